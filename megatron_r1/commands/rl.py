@@ -91,13 +91,13 @@ async def _train(config: Config, tokenizer: PromptTokenizer, prompts: PromptSpli
 async def _start_roles(config: Config, trainer: TrainerClient, collector: RolloutCollector) -> None:
     """Start the trainer and all engines at once, but engines on the trainer's GPUs after it: an
     engine measures what is free when it starts, and fails if that changes meanwhile."""
-    fleet, teacher = collector.fleet, collector.teacher
+    fleet, teachers = collector.fleet, collector.teachers
     if config.rollout.colocated or engines_share_gpus(config):
         starts = [_start_in_turn(config, trainer, fleet)]
     else:
         starts = [_start_trainer(trainer), _start_engines(config, fleet)]
-    if teacher is not None:
-        starts.append(teacher.start(config.teacher.path))
+    if teachers is not None:
+        starts.append(teachers.start())
     await asyncio.gather(*starts)
 
 

@@ -20,7 +20,7 @@ from megatron_r1.commands.first_recipe import Machine, guess_layout, value_text
 from megatron_r1.commands.training_run import check_trainer
 from megatron_r1.config import Config
 from megatron_r1.controller import algorithms
-from megatron_r1.controller.teacher import check_teacher
+from megatron_r1.controller.teacher import check_teachers
 from megatron_r1.engines.fleet.placement import check_room, hosts_address
 from megatron_r1.engines.server import gpu
 from megatron_r1.engines.server.recipe_checks import (
@@ -69,7 +69,7 @@ def check_gpu_memory(config: Config, hf: Mapping[str, Any]) -> None:
 
     Raises:
         UserError: the engines' share is not set."""
-    rollout, teacher = config.rollout, config.teacher
+    rollout = config.rollout
     if engines_share_gpus(config) and rollout.gpu_memory is None:
         raise UserError(
             f"rollout.gpu_memory is not set, and vLLM takes {VLLM_FRACTION} of GPUs that trainer "
@@ -78,14 +78,15 @@ def check_gpu_memory(config: Config, hf: Mapping[str, Any]) -> None:
             key="rollout.gpu_memory" if rollout.colocated else "rollout.colocated",
             cause=Cause.MISSING if rollout.colocated else Cause.CONFLICT,
         )
-    if teacher.path and not teacher.url and teacher.gpu_memory is None and gpu.is_usable():
-        raise UserError(
-            f"teacher.gpu_memory is not set, and vLLM takes {VLLM_FRACTION} of GPUs that trainer "
-            "ranks are on: set the share that these and the policy's engines leave, or "
-            "teacher.url to servers on other GPUs",
-            key="teacher.gpu_memory",
-            cause=Cause.MISSING,
-        )
+    for key, teacher in config.teacher.sections.items():
+        if not teacher.url and teacher.gpu_memory is None and gpu.is_usable():
+            raise UserError(
+                f"{key}.gpu_memory is not set, and vLLM takes {VLLM_FRACTION} of GPUs that trainer "
+                "ranks are on: set the share that these and the policy's engines leave, or "
+                f"{key}.url to servers on other GPUs",
+                key=f"{key}.gpu_memory",
+                cause=Cause.MISSING,
+            )
 
 
 def _placement(config: Config, hf: Mapping[str, Any]) -> str:
@@ -147,7 +148,7 @@ def check_settings(config: Config) -> None:
             key="push.transport",
             cause=Cause.UNSUPPORTED,
         )
-    check_teacher(config)
+    check_teachers(config)
     check_sampling(config)
     check_gpu_memory(config, hf)
     if config.rollout.placement == "hosts":

@@ -14,6 +14,7 @@ from r1_grading.terms import RewardUnusable
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.commands.rl_checks import check_settings
 from megatron_r1.config import Config
+from megatron_r1.controller.rollouts.teachers import check_sources
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.data.prompts import Prompt, PromptSplit, load_prompts
 from megatron_r1.data.sampler import drawn_fractions
@@ -184,6 +185,19 @@ def describe_kind_weights(config: Config, prompts: list[Prompt]) -> list[str]:
     return lines if by_weight else []
 
 
+def describe_teachers(config: Config, prompts: list[Prompt]) -> list[str]:
+    """Return a line with the number of questions of each of several teachers.
+
+    Raises:
+        UserError: a teacher has no question.
+    """
+    if not config.teacher.by_source:
+        return []
+    counts = check_sources(config.teacher, prompts)
+    parts = (f"{count:,} of {source or 'others'}" for source, count in counts.items())
+    return [f"teachers: {', '.join(parts)}"]
+
+
 def run_facts(config: Config, tokenizer: PromptTokenizer, prompts: PromptSplit) -> list[str]:
     """Return lines about the run for its title.
 
@@ -193,12 +207,14 @@ def run_facts(config: Config, tokenizer: PromptTokenizer, prompts: PromptSplit) 
         prompts: the prompts to train on and held out.
 
     Raises:
-        UserError: `rl.kind_weights` has a kind that no prompt has, or draws nothing."""
+        UserError: `rl.kind_weights` has a kind that no prompt has, or draws nothing, or a teacher
+            has no question."""
     return [
         config.model.path,
         config.data.task or str(config.data.path),
         f"{len(prompts.train):,} questions, {len(prompts.heldout):,} held out",
         *describe_kind_weights(config, prompts.train),
+        *describe_teachers(config, prompts.train),
         describe_stop_tokens(config, tokenizer),
     ]
 

@@ -1,4 +1,4 @@
-"""The controller's side of a run that samples, next to a trainer: engines, teacher, graders and
+"""The controller's side of a run that samples, next to a trainer: engines, teachers, graders and
 sample log."""
 
 import asyncio
@@ -14,8 +14,8 @@ from megatron_r1.commands.rl_prompts import explain_renamed_columns
 from megatron_r1.config import Config
 from megatron_r1.controller.rollouts.collector import RolloutCollector
 from megatron_r1.controller.rollouts.sample_log import SampleLog
+from megatron_r1.controller.rollouts.teachers import open_teachers
 from megatron_r1.controller.run_recorder import RunRecorder
-from megatron_r1.controller.teacher import teacher_fleet
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.data.prompts import PromptSplit
 from megatron_r1.engines.episodes import Player
@@ -65,18 +65,19 @@ async def open_rollouts(
     async with open_pool(config.rollout, folder.path, on_one_host, notify) as hosts:
         pool = RewardPool(rewards.workers, rewards.timeout_seconds, rewards.memory_bytes)
         fleet = _fleet(config, recorder, hosts)
-        teacher = teacher_fleet(config, logs, notify) if config.teacher.path else None
+        teachers = open_teachers(config, logs, notify)
         player = open_player(config, tokenizer)
-        collector = RolloutCollector(fleet, pool, tokenizer, rewards, teacher, player)
+        collector = RolloutCollector(fleet, pool, tokenizer, rewards, teachers, player)
         log, is_kept = SampleLog(folder.sample_log, notify), config.rl.sample_log
         try:
             if not is_kept:
                 await log.prune()  # old samples are not of this run's policies
             yield RolloutRoles(collector, log if is_kept else None, hosts)
         finally:
-            fleets = [fleet, teacher] if teacher is not None else [fleet]
-            closing = collector.close(), pool.close(), log.close()
-            await asyncio.gather(*(each.close() for each in fleets), *closing)
+            closing = [fleet.close(), collector.close(), pool.close(), log.close()]
+            if teachers is not None:
+                closing.append(teachers.close())
+            await asyncio.gather(*closing)
 
 
 def open_player(config: Config, tokenizer: PromptTokenizer) -> Player | None:

@@ -244,6 +244,9 @@ ALIASES = (
     _alias("best of n, rejection sampling, RFT", "sample.samples sample.keep.choose",
            page="sample.md"),
     _alias("knowledge distillation, GKD, OPD, teacher", "teacher.path", page="distillation.md"),
+    _alias(
+        "MOPD, multi-teacher, teacher_model_configs", "teacher.by_source", page="distillation.md"
+    ),
     _alias("ray, ray start, placement group, num_nodes", "rollout.placement",
            "there is no Ray: torchrun or Slurm start a run", "slurm.md"),
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Section `teacher`: the model that on-policy distillation learns from, and its engines."""
+"""Section `teacher`: the models that on-policy distillation learns from, and their engines."""
 
 from pydantic import Field, model_validator
 
@@ -6,9 +6,12 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config.engine import EngineConfig
 from megatron_r1.config.section import Resumable
 
+DEFAULT = ""
+"""The name of the teacher of all sources that have none of their own."""
 
-class TeacherConfig(EngineConfig):
-    """The teacher of on-policy distillation, whose engines score the student's samples."""
+
+class TeacherEngines(EngineConfig):
+    """The engines of one teacher, which score the student's samples."""
 
     path: str = ""
     """Hugging Face folder of the teacher, which rl.algorithm: on_policy_distillation learns from:
@@ -26,27 +29,79 @@ class TeacherConfig(EngineConfig):
     start_timeout_seconds: float = Field(600.0, gt=0)
     """limit for the start of an engine, and for a url to be reached"""
 
+
+class TeacherConfig(TeacherEngines):
+    """The teacher of on-policy distillation, or several: one for each source of questions."""
+
+    by_source: dict[str, TeacherEngines] = {}
+    """further teachers: {SOURCE: {path: FOLDER, engines: 1, …}}, with the keys of this section.
+    SOURCE is what a row's data_source, source or dataset says, or else the kind of its reward;
+    questions of other sources have path's teacher"""
+
+    @property
+    def sections(self) -> dict[str, TeacherEngines]:
+        """Every teacher by the key of its settings, "teacher" or "teacher.by_source.SOURCE"; empty
+        for a run without a teacher."""
+        if not self.path:
+            return {}
+        return {source_key(name): self.of_source(name) for name in (DEFAULT, *self.by_source)}
+
+    def of_source(self, name: str) -> TeacherEngines:
+        """Return the teacher of a key of `by_source`, or of `DEFAULT`."""
+        return self.by_source[name] if name else self
+
     @model_validator(mode="after")
     def _fits_together(self):
-        if self.url and not self.path:
+        if self.by_source and not self.path:
             raise UserError(
-                f"teacher.url: {', '.join(self.url)} serves a model whose tokenizer must be the "
-                "student's; set teacher.path to its folder, for the check",
+                "teacher.by_source: questions of other sources have no teacher; set teacher.path",
                 key="teacher.path",
                 cause=Cause.MISSING,
             )
-        for url in self.url:
-            if not url.startswith(("http://", "https://")):
+        _check_engines(self, "teacher")
+        for name, engines in self.by_source.items():
+            if not engines.path:
                 raise UserError(
-                    f"teacher.url: {url} is no address; write http://host:port",
-                    key="teacher.url",
-                    cause=Cause.MALFORMED,
+                    f"{source_key(name)}.path must be set: the folder of the teacher of {name}",
+                    key=f"{source_key(name)}.path",
+                    cause=Cause.MISSING,
                 )
-        if self.tokens_at_once < self.max_num_seqs:
-            raise UserError(
-                f"teacher.tokens_at_once: {self.tokens_at_once} is less than teacher.max_num_seqs: "
-                f"{self.max_num_seqs}, and every sample has a token; raise it or lower the other",
-                key="teacher.tokens_at_once",
-                cause=Cause.CONFLICT,
-            )
+            _check_engines(engines, source_key(name))
         return self
+
+
+def source_key(name: str) -> str:
+    """Return the key of the settings of a source's teacher."""
+    return f"teacher.by_source.{name}" if name else "teacher"
+
+
+def _check_engines(engines: TeacherEngines, key: str) -> None:
+    """Check the settings of one teacher.
+
+    Args:
+        engines: its settings.
+        key: theirs, for messages.
+
+    Raises:
+        UserError: settings contradict each other, or an address is malformed."""
+    if engines.url and not engines.path:
+        raise UserError(
+            f"{key}.url: {', '.join(engines.url)} serves a model whose tokenizer must be the "
+            f"student's; set {key}.path to its folder, for the check",
+            key=f"{key}.path",
+            cause=Cause.MISSING,
+        )
+    for url in engines.url:
+        if not url.startswith(("http://", "https://")):
+            raise UserError(
+                f"{key}.url: {url} is no address; write http://host:port",
+                key=f"{key}.url",
+                cause=Cause.MALFORMED,
+            )
+    if engines.tokens_at_once < engines.max_num_seqs:
+        raise UserError(
+            f"{key}.tokens_at_once: {engines.tokens_at_once} is less than {key}.max_num_seqs: "
+            f"{engines.max_num_seqs}, and every sample has a token; raise it or lower the other",
+            key=f"{key}.tokens_at_once",
+            cause=Cause.CONFLICT,
+        )

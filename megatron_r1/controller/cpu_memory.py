@@ -13,7 +13,7 @@ from megatron_r1.config import Config
 from megatron_r1.config.algorithms import find_rules
 from megatron_r1.config.parallel import DEFAULT_TOKENS
 from megatron_r1.config.rollout import RolloutConfig
-from megatron_r1.config.teacher import TeacherConfig
+from megatron_r1.config.teacher import TeacherEngines
 from megatron_r1.models import read_hf_config
 from megatron_r1.models.hf_config import load_config, sparse_layers
 from megatron_r1.models.memory import (
@@ -120,7 +120,7 @@ def cpu_memory(config: Config, world_size: int, *, has_engines: bool) -> CPUMemo
         world_size: trainer ranks, all on this host.
         has_engines: whether engines of the recipe run at the same time as them."""
     hf = read_hf_config(config.model.path, config.model.head)
-    parallel, rollout, teacher = config.parallel, config.rollout, config.teacher
+    parallel, rollout = config.parallel, config.rollout
     weights = _state_bytes(config, hf, world_size, with_reference=has_engines)
     if has_engines and find_rules(config.rl.algorithm).critic:
         critic = config.critic_recipe()
@@ -142,11 +142,12 @@ def cpu_memory(config: Config, world_size: int, *, has_engines: bool) -> CPUMemo
         bytes_per_engine = engine_bytes(values, rollout.dtype, receives=receives)
         engine_weights = round(rollout.engines * rollout.data * bytes_per_engine)
         other_bytes += _engines_other_bytes(rollout)
-    if has_engines and teacher.path and not teacher.url:
-        values = _num_stored_parameters(teacher.path)
-        stored = engine_bytes(values, teacher.dtype, receives=False)
-        engine_weights += round(teacher.engines * teacher.data * stored)
-        other_bytes += _engines_other_bytes(teacher)
+    for key, teacher in config.teacher.sections.items():
+        if has_engines and not teacher.url:
+            values = _num_stored_parameters(teacher.path, f"{key}.path")
+            stored = engine_bytes(values, teacher.dtype, receives=False)
+            engine_weights += round(teacher.engines * teacher.data * stored)
+            other_bytes += _engines_other_bytes(teacher)
     layers = {kind: layer_activations(hf, config, 1, sparse=kind, local=True) for kind in {*sparse}}
     saved_bytes = sum(layers[kind].saved_bytes(parallel) for kind in sparse)
     working = max(layer.total - layer.saved_bytes(parallel) for layer in layers.values())
@@ -160,7 +161,7 @@ def cpu_memory(config: Config, world_size: int, *, has_engines: bool) -> CPUMemo
     )
 
 
-def _engines_other_bytes(engines: RolloutConfig | TeacherConfig) -> int:
+def _engines_other_bytes(engines: RolloutConfig | TeacherEngines) -> int:
     """Return bytes of KV caches and processes of all engines."""
     ranks = engines.engines * engines.data * engines.tensor * engines.pipeline
     return ranks * (ENGINE_BYTES + (engines.kv_cache_gib << 30))
@@ -196,9 +197,13 @@ def _state_bytes(config: Config, hf: dict, world_size: int, *, with_reference: b
     return num_bytes * ranks
 
 
-def _num_stored_parameters(folder: str) -> int:
-    """Return the number of parameters in a model folder of any architecture, by its files' size."""
-    hf = load_config(folder, "teacher.path")
+def _num_stored_parameters(folder: str, key: str) -> int:
+    """Return the number of parameters in a model folder of any architecture, by its files' size.
+
+    Args:
+        folder: the model folder.
+        key: the folder's key in the recipe, for messages."""
+    hf = load_config(folder, key)
     width = BYTES.get(hf.get("dtype") or hf.get("torch_dtype") or "bfloat16", 2)
     return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors")) // width
 

@@ -168,6 +168,8 @@ class RLRun:
         line |= self.engines.metrics()
         line["trainer/restarts"] = self.passes.trainer.num_restarts
         line |= self._meter.metrics() | metrics | mean_of_updates(updates)
+        if self.collector.teachers is not None:
+            line |= self.collector.teachers.kl_by_source(rollout.groups)
         line |= self._meter.times(rollout)
         line["tokens_per_second"] = line.pop("response_tokens") / line["time/step"]
         line["groups/replayed"] = self.engines.sampled_step.num_restored
@@ -199,7 +201,7 @@ class StepMeter:
     """Measures the seconds and the rewards of a step, from its creation on."""
 
     def __init__(self, collector: RolloutCollector):
-        self._teacher = collector.teacher
+        self._teachers = collector.teachers
         self._seconds: dict[str, float] = {}
         self._meter = RewardMeter(collector.pool)
         self._start = time.perf_counter()
@@ -213,10 +215,10 @@ class StepMeter:
         self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
 
     def metrics(self) -> dict[str, float]:
-        """Return the numbers of the reward workers, and of the teacher if there is one."""
+        """Return the numbers of the reward workers, and of the teachers if there are any."""
         metrics = dict(self._meter.read())
-        if self._teacher is not None:
-            numbers = self._teacher.metrics().items()
+        if self._teachers is not None:
+            numbers = self._teachers.metrics().items()
             metrics |= {f"teacher/{name}": value for name, value in numbers}
         return metrics
 
@@ -230,6 +232,6 @@ class StepMeter:
             "time/push": self._seconds["push"],
             "time/step": time.perf_counter() - self._start,
         }
-        if self._teacher is not None:
+        if self._teachers is not None:
             times["time/teacher"] = rollout.teacher_seconds
         return times

@@ -2,6 +2,7 @@
 sampled (`RolloutFleet.compute_logprobs`). Their weights never change. They are started here, or run
 already: vLLM servers which others have started, and which are neither started nor stopped here."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import msgspec
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import Config
 from megatron_r1.config.algorithms import find_rules
+from megatron_r1.config.teacher import DEFAULT
 from megatron_r1.data.tokenizer import load_tokenizer
 from megatron_r1.engines.fleet.engine import Engine
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
@@ -107,15 +109,19 @@ NUM_SHOWN = 5
 """Differing tokens that an error names."""
 
 
-def teacher_fleet(config: Config, logs: Path, notify: Callable[[str], None]) -> RolloutFleet:
-    """Return the engines of section `teacher`, to be started with the model `teacher.path`.
+def teacher_fleet(
+    config: Config, logs: Path, notify: Callable[[str], None], source: str = DEFAULT
+) -> RolloutFleet:
+    """Return the engines of a teacher, to be started with the model of its path.
 
     Args:
         config: the recipe.
         logs: the folder of the engines' logs.
-        notify: called with a line when an engine is replaced."""
-    teacher = config.teacher
-    supervision = {**settings.fleet_settings(teacher), "role": "teacher", "notify": notify}
+        notify: called with a line when an engine is replaced.
+        source: a key of `teacher.by_source`; default: the section's own teacher."""
+    teacher = config.teacher.of_source(source)
+    role = f"teacher-{re.sub('[^A-Za-z0-9_.]+', '_', source)}" if source else "teacher"
+    supervision = {**settings.fleet_settings(teacher), "role": role, "notify": notify}
     # vLLM samples one token after those it scores. If that is beyond the model's positions it must
     # be allowed; nothing is computed there, as the token is not an input.
     max_model_len = settings.max_model_len(config) + 1
@@ -134,7 +140,7 @@ def teacher_fleet(config: Config, logs: Path, notify: Callable[[str], None]) -> 
     )
 
 
-def check_teacher(config: Config) -> None:
+def check_teachers(config: Config) -> None:
     """Raise UserError for a teacher that cannot score the student's responses, that the algorithm
     does not use, or that it needs and that is not set.
 
@@ -151,29 +157,30 @@ def check_teacher(config: Config) -> None:
             key="teacher.path",
             cause=Cause.CONFLICT if path else Cause.MISSING,
         )
-    if not path:
-        return
-    hf = load_config(path, "teacher.path")
-    if not config.teacher.url:
-        recipe_checks.check_ranks(config.teacher, hf, "teacher")
-        check_arguments(config.teacher, "teacher")
-    _check_positions(config)
-    _check_sampling(config)
-    _check_vocabulary(config, hf)
+    for key, teacher in config.teacher.sections.items():
+        hf = load_config(teacher.path, f"{key}.path")
+        if not teacher.url:
+            recipe_checks.check_ranks(teacher, hf, key)
+            check_arguments(teacher, key)
+        _check_positions(config, teacher.path, f"{key}.path")
+        _check_vocabulary(config, teacher.path, f"{key}.path", hf)
+    if path:
+        _check_sampling(config)
 
 
-def _check_positions(config: Config) -> None:
-    """Raise UserError where the student's context is longer than the teacher's."""
-    path = config.teacher.path
-    limit, needed = (
-        settings.max_positions(path, "teacher.path"),
-        settings.max_model_len(config),
-    )
+def _check_positions(config: Config, path: str, key: str) -> None:
+    """Raise UserError where the student's context is longer than the teacher's.
+
+    Args:
+        config: the recipe.
+        path: the teacher's folder.
+        key: its key in the recipe."""
+    limit, needed = settings.max_positions(path, key), settings.max_model_len(config)
     if limit < needed:
         raise UserError(
-            f"teacher.path {path} has {limit} positions (max_position_embeddings), and the student "
+            f"{key} {path} has {limit} positions (max_position_embeddings), and the student "
             f"writes up to {needed} tokens with the prompt; set rollout.max_model_len: {limit}",
-            key="teacher.path",
+            key=key,
             cause=Cause.TOO_LARGE,
         )
 
@@ -197,32 +204,34 @@ def _check_sampling(config: Config) -> None:
         )
 
 
-def _check_vocabulary(config: Config, hf: dict) -> None:
+def _check_vocabulary(config: Config, path: str, key: str, hf: dict) -> None:
     """Raise UserError where a token of the student is none, or another one, to the teacher.
 
     Args:
         config: the recipe.
-        hf: the teacher's config.json."""
-    path, student = config.teacher.path, load_config(config.model.path)
+        path: the teacher's folder.
+        key: its key in the recipe.
+        hf: its config.json."""
+    student = load_config(config.model.path)
     student_size, teacher_size = (
-        language_settings(model_config).get("vocab_size", 0) for model_config in (student, hf)
+        language_settings(values).get("vocab_size", 0) for values in (student, hf)
     )
     if teacher_size < student_size:
         raise UserError(
-            f"teacher.path {path} knows tokens 0 … {teacher_size - 1}, and the student may write "
-            f"any of 0 … {student_size - 1}; choose a teacher with a vocab_size of at least "
+            f"{key} {path} knows tokens 0 … {teacher_size - 1}, and the student may write any of "
+            f"0 … {student_size - 1}; choose a teacher with a vocab_size of at least "
             f"{student_size}",
-            key="teacher.path",
+            key=key,
             cause=Cause.CONFLICT,
         )
     tokenizer = load_tokenizer(config.model.path, "model.path")
-    vocabulary = load_tokenizer(path, "teacher.path").get_vocab()
+    vocabulary = load_tokenizer(path, key).get_vocab()
     if difference := differing_tokens(tokenizer.get_vocab(), vocabulary):
         raise UserError(
-            f"teacher.path {path}: its tokenizer is not the student's ({config.model.path}), so "
+            f"{key} {path}: its tokenizer is not the student's ({config.model.path}), so "
             f"its log-probabilities are of other texts: {difference}. Choose a teacher of the same "
             "family",
-            key="teacher.path",
+            key=key,
             cause=Cause.CONFLICT,
         )
 

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 from r1_grading.terms import ACCURACY
 
 from megatron_r1.controller.advantages import group_advantages
+from megatron_r1.data.prompt_reader import data_source
 from megatron_r1.evaluation.estimates import Estimate, estimate
 from megatron_r1.evaluation.verifier_errors import (
-    SOURCE_FIELDS,
     AnswerContent,
     ErrorRates,
     FractionEstimate,
@@ -188,8 +188,7 @@ def logged_answers(
 
 def source_of(fields: Mapping[str, Any]) -> str:
     """Return the data source that a prompt's fields name, or "-"."""
-    named = (fields[name] for name in SOURCE_FIELDS if isinstance(fields.get(name), str))
-    return next(named, "-")
+    return data_source(fields) or "-"
 
 
 def _groups(answers: Iterable[GradedAnswer]) -> list[list[GradedAnswer]]:

@@ -62,6 +62,21 @@ class Prompt:
     location: str = field(default="", compare=False, repr=False)
     messages_before: list[Message] = field(default_factory=list)
 
+    @property
+    def data_source(self) -> str:
+        """What the row says of its data source, or ""."""
+        return data_source(self.fields)
+
+
+SOURCE_FIELDS = ("data_source", "source", "dataset")
+"""Fields of a row that name its data source, the first that is there."""
+
+
+def data_source(fields: Mapping[str, Any]) -> str:
+    """Return the data source that a row's fields name, or ""."""
+    named = (fields[name] for name in SOURCE_FIELDS if isinstance(fields.get(name), str))
+    return next(named, "")
+
 
 class _ScriptMarks(dict[int, str]):
     """A table for str.translate that puts ^ before each superscript and _ before each subscript;

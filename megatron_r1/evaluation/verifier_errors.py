@@ -169,8 +169,6 @@ REPEATS = 3
 """Runs of a program's tests: one verdict may be chance."""
 AUDITED = ("math", "code")
 """The kinds that have a second method."""
-SOURCE_FIELDS = ("data_source", "source", "dataset")
-"""Fields of a prompt that name its data source, the first that is there."""
 ACCEPTED = 1.0
 
 

@@ -16,7 +16,7 @@ from megatron_r1.engines.server.settings import max_model_len
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.plan.job import PlannedJob, text_limit
 from megatron_r1.plan.quantity import apply_calibration
-from megatron_r1.plan.rollout import check_teacher
+from megatron_r1.plan.rollout import check_teachers
 
 
 def parse(
@@ -177,8 +177,7 @@ def load_recipe(recipe: Path, overrides: dict) -> configuration.Config:
             key="eval.benchmarks",
             cause=Cause.UNSUPPORTED,
         )
-    if config.teacher.path:
-        check_teacher(config)
+    check_teachers(config)
     return config
 
 

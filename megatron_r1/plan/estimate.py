@@ -93,8 +93,9 @@ class JobEstimate:
             sections["engine memory of a GPU"] = rollout_section(self.engines)
             if host := self._engines_host():
                 sections["host memory of an engines' node"] = host
-        if job.config.teacher.path:
-            sections["engine memory of a teacher's GPU"] = teacher_section(job)
+        for key, teacher in job.config.teacher.sections.items():
+            name = "engine memory of a teacher's GPU" + ("" if key == "teacher" else f", {key}")
+            sections[name] = teacher_section(job, key, teacher)
         if job.trains and job.generates:
             sections["samples of a rollout"] = samples_section(job)
             sections["push"] = push_section(job)

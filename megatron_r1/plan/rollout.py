@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from megatron_r1.config import Config
+from megatron_r1.config.teacher import TeacherEngines
 from megatron_r1.engines.server.recipe_checks import check_ranks
 from megatron_r1.engines.server.settings import max_positions
 from megatron_r1.models.experts import routing_shape
@@ -273,18 +274,23 @@ def samples_section(job: PlannedJob) -> QuantityTable:
     return section
 
 
-def check_teacher(config: Config) -> None:
+def check_teachers(config: Config) -> None:
     """Raise UserError for a teacher that does not exist, or that its ranks cannot share."""
-    max_positions(config.teacher.path, "teacher.path")
-    if not config.teacher.url:
-        check_ranks(config.teacher, load_config(config.teacher.path, "teacher.path"), "teacher")
+    for key, teacher in config.teacher.sections.items():
+        max_positions(teacher.path, f"{key}.path")
+        if not teacher.url:
+            check_ranks(teacher, load_config(teacher.path, f"{key}.path"), key)
 
 
-def teacher_section(job: PlannedJob) -> QuantityTable:
-    """Return memory and scoring time on the teacher's own GPUs, if its model type is supported."""
-    teacher = job.config.teacher
+def teacher_section(job: PlannedJob, key: str, teacher: TeacherEngines) -> QuantityTable:
+    """Return memory and scoring time on a teacher's own GPUs, if its model type is supported.
+
+    Args:
+        job: the planned run.
+        key: the key of the teacher's settings.
+        teacher: these settings."""
     try:
-        hf = read_hf_config(teacher.path, key="teacher.path")
+        hf = read_hf_config(teacher.path, key=f"{key}.path")
     except ValueError as error:
         return {"weights": byte_quantity(None, f"cannot be counted: {error}")}
     ranks = teacher.tensor * teacher.pipeline * teacher.data
@@ -304,7 +310,7 @@ def teacher_section(job: PlannedJob) -> QuantityTable:
         ),
         "logits": byte_quantity(
             2 * teacher.tokens_at_once * hf["vocab_size"] * LOGITS_BYTES,
-            f"2 x teacher.tokens_at_once={teacher.tokens_at_once} x {hf['vocab_size']} x "
+            f"2 x {key}.tokens_at_once={teacher.tokens_at_once} x {hf['vocab_size']} x "
             f"{LOGITS_BYTES} B, whole on each GPU",
         ),
         "scoring a rollout": Quantity(seconds, "s", scoring),

@@ -179,10 +179,11 @@ def _omitted_rows(recipe: Config, small: Config, verb: str) -> list[StructureRow
         if found := find_player(recipe):
             key, player = found
             rows.append(StructureRow(key, str(player), "—", "no: random weights call no tool"))
-        if recipe.teacher.url:
-            rows.append(
-                StructureRow("teacher.url", "served", "started by the run", "no: none is served")
-            )
+        rows += [
+            StructureRow(f"{key}.url", "served", "started by the run", "no: none is served")
+            for key, teacher in recipe.teacher.sections.items()
+            if teacher.url
+        ]
     return rows
 
 

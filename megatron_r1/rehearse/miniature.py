@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from megatron_r1.base.transports import TRANSPORTS
 from megatron_r1.config import Config, dump, parse
+from megatron_r1.config.teacher import TeacherEngines
 from megatron_r1.data.prompt_tokenizer import TEMPLATES
 from megatron_r1.engines.server.recipe_checks import num_experts
 from megatron_r1.rehearse import layout, model, synthetic_data
@@ -133,10 +134,11 @@ def write(small: Miniature, verb: str) -> Path:
     config, hf = small.config, small.hf
     folder = Path(config.run.folder).parent
     model.write_folder(Path(config.model.path), hf, seed=0)
-    if config.teacher.path:
-        model.write_folder(Path(config.teacher.path), hf, seed=1)
+    for teacher in config.teacher.sections.values():
+        model.write_folder(Path(teacher.path), hf, seed=1)
     kinds = _other_kinds(config) if verb == "rl" else []
-    synthetic_data.write_questions(folder / "questions.jsonl", QUESTIONS, kinds)
+    sources = list(config.teacher.by_source)
+    synthetic_data.write_questions(folder / "questions.jsonl", QUESTIONS, kinds, sources)
     synthetic_data.write_examples(folder / "examples.jsonl", 4 * QUESTIONS, RESPONSE // 2)
     if verb == "reward-model":
         kind = config.reward_model.kind
@@ -352,11 +354,20 @@ def _rl(config: Config, data: int) -> dict[str, Any]:
 def _teacher(config: Config, folder: Path) -> dict[str, Any]:
     if not config.teacher.path:
         return {}
+    by_source = {
+        source: teacher.model_dump() | _teacher_engines(teacher, folder / f"teacher-{number}")
+        for number, (source, teacher) in enumerate(config.teacher.by_source.items())
+    }
+    return _teacher_engines(config.teacher, folder / "teacher") | {"by_source": by_source}
+
+
+def _teacher_engines(teacher: TeacherEngines, folder: Path) -> dict[str, Any]:
+    """Return the settings that differ for one teacher, with its model in `folder`."""
     return {
-        "path": str(folder / "teacher"),
+        "path": str(folder),
         "url": [],
         "engines": 1,
-        "tensor": min(config.teacher.tensor, layout.PARTS),
+        "tensor": min(teacher.tensor, layout.PARTS),
         "threads": 1,
         "start_timeout_seconds": 1200.0,
     }
@@ -448,6 +459,7 @@ REASONS = {
     "sample.judge": "a rule judges, no served model",
     "sample.server": "the miniature answers",
     "teacher.url": "the run starts the teacher itself",
+    "teacher.by_source": "small models of the same number",
     "optimizer.learning_rate": "bf16 weights must change in one step",
     "model.checkpoint": "random weights",
     "data.task": "synthetic questions",

@@ -38,20 +38,24 @@ def is_safe(question: str, response: str) -> float:
     return float(len(response) % 2 == 0)
 
 
-def write_questions(path: Path, count: int, others: Sequence[str] = ()) -> None:
+def write_questions(
+    path: Path, count: int, others: Sequence[str] = (), sources: Sequence[str] = ()
+) -> None:
     """Write questions with truths, and a target for a recipe that also rewards the language.
 
     Args:
         path: the file.
         count: the number of questions.
-        others: kinds that take turns with the kind that `grade` grades."""
-    kinds = [KIND, *others]
+        others: kinds that take turns with the kind that `grade` grades.
+        sources: data sources that take turns with none."""
+    kinds, data_sources = [KIND, *others], ["", *sources]
     rows = (
         {
             "question": f"{i} + {i + 1} =",
             "truth": 2 * i + 1,
             "kind": kinds[i % len(kinds)],
             "target": "en",
+            "data_source": data_sources[i % len(data_sources)],
         }
         for i in range(count)
     )

@@ -14,7 +14,9 @@ from sampled import TOLERANCE
 from tiny_models import DEEPSEEK, QWEN, reference_logprobs, write_model
 
 from megatron_r1.config import Config
+from megatron_r1.controller.rollouts.teachers import open_teachers
 from megatron_r1.controller.teacher import teacher_fleet
+from megatron_r1.data.prompts import make_prompt
 from megatron_r1.engines.server.server import EngineServer
 
 POSITIONS, VOCABULARY = 256, 67
@@ -113,6 +115,33 @@ def test_a_server_of_others_scores_the_same(models, oracle, tmp_path):
     prompt, response = samples()[3]
     [expected] = oracle(reference_logprobs, models / "qwen", prompt, [response], 1.0)
     assert max(abs(x - y) for x, y in zip(scores, expected, strict=True)) <= TOLERANCE
+
+
+@pytest.mark.more
+def test_each_source_is_scored_by_its_own_teacher(models, oracle, tmp_path):
+    """Two engines with models of other architectures, under one vocabulary."""
+    code = {"code": {"path": str(models / "qwen"), "dtype": "float32"}}
+    settings = config(models / "deepseek", by_source=code)
+    prompts = [make_prompt("?", kind, None, {}) for kind in ("math", "code")]
+
+    async def scored():
+        teachers = open_teachers(settings, tmp_path, print)
+        try:
+            await teachers.start()
+            return [
+                [
+                    list(await teachers.compute_logprobs(row, ids + response, len(ids), order=1))
+                    for ids, response in samples()
+                ]
+                for row in prompts
+            ]
+        finally:
+            await teachers.close()
+
+    by_default, by_code = asyncio.run(scored())
+    assert max(differences(oracle, models / "deepseek", by_default)) <= TOLERANCE
+    assert max(differences(oracle, models / "qwen", by_code)) <= TOLERANCE
+    assert {file.name for file in tmp_path.glob("*.log")} == {"teacher-0.log", "teacher-code-0.log"}
 
 
 @pytest.fixture(scope="module")

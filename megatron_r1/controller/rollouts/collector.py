@@ -23,6 +23,7 @@ from megatron_r1.controller.rollouts.rollout import (
     check_grades,
 )
 from megatron_r1.controller.rollouts.sample_log import StepLog
+from megatron_r1.controller.rollouts.teachers import Teachers
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.engines.episodes import Episode, EpisodeResult, Generate, Player
@@ -60,7 +61,7 @@ class RolloutCollector:
         pool: RewardPool,
         tokenizer: PromptTokenizer,
         rewards: RewardsConfig,
-        teacher: RolloutFleet | None = None,
+        teachers: Teachers | None = None,
         player: Player | None = None,
     ):
         """Prepare to collect; nothing is sampled yet.
@@ -70,9 +71,9 @@ class RolloutCollector:
             pool: the reward workers.
             tokenizer: encodes questions and decodes responses.
             rewards: the settings of the rewards.
-            teacher: the teacher's engines, if any.
+            teachers: the teachers' engines, if any.
             player: plays episodes with an environment or agent; None: a response is one turn."""
-        self.fleet, self.pool, self.tokenizer, self.teacher = fleet, pool, tokenizer, teacher
+        self.fleet, self.pool, self.tokenizer, self.teachers = fleet, pool, tokenizer, teachers
         self.player = player
         self.grader = ResponseGrader(pool, tokenizer, rewards.call_options)
         self.in_flight = InFlightGroups()
@@ -175,7 +176,7 @@ class RolloutCollector:
             tracked.sampling_done(responses)
             graded, computed = await asyncio.gather(
                 self._grade(progress, tracked, responses, results),
-                self._teacher_logprobs(progress, prompt_ids, responses, results),
+                self._teacher_logprobs(progress, prompt, prompt_ids, responses, results),
             )
         if computed:
             graded = [
@@ -272,19 +273,21 @@ class RolloutCollector:
     async def _teacher_logprobs(
         self,
         progress: RolloutProgress,
+        prompt: Prompt,
         prompt_ids: list[int],
         responses: list[Response],
         results: list[EpisodeResult],
     ) -> list[array[float]]:
-        """Return the teacher's log-probabilities of each response; an empty list without one."""
+        """Return the log-probabilities of each response by the teacher of its prompt; an empty
+        list in a run without teachers."""
         sampling = progress.sampling
         if not sampling.with_teacher:
             return []
-        teacher = self.teacher
-        assert teacher is not None, "RolloutSampling.with_teacher needs a teacher"
+        teachers = self.teachers
+        assert teachers is not None, "RolloutSampling.with_teacher needs a teacher"
 
         async def compute(token_ids: Sequence[int], first: int) -> array[float]:
-            logprobs = await teacher.compute_logprobs(token_ids, first, order=sampling.step)
+            logprobs = await teachers.compute_logprobs(prompt, token_ids, first, sampling.step)
             self.in_flight.num_with_teacher_logprobs += 1
             return logprobs
 

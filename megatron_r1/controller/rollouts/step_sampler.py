@@ -125,7 +125,7 @@ class StepSampler:
             step=step,
             reward_weights=weights_at(config.rewards.weights, step),
             routing=self._routing,
-            with_teacher=self.collector.teacher is not None,
+            with_teacher=self.collector.teachers is not None,
             stop=tuple(sampling_settings.stop),
         )
         num_groups = rl.questions_per_rollout

@@ -13,7 +13,7 @@ import signal
 import socket
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Coroutine, Hashable
+from collections.abc import Awaitable, Callable, Coroutine, Hashable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -27,7 +27,6 @@ from megatron_r1.controller.rollouts.in_flight import InFlightGroup, InFlightGro
 from megatron_r1.controller.run_recorder import RunRecorder
 from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.engines.fleet.engine import Engine
-from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.engines.server.responses import EngineError
 from megatron_r1.engines.server.server import EngineServer
 from megatron_r1.trainer.operations import RankStatus
@@ -221,15 +220,16 @@ async def _inspect_engines(rollouts: RolloutCollector, pushing: bool = False) ->
     headline = _open_groups(in_flight, "sampling")
     if pushing:
         headline = f"given weights after version {fleet.policy_version}"
-    return await _inspect(fleet, "engines", headline, in_flight.oldest("sampling"))
+    return await _inspect(list(fleet.engines), "engines", headline, in_flight.oldest("sampling"))
 
 
 async def _inspect_teacher(rollouts: RolloutCollector) -> RoleDiagnosis:
-    """Inspect the teacher's engines as `_inspect_engines` does."""
-    assert rollouts.teacher is not None, "called for runs with a teacher only"
+    """Inspect the engines of all teachers as `_inspect_engines` does."""
+    assert rollouts.teachers is not None, "called for runs with a teacher only"
     in_flight = rollouts.in_flight
     headline = _open_groups(in_flight, "scoring")
-    return await _inspect(rollouts.teacher, "teacher", headline, in_flight.oldest("scoring"))
+    engines = [engine for fleet in rollouts.teachers.fleets.values() for engine in fleet.engines]
+    return await _inspect(engines, "teacher", headline, in_flight.oldest("scoring"))
 
 
 def _inspect_rewards(rollouts: RolloutCollector) -> RoleDiagnosis:
@@ -291,10 +291,9 @@ def _open_groups(in_flight: InFlightGroups, phase: Phase) -> str:
 
 
 async def _inspect(
-    fleet: RolloutFleet, role: str, headline: str, oldest: InFlightGroup | None
+    engines: Sequence[Engine], role: str, headline: str, oldest: InFlightGroup | None
 ) -> RoleDiagnosis:
     """Inspect all engines. Those that do not respond are stuck; if all do, those with requests."""
-    engines = list(fleet.engines)
     states = dict(zip(engines, await asyncio.gather(*map(_state, engines)), strict=True))
     stuck = [e for e, (_, responds) in states.items() if e.is_up and not responds]
     stuck = stuck or [engine for engine in engines if engine.is_up and engine.num_running]
@@ -346,7 +345,7 @@ async def diagnose(run: RunHandles) -> list[RoleDiagnosis]:
     inspections = [inspect_trainer(run.trainer)]
     if rollouts is not None:
         inspections.append(_inspect_engines(rollouts, pushing=_is_pushing(run)))
-        if rollouts.teacher is not None:
+        if rollouts.teachers is not None:
             inspections.append(_inspect_teacher(rollouts))
     diagnoses = {diagnosis.role: diagnosis for diagnosis in await asyncio.gather(*inspections)}
     if rollouts is not None:

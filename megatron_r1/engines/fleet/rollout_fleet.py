@@ -435,7 +435,7 @@ class RolloutFleet:
         assert self._model is not None, "start() was not called"
         settings = self.server_settings
         if self.make_server is EngineServer:  # hosts of a pool divide their GPUs themselves
-            key = "teacher.engines" if self.role == "teacher" else "rollout.engines"
+            key = "teacher.engines" if self.role.startswith("teacher") else "rollout.engines"
             settings = with_gpu_share(settings, index, self.num_engines, key)
         seed = (settings.get("seed", 0) + index) % 2**32  # vLLM hands it to numpy, too
         own = {"seed": seed, "secret": secrets.token_hex(32)}

@@ -9,7 +9,8 @@ from importlib.util import find_spec
 from typing import Any
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.config import Config, RolloutConfig, TeacherConfig
+from megatron_r1.config import Config, RolloutConfig
+from megatron_r1.config.teacher import TeacherEngines
 from megatron_r1.engines.server import gpu
 from megatron_r1.engines.server.vllm_arguments import check_reserved
 from megatron_r1.models.families import FAMILIES
@@ -151,7 +152,7 @@ def _check_speculation(rollout: RolloutConfig, hf: dict) -> None:
         )
 
 
-def check_ranks(engines: RolloutConfig | TeacherConfig, hf: dict, section: str) -> None:
+def check_ranks(engines: RolloutConfig | TeacherEngines, hf: dict, section: str) -> None:
     """Raise UserError for engines whose ranks cannot share the model.
 
     Args:
@@ -205,7 +206,7 @@ def check_ranks(engines: RolloutConfig | TeacherConfig, hf: dict, section: str) 
 
 
 def _check_expert_ranks(
-    engines: RolloutConfig | TeacherConfig, language: dict, section: str
+    engines: RolloutConfig | TeacherEngines, language: dict, section: str
 ) -> None:
     experts = num_experts(language)
     if not experts:
@@ -240,7 +241,7 @@ def _check_sparse(hf: dict) -> None:
         )
 
 
-def _check_gpt_oss(engines: RolloutConfig | TeacherConfig, hf: dict, section: str) -> None:
+def _check_gpt_oss(engines: RolloutConfig | TeacherEngines, hf: dict, section: str) -> None:
     """Raise UserError for ranks among which vLLM's class of gpt-oss cannot divide the model: a
     tensor rank needs key-value heads of its own, every rank an equal part of intermediate_size."""
     kv_heads, inner = hf["num_key_value_heads"], hf["intermediate_size"]

@@ -16,9 +16,10 @@ import psutil
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.processes import memory
 from megatron_r1.base.transports import BACKEND_PREFIX, TRANSPORTS
-from megatron_r1.config import Config, RolloutConfig, TeacherConfig
+from megatron_r1.config import Config, RolloutConfig
 from megatron_r1.config.engine import LAYOUT
 from megatron_r1.config.rollout import SpeculativeConfig
+from megatron_r1.config.teacher import TeacherEngines
 from megatron_r1.engines.server.vllm_arguments import argument_list
 from megatron_r1.models.hf_config import implied_settings, language_settings, load_config
 
@@ -285,12 +286,12 @@ SUPERVISION_KEYS = {
 """Keys that `rollout` and `teacher` both have."""
 
 
-def fleet_settings(engines: RolloutConfig | TeacherConfig) -> dict[str, Any]:
+def fleet_settings(engines: RolloutConfig | TeacherEngines) -> dict[str, Any]:
     """Return the arguments of `RolloutFleet` that a recipe sets."""
     return engines.model_dump(include=SUPERVISION_KEYS)
 
 
-def engine_settings(engines: RolloutConfig | TeacherConfig) -> dict[str, Any]:
+def engine_settings(engines: RolloutConfig | TeacherEngines) -> dict[str, Any]:
     """Return the `EngineSettings` that a recipe sets, the same for every job of its engines."""
     # The server that takes requests, and the controller, need a core besides: with 2 threads on 2
     # cores a rollout of 256 short responses takes 1.14 s, with 1 thread 0.92 s.

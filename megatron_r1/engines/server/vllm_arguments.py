@@ -14,7 +14,8 @@ from typing import Any
 import msgspec
 
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
-from megatron_r1.config import RolloutConfig, TeacherConfig
+from megatron_r1.config import RolloutConfig
+from megatron_r1.config.teacher import TeacherEngines
 
 CHECKER = "megatron_r1.engines.plugin.argument_check"
 """What parses the arguments: a process of its own, as this one imports no vLLM."""
@@ -100,14 +101,14 @@ def argument_list(values: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def check_reserved(engines: RolloutConfig | TeacherConfig, section: str) -> None:
+def check_reserved(engines: RolloutConfig | TeacherEngines, section: str) -> None:
     """Raise UserError for an argument that this project sets, naming what sets it.
 
     Args:
         engines: the recipe's section.
-        section: its name, "rollout" or "teacher".
+        section: its key, such as "rollout" or "teacher".
     """
-    owned = RESERVED | (RESERVED_OF_TEACHER if section == "teacher" else {})
+    owned = RESERVED | (RESERVED_OF_TEACHER if isinstance(engines, TeacherEngines) else {})
     for given in engines.vllm:
         key, name = f"{section}.vllm.{given}", given.replace("-", "_").removeprefix("no_")
         if name in owned:
@@ -136,7 +137,7 @@ def check_reserved(engines: RolloutConfig | TeacherConfig, section: str) -> None
             )
 
 
-def check_arguments(engines: RolloutConfig | TeacherConfig, section: str) -> None:
+def check_arguments(engines: RolloutConfig | TeacherEngines, section: str) -> None:
     """Raise UserError for arguments that vLLM does not have, or values that it does not accept.
 
     vLLM's parser takes 10 s on a CPU, most of it the import, so it runs only where there are
@@ -145,7 +146,7 @@ def check_arguments(engines: RolloutConfig | TeacherConfig, section: str) -> Non
 
     Args:
         engines: the recipe's section.
-        section: its name, "rollout" or "teacher".
+        section: its key, such as "rollout" or "teacher".
     """
     check_reserved(engines, section)
     on_hosts = isinstance(engines, RolloutConfig) and engines.placement == "hosts"

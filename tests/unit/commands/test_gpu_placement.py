@@ -97,6 +97,9 @@ def test_each_share_that_is_missing_is_named(recipe):
     with refused("teacher.gpu_memory", Cause.MISSING, 0.92):
         check(rollout__gpu_memory=0.3, teacher__path="model")
     check(rollout__gpu_memory=0.3, teacher__path="model", teacher__gpu_memory=0.2)
+    both = {"path": "model", "gpu_memory": 0.2, "by_source": {"math": {"path": "model"}}}
+    with refused("teacher.by_source.math.gpu_memory", Cause.MISSING, 0.92):
+        check(rollout__gpu_memory=0.3, **{f"teacher__{key}": both[key] for key in both})
     check(rollout__gpu_memory=0.3, teacher__path="model", teacher__url=["http://there:8000"])
 
 
@@ -141,7 +144,7 @@ def test_engines_on_the_trainers_gpus_start_after_it(recipe, monkeypatch, has_gp
             engines_started.set()
 
     settings = {"rollout.colocated": colocated, "rollout.gpu_memory": 0.3}
-    collector = SimpleNamespace(fleet=Fleet(), teacher=None)
+    collector = SimpleNamespace(fleet=Fleet(), teachers=None)
     asyncio.run(rl._start_roles(configuration.load(recipe, settings), Trainer(), collector))
     in_turn = ["trainer", "free_memory", "engines"] if colocated else ["trainer", "engines"]
     assert done == (in_turn if has_gpus or colocated else ["engines", "trainer"])

@@ -121,6 +121,9 @@ def test_a_critic_and_a_teacher_take_memory_too(tmp_path):
     taught = cpu_memory(recipe(tmp_path, teacher=settings), 1, has_engines=True)
     assert taught.engine_weight_bytes == grpo.engine_weight_bytes + 3 * 4 * 5000
     assert taught.other_bytes > grpo.other_bytes + 3 * GIB
+    settings["by_source"] = {"math": {"path": str(teacher), "dtype": "bfloat16"}}
+    by_two = cpu_memory(recipe(tmp_path, teacher=settings), 1, has_engines=True)
+    assert by_two.engine_weight_bytes == taught.engine_weight_bytes + 2 * 5000
 
 
 def test_moments_in_bfloat16_save_nothing_on_a_cpu(tmp_path):

@@ -33,7 +33,7 @@ class Engines:
         self.done: list[str] = []
         self.differ, self.offloads = differ, False
         self.config, self.log = Config(), None
-        self.collector = SimpleNamespace(pool=Pool(), fleet=None, teacher=None)
+        self.collector = SimpleNamespace(pool=Pool(), fleet=None, teachers=None)
 
     @contextlib.asynccontextmanager
     async def updating_weights(self):
@@ -152,7 +152,7 @@ def checkpointing_of(run, counts):
     prompts = PromptSampler([make_prompt(f"{n} + 1?", "math", "1", {}) for n in range(10)], seed=3)
     pool = SimpleNamespace(snapshot=lambda: dict(counts))
     sampler = SimpleNamespace(
-        prompts=prompts, log=None, collector=SimpleNamespace(pool=pool, teacher=None)
+        prompts=prompts, log=None, collector=SimpleNamespace(pool=pool, teachers=None)
     )
     return RunCheckpoints(run, run, sampler), prompts
 

@@ -20,7 +20,7 @@ from megatron_r1.config import Config, RewardsConfig
 from megatron_r1.controller.rollouts.collector import RolloutCollector
 from megatron_r1.controller.rollouts.group_records import decode, encode, pack, unpack
 from megatron_r1.controller.rollouts.rollout import RolloutSampling
-from megatron_r1.controller.teacher import ExternalFleet, check_teacher, differing_tokens
+from megatron_r1.controller.teacher import ExternalFleet, check_teachers, differing_tokens
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.engines.episodes import Branch, Episode, EpisodeResult
 from megatron_r1.engines.server.client import EngineClient
@@ -57,7 +57,7 @@ WORDS = ["one", "two", "three"]
 def check(tmp_path, words=WORDS, rollout=None, teacher=None, schedule=(), **model):
     student = write_model(tmp_path / "student", WORDS, vocab_size=8)
     path = write_model(tmp_path / "teacher", words, **{"vocab_size": 8, **model})
-    check_teacher(
+    check_teachers(
         Config(
             model={"path": student},
             rollout={"max_response_tokens": 32} | (rollout or {}),
@@ -85,6 +85,12 @@ def test_a_teacher_of_another_architecture_with_more_tokens_of_its_own_is_accept
         ),
         ({"teacher": {"tensor": 3}}, "teacher.tensor", Cause.INDIVISIBLE, ("heads=4",)),
         ({"teacher": {"path": "nowhere"}}, "teacher.path", Cause.NOT_FOUND, ("nowhere",)),
+        (
+            {"teacher": {"by_source": {"math": {"path": "nowhere"}}}},
+            "teacher.by_source.math.path",
+            Cause.NOT_FOUND,
+            ("nowhere",),
+        ),
     ],
 )
 def test_a_teacher_that_cannot_score_the_student_is_refused(tmp_path, wrong, key, cause, shown):
@@ -94,13 +100,13 @@ def test_a_teacher_that_cannot_score_the_student_is_refused(tmp_path, wrong, key
 
 def test_a_teacher_goes_with_the_algorithm_that_asks_it():
     with refused("teacher.path", Cause.MISSING):
-        check_teacher(Config(rl={"algorithm": "on_policy_distillation"}))
+        check_teachers(Config(rl={"algorithm": "on_policy_distillation"}))
     with refused("teacher.path", Cause.CONFLICT, "rl.algorithm: grpo"):
-        check_teacher(Config(teacher={"path": "t"}))
+        check_teachers(Config(teacher={"path": "t"}))
 
 
 def test_without_either_there_is_nothing_to_check():
-    check_teacher(Config())
+    check_teachers(Config())
 
 
 def test_only_the_first_differing_tokens_are_named():
@@ -295,7 +301,7 @@ class CountingTeacher:
     def __init__(self):
         self.num_computed = 0
 
-    async def compute_logprobs(self, token_ids, first, *, order):
+    async def compute_logprobs(self, prompt, token_ids, first, order):
         self.num_computed += 1
         return array("f", [-(i + order / 8) for i in range(first, len(token_ids))])
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from planned_jobs import LAPTOP, RECIPE, ROOT
 from refusals import refused
 
@@ -147,6 +148,23 @@ def test_a_teacher_that_cannot_be_counted_is_planned_without(tmp_path, capsys):
     weights_of = json.loads(file.read_text())["sections"]["engine memory of a teacher's GPU"]
     assert weights_of["weights"]["value"] is None
     assert "OtherForCausalLM" in weights_of["weights"]["formula"]
+
+
+def test_each_of_several_teachers_is_planned(tmp_path):
+    recipe = yaml.safe_load((ROOT / "examples/distill/qwen2.5-math-7b_on_policy.yaml").read_text())
+    model = recipe["model"]["path"]
+    recipe["teacher"]["by_source"] = {"code": {"path": model, "tensor": 2, "engines": 3}}
+    file, plan = tmp_path / "recipe.yaml", tmp_path / "plan.json"
+    file.write_text(yaml.safe_dump(recipe))
+    assert main([str(file), "--json", str(plan)]) == 0
+    sections = json.loads(plan.read_text())["sections"]
+    first = sections["engine memory of a teacher's GPU"]
+    second = sections["engine memory of a teacher's GPU, teacher.by_source.code"]
+    assert (
+        "on 6 GPUs" in second["scoring a rollout"]["formula"]
+        and "/ 2 GPUs" in (second["weights"]["formula"])
+    )
+    assert first != second
 
 
 def test_every_recipe_of_a_dense_or_small_model_can_be_planned(capsys):

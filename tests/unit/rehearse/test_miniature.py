@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 
 import pytest
+import yaml
 from r1_grading import grade
 from r1_grading.reading import chain_of_thought
 from refusals import refused
@@ -309,6 +310,19 @@ def test_longer_responses_of_the_schedule_are_sampled():
     for wrong in (lines(12, 12, 12), lines(24, 24, 24)):
         with pytest.raises(RunError, match=r"rl\.schedule: .*\[12, 24, 24\]"):
             run._show_schedule(wrong)
+
+
+def test_every_teacher_has_a_small_model_and_questions(tmp_path):
+    recipe = yaml.safe_load((ROOT / "examples/distill/qwen2.5-math-7b_on_policy.yaml").read_text())
+    recipe["teacher"]["by_source"] = {"gsm8k": {"path": "m", "url": ["http://there:8000"]}}
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe))
+    _, small = shrunk(file)
+    teacher = small.config.teacher
+    assert teacher.by_source["gsm8k"].url == [] and teacher.by_source["gsm8k"].path != teacher.path
+    path = tmp_path / "questions.jsonl"
+    synthetic_data.write_questions(path, 4, [], list(teacher.by_source))
+    assert [json.loads(line)["data_source"] for line in path.open()] == ["", "gsm8k"] * 2
 
 
 def test_stage_4_asks_reward_models_from_its_last_part_on(tmp_path):

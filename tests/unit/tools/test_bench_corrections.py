@@ -60,7 +60,7 @@ def test_cells_with_too_few_seeds_are_left_out_and_parts_without_their_first():
 def test_the_page_shows_every_cell_and_what_it_comes_from():
     many = {str(seed): a_run(0.5, 20) for seed in range(10)}
     made = {"stale": dict.fromkeys(PARTS["stale"].cells, many)}
-    text = figures.as_page({"packages": {"torch": "1.2.3"}, "runs": made}, cores=3)
+    text = figures.as_page(made, {"torch": "1.2.3"}, cores=3)
     assert [f"| `{cell}` | 50.0 [50.0, 50.0] |" in text for cell in made["stale"]] == [True] * 4
     for shown in (
         "abcd0123",
@@ -165,7 +165,21 @@ def test_a_study_goes_on_from_the_figures_of_an_earlier_call(options, tmp_path):
     Recorded.made.clear()
     found = corrections.run(options)["runs"]
     assert Recorded.made == [("limit", cell, 2) for cell in PARTS["limit"].cells]
-    assert found["limit"][NONE].keys() == {"0", "1", "2"}
+    assert found["limit"][NONE]["seeds"].keys() == {"0", "1", "2"}
+
+
+def test_settings_are_written_once_for_all_seeds_of_a_cell():
+    seeds = {str(seed): {"settings": {"task": "dense"}, **a_run(0.5)} for seed in range(2)}
+    shared = runs.share_settings({"limit": {NONE: seeds}})
+    assert shared == {
+        "limit": {
+            NONE: {
+                "settings": {"task": "dense"},
+                "seeds": {"0": a_run(0.5), "1": a_run(0.5)},
+            }
+        }
+    }
+    assert runs.spread_settings(shared) == {"limit": {NONE: seeds}}
 
 
 def test_a_run_of_other_settings_is_refused(options, monkeypatch):

@@ -19,7 +19,7 @@ from tools.bench import host
 from tools.bench.algorithms import PACKAGES
 from tools.bench.corrections.cells import PARTS
 from tools.bench.corrections.figures import Runs, as_page, tables
-from tools.bench.corrections.runs import Study, provenance
+from tools.bench.corrections.runs import Study, provenance, share_settings, spread_settings
 
 FEWEST = 10
 """Seeds that a cell needs to be in the tables."""
@@ -47,19 +47,22 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """
     study = Study(args.folder)
     if args.results:
-        study.take_over(json.loads(args.results.read_text(encoding="utf-8"))["runs"])
+        earlier = json.loads(args.results.read_text(encoding="utf-8"))["runs"]
+        study.take_over(spread_settings(earlier))
     if not args.show:
         _make_missing(study, args)
     runs = read_runs(study)
     shown = shown_runs(runs, args.fewest)
     print(tables(shown))
-    made = [each for cells in runs.values() for of in cells.values() for each in of.values()]
-    hours = sum(each["core_seconds"] for each in made) / 3600
-    print(f"{len(made)} runs, {hours:.1f} core hours")
-    result = {"packages": host.versions(PACKAGES), **provenance(), "runs": shown}
+    finished = [
+        run for cells in runs.values() for seeds in cells.values() for run in seeds.values()
+    ]
+    hours = sum(run["core_seconds"] for run in finished) / 3600
+    print(f"{len(finished)} runs, {hours:.1f} core hours")
+    packages = host.versions(PACKAGES)
     if args.page:
-        args.page.write_text(as_page(result, host.num_cores()), encoding="utf-8")
-    return result
+        args.page.write_text(as_page(shown, packages, host.num_cores()), encoding="utf-8")
+    return {"packages": packages, **provenance(), "runs": share_settings(shown)}
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -68,44 +71,44 @@ def parse_seeds(text: str) -> list[int]:
     Raises:
         SystemExit: the text is of no such form."""
     try:
-        found: list[int] = []
+        seeds: list[int] = []
         for word in text.split(","):
             first, _, last = word.partition("-")
-            found += range(int(first), int(last or first) + 1)
+            seeds += range(int(first), int(last or first) + 1)
     except ValueError:
-        found = []
-    if not found:
+        seeds = []
+    if not seeds:
         raise SystemExit(f"--seeds {text}: give numbers such as 0-9 or 3,5")
-    return found
+    return seeds
 
 
 def read_runs(study: Study) -> Runs:
     """Return the figures of all finished runs of the present cells."""
     runs: Runs = {}
-    for part, of in PARTS.items():
-        for cell in of.cells:
+    for part, settings in PARTS.items():
+        for cell in settings.cells:
             files = sorted(study.file(part, cell, 0).parent.glob("*.json"))
             seeds = sorted(int(file.stem) for file in files)
-            made = {
+            finished = {
                 str(seed): json.loads(study.file(part, cell, seed).read_text(encoding="utf-8"))
                 for seed in seeds
                 if study.is_done(part, cell, seed)
             }
-            if made:
-                runs.setdefault(part, {})[cell] = made
+            if finished:
+                runs.setdefault(part, {})[cell] = finished
     return runs
 
 
 def shown_runs(runs: Runs, fewest: int) -> Runs:
     """Return the cells with at least `fewest` seeds, of parts whose first cell has them and others
     do."""
-    kept = {
-        part: {cell: made for cell, made in cells.items() if len(made) >= fewest}
+    with_enough = {
+        part: {cell: seeds for cell, seeds in cells.items() if len(seeds) >= fewest}
         for part, cells in runs.items()
     }
     return {
         part: cells
-        for part, cells in kept.items()
+        for part, cells in with_enough.items()
         if len(cells) > 1 and next(iter(PARTS[part].cells)) in cells
     }
 
@@ -115,10 +118,10 @@ def _make_missing(study: Study, args: argparse.Namespace) -> None:
     early leaves pairs."""
     begun, parts = time.monotonic(), args.part or list(PARTS)
     study.folder.mkdir(parents=True, exist_ok=True)
-    seeds, known = parse_seeds(args.seeds), {cell for part in parts for cell in PARTS[part].cells}
-    if unknown := set(args.cell or ()) - known:
-        raise SystemExit(f"--cell {', '.join(unknown)}: there are {', '.join(sorted(known))}")
-    todo = [
+    seeds, cells = parse_seeds(args.seeds), {cell for part in parts for cell in PARTS[part].cells}
+    if unknown := set(args.cell or ()) - cells:
+        raise SystemExit(f"--cell {', '.join(unknown)}: there are {', '.join(sorted(cells))}")
+    missing = [
         (part, cell, seed)
         for part in parts
         for seed in seeds
@@ -126,15 +129,14 @@ def _make_missing(study: Study, args: argparse.Namespace) -> None:
         if (args.cell is None or cell in args.cell) and not study.is_done(part, cell, seed)
     ]
     total = 0.0
-    for index, each in enumerate(todo, 1):
+    for index, (part, cell, seed) in enumerate(missing, 1):
         minutes = (time.monotonic() - begun) / 60
         if args.minutes is not None and minutes > args.minutes:
-            print(f"{len(todo) - index + 1} runs are left after {minutes:.0f} minutes")
+            print(f"{len(missing) - index + 1} runs are left after {minutes:.0f} minutes")
             break
-        total += (seconds := study.make(*each))
-        part, cell, seed = each
+        total += (seconds := study.make(part, cell, seed))
         print(
-            f"{index} of {len(todo)}: {part}, {cell}, seed {seed}: {seconds:.0f} CPU seconds, "
+            f"{index} of {len(missing)}: {part}, {cell}, seed {seed}: {seconds:.0f} CPU seconds, "
             f"{total / 60:.0f} minutes of them in all",
             flush=True,
         )

@@ -66,9 +66,9 @@ def table_row(cell: Seeds, first: Seeds) -> list[str]:
 
 def _interval(values: Sequence[float], scale: float, form: str) -> str:
     """Return mean and interval, as `81.0 [76.2, 85.8]`."""
-    of = estimate(values)
-    ends = [of.value, of.low, of.high]
-    value, low, high = (format(scale * (of.value if end is None else end), form) for end in ends)
+    mean = estimate(values)
+    ends = [mean.value, mean.low, mean.high]
+    value, low, high = (format(scale * (mean.value if end is None else end), form) for end in ends)
     return f"{value} [{low}, {high}]"
 
 
@@ -83,39 +83,41 @@ def table(cells: Mapping[str, Seeds]) -> str:
 
 def tables(runs: Runs) -> str:
     """Return the tables of all parts, each under its mismatch."""
-    made = []
+    sections = []
     for part, cells in runs.items():
-        every = [run for seeds in cells.values() for run in seeds.values()]
-        gap = fmean(run["gap"] for run in every)
-        cut = fmean(run["truncated"] for run in every)
+        finished = [run for seeds in cells.values() for run in seeds.values()]
+        gap = fmean(run["gap"] for run in finished)
+        cut = fmean(run["truncated"] for run in finished)
         about, model = PARTS[part].about, PARTS[part].task
-        made.append(
+        sections.append(
             f"## {part}\n{about[:1].upper()}{about[1:]}; model: {model}. `logprob_diff/mean` "
             f"{gap:.1g}, {format_percent(cut)} of the answers cut off.\n\n{table(cells)}\n"
         )
-    return "\n".join(made)
+    return "\n".join(sections)
 
 
-def as_page(result: Mapping[str, Any], cores: int) -> str:
+def as_page(runs: Runs, packages: Mapping[str, str], cores: int) -> str:
     """Return the page with the tables of all parts.
 
     Args:
-        result: as `corrections.run` returns it.
+        runs: the finished runs.
+        packages: the version of each package that matters.
         cores: number of CPU cores."""
-    runs: Runs = result["runs"]
-    every = [run for cells in runs.values() for of in cells.values() for run in of.values()]
-    counts = sorted({len(of) for cells in runs.values() for of in cells.values()})
+    finished = [
+        run for cells in runs.values() for seeds in cells.values() for run in seeds.values()
+    ]
+    counts = sorted({len(seeds) for cells in runs.values() for seeds in cells.values()})
     used = {PARTS[part].task for part in runs}
     rl = COMMON["rl"]
     return PAGE.read_text(encoding="utf-8").format(
-        dates=_ends(sorted({run["date"] for run in every})),
-        commits=", ".join(sorted({run["commit"] for run in every})),
+        dates=_ends(sorted({run["date"] for run in finished})),
+        commits=", ".join(sorted({run["commit"] for run in finished})),
         cores=cores,
-        packages=", ".join(f"{name} {version}" for name, version in result["packages"].items()),
-        num_runs=len(every),
+        packages=", ".join(f"{name} {version}" for name, version in packages.items()),
+        num_runs=len(finished),
         seeds=_ends([str(count) for count in counts]),
-        core_hours=f"{sum(run['core_seconds'] for run in every) / 3600:.1f}",
-        core_seconds=f"{fmean(run['core_seconds'] for run in every):.0f}",
+        core_hours=f"{sum(run['core_seconds'] for run in finished) / 3600:.1f}",
+        core_seconds=f"{fmean(run['core_seconds'] for run in finished):.0f}",
         tasks="\n".join(f"- `{name}`: {TASKS[name].about}." for name in TASKS if name in used),
         steps=COMMON["run"]["steps"],
         responses=rl["questions_per_rollout"] * rl["group_size"],
@@ -123,7 +125,7 @@ def as_page(result: Mapping[str, Any], cores: int) -> str:
         rate=f"{COMMON['optimizer']['learning_rate']:g}",
         questions=COMMON["data"]["num_heldout"],
         samples=COMMON["eval"]["samples"],
-        before=format_percent(fmean(run["heldout_before"] for run in every)),
+        before=format_percent(fmean(run["heldout_before"] for run in finished)),
         window=WINDOW,
         target=TARGET,
         collapsed=COLLAPSED,

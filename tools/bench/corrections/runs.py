@@ -72,10 +72,7 @@ class Study:
         return True
 
     def take_over(self, runs: Runs) -> None:
-        """Write the figures of runs made elsewhere, except of those that this folder has.
-
-        Args:
-            runs: as an earlier call returned them."""
+        """Write the figures of runs made elsewhere, except of those that this folder has."""
         for part, cells in runs.items():
             for cell, seeds in cells.items():
                 for seed, figures in seeds.items():
@@ -107,8 +104,8 @@ class Study:
             self._command("rl", recipe, options)
         seconds = _core_seconds() - before
         figures = run_figures(run, settings["recipe"]["rl"])
-        made = {"settings": settings, **provenance(), "core_seconds": seconds, **figures}
-        _write_figures(self.file(part, cell, seed), made)
+        figures = {"settings": settings, **provenance(), "core_seconds": seconds, **figures}
+        _write_figures(self.file(part, cell, seed), figures)
         shutil.rmtree(run)
         return seconds
 
@@ -131,16 +128,48 @@ def _write_figures(file: Path, figures: Mapping[str, Any]) -> None:
     atomic_write(file, json.dumps(figures, indent=1) + "\n")
 
 
+def share_settings(runs: Runs) -> dict[str, Any]:
+    """Return the runs as --json has them: under each cell the settings of its runs, once, and the
+    figures by seed."""
+    return {
+        part: {
+            cell: {
+                "settings": next(iter(seeds.values()))["settings"],
+                "seeds": {
+                    seed: {key: value for key, value in run.items() if key != "settings"}
+                    for seed, run in seeds.items()
+                },
+            }
+            for cell, seeds in cells.items()
+        }
+        for part, cells in runs.items()
+    }
+
+
+def spread_settings(shared: Mapping[str, Any]) -> Runs:
+    """Return the runs of what `share_settings` returned, each with its cell's settings."""
+    return {
+        part: {
+            name: {
+                seed: {"settings": cell["settings"], **run} for seed, run in cell["seeds"].items()
+            }
+            for name, cell in cells.items()
+        }
+        for part, cells in shared.items()
+    }
+
+
 def cell_settings(part: str, cell: str) -> dict[str, Any]:
     """Return all that a cell's runs have in common, as JSON: the recipe and what is planted.
 
     Args:
         part: a name in `PARTS`.
         cell: one of its cells."""
-    of = PARTS[part]
+    study_part = PARTS[part]
     demo = yaml.safe_load((LAPTOP / "r1_zero.yaml").read_text(encoding="utf-8"))
-    recipe = reduce(merge_settings, (demo, COMMON, of.settings, of.cells[cell]))
-    return {"recipe": recipe, "task": of.task, "engine_temperature": of.engine_temperature}
+    recipe = reduce(merge_settings, (demo, COMMON, study_part.settings, study_part.cells[cell]))
+    planted_temperature = study_part.engine_temperature
+    return {"recipe": recipe, "task": study_part.task, "engine_temperature": planted_temperature}
 
 
 @contextlib.contextmanager

@@ -1,0 +1,134 @@
+"""The teachers of a run by the source of a question: one for all, and further ones for single
+sources (multi-teacher on-policy distillation, MOPD: arXiv 2606.30406)."""
+
+from __future__ import annotations
+
+import asyncio
+from array import array
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from megatron_r1.base.errors import Cause, UserError, did_you_mean
+from megatron_r1.config import Config
+from megatron_r1.config.teacher import DEFAULT, TeacherConfig, source_key
+from megatron_r1.controller.rollouts.rollout import Group
+from megatron_r1.controller.teacher import teacher_fleet
+from megatron_r1.data.prompts import Prompt
+from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
+
+OTHERS = "others"
+"""The default teacher in metrics."""
+
+
+class Teachers:
+    """The engines of all teachers, to be started with their models.
+
+    Args:
+        fleets: the engines by source; `DEFAULT`: of all other sources.
+        paths: the model folder of each."""
+
+    def __init__(self, fleets: Mapping[str, RolloutFleet], paths: Mapping[str, str]):
+        self.fleets, self._paths = dict(fleets), dict(paths)
+
+    async def start(self) -> None:
+        """Start all engines at once and wait for them."""
+        await asyncio.gather(
+            *(fleet.start(self._paths[source]) for source, fleet in self.fleets.items())
+        )
+
+    async def close(self) -> None:
+        """End all engines. Safe to call more than once."""
+        await asyncio.gather(*(fleet.close() for fleet in self.fleets.values()))
+
+    async def compute_logprobs(
+        self, prompt: Prompt, token_ids: Sequence[int], first: int, order: int = 0
+    ) -> array[float]:
+        """Return the log-probabilities of a sample's tokens by the teacher of its prompt.
+
+        Args:
+            prompt: the row, whose source names the teacher.
+            token_ids: the sample with its prompt.
+            first: the index of the first token to score.
+            order: the training step; smaller ones come first.
+
+        Raises:
+            EngineError: the teacher's engines fail."""
+        fleet = self.fleets[teacher_source(prompt, self.fleets)]
+        return await fleet.compute_logprobs(token_ids, first, order=order)
+
+    def kl_by_source(self, groups: Iterable[Group]) -> dict[str, float]:
+        """Return "teacher/kl/SOURCE" of each of several teachers, `OTHERS` of the default one: the
+        mean over response tokens of log π_engine - log π_teacher, in nats; empty for one teacher.
+
+        Args:
+            groups: a rollout's, with the teachers' log-probabilities."""
+        if len(self.fleets) == 1:
+            return {}
+        gaps: dict[str, list[np.ndarray]] = defaultdict(list)
+        for group in groups:
+            source = teacher_source(group.prompt, self.fleets) or OTHERS
+            for graded in group.responses:
+                if graded.teacher_logprobs is not None:
+                    gaps[source].append(
+                        np.asarray(graded.response.logprobs, np.float64) - graded.teacher_logprobs
+                    )
+        tokens = {source: np.concatenate(arrays) for source, arrays in gaps.items()}
+        return {f"teacher/kl/{name}": float(gap.mean()) for name, gap in tokens.items() if gap.size}
+
+    def metrics(self) -> dict[str, float]:
+        """Return the counters of all engines together."""
+        counters: Counter[str] = Counter()
+        for fleet in self.fleets.values():
+            counters.update(fleet.metrics())
+        return dict(counters)
+
+
+def open_teachers(config: Config, logs: Path, notify: Callable[[str], None]) -> Teachers | None:
+    """Return the teachers of section `teacher`; None for a run without one.
+
+    Args:
+        config: the recipe.
+        logs: the folder of the engines' logs.
+        notify: called with a line when an engine is replaced."""
+    teacher = config.teacher
+    if not teacher.path:
+        return None
+    sources = (DEFAULT, *teacher.by_source)
+    fleets = {source: teacher_fleet(config, logs, notify, source) for source in sources}
+    return Teachers(fleets, {source: teacher.of_source(source).path for source in sources})
+
+
+def teacher_source(prompt: Prompt, sources: Iterable[str]) -> str:
+    """Return the source of a prompt's teacher: its data source, or else its kind, where a teacher
+    has that; `DEFAULT` where none has."""
+    names = [name for name in (prompt.data_source, prompt.kind) if name]
+    return next((name for name in names if name in sources), DEFAULT)
+
+
+def check_sources(teacher: TeacherConfig, prompts: Iterable[Prompt]) -> dict[str, int]:
+    """Return the number of questions of each teacher, by source.
+
+    Args:
+        teacher: the section.
+        prompts: the questions to train on.
+
+    Raises:
+        UserError: a teacher has no question."""
+    rows = list(prompts)
+    counts = Counter(teacher_source(prompt, teacher.by_source) for prompt in rows)
+    for name in teacher.by_source:
+        if not counts[name]:
+            names = sorted(
+                {prompt.data_source for prompt in rows} - {""} | {prompt.kind for prompt in rows}
+            )
+            near = did_you_mean(name, names, "{}")
+            raise UserError(
+                f"{source_key(name)}: no question is of that source{near}; data sources and kinds "
+                f"are {', '.join(names)}",
+                key=source_key(name),
+                cause=Cause.UNKNOWN,
+            )
+    return dict(counts)
