@@ -37,9 +37,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_r1.models.context_parallel import positions_of_rank
-from megatron_r1.models.cpu_patches import Patch, register_in
 from megatron_r1.models.experts import GROUP_SCORES
 from megatron_r1.models.packed_params import marked_positions
+from megatron_r1.models.patching import Patch, register_in
 from megatron_r1.models.shared_prefixes import marked_prefixes
 from megatron_r1.models.token_dispatcher import KnownCountsDispatcher, indices_to_multihot
 
