@@ -69,7 +69,7 @@ def _hide_transformer_engine() -> None:
     "distributed/param_and_grad_buffer.py:_ParamAndGradBuffer.__init__",
     "device=torch.cuda.current_device()",
 )
-def _current_device() -> None:
+def _patch_current_device() -> None:
     torch.cuda.current_device = lambda: CPU
     torch.cuda.set_device = lambda device: None
 
@@ -79,7 +79,7 @@ def _current_device() -> None:
     "transformer/moe/token_dispatcher.py:MoEAlltoAllTokenDispatcher.__init__",
     "torch.cuda.Stream()",
 )
-def _streams() -> None:
+def _patch_streams() -> None:
     only = _Stream()
     torch.cuda.Stream, torch.cuda.Event = _Stream, _Event
     torch.cuda.current_stream = torch.cuda.default_stream = lambda device=None: only
@@ -93,7 +93,7 @@ def _streams() -> None:
     "pipeline_parallel/utils.py:ScheduleNode._forward",
     "input.record_stream(self.stream)",
 )
-def _ranges_and_uses() -> None:
+def _patch_ranges_and_uses() -> None:
     # torch without CUDA has no NVTX, and memory of a CPU is not freed by stream.
     torch.cuda.nvtx.range_push = lambda message: 0
     torch.cuda.nvtx.range_pop = lambda: 0
@@ -105,7 +105,7 @@ def _ranges_and_uses() -> None:
     "tensor_parallel/random.py:CudaRNGStatesTracker.add",
     "torch.cuda.get_rng_state()",
 )
-def _random_state() -> None:
+def _patch_random_state() -> None:
     cuda = torch.cuda
     cuda.get_rng_state = cuda.random.get_rng_state = lambda device=None: torch.get_rng_state()
     cuda.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
@@ -118,7 +118,7 @@ def _random_state() -> None:
     "pipeline_parallel/schedules.py:forward_backward_no_pipelining",
     'device="cuda"',
 )
-def _factories() -> None:
+def _patch_factories() -> None:
     names = (
         "zeros ones empty full tensor as_tensor arange linspace eye rand randn randint randperm "
         "zeros_like ones_like empty_like full_like rand_like randn_like"
@@ -143,7 +143,7 @@ def _factories() -> None:
 @_patch(
     "moves to the GPU", "optimizer/optimizer.py:MegatronOptimizer.restore_from_cpu", "p.data.cuda()"
 )
-def _moves() -> None:
+def _patch_moves() -> None:
     to = torch.Tensor.to
 
     def to_cpu(self, *args, **kwargs):
@@ -162,7 +162,7 @@ def _moves() -> None:
     "optimizer/distrib_optimizer.py:DistributedOptimizer._build_model_and_main_param_groups",
     "model_param.type() == 'torch.cuda.FloatTensor'",
 )
-def _type_names() -> None:
+def _patch_type_names() -> None:
     of = torch.Tensor.type
 
     def as_cuda_name(self, *args, **kwargs):
@@ -182,7 +182,7 @@ def _type_names() -> None:
     "tensor_parallel/random.py:_get_cuda_rng_state",
     "torch.cuda.default_generators[idx]",
 )
-def _megatron_random_state() -> None:
+def _patch_megatron_random_state() -> None:
     import megatron.core.tensor_parallel.random as random
 
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
@@ -194,7 +194,7 @@ def _megatron_random_state() -> None:
     "transformer/multi_latent_attention.py",
     "TEColumnParallelLinear, TELinear, Linear, set_save_original_input",
 )
-def _mla_linear_names() -> None:
+def _patch_mla_linear_names() -> None:
     import megatron.core.transformer.multi_latent_attention as mla
 
     class Absent:
@@ -209,7 +209,7 @@ def _mla_linear_names() -> None:
     "transformer/moe/moe_utils.py",
     "te_general_gemm",
 )
-def _router_gemm() -> None:
+def _patch_router_gemm() -> None:
     import megatron.core.transformer.moe.moe_utils as moe_utils
 
     moe_utils.te_general_gemm = None
@@ -220,7 +220,7 @@ def _router_gemm() -> None:
     "transformer/moe/moe_utils.py:maybe_move_tensor_to_cpu",
     "tensor.is_cuda",
 )
-def _splits_as_numpy() -> None:
+def _patch_splits_as_numpy() -> None:
     import megatron.core.transformer.moe.moe_utils as moe_utils
     import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
 
@@ -235,7 +235,7 @@ def _splits_as_numpy() -> None:
     "tensor_parallel/mappings.py:_gather_along_first_dim",
     "torch.distributed.all_gather(output_tensor_list, input_, group=group)",
 )
-def _uneven_gathers() -> None:
+def _patch_uneven_gathers() -> None:
     import torch.distributed as dist
     from megatron.core.tensor_parallel import mappings
 
@@ -270,7 +270,7 @@ def _uneven_gathers() -> None:
     "tensor_parallel/random.py:CheckpointWithoutOutput.__init__",
     "self.fp8 = fp8 is not None",
 )
-def _recompute_without_fp8() -> None:
+def _patch_recompute_without_fp8() -> None:
     from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 
     init = CheckpointWithoutOutput.__init__
@@ -286,7 +286,7 @@ def _recompute_without_fp8() -> None:
     "optimizer/distrib_optimizer.py:DistributedOptimizer._set_main_param_and_optimizer_states",
     "for key in dst_tensors:",
 )
-def _adam_step_on_load() -> None:
+def _patch_adam_step_on_load() -> None:
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     set_state = DistributedOptimizer._set_main_param_and_optimizer_states

@@ -238,7 +238,7 @@ def check_installed() -> None:
     "transformer/moe/moe_utils.py:group_limited_topk",
     "topk // group_topk",
 )
-def _routing() -> None:
+def _patch_routing() -> None:
     # Without it tokens go to other experts than in transformers and vLLM, without an error.
     router.topk_routing_with_score_function = _route
 
@@ -248,7 +248,7 @@ def _routing() -> None:
     "models/common/embeddings/rope_utils.py:_apply_rotary_pos_emb_thd",
     "for x in sequence_splits",
 )
-def _rotary_angles() -> None:
+def _patch_rotary_angles() -> None:
     rope_utils._apply_rotary_pos_emb_thd = rotate_packed
 
 
@@ -257,7 +257,7 @@ def _rotary_angles() -> None:
     "transformer/multi_token_prediction.py:_roll_tensor_packed_seq",
     "start_idx = cu_seqlens[i]",
 )
-def _shifted_tokens() -> None:
+def _patch_shifted_tokens() -> None:
     multi_token_prediction._roll_tensor_packed_seq = roll_packed
 
 
@@ -266,7 +266,7 @@ def _shifted_tokens() -> None:
     "transformer/moe/token_dispatcher.py:MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize",
     "self.d2h_event.synchronize()",
 )
-def _known_counts() -> None:
+def _patch_known_counts() -> None:
     moe_layer.MoEAlltoAllTokenDispatcher = KnownCountsDispatcher
 
 
@@ -275,7 +275,7 @@ def _known_counts() -> None:
     "transformer/moe/token_dispatcher.py:_DeepepManager._indices_to_multihot",
     "indices[mask]",
 )
-def _multihot() -> None:
+def _patch_multihot() -> None:
     token_dispatcher._DeepepManager._indices_to_multihot = indices_to_multihot
 
 
@@ -284,7 +284,7 @@ def _multihot() -> None:
     "tensor_parallel/layers.py:ColumnParallelLinear.__init__",
     "not _grad_accum_fusion_available",
 )
-def _fused_gradients_without_apex() -> None:
+def _allow_fused_gradients_without_apex() -> None:
     # Safe: only the output layer's product uses Apex's kernel, and `LMHead` has no product. The
     # other layers with fused gradients are Transformer Engine's, with a kernel of their own.
     layers._grad_accum_fusion_available = True
@@ -295,7 +295,7 @@ def _fused_gradients_without_apex() -> None:
     "extensions/transformer_engine.py:TEGroupedLinear._split_extra_state",
     'state["extra_fp8_variables"]',
 )
-def _empty_extra_state() -> None:
+def _patch_empty_extra_state() -> None:
     # None without Transformer Engine, and with one too old for grouped layers.
     if transformer_engine.TEGroupedLinear is not None:
         accept_empty_extra_state(transformer_engine.TEGroupedLinear)
