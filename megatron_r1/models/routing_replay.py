@@ -175,7 +175,7 @@ class RoutingReplay:
     forward pass's own where layers of experts are recomputed."""
 
     def __init__(self, chunks: Sequence[torch.nn.Module], shape: RoutingShape | None):
-        self.is_on = shape is not None
+        self.shape, self.is_on = shape, shape is not None
         self.layers: list[int] = []
         """This rank's MoE layers, as indices into shape.moe_layers."""
         self._chunks: dict[int, list[LayerReplay]] = {}

@@ -167,8 +167,9 @@ class Operations:
         self.position, self.replica = position, Replica(position, straggler_timeout)
         self.trainer = Trainer(config, position)
         self._offload = self.trainer.offload
-        if (routing := self.trainer.routing) is not None:
-            self._scatter = RoutingScatter(self.replica, self.trainer.split, routing)
+        rollout = self.trainer.rollout
+        if rollout.routing is not None:
+            self._scatter = RoutingScatter(self.replica, rollout.split, rollout.routing)
         self.implementations = implementations.describe_implementations(self.trainer)
         push = PushWorker(self.trainer.model_chunks, self.trainer.hf, config)
         self._methods = methods(

@@ -59,7 +59,7 @@ def check(trainer, shape, position) -> int:
     """Compare every token of this rank; return how many have experts."""
     tensor, at = position.groups.tp, 0
     assert trainer.replay.layers, "the rank has experts to look up"
-    for number, batch in enumerate(trainer._batches()):
+    for number, batch in enumerate(trainer.rollout.batches):
         own = batch.input_ids[0].chunk(tensor.size())[tensor.rank()].tolist()
         experts, known = batch.routing.experts, batch.routing.known
         assert experts.shape == (len(own), len(trainer.replay.layers), shape.topk)
