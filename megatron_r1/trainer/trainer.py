@@ -4,8 +4,9 @@ An RL step calls load() (receive the rollout's micro-batches), compute_values() 
 compute_logprobs() (old and reference policy), compute_token_advantages() for some algorithms and
 mask_advantages() for some settings, update() and update_critic() once per mini-batch, and
 measure_logprob_diff() (differences of log-probabilities). SFT and reward models call load() and
-update(). `loaded_rollout` has the samples and what is computed from them alone. `logprob_probe`
-compares a few tokens with an engine, and evaluates a reward model.
+update(). `loaded_rollout` has the samples and what is computed from them alone, `output_heads` what
+reads the model's output. `logprob_probe` compares a few tokens with an engine, and evaluates a
+reward model.
 
 Every operation is called on all ranks at the same time. A rank handles samples and losses, not
 prompts or graders."""
@@ -22,20 +23,17 @@ from megatron_r1.config import Config
 from megatron_r1.config.algorithms import EngineMask, LossSettings, TokenSettings
 from megatron_r1.models import platform, weights
 from megatron_r1.models.experts import routing_shape
-from megatron_r1.models.gradients import fp32_main_grad
-from megatron_r1.models.hf_config import has_score_head
 from megatron_r1.models.routing_replay import RoutingReplay
 from megatron_r1.trainer import construction
-from megatron_r1.trainer.batch import LossHead, PackedBatch
+from megatron_r1.trainer.batch import PackedBatch
 from megatron_r1.trainer.checkpoints.contents import Network, Networks
 from megatron_r1.trainer.critic import Critic, needs_critic
 from megatron_r1.trainer.distributed import GridPosition
 from megatron_r1.trainer.loaded_rollout import LoadedRollout
-from megatron_r1.trainer.losses import Loss, LossTerms
 from megatron_r1.trainer.metrics import logprob_diff, merge, reduce_over_data
 from megatron_r1.trainer.offload import make_offload
 from megatron_r1.trainer.operations import SUPERVISED
-from megatron_r1.trainer.packed import ScoreHeadOutput
+from megatron_r1.trainer.output_heads import OutputHeads
 from megatron_r1.trainer.passes import OutputFunction, free_gradients, optimizer_step, run_passes
 from megatron_r1.trainer.prefix_matching import check_shared_prompts
 from megatron_r1.trainer.reference import ReferencePolicy
@@ -70,6 +68,7 @@ class Trainer:
             num_chunks=len(self.ddp_chunks),
             num_mtp_layers=self.num_mtp_layers,
         )
+        self.heads = OutputHeads(self.model_chunks, self.hf, self.groups)
         self.critic = Critic(config, position) if needs_critic(config) else None
         self.offload = make_offload(config, self._trained_networks)
 
@@ -189,7 +188,7 @@ class Trainer:
         Returns:
             The loss's metrics over the whole mini-batch, grad_norm and step_taken."""
         batches = self.rollout.minibatches[index]
-        compute = partial(self._loss, find_function(loss), settings, temperature)
+        compute = partial(self.heads.loss, find_function(loss), settings, temperature)
         if self.config.model.mtp == "train":
             # The whole model learns from examples to predict further tokens; from its own samples
             # it must learn by their advantages only.
@@ -249,7 +248,7 @@ class Trainer:
             name: the key in `PackedBatch.logprobs`.
             temperature: the logits are divided by it."""
         if batches:
-            compute = partial(self._logprobs_only, name, temperature)
+            compute = partial(self.heads.store_logprobs, name, temperature)
             self.run_batches(batches, compute, forward_only=True)
 
     def run_batches(
@@ -281,52 +280,3 @@ class Trainer:
         )
         self.replay.end()
         return reports
-
-    # The functions below are `passes.OutputFunction`: `out` is the last stage's output, hidden
-    # states (1, T, H) of a policy or scores (1, T) of a score model.
-
-    def _head(
-        self,
-        batch: PackedBatch,
-        out: Tensor,
-        temperature: float,
-        *,
-        stores_old_logprobs: bool = False,
-    ) -> LossHead:
-        weight = models.lm_head_weight(self.model_chunks[-1])
-        return LossHead(
-            batch,
-            hidden=out.reshape(-1, out.shape[-1]),
-            weight=weight,
-            temperature=temperature,
-            group=self.groups.tp,
-            vocab_size=self.hf["vocab_size"],
-            context_group=self.groups.cp,
-            main_grad=fp32_main_grad(weight),
-            stores_old_logprobs=stores_old_logprobs,
-        )
-
-    def scores(self, batch: PackedBatch, out: Tensor) -> ScoreHeadOutput:
-        """Return a score model's scores."""
-        return ScoreHeadOutput(batch, out.view(-1), self.groups.cp)
-
-    def _logprobs_only(
-        self, name: str, temperature: float, batch: PackedBatch, out: Tensor
-    ) -> None:
-        batch.logprobs[name] = self._head(batch, out, temperature).logprobs()[0]
-
-    def _loss(
-        self,
-        loss: Loss,
-        settings: LossSettings | None,
-        temperature: float,
-        batch: PackedBatch,
-        out: Tensor,
-    ) -> LossTerms:
-        if has_score_head(self.hf):
-            scores: Any = self.scores(batch, out)
-            return loss(batch, scores, settings)
-        is_policy = settings is not None
-        return loss(
-            batch, self._head(batch, out, temperature, stores_old_logprobs=is_policy), settings
-        )
