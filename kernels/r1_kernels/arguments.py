@@ -100,7 +100,7 @@ def check_targets(
         unmasked: (T,) booleans, where the ids count; None: everywhere.
 
     Raises:
-        ValueError: another shape or dtype, or an id outside the vocabulary."""
+        ValueError: a wrong shape or dtype, or an id outside the vocabulary."""
     if targets.shape != (num_tokens,):
         raise ValueError(f"targets must be ({num_tokens},), got {tuple(targets.shape)}")
     if targets.dtype not in (torch.int64, torch.int32):

@@ -42,7 +42,7 @@ class Sequences:
         group: the ranks that share the sequences; None: this one alone.
 
     Raises:
-        ValueError: other cu_seqlens."""
+        ValueError: cu_seqlens do not rise from 0 to T, or are not (S + 1,) integers."""
 
     def __init__(
         self,

@@ -225,7 +225,7 @@ def describe_config_changes(path: str | Path, key: str = "model.path") -> list[s
 
     Args:
         path: the model's folder.
-        key: as in `read_hf_config`.
+        key: the recipe's key of `path`, for error messages.
     """
     hf = resolve_aliases(load_config(path, key))
     sentences: list[str] = []

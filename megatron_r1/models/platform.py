@@ -193,7 +193,7 @@ def prepare(local_rank: int = 0) -> torch.device:
     """Make this process able to import and run Megatron-Core; return the device to train on.
 
     Raises:
-        UserError: another version of Megatron-Core than the tested one.
+        UserError: Megatron-Core does not have the version that is tested.
     """
     global _prepared
     _check_megatron()

@@ -40,7 +40,8 @@ class Critic:
         advantages are those without a critic.
 
         Raises:
-            UserError: the model's vocabulary is smaller than the policy's, or as `construction`.
+            UserError: the model's vocabulary is smaller than the policy's, or `construction`
+                cannot build the model with these settings.
         """
         own = config.critic_recipe()
         hf = read_hf_config(own.model.path, "score", "critic.path")

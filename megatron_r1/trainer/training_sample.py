@@ -121,8 +121,8 @@ class Sample(msgspec.Struct, frozen=True):
             is_sampled: a byte per token, 1 where it is trained on.
             rollout_logprobs: one per token.
             advantage: the advantage of every sampled token.
-            weight: as of `Sample`.
-            num_responses: as of `Sample`.
+            weight: `Sample.weight`.
+            num_responses: `Sample.num_responses`.
             routing: the routing of all tokens but the last.
             teacher_logprobs: one per sampled token.
             sampling_mask: the kept ids of every token, none for those that were given.
