@@ -213,8 +213,8 @@ class Operations:
             samples = decode_samples(headers, joined, routing)
             return self.trainer.load(samples, self._scatter)
         if call.operation not in self._methods:
-            known = ", ".join(self._methods)
-            raise ValueError(f"unknown operation {call.operation!r}: use {known}")
+            names = ", ".join(self._methods)
+            raise ValueError(f"unknown operation {call.operation!r}: use {names}")
         types = self._types[call.operation]
         arguments = {
             name: msgspec.convert(value, types.get(name, Any))
