@@ -163,10 +163,10 @@ def _patch_moves() -> None:
     "model_param.type() == 'torch.cuda.FloatTensor'",
 )
 def _patch_type_names() -> None:
-    of = torch.Tensor.type
+    type_of = torch.Tensor.type
 
     def as_cuda_name(self, *args, **kwargs):
-        name = of(self, *args, **kwargs)
+        name = type_of(self, *args, **kwargs)
         if isinstance(name, str) and not name.startswith("torch.cuda."):
             return name.replace("torch.", "torch.cuda.", 1)
         return name
@@ -242,10 +242,10 @@ def _patch_uneven_gathers() -> None:
     gather, scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
 
     def padded(parts: list[torch.Tensor], length: int) -> torch.Tensor:
-        whole = parts[0].new_zeros(len(parts), length, *parts[0].shape[1:])
-        for row, part in zip(whole, parts, strict=True):
+        stacked = parts[0].new_zeros(len(parts), length, *parts[0].shape[1:])
+        for row, part in zip(stacked, parts, strict=True):
             row[: len(part)] = part
-        return whole.flatten(0, 1)
+        return stacked.flatten(0, 1)
 
     def gather_uneven(input_, group, output_split_sizes=None, use_global_buffer=False):
         if output_split_sizes is None or group.size() == 1:

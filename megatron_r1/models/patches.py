@@ -61,8 +61,8 @@ def sample_positions(cu_seqlens: Tensor, rank: int = 0, num_ranks: int = 1) -> T
         starts = starts - prefixes.start.repeat_interleave(cu_seqlens.diff(), output_size=total)
     if num_ranks == 1:
         return torch.arange(total, device=cu_seqlens.device) - starts
-    held = positions_of_rank(cu_seqlens, rank, num_ranks)
-    return held - starts[held]
+    local_positions = positions_of_rank(cu_seqlens, rank, num_ranks)
+    return local_positions - starts[local_positions]
 
 
 def rotate_packed(
@@ -109,13 +109,13 @@ def roll_packed(
     next_token_index = getattr(packed_seq_params, "next_token_index", None)
     if next_token_index is None:
         return _MEGATRONS_ROLL(tensor, shifts, dims, packed_seq_params, cp_group)
-    whole = tensor
+    all_tokens = tensor
     if cp_group is not None and cp_group.size() > 1:
         # Over context parallelism: the token behind a chunk's last one is on another rank.
         gathered = tensor.new_empty(cp_group.size() * len(tensor), *tensor.shape[1:])
         dist.all_gather_into_tensor(gathered, tensor.contiguous(), group=cp_group)
-        whole = gathered.unflatten(0, (cp_group.size(), -1)).movedim(0, -2).flatten(-2)
-    rolled = whole.index_select(-1, next_token_index.clamp(min=0)) * (next_token_index >= 0)
+        all_tokens = gathered.unflatten(0, (cp_group.size(), -1)).movedim(0, -2).flatten(-2)
+    rolled = all_tokens.index_select(-1, next_token_index.clamp(min=0)) * (next_token_index >= 0)
     return rolled, rolled.sum()
 
 
@@ -201,11 +201,11 @@ def _route(
     return torch.zeros_like(logits).scatter(1, chosen, weights), routed
 
 
-def _within_groups(scores: Tensor, num_groups: int, kept: int, best: int) -> Tensor:
-    """Return scores (T, experts), -inf outside the `kept` groups with the highest sums of their
-    `best` highest scores."""
+def _within_groups(scores: Tensor, num_groups: int, group_topk: int, best: int) -> Tensor:
+    """Return scores (T, experts), -inf outside the `group_topk` groups with the highest sums of
+    their `best` highest scores."""
     grouped = scores.unflatten(-1, (num_groups, -1))
-    groups = grouped.topk(best, dim=-1).values.sum(-1).topk(kept, dim=-1).indices
+    groups = grouped.topk(best, dim=-1).values.sum(-1).topk(group_topk, dim=-1).indices
     left_out = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter(1, groups, False)
     return grouped.masked_fill(left_out[..., None], -torch.inf).flatten(1)
 

@@ -102,7 +102,9 @@ def pack_batch(
         sampling_mask=mask_parts and SamplingMask(*(on_device(part) for part in mask_parts)),
         num_shared=sum(layout.skipped),
         routing=routing
-        and routing._replace(experts=on_device(routing.experts), known=on_device(routing.known)),
+        and routing._replace(
+            experts=on_device(routing.experts), is_recorded=on_device(routing.is_recorded)
+        ),
     )
 
 

@@ -91,9 +91,9 @@ def _fill_unread_tokens(
     fed = torch.zeros(int(layout.cu_seqlens[-1]), dtype=torch.bool)
     for sample, start in zip(samples, layout.starts, strict=True):
         fed[start : start + len(sample) - 1] = True
-    if (fed[local_positions] & ~recorded.known).any():
+    if (fed[local_positions] & ~recorded.is_recorded).any():
         return recorded
-    experts, is_unread = recorded.experts, ~recorded.known
+    experts, is_unread = recorded.experts, ~recorded.is_recorded
     in_turn = (
         local_positions[is_unread][:, None] * shape.topk + torch.arange(shape.topk)
     ) % shape.num_experts
@@ -133,7 +133,7 @@ def _all_routed_positions(layouts: Sequence[PackedLayout], split: TokenSplit) ->
 def _select(routing: RecordedRouting, local_positions: Tensor) -> RecordedRouting:
     return RecordedRouting(
         routing.experts.index_select(0, local_positions),
-        routing.known.index_select(0, local_positions),
+        routing.is_recorded.index_select(0, local_positions),
     )
 
 
@@ -223,7 +223,7 @@ class RoutingScatter:
                 layers, shard = own_layers, RoutingShard(self._shard.shape, own_layers)
                 routing = _concatenate(microbatches, layouts, shard)
             cut = _select(routing, local_positions(split))
-            both = (cut.experts, cut.known)
+            both = (cut.experts, cut.is_recorded)
             yield torch.cat([tensor.reshape(-1).view(torch.uint8) for tensor in both])
 
     def _receive(self, counts: list[int]) -> list[RecordedRouting]:
