@@ -377,8 +377,8 @@ class _LinearPolicyLoss(torch.autograd.Function):
                     gradients.add(*waiting)
                     waiting = None
             losses.append(terms.loss)
-            for whole, part in zip(metrics, (*softmax[:2], *terms[3:]), strict=True):
-                whole[rows] = part
+            for metric, part in zip(metrics, (*softmax[:2], *terms[3:]), strict=True):
+                metric[rows] = part
         if waiting:
             gradients.add(*waiting)
         ctx.save_for_backward(*gradients.finish())

@@ -273,7 +273,7 @@ def prepare_tokens(
     averaging: Averaging,
     primitives: Primitives,
     dtype: torch.dtype,
-    **others: Tensor | None,
+    **further_tensors: Tensor | None,
 ) -> tuple[TokenTensors, Sequences | None]:
     """Check the tensors of one batch. Return them detached, with weights of `dtype` for the mask.
 
@@ -283,7 +283,7 @@ def prepare_tokens(
         averaging: how the loss is averaged.
         primitives: the implementation that will compute the loss.
         dtype: the dtype of the returned weights.
-        **others: further tensors that must be on the same device.
+        **further_tensors: those that must be on the same device.
 
     Raises:
         ValueError: tensors and settings that do not fit, by name."""
@@ -291,7 +291,7 @@ def prepare_tokens(
     mask = tensors.pop("weights")
     num_tokens = len(inputs.advantages if inputs.logprobs is None else inputs.logprobs)
     check_tokens(num_tokens, **tensors, mask=mask)
-    check_same_device(**others, **tensors, mask=mask, cu_seqlens=averaging.cu_seqlens)
+    check_same_device(**further_tensors, **tensors, mask=mask, cu_seqlens=averaging.cu_seqlens)
     check_floats(**tensors)
     settings.check(inputs.ref_logprobs, inputs.rollout_logprobs)
     sequences = averaging.sequences(num_tokens, primitives)
