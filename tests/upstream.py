@@ -9,7 +9,7 @@ import hashlib
 import importlib.util
 from pathlib import Path
 
-from megatron_r1.models.cpu_patches import Patch
+from megatron_r1.models.patching import Patch
 
 
 @functools.cache

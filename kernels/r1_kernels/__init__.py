@@ -24,17 +24,26 @@ needs `arguments`, `registry` and `primitives.blockwise_*` alone."""
 
 from r1_kernels import reference
 from r1_kernels.blockwise import dequantize_blockwise, quantize_blockwise
-from r1_kernels.linear_policy_loss import LinearPolicyLoss, linear_policy_loss
-from r1_kernels.policy_loss import PolicyLoss, policy_loss
+from r1_kernels.linear_policy_loss import (
+    LinearPolicyLoss,
+    linear_policy_loss,
+    linear_policy_loss_from_settings,
+)
+from r1_kernels.policy_loss import Averaging, PolicyLoss, policy_loss
+from r1_kernels.policy_terms import PolicySettings, TokenTensors
 from r1_kernels.sampling_mask import SamplingMask
 from r1_kernels.token_logprobs import linear_token_logprobs, token_logprobs
 
 __all__ = [
+    "Averaging",
     "LinearPolicyLoss",
     "PolicyLoss",
+    "PolicySettings",
     "SamplingMask",
+    "TokenTensors",
     "dequantize_blockwise",
     "linear_policy_loss",
+    "linear_policy_loss_from_settings",
     "linear_token_logprobs",
     "policy_loss",
     "quantize_blockwise",

@@ -56,10 +56,15 @@ def check_tensors(**tensors: Tensor) -> None:
 def check_same_device(**tensors: Tensor | None) -> None:
     """Require each to be None, or a tensor on the device of the first."""
     check_tensors(**{name: t for name, t in tensors.items() if t is not None})
-    (first, device), *others = [(n, t.device) for n, t in tensors.items() if t is not None]
-    for name, other in others:
-        if other != device:
-            raise ValueError(f"{name} is on {other}, {first} on {device}: put them on one device")
+    named_devices = [
+        (name, tensor.device) for name, tensor in tensors.items() if tensor is not None
+    ]
+    first, first_device = named_devices[0]
+    for name, device in named_devices:
+        if device != first_device:
+            raise ValueError(
+                f"{name} is on {device}, {first} on {first_device}: put them on one device"
+            )
 
 
 def check_head(hidden: Tensor, weight: Tensor) -> None:
@@ -100,7 +105,7 @@ def check_targets(
         unmasked: (T,) booleans, where the ids count; None: everywhere.
 
     Raises:
-        ValueError: another shape or dtype, or an id outside the vocabulary."""
+        ValueError: a wrong shape or dtype, or an id outside the vocabulary."""
     if targets.shape != (num_tokens,):
         raise ValueError(f"targets must be ({num_tokens},), got {tuple(targets.shape)}")
     if targets.dtype not in (torch.int64, torch.int32):

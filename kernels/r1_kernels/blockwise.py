@@ -43,7 +43,7 @@ def quantize_blockwise(
         contiguous. The module has the formula.
 
     Raises:
-        ValueError: another shape, dtype, block or backend."""
+        ValueError: a shape, dtype, block or backend that is not supported."""
     block = _checked_block(block)
     _check_matrix("x", x)
     _check_dtype("x", x.dtype)

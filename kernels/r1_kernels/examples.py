@@ -102,7 +102,7 @@ def logits_gradient(sizes: ExampleSizes, device: str) -> Iterator[ExampleLaunch]
 def kept_statistics(sizes: ExampleSizes, device: str) -> Iterator[ExampleLaunch]:
     """Yield passes over the kept ids of a whole vocabulary."""
     for name, dtype in (("bf16", BF16), ("fp32", FP32)):
-        logits, targets, shard, kept_ids = _kept(sizes, dtype, device)
+        logits, targets, shard, kept_ids = _make_kept_arguments(sizes, dtype, device)
         arguments = logits, targets, shard, 1.0, kept_ids
         least = 4 + dtype.itemsize
         yield ExampleLaunch(f"kept_statistics {name}", arguments, least, len(kept_ids.token_ids))
@@ -112,7 +112,7 @@ def kept_gradient(sizes: ExampleSizes, device: str) -> Iterator[ExampleLaunch]:
     """Yield gradients of the kept logits, with and without entropy."""
     for name, dtype in (("bf16", BF16), ("fp32", FP32)):
         for more in ("", ", entropy"):
-            logits, targets, shard, kept_ids = _kept(sizes, dtype, device)
+            logits, targets, shard, kept_ids = _make_kept_arguments(sizes, dtype, device)
             rows = torch.randn(5, sizes.num_tokens, device=device).unbind()
             upstream = RowUpstream._make([*rows[:4], rows[4] if more else None])
             arguments = logits, targets, shard, 1.0, upstream, kept_ids
@@ -125,7 +125,7 @@ def kept_gradient(sizes: ExampleSizes, device: str) -> Iterator[ExampleLaunch]:
 def kept_scatter(sizes: ExampleSizes, device: str) -> Iterator[ExampleLaunch]:
     """Yield rows of 0 with the kept ids' values; the bytes are those of the values."""
     for name, dtype in (("bf16", BF16), ("fp32", FP32)):
-        logits, _, shard, kept_ids = _kept(sizes, dtype, device)
+        logits, _, shard, kept_ids = _make_kept_arguments(sizes, dtype, device)
         values = torch.randn(len(kept_ids.token_ids), device=device)
         arguments = values, shard, kept_ids, logits
         yield ExampleLaunch(f"kept_scatter {name}", arguments, 8 + dtype.itemsize, len(values))
@@ -173,7 +173,7 @@ def dequantize_blocks(sizes: ExampleSizes, device: str) -> Iterator[ExampleLaunc
         yield ExampleLaunch(f"dequantize {block[0]}x128 bf16", arguments, least, q.numel())
 
 
-def _kept(
+def _make_kept_arguments(
     sizes: ExampleSizes, dtype: torch.dtype, device: str
 ) -> tuple[Tensor, Tensor, VocabShard, KeptIds]:
     """Return logits, targets among the kept ids, the whole vocabulary and the kept ids."""

@@ -207,8 +207,10 @@ def head_softmax(
     buffer = head.buffer(len(hidden), accumulation_dtype(hidden.dtype))
     pending: tuple[Rows, PendingStatistics] | None = None
     for rows in head.chunks(slice(0, len(hidden))):
-        own = None if kept_ids is None else kept_ids.select(rows)
-        statistics = head.statistics(head.logits(hidden[rows], buffer), targets[rows], own)
+        chunk_kept_ids = None if kept_ids is None else kept_ids.select(rows)
+        statistics = head.statistics(
+            head.logits(hidden[rows], buffer), targets[rows], chunk_kept_ids
+        )
         if pending:
             _store(out, *pending)
         pending = rows, statistics
@@ -218,8 +220,8 @@ def head_softmax(
 
 
 def _store(out: RowSoftmax, rows: Rows, pending: PendingStatistics) -> None:
-    for whole, part in zip(out, pending.wait(), strict=True):
-        whole[rows] = part
+    for tensor, part in zip(out, pending.wait(), strict=True):
+        tensor[rows] = part
 
 
 class HeadGradients:

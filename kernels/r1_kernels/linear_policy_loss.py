@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from r1_kernels.arguments import check_finite, check_targets, check_tensors, check_tokens
+from r1_kernels.arguments import check_targets, check_tensors, check_tokens
 from r1_kernels.linear_head import HeadGradients, LinearHead, Rows, num_rows
 from r1_kernels.policy_loss import Averaging, Sequences, prepare_tokens, tokens_loss
 from r1_kernels.policy_terms import PolicySettings, PolicyTerms, TokenTensors
@@ -65,7 +65,6 @@ class LinearPolicyLoss(NamedTuple):
     importance: Tensor
 
 
-@without_autocast
 def linear_policy_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -153,20 +152,84 @@ def linear_policy_loss(
 
     Raises:
         ValueError: shapes, dtypes, devices, targets and settings that do not fit, by name."""
-    check_tensors(hidden=hidden, weight=weight, targets=targets, advantages=advantages, mask=mask)
     settings = PolicySettings(
-        clip_low, clip_high, dual_clip, kl_beta, kl_estimator, importance_cap, objective
+        *(clip_low, clip_high, dual_clip, kl_beta, kl_estimator, importance_cap, objective),
+        entropy_coef,
     )
     averaging = Averaging(ratio_level, average, denominator, cu_seqlens, sequence_group)
-    check_finite("entropy_coef", entropy_coef)
+    tokens = TokenTensors(None, old_logprobs, ref_logprobs, rollout_logprobs, advantages, mask)
+    return linear_policy_loss_from_settings(
+        *(hidden, weight, targets, tokens, settings, averaging),
+        temperature=temperature,
+        group=group,
+        vocab_size=vocab_size,
+        sampling_mask=sampling_mask,
+        chunk_tokens=chunk_tokens,
+        reduce_hidden_grad=reduce_hidden_grad,
+        main_grad=main_grad,
+        rows=rows,
+        backend=backend,
+    )
+
+
+@without_autocast
+def linear_policy_loss_from_settings(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    tokens: TokenTensors,
+    settings: PolicySettings,
+    averaging: Averaging,
+    *,
+    temperature: float = 1.0,
+    group: ProcessGroup | None = None,
+    vocab_size: int | None = None,
+    sampling_mask: SamplingMask | None = None,
+    chunk_tokens: int | None = None,
+    reduce_hidden_grad: bool = True,
+    main_grad: Tensor | None = None,
+    rows: Tensor | None = None,
+    backend: str | None = None,
+) -> LinearPolicyLoss:
+    """Compute `linear_policy_loss` for a caller that has its arguments as objects.
+
+    Autocast is off inside: the output layer computes in the dtype of hidden and weight.
+
+    Args:
+        hidden: (T, H) float.
+        weight: (V_local, H) of the same dtype, this rank's rows.
+        targets: (T,) int64 or int32 global ids.
+        tokens: the tensors (T,) that the loss of a token reads, with the mask as `weights`;
+            `logprobs` and `log_ratio` are None, because they are computed here.
+        settings: the settings of a token's loss.
+        averaging: the average over tokens and sequences.
+        temperature: the logits are divided by it.
+        group: the ranks that share the vocabulary, or None.
+        vocab_size: ids from here on are padding; None: there is none.
+        sampling_mask: the ids that the sampler kept, or None for all.
+        chunk_tokens: tokens whose logits exist at once, or None.
+        reduce_hidden_grad: whether the gradient of `hidden` is summed over the group.
+        main_grad: (V_local, H), to which backward passes add the weight's gradient, or None.
+        rows: the indices of all tokens whose mask is not 0, or None to find them here.
+        backend: "triton", "torch" or None.
+
+    Returns:
+        The loss, and each token's terms.
+
+    Raises:
+        ValueError: shapes, dtypes, devices, targets and settings that do not fit, by name."""
+    check_tensors(
+        hidden=hidden,
+        weight=weight,
+        targets=targets,
+        advantages=tokens.advantages,
+        mask=tokens.weights,
+    )
     head = make_head(
         hidden, weight, temperature, group, vocab_size, chunk_tokens, backend, main_grad
     )
-    inputs = TokenTensors(None, old_logprobs, ref_logprobs, rollout_logprobs, advantages, mask)
-    call = _check_arguments(
-        head, hidden, targets, sampling_mask, inputs, rows, settings, averaging, entropy_coef
-    )
-    compute = _with_sequence_ratios if ratio_level == "sequence" else _with_token_ratios
+    call = _check_arguments(head, hidden, targets, sampling_mask, tokens, rows, settings, averaging)
+    compute = _with_sequence_ratios if averaging.ratio_level == "sequence" else _with_token_ratios
     return compute(hidden, weight, call, reduce_hidden_grad)
 
 
@@ -187,8 +250,6 @@ class _LossArguments(NamedTuple):
     """What `average` and `ratio_level` need of the sequences, or None if they need nothing."""
     settings: PolicySettings
     """The settings of a token's loss."""
-    entropy_coef: float
-    """The weight of the entropy bonus."""
     gradient_scale: Tensor | None
     """A scalar by which gradients are multiplied until the backward pass, or None."""
 
@@ -203,8 +264,8 @@ class _LossArguments(NamedTuple):
         if chunk.old_logprobs is None:
             chunk = chunk._replace(old_logprobs=softmax.logprobs)
         terms = self.head.primitives.policy_terms(chunk, self.settings)
-        if self.entropy_coef:
-            bonus = self.entropy_coef * chunk.weights * softmax.entropy
+        if self.settings.entropy_coef:
+            bonus = self.settings.entropy_coef * chunk.weights * softmax.entropy
             terms = terms._replace(loss=torch.cat([terms.loss, -bonus.sum()[None]]))
         return terms
 
@@ -213,8 +274,8 @@ class _LossArguments(NamedTuple):
     ) -> Tensor:
         """Compute the gradient of one chunk's logits in `out`."""
         grad_entropy = None
-        if self.entropy_coef:
-            grad_entropy = -self.entropy_coef * self.tokens.weights[rows]
+        if self.settings.entropy_coef:
+            grad_entropy = -self.settings.entropy_coef * self.tokens.weights[rows]
         grad_logprobs = terms.grad_log_ratio + terms.grad_logprob
         if self.gradient_scale is not None:
             grad_logprobs = grad_logprobs * self.gradient_scale
@@ -233,7 +294,6 @@ def _check_arguments(
     rows: Tensor | None,
     settings: PolicySettings,
     averaging: Averaging,
-    entropy_coef: float,
 ) -> _LossArguments:
     """Check the arguments of one call and return them.
 
@@ -264,7 +324,6 @@ def _check_arguments(
         slice(0, len(hidden)) if all_count else rows,
         sequences,
         settings,
-        entropy_coef,
         _gradient_scale(tokens.weights) if hidden.dtype == torch.float16 else None,
     )
 
@@ -318,8 +377,8 @@ class _LinearPolicyLoss(torch.autograd.Function):
                     gradients.add(*waiting)
                     waiting = None
             losses.append(terms.loss)
-            for whole, part in zip(metrics, (*softmax[:2], *terms[3:]), strict=True):
-                whole[rows] = part
+            for metric, part in zip(metrics, (*softmax[:2], *terms[3:]), strict=True):
+                metric[rows] = part
         if waiting:
             gradients.add(*waiting)
         ctx.save_for_backward(*gradients.finish())
@@ -361,6 +420,6 @@ def _with_sequence_ratios(
     if tokens.old_logprobs is None:
         tokens = tokens._replace(old_logprobs=tokens.logprobs)
     loss, *metrics = tokens_loss(
-        logprobs, entropy, tokens, call.settings, call.sequences, call.entropy_coef, head.primitives
+        logprobs, entropy, tokens, call.settings, call.sequences, head.primitives
     )
     return LinearPolicyLoss(loss, logprobs.detach(), entropy.detach(), *metrics)

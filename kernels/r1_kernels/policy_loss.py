@@ -42,7 +42,7 @@ class Sequences:
         group: the ranks that share the sequences; None: this one alone.
 
     Raises:
-        ValueError: other cu_seqlens."""
+        ValueError: cu_seqlens do not rise from 0 to T, or are not (S + 1,) integers."""
 
     def __init__(
         self,
@@ -85,11 +85,11 @@ class Averaging(NamedTuple):
         cu_seqlens: (S + 1,) borders of the sequences; None: they are not needed.
         sequence_group: the ranks that share the sequences; None: this one alone."""
 
-    ratio_level: str
-    average: str
-    denominator: float | Tensor | None
-    cu_seqlens: Tensor | None
-    sequence_group: ProcessGroup | None
+    ratio_level: str = "token"
+    average: str = "token"
+    denominator: float | Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    sequence_group: ProcessGroup | None = None
 
     def sequences(self, num_tokens: int, primitives: Primitives) -> Sequences | None:
         """Return the sequences of the batch, or None if `average` and `ratio_level` need none.
@@ -243,7 +243,8 @@ def policy_loss(
     check_tensors(logprobs=logprobs, advantages=advantages, mask=mask)
     _check_logprobs(logprobs, entropy, entropy_coef)
     settings = PolicySettings(
-        clip_low, clip_high, dual_clip, kl_beta, kl_estimator, importance_cap, objective
+        *(clip_low, clip_high, dual_clip, kl_beta, kl_estimator, importance_cap, objective),
+        entropy_coef,
     )
     averaging = Averaging(ratio_level, average, denominator, cu_seqlens, sequence_group)
     old_logprobs = logprobs if old_logprobs is None else old_logprobs
@@ -253,7 +254,7 @@ def policy_loss(
         inputs, settings, averaging, primitives, accumulation_dtype(logprobs.dtype), entropy=entropy
     )
     level = sequences if ratio_level == "sequence" else None
-    return tokens_loss(logprobs, entropy, tokens, settings, level, entropy_coef, primitives)
+    return tokens_loss(logprobs, entropy, tokens, settings, level, primitives)
 
 
 def _check_logprobs(logprobs: Tensor, entropy: Tensor | None, entropy_coef: float) -> None:
@@ -262,7 +263,6 @@ def _check_logprobs(logprobs: Tensor, entropy: Tensor | None, entropy_coef: floa
         raise ValueError(f"logprobs must be (T,), got {tuple(logprobs.shape)}: flatten the batch")
     check_tokens(len(logprobs), entropy=entropy)
     check_floats(logprobs=logprobs, entropy=entropy)
-    check_finite("entropy_coef", entropy_coef)
     if entropy_coef and entropy is None:
         raise ValueError(f"entropy_coef is {entropy_coef}, but there is no entropy")
 
@@ -273,7 +273,7 @@ def prepare_tokens(
     averaging: Averaging,
     primitives: Primitives,
     dtype: torch.dtype,
-    **others: Tensor | None,
+    **further_tensors: Tensor | None,
 ) -> tuple[TokenTensors, Sequences | None]:
     """Check the tensors of one batch. Return them detached, with weights of `dtype` for the mask.
 
@@ -283,7 +283,7 @@ def prepare_tokens(
         averaging: how the loss is averaged.
         primitives: the implementation that will compute the loss.
         dtype: the dtype of the returned weights.
-        **others: further tensors that must be on the same device.
+        **further_tensors: those that must be on the same device.
 
     Raises:
         ValueError: tensors and settings that do not fit, by name."""
@@ -291,7 +291,7 @@ def prepare_tokens(
     mask = tensors.pop("weights")
     num_tokens = len(inputs.advantages if inputs.logprobs is None else inputs.logprobs)
     check_tokens(num_tokens, **tensors, mask=mask)
-    check_same_device(**others, **tensors, mask=mask, cu_seqlens=averaging.cu_seqlens)
+    check_same_device(**further_tensors, **tensors, mask=mask, cu_seqlens=averaging.cu_seqlens)
     check_floats(**tensors)
     settings.check(inputs.ref_logprobs, inputs.rollout_logprobs)
     sequences = averaging.sequences(num_tokens, primitives)
@@ -306,7 +306,6 @@ def tokens_loss(
     tokens: TokenTensors,
     settings: PolicySettings,
     sequences: Sequences | None,
-    entropy_coef: float,
     primitives: Primitives,
 ) -> PolicyLoss:
     """Compute `policy_loss` of prepared tokens.
@@ -317,14 +316,13 @@ def tokens_loss(
         tokens: the other tensors, each (T,).
         settings: the settings of the loss.
         sequences: those whose ratio is one number, or None.
-        entropy_coef: the weight of the entropy.
         primitives: the implementation."""
     if sequences is None:
         terms = primitives.policy_terms(tokens, settings)
         grad = terms.grad_log_ratio + terms.grad_logprob
     else:
         terms, grad = _with_sequence_ratios(tokens, settings, sequences, primitives)
-    bonus = entropy_coef * tokens.weights if entropy_coef else None
+    bonus = settings.entropy_coef * tokens.weights if settings.entropy_coef else None
     loss = _Loss.apply(logprobs, entropy, terms.loss, grad, bonus)
     return PolicyLoss(loss, terms.ratio, terms.clipped, terms.kl, terms.importance)
 

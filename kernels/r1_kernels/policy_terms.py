@@ -35,7 +35,7 @@ OBJECTIVES = ("ppo", "cispo")
 
 
 class PolicySettings(NamedTuple):
-    """Settings of the module's formulae; None disables a term.
+    """Settings of the module's formulae, with DeepSeek-R1's as defaults; None disables a term.
 
     Attributes:
         clip_low: ε below 1.
@@ -44,15 +44,17 @@ class PolicySettings(NamedTuple):
         kl_beta: the weight of the KL estimate.
         kl_estimator: "k1", "k2" or "k3".
         importance_cap: the largest weight v; None: v = 1; inf: no limit.
-        objective: "ppo" or "cispo"."""
+        objective: "ppo" or "cispo".
+        entropy_coef: the weight of a bonus of the entropy, which the losses add to these terms."""
 
-    clip_low: float
-    clip_high: float
-    dual_clip: float | None
-    kl_beta: float
-    kl_estimator: str
-    importance_cap: float | None
+    clip_low: float = 10.0
+    clip_high: float = 10.0
+    dual_clip: float | None = None
+    kl_beta: float = 0.001
+    kl_estimator: str = "k3"
+    importance_cap: float | None = 2.0
     objective: str = "ppo"
+    entropy_coef: float = 0.0
 
     def check(self, ref_logprobs: Tensor | None, rollout_logprobs: Tensor | None) -> None:
         """Raise ValueError for an invalid value, and for tensors that contradict the settings.
@@ -65,6 +67,7 @@ class PolicySettings(NamedTuple):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be a number, 0 or more")
         check_finite("kl_beta", self.kl_beta)
+        check_finite("entropy_coef", self.entropy_coef)
         if self.dual_clip is not None and not self.dual_clip > 1:
             raise ValueError(f"dual_clip is {self.dual_clip}: it must be more than 1, or None")
         if self.importance_cap is not None and not self.importance_cap > 0:

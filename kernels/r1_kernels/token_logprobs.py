@@ -284,8 +284,8 @@ class LinearTokenLogprobs(torch.autograd.Function):
             parts = (*softmax, grad_logprobs, grad_entropy)
             upstream = RowUpstream._make(None if part is None else part[rows] for part in parts)
             logits = head.logits(states, buffer)
-            own = None if kept_ids is None else kept_ids.select(rows)
-            d_logits = head.gradient(logits, targets[rows], upstream, own, d_buffer)
+            chunk_kept_ids = None if kept_ids is None else kept_ids.select(rows)
+            d_logits = head.gradient(logits, targets[rows], upstream, chunk_kept_ids, d_buffer)
             gradients.add(rows, states, d_logits)
         grad_hidden, grad_weight = gradients.finish()
         if grad_weight is not None:

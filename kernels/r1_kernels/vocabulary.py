@@ -79,8 +79,8 @@ def _check_equal(
     local: Tensor, num_columns: int, vocab_size: int, group: ProcessGroup, num_ranks: int
 ) -> None:
     """Raise ValueError for unequal shards, which would silently map ids to wrong columns."""
-    known = _known_equal.setdefault(group, set())
-    if (num_columns, vocab_size) in known:
+    checked_sizes = _known_equal.setdefault(group, set())
+    if (num_columns, vocab_size) in checked_sizes:
         return
     mine = torch.tensor([num_columns, vocab_size], dtype=torch.int64, device=local.device)
     everyone = mine.new_empty(2 * num_ranks)
@@ -92,7 +92,7 @@ def _check_equal(
         raise ValueError(
             f"every rank of the group needs the same columns and vocab_size, got {sorted(shards)}"
         )
-    known.add((num_columns, vocab_size))
+    checked_sizes.add((num_columns, vocab_size))
 
 
 class RowSoftmax(NamedTuple):
@@ -143,8 +143,8 @@ class PendingStatistics:
             num_ranks = dist.get_world_size(group)
             self.local = local.contiguous()
             self.parts = local.new_empty(num_ranks, *local.shape)
-            whole = self.parts.view(num_ranks * len(local), -1)
-            self.work = all_gather(whole, self.local, group=group, async_op=True)
+            all_parts = self.parts.view(num_ranks * len(local), -1)
+            self.work = all_gather(all_parts, self.local, group=group, async_op=True)
 
     def wait(self) -> RowSoftmax:
         """Combine the ranks' parts. A row of only -inf has no softmax: NaN."""

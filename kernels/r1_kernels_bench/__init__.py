@@ -67,10 +67,10 @@ def worker_results(
             else:
                 reason = reason or message.get("broken") or message["ended"]
         if task["cases"]:
-            case, *others = task["cases"]
+            case, *remaining_cases = task["cases"]
             if doing in ("", "inputs", "bound") or doing in task["skip"][case]:
                 yield case, {"failed": reason or "the measuring process ended"}
-                task["cases"] = others
+                task["cases"] = remaining_cases
             else:
                 task["skip"][case][doing] = reason
 
@@ -223,16 +223,20 @@ def _swept(chosen: argparse.Namespace) -> dict[str, Any]:
 def _sizes(chosen: argparse.Namespace, on_gpu: bool) -> inputs.ProblemSizes:
     preset = chosen.preset or ("full" if on_gpu else "cpu")
     names = [field.name for field in dataclasses.fields(inputs.ProblemSizes)]
-    given = {name: getattr(chosen, name) for name in names if getattr(chosen, name) is not None}
-    return dataclasses.replace(inputs.PRESETS[preset], **given)
+    overrides = {name: getattr(chosen, name) for name in names if getattr(chosen, name) is not None}
+    return dataclasses.replace(inputs.PRESETS[preset], **overrides)
 
 
-def _names(only: list[str] | None, known: list[str]) -> list[str]:
+def _names(only: list[str] | None, kernel_names: list[str]) -> list[str]:
     """Return the selected kernels; `linear_token_logprobs` selects both of its tables."""
-    chosen = [name for name in known if not only or {name, name.split("+")[0]} & set(only)]
+    chosen = [name for name in kernel_names if not only or {name, name.split("+")[0]} & set(only)]
     for name in only or []:
-        if name not in {part for each in known for part in (each, each.split("+")[0])}:
-            raise ValueError(f"--only {name}: the kernels are {', '.join(known)}")
+        if name not in {
+            part
+            for kernel_name in kernel_names
+            for part in (kernel_name, kernel_name.split("+")[0])
+        }:
+            raise ValueError(f"--only {name}: the kernels are {', '.join(kernel_names)}")
     return chosen
 
 

@@ -143,10 +143,10 @@ def _moved(lines: list[str]) -> tuple[int, int]:
 def resources(kernel: Any) -> dict[str, int]:
     """Return registers, spilled bytes and shared bytes of a kernel compiled by Triton."""
     usage = _cuobjdump(kernel, "-res-usage")
-    found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    sizes = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     return {
-        "registers": found["REG"],
-        "spilled_bytes": found["STACK"] + found["LOCAL"],
+        "registers": sizes["REG"],
+        "spilled_bytes": sizes["STACK"] + sizes["LOCAL"],
         "shared_bytes": kernel.metadata.shared,
     }
 
@@ -184,9 +184,11 @@ def _cuobjdump(kernel: Any, option: str) -> str:
 
 def _instructions(sass: str) -> list[Instruction]:
     """Return the instructions without padding."""
-    found = [Instruction(int(a, 16), name, rest) for a, name, rest in INSTRUCTION.findall(sass)]
-    assert found, f"no instruction in {sass[:200]!r}"
-    return [i for i in found if not i.is_a("NOP")]
+    instructions = [
+        Instruction(int(a, 16), name, operands) for a, name, operands in INSTRUCTION.findall(sass)
+    ]
+    assert instructions, f"no instruction in {sass[:200]!r}"
+    return [i for i in instructions if not i.is_a("NOP")]
 
 
 def _innermost_loop(code: list[Instruction], has_loop: bool) -> list[Instruction]:

@@ -69,8 +69,10 @@ class ProblemSizes:
         return self.tokens // self.sequences
 
     def __str__(self) -> str:
-        of = f" (1/{self.tp} of {self.vocab:,})" if self.tp > 1 else ""
-        shape = f"{self.tokens:,} tokens x {self.shard:,} vocabulary{of} x {self.hidden:,} hidden"
+        share = f" (1/{self.tp} of {self.vocab:,})" if self.tp > 1 else ""
+        shape = (
+            f"{self.tokens:,} tokens x {self.shard:,} vocabulary{share} x {self.hidden:,} hidden"
+        )
         return f"{shape}, {self.dtype}"
 
 
@@ -226,10 +228,10 @@ class HiddenInputs(Inputs):
     def sampling_mask(self) -> SamplingMask:
         """Of each token the target and other ids, `KEPT_IDS` in all, as top-k keeps them."""
         targets, vocab = self.tokens.targets, len(self.weight)
-        kept = min(KEPT_IDS, vocab)
-        steps = torch.arange(kept, device=targets.device) * (vocab // kept)
+        num_kept = min(KEPT_IDS, vocab)
+        steps = torch.arange(num_kept, device=targets.device) * (vocab // num_kept)
         token_ids = ((targets[:, None] + steps) % vocab).sort().values.int().flatten()
-        offsets = torch.arange(len(targets) + 1, device=targets.device) * kept
+        offsets = torch.arange(len(targets) + 1, device=targets.device) * num_kept
         return SamplingMask(token_ids, offsets)
 
     def leaves(self, gradients: bool) -> tuple[Tensor, Tensor]:
@@ -321,8 +323,8 @@ class MatrixInputs(Inputs):
         codes = scaled.float().to(torch.float8_e4m3fn).float()
         values = self.quantized[self.rows].double() * self._of_rows(self.scale.double())
 
-        def codes_off(found: Tensor) -> float:
-            return (found[self.rows].float() != codes).double().mean().item()
+        def codes_off(output: Tensor) -> float:
+            return (output[self.rows].float() != codes).double().mean().item()
 
         self.checks = {
             "scale": (
@@ -330,7 +332,10 @@ class MatrixInputs(Inputs):
                 lambda s: reference.relative_error(self._of_rows(s), self.exact_scale),
             ),
             "quantized": ("codes off", codes_off),
-            "values": ("values", lambda found: reference.relative_error(found[self.rows], values)),
+            "values": (
+                "values",
+                lambda output: reference.relative_error(output[self.rows], values),
+            ),
         }
 
     def _scales_in_fp64(self, rows: Tensor) -> Tensor:

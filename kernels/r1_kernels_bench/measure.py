@@ -87,8 +87,8 @@ class CUDAMeter:
 
 
 def _status(field: str) -> int | None:
-    found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    return int(found[1]) * 1024 if found else None
+    match = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return int(match[1]) * 1024 if match else None
 
 
 TOKENS_AT_ONCE = 8_192  # logits of 65,536 tokens would not leave room for anything else

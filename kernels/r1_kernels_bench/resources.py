@@ -63,10 +63,10 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
 
     from r1_kernels_bench import compiled
 
-    known = [kernel.name for kernel in KERNELS]
-    if unknown := set(chosen.only or ()) - set(known):
-        sys.exit(f"--only {', '.join(sorted(unknown))}: the kernels are {', '.join(known)}")
-    kernels = [kernel for kernel in KERNELS if kernel.name in (chosen.only or known)]
+    kernel_names = [kernel.name for kernel in KERNELS]
+    if unknown := set(chosen.only or ()) - set(kernel_names):
+        sys.exit(f"--only {', '.join(sorted(unknown))}: the kernels are {', '.join(kernel_names)}")
+    kernels = [kernel for kernel in KERNELS if kernel.name in (chosen.only or kernel_names)]
     entries: dict[str, dict[str, Any]] = {}
     print(HEADER)
     for kernel in kernels:
@@ -107,13 +107,13 @@ def alternatives(kernel: Any) -> Iterator[tuple[str, Any]]:
     for choices in (choices for choices in sweep.PLAN if choices.kernel == kernel.name):
         print(f"{' / '.join(choices.values)} in {choices.place}; * in use")
         sizes = ExampleSizes(vocab_size=ExampleSizes().vocab_size + choices.more_columns)
-        found = [e for e in launches(kernel, sizes, "meta") if e.name in choices.launches]
+        examples = [e for e in launches(kernel, sizes, "meta") if e.name in choices.launches]
         columns = f", {sizes.vocab_size} columns" if choices.more_columns else ""
         in_use = choices.in_use
         for values in choices.candidates:
             shown = "/".join(map(str, values.values())) + ("*" if values == in_use else "")
             with choices.apply(values):
-                for example in found:
+                for example in examples:
                     yield f"{example.name}{columns}, {shown}", example
 
 

@@ -51,7 +51,7 @@ class Choices(NamedTuple):
     def candidates(self) -> list[dict[str, int]]:
         """Every combination of the values."""
         combined = itertools.product(*self.values.values())
-        return [dict(zip(self.values, each, strict=True)) for each in combined]
+        return [dict(zip(self.values, combination, strict=True)) for combination in combined]
 
     @property
     def module(self) -> Any:
@@ -73,21 +73,21 @@ class Choices(NamedTuple):
     @property
     def in_use(self) -> dict[str, int]:
         """The present values."""
-        held = self._held()
-        return {name: held[name] for name in self.values}
+        constants = self._constants()
+        return {name: constants[name] for name in self.values}
 
-    def _held(self) -> dict[str, Any]:
+    def _constants(self) -> dict[str, Any]:
         if not self.table:
             return vars(self.module)
-        held = getattr(self.module, self.table[0])
-        return held[self.table[1]] if len(self.table) == 2 else held
+        constants = getattr(self.module, self.table[0])
+        return constants[self.table[1]] if len(self.table) == 2 else constants
 
     @contextlib.contextmanager
     def apply(self, values: Values) -> Iterator[None]:
         """Launch with these values within the block."""
         changed: dict[str, Any] = dict(values)
-        held = mock.patch.dict(self._held(), values) if self.table else None
-        with held or mock.patch.multiple(self.module, **changed):
+        patched = mock.patch.dict(self._constants(), values) if self.table else None
+        with patched or mock.patch.multiple(self.module, **changed):
             yield
 
 
@@ -167,10 +167,10 @@ def refusal(chosen: argparse.Namespace) -> str:
     for option in ("preset", "hidden", "dtype", "tp", "plot"):
         if getattr(chosen, option) is not None:
             return f"--{option} does not go with --sweep: its sizes are --tokens and --vocab"
-    known = {choices.kernel for choices in PLAN}
+    kernel_names = {choices.kernel for choices in PLAN}
     for name in chosen.only or []:
-        if name not in known:
-            return f"--only {name}: the kernels of --sweep are {', '.join(sorted(known))}"
+        if name not in kernel_names:
+            return f"--only {name}: the kernels of --sweep are {', '.join(sorted(kernel_names))}"
     return ""
 
 
@@ -212,10 +212,10 @@ def measure(
     kernel = next(kernel for kernel in KERNELS if kernel.name == choices.kernel)
     rows: list[dict[str, Any]] = [{"values": v, "seconds": {}} for v in choices.candidates]
     failed: dict[str, str] = {}
-    found = launches(kernel, sizes, device)
+    examples = launches(kernel, sizes, device)
     while True:
         try:
-            example = next(found, None)
+            example = next(examples, None)
         except torch.OutOfMemoryError as error:  # a generator that raised is at its end
             failed["the other launches"] = str(error).splitlines()[0]
             break
@@ -242,12 +242,12 @@ def _timed(choices: Choices, example: ExampleLaunch, meter: Any, repeats: int) -
     call = getattr(load_primitives("triton"), choices.kernel)
     times: list[list[float]] = [[] for _ in choices.candidates]
     for turn in range(repeats + 1):
-        for values, own in zip(choices.candidates, times, strict=True):
+        for values, timings in zip(choices.candidates, times, strict=True):
             with choices.apply(values):
                 seconds = meter(lambda: call(*example.arguments)).seconds
             if turn:
-                own.append(seconds)
-    return [median(own) for own in times]
+                timings.append(seconds)
+    return [median(timings) for timings in times]
 
 
 def best(rows: Sequence[Mapping[str, Any]], in_use: Values) -> dict[str, Any]:

@@ -43,16 +43,16 @@ def make_inputs(kind: Callable[..., Any], sizes: ProblemSizes, device: torch.dev
     return kind(sizes, device)
 
 
-def new_row(each: Implementation, device: torch.device, reason: str) -> dict[str, Any]:
+def new_row(implementation: Implementation, device: torch.device, reason: str) -> dict[str, Any]:
     """Return a row without numbers. not_run: why it will get none; extra_bytes: the largest of all
     timed calls.
 
     Args:
-        each: the implementation.
+        implementation: the implementation.
         device: where it would run.
         reason: why it is not run; "" where it is."""
-    row = {"name": each.name, "computes": each.computes, "not_run": reason}
-    if each.gpu_only and device.type != "cuda":
+    row = {"name": implementation.name, "computes": implementation.computes, "not_run": reason}
+    if implementation.gpu_only and device.type != "cuda":
         row["not_run"] = "runs on a GPU only"
     return {**row, "seconds": [], "extra_bytes": None, "errors": {}}
 
@@ -72,43 +72,45 @@ class Calls:
         self.inputs, self.measure, self.report = inputs, measure, report
         self.working: dict[str, Callable[[], Any]] = {}
 
-    def warm_up(self, each: Implementation, row: dict[str, Any]) -> None:
+    def warm_up(self, implementation: Implementation, row: dict[str, Any]) -> None:
         """Load it and compare the results of a first call with the exact ones."""
 
         def first_call() -> None:
-            call = partial(each.call, each.load(), self.inputs)
+            call = partial(implementation.call, implementation.load(), self.inputs)
             row["errors"] = self.inputs.errors(call())
-            self.working[each.name] = call
+            self.working[implementation.name] = call
 
-        self._attempt(first_call, each, row)
-        self._restore(each, row, settle=True)
+        self._attempt(first_call, implementation, row)
+        self._restore(implementation, row, settle=True)
 
-    def time_once(self, each: Implementation, row: dict[str, Any]) -> None:
+    def time_once(self, implementation: Implementation, row: dict[str, Any]) -> None:
         """Add the seconds and the extra memory of one call to the row."""
 
         def timed_call() -> None:
-            seconds, extra_bytes = self.measure(self.working[each.name])
+            seconds, extra_bytes = self.measure(self.working[implementation.name])
             row["seconds"].append(seconds)
             if extra_bytes is not None:
                 row["extra_bytes"] = max(row["extra_bytes"] or 0, extra_bytes)
 
-        self._attempt(timed_call, each, row)
-        self._restore(each, row, settle=each.name not in self.working)
+        self._attempt(timed_call, implementation, row)
+        self._restore(implementation, row, settle=implementation.name not in self.working)
 
-    def _attempt(self, step: Callable[[], None], each: Implementation, row: dict[str, Any]) -> None:
-        self.report(doing=each.name)
+    def _attempt(
+        self, step: Callable[[], None], implementation: Implementation, row: dict[str, Any]
+    ) -> None:
+        self.report(doing=implementation.name)
         try:
             step()
         except Exception as error:
-            self.working.pop(each.name, None)
+            self.working.pop(implementation.name, None)
             if not row["seconds"]:
                 row["not_run"] = describe_error(error)
 
-    def _restore(self, each: Implementation, row: dict[str, Any], settle: bool) -> None:
+    def _restore(self, implementation: Implementation, row: dict[str, Any], settle: bool) -> None:
         """Restore what the call overwrote, and free its memory if `settle`. This is not done in the
         handler of its exception, which holds the failed call's tensors."""
         try:
-            if each.overwrites:
+            if implementation.overwrites:
                 self.inputs.restore()
             if settle:
                 self.measure.settle()
@@ -136,22 +138,25 @@ def run_case(
     bound = inputs.bound(case.gradients, case.masked)
     measure = CUDAMeter(device) if device.type == "cuda" else CPUMeter()
     calls = Calls(inputs, measure, report)
-    rows = [new_row(each, device, skip.get(each.name, "")) for each in case.implementations]
+    rows = [
+        new_row(implementation, device, skip.get(implementation.name, ""))
+        for implementation in case.implementations
+    ]
     pairs = list(zip(case.implementations, rows, strict=True))
-    for each, row in pairs:
+    for implementation, row in pairs:
         if not row["not_run"] and time.time() > started + WARM_FRACTION * (until - started):
             row["not_run"] = TOO_LATE
         if not row["not_run"]:
-            calls.warm_up(each, row)
+            calls.warm_up(implementation, row)
     bound_seconds = []
     measure(bound.call)
     for _ in range(task["repeats"]):
         report(doing="bound")
         bound_seconds.append(measure(bound.call).seconds)
-        for each, row in pairs:
+        for implementation, row in pairs:
             enough = time.time() > until or sum(row["seconds"]) > ENOUGH_SECONDS[device.type]
-            if each.name in calls.working and not (row["seconds"] and enough):
-                calls.time_once(each, row)
+            if implementation.name in calls.working and not (row["seconds"] and enough):
+                calls.time_once(implementation, row)
     rate = bound.done / median(bound_seconds)
     about = {"name": bound.name, "unit": bound.unit, "rate": rate, "needed": bound.needed}
     return {"bound": about, "rows": rows}
@@ -171,7 +176,7 @@ def main() -> None:
         if now > task["deadline"]:
             report(result={"failed": TOO_LATE})
             continue
-        fraction = case.weight / sum(each.weight for each in cases[index:])
+        fraction = case.weight / sum(remaining.weight for remaining in cases[index:])
         until = now + fraction * (task["deadline"] - now)
         try:
             result = run_case(case, task, until, task["skip"].get(case.name, {}), report)

@@ -109,9 +109,9 @@ class _Offset(torch.autograd.Function):
         """Return out (b, h, s, d), the module's equation; lse is in fp32 or wider."""
         causal = mask is None
         out, lse = flash_forward(query, key, value, 0.0, causal, attn_mask=mask, scale=scale)
-        whole = torch.logaddexp(lse, offset.to(lse.dtype)[:, None])
-        out = (out * (lse - whole).exp()[..., None]).to(query.dtype)
-        ctx.save_for_backward(query, key, value, offset, mask, out, whole)
+        total_lse = torch.logaddexp(lse, offset.to(lse.dtype)[:, None])
+        out = (out * (lse - total_lse).exp()[..., None]).to(query.dtype)
+        ctx.save_for_backward(query, key, value, offset, mask, out, total_lse)
         ctx.scale = scale
         return out
 
@@ -121,11 +121,11 @@ class _Offset(torch.autograd.Function):
 
         dz = -Σ exp(z - logaddexp(lse, z)) (grad·out), over sequences and queries
         """
-        query, key, value, offset, mask, out, whole = ctx.saved_tensors
-        row = grad, query, key, value, out, whole
+        query, key, value, offset, mask, out, total_lse = ctx.saved_tensors
+        row = grad, query, key, value, out, total_lse
         causal = mask is None
         parts = flash_backward(*row, 0.0, causal, attn_mask=mask, scale=ctx.scale)
-        share = (offset.to(whole.dtype)[:, None] - whole).exp()
+        share = (offset.to(total_lse.dtype)[:, None] - total_lse).exp()
         d_offset = -(share * (grad * out).sum(-1)).sum((0, 2)).to(offset.dtype)
         return *parts, d_offset, None, None
 

@@ -28,14 +28,14 @@ def attention_fields(hf: dict) -> dict[str, Any]:
     """Return Megatron's fields of the attention; UserError if it is not supported."""
     family, layers = model_family(hf), hf.get("layer_types")
     kinds = ("sliding_attention", "full_attention")
-    every = [
+    expected_kinds = [
         kinds[not family.sliding_windows or index % 2] for index in range(hf["num_hidden_layers"])
     ]
-    if layers is not None and layers != every:
-        known = " and ".join(repr(kind) for kind in dict.fromkeys(every))
+    if layers is not None and layers != expected_kinds:
+        kind_names = " and ".join(repr(kind) for kind in dict.fromkeys(expected_kinds))
         raise UserError(
             f"config.json: layer_types={layers} is not supported for {hf['architectures'][0]}, "
-            f"only {known} in turn",
+            f"only {kind_names} in turn",
             key="layer_types",
             cause=Cause.UNSUPPORTED,
         )
@@ -45,7 +45,7 @@ def attention_fields(hf: dict) -> dict[str, Any]:
     if family.sliding_windows:
         # Megatron counts the keys before a query's own.
         fields["window_size"] = (hf["sliding_window"] - 1, 0)
-        fields["window_attn_skip_freq"] = [int(kind == kinds[0]) for kind in every]
+        fields["window_attn_skip_freq"] = [int(kind == kinds[0]) for kind in expected_kinds]
     return fields
 
 
@@ -255,8 +255,8 @@ def _rope(hf: dict) -> dict[str, Any]:
             key="rope_type",
             cause=Cause.UNSUPPORTED,
         )
-    known = {"rope_type", "rope_theta", "partial_rotary_factor", *_ROPE_KEYS[kind]}
-    if unknown := {k: v for k, v in rope.items() if k not in known and v is not None}:
+    known_keys = {"rope_type", "rope_theta", "partial_rotary_factor", *_ROPE_KEYS[kind]}
+    if unknown := {k: v for k, v in rope.items() if k not in known_keys and v is not None}:
         raise UserError(
             f"config.json: {unknown} of the rotary settings is not supported with rope_type="
             f"{kind!r}; remove it if it changes nothing",

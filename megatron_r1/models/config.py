@@ -94,11 +94,11 @@ def _check_attention(backend: str) -> None:
             cause=Cause.NOT_INSTALLED,
         )
     for name, variable in ENVIRONMENT.items():
-        wanted = str(int(backend in ("auto", name)))
-        if (found := os.environ.get(variable, wanted)) != wanted:
+        expected_value = str(int(backend in ("auto", name)))
+        if (current_value := os.environ.get(variable, expected_value)) != expected_value:
             raise UserError(
-                f"model.attention_backend: {backend} sets {variable}={wanted}, and the environment "
-                f"has {variable}={found}; unset it and use the setting",
+                f"model.attention_backend: {backend} sets {variable}={expected_value}, and the "
+                f"environment has {variable}={current_value}; unset it and use the setting",
                 key="model.attention_backend",
                 cause=Cause.CONFLICT,
             )

@@ -9,43 +9,12 @@ import contextlib
 import functools
 import os
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils._device import _device_constructors
 
-
-@dataclass(frozen=True)
-class Patch:
-    """What is done in place of one line of Megatron-Core.
-
-    Attributes:
-        name: a short description, unique among all patches.
-        upstream: `file:symbol`, the file below `megatron/core` and the function that has the line,
-            as of `platform.MEGATRON_VERSION`; without a symbol it is outside of functions.
-        text: what the line contains. A test fails when it is gone.
-        install: replaces Megatron's names."""
-
-    name: str
-    upstream: str
-    text: str
-    install: Callable[[], None]
-
-
-Register = Callable[[Callable[[], None]], None]
-
-
-def register_in(patches: list[Patch]) -> Callable[[str, str, str], Register]:
-    """Return a decorator that appends the decorated function to `patches`; its arguments are the
-    name, upstream and text of the `Patch`."""
-
-    def patch(name: str, upstream: str, text: str) -> Register:
-        return lambda install: patches.append(Patch(name, upstream, text, install))
-
-    return patch
-
+from megatron_r1.models.patching import Patch, register_in
 
 CPU = torch.device("cpu")
 PATCHES: list[Patch] = []
@@ -100,7 +69,7 @@ def _hide_transformer_engine() -> None:
     "distributed/param_and_grad_buffer.py:_ParamAndGradBuffer.__init__",
     "device=torch.cuda.current_device()",
 )
-def _current_device() -> None:
+def _patch_current_device() -> None:
     torch.cuda.current_device = lambda: CPU
     torch.cuda.set_device = lambda device: None
 
@@ -110,7 +79,7 @@ def _current_device() -> None:
     "transformer/moe/token_dispatcher.py:MoEAlltoAllTokenDispatcher.__init__",
     "torch.cuda.Stream()",
 )
-def _streams() -> None:
+def _patch_streams() -> None:
     only = _Stream()
     torch.cuda.Stream, torch.cuda.Event = _Stream, _Event
     torch.cuda.current_stream = torch.cuda.default_stream = lambda device=None: only
@@ -124,7 +93,7 @@ def _streams() -> None:
     "pipeline_parallel/utils.py:ScheduleNode._forward",
     "input.record_stream(self.stream)",
 )
-def _ranges_and_uses() -> None:
+def _patch_ranges_and_uses() -> None:
     # torch without CUDA has no NVTX, and memory of a CPU is not freed by stream.
     torch.cuda.nvtx.range_push = lambda message: 0
     torch.cuda.nvtx.range_pop = lambda: 0
@@ -136,7 +105,7 @@ def _ranges_and_uses() -> None:
     "tensor_parallel/random.py:CudaRNGStatesTracker.add",
     "torch.cuda.get_rng_state()",
 )
-def _random_state() -> None:
+def _patch_random_state() -> None:
     cuda = torch.cuda
     cuda.get_rng_state = cuda.random.get_rng_state = lambda device=None: torch.get_rng_state()
     cuda.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
@@ -149,7 +118,7 @@ def _random_state() -> None:
     "pipeline_parallel/schedules.py:forward_backward_no_pipelining",
     'device="cuda"',
 )
-def _factories() -> None:
+def _patch_factories() -> None:
     names = (
         "zeros ones empty full tensor as_tensor arange linspace eye rand randn randint randperm "
         "zeros_like ones_like empty_like full_like rand_like randn_like"
@@ -174,7 +143,7 @@ def _factories() -> None:
 @_patch(
     "moves to the GPU", "optimizer/optimizer.py:MegatronOptimizer.restore_from_cpu", "p.data.cuda()"
 )
-def _moves() -> None:
+def _patch_moves() -> None:
     to = torch.Tensor.to
 
     def to_cpu(self, *args, **kwargs):
@@ -193,11 +162,11 @@ def _moves() -> None:
     "optimizer/distrib_optimizer.py:DistributedOptimizer._build_model_and_main_param_groups",
     "model_param.type() == 'torch.cuda.FloatTensor'",
 )
-def _type_names() -> None:
-    of = torch.Tensor.type
+def _patch_type_names() -> None:
+    type_of = torch.Tensor.type
 
     def as_cuda_name(self, *args, **kwargs):
-        name = of(self, *args, **kwargs)
+        name = type_of(self, *args, **kwargs)
         if isinstance(name, str) and not name.startswith("torch.cuda."):
             return name.replace("torch.", "torch.cuda.", 1)
         return name
@@ -213,7 +182,7 @@ def _type_names() -> None:
     "tensor_parallel/random.py:_get_cuda_rng_state",
     "torch.cuda.default_generators[idx]",
 )
-def _megatron_random_state() -> None:
+def _patch_megatron_random_state() -> None:
     import megatron.core.tensor_parallel.random as random
 
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
@@ -225,7 +194,7 @@ def _megatron_random_state() -> None:
     "transformer/multi_latent_attention.py",
     "TEColumnParallelLinear, TELinear, Linear, set_save_original_input",
 )
-def _mla_linear_names() -> None:
+def _patch_mla_linear_names() -> None:
     import megatron.core.transformer.multi_latent_attention as mla
 
     class Absent:
@@ -240,7 +209,7 @@ def _mla_linear_names() -> None:
     "transformer/moe/moe_utils.py",
     "te_general_gemm",
 )
-def _router_gemm() -> None:
+def _patch_router_gemm() -> None:
     import megatron.core.transformer.moe.moe_utils as moe_utils
 
     moe_utils.te_general_gemm = None
@@ -251,7 +220,7 @@ def _router_gemm() -> None:
     "transformer/moe/moe_utils.py:maybe_move_tensor_to_cpu",
     "tensor.is_cuda",
 )
-def _splits_as_numpy() -> None:
+def _patch_splits_as_numpy() -> None:
     import megatron.core.transformer.moe.moe_utils as moe_utils
     import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
 
@@ -266,17 +235,17 @@ def _splits_as_numpy() -> None:
     "tensor_parallel/mappings.py:_gather_along_first_dim",
     "torch.distributed.all_gather(output_tensor_list, input_, group=group)",
 )
-def _uneven_gathers() -> None:
+def _patch_uneven_gathers() -> None:
     import torch.distributed as dist
     from megatron.core.tensor_parallel import mappings
 
     gather, scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
 
     def padded(parts: list[torch.Tensor], length: int) -> torch.Tensor:
-        whole = parts[0].new_zeros(len(parts), length, *parts[0].shape[1:])
-        for row, part in zip(whole, parts, strict=True):
+        stacked = parts[0].new_zeros(len(parts), length, *parts[0].shape[1:])
+        for row, part in zip(stacked, parts, strict=True):
             row[: len(part)] = part
-        return whole.flatten(0, 1)
+        return stacked.flatten(0, 1)
 
     def gather_uneven(input_, group, output_split_sizes=None, use_global_buffer=False):
         if output_split_sizes is None or group.size() == 1:
@@ -301,7 +270,7 @@ def _uneven_gathers() -> None:
     "tensor_parallel/random.py:CheckpointWithoutOutput.__init__",
     "self.fp8 = fp8 is not None",
 )
-def _recompute_without_fp8() -> None:
+def _patch_recompute_without_fp8() -> None:
     from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 
     init = CheckpointWithoutOutput.__init__
@@ -317,7 +286,7 @@ def _recompute_without_fp8() -> None:
     "optimizer/distrib_optimizer.py:DistributedOptimizer._set_main_param_and_optimizer_states",
     "for key in dst_tensors:",
 )
-def _adam_step_on_load() -> None:
+def _patch_adam_step_on_load() -> None:
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     set_state = DistributedOptimizer._set_main_param_and_optimizer_states

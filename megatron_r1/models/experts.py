@@ -45,8 +45,8 @@ def expert_fields(hf: dict) -> dict[str, Any]:
 
 def _normalizes(hf: dict) -> bool:
     """Return whether the weights of a token's experts sum to 1, before they are scaled."""
-    given = hf.get("norm_topk_prob")
-    return model_family(hf).normalizes_topk if given is None else given
+    setting = hf.get("norm_topk_prob")
+    return model_family(hf).normalizes_topk if setting is None else setting
 
 
 def expert_divisions(hf: dict) -> list[tuple[str, int, str]]:
@@ -81,7 +81,7 @@ def _check_layer_types(hf: dict) -> None:
 
 
 def _groups(hf: dict, best: int) -> dict[str, int]:
-    num_groups, kept = hf.get("n_group") or 1, hf.get("topk_group") or 1
+    num_groups, group_topk = hf.get("n_group") or 1, hf.get("topk_group") or 1
     experts, chosen = hf["n_routed_experts"], hf["num_experts_per_tok"]
     method = hf.get("topk_method") or "greedy"
     if best == 1 and method not in ("greedy", "group_limited_greedy"):
@@ -110,23 +110,23 @@ def _groups(hf: dict, best: int) -> dict[str, int]:
             key="num_experts_per_tok",
             cause=Cause.CONFLICT,
         )
-    if kept > num_groups:
+    if group_topk > num_groups:
         raise UserError(
-            f"config.json: topk_group={kept} is more than n_group={num_groups}",
+            f"config.json: topk_group={group_topk} is more than n_group={num_groups}",
             key="topk_group",
             cause=Cause.CONFLICT,
         )
-    if kept == num_groups:
+    if group_topk == num_groups:
         return {}
-    if experts // num_groups < best or chosen > experts // num_groups * kept:
+    if experts // num_groups < best or chosen > experts // num_groups * group_topk:
         raise UserError(
             f"config.json: num_experts_per_tok={chosen} experts cannot be chosen from topk_group="
-            f"{kept} groups of {experts // num_groups} (n_routed_experts / n_group), each scored "
-            f"by its best {best}",
+            f"{group_topk} groups of {experts // num_groups} (n_routed_experts / n_group), each "
+            f"scored by its best {best}",
             key="num_experts_per_tok",
             cause=Cause.CONFLICT,
         )
-    return {"moe_router_num_groups": num_groups, "moe_router_group_topk": kept}
+    return {"moe_router_num_groups": num_groups, "moe_router_group_topk": group_topk}
 
 
 @dataclass(frozen=True)

@@ -195,7 +195,7 @@ def round_to_fp8(x: Tensor, tile: Tile, dtype: torch.dtype, power_of_two: bool) 
         power_of_two: whether scales are rounded down to a power of two."""
     if x.numel() == 0:
         return x.float()
-    rows, columns = (size or whole for size, whole in zip(tile, x.shape, strict=True))
+    rows, columns = (size or length for size, length in zip(tile, x.shape, strict=True))
     down, across = -(-x.shape[0] // rows), -(-x.shape[1] // columns)
     values = x.float()
     cut_off = (down * rows, across * columns) != x.shape

@@ -68,9 +68,9 @@ def load_config(path: str | Path, key: str = "model.path") -> dict:
     """
     file = Path(path) / "config.json"
     if not file.is_file():
-        own, hint = Path(path) / "hf", ""
-        if (own / "config.json").is_file():
-            hint = f"; did you mean {own}?"
+        hf_folder, hint = Path(path) / "hf", ""
+        if (hf_folder / "config.json").is_file():
+            hint = f"; did you mean {hf_folder}?"
         elif (Path(path) / "adapter_config.json").is_file():
             hint = (
                 "; this is a LoRA adapter: merge it into its base model (peft's merge_and_unload)"
@@ -225,7 +225,7 @@ def describe_config_changes(path: str | Path, key: str = "model.path") -> list[s
 
     Args:
         path: the model's folder.
-        key: as in `read_hf_config`.
+        key: the recipe's key of `path`, for error messages.
     """
     hf = resolve_aliases(load_config(path, key))
     sentences: list[str] = []
@@ -264,8 +264,8 @@ def resolve_aliases(hf: dict) -> dict:
                 key=alias,
                 cause=Cause.CONFLICT,
             )
-    for known in (ARCHITECTURES[n] for n in hf.get("architectures") or [] if n in ARCHITECTURES):
-        if FAMILIES[known].router_score and (size := hf.get(FAMILIES[known].expert_size)):
+    for family in (ARCHITECTURES[n] for n in hf.get("architectures") or [] if n in ARCHITECTURES):
+        if FAMILIES[family].router_score and (size := hf.get(FAMILIES[family].expert_size)):
             hf.setdefault(EXPERT_SIZE, size)
     return hf
 
@@ -330,9 +330,9 @@ def architecture(hf: dict) -> str:
     for name in names:
         if name in ARCHITECTURES:
             return ARCHITECTURES[name]
-    found = f"architecture {', '.join(names)} in config.json is not supported"
+    message = f"architecture {', '.join(names)} in config.json is not supported"
     raise UserError(
-        f"{found if names else 'config.json lacks architectures; add the name of its class'}; "
+        f"{message if names else 'config.json lacks architectures; add the name of its class'}; "
         f"supported are {', '.join(name + _SUFFIXES['language'] for name in FAMILIES)} "
         "(docs/models.md)",
         key="architectures",

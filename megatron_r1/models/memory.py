@@ -103,8 +103,8 @@ class ParameterCounts:
     expert_padded: int = 0
     buffers: int = 0
 
-    def __add__(self, other: ParameterCounts) -> ParameterCounts:
-        return ParameterCounts(*map(add, vars(self).values(), vars(other).values()))
+    def __add__(self, addend: ParameterCounts) -> ParameterCounts:
+        return ParameterCounts(*map(add, vars(self).values(), vars(addend).values()))
 
     def __mul__(self, times: int) -> ParameterCounts:
         return ParameterCounts(*(value * times for value in vars(self).values()))
@@ -163,14 +163,14 @@ def persistent_bytes(
         counts: the rank's parameters.
         optimizer_shards: the ranks that share dense parameters, and those that share experts.
         moments: the dtype of the moments on this device."""
-    each = parameter_bytes(config.model.dtype, moments)
+    per_parameter = parameter_bytes(config.model.dtype, moments)
     dense, expert = _padded(counts, optimizer_shards)
     shared = dense / optimizer_shards[0] + expert / optimizer_shards[1]
     values = dense + expert + counts.frozen
     return {
-        "parameters": values * each.value + FP32 * counts.buffers,
-        "gradients": (dense + expert) * each.gradient,
-        "optimizer": round(shared * each.optimizer),
+        "parameters": values * per_parameter.value + FP32 * counts.buffers,
+        "gradients": (dense + expert) * per_parameter.gradient,
+        "optimizer": round(shared * per_parameter.optimizer),
     }
 
 
@@ -208,7 +208,7 @@ def reference_bytes(config: Config, counts: ParameterCounts) -> int:
 
 def _padded(counts: ParameterCounts, optimizer_shards: tuple[int, int]) -> tuple[int, int]:
     """Return the values in the gradient buffers of dense and of expert parameters."""
-    multiples = (math.lcm(each, 128) for each in optimizer_shards)
+    multiples = (math.lcm(num_shards, 128) for num_shards in optimizer_shards)
     sizes = (counts.dense_padded, counts.expert_padded)
     dense, expert = (-(-n // m) * m for n, m in zip(sizes, multiples, strict=True))
     return dense, expert
@@ -244,8 +244,8 @@ class LayerActivations:
         dropped = set(parallel.recompute_modules if parallel.recompute == "selective" else ())
         if "moe" in dropped:
             dropped |= _INSIDE_MOE
-        kept = (size for name, size in self.modules.items() if name not in dropped)
-        return self.input + self.always + sum(kept)
+        saved_sizes = (size for name, size in self.modules.items() if name not in dropped)
+        return self.input + self.always + sum(saved_sizes)
 
     def backward_bytes(self, parallel: ParallelConfig) -> int:
         """Return the bytes added during its backward pass, by recomputation and dispatch."""
@@ -264,8 +264,8 @@ def layer_activations(
     """Return the activations of a decoder layer on a rank.
 
     Two token counts: `split` tokens if sequence parallelism divides the sequence over the
-    tensor-parallel ranks (norms, residuals, latents, routed experts), `whole` if a rank has all
-    tokens and its part of heads or features.
+    tensor-parallel ranks (norms, residuals, latents, routed experts), `all_tokens` if a rank has
+    all tokens and its part of heads or features.
 
     Args:
         hf: the model's `config.json`.
@@ -278,9 +278,9 @@ def layer_activations(
     """
     parallel, value = config.parallel, BYTES[config.model.dtype]
     tensor, more = parallel.tensor, int(local)
-    whole = tokens / parallel.context
+    all_tokens = tokens / parallel.context
     divides = parallel.splits_sequences(bool(hf.get("n_routed_experts")))
-    split = whole / tensor if divides else whole
+    split = all_tokens / tensor if divides else all_tokens
     hidden, heads = hf["hidden_size"], hf["num_attention_heads"] / tensor
     head, out = head_sizes(hf)
     modules = {"layernorm": 2 * hidden * split * value}
@@ -288,31 +288,31 @@ def layer_activations(
     if key := hf.get("kv_lora_rank"):
         query = hf.get("q_lora_rank") or 0
         latents = ((2 + more) * (query + key) + hf["qk_rope_head_dim"]) * split
-        always += (latents + heads * out * whole) * value
+        always += (latents + heads * out * all_tokens) * value
         # Local layers: the heads' rotary part; q, k and v in batches of one head size.
         copies = more * (2 * head + out + 3 * max(head, out))
-        modules["mla_up_proj"] = heads * (2 * head + out + copies) * whole * value
+        modules["mla_up_proj"] = heads * (2 * head + out + copies) * all_tokens * value
     else:
         # With fewer key and value heads than ranks, several ranks have the same one.
         groups = max(key_value_heads(hf), tensor) / tensor
         # Local layers: q and k before and after their positions; q, k and v in batches.
-        always += (2 + 3 * more) * (heads + groups) * head * whole * value
-    modules["core_attn"] = 4 * heads * whole
+        always += (2 + 3 * more) * (heads + groups) * head * all_tokens * value
+    modules["core_attn"] = 4 * heads * all_tokens
     dispatch = 0.0
     if sparse:
         routed, inner = hf["num_experts_per_tok"] * split, hf["moe_intermediate_size"]
         at_expert = routed * imbalance * parallel.expert_tensor
         inner_local = inner / parallel.expert_tensor
         scores = (3 + more) * FP32 * hf["n_routed_experts"] * split
-        kept = (1 + more) * hidden + (2 + more) * inner_local
-        modules["moe"] = at_expert * kept * value + scores
+        values_per_token = (1 + more) * hidden + (2 + more) * inner_local
+        modules["moe"] = at_expert * values_per_token * value + scores
         modules["moe_act"] = at_expert * inner_local * value
         shared = inner * (hf.get("n_shared_experts") or 0)
-        modules["shared_experts"] = (3 + more) * shared / tensor * whole * value
+        modules["shared_experts"] = (3 + more) * shared / tensor * all_tokens * value
         # The sent and the received tokens, sorted by expert, exist at once.
         dispatch = 2 * at_expert * hidden * value
     else:
-        modules["mlp"] = (3 + more) * hf["intermediate_size"] / tensor * whole * value
+        modules["mlp"] = (3 + more) * hf["intermediate_size"] / tensor * all_tokens * value
     rounded = {name: round(num_bytes) for name, num_bytes in modules.items()}
     return LayerActivations(round(hidden * split * value), round(always), rounded, round(dispatch))
 

@@ -37,9 +37,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_r1.models.context_parallel import positions_of_rank
-from megatron_r1.models.cpu_patches import Patch, register_in
 from megatron_r1.models.experts import GROUP_SCORES
 from megatron_r1.models.packed_params import marked_positions
+from megatron_r1.models.patching import Patch, register_in
 from megatron_r1.models.shared_prefixes import marked_prefixes
 from megatron_r1.models.token_dispatcher import KnownCountsDispatcher, indices_to_multihot
 
@@ -61,8 +61,8 @@ def sample_positions(cu_seqlens: Tensor, rank: int = 0, num_ranks: int = 1) -> T
         starts = starts - prefixes.start.repeat_interleave(cu_seqlens.diff(), output_size=total)
     if num_ranks == 1:
         return torch.arange(total, device=cu_seqlens.device) - starts
-    held = positions_of_rank(cu_seqlens, rank, num_ranks)
-    return held - starts[held]
+    local_positions = positions_of_rank(cu_seqlens, rank, num_ranks)
+    return local_positions - starts[local_positions]
 
 
 def rotate_packed(
@@ -109,13 +109,13 @@ def roll_packed(
     next_token_index = getattr(packed_seq_params, "next_token_index", None)
     if next_token_index is None:
         return _MEGATRONS_ROLL(tensor, shifts, dims, packed_seq_params, cp_group)
-    whole = tensor
+    all_tokens = tensor
     if cp_group is not None and cp_group.size() > 1:
         # Over context parallelism: the token behind a chunk's last one is on another rank.
         gathered = tensor.new_empty(cp_group.size() * len(tensor), *tensor.shape[1:])
         dist.all_gather_into_tensor(gathered, tensor.contiguous(), group=cp_group)
-        whole = gathered.unflatten(0, (cp_group.size(), -1)).movedim(0, -2).flatten(-2)
-    rolled = whole.index_select(-1, next_token_index.clamp(min=0)) * (next_token_index >= 0)
+        all_tokens = gathered.unflatten(0, (cp_group.size(), -1)).movedim(0, -2).flatten(-2)
+    rolled = all_tokens.index_select(-1, next_token_index.clamp(min=0)) * (next_token_index >= 0)
     return rolled, rolled.sum()
 
 
@@ -201,11 +201,11 @@ def _route(
     return torch.zeros_like(logits).scatter(1, chosen, weights), routed
 
 
-def _within_groups(scores: Tensor, num_groups: int, kept: int, best: int) -> Tensor:
-    """Return scores (T, experts), -inf outside the `kept` groups with the highest sums of their
-    `best` highest scores."""
+def _within_groups(scores: Tensor, num_groups: int, group_topk: int, best: int) -> Tensor:
+    """Return scores (T, experts), -inf outside the `group_topk` groups with the highest sums of
+    their `best` highest scores."""
     grouped = scores.unflatten(-1, (num_groups, -1))
-    groups = grouped.topk(best, dim=-1).values.sum(-1).topk(kept, dim=-1).indices
+    groups = grouped.topk(best, dim=-1).values.sum(-1).topk(group_topk, dim=-1).indices
     left_out = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter(1, groups, False)
     return grouped.masked_fill(left_out[..., None], -torch.inf).flatten(1)
 
@@ -238,7 +238,7 @@ def check_installed() -> None:
     "transformer/moe/moe_utils.py:group_limited_topk",
     "topk // group_topk",
 )
-def _routing() -> None:
+def _patch_routing() -> None:
     # Without it tokens go to other experts than in transformers and vLLM, without an error.
     router.topk_routing_with_score_function = _route
 
@@ -248,7 +248,7 @@ def _routing() -> None:
     "models/common/embeddings/rope_utils.py:_apply_rotary_pos_emb_thd",
     "for x in sequence_splits",
 )
-def _rotary_angles() -> None:
+def _patch_rotary_angles() -> None:
     rope_utils._apply_rotary_pos_emb_thd = rotate_packed
 
 
@@ -257,7 +257,7 @@ def _rotary_angles() -> None:
     "transformer/multi_token_prediction.py:_roll_tensor_packed_seq",
     "start_idx = cu_seqlens[i]",
 )
-def _shifted_tokens() -> None:
+def _patch_shifted_tokens() -> None:
     multi_token_prediction._roll_tensor_packed_seq = roll_packed
 
 
@@ -266,7 +266,7 @@ def _shifted_tokens() -> None:
     "transformer/moe/token_dispatcher.py:MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize",
     "self.d2h_event.synchronize()",
 )
-def _known_counts() -> None:
+def _patch_known_counts() -> None:
     moe_layer.MoEAlltoAllTokenDispatcher = KnownCountsDispatcher
 
 
@@ -275,7 +275,7 @@ def _known_counts() -> None:
     "transformer/moe/token_dispatcher.py:_DeepepManager._indices_to_multihot",
     "indices[mask]",
 )
-def _multihot() -> None:
+def _patch_multihot() -> None:
     token_dispatcher._DeepepManager._indices_to_multihot = indices_to_multihot
 
 
@@ -284,7 +284,7 @@ def _multihot() -> None:
     "tensor_parallel/layers.py:ColumnParallelLinear.__init__",
     "not _grad_accum_fusion_available",
 )
-def _fused_gradients_without_apex() -> None:
+def _allow_fused_gradients_without_apex() -> None:
     # Safe: only the output layer's product uses Apex's kernel, and `LMHead` has no product. The
     # other layers with fused gradients are Transformer Engine's, with a kernel of their own.
     layers._grad_accum_fusion_available = True
@@ -295,7 +295,7 @@ def _fused_gradients_without_apex() -> None:
     "extensions/transformer_engine.py:TEGroupedLinear._split_extra_state",
     'state["extra_fp8_variables"]',
 )
-def _empty_extra_state() -> None:
+def _patch_empty_extra_state() -> None:
     # None without Transformer Engine, and with one too old for grouped layers.
     if transformer_engine.TEGroupedLinear is not None:
         accept_empty_extra_state(transformer_engine.TEGroupedLinear)

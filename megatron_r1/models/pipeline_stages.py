@@ -181,15 +181,15 @@ def _check(
             Cause.CONFLICT,
         )
     flat = "".join(groups)
-    for kind, name, wanted in (
+    for kind, name, expected_count in (
         ("E", "the embedding", 1),
         ("L", "the loss", 1),
         ("t", "decoder layers", num_layers),
         ("m", "MTP layers", num_mtp),
     ):
-        if flat.count(kind) != wanted:
+        if flat.count(kind) != expected_count:
             refuse(
-                f"{name} ({kind}) must stand there {wanted} times, not {flat.count(kind)}",
+                f"{name} ({kind}) must stand there {expected_count} times, not {flat.count(kind)}",
                 Cause.CONFLICT,
             )
     if flat[0] != "E" or flat[-1] != "L":

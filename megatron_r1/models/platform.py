@@ -43,10 +43,10 @@ TRANSFORMER_ENGINE_VERSION = "2.20.2"
 def _check_megatron() -> None:
     """Raise UserError for another Megatron-Core than the tested one: lines of it are patched, and
     the weight tables have its names."""
-    found = metadata.version("megatron-core")
-    if found != MEGATRON_VERSION:
+    installed = metadata.version("megatron-core")
+    if installed != MEGATRON_VERSION:
         raise UserError(
-            f"megatron-core {found} is installed, and this code is written against "
+            f"megatron-core {installed} is installed, and this code is written against "
             f"{MEGATRON_VERSION}: pip install --no-deps megatron-core=={MEGATRON_VERSION}",
             key="megatron-core",
             cause=Cause.CONFLICT,
@@ -56,14 +56,14 @@ def _check_megatron() -> None:
 def warn_of_transformer_engine() -> None:
     """Warn of another Transformer Engine than the tested one: images bring their own."""
     try:
-        found = metadata.version("transformer-engine")
+        installed = metadata.version("transformer-engine")
     except metadata.PackageNotFoundError:  # built from a source folder without metadata
         return
     # An image's own build has the commit behind a plus sign.
-    if found.partition("+")[0] != TRANSFORMER_ENGINE_VERSION:
+    if installed.partition("+")[0] != TRANSFORMER_ENGINE_VERSION:
         warnings.warn(
-            f"transformer-engine {found} is installed, and {TRANSFORMER_ENGINE_VERSION} is tested "
-            "(requirements/cuda.lock); names and checkpoints of its layers may differ",
+            f"transformer-engine {installed} is installed, and {TRANSFORMER_ENGINE_VERSION} is "
+            "tested (requirements/cuda.lock); names and checkpoints of its layers may differ",
             stacklevel=2,
         )
 
@@ -193,7 +193,7 @@ def prepare(local_rank: int = 0) -> torch.device:
     """Make this process able to import and run Megatron-Core; return the device to train on.
 
     Raises:
-        UserError: another version of Megatron-Core than the tested one.
+        UserError: Megatron-Core does not have the version that is tested.
     """
     global _prepared
     _check_megatron()
@@ -287,11 +287,11 @@ def empty_on_host(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         if not _REAL_CUDA or "out of memory" not in str(error):
             raise
         size = torch.Size(shape).numel() * dtype.itemsize
-        taken = 1 << (size - 1).bit_length()
+        allocated = 1 << (size - 1).bit_length()
         raise UserError(
             f"this node has not enough memory to pin {size / 2**30:.3g} GiB for a trainer rank's "
-            f"checkpoint, reference or offload, for which torch takes {taken / 2**30:.3g} GiB, the "
-            "next power of two; give the node more memory, or spread the model over more ranks "
+            f"checkpoint, reference or offload, for which torch takes {allocated / 2**30:.3g} GiB, "
+            "the next power of two; give the node more memory, or spread the model over more ranks "
             "(parallel.tensor, .pipeline, .expert)",
             key="host_memory",
             cause=Cause.TOO_LARGE,

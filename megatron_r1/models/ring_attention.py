@@ -106,9 +106,9 @@ class _RingAttention(torch.autograd.Function):
         for owner, share in _ring_shares(torch.cat([key, value], 2), group):
             keys = halves.pad(share[..., : key.shape[2]], size)
             values = halves.pad(share[..., key.shape[2] :], size)
-            for half, other, causal in _visible(rank, owner, num_ranks):
+            for half, key_half, causal in _visible(rank, owner, num_ranks):
                 for at, q in enumerate(queries[half]):
-                    k, v = (repeat_kv(x[other][at], q.shape[1]) for x in (keys, values))
+                    k, v = (repeat_kv(x[key_half][at], q.shape[1]) for x in (keys, values))
                     mask = None if causal else masks[at]
                     out, lse = flash_forward(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
                     joined[half][at] = _merge_chunks(joined[half][at], out.to(wide), lse)
@@ -144,15 +144,15 @@ class _RingAttention(torch.autograd.Function):
                 [[torch.zeros_like(x, dtype=wide) for x in half] for half in halves_of_share]
                 for halves_of_share in (keys, values)
             )
-            for half, other, causal in _visible(rank, owner, num_ranks):
+            for half, key_half, causal in _visible(rank, owner, num_ranks):
                 for at, q in enumerate(queries[half]):
-                    k, v = (repeat_kv(x[other][at], q.shape[1]) for x in (keys, values))
+                    k, v = (repeat_kv(x[key_half][at], q.shape[1]) for x in (keys, values))
                     row = (grads[half][at], q, k, v, outs[half][at], normalizers[half][at])
                     mask = None if causal else masks[at]
                     parts = flash_backward(*row, 0.0, causal, attn_mask=mask, scale=ctx.scale)
-                    sums = d_queries[half][at], d_keys[other][at], d_values[other][at]
-                    for whole, part in zip(sums, parts, strict=True):
-                        whole += sum_kv_gradients(part, whole.shape[1])
+                    sums = d_queries[half][at], d_keys[key_half][at], d_values[key_half][at]
+                    for total, part in zip(sums, parts, strict=True):
+                        total += sum_kv_gradients(part, total.shape[1])
             d_share = torch.cat(
                 [
                     halves.unpad(d_keys, key.shape[2]),
@@ -173,10 +173,10 @@ class _RingAttention(torch.autograd.Function):
 def _visible(rank: int, owner: int, num_ranks: int) -> Iterator[tuple[int, int, bool]]:
     """Yield (half of the queries, half of the owner's keys, whether they are the same chunk) where
     queries see keys."""
-    for half, own in enumerate((rank, 2 * num_ranks - 1 - rank)):
-        for other, number in enumerate((owner, 2 * num_ranks - 1 - owner)):
-            if number <= own:
-                yield half, other, number == own
+    for half, query_chunk in enumerate((rank, 2 * num_ranks - 1 - rank)):
+        for key_half, key_chunk in enumerate((owner, 2 * num_ranks - 1 - owner)):
+            if key_chunk <= query_chunk:
+                yield half, key_half, key_chunk == query_chunk
 
 
 def _ring_shares(share: Tensor, group: ProcessGroup) -> Iterator[tuple[int, Tensor]]:
@@ -195,9 +195,14 @@ def _send_to_next(x: Tensor, group: ProcessGroup) -> Callable[[], Tensor]:
     arriving = torch.empty_like(x)
     # Point to point between neighbors in `group`, the context-parallel ranks: an all-gather would
     # hold the keys and values of all ranks at once, here a rank holds two shares next to its own.
-    to, of = (dist.get_global_rank(group, (group.rank() + n) % group.size()) for n in (1, -1))
+    destination, source = (
+        dist.get_global_rank(group, (group.rank() + n) % group.size()) for n in (1, -1)
+    )
     # Together: over NCCL a send that stands alone blocks the stream until it is received.
-    both = [dist.P2POp(dist.isend, x, to, group), dist.P2POp(dist.irecv, arriving, of, group)]
+    both = [
+        dist.P2POp(dist.isend, x, destination, group),
+        dist.P2POp(dist.irecv, arriving, source, group),
+    ]
     works = dist.batch_isend_irecv(both)
 
     def wait() -> Tensor:
@@ -209,16 +214,16 @@ def _send_to_next(x: Tensor, group: ProcessGroup) -> Callable[[], Tensor]:
 
 
 def _merge_chunks(
-    known: tuple[Tensor, Tensor] | None, out: Tensor, lse: Tensor
+    merged: tuple[Tensor, Tensor] | None, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return (out, lse) over the keys of both.
 
     Args:
-        known: (out, lse) so far, lse with a last dimension; None before the first keys.
+        merged: (out, lse) so far, lse with a last dimension; None before the first keys.
         out: (r, h, w, size), the output over other keys.
         lse: (r, h, w), the logarithm of the sum of their exponentials."""
     lse = lse[..., None]
-    if known is None:
+    if merged is None:
         return out, lse
-    whole = torch.logaddexp(known[1], lse)
-    return known[0] * (known[1] - whole).exp() + out * (lse - whole).exp(), whole
+    total_lse = torch.logaddexp(merged[1], lse)
+    return merged[0] * (merged[1] - total_lse).exp() + out * (lse - total_lse).exp(), total_lse

@@ -42,15 +42,15 @@ class RecordedRouting(NamedTuple):
 
     Attributes:
         experts: (T, L, topk) uint8 or int16, L MoE layers of this rank.
-        known: (T,) bool, the tokens that have recorded choices. The trainer routes the others,
-            unless `local_counts` is there: then `experts` has some for these too.
+        is_recorded: (T,) bool, the tokens that have recorded choices. The trainer routes the
+            others, unless `local_counts` is there: then `experts` has some for these too.
         local_counts: (L, experts) integers on the host, this rank's tokens to each expert; None
             where the trainer routes some.
         counts: what `token_dispatcher` has to know in each layer; None where some rank routes
             tokens itself, or before `RoutingReplay.exchange_counts`."""
 
     experts: Tensor
-    known: Tensor
+    is_recorded: Tensor
     local_counts: np.ndarray | None = None
     counts: list[TokenCounts] | None = None
 
@@ -114,16 +114,19 @@ class LayerReplay:
             current.chosen = chosen.short()
         return scores.gather(1, chosen), chosen
 
-    def _replay_experts(self, recorded: RecordedRouting, own: Tensor) -> Tensor:
-        """Return the experts (T, topk) of every token, the router's `own` for unknown ones."""
+    def _replay_experts(self, recorded: RecordedRouting, router_choice: Tensor) -> Tensor:
+        """Return the experts (T, topk) of every token, `router_choice` where none are recorded."""
         experts = recorded.experts[:, self.moe_index].long()
-        assert len(experts) == len(own), f"{len(experts)} recorded for {len(own)} tokens"
-        known = recorded.known[:, None]
+        count = len(router_choice)
+        assert len(experts) == count, f"{len(experts)} recorded for {count} tokens"
+        is_recorded = recorded.is_recorded[:, None]
         if self.is_measured:
-            same = (experts[:, :, None] == own[:, None, :]).any(-1) & known
+            same = (experts[:, :, None] == router_choice[:, None, :]).any(-1) & is_recorded
             self.num_agreed = self.num_agreed + same.sum()
-            self.num_compared = self.num_compared + known.sum() * own.shape[1]
-        return experts if recorded.local_counts is not None else torch.where(known, experts, own)
+            self.num_compared = self.num_compared + is_recorded.sum() * router_choice.shape[1]
+        if recorded.local_counts is not None:
+            return experts
+        return torch.where(is_recorded, experts, router_choice)
 
     def _current_pass(self) -> LayerPass:
         """Return the pass in progress.
@@ -175,7 +178,7 @@ class RoutingReplay:
     forward pass's own where layers of experts are recomputed."""
 
     def __init__(self, chunks: Sequence[torch.nn.Module], shape: RoutingShape | None):
-        self.is_on = shape is not None
+        self.shape, self.is_on = shape, shape is not None
         self.layers: list[int] = []
         """This rank's MoE layers, as indices into shape.moe_layers."""
         self._chunks: dict[int, list[LayerReplay]] = {}
@@ -215,8 +218,10 @@ class RoutingReplay:
         dispatcher = layers[0].dispatcher if layers else None
         if dispatcher is None or dispatcher.config.moe_router_padding_for_quantization:
             return list(recorded)
-        own = [routing.local_counts if routing is not None else None for routing in recorded]
-        counts = exchange_token_counts(dispatcher, own, len(layers))
+        local_counts = [
+            routing.local_counts if routing is not None else None for routing in recorded
+        ]
+        counts = exchange_token_counts(dispatcher, local_counts, len(layers))
         return [
             routing._replace(counts=of_batch) if routing is not None else None
             for routing, of_batch in zip(recorded, counts, strict=True)

@@ -54,9 +54,9 @@ class DecodedMask(NamedTuple):
         Args:
             token_ids: (T,) integers, the sampled tokens."""
         token_of_id = self.token_of_id
-        found = np.zeros(len(self.counts), bool)
-        found[token_of_id[self.ids == np.asarray(token_ids, INT)[token_of_id]]] = True
-        return found
+        is_kept = np.zeros(len(self.counts), bool)
+        is_kept[token_of_id[self.ids == np.asarray(token_ids, INT)[token_of_id]]] = True
+        return is_kept
 
 
 def decode_mask(mask: Buffer, num_tokens: int) -> DecodedMask:
@@ -99,8 +99,8 @@ def concat_masks(parts: Iterable[tuple[Buffer, int]]) -> bytes:
     parts = list(parts)
     if not any(mask for mask, _ in parts):
         return b""
-    kept = [decode_mask(mask, num_tokens) for mask, num_tokens in parts]
-    counts, ids = zip(*kept, strict=True)
+    decoded_masks = [decode_mask(mask, num_tokens) for mask, num_tokens in parts]
+    counts, ids = zip(*decoded_masks, strict=True)
     return DecodedMask(np.concatenate(counts), np.concatenate(ids)).encode()
 
 
@@ -112,16 +112,16 @@ def check_mask(mask: Buffer, token_ids: Sequence[int], vocab_size: int | None) -
         mask: the bytes.
         token_ids: the sampled tokens.
         vocab_size: the size of the vocabulary; None: unknown."""
-    kept = decode_mask(mask, len(token_ids))
-    counts, ids = kept
+    decoded = decode_mask(mask, len(token_ids))
+    counts, ids = decoded
     if len(ids):
         if ids.min() < 0 or (vocab_size and ids.max() >= vocab_size):
             raise ValueError(f"kept tokens {ids.min()} to {ids.max()} of {vocab_size}")
-        if ((np.diff(ids) <= 0) & (np.diff(kept.token_of_id) == 0)).any():
+        if ((np.diff(ids) <= 0) & (np.diff(decoded.token_of_id) == 0)).any():
             raise ValueError("the kept tokens of a position do not rise")
-    found = kept.contains(token_ids)
-    if not found.all():
-        first = int((~found).argmax())
+    is_kept = decoded.contains(token_ids)
+    if not is_kept.all():
+        first = int((~is_kept).argmax())
         raise ValueError(
             f"token {token_ids[first]} is not among the {counts[first]} that its sampler kept: the "
             "engine returns no sampling mask, or another token's; start it with "
@@ -129,8 +129,8 @@ def check_mask(mask: Buffer, token_ids: Sequence[int], vocab_size: int | None) -
         )
 
 
-def encode_mask(kept: Sequence[Sequence[int]]) -> bytes:
+def encode_mask(kept_ids: Sequence[Sequence[int]]) -> bytes:
     """Return the bytes of one list of ids per token, as vLLM's JSON has them."""
-    counts = np.array([len(ids) for ids in kept], INT)
-    ids = np.fromiter(chain.from_iterable(kept), INT, int(counts.sum()))
+    counts = np.array([len(ids) for ids in kept_ids], INT)
+    ids = np.fromiter(chain.from_iterable(kept_ids), INT, int(counts.sum()))
     return DecodedMask(counts, ids).encode()

@@ -80,7 +80,7 @@ def whole_sequences(cu_seqlens: Tensor, prefixes: SharedPrefixes) -> WholeSequen
 
 
 def mark_prefixes(
-    cu_seqlens: Tensor, prefixes: SharedPrefixes, whole: WholeSequences | None = None
+    cu_seqlens: Tensor, prefixes: SharedPrefixes, sequences: WholeSequences | None = None
 ) -> Tensor:
     """Return `cu_seqlens` marked with the prefixes of its segments.
 
@@ -90,9 +90,9 @@ def mark_prefixes(
     Args:
         cu_seqlens: (S + 1,) integers.
         prefixes: the prefix of each of the S segments.
-        whole: their whole sequences on the device of a GPU's attention, which needs them."""
+        sequences: their whole sequences on the device of a GPU's attention, which needs them."""
     setattr(cu_seqlens, _PREFIXES, prefixes)
-    setattr(cu_seqlens, _WHOLE, whole)
+    setattr(cu_seqlens, _WHOLE, sequences)
     return cu_seqlens
 
 
@@ -147,8 +147,8 @@ class _Segments:
         self.links = []
         for (prefix, end), members in seeing.items():
             rows = concat_ranges(cu_seqlens[members], lengths[members])
-            own = slice(starts[prefix], starts[prefix] + end - start[prefix])
-            self.links.append((rows, own))
+            prefix_rows = slice(starts[prefix], starts[prefix] + end - start[prefix])
+            self.links.append((rows, prefix_rows))
 
 
 class _PrefixAttention(torch.autograd.Function):
@@ -168,19 +168,19 @@ class _PrefixAttention(torch.autograd.Function):
         """
         size, wide = _sizes(query, key, value)
         batches = zip(*(segments.buckets.pad(x, size) for x in (query, key, value)), strict=True)
-        own = [
+        segment_results = [
             flash_forward(*_heads(*batch), 0.0, True, attn_mask=None, scale=scale)
             for batch in batches
         ]
-        out = segments.buckets.unpad([part.to(wide) for part, _ in own])
-        lse = segments.buckets.unpad([part.to(wide)[..., None] for _, part in own])
+        out = segments.buckets.unpad([part.to(wide) for part, _ in segment_results])
+        lse = segments.buckets.unpad([part.to(wide)[..., None] for _, part in segment_results])
         for rows, prefix in segments.links:
             part = _heads(*(_row(x, size) for x in (query[rows], key[prefix], value[prefix])))
             seen, norm = flash_forward(*part, 0.0, False, attn_mask=None, scale=scale)
             seen, norm = seen[0].transpose(0, 1).to(wide), norm[0].t()[..., None].to(wide)
-            whole = torch.logaddexp(lse[rows], norm)
-            out[rows] = out[rows] * (lse[rows] - whole).exp() + seen * (norm - whole).exp()
-            lse[rows] = whole
+            total_lse = torch.logaddexp(lse[rows], norm)
+            out[rows] = out[rows] * (lse[rows] - total_lse).exp() + seen * (norm - total_lse).exp()
+            lse[rows] = total_lse
         out = out[..., : value.shape[2]].to(query.dtype)
         ctx.save_for_backward(query, key, value, out, lse)
         ctx.segments, ctx.scale = segments, scale
@@ -199,13 +199,13 @@ class _PrefixAttention(torch.autograd.Function):
         size, wide = _sizes(query, key, value)
         tensors = [buckets.pad(x, size) for x in (grad, query, key, value, out)]
         norms = [x[..., 0] for x in buckets.pad(lse, 1)]
-        own: list[list[Tensor]] = [[], [], []]
+        segment_gradients: list[list[Tensor]] = [[], [], []]
         for g, q, k, v, o, norm in zip(*tensors, norms, strict=True):
             # A padded query has grad 0, and so any finite normalizer will do.
             parts = _gradients((g, q, k, v, o), norm, True, ctx.scale)
-            for of, part in zip(own, parts, strict=True):
-                of.append(part.to(wide))
-        d_query, d_key, d_value = (buckets.unpad(parts) for parts in own)
+            for gradients, part in zip(segment_gradients, parts, strict=True):
+                gradients.append(part.to(wide))
+        d_query, d_key, d_value = (buckets.unpad(parts) for parts in segment_gradients)
         for rows, prefix in segments.links:
             at = grad[rows], query[rows], key[prefix], value[prefix], out[rows]
             norm = lse[rows][..., 0].t()[None]

@@ -115,20 +115,20 @@ FP8_BLOCKS = {
 def _check_quantization(hf: dict) -> None:
     """Raise UserError for weights that are stored in another form than the one that can be read:
     blocks of FP8, or for models with stacked experts MXFP4."""
-    found = hf.get("quantization_config")
-    if not found:
+    quantization = hf.get("quantization_config")
+    if not quantization:
         return
     if model_family(hf).stacked_experts:
         needed: dict[str, object] = {"quant_method": "mxfp4"}
     else:
         needed = {key: FP8_BLOCKS[key] for key in ("quant_method", "weight_block_size")}
-        if "fmt" in found:  # its default in transformers is that of FP8_BLOCKS
+        if "fmt" in quantization:  # its default in transformers is that of FP8_BLOCKS
             needed["fmt"] = FP8_BLOCKS["fmt"]
     for key, value in needed.items():
-        if found.get(key) != value:
+        if quantization.get(key) != value:
             raise UserError(
-                f"config.json: quantization_config with {key}={found.get(key)!r} cannot be read, "
-                f"only {value!r}; give a folder of the model in bf16",
+                f"config.json: quantization_config with {key}={quantization.get(key)!r} cannot be "
+                f"read, only {value!r}; give a folder of the model in bf16",
                 key="quantization_config",
                 cause=Cause.UNSUPPORTED,
             )

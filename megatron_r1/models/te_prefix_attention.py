@@ -46,16 +46,16 @@ class SharedPrefixAttention(TEDotProductAttention):
         """Attend causally within each segment and to all that is before it. Arguments and result
         are those of Megatron's class."""
         assert packed_seq_params is not None, "the trainer packs every batch"
-        whole = whole_sequences_of(packed_seq_params.cu_seqlens_q)
-        if whole is not None:
+        sequences = whole_sequences_of(packed_seq_params.cu_seqlens_q)
+        if sequences is not None:
             packed_seq_params = PackedSeqParams(
                 qkv_format="thd",
                 cu_seqlens_q=packed_seq_params.cu_seqlens_q,
-                cu_seqlens_kv=whole.cu_seqlens,
+                cu_seqlens_kv=sequences.cu_seqlens,
                 max_seqlen_q=packed_seq_params.max_seqlen_q,
-                max_seqlen_kv=whole.longest,
+                max_seqlen_kv=sequences.longest,
             )
-            key, value = key[whole.rows], value[whole.rows]
+            key, value = key[sequences.rows], value[sequences.rows]
             attn_mask_type = _Mask.padding_causal_bottom_right
         return super().forward(
             query,

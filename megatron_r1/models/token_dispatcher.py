@@ -56,26 +56,26 @@ class KnownCountsDispatcher(MoEAlltoAllTokenDispatcher):
     """Megatron's dispatcher, given counts by `source` where that has some."""
 
     source: CountsSource | None = None
-    _known: TokenCounts | None = None
+    _counts: TokenCounts | None = None
 
     def preprocess(self, routing_map: Tensor) -> Tensor:
         """Return the tokens of each expert here, (l,) int64, for a routing_map (T, E) bool."""
-        self._known = known = self.source.known_counts() if self.source else None
-        if known is None:
+        self._counts = counts = self.source.known_counts() if self.source else None
+        if counts is None:
             return super().preprocess(routing_map)
         self.cuda_sync_point = "no_sync"  # the next pass without counts sets it again
-        self.num_out_tokens = known.num_out
-        self.input_splits, self.output_splits = known.sent, known.received
-        self.output_splits_tp = known.gathered
-        if known.chunks is not None:
-            self.num_global_tokens_per_local_expert = known.chunks
-        return known.per_expert
+        self.num_out_tokens = counts.num_out
+        self.input_splits, self.output_splits = counts.sent, counts.received
+        self.output_splits_tp = counts.gathered
+        if counts.chunks is not None:
+            self.num_global_tokens_per_local_expert = counts.chunks
+        return counts.per_expert
 
     def _maybe_dtoh_and_synchronize(
         self, point: str, tokens_per_expert: Tensor | None = None
     ) -> Tensor | None:
         """Copy counts to the host and wait for them at their points, if they are not known."""
-        if self._known is not None:
+        if self._counts is not None:
             return tokens_per_expert
         tokens_per_expert = super()._maybe_dtoh_and_synchronize(point, tokens_per_expert)
         if point == "before_finish" and self.source is not None and not self.drop_and_pad:
@@ -120,11 +120,11 @@ def exchange_token_counts(
         num_layers: this rank's layers of experts."""
     num_experts, num_here = dispatcher.num_experts, dispatcher.num_local_experts
     shape = (len(counts), num_layers, num_experts)
-    own = np.full(shape, -1, np.int64)
+    local_counts = np.full(shape, -1, np.int64)
     for at, of_batch in enumerate(counts):
         if of_batch is not None:
-            own[at] = of_batch
-    on_device = platform.to_device(torch.from_numpy(own), platform.device())
+            local_counts[at] = of_batch
+    on_device = platform.to_device(torch.from_numpy(local_counts), platform.device())
     group = dispatcher.tp_ep_group
     gathered = on_device.new_empty(group.size() * len(counts), *shape[1:])
     # Over the ranks that share the experts, which send tokens to each other: all have the same
@@ -140,7 +140,7 @@ def exchange_token_counts(
     is_known = (host >= 0).all((1, 2, 3, 4))
     on_host = host[..., first : first + num_here]
     tokens = on_host.sum(-1)  # (micro-batches, layers, t, e)
-    sent = own.reshape(*shape[:2], dispatcher.ep_size, num_here).sum(-1)
+    sent = local_counts.reshape(*shape[:2], dispatcher.ep_size, num_here).sum(-1)
     if not dispatcher.config.moe_permute_fusion:
         chunks = torch.from_numpy(on_host.reshape(chunks.shape))
     alone = group.size() == 1
@@ -153,7 +153,7 @@ def exchange_token_counts(
             None if alone else of_ranks.sum(-1),
             torch.from_numpy(on_host[at, layer].sum((0, 1))),
             chunks[at, layer] if num_here > 1 else None,
-            int(own[at, layer].sum()),
+            int(local_counts[at, layer].sum()),
         )
 
     return [

@@ -209,7 +209,7 @@ class RoutingReplayTraffic:
     @property
     def forwarded_bytes(self) -> int:
         """Bytes out of a replica's first rank: all but its own part, and a byte for each token of a
-        rank (`RecordedRouting.known`)."""
+        rank (`RecordedRouting.is_recorded`)."""
         own = self.replica_bytes(self.job.sample_tokens) // self.ranks_per_replica
         marks = self.job.num_responses * self.job.sample_tokens // self.job.data_parallel_size
         marks //= self.job.parallel.tensor * self.job.parallel.context

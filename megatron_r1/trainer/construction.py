@@ -216,10 +216,10 @@ def language_body(config: Config, hf: dict) -> dict | None:
     with a new head; None for a model that is loaded as it is, or starts from random weights."""
     if not has_score_head(hf) or config.model.init == "random":
         return None
-    own = models.read_hf_config(config.model.path, None)
+    folder_hf = models.read_hf_config(config.model.path, None)
     if config.model.checkpoint:
-        return None if SCORE in DistributedCheckpoint(config.model.checkpoint).shapes else own
-    return None if has_score_head(own) else own
+        return None if SCORE in DistributedCheckpoint(config.model.checkpoint).shapes else folder_hf
+    return None if has_score_head(folder_hf) else folder_hf
 
 
 def _verify(checkpoint: Path, config: Config) -> None:

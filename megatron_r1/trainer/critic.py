@@ -40,23 +40,24 @@ class Critic:
         advantages are those without a critic.
 
         Raises:
-            UserError: the model's vocabulary is smaller than the policy's, or as `construction`.
+            UserError: the model's vocabulary is smaller than the policy's, or `construction`
+                cannot build the model with these settings.
         """
-        own = config.critic_recipe()
-        hf = read_hf_config(own.model.path, "score", "critic.path")
+        critic_config = config.critic_recipe()
+        hf = read_hf_config(critic_config.model.path, "score", "critic.path")
         policy_tokens = read_hf_config(config.model.path)["vocab_size"]
         if hf["vocab_size"] < policy_tokens:
             raise UserError(
-                f"critic.path: {own.model.path} knows {hf['vocab_size']} tokens, the policy "
-                f"{policy_tokens}; give a model with the policy's tokenizer",
+                f"critic.path: {critic_config.model.path} knows {hf['vocab_size']} tokens, the "
+                f"policy {policy_tokens}; give a model with the policy's tokenizer",
                 key="critic.path",
                 cause=Cause.CONFLICT,
             )
         self.position = position
         self.value_clip = config.critic.value_clip
-        transformer = transformer_config(hf, own)
+        transformer = transformer_config(hf, critic_config)
         self.model_chunks, self.ddp_chunks, self.optimizer = construction.build_network(
-            own, hf, transformer, position.groups, score_std=0.0
+            critic_config, hf, transformer, position.groups, score_std=0.0
         )
         RoutingReplay(
             self.model_chunks, None

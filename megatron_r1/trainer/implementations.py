@@ -33,15 +33,15 @@ PACKAGES = {
 
 def describe_implementations(trainer: Trainer) -> dict[str, str]:
     """Return the implementation of each part on this rank."""
-    found: dict[str, set[str]] = {}
+    classes: dict[str, set[str]] = {}
     for chunk in trainer.model_chunks:
         for name, module in chunk.named_modules():
             role = _role(name)
             if role and not isinstance(module, IdentityOp):
-                found.setdefault(role, set()).add(_origin(type(module)))
+                classes.setdefault(role, set()).add(_origin(type(module)))
             if (dispatcher := getattr(module, "token_dispatcher", None)) is not None:
-                found.setdefault("dispatcher", set()).add(_origin(type(dispatcher)))
-    parts = {role: ", ".join(sorted(kinds)) for role, kinds in found.items()}
+                classes.setdefault("dispatcher", set()).add(_origin(type(dispatcher)))
+    parts = {role: ", ".join(sorted(kinds)) for role, kinds in classes.items()}
     config = trainer.transformer
     if "attention" in parts and config.transformer_impl == "transformer_engine":
         parts["attention"] += f": {config.attention_backend.name}{_flash_version()}"

@@ -4,11 +4,9 @@ or score the loaded samples with a reward model."""
 import torch
 from torch import Tensor
 
-from megatron_r1.models import platform
 from megatron_r1.trainer.batch import PackedBatch
-from megatron_r1.trainer.metrics import logprob_diff
+from megatron_r1.trainer.metrics import logprob_diff, reduce_over_data
 from megatron_r1.trainer.operations import SampleScores
-from megatron_r1.trainer.packed import check_token_ids, pack_batch
 from megatron_r1.trainer.trainer import Trainer
 from megatron_r1.trainer.training_sample import Sample
 
@@ -34,7 +32,7 @@ class ProbeRunner:
     def prepare_probe(self, samples: list[Sample]) -> None:
         """Compute, and keep for `compare_probe`, the log-probabilities of samples that an engine
         has not scored yet."""
-        self._probed = self._pack_probe(samples)
+        self._probed = self.trainer.rollout.pack_probe(samples)
         # An engine's answer to a probe comes without its routing.
         with self.trainer.replay.pause():
             self.trainer.fill_logprobs(self._probed, "old", 1.0)
@@ -42,28 +40,23 @@ class ProbeRunner:
     def compare_probe(self, samples: list[Sample]) -> dict[str, float]:
         """Return the differences that `probe` does, without weights: `prepare_probe` has had the
         same tokens. The samples have an engine's log-probabilities."""
-        batches = self._pack_probe(samples)
+        batches = self.trainer.rollout.pack_probe(samples)
         if not self.trainer.position.is_last_stage:
             return {}
         for batch, probed in zip(batches, self._probed, strict=True):
             assert torch.equal(batch.targets, probed.targets), "these are other tokens"
             batch.logprobs["old"] = probed.logprobs["old"]
         mean, largest = logprob_diff(batches, "old")
-        return self.trainer.reduce_metrics({"probe/max": largest, "probe/mean": mean})
-
-    def _pack_probe(self, samples: list[Sample]) -> list[PackedBatch]:
-        check_token_ids(samples, self.trainer.hf["vocab_size"])
-        padded, split = self.trainer.pad_to_schedule([samples]), self.trainer.split
-        return [pack_batch(s, split, platform.device()) for s in padded]
+        return reduce_over_data(self.trainer.position, {"probe/max": largest, "probe/mean": mean})
 
     def sample_scores(self) -> SampleScores:
         """Return {"scores": s}, s[i][m] a score model's scores of the samples of micro-batch m of
         mini-batch i; empty on ranks before the last stage."""
         scores: list[list[list[float]]] = []
-        for batches in self.trainer.minibatches:
+        for batches in self.trainer.rollout.minibatches:
             reports = self.trainer.run_batches(batches, self._scores_only, forward_only=True)
             scores.append(reports if self.trainer.position.is_last_stage else [])
         return {"scores": scores}
 
     def _scores_only(self, batch: PackedBatch, out: Tensor) -> list[float]:
-        return self.trainer.scores(batch, out).at_last_tokens().tolist()
+        return self.trainer.heads.scores(batch, out).at_last_tokens().tolist()

@@ -59,7 +59,7 @@ def denominator(batch: PackedBatch, average: LossAverage) -> Tensor:
             number of responses.
 
     Raises:
-        ValueError: another average."""
+        ValueError: `average` is not one of these three."""
     if average == "token":
         return batch.is_response.sum().int()
     if average in ("sequence", "constant"):
@@ -97,7 +97,7 @@ def supervised(batch: PackedBatch, head: LossHead, settings: object = None) -> L
     Args:
         batch: the micro-batch.
         head: the head behind its hidden states.
-        settings: not read."""
+        settings: None; it is here because every `Loss` is called with three arguments."""
     logprobs, _ = head.logprobs()
     loss, count = -logprobs.sum(), denominator(batch, "token")
     return LossTerms(loss, count, {"loss": Mean(loss.detach(), count)})
@@ -113,7 +113,7 @@ def pairwise(batch: PackedBatch, scores: ScoreHeadOutput, settings: object = Non
     Args:
         batch: the micro-batch, of whole pairs.
         scores: the score model's output.
-        settings: not read."""
+        settings: None; it is here because every `Loss` is called with three arguments."""
     sample_scores = scores.at_last_tokens()
     margins = sample_scores[0::2] - sample_scores[1::2]
     measured = {"accuracy": margins > 0, "margin": margins}
@@ -129,7 +129,7 @@ def pointwise(batch: PackedBatch, scores: ScoreHeadOutput, settings: object = No
     Args:
         batch: the micro-batch, with labels.
         scores: the score model's output.
-        settings: not read."""
+        settings: None; it is here because every `Loss` is called with three arguments."""
     sample_scores, labels = scores.at_last_tokens(), batch.labels
     margins = sample_scores * (2 * labels - 1)
     losses = binary_cross_entropy_with_logits(sample_scores, labels, reduction="none")

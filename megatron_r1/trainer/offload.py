@@ -216,11 +216,11 @@ class Offload:
             UserError: host or disk have no room; what was not offloaded then still is on the
                 device.
         """
-        found = self._storages()
+        storages_by_kind = self._storages()
         for kind in ("optimizer", "parameters") if parameters else ("optimizer",):
             if kind in self._offloaded:
                 continue
-            storages = found[kind]
+            storages = storages_by_kind[kind]
             self._stores[kind].write([_as_bytes(storage) for storage in storages])
             self._offloaded[kind] = [(storage, storage.nbytes()) for storage in storages]
             for storage in storages:

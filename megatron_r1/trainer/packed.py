@@ -71,7 +71,7 @@ def pack_batch(
     local_positions = positions_of_rank(cu_seqlens, *split.context_rank_and_size)
     values = _response_values(samples, layout)
     is_response, advantages, rollout_logprobs, teacher, weights = (
-        whole[local_positions] for whole in values
+        tensor[local_positions] for tensor in values
     )
     positions, params = _positions(layout, local_positions, split, on_device)
     if num_mtp_layers:
@@ -83,7 +83,7 @@ def pack_batch(
     has_teacher = all(sample.teacher_logprobs is not None for sample in samples)
     has_branches = any(sample.weight != 1 for sample in samples)
     num_responses = sum(s.num_responses for s in samples if s.is_trained)
-    kept = _sampling_mask(samples, layout, local_positions)
+    mask_parts = _sampling_mask(samples, layout, local_positions)
     return PackedBatch(
         input_ids=on_device(tokens[local_positions][None]),
         position_ids=positions[None],
@@ -99,10 +99,12 @@ def pack_batch(
         labels=on_device(torch.tensor([s.label for s in samples], dtype=torch.float32)),
         logprobs={"teacher": on_device(teacher)} if has_teacher else {},
         sequence_weights=on_device(weights) if has_branches else None,
-        sampling_mask=kept and SamplingMask(*(on_device(part) for part in kept)),
+        sampling_mask=mask_parts and SamplingMask(*(on_device(part) for part in mask_parts)),
         num_shared=sum(layout.skipped),
         routing=routing
-        and routing._replace(experts=on_device(routing.experts), known=on_device(routing.known)),
+        and routing._replace(
+            experts=on_device(routing.experts), is_recorded=on_device(routing.is_recorded)
+        ),
     )
 
 
@@ -119,11 +121,11 @@ def _positions(
     position = torch.arange(int(cu_seqlens[-1]))
     position -= cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff())
     if layout.continued is not None:
-        whole = None
+        sequences = None
         if attention_cu_seqlens.device.type != "cpu":
             places, borders, longest = whole_sequences(cu_seqlens, layout.continued)
-            whole = WholeSequences(on_device(places), on_device(borders), longest)
-        mark_prefixes(attention_cu_seqlens, layout.continued, whole)
+            sequences = WholeSequences(on_device(places), on_device(borders), longest)
+        mark_prefixes(attention_cu_seqlens, layout.continued, sequences)
         position += layout.continued.start.repeat_interleave(cu_seqlens.diff())
     positions = on_device(position[local_positions])
     mark_positions(attention_cu_seqlens, positions)
@@ -167,8 +169,8 @@ def _tokens(samples: list[Sample], layout: PackedLayout) -> Tensor:
     # bytearray: torch warns of a read-only buffer.
     ids = [torch.frombuffer(bytearray(s.token_ids), dtype=torch.int32).long() for s in samples]
     tokens = torch.zeros(int(layout.cu_seqlens[-1]), dtype=torch.int64)
-    for own, start, skip in zip(ids, layout.starts, layout.skipped, strict=True):
-        tokens[start + skip : start + len(own)] = own[skip:]
+    for token_ids, start, skip in zip(ids, layout.starts, layout.skipped, strict=True):
+        tokens[start + skip : start + len(token_ids)] = token_ids[skip:]
     return tokens
 
 
@@ -219,13 +221,14 @@ def _sampling_mask(
         if not sample.sampling_mask:
             raise ValueError("a micro-batch has responses with sampling masks and others without")
         length = len(sample) - sample.prompt_length
-        own = [np.array(part) for part in decode_mask(sample.sampling_mask, length)]
+        num_kept, kept_ids = map(np.array, decode_mask(sample.sampling_mask, length))
         if sample.mask:
             is_sampled = np.frombuffer(sample.mask, np.uint8) > 0
-            own = [np.where(is_sampled, own[0], 0), own[1][np.repeat(is_sampled, own[0])]]
+            kept_ids = kept_ids[np.repeat(is_sampled, num_kept)]
+            num_kept = np.where(is_sampled, num_kept, 0)
         first = start + sample.prompt_length - 1
-        counts[first : first + length] = torch.from_numpy(own[0])
-        parts.append(torch.from_numpy(own[1]))
+        counts[first : first + length] = torch.from_numpy(num_kept)
+        parts.append(torch.from_numpy(kept_ids))
     token_ids, starts = torch.cat(parts), counts.cumsum(0) - counts
     lengths = counts[local_positions]
     offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
@@ -286,7 +289,7 @@ class ScoreHeadOutput:
     def at_last_tokens(self) -> Tensor:
         """Return the scores (S,) fp32 at the last token of each sample, on every context rank."""
         at = self.batch.last_tokens
-        held = torch.where(at >= 0, self.token_scores[at.clamp(min=0)], 0.0)
+        local_scores = torch.where(at >= 0, self.token_scores[at.clamp(min=0)], 0.0)
         # Over the context group: of each sample one rank has the score, the others 0. Megatron's
         # "tensor" region sums over any group in the forward pass and is the identity backward.
-        return reduce_from_tensor_model_parallel_region(held, group=self.context_group)
+        return reduce_from_tensor_model_parallel_region(local_scores, group=self.context_group)

@@ -211,8 +211,10 @@ class KnownShapesCommunicator(P2PCommunicator):
     def require_all_received(self) -> None:
         """Raise RuntimeError where the pass has received less than was expected of it: Megatron's
         schedule is then another one than this module describes, and shapes may have been wrong."""
-        if rest := len([*self._forward, *self._backward]):
-            raise RuntimeError(f"{rest} tensors of other pipeline stages were never received")
+        if num_missing := len([*self._forward, *self._backward]):
+            raise RuntimeError(
+                f"{num_missing} tensors of other pipeline stages were never received"
+            )
 
 
 def shapes_to_receive(

@@ -31,9 +31,9 @@ def check_shared_prompts(config: Config, is_plain: bool) -> None:
         "model.expert_bias_update_rate, which counts tokens": config.model.expert_bias_update_rate
         > 0,
     }
-    if found := [name for name, is_there in obstacles.items() if is_there]:
+    if obstacle_names := [name for name, is_there in obstacles.items() if is_there]:
         raise UserError(
-            f"parallel.share_prompts: true does not go with {found[0]}; leave it out",
+            f"parallel.share_prompts: true does not go with {obstacle_names[0]}; leave it out",
             key="parallel.share_prompts",
             cause=Cause.CONFLICT,
         )
@@ -64,7 +64,8 @@ class PrefixMatcher:
         at = bisect(self._sorted, (tokens, len(self.parents)))
         near = self._sorted[max(0, at - 1) : at + 1]
         common, parent = max(
-            ((_common_tokens(tokens, other), number) for other, number in near), default=(0, -1)
+            ((_common_tokens(tokens, neighbor), number) for neighbor, number in near),
+            default=(0, -1),
         )
         skipped = min(common, most)
         if skipped < min(most, MIN_SHARED_TOKENS) or not skipped:
@@ -98,21 +99,21 @@ def group_by_first_prompt(samples: list[Sample]) -> list[list[int]]:
     """Return groups of sample indices; all samples of a group begin with its shortest sample's
     prompt, which the prompts of later turns continue. The first branch of an
     episode comes before those that continue its turns."""
-    found: dict[bytes, list[int]] = {}
+    members_by_prompt: dict[bytes, list[int]] = {}
     lengths: list[int] = []
     for number in sorted(range(len(samples)), key=lambda i: samples[i].prompt_length):
         sample = samples[number]
         prompt = bytes(sample.token_ids[: 4 * sample.prompt_length])
-        if prompt not in found:
+        if prompt not in members_by_prompt:
             starts = (prompt[: 4 * length] for length in lengths)
-            root = next((start for start in starts if start in found), None)
+            root = next((start for start in starts if start in members_by_prompt), None)
             if root is None:
-                found[prompt] = []
+                members_by_prompt[prompt] = []
                 lengths = sorted({*lengths, sample.prompt_length})
             else:
                 prompt = root
-        found[prompt].append(number)
-    return [_depth_first(samples, members) for members in found.values()]
+        members_by_prompt[prompt].append(number)
+    return [_depth_first(samples, members) for members in members_by_prompt.values()]
 
 
 def _depth_first(samples: list[Sample], members: list[int]) -> list[int]:

@@ -28,8 +28,8 @@ def preload() -> None:
 
     if not platform.has_gpu():
         platform.prepare()
-        for own in ("trainer.worker", *LATER_IMPORTS):
-            import_module(f"megatron_r1.{own}")
+        for module in ("trainer.worker", *LATER_IMPORTS):
+            import_module(f"megatron_r1.{module}")
 
 
 def main() -> None:

@@ -149,10 +149,18 @@ def _group_axes(group: ProcessGroup, groups: ProcessGroupCollection | None) -> l
 
     axes = {axis: getattr(groups, field, None) for axis, field in AXES.items()}
     # A rank outside an axis has None, or Megatron's placeholder, instead of a group.
-    axes = {axis: own for axis, own in axes.items() if isinstance(own, dist.ProcessGroup)}
+    axes = {
+        axis: axis_group
+        for axis, axis_group in axes.items()
+        if isinstance(axis_group, dist.ProcessGroup)
+    }
     ranks = dist.get_process_group_ranks(group)
-    same = [axis for axis, own in axes.items() if dist.get_process_group_ranks(own) == ranks]
-    return [axis for axis, own in axes.items() if own is group] or same
+    same = [
+        axis
+        for axis, axis_group in axes.items()
+        if dist.get_process_group_ranks(axis_group) == ranks
+    ]
+    return [axis for axis, axis_group in axes.items() if axis_group is group] or same
 
 
 MAX_FRAMES = 40
@@ -194,12 +202,12 @@ class RankMonitor:
         """Return the current operation and the stacks of all threads but the caller's."""
         names = {thread.ident: thread.name for thread in threading.enumerate()}
         frames = sys._current_frames()
-        others = sorted(frames.keys() - {self._main, threading.get_ident()})
+        thread_ids = sorted(frames.keys() - {self._main, threading.get_ident()})
         threads = [
             ThreadStack(
                 names.get(i, str(i)), _lines(frames[i]), describe_collective(frames[i], self.groups)
             )
-            for i in (self._main, *others)
+            for i in (self._main, *thread_ids)
             if i in frames
         ]
         operation, since = self._operation

@@ -27,7 +27,7 @@ class ReferencePolicy:
             on_host: whether the weights are kept in pinned host memory, not on the policy's device.
         """
         self._live = [t for chunk in chunks for t in _weights(chunk)]
-        self._kept = [
+        self._copies = [
             platform.empty_on_host(tuple(t.shape), t.dtype) if on_host else torch.empty_like(t)
             for t in self._live
         ]
@@ -35,7 +35,7 @@ class ReferencePolicy:
             p for chunk in chunks for p in chunk.parameters() if not p.requires_grad
         )
         self._by_live: dict[int, Tensor] = {id(t): t for t in frozen}
-        self._by_live |= {id(t): kept for t, kept in zip(self._live, self._kept, strict=True)}
+        self._by_live |= {id(t): copy for t, copy in zip(self._live, self._copies, strict=True)}
         self.refresh()
 
     def stored_value(self, live: Tensor) -> Tensor:
@@ -51,8 +51,8 @@ class ReferencePolicy:
 
     def refresh(self) -> None:
         """Replace the reference by the current policy."""
-        for kept, live in zip(self._kept, self._live, strict=True):
-            kept.copy_(live.detach())
+        for copy, live in zip(self._copies, self._live, strict=True):
+            copy.copy_(live.detach())
 
     @contextlib.contextmanager
     def swapped_in(self) -> Iterator[None]:
@@ -60,8 +60,8 @@ class ReferencePolicy:
         the parameters' device: data of another would lose the hooks that collect gradients."""
         policy = [live.data for live in self._live]
         try:
-            for live, kept in zip(self._live, self._kept, strict=True):
-                live.data = kept.to(live.device, non_blocking=True)
+            for live, copy in zip(self._live, self._copies, strict=True):
+                live.data = copy.to(live.device, non_blocking=True)
             yield
         finally:
             for live, data in zip(self._live, policy, strict=True):

@@ -33,9 +33,10 @@ class Replica:
             position: this rank's place in the grid.
             timeout: the time that the other ranks of the replica have to come to a broadcast; None
                 for torch's."""
-        own = torch.tensor([position.data_rank], device=platform.device())
-        data_ranks = [torch.empty_like(own) for _ in range(position.world_size)]
-        dist.all_gather(data_ranks, own)  # over all ranks: each needs the members of all replicas
+        local_data_rank = torch.tensor([position.data_rank], device=platform.device())
+        data_ranks = [torch.empty_like(local_data_rank) for _ in range(position.world_size)]
+        # Over all ranks: each needs the members of all replicas.
+        dist.all_gather(data_ranks, local_data_rank)
         replicas: dict[int, list[int]] = {}
         for rank, data_rank in enumerate(data_ranks):
             replicas.setdefault(int(data_rank), []).append(rank)

@@ -91,13 +91,13 @@ def _fill_unread_tokens(
     fed = torch.zeros(int(layout.cu_seqlens[-1]), dtype=torch.bool)
     for sample, start in zip(samples, layout.starts, strict=True):
         fed[start : start + len(sample) - 1] = True
-    if (fed[local_positions] & ~recorded.known).any():
+    if (fed[local_positions] & ~recorded.is_recorded).any():
         return recorded
-    experts, left = recorded.experts, ~recorded.known
+    experts, is_unread = recorded.experts, ~recorded.is_recorded
     in_turn = (
-        local_positions[left][:, None] * shape.topk + torch.arange(shape.topk)
+        local_positions[is_unread][:, None] * shape.topk + torch.arange(shape.topk)
     ) % shape.num_experts
-    experts[left] = in_turn[:, None].to(experts.dtype)
+    experts[is_unread] = in_turn[:, None].to(experts.dtype)
     counts = torch.zeros(experts.shape[1], shape.num_experts, dtype=torch.int64)
     chosen = experts.transpose(0, 1).flatten(1).long()
     counts.scatter_add_(1, chosen, torch.ones_like(chosen))
@@ -110,15 +110,15 @@ def _concatenate(
     """Return the shard's layers of all tokens of these micro-batches, one after the other."""
     total = sum(int(layout.cu_seqlens[-1]) for layout in layouts)
     experts = np.zeros((total, len(shard.layers), shard.shape.topk), shard.dtype)
-    known, layers, first = np.zeros(total, bool), _layer_index(shard.layers), 0
+    is_recorded, layers, first = np.zeros(total, bool), _layer_index(shard.layers), 0
     for samples, layout in zip(microbatches, layouts, strict=True):
         for sample, start in zip(samples, layout.starts, strict=True):
             rows = _decode_rows(sample, shard.shape)
             end = first + start + len(sample) - 1  # the last token was never fed to the engine
             experts[end - len(rows) : end] = rows[:, layers]
-            known[end - len(rows) : end] = True
+            is_recorded[end - len(rows) : end] = True
         first += int(layout.cu_seqlens[-1])
-    return RecordedRouting(torch.from_numpy(experts), torch.from_numpy(known))
+    return RecordedRouting(torch.from_numpy(experts), torch.from_numpy(is_recorded))
 
 
 def _all_routed_positions(layouts: Sequence[PackedLayout], split: TokenSplit) -> Tensor:
@@ -130,9 +130,10 @@ def _all_routed_positions(layouts: Sequence[PackedLayout], split: TokenSplit) ->
     return torch.cat(local_positions)
 
 
-def _select(whole: RecordedRouting, local_positions: Tensor) -> RecordedRouting:
+def _select(routing: RecordedRouting, local_positions: Tensor) -> RecordedRouting:
     return RecordedRouting(
-        whole.experts.index_select(0, local_positions), whole.known.index_select(0, local_positions)
+        routing.experts.index_select(0, local_positions),
+        routing.is_recorded.index_select(0, local_positions),
     )
 
 
@@ -184,9 +185,13 @@ class RoutingScatter:
         layouts = [packed_layout(samples, self._split) for samples in microbatches]
         local_positions = [routed_positions(layout.cu_seqlens, self._split) for layout in layouts]
         if not self._replica.is_leader:
-            received = self._receive([len(own) for own in local_positions])
-            cut = zip(received, microbatches, layouts, local_positions, strict=True)
-            return [_fill_unread_tokens(*one, self._shard.shape) for one in cut]
+            received = self._receive([len(positions) for positions in local_positions])
+            return [
+                _fill_unread_tokens(recorded, samples, layout, positions, self._shard.shape)
+                for recorded, samples, layout, positions in zip(
+                    received, microbatches, layouts, local_positions, strict=True
+                )
+            ]
         waiting: list[tuple[dist.Work, Tensor]] = []
         # By layers: the ranks that share a pipeline stage get parts of the same rows.
         order = sorted(range(1, len(self._ranks)), key=lambda member: self._ranks[member][1])
@@ -198,8 +203,12 @@ class RoutingScatter:
                 work.wait()
         for work, _ in waiting:
             work.wait()
-        own = zip(microbatches, layouts, local_positions, strict=True)
-        return [_pack_at(*microbatch, self._shard) for microbatch in own]
+        return [
+            _pack_at(samples, layout, positions, self._shard)
+            for samples, layout, positions in zip(
+                microbatches, layouts, local_positions, strict=True
+            )
+        ]
 
     def _shards(
         self, microbatches: Microbatches, layouts: Sequence[PackedLayout], members: Iterable[int]
@@ -212,10 +221,10 @@ class RoutingScatter:
             split, own_layers = self._ranks[member]
             if own_layers != layers:
                 layers, shard = own_layers, RoutingShard(self._shard.shape, own_layers)
-                whole = _concatenate(microbatches, layouts, shard)
-            cut = _select(whole, local_positions(split))
-            both = (cut.experts, cut.known)
-            yield torch.cat([each.reshape(-1).view(torch.uint8) for each in both])
+                routing = _concatenate(microbatches, layouts, shard)
+            cut = _select(routing, local_positions(split))
+            both = (cut.experts, cut.is_recorded)
+            yield torch.cat([tensor.reshape(-1).view(torch.uint8) for tensor in both])
 
     def _receive(self, counts: list[int]) -> list[RecordedRouting]:
         """Receive the parts of micro-batches of which this rank routes `counts` tokens each."""
@@ -225,6 +234,6 @@ class RoutingScatter:
         joined = self._replica.receive(total * (width + 1))
         experts_type = torch.uint8 if self._shard.dtype.itemsize == 1 else torch.int16
         experts = joined[: total * width].view(experts_type).view(shape)
-        known = joined[total * width :].bool()
-        parts = zip(experts.split(counts), known.split(counts), strict=True)
+        is_recorded = joined[total * width :].bool()
+        parts = zip(experts.split(counts), is_recorded.split(counts), strict=True)
         return [RecordedRouting(*part) for part in parts]

@@ -100,11 +100,11 @@ def gae(
     Returns:
         A, 0 where the mask is 0, and R, there V."""
     rows, ends = _response_positions(mask, last)
-    own = values[rows]
+    response_values = values[rows]
     positions = torch.arange(len(rows), device=values.device)
-    following = torch.where(positions < ends, own.roll(-1), 0.0)
+    following = torch.where(positions < ends, response_values.roll(-1), 0.0)
     deltas = torch.zeros_like(values).index_copy(
-        0, rows, rewards[rows] + discount * following - own
+        0, rows, rewards[rows] + discount * following - response_values
     )
     advantages = discounted_sums(deltas, discount * gae_lambda, mask, last)
     return advantages, advantages + values

@@ -4,14 +4,14 @@ An RL step calls load() (receive the rollout's micro-batches), compute_values() 
 compute_logprobs() (old and reference policy), compute_token_advantages() for some algorithms and
 mask_advantages() for some settings, update() and update_critic() once per mini-batch, and
 measure_logprob_diff() (differences of log-probabilities). SFT and reward models call load() and
-update(). `logprob_probe` has what compares a few tokens with an engine, and evaluates a reward
-model.
+update(). `loaded_rollout` has the samples and what is computed from them alone, `output_heads` what
+reads the model's output. `logprob_probe` compares a few tokens with an engine, and evaluates a
+reward model.
 
 Every operation is called on all ranks at the same time. A rank handles samples and losses, not
 prompts or graders."""
 
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import torch
@@ -21,36 +21,24 @@ from megatron_r1 import models
 from megatron_r1.base.user_code import find_function
 from megatron_r1.config import Config
 from megatron_r1.config.algorithms import EngineMask, LossSettings, TokenSettings
-from megatron_r1.models import fp8, platform, weights
+from megatron_r1.models import platform, weights
 from megatron_r1.models.experts import routing_shape
-from megatron_r1.models.gradients import fp32_main_grad
-from megatron_r1.models.hf_config import has_score_head
 from megatron_r1.models.routing_replay import RoutingReplay
 from megatron_r1.trainer import construction
-from megatron_r1.trainer.batch import LossHead, PackedBatch
+from megatron_r1.trainer.batch import PackedBatch
 from megatron_r1.trainer.checkpoints.contents import Network, Networks
 from megatron_r1.trainer.critic import Critic, needs_critic
 from megatron_r1.trainer.distributed import GridPosition
-from megatron_r1.trainer.losses import Loss, LossTerms
-from megatron_r1.trainer.metrics import (
-    Maximum,
-    Mean,
-    Metrics,
-    logprob_diff,
-    merge,
-    reduce_over_data,
-    teacher_kl,
-)
+from megatron_r1.trainer.loaded_rollout import LoadedRollout
+from megatron_r1.trainer.metrics import logprob_diff, merge, reduce_over_data
 from megatron_r1.trainer.offload import make_offload
 from megatron_r1.trainer.operations import SUPERVISED
-from megatron_r1.trainer.packed import ScoreHeadOutput, check_token_ids, pack_batch
+from megatron_r1.trainer.output_heads import OutputHeads
 from megatron_r1.trainer.passes import OutputFunction, free_gradients, optimizer_step, run_passes
 from megatron_r1.trainer.prefix_matching import check_shared_prompts
 from megatron_r1.trainer.reference import ReferencePolicy
-from megatron_r1.trainer.routing import RoutingScatter, RoutingShard
-from megatron_r1.trainer.token_advantages import RolloutBatches
-from megatron_r1.trainer.token_split import TokenSplit
-from megatron_r1.trainer.training_sample import ReplicaSamples, Sample
+from megatron_r1.trainer.routing import RoutingScatter
+from megatron_r1.trainer.training_sample import ReplicaSamples
 
 
 class Trainer:
@@ -71,19 +59,16 @@ class Trainer:
             config, self.hf, self.transformer, self.groups
         )
         self.reference: ReferencePolicy | None = None
-        self.minibatches: list[list[PackedBatch]] = []
-        self.split = TokenSplit(
-            tensor_size=config.parallel.tensor,
-            tensor_rank=position.tensor_rank,
-            context_size=config.parallel.context,
-            context_rank=position.context_rank,
-            token_multiple=fp8.token_multiple(config.fp8),
-        )
         plain = self.transformer.window_size is None and self.transformer.softmax_type == "vanilla"
         check_shared_prompts(config, plain)
         shape = routing_shape(self.hf) if config.rl.routing_replay else None
         self.replay = RoutingReplay(self.model_chunks, shape)
-        self.routing = RoutingShard(shape, self.replay.layers) if shape else None
+        self.rollout = LoadedRollout(
+            *(config, position, self.hf, self.replay),
+            num_chunks=len(self.ddp_chunks),
+            num_mtp_layers=self.num_mtp_layers,
+        )
+        self.heads = OutputHeads(self.model_chunks, self.hf, self.groups)
         self.critic = Critic(config, position) if needs_critic(config) else None
         self.offload = make_offload(config, self._trained_networks)
 
@@ -115,47 +100,7 @@ class Trainer:
         Returns:
             "packing/padding", padding as a fraction of the tokens computed, and, where prompts are
             shared, "packing/shared", the fraction of tokens that are not computed again."""
-        samples = [s for minibatch in minibatches for microbatch in minibatch for s in microbatch]
-        check_token_ids(samples, self.hf["vocab_size"])
-        shares_prompts = self.config.parallel.share_prompts
-        pack = partial(
-            pack_batch,
-            split=self.split,
-            device=platform.device(),
-            share_prompts=shares_prompts,
-            num_mtp_layers=self.num_mtp_layers,
-        )
-        padded = [self.pad_to_schedule(minibatch) for minibatch in minibatches]
-        every = [microbatch for minibatch in padded for microbatch in minibatch]
-        recorded = scatter.scatter(every) if scatter else [self.routing] * len(every)
-        packed = (pack(one, routing=own) for one, own in zip(every, recorded, strict=True))
-        self.minibatches = [list(islice(packed, len(minibatch))) for minibatch in padded]
-        batches = self._batches()
-        if self.replay.is_on:
-            counted = self.replay.exchange_counts([batch.routing for batch in batches])
-            for batch, routing in zip(batches, counted, strict=True):
-                batch.routing = routing
-        # The sum also runs over context ranks, which hold parts of the same samples.
-        num_tokens = sum(len(s) for s in samples)
-        num_shared = sum(batch.num_shared for batch in self._batches())
-        own = (num_tokens - num_shared) / self.config.parallel.context
-        num_positions = sum(batch.input_ids.numel() for batch in self._batches())
-        metrics = {"packing/padding": Mean(num_positions - own, num_positions)}
-        if shares_prompts:
-            metrics["packing/shared"] = Mean(num_shared, num_tokens)
-        return self.reduce_metrics(metrics)
-
-    def pad_to_schedule(self, microbatches: list[list[Sample]]) -> list[list[Sample]]:
-        """Append empty micro-batches where chunks are interleaved: that schedule runs in rounds of
-        as many micro-batches as there are pipeline ranks."""
-        missing = (
-            -len(microbatches) % self.config.parallel.pipeline if len(self.ddp_chunks) > 1 else 0
-        )
-        return microbatches + [[]] * missing
-
-    def reduce_metrics(self, metrics: Metrics) -> dict[str, float]:
-        """Return the metrics of all replicas and context ranks together."""
-        return reduce_over_data(self.position, metrics)
+        return self.rollout.load(minibatches, scatter)
 
     def refresh_reference(self) -> None:
         """Make the current policy the reference."""
@@ -184,8 +129,8 @@ class Trainer:
         Returns:
             With routing replay, routing/agreement and, for the first micro-batches, the difference
             from the engine's log-probabilities without replay."""
-        batches = self._batches()
-        later = batches if first_minibatch else batches[len(self.minibatches[0]) :]
+        batches = self.rollout.batches
+        later = batches if first_minibatch else batches[len(self.rollout.minibatches[0]) :]
         with self.replay.measure_agreement():
             self.fill_logprobs(later, "old", temperature)
         with self.replay.pause():
@@ -193,24 +138,19 @@ class Trainer:
                 assert self.reference is not None, "refresh_reference() comes first"
                 with self.reference.swapped_in():
                     self.fill_logprobs(batches, "ref", temperature)
-            first = batches[: len(self.pad_to_schedule([[]]))] if self.replay.is_on else []
+            first = self.rollout.first_batches() if self.replay.is_on else []
             if first:
                 self.fill_logprobs(first, "own_routing", temperature)
         metrics = self.replay.agreement(platform.device())
         if first and self.position.is_last_stage:
             mean, _ = logprob_diff(first, "own_routing")
-            metrics |= self.reduce_metrics({"logprob_diff/without_replay": mean})
+            metrics |= reduce_over_data(self.position, {"logprob_diff/without_replay": mean})
         return metrics
-
-    def _batches(self) -> list[PackedBatch]:
-        return [batch for minibatch in self.minibatches for batch in minibatch]
 
     def compute_token_advantages(self, function: str, settings: TokenSettings) -> None:
         """Replace the advantages of all loaded samples by those that the `TokenAdvantages` at
         "module:function" computes per token; compute_logprobs() comes first."""
-        if self.position.is_last_stage:
-            rollout = RolloutBatches(self._batches(), self.groups.cp, self.groups.dp_cp)
-            rollout.store_targets(find_function(function)(rollout, settings))
+        self.rollout.compute_token_advantages(function, settings)
 
     def mask_advantages(self, function: str, settings: EngineMask) -> dict[str, float]:
         """Set the advantages of the tokens outside the bounds of the `WithinBounds` at
@@ -218,12 +158,7 @@ class Trainer:
 
         Returns:
             The metrics of `RolloutBatches.mask_advantages`; none on ranks before the last stage."""
-        if not self.position.is_last_stage:
-            return {}
-        rollout = RolloutBatches(self._batches(), self.groups.cp, self.groups.dp_cp)
-        return self.reduce_metrics(
-            rollout.mask_advantages(find_function(function)(rollout, settings))
-        )
+        return self.rollout.mask_advantages(function, settings)
 
     def measure_logprob_diff(self) -> dict[str, float]:
         """Return the mean and the largest absolute difference, over response tokens, of the
@@ -231,15 +166,7 @@ class Trainer:
 
         With a teacher also teacher/kl, the sampled estimate of KL(π_old ‖ teacher) over the same
         tokens. Empty on ranks before the last stage."""
-        if not self.position.is_last_stage:
-            return {}
-        batches = self._batches()
-        mean, largest = logprob_diff(batches, "old")
-        metrics: dict[str, Mean | Maximum]
-        metrics = {"logprob_diff/max": largest, "logprob_diff/mean": mean}
-        if self.config.teacher.path:
-            metrics["teacher/kl"] = teacher_kl(batches)
-        return self.reduce_metrics(metrics)
+        return self.rollout.measure_logprob_diff()
 
     def update(
         self,
@@ -260,8 +187,8 @@ class Trainer:
 
         Returns:
             The loss's metrics over the whole mini-batch, grad_norm and step_taken."""
-        batches = self.minibatches[index]
-        compute = partial(self._loss, find_function(loss), settings, temperature)
+        batches = self.rollout.minibatches[index]
+        compute = partial(self.heads.loss, find_function(loss), settings, temperature)
         if self.config.model.mtp == "train":
             # The whole model learns from examples to predict further tokens; from its own samples
             # it must learn by their advantages only.
@@ -270,23 +197,22 @@ class Trainer:
                 chunk.mtp_only_divisor = divisor
         run = partial(self.run_batches, batches, compute, forward_only=False)
         reports, stepped = optimizer_step(
-            self.ddp_chunks, self.optimizer, learning_rate, run, is_last=self._is_last(index)
+            *(self.ddp_chunks, self.optimizer, learning_rate, run),
+            is_last=self.rollout.is_last(index),
         )
-        return self.reduce_metrics(merge(reports)) | stepped
-
-    def _is_last(self, index: int) -> bool:
-        return index == len(self.minibatches) - 1
+        return reduce_over_data(self.position, merge(reports)) | stepped
 
     def compute_values(self) -> None:
         """Compute the critic's values of all loaded samples, into `PackedBatch.values`."""
         assert self.critic is not None, "the recipe has no critic"
-        self.critic.compute_values(self._batches())
+        self.critic.compute_values(self.rollout.batches)
 
     def update_critic(self, index: int, learning_rate: float) -> dict[str, float]:
         """Make one optimizer step of the critic on mini-batch `index`; returns its metrics value/…
         compute_values() and the returns, from compute_token_advantages(), come first."""
         assert self.critic is not None, "the recipe has no critic"
-        return self.critic.update(self.minibatches[index], learning_rate, self._is_last(index))
+        batches = self.rollout.minibatches[index]
+        return self.critic.update(batches, learning_rate, self.rollout.is_last(index))
 
     def free_memory(self, parameters: bool = False) -> None:
         """Free what the trainer does not need while engines compute on the same GPUs: gradients,
@@ -298,7 +224,7 @@ class Trainer:
 
         Raises:
             UserError: host or disk have no room for what is to be moved there."""
-        self.minibatches = []
+        self.rollout.clear()
         for network in self._trained_networks():
             free_gradients(network.ddp_chunks)
         if self.offload is not None:
@@ -322,9 +248,8 @@ class Trainer:
             name: the key in `PackedBatch.logprobs`.
             temperature: the logits are divided by it."""
         if batches:
-            self.run_batches(
-                batches, partial(self._logprobs_only, name, temperature), forward_only=True
-            )
+            compute = partial(self.heads.store_logprobs, name, temperature)
+            self.run_batches(batches, compute, forward_only=True)
 
     def run_batches(
         self, batches: list[PackedBatch], compute: OutputFunction, forward_only: bool
@@ -355,52 +280,3 @@ class Trainer:
         )
         self.replay.end()
         return reports
-
-    # The functions below are `passes.OutputFunction`: `out` is the last stage's output, hidden
-    # states (1, T, H) of a policy or scores (1, T) of a score model.
-
-    def _head(
-        self,
-        batch: PackedBatch,
-        out: Tensor,
-        temperature: float,
-        *,
-        stores_old_logprobs: bool = False,
-    ) -> LossHead:
-        weight = models.lm_head_weight(self.model_chunks[-1])
-        return LossHead(
-            batch,
-            hidden=out.reshape(-1, out.shape[-1]),
-            weight=weight,
-            temperature=temperature,
-            group=self.groups.tp,
-            vocab_size=self.hf["vocab_size"],
-            context_group=self.groups.cp,
-            main_grad=fp32_main_grad(weight),
-            stores_old_logprobs=stores_old_logprobs,
-        )
-
-    def scores(self, batch: PackedBatch, out: Tensor) -> ScoreHeadOutput:
-        """Return a score model's scores."""
-        return ScoreHeadOutput(batch, out.view(-1), self.groups.cp)
-
-    def _logprobs_only(
-        self, name: str, temperature: float, batch: PackedBatch, out: Tensor
-    ) -> None:
-        batch.logprobs[name] = self._head(batch, out, temperature).logprobs()[0]
-
-    def _loss(
-        self,
-        loss: Loss,
-        settings: LossSettings | None,
-        temperature: float,
-        batch: PackedBatch,
-        out: Tensor,
-    ) -> LossTerms:
-        if has_score_head(self.hf):
-            scores: Any = self.scores(batch, out)
-            return loss(batch, scores, settings)
-        is_policy = settings is not None
-        return loss(
-            batch, self._head(batch, out, temperature, stores_old_logprobs=is_policy), settings
-        )

@@ -95,9 +95,9 @@ class Sample(msgspec.Struct, frozen=True):
         floats = _to_bytes("f", rollout_logprobs) if rollout_logprobs is not None else b""
         teacher_floats = None if teacher_logprobs is None else _to_bytes("f", teacher_logprobs)
         rows = cast(bytes, routing)
-        kept = cast(bytes, sampling_mask)
+        encoded_mask = cast(bytes, sampling_mask)
         fields = ids, len(prompt), floats, advantage, rows, teacher_floats, label
-        return cls(*fields, sampling_mask=kept)
+        return cls(*fields, sampling_mask=encoded_mask)
 
     @classmethod
     def pack_branch(
@@ -121,8 +121,8 @@ class Sample(msgspec.Struct, frozen=True):
             is_sampled: a byte per token, 1 where it is trained on.
             rollout_logprobs: one per token.
             advantage: the advantage of every sampled token.
-            weight: as of `Sample`.
-            num_responses: as of `Sample`.
+            weight: `Sample.weight`.
+            num_responses: `Sample.num_responses`.
             routing: the routing of all tokens but the last.
             teacher_logprobs: one per sampled token.
             sampling_mask: the kept ids of every token, none for those that were given.
@@ -142,10 +142,10 @@ class Sample(msgspec.Struct, frozen=True):
             scores = iter(teacher_logprobs)
             teacher_logprobs = array("f", [next(scores) if sampled else 0.0 for sampled in mask])
         prompt, response = token_ids[:first], token_ids[first:end]
-        kept = slice_mask(sampling_mask, count, first, end)
+        response_mask = slice_mask(sampling_mask, count, first, end)
         sample = cls.pack(
             *(prompt, response, rollout_logprobs[first:end], advantage, routing, teacher_logprobs),
-            sampling_mask=kept,
+            sampling_mask=response_mask,
         )
         # Without a mask where all was sampled, as of a single turn.
         mask = mask if 0 in mask else b""
@@ -189,7 +189,7 @@ def encode_samples(samples: ReplicaSamples) -> list[Buffer]:
 
     Not one msgpack object, which ends at 4 GiB: routing of 512 x 30,000 tokens is 7 GB."""
     headers: list[list[list[Header]]] = []
-    own: list[Buffer] = []
+    sample_buffers: list[Buffer] = []
     routing: list[Buffer] = []
     for minibatch in samples:
         headers.append([])
@@ -200,9 +200,9 @@ def encode_samples(samples: ReplicaSamples) -> list[Buffer]:
                 sizes = [None if buffer is None else len(buffer) for buffer in buffers]
                 bare = msgspec.structs.replace(sample, routing=b"", **dict.fromkeys(BUFFERS, b""))
                 headers[-1][-1].append((bare, sizes, len(sample.routing)))
-                own += filter(None, buffers)
+                sample_buffers += filter(None, buffers)
                 routing += filter(None, [sample.routing])
-    return [msgspec.msgpack.encode(headers), *_joined(own), *_joined(routing)]
+    return [msgspec.msgpack.encode(headers), *_joined(sample_buffers), *_joined(routing)]
 
 
 def _joined(buffers: list[Buffer]) -> list[Buffer]:
@@ -231,14 +231,14 @@ class _Reader:
     """Takes buffers of given sizes, as views, from parts that end where a buffer does."""
 
     def __init__(self, parts: Iterable[Buffer]):
-        self._parts, self._left = iter(parts), memoryview(b"")
+        self._parts, self._remaining = iter(parts), memoryview(b"")
 
     def take(self, size: int) -> memoryview:
         """Return the next `size` bytes; none where there are no more parts."""
-        if size and not self._left:
-            self._left = memoryview(next(self._parts, b""))
-        taken, self._left = self._left[:size], self._left[size:]
-        return taken
+        if size and not self._remaining:
+            self._remaining = memoryview(next(self._parts, b""))
+        content, self._remaining = self._remaining[:size], self._remaining[size:]
+        return content
 
 
 def decode_samples(
@@ -251,23 +251,25 @@ def decode_samples(
         buffers: the samples' buffers, joined, as of `split_off_routing`.
         routing: the parts behind them; none: the samples have no routing; None: it follows in
             `buffers`."""
-    own = _Reader([buffers])
+    reader = _Reader([buffers])
 
     def fields(header: Header) -> dict[str, memoryview | None]:
         sizes = zip(BUFFERS, header[1], strict=True)
-        return {name: None if size is None else own.take(size) for name, size in sizes}
+        return {name: None if size is None else reader.take(size) for name, size in sizes}
 
     minibatches = msgspec.msgpack.decode(headers, type=list[list[list[Header]]])
     bare = [
         [[(header, fields(header)) for header in microbatch] for microbatch in minibatch]
         for minibatch in minibatches
     ]
-    experts = own if routing is None else _Reader(routing)
+    experts = reader if routing is None else _Reader(routing)
     return [
         [
             [
-                msgspec.structs.replace(header[0], routing=experts.take(header[2]), **each)
-                for header, each in microbatch
+                msgspec.structs.replace(
+                    header[0], routing=experts.take(header[2]), **buffers_by_name
+                )
+                for header, buffers_by_name in microbatch
             ]
             for microbatch in minibatch
         ]

@@ -167,8 +167,9 @@ class Operations:
         self.position, self.replica = position, Replica(position, straggler_timeout)
         self.trainer = Trainer(config, position)
         self._offload = self.trainer.offload
-        if (routing := self.trainer.routing) is not None:
-            self._scatter = RoutingScatter(self.replica, self.trainer.split, routing)
+        rollout = self.trainer.rollout
+        if rollout.routing is not None:
+            self._scatter = RoutingScatter(self.replica, rollout.split, rollout.routing)
         self.implementations = implementations.describe_implementations(self.trainer)
         push = PushWorker(self.trainer.model_chunks, self.trainer.hf, config)
         self._methods = methods(
@@ -212,8 +213,8 @@ class Operations:
             samples = decode_samples(headers, joined, routing)
             return self.trainer.load(samples, self._scatter)
         if call.operation not in self._methods:
-            known = ", ".join(self._methods)
-            raise ValueError(f"unknown operation {call.operation!r}: use {known}")
+            names = ", ".join(self._methods)
+            raise ValueError(f"unknown operation {call.operation!r}: use {names}")
         types = self._types[call.operation]
         arguments = {
             name: msgspec.convert(value, types.get(name, Any))

@@ -1,5 +1,6 @@
 """linear_policy_loss against autograd through whole logits and the papers' formulae, in fp64."""
 
+import inspect
 import math
 
 import formulae
@@ -7,7 +8,14 @@ import pytest
 import torch
 from formulae import near
 from policy_loss_cases import SETTINGS, expected, whole_problem
-from r1_kernels import linear_policy_loss
+from r1_kernels import (
+    Averaging,
+    PolicySettings,
+    TokenTensors,
+    linear_policy_loss,
+    linear_policy_loss_from_settings,
+    policy_loss,
+)
 from refusals import raised
 
 # fp32 sums of 29 and of 37 terms of order 10, scaled by weights of order 1/10
@@ -252,3 +260,33 @@ def test_what_does_not_fit_is_refused_by_name(change, shows):
     }
     with raised(ValueError, *shows):
         linear_policy_loss(**{**arguments, **change})
+
+
+@pytest.mark.parametrize("function", [linear_policy_loss, policy_loss])
+def test_settings_and_averaging_have_the_defaults_of_the_keywords(function):
+    parameters = inspect.signature(function).parameters
+    for defaults in (PolicySettings._field_defaults, Averaging._field_defaults):
+        assert {name: parameters[name].default for name in defaults} == defaults
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_objects_give_what_keywords_do(backend, level):
+    h, w, y, p = whole_problem()
+    settings = {**SETTINGS["k3"], "entropy_coef": 0.07, "importance_cap": 1.1}
+    levels = {"ratio_level": level, "average": level}
+    want, *want_gradients = ours(h, w, y, p, settings, backend=backend, **levels)
+    c, d = h.float().requires_grad_(), w.float().requires_grad_()
+    q = {k: v.float() if v.is_floating_point() else v for k, v in p.items()}
+    out = linear_policy_loss_from_settings(
+        c,
+        d,
+        y,
+        TokenTensors(None, q["old"], q["ref"], q["rollout"], q["advantages"], q["mask"]),
+        PolicySettings(**settings),
+        Averaging(**levels, cu_seqlens=q["cu_seqlens"]),
+        temperature=0.8,
+        backend=backend,
+    )
+    out.loss.backward()
+    for got, expected_tensor in zip((*out, c.grad, d.grad), (*want, *want_gradients), strict=True):
+        assert torch.equal(got, expected_tensor)

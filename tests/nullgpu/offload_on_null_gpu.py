@@ -52,7 +52,7 @@ def main() -> None:
         for tensor in values.values():
             tensor.copy_(torch.randn(tensor.shape))
         expected = {name: tensor.clone() for name, tensor in values.items()}
-        trainer.minibatches = []
+        trainer.rollout.clear()
         free_gradients(trainer.ddp_chunks)
         before = torch.cuda.memory_allocated()
         trainer.free_memory(parameters=True)

@@ -94,7 +94,7 @@ def by_position(batch, names: list[str]) -> dict[str, list[float]]:
 
 def advantages_of(trainer, position, name: str, rl, names):
     """Those of every token, and the metrics of the mask."""
-    batches = [batch for step in trainer.minibatches for batch in step]
+    batches = [batch for step in trainer.rollout.minibatches for batch in step]
     for batch in batches:
         guess = (0.3 * batch.targets + 0.11 * batch.position_ids[0]).sin()
         batch.values = torch.where(batch.is_response, guess, 0.0)

@@ -44,7 +44,7 @@ def load(trainer, position) -> list[list[int]]:
     ]
     trainer.load([[[samples[i] for i in members] for members in plan]])
     trainer.compute_values()
-    for batch in trainer.minibatches[0]:
+    for batch in trainer.rollout.minibatches[0]:
         batch.returns = batch.advantages.clone()
     return plan
 
@@ -56,7 +56,7 @@ def gap_of_values(trainer, position, plan, expected) -> float:
     from megatron.core import parallel_state
 
     worst, seen = 0.0, 0
-    for batch, members in zip(trainer.minibatches[0], plan, strict=False):
+    for batch, members in zip(trainer.rollout.minibatches[0], plan, strict=False):
         assert not batch.values[~batch.is_response].any(), "no value outside responses"
         held = batch.values[batch.is_response]
         expected_values = torch.cat([expected[i] for i in members])

@@ -51,7 +51,7 @@ def main() -> None:
         trainer.compute_logprobs(1.0, reference=False)
         weights.save_hf(trainer.model_chunks, trainer.hf, model, file, torch.float32)
         if position.is_last_stage and position.data_rank == position.tensor_rank == 0:
-            (batch,) = trainer.minibatches[0]
+            (batch,) = trainer.rollout.minibatches[0]
             logprobs = batch.logprobs["old"][batch.is_response]
             content = {"ids": [first, *rest], "logprobs": logprobs, "reports": reports}
             torch.save(content, file.with_suffix(".pt"))

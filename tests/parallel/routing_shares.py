@@ -59,9 +59,9 @@ def check(trainer, shape, position) -> int:
     """Compare every token of this rank; return how many have experts."""
     tensor, at = position.groups.tp, 0
     assert trainer.replay.layers, "the rank has experts to look up"
-    for number, batch in enumerate(trainer._batches()):
+    for number, batch in enumerate(trainer.rollout.batches):
         own = batch.input_ids[0].chunk(tensor.size())[tensor.rank()].tolist()
-        experts, known = batch.routing.experts, batch.routing.known
+        experts, known = batch.routing.experts, batch.routing.is_recorded
         assert experts.shape == (len(own), len(trainer.replay.layers), shape.topk)
         for token, chosen, is_known in zip(own, experts.tolist(), known.tolist(), strict=True):
             has_row = number < len(LENGTHS) and 2 <= token < 1 + LENGTHS[number]

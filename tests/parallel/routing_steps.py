@@ -70,7 +70,7 @@ def record_own(model: str, samples: list[Sample]) -> list[Sample]:
             Sample(sample.token_ids, sample.prompt_length, sample.rollout_logprobs, 0, bytes(rows))
         )
         start += len(sample)
-    return made, trainer.minibatches[0][0].logprobs["old"]
+    return made, trainer.rollout.minibatches[0][0].logprobs["old"]
 
 
 def replay_own(model: str, samples: list[Sample]) -> dict:
@@ -80,7 +80,7 @@ def replay_own(model: str, samples: list[Sample]) -> dict:
     trainer = Trainer(config(model, "one"), POSITION)
     trainer.load([[recorded]])
     metrics = trainer.compute_logprobs(1.0, reference=False)
-    same = torch.equal(trainer.minibatches[0][0].logprobs["old"], without)
+    same = torch.equal(trainer.rollout.minibatches[0][0].logprobs["old"], without)
     return {"same": same, "agreement": metrics["routing/agreement"]}
 
 
@@ -95,7 +95,7 @@ def steps(model: str, grid: str, samples: list[Sample], out: Path) -> dict:
     trainer.refresh_reference()
     report = trainer.compute_logprobs(1.0, reference=True) | trainer.measure_logprob_diff()
     report["microbatches"] = len(plan)
-    for batch in trainer.minibatches[0] if POSITION.is_last_stage else []:
+    for batch in trainer.rollout.minibatches[0] if POSITION.is_last_stage else []:
         gap = (batch.logprobs["ref"] - batch.logprobs["old"]).abs().max()
         report["reference_gap"] = max(report.get("reference_gap", 0.0), gap.item())
     report |= trainer.update(0, LOSS, None, 0.1)

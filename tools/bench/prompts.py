@@ -82,7 +82,7 @@ def _measured(
         parallel = config.parallel.model_copy(update={"share_prompts": shares})
         trainers[shares] = Trainer(config.model_copy(update={"parallel": parallel}), position)
         trainers[shares].load([[samples]])
-        computed[shares] = trainers[shares].minibatches[0][0].input_ids.numel()
+        computed[shares] = trainers[shares].rollout.minibatches[0][0].input_ids.numel()
     for _ in range(1 + args.repeats):
         for shares, trainer in trainers.items():
             begun = time.process_time()

@@ -78,7 +78,7 @@ class Steps:
         empty but on the last stage."""
         names = ("gap", "xy", "xx", "yy", "moved")
         sums, count = torch.zeros(len(names), dtype=torch.float64), 0
-        for batch in self.trainer.minibatches[0] if self.position.is_last_stage else []:
+        for batch in self.trainer.rollout.minibatches[0] if self.position.is_last_stage else []:
             given = batch.logprobs["old"], batch.rollout_logprobs, batch.logprobs["teacher"]
             here, there, start = (each[batch.is_response].double().cpu() for each in given)
             x, y, near = here - start, there - start, (here - there).abs().clamp(max=FAR)
@@ -96,7 +96,7 @@ class Steps:
         """Return those of every sample's response; for one rank, which has all of them."""
         found: dict[int, list[float]] = {}
         made = samples(self.vocabulary, None, None)
-        for members, batch in zip(self.plan, self.trainer.minibatches[0], strict=True):
+        for members, batch in zip(self.plan, self.trainer.rollout.minibatches[0], strict=True):
             values = batch.logprobs["old"][batch.is_response].tolist()
             for member in members:
                 length = len(made[member]) - made[member].prompt_length

@@ -62,10 +62,10 @@ def check_base(folder: Path, written: int | None, chunks: Any) -> None:
         folder: the checkpoint's folder.
         written: the checkpoint's entry BASE, None for a checkpoint of whole weights.
         chunks: this rank's chunks of the loaded model."""
-    own = getattr(unwrap_model(chunks[0]), BASE, None)
-    if written == own:
+    fingerprint = getattr(unwrap_model(chunks[0]), BASE, None)
+    if written == fingerprint:
         return
-    if written is None or own is None:
+    if written is None or fingerprint is None:
         kinds = "whole weights", "adapters (model.lora)"
         holds, trained = kinds if written is None else kinds[::-1]
         raise UserError(
@@ -76,7 +76,7 @@ def check_base(folder: Path, written: int | None, chunks: Any) -> None:
         )
     raise UserError(
         f"checkpoint {folder} holds adapters of another model: the weights that were loaded "
-        f"(model.path or model.checkpoint) have the fingerprint {own:016x}, theirs had "
+        f"(model.path or model.checkpoint) have the fingerprint {fingerprint:016x}, theirs had "
         f"{written:016x}; put the weights back that the run began with",
         key="model.path",
         cause=Cause.CHANGED,

@@ -56,9 +56,15 @@ def write_manifest(folder: Path, known_entries: Mapping[str, FileEntry] | None =
     known_entries = known_entries or {}
     paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
     names = [path.relative_to(folder).as_posix() for path in paths]
-    rest = [name for name in names if name not in known_entries and name != MANIFEST]
+    names_to_read = [name for name in names if name not in known_entries and name != MANIFEST]
     with ThreadPoolExecutor(THREADS) as pool:
-        read = dict(zip(rest, pool.map(lambda name: file_entry(folder / name), rest), strict=True))
+        read = dict(
+            zip(
+                names_to_read,
+                pool.map(lambda name: file_entry(folder / name), names_to_read),
+                strict=True,
+            )
+        )
     files = {
         name: {"bytes": entry.num_bytes, "blake3": entry.checksum}
         for name, entry in sorted({**known_entries, **read}.items())
@@ -122,13 +128,13 @@ def files_to_verify(entries: Mapping[str, FileEntry], index: int, count: int) ->
         index: the worker.
         count: the workers."""
     heap = [(0, worker) for worker in range(count)]
-    own = []
+    names = []
     for name, entry in sorted(entries.items(), key=lambda item: (-item[1].num_bytes, item[0])):
         load, worker = heapq.heappop(heap)
         if worker == index:
-            own.append(name)
+            names.append(name)
         heapq.heappush(heap, (load + entry.num_bytes, worker))
-    return own
+    return names
 
 
 def file_entry(path: Path) -> FileEntry:
@@ -222,9 +228,9 @@ def newest_usable(
     for folder in reversed(complete_checkpoints(checkpoints)):
         if below is not None and checkpoint_step(folder) >= checkpoint_step(below):
             continue
-        if not (found := find_faults(folder, verify)):
+        if not (faults := find_faults(folder, verify)):
             return folder, damaged
-        damaged.append(DamagedCheckpoint(folder, tuple(found)))
+        damaged.append(DamagedCheckpoint(folder, tuple(faults)))
     return None, damaged
 
 
@@ -236,7 +242,9 @@ def require_usable(checkpoints: Path, damaged: list[DamagedCheckpoint]) -> None:
     before = sorted(f.name for f in checkpoints.glob("step_*.damaged*"))
     if not damaged and not before:
         return
-    lines = [str(one) for one in damaged] + [f"{name}: set aside earlier" for name in before]
+    lines = [str(checkpoint) for checkpoint in damaged] + [
+        f"{name}: set aside earlier" for name in before
+    ]
     raise UserError(
         "\n  ".join([f"{checkpoints} has no checkpoint left that can be used:", *lines])
         + "\nPut a good copy of one there and run the same command again, or start anew in another "

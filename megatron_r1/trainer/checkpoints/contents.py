@@ -121,10 +121,13 @@ def _optimizer(
     # and its chained state records which. Tensors are named by their parameter; the only other
     # thing that has to survive is the step count, the same everywhere.
     step = states[0]["optimizer"]["param_groups"][0].get("step")
-    kept = [state["param_state"] for state in states]
+    param_states = [state["param_state"] for state in states]
     if loading:
-        kept = [_own_part(*each) for each in zip(_parts(optimizer), kept, strict=True)]
-    return [{"param_state": state} for state in kept], step
+        param_states = [
+            _own_part(part, state)
+            for part, state in zip(_parts(optimizer), param_states, strict=True)
+        ]
+    return [{"param_state": state} for state in param_states], step
 
 
 def _own_part(part: Any, state: dict[int, Any]) -> dict[int, Any]:
@@ -135,12 +138,12 @@ def _own_part(part: Any, state: dict[int, Any]) -> dict[int, Any]:
         part: an optimizer.
         state: its entries by a parameter's place in all its buffers
             (`load_parameter_state_from_fully_reshardable`)."""
-    held = []
+    is_owned = []
     for buffer, ranges in zip(part.buffers, part.gbuf_ranges, strict=True):
         (shards,) = ranges.values()
-        own = {parameter for shard in shards for parameter in shard["param_map"]}
-        held += [parameter in own for parameter in buffer.param_index_map]
-    return {place: entries for place, entries in state.items() if held[place]}
+        owned_parameters = {parameter for shard in shards for parameter in shard["param_map"]}
+        is_owned += [parameter in owned_parameters for parameter in buffer.param_index_map]
+    return {place: entries for place, entries in state.items() if is_owned[place]}
 
 
 def _restore(loaded: dict[str, Any], networks: Networks) -> None:
@@ -191,10 +194,10 @@ def _is_extra_state(name: str) -> bool:
 
 def _load_optimizer(optimizer: Any, states: list[dict[str, Any]], step: Any) -> None:
     for part, state in zip(_parts(optimizer), states, strict=True):
-        whole = part.state_dict()
-        for group in whole["optimizer"]["param_groups"]:
+        full_state = part.state_dict()
+        for group in full_state["optimizer"]["param_groups"]:
             group["step"] = step
-        part.load_state_dict({**whole, **state, "param_state_sharding_type": FORMAT})
+        part.load_state_dict({**full_state, **state, "param_state_sharding_type": FORMAT})
         _separate_steps(part.optimizer)
 
 

@@ -157,14 +157,14 @@ class HostMemory:
 
         Raises:
             AssertionError: an entry of the optimizer that is a copy of what is not gathered yet."""
-        own = []
+        tensors = []
         for entry in nested_values(entries):
             if isinstance(entry, ShardedTensor) and is_main_replica(entry.replica_id):
                 if self._is_gathered(entry.data):
-                    own.append(entry.data)
+                    tensors.append(entry.data)
                 else:
                     assert not entry.key.startswith(OPTIMIZER), f"{entry.key} is not gathered"
-        self.filled = AddressRanges(own)
+        self.filled = AddressRanges(tensors)
         for gathering in self._planned.values():
             gathering(self.filled)
         self._planned = {}
@@ -229,19 +229,19 @@ def _gather(part: Any, index: int, memory: HostMemory | None, **_: Any) -> dict[
 
 
 def _gather_buffer(
-    part: Any, buffer: Any, shards: list[dict], wholes: dict[str, Tensor], wanted: AddressRanges
+    part: Any, buffer: Any, shards: list[dict], wholes: dict[str, Tensor], to_save: AddressRanges
 ) -> None:
-    """Fill `wholes`, by key, where they are `wanted`, from all data-parallel ranks' shards."""
+    """Fill `wholes`, by key, where they are `to_save`, from all data-parallel ranks' shards."""
     for bucket, shard in zip(buffer.buckets, shards, strict=True):
         end = bucket.offset + bucket.grad_data.numel()
-        pieces = {key: whole[bucket.offset : end] for key, whole in wholes.items()}
-        _gather_bucket(part, shard["param_map"], pieces, wanted)
+        pieces = {key: tensor[bucket.offset : end] for key, tensor in wholes.items()}
+        _gather_bucket(part, shard["param_map"], pieces, to_save)
 
 
 def _gather_bucket(
-    part: Any, param_map: dict, pieces: dict[str, Tensor], wanted: AddressRanges
+    part: Any, param_map: dict, pieces: dict[str, Tensor], to_save: AddressRanges
 ) -> None:
-    """Fill `pieces`, host buffers of one bucket, where they are `wanted`, from all data-parallel
+    """Fill `pieces`, host buffers of one bucket, where they are `to_save`, from all data-parallel
     ranks' shards of it."""
     size = part.data_parallel_group.size()
     # One key at a time, so that one shard is on the device: 0.7 GiB in the recipe for 2,048 GPUs,
@@ -254,31 +254,31 @@ def _gather_bucket(
             state = part._get_main_param_and_optimizer_states(parameter)[key].detach()
             here = slice(ranges["gbuf_local"].start, ranges["gbuf_local"].end)
             if shard is None:
-                _copy_wanted(piece[here], state, wanted)
+                _copy_ranges(piece[here], state, to_save)
             else:
                 shard[here].copy_(state, non_blocking=True)
         if shard is not None:
-            _all_gather(piece.view(size, -1), shard, part.data_parallel_group, wanted)
+            _all_gather(piece.view(size, -1), shard, part.data_parallel_group, to_save)
 
 
 def _all_gather(
-    piece: Tensor, shard: Tensor, group: dist.ProcessGroup, wanted: AddressRanges
+    piece: Tensor, shard: Tensor, group: dist.ProcessGroup, to_save: AddressRanges
 ) -> None:
-    """Fill `piece` (ranks, elements), on the host, where it is `wanted`, with the shards
+    """Fill `piece` (ranks, elements), on the host, where it is `to_save`, with the shards
     (elements,) of all ranks of data parallelism, over which the optimizer's state is spread. By
     slices: a bucket may have 10 GiB, and engines on the same GPU leave less."""
     length = max(1, GATHERED_ELEMENTS // len(piece))
     for start in range(0, len(shard), length):
         part = shard[start : start + length]
-        whole = torch.empty(len(piece) * len(part), dtype=shard.dtype, device=shard.device)
-        dist.all_gather_into_tensor(whole, part, group=group)
-        for row, gathered in zip(piece, whole.view(len(piece), -1), strict=True):
-            _copy_wanted(row[start : start + length], gathered, wanted)
+        all_parts = torch.empty(len(piece) * len(part), dtype=shard.dtype, device=shard.device)
+        dist.all_gather_into_tensor(all_parts, part, group=group)
+        for row, gathered in zip(piece, all_parts.view(len(piece), -1), strict=True):
+            _copy_ranges(row[start : start + length], gathered, to_save)
 
 
-def _copy_wanted(host: Tensor, values: Tensor, wanted: AddressRanges) -> None:
-    """Copy `values` (numel,) to `host` where it is `wanted`."""
-    for part in wanted.overlaps(host):
+def _copy_ranges(host: Tensor, values: Tensor, to_save: AddressRanges) -> None:
+    """Copy `values` (numel,) to `host` where it is `to_save`."""
+    for part in to_save.overlaps(host):
         host[part].copy_(values.view(-1)[part], non_blocking=True)
 
 

@@ -189,7 +189,7 @@ class HashedFile(io.FileIO):
         self._hasher = blake3()
         self._failure: OSError | None = None
 
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error_and_traceback: object) -> None:
         try:
             if self._failure is not None:
                 raise self._failure  # torch raises an error that hides this one
@@ -200,12 +200,12 @@ class HashedFile(io.FileIO):
 
     def write(self, piece: Any) -> int:
         """Write all of `piece`; a raw file may take less at a time."""
-        left = memoryview(piece).cast("B")
-        self._hasher.update(left)
-        num_bytes = len(left)
+        remaining = memoryview(piece).cast("B")
+        self._hasher.update(remaining)
+        num_bytes = len(remaining)
         try:
-            while left:
-                left = left[super().write(left) :]
+            while remaining:
+                remaining = remaining[super().write(remaining) :]
         except OSError as error:
             self._failure = self._failure or error
             raise
@@ -229,11 +229,11 @@ def _finish(
             staged.writer.finish(staged.metadata, results)
             save_config(CheckpointingConfig(BACKEND, VERSION), str(partial))
             (partial / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
-            known = {name: entry for w in from_all for name, entry in w.entries.items()}
+            entries = {name: entry for w in from_all for name, entry in w.entries.items()}
             for path in partial.iterdir():
-                if path.name not in known:  # those are synced already
+                if path.name not in entries:  # those are synced already
                     fsync(path)
-            checkpoint_folders.write_manifest(partial, known)
+            checkpoint_folders.write_manifest(partial, entries)
             partial.rename(folder)
             fsync(folder.parent)
             return None

@@ -135,7 +135,7 @@ def make_an_old_logprob_nan(module):
         metrics = upstream(self, *arguments, **settings)
         calls.append(1)
         if len(calls) == 2 and strike():
-            batch = self.minibatches[-1][-1]
+            batch = self.rollout.minibatches[-1][-1]
             batch.logprobs["old"][batch.is_response.nonzero()[0]] = float("nan")
         return metrics
 

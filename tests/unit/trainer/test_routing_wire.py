@@ -71,7 +71,7 @@ def test_experts_survive_the_way_from_the_engine_to_the_packed_batch(shape):
     ]
     samples = msgspec.msgpack.decode(msgspec.msgpack.encode(samples), type=list[Sample])
     batch = pack_batch(samples, TokenSplit(token_multiple=4), CPU, RoutingShard(shape, [0, 2]))
-    experts, known = batch.routing.experts, batch.routing.known
+    experts, known = batch.routing.experts, batch.routing.is_recorded
     assert batch.routing.local_counts is None, "the trainer routes two tokens that are read"
     assert known.tolist() == [*[True] * 4, False, False, False, True, True, False, False, False]
     assert experts[known].tolist() == [*whole[:, [1, 3]].tolist(), *part[:, [1, 3]].tolist()]
@@ -108,9 +108,9 @@ def test_without_replay_nothing_is_carried():
     sample = Sample.pack([1], [2, 3], [-1.0, -1.0])
     assert sample.routing == b"" and pack_batch([sample], TokenSplit(), CPU).routing is None
     batch = pack_batch([sample], TokenSplit(), CPU, RoutingShard(SMALL, [0]))
-    assert not batch.routing.known.any()
+    assert not batch.routing.is_recorded.any()
     empty = pack_batch([], TokenSplit(tensor_size=2, tensor_rank=1), CPU, RoutingShard(SMALL, [0]))
-    assert empty.routing.known.tolist() == [False]
+    assert empty.routing.is_recorded.tolist() == [False]
 
 
 def test_what_the_engine_gives_is_checked():
@@ -205,7 +205,9 @@ def test_the_leader_sends_each_rank_what_it_would_cut_itself(shape):
         for got, whole in zip(found, microbatches, strict=True):
             wanted = pack_batch(whole, split, CPU, part).routing
             assert got.experts.dtype == wanted.experts.dtype
-            assert torch.equal(got.experts, wanted.experts) and torch.equal(got.known, wanted.known)
+            assert torch.equal(got.experts, wanted.experts) and torch.equal(
+                got.is_recorded, wanted.is_recorded
+            )
     assert not sent
 
 

@@ -80,7 +80,7 @@ def _logprobs(trainer: Any, sentences: list[list[int]]) -> Any:
     """Return every predicted token's fp32 log-probability, in an order fixed by `sentences`."""
     _load(trainer, sentences)
     trainer.compute_logprobs(temperature=1.0, reference=False)
-    batches = trainer.minibatches[0]
+    batches = trainer.rollout.minibatches[0]
     return torch.cat([batch.logprobs["old"][batch.is_response] for batch in batches])
 
 

@@ -1,0 +1,167 @@
+"""The rollout that a trainer rank has loaded: its packed micro-batches, and what is computed from
+their tensors without the model."""
+
+from functools import partial
+from itertools import islice
+from typing import Any
+
+from megatron_r1.base.user_code import find_function
+from megatron_r1.config import Config
+from megatron_r1.config.algorithms import EngineMask, TokenSettings
+from megatron_r1.models import fp8, platform
+from megatron_r1.models.routing_replay import RoutingReplay
+from megatron_r1.trainer.batch import PackedBatch
+from megatron_r1.trainer.distributed import GridPosition
+from megatron_r1.trainer.metrics import (
+    Maximum,
+    Mean,
+    logprob_diff,
+    reduce_over_data,
+    teacher_kl,
+)
+from megatron_r1.trainer.packed import check_token_ids, pack_batch
+from megatron_r1.trainer.routing import RoutingScatter, RoutingShard
+from megatron_r1.trainer.token_advantages import RolloutBatches
+from megatron_r1.trainer.token_split import TokenSplit
+from megatron_r1.trainer.training_sample import ReplicaSamples, Sample
+
+
+class LoadedRollout:
+    """The samples of a replica, packed for one of its ranks.
+
+    Attributes:
+        minibatches: the micro-batches of each mini-batch; none before `load` and after `clear`.
+        split: how tokens are divided between ranks.
+        routing: the shard of the routing that this rank replays, if any."""
+
+    def __init__(
+        self,
+        config: Config,
+        position: GridPosition,
+        hf: dict[str, Any],
+        replay: RoutingReplay,
+        *,
+        num_chunks: int,
+        num_mtp_layers: int,
+    ):
+        """Make a rollout without samples.
+
+        Args:
+            config: the recipe.
+            position: this rank's place in the grid.
+            hf: the model's `config.json`.
+            replay: the replay in this rank's routers.
+            num_chunks: the virtual pipeline stages of this rank.
+            num_mtp_layers: the MTP layers that are trained."""
+        self.minibatches: list[list[PackedBatch]] = []
+        self.split = TokenSplit(
+            tensor_size=config.parallel.tensor,
+            tensor_rank=position.tensor_rank,
+            context_size=config.parallel.context,
+            context_rank=position.context_rank,
+            token_multiple=fp8.token_multiple(config.fp8),
+        )
+        self.routing = RoutingShard(replay.shape, replay.layers) if replay.shape else None
+        self._config, self._position, self._replay = config, position, replay
+        self._vocab_size = hf["vocab_size"]
+        self._num_chunks, self._num_mtp_layers = num_chunks, num_mtp_layers
+
+    @property
+    def batches(self) -> list[PackedBatch]:
+        """The micro-batches of all mini-batches, one after the other."""
+        return [batch for minibatch in self.minibatches for batch in minibatch]
+
+    def load(self, minibatches: ReplicaSamples, scatter: RoutingScatter | None) -> dict[str, float]:
+        """Pack this replica's samples; arguments and result are those of `Trainer.load`."""
+        samples = [s for minibatch in minibatches for microbatch in minibatch for s in microbatch]
+        check_token_ids(samples, self._vocab_size)
+        shares_prompts = self._config.parallel.share_prompts
+        pack = partial(
+            pack_batch,
+            split=self.split,
+            device=platform.device(),
+            share_prompts=shares_prompts,
+            num_mtp_layers=self._num_mtp_layers,
+        )
+        padded = [self._pad_to_schedule(minibatch) for minibatch in minibatches]
+        microbatches = [microbatch for minibatch in padded for microbatch in minibatch]
+        routings = scatter.scatter(microbatches) if scatter else [self.routing] * len(microbatches)
+        packed = (
+            pack(microbatch, routing=routing)
+            for microbatch, routing in zip(microbatches, routings, strict=True)
+        )
+        self.minibatches = [list(islice(packed, len(minibatch))) for minibatch in padded]
+        batches = self.batches
+        if self._replay.is_on:
+            counted = self._replay.exchange_counts([batch.routing for batch in batches])
+            for batch, routing in zip(batches, counted, strict=True):
+                batch.routing = routing
+        # The sum also runs over context ranks, which hold parts of the same samples.
+        num_tokens = sum(len(s) for s in samples)
+        num_shared = sum(batch.num_shared for batch in batches)
+        num_needed = (num_tokens - num_shared) / self._config.parallel.context
+        num_positions = sum(batch.input_ids.numel() for batch in batches)
+        metrics = {"packing/padding": Mean(num_positions - num_needed, num_positions)}
+        if shares_prompts:
+            metrics["packing/shared"] = Mean(num_shared, num_tokens)
+        return reduce_over_data(self._position, metrics)
+
+    def pack_probe(self, samples: list[Sample]) -> list[PackedBatch]:
+        """Return samples that are not loaded, as the micro-batches of one pass.
+
+        Args:
+            samples: the samples, without routing.
+
+        Raises:
+            UserError: a sample has a token outside the vocabulary."""
+        check_token_ids(samples, self._vocab_size)
+        padded = self._pad_to_schedule([samples])
+        return [pack_batch(s, self.split, platform.device()) for s in padded]
+
+    def _pad_to_schedule(self, microbatches: list[list[Sample]]) -> list[list[Sample]]:
+        """Append empty micro-batches where chunks are interleaved: that schedule runs in rounds of
+        as many micro-batches as there are pipeline ranks."""
+        missing = -len(microbatches) % self._config.parallel.pipeline if self._num_chunks > 1 else 0
+        return microbatches + [[]] * missing
+
+    def first_batches(self) -> list[PackedBatch]:
+        """Return the first micro-batches, as few as the schedule runs."""
+        return self.batches[: len(self._pad_to_schedule([[]]))]
+
+    def is_last(self, index: int) -> bool:
+        """Return whether mini-batch `index` is the last."""
+        return index == len(self.minibatches) - 1
+
+    def clear(self) -> None:
+        """Free the samples."""
+        self.minibatches = []
+
+    def compute_token_advantages(self, function: str, settings: TokenSettings) -> None:
+        """Replace the advantages as `Trainer.compute_token_advantages` says."""
+        if self._position.is_last_stage:
+            rollout = self._with_whole_responses()
+            rollout.store_targets(find_function(function)(rollout, settings))
+
+    def mask_advantages(self, function: str, settings: EngineMask) -> dict[str, float]:
+        """Mask the advantages, and return metrics, as `Trainer.mask_advantages` says."""
+        if not self._position.is_last_stage:
+            return {}
+        rollout = self._with_whole_responses()
+        return reduce_over_data(
+            self._position, rollout.mask_advantages(find_function(function)(rollout, settings))
+        )
+
+    def _with_whole_responses(self) -> RolloutBatches:
+        groups = self._position.groups
+        return RolloutBatches(self.batches, groups.cp, groups.dp_cp)
+
+    def measure_logprob_diff(self) -> dict[str, float]:
+        """Return the metrics of `Trainer.measure_logprob_diff`."""
+        if not self._position.is_last_stage:
+            return {}
+        mean, largest = logprob_diff(self.batches, "old")
+        metrics: dict[str, Mean | Maximum]
+        metrics = {"logprob_diff/max": largest, "logprob_diff/mean": mean}
+        if self._config.teacher.path:
+            metrics["teacher/kl"] = teacher_kl(self.batches)
+        return reduce_over_data(self._position, metrics)

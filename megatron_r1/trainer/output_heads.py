@@ -1,0 +1,97 @@
+"""The heads behind the last stage's output: a policy's log-probabilities and losses, or the scores
+of a score model."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor, nn
+
+from megatron_r1 import models
+from megatron_r1.config.algorithms import LossSettings
+from megatron_r1.models.gradients import fp32_main_grad
+from megatron_r1.models.hf_config import has_score_head
+from megatron_r1.trainer.batch import LossHead, PackedBatch
+from megatron_r1.trainer.losses import Loss, LossTerms
+from megatron_r1.trainer.packed import ScoreHeadOutput
+
+
+class OutputHeads:
+    """Functions of a micro-batch and the last stage's output `out`: hidden states (1, T, H) of a
+    policy or scores (1, T) of a score model. With their first arguments bound they are
+    `passes.OutputFunction`."""
+
+    def __init__(
+        self,
+        model_chunks: Sequence[nn.Module],
+        hf: dict[str, Any],
+        groups: ProcessGroupCollection,
+    ):
+        """Take the model whose output layer is used.
+
+        Args:
+            model_chunks: this rank's chunks; the last one has the output layer.
+            hf: the model's `config.json`.
+            groups: the process groups of the rank."""
+        self._model_chunks, self._hf, self._groups = model_chunks, hf, groups
+
+    def store_logprobs(
+        self, name: str, temperature: float, batch: PackedBatch, out: Tensor
+    ) -> None:
+        """Store the log-probabilities of the response tokens as `batch.logprobs[name]`.
+
+        Args:
+            name: the key in `PackedBatch.logprobs`.
+            temperature: the logits are divided by it.
+            batch: the micro-batch.
+            out: (1, T, H), its hidden states."""
+        batch.logprobs[name] = self._loss_head(batch, out, temperature).logprobs()[0]
+
+    def loss(
+        self,
+        loss: Loss,
+        settings: LossSettings | None,
+        temperature: float,
+        batch: PackedBatch,
+        out: Tensor,
+    ) -> LossTerms:
+        """Return the loss of a micro-batch.
+
+        Args:
+            loss: the function that computes it.
+            settings: the settings of a policy loss; None for the others.
+            temperature: the logits are divided by it.
+            batch: the micro-batch.
+            out: (1, T, H), its hidden states, or (1, T), its scores."""
+        if has_score_head(self._hf):
+            scores: Any = self.scores(batch, out)
+            return loss(batch, scores, settings)
+        is_policy = settings is not None
+        return loss(
+            batch, self._loss_head(batch, out, temperature, stores_old_logprobs=is_policy), settings
+        )
+
+    def scores(self, batch: PackedBatch, out: Tensor) -> ScoreHeadOutput:
+        """Return a score model's scores, `out` (1, T), of a micro-batch."""
+        return ScoreHeadOutput(batch, out.view(-1), self._groups.cp)
+
+    def _loss_head(
+        self,
+        batch: PackedBatch,
+        out: Tensor,
+        temperature: float,
+        *,
+        stores_old_logprobs: bool = False,
+    ) -> LossHead:
+        weight = models.lm_head_weight(self._model_chunks[-1])
+        return LossHead(
+            batch,
+            hidden=out.reshape(-1, out.shape[-1]),
+            weight=weight,
+            temperature=temperature,
+            group=self._groups.tp,
+            vocab_size=self._hf["vocab_size"],
+            context_group=self._groups.cp,
+            main_grad=fp32_main_grad(weight),
+            stores_old_logprobs=stores_old_logprobs,
+        )
