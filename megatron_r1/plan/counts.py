@@ -15,7 +15,7 @@ from math import prod
 
 from megatron_r1.models.hf_config import head_sizes
 from megatron_r1.models.memory import ParameterCounts, count_parameters
-from megatron_r1.models.weights.layout import Shard, layout, layout_from_rules
+from megatron_r1.models.weights.layout import Shard, layout, layout_from_table
 from megatron_r1.models.weights.table import WeightRule, weight_table
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.quantity import Quantity, QuantityTable
@@ -58,7 +58,7 @@ class RankCounts:
     def _counted(self, key: Hashable, at: Shard) -> ParameterCounts:
         if key not in self._known:
             job, adapters = self.job, self.job.adapters
-            trained = None if adapters is None else layout_from_rules(adapters, at)
+            trained = None if adapters is None else layout_from_table(adapters, at)
             self._known[key] = count_parameters(layout(job.hf, at), job.config.model.mtp, trained)
         return self._known[key]
 
@@ -70,31 +70,31 @@ class ModelCounts:
         hf: the model's config.json."""
 
     def __init__(self, hf: dict):
-        rules = weight_table(hf)
-        experts, chosen = rules.num_experts, hf.get("num_experts_per_tok", 0)
+        table = weight_table(hf)
+        experts, chosen = table.num_experts, hf.get("num_experts_per_tok", 0)
         # All layers of one kind share one list of the table.
-        kinds = Counter(map(id, rules.layers))
-        layers = {id(layer): layer for layer in rules.layers}
+        kinds = Counter(map(id, table.layers))
+        layers = {id(layer): layer for layer in table.layers}
         expert = sum(times * _size(layers[kind], True) for kind, times in kinds.items())
-        ends = _size(rules.embedding) + _size(rules.final_norm) + _size(rules.head)
+        ends = _size(table.embedding) + _size(table.final_norm) + _size(table.head)
         tied = bool(hf.get("tie_word_embeddings"))
         if tied:
-            ends -= _size(rules.embedding)
+            ends -= _size(table.embedding)
         self.shared = ends + sum(n * _size(layers[kind], False) for kind, n in kinds.items())
         """Parameters outside routed experts and MTP layers."""
         self.routed = experts * expert
         self.total = self.shared + self.routed
         self.active = self.shared + chosen * expert
         """Parameters on one token's path: all but the experts it is not routed to."""
-        self.multiplied = self.active - (0 if tied else _size(rules.embedding))
+        self.multiplied = self.active - (0 if tied else _size(table.embedding))
         """Parameters one token is multiplied with: not the embedding, of which it reads a row."""
         self.mtp_own = sum(
-            _size(layer, False) + experts * _size(layer, True) for layer in rules.mtp
+            _size(layer, False) + experts * _size(layer, True) for layer in table.mtp
         )
         """Parameters of the MTP layers, without their copies of embedding and head."""
-        self.mtp_routed = experts * sum(_size(layer, True) for layer in rules.mtp)
-        copies = _size(rules.embedding) + _size(rules.head)
-        self.mtp = self.mtp_own + len(rules.mtp) * copies
+        self.mtp_routed = experts * sum(_size(layer, True) for layer in table.mtp)
+        copies = _size(table.embedding) + _size(table.head)
+        self.mtp = self.mtp_own + len(table.mtp) * copies
         """Parameters of the MTP layers in the checkpoint, copies included."""
 
 

@@ -224,7 +224,7 @@ class PushedWeights(NamedTuple):
         return cls(json.dumps(hf), drafts, None if lora is None else lora.model_dump_json())
 
     @property
-    def adapter_rules(self) -> WeightTable | None:
+    def adapter_table(self) -> WeightTable | None:
         """The table of the adapters' weights; None where the whole model is pushed."""
         if self.lora is None:
             return None
@@ -232,8 +232,8 @@ class PushedWeights(NamedTuple):
 
     def predicted_layout(self, layout: EngineLayout) -> PredictedSharding:
         """Return what the ranks of engines in this layout receive."""
-        if (rules := self.adapter_rules) is not None:
-            return PredictedAdapterSharding(json.loads(self.hf), layout, rules)
+        if (table := self.adapter_table) is not None:
+            return PredictedAdapterSharding(json.loads(self.hf), layout, table)
         return PredictedSharding(json.loads(self.hf), layout, drafts=self.drafts)
 
 
@@ -247,5 +247,5 @@ def _set_plans(
     max_engines: int,
 ) -> list[SetPlan]:
     needs = what.predicted_layout(engines)
-    planner = Planner(json.loads(what.hf), grid, engines, stages, needs, what.adapter_rules)
+    planner = Planner(json.loads(what.hf), grid, engines, stages, needs, what.adapter_table)
     return plan_sets(planner, count, engine_sets(engines.engines, max_engines))

@@ -244,7 +244,7 @@ class LinkPlanner:
         rank: the trainer rank.
         stages: the shards of the pipeline's virtual stages, default an even spread.
         gpus: the UUID of each rank's GPU, where engines may share it over NCCL.
-        rules: the weight table of what is pushed, default the model's."""
+        weight_table: the weight table of what is pushed, default the model's."""
 
     def __init__(
         self,
@@ -255,10 +255,10 @@ class LinkPlanner:
         rank: int,
         stages: list[list[Shard]] | None,
         gpus: Sequence[str],
-        rules: WeightTable | None = None,
+        weight_table: WeightTable | None = None,
     ):
         self.hf, self.grid, self.pieces, self.rank, self.stages = hf, grid, pieces, rank, stages
-        self.rules = rules
+        self.weight_table = weight_table
         self._rank_of_gpu = {gpu: rank for rank, gpu in enumerate(gpus)}
         self._num_schedules = 0
 
@@ -286,7 +286,7 @@ class LinkPlanner:
             try:
                 sharding = PublishedSharding(tables)
                 layout = engine_layout, self.stages
-                planner = Planner(self.hf, self.grid, *layout, sharding, self.rules)
+                planner = Planner(self.hf, self.grid, *layout, sharding, self.weight_table)
                 edges = [0, *accumulate(map(len, addresses))]
                 sets = [range(*edge) for edge in pairwise(edges)]
                 fraction, count_bytes = max_group_fraction(transport), _byte_count(tables)

@@ -84,7 +84,7 @@ class WeightSender:
         self._power_of_two_scales = has_power_of_two_scales(hf)
         self._tensors = pushed_tensors(hf, fp8=False, drafts=drafts, adapters=adapters)
         self._planner = LinkPlanner(
-            hf, grid, pieces, rank=rank, stages=stages, gpus=gpus, rules=adapters
+            hf, grid, pieces, rank=rank, stages=stages, gpus=gpus, weight_table=adapters
         )
         self._sets: dict[str, SetLinks] = {}
         self._tables = TableStore(store)
