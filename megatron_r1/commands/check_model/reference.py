@@ -18,7 +18,7 @@ import torch
 from tokenizers import Tokenizer
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.commands.check_model import ReferenceResult, Refusal
+from megatron_r1.commands.check_model.results import ReferenceResult, Refusal
 from megatron_r1.data.tokenizer import load_tokenizer
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.models.transformers_model import load_with_transformers, write_dequantized

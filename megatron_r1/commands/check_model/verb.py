@@ -26,7 +26,12 @@ from megatron_r1.base.errors import RunError, UserError
 from megatron_r1.base.files import atomic_write
 from megatron_r1.base.processes.children import die_with_parent
 from megatron_r1.base.processes.exit_diagnosis import file_excerpt
-from megatron_r1.commands.check_model import ModelCheckResult, NotCompared, ReferenceResult, Refusal
+from megatron_r1.commands.check_model.results import (
+    ModelCheckResult,
+    NotCompared,
+    ReferenceResult,
+    Refusal,
+)
 from megatron_r1.config import Config, ParallelConfig
 from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.data.tokenizer import describe_end_tokens, end_tokens
