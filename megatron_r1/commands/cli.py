@@ -34,7 +34,7 @@ PLAIN_VERBS = {
     "init": "megatron_r1.commands.init",
     "chat": "megatron_r1.commands.chat",
     "score": "megatron_r1.commands.score",
-    "compare": "megatron_r1.commands.compare",
+    "compare": "megatron_r1.commands.compare.verb",
     "why": "megatron_r1.commands.why.verb",
     "check-model": "megatron_r1.commands.check_model.verb",
 }
@@ -49,7 +49,7 @@ RUNNING_VERBS = {
 MODULES = RECIPE_VERBS | PLAIN_VERBS | RUNNING_VERBS
 OWN_VERBS = {
     "plan": "megatron_r1.commands.plan",
-    "convert": "megatron_r1.commands.convert",
+    "convert": "megatron_r1.commands.convert.verb",
 }
 """Verbs with a command line of their own: modules with `main(arguments)`, which returns the exit
 status."""

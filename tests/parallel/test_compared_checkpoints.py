@@ -7,7 +7,7 @@ import compared_runs
 import pytest
 from ranks import run_ranks
 
-from megatron_r1.commands.compare import compare
+from megatron_r1.commands.compare.verb import compare
 
 pytestmark = pytest.mark.more
 HERE = Path(__file__).parent
