@@ -24,7 +24,6 @@ from megatron_r1 import config as configuration
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import atomic_write
 from megatron_r1.commands import first_recipe, reward_model, rl, sft
-from megatron_r1.commands import first_recipe as sizes
 from megatron_r1.commands.first_recipe import (
     Guess,
     Machine,
@@ -139,8 +138,8 @@ def _reward_model_recipe(source: QuestionSource, kind: Kind) -> RecipeDraft:
 
 
 def _supervised_sizes(source: QuestionSource) -> list[Guess]:
-    layout = sizes.guess_layout(source.hf, source.parameters, source.machine)
-    batches = sizes.guess_batches(source.parameters, 1, source.machine)
+    layout = first_recipe.guess_layout(source.hf, source.parameters, source.machine)
+    batches = first_recipe.guess_batches(source.parameters, 1, source.machine)
     return [
         *(guess for guess in layout if not guess.key.startswith(("rollout.", "push."))),
         *(guess for guess in batches if guess.key in SUPERVISED_SIZES),
