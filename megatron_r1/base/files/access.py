@@ -35,6 +35,6 @@ def narrow_readers(folder: Path) -> None:
     is this user's: nothing below it can be read by others then."""
     umask = os.umask(0o077)
     os.umask(umask)
-    found = folder.stat()
-    if found.st_uid == os.geteuid() and found.st_mode & umask:
-        folder.chmod(stat.S_IMODE(found.st_mode) & ~umask)
+    status = folder.stat()
+    if status.st_uid == os.geteuid() and status.st_mode & umask:
+        folder.chmod(stat.S_IMODE(status.st_mode) & ~umask)
