@@ -133,20 +133,23 @@ def _is_within(value: Any, limits: Mapping[str, Any]) -> bool:
     return (least is None or number >= least) and (most is None or number <= most)
 
 
-def _equals_any(value: Any, wanted: Any) -> bool:
-    return any(_equals(value, w) for w in (wanted if isinstance(wanted, list) else [wanted]))
+def _equals_any(value: Any, condition_value: Any) -> bool:
+    return any(
+        _equals(value, w)
+        for w in (condition_value if isinstance(condition_value, list) else [condition_value])
+    )
 
 
-def _equals(value: Any, wanted: Any) -> bool:
+def _equals(value: Any, condition_value: Any) -> bool:
     """Return whether two values are equal, `0.50` and "0.5", true and "Yes" too."""
     if isinstance(value, float) and math.isnan(value):
         value = None
-    if value is None or wanted is None:
-        return value is wanted
-    for one, other in ((value, wanted), (wanted, value)):
-        if isinstance(one, bool) and isinstance(other, str):
-            return other.strip().casefold() in (TRUE if one else FALSE)
-    if isinstance(value, str) and isinstance(wanted, str):
-        return value.strip() == wanted.strip()
-    left, right = _as_number(value), _as_number(wanted)
-    return value == wanted if left is None or right is None else left == right
+    if value is None or condition_value is None:
+        return value is condition_value
+    for first, second in ((value, condition_value), (condition_value, value)):
+        if isinstance(first, bool) and isinstance(second, str):
+            return second.strip().casefold() in (TRUE if first else FALSE)
+    if isinstance(value, str) and isinstance(condition_value, str):
+        return value.strip() == condition_value.strip()
+    left, right = _as_number(value), _as_number(condition_value)
+    return value == condition_value if left is None or right is None else left == right

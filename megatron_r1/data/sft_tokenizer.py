@@ -79,10 +79,13 @@ class SFTTokenizer:
         thought = next((message[key] for key in THOUGHTS if message.get(key)), None)
         if not isinstance(thought, str) or any(key in self._thoughts for key in message):
             return message
-        rest = {key: value for key, value in message.items() if key not in THOUGHTS}
+        message_fields = {key: value for key, value in message.items() if key not in THOUGHTS}
         if self._thoughts:
-            return {**rest, self._thoughts[0]: thought}
-        return {**rest, "content": f"<think>\n{thought}\n</think>\n\n{message['content']}"}
+            return {**message_fields, self._thoughts[0]: thought}
+        return {
+            **message_fields,
+            "content": f"<think>\n{thought}\n</think>\n\n{message['content']}",
+        }
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text, special tokens included."""
@@ -172,13 +175,13 @@ class SFTTokenizer:
             return len(prompt), len(until)
         # The template writes earlier turns in another form than the last: without their thoughts.
         marked = {"role": "assistant", "content": MARK}
-        other = self._render(example, [*messages[:number], marked, *messages[number + 1 :]])
-        if MARK not in other:
+        marked_text = self._render(example, [*messages[:number], marked, *messages[number + 1 :]])
+        if MARK not in marked_text:
             raise self._hidden(example)
-        begin = len(os.path.commonprefix([text, other]))
+        begin = len(os.path.commonprefix([text, marked_text]))
         if prompt and text.startswith(prompt):
             begin = len(prompt)
-        tail = os.path.commonprefix([text[::-1], other[::-1]])
+        tail = os.path.commonprefix([text[::-1], marked_text[::-1]])
         return begin, min(len(text), len(text) - len(tail) + len(self._ending(tail[::-1])))
 
     def _ending(self, tail: str) -> str:
