@@ -270,8 +270,8 @@ class TrainerRendezvous(Rendezvous):
         """Return table and address of all ranks of the engine; called on trainer rank 0."""
         keys = [f"receiver/{rank}" for rank in range(num_ranks)]
         self._wait_for_keys(self.engine_store, keys, self.timeout_seconds)
-        found = [_read(self.engine_store, key, tuple[str, str]) for key in keys]
-        return [ReceiverInfo(self._tables.get(digest), address) for digest, address in found]
+        records = [_read(self.engine_store, key, tuple[str, str]) for key in keys]
+        return [ReceiverInfo(self._tables.get(digest), address) for digest, address in records]
 
     def publish_plan(
         self,

@@ -36,8 +36,8 @@ def adapter_table(hf: dict, lora: LoraConfig) -> WeightTable:
     """
     base = weight_table(hf)
     if model_family(hf).stacked_experts:
-        kept = [[rule for rule in layer if not rule.expert] for layer in base.layers]
-        base = replace(base, layers=kept)
+        dense_layers = [[rule for rule in layer if not rule.expert] for layer in base.layers]
+        base = replace(base, layers=dense_layers)
     modules = {
         _module(source)
         for layer in base.layers

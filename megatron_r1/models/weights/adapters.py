@@ -320,9 +320,9 @@ def save_adapter(
         atomic_write(folder / "adapter_config.json", text)
 
     plan = plan_file({PEFT_PREFIX + name: (s, dtype) for name, s in adapter_shapes(table).items()})
-    held = (
+    named_pieces = (
         (factor, [replace(piece, hf_name=PEFT_PREFIX + piece.hf_name) for piece in pieces], owner)
         for factor, pieces, owner in adapter_pieces(chunks)
     )
     with write_folder(out, begin) as folder:
-        write_pieces(held, {folder / "adapter_model.safetensors": plan}, {}, durable=True)
+        write_pieces(named_pieces, {folder / "adapter_model.safetensors": plan}, {}, durable=True)

@@ -219,14 +219,16 @@ def links_per_rank(plans: Iterable[SetPlan], world_size: int) -> list[int]:
 
 def needed_regions(planner: Planner, count_bytes: CountBytes) -> list[RegionsByReplicas]:
     """Return what each rank of an engine needs."""
-    found: list[RegionsByReplicas] = [{} for _ in range(planner.engines.ranks_per_engine)]
+    regions_of_ranks: list[RegionsByReplicas] = [
+        {} for _ in range(planner.engines.ranks_per_engine)
+    ]
     for tensor, replicas, needed in planner.region_transfers():
         for region, ranks in needed:
             num_bytes = count_bytes(tensor.name, tensor.rule.dtype, region)
             for rank in ranks:
-                regions = found[rank].setdefault(replicas, [])
+                regions = regions_of_ranks[rank].setdefault(replicas, [])
                 regions.append(TensorRegion(tensor, region, num_bytes))
-    return found
+    return regions_of_ranks
 
 
 def total_bytes(regions: Iterable[TensorRegion]) -> int:
@@ -273,12 +275,12 @@ def _divide_by_engine(
 
 
 def _split_at_engine_ends(
-    whole: TensorRegion, start: float, per_engine: float, count_bytes: CountBytes
+    tensor_region: TensorRegion, start: float, per_engine: float, count_bytes: CountBytes
 ) -> Iterator[TensorRegion]:
     """Yield a region, which begins at byte `start` of all that the engine rank needs, in
     parts of whole rows that end about where an engine has its bytes; of a tensor with FP8 scales,
     in parts of whole blocks of rows."""
-    tensor, region, size = whole
+    tensor, region, size = tensor_region
     per_row = size / (region.bottom - region.top)
     least = MIN_SPLIT_FRACTION * per_engine / per_row
     step = BLOCK if is_quantized(tensor.name) else 1
@@ -289,7 +291,7 @@ def _split_at_engine_ends(
         if row - edges[-1] > least and region.bottom - row > least:
             edges.append(row)
     if len(edges) == 1:
-        yield whole
+        yield tensor_region
         return
     for top, bottom in pairwise([*edges, region.bottom]):
         rows = replace(region, top=top, bottom=bottom)

@@ -84,10 +84,12 @@ class Planner:
                     if item.expert is None and expert_rank:
                         continue
                     needed = self.sharding.regions.get(item.name, {}).items()
-                    for held, replicas in self._held_regions(item, stage):
-                        common = ((held.intersection(region), ranks) for region, ranks in needed)
-                        if found := [(region, ranks) for region, ranks in common if region]:
-                            yield item, replicas, found
+                    for held_region, replicas in self._held_regions(item, stage):
+                        common = (
+                            (held_region.intersection(region), ranks) for region, ranks in needed
+                        )
+                        if transfers := [(region, ranks) for region, ranks in common if region]:
+                            yield item, replicas, transfers
 
     def _held_regions(self, item: HFTensor, stage: int) -> Iterator[tuple[Region, range]]:
         """Yield the parts of a tensor, each with the trainer ranks that hold it."""
