@@ -56,8 +56,10 @@ class TrackerSet:
         self, names: Sequence[str], run: TrackedRun, notify: Callable[[str], None]
     ) -> None:
         self._notify = notify
-        known = [name for name in names if name in OPENERS]
-        self._trackers = [BackgroundTracker(name, partial(OPENERS[name], run)) for name in known]
+        tracked_names = [name for name in names if name in OPENERS]
+        self._trackers = [
+            BackgroundTracker(name, partial(OPENERS[name], run)) for name in tracked_names
+        ]
 
     def send_history(
         self, steps: Iterable[Mapping[str, Any]], evaluations: Iterable[Mapping[str, Any]]
