@@ -83,8 +83,8 @@ def advantages(
 
 def _less_others(values: np.ndarray) -> np.ndarray:
     """Return each reward less the mean of the others; NaN is none."""
-    others = np.sum(~np.isnan(values)) - 1
-    return values - (np.nansum(values) - values) / max(1, others)
+    num_others = np.sum(~np.isnan(values)) - 1
+    return values - (np.nansum(values) - values) / max(1, num_others)
 
 
 def each_advantages(
@@ -117,10 +117,12 @@ def each_advantages(
 
 def are_equal(values: np.ndarray) -> bool:
     """Return whether rewards differ by rounding alone; NaN is none."""
-    known = values[~np.isnan(values)]
-    if len(known) < 2:
+    numbers = values[~np.isnan(values)]
+    if len(numbers) < 2:
         return True
-    return float(known.max() - known.min()) <= EQUAL_REWARDS * max(1.0, float(np.abs(known).max()))
+    return float(numbers.max() - numbers.min()) <= EQUAL_REWARDS * max(
+        1.0, float(np.abs(numbers).max())
+    )
 
 
 def learning_rate(
@@ -146,8 +148,8 @@ def learning_rate(
     if decay == "constant":
         return highest
     done = min(1.0, (update - warmup) / max(1, total - warmup))
-    left = 1 - done if decay == "linear" else (1 + math.cos(math.pi * done)) / 2
-    return lowest + (highest - lowest) * left
+    remaining = 1 - done if decay == "linear" else (1 + math.cos(math.pi * done)) / 2
+    return lowest + (highest - lowest) * remaining
 
 
 def kl_of_difference(difference: np.ndarray) -> float:

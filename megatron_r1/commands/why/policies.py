@@ -150,13 +150,13 @@ def _is_logged(
 
 def last_refresh(step: RecordedStep) -> int:
     """Return the step after which the reference was last replaced, before this one; 0: never."""
-    config, found = step.run_config, 0
+    config, refreshed = step.run_config, 0
     for earlier in range(1, step.step):
         at = config.at(earlier)
-        every, done = at.rl.reference_refresh, config.updates_before(earlier + 1)
-        if every and done // every > (done - at.rl.minibatches) // every:
-            found = earlier
-    return found
+        interval, done = at.rl.reference_refresh, config.updates_before(earlier + 1)
+        if interval and done // interval > (done - at.rl.minibatches) // interval:
+            refreshed = earlier
+    return refreshed
 
 
 def _reference(step: RecordedStep, recomputed: Recomputation) -> CheckedQuantity:
@@ -190,12 +190,14 @@ def _reference(step: RecordedStep, recomputed: Recomputation) -> CheckedQuantity
             "copies of one another",
         )
     reason = f"it is not the weights after step {refreshed}, as rl.reference_refresh makes it"
-    others = {0, step.step - 1, *range(max(0, step.step - 4), step.step)} - {refreshed}
-    for other in sorted(others):
-        path = weights_after(step.folder, step.run_config, other)
+    other_steps = {0, step.step - 1, *range(max(0, step.step - 4), step.step)} - {refreshed}
+    for other_step in sorted(other_steps):
+        path = weights_after(step.folder, step.run_config, other_step)
         if path and _apart(own, recomputed.model(path)) <= ROUNDING["float32"]:
-            what = "it was not refreshed" if other < refreshed else "it was refreshed too often"
-            reason += f": {what}, it is the weights after step {other}"
+            text = (
+                "it was not refreshed" if other_step < refreshed else "it was refreshed too often"
+            )
+            reason += f": {text}, it is the weights after step {other_step}"
             break
     return CheckedQuantity(
         POLICIES,

@@ -200,10 +200,10 @@ class RecordedStep:
                 self.training_rewards, rl.algorithm, rl.advantage_std, rl.advantage_epsilon
             )
         if rl.truncated == "mask":
-            for own, group in zip(made, self.groups, strict=True):
-                own[:] = [
+            for group_advantages, group in zip(made, self.groups, strict=True):
+                group_advantages[:] = [
                     math.nan if graded.is_truncated else a
-                    for a, graded in zip(own, group.responses, strict=True)
+                    for a, graded in zip(group_advantages, group.responses, strict=True)
                 ]
         return made
 
@@ -213,7 +213,7 @@ class RecordedStep:
         rl, limit, weights = self.config.rl, self.config.rollout.max_response_tokens, self.weights
         rewards = {
             name: [
-                [each.rewards[name] if each.is_graded else None for each in group.responses]
+                [graded.rewards[name] if graded.is_graded else None for graded in group.responses]
                 for group in self.groups
             ]
             for name in weights
@@ -223,13 +223,13 @@ class RecordedStep:
             rewards[""] = [
                 [
                     formulas.training_reward(
-                        0.0 if each.is_graded else None,
-                        len(each.response.token_ids),
+                        0.0 if graded.is_graded else None,
+                        len(graded.response.token_ids),
                         limit,
                         rl.overlong_buffer,
                         1.0,
                     )
-                    for each in group.responses
+                    for graded in group.responses
                 ]
                 for group in self.groups
             ]

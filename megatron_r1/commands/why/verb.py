@@ -143,9 +143,9 @@ def _number(step: str | None) -> int | None:
 
 def _steps(steps: list[Examinable], chosen: Examinable) -> Iterator[str]:
     """Yield the steps that can be examined."""
-    whole = [each.step for each in steps if each.has_before and each.has_after]
-    half = [each.step for each in steps if each.step not in whole]
-    yield f"steps with log and both checkpoints: {_ranges(whole) or 'none'}"
+    whole_steps = [step.step for step in steps if step.has_before and step.has_after]
+    half = [step.step for step in steps if step.step not in whole_steps]
+    yield f"steps with log and both checkpoints: {_ranges(whole_steps) or 'none'}"
     if half:
         yield f"steps with a log and not both checkpoints: {_ranges(half)}"
     yield f"examined: step {chosen.step}"
@@ -166,15 +166,19 @@ def _lines(report: Report) -> Iterator[str]:
     first = report.first
     if first is None:
         yield "nothing departs"
-        yield from (f"  suspicion, no cause: {each}" for each in report.suspicions)
+        yield from (f"  suspicion, no cause: {suspicion}" for suspicion in report.suspicions)
     else:
         yield f"first quantity that departs: {first}"
-        others = [each for each in report.comparisons if each.departs and each is not first]
-        yield from (f"  then {each}" for each in others)
+        other_comparisons = [
+            comparison
+            for comparison in report.comparisons
+            if comparison.departs and comparison is not first
+        ]
+        yield from (f"  then {each}" for each in other_comparisons)
     equal = sum(not each.departs and each.status != NOT_CHECKED for each in report.comparisons)
     yield f"equal: {equal} quantities"
     yield from (f"not checked: {each}" for each in report.comparisons if each.status == NOT_CHECKED)
 
 
 def _as_json(report: Report, steps: list[Examinable]) -> str:
-    return json.dumps({"steps": [each._asdict() for each in steps], **report.as_json()}, indent=1)
+    return json.dumps({"steps": [step._asdict() for step in steps], **report.as_json()}, indent=1)
