@@ -51,8 +51,8 @@ class RankCounts:
             first = {self.job.is_sparse_layer[layer]: layer for layer in chunk.layers}
             at = {kind: replace(self._at, layers=(first[kind],)) for kind in kinds}
             layers = (self._counted(kind, at[kind]) * n for kind, n in kinds.items())
-            own = self._counted((*ends.values(),), replace(self._at, **ends))
-            self._known[key] = own + sum(layers, ParameterCounts())
+            counts = self._counted((*ends.values(),), replace(self._at, **ends))
+            self._known[key] = counts + sum(layers, ParameterCounts())
         return self._known[key]
 
     def _counted(self, key: Hashable, at: Shard) -> ParameterCounts:

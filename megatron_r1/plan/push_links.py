@@ -200,8 +200,8 @@ def set_plans(
         drafts: whether engines draft with the MTP layers.
         lora: the section `model.lora`, where adapters alone are pushed."""
     chunks = tuple(map(tuple, stages))
-    what = PushedWeights.from_config(hf, lora, drafts=drafts)
-    return _set_plans(what, grid, engines, chunks, count, max_engines)
+    weights = PushedWeights.from_config(hf, lora, drafts=drafts)
+    return _set_plans(weights, grid, engines, chunks, count, max_engines)
 
 
 class PushedWeights(NamedTuple):
@@ -239,13 +239,13 @@ class PushedWeights(NamedTuple):
 
 @lru_cache(maxsize=8)
 def _set_plans(
-    what: PushedWeights,
+    weights: PushedWeights,
     grid: TrainerGrid,
     engines: EngineLayout,
     stages: tuple[tuple[Shard, ...], ...],
     count: CountBytes,
     max_engines: int,
 ) -> list[SetPlan]:
-    needs = what.predicted_layout(engines)
-    planner = Planner(json.loads(what.hf), grid, engines, stages, needs, what.adapter_table)
+    needs = weights.predicted_layout(engines)
+    planner = Planner(json.loads(weights.hf), grid, engines, stages, needs, weights.adapter_table)
     return plan_sets(planner, count, engine_sets(engines.engines, max_engines))
