@@ -83,8 +83,8 @@ def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> No
 
 def _implied(verbs: Mapping[str, str], used: set[str]) -> dict[str, dict[str, Any]]:
     """Return the settings that each verb in use adds to a recipe, as sections."""
-    known = used & set(verbs)
-    return {verb: nest_keys(load_verb(verb, verbs[verb]).implied) for verb in known}
+    known_verbs = used & set(verbs)
+    return {verb: nest_keys(load_verb(verb, verbs[verb]).implied) for verb in known_verbs}
 
 
 def _chosen(config: PipelineConfig, graph: Graph) -> list[str]:

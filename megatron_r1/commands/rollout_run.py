@@ -76,7 +76,7 @@ async def open_rollouts(
         finally:
             fleets = [fleet, teacher] if teacher is not None else [fleet]
             closing = collector.close(), pool.close(), log.close()
-            await asyncio.gather(*(each.close() for each in fleets), *closing)
+            await asyncio.gather(*(open_fleet.close() for open_fleet in fleets), *closing)
 
 
 def open_player(config: Config, tokenizer: PromptTokenizer) -> Player | None:

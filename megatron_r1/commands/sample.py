@@ -171,8 +171,8 @@ def _inputs(config: Config) -> SampleInputs:
         # A run's folder has its tokenizer in hf/.
         path = Path(config.model.path)
         tokenizer = path if (path / "config.json").is_file() else path / "hf"
-        own = str(tokenizer) if config.model.path else ""
-        rendering = Rendering(sample.render, config.data.template, own)
+        model_path = str(tokenizer) if config.model.path else ""
+        rendering = Rendering(sample.render, config.data.template, model_path)
     return SampleInputs(PromptSet("", prompts, sample.samples), avoided, shots, rendering, rewrite)
 
 

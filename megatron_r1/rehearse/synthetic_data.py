@@ -38,14 +38,14 @@ def is_safe(question: str, response: str) -> float:
     return float(len(response) % 2 == 0)
 
 
-def write_questions(path: Path, count: int, others: Sequence[str] = ()) -> None:
+def write_questions(path: Path, count: int, other_kinds: Sequence[str] = ()) -> None:
     """Write questions with truths, and a target for a recipe that also rewards the language.
 
     Args:
         path: the file.
         count: the number of questions.
-        others: kinds that take turns with the kind that `grade` grades."""
-    kinds = [KIND, *others]
+        other_kinds: kinds that take turns with the kind that `grade` grades."""
+    kinds = [KIND, *other_kinds]
     rows = (
         {
             "question": f"{i} + {i + 1} =",

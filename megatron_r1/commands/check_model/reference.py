@@ -61,14 +61,16 @@ def main(folder: Path, dtype: str, with_mtp: bool, plain: Path) -> ReferenceResu
     sequences = [ids for ids in sequences if len(ids) > 1]
     source = plain if plain.exists() else folder
     exact = _logprobs(source, hf, torch.float32, sequences)
-    found = exact if dtype == "float32" else _logprobs(source, hf, getattr(torch, dtype), sequences)
-    noise = max((a - b).abs().max().item() for a, b in zip(exact, found, strict=True))
+    logprobs = (
+        exact if dtype == "float32" else _logprobs(source, hf, getattr(torch, dtype), sequences)
+    )
+    noise = max((a - b).abs().max().item() for a, b in zip(exact, logprobs, strict=True))
     return ReferenceResult(
         num_tensors,
         None if tokenizer is None else len(tokenizer),
         getattr(tokenizer, "chat_template", None) is not None,
         sequences,
-        [values.tolist() for values in found],
+        [values.tolist() for values in logprobs],
         noise,
     )
 

@@ -74,7 +74,9 @@ class RunComparison:
     @property
     def first_beyond_rounding(self) -> RunDifference | None:
         """The first difference that is more than rounding."""
-        return next((each for each in self.differences if not each.is_rounding), None)
+        return next(
+            (difference for difference in self.differences if not difference.is_rounding), None
+        )
 
 
 def run(config: Config, first: str, second: str, json: str | None = None) -> None:
@@ -89,11 +91,11 @@ def run(config: Config, first: str, second: str, json: str | None = None) -> Non
     Raises:
         UserError: a folder without a run, or two without a step in common.
         RunError: the runs differ by more than rounding."""
-    found = compare(Path(first), Path(second))
+    comparison = compare(Path(first), Path(second))
     if json is not None:
-        atomic_write(Path(json), _as_json(found))
-    print("\n".join(_lines(found)))
-    if apart := found.first_beyond_rounding:
+        atomic_write(Path(json), _as_json(comparison))
+    print("\n".join(_lines(comparison)))
+    if apart := comparison.first_beyond_rounding:
         raise RunError(f"{first} and {second} differ at step {apart.step} by more than rounding")
 
 
@@ -117,7 +119,9 @@ def compare(first: Path, second: Path) -> RunComparison:
             cause=Cause.EMPTY,
         )
     # The coarser of the two bounds what can be expected.
-    dtype = max((each["model.dtype"] for each in settings), key=ROUNDING.__getitem__)
+    dtype = max(
+        (run_settings["model.dtype"] for run_settings in settings), key=ROUNDING.__getitem__
+    )
     differences: list[RunDifference] = []
     num_logs = 0
     # All steps: where engines' log-probabilities alone differ, weights never need to.
@@ -139,7 +143,7 @@ def compare(first: Path, second: Path) -> RunComparison:
         len(shared),
         num_logs,
         [step for step, *_ in pairs],
-        sorted(differences, key=lambda each: each.order),
+        sorted(differences, key=lambda difference: difference.order),
     )
 
 
@@ -184,9 +188,11 @@ def _differences_of_checkpoints(
         step = pair[0]
         if step not in compared:
             compared[step] = compare_checkpoints(*pair, dtype, same_layout)
-        return any(not (beyond_rounding and each.is_rounding) for each in compared[step])
+        return any(
+            not (beyond_rounding and difference.is_rounding) for difference in compared[step]
+        )
 
-    found: dict[int, list[RunDifference]] = {}
+    found_by_step: dict[int, list[RunDifference]] = {}
     for beyond_rounding in (False, True):
         low, high = 0, len(pairs)
         while low < high:
@@ -196,56 +202,58 @@ def _differences_of_checkpoints(
             else:
                 low = middle + 1
         if low < len(pairs):
-            found[pairs[low][0]] = compared[pairs[low][0]]
-    return [each for differences in found.values() for each in differences]
+            found_by_step[pairs[low][0]] = compared[pairs[low][0]]
+    return [difference for differences in found_by_step.values() for difference in differences]
 
 
-def _lines(found: RunComparison) -> Iterable[str]:
-    yield from (f"setting {line}" for line in found.settings)
+def _lines(comparison: RunComparison) -> Iterable[str]:
+    yield from (f"setting {line}" for line in comparison.settings)
     yield (
-        f"compared: metrics of {format_count(found.steps, 'step')}, sample logs of {found.logs}, "
-        f"checkpoints of {len(found.checkpoints)}"
+        f"compared: metrics of {format_count(comparison.steps, 'step')}, "
+        f"sample logs of {comparison.logs}, checkpoints of {len(comparison.checkpoints)}"
     )
-    first, apart = found.first, found.first_beyond_rounding
+    first, apart = comparison.first, comparison.first_beyond_rounding
     if first is None:
         yield "equal: no bit differs"
         return
-    yield from _step(found, first, "first difference")
+    yield from _step(comparison, first, "first difference")
     if apart is None:
         yield "equal to rounding: every difference is of that size"
     elif apart is not first:
-        yield from _step(found, apart, "first difference beyond rounding")
+        yield from _step(comparison, apart, "first difference beyond rounding")
 
 
-def _step(found: RunComparison, first: RunDifference, what: str) -> Iterable[str]:
+def _step(comparison: RunComparison, first: RunDifference, title: str) -> Iterable[str]:
     """Yield a difference, the others of its step, and where nothing was compared before it."""
-    yield f"{what}: {first}"
-    others = [
-        each
-        for each in found.differences
-        if each.step == first.step and each is not first and each.order > first.order
+    yield f"{title}: {first}"
+    later_differences = [
+        difference
+        for difference in comparison.differences
+        if difference.step == first.step
+        and difference is not first
+        and difference.order > first.order
     ]
-    yield from (f"  {each}" for each in others[:MAX_SHOWN])
-    if len(others) > MAX_SHOWN:
-        yield f"  and {len(others) - MAX_SHOWN} more"
-    if first.step not in found.checkpoints:
-        later = [step for step in found.checkpoints if step > first.step]
+    yield from (f"  {difference}" for difference in later_differences[:MAX_SHOWN])
+    if len(later_differences) > MAX_SHOWN:
+        yield f"  and {len(later_differences) - MAX_SHOWN} more"
+    if first.step not in comparison.checkpoints:
+        later = [step for step in comparison.checkpoints if step > first.step]
         until = f"that of step {later[0]} is the next" if later else "none is later"
         yield f"  both kept no checkpoint of step {first.step}, so no tensor is named: {until}"
-    equal = max((step for step in found.checkpoints if step < first.step), default=0)
+    equal = max((step for step in comparison.checkpoints if step < first.step), default=0)
     if equal < first.step - 1:
         yield f"  its cause may be of any step from {equal + 1} on: no checkpoint lies between"
 
 
-def _as_json(found: RunComparison) -> str:
-    first, apart = found.first, found.first_beyond_rounding
+def _as_json(comparison: RunComparison) -> str:
+    first, apart = comparison.first, comparison.first_beyond_rounding
     content = {
-        "settings": found.settings,
-        "steps": found.steps,
-        "sample_logs": found.logs,
-        "checkpoints": found.checkpoints,
+        "settings": comparison.settings,
+        "steps": comparison.steps,
+        "sample_logs": comparison.logs,
+        "checkpoints": comparison.checkpoints,
         "first": first and first.as_json(),
         "first_beyond_rounding": apart and apart.as_json(),
-        "differences": [each.as_json() for each in found.differences],
+        "differences": [difference.as_json() for difference in comparison.differences],
     }
     return json.dumps(content, indent=1)
