@@ -94,7 +94,7 @@ def read_question(value: Any) -> tuple[list[Message], str] | None:
     with a user's message; None for any other.
 
     Raises:
-        ValueError: as `read_chat`.
+        ValueError: a message lacks its text, or has an unknown role; it names the message.
     """
     chat = read_chat(value)
     if chat is None:

@@ -107,7 +107,7 @@ def compare(first: Path, second: Path) -> RunComparison:
         second: the folder of the other.
 
     Raises:
-        UserError: as `run`."""
+        UserError: a folder without a run, or two without a step in common."""
     folders = [RunFolder(path) for path in (first, second)]
     settings = [flatten(_settings(folder)) for folder in folders]
     lines = [{line["step"]: line for line in folder.read_metrics()} for folder in folders]

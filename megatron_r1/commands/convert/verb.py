@@ -76,7 +76,7 @@ def run(arguments: list[str]) -> int:
     """Run the command line; return 0, or 1 where the models differ.
 
     Raises:
-        UserError: a number that is out of range, or as the verb.
+        UserError: a number that is out of range, or a folder that the verb cannot read or write.
     """
     args = _parser().parse_args(arguments)
     args.arguments = arguments

@@ -80,7 +80,7 @@ class Recomputation(UpdateInputs):
             substitution: what is substituted; None: nothing.
 
         Raises:
-            CannotRecompute: as `check_updates`."""
+            CannotRecompute: the step's updates cannot be made here."""
         return self._make_updates(substitution or Substitution(""))[1]
 
     def _make_updates(

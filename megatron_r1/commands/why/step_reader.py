@@ -127,7 +127,7 @@ def read_steps(folder: RunFolder, config: Config, steps: Iterable[int]) -> Itera
         steps: finished steps with a sample log.
 
     Raises:
-        UserError: as `read_step`."""
+        UserError: records of another version of this program, or none of a step's settings."""
     prompts, missing = _prompts(folder, config)
     lines = {line["step"]: line for line in folder.read_metrics()}
     for step in steps:
