@@ -67,7 +67,7 @@ class RunComparison:
     differences: list[RunDifference]
 
     @property
-    def first(self) -> RunDifference | None:
+    def first_difference(self) -> RunDifference | None:
         """The first difference of any bit."""
         return next(iter(self.differences), None)
 
@@ -212,7 +212,7 @@ def _lines(comparison: RunComparison) -> Iterable[str]:
         f"compared: metrics of {format_count(comparison.steps, 'step')}, "
         f"sample logs of {comparison.logs}, checkpoints of {len(comparison.checkpoints)}"
     )
-    first, apart = comparison.first, comparison.first_beyond_rounding
+    first, apart = comparison.first_difference, comparison.first_beyond_rounding
     if first is None:
         yield "equal: no bit differs"
         return
@@ -246,7 +246,7 @@ def _step(comparison: RunComparison, first: RunDifference, title: str) -> Iterab
 
 
 def _as_json(comparison: RunComparison) -> str:
-    first, apart = comparison.first, comparison.first_beyond_rounding
+    first, apart = comparison.first_difference, comparison.first_beyond_rounding
     content = {
         "settings": comparison.settings,
         "steps": comparison.steps,

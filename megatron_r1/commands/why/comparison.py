@@ -132,7 +132,7 @@ class Report:
         )
 
     @property
-    def first(self) -> CheckedQuantity | None:
+    def first_departure(self) -> CheckedQuantity | None:
         """The first quantity that departs."""
         return next((comparison for comparison in self.comparisons if comparison.departs), None)
 
@@ -146,7 +146,7 @@ class Report:
 
     def as_json(self) -> dict[str, Any]:
         """Return the content of the file that --json names."""
-        first = self.first
+        first = self.first_departure
         return {
             "step": self.step,
             "first": first and first.as_json(),

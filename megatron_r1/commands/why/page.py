@@ -25,7 +25,7 @@ SIZE = (5.2, 2.7)
 
 def write(report: Report, step: RecordedStep) -> Path:
     """Write why.html into the run's folder and return its path."""
-    first = report.first
+    first = report.first_departure
     html = render_page(
         "reporting/templates/why.html.jinja",
         title=f"{step.folder.path.resolve().name}: why, step {report.step}",

@@ -79,8 +79,8 @@ def run(config: Config, run: str, step: str | None = None, json: str | None = No
         atomic_write(Path(json), _as_json(report, steps))
     written = page.write(report, recorded)
     print("\n".join([*_steps(steps, chosen), *_lines(report), f"page: {written}"]))
-    if report.first is not None:
-        raise RunError(f"{run}: {report.first.name} departs at step {report.step}")
+    if report.first_departure is not None:
+        raise RunError(f"{run}: {report.first_departure.name} departs at step {report.step}")
 
 
 RECORD_CHECKS: tuple[tuple[str, str, Check], ...] = (
@@ -115,7 +115,7 @@ def examine(step: RecordedStep) -> Report:
         recomputed.searches_causes = not report.departs_before("loss")
         report.add(_comparisons(family, name, partial(recompute, step, recomputed)))
     report.curves = engine_logprobs.departures(recomputed)
-    report.suspicions = suspicions(step) if report.first is None else []
+    report.suspicions = suspicions(step) if report.first_departure is None else []
     return report
 
 
@@ -163,7 +163,7 @@ def _ranges(steps: list[int]) -> str:
 
 
 def _lines(report: Report) -> Iterator[str]:
-    first = report.first
+    first = report.first_departure
     if first is None:
         yield "nothing departs"
         yield from (f"  suspicion, no cause: {suspicion}" for suspicion in report.suspicions)
