@@ -95,7 +95,14 @@ def show_batch(config: Config, tokenizer: PromptTokenizer, prompts: PromptSplit)
 async def _sample(
     config: Config, tokenizer: PromptTokenizer, prompts: list[Prompt], group_size: int, logs: Path
 ) -> tuple[Rollout, float]:
-    """Return the rollout, and the seconds from its start to the last grade."""
+    """Return the rollout, and the seconds from its start to the last grade.
+
+    Args:
+        config: the recipe.
+        tokenizer: the tokenizer of the prompts.
+        prompts: the questions.
+        group_size: responses to each question.
+        logs: the folder of the engines' logs."""
     rewards, rollout = config.rewards, config.rollout
     pool = RewardPool(rewards.workers, rewards.timeout_seconds, rewards.memory_bytes)
     fleet = RolloutFleet(
@@ -196,7 +203,14 @@ def _episodes(rollout: Rollout) -> list[str]:
 
 
 def _summary(config: Config, first: Config, rollout: Rollout, seconds: float, memory: str) -> str:
-    """Return the batch in numbers, what the run will take at least, and what should be changed."""
+    """Return the batch in numbers, what the run will take at least, and what should be changed.
+
+    Args:
+        config: the recipe.
+        first: the recipe as it is at the first step.
+        rollout: the batch.
+        seconds: how long it took to sample and grade.
+        memory: the memory that the run takes, as text."""
     means = rollout_metrics(rollout, policy_version=0)
     responses = sum(len(group.responses) for group in rollout.groups)
     rate = means["response_tokens"] / seconds

@@ -111,7 +111,13 @@ def _check_states(
     config: PipelineConfig, plan: PipelinePlan, graph: Graph, stage_names: list[str]
 ) -> None:
     """Raise UserError for stale stages without `pipeline.rerun`, and for `pipeline.only` with a
-    stage that needs others first."""
+    stage that needs others first.
+
+    Args:
+        config: the section `pipeline`.
+        plan: the stages as they are to run.
+        graph: which stages need which.
+        stage_names: the stages that would run."""
     statuses = all_statuses(plan, graph)
     if config.only:
         not_done = [

@@ -182,7 +182,13 @@ def _by_name(
     names: Sequence[str], rows: Sequence[Row], fits: Callable[[Any], bool], taken_column: str | None
 ) -> str | None:
     """Return the first of `names` that rows have as a column; one whose values are all none only
-    where there is no other."""
+    where there is no other.
+
+    Args:
+        names: usual names, the most usual first.
+        rows: the file's first rows.
+        fits: whether a value is of the column's kind.
+        taken_column: the column that is already taken; None: none is."""
     all_columns = dict.fromkeys(name for row in rows for name in row)
     empty = [
         n for n in all_columns if n != taken_column and all(is_missing(row.get(n)) for row in rows)

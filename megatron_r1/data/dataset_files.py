@@ -159,7 +159,15 @@ def _choose_name(
     usual: Sequence[str],
     key: str,
 ) -> str:
-    """Return the name that is asked for, else the usual or the only one."""
+    """Return the name that is asked for, else the usual or the only one.
+
+    Args:
+        noun: what is chosen, for errors.
+        path: the data set.
+        known_names: the names that it has.
+        asked: the name that is asked for, or None.
+        usual: names that are chosen where none is asked for.
+        key: the setting, for errors."""
     if asked is not None and asked in known_names:
         return asked
     if asked is None:
@@ -312,7 +320,13 @@ class _hub_errors:  # noqa: N801 - a context manager, named like a function
 
 
 def _read_saved(path: str, folder: Path, split: str | None, key: str) -> Iterator[LocatedRow]:
-    """Yield the rows of a folder of `save_to_disk`."""
+    """Yield the rows of a folder of `save_to_disk`.
+
+    Args:
+        path: the data set as the recipe names it.
+        folder: its folder.
+        split: the split that is asked for, or None.
+        key: the setting, for errors."""
     try:
         import datasets
     except ImportError:

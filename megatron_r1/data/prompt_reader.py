@@ -144,7 +144,13 @@ LETTERED_CHOICES = re.compile(r"(?:^|[\s,;|])\(?[A-Ea-e]\s{0,2}[).:]\s*")
 
 def _require_shown(kind: str, question: str, truth: Any, fields: Mapping[str, Any]) -> None:
     """Raise ValueError where a truth is the number or letter of a choice (MMLU, ARC) that the
-    question does not have: no response could name it for a reason."""
+    question does not have: no response could name it for a reason.
+
+    Args:
+        kind: the reward's name.
+        question: the question's text.
+        truth: its truth.
+        fields: the row's other columns."""
     for name, choices in _choices(fields) if kind in COMPARED else ():
         if not isinstance(choices, list) or len(choices) < 2 or not _is_place(truth, len(choices)):
             continue

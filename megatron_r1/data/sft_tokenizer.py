@@ -168,7 +168,13 @@ class SFTTokenizer:
         self, example: SFTExample, messages: list[Message], number: int, text: str
     ) -> tuple[int, int]:
         """Return where the message of that number begins and ends in the conversation's text, the
-        header not included."""
+        header not included.
+
+        Args:
+            example: the conversation with its tools.
+            messages: its messages.
+            number: the message's place among them, from 0.
+            text: the text of the whole conversation."""
         prompt = self._render(example, messages[:number], prompt=True) if number else ""
         until = self._render(example, messages[: number + 1])
         if prompt and text.startswith(prompt) and text.startswith(until):

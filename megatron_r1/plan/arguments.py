@@ -186,7 +186,14 @@ def _prompt_tokens(
     args: argparse.Namespace, config: configuration.Config, verb: Verb, hf: dict, assumed: int
 ) -> int:
     """Return the option, or the assumed ones if the context has room for them next to the longest
-    response."""
+    response.
+
+    Args:
+        args: the options.
+        config: the recipe.
+        verb: its verb.
+        hf: the model's `config.json`.
+        assumed: tokens of a prompt where no option says."""
     if verb == "sft":
         return args.prompt_tokens or assumed
     if verb == "reward-model":

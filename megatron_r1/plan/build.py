@@ -146,9 +146,14 @@ def _compare_ranks(job: PlannedJob, built: dict[int, list[dict]]) -> tuple[int, 
 def _compare(job: PlannedJob, pipeline_rank: int, built: list[dict], at: dict) -> tuple[int, int]:
     """Return how many dense and how many expert values a rank owns, as (dense, expert).
 
+    Args:
+        job: the planned job.
+        pipeline_rank: the pipeline rank that was built.
+        built: the shapes of each of its chunks, by name.
+        at: the rank's place on the other axes, with their sizes.
+
     Raises:
-        ValueError: `built` differs from the plan.
-    """
+        ValueError: `built` differs from the plan."""
     owned: defaultdict[bool, int] = defaultdict(int)
     for chunk, shapes in zip(job.stages[pipeline_rank], built, strict=True):
         # Without a GPU the layers, and so the names, are Megatron's own.

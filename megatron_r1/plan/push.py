@@ -115,7 +115,13 @@ def _byte_count(form: str) -> CountBytes:
 
 @lru_cache
 def _rank_bytes(weights: PushedWeights, layout: EngineLayout, form: str, ranks: int) -> list[int]:
-    """Return the bytes that each of an engine's first `ranks` ranks needs of a push."""
+    """Return the bytes that each of an engine's first `ranks` ranks needs of a push.
+
+    Args:
+        weights: what is pushed.
+        layout: the engines' layout.
+        form: the dtype on the wire, or "FP8".
+        ranks: how many ranks are counted."""
     sharding, num_bytes = weights.predicted_layout(layout), _byte_count(form)
     return [
         sum(

@@ -423,7 +423,13 @@ def _sample(config: Config) -> dict[str, Any]:
 
 
 def _changes(config: Config, small: Config, hf: dict, small_hf: dict) -> list[Change]:
-    """Return every setting and size that differs, with the reason where it is not size alone."""
+    """Return every setting and size that differs, with the reason where it is not size alone.
+
+    Args:
+        config: the recipe.
+        small: the miniature's recipe.
+        hf: the model's `config.json`.
+        small_hf: that of the miniature's model."""
     before, after = config.model_dump(), small.model_dump()
     compared = [
         (f"{section}.{key}", value, after[section][key])

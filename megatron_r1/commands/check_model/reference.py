@@ -159,7 +159,13 @@ def _logprobs(
     folder: Path, hf: dict, dtype: torch.dtype, sequences: list[list[int]]
 ) -> list[torch.Tensor]:
     """Return transformers' log-probability of each token but the first, (n - 1,) fp32, for each
-    sequence of n."""
+    sequence of n.
+
+    Args:
+        folder: the model's folder.
+        hf: its `config.json`.
+        dtype: the dtype that the model computes in.
+        sequences: token ids."""
     model = load_with_transformers(folder, hf, dtype).eval()
     answers = []
     with torch.no_grad():

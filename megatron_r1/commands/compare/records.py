@@ -227,7 +227,14 @@ def _in_response(
 def _logprobs(step: int, name: str, a: np.ndarray, b: np.ndarray, dtype: str) -> RunDifference:
     """Return the difference at the token where two log-probabilities are furthest apart.
 
-    Their difference is the relative distance of the probabilities, which rounding bounds."""
+    Their difference is the relative distance of the probabilities, which rounding bounds.
+
+    Args:
+        step: the training step.
+        name: the response, for the user.
+        a: log-probabilities of one run.
+        b: those of the other.
+        dtype: what they are computed in."""
     gaps = np.abs(a.astype(np.float64) - b)
     gaps[np.isnan(gaps)] = math.inf
     at = int(gaps.argmax())

@@ -119,7 +119,14 @@ def phase_and_name(key: str) -> tuple[str, str]:
 def _compare_tensor(
     step: int, key: str, a: DistributedCheckpoint, b: DistributedCheckpoint, dtype: str
 ) -> RunDifference | None:
-    """Return the difference of one tensor; None where the two are equal bit for bit."""
+    """Return the difference of one tensor; None where the two are equal bit for bit.
+
+    Args:
+        step: the training step.
+        key: the tensor's name.
+        a: the checkpoint of one run.
+        b: that of the other.
+        dtype: what the runs compute in."""
     parts: dict[int, _RankPart] = {}
     rows = min(tensors.shapes[key][0] for tensors in (a, b)) if a.shapes[key] else 0
     for rank, starts, sizes in _pieces(a.chunks(key), a.dtypes[key].itemsize, rows):

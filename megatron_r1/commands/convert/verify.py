@@ -194,7 +194,14 @@ def _beyond_rounding(
     """Return elementwise whether FP8 values differ from plain ones by more than a rounding.
 
     Half the distance between two e4m3 numbers is at most 2^-4 of them, for the smallest 2^-10 of
-    the scale. NaN counts as beyond."""
+    the scale. NaN counts as beyond.
+
+    Args:
+        pair: the two models, of which one is quantized.
+        name: the tensor's name.
+        first: the first row of `x` and `y` in the tensor.
+        x: rows of the first model's tensor.
+        y: the same rows of the second's."""
     quantized = (s for s in pair if _shape_and_dtype(s, name)[1] == published_layout.FP8_DTYPE)
     quantized_side = next(quantized)
     scales = quantized_side.scales(name) if isinstance(quantized_side, HFWeights) else None

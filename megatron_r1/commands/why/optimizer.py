@@ -229,7 +229,13 @@ def _tied(step: RecordedStep) -> CheckedQuantity:
 
 
 def _moved(step: RecordedStep, worst: str, largest: float, norm: float) -> CheckedQuantity:
-    """Check that the weights moved, and not further than Adam can."""
+    """Check that the weights moved, and not further than Adam can.
+
+    Args:
+        step: the step.
+        worst: the parameter that moved furthest.
+        largest: how far it moved.
+        norm: the norm of the change of all parameters."""
     rates = step.learning_rates
     limit = MAX_STEP_FACTOR * sum(rates)
     rate = max(rates)

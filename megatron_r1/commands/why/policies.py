@@ -130,7 +130,13 @@ def _is_logged(
     logprobs: Sequence[np.ndarray],
     engine: Sequence[np.ndarray] | None = None,
 ) -> bool:
-    """Return whether log-probabilities are as far from the engine's as those of the trainer."""
+    """Return whether log-probabilities are as far from the engine's as those of the trainer.
+
+    Args:
+        step: the step.
+        recomputed: its sequences.
+        logprobs: log-probabilities of the sequences' tokens.
+        engine: log-probabilities that the engine would have; None: those that it recorded."""
     given = engine or [sequence.logprobs for sequence in recomputed.sequences]
     gaps = np.concatenate(
         [

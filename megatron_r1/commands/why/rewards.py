@@ -324,7 +324,14 @@ def _graded_again(step: RecordedStep, again: Mapping[ResponseIndex, Any]) -> Che
 
 
 def _call(kind: str, text: str, truth: Any, fields: dict[str, Any], facts: dict[str, Any]) -> Any:
-    """Call a reward with the facts that it takes."""
+    """Call a reward with the facts that it takes.
+
+    Args:
+        kind: the reward's name.
+        text: the response.
+        truth: the question's truth.
+        fields: the row's other columns.
+        facts: what is known of the response, which not every reward takes."""
     try:
         return grade(kind, text, truth, **fields, **facts)
     except TypeError:

@@ -60,7 +60,13 @@ def with_token_advantages(
 
 
 def _to_go(row: TokenRow, old: Tensor, reference: Tensor | None, step: RecordedStep) -> Tensor:
-    """Return the discounted sums of what follows each token, itself included."""
+    """Return the discounted sums of what follows each token, itself included.
+
+    Args:
+        row: the sequence.
+        old: log-probabilities of the policy before the step.
+        reference: those of the reference, or None.
+        step: the step."""
     rl = step.config.rl
     rewards = torch.zeros_like(old)
     if reference is not None and rl.kl_beta:

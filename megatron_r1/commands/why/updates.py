@@ -194,7 +194,13 @@ def denominator(rows: Sequence[TokenRow], loss: LossRules) -> float:
 def _surrogate(
     row: TokenRow, logprobs: Tensor, old: Tensor, loss: LossRules
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the policy's term of each token, the ratio, and whether a clip is active."""
+    """Return the policy's term of each token, the ratio, and whether a clip is active.
+
+    Args:
+        row: the sequence.
+        logprobs: the policy's log-probabilities of its sampled tokens.
+        old: those of the policy before the step.
+        loss: the rules of the loss."""
     x = logprobs - (logprobs.detach() if loss.is_on_policy else old)
     if loss.is_sequence_ratio:
         x = x.mean().expand_as(x)

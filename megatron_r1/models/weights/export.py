@@ -106,7 +106,13 @@ def _write_files(
     model_chunks: Sequence, hf: dict, plans: Mapping[Path, FilePlan], *, durable: bool
 ) -> None:
     """Write several planned files at once; call on every rank with the same plans. Adapters are
-    merged into the weights."""
+    merged into the weights.
+
+    Args:
+        model_chunks: this rank's virtual stages.
+        hf: the model's `config.json`.
+        plans: the files by path.
+        durable: fsync before renaming."""
     copies = defaultdict(list)
     for copy, original in weight_table(hf).copies.items():
         copies[original].append(copy)

@@ -187,7 +187,13 @@ def _prefixed_rules(weight_table: WeightTable, with_mtp: bool) -> Iterator[tuple
 def _entries(
     rule: WeightRule, prefix: str, shard: Shard, num_experts: int
 ) -> Iterator[tuple[str, LayoutEntry]]:
-    """Yield (Megatron parameter, entry) of a rule, once per expert that the rank has."""
+    """Yield (Megatron parameter, entry) of a rule, once per expert that the rank has.
+
+    Args:
+        rule: the rule of one Megatron parameter.
+        prefix: what precedes the names of its HF tensors.
+        shard: the rank's place.
+        num_experts: the model's routed experts."""
     name = (shard.transformer_engine and rule.te_name) or rule.megatron
     rank, num_ranks = shard.etp if rule.expert else shard.tp
     shape, pieces = rule.split(rule.sources, rank, num_ranks)

@@ -246,7 +246,14 @@ def _region_groups(
     """Yield the groups of regions of an engine rank, for sets of `num_engines` engines.
 
     Each engine gets an equal part of the bytes, up to `MIN_SPLIT_FRACTION` of them or one block of
-    rows; a group has at most about `max_fraction` of it."""
+    rows; a group has at most about `max_fraction` of it.
+
+    Args:
+        needed: the regions that an engine rank needs, by trainer ranks.
+        count_bytes: counts the bytes of a region on the wire.
+        engine_rank: the engine rank.
+        num_engines: the engines of the set.
+        max_fraction: the most of an engine's bytes in a group."""
     per_engine = total_bytes(chain.from_iterable(needed.values())) / num_engines
     for member, by_replicas in enumerate(
         _divide_by_engine(needed, count_bytes, num_engines, per_engine)
@@ -261,7 +268,13 @@ def _region_groups(
 def _divide_by_engine(
     needed: RegionsByReplicas, count_bytes: CountBytes, num_engines: int, per_engine: float
 ) -> list[RegionsByReplicas]:
-    """Return the regions that each engine gets from trainer ranks, about `per_engine` bytes."""
+    """Return the regions that each engine gets from trainer ranks, about `per_engine` bytes.
+
+    Args:
+        needed: the regions that an engine rank needs, by trainer ranks.
+        count_bytes: counts the bytes of a region on the wire.
+        num_engines: the engines of the set.
+        per_engine: the bytes that each of them gets."""
     by_engine: list[RegionsByReplicas] = [{} for _ in range(num_engines)]
     end = 0.0
     for replicas, regions in needed.items():
@@ -279,7 +292,13 @@ def _split_at_engine_ends(
 ) -> Iterator[TensorRegion]:
     """Yield a region, which begins at byte `start` of all that the engine rank needs, in
     parts of whole rows that end about where an engine has its bytes; of a tensor with FP8 scales,
-    in parts of whole blocks of rows."""
+    in parts of whole blocks of rows.
+
+    Args:
+        tensor_region: the region.
+        start: its first byte among all that the engine rank needs.
+        per_engine: the bytes that each engine gets.
+        count_bytes: counts the bytes of a region on the wire."""
     tensor, region, size = tensor_region
     per_row = size / (region.bottom - region.top)
     least = MIN_SPLIT_FRACTION * per_engine / per_row

@@ -123,7 +123,14 @@ def _node(
     versions: dict[str, str],
     memory: MemoryUsage | None,
 ) -> NodeFacts | None:
-    """Return what the first rank of a node finds; None on others."""
+    """Return what the first rank of a node finds; None on others.
+
+    Args:
+        config: the recipe.
+        placement: the rank's place.
+        progress: what the rank does now, for the others.
+        versions: the versions of its packages.
+        memory: the memory of its host; None: the rank leads no node."""
     node_facts, clock = None, None
     if placement.rank == 0:
         clock = host.ClockServer(placement.num_nodes)
