@@ -68,14 +68,14 @@ class RowFilter:
     def __init__(self, where: Conditions, report: DataReport, key: str = "data.where") -> None:
         _check_conditions(where, key)
         self._where, self._report, self._key = where, report, key
-        self._unseen, self._known = set(where), dict[str, None]()
+        self._unseen, self._columns = set(where), dict[str, None]()
 
     def keeps(self, location: str, row: CanonicalRow) -> bool:
         """Return whether a row, with the columns of the file, meets all conditions. A column that
         it lacks is null."""
         self._report.num_read += 1
         if self._unseen:
-            self._known |= dict.fromkeys(row)
+            self._columns |= dict.fromkeys(row)
             self._unseen = {name for name in self._unseen if lookup(row, name) is ABSENT}
             if self._report.num_read >= MAX_UNSEEN:
                 self.finish()
@@ -89,11 +89,11 @@ class RowFilter:
 
     def finish(self) -> None:
         """Raise UserError for a column that no row had."""
-        for column in sorted(self._unseen) if self._known else ():
-            near = did_you_mean(column, self._known, "{}")
+        for column in sorted(self._unseen) if self._columns else ():
+            near = did_you_mean(column, self._columns, "{}")
             raise UserError(
                 f"{self._key}.{column}: {self._report.source} has no such column{near}; it has "
-                f"{', '.join(self._known)}",
+                f"{', '.join(self._columns)}",
                 key=f"{self._key}.{column}",
                 cause=Cause.NOT_FOUND,
             )

@@ -35,7 +35,7 @@ class RankCounts:
             transformer_engine=True,
         )
         sizes = (parallel.tensor, parallel.expert, parallel.expert_tensor)
-        self._known: dict = job.shared.setdefault(("counts", *sizes), {})
+        self._counts_by_key: dict = job.shared.setdefault(("counts", *sizes), {})
 
     def rank_counts(self, pipeline_rank: int) -> ParameterCounts:
         """Return the counts of one rank of this pipeline rank: the sum over its virtual stages."""
@@ -47,20 +47,22 @@ class RankCounts:
         ends = {name: getattr(chunk, name) for name in ("embedding", "final_norm", "head", "mtp")}
         kinds = Counter(self.job.is_sparse_layer[layer] for layer in chunk.layers)
         key = (*ends.values(), *sorted(kinds.items()))
-        if key not in self._known:
+        if key not in self._counts_by_key:
             first = {self.job.is_sparse_layer[layer]: layer for layer in chunk.layers}
             at = {kind: replace(self._at, layers=(first[kind],)) for kind in kinds}
             layers = (self._counted(kind, at[kind]) * n for kind, n in kinds.items())
             counts = self._counted((*ends.values(),), replace(self._at, **ends))
-            self._known[key] = counts + sum(layers, ParameterCounts())
-        return self._known[key]
+            self._counts_by_key[key] = counts + sum(layers, ParameterCounts())
+        return self._counts_by_key[key]
 
     def _counted(self, key: Hashable, at: Shard) -> ParameterCounts:
-        if key not in self._known:
+        if key not in self._counts_by_key:
             job, adapters = self.job, self.job.adapters
             trained = None if adapters is None else layout_from_table(adapters, at)
-            self._known[key] = count_parameters(layout(job.hf, at), job.config.model.mtp, trained)
-        return self._known[key]
+            self._counts_by_key[key] = count_parameters(
+                layout(job.hf, at), job.config.model.mtp, trained
+            )
+        return self._counts_by_key[key]
 
 
 class ModelCounts:

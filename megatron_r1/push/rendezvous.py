@@ -59,7 +59,7 @@ class TableStore:
 
     def __init__(self, store: Store):
         self._store = PrefixStore("tables", store)
-        self._known: dict[str, SlotTable] = {}
+        self._tables: dict[str, SlotTable] = {}
 
     def publish(self, table: SlotTable) -> str:
         """Write the table, if it is new, and return its digest."""
@@ -70,9 +70,9 @@ class TableStore:
 
     def get(self, digest: str) -> SlotTable:
         """Return the table, the same object every time."""
-        if digest not in self._known:
-            self._known[digest] = _read(self._store, digest, SlotTable)
-        return self._known[digest]
+        if digest not in self._tables:
+            self._tables[digest] = _read(self._store, digest, SlotTable)
+        return self._tables[digest]
 
 
 class Rendezvous:

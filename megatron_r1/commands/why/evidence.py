@@ -68,6 +68,6 @@ def without_gradient(gradients: Mapping[str, Sequence[Tensor]]) -> tuple[str, ..
         gradients: (run, own) by parameter."""
     return tuple(
         name
-        for name, (run, own) in gradients.items()
-        if float(run.norm()) <= ZERO_GRADIENT_TOLERANCE * float(own.norm())
+        for name, (run, recomputed) in gradients.items()
+        if float(run.norm()) <= ZERO_GRADIENT_TOLERANCE * float(recomputed.norm())
     )

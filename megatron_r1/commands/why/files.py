@@ -89,14 +89,14 @@ def _system(step: RecordedStep) -> CheckedQuantity:
     concerned: list[ResponseIndex] = []
     total, lost = 0, ""
     for at, group in enumerate(step.groups):
-        given = [
+        with_system = [
             str(m["content"]) for m in group.prompt.messages_before if m.get("role") == "system"
         ]
-        if not given:
+        if not with_system:
             continue
         total += len(group.responses)
         shown = step.tokenizer.hf_tokenizer.decode(group.prompt_ids, skip_special_tokens=False)
-        if missing := [text for text in given if text.strip() not in shown]:
+        if missing := [text for text in with_system if text.strip() not in shown]:
             concerned += _indices(at, group)
             lost = lost or missing[0]
     if not total:
@@ -155,8 +155,11 @@ def _difference(tokenizer: PromptTokenizer, logged: Sequence[int], expected: Seq
         first = _token(tokenizer, expected[0])
         return f"prompts lack {first} in front, which the tokenizer puts there"
     parts = (tokenizer.hf_tokenizer.decode(list(ids[at : at + 12])) for ids in (logged, expected))
-    one, other = (repr(part[:SHOWN]) for part in parts)
-    return f"from token {at} on {one} was sampled from, {other} is what the settings say"
+    sampled_text, expected_text = (repr(part[:SHOWN]) for part in parts)
+    return (
+        f"from token {at} on {sampled_text} was sampled from, "
+        f"{expected_text} is what the settings say"
+    )
 
 
 def _token(tokenizer: PromptTokenizer, number: int) -> str:

@@ -55,7 +55,7 @@ def _least_squares(
     columns = [
         (1 - beta)
         * beta ** (count - 1 - index)
-        * torch.cat([each.flatten() for each in trace.gradients.values()])
+        * torch.cat([gradient.flatten() for gradient in trace.gradients.values()])
         for index, trace in enumerate(traces)
     ]
     target = [

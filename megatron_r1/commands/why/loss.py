@@ -105,7 +105,7 @@ def _limit(step: RecordedStep, name: str, metrics: Mapping[str, float]) -> float
     dtype, rl = step.run_config.model.dtype, step.config.rl
     if name == "loss":  # of advantages that are all 0, KL and entropy alone
         weights = {"kl": abs(rl.kl_beta), "entropy": abs(rl.entropy_coef)}
-        rounding = sum(weight * _limit(step, each, metrics) for each, weight in weights.items())
+        rounding = sum(weight * _limit(step, term, metrics) for term, weight in weights.items())
         return max(LOSS_ROUNDING[dtype] * _scale(step), rounding)
     relative = RELATIVE[dtype].get(name, OTHERS[dtype]) * abs(metrics[name])
     return max(relative, ABSOLUTE[dtype].get(name, 0.0))

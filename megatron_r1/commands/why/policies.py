@@ -90,10 +90,10 @@ def _explained(step: RecordedStep, recomputed: Recomputation) -> tuple[str, str]
             recomputed.with_head_apart,
         ),
     ]
-    for what, remedy, make in tried:
-        made = make()
-        if made is not None and _is_logged(step, recomputed, made):
-            return f"the trainer's are as those of transformers {what} are", remedy
+    for noun, remedy, make in tried:
+        logprobs = make()
+        if logprobs is not None and _is_logged(step, recomputed, logprobs):
+            return f"the trainer's are as those of transformers {noun} are", remedy
     # The engine has none of the prompt, for which the trainer then compares with 0.
     given = [
         np.concatenate([np.zeros(len(own) - len(each.logprobs), np.float32), each.logprobs])
@@ -146,10 +146,10 @@ def _is_logged(
         ]
     )
     tolerance = ROUNDING[step.run_config.model.dtype]
-    found = {"logprob_diff/mean": float(gaps.mean()), "logprob_diff/max": float(gaps.max())}
+    distances = {"logprob_diff/mean": float(gaps.mean()), "logprob_diff/max": float(gaps.max())}
     return all(
         abs(float(step.line[name]) - value) <= max(tolerance, tolerance * value)
-        for name, value in found.items()
+        for name, value in distances.items()
         if isinstance(step.line.get(name), int | float)
     )
 
@@ -183,8 +183,8 @@ def _reference(step: RecordedStep, recomputed: Recomputation) -> CheckedQuantity
         return not_checked(POLICIES, name, f"{before} has none")
     if expected is None:
         return not_checked(POLICIES, name, f"there is no checkpoint of step {refreshed}")
-    own = recomputed.model(before, policy_model.REFERENCE)
-    distance = _apart(own, recomputed.model(expected))
+    reference_model = recomputed.model(before, policy_model.REFERENCE)
+    distance = _apart(reference_model, recomputed.model(expected))
     if distance <= ROUNDING["float32"]:
         return CheckedQuantity(
             POLICIES,
@@ -199,7 +199,7 @@ def _reference(step: RecordedStep, recomputed: Recomputation) -> CheckedQuantity
     other_steps = {0, step.step - 1, *range(max(0, step.step - 4), step.step)} - {refreshed}
     for other_step in sorted(other_steps):
         path = weights_after(step.folder, step.run_config, other_step)
-        if path and _apart(own, recomputed.model(path)) <= ROUNDING["float32"]:
+        if path and _apart(reference_model, recomputed.model(path)) <= ROUNDING["float32"]:
             text = (
                 "it was not refreshed" if other_step < refreshed else "it was refreshed too often"
             )

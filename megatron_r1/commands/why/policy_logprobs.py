@@ -40,7 +40,7 @@ class PolicyLogprobs:
         self.sequences = step.sequences
         is_cut = step.config.rollout.truncates_sampling
         self.rows = [_row(sequence, is_cut) for sequence in self.sequences]
-        self._known: dict[Path, list[np.ndarray]] = {}
+        self._logprobs_of_weights: dict[Path, list[np.ndarray]] = {}
         self._models: dict[tuple[Path, str], Any] = {}
 
     @property
@@ -100,10 +100,10 @@ class PolicyLogprobs:
             )
         key = source, prefix
         if key not in self._models:
-            made = policy_model.read_model(source, self.step.model, prefix)
+            loaded = policy_model.read_model(source, self.step.model, prefix)
             if 4 * self.num_parameters * KEPT_MODELS > free:
-                return made
-            self._models[key] = made
+                return loaded
+            self._models[key] = loaded
         return self._models[key]
 
     @cached_property
@@ -129,9 +129,9 @@ class PolicyLogprobs:
         path = weights_after(self.step.folder, self.step.run_config, step)
         if path is None:
             return None
-        if path not in self._known:
-            self._known[path] = self.logprobs_under(self.model(path))
-        return self._known[path]
+        if path not in self._logprobs_of_weights:
+            self._logprobs_of_weights[path] = self.logprobs_under(self.model(path))
+        return self._logprobs_of_weights[path]
 
     def without_router_bias(self) -> list[np.ndarray] | None:
         """Return those under the policy before the step with routers that have no correction bias;
@@ -183,8 +183,8 @@ class PolicyLogprobs:
         source = self.model(path).get_submodule(layer)
         changed = copy.deepcopy(self.policy)
         with torch.no_grad():
-            for name, each in changed.get_submodule(layer).named_parameters():
-                each[expert] = source.get_parameter(name)[expert]
+            for name, parameter in changed.get_submodule(layer).named_parameters():
+                parameter[expert] = source.get_parameter(name)[expert]
         return self.logprobs_under(changed)
 
     def with_head_apart(self) -> list[np.ndarray] | None:
@@ -248,9 +248,9 @@ class PolicyLogprobs:
 
 
 def _row(sequence: TokenSequence, is_cut: bool) -> TokenRow:
-    kept = sequence.kept
-    if kept is None and is_cut:  # no ids for any token, which `policy_model` refuses
-        kept = decode_mask(b"", int(sequence.is_sampled.sum()))
+    kept_ids = sequence.kept
+    if kept_ids is None and is_cut:  # no ids for any token, which `policy_model` refuses
+        kept_ids = decode_mask(b"", int(sequence.is_sampled.sum()))
     return TokenRow(
         torch.from_numpy(sequence.token_ids.astype(np.int64)),
         torch.from_numpy(sequence.is_sampled.copy()),
@@ -258,5 +258,6 @@ def _row(sequence: TokenSequence, is_cut: bool) -> TokenRow:
         sequence.response[0] * 1_000_000 + sequence.response[1],
         sequence.advantage,
         sequence.num_sampled,
-        kept and (torch.tensor(kept.counts), torch.from_numpy(kept.ids.astype(np.int64))),
+        kept_ids
+        and (torch.tensor(kept_ids.counts), torch.from_numpy(kept_ids.ids.astype(np.int64))),
     )

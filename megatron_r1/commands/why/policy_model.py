@@ -107,11 +107,13 @@ def read_model(source: Path, hf_files: Path, prefix: str = "") -> torch.nn.Modul
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         loaded = _trainable(load_with_transformers(folder, hf, torch.float32))
     state = loaded.state_dict()
-    known = _stacked_experts(tensors)
-    if "lm_head.weight" not in known:  # tied
-        known["lm_head.weight"] = known.get("model.embed_tokens.weight", torch.empty(0))
+    stacked = _stacked_experts(tensors)
+    if "lm_head.weight" not in stacked:  # tied
+        stacked["lm_head.weight"] = stacked.get("model.embed_tokens.weight", torch.empty(0))
     # A checkpoint may have more, as MTP layers.
-    if all(name in known and torch.equal(each, known[name]) for name, each in state.items()):
+    if all(
+        name in stacked and torch.equal(tensor, stacked[name]) for name, tensor in state.items()
+    ):
         _templates.clear()
         _templates[hf_files] = loaded
     return loaded
@@ -263,9 +265,9 @@ def token_logprobs_and_entropies(
     if row.kept is None:
         logprobs = torch.log_softmax(logits, dim=-1)
     else:
-        counts, kept = row.kept
+        counts, kept_ids = row.kept
         is_cut = torch.ones(logits.shape, dtype=torch.bool)
-        is_cut[torch.arange(len(counts)).repeat_interleave(counts), kept] = False
+        is_cut[torch.arange(len(counts)).repeat_interleave(counts), kept_ids] = False
         logprobs = torch.log_softmax(logits.masked_fill(is_cut, -math.inf), dim=-1)
         if bool(is_cut.gather(1, ids).any()):
             raise CannotRecompute("a sampled token is not among those that its engine kept")
@@ -362,7 +364,10 @@ class RouterBiases:
         for name, experts in seen.items():
             by_row = experts.reshape(len(rows), longest, -1)
             chosen = torch.cat(
-                [own[: len(row.token_ids)].flatten() for own, row in zip(by_row, rows, strict=True)]
+                [
+                    row_experts[: len(row.token_ids)].flatten()
+                    for row_experts, row in zip(by_row, rows, strict=True)
+                ]
             )
             size = len(self._bias(name))
             counts = torch.bincount(chosen, minlength=size)
@@ -395,17 +400,17 @@ def distances(
         base: the model that both come from.
         second: the second moments of parameters, by name."""
     other_state, bases = b.state_dict(), base.state_dict()
-    found = {}
-    for name, each in a.state_dict().items():
-        if not each.is_floating_point() or name not in other_state:
+    by_name = {}
+    for name, tensor in a.state_dict().items():
+        if not tensor.is_floating_point() or name not in other_state:
             continue
-        apart = each.double() - other_state[name].double()
+        apart = tensor.double() - other_state[name].double()
         moved = other_state[name].double() - bases[name].double()
         if (moment := second.get(name)) is not None:
             is_known = (moment == 0) | (moment >= TINY**2 * moment.mean())
             apart, moved = apart * is_known, moved * is_known
-        found[name] = float(apart.norm()), float(moved.norm())
-    return found
+        by_name[name] = float(apart.norm()), float(moved.norm())
+    return by_name
 
 
 @torch.no_grad()
@@ -413,10 +418,10 @@ def relative_distance(a: Any, b: Any) -> float:
     """Return |a - b| / |b| over all parameters and buffers of two models."""
     other_state = b.state_dict()
     apart = size = 0.0
-    for name, each in a.state_dict().items():
-        if not each.is_floating_point():
+    for name, tensor in a.state_dict().items():
+        if not tensor.is_floating_point():
             continue
         other_values = other_state[name].double()
-        apart += float((each.double() - other_values).square().sum())
+        apart += float((tensor.double() - other_values).square().sum())
         size += float(other_values.square().sum())
     return math.sqrt(apart / size) if size else math.sqrt(apart)

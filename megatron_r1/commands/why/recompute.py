@@ -112,7 +112,7 @@ class Recomputation(UpdateInputs):
         measured = updates.run(order, loss, adam, lost)
         metrics, terms = _means(measured)
         signed = {
-            name: sum(each.terms[name] for each in measured) / len(measured)
+            name: sum(update.terms[name] for update in measured) / len(measured)
             for name in measured[0].terms
         }
         if adam.norms is not None and min(adam.norms) < CLIPPED * adam.clip_grad:
@@ -189,7 +189,7 @@ class Recomputation(UpdateInputs):
         Args:
             substitution: what is substituted.
             logged: the step's line of metrics.jsonl."""
-        made, base = self._unsubstituted_updates
+        updates, base = self._unsubstituted_updates
         is_of_loss = bool(substitution.loss or substitution.advantages is not None)
         is_of_adam = bool(substitution.adam or substitution.without_moments)
         sampled = {
@@ -207,13 +207,13 @@ class Recomputation(UpdateInputs):
             if [row.is_trained for row in rows] != [row.is_trained for row in self.rows]:
                 return NO_ESTIMATE
             estimated = []
-            for trace in made.traces:
+            for trace in updates.traces:
                 trained = [at for at in trace.rows if rows[at].is_trained]
                 totals = Totals(denominator=denominator([rows[at] for at in trained], rules))
                 for at in trained:
-                    own, entropy = trace.tokens[at]
+                    logprobs, entropy = trace.tokens[at]
                     ref = None if reference is None else reference[at]
-                    row_loss(rows[at], own, entropy, self._old_of_all[at], ref, rules, totals)
+                    row_loss(rows[at], logprobs, entropy, self._old_of_all[at], ref, rules, totals)
                 estimated.append(totals.update(rules))
             metrics, _ = _means(estimated)
             gaps = [
@@ -223,7 +223,7 @@ class Recomputation(UpdateInputs):
             ]
             far = sum(gaps) / max(1, len(gaps))
         if is_of_adam and not is_of_loss and self._model_after is not None:
-            return 1.0 + min(1.0, self._estimated_change(made, substitution))
+            return 1.0 + min(1.0, self._estimated_change(updates, substitution))
         return far + 1.0
 
     def _reference_of(self, substitution: Substitution) -> list[Tensor] | None:
@@ -268,11 +268,12 @@ class Recomputation(UpdateInputs):
         if self._both_after is None:
             return None
         ratios = []
-        for own, run in zip((adam.first, adam.second), self._both_after, strict=True):
+        for moment, run in zip((adam.first, adam.second), self._both_after, strict=True):
             apart = sum(
-                float((own[name] - each).double().square().sum()) for name, each in run.items()
+                float((moment[name] - values).double().square().sum())
+                for name, values in run.items()
             )
-            size = sum(float(each.double().square().sum()) for each in run.values())
+            size = sum(float(values.double().square().sum()) for values in run.values())
             ratios.append(_ratio(apart**0.5, size**0.5))
         return max(ratios)
 

@@ -122,8 +122,8 @@ def _stated(text: str, reading: str) -> tuple[str, str] | None:
     if HASHES in text:
         lines = text.rpartition(HASHES)[2].strip().splitlines()
         return (lines[0], HASHES) if lines else None
-    if reading in ("last", "auto") and (found := PLAIN_NUMBER.findall(text)):
-        return found[-1], "the last number"
+    if reading in ("last", "auto") and (numbers := PLAIN_NUMBER.findall(text)):
+        return numbers[-1], "the last number"
     return None
 
 
@@ -158,10 +158,10 @@ class _Verdicts:
                 f"{self.rejected_example}"
             )
         if self.accepted:
-            what = ", all cut off: truncated answers are rewarded" if self.are_cut else ""
+            ending = ", all cut off: truncated answers are rewarded" if self.are_cut else ""
             parts.append(
                 f"{len(self.accepted):,} are accepted that it takes for wrong, as "
-                f"{self.accepted_example}{what}; {self.num_paid:,} of {self.total:,} are paid"
+                f"{self.accepted_example}{ending}; {self.num_paid:,} of {self.total:,} are paid"
             )
         return "; ".join(parts)
 
@@ -178,8 +178,10 @@ def _second_reader(step: RecordedStep) -> CheckedQuantity:
     def is_right(answer: str, truth: str) -> bool:
         key = answer.strip(), truth.strip()
         if key not in verdict_by_texts:
-            gold, given = (_parsed(parse, text) for text in (key[1], key[0]))
-            verdict_by_texts[key] = key[0] == key[1] or bool(gold and given and verify(gold, given))
+            gold, response_answer = (_parsed(parse, text) for text in (key[1], key[0]))
+            verdict_by_texts[key] = key[0] == key[1] or bool(
+                gold and response_answer and verify(gold, response_answer)
+            )
         return verdict_by_texts[key]
 
     verdicts = _verdicts(step, is_right)
@@ -212,11 +214,11 @@ def _verdicts(step: RecordedStep, is_right: Callable[[str, str], bool]) -> _Verd
             continue
         if ACCURACY in graded.ungraded_terms or isinstance(prompt.truth, dict | list):
             continue
-        found = stated(graded.text, step.config.rewards.answer)
-        if found is None:
+        stated_answer = stated(graded.text, step.config.rewards.answer)
+        if stated_answer is None:
             continue
         verdicts.total += 1
-        answer, form = found
+        answer, form = stated_answer
         example = f"{answer.strip()[:40]!r} for {str(prompt.truth)[:40]!r}"
         says, logged = is_right(answer, str(prompt.truth)), graded.rewards[ACCURACY] >= 0.5
         verdicts.num_paid += logged
@@ -256,18 +258,18 @@ def _order(step: RecordedStep, again: Mapping[ResponseIndex, Any]) -> CheckedQua
 
     again: grades by response."""
     name, by_shift = "order of the rewards", dict[int, list[ResponseIndex]]()
-    whole = [
+    groups = [
         (at, len(group.responses))
         for at, group in enumerate(step.groups)
         if all((at, index) in again for index in range(len(group.responses)))
     ]
-    largest = max((size for _, size in whole), default=0)
+    largest = max((size for _, size in groups), default=0)
     if largest < 2:
         return not_checked(FAMILY, name, "no group of several responses is graded here")
     for shift in range(largest):
         by_shift[shift] = [
             (at, index)
-            for at, size in whole
+            for at, size in groups
             for index in range(size)
             if abs(
                 step.responses[at, index].rewards[ACCURACY]
@@ -275,12 +277,12 @@ def _order(step: RecordedStep, again: Mapping[ResponseIndex, Any]) -> CheckedQua
             )
             > ROUNDING
         ]
-    shift = min(by_shift, key=lambda each: (len(by_shift[each]), each))
+    shift = min(by_shift, key=lambda offset: (len(by_shift[offset]), offset))
     is_other = shift and not by_shift[shift]
     return fraction_comparison(
         FAMILY,
         name,
-        f"the accuracies of {len(whole):,} groups with those of other responses of the group",
+        f"the accuracies of {len(groups):,} groups with those of other responses of the group",
         by_shift[0] if is_other else [],
         len(step.responses),
         reason=f"each response has the accuracy of another response, {shift} places on in its "
@@ -306,9 +308,10 @@ def _graded_again(step: RecordedStep, again: Mapping[ResponseIndex, Any]) -> Che
         now = again[first]
         reason = f"accuracy {logged[first]:g} was logged, now {now.reward:g}: {now.reason}"
         if all(step.responses[which].is_truncated for which in concerned):
-            what = "rewarded" if logged[first] > now.reward else "punished"
-            reason = f"{len(concerned):,} truncated answers, cut off at the limit, are {what}: " + (
-                reason
+            participle = "rewarded" if logged[first] > now.reward else "punished"
+            reason = (
+                f"{len(concerned):,} truncated answers, cut off at the limit, are {participle}: "
+                + (reason)
             )
     return fraction_comparison(
         FAMILY,

@@ -194,22 +194,25 @@ def _of_truncated(step: RecordedStep, all_trained: Advantages) -> Substitution:
 def _of_others(step: RecordedStep) -> Iterator[Substitution]:
     """Yield advantages of another group, and of another response."""
     for away in range(1, len(step.groups)):
-        own = [*step.advantages[away:], *step.advantages[:away]]
-        if [len(group_advantages) for group_advantages in own] == [
+        moved_advantages = [*step.advantages[away:], *step.advantages[:away]]
+        if [len(group_advantages) for group_advantages in moved_advantages] == [
             len(group_advantages) for group_advantages in step.advantages
         ]:
             yield Substitution(
                 f"advantages of another group, {away} places on,",
                 "the order of the groups",
                 "what assigns advantages to responses: those of one group are given to another",
-                advantages=own,
+                advantages=moved_advantages,
             )
     for away in range(1, max(map(len, step.advantages))):
         yield Substitution(
             f"advantages of another response of the group, {away} places on,",
             "the order of the responses",
             "what assigns advantages to responses: those of one are given to another",
-            advantages=[[*own[away:], *own[:away]] for own in step.advantages],
+            advantages=[
+                [*group_advantages[away:], *group_advantages[:away]]
+                for group_advantages in step.advantages
+            ],
         )
 
 
@@ -335,9 +338,9 @@ def _of_evidence(step: RecordedStep, evidence: Evidence) -> Iterator[Substitutio
             adam=(("learning_rates", rates),),
         )
     multiples = [evidence.gradient_factor]
-    norm, own = step.line.get("grad_norm"), evidence.norm
-    if isinstance(norm, int | float) and own:
-        multiples.append(norm / own)
+    norm, recomputed_norm = step.line.get("grad_norm"), evidence.norm
+    if isinstance(norm, int | float) and recomputed_norm:
+        multiples.append(norm / recomputed_norm)
     for factor in multiples:
         if factor is None or abs(factor - 1) <= SAME or factor <= 0:
             continue
@@ -358,17 +361,18 @@ def _of_evidence(step: RecordedStep, evidence: Evidence) -> Iterator[Substitutio
 
 def _of_weights(step: RecordedStep, evidence: Evidence) -> Iterator[Substitution]:
     """Yield the weights of KL and entropy that the logged loss would have."""
-    logged, own = step.line.get("loss"), sum(evidence.terms.values())
+    logged, recomputed_loss = step.line.get("loss"), sum(evidence.terms.values())
     if not isinstance(logged, int | float):
         return
     for key, name in (("kl_beta", "kl"), ("entropy_coef", "entropy")):
         value, term = getattr(step.config.rl, key), evidence.terms.get(name)
         if not value or not term:
             continue
-        nearest = value * (1 + (logged - own) / term)  # of the same weights after each update
-        for found in dict.fromkeys(float(f"{nearest:.{digits}g}") for digits in (1, 2)):
-            if abs(found) > 1e-3 * abs(value) and not math.isclose(found, value):
-                yield Substitution(f"rl.{key} {found:g}", f"rl.{key}", loss=((key, found),))
+        # Of the same weights after each update.
+        nearest = value * (1 + (logged - recomputed_loss) / term)
+        for rounded in dict.fromkeys(float(f"{nearest:.{digits}g}") for digits in (1, 2)):
+            if abs(rounded) > 1e-3 * abs(value) and not math.isclose(rounded, value):
+                yield Substitution(f"rl.{key} {rounded:g}", f"rl.{key}", loss=((key, rounded),))
 
 
 def _ranks(step: RecordedStep, factor: float) -> str:
@@ -422,5 +426,5 @@ def _defaults(step: RecordedStep) -> Iterator[Substitution]:
             )
 
 
-def _others(values: Sequence[str], own: str) -> list[str]:
-    return [value for value in values if value != own]
+def _others(values: Sequence[str], present_value: str) -> list[str]:
+    return [value for value in values if value != present_value]

@@ -93,19 +93,19 @@ class UpdateInputs(PolicyLogprobs):
         ):
             raise CannotRecompute(f"{before} has no reference policy")
 
-    def minibatches(self, given: Sequence[TokenRow] | None = None) -> list[list[int]]:
+    def minibatches(self, token_rows: Sequence[TokenRow] | None = None) -> list[list[int]]:
         """Return the rows of each mini-batch: responses in an order of the run's seed and step,
         those that are trained on spread evenly.
 
         Args:
-            given: the rows; None: the step's."""
-        given = given or self.rows
+            token_rows: the rows; None: the step's."""
+        token_rows = token_rows or self.rows
         by_response: dict[Any, list[int]] = {}
         for at, sequence in enumerate(self.sequences):
             by_response.setdefault(sequence.response, []).append(at)
         shuffled = list(by_response.values())
         random.Random(f"{self.step.run_config.run.seed}:{self.step.step}").shuffle(shuffled)
-        trained = [rows for rows in shuffled if given[rows[0]].is_trained]
+        trained = [rows for rows in shuffled if token_rows[rows[0]].is_trained]
         count = self.step.config.rl.minibatches
         return [
             [
@@ -145,8 +145,8 @@ class UpdateInputs(PolicyLogprobs):
         for update in self.packed:
             for rank, share in enumerate(update):
                 if len(update) > 1:
-                    own = [at for members in share for at in members]
-                    share_by_key.setdefault(f"data-parallel rank {rank}", []).extend(own)
+                    row_numbers = [at for members in share for at in members]
+                    share_by_key.setdefault(f"data-parallel rank {rank}", []).extend(row_numbers)
                 if len(share) > 1:
                     share_by_key.setdefault("the first micro-batch", []).extend(share[0])
                     share_by_key.setdefault("the last micro-batch", []).extend(share[-1])
@@ -250,8 +250,8 @@ class UpdateInputs(PolicyLogprobs):
 
     def _order(self, substitution: Substitution, rows: Sequence[TokenRow]) -> list[list[int]]:
         """Return the rows of each update."""
-        made = self.minibatches(rows)
-        return [made[0]] * len(made) if substitution.repeats_first else made
+        minibatches = self.minibatches(rows)
+        return [minibatches[0]] * len(minibatches) if substitution.repeats_first else minibatches
 
 
 def _with_prompt(row: TokenRow) -> TokenRow:

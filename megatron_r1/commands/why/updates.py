@@ -209,8 +209,13 @@ def _surrogate(
     a = row.token_advantages if row.token_advantages is not None else row.advantage
     if loss.divergence is not None:
         rise = logprobs.detach().exp() - row.logprobs.double().exp()
-        given, (fall, most) = torch.as_tensor(a, dtype=rise.dtype).expand_as(rise), loss.divergence
-        a = torch.where(torch.where(given > 0, rise > most, -rise > fall), 0.0, given)
+        token_advantages, (fall, most) = (
+            torch.as_tensor(a, dtype=rise.dtype).expand_as(rise),
+            loss.divergence,
+        )
+        a = torch.where(
+            torch.where(token_advantages > 0, rise > most, -rise > fall), 0.0, token_advantages
+        )
     if loss.is_cispo:
         surrogate = clipped.detach() * a * logprobs
         is_clipped = clipped != ratio
@@ -311,11 +316,11 @@ class Adam:
         rate = rules.learning_rates[index]
         factor = rules.gradient_factors[index] if rules.gradient_factors else 1.0
         used = {
-            name: each * factor
-            for name, each in gradients.items()
+            name: values * factor
+            for name, values in gradients.items()
             if name not in rules.without_gradient
         }
-        norm = math.sqrt(sum(float(each.double().square().sum()) for each in used.values()))
+        norm = math.sqrt(sum(float(values.double().square().sum()) for values in used.values()))
         if rules.norms is not None:
             norm = rules.norms[index]
         scale = min(1.0, rules.clip_grad / (norm + 1e-6))
@@ -384,12 +389,12 @@ class StepUpdates:
             lost: rows whose gradient is lost; they count in metrics and denominators."""
         if adam.moment_reset:
             self.adam.forget()
-        made = []
+        updates = []
         for index, rows in enumerate(minibatches):
             if adam.moment_reset == "update":
                 self.adam.forget()
-            made.append(self._update(index, rows, loss, adam, lost))
-        return made
+            updates.append(self._update(index, rows, loss, adam, lost))
+        return updates
 
     def _update(
         self,
@@ -414,10 +419,12 @@ class StepUpdates:
             if self._biases is not None:
                 self._biases.count(seen, rows)
             for at, logits in zip(members, computed, strict=True):
-                own, entropy = token_logprobs_and_entropies(logits, self.rows[at], loss.temperature)
-                trace.tokens[at] = own.detach(), entropy.detach()
+                logprobs, entropy = token_logprobs_and_entropies(
+                    logits, self.rows[at], loss.temperature
+                )
+                trace.tokens[at] = logprobs.detach(), entropy.detach()
                 reference = None if self._reference is None else self._reference[at]
-                given = self.rows[at], own, entropy, self._old[at], reference
+                given = self.rows[at], logprobs, entropy, self._old[at], reference
                 term = row_loss(*given, loss, totals)
                 terms = terms + (term.detach() if at in lost else term)
             if terms.requires_grad:

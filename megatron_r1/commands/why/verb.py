@@ -174,10 +174,16 @@ def _lines(report: Report) -> Iterator[str]:
             for comparison in report.comparisons
             if comparison.departs and comparison is not first
         ]
-        yield from (f"  then {each}" for each in other_comparisons)
-    equal = sum(not each.departs and each.status != NOT_CHECKED for each in report.comparisons)
+        yield from (f"  then {departure}" for departure in other_comparisons)
+    equal = sum(
+        not quantity.departs and quantity.status != NOT_CHECKED for quantity in report.comparisons
+    )
     yield f"equal: {equal} quantities"
-    yield from (f"not checked: {each}" for each in report.comparisons if each.status == NOT_CHECKED)
+    yield from (
+        f"not checked: {quantity}"
+        for quantity in report.comparisons
+        if quantity.status == NOT_CHECKED
+    )
 
 
 def _as_json(report: Report, steps: list[Examinable]) -> str:
