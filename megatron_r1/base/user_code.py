@@ -65,7 +65,7 @@ def module_syntax(function: str) -> str:
     layout: results of an equal module may be used again.
 
     Raises:
-        UserError: as `module_source`, or a syntax error.
+        UserError: there is no such module, or it has a syntax error.
     """
     try:
         with _READING:

@@ -89,9 +89,9 @@ def _settings(config: Config, model: Path) -> Config:
         }
     data: dict[str, Any] = {"template": template}
     data |= config.data.model_dump(exclude_unset=True)
-    given = config.rollout.model_dump(exclude_unset=True)
-    one = {"engines": 1, "placement": "local", "colocated": False, "hosts_per_engine": 1}
-    tree = config.model_dump() | {"data": data, "rollout": rollout | one | given}
+    set_values = config.rollout.model_dump(exclude_unset=True)
+    single_engine = {"engines": 1, "placement": "local", "colocated": False, "hosts_per_engine": 1}
+    tree = config.model_dump() | {"data": data, "rollout": rollout | single_engine | set_values}
     return Config.model_validate(tree)
 
 

@@ -34,7 +34,7 @@ PLAIN_VERBS = {
     "init": "megatron_r1.commands.init",
     "chat": "megatron_r1.commands.chat",
     "score": "megatron_r1.commands.score",
-    "compare": "megatron_r1.commands.compare",
+    "compare": "megatron_r1.commands.compare.verb",
     "why": "megatron_r1.commands.why.verb",
     "check-model": "megatron_r1.commands.check_model.verb",
 }
@@ -49,7 +49,7 @@ RUNNING_VERBS = {
 MODULES = RECIPE_VERBS | PLAIN_VERBS | RUNNING_VERBS
 OWN_VERBS = {
     "plan": "megatron_r1.commands.plan",
-    "convert": "megatron_r1.commands.convert",
+    "convert": "megatron_r1.commands.convert.verb",
 }
 """Verbs with a command line of their own: modules with `main(arguments)`, which returns the exit
 status."""
@@ -131,28 +131,28 @@ def _dispatch(arguments: list[str]) -> int:
     if arguments[0] == "keys":
         print(_describe_keys(arguments[1:]))
         return 0
-    verb, *rest = arguments
+    verb, *words = arguments
     if verb in PLAIN_VERBS:
-        return _run_plain_verb(verb, rest)
+        return _run_plain_verb(verb, words)
     if verb not in MODULES:
-        known = [*MODULES, *OWN_VERBS]
-        hint = did_you_mean(verb, known, "{}") or f"; use one of {', '.join(known)}"
+        known_verbs = [*MODULES, *OWN_VERBS]
+        hint = did_you_mean(verb, known_verbs, "{}") or f"; use one of {', '.join(known_verbs)}"
         raise UserError(f"unknown verb {verb}{hint}", key="verb", cause=Cause.UNKNOWN)
-    if not rest or rest[0].startswith("--"):
+    if not words or words[0].startswith("--"):
         raise UserError(
             f"{verb} needs a recipe: megatron-r1 {verb} RECIPE.yaml",
             key="RECIPE",
             cause=Cause.MISSING,
         )
-    recipe, *options = rest
+    recipe, *options = words
     if verb in RUNNING_VERBS:
         from megatron_r1.pipeline.pipeline_recipe import PipelineRecipe
 
         runner = importlib.import_module(RUNNING_VERBS[verb])
         for name, key in getattr(runner, "SHORT", {}).items():
             options = [re.sub(rf"^--{name}(?=$|=)", f"--{key}", option) for option in options]
-        own = boolean_keys(PipelineRecipe if verb == "pipeline" else configuration.Config)
-        runner.run(recipe, parse_overrides(options, own), RECIPE_VERBS)
+        switches = boolean_keys(PipelineRecipe if verb == "pipeline" else configuration.Config)
+        runner.run(recipe, parse_overrides(options, switches), RECIPE_VERBS)
         return 0
     return _run_recipe(verb, recipe, options, arguments)
 
@@ -169,8 +169,8 @@ def _run_recipe(verb: str, recipe: str, options: list[str], arguments: list[str]
     implied = module.implied
     if module.from_run is not None and Path(recipe).is_dir():
         recipe, implied = module.from_run(recipe)
-    others = [DRY_RUN.removeprefix("--")] if module.dry_run is not None else []
-    overrides = {**implied, **_overrides(options, others)}
+    extra_options = [DRY_RUN.removeprefix("--")] if module.dry_run is not None else []
+    overrides = {**implied, **_overrides(options, extra_options)}
     config = configuration.load(recipe, overrides, required=module.required)
     files.allow_readers(config.run.readable_by)  # before anything is written, or a process started
     module.check(config)
@@ -208,25 +208,27 @@ def _help(name: str) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def _run_plain_verb(verb: str, rest: list[str]) -> int:
+def _run_plain_verb(verb: str, words: list[str]) -> int:
     module = load_verb(verb, PLAIN_VERBS[verb])
-    named = {text.partition("=")[0] for text in rest}
+    named = {text.partition("=")[0] for text in words}
     is_instead = not named.isdisjoint(f"--{name}" for name in module.instead)
     count = 0 if is_instead else len(module.arguments)
-    values, options = rest[:count], rest[count:]
+    values, options = words[:count], words[count:]
     if len(values) < count or any(value.startswith("--") for value in values):
-        given = next((at for at, value in enumerate(values) if value[:2] == "--"), len(values))
+        num_arguments = next(
+            (at for at, value in enumerate(values) if value[:2] == "--"), len(values)
+        )
         usage = f"usage: megatron-r1 {verb} {' '.join(module.arguments)} [--key value …]"
         raise UserError(
-            f"{module.arguments[given]} is missing; {usage}",
-            key=module.arguments[given],
+            f"{module.arguments[num_arguments]} is missing; {usage}",
+            key=module.arguments[num_arguments],
             cause=Cause.MISSING,
         )
-    taken = {name: _take_options(name, options) for name in module.options}
-    own: dict[str, Any] = {}
-    for name, texts in taken.items():
+    values_by_option = {name: _take_options(name, options) for name in module.options}
+    verb_options: dict[str, Any] = {}
+    for name, texts in values_by_option.items():
         if name in module.repeated and texts:
-            own[name] = texts
+            verb_options[name] = texts
         elif len(texts) > 1:
             raise UserError(
                 f"--{name} is given {len(texts)} times; give it once",
@@ -234,8 +236,8 @@ def _run_plain_verb(verb: str, rest: list[str]) -> int:
                 cause=Cause.DUPLICATE,
             )
         elif texts:
-            own[name] = texts[0]
-    known = [f"--{name}" for name in module.options]
+            verb_options[name] = texts[0]
+    known_options = [f"--{name}" for name in module.options]
     for option in options:
         name = option.partition("=")[0]
         if (
@@ -243,9 +245,9 @@ def _run_plain_verb(verb: str, rest: list[str]) -> int:
             and "." not in name
             and name[2:] not in configuration.Config.model_fields
         ):
-            has = f"; {verb} has {', '.join(known)}" if known else ""
+            has = f"; {verb} has {', '.join(known_options)}" if known_options else ""
             raise UserError(
-                f"unknown option {name}{did_you_mean(name, known, '{}') or has}",
+                f"unknown option {name}{did_you_mean(name, known_options, '{}') or has}",
                 key=name,
                 cause=Cause.UNKNOWN,
             )
@@ -259,7 +261,7 @@ def _run_plain_verb(verb: str, rest: list[str]) -> int:
                 key=key,
                 cause=Cause.UNSUPPORTED,
             )
-    module.run(config, *values, **own)
+    module.run(config, *values, **verb_options)
     return 0
 
 
@@ -270,8 +272,10 @@ def _take_options(name: str, options: list[str]) -> list[str]:
         UserError: an option has no value.
     """
     values = []
-    while found := [at for at, text in enumerate(options) if text.partition("=")[0] == f"--{name}"]:
-        at = found[0]
+    while positions := [
+        at for at, text in enumerate(options) if text.partition("=")[0] == f"--{name}"
+    ]:
+        at = positions[0]
         _, has_value, value = options.pop(at).partition("=")
         if not has_value:
             if at == len(options) or options[at].startswith("--"):
@@ -281,16 +285,16 @@ def _take_options(name: str, options: list[str]) -> list[str]:
     return values
 
 
-def _overrides(options: list[str], others: Sequence[str] = ()) -> dict[str, Any]:
-    return parse_overrides(options, boolean_keys(configuration.Config), others)
+def _overrides(options: list[str], extra_options: Sequence[str] = ()) -> dict[str, Any]:
+    return parse_overrides(options, boolean_keys(configuration.Config), extra_options)
 
 
 def _describe_keys(names: Sequence[str]) -> str:
     from megatron_r1.pipeline.pipeline_recipe import PipelineRecipe
     from megatron_r1.rehearse.settings import PreflightSettings, RehearsalSettings
 
-    own = (RehearsalSettings, PreflightSettings)
-    return describe_keys((configuration.Config, PipelineRecipe, *own), names)
+    sections = (RehearsalSettings, PreflightSettings)
+    return describe_keys((configuration.Config, PipelineRecipe, *sections), names)
 
 
 def _serve_as_rank(config: configuration.Config, arguments: list[str]) -> int:

@@ -95,7 +95,14 @@ def show_batch(config: Config, tokenizer: PromptTokenizer, prompts: PromptSplit)
 async def _sample(
     config: Config, tokenizer: PromptTokenizer, prompts: list[Prompt], group_size: int, logs: Path
 ) -> tuple[Rollout, float]:
-    """Return the rollout, and the seconds from its start to the last grade."""
+    """Return the rollout, and the seconds from its start to the last grade.
+
+    Args:
+        config: the recipe.
+        tokenizer: the tokenizer of the prompts.
+        prompts: the questions.
+        group_size: responses to each question.
+        logs: the folder of the engines' logs."""
     rewards, rollout = config.rewards, config.rollout
     pool = RewardPool(rewards.workers, rewards.timeout_seconds, rewards.memory_bytes)
     fleet = RolloutFleet(
@@ -152,12 +159,12 @@ def _sample_text(group: Group, index: int, weights: Mapping[str, float]) -> str:
     tokens = format_count(len(graded.response.token_ids), "token")
     truth = group.prompt.truth
     # Quoted: spaces at its ends would make a reward of one's own call right answers wrong.
-    wanted = "" if truth is None else f"truth {printable(_with_both_ends(repr(truth)))}; "
+    truth_text = "" if truth is None else f"truth {printable(_with_both_ends(repr(truth)))}; "
     return "\n".join(
         [
             f"--- {printable(shorten(question, 200))}",
             printable(response, keep_newlines=True),
-            f"    {wanted}{tokens}{', cut off' if graded.is_truncated else ''}; {terms}; "
+            f"    {truth_text}{tokens}{', cut off' if graded.is_truncated else ''}; {terms}; "
             f"{printable(graded.reason)}",
         ]
     )
@@ -196,7 +203,14 @@ def _episodes(rollout: Rollout) -> list[str]:
 
 
 def _summary(config: Config, first: Config, rollout: Rollout, seconds: float, memory: str) -> str:
-    """Return the batch in numbers, what the run will take at least, and what should be changed."""
+    """Return the batch in numbers, what the run will take at least, and what should be changed.
+
+    Args:
+        config: the recipe.
+        first: the recipe as it is at the first step.
+        rollout: the batch.
+        seconds: how long it took to sample and grade.
+        memory: the memory that the run takes, as text."""
     means = rollout_metrics(rollout, policy_version=0)
     responses = sum(len(group.responses) for group in rollout.groups)
     rate = means["response_tokens"] / seconds
@@ -241,13 +255,13 @@ def _kept_on_disk(config: Config, rollout: Rollout, fraction: float) -> list[str
             f"rl.keep_sample_log: {size / 1e6:,.1f} MB a step at this length, "
             f"{size * steps / 1e9:,.2f} GB in all"
         )
-    every = config.checkpoint.keep_every
-    if every and config.model.lora is None:
-        whole = ParameterCounts(dense=num_parameters(read_hf_config(config.model.path)))
-        size = checkpoint_bytes(config, whole, (1, 1), with_reference=config.uses_reference)
+    interval = config.checkpoint.keep_every
+    if interval and config.model.lora is None:
+        counts = ParameterCounts(dense=num_parameters(read_hf_config(config.model.path)))
+        size = checkpoint_bytes(config, counts, (1, 1), with_reference=config.uses_reference)
         lines.append(
-            f"checkpoint.keep_every: {every}: {format_count(steps // every, 'checkpoint')} of "
-            f"{size / 1e9:,.2f} GB"
+            f"checkpoint.keep_every: {interval}: {format_count(steps // interval, 'checkpoint')} "
+            f"of {size / 1e9:,.2f} GB"
         )
     return lines
 
@@ -264,9 +278,9 @@ def _memory(config: Config) -> str:
         hf = read_hf_config(config.model.path)
         weights, pushed = engine_weight_bytes(config, hf), engine_rank_bytes(config, hf)
         place = "there too" if TRANSPORTS[config.push.transport].needs_gpu else "on its host"
-        each = parameter_bytes(config.model.dtype, config.optimizer.moments)
+        sizes = parameter_bytes(config.model.dtype, config.optimizer.moments)
         return (
-            f"{size}{parameters * each.total / 2**30:,.2f} GiB for weights, gradients and "
+            f"{size}{parameters * sizes.total / 2**30:,.2f} GiB for weights, gradients and "
             "optimizer, over all tensor, pipeline and expert ranks; activations come "
             f"on top (megatron-r1 plan); {weights / 2**30:,.2f} GiB of weights on an engine's "
             f"fullest GPU, and {pushed / 2**30:,.2f} GiB for those of the next push, {place} "

@@ -109,10 +109,12 @@ def guess_layout(hf: dict[str, Any], parameters: int, machine: Machine) -> list[
 def _engine_fraction(parameters: int, tensor: int, machine: Machine) -> float:
     """Return the share of a GPU that an engine may take next to a trainer rank, whose gradients are
     freed meanwhile, and to the receive buffer of pushes, which is no part of vLLM's share."""
-    each = parameter_bytes(DTYPE)
+    sizes = parameter_bytes(DTYPE)
     buffer = engine_bytes(1, DTYPE) - engine_bytes(1, DTYPE, receives=False)
-    taken = parameters * ((each.value + buffer) / tensor + each.optimizer / machine.num_gpus)
-    return max(5, int(20 * (1 - OVERHEAD - taken / machine.free_bytes)) * 5) / 100
+    trainer_bytes = parameters * (
+        (sizes.value + buffer) / tensor + sizes.optimizer / machine.num_gpus
+    )
+    return max(5, int(20 * (1 - OVERHEAD - trainer_bytes / machine.free_bytes)) * 5) / 100
 
 
 def tensor_parallel_size(hf: dict[str, Any], parameters: int, machine: Machine) -> int:
@@ -125,12 +127,13 @@ def tensor_parallel_size(hf: dict[str, Any], parameters: int, machine: Machine) 
         machine: the GPUs and their memory."""
     heads, kv_heads = hf["num_attention_heads"], key_value_heads(hf)
     sizes = [n for n in (1, 2, 4, 8) if not (machine.num_gpus % n or heads % n or kv_heads % n)]
-    each = parameter_bytes(DTYPE)
+    bytes_of_kinds = parameter_bytes(DTYPE)
     for size in sizes:
-        taken = parameters * (
-            (each.value + each.gradient) / size + each.optimizer / machine.num_gpus
+        trainer_bytes = parameters * (
+            (bytes_of_kinds.value + bytes_of_kinds.gradient) / size
+            + bytes_of_kinds.optimizer / machine.num_gpus
         )
-        if taken <= GPU_FRACTION * machine.free_bytes:
+        if trainer_bytes <= GPU_FRACTION * machine.free_bytes:
             return size
     return sizes[-1]
 
@@ -179,10 +182,10 @@ def recipe_text(title: Sequence[str], guesses: Sequence[Guess]) -> str:
     by_section: dict[str, list[Guess]] = {name: [] for name in SECTIONS}
     for guess in guesses:
         by_section[guess.key.partition(".")[0]].append(guess)
-    for section, own in by_section.items():
-        if own:
+    for section, section_guesses in by_section.items():
+        if section_guesses:
             lines.append(f"{section}:")
-        for guess in own:
+        for guess in section_guesses:
             lines += textwrap.wrap(
                 guess.reason, WIDTH, initial_indent="  # ", subsequent_indent="  # "
             )

@@ -24,7 +24,6 @@ from megatron_r1 import config as configuration
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import atomic_write
 from megatron_r1.commands import first_recipe, reward_model, rl, sft
-from megatron_r1.commands import first_recipe as sizes
 from megatron_r1.commands.first_recipe import (
     Guess,
     Machine,
@@ -139,8 +138,8 @@ def _reward_model_recipe(source: QuestionSource, kind: Kind) -> RecipeDraft:
 
 
 def _supervised_sizes(source: QuestionSource) -> list[Guess]:
-    layout = sizes.guess_layout(source.hf, source.parameters, source.machine)
-    batches = sizes.guess_batches(source.parameters, 1, source.machine)
+    layout = first_recipe.guess_layout(source.hf, source.parameters, source.machine)
+    batches = first_recipe.guess_batches(source.parameters, 1, source.machine)
     return [
         *(guess for guess in layout if not guess.key.startswith(("rollout.", "push."))),
         *(guess for guess in batches if guess.key in SUPERVISED_SIZES),
@@ -173,7 +172,7 @@ OWN = ":"
 """It is in the name of a reward function of the user's own, module:function."""
 
 
-def run(config: Config, model: str, data: str, out: str | None = None, **given: str) -> None:
+def run(config: Config, model: str, data: str, out: str | None = None, **choices: str) -> None:
     """Write the recipe and print it.
 
     Args:
@@ -181,7 +180,7 @@ def run(config: Config, model: str, data: str, out: str | None = None, **given: 
         model: the model's folder, or the run that made it.
         data: the file of rows.
         out: the recipe's file; None: named after the data.
-        **given: the question, truth and kind that the user names.
+        **choices: the question, truth and kind that the user names.
 
     Raises:
         UserError: naming what is missing, before the recipe is written, and for a recipe that its
@@ -196,19 +195,19 @@ def run(config: Config, model: str, data: str, out: str | None = None, **given: 
     if not rows:
         raise UserError(f"{data}: it holds no rows", key=ARGUMENTS[1], cause=Cause.EMPTY)
     source = QuestionSource(folder, hf, num_parameters(hf), data, rows, detect_machine())
-    other = None if given else _supervised_recipe(source)
-    options = [text for key, value in given.items() for text in (f"--{key}", value)]
-    _write(path, source, other or _rl_recipe(source, given), [model, data, *options])
+    draft = None if choices else _supervised_recipe(source)
+    options = [text for key, value in choices.items() for text in (f"--{key}", value)]
+    _write(path, source, draft or _rl_recipe(source, choices), [model, data, *options])
 
 
-def _rl_recipe(source: QuestionSource, given: Mapping[str, str]) -> RecipeDraft:
+def _rl_recipe(source: QuestionSource, choices: Mapping[str, str]) -> RecipeDraft:
     """Return a recipe for `rl`.
 
     Raises:
         UserError: question or truth are not found.
     """
-    columns = guess_columns(source.data, source.rows[:COLUMN_ROWS], **given)
-    if "kind" not in given:
+    columns = guess_columns(source.data, source.rows[:COLUMN_ROWS], **choices)
+    if "kind" not in choices:
         columns = _kind_of_run(columns, source.folder)
     questions = _read_questions(source.data, columns)
     guesses = [
@@ -333,11 +332,11 @@ def _kind_of_run(columns: Columns, folder: Path) -> Columns:
     """Return the columns with the reward of the RL run that made the model, in place of a guess.
     That of an environment would need the run's `agents`, which are not taken over."""
     trained = trained_recipe(folder)
-    own = trained.data.kind if trained is not None and infer_verb(trained) == "rl" else None
-    if columns.kind is None or own in (None, ENVIRONMENT):
+    run_kind = trained.data.kind if trained is not None and infer_verb(trained) == "rl" else None
+    if columns.kind is None or run_kind in (None, ENVIRONMENT):
         return columns
     reasons = columns.reasons | {"kind": f"as {folder.parent} trained the model"}
-    return replace(columns, kind=own, reasons=reasons)
+    return replace(columns, kind=run_kind, reasons=reasons)
 
 
 Asked = tuple[list[Message], str]
@@ -351,11 +350,11 @@ def _read_questions(data: str, columns: Columns) -> list[Asked]:
         UserError: a row without a question.
     """
     renamed = {"question": columns.question}
-    found: dict[str, Asked] = {}
+    questions: dict[str, Asked] = {}
     for location, row in itertools.islice(read_canonical_rows(data, renamed), MAX_ROWS):
         before, question = parse_question(location, row)
-        found.setdefault(normalize_question(question, fold_case=False), (before, question))
-    return list(found.values())
+        questions.setdefault(normalize_question(question, fold_case=False), (before, question))
+    return list(questions.values())
 
 
 def _guess_answers(folder: Path, parameters: int) -> list[Guess]:

@@ -83,8 +83,8 @@ def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> No
 
 def _implied(verbs: Mapping[str, str], used: set[str]) -> dict[str, dict[str, Any]]:
     """Return the settings that each verb in use adds to a recipe, as sections."""
-    known = used & set(verbs)
-    return {verb: nest_keys(load_verb(verb, verbs[verb]).implied) for verb in known}
+    known_verbs = used & set(verbs)
+    return {verb: nest_keys(load_verb(verb, verbs[verb]).implied) for verb in known_verbs}
 
 
 def _chosen(config: PipelineConfig, graph: Graph) -> list[str]:
@@ -111,7 +111,13 @@ def _check_states(
     config: PipelineConfig, plan: PipelinePlan, graph: Graph, stage_names: list[str]
 ) -> None:
     """Raise UserError for stale stages without `pipeline.rerun`, and for `pipeline.only` with a
-    stage that needs others first."""
+    stage that needs others first.
+
+    Args:
+        config: the section `pipeline`.
+        plan: the stages as they are to run.
+        graph: which stages need which.
+        stage_names: the stages that would run."""
     statuses = all_statuses(plan, graph)
     if config.only:
         not_done = [

@@ -124,10 +124,10 @@ def _later_phases(recipe: Path, args: argparse.Namespace, overrides: dict) -> in
         print("".join(f"  note: {note}\n" for note in estimate.notes()), end="")
         status = UNFIT if problems else status
     ends = [*steps[1:], config.run.steps + 1]
-    if len(each_step) == len(steps) and all(each.value is not None for each in each_step):
+    if len(each_step) == len(steps) and all(step_time.value is not None for step_time in each_step):
         parts = [
-            total_hours(each, end - first, "")
-            for first, end, each in zip(steps, ends, each_step, strict=True)
+            total_hours(step_time, end - first, "")
+            for first, end, step_time in zip(steps, ends, each_step, strict=True)
         ]
         total = sum_quantities(parts, "")
         limits = f" ({total.limits})" if total.limits else ""
@@ -191,7 +191,7 @@ def as_text(estimate: JobEstimate) -> str:
 
 
 def as_json(
-    estimate: JobEstimate, problems: list[str], others: list[FittingLayout]
+    estimate: JobEstimate, problems: list[str], other_layouts: list[FittingLayout]
 ) -> dict[str, Any]:
     """Return {section: {name: {value, unit, formula}}}, every pipeline rank's memory in bytes, the
     assumptions, and what does not fit.
@@ -199,7 +199,7 @@ def as_json(
     Args:
         estimate: the estimate of the job.
         problems: a sentence for each limit that is exceeded.
-        others: layouts that fit."""
+        other_layouts: layouts that fit."""
     job = estimate.job
     return {
         "verb": job.verb,
@@ -222,7 +222,7 @@ def as_json(
             for rank in estimate.ranks
         ],
         "problems": problems,
-        "layouts": [vars(found) for found in others],
+        "layouts": [vars(fitting_layout) for fitting_layout in other_layouts],
     }
 
 
@@ -233,40 +233,43 @@ def _entries(quantity: Quantity) -> dict[str, Any]:
 
 
 def layouts_text(
-    job: PlannedJob, others: list[FittingLayout], which: str, other_sizes: Sequence[PlannedJob] = ()
+    job: PlannedJob,
+    other_layouts: list[FittingLayout],
+    which: str,
+    other_sizes: Sequence[PlannedJob] = (),
 ) -> str:
     """Return a line per layout with its changes and costs.
 
     Args:
         job: the planned job.
-        others: the layouts.
+        other_layouts: the layouts.
         which: the layouts' name in the text.
-        other_sizes: the same layout on other numbers of GPUs, named if `others` is empty."""
+        other_sizes: the same layout on other numbers of GPUs, named if `other_layouts` is empty."""
     title = f"{which} layouts that fit (fullest rank, estimated step)"
-    if not others:
+    if not other_layouts:
         remedy = "use more GPUs, or GPUs with more memory"
         if other_sizes:
             remedy = f"the recipe's layout fits with {sizes_text(job, other_sizes)}"
         return f"{title}: none on {job.world_size:,} {job.hardware.name}; {remedy}"
     lines = [f"{title}:"]
-    for found in others:
+    for fitting_layout in other_layouts:
         changes = " ".join(
             f"--parallel.{key} {shlex.quote(as_yaml(value))}"
-            for key, value in found.changes.items()
+            for key, value in fitting_layout.changes.items()
         )
-        peak, seconds = byte_quantity(found.peak), Quantity(found.seconds, "s")
+        peak, seconds = byte_quantity(fitting_layout.peak), Quantity(fitting_layout.seconds, "s")
         lines.append(f"  {peak!s:>10}, {seconds!s:>8} a step   {changes or '(the recipe)'}")
     return "\n".join(lines)
 
 
-def sizes_text(job: PlannedJob, others: Sequence[PlannedJob]) -> str:
-    """Return the options that change `job` into each of `others`, on other numbers of GPUs."""
+def sizes_text(job: PlannedJob, other_jobs: Sequence[PlannedJob]) -> str:
+    """Return the options that change `job` into each of `other_jobs`, on other numbers of GPUs."""
     options = []
-    for other in others:
-        engines = other.config.rollout.engines
+    for other_job in other_jobs:
+        engines = other_job.config.rollout.engines
         changed = job.generates and engines != job.config.rollout.engines
         adapted = f" --rollout.engines {engines}" if changed else ""
-        options.append(f"--gpus {other.world_size}{adapted}")
+        options.append(f"--gpus {other_job.world_size}{adapted}")
     return " or ".join(options)
 
 

@@ -34,8 +34,8 @@ def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> No
         UserError: for a recipe with mistakes.
         RunError: on rank 0, for nodes that are not fit for the run.
         SystemExit: with the status of the ranks that it started, if they failed."""
-    own, others = take_section(overrides, PreflightSettings)
-    config = configuration.load(path, others, required=REQUIRED)
+    settings, recipe_overrides = take_section(overrides, PreflightSettings)
+    config = configuration.load(path, recipe_overrides, required=REQUIRED)
     files.allow_readers(config.run.readable_by)
     world_size = torchrun.world_size(config)
     if not torchrun.is_rank():
@@ -46,10 +46,10 @@ def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> No
     with without_garbage_collection():  # they import torch
         from megatron_r1.rehearse.preflight import checks, rank, report
 
-    facts = rank.run(config, own.preflight)
+    facts = rank.run(config, settings.preflight)
     if facts:
-        results = checks.check_facts(config, own.preflight, facts)
-        report.write_report(Path(path).stem, own.preflight, facts, results)
+        results = checks.check_facts(config, settings.preflight, facts)
+        report.write_report(Path(path).stem, settings.preflight, facts, results)
 
 
 def start_ranks(arguments: Sequence[str], world_size: int) -> int:

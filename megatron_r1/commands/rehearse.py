@@ -53,10 +53,10 @@ def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> No
         UserError: the recipe cannot be rehearsed; before anything starts.
         RunError: the first phase that fails."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that all processes are stopped
-    own, others = take_section(overrides, RehearsalSettings)
-    settings = own.rehearsal
-    found = rehearsal_jobs(path, others, verbs, IMPLIED_SETTINGS, settings.stages)
-    for job in found:
+    rehearsal_settings, recipe_overrides = take_section(overrides, RehearsalSettings)
+    settings = rehearsal_settings.rehearsal
+    jobs = rehearsal_jobs(path, recipe_overrides, verbs, IMPLIED_SETTINGS, settings.stages)
+    for job in jobs:
         _check(job.config, job.verb)
     if settings.on == "gpu" and not gpu.is_usable():
         raise UserError(
@@ -65,15 +65,16 @@ def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> No
             cause=Cause.NOT_FOUND,
         )
     if settings.on == "null-gpu" and not launch.is_on_null_gpu():
-        small = [_shrink(job, settings, Path()).config for job in found]
+        small = [_shrink(job, settings, Path()).config for job in jobs]
         gpus = [
-            launch.num_null_gpus(each, job.verb) for each, job in zip(small, found, strict=True)
+            launch.num_null_gpus(miniature, job.verb)
+            for miniature, job in zip(small, jobs, strict=True)
         ]
         if launch.run_on_null_gpu(sys.argv[1:], max(gpus)):
             raise RunError("rehearse: it has failed on the null GPU, see above")
         return
     same: dict[str, str] = {}
-    for job in found:
+    for job in jobs:
         first = same.setdefault(_identity(job, settings), job.name)
         if first == job.name:
             _rehearse(job, settings)
@@ -242,13 +243,13 @@ def rehearsal_jobs(
         raise UserError(
             f"recipe {path}: no stage is one of {', '.join(VERBS)}", key="stages", cause=Cause.EMPTY
         )
-    found = []
+    jobs = []
     for name in names:
         if not only or name in only:
             config = plan.config(plan.stages[name])
             config = config.with_changes(model={"path": _model_path(plan, name, config)})
-            found.append(RehearsalJob(name, plan.stages[name].config.verb, config))
-    return found
+            jobs.append(RehearsalJob(name, plan.stages[name].config.verb, config))
+    return jobs
 
 
 def _model_path(plan: PipelinePlan, name: str, config: Config) -> str:
@@ -262,9 +263,13 @@ def _model_path(plan: PipelinePlan, name: str, config: Config) -> str:
     if Path(path, "config.json").is_file():
         return path
     # A model that is not there yet: the recipe itself names a config.json to plan with.
-    own = plan.stages[name].config.recipe
-    if own:
-        planned = pipeline_recipe.read_tree(plan.path.parent / own).get("model", {}).get("path", "")
+    stage_recipe = plan.stages[name].config.recipe
+    if stage_recipe:
+        planned = (
+            pipeline_recipe.read_tree(plan.path.parent / stage_recipe)
+            .get("model", {})
+            .get("path", "")
+        )
         if Path(planned, "config.json").is_file():
             return planned
     raise UserError(

@@ -176,7 +176,13 @@ def _row_samples(rows: Sequence[RewardModelRow]) -> list[Sample]:
 async def _evaluate(
     config: Config, recorder: RunRecorder, trainer: TrainerClient, heldout: list[RewardModelRow]
 ) -> None:
-    """Score the held-out rows and record how reliable the scores are."""
+    """Score the held-out rows and record how reliable the scores are.
+
+    Args:
+        config: the recipe.
+        recorder: records the result.
+        trainer: the trainer, with the model.
+        heldout: the rows that are not trained on."""
     recorder.view.show_phase("evaluation", f"{len(heldout):,} held-out rows")
     scores: list[float] = []
     for first in range(0, len(heldout), EVALUATION_BATCH_ROWS):

@@ -171,8 +171,8 @@ def _inputs(config: Config) -> SampleInputs:
         # A run's folder has its tokenizer in hf/.
         path = Path(config.model.path)
         tokenizer = path if (path / "config.json").is_file() else path / "hf"
-        own = str(tokenizer) if config.model.path else ""
-        rendering = Rendering(sample.render, config.data.template, own)
+        model_path = str(tokenizer) if config.model.path else ""
+        rendering = Rendering(sample.render, config.data.template, model_path)
     return SampleInputs(PromptSet("", prompts, sample.samples), avoided, shots, rendering, rewrite)
 
 
@@ -252,9 +252,18 @@ async def _decide(
     """Decide about every logged response by `sample.output`, and write the output file and the
     report.
 
+    Args:
+        config: the recipe.
+        folder: the run's folder.
+        inputs: the questions and the model.
+        log: the logged responses.
+        pool: grades responses in processes.
+        grader: grades a response's text; None: no rewards are computed.
+        judge: the judge model's grades; None: no judge is asked.
+        settings: the settings of the sampling, for the report.
+
     Raises:
-        RunError: nothing is kept.
-    """
+        RunError: nothing is kept."""
     sample = config.sample
     filters = active_filters(sample.output, sample.filters)
     keep = sample.keep if sample.keeps else KeepConfig(min_accuracy=None)

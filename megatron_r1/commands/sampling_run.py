@@ -78,8 +78,8 @@ async def _model_to_serve(config: Config, folder: Path) -> Path:
     checkpoint, which is exported into `folder` first.
 
     Raises:
-        UserError: as `find_model`.
-        Exception: as `export_checkpoint`.
+        UserError: the path is no model, run or checkpoint, or the checkpoint is outside a run.
+        TrainerError: the trainer that exports the checkpoint fails.
     """
     model, must_export = find_model(config.model.path)
     if must_export:

@@ -185,7 +185,7 @@ class _Scoring:
             f"{self.num_lines:,} lines",
             f"{self.num_lines - self.num_ungraded:,} graded",
             f"{self.num_ungraded:,} could not be graded",
-            *(f"{counts[name]:,} {what}" for name, what in FAILURES.items()),
+            *(f"{counts[name]:,} {noun}" for name, noun in FAILURES.items()),
         ]
         means = [
             f"{kind} {total / count:.3f} ({count:,})"
@@ -250,21 +250,21 @@ async def _batches(lines: BinaryIO) -> AsyncIterator[list[bytes | None]]:
     that is too long."""
     line = bytearray()
 
-    def taken() -> bytes | None:
-        whole = bytes(line) if len(line) < MAX_LINE_BYTES else None
+    def take_line() -> bytes | None:
+        text = bytes(line) if len(line) < MAX_LINE_BYTES else None
         line.clear()
-        return whole
+        return text
 
     while read := await read_when_ready(lines.fileno(), BATCH_BYTES):
-        *ends, rest = read.split(b"\n")
+        *ends, beginning = read.split(b"\n")
         batch = []
         for end in ends:
             line += end
-            batch.append(taken())
-        line += rest[: max(0, MAX_LINE_BYTES - len(line))]
+            batch.append(take_line())
+        line += beginning[: max(0, MAX_LINE_BYTES - len(line))]
         yield batch
     if line:
-        yield [taken()]
+        yield [take_line()]
 
 
 def _source(name: str) -> contextlib.AbstractContextManager[BinaryIO]:

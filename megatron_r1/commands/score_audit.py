@@ -72,8 +72,8 @@ def run(
         UserError: a file or line that cannot be read, an option that is no such number, a run
             without a sample log, and a file without a line that can be audited."""
     smallest = {"size": 1, "groups": 0, "seed": 0}
-    given = {"size": size, "groups": groups, "seed": seed}
-    numbers = {name: _number(f"--{name}", text, smallest[name]) for name, text in given.items()}
+    sizes = {"size": size, "groups": groups, "seed": seed}
+    numbers = {name: _number(f"--{name}", text, smallest[name]) for name, text in sizes.items()}
     advantages = None
     if Path(path).is_dir():
         config, answers = read_run(Path(path))
@@ -119,8 +119,8 @@ async def _audit(
 
 
 def _advantages_of(rl: RLConfig) -> Advantages:
-    own = algorithms.find(rl.algorithm).advantages
-    return lambda rewards: own(rewards, rl)
+    compute_advantages = algorithms.find(rl.algorithm).advantages
+    return lambda rewards: compute_advantages(rewards, rl)
 
 
 def read_run(path: Path) -> tuple[Config, list[GradedAnswer]]:
@@ -133,7 +133,7 @@ def read_run(path: Path) -> tuple[Config, list[GradedAnswer]]:
     Raises:
         UserError: no run, or none of its steps has a sample log."""
     folder, settings = open_run(path)
-    steps = [each.step for each in examinable(folder, settings)]
+    steps = [examinable_step.step for examinable_step in examinable(folder, settings)]
     if not steps:
         raise UserError(
             f"{path}: no finished step has a sample log; start the run with "
@@ -252,7 +252,7 @@ def describe(result: Audit, path: str) -> list[str]:
         lines.append(f"not audited: {count:,} of {kind}, which has no second method")
     lines += ["", f"{'data source':24} {'wrongly rejected':>38} {'wrongly accepted':>38}"]
     rates = {**result.sources, **({"all": result.overall} if len(result.sources) != 1 else {})}
-    lines += [_row(name, each) for name, each in rates.items()]
+    lines += [_row(name, rate) for name, rate in rates.items()]
     if (effect := result.effect) is not None:
         change = effect.mean_change
         ends = "" if change.low is None else f" ({change.low:.3f} to {change.high:.3f})"
@@ -278,7 +278,7 @@ def _row(name: str, rates: ErrorRates) -> str:
     fractions = (
         _format_fraction(fraction) for fraction in (rates.wrongly_rejected, rates.wrongly_accepted)
     )
-    return f"{shorten(name, 24):24} " + " ".join(f"{each:>38}" for each in fractions)
+    return f"{shorten(name, 24):24} " + " ".join(f"{cell:>38}" for cell in fractions)
 
 
 def _format_fraction(fraction: FractionEstimate | None) -> str:
@@ -286,5 +286,7 @@ def _format_fraction(fraction: FractionEstimate | None) -> str:
     if fraction is None:
         return "-"
     value = "?" if fraction.value is None else f"{fraction.value:.1%}"
-    found = f"{fraction.found}" + (f"+{fraction.undecided}?" if fraction.undecided else "")
-    return f"{value} ({fraction.low:.1%} to {fraction.high:.1%}), {found} of {fraction.sampled:,}"
+    percentage = f"{fraction.found}" + (f"+{fraction.undecided}?" if fraction.undecided else "")
+    return (
+        f"{value} ({fraction.low:.1%} to {fraction.high:.1%}), {percentage} of {fraction.sampled:,}"
+    )

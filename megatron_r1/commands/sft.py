@@ -126,9 +126,9 @@ def mark_loss_tokens(example: SFTExample, text: SFTTokenizer) -> list[str]:
     for learned, part in itertools.groupby(zip(is_learned, token_ids, strict=True), lambda p: p[0]):
         piece = text.decode([token for _, token in part])
         pieces.append(f"«{piece}»" if learned else piece)
-    whole = printable(shorten_middle("".join(pieces), MAX_SHOWN_CHARS), True)
+    marked = printable(shorten_middle("".join(pieces), MAX_SHOWN_CHARS), True)
     return [
         f"  the first, {example.location}: {len(token_ids):,} tokens, the {sum(is_learned):,} "
         "between « and » are learned:",
-        *(f"  | {line}" for line in whole.split("\n")),
+        *(f"  | {line}" for line in marked.split("\n")),
     ]

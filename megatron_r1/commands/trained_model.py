@@ -70,12 +70,12 @@ def find_exported(path: str, name: str) -> Path:
             key=name,
             cause=Cause.MISSING,
         )
-    what = "neither a Hugging Face folder (no config.json) nor a run's folder (no hf/)"
+    fault = "neither a Hugging Face folder (no config.json) nor a run's folder (no hf/)"
     if folder.is_file():
-        what = "it is a file, and no folder"
+        fault = "it is a file, and no folder"
     elif not folder.is_dir():
-        what = f"no such folder (relative to {Path.cwd()}){hub_hint(str(path))}"
-    raise UserError(f"{name} {path}: {what}", key=name, cause=Cause.NOT_FOUND)
+        fault = f"no such folder (relative to {Path.cwd()}){hub_hint(str(path))}"
+    raise UserError(f"{name} {path}: {fault}", key=name, cause=Cause.NOT_FOUND)
 
 
 def trained_recipe(model: Path) -> Config | None:

@@ -44,9 +44,9 @@ def preload_vllm(config: Config) -> None:
     """Begin the import of vLLM for engines on this host: four seconds of CPU. The process ends with
     this one, also if no engine is started. Call it once the settings are checked."""
     if config.rollout.placement == "local":
-        own = engine_settings(config.rollout)
+        host_settings = engine_settings(config.rollout)
         replay = config.rl.routing_replay
-        settings = EngineSettings(device=gpu.device(), return_routing=replay, **own)
+        settings = EngineSettings(device=gpu.device(), return_routing=replay, **host_settings)
         fork_client.preload(ENGINE, settings.environment())
 
 
@@ -112,8 +112,10 @@ def check_trainer(config: Config, verb: str) -> None:
     if config.parallel.overlap_expert_exchange:
         check_exchange_overlap(config, read_hf_config(config.model.path, config.model.head))
         if verb == "rl" and find_rules(config.rl.algorithm).critic:
-            own = config.critic_recipe()
-            check_exchange_overlap(own, read_hf_config(own.model.path, "score", "critic.path"))
+            critic_recipe = config.critic_recipe()
+            check_exchange_overlap(
+                critic_recipe, read_hf_config(critic_recipe.model.path, "score", "critic.path")
+            )
     for _, settings in config.phases():
         check_batches(settings, verb, world_size)
 
@@ -203,11 +205,11 @@ def show_trainer(recorder: RunRecorder, trainer: TrainerClient) -> None:
 
 def _check_folder(config: Config) -> None:
     """Raise UserError for the folder of a sampling or an evaluation."""
-    for file, what in NOT_TRAINING.items():
+    for file, owner in NOT_TRAINING.items():
         if Path(config.run.folder, file).exists():
             raise UserError(
-                f"run.folder {config.run.folder} is that of {what}: give the training a folder of "
-                "its own",
+                f"run.folder {config.run.folder} is that of {owner}: give the training a folder "
+                "of its own",
                 key="run.folder",
                 cause=Cause.EXISTS,
             )

@@ -54,9 +54,9 @@ def make_engine_mask(
     Raises:
         UserError: bounds without a method, bounds that the method cannot have, and a mask of single
             tokens where a response has one ratio."""
-    given = {"rl.engine_mask_low": low, "rl.engine_mask_high": high}
+    given_bounds = {"rl.engine_mask_low": low, "rl.engine_mask_high": high}
     if method == "none":
-        for key, value in given.items():
+        for key, value in given_bounds.items():
             if value is not None:
                 raise UserError(
                     f"{key}: {value:g} bounds nothing, because rl.engine_mask is none; set that to "
@@ -82,7 +82,9 @@ def make_engine_mask(
     else:
         allowed = ((-inf, 1.0), (1.0 - 2**-30, inf))
         why = "ratios on either side of 1, at which engine and trainer agree"
-    for (key, value), bound, (least, most) in zip(given.items(), bounds, allowed, strict=True):
+    for (key, value), bound, (least, most) in zip(
+        given_bounds.items(), bounds, allowed, strict=True
+    ):
         if not least < bound <= most:
             raise UserError(
                 f"{key}: {value:g}: the bounds of rl.engine_mask: {method} are {why}",
@@ -120,24 +122,24 @@ class AlgorithmRules:
     teacher: bool = False
     options: dict[str, Option] = field(default_factory=dict)
 
-    def read_options(self, given: Mapping[str, Any]) -> dict[str, Option]:
+    def read_options(self, settings: Mapping[str, Any]) -> dict[str, Option]:
         """Return `options` with a recipe's values.
 
         Numbers and truth values are read as everywhere (`r1_grading.base.values.read_scalar`).
 
         Args:
-            given: a recipe's `rl.options`.
+            settings: a recipe's `rl.options`.
 
         Raises:
             UserError: an unknown name, or a value of another type than the default's."""
         values = dict(self.options)
-        for name, value in given.items():
+        for name, value in settings.items():
             key = f"rl.options.{name}"
             if name not in self.options:
                 near = did_you_mean(name, self.options, "{}")
-                known = ", ".join(self.options) or "none"
+                known_names = ", ".join(self.options) or "none"
                 raise UserError(
-                    f"{key}: unknown option{near or f'; the algorithm has {known}'}",
+                    f"{key}: unknown option{near or f'; the algorithm has {known_names}'}",
                     key=key,
                     cause=Cause.UNKNOWN,
                 )

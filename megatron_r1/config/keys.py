@@ -60,13 +60,13 @@ def describe_keys(models: Sequence[type[BaseModel]], names: Sequence[str] = ()) 
     for name in names:
         matching = [key for key in lines if is_within(key, [name])]
         if not matching:
-            found = find_aliases(name)
-            rows += [row for row in found if row not in rows]
-            matching = [key for row in found for key in lines if key in row.keys]
+            aliases = find_aliases(name)
+            rows += [row for row in aliases if row not in rows]
+            matching = [key for row in aliases for key in lines if key in row.keys]
         shown.update(matching or _search(name, lines))
         if not shown:
-            known = {key.rpartition(".")[0] for key in fields} | fields.keys()
-            near = did_you_mean(name, known, "{}")
+            known_keys = {key.rpartition(".")[0] for key in fields} | fields.keys()
+            near = did_you_mean(name, known_keys, "{}")
             sections = [section for model in models for section in model.model_fields]
             near = near or f"; there are {', '.join(sections)}"
             raise UserError(

@@ -58,17 +58,17 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        others = {
+        is_set_by_name = {
             "init: random": self.init == "random",
             "head: score": self.head == "score",
             "mtp: train": self.mtp == "train",
             "expert_bias_update_rate": self.expert_bias_update_rate > 0,
         }
-        if self.lora is not None and any(others.values()):
-            other = next(name for name, is_set in others.items() if is_set)
+        if self.lora is not None and any(is_set_by_name.values()):
+            setting = next(name for name, is_set in is_set_by_name.items() if is_set)
             raise UserError(
                 f"model.lora: adapters of a loaded language model are all that is trained with it; "
-                f"leave out model.lora or model.{other}",
+                f"leave out model.lora or model.{setting}",
                 key="model.lora",
                 cause=Cause.CONFLICT,
             )

@@ -47,11 +47,11 @@ def learning_rate(settings: OptimizerConfig, step: int, total: int) -> float:
     if settings.decay == "constant":
         return settings.learning_rate
     progress = min(1.0, (step - settings.warmup) / max(1, total - settings.warmup))
-    left = (
+    remaining = (
         1.0 - progress if settings.decay == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
     )
     low = settings.min_learning_rate
-    return low + (settings.learning_rate - low) * left
+    return low + (settings.learning_rate - low) * remaining
 
 
 def warmup_note(settings: OptimizerConfig, total: int) -> str:

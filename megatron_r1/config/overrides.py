@@ -19,7 +19,7 @@ T = TypeVar("T", bound=Section)
 
 
 def parse_overrides(
-    options: list[str], switches: Collection[str] = (), others: Collection[str] = ()
+    options: list[str], switches: Collection[str] = (), extra_options: Collection[str] = ()
 ) -> dict[str, Any]:
     """Parse `--rl.group_size 8 --data.task=sums` to {"rl.group_size": 8, "data.task": "sums"}.
 
@@ -29,13 +29,13 @@ def parse_overrides(
         options: the words of the command line.
         switches: keys that become true when no value follows. A value that begins with "--" needs
             the form `--key=value`.
-        others: options of the verb that are no settings, for the hint at a mistyped one.
+        extra_options: options of the verb that are no settings, for the hint at a mistyped one.
 
     Raises:
         UserError: for an option without a value or without a section."""
     overrides: dict[str, Any] = {}
     pending = list(options)
-    known = [*switches, *others]
+    known_options = [*switches, *extra_options]
     while pending:
         option = pending.pop(0)
         if not option.startswith("--"):
@@ -52,14 +52,14 @@ def parse_overrides(
                 continue
             if not has_value:
                 raise UserError(
-                    f"--{key} needs a value{did_you_mean(key, known, '--{}')}",
+                    f"--{key} needs a value{did_you_mean(key, known_options, '--{}')}",
                     key=f"--{key}",
                     cause=Cause.MISSING,
                 )
             value = pending.pop(0)
         if "." not in key:
             # A looser cutoff than elsewhere: `key` is compared with dotted keys, which are longer.
-            near = difflib.get_close_matches(key, [*known, *known_keys()], n=1, cutoff=0.4)
+            near = difflib.get_close_matches(key, [*known_options, *known_keys()], n=1, cutoff=0.4)
             hint = f"; did you mean --{near[0]}?" if near else ""
             raise UserError(
                 f"unknown option --{key}: settings are --section.key value{hint}",
@@ -81,17 +81,17 @@ def take_section(overrides: Mapping[str, Any], settings: type[T]) -> tuple[T, di
         UserError: naming every mistake.
     """
     tree: dict[str, Any] = {}
-    others = {}
+    other_overrides = {}
     for key, value in overrides.items():
         if key.partition(".")[0] in settings.model_fields:
             set_nested(tree, key.split("."), value, key)
         else:
-            others[key] = value
+            other_overrides[key] = value
     try:
-        return settings.model_validate(tree), others
+        return settings.model_validate(tree), other_overrides
     except ValidationError as failure:
-        known = [key for key, _ in dotted_keys(settings)]
-        raise recipe_error(failure, settings, known) from None
+        known_keys = [key for key, _ in dotted_keys(settings)]
+        raise recipe_error(failure, settings, known_keys) from None
 
 
 def _value(text: str) -> Any:

@@ -30,11 +30,11 @@ class MixturePart(Section):
     @model_validator(mode="after")
     def _is_sized_once(self) -> Self:
         sizes = {name: getattr(self, name) for name in ("share", "count", "repeat")}
-        given = {name: size for name, size in sizes.items() if size is not None}
-        if len(given) > 1:
+        set_sizes = {name: size for name, size in sizes.items() if size is not None}
+        if len(set_sizes) > 1:
             raise UserError(
-                f"{self.path} has {given}: give one of share, count and repeat",
-                key=list(given)[1],
+                f"{self.path} has {set_sizes}: give one of share, count and repeat",
+                key=list(set_sizes)[1],
                 cause=Cause.CONFLICT,
             )
         return self

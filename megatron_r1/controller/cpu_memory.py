@@ -28,7 +28,7 @@ from megatron_r1.models.memory import (
 )
 from megatron_r1.models.weights import Shard, layout, num_parameters
 from megatron_r1.models.weights.adapter_table import adapter_table
-from megatron_r1.models.weights.layout import layout_from_rules
+from megatron_r1.models.weights.layout import layout_from_table
 from megatron_r1.models.weights.table import weight_table
 
 RANK_BYTES, ENGINE_BYTES, OTHER_BYTES = 500 << 20, 700 << 20, 500 << 20
@@ -179,7 +179,7 @@ def _state_bytes(config: Config, hf: dict, world_size: int, *, with_reference: b
         ep=(0, parallel.expert),
         etp=(0, parallel.expert_tensor),
     )
-    adapters = layout_from_rules(adapter_table(hf, lora), at) if lora else None
+    adapters = layout_from_table(adapter_table(hf, lora), at) if lora else None
     counts = count_parameters(layout(hf, at), config.model.mtp, adapters)
     ranks = world_size // parallel.pipeline  # stages have the layers once, all together
     optimizer_shards = (

@@ -94,7 +94,7 @@ def read_question(value: Any) -> tuple[list[Message], str] | None:
     with a user's message; None for any other.
 
     Raises:
-        ValueError: as `read_chat`.
+        ValueError: a message lacks its text, or has an unknown role; it names the message.
     """
     chat = read_chat(value)
     if chat is None:
@@ -149,23 +149,25 @@ def tool_calls(value: Any) -> list[Message]:
             raise ValueError(f"{entry!r} is no tool call with a name")
         arguments = function.get("arguments", function.get("parameters", {}))
         named = {"name": function["name"], "arguments": without_nulls(decode_literal(arguments))}
-        own = {"id": call["id"]} if "id" in call else {}
-        calls.append({**own, "type": "function", "function": named})
+        id_field = {"id": call["id"]} if "id" in call else {}
+        calls.append({**id_field, "type": "function", "function": named})
     return calls
 
 
 def _message(number: int, message: Mapping[str, Any]) -> Message:
-    given = without_nulls(message)
-    named = next((given[key] for key in ROLE_KEYS if key in given), None)
+    message_fields = without_nulls(message)
+    named = next((message_fields[key] for key in ROLE_KEYS if key in message_fields), None)
     role = ROLES.get(named.strip().casefold()) if isinstance(named, str) else None
     if role is None:
         raise ValueError(f"message {number} has role {named!r} (known: {', '.join(ROLES)})")
-    content = _text(next((given[key] for key in CONTENT_KEYS if key in given), ""), number)
+    content = _text(
+        next((message_fields[key] for key in CONTENT_KEYS if key in message_fields), ""), number
+    )
     read: Message = {"role": role, "content": content}
-    read |= {key: given[key] for key in KEPT if key in given}
+    read |= {key: message_fields[key] for key in KEPT if key in message_fields}
     if named in CALLS:
         read |= {"content": "", "tool_calls": content}
-    if legacy := given.get("function_call"):  # OpenAI's form before tool_calls
+    if legacy := message_fields.get("function_call"):  # OpenAI's form before tool_calls
         read["tool_calls"] = [*read.get("tool_calls", ()), legacy]
     if calls := read.pop("tool_calls", None):
         try:

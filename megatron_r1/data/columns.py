@@ -92,8 +92,8 @@ def guess_columns(
         truth = _joined_columns(flat)
         reasons["truth"] = "by their names"
     if truth is None and needs_truth:
-        taken = question.rpartition("+")[2]
-        truth, reasons["truth"] = _find(source, TRUTH_NAMES, flat, _is_truth, taken)
+        question_column = question.rpartition("+")[2]
+        truth, reasons["truth"] = _find(source, TRUTH_NAMES, flat, _is_truth, question_column)
     if truth is None and needs_truth:
         raise UserError(
             f"{source}: no column looks like the answer to {question!r}; name it: --truth COLUMN. "
@@ -149,18 +149,20 @@ def columns_by_name(
         mapped: our names of the columns that the recipe maps.
     """
     flat = [_flatten_row(row) for row in rows]
-    found: dict[str, str] = {}
+    columns: dict[str, str] = {}
     has_question = any("question" in row for row in rows)
     if not has_question and (name := _by_name(QUESTION_NAMES, flat, _is_question, None)):
-        found["question"] = name
+        columns["question"] = name
     if needs_truth and not any("truth" in row for row in rows):
-        taken = found.get("question", "question")
-        if truth := _joined_columns(flat) or _by_name(TRUTH_NAMES, flat, _is_truth, taken):
-            found["truth"] = truth
-    question = found.get("question", "question" if has_question else "")
+        question_column = columns.get("question", "question")
+        if truth := _joined_columns(flat) or _by_name(
+            TRUTH_NAMES, flat, _is_truth, question_column
+        ):
+            columns["truth"] = truth
+    question = columns.get("question", "question" if has_question else "")
     if "question" not in mapped and question and (context := _context(flat, question)):
-        found["question"] = f"{context}+{question}"
-    return found
+        columns["question"] = f"{context}+{question}"
+    return columns
 
 
 def _context(rows: Sequence[Row], question: str) -> str | None:
@@ -177,40 +179,50 @@ def _context(rows: Sequence[Row], question: str) -> str | None:
 
 
 def _by_name(
-    names: Sequence[str], rows: Sequence[Row], fits: Callable[[Any], bool], other: str | None
+    names: Sequence[str], rows: Sequence[Row], fits: Callable[[Any], bool], taken_column: str | None
 ) -> str | None:
     """Return the first of `names` that rows have as a column; one whose values are all none only
-    where there is no other."""
-    known = dict.fromkeys(name for row in rows for name in row)
-    empty = [n for n in known if n != other and all(is_missing(row.get(n)) for row in rows)]
-    for columns in (_fitting_columns(rows, fits, other), empty if fits is _is_truth else []):
+    where there is no other.
+
+    Args:
+        names: usual names, the most usual first.
+        rows: the file's first rows.
+        fits: whether a value is of the column's kind.
+        taken_column: the column that is already taken; None: none is."""
+    all_columns = dict.fromkeys(name for row in rows for name in row)
+    empty = [
+        n for n in all_columns if n != taken_column and all(is_missing(row.get(n)) for row in rows)
+    ]
+    for columns in (_fitting_columns(rows, fits, taken_column), empty if fits is _is_truth else []):
         by_name = {_plain(column): column for column in reversed(columns)}
-        if found := next((by_name[usual] for usual in names if usual in by_name), None):
-            return found
+        if column_name := next((by_name[usual] for usual in names if usual in by_name), None):
+            return column_name
     return None
 
 
 def _fitting_columns(
-    rows: Sequence[Row], fits: Callable[[Any], bool], other: str | None
+    rows: Sequence[Row], fits: Callable[[Any], bool], taken_column: str | None
 ) -> list[str]:
     """Return the columns whose values fit, in at least one row, and are none in the others."""
-    found = []
+    fitting = []
     for name in dict.fromkeys(name for row in rows for name in row):
         values = [row.get(name) for row in rows]
-        given = [v for v in values if not (is_missing(v) if fits is _is_truth else v is None)]
+        present_values = [
+            v for v in values if not (is_missing(v) if fits is _is_truth else v is None)
+        ]
         is_system = fits is _is_question and "system" in _plain(name)
-        if name == other or not given or is_system:
+        if name == taken_column or not present_values or is_system:
             continue
-        if all(fits(value) and not _is_single_entry(value) for value in given):
-            found.append(name)
-    return found
+        if all(fits(value) and not _is_single_entry(value) for value in present_values):
+            fitting.append(name)
+    return fitting
 
 
 def _joined_columns(rows: Sequence[Row]) -> str | None:
     """Return `a+b` for columns that are a truth together, if the rows have at least two of them."""
     for names in COMPOSED:
-        if len(own := [name for name in names if any(row.get(name) for row in rows)]) >= 2:
-            return "+".join(own)
+        if len(present := [name for name in names if any(row.get(name) for row in rows)]) >= 2:
+            return "+".join(present)
     return None
 
 
@@ -230,7 +242,7 @@ def _find(
     names: Sequence[str],
     rows: Sequence[Row],
     fits: Callable[[Any], bool],
-    other: str | None,
+    taken_column: str | None,
 ) -> tuple[str | None, str]:
     """Return (column, reason): by its name; else, of two columns, the one that is left, where
     questions are longer than truths.
@@ -240,11 +252,11 @@ def _find(
         names: the usual names of the column.
         rows: rows of the data set.
         fits: whether a value is of the column's kind.
-        other: the column that is already taken; None: none is.
+        taken_column: the column that is already taken; None: none is.
 
     Raises:
         UserError: a column of a usual name has rows without a value."""
-    fitting = _fitting_columns(rows, fits, other)
+    fitting = _fitting_columns(rows, fits, taken_column)
     for usual in names:
         for column in fitting:
             if _plain(column) == usual:
@@ -260,7 +272,7 @@ def _find(
             key="--question" if names is QUESTION_NAMES else "--truth",
             cause=Cause.EMPTY,
         )
-    if other is None and len(fitting) == 2:
+    if taken_column is None and len(fitting) == 2:
         longer = max(fitting, key=lambda name: sum(len(str(row.get(name))) for row in rows))
         return longer, "the longer of two columns"
     if len(fitting) == 1:
@@ -275,9 +287,9 @@ def _why_no_value(names: Sequence[str], rows: Sequence[Row], fits: Callable[[Any
             if _plain(column) == usual:
                 for number, row in enumerate(rows, start=1):
                     if not fits(value := row.get(column)):
-                        what = f"{column!r} is {shorten(repr(value))}"
+                        shown_value = f"{column!r} is {shorten(repr(value))}"
                         remedy = ONE_MESSAGE if is_chat(value) else "give one, or remove the row"
-                        return f"row {number}: {what}; {remedy}"
+                        return f"row {number}: {shown_value}; {remedy}"
     return ""
 
 
@@ -323,9 +335,11 @@ def _kinds_of_rows(rows: Sequence[Row]) -> set[str]:
 def _guess_kind(truth: str, rows: Sequence[Row]) -> tuple[str | None, str]:
     if all(isinstance(row.get("entry"), dict) and "task" in row for row in rows):
         return "logic", "the rows are items of reasoning-gym (task, entry)"
-    found = [lookup({**row}, truth) for row in rows]
+    truths = [lookup({**row}, truth) for row in rows]
     kinds = {
-        guess_reward_kind(value) for value in found if value is not ABSENT and not is_missing(value)
+        guess_reward_kind(value)
+        for value in truths
+        if value is not ABSENT and not is_missing(value)
     }
     if len(kinds) > 1:
         return None, f"each row's own, by its {truth!r}: {', '.join(sorted(kinds))}"

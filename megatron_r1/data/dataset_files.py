@@ -88,16 +88,16 @@ def read_data_set(path: str, key: str) -> Iterator[LocatedRow]:
         names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
         readme = folder / README
         described = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
-        chosen, wanted = _choose(path, names, described, config, split, key)
+        chosen, split_name = _choose(path, names, described, config, split, key)
         sources = [(folder / file, str(folder / file)) for file in chosen]
     elif not path.startswith(HUB):
         raise UserError(f"{path}: no such file or folder", key=key, cause=Cause.NOT_FOUND)
     else:
         names, described = _list_hub(path, name, key)
-        chosen, wanted = _choose(path, names, described, config, split, key)
+        chosen, split_name = _choose(path, names, described, config, split, key)
         downloaded = _download(path, name, chosen, key)
         sources = [(downloaded / file, f"{HUB}{name}/{file}") for file in chosen]
-    yield from _sliced(_rows(sources, key), sources, wanted, key)
+    yield from _sliced(_rows(sources, key), sources, split_name, key)
 
 
 def _rows(sources: Sequence[tuple[Path, str]], key: str) -> Iterator[LocatedRow]:
@@ -107,10 +107,10 @@ def _rows(sources: Sequence[tuple[Path, str]], key: str) -> Iterator[LocatedRow]
 
 
 def _sliced(
-    rows: Iterator[LocatedRow], sources: Sequence[tuple[Path, str]], wanted: SplitName, key: str
+    rows: Iterator[LocatedRow], sources: Sequence[tuple[Path, str]], split_name: SplitName, key: str
 ) -> Iterator[LocatedRow]:
-    start, stop = wanted.start, wanted.stop
-    if wanted.is_percent:
+    start, stop = split_name.start, split_name.stop
+    if split_name.is_percent:
         count = sum(1 for _ in _rows(sources, key))
         start, stop = (None if n is None else round(count * n / 100) for n in (start, stop))
     return itertools.islice(rows, start, stop)
@@ -146,31 +146,39 @@ def _choose(
         if shared:
             config, split = None, config
     files = configs[_choose_name("configuration", path, configs, config, ("default", "main"), key)]
-    wanted = _parse_split(split, path, key)
-    name = _choose_name("split", path, files, wanted.name or None, ("train",), key)
-    return files[name], SplitName(name, wanted.start, wanted.stop, wanted.is_percent)
+    split_name = _parse_split(split, path, key)
+    name = _choose_name("split", path, files, split_name.name or None, ("train",), key)
+    return files[name], SplitName(name, split_name.start, split_name.stop, split_name.is_percent)
 
 
 def _choose_name(
-    what: str,
+    noun: str,
     path: str,
-    known: Mapping[str, Any],
+    known_names: Mapping[str, Any],
     asked: str | None,
     usual: Sequence[str],
     key: str,
 ) -> str:
-    """Return the name that is asked for, else the usual or the only one."""
-    if asked is not None and asked in known:
+    """Return the name that is asked for, else the usual or the only one.
+
+    Args:
+        noun: what is chosen, for errors.
+        path: the data set.
+        known_names: the names that it has.
+        asked: the name that is asked for, or None.
+        usual: names that are chosen where none is asked for.
+        key: the setting, for errors."""
+    if asked is not None and asked in known_names:
         return asked
     if asked is None:
         for name in usual:
-            if name in known:
+            if name in known_names:
                 return name
-        if len(known) == 1:
-            return next(iter(known))
+        if len(known_names) == 1:
+            return next(iter(known_names))
     form = "hub:NAME:CONFIG:SPLIT"
     raise UserError(
-        f"{path}: which {what}? It has {', '.join(known)}: write {form}",
+        f"{path}: which {noun}? It has {', '.join(known_names)}: write {form}",
         key=key,
         cause=Cause.MISSING if asked is None else Cause.UNKNOWN,
     )
@@ -205,21 +213,21 @@ def _described(readme: str, names: Sequence[str]) -> dict[str, dict[str, list[st
     except (yaml.YAMLError, IndexError):
         return {}
     listed = head.get("configs") if isinstance(head, dict) else None
-    found: dict[str, dict[str, list[str]]] = {}
+    described: dict[str, dict[str, list[str]]] = {}
     for entry in listed if isinstance(listed, list) else ():
         files = entry.get("data_files") if isinstance(entry, dict) else None
         parts = files if isinstance(files, list) else [files]
         splits: dict[str, list[str]] = {}
         for part in parts:
-            own = part if isinstance(part, dict) else {"split": "train", "path": part}
-            patterns = own.get("path")
+            data_file = part if isinstance(part, dict) else {"split": "train", "path": part}
+            patterns = data_file.get("path")
             patterns = patterns if isinstance(patterns, list) else [patterns]
             matching = [n for n in names if any(_matches(n, p) for p in patterns if p)]
             if matching:
-                splits.setdefault(str(own.get("split", "train")), []).extend(matching)
+                splits.setdefault(str(data_file.get("split", "train")), []).extend(matching)
         if splits:
-            found[str(entry.get("config_name", "default"))] = splits
-    return found
+            described[str(entry.get("config_name", "default"))] = splits
+    return described
 
 
 def _matches(name: str, pattern: str) -> bool:
@@ -231,12 +239,12 @@ def _matches(name: str, pattern: str) -> bool:
 
 def _named(names: Sequence[str]) -> dict[str, dict[str, list[str]]]:
     """Return configuration → split → files, as the names of the files show them."""
-    found: dict[str, dict[str, list[str]]] = {}
+    named: dict[str, dict[str, list[str]]] = {}
     for name in names:
         folders = [p for p in PurePosixPath(name).parts[:-1] if p != "data" and p not in SPLITS]
         config = "/".join(folders) or "default"
-        found.setdefault(config, {}).setdefault(_split_of_file(name), []).append(name)
-    return found
+        named.setdefault(config, {}).setdefault(_split_of_file(name), []).append(name)
+    return named
 
 
 def _split_of_file(name: str) -> str:
@@ -312,7 +320,13 @@ class _hub_errors:  # noqa: N801 - a context manager, named like a function
 
 
 def _read_saved(path: str, folder: Path, split: str | None, key: str) -> Iterator[LocatedRow]:
-    """Yield the rows of a folder of `save_to_disk`."""
+    """Yield the rows of a folder of `save_to_disk`.
+
+    Args:
+        path: the data set as the recipe names it.
+        folder: its folder.
+        split: the split that is asked for, or None.
+        key: the setting, for errors."""
     try:
         import datasets
     except ImportError:
@@ -326,11 +340,13 @@ def _read_saved(path: str, folder: Path, split: str | None, key: str) -> Iterato
         loaded = datasets.load_from_disk(str(folder))
     except Exception as error:  # noqa: BLE001 - of many kinds, all about the data set
         raise UserError(f"{path}: {_first_line(error)}", key=key, cause=Cause.MALFORMED) from None
-    wanted = _parse_split(split, path, key)
+    split_name = _parse_split(split, path, key)
     if isinstance(loaded, dict):
-        loaded = loaded[_choose_name("split", path, loaded, wanted.name or None, ("train",), key)]
-    start, stop = wanted.start, wanted.stop
-    if wanted.is_percent:
+        loaded = loaded[
+            _choose_name("split", path, loaded, split_name.name or None, ("train",), key)
+        ]
+    start, stop = split_name.start, split_name.stop
+    if split_name.is_percent:
         start, stop = (None if n is None else round(len(loaded) * n / 100) for n in (start, stop))
     numbered = enumerate(itertools.islice(loaded, start, stop), start=1 + (start or 0))
     yield from ((f"{path}, row {number}", row) for number, row in numbered)

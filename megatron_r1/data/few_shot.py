@@ -126,9 +126,10 @@ class FewShotTokenizer(PromptTokenizer):
             stop_token_ids: as for `PromptTokenizer`.
 
         Raises:
-            UserError: as `PromptTokenizer`, and if the chat template drops the thoughts of earlier
-                turns, as templates of reasoning models do: the worked examples would lack their
-                thoughts."""
+            UserError: the folder has no tokenizer, the tokenizer names no end token or lacks one of
+                stop_token_ids, the template is none, or the chat template drops the thoughts of
+                earlier turns, as templates of reasoning models do: the worked examples would lack
+                their thoughts."""
         super().__init__(model_path, template, stop_token_ids=stop_token_ids)
         self._shots = shots
         if self._chat:

@@ -95,21 +95,23 @@ def _of_chats(location: str, row: CanonicalRow, names: Sequence[str]) -> Canonic
 
     Raises:
         UserError: responses to different questions, or several turns."""
-    given = next((row[name] for name in (*QUESTIONS, "conversations") if row.get(name)), None)
-    asked, chats = _chat(given), [_chat(row.get(name)) for name in names]
+    prompt_value = next(
+        (row[name] for name in (*QUESTIONS, "conversations") if row.get(name)), None
+    )
+    asked, chats = _chat(prompt_value), [_chat(row.get(name)) for name in names]
     if asked is None and not any(chats):
         return row
-    if asked is None and isinstance(given, str):
-        asked = [{"role": "user", "content": given}]
+    if asked is None and isinstance(prompt_value, str):
+        asked = [{"role": "user", "content": prompt_value}]
     before: list[Message] = []
     texts = {}
     is_read = True
     for name, chat in zip(names, chats, strict=True):
         text = row.get(name)
-        *own, last = chat or [{"role": "assistant", "content": text}]
-        own = own or asked or []
-        is_read &= last["role"] == "assistant" and own == (before or own)
-        before, texts[name] = own, last["content"]
+        *chat_messages, last = chat or [{"role": "assistant", "content": text}]
+        chat_messages = chat_messages or asked or []
+        is_read &= last["role"] == "assistant" and chat_messages == (before or chat_messages)
+        before, texts[name] = chat_messages, last["content"]
     users = [message["role"] for message in before if message["role"] != "system"]
     if not is_read or users != ["user"]:
         raise UserError(
@@ -175,8 +177,8 @@ class PreferenceTokenizer:
                 key="reward_model.template",
                 cause=Cause.MISSING,
             )
-        whole, summary = CHECK_RESPONSE, CHECK_RESPONSE.partition("</think>")[2]
-        lengths = [len(self._tokens(CHECK_QUESTION, text)) for text in (whole, summary)]
+        response, summary = CHECK_RESPONSE, CHECK_RESPONSE.partition("</think>")[2]
+        lengths = [len(self._tokens(CHECK_QUESTION, text)) for text in (response, summary)]
         # Chat templates of reasoning models drop the thought from assistant messages.
         if part == "response" and lengths[0] <= lengths[1]:
             raise UserError(

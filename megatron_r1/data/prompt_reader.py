@@ -159,7 +159,13 @@ LETTERED_CHOICES = re.compile(r"(?:^|[\s,;|])\(?[A-Ea-e]\s{0,2}[).:]\s*")
 
 def _require_shown(kind: str, question: str, truth: Any, fields: Mapping[str, Any]) -> None:
     """Raise ValueError where a truth is the number or letter of a choice (MMLU, ARC) that the
-    question does not have: no response could name it for a reason."""
+    question does not have: no response could name it for a reason.
+
+    Args:
+        kind: the reward's name.
+        question: the question's text.
+        truth: its truth.
+        fields: the row's other columns."""
     for name, choices in _choices(fields) if kind in COMPARED else ():
         if not isinstance(choices, list) or len(choices) < 2 or not _is_place(truth, len(choices)):
             continue
@@ -296,12 +302,12 @@ class RowReader:
         prompt = Prompt("", question, kind, truth, fields, location, before)
         return replace(prompt, id=question_digest(prompt_identity(prompt, self.kind)).hex()[:16])
 
-    def _renamed(self, row: CanonicalRow, found: Mapping[str, str]) -> CanonicalRow:
+    def _renamed(self, row: CanonicalRow, column_names: Mapping[str, str]) -> CanonicalRow:
         """Return the row with the columns that were found by their names. A reward of the user's
         own gets them under both names."""
-        values = {ours: lookup(row, theirs) for ours, theirs in found.items()}
+        values = {ours: lookup(row, theirs) for ours, theirs in column_names.items()}
         if self.kind is None or self.kind in REGISTRY:
-            present = {o: found[o] for o, value in values.items() if value is not ABSENT}
+            present = {o: column_names[o] for o, value in values.items() if value is not ABSENT}
             row = rename_columns("", row, present)
         return row | {ours: None if v is ABSENT else v for ours, v in values.items()}
 
@@ -325,26 +331,26 @@ def parse_question(location: str, row: CanonicalRow) -> tuple[list[Message], str
     if isinstance(value, dict) and all(isinstance(part, str) for part in value.values()):
         value = "\n\n".join(value.values())  # columns that are a question together
     try:
-        found = read_question(value)
+        chat = read_question(value)
     except ValueError as error:
         raise UserError(
             f"{location}: 'question': {error}", key="question", cause=Cause.MALFORMED
         ) from None
-    if found is None and isinstance(value, list) and value:
+    if chat is None and isinstance(value, list) and value:
         raise UserError(
             f"{location}: 'question' is a conversation that does not end with a message of the "
             "user; responses are sampled to such a message. Examples to learn from are for sft",
             key="question",
             cause=Cause.MALFORMED,
         )
-    if found is None and "question" in row:
+    if chat is None and "question" in row:
         raise UserError(
             f"{location}: 'question' must be a text that is not blank, or a chat, it is "
             f"{shorten(repr(value))}; correct or remove the row, or set data.bad_rows: leave_out",
             key="question",
             cause=Cause.MALFORMED,
         )
-    before, question = found or ([], require_text(location, row, "question", COLUMNS))
+    before, question = chat or ([], require_text(location, row, "question", COLUMNS))
     if not before and (system := read_system_prompt(row)):
         before = [{"role": "system", "content": system}]
     return before, question

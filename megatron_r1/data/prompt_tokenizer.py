@@ -71,9 +71,9 @@ def _byte_alphabet() -> dict[str, int]:
     """Return GPT-2's byte of each letter: printable bytes are themselves, the others the letters
     from U+0100."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
+    unprintable = [byte for byte in range(256) if byte not in printable]
     letters = {chr(byte): byte for byte in printable}
-    return letters | {chr(0x100 + index): byte for index, byte in enumerate(others)}
+    return letters | {chr(0x100 + index): byte for index, byte in enumerate(unprintable)}
 
 
 PLACEHOLDER = "{problem}"
@@ -135,16 +135,16 @@ def render_template(template: str, question: str, system: str = "") -> str:
     text = find_template(template)
     if system and SYSTEM not in text:
         question = f"{system}\n\n{question}"
-    given = {PLACEHOLDER: question, SYSTEM: system}
+    texts = {PLACEHOLDER: question, SYSTEM: system}
     # One pass: a question that contains "{system}" keeps it.
-    return PLACES.sub(lambda match: given[match[0]], text)
+    return PLACES.sub(lambda match: texts[match[0]], text)
 
 
 def _closed_thought(prompt_text: str) -> str:
     """Return the empty thought with which a rendered prompt ends, as templates write it that
     switch thinking off; "" without one."""
-    found = EMPTY_THOUGHT.search(prompt_text)
-    return found[0] if found else ""
+    match = EMPTY_THOUGHT.search(prompt_text)
+    return match[0] if match else ""
 
 
 def opens_thought(prompt_text: str) -> bool:
@@ -203,7 +203,7 @@ class PromptTokenizer:
             )
         self.end: int = self.hf_tokenizer.eos_token_id
         self.end_tokens = end_tokens(model_path, keys[0], self.hf_tokenizer)
-        ends = [each.id for each in self.end_tokens]
+        ends = [end_token.id for end_token in self.end_tokens]
         for token in stop_token_ids:
             if token >= (size := len(self.hf_tokenizer)):
                 raise UserError(
@@ -332,10 +332,10 @@ def system_text(before: Sequence[Message], key: str) -> str:
     Raises:
         UserError: for any other turn.
     """
-    if other := next((m for m in before if m["role"] != "system"), None):
+    if misplaced := next((m for m in before if m["role"] != "system"), None):
         raise UserError(
             f"{key}: a text has a place for one question, and a question of the data has turns "
-            f"before it ({other['role']}: {other['content'][:40]!r}); use chat",
+            f"before it ({misplaced['role']}: {misplaced['content'][:40]!r}); use chat",
             key=key,
             cause=Cause.CONFLICT,
         )

@@ -94,10 +94,11 @@ def _make_dataset(task: str, settings: dict[str, Any]) -> Any:
         raise UserError(
             f"reasoning-gym has no task {task!r}{hint}", key="data.task", cause=Cause.UNKNOWN
         )
-    known = {field.name for field in dataclasses.fields(DATASETS[task][1])}
-    if unknown := sorted(settings.keys() - known):
+    known_fields = {field.name for field in dataclasses.fields(DATASETS[task][1])}
+    if unknown := sorted(settings.keys() - known_fields):
         raise UserError(
-            f"task {task!r} has no parameter {unknown[0]!r}; it has {', '.join(sorted(known))}",
+            f"task {task!r} has no parameter {unknown[0]!r}; it has "
+            f"{', '.join(sorted(known_fields))}",
             key=f"data.parameters.{unknown[0]}",
             cause=Cause.UNKNOWN,
         )
@@ -219,7 +220,15 @@ def _check_arguments(
     num_heldout: int | None,
     heldout_fraction: float,
 ) -> None:
-    """Raise UserError for arguments of `load_prompts` that do not go together."""
+    """Raise UserError for arguments of `load_prompts` that do not go together.
+
+    Args:
+        path: the file of questions.
+        heldout_path: the file of held-out questions.
+        task: the generated task.
+        num_train: the most training questions.
+        num_heldout: the most held-out questions.
+        heldout_fraction: the part of the questions that is held out."""
     if path is None and task is None:
         raise UserError(
             "data.path is missing: give a file of questions, or data.task",
@@ -266,7 +275,7 @@ def _split(
     limits = {False: num_train, True: num_heldout if fraction else 0}
     contradictions: list[tuple[Prompt, Prompt]] = []
     sides: dict[bool, dict[str, Prompt]] = {False: {}, True: {p.id: p for p in heldout}}
-    given = {*sides[True]}
+    heldout_ids = {*sides[True]}
     unused: set[str] = set()
 
     def is_full(side: bool) -> bool:
@@ -277,19 +286,23 @@ def _split(
         if is_full(False) and is_full(True):
             report.is_complete = False
             break
-        known = sides[False].get(prompt.id) or sides[True].get(prompt.id)
+        earlier_prompt = sides[False].get(prompt.id) or sides[True].get(prompt.id)
         # Not where the other is of the held-out file: too near to be trained on.
-        if known is not None and prompt.id not in given and _differ_in_case(known, prompt):
+        if (
+            earlier_prompt is not None
+            and prompt.id not in heldout_ids
+            and _differ_in_case(earlier_prompt, prompt)
+        ):
             # On the side of the other, by the same hash; but a question of its own.
             spelled = f"spelled {_normalized_question(prompt)}".encode("utf-8", "replace")
             prompt = replace(prompt, id=hashlib.sha256(spelled).hexdigest()[:16])
-            known = sides[False].get(prompt.id) or sides[True].get(prompt.id)
-        if known is not None and known.truth != prompt.truth:
-            contradictions.append((known, prompt))
+            earlier_prompt = sides[False].get(prompt.id) or sides[True].get(prompt.id)
+        if earlier_prompt is not None and earlier_prompt.truth != prompt.truth:
+            contradictions.append((earlier_prompt, prompt))
             report.skip_row("the question has another truth before", prompt.location, "truth")
-        elif known is not None:
+        elif earlier_prompt is not None:
             report.num_duplicates += 1
-        if known is not None:
+        if earlier_prompt is not None:
             continue
         side = is_heldout(prompt_identity(prompt, kind), fraction)
         if not is_full(side):
@@ -299,18 +312,18 @@ def _split(
         else:
             unused.add(prompt.id)
     report.num_unused = len(unused)
-    train, rest = list(sides[False].values()), list(sides[True].values())
-    kinds = Counter(prompt.kind for prompt in train + rest)
+    train, heldout_prompts = list(sides[False].values()), list(sides[True].values())
+    kinds = Counter(prompt.kind for prompt in train + heldout_prompts)
     if kind is None and len(kinds) > 1:
         report.kinds = dict(kinds.most_common())
-    return PromptSplit(train, rest[:num_heldout], contradictions, reports)
+    return PromptSplit(train, heldout_prompts[:num_heldout], contradictions, reports)
 
 
-def _differ_in_case(one: Prompt, other: Prompt) -> bool:
+def _differ_in_case(first: Prompt, second: Prompt) -> bool:
     """Return whether two questions of the same hash are different texts: "find A" and "find a"."""
-    return one.question != other.question and _normalized_question(one) != _normalized_question(
-        other
-    )
+    return first.question != second.question and _normalized_question(
+        first
+    ) != _normalized_question(second)
 
 
 def _normalized_question(prompt: Prompt) -> str:
@@ -355,7 +368,13 @@ def _require(side: str, prompts: list[Prompt], count: int | None, key: str, sour
 def _from_file(
     reader: RowReader, path: str | Path, key: str, reports: list[DataReport]
 ) -> Iterator[Prompt]:
-    """Return the prompts of a file or data set, whose report is added to `reports`."""
+    """Return the prompts of a file or data set, whose report is added to `reports`.
+
+    Args:
+        reader: makes prompts of rows.
+        path: the file or data set.
+        key: the setting that names it, for errors.
+        reports: receives the file's report."""
     reports.append(DataReport(str(path)))
     return reader.prompts(path, key, reports[-1])
 
@@ -369,6 +388,6 @@ def _from_task(
     task: str, parameters: dict[str, Any], seed: int, num_items: int, kind: str | None
 ) -> Iterator[Prompt]:
     for item in generate_items(task, parameters, seed, num_items):
-        own = {"task": task, "parameters": parameters, "entry": item}
-        fields = own if kind in (None, "logic") else {}
+        row_fields = {"task": task, "parameters": parameters, "entry": item}
+        fields = row_fields if kind in (None, "logic") else {}
         yield make_prompt(item["question"], kind or "logic", item["answer"], fields)

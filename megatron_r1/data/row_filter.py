@@ -68,14 +68,14 @@ class RowFilter:
     def __init__(self, where: Conditions, report: DataReport, key: str = "data.where") -> None:
         _check_conditions(where, key)
         self._where, self._report, self._key = where, report, key
-        self._unseen, self._known = set(where), dict[str, None]()
+        self._unseen, self._columns = set(where), dict[str, None]()
 
     def keeps(self, location: str, row: CanonicalRow) -> bool:
         """Return whether a row, with the columns of the file, meets all conditions. A column that
         it lacks is null."""
         self._report.num_read += 1
         if self._unseen:
-            self._known |= dict.fromkeys(row)
+            self._columns |= dict.fromkeys(row)
             self._unseen = {name for name in self._unseen if lookup(row, name) is ABSENT}
             if self._report.num_read >= MAX_UNSEEN:
                 self.finish()
@@ -89,11 +89,11 @@ class RowFilter:
 
     def finish(self) -> None:
         """Raise UserError for a column that no row had."""
-        for column in sorted(self._unseen) if self._known else ():
-            near = did_you_mean(column, self._known, "{}")
+        for column in sorted(self._unseen) if self._columns else ():
+            near = did_you_mean(column, self._columns, "{}")
             raise UserError(
                 f"{self._key}.{column}: {self._report.source} has no such column{near}; it has "
-                f"{', '.join(self._known)}",
+                f"{', '.join(self._columns)}",
                 key=f"{self._key}.{column}",
                 cause=Cause.NOT_FOUND,
             )
@@ -133,20 +133,23 @@ def _is_within(value: Any, limits: Mapping[str, Any]) -> bool:
     return (least is None or number >= least) and (most is None or number <= most)
 
 
-def _equals_any(value: Any, wanted: Any) -> bool:
-    return any(_equals(value, w) for w in (wanted if isinstance(wanted, list) else [wanted]))
+def _equals_any(value: Any, condition_value: Any) -> bool:
+    return any(
+        _equals(value, w)
+        for w in (condition_value if isinstance(condition_value, list) else [condition_value])
+    )
 
 
-def _equals(value: Any, wanted: Any) -> bool:
+def _equals(value: Any, condition_value: Any) -> bool:
     """Return whether two values are equal, `0.50` and "0.5", true and "Yes" too."""
     if isinstance(value, float) and math.isnan(value):
         value = None
-    if value is None or wanted is None:
-        return value is wanted
-    for one, other in ((value, wanted), (wanted, value)):
-        if isinstance(one, bool) and isinstance(other, str):
-            return other.strip().casefold() in (TRUE if one else FALSE)
-    if isinstance(value, str) and isinstance(wanted, str):
-        return value.strip() == wanted.strip()
-    left, right = _as_number(value), _as_number(wanted)
-    return value == wanted if left is None or right is None else left == right
+    if value is None or condition_value is None:
+        return value is condition_value
+    for first, second in ((value, condition_value), (condition_value, value)):
+        if isinstance(first, bool) and isinstance(second, str):
+            return second.strip().casefold() in (TRUE if first else FALSE)
+    if isinstance(value, str) and isinstance(condition_value, str):
+        return value.strip() == condition_value.strip()
+    left, right = _as_number(value), _as_number(condition_value)
+    return value == condition_value if left is None or right is None else left == right

@@ -116,9 +116,9 @@ def rename_columns(location: str, row: CanonicalRow, columns: Mapping[str, str])
 
     Raises:
         UserError: a column that the row lacks."""
-    found = {ours: lookup(row, theirs) for ours, theirs in columns.items()}
+    values = {ours: lookup(row, theirs) for ours, theirs in columns.items()}
     for ours, theirs in columns.items():
-        if found[ours] is ABSENT:
+        if values[ours] is ABSENT:
             near = did_you_mean(theirs, row, "{}")
             raise UserError(
                 f"{location}: no column {theirs!r}, as columns.{ours} says{near}; it has "
@@ -127,8 +127,8 @@ def rename_columns(location: str, row: CanonicalRow, columns: Mapping[str, str])
                 cause=Cause.NOT_FOUND,
             )
     used = {part for theirs in columns.values() for part in (theirs, *theirs.split("+"))}
-    kept = {name: value for name, value in row.items() if name not in used}
-    return kept | found
+    kept_columns = {name: value for name, value in row.items() if name not in used}
+    return kept_columns | values
 
 
 def lookup(row: CanonicalRow, name: str) -> Any:
@@ -141,9 +141,9 @@ def lookup(row: CanonicalRow, name: str) -> Any:
         return joined or ABSENT
     if "." not in name:
         return ABSENT
-    first, _, rest = name.partition(".")
+    first, _, entry_path = name.partition(".")
     below = as_mapping(row.get(first))
-    return ABSENT if below is None else lookup(below, rest)
+    return ABSENT if below is None else lookup(below, entry_path)
 
 
 def as_mapping(value: Any) -> CanonicalRow | None:
@@ -211,8 +211,8 @@ class DataReport:
         begun = "" if self.is_complete else " (more are not needed)"
         lines = [f"{self.source}: {self.num_read:,} {read} read{begun}, {num_kept:,} usable"]
         if self.columns:
-            found = ", ".join(f"{ours} = {theirs}" for ours, theirs in self.columns.items())
-            lines.append(f"  columns, by their names: {found}")
+            column_pairs = ", ".join(f"{ours} = {theirs}" for ours, theirs in self.columns.items())
+            lines.append(f"  columns, by their names: {column_pairs}")
         if self.kinds:
             counts = ", ".join(f"{kind} {count:,}" for kind, count in self.kinds.items())
             lines.append(f"  kinds of rows: {counts}")

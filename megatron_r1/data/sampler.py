@@ -54,8 +54,8 @@ class EpochSampler(Generic[Item]):
 
     def state_dict(self) -> dict[str, Any]:
         """Return, as JSON, where the next draw starts and a fingerprint of the items."""
-        own = {name: getattr(self, name) for name in ("seed", "epoch", "position")}
-        return {**own, "fingerprint": self._fingerprint}
+        state = {name: getattr(self, name) for name in ("seed", "epoch", "position")}
+        return {**state, "fingerprint": self._fingerprint}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state` was taken.
@@ -63,11 +63,11 @@ class EpochSampler(Generic[Item]):
         Raises:
             UserError: the items or the seed differ.
         """
-        for name, own in (("fingerprint", self._fingerprint), ("seed", self.seed)):
-            if state[name] != own:
-                what = "items" if name == "fingerprint" else name
+        for name, value in (("fingerprint", self._fingerprint), ("seed", self.seed)):
+            if state[name] != value:
+                noun = "items" if name == "fingerprint" else name
                 raise UserError(
-                    f"the checkpoint sampled other {what} ({state[name]}) than this run ({own}); "
+                    f"the checkpoint sampled other {noun} ({state[name]}) than this run ({value}); "
                     "restore the data and run.seed, or start a new run in another run.folder",
                     key="run.seed" if name == "seed" else "data",
                     cause=Cause.CHANGED,

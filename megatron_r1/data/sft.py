@@ -163,13 +163,13 @@ def _texts(row: CanonicalRow) -> Parts | None:
 def _prompt_and_completion(row: CanonicalRow) -> Parts | None:
     """Read {prompt or input, completion} as lists of messages; a text next to a list is one
     message."""
-    given = row["prompt"] if row.get("prompt") is not None else row.get("input")
+    prompt = row["prompt"] if row.get("prompt") is not None else row.get("input")
     learned = row.get("completion") or row.get("response") or row.get("output")
-    before, after = read_chat(given), read_chat(learned)
+    before, after = read_chat(prompt), read_chat(learned)
     if before is None and after is None:
         return None
-    if before is None and isinstance(given, str):
-        before = [{"role": "user", "content": given}]
+    if before is None and isinstance(prompt, str):
+        before = [{"role": "user", "content": prompt}]
     if after is None and isinstance(learned, str):
         after = [{"role": "assistant", "content": learned}]
     if not before or not after:
@@ -190,8 +190,8 @@ def _alpaca(row: CanonicalRow) -> Parts | None:
     instruction, output = row.get("instruction"), row.get("output") or row.get("response")
     if not isinstance(instruction, str) or not isinstance(output, str) or not output.strip():
         return None
-    given = row.get("input") or row.get("context")
-    more = f"\n\n{given}" if isinstance(given, str) and given.strip() else ""
+    context = row.get("input") or row.get("context")
+    more = f"\n\n{context}" if isinstance(context, str) and context.strip() else ""
     return _question_parts(instruction + more, output, row)
 
 

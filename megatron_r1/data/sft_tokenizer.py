@@ -79,10 +79,13 @@ class SFTTokenizer:
         thought = next((message[key] for key in THOUGHTS if message.get(key)), None)
         if not isinstance(thought, str) or any(key in self._thoughts for key in message):
             return message
-        rest = {key: value for key, value in message.items() if key not in THOUGHTS}
+        message_fields = {key: value for key, value in message.items() if key not in THOUGHTS}
         if self._thoughts:
-            return {**rest, self._thoughts[0]: thought}
-        return {**rest, "content": f"<think>\n{thought}\n</think>\n\n{message['content']}"}
+            return {**message_fields, self._thoughts[0]: thought}
+        return {
+            **message_fields,
+            "content": f"<think>\n{thought}\n</think>\n\n{message['content']}",
+        }
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text, special tokens included."""
@@ -165,20 +168,26 @@ class SFTTokenizer:
         self, example: SFTExample, messages: list[Message], number: int, text: str
     ) -> tuple[int, int]:
         """Return where the message of that number begins and ends in the conversation's text, the
-        header not included."""
+        header not included.
+
+        Args:
+            example: the conversation with its tools.
+            messages: its messages.
+            number: the message's place among them, from 0.
+            text: the text of the whole conversation."""
         prompt = self._render(example, messages[:number], prompt=True) if number else ""
         until = self._render(example, messages[: number + 1])
         if prompt and text.startswith(prompt) and text.startswith(until):
             return len(prompt), len(until)
         # The template writes earlier turns in another form than the last: without their thoughts.
         marked = {"role": "assistant", "content": MARK}
-        other = self._render(example, [*messages[:number], marked, *messages[number + 1 :]])
-        if MARK not in other:
+        marked_text = self._render(example, [*messages[:number], marked, *messages[number + 1 :]])
+        if MARK not in marked_text:
             raise self._hidden(example)
-        begin = len(os.path.commonprefix([text, other]))
+        begin = len(os.path.commonprefix([text, marked_text]))
         if prompt and text.startswith(prompt):
             begin = len(prompt)
-        tail = os.path.commonprefix([text[::-1], other[::-1]])
+        tail = os.path.commonprefix([text[::-1], marked_text[::-1]])
         return begin, min(len(text), len(text) - len(tail) + len(self._ending(tail[::-1])))
 
     def _ending(self, tail: str) -> str:

@@ -223,11 +223,11 @@ def _read_list(path: Path, key: str) -> Iterator[LocatedRow]:
 def _only_list(content: dict[str, Any]) -> list[dict[str, Any]] | None:
     """Return the list of objects that an object has besides single values, under any name; None
     where there is none, where there are several, and for messages, which are one row."""
-    found = [value for value in content.values() if isinstance(value, list | dict)]
-    if len(found) != 1 or not isinstance(found[0], list) or not found[0]:
+    containers = [value for value in content.values() if isinstance(value, list | dict)]
+    if len(containers) != 1 or not isinstance(containers[0], list) or not containers[0]:
         return None
-    is_rows = all(isinstance(row, dict) and len(row) > 1 for row in found[0])
-    return found[0] if is_rows and not any(is_chat(value) for value in found) else None
+    is_rows = all(isinstance(row, dict) and len(row) > 1 for row in containers[0])
+    return containers[0] if is_rows and not any(is_chat(value) for value in containers) else None
 
 
 def _table(content: dict[str, Any]) -> list[dict[str, Any]] | None:

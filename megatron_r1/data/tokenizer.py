@@ -158,25 +158,25 @@ def end_tokens(
         name = name.get("content") if isinstance(name, dict) else name
         eos = next((number for number, text in added.items() if text == name), None)
     by_text = {text: number for number, text in added.items()}
-    found: dict[int, str] = {} if eos is None else {eos: TOKENIZER_CONFIG}
+    file_by_id: dict[int, str] = {} if eos is None else {eos: TOKENIZER_CONFIG}
     for number in _ids(_read_if_there(path / GENERATION), path / GENERATION, key):
-        found.setdefault(number, GENERATION)
+        file_by_id.setdefault(number, GENERATION)
     config = _read_if_there(path / CONFIG)
     for part in (config, config.get("text_config")):
         if isinstance(part, dict):
             is_list = isinstance(part.get("eos_token_id"), list)
             for number in _ids(part, path / CONFIG, key):
                 if is_list or number in added:
-                    found.setdefault(number, CONFIG)
+                    file_by_id.setdefault(number, CONFIG)
     named = [text for text in TURN_ENDS if text in by_text]
     named += GLM if all(text in by_text for text in GLM) else ()
     named += [PHI] if PHI in by_text and HARMONY not in by_text else []
     for text in named:
-        found.setdefault(by_text[text], TOKENIZER)
+        file_by_id.setdefault(by_text[text], TOKENIZER)
     size = _vocab_size(config)
     return [
         EndToken(number, added.get(number, ""), source)
-        for number, source in found.items()
+        for number, source in file_by_id.items()
         if size is None or number < size
     ]
 
@@ -192,13 +192,13 @@ def _read_if_there(path: Path) -> dict[str, Any]:
 
 
 def _ids(content: Mapping[str, Any], path: Path, key: str) -> list[int]:
-    given = content.get("eos_token_id")
-    numbers = given if isinstance(given, list) else [] if given is None else [given]
+    token_ids = content.get("eos_token_id")
+    numbers = token_ids if isinstance(token_ids, list) else [] if token_ids is None else [token_ids]
     for number in numbers:
         if isinstance(number, bool) or not isinstance(number, int) or number < 0:
             raise UserError(
-                f"{key}: {path} has eos_token_id {given!r}, and {number!r} is no token id: write "
-                "the id of a token, or a list of ids",
+                f"{key}: {path} has eos_token_id {token_ids!r}, and {number!r} is no token id: "
+                "write the id of a token, or a list of ids",
                 key=key,
                 cause=Cause.MALFORMED,
             )

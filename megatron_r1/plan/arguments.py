@@ -27,10 +27,10 @@ def parse(
     Raises:
         UserError: an argument is neither.
     """
-    settings, others = _split(arguments)
-    args, rest = _parser(description).parse_known_args(others)
-    _check_options(args, rest)
-    return args, parse_overrides([*rest, *settings], boolean_keys(configuration.Config))
+    settings, option_words = _split(arguments)
+    args, override_words = _parser(description).parse_known_args(option_words)
+    _check_options(args, override_words)
+    return args, parse_overrides([*override_words, *settings], boolean_keys(configuration.Config))
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -38,7 +38,7 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
 
     argparse would take a setting's value, and any word with a blank in it, for a recipe."""
     settings: list[str] = []
-    others: list[str] = []
+    option_words: list[str] = []
     needs_value = False
     for word in arguments:
         key, equals, _ = word.partition("=")
@@ -47,9 +47,9 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
             needs_value = not equals
         else:
             is_value = needs_value and not word.startswith("--")
-            (settings if is_value else others).append(word)
+            (settings if is_value else option_words).append(word)
             needs_value = False
-    return settings, others
+    return settings, option_words
 
 
 def _parser(description: str | None) -> argparse.ArgumentParser:
@@ -103,8 +103,8 @@ def planned_job(
 
     Raises:
         UserError: the recipe, the options or the model do not go together."""
-    whole = load_recipe(recipe, overrides)
-    config = whole.at(step or args.step or 1)
+    loaded_config = load_recipe(recipe, overrides)
+    config = loaded_config.at(step or args.step or 1)
     verb = infer_verb(config)
     _check_verb(args, verb)
     hardware, assumptions = HARDWARE[args.hardware], Assumptions()
@@ -129,7 +129,7 @@ def planned_job(
         measured=measured,
         rollout_gpus=args.rollout_gpus or _gpus_of_hosts(config, verb),
         verb=verb,
-        keeps_reference=verb == "rl" and whole.uses_reference,
+        keeps_reference=verb == "rl" and loaded_config.uses_reference,
     )
     assert job.critic is None or job.critic.is_critic, "reading it checks it"
     limit = job.longest_response
@@ -185,7 +185,14 @@ def _prompt_tokens(
     args: argparse.Namespace, config: configuration.Config, verb: Verb, hf: dict, assumed: int
 ) -> int:
     """Return the option, or the assumed ones if the context has room for them next to the longest
-    response."""
+    response.
+
+    Args:
+        args: the options.
+        config: the recipe.
+        verb: its verb.
+        hf: the model's `config.json`.
+        assumed: tokens of a prompt where no option says."""
     if verb == "sft":
         return args.prompt_tokens or assumed
     if verb == "reward-model":
@@ -203,7 +210,7 @@ def _prompt_tokens(
     return args.prompt_tokens or min(assumed, longest)
 
 
-def _check_options(args: argparse.Namespace, rest: list[str]) -> None:
+def _check_options(args: argparse.Namespace, override_words: list[str]) -> None:
     options = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items()}
     recipes = options.pop("--recipes")
     if bool(recipes) == bool(args.published or args.calibrate_from):
@@ -212,7 +219,7 @@ def _check_options(args: argparse.Namespace, rest: list[str]) -> None:
             key="recipe",
             cause=Cause.CONFLICT if recipes else Cause.MISSING,
         )
-    for word in rest:
+    for word in override_words:
         key = word.partition("=")[0]
         near = did_you_mean(key, options, "{}")
         if key.startswith("--") and near:

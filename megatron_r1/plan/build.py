@@ -44,8 +44,8 @@ def build_ranks(job: PlannedJob, pipeline_ranks: Iterable[int] | None = None) ->
             )
     seconds = time.perf_counter() - started
     ranks, distinct, owned = _compare_ranks(job, built)
-    whole = ModelCounts(job.hf)
-    expected = whole.total + (whole.mtp_own if job.with_mtp else 0)
+    model_counts = ModelCounts(job.hf)
+    expected = model_counts.total + (model_counts.mtp_own if job.with_mtp else 0)
     if len(chosen) == job.parallel.pipeline and owned != expected:
         raise ValueError(f"all ranks together own {owned:,} values, the model has {expected:,}")
     total = time.perf_counter() - started
@@ -131,14 +131,14 @@ def _compare_ranks(job: PlannedJob, built: dict[int, list[dict]]) -> tuple[int, 
     ranks = owned = 0
     sizes = (parallel.tensor, parallel.expert, parallel.expert_tensor)
     for *key, dense_replica, expert_replica in _rank_coordinates(job):
-        pipeline, *own = key
+        pipeline, *shard_ranks = key
         if pipeline not in built:
             continue
         ranks += 1
-        if (known := tuple(key)) not in entries:
-            at = dict(zip(("tp", "ep", "etp"), zip(own, sizes, strict=True), strict=True))
-            entries[known] = _compare(job, pipeline, built[pipeline], at)
-        dense, expert = entries[known]
+        if (coordinate := tuple(key)) not in entries:
+            at = dict(zip(("tp", "ep", "etp"), zip(shard_ranks, sizes, strict=True), strict=True))
+            entries[coordinate] = _compare(job, pipeline, built[pipeline], at)
+        dense, expert = entries[coordinate]
         owned += dense * (dense_replica == 0) + expert * (expert_replica == 0)
     return ranks, len(entries), owned
 
@@ -146,9 +146,14 @@ def _compare_ranks(job: PlannedJob, built: dict[int, list[dict]]) -> tuple[int, 
 def _compare(job: PlannedJob, pipeline_rank: int, built: list[dict], at: dict) -> tuple[int, int]:
     """Return how many dense and how many expert values a rank owns, as (dense, expert).
 
+    Args:
+        job: the planned job.
+        pipeline_rank: the pipeline rank that was built.
+        built: the shapes of each of its chunks, by name.
+        at: the rank's place on the other axes, with their sizes.
+
     Raises:
-        ValueError: `built` differs from the plan.
-    """
+        ValueError: `built` differs from the plan."""
     owned: defaultdict[bool, int] = defaultdict(int)
     for chunk, shapes in zip(job.stages[pipeline_rank], built, strict=True):
         # Without a GPU the layers, and so the names, are Megatron's own.

@@ -62,12 +62,12 @@ def calibrate_from(folder: Path, file: Path, args: argparse.Namespace, overrides
             key="--calibrate-from",
             cause=Cause.UNREADABLE,
         ) from None
-    other = "the metrics do not say"
+    unknown_gpu = "the metrics do not say"
     rows = [f"{file}: from {steps}, for {hardware}"]
     rows += [f"  {name:24}  {value:.4g}" for name, value in values.items()]
     rows += ["not derived:"]
     names = [name for name in described_fields(measured.job.assumptions) if name not in values]
-    rows += [f"  {name:24}  {reasons.get(name, other)}" for name in names]
+    rows += [f"  {name:24}  {reasons.get(name, unknown_gpu)}" for name in names]
     return "\n".join([*rows, "  rates of the hardware     measure each link alone"])
 
 
@@ -102,8 +102,8 @@ class RunCalibration:
             self._solve("push_efficiency", "time/push", "push")
 
     def _median(self, key: str) -> float | None:
-        found = [value for line in self.lines if (value := finite_metric(line, key)) is not None]
-        return median(found) if found else None
+        values = [value for line in self.lines if (value := finite_metric(line, key)) is not None]
+        return median(values) if values else None
 
     def _lengths(self) -> None:
         """Set the job's lengths to the run's: tokens of a sample from how full the micro-batches
@@ -144,10 +144,10 @@ class RunCalibration:
         """One number of seconds determines one of two: engines of one GPU have no exchanges."""
         several = self.job.engine_gpus > 1
         names = "decode_latency_per_layer", "bandwidth_efficiency"
-        wanted, other = names if several else names[::-1]
-        self._solve(wanted, "time/rollout", "rollout")
-        self.reasons[other] = (
-            f"time/rollout was used for {wanted}" if several else "engines have one GPU each"
+        fitted_name, other_name = names if several else names[::-1]
+        self._solve(fitted_name, "time/rollout", "rollout")
+        self.reasons[other_name] = (
+            f"time/rollout was used for {fitted_name}" if several else "engines have one GPU each"
         )
 
     def _solve(self, name: str, key: str, *parts: str) -> None:

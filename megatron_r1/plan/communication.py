@@ -66,31 +66,31 @@ def traffic_by_axis(job: PlannedJob, rank: int) -> dict[str, AxisTraffic]:
 
 
 def _tensor(job: PlannedJob, layers: int) -> AxisTraffic:
-    hf, size, whole = job.hf, job.parallel.tensor, job.rank_tokens
+    hf, size, tokens = job.hf, job.parallel.tensor, job.rank_tokens
     hidden, fraction = hf["hidden_size"], (size - 1) / size
     gathered = scattered = 2 * hidden
     if job.latent_attention:
         gathered = hidden + (hf.get("q_lora_rank") or hidden) + hf["kv_lora_rank"]
-    forward = layers * (gathered + scattered) * whole * ACTIVATION_BYTES * fraction
-    backward = layers * (2 * gathered + scattered) * whole * ACTIVATION_BYTES * fraction
+    forward = layers * (gathered + scattered) * tokens * ACTIVATION_BYTES * fraction
+    backward = layers * (2 * gathered + scattered) * tokens * ACTIVATION_BYTES * fraction
     again = forward if job.parallel.recompute == "full" else 0
     formula = (
         f"{format_count(layers, 'layer')} x (gather {gathered} + scatter {scattered} values) x "
-        f"{whole:,.0f} tokens x {ACTIVATION_BYTES} B x {fraction:.2f}, backward with the gathers "
+        f"{tokens:,.0f} tokens x {ACTIVATION_BYTES} B x {fraction:.2f}, backward with the gathers "
         "once more"
     )
     return AxisTraffic(size, size, formula, forward + backward + again, forward)
 
 
 def _context(job: PlannedJob, layers: int) -> AxisTraffic:
-    hf, size, whole = job.hf, job.parallel.context, job.rank_tokens
+    hf, size, tokens = job.hf, job.parallel.context, job.rank_tokens
     # With fewer key and value heads than tensor ranks, several ranks send the same one.
     heads = max(key_value_heads(hf), job.parallel.tensor)
     values = heads * sum(head_sizes(hf)) / job.parallel.tensor
-    forward = layers * values * whole * (size - 1) * ACTIVATION_BYTES
+    forward = layers * values * tokens * (size - 1) * ACTIVATION_BYTES
     again = job.parallel.recompute == "full"
     formula = (
-        f"{format_count(layers, 'layer')} x {values:,.0f} key and value features x {whole:,.0f} "
+        f"{format_count(layers, 'layer')} x {values:,.0f} key and value features x {tokens:,.0f} "
         f"tokens x {format_count(size - 1, 'other rank')} x {ACTIVATION_BYTES} B; backward: again, "
         "and their gradients"
     )
@@ -107,17 +107,17 @@ def _expert(job: PlannedJob, sparse: int) -> AxisTraffic | None:
     )
     chosen = job.hf["num_experts_per_tok"]
     span, nodes = size * parallel.expert_tensor, job.hf.get("topk_group") or math.inf
-    copies, what = chosen, "experts"
+    copies, receivers = chosen, "experts"
     if parallel.dispatcher == "flex":
         spread = -(-span // job.hardware.gpus_per_node)
         copies = copies_of_token(size, spread, chosen, nodes)
-        what = "nodes (DeepEP)" if spread > 1 else "ranks (DeepEP)"
+        receivers = "nodes (DeepEP)" if spread > 1 else "ranks (DeepEP)"
     routed = copies * split * job.assumptions.expert_imbalance
     once = sparse * routed * job.hf["hidden_size"] * ACTIVATION_BYTES * (size - 1) / size
     recomputed = parallel.recompute == "selective" and "moe" in parallel.recompute_modules
     times = 6 if parallel.recompute == "full" or recomputed else 4
     formula = (
-        f"{format_count(sparse, 'layer')} x {copies:.3g} {what} x {split:,.0f} tokens x "
+        f"{format_count(sparse, 'layer')} x {copies:.3g} {receivers} x {split:,.0f} tokens x "
         f"{job.hf['hidden_size']} x {ACTIVATION_BYTES} B x {(size - 1) / size:.2f} x imbalance "
         f"{job.assumptions.expert_imbalance}, out and back, {times} times"
     )
@@ -238,10 +238,14 @@ class EngineInterconnect:
         nodes = self.nodes(ranks)
         inside, rate = min(ranks, self.hardware.gpus_per_node) - 1, self._rate(ranks)
         return min(
-            each.start_seconds
-            + 2 * (inside * each.nvlink_hop_seconds + math.log2(nodes) * each.network_hop_seconds)
-            + 2 * num_bytes / (rate * each.fraction)
-            for each in TREE
+            step_time.start_seconds
+            + 2
+            * (
+                inside * step_time.nvlink_hop_seconds
+                + math.log2(nodes) * step_time.network_hop_seconds
+            )
+            + 2 * num_bytes / (rate * step_time.fraction)
+            for step_time in TREE
         )
 
     def all_gather_seconds(self, ranks: int, num_bytes: float) -> float:
@@ -252,11 +256,11 @@ class EngineInterconnect:
         between, rate = self.nodes(ranks) - 1, self._rate(ranks)
         inside = ranks - 1 - between
         return min(
-            each.start_seconds
-            + inside * each.nvlink_hop_seconds
-            + between * each.network_hop_seconds
-            + num_bytes * (ranks - 1) / ranks / (rate * each.fraction)
-            for each in RING
+            step_time.start_seconds
+            + inside * step_time.nvlink_hop_seconds
+            + between * step_time.network_hop_seconds
+            + num_bytes * (ranks - 1) / ranks / (rate * step_time.fraction)
+            for step_time in RING
         )
 
 

@@ -15,7 +15,7 @@ from math import prod
 
 from megatron_r1.models.hf_config import head_sizes
 from megatron_r1.models.memory import ParameterCounts, count_parameters
-from megatron_r1.models.weights.layout import Shard, layout, layout_from_rules
+from megatron_r1.models.weights.layout import Shard, layout, layout_from_table
 from megatron_r1.models.weights.table import WeightRule, weight_table
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.quantity import Quantity, QuantityTable
@@ -35,7 +35,7 @@ class RankCounts:
             transformer_engine=True,
         )
         sizes = (parallel.tensor, parallel.expert, parallel.expert_tensor)
-        self._known: dict = job.shared.setdefault(("counts", *sizes), {})
+        self._counts_by_key: dict = job.shared.setdefault(("counts", *sizes), {})
 
     def rank_counts(self, pipeline_rank: int) -> ParameterCounts:
         """Return the counts of one rank of this pipeline rank: the sum over its virtual stages."""
@@ -47,20 +47,22 @@ class RankCounts:
         ends = {name: getattr(chunk, name) for name in ("embedding", "final_norm", "head", "mtp")}
         kinds = Counter(self.job.is_sparse_layer[layer] for layer in chunk.layers)
         key = (*ends.values(), *sorted(kinds.items()))
-        if key not in self._known:
+        if key not in self._counts_by_key:
             first = {self.job.is_sparse_layer[layer]: layer for layer in chunk.layers}
             at = {kind: replace(self._at, layers=(first[kind],)) for kind in kinds}
             layers = (self._counted(kind, at[kind]) * n for kind, n in kinds.items())
-            own = self._counted((*ends.values(),), replace(self._at, **ends))
-            self._known[key] = own + sum(layers, ParameterCounts())
-        return self._known[key]
+            counts = self._counted((*ends.values(),), replace(self._at, **ends))
+            self._counts_by_key[key] = counts + sum(layers, ParameterCounts())
+        return self._counts_by_key[key]
 
     def _counted(self, key: Hashable, at: Shard) -> ParameterCounts:
-        if key not in self._known:
+        if key not in self._counts_by_key:
             job, adapters = self.job, self.job.adapters
-            trained = None if adapters is None else layout_from_rules(adapters, at)
-            self._known[key] = count_parameters(layout(job.hf, at), job.config.model.mtp, trained)
-        return self._known[key]
+            trained = None if adapters is None else layout_from_table(adapters, at)
+            self._counts_by_key[key] = count_parameters(
+                layout(job.hf, at), job.config.model.mtp, trained
+            )
+        return self._counts_by_key[key]
 
 
 class ModelCounts:
@@ -70,31 +72,31 @@ class ModelCounts:
         hf: the model's config.json."""
 
     def __init__(self, hf: dict):
-        rules = weight_table(hf)
-        experts, chosen = rules.num_experts, hf.get("num_experts_per_tok", 0)
+        table = weight_table(hf)
+        experts, chosen = table.num_experts, hf.get("num_experts_per_tok", 0)
         # All layers of one kind share one list of the table.
-        kinds = Counter(map(id, rules.layers))
-        layers = {id(layer): layer for layer in rules.layers}
+        kinds = Counter(map(id, table.layers))
+        layers = {id(layer): layer for layer in table.layers}
         expert = sum(times * _size(layers[kind], True) for kind, times in kinds.items())
-        ends = _size(rules.embedding) + _size(rules.final_norm) + _size(rules.head)
+        ends = _size(table.embedding) + _size(table.final_norm) + _size(table.head)
         tied = bool(hf.get("tie_word_embeddings"))
         if tied:
-            ends -= _size(rules.embedding)
+            ends -= _size(table.embedding)
         self.shared = ends + sum(n * _size(layers[kind], False) for kind, n in kinds.items())
         """Parameters outside routed experts and MTP layers."""
         self.routed = experts * expert
         self.total = self.shared + self.routed
         self.active = self.shared + chosen * expert
         """Parameters on one token's path: all but the experts it is not routed to."""
-        self.multiplied = self.active - (0 if tied else _size(rules.embedding))
+        self.multiplied = self.active - (0 if tied else _size(table.embedding))
         """Parameters one token is multiplied with: not the embedding, of which it reads a row."""
         self.mtp_own = sum(
-            _size(layer, False) + experts * _size(layer, True) for layer in rules.mtp
+            _size(layer, False) + experts * _size(layer, True) for layer in table.mtp
         )
         """Parameters of the MTP layers, without their copies of embedding and head."""
-        self.mtp_routed = experts * sum(_size(layer, True) for layer in rules.mtp)
-        copies = _size(rules.embedding) + _size(rules.head)
-        self.mtp = self.mtp_own + len(rules.mtp) * copies
+        self.mtp_routed = experts * sum(_size(layer, True) for layer in table.mtp)
+        copies = _size(table.embedding) + _size(table.head)
+        self.mtp = self.mtp_own + len(table.mtp) * copies
         """Parameters of the MTP layers in the checkpoint, copies included."""
 
 

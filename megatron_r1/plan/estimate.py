@@ -36,7 +36,7 @@ def estimate_step(job: PlannedJob) -> StepEstimate:
     """Return what a job's optimizer step takes."""
     times = StepTime(job, EngineMemory(job))
     rank = times.busiest
-    peak = max(each.peak_bytes for each in rank_memory(job))
+    peak = max(memory.peak_bytes for memory in rank_memory(job))
     return StepEstimate(
         times.optimizer_step_seconds(),
         times.expert_exchange_seconds(rank),
@@ -115,19 +115,19 @@ class JobEstimate:
 
     def problems(self) -> list[str]:
         """Return one sentence per limit that is exceeded: the number, the limit and the remedy."""
-        found, job = [], self.job
+        problems, job = [], self.job
         if job.trains:
-            found = [self._gpu(), self._host_problem(self._host(), job.world_size)]
-            found += [self._host_problem(self._engines_host(), job.rollout_gpus)]
-        found += [self._engine_fraction(), self._cache(), self._push()] if job.generates else []
-        return [text for text in found if text]
+            problems = [self._gpu(), self._host_problem(self._host(), job.world_size)]
+            problems += [self._host_problem(self._engines_host(), job.rollout_gpus)]
+        problems += [self._engine_fraction(), self._cache(), self._push()] if job.generates else []
+        return [text for text in problems if text]
 
     def notes(self) -> list[str]:
         """Return one sentence per limit of time that an estimated time may exceed."""
         if not self.job.generates or not self.engines.max_concurrency:
             return []
-        given = Quantity(self.times.rollout.longest_seconds, "s")
-        longest = with_range(self.job, "rollout", given)
+        longest_seconds = Quantity(self.times.rollout.longest_seconds, "s")
+        longest = with_range(self.job, "rollout", longest_seconds)
         limit = self.job.config.rollout.request_timeout_seconds
         if (longest.high or longest.number) <= limit:
             return []
@@ -233,9 +233,9 @@ class JobEstimate:
         if fraction is not None and fraction <= least:
             return None
         takes = f"={fraction:g}" if fraction else " is not set, and vLLM takes 0.92"
-        other = "the trainer" if beside else f"a push's {_size(engines.receive_buffer_bytes)}"
+        holder = "the trainer" if beside else f"a push's {_size(engines.receive_buffer_bytes)}"
         return (
-            f"rollout.gpu_memory{takes}: of each GPU's {_size(memory)} {other} leaves engines "
+            f"rollout.gpu_memory{takes}: of each GPU's {_size(memory)} {holder} leaves engines "
             f"{_size(engines.free_bytes)}: set at most {math.floor(100 * least) / 100}"
         )
 
@@ -246,8 +246,8 @@ class JobEstimate:
             return None
         kinds = {"weights": engines.weight_bytes, RECEIVE_BUFFER: engines.receive_buffer_bytes}
         kinds["the trainer"] = engines.trainer_bytes
-        taken = ", ".join(f"{_size(count)} of {kind}" for kind, count in kinds.items() if count)
-        beside = f"beside {taken} and {_size(job.assumptions.reserved)} reserved"
+        sizes = ", ".join(f"{_size(count)} of {kind}" for kind, count in kinds.items() if count)
+        beside = f"beside {sizes} and {_size(job.assumptions.reserved)} reserved"
         has = f"has {_size(engines.cache_bytes)}"
         if engines.cache_bytes <= 0:
             has = (
@@ -261,8 +261,8 @@ class JobEstimate:
     def _push(self) -> str | None:
         """Return the problem of a push that arrives in the place of the KV cache, or None."""
         engines, memory = self.engines, self.job.hardware.memory
-        needed, left = reused_kv_cache_bytes(self.job), max(0, engines.cache_bytes)
-        if needed <= left:
+        needed, cache_left = reused_kv_cache_bytes(self.job), max(0, engines.cache_bytes)
+        if needed <= cache_left:
             return None
         raised, fraction = "", self.job.config.rollout.gpu_memory
         if fraction is not None:
@@ -271,7 +271,7 @@ class JobEstimate:
                 raised = f"set rollout.gpu_memory to {larger:g}, or "
         return (
             f"a push over nccl needs {_size(needed)} of a GPU in the place of the KV cache, which "
-            f"has {_size(left)}: {raised}{SMALLER_RECEIVE_BUFFER}, or set "
+            f"has {_size(cache_left)}: {raised}{SMALLER_RECEIVE_BUFFER}, or set "
             "push.transport to gloo"
         )
 

@@ -41,7 +41,7 @@ def exposed_seconds(once: float, attention: float, experts: float) -> float:
         attention: seconds of the forward pass outside the routed experts.
         experts: seconds of the routed experts' forward pass."""
     behind = (attention, BACKWARD * experts, experts, BACKWARD * attention)
-    return sum(max(0.0, once - each) for each in behind)
+    return sum(max(0.0, once - hidden_seconds) for hidden_seconds in behind)
 
 
 def unpaired_fraction(job: PlannedJob, pipeline_rank: int) -> float:
@@ -92,18 +92,18 @@ def exchange_choice(
         estimate_step: estimates a job that differs from it in `parallel` alone."""
     if not job.has_experts or job.parallel.expert == 1:
         return {}
-    whole = job.with_parallel(overlap_expert_exchange=False, recompute="full")
-    jobs = {OVERLAPPED: _overlapped(job), FULL_RECOMPUTE: whole}
+    with_exchange = job.with_parallel(overlap_expert_exchange=False, recompute="full")
+    jobs = {OVERLAPPED: _overlapped(job), FULL_RECOMPUTE: with_exchange}
     if blocked := list(islice(overlap_conflicts(jobs[OVERLAPPED].config, job.hf), 1)):
         why = f"not possible with {blocked[0].setting}: {blocked[0].reason}"
         return {
             OVERLAPPED: Quantity(None, "s", why),
-            FULL_RECOMPUTE: _row(whole, estimate_step(whole)),
+            FULL_RECOMPUTE: _row(with_exchange, estimate_step(with_exchange)),
         }
-    estimates = {name: estimate_step(each) for name, each in jobs.items()}
-    section = {name: _row(jobs[name], each) for name, each in estimates.items()}
+    estimates = {name: estimate_step(estimate) for name, estimate in jobs.items()}
+    section = {name: _row(jobs[name], estimate) for name, estimate in estimates.items()}
     ratio = estimates[FULL_RECOMPUTE].step / estimates[OVERLAPPED].step
-    fitting = [name for name, each in estimates.items() if each.peak <= job.hardware.memory]
+    fitting = [name for name, estimate in estimates.items() if estimate.peak <= job.hardware.memory]
     verdict = {0: "neither fits", 1: f"only '{fitting[0]}' fits" if fitting else "", 2: "both fit"}
     formula = f"{FULL_RECOMPUTE} / {OVERLAPPED}; {verdict[len(fitting)]}"
     return section | {"saved time": Quantity(ratio, "x", formula)}
@@ -120,15 +120,18 @@ def _overlapped(job: PlannedJob) -> PlannedJob:
     )
 
 
-def _row(job: PlannedJob, found: StepEstimate) -> Quantity:
+def _row(job: PlannedJob, estimate: StepEstimate) -> Quantity:
     parallel = job.parallel
-    needed, memory = byte_quantity(found.peak), byte_quantity(job.hardware.memory)
-    fits = "fits" if found.peak <= job.hardware.memory else "does not fit"
-    what = "every layer" if parallel.recompute == "full" else ", ".join(parallel.recompute_modules)
+    needed, memory = byte_quantity(estimate.peak), byte_quantity(job.hardware.memory)
+    fits = "fits" if estimate.peak <= job.hardware.memory else "does not fit"
+    recomputed = (
+        "every layer" if parallel.recompute == "full" else ", ".join(parallel.recompute_modules)
+    )
     formula = (
-        f"an optimizer step; {needed} of {memory} on the fullest rank: {fits}. Recomputed: {what}. "
-        f"{found.exposed:.2g} s of the exchange of a micro-batch exposed"
+        f"an optimizer step; {needed} of {memory} on the fullest rank: {fits}. "
+        f"Recomputed: {recomputed}. {estimate.exposed:.2g} s of the exchange of a "
+        "micro-batch exposed"
     )
     if parallel.overlap_expert_exchange:
-        formula += f", {1 - found.unpaired:.0%} of its passes combined with another's"
-    return Quantity(found.step, "s", formula)
+        formula += f", {1 - estimate.unpaired:.0%} of its passes combined with another's"
+    return Quantity(estimate.step, "s", formula)

@@ -98,10 +98,10 @@ class PlannedJob:
 
     def layers(self, pipeline_rank: int) -> tuple[int, int]:
         """Return the numbers of (dense, sparse) decoder layers on a pipeline rank."""
-        held = [
+        layer_numbers = [
             self.is_sparse_layer[n] for chunk in self.stages[pipeline_rank] for n in chunk.layers
         ]
-        return len(held) - sum(held), sum(held)
+        return len(layer_numbers) - sum(layer_numbers), sum(layer_numbers)
 
     @cached_property
     def stages(self) -> list[list[Shard]]:
@@ -329,10 +329,10 @@ def _engines_that_match(job: PlannedJob, ranks: int, gpus: int) -> str:
     return f"{_alternatives(sizes)} would match{or_lower}"
 
 
-def _nearest_divisors(target: int, of: int) -> list[int]:
+def _nearest_divisors(target: int, dividend: int) -> list[int]:
     """Return the largest divisor below `target` and the smallest above, if there are any."""
-    below = [n for n in range(1, min(target, of + 1)) if of % n == 0]
-    above = [n for n in range(target + 1, of + 1) if of % n == 0]
+    below = [n for n in range(1, min(target, dividend + 1)) if dividend % n == 0]
+    above = [n for n in range(target + 1, dividend + 1) if dividend % n == 0]
     return [*below[-1:], *above[:1]]
 
 

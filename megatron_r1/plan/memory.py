@@ -101,7 +101,7 @@ def _of_rank(
 ) -> RankMemory:
     parallel, counts = job.parallel, ranks.rank_counts(rank)
     persistent = _persistent_bytes(job, counts)
-    kept, working = _activations(job, rank, layers)
+    kept_bytes, working = _activations(job, rank, layers)
     # Without a graph nothing is kept: one layer's tensors at most.
     forward_only = max(x.total + x.dispatch for x in _held(job, rank, layers))
     last = any(chunk.head for chunk in job.stages[rank])
@@ -118,7 +118,7 @@ def _of_rank(
         )
     stays = {**persistent, "fp8 copies": _fp8_copies(job, counts)}
     ends = {"loss head": head, "reserved": round(job.assumptions.reserved)}
-    training = {**stays, "activations": kept, "layer in work": working, **ends}
+    training = {**stays, "activations": kept_bytes, "layer in work": working, **ends}
     scored = reference if job.computes_ref_logprobs else 0
     scoring = {**stays, "reference": scored, "layer in work": forward_only, **ends}
     if buffer := 0 if job.rollout_gpus else receive_buffer_bytes(job, "GPU"):
@@ -161,27 +161,27 @@ def _activations(
     flights = _microbatches_held(job, rank)
     kept_by = {sparse: layer.saved_bytes(parallel) for sparse, layer in layers.items()}
     # A chunk's output stays after it was sent (deallocate_pipeline_outputs is off).
-    kept = sum(
+    kept_bytes = sum(
         count * (layers[False].input + sum(kept_by[job.is_sparse_layer[n]] for n in chunk.layers))
         for chunk, count in zip(stages, flights, strict=True)
     )
-    return kept, max(working_bytes(layer, parallel) for layer in _held(job, rank, layers))
+    return kept_bytes, max(working_bytes(layer, parallel) for layer in _held(job, rank, layers))
 
 
 def _microbatches_held(job: PlannedJob, rank: int) -> list[int]:
     """Return `microbatches_in_flight` of a pipeline rank, without the empty micro-batches."""
-    held = microbatches_in_flight(
+    flights = microbatches_in_flight(
         rank, job.parallel.pipeline, job.num_model_chunks, job.schedule_slots
     )
-    return [min(count, job.num_microbatches) for count in held]
+    return [min(count, job.num_microbatches) for count in flights]
 
 
 def _held(
     job: PlannedJob, rank: int, layers: dict[bool, LayerActivations]
 ) -> list[LayerActivations]:
     """Return one of each kind of layer on a pipeline rank."""
-    held = [layers[bool(sparse)] for sparse, count in enumerate(job.layers(rank)) if count]
-    return held or [LayerActivations(0, 0, {}, 0)]
+    kinds = [layers[bool(sparse)] for sparse, count in enumerate(job.layers(rank)) if count]
+    return kinds or [LayerActivations(0, 0, {}, 0)]
 
 
 def _fp8_copies(job: PlannedJob, counts: ParameterCounts) -> int:
@@ -210,12 +210,12 @@ def microbatches_in_flight(rank: int, pipeline: int, virtual: int, microbatches:
     if virtual == 1:
         return [min(microbatches, pipeline - rank)]
     count = min(2 * (pipeline - rank - 1) + (virtual - 1) * pipeline + 1, virtual * microbatches)
-    held = [0] * virtual
+    flights = [0] * virtual
     for start in range(0, microbatches, pipeline):
         together = min(pipeline, microbatches - start)
         for chunk in range(virtual):
-            held[chunk] += min(together, count - sum(held))
-    return held
+            flights[chunk] += min(together, count - sum(flights))
+    return flights
 
 
 def memory_section(job: PlannedJob, rank: RankMemory) -> QuantityTable:
@@ -225,8 +225,8 @@ def memory_section(job: PlannedJob, rank: RankMemory) -> QuantityTable:
     dense, expert = f"{c.dense:,} dense", f"{c.expert:,} expert"
     flights = _microbatches_held(job, rank.rank)
     state = parameter_bytes(job.config.model.dtype, job.config.optimizer.moments).optimizer
-    left = 1 - parallel.optimizer_offload
-    part = f" x {left:.2g}, the rest on the host" if parallel.optimizer_offload else ""
+    gpu_fraction = 1 - parallel.optimizer_offload
+    part = f" x {gpu_fraction:.2g}, the rest on the host" if parallel.optimizer_offload else ""
     formulas = {
         "parameters": f"({dense} + {expert} + {c.frozen:,} frozen) x {value} B",
         "gradients": f"({dense} + {expert}) x 4 B (fp32)",
@@ -315,27 +315,27 @@ class EngineMemory:
     @property
     def free_bytes(self) -> float:
         """Bytes of a GPU that are not the trainer's, nor the receive buffer's."""
-        others = self.job.assumptions.reserved - self.reserved_bytes + self.trainer_bytes
-        return self.job.hardware.memory - others - self.receive_buffer_bytes
+        other_bytes = self.job.assumptions.reserved - self.reserved_bytes + self.trainer_bytes
+        return self.job.hardware.memory - other_bytes - self.receive_buffer_bytes
 
     @property
     def cache_bytes(self) -> int:
         """Bytes left for KV cache on one GPU; negative if even the weights do not fit."""
         fraction = self.job.config.rollout.gpu_memory
-        taken = (
+        engine_bytes = (
             self.free_bytes
             if fraction is None
             else min(self.free_bytes, fraction * self.job.hardware.memory)
         )
-        return round(taken - self.reserved_bytes - self.weight_bytes)
+        return round(engine_bytes - self.reserved_bytes - self.weight_bytes)
 
     @property
     def token_bytes(self) -> float:
         """Cache bytes of a token on each GPU that attends to it: latents whole, heads shared."""
-        whole = cache_bytes_per_token(self.job.hf, self.parameter_bytes, self.mtp_layers)
+        num_bytes = cache_bytes_per_token(self.job.hf, self.parameter_bytes, self.mtp_layers)
         if self.job.latent_attention:
-            return whole
-        return whole / min(self.tensor, key_value_heads(self.job.hf))
+            return num_bytes
+        return num_bytes / min(self.tensor, key_value_heads(self.job.hf))
 
     @property
     def sequences(self) -> float:
@@ -353,11 +353,13 @@ class EngineMemory:
         """Mean number of sequences that such a group decodes together, limited by cache and
         settings. Of several rollouts (`rollouts_in_flight`) most are in a part where only long
         responses are left."""
-        wanted = self.sequences
+        concurrency = self.sequences
         if self.rollouts_in_flight > 1:
             fraction = self.job.response_tokens / self.job.longest_response
-            wanted = max(min(1.0, wanted), wanted * self.rollouts_in_flight * fraction)
-        return min(wanted, self.max_concurrency, self.job.config.rollout.max_num_seqs)
+            concurrency = max(
+                min(1.0, concurrency), concurrency * self.rollouts_in_flight * fraction
+            )
+        return min(concurrency, self.max_concurrency, self.job.config.rollout.max_num_seqs)
 
     @property
     def cached_tokens(self) -> float:
@@ -382,12 +384,12 @@ def rollout_section(engines: EngineMemory) -> QuantityTable:
     fraction = job.config.rollout.gpu_memory
     if fraction is not None:
         half = "half of " if engines.trainer_bytes else ""
-        left = f"rollout.gpu_memory={fraction:g} x memory - {half}reserved - weights"
+        formula = f"rollout.gpu_memory={fraction:g} x memory - {half}reserved - weights"
     else:
-        left = "memory - reserved - weights"
+        formula = "memory - reserved - weights"
         if engines.receive_buffer_bytes:
-            left += f" - receive buffer {byte_quantity(engines.receive_buffer_bytes)}"
-        left += (
+            formula += f" - receive buffer {byte_quantity(engines.receive_buffer_bytes)}"
+        formula += (
             f" - trainer's {byte_quantity(engines.trainer_bytes)}" if engines.trainer_bytes else ""
         )
     copies = planned_engine_layout(job).redundant_experts
@@ -417,7 +419,7 @@ def rollout_section(engines: EngineMemory) -> QuantityTable:
             f"{engines.parameter_bytes} B"
             + ("; the MTP layers' among them" if engines.mtp_layers else ""),
         ),
-        "KV cache": byte_quantity(max(0, engines.cache_bytes), f"{short}{left}"),
+        "KV cache": byte_quantity(max(0, engines.cache_bytes), f"{short}{formula}"),
         "tokens cached": Quantity(
             max(0, int(engines.cache_bytes / engines.token_bytes)),
             "tokens",

@@ -93,14 +93,14 @@ def offload_time(job: PlannedJob, push_seconds: float) -> QuantityTable:
     num_bytes, hardware = _most_offloaded_bytes(job), job.hardware
     rate, link = hardware.host_link * job.assumptions.link_efficiency, "host_link"
     if job.config.parallel.offload_between_phases == "disk":
-        own = hardware.local_disk / min(hardware.gpus_per_node, job.world_size)
-        rate, link = min(rate, own), "a GPU's share of local_disk"
-    every = job.config.checkpoint.every
+        disk_rate = hardware.local_disk / min(hardware.gpus_per_node, job.world_size)
+        rate, link = min(rate, disk_rate), "a GPU's share of local_disk"
+    interval = job.config.checkpoint.every
     once = 2 * num_bytes / rate
-    seconds = once + (once + push_seconds) / every
+    seconds = once + (once + push_seconds) / interval
     formula = (
         f"{byte_quantity(num_bytes)} away and back / {link}, and once more with a push each "
-        f"checkpoint.every={every} steps"
+        f"checkpoint.every={interval} steps"
     )
     return {OFFLOAD: Quantity(seconds, "s", formula)}
 
@@ -210,10 +210,10 @@ class RoutingReplayTraffic:
     def forwarded_bytes(self) -> int:
         """Bytes out of a replica's first rank: all but its own part, and a byte for each token of a
         rank (`RecordedRouting.is_recorded`)."""
-        own = self.replica_bytes(self.job.sample_tokens) // self.ranks_per_replica
+        rank_bytes = self.replica_bytes(self.job.sample_tokens) // self.ranks_per_replica
         marks = self.job.num_responses * self.job.sample_tokens // self.job.data_parallel_size
         marks //= self.job.parallel.tensor * self.job.parallel.context
-        return (own + marks) * (self.ranks_per_replica - 1)
+        return (rank_bytes + marks) * (self.ranks_per_replica - 1)
 
     @property
     def seconds(self) -> float:
@@ -246,16 +246,16 @@ class RoutingReplayTraffic:
         job, shape, rate = self.job, self.shape, self.job.hardware.host_network
         layers, chosen = len(shape.moe_layers), f"{shape.topk} experts x {shape.index_bytes} B"
         mean, longest = job.sample_tokens, job.longest_sample
-        checkpoint, kept = job.config.checkpoint, "checkpoint.every x checkpoint.keep"
+        checkpoint, setting = job.config.checkpoint, "checkpoint.every x checkpoint.keep"
         steps = checkpoint.every * checkpoint.keep
         if job.config.rl.keep_sample_log:
-            steps, kept = job.config.run.steps, "rl.keep_sample_log"
-        held = max(
+            steps, setting = job.config.run.steps, "rl.keep_sample_log"
+        num_layers = max(
             sum(job.is_sparse_layer[n] for c in stage for n in c.layers) for stage in job.stages
         )
-        own = (
+        host_bytes = (
             job.tokens_per_tensor_rank(self.replica_bytes(mean) / job.parallel.context)
-            * held
+            * num_layers
             / layers
         )
         section = {
@@ -283,14 +283,14 @@ class RoutingReplayTraffic:
                 f"from there its part, 1 of {self.ranks_per_replica}, and a byte a token",
             ),
             "on a trainer's GPU": byte_quantity(
-                round(own),
-                f"its {format_count(held, 'layer')} of the tokens that it routes, all step",
+                round(host_bytes),
+                f"its {format_count(num_layers, 'layer')} of the tokens that it routes, all step",
             ),
         }
         if job.config.rl.sample_log:
             section["in the sample log"] = byte_quantity(
                 self.sent_bytes * steps,
-                f"of {format_count(steps, 'step')}, {kept}, on the run's disk",
+                f"of {format_count(steps, 'step')}, {setting}, on the run's disk",
             )
         return section
 

@@ -197,8 +197,8 @@ def _residuals(
 ) -> tuple[np.ndarray, float]:
     """Return what is squared: of each run, then of each number; and the sum of squares."""
     misses = [math.log(run.ratio(**_values(logs))) for run in runs]
-    found = np.concatenate([misses, math.sqrt(GUESS_WEIGHT) * (logs - guesses)])
-    return found, float(found @ found)
+    residuals = np.concatenate([misses, math.sqrt(GUESS_WEIGHT) * (logs - guesses)])
+    return residuals, float(residuals @ residuals)
 
 
 def range_factor(runs: Sequence[PublishedRun], values: dict[str, float]) -> float:
@@ -231,18 +231,22 @@ def ratios_by_source(
     runs: Sequence[PublishedRun], values: dict[str, float]
 ) -> dict[str, RatiosOfSource]:
     """Return the ratios of planned to published time by system; "all" has those of all systems."""
-    found = {}
+    by_system = {}
     for system in dict.fromkeys(run.system for run in runs):
-        own = [run for run in runs if run.system == system]
-        others = calibrate([run for run in runs if run.calibrates and run.system != system])
-        found[system] = RatiosOfSource(
-            [run.ratio(**values) for run in own if run.calibrates],
-            [run.ratio(**values) for run in own if not run.calibrates],
-            [run.ratio(**others) for run in own],
+        system_runs = [run for run in runs if run.system == system]
+        calibrated_values = calibrate(
+            [run for run in runs if run.calibrates and run.system != system]
+        )
+        by_system[system] = RatiosOfSource(
+            [run.ratio(**values) for run in system_runs if run.calibrates],
+            [run.ratio(**values) for run in system_runs if not run.calibrates],
+            [run.ratio(**calibrated_values) for run in system_runs],
         )
     parts = ("calibrated", "held_out", "unseen")
-    of_all = {part: [r for each in found.values() for r in getattr(each, part)] for part in parts}
-    return found | {"all": RatiosOfSource(**of_all)}
+    of_all = {
+        part: [r for ratios in by_system.values() for r in getattr(ratios, part)] for part in parts
+    }
+    return by_system | {"all": RatiosOfSource(**of_all)}
 
 
 def published_table() -> str:
@@ -269,8 +273,8 @@ def published_table() -> str:
         f"| {name} | {FREE[name]:.2g} | {value:.2g} | {getattr(Assumptions(), name):.2g} |"
         for name, value in values.items()
     ]
-    found = range_factor(half, values)
-    lines += [f"| time_spread | | {found:.3f} | {width:.3g} |", ""]
+    spread = range_factor(half, values)
+    lines += [f"| time_spread | | {spread:.3f} | {width:.3g} |", ""]
     lines += ["| run | half | predicted | range | published | ratio |", "|---|---|---|---|---|---|"]
     misses = []
     for number, run in enumerate(runs, start=1):
@@ -285,8 +289,8 @@ def published_table() -> str:
         )
     lines += ["", f"outside its range: {'; '.join(misses) or 'none'}", ""]
     lines += ["| source | calibrated | held out | without it |", "|---|---|---|---|"]
-    for system, each in ratios_by_source(runs, values).items():
-        cells = (each.calibrated, each.held_out, each.unseen)
+    for system, ratios in ratios_by_source(runs, values).items():
+        cells = (ratios.calibrated, ratios.held_out, ratios.unseen)
         lines.append(f"| {system} | {' | '.join(map(_error, cells))} |")
     return "\n".join([*lines, "", *_notes()])
 

@@ -52,8 +52,8 @@ def planned_engine_layout(job: PlannedJob) -> EngineLayout:
 def _divides_attention(job: PlannedJob, tensor: int) -> bool:
     """Return whether `tensor` GPUs can share the attention, and divide the engine's GPUs."""
     heads, groups = job.hf["num_attention_heads"], key_value_heads(job.hf)
-    whole = groups % tensor == 0 or tensor % groups == 0
-    return job.engine_gpus % tensor == 0 and heads % tensor == 0 and whole
+    is_even = groups % tensor == 0 or tensor % groups == 0
+    return job.engine_gpus % tensor == 0 and heads % tensor == 0 and is_even
 
 
 def check_engines_and_push(job: PlannedJob) -> None:
@@ -87,8 +87,8 @@ def pushed_lora(job: PlannedJob) -> LoraConfig | None:
 def planned_rank_bytes(job: PlannedJob) -> int:
     """Return the bytes of weights on an engine's first GPU, which has the most. A pushed adapter is
     there three times: as it has come, as vLLM has loaded it, and in its LoRA layers."""
-    whole = PushedWeights.from_config(job.hf, None, drafts=drafts_with_mtp(job))
-    weights = _rank_bytes(whole, planned_engine_layout(job), _pushed_dtype(job), 1)[0]
+    all_weights = PushedWeights.from_config(job.hf, None, drafts=drafts_with_mtp(job))
+    weights = _rank_bytes(all_weights, planned_engine_layout(job), _pushed_dtype(job), 1)[0]
     if (lora := pushed_lora(job)) is None:
         return weights
     return weights + round(pushed_rank_bytes(job) * (2 + max_lora_rank(lora.rank) / lora.rank))
@@ -114,9 +114,15 @@ def _byte_count(form: str) -> CountBytes:
 
 
 @lru_cache
-def _rank_bytes(what: PushedWeights, layout: EngineLayout, form: str, ranks: int) -> list[int]:
-    """Return the bytes that each of an engine's first `ranks` ranks needs of a push."""
-    sharding, num_bytes = what.predicted_layout(layout), _byte_count(form)
+def _rank_bytes(weights: PushedWeights, layout: EngineLayout, form: str, ranks: int) -> list[int]:
+    """Return the bytes that each of an engine's first `ranks` ranks needs of a push.
+
+    Args:
+        weights: what is pushed.
+        layout: the engines' layout.
+        form: the dtype on the wire, or "FP8".
+        ranks: how many ranks are counted."""
+    sharding, num_bytes = weights.predicted_layout(layout), _byte_count(form)
     return [
         sum(
             num_bytes(t.name, t.rule.dtype, part)
@@ -249,20 +255,20 @@ def _connections(
     colocated = shares_gpus_over_nccl(job.config)
     of_set = 0 if colocated else traffic.num_engines * engines.ranks_per_engine
     communicator = grid.world_size + of_set if over_nccl else 0
-    creation, each = (
+    creation, way = (
         "",
         f"a process group of two, and an engine rank has one of {traffic.num_engines}",
     )
     if over_nccl:
         creation = f", and the creation of an NCCL communicator of {communicator:,} ranks"
-        each = "sent in rounds through one communicator"
+        way = "sent in rounds through one communicator"
     section = {
         "links of a rank": Quantity(
             traffic.links_per_trainer_rank,
             "",
             "of the busiest trainer rank to engine ranks, of an engine rank "
             f"{traffic.links_per_engine_rank:,}; each "
-            f"is {each}",
+            f"is {way}",
         ),
         "store requests": Quantity(
             traffic.requests(engines, grid.world_size, over_nccl=over_nccl),
@@ -311,8 +317,8 @@ def _receive_buffer_formula(job: PlannedJob) -> str:
     push = job.config.push
     borrowed = ", in the place of its KV cache" if reuses_kv_cache(job) else ""
     place = f"{_receive_buffer_place(job)}{borrowed}"
-    what = "all its weights" if pushed_lora(job) is None else ADAPTERS
-    text = f"of an engine rank, on its {place} ({push.transport}); {what}"
+    content = "all its weights" if pushed_lora(job) is None else ADAPTERS
+    text = f"of an engine rank, on its {place} ({push.transport}); {content}"
     if push.on_one_host and not _is_one_node(job):
         text += f"; {push.transport} is for one host, set push.transport to gloo or nccl"
     return text

@@ -200,8 +200,8 @@ def set_plans(
         drafts: whether engines draft with the MTP layers.
         lora: the section `model.lora`, where adapters alone are pushed."""
     chunks = tuple(map(tuple, stages))
-    what = PushedWeights.from_config(hf, lora, drafts=drafts)
-    return _set_plans(what, grid, engines, chunks, count, max_engines)
+    weights = PushedWeights.from_config(hf, lora, drafts=drafts)
+    return _set_plans(weights, grid, engines, chunks, count, max_engines)
 
 
 class PushedWeights(NamedTuple):
@@ -224,7 +224,7 @@ class PushedWeights(NamedTuple):
         return cls(json.dumps(hf), drafts, None if lora is None else lora.model_dump_json())
 
     @property
-    def adapter_rules(self) -> WeightTable | None:
+    def adapter_table(self) -> WeightTable | None:
         """The table of the adapters' weights; None where the whole model is pushed."""
         if self.lora is None:
             return None
@@ -232,20 +232,20 @@ class PushedWeights(NamedTuple):
 
     def predicted_layout(self, layout: EngineLayout) -> PredictedSharding:
         """Return what the ranks of engines in this layout receive."""
-        if (rules := self.adapter_rules) is not None:
-            return PredictedAdapterSharding(json.loads(self.hf), layout, rules)
+        if (table := self.adapter_table) is not None:
+            return PredictedAdapterSharding(json.loads(self.hf), layout, table)
         return PredictedSharding(json.loads(self.hf), layout, drafts=self.drafts)
 
 
 @lru_cache(maxsize=8)
 def _set_plans(
-    what: PushedWeights,
+    weights: PushedWeights,
     grid: TrainerGrid,
     engines: EngineLayout,
     stages: tuple[tuple[Shard, ...], ...],
     count: CountBytes,
     max_engines: int,
 ) -> list[SetPlan]:
-    needs = what.predicted_layout(engines)
-    planner = Planner(json.loads(what.hf), grid, engines, stages, needs, what.adapter_rules)
+    needs = weights.predicted_layout(engines)
+    planner = Planner(json.loads(weights.hf), grid, engines, stages, needs, weights.adapter_table)
     return plan_sets(planner, count, engine_sets(engines.engines, max_engines))

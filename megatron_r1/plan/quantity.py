@@ -109,7 +109,7 @@ def apply_calibration(
         UserError: a name that neither has, a value of the wrong type or range, or a file that was
             measured on other hardware."""
     values = read_sections(file, "--calibrate")
-    known = [*described_fields(assumptions), *described_fields(hardware)]
+    names = [*described_fields(assumptions), *described_fields(hardware)]
     measured_on = values.pop(RELATIVE_TO, hardware.name)
     if measured_on != hardware.name:
         raise UserError(
@@ -119,8 +119,8 @@ def apply_calibration(
             cause=Cause.CONFLICT,
         )
     for name in values:
-        if name not in known:
-            near = did_you_mean(name, known, "{}") or f"; there are {', '.join(known)}"
+        if name not in names:
+            near = did_you_mean(name, names, "{}") or f"; there are {', '.join(names)}"
             raise UserError(
                 f"--calibrate {file}: unknown name {name}{near}",
                 key="--calibrate",
@@ -128,11 +128,14 @@ def apply_calibration(
             )
     values = {name: _number(value) for name, value in values.items()}
     try:
-        of_hardware, others = (
+        of_hardware, of_assumptions = (
             {name: values[name] for name in described_fields(part) if name in values}
             for part in (hardware, assumptions)
         )
-        hardware, assumptions = replace(hardware, **of_hardware), replace(assumptions, **others)
+        hardware, assumptions = (
+            replace(hardware, **of_hardware),
+            replace(assumptions, **of_assumptions),
+        )
     except ValidationError as failure:
         error = failure.errors()[0]
         why = error["msg"].replace("Input", "it")

@@ -130,13 +130,17 @@ class RolloutTime:
         if not routed:
             return engines.weight_bytes
         experts, chosen = self.job.hf["n_routed_experts"], self.job.hf["num_experts_per_tok"]
-        held = experts + planned_engine_layout(self.job).redundant_experts  # tokens spread evenly
+        # Tokens spread evenly.
+        held_experts = experts + planned_engine_layout(self.job).redundant_experts
         together = (
             sequences * self.job.engine_gpus / engines.tensor * (1 + engines.num_draft_tokens)
         )
-        idle = (1 - chosen / held) ** together
+        idle = (1 - chosen / held_experts) ** together
         value = 1 if pushes_fp8(self.job) else engines.parameter_bytes
-        return engines.weight_bytes - routed * held / experts / self.job.engine_gpus * value * idle
+        return (
+            engines.weight_bytes
+            - routed * held_experts / experts / self.job.engine_gpus * value * idle
+        )
 
     @property
     def longest_seconds(self) -> float:

@@ -52,8 +52,8 @@ def nearest_sizes(job: PlannedJob) -> list[PlannedJob]:
     sizes = [size for n in range(20) if of_engine <= (size := smallest * 2**n) <= most]
     below = (size for size in reversed(sizes) if size < job.world_size)
     above = (size for size in sizes if size > job.world_size)
-    found = (next(filter(_fits_always, map(job.with_gpus, side)), None) for side in (below, above))
-    return [other for other in found if other]
+    jobs = (next(filter(_fits_always, map(job.with_gpus, side)), None) for side in (below, above))
+    return [job_found for job_found in jobs if job_found]
 
 
 def _fits_always(job: PlannedJob) -> bool:

@@ -130,7 +130,7 @@ class StepTime:
         """Return seconds of one mean micro-batch's matrix products on a pipeline rank."""
         job = self.job
         counts = zip(self._layer_flops, job.layers(rank), strict=True)
-        flops = sum(each * count for each, count in counts) * self._passes(backward)
+        flops = sum(operations * count for operations, count in counts) * self._passes(backward)
         if any(chunk.head for chunk in job.stages[rank]):
             flops += head_flops(job.hf) * (3 if backward else 1)
         return self._seconds(flops)
@@ -156,15 +156,15 @@ class StepTime:
         """Return seconds of one micro-batch's exchange with experts' ranks that computation does
         not hide, forward and backward."""
         group, (_, sparse) = self.groups(rank)["expert"], self.job.layers(rank)
-        whole = group.seconds(self.job, group.microbatch_bytes)
+        seconds = group.seconds(self.job, group.microbatch_bytes)
         if not self.job.parallel.overlap_expert_exchange or not sparse:
-            return whole
+            return seconds
         experts = expert_flops(self.job, self.job.is_sparse_layer.index(True)) / self._speedup
         parts = (self._layer_flops[1] - experts, experts)
         once = group.seconds(self.job, group.forward_bytes) / (2 * sparse)
         exposed = sparse * exposed_seconds(once, *map(self._seconds, parts))
         alone = unpaired_fraction(self.job, rank)
-        return alone * whole + (1 - alone) * exposed
+        return alone * seconds + (1 - alone) * exposed
 
     @property
     def _speedup(self) -> float:
@@ -277,7 +277,7 @@ def time_section(times: StepTime) -> QuantityTable:
             section["sleep and wake"] = sleep_wake_time(job)
     if job.trains:
         section["saves"] = checkpoint_time(job)
-    section = {name: with_range(job, name, each) for name, each in section.items()}
+    section = {name: with_range(job, name, quantity) for name, quantity in section.items()}
     parts = [name for name in PARTS if name in section]
     if missing := [name for name in parts if section[name].value is None]:
         why = f"none without {missing[0]}: {section[missing[0]].formula}"

@@ -79,22 +79,22 @@ def read_receivers(
         ranks_per_engine: the ranks of each engine.
         pushed: names of the tensors of a push.
         sent_bytes: what each trainer rank sends (`SetReceivers`)."""
-    found = SetReceivers(sent_bytes)
+    set_receivers = SetReceivers(sent_bytes)
     for name, engines in sets.items():
         try:
             receivers = [engine.read_receivers(ranks_per_engine) for engine in engines]
             tables = _common_tables(receivers)
             _check_all_taken(tables, pushed)
         except EXPECTED_ERRORS as error:
-            found.problems[name] = f"{type(error).__name__}: {error}"
-            engines[0].report_error(found.problems[name])
+            set_receivers.problems[name] = f"{type(error).__name__}: {error}"
+            engines[0].report_error(set_receivers.problems[name])
             continue
         # Equal tables are one entry, so that ranks get them and plan for them only once.
-        if tables not in found.tables:
-            found.tables.append(tables)
+        if tables not in set_receivers.tables:
+            set_receivers.tables.append(tables)
         addresses = [[receiver.address for receiver in ranks] for ranks in receivers]
-        found.sets[name] = found.tables.index(tables), addresses
-    return found
+        set_receivers.sets[name] = set_receivers.tables.index(tables), addresses
+    return set_receivers
 
 
 def _common_tables(engines: Sequence[Sequence[ReceiverInfo]]) -> list[SlotTable]:
@@ -117,8 +117,8 @@ def _common_tables(engines: Sequence[Sequence[ReceiverInfo]]) -> list[SlotTable]
 def _check_all_taken(tables: Sequence[SlotTable], pushed: Sequence[str]) -> None:
     """Raise ValueError where no rank of an engine takes one of the pushed tensors: the engine would
     go on with the values it started with."""
-    taken = {slot.name for table in tables for slot in table.slots}
-    missing = [name for name in pushed if name not in taken]
+    taken_names = {slot.name for table in tables for slot in table.slots}
+    missing = [name for name in pushed if name not in taken_names]
     if missing:
         names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise ValueError(f"the engine takes no pushes of {len(missing)} tensors: {names}")
@@ -244,7 +244,7 @@ class LinkPlanner:
         rank: the trainer rank.
         stages: the shards of the pipeline's virtual stages, default an even spread.
         gpus: the UUID of each rank's GPU, where engines may share it over NCCL.
-        rules: the weight table of what is pushed, default the model's."""
+        weight_table: the weight table of what is pushed, default the model's."""
 
     def __init__(
         self,
@@ -255,10 +255,10 @@ class LinkPlanner:
         rank: int,
         stages: list[list[Shard]] | None,
         gpus: Sequence[str],
-        rules: WeightTable | None = None,
+        weight_table: WeightTable | None = None,
     ):
         self.hf, self.grid, self.pieces, self.rank, self.stages = hf, grid, pieces, rank, stages
-        self.rules = rules
+        self.weight_table = weight_table
         self._rank_of_gpu = {gpu: rank for rank, gpu in enumerate(gpus)}
         self._num_schedules = 0
 
@@ -286,7 +286,7 @@ class LinkPlanner:
             try:
                 sharding = PublishedSharding(tables)
                 layout = engine_layout, self.stages
-                planner = Planner(self.hf, self.grid, *layout, sharding, self.rules)
+                planner = Planner(self.hf, self.grid, *layout, sharding, self.weight_table)
                 edges = [0, *accumulate(map(len, addresses))]
                 sets = [range(*edge) for edge in pairwise(edges)]
                 fraction, count_bytes = max_group_fraction(transport), _byte_count(tables)
@@ -366,7 +366,7 @@ class LinkPlanner:
                 for item, region, _ in link.regions
                 for chunk, encoding in sharding.chunks(engine_rank, item.name, item.shape, region)
             ]
-            sent.sort(key=lambda each: each[0].slot)
+            sent.sort(key=lambda sent_chunk: sent_chunk[0].slot)
             chunks = [chunk for chunk, _, _ in sent]
             plan[link.member].append((link.trainer_rank, chunks))
             if link.trainer_rank == self.rank:

@@ -206,9 +206,9 @@ def chunks_to(plan: EngineRankChunks, member: int) -> dict[int | RelaySource, li
     """Return the chunks to one member's rank by source: from trainer ranks, then those that other
     members relay."""
     chunks: dict[int | RelaySource, list[TensorChunk]] = dict(plan[member])
-    for other, senders in enumerate(plan):
+    for engine_rank, senders in enumerate(plan):
         relayed = [chunk for _, sent in senders for chunk in sent]
-        if other != member and relayed:
+        if engine_rank != member and relayed:
             # By slot: all members list what one relays in the same order.
-            chunks[RelaySource(other)] = sorted(relayed, key=lambda chunk: chunk.slot)
+            chunks[RelaySource(engine_rank)] = sorted(relayed, key=lambda chunk: chunk.slot)
     return chunks

@@ -59,7 +59,7 @@ class TableStore:
 
     def __init__(self, store: Store):
         self._store = PrefixStore("tables", store)
-        self._known: dict[str, SlotTable] = {}
+        self._tables: dict[str, SlotTable] = {}
 
     def publish(self, table: SlotTable) -> str:
         """Write the table, if it is new, and return its digest."""
@@ -70,9 +70,9 @@ class TableStore:
 
     def get(self, digest: str) -> SlotTable:
         """Return the table, the same object every time."""
-        if digest not in self._known:
-            self._known[digest] = _read(self._store, digest, SlotTable)
-        return self._known[digest]
+        if digest not in self._tables:
+            self._tables[digest] = _read(self._store, digest, SlotTable)
+        return self._tables[digest]
 
 
 class Rendezvous:
@@ -270,8 +270,8 @@ class TrainerRendezvous(Rendezvous):
         """Return table and address of all ranks of the engine; called on trainer rank 0."""
         keys = [f"receiver/{rank}" for rank in range(num_ranks)]
         self._wait_for_keys(self.engine_store, keys, self.timeout_seconds)
-        found = [_read(self.engine_store, key, tuple[str, str]) for key in keys]
-        return [ReceiverInfo(self._tables.get(digest), address) for digest, address in found]
+        records = [_read(self.engine_store, key, tuple[str, str]) for key in keys]
+        return [ReceiverInfo(self._tables.get(digest), address) for digest, address in records]
 
     def publish_plan(
         self,

@@ -62,8 +62,8 @@ class PushError(ValueError):
 
     CODE: str
 
-    def __init__(self, what: str) -> None:
-        super().__init__(f"{self.CODE}: {what}")
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"{self.CODE}: {reason}")
 
 
 class IncompletePush(PushError):

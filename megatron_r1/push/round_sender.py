@@ -226,7 +226,9 @@ class RoundSender:
         """Send a push to these sets, and return the failures by set."""
         sending, failures = dict(sets), dict[str, SetFailure]()
         try:
-            for name in self._map_and_agree({name: each for name, (each, _) in sets.items()}):
+            for name in self._map_and_agree(
+                {name: set_rounds for name, (set_rounds, _) in sets.items()}
+            ):
                 sending.pop(name)
                 failures[name] = sets[name][0].report_failure(RuntimeError("an engine is gone"))
             self._send(push_number, sending)
@@ -246,18 +248,18 @@ class RoundSender:
             self._trainer_communicator.abort(RuntimeError("the trainer closes"))
 
     def _communicator(self, rounds: SetRounds) -> Communicator:
-        found = rounds.communicator or self._trainer_communicator
-        assert found is not None, "_map_and_agree() comes first"
-        return found
+        communicator = rounds.communicator or self._trainer_communicator
+        assert communicator is not None, "_map_and_agree() comes first"
+        return communicator
 
     def _map_and_agree(self, sets: Mapping[str, SetRounds]) -> list[str]:
         """Map the memory of the engine ranks for which trainer ranks receive, and create the
         trainer's own communicator where it is needed and missing. Return the sets whose engines
         have not published their memory, the same on all ranks."""
         shared = {
-            name: each
-            for name, each in sets.items()
-            if each.schedule.has_shared_gpus(each.set_index)
+            name: set_rounds
+            for name, set_rounds in sets.items()
+            if set_rounds.schedule.has_shared_gpus(set_rounds.set_index)
         }
         if not shared:
             return []
@@ -272,7 +274,9 @@ class RoundSender:
         if self._trainer_communicator is None or self._trainer_communicator.error is not None:
             trainer_store.set(f"new/{number}", "1")
         if trainer_store.add(f"ready/{number}", 1) == self._world_size:  # the last decides for all
-            failed = [name for name, each in shared.items() if each.rendezvous[0].has_failed()]
+            failed = [
+                name for name, set_rounds in shared.items() if set_rounds.rendezvous[0].has_failed()
+            ]
             decided = failed, trainer_store.check([f"new/{number}"])
             trainer_store.set(f"agreed/{number}", msgspec.msgpack.encode(decided))  # type: ignore[arg-type]
         wait_for_keys(trainer_store, [f"agreed/{number}"], seconds)
@@ -280,8 +284,10 @@ class RoundSender:
         left_out, is_new = msgspec.msgpack.decode(encoded, type=tuple[list[str], bool])
         if is_new:
             self.close()
-            own = TrainerRendezvous(self._store, f"trainers.{number}", seconds)
-            self._trainer_communicator = Communicator(own, self._rank, self._world_size)
+            trainer_rendezvous = TrainerRendezvous(self._store, f"trainers.{number}", seconds)
+            self._trainer_communicator = Communicator(
+                trainer_rendezvous, self._rank, self._world_size
+            )
             self._trainer_communicator.create()
             self._trainer_communicator.wait_ready()
         assert self._trainer_communicator is not None

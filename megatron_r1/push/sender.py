@@ -84,7 +84,7 @@ class WeightSender:
         self._power_of_two_scales = has_power_of_two_scales(hf)
         self._tensors = pushed_tensors(hf, fp8=False, drafts=drafts, adapters=adapters)
         self._planner = LinkPlanner(
-            hf, grid, pieces, rank=rank, stages=stages, gpus=gpus, rules=adapters
+            hf, grid, pieces, rank=rank, stages=stages, gpus=gpus, weight_table=adapters
         )
         self._sets: dict[str, SetLinks] = {}
         self._tables = TableStore(store)
@@ -235,7 +235,7 @@ class WeightSender:
         self, push_number: int, sets: Mapping[str, SetLinks]
     ) -> dict[str, SetFailure]:
         """Send a push in the rounds that the plan has for it."""
-        found = {}
+        rounds_of_sets = {}
         for name, set_links in sets.items():
             if set_links.rounds is not None:
                 payloads = {
@@ -245,8 +245,8 @@ class WeightSender:
                     for link in set_links.links
                 }
                 set_links.rounds.set_push_number = set_links.set_push_number
-                found[name] = set_links.rounds, payloads
-        return self._rounds.send(push_number, found) if found else {}
+                rounds_of_sets[name] = set_links.rounds, payloads
+        return self._rounds.send(push_number, rounds_of_sets) if rounds_of_sets else {}
 
     def _read_receivers(
         self, rendezvous: dict[str, list[TrainerRendezvous]], ranks_per_engine: int

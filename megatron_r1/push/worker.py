@@ -96,10 +96,10 @@ class PushWorker:
 
 def _gpus() -> list[str]:
     """Return the UUID of every rank's GPU."""
-    found: list[Any] = [None] * dist.get_world_size()
+    uuids: list[Any] = [None] * dist.get_world_size()
     # Over all ranks: each plans the whole push, for which it needs to know who shares a GPU.
-    dist.all_gather_object(found, gpu_uuid(torch.cuda.current_device()))
-    return found
+    dist.all_gather_object(uuids, gpu_uuid(torch.cuda.current_device()))
+    return uuids
 
 
 def open_store(rollout: RolloutConfig) -> tuple[dist.TCPStore, list]:

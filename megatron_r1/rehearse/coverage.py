@@ -105,11 +105,15 @@ def _engine_rows(recipe: Config, small: Config) -> list[StructureRow]:
     rows = []
     if recipe.rollout.speculative.method != "none":
         drafts = recipe.rollout.speculative, small.rollout.speculative
-        before, after = (f"{each.method}, {each.tokens} tokens" for each in drafts)
+        before, after = (f"{draft.method}, {draft.tokens} tokens" for draft in drafts)
         rows.append(StructureRow("rollout.speculative", before, after, YES))
-    for given, kept in _arguments(recipe.rollout.vllm, small.rollout.vllm):
-        here = (kept, YES) if kept else ("—", "no: needs a GPU; vLLM's parser has read it")
-        rows.append(StructureRow("rollout.vllm", given, *here))
+    for argument, small_argument in _arguments(recipe.rollout.vllm, small.rollout.vllm):
+        here = (
+            (small_argument, YES)
+            if small_argument
+            else ("—", "no: needs a GPU; vLLM's parser has read it")
+        )
+        rows.append(StructureRow("rollout.vllm", argument, *here))
     return rows
 
 
@@ -176,8 +180,8 @@ def _omitted_rows(recipe: Config, small: Config, verb: str) -> list[StructureRow
                 StructureRow("sample.rewrite", recipe.sample.rewrite, "—", "no: random text")
             )
     if verb == "rl":
-        if found := find_player(recipe):
-            key, player = found
+        if named_player := find_player(recipe):
+            key, player = named_player
             rows.append(StructureRow(key, str(player), "—", "no: random weights call no tool"))
         rows += [
             StructureRow(f"{key}.url", "served", "started by the run", "no: none is served")
@@ -187,11 +191,13 @@ def _omitted_rows(recipe: Config, small: Config, verb: str) -> list[StructureRow
     return rows
 
 
-def _arguments(given: Mapping[str, Any], kept: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _arguments(
+    recipe_arguments: Mapping[str, Any], small_arguments: Mapping[str, Any]
+) -> list[tuple[str, str]]:
     """Return each argument of vLLM, and what a miniature has of it, "" for nothing."""
     return [
-        (f"{name}: {value}", f"{name}: {kept[name]}" if name in kept else "")
-        for name, value in given.items()
+        (f"{name}: {value}", f"{name}: {small_arguments[name]}" if name in small_arguments else "")
+        for name, value in recipe_arguments.items()
     ]
 
 
@@ -230,13 +236,13 @@ def write(
     for row in rows:
         parts.add_row(*row)
     console.print(phases, parts)
-    found = {
+    tables = {
         "recipe": title,
         "phases": [vars(phase) for phase in shown],
         "structure": [row._asdict() for row in rows],
         "changes": [change._asdict() for change in changes],
     }
-    atomic_write(folder / "rehearsal.json", json.dumps(found, indent=1))
+    atomic_write(folder / "rehearsal.json", json.dumps(tables, indent=1))
     atomic_write(folder / "rehearsal.md", _markdown(title, rows, shown))
     print(f"{folder / 'rehearsal.md'}; every changed setting is in rehearsal.json beside it")
 

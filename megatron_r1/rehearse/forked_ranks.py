@@ -54,7 +54,13 @@ def main() -> int:
 
 
 def _start_rank(rank: int, world_size: int, port: int, logs: Path) -> None:
-    """Be a rank as torchrun starts one; all but rank 0 write to a file of their own."""
+    """Be a rank as torchrun starts one; all but rank 0 write to a file of their own.
+
+    Args:
+        rank: the rank.
+        world_size: the number of ranks.
+        port: the port on which they meet.
+        logs: the folder of their logs."""
     children.die_with_parent()
     os.environ |= children.rank_variables(rank, world_size, port)
     if rank:

@@ -70,8 +70,10 @@ def running_command(
     processes = []
     try:
         of_trainer, of_hosts = gpu_environments(verb, config)
-        for number, own in enumerate(of_hosts):
-            processes.append(_host(config, number, log.with_name(f"host-{number}.log"), own))
+        for number, gpu_variables in enumerate(of_hosts):
+            processes.append(
+                _host(config, number, log.with_name(f"host-{number}.log"), gpu_variables)
+            )
         environment = QUIET | of_trainer
         main = children.start(rehearsal_command(verb, recipe, config, settings), log, environment)
         processes.insert(0, main)
@@ -99,9 +101,9 @@ def _kill_all(process: subprocess.Popen) -> None:
     with contextlib.suppress(psutil.NoSuchProcess):
         descendants = psutil.Process(process.pid).children(recursive=True)
     children.kill(process)
-    for each in descendants:
+    for descendant in descendants:
         with contextlib.suppress(psutil.NoSuchProcess):
-            each.kill()
+            descendant.kill()
     psutil.wait_procs(descendants, timeout=60)
 
 
@@ -125,21 +127,23 @@ def gpu_environments(verb: str, config: Config) -> tuple[dict[str, str], list[di
     first = 0 if shared else len(visible) - hosts * ranks
     of_hosts = [visible[first + i * ranks : first + (i + 1) * ranks] for i in range(hosts)]
     of_trainer = visible if shared else visible[:first]
-    return _visible(of_trainer), [_visible(own) for own in of_hosts]
+    return _visible(of_trainer), [_visible(host_gpus) for host_gpus in of_hosts]
 
 
-def _visible(own: Sequence[str]) -> dict[str, str]:
-    return {"CUDA_VISIBLE_DEVICES": ",".join(own)}
+def _visible(gpus: Sequence[str]) -> dict[str, str]:
+    return {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
 
 
-def _host(config: Config, number: int, log: Path, own: dict[str, str]) -> subprocess.Popen:
+def _host(
+    config: Config, number: int, log: Path, gpu_variables: dict[str, str]
+) -> subprocess.Popen:
     options = ["--folder", config.run.folder, "--engines", "1", "--patience", "900"]
     # Every host has an address of its own, as on a network.
     address = ["--address", f"127.0.0.{2 + number}"]
     return children.start(
         [sys.executable, "-m", "megatron_r1.engines.fleet.host", *options, *address],
         log,
-        QUIET | own,
+        QUIET | gpu_variables,
     )
 
 
@@ -170,10 +174,10 @@ def run_on_null_gpu(arguments: Sequence[str], num_gpus: int) -> int:
         UserError: the tool or the CUDA packages are missing; it has the remedy.
     """
     _check_installed(arguments)
-    taken = {
+    reserved_bytes = {
         f"NULL_GPU_{name}_BYTES": (mib << 20) // PARTS_OF_GPU for name, mib in TAKEN_MIB.items()
     }
-    environment = os.environ | {name: str(size) for name, size in taken.items()}
+    environment = os.environ | {name: str(size) for name, size in reserved_bytes.items()}
     options = ["--gpus", str(num_gpus), "--gib", f"{GIB:g}"]
     command = [sys.executable, str(TOOL), *options, "-m", "megatron_r1", *arguments]
     return subprocess.run(command, env=environment, check=False).returncode

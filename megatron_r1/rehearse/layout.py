@@ -97,14 +97,14 @@ def _short_stages(groups: list[str], pipeline: int, original: int) -> list[str]:
     kinds = list(dict.fromkeys(between)) or ["t"]
     chosen = [kinds[i % len(kinds)] for i in range(max(0, count - 2))]
     alone = "E" + "t" * MAX_LAYERS + "m" * ("m" in "".join(groups)) + "L"
-    kept = [groups[0], *chosen, groups[-1]] if count > 1 else [alone]
-    layers = [group.count("t") for group in kept]
+    stages = [groups[0], *chosen, groups[-1]] if count > 1 else [alone]
+    layers = [group.count("t") for group in stages]
     short = [min(number, MAX_LAYERS) for number in layers]
     if len(set(layers)) > len(set(short)) == 1:
         short = [size - (number == min(layers)) for size, number in zip(short, layers, strict=True)]
     return [
         group.replace("t" * number, "t" * size)
-        for group, number, size in zip(kept, layers, short, strict=True)
+        for group, number, size in zip(stages, layers, short, strict=True)
     ]
 
 

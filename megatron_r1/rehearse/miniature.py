@@ -151,7 +151,7 @@ def write(small: Miniature, verb: str) -> Path:
 def _other_kinds(config: Config) -> list[str]:
     """Return the kinds of questions that a miniature has besides `synthetic_data.KIND`."""
     weights = [phase.rl.kind_weights for _, phase in config.phases()]
-    has_named = any(synthetic_data.NAMED_KIND in each for each in weights)
+    has_named = any(synthetic_data.NAMED_KIND in kind_weights for kind_weights in weights)
     return [*model.reward_models(config.rewards.options), *[synthetic_data.NAMED_KIND] * has_named]
 
 
@@ -214,8 +214,8 @@ def _room(config: Config) -> int:
     """Return the most tokens of a prompt with its response: in a template of the recipe's own, at
     most one for each byte."""
     templates = config.data.template, config.reward_model.template or ""
-    own = max(len(text.encode()) for text in templates if text not in TEMPLATES)
-    return max(PROMPT, own + QUESTION) + RESPONSE
+    template_bytes = max(len(text.encode()) for text in templates if text not in TEMPLATES)
+    return max(PROMPT, template_bytes + QUESTION) + RESPONSE
 
 
 def _response_tokens(config: Config, tokens: int) -> int:
@@ -252,10 +252,12 @@ def _minibatches(config: Config, number: int) -> int:
 
 def _kind_weights(config: Config, weights: dict[str, float]) -> dict[str, float]:
     """Return the weights of the kinds of questions that a miniature has."""
-    kept = model.reward_models(config.rewards.options)
-    others = [weight for kind, weight in weights.items() if kind not in kept]
-    stands_for_them = {synthetic_data.NAMED_KIND: max(others)} if others else {}
-    return {kind: weight for kind, weight in weights.items() if kind in kept} | stands_for_them
+    model_kinds = model.reward_models(config.rewards.options)
+    other_weights = [weight for kind, weight in weights.items() if kind not in model_kinds]
+    stands_for_them = {synthetic_data.NAMED_KIND: max(other_weights)} if other_weights else {}
+    return {
+        kind: weight for kind, weight in weights.items() if kind in model_kinds
+    } | stands_for_them
 
 
 def _on_gpu(config: Config, num_gpus: int, experts: int, device: RehearsalDevice) -> dict[str, Any]:
@@ -271,8 +273,8 @@ def _on_gpu(config: Config, num_gpus: int, experts: int, device: RehearsalDevice
     while small["engines"] * small["tensor"] * small["data"] * small["pipeline"] > num_gpus:
         # Experts are spread by the data axis, too; several engines are what a push is most for.
         axes = [axis for axis in ("tensor", "data", "pipeline", "engines") if small[axis] > 1]
-        kept = "data" if config.rollout.expert_parallel and "data" in axes else ""
-        left_out = next((axis for axis in axes if axis != kept), axes[0])
+        kept_axis = "data" if config.rollout.expert_parallel and "data" in axes else ""
+        left_out = next((axis for axis in axes if axis != kept_axis), axes[0])
         small[left_out] = sizes[left_out] = 1
     hosts = min(small["hosts_per_engine"], small["data"])
     copies = layout.redundant_experts(config.rollout.model_copy(update=small), experts)
@@ -288,21 +290,21 @@ def _on_gpu(config: Config, num_gpus: int, experts: int, device: RehearsalDevice
 def _vllm(config: Config, copies: int, device: RehearsalDevice) -> dict[str, Any]:
     """Return the recipe's arguments of vLLM: on a null GPU without kernels that it does not
     imitate, prompts in two parts where the recipe divides them, and experts that are moved."""
-    kept = dict(config.rollout.vllm)
+    arguments = dict(config.rollout.vllm)
     if device == "null-gpu":
-        kept = {name: value for name, value in kept.items() if name not in NOT_IMITATED}
+        arguments = {name: value for name, value in arguments.items() if name not in NOT_IMITATED}
         if config.rollout.vllm.get("all2all_backend") in IMITATED_EXCHANGES:
-            kept["all2all_backend"] = config.rollout.vllm["all2all_backend"]
+            arguments["all2all_backend"] = config.rollout.vllm["all2all_backend"]
         if config.rollout.vllm.get("kv_cache_dtype") in IMITATED_CACHES:
-            kept["kv_cache_dtype"] = config.rollout.vllm["kv_cache_dtype"]
-    if "max_num_batched_tokens" in kept:
-        tokens = min(kept["max_num_batched_tokens"], _room(config) // 2)
-        kept["max_num_batched_tokens"] = tokens
+            arguments["kv_cache_dtype"] = config.rollout.vllm["kv_cache_dtype"]
+    if "max_num_batched_tokens" in arguments:
+        tokens = min(arguments["max_num_batched_tokens"], _room(config) // 2)
+        arguments["max_num_batched_tokens"] = tokens
     if copies:
-        kept["eplb_config"] = {**kept.get("eplb_config", {}), **BALANCER}
+        arguments["eplb_config"] = {**arguments.get("eplb_config", {}), **BALANCER}
     else:
-        kept.pop("eplb_config", None)
-    return kept
+        arguments.pop("eplb_config", None)
+    return arguments
 
 
 def _push(config: Config, on_gpu: bool) -> dict[str, Any]:
@@ -317,7 +319,11 @@ def _push(config: Config, on_gpu: bool) -> dict[str, Any]:
 
 def _rewards(config: Config) -> dict[str, Any]:
     rewards, left_out = config.rewards.model_dump(), _judges(config)
-    options = {kind: each for kind, each in rewards["options"].items() if kind not in left_out}
+    options = {
+        kind: kind_options
+        for kind, kind_options in rewards["options"].items()
+        if kind not in left_out
+    }
     return {"options": options, "weights": _weights(config, rewards["weights"]), "workers": 1}
 
 
@@ -331,7 +337,9 @@ def _judges(config: Config) -> set[str]:
 def _weights(config: Config, weights: dict[str, Any]) -> dict[str, Any]:
     """Return the weights of the terms of the reward that a miniature has."""
     left_out = _judges(config)
-    return {kind: each for kind, each in weights.items() if kind not in left_out} or {"accuracy": 1}
+    return {kind: weight for kind, weight in weights.items() if kind not in left_out} or {
+        "accuracy": 1
+    }
 
 
 def _rl(config: Config, data: int) -> dict[str, Any]:
@@ -426,7 +434,13 @@ def _sample(config: Config) -> dict[str, Any]:
 
 
 def _changes(config: Config, small: Config, hf: dict, small_hf: dict) -> list[Change]:
-    """Return every setting and size that differs, with the reason where it is not size alone."""
+    """Return every setting and size that differs, with the reason where it is not size alone.
+
+    Args:
+        config: the recipe.
+        small: the miniature's recipe.
+        hf: the model's `config.json`.
+        small_hf: that of the miniature's model."""
     before, after = config.model_dump(), small.model_dump()
     compared = [
         (f"{section}.{key}", value, after[section][key])

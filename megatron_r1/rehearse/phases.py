@@ -93,37 +93,37 @@ class PhaseRunner:
         return self.shown
 
     def _until_killed(self) -> None:
-        what = "start, first step, checkpoint, kill -9"
-        with self._phase(what) as phase:
+        title = "start, first step, checkpoint, kill -9"
+        with self._phase(title) as phase:
             phase.wait(lambda: complete_checkpoints(self.run_folder.checkpoints))
         lines = list(self.run_folder.read_metrics())
         steps = [line["step"] for line in lines]
         saved = complete_checkpoints(self.run_folder.checkpoints)[-1].name
-        self._show(what, phase, f"{saved} is complete; steps {steps} before the kill")
+        self._show(title, phase, f"{saved} is complete; steps {steps} before the kill")
         if self.verb == "rl":
             self._compare_with_plan(round(lines[0]["push/links"]), lines[0]["push/bytes"])
 
     def _resumed(self) -> None:
-        other = layout.different_layout(self.config.parallel)
+        parallel = layout.different_layout(self.config.parallel)
         changed = {
             f"parallel.{key}": value
-            for key, value in other.model_dump().items()
+            for key, value in parallel.model_dump().items()
             if value != getattr(self.config.parallel, key)
         }
-        config = self.config.model_copy(update={"parallel": other})
+        config = self.config.model_copy(update={"parallel": parallel})
         if self.verb == "rl":
             fewer = layout.fewer_engine_ranks(config.rollout)
             changed |= {f"rollout.{key}": value for key, value in fewer.items()}
             config = config.with_changes(rollout=fewer)
         settings = [f"--{key}={value}" for key, value in changed.items()]
-        what = "resume in another layout, to the end"
-        with self._phase(what, config, settings) as phase:
+        title = "resume in another layout, to the end"
+        with self._phase(title, config, settings) as phase:
             phase.wait_for_end()
         lines = list(self.run_folder.read_metrics())
         steps = [line["step"] for line in lines]
         if steps != list(range(1, self.config.run.steps + 1)):
-            raise RunError(f"rehearse: {what}: metrics.jsonl has steps {steps}, one is missing")
-        self._show(what, phase, f"{' '.join(settings)}; steps {steps}, each once")
+            raise RunError(f"rehearse: {title}: metrics.jsonl has steps {steps}, one is missing")
+        self._show(title, phase, f"{' '.join(settings)}; steps {steps}, each once")
         if self.verb == "rl":
             self._show_pushes(lines)
 
@@ -194,8 +194,8 @@ class PhaseRunner:
         self.shown.append(PhaseResult("schedule", evidence, 0.0))
 
     def _export(self) -> None:
-        what, start, cpu_start = "export", time.monotonic(), launch.cpu_seconds()
-        self.notify(what)
+        title, start, cpu_start = "export", time.monotonic(), launch.cpu_seconds()
+        self.notify(title)
         done = subprocess.run(
             [sys.executable, "-m", "megatron_r1.rehearse.check_export"]
             + [str(self.run_folder.hf), self.config.model.path, self.config.model.mtp],
@@ -204,31 +204,31 @@ class PhaseRunner:
             text=True,
         )
         if done.returncode:
-            raise RunError(f"rehearse: {what}: {done.stdout}{done.stderr[-2000:]}")
+            raise RunError(f"rehearse: {title}: {done.stdout}{done.stderr[-2000:]}")
         seconds, cpu_seconds = time.monotonic() - start, launch.cpu_seconds() - cpu_start
-        self.shown.append(PhaseResult(what, done.stdout.strip(), seconds, cpu_seconds))
+        self.shown.append(PhaseResult(title, done.stdout.strip(), seconds, cpu_seconds))
 
     def _sample(self) -> None:
         samples = self.run_folder.samples_path
-        what = "start, sampling, kill -9"
-        with self._phase(what) as phase:
+        title = "start, sampling, kill -9"
+        with self._phase(title) as phase:
             phase.wait(lambda: samples.exists() and samples.stat().st_size)
-        self._show(what, phase, f"{_num_lines(samples)} responses before the kill")
-        what = "the same command, to the end"
-        with self._phase(what) as phase:
+        self._show(title, phase, f"{_num_lines(samples)} responses before the kill")
+        title = "the same command, to the end"
+        with self._phase(title) as phase:
             phase.wait_for_end()
         responses = _num_lines(samples)
         file = FILES.get(self.config.sample.output)
         written = self.run_folder.path / file if file else samples
-        kept = _num_lines(written) if written.exists() else 0
-        self._show(what, phase, f"{responses} responses; {kept} lines in {written.name}")
+        num_kept = _num_lines(written) if written.exists() else 0
+        self._show(title, phase, f"{responses} responses; {num_kept} lines in {written.name}")
 
     @contextlib.contextmanager
     def _phase(
-        self, what: str, config: Config | None = None, settings: Sequence[str] = ()
+        self, title: str, config: Config | None = None, settings: Sequence[str] = ()
     ) -> Iterator["_Phase"]:
         """Start the command, which is killed with all its processes at the end of the block."""
-        self.notify(what)
+        self.notify(title)
         log = self.recipe.with_name(f"log-{len(self.shown)}.txt")
         settings = [*self.settings, *settings]
         blocked = self.run_folder.path / "logs" / "controller-blocked.txt"
@@ -237,21 +237,21 @@ class PhaseRunner:
             self.verb, self.recipe, config or self.config, settings, log
         )
         with started as process:
-            phase = _Phase(what, process, log, blocked, self.timeout_seconds, since)
+            phase = _Phase(title, process, log, blocked, self.timeout_seconds, since)
             yield phase
             phase.seconds = time.monotonic() - since
             # Before the kill: the children of killed processes have no parent that waits for them.
             phase.cpu_seconds = launch.cpu_seconds() - cpu_since
 
-    def _show(self, what: str, phase: "_Phase", evidence: str) -> None:
-        self.shown.append(PhaseResult(what, evidence, phase.seconds, phase.cpu_seconds))
+    def _show(self, title: str, phase: "_Phase", evidence: str) -> None:
+        self.shown.append(PhaseResult(title, evidence, phase.seconds, phase.cpu_seconds))
 
 
 @dataclass
 class _Phase:
     """A started command. blocked: the stacks of a controller that does not answer."""
 
-    what: str
+    title: str
     process: subprocess.Popen
     log: Path
     blocked: Path
@@ -284,7 +284,7 @@ class _Phase:
 
     def _fail(self, reason: str) -> None:
         cause = "\n".join(find_errors(self.log)) or f"{self.log} ends:\n{last_lines(self.log)}"
-        raise RunError(f"rehearse: {self.what}: {reason}\n{cause}")
+        raise RunError(f"rehearse: {self.title}: {reason}\n{cause}")
 
 
 def find_errors(log: Path) -> list[str]:

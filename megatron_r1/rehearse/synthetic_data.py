@@ -39,16 +39,16 @@ def is_safe(question: str, response: str) -> float:
 
 
 def write_questions(
-    path: Path, count: int, others: Sequence[str] = (), sources: Sequence[str] = ()
+    path: Path, count: int, other_kinds: Sequence[str] = (), sources: Sequence[str] = ()
 ) -> None:
     """Write questions with truths, and a target for a recipe that also rewards the language.
 
     Args:
         path: the file.
         count: the number of questions.
-        others: kinds that take turns with the kind that `grade` grades.
+        other_kinds: kinds that take turns with the kind that `grade` grades.
         sources: data sources that take turns with none."""
-    kinds, data_sources = [KIND, *others], ["", *sources]
+    kinds, data_sources = [KIND, *other_kinds], ["", *sources]
     rows = (
         {
             "question": f"{i} + {i + 1} =",

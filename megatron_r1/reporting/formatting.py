@@ -117,21 +117,25 @@ def format_count(count: int, noun: str) -> str:
 
 def format_clock(seconds: float) -> str:
     """Format a time: 0:07, 12:34, 1:02:03."""
-    whole = max(0, int(seconds))
-    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+    total_seconds = max(0, int(seconds))
+    hours, minutes, last_seconds = (
+        total_seconds // 3600,
+        total_seconds // 60 % 60,
+        total_seconds % 60,
+    )
+    return f"{hours}:{minutes:02}:{last_seconds:02}" if hours else f"{minutes}:{last_seconds:02}"
 
 
 def format_duration(seconds: float) -> str:
     """Format a duration: 7.2 s, 6 min 12 s, 3 h 20 min, 2 d 4 h."""
     if seconds < 59.95:
         return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    if whole < 86400:
-        return f"{whole // 3600} h {whole // 60 % 60} min"
-    return f"{whole // 86400} d {whole // 3600 % 24} h"
+    total_seconds = round(seconds)
+    if total_seconds < 3600:
+        return f"{total_seconds // 60} min {total_seconds % 60} s"
+    if total_seconds < 86400:
+        return f"{total_seconds // 3600} h {total_seconds // 60 % 60} min"
+    return f"{total_seconds // 86400} d {total_seconds // 3600 % 24} h"
 
 
 def printable(text: Any, keep_newlines: bool = False) -> str:
@@ -139,11 +143,11 @@ def printable(text: Any, keep_newlines: bool = False) -> str:
 
     A model under training may write any character, escape sequences included.
     """
-    kept = "\n" if keep_newlines else ""
+    kept_chars = "\n" if keep_newlines else ""
     text = str(text).replace("\t", "    ")
     return "".join(
         char
-        if char in kept or unicodedata.category(char)[0] != "C"
+        if char in kept_chars or unicodedata.category(char)[0] != "C"
         else ("↵" if char == "\n" else "�")
         for char in text
     )

@@ -107,8 +107,10 @@ class LiveView:
             self._samples_until = now + SAMPLE_HOLD_SECONDS
         # A log of a long run gets about fifty lines of steps.
         state = self._state
-        every = max(1, state.total_steps // 50)
-        if self._live is None and (state.step % every == 0 or state.step in (1, state.total_steps)):
+        interval = max(1, state.total_steps // 50)
+        if self._live is None and (
+            state.step % interval == 0 or state.step in (1, state.total_steps)
+        ):
             self._print(self._plain_step(metrics))
 
     def rewind(
@@ -161,7 +163,7 @@ class LiveView:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exit_details: object) -> None:
         if kind is None:
             self.close()
         else:

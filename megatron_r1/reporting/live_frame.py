@@ -161,11 +161,11 @@ def _title(state: LiveState) -> Text:
 
 def _progress(state: LiveState, width: int, now: float) -> Text:
     elapsed = (state.ended_at or now) - state.started
-    left = state.seconds_left()
+    seconds_left = state.seconds_left()
     head = f"step {state.step}/{state.total_steps}  "
     tail = f"  {format_clock(elapsed)} elapsed"
-    if left is not None and not state.ended:
-        tail += f"  {format_clock(left)} left"
+    if seconds_left is not None and not state.ended:
+        tail += f"  {format_clock(seconds_left)} left"
     room = max(4, width - len(head) - len(tail))
     done = min(room, room * state.step // max(1, state.total_steps))
     return Text.assemble(
@@ -263,11 +263,11 @@ def _held_out(state: LiveState, width: int) -> Text:
     tail = _majority(state.evaluations[max(state.evaluations)])
     room = width - len(line) - len(tail)
     sizes = [len(step) + len(value) + 2 for step, value in points]
-    kept = list(range(len(points)))
+    kept_points = list(range(len(points)))
     if points and sum(sizes) > room:  # the first evaluation, and the latest that fit next to it
         room -= sizes[0] + 2
-        kept = [0, *(i for i in kept[1:] if sum(sizes[i:]) <= room)]
-    for before, i in zip([-1, *kept], kept, strict=False):
+        kept_points = [0, *(i for i in kept_points[1:] if sum(sizes[i:]) <= room)]
+    for before, i in zip([-1, *kept_points], kept_points, strict=False):
         line.append("… " if i - before > 1 else "", style="not bold bright_black")
         line.append(points[i][0], style="not bold bright_black")
         line.append(f"{points[i][1]}  ", style="not bold" if i < len(points) - 1 else "green")

@@ -209,10 +209,10 @@ def _describe_change(first: Evaluation, last: Evaluation) -> str:
 def _from_to(
     before: float | Score, after: float | Score, form: Any, up: str = "rose", down: str = "fell"
 ) -> str:
-    first, last = (each.value if isinstance(each, Score) else each for each in (before, after))
+    first, last = (value.value if isinstance(value, Score) else value for value in (before, after))
     shown = [
-        form(each.value if isinstance(each, Score) and form is format_percent else each)
-        for each in (before, after)
+        form(value.value if isinstance(value, Score) and form is format_percent else value)
+        for value in (before, after)
     ]
     if shown[0] == shown[1]:
         return f"stayed at {shown[0]}"

@@ -153,9 +153,9 @@ def smooth(values: np.ndarray) -> np.ndarray:
     half = max(1, len(values) // 24)
     padded = np.pad(values.astype(float), half, constant_values=np.nan)
     windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * half + 1)
-    known = ~np.isnan(windows)
-    counts = known.sum(axis=1)
-    sums = np.where(known, windows, 0.0).sum(axis=1)
+    is_number = ~np.isnan(windows)
+    counts = is_number.sum(axis=1)
+    sums = np.where(is_number, windows, 0.0).sum(axis=1)
     return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
 
 
@@ -221,8 +221,8 @@ def _short(value: float, _: int) -> str:
 
 def _bound_percent(axes: Axes, curves: Sequence[Curve]) -> None:
     low, high = axes.get_ylim()
-    known = np.concatenate([curve.values[~np.isnan(curve.values)] for curve in curves])
-    if len(known) and known.max() > 0.5:
+    numbers = np.concatenate([curve.values[~np.isnan(curve.values)] for curve in curves])
+    if len(numbers) and numbers.max() > 0.5:
         axes.set_ylim(0, 1.03)
         axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
     elif low < 0:

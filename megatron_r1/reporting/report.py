@@ -168,8 +168,8 @@ def _tiles(metrics: MetricLines, heldout: Sequence[Evaluation]) -> list[tuple[st
     if gaps := finite_values(metrics, "logprob_diff/mean"):
         largest = finite_values(metrics, "logprob_diff/max")
         note = f"largest {format_number(max(largest))}" if largest else ""
-        if own := finite_values(metrics, "logprob_diff/without_replay"):
-            note += f"; without routing replay {format_number(float(np.mean(own)))}"
+        if without_replay := finite_values(metrics, "logprob_diff/without_replay"):
+            note += f"; without routing replay {format_number(float(np.mean(without_replay)))}"
         tiles.append(("logprob diff to the engine", format_number(float(np.mean(gaps))), note))
     if speeds := finite_values(metrics, "tokens_per_second"):
         seconds = finite_values(metrics, "time/step")
@@ -241,11 +241,11 @@ def _time_split(metrics: MetricLines) -> list[Plot]:
     parts = {phase: values for phase, values in parts.items() if values.any()}
     in_phases = np.sum(list(parts.values()), axis=0)
     total = np.array([finite_metric(m, "time/step") or 0.0 for m in timed])
-    other = np.maximum(total - in_phases, 0.0)
-    if other.sum() > 0.005 * in_phases.sum():
-        parts["other"] = other
+    other_seconds = np.maximum(total - in_phases, 0.0)
+    if other_seconds.sum() > 0.005 * in_phases.sum():
+        parts["other"] = other_seconds
     plot = stacked_plot("time", _steps(timed), parts)
-    mean = float((in_phases + other).mean())
+    mean = float((in_phases + other_seconds).mean())
     return [Plot("Where the time goes", "seconds per step", plot, f"{mean:.3g} s on average")]
 
 

@@ -64,13 +64,13 @@ class RunFolder:
             self._lock = FolderLock(self.path / LOCK)
         except OSError as error:
             if error.errno in NO_FOLDER:
-                what = "cannot be a folder"
+                fault = "cannot be a folder"
             elif error.errno in READ_ONLY:
-                what = "cannot be written"
+                fault = "cannot be written"
             else:
                 raise
             raise UserError(
-                f"run.folder {self.path} {what} ({error.strerror}); choose another",
+                f"run.folder {self.path} {fault} ({error.strerror}); choose another",
                 key="run.folder",
                 cause=Cause.UNREADABLE if error.errno in READ_ONLY else Cause.MALFORMED,
             ) from None
@@ -93,13 +93,13 @@ class RunFolder:
                 continue
             is_folder = path not in (*appended, *replaced)
             if path.is_dir() != is_folder:
-                what, cause = "is a file" if is_folder else "is no file", Cause.MALFORMED
+                fault, cause = "is a file" if is_folder else "is no file", Cause.MALFORMED
             elif path not in replaced and not os.access(path, os.W_OK):
-                what, cause = "cannot be written", Cause.UNREADABLE
+                fault, cause = "cannot be written", Cause.UNREADABLE
             else:
                 continue
             raise UserError(
-                f"run.folder {self.path}: {path} {what}; make it writable (chmod u+w, chattr -i), "
+                f"run.folder {self.path}: {path} {fault}; make it writable (chmod u+w, chattr -i), "
                 "remove it, or choose another folder",
                 key="run.folder",
                 cause=cause,
@@ -251,8 +251,8 @@ class RunFolder:
         )
         if scheduled := [key for key in keys if is_within(key, SCHEDULED_KEYS)]:
             step = 1 + self.last_step()
-            known = [key for key in scheduled if key in SCHEDULED_KEYS and key in after]
-            values = ", ".join(f"{key}: {format_value(after[key])}" for key in known) or "…"
+            schedulable = [key for key in scheduled if key in SCHEDULED_KEYS and key in after]
+            values = ", ".join(f"{key}: {format_value(after[key])}" for key in schedulable) or "…"
             lines.append(
                 f"To change {', '.join(scheduled)} on the way of an RL run, add an entry to "
                 f"rl.schedule: {{from_step: {step}, {values}}}"
@@ -260,10 +260,10 @@ class RunFolder:
         return "\n".join(lines)
 
 
-def _integer_step(record: Mapping[str, Any], what: str) -> int:
+def _integer_step(record: Mapping[str, Any], noun: str) -> int:
     step = record.get("step")
     if not isinstance(step, int) or isinstance(step, bool):
-        raise ValueError(f"{what} has step {step!r}; give it the integer number of its step")
+        raise ValueError(f"{noun} has step {step!r}; give it the integer number of its step")
     return step
 
 

@@ -118,8 +118,10 @@ def _same_questions(
 ) -> list[tuple[Card, list[tuple[str, Card]]]]:
     """Return the first questions that were asked at every step, with their first responses."""
     grouped = {step: _by_question(samples) for step, samples in by_step.items()}
-    first, *others = grouped.values()
-    everywhere = [question for question in first if all(question in other for other in others)]
+    first, *later_groups = grouped.values()
+    everywhere = [
+        question for question in first if all(question in group for group in later_groups)
+    ]
     return [
         (
             _card(first[question][0]),

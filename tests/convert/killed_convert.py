@@ -8,7 +8,8 @@ import os
 import signal
 import sys
 
-from megatron_r1.commands.convert import from_hf, main, to_hf
+from megatron_r1.commands.convert import from_hf, to_hf
+from megatron_r1.commands.convert.verb import main
 
 count = int(sys.argv.pop(1))
 calls = itertools.count(1)

@@ -7,7 +7,7 @@ import compared_runs
 import pytest
 from ranks import run_ranks
 
-from megatron_r1.commands.compare import compare
+from megatron_r1.commands.compare.verb import compare
 
 pytestmark = pytest.mark.more
 HERE = Path(__file__).parent
@@ -36,7 +36,7 @@ def test_one_planted_change_is_found_at_its_step_phase_rank_and_tensor(runs, gri
     found = compare(folder / "equal", folder / "equal_again")
     assert found.checkpoints == [1, 2, 3, 4] and found.differences == []
     for name, change in compared_runs.PLANTS.items():
-        first = compare(folder / "equal", folder / name).first
+        first = compare(folder / "equal", folder / name).first_difference
         assert first is not None, name
         assert (first.step, first.phase) == (change.step, PHASE[change.of]), (name, first)
         if change.of == "rng":
@@ -50,7 +50,7 @@ def test_one_planted_change_is_found_at_its_step_phase_rank_and_tensor(runs, gri
 def test_two_layouts_are_equal_to_rounding(runs):
     found = compare(runs["tp2"] / "equal", runs["pp2"] / "equal")
     assert len(found.settings) == 2
-    assert found.first is not None and found.first_beyond_rounding is None
+    assert found.first_difference is not None and found.first_beyond_rounding is None
     # The same, and a changed tensor: rounding of everything does not hide it.
     planted = compare(runs["tp2"] / "equal", runs["pp2"] / "gradient_tensor")
     apart = planted.first_beyond_rounding

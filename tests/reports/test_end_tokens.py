@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerFast
 from megatron_r1.agents.continuation import Continuation
 from megatron_r1.agents.token_tree import TokenTree
 from megatron_r1.base.errors import Cause
-from megatron_r1.commands.check_model import ModelCheckResult
 from megatron_r1.commands.check_model import verb as check_model
+from megatron_r1.commands.check_model.results import ModelCheckResult
 from megatron_r1.config import ParallelConfig, RewardsConfig
 from megatron_r1.controller.rollouts.collector import RolloutCollector
 from megatron_r1.controller.rollouts.rollout import RolloutSampling

@@ -7,8 +7,7 @@ import pytest
 from megatron_r1.config import Config
 from megatron_r1.config.optimizer import learning_rate, warmup_note
 from megatron_r1.data.sampler import EpochSampler
-from megatron_r1.reporting import trackers
-from megatron_r1.reporting.trackers import TrackerSet
+from megatron_r1.reporting.trackers import TrackerSet, background_tracker, tracker_set
 from megatron_r1.reporting.trackers.services import EVALUATION, STEP, TrackedRun
 
 
@@ -90,8 +89,8 @@ def test_b65_each_step_and_evaluation_is_tracked_once_at_its_own_step(
     killed, tmp_path, monkeypatch
 ):
     """Evaluations every 2 steps; the run is killed, and goes on with what its files have."""
-    monkeypatch.setitem(trackers.OPENERS, "wandb", Kept)
-    monkeypatch.setattr(trackers, "CLOSE_SECONDS", None)
+    monkeypatch.setitem(tracker_set.OPENERS, "wandb", Kept)
+    monkeypatch.setattr(background_tracker, "CLOSE_SECONDS", None)
     run = TrackedRun(tmp_path, "p", {})
     steps = [{"step": step, "reward/mean": step / 10} for step in range(1, 7)]
     evaluations = [{"step": step, "eval/accuracy": step / 8} for step in (0, 2, 4, 6)]

@@ -63,10 +63,10 @@ def adapted(oracle, tmp_path):
     """A function that writes a model and two adapters of it, and returns the engine's settings."""
 
     def write(config, lora):
-        rules = adapter_table(resolve_aliases(config), lora)
-        settings = adapter_config(rules, lora, str(tmp_path / "base"))
+        table = adapter_table(resolve_aliases(config), lora)
+        settings = adapter_config(table, lora, str(tmp_path / "base"))
         oracle(write_model, tmp_path / "base", config, 0)
-        shapes = adapter_shapes(rules)
+        shapes = adapter_shapes(table)
         for seed, name in enumerate("ab"):
             oracle(write_adapter, tmp_path / name, tmp_path / "base", shapes, settings, seed)
         names = sorted({name.split(".")[-3] for name in shapes})

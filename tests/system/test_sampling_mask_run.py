@@ -79,7 +79,7 @@ def test_engine_and_trainer_have_one_policy(recipe, layout):
     # In the first mini-batch of a step both policies are the same; the second has moved.
     assert steps[0]["kl"] >= 0 and steps[0]["entropy"] > 0
     report = examine(read_step(*open_run(folder), 2))
-    assert report.first is None, [str(each) for each in report.comparisons]
+    assert report.first_departure is None, [str(each) for each in report.comparisons]
     equal = {each.name for each in report.comparisons if each.status == EQUAL}
     assert equal >= {
         *("settings of the engines", "tokens that the engines kept", "engines' log-probabilities"),

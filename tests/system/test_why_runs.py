@@ -71,8 +71,8 @@ def read(folder: Path, step: int = STEP) -> RecordedStep:
 def first(folder: Path, step: int = STEP) -> tuple[str, str, Report]:
     """The first departure's quantity and its text, and all comparisons."""
     report = examine(read(folder, step))
-    assert report.first is not None, [str(each) for each in report.comparisons]
-    return report.first.name, str(report.first), report
+    assert report.first_departure is not None, [str(each) for each in report.comparisons]
+    return report.first_departure.name, str(report.first_departure), report
 
 
 def set_settings(folder: Path, **changes) -> None:
@@ -131,7 +131,7 @@ def overwrite(folder: Path, step: int, key: str, change) -> None:
 def test_nothing_departs_in_a_run_without_a_fault(kept):
     for step in (1, 3, 4):
         report = examine(read(kept, step))
-        assert report.first is None, str(report.first)
+        assert report.first_departure is None, str(report.first_departure)
         assert report.suspicions
     equal = {each.name for each in report.comparisons if each.status == "equal"}
     assert equal >= {
@@ -160,7 +160,7 @@ def test_an_engine_with_the_weights_of_the_version_before(copy):
     name, text, report = first(copy)
     assert name == "engines' log-probabilities"
     assert "engine-1" in text and f"version {STEP - 2}" in text and "push" in text
-    concerned = report.first.concerned
+    concerned = report.first_departure.concerned
     assert concerned
     assert {read(copy).responses[which].response.engine for which in concerned} == {"engine-1"}
 

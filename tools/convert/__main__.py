@@ -1,4 +1,4 @@
-"""`python tools/convert VERB …`: see megatron_r1/commands/convert/__init__.py."""
+"""`python tools/convert VERB …`: see megatron_r1/commands/convert/verb.py."""
 
 import sys
 from pathlib import Path
@@ -6,6 +6,6 @@ from pathlib import Path
 # Not in worker processes, which import this file under another name.
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
-    from megatron_r1.commands.convert import main
+    from megatron_r1.commands.convert.verb import main
 
     sys.exit(main())

@@ -87,14 +87,14 @@ def filter_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> int:
         return 0
     with open(path, "rb") as file:
         lines = list(file)
-    kept = [
+    kept_lines = [
         line
         for number, line in enumerate(lines, start=1)
         if line.endswith(b"\n") and keep(_parse(path, number, line))
     ]
-    if len(kept) < len(lines):
-        atomic_write(path, b"".join(kept))
-    return len(lines) - len(kept)
+    if len(kept_lines) < len(lines):
+        atomic_write(path, b"".join(kept_lines))
+    return len(lines) - len(kept_lines)
 
 
 def to_strict_json(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -158,9 +158,9 @@ def _cut_torn_line(path: Path) -> None:
         if not size:
             return
         with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as content:
-            whole = content.rfind(b"\n") + 1
-        if whole < size:
-            file.truncate(whole)
+            end_of_lines = content.rfind(b"\n") + 1
+        if end_of_lines < size:
+            file.truncate(end_of_lines)
             os.fsync(file.fileno())
 
 

@@ -77,8 +77,8 @@ def _read_header(file: int) -> dict[str, StoredTensor]:
             if start != last:
                 raise ValueError(f"{name} begins at byte {start} of the data, not at {last}")
             last = end
-            known = ITEM_BYTES.get(entry["dtype"])
-            if known and prod(entry["shape"]) * known != end - start:
+            item_bytes = ITEM_BYTES.get(entry["dtype"])
+            if item_bytes and prod(entry["shape"]) * item_bytes != end - start:
                 raise ValueError(f"{name} has {end - start} bytes, its shape says otherwise")
         if 8 + length + last != size:
             raise ValueError(f"its tensors end at byte {8 + length + last}, the file at {size}")
@@ -119,18 +119,20 @@ def weight_files(folder: Path) -> list[Path]:
                 key="weights",
                 cause=Cause.DUPLICATE,
             )
-        if other := next((file for file in files if file.suffix != ".safetensors"), None):
+        if unread_file := next((file for file in files if file.suffix != ".safetensors"), None):
             raise UserError(
-                f"{index} names {other.name}, which is no .safetensors file; fetch it again",
+                f"{index} names {unread_file.name}, which is no .safetensors file; fetch it again",
                 key="weights",
                 cause=Cause.MALFORMED,
             )
         return files
     if not single.is_file():
-        found = sorted(file.name for pattern in WEIGHT_PATTERNS for file in folder.glob(pattern))
+        other_names = sorted(
+            file.name for pattern in WEIGHT_PATTERNS for file in folder.glob(pattern)
+        )
         raise UserError(
             f"{folder} has neither {single.name} nor {index.name}"
-            + (f", only {', '.join(found[:4])}" if found else "")
+            + (f", only {', '.join(other_names[:4])}" if other_names else "")
             + "; fetch them (weights in other formats are not read: load them with transformers, "
             "and save_pretrained writes these files)",
             key="weights",
@@ -177,24 +179,24 @@ def tensor_names(folder: Path) -> set[str]:
 def require_complete(folder: Path) -> None:
     """Raise UserError naming a weight file that is damaged or cut off, or that has not what the
     index says. Headers and sizes are read."""
-    held = {}
+    tensors_of_files = {}
     for path in weight_files(folder):
-        file, held[path] = open_safetensors(path)
+        file, tensors_of_files[path] = open_safetensors(path)
         os.close(file)
-    require_as_indexed(folder, held)
+    require_as_indexed(folder, tensors_of_files)
 
 
-def require_as_indexed(folder: Path, held: Mapping[Path, Collection[str]]) -> None:
+def require_as_indexed(folder: Path, tensors_of_files: Mapping[Path, Collection[str]]) -> None:
     """Raise UserError for a tensor stored twice, or in another file than the index says.
 
     A tensor that one file has and the index lacks is read: transformers and vLLM read it, too.
 
     Args:
         folder: the model's folder.
-        held: file -> names of its tensors.
+        tensors_of_files: file -> names of its tensors.
     """
     home: dict[str, Path] = {}
-    for path, names in held.items():
+    for path, names in tensors_of_files.items():
         if twice := sorted(home.keys() & set(names)):
             raise UserError(
                 f"{', '.join(twice[:8])}: in {home[twice[0]]} and in {path}; readers differ in "

@@ -27,7 +27,7 @@ def make_token(folder: str | os.PathLike[str]) -> str:
     For the controller.
 
     Raises:
-        UserError: as `known_token`.
+        UserError: the file is empty, or readable by others.
     """
     path = Path(folder) / TOKEN_FILE
     if not os.environ.get(TOKEN_VARIABLE) and not path.exists():

@@ -112,9 +112,9 @@ def collective_wait(text: str, wait_seconds: float) -> str | None:
         wait_seconds: the limit of the groups in question.
     """
     for pattern in _TIMEOUT_LIMITS:
-        found = pattern.search(text)
-        if found and int(found["ms"]) == int(wait_seconds * 1000):
-            return found.groupdict().get("name") or "a collective operation"
+        match = pattern.search(text)
+        if match and int(match["ms"]) == int(wait_seconds * 1000):
+            return match.groupdict().get("name") or "a collective operation"
     return None
 
 

@@ -78,9 +78,11 @@ def exporting_engine_allocator(environment: Mapping[str, str]) -> dict[str, str]
     changed = {}
     for name in ALLOCATOR_VARIABLES:
         fields = [field.strip() for field in environment.get(name, "").split(",")]
-        kept = [field for field in fields if field.partition(":")[0].strip() != ALLOCATOR_SETTING]
-        if kept != fields:
-            changed[name] = ",".join([*kept, f"{ALLOCATOR_SETTING}:False"])
+        kept_fields = [
+            field for field in fields if field.partition(":")[0].strip() != ALLOCATOR_SETTING
+        ]
+        if kept_fields != fields:
+            changed[name] = ",".join([*kept_fields, f"{ALLOCATOR_SETTING}:False"])
     return changed
 
 

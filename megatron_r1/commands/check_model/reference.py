@@ -18,7 +18,7 @@ import torch
 from tokenizers import Tokenizer
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.commands.check_model import ReferenceResult, Refusal
+from megatron_r1.commands.check_model.results import ReferenceResult, Refusal
 from megatron_r1.data.tokenizer import load_tokenizer
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.models.transformers_model import load_with_transformers, write_dequantized
@@ -61,14 +61,16 @@ def main(folder: Path, dtype: str, with_mtp: bool, plain: Path) -> ReferenceResu
     sequences = [ids for ids in sequences if len(ids) > 1]
     source = plain if plain.exists() else folder
     exact = _logprobs(source, hf, torch.float32, sequences)
-    found = exact if dtype == "float32" else _logprobs(source, hf, getattr(torch, dtype), sequences)
-    noise = max((a - b).abs().max().item() for a, b in zip(exact, found, strict=True))
+    logprobs = (
+        exact if dtype == "float32" else _logprobs(source, hf, getattr(torch, dtype), sequences)
+    )
+    noise = max((a - b).abs().max().item() for a, b in zip(exact, logprobs, strict=True))
     return ReferenceResult(
         num_tensors,
         None if tokenizer is None else len(tokenizer),
         getattr(tokenizer, "chat_template", None) is not None,
         sequences,
-        [values.tolist() for values in found],
+        [values.tolist() for values in logprobs],
         noise,
     )
 
@@ -157,7 +159,13 @@ def _logprobs(
     folder: Path, hf: dict, dtype: torch.dtype, sequences: list[list[int]]
 ) -> list[torch.Tensor]:
     """Return transformers' log-probability of each token but the first, (n - 1,) fp32, for each
-    sequence of n."""
+    sequence of n.
+
+    Args:
+        folder: the model's folder.
+        hf: its `config.json`.
+        dtype: the dtype that the model computes in.
+        sequences: token ids."""
     model = load_with_transformers(folder, hf, dtype).eval()
     answers = []
     with torch.no_grad():

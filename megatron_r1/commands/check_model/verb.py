@@ -26,7 +26,12 @@ from megatron_r1.base.errors import RunError, UserError
 from megatron_r1.base.files import atomic_write
 from megatron_r1.base.processes.children import die_with_parent
 from megatron_r1.base.processes.exit_diagnosis import file_excerpt
-from megatron_r1.commands.check_model import ModelCheckResult, NotCompared, ReferenceResult, Refusal
+from megatron_r1.commands.check_model.results import (
+    ModelCheckResult,
+    NotCompared,
+    ReferenceResult,
+    Refusal,
+)
 from megatron_r1.config import Config, ParallelConfig
 from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.data.tokenizer import describe_end_tokens, end_tokens
@@ -128,15 +133,15 @@ OPTIONS = {"json": "FILE"}
 def _training_bytes(dtype: str = "float32") -> int:
     """Return bytes of RL per parameter: weights, gradients, optimizer, reference and engine, but no
     activations, KV caches and processes (`controller.cpu_memory` counts them)."""
-    each = parameter_bytes(dtype)
-    return each.total + each.value + round(engine_bytes(1, dtype))
+    sizes = parameter_bytes(dtype)
+    return sizes.total + sizes.value + round(engine_bytes(1, dtype))
 
 
 def _check_bytes(dtype: str) -> int:
     """Return bytes of this check per parameter at its peak: the trainer, with its optimizer, and
     the weights that it reads."""
-    each = parameter_bytes(dtype)
-    return each.total + each.value
+    sizes = parameter_bytes(dtype)
+    return sizes.total + sizes.value
 
 
 def run(config: Config, folder: str, json: str | None = None) -> None:
@@ -151,20 +156,20 @@ def run(config: Config, folder: str, json: str | None = None) -> None:
         UserError: the model is not supported.
         RunError: the implementations disagree, or too little memory is free to compare them."""
     try:
-        found = _check(config, folder)
+        result = _check(config, folder)
     except (UserError, RunError) as error:
         _write(json, {"folder": folder, "agree": False, "problem": str(error)})
         raise
-    print(_text(found, config.parallel))
-    _write(json, found)
-    if found.problem is not None:
-        raise RunError(f"{folder}: {found.problem}")
+    print(_text(result, config.parallel))
+    _write(json, result)
+    if result.problem is not None:
+        raise RunError(f"{folder}: {result.problem}")
 
 
-def _write(path: str | None, found: ModelCheckResult | dict) -> None:
+def _write(path: str | None, result: ModelCheckResult | dict) -> None:
     """Write what was found as JSON, if asked to: also a failure, so that no older file stays."""
     if path is not None:
-        atomic_write(path, msgspec.json.format(msgspec.json.encode(found)).decode() + "\n")
+        atomic_write(path, msgspec.json.format(msgspec.json.encode(result)).decode() + "\n")
 
 
 def _check(config: Config, folder: str) -> ModelCheckResult:
@@ -264,34 +269,34 @@ def _problem(megatron: float, vllm: float | NotCompared, tolerance: float) -> st
     return None
 
 
-def _text(found: ModelCheckResult, parallel: ParallelConfig) -> str:
+def _text(result: ModelCheckResult, parallel: ParallelConfig) -> str:
     """Return the findings as lines."""
 
     def difference(value: float | str) -> str:
         if isinstance(value, str):
             return value
-        verdict = "agrees" if value <= found.tolerance else "DIFFERS"
-        return f"{verdict}: max |Δ log p| = {value:.1e} (at most {found.tolerance:.1e})"
+        verdict = "agrees" if value <= result.tolerance else "DIFFERS"
+        return f"{verdict}: max |Δ log p| = {value:.1e} (at most {result.tolerance:.1e})"
 
     tokens = (
         "none in the folder, which training needs: tokenizer.json and tokenizer_config.json; "
         "checked on token ids"
     )
-    if found.tokens is not None:
-        template = "renders its chat template" if found.template else "has no chat template"
-        tokens = f"{found.tokens:,} tokens; gives texts back, {template}"
+    if result.tokens is not None:
+        template = "renders its chat template" if result.template else "has no chat template"
+        tokens = f"{result.tokens:,} tokens; gives texts back, {template}"
     sizes = parallel.model_dump(exclude_defaults=True)
     layout = ", ".join(f"{key} {value}" for key, value in sizes.items()) or "one process"
-    memory, free = found.memory_bytes / 1e9, found.free_bytes / 1e9
+    memory, free = result.memory_bytes / 1e9, result.free_bytes / 1e9
     rows = {
-        "model": f"{found.architecture}: supported; {found.parameters:,} parameters",
-        **({"config": "; ".join(found.config_changes)} if found.config_changes else {}),
-        "weights": f"{found.tensors:,} tensors, each read once",
+        "model": f"{result.architecture}: supported; {result.parameters:,} parameters",
+        **({"config": "; ".join(result.config_changes)} if result.config_changes else {}),
+        "weights": f"{result.tensors:,} tensors, each read once",
         "memory": f"RL in float32 takes about {memory:,.1f} GB for weights; {free:,.1f} free here",
         "tokenizer": tokens,
-        "ends with": found.end_tokens or "no token that the folder names",
-        "compared": f"{found.compared} tokens, {found.dtype}; transformers is the reference",
-        "Megatron": f"{difference(found.megatron)}; {layout}",
-        "vLLM": difference(found.vllm),
+        "ends with": result.end_tokens or "no token that the folder names",
+        "compared": f"{result.compared} tokens, {result.dtype}; transformers is the reference",
+        "Megatron": f"{difference(result.megatron)}; {layout}",
+        "vLLM": difference(result.vllm),
     }
     return "\n".join(f"{name:<10} {text}" for name, text in rows.items())

@@ -137,7 +137,7 @@ def read_groups(path: Path) -> dict[int, GroupRecord] | None:
             key=path.name,
             cause=Cause.CHANGED,
         ) from None
-    return {each.position: each for each in records if isinstance(each, GroupRecord)}
+    return {record.position: record for record in records if isinstance(record, GroupRecord)}
 
 
 def compare_groups(
@@ -150,19 +150,19 @@ def compare_groups(
         first: groups by position, of one run.
         second: those of the other.
         dtype: what log-probabilities are computed in."""
-    found: dict[str, RunDifference] = {}
+    first_by_phase: dict[str, RunDifference] = {}
     for position in sorted(first.keys() | second.keys()):
         a, b = first.get(position), second.get(position)
         if a is None or b is None:
-            values = ("none" if each is None else each.prompt_id for each in (a, b))
+            values = ("none" if group is None else group.prompt_id for group in (a, b))
             differences = [_exact(step, "questions", f"group {position}", *values)]
         else:
             differences = list(_in_group(step, position, a, b, dtype))
-        for each in differences:
-            known = found.get(each.phase)
-            if known is None or (known.is_rounding and not each.is_rounding):
-                found[each.phase] = each
-    return list(found.values())
+        for difference in differences:
+            earlier = first_by_phase.get(difference.phase)
+            if earlier is None or (earlier.is_rounding and not difference.is_rounding):
+                first_by_phase[difference.phase] = difference
+    return list(first_by_phase.values())
 
 
 def _in_group(
@@ -173,7 +173,7 @@ def _in_group(
         yield _exact(step, "questions", where, first.prompt_id, second.prompt_id)
         return
     if first.prompt_ids != second.prompt_ids:
-        prompts = [np.frombuffer(each.prompt_ids, "<i4") for each in (first, second)]
+        prompts = [np.frombuffer(group.prompt_ids, "<i4") for group in (first, second)]
         at = _first_difference(*prompts)
         name = f"{where}, token {at} of the prompt"
         yield _exact(step, "questions", name, *(_at(prompt, at) for prompt in prompts))
@@ -181,7 +181,7 @@ def _in_group(
     for index, (a, b) in enumerate(zip_longest(first.responses, second.responses)):
         name = f"{where}, response {index}"
         if a is None or b is None:
-            values = ("none" if each is None else "there" for each in (a, b))
+            values = ("none" if group is None else "there" for group in (a, b))
             yield _exact(step, "responses", name, *values)
         elif a != b:
             yield from _in_response(step, name, a, b, dtype)
@@ -190,13 +190,15 @@ def _in_group(
 def _in_response(
     step: int, name: str, first: ResponseRecord, second: ResponseRecord, dtype: str
 ) -> Iterator[RunDifference]:
-    a, b = (np.frombuffer(each.token_ids, "<i4") for each in (first, second))
+    a, b = (np.frombuffer(response.token_ids, "<i4") for response in (first, second))
     is_same = first.token_ids == second.token_ids
     at = len(a) if is_same else _first_difference(a, b)
     # Tokens after the first that differs follow another text.
-    before, other = (np.frombuffer(each.logprobs, "<f4")[:at] for each in (first, second))
-    if not np.array_equal(before, other):
-        yield _logprobs(step, name, before, other, dtype)
+    before, second_logprobs = (
+        np.frombuffer(response.logprobs, "<f4")[:at] for response in (first, second)
+    )
+    if not np.array_equal(before, second_logprobs):
+        yield _logprobs(step, name, before, second_logprobs, dtype)
     if not is_same:
         yield _exact(step, "responses", f"{name}, token {at}", _at(a, at), _at(b, at))
         return
@@ -204,8 +206,8 @@ def _in_response(
         ends = first.finish_reason, second.finish_reason
         yield _exact(step, "responses", f"{name}, finish_reason", *ends)
     if first.policy_versions != second.policy_versions:
-        versions = [np.frombuffer(each.policy_versions, "<i4") for each in (first, second)]
-        newest = (f"version {each.max(initial=-1)}" for each in versions)
+        versions = [np.frombuffer(response.policy_versions, "<i4") for response in (first, second)]
+        newest = (f"version {policy_versions.max(initial=-1)}" for policy_versions in versions)
         yield _exact(step, "responses", f"{name}, policy_version", *newest)
     if first.reward != second.reward or first.rewards != second.rewards:
         terms = [
@@ -225,7 +227,14 @@ def _in_response(
 def _logprobs(step: int, name: str, a: np.ndarray, b: np.ndarray, dtype: str) -> RunDifference:
     """Return the difference at the token where two log-probabilities are furthest apart.
 
-    Their difference is the relative distance of the probabilities, which rounding bounds."""
+    Their difference is the relative distance of the probabilities, which rounding bounds.
+
+    Args:
+        step: the training step.
+        name: the response, for the user.
+        a: log-probabilities of one run.
+        b: those of the other.
+        dtype: what they are computed in."""
     gaps = np.abs(a.astype(np.float64) - b)
     gaps[np.isnan(gaps)] = math.inf
     at = int(gaps.argmax())
@@ -252,7 +261,7 @@ def compare_metrics(
         first: the line of one run.
         second: the line of the other.
         dtype: what the runs compute in."""
-    found: dict[str, RunDifference] = {}
+    first_by_phase: dict[str, RunDifference] = {}
     for name in sorted(first.keys() | second.keys()):
         if name.startswith(NOT_COMPARED) or first.get(name) == second.get(name):
             continue
@@ -262,11 +271,11 @@ def compare_metrics(
         else:
             distance, values = math.inf, (str(a), str(b))
         phase = next((PHASE_OF[start] for start in PHASE_OF if name.startswith(start)), "training")
-        known = found.get(phase)
-        if known is None or known.distance < distance:
+        earlier = first_by_phase.get(phase)
+        if earlier is None or earlier.distance < distance:
             rounding = is_rounding(distance, dtype)
-            found[phase] = RunDifference(step, phase, name, values, distance, rounding)
-    return list(found.values())
+            first_by_phase[phase] = RunDifference(step, phase, name, values, distance, rounding)
+    return list(first_by_phase.values())
 
 
 def _exact(step: int, phase: str, name: str, first: str, second: str) -> RunDifference:

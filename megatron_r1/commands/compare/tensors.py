@@ -58,13 +58,13 @@ def compare_checkpoints(
         return []
     a, b = DistributedCheckpoint(first), DistributedCheckpoint(second)
     try:
-        found = list(_differences(step, a, b, dtype))
+        differences = list(_differences(step, a, b, dtype))
         if same_layout and a.objects == b.objects:
-            found += _different_streams(step, a, b)
+            differences += _different_streams(step, a, b)
     finally:
         a.close()
         b.close()
-    return sorted(found, key=lambda each: each.order)
+    return sorted(differences, key=lambda difference: difference.order)
 
 
 def _differences(
@@ -119,9 +119,16 @@ def phase_and_name(key: str) -> tuple[str, str]:
 def _compare_tensor(
     step: int, key: str, a: DistributedCheckpoint, b: DistributedCheckpoint, dtype: str
 ) -> RunDifference | None:
-    """Return the difference of one tensor; None where the two are equal bit for bit."""
+    """Return the difference of one tensor; None where the two are equal bit for bit.
+
+    Args:
+        step: the training step.
+        key: the tensor's name.
+        a: the checkpoint of one run.
+        b: that of the other.
+        dtype: what the runs compute in."""
     parts: dict[int, _RankPart] = {}
-    rows = min(each.shapes[key][0] for each in (a, b)) if a.shapes[key] else 0
+    rows = min(tensors.shapes[key][0] for tensors in (a, b)) if a.shapes[key] else 0
     for rank, starts, sizes in _pieces(a.chunks(key), a.dtypes[key].itemsize, rows):
         first, second = a.read(key, starts, sizes), b.read(key, starts, sizes)
         part = parts.setdefault(rank, _RankPart())
@@ -143,7 +150,7 @@ def _compare_tensor(
     # Where a gradient is clipped, one rank's change reaches all others, smaller.
     largest = max(part.distance for part in apart.values())
     named = {rank: part for rank, part in apart.items() if part.distance >= largest / 2}
-    whole = _RankPart(
+    all_ranks = _RankPart(
         sum(part.squares for part in parts.values()), sum(part.apart for part in apart.values())
     )
     count = sum(part.count for part in apart.values())
@@ -154,8 +161,8 @@ def _compare_tensor(
         phase,
         name,
         example.values,
-        whole.distance,
-        is_rounding(whole.distance, dtype),
+        all_ranks.distance,
+        is_rounding(all_ranks.distance, dtype),
         f"at {example.where}, {count:,} of {prod(a.shapes[key]):,} numbers",
         (sorted(named), sorted(set().union(*(part.others for part in named.values())))),
     )

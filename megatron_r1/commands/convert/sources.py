@@ -58,9 +58,9 @@ def find_checkpoint(path: Path) -> FoundCheckpoint:
         )
     checkpoints = path / "checkpoints"
     if not checkpoints.is_dir():
-        what = "has no metadata.json and no checkpoints/" if path.exists() else "does not exist"
+        fault = "has no metadata.json and no checkpoints/" if path.exists() else "does not exist"
         raise UserError(
-            f"{path} {what}: give a checkpoint's folder or a run's folder",
+            f"{path} {fault}: give a checkpoint's folder or a run's folder",
             key="checkpoint",
             cause=Cause.NOT_FOUND,
         )
@@ -110,12 +110,12 @@ def check_manifest(checkpoint: FoundCheckpoint, verify: Verify, args: Namespace)
             key="checkpoint",
             cause=Cause.MALFORMED,
         )
-    limit, every = (
+    limit, interval = (
         checkpoint_folders.checkpoint_step(checkpoint.folder),
         checkpoint_folders.complete_checkpoints(checkpoint.folder.parent),
     )
     before = (
-        folder for folder in every[::-1] if checkpoint_folders.checkpoint_step(folder) < limit
+        folder for folder in interval[::-1] if checkpoint_folders.checkpoint_step(folder) < limit
     )
     older = next(
         (folder for folder in before if not checkpoint_folders.manifest_faults(folder, verify)),

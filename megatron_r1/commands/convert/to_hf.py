@@ -121,8 +121,8 @@ def _same_logits(checkpoint: Path, folder: Path, dtype: torch.dtype, rounded: st
         ours, theirs = Path(scratch) / "megatron.pt", Path(scratch) / "transformers.pt"
         _write_logits("megatron", checkpoint, folder, name, ours)
         _write_logits("transformers", folder, theirs)
-        expected, found = torch.load(ours), torch.load(theirs)
-    gap = float((expected - found).abs().max() / expected.std())
+        expected, exported = torch.load(ours), torch.load(theirs)
+    gap = float((expected - exported).abs().max() / expected.std())
     if not gap <= TOLERANCE:
         raise UserError(
             f"transformers' logits of {folder} differ from Megatron's of {checkpoint} by {gap:.2g} "
@@ -180,11 +180,11 @@ class ExportJob:
 
 def run(args: Namespace) -> int:
     """Convert; then compare the result with the checkpoint, unless --no-check."""
-    found = find_checkpoint(args.checkpoint)
-    checkpoint = found.folder
+    checkpoint_folder = find_checkpoint(args.checkpoint)
+    checkpoint = checkpoint_folder.folder
     require_outside(args.out, checkpoint)
     # First, as files that are missing could not be read.
-    check_manifest(found, "size" if args.checksums == "full" else args.checksums, args)
+    check_manifest(checkpoint_folder, "size" if args.checksums == "full" else args.checksums, args)
     hf_files = find_hf_files(checkpoint, args.config)
     hf = read_supported_config(hf_files, checkpoint)
     with MegatronWeights(checkpoint, hf) as weights:
@@ -206,7 +206,7 @@ def run(args: Namespace) -> int:
     # A file is begun only after this check, so an existing one shows that it was passed.
     if args.checksums == "full" and not any(work.path.glob("*.safetensors")):
         try:
-            check_manifest(found, "full", args)
+            check_manifest(checkpoint_folder, "full", args)
         except UserError:
             work.abandon_empty()
             raise
@@ -231,8 +231,8 @@ def _hf_tensors_on_disk(hf: dict, dtype: torch.dtype, with_mtp: bool) -> dict:
         return stored_tensors(hf, dtype, with_mtp=with_mtp)
     tensors = {}
     plain = stored_tensors(hf, torch.bfloat16, with_mtp=with_mtp)
-    for name, (shape, kept) in plain.items():
-        tensors[name] = (shape, FP8 if published_layout.is_quantized(name) else kept)
+    for name, (shape, stored_dtype) in plain.items():
+        tensors[name] = (shape, FP8 if published_layout.is_quantized(name) else stored_dtype)
         if published_layout.is_quantized(name):
             tensors[published_layout.scale_name(name)] = (
                 published_layout.scale_shape(shape),
@@ -266,13 +266,13 @@ def _write_file(job: ExportJob, part: tuple[str, dict]) -> None:
 def _write_tensor(
     job: ExportJob, file: int, name: str, placed: PlannedTensor, scales: PlannedTensor | None
 ) -> None:
-    weights, known, stacked = _inputs(job)
+    weights, known_scales, stacked = _inputs(job)
     row = prod(placed.shape[1:]) * placed.dtype.itemsize
     for expert, parts_of_expert in enumerate(stacked.get(name, ())):
         values = torch.empty(placed.shape[1:], dtype=placed.dtype)
         for tensor, part in parts_of_expert:
-            own = part.select(values)
-            own.copy_(weights.read(tensor, 0, 0, len(own)))
+            part_values = part.select(values)
+            part_values.copy_(weights.read(tensor, 0, 0, len(part_values)))
         write_at(file, placed.offset + expert * row, values)
     if name in stacked:
         return
@@ -281,7 +281,9 @@ def _write_tensor(
         values = weights.read(name, 0, first, count)
         if scales:
             values, inverse = quantized_blocks.quantize_fp8(
-                values, known.rows(name, first, count), power_of_two=known.power_of_two
+                values,
+                known_scales.rows(name, first, count),
+                power_of_two=known_scales.power_of_two,
             )
             write_at(file, scales.offset + first // published_layout.BLOCK * scale_row, inverse)
         write_at(file, placed.offset + first * row, values.to(placed.dtype))

@@ -61,10 +61,11 @@ def run(args: Namespace) -> int:
     differing = compare(sides, names, args.workers)
     for text in (*alone, *reshaped):
         print(text)
-    for one in sorted(differing, key=lambda d: -d.largest)[:MAX_SHOWN]:
-        at = f" at {list(one.where)}" if one.where else ""
-        differ = f"{format_count(one.count, 'element')} differ{'s' if one.count == 1 else ''}"
-        print(f"{one.name}: {differ}, max |Δ| {one.largest:.6g}{at}")
+    for difference in sorted(differing, key=lambda d: -d.largest)[:MAX_SHOWN]:
+        at = f" at {list(difference.where)}" if difference.where else ""
+        verb = "differs" if difference.count == 1 else "differ"
+        differ = f"{format_count(difference.count, 'element')} {verb}"
+        print(f"{difference.name}: {differ}, max |Δ| {difference.largest:.6g}{at}")
     if len(differing) > MAX_SHOWN:
         print(f"… and {len(differing) - MAX_SHOWN} more tensors that differ less")
     for text in explained:
@@ -80,10 +81,10 @@ def _model(path: Path, args: Namespace) -> Path:
     A checkpoint that the command names itself is compared as it is."""
     if is_hf(path):
         return path
-    found = find_checkpoint(path)
-    if found.run is not None:
-        check_manifest(found, "full", args)
-    return found.folder
+    checkpoint = find_checkpoint(path)
+    if checkpoint.run is not None:
+        check_manifest(checkpoint, "full", args)
+    return checkpoint.folder
 
 
 def _sort_names(a: Weights, b: Weights) -> tuple[list[str], list[str], list[str]]:
@@ -126,8 +127,8 @@ def compare(sides: ModelPair, names: list[str], workers: int) -> list[TensorDiff
         workers: processes that compare."""
     step = max(1, len(names) // (workers * 64))
     batches = [names[first : first + step] for first in range(0, len(names), step)]
-    found = work_folder.run_parts(partial(_compare_batch, sides), batches, workers, "batch")
-    return [difference for batch in found for difference in batch]
+    differences = work_folder.run_parts(partial(_compare_batch, sides), batches, workers, "batch")
+    return [difference for batch in differences for difference in batch]
 
 
 @cache
@@ -136,7 +137,7 @@ def _opened(sides: ModelPair) -> tuple[Weights, Weights]:
 
 
 def _compare_batch(sides: ModelPair, names: list[str]) -> list[TensorDifference]:
-    return [found for name in names if (found := _compare_tensor(sides, name))]
+    return [difference for name in names if (difference := _compare_tensor(sides, name))]
 
 
 def _compare_tensor(sides: ModelPair, name: str) -> TensorDifference | None:
@@ -177,8 +178,8 @@ def _shape_and_dtype(weights: Weights, name: str) -> tuple[tuple[int, ...], str]
 
 def _common_dtype(a: str, b: str) -> torch.dtype:
     """Return the dtype for the comparison of two stored ones: the coarser; FP8 counts as fp32."""
-    known = ["float32" if name == published_layout.FP8_DTYPE else name for name in (a, b)]
-    return getattr(torch, max(known, key=_ORDER.index))
+    dtypes = ["float32" if name == published_layout.FP8_DTYPE else name for name in (a, b)]
+    return getattr(torch, max(dtypes, key=_ORDER.index))
 
 
 def _other_bits(a: Tensor, b: Tensor) -> Tensor:
@@ -193,12 +194,19 @@ def _beyond_rounding(
     """Return elementwise whether FP8 values differ from plain ones by more than a rounding.
 
     Half the distance between two e4m3 numbers is at most 2^-4 of them, for the smallest 2^-10 of
-    the scale. NaN counts as beyond."""
+    the scale. NaN counts as beyond.
+
+    Args:
+        pair: the two models, of which one is quantized.
+        name: the tensor's name.
+        first: the first row of `x` and `y` in the tensor.
+        x: rows of the first model's tensor.
+        y: the same rows of the second's."""
     quantized = (s for s in pair if _shape_and_dtype(s, name)[1] == published_layout.FP8_DTYPE)
-    one = next(quantized)
-    scales = one.scales(name) if isinstance(one, HFWeights) else None
-    assert scales is not None, f"{one.path}: {name} is FP8 without scales"
-    plain = x if one is pair[1] else y
+    quantized_side = next(quantized)
+    scales = quantized_side.scales(name) if isinstance(quantized_side, HFWeights) else None
+    assert scales is not None, f"{quantized_side.path}: {name} is FP8 without scales"
+    plain = x if quantized_side is pair[1] else y
     rows = slice(first // published_layout.BLOCK, -(-(first + len(x)) // published_layout.BLOCK))
     scale = quantized_blocks.spread_scales(scales[rows], x.shape)
     allowed = torch.maximum(plain.abs() * 2**-4, scale * 2**-10)

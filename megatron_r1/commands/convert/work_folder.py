@@ -52,16 +52,16 @@ def run_parts(
 
 def _with_progress(results: Iterable[Any], total: int, unit: str) -> list[Any]:
     """Return the results as a list; print a line every SECONDS_BETWEEN_LINES."""
-    found, began = [], time.monotonic()
+    gathered, began = [], time.monotonic()
     printed = began
     for result in results:
-        found.append(result)
+        gathered.append(result)
         now = time.monotonic()
         if now - printed >= SECONDS_BETWEEN_LINES:
-            printed, seconds, done = now, now - began, len(found)
-            left = seconds / done * (total - done)
-            print(f"  {unit} {done}/{total}, {seconds:.0f} s, {left:.0f} left", flush=True)
-    return found
+            printed, seconds, done = now, now - began, len(gathered)
+            seconds_left = seconds / done * (total - done)
+            print(f"  {unit} {done}/{total}, {seconds:.0f} s, {seconds_left:.0f} left", flush=True)
+    return gathered
 
 
 def _start_worker() -> None:
@@ -156,13 +156,13 @@ class WorkFolder:
         before = json.loads(self._plan.read_text(encoding="utf-8"))
         now = json.loads(json.dumps(plan))
         if changed := [key for key in now if before.get(key) != now[key]]:
-            others = [
+            other_items = [
                 key if isinstance(now[key], dict) else f"{key} {before.get(key)} there, {now[key]}"
                 for key in changed
             ]
             raise UserError(
                 f"{self.path} holds an unfinished conversion of something else "
-                f"({'; '.join(others)} now); continue that one, or remove the folder",
+                f"({'; '.join(other_items)} now); continue that one, or remove the folder",
                 key="out",
                 cause=Cause.CHANGED,
             )

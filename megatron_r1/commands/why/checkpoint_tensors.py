@@ -50,13 +50,13 @@ def masters_apart(path: Path) -> tuple[str, float]:
         if name not in stored.shapes:
             continue
         apart = size = 0.0
-        for starts, own in _parts(stored, key):
+        for starts, master_values in _parts(stored, key):
             if name in (EMBEDDING, HEAD) and starts:
-                rows = min(own.shape[0], stored.shapes[name][0] - starts[0])
-                own = own[: max(0, rows)]
-            weight = stored.read(name, starts, own.shape).double()
-            apart += float((weight - own.double()).square().sum())
-            size += float(own.double().square().sum())
+                rows = min(master_values.shape[0], stored.shapes[name][0] - starts[0])
+                master_values = master_values[: max(0, rows)]
+            weight = stored.read(name, starts, master_values.shape).double()
+            apart += float((weight - master_values.double()).square().sum())
+            size += float(master_values.double().square().sum())
         relative = math.sqrt(apart / size) if size else math.sqrt(apart)
         if relative > distance:
             worst, distance = name, relative
@@ -89,8 +89,8 @@ def change(before: Path, after: Path, hf_files: Path, moves_bias: bool) -> tuple
         if not gap.numel() or (moves_bias and name.endswith(ROUTER_BIASES)):
             continue
         squares += float(gap.square().sum())
-        if (own := float(gap.abs().max())) > largest:
-            worst, largest = name, own
+        if (largest_gap := float(gap.abs().max())) > largest:
+            worst, largest = name, largest_gap
     return worst, largest, math.sqrt(squares)
 
 
@@ -102,9 +102,13 @@ def _changes(before: Path, after: Path, hf_files: Path) -> Iterator[tuple[str, T
             if values.is_floating_point():
                 yield name, last[name].double() - values.double()
         return
-    stored, other = opened(before), opened(after)
-    for key in sorted(stored.shapes.keys() & other.shapes.keys()):
+    stored, checkpoint_after = opened(before), opened(after)
+    for key in sorted(stored.shapes.keys() & checkpoint_after.shapes.keys()):
         if key.startswith(NOT_WEIGHTS) or not stored.dtypes[key].is_floating_point:
             continue
-        for starts, own in _parts(stored, key):
-            yield key, other.read(key, starts, own.shape).double() - own.double()
+        for starts, before_values in _parts(stored, key):
+            yield (
+                key,
+                checkpoint_after.read(key, starts, before_values.shape).double()
+                - before_values.double(),
+            )

@@ -127,26 +127,30 @@ class Report:
     def add(self, comparisons: Sequence[CheckedQuantity]) -> None:
         """Add comparisons, in the order of `FAMILIES`."""
         self.comparisons = sorted(
-            [*self.comparisons, *comparisons], key=lambda each: FAMILIES.index(each.family)
+            [*self.comparisons, *comparisons],
+            key=lambda comparison: FAMILIES.index(comparison.family),
         )
 
     @property
-    def first(self) -> CheckedQuantity | None:
+    def first_departure(self) -> CheckedQuantity | None:
         """The first quantity that departs."""
-        return next((each for each in self.comparisons if each.departs), None)
+        return next((comparison for comparison in self.comparisons if comparison.departs), None)
 
     def departs_before(self, family: str) -> bool:
         """Return whether a quantity of an earlier family departs."""
         at = FAMILIES.index(family)
-        return any(each.departs and FAMILIES.index(each.family) < at for each in self.comparisons)
+        return any(
+            comparison.departs and FAMILIES.index(comparison.family) < at
+            for comparison in self.comparisons
+        )
 
     def as_json(self) -> dict[str, Any]:
         """Return the content of the file that --json names."""
-        first = self.first
+        first = self.first_departure
         return {
             "step": self.step,
             "first": first and first.as_json(),
-            "comparisons": [each.as_json() for each in self.comparisons],
+            "comparisons": [comparison.as_json() for comparison in self.comparisons],
             "suspicions": self.suspicions,
         }
 

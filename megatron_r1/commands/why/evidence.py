@@ -42,7 +42,7 @@ def nearest_multiple(pairs: Sequence[Sequence[Tensor]]) -> float | None:
 
     Args:
         pairs: (run, own) of each parameter."""
-    run, own, both = (
+    run, own_square, both = (
         sum(float((a.double() * b.double()).sum()) for a, b in chosen)
         for chosen in (
             [(pair[0], pair[0]) for pair in pairs],
@@ -50,11 +50,15 @@ def nearest_multiple(pairs: Sequence[Sequence[Tensor]]) -> float | None:
             pairs,
         )
     )
-    if not own:
+    if not own_square:
         return None
-    factor = both / own
-    left = max(0.0, run - factor * both) ** 0.5
-    return factor if left <= NEAR * max(run, own * 1e-6) ** 0.5 or run < 1e-12 * own else None
+    factor = both / own_square
+    distance = max(0.0, run - factor * both) ** 0.5
+    return (
+        factor
+        if distance <= NEAR * max(run, own_square * 1e-6) ** 0.5 or run < 1e-12 * own_square
+        else None
+    )
 
 
 def without_gradient(gradients: Mapping[str, Sequence[Tensor]]) -> tuple[str, ...]:
@@ -64,6 +68,6 @@ def without_gradient(gradients: Mapping[str, Sequence[Tensor]]) -> tuple[str, ..
         gradients: (run, own) by parameter."""
     return tuple(
         name
-        for name, (run, own) in gradients.items()
-        if float(run.norm()) <= ZERO_GRADIENT_TOLERANCE * float(own.norm())
+        for name, (run, recomputed) in gradients.items()
+        if float(run.norm()) <= ZERO_GRADIENT_TOLERANCE * float(recomputed.norm())
     )

@@ -46,7 +46,7 @@ def _special(tokenizer: PromptTokenizer) -> set[int]:
     added = tokenizer.hf_tokenizer.added_tokens_decoder.items()
     return {
         *tokenizer.hf_tokenizer.all_special_ids,
-        *(token for token, each in added if each.special),
+        *(token for token, added_token in added if added_token.special),
     }
 
 
@@ -89,14 +89,14 @@ def _system(step: RecordedStep) -> CheckedQuantity:
     concerned: list[ResponseIndex] = []
     total, lost = 0, ""
     for at, group in enumerate(step.groups):
-        given = [
+        with_system = [
             str(m["content"]) for m in group.prompt.messages_before if m.get("role") == "system"
         ]
-        if not given:
+        if not with_system:
             continue
         total += len(group.responses)
         shown = step.tokenizer.hf_tokenizer.decode(group.prompt_ids, skip_special_tokens=False)
-        if missing := [text for text in given if text.strip() not in shown]:
+        if missing := [text for text in with_system if text.strip() not in shown]:
             concerned += _indices(at, group)
             lost = lost or missing[0]
     if not total:
@@ -155,8 +155,11 @@ def _difference(tokenizer: PromptTokenizer, logged: Sequence[int], expected: Seq
         first = _token(tokenizer, expected[0])
         return f"prompts lack {first} in front, which the tokenizer puts there"
     parts = (tokenizer.hf_tokenizer.decode(list(ids[at : at + 12])) for ids in (logged, expected))
-    one, other = (repr(part[:SHOWN]) for part in parts)
-    return f"from token {at} on {one} was sampled from, {other} is what the settings say"
+    sampled_text, expected_text = (repr(part[:SHOWN]) for part in parts)
+    return (
+        f"from token {at} on {sampled_text} was sampled from, "
+        f"{expected_text} is what the settings say"
+    )
 
 
 def _token(tokenizer: PromptTokenizer, number: int) -> str:
@@ -188,7 +191,7 @@ def _ends(step: RecordedStep) -> CheckedQuantity:
     if concerned:
         (token, count), *_ = tokens.most_common(1)
         reason = f"{count:,} responses go on after {_token(step.tokenizer, token)}, which ends one"
-        asked = next((each.stop_token_ids for each in step.sampling if each), None)
+        asked = next((settings.stop_token_ids for settings in step.sampling if settings), None)
         if asked is not None and token not in asked:
             reason += f"; the engines were told to stop at {', '.join(map(str, asked))} only"
     return fraction_comparison(
@@ -242,20 +245,21 @@ def _unknown_ends(step: RecordedStep) -> CheckedQuantity:
 
 
 def _vocabulary(step: RecordedStep) -> CheckedQuantity:
-    rows, known = step.hf["vocab_size"], len(step.tokenizer.hf_tokenizer)
+    rows, num_tokens = step.hf["vocab_size"], len(step.tokenizer.hf_tokenizer)
     concerned, largest = [], -1
     for sequence in step.sequences:
         highest = int(sequence.token_ids.max(initial=-1))
         largest = max(largest, highest)
-        if highest >= min(rows, known):
+        if highest >= min(rows, num_tokens):
             concerned.append(sequence.response)
     return fraction_comparison(
         FAMILY,
         "vocabulary",
-        f"tokens up to {largest:,} with {known:,} of the tokenizer and {rows:,} rows of the model",
+        f"tokens up to {largest:,} with {num_tokens:,} of the tokenizer "
+        f"and {rows:,} rows of the model",
         list(dict.fromkeys(concerned)),
         len(step.responses),
-        reason=f"token {largest:,} is beyond the tokenizer's {known:,} tokens"
+        reason=f"token {largest:,} is beyond the tokenizer's {num_tokens:,} tokens"
         f" (vocab_size: {rows:,})",
         remedy="the model's tokenizer files, which lack tokens that the model samples, or "
         "vocab_size in its config.json",

@@ -54,37 +54,54 @@ def advantages(
         ddof: what the deviation's number of rewards is less than their number by."""
     values = [np.array([np.nan if r is None else r for r in group]) for group in groups]
     if algorithm == "reinforce_pp":
-        return [each.tolist() for each in values]
+        return [rewards_of_group.tolist() for rewards_of_group in values]
     if algorithm == "rloo":
-        return [(each * 0.0 if are_equal(each) else _less_others(each)).tolist() for each in values]
-    whole = np.concatenate(values)
+        return [
+            (
+                rewards_of_group * 0.0
+                if are_equal(rewards_of_group)
+                else _less_others(rewards_of_group)
+            ).tolist()
+            for rewards_of_group in values
+        ]
+    all_rewards = np.concatenate(values)
     if not is_centred:
-        centred = [each.copy() for each in values]
+        centred = [rewards_of_group.copy() for rewards_of_group in values]
     elif algorithm == "reinforce":
-        mean = np.nanmean(whole) if not np.isnan(whole).all() else 0.0
-        centred = [each - mean for each in values]
+        mean = np.nanmean(all_rewards) if not np.isnan(all_rewards).all() else 0.0
+        centred = [rewards_of_group - mean for rewards_of_group in values]
     else:
-        centred = [each - np.nanmean(each) if not np.isnan(each).all() else each for each in values]
-    if algorithm == "reinforce" and are_equal(whole):
-        centred = [each * 0.0 for each in centred]
+        centred = [
+            rewards_of_group - np.nanmean(rewards_of_group)
+            if not np.isnan(rewards_of_group).all()
+            else rewards_of_group
+            for rewards_of_group in values
+        ]
+    if algorithm == "reinforce" and are_equal(all_rewards):
+        centred = [rewards_of_group * 0.0 for rewards_of_group in centred]
     elif algorithm != "reinforce":
         pairs = zip(values, centred, strict=True)
-        centred = [each * 0.0 if are_equal(own) else each for own, each in pairs]
+        centred = [
+            rewards_of_group * 0.0 if are_equal(own) else rewards_of_group
+            for own, rewards_of_group in pairs
+        ]
     if std == "group" and algorithm != "reinforce":
         centred = [
-            each / (np.nanstd(each, ddof=ddof) + epsilon) if np.nansum(np.abs(each)) else each
-            for each in centred
+            rewards_of_group / (np.nanstd(rewards_of_group, ddof=ddof) + epsilon)
+            if np.nansum(np.abs(rewards_of_group))
+            else rewards_of_group
+            for rewards_of_group in centred
         ]
     if std == "batch" and not are_equal(np.concatenate(centred)):
         scale = np.nanstd(np.concatenate(centred), ddof=ddof) + epsilon
-        centred = [each / scale for each in centred]
-    return [each.tolist() for each in centred]
+        centred = [rewards_of_group / scale for rewards_of_group in centred]
+    return [rewards_of_group.tolist() for rewards_of_group in centred]
 
 
 def _less_others(values: np.ndarray) -> np.ndarray:
     """Return each reward less the mean of the others; NaN is none."""
-    others = np.sum(~np.isnan(values)) - 1
-    return values - (np.nansum(values) - values) / max(1, others)
+    num_others = np.sum(~np.isnan(values)) - 1
+    return values - (np.nansum(values) - values) / max(1, num_others)
 
 
 def each_advantages(
@@ -102,7 +119,10 @@ def each_advantages(
         algorithm: as of `advantages`, like the next two.
         std: what is divided by.
         epsilon: added to the deviation."""
-    parts = {name: advantages(each, algorithm, std, epsilon) for name, each in rewards.items()}
+    parts = {
+        name: advantages(term_rewards, algorithm, std, epsilon)
+        for name, term_rewards in rewards.items()
+    }
     groups = range(len(next(iter(rewards.values()))))
     sums = [
         np.sum([weights[name] * np.array(part[at]) for name, part in parts.items()], axis=0)
@@ -110,17 +130,19 @@ def each_advantages(
     ]
     whole = np.concatenate(sums)
     if are_equal(whole):
-        return [(each * 0.0).tolist() for each in sums]
+        return [(group_sums * 0.0).tolist() for group_sums in sums]
     mean, scale = np.nanmean(whole), np.nanstd(whole) + epsilon
-    return [((each - mean) / scale).tolist() for each in sums]
+    return [((group_sums - mean) / scale).tolist() for group_sums in sums]
 
 
 def are_equal(values: np.ndarray) -> bool:
     """Return whether rewards differ by rounding alone; NaN is none."""
-    known = values[~np.isnan(values)]
-    if len(known) < 2:
+    numbers = values[~np.isnan(values)]
+    if len(numbers) < 2:
         return True
-    return float(known.max() - known.min()) <= EQUAL_REWARDS * max(1.0, float(np.abs(known).max()))
+    return float(numbers.max() - numbers.min()) <= EQUAL_REWARDS * max(
+        1.0, float(np.abs(numbers).max())
+    )
 
 
 def learning_rate(
@@ -146,8 +168,8 @@ def learning_rate(
     if decay == "constant":
         return highest
     done = min(1.0, (update - warmup) / max(1, total - warmup))
-    left = 1 - done if decay == "linear" else (1 + math.cos(math.pi * done)) / 2
-    return lowest + (highest - lowest) * left
+    remaining = 1 - done if decay == "linear" else (1 + math.cos(math.pi * done)) / 2
+    return lowest + (highest - lowest) * remaining
 
 
 def kl_of_difference(difference: np.ndarray) -> float:

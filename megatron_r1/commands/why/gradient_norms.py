@@ -43,13 +43,19 @@ def fit_norms(
 def _least_squares(
     traces: Sequence[Trace], before: Moments, after: Moments, settings: OptimizerConfig
 ) -> tuple[float, ...]:
-    """Return the norms that these gradients need, by least squares; 0: one was not clipped."""
+    """Return the norms that these gradients need, by least squares; 0: one was not clipped.
+
+    Args:
+        traces: the gradients of each update.
+        before: first moments before the step.
+        after: the first moments of the run after it.
+        settings: the optimizer's settings."""
     clip, beta = settings.clip_grad, settings.beta1
     count = len(traces)
     columns = [
         (1 - beta)
         * beta ** (count - 1 - index)
-        * torch.cat([each.flatten() for each in trace.gradients.values()])
+        * torch.cat([gradient.flatten() for gradient in trace.gradients.values()])
         for index, trace in enumerate(traces)
     ]
     target = [

@@ -63,66 +63,68 @@ def check_loss(step: RecordedStep, recomputed: Recomputation) -> list[CheckedQua
     comparisons[0] = replace(
         comparisons[0], compared=f"{comparisons[0].compared}; |terms|: {terms}"
     )
-    departs = any(each.departs for each in comparisons)
+    departs = any(comparison.departs for comparison in comparisons)
     if not departs and not update_departs(step, base):
         return comparisons
     if not recomputed.searches_causes:
         return comparisons
-    if (found := explanation(step, recomputed)) is None:
+    if (explained := explanation(step, recomputed)) is None:
         return [
-            replace(each, remedy=f"{each.remedy}{recomputed.left_out}") if each.departs else each
-            for each in comparisons
+            replace(comparison, remedy=f"{comparison.remedy}{recomputed.left_out}")
+            if comparison.departs
+            else comparison
+            for comparison in comparisons
         ]
-    substitution, made = found
-    what = (
-        f"{substitution.name} explains it: loss {_shown(made.metrics['loss'])}, recorded "
+    substitution, updates = explained
+    text = (
+        f"{substitution.name} explains it: loss {_shown(updates.metrics['loss'])}, recorded "
         f"{_shown(step.line.get('loss'))}, by the settings {_shown(base.metrics['loss'])}"
     )
-    size = abs(made.metrics["loss"] - base.metrics["loss"]) / _scale(step)
-    what += f"; {percent(size)} of the loss by weight of advantages"
-    departing = next((each for each in comparisons if each.departs), None)
+    size = abs(updates.metrics["loss"] - base.metrics["loss"]) / _scale(step)
+    text += f"; {percent(size)} of the loss by weight of advantages"
+    departing = next((comparison for comparison in comparisons if comparison.departs), None)
     if departing is None:  # the weights alone
         tolerance = update_limit(step)
         name, compared = "cause of the change of the weights", "updates with one thing substituted"
         size = base.update_distance or math.nan
         source = SOURCE[step.run_config.model.dtype]
-        cause = CheckedQuantity("optimizer", name, DEPARTS, compared, size, tolerance, source, what)
+        cause = CheckedQuantity("optimizer", name, DEPARTS, compared, size, tolerance, source, text)
         return [*comparisons, replace(cause, remedy=substitution.change)]
-    named = replace(departing, reason=what, remedy=substitution.change)
-    return [named if each is departing else each for each in comparisons]
+    named = replace(departing, reason=text, remedy=substitution.change)
+    return [named if comparison is departing else comparison for comparison in comparisons]
 
 
 def _scale(step: RecordedStep) -> float:
     """Return the mean |advantage| of the responses that are trained on, at least 1e-6."""
-    known = [abs(a) for group in step.advantages for a in group if not math.isnan(a)]
-    return max(1e-6, sum(known) / max(1, len(known)))
+    sizes = [abs(a) for group in step.advantages for a in group if not math.isnan(a)]
+    return max(1e-6, sum(sizes) / max(1, len(sizes)))
 
 
 def _limit(step: RecordedStep, name: str, metrics: Mapping[str, float]) -> float:
     """Return the largest distance of a metric from its recomputed value, one of `metrics`."""
     dtype, rl = step.run_config.model.dtype, step.config.rl
     if name == "loss":  # of advantages that are all 0, KL and entropy alone
-        others = {"kl": abs(rl.kl_beta), "entropy": abs(rl.entropy_coef)}
-        rounding = sum(weight * _limit(step, each, metrics) for each, weight in others.items())
+        weights = {"kl": abs(rl.kl_beta), "entropy": abs(rl.entropy_coef)}
+        rounding = sum(weight * _limit(step, term, metrics) for term, weight in weights.items())
         return max(LOSS_ROUNDING[dtype] * _scale(step), rounding)
     relative = RELATIVE[dtype].get(name, OTHERS[dtype]) * abs(metrics[name])
     return max(relative, ABSOLUTE[dtype].get(name, 0.0))
 
 
-def _metric(step: RecordedStep, name: str, made: RecomputedUpdates) -> CheckedQuantity:
-    own, logged = made.metrics[name], step.line[name]
-    limit = _limit(step, name, made.metrics)
-    distance = math.inf if logged is None else abs(float(logged) - own)
+def _metric(step: RecordedStep, name: str, updates: RecomputedUpdates) -> CheckedQuantity:
+    recomputed, logged = updates.metrics[name], step.line[name]
+    limit = _limit(step, name, updates.metrics)
+    distance = math.inf if logged is None else abs(float(logged) - recomputed)
     return CheckedQuantity(
         LOSS,
         name,
         EQUAL if distance <= limit else DEPARTS,
-        f"{_shown(logged)} of metrics.jsonl with {_shown(own)} recomputed, over "
+        f"{_shown(logged)} of metrics.jsonl with {_shown(recomputed)} recomputed, over "
         f"{step.config.rl.minibatches} updates",
         distance,
         limit,
         SOURCE[step.run_config.model.dtype],
-        f"{name} is {_shown(logged)} in metrics.jsonl, {_shown(own)} recomputed",
+        f"{name} is {_shown(logged)} in metrics.jsonl, {_shown(recomputed)} recomputed",
         remedy="the loss: rl.algorithm and its settings, or the trainer",
     )
 
@@ -131,14 +133,14 @@ def _shown(value: object) -> str:
     return f"{value:.6g}" if isinstance(value, int | float) else "no number"
 
 
-def explains(step: RecordedStep, made: RecomputedUpdates) -> bool:
+def explains(step: RecordedStep, updates: RecomputedUpdates) -> bool:
     """Return whether updates have the recorded metrics, and the checkpoint after the step."""
     gaps = (
-        abs(float(step.line[name]) - value) <= _limit(step, name, made.metrics)
-        for name, value in made.metrics.items()
+        abs(float(step.line[name]) - value) <= _limit(step, name, updates.metrics)
+        for name, value in updates.metrics.items()
         if isinstance(step.line.get(name), int | float)
     )
-    return all(gaps) and not update_departs(step, made)
+    return all(gaps) and not update_departs(step, updates)
 
 
 def update_limit(step: RecordedStep) -> float:
@@ -146,23 +148,23 @@ def update_limit(step: RecordedStep) -> float:
     return UPDATE[step.run_config.model.dtype]
 
 
-def update_departs(step: RecordedStep, made: RecomputedUpdates) -> bool:
+def update_departs(step: RecordedStep, updates: RecomputedUpdates) -> bool:
     """Return whether the change of the weights, or of Adam's moments, is beyond its tolerance.
 
     Args:
         step: the step.
-        made: its updates."""
-    is_update = made.update_distance is not None and made.update_distance > update_limit(step)
-    return is_update or moments_depart(step, made)
+        updates: its updates."""
+    is_update = updates.update_distance is not None and updates.update_distance > update_limit(step)
+    return is_update or moments_depart(step, updates)
 
 
-def moments_depart(step: RecordedStep, made: RecomputedUpdates) -> bool:
+def moments_depart(step: RecordedStep, updates: RecomputedUpdates) -> bool:
     """Return whether Adam's moments are beyond their tolerance.
 
     Args:
         step: the step.
-        made: its updates."""
-    return made.moment_distance is not None and made.moment_distance > moments_limit(step)
+        updates: its updates."""
+    return updates.moment_distance is not None and updates.moment_distance > moments_limit(step)
 
 
 def moments_limit(step: RecordedStep) -> float:
@@ -185,19 +187,29 @@ def explanation(
         step: the step.
         recomputed: its updates."""
     offered = list(substitutions(step, recomputed))
-    estimates = [recomputed.estimate(each, step.line) for each in offered]
+    estimates = [recomputed.estimate(substitution, step.line) for substitution in offered]
     order = sorted(range(len(offered)), key=lambda at: (estimates[at], at))
     for at in order:
-        first, made = offered[at], recomputed.run(offered[at])
-        if not explains(step, made):
+        first, updates = offered[at], recomputed.run(offered[at])
+        if not explains(step, updates):
             continue
-        found = [(first, made)]
-        if made.update_distance is not None and made.update_distance > update_limit(step) / EXACT:
-            same = [each for each in offered if each.setting == first.setting and each != first]
-            others = [(each, recomputed.run(each)) for each in same[:MAX_OTHER_VALUES]]
-            found += [pair for pair in others if explains(step, pair[1])]
+        explained = [(first, updates)]
+        if (
+            updates.update_distance is not None
+            and updates.update_distance > update_limit(step) / EXACT
+        ):
+            same = [
+                substitution
+                for substitution in offered
+                if substitution.setting == first.setting and substitution != first
+            ]
+            other_values = [
+                (substitution, recomputed.run(substitution))
+                for substitution in same[:MAX_OTHER_VALUES]
+            ]
+            explained += [pair for pair in other_values if explains(step, pair[1])]
         return min(
-            found,
+            explained,
             key=lambda pair: (pair[1].update_distance or 0.0) + (pair[1].moment_distance or 0.0),
         )
     return None

@@ -39,18 +39,18 @@ def _rate(step: RecordedStep) -> CheckedQuantity:
     if not isinstance(logged, int | float):
         return not_checked(SCHEDULE, name, "metrics.jsonl has no learning_rate")
     rates = step.learning_rates
-    own = sum(rates) / len(rates)
-    distance = abs(own - logged) / own if own else abs(logged)
+    mean_rate = sum(rates) / len(rates)
+    distance = abs(mean_rate - logged) / mean_rate if mean_rate else abs(logged)
     settings, steps = step.config.optimizer, step.scheduled_steps
-    other = "" if steps == step.run_config.run.steps else f" over run.steps: {steps}"
-    reason = f"learning_rate is {logged:g} in metrics.jsonl, the schedule says {own:g}"
-    if settings.warmup and logged < own:
+    total_steps = "" if steps == step.run_config.run.steps else f" over run.steps: {steps}"
+    reason = f"learning_rate is {logged:g} in metrics.jsonl, the schedule says {mean_rate:g}"
+    if settings.warmup and logged < mean_rate:
         reason += ": as if still in warm-up"
     return CheckedQuantity(
         SCHEDULE,
         name,
         EQUAL if distance <= RATE else DEPARTS,
-        f"{logged:g} of metrics.jsonl with {own:g} by the schedule{other}",
+        f"{logged:g} of metrics.jsonl with {mean_rate:g} by the schedule{total_steps}",
         distance,
         RATE,
         "float64",
@@ -64,16 +64,16 @@ def _count(step: RecordedStep) -> CheckedQuantity:
     name, logged = "number of updates", step.line.get("optimizer_step")
     if not isinstance(logged, int):
         return not_checked(SCHEDULE, name, "metrics.jsonl has no optimizer_step")
-    own = step.updates_after(step.step)
+    num_updates = step.updates_after(step.step)
     return CheckedQuantity(
         SCHEDULE,
         name,
-        EQUAL if own == logged else DEPARTS,
-        f"optimizer_step {logged:,} with {own:,} by rl.minibatches",
-        float(abs(own - logged)),
+        EQUAL if num_updates == logged else DEPARTS,
+        f"optimizer_step {logged:,} with {num_updates:,} by rl.minibatches",
+        float(abs(num_updates - logged)),
         0.0,
         "exact",
-        f"optimizer_step is {logged:,}, {own:,} updates were due: the schedule is behind",
+        f"optimizer_step is {logged:,}, {num_updates:,} updates were due: the schedule is behind",
         remedy="rl.minibatches or rl.schedule were changed on the way, or the counter was lost",
     )
 
@@ -141,18 +141,18 @@ def _counters(step: RecordedStep, when: str, path: Path) -> CheckedQuantity:
 
     name = f"Adam's counter {when}"
     counted = policy_model.read_state(path)
-    own = step.updates_after(step.step - (when == "before"))
+    num_updates = step.updates_after(step.step - (when == "before"))
     if counted is None:
         return not_checked(WHERE[when], name, f"{path.name} has none")
     return CheckedQuantity(
         WHERE[when],
         name,
-        EQUAL if counted == own else DEPARTS,
-        f"{counted:,} of {path.name} with {own:,} updates",
-        float(abs(counted - own)),
+        EQUAL if counted == num_updates else DEPARTS,
+        f"{counted:,} of {path.name} with {num_updates:,} updates",
+        float(abs(counted - num_updates)),
         0.0,
         "exact",
-        f"{path.name} counts {counted:,} updates, {own:,} were made: Adam's state was lost "
+        f"{path.name} counts {counted:,} updates, {num_updates:,} were made: Adam's state was lost "
         "on the way",
         remedy="the checkpoint that the run went on from: it was loaded without its optimizer",
     )
@@ -229,7 +229,13 @@ def _tied(step: RecordedStep) -> CheckedQuantity:
 
 
 def _moved(step: RecordedStep, worst: str, largest: float, norm: float) -> CheckedQuantity:
-    """Check that the weights moved, and not further than Adam can."""
+    """Check that the weights moved, and not further than Adam can.
+
+    Args:
+        step: the step.
+        worst: the parameter that moved furthest.
+        largest: how far it moved.
+        norm: the norm of the change of all parameters."""
     rates = step.learning_rates
     limit = MAX_STEP_FACTOR * sum(rates)
     rate = max(rates)
@@ -261,8 +267,11 @@ def check_update(step: RecordedStep, recomputed: Recomputation) -> list[CheckedQ
         step: the step.
         recomputed: its updates."""
     base = recomputed.base
-    made = [_change(step, base), _moments_made(step, base)]
-    return [replace(each, remedy=f"{each.remedy}{recomputed.left_out}") for each in made]
+    comparisons = [_change(step, base), _moments_made(step, base)]
+    return [
+        replace(comparison, remedy=f"{comparison.remedy}{recomputed.left_out}")
+        for comparison in comparisons
+    ]
 
 
 def _change(step: RecordedStep, base: RecomputedUpdates) -> CheckedQuantity:

@@ -25,7 +25,7 @@ SIZE = (5.2, 2.7)
 
 def write(report: Report, step: RecordedStep) -> Path:
     """Write why.html into the run's folder and return its path."""
-    first = report.first
+    first = report.first_departure
     html = render_page(
         "reporting/templates/why.html.jinja",
         title=f"{step.folder.path.resolve().name}: why, step {report.step}",
@@ -37,7 +37,7 @@ def write(report: Report, step: RecordedStep) -> Path:
         },
         outcome="Nothing departs." if first is None else f"First departure: {first}.",
         suspicions=report.suspicions,
-        rows=[_row(each) for each in report.comparisons],
+        rows=[_row(comparison) for comparison in report.comparisons],
         plots=_plots(report),
         responses=[_response(step, which) for which in _worst(report, step)],
     )
@@ -47,12 +47,12 @@ def write(report: Report, step: RecordedStep) -> Path:
 def _row(comparison: CheckedQuantity) -> dict[str, str]:
     """Return the cells of a check."""
     is_left_out = comparison.status == NOT_CHECKED
-    what = comparison.reason if comparison.departs or is_left_out else comparison.compared
+    text = comparison.reason if comparison.departs or is_left_out else comparison.compared
     return {
         "family": comparison.family,
         "name": comparison.name,
         "status": comparison.status,
-        "what": what,
+        "what": text,
         "distance": "" if math.isnan(comparison.distance) else number(comparison.distance),
         "tolerance": "" if math.isnan(comparison.tolerance) else number(comparison.tolerance),
         "source": comparison.source,
@@ -85,8 +85,19 @@ def _plots(report: Report) -> list[Plot]:
 def _worst(report: Report, step: RecordedStep) -> list[ResponseIndex]:
     """Return the responses of the first departure that has any, those with the largest advantages
     first."""
-    departing = (each for each in report.comparisons if each.departs)
-    comparison = next((each for each in departing if each.concerned), None)
+    departing = (
+        departing_comparison
+        for departing_comparison in report.comparisons
+        if departing_comparison.departs
+    )
+    comparison = next(
+        (
+            departing_comparison
+            for departing_comparison in departing
+            if departing_comparison.concerned
+        ),
+        None,
+    )
     if comparison is None:
         return []
 
@@ -113,7 +124,7 @@ def _response(step: RecordedStep, index: ResponseIndex) -> dict[str, Any]:
     return {
         "prompt": shorten_middle(prompt, CHARACTERS),
         "truth": "" if truth is None else str(truth)[:200],
-        "details": [each for each in details if each],
+        "details": [detail for detail in details if detail],
         "text": shorten_middle(graded.text, CHARACTERS),
         "reason": graded.reason,
     }

@@ -90,10 +90,10 @@ def _explained(step: RecordedStep, recomputed: Recomputation) -> tuple[str, str]
             recomputed.with_head_apart,
         ),
     ]
-    for what, remedy, make in tried:
-        made = make()
-        if made is not None and _is_logged(step, recomputed, made):
-            return f"the trainer's are as those of transformers {what} are", remedy
+    for noun, remedy, make in tried:
+        logprobs = make()
+        if logprobs is not None and _is_logged(step, recomputed, logprobs):
+            return f"the trainer's are as those of transformers {noun} are", remedy
     # The engine has none of the prompt, for which the trainer then compares with 0.
     given = [
         np.concatenate([np.zeros(len(own) - len(each.logprobs), np.float32), each.logprobs])
@@ -130,7 +130,13 @@ def _is_logged(
     logprobs: Sequence[np.ndarray],
     engine: Sequence[np.ndarray] | None = None,
 ) -> bool:
-    """Return whether log-probabilities are as far from the engine's as those of the trainer."""
+    """Return whether log-probabilities are as far from the engine's as those of the trainer.
+
+    Args:
+        step: the step.
+        recomputed: its sequences.
+        logprobs: log-probabilities of the sequences' tokens.
+        engine: log-probabilities that the engine would have; None: those that it recorded."""
     given = engine or [sequence.logprobs for sequence in recomputed.sequences]
     gaps = np.concatenate(
         [
@@ -140,23 +146,23 @@ def _is_logged(
         ]
     )
     tolerance = ROUNDING[step.run_config.model.dtype]
-    found = {"logprob_diff/mean": float(gaps.mean()), "logprob_diff/max": float(gaps.max())}
+    distances = {"logprob_diff/mean": float(gaps.mean()), "logprob_diff/max": float(gaps.max())}
     return all(
         abs(float(step.line[name]) - value) <= max(tolerance, tolerance * value)
-        for name, value in found.items()
+        for name, value in distances.items()
         if isinstance(step.line.get(name), int | float)
     )
 
 
 def last_refresh(step: RecordedStep) -> int:
     """Return the step after which the reference was last replaced, before this one; 0: never."""
-    config, found = step.run_config, 0
+    config, refreshed = step.run_config, 0
     for earlier in range(1, step.step):
         at = config.at(earlier)
-        every, done = at.rl.reference_refresh, config.updates_before(earlier + 1)
-        if every and done // every > (done - at.rl.minibatches) // every:
-            found = earlier
-    return found
+        interval, done = at.rl.reference_refresh, config.updates_before(earlier + 1)
+        if interval and done // interval > (done - at.rl.minibatches) // interval:
+            refreshed = earlier
+    return refreshed
 
 
 def _reference(step: RecordedStep, recomputed: Recomputation) -> CheckedQuantity:
@@ -177,8 +183,8 @@ def _reference(step: RecordedStep, recomputed: Recomputation) -> CheckedQuantity
         return not_checked(POLICIES, name, f"{before} has none")
     if expected is None:
         return not_checked(POLICIES, name, f"there is no checkpoint of step {refreshed}")
-    own = recomputed.model(before, policy_model.REFERENCE)
-    distance = _apart(own, recomputed.model(expected))
+    reference_model = recomputed.model(before, policy_model.REFERENCE)
+    distance = _apart(reference_model, recomputed.model(expected))
     if distance <= ROUNDING["float32"]:
         return CheckedQuantity(
             POLICIES,
@@ -190,12 +196,14 @@ def _reference(step: RecordedStep, recomputed: Recomputation) -> CheckedQuantity
             "copies of one another",
         )
     reason = f"it is not the weights after step {refreshed}, as rl.reference_refresh makes it"
-    others = {0, step.step - 1, *range(max(0, step.step - 4), step.step)} - {refreshed}
-    for other in sorted(others):
-        path = weights_after(step.folder, step.run_config, other)
-        if path and _apart(own, recomputed.model(path)) <= ROUNDING["float32"]:
-            what = "it was not refreshed" if other < refreshed else "it was refreshed too often"
-            reason += f": {what}, it is the weights after step {other}"
+    other_steps = {0, step.step - 1, *range(max(0, step.step - 4), step.step)} - {refreshed}
+    for other_step in sorted(other_steps):
+        path = weights_after(step.folder, step.run_config, other_step)
+        if path and _apart(reference_model, recomputed.model(path)) <= ROUNDING["float32"]:
+            text = (
+                "it was not refreshed" if other_step < refreshed else "it was refreshed too often"
+            )
+            reason += f": {text}, it is the weights after step {other_step}"
             break
     return CheckedQuantity(
         POLICIES,

@@ -40,7 +40,7 @@ class PolicyLogprobs:
         self.sequences = step.sequences
         is_cut = step.config.rollout.truncates_sampling
         self.rows = [_row(sequence, is_cut) for sequence in self.sequences]
-        self._known: dict[Path, list[np.ndarray]] = {}
+        self._logprobs_of_weights: dict[Path, list[np.ndarray]] = {}
         self._models: dict[tuple[Path, str], Any] = {}
 
     @property
@@ -100,10 +100,10 @@ class PolicyLogprobs:
             )
         key = source, prefix
         if key not in self._models:
-            made = policy_model.read_model(source, self.step.model, prefix)
+            loaded = policy_model.read_model(source, self.step.model, prefix)
             if 4 * self.num_parameters * KEPT_MODELS > free:
-                return made
-            self._models[key] = made
+                return loaded
+            self._models[key] = loaded
         return self._models[key]
 
     @cached_property
@@ -115,23 +115,23 @@ class PolicyLogprobs:
     def logprobs_under(self, model: Any, temperature: float | None = None) -> list[np.ndarray]:
         """Return the log-probabilities of the tokens of `scored_sequences` under a model."""
         rows = [self.rows[at] for at in self.scored_sequences]
-        (found,) = policy_model.logprobs(model, rows, [temperature or self.temperature])
-        return [each.numpy() for each in found]
+        (of_rows,) = policy_model.logprobs(model, rows, [temperature or self.temperature])
+        return [row_logprobs.numpy() for row_logprobs in of_rows]
 
     def logprobs_at_temperatures(self, temperatures: Sequence[float]) -> list[list[np.ndarray]]:
         """Return those under the policy before the step, by temperature."""
         rows = [self.rows[at] for at in self.scored_sequences]
-        found = policy_model.logprobs(self.policy, rows, temperatures)
-        return [[each.numpy() for each in one] for one in found]
+        by_temperature = policy_model.logprobs(self.policy, rows, temperatures)
+        return [[row_logprobs.numpy() for row_logprobs in of_rows] for of_rows in by_temperature]
 
     def logprobs_after(self, step: int) -> list[np.ndarray] | None:
         """Return those under the weights after another step; None where they are not kept."""
         path = weights_after(self.step.folder, self.step.run_config, step)
         if path is None:
             return None
-        if path not in self._known:
-            self._known[path] = self.logprobs_under(self.model(path))
-        return self._known[path]
+        if path not in self._logprobs_of_weights:
+            self._logprobs_of_weights[path] = self.logprobs_under(self.model(path))
+        return self._logprobs_of_weights[path]
 
     def without_router_bias(self) -> list[np.ndarray] | None:
         """Return those under the policy before the step with routers that have no correction bias;
@@ -141,11 +141,11 @@ class PolicyLogprobs:
         ]
         if not names:
             return None
-        other = copy.deepcopy(self.policy)
+        changed = copy.deepcopy(self.policy)
         with torch.no_grad():
             for name in names:
-                other.state_dict()[name].zero_()
-        return self.logprobs_under(other)
+                changed.state_dict()[name].zero_()
+        return self.logprobs_under(changed)
 
     def bfloat16_logprobs(self) -> list[np.ndarray]:
         """Return those under the policy before the step computed in bfloat16."""
@@ -161,13 +161,13 @@ class PolicyLogprobs:
         Args:
             layer: the module of routed experts.
             sources: expert → the one whose weights it has."""
-        other = copy.deepcopy(self.policy)
+        changed = copy.deepcopy(self.policy)
         with torch.no_grad():
-            for each in other.get_submodule(layer).parameters():
-                values = each.detach().clone()
+            for parameter in changed.get_submodule(layer).parameters():
+                values = parameter.detach().clone()
                 for target, source in sources.items():
-                    each[target] = values[source]
-        return self.logprobs_under(other)
+                    parameter[target] = values[source]
+        return self.logprobs_under(changed)
 
     def with_old_expert(self, layer: str, expert: int, step: int) -> list[np.ndarray] | None:
         """Return those under the policy before the step with one expert's weights after another
@@ -181,11 +181,11 @@ class PolicyLogprobs:
         if path is None:
             return None
         source = self.model(path).get_submodule(layer)
-        other = copy.deepcopy(self.policy)
+        changed = copy.deepcopy(self.policy)
         with torch.no_grad():
-            for name, each in other.get_submodule(layer).named_parameters():
-                each[expert] = source.get_parameter(name)[expert]
-        return self.logprobs_under(other)
+            for name, parameter in changed.get_submodule(layer).named_parameters():
+                parameter[expert] = source.get_parameter(name)[expert]
+        return self.logprobs_under(changed)
 
     def with_head_apart(self) -> list[np.ndarray] | None:
         """Return those with the head that a tied model had when the run began; None for a model
@@ -193,9 +193,9 @@ class PolicyLogprobs:
         begin = weights_after(self.step.folder, self.step.run_config, 0)
         if begin is None or not self.step.hf.get("tie_word_embeddings"):
             return None
-        other = copy.deepcopy(self.policy)
-        other.lm_head.weight = torch.nn.Parameter(self.model(begin).lm_head.weight.detach())
-        return self.logprobs_under(other)
+        changed = copy.deepcopy(self.policy)
+        changed.lm_head.weight = torch.nn.Parameter(self.model(begin).lm_head.weight.detach())
+        return self.logprobs_under(changed)
 
     def all_token_logprobs(self) -> list[np.ndarray]:
         """Return the log-probabilities of all tokens but the first, those of the prompt too."""
@@ -204,22 +204,25 @@ class PolicyLogprobs:
             for at in self.scored_sequences
         ]
         plain = [replace(row, kept=None) for row in rows]
-        (found,) = policy_model.logprobs(self.policy, plain, [self.temperature])
-        return [each.numpy() for each in found]
+        (of_rows,) = policy_model.logprobs(self.policy, plain, [self.temperature])
+        return [row_logprobs.numpy() for row_logprobs in of_rows]
 
     def shifted_logprobs(self) -> list[np.ndarray]:
         """Return, in place of each sampled token's, the log-probability of the token before it."""
         rows = [self.rows[at] for at in self.scored_sequences]
         moved = [replace(row, targets=row.token_ids.roll(1)) for row in rows]
-        (found,) = policy_model.logprobs(self.policy, moved, [self.temperature])
-        return [each.numpy() for each in found]
+        (of_rows,) = policy_model.logprobs(self.policy, moved, [self.temperature])
+        return [row_logprobs.numpy() for row_logprobs in of_rows]
 
     def experts(self) -> dict[str, list[np.ndarray]]:
         """Return the experts that the policy before the step chooses for the tokens of
         `scored_sequences`, by layer: (tokens, experts per token) each."""
         rows = [self.rows[at] for at in self.scored_sequences]
-        found = policy_model.chosen_experts(self.policy, rows)
-        return {name: [each.numpy() for each in one] for name, one in found.items()}
+        by_layer = policy_model.chosen_experts(self.policy, rows)
+        return {
+            name: [row_experts.numpy() for row_experts in of_rows]
+            for name, of_rows in by_layer.items()
+        }
 
     @cached_property
     def reference(self) -> list[Tensor] | None:
@@ -235,7 +238,7 @@ class PolicyLogprobs:
     @cached_property
     def _old_of_all(self) -> list[Tensor]:
         if len(self.scored_sequences) == len(self.rows):
-            return [torch.from_numpy(each) for each in self.old]
+            return [torch.from_numpy(row_logprobs) for row_logprobs in self.old]
         return policy_model.logprobs(self.policy, self.rows, [self.temperature])[0]
 
     @property
@@ -245,9 +248,9 @@ class PolicyLogprobs:
 
 
 def _row(sequence: TokenSequence, is_cut: bool) -> TokenRow:
-    kept = sequence.kept
-    if kept is None and is_cut:  # no ids for any token, which `policy_model` refuses
-        kept = decode_mask(b"", int(sequence.is_sampled.sum()))
+    kept_ids = sequence.kept
+    if kept_ids is None and is_cut:  # no ids for any token, which `policy_model` refuses
+        kept_ids = decode_mask(b"", int(sequence.is_sampled.sum()))
     return TokenRow(
         torch.from_numpy(sequence.token_ids.astype(np.int64)),
         torch.from_numpy(sequence.is_sampled.copy()),
@@ -255,5 +258,6 @@ def _row(sequence: TokenSequence, is_cut: bool) -> TokenRow:
         sequence.response[0] * 1_000_000 + sequence.response[1],
         sequence.advantage,
         sequence.num_sampled,
-        kept and (torch.tensor(kept.counts), torch.from_numpy(kept.ids.astype(np.int64))),
+        kept_ids
+        and (torch.tensor(kept_ids.counts), torch.from_numpy(kept_ids.ids.astype(np.int64))),
     )

@@ -65,8 +65,10 @@ class _Part:
         return getattr(self._checkpoint, name)
 
     def read(self, key: str, starts: Box, sizes: Box) -> Tensor:
-        own = self._prefix + key
-        return self._checkpoint.read(own if own in self._checkpoint.shapes else key, starts, sizes)
+        full_name = self._prefix + key
+        return self._checkpoint.read(
+            full_name if full_name in self._checkpoint.shapes else key, starts, sizes
+        )
 
 
 def has_part(checkpoint: Path, prefix: str) -> bool:
@@ -96,23 +98,25 @@ def read_model(source: Path, hf_files: Path, prefix: str = "") -> torch.nn.Modul
             weights.checkpoint.close()
             weights.checkpoint = cast(Any, _Part(opened(source), prefix))
             tensors = dict(_tensors(weights, hf))
-        if (made := _from_template(hf_files, tensors)) is not None:
-            return made
+        if (loaded := _from_template(hf_files, tensors)) is not None:
+            return loaded
         copy_model_files(hf_files, folder)
         config = json.loads((hf_files / "config.json").read_text(encoding="utf-8"))
         config.pop("quantization_config", None)
         (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        made = _trainable(load_with_transformers(folder, hf, torch.float32))
-    own = made.state_dict()
-    known = _stacked_experts(tensors)
-    if "lm_head.weight" not in known:  # tied
-        known["lm_head.weight"] = known.get("model.embed_tokens.weight", torch.empty(0))
+        loaded = _trainable(load_with_transformers(folder, hf, torch.float32))
+    state = loaded.state_dict()
+    stacked = _stacked_experts(tensors)
+    if "lm_head.weight" not in stacked:  # tied
+        stacked["lm_head.weight"] = stacked.get("model.embed_tokens.weight", torch.empty(0))
     # A checkpoint may have more, as MTP layers.
-    if all(name in known and torch.equal(each, known[name]) for name, each in own.items()):
+    if all(
+        name in stacked and torch.equal(tensor, stacked[name]) for name, tensor in state.items()
+    ):
         _templates.clear()
-        _templates[hf_files] = made
-    return made
+        _templates[hf_files] = loaded
+    return loaded
 
 
 _templates: dict[Path, torch.nn.Module] = {}
@@ -124,9 +128,9 @@ def _from_template(hf_files: Path, tensors: Mapping[str, Tensor]) -> torch.nn.Mo
     """Return a model with these tensors; None where transformers has to convert them."""
     if hf_files not in _templates:
         return None
-    made = copy.deepcopy(_templates[hf_files])
-    made.load_state_dict(_stacked_experts(tensors), strict=False)
-    return made
+    copied = copy.deepcopy(_templates[hf_files])
+    copied.load_state_dict(_stacked_experts(tensors), strict=False)
+    return copied
 
 
 OF_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
@@ -220,7 +224,9 @@ def batches(rows: Sequence[TokenRow], vocabulary: int) -> Iterator[list[int]]:
     """Yield indices of rows of similar length, as many as fit into a pass."""
     most = min(TOKENS_AT_ONCE, LOGITS_AT_ONCE // vocabulary)
     batch: list[int] = []
-    for index in sorted(range(len(rows)), key=lambda each: -len(rows[each].token_ids)):
+    for index in sorted(
+        range(len(rows)), key=lambda index_of_row: -len(rows[index_of_row].token_ids)
+    ):
         longest = len(rows[(batch or [index])[0]].token_ids)
         if batch and longest * (len(batch) + 1) > most:
             yield batch
@@ -259,9 +265,9 @@ def token_logprobs_and_entropies(
     if row.kept is None:
         logprobs = torch.log_softmax(logits, dim=-1)
     else:
-        counts, kept = row.kept
+        counts, kept_ids = row.kept
         is_cut = torch.ones(logits.shape, dtype=torch.bool)
-        is_cut[torch.arange(len(counts)).repeat_interleave(counts), kept] = False
+        is_cut[torch.arange(len(counts)).repeat_interleave(counts), kept_ids] = False
         logprobs = torch.log_softmax(logits.masked_fill(is_cut, -math.inf), dim=-1)
         if bool(is_cut.gather(1, ids).any()):
             raise CannotRecompute("a sampled token is not among those that its engine kept")
@@ -279,16 +285,16 @@ def logprobs(
         model: as `read_model` returns it.
         rows: the sequences.
         temperatures: the logits are divided by each."""
-    found: list[list[Tensor]] = [[torch.empty(0)] * len(rows) for _ in temperatures]
+    logprobs_of_rows: list[list[Tensor]] = [[torch.empty(0)] * len(rows) for _ in temperatures]
     for batch in batches(rows, model.config.vocab_size):
         for index, logits in zip(
             batch, token_logits(model, [rows[at] for at in batch]), strict=True
         ):
-            for by_temperature, temperature in zip(found, temperatures, strict=True):
+            for by_temperature, temperature in zip(logprobs_of_rows, temperatures, strict=True):
                 by_temperature[index] = token_logprobs_and_entropies(
                     logits, rows[index], temperature
                 )[0]
-    return found
+    return logprobs_of_rows
 
 
 @contextlib.contextmanager
@@ -302,8 +308,8 @@ def seen_experts(model: Any) -> Iterator[dict[str, Tensor]]:
     for name, module in model.named_modules():
         if name.endswith(".experts"):
 
-            def note(module: Any, given: tuple, options: dict, name: str = name) -> None:
-                for value in (*given, *options.values()):
+            def note(module: Any, inputs: tuple, options: dict, name: str = name) -> None:
+                for value in (*inputs, *options.values()):
                     if isinstance(value, Tensor) and value.dtype == torch.int64:
                         seen[name] = value.detach()
 
@@ -358,7 +364,10 @@ class RouterBiases:
         for name, experts in seen.items():
             by_row = experts.reshape(len(rows), longest, -1)
             chosen = torch.cat(
-                [own[: len(row.token_ids)].flatten() for own, row in zip(by_row, rows, strict=True)]
+                [
+                    row_experts[: len(row.token_ids)].flatten()
+                    for row_experts, row in zip(by_row, rows, strict=True)
+                ]
             )
             size = len(self._bias(name))
             counts = torch.bincount(chosen, minlength=size)
@@ -390,29 +399,29 @@ def distances(
         b: another with the same parameters.
         base: the model that both come from.
         second: the second moments of parameters, by name."""
-    others, bases = b.state_dict(), base.state_dict()
-    found = {}
-    for name, each in a.state_dict().items():
-        if not each.is_floating_point() or name not in others:
+    other_state, bases = b.state_dict(), base.state_dict()
+    by_name = {}
+    for name, tensor in a.state_dict().items():
+        if not tensor.is_floating_point() or name not in other_state:
             continue
-        apart = each.double() - others[name].double()
-        moved = others[name].double() - bases[name].double()
+        apart = tensor.double() - other_state[name].double()
+        moved = other_state[name].double() - bases[name].double()
         if (moment := second.get(name)) is not None:
             is_known = (moment == 0) | (moment >= TINY**2 * moment.mean())
             apart, moved = apart * is_known, moved * is_known
-        found[name] = float(apart.norm()), float(moved.norm())
-    return found
+        by_name[name] = float(apart.norm()), float(moved.norm())
+    return by_name
 
 
 @torch.no_grad()
 def relative_distance(a: Any, b: Any) -> float:
     """Return |a - b| / |b| over all parameters and buffers of two models."""
-    others = b.state_dict()
+    other_state = b.state_dict()
     apart = size = 0.0
-    for name, each in a.state_dict().items():
-        if not each.is_floating_point():
+    for name, tensor in a.state_dict().items():
+        if not tensor.is_floating_point():
             continue
-        other = others[name].double()
-        apart += float((each.double() - other).square().sum())
-        size += float(other.square().sum())
+        other_values = other_state[name].double()
+        apart += float((tensor.double() - other_values).square().sum())
+        size += float(other_values.square().sum())
     return math.sqrt(apart / size) if size else math.sqrt(apart)

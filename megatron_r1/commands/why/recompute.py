@@ -80,7 +80,7 @@ class Recomputation(UpdateInputs):
             substitution: what is substituted; None: nothing.
 
         Raises:
-            CannotRecompute: as `check_updates`."""
+            CannotRecompute: the step's updates cannot be made here."""
         return self._make_updates(substitution or Substitution(""))[1]
 
     def _make_updates(
@@ -96,7 +96,7 @@ class Recomputation(UpdateInputs):
         model = copy.deepcopy(self._trained_model)
         if substitution.head_is_apart:
             model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
-        made = StepUpdates(
+        updates = StepUpdates(
             model,
             None if substitution.without_moments else self._substituted_moments(substitution),
             0 if substitution.without_moments else self.num_updates,
@@ -109,17 +109,17 @@ class Recomputation(UpdateInputs):
             self.adam_rules(self._norms if norms is None else norms), **dict(substitution.adam)
         )
         order, lost = self._order(substitution, rows), frozenset(substitution.lost)
-        measured = made.run(order, loss, adam, lost)
+        measured = updates.run(order, loss, adam, lost)
         metrics, terms = _means(measured)
         signed = {
-            name: sum(each.terms[name] for each in measured) / len(measured)
+            name: sum(update.terms[name] for update in measured) / len(measured)
             for name in measured[0].terms
         }
         if adam.norms is not None and min(adam.norms) < CLIPPED * adam.clip_grad:
             del metrics["grad_norm"]  # of a gradient that was not clipped the norm is not known
-        change, by_parameter = self._compare(model, made.adam)
-        return made, RecomputedUpdates(
-            metrics, terms, signed, change, by_parameter, self._moment_distance(made.adam)
+        change, by_parameter = self._compare(model, updates.adam)
+        return updates, RecomputedUpdates(
+            metrics, terms, signed, change, by_parameter, self._moment_distance(updates.adam)
         )
 
     @cached_property
@@ -166,11 +166,11 @@ class Recomputation(UpdateInputs):
         changes = [(last[name] - each, own[name] - each) for name, each in begin.items()]
         if self._first_after is None:
             return Evidence(nearest_multiple(changes), **about)
-        left = self.step.config.optimizer.beta1**self.step.config.rl.minibatches
+        decay = self.step.config.optimizer.beta1**self.step.config.rl.minibatches
         before = self._moments[0] if self._moments else {}
         gradients = {
             name: tuple(
-                each[name] - left * before.get(name, torch.zeros(()))
+                each[name] - decay * before.get(name, torch.zeros(()))
                 for each in (self._first_after, self._unsubstituted_updates[0].adam.first)
             )
             for name in begin
@@ -189,10 +189,10 @@ class Recomputation(UpdateInputs):
         Args:
             substitution: what is substituted.
             logged: the step's line of metrics.jsonl."""
-        made, base = self._unsubstituted_updates
+        updates, base = self._unsubstituted_updates
         is_of_loss = bool(substitution.loss or substitution.advantages is not None)
         is_of_adam = bool(substitution.adam or substitution.without_moments)
-        known = {
+        sampled = {
             name: float(logged[name])
             for name in base.metrics
             if name != "grad_norm" and isinstance(logged.get(name), int | float)
@@ -207,36 +207,36 @@ class Recomputation(UpdateInputs):
             if [row.is_trained for row in rows] != [row.is_trained for row in self.rows]:
                 return NO_ESTIMATE
             estimated = []
-            for trace in made.traces:
+            for trace in updates.traces:
                 trained = [at for at in trace.rows if rows[at].is_trained]
                 totals = Totals(denominator=denominator([rows[at] for at in trained], rules))
                 for at in trained:
-                    own, entropy = trace.tokens[at]
+                    logprobs, entropy = trace.tokens[at]
                     ref = None if reference is None else reference[at]
-                    row_loss(rows[at], own, entropy, self._old_of_all[at], ref, rules, totals)
+                    row_loss(rows[at], logprobs, entropy, self._old_of_all[at], ref, rules, totals)
                 estimated.append(totals.update(rules))
             metrics, _ = _means(estimated)
             gaps = [
                 min(1.0, abs(metrics[name] - value) / max(1e-9, abs(base.metrics[name] - value)))
-                for name, value in known.items()
+                for name, value in sampled.items()
                 if name in metrics
             ]
             far = sum(gaps) / max(1, len(gaps))
         if is_of_adam and not is_of_loss and self._model_after is not None:
-            return 1.0 + min(1.0, self._estimated_change(made, substitution))
+            return 1.0 + min(1.0, self._estimated_change(updates, substitution))
         return far + 1.0
 
     def _reference_of(self, substitution: Substitution) -> list[Tensor] | None:
         return self._old_of_all if substitution.reference == "policy" else self.reference
 
-    def _estimated_change(self, made: StepUpdates, substitution: Substitution) -> float:
+    def _estimated_change(self, updates: StepUpdates, substitution: Substitution) -> float:
         """Return the distance of the change that Adam makes of the gradients of `base`."""
         model = copy.deepcopy(self._trained_model)
         parameters = dict(model.named_parameters())
         lost = substitution.without_moments
         adam = Adam(parameters, None if lost else self._moments, 0 if lost else self.num_updates)
         rules = replace(self.adam_rules(self._norms), **dict(substitution.adam))
-        for index, trace in enumerate(made.traces):
+        for index, trace in enumerate(updates.traces):
             if rules.moment_reset:
                 adam.forget()
             adam.step(trace.gradients, rules, index)
@@ -268,22 +268,25 @@ class Recomputation(UpdateInputs):
         if self._both_after is None:
             return None
         ratios = []
-        for own, run in zip((adam.first, adam.second), self._both_after, strict=True):
+        for moment, run in zip((adam.first, adam.second), self._both_after, strict=True):
             apart = sum(
-                float((own[name] - each).double().square().sum()) for name, each in run.items()
+                float((moment[name] - values).double().square().sum())
+                for name, values in run.items()
             )
-            size = sum(float(each.double().square().sum()) for each in run.values())
+            size = sum(float(values.double().square().sum()) for values in run.values())
             ratios.append(_ratio(apart**0.5, size**0.5))
         return max(ratios)
 
     def _compare(self, model: Any, adam: Adam) -> tuple[float | None, list[tuple[str, float]]]:
         if self._model_after is None:
             return None, []
-        found = policy_model.distances(model, self._model_after, self._trained_model, adam.second)
-        apart = sum(gap**2 for gap, _ in found.values()) ** 0.5
-        moved = sum(change**2 for _, change in found.values()) ** 0.5
+        distance = policy_model.distances(
+            model, self._model_after, self._trained_model, adam.second
+        )
+        apart = sum(gap**2 for gap, _ in distance.values()) ** 0.5
+        moved = sum(change**2 for _, change in distance.values()) ** 0.5
         by_name = {
-            name: _ratio(gap, change) for name, (gap, change) in found.items() if gap or change
+            name: _ratio(gap, change) for name, (gap, change) in distance.items() if gap or change
         }
         ordered = sorted(by_name.items(), key=lambda item: -item[1])
         return _ratio(apart, moved), ordered
@@ -295,13 +298,13 @@ def _ratio(gap: float, change: float) -> float:
 
 def _means(updates: Sequence[Update]) -> tuple[dict[str, float], dict[str, float]]:
     metrics = {
-        name: max(each.metrics[name] for each in updates)
+        name: max(update.metrics[name] for update in updates)
         if name.endswith("/max")
-        else sum(each.metrics[name] for each in updates) / len(updates)
+        else sum(update.metrics[name] for update in updates) / len(updates)
         for name in updates[0].metrics
     }
     terms = {
-        name: sum(abs(each.terms[name]) for each in updates) / len(updates)
+        name: sum(abs(update.terms[name]) for update in updates) / len(updates)
         for name in updates[0].terms
     }
     return metrics, terms

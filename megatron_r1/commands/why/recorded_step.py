@@ -190,22 +190,22 @@ class RecordedStep:
         that `formulas` does not have."""
         rl = self.config.rl
         if rl.algorithm not in (*formulas.ALGORITHMS, *formulas.OF_TOKENS):
-            made = [[0.0] * len(rewards) for rewards in self.training_rewards]
+            by_group = [[0.0] * len(rewards) for rewards in self.training_rewards]
         elif rl.reward_normalization == "each":
-            made = formulas.each_advantages(
+            by_group = formulas.each_advantages(
                 *self._each_reward, rl.algorithm, rl.advantage_std, rl.advantage_epsilon
             )
         else:
-            made = formulas.advantages(
+            by_group = formulas.advantages(
                 self.training_rewards, rl.algorithm, rl.advantage_std, rl.advantage_epsilon
             )
         if rl.truncated == "mask":
-            for own, group in zip(made, self.groups, strict=True):
-                own[:] = [
+            for group_advantages, group in zip(by_group, self.groups, strict=True):
+                group_advantages[:] = [
                     math.nan if graded.is_truncated else a
-                    for a, graded in zip(own, group.responses, strict=True)
+                    for a, graded in zip(group_advantages, group.responses, strict=True)
                 ]
-        return made
+        return by_group
 
     @property
     def _each_reward(self) -> tuple[dict[str, list[list[float | None]]], dict[str, float]]:
@@ -213,7 +213,7 @@ class RecordedStep:
         rl, limit, weights = self.config.rl, self.config.rollout.max_response_tokens, self.weights
         rewards = {
             name: [
-                [each.rewards[name] if each.is_graded else None for each in group.responses]
+                [graded.rewards[name] if graded.is_graded else None for graded in group.responses]
                 for group in self.groups
             ]
             for name in weights
@@ -223,13 +223,13 @@ class RecordedStep:
             rewards[""] = [
                 [
                     formulas.training_reward(
-                        0.0 if each.is_graded else None,
-                        len(each.response.token_ids),
+                        0.0 if graded.is_graded else None,
+                        len(graded.response.token_ids),
                         limit,
                         rl.overlong_buffer,
                         1.0,
                     )
-                    for each in group.responses
+                    for graded in group.responses
                 ]
                 for group in self.groups
             ]
@@ -238,11 +238,11 @@ class RecordedStep:
     @cached_property
     def sequences(self) -> list[TokenSequence]:
         """All sequences of the step, by group and response."""
-        made: list[TokenSequence] = []
+        sequences: list[TokenSequence] = []
         for at, group in enumerate(self.groups):
             for index, graded in enumerate(group.responses):
-                made += _sequences((at, index), group, graded, self.advantages[at][index])
-        return made
+                sequences += _sequences((at, index), group, graded, self.advantages[at][index])
+        return sequences
 
     def loss_fraction(self, concerned: Sequence[ResponseIndex]) -> float:
         """Return the fraction of the loss that some responses have: of the sum of |advantage| times
@@ -283,9 +283,9 @@ def _sequences(
         sampled = np.arange(len(ids)) >= len(group.prompt_ids)
         logprobs = np.asarray(response.logprobs, np.float32)
         versions, count = np.asarray(response.policy_versions), len(response.token_ids)
-        own = advantage if count else math.nan
+        trained_advantage = advantage if count else math.nan
         kept = _kept(response.sampling_mask, np.ones(count, bool))
-        yield TokenSequence(index, ids, sampled, logprobs, versions, own, count, kept)
+        yield TokenSequence(index, ids, sampled, logprobs, versions, trained_advantage, count, kept)
         return
     total = sum(branch.num_sampled for branch in branches)
     for branch in branches:

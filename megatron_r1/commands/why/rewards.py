@@ -103,8 +103,8 @@ def stated(text: str, reading: str) -> tuple[str, str] | None:
     Args:
         text: the response.
         reading: `rewards.answer`."""
-    found = _stated(text, reading)
-    return found if found and PLAIN.fullmatch(found[0].strip()) else None
+    answer = _stated(text, reading)
+    return answer if answer and PLAIN.fullmatch(answer[0].strip()) else None
 
 
 def _stated(text: str, reading: str) -> tuple[str, str] | None:
@@ -122,8 +122,8 @@ def _stated(text: str, reading: str) -> tuple[str, str] | None:
     if HASHES in text:
         lines = text.rpartition(HASHES)[2].strip().splitlines()
         return (lines[0], HASHES) if lines else None
-    if reading in ("last", "auto") and (found := PLAIN_NUMBER.findall(text)):
-        return found[-1], "the last number"
+    if reading in ("last", "auto") and (numbers := PLAIN_NUMBER.findall(text)):
+        return numbers[-1], "the last number"
     return None
 
 
@@ -152,16 +152,16 @@ class _Verdicts:
         """Return what departs, in words."""
         parts = []
         if count := sum(map(len, self.rejected.values())):
-            form = max(self.rejected, key=lambda each: len(self.rejected[each]))
+            form = max(self.rejected, key=lambda reading: len(self.rejected[reading]))
             parts.append(
                 f"{count:,} answers are rejected that it takes for right, most behind {form}, as "
                 f"{self.rejected_example}"
             )
         if self.accepted:
-            what = ", all cut off: truncated answers are rewarded" if self.are_cut else ""
+            ending = ", all cut off: truncated answers are rewarded" if self.are_cut else ""
             parts.append(
                 f"{len(self.accepted):,} are accepted that it takes for wrong, as "
-                f"{self.accepted_example}{what}; {self.num_paid:,} of {self.total:,} are paid"
+                f"{self.accepted_example}{ending}; {self.num_paid:,} of {self.total:,} are paid"
             )
         return "; ".join(parts)
 
@@ -173,14 +173,16 @@ def _second_reader(step: RecordedStep) -> CheckedQuantity:
         from math_verify import parse, verify
     except ImportError:
         return not_checked(FAMILY, name, "the package math-verify is not installed")
-    known: dict[tuple[str, str], bool] = {}
+    verdict_by_texts: dict[tuple[str, str], bool] = {}
 
     def is_right(answer: str, truth: str) -> bool:
         key = answer.strip(), truth.strip()
-        if key not in known:
-            gold, given = (_parsed(parse, text) for text in (key[1], key[0]))
-            known[key] = key[0] == key[1] or bool(gold and given and verify(gold, given))
-        return known[key]
+        if key not in verdict_by_texts:
+            gold, response_answer = (_parsed(parse, text) for text in (key[1], key[0]))
+            verdict_by_texts[key] = key[0] == key[1] or bool(
+                gold and response_answer and verify(gold, response_answer)
+            )
+        return verdict_by_texts[key]
 
     verdicts = _verdicts(step, is_right)
     if not verdicts.total:
@@ -205,29 +207,29 @@ def _second_reader(step: RecordedStep) -> CheckedQuantity:
 
 def _verdicts(step: RecordedStep, is_right: Callable[[str, str], bool]) -> _Verdicts:
     """Return what a reader says of the responses to mathematics."""
-    made = _Verdicts()
+    verdicts = _Verdicts()
     for which, graded in list(step.responses.items())[:MAX_READ]:
         prompt = step.groups[which[0]].prompt
         if prompt.kind not in READ or ACCURACY not in graded.rewards or graded.episode:
             continue
         if ACCURACY in graded.ungraded_terms or isinstance(prompt.truth, dict | list):
             continue
-        found = stated(graded.text, step.config.rewards.answer)
-        if found is None:
+        stated_answer = stated(graded.text, step.config.rewards.answer)
+        if stated_answer is None:
             continue
-        made.total += 1
-        answer, form = found
+        verdicts.total += 1
+        answer, form = stated_answer
         example = f"{answer.strip()[:40]!r} for {str(prompt.truth)[:40]!r}"
         says, logged = is_right(answer, str(prompt.truth)), graded.rewards[ACCURACY] >= 0.5
-        made.num_paid += logged
+        verdicts.num_paid += logged
         if says and not logged:
-            made.rejected.setdefault(form, []).append(which)
-            made.rejected_example = made.rejected_example or example
+            verdicts.rejected.setdefault(form, []).append(which)
+            verdicts.rejected_example = verdicts.rejected_example or example
         elif logged and not says and prompt.kind == "math":
-            made.accepted.append(which)
-            made.are_cut &= graded.is_truncated
-            made.accepted_example = made.accepted_example or example
-    return made
+            verdicts.accepted.append(which)
+            verdicts.are_cut &= graded.is_truncated
+            verdicts.accepted_example = verdicts.accepted_example or example
+    return verdicts
 
 
 def _parsed(parse: Callable[..., list[Any]], text: str) -> list[Any]:
@@ -236,7 +238,7 @@ def _parsed(parse: Callable[..., list[Any]], text: str) -> list[Any]:
 
 def _graded(step: RecordedStep) -> dict[ResponseIndex, Any]:
     """Return the grades of this version's graders with the run's settings."""
-    options, made = step.run_config.rewards.call_options, {}
+    options, grades = step.run_config.rewards.call_options, {}
     for which, graded in list(step.responses.items())[:MAX_READ]:
         prompt = step.groups[which[0]].prompt
         if prompt.kind not in IN_PROCESS or prompt.kind not in REGISTRY or graded.episode:
@@ -247,8 +249,8 @@ def _graded(step: RecordedStep) -> dict[ResponseIndex, Any]:
         facts |= {"opened": step.tokenizer.opens_thought, "question": prompt.question}
         fields = call_fields(prompt.kind, options, prompt.fields, {})
         text = step.tokenizer.closed_thought + graded.text
-        made[which] = _call(prompt.kind, text, prompt.truth, fields, facts)
-    return made
+        grades[which] = _call(prompt.kind, text, prompt.truth, fields, facts)
+    return grades
 
 
 def _order(step: RecordedStep, again: Mapping[ResponseIndex, Any]) -> CheckedQuantity:
@@ -256,18 +258,18 @@ def _order(step: RecordedStep, again: Mapping[ResponseIndex, Any]) -> CheckedQua
 
     again: grades by response."""
     name, by_shift = "order of the rewards", dict[int, list[ResponseIndex]]()
-    whole = [
+    groups = [
         (at, len(group.responses))
         for at, group in enumerate(step.groups)
         if all((at, index) in again for index in range(len(group.responses)))
     ]
-    largest = max((size for _, size in whole), default=0)
+    largest = max((size for _, size in groups), default=0)
     if largest < 2:
         return not_checked(FAMILY, name, "no group of several responses is graded here")
     for shift in range(largest):
         by_shift[shift] = [
             (at, index)
-            for at, size in whole
+            for at, size in groups
             for index in range(size)
             if abs(
                 step.responses[at, index].rewards[ACCURACY]
@@ -275,12 +277,12 @@ def _order(step: RecordedStep, again: Mapping[ResponseIndex, Any]) -> CheckedQua
             )
             > ROUNDING
         ]
-    shift = min(by_shift, key=lambda each: (len(by_shift[each]), each))
+    shift = min(by_shift, key=lambda offset: (len(by_shift[offset]), offset))
     is_other = shift and not by_shift[shift]
     return fraction_comparison(
         FAMILY,
         name,
-        f"the accuracies of {len(whole):,} groups with those of other responses of the group",
+        f"the accuracies of {len(groups):,} groups with those of other responses of the group",
         by_shift[0] if is_other else [],
         len(step.responses),
         reason=f"each response has the accuracy of another response, {shift} places on in its "
@@ -306,9 +308,10 @@ def _graded_again(step: RecordedStep, again: Mapping[ResponseIndex, Any]) -> Che
         now = again[first]
         reason = f"accuracy {logged[first]:g} was logged, now {now.reward:g}: {now.reason}"
         if all(step.responses[which].is_truncated for which in concerned):
-            what = "rewarded" if logged[first] > now.reward else "punished"
-            reason = f"{len(concerned):,} truncated answers, cut off at the limit, are {what}: " + (
-                reason
+            participle = "rewarded" if logged[first] > now.reward else "punished"
+            reason = (
+                f"{len(concerned):,} truncated answers, cut off at the limit, are {participle}: "
+                + (reason)
             )
     return fraction_comparison(
         FAMILY,
@@ -324,7 +327,14 @@ def _graded_again(step: RecordedStep, again: Mapping[ResponseIndex, Any]) -> Che
 
 
 def _call(kind: str, text: str, truth: Any, fields: dict[str, Any], facts: dict[str, Any]) -> Any:
-    """Call a reward with the facts that it takes."""
+    """Call a reward with the facts that it takes.
+
+    Args:
+        kind: the reward's name.
+        text: the response.
+        truth: the question's truth.
+        fields: the row's other columns.
+        facts: what is known of the response, which not every reward takes."""
     try:
         return grade(kind, text, truth, **fields, **facts)
     except TypeError:
@@ -335,16 +345,22 @@ def _metrics(step: RecordedStep) -> list[CheckedQuantity]:
     """Compare means over the logged responses with metrics.jsonl."""
     groups = step.groups + step.passed_over
     responses = all_responses(groups)
-    graded = [each.reward for each in responses if each.is_graded]
-    right = [each.rewards[ACCURACY] for each in responses if ACCURACY not in each.ungraded_terms]
+    graded = [graded_response.reward for graded_response in responses if graded_response.is_graded]
+    right = [
+        graded_response.rewards[ACCURACY]
+        for graded_response in responses
+        if ACCURACY not in graded_response.ungraded_terms
+    ]
     equal = sum(
         are_equal(np.array([r.reward for r in group.responses if r.is_graded])) for group in groups
     )
     means = {
         "reward/mean": fmean(graded) if graded else 0.0,
         "accuracy": fmean(right) if right else 0.0,
-        "response_length/mean": fmean(len(each.response.token_ids) for each in responses),
-        "truncated": fmean(each.is_truncated for each in responses),
+        "response_length/mean": fmean(
+            len(graded_response.response.token_ids) for graded_response in responses
+        ),
+        "truncated": fmean(graded_response.is_truncated for graded_response in responses),
         "groups/zero_variance": equal / len(groups),
     }
     gaps = {

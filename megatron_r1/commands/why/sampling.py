@@ -21,15 +21,15 @@ FAMILY = "sampling"
 
 def check_settings(step: RecordedStep) -> list[CheckedQuantity]:
     """Return the comparisons of what was logged of the sampling."""
-    kept = [_kept_tokens(step)] if step.config.rollout.truncates_sampling else []
-    return [_settings(step), _limits(step), _versions(step), *kept]
+    comparisons = [_kept_tokens(step)] if step.config.rollout.truncates_sampling else []
+    return [_settings(step), _limits(step), _versions(step), *comparisons]
 
 
 def _settings(step: RecordedStep) -> CheckedQuantity:
     """Check what the engines were asked for."""
     name = "settings of the engines"
     rollout = step.config.rollout
-    wanted = {
+    expected = {
         "temperature": rollout.temperature,
         "top_p": rollout.top_p,
         "top_k": rollout.top_k,
@@ -51,11 +51,11 @@ def _settings(step: RecordedStep) -> CheckedQuantity:
         if record is None:
             continue
         logged += 1
-        names = [key for key, value in wanted.items() if getattr(record, key) != value]
+        names = [key for key, value in expected.items() if getattr(record, key) != value]
         if step.run_config.agents.player_settings:
             names = [key for key in names if key != "max_tokens"]
         different.update(
-            f"{key} {getattr(record, key)} was asked for, the settings say {wanted[key]}"
+            f"{key} {getattr(record, key)} was asked for, the settings say {expected[key]}"
             for key in names
         )
         if names and at < len(step.groups):
@@ -155,12 +155,12 @@ def _kept_tokens(step: RecordedStep) -> CheckedQuantity:
     num_tokens = 0
     for sequence in step.sequences:
         sampled = sequence.token_ids[sequence.is_sampled]
-        found = np.zeros(len(sampled), bool)
+        is_kept = np.zeros(len(sampled), bool)
         if sequence.kept is not None:
-            found = sequence.kept.contains(sampled)
-        if not found.all():
+            is_kept = sequence.kept.contains(sampled)
+        if not is_kept.all():
             concerned[sequence.response] = None
-            num_tokens += int((~found).sum())
+            num_tokens += int((~is_kept).sum())
     return fraction_comparison(
         FAMILY,
         "tokens that the engines kept",

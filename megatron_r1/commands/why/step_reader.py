@@ -67,12 +67,12 @@ def examinable(folder: RunFolder, config: Config) -> list[Examinable]:
     ]
 
 
-def choose(steps: Sequence[Examinable], wanted: int | None, folder: Path) -> Examinable:
+def choose(steps: Sequence[Examinable], step: int | None, folder: Path) -> Examinable:
     """Return the step to examine: the wanted one, or the newest with most left of it.
 
     Args:
         steps: those with a sample log.
-        wanted: its number, or None.
+        step: its number, or None.
         folder: the run's folder, for errors.
 
     Raises:
@@ -84,17 +84,25 @@ def choose(steps: Sequence[Examinable], wanted: int | None, folder: Path) -> Exa
             key="RUN",
             cause=Cause.EMPTY,
         )
-    if wanted is None:
-        return max(steps, key=lambda each: (each.has_before + each.has_after, each.step))
-    found = next((each for each in steps if each.step == wanted), None)
-    if found is None:
-        there = ", ".join(str(each.step) for each in steps)
+    if step is None:
+        return max(
+            steps,
+            key=lambda examinable_step: (
+                examinable_step.has_before + examinable_step.has_after,
+                examinable_step.step,
+            ),
+        )
+    chosen = next(
+        (examinable_step for examinable_step in steps if examinable_step.step == step), None
+    )
+    if chosen is None:
+        there = ", ".join(str(examinable_step.step) for examinable_step in steps)
         raise UserError(
-            f"--step {wanted}: {folder} has no sample log of that step; it has those of {there}",
+            f"--step {step}: {folder} has no sample log of that step; it has those of {there}",
             key="--step",
             cause=Cause.NOT_FOUND,
         )
-    return found
+    return chosen
 
 
 def read_step(folder: RunFolder, config: Config, step: int) -> RecordedStep:
@@ -119,7 +127,7 @@ def read_steps(folder: RunFolder, config: Config, steps: Iterable[int]) -> Itera
         steps: finished steps with a sample log.
 
     Raises:
-        UserError: as `read_step`."""
+        UserError: records of another version of this program, or none of a step's settings."""
     prompts, missing = _prompts(folder, config)
     lines = {line["step"]: line for line in folder.read_metrics()}
     for step in steps:
@@ -201,10 +209,10 @@ def _prompts(folder: RunFolder, config: Config) -> tuple[dict[str, Prompt], str]
         )
     except UserError as error:
         lines = (line for line in read_lines(folder.samples_path) if line.get("split") == "train")
-        known = {
+        known_prompts = {
             line["id"]: Prompt(line["id"], line["question"], data.kind or "", line["truth"])
             for line in lines
             if "id" in line
         }
-        return known, f"the questions could not be read: {error}"
+        return known_prompts, f"the questions could not be read: {error}"
     return {prompt.id: prompt for prompt in [*split.train, *split.heldout]}, ""

@@ -119,8 +119,10 @@ def _of_advantages(step: RecordedStep) -> Iterator[Substitution]:
     """Yield advantages of other rules, and of other responses."""
     rl, rewards = step.config.rl, step.training_rewards
 
-    def made(given: Rewards, std: str = rl.advantage_std, **more: Any) -> Advantages:
-        return formulas.advantages(given, rl.algorithm, std, rl.advantage_epsilon, **more)
+    def compute(response_rewards: Rewards, std: str = rl.advantage_std, **more: Any) -> Advantages:
+        return formulas.advantages(
+            response_rewards, rl.algorithm, std, rl.advantage_epsilon, **more
+        )
 
     if rl.algorithm not in formulas.ALGORITHMS or rl.reward_normalization != "sum":
         return
@@ -128,25 +130,25 @@ def _of_advantages(step: RecordedStep) -> Iterator[Substitution]:
         yield Substitution(
             f"advantages divided by the deviation of: {std}",
             "rl.advantage_std",
-            advantages=made(rewards, std),
+            advantages=compute(rewards, std),
         )
     yield Substitution(
         "advantages that are not centred on the mean",
         "the mean of the rewards",
         "the advantages of rl.algorithm: the mean of the group is subtracted",
-        advantages=made(rewards, is_centred=False),
+        advantages=compute(rewards, is_centred=False),
     )
     yield Substitution(
         "a deviation over n - 1 rewards",
         "rl.advantage_std",
         "the advantages of rl.algorithm: the deviation is the population's, over n",
-        advantages=made(rewards, ddof=1),
+        advantages=compute(rewards, ddof=1),
     )
     yield Substitution(
         "advantages with the other sign",
         "the sign of the advantages",
         "the advantages or the loss of rl.algorithm: a better response becomes more likely",
-        advantages=[[-a for a in own] for own in step.advantages],
+        advantages=[[-a for a in group_advantages] for group_advantages in step.advantages],
     )
     yield from _of_others(step)
     plain = [[g.reward if g.is_graded else None for g in group.responses] for group in step.groups]
@@ -154,7 +156,7 @@ def _of_advantages(step: RecordedStep) -> Iterator[Substitution]:
         yield Substitution(
             "rewards without the penalty of long responses",
             "rl.overlong_buffer",
-            advantages=made(plain),
+            advantages=compute(plain),
         )
     accuracy = [
         [g.rewards.get("accuracy") if g.is_graded else None for g in group.responses]
@@ -162,10 +164,10 @@ def _of_advantages(step: RecordedStep) -> Iterator[Substitution]:
     ]
     if accuracy != plain:
         yield Substitution(
-            "rewards of accuracy alone", "rewards.weights", advantages=made(accuracy)
+            "rewards of accuracy alone", "rewards.weights", advantages=compute(accuracy)
         )
     if any(graded.is_truncated for graded in step.responses.values()):
-        yield _of_truncated(step, made(rewards))
+        yield _of_truncated(step, compute(rewards))
 
 
 def _of_truncated(step: RecordedStep, all_trained: Advantages) -> Substitution:
@@ -180,8 +182,11 @@ def _of_truncated(step: RecordedStep, all_trained: Advantages) -> Substitution:
             "truncated responses trained on", "rl.truncated", advantages=all_trained
         )
     trained = [
-        [math.nan if g.is_truncated else a for a, g in zip(own, group.responses, strict=True)]
-        for own, group in zip(step.advantages, step.groups, strict=True)
+        [
+            math.nan if g.is_truncated else a
+            for a, g in zip(group_advantages, group.responses, strict=True)
+        ]
+        for group_advantages, group in zip(step.advantages, step.groups, strict=True)
     ]
     return Substitution("truncated responses left out", "rl.truncated", advantages=trained)
 
@@ -189,20 +194,25 @@ def _of_truncated(step: RecordedStep, all_trained: Advantages) -> Substitution:
 def _of_others(step: RecordedStep) -> Iterator[Substitution]:
     """Yield advantages of another group, and of another response."""
     for away in range(1, len(step.groups)):
-        own = [*step.advantages[away:], *step.advantages[:away]]
-        if [len(each) for each in own] == [len(each) for each in step.advantages]:
+        moved_advantages = [*step.advantages[away:], *step.advantages[:away]]
+        if [len(group_advantages) for group_advantages in moved_advantages] == [
+            len(group_advantages) for group_advantages in step.advantages
+        ]:
             yield Substitution(
                 f"advantages of another group, {away} places on,",
                 "the order of the groups",
                 "what assigns advantages to responses: those of one group are given to another",
-                advantages=own,
+                advantages=moved_advantages,
             )
     for away in range(1, max(map(len, step.advantages))):
         yield Substitution(
             f"advantages of another response of the group, {away} places on,",
             "the order of the responses",
             "what assigns advantages to responses: those of one are given to another",
-            advantages=[[*own[away:], *own[:away]] for own in step.advantages],
+            advantages=[
+                [*group_advantages[away:], *group_advantages[:away]]
+                for group_advantages in step.advantages
+            ],
         )
 
 
@@ -328,9 +338,9 @@ def _of_evidence(step: RecordedStep, evidence: Evidence) -> Iterator[Substitutio
             adam=(("learning_rates", rates),),
         )
     multiples = [evidence.gradient_factor]
-    norm, own = step.line.get("grad_norm"), evidence.norm
-    if isinstance(norm, int | float) and own:
-        multiples.append(norm / own)
+    norm, recomputed_norm = step.line.get("grad_norm"), evidence.norm
+    if isinstance(norm, int | float) and recomputed_norm:
+        multiples.append(norm / recomputed_norm)
     for factor in multiples:
         if factor is None or abs(factor - 1) <= SAME or factor <= 0:
             continue
@@ -351,27 +361,28 @@ def _of_evidence(step: RecordedStep, evidence: Evidence) -> Iterator[Substitutio
 
 def _of_weights(step: RecordedStep, evidence: Evidence) -> Iterator[Substitution]:
     """Yield the weights of KL and entropy that the logged loss would have."""
-    logged, own = step.line.get("loss"), sum(evidence.terms.values())
+    logged, recomputed_loss = step.line.get("loss"), sum(evidence.terms.values())
     if not isinstance(logged, int | float):
         return
     for key, name in (("kl_beta", "kl"), ("entropy_coef", "entropy")):
         value, term = getattr(step.config.rl, key), evidence.terms.get(name)
         if not value or not term:
             continue
-        nearest = value * (1 + (logged - own) / term)  # of the same weights after each update
-        for found in dict.fromkeys(float(f"{nearest:.{digits}g}") for digits in (1, 2)):
-            if abs(found) > 1e-3 * abs(value) and not math.isclose(found, value):
-                yield Substitution(f"rl.{key} {found:g}", f"rl.{key}", loss=((key, found),))
+        # Of the same weights after each update.
+        nearest = value * (1 + (logged - recomputed_loss) / term)
+        for rounded in dict.fromkeys(float(f"{nearest:.{digits}g}") for digits in (1, 2)):
+            if abs(rounded) > 1e-3 * abs(value) and not math.isclose(rounded, value):
+                yield Substitution(f"rl.{key} {rounded:g}", f"rl.{key}", loss=((key, rounded),))
 
 
 def _ranks(step: RecordedStep, factor: float) -> str:
     """Return what a factor of the gradient is equal to, as text."""
     parallel, count = step.run_config.parallel, step.line.get("packing/microbatches", 1)
     ranks = parallel.data_parallel_size(parallel.processes)
-    for number, what in ((ranks, "data-parallel ranks"), (count, "micro-batches of an update")):
+    for number, noun in ((ranks, "data-parallel ranks"), (count, "micro-batches of an update")):
         for value, words in ((number, "the number"), (1 / number, "1 over the number")):
             if number > 1 and math.isclose(factor, value, rel_tol=SAME):
-                return f", {words} of {what},"
+                return f", {words} of {noun},"
     return ""
 
 
@@ -403,17 +414,17 @@ def _of_kl(step: RecordedStep) -> Iterator[Substitution]:
 
 def _defaults(step: RecordedStep) -> Iterator[Substitution]:
     """Yield settings of the loss without effect: their default in place of the recipe's."""
-    own, default = step.config.rl, RLConfig(algorithm=step.config.rl.algorithm)
+    rl, default = step.config.rl, RLConfig(algorithm=step.config.rl.algorithm)
     for name in OF_LOSS:
         value = getattr(default, name)
-        if value != getattr(own, name):
+        if value != getattr(rl, name):
             yield Substitution(
                 f"rl.{name} at its default, {value},",
                 f"rl.{name}",
-                f"rl.{name}: {getattr(own, name)} has no effect",
+                f"rl.{name}: {getattr(rl, name)} has no effect",
                 loss=((name, value),),
             )
 
 
-def _others(values: Sequence[str], own: str) -> list[str]:
-    return [value for value in values if value != own]
+def _others(values: Sequence[str], present_value: str) -> list[str]:
+    return [value for value in values if value != present_value]

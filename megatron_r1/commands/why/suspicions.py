@@ -20,21 +20,21 @@ SMALL_KL = 1e-4
 
 def suspicions(step: RecordedStep) -> list[str]:
     """Return one sentence per figure that may explain the run's course, or one that none does."""
-    found = [_equal_groups(step), _cut(step), _entropy(step), _learning_rate(step)]
-    known = [each for each in found if each]
-    return known or ["no figure of the run stands out: too few steps, or the task is learned"]
+    candidates = [_equal_groups(step), _cut(step), _entropy(step), _learning_rate(step)]
+    suspected = [suspicion for suspicion in candidates if suspicion]
+    return suspected or ["no figure of the run stands out: too few steps, or the task is learned"]
 
 
 def _equal_groups(step: RecordedStep) -> str:
     groups = step.groups + step.passed_over
     fraction = fmean(group.has_equal_rewards for group in groups)
-    right = [each.rewards.get("accuracy", 0.0) for each in all_responses(groups)]
+    right = [graded.rewards.get("accuracy", 0.0) for graded in all_responses(groups)]
     if fraction < MAX_EQUAL:
         return ""
     accuracy = fmean(right)
-    what = "too hard" if accuracy < 0.5 else "learned already"
+    text = "too hard" if accuracy < 0.5 else "learned already"
     return (
-        f"the task is {what}: {percent(fraction)} of the groups have one reward for all responses "
+        f"the task is {text}: {percent(fraction)} of the groups have one reward for all responses "
         f"and teach nothing (accuracy {percent(accuracy)}): other questions, a larger "
         "rl.group_size, or rl.dynamic_sampling"
     )

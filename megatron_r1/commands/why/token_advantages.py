@@ -36,7 +36,7 @@ def with_token_advantages(
         old: log-probabilities of the sampled tokens under the policy before the step, by row.
         reference: those under the reference, or None."""
     rl = step.config.rl
-    made = list(rows)
+    new_rows = list(rows)
     if rl.algorithm in OF_TOKENS:
         values = [
             _to_go(row, old[at], None if reference is None else reference[at], step)
@@ -44,18 +44,29 @@ def with_token_advantages(
         ]
         if rl.algorithm == "reinforce_pp":
             trained = [v for v, row in zip(values, rows, strict=True) if row.is_trained]
-            whole = torch.cat(trained) if trained else torch.zeros(1)
-            mean, deviation = whole.mean(), whole.std(unbiased=False) + rl.advantage_epsilon
+            all_values = torch.cat(trained) if trained else torch.zeros(1)
+            mean, deviation = (
+                all_values.mean(),
+                all_values.std(unbiased=False) + rl.advantage_epsilon,
+            )
             values = [(value - mean) / deviation for value in values]
-        made = [replace(row, token_advantages=v) for row, v in zip(made, values, strict=True)]
+        new_rows = [
+            replace(row, token_advantages=v) for row, v in zip(new_rows, values, strict=True)
+        ]
     if rl.engine_mask in MASKS:
         bounds = rl.engine_mask_settings
-        made = [_masked(row, old[at], bounds) for at, row in enumerate(made)]
-    return made
+        new_rows = [_masked(row, old[at], bounds) for at, row in enumerate(new_rows)]
+    return new_rows
 
 
 def _to_go(row: TokenRow, old: Tensor, reference: Tensor | None, step: RecordedStep) -> Tensor:
-    """Return the discounted sums of what follows each token, itself included."""
+    """Return the discounted sums of what follows each token, itself included.
+
+    Args:
+        row: the sequence.
+        old: log-probabilities of the policy before the step.
+        reference: those of the reference, or None.
+        step: the step."""
     rl = step.config.rl
     rewards = torch.zeros_like(old)
     if reference is not None and rl.kl_beta:
@@ -74,7 +85,7 @@ def _masked(row: TokenRow, old: Tensor, bounds: EngineMask) -> TokenRow:
     if bounds.method == "sequence":
         gap = gap.mean().expand_as(gap)
     is_kept = (gap.exp() >= bounds.low) & (gap.exp() <= bounds.high)
-    own = row.token_advantages
-    if own is None:
-        own = torch.full_like(gap, row.advantage)
-    return replace(row, token_advantages=own * is_kept)
+    advantages = row.token_advantages
+    if advantages is None:
+        advantages = torch.full_like(gap, row.advantage)
+    return replace(row, token_advantages=advantages * is_kept)

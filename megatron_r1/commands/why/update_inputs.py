@@ -49,8 +49,8 @@ class UpdateInputs(PolicyLogprobs):
             dict(self.model(checkpoint, f"{policy_model.STATE}{name}.").named_parameters())
             for name in policy_model.MOMENTS
         )
-        return {k: each.detach() for k, each in first.items()}, {
-            k: each.detach() for k, each in second.items()
+        return {k: moment.detach() for k, moment in first.items()}, {
+            k: moment.detach() for k, moment in second.items()
         }
 
     @cached_property
@@ -93,19 +93,19 @@ class UpdateInputs(PolicyLogprobs):
         ):
             raise CannotRecompute(f"{before} has no reference policy")
 
-    def minibatches(self, given: Sequence[TokenRow] | None = None) -> list[list[int]]:
+    def minibatches(self, token_rows: Sequence[TokenRow] | None = None) -> list[list[int]]:
         """Return the rows of each mini-batch: responses in an order of the run's seed and step,
         those that are trained on spread evenly.
 
         Args:
-            given: the rows; None: the step's."""
-        given = given or self.rows
+            token_rows: the rows; None: the step's."""
+        token_rows = token_rows or self.rows
         by_response: dict[Any, list[int]] = {}
         for at, sequence in enumerate(self.sequences):
             by_response.setdefault(sequence.response, []).append(at)
         shuffled = list(by_response.values())
         random.Random(f"{self.step.run_config.run.seed}:{self.step.step}").shuffle(shuffled)
-        trained = [rows for rows in shuffled if given[rows[0]].is_trained]
+        trained = [rows for rows in shuffled if token_rows[rows[0]].is_trained]
         count = self.step.config.rl.minibatches
         return [
             [
@@ -131,26 +131,26 @@ class UpdateInputs(PolicyLogprobs):
         if parallel.share_prompts:
             return []
         ranks, cost = parallel.data_parallel_size(parallel.processes), sample_cost(self.step.hf)
-        made = []
+        batches = []
         for rows in self.minibatches():
             lengths = [len(self.rows[at].token_ids) for at in rows]
             packing = pack(lengths, ranks, parallel.microbatch_tokens, cost=cost)
-            made.append([[[rows[at] for at in m] for m in share] for share in packing.shares])
-        return made
+            batches.append([[[rows[at] for at in m] for m in share] for share in packing.shares])
+        return batches
 
     def shares(self) -> list[tuple[str, list[int]]]:
         """Return the rows of each data-parallel rank, and of the first and the last micro-batch of
         each, with a name; nothing for one rank with one micro-batch."""
-        found: dict[str, list[int]] = {}
+        share_by_key: dict[str, list[int]] = {}
         for update in self.packed:
             for rank, share in enumerate(update):
                 if len(update) > 1:
-                    own = [at for members in share for at in members]
-                    found.setdefault(f"data-parallel rank {rank}", []).extend(own)
+                    row_numbers = [at for members in share for at in members]
+                    share_by_key.setdefault(f"data-parallel rank {rank}", []).extend(row_numbers)
                 if len(share) > 1:
-                    found.setdefault("the first micro-batch", []).extend(share[0])
-                    found.setdefault("the last micro-batch", []).extend(share[-1])
-        return list(found.items())
+                    share_by_key.setdefault("the first micro-batch", []).extend(share[0])
+                    share_by_key.setdefault("the last micro-batch", []).extend(share[-1])
+        return list(share_by_key.items())
 
     def loss_rules(self) -> LossRules:
         """Return the loss of the step's settings."""
@@ -209,7 +209,9 @@ class UpdateInputs(PolicyLogprobs):
         if substitution.advantages is not None:
             rows = [
                 replace(row, advantage=substitution.advantages[which[0]][which[1]])
-                for row, which in zip(rows, (each.response for each in self.sequences), strict=True)
+                for row, which in zip(
+                    rows, (sequence.response for sequence in self.sequences), strict=True
+                )
             ]
         if substitution.trains_prompts:
             rows = [_with_prompt(row) for row in rows]
@@ -241,13 +243,15 @@ class UpdateInputs(PolicyLogprobs):
         if not substitution.head_is_apart or self._moments is None:
             return self._moments
         embedding = "model.embed_tokens.weight"
-        first, second = ({**one, "lm_head.weight": one[embedding]} for one in self._moments)
+        first, second = (
+            {**moment, "lm_head.weight": moment[embedding]} for moment in self._moments
+        )
         return first, second
 
     def _order(self, substitution: Substitution, rows: Sequence[TokenRow]) -> list[list[int]]:
         """Return the rows of each update."""
-        made = self.minibatches(rows)
-        return [made[0]] * len(made) if substitution.repeats_first else made
+        minibatches = self.minibatches(rows)
+        return [minibatches[0]] * len(minibatches) if substitution.repeats_first else minibatches
 
 
 def _with_prompt(row: TokenRow) -> TokenRow:

@@ -192,21 +192,32 @@ def denominator(rows: Sequence[TokenRow], loss: LossRules) -> float:
 
 
 def _surrogate(
-    row: TokenRow, own: Tensor, old: Tensor, loss: LossRules
+    row: TokenRow, logprobs: Tensor, old: Tensor, loss: LossRules
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the policy's term of each token, the ratio, and whether a clip is active."""
-    x = own - (own.detach() if loss.is_on_policy else old)
+    """Return the policy's term of each token, the ratio, and whether a clip is active.
+
+    Args:
+        row: the sequence.
+        logprobs: the policy's log-probabilities of its sampled tokens.
+        old: those of the policy before the step.
+        loss: the rules of the loss."""
+    x = logprobs - (logprobs.detach() if loss.is_on_policy else old)
     if loss.is_sequence_ratio:
         x = x.mean().expand_as(x)
     ratio = x.exp()
     clipped = ratio.clamp(1 - loss.clip_low, 1 + loss.clip_high)
     a = row.token_advantages if row.token_advantages is not None else row.advantage
     if loss.divergence is not None:
-        rise = own.detach().exp() - row.logprobs.double().exp()
-        given, (fall, most) = torch.as_tensor(a, dtype=rise.dtype).expand_as(rise), loss.divergence
-        a = torch.where(torch.where(given > 0, rise > most, -rise > fall), 0.0, given)
+        rise = logprobs.detach().exp() - row.logprobs.double().exp()
+        token_advantages, (fall, most) = (
+            torch.as_tensor(a, dtype=rise.dtype).expand_as(rise),
+            loss.divergence,
+        )
+        a = torch.where(
+            torch.where(token_advantages > 0, rise > most, -rise > fall), 0.0, token_advantages
+        )
     if loss.is_cispo:
-        surrogate = clipped.detach() * a * own
+        surrogate = clipped.detach() * a * logprobs
         is_clipped = clipped != ratio
     else:
         pick = torch.maximum if loss.takes_larger else torch.minimum
@@ -222,7 +233,7 @@ def _surrogate(
 
 def row_loss(
     row: TokenRow,
-    own: Tensor,
+    logprobs: Tensor,
     entropy: Tensor,
     old: Tensor,
     reference: Tensor | None,
@@ -233,22 +244,22 @@ def row_loss(
 
     Args:
         row: the sequence.
-        own: the policy's log-probabilities of its sampled tokens, float64.
+        logprobs: the policy's log-probabilities of its sampled tokens, float64.
         entropy: likewise.
         old: those under the policy before the step.
         reference: those under the reference, or None.
         loss: the loss.
         totals: the sums of the update, with the denominator."""
     # An update on the first mini-batch begins at the old policy.
-    surrogate, ratio, is_clipped = _surrogate(row, own, old, loss)
-    v = torch.ones_like(own)
+    surrogate, ratio, is_clipped = _surrogate(row, logprobs, old, loss)
+    v = torch.ones_like(logprobs)
     if loss.importance_cap is not None:
         v = (old - row.logprobs.double()).exp().clamp(max=loss.importance_cap)
-    kl = torch.zeros_like(own)
+    kl = torch.zeros_like(logprobs)
     if reference is not None:
-        g = reference - own
+        g = reference - logprobs
         k3 = g.expm1() - g
-        unbiased = (own - old).exp() * k3
+        unbiased = (logprobs - old).exp() * k3
         kl = {"k1": -g, "k2": g * g / 2, "k3": k3, "unbiased": unbiased}[loss.kl_estimator]
     length = len(row.token_ids) if loss.counts_prompts else row.num_sampled
     weight = {"token": 1.0, "sequence": 1 / max(1, length), "constant": 1 / loss.constant}
@@ -261,12 +272,12 @@ def row_loss(
     totals.policy += float(parts[0].detach())
     totals.kl += float(parts[1].detach())
     totals.entropy += float(parts[2].detach())
-    totals.num_tokens += len(own)
+    totals.num_tokens += len(logprobs)
     totals.kl_sum += float(kl.detach().sum())
     totals.entropy_sum += float(entropy.detach().sum())
     totals.clipped += float(is_clipped.sum())
     totals.importance += float(v.sum())
-    if len(own):
+    if len(logprobs):
         totals.largest_ratio = max(totals.largest_ratio, float(ratio.detach().max()))
     return (parts[0] + parts[1] + parts[2]) / totals.denominator
 
@@ -287,10 +298,10 @@ class Adam:
     ) -> None:
         self._parameters, self.count = parameters, num_updates
         if moments is None:
-            zeros = {name: torch.zeros_like(each) for name, each in parameters.items()}
+            zeros = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
             moments = zeros, zeros
         self.first, self.second = (
-            {name: one[name].detach().clone() for name in parameters} for one in moments
+            {name: moment[name].detach().clone() for name in parameters} for moment in moments
         )
 
     @torch.no_grad()
@@ -305,11 +316,11 @@ class Adam:
         rate = rules.learning_rates[index]
         factor = rules.gradient_factors[index] if rules.gradient_factors else 1.0
         used = {
-            name: each * factor
-            for name, each in gradients.items()
+            name: values * factor
+            for name, values in gradients.items()
             if name not in rules.without_gradient
         }
-        norm = math.sqrt(sum(float(each.double().square().sum()) for each in used.values()))
+        norm = math.sqrt(sum(float(values.double().square().sum()) for values in used.values()))
         if rules.norms is not None:
             norm = rules.norms[index]
         scale = min(1.0, rules.clip_grad / (norm + 1e-6))
@@ -329,8 +340,8 @@ class Adam:
 
     def forget(self) -> None:
         """Set the moments to zero; the counter stays."""
-        for each in (*self.first.values(), *self.second.values()):
-            each.zero_()
+        for moment in (*self.first.values(), *self.second.values()):
+            moment.zero_()
 
 
 class StepUpdates:
@@ -378,12 +389,12 @@ class StepUpdates:
             lost: rows whose gradient is lost; they count in metrics and denominators."""
         if adam.moment_reset:
             self.adam.forget()
-        made = []
+        updates = []
         for index, rows in enumerate(minibatches):
             if adam.moment_reset == "update":
                 self.adam.forget()
-            made.append(self._update(index, rows, loss, adam, lost))
-        return made
+            updates.append(self._update(index, rows, loss, adam, lost))
+        return updates
 
     def _update(
         self,
@@ -408,10 +419,12 @@ class StepUpdates:
             if self._biases is not None:
                 self._biases.count(seen, rows)
             for at, logits in zip(members, computed, strict=True):
-                own, entropy = token_logprobs_and_entropies(logits, self.rows[at], loss.temperature)
-                trace.tokens[at] = own.detach(), entropy.detach()
+                logprobs, entropy = token_logprobs_and_entropies(
+                    logits, self.rows[at], loss.temperature
+                )
+                trace.tokens[at] = logprobs.detach(), entropy.detach()
                 reference = None if self._reference is None else self._reference[at]
-                given = self.rows[at], own, entropy, self._old[at], reference
+                given = self.rows[at], logprobs, entropy, self._old[at], reference
                 term = row_loss(*given, loss, totals)
                 terms = terms + (term.detach() if at in lost else term)
             if terms.requires_grad:

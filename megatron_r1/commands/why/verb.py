@@ -79,8 +79,8 @@ def run(config: Config, run: str, step: str | None = None, json: str | None = No
         atomic_write(Path(json), _as_json(report, steps))
     written = page.write(report, recorded)
     print("\n".join([*_steps(steps, chosen), *_lines(report), f"page: {written}"]))
-    if report.first is not None:
-        raise RunError(f"{run}: {report.first.name} departs at step {report.step}")
+    if report.first_departure is not None:
+        raise RunError(f"{run}: {report.first_departure.name} departs at step {report.step}")
 
 
 RECORD_CHECKS: tuple[tuple[str, str, Check], ...] = (
@@ -115,7 +115,7 @@ def examine(step: RecordedStep) -> Report:
         recomputed.searches_causes = not report.departs_before("loss")
         report.add(_comparisons(family, name, partial(recompute, step, recomputed)))
     report.curves = engine_logprobs.departures(recomputed)
-    report.suspicions = suspicions(step) if report.first is None else []
+    report.suspicions = suspicions(step) if report.first_departure is None else []
     return report
 
 
@@ -143,9 +143,9 @@ def _number(step: str | None) -> int | None:
 
 def _steps(steps: list[Examinable], chosen: Examinable) -> Iterator[str]:
     """Yield the steps that can be examined."""
-    whole = [each.step for each in steps if each.has_before and each.has_after]
-    half = [each.step for each in steps if each.step not in whole]
-    yield f"steps with log and both checkpoints: {_ranges(whole) or 'none'}"
+    whole_steps = [step.step for step in steps if step.has_before and step.has_after]
+    half = [step.step for step in steps if step.step not in whole_steps]
+    yield f"steps with log and both checkpoints: {_ranges(whole_steps) or 'none'}"
     if half:
         yield f"steps with a log and not both checkpoints: {_ranges(half)}"
     yield f"examined: step {chosen.step}"
@@ -163,18 +163,28 @@ def _ranges(steps: list[int]) -> str:
 
 
 def _lines(report: Report) -> Iterator[str]:
-    first = report.first
+    first = report.first_departure
     if first is None:
         yield "nothing departs"
-        yield from (f"  suspicion, no cause: {each}" for each in report.suspicions)
+        yield from (f"  suspicion, no cause: {suspicion}" for suspicion in report.suspicions)
     else:
         yield f"first quantity that departs: {first}"
-        others = [each for each in report.comparisons if each.departs and each is not first]
-        yield from (f"  then {each}" for each in others)
-    equal = sum(not each.departs and each.status != NOT_CHECKED for each in report.comparisons)
+        other_comparisons = [
+            comparison
+            for comparison in report.comparisons
+            if comparison.departs and comparison is not first
+        ]
+        yield from (f"  then {departure}" for departure in other_comparisons)
+    equal = sum(
+        not quantity.departs and quantity.status != NOT_CHECKED for quantity in report.comparisons
+    )
     yield f"equal: {equal} quantities"
-    yield from (f"not checked: {each}" for each in report.comparisons if each.status == NOT_CHECKED)
+    yield from (
+        f"not checked: {quantity}"
+        for quantity in report.comparisons
+        if quantity.status == NOT_CHECKED
+    )
 
 
 def _as_json(report: Report, steps: list[Examinable]) -> str:
-    return json.dumps({"steps": [each._asdict() for each in steps], **report.as_json()}, indent=1)
+    return json.dumps({"steps": [step._asdict() for step in steps], **report.as_json()}, indent=1)

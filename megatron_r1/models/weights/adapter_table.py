@@ -36,8 +36,8 @@ def adapter_table(hf: dict, lora: LoraConfig) -> WeightTable:
     """
     base = weight_table(hf)
     if model_family(hf).stacked_experts:
-        kept = [[rule for rule in layer if not rule.expert] for layer in base.layers]
-        base = replace(base, layers=kept)
+        dense_layers = [[rule for rule in layer if not rule.expert] for layer in base.layers]
+        base = replace(base, layers=dense_layers)
     modules = {
         _module(source)
         for layer in base.layers
@@ -61,9 +61,9 @@ def check_adapters(config: Config, hf: dict) -> None:
     """Raise UserError for a target that the model does not have, and for a pipeline rank without
     any, which could neither train nor save."""
     assert config.model.lora is not None, "the recipe has no adapters"
-    rules = adapter_table(hf, config.model.lora)
+    table = adapter_table(hf, config.model.lora)
     for rank, chunks in enumerate(recipe_stages(config, hf)):
-        if not any(rules.layers[layer] for chunk in chunks for layer in chunk.layers):
+        if not any(table.layers[layer] for chunk in chunks for layer in chunk.layers):
             raise UserError(
                 f"model.lora: pipeline rank {rank} has no layer with an adapter; choose other "
                 "model.lora.targets, or other stages (parallel.pipeline_layout)",
@@ -72,15 +72,15 @@ def check_adapters(config: Config, hf: dict) -> None:
             )
 
 
-def adapter_shapes(rules: WeightTable) -> dict[str, Shape]:
-    """Return name -> full shape of all factors that the rules of `adapter_table` list."""
+def adapter_shapes(weight_table: WeightTable) -> dict[str, Shape]:
+    """Return name -> full shape of all factors that `adapter_table` lists."""
     shapes = {}
-    for index, layer in enumerate(rules.layers):
+    for index, layer in enumerate(weight_table.layers):
         for rule in layer:
             chosen = rule.split.names if isinstance(rule.split, _Chosen) else None
             for source in rule.sources:
                 if chosen is None or source.name in chosen:
-                    for expert in range(rules.num_experts if rule.expert else 1):
+                    for expert in range(weight_table.num_experts if rule.expert else 1):
                         name = source.name.replace("{e}", str(expert))
                         shapes[f"model.layers.{index}.{name}"] = source.shape
     return shapes
@@ -91,12 +91,12 @@ def num_adapter_parameters(hf: dict, lora: LoraConfig) -> int:
     return sum(map(prod, adapter_shapes(adapter_table(hf, lora)).values()))
 
 
-def target_modules(rules: WeightTable) -> str:
+def target_modules(weight_table: WeightTable) -> str:
     """Return PEFT's `target_modules`: an expression that matches the names of all layers with an
     adapter."""
     names = {
         source.name.removesuffix(A)
-        for layer in rules.layers
+        for layer in weight_table.layers
         for rule in layer
         for source in rule.sources
         if source.name.endswith(A)
@@ -109,11 +109,11 @@ PEFT_PREFIX = "base_model.model."
 """The beginning of every name in PEFT's files."""
 
 
-def adapter_config(rules: WeightTable, lora: LoraConfig, base: str) -> dict[str, Any]:
+def adapter_config(weight_table: WeightTable, lora: LoraConfig, base: str) -> dict[str, Any]:
     """Return PEFT's `adapter_config.json` of these adapters.
 
     Args:
-        rules: their weight table.
+        weight_table: their weight table.
         lora: rank and scale.
         base: the folder of the model that they belong to."""
     return {
@@ -122,7 +122,7 @@ def adapter_config(rules: WeightTable, lora: LoraConfig, base: str) -> dict[str,
         "base_model_name_or_path": base,
         "r": lora.rank,
         "lora_alpha": lora.alpha,
-        "target_modules": target_modules(rules),
+        "target_modules": target_modules(weight_table),
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,

@@ -43,7 +43,7 @@ from megatron_r1.models.weights.adapter_table import (
 )
 from megatron_r1.models.weights.export import write_folder, write_pieces
 from megatron_r1.models.weights.formats.tensor_files import plan_file
-from megatron_r1.models.weights.layout import LayoutEntry, layout_from_rules
+from megatron_r1.models.weights.layout import LayoutEntry, layout_from_table
 from megatron_r1.models.weights.loading import chunk_shard, local_pieces
 from megatron_r1.models.weights.table import Piece, Shape
 
@@ -166,12 +166,12 @@ def attach_adapters(chunks: Sequence, hf: dict, lora: LoraConfig, seed: int) -> 
     Raises:
         UserError: for an unknown target.
     """
-    rules, fingerprint = adapter_table(hf, lora), _fingerprint(chunks, hf)
-    shapes = adapter_shapes(rules)
+    table, fingerprint = adapter_table(hf, lora), _fingerprint(chunks, hf)
+    shapes = adapter_shapes(table)
     for chunk in chunks:
         chunk.base_fingerprint, chunk.adapter_shapes = fingerprint, shapes
         chunk.requires_grad_(False)
-        entries = layout_from_rules(rules, chunk_shard(chunk))
+        entries = layout_from_table(table, chunk_shard(chunk))
         by_layer: dict[str, list[Adapter]] = defaultdict(list)
         for name in entries:
             path, _, factor = name.rpartition(".lora.")
@@ -312,17 +312,17 @@ def save_adapter(
     Raises:
         UserError: on every rank when something cannot be written.
     """
-    rules = adapter_table(hf, lora)
-    settings = adapter_config(rules, lora, base)
+    table = adapter_table(hf, lora)
+    settings = adapter_config(table, lora, base)
 
     def begin(folder: Path) -> None:
         text = json.dumps(settings, indent=2) + "\n"
         atomic_write(folder / "adapter_config.json", text)
 
-    plan = plan_file({PEFT_PREFIX + name: (s, dtype) for name, s in adapter_shapes(rules).items()})
-    held = (
+    plan = plan_file({PEFT_PREFIX + name: (s, dtype) for name, s in adapter_shapes(table).items()})
+    named_pieces = (
         (factor, [replace(piece, hf_name=PEFT_PREFIX + piece.hf_name) for piece in pieces], owner)
         for factor, pieces, owner in adapter_pieces(chunks)
     )
     with write_folder(out, begin) as folder:
-        write_pieces(held, {folder / "adapter_model.safetensors": plan}, {}, durable=True)
+        write_pieces(named_pieces, {folder / "adapter_model.safetensors": plan}, {}, durable=True)

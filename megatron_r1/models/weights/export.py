@@ -106,16 +106,22 @@ def _write_files(
     model_chunks: Sequence, hf: dict, plans: Mapping[Path, FilePlan], *, durable: bool
 ) -> None:
     """Write several planned files at once; call on every rank with the same plans. Adapters are
-    merged into the weights."""
+    merged into the weights.
+
+    Args:
+        model_chunks: this rank's virtual stages.
+        hf: the model's `config.json`.
+        plans: the files by path.
+        durable: fsync before renaming."""
     copies = defaultdict(list)
     for copy, original in weight_table(hf).copies.items():
         copies[original].append(copy)
-    held, part_of = local_pieces(model_chunks, hf), partial(stacked_part, hf)
-    write_pieces(held, plans, copies, part_of, durable=durable)
+    local_parameters, part_of = local_pieces(model_chunks, hf), partial(stacked_part, hf)
+    write_pieces(local_parameters, plans, copies, part_of, durable=durable)
 
 
 def write_pieces(
-    held: Iterable[tuple[torch.Tensor, Sequence[Piece], bool]],
+    local_parameters: Iterable[tuple[torch.Tensor, Sequence[Piece], bool]],
     plans: Mapping[Path, FilePlan],
     copies: Mapping[str, Sequence[str]],
     part_of: Callable[[str], StackedPart | None] = lambda name: None,
@@ -125,7 +131,7 @@ def write_pieces(
     """Write the planned files; call on every rank with that rank's (parameter, pieces, owner).
 
     Args:
-        held: this rank's (parameter, pieces, owner).
+        local_parameters: this rank's (parameter, pieces, owner).
         plans: the files by path.
         copies: tensor -> its further names.
         part_of: returns the part that a tensor is of a stored tensor of all experts, or None if it
@@ -140,7 +146,7 @@ def write_pieces(
 
     def write() -> None:
         with contextlib.closing(_OpenFiles(plans, unfinished)) as files, torch.no_grad():
-            for parameter, pieces, owner in held:
+            for parameter, pieces, owner in local_parameters:
                 _write_parameter(files, parameter, pieces if owner else (), copies, part_of)
             if durable:
                 for path in files.opened:
@@ -300,9 +306,9 @@ def _on_every_rank(action: Callable[[], object]) -> None:
         failures = [None] * dist.get_world_size()
         # Over all ranks: what all of them write is complete when the last has written.
         dist.all_gather_object(failures, failure)
-    for rank, found in enumerate(failures):
-        if found:
-            raise UserError(f"rank {rank}: {found}", key="output", cause=Cause.UNREADABLE)
+    for rank, rank_failure in enumerate(failures):
+        if rank_failure:
+            raise UserError(f"rank {rank}: {rank_failure}", key="output", cause=Cause.UNREADABLE)
 
 
 @contextlib.contextmanager

@@ -80,15 +80,15 @@ def hf_tensors(hf: dict, *, with_mtp: bool = True) -> dict[str, tuple[Shape, str
         hf: the model's `config.json`.
         with_mtp: whether the MTP layers are counted.
     """
-    rules, default = weight_table(hf), hf.get("dtype") or hf.get("torch_dtype") or "bfloat16"
+    table, default = weight_table(hf), hf.get("dtype") or hf.get("torch_dtype") or "bfloat16"
     tensors: dict[str, tuple[Shape, str]] = {}
-    for prefix, rule in _prefixed_rules(rules, with_mtp):
+    for prefix, rule in _prefixed_rules(table, with_mtp):
         for source in rule.sources:
-            for expert in range(rules.num_experts if rule.expert else 1):
+            for expert in range(table.num_experts if rule.expert else 1):
                 name = prefix + source.name.replace("{e}", str(expert))
                 tensors.setdefault(name, (source.shape, rule.dtype or default))
     if with_mtp:
-        tensors |= {name: tensors[original] for name, original in rules.copies.items()}
+        tensors |= {name: tensors[original] for name, original in table.copies.items()}
     return tensors
 
 
@@ -136,52 +136,64 @@ def recipe_stages(config: Config, hf: dict) -> list[list[Shard]]:
 
 def layout(hf: dict, shard: Shard) -> dict[str, LayoutEntry]:
     """Return Megatron parameter name -> LayoutEntry, for all parameters of the shard."""
-    return layout_from_rules(weight_table(hf), shard)
+    return layout_from_table(weight_table(hf), shard)
 
 
-def layout_from_rules(rules: WeightTable, shard: Shard) -> dict[str, LayoutEntry]:
-    """Return `layout` of the parameters that `rules` lists."""
+def layout_from_table(weight_table: WeightTable, shard: Shard) -> dict[str, LayoutEntry]:
+    """Return `layout` of the parameters that `weight_table` lists."""
     entries: dict[str, LayoutEntry] = {}
 
     def add(rule: WeightRule, megatron: str, prefix: str, owner: bool = True) -> None:
-        for name, entry in _entries(rule, prefix, shard, rules.num_experts):
+        for name, entry in _entries(rule, prefix, shard, weight_table.num_experts):
             entries[megatron + name] = replace(entry, is_owner=entry.is_owner and owner)
 
     if shard.embedding or shard.mtp:
-        for rule in rules.embedding:
+        for rule in weight_table.embedding:
             add(rule, "", "", owner=shard.embedding)
     for local, layer in enumerate(shard.layers):
-        for rule in rules.layers[layer]:
+        for rule in weight_table.layers[layer]:
             add(rule, f"decoder.layers.{local}.", f"model.layers.{layer}.")
     if shard.final_norm:
-        for rule in rules.final_norm:
+        for rule in weight_table.final_norm:
             add(rule, "", "")
     if shard.head:
-        embedded = {source.name for rule in rules.embedding for source in rule.sources}
-        for rule in rules.head:
+        embedded = {source.name for rule in weight_table.embedding for source in rule.sources}
+        for rule in weight_table.head:
             tied = rule.sources[0].name in embedded
             # Megatron has one parameter for both where both are on one stage, else a second copy.
             if not (tied and (shard.embedding or shard.mtp)):
                 add(rule, "", "", owner=not tied)
     if shard.mtp:
-        for index, layer_rules in enumerate(rules.mtp):
+        for index, layer_rules in enumerate(weight_table.mtp):
             for rule in layer_rules:
-                add(rule, f"mtp.layers.{index}.", f"model.layers.{len(rules.layers) + index}.")
+                add(
+                    rule,
+                    f"mtp.layers.{index}.",
+                    f"model.layers.{len(weight_table.layers) + index}.",
+                )
     return entries
 
 
-def _prefixed_rules(rules: WeightTable, with_mtp: bool) -> Iterator[tuple[str, WeightRule]]:
-    layers: Iterable[list[WeightRule]] = rules.layers + (rules.mtp if with_mtp else [])
-    yield from (("", rule) for rule in rules.embedding)
+def _prefixed_rules(weight_table: WeightTable, with_mtp: bool) -> Iterator[tuple[str, WeightRule]]:
+    layers: Iterable[list[WeightRule]] = weight_table.layers + (
+        weight_table.mtp if with_mtp else []
+    )
+    yield from (("", rule) for rule in weight_table.embedding)
     for index, layer in enumerate(layers):
         yield from ((f"model.layers.{index}.", rule) for rule in layer)
-    yield from (("", rule) for rule in rules.final_norm + rules.head)
+    yield from (("", rule) for rule in weight_table.final_norm + weight_table.head)
 
 
 def _entries(
     rule: WeightRule, prefix: str, shard: Shard, num_experts: int
 ) -> Iterator[tuple[str, LayoutEntry]]:
-    """Yield (Megatron parameter, entry) of a rule, once per expert that the rank has."""
+    """Yield (Megatron parameter, entry) of a rule, once per expert that the rank has.
+
+    Args:
+        rule: the rule of one Megatron parameter.
+        prefix: what precedes the names of its HF tensors.
+        shard: the rank's place.
+        num_experts: the model's routed experts."""
     name = (shard.transformer_engine and rule.te_name) or rule.megatron
     rank, num_ranks = shard.etp if rule.expert else shard.tp
     shape, pieces = rule.split(rule.sources, rank, num_ranks)

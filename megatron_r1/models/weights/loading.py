@@ -211,9 +211,9 @@ def _on_every_rank(action: Callable[[], None]) -> None:
         failures = [None] * dist.get_world_size()
         # Over all ranks: a rank that waited for the tensors of one that has failed would not end.
         dist.all_gather_object(failures, failure)
-    for found in failures:
-        if found is not None:
-            text, key, cause = found
+    for rank_failure in failures:
+        if rank_failure is not None:
+            text, key, cause = rank_failure
             raise UserError(text, key=key, cause=cause)
 
 

@@ -254,10 +254,10 @@ class QueryGroups:
             )
         if num_groups % num_ranks == 0:
             num_local = num_groups // num_ranks
-            own = range(rank * num_local, (rank + 1) * num_local)
-            return _interleave(sources, num_blocks=num_groups, chosen=own)
-        every = range(num_groups)
-        (height, *width), pieces = _interleave(sources, num_blocks=num_groups, chosen=every)
+            local_groups = range(rank * num_local, (rank + 1) * num_local)
+            return _interleave(sources, num_blocks=num_groups, chosen=local_groups)
+        all_groups = range(num_groups)
+        (height, *width), pieces = _interleave(sources, num_blocks=num_groups, chosen=all_groups)
         if height % num_ranks:
             raise UserError(
                 f"parallel.tensor={num_ranks} does not divide the {height} rows of query, key and "

@@ -40,15 +40,15 @@ class PredictedAdapterSharding(PredictedSharding):
     Args:
         hf: the model's `config.json`.
         layout: the layout of all engines.
-        rules: the weight table of the adapters.
+        weight_table: the weight table of the adapters.
 
     Raises:
         UserError: where vLLM cannot split the model so.
     """
 
-    def __init__(self, hf: dict, layout: EngineLayout, rules: WeightTable):
+    def __init__(self, hf: dict, layout: EngineLayout, weight_table: WeightTable):
         super().__init__(hf, layout)
-        self.table, self._names = rules, adapter_shapes(rules).keys()
+        self.table, self._names = weight_table, adapter_shapes(weight_table).keys()
 
     def tensors(self, coordinate: Coordinate) -> Iterator[HFTensor]:
         """Yield the adapted tensors of the coordinate's pipeline stage."""
@@ -74,10 +74,10 @@ def engine_adapter(config: Config, hf: dict) -> dict[str, Any] | None:
     """Return what engines need to serve pushed factors as an adapter: PEFT's `adapter_config.json`
     ("config") and what precedes the names of its files ("prefix"); None where whole weights are
     pushed."""
-    if (rules := pushed_adapter_table(config, hf)) is None:
+    if (table := pushed_adapter_table(config, hf)) is None:
         return None
     assert config.model.lora is not None
-    settings = adapter_config(rules, config.model.lora, config.model.path)
+    settings = adapter_config(table, config.model.lora, config.model.path)
     return {"prefix": PEFT_PREFIX, "config": settings}
 
 
@@ -100,14 +100,14 @@ def max_lora_rank(rank: int) -> int:
 def lora_arguments(config: Config, hf: dict) -> dict[str, Any] | None:
     """Return vLLM's arguments for engines to which adapters are pushed, None for others. Of layers
     it takes the last parts of their names, and finds the fused ones itself."""
-    if (rules := pushed_adapter_table(config, hf)) is None:
+    if (table := pushed_adapter_table(config, hf)) is None:
         return None
     assert config.model.lora is not None
     return {
         "enable_lora": True,
         "max_loras": 1,
         "max_lora_rank": max_lora_rank(config.model.lora.rank),
-        "lora_target_modules": sorted({name.split(".")[-3] for name in adapter_shapes(rules)}),
+        "lora_target_modules": sorted({name.split(".")[-3] for name in adapter_shapes(table)}),
     }
 
 

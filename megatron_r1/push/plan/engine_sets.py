@@ -219,14 +219,16 @@ def links_per_rank(plans: Iterable[SetPlan], world_size: int) -> list[int]:
 
 def needed_regions(planner: Planner, count_bytes: CountBytes) -> list[RegionsByReplicas]:
     """Return what each rank of an engine needs."""
-    found: list[RegionsByReplicas] = [{} for _ in range(planner.engines.ranks_per_engine)]
+    regions_of_ranks: list[RegionsByReplicas] = [
+        {} for _ in range(planner.engines.ranks_per_engine)
+    ]
     for tensor, replicas, needed in planner.region_transfers():
         for region, ranks in needed:
             num_bytes = count_bytes(tensor.name, tensor.rule.dtype, region)
             for rank in ranks:
-                regions = found[rank].setdefault(replicas, [])
+                regions = regions_of_ranks[rank].setdefault(replicas, [])
                 regions.append(TensorRegion(tensor, region, num_bytes))
-    return found
+    return regions_of_ranks
 
 
 def total_bytes(regions: Iterable[TensorRegion]) -> int:
@@ -244,7 +246,14 @@ def _region_groups(
     """Yield the groups of regions of an engine rank, for sets of `num_engines` engines.
 
     Each engine gets an equal part of the bytes, up to `MIN_SPLIT_FRACTION` of them or one block of
-    rows; a group has at most about `max_fraction` of it."""
+    rows; a group has at most about `max_fraction` of it.
+
+    Args:
+        needed: the regions that an engine rank needs, by trainer ranks.
+        count_bytes: counts the bytes of a region on the wire.
+        engine_rank: the engine rank.
+        num_engines: the engines of the set.
+        max_fraction: the most of an engine's bytes in a group."""
     per_engine = total_bytes(chain.from_iterable(needed.values())) / num_engines
     for member, by_replicas in enumerate(
         _divide_by_engine(needed, count_bytes, num_engines, per_engine)
@@ -259,7 +268,13 @@ def _region_groups(
 def _divide_by_engine(
     needed: RegionsByReplicas, count_bytes: CountBytes, num_engines: int, per_engine: float
 ) -> list[RegionsByReplicas]:
-    """Return the regions that each engine gets from trainer ranks, about `per_engine` bytes."""
+    """Return the regions that each engine gets from trainer ranks, about `per_engine` bytes.
+
+    Args:
+        needed: the regions that an engine rank needs, by trainer ranks.
+        count_bytes: counts the bytes of a region on the wire.
+        num_engines: the engines of the set.
+        per_engine: the bytes that each of them gets."""
     by_engine: list[RegionsByReplicas] = [{} for _ in range(num_engines)]
     end = 0.0
     for replicas, regions in needed.items():
@@ -273,12 +288,18 @@ def _divide_by_engine(
 
 
 def _split_at_engine_ends(
-    whole: TensorRegion, start: float, per_engine: float, count_bytes: CountBytes
+    tensor_region: TensorRegion, start: float, per_engine: float, count_bytes: CountBytes
 ) -> Iterator[TensorRegion]:
     """Yield a region, which begins at byte `start` of all that the engine rank needs, in
     parts of whole rows that end about where an engine has its bytes; of a tensor with FP8 scales,
-    in parts of whole blocks of rows."""
-    tensor, region, size = whole
+    in parts of whole blocks of rows.
+
+    Args:
+        tensor_region: the region.
+        start: its first byte among all that the engine rank needs.
+        per_engine: the bytes that each engine gets.
+        count_bytes: counts the bytes of a region on the wire."""
+    tensor, region, size = tensor_region
     per_row = size / (region.bottom - region.top)
     least = MIN_SPLIT_FRACTION * per_engine / per_row
     step = BLOCK if is_quantized(tensor.name) else 1
@@ -289,7 +310,7 @@ def _split_at_engine_ends(
         if row - edges[-1] > least and region.bottom - row > least:
             edges.append(row)
     if len(edges) == 1:
-        yield whole
+        yield tensor_region
         return
     for top, bottom in pairwise([*edges, region.bottom]):
         rows = replace(region, top=top, bottom=bottom)

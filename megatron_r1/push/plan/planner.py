@@ -5,12 +5,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.models.weights import table
 from megatron_r1.models.weights.layout import Shard, stage_shards
 from megatron_r1.models.weights.table import (
     WeightTable,
     replicated,
     replicated_stack,
-    weight_table,
 )
 from megatron_r1.push.plan.layouts import EngineLayout, TrainerGrid
 from megatron_r1.push.plan.predicted_sharding import PredictedSharding
@@ -35,7 +35,7 @@ class Planner:
         stages: the shards of each pipeline rank's virtual stages
             (`models.weights.layout.stage_shards`), default an even spread.
         sharding: what the ranks of an engine need, default `PredictedSharding`.
-        rules: the weight table of what moves, default the model's; or its adapters'.
+        weight_table: the weight table of what moves, default the model's; or its adapters'.
 
     Raises:
         UserError: for an impossible layout.
@@ -48,9 +48,9 @@ class Planner:
         engines: EngineLayout,
         stages: Sequence[Sequence[Shard]] | None = None,
         sharding: EngineSharding | None = None,
-        rules: WeightTable | None = None,
+        weight_table: WeightTable | None = None,
     ):
-        self.grid, self.engines, self.table = grid, engines, rules or weight_table(hf)
+        self.grid, self.engines, self.table = grid, engines, weight_table or table.weight_table(hf)
         self.sharding = sharding or PredictedSharding(hf, engines)
         stages = stages or stage_shards(hf, grid.pipeline, with_mtp=False)
         decoder, drafter = len(self.table.layers), len(self.table.mtp)
@@ -84,10 +84,12 @@ class Planner:
                     if item.expert is None and expert_rank:
                         continue
                     needed = self.sharding.regions.get(item.name, {}).items()
-                    for held, replicas in self._held_regions(item, stage):
-                        common = ((held.intersection(region), ranks) for region, ranks in needed)
-                        if found := [(region, ranks) for region, ranks in common if region]:
-                            yield item, replicas, found
+                    for held_region, replicas in self._held_regions(item, stage):
+                        common = (
+                            (held_region.intersection(region), ranks) for region, ranks in needed
+                        )
+                        if transfers := [(region, ranks) for region, ranks in common if region]:
+                            yield item, replicas, transfers
 
     def _held_regions(self, item: HFTensor, stage: int) -> Iterator[tuple[Region, range]]:
         """Yield the parts of a tensor, each with the trainer ranks that hold it."""

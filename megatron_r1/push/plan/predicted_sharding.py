@@ -100,11 +100,11 @@ class PredictedSharding:
     @cached_property
     def regions(self) -> dict[str, dict[Region, list[int]]]:
         """What the ranks of one engine need: HF name -> region -> the ranks that need it."""
-        found: dict[str, dict[Region, list[int]]] = {}
+        ranks_of_regions: dict[str, dict[Region, list[int]]] = {}
         for rank in range(self.layout.ranks_per_engine):
             for tensor, region in self.regions_of(self.layout.coordinate(rank)):
-                found.setdefault(tensor.name, {}).setdefault(region, []).append(rank)
-        return found
+                ranks_of_regions.setdefault(tensor.name, {}).setdefault(region, []).append(rank)
+        return ranks_of_regions
 
     def region(self, tensor: HFTensor, coordinate: Coordinate) -> Region | None:
         """Return the region of `tensor` that the rank at `coordinate` needs, or None."""
@@ -164,9 +164,9 @@ class PredictedSharding:
         there a push puts them, and `engines.plugin.expert_placement` moves them on."""
         experts = self.table.num_experts
         physical = experts + self.layout.redundant_experts
-        per_rank, rest = divmod(physical, self._num_expert_ranks)
-        start = rank * per_rank + min(rank, rest)
-        return [i % experts for i in range(start, start + per_rank + (rank < rest))]
+        per_rank, remainder = divmod(physical, self._num_expert_ranks)
+        start = rank * per_rank + min(rank, remainder)
+        return [i % experts for i in range(start, start + per_rank + (rank < remainder))]
 
 
 def stage_layers(num_layers: int, num_stages: int) -> list[range]:

@@ -134,14 +134,14 @@ def predicted_sharding(config: Config, hf: dict, layout: EngineLayout) -> Predic
 
     Raises:
         UserError: where vLLM cannot split the model so."""
-    if (rules := pushed_adapter_table(config, hf)) is not None:
-        return PredictedAdapterSharding(hf, layout, rules)
+    if (table := pushed_adapter_table(config, hf)) is not None:
+        return PredictedAdapterSharding(hf, layout, table)
     return PredictedSharding(hf, layout, drafts=config.rollout.drafts_by_mtp)
 
 
 def _planner(config: Config, hf: dict, grid: TrainerGrid, layout: EngineLayout) -> Planner:
-    sharding, rules = predicted_sharding(config, hf, layout), pushed_adapter_table(config, hf)
-    return Planner(hf, grid, layout, recipe_stages(config, hf), sharding, rules)
+    sharding, table = predicted_sharding(config, hf, layout), pushed_adapter_table(config, hf)
+    return Planner(hf, grid, layout, recipe_stages(config, hf), sharding, table)
 
 
 def check_drafter(config: Config) -> None:
@@ -220,8 +220,8 @@ def _trainer_regions(
     hf: dict, tensor: int, expert_tensor: int
 ) -> Iterator[tuple[HFTensor, Region]]:
     """Yield every region of a quantized tensor that a trainer rank holds, of one expert only."""
-    rules = weight_table(hf)
-    for item in checkpoint_tensors(rules, {"layers"}, range(len(rules.layers)), (0,)):
+    table = weight_table(hf)
+    for item in checkpoint_tensors(table, {"layers"}, range(len(table.layers)), (0,)):
         if not is_quantized(item.name) or item.rule.split is replicated:
             continue
         source = item.rule.sources[item.source]

@@ -84,10 +84,10 @@ class Region:
         """Return the region that `piece` covers of its HF tensor, which has `shape`."""
         return cls.narrow(shape, piece.dim, piece.hf_start, piece.length)
 
-    def intersection(self, other: Region) -> Region | None:
+    def intersection(self, region: Region) -> Region | None:
         """Return the region that both cover, or None."""
-        top, bottom = max(self.top, other.top), min(self.bottom, other.bottom)
-        left, right = max(self.left, other.left), min(self.right, other.right)
+        top, bottom = max(self.top, region.top), min(self.bottom, region.bottom)
+        left, right = max(self.left, region.left), min(self.right, region.right)
         return Region(top, bottom, left, right) if top < bottom and left < right else None
 
     @property

@@ -256,7 +256,13 @@ def pair_group(
 
 
 def _create_group(rendezvous: Rendezvous, name: str, rank: int, size: int) -> dist.ProcessGroup:
-    """Return the group of `size` ranks that meet under `name`."""
+    """Return the group of `size` ranks that meet under `name`.
+
+    Args:
+        rendezvous: where the members meet.
+        name: the group's name in the store.
+        rank: this process's rank in it.
+        size: the number of its members."""
     store = dist.PrefixStore(name, rendezvous.new_connection())
     timeout = datetime.timedelta(seconds=rendezvous.timeout_seconds)
     # The stubs give a backend no send and recv.

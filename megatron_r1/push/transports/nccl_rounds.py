@@ -193,15 +193,15 @@ class Communicator:
 
     def create(self) -> None:
         """Begin to create it, as soon as rank 0 has published its id."""
-        found: list[bytes] = []
+        created: list[bytes] = []
 
         def is_published() -> bool:
-            found.extend(filter(None, [self.rendezvous.find_communicator()]))
-            return bool(found) or self.error is not None
+            created.extend(filter(None, [self.rendezvous.find_communicator()]))
+            return bool(created) or self.error is not None
 
         if self.wait(is_published):
             try:
-                self._handle = _create_communicator(found[0], self.rank, self.num_ranks)
+                self._handle = _create_communicator(created[0], self.rank, self.num_ranks)
             except NCCLError as error:
                 self.abort(error)
 

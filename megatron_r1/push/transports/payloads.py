@@ -205,12 +205,12 @@ class BufferPayload(Payload):
                 left = min(row_bytes - skipped, num_bytes)
                 yield self._buffer[first + skipped :][None, :left]
                 top, num_bytes, first = top + 1, num_bytes - left, first + pitch
-            rows, rest = divmod(num_bytes, row_bytes)
+            rows, last_bytes = divmod(num_bytes, row_bytes)
             if rows:
                 memory = self._buffer[first:]
                 yield memory.as_strided((rows, row_bytes), (pitch, 1), memory.storage_offset())
-            if rest:
-                yield self._buffer[first + rows * pitch :][None, :rest]
+            if last_bytes:
+                yield self._buffer[first + rows * pitch :][None, :last_bytes]
         if end > self.weight_bytes:
             yield self.sums.view(torch.uint8)[self.sums_between(start, end)][None]
 

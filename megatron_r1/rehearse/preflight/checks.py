@@ -62,7 +62,7 @@ def check_facts(
         settings: the limits that measurements are held to.
         facts: the measurements of all ranks, by rank.
     """
-    nodes = [(each, each.node) for each in facts if each.node is not None]
+    nodes = [(rank_facts, rank_facts.node) for rank_facts in facts if rank_facts.node is not None]
     return [
         *_versions(nodes),
         *_memory(facts, nodes),
@@ -81,7 +81,7 @@ def hardware_of(settings: PreflightConfig, facts: Sequence[RankFacts]) -> Hardwa
     H800, with the node's number of ranks as its GPUs."""
     gpu = facts[0].node.versions.get("GPU", "") if facts[0].node else ""
     name = settings.hardware or next((name for name in HARDWARE if name in gpu), "H800")
-    ranks = sum(each.node_index == 0 for each in facts)
+    ranks = sum(rank_facts.node_index == 0 for rank_facts in facts)
     return replace(HARDWARE[name], gpus_per_node=ranks)
 
 
@@ -91,12 +91,14 @@ def _versions(nodes: Sequence[tuple[RankFacts, NodeFacts]]) -> Iterable[CheckRes
     for name in names:
         values = [node.versions.get(name, "missing") for _, node in nodes]
         usual = Counter(values).most_common(1)[0][0]
-        others = [(each.host, value) for (each, _), value in zip(nodes, values, strict=True)]
-        others = [(host, value) for host, value in others if value != usual]
-        if others:
-            shown = _listed([f"{value} on {host}" for host, value in others])
+        differing_hosts = [
+            (rank_facts.host, value) for (rank_facts, _), value in zip(nodes, values, strict=True)
+        ]
+        differing_hosts = [(host, value) for host, value in differing_hosts if value != usual]
+        if differing_hosts:
+            shown = _listed([f"{value} on {host}" for host, value in differing_hosts])
             level: Literal["note", "block"] = "note" if name in MAY_DIFFER else "block"
-            hosts = tuple(dict.fromkeys(host for host, _ in others))
+            hosts = tuple(dict.fromkeys(host for host, _ in differing_hosts))
             problem = f"{name}: {shown}; {usual} on the others"
             differing.append(
                 CheckResult(
@@ -120,14 +122,20 @@ def _versions(nodes: Sequence[tuple[RankFacts, NodeFacts]]) -> Iterable[CheckRes
 def _memory(
     facts: Sequence[RankFacts], nodes: Sequence[tuple[RankFacts, NodeFacts]]
 ) -> Iterable[CheckResult]:
-    used = [(each, each.memory) for each in facts if each.memory is not None]
-    full = [(each, memory) for each, memory in used if memory.total - memory.free > OTHERS_BYTES]
+    used = [
+        (rank_facts, rank_facts.memory) for rank_facts in facts if rank_facts.memory is not None
+    ]
+    full = [
+        (rank_facts, memory)
+        for rank_facts, memory in used
+        if memory.total - memory.free > OTHERS_BYTES
+    ]
     if used:
         most = max(memory.total - memory.free for _, memory in used)
         problem = "; ".join(
-            f"{(memory.total - memory.free) / GIB:.1f} GiB of rank {each.rank}'s GPU on {each.host}"
-            f" are taken{_by_whom(memory.holders)}"
-            for each, memory in full[:MAX_LISTED]
+            f"{(memory.total - memory.free) / GIB:.1f} GiB of rank {rank_facts.rank}'s GPU "
+            f"on {rank_facts.host} are taken{_by_whom(memory.holders)}"
+            for rank_facts, memory in full[:MAX_LISTED]
         )
         yield CheckResult(
             check="GPU memory",
@@ -135,7 +143,7 @@ def _memory(
             expected=f"at most {OTHERS_BYTES / GIB:.0f} GiB",
             level="block" if full else "ok",
             problem=problem,
-            hosts=_hosts(each for each, _ in full),
+            hosts=_hosts(rank_facts for rank_facts, _ in full),
         )
     low = [(e, n.memory) for e, n in nodes if n.memory.free < HOST_FRACTION * n.memory.total]
     least = min((node.memory for _, node in nodes), key=lambda memory: memory.free / memory.total)
@@ -145,17 +153,18 @@ def _memory(
         expected=f"{HOST_FRACTION:.0%}",
         level="note" if low else "ok",
         problem="; ".join(
-            f"{each.host}{_by_whom(memory.holders)}" for each, memory in low[:MAX_LISTED]
+            f"{rank_facts.host}{_by_whom(memory.holders)}"
+            for rank_facts, memory in low[:MAX_LISTED]
         ),
-        hosts=_hosts(each for each, _ in low),
+        hosts=_hosts(rank_facts for rank_facts, _ in low),
     )
 
 
 def _products(facts: Sequence[RankFacts], settings: PreflightConfig) -> CheckResult:
-    usual = median_high(each.products for each in facts)
-    slow = [each for each in facts if each.products < settings.slowest * usual]
-    ranks = [f"rank {each.rank} on {each.host}" for each in slow]
-    least = min(facts, key=lambda each: each.products)
+    usual = median_high(rank_facts.products for rank_facts in facts)
+    slow = [rank_facts for rank_facts in facts if rank_facts.products < settings.slowest * usual]
+    ranks = [f"rank {rank_facts.rank} on {rank_facts.host}" for rank_facts in slow]
+    least = min(facts, key=lambda rank_facts: rank_facts.products)
     return CheckResult(
         check="matrix products",
         measured=f"median {usual / 1e12:.3g} TFLOP/s, slowest {least.products / 1e12:.3g} (rank "
@@ -206,7 +215,11 @@ def _pairs(facts: Sequence[RankFacts], settings: PreflightConfig) -> Iterable[Ch
     if not rates:
         return
     usual = median_high(rates.values())
-    slow = [each for each in facts if rates.get(each.node_index, usual) < settings.slowest * usual]
+    slow = [
+        rank_facts
+        for rank_facts in facts
+        if rates.get(rank_facts.node_index, usual) < settings.slowest * usual
+    ]
     hosts = _hosts(slow)
     yield CheckResult(
         check="links between nodes",
@@ -223,7 +236,11 @@ def _gloo(facts: Sequence[RankFacts], settings: PreflightConfig) -> Iterable[Che
     if not rates:
         return
     hardware, usual = hardware_of(settings, facts), median_high(rates.values())
-    slow = [each for each in facts if rates.get(each.node_index, usual) < settings.slowest * usual]
+    slow = [
+        rank_facts
+        for rank_facts in facts
+        if rates.get(rank_facts.node_index, usual) < settings.slowest * usual
+    ]
     hosts, fraction = _hosts(slow), usual / hardware.host_network
     problems = []
     if hosts:
@@ -247,7 +264,7 @@ def _gloo(facts: Sequence[RankFacts], settings: PreflightConfig) -> Iterable[Che
 
 def _folder(config: Config, facts: Sequence[RankFacts]) -> Iterable[CheckResult]:
     path, first = config.run.folder, facts[0].folder
-    leaders = [each for each in facts if each.node is not None]
+    leaders = [rank_facts for rank_facts in facts if rank_facts.node is not None]
     if first.error:
         yield CheckResult(
             check="run folder",
@@ -258,10 +275,12 @@ def _folder(config: Config, facts: Sequence[RankFacts]) -> Iterable[CheckResult]
         )
         return
     for problem, wrong in {
-        "cannot be used": [each for each in facts if each.folder.error],
-        "is not the folder that rank 0 sees": [each for each in leaders if not each.folder.shared],
+        "cannot be used": [rank_facts for rank_facts in facts if rank_facts.folder.error],
+        "is not the folder that rank 0 sees": [
+            rank_facts for rank_facts in leaders if not rank_facts.folder.shared
+        ],
         "has no locks that hold between processes": [
-            each for each in facts if each.folder.excluded is False
+            rank_facts for rank_facts in facts if rank_facts.folder.excluded is False
         ],
     }.items():
         if wrong:
@@ -276,14 +295,14 @@ def _folder(config: Config, facts: Sequence[RankFacts]) -> Iterable[CheckResult]
                 hosts=_hosts(wrong),
             )
             return
-    slowest = min(leaders, key=lambda each: each.folder.write)
-    total = sum(each.folder.write for each in leaders)
+    slowest = min(leaders, key=lambda rank_facts: rank_facts.folder.write)
+    total = sum(rank_facts.folder.write for rank_facts in leaders)
     is_slow = slowest.folder.write < FOLDER_RATE
     yield CheckResult(
         check="run folder",
         measured=f"a node writes {slowest.folder.write / 1e6:.0f} MB/s (all {total / 1e6:.0f}), "
-        f"reads {min(each.folder.read for each in leaders) / 1e6:.0f}; fsync "
-        f"{max(each.folder.fsync_seconds for each in leaders) * 1e3:.1f} ms; "
+        f"reads {min(rank_facts.folder.read for rank_facts in leaders) / 1e6:.0f}; fsync "
+        f"{max(rank_facts.folder.fsync_seconds for rank_facts in leaders) * 1e3:.1f} ms; "
         f"{first.free / 1e9:,.0f} GB free",
         expected=f"{FOLDER_RATE / 1e6:.0f} MB/s",
         level="note" if is_slow else "ok",
@@ -294,7 +313,7 @@ def _folder(config: Config, facts: Sequence[RankFacts]) -> Iterable[CheckResult]
 def _controller(
     config: Config, nodes: Sequence[tuple[RankFacts, NodeFacts]]
 ) -> Iterable[CheckResult]:
-    cut_off = [each for each, node in nodes if node.unreachable]
+    cut_off = [rank_facts for rank_facts, node in nodes if node.unreachable]
     reason = next((node.unreachable for _, node in nodes if node.unreachable), "")
     faults = [f"{key}: {why}" for key, why in nodes[0][1].ports.items()]
     yield CheckResult(
@@ -307,19 +326,20 @@ def _controller(
         ),
         hosts=_hosts(cut_off),
     )
-    offsets = {each.host: node.clock_offset for each, node in nodes}
-    late = [each for each, node in nodes if abs(node.clock_offset) > CLOCK_SECONDS]
+    offsets = {rank_facts.host: node.clock_offset for rank_facts, node in nodes}
+    late = [rank_facts for rank_facts, node in nodes if abs(node.clock_offset) > CLOCK_SECONDS]
     yield CheckResult(
         check="clocks",
         measured=f"at most {max(map(abs, offsets.values())) * 1e3:.1f} ms from rank 0's",
         expected=f"{CLOCK_SECONDS:g} s",
         level="note" if late else "ok",
         problem=", ".join(
-            f"{each.host}: {offsets[each.host]:+.1f} s" for each in late[:MAX_LISTED]
+            f"{rank_facts.host}: {offsets[rank_facts.host]:+.1f} s"
+            for rank_facts in late[:MAX_LISTED]
         ),
         hosts=_hosts(late),
     )
-    waiting = [each for each, node in nodes if node.lookup_seconds > LOOKUP_SECONDS]
+    waiting = [rank_facts for rank_facts, node in nodes if node.lookup_seconds > LOOKUP_SECONDS]
     yield CheckResult(
         check="host names",
         measured=f"looked up in at most {max(node.lookup_seconds for _, node in nodes):.3f} s",
@@ -335,7 +355,7 @@ def _controller(
 
 
 def _sandbox(config: Config, nodes: Sequence[tuple[RankFacts, NodeFacts]]) -> CheckResult:
-    without = [(each, node.sandbox) for each, node in nodes if node.sandbox]
+    without = [(rank_facts, node.sandbox) for rank_facts, node in nodes if node.sandbox]
     is_needed = config.data.kind == "code"
     level: Literal["note", "block"] = "block" if is_needed else "note"
     return CheckResult(
@@ -346,15 +366,15 @@ def _sandbox(config: Config, nodes: Sequence[tuple[RankFacts, NodeFacts]]) -> Ch
         problem=f"not on {_listed(_hosts(e for e, _ in without))}: {without[0][1]}"
         if without
         else "",
-        hosts=_hosts(each for each, _ in without),
+        hosts=_hosts(rank_facts for rank_facts, _ in without),
     )
 
 
 def group_rates(facts: Sequence[RankFacts], axis: str) -> dict[tuple[int, ...], float]:
     """Return the rate of each group of a parallel axis, by its ranks."""
     rates: dict[tuple[int, ...], float] = {}
-    for each in facts:
-        if link := each.links.get(axis):
+    for rank_facts in facts:
+        if link := rank_facts.links.get(axis):
             ranks = tuple(link.ranks)
             rates[ranks] = min(rates.get(ranks, link.rate), link.rate)
     return rates
@@ -368,15 +388,15 @@ def node_rates(facts: Sequence[RankFacts], kind: Literal["pairs", "gloo"]) -> di
         kind: the measurement: NCCL between pairs of nodes, or gloo.
     """
     rates: dict[int, list[float]] = {}
-    for each in facts:
-        if found := getattr(each, kind):
-            rates.setdefault(each.node_index, []).append(max(found))
-    return {node: median(found) for node, found in rates.items()}
+    for rank_facts in facts:
+        if neighbor_rates := getattr(rank_facts, kind):
+            rates.setdefault(rank_facts.node_index, []).append(max(neighbor_rates))
+    return {node: median(rank_rates) for node, rank_rates in rates.items()}
 
 
 def _hosts(facts: Iterable[RankFacts]) -> tuple[str, ...]:
     """Return the hosts of these ranks, each once."""
-    return tuple(dict.fromkeys(each.host for each in facts))
+    return tuple(dict.fromkeys(rank_facts.host for rank_facts in facts))
 
 
 def _listed(values: Sequence[object]) -> str:

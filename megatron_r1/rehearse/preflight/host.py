@@ -44,19 +44,19 @@ LOOKUPS = 32
 def versions() -> dict[str, str]:
     """Return what must be equal on all nodes: packages, this program's source, CUDA, NCCL, driver,
     GPU; and the kernel, which may differ."""
-    found = package_versions()
+    version_by_name = package_versions()
     for package in GPU_PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
-    found["source of megatron_r1"] = _digest(Path(megatron_r1.__file__).parent)
-    found["kernel"] = system.release()
+            version_by_name[package] = metadata.version(package)
+    version_by_name["source of megatron_r1"] = _digest(Path(megatron_r1.__file__).parent)
+    version_by_name["kernel"] = system.release()
     if platform.has_gpu():
-        found["CUDA"] = str(torch.version.cuda)
-        found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
-        found["GPU"] = torch.cuda.get_device_name()
+        version_by_name["CUDA"] = str(torch.version.cuda)
+        version_by_name["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
+        version_by_name["GPU"] = torch.cuda.get_device_name()
         if DRIVER.exists():
-            found["driver"] = DRIVER.read_text().splitlines()[0].split("  ")[1].strip()
-    return found
+            version_by_name["driver"] = DRIVER.read_text().splitlines()[0].split("  ")[1].strip()
+    return version_by_name
 
 
 def _digest(package: Path) -> str:
@@ -70,14 +70,17 @@ def _digest(package: Path) -> str:
 def host_memory() -> MemoryUsage:
     """Return this host's memory, with its three largest processes of others than this job."""
     memory = psutil.virtual_memory()
-    own = os.getsid(0)
-    others = []
+    session = os.getsid(0)
+    other_processes = []
     for process in psutil.process_iter(["pid", "name", "memory_info"]):
         with contextlib.suppress(OSError, psutil.Error):
-            if os.getsid(process.pid) != own and process.info["memory_info"]:
-                others.append((process.info["memory_info"].rss, process.info))
-    others.sort(key=lambda each: each[0], reverse=True)
-    holders = [f"{info['name']} ({info['pid']}): {rss / 2**30:.1f} GiB" for rss, info in others[:3]]
+            if os.getsid(process.pid) != session and process.info["memory_info"]:
+                other_processes.append((process.info["memory_info"].rss, process.info))
+    other_processes.sort(key=lambda process_memory: process_memory[0], reverse=True)
+    holders = [
+        f"{info['name']} ({info['pid']}): {rss / 2**30:.1f} GiB"
+        for rss, info in other_processes[:3]
+    ]
     return MemoryUsage(memory.total, memory.available, holders)
 
 
@@ -173,8 +176,8 @@ def lookup_seconds(address: str) -> float:
 
     torch looks it up for every connection to a store, with an IPv4 address as it is written in
     IPv6, and waits for it (`c10d::detail::formatSockAddr`)."""
-    found = socket.getaddrinfo(address, None, socket.AF_INET6, flags=socket.AI_V4MAPPED)
-    mapped = str(found[0][4][0])
+    addresses = socket.getaddrinfo(address, None, socket.AF_INET6, flags=socket.AI_V4MAPPED)
+    mapped = str(addresses[0][4][0])
 
     def look_up(_: int) -> float:
         start = time.monotonic()
@@ -208,9 +211,9 @@ def check_folder(folder: Path, placement: RankPlacement, progress: RankProgress)
         folder: the run's folder.
         placement: this rank and its node.
         progress: the steps of all ranks."""
-    work, found = folder / NAME, FolderFacts()
+    work, folder_facts = folder / NAME, FolderFacts()
     existed, lock = folder.exists(), None
-    with _faults(found):
+    with _faults(folder_facts):
         if placement.rank == 0:
             work.mkdir(parents=True, exist_ok=True)
             token = secrets.token_hex(8)
@@ -224,19 +227,19 @@ def check_folder(folder: Path, placement: RankPlacement, progress: RankProgress)
         if placement.num_nodes == 1
         else placement.is_node_leader and placement.node > 0
     )
-    with _faults(found):
+    with _faults(folder_facts):
         if placement.is_node_leader or tries_lock:
-            found.shared = _has_token(work, progress)
-        if found.shared:
-            found.excluded = is_locked(work) if tries_lock else None
+            folder_facts.shared = _has_token(work, progress)
+        if folder_facts.shared:
+            folder_facts.excluded = is_locked(work) if tries_lock else None
             if placement.is_node_leader:
-                _measure_writing(work / str(placement.node), found)
-                found.free = shutil.disk_usage(work).free
+                _measure_writing(work / str(placement.node), folder_facts)
+                folder_facts.free = shutil.disk_usage(work).free
     progress.barrier("folder written")
-    other = work / str((placement.node + 1) % placement.num_nodes)
-    with _faults(found):
-        if placement.is_node_leader and found.shared and other.exists():
-            found.read = _reading_rate(other)
+    neighbor_file = work / str((placement.node + 1) % placement.num_nodes)
+    with _faults(folder_facts):
+        if placement.is_node_leader and folder_facts.shared and neighbor_file.exists():
+            folder_facts.read = _reading_rate(neighbor_file)
     progress.barrier("folder read")
     if placement.rank == 0:
         if lock is not None:
@@ -245,15 +248,15 @@ def check_folder(folder: Path, placement: RankPlacement, progress: RankProgress)
         if not existed:
             with contextlib.suppress(OSError):
                 folder.rmdir()
-    return found
+    return folder_facts
 
 
 @contextlib.contextmanager
-def _faults(found: FolderFacts) -> Iterator[None]:
+def _faults(folder_facts: FolderFacts) -> Iterator[None]:
     try:
         yield
     except (OSError, UserError) as error:
-        found.error = found.error or str(error)
+        folder_facts.error = folder_facts.error or str(error)
 
 
 def _has_token(work: Path, progress: RankProgress) -> bool:
@@ -269,7 +272,7 @@ def _has_token(work: Path, progress: RankProgress) -> bool:
     return False
 
 
-def _measure_writing(path: Path, found: FolderFacts) -> None:
+def _measure_writing(path: Path, folder_facts: FolderFacts) -> None:
     block = os.urandom(1 << 20)
     start = time.perf_counter()
     with open(path, "wb") as file:
@@ -277,7 +280,7 @@ def _measure_writing(path: Path, found: FolderFacts) -> None:
             file.write(block)
         file.flush()
         os.fsync(file.fileno())
-    found.write = NUM_BYTES / (time.perf_counter() - start)
+    folder_facts.write = NUM_BYTES / (time.perf_counter() - start)
     seconds = []
     for number in range(SMALL_FILES):
         start = time.perf_counter()
@@ -286,7 +289,7 @@ def _measure_writing(path: Path, found: FolderFacts) -> None:
             file.flush()
             os.fsync(file.fileno())
         seconds.append(time.perf_counter() - start)
-    found.fsync_seconds = statistics.median(seconds)
+    folder_facts.fsync_seconds = statistics.median(seconds)
 
 
 def _reading_rate(path: Path) -> float:

@@ -85,17 +85,19 @@ def gloo_rates(placement: RankPlacement, progress: RankProgress) -> list[float]:
     All ranks begin at once, so that the ranks of a node share the node's interface. Each pair is a
     group of its own, as in a push."""
     is_single = placement.num_nodes == 1
-    own, count = (
+    position, count = (
         (placement.rank, placement.world_size)
         if is_single
         else (placement.node, placement.num_nodes)
     )
     rates = []
-    for number, other in enumerate(neighbors(own, count)):
+    for number, neighbor in enumerate(neighbors(position, count)):
         exchange = None
-        if other is not None:
+        if neighbor is not None:
             partner = (
-                other if is_single else other * placement.local_world_size + placement.local_rank
+                neighbor
+                if is_single
+                else neighbor * placement.local_world_size + placement.local_rank
             )
             exchange = _gloo_exchange(placement.rank, partner, progress.store)
         progress.barrier(f"gloo, round {number}")
@@ -149,8 +151,8 @@ def _operations(
     buffer = buffer[: len(buffer) // size * size]
     received = torch.empty_like(buffer)
     ranks = dist.get_process_group_ranks(group)
-    own = ranks.index(dist.get_rank())
-    to, source = ranks[(own + 1) % size], ranks[own - 1]
+    position = ranks.index(dist.get_rank())
+    to, source = ranks[(position + 1) % size], ranks[position - 1]
     return {
         # Over the axis: every rank adds to the sum.
         "all-reduce": (lambda: dist.all_reduce(buffer, group=group), 2 * (1 - 1 / size)),

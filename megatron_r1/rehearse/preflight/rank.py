@@ -56,11 +56,11 @@ def run(config: Config, settings: PreflightConfig) -> list[RankFacts]:
     groups = distributed.initialize(config.parallel, config.run.seed).groups
     progress.begin_step("matrix products")
     products = product_rate()
-    found: dict[str, LinkRate] = {}
+    axis_links: dict[str, LinkRate] = {}
     for axis, (_, operation) in links.AXES.items():
         progress.begin_step(f"{operation} over {axis}", START_TIMES)
         if link := links.measure_axis(groups, axis):
-            found[axis] = link
+            axis_links[axis] = link
     progress.begin_step("links between nodes", START_TIMES)
     pairs = links.pair_rates(placement) if placement.num_nodes > 1 else []
     gloo = []
@@ -78,7 +78,7 @@ def run(config: Config, settings: PreflightConfig) -> list[RankFacts]:
         device=platform.device().type,
         memory=device_memory,
         products=products,
-        links=found,
+        links=axis_links,
         pairs=pairs,
         folder=folder,
         node=node,
@@ -123,8 +123,15 @@ def _node(
     versions: dict[str, str],
     memory: MemoryUsage | None,
 ) -> NodeFacts | None:
-    """Return what the first rank of a node finds; None on others."""
-    found, clock = None, None
+    """Return what the first rank of a node finds; None on others.
+
+    Args:
+        config: the recipe.
+        placement: the rank's place.
+        progress: what the rank does now, for the others.
+        versions: the versions of its packages.
+        memory: the memory of its host; None: the rank leads no node."""
+    node_facts, clock = None, None
     if placement.rank == 0:
         clock = host.ClockServer(placement.num_nodes)
         progress.store.set("clock", str(clock.port))
@@ -132,7 +139,7 @@ def _node(
         port = int(progress.store.get("clock"))
         offset, unreachable = host.clock_offset(os.environ["MASTER_ADDR"], port)
         ports, sandbox = host.unavailable_ports(config, placement), host.sandbox_problem()
-        found = NodeFacts(
+        node_facts = NodeFacts(
             versions=versions,
             memory=memory,
             ports=ports,
@@ -144,7 +151,7 @@ def _node(
     progress.barrier("clocks read")
     if clock is not None:
         clock.close()
-    return found
+    return node_facts
 
 
 def _gather(facts: RankFacts, placement: RankPlacement, progress: RankProgress) -> list[RankFacts]:

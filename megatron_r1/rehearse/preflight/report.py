@@ -83,7 +83,7 @@ def write_report(
         content = {
             "recipe": title,
             "findings": [asdict(result) for result in results],
-            "ranks": [msgspec.to_builtins(each) for each in facts],
+            "ranks": [msgspec.to_builtins(rank_facts) for rank_facts in facts],
         }
         atomic_write(settings.output, json.dumps(content, indent=1) + "\n")
     if settings.calibration:

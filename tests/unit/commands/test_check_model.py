@@ -14,8 +14,9 @@ from small_qwen2 import MODEL
 from megatron_r1 import config as configuration
 from megatron_r1.base.errors import Cause, RunError
 from megatron_r1.commands import cli
-from megatron_r1.commands.check_model import NotCompared, ReferenceResult, reference, verb
+from megatron_r1.commands.check_model import reference, verb
 from megatron_r1.commands.check_model import verb as check_model
+from megatron_r1.commands.check_model.results import NotCompared, ReferenceResult
 from megatron_r1.data.tokenizer import load_tokenizer
 from megatron_r1.engines.server.responses import EngineError
 from megatron_r1.models import transformers_model

@@ -12,8 +12,8 @@ import torch
 
 from megatron_r1.base.errors import RunError, UserError
 from megatron_r1.base.files.framed_records import append_frame
-from megatron_r1.commands.compare import compare, run
 from megatron_r1.commands.compare.records import is_rounding
+from megatron_r1.commands.compare.verb import compare, run
 from megatron_r1.config import Config
 from megatron_r1.controller.rollouts.group_records import encode, pack
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group

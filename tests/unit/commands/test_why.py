@@ -373,7 +373,7 @@ def test_without_checkpoints_it_says_what_is_missing(planted):
     }
     assert "checkpoint.keep_every" in reasons["engines' log-probabilities"]
     assert "checkpoint.keep_every" in reasons["loss"]
-    assert report.first is None and report.suspicions
+    assert report.first_departure is None and report.suspicions
 
 
 def test_a_run_whose_groups_have_one_reward_is_suspected_to_be_too_hard(planted):
@@ -382,7 +382,7 @@ def test_a_run_whose_groups_have_one_reward_is_suspected_to_be_too_hard(planted)
 
     planted.change(wrong)
     report = examine(planted.read())
-    assert report.first is None
+    assert report.first_departure is None
     assert any("too hard: 100.0% of the groups" in each for each in report.suspicions)
 
 

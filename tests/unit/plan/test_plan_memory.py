@@ -8,7 +8,7 @@ from planned_jobs import RECIPE, planned, real_job
 
 from megatron_r1.commands.plan import main
 from megatron_r1.models import memory, weights
-from megatron_r1.models.weights.layout import layout_from_rules
+from megatron_r1.models.weights.layout import layout_from_table
 from megatron_r1.plan.estimate import JobEstimate
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.memory import rank_memory
@@ -76,7 +76,7 @@ def test_adapters_alone_have_gradients_an_optimizer_and_a_reference():
     held = sum(
         math.prod(entry.shape)
         for layer in layers
-        for entry in layout_from_rules(job.adapters, rank_shard(job, layer)).values()
+        for entry in layout_from_table(job.adapters, rank_shard(job, layer)).values()
     )
     assert lora.counts.trained == held > 0
     assert lora.counts.frozen == whole.counts.parameters

@@ -91,7 +91,7 @@ class World:
         self.name = f"set.{self.store.port}"
         shared = Shared(grid.world_size)
         self.held = [
-            rank_tensors(hf, grid, rank, tensors, with_mtp=drafts, rules=adapters)
+            rank_tensors(hf, grid, rank, tensors, with_mtp=drafts, weight_table=adapters)
             for rank in range(grid.world_size)
         ]
         mtp = {"stages": stage_shards(hf, grid.pipeline, with_mtp=drafts), "drafts": drafts}

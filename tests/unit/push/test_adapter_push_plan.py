@@ -38,15 +38,15 @@ SERVED = ["q_b_proj", "o_proj", "mlp.down_proj", "shared_experts.up_proj"]
     ],
 )
 def test_every_engine_rank_has_all_factors_of_its_layers(hf, targets, grid, layout):
-    rules = adapter_table(hf, LoraConfig(rank=3, targets=targets))
-    shapes = adapter_shapes(rules)
+    weights = adapter_table(hf, LoraConfig(rank=3, targets=targets))
+    shapes = adapter_shapes(weights)
     tensors = {name: torch.randn(shape).bfloat16() for name, shape in shapes.items()}
-    sharding = PredictedAdapterSharding(hf, layout, rules)
+    sharding = PredictedAdapterSharding(hf, layout, weights)
 
     def table(hf, engine, rank):
         return slot_table(sharding, engine.coordinate(rank))
 
-    world = World(hf, grid, layout, tensors, engines=2, table=table, adapters=rules)
+    world = World(hf, grid, layout, tensors, engines=2, table=table, adapters=weights)
     try:
         assert all(answer["problems"] == {} for answer in world.answers), world.answers
         # Each byte enters the set once, whichever of its replicas sends it.

@@ -8,18 +8,22 @@ import pytest
 from refusals import refused
 
 from megatron_r1.base.errors import Cause
-from megatron_r1.reporting import trackers as trackers_module
-from megatron_r1.reporting.trackers import TrackerSet, check_trackers
-from megatron_r1.reporting.trackers import services as wandb_tracker
+from megatron_r1.reporting.trackers import (
+    TrackerSet,
+    background_tracker,
+    check_trackers,
+    services,
+    tracker_set,
+)
 from megatron_r1.reporting.trackers.services import EVALUATION, STEP, TrackedRun
 
 
 @pytest.fixture(autouse=True)
 def patient(monkeypatch):
     """A slow machine is no failure of a tracker."""
-    monkeypatch.setattr(trackers_module, "CLOSE_SECONDS", None)
+    monkeypatch.setattr(background_tracker, "CLOSE_SECONDS", None)
     for name in ("WANDB_START_SECONDS", "WANDB_FINISH_SECONDS"):
-        monkeypatch.setattr(wandb_tracker, name, 10_000)
+        monkeypatch.setattr(services, name, 10_000)
 
 
 def line(step, value):
@@ -132,7 +136,7 @@ class Server:
 
 def test_a_failing_tracker_is_reported_once_and_gets_every_line_later(tmp_path, monkeypatch):
     server = Server(failures=1)
-    monkeypatch.setitem(trackers_module.OPENERS, "wandb", server.open)
+    monkeypatch.setitem(tracker_set.OPENERS, "wandb", server.open)
     shown = track(tmp_path, ["wandb"], [line(1, 0.1)], [line(2, 0.2), line(3, 0.3)], finished=False)
     if not server.sent:  # the thread may have met all lines at once, and the end
         shown += track(tmp_path, ["wandb"], [line(1, 0.1)], [line(2, 0.2), line(3, 0.3)])
@@ -148,7 +152,7 @@ def test_a_run_does_not_wait_for_its_tracker(tmp_path, monkeypatch):
         opening.wait()
         return server
 
-    monkeypatch.setitem(trackers_module.OPENERS, "mlflow", opener)
+    monkeypatch.setitem(tracker_set.OPENERS, "mlflow", opener)
     trackers = TrackerSet(["mlflow"], TrackedRun(tmp_path, "p", {}), print)
     trackers.send_step(line(2, 0.5))
     trackers.send_evaluation({"step": 2, "eval/accuracy": 1.0})
@@ -159,7 +163,7 @@ def test_a_run_does_not_wait_for_its_tracker(tmp_path, monkeypatch):
 
 
 def test_a_missing_library_is_named_with_its_command(monkeypatch):
-    monkeypatch.setattr(trackers_module, "find_spec", lambda name: None)
+    monkeypatch.setattr(tracker_set, "find_spec", lambda name: None)
     check_trackers(["tensorboard"])
     with refused("run.trackers", Cause.NOT_INSTALLED, "pip install mlflow-skinny"):
         check_trackers(["tensorboard", "mlflow"])

@@ -4,8 +4,9 @@ from typing import NamedTuple
 
 import torch
 
-from megatron_r1.models.weights.layout import Shard, layout_from_rules, stage_shards
-from megatron_r1.models.weights.table import WeightTable, weight_table
+from megatron_r1.models.weights import table
+from megatron_r1.models.weights.layout import Shard, layout_from_table, stage_shards
+from megatron_r1.models.weights.table import WeightTable
 from megatron_r1.push.plan import TrainerGrid
 from megatron_r1.push.plan.layouts import Coordinate
 from megatron_r1.push.plan.predicted_sharding import PredictedSharding
@@ -53,10 +54,10 @@ def rank_tensors(
     tensors: dict[str, torch.Tensor],
     *,
     with_mtp: bool = False,
-    rules: WeightTable | None = None,
+    weight_table: WeightTable | None = None,
 ) -> dict:
     """Return a trainer rank's parameters, in bfloat16, and their pieces, by HF name; those that
-    `rules` list, default the model's.
+    `weight_table` lists, default the model's.
 
     Args:
         hf: the model's config.json.
@@ -64,7 +65,7 @@ def rank_tensors(
         rank: the trainer rank.
         tensors: the whole tensors by name.
         with_mtp: whether the MTP layers are among them.
-        rules: the table of the weights, in place of the model's."""
+        weight_table: the table of the weights, in place of the model's."""
     at = rank_coordinate(grid, rank)
     (chunk,) = stage_shards(hf, grid.pipeline, with_mtp=with_mtp)[at.stage]
     axes = {
@@ -73,8 +74,8 @@ def rank_tensors(
         "etp": (at.expert_tensor, grid.expert_tensor),
     }
     held: dict[str, list] = {}
-    for entry in layout_from_rules(
-        rules or weight_table(hf), Shard(**{**vars(chunk), **axes})
+    for entry in layout_from_table(
+        weight_table or table.weight_table(hf), Shard(**{**vars(chunk), **axes})
     ).values():
         parameter = torch.zeros(entry.shape, dtype=torch.bfloat16)
         for piece in entry.pieces:

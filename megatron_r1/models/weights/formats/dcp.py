@@ -229,8 +229,8 @@ class DistributedCheckpoint:
     def _data_offset(self, key: str, chunk: _StoredChunk) -> int:
         """Return the offset in the file of a chunk's raw data. The pickle alone is read: loaded on
         the meta device, it gives a tensor that knows the offset of its data."""
-        known = self._data_offsets.get((chunk.file, chunk.offset))
-        if known is None:
+        offset = self._data_offsets.get((chunk.file, chunk.offset))
+        if offset is None:
             with open(self.path / chunk.file, "rb") as file:
                 view = _create_file_view(file, chunk.offset, chunk.length)
                 saved = torch.load(cast(IO[bytes], view), map_location="meta", weights_only=True)
@@ -242,9 +242,9 @@ class DistributedCheckpoint:
                 raise LookupError("its tensor is not plain")
             # Experimental, and without a public counterpart: where torch.load would read a meta
             # tensor's data (torch 2.11, 2.13).
-            known = chunk.offset + saved.untyped_storage()._checkpoint_offset
-            self._data_offsets[chunk.file, chunk.offset] = known
-        return known
+            offset = chunk.offset + saved.untyped_storage()._checkpoint_offset
+            self._data_offsets[chunk.file, chunk.offset] = offset
+        return offset
 
     def _check_files(self) -> None:
         ends: dict[str, int] = defaultdict(int)
@@ -346,8 +346,10 @@ def write_chunks(path: Path, chunks: Iterable[tuple[Chunk, Tensor]]) -> list[Wri
         for chunk, values in chunks:
             saved = io.BytesIO()
             # A clone where it is a view: torch.save writes the whole storage behind a tensor.
-            whole = values.numel() * values.itemsize == values.untyped_storage().nbytes()
-            torch.save(values if whole and values.is_contiguous() else values.clone(), saved)
+            is_whole_storage = values.numel() * values.itemsize == values.untyped_storage().nbytes()
+            torch.save(
+                values if is_whole_storage and values.is_contiguous() else values.clone(), saved
+            )
             start = file.tell()
             file.write(saved.getbuffer())
             written.append(WrittenChunk(chunk, path.name, start, file.tell() - start))

@@ -83,8 +83,8 @@ class HFWeights:
             home = part.name if part else name
             if home in self._stored:
                 stored = self._stored[home]
-                kept = shape if part else stored.shape
-                tensors[name] = (kept, FLOATS.get(stored.dtype, stored.dtype))
+                tensor_shape = shape if part else stored.shape
+                tensors[name] = (tensor_shape, FLOATS.get(stored.dtype, stored.dtype))
             elif quantized_blocks.blocks_name(home) in self._stored:
                 tensors[name] = (shape, "bfloat16")
         return tensors
@@ -174,8 +174,8 @@ class HFWeights:
         )
 
     def _expert(self, name: str, expert: int) -> Tensor:
-        rest = self._stored[name].shape[1:]
-        return self.read_stored(name, (expert, *(0 for _ in rest)), (1, *rest))[0]
+        expert_shape = self._stored[name].shape[1:]
+        return self.read_stored(name, (expert, *(0 for _ in expert_shape)), (1, *expert_shape))[0]
 
     def read_stored(self, name: str, starts: Sequence[int], sizes: Sequence[int]) -> Tensor:
         """Return a rectangle of a tensor as it is stored: FP8 codes, or their scales.
@@ -197,12 +197,12 @@ class HFWeights:
     def check(self, with_mtp: bool) -> None:
         """Raise UserError naming every missing, unexpected or mis-shaped tensor."""
         hf = self.hf
-        known = published_tensors(hf)
+        published = published_tensors(hf)
         needed = published_tensors(hf, with_mtp).keys() - self.copies.keys()
         # As MXFP4, which only stacked experts have, two others are stored instead.
         expected: dict[str, Shape] = {}
         for name in needed:
-            shape = known[name][0]
+            shape = published[name][0]
             is_packed = (
                 name not in self._stored and quantized_blocks.blocks_name(name) in self._stored
             )
@@ -211,7 +211,7 @@ class HFWeights:
         wrong, unreadable, scales = [], False, set()
         for name in sorted(expected.keys() & self._stored.keys()):
             stored = self._stored[name]
-            is_float = name not in known or stored.dtype in FLOATS
+            is_float = name not in published or stored.dtype in FLOATS
             unreadable |= not is_float
             if stored.shape != expected[name]:
                 wrong.append(f"{name} is {stored.shape}, config.json says {expected[name]}")
@@ -220,7 +220,7 @@ class HFWeights:
             elif stored.dtype == "F8_E4M3":
                 scales.add(published_layout.scale_name(name))
                 wrong += self._wrong_scales(name, stored.shape)
-        is_fp8 = {name for name in known if name in self._stored and self._is_fp8(name)}
+        is_fp8 = {name for name in published if name in self._stored and self._is_fp8(name)}
         if scales:
             published_layout.check_fp8_layout(hf)
         missing = sorted(expected.keys() - self._stored.keys())
@@ -229,7 +229,7 @@ class HFWeights:
         repeated = {copy for copies in self._repeated.values() for copy in copies}
         extra = sorted(
             name
-            for name in self._stored.keys() - known.keys() - expected.keys() - repeated
+            for name in self._stored.keys() - published.keys() - expected.keys() - repeated
             if not name.endswith(IGNORED)
             and name.removesuffix("_scale_inv") not in is_fp8
             # transformers writes shared experts of 0 features where n_shared_experts is 0.
@@ -262,11 +262,11 @@ class HFWeights:
         pairs = list(self.copies.items()) if with_mtp else []
         if self.hf.get("tie_word_embeddings"):
             pairs.append(("lm_head.weight", "model.embed_tokens.weight"))
-        found: dict[str, list[str]] = {}
+        names_by_content: dict[str, list[str]] = {}
         for copy, original in pairs:
             if copy in self._stored and original in self._stored:
-                found.setdefault(original, []).append(copy)
-        return found
+                names_by_content.setdefault(original, []).append(copy)
+        return names_by_content
 
     def _differing(self, copy: str, original: str) -> str:
         remedy = "leave the MTP layers out (model.mtp: none)"
@@ -328,13 +328,13 @@ def _prefix(missing: list[str], extra: list[str]) -> str:
     if {_BODY + name for name in have} <= lack:
         return _BODY
     ending = missing[0]
-    found = next((name for name in extra if name.endswith(ending)), "").removesuffix(ending)
-    return found if found and {found + name for name in lack} <= have else ""
+    prefix = next((name for name in extra if name.endswith(ending)), "").removesuffix(ending)
+    return prefix if prefix and {prefix + name for name in lack} <= have else ""
 
 
 def _some(names: list[str], most: int = 8) -> str:
-    rest = f" … and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest
+    ending = f" … and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + ending
 
 
 class KnownScales:

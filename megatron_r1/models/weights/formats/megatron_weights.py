@@ -93,12 +93,12 @@ def stored_layout(
         stacked: whether the layers are an axis of one tensor; None: as Megatron 0.16 does, for
             models without experts.
     """
-    rules = weight_table(hf)
+    table = weight_table(hf)
     if stacked is None:
-        stacked = not rules.num_experts
+        stacked = not table.num_experts
     fused_norms = transformer_engine or not hf.get("kv_lora_rank")
-    ((whole,),) = stage_shards(hf, with_mtp=with_mtp)
-    at = replace(whole, transformer_engine=fused_norms)
+    ((shard,),) = stage_shards(hf, with_mtp=with_mtp)
+    at = replace(shard, transformer_engine=fused_norms)
     result = StoredLayout()
     first_axes: dict[str, list[int]] = {}
     for name, entry in layout(hf, at).items():

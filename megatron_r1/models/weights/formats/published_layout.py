@@ -107,8 +107,8 @@ class StackedPart:
 
         Args:
             stored: stored[expert], or a run of its columns that begins at a multiple of `step`."""
-        own = stored[..., self.first :: self.step]
-        return own.T if own.dim() == 2 else own
+        part = stored[..., self.first :: self.step]
+        return part.T if part.dim() == 2 else part
 
     def stored_box(self, shape: Shape, dim: int, start: int, length: int) -> tuple[Shape, Shape]:
         """Return (starts, sizes) of the rectangle of stored[expert] that holds `length` rows (dim
@@ -132,16 +132,16 @@ class StackedPart:
         Args:
             shape: the shape of one expert's tensor.
             num_experts: the number of experts in the stored tensor."""
-        *rest, columns = reversed(shape)
-        return (num_experts, *rest, self.step * columns)
+        *leading, columns = reversed(shape)
+        return (num_experts, *leading, self.step * columns)
 
 
 def stacked_part(hf: dict, name: str) -> StackedPart | None:
     """Return the part of a stored tensor that is the tensor `name` of the weight table, or None if
     files have that tensor under its own name."""
-    if not model_family(hf).stacked_experts or not (found := _EXPERT.fullmatch(name)):
+    if not model_family(hf).stacked_experts or not (match := _EXPERT.fullmatch(name)):
         return None
-    prefix, expert, kind, ending = found.groups()
+    prefix, expert, kind, ending = match.groups()
     stored, step = ("down", 1) if kind == "down" else ("gate_up", 2)
     bias = "_bias" if ending == "bias" else ""
     return StackedPart(f"{prefix}.{stored}_proj{bias}", int(expert), int(kind == "up"), step)

@@ -15,18 +15,19 @@ from megatron_r1.models.weights.table import Shape
 
 
 def quantize_fp8(
-    x: Tensor, known: Tensor | None = None, *, power_of_two: bool = False
+    x: Tensor, known_scales: Tensor | None = None, *, power_of_two: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Quantize whole blocks of 128 x 128. A block's scale is amax / 448.
 
     Args:
         x: (M, N), fp32 or bf16.
-        known: scales (⌈M/128⌉, ⌈N/128⌉) that the weights may have been dequantized with: a block
-            that equals FP8 numbers times its known scale, in fp32 or rounded to bf16, keeps that
-            scale, and with it every bit. Without it FP8 → bf16 → FP8 would not be the identity:
-            bf16 rounding changes a number by at most 2^-8 of itself and half the distance between
-            two e4m3 numbers is at least 2^-5 of them, so the codes are recovered, but the scale is
-            not (amax has been rounded too). A block that training has changed gets a new scale.
+        known_scales: scales (⌈M/128⌉, ⌈N/128⌉) that the weights may have been dequantized with: a
+            block that equals FP8 numbers times its known scale, in fp32 or rounded to bf16, keeps
+            that scale, and with it every bit. Without it FP8 → bf16 → FP8 would not be the
+            identity: bf16 rounding changes a number by at most 2^-8 of itself and half the distance
+            between two e4m3 numbers is at least 2^-5 of them, so the codes are recovered, but the
+            scale is not (amax has been rounded too). A block that training has changed gets a new
+            scale.
         power_of_two: round scales up to a power of two, for checkpoints whose quantization_config
             has scale_fmt "ue8m0".
 
@@ -38,14 +39,14 @@ def quantize_fp8(
     if power_of_two:
         scale = _next_power_of_two(scale)
         q = _codes(x, scale)
-    if known is None:
+    if known_scales is None:
         return q, scale
-    candidate = _codes(x, known)
-    exact = dequantize_blockwise(candidate, known, dtype=torch.float32)
+    candidate = _codes(x, known_scales)
+    exact = dequantize_blockwise(candidate, known_scales, dtype=torch.float32)
     same = _whole_blocks(exact == x) | _whole_blocks(exact.bfloat16().float() == x)
     chosen = spread_scales(same, x.shape)
     q = torch.where(chosen, candidate.view(torch.uint8), q.view(torch.uint8))
-    return q.view(torch.float8_e4m3fn), torch.where(same, known, scale)
+    return q.view(torch.float8_e4m3fn), torch.where(same, known_scales, scale)
 
 
 def _codes(x: Tensor, scale: Tensor) -> Tensor:

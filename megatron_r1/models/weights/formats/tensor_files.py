@@ -221,14 +221,16 @@ def stored_tensors(
         names: the names of the only tensors to return; ValueError for unknown ones.
     """
     tensors = {
-        name: (shape, dtype if kept == "any" else torch.float32)
-        for name, (shape, kept) in published_tensors({**hf, "dtype": "any"}, with_mtp).items()
+        name: (shape, dtype if stored_dtype == "any" else torch.float32)
+        for name, (shape, stored_dtype) in published_tensors(
+            {**hf, "dtype": "any"}, with_mtp
+        ).items()
     }
     if names is None:
         return tensors
     if unknown := sorted(set(names) - tensors.keys()):
         raise ValueError(f"the model has no tensor {', '.join(unknown)}")
-    return {name: kept for name, kept in tensors.items() if name in set(names)}
+    return {name: stored_dtype for name, stored_dtype in tensors.items() if name in set(names)}
 
 
 def plan_file(tensors: Mapping[str, tuple[Shape, torch.dtype]]) -> FilePlan:

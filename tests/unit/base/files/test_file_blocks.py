@@ -1,11 +1,10 @@
 """Blocks of a file at equal distances, against slices of its content."""
 
-from megatron_r1.base import files
-from megatron_r1.base.files import sample_blocks
+from megatron_r1.base.files import file_blocks, sample_blocks
 
 
 def test_blocks_go_from_the_first_to_the_last_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "BLOCK_BYTES", 10)
+    monkeypatch.setattr(file_blocks, "BLOCK_BYTES", 10)
     content = bytes(range(100))
     path = tmp_path / "weights"
     path.write_bytes(content)

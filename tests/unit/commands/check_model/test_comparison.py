@@ -2,7 +2,8 @@
 
 import asyncio
 
-from megatron_r1.commands.check_model import ReferenceResult, verb
+from megatron_r1.commands.check_model import verb
+from megatron_r1.commands.check_model.results import ReferenceResult
 from megatron_r1.config import Config
 from megatron_r1.trainer.operations import ProbingOperations
 

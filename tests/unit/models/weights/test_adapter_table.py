@@ -15,7 +15,7 @@ from megatron_r1.models.weights.adapter_table import (
     check_adapters,
     target_modules,
 )
-from megatron_r1.models.weights.layout import layout_from_rules
+from megatron_r1.models.weights.layout import layout_from_table
 
 ATTENTION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 7}
 QWEN = ATTENTION | {
@@ -58,11 +58,11 @@ def ranks(tensor: int, expert: int, expert_tensor: int):
 def test_every_row_and_column_of_a_factor_has_one_owner_and_lies_beside_its_weight(
     hf, targets, grid
 ):
-    rules = adapter_table(hf, LoraConfig(rank=3, targets=targets))
+    table = adapter_table(hf, LoraConfig(rank=3, targets=targets))
     written = defaultdict(list)
     for shard in ranks(*grid):
         weights = layout(hf, shard)
-        for name, entry in layout_from_rules(rules, shard).items():
+        for name, entry in layout_from_table(table, shard).items():
             axis = shard.etp if entry.is_expert else shard.tp
             # One of the ranks that differ only in the other kind of tensor rank.
             first = (shard.tp if entry.is_expert else shard.etp)[0] == 0 and (
@@ -79,7 +79,7 @@ def test_every_row_and_column_of_a_factor_has_one_owner_and_lies_beside_its_weig
                 cut = {(p.hf_name.rpartition(".lora_")[0], p.hf_start) for p in entry.pieces}
                 whole = {(p.hf_name.removesuffix(".weight"), p.hf_start) for p in base.pieces}
                 assert cut <= whole, (name, axis)
-    shapes = adapter_shapes(rules)
+    shapes = adapter_shapes(table)
     assert written.keys() == shapes.keys()
     for name, rows in written.items():
         assert sorted(rows) in ([*range(shapes[name][0])], [*range(shapes[name][1])]), name
@@ -136,7 +136,7 @@ def test_a_pipeline_rank_without_adapters_is_refused():
 
 
 def test_a_tensor_rank_without_a_row_of_the_targets_is_refused():
-    rules = adapter_table(QWEN, LoraConfig(targets=["q_proj"]))
-    layout_from_rules(rules, Shard(layers=(0,), tp=(1, 2)))
+    table = adapter_table(QWEN, LoraConfig(targets=["q_proj"]))
+    layout_from_table(table, Shard(layers=(0,), tp=(1, 2)))
     with refused("model.lora.targets", Cause.EMPTY, "rank 1", "parallel.tensor=4", "k_proj"):
-        layout_from_rules(rules, Shard(layers=(0,), tp=(1, 4)))  # a group's key and value
+        layout_from_table(table, Shard(layers=(0,), tp=(1, 4)))  # a group's key and value

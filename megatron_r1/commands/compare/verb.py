@@ -1,0 +1,259 @@
+"""Finds where two runs part: `megatron-r1 compare RUN OTHER_RUN [--json FILE]`.
+
+The verb compares settings, every step's metrics and sample log, and checkpoints, whose first pair
+that differs it finds by bisection. Two runs of one recipe can be equal bit for bit; in another
+layout, version, machine or dtype up to rounding. The answer is the first step, phase, rank and
+tensor that part, with the distance; where no log or checkpoint covers a step, the interval. To keep
+both of every step: `--rl.keep_sample_log true --checkpoint.keep_every 1`. Neither folder is
+changed. Exit status 0: nothing differs by more than rounding; 1: something does."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_r1.base.errors import Cause, RunError, UserError
+from megatron_r1.base.files import atomic_write
+from megatron_r1.commands.compare.records import (
+    ROUNDING,
+    RunDifference,
+    compare_groups,
+    compare_metrics,
+    read_groups,
+)
+from megatron_r1.commands.compare.tensors import compare_checkpoints
+from megatron_r1.config import RESUMABLE, Config
+from megatron_r1.config.section import changed_keys, flatten, is_within, value_text
+from megatron_r1.controller.rollouts.sample_log import step_log_path
+from megatron_r1.reporting.formatting import format_count
+from megatron_r1.reporting.run_folder import RunFolder
+from megatron_r1.trainer.checkpoints.checkpoint_folders import (
+    checkpoint_path,
+    checkpoint_step,
+    complete_checkpoints,
+)
+
+ARGUMENTS = ("RUN", "OTHER_RUN")
+SETTINGS = ()
+OPTIONS = {"json": "FILE"}
+
+MAX_SHOWN = 5
+"""As many differences of one step are printed; --json has all."""
+IGNORED_SETTINGS = (
+    *(key for key in RESUMABLE if key.startswith("run.")),
+    *("checkpoint", "rl.sample_log", "rl.keep_sample_log", "eval"),
+)
+"""Settings that change nothing of what is compared."""
+
+
+@dataclass(frozen=True)
+class RunComparison:
+    """What two runs have in common, and where they part.
+
+    Attributes:
+        settings: a line per setting that differs.
+        steps: how many steps both have finished.
+        logs: how many of them both have a sample log of.
+        checkpoints: the steps that both have a checkpoint of.
+        differences: every difference that was found, in the order of steps and phases. Of
+            checkpoints it has those of the first pair that differs, and of the first that differs
+            by more than rounding."""
+
+    settings: list[str]
+    steps: int
+    logs: int
+    checkpoints: list[int]
+    differences: list[RunDifference]
+
+    @property
+    def first_difference(self) -> RunDifference | None:
+        """The first difference of any bit."""
+        return next(iter(self.differences), None)
+
+    @property
+    def first_beyond_rounding(self) -> RunDifference | None:
+        """The first difference that is more than rounding."""
+        return next(
+            (difference for difference in self.differences if not difference.is_rounding), None
+        )
+
+
+def run(config: Config, first: str, second: str, json: str | None = None) -> None:
+    """Compare two runs and print where they part.
+
+    Args:
+        config: no setting of it is read.
+        first: the folder of one run.
+        second: the folder of the other.
+        json: a file for the answer.
+
+    Raises:
+        UserError: a folder without a run, or two without a step in common.
+        RunError: the runs differ by more than rounding."""
+    comparison = compare(Path(first), Path(second))
+    if json is not None:
+        atomic_write(Path(json), _as_json(comparison))
+    print("\n".join(_lines(comparison)))
+    if apart := comparison.first_beyond_rounding:
+        raise RunError(f"{first} and {second} differ at step {apart.step} by more than rounding")
+
+
+def compare(first: Path, second: Path) -> RunComparison:
+    """Return where two runs part.
+
+    Args:
+        first: the folder of one run.
+        second: the folder of the other.
+
+    Raises:
+        UserError: a folder without a run, or two without a step in common."""
+    folders = [RunFolder(path) for path in (first, second)]
+    settings = [flatten(_settings(folder)) for folder in folders]
+    lines = [{line["step"]: line for line in folder.read_metrics()} for folder in folders]
+    shared = sorted(lines[0].keys() & lines[1].keys())
+    if not shared:
+        raise UserError(
+            f"{first} and {second} have no finished step in common, so nothing can be compared",
+            key="OTHER_RUN",
+            cause=Cause.EMPTY,
+        )
+    # The coarser of the two bounds what can be expected.
+    dtype = max(
+        (run_settings["model.dtype"] for run_settings in settings), key=ROUNDING.__getitem__
+    )
+    differences: list[RunDifference] = []
+    num_logs = 0
+    # All steps: where engines' log-probabilities alone differ, weights never need to.
+    for step in shared:
+        groups = [read_groups(step_log_path(folder.sample_log, step)) for folder in folders]
+        if groups[0] is not None and groups[1] is not None:
+            differences += compare_groups(step, groups[0], groups[1], dtype)
+            num_logs += 1
+        differences += compare_metrics(step, lines[0][step], lines[1][step], dtype)
+    pairs = _pairs(*(folder.checkpoints for folder in folders))
+    changed = [key for key in changed_keys(*settings) if not is_within(key, IGNORED_SETTINGS)]
+    same_layout = not any(is_within(key, ("parallel",)) for key in changed)
+    differences += _differences_of_checkpoints(pairs, dtype, same_layout)
+    return RunComparison(
+        [
+            f"{key}: {value_text(settings[0], key)} and {value_text(settings[1], key)}"
+            for key in changed
+        ],
+        len(shared),
+        num_logs,
+        [step for step, *_ in pairs],
+        sorted(differences, key=lambda difference: difference.order),
+    )
+
+
+def _settings(folder: RunFolder) -> dict[str, Any]:
+    """Return the settings that a run began with, from its config.yaml.
+
+    Raises:
+        UserError: a folder without a run.
+    """
+    settings = folder.read_config()
+    if not settings:
+        raise UserError(
+            f"{folder.path}: no config.yaml is here; give the folder of a run",
+            key="RUN",
+            cause=Cause.NOT_FOUND,
+        )
+    return settings
+
+
+Pair = tuple[int, Path, Path]
+"""A step, and the checkpoint of either run after it."""
+
+
+def _pairs(first: Path, second: Path) -> list[Pair]:
+    steps = [set(map(checkpoint_step, complete_checkpoints(folder))) for folder in (first, second)]
+    return [
+        (step, checkpoint_path(first, step), checkpoint_path(second, step))
+        for step in sorted(steps[0] & steps[1])
+    ]
+
+
+def _differences_of_checkpoints(
+    pairs: list[Pair], dtype: str, same_layout: bool
+) -> list[RunDifference]:
+    """Return what differs in the first pair that differs, and in the first that differs by more
+    than rounding.
+
+    By bisection: runs that have parted stay apart, and differences of rounding grow."""
+    compared: dict[int, list[RunDifference]] = {}
+
+    def differs(pair: Pair, beyond_rounding: bool) -> bool:
+        step = pair[0]
+        if step not in compared:
+            compared[step] = compare_checkpoints(*pair, dtype, same_layout)
+        return any(
+            not (beyond_rounding and difference.is_rounding) for difference in compared[step]
+        )
+
+    found_by_step: dict[int, list[RunDifference]] = {}
+    for beyond_rounding in (False, True):
+        low, high = 0, len(pairs)
+        while low < high:
+            middle = (low + high) // 2
+            if differs(pairs[middle], beyond_rounding):
+                high = middle
+            else:
+                low = middle + 1
+        if low < len(pairs):
+            found_by_step[pairs[low][0]] = compared[pairs[low][0]]
+    return [difference for differences in found_by_step.values() for difference in differences]
+
+
+def _lines(comparison: RunComparison) -> Iterable[str]:
+    yield from (f"setting {line}" for line in comparison.settings)
+    yield (
+        f"compared: metrics of {format_count(comparison.steps, 'step')}, "
+        f"sample logs of {comparison.logs}, checkpoints of {len(comparison.checkpoints)}"
+    )
+    first, apart = comparison.first_difference, comparison.first_beyond_rounding
+    if first is None:
+        yield "equal: no bit differs"
+        return
+    yield from _step(comparison, first, "first difference")
+    if apart is None:
+        yield "equal to rounding: every difference is of that size"
+    elif apart is not first:
+        yield from _step(comparison, apart, "first difference beyond rounding")
+
+
+def _step(comparison: RunComparison, first: RunDifference, title: str) -> Iterable[str]:
+    """Yield a difference, the others of its step, and where nothing was compared before it."""
+    yield f"{title}: {first}"
+    later_differences = [
+        difference
+        for difference in comparison.differences
+        if difference.step == first.step
+        and difference is not first
+        and difference.order > first.order
+    ]
+    yield from (f"  {difference}" for difference in later_differences[:MAX_SHOWN])
+    if len(later_differences) > MAX_SHOWN:
+        yield f"  and {len(later_differences) - MAX_SHOWN} more"
+    if first.step not in comparison.checkpoints:
+        later = [step for step in comparison.checkpoints if step > first.step]
+        until = f"that of step {later[0]} is the next" if later else "none is later"
+        yield f"  both kept no checkpoint of step {first.step}, so no tensor is named: {until}"
+    equal = max((step for step in comparison.checkpoints if step < first.step), default=0)
+    if equal < first.step - 1:
+        yield f"  its cause may be of any step from {equal + 1} on: no checkpoint lies between"
+
+
+def _as_json(comparison: RunComparison) -> str:
+    first, apart = comparison.first_difference, comparison.first_beyond_rounding
+    content = {
+        "settings": comparison.settings,
+        "steps": comparison.steps,
+        "sample_logs": comparison.logs,
+        "checkpoints": comparison.checkpoints,
+        "first": first and first.as_json(),
+        "first_beyond_rounding": apart and apart.as_json(),
+        "differences": [difference.as_json() for difference in comparison.differences],
+    }
+    return json.dumps(content, indent=1)

@@ -1,0 +1,104 @@
+"""Sends lines to one tracker from a thread of its own: a server's failures and delays never reach
+the run."""
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from r1_grading.base.errors import shorten
+
+from megatron_r1.reporting.formatting import finite_metric
+from megatron_r1.reporting.trackers.services import STEP, Tracker
+
+CLOSE_SECONDS = 60.0
+MAX_REASON_CHARS = 200
+
+
+class BackgroundTracker:
+    """Opens a tracker and sends it lines, in order. Lines that it has already, of steps trained
+    again after a kill, are left out. What fails is sent again with the next line."""
+
+    def __init__(self, name: str, opener: Callable[[], Tracker]) -> None:
+        """Start the thread.
+
+        Args:
+            name: the tracker's name in messages.
+            opener: opens the tracker in the thread, again after each failure."""
+        self._name, self._open = name, opener
+        self._tracker: Tracker | None = None
+        self._newest: dict[str, float] = {}
+        self._lines: queue.SimpleQueue[tuple[str, Mapping[str, Any]] | bool] = queue.SimpleQueue()
+        self._notes: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._failed = False
+        self._thread = threading.Thread(target=self._work, name=f"tracker {name}", daemon=True)
+        self._thread.start()
+
+    def add(self, key: str, line: Mapping[str, Any]) -> None:
+        """Send a line soon.
+
+        Args:
+            key: `STEP` or `EVALUATION`.
+            line: the figures."""
+        self._lines.put((key, line))
+
+    def notes(self) -> list[str]:
+        """Return what the user should be shown, each note once."""
+        return [self._notes.get() for _ in range(self._notes.qsize())]
+
+    def close(self, finished: bool) -> None:
+        """End the tracked run, waiting at most `CLOSE_SECONDS`."""
+        self._lines.put(finished)
+        self._thread.join(CLOSE_SECONDS)
+        if self._thread.is_alive():
+            self._notes.put(f"{self._name}: not all lines are sent; the same command sends them")
+
+    def _work(self) -> None:
+        pending: deque[tuple[str, Mapping[str, Any]]] = deque()
+        while True:
+            item = self._lines.get()
+            if not isinstance(item, bool):
+                pending.append(item)
+                if not self._lines.empty():
+                    continue
+            try:
+                self._send(pending)
+                if isinstance(item, bool) and self._tracker is not None:
+                    self._tracker.finish(item)
+            except Exception as error:  # noqa: BLE001 - of any library, about any network
+                self._report(error, len(pending), is_last=isinstance(item, bool))
+            if isinstance(item, bool):
+                return
+
+    def _send(self, pending: deque[tuple[str, Mapping[str, Any]]]) -> None:
+        if self._tracker is None:
+            self._tracker = self._open()
+            self._newest = dict(self._tracker.last_tracked)
+            for note in self._tracker.notes:
+                self._notes.put(note)
+        while pending:
+            key, line = pending[0]
+            if line[STEP] > self._newest.get(key, -1):
+                self._tracker.send(line[STEP], _numbers(key, line))
+                self._newest[key] = line[STEP]
+            pending.popleft()
+        self._failed = False
+
+    def _report(self, error: Exception, num_pending: int, *, is_last: bool) -> None:
+        """Add a note on the first failure in a row, and on one at the end."""
+        reason = shorten((str(error).strip() or "no message").splitlines()[0], MAX_REASON_CHARS)
+        failure = f"{self._name}: {type(error).__name__}: {reason}"
+        if is_last:
+            self._notes.put(f"{failure}; {num_pending} lines are sent by the next start")
+        elif not self._failed:
+            self._notes.put(f"{failure}; the run goes on, and they are sent with a later step")
+        self._failed = True
+
+
+def _numbers(key: str, line: Mapping[str, Any]) -> dict[str, float]:
+    """Return the finite numbers of a line of metrics or of an evaluation, its step as `key`."""
+    values = {name: float(line[name]) for name in line if finite_metric(line, name) is not None}
+    return {name: value for name, value in values.items() if name != "step"} | {
+        key: float(line["step"])
+    }
