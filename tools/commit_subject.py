@@ -59,30 +59,32 @@ def message_faults(message: str, num_files: int = 0, date: float = math.inf) -> 
         return ["git wrote it: a body says what the branch brings"]
     if not subject or subject.startswith(MADE_BY_GIT):
         return []
-    found = []
+    faults = []
     if num_files > MAX_FILES and not body.strip():
-        found.append(f"it stands alone for {num_files} files: a body says why, and how it was done")
+        faults.append(
+            f"it stands alone for {num_files} files: a body says why, and how it was done"
+        )
     is_dated = date >= RENAMES_SINCE and not subject.startswith("Merge ")
     if is_dated and RENAME.search(body) and not RENAMED_BY.search(body):
-        found.append(
+        faults.append(
             "its body lists renames: a line `Command:` has the command that made them, "
             "or `By hand:` says what no command could do, and why"
         )
     if len(subject) > MOST:
-        found.append(f"it has {len(subject)} characters, at most {MOST}; its body says why")
+        faults.append(f"it has {len(subject)} characters, at most {MOST}; its body says why")
     if subject.endswith("."):
-        found.append("it ends with a full stop")
+        faults.append("it ends with a full stop")
     is_list = re.search(r", (.* )?(and|or) ", subject) and not subject.startswith("Merge ")
     if ";" in subject or is_list:
-        found.append("it joins ideas: make a commit of each, or name the one idea")
+        faults.append("it joins ideas: make a commit of each, or name the one idea")
     if re.fullmatch(r"Merge [\w./]+-[\w./-]+", subject):
-        found.append("it names a branch: say what the merge brings")
+        faults.append("it names a branch: say what the merge brings")
     first = subject.split()[0].removesuffix(",")
     if first in NO_VERBS or not re.fullmatch(r"[A-Z][A-Za-z-]*", first):
-        found.append(f"{first!r} is no verb with a capital: what does the commit do?")
+        faults.append(f"{first!r} is no verb with a capital: what does the commit do?")
     elif re.search(r"(ed|ing|[^aus]s)$", first) and first not in IMPERATIVES:
-        found.append(f"{first!r} is not in the imperative: Add, not Added, Adding or Adds")
-    return found
+        faults.append(f"{first!r} is not in the imperative: Add, not Added, Adding or Adds")
+    return faults
 
 
 def log_faults(commits: str) -> list[str]:
@@ -108,14 +110,14 @@ def _git(*arguments: str) -> str:
 
 def main() -> int:
     if sys.argv[1] == "--log":
-        found = log_faults(sys.argv[2])
+        faults = log_faults(sys.argv[2])
     else:
         staged = ["git", "diff", "--cached", "--name-only", "-z"]
         num_files = subprocess.run(staged, capture_output=True).stdout.count(b"\0")
-        found = message_faults(Path(sys.argv[1]).read_text(encoding="utf-8"), num_files)
-    for fault in found:
+        faults = message_faults(Path(sys.argv[1]).read_text(encoding="utf-8"), num_files)
+    for fault in faults:
         print(f"the commit's subject: {fault}", file=sys.stderr)
-    return min(len(found), 1)
+    return min(len(faults), 1)
 
 
 if __name__ == "__main__":

@@ -92,13 +92,13 @@ def measure_all(
 def measuring_order(root: Path, claims: list[Claim]) -> list[Claim]:
     """Return the claims that are not fresh, the shortest first; what has failed on these very files
     comes last, so that a second start does not begin with it."""
-    found = states(root, claims)
+    claim_states = states(root, claims)
 
     def has_failed(claim: Claim) -> bool:
         commit = claim.failed.commit if claim.failed else None
         return commit is not None and changed_files(changes_since(root, commit), claim.paths) == []
 
-    waiting = [claim for claim in claims if found[claim.id].name != "fresh"]
+    waiting = [claim for claim in claims if claim_states[claim.id].name != "fresh"]
     return sorted(waiting, key=lambda claim: (has_failed(claim), claim.seconds, claim.id))
 
 
@@ -286,8 +286,8 @@ def summary(states: Iterable[State]) -> str:
     counts = Counter(state.name for state in states)
     counts["failed"] = sum(bool(state.failed) for state in states)
     names = ("fresh", "stale", "unknown", "not measured", "failed")
-    found = ", ".join(f"{counts[name]} {name}" for name in names if counts[name])
-    return f"{len(states)} claims: {found or 'none'}"
+    parts = ", ".join(f"{counts[name]} {name}" for name in names if counts[name])
+    return f"{len(states)} claims: {parts or 'none'}"
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -330,11 +330,11 @@ def write_page(root: Path) -> None:
 
 def print_status(root: Path) -> None:
     claims = read_claims(root)
-    found = states(root, claims)
+    claim_states = states(root, claims)
     width = max((len(claim.id) for claim in claims), default=0)
     for claim in claims:
-        state = found[claim.id]
+        state = claim_states[claim.id]
         files = ", ".join(state.changed[:3]) + (", ..." if len(state.changed) > 3 else "")
         line = f"{claim.id:{width}}  {state.text:24} {claim.seconds:6.0f} s  {files}"
         print(line.rstrip())
-    print(summary(found.values()))
+    print(summary(claim_states.values()))
