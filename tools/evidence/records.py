@@ -70,7 +70,8 @@ class Claim:
         command: A line for bash in the root, with the environment's programs first in the path.
         reads: Regular expressions with named groups; the last match of each in the output counts.
         figure: The text of the figure, with the groups in braces.
-        paths: Files, folders (ending with "/") and patterns whose change makes the claim stale.
+        paths: Files, folders (ending with "/") and patterns whose change makes the claim stale,
+            among them the modules that the files of the command import (tools/evidence/watched.py).
         seconds: What the last run took, or an estimate.
         bounds: By group, the lowest and the highest value with which the claim holds; None: no
             bound.

@@ -18,10 +18,10 @@ ROLES = {
 """The modules with which the processes of `megatron-r1 rl` begin."""
 
 
-def modules(root: Path) -> dict[str, Path]:
-    """Return the files of the product by their modules' names."""
+def modules(root: Path, packages: Iterable[str] = PACKAGES) -> dict[str, Path]:
+    """Return the files of the product, or of other folders, by their modules' names."""
     paths = {}
-    for package in PACKAGES:
+    for package in packages:
         above = (root / package).parent
         for path in sorted((root / package).rglob("*.py")):
             parts = path.relative_to(above).with_suffix("").parts
