@@ -29,7 +29,7 @@ TE_BUILT := $(CUDA_VENV)/.transformer-engine-$(TE)-torch-$(TORCH)
 
 help:
 	@echo "make demo      a small model learns to reason: minutes on two CPU cores"
-	@echo "make demo-pretrained  GRPO on SmolLM2-135M-Instruct (93 MB to download): 12 minutes on two cores"
+	@echo "make demo-pretrained  GRPO on SmolLM2-135M-Instruct (93 MB to download): 12 to 26 minutes on two cores"
 	@echo "make smollm2   that model alone, for recipes of your own: $(SMOLLM2)/model"
 	@echo "make demo-agents  a tiny model learns to use a tool: minutes on two CPU cores"
 	@echo "make setup     install everything into $(VENV) (3.9 GB; the others do it, too)"
@@ -37,7 +37,7 @@ help:
 	@echo "make setup-cuda  for GPUs: CUDA torch, Transformer Engine, vLLM in $(CUDA_VENV) (9 GB; 5 minutes on two cores, more with JOBS=1)"
 	@echo "make agents    verifiers, in $(AGENTS_VENV): environments of others for agents.verifiers (0.5 GB)"
 	@echo "make test-faults  plants faults in copies of the tree: which does make test catch?"
-	@echo "make test-cuda  those packages on a null GPU, without a driver (10 to 20 minutes on two cores)"
+	@echo "make test-cuda  those packages on a null GPU, without a driver (10 to 50 minutes on two cores)"
 	@echo "make lint      style, imports between packages, types;  make format: repair the style"
 	@echo "make kernel-files  write what is generated from the list of kernels: README's table, compiled resources"
 	@echo "make house     the structure of the code in figures: packages, imports, what one command needs"

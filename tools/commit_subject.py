@@ -1,13 +1,14 @@
-"""Checks the message of a commit: `python tools/commit_subject.py FILE`; FILE has the message.
-`--log RANGE` checks the commits of a range, or of the last N as `--log -N`; CI does.
+"""Check the message of a commit: `python tools/commit_subject.py FILE`; FILE has the message.
+`--log RANGE` checks the commits of a range, or the last N as `--log -N`; CI does.
 
 A subject is one imperative sentence of at most 72 characters without a full stop, as "Refuse
 subjects that are too long". It has one idea, so neither a semicolon nor, unless it merges, a list
 with commas, and does not name a branch. The mood is judged by the ending of the first word, so that
 many a noun passes. A commit of more than 20 files, and a merge under git's own subject, need a body
-that says why and how.
+that says why and how. A body that lists renames, old → new, has the command that made them.
 .githooks/commit-msg calls this; `git commit --no-verify` leaves it out."""
 
+import math
 import re
 import subprocess
 import sys
@@ -34,14 +35,20 @@ IMPERATIVES = (
     *("Bring", "Ping", "Ring", "Spring", "String", "Swing", "Wring"),
 )
 """Verbs that end as participles do."""
+RENAME = re.compile(r"(?<!\S)`?[A-Za-z_.][\w./:*-]*`? (?:→|->) `?[A-Za-z_.]")
+"""A name, an arrow and another name; `94.6% → 95%` is none, nor is the type of a function."""
+RENAMED_BY = re.compile(r"^(?:Command|By hand):\s*\S", re.MULTILINE)
+RENAMES_SINCE = 1795802400
+"""Commits whose author date is earlier (2026-11-27 18:00 UTC) may list renames alone."""
 
 
-def message_faults(message: str, num_files: int = 0) -> list[str]:
+def message_faults(message: str, num_files: int = 0, date: float = math.inf) -> list[str]:
     """Return a sentence for each fault of a message.
 
     Args:
         message: as git hands it to the hook.
         num_files: the number of files that the commit changes.
+        date: the author date in seconds since 1970.
     """
     lines = message.partition(SCISSORS)[0].splitlines()
     text = "\n".join(line.rstrip() for line in lines if not line.startswith("#")).strip("\n")
@@ -52,49 +59,65 @@ def message_faults(message: str, num_files: int = 0) -> list[str]:
         return ["git wrote it: a body says what the branch brings"]
     if not subject or subject.startswith(MADE_BY_GIT):
         return []
-    found = []
+    faults = []
     if num_files > MAX_FILES and not body.strip():
-        found.append(f"it stands alone for {num_files} files: a body says why, and how it was done")
+        faults.append(
+            f"it stands alone for {num_files} files: a body says why, and how it was done"
+        )
+    is_dated = date >= RENAMES_SINCE and not subject.startswith("Merge ")
+    if is_dated and RENAME.search(body) and not RENAMED_BY.search(body):
+        faults.append(
+            "its body lists renames: a line `Command:` has the command that made them, "
+            "or `By hand:` says what no command could do, and why"
+        )
     if len(subject) > MOST:
-        found.append(f"it has {len(subject)} characters, at most {MOST}; its body says why")
+        faults.append(f"it has {len(subject)} characters, at most {MOST}; its body says why")
     if subject.endswith("."):
-        found.append("it ends with a full stop")
+        faults.append("it ends with a full stop")
     is_list = re.search(r", (.* )?(and|or) ", subject) and not subject.startswith("Merge ")
     if ";" in subject or is_list:
-        found.append("it joins ideas: make a commit of each, or name the one idea")
+        faults.append("it joins ideas: make a commit of each, or name the one idea")
     if re.fullmatch(r"Merge [\w./]+-[\w./-]+", subject):
-        found.append("it names a branch: say what the merge brings")
+        faults.append("it names a branch: say what the merge brings")
     first = subject.split()[0].removesuffix(",")
     if first in NO_VERBS or not re.fullmatch(r"[A-Z][A-Za-z-]*", first):
-        found.append(f"{first!r} is no verb with a capital: what does the commit do?")
+        faults.append(f"{first!r} is no verb with a capital: what does the commit do?")
     elif re.search(r"(ed|ing|[^aus]s)$", first) and first not in IMPERATIVES:
-        found.append(f"{first!r} is not in the imperative: Add, not Added, Adding or Adds")
-    return found
+        faults.append(f"{first!r} is not in the imperative: Add, not Added, Adding or Adds")
+    return faults
 
 
 def log_faults(commits: str) -> list[str]:
     """Return the faults of the commits that `git log` lists for a range, each with its commit."""
     # Merges have no list of files here, and are judged by their own rule.
-    command = ["git", "log", "--format=%x01%h%x02%B%x02", "--name-only", commits]
-    log = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    log = _git("log", "--format=%x01%h%x02%at%x02%P%x02%B%x02", "--name-only", commits)
+    is_shallow = _git("rev-parse", "--is-shallow-repository").strip() == "true"
     found = []
     for entry in filter(None, log.split("\x01")):
-        commit, message, files = entry.split("\x02")
-        num_files = sum(bool(line) for line in files.splitlines())
-        found += [f"{commit}: {fault}" for fault in message_faults(message, num_files)]
+        commit, date, parents, message, files = entry.split("\x02")
+        # The oldest commit of a shallow clone has no parent there, and lists the whole tree.
+        is_cut_off = is_shallow and not parents
+        num_files = 0 if is_cut_off else sum(bool(line) for line in files.splitlines())
+        faults = message_faults(message, num_files, int(date))
+        found += [f"{commit}: {fault}" for fault in faults]
     return found
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", *arguments]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def main() -> int:
     if sys.argv[1] == "--log":
-        found = log_faults(sys.argv[2])
+        faults = log_faults(sys.argv[2])
     else:
         staged = ["git", "diff", "--cached", "--name-only", "-z"]
         num_files = subprocess.run(staged, capture_output=True).stdout.count(b"\0")
-        found = message_faults(Path(sys.argv[1]).read_text(encoding="utf-8"), num_files)
-    for fault in found:
+        faults = message_faults(Path(sys.argv[1]).read_text(encoding="utf-8"), num_files)
+    for fault in faults:
         print(f"the commit's subject: {fault}", file=sys.stderr)
-    return min(len(found), 1)
+    return min(len(faults), 1)
 
 
 if __name__ == "__main__":

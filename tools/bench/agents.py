@@ -63,17 +63,17 @@ def add_options(options: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Return a dictionary per size, each measured in a process of its own."""
-    found = []
+    sizes = []
     for seconds in args.engine_seconds:
         for sessions in args.sessions:
             size = in_own_process(measure, sessions, args.turns, seconds, args.parser)
-            found.append(size)
+            sizes.append(size)
             print(_line(size), flush=True)
-    return {"cores are worth": host.cores_worth(), "goal, ms a turn": GOAL_MS, "sizes": found}
+    return {"cores are worth": host.cores_worth(), "goal, ms a turn": GOAL_MS, "sizes": sizes}
 
 
-def measure(*given: Any) -> dict[str, Any]:
-    return asyncio.run(_measure(*given))
+def measure(*arguments: Any) -> dict[str, Any]:
+    return asyncio.run(_measure(*arguments))
 
 
 def _line(size: dict[str, Any]) -> str:
@@ -115,9 +115,11 @@ async def _measure(
             limits = SessionLimits(num_turns, MAX_CONTEXT)
             sessions = [gate.open(limits, sampling) for _ in range(num_sessions)]
             secrets = [session.secret for session in sessions]
-            with ProcessPoolExecutor(1, mp_context=context) as own:
+            with ProcessPoolExecutor(1, mp_context=context) as executor:
                 arguments = gate.url, secrets, num_turns, engine_seconds
-                running = asyncio.get_running_loop().run_in_executor(own, play_sessions, *arguments)
+                running = asyncio.get_running_loop().run_in_executor(
+                    executor, play_sessions, *arguments
+                )
                 before, parser_before = time.process_time(), _children_seconds()
                 added, seconds = await running
             cpu = time.process_time() - before
@@ -151,8 +153,8 @@ def _children_seconds() -> float:
     )
 
 
-def play_sessions(*given: Any) -> tuple[list[float], float]:
-    return asyncio.run(_play_sessions(*given))
+def play_sessions(*arguments: Any) -> tuple[list[float], float]:
+    return asyncio.run(_play_sessions(*arguments))
 
 
 async def _play_sessions(

@@ -257,8 +257,8 @@ def as_page(result: dict[str, Any], cores: int) -> str:
         result: as `run` returns it.
         cores: number of CPU cores."""
     runs = result["runs"]
-    every = [run for by_seed in runs.values() for run in by_seed.values()]
-    before = format_percent(fmean(run["heldout_before"] for run in every))
+    all_runs = [run for by_seed in runs.values() for run in by_seed.values()]
+    before = format_percent(fmean(run["heldout_before"] for run in all_runs))
     choices = [f"- `{name}`: {c.why}." for name, c in CHOICES.items() if name in runs and c.why]
     return PAGE.read_text(encoding="utf-8").format(
         date=datetime.date.today().isoformat(),

@@ -99,8 +99,8 @@ def environment(**more: str) -> dict[str, str]:
 
 def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
     """Return what an importable function returns in a new process."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as own:
-        return own.submit(function, *arguments).result()
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
+        return executor.submit(function, *arguments).result()
 
 
 def core_seconds(pid: int, *, with_ended: bool = False) -> float:

@@ -106,22 +106,22 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="r1_start_") as scratch:
         if not args.cold:
             measure(args, Path(scratch, "warm"))
-        found = measure(args, Path(scratch, "run"))
+        measured = measure(args, Path(scratch, "run"))
     print(f"{'seconds':>8}  {'process':40} {'CPU s':>6}  point")
-    for seconds, role, name, cpu in found["points"]:
+    for seconds, role, name, cpu in measured["points"]:
         print(f"{seconds:8.2f}  {role:40} {cpu:6.2f}  {name}")
     print(f"\n{'CPU s':>8}  process")
-    for role, seconds in found["cpu_seconds"].items():
+    for role, seconds in measured["cpu_seconds"].items():
         print(f"{seconds:8.2f}  {role}")
-    print(f"{sum(found['cpu_seconds'].values()):8.2f}  in all")
-    print(f"\nthe command ended after {found['seconds']:.1f} s")
+    print(f"{sum(measured['cpu_seconds'].values()):8.2f}  in all")
+    print(f"\nthe command ended after {measured['seconds']:.1f} s")
     if args.replace:
-        print(f"an engine was back {found['replaced_seconds']:.1f} s after its death")
-    for name, row in found.get("files", {}).items():
+        print(f"an engine was back {measured['replaced_seconds']:.1f} s after its death")
+    for name, row in measured.get("files", {}).items():
         print(f"{name}: {row}")
-    for line in found["stderr"]:
+    for line in measured["stderr"]:
         print(f"on the screen, not of this project: {line}")
-    return found
+    return measured
 
 
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:

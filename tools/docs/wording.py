@@ -4,7 +4,8 @@ Reads the pages (all but CHANGELOG.md, which keeps what was written), the commen
 YAML and sbatch files, and of the Python files outside tests the messages that they raise; and the
 comments and docstrings of all Python files. Code blocks and `quoted code` are left alone. A public
 docstring describes parameters, fields and errors in sections, each in an entry of its own, by what
-it is, and no docstring has its errors in prose."""
+it is, and no docstring has its errors in prose. Parameters in `NAMED_PACKAGES` have names that say
+what they are."""
 
 import ast
 import functools
@@ -174,6 +175,35 @@ def find_in_sections(source: str) -> Iterator[tuple[int, str, str]]:
             seen.add(entry[1])
 
 
+NAMED_PACKAGES = ("tools/",)
+"""Where parameters may not have one of `PRONOUNS` as their name."""
+PRONOUNS = frozenset(
+    ("each", "every", "found", "given", "held", "kept", "known", "left", "made", "others", "own")
+    + ("rest", "taken", "wanted", "whole")
+)
+"""Names that say nothing of the value's kind. (`other` is Python's word for a second operand.)"""
+
+
+def find_pronouns(source: str) -> Iterator[tuple[int, str, str]]:
+    """Yield parameters of functions whose names are pronouns; `left` with `right` is a side."""
+    for node in ast.walk(parse(source)):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        parameters = _parameters(node)
+        sides = {"left"} if "right" in {parameter.arg for parameter in parameters} else set[str]()
+        for parameter in parameters:
+            if parameter.arg in PRONOUNS - sides:
+                yield parameter.lineno, parameter.arg, "the kind of the value, as `known_keys`"
+
+
+def _parameters(node: ast.FunctionDef | ast.AsyncFunctionDef) -> list[ast.arg]:
+    arguments = node.args
+    parameters = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
+    return parameters + [
+        parameter for parameter in (arguments.vararg, arguments.kwarg) if parameter
+    ]
+
+
 def _public(tree: ast.Module) -> Iterator[ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
     waiting: list[ast.stmt] = list(tree.body)
     for node in waiting:
@@ -187,9 +217,7 @@ def _public(tree: ast.Module) -> Iterator[ast.ClassDef | ast.FunctionDef | ast.A
 def _described(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
     """Return the parameters of a function, or the fields of a class and its constructor's."""
     if not isinstance(node, ast.ClassDef):
-        arguments = node.args
-        every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
-        return [each.arg for each in (*every, arguments.vararg, arguments.kwarg) if each]
+        return [parameter.arg for parameter in _parameters(node)]
     names = []
     for part in node.body:
         if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name):
@@ -205,7 +233,9 @@ def _readers(name: Path) -> tuple[Callable[[str], Iterator[tuple[int, str, str]]
     if name.suffix == ".py":
         if name.parts[0] == "tests":
             return (find_in_module,)
+        named = (find_pronouns,) if name.as_posix().startswith(NAMED_PACKAGES) else ()
         return (
+            *named,
             find_in_module,
             find_in_messages,
             find_in_public_docstrings,
@@ -227,7 +257,9 @@ def main(root: Path, paths: list[str]) -> int:
         if path.name == "CHANGELOG.md" or not path.exists():
             continue
         for line, words, instead in sorted(
-            each for read in _readers(Path(name)) for each in read(path.read_text(encoding="utf-8"))
+            finding
+            for read in _readers(Path(name))
+            for finding in read(path.read_text(encoding="utf-8"))
         ):
             print(f"{name}:{line}: {words!r}: write {instead}")
             findings += 1

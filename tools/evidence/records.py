@@ -70,7 +70,8 @@ class Claim:
         command: A line for bash in the root, with the environment's programs first in the path.
         reads: Regular expressions with named groups; the last match of each in the output counts.
         figure: The text of the figure, with the groups in braces.
-        paths: Files, folders (ending with "/") and patterns whose change makes the claim stale.
+        paths: Files, folders (ending with "/") and patterns whose change makes the claim stale,
+            among them the modules that the files of the command import (tools/evidence/watched.py).
         seconds: What the last run took, or an estimate.
         bounds: By group, the lowest and the highest value with which the claim holds; None: no
             bound.
@@ -141,19 +142,19 @@ def states(root: Path, claims: Iterable[Claim]) -> dict[str, State]:
     """
     changes = cache(lambda commit: changes_since(root, commit))
     is_same = cache(lambda commit, name: has_same_code(root, commit, name))
-    found = {}
+    claim_states = {}
     for claim in claims:
         failed = claim.failed.date if claim.failed else ""
         if claim.measured is None:
-            found[claim.id] = State("not measured", failed=failed)
+            claim_states[claim.id] = State("not measured", failed=failed)
             continue
         changed = changed_files(changes(claim.measured.commit), claim.paths)
         if changed is None:
-            found[claim.id] = State("unknown", failed=failed)
+            claim_states[claim.id] = State("unknown", failed=failed)
         else:
             changed = [name for name in changed if not is_same(claim.measured.commit, name)]
-            found[claim.id] = State("stale" if changed else "fresh", tuple(changed), failed)
-    return found
+            claim_states[claim.id] = State("stale" if changed else "fresh", tuple(changed), failed)
+    return claim_states
 
 
 def head(root: Path) -> str:
@@ -175,13 +176,13 @@ def changes_since(root: Path, commit: str) -> list[tuple[str, ...]] | None:
     if listed is None:
         return None
     words = iter(listed.split("\0"))
-    found: list[tuple[str, ...]] = []
+    changes: list[tuple[str, ...]] = []
     for status in words:
         if status.startswith("R"):
-            found.append((next(words), next(words)))
+            changes.append((next(words), next(words)))
         elif status:
-            found.append((next(words),))
-    return found
+            changes.append((next(words),))
+    return changes
 
 
 def changed_files(changes: Iterable[tuple[str, ...]] | None, paths: list[str]) -> list[str] | None:
@@ -192,12 +193,12 @@ def changed_files(changes: Iterable[tuple[str, ...]] | None, paths: list[str]) -
     """
     if changes is None:
         return None
-    found = []
+    changed = []
     for names in changes:
         is_watched = [any(covers(path, name) for path in paths) for name in names]
         if is_watched == [True] or is_watched == [True, False]:
-            found.append(names[0])
-    return sorted(found)
+            changed.append(names[0])
+    return sorted(changed)
 
 
 def has_same_code(root: Path, commit: str, name: str) -> bool:

@@ -122,7 +122,7 @@ def _arguments() -> argparse.Namespace:
 def _selected(only: list[str] | None, interpret: bool, part: str | None) -> list[Check]:
     names = [check.name for check in CHECKS]
     for name in only or []:
-        if not any(known.startswith(name) for known in names):
+        if not any(check_name.startswith(name) for check_name in names):
             sys.exit(f"--only {name}: the checks are {', '.join(names)}")
     found = [c for c in CHECKS if not only or any(c.name.startswith(name) for name in only)]
     found = [check for check in found if part in (None, check.part)]

@@ -113,11 +113,11 @@ def hardware_name() -> str:
     if device_kind() != "gpu":
         return STANDS_FOR
     device = torch.cuda.get_device_name(0)
-    found = [name for name in HARDWARE if name in device.replace("-", " ").split()]
-    if not found:
+    names = [name for name in HARDWARE if name in device.replace("-", " ").split()]
+    if not names:
         known = ", ".join(HARDWARE)
         raise Impossible(f"{device} is not one of {known}, whose rates the planner has")
-    return found[0]
+    return names[0]
 
 
 def add_values(folder: Path, name: str, values: Mapping[str, float]) -> Path:

@@ -18,15 +18,15 @@ ROLES = {
 """The modules with which the processes of `megatron-r1 rl` begin."""
 
 
-def modules(root: Path) -> dict[str, Path]:
-    """Return the files of the product by their modules' names."""
-    found = {}
-    for package in PACKAGES:
+def modules(root: Path, packages: Iterable[str] = PACKAGES) -> dict[str, Path]:
+    """Return the files of the product, or of other folders, by their modules' names."""
+    paths = {}
+    for package in packages:
         above = (root / package).parent
         for path in sorted((root / package).rglob("*.py")):
             parts = path.relative_to(above).with_suffix("").parts
-            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return found
+            paths[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return paths
 
 
 def imports(path: Path, modules: dict[str, Path]) -> Iterator[str]:
@@ -68,13 +68,13 @@ def closure(modules: dict[str, Path], starts: tuple[str, ...]) -> set[str]:
 
 def package_imports(modules: dict[str, Path]) -> Counter[tuple[str, str]]:
     """Return the number of imports from one package of `megatron_r1` to another."""
-    found: Counter[tuple[str, str]] = Counter()
+    counts: Counter[tuple[str, str]] = Counter()
     for name, path in modules.items():
         if name.startswith("megatron_r1."):
             for other in imports(path, modules):
                 if other.startswith("megatron_r1."):
-                    found[name.split(".")[1], other.split(".")[1]] += 1
-    return Counter({pair: n for pair, n in found.items() if pair[0] != pair[1]})
+                    counts[name.split(".")[1], other.split(".")[1]] += 1
+    return Counter({pair: n for pair, n in counts.items() if pair[0] != pair[1]})
 
 
 def num_lines(paths: Iterable[Path]) -> int:
@@ -103,24 +103,24 @@ def num_layers(root: Path) -> int:
 
 def table(root: Path) -> str:
     """Return the figures, one a line."""
-    known = modules(root)
-    ours = {name: path for name, path in known.items() if name.startswith("megatron_r1.")}
+    all_modules = modules(root)
+    ours = {name: path for name, path in all_modules.items() if name.startswith("megatron_r1.")}
     packages = {name.split(".")[1] for name in ours if name.count(".") > 1}
-    between = package_imports(known)
+    between = package_imports(all_modules)
     rows = {
         "packages of megatron_r1": len(packages),
         "layers": num_layers(root),
         "pairs of packages with imports": len(between),
         "imports between packages": sum(between.values()),
-        "files": len(known),
-        "lines": num_lines(known.values()),
+        "files": len(all_modules),
+        "lines": num_lines(all_modules.values()),
     }
     for role, starts in ROLES.items():
-        found = closure(known, starts)
-        rows[f"files that the {role} of `rl` can import"] = len(found)
-    found = closure(known, tuple(start for starts in ROLES.values() for start in starts))
-    rows["files of all three"] = len(found)
-    rows["lines of all three"] = num_lines(known[name] for name in found)
+        files = closure(all_modules, starts)
+        rows[f"files that the {role} of `rl` can import"] = len(files)
+    files = closure(all_modules, tuple(start for starts in ROLES.values() for start in starts))
+    rows["files of all three"] = len(files)
+    rows["lines of all three"] = num_lines(all_modules[name] for name in files)
     rows["Python files outside tests"] = num_modules(root)
     rows["words of docs"] = num_words(root)
     rows["lines of tests"] = num_lines((root / "tests").rglob("*.py"))

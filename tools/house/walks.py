@@ -4,10 +4,10 @@ A walk of a response or a reward has each function that is given the thing, or s
 it, and hands it on: by returning it or what it makes from it, to a function that receives it, or by
 sending it; with its direct caller. A weight's walk has what is called, at any depth and in tasks
 that begin there, within the calls of `Walk.within`. A message to another process is followed to the
-function that `within` or `given` names there; left out are the files of vLLM, Megatron and torch,
-functions that only record or check what they are given or keep it in an object (metrics, logs and
-log-probabilities under π_ref), what another walk has (`outside`), and all that the run does
-meanwhile for another purpose."""
+function that `within` or `receivers` names there; left out are the files of vLLM, Megatron and
+torch, functions that only record or check what they are given or keep it in an object (metrics,
+logs and log-probabilities under π_ref), what another walk has (`outside`), and all that the run
+does meanwhile for another purpose."""
 
 import json
 import os
@@ -29,7 +29,7 @@ class Walk:
         begin: its first function; the walk is what is entered from there to `end`.
         end: its last function.
         within: calls all of whose inner calls count.
-        given: functions whose arguments are the thing.
+        receivers: functions whose arguments are the thing.
         follows: whether it is followed by value: results of functions of the walk are made from the
             thing."""
 
@@ -37,7 +37,7 @@ class Walk:
     begin: str
     end: str
     within: list[str]
-    given: list[str]
+    receivers: list[str]
     follows: bool
     hands_over: list[str] = field(default_factory=list)
     """Functions that send the thing elsewhere: they and those around them hand it on."""
@@ -126,8 +126,8 @@ def trace_run(
     command = [sys.executable, *arguments]
     subprocess.run(command, cwd=root, env=os.environ | variables, check=True, stdout=sys.stderr)
     entered = []
-    for each in notes.iterdir():
-        for line in each.read_text(encoding="utf-8").splitlines():
+    for note in notes.iterdir():
+        for line in note.read_text(encoding="utf-8").splitlines():
             time, walk, title = line.split("|", 2)
             file, function = title.split(" ", 1)
             entered.append((int(time), walk, str(Path(file).relative_to(root)), function))

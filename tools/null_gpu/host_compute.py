@@ -167,22 +167,22 @@ class HostCompute(TorchDispatchMode):
         if namespace == "aten" and func._can_decompose():  # in inference mode, as it was called
             with self:
                 return func.decompose(*args, **kwargs)
-        found: list[torch.Tensor] = []
-        tree_map_only(torch.Tensor, found.append, (args, kwargs))
+        tensors: list[torch.Tensor] = []
+        tree_map_only(torch.Tensor, tensors.append, (args, kwargs))
         wanted = kwargs.get("device")
         makes = wanted is not None and torch.device(wanted).type == "cuda"
-        reads = any(tensor.is_cuda for tensor in found)
+        reads = any(tensor.is_cuda for tensor in tensors)
         # Transformer Engine's quantized tensors have operators of their own.
-        plain = all(type(x).__torch_dispatch__ is NO_OPERATORS_OF_ITS_OWN for x in found)
+        plain = all(type(x).__torch_dispatch__ is NO_OPERATORS_OF_ITS_OWN for x in tensors)
         if kernel := KERNELS.get(func.name()):
-            drain({tensor.get_device() for tensor in found if tensor.is_cuda})
+            drain({tensor.get_device() for tensor in tensors if tensor.is_cuda})
             return self._compute(kernel, args, kwargs, stays=True)
         if reads and namespace in KERNEL_NAMESPACES:
             warn_of_no_effect(func.name())
         its_own = namespace != "aten" or name in ALLOCATES or func.is_view
         if its_own or not plain or not (makes or reads) or is_transfer(name, args, kwargs):
             return func(*args, **kwargs)
-        devices = {tensor.get_device() for tensor in found if tensor.is_cuda}
+        devices = {tensor.get_device() for tensor in tensors if tensor.is_cuda}
         if makes:  # its memory may be that of a freed tensor, for which something is queued
             index = torch.device(wanted).index
             devices.add(torch.cuda.current_device() if index is None else index)

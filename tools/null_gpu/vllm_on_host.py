@@ -117,7 +117,7 @@ def concat_and_cache_mla(latent, rotary_key, cache, slots, dtype, scale) -> None
 
 
 @_kernel("_vllm_fa3_C::get_scheduler_metadata")
-def get_scheduler_metadata(num_sequences, *sizes, **others):
+def get_scheduler_metadata(num_sequences, *sizes, **settings):
     """Return what the attention here does not read."""
     return torch.zeros(num_sequences + 1, dtype=torch.int32)
 
@@ -297,9 +297,9 @@ def experts(
     to C (tokens, experts of a token, out): vLLM's `invoke_fused_moe_triton_kernel`, whose
     interpreted kernel takes a thousand times as long."""
     routing = topk_weights, sorted_token_ids, expert_ids, num_tokens_post_padded
-    given = [A, B, C, *routing, B_bias, A_scale, B_scale]
-    drain({x.get_device() for x in given if x is not None})
-    on_hosts: list[Any] = [None if x is None else on_host(x) for x in given]
+    arguments = [A, B, C, *routing, B_bias, A_scale, B_scale]
+    drain({x.get_device() for x in arguments if x is not None})
+    on_hosts: list[Any] = [None if x is None else on_host(x) for x in arguments]
     a, b, c, weights, sorted_ids, block_experts, num_padded, bias, of_a, of_b = on_hosts
     out = c.view(-1, c.shape[-1])
     with torch.utils._python_dispatch._disable_current_modes():

@@ -154,8 +154,8 @@ def records(segment: Path) -> Iterator[ProcessRecord]:
     if not segment.exists():  # nothing has used a GPU yet
         return
     with segment.open("rb") as file:
-        while len(found := file.read(size)) == size:
-            record = ProcessRecord.from_buffer_copy(found)
+        while len(raw_record := file.read(size)) == size:
+            record = ProcessRecord.from_buffer_copy(raw_record)
             if not record.pid:
                 return  # slots are taken from the first on
             if born(record.pid) == record.birth:
@@ -211,10 +211,10 @@ def parse(record: ProcessRecord) -> Process:
 def read(segment: Path) -> list[Process]:
     """Return what the processes wait for at one moment: no call has changed while it was read."""
     while True:
-        found = [parse(record) for record in records(segment)]
+        processes = [parse(record) for record in records(segment)]
         again = {record.pid: record.changes for record in records(segment)}
-        if {process.pid: process.changes for process in found} == again:
-            return found
+        if {process.pid: process.changes for process in processes} == again:
+            return processes
 
 
 Node = tuple[int, int]
@@ -319,10 +319,10 @@ def held_bytes(segment: Path) -> dict[int, list[int]]:
 def main(segment: Path) -> None:
     before = None
     while True:
-        found = find_stuck(segment)
-        if found and found == before:
-            sys.exit(found)
-        before = found
+        stuck = find_stuck(segment)
+        if stuck and stuck == before:
+            sys.exit(stuck)
+        before = stuck
         time.sleep(1)
 
 

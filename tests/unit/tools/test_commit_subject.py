@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.commit_subject import message_faults
+from tools.commit_subject import RENAMES_SINCE, message_faults
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -73,6 +73,30 @@ def test_a_commit_of_many_files_needs_a_body():
     assert message_faults("Rename two packages\n\nBy sed, as the map says.", 816) == []
 
 
+@pytest.mark.parametrize(
+    "listed",
+    [
+        "Round → PushRound",
+        "- `controller/session.py` -> controller/rl_run.py",
+        "Old → new: _weights → weight_bytes, fill → fill_fraction,",
+    ],
+)
+def test_a_list_of_renames_needs_the_command_that_made_them(listed):
+    message = f"Name the rounds of a push in full\n\nThey are rounds.\n{listed}\n"
+    (said,) = message_faults(message)
+    assert "`Command:`" in said and "`By hand:`" in said
+    assert message_faults(message + "Command:\n") == [said], "which command?"
+    for line in ("Command: git grep -lw Round | xargs sed -i s/Round/PushRound/", "By hand: all."):
+        assert message_faults(f"{message}\n{line}\n") == []
+    assert message_faults(message, date=RENAMES_SINCE - 1) == [], "from before the rule"
+    assert message_faults(message.replace("Name", "Merge names of", 1)) == []
+
+
+@pytest.mark.parametrize("body", ["From 22.4% → 94.6%.", "`states(root) -> dict`", "a -> 3", "->"])
+def test_other_arrows_are_no_renames(body):
+    assert message_faults(f"Measure the demo\n\n{body}\n") == []
+
+
 def test_every_fault_is_said():
     assert len(message_faults("added " + "a" * 70 + ".")) == 3
 
@@ -133,6 +157,25 @@ def test_commits_that_the_hook_has_not_seen_are_found_in_the_log(clone):
     assert found.returncode == 1
     assert found.stderr.count("imperative") == 1 and found.stderr.count("21 files") == 1
     assert log("-1").stderr.count("\n") == 1
+
+
+def test_a_shallow_clone_and_dates_are_read_as_they_are(clone, tmp_path_factory):
+    (clone / "one.txt").touch()
+    git(clone, "config", "core.hooksPath", "none")
+    for number in range(21):
+        (clone / f"{number}.txt").touch()
+    git(clone, "add", ".")
+    git(clone, "commit", "-m", "Add files")
+    listed = ("commit", "--allow-empty", "-m", "Name a round", "-m", "Round → PushRound")
+    git(clone, *listed, f"--date={RENAMES_SINCE - 1} +0000")
+    shallow = tmp_path_factory.mktemp("shallow")
+    subprocess.run(["git", "clone", "-q", "--depth", "1", f"file://{clone}", shallow], check=True)
+    command = [sys.executable, clone / "tools/commit_subject.py", "--log", "-20"]
+    assert subprocess.run(command, cwd=shallow).returncode == 0
+    git(clone, *listed, f"--date={RENAMES_SINCE} +0000")
+    found = subprocess.run(command, cwd=clone, capture_output=True, text=True).stderr
+    assert found.count("lists renames") == 1 and found.count("22 files") == 0
+    assert found.count(" files: a body") == 1, "of the first commit"
 
 
 def test_hooks_that_a_clone_has_stay(clone):

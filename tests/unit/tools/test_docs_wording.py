@@ -12,6 +12,7 @@ from tools.docs.wording import (
     find_in_raising_docstrings,
     find_in_sections,
     find_in_settings,
+    find_pronouns,
     main,
 )
 
@@ -196,6 +197,23 @@ def test_errors_that_a_function_raises_are_entries_of_a_section_and_no_prose():
     ]
 
 
+def test_parameters_that_say_nothing_of_their_kind_are_found():
+    source = (
+        "def outer(first, /, known, *, kept=1, **others):\n"
+        "    given = first\n"
+        "    async def inner(self, other, known_keys, *rest): return given\n"
+        "    def side(left, right): return lambda each: each\n"
+        "    def remaining(left): pass\n"
+    )
+    assert sorted(lines(find_pronouns(source))) == [
+        (1, "kept"),
+        (1, "known"),
+        (1, "others"),
+        (3, "rest"),
+        (5, "left"),
+    ]
+
+
 @pytest.mark.parametrize(
     "words",
     [
@@ -224,5 +242,12 @@ def test_findings_are_named_with_file_line_and_remedy(tmp_path, capsys):
     subprocess.run(["git", "add", "."], cwd=tmp_path, check=True)
     assert main(tmp_path, []) == 1
     assert capsys.readouterr().out.startswith("page.md:2: 'Beside': write `next to`")
+    (tmp_path / "tools").mkdir()
+    for name in ("tools/wide.py", "wide.py"):
+        (tmp_path / name).write_text("def f(known):\n    pass\n")
+    subprocess.run(["git", "add", "."], cwd=tmp_path, check=True)
+    assert main(tmp_path, ["tools", "wide.py"]) == 1
+    assert capsys.readouterr().out.count("tools/wide.py:1: 'known': write the kind") == 1
+    (tmp_path / "tools/wide.py").unlink()
     (tmp_path / "page.md").write_text("Plain.\n")
     assert main(tmp_path, []) == 0

@@ -23,6 +23,7 @@ from tools.evidence.records import (
     states,
     write_claim,
 )
+from tools.evidence.watched import command_files, unwatched_files
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -328,7 +329,44 @@ def test_status_prints_state_and_changed_files(repository, capsys):
     assert last == "1 claims: 1 stale"
 
 
+def test_what_the_files_of_a_command_import_is_watched_or_named(repository):
+    files = {
+        "megatron_r1__one": "",
+        "megatron_r1__two": "",
+        "megatron_r1__three__part": "",
+        "tests__helper": "import megatron_r1.two",
+        "tests__deep__test_a": "import helper\nfrom megatron_r1.one import name",
+        "tests__deep__test_b": "def f():\n    from megatron_r1.three import part",
+        "tests__chaos__oracle": "import megatron_r1.one, tools.bench.host",
+        "tools__bench__host": "import megatron_r1.two",
+        "tools__bench__push__scale": "import megatron_r1.two",
+        "examples__demo": "import megatron_r1.two",
+    }
+    repository.commit(**files)
+
+    def missing(command, *paths):
+        claim = Claim("x", "speed", "", "", command, [], "", list(paths), 1)
+        assert command_files(repository.root, claim)
+        return unwatched_files(repository.root, claim)
+
+    one, two, part = (f"megatron_r1/{name}.py" for name in ("one", "two", "three/part"))
+    assert missing("pytest tests/deep/") == [one, part]
+    assert missing("pytest tests/deep/", one, "megatron_r1/three/") == []
+    assert missing("pytest tests/deep/test_a.py::test_x --deselect tests/deep/test_b.py") == [one]
+    assert missing("make it && python -m examples.demo --folder x") == [two]
+    assert missing("python tools/bench host --repeats 3") == [two, "tools/bench/host.py"]
+    assert missing("python tools/bench push --simulate", "tools/bench/push/scale.py") == [two]
+    assert missing("python tools/bench chaos", "tests/chaos/") == [one, "tools/bench/host.py"]
+
+
 # The records of this repository.
+
+
+def test_every_claim_watches_what_the_files_of_its_command_import():
+    """A file that is missing belongs in `paths` of the claim's record, or its folder does."""
+    claims = read_claims(ROOT)
+    missing = {claim.id: unwatched_files(ROOT, claim) for claim in claims}
+    assert {name: files for name, files in missing.items() if files} == {}
 
 
 def without_states(page: str) -> str:

@@ -98,8 +98,8 @@ class EventLoopMonitor:
 
 
 def memory_held() -> dict[str, int]:
-    held = psutil.Process().memory_info()
-    return {"VmRSS": held.rss, "RssAnon": held.rss - held.shared}
+    memory = psutil.Process().memory_info()
+    return {"VmRSS": memory.rss, "RssAnon": memory.rss - memory.shared}
 
 
 MINIBATCHES = 16

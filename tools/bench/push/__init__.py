@@ -179,33 +179,36 @@ def gloo_rates(num_processes: int = 2) -> dict[str, Any]:
     """Return GB/s into each process, the best of `REPEATS`."""
     port = free_port("127.0.0.1")
     context = torch.multiprocessing.get_context("spawn")
-    found = context.SimpleQueue()
-    torch.multiprocessing.spawn(_gloo_rank, (num_processes, port, found), num_processes)
-    return {"processes": num_processes, "bytes of a message": RELAY_BUCKET_BYTES, **found.get()}
+    results = context.SimpleQueue()
+    torch.multiprocessing.spawn(_gloo_rank, (num_processes, port, results), num_processes)
+    return {"processes": num_processes, "bytes of a message": RELAY_BUCKET_BYTES, **results.get()}
 
 
-def _gloo_rank(rank: int, size: int, port: int, found: Any) -> None:
+def _gloo_rank(rank: int, size: int, port: int, results: Any) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=size)
     group = dist.group.WORLD
     assert group is not None
-    own, other = (torch.zeros(RELAY_BUCKET_BYTES, dtype=torch.uint8) for _ in range(2))
-    whole = torch.zeros(size * RELAY_BUCKET_BYTES, dtype=torch.uint8)
+    bucket, received = (torch.zeros(RELAY_BUCKET_BYTES, dtype=torch.uint8) for _ in range(2))
+    gathered = torch.zeros(size * RELAY_BUCKET_BYTES, dtype=torch.uint8)
 
     def one_way() -> None:
         if rank == 0:
-            group.send([own], 1, 0).wait()
+            group.send([bucket], 1, 0).wait()
         elif rank == 1:
-            group.recv([own], 0, 0).wait()
+            group.recv([bucket], 0, 0).wait()
 
     def ring() -> None:
-        both = group.send([own], (rank + 1) % size, 0), group.recv([other], (rank - 1) % size, 0)
+        both = (
+            group.send([bucket], (rank + 1) % size, 0),
+            group.recv([received], (rank - 1) % size, 0),
+        )
         for work in both:
             work.wait()
 
     def all_gather() -> None:
-        group._allgather_base(whole, own).wait()
+        group._allgather_base(gathered, bucket).wait()
 
     result = {
         "one way, GB/s": _gloo_rate(one_way, RELAY_BUCKET_BYTES),
@@ -213,7 +216,7 @@ def _gloo_rank(rank: int, size: int, port: int, found: Any) -> None:
         "all-gather, GB/s": _gloo_rate(all_gather, (size - 1) * RELAY_BUCKET_BYTES),
     }
     if rank == 1:
-        found.put(result)
+        results.put(result)
     dist.destroy_process_group()
 
 
@@ -254,9 +257,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.control_path:
         return control_path()
     if args.gloo:
-        found = {"two": gloo_rates(2), "four": gloo_rates(4)}
-        _print_values({f"{n}: {k}": v for n, of in found.items() for k, v in of.items()})
-        return found
+        rates = {"two": gloo_rates(2), "four": gloo_rates(4)}
+        _print_values({f"{n}: {k}": v for n, of in rates.items() for k, v in of.items()})
+        return rates
     here = {}
     for name in args.engines:
         dtype, plain_matrices = ENGINES[name]
@@ -270,8 +273,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return {"here": here}
 
 
-def _print_values(found: dict[str, Any]) -> None:
-    for key, value in found.items():
+def _print_values(measurements: dict[str, Any]) -> None:
+    for key, value in measurements.items():
         values = value if isinstance(value, list) else [value]
-        shown = (each if isinstance(each, str) else f"{each:.4g}" for each in values)
+        shown = (item if isinstance(item, str) else f"{item:.4g}" for item in values)
         print(f"    {key:48} {' to '.join(shown)}")

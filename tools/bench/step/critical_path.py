@@ -239,5 +239,5 @@ def table(profile: dict[str, Any], min_seconds: float = 0.002) -> str:
     return "\n".join(lines)
 
 
-def _row(name: str, seconds: float, whole: float) -> str:
-    return f"{name:66}{1000 * seconds:9.1f} ms{seconds / whole:8.1%}"
+def _row(name: str, seconds: float, total_seconds: float) -> str:
+    return f"{name:66}{1000 * seconds:9.1f} ms{seconds / total_seconds:8.1%}"

@@ -47,7 +47,7 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
     cases = read_table()
     seeds = [int(seed) for seed in chosen.seeds.split(",")]
     folder = chosen.folder.resolve()
-    wanted = [
+    seeded_cases = [
         (case, seed)
         for seed in seeds
         for case in sorted(cases.cases, key=lambda each: each.is_healthy)
@@ -56,13 +56,13 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
     ]
     if not chosen.table:
         part, parts = (int(number) for number in chosen.part.split("/"))
-        _make(wanted[part - 1 :: parts], cases.common, folder, chosen)
+        _make(seeded_cases[part - 1 :: parts], cases.common, folder, chosen)
     results = []
-    for case, seed in wanted:
+    for case, seed in seeded_cases:
         path = _result_of(folder, case, seed)
         if path.is_file():
-            found = json.loads(path.read_text(encoding="utf-8"))
-            results.append({**found, "verdict": verdict(case, found), "healthy": case.is_healthy})
+            result = json.loads(path.read_text(encoding="utf-8"))
+            results.append({**result, "verdict": verdict(case, result), "healthy": case.is_healthy})
     print(as_lines(results))
     print(summary(results))
     if chosen.page:
@@ -81,7 +81,7 @@ def _slug(name: str) -> str:
 
 
 def _make(
-    wanted: list[tuple[Case, int]],
+    seeded_cases: list[tuple[Case, int]],
     common: dict[str, Any],
     folder: Path,
     chosen: argparse.Namespace,
@@ -90,7 +90,7 @@ def _make(
     began = time.monotonic()
     (folder / "results").mkdir(parents=True, exist_ok=True)
     examination.prepare()
-    for case, seed in wanted:
+    for case, seed in seeded_cases:
         target = _result_of(folder, case, seed)
         place = folder / "runs" / target.stem
         if target.is_file() and not (chosen.again and (place / "run").is_dir()):
@@ -119,27 +119,27 @@ def _case(
     """Make one case and return its result."""
     started = time.monotonic()
     about: dict[str, Any] = {"case": case.name, "seed": seed}
-    kept = place / "made.json"
-    is_made = chosen.again and kept.is_file()
+    outcome_file = place / "made.json"
+    is_made = chosen.again and outcome_file.is_file()
     if is_made:
-        made = json.loads(kept.read_text(encoding="utf-8"))
+        outcome = json.loads(outcome_file.read_text(encoding="utf-8"))
         place_of_run = place / "run"
     else:
         try:
             ran, place_of_run = runs.run_case(case, common, seed, folder, place)
-            made = ran._asdict()
+            outcome = ran._asdict()
         except (RuntimeError, ValueError) as error:
-            made = {"status": -1, "seconds": 0.0, "error": str(error)}
+            outcome = {"status": -1, "seconds": 0.0, "error": str(error)}
             place_of_run = place / "run"
         place.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps(made), encoding="utf-8")
-    about["run"] = made
-    if made["status"] == 0:
+        outcome_file.write_text(json.dumps(outcome), encoding="utf-8")
+    about["run"] = outcome
+    if outcome["status"] == 0:
         about["why"] = examination.examine(place_of_run, place / "why.txt")
         lines = (place_of_run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         about["step_seconds"] = [json.loads(line)["time/step"] for line in lines]
     about["seconds"] = time.monotonic() - started
     if is_made:
-        about["seconds"] += made["seconds"]
+        about["seconds"] += outcome["seconds"]
     about["load"] = os.getloadavg()[0]
     return about

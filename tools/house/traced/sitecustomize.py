@@ -96,9 +96,9 @@ class Walk:
     Args:
         write: called with time, name of the walk and title of a function."""
 
-    def __init__(self, write, name, begin, end, within, given, hands_over, outside, follows):
+    def __init__(self, write, name, begin, end, within, receivers, hands_over, outside, follows):
         self.write, self.name, self.follows = write, name, follows
-        self.begin, self.within, self.given = begin, tuple(within), tuple(given)
+        self.begin, self.within, self.receivers = begin, tuple(within), tuple(receivers)
         self.outside, self.kept_at = tuple(outside), (end, *hands_over)
         self.carriers = Carriers()
         # Tasks begin with the values of their creator.
@@ -112,10 +112,10 @@ class Walk:
             self.num_outside.set(self.num_outside.get(0) + 1)
         if self.num_outside.get(0):
             return
-        starts = title.endswith(self.within + self.given)
+        starts = title.endswith(self.within + self.receivers)
         if starts and self.follows and title.endswith(self.begin):
             starts, self.has_begun = not self.has_begun, True
-        if starts and title.endswith(self.given):
+        if starts and title.endswith(self.receivers):
             self.carriers.add(arguments(frame)[frame.f_code.co_varnames[:1] == ("self",) :])
         if starts and title.endswith(self.within):
             self.num_within.set(self.num_within.get(0) + 1)

@@ -75,19 +75,21 @@ def _declared_by_the_driver() -> set[str]:
     return {*plain, *re.findall(r"#define\s+cu\w+\s+(cu\w+_v\d)\b", header)}
 
 
-def _compile(library: Path, sources: list[str], wanted: Iterable[str], include: list[Path]) -> None:
+def _compile(
+    library: Path, sources: list[str], symbols: Iterable[str], include: list[Path]
+) -> None:
     written = "".join((HERE / source).read_text() for source in sources)
     # A definition starts its line with a type; the word before its first parenthesis is its name.
     by_hand = set(re.findall(r"^(?!static)\w[\w\s*]*?\b(\w+)\([^;{]*\{", written, re.MULTILINE))
-    rest = library.with_suffix(".generated.c")
-    generated = [f"int {name}(void) {{ return 0; }}\n" for name in sorted(set(wanted) - by_hand)]
-    rest.write_text("".join(generated))
+    generated_file = library.with_suffix(".generated.c")
+    generated = [f"int {name}(void) {{ return 0; }}\n" for name in sorted(set(symbols) - by_hand)]
+    generated_file.write_text("".join(generated))
     exports = library.with_suffix(".exports")
     exports.write_text(EXPORTS)
     headers = [f"-I{HERE}", *(argument for folder in include for argument in ("-isystem", folder))]
     options = ["-O1", "-shared", "-fPIC", f"-Wl,-soname,{library.name}"]
     options.append(f"-Wl,--version-script={exports}")
-    files = [*(HERE / source for source in sources), rest]
+    files = [*(HERE / source for source in sources), generated_file]
     command = ["cc", *WARNINGS, *options, *headers, *files, "-o", library, "-ldl", "-lpthread"]
     subprocess.run(list(map(str, command)), check=True)
     print(f"{library.name}: {len(by_hand)} functions by hand, {len(generated)} generated")
