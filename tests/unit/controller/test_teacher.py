@@ -20,9 +20,10 @@ from megatron_r1.config import Config, RewardsConfig
 from megatron_r1.controller.rollouts.collector import RolloutCollector
 from megatron_r1.controller.rollouts.group_records import decode, encode, pack, unpack
 from megatron_r1.controller.rollouts.rollout import RolloutSampling
-from megatron_r1.controller.teacher import ExternalFleet, check_teachers, differing_tokens
+from megatron_r1.controller.teacher import check_teachers, differing_tokens
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.engines.episodes import Branch, Episode, EpisodeResult
+from megatron_r1.engines.fleet.external_fleet import ExternalFleet
 from megatron_r1.engines.server.client import EngineClient
 from megatron_r1.engines.server.responses import EngineError, Response
 from megatron_r1.trainer.packed import pack_batch
@@ -186,7 +187,9 @@ def test_scores_that_do_not_add_up_are_an_error(said, says):
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr("megatron_r1.engines.fleet.engine.DEATH_WAIT_SECONDS", 0.0)
-    monkeypatch.setattr("megatron_r1.controller.teacher.ExternalServer.poll_seconds", 0.01)
+    monkeypatch.setattr(
+        "megatron_r1.engines.fleet.external_fleet.ExternalServer.poll_seconds", 0.01
+    )
 
 
 def with_fleet(tmp_path, peers, story, *, max_restarts=0, start_timeout_seconds=1e5):
