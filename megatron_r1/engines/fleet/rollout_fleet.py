@@ -22,11 +22,10 @@ from megatron_r1.engines.fleet.dispatch import (
     DispatchedRequest,
     Dispatcher,
     ExpectedLength,
-    FleetState,
     LengthEstimator,
-    Notify,
 )
 from megatron_r1.engines.fleet.engine import Engine, MakeServer, ServedGroup
+from megatron_r1.engines.fleet.fleet_state import FleetState, Notify
 from megatron_r1.engines.fleet.recovery import EngineReplacer
 from megatron_r1.engines.server.client import EngineClient, UpdateInfo
 from megatron_r1.engines.server.gpu import with_gpu_share
