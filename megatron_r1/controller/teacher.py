@@ -14,7 +14,7 @@ from megatron_r1.config.algorithms import find_rules
 from megatron_r1.data.tokenizer import load_tokenizer
 from megatron_r1.engines.fleet.engine import Engine
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
-from megatron_r1.engines.server import gpu, recipe_checks, settings
+from megatron_r1.engines.server import gpu, model_config, recipe_checks, settings
 from megatron_r1.engines.server.client import GENERATE, EngineClient
 from megatron_r1.engines.server.responses import EngineError
 from megatron_r1.engines.server.server import RunningServer
@@ -118,7 +118,7 @@ def teacher_fleet(config: Config, logs: Path, notify: Callable[[str], None]) -> 
     supervision = {**settings.fleet_settings(teacher), "role": "teacher", "notify": notify}
     # vLLM samples one token after those it scores. If that is beyond the model's positions it must
     # be allowed; nothing is computed there, as the token is not an input.
-    max_model_len = settings.max_model_len(config) + 1
+    max_model_len = model_config.max_model_len(config) + 1
     if teacher.url:
         return ExternalFleet(teacher.url, logs, max_model_len=max_model_len, **supervision)
     return RolloutFleet(
@@ -166,8 +166,8 @@ def _check_positions(config: Config) -> None:
     """Raise UserError where the student's context is longer than the teacher's."""
     path = config.teacher.path
     limit, needed = (
-        settings.max_positions(path, "teacher.path"),
-        settings.max_model_len(config),
+        model_config.max_positions(path, "teacher.path"),
+        model_config.max_model_len(config),
     )
     if limit < needed:
         raise UserError(

@@ -29,6 +29,7 @@ from megatron_r1.engines.fleet.fleet_state import FleetState, Notify
 from megatron_r1.engines.fleet.recovery import EngineReplacer
 from megatron_r1.engines.server.client import EngineClient, UpdateInfo
 from megatron_r1.engines.server.gpu import with_gpu_share
+from megatron_r1.engines.server.model_config import vocab_size
 from megatron_r1.engines.server.responses import (
     EngineDied,
     EngineError,
@@ -37,7 +38,6 @@ from megatron_r1.engines.server.responses import (
     Response,
 )
 from megatron_r1.engines.server.server import EngineServer
-from megatron_r1.engines.server.settings import vocab_size
 
 EngineCall = Callable[[EngineClient], Coroutine[Any, Any, None]]
 

@@ -8,7 +8,7 @@ from refusals import refused
 from megatron_r1.base.errors import Cause
 from megatron_r1.config import RESUMABLE, dump, load, parse
 from megatron_r1.controller.roles import TrainerPasses
-from megatron_r1.engines.server.settings import max_model_len
+from megatron_r1.engines.server.model_config import max_model_len
 
 R1_ZERO = Path(__file__).parents[3] / "examples/deepseek_r1/r1_zero.yaml"
 
