@@ -25,8 +25,8 @@ from pydantic import Field, model_validator
 from r1_grading.base.errors import Cause, UserError
 from r1_grading.base.files import atomic_write
 from r1_grading.reading import Part, break_control_tokens, cut_middle, response_part
-from r1_grading.remote import ServiceSettings
 from r1_grading.remote.service import ChatChoice, Completion, Service, ServiceError, Ungradable
+from r1_grading.remote.settings import ServiceSettings
 from r1_grading.rewards import Grade
 
 VERIFY = """\

@@ -24,8 +24,8 @@ from r1_grading.reading import (
     fill_template,
     prepare_texts,
 )
-from r1_grading.remote import ServiceSettings
 from r1_grading.remote.service import Service, ServiceError, Ungradable
+from r1_grading.remote.settings import ServiceSettings
 from r1_grading.rewards import Grade
 
 CHECK_SECONDS = 10.0
