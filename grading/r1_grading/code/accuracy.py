@@ -124,10 +124,10 @@ def _run_tests(problem: Problem, program: Program, limits: Limits, end: float) -
     if not is_call:
         is_equal = functools.partial(equal_output, by_value=problem.is_livecodebench)
     for test in problem.tests:
-        if (left := end - time.monotonic()) <= 0:
+        if (seconds := end - time.monotonic()) <= 0:
             yield Grade(0.0, f"not run: the {limits.total_seconds:g} s of all tests are over")
             continue
-        budget = limits.program(left, compiled=program.compiled)
+        budget = limits.program(seconds, compiled=program.compiled)
         if is_call:
             # Importing json takes 8 ms in the sandbox. The system's Python, which may run there
             # (`host.interpreter`), can be older than this one and read no later version.

@@ -71,8 +71,8 @@ def _equal_tokens(
     if not (NUMBER.fullmatch(actual) and NUMBER.fullmatch(expected)):
         return False
     # Exactly: as floats, 2**53 and 2**53 + 1 would be equal, and 1e999 infinite.
-    value, wanted = Fraction(actual.decode()), Fraction(expected.decode())
-    return abs(value - wanted) <= Fraction(str(tolerance)) * max(Fraction(1), abs(wanted))
+    value, target = Fraction(actual.decode()), Fraction(expected.decode())
+    return abs(value - target) <= Fraction(str(tolerance)) * max(Fraction(1), abs(target))
 
 
 def _equal_values(actual: Any, expected: Any, tolerance: float | None) -> bool:

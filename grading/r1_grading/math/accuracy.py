@@ -72,8 +72,8 @@ def _grade(response: str, truth: object, opened: bool, reading: str, plain_line:
         return Grade(1.0, describe(extraction.text, expected, True, extraction.source))
     if changes_box(extraction.text, alone=True):
         return Grade(0.0, f"refused: {shorten(extraction.text)}: what is beside the box changes it")
-    *others, answer = map(_stated_alone, final_answers(extraction.text))
-    others += stated_numbers(extraction.text)[:-1]
+    *earlier_answers, answer = map(_stated_alone, final_answers(extraction.text))
+    earlier_answers += stated_numbers(extraction.text)[:-1]
     limit = max(min(MAX_ANSWER_CHARS, 2 * len(expected) + MAX_EXTRA_CHARS), len(expected))
     if (num_chars := len(answer)) > limit:
         return _too_long(num_chars, limit)
@@ -82,9 +82,9 @@ def _grade(response: str, truth: object, opened: bool, reading: str, plain_line:
     correct, refused = _compare(stated, without_rounding(answer, stated))
     if refused:
         return Grade(0.0, f"refused: {shorten(answer)}: {refused}")
-    for other in others if correct else ():
-        if not _compare(stated, other)[0]:
-            return Grade(0.0, f"two answers: {shorten(other)}, and then {shorten(answer)}")
+    for earlier_answer in earlier_answers if correct else ():
+        if not _compare(stated, earlier_answer)[0]:
+            return Grade(0.0, f"two answers: {shorten(earlier_answer)}, and then {shorten(answer)}")
     return Grade(float(correct), describe(answer, expected, correct, extraction.source))
 
 

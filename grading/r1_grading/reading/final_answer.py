@@ -87,8 +87,8 @@ def read_answer(
         marked = marked_answer(visible, numeric) if is_line else None
         return _unchanged(marked or extract(response, opened=opened, plain_line=plain_line))
     for name, find in FINDERS.items():
-        if reading in (name, "auto") and (found := find(visible, numeric)) is not None:
-            return _unchanged(found)
+        if reading in (name, "auto") and (extraction := find(visible, numeric)) is not None:
+            return _unchanged(extraction)
     return Extraction(None, f"no answer found: {ABSENT.get(reading, 'the response is empty')}")
 
 
@@ -108,17 +108,17 @@ def is_number(truth: object) -> bool:
     return NUMERIC_TRUTH.fullmatch(str(truth)) is not None
 
 
-def _unchanged(found: Extraction) -> Extraction:
-    """Return `found`, or no answer where the text next to its box changes the box."""
-    if found.text is None or not changes_box(found.around):
-        return found
-    box = shorten(found.text)
+def _unchanged(extraction: Extraction) -> Extraction:
+    """Return `extraction`, or no answer where the text next to its box changes the box."""
+    if extraction.text is None or not changes_box(extraction.around):
+        return extraction
+    box = shorten(extraction.text)
     return Extraction(None, f"no answer found: what is beside the box of {box} changes it")
 
 
 def _in_tags(visible: str, numeric: bool) -> Extraction | None:
-    found = in_tags(visible)
-    return found and Extraction(found.text, found.reason, "in its tags")
+    extraction = in_tags(visible)
+    return extraction and Extraction(extraction.text, extraction.reason, "in its tags")
 
 
 def _boxed(visible: str, numeric: bool) -> Extraction | None:
@@ -148,8 +148,8 @@ def _last_number(visible: str, numeric: bool) -> Extraction | None:
     stated = after_answer_is(line) or line
     if numeric:
         return last_number(stated) or make_extraction(stated, "in the last line")
-    whole = stated.strip(EMPHASIS)
-    return make_extraction(whole.removesuffix(".").rstrip(EMPHASIS) or whole, "in the last line")
+    words = stated.strip(EMPHASIS)
+    return make_extraction(words.removesuffix(".").rstrip(EMPHASIS) or words, "in the last line")
 
 
 FINDERS: dict[str, Callable[[str, bool], Extraction | None]] = {

@@ -431,8 +431,8 @@ class Judge(JudgeClient):
         majority = num_votes // 2 + 1
         votes = await self.votes(VERIFY, texts, majority)
         if len(set(votes)) > 1:
-            rest = num_votes - majority
-            votes += await self.votes(VERIFY, texts, rest, first=2 * majority)
+            num_missing = num_votes - majority
+            votes += await self.votes(VERIFY, texts, num_missing, first=2 * majority)
         return votes.count("correct") >= majority
 
     async def compare(self, question: str, first: str, second: str) -> Comparison:

@@ -97,8 +97,8 @@ def _fault(error: Mapping[str, Any]) -> tuple[str, Cause]:
 def _explain(error: Mapping[str, Any], settings_type: type[ServiceSettings]) -> str:
     name = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        known = settings_type.model_fields
-        hint = did_you_mean(name, known, "{}") or f"; known: {', '.join(known)}"
+        options = settings_type.model_fields
+        hint = did_you_mean(name, options, "{}") or f"; known: {', '.join(options)}"
         return f"unknown option {name}{hint}"
     if error["type"] == "missing":
         return f"{name} must be set ({settings_type.model_fields[name].description})"

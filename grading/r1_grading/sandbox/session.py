@@ -96,8 +96,8 @@ class PythonSession:
         poll.register(self._sandbox.stdout_fd, select.POLLIN)
         content = b""
         while len(content) < count:
-            left = deadline - time.monotonic()
-            if left <= 0 or not poll.poll(math.ceil(left * 1000)):
+            seconds = deadline - time.monotonic()
+            if seconds <= 0 or not poll.poll(math.ceil(seconds * 1000)):
                 raise SessionEnded("the call's time is over")
             chunk = os.read(self._sandbox.stdout_fd, count - len(content))
             if not chunk:
