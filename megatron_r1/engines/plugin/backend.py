@@ -41,7 +41,8 @@ from vllm.lora.worker_manager import WorkerLoRAManager
 from vllm.platforms import current_platform
 
 from megatron_r1.base.processes import timeline
-from megatron_r1.engines.plugin import BACKEND_PREFIX, expert_placement, layer_reload
+from megatron_r1.base.transports import BACKEND_PREFIX
+from megatron_r1.engines.plugin import expert_placement, layer_reload
 from megatron_r1.engines.plugin.cpu_patches import is_packed
 from megatron_r1.engines.plugin.loader_copies import CheckpointParameter, LoaderCopy, record_copies
 from megatron_r1.engines.plugin.memory_layout import PlacedParameter, lay_out, with_gaps
