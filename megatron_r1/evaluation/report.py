@@ -204,8 +204,8 @@ async def _votes(
     for size in sizes:
         chosen = subsets(len(groups[0]), size, seed)
         scores = [
-            fmean(voted_reward([of[i] for i in s], [scored[i] for i in s]) for s in chosen)
-            for of, scored in zip(answer_groups, rewards, strict=True)
+            fmean(voted_reward([answers[i] for i in s], [scored[i] for i in s]) for s in chosen)
+            for answers, scored in zip(answer_groups, rewards, strict=True)
         ]
         curve[size] = estimate(scores, seed)
     return curve

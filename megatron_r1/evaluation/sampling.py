@@ -200,7 +200,11 @@ class ResponseSampler:
         for prompt_set in self._sets:
             prompts = [prompt for prompt in prompt_set.prompts if prompt_set.key(prompt) in keys]
             lines_of = self._log.read(map(prompt_set.key, prompts), prompt_set.num_samples)
-            lines = ((p, line) for p, of in zip(prompts, lines_of, strict=True) for line in of)
+            lines = (
+                (p, line)
+                for p, prompt_lines in zip(prompts, lines_of, strict=True)
+                for line in prompt_lines
+            )
             for prompt, line in lines:
                 if (prompt_set.key(prompt), line["index"]) in ungraded:
                     await self._grading_slots.acquire()

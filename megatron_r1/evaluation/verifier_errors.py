@@ -110,8 +110,12 @@ def combined_fraction(fractions: Sequence[FractionEstimate]) -> FractionEstimate
     # Each end from the fractions that it counts: the undecided are without, or with, the property.
     least = [fraction.found / fraction.sampled for fraction in fractions]
     most = [(fraction.found + fraction.undecided) / fraction.sampled for fraction in fractions]
-    below = math.hypot(*(w * (p - each.low) for (w, each), p in zip(pairs, least, strict=True)))
-    above = math.hypot(*(w * (each.high - p) for (w, each), p in zip(pairs, most, strict=True)))
+    below = math.hypot(
+        *(w * (p - stratum.low) for (w, stratum), p in zip(pairs, least, strict=True))
+    )
+    above = math.hypot(
+        *(w * (stratum.high - p) for (w, stratum), p in zip(pairs, most, strict=True))
+    )
     low = sum(w * p for w, p in zip(weights, least, strict=True)) - below
     high = sum(w * p for w, p in zip(weights, most, strict=True)) + above
     values = [fraction.value for fraction in fractions]
@@ -150,10 +154,12 @@ def _most(population: int, sampled: int, found: int) -> int:
 def _at_most(count: int, population: int, marked: int, sampled: int) -> float:
     """Return P(X <= count) of the hypergeometric distribution."""
     first = max(0, sampled - (population - marked))
-    whole = _log_choose(population, sampled)
+    log_samples = _log_choose(population, sampled)
     return math.fsum(
         math.exp(
-            _log_choose(marked, drawn) + _log_choose(population - marked, sampled - drawn) - whole
+            _log_choose(marked, drawn)
+            + _log_choose(population - marked, sampled - drawn)
+            - log_samples
         )
         for drawn in range(first, min(count, marked, sampled) + 1)
     )
@@ -282,8 +288,10 @@ class SecondMethodJudge:
         arguments = call_fields(answer.kind, self._options, fields, facts)
         if answer.kind == "code":
             return await self._run_again(answer.is_accepted, content, arguments)
-        known = {name: arguments[name] for name in ("opened", "reading") if name in arguments}
-        grade = await self._pool.grade(READER, content.response, content.truth, **known)
+        reading_options = {
+            name: arguments[name] for name in ("opened", "reading") if name in arguments
+        }
+        grade = await self._pool.grade(READER, content.response, content.truth, **reading_options)
         if not grade.verdict:  # out of time or memory, or a malformed truth
             return SecondVerdict("undecided", grade.reason)
         upstream, points = grade.verdict.split(",")
@@ -354,11 +362,11 @@ def draw_sample(
             cause=Cause.OUT_OF_RANGE,
         )
     drawn = {}
-    left = size
+    num_left = size
     by_size = sorted(strata, key=lambda stratum: len(strata[stratum]))
     for index, stratum in enumerate(by_size):
-        count = min(len(strata[stratum]), left // (len(by_size) - index))
-        left -= count
+        count = min(len(strata[stratum]), num_left // (len(by_size) - index))
+        num_left -= count
         rng = random.Random(f"{seed}:{stratum}")
         drawn[stratum] = rng.sample(list(strata[stratum]), count)
     return {stratum: drawn[stratum] for stratum in strata}
@@ -385,7 +393,10 @@ def error_rates(
             fractions[stratum[2]].append(
                 sampled_fraction(len(strata[stratum]), len(answers), *counts)
             )
-    rejected, accepted = (combined_fraction(each) if each else None for each in fractions.values())
+    rejected, accepted = (
+        combined_fraction(stratum_fractions) if stratum_fractions else None
+        for stratum_fractions in fractions.values()
+    )
     return ErrorRates(rejected, accepted)
 
 
@@ -394,5 +405,5 @@ async def judge_all(
 ) -> dict[str, SecondVerdict]:
     """Return id → finding of each answer; the pool limits how many are read at a time."""
     answers = list(answers)
-    found = await asyncio.gather(*(judge(answer) for answer in answers))
-    return {answer.id: finding for answer, finding in zip(answers, found, strict=True)}
+    findings = await asyncio.gather(*(judge(answer) for answer in answers))
+    return {answer.id: finding for answer, finding in zip(answers, findings, strict=True)}

@@ -261,8 +261,8 @@ class Gateway:
             response, text, stop_string = truncate_at_stop(
                 response, num_prompt, request.stop, decode
             )
-            if (kept := session.claim(len(response.token_ids))) < len(response.token_ids):
-                response = truncate_response(response, num_prompt, kept, "length")
+            if (num_kept := session.claim(len(response.token_ids))) < len(response.token_ids):
+                response = truncate_response(response, num_prompt, num_kept, "length")
                 text, stop_string = decode(response.token_ids), None
             message = await self._reader.read(
                 text, response.token_ids, prompt_ids, request.tools, request.max_calls

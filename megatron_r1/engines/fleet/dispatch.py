@@ -248,8 +248,8 @@ class Dispatcher:
         """Return the least loaded engine with room; None if there is none. An engine that failed
         at `work` is returned only if there are no other engines. The engine that has the prompt in
         its cache counts as less loaded by the cost of the prompt."""
-        others = [engine for engine in self.engines if engine not in work.avoid]
-        free = [engine for engine in others or self.engines if self._has_room(engine)]
+        not_failed = [engine for engine in self.engines if engine not in work.avoid]
+        free = [engine for engine in not_failed or self.engines if self._has_room(engine)]
         preferred = work.affinity.preferred if work.affinity else None
         saved = PROMPT_TOKEN_COST * work.prompt_tokens
         return min(

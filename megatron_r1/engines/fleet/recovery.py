@@ -94,7 +94,7 @@ class EngineReplacer:
         """
         if not engine.is_up:
             return
-        if engine.server.is_lost and any(other is not engine for other in self.state.up):
+        if engine.server.is_lost and any(up_engine is not engine for up_engine in self.state.up):
             self.state.notify(f"{death}; the other engines go on without it")
             self.state.remove(engine)
             self._start(engine.stop())

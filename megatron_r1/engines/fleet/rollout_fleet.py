@@ -402,8 +402,8 @@ class RolloutFleet:
         self.state.require_usable()
         # Reserved from now on: others may be joining, and none is in `engines` yet while the fleet
         # sleeps. Of two engines with one number every push would reach one only.
-        taken = self._joining.union(engine.index for engine in self.engines)
-        index = 1 + max(taken, default=-1)
+        indices = self._joining.union(engine.index for engine in self.engines)
+        index = 1 + max(indices, default=-1)
         self._joining.add(index)
         try:
             engine = await self._start_one(index)
@@ -437,13 +437,13 @@ class RolloutFleet:
             key = "teacher.engines" if self.role == "teacher" else "rollout.engines"
             settings = with_gpu_share(settings, index, self.num_engines, key)
         seed = (settings.get("seed", 0) + index) % 2**32  # vLLM hands it to numpy, too
-        own = {"seed": seed, "secret": secrets.token_hex(32)}
+        engine_settings = {"seed": seed, "secret": secrets.token_hex(32)}
         log = self.log_folder / f"{self.role}-{index}.log"
-        server = self.make_server(self._model, log, **(settings | own))
+        server = self.make_server(self._model, log, **(settings | engine_settings))
         server.start()
         client = EngineClient(
             "",
-            secret=own["secret"],
+            secret=engine_settings["secret"],
             timeout_seconds=self.request_timeout_seconds,
             vocab_size=vocab_size(self._model),
             name=f"{self.role}-{index}",

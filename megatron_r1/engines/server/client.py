@@ -283,10 +283,10 @@ class EngineClient:
                 headers=self.headers,
             )
         payload = None if json is None else msgspec.json.encode(json)
-        own = {} if json is None else {"Content-Type": "application/json"}
+        content_type = {} if json is None else {"Content-Type": "application/json"}
         try:
             async with self._session.request(
-                method, self.url + path, data=payload, headers={**own, **(headers or {})}
+                method, self.url + path, data=payload, headers={**content_type, **(headers or {})}
             ) as reply:
                 if reply.status == 200:
                     return await read(reply)

@@ -49,6 +49,6 @@ def network_environment(address: str) -> dict[str, str]:
     address = socket.gethostbyname(address)
     interface = os.environ.get("GLOO_SOCKET_IFNAME")
     for name, addresses in psutil.net_if_addrs().items():
-        if any(one.family == socket.AF_INET and one.address == address for one in addresses):
+        if any(entry.family == socket.AF_INET and entry.address == address for entry in addresses):
             interface = interface or name
     return {"VLLM_HOST_IP": address} | ({"GLOO_SOCKET_IFNAME": interface} if interface else {})

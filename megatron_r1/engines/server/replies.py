@@ -142,10 +142,10 @@ def parse_prompt_logprobs(body: bytes, token_ids: Sequence[int], first: int) -> 
         raise ValueError(f"{len(token_ids)} tokens but log-probabilities of {len(entries)}")
     logprobs = array("f")
     for entry, token in zip(entries[first:], token_ids[first:], strict=True):
-        found = (entry or {}).get(str(token))
-        if found is None:
+        token_entry = (entry or {}).get(str(token))
+        if token_entry is None:
             raise ValueError(f"token {token} has no log-probability")
-        logprobs.append(found.logprob)
+        logprobs.append(token_entry.logprob)
     _check_logprobs(token_ids[first:], logprobs)
     return logprobs
 
@@ -383,9 +383,9 @@ async def _read_routing(
                 sizes.append(await asyncio.to_thread(_write, file, rows, shape, num_tokens))
         if not sum(sizes):
             return [memoryview(b"")] * len(sizes)
-        whole = memoryview(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ))
+        mapped = memoryview(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ))
     ends = np.cumsum(sizes).tolist()
-    return [whole[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+    return [mapped[end - size : end] for end, size in zip(ends, sizes, strict=True)]
 
 
 def _write(file: IO[bytes], rows: np.ndarray, shape: RoutingShape, num_tokens: int) -> int:

@@ -230,11 +230,11 @@ def engine_settings(engines: RolloutConfig | TeacherConfig) -> dict[str, Any]:
     # The server that takes requests, and the controller, need a core besides: with 2 threads on 2
     # cores a rollout of 256 short responses takes 1.14 s, with 1 thread 0.92 s.
     threads = engines.threads or max(1, min(2, (os.cpu_count() or 1) - 1))
-    own = engines.model_dump(include=ENGINE_KEYS) | {"num_threads": threads}
+    settings = engines.model_dump(include=ENGINE_KEYS) | {"num_threads": threads}
     if isinstance(engines, RolloutConfig):  # a teacher only scores
-        own["speculative"] = speculative_settings(engines.speculative)
-        own["redundant_experts"] = engines.redundant_experts
-    return own
+        settings["speculative"] = speculative_settings(engines.speculative)
+        settings["redundant_experts"] = engines.redundant_experts
+    return settings
 
 
 def speculative_settings(speculative: SpeculativeConfig) -> dict[str, Any] | None:
