@@ -108,7 +108,7 @@ class ParserPool:
         A parser that raises, hangs or ends its process leaves a turn that is all content.
 
         Raises:
-            UserError: as `check`.
+            UserError: vLLM has no such parser, or the parser refuses the tokenizer.
             RunError: no worker can be started.
         """
         if not self._has_parsers:

@@ -95,7 +95,7 @@ class EnginePolicy:
 
         Raises:
             EngineError: an engine does not start.
-            UserError: as `placement.open_pool`.
+            UserError: the port for engine hosts is taken, or this host's name does not resolve.
         """
         log = partial(print, flush=True)
         for sentence in describe_config_changes(self._model):

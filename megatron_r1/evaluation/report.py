@@ -190,7 +190,14 @@ async def _votes(
     sizes: Sequence[int],
     seed: int,
 ) -> dict[int, Estimate]:
-    """Return k → cons@k; empty if some responses have no answer that can be compared."""
+    """Return k → cons@k; empty if some responses have no answer that can be compared.
+
+    Args:
+        pool: compares answers.
+        prompts: the questions.
+        groups: the graded samples of each question.
+        sizes: the values of k.
+        seed: of the subsets, and of the intervals."""
     if not all(can_vote(prompt.kind) for prompt in prompts):
         return {}
     rewards = [[sample.reward for sample in group] for group in groups]

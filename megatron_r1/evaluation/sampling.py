@@ -78,8 +78,8 @@ class TextResponseGrader:
         """Return the response with its rewards; with the reason alone if a grader failed on it.
 
         Raises:
-            ValueError: as `RewardTerms.grade`.
-            RunError: as `RewardTerms.grade`.
+            ValueError: a reward that cannot be used.
+            RunError: the service of a reward is down.
         """
         grades = await self._rewards.grade(
             self._terms, prompt, response.text, response.num_tokens, response.opened

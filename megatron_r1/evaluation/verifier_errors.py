@@ -152,7 +152,13 @@ def _most(population: int, sampled: int, found: int) -> int:
 
 
 def _at_most(count: int, population: int, marked: int, sampled: int) -> float:
-    """Return P(X <= count) of the hypergeometric distribution."""
+    """Return P(X <= count) of the hypergeometric distribution.
+
+    Args:
+        count: the most marked ones among those drawn.
+        population: how many there are.
+        marked: how many of the population are marked.
+        sampled: how many are drawn."""
     first = max(0, sampled - (population - marked))
     log_samples = _log_choose(population, sampled)
     return math.fsum(

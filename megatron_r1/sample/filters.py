@@ -130,6 +130,12 @@ def _long_paragraphs(
     Words are separated by spaces, and may be numbers and formulae; 1.7 Chinese characters are one,
     so that a page counts alike in both languages. Code blocks are left to `code_blocks`.
 
+    Args:
+        response: the response.
+        prompt: its prompt, which is not used.
+        max_words: the longest paragraph that is accepted, words.
+        part: the judged part of the response.
+
     Raises:
         ValueError: the limit is not a positive number.
     """
@@ -318,8 +324,8 @@ class PooledFilters:
         """Return why the response is dropped, None to keep it.
 
         Raises:
-            UserError: as `RewardPool.grade`.
-            RunError: as `RewardPool.grade`.
+            UserError: a field of the prompt is not JSON.
+            RunError: no reward worker can be started, or the pool is closed.
         """
         if not self._filters:
             return None

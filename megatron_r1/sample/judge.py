@@ -274,7 +274,14 @@ class PreferencePairs:
         shown: dict[int, str],
         outcome: Comparison | Ungradable,
     ) -> tuple[dict[int, Decision], list[dict[str, Any]]]:
-        """Return the decisions by index, and the row of a pair with a winner."""
+        """Return the decisions by index, and the row of a pair with a winner.
+
+        Args:
+            prompt: the question.
+            first: one response.
+            second: the response it was compared with.
+            shown: index → the text of a response that the judge saw.
+            outcome: the votes, or why there are none."""
         both = (first.index, second.index)
         if isinstance(outcome, Ungradable):
             return dict.fromkeys(both, Decision(UNGRADED, str(outcome))), []

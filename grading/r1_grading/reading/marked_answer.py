@@ -136,7 +136,13 @@ def _sentence_around(text: str, at: int) -> tuple[int, int]:
 
 def _stated(text: str, start: int, end: int, numeric: bool) -> tuple[str, bool, int] | None:
     """Return (value, whether a sentence states it, where it ends) of a sentence that marks one
-    value as the answer, in itself or in the line below it."""
+    value as the answer, in itself or in the line below it.
+
+    Args:
+        text: the text of the response after its thought.
+        start: the index of the sentence's first character.
+        end: the index behind its last one.
+        numeric: whether an answer in words is refused."""
     sentence = text[start:end]
     _, marker, marked = sentence.rpartition(MARKER)
     if marker and not marked.startswith("#"):

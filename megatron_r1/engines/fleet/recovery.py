@@ -74,7 +74,7 @@ class EngineReplacer:
         it ran out of memory, or if too many of its last replies were unusable.
 
         Raises:
-            EngineError: as `replace`.
+            EngineError: the engine died and no restart is left.
         """
         if isinstance(failure, EngineDied):
             self.replace(engine, failure)

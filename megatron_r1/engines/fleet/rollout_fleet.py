@@ -314,7 +314,8 @@ class RolloutFleet:
             order: calls with a smaller number are sent first.
 
         Raises:
-            EngineError: as `generate`.
+            EngineError: the call was refused, no engine could serve it, or its engine died and no
+                restart is left.
         """
         return await self.retries.run(
             DispatchedRequest(1, len(token_ids), ExpectedLength(1.0, 1.0, num_groups=1), order),

@@ -113,7 +113,13 @@ async def _swap(
     stays paused; "kind" in the reply's body is a key of `STATUS` where it is one of these.
 
     Without `reset_running_requests` vLLM keeps the whole cache while any sequence is in flight: new
-    groups would then attend to keys of the weights before."""
+    groups would then attend to keys of the weights before.
+
+    Args:
+        engine: vLLM's engine client.
+        update_info: the fields of a `PushUpdateInfo`, alone or in a list.
+        weight_version: the version of the received weights.
+        resume: whether requests go on at once."""
     # Returns when no step is under way. The engine stamps tokens with their version, so it does not
     # matter when their receiver gets them.
     await engine.engine_core.pause_scheduler_async(mode="keep", clear_cache=False)

@@ -105,7 +105,16 @@ def _has_state(value: Any) -> bool:
 def _changed_tensors(
     old: Any, new: Any, path: str, seen: set[int]
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield (tensor of the old state, tensor of the new) wherever they have different memory."""
+    """Yield (tensor of the old state, tensor of the new) wherever they have different memory.
+
+    Args:
+        old: a value of the old state.
+        new: the value at the same place of the new state.
+        path: the attributes that lead there, for errors.
+        seen: the ids of the new objects that were visited; this call adds to it.
+
+    Raises:
+        ValueError: the two states differ in more than the values of tensors."""
     if old is new or id(new) in seen or isinstance(new, NO_STATE):
         return
     if isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor):
@@ -202,7 +211,13 @@ def _load_layer(
     in_place: bool,
 ) -> None:
     """Give a layer its received tensors in checkpoint form, have vLLM convert them to its
-    kernels' form, and put the result into the tensors in use, which CUDA graphs point to."""
+    kernels' form, and put the result into the tensors in use, which CUDA graphs point to.
+
+    Args:
+        model: vLLM's model on this rank.
+        layer: one of its layers.
+        received: the received tensors of the layer, by name.
+        in_place: whether the engine computes in the memory of `received`, as in `load`."""
     before = SavedKernelState(layer)
     info = to_checkpoint_form(layer)
     in_use = info.kernel_tensors

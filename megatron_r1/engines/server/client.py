@@ -272,7 +272,14 @@ class EngineClient:
         read: Callable[[aiohttp.ClientResponse], Awaitable[T]],
         headers: Mapping[str, str] | None = None,
     ) -> T:
-        """Send one request and return what `read` makes of its reply."""
+        """Send one request and return what `read` makes of its reply.
+
+        Args:
+            method: "GET" or "POST".
+            path: the path of the endpoint.
+            json: the body, which is encoded as JSON; None for no body.
+            read: reads the reply's body.
+            headers: headers besides those of every request."""
         if self._session is None:
             self._session = aiohttp.ClientSession(
                 # One connection per call: vLLM closes idle ones after 5 seconds, and any after a

@@ -186,7 +186,8 @@ def _checked_response(
     `mask` of None, that no mask was asked for.
 
     Raises:
-        ValueError: as `parse_responses`.
+        ValueError: a token is outside the vocabulary or not in `mask`, a log-probability is not
+            finite, or the policy versions do not cover exactly the tokens.
     """
     _check_logprobs(token_ids, logprobs)
     if mask is not None:
@@ -330,7 +331,8 @@ async def read_responses(
         routing_slots: bounds the choices whose routed experts are in memory.
 
     Raises:
-        ValueError: as in `parse_responses`.
+        ValueError: the body is malformed, or a response fails the checks of `_checked_response` or
+            has routed experts of another shape.
         RunError: where the file cannot be written."""
     try:
         length = int.from_bytes(await content.readexactly(4), "little")
@@ -369,7 +371,18 @@ async def _read_routing(
     shape: RoutingShape,
     routing_slots: asyncio.Semaphore,
 ) -> list[memoryview]:
-    """Return the rows of every choice, as views of a file."""
+    """Return the rows of every choice, as views of a file.
+
+    Args:
+        content: the body, at the first choice's rows.
+        choices: the headers of the choices.
+        lengths: tokens of prompt and response of each choice.
+        shape: the shape of the model's routing.
+        routing_slots: bounds the choices whose routed experts are in memory.
+
+    Raises:
+        ValueError: a choice has no routed experts, or impossible ones.
+        RunError: the file cannot be written."""
     sizes = []
     with tempfile.TemporaryFile(buffering=0) as file:
         for choice, num_tokens in zip(choices, lengths, strict=True):
@@ -389,7 +402,17 @@ async def _read_routing(
 
 
 def _write(file: IO[bytes], rows: np.ndarray, shape: RoutingShape, num_tokens: int) -> int:
-    """Append the checked rows; return how many bytes they are."""
+    """Append the checked rows; return how many bytes they are.
+
+    Args:
+        file: the file, opened without a buffer.
+        rows: [num_tokens - 1, layers, topk], the routed experts.
+        shape: the shape of the model's routing.
+        num_tokens: the tokens of prompt and response.
+
+    Raises:
+        ValueError: `rows` has another shape or impossible experts.
+        RunError: the file cannot be written."""
     content = _moe_routing(rows, shape, num_tokens).reshape(-1).view(np.uint8).data
     done = 0
     try:
