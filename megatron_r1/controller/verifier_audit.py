@@ -18,11 +18,11 @@ from r1_grading.terms import ACCURACY
 
 from megatron_r1.controller.advantages import group_advantages
 from megatron_r1.evaluation.estimates import Estimate, estimate
+from megatron_r1.evaluation.fraction_intervals import FractionEstimate, sampled_fraction
 from megatron_r1.evaluation.verifier_errors import (
     SOURCE_FIELDS,
     AnswerContent,
     ErrorRates,
-    FractionEstimate,
     GradedAnswer,
     SecondMethod,
     SecondVerdict,
@@ -30,7 +30,6 @@ from megatron_r1.evaluation.verifier_errors import (
     error_rates,
     group_by_stratum,
     judge_all,
-    sampled_fraction,
 )
 
 if TYPE_CHECKING:
