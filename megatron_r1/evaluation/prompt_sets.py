@@ -17,7 +17,7 @@ from megatron_r1.config.eval import BenchmarkConfig, EvalConfig
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.evaluation.benchmarks import find_benchmark
 from megatron_r1.evaluation.benchmarks.base import Rows, read_rows, to_prompts
-from megatron_r1.evaluation.response import PromptKey
+from megatron_r1.evaluation.response_log import PromptKey
 
 OWN = "questions"
 """The benchmark of the user's own questions."""

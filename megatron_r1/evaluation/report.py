@@ -33,7 +33,8 @@ from megatron_r1.evaluation.estimates import (
     win_rates,
 )
 from megatron_r1.evaluation.prompt_sets import PromptSet
-from megatron_r1.evaluation.response import ResponseLog, is_ungraded
+from megatron_r1.evaluation.response import is_ungraded
+from megatron_r1.evaluation.response_log import ResponseLog
 from megatron_r1.evaluation.voting import (
     Vote,
     can_vote,

@@ -16,7 +16,8 @@ from r1_grading.terms import ACCURACY, Options, combine
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.evaluation.prompt_sets import PromptSet, prompt_digest
-from megatron_r1.evaluation.response import Policy, PromptKey, ResponseLog, TextResponse
+from megatron_r1.evaluation.response import Policy, TextResponse
+from megatron_r1.evaluation.response_log import PromptKey, ResponseLog
 from megatron_r1.reporting.formatting import format_duration
 
 NUM_PROGRESS_LINES = 4

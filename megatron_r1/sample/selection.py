@@ -35,7 +35,8 @@ from megatron_r1.config.sample import KeepConfig
 from megatron_r1.data.prompts import Prompt, normalize_question
 from megatron_r1.data.rows import read_canonical_rows, require_text
 from megatron_r1.evaluation.prompt_sets import PromptSet
-from megatron_r1.evaluation.response import ResponseLog, TextResponse
+from megatron_r1.evaluation.response import TextResponse
+from megatron_r1.evaluation.response_log import ResponseLog
 
 KEPT, NOT_CHOSEN = "kept", "not_chosen"
 CHOSEN, REJECTED = "chosen", "rejected"
