@@ -182,8 +182,17 @@ def _checked_response(
     mask: bytes | None,
     vocab_size: int | None,
 ) -> Response:
-    """Return a response after the checks of `parse_responses`. A `vocab_size` of None is unknown; a
-    `mask` of None, that no mask was asked for.
+    """Return a response after the checks of `parse_responses`.
+
+    Args:
+        token_ids: the sampled tokens.
+        logprobs: their log-probabilities.
+        spans: the policy versions of all tokens, in order.
+        finish_reason: "stop", "length" or "abort"; None counts as "abort".
+        routing: the checked rows of routed experts, or empty.
+        mask: the kept ids of each token, in the form of `models.sampling_mask`; None if no mask was
+            asked for.
+        vocab_size: the size of the vocabulary; None if it is unknown.
 
     Raises:
         ValueError: a token is outside the vocabulary or not in `mask`, a log-probability is not
