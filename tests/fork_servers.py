@@ -54,8 +54,8 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     from megatron_r1.base.processes.fork_server import SERVERS
     from megatron_r1.controller.trainer_calls.ranks import MODULE as RANK
     from megatron_r1.controller.trainer_calls.ranks import import_environment
+    from megatron_r1.engines.server.environment import engine_environment
     from megatron_r1.engines.server.server import MODULE as ENGINE
-    from megatron_r1.engines.server.settings import engine_environment
 
     # What all processes of the tests share: a process with another environment is not forked.
     os.environ["PYTHONPATH"] = os.pathsep.join([str(SYSTEM), os.environ.get("PYTHONPATH", "")])

@@ -54,8 +54,10 @@ def grade(
         return Grade(0.0, f"answer too long: {num_chars} characters, at most {MAX_ANSWER_CHARS}")
     answer = normalize_answer(extraction.text)
     correct = bool(answer) and answer in {normalize_answer(option) for option in expected}
-    wanted = " or ".join(map(shorten, expected[:3]))
-    return Grade(float(correct), describe(extraction.text, wanted, correct, extraction.source))
+    expected_text = " or ".join(map(shorten, expected[:3]))
+    return Grade(
+        float(correct), describe(extraction.text, expected_text, correct, extraction.source)
+    )
 
 
 def normalize_answer(text: str) -> str:

@@ -118,8 +118,8 @@ RELATIVE_ERROR = Fraction(1, 1000)
 def _numbers_given(answer: str, entry: dict[str, Any]) -> str:
     """Refuse a formula of other numbers: the scorer asks for any four in range, `6*4*1*1`."""
     used = Counter(int(number) for number in re.findall(r"\d+", answer))
-    given = Counter(entry["metadata"]["numbers"])
-    return "" if used == given else f"it has to use {sorted(given.elements())}, each once"
+    numbers = Counter(entry["metadata"]["numbers"])
+    return "" if used == numbers else f"it has to use {sorted(numbers.elements())}, each once"
 
 
 def _finite(answer: str, entry: dict[str, Any]) -> str:
@@ -157,15 +157,15 @@ def _the_number(answer: str, entry: dict[str, Any]) -> str:
 def _as_many_words(answer: str, entry: dict[str, Any]) -> str:
     """Refuse additions: the scorer compares the beginning."""
     expected = str(entry["answer"]).replace(",", " ").split()
-    found = answer.replace(",", " ").split()
-    return "" if len(found) <= len(expected) else "it is longer than an answer can be"
+    answer_words = answer.replace(",", " ").split()
+    return "" if len(answer_words) <= len(expected) else "it is longer than an answer can be"
 
 
-def _matching(pattern: str, what: str) -> Callable[[str, dict[str, Any]], str]:
+def _matching(pattern: str, form_name: str) -> Callable[[str, dict[str, Any]], str]:
     """Return a guard that refuses what is not `pattern` as a whole: the scorer passes over other
     text, such as the words of `it is not 1/2`."""
     form = re.compile(pattern)
-    return lambda answer, entry: "" if form.fullmatch(answer.strip()) else f"it is not {what}"
+    return lambda answer, entry: "" if form.fullmatch(answer.strip()) else f"it is not {form_name}"
 
 
 def _refuse_longer(answer: str, entry: dict[str, Any]) -> str:
@@ -272,7 +272,7 @@ def grade(
     opened: bool = False,
     reading: str = "strict",
     plain_line: bool = False,
-    **other: object,
+    **fields: object,
 ) -> Grade:
     """Return reasoning-gym's score of the response's final answer (see `reading.read_answer`).
 
@@ -287,7 +287,7 @@ def grade(
         opened: the prompt ended with `<think>`.
         reading: where the answer is, as in `read_answer`.
         plain_line: whether a last line is read, as in `read_answer`.
-        **other: the prompt's other fields, which are not used.
+        **fields: the prompt's other fields, which are not used.
 
     Raises:
         ValueError: an unknown task or an incomplete entry."""

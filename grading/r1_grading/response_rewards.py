@@ -151,7 +151,7 @@ def grade_language(
     if not words.total:
         return Grade(0.0, "no words in the chain of thought")
     fraction = getattr(words, target) / words.total
-    counts = f"English {words.en:.0f}, Chinese {words.zh:.0f}, other {words.other:.0f}"
+    counts = f"English {words.en:.0f}, Chinese {words.zh:.0f}, other {words.other_scripts:.0f}"
     return Grade(fraction, f"{fraction:.1%} of its words are {LANGUAGES[target]} ({counts})")
 
 

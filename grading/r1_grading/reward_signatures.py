@@ -148,12 +148,12 @@ class AdaptedFunction:
         """
         if missing := tuple(name for name in self._needed if name not in arguments):
             raise MissingArguments(missing)
-        taken = (
+        accepted = (
             arguments
             if self._takes_all
             else {n: v for n, v in arguments.items() if n in self._names}
         )
-        return self._call(**taken)
+        return self._call(**accepted)
 
 
 class _VerlFunction(AdaptedFunction):
@@ -161,13 +161,13 @@ class _VerlFunction(AdaptedFunction):
         row = {"data_source": None, "extra_info": {}} | fields
         text = without_special_tokens(response)  # verl decodes without them
         result = self.call(row | {"solution_str": text, "ground_truth": truth})
-        others: dict[str, Any] = {}
+        details: dict[str, Any] = {}
         if isinstance(result, Mapping):
             if "score" not in result:
                 raise TypeError(f"it returned a mapping without 'score': {shorten(result)}")
-            others = {name: value for name, value in result.items() if name != "score"}
+            details = {name: value for name, value in result.items() if name != "score"}
             result = result["score"]
-        said = [f"{name} {shorten(value)}" for name, value in list(others.items())[:MAX_OTHERS]]
+        said = [f"{name} {shorten(value)}" for name, value in list(details.items())[:MAX_OTHERS]]
         return FiniteGrade(number := _number(result), ", ".join([f"score {number:g}", *said]))
 
 
@@ -182,8 +182,8 @@ class _TrlFunction(AdaptedFunction):
             raise ValueError(f"option {TRL_NAME} must be {' or '.join(FORMS)}, got {form!r}")
         text = without_special_tokens(response)
         texts = {"prompts": ("user", fields.get("question")), TRL_NAME: ("assistant", text)}
-        given = dict.fromkeys(TRUTH_NAMES, truth) | fields
-        columns = {name: [value] for name, value in given.items() if name not in NOT_COLUMNS}
+        row = dict.fromkeys(TRUTH_NAMES, truth) | fields
+        columns = {name: [value] for name, value in row.items() if name not in NOT_COLUMNS}
         for name, (role, content) in texts.items():
             columns[name] = [content if form == "text" else [{"role": role, "content": content}]]
         try:
@@ -191,8 +191,8 @@ class _TrlFunction(AdaptedFunction):
         except (TypeError, AttributeError) as error:
             if isinstance(error, MissingArguments):
                 raise
-            other = FORMS[form == FORMS[0]]
-            hint = f"it got completions as {form}; its option {TRL_NAME}: {other} changes that"
+            other_form = FORMS[form == FORMS[0]]
+            hint = f"it got completions as {form}; its option {TRL_NAME}: {other_form} changes that"
             raise TypeError(f"{error}; {hint}").with_traceback(error.__traceback__) from None
         rewards = result.tolist() if hasattr(result, "tolist") else result  # of numpy and torch
         if not isinstance(rewards, list | tuple) or len(rewards) != 1:

@@ -120,15 +120,15 @@ def resolve(kind: str) -> str:
     Raises:
         UserError: an unknown kind, naming the known ones, and a path into Python's own library: a
             row of a data set could otherwise name `builtins:exec` and contain its program."""
-    known = REGISTRY | REMOTE | {ENVIRONMENT: f"{__name__}:refuse_environment"}
-    if kind in known:
-        return known[kind]
+    paths = REGISTRY | REMOTE | {ENVIRONMENT: f"{__name__}:refuse_environment"}
+    if kind in paths:
+        return paths[kind]
     module, _, function = kind.partition(":")
     if f"{module}.".startswith(f"{FORMER}."):
         name = module.removeprefix(FORMER).strip(".").partition(".")[0]
         raise UserError(
             f"reward kind {kind!r}: {FORMER} is the package r1_grading now; write "
-            + (repr(name) if name in known else "the reward's new name"),
+            + (repr(name) if name in paths else "the reward's new name"),
             key="kind",
             cause=Cause.UNKNOWN,
         )
@@ -145,12 +145,12 @@ def resolve(kind: str) -> str:
         module = module[:-3].replace("/", ".")
     elif not function:
         module, _, function = kind.rpartition(".")
-    hint = did_you_mean(kind, known)
+    hint = did_you_mean(kind, paths)
     if function.isidentifier() and _is_module(module):
         hint = f"; did you mean '{module}:{function}'?"
     raise UserError(
         f"unknown reward kind {kind!r}{hint} (known: "
-        f"{', '.join(sorted(known))}; your own is written 'package.module:function')",
+        f"{', '.join(sorted(paths))}; your own is written 'package.module:function')",
         key="kind",
         cause=Cause.UNKNOWN,
     )

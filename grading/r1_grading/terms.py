@@ -77,20 +77,20 @@ def _read_weight(path: str, name: str, value: Any) -> float | ScheduledWeight:
         try:
             resolve(name)
         except UserError as error:
-            own = f"{ACCURACY!r} is the prompt's own kind"
+            explanation = f"{ACCURACY!r} is the prompt's own kind"
             suggestion = did_you_mean(name, [ACCURACY]) or ";"
-            message = f"{path}: {error}{suggestion} {own}"
+            message = f"{path}: {error}{suggestion} {explanation}"
             raise UserError(message, key=path, cause=error.cause) from None
     if isinstance(value, ScheduledWeight):
         value = vars(value)
     if not isinstance(value, Mapping):
         return _finite(path, value)
-    known = [field.name for field in fields(ScheduledWeight)]
+    keys = [field.name for field in fields(ScheduledWeight)]
     for key in value:
-        if key not in known:
-            names = ", ".join(known)
+        if key not in keys:
+            names = ", ".join(keys)
             raise UserError(
-                f"{path}: unknown key {key}{did_you_mean(key, known, '{}')} ({names})",
+                f"{path}: unknown key {key}{did_you_mean(key, keys, '{}')} ({names})",
                 key=f"{path}.{key}",
                 cause=Cause.UNKNOWN,
             )
@@ -184,9 +184,9 @@ def read_options(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
             check_options(kind, values)
         elif kind in REGISTRY and (unknown := [v for v in values if v not in option_names(kind)]):
-            known = sorted(option_names(kind))
-            hint = did_you_mean(unknown[0], known, "{}")
-            hint = hint or f"; it has {', '.join(known) or 'none'}"
+            names = sorted(option_names(kind))
+            hint = did_you_mean(unknown[0], names, "{}")
+            hint = hint or f"; it has {', '.join(names) or 'none'}"
             raise UserError(
                 f"{path}: unknown option {unknown[0]}{hint}",
                 key=f"{path}.{unknown[0]}",
@@ -202,10 +202,10 @@ def _read_numbers(kind: str, values: Mapping[str, Any]) -> dict[str, Any]:
     read = dict(values)
     defaults = _defaults(kind) if kind in REGISTRY else {}
     for name, value in values.items():
-        wanted = type(defaults.get(name))
-        if wanted in (bool, int, float):
+        number_type = type(defaults.get(name))
+        if number_type in (bool, int, float):
             try:
-                read[name] = read_scalar(value, [wanted])
+                read[name] = read_scalar(value, [number_type])
             except ValueError as error:
                 key = f"rewards.options.{kind}.{name}"
                 raise UserError(f"{key}: {error}", key=key, cause=Cause.MALFORMED) from None
@@ -248,17 +248,17 @@ def call_fields(
         options: kind → the recipe's options.
         fields: the prompt's fields.
         facts: facts about the response, which override options and fields."""
-    given = options.get(kind, {})
+    reward_options = options.get(kind, {})
     if kind in REMOTE:
         from r1_grading.remote.remote_rewards import settings_names
 
-        refused = settings_names(kind) if given else {"api_key_env"}
+        refused = settings_names(kind) if reward_options else {"api_key_env"}
         fields = {name: value for name, value in fields.items() if name not in refused}
-        return {**fields, **given, **facts}
+        return {**fields, **reward_options, **facts}
     if kind in FORM_REWARDS:
         names = option_names(kind)
         fields = {name: value for name, value in fields.items() if name in names}
-    return {**given, **fields, **facts}
+    return {**reward_options, **fields, **facts}
 
 
 class RewardUnusable(UserError):
@@ -485,6 +485,6 @@ def rewards_equal(rewards: Sequence[float]) -> bool:
     return math.isclose(min(rewards), max(rewards), rel_tol=RELATIVE, abs_tol=ABSOLUTE)
 
 
-def compare_rewards(one: float, other: float) -> int:
-    """Return -1 if `one` is smaller, 1 if it is larger, 0 if the two are equal but for rounding."""
-    return 0 if rewards_equal((one, other)) else -1 if one < other else 1
+def compare_rewards(first: float, second: float) -> int:
+    """Return -1 if `first` is smaller, 1 if it is larger, 0 if both are equal but for rounding."""
+    return 0 if rewards_equal((first, second)) else -1 if first < second else 1

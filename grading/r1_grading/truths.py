@@ -49,11 +49,13 @@ def accepted_answers(truth: Any) -> list[Any]:
     `{"target": …}`, or of either as JSON text; else the truth itself. A list in text counts where
     its entries are text: `["18"]`, while `[1, 2]` is an interval."""
     if isinstance(truth, str):
-        found = _decode_answers(truth)
-        return [truth] if found is None else accepted_answers(found)
+        answers = _decode_answers(truth)
+        return [truth] if answers is None else accepted_answers(answers)
     if isinstance(truth, Mapping) and truth and truth.keys() <= set(ANSWER_KEYS) | IGNORED_KEYS:
-        found = _flatten_answers([truth[key] for key in ANSWER_KEYS if truth.get(key) is not None])
-        return [entry for at, entry in enumerate(found) if entry not in found[:at]]
+        answers = _flatten_answers(
+            [truth[key] for key in ANSWER_KEYS if truth.get(key) is not None]
+        )
+        return [entry for at, entry in enumerate(answers) if entry not in answers[:at]]
     return _flatten_answers(truth) if isinstance(truth, list | tuple) else [truth]
 
 
@@ -68,8 +70,8 @@ def is_missing(truth: Any, words: Collection[str] = NO_TRUTH) -> bool:
     """Return whether a truth is none: null, NaN, blank, an empty list, or one of `words`, in any
     case, in brackets or not. Of several all must be."""
     if isinstance(truth, Mapping):
-        found = accepted_answers(truth)
-        return found != [truth] and is_missing(found, words)
+        answers = accepted_answers(truth)
+        return answers != [truth] and is_missing(answers, words)
     if isinstance(truth, list | tuple):
         return all(is_missing(entry, words) for entry in truth)
     if isinstance(truth, str) and not truth.isdecimal() and states_no_answer(truth):
@@ -78,12 +80,12 @@ def is_missing(truth: Any, words: Collection[str] = NO_TRUTH) -> bool:
         return True
     if not isinstance(truth, str) or len(truth) > MAX_NONE_CHARS or truth.isdecimal():
         return False
-    found = accepted_answers(truth)
-    if found != [truth]:
-        return is_missing(found, words)
+    answers = accepted_answers(truth)
+    if answers != [truth]:
+        return is_missing(answers, words)
     bare = unwrap(truth).casefold()
-    known = {word.casefold() for word in words}
-    return not bare or bare in known or (bare.strip(WRAPPING) in known and bool(words))
+    none_words = {word.casefold() for word in words}
+    return not bare or bare in none_words or (bare.strip(WRAPPING) in none_words and bool(words))
 
 
 def states_no_answer(text: str) -> bool:
@@ -100,9 +102,9 @@ def guess_reward_kind(truth: Any) -> str:
     for any of several names or phrases, else `math`."""
     if is_tests(truth):
         return "code"
-    found = accepted_answers(truth)
-    is_several = found != [truth]
-    words = [t for t in found if isinstance(t, str) and WORD.search(t) and "\\" not in t]
+    answers = accepted_answers(truth)
+    is_several = answers != [truth]
+    words = [t for t in answers if isinstance(t, str) and WORD.search(t) and "\\" not in t]
     return "exact_match" if is_several and words else "math"
 
 
@@ -167,10 +169,10 @@ def check_truth(kind: str, truth: Any, fields: Mapping[str, Any]) -> None:
 
 
 def _check_alternatives(truth: Any, fields: Mapping[str, Any]) -> None:
-    found = accepted_answers(truth)
-    if not found:
+    answers = accepted_answers(truth)
+    if not answers:
         raise ValueError("the truth is a list without an answer")
-    for entry in found:
+    for entry in answers:
         math_truth(entry)
         if isinstance(decode_literal(entry), Mapping):
             raise ValueError(
@@ -195,8 +197,8 @@ def _flatten_answers(entries: Any) -> list[Any]:
     flat: list[Any] = []
     for entry in entries:
         is_nested = isinstance(entry, list | tuple | Mapping)
-        found = accepted_answers(entry) if is_nested else [entry]
-        flat += _flatten_answers(found) if is_nested and found != [entry] else found
+        answers = accepted_answers(entry) if is_nested else [entry]
+        flat += _flatten_answers(answers) if is_nested and answers != [entry] else answers
     return [entry for entry in flat if entry is not None]
 
 

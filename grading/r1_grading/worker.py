@@ -167,7 +167,7 @@ def _comes_from_memory(error: BaseException | None) -> bool:
     while error is not None and error not in seen:
         seen.append(error)
         error = error.__cause__ or error.__context__
-    return any(isinstance(each, MemoryError) for each in seen)
+    return any(isinstance(cause, MemoryError) for cause in seen)
 
 
 def _describe(error: BaseException) -> str:

@@ -108,7 +108,7 @@ class ParserPool:
         A parser that raises, hangs or ends its process leaves a turn that is all content.
 
         Raises:
-            UserError: as `check`.
+            UserError: vLLM has no such parser, or the parser refuses the tokenizer.
             RunError: no worker can be started.
         """
         if not self._has_parsers:
@@ -193,18 +193,18 @@ def parse_hermes(text: str) -> ParsedAnswer:
     malformed, or repeats a key, or has one that is not known, there are no calls: the content is
     the whole text, and `failure` says why. A tag that no call follows stays in the content, with
     `failure` too."""
-    reasoning, rest = _split_thought(text)
+    reasoning, answer = _split_thought(text)
     calls: list[dict[str, Any]] = []
     pieces, start = [], 0
     try:
-        for begin, end, call in _calls(rest):
-            pieces.append(rest[start:begin])
+        for begin, end, call in _calls(answer):
+            pieces.append(answer[start:begin])
             calls.append(call)
             start = end
     except MalformedCall as error:
-        return ParsedAnswer(reasoning, rest, failure=str(error))
-    pieces.append(rest[start:])
-    content = "\n".join(filter(None, map(str.strip, pieces))) if calls else rest
+        return ParsedAnswer(reasoning, answer, failure=str(error))
+    pieces.append(answer[start:])
+    content = "\n".join(filter(None, map(str.strip, pieces))) if calls else answer
     failure = f"a {OPEN} without a call stays text" if OPEN in content else ""
     return ParsedAnswer(reasoning, content, calls, failure)
 
@@ -260,10 +260,10 @@ def _call(body: dict[str, Any]) -> dict[str, Any]:
     name = body.get("name")
     if not isinstance(name, str) or not name:
         raise ValueError(f"its name is {name!r}")
-    given = [body[key] for key in ARGUMENTS if body.get(key) not in (None, "")]
-    if len(given) > 1 and given[0] != given[1]:
+    argument_values = [body[key] for key in ARGUMENTS if body.get(key) not in (None, "")]
+    if len(argument_values) > 1 and argument_values[0] != argument_values[1]:
         raise ValueError(f"it has both {' and '.join(ARGUMENTS)}")
-    arguments = given[0] if given else {}
+    arguments = argument_values[0] if argument_values else {}
     if isinstance(arguments, str):
         arguments = _DECODER.decode(arguments)
     if not isinstance(arguments, dict):

@@ -174,9 +174,11 @@ class Continuation:
             if written.startswith(text):
                 closing = [] if last == close else [close]
                 return closing + self._encode(written[len(text) :] + new)
-        rest = written + new
+        text_behind = written + new
         # Without a closing token the answer may have ended with what begins the next message.
-        return self._encode(rest if last is None else rest.removeprefix(self._ends.get(last, "")))
+        return self._encode(
+            text_behind if last is None else text_behind.removeprefix(self._ends.get(last, ""))
+        )
 
     def _behind(self, answer: str) -> str:
         """Return what the template writes behind an answer, of the text of the whole answer."""
@@ -260,13 +262,13 @@ def _is_same(ours: Message, theirs: Message) -> bool:
     """Whether a request's message stands for one of the tree's."""
     if ours == theirs:
         return True
-    mine, other = _renderable(ours), _renderable(theirs)
-    if mine["role"] != "assistant" or other["role"] != "assistant":
-        return mine == other
-    thought = other.get("reasoning_content")
+    mine, theirs_rendered = _renderable(ours), _renderable(theirs)
+    if mine["role"] != "assistant" or theirs_rendered["role"] != "assistant":
+        return mine == theirs_rendered
+    thought = theirs_rendered.get("reasoning_content")
     return (
-        mine["content"].strip() == other["content"].strip()
-        and _calls(mine) == _calls(other)
+        mine["content"].strip() == theirs_rendered["content"].strip()
+        and _calls(mine) == _calls(theirs_rendered)
         and (not thought or thought.strip() == (mine.get("reasoning_content") or "").strip())
     )
 

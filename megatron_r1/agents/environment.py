@@ -184,8 +184,8 @@ def environment_target(name: str) -> str:
     if module and attribute.isidentifier() and not module.endswith(".py"):
         return name
     near = did_you_mean(name, SHIPPED)
-    if own := re.fullmatch(r"(\w[\w.]*?)(?:\.py)?[.:](\w+)", name):
-        near = f"; did you mean {own[1]}:{own[2]}?"
+    if file_name := re.fullmatch(r"(\w[\w.]*?)(?:\.py)?[.:](\w+)", name):
+        near = f"; did you mean {file_name[1]}:{file_name[2]}?"
     raise UserError(
         f"agents.environment: unknown environment {name!r}{near} (known: "
         f"{', '.join(SHIPPED)}; your own is written 'module:Class')",
@@ -252,18 +252,20 @@ def check_parameters(
         description: the environment's class.
         values: the values of `agents.parameters`.
     """
-    known, title = description.parameters, name.rpartition(":")[2]
-    if known is None:
+    parameters, title = description.parameters, name.rpartition(":")[2]
+    if parameters is None:
         return
     for key in values:
-        if key not in known:
+        if key not in parameters:
             raise UserError(
-                f"agents.parameters: {title} takes {', '.join(known) or 'no arguments'}, not "
-                f"{key!r}{did_you_mean(key, known)}",
+                f"agents.parameters: {title} takes {', '.join(parameters) or 'no arguments'}, not "
+                f"{key!r}{did_you_mean(key, parameters)}",
                 key=f"agents.parameters.{key}",
                 cause=Cause.UNKNOWN,
             )
-    if missing := [key for key, is_required in known.items() if is_required and key not in values]:
+    if missing := [
+        key for key, is_required in parameters.items() if is_required and key not in values
+    ]:
         raise UserError(
             f"agents.parameters: {title} needs {', '.join(missing)}; set agents.parameters: "
             f"{{{missing[0]}: …}}",
@@ -300,10 +302,10 @@ def _public_methods(environment: type) -> dict[str, Callable[..., Any]]:
 def _require_self(name: str, method: Callable[..., Any]) -> None:
     names = [str(p).partition(":")[0] for p in inspect.signature(method).parameters.values()]
     if not names or (names[0] != "self" and not names[0].startswith("*")):
-        given, own = ", ".join(names), name.rpartition(".")[2]
+        arguments, method_name = ", ".join(names), name.rpartition(".")[2]
         raise UserError(
-            f"agents.environment: {name}({given}) has no self; write "
-            f"{own}({', '.join(['self', *names])}), or put @staticmethod above it",
+            f"agents.environment: {name}({arguments}) has no self; write "
+            f"{method_name}({', '.join(['self', *names])}), or put @staticmethod above it",
             key="agents.environment",
             cause=Cause.MALFORMED,
         )
@@ -330,10 +332,10 @@ def _tool_schema(name: str, bound: Callable[..., Any]) -> dict[str, Any]:
     function = schema["function"]
     function.pop("return", None)
     function["name"] = name
-    parameters, known = function["parameters"], {p.name for p in named_parameters(bound)}
-    for rest in parameters["properties"].keys() - known:  # a documented *args
-        del parameters["properties"][rest]
-    parameters["required"] = [name for name in parameters.get("required", ()) if name in known]
+    parameters, names = function["parameters"], {p.name for p in named_parameters(bound)}
+    for undeclared_name in parameters["properties"].keys() - names:  # a documented *args
+        del parameters["properties"][undeclared_name]
+    parameters["required"] = [name for name in parameters.get("required", ()) if name in names]
     _complete(parameters, _argument_adapters(bound))
     return schema
 
@@ -359,8 +361,8 @@ def _complete(schema: dict[str, Any], adapters: Mapping[str, TypeAdapter[Any]]) 
         described = {key: text for key, text in properties[name].items() if key == "description"}
         if properties[name].items() <= {"type": "object", "nullable": True, **described}.items():
             with contextlib.suppress(PydanticUserError):  # no JSON stands for this type
-                found = adapters[name].json_schema()
-                found.pop("title", None)
-                if definitions := found.pop("$defs", None):
+                argument_schema = adapters[name].json_schema()
+                argument_schema.pop("title", None)
+                if definitions := argument_schema.pop("$defs", None):
                     schema.setdefault("$defs", {}).update(definitions)
-                properties[name] = {**found, **described}
+                properties[name] = {**argument_schema, **described}

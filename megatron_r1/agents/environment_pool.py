@@ -33,13 +33,13 @@ class EnvironmentFailed(Exception):
     """The environment failed: its `reset` or `get_reward` raised, or its process is gone.
 
     Attributes:
-        what: the fault.
+        message: the fault.
         fix: what the user should write instead.
-        is_of_method: whether `what` begins with the name of one of the environment's methods."""
+        is_of_method: whether `message` begins with the name of one of the environment's methods."""
 
-    def __init__(self, what: str, fix: str = "", is_of_method: bool = False) -> None:
-        super().__init__(f"{what}; {fix}" if fix else what)
-        self.what, self.fix, self.is_of_method = what, fix, is_of_method
+    def __init__(self, message: str, fix: str = "", is_of_method: bool = False) -> None:
+        super().__init__(f"{message}; {fix}" if fix else message)
+        self.message, self.fix, self.is_of_method = message, fix, is_of_method
 
 
 class ToolCallTimeout(EnvironmentFailed):
@@ -278,10 +278,10 @@ class EnvironmentProcess:
                 return reply
         except (TimeoutError, OSError, asyncio.IncompleteReadError):
             self.is_reusable = False  # a late reply would be taken for that of the next call
-            what = f"the environment's process ended during {method}"
+            fault = f"the environment's process ended during {method}"
             if asyncio.get_running_loop().time() - began >= seconds:
-                raise ToolCallTimeout(f"{what}, after its {seconds:g} s") from None
-            raise EnvironmentFailed(what) from None
+                raise ToolCallTimeout(f"{fault}, after its {seconds:g} s") from None
+            raise EnvironmentFailed(fault) from None
 
 
 def _fault(reply: Mapping[str, Any]) -> EnvironmentFailed:

@@ -19,7 +19,8 @@ def load_environment_prompts(environment: str, **arguments: Any) -> PromptSplit:
     """Load the prompts of a recipe; where `agents.environment` grades, rows need no truth.
 
     Raises:
-        UserError: as `data.prompts.load_prompts`.
+        UserError: a bad row, an unknown task, parameter or kind, too few questions, or a truth that
+            is missing where the environment does not grade.
     """
     if not environment:
         return load_prompts(**arguments)

@@ -316,11 +316,11 @@ class HarnessPlayer:
     ) -> bool:
         """Wait until the agent has ended; return False where its time is over first."""
         while True:
-            own = time.monotonic() - began - session.engine_seconds
-            left = self._timeout_seconds - own
-            if left <= 0:
+            agent_seconds = time.monotonic() - began - session.engine_seconds
+            seconds = self._timeout_seconds - agent_seconds
+            if seconds <= 0:
                 return False
-            done, _ = await asyncio.wait({agent}, timeout=max(left, CLOCK_SECONDS))
+            done, _ = await asyncio.wait({agent}, timeout=max(seconds, CLOCK_SECONDS))
             if done:
                 return True
 

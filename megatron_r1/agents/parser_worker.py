@@ -53,18 +53,20 @@ def find_dropped_text(
         reasoning: the part that is reasoning, None where there is none.
         content: the part that is the answer, None where there is none.
         calls: the tool calls, in OpenAI's form."""
-    kept = f"{reasoning or ''} {content or ''}"
-    if not calls and (tag := _TOOL_TAG.search(text)) and tag[0] not in kept:
+    kept_text = f"{reasoning or ''} {content or ''}"
+    if not calls and (tag := _TOOL_TAG.search(text)) and tag[0] not in kept_text:
         return f"{tag[0]} begins no call that can be read"
-    if not calls and _letters(text) == _letters(kept):
+    if not calls and _letters(text) == _letters(kept_text):
         return ""
     named = [call["function"]["name"] for call in calls]
     values = [_value(call["function"]["arguments"]) for call in calls]
     leaves = [leaf for value in values for leaf in _leaves(value)]
     has_numbers = any(isinstance(leaf, (int, float)) for leaf in leaves)
-    rest = Counter(_words(_without_tags(text)))
-    rest -= Counter(_words(_without_tags(" ".join([kept, *named, *map(str, leaves)]))))
-    for word in rest:
+    dropped_words = Counter(_words(_without_tags(text)))
+    dropped_words -= Counter(
+        _words(_without_tags(" ".join([kept_text, *named, *map(str, leaves)])))
+    )
+    for word in dropped_words:
         if word.lower() not in _MARKUP and not (has_numbers and _is_number(word)):
             return f"{word!r} is in no call that can be read, and in no other part"
     return ""
@@ -93,9 +95,9 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 def _without_tags(text: str) -> str:
     """Return the text without escapes and without the names of tags, but with their attributes."""
-    text = _GRANITE.sub(" ", _KIMI_ID.sub(lambda found: found[1], text))
-    text = _ESCAPE.sub(lambda found: chr(int(found[1], 16)) if found[1] else " ", text)
-    return _TAG.sub(lambda found: f" {found[1] or ''} ", text)
+    text = _GRANITE.sub(" ", _KIMI_ID.sub(lambda match: match[1], text))
+    text = _ESCAPE.sub(lambda match: chr(int(match[1], 16)) if match[1] else " ", text)
+    return _TAG.sub(lambda match: f" {match[1] or ''} ", text)
 
 
 def _letters(text: str) -> str:
@@ -244,16 +246,16 @@ class TurnParser:
         reasoning, content, calls = parser.parse(
             job.text, request, enable_auto_tools=True, model_output_token_ids=job.token_ids
         )
-        found = [tool_call(call.name, call.arguments, call.id) for call in calls or []]
-        if lost := find_dropped_text(job.text, reasoning, content, found):
+        tool_calls = [tool_call(call.name, call.arguments, call.id) for call in calls or []]
+        if lost := find_dropped_text(job.text, reasoning, content, tool_calls):
             return ParseReply("parsed", reason=lost, content=job.text)
-        return ParseReply("parsed", reasoning=reasoning, content=content, tool_calls=found)
+        return ParseReply("parsed", reasoning=reasoning, content=content, tool_calls=tool_calls)
 
 
-def _require(kind: str, name: str, known: list[str]) -> None:
-    if name and name not in known:
+def _require(kind: str, name: str, names: list[str]) -> None:
+    if name and name not in names:
         raise UserError(
-            f"agents.{kind}_parser: vLLM has no {kind} parser {name!r}{did_you_mean(name, known)}",
+            f"agents.{kind}_parser: vLLM has no {kind} parser {name!r}{did_you_mean(name, names)}",
             key=f"agents.{kind}_parser",
             cause=Cause.UNKNOWN,
         )

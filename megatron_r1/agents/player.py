@@ -105,7 +105,7 @@ class EpisodePlayer:
                 row = f"{prompt.location or prompt.id} ({shorten(prompt.question)})"
                 fix = f"; {fault.fix}" if fault.fix else ""
                 raise UserError(
-                    f"agents.environment: {name}{fault.what} for the row {row}{fix}",
+                    f"agents.environment: {name}{fault.message} for the row {row}{fix}",
                     key="agents.environment",
                     cause=Cause.FAILED,
                 ) from None
@@ -207,13 +207,13 @@ class _RunningEpisode:
             self._totals["num_tool_errors"] += 1
             text = f"error: there is no tool {function['name']!r}; there are {', '.join(names)}"
         else:
-            left = self._settings.timeout_seconds - self._totals["tool_seconds"]
+            seconds = self._settings.timeout_seconds - self._totals["tool_seconds"]
             try:
                 arguments = read_arguments(function)  # the environment names the model's mistakes
-                result = await environment.call(function["name"], arguments, left)
+                result = await environment.call(function["name"], arguments, seconds)
             except ToolCallTimeout:
                 self.is_lost = True
-                self._totals["tool_seconds"] += min(left, self._settings.call_seconds)
+                self._totals["tool_seconds"] += min(seconds, self._settings.call_seconds)
                 return "agent_timeout"
             self._totals["tool_seconds"] += result.seconds
             self._totals["num_tool_errors"] += result.is_error

@@ -79,8 +79,8 @@ class TokenTree:
             tools: the tools offered with them, in OpenAI's form."""
         node = TreeNode(parent, array("i", token_ids), tuple(messages), tuple(tools))
         same = (number for number in self._children[parent] if self.nodes[number] == node)
-        found = next(same, None)
-        return self._add(node) if found is None else found
+        number_of_same = next(same, None)
+        return self._add(node) if number_of_same is None else number_of_same
 
     def add_sampled(self, parent: int, response: Response, message: Message) -> int:
         """Add an engine's answer to the tokens of `parent`; return the node's number.
@@ -163,11 +163,11 @@ class TokenTree:
         if not response.routing:
             return b""
         num_rows = self._ends[parent] + len(response.token_ids) - 1
-        row_bytes, rest = divmod(len(response.routing), max(1, num_rows))
-        if rest:
+        row_bytes, num_rest_bytes = divmod(len(response.routing), max(1, num_rows))
+        if num_rest_bytes:
             raise ValueError(f"routing of {len(response.routing)} bytes for {num_rows} tokens")
-        known = [self._ends[n] for n in self.path(parent) if self.nodes[n].is_sampled]
-        return response.routing[row_bytes * (known[-1] - 1 if known else 0) :]
+        answer_ends = [self._ends[n] for n in self.path(parent) if self.nodes[n].is_sampled]
+        return response.routing[row_bytes * (answer_ends[-1] - 1 if answer_ends else 0) :]
 
     def _branch(self, last: int, trained: set[int]) -> Branch:
         numbers = self.path(last)
@@ -227,6 +227,6 @@ def _text(message: Message) -> str:
 
 def _concatenate(typecode: str, arrays: Iterable[array[Any]]) -> array[Any]:
     joined: array[Any] = array(typecode)
-    for each in arrays:
-        joined += each
+    for part in arrays:
+        joined += part
     return joined

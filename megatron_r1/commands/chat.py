@@ -23,8 +23,8 @@ from megatron_r1.commands.trained_model import (
 )
 from megatron_r1.config import Config, infer_verb
 from megatron_r1.engines.server import gpu
+from megatron_r1.engines.server.model_config import max_positions
 from megatron_r1.engines.server.server import temporary_logs
-from megatron_r1.engines.server.settings import max_positions
 from megatron_r1.evaluation.engine_policy import EnginePolicy
 from megatron_r1.evaluation.response import SamplingSettings, TextResponse
 from megatron_r1.trainer.checkpoints.checkpoint_folders import complete_checkpoints

@@ -36,8 +36,9 @@ from megatron_r1.data.sampler import PromptSampler
 from megatron_r1.engines.episodes import Episode
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.engines.server import gpu
+from megatron_r1.engines.server.model_config import max_model_len
 from megatron_r1.engines.server.server import temporary_logs
-from megatron_r1.engines.server.settings import engine_settings, fleet_settings, max_model_len
+from megatron_r1.engines.server.settings import engine_settings, fleet_settings
 from megatron_r1.models import read_hf_config
 from megatron_r1.models.memory import ParameterCounts, checkpoint_bytes, parameter_bytes
 from megatron_r1.models.weights import num_parameters

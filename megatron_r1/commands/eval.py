@@ -28,7 +28,8 @@ from megatron_r1.evaluation.report import (
     write_figure,
     write_report,
 )
-from megatron_r1.evaluation.response import ResponseLog, SamplingSettings, TextResponse
+from megatron_r1.evaluation.response import SamplingSettings, TextResponse
+from megatron_r1.evaluation.response_log import ResponseLog
 from megatron_r1.evaluation.sampling import ResponseSampler, TextResponseGrader
 from megatron_r1.reporting.run_folder import RunFolder
 

@@ -47,7 +47,7 @@ from megatron_r1.data.rows import ABSENT, lookup, read_canonical_rows
 from megatron_r1.data.sft import ALWAYS_LEARNED, find_form
 from megatron_r1.data.tokenizer import describe_end_tokens, load_tokenizer
 from megatron_r1.engines.server import gpu
-from megatron_r1.engines.server.settings import max_positions
+from megatron_r1.engines.server.model_config import max_positions
 from megatron_r1.evaluation.model_folder import require_weights
 from megatron_r1.models import read_hf_config
 from megatron_r1.models.support_checks import check_supported

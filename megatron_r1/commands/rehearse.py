@@ -21,8 +21,8 @@ from megatron_r1.config.overrides import take_section
 from megatron_r1.config.yaml_text import nest_keys
 from megatron_r1.controller.rollouts.players import find_player
 from megatron_r1.engines.server import gpu
+from megatron_r1.engines.server.model_config import max_model_len
 from megatron_r1.engines.server.recipe_checks import check_engines
-from megatron_r1.engines.server.settings import max_model_len
 from megatron_r1.engines.server.vllm_arguments import check_arguments
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.pipeline import pipeline_recipe

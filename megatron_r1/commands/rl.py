@@ -37,7 +37,7 @@ from megatron_r1.data.prompts import PromptSplit
 from megatron_r1.data.sampler import PromptSampler
 from megatron_r1.engines.fleet.placement import accepting_hosts
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
-from megatron_r1.engines.server.settings import max_model_len
+from megatron_r1.engines.server.model_config import max_model_len
 from megatron_r1.evaluation.model_folder import require_weights
 from megatron_r1.trainer.operations import ModelOperations
 

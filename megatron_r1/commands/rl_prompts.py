@@ -19,7 +19,7 @@ from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.data.prompts import Prompt, PromptSplit, load_prompts
 from megatron_r1.data.sampler import drawn_fractions
 from megatron_r1.data.tokenizer import describe_end_tokens
-from megatron_r1.engines.server.settings import max_model_len
+from megatron_r1.engines.server.model_config import max_model_len
 from megatron_r1.reporting.formatting import format_count, format_percent, printable, shorten_middle
 
 MAX_SHOWN_IDS = 8

@@ -23,7 +23,8 @@ from megatron_r1.engines.fleet.host_pool import HostPool
 from megatron_r1.engines.fleet.placement import open_pool, server_maker
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.engines.server import gpu
-from megatron_r1.engines.server.settings import engine_settings, fleet_settings, max_model_len
+from megatron_r1.engines.server.model_config import max_model_len
+from megatron_r1.engines.server.settings import engine_settings, fleet_settings
 from megatron_r1.models import read_hf_config
 from megatron_r1.models.weights.formats import published_layout
 from megatron_r1.push.plan.adapters import lora_arguments

@@ -17,7 +17,8 @@ from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.data.few_shot import FewShotExamples
 from megatron_r1.evaluation.identity import require_same_identity
 from megatron_r1.evaluation.model_folder import find_model
-from megatron_r1.evaluation.response import Policy, ResponseLog, SamplingSettings
+from megatron_r1.evaluation.response import Policy, SamplingSettings
+from megatron_r1.evaluation.response_log import ResponseLog
 from megatron_r1.evaluation.server_policy import ServerPolicy
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.trainer.checkpoints import checkpoint_folders

@@ -29,11 +29,11 @@ from megatron_r1.controller.verifier_audit import (
     source_of,
 )
 from megatron_r1.data.table_files import describe_json_error
+from megatron_r1.evaluation.fraction_intervals import FractionEstimate
 from megatron_r1.evaluation.verifier_errors import (
     AUDITED,
     AnswerContent,
     ErrorRates,
-    FractionEstimate,
     GradedAnswer,
     SecondMethodJudge,
 )

@@ -13,7 +13,7 @@ from megatron_r1.config.teacher import DEFAULT
 from megatron_r1.data.tokenizer import load_tokenizer
 from megatron_r1.engines.fleet.external_fleet import ExternalFleet
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
-from megatron_r1.engines.server import gpu, recipe_checks, settings
+from megatron_r1.engines.server import gpu, model_config, recipe_checks, settings
 from megatron_r1.engines.server.vllm_arguments import check_arguments
 from megatron_r1.models.hf_config import language_settings, load_config
 
@@ -36,7 +36,7 @@ def teacher_fleet(
     supervision = {**settings.fleet_settings(teacher), "role": role, "notify": notify}
     # vLLM samples one token after those it scores. If that is beyond the model's positions it must
     # be allowed; nothing is computed there, as the token is not an input.
-    max_model_len = settings.max_model_len(config) + 1
+    max_model_len = model_config.max_model_len(config) + 1
     if teacher.url:
         return ExternalFleet(teacher.url, logs, max_model_len=max_model_len, **supervision)
     return RolloutFleet(
@@ -87,7 +87,7 @@ def _check_positions(config: Config, path: str, key: str) -> None:
         config: the recipe.
         path: the teacher's folder.
         key: its key in the recipe."""
-    limit, needed = settings.max_positions(path, key), settings.max_model_len(config)
+    limit, needed = model_config.max_positions(path, key), model_config.max_model_len(config)
     if limit < needed:
         raise UserError(
             f"{key} {path} has {limit} positions (max_position_embeddings), and the student "

@@ -20,10 +20,10 @@ from r1_grading.terms import ACCURACY
 from megatron_r1.controller.advantages import group_advantages
 from megatron_r1.data.prompt_reader import data_source
 from megatron_r1.evaluation.estimates import Estimate, estimate
+from megatron_r1.evaluation.fraction_intervals import FractionEstimate, sampled_fraction
 from megatron_r1.evaluation.verifier_errors import (
     AnswerContent,
     ErrorRates,
-    FractionEstimate,
     GradedAnswer,
     SecondMethod,
     SecondVerdict,
@@ -31,7 +31,6 @@ from megatron_r1.evaluation.verifier_errors import (
     error_rates,
     group_by_stratum,
     judge_all,
-    sampled_fraction,
 )
 
 if TYPE_CHECKING:

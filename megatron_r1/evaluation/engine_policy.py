@@ -20,13 +20,14 @@ from megatron_r1.data.prompts import Prompt
 from megatron_r1.engines.fleet.placement import accepting_hosts, check_room, open_pool, server_maker
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.engines.server import gpu
+from megatron_r1.engines.server.model_config import max_model_len
 from megatron_r1.engines.server.recipe_checks import (
     check_cpu_kernels,
     check_engines,
     check_local_experts,
 )
 from megatron_r1.engines.server.responses import Response, truncate_at_stop
-from megatron_r1.engines.server.settings import engine_settings, fleet_settings, max_model_len
+from megatron_r1.engines.server.settings import engine_settings, fleet_settings
 from megatron_r1.engines.server.vllm_arguments import check_arguments
 from megatron_r1.evaluation.model_folder import fingerprint, require_weights
 from megatron_r1.evaluation.response import SamplingSettings, TextResponse
@@ -94,7 +95,7 @@ class EnginePolicy:
 
         Raises:
             EngineError: an engine does not start.
-            UserError: as `placement.open_pool`.
+            UserError: the port for engine hosts is taken, or this host's name does not resolve.
         """
         log = partial(print, flush=True)
         for sentence in describe_config_changes(self._model):

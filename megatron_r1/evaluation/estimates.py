@@ -159,16 +159,16 @@ def win_rates(questions: Comparisons, seed: int) -> dict[str, Estimate]:
     low = high = None
     if len(questions) > 1:
         generator = np.random.default_rng(seed)
-        found = []
+        rates = []
         chunk = max(1, CHUNK_NUMBERS // len(weights))
         for start in range(0, NUM_FITTED_RESAMPLES, chunk):
             size = (min(chunk, NUM_FITTED_RESAMPLES - start), len(questions))
             # How often each question is drawn, with replacement.
             draws = generator.multinomial(size[1], np.full(size[1], 1 / size[1]), size=size[0])
             resampled = draws[:, owners] * weights
-            found.append(equal_length_win_rates(preferences, lengths, resampled))
+            rates.append(equal_length_win_rates(preferences, lengths, resampled))
         tail = 100 * (1 - CONFIDENCE) / 2
-        low, high = map(float, np.percentile(np.concatenate(found), [tail, 100 - tail]))
+        low, high = map(float, np.percentile(np.concatenate(rates), [tail, 100 - tail]))
     return {"win_rate": estimate(raw, seed), "lc_win_rate": Estimate(value, low, high)}
 
 

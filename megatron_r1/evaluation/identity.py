@@ -74,7 +74,10 @@ def _deciding_part(name: str, value: Any) -> Any:
     in `rewards.options`, because a served model may move to another host."""
     if name != "rewards.options" or not value:
         return value
-    return {reward: {k: v for k, v in of.items() if k != "url"} for reward, of in value.items()}
+    return {
+        reward: {k: v for k, v in options.items() if k != "url"}
+        for reward, options in value.items()
+    }
 
 
 PACKAGES = (

@@ -17,7 +17,7 @@ from megatron_r1.config.eval import BenchmarkConfig, EvalConfig
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.evaluation.benchmarks import find_benchmark
 from megatron_r1.evaluation.benchmarks.base import Rows, read_rows, to_prompts
-from megatron_r1.evaluation.response import PromptKey
+from megatron_r1.evaluation.response_log import PromptKey
 
 OWN = "questions"
 """The benchmark of the user's own questions."""
@@ -108,17 +108,17 @@ def _environment_prompts(environment: str, entry: BenchmarkConfig, config: Confi
     if entry.path is None:
         prompts = load_environment_prompts(environment, **data).heldout
     else:
-        given = {name: data[name] for name in ("columns", "kind")}
+        data_options = {name: data[name] for name in ("columns", "kind")}
         prompts = load_environment_prompts(
-            environment, path=entry.path, heldout_fraction=0.0, **given
+            environment, path=entry.path, heldout_fraction=0.0, **data_options
         ).train
     return prompts[: entry.limit or config.eval.limit]
 
 
 def _load(entry: BenchmarkConfig, config: EvalConfig) -> PromptSet:
     benchmark, part = find_benchmark(entry.name)
-    given = dict(entry.options) | ({"suite": part} if part else {})
-    options = benchmark.with_defaults(entry.name, given)
+    entry_options = dict(entry.options) | ({"suite": part} if part else {})
+    options = benchmark.with_defaults(entry.name, entry_options)
     rows: Rows = ()
     if benchmark.hubs:
         rows = read_rows(entry.name, benchmark.hubs, options, entry.path, entry.files)
@@ -144,8 +144,8 @@ def _load(entry: BenchmarkConfig, config: EvalConfig) -> PromptSet:
 def _load_rows(entry: BenchmarkConfig, config: Config) -> PromptSet:
     """Load the rows of benchmark `environment/NAME`: all rows of `path`, or the rows that the
     recipe's `data` holds out. Without a name the environment is `agents.environment`."""
-    own = config.agents
-    name = entry.name.partition("/")[2] or own.environment
+    agents_config = config.agents
+    name = entry.name.partition("/")[2] or agents_config.environment
     if not name:
         raise UserError(
             f"benchmark {entry.name}: name the environment, such as environment/calculator, or set "
@@ -159,7 +159,9 @@ def _load_rows(entry: BenchmarkConfig, config: Config) -> PromptSet:
             key="eval.benchmarks",
             cause=Cause.UNSUPPORTED,
         )
-    parameters = entry.options or (own.parameters if name == own.environment else {})
+    parameters = entry.options or (
+        agents_config.parameters if name == agents_config.environment else {}
+    )
     check_parameters(name, describe_in_subprocess(name), parameters)
     played = {"environment": name, "harness": "", "parameters": parameters}
     if not (entry.path is not None or config.data.path or config.data.task):
@@ -176,5 +178,5 @@ def _load_rows(entry: BenchmarkConfig, config: Config) -> PromptSet:
             key="data.heldout_path",
             cause=Cause.MISSING,
         )
-    agents = own.model_copy(update=played)
+    agents = agents_config.model_copy(update=played)
     return PromptSet(entry.title, prompts, entry.samples or config.eval.samples, agents=agents)

@@ -33,7 +33,8 @@ from megatron_r1.evaluation.estimates import (
     win_rates,
 )
 from megatron_r1.evaluation.prompt_sets import PromptSet
-from megatron_r1.evaluation.response import ResponseLog, is_ungraded
+from megatron_r1.evaluation.response import is_ungraded
+from megatron_r1.evaluation.response_log import ResponseLog
 from megatron_r1.evaluation.voting import (
     Vote,
     can_vote,
@@ -190,7 +191,14 @@ async def _votes(
     sizes: Sequence[int],
     seed: int,
 ) -> dict[int, Estimate]:
-    """Return k → cons@k; empty if some responses have no answer that can be compared."""
+    """Return k → cons@k; empty if some responses have no answer that can be compared.
+
+    Args:
+        pool: compares answers.
+        prompts: the questions.
+        groups: the graded samples of each question.
+        sizes: the values of k.
+        seed: of the subsets, and of the intervals."""
     if not all(can_vote(prompt.kind) for prompt in prompts):
         return {}
     rewards = [[sample.reward for sample in group] for group in groups]
@@ -204,8 +212,8 @@ async def _votes(
     for size in sizes:
         chosen = subsets(len(groups[0]), size, seed)
         scores = [
-            fmean(voted_reward([of[i] for i in s], [scored[i] for i in s]) for s in chosen)
-            for of, scored in zip(answer_groups, rewards, strict=True)
+            fmean(voted_reward([answers[i] for i in s], [scored[i] for i in s]) for s in chosen)
+            for answers, scored in zip(answer_groups, rewards, strict=True)
         ]
         curve[size] = estimate(scores, seed)
     return curve

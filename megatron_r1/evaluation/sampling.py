@@ -16,7 +16,8 @@ from r1_grading.terms import ACCURACY, Options, combine
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.evaluation.prompt_sets import PromptSet, prompt_digest
-from megatron_r1.evaluation.response import Policy, PromptKey, ResponseLog, TextResponse
+from megatron_r1.evaluation.response import Policy, TextResponse
+from megatron_r1.evaluation.response_log import PromptKey, ResponseLog
 from megatron_r1.reporting.formatting import format_duration
 
 NUM_PROGRESS_LINES = 4
@@ -78,8 +79,8 @@ class TextResponseGrader:
         """Return the response with its rewards; with the reason alone if a grader failed on it.
 
         Raises:
-            ValueError: as `RewardTerms.grade`.
-            RunError: as `RewardTerms.grade`.
+            ValueError: a reward that cannot be used.
+            RunError: the service of a reward is down.
         """
         grades = await self._rewards.grade(
             self._terms, prompt, response.text, response.num_tokens, response.opened
@@ -200,7 +201,11 @@ class ResponseSampler:
         for prompt_set in self._sets:
             prompts = [prompt for prompt in prompt_set.prompts if prompt_set.key(prompt) in keys]
             lines_of = self._log.read(map(prompt_set.key, prompts), prompt_set.num_samples)
-            lines = ((p, line) for p, of in zip(prompts, lines_of, strict=True) for line in of)
+            lines = (
+                (p, line)
+                for p, prompt_lines in zip(prompts, lines_of, strict=True)
+                for line in prompt_lines
+            )
             for prompt, line in lines:
                 if (prompt_set.key(prompt), line["index"]) in ungraded:
                     await self._grading_slots.acquire()

@@ -171,9 +171,9 @@ async def _by_meaning(pool: RewardPool, votes: Sequence[Vote]) -> dict[str | Fra
     representatives: list[Vote] = []
     numbers: dict[str | Fraction, int] = {}
     for vote in votes:
-        candidates = [other for other in representatives if _may_be_same(other, vote)]
+        candidates = [candidate for candidate in representatives if _may_be_same(candidate, vote)]
         grades = await asyncio.gather(
-            *(pool.grade(EQUIVALENCE, vote.text, other.text) for other in candidates)
+            *(pool.grade(EQUIVALENCE, vote.text, candidate.text) for candidate in candidates)
         )
         same = [o for o, grade in zip(candidates, grades, strict=True) if grade.reward == 1.0]
         if same:

@@ -83,21 +83,21 @@ def _upstream(stage: PipelineStage, stages: Mapping[str, PipelineStage]) -> tupl
     """Return the stages that `stage` needs directly, in the order of its references."""
     upstream: dict[str, None] = {}
     for key_path, reference in stage.references:
-        head, _, rest = reference.partition(".")
+        head, _, value_name = reference.partition(".")
         key = f"stages.{stage.name}.{key_path}"
         where = f"stages.{stage.name}: {key_path}: ${{{reference}}}"
         if head in VALUES:
-            if rest not in VALUES[head]:
-                known = ", ".join(".".join(filter(None, (head, name))) for name in VALUES[head])
+            if value_name not in VALUES[head]:
+                names = ", ".join(".".join(filter(None, (head, name))) for name in VALUES[head])
                 raise UserError(
-                    f"{where} is unknown; there is {known}",
+                    f"{where} is unknown; there is {names}",
                     key=key,
                     cause=Cause.UNKNOWN,
                 )
         elif head == "serve":
-            _check_served(stage, key, where, rest)
+            _check_served(stage, key, where, value_name)
         else:
-            _check_output(stages, key, where, head, rest)
+            _check_output(stages, key, where, head, value_name)
             upstream[head] = None
     for name in stage.config.after:
         if name not in stages:
@@ -117,9 +117,9 @@ def _upstream(stage: PipelineStage, stages: Mapping[str, PipelineStage]) -> tupl
     return tuple(upstream)
 
 
-def _check_served(stage: PipelineStage, key: str, where: str, rest: str) -> None:
-    name, dot, what = rest.rpartition(".")
-    if not dot or what != "url":
+def _check_served(stage: PipelineStage, key: str, where: str, served_name: str) -> None:
+    name, dot, field = served_name.rpartition(".")
+    if not dot or field != "url":
         message = f"{where} is unknown; there is ${{serve.NAME.url}}"
         raise UserError(message, key=key, cause=Cause.UNKNOWN)
     if name not in stage.config.serve:
@@ -130,18 +130,18 @@ def _check_served(stage: PipelineStage, key: str, where: str, rest: str) -> None
 
 
 def _check_output(
-    stages: Mapping[str, PipelineStage], key: str, where: str, head: str, rest: str
+    stages: Mapping[str, PipelineStage], key: str, where: str, head: str, output: str
 ) -> None:
     if head not in stages:
         message = f"{where}: {unknown_stage(head, stages)}"
         raise UserError(message, key=key, cause=Cause.UNKNOWN)
-    known = OUTPUTS.get(stages[head].config.verb)
+    outputs = OUTPUTS.get(stages[head].config.verb)
     model = stages[head].settings.get("model")
-    if known is TRAINED and isinstance(model, Mapping) and model.get("lora") is not None:
-        known = (*known, ADAPTER)
-    if rest and known and rest.partition("/")[0] not in known:
-        near = did_you_mean(rest, known, "{}") or f"; it has {', '.join(known)}"
-        message = f"{where}: {stages[head].config.verb} leaves no {rest}{near}"
+    if outputs is TRAINED and isinstance(model, Mapping) and model.get("lora") is not None:
+        outputs = (*outputs, ADAPTER)
+    if output and outputs and output.partition("/")[0] not in outputs:
+        near = did_you_mean(output, outputs, "{}") or f"; it has {', '.join(outputs)}"
+        message = f"{where}: {stages[head].config.verb} leaves no {output}{near}"
         raise UserError(message, key=key, cause=Cause.UNKNOWN)
 
 
@@ -236,8 +236,8 @@ def _check_stage(plan: PipelinePlan, stage: PipelineStage, verbs: Mapping[str, s
         if check := getattr(command, "check", None):
             check(settings)
     else:
-        known = [MAKE, *verbs]
-        near = did_you_mean(config.verb, known, "{}") or f"; there are {', '.join(known)}"
+        verb_names = [MAKE, *verbs]
+        near = did_you_mean(config.verb, verb_names, "{}") or f"; there are {', '.join(verb_names)}"
         message = f"{where}: unknown verb {config.verb}{near}"
         raise UserError(message, key="verb", cause=Cause.UNKNOWN)
     for text in (config.launch, *(server.launch for server in config.serve.values())):

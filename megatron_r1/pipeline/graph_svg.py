@@ -115,7 +115,7 @@ def _reduce_crossings(layers: list[list[GraphNode]], paths: Paths) -> None:
         for layer in reversed(layers) if sweep % 2 else layers:
             position = {n: (i + 0.5) / len(row) for row in layers for i, n in enumerate(row)}
             target = {
-                node: fmean(position[other] for other in neighbors.get(node, [node]))
+                node: fmean(position[neighbor] for neighbor in neighbors.get(node, [node]))
                 for node in layer
             }
             layer.sort(key=target.__getitem__)

@@ -124,15 +124,15 @@ def output_digests(folder: Path) -> dict[str, str]:
 
 
 def list_changes(
-    before: dict[str, Any], after: dict[str, Any], known: dict[str, Any] | None = None
+    before: dict[str, Any], after: dict[str, Any], defaults: dict[str, Any] | None = None
 ) -> list[str]:
     """Return a sentence such as `rl.group_size: 16 then, 8 now` for each difference.
 
     Args:
         before: the settings or digests that were recorded.
         after: those of now.
-        known: values of keys that `before`, written by an earlier version, may lack."""
-    before = {key: value for key, value in (known or {}).items() if key in after} | before
+        defaults: values of keys that `before`, written by an earlier version, may lack."""
+    before = {key: value for key, value in (defaults or {}).items() if key in after} | before
     none = "not there"
     return [
         f"{key}: {value_text(before, key, none)} then, {value_text(after, key, none)} now"
@@ -173,10 +173,10 @@ def _digest_of_value(value: Any) -> str:
 
 
 def _joined(pairs: Iterable[tuple[str, str]]) -> str:
-    whole = hashlib.sha256()
+    digest = hashlib.sha256()
     for name, part in pairs:
-        whole.update(f"{name}\0{part}\0".encode())
-    return whole.hexdigest()[:LENGTH]
+        digest.update(f"{name}\0{part}\0".encode())
+    return digest.hexdigest()[:LENGTH]
 
 
 def _is_hidden(path: Path) -> bool:

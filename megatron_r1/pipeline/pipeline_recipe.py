@@ -62,8 +62,8 @@ def substitute(value: Any, lookup: Callable[[str], Any]) -> Any:
         return [substitute(item, lookup) for item in value]
     if not isinstance(value, str):
         return value
-    if whole := REFERENCE.fullmatch(value):
-        return lookup(whole[1])
+    if full_match := REFERENCE.fullmatch(value):
+        return lookup(full_match[1])
     return REFERENCE.sub(lambda match: str(lookup(match[1])), value)
 
 
@@ -268,7 +268,7 @@ def _nested_keys(tree: dict[str, Any], dotted: str) -> list[str]:
         )
     if section != "stages":
         return [section, *keys]
-    stages, (name, *rest) = tree.get("stages") or {}, keys
+    stages, (name, *stage_keys) = tree.get("stages") or {}, keys
     if name not in stages:
         raise UserError(
             f"--{dotted}: no stage is called {name}{did_you_mean(name, stages, '{}')}; there are "
@@ -276,13 +276,13 @@ def _nested_keys(tree: dict[str, Any], dotted: str) -> list[str]:
             key=f"--{dotted}",
             cause=Cause.UNKNOWN,
         )
-    if not rest:
+    if not stage_keys:
         raise UserError(
             f"--{dotted}: a setting is --stages.{name}.SECTION.KEY value",
             key=f"--{dotted}",
             cause=Cause.MALFORMED,
         )
-    if rest[0] in StageConfig.model_fields:
+    if stage_keys[0] in StageConfig.model_fields:
         return [section, *keys]
     verb = stages[name].get("verb") if isinstance(stages[name], dict) else None
-    return [section, name, "arguments" if verb == MAKE else "settings", *rest]
+    return [section, name, "arguments" if verb == MAKE else "settings", *stage_keys]

@@ -134,11 +134,15 @@ def collect_report(
         by_seed = list(zip(results[target], results[name], strict=True)) if target else []
         # What a stage measured on held-out questions itself, or another evaluation of it, is not
         # replaced: another evaluation may ask other questions, or give no tool.
-        if any(own[key].heldout for own, more in by_seed for key in own.keys() & more.keys()):
+        if any(
+            stage_results[key].heldout
+            for stage_results, more in by_seed
+            for key in stage_results.keys() & more.keys()
+        ):
             row_of[name] = ""
             continue
-        for own, more in by_seed:
-            own.update(more)
+        for stage_results, more in by_seed:
+            stage_results.update(more)
     stages = {}
     for name in graph.order:
         stage = plans[0].stages[name]
@@ -221,11 +225,13 @@ def _cell(stage: Mapping[str, Any], name: str) -> Cell:
         for seed, run in stage["by_seed"].items()
         if name in run["figures"]
     }
-    first, *others = by_seed.values()
-    if not others:
+    first, *later_results = by_seed.values()
+    if not later_results:
         return Cell(first.format(name), first.source)
-    each = ", ".join(f"seed {seed}: {result.format(name)}" for seed, result in by_seed.items())
-    return Cell(stage["figures"][name]["worded"], f"{first.source}; {each}")
+    seed_figures = ", ".join(
+        f"seed {seed}: {result.format(name)}" for seed, result in by_seed.items()
+    )
+    return Cell(stage["figures"][name]["worded"], f"{first.source}; {seed_figures}")
 
 
 def _rl_plots(plans: Sequence[PipelinePlan], graph: Graph) -> list[Plot]:

@@ -186,15 +186,15 @@ def _of_file(path: Path) -> dict[str, StageResult]:
         ) from None
 
 
-def _figure(name: str, given: Any) -> StageResult:
+def _figure(name: str, figure: Any) -> StageResult:
     """Return the result of an entry of figures.json.
 
     Raises:
         TypeError: the value is not a number.
         ValueError: the value is not finite; low and high may be null.
     """
-    result = StageResult(**(given if isinstance(given, dict) else {"value": float(given)}))
+    result = StageResult(**(figure if isinstance(figure, dict) else {"value": float(figure)}))
     ends = [end for end in (result.low, result.high) if end is not None]
     if not all(math.isfinite(number) for number in (result.value, *ends)):
-        raise ValueError(f"{name} is {given!r}, which has no finite number")
+        raise ValueError(f"{name} is {figure!r}, which has no finite number")
     return result

@@ -107,15 +107,15 @@ class PipelinePlan:
                 stages[name] = PipelineStage(name, config, dict(config.arguments))
                 continue
             settings: dict[str, Any] = {}
-            what = f"stages.{name}: recipe"
+            source = f"stages.{name}: recipe"
             try:
                 if config.recipe:
-                    settings = read_tree(path.parent / config.recipe, what)
+                    settings = read_tree(path.parent / config.recipe, source)
                 settings = merge_settings(
                     merge_settings(recipe.defaults, settings), config.settings
                 )
             except UserError as error:
-                if error.key == what:
+                if error.key == source:
                     error.key = f"stages.{name}.recipe"
                 stage_errors[name] = error
             settings = merge_settings(settings, (implied or {}).get(config.verb, {}))
@@ -161,14 +161,14 @@ class PipelinePlan:
         Args:
             reference: the reference, without `${}`.
             urls: name of a served model → its address."""
-        head, _, rest = reference.partition(".")
+        head, _, value_name = reference.partition(".")
         if head == "pipeline":
-            return self.seed if rest == "seed" else str(self.folder)
+            return self.seed if value_name == "seed" else str(self.folder)
         if head == "here":
             return str(self.path.parent)
         if head == "serve":
-            return urls[rest.removesuffix(".url")]
-        return str(self.folder_of(head) / rest if rest else self.folder_of(head))
+            return urls[value_name.removesuffix(".url")]
+        return str(self.folder_of(head) / value_name if value_name else self.folder_of(head))
 
     def resolve_here(self, text: str) -> str:
         """Return a text with `${here}` and `${pipeline.seed}` replaced; others stay as they are."""
@@ -183,7 +183,10 @@ class PipelinePlan:
         """Return (key path, text) of every text of a stage that names an existing file or folder
         which no stage makes. A folder that the pipeline itself lies in is left out: every stage
         changes it."""
-        served = {f"serve.{name}.model": one.model for name, one in stage.config.serve.items()}
+        served = {
+            f"serve.{name}.model": served_model.model
+            for name, served_model in stage.config.serve.items()
+        }
         named = []
         for key_path, text in iter_texts({**stage.settings, **served}):
             path = self.resolve_here(text)

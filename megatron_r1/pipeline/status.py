@@ -153,8 +153,8 @@ def status_lines(
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
         lines.append("  ".join(cells).rstrip())
         lines += [f"  {reason}" for reason in statuses[row[1]].reason_lines]
-    if others := len(plan.stages) - len(stage_names):
-        lines.append(f"not asked for: {others} more")
+    if num_others := len(plan.stages) - len(stage_names):
+        lines.append(f"not asked for: {num_others} more")
     return lines
 
 

@@ -12,7 +12,7 @@ from megatron_r1.config import Verb, infer_verb
 from megatron_r1.config.hardware import GIB, HARDWARE, Assumptions
 from megatron_r1.config.keys import boolean_keys
 from megatron_r1.config.overrides import parse_overrides
-from megatron_r1.engines.server.settings import max_model_len
+from megatron_r1.engines.server.model_config import max_model_len
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.plan.job import PlannedJob, text_limit
 from megatron_r1.plan.quantity import apply_calibration

@@ -7,8 +7,8 @@ from functools import cached_property
 
 from megatron_r1.config import Config
 from megatron_r1.config.teacher import TeacherEngines
+from megatron_r1.engines.server.model_config import max_positions
 from megatron_r1.engines.server.recipe_checks import check_ranks
-from megatron_r1.engines.server.settings import max_positions
 from megatron_r1.models.experts import routing_shape
 from megatron_r1.models.hf_config import load_config, read_hf_config
 from megatron_r1.models.memory import BYTES

@@ -60,20 +60,20 @@ def _broken_format(response: TextResponse, prompt: Prompt, *, form: str = "eithe
     for tag in (THINK, END_THINK):
         if (num_found := text.count(tag)) != 1:
             return f"{tag} occurs {num_found} times"
-    thought, _, rest = text.partition(END_THINK)
+    thought, _, answer = text.partition(END_THINK)
     if not thought.startswith(THINK):
         return f"text before {THINK}"
     if not thought.removeprefix(THINK).strip():
         return "the thought is empty"
-    has_tags = ANSWER in rest or END_ANSWER in rest
+    has_tags = ANSWER in answer or END_ANSWER in answer
     if has_tags and form == "summary":
         return f"{ANSWER} in the summary"
     if has_tags or form == "answer_tags":
         verdict = grade("format", response.text, opened=response.opened)
         if not verdict.reward:
             return verdict.reason
-        rest = rest.replace(ANSWER, "").replace(END_ANSWER, "")
-    return "" if rest.strip() else "nothing follows the thought"
+        answer = answer.replace(ANSWER, "").replace(END_ANSWER, "")
+    return "" if answer.strip() else "nothing follows the thought"
 
 
 def _mixed_languages(
@@ -111,13 +111,15 @@ def _mixed_languages(
     if not words.total:
         return ""
     fractions = {name: getattr(words, name) / words.total for name in LANGUAGES}
-    own = prompt.fields.get("target")
-    wanted = target or (
-        own if own in [*LANGUAGES] else max(fractions, key=lambda name: fractions[name])
+    prompt_target = prompt.fields.get("target")
+    language = target or (
+        prompt_target
+        if prompt_target in [*LANGUAGES]
+        else max(fractions, key=lambda name: fractions[name])
     )
-    if fractions[wanted] >= min_share:
+    if fractions[language] >= min_share:
         return ""
-    return f"{fractions[wanted]:.0%} of its words are {LANGUAGES[wanted]}"
+    return f"{fractions[language]:.0%} of its words are {LANGUAGES[language]}"
 
 
 def _long_paragraphs(
@@ -127,6 +129,12 @@ def _long_paragraphs(
 
     Words are separated by spaces, and may be numbers and formulae; 1.7 Chinese characters are one,
     so that a page counts alike in both languages. Code blocks are left to `code_blocks`.
+
+    Args:
+        response: the response.
+        prompt: its prompt, which is not used.
+        max_words: the longest paragraph that is accepted, words.
+        part: the judged part of the response.
 
     Raises:
         ValueError: the limit is not a positive number.
@@ -140,8 +148,8 @@ def _long_paragraphs(
 
 def _num_words(paragraph: str) -> float:
     """Return the number of words in a paragraph, HAN_PER_WORD Han characters counted as one."""
-    others, num_han = HAN_CHARACTER.subn(" ", paragraph)
-    return len(re.findall(r"\S*\w\S*", others)) + num_han / HAN_PER_WORD
+    other_text, num_han = HAN_CHARACTER.subn(" ", paragraph)
+    return len(re.findall(r"\S*\w\S*", other_text)) + num_han / HAN_PER_WORD
 
 
 def code_blocks(
@@ -261,12 +269,12 @@ def check_filters(settings: Mapping[str, Any]) -> None:
             message = f"must be true, false or a mapping of options, got {options!r}"
             raise UserError(f"{place}: {message}", key=place, cause=Cause.MALFORMED)
         run = REGISTRY.get(name)
-        known = list(inspect.signature(run).parameters)[2:] if run else []
+        parameters = list(inspect.signature(run).parameters)[2:] if run else []
         for option in options:
-            if option not in known:
+            if option not in parameters:
                 raise UserError(
-                    f"{place}: unknown option {option}{did_you_mean(option, known, '{}')} (it has "
-                    f"{', '.join(known) or 'none'})",
+                    f"{place}: unknown option {option}{did_you_mean(option, parameters, '{}')} (it "
+                    f"has {', '.join(parameters) or 'none'})",
                     key=f"{place}.{option}",
                     cause=Cause.UNKNOWN,
                 )
@@ -316,8 +324,8 @@ class PooledFilters:
         """Return why the response is dropped, None to keep it.
 
         Raises:
-            UserError: as `RewardPool.grade`.
-            RunError: as `RewardPool.grade`.
+            UserError: a field of the prompt is not JSON.
+            RunError: no reward worker can be started, or the pool is closed.
         """
         if not self._filters:
             return None

@@ -251,9 +251,11 @@ class PreferencePairs:
     def length_bias(self) -> dict[str, float | int]:
         """Return the mean of log(chosen / rejected) over all pairs with a winner, and after
         balancing."""
-        left = [d for pair, d in self.log_ratios.items() if pair not in self.dropped]
-        means = [math.fsum(ds) / len(ds) if ds else 0.0 for ds in (self.log_ratios.values(), left)]
-        return {"pairs": len(left), "length_bias_before": means[0], "length_bias": means[1]}
+        log_ratios = [d for pair, d in self.log_ratios.items() if pair not in self.dropped]
+        means = [
+            math.fsum(ds) / len(ds) if ds else 0.0 for ds in (self.log_ratios.values(), log_ratios)
+        ]
+        return {"pairs": len(log_ratios), "length_bias_before": means[0], "length_bias": means[1]}
 
     async def _compare(self, question: str, first: str, second: str) -> Comparison | Ungradable:
         texts = (question, first, second)
@@ -272,7 +274,14 @@ class PreferencePairs:
         shown: dict[int, str],
         outcome: Comparison | Ungradable,
     ) -> tuple[dict[int, Decision], list[dict[str, Any]]]:
-        """Return the decisions by index, and the row of a pair with a winner."""
+        """Return the decisions by index, and the row of a pair with a winner.
+
+        Args:
+            prompt: the question.
+            first: one response.
+            second: the response it was compared with.
+            shown: index → the text of a response that the judge saw.
+            outcome: the votes, or why there are none."""
         both = (first.index, second.index)
         if isinstance(outcome, Ungradable):
             return dict.fromkeys(both, Decision(UNGRADED, str(outcome))), []
@@ -313,11 +322,11 @@ def make_pairs(lengths: dict[int, int], num_pairs: int) -> list[tuple[int, int]]
         for i, j in itertools.combinations(sorted(lengths), 2)
     }
     pairs: list[tuple[int, int]] = []
-    taken: set[int] = set()
+    used_indices: set[int] = set()
     for pair in sorted(distance, key=lambda pair: (distance[pair], pair)):
-        if len(pairs) < num_pairs and taken.isdisjoint(pair):
+        if len(pairs) < num_pairs and used_indices.isdisjoint(pair):
             pairs.append(pair)
-            taken.update(pair)
+            used_indices.update(pair)
     return pairs
 
 

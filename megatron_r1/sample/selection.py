@@ -35,7 +35,8 @@ from megatron_r1.config.sample import KeepConfig
 from megatron_r1.data.prompts import Prompt, normalize_question
 from megatron_r1.data.rows import read_canonical_rows, require_text
 from megatron_r1.evaluation.prompt_sets import PromptSet
-from megatron_r1.evaluation.response import ResponseLog, TextResponse
+from megatron_r1.evaluation.response import TextResponse
+from megatron_r1.evaluation.response_log import ResponseLog
 
 KEPT, NOT_CHOSEN = "kept", "not_chosen"
 CHOSEN, REJECTED = "chosen", "rejected"
@@ -289,7 +290,7 @@ async def write_outputs(
         count: called with every response's line and the decision about it."""
     keys = {prompt_set.key(prompt) for prompt in prompt_set.prompts}
     async with contextlib.AsyncExitStack() as stack:
-        kept = stack.enter_context(atomic_writer(output)) if output else None
+        kept_file = stack.enter_context(atomic_writer(output)) if output else None
         samples = stack.enter_context(atomic_writer(log.path))
         results = decide_all(log, prompt_set, decide)
         await stack.enter_async_context(contextlib.aclosing(results))
@@ -297,8 +298,8 @@ async def write_outputs(
             for line, decision in zip(lines, result.decisions, strict=True):
                 count(line, decision)
                 samples.write(_encode(line | {"decision": decision.code, "why": decision.why}))
-            if kept is not None:
-                kept.writelines(map(_encode, result.rows))
+            if kept_file is not None:
+                kept_file.writelines(map(_encode, result.rows))
         for line in log.read_others(keys, prompt_set.num_samples):
             samples.write(_encode(line | {"decision": NOT_ASKED, "why": ""}))
 

@@ -149,13 +149,13 @@ def test_prices_are_no_formula():
 
 
 def test_a_look_alike_letter_makes_a_word_foreign():
-    assert count_words("hello hеllo").other == 1
+    assert count_words("hello hеllo").other_scripts == 1
     assert grade(think("сначала складываем, 먼저 더한다"), target="en").reward == 0.0
 
 
 def test_japanese_is_not_chinese():
     words = count_words("二つの数を足す。两个数")
-    assert words.other > words.zh > 0
+    assert words.other_scripts > words.zh > 0
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from r1_grading import math
-from r1_grading.code import equal_output, equal_result
+from r1_grading.code.outputs import equal_output, equal_result
 from r1_grading.code.problem import parse_problem
 
 from megatron_r1.base.files.json_lines import read_lines

@@ -13,7 +13,8 @@ from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.data.tokenizer import load_tokenizer
-from megatron_r1.engines.server.settings import EngineSettings, config_arguments
+from megatron_r1.engines.server.model_config import config_arguments
+from megatron_r1.engines.server.settings import EngineSettings
 from megatron_r1.models.hf_config import load_config, read_hf_config
 from megatron_r1.models.transformers_model import load_with_transformers
 

@@ -78,17 +78,17 @@ class RunError(RuntimeError):
     The command line prints it without a traceback and exits with status 1."""
 
 
-def did_you_mean(name: object, known: Iterable[str], form: str = "{!r}") -> str:
-    """Return `; did you mean 'math'?` where one of `known` is close to `name`, else "".
+def did_you_mean(name: object, names: Iterable[str], form: str = "{!r}") -> str:
+    """Return `; did you mean 'math'?` where one of `names` is close to `name`, else "".
 
     Names that are not close are not suggested: a wrong guess sends the user looking for a mistake
     that is not there.
 
     Args:
         name: what the user wrote.
-        known: the names that exist.
+        names: the names that exist.
         form: how the suggestion is formatted."""
-    near = difflib.get_close_matches(str(name).lower(), list(known), n=1)
+    near = difflib.get_close_matches(str(name).lower(), list(names), n=1)
     return f"; did you mean {form.format(near[0])}?" if near else ""
 
 

@@ -63,9 +63,9 @@ def find_value(path: str, kind: str, is_one: Callable[[Any], bool]) -> Any:
         ) from None
     value = getattr(module, name, None)
     if not is_one(value):
-        known = [key for key, other in vars(module).items() if key[:1] != "_" and is_one(other)]
+        names = [key for key, entry in vars(module).items() if key[:1] != "_" and is_one(entry)]
         raise UserError(
-            f"{module.__file__} has no {kind} {name}{did_you_mean(name, known)}",
+            f"{module.__file__} has no {kind} {name}{did_you_mean(name, names)}",
             key=path,
             cause=Cause.NOT_FOUND,
         )

@@ -85,9 +85,9 @@ def read_as(value: Any, annotation: Any) -> Any:
     if any(value in get_args(kind) for kind in kinds if get_origin(kind) is Literal):
         return value
     scalars = [kind for kind in kinds if kind in (bool, int, float, str)]
-    others = [kind for kind in kinds if kind not in (bool, int, float, types.NoneType)]
+    non_scalars = [kind for kind in kinds if kind not in (bool, int, float, types.NoneType)]
     # Another type has its own reading of text, and a choice of words names the right ones.
-    if not scalars or (isinstance(value, str) and others):
+    if not scalars or (isinstance(value, str) and non_scalars):
         return value
     return read_scalar(value, scalars)
 
@@ -130,8 +130,8 @@ def _read_text(text: str, kinds: Collection[type]) -> Any:
         raise ValueError(f"must be true or false, got {text!r}")
     if _NUMBER.fullmatch(text):
         digits = text.replace("_", "")
-        whole = re.fullmatch(INTEGER, text)
-        return read_scalar(int(digits) if whole else float(digits), kinds)
+        is_integer = re.fullmatch(INTEGER, text)
+        return read_scalar(int(digits) if is_integer else float(digits), kinds)
     meant = _meant(text)
     raise ValueError(f"must be a number, got {text!r}" + (f"; write {meant}" if meant else ""))
 
@@ -199,7 +199,7 @@ def _literal(text: str) -> Any:
     if len(text) > MAX_LITERAL_CHARS or not text.lstrip().startswith(PYTHON):
         return text
     try:
-        found = ast.literal_eval(text.strip())
+        literal = ast.literal_eval(text.strip())
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
         return text
-    return found if isinstance(found, list | dict) else text
+    return literal if isinstance(literal, list | dict) else text

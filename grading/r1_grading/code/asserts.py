@@ -66,10 +66,10 @@ def read_check_code(code: Any, function: str | None) -> dict[str, Any]:
     always = [n for n in asserts if isinstance(n.test, ast.Constant) and n.test.value]
     read = _tests([ast.unparse(node) for node in asserts if node not in always])
     if read["function"] == CANDIDATE:
-        given = function or _checked(nodes)
-        if not given:
+        entry_point = function or _checked(nodes)
+        if not entry_point:
             raise ValueError("the tests call a candidate and do not name it: give entry_point")
-        read["function"] = given.rpartition(".")[2]
+        read["function"] = entry_point.rpartition(".")[2]
     return read
 
 
@@ -83,8 +83,8 @@ def _checked(nodes: Iterable[ast.AST]) -> str | None:
 
 
 def _tests(lines: Iterable[str]) -> dict[str, Any]:
-    found = [_read_assert(line) for line in lines]
-    names = {name for name, _, _ in found}
+    checks = [_read_assert(line) for line in lines]
+    names = {name for name, _, _ in checks}
     if not names:
         raise ValueError(
             "the tests have no assert statement; those of unittest.TestCase are not read: write "
@@ -92,8 +92,8 @@ def _tests(lines: Iterable[str]) -> dict[str, Any]:
         )
     if len(names) > 1:
         raise ValueError(f"the asserts call {len(names)} functions, one is read: {sorted(names)}")
-    tolerances = [most for _, _, most in found if most is not None]
-    tests = [test for _, test, _ in found]
+    tolerances = [most for _, _, most in checks if most is not None]
+    tests = [test for _, test, _ in checks]
     return {"tests": tests, "function": names.pop(), "tolerance": min(tolerances, default=None)}
 
 

@@ -101,10 +101,12 @@ def parse_problem(truth: object, language: str | None = None) -> Problem:
         raise ValueError(f"{WHAT}: {error}") from None
     is_published = published is not None
     if published is not None:
-        own = parse_language(published.pop("language", None))
-        if asked and own and asked != own:
-            raise ValueError(f"{WHAT} is for {own}, and the prompt's language is {asked}")
-        asked = asked or own
+        published_language = parse_language(published.pop("language", None))
+        if asked and published_language and asked != published_language:
+            raise ValueError(
+                f"{WHAT} is for {published_language}, and the prompt's language is {asked}"
+            )
+        asked = asked or published_language
         truth = published
     if not isinstance(truth, dict):
         raise ValueError(f'{WHAT} must be {{"tests": […]}}, got {type(truth).__name__}')
@@ -157,9 +159,9 @@ def _without_nulls(truth: dict[str, Any]) -> dict[str, Any]:
     tests = truth.get("tests")
     if not isinstance(tests, list):
         return truth
-    kept = ("result",) if "function" in truth else ()
+    nullable_keys = ("result",) if "function" in truth else ()
     tests = [
-        {k: v for k, v in test.items() if v is not None or (k in kept and "args" in test)}
+        {k: v for k, v in test.items() if v is not None or (k in nullable_keys and "args" in test)}
         if isinstance(test, dict)
         else test
         for test in tests
@@ -171,50 +173,52 @@ def _without_nulls(truth: dict[str, Any]) -> dict[str, Any]:
     return {**truth, "tests": tests}
 
 
-def _program_test(test: object, what: str, checker: str | None) -> Test:
+def _program_test(test: object, subject: str, checker: str | None) -> Test:
     """Parse {"stdin", "stdout"}, or LiveCodeBench's {"input", "output"}; with a checker, the
     expected output may be missing."""
-    test = _known(test, what, PROGRAM_KEYS)
+    test = _known(test, subject, PROGRAM_KEYS)
     stdin = test.get("stdin", test.get("input", ""))
     stdout = test.get("stdout", test.get("output", "" if checker else None))
     for name, value in (("stdin", stdin), ("stdout", stdout)):
         if not isinstance(value, str):
-            raise ValueError(f"{what}: {name} must be text, got {value!r}")
+            raise ValueError(f"{subject}: {name} must be text, got {value!r}")
     return Test(expected=stdout, stdin=stdin)
 
 
-def _call_test(test: object, what: str, checker: str | None) -> Test:
+def _call_test(test: object, subject: str, checker: str | None) -> Test:
     """Parse {"args", "kwargs", "result"}, or LiveCodeBench's {"input", "output"}, whose input has
     one JSON argument per line."""
-    test = _known(test, what, CALL_KEYS)
+    test = _known(test, subject, CALL_KEYS)
     if "result" in test:
         args, kwargs, expected = test.get("args", []), test.get("kwargs", {}), test["result"]
     elif isinstance(test.get("input"), str) and isinstance(test.get("output"), str):
         # Not splitlines(), which also splits at U+2028 and U+0085: JSON texts may contain these.
         lines = [line for line in test["input"].split("\n") if line.strip()]
-        args, kwargs = [_json(line, f"{what}: an argument") for line in lines], {}
-        expected = _json(test["output"], f"{what}: output")
+        args, kwargs = [_json(line, f"{subject}: an argument") for line in lines], {}
+        expected = _json(test["output"], f"{subject}: output")
     else:
-        raise ValueError(f"{what} needs 'args' and 'result', or 'input' and 'output' as JSON text")
+        raise ValueError(
+            f"{subject} needs 'args' and 'result', or 'input' and 'output' as JSON text"
+        )
     if not isinstance(args, list) or not isinstance(kwargs, dict):
-        raise ValueError(f"{what}: args must be a list and kwargs an object")
+        raise ValueError(f"{subject}: args must be a list and kwargs an object")
     also = (test["also"],) if "also" in test else ()
     return Test(expected=expected, args=tuple(args), kwargs=kwargs, alternatives=also)
 
 
-def _known(test: object, what: str, keys: tuple[str, ...]) -> dict[str, Any]:
+def _known(test: object, subject: str, keys: tuple[str, ...]) -> dict[str, Any]:
     """Return `test` if all its keys are known: a misspelt "stdin" would be an empty input, which
     no correct program passes."""
     if not isinstance(test, dict):
-        raise ValueError(f"{what} must be an object, got {type(test).__name__}")
-    _check_keys(test, what, keys)
+        raise ValueError(f"{subject} must be an object, got {type(test).__name__}")
+    _check_keys(test, subject, keys)
     return test
 
 
-def _check_keys(value: dict[str, Any], what: str, known: tuple[str, ...]) -> None:
-    if unknown := sorted(value.keys() - set(known)):
-        hint = did_you_mean(unknown[0], known)
-        raise ValueError(f"{what} has {unknown[0]!r}{hint} (known: {', '.join(known)})")
+def _check_keys(value: dict[str, Any], subject: str, keys: tuple[str, ...]) -> None:
+    if unknown := sorted(value.keys() - set(keys)):
+        hint = did_you_mean(unknown[0], keys)
+        raise ValueError(f"{subject} has {unknown[0]!r}{hint} (known: {', '.join(keys)})")
 
 
 def _text_or_none(truth: dict, key: str) -> str | None:
@@ -224,11 +228,11 @@ def _text_or_none(truth: dict, key: str) -> str | None:
     return value
 
 
-def _json(text: str, what: str) -> Any:
+def _json(text: str, subject: str) -> Any:
     try:
         return load_json(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{what} is not JSON ({error}): {text[:80]!r}") from None
+        raise ValueError(f"{subject} is not JSON ({error}): {text[:80]!r}") from None
 
 
 LANGUAGES = {
@@ -264,10 +268,10 @@ def parse_language(name: object) -> str | None:
     if name is None or (isinstance(name, str) and not name.strip()):
         return None
     plain = name.strip().casefold() if isinstance(name, str) else ""
-    found = LANGUAGES.get(plain) or LANGUAGES.get(plain.rstrip("0123456789. "))
-    if found is None:
+    language = LANGUAGES.get(plain) or LANGUAGES.get(plain.rstrip("0123456789. "))
+    if language is None:
         raise ValueError(f"language must be one of python, cpp, got {name!r}")
-    return found
+    return language
 
 
 def convert_public_format(truth: Any) -> dict[str, Any] | None:
@@ -375,10 +379,10 @@ def _codecontests(truth: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _asserts(truth: Mapping[str, Any]) -> dict[str, Any]:
-    found = decode_literal(next(truth[key] for key in ASSERT_KEYS if key in truth))
-    lines = [found] if isinstance(found, str) else found
+    asserts = decode_literal(next(truth[key] for key in ASSERT_KEYS if key in truth))
+    lines = [asserts] if isinstance(asserts, str) else asserts
     if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
-        raise ValueError(f"asserts must be a list of text, got {shorten(found)}")
+        raise ValueError(f"asserts must be a list of text, got {shorten(asserts)}")
     return read_asserts(lines)
 
 
@@ -397,16 +401,16 @@ def _program(stdin: Any, stdout: Any) -> dict[str, Any]:
     return {"stdin": _lines(stdin, "input"), "stdout": _lines(stdout, "output")}
 
 
-def _lines(value: Any, what: str) -> str:
+def _lines(value: Any, field: str) -> str:
     """Return the text of an input or output that may be a list of lines, or a number."""
     if isinstance(value, list) and all(isinstance(line, str | int | float) for line in value):
         return "\n".join(map(str, value))
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
-    if value is None and what == "input":
+    if value is None and field == "input":
         return ""
     if not isinstance(value, str):
-        raise ValueError(f"{what} must be text or a list of lines, got {shorten(repr(value))}")
+        raise ValueError(f"{field} must be text or a list of lines, got {shorten(repr(value))}")
     return value
 
 

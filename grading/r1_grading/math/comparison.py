@@ -174,8 +174,8 @@ def _compare_exclusions(expected: str, answer: str) -> bool | None:
         values = [read_expression(value) for value in (left or right or ("", []))[1]]
         if not all(isinstance(value, sympy.Expr) for value in values):
             return False
-        others = sympy.Complement(sympy.S.Reals, sympy.FiniteSet(*values))
-        return _same_set(read_set(expected if left is None else answer), others)
+        complement = sympy.Complement(sympy.S.Reals, sympy.FiniteSet(*values))
+        return _same_set(read_set(expected if left is None else answer), complement)
     return left[0] == right[0] and match_all(left[1], right[1], equivalent)
 
 
@@ -213,8 +213,8 @@ def _answer_is_relation(expected: str, answer: Chain) -> bool:
         value = answer.sides[-1]
         if is_asked_quantity(value) and not is_name(answer.sides[0]) and len(answer.sides) == 2:
             return equivalent(expected, answer.sides[0])
-        others = [side for side in answer.sides[:-1] if not is_asked_quantity(side)]
-        steps = all(equivalent(expected, side, finished=False) for side in others)
+        steps_before = [side for side in answer.sides[:-1] if not is_asked_quantity(side)]
+        steps = all(equivalent(expected, side, finished=False) for side in steps_before)
         return steps and equivalent(expected, value)
     solution = solution_set(answer)
     return solution is not None and _same_set(read_expression(expected), solution)
@@ -225,15 +225,17 @@ def _both_are_relations(truth: Chain, answer: Chain) -> bool:
         truth, answer = _name_first(truth), _name_first(answer)
         names = truth.sides[0], answer.sides[0]
         if all(map(is_name, names)) and squeeze(names[0]) == squeeze(names[1]):
-            others = [side for side in answer.sides[1:] if not is_name(side)]
-            if not others or not equivalent(truth.sides[-1], others[-1]):
+            value_sides = [side for side in answer.sides[1:] if not is_name(side)]
+            if not value_sides or not equivalent(truth.sides[-1], value_sides[-1]):
                 return False
-            return all(equivalent(truth.sides[-1], s, finished=False) for s in others[:-1])
+            return all(equivalent(truth.sides[-1], s, finished=False) for s in value_sides[:-1])
     if MEMBER in truth.relations or MEMBER in answer.relations:
-        member, other = (truth, answer) if MEMBER in truth.relations else (answer, truth)
-        if MEMBER in other.relations or squeeze(member.sides[0]) not in squeeze(str(other.sides)):
+        member, relation = (truth, answer) if MEMBER in truth.relations else (answer, truth)
+        if MEMBER in relation.relations or squeeze(member.sides[0]) not in squeeze(
+            str(relation.sides)
+        ):
             return False
-        solution = solution_set(other) if other is answer else _truth_set(other)
+        solution = solution_set(relation) if relation is answer else _truth_set(relation)
         return _same_set(read_expression(member.sides[-1]), solution)
     return same_relation(truth, answer)
 
@@ -272,7 +274,16 @@ def _compare_units(expected: str, answer: str) -> bool | None:
 def _in_radians(
     left: str, left_unit: str | None, right: str, right_unit: str | None
 ) -> tuple[str, str] | None:
-    r"""Return both angles in radians where one is in degrees and the other a multiple of \pi."""
+    r"""Return both angles in radians where one is in degrees and the other a multiple of \pi.
+
+    Args:
+        left: the number of the first angle, as LaTeX.
+        left_unit: the unit of `left`; None without one.
+        right: the number of the second angle, as LaTeX.
+        right_unit: the unit of `right`; None without one.
+
+    Returns:
+        The two numbers, or None for other units."""
     if left_unit == "°" and right_unit in (None, "rad") and r"\pi" in right:
         left = rf"\frac{{({left})\pi}}{{180}}"
     elif right_unit == "°" and left_unit in (None, "rad") and r"\pi" in left:
@@ -288,8 +299,8 @@ def _compare_matrices(expected: str, answer: str) -> bool | None:
     if left is None or right is None:
         if left is right:
             return None
-        column, other = (left, answer) if right is None else (right, expected)
-        vector = read_structure(other)
+        column, vector_text = (left, answer) if right is None else (right, expected)
+        vector = read_structure(vector_text)
         if vector is None or vector.brackets != "()" or {len(row) for row in column or ()} != {1}:
             return False
         left, right = column or [], [[member] for member in vector.members]
@@ -307,7 +318,7 @@ def _compare_conditions(expected: str, answer: str) -> bool | None:
     if min(map(len, parts)) > 1 or len(several) == 1 or read_chain(several[0][0]) is None:
         return None
     sets = read_set(expected), read_set(answer)
-    if not all(isinstance(one, sympy.Set) for one in sets):
+    if not all(isinstance(condition_set, sympy.Set) for condition_set in sets):
         return None
     return len({relation_name(expected), relation_name(answer), ""}) < 3 and _same_set(*sets)
 
@@ -343,7 +354,10 @@ def _compare_lists(expected: str, answer: str) -> bool | None:
     # A list may leave out the brackets of a tuple, not those of an interval.
     if len(pairs) > 1 and pairs != {"", "()"}:
         return False
-    return all(equivalent(one, other) for one, other in zip(left, right, strict=True))
+    return all(
+        equivalent(truth_member, answer_member)
+        for truth_member, answer_member in zip(left, right, strict=True)
+    )
 
 
 def _compare_sets(expected: str, answer: str) -> bool | None:

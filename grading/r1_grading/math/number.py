@@ -118,7 +118,7 @@ def match_all(left: Sequence[Any], right: Sequence[Any], same: Callable[..., boo
         same: compares two items."""
     remaining = list(right)
     for item in left:
-        match = next((other for other in remaining if same(item, other)), None)
+        match = next((candidate for candidate in remaining if same(item, candidate)), None)
         if match is None:
             return False
         remaining.remove(match)
@@ -276,6 +276,6 @@ def _fraction(digits: str) -> Fraction:
 
 
 def _repeating(start: str, period: str) -> Fraction:
-    whole, _, decimals = start.partition(".")
+    integer, _, decimals = start.partition(".")
     nines = (10 ** len(period) - 1) * 10 ** len(decimals)
-    return Fraction(int(whole + decimals), 10 ** len(decimals)) + Fraction(int(period), nines)
+    return Fraction(int(integer + decimals), 10 ** len(decimals)) + Fraction(int(period), nines)

@@ -141,7 +141,7 @@ def read_set(text: str) -> sympy.Basic | None:
     sets = [_chain_set(chain) for chain in chains]
     if len(sets) == 1:
         return sets[0]
-    if not all(isinstance(one, sympy.Set) for one in sets):
+    if not all(isinstance(chain_set, sympy.Set) for chain_set in sets):
         return None
     return (sympy.Union if joints == {"or"} else sympy.Intersection)(*sets)
 
@@ -151,18 +151,18 @@ def relation_name(text: str) -> str | None:
     None for several."""
     chains = [read_chain(part) for part, _ in split(text, SEPARATORS)]
     sides = (side for chain in chains if chain is not None for side in chain.sides)
-    found = {squeeze(side) for side in sides if is_name(side)}
-    return None if len(found) > 1 else "".join(found)
+    names = {squeeze(side) for side in sides if is_name(side)}
+    return None if len(names) > 1 else "".join(names)
 
 
 def same_operands(left: str, right: str) -> bool:
     r"""Whether both are one union, or one intersection, of the same names: `A \cup B`, in any
     order."""
     for operator in (r"\cup", r"\cap"):
-        one = [squeeze(part) for part, _ in split(left, frozenset((operator,)))]
-        other = [squeeze(part) for part, _ in split(right, frozenset((operator,)))]
-        if min(len(one), len(other)) > 1 and all(map(is_name, one)):
-            return sorted(one) == sorted(other)
+        left_operands = [squeeze(part) for part, _ in split(left, frozenset((operator,)))]
+        right_operands = [squeeze(part) for part, _ in split(right, frozenset((operator,)))]
+        if min(len(left_operands), len(right_operands)) > 1 and all(map(is_name, left_operands)):
+            return sorted(left_operands) == sorted(right_operands)
     return False
 
 
@@ -178,8 +178,8 @@ def _chain_set(chain: Chain) -> sympy.Basic | None:
 def _is_solved(chain: Chain) -> bool:
     """Whether one side is a name and all others are constants."""
     names = [side for side in chain.sides if is_name(side)]
-    others = [side for side in chain.sides if not is_name(side)]
-    return len(names) == 1 and not any(_has_symbols(side) for side in others)
+    values = [side for side in chain.sides if not is_name(side)]
+    return len(names) == 1 and not any(_has_symbols(side) for side in values)
 
 
 def _has_symbols(text: str) -> bool:
@@ -207,21 +207,21 @@ def _constraints(chain: Chain) -> list[tuple[str, sympy.Expr]] | None:
 
 
 def _same_constraint(left: tuple[str, sympy.Expr], right: tuple[str, sympy.Expr]) -> bool:
-    (kind, difference), (other_kind, other) = left, right
-    if kind != other_kind or difference.free_symbols != other.free_symbols:
+    (kind, difference), (other_kind, other_difference) = left, right
+    if kind != other_kind or difference.free_symbols != other_difference.free_symbols:
         return False
     if not difference.free_symbols:
         return False
     # The ratio at one point has to hold everywhere.
-    symbols = sorted(other.free_symbols, key=lambda symbol: symbol.name)
+    symbols = sorted(other_difference.free_symbols, key=lambda symbol: symbol.name)
     point = {s: sympy.Rational(7 + 3 * k, 11) for k, s in enumerate(symbols)}
-    bottom = other.subs(point)
+    bottom = other_difference.subs(point)
     if bottom.is_zero or not bottom.is_finite:
         return False
     ratio = sympy.nsimplify(difference.subs(point) / bottom, rational=None)
     if not ratio.is_real or ratio.is_zero or (kind in ("<", "<=") and not ratio.is_positive):
         return False
-    return same_value(difference, ratio * other, seed="ratio")
+    return same_value(difference, ratio * other_difference, seed="ratio")
 
 
 SET_BUILDER = re.compile(
@@ -326,11 +326,11 @@ def lists_relations(text: str) -> bool:
 def rename_parameter(truth: Structure, answer: Structure) -> Structure:
     r"""Return `answer` with its parameter named as in `truth`: with k where the truth is
     `x = k\pi, k \in \mathbb{Z}` and the answer `x = n\pi, n \in \mathbb{Z}`."""
-    name, other = _parameter(truth), _parameter(answer)
+    name, answer_name = _parameter(truth), _parameter(answer)
     tokens = {token for member in answer.members for token in SYMBOL.findall(member)}
-    if name is None or other is None or name in tokens:
+    if name is None or answer_name is None or name in tokens:
         return answer
-    rename = {other: name}
+    rename = {answer_name: name}
     members = (SYMBOL.sub(lambda t: rename.get(t[0], t[0]), member) for member in answer.members)
     return Structure(answer.brackets, tuple(members))
 
@@ -339,19 +339,19 @@ def _parameter(side: Structure) -> str | None:
     """Return the name whose domain one member gives and whose value none gives, or None."""
     domains = [match["name"] for member in side.members if (match := DOMAIN.match(member))]
     chains = [chain for member in side.members if (chain := read_chain(member)) is not None]
-    given = {squeeze(chain.sides[0]) for chain in chains if EQUAL in chain.relations}
-    if len(domains) != 1 or domains[0] in given:
+    names_with_value = {squeeze(chain.sides[0]) for chain in chains if EQUAL in chain.relations}
+    if len(domains) != 1 or domains[0] in names_with_value:
         return None
     values = [member for member in side.members if read_chain(member) is None]
     is_used = any(domains[0] in SYMBOL.findall(value) for value in values)
-    return domains[0] if given or is_used else None
+    return domains[0] if names_with_value or is_used else None
 
 
 def without_repeats(sides: tuple[Structure, Structure], *members: list[str]) -> list[list[str]]:
     """Return the members of both sides without order, each once unless it matters how often they
     are written: in lists of numbers that both repeat some. `3, 5, 5` is not `3, 3, 5`, but roots
     may be listed with or without their multiplicities."""
-    once = [list({squeeze(one): one for one in side}.values()) for side in members]
+    once = [list({squeeze(member): member for member in side}.values()) for side in members]
     both_repeat = all(len(few) < len(all_) for few, all_ in zip(once, members, strict=True))
     if both_repeat and not any(map(_is_set_of_values, sides)):
         return list(members)
@@ -360,5 +360,5 @@ def without_repeats(sides: tuple[Structure, Structure], *members: list[str]) -> 
 
 def _is_set_of_values(side: Structure) -> bool:
     """Whether it is a set, or a list of points, as the solutions of a system are."""
-    is_list_of_points = not side.brackets and all(one.startswith("(") for one in side.members)
+    is_list_of_points = not side.brackets and all(member.startswith("(") for member in side.members)
     return side.is_set or is_list_of_points

@@ -214,8 +214,8 @@ def same_expression(expected: str, answer: str) -> bool:
     if left is None or right is None or VAGUE.search(answer):
         return False
     # Symbols that the truth does not have may cancel, as `one of` in `one of 12 \cdot 0 + 13`.
-    names, others = ({symbol.name for symbol in side.free_symbols} for side in (left, right))
-    if not others <= names | {"i"}:
+    names, answer_names = ({symbol.name for symbol in side.free_symbols} for side in (left, right))
+    if not answer_names <= names | {"i"}:
         return False
     return same_value(left, right, seed=expected + answer)
 

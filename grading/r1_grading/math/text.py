@@ -151,9 +151,9 @@ def stated_answer(text: str) -> str:
     if (match := STATED_ELSEWHERE.match(text)) is not None:
         text = re.sub(r"(?:です|だ|입니다|이다)[.。]?$", "", text[match.end() :])
     phrases = list(STATED_IN_CHINESE.finditer(text))
-    rest = after_answer_is(text) or (text[phrases[-1].end() :] if phrases else "")
-    if rest.strip("* \n.$"):
-        text = rest.strip("* \n")
+    statement = after_answer_is(text) or (text[phrases[-1].end() :] if phrases else "")
+    if statement.strip("* \n.$"):
+        text = statement.strip("* \n")
     elif (match := IS_ANSWER.fullmatch(text)) is not None:
         text = match["value"] or match["letter"]
     if (match := ENDING_FORMULA.fullmatch(text)) is not None:
@@ -177,9 +177,9 @@ def _stated_value(text: str) -> str | None:
     if SINGLE_NUMBER.fullmatch(value):  # of `_in_sentence`
         return None
     words = TWO_LETTERS.findall(WRAPPED.sub(" ", value))
-    *others, last = words or [""]
+    *words_before, last = words or [""]
     if last not in VALUE_WORDS and is_unit(last):
-        words = [word for word in others if word not in ("square", "cubic")]
+        words = [word for word in words_before if word not in ("square", "cubic")]
         if r"\text" not in value:
             value = UNIT_AT_END.sub(r" \\text{ \1}\2", value)
     return value if all(word.lower() in VALUE_WORDS for word in words) else None
@@ -218,10 +218,10 @@ def read_choice(text: str) -> tuple[str, str] | None:
     text = PREFIX.sub("", plain(text), count=1)
     if (match := LABEL.fullmatch(text)) is None:
         return None
-    rest = (match["rest0"] or match["rest1"] or match["rest2"] or "").strip()
-    if OTHER_LABEL.search(rest):
+    choice_text = (match["rest0"] or match["rest1"] or match["rest2"] or "").strip()
+    if OTHER_LABEL.search(choice_text):
         return None
-    return (match["round"] or match["square"] or match["bare"]).upper(), rest
+    return (match["round"] or match["square"] or match["bare"]).upper(), choice_text
 
 
 def same_letter(letter: str, answer: str) -> bool:
@@ -236,8 +236,8 @@ def same_letter(letter: str, answer: str) -> bool:
 def read_letters(text: str) -> str | None:
     """Return the letters of several choices in their order, `ABD` or `A, B and D`; None for any
     other text."""
-    found = LETTERS.fullmatch(plain(text))
-    letters = re.findall(LETTER, found[0]) if found else []
+    match = LETTERS.fullmatch(plain(text))
+    letters = re.findall(LETTER, match[0]) if match else []
     return "".join(letters) if letters == sorted(set(letters)) and len(letters) > 1 else None
 
 

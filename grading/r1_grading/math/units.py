@@ -97,8 +97,8 @@ def split_han_unit(text: str) -> tuple[str, str | None]:
     if unit in MEASURE_WORDS and unit not in HAN_UNITS:
         return value, None
     power = HAN_POWERS.get(unit[:2], "") if unit[2:] in HAN_UNITS else ""
-    if (known := HAN_UNITS.get(unit[2:] if power else unit)) is not None:
-        return rf"{value} \text{{ {known}}}" + (f"^{power}" if power else ""), None
+    if (latin_unit := HAN_UNITS.get(unit[2:] if power else unit)) is not None:
+        return rf"{value} \text{{ {latin_unit}}}" + (f"^{power}" if power else ""), None
     if CHANGES_VALUE.search(unit) or len(unit) > 4:
         return text, None
     return value, unit
@@ -154,8 +154,8 @@ def _unit(words: str, power: str) -> str | None:
         if parts[0].lower() == prefix and len(parts) > 1:
             parts, exponent = parts[1:], number
     names = [_canonical(part) for part in parts]
-    known = all(part.lower() == "per" or any(f in KNOWN for f in _forms(part)) for part in parts)
-    if not known and any(len(part) < 3 for part in parts if part.lower() not in ("of", "per")):
+    is_known = all(part.lower() == "per" or any(f in KNOWN for f in _forms(part)) for part in parts)
+    if not is_known and any(len(part) < 3 for part in parts if part.lower() not in ("of", "per")):
         return None  # `5 ab` may be five times a times b
     return "/".join(name for name in names if name != "per") + exponent
 
@@ -234,9 +234,9 @@ def words_to_number(text: str) -> str:
     if (match := RATIO.fullmatch(text)) is not None:
         return rf"\frac{{{match['part']}}}{{{match['whole']}}}"
     if (match := SCALED_AMOUNT.fullmatch(text)) is not None:
-        whole = apply_scale(match["number"], match["scale"])
-        if whole is not None:
-            return f"{match['sign']}{whole} {match['unit']}".strip()
+        amount = apply_scale(match["number"], match["scale"])
+        if amount is not None:
+            return f"{match['sign']}{amount} {match['unit']}".strip()
     value = cardinal(text)
     return text if value is None else str(value)
 

@@ -159,15 +159,15 @@ def final_answers(block: str) -> list[str]:
     a bare number next to one. Without a box: the text after the last `####`, and the numbers after
     others. Otherwise the text itself."""
     if boxed := list(_boxed_from_the_end(block)):
-        others = [*_alternatives_to_boxes(block), *stated_numbers(block)]
+        alternatives = [*_alternatives_to_boxes(block), *stated_numbers(block)]
         if last_boxed(boxed[0]) is not None:  # the 12 of `\boxed{12\boxed{13}}`
-            others += _alternatives_to_boxes(boxed[0])
-        return list(dict.fromkeys((*others, *boxed[1:], boxed[0])))
-    _, found, last = block.rpartition(MARKER)
-    if found and last.strip() and "\n" not in last.strip():
+            alternatives += _alternatives_to_boxes(boxed[0])
+        return list(dict.fromkeys((*alternatives, *boxed[1:], boxed[0])))
+    _, marker, last = block.rpartition(MARKER)
+    if marker and last.strip() and "\n" not in last.strip():
         marked = [match[1].strip() for match in MARKED_NUMBER.finditer(block)]
-        others = adjacent_numbers(block[: block.find(MARKER)])
-        return list(dict.fromkeys((*others, *marked, last.strip())))
+        alternatives = adjacent_numbers(block[: block.find(MARKER)])
+        return list(dict.fromkeys((*alternatives, *marked, last.strip())))
     return [block]
 
 

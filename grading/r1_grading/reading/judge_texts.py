@@ -29,11 +29,11 @@ def chain_of_thought(response: str, opened: bool = False) -> str | None:
         response: the text that the policy sampled.
         opened: the prompt ended with `<think>`, so the response begins inside the thought."""
     if not opened:
-        _, found, response = response.partition(THINK)
-        if not found:
+        _, opening, response = response.partition(THINK)
+        if not opening:
             return None
-    inside, closed, rest = response.rpartition(END_THINK)
-    return (inside if closed else rest).replace(THINK, " ").replace(END_THINK, " ")
+    inside, closed, unclosed = response.rpartition(END_THINK)
+    return (inside if closed else unclosed).replace(THINK, " ").replace(END_THINK, " ")
 
 
 def prepare_texts(

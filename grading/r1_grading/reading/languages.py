@@ -58,23 +58,23 @@ class WordCount:
     Attributes:
         en: English words.
         zh: Chinese words.
-        other: words of neither."""
+        other_scripts: words of neither."""
 
     en: float
     zh: float
-    other: float
+    other_scripts: float
 
     @property
     def total(self) -> float:
         """The words of all languages."""
-        return self.en + self.zh + self.other
+        return self.en + self.zh + self.other_scripts
 
-    def plus(self, others: "WordCount", weight: float) -> "WordCount":
-        """Return the sum with `others` counted `weight` times."""
+    def plus(self, addend: "WordCount", weight: float) -> "WordCount":
+        """Return the sum with `addend` counted `weight` times."""
         return WordCount(
-            self.en + weight * others.en,
-            self.zh + weight * others.zh,
-            self.other + weight * others.other,
+            self.en + weight * addend.en,
+            self.zh + weight * addend.zh,
+            self.other_scripts + weight * addend.other_scripts,
         )
 
 
@@ -84,11 +84,11 @@ def count_words(text: str) -> WordCount:
     English: Latin words, except those in lower case with accents. Chinese: Han characters, except
     in a clause with Japanese kana. Other: all other letters, and Latin words with a letter of
     another script."""
-    en = han = other = 0.0
+    en = han = other_scripts = 0.0
     for clause, word in RUNS.findall(text):
         if clause:
             if HAS_KANA.search(clause):
-                other += len(clause) / HAN_PER_WORD
+                other_scripts += len(clause) / HAN_PER_WORD
             else:
                 han += len(clause)
         elif len(word) > 1:
@@ -96,8 +96,8 @@ def count_words(text: str) -> WordCount:
             if word.isascii() or (LATIN.fullmatch(word) and _is_english(word)):
                 en += weight
             elif not GREEK_SYMBOL.fullmatch(word):
-                other += weight
-    return WordCount(en, han / HAN_PER_WORD, other)
+                other_scripts += weight
+    return WordCount(en, han / HAN_PER_WORD, other_scripts)
 
 
 def _is_english(word: str) -> bool:
@@ -335,9 +335,9 @@ def formula_words(formula: str) -> list[str]:
             words.append(match[1])
         return " "
 
-    rest = COMMAND.sub(command, formula)
-    words += FORMULA_WORD.findall(rest)
-    return words + letter_rows(rest)
+    letters = COMMAND.sub(command, formula)
+    words += FORMULA_WORD.findall(letters)
+    return words + letter_rows(letters)
 
 
 def letter_rows(text: str) -> list[str]:

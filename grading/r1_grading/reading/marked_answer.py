@@ -100,10 +100,10 @@ def marked_answer(visible: str, numeric: bool) -> Extraction | None:
         if (start, end) in seen:
             continue
         seen.add((start, end))
-        found = _stated(visible, start, end, numeric)
-        if found is None:
+        statement = _stated(visible, start, end, numeric)
+        if statement is None:
             continue
-        value, is_prose, end = found
+        value, is_prose, end = statement
         after = visible[end:].strip(DECORATION + "\n\"”')$")
         if not after:
             return None
@@ -136,7 +136,13 @@ def _sentence_around(text: str, at: int) -> tuple[int, int]:
 
 def _stated(text: str, start: int, end: int, numeric: bool) -> tuple[str, bool, int] | None:
     """Return (value, whether a sentence states it, where it ends) of a sentence that marks one
-    value as the answer, in itself or in the line below it."""
+    value as the answer, in itself or in the line below it.
+
+    Args:
+        text: the text of the response after its thought.
+        start: the index of the sentence's first character.
+        end: the index behind its last one.
+        numeric: whether an answer in words is refused."""
     sentence = text[start:end]
     _, marker, marked = sentence.rpartition(MARKER)
     if marker and not marked.startswith("#"):
@@ -161,8 +167,8 @@ def _stated(text: str, start: int, end: int, numeric: bool) -> tuple[str, bool, 
 
 def _stated_below(text: str, end: int, numeric: bool) -> tuple[str, bool, int] | None:
     """Return what `_stated` does, of the first line after a heading that is not blank."""
-    rest = text[end:]
-    start = end + len(rest) - len(rest.lstrip())
+    below = text[end:]
+    start = end + len(below) - len(below.lstrip())
     _, stop = _sentence_around(text, start)
     value = _value(text[start:stop], numeric, words=True) if start < len(text) else None
     return (value, False, stop) if value else None
@@ -181,8 +187,8 @@ def _value(stated: str, numeric: bool, words: bool) -> str | None:
     if number := NUMBER.fullmatch(plain):
         if CHANGED.match(plain, number.end("number")):
             return None
-        found = last_number(plain)
-        return found.text if found is not None else None
+        extraction = last_number(plain)
+        return extraction.text if extraction is not None else None
     if formula := FORMULA.fullmatch(stated):
         return next(filter(None, formula.groups()))
     if numeric or not words or DENIAL.search(stated) or not WORDS.fullmatch(stated):

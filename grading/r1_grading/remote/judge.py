@@ -25,8 +25,8 @@ from pydantic import Field, model_validator
 from r1_grading.base.errors import Cause, UserError
 from r1_grading.base.files import atomic_write
 from r1_grading.reading import Part, break_control_tokens, cut_middle, response_part
-from r1_grading.remote import ServiceSettings
 from r1_grading.remote.service import ChatChoice, Completion, Service, ServiceError, Ungradable
+from r1_grading.remote.settings import ServiceSettings
 from r1_grading.rewards import Grade
 
 VERIFY = """\
@@ -431,8 +431,8 @@ class Judge(JudgeClient):
         majority = num_votes // 2 + 1
         votes = await self.votes(VERIFY, texts, majority)
         if len(set(votes)) > 1:
-            rest = num_votes - majority
-            votes += await self.votes(VERIFY, texts, rest, first=2 * majority)
+            num_missing = num_votes - majority
+            votes += await self.votes(VERIFY, texts, num_missing, first=2 * majority)
         return votes.count("correct") >= majority
 
     async def compare(self, question: str, first: str, second: str) -> Comparison:

@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from r1_grading.remote import ServiceSettings, read_settings
 from r1_grading.remote.service import Service, Ungradable
+from r1_grading.remote.settings import ServiceSettings, read_settings
 from r1_grading.rewards import REMOTE, Grade
 
 

@@ -24,8 +24,8 @@ from r1_grading.reading import (
     fill_template,
     prepare_texts,
 )
-from r1_grading.remote import ServiceSettings
 from r1_grading.remote.service import Service, ServiceError, Ungradable
+from r1_grading.remote.settings import ServiceSettings
 from r1_grading.rewards import Grade
 
 CHECK_SECONDS = 10.0
@@ -84,14 +84,14 @@ class RewardModel:
         settings expect, and its chat template keeps all of the text it scores."""
         unfit = f"{self.service.url}: model {self.settings.model!r} cannot serve as a reward model"
         try:
-            whole = await self.service.request(self._probe, CHECK_SECONDS)
-            self._reward(whole)
+            full_reply = await self.service.request(self._probe, CHECK_SECONDS)
+            self._reward(full_reply)
             summary = CHECK_RESPONSE.partition("</think>")[2]
             part = await self.service.request(self._body(CHECK_QUESTION, summary))
         except (Ungradable, ValueError) as error:
             raise ServiceError(f"{unfit}: {error}") from None
         # Chat templates of reasoning models drop the thought from assistant messages.
-        if self.part == "response" and whole.usage.prompt_tokens <= part.usage.prompt_tokens:
+        if self.part == "response" and full_reply.usage.prompt_tokens <= part.usage.prompt_tokens:
             raise ServiceError(
                 f"{unfit}: the server's chat template drops <think>…</think>, which this reward is "
                 f"to see; serve it with another --chat-template, or set the option template"
@@ -149,8 +149,8 @@ class RewardModel:
         if label is None:
             score = scores[0]
         else:  # log(p / (1 - p)) of its softmax
-            others = scores[:label] + scores[label + 1 :]
-            score = scores[label] - float(np.logaddexp.reduce(others))
+            other_scores = scores[:label] + scores[label + 1 :]
+            score = scores[label] - float(np.logaddexp.reduce(other_scores))
         settings = self.settings
         if settings.threshold is None:
             # The logistic function; tanh does not overflow.

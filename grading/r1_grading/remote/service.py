@@ -12,7 +12,7 @@ import aiohttp
 import msgspec
 
 from r1_grading.base.errors import Cause, RunError, UserError, shorten
-from r1_grading.remote import ServiceSettings
+from r1_grading.remote.settings import ServiceSettings
 
 
 class Message(msgspec.Struct):

@@ -45,9 +45,9 @@ def interpreter() -> tuple[str, tuple[str, ...]]:
     """
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     prefix = Path(sys.base_prefix).resolve()
-    own, library = prefix / "bin" / version, prefix / "lib" / version
-    if prefix != Path("/usr") and own.exists() and _is_readable(own, library / "os.py"):
-        mounts: tuple[str, ...] = ("--ro-bind", str(own), "/python/bin/python3")
+    python, library = prefix / "bin" / version, prefix / "lib" / version
+    if prefix != Path("/usr") and python.exists() and _is_readable(python, library / "os.py"):
+        mounts: tuple[str, ...] = ("--ro-bind", str(python), "/python/bin/python3")
         mounts += ("--ro-bind", str(prefix / "lib"), "/python/lib")
         mounts += ("--setenv", "LD_LIBRARY_PATH", "/python/lib")  # a shared libpython
         if (library / "site-packages").is_dir():
@@ -57,7 +57,7 @@ def interpreter() -> tuple[str, tuple[str, ...]]:
     system = Path("/usr/bin/python3").resolve()
     if not system.exists():
         raise SandboxUnavailable(
-            f"graded programs need a Python that the sandbox may read, and {own} is private to "
+            f"graded programs need a Python that the sandbox may read, and {python} is private to "
             "one user: install the system's (apt-get install python3)",
             key="python3",
             cause=Cause.UNREADABLE,

@@ -89,10 +89,10 @@ class Limits:
         """
         if not isinstance(overrides, dict | None):
             raise ValueError(f"limits must be an object, got {overrides!r}")
-        known = [limit.name for limit in fields(cls)]
+        names = [limit.name for limit in fields(cls)]
         for name in overrides or {}:
-            if name not in known:
-                raise ValueError(f"limits.{name} is unknown; known: {', '.join(known)}")
+            if name not in names:
+                raise ValueError(f"limits.{name} is unknown; known: {', '.join(names)}")
         return cls(**overrides or {})
 
     def program(self, seconds_left: float = math.inf, *, compiled: bool = False) -> Budget:

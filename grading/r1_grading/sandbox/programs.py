@@ -29,12 +29,12 @@ IDENTIFIER = re.compile(r"[^\W\d]\w*")
 @functools.cache
 def standard_names() -> dict[str, str]:
     """Return name → the module that provides it."""
-    found: dict[str, str] = {}
+    modules: dict[str, str] = {}
     for module in map(importlib.import_module, MODULES):
         names = getattr(module, "__all__", None) or vars(module)
-        found |= {name: module.__name__ for name in names if not name.startswith("_")}
-    found = {name: module for name, module in found.items() if not hasattr(builtins, name)}
-    return found | {module: module for module in MODULES}
+        modules |= {name: module.__name__ for name in names if not name.startswith("_")}
+    modules = {name: module for name, module in modules.items() if not hasattr(builtins, name)}
+    return modules | {module: module for module in MODULES}
 
 
 def names_in(source: str) -> dict[str, str]:

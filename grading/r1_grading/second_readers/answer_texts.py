@@ -133,11 +133,11 @@ def same_answer(expected: Answer, answer: Answer, seed: str) -> bool | None:
         return _all(
             same_value(*pair, seed) for pair in zip(expected.members, answer.members, strict=True)
         )
-    left = list(answer.members)
+    unmatched = list(answer.members)
     for member in expected.members:
-        verdicts = [same_value(member, other, seed) for other in left]
+        verdicts = [same_value(member, candidate, seed) for candidate in unmatched]
         if True in verdicts:
-            left.pop(verdicts.index(True))
+            unmatched.pop(verdicts.index(True))
         elif None in verdicts:
             return None
         else:
@@ -151,8 +151,8 @@ def _has_repeated(answer: Answer, seed: str) -> bool:
 
 
 def _all(verdicts: Iterable[bool | None]) -> bool | None:
-    found = list(verdicts)
-    return False if False in found else None if None in found else True
+    all_verdicts = list(verdicts)
+    return False if False in all_verdicts else None if None in all_verdicts else True
 
 
 def _split(text: str) -> tuple[str, list[str]]:

@@ -76,8 +76,8 @@ class Node:
         if self.name == "divided" and all(is_whole(part) for part in self.parts):
             above, below = (part.value for part in self.parts)
             return 0 if below > 1 and math.gcd(int(above), int(below)) == 1 else 1
-        own = 0 if self.name in ("number", "letter") or self in (PI, E, I) else 1
-        return own + sum(part.num_operations for part in self.parts)
+        num_here = 0 if self.name in ("number", "letter") or self in (PI, E, I) else 1
+        return num_here + sum(part.num_operations for part in self.parts)
 
 
 PI, E, I = (Node("constant", value=name) for name in ("pi", "e", "i"))  # noqa: E741
@@ -154,8 +154,8 @@ def is_whole(node: Node) -> bool:
 def is_open_sum(node: Node) -> bool:
     """Whether a node only adds or subtracts numbers: it may be a date, or is not worked out."""
     nodes = node.walk()
-    has_sum = any(each.name in ("plus", "minus") for each in nodes)
-    return has_sum and all(each.name in ("number", "plus", "minus", "negative") for each in nodes)
+    has_sum = any(part.name in ("plus", "minus") for part in nodes)
+    return has_sum and all(part.name in ("number", "plus", "minus", "negative") for part in nodes)
 
 
 def _mp(value: Any) -> Any:

@@ -68,7 +68,7 @@ def grade(
 
     Raises:
         ValueError: a truth that is blank, or not a number or string."""
-    truths = [true_answer(str(each)) for each in accepted_answers(truth)]
+    truths = [true_answer(str(truth_text)) for truth_text in accepted_answers(truth)]
     if not truths:
         raise ValueError(f"the truth of a math answer must not be empty, got {truth!r}")
     visible = visible_text(response, opened)
@@ -79,10 +79,10 @@ def grade(
         return Grade(0.0, f"it is not sure of the answer: {error}", verdict=f"{UNSURE},{UNSURE}")
     if answer is None:
         return Grade(0.0, "it finds no answer", verdict=f"{WRONG},{WRONG}")
-    upstream = _best([_upstream(each, answer) for each in truths])
-    found = [_at_points(each, answer) for each in truths]
-    points = _best([verdict for verdict, _ in found])
-    why = next((reason for verdict, reason in found if verdict == points), "")
+    upstream = _best([_upstream(truth_text, answer) for truth_text in truths])
+    point_verdicts = [_at_points(truth_text, answer) for truth_text in truths]
+    points = _best([verdict for verdict, _ in point_verdicts])
+    why = next((reason for verdict, reason in point_verdicts if verdict == points), "")
     reason = f"{shorten(answer)}: math-verify says {upstream}, values at points {points}"
     return Grade(0.0, f"{reason} ({why})" if why else reason, verdict=f"{upstream},{points}")
 

@@ -43,9 +43,9 @@ def parse_request(body: Body, stored: object) -> TurnRequest:
         RequestError: for a body that cannot be served."""
     body.ignore(*IGNORED)
     model = body.take("model", str, "")
-    messages = [_message(each) for each in body.take_objects("messages")]
+    messages = [_message(message) for message in body.take_objects("messages")]
     require_turn(messages, "messages")
-    tools = [_tool(each) for each in body.take_objects("tools", [])]
+    tools = [_tool(tool) for tool in body.take_objects("tools", [])]
     options = body.options(NEUTRAL)
     choice = body.take("tool_choice", (str, dict), "auto")
     if choice == "none":

@@ -50,9 +50,9 @@ def parse_request(body: Body, stored: object) -> TurnRequest:
     body.ignore(*IGNORED)
     model = body.take("model", str, "")
     system = _system(body.take("system", (str, list), None))
-    sent = [message for each in body.take_objects("messages") for message in _messages(each)]
+    sent = [message for entry in body.take_objects("messages") for message in _messages(entry)]
     chat.require_turn(sent, "messages")
-    tools = [_tool(each) for each in body.take_objects("tools", [])]
+    tools = [_tool(tool) for tool in body.take_objects("tools", [])]
     options = body.options(NEUTRAL)
     choice = Body(body.take("tool_choice", dict, {"type": "auto"}), "tool_choice")
     is_single = choice.take("disable_parallel_tool_use", bool, False)

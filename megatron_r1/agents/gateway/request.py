@@ -144,7 +144,7 @@ class Body:
             where: the path of this object in the request, for errors."""
         if not isinstance(value, Mapping):
             raise RequestError(f"must be an object, got {_shorten(value)}", where or None)
-        self._left = {name: entry for name, entry in value.items() if entry is not None}
+        self._fields_left = {name: entry for name, entry in value.items() if entry is not None}
         self.where = where
 
     def path(self, name: str) -> str:
@@ -162,11 +162,11 @@ class Body:
         Raises:
             RequestError: the field has another type, or is absent and there is no default.
         """
-        if name not in self._left:
+        if name not in self._fields_left:
             if default is REQUIRED:
                 raise RequestError("is required", self.path(name))
             return default
-        value = self._left.pop(name)
+        value = self._fields_left.pop(name)
         is_bool = isinstance(value, bool)  # an int too in Python, but not in JSON
         allowed = kinds if isinstance(kinds, tuple) else (kinds,)
         if not isinstance(value, kinds) or (is_bool and bool not in allowed):
@@ -205,7 +205,7 @@ class Body:
         Raises:
             RequestError: any other value.
         """
-        value = self._left.pop(name, default)
+        value = self._fields_left.pop(name, default)
         if value not in values:
             shown = " or ".join(map(_shorten, values))
             raise RequestError(f"{_shorten(value)} is not supported; use {shown}", self.path(name))
@@ -219,7 +219,7 @@ class Body:
     def ignore(self, *names: str) -> None:
         """Drop fields that change neither prompt nor sampling."""
         for name in names:
-            self._left.pop(name, None)
+            self._fields_left.pop(name, None)
 
     def options(self, neutral: Mapping[str, object]) -> dict[str, object]:
         """Return the sampling options whose value changes something.
@@ -227,12 +227,14 @@ class Body:
         Args:
             neutral: the options, each with the value that changes nothing; None where every value
                 changes something."""
-        found = {name: self._left.pop(name) for name in neutral if name in self._left}
-        return {name: value for name, value in found.items() if value != neutral[name]}
+        options = {
+            name: self._fields_left.pop(name) for name in neutral if name in self._fields_left
+        }
+        return {name: value for name, value in options.items() if value != neutral[name]}
 
     def finish(self) -> None:
         """Raise RequestError for a field that was not taken."""
-        for name, value in self._left.items():
+        for name, value in self._fields_left.items():
             raise RequestError(
                 f"this gateway does not support it (got {_shorten(value)}); leave it out",
                 self.path(name),

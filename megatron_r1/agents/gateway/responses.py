@@ -46,7 +46,7 @@ def parse_request(body: Body, stored: Mapping[str, list[Message]]) -> TurnReques
     chat.require_turn(sent, "input")
     instructions = body.take("instructions", str, None)
     system = [] if instructions is None else [{"role": "system", "content": instructions}]
-    tools = [_tool(each) for each in body.take_objects("tools", [])]
+    tools = [_tool(tool) for tool in body.take_objects("tools", [])]
     options = body.options(NEUTRAL)
     text = Body(body.take("text", dict, {}), "text")
     options |= {f"text.{name}": value for name, value in text.options({"verbosity": None}).items()}
@@ -202,8 +202,8 @@ def _events(turn: TurnReply, request: TurnRequest) -> Iterator[dict[str, Any]]:
         else:
             yield from _part_events(location | {"content_index": 0}, item["content"][0])
         yield {"type": "response.output_item.done", "output_index": index, "item": item}
-    whole = format_reply(turn, request)
-    yield {"type": f"response.{whole['status']}", "response": whole}
+    reply = format_reply(turn, request)
+    yield {"type": f"response.{reply['status']}", "response": reply}
 
 
 def _part_events(location: dict[str, Any], part: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -245,6 +245,13 @@ class Gateway:
     ) -> SampledTurn:
         """Sample a turn.
 
+        Args:
+            session: the episode that the turn belongs to.
+            request: the parsed request.
+            prompt: the place of the turn in the episode's tree.
+            prompt_ids: all tokens before the turn.
+            max_tokens: the most tokens of the turn.
+
         Raises:
             RequestError: no engine could sample, or other turns at once have used up the episode's
                 tokens.
@@ -261,8 +268,8 @@ class Gateway:
             response, text, stop_string = truncate_at_stop(
                 response, num_prompt, request.stop, decode
             )
-            if (kept := session.claim(len(response.token_ids))) < len(response.token_ids):
-                response = truncate_response(response, num_prompt, kept, "length")
+            if (num_kept := session.claim(len(response.token_ids))) < len(response.token_ids):
+                response = truncate_response(response, num_prompt, num_kept, "length")
                 text, stop_string = decode(response.token_ids), None
             message = await self._reader.read(
                 text, response.token_ids, prompt_ids, request.tools, request.max_calls
@@ -343,7 +350,14 @@ async def _stream(
     http_request: web.Request,
 ) -> web.StreamResponse:
     """Send a turn as server-sent events, after comments that keep the connection alive while the
-    turn is being sampled."""
+    turn is being sampled.
+
+    Args:
+        wire_format: writes the events in the API of the request.
+        session: the session that the turn is added to.
+        task: samples the turn.
+        request: the parsed request.
+        http_request: the request that is replied to."""
     head = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
     stream = web.StreamResponse(headers=head)
     await stream.prepare(http_request)

@@ -158,16 +158,16 @@ class GatewaySession:
                 status=429,
                 kind="rate_limit_error",
             )
-        left = self.limits.max_tokens - self.num_claimed
+        num_tokens = self.limits.max_tokens - self.num_claimed
         most_here = self.sampling.max_model_len - num_prompt_tokens
-        if min(left, most_here) < 1:
+        if min(num_tokens, most_here) < 1:
             raise self.end_out_of_tokens(
                 f"the episode has had its {self.limits.max_tokens} sampled tokens"
-                if left < 1
+                if num_tokens < 1
                 else f"{num_prompt_tokens} prompt tokens leave no room for an answer: the engines "
                 f"take {self.sampling.max_model_len}"
             )
-        return min(left, most_here, asked or left)
+        return min(num_tokens, most_here, asked or num_tokens)
 
     def claim(self, num_tokens: int) -> int:
         """Count a sampled turn's tokens against the episode's limit; return how many of them fit.
@@ -178,14 +178,14 @@ class GatewaySession:
         Raises:
             RequestError: no tokens were left.
         """
-        kept = min(num_tokens, self.limits.max_tokens - self.num_claimed)
-        if num_tokens and kept < 1:
+        num_kept = min(num_tokens, self.limits.max_tokens - self.num_claimed)
+        if num_tokens and num_kept < 1:
             raise self.end_out_of_tokens(
                 f"other turns at once have used up the {self.limits.max_tokens} sampled tokens of "
                 "the episode"
             )
-        self.num_claimed += kept
-        return kept
+        self.num_claimed += num_kept
+        return num_kept
 
     def end_out_of_tokens(self, reason: str) -> RequestError:
         """End the episode as max_tokens; return the refusal."""

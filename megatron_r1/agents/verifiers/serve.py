@@ -100,7 +100,7 @@ def _outcome(episode: Any) -> dict[str, Any]:
     """Return an episode's reward, tokens and errors. `ok` tells a failed trace, whose reward is 0,
     from one that earned 0."""
     traces = episode.traces
-    errors = [f"{e.type}: {e.message}" for each in (episode, *traces) for e in each.errors]
+    errors = [f"{e.type}: {e.message}" for part in (episode, *traces) for e in part.errors]
     sequences = []
     for trace in traces:
         for branch in trace.branches:

@@ -102,16 +102,19 @@ def find_slow(stats_by_engine: Mapping[Key, ServiceStats], now: float) -> dict[K
     An engine with few tokens in all may simply have had little to do, and one whose sequences are
     slow may have had more of them than the others: only both together make it slow. The only engine
     is never slow, nor is one without enough groups to compare."""
-    known = {key: stats for key, stats in stats_by_engine.items() if stats.is_known(now)}
+    comparable = {key: stats for key, stats in stats_by_engine.items() if stats.is_known(now)}
     slow = {}
-    for key, stats in known.items():
-        others = [other for name, other in known.items() if name != key]
-        if not others:
+    for key, stats in comparable.items():
+        other_engines = [engine_stats for name, engine_stats in comparable.items() if name != key]
+        if not other_engines:
             continue
         speed = stats.sequence_speed()
-        usual_speed = median(other.sequence_speed() for other in others)
+        usual_speed = median(engine_stats.sequence_speed() for engine_stats in other_engines)
         rate = stats.tokens_per_second(now, stats.window)
-        usual_rate = median(other.tokens_per_second(now, other.window) for other in others)
+        usual_rate = median(
+            engine_stats.tokens_per_second(now, engine_stats.window)
+            for engine_stats in other_engines
+        )
         if speed < SLOW_FRACTION * usual_speed and rate < SLOW_FRACTION * usual_rate:
             slow[key] = (
                 f"made {speed:.3g} tokens a second and sequence, the others {usual_speed:.3g}, for "
@@ -302,9 +305,9 @@ class AcceptanceMeter:
         before, self._before = self._before, {}
         since: Counter[str] = Counter()
         for engine, now in zip(up, counts, strict=True):
-            known = before.get(engine, Counter())
-            self._before[engine] = known if now is None else now
-            since += self._before[engine] - known
+            counts_before = before.get(engine, Counter())
+            self._before[engine] = counts_before if now is None else now
+            since += self._before[engine] - counts_before
         if not since["draft_tokens"]:
             return {}
         return {
@@ -318,8 +321,8 @@ async def _draft_counts(engine: Engine) -> Counter[str] | None:
     with contextlib.suppress(EngineError, TimeoutError):
         async with asyncio.timeout(COUNTERS_SECONDS):
             body = await engine.client.request("GET", "/metrics")
-        found: Counter[str] = Counter()
+        draft_counts: Counter[str] = Counter()
         for name, value in DRAFT_COUNTER.findall(body.decode()):  # a line for each copy (data)
-            found[name] += int(float(value))
-        return found
+            draft_counts[name] += int(float(value))
+        return draft_counts
     return None

@@ -295,7 +295,9 @@ class HostPool:
         """Receive reports for POLL_SECONDS, and no longer: with many hosts another report is always
         waiting."""
         deadline = time.monotonic() + POLL_SECONDS
-        while (left := deadline - time.monotonic()) > 0 and self._socket.poll(int(left * 1000)):
+        while (seconds := deadline - time.monotonic()) > 0 and self._socket.poll(
+            int(seconds * 1000)
+        ):
             identity, *payload = self._socket.recv_multipart()
             try:
                 report = msgspec.msgpack.decode(b"".join(payload), type=HostReport)
@@ -330,8 +332,8 @@ class HostPool:
         if host is None:
             host = self._hosts[identity] = HostRecord(report, now, now)
             self.refusal = None
-            what = "engines" if self.hosts_per_engine == 1 else "parts of engines"
-            self.notify(f"host {report.name} is here, room for {what}: {report.num_engines}")
+            unit = "engines" if self.hosts_per_engine == 1 else "parts of engines"
+            self.notify(f"host {report.name} is here, room for {unit}: {report.num_engines}")
         host.report, host.last_report_at, host.last_reached_at = report, now, now
         for reported in report.engines:
             part = host.assigned.get(reported.engine)
@@ -360,8 +362,8 @@ class HostPool:
                 continue
             when, index = min(ended)
             first = engine.parts[index]
-            others = (part.host for part in engine.parts if part is not first)
-            if all(host is not None and host.last_report_at > when for host in others):
+            hosts = (part.host for part in engine.parts if part is not first)
+            if all(host is not None and host.last_report_at > when for host in hosts):
                 engine.first_ended = first
                 if first.host is not None:
                     first.host.num_deaths += 1

@@ -17,8 +17,8 @@ import psutil
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.processes.authentication import make_token
 from megatron_r1.config import RolloutConfig
-from megatron_r1.engines.fleet.dispatch import Notify
 from megatron_r1.engines.fleet.engine import Engine, MakeServer
+from megatron_r1.engines.fleet.fleet_state import Notify
 from megatron_r1.engines.fleet.host_messages import publish_address, withdraw_address
 from megatron_r1.engines.fleet.host_pool import HostPool, RemoteEngine
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet

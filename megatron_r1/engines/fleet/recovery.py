@@ -7,8 +7,8 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
-from megatron_r1.engines.fleet.dispatch import FleetState
 from megatron_r1.engines.fleet.engine import Engine, find_slow
+from megatron_r1.engines.fleet.fleet_state import FleetState
 from megatron_r1.engines.server.responses import (
     EngineDied,
     EngineError,
@@ -74,7 +74,7 @@ class EngineReplacer:
         it ran out of memory, or if too many of its last replies were unusable.
 
         Raises:
-            EngineError: as `replace`.
+            EngineError: the engine died and no restart is left.
         """
         if isinstance(failure, EngineDied):
             self.replace(engine, failure)
@@ -94,7 +94,7 @@ class EngineReplacer:
         """
         if not engine.is_up:
             return
-        if engine.server.is_lost and any(other is not engine for other in self.state.up):
+        if engine.server.is_lost and any(up_engine is not engine for up_engine in self.state.up):
             self.state.notify(f"{death}; the other engines go on without it")
             self.state.remove(engine)
             self._start(engine.stop())

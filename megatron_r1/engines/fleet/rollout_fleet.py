@@ -22,14 +22,14 @@ from megatron_r1.engines.fleet.dispatch import (
     DispatchedRequest,
     Dispatcher,
     ExpectedLength,
-    FleetState,
     LengthEstimator,
-    Notify,
 )
 from megatron_r1.engines.fleet.engine import Engine, MakeServer, ServedGroup
+from megatron_r1.engines.fleet.fleet_state import FleetState, Notify
 from megatron_r1.engines.fleet.recovery import EngineReplacer
 from megatron_r1.engines.server.client import EngineClient, UpdateInfo
 from megatron_r1.engines.server.gpu import with_gpu_share
+from megatron_r1.engines.server.model_config import vocab_size
 from megatron_r1.engines.server.responses import (
     EngineDied,
     EngineError,
@@ -38,7 +38,6 @@ from megatron_r1.engines.server.responses import (
     Response,
 )
 from megatron_r1.engines.server.server import EngineServer
-from megatron_r1.engines.server.settings import vocab_size
 
 EngineCall = Callable[[EngineClient], Coroutine[Any, Any, None]]
 
@@ -315,7 +314,8 @@ class RolloutFleet:
             order: calls with a smaller number are sent first.
 
         Raises:
-            EngineError: as `generate`.
+            EngineError: the call was refused, no engine could serve it, or its engine died and no
+                restart is left.
         """
         return await self.retries.run(
             DispatchedRequest(1, len(token_ids), ExpectedLength(1.0, 1.0, num_groups=1), order),
@@ -403,8 +403,8 @@ class RolloutFleet:
         self.state.require_usable()
         # Reserved from now on: others may be joining, and none is in `engines` yet while the fleet
         # sleeps. Of two engines with one number every push would reach one only.
-        taken = self._joining.union(engine.index for engine in self.engines)
-        index = 1 + max(taken, default=-1)
+        indices = self._joining.union(engine.index for engine in self.engines)
+        index = 1 + max(indices, default=-1)
         self._joining.add(index)
         try:
             engine = await self._start_one(index)
@@ -438,13 +438,13 @@ class RolloutFleet:
             key = "teacher.engines" if self.role.startswith("teacher") else "rollout.engines"
             settings = with_gpu_share(settings, index, self.num_engines, key)
         seed = (settings.get("seed", 0) + index) % 2**32  # vLLM hands it to numpy, too
-        own = {"seed": seed, "secret": secrets.token_hex(32)}
+        engine_settings = {"seed": seed, "secret": secrets.token_hex(32)}
         log = self.log_folder / f"{self.role}-{index}.log"
-        server = self.make_server(self._model, log, **(settings | own))
+        server = self.make_server(self._model, log, **(settings | engine_settings))
         server.start()
         client = EngineClient(
             "",
-            secret=own["secret"],
+            secret=engine_settings["secret"],
             timeout_seconds=self.request_timeout_seconds,
             vocab_size=vocab_size(self._model),
             name=f"{self.role}-{index}",

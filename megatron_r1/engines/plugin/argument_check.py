@@ -28,9 +28,9 @@ def parse(words: list[str]) -> dict[str, Any]:
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            found = parser.parse_args(["--model", ".", *words])
-            validate_parsed_serve_args(found)
-            AsyncEngineArgs.from_cli_args(found)
+            parsed_args = parser.parse_args(["--model", ".", *words])
+            validate_parsed_serve_args(parsed_args)
+            AsyncEngineArgs.from_cli_args(parsed_args)
         error = ""
     except SystemExit:
         # After the usage; pydantic's own messages have several lines.

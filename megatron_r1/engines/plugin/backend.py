@@ -41,7 +41,8 @@ from vllm.lora.worker_manager import WorkerLoRAManager
 from vllm.platforms import current_platform
 
 from megatron_r1.base.processes import timeline
-from megatron_r1.engines.plugin import BACKEND_PREFIX, expert_placement, layer_reload
+from megatron_r1.base.transports import BACKEND_PREFIX
+from megatron_r1.engines.plugin import expert_placement, layer_reload
 from megatron_r1.engines.plugin.cpu_patches import is_packed
 from megatron_r1.engines.plugin.loader_copies import CheckpointParameter, LoaderCopy, record_copies
 from megatron_r1.engines.plugin.memory_layout import PlacedParameter, lay_out, with_gaps
@@ -81,7 +82,7 @@ class LoadCheck:
         self._scales = [
             placed for layer in self._turns for placed in layer if SCALE in placed.parameter.name
         ]
-        self._kept: set[PlacedParameter] = set()
+        self._kept_scales: set[PlacedParameter] = set()
         """Scales that the kernels keep as they arrive."""
         self._scales_before: dict[PlacedParameter, list[int]] = {}
         """Checksums of the scales in use for which others have arrived."""
@@ -92,7 +93,7 @@ class LoadCheck:
         Args:
             changed: the slots for which other values arrived than in the push before."""
         arrived = {self._owners[slot] for slot in changed}
-        left = CPU_BYTES if current_platform.is_cpu() else GPU_BYTES
+        num_bytes = CPU_BYTES if current_platform.is_cpu() else GPU_BYTES
         self._scales_before = {
             placed: _checksums(_in_use([placed])) for placed in self._scales if placed in arrived
         }
@@ -101,11 +102,11 @@ class LoadCheck:
             new = [placed for placed in layer if placed in arrived and not placed.parameter.is_live]
             tensors = _in_use(layer) if new else []
             size = sum(tensor.nbytes for tensor in tensors)
-            if not tensors or (size > SMALL_BYTES and size > left):
+            if not tensors or (size > SMALL_BYTES and size > num_bytes):
                 continue
             self._before.append((layer, new[0], _checksums(tensors)))
             if size > SMALL_BYTES:
-                left -= size
+                num_bytes -= size
                 self._turns.remove(layer)
                 self._turns.append(layer)
 
@@ -142,9 +143,9 @@ class LoadCheck:
         if not in_use:
             return False
         if in_use[0].shape == placed.parameter.shape and _equals(placed, memory):
-            self._kept.add(placed)
+            self._kept_scales.add(placed)
             return False
-        if placed in self._kept:
+        if placed in self._kept_scales:
             return True
         return self._scales_before.get(placed) == _checksums(in_use) and _has_powers_of_two(
             placed.value(memory)
@@ -159,12 +160,12 @@ def _in_use(layer: Sequence[PlacedParameter]) -> list[torch.Tensor]:
     """Return the tensors that the engine computes with, except those that it keeps as they arrive.
     Those that vLLM keeps outside of the layer, as matrices packed for oneDNN, are not among them.
     """
-    found = [
+    tensors = [
         getattr(placed.parameter.layer, placed.parameter.name, None)
         for placed in layer
         if not placed.parameter.is_live
     ]
-    return [t for t in found if t is not None and t.numel() and not t.is_meta]
+    return [t for t in tensors if t is not None and t.numel() and not t.is_meta]
 
 
 def _equals(placed: PlacedParameter, memory: torch.Tensor) -> bool:

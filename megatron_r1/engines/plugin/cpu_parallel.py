@@ -84,13 +84,13 @@ def _with_local_choice(upstream: Callable[..., None]) -> Callable[..., None]:
         activation: object,
         global_num_experts: int,
         expert_map: torch.Tensor | None,
-        *others: object,
+        *further_arguments: object,
         **named: object,
     ) -> None:
         if expert_map is not None:
             topk_ids, topk_weights = _local_choice(topk_ids, topk_weights, expert_map, len(w1))
         arguments = (output, hidden_states, w1, w2, topk_weights, topk_ids, activation)
-        upstream(self, *arguments, global_num_experts, expert_map, *others, **named)
+        upstream(self, *arguments, global_num_experts, expert_map, *further_arguments, **named)
 
     return apply
 
@@ -128,7 +128,7 @@ def _gather_uneven_shares() -> None:
     ) -> torch.Tensor | list[torch.Tensor]:
         assert dim == 0, f"all_gatherv over dimension {dim}"
         if isinstance(input_, list):
-            return [cast(torch.Tensor, all_gatherv(self, one, dim, sizes)) for one in input_]
+            return [cast(torch.Tensor, all_gatherv(self, tensor, dim, sizes)) for tensor in input_]
         sizes = sizes or [len(input_)] * self.world_size
         mine = input_.new_zeros(max(sizes), *input_.shape[1:])
         mine[: len(input_)] = input_

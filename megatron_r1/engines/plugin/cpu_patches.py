@@ -129,7 +129,7 @@ def repack_output_head(model: torch.nn.Module) -> None:
     tables = [m for m in model.modules() if isinstance(m, VocabParallelEmbedding)]
     for head in tables:
         if isinstance(head, ParallelLMHead) and any(
-            other is not head and getattr(other, "weight", None) is head.weight for other in tables
+            table is not head and getattr(table, "weight", None) is head.weight for table in tables
         ):
             head.quant_method.process_weights_after_loading(head)
 
@@ -145,7 +145,7 @@ def is_lookup_only(layer: torch.nn.Module, model: torch.nn.Module) -> bool:
         current_platform.is_cpu()
         and isinstance(layer, VocabParallelEmbedding)
         and not isinstance(layer, ParallelLMHead)
-        and any(isinstance(other, ParallelLMHead) for other in model.modules())
+        and any(isinstance(module, ParallelLMHead) for module in model.modules())
     )
 
 
@@ -163,9 +163,11 @@ def seed_whole_prompts_only() -> None:
     def sample_tokens(self: Any, *args: object) -> object:
         generators = self.input_batch.generators
         is_partial = self.discard_request_mask.np[: self.input_batch.num_reqs]
-        kept = {int(i): generators.pop(int(i)) for i in is_partial.nonzero()[0] if i in generators}
+        held_generators = {
+            int(i): generators.pop(int(i)) for i in is_partial.nonzero()[0] if i in generators
+        }
         output = upstream(self, *args)
-        generators.update(kept)
+        generators.update(held_generators)
         return output
 
     CPUModelRunner.sample_tokens = sample_tokens

@@ -67,8 +67,8 @@ class SecretMiddleware:
             await send({"type": "http.response.body", "body": body})
 
     def _is_authorized(self, scope: dict[str, Any]) -> bool:
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        return secrets.compare_digest(given, self.expected)
+        authorization = dict(scope["headers"]).get(b"authorization", b"")
+        return secrets.compare_digest(authorization, self.expected)
 
 
 CORE_ENDED = "core_ended"
@@ -113,7 +113,13 @@ async def _swap(
     stays paused; "kind" in the reply's body is a key of `STATUS` where it is one of these.
 
     Without `reset_running_requests` vLLM keeps the whole cache while any sequence is in flight: new
-    groups would then attend to keys of the weights before."""
+    groups would then attend to keys of the weights before.
+
+    Args:
+        engine: vLLM's engine client.
+        update_info: the fields of a `PushUpdateInfo`, alone or in a list.
+        weight_version: the version of the received weights.
+        resume: whether requests go on at once."""
     # Returns when no step is under way. The engine stamps tokens with their version, so it does not
     # matter when their receiver gets them.
     await engine.engine_core.pause_scheduler_async(mode="keep", clear_cache=False)
@@ -206,9 +212,9 @@ def _mask(choice: CompletionOutput) -> bytes | None:
     int32; None where the engine returns none."""
     if choice.sampling_mask is None:
         return None
-    kept = choice.sampling_mask.token_ids
-    counts = np.array([len(ids) for ids in kept], "<i4")
-    return counts.tobytes() + np.fromiter(chain.from_iterable(kept), "<i4").tobytes()
+    kept_ids = choice.sampling_mask.token_ids
+    counts = np.array([len(ids) for ids in kept_ids], "<i4")
+    return counts.tobytes() + np.fromiter(chain.from_iterable(kept_ids), "<i4").tobytes()
 
 
 def _described(rows: np.ndarray) -> dict[str, Any]:
@@ -220,8 +226,8 @@ def _logprobs(choice: CompletionOutput, ids: np.ndarray) -> np.ndarray:
     engine gives none for."""
     flat: Any = choice.logprobs
     first = np.array(flat.start_indices, int)[: len(ids)]
-    found = np.array(flat.logprobs, "<f4")[first]
-    return np.where(np.array(flat.token_ids, "<i4")[first] == ids, found, np.float32(np.nan))
+    logprobs = np.array(flat.logprobs, "<f4")[first]
+    return np.where(np.array(flat.token_ids, "<i4")[first] == ids, logprobs, np.float32(np.nan))
 
 
 def add_samples() -> None:

@@ -68,7 +68,7 @@ class SavedKernelState:
                 that has changed: the kernel would compute with the old one."""
         has_new_values = {_storage(tensor) for tensor in in_use}
         seen: set[int] = set()
-        states = [(vars(each), before) for each, before in self._objects.values()]
+        states = [(vars(holder), before) for holder, before in self._objects.values()]
         for present, before in [(_plain_tensors(self._layer), self._tensors), *states]:
             for old, new in _changed_tensors(before, present, type(self._layer).__name__, seen):
                 if _storage(old) not in has_new_values:
@@ -79,33 +79,42 @@ class SavedKernelState:
                 del present[name]
             present.update(before)
 
-    def _note(self, each: Any, *, is_root: bool = False) -> None:
+    def _note(self, value: Any, *, is_root: bool = False) -> None:
         """Note the attributes of an object, and of all that it refers to."""
-        if isinstance(each, dict | list | tuple):
-            for item in each.values() if isinstance(each, dict) else each:
+        if isinstance(value, dict | list | tuple):
+            for item in value.values() if isinstance(value, dict) else value:
                 self._note(item)
-        elif (is_root or _has_state(each)) and id(each) not in self._objects:
-            self._objects[id(each)] = each, dict(vars(each))
-            self._note(vars(each))
+        elif (is_root or _has_state(value)) and id(value) not in self._objects:
+            self._objects[id(value)] = value, dict(vars(value))
+            self._note(vars(value))
 
 
 def _plain_tensors(layer: torch.nn.Module) -> dict[str, Any]:
-    return {name: each for name, each in vars(layer).items() if isinstance(each, torch.Tensor)}
+    return {name: value for name, value in vars(layer).items() if isinstance(value, torch.Tensor)}
 
 
-def _has_state(each: Any) -> bool:
+def _has_state(value: Any) -> bool:
     opaque = torch.Tensor, torch.nn.Module, FunctionType, MethodType, ModuleType, type
     return (
-        hasattr(each, "__dict__")
-        and not isinstance(each, opaque)
-        and not type(each).__module__.startswith(CONFIGURATION)
+        hasattr(value, "__dict__")
+        and not isinstance(value, opaque)
+        and not type(value).__module__.startswith(CONFIGURATION)
     )
 
 
 def _changed_tensors(
     old: Any, new: Any, path: str, seen: set[int]
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield (tensor of the old state, tensor of the new) wherever they have different memory."""
+    """Yield (tensor of the old state, tensor of the new) wherever they have different memory.
+
+    Args:
+        old: a value of the old state.
+        new: the value at the same place of the new state.
+        path: the attributes that lead there, for errors.
+        seen: the ids of the new objects that were visited; this call adds to it.
+
+    Raises:
+        ValueError: the two states differ in more than the values of tensors."""
     if old is new or id(new) in seen or isinstance(new, NO_STATE):
         return
     if isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor):
@@ -134,20 +143,20 @@ def _changed_tensors(
             yield from _changed_tensors(old_parts[name], part, f"{path}.{name}", seen)
 
 
-def _parts(each: Any) -> dict[Any, Any] | None:
+def _parts(value: Any) -> dict[Any, Any] | None:
     """Return what an object consists of, by name; None for a value or an object without parts."""
-    if isinstance(each, dict):
-        return each
-    if isinstance(each, list | tuple):
-        return dict(enumerate(each))
-    if isinstance(each, functools.partial):
-        return {"func": each.func, "args": each.args, "keywords": each.keywords}
-    if isinstance(each, MethodType):
-        return {"self": each.__self__, "func": each.__func__}
-    if isinstance(each, FunctionType):
-        cells = (cell.cell_contents for cell in each.__closure__ or ())
-        return {"code": each.__code__, "defaults": each.__defaults__, **dict(enumerate(cells))}
-    return vars(each) if hasattr(each, "__dict__") and not isinstance(each, type) else None
+    if isinstance(value, dict):
+        return value
+    if isinstance(value, list | tuple):
+        return dict(enumerate(value))
+    if isinstance(value, functools.partial):
+        return {"func": value.func, "args": value.args, "keywords": value.keywords}
+    if isinstance(value, MethodType):
+        return {"self": value.__self__, "func": value.__func__}
+    if isinstance(value, FunctionType):
+        cells = (cell.cell_contents for cell in value.__closure__ or ())
+        return {"code": value.__code__, "defaults": value.__defaults__, **dict(enumerate(cells))}
+    return vars(value) if hasattr(value, "__dict__") and not isinstance(value, type) else None
 
 
 def _storage(tensor: torch.Tensor) -> int:
@@ -172,16 +181,16 @@ def load(
         in_place: the memory may not be overwritten, because the engine computes there with
             parameters that post-processing leaves unchanged. For engines that captured no
             addresses: on a CPU."""
-    for _, group in groupby(placed, key=lambda each: id(each.parameter.layer)):
+    for _, group in groupby(placed, key=lambda placement: id(placement.parameter.layer)):
         in_layer = list(group)
         layer = in_layer[0].parameter.layer
         received = {}
-        for each in in_layer:
-            if each.parameter.is_live:
+        for placement in in_layer:
+            if placement.parameter.is_live:
                 # It keeps its storage, by which `loader_copies` identifies it.
-                getattr(layer, each.parameter.name).copy_(each.value(memory))
+                getattr(layer, placement.parameter.name).copy_(placement.value(memory))
             else:
-                received[each.parameter.name] = each.value(memory)
+                received[placement.parameter.name] = placement.value(memory)
         if received:
             _load_layer(model, layer, received, in_place)
 
@@ -202,7 +211,13 @@ def _load_layer(
     in_place: bool,
 ) -> None:
     """Give a layer its received tensors in checkpoint form, have vLLM convert them to its
-    kernels' form, and put the result into the tensors in use, which CUDA graphs point to."""
+    kernels' form, and put the result into the tensors in use, which CUDA graphs point to.
+
+    Args:
+        model: vLLM's model on this rank.
+        layer: one of its layers.
+        received: the received tensors of the layer, by name.
+        in_place: whether the engine computes in the memory of `received`, as in `load`."""
     before = SavedKernelState(layer)
     info = to_checkpoint_form(layer)
     in_use = info.kernel_tensors

@@ -60,12 +60,12 @@ def load_biases(
         in_use: the tensors that the engine computes with, by name."""
     for name in _BIASES:
         if name in in_use:
-            kept = in_use[name]
+            bias = in_use[name]
             if name in received:
-                kept.data.copy_(received[name])
+                bias.data.copy_(received[name])
             else:
-                kept.data.zero_()
-            setattr(layer, name, kept)
+                bias.data.zero_()
+            setattr(layer, name, bias)
 
 
 def _without_stacked_experts(
@@ -74,8 +74,8 @@ def _without_stacked_experts(
     """Load the experts among the weights; yield the others."""
     layers = dict(model.named_modules())
     for name, tensor in weights:
-        if found := _EXPERT.fullmatch(name):
-            prefix, expert, kind, ending = found.groups()
+        if match := _EXPERT.fullmatch(name):
+            prefix, expert, kind, ending = match.groups()
             # Of a layer on another pipeline stage there is none.
             if layer := layers.get(f"{prefix}.routed_experts"):
                 _load_expert(layer, int(expert), kind, ending, tensor)
@@ -186,10 +186,10 @@ def record_copies(
         recorder = _Recorder(titles, tied)
         for loader in loaders:
             loader._do_torchao_reload = False
-            known = {copy.name for copies in recorder.copies.values() for copy in copies}
-            left = [(name, shape) for name, shape in tensors if name not in known]
+            names = {copy.name for copies in recorder.copies.values() for copy in copies}
+            tensors_left = [(name, shape) for name, shape in tensors if name not in names]
             with recorder, torch.no_grad():
-                _load_into(loader, (recorder.source(name, shape) for name, shape in left))
+                _load_into(loader, (recorder.source(name, shape) for name, shape in tensors_left))
     finally:
         for layer, info in zip(layers, infos, strict=True):
             to_kernel_form(layer, info)
@@ -253,19 +253,19 @@ class _Recorder(TorchDispatchMode):
         parameter = self._parameters.get(_storage(target))
         if parameter is None:
             return  # a temporary tensor of the loader
-        known = self._sources.get(_storage(source))
-        if known is None:
+        named_source = self._sources.get(_storage(source))
+        if named_source is None:
             raise ValueError(
                 f"the loader of {parameter.title} computes with its tensors, where only copies "
                 "can be received piece by piece; push whole tensors instead"
             )
-        name, whole = known
-        rectangle = _rectangle(source, whole)
+        name, source_tensor = named_source
+        rectangle = _rectangle(source, source_tensor)
         pitch = _pitch(target)
         if rectangle is None or pitch is None:
             raise ValueError(
                 f"the loader of {parameter.title} takes elements of {name} (shape "
-                f"{tuple(whole.shape)}) that are not a rectangle of rows and columns"
+                f"{tuple(source_tensor.shape)}) that are not a rectangle of rows and columns"
             )
         copy = LoaderCopy(name, rectangle, int(target.storage_offset()), pitch)
         self.copies.setdefault(parameter, []).append(copy)
@@ -310,13 +310,13 @@ def _storage(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def _rectangle(view: torch.Tensor, whole: torch.Tensor) -> tuple[int, int, int, int] | None:
-    """Return (top, bottom, left, right) of a view in the contiguous `whole`, or None."""
-    columns = whole.shape[1] if whole.dim() > 1 else 1
-    if whole.dim() > 2 or view.numel() == 0:
+def _rectangle(view: torch.Tensor, tensor: torch.Tensor) -> tuple[int, int, int, int] | None:
+    """Return (top, bottom, left, right) of a view in the contiguous `tensor`, or None."""
+    columns = tensor.shape[1] if tensor.dim() > 1 else 1
+    if tensor.dim() > 2 or view.numel() == 0:
         return None
-    flat = view.reshape(-1, 1) if whole.dim() < 2 else _matrix(view)
-    if whole.dim() == 2 and flat.dim() < 2:
+    flat = view.reshape(-1, 1) if tensor.dim() < 2 else _matrix(view)
+    if tensor.dim() == 2 and flat.dim() < 2:
         if view.numel() % columns:
             return None
         flat = flat.reshape(-1, columns)

@@ -35,12 +35,12 @@ class _BufferedOutputs:
         first, last = self.outputs[0], self.outputs[-1]
         if first is last:
             return first
-        last.new_token_ids = [token for each in self.outputs for token in each.new_token_ids]
-        parts = [each.new_logprobs for each in self.outputs if each.new_logprobs is not None]
+        last.new_token_ids = [token for output in self.outputs for token in output.new_token_ids]
+        parts = [output.new_logprobs for output in self.outputs if output.new_logprobs is not None]
         if parts:
             joined = zip(*(part[:3] for part in parts), strict=True)
             last.new_logprobs = type(parts[0])(*map(np.concatenate, joined), None)
-        masks = [each.new_sampling_mask for each in self.outputs if each.new_sampling_mask]
+        masks = [output.new_sampling_mask for output in self.outputs if output.new_sampling_mask]
         if masks:
             last.new_sampling_mask = _concatenate_masks(masks)
         last.prefill_stats = first.prefill_stats
@@ -73,34 +73,34 @@ class OutputBuffer:
         for client, client_outputs in list(outputs.items()):
             sent = []
             for output in client_outputs.outputs:
-                held = self._buffered.get(output.request_id)
+                buffered = self._buffered.get(output.request_id)
                 can_wait = _is_plain(output) and wants_whole(output.request_id)
-                if held is None and not can_wait:
+                if buffered is None and not can_wait:
                     sent.append(output)
                     continue
-                if held is None:
-                    held = self._buffered[output.request_id] = _BufferedOutputs(client, [])
-                held.outputs.append(output)
-                if not can_wait or len(held.outputs) >= MOST_TOKENS:
+                if buffered is None:
+                    buffered = self._buffered[output.request_id] = _BufferedOutputs(client, [])
+                buffered.outputs.append(output)
+                if not can_wait or len(buffered.outputs) >= MOST_TOKENS:
                     del self._buffered[output.request_id]
-                    sent.append(held.merge())
+                    sent.append(buffered.merge())
             client_outputs.outputs = sent
-            rest = (
+            other_fields = (
                 client_outputs.scheduler_stats,
                 client_outputs.finished_requests,
                 client_outputs.wave_complete,
             )
-            if not sent and all(value is None for value in rest):
+            if not sent and all(value is None for value in other_fields):
                 del outputs[client]
         return outputs
 
     def flush(self) -> dict[int, list[Any]]:
         """Return all that is kept back, by client, and keep it no longer."""
-        found: dict[int, list[Any]] = {}
-        for held in self._buffered.values():
-            found.setdefault(held.client, []).append(held.merge())
+        outputs: dict[int, list[Any]] = {}
+        for buffered in self._buffered.values():
+            outputs.setdefault(buffered.client, []).append(buffered.merge())
         self._buffered.clear()
-        return found
+        return outputs
 
     def discard(self, request_ids: Collection[str]) -> None:
         """Drop what was sampled for aborted requests."""
@@ -151,8 +151,8 @@ def apply() -> None:
         find_buffer(self).buffer(outputs, wants_whole)
 
     def pause_scheduler(self: Any, *args: Any, **kwargs: Any) -> Any:
-        for client, kept in find_buffer(self).flush().items():
-            message = EngineCoreOutputs(outputs=kept, weight_version=self._weight_version)
+        for client, outputs in find_buffer(self).flush().items():
+            message = EngineCoreOutputs(outputs=outputs, weight_version=self._weight_version)
             self.output_queue.put_nowait((client, message))
         return pause(self, *args, **kwargs)
 

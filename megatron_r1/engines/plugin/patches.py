@@ -179,9 +179,11 @@ def _checksum_the_drafter() -> None:
     def compute_weight_checksums(self: Any) -> dict[str, str]:
         digests = upstream(self)
         drafter = self.get_draft_model()
-        own = compute_tensor_digests(drafter) if drafter is not None else {}
+        drafter_digests = compute_tensor_digests(drafter) if drafter is not None else {}
         prefix = self._weight_checksum_prefix()
-        return digests | {f"{prefix}drafter.{name}": digest for name, digest in own.items()}
+        return digests | {
+            f"{prefix}drafter.{name}": digest for name, digest in drafter_digests.items()
+        }
 
     Worker.compute_weight_checksums = compute_weight_checksums
 
@@ -199,9 +201,9 @@ def _configure_as_the_model() -> None:
 
     def compose_draft_hf_overrides(target: Any) -> Any:
         if isinstance(target, dict) and (
-            own := {k: v for k, v in target.items() if k in DRAFTER_KEYS}
+            settings := {k: v for k, v in target.items() if k in DRAFTER_KEYS}
         ):
-            return functools.partial(_with_target_settings, own)  # is sent to other processes
+            return functools.partial(_with_target_settings, settings)  # is sent to other processes
         return upstream(target)
 
     SpeculativeConfig.compose_draft_hf_overrides = staticmethod(compose_draft_hf_overrides)

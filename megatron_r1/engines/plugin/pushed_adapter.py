@@ -127,14 +127,15 @@ class PushedAdapter:
             return False
         stacked = module.lora_a_stacked if is_a else module.lora_b_stacked
         in_use = stacked[index][slots.index(REQUEST.lora_int_id), 0]
-        wanted = factor if is_a else factor * self._config.vllm_lora_scaling_factor
+        expected = factor if is_a else factor * self._config.vllm_lora_scaling_factor
         if module.tp_size > 1:
             cut = module.slice_lora_a if is_a else module.slice_lora_b
             if len(stacked) == 1:
-                wanted = cut(wanted)
+                expected = cut(expected)
             else:
-                wanted = cut([wanted if at == index else None for at in range(len(stacked))])[index]
-        return torch.equal(in_use[: wanted.shape[0], : wanted.shape[1]], wanted)
+                factors = [expected if at == index else None for at in range(len(stacked))]
+                expected = cut(factors)[index]
+        return torch.equal(in_use[: expected.shape[0], : expected.shape[1]], expected)
 
 
 @functools.cache  # a second call would wrap each patch in itself

@@ -37,17 +37,17 @@ class SamplingMaskCollector:
         logprobs, self.logprobs = self.logprobs, None
         if logprobs is None or not sampled:
             return None
-        width, rest = divmod(len(logprobs), len(sampled))
-        assert width and not rest, f"{len(logprobs)} rows of {len(sampled)} requests"
+        width, remainder = divmod(len(logprobs), len(sampled))
+        assert width and not remainder, f"{len(logprobs)} rows of {len(sampled)} requests"
         # One row a request, sampled from or not; with drafts those of the tokens that were taken.
         lengths = np.ones(len(sampled), int) if width == 1 else np.array([*map(len, sampled)])
         request = np.repeat(np.arange(len(sampled)), lengths)
         offsets = np.arange(len(request)) - np.repeat(lengths.cumsum() - lengths, lengths)
         rows = torch.from_numpy((request * width + offsets)[is_filtered[request]])
-        kept = logprobs[rows] > -torch.inf
+        is_kept = logprobs[rows] > -torch.inf
         counts = np.zeros(len(request), np.int64)
-        counts[is_filtered[request]] = kept.sum(1).numpy()
-        token_ids = kept.nonzero()[:, 1].to(torch.int32).numpy()
+        counts[is_filtered[request]] = is_kept.sum(1).numpy()
+        token_ids = is_kept.nonzero()[:, 1].to(torch.int32).numpy()
         boundaries = None if width == 1 else np.cumsum([0, *lengths]).tolist()
         return SamplingMaskLists(token_ids, np.cumsum([0, *counts]), boundaries)
 
@@ -78,15 +78,15 @@ def accept_requests_without_top_k() -> None:
     validate_params = InputProcessor._validate_params
 
     def validate(self: Any, params: Any, *arguments: Any) -> Any:
-        own = self.model_config
-        if not own.return_sampling_mask or getattr(params, "top_k", 0) > 0:
+        model_config = self.model_config
+        if not model_config.return_sampling_mask or getattr(params, "top_k", 0) > 0:
             return validate_params(self, params, *arguments)
-        self.model_config = copy.copy(own)
+        self.model_config = copy.copy(model_config)
         self.model_config.return_sampling_mask = False
         try:
             return validate_params(self, params, *arguments)
         finally:
-            self.model_config = own
+            self.model_config = model_config
 
     InputProcessor._validate_params = validate
 
@@ -129,8 +129,8 @@ def return_masks_on_cpu() -> None:
         verify_config(SimpleNamespace(**parts, speculative_config=config.speculative_config))
 
     def gather_logprobs(logprobs: Tensor, *arguments: Any, **named: Any) -> Any:
-        for each in active:
-            each.logprobs = logprobs
+        for active_collector in active:
+            active_collector.logprobs = logprobs
         return gather(logprobs, *arguments, **named)
 
     def sample_and_keep(self: Any, *arguments: Any) -> Any:

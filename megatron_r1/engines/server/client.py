@@ -272,7 +272,14 @@ class EngineClient:
         read: Callable[[aiohttp.ClientResponse], Awaitable[T]],
         headers: Mapping[str, str] | None = None,
     ) -> T:
-        """Send one request and return what `read` makes of its reply."""
+        """Send one request and return what `read` makes of its reply.
+
+        Args:
+            method: "GET" or "POST".
+            path: the path of the endpoint.
+            json: the body, which is encoded as JSON; None for no body.
+            read: reads the reply's body.
+            headers: headers besides those of every request."""
         if self._session is None:
             self._session = aiohttp.ClientSession(
                 # One connection per call: vLLM closes idle ones after 5 seconds, and any after a
@@ -283,10 +290,10 @@ class EngineClient:
                 headers=self.headers,
             )
         payload = None if json is None else msgspec.json.encode(json)
-        own = {} if json is None else {"Content-Type": "application/json"}
+        content_type = {} if json is None else {"Content-Type": "application/json"}
         try:
             async with self._session.request(
-                method, self.url + path, data=payload, headers={**own, **(headers or {})}
+                method, self.url + path, data=payload, headers={**content_type, **(headers or {})}
             ) as reply:
                 if reply.status == 200:
                     return await read(reply)

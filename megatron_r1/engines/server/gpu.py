@@ -70,7 +70,7 @@ def with_gpu_share(
         key: the setting that errors name.
 
     Raises:
-        UserError: as `gpus_of_slot`.
+        EngineError: the GPUs of this host cannot be divided equally.
     """
     if num_engines == 1 or settings.get("device") != "cuda":
         return settings

@@ -232,10 +232,10 @@ def _check_sparse(hf: dict) -> None:
     names = classes.intersection(hf.get("architectures") or ())
     if names and not any(sparse_layers(resolve_aliases(hf))):
         keys = ("first_k_dense_replace", "mlp_only_layers", "decoder_sparse_step", "num_experts")
-        found = ", ".join(f"{key}={hf[key]}" for key in keys if hf.get(key))
+        sparse_keys = ", ".join(f"{key}={hf[key]}" for key in keys if hf.get(key))
         raise UserError(
-            f"config.json: no layer has experts ({found or 'none are given'}), and vLLM's class of "
-            f"{', '.join(names)} needs one: no engine can sample from this model",
+            f"config.json: no layer has experts ({sparse_keys or 'none are given'}), and vLLM's "
+            f"class of {', '.join(names)} needs one: no engine can sample from this model",
             key="config.json",
             cause=Cause.UNSUPPORTED,
         )

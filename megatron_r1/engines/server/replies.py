@@ -142,10 +142,10 @@ def parse_prompt_logprobs(body: bytes, token_ids: Sequence[int], first: int) -> 
         raise ValueError(f"{len(token_ids)} tokens but log-probabilities of {len(entries)}")
     logprobs = array("f")
     for entry, token in zip(entries[first:], token_ids[first:], strict=True):
-        found = (entry or {}).get(str(token))
-        if found is None:
+        token_entry = (entry or {}).get(str(token))
+        if token_entry is None:
             raise ValueError(f"token {token} has no log-probability")
-        logprobs.append(found.logprob)
+        logprobs.append(token_entry.logprob)
     _check_logprobs(token_ids[first:], logprobs)
     return logprobs
 
@@ -182,11 +182,21 @@ def _checked_response(
     mask: bytes | None,
     vocab_size: int | None,
 ) -> Response:
-    """Return a response after the checks of `parse_responses`. A `vocab_size` of None is unknown; a
-    `mask` of None, that no mask was asked for.
+    """Return a response after the checks of `parse_responses`.
+
+    Args:
+        token_ids: the sampled tokens.
+        logprobs: their log-probabilities.
+        spans: the policy versions of all tokens, in order.
+        finish_reason: "stop", "length" or "abort"; None counts as "abort".
+        routing: the checked rows of routed experts, or empty.
+        mask: the kept ids of each token, in the form of `models.sampling_mask`; None if no mask was
+            asked for.
+        vocab_size: the size of the vocabulary; None if it is unknown.
 
     Raises:
-        ValueError: as `parse_responses`.
+        ValueError: a token is outside the vocabulary or not in `mask`, a log-probability is not
+            finite, or the policy versions do not cover exactly the tokens.
     """
     _check_logprobs(token_ids, logprobs)
     if mask is not None:
@@ -330,7 +340,8 @@ async def read_responses(
         routing_slots: bounds the choices whose routed experts are in memory.
 
     Raises:
-        ValueError: as in `parse_responses`.
+        ValueError: the body is malformed, or a response fails the checks of `_checked_response` or
+            has routed experts of another shape.
         RunError: where the file cannot be written."""
     try:
         length = int.from_bytes(await content.readexactly(4), "little")
@@ -369,7 +380,18 @@ async def _read_routing(
     shape: RoutingShape,
     routing_slots: asyncio.Semaphore,
 ) -> list[memoryview]:
-    """Return the rows of every choice, as views of a file."""
+    """Return the rows of every choice, as views of a file.
+
+    Args:
+        content: the body, at the first choice's rows.
+        choices: the headers of the choices.
+        lengths: tokens of prompt and response of each choice.
+        shape: the shape of the model's routing.
+        routing_slots: bounds the choices whose routed experts are in memory.
+
+    Raises:
+        ValueError: a choice has no routed experts, or impossible ones.
+        RunError: the file cannot be written."""
     sizes = []
     with tempfile.TemporaryFile(buffering=0) as file:
         for choice, num_tokens in zip(choices, lengths, strict=True):
@@ -383,13 +405,23 @@ async def _read_routing(
                 sizes.append(await asyncio.to_thread(_write, file, rows, shape, num_tokens))
         if not sum(sizes):
             return [memoryview(b"")] * len(sizes)
-        whole = memoryview(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ))
+        mapped = memoryview(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ))
     ends = np.cumsum(sizes).tolist()
-    return [whole[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+    return [mapped[end - size : end] for end, size in zip(ends, sizes, strict=True)]
 
 
 def _write(file: IO[bytes], rows: np.ndarray, shape: RoutingShape, num_tokens: int) -> int:
-    """Append the checked rows; return how many bytes they are."""
+    """Append the checked rows; return how many bytes they are.
+
+    Args:
+        file: the file, opened without a buffer.
+        rows: [num_tokens - 1, layers, topk], the routed experts.
+        shape: the shape of the model's routing.
+        num_tokens: the tokens of prompt and response.
+
+    Raises:
+        ValueError: `rows` has another shape or impossible experts.
+        RunError: the file cannot be written."""
     content = _moe_routing(rows, shape, num_tokens).reshape(-1).view(np.uint8).data
     done = 0
     try:

@@ -57,10 +57,10 @@ def truncate_at_stop(
         decode: makes text of tokens.
     """
     text = decode(response.token_ids)
-    found = [(text.find(string), string) for string in stop if string in text]
-    if not found:
+    matches = [(text.find(string), string) for string in stop if string in text]
+    if not matches:
         return response, text, None
-    at, string = min(found, key=lambda each: (each[0] + len(each[1]), each[0]))
+    at, string = min(matches, key=lambda match: (match[0] + len(match[1]), match[0]))
     low, high = 0, len(response.token_ids)  # the text of the first `high` tokens contains it
     while high - low > 1:
         middle = (low + high) // 2

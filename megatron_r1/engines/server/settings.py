@@ -1,27 +1,23 @@
 """The settings of engines: what they and their fleet take from a recipe's `rollout` or `teacher`,
-the context length that the model allows them, and the command line and the environment with which
-vLLM is started."""
+and the command line with which vLLM is started."""
 
 import json
 import os
-import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
-import psutil
 
-from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.processes import memory
 from megatron_r1.base.transports import BACKEND_PREFIX, TRANSPORTS
-from megatron_r1.config import Config, RolloutConfig
+from megatron_r1.config import RolloutConfig
 from megatron_r1.config.engine import LAYOUT
 from megatron_r1.config.rollout import SpeculativeConfig
 from megatron_r1.config.teacher import TeacherEngines
+from megatron_r1.engines.server.environment import engine_environment, network_environment
 from megatron_r1.engines.server.vllm_arguments import argument_list
-from megatron_r1.models.hf_config import implied_settings, language_settings, load_config
 
 MODULE = "megatron_r1.engines.plugin.serve"
 """What an engine's process runs."""
@@ -214,67 +210,6 @@ class EngineSettings:
         return environment | {SECRET: self.secret} | dict(self.extra_env or {})
 
 
-def config_arguments(hf: dict, overrides: Mapping[str, Any] | None) -> list[str]:
-    """Return vLLM's arguments for a model of config.json `hf` read with `overrides`, and with what
-    its class needs and transformers does not write.
-
-    Args:
-        hf: the model's `config.json`.
-        overrides: keys in place of those of `hf`.
-    """
-    if not (changes := {**implied_settings(hf), **(overrides or {})}):
-        return []
-    return ["--hf-overrides", json.dumps(changes)]
-
-
-def engine_environment(device: str, num_threads: int, kv_cache_gib: int) -> dict[str, str]:
-    """Return the environment variables of any vLLM server that we start.
-
-    Args:
-        device: "cpu" or "cuda".
-        num_threads: the threads of a rank of the engine, on a CPU.
-        kv_cache_gib: memory of the KV cache on a CPU, GiB.
-    """
-    env = {
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_SERVER_DEV_MODE": "1",  # pause, resume and the weight-transfer calls exist only then
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "WARNING",
-        "PYTHONUNBUFFERED": "1",
-    }
-    if device == "cpu":
-        env |= {
-            "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib),
-            # The model runs inside the engine core: one process and two copies per step less.
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "OMP_NUM_THREADS": str(num_threads),
-            # Threads that wait for work must not spin: the trainer computes on the same cores.
-            "OMP_WAIT_POLICY": "passive",
-            # vLLM compiles a function that ranks the sampled token, which we do not use, and gcc
-            # takes 20 s.
-            "TORCHDYNAMO_DISABLE": "1",
-        }
-    return env
-
-
-def network_environment(address: str) -> dict[str, str]:
-    """Return the environment variables that make ranks on the host with this address reachable from
-    other hosts.
-
-    gloo would use the address that the host's name resolves to, on many hosts a loopback address.
-
-    Raises:
-        OSError: the name does not resolve.
-    """
-    address = socket.gethostbyname(address)
-    interface = os.environ.get("GLOO_SOCKET_IFNAME")
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(one.family == socket.AF_INET and one.address == address for one in addresses):
-            interface = interface or name
-    return {"VLLM_HOST_IP": address} | ({"GLOO_SOCKET_IFNAME": interface} if interface else {})
-
-
 MEMORY_KEYS = {"kv_cache_gib", "kv_block_tokens", "gpu_memory", "plain_matrices"}
 ENGINE_KEYS = LAYOUT | MEMORY_KEYS | {"dtype", "max_num_seqs", "vllm"}
 SUPERVISION_KEYS = {
@@ -296,11 +231,11 @@ def engine_settings(engines: RolloutConfig | TeacherEngines) -> dict[str, Any]:
     # The server that takes requests, and the controller, need a core besides: with 2 threads on 2
     # cores a rollout of 256 short responses takes 1.14 s, with 1 thread 0.92 s.
     threads = engines.threads or max(1, min(2, (os.cpu_count() or 1) - 1))
-    own = engines.model_dump(include=ENGINE_KEYS) | {"num_threads": threads}
+    settings = engines.model_dump(include=ENGINE_KEYS) | {"num_threads": threads}
     if isinstance(engines, RolloutConfig):  # a teacher only scores
-        own["speculative"] = speculative_settings(engines.speculative)
-        own["redundant_experts"] = engines.redundant_experts
-    return own
+        settings["speculative"] = speculative_settings(engines.speculative)
+        settings["redundant_experts"] = engines.redundant_experts
+    return settings
 
 
 def speculative_settings(speculative: SpeculativeConfig) -> dict[str, Any] | None:
@@ -308,62 +243,3 @@ def speculative_settings(speculative: SpeculativeConfig) -> dict[str, Any] | Non
     if speculative.method == "none":
         return None
     return {"method": speculative.method, "num_speculative_tokens": speculative.tokens}
-
-
-def max_model_len(config: Config) -> int:
-    """Return `rollout.max_model_len`, or the model's own limit, in tokens.
-
-    The model may be any that vLLM supports, also one that cannot be trained here.
-
-    Raises:
-        UserError: the model has fewer positions, or responses would leave no room for a prompt.
-    """
-    limit = max_positions(config.model.path)
-    length = config.rollout.max_model_len or limit
-    if length > limit:
-        raise UserError(
-            f"rollout.max_model_len: {length} is more than the model's {limit} positions "
-            f"({config.model.path}/config.json: max_position_embeddings)",
-            key="rollout.max_model_len",
-            cause=Cause.TOO_LARGE,
-        )
-    # Engines are sized once, for the longest responses of rl.schedule.
-    longest = max(phase.rollout.max_response_tokens for _, phase in config.phases())
-    if longest >= length:
-        raise UserError(
-            f"rollout.max_response_tokens: {longest} leaves no room for "
-            f"a prompt within {length} tokens; lower it"
-            + (f", or raise rollout.max_model_len (at most {limit})" if length < limit else ""),
-            key="rollout.max_response_tokens",
-            cause=Cause.TOO_LARGE,
-        )
-    return length
-
-
-def max_positions(folder: str | Path, key: str = "model.path") -> int:
-    """Return max_position_embeddings of a model, its longest context in tokens.
-
-    Args:
-        folder: the model's folder.
-        key: the recipe's setting that names the folder, for errors.
-
-    Raises:
-        UserError: config.json is missing or malformed, or has no such number.
-    """
-    hf = load_config(folder, key)
-    try:
-        return int(language_settings(hf)["max_position_embeddings"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{folder}/config.json: no max_position_embeddings can be read ({error!r})",
-            key="max_position_embeddings",
-            cause=Cause.MISSING,
-        ) from error
-
-
-def vocab_size(model: Path) -> int | None:
-    """Return the vocabulary's size in a model's config.json, or None where it is not readable."""
-    try:
-        return language_settings(load_config(model)).get("vocab_size")
-    except (UserError, AttributeError):
-        return None  # the server's own error is more precise

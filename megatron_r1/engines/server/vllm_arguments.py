@@ -109,8 +109,8 @@ def check_reserved(engines: RolloutConfig | TeacherEngines, section: str) -> Non
         section: its key, such as "rollout" or "teacher".
     """
     owned = RESERVED | (RESERVED_OF_TEACHER if isinstance(engines, TeacherEngines) else {})
-    for given in engines.vllm:
-        key, name = f"{section}.vllm.{given}", given.replace("-", "_").removeprefix("no_")
+    for argument in engines.vllm:
+        key, name = f"{section}.vllm.{argument}", argument.replace("-", "_").removeprefix("no_")
         if name in owned:
             setting = owned[name].replace("rollout.", f"{section}.")
             raise UserError(
@@ -122,7 +122,7 @@ def check_reserved(engines: RolloutConfig | TeacherEngines, section: str) -> Non
                 key=key,
                 cause=Cause.CONFLICT,
             )
-        if name == "eplb_config" and "num_redundant_experts" in engines.vllm[given]:
+        if name == "eplb_config" and "num_redundant_experts" in engines.vllm[argument]:
             raise UserError(
                 f"{key}.num_redundant_experts: set rollout.redundant_experts, which the push and "
                 "the plan count as well",
@@ -153,10 +153,10 @@ def check_arguments(engines: RolloutConfig | TeacherEngines, section: str) -> No
     if not engines.vllm or (on_hosts and find_spec("vllm") is None):
         return
     parsed = _parse(argument_list(engines.vllm))
-    for given in engines.vllm:
-        name = given.replace("-", "_")
+    for argument in engines.vllm:
+        name = argument.replace("-", "_")
         if name not in parsed.names:
-            key = f"{section}.vllm.{given}"
+            key = f"{section}.vllm.{argument}"
             raise UserError(
                 f"{key}: vLLM has no such argument{did_you_mean(name, parsed.names)}; "
                 "`vllm serve --help=all` lists them",

@@ -65,7 +65,7 @@ def read_rows(
         patterns = files or hubs[location](options)
         local = _download(name, location, patterns)
     else:
-        patterns = files or [p for known in hubs.values() for p in known(options)]
+        patterns = files or [p for hub_patterns in hubs.values() for p in hub_patterns(options)]
     yield from _read_folder(name, local, patterns)
 
 
@@ -179,8 +179,10 @@ class Benchmark:
             UserError: an unknown option.
         """
         for option in options.keys() - self.options.keys():
-            known = f"it takes {', '.join(sorted(self.options))}" if self.options else "it has none"
-            hint = did_you_mean(option, self.options) or f"; {known}"
+            option_text = (
+                f"it takes {', '.join(sorted(self.options))}" if self.options else "it has none"
+            )
+            hint = did_you_mean(option, self.options) or f"; {option_text}"
             raise UserError(
                 f"benchmark {name}: unknown option {option!r}{hint}",
                 key=f"options.{option}",

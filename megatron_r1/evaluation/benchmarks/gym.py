@@ -93,21 +93,23 @@ def _of_task(task: str, options: Options, exactly: bool) -> Iterator[Question]:
             )
         parameters = level_parameters(task, DIFFICULTIES[difficulty]) | parameters
     fields: dict[str, Any] = {"task": task, "parameters": parameters}
-    wanted, seen = options["questions"], set()
-    for item in generate_items(task, parameters, options["seed"], wanted * ATTEMPTS_PER_QUESTION):
+    num_questions, seen = options["questions"], set()
+    for item in generate_items(
+        task, parameters, options["seed"], num_questions * ATTEMPTS_PER_QUESTION
+    ):
         text = normalize_question(item["question"])
         if text in seen or not is_heldout(item["question"], options["heldout_fraction"]):
             continue
         seen.add(text)
         entry = {**fields, "entry": item}
         yield Question("", item["question"], "logic", item["answer"], entry)
-        if len(seen) == wanted:
+        if len(seen) == num_questions:
             return
     if seen and not exactly:
         return
     raise UserError(
-        f"gym/{task}: only {len(seen)} distinct questions of {wanted}; set fewer `questions`, or "
-        "make them more varied by its parameters",
+        f"gym/{task}: only {len(seen)} distinct questions of {num_questions}; set fewer "
+        "`questions`, or make them more varied by its parameters",
         key="options.questions",
         cause=Cause.TOO_LARGE,
     )

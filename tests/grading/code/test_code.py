@@ -9,8 +9,8 @@ import pytest
 import yaml
 from code_answers import PATIENT, attack, fenced, needs_compiler, needs_sandbox
 from r1_grading import code
-from r1_grading.code import find_program
 from r1_grading.code.problem import parse_problem
+from r1_grading.code.program_text import find_program
 from r1_grading.sandbox.programs import MODULES, standard_names
 
 from megatron_r1.base.files.json_lines import read_lines

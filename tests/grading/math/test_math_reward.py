@@ -9,6 +9,7 @@ import pytest
 import sympy
 from math_verify import parse, verify
 from r1_grading import math as math_reward
+from r1_grading.math import accuracy
 from r1_grading.math.normalization import normalize_latex
 from r1_grading.math.number import read_number, read_structure, same_number
 from r1_grading.math.relation import read_set
@@ -43,7 +44,7 @@ def test_the_reason_shows_what_was_read_and_expected(response, truth, expected, 
 
 def test_a_long_truth_allows_a_long_answer():
     terms = " + ".join(f"{n}x^{{{n}}}" for n in range(1, 90))
-    assert len(terms) > math_reward.MAX_EXTRA_CHARS
+    assert len(terms) > accuracy.MAX_EXTRA_CHARS
     assert math_reward.grade(rf"\boxed{{{terms}}}", terms).reward == 1.0
 
 
@@ -242,8 +243,8 @@ def test_solved_inequalities_are_sets(text, solutions):
 
 
 def test_answers_of_a_group_are_compared_once():
-    math_reward._compare.cache_clear()
+    accuracy._compare.cache_clear()
     for _ in range(16):
         math_reward.grade(r"<answer>\frac{22}{7}</answer>", "22/7")
-    assert math_reward._compare.cache_info().hits == 15
-    assert math_reward._compare.cache_info().maxsize is not None
+    assert accuracy._compare.cache_info().hits == 15
+    assert accuracy._compare.cache_info().maxsize is not None

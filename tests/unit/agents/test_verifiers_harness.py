@@ -9,10 +9,10 @@ import pytest
 from fakes.gateway import WrittenFleet, WrittenParsers, gateway_of, text_of
 from refusals import refused
 
-from megatron_r1.agents import verifiers
 from megatron_r1.agents.environment_pool import EnvironmentFailed
 from megatron_r1.agents.environment_prompts import load_run_prompts
 from megatron_r1.agents.harness import HarnessPlayer
+from megatron_r1.agents.verifiers import verifiers_harness
 from megatron_r1.base.errors import Cause
 from megatron_r1.config import AgentsConfig, VerifiersConfig
 from megatron_r1.data.prompts import Prompt
@@ -22,7 +22,7 @@ STAND_IN = Path(__file__).with_name("verifiers_stand_in.py")
 
 @pytest.fixture(autouse=True)
 def stand_in(monkeypatch):
-    monkeypatch.setattr(verifiers, "SCRIPT", STAND_IN)
+    monkeypatch.setattr(verifiers_harness, "SCRIPT", STAND_IN)
 
 
 def settings(**options):
@@ -35,7 +35,7 @@ def play(*does):
     fleet = WrittenFleet(text.hf_tokenizer, ["answer"] * len(does))
 
     async def main():
-        run = verifiers.VerifiersHarness(settings(), "")
+        run = verifiers_harness.VerifiersHarness(settings(), "")
         player = HarnessPlayer(
             *(text, gateway_of(text), WrittenParsers(), run),
             **{"max_turns": 9, "timeout_seconds": 10_000.0, "max_model_len": 9000},
@@ -100,11 +100,13 @@ def test_a_server_that_is_killed_is_noticed(tmp_path, monkeypatch):
         path = tmp_path / f"verifiers/v1/{name}.py"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(code)
-    monkeypatch.setattr(verifiers, "SCRIPT", Path(verifiers.__file__).with_name("serve.py"))
+    monkeypatch.setattr(
+        verifiers_harness, "SCRIPT", Path(verifiers_harness.__file__).with_name("serve.py")
+    )
     monkeypatch.chdir(tmp_path)
 
     async def main():
-        run = verifiers.VerifiersHarness(settings(), "")
+        run = verifiers_harness.VerifiersHarness(settings(), "")
         try:
             with pytest.raises(EnvironmentFailed):
                 await run("http://127.0.0.1:1/v1", "key", {"task": {}})
@@ -133,4 +135,4 @@ def test_tasks_are_the_questions():
 )
 def test_mistakes(options, key, cause):
     with refused(key, cause, *options.values()):
-        verifiers.list_tasks(settings().model_copy(update=options))
+        verifiers_harness.list_tasks(settings().model_copy(update=options))

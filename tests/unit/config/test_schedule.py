@@ -10,7 +10,7 @@ from megatron_r1.base.errors import Cause
 from megatron_r1.config import RESUMABLE, dump, known_keys, load, parse
 from megatron_r1.config.rl import require_scheduled_settings
 from megatron_r1.controller.trainer_passes import TrainerPasses
-from megatron_r1.engines.server.settings import max_model_len
+from megatron_r1.engines.server.model_config import max_model_len
 
 R1_ZERO = Path(__file__).parents[3] / "examples/deepseek_r1/r1_zero.yaml"
 

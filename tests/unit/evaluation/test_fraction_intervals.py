@@ -5,7 +5,7 @@ from math import comb
 
 import pytest
 
-from megatron_r1.evaluation.verifier_errors import combined_fraction, sampled_fraction
+from megatron_r1.evaluation.fraction_intervals import combined_fraction, sampled_fraction
 
 
 def chance(found, population, marked, sampled):

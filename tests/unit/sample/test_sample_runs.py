@@ -19,7 +19,8 @@ from megatron_r1.commands.cli import main
 from megatron_r1.commands.sample import from_run
 from megatron_r1.data.prompts import make_prompt, normalize_question
 from megatron_r1.evaluation.prompt_sets import PromptSet
-from megatron_r1.evaluation.response import ResponseLog, TextResponse
+from megatron_r1.evaluation.response import TextResponse
+from megatron_r1.evaluation.response_log import ResponseLog
 from megatron_r1.sample.cached_calls import ResultCache
 from megatron_r1.sample.selection import WINDOW, Decision, PromptResult, decide_all
 

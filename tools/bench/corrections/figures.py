@@ -1,7 +1,7 @@
 """The figures of the study over seeds, as tables and as docs/benchmarks/corrections.md.
 
 Intervals of means, and of mean differences by seed, resample seeds (`evaluation.estimates`); those
-of a share of runs are Clopper and Pearson's (`evaluation.verifier_errors`)."""
+of a share of runs are Clopper and Pearson's (`evaluation.fraction_intervals`)."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from megatron_r1.evaluation.estimates import estimate
-from megatron_r1.evaluation.verifier_errors import sampled_fraction
+from megatron_r1.evaluation.fraction_intervals import sampled_fraction
 from megatron_r1.reporting.formatting import format_percent
 from tools.bench.algorithms import TARGET, WINDOW
 from tools.bench.corrections.cells import COMMON, PARTS, TASKS

@@ -10,9 +10,9 @@ from refusals import refused
 from megatron_r1.base.errors import Cause
 from megatron_r1.config import load, parse
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet, with_gpu_share
+from megatron_r1.engines.server.model_config import vocab_size
 from megatron_r1.engines.server.recipe_checks import check_engines, check_local_experts
 from megatron_r1.engines.server.server import EngineServer
-from megatron_r1.engines.server.settings import vocab_size
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.push.plan import EngineLayout
 from megatron_r1.push.plan.recipe_plan import check_pushes, engine_layout

@@ -7,7 +7,7 @@ from refusals import refused
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.config.recipe import from_overrides
-from megatron_r1.engines.server.settings import max_model_len
+from megatron_r1.engines.server.model_config import max_model_len
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from refusals import refused
 from megatron_r1.base.errors import Cause
 from megatron_r1.commands.training_run import check_trainer
 from megatron_r1.config import Config
-from megatron_r1.engines.server.settings import config_arguments
+from megatron_r1.engines.server.model_config import config_arguments
 from megatron_r1.models.hf_config import (
     describe_config_changes,
     load_config,

@@ -1,0 +1,160 @@
+"""Reads a response's final answer, at the place of `rewards.answer`.
+
+`strict` is DeepSeek-R1-Zero's: a policy learns the form in which it answers. Models that were
+trained before, on forms of their own, are graded by where they put their answers: in a box, or in
+the last line, as "The sum of 59 and 63 is 122."."""
+
+import re
+from collections.abc import Callable
+from typing import Literal, get_args
+
+from r1_grading.base.errors import shorten
+from r1_grading.reading.answer import (
+    MARKER,
+    OPEN_THOUGHT,
+    Extraction,
+    after_thought,
+    extract,
+    in_tags,
+    last_boxed,
+    last_line,
+    make_extraction,
+    without_special_tokens,
+)
+from r1_grading.reading.context import (
+    after_answer_is,
+    changes_box,
+    last_number,
+    with_plain_signs,
+    with_scales,
+)
+from r1_grading.reading.marked_answer import marked_answer
+
+Reading = Literal["strict", "tags", "boxed", "last", "auto"]
+READINGS: tuple[str, ...] = get_args(Reading)
+READERS = ("math", "logic", "exact_match")
+"""The rewards whose option `reading` `rewards.answer` sets."""
+NUMERIC_TRUTH = re.compile(r"\s*[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?\s*")
+"""A truth that is one number in digits (`is_number`)."""
+EMPHASIS = "*_` "
+EMPHASIZED = re.compile(r"(?<![\w)*])\*\*([^*\n]+)\*\*(?![\w(*])")
+MAX_LINE_CHARS = 2_000
+CLOSING_LINE = re.compile(
+    r"(?:does (?:this|that) (?:make sense|help)|let me know|(?:i )?hope (?:this|that|it)"
+    r"|(?:please )?feel free|is there anything|would you like|do you (?:have|want|need)"
+    r"|if you (?:have|need|want))\b[^\d\\]{0,200}",
+    re.IGNORECASE,
+)
+MAX_CLOSING_LINES = 3
+
+
+def read_answer(
+    response: str,
+    reading: str = "strict",
+    *,
+    opened: bool = False,
+    plain_line: bool = False,
+    numeric: bool = False,
+) -> Extraction:
+    r"""Return the final answer of a response, read as `reading` says, after its chain of thought.
+
+    An answer that is marked before closing prose (`marked_answer.marked_answer`) is read instead of
+    the last line. A box outside of tags is no answer where the text next to it changes or denies it
+    (`context.changes_box`). The time is linear in the length of the response.
+
+    Args:
+        response: the text that the policy sampled.
+        reading: "strict" is `answer.extract`, with `plain_line`. "tags" is the one `<answer>`
+            block. "boxed" is the last `\boxed{}`. "last" is the text after `####` or "answer is" in
+            the last line that is not blank; if the truth is `numeric`, the last number of that
+            text. "auto" is the first of tags, boxed and last that is present.
+        opened: whether the prompt ended with `<think>`.
+        plain_line: whether "strict" also reads a last line that is the answer.
+        numeric: whether the truth is one number (`is_number`).
+
+    Returns:
+        The answer's text, or None with the reason why there is none.
+
+    Raises:
+        ValueError: another reading."""
+    if reading not in READINGS:
+        raise ValueError(f"rewards.answer: {reading!r} is not one of {', '.join(READINGS)}")
+    visible = after_thought(without_special_tokens(response), opened)
+    if visible is None:
+        return OPEN_THOUGHT
+    if reading == "strict":
+        is_line = plain_line and in_tags(visible) is None and last_boxed(visible) is None
+        marked = marked_answer(visible, numeric) if is_line else None
+        return _unchanged(marked or extract(response, opened=opened, plain_line=plain_line))
+    for name, find in FINDERS.items():
+        if reading in (name, "auto") and (extraction := find(visible, numeric)) is not None:
+            return _unchanged(extraction)
+    return Extraction(None, f"no answer found: {ABSENT.get(reading, 'the response is empty')}")
+
+
+def without_closing(text: str) -> str:
+    """Return a text without last lines that only close it: `Does that make sense?`."""
+    text = text.rstrip()
+    for _ in range(MAX_CLOSING_LINES):
+        before, _, line = text.rpartition("\n")
+        if not before.strip() or not CLOSING_LINE.fullmatch(line.strip()):
+            break
+        text = before.rstrip()
+    return text
+
+
+def is_number(truth: object) -> bool:
+    """Return whether a truth is one number, written in digits."""
+    return NUMERIC_TRUTH.fullmatch(str(truth)) is not None
+
+
+def _unchanged(extraction: Extraction) -> Extraction:
+    """Return `extraction`, or no answer where the text next to its box changes the box."""
+    if extraction.text is None or not changes_box(extraction.around):
+        return extraction
+    box = shorten(extraction.text)
+    return Extraction(None, f"no answer found: what is beside the box of {box} changes it")
+
+
+def _in_tags(visible: str, numeric: bool) -> Extraction | None:
+    extraction = in_tags(visible)
+    return extraction and Extraction(extraction.text, extraction.reason, "in its tags")
+
+
+def _boxed(visible: str, numeric: bool) -> Extraction | None:
+    content = last_boxed(visible)
+    return None if content is None else make_extraction(content, "in its box", around=visible)
+
+
+def _last_number(visible: str, numeric: bool) -> Extraction | None:
+    line = last_line(without_closing(visible))
+    if not line.strip():
+        return None
+    marked = marked_answer(visible, numeric)
+    if len(line) > MAX_LINE_CHARS:
+        return marked or Extraction(
+            None, f"no answer found: the last line has {len(line)} characters"
+        )
+    if (content := last_boxed(line)) is not None:
+        return make_extraction(content, "in the last line", around=visible)
+    if marked is not None:
+        return marked
+    _, marker, answer = line.rpartition(MARKER)
+    if marker:
+        return make_extraction(answer, "in the last line")
+    line = EMPHASIZED.sub(r"\1", line)
+    if numeric:
+        line = with_scales(with_plain_signs(line))
+    stated = after_answer_is(line) or line
+    if numeric:
+        return last_number(stated) or make_extraction(stated, "in the last line")
+    words = stated.strip(EMPHASIS)
+    return make_extraction(words.removesuffix(".").rstrip(EMPHASIS) or words, "in the last line")
+
+
+FINDERS: dict[str, Callable[[str, bool], Extraction | None]] = {
+    "tags": _in_tags,
+    "boxed": _boxed,
+    "last": _last_number,
+}
+ABSENT = {"tags": "there is no <answer> block", "boxed": r"there is no \boxed{}"}

@@ -1,0 +1,64 @@
+"""Adds our weight-transfer backends to vLLM, and patches it."""
+
+import faulthandler
+import functools
+import multiprocessing
+import signal
+
+from megatron_r1.base.transports import BACKEND_PREFIX, TRANSPORTS
+
+
+def register() -> None:
+    """Add our weight-transfer backends and patch vLLM. Repeated calls do nothing."""
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+
+    from megatron_r1.base.processes import children
+
+    for transport in TRANSPORTS:
+        name = BACKEND_PREFIX + transport
+        if name not in WeightTransferEngineFactory._registry:
+            backend = "megatron_r1.engines.plugin.backend", "PushTransferEngine"
+            WeightTransferEngineFactory.register_engine(name, *backend)
+    _patch()
+    dump_stacks_on_signal()
+    if multiprocessing.parent_process() is not None:
+        children.die_with_parent()
+
+
+@functools.cache  # a second call would wrap each patch in itself
+def _patch() -> None:
+    from vllm.platforms import current_platform
+
+    from megatron_r1.engines.plugin import (
+        output_batching,
+        patches,
+        pushed_adapter,
+        sampling_masks,
+    )
+
+    patches.correct_deepseek_classes()
+    patches.push_to_drafters()
+    patches.keep_expert_maps_on_host()
+    patches.keep_ranks_in_step()
+    output_batching.apply()
+    pushed_adapter.apply()
+    sampling_masks.accept_requests_without_top_k()
+    if current_platform.is_cpu():
+        from megatron_r1.engines.plugin import cpu_parallel, cpu_patches
+
+        cpu_patches.apply()
+        cpu_parallel.apply()
+        cpu_patches.return_routed_experts()
+        sampling_masks.return_masks_on_cpu()
+        sampling_masks.fix_top_k_without_drafts()
+    else:
+        sampling_masks.omit_masks_of_whole_vocabulary()
+    patches.record_spans()
+
+
+def dump_stacks_on_signal() -> None:
+    """Write this process's Python stacks to its log on SIGUSR2, which vLLM does not use. Forked
+    children inherit it."""
+    # C code without the interpreter lock: it works in a process that is stuck in a kernel or a
+    # collective.
+    faulthandler.register(signal.SIGUSR2, all_threads=True)

@@ -1,0 +1,54 @@
+"""The environment variables with which a vLLM server is started."""
+
+import os
+import socket
+
+import psutil
+
+
+def engine_environment(device: str, num_threads: int, kv_cache_gib: int) -> dict[str, str]:
+    """Return the environment variables of any vLLM server that we start.
+
+    Args:
+        device: "cpu" or "cuda".
+        num_threads: the threads of a rank of the engine, on a CPU.
+        kv_cache_gib: memory of the KV cache on a CPU, GiB.
+    """
+    env = {
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_SERVER_DEV_MODE": "1",  # pause, resume and the weight-transfer calls exist only then
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "PYTHONUNBUFFERED": "1",
+    }
+    if device == "cpu":
+        env |= {
+            "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib),
+            # The model runs inside the engine core: one process and two copies per step less.
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_NUM_THREADS": str(num_threads),
+            # Threads that wait for work must not spin: the trainer computes on the same cores.
+            "OMP_WAIT_POLICY": "passive",
+            # vLLM compiles a function that ranks the sampled token, which we do not use, and gcc
+            # takes 20 s.
+            "TORCHDYNAMO_DISABLE": "1",
+        }
+    return env
+
+
+def network_environment(address: str) -> dict[str, str]:
+    """Return the environment variables that make ranks on the host with this address reachable from
+    other hosts.
+
+    gloo would use the address that the host's name resolves to, on many hosts a loopback address.
+
+    Raises:
+        OSError: the name does not resolve.
+    """
+    address = socket.gethostbyname(address)
+    interface = os.environ.get("GLOO_SOCKET_IFNAME")
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(entry.family == socket.AF_INET and entry.address == address for entry in addresses):
+            interface = interface or name
+    return {"VLLM_HOST_IP": address} | ({"GLOO_SOCKET_IFNAME": interface} if interface else {})

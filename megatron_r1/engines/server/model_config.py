@@ -1,0 +1,83 @@
+"""Reads from a model's config.json what its engines need: the longest context, the size of the
+vocabulary, and the keys that vLLM gets in place of the file's."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.config import Config
+from megatron_r1.models.hf_config import implied_settings, language_settings, load_config
+
+
+def config_arguments(hf: dict, overrides: Mapping[str, Any] | None) -> list[str]:
+    """Return vLLM's arguments for a model of config.json `hf` read with `overrides`, and with what
+    its class needs and transformers does not write.
+
+    Args:
+        hf: the model's `config.json`.
+        overrides: keys in place of those of `hf`.
+    """
+    if not (changes := {**implied_settings(hf), **(overrides or {})}):
+        return []
+    return ["--hf-overrides", json.dumps(changes)]
+
+
+def max_model_len(config: Config) -> int:
+    """Return `rollout.max_model_len`, or the model's own limit, in tokens.
+
+    The model may be any that vLLM supports, also one that cannot be trained here.
+
+    Raises:
+        UserError: the model has fewer positions, or responses would leave no room for a prompt.
+    """
+    limit = max_positions(config.model.path)
+    length = config.rollout.max_model_len or limit
+    if length > limit:
+        raise UserError(
+            f"rollout.max_model_len: {length} is more than the model's {limit} positions "
+            f"({config.model.path}/config.json: max_position_embeddings)",
+            key="rollout.max_model_len",
+            cause=Cause.TOO_LARGE,
+        )
+    # Engines are sized once, for the longest responses of rl.schedule.
+    longest = max(phase.rollout.max_response_tokens for _, phase in config.phases())
+    if longest >= length:
+        raise UserError(
+            f"rollout.max_response_tokens: {longest} leaves no room for "
+            f"a prompt within {length} tokens; lower it"
+            + (f", or raise rollout.max_model_len (at most {limit})" if length < limit else ""),
+            key="rollout.max_response_tokens",
+            cause=Cause.TOO_LARGE,
+        )
+    return length
+
+
+def max_positions(folder: str | Path, key: str = "model.path") -> int:
+    """Return max_position_embeddings of a model, its longest context in tokens.
+
+    Args:
+        folder: the model's folder.
+        key: the recipe's setting that names the folder, for errors.
+
+    Raises:
+        UserError: config.json is missing or malformed, or has no such number.
+    """
+    hf = load_config(folder, key)
+    try:
+        return int(language_settings(hf)["max_position_embeddings"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{folder}/config.json: no max_position_embeddings can be read ({error!r})",
+            key="max_position_embeddings",
+            cause=Cause.MISSING,
+        ) from error
+
+
+def vocab_size(model: Path) -> int | None:
+    """Return the vocabulary's size in a model's config.json, or None where it is not readable."""
+    try:
+        return language_settings(load_config(model)).get("vocab_size")
+    except (UserError, AttributeError):
+        return None  # the server's own error is more precise

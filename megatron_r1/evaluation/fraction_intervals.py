@@ -1,0 +1,156 @@
+"""The fraction of a population that has a property, with its interval, by a random sample.
+
+n of N members are drawn without replacement and x of them have the property. The interval has every
+count M for which neither tail of the hypergeometric distribution is below 2.5%:
+
+    P(X >= x | N, M, n) > 0.025  and  P(X <= x | N, M, n) > 0.025
+
+(Buonaccorsi 1987, The American Statistician 41, 215; Clopper and Pearson's for N → ∞). It covers
+with at least 95% for every M; where all are drawn it is the count itself. **Several strata**, of
+which each is sampled by itself: for Σ w p, with an interval (l, u) of each p, from
+Σ w p - √Σ w² (p - l)² to Σ w p + √Σ w² (u - p)² (Zou, Huang and Zhang 2009, Computational
+Statistics & Data Analysis 53, 1080)."""
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_r1.evaluation.estimates import CONFIDENCE
+
+TAIL = (1 - CONFIDENCE) / 2
+
+
+@dataclass(frozen=True)
+class FractionEstimate:
+    """A fraction of a population with its 95% interval.
+
+    Attributes:
+        population: how many there are.
+        sampled: how many of them were drawn at random.
+        found: drawn ones that have the property.
+        undecided: drawn ones that may have it or not.
+        value: the fraction among the decided; None where none is.
+        low: the lower end of the interval.
+        high: its upper end."""
+
+    population: int
+    sampled: int
+    found: int
+    undecided: int
+    value: float | None
+    low: float
+    high: float
+
+
+def sampled_fraction(
+    population: int, sampled: int, found: int, undecided: int = 0
+) -> FractionEstimate:
+    """Return the fraction of a population by one random sample of it, drawn without replacement.
+
+    Args:
+        population: N, at least 1.
+        sampled: n of them, at least 1.
+        found: how many of these have the property.
+        undecided: how many of these may have it or not.
+
+    Raises:
+        ValueError: counts that do not fit each other."""
+    if not 1 <= sampled <= population or min(found, undecided) < 0 or found + undecided > sampled:
+        raise ValueError(
+            f"{found} found and {undecided} undecided of {sampled} drawn of {population}: each has "
+            "to be a part of the next"
+        )
+    decided = sampled - undecided
+    return FractionEstimate(
+        population,
+        sampled,
+        found,
+        undecided,
+        found / decided if decided else None,
+        _least(population, sampled, found) / population,
+        _most(population, sampled, found + undecided) / population,
+    )
+
+
+def combined_fraction(fractions: Sequence[FractionEstimate]) -> FractionEstimate:
+    """Return the fraction of all strata together, each sampled by itself.
+
+    Args:
+        fractions: those of the strata, at least one.
+
+    Raises:
+        ValueError: no stratum."""
+    if not fractions:
+        raise ValueError("a fraction of no stratum at all")
+    if len(fractions) == 1:
+        return fractions[0]
+    population = sum(fraction.population for fraction in fractions)
+    weights = [fraction.population / population for fraction in fractions]
+    pairs = list(zip(weights, fractions, strict=True))
+    # Each end from the fractions that it counts: the undecided are without, or with, the property.
+    least = [fraction.found / fraction.sampled for fraction in fractions]
+    most = [(fraction.found + fraction.undecided) / fraction.sampled for fraction in fractions]
+    below = math.hypot(
+        *(w * (p - stratum.low) for (w, stratum), p in zip(pairs, least, strict=True))
+    )
+    above = math.hypot(
+        *(w * (stratum.high - p) for (w, stratum), p in zip(pairs, most, strict=True))
+    )
+    low = sum(w * p for w, p in zip(weights, least, strict=True)) - below
+    high = sum(w * p for w, p in zip(weights, most, strict=True)) + above
+    values = [fraction.value for fraction in fractions]
+    value = None
+    if None not in values:
+        value = sum(w * p for w, p in zip(weights, values, strict=True) if p is not None)
+    return FractionEstimate(
+        population,
+        sum(fraction.sampled for fraction in fractions),
+        sum(fraction.found for fraction in fractions),
+        sum(fraction.undecided for fraction in fractions),
+        value,
+        max(0.0, low),
+        min(1.0, high),
+    )
+
+
+@functools.lru_cache(maxsize=4_096)
+def _least(population: int, sampled: int, found: int) -> int:
+    """Return the smallest count M in the interval: P(X >= found) grows with M."""
+    low, high = found, population - (sampled - found)
+    while low < high:
+        middle = (low + high) // 2
+        if 1 - _at_most(found - 1, population, middle, sampled) > TAIL:
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+def _most(population: int, sampled: int, found: int) -> int:
+    """Return the largest count M in the interval: P(X <= found) falls with M."""
+    return population - _least(population, sampled, sampled - found)
+
+
+def _at_most(count: int, population: int, marked: int, sampled: int) -> float:
+    """Return P(X <= count) of the hypergeometric distribution.
+
+    Args:
+        count: the most marked ones among those drawn.
+        population: how many there are.
+        marked: how many of the population are marked.
+        sampled: how many are drawn."""
+    first = max(0, sampled - (population - marked))
+    log_samples = _log_choose(population, sampled)
+    return math.fsum(
+        math.exp(
+            _log_choose(marked, drawn)
+            + _log_choose(population - marked, sampled - drawn)
+            - log_samples
+        )
+        for drawn in range(first, min(count, marked, sampled) + 1)
+    )
+
+
+def _log_choose(total: int, part: int) -> float:
+    return math.lgamma(total + 1) - math.lgamma(part + 1) - math.lgamma(total - part + 1)
