@@ -70,12 +70,12 @@ class ScheduleEntry(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _names_its_first_step(cls, given: Any) -> Any:
+    def _names_its_first_step(cls, values: Any) -> Any:
         # Other keys are settings, so pydantic alone would take a misspelt one for a setting.
-        for key in given if isinstance(given, dict) and "from_step" not in given else ():
+        for key in values if isinstance(values, dict) and "from_step" not in values else ():
             if near := did_you_mean(key, ["from_step"], "{}"):
                 raise UserError(f"unknown key {key}{near}", key=key, cause=Cause.UNKNOWN)
-        return given
+        return values
 
     @model_validator(mode="after")
     def _changes_something(self) -> "ScheduleEntry":
@@ -263,10 +263,10 @@ class RLConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _defaults_of_algorithm_and_preset(cls, given: Any) -> Any:
-        if not isinstance(given, dict) or not isinstance(given.get("algorithm", ""), str):
-            return given
-        name = given.get("algorithm", "grpo")
+    def _defaults_of_algorithm_and_preset(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or not isinstance(values.get("algorithm", ""), str):
+            return values
+        name = values.get("algorithm", "grpo")
         rules = algorithms.find_rules(name)
         for key in rules.defaults.keys() - cls.model_fields.keys():
             near = did_you_mean(key, cls.model_fields, "{}")
@@ -275,10 +275,11 @@ class RLConfig(Section):
                 key="rl.algorithm",
                 cause=Cause.UNKNOWN,
             )
-        preset = given.get("preset", cls.model_fields["preset"].default)
-        known = PRESETS.get(preset, {}) if isinstance(preset, str) else {}  # else refused later
-        settings = {**rules.defaults, **known, **given}
-        options = given.get("options", {})
+        preset = values.get("preset", cls.model_fields["preset"].default)
+        # What is no text is refused later.
+        preset_values = PRESETS.get(preset, {}) if isinstance(preset, str) else {}
+        settings = {**rules.defaults, **preset_values, **values}
+        options = values.get("options", {})
         if isinstance(options, dict):  # else refused later
             settings["options"] = rules.read_options(options)
         return settings

@@ -44,32 +44,33 @@ class FractionEstimate:
 
 
 def sampled_fraction(
-    population: int, sampled: int, found: int, undecided: int = 0
+    population: int, sampled: int, positives: int, undecided: int = 0
 ) -> FractionEstimate:
     """Return the fraction of a population by one random sample of it, drawn without replacement.
 
     Args:
         population: N, at least 1.
         sampled: n of them, at least 1.
-        found: how many of these have the property.
+        positives: how many of these have the property.
         undecided: how many of these may have it or not.
 
     Raises:
         ValueError: counts that do not fit each other."""
-    if not 1 <= sampled <= population or min(found, undecided) < 0 or found + undecided > sampled:
+    fits = 1 <= sampled <= population and min(positives, undecided) >= 0
+    if not fits or positives + undecided > sampled:
         raise ValueError(
-            f"{found} found and {undecided} undecided of {sampled} drawn of {population}: each has "
-            "to be a part of the next"
+            f"{positives} found and {undecided} undecided of {sampled} drawn of {population}: each "
+            "has to be a part of the next"
         )
     decided = sampled - undecided
     return FractionEstimate(
         population,
         sampled,
-        found,
+        positives,
         undecided,
-        found / decided if decided else None,
-        _least(population, sampled, found) / population,
-        _most(population, sampled, found + undecided) / population,
+        positives / decided if decided else None,
+        _least(population, sampled, positives) / population,
+        _most(population, sampled, positives + undecided) / population,
     )
 
 
@@ -115,21 +116,21 @@ def combined_fraction(fractions: Sequence[FractionEstimate]) -> FractionEstimate
 
 
 @functools.lru_cache(maxsize=4_096)
-def _least(population: int, sampled: int, found: int) -> int:
-    """Return the smallest count M in the interval: P(X >= found) grows with M."""
-    low, high = found, population - (sampled - found)
+def _least(population: int, sampled: int, positives: int) -> int:
+    """Return the smallest count M in the interval: P(X >= positives) grows with M."""
+    low, high = positives, population - (sampled - positives)
     while low < high:
         middle = (low + high) // 2
-        if 1 - _at_most(found - 1, population, middle, sampled) > TAIL:
+        if 1 - _at_most(positives - 1, population, middle, sampled) > TAIL:
             high = middle
         else:
             low = middle + 1
     return low
 
 
-def _most(population: int, sampled: int, found: int) -> int:
-    """Return the largest count M in the interval: P(X <= found) falls with M."""
-    return population - _least(population, sampled, sampled - found)
+def _most(population: int, sampled: int, positives: int) -> int:
+    """Return the largest count M in the interval: P(X <= positives) falls with M."""
+    return population - _least(population, sampled, sampled - positives)
 
 
 def _at_most(count: int, population: int, marked: int, sampled: int) -> float:

@@ -175,7 +175,7 @@ def find_in_sections(source: str) -> Iterator[tuple[int, str, str]]:
             seen.add(entry[1])
 
 
-NAMED_PACKAGES = ("tools/",)
+NAMED_PACKAGES = ("grading/r1_grading/", "kernels/r1_kernels/", "megatron_r1/", "tools/")
 """Where parameters may not have one of `PRONOUNS` as their name."""
 PRONOUNS = frozenset(
     ("each", "every", "found", "given", "held", "kept", "known", "left", "made", "others", "own")
