@@ -197,11 +197,11 @@ def _check_sizes(hf: dict) -> None:
         (_FLAGS, lambda value: type(value) is bool, "true or false"),
         (_FACTORS, is_number, "a number"),
     )
-    for keys, fits, what in kinds:
+    for keys, fits, expected in kinds:
         for key in keys:
             if (value := hf.get(key)) is not None and not fits(value):
                 raise UserError(
-                    f"config.json: {key}={value!r} must be {what}",
+                    f"config.json: {key}={value!r} must be {expected}",
                     key=key,
                     cause=Cause.MALFORMED,
                 )

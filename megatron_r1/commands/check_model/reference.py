@@ -187,9 +187,9 @@ def _logprobs(
 if __name__ == "__main__":
     torch.set_num_threads(1)
     try:
-        found = main(Path(sys.argv[1]), sys.argv[2], sys.argv[3] != "none", Path(sys.argv[4]))
+        answers = main(Path(sys.argv[1]), sys.argv[2], sys.argv[3] != "none", Path(sys.argv[4]))
     except UserError as error:
         refusal = Refusal(str(error), error.key, error.cause)
         Path(sys.argv[5]).write_bytes(msgspec.json.encode(refusal))
         sys.exit(str(error))
-    Path(sys.argv[5]).write_bytes(msgspec.json.encode(found))
+    Path(sys.argv[5]).write_bytes(msgspec.json.encode(answers))

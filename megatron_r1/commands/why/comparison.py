@@ -77,12 +77,12 @@ class CheckedQuantity:
             return f"{text}: {self.compared}{self.sizes}"
         parts = [f"{text}: {self.reason}{self.sizes}"]
         if self.concerned:
-            what = f"{len(self.concerned):,} responses"
+            concerned = f"{len(self.concerned):,} responses"
             if self.num_tokens:
-                what += f", {self.num_tokens:,} tokens"
+                concerned += f", {self.num_tokens:,} tokens"
             if math.isfinite(self.loss_fraction):
-                what += f", {percent(self.loss_fraction)} of the loss by weight of advantages"
-            parts.append(what)
+                concerned += f", {percent(self.loss_fraction)} of the loss by weight of advantages"
+            parts.append(concerned)
         if self.remedy:
             parts.append(f"change: {self.remedy}")
         return "; ".join(parts)

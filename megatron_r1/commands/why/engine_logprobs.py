@@ -71,11 +71,13 @@ class _Gaps:
         self.step, self.recomputed = step, recomputed
         newest = step.step - 1
         self.sequences = [recomputed.sequences[at] for at in recomputed.scored_sequences]
-        self.newest = [each.versions == newest for each in self.sequences]
-        self.engines = [step.responses[each.response].response.engine for each in self.sequences]
+        self.newest = [sequence.versions == newest for sequence in self.sequences]
+        self.engines = [
+            step.responses[sequence.response].response.engine for sequence in self.sequences
+        ]
         self.gaps = self._logprob_gaps(recomputed.old)
         # Tokens of earlier versions are an earlier policy's.
-        versions = {int(v) for each in self.sequences for v in np.unique(each.versions)}
+        versions = {int(v) for sequence in self.sequences for v in np.unique(sequence.versions)}
         for version in sorted(versions - {newest}):
             recomputed_logprobs = recomputed.logprobs_after(version)
             if recomputed_logprobs is not None:
@@ -102,9 +104,9 @@ class _Gaps:
     def mean(self, gaps: Sequence[np.ndarray], only: Sequence[bool] | None = None) -> float:
         """Return the mean |difference|, of the chosen sequences."""
         chosen = [gap for at, gap in enumerate(gaps) if only is None or only[at]]
-        whole = np.abs(np.concatenate(chosen)) if chosen else np.empty(0)
-        whole = whole[~np.isnan(whole)]
-        return float(whole.mean()) if len(whole) else math.nan
+        differences = np.abs(np.concatenate(chosen)) if chosen else np.empty(0)
+        differences = differences[~np.isnan(differences)]
+        return float(differences.mean()) if len(differences) else math.nan
 
     def by_position(self) -> tuple[list[float], list[float]]:
         """Return the mean |difference| over positions in the response."""
@@ -120,17 +122,17 @@ class _Gaps:
         return positions, values
 
     def comparison(self) -> CheckedQuantity:
-        whole = np.concatenate(self.gaps) if self.gaps else np.empty(0)
-        known = whole[~np.isnan(whole)]
+        gaps = np.concatenate(self.gaps) if self.gaps else np.empty(0)
+        known_gaps = gaps[~np.isnan(gaps)]
         name = "engines' log-probabilities"
-        if not len(known):
+        if not len(known_gaps):
             return not_checked(FAMILY, name, "no checkpoint of the tokens' versions is kept")
-        distance = float(np.abs(known).mean())
+        distance = float(np.abs(known_gaps).mean())
         compared = (
-            f"those of {len(known):,} tokens of {len(self.gaps):,} sequences with transformers' "
-            "under the weights of their version; mean |Δ| by engine: "
+            f"those of {len(known_gaps):,} tokens of {len(self.gaps):,} sequences with "
+            "transformers' under the weights of their version; mean |Δ| by engine: "
             + ", ".join(f"{key} {number(value)}" for key, value in self._by_engine().items())
-            + f"; KL {number(kl_of_difference(-known))}"
+            + f"; KL {number(kl_of_difference(-known_gaps))}"
         )
         affected = [self.mean([gap]) > self.tolerance for gap in self.gaps]
         explained = self._explanation(distance)
@@ -169,7 +171,7 @@ class _Gaps:
     def _by_engine(self) -> dict[str, float]:
         names = sorted(set(self.engines))
         return {
-            name or "not named": self.mean(self.gaps, [each == name for each in self.engines])
+            name or "not named": self.mean(self.gaps, [engine == name for engine in self.engines])
             for name in names
         }
 
@@ -192,7 +194,7 @@ class _Gaps:
         )
         if distance <= self.tolerance / 16 and not self._one_engine():
             return None
-        return next((found for test in tests if (found := test(distance))), None)
+        return next((explanation for test in tests if (explanation := test(distance))), None)
 
     def _explain_by_stale_weights(self, distance: float) -> tuple[str, str] | None:
         """Try the weights of earlier versions, engine by engine."""
@@ -291,7 +293,7 @@ class _Gaps:
         """Return the first engine whose differences others explain: its name, their mean and that
         of its own; None where they explain no engine's."""
         for name in sorted(set(self.engines)):
-            only = [each == name for each in self.engines]
+            only = [engine == name for engine in self.engines]
             now, then = self.mean(self.gaps, only), self.mean(gaps, only)
             if now > self.tolerance / 16 and then < EXPLAINED * now:
                 return name or "engine", then, now
@@ -325,15 +327,15 @@ class _Gaps:
         """Look for log-probabilities over a part of the vocabulary: none is below the whole's."""
         if self.step.config.rollout.truncates_sampling:  # both are over the kept tokens already
             return None
-        whole = np.concatenate(self.gaps)
-        large = whole[np.abs(whole) > max(self.tolerance / 4, 1e-5)]
+        gaps = np.concatenate(self.gaps)
+        large = gaps[np.abs(gaps) > max(self.tolerance / 4, 1e-5)]
         if len(large) < FEW_TOKENS or (large > 0).mean() < ONE_SIDED:
             return None
-        kept = math.exp(-float(large.max()))
+        kept_share = math.exp(-float(large.max()))
         return (
             f"{percent(float((large > 0).mean()))} of the tokens that differ are more likely to "
-            f"the engine, by up to 1/{kept:.3g}: it sampled from a part of the vocabulary and "
-            "renormalized (top-p, top-k or min-p), the trainer does not",
+            f"the engine, by up to 1/{kept_share:.3g}: it sampled from a part of the vocabulary "
+            "and renormalized (top-p, top-k or min-p), the trainer does not",
             "the cut of rollout.vllm or the model's generation_config.json: set it as "
             "rollout.top_p, top_k or min_p, or leave it out",
         )
@@ -343,15 +345,17 @@ class _Gaps:
         another thing."""
         ranked = self._experts_by_gap()
         for layer, expert, *_ in ranked[:SUSPECTS]:
-            if (found := self._stale_expert(layer, expert)) is not None:
-                return found
-        for layer, one, other in self._pairs(ranked):
-            logprobs = self.recomputed.with_experts(layer, {one: other, other: one})
+            if (explanation := self._stale_expert(layer, expert)) is not None:
+                return explanation
+        for layer, expert, other_expert in self._pairs(ranked):
+            logprobs = self.recomputed.with_experts(
+                layer, {expert: other_expert, other_expert: expert}
+            )
             if (better := self._better_explanation(self._logprob_gaps(logprobs))) is not None:
                 return (
-                    f"experts {min(one, other)} and {max(one, other)} of {_layer(layer)} are "
-                    f"exchanged in {better[0]}: mean |Δ| {number(better[1])} against "
-                    f"{number(better[2])}",
+                    f"experts {min(expert, other_expert)} and {max(expert, other_expert)} of "
+                    f"{_layer(layer)} are exchanged in {better[0]}: mean |Δ| "
+                    f"{number(better[1])} against {number(better[2])}",
                     OF_EXPERTS,
                 )
         if not ranked or ranked[0][2] < 4 * ranked[0][3] or distance <= self.tolerance:
@@ -368,18 +372,24 @@ class _Gaps:
         and with experts that few tokens may have been routed to."""
         chosen = ranked[:SUSPECTS]
         pairs = [
-            (layer, one, other)
-            for at, (layer, one, *_) in enumerate(chosen)
-            for other_layer, other, *_ in chosen[at + 1 :]
+            (layer, expert, other_expert)
+            for at, (layer, expert, *_) in enumerate(chosen)
+            for other_layer, other_expert, *_ in chosen[at + 1 :]
             if layer == other_layer
         ]
-        for layer, one, *_ in chosen:
-            others = range(self.recomputed.num_experts(layer))
-            pairs += [(layer, one, other) for other in others if other != one]
-        known: dict[tuple[str, frozenset[int]], tuple[str, int, int]] = {}
-        for layer, one, other in pairs:
-            known.setdefault((layer, frozenset((one, other))), (layer, one, other))
-        return [*known.values()][:MAX_PAIRS]
+        for layer, expert, *_ in chosen:
+            other_experts = range(self.recomputed.num_experts(layer))
+            pairs += [
+                (layer, expert, other_expert)
+                for other_expert in other_experts
+                if other_expert != expert
+            ]
+        distinct: dict[tuple[str, frozenset[int]], tuple[str, int, int]] = {}
+        for layer, expert, other_expert in pairs:
+            distinct.setdefault(
+                (layer, frozenset((expert, other_expert))), (layer, expert, other_expert)
+            )
+        return [*distinct.values()][:MAX_PAIRS]
 
     def _experts_by_gap(self) -> list[tuple[str, int, float, float]]:
         """Return layer, expert, the mean |difference| of its tokens and that of the others, the

@@ -82,8 +82,8 @@ def advantages(
     elif algorithm != "reinforce":
         pairs = zip(values, centred, strict=True)
         centred = [
-            rewards_of_group * 0.0 if are_equal(own) else rewards_of_group
-            for own, rewards_of_group in pairs
+            rewards_of_group * 0.0 if are_equal(group_values) else rewards_of_group
+            for group_values, rewards_of_group in pairs
         ]
     if std == "group" and algorithm != "reinforce":
         centred = [
@@ -128,10 +128,10 @@ def each_advantages(
         np.sum([weights[name] * np.array(part[at]) for name, part in parts.items()], axis=0)
         for at in groups
     ]
-    whole = np.concatenate(sums)
-    if are_equal(whole):
+    all_sums = np.concatenate(sums)
+    if are_equal(all_sums):
         return [(group_sums * 0.0).tolist() for group_sums in sums]
-    mean, scale = np.nanmean(whole), np.nanstd(whole) + epsilon
+    mean, scale = np.nanmean(all_sums), np.nanstd(all_sums) + epsilon
     return [((group_sums - mean) / scale).tolist() for group_sums in sums]
 
 

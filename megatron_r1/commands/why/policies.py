@@ -34,17 +34,17 @@ def _trainer(step: RecordedStep, recomputed: Recomputation) -> CheckedQuantity:
     if len(recomputed.scored_sequences) < len(recomputed.rows):
         return not_checked(POLICIES, name, "only a part of the responses is recomputed here")
     gaps = [
-        np.abs(sequence.logprobs - own)
-        for sequence, own in zip(recomputed.sequences, recomputed.old, strict=True)
+        np.abs(sequence.logprobs - logprobs)
+        for sequence, logprobs in zip(recomputed.sequences, recomputed.old, strict=True)
         if not math.isnan(sequence.advantage)
     ]
-    own = float(np.concatenate(gaps).mean())
+    mean_gap = float(np.concatenate(gaps).mean())
     tolerance = ROUNDING[step.run_config.model.dtype]
-    distance = abs(own - logged)
+    distance = abs(mean_gap - logged)
     departs = distance > tolerance
     reason, remedy = (_explained(step, recomputed) if departs else None) or (
-        f"the trainer is {number(logged)} from the engine, transformers {number(own)}: the trainer "
-        "computes old log-probabilities of other weights, or at another temperature",
+        f"the trainer is {number(logged)} from the engine, transformers {number(mean_gap)}: the "
+        "trainer computes old log-probabilities of other weights, or at another temperature",
         "rollout.temperature in rl.schedule, model.fusions, fp8, parallel; megatron-r1 "
         "check-model with this layout",
     )
@@ -52,7 +52,8 @@ def _trainer(step: RecordedStep, recomputed: Recomputation) -> CheckedQuantity:
         POLICIES,
         name,
         DEPARTS if departs else EQUAL,
-        f"mean |engine - trainer| {number(logged)} with mean |engine - transformers| {number(own)}",
+        f"mean |engine - trainer| {number(logged)} with mean |engine - transformers| "
+        f"{number(mean_gap)}",
         distance,
         tolerance,
         "rounding of model.dtype (docs/compare.md)",
@@ -95,11 +96,15 @@ def _explained(step: RecordedStep, recomputed: Recomputation) -> tuple[str, str]
         if logprobs is not None and _is_logged(step, recomputed, logprobs):
             return f"the trainer's are as those of transformers {noun} are", remedy
     # The engine has none of the prompt, for which the trainer then compares with 0.
-    given = [
-        np.concatenate([np.zeros(len(own) - len(each.logprobs), np.float32), each.logprobs])
-        for own, each in zip(recomputed.all_token_logprobs(), recomputed.sequences, strict=True)
+    engine_logprobs = [
+        np.concatenate(
+            [np.zeros(len(logprobs_of_all) - len(sequence.logprobs), np.float32), sequence.logprobs]
+        )
+        for logprobs_of_all, sequence in zip(
+            recomputed.all_token_logprobs(), recomputed.sequences, strict=True
+        )
     ]
-    if _is_logged(step, recomputed, recomputed.all_token_logprobs(), given):
+    if _is_logged(step, recomputed, recomputed.all_token_logprobs(), engine_logprobs):
         return (
             "the trainer's are as those of transformers of all tokens, prompts too, are: the mask "
             "of the response leaves prompt tokens in the loss",
@@ -137,11 +142,13 @@ def _is_logged(
         recomputed: its sequences.
         logprobs: log-probabilities of the sequences' tokens.
         engine: log-probabilities that the engine would have; None: those that it recorded."""
-    given = engine or [sequence.logprobs for sequence in recomputed.sequences]
+    engine_logprobs = engine or [sequence.logprobs for sequence in recomputed.sequences]
     gaps = np.concatenate(
         [
-            np.abs(theirs - own)
-            for sequence, theirs, own in zip(recomputed.sequences, given, logprobs, strict=True)
+            np.abs(theirs - recomputed_logprobs)
+            for sequence, theirs, recomputed_logprobs in zip(
+                recomputed.sequences, engine_logprobs, logprobs, strict=True
+            )
             if not math.isnan(sequence.advantage)
         ]
     )

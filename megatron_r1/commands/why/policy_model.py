@@ -139,20 +139,20 @@ OF_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
 def _stacked_experts(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors with those of experts as transformers' classes have them: one tensor of
     all experts, gate and up together."""
-    made: dict[str, Tensor] = {}
+    stacked: dict[str, Tensor] = {}
     parts: dict[str, dict[tuple[str, int], Tensor]] = {}
-    for name, each in tensors.items():
+    for name, tensor in tensors.items():
         if (match := OF_EXPERT.fullmatch(name)) is None:
-            made[name] = each
+            stacked[name] = tensor
         else:
-            parts.setdefault(match[1], {})[match[3], int(match[2])] = each
-    for name, own in parts.items():
-        numbers = sorted({number for _, number in own})
-        if {("gate", 0), ("up", 0), ("down", 0)} <= own.keys():
-            pairs = [torch.cat([own["gate", n], own["up", n]]) for n in numbers]
-            made[f"{name}.gate_up_proj"] = torch.stack(pairs)
-            made[f"{name}.down_proj"] = torch.stack([own["down", n] for n in numbers])
-    return made
+            parts.setdefault(match[1], {})[match[3], int(match[2])] = tensor
+    for name, experts in parts.items():
+        numbers = sorted({number for _, number in experts})
+        if {("gate", 0), ("up", 0), ("down", 0)} <= experts.keys():
+            pairs = [torch.cat([experts["gate", n], experts["up", n]]) for n in numbers]
+            stacked[f"{name}.gate_up_proj"] = torch.stack(pairs)
+            stacked[f"{name}.down_proj"] = torch.stack([experts["down", n] for n in numbers])
+    return stacked
 
 
 def _trainable(model: torch.nn.Module) -> torch.nn.Module:
@@ -172,10 +172,10 @@ def _tensors(weights: MegatronWeights | HFWeights, hf: dict) -> Iterator[tuple[s
         if part is None:
             yield name, values
             continue
-        whole = stacked.setdefault(
+        stacked_tensor = stacked.setdefault(
             part.name, torch.empty(part.stored_shape(shape, hf["n_routed_experts"]))
         )
-        part.select(whole[part.expert]).copy_(values)
+        part.select(stacked_tensor[part.expert]).copy_(values)
     yield from stacked.items()
 
 

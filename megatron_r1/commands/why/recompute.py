@@ -162,16 +162,16 @@ class Recomputation(UpdateInputs):
         if after is None:
             return Evidence(**about)
         begin, last = dict(self._trained_model.named_parameters()), dict(after.named_parameters())
-        own = dict(self._unsubstituted_updates[0].model.named_parameters())
-        changes = [(last[name] - each, own[name] - each) for name, each in begin.items()]
+        updated = dict(self._unsubstituted_updates[0].model.named_parameters())
+        changes = [(last[name] - value, updated[name] - value) for name, value in begin.items()]
         if self._first_after is None:
             return Evidence(nearest_multiple(changes), **about)
         decay = self.step.config.optimizer.beta1**self.step.config.rl.minibatches
         before = self._moments[0] if self._moments else {}
         gradients = {
             name: tuple(
-                each[name] - decay * before.get(name, torch.zeros(()))
-                for each in (self._first_after, self._unsubstituted_updates[0].adam.first)
+                moments[name] - decay * before.get(name, torch.zeros(()))
+                for moments in (self._first_after, self._unsubstituted_updates[0].adam.first)
             )
             for name in begin
         }

@@ -109,15 +109,15 @@ def stated(text: str, reading: str) -> tuple[str, str] | None:
 
 def _stated(text: str, reading: str) -> tuple[str, str] | None:
     if TAG in text:
-        answer, end, rest = text.rpartition(TAG)[2].partition(END_TAG)
-        is_one = text.count(TAG) == text.count(END_TAG) == 1 and not rest.strip()
+        answer, end, tail = text.rpartition(TAG)[2].partition(END_TAG)
+        is_one = text.count(TAG) == text.count(END_TAG) == 1 and not tail.strip()
         return (answer, TAG) if is_one and end else None
     if BOX in text:
-        rest, depth = text.rpartition(BOX)[2], 0
-        for at, character in enumerate(rest):
+        tail, depth = text.rpartition(BOX)[2], 0
+        for at, character in enumerate(tail):
             depth += (character == "{") - (character == "}")
             if character == "}" and depth == 0:
-                return rest[1:at], BOX
+                return tail[1:at], BOX
         return None
     if HASHES in text:
         lines = text.rpartition(HASHES)[2].strip().splitlines()

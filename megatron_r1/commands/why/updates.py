@@ -424,19 +424,19 @@ class StepUpdates:
                 )
                 trace.tokens[at] = logprobs.detach(), entropy.detach()
                 reference = None if self._reference is None else self._reference[at]
-                given = self.rows[at], logprobs, entropy, self._old[at], reference
-                term = row_loss(*given, loss, totals)
+                row = self.rows[at]
+                term = row_loss(row, logprobs, entropy, self._old[at], reference, loss, totals)
                 terms = terms + (term.detach() if at in lost else term)
             if terms.requires_grad:
                 terms.backward()
         trace.gradients = {
-            name: each.grad.clone()
-            for name, each in self._parameters.items()
-            if each.grad is not None
+            name: parameter.grad.clone()
+            for name, parameter in self._parameters.items()
+            if parameter.grad is not None
         }
         self.traces.append(trace)
-        made = totals.update(loss)
+        update = totals.update(loss)
         if self._biases is not None:
             self._biases.update()
-        made.metrics["grad_norm"] = self.adam.step(trace.gradients, adam, index)
-        return made
+        update.metrics["grad_norm"] = self.adam.step(trace.gradients, adam, index)
+        return update
