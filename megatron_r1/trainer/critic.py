@@ -59,9 +59,8 @@ class Critic:
         self.model_chunks, self.ddp_chunks, self.optimizer = construction.build_network(
             critic_config, hf, transformer, position.groups, score_std=0.0
         )
-        RoutingReplay(
-            self.model_chunks, None
-        )  # recomputed layers choose the experts of their first pass
+        # Recomputed layers choose the experts of their first pass.
+        RoutingReplay(self.model_chunks, None)
 
     def compute_values(self, batches: list[PackedBatch]) -> None:
         """Fill `PackedBatch.values`, (T,) fp32 each, on the last stage."""

@@ -12,13 +12,13 @@ import namespaces
 import pytest
 from small_run import environment, metrics, write_recipe
 
-from megatron_r1.push import transports
+from megatron_r1.base.transports import TRANSPORTS as ALL_TRANSPORTS
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(namespaces.obstacle() is not None, reason=str(namespaces.obstacle())),
 ]
-GLOO = "gloo" in transports.TRANSPORTS
+GLOO = "gloo" in ALL_TRANSPORTS
 TRANSPORTS = [
     pytest.param([], id="shm"),  # namespaces share the machine's /dev/shm
     pytest.param(

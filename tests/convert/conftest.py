@@ -12,8 +12,7 @@ from ranks import run_script
 from refusals import refused
 
 from megatron_r1.base.errors import Cause
-from megatron_r1.commands import convert as command
-from megatron_r1.commands.convert import from_hf, to_hf, verify
+from megatron_r1.commands.convert import from_hf, to_hf, verb, verify
 
 TESTS = Path(__file__).parents[1]
 sys.path.insert(0, str(TESTS / "parallel"))
@@ -38,14 +37,14 @@ class Convert:
     def __call__(self, *arguments) -> tuple[int, str]:
         self._monkeypatch.setattr(sys, "argv", ["tools/convert", *map(str, arguments)])
         with _alone():
-            status = command.main()
+            status = verb.main()
         captured = self._capsys.readouterr()
         return status, captured.out + captured.err
 
     def refuses(self, key: str, cause: Cause, *arguments, shows: tuple = ()) -> None:
         """Assert that the command is refused for that key and cause."""
         with _alone(), refused(key, cause, *shows):
-            command.run([*map(str, arguments)])
+            verb.run([*map(str, arguments)])
 
 
 @contextlib.contextmanager

@@ -50,10 +50,10 @@ def updated(folder: str, name: str, grid: str, position, loss: str, dtype: str =
 
 
 def without_sums():
-    from megatron_r1.trainer import trainer
+    from megatron_r1.trainer import output_heads
 
     none = lambda weight: None  # noqa: E731
-    return patch.object(trainer, "fp32_main_grad", none), patch.object(
+    return patch.object(output_heads, "fp32_main_grad", none), patch.object(
         build, "fp32_main_grad", none
     )
 

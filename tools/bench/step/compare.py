@@ -328,8 +328,6 @@ def measure(args: argparse.Namespace, about: dict[str, Any]) -> Runs:
 def _case(name: str, folder: Path, args: argparse.Namespace) -> Case:
     """Write what the systems of a case are given, below `folder` but for a pretrained model."""
     if name == PRETRAINED:
-        pass  # MERGED  # here, as TRL's interpreter lacks what it imports
-
         work, questions, faster = pretrained_settings(args, folder)
         work = replace(work, peer_microbatch=work.peer_microbatch or PEER_MICROBATCH)
         model = Path(args.pretrained).absolute()
