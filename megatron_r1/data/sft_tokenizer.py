@@ -32,7 +32,7 @@ class SFTTokenizer:
 
     Args:
         model_path: the folder.
-        template: "chat", or a text with {problem} (`templates`), for conversations of one question;
+        template: "chat", or a text with {problem}, for conversations of one question;
             None: chat where the tokenizer has a chat template.
 
     Raises:

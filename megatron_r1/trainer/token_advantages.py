@@ -125,8 +125,8 @@ def standardize(values: Tensor, total: Tensor, epsilon: float) -> Tensor:
 
     Args:
         values: (N,).
-        total: (3,) fp64, the `moments` of all values that mean and population standard deviation
-            are of.
+        total: (3,) fp64, the `sums_for_standardization` of all values that mean and population
+            standard deviation are of.
         epsilon: added to the deviation."""
     mean, square = (total[:2] / total[2].clamp(min=1)).unbind()
     # Of equal values the rounded difference may be below 0.

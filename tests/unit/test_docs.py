@@ -181,6 +181,16 @@ def test_verbs_and_sections_share_a_name_with_package_and_page_or_are_exceptions
     assert exceptions == (verbs | sections) - same
 
 
+def test_every_folder_of_a_package_has_a_row_in_the_map():
+    """Those of `push` are described in its own row."""
+    page = (ROOT / "docs/design.md").read_text(encoding="utf-8")
+    table = page.partition("| folder | what it has |")[2].partition("\n\n")[0]
+    rows = {name for row in table.splitlines() for name in re.findall("`([^`]+)`", row[:80])}
+    root = ROOT / "megatron_r1"
+    folders = {str(file.parent.relative_to(root)) for file in root.glob("*/*/**/__init__.py")}
+    assert folders - rows == {"push/plan", "push/transports"}
+
+
 def test_names_in_package_docstrings_exist():
     """A bare name is a module, or is defined or quoted in the package."""
     parts = [ROOT / "megatron_r1", ROOT / "grading/r1_grading", ROOT / "kernels/r1_kernels"]

@@ -1,6 +1,6 @@
 """Starts Python with the null GPU below it: the environment of such a process, and its libraries.
 
-    python tools/null_gpu [--gpus N] [--bytes N] PYTHON_ARGUMENTS
+    python tools/null_gpu [--gpus N] [--gib N] PYTHON_ARGUMENTS
 
 torch's operators, Transformer Engine's kernels and those of vLLM that `vllm_on_host` knows compute
 on the host, in the process and in all that it starts."""

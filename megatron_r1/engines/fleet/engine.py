@@ -146,7 +146,7 @@ class Engine:
         server: the process, on this host or another.
         client: what sends requests to its address.
         num_running: sequences in flight.
-        num_occupied: sequences that the dispatcher expects to be decoded (`dispatch.Work`).
+        num_occupied: sequences that the dispatcher expects to be decoded.
         tokens_expected: tokens that it expects of them.
         is_up: it answers and holds the current weights, so it gets every push.
         is_open: it gets new groups; a draining engine gets none.

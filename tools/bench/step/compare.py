@@ -288,8 +288,8 @@ Runs = dict[tuple[str, str], list[dict[str, Any]]]
 
 
 def measure(args: argparse.Namespace, about: dict[str, Any]) -> Runs:
-    """Make the runs that `chosen.runs` does not have yet, and return all; after Ctrl-C those that
-    have ended.
+    """Make the runs that are missing in the file `args.runs`, and return all; after Ctrl-C those
+    that have ended.
 
     Args:
         args: the command's options.
