@@ -7,7 +7,8 @@ intervals, and the difference from the part's first cell, paired by seed. The ta
 
 A run's figures are a file in --folder, written when it has ended. The same command makes the runs
 that are missing; a call without missing ones only prints. A study goes on elsewhere with --results,
-the figures that an earlier call wrote to --json."""
+the figures that an earlier call wrote to --json: all finished runs, also of cells with too few
+seeds for the tables."""
 
 import argparse
 import json
@@ -33,7 +34,7 @@ def add_options(options: argparse.ArgumentParser) -> None:
     options.add_argument("--minutes", type=float, help="begin no run after so many")
     options.add_argument("--show", action="store_true", help="make no runs")
     options.add_argument(
-        "--fewest", type=int, default=FEWEST, help="seeds of a cell in the tables; fewer: left out"
+        "--fewest", type=int, default=FEWEST, help="seeds of a cell in tables; fewer: left out"
     )
     options.add_argument("--results", type=Path, help="take over the runs of this earlier --json")
     options.add_argument("--page", type=Path, help="also write the figures here, for people")
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     packages = host.versions(PACKAGES)
     if args.page:
         args.page.write_text(as_page(shown, packages, host.num_cores()), encoding="utf-8")
-    return {"packages": packages, **provenance(), "runs": share_settings(shown)}
+    return {"packages": packages, **provenance(), "runs": share_settings(runs)}
 
 
 def parse_seeds(text: str) -> list[int]:
