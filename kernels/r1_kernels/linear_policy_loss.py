@@ -218,6 +218,8 @@ def linear_policy_loss_from_settings(
 
     Raises:
         ValueError: shapes, dtypes, devices, targets and settings that do not fit, by name."""
+    if tokens.logprobs is not None or tokens.log_ratio is not None:
+        raise ValueError("tokens.logprobs and tokens.log_ratio are computed here; leave them None")
     check_tensors(
         hidden=hidden,
         weight=weight,

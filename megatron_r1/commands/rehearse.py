@@ -67,8 +67,8 @@ def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> No
     if settings.on == "null-gpu" and not launch.is_on_null_gpu():
         small = [_shrink(job, settings, Path()).config for job in jobs]
         gpus = [
-            launch.num_null_gpus(miniature, job.verb)
-            for miniature, job in zip(small, jobs, strict=True)
+            launch.num_null_gpus(small_config, job.verb)
+            for small_config, job in zip(small, jobs, strict=True)
         ]
         if launch.run_on_null_gpu(sys.argv[1:], max(gpus)):
             raise RunError("rehearse: it has failed on the null GPU, see above")

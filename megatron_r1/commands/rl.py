@@ -12,7 +12,12 @@ from megatron_r1.base.processes import timeline
 from megatron_r1.base.processes.memory import without_garbage_collection
 from megatron_r1.base.processes.stopping import run_until_stopped
 from megatron_r1.commands.rl_checks import check_settings, engines_share_gpus
-from megatron_r1.commands.rl_prompts import read_prompts, run_facts
+from megatron_r1.commands.rl_prompts import (
+    describe_kind_weights,
+    describe_teachers,
+    read_prompts,
+    run_facts,
+)
 from megatron_r1.commands.rollout_run import RolloutRoles, open_rollouts
 from megatron_r1.commands.trained_model import next_commands
 from megatron_r1.commands.training_run import (
@@ -156,4 +161,9 @@ def dry_run(config: Config) -> None:
     preload_vllm(config)
     with without_garbage_collection():
         tokenizer, prompts = read_prompts(config)
+    for line in (
+        *describe_kind_weights(config, prompts.train),
+        *describe_teachers(config, prompts.train),
+    ):
+        print(line)
     show_batch(config, tokenizer, prompts)

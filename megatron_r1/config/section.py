@@ -1,9 +1,10 @@
 """The base of every section of a recipe, its mark of settings that a resumed run may change, and
 settings by their dotted keys, with how two sets of them differ."""
 
+import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 from r1_grading.base.values import read_field
@@ -43,7 +44,8 @@ learns: it may differ when the run continues."""
 
 
 def resumable_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Yield the dotted keys of `model` that are marked as resumable, also those of its sections."""
+    """Yield the dotted keys of `model` that are marked as resumable, also those of its sections; of
+    a mapping of sections as `teacher.by_source.*.engines`."""
     for name, field in model.model_fields.items():
         key = f"{prefix}{name}"
         marks = [mark for mark in field.metadata if isinstance(mark, ResumableMark)]
@@ -51,9 +53,14 @@ def resumable_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield from [f"{key}.{part}" for part in marks[0].within] or [key]
         elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from resumable_keys(field.annotation, f"{key}.")
+        elif get_origin(field.annotation) is dict:
+            entry = get_args(field.annotation)[1]
+            if isinstance(entry, type) and issubclass(entry, BaseModel):
+                yield from resumable_keys(entry, f"{key}.*.")
 
 
 _ABSENT = object()
+ANY_ENTRY = re.escape("*")
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -88,5 +95,14 @@ def value_text(values: Mapping[str, Any], key: str, absent: str = "not set") -> 
 
 
 def is_within(key: str, names: Collection[str]) -> bool:
-    """Return whether a dotted key is one of `names` or lies in a section or list that is."""
-    return any(key == name or key.startswith((f"{name}.", f"{name}[")) for name in names)
+    """Return whether a dotted key is one of `names` or lies in a section or list that is.
+
+    Args:
+        key: the dotted key.
+        names: dotted keys; in `a.*.b` the star stands for any entry of a mapping."""
+    return any(
+        re.match(rf"{re.escape(name).replace(ANY_ENTRY, '.+')}(?:[.[]|$)", key)
+        if "*" in name
+        else key == name or key.startswith((f"{name}.", f"{name}["))
+        for name in names
+    )

@@ -1,5 +1,7 @@
 """Section `teacher`: the models that on-policy distillation learns from, and their engines."""
 
+import re
+
 from pydantic import Field, model_validator
 
 from megatron_r1.base.errors import Cause, UserError
@@ -8,6 +10,10 @@ from megatron_r1.config.section import Resumable
 
 DEFAULT = ""
 """The name of the teacher of all sources that have none of their own."""
+OTHERS = "others"
+"""That teacher in metrics."""
+SOURCE_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*")
+"""What a source may be called: trackers have no other metrics."""
 
 
 class TeacherEngines(EngineConfig):
@@ -35,8 +41,8 @@ class TeacherConfig(TeacherEngines):
 
     by_source: dict[str, TeacherEngines] = {}
     """further teachers: {SOURCE: {path: FOLDER, engines: 1, …}}, with the keys of this section.
-    SOURCE is what a row's data_source, source or dataset says, or else the kind of its reward;
-    questions of other sources have path's teacher"""
+    SOURCE is what a row's data_source, source or dataset says, or the kind of its reward, where
+    its source has no teacher; questions without either have path's teacher"""
 
     @property
     def sections(self) -> dict[str, TeacherEngines]:
@@ -60,6 +66,14 @@ class TeacherConfig(TeacherEngines):
             )
         _check_engines(self, "teacher")
         for name, engines in self.by_source.items():
+            if not SOURCE_NAME.fullmatch(name) or name == OTHERS:
+                raise UserError(
+                    f"teacher.by_source: {name!r} cannot be the name of a source, which metrics "
+                    f"have: letters, digits, _, -, . and single slashes, and not {OTHERS!r}, which "
+                    "is path's teacher there; rename it in the data, or name its reward's kind",
+                    key="teacher.by_source",
+                    cause=Cause.MALFORMED,
+                )
             if not engines.path:
                 raise UserError(
                     f"{source_key(name)}.path must be set: the folder of the teacher of {name}",

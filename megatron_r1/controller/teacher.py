@@ -2,14 +2,14 @@
 sampled (`RolloutFleet.compute_logprobs`) and whose weights never change, and what is refused before
 they start."""
 
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from urllib.parse import quote
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import Config
 from megatron_r1.config.algorithms import find_rules
-from megatron_r1.config.teacher import DEFAULT
+from megatron_r1.config.teacher import DEFAULT, source_key
 from megatron_r1.data.tokenizer import load_tokenizer
 from megatron_r1.engines.fleet.external_fleet import ExternalFleet
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
@@ -32,7 +32,7 @@ def teacher_fleet(
         notify: called with a line when an engine is replaced.
         source: a key of `teacher.by_source`; default: the section's own teacher."""
     teacher = config.teacher.of_source(source)
-    role = f"teacher-{re.sub('[^A-Za-z0-9_.]+', '_', source)}" if source else "teacher"
+    role = f"teacher-{quote(source, safe='')}" if source else "teacher"
     supervision = {**settings.fleet_settings(teacher), "role": role, "notify": notify}
     # vLLM samples one token after those it scores. If that is beyond the model's positions it must
     # be allowed; nothing is computed there, as the token is not an input.
@@ -47,6 +47,7 @@ def teacher_fleet(
         prefix_caching=False,  # vLLM computes the whole prompt if it scores its tokens
         extra_args=["--max-num-batched-tokens", str(teacher.tokens_at_once)],
         extra_env={"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"},
+        section=source_key(source),
         **supervision,
         **settings.engine_settings(teacher),
     )

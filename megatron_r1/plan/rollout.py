@@ -297,6 +297,7 @@ def teacher_section(job: PlannedJob, key: str, teacher: TeacherEngines) -> Quant
         hf = read_hf_config(teacher.path, key=f"{key}.path")
     except ValueError as error:
         return {"weights": byte_quantity(None, f"cannot be counted: {error}")}
+    has_others = bool(job.config.teacher.by_source)
     ranks = teacher.tensor * teacher.pipeline * teacher.data
     gpus = (len(teacher.url) or teacher.engines) * ranks
     split, value = teacher.tensor * teacher.pipeline, BYTES[teacher.dtype]
@@ -305,7 +306,7 @@ def teacher_section(job: PlannedJob, key: str, teacher: TeacherEngines) -> Quant
     seconds = tokens * flops / (gpus * job.hardware.bf16 * job.assumptions.compute_efficiency)
     scoring = (
         f"{tokens:,} tokens x {flops:.2e} FLOP on {format_count(gpus, 'GPU')}; while the students' "
-        "other answers are sampled"
+        "other answers are sampled" + ("; if all questions were its" if has_others else "")
     )
     return {
         "weights": byte_quantity(

@@ -138,7 +138,8 @@ def write(small: Miniature, verb: str) -> Path:
         model.write_folder(Path(teacher.path), hf, seed=1)
     kinds = _other_kinds(config) if verb == "rl" else []
     sources = list(config.teacher.by_source)
-    synthetic_data.write_questions(folder / "questions.jsonl", QUESTIONS, kinds, sources)
+    count = max(QUESTIONS, 4 * (len(sources) + 1))  # some of each are held out
+    synthetic_data.write_questions(folder / "questions.jsonl", count, kinds, sources)
     synthetic_data.write_examples(folder / "examples.jsonl", 4 * QUESTIONS, RESPONSE // 2)
     if verb == "reward-model":
         kind = config.reward_model.kind
@@ -183,6 +184,7 @@ def _data(folder: Path) -> dict[str, Any]:
         "parameters": {},
         "kind": None,
         "columns": None,
+        "where": {},
         "num_train": None,
         "num_heldout": 2,
         "heldout_fraction": 0.1,

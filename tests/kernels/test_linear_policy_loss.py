@@ -290,3 +290,13 @@ def test_objects_give_what_keywords_do(backend, level):
     out.loss.backward()
     for got, expected_tensor in zip((*out, c.grad, d.grad), (*want, *want_gradients), strict=True):
         assert torch.equal(got, expected_tensor)
+
+
+@pytest.mark.parametrize("name", ["logprobs", "log_ratio"])
+def test_what_is_computed_from_hidden_states_cannot_be_given(name):
+    h, w, y = torch.zeros(4, 3), torch.zeros(7, 3), torch.zeros(4).long()
+    tokens = TokenTensors(None, y.float(), None, None, y.float(), torch.ones(4))
+    with raised(ValueError, name):
+        linear_policy_loss_from_settings(
+            h, w, y, tokens._replace(**{name: torch.ones(4)}), PolicySettings(), Averaging()
+        )

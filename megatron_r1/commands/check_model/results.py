@@ -80,7 +80,7 @@ class ModelCheckResult(msgspec.Struct, omit_defaults=True):
         agree: whether the exit status is 0.
         end_tokens: those that end a response.
         problem: why not; left out where it is.
-        as_read: sentences on what config.json does not say."""
+        config_changes: sentences on what config.json does not say."""
 
     folder: str
     architecture: str

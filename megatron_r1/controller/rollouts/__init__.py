@@ -2,8 +2,8 @@
 
 - `step_sampler`: draws a step's prompts and has them sampled, some steps ahead, by
   `rollout_stream`; `dynamic_sampling` replaces groups with equal rewards.
-- `collector`: has responses sampled, graded, scored by its teacher, and grouped; `in_flight` tracks
-  the groups that are not finished.
+- `collector`: has responses sampled, graded, scored by their question's teacher, and grouped;
+  `in_flight` tracks the groups that are not finished.
 - `teachers`: the engines that score the tokens of each source's questions.
 - `players`: finds who plays an episode.
 - `rollout`: groups and graded responses; `response_grader` grades them, `training_samples` turns

@@ -13,14 +13,14 @@ import numpy as np
 
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
 from megatron_r1.config import Config
-from megatron_r1.config.teacher import DEFAULT, TeacherConfig, source_key
+from megatron_r1.config.teacher import DEFAULT, OTHERS, TeacherConfig, source_key
 from megatron_r1.controller.rollouts.rollout import Group
 from megatron_r1.controller.teacher import teacher_fleet
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 
-OTHERS = "others"
-"""The default teacher in metrics."""
+NUM_SHOWN = 8
+"""Sources that an error names."""
 
 
 class Teachers:
@@ -121,13 +121,15 @@ def check_sources(teacher: TeacherConfig, prompts: Iterable[Prompt]) -> dict[str
     counts = Counter(teacher_source(prompt, teacher.by_source) for prompt in rows)
     for name in teacher.by_source:
         if not counts[name]:
-            names = sorted(
-                {prompt.data_source for prompt in rows} - {""} | {prompt.kind for prompt in rows}
+            sources = Counter(
+                source for prompt in rows for source in (prompt.data_source, prompt.kind) if source
             )
+            names = [source for source, _ in sources.most_common(NUM_SHOWN)]
+            more = len(sources) - len(names)
             near = did_you_mean(name, names, "{}")
             raise UserError(
                 f"{source_key(name)}: no question is of that source{near}; data sources and kinds "
-                f"are {', '.join(names)}",
+                f"are {', '.join(names)}{f' and {more:,} more' if more else ''}",
                 key=source_key(name),
                 cause=Cause.UNKNOWN,
             )

@@ -158,6 +158,7 @@ class RolloutFleet:
         request_timeout_seconds: limit for a call.
         unresponsive_seconds: an engine that has not answered for this time counts as dead.
         role: what the engines are for, in logs and errors.
+        section: the key of their settings in the recipe.
         make_server: makes an engine's server, `EngineServer` for one on this host.
         notify: called with a line when an engine is replaced, joins or leaves.
         **server_settings: fields of `EngineSettings`, the same for all engines.
@@ -176,6 +177,7 @@ class RolloutFleet:
         request_timeout_seconds: float = 1800.0,
         unresponsive_seconds: float = 120.0,
         role: str = "engine",
+        section: str = "rollout",
         make_server: MakeServer = EngineServer,
         notify: Notify = lambda message: None,
         **server_settings: Any,
@@ -185,7 +187,7 @@ class RolloutFleet:
         self.num_engines, self.log_folder = num_engines, Path(log_folder)
         self.start_timeout_seconds = start_timeout_seconds
         self.request_timeout_seconds = request_timeout_seconds
-        self.role, self.make_server = role, make_server
+        self.role, self.section, self.make_server = role, section, make_server
         self.server_settings = server_settings
         self.policy_version = -1
         self.send_weights: SendWeights = contextlib.nullcontext
@@ -435,7 +437,7 @@ class RolloutFleet:
         assert self._model is not None, "start() was not called"
         settings = self.server_settings
         if self.make_server is EngineServer:  # hosts of a pool divide their GPUs themselves
-            key = "teacher.engines" if self.role.startswith("teacher") else "rollout.engines"
+            key = f"{self.section}.engines"
             settings = with_gpu_share(settings, index, self.num_engines, key)
         seed = (settings.get("seed", 0) + index) % 2**32  # vLLM hands it to numpy, too
         engine_settings = {"seed": seed, "secret": secrets.token_hex(32)}

@@ -5,6 +5,7 @@ What this project sets itself is refused with the recipe's key for it. All else 
 reads, in the Python of the engines, with the values of its nested configurations."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -112,7 +113,7 @@ def check_reserved(engines: RolloutConfig | TeacherEngines, section: str) -> Non
     for argument in engines.vllm:
         key, name = f"{section}.vllm.{argument}", argument.replace("-", "_").removeprefix("no_")
         if name in owned:
-            setting = owned[name].replace("rollout.", f"{section}.")
+            setting = re.sub(r"^(rollout|teacher)\b", lambda match: section, owned[name])
             raise UserError(
                 f"{key}: set {setting}, which decides it", key=key, cause=Cause.CONFLICT
             )

@@ -14,6 +14,7 @@ from megatron_r1.config.algorithms import LossSettings
 from megatron_r1.config.keys import describe_keys
 from megatron_r1.config.optimizer import learning_rate
 from megatron_r1.config.overrides import parse_overrides
+from megatron_r1.config.section import is_within
 from megatron_r1.pipeline.pipeline_recipe import load as load_pipeline
 
 ROOT = Path(__file__).parents[3]
@@ -227,7 +228,23 @@ def test_keys_that_may_change_when_a_run_continues():
         "rewards": "options.helpful.url options.judge.url options.safety.url workers max_ungraded",
     }
     keys = [f"{section}.{key}" for section, names in expected.items() for key in names.split()]
+    keys += [f"teacher.by_source.*.{key}" for key in expected["teacher"].split()]
     assert sorted(configuration.RESUMABLE) == sorted([*keys, "checkpoint", "eval", "parallel"])
+
+
+@pytest.mark.parametrize(
+    ("key", "may_change"),
+    [
+        ("teacher.by_source.math.engines", True),
+        ("teacher.by_source.openai/gsm8k.url", True),
+        ("teacher.by_source.a.b.vllm.kv_cache_dtype", True),
+        ("teacher.by_source.math.path", False),
+        ("teacher.by_source.math.engines_of", False),
+        ("teacher.by_source", False),
+    ],
+)
+def test_settings_of_each_teacher_may_change_as_those_of_one(key, may_change):
+    assert is_within(key, configuration.RESUMABLE) is may_change
 
 
 def test_a_runs_config_of_an_earlier_version_loads_without_keys_that_were_removed(tmp_path):

@@ -9,8 +9,8 @@ import pytest
 from pipeline_world import FUNCTIONS, RECIPE, World, recipe
 from refusals import refused
 
-from megatron_r1.base import files
 from megatron_r1.base.errors import Cause
+from megatron_r1.base.files import file_blocks
 from megatron_r1.pipeline import manifest
 from megatron_r1.pipeline.manifest import deciding_settings, input_digests
 from megatron_r1.pipeline.pipeline_recipe import load
@@ -325,7 +325,7 @@ def test_the_schedule_decides_what_a_finished_rl_run_has_learnt(tmp_path, finish
 
 def test_a_large_file_counts_by_blocks_and_any_change_of_size(tmp_path, monkeypatch):
     monkeypatch.setattr(manifest, "WHOLE_BYTES", 1000)
-    monkeypatch.setattr(files, "BLOCK_BYTES", 16)
+    monkeypatch.setattr(file_blocks, "BLOCK_BYTES", 16)
     path = tmp_path / "weights"
     content = bytes(i % 251 for i in range(5000))
     path.write_bytes(content)

@@ -15,6 +15,8 @@ from tokenizers import Tokenizer
 from megatron_r1.base.errors import Cause, RunError
 from megatron_r1.config import Config, load
 from megatron_r1.config.parallel import ParallelConfig
+from megatron_r1.controller.rollouts.teachers import check_sources
+from megatron_r1.data.prompts import load_prompts
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.models.weights.layout import recipe_stages
 from megatron_r1.plan.push_links import traffic_of_sets
@@ -323,6 +325,22 @@ def test_every_teacher_has_a_small_model_and_questions(tmp_path):
     path = tmp_path / "questions.jsonl"
     synthetic_data.write_questions(path, 4, [], list(teacher.by_source))
     assert [json.loads(line)["data_source"] for line in path.open()] == ["", "gsm8k"] * 2
+
+
+def test_many_teachers_all_have_questions(tmp_path, monkeypatch):
+    recipe = yaml.safe_load((ROOT / "examples/distill/qwen2.5-math-7b_on_policy.yaml").read_text())
+    recipe["teacher"]["by_source"] = {f"s{n}": {"path": "m"} for n in range(11)}
+    recipe["data"]["where"] = {"level": 3}
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe))
+    config = load(file)
+    small = miniature.make_miniature(config, read_hf_config(config.model.path), tmp_path, 16)
+    assert small.config.data.where == {}
+    monkeypatch.setattr(model, "write_folder", lambda *_, **__: None)
+    miniature.write(small, "rl")
+    prompts = load_prompts(path=small.config.data.path, num_heldout=small.config.data.num_heldout)
+    counts = check_sources(small.config.teacher, prompts.train)
+    assert counts.keys() == {"", *small.config.teacher.by_source}
 
 
 def test_stage_4_asks_reward_models_from_its_last_part_on(tmp_path):

@@ -109,6 +109,13 @@ def test_the_run_says_how_many_questions_each_teacher_has():
     assert describe_teachers(recipe(), prompts) == []
 
 
+def test_a_refusal_names_the_most_frequent_sources():
+    rows = [make_prompt(str(n), "math", "1", {"source": f"url{n}"}) for n in range(3000)]
+    with refused("teacher.by_source.gsm8k", Cause.UNKNOWN, "math", "2,993 more") as error:
+        describe_teachers(recipe(gsm8k={"path": "m"}), rows)
+    assert len(str(error.value)) < 300
+
+
 def test_a_teacher_without_questions_is_refused():
     with refused("teacher.by_source.gsm8", Cause.UNKNOWN, "gsm8k", "countdown", "code"):
         describe_teachers(recipe(gsm8={"path": "m"}), [MATH, CODE, GAME])

@@ -90,6 +90,13 @@ def test_a_teacher_has_a_setting_of_its_own():
     teacher = parse({"teacher": {"vllm": {"max_num_batched_tokens": 4}}}).teacher
     with refused("teacher.vllm.max_num_batched_tokens", Cause.CONFLICT, "teacher.tokens_at_once"):
         check_reserved(teacher, "teacher")
+    key = "teacher.by_source.code"
+    arguments = "vllm.max_num_batched_tokens", f"set {key}.tokens_at_once,"
+    with refused(f"{key}.{arguments[0]}", Cause.CONFLICT, arguments[1]):
+        check_reserved(teacher, key)
+    teacher = parse({"teacher": {"vllm": {"dtype": "float16"}}}).teacher
+    with refused(f"{key}.vllm.dtype", Cause.CONFLICT, f"set {key}.dtype,"):
+        check_reserved(teacher, key)
     check_reserved(rollout(max_num_batched_tokens=4), "rollout")
 
 
