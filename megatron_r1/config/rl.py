@@ -276,7 +276,7 @@ class RLConfig(Section):
                 cause=Cause.UNKNOWN,
             )
         preset = values.get("preset", cls.model_fields["preset"].default)
-        # What is no text is refused later.
+        # A value of another type is refused later.
         preset_values = PRESETS.get(preset, {}) if isinstance(preset, str) else {}
         settings = {**rules.defaults, **preset_values, **values}
         options = values.get("options", {})

@@ -60,7 +60,6 @@ def resumable_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 
 _ABSENT = object()
-ANY_ENTRY = re.escape("*")
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -100,9 +99,5 @@ def is_within(key: str, names: Collection[str]) -> bool:
     Args:
         key: the dotted key.
         names: dotted keys; in `a.*.b` the star stands for any entry of a mapping."""
-    return any(
-        re.match(rf"{re.escape(name).replace(ANY_ENTRY, '.+')}(?:[.[]|$)", key)
-        if "*" in name
-        else key == name or key.startswith((f"{name}.", f"{name}["))
-        for name in names
-    )
+    patterns = (re.escape(name).replace(r"\*", ".+") for name in names)
+    return any(re.match(rf"{pattern}(?:[.[]|\Z)", key) for pattern in patterns)

@@ -13,7 +13,7 @@ DEFAULT = ""
 OTHERS = "others"
 """That teacher in metrics."""
 SOURCE_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*")
-"""What a source may be called: trackers have no other metrics."""
+"""A name that every tracker accepts as a part of a metric's name."""
 
 
 class TeacherEngines(EngineConfig):

@@ -169,7 +169,8 @@ class RLRun:
         line["trainer/restarts"] = self.passes.trainer.num_restarts
         line |= self._meter.metrics() | metrics | mean_of_updates(updates)
         if self.collector.teachers is not None:
-            line |= self.collector.teachers.kl_by_source(rollout.groups)
+            kl_by_source = self.collector.teachers.kl_by_source
+            line |= await asyncio.to_thread(kl_by_source, rollout.groups)
         line |= self._meter.times(rollout)
         line["tokens_per_second"] = line.pop("response_tokens") / line["time/step"]
         line["groups/replayed"] = self.engines.sampled_step.num_restored

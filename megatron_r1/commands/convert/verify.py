@@ -197,7 +197,7 @@ def _beyond_rounding(
     the scale. NaN counts as beyond.
 
     Args:
-        pair: the two models, of which one is quantized.
+        pair: the two models. One of them is quantized.
         name: the tensor's name.
         first: the first row of `x` and `y` in the tensor.
         x: rows of the first model's tensor.

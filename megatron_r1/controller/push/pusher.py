@@ -159,7 +159,7 @@ class WeightPusher:
         if self.prober is not None:
             check = self.prober.check(self._push_number, self._engines_up, self._drop_engine)
             self._probing = asyncio.create_task(check)
-            # Nobody awaits it where something else has ended the run: its error is read here, so
+            # After another failure of the run no task awaits this one. Its error is read here, so
             # that asyncio does not log it.
             self._probing.add_done_callback(lambda task: task.cancelled() or task.exception())
         if self.links.colocated:  # trainer and engines compute in turns

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from array import array
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -67,16 +67,16 @@ class Teachers:
             groups: a rollout's, with the teachers' log-probabilities."""
         if len(self.fleets) == 1:
             return {}
-        gaps: dict[str, list[np.ndarray]] = defaultdict(list)
+        sums: Counter[str] = Counter()
+        num_tokens: Counter[str] = Counter()
         for group in groups:
             source = teacher_source(group.prompt, self.fleets) or OTHERS
             for graded in group.responses:
                 if graded.teacher_logprobs is not None:
-                    gaps[source].append(
-                        np.asarray(graded.response.logprobs, np.float64) - graded.teacher_logprobs
-                    )
-        tokens = {source: np.concatenate(arrays) for source, arrays in gaps.items()}
-        return {f"teacher/kl/{name}": float(gap.mean()) for name, gap in tokens.items() if gap.size}
+                    logprobs = np.asarray(graded.response.logprobs, np.float64)
+                    sums[source] += (logprobs - graded.teacher_logprobs).sum()
+                    num_tokens[source] += len(logprobs)
+        return {f"teacher/kl/{name}": float(sums[name] / n) for name, n in num_tokens.items() if n}
 
     def metrics(self) -> dict[str, float]:
         """Return the counters of all engines together."""
@@ -108,7 +108,7 @@ def teacher_source(prompt: Prompt, sources: Iterable[str]) -> str:
     return next((name for name in names if name in sources), DEFAULT)
 
 
-def check_sources(teacher: TeacherConfig, prompts: Iterable[Prompt]) -> dict[str, int]:
+def check_sources(teacher: TeacherConfig, prompts: Sequence[Prompt]) -> dict[str, int]:
     """Return the number of questions of each teacher, by source.
 
     Args:
@@ -117,12 +117,14 @@ def check_sources(teacher: TeacherConfig, prompts: Iterable[Prompt]) -> dict[str
 
     Raises:
         UserError: a teacher has no question."""
-    rows = list(prompts)
-    counts = Counter(teacher_source(prompt, teacher.by_source) for prompt in rows)
+    counts = Counter(teacher_source(prompt, teacher.by_source) for prompt in prompts)
     for name in teacher.by_source:
         if not counts[name]:
             sources = Counter(
-                source for prompt in rows for source in (prompt.data_source, prompt.kind) if source
+                source
+                for prompt in prompts
+                for source in (prompt.data_source, prompt.kind)
+                if source
             )
             names = [source for source, _ in sources.most_common(NUM_SHOWN)]
             more = len(sources) - len(names)
