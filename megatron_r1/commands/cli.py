@@ -35,7 +35,7 @@ PLAIN_VERBS = {
     "chat": "megatron_r1.commands.chat",
     "score": "megatron_r1.commands.score",
     "compare": "megatron_r1.commands.compare.verb",
-    "why": "megatron_r1.commands.why.verb",
+    "why": "megatron_r1.commands.why",
     "check-model": "megatron_r1.commands.check_model.verb",
 }
 """Verbs that take no recipe: modules with `run(config, *arguments, **options)`, likewise."""

@@ -15,7 +15,6 @@ from r1_grading.rewards import UNGRADED
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import atomic_write
-from megatron_r1.commands.why.step_reader import examinable, open_run, read_steps
 from megatron_r1.config import Config, RLConfig
 from megatron_r1.controller import algorithms
 from megatron_r1.controller.loop import training_reward
@@ -37,6 +36,7 @@ from megatron_r1.evaluation.verifier_errors import (
     GradedAnswer,
     SecondMethodJudge,
 )
+from megatron_r1.why.record.step_reader import examinable, open_run, read_steps
 
 OPTION = "--audit"
 GROUP_FIELDS = ("group", "prompt_id", "question")

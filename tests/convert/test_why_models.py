@@ -7,9 +7,10 @@ import torch
 from random_folder import write_folder
 from small_models import MODELS
 
-from megatron_r1.commands.why.policy_model import MOMENTS, STATE, chosen_experts, read_model
-from megatron_r1.commands.why.policy_model import TokenRow as Sequence
 from megatron_r1.models.transformers_model import load_with_transformers
+from megatron_r1.why.policy.checkpoint_model import MOMENTS, STATE, read_model
+from megatron_r1.why.policy.routed_experts import chosen_experts
+from megatron_r1.why.policy.token_logprobs import TokenRow as Sequence
 
 
 def bits(values: torch.Tensor) -> torch.Tensor:

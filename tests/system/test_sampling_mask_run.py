@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from command_line import run, write_model
 
-from megatron_r1.commands.why.comparison import EQUAL
-from megatron_r1.commands.why.step_reader import open_run, read_step
-from megatron_r1.commands.why.verb import examine
+from megatron_r1.why.checked_quantity import EQUAL
+from megatron_r1.why.examination import examine
+from megatron_r1.why.record.step_reader import open_run, read_step
 
 CUT = {"rollout.top_p": 0.8, "rollout.top_k": 24}
 # fp32 on both sides. Without the kept tokens the gap is their probability's logarithm, above 0.05.

@@ -15,14 +15,14 @@ import yaml
 from command_line import run
 
 from megatron_r1.base.files.framed_records import FramedFile, append_frame
-from megatron_r1.commands.why.comparison import Report
-from megatron_r1.commands.why.policy_model import STATE
-from megatron_r1.commands.why.recompute import Recomputation
-from megatron_r1.commands.why.recorded_step import RecordedStep
-from megatron_r1.commands.why.step_reader import open_run, read_step
-from megatron_r1.commands.why.verb import examine
 from megatron_r1.controller.rollouts.sample_log import GroupRecord, decode, encode
 from megatron_r1.models.weights.formats.dcp import DistributedCheckpoint
+from megatron_r1.why.checked_quantity import Report
+from megatron_r1.why.examination import examine
+from megatron_r1.why.policy.checkpoint_model import STATE
+from megatron_r1.why.record.recorded_step import RecordedStep
+from megatron_r1.why.record.step_reader import open_run, read_step
+from megatron_r1.why.update.recomputation import Recomputation
 
 pytestmark = pytest.mark.more
 

@@ -22,15 +22,13 @@ import numpy as np
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files.framed_records import FramedFile
 from megatron_r1.controller.rollouts.group_records import GroupRecord, ResponseRecord, decode
+from megatron_r1.why.checked_quantity import ROUNDING
 
 PHASES = (
     *("questions", "responses", "engine log-probabilities", "rewards", "training"),
     *("gradient", "update", "weights", "reference", "random streams"),
 )
 """The parts of a step that a difference can begin in, in their order."""
-
-ROUNDING = {"float32": 2.0**-14, "bfloat16": 2.0**-4}
-"""The largest distance that is rounding, by the dtype that a run computes in."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from typing import Any
 from megatron_r1.base.errors import Cause, RunError, UserError
 from megatron_r1.base.files import atomic_write
 from megatron_r1.commands.compare.records import (
-    ROUNDING,
     RunDifference,
     compare_groups,
     compare_metrics,
@@ -33,6 +32,7 @@ from megatron_r1.trainer.checkpoints.checkpoint_folders import (
     checkpoint_step,
     complete_checkpoints,
 )
+from megatron_r1.why.checked_quantity import ROUNDING
 
 ARGUMENTS = ("RUN", "OTHER_RUN")
 SETTINGS = ()

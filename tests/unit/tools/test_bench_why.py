@@ -37,7 +37,7 @@ def test_every_edit_is_found_once_and_changes_the_program():
     ],
 )
 def test_an_edit_that_would_plant_nothing_is_refused(replace, by):
-    file = "megatron_r1/commands/why/files.py"
+    file = "megatron_r1/why/checks/files.py"
     with pytest.raises(ValueError, match="files"):
         cases.changed(Case("x", "dense", {}, ("loss",), (), (Edit(file, replace, by),)))
 

@@ -7,6 +7,7 @@ import contextlib
 import importlib
 import json
 import os
+import pkgutil
 import sys
 import time
 import traceback
@@ -31,9 +32,9 @@ def prepare() -> None:
     for name in OTHERS:
         with contextlib.suppress(ModuleNotFoundError):
             importlib.import_module(name)
-    package = Path(importlib.import_module("megatron_r1.commands.why").__path__[0])
-    for path in sorted(package.glob("*.py")):
-        importlib.import_module(f"megatron_r1.commands.why.{path.stem}")
+    package = importlib.import_module("megatron_r1.why")
+    for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+        importlib.import_module(module.name)
     from math_verify import parse
 
     parse("$1$")

@@ -1,0 +1,113 @@
+"""Says why a run does not learn: `megatron-r1 why RUN [--step N] [--json FILE]`.
+
+The verb recomputes a finished step from the run's folder and names the first quantity that departs:
+its size, the tokens or responses concerned, their share of the loss, and the setting or file to
+change. It compares the model's files, how the step was sampled, rewards, log-probabilities, loss
+and metrics, the optimizer's step, and what was pushed, with transformers in float32, math-verify
+and formulas of its own. What could not be checked is listed with the reason. "Nothing departs" is
+an answer, too; what it leaves is printed as suspicions. To keep what it reads of every step:
+`--rl.keep_sample_log true --checkpoint.keep_every 1`. RUN/why.html has the whole table, the worst
+responses and departures over position; nothing else is written there. Exit status 0: nothing
+departs; 1: something does."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_r1.base.errors import Cause, RunError, UserError
+from megatron_r1.base.files import atomic_write
+from megatron_r1.config import Config
+from megatron_r1.why import page
+from megatron_r1.why.checked_quantity import NOT_CHECKED, Report
+from megatron_r1.why.examination import examine
+from megatron_r1.why.record.step_reader import Examinable, choose, examinable, open_run, read_step
+
+ARGUMENTS = ("RUN",)
+SETTINGS = ()
+OPTIONS = {"step": "N", "json": "FILE"}
+
+
+def run(config: Config, run: str, step: str | None = None, json: str | None = None) -> None:
+    """Examine a step of a run, print what departs and write RUN/why.html.
+
+    Args:
+        config: no setting of it is read.
+        run: the run's folder.
+        step: the step, as text; None: the newest with most left of it.
+        json: a file for the comparisons.
+
+    Raises:
+        UserError: no run, or no step that can be examined.
+        RunError: a quantity departs."""
+    folder, settings = open_run(Path(run))
+    steps = examinable(folder, settings)
+    chosen_step = choose(steps, _number(step), folder.path)
+    recorded = read_step(folder, settings, chosen_step.step)
+    report = examine(recorded)
+    if json is not None:
+        atomic_write(Path(json), _as_json(report, steps))
+    written = page.write(report, recorded)
+    print("\n".join([*_steps(steps, chosen_step), *_lines(report), f"page: {written}"]))
+    if report.first_departure is not None:
+        raise RunError(f"{run}: {report.first_departure.name} departs at step {report.step}")
+
+
+def _number(step: str | None) -> int | None:
+    if step is None:
+        return None
+    if not step.isdecimal() or int(step) < 1:
+        raise UserError(
+            f"--step {step}: give the number of a step, 1 or more",
+            key="--step",
+            cause=Cause.MALFORMED,
+        )
+    return int(step)
+
+
+def _steps(steps: list[Examinable], chosen_step: Examinable) -> Iterator[str]:
+    """Yield the steps that can be examined."""
+    whole_steps = [step.step for step in steps if step.has_before and step.has_after]
+    half = [step.step for step in steps if step.step not in whole_steps]
+    yield f"steps with log and both checkpoints: {_ranges(whole_steps) or 'none'}"
+    if half:
+        yield f"steps with a log and not both checkpoints: {_ranges(half)}"
+    yield f"examined: step {chosen_step.step}"
+
+
+def _ranges(steps: list[int]) -> str:
+    """Return numbers as text, runs of them shortened: 1-4, 7."""
+    parts: list[list[int]] = []
+    for step in steps:
+        if parts and step == parts[-1][-1] + 1:
+            parts[-1].append(step)
+        else:
+            parts.append([step])
+    return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
+
+
+def _lines(report: Report) -> Iterator[str]:
+    first = report.first_departure
+    if first is None:
+        yield "nothing departs"
+        yield from (f"  suspicion, no cause: {suspicion}" for suspicion in report.suspicions)
+    else:
+        yield f"first quantity that departs: {first}"
+        other_comparisons = [
+            comparison
+            for comparison in report.comparisons
+            if comparison.departs and comparison is not first
+        ]
+        yield from (f"  then {departure}" for departure in other_comparisons)
+    equal = sum(
+        not quantity.departs and quantity.status != NOT_CHECKED for quantity in report.comparisons
+    )
+    yield f"equal: {equal} quantities"
+    yield from (
+        f"not checked: {quantity}"
+        for quantity in report.comparisons
+        if quantity.status == NOT_CHECKED
+    )
+
+
+def _as_json(report: Report, steps: list[Examinable]) -> str:
+    return json.dumps({"steps": [step._asdict() for step in steps], **report.as_json()}, indent=1)

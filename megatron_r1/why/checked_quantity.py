@@ -1,0 +1,216 @@
+"""What a check of `why` returns: two readings of one quantity, how far apart they may be, what is
+concerned, and what to change."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from megatron_r1.reporting.formatting import format_number as number
+from megatron_r1.reporting.formatting import format_percent as percent
+
+FAMILIES = (
+    *("files", "checkpoint", "sampling", "rewards", "log-probabilities"),
+    *("schedule", "loss", "optimizer", "push"),
+)
+"""In the order in which data flows through a step: the first departure is the earliest of these."""
+
+EQUAL, DEPARTS, NOT_CHECKED = "equal", "departs", "not checked"
+ROUNDING = {"float32": 2.0**-14, "bfloat16": 2.0**-4}
+"""The largest distance that is rounding, by the dtype that a run computes in: 1,024 and 16 unit
+roundoffs, a choice for which docs/compare.md has measurements."""
+ResponseIndex = tuple[int, int]
+"""A response: the number of its group in the step, and its number in the group."""
+
+
+class CannotRecompute(Exception):
+    """Why something cannot be recomputed; the message is for the user."""
+
+
+@dataclass(frozen=True)
+class CheckedQuantity:
+    """The result of one check.
+
+    Attributes:
+        family: one of `FAMILIES`.
+        name: the quantity.
+        status: equal, departs, or not checked.
+        compared: what was compared with what, and how much of it.
+        distance: between the two; NaN where it has no number.
+        tolerance: the largest distance that counts as equal.
+        source: where the tolerance comes from.
+        reason: what departs, with names and numbers, or why nothing was checked.
+        concerned: the responses concerned.
+        num_tokens: the tokens concerned; 0 where the check is not of tokens.
+        loss_fraction: the part of the sum of |advantage| that the responses concerned have;
+            NaN where that has no meaning.
+        remedy: the setting or file to change."""
+
+    family: str
+    name: str
+    status: str
+    compared: str
+    distance: float = math.nan
+    tolerance: float = math.nan
+    source: str = ""
+    reason: str = ""
+    concerned: Sequence[ResponseIndex] = ()
+    num_tokens: int = 0
+    loss_fraction: float = math.nan
+    remedy: str = ""
+
+    @property
+    def departs(self) -> bool:
+        """Whether the two readings are further apart than the tolerance."""
+        return self.status == DEPARTS
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the fields; a number without meaning is null."""
+        fields = asdict(self)
+        return {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in fields.items()
+        }
+
+    def __str__(self) -> str:
+        text = f"{self.family}: {self.name}"
+        if self.status == NOT_CHECKED:
+            return f"{text}: {self.reason}"
+        if not self.departs:
+            return f"{text}: {self.compared}{self.sizes}"
+        parts = [f"{text}: {self.reason}{self.sizes}"]
+        if self.concerned:
+            concerned = f"{len(self.concerned):,} responses"
+            if self.num_tokens:
+                concerned += f", {self.num_tokens:,} tokens"
+            if math.isfinite(self.loss_fraction):
+                concerned += f", {percent(self.loss_fraction)} of the loss by weight of advantages"
+            parts.append(concerned)
+        if self.remedy:
+            parts.append(f"change: {self.remedy}")
+        return "; ".join(parts)
+
+    @property
+    def sizes(self) -> str:
+        """The distance and its tolerance as text, "" without a distance."""
+        if math.isnan(self.distance):
+            return ""
+        if math.isnan(self.tolerance):
+            return f" (distance {number(self.distance)})"
+        return f" (distance {number(self.distance)}, at most {number(self.tolerance)})"
+
+
+@dataclass(frozen=True)
+class DepartureCurve:
+    """A departure over the position in the response, for the page.
+
+    Attributes:
+        label: what it is.
+        positions: the tokens of the response.
+        values: one per position."""
+
+    label: str
+    positions: Sequence[float]
+    values: Sequence[float]
+
+
+@dataclass
+class Report:
+    """The comparisons of a step, in the order of `FAMILIES`.
+
+    Attributes:
+        suspicions: what "nothing departs" leaves, as sentences.
+        curves: for the page."""
+
+    step: int
+    comparisons: list[CheckedQuantity] = field(default_factory=list)
+    suspicions: list[str] = field(default_factory=list)
+    curves: list[DepartureCurve] = field(default_factory=list)
+
+    def add(self, comparisons: Sequence[CheckedQuantity]) -> None:
+        """Add comparisons, in the order of `FAMILIES`."""
+        self.comparisons = sorted(
+            [*self.comparisons, *comparisons],
+            key=lambda comparison: FAMILIES.index(comparison.family),
+        )
+
+    @property
+    def first_departure(self) -> CheckedQuantity | None:
+        """The first quantity that departs."""
+        return next((comparison for comparison in self.comparisons if comparison.departs), None)
+
+    def departs_before(self, family: str) -> bool:
+        """Return whether a quantity of an earlier family departs."""
+        at = FAMILIES.index(family)
+        return any(
+            comparison.departs and FAMILIES.index(comparison.family) < at
+            for comparison in self.comparisons
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the content of the file that --json names."""
+        first = self.first_departure
+        return {
+            "step": self.step,
+            "first": first and first.as_json(),
+            "comparisons": [comparison.as_json() for comparison in self.comparisons],
+            "suspicions": self.suspicions,
+        }
+
+
+def not_checked(family: str, name: str, reason: str, compared: str = "") -> CheckedQuantity:
+    """Return the comparison of a check that could not be made.
+
+    Args:
+        family: as in `CheckedQuantity`, like the others.
+        name: the quantity.
+        reason: why.
+        compared: what would be compared."""
+    return CheckedQuantity(family, name, NOT_CHECKED, compared, reason=reason)
+
+
+def fraction_comparison(
+    family: str,
+    name: str,
+    compared: str,
+    concerned: Sequence[ResponseIndex],
+    total: int,
+    *,
+    reason: str,
+    remedy: str,
+    loss_fraction: Callable[[Sequence[ResponseIndex]], float],
+    tolerance: float = 0.0,
+    source: str = "exact",
+    num_tokens: int = 0,
+) -> CheckedQuantity:
+    """Return the comparison of a check whose distance is the fraction of responses that fail it.
+
+    Args:
+        family: as in `CheckedQuantity`, like the arguments not named here.
+        name: the quantity.
+        compared: what was compared.
+        concerned: the responses that fail.
+        total: all responses that were compared.
+        reason: what departs, where one does.
+        remedy: what to change.
+        loss_fraction: returns the fraction of the loss of some responses.
+        tolerance: the largest fraction.
+        source: where the tolerance comes from.
+        num_tokens: the tokens concerned."""
+    distance = len(concerned) / total if total else 0.0
+    if distance <= tolerance:
+        return CheckedQuantity(family, name, EQUAL, compared, distance, tolerance, source)
+    return CheckedQuantity(
+        family,
+        name,
+        DEPARTS,
+        compared,
+        distance,
+        tolerance,
+        source,
+        reason,
+        list(concerned),
+        num_tokens,
+        loss_fraction(concerned),
+        remedy,
+    )

@@ -1,0 +1,187 @@
+"""What explains a difference of the engines' log-probabilities from transformers': older weights,
+routers without their bias, another temperature, a shift by a token, a cut, rounding."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from megatron_r1.reporting.formatting import format_number as number
+from megatron_r1.reporting.formatting import format_percent as percent
+from megatron_r1.why.checks.engine_gaps import EXPLAINED, EngineGaps, mean_gap
+
+TEMPERATURES = (0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.25, 1.5, 2.0, 4.0)
+"""Times the run's temperature: which of them explains a departure."""
+EXPLAINED_BY_TEMPERATURE = 0.15
+"""`EXPLAINED` of a temperature, which makes many departures a little smaller."""
+ONE_SIDED = 0.95
+"""Share of the tokens that a renormalized distribution has more likely than the whole one."""
+FEW_TOKENS = 20
+"""Tokens of an engine or expert that are too few to compare."""
+SAME_SIZE = 4.0
+"""Two mean differences within this factor have the same size."""
+
+
+class ExplainedDeparture(NamedTuple):
+    """A departure's cause, with the numbers that speak for it, and what to change."""
+
+    reason: str
+    remedy: str
+
+
+def stale_weights(gaps: EngineGaps, distance: float) -> ExplainedDeparture | None:
+    """Try the weights of earlier versions, engine by engine.
+
+    Args:
+        gaps: the engines' differences.
+        distance: their mean |difference|."""
+    explanations = [
+        (engine.mean_gap, version, engine)
+        for version in gaps.earlier_versions
+        if (logprobs := gaps.recomputed.logprobs_after(version)) is not None
+        and (engine := gaps.explained_engine(logprobs)) is not None
+    ]
+    if not explanations:
+        return None
+    _, version, engine = min(explanations)
+    if _trainer_agrees(gaps):
+        return ExplainedDeparture(
+            f"engines and trainer computed with the weights of version {version}, not "
+            f"{gaps.newest}: {engine.gap_sizes}",
+            "the checkpoint that the run went on from: other weights were loaded than those of "
+            f"step {gaps.newest} (docs/checkpoints.md)",
+        )
+    return ExplainedDeparture(
+        f"{engine.name} computed with the weights of version {version}, not {gaps.newest}: "
+        f"{engine.gap_sizes}",
+        f"the push to {engine.name}: logs/{engine.name}*.log, push/* in metrics.jsonl, "
+        "push.transport (docs/push.md)",
+    )
+
+
+def _trainer_agrees(gaps: EngineGaps) -> bool:
+    """Return whether all engines are beyond the tolerance, and the trainer agrees with them."""
+    logged = gaps.step.line.get("logprob_diff/mean")
+    means = [mean for mean in gaps.by_engine().values() if not math.isnan(mean)]
+    is_near = isinstance(logged, int | float) and logged <= gaps.tolerance
+    return is_near and min(means, default=0.0) > gaps.tolerance
+
+
+def missing_router_bias(gaps: EngineGaps, distance: float) -> ExplainedDeparture | None:
+    """Try routers without the bias that balances their experts.
+
+    Args:
+        gaps: the engines' differences.
+        distance: their mean |difference|."""
+    logprobs = gaps.recomputed.without_router_bias()
+    if logprobs is None or (engine := gaps.explained_engine(logprobs)) is None:
+        return None
+    return ExplainedDeparture(
+        f"{engine.name} routes without the routers' correction bias: {engine.gap_sizes}",
+        "the push of e_score_correction_bias to the engine (docs/push.md), or "
+        "model.expert_bias_update_rate",
+    )
+
+
+def other_temperature(gaps: EngineGaps, distance: float) -> ExplainedDeparture | None:
+    """Try other temperatures.
+
+    Args:
+        gaps: the engines' differences.
+        distance: their mean |difference|."""
+    temperature = gaps.recomputed.temperature
+    coarse, _ = _best_scale(gaps, TEMPERATURES)
+    index = TEMPERATURES.index(coarse)
+    near = TEMPERATURES[max(0, index - 1) : index + 2]
+    scale, mean = _best_scale(gaps, np.linspace(near[0], near[-1], 41).tolist())
+    if not mean <= EXPLAINED_BY_TEMPERATURE * distance or abs(scale - 1) < 0.01:
+        return None
+    return ExplainedDeparture(
+        f"temperature {scale * temperature:.3g} explains them, the settings say "
+        f"{temperature:g}: mean |Δ| {number(mean)} against {number(distance)}",
+        "rollout.temperature, or what the engine makes of it (rollout.vllm)",
+    )
+
+
+def _best_scale(gaps: EngineGaps, scales: Sequence[float]) -> tuple[float, float]:
+    """Return the multiple of the run's temperature that leaves the smallest mean |difference|, and
+    that mean."""
+    temperatures = [gaps.recomputed.temperature * scale for scale in scales]
+    logprobs_by_scale = gaps.recomputed.logprobs_at_temperatures(temperatures)
+    means = [mean_gap(gaps.gaps_from(logprobs)) for logprobs in logprobs_by_scale]
+    best = int(np.argmin(np.nan_to_num(means, nan=np.inf)))
+    return scales[best], means[best]
+
+
+def shifted_by_a_token(gaps: EngineGaps, distance: float) -> ExplainedDeparture | None:
+    """Try the log-probabilities of the token before, and of the one after.
+
+    Args:
+        gaps: the engines' differences.
+        distance: their mean |difference|."""
+    for shift, side in ((1, "after"), (-1, "before")):
+        shifted_gaps = gaps.gaps_from(
+            [np.roll(logprobs, -shift) for logprobs in gaps.recomputed.old]
+        )
+        for gap in shifted_gaps:  # the token that was rolled around
+            gap[-1 if shift > 0 else 0 : None if shift > 0 else 1] = np.nan
+        mean = mean_gap(shifted_gaps)
+        if mean <= EXPLAINED * distance:
+            return ExplainedDeparture(
+                f"they are shifted by a token, each is that of the token {side}: mean |Δ| "
+                f"{number(mean)} against {number(distance)}",
+                "the reply of the engine: its log-probabilities begin at another token than "
+                "its tokens",
+            )
+    return None
+
+
+def renormalized_cut(gaps: EngineGaps, distance: float) -> ExplainedDeparture | None:
+    """Look for log-probabilities over a part of the vocabulary: none is below the whole's.
+
+    Args:
+        gaps: the engines' differences.
+        distance: their mean |difference|."""
+    if gaps.step.config.rollout.truncates_sampling:  # both are over the kept tokens already
+        return None
+    differences = np.concatenate(gaps.gaps)
+    large = differences[np.abs(differences) > max(gaps.tolerance / 4, 1e-5)]
+    if len(large) < FEW_TOKENS or (large > 0).mean() < ONE_SIDED:
+        return None
+    kept_share = math.exp(-float(large.max()))
+    return ExplainedDeparture(
+        f"{percent(float((large > 0).mean()))} of the tokens that differ are more likely to "
+        f"the engine, by up to 1/{kept_share:.3g}: it sampled from a part of the vocabulary "
+        "and renormalized (top-p, top-k or min-p), the trainer does not",
+        "the cut of rollout.vllm or the model's generation_config.json: set it as "
+        "rollout.top_p, top_k or min_p, or leave it out",
+    )
+
+
+def rounding_of_bfloat16(gaps: EngineGaps, distance: float) -> ExplainedDeparture | None:
+    """Compare the size of the differences with what bfloat16 makes of transformers.
+
+    Args:
+        gaps: the engines' differences.
+        distance: their mean |difference|."""
+    if gaps.step.config.rollout.dtype != "float32" or distance <= gaps.tolerance:
+        return None
+    recomputed = gaps.recomputed
+    size = mean_gap(
+        [
+            rounded - logprobs
+            for rounded, logprobs in zip(
+                recomputed.bfloat16_logprobs(), recomputed.old, strict=True
+            )
+        ]
+    )
+    if not size / SAME_SIZE <= distance <= size * SAME_SIZE:
+        return None
+    return ExplainedDeparture(
+        f"mean |Δ| is {number(distance)}, and {number(size)} between transformers in bfloat16 "
+        "and in float32: the engine computes in 16 bits",
+        "rollout.dtype: float32 has no effect on the engine (rollout.vllm)",
+    )

@@ -1,0 +1,156 @@
+"""Differences of the engines' log-probabilities from transformers', token by token."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from megatron_r1.reporting.formatting import format_number as number
+from megatron_r1.why.checked_quantity import ROUNDING
+from megatron_r1.why.record.recorded_step import RecordedStep
+
+if TYPE_CHECKING:
+    from megatron_r1.why.update.recomputation import Recomputation
+
+EXPLAINED = 0.5
+"""Other log-probabilities explain a difference that they make smaller by this factor, or more."""
+POSITION_BINS = 40
+
+
+class ExplainedEngine(NamedTuple):
+    """An engine that other log-probabilities are nearer to than those of the checkpoint.
+
+    Attributes:
+        mean_gap: the mean |difference| of its tokens from the other log-probabilities.
+        unexplained_gap: the same from those of the checkpoint.
+        name: the engine's; "engine" where the log names none."""
+
+    mean_gap: float
+    unexplained_gap: float
+    name: str
+
+    @property
+    def gap_sizes(self) -> str:
+        """Both means, as text."""
+        return f"mean |Δ| {number(self.mean_gap)} against {number(self.unexplained_gap)}"
+
+
+class EngineGaps:
+    """Differences of engines' log-probabilities from transformers', token by token.
+
+    Args:
+        step: the step.
+        recomputed: its log-probabilities by transformers.
+
+    Attributes:
+        sequences: those that are compared.
+        engines: the engine of each.
+        gaps: (sampled tokens,) each: the engine's log-probability less transformers', under the
+            weights of the version that the engine had; NaN where these are not kept.
+        tolerance: the largest mean |difference| that is rounding."""
+
+    def __init__(self, step: RecordedStep, recomputed: Recomputation) -> None:
+        self.step, self.recomputed = step, recomputed
+        self.sequences = [recomputed.sequences[at] for at in recomputed.scored_sequences]
+        self._is_newest = [sequence.versions == self.newest for sequence in self.sequences]
+        self.engines = [
+            step.responses[sequence.response].response.engine for sequence in self.sequences
+        ]
+        self.gaps = self.gaps_from(recomputed.old)
+        # Tokens of earlier versions are an earlier policy's.
+        versions = {int(v) for sequence in self.sequences for v in np.unique(sequence.versions)}
+        for version in sorted(versions - {self.newest}):
+            logprobs = recomputed.logprobs_after(version)
+            if logprobs is not None:
+                self._fill_version_gaps(version, logprobs)
+        self.tolerance = ROUNDING[step.run_config.rollout.dtype]
+
+    @property
+    def newest(self) -> int:
+        """The version of the weights that the step trains."""
+        return self.step.step - 1
+
+    @property
+    def earlier_versions(self) -> list[int]:
+        """Versions before the one that the step trains. Some of their checkpoints may be kept."""
+        versions = {max(0, self.newest - 1), max(0, self.newest - 2), 0}
+        return sorted(versions - {self.newest}, reverse=True)
+
+    def gaps_from(self, logprobs_of_sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Return the differences from other log-probabilities: of the newest version's tokens, NaN
+        of the others.
+
+        Args:
+            logprobs_of_sequences: (sampled tokens,) each."""
+        return [
+            np.where(is_newest, sequence.logprobs - logprobs, np.nan)
+            for sequence, logprobs, is_newest in zip(
+                self.sequences, logprobs_of_sequences, self._is_newest, strict=True
+            )
+        ]
+
+    def _fill_version_gaps(self, version: int, logprobs_of_sequences: Sequence[np.ndarray]) -> None:
+        """Put the differences of another version's tokens into `gaps`."""
+        for gap, sequence, logprobs in zip(
+            self.gaps, self.sequences, logprobs_of_sequences, strict=True
+        ):
+            is_version = sequence.versions == version
+            gap[is_version] = (sequence.logprobs - logprobs)[is_version]
+
+    def by_position(self) -> tuple[list[float], list[float]]:
+        """Return positions in the response, and the mean |difference| around each."""
+        longest = max((len(gap) for gap in self.gaps), default=0)
+        edges = np.unique(np.linspace(0, longest, min(POSITION_BINS, longest) + 1).astype(int))
+        positions, values = [], []
+        for first, end in pairwise(edges):
+            mean = mean_gap([gap[first:end] for gap in self.gaps])
+            if not math.isnan(mean):
+                positions.append(float(first + end - 1) / 2)
+                values.append(mean)
+        return positions, values
+
+    def by_engine(self) -> dict[str, float]:
+        """Return the mean |difference| of each engine's tokens; NaN for one without any."""
+        return {
+            name or "not named": mean_gap(self._of_engine(name, self.gaps))
+            for name in sorted(set(self.engines))
+        }
+
+    def departing_engine(self) -> str | None:
+        """Return the engine that alone is beyond the tolerance, where others are not."""
+        means = {name: mean for name, mean in self.by_engine().items() if not math.isnan(mean)}
+        departing = [name for name, mean in means.items() if mean > self.tolerance]
+        return departing[0] if len(departing) == 1 and len(means) > 1 else None
+
+    def explained_engine(
+        self, logprobs_of_sequences: Sequence[np.ndarray]
+    ) -> ExplainedEngine | None:
+        """Return the first engine whose differences other log-probabilities explain; None where
+        they explain no engine's.
+
+        Args:
+            logprobs_of_sequences: (sampled tokens,) each."""
+        other_gaps = self.gaps_from(logprobs_of_sequences)
+        for name in sorted(set(self.engines)):
+            mean = mean_gap(self._of_engine(name, self.gaps))
+            other_mean = mean_gap(self._of_engine(name, other_gaps))
+            if mean > self.tolerance / 16 and other_mean < EXPLAINED * mean:
+                return ExplainedEngine(other_mean, mean, name or "engine")
+        return None
+
+    def _of_engine(self, name: str, gaps: Sequence[np.ndarray]) -> list[np.ndarray]:
+        return [gap for gap, engine in zip(gaps, self.engines, strict=True) if engine == name]
+
+
+def mean_gap(gaps: Sequence[np.ndarray]) -> float:
+    """Return the mean |difference| of tokens, those without one left out; NaN where none has one.
+
+    Args:
+        gaps: (sampled tokens,) each."""
+    differences = np.abs(np.concatenate(gaps)) if gaps else np.empty(0)
+    differences = differences[~np.isnan(differences)]
+    return float(differences.mean()) if len(differences) else math.nan

@@ -1,0 +1,122 @@
+"""The engines' log-probabilities against those of transformers under the weights of the version
+that each token was sampled with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from megatron_r1.reporting.formatting import format_number as number
+from megatron_r1.why.checked_quantity import (
+    DEPARTS,
+    EQUAL,
+    CheckedQuantity,
+    DepartureCurve,
+    not_checked,
+)
+from megatron_r1.why.checks.engine_causes import (
+    ExplainedDeparture,
+    missing_router_bias,
+    other_temperature,
+    renormalized_cut,
+    rounding_of_bfloat16,
+    shifted_by_a_token,
+    stale_weights,
+)
+from megatron_r1.why.checks.engine_gaps import EngineGaps, mean_gap
+from megatron_r1.why.checks.expert_causes import departing_expert
+from megatron_r1.why.checks.sampling import FAMILY
+from megatron_r1.why.formulas import kl_of_difference
+from megatron_r1.why.record.recorded_step import RecordedStep
+
+if TYPE_CHECKING:
+    from megatron_r1.why.update.recomputation import Recomputation
+
+NAME = "engines' log-probabilities"
+TOLERANCE_SOURCE = "rounding of the engine's dtype (docs/compare.md), mean over tokens"
+CAUSES: tuple[Callable[[EngineGaps, float], ExplainedDeparture | None], ...] = (
+    stale_weights,
+    missing_router_bias,
+    other_temperature,
+    shifted_by_a_token,
+    renormalized_cut,
+    departing_expert,
+    rounding_of_bfloat16,
+)
+"""In the order in which they are tried."""
+
+
+def check_logprobs(step: RecordedStep, recomputed: Recomputation) -> list[CheckedQuantity]:
+    """Return the comparison of the engines' log-probabilities."""
+    gaps = EngineGaps(step, recomputed)
+    differences = np.concatenate(gaps.gaps) if gaps.gaps else np.empty(0)
+    differences = differences[~np.isnan(differences)]
+    if not len(differences):
+        return [not_checked(FAMILY, NAME, "no checkpoint of the tokens' versions is kept")]
+    distance = float(np.abs(differences).mean())
+    compared = (
+        f"those of {len(differences):,} tokens of {len(gaps.gaps):,} sequences with "
+        "transformers' under the weights of their version; mean |Δ| by engine: "
+        + ", ".join(f"{engine} {number(mean)}" for engine, mean in gaps.by_engine().items())
+        + f"; KL {number(kl_of_difference(-differences))}"
+    )
+    explained = _explanation(gaps, distance)
+    if explained is None and distance <= gaps.tolerance and not gaps.departing_engine():
+        return [
+            CheckedQuantity(
+                FAMILY, NAME, EQUAL, compared, distance, gaps.tolerance, TOLERANCE_SOURCE
+            )
+        ]
+    return [_departure(gaps, distance, compared, explained)]
+
+
+def _departure(
+    gaps: EngineGaps, distance: float, compared: str, explained: ExplainedDeparture | None
+) -> CheckedQuantity:
+    """Return the comparison that departs, with its cause where that is known."""
+    explained = explained or ExplainedDeparture(
+        f"mean |Δ| is {number(distance)}: the engine computes another function of these "
+        "weights than transformers",
+        "rollout.dtype, rollout.vllm (quantization, kernels), or megatron-r1 check-model on "
+        "the model",
+    )
+    concerned = dict.fromkeys(
+        sequence.response
+        for sequence, gap in zip(gaps.sequences, gaps.gaps, strict=True)
+        if mean_gap([gap]) > gaps.tolerance
+    )
+    # NaN is not above the tolerance.
+    num_tokens = int(sum((np.abs(gap) > gaps.tolerance).sum() for gap in gaps.gaps))
+    return CheckedQuantity(
+        FAMILY,
+        NAME,
+        DEPARTS,
+        compared,
+        distance,
+        gaps.tolerance,
+        TOLERANCE_SOURCE,
+        explained.reason,
+        list(concerned),
+        num_tokens,
+        gaps.step.loss_fraction(list(concerned)),
+        explained.remedy,
+    )
+
+
+def _explanation(gaps: EngineGaps, distance: float) -> ExplainedDeparture | None:
+    """Return what explains the distance; None where nothing does."""
+    if distance <= gaps.tolerance / 16 and not gaps.departing_engine():
+        return None
+    explanations = (find_cause(gaps, distance) for find_cause in CAUSES)
+    return next((explained for explained in explanations if explained is not None), None)
+
+
+def departures(recomputed: Recomputation) -> list[DepartureCurve]:
+    """Return how far engines are from transformers over the position in the response; nothing where
+    that could not be recomputed."""
+    if "old" not in vars(recomputed):
+        return []
+    gaps = EngineGaps(recomputed.step, recomputed)
+    return [DepartureCurve("engine against the checkpoint", *gaps.by_position())]

@@ -1,0 +1,122 @@
+"""Experts whose tokens differ from transformers' more than others: stale, exchanged, or another
+function."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from megatron_r1.reporting.formatting import format_number as number
+from megatron_r1.why.checks.engine_causes import FEW_TOKENS, ExplainedDeparture
+from megatron_r1.why.checks.engine_gaps import EngineGaps
+
+MAX_PAIRS = 64
+"""Pairs of experts that are tried as exchanged ones."""
+MAX_SUSPECTS = 4
+"""Experts that are tried as the one, or two, that differ."""
+REMEDY = (
+    "the push of that expert (docs/push.md), rollout.expert_parallel, rollout.redundant_experts"
+)
+
+
+class ExpertGap(NamedTuple):
+    """The mean |difference| of an expert's tokens, and of the layer's other tokens."""
+
+    layer: str
+    expert: int
+    routed: float
+    others: float
+
+
+def departing_expert(gaps: EngineGaps, distance: float) -> ExplainedDeparture | None:
+    """Look for experts whose tokens differ more than others.
+
+    Args:
+        gaps: the engines' differences.
+        distance: their mean |difference|."""
+    ranked = _experts_by_gap(gaps)
+    suspects = ranked[:MAX_SUSPECTS]
+    for suspect in suspects:
+        if (explanation := _stale_expert(gaps, suspect.layer, suspect.expert)) is not None:
+            return explanation
+    for layer, expert, other_expert in _pairs(gaps, suspects):
+        sources = {expert: other_expert, other_expert: expert}
+        engine = gaps.explained_engine(gaps.recomputed.with_experts(layer, sources))
+        if engine is not None:
+            return ExplainedDeparture(
+                f"experts {min(sources)} and {max(sources)} of {_layer(layer)} are exchanged in "
+                f"{engine.name}: {engine.gap_sizes}",
+                REMEDY,
+            )
+    if not ranked or ranked[0].routed < 4 * ranked[0].others or distance <= gaps.tolerance:
+        return None
+    worst = ranked[0]
+    return ExplainedDeparture(
+        f"tokens of expert {worst.expert} of {_layer(worst.layer)} differ by "
+        f"{number(worst.routed)}, others by {number(worst.others)}: the engine has another expert "
+        "there",
+        REMEDY,
+    )
+
+
+def _experts_by_gap(gaps: EngineGaps) -> list[ExpertGap]:
+    """Return the experts of all layers, those first whose tokens differ most from the others'."""
+    differences, ranked = np.abs(np.concatenate(gaps.gaps)), []
+    for layer, experts_of_sequences in gaps.recomputed.experts().items():
+        experts = np.concatenate(experts_of_sequences)
+        for expert in range(int(experts.max()) + 1):
+            is_routed = (experts == expert).any(1)
+            if is_routed.sum() < FEW_TOKENS:
+                continue
+            routed = float(np.nanmean(differences[is_routed]))
+            is_few = (~is_routed).sum() < FEW_TOKENS  # all tokens go through it
+            others = routed if is_few else float(np.nanmean(differences[~is_routed]))
+            ranked.append(ExpertGap(layer, expert, routed, others))
+    return sorted(ranked, key=lambda gap: -gap.routed / max(gap.others, 1e-12))
+
+
+def _stale_expert(gaps: EngineGaps, layer: str, expert: int) -> ExplainedDeparture | None:
+    """Try the expert's weights of earlier versions."""
+    explanations = [
+        (engine.mean_gap, version, engine)
+        for version in gaps.earlier_versions
+        if (logprobs := gaps.recomputed.with_old_expert(layer, expert, version)) is not None
+        and (engine := gaps.explained_engine(logprobs)) is not None
+    ]
+    if not explanations:
+        return None
+    _, version, engine = min(explanations)
+    return ExplainedDeparture(
+        f"expert {expert} of {_layer(layer)} has the weights of version {version} in "
+        f"{engine.name}, not {gaps.newest}: {engine.gap_sizes}",
+        REMEDY,
+    )
+
+
+def _pairs(gaps: EngineGaps, suspects: Sequence[ExpertGap]) -> list[tuple[str, int, int]]:
+    """Return pairs of experts of a layer that may be exchanged: the suspects with each other, and
+    with experts that few tokens may have been routed to."""
+    pairs = [
+        (suspect.layer, suspect.expert, other_suspect.expert)
+        for index, suspect in enumerate(suspects)
+        for other_suspect in suspects[index + 1 :]
+        if suspect.layer == other_suspect.layer
+    ]
+    for suspect in suspects:
+        pairs += [
+            (suspect.layer, suspect.expert, other_expert)
+            for other_expert in range(gaps.recomputed.num_experts(suspect.layer))
+            if other_expert != suspect.expert
+        ]
+    distinct: dict[tuple[str, frozenset[int]], tuple[str, int, int]] = {}
+    for layer, expert, other_expert in pairs:
+        distinct.setdefault(
+            (layer, frozenset((expert, other_expert))), (layer, expert, other_expert)
+        )
+    return [*distinct.values()][:MAX_PAIRS]
+
+
+def _layer(name: str) -> str:
+    return name.removesuffix(".mlp.experts")

@@ -1,0 +1,298 @@
+"""The model's files and the settings against what was logged: the prompt's tokens, the tokens that
+end a response, the vocabulary, and the text that graders read."""
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from megatron_r1.config import Config
+from megatron_r1.controller.rollouts.rollout import Group
+from megatron_r1.data.prompt_tokenizer import PromptTokenizer
+from megatron_r1.data.tokenizer import describe_end_tokens
+from megatron_r1.why.checked_quantity import (
+    CheckedQuantity,
+    ResponseIndex,
+    fraction_comparison,
+    not_checked,
+)
+from megatron_r1.why.record.recorded_step import RecordedStep
+
+FAMILY = "files"
+COMMON = 0.5
+"""Share of the responses inside which a special token has to be, to be taken for one that the model
+ends with: a random model has some."""
+TAG = re.compile("think|answer|tool")
+"""Of special tokens that stand inside a response by right."""
+SHOWN = 40
+"""Characters of a text in a comparison."""
+
+
+def check(step: RecordedStep) -> list[CheckedQuantity]:
+    """Return the comparisons of a step's files."""
+    return [
+        _starts(step),
+        _system(step),
+        _prompt_tokens(step),
+        _ends(step),
+        _unknown_ends(step),
+        _vocabulary(step),
+        _texts(step),
+    ]
+
+
+def _special(tokenizer: PromptTokenizer) -> set[int]:
+    added = tokenizer.hf_tokenizer.added_tokens_decoder.items()
+    return {
+        *tokenizer.hf_tokenizer.all_special_ids,
+        *(token for token, added_token in added if added_token.special),
+    }
+
+
+def _indices(number: int, group: Group) -> Iterator[ResponseIndex]:
+    return ((number, index) for index in range(len(group.responses)))
+
+
+def _has_own_prompts(config: Config) -> bool:
+    """Whether a question's tokens are an environment's or an agent's affair."""
+    return bool(config.agents.player_settings)
+
+
+def _starts(step: RecordedStep) -> CheckedQuantity:
+    """Check for a special token that begins a prompt twice."""
+    special = _special(step.tokenizer)
+    concerned = [
+        index
+        for number, group in enumerate(step.groups)
+        if len(group.prompt_ids) > 1
+        and group.prompt_ids[0] == group.prompt_ids[1]
+        and group.prompt_ids[0] in special
+        for index in _indices(number, group)
+    ]
+    first = step.groups[concerned[0][0]].prompt_ids[0] if concerned else 0
+    return fraction_comparison(
+        FAMILY,
+        "start of the prompt",
+        "the first two tokens of every prompt",
+        concerned,
+        len(step.responses),
+        reason=f"prompts begin with {_token(step.tokenizer, first)} twice",
+        remedy="data.template: leave the token out, the tokenizer puts it in front",
+        loss_fraction=step.loss_fraction,
+    )
+
+
+def _system(step: RecordedStep) -> CheckedQuantity:
+    """Check that the text of a system's message is in the prompt."""
+    name = "system message"
+    concerned: list[ResponseIndex] = []
+    total, lost = 0, ""
+    for number, group in enumerate(step.groups):
+        with_system = [
+            str(m["content"]) for m in group.prompt.messages_before if m.get("role") == "system"
+        ]
+        if not with_system:
+            continue
+        total += len(group.responses)
+        prompt = step.tokenizer.hf_tokenizer.decode(group.prompt_ids, skip_special_tokens=False)
+        if missing := [text for text in with_system if text.strip() not in prompt]:
+            concerned += _indices(number, group)
+            lost = lost or missing[0]
+    if not total:
+        return not_checked(FAMILY, name, "no question has one")
+    return fraction_comparison(
+        FAMILY,
+        name,
+        f"the prompts of {total:,} responses whose question has one",
+        concerned,
+        total,
+        reason=f"the prompt lacks {lost[:SHOWN]!r}",
+        remedy="data.template: give it {system}, or chat with a template that shows it",
+        loss_fraction=step.loss_fraction,
+    )
+
+
+def _prompt_tokens(step: RecordedStep) -> CheckedQuantity:
+    name = "tokens of the prompt"
+    if _has_own_prompts(step.run_config):
+        return not_checked(FAMILY, name, "agents.environment or harness makes the prompts")
+    if step.prompts_missing:  # samples.jsonl has no message before the question
+        return not_checked(FAMILY, name, step.prompts_missing)
+    concerned: list[ResponseIndex] = []
+    total, reason = 0, ""
+    for number, group in enumerate(step.groups):
+        if not group.prompt.question:
+            continue
+        total += len(group.responses)
+        expected = step.tokenizer.encode(group.prompt.question, group.prompt.messages_before)
+        if expected != group.prompt_ids:
+            concerned += _indices(number, group)
+            reason = reason or _difference(step.tokenizer, group.prompt_ids, expected)
+    if not total:
+        return not_checked(FAMILY, name, "no question is known")
+    return fraction_comparison(
+        FAMILY,
+        name,
+        f"the prompts of {total:,} responses with data.template and the tokenizer of {step.model}",
+        concerned,
+        total,
+        reason=reason,
+        remedy="data.template, or the tokenizer's files: they are not what the run sampled with",
+        loss_fraction=step.loss_fraction,
+    )
+
+
+def _difference(tokenizer: PromptTokenizer, logged: Sequence[int], expected: Sequence[int]) -> str:
+    """Return in words where two prompts part."""
+    shared = min(len(logged), len(expected))
+    at = next((i for i in range(shared) if logged[i] != expected[i]), shared)
+    if list(logged[1:]) == list(expected):
+        return (
+            f"prompts have {_token(tokenizer, logged[0])} in front, the tokenizer puts none there"
+        )
+    if list(expected[1:]) == list(logged):
+        first = _token(tokenizer, expected[0])
+        return f"prompts lack {first} in front, which the tokenizer puts there"
+    parts = (tokenizer.hf_tokenizer.decode(list(ids[at : at + 12])) for ids in (logged, expected))
+    sampled_text, expected_text = (repr(part[:SHOWN]) for part in parts)
+    return (
+        f"from token {at} on {sampled_text} was sampled from, "
+        f"{expected_text} is what the settings say"
+    )
+
+
+def _token(tokenizer: PromptTokenizer, number: int) -> str:
+    return f"{tokenizer.hf_tokenizer.convert_ids_to_tokens(int(number))} (token {number})"
+
+
+def _single(step: RecordedStep) -> dict[ResponseIndex, np.ndarray]:
+    """Return the tokens of the responses of one turn."""
+    return {
+        index: np.asarray(graded.response.token_ids)
+        for index, graded in step.responses.items()
+        if graded.episode is None
+    }
+
+
+def _ends(step: RecordedStep) -> CheckedQuantity:
+    """Check that no response goes on after a token that ends it."""
+    responses, ends = _single(step), step.tokenizer.stop_token_ids
+    if not responses:
+        return not_checked(FAMILY, "end of the response", "all responses have several turns")
+    concerned, tokens, num_after = [], Counter[int](), 0
+    for index, ids in responses.items():
+        end_positions = np.flatnonzero(np.isin(ids[:-1], ends))
+        if len(end_positions):
+            concerned.append(index)
+            tokens[int(ids[end_positions[0]])] += 1
+            num_after += len(ids) - 1 - int(end_positions[0])
+    reason = ""
+    if concerned:
+        (token, count), *_ = tokens.most_common(1)
+        reason = f"{count:,} responses go on after {_token(step.tokenizer, token)}, which ends one"
+        engine_ends = next(
+            (settings.stop_token_ids for settings in step.sampling if settings), None
+        )
+        if engine_ends is not None and token not in engine_ends:
+            reason += f"; the engines were told to stop at {', '.join(map(str, engine_ends))} only"
+    return fraction_comparison(
+        FAMILY,
+        "end of the response",
+        f"{len(responses):,} responses with {describe_end_tokens(step.tokenizer.end_tokens)}",
+        concerned,
+        len(responses),
+        reason=reason,
+        remedy="rollout.stop_token_ids, or eos_token_id in the model's generation_config.json",
+        loss_fraction=step.loss_fraction,
+        num_tokens=num_after,
+    )
+
+
+def _unknown_ends(step: RecordedStep) -> CheckedQuantity:
+    """Check for ends that no setting names, and for special tokens that responses go on after."""
+    responses, ends = _single(step), step.tokenizer.stop_token_ids
+    name, remedy = "other end tokens", "rollout.stop_token_ids: add the token"
+    if not responses:
+        return not_checked(FAMILY, name, "all responses have several turns")
+    special = {
+        token
+        for token in _special(step.tokenizer) - set(ends)
+        if not TAG.search(step.tokenizer.hf_tokenizer.convert_ids_to_tokens(token))
+    }
+    responses_by_token: dict[int, list[ResponseIndex]] = {}
+    for index, ids in responses.items():
+        stopped = step.responses[index].response.finish_reason == "stop"
+        if stopped and len(ids) and ids[-1] not in ends and not step.config.rollout.stop:
+            responses_by_token.setdefault(int(ids[-1]), []).append(index)
+        for token in special.intersection(ids[:-1].tolist()):
+            responses_by_token.setdefault(token, []).append(index)
+    worst = max(responses_by_token, key=lambda token: len(responses_by_token[token]), default=None)
+    concerned = [] if worst is None else responses_by_token[worst]
+    return fraction_comparison(
+        FAMILY,
+        name,
+        f"special tokens inside {len(responses):,} responses",
+        concerned,
+        len(responses),
+        reason=""
+        if worst is None
+        else f"{_token(step.tokenizer, worst)} is inside responses, or ends them, "
+        "and is no end token",
+        remedy=remedy,
+        loss_fraction=step.loss_fraction,
+        tolerance=COMMON,
+        source="a model that ends with a token does so in most responses",
+    )
+
+
+def _vocabulary(step: RecordedStep) -> CheckedQuantity:
+    rows, num_tokens = step.hf["vocab_size"], len(step.tokenizer.hf_tokenizer)
+    concerned, largest = [], -1
+    for sequence in step.sequences:
+        highest = int(sequence.token_ids.max(initial=-1))
+        largest = max(largest, highest)
+        if highest >= min(rows, num_tokens):
+            concerned.append(sequence.response)
+    return fraction_comparison(
+        FAMILY,
+        "vocabulary",
+        f"tokens up to {largest:,} with {num_tokens:,} of the tokenizer "
+        f"and {rows:,} rows of the model",
+        list(dict.fromkeys(concerned)),
+        len(step.responses),
+        reason=f"token {largest:,} is beyond the tokenizer's {num_tokens:,} tokens"
+        f" (vocab_size: {rows:,})",
+        remedy="the model's tokenizer files, which lack tokens that the model samples, or "
+        "vocab_size in its config.json",
+        loss_fraction=step.loss_fraction,
+    )
+
+
+def _texts(step: RecordedStep) -> CheckedQuantity:
+    """Check that the graded text is that of the tokens."""
+    responses = _single(step)
+    name = "text that was graded"
+    if not responses or step.config.rollout.stop:
+        why = "rollout.stop cuts texts" if responses else "all responses have several turns"
+        return not_checked(FAMILY, name, why)
+    concerned = [
+        index
+        for index, ids in responses.items()
+        if step.tokenizer.decode(ids.tolist()) != step.responses[index].text
+    ]
+    example = ""
+    if concerned:
+        logged = step.responses[concerned[0]].text[-SHOWN:]
+        decoded = step.tokenizer.decode(responses[concerned[0]].tolist())[-SHOWN:]
+        example = f"graders read …{logged!r}, the tokens say …{decoded!r}"
+    return fraction_comparison(
+        FAMILY,
+        name,
+        f"{len(responses):,} texts with their tokens",
+        concerned,
+        len(responses),
+        reason=example,
+        remedy="the model's tokenizer files: they are not those of the run",
+        loss_fraction=step.loss_fraction,
+    )

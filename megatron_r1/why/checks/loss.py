@@ -1,0 +1,218 @@
+"""The step's loss with its metrics, recomputed; where they depart, the updates once more with one
+thing substituted at a time, until one explains the metrics."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from megatron_r1.reporting.formatting import format_number as number
+from megatron_r1.reporting.formatting import format_percent as percent
+from megatron_r1.why.checked_quantity import DEPARTS, EQUAL, CheckedQuantity, not_checked
+from megatron_r1.why.record.recorded_step import RecordedStep
+from megatron_r1.why.update.substitutions import substitutions
+
+if TYPE_CHECKING:
+    from megatron_r1.why.update.recomputation import Recomputation, RecomputedUpdates
+    from megatron_r1.why.update.substitution import Substitution
+
+LOSS = "loss"
+LOSS_ROUNDING = {"float32": 2.0**-19, "bfloat16": 2.0**-7}
+"""Largest distance of a loss, over the mean |advantage|: the terms of a loss cancel, so that its
+own size says nothing."""
+RELATIVE = {
+    "float32": {"ratio/max": 2.0**-10},
+    "bfloat16": {"kl": 0.25, "entropy": 0.05, "grad_norm": 0.15, "importance": 0.05},
+}
+"""Largest relative distance of other metrics; of those not named `OTHERS`."""
+OTHERS = {"float32": 2.0**-12, "bfloat16": 0.5}
+ABSOLUTE = {
+    "float32": {"kl": 2.0**-24, "entropy": 2.0**-16, "clip_fraction": 0.002},
+    "bfloat16": {"kl": 2e-3, "entropy": 0.01, "clip_fraction": 0.05},
+}
+"""Largest absolute distance, where that is larger: a small KL is a difference of larger numbers,
+and tokens at the edge of a clip fall on either side."""
+UPDATE = {"float32": 2.0**-8, "bfloat16": 0.5}
+"""Largest distance of the change of the weights, relative to it, where gradients are more than
+rounding (`model_distance.distances`)."""
+MOMENTS, MOMENTS_IN_16_BITS = {"float32": 2.0**-9, "bfloat16": 0.5}, 2.0**-6
+"""Likewise of Adam's moments; the second where `optimizer.moments` has 16 bits."""
+EXACT = 64
+"""An explanation that is so many times nearer than the tolerance needs no comparison."""
+MAX_OTHER_VALUES = 3
+"""Other values of one setting that are tried where one explains a departure."""
+SOURCE = {"float32": "measured (docs/why.md), with a margin", "bfloat16": "a choice"}
+METRICS = ("loss", "kl", "entropy", "clip_fraction", "ratio/max", "importance", "grad_norm")
+
+
+def check_loss(step: RecordedStep, recomputed: Recomputation) -> list[CheckedQuantity]:
+    """Return the comparisons of the loss and its metrics.
+
+    Args:
+        step: the step.
+        recomputed: its updates."""
+    base = recomputed.base
+    comparisons = [
+        _metric(step, name, base) for name in METRICS if name in base.metrics and name in step.line
+    ]
+    terms = ", ".join(f"{name} {number(value)}" for name, value in base.terms.items())
+    if not comparisons:
+        return [not_checked(LOSS, "loss", "metrics.jsonl has none of its metrics")]
+    comparisons[0] = replace(
+        comparisons[0], compared=f"{comparisons[0].compared}; |terms|: {terms}"
+    )
+    departs = any(comparison.departs for comparison in comparisons)
+    if not departs and not update_departs(step, base):
+        return comparisons
+    if not recomputed.searches_causes:
+        return comparisons
+    if (explained := explanation(step, recomputed)) is None:
+        return [
+            replace(comparison, remedy=f"{comparison.remedy}{recomputed.left_out}")
+            if comparison.departs
+            else comparison
+            for comparison in comparisons
+        ]
+    substitution, updates = explained
+    text = (
+        f"{substitution.name} explains it: loss {_shown(updates.metrics['loss'])}, recorded "
+        f"{_shown(step.line.get('loss'))}, by the settings {_shown(base.metrics['loss'])}"
+    )
+    size = abs(updates.metrics["loss"] - base.metrics["loss"]) / _scale(step)
+    text += f"; {percent(size)} of the loss by weight of advantages"
+    departing = next((comparison for comparison in comparisons if comparison.departs), None)
+    if departing is None:  # the weights alone
+        tolerance = update_limit(step)
+        name, compared = "cause of the change of the weights", "updates with one thing substituted"
+        size = base.update_distance or math.nan
+        source = SOURCE[step.run_config.model.dtype]
+        cause = CheckedQuantity("optimizer", name, DEPARTS, compared, size, tolerance, source, text)
+        return [*comparisons, replace(cause, remedy=substitution.change)]
+    explained_comparison = replace(departing, reason=text, remedy=substitution.change)
+    return [
+        explained_comparison if comparison is departing else comparison
+        for comparison in comparisons
+    ]
+
+
+def _scale(step: RecordedStep) -> float:
+    """Return the mean |advantage| of the responses that are trained on, at least 1e-6."""
+    sizes = [abs(a) for group in step.advantages for a in group if not math.isnan(a)]
+    return max(1e-6, sum(sizes) / max(1, len(sizes)))
+
+
+def _limit(step: RecordedStep, name: str, metrics: Mapping[str, float]) -> float:
+    """Return the largest distance of a metric from its recomputed value, one of `metrics`."""
+    dtype, rl = step.run_config.model.dtype, step.config.rl
+    if name == "loss":  # of advantages that are all 0, KL and entropy alone
+        weights = {"kl": abs(rl.kl_beta), "entropy": abs(rl.entropy_coef)}
+        rounding = sum(weight * _limit(step, term, metrics) for term, weight in weights.items())
+        return max(LOSS_ROUNDING[dtype] * _scale(step), rounding)
+    relative = RELATIVE[dtype].get(name, OTHERS[dtype]) * abs(metrics[name])
+    return max(relative, ABSOLUTE[dtype].get(name, 0.0))
+
+
+def _metric(step: RecordedStep, name: str, updates: RecomputedUpdates) -> CheckedQuantity:
+    recomputed, logged = updates.metrics[name], step.line[name]
+    limit = _limit(step, name, updates.metrics)
+    distance = math.inf if logged is None else abs(float(logged) - recomputed)
+    return CheckedQuantity(
+        LOSS,
+        name,
+        EQUAL if distance <= limit else DEPARTS,
+        f"{_shown(logged)} of metrics.jsonl with {_shown(recomputed)} recomputed, over "
+        f"{step.config.rl.minibatches} updates",
+        distance,
+        limit,
+        SOURCE[step.run_config.model.dtype],
+        f"{name} is {_shown(logged)} in metrics.jsonl, {_shown(recomputed)} recomputed",
+        remedy="the loss: rl.algorithm and its settings, or the trainer",
+    )
+
+
+def _shown(value: object) -> str:
+    return f"{value:.6g}" if isinstance(value, int | float) else "no number"
+
+
+def explains(step: RecordedStep, updates: RecomputedUpdates) -> bool:
+    """Return whether updates have the recorded metrics, and the checkpoint after the step."""
+    gaps = (
+        abs(float(step.line[name]) - value) <= _limit(step, name, updates.metrics)
+        for name, value in updates.metrics.items()
+        if isinstance(step.line.get(name), int | float)
+    )
+    return all(gaps) and not update_departs(step, updates)
+
+
+def update_limit(step: RecordedStep) -> float:
+    """Return the largest distance of the change of the weights."""
+    return UPDATE[step.run_config.model.dtype]
+
+
+def update_departs(step: RecordedStep, updates: RecomputedUpdates) -> bool:
+    """Return whether the change of the weights, or of Adam's moments, is beyond its tolerance.
+
+    Args:
+        step: the step.
+        updates: its updates."""
+    is_update = updates.update_distance is not None and updates.update_distance > update_limit(step)
+    return is_update or moments_depart(step, updates)
+
+
+def moments_depart(step: RecordedStep, updates: RecomputedUpdates) -> bool:
+    """Return whether Adam's moments are beyond their tolerance.
+
+    Args:
+        step: the step.
+        updates: its updates."""
+    return updates.moment_distance is not None and updates.moment_distance > moments_limit(step)
+
+
+def moments_limit(step: RecordedStep) -> float:
+    """Return the largest distance of Adam's moments, relative to them."""
+    config = step.run_config
+    return max(
+        MOMENTS[config.model.dtype], MOMENTS_IN_16_BITS * (config.optimizer.moments != "float32")
+    )
+
+
+def explanation(
+    step: RecordedStep, recomputed: Recomputation
+) -> tuple[Substitution, RecomputedUpdates] | None:
+    """Return the first substitution that explains what was recorded, and the updates with it.
+
+    They are tried in the order of an estimate that needs no model. Of those of one setting, which
+    may all be within the tolerance, it is the nearest to the checkpoint after the step.
+
+    Args:
+        step: the step.
+        recomputed: its updates."""
+    candidates = list(substitutions(step, recomputed))
+    estimates = [recomputed.estimate(substitution, step.line) for substitution in candidates]
+    order = sorted(range(len(candidates)), key=lambda index: (estimates[index], index))
+    for index in order:
+        first, updates = candidates[index], recomputed.run(candidates[index])
+        if not explains(step, updates):
+            continue
+        explained = [(first, updates)]
+        if (
+            updates.update_distance is not None
+            and updates.update_distance > update_limit(step) / EXACT
+        ):
+            other_candidates = [
+                substitution
+                for substitution in candidates
+                if substitution.setting == first.setting and substitution != first
+            ]
+            other_values = [
+                (substitution, recomputed.run(substitution))
+                for substitution in other_candidates[:MAX_OTHER_VALUES]
+            ]
+            explained += [pair for pair in other_values if explains(step, pair[1])]
+        return min(
+            explained,
+            key=lambda pair: (pair[1].update_distance or 0.0) + (pair[1].moment_distance or 0.0),
+        )
+    return None

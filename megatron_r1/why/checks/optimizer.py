@@ -1,0 +1,313 @@
+"""The optimizer's step: learning rate, Adam's state, the change of the weights between two
+checkpoints, and what is in them that must not be."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_r1.reporting.formatting import format_number as number
+from megatron_r1.reporting.formatting import format_percent as percent
+from megatron_r1.why.checked_quantity import DEPARTS, EQUAL, CheckedQuantity, not_checked
+from megatron_r1.why.checks.loss import SOURCE, moments_depart, moments_limit, update_limit
+from megatron_r1.why.record.recorded_step import RecordedStep
+
+if TYPE_CHECKING:
+    from megatron_r1.why.update.recomputation import Recomputation, RecomputedUpdates
+
+FAMILY, BEFORE, SCHEDULE = "optimizer", "checkpoint", "schedule"
+WHERE = {"before": BEFORE, "after": FAMILY}
+"""The families of a checkpoint's comparisons: what is in the one before a step is its input."""
+RATE = 1e-6
+"""Relative: learning rates are a few products of float64."""
+ODD = 0.5
+"""Relative distance of the change of one tensor, which may have small gradients alone."""
+MAX_STEP_FACTOR = 10.0
+"""Times the learning rate that Adam may move a number by: |m| / √v is at most 1.2 with the default
+β1 and β2, by Cauchy and Schwarz, and more where moments are lost."""
+
+
+def check_rates(step: RecordedStep) -> list[CheckedQuantity]:
+    """Return the comparisons of the schedule, from metrics.jsonl alone."""
+    return [_rate(step), _count(step), _taken(step)]
+
+
+def _rate(step: RecordedStep) -> CheckedQuantity:
+    name, logged = "learning rate", step.line.get("learning_rate")
+    if not isinstance(logged, int | float):
+        return not_checked(SCHEDULE, name, "metrics.jsonl has no learning_rate")
+    rates = step.learning_rates
+    mean_rate = sum(rates) / len(rates)
+    distance = abs(mean_rate - logged) / mean_rate if mean_rate else abs(logged)
+    settings, steps = step.config.optimizer, step.scheduled_steps
+    total_steps = "" if steps == step.run_config.run.steps else f" over run.steps: {steps}"
+    reason = f"learning_rate is {logged:g} in metrics.jsonl, the schedule says {mean_rate:g}"
+    if settings.warmup and logged < mean_rate:
+        reason += ": as if still in warm-up"
+    return CheckedQuantity(
+        SCHEDULE,
+        name,
+        EQUAL if distance <= RATE else DEPARTS,
+        f"{logged:g} of metrics.jsonl with {mean_rate:g} by the schedule{total_steps}",
+        distance,
+        RATE,
+        "float64",
+        reason,
+        remedy="optimizer.learning_rate, warmup, decay, min_learning_rate, or run.steps, which "
+        "the decay is over",
+    )
+
+
+def _count(step: RecordedStep) -> CheckedQuantity:
+    name, logged = "number of updates", step.line.get("optimizer_step")
+    if not isinstance(logged, int):
+        return not_checked(SCHEDULE, name, "metrics.jsonl has no optimizer_step")
+    num_updates = step.updates_after(step.step)
+    return CheckedQuantity(
+        SCHEDULE,
+        name,
+        EQUAL if num_updates == logged else DEPARTS,
+        f"optimizer_step {logged:,} with {num_updates:,} by rl.minibatches",
+        float(abs(num_updates - logged)),
+        0.0,
+        "exact",
+        f"optimizer_step is {logged:,}, {num_updates:,} updates were due: the schedule is behind",
+        remedy="rl.minibatches or rl.schedule were changed on the way, or the counter was lost",
+    )
+
+
+def _taken(step: RecordedStep) -> CheckedQuantity:
+    name, logged = "updates taken", step.line.get("step_taken")
+    norm = step.line.get("grad_norm")
+    if not isinstance(logged, int | float):
+        return not_checked(FAMILY, name, "metrics.jsonl has no step_taken")
+    is_finite = isinstance(norm, int | float) and math.isfinite(norm)
+    return CheckedQuantity(
+        FAMILY,
+        name,
+        EQUAL if logged == 1 and is_finite else DEPARTS,
+        f"step_taken {logged:g}, grad_norm {norm}",
+        1 - float(logged),
+        0.0,
+        "exact",
+        "a gradient that is not finite: its update was left out"
+        if logged < 1
+        else f"grad_norm is {norm}",
+        remedy="model.dtype, fp8, or the samples: NaN in a loss",
+    )
+
+
+def check_states(step: RecordedStep) -> list[CheckedQuantity]:
+    """Return the comparisons of the checkpoints' tensors and counters."""
+    from megatron_r1.why.policy import checkpoint_tensors
+
+    comparisons = [_tied(step)]
+    for moment, path in (("before", step.before), ("after", step.after)):
+        if path is None or not (path / ".metadata").is_file():
+            is_first = moment == "before" and step.step == 1
+            why = "the run begins with a model" if is_first else "it is not kept"
+            comparisons.append(not_checked(WHERE[moment], f"checkpoint {moment} the step", why))
+            continue
+        comparisons += [_finite(moment, path), _counters(step, moment, path)]
+        comparisons += [_moments(step, moment, path), _masters(step, moment, path)]
+    if step.before is not None and step.after is not None:
+        moves_bias = step.config.model.expert_bias_update_rate > 0
+        largest_change = checkpoint_tensors.change(step.before, step.after, step.model, moves_bias)
+        comparisons.append(_moved(step, *largest_change))
+    return comparisons
+
+
+def _finite(when: str, path: Path) -> CheckedQuantity:
+    from megatron_r1.why.policy import checkpoint_tensors
+
+    bad = checkpoint_tensors.not_finite(path)
+    return CheckedQuantity(
+        WHERE[when],
+        f"numbers of the checkpoint {when}",
+        DEPARTS if bad else EQUAL,
+        f"every tensor of {path.name} is finite",
+        float(len(bad)),
+        0.0,
+        "exact",
+        f"not finite: {', '.join(bad[:3])}" + (f" and {len(bad) - 3} more" if len(bad) > 3 else ""),
+        remedy="optimizer.learning_rate, model.dtype; go on from an earlier checkpoint",
+    )
+
+
+def _counters(step: RecordedStep, when: str, path: Path) -> CheckedQuantity:
+    from megatron_r1.why.policy import checkpoint_model
+
+    name = f"Adam's counter {when}"
+    counted = checkpoint_model.read_state(path)
+    num_updates = step.updates_after(step.step - (when == "before"))
+    if counted is None:
+        return not_checked(WHERE[when], name, f"{path.name} has none")
+    return CheckedQuantity(
+        WHERE[when],
+        name,
+        EQUAL if counted == num_updates else DEPARTS,
+        f"{counted:,} of {path.name} with {num_updates:,} updates",
+        float(abs(counted - num_updates)),
+        0.0,
+        "exact",
+        f"{path.name} counts {counted:,} updates, {num_updates:,} were made: Adam's state was lost "
+        "on the way",
+        remedy="the checkpoint that the run went on from: it was loaded without its optimizer",
+    )
+
+
+def _moments(step: RecordedStep, when: str, path: Path) -> CheckedQuantity:
+    from megatron_r1.why.policy import checkpoint_tensors
+
+    name = f"Adam's moments {when}"
+    if not step.updates_after(step.step - (when == "before")):
+        return not_checked(WHERE[when], name, "no update was made before")
+    empty, total = checkpoint_tensors.empty_moments(path)
+    if not total:
+        return not_checked(WHERE[when], name, f"{path.name} has no moments")
+    fraction = len(empty) / total
+    return CheckedQuantity(
+        WHERE[when],
+        name,
+        DEPARTS if fraction > 0.5 else EQUAL,
+        f"{total - len(empty):,} of {total:,} second moments of {path.name} are not all zero",
+        fraction,
+        0.5,
+        "parameters without a gradient have none",
+        f"{len(empty):,} of {total:,} second moments of {path.name} are zero, as {empty[0]}"
+        if empty
+        else "",
+        remedy="the checkpoint's optimizer state: it was lost, or parameters get no gradient",
+    )
+
+
+def _masters(step: RecordedStep, when: str, path: Path) -> CheckedQuantity:
+    from megatron_r1.why.policy import checkpoint_tensors
+
+    name = f"master weights {when}"
+    worst, distance = checkpoint_tensors.masters_apart(path)
+    tolerance = 0.0 if step.run_config.model.dtype == "float32" else 2.0**-8
+    if not worst:
+        return not_checked(WHERE[when], name, f"{path.name} has none")
+    return CheckedQuantity(
+        WHERE[when],
+        name,
+        EQUAL if distance <= tolerance else DEPARTS,
+        f"weights of {path.name} with the optimizer's",
+        distance,
+        tolerance,
+        "rounding of model.dtype",
+        f"{worst} is not the optimizer's: the next update would undo it",
+        remedy=f"{path}: its weights were changed after the update",
+    )
+
+
+def _tied(step: RecordedStep) -> CheckedQuantity:
+    """Check that a tied head is the embedding in the checkpoints."""
+    from megatron_r1.why.policy import checkpoint_tensors
+
+    name = "tied head"
+    path = step.before
+    if not step.hf.get("tie_word_embeddings"):
+        return not_checked(BEFORE, name, "tie_word_embeddings: false")
+    if path is None or not (path / ".metadata").is_file():
+        return not_checked(BEFORE, name, "there is no checkpoint")
+    distance = checkpoint_tensors.head_from_embedding(path)
+    return CheckedQuantity(
+        BEFORE,
+        name,
+        EQUAL if not distance else DEPARTS,
+        f"output_layer of {path.name}, if there is one, with its embedding",
+        distance or 0.0,
+        0.0,
+        "one tensor",
+        "the head is another tensor than the embedding, though tie_word_embeddings is true",
+        remedy="parallel.pipeline: first and last stage hold copies that parted; or config.json",
+    )
+
+
+def _moved(step: RecordedStep, worst: str, largest: float, norm: float) -> CheckedQuantity:
+    """Check that the weights moved, and not further than Adam can.
+
+    Args:
+        step: the step.
+        worst: the parameter that moved furthest.
+        largest: how far it moved.
+        norm: the norm of the change of all parameters."""
+    rates = step.learning_rates
+    limit = MAX_STEP_FACTOR * sum(rates)
+    rate = max(rates)
+    is_still = largest == 0 and rate > 0 and bool(step.line.get("grad_norm"))
+    return CheckedQuantity(
+        FAMILY,
+        "size of the change",
+        DEPARTS if is_still or largest > limit else EQUAL,
+        f"the largest change of a weight, of a norm of {number(norm)}, with {MAX_STEP_FACTOR:g} x "
+        "the learning rates",
+        largest,
+        limit,
+        "Adam's largest steps, with a margin",
+        "no weight changes, though there is a gradient"
+        if is_still
+        else f"a number of {worst} moves by {number(largest)}, {largest / sum(rates):,.0f} "
+        "learning rates",
+        remedy="optimizer: weights that stay are frozen, or not those that are trained"
+        if is_still
+        else "optimizer.learning_rate as it was used; the checkpoints: they are of other runs",
+    )
+
+
+def check_update(step: RecordedStep, recomputed: Recomputation) -> list[CheckedQuantity]:
+    """Return the comparisons of the change of the weights, and of Adam's moments, with those that
+    were recomputed.
+
+    Args:
+        step: the step.
+        recomputed: its updates."""
+    base = recomputed.base
+    comparisons = [_change(step, base), _moments_made(step, base)]
+    return [
+        replace(comparison, remedy=f"{comparison.remedy}{recomputed.left_out}")
+        for comparison in comparisons
+    ]
+
+
+def _change(step: RecordedStep, base: RecomputedUpdates) -> CheckedQuantity:
+    name = "change of the weights"
+    if base.update_distance is None:
+        return not_checked(FAMILY, name, f"there is no checkpoint of step {step.step}")
+    tolerance = update_limit(step)
+    worst = ", ".join(f"{key} {percent(value)}" for key, value in base.by_parameter[:3])
+    odd = [key for key, value in base.by_parameter if value > max(tolerance, ODD)]
+    return CheckedQuantity(
+        FAMILY,
+        name,
+        EQUAL if base.update_distance <= tolerance and not odd else DEPARTS,
+        f"|run's - recomputed| over |run's|, all parameters; the largest: {worst}",
+        base.update_distance,
+        tolerance,
+        SOURCE[step.run_config.model.dtype],
+        f"the step changed other weights than its gradient: {', '.join(odd[:3]) or worst}",
+        remedy="the optimizer's settings and state; the tensors named (megatron-r1 compare "
+        "with a run without the fault)",
+    )
+
+
+def _moments_made(step: RecordedStep, base: RecomputedUpdates) -> CheckedQuantity:
+    name = "change of Adam's moments"
+    if base.moment_distance is None:
+        return not_checked(FAMILY, name, f"no checkpoint of step {step.step} has them")
+    return CheckedQuantity(
+        FAMILY,
+        name,
+        DEPARTS if moments_depart(step, base) else EQUAL,
+        "|run's - recomputed| over |run's|, all parameters, of the first or the second moments",
+        base.moment_distance,
+        moments_limit(step),
+        SOURCE[step.run_config.model.dtype],
+        "Adam's moments are of other gradients than the step's loss has",
+        remedy="the sum of gradients over micro-batches and ranks, optimizer.clip_grad, beta1, "
+        "beta2",
+    )

@@ -1,0 +1,234 @@
+"""The trainer's old log-probabilities, and its reference, against checkpoints before the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from megatron_r1.reporting.formatting import format_number as number
+from megatron_r1.why.checked_quantity import DEPARTS, EQUAL, ROUNDING, CheckedQuantity, not_checked
+from megatron_r1.why.record.recorded_step import RecordedStep, weights_after
+
+if TYPE_CHECKING:
+    from megatron_r1.why.update.recomputation import Recomputation
+
+POLICIES = "log-probabilities"
+
+
+def check_policies(step: RecordedStep, recomputed: Recomputation) -> list[CheckedQuantity]:
+    """Return the comparisons of the trainer's log-probabilities and of its reference."""
+    return [_trainer(step, recomputed), _reference(step, recomputed)]
+
+
+def _trainer(step: RecordedStep, recomputed: Recomputation) -> CheckedQuantity:
+    """Compare logprob_diff/mean, engine's against trainer's, with engine's against transformers."""
+    name = "old policy of the trainer"
+    logged = step.line.get("logprob_diff/mean")
+    if not isinstance(logged, int | float):
+        return not_checked(POLICIES, name, "metrics.jsonl has no logprob_diff/mean")
+    if len(recomputed.scored_sequences) < len(recomputed.rows):
+        return not_checked(POLICIES, name, "only a part of the responses is recomputed here")
+    gaps = [
+        np.abs(sequence.logprobs - logprobs)
+        for sequence, logprobs in zip(recomputed.sequences, recomputed.old, strict=True)
+        if not math.isnan(sequence.advantage)
+    ]
+    mean_gap = float(np.concatenate(gaps).mean())
+    tolerance = ROUNDING[step.run_config.model.dtype]
+    distance = abs(mean_gap - logged)
+    departs = distance > tolerance
+    reason, remedy = (_explained(step, recomputed) if departs else None) or (
+        f"the trainer is {number(logged)} from the engine, transformers {number(mean_gap)}: the "
+        "trainer computes old log-probabilities of other weights, or at another temperature",
+        "rollout.temperature in rl.schedule, model.fusions, fp8, parallel; megatron-r1 "
+        "check-model with this layout",
+    )
+    return CheckedQuantity(
+        POLICIES,
+        name,
+        DEPARTS if departs else EQUAL,
+        f"mean |engine - trainer| {number(logged)} with mean |engine - transformers| "
+        f"{number(mean_gap)}",
+        distance,
+        tolerance,
+        "rounding of model.dtype (docs/compare.md)",
+        reason,
+        remedy=remedy,
+    )
+
+
+def _explained(step: RecordedStep, recomputed: Recomputation) -> tuple[str, str] | None:
+    """Return what gives the trainer's logged distances from the engine, and the remedy."""
+    newest = step.step - 1
+    tried: list[tuple[str, str, Callable[[], Sequence[np.ndarray] | None]]] = [
+        (
+            "at temperature 1",
+            "rollout.temperature: the trainer divides the logits by another",
+            lambda: recomputed.logprobs_under(recomputed.policy, 1.0),
+        ),
+        (
+            "of the token before, shifted by one,",
+            "the trainer's targets: a position predicts the token after it",
+            recomputed.shifted_logprobs,
+        ),
+        *(
+            (
+                f"with the weights of version {version}",
+                f"the checkpoint of step {newest}, or the trainer: it computes with others",
+                partial(recomputed.logprobs_after, version),
+            )
+            for version in {newest - 1, 0} - {newest, -1}
+        ),
+        (
+            "with the tied head as the run began with it",
+            "parallel.pipeline: first and last stage hold copies of the embedding, the tied head's "
+            "is not trained with it",
+            recomputed.with_head_apart,
+        ),
+    ]
+    for noun, remedy, make in tried:
+        logprobs = make()
+        if logprobs is not None and _is_logged(step, recomputed, logprobs):
+            return f"the trainer's are as those of transformers {noun} are", remedy
+    # The engine has none of the prompt, for which the trainer then compares with 0.
+    engine_logprobs = [
+        np.concatenate(
+            [np.zeros(len(logprobs_of_all) - len(sequence.logprobs), np.float32), sequence.logprobs]
+        )
+        for logprobs_of_all, sequence in zip(
+            recomputed.all_token_logprobs(), recomputed.sequences, strict=True
+        )
+    ]
+    if _is_logged(step, recomputed, recomputed.all_token_logprobs(), engine_logprobs):
+        return (
+            "the trainer's are as those of transformers of all tokens, prompts too, are: the mask "
+            "of the response leaves prompt tokens in the loss",
+            "the mask of rl.algorithm's loss: prompts are not trained on",
+        )
+    return _parted_head(step)
+
+
+def _parted_head(step: RecordedStep) -> tuple[str, str] | None:
+    """Return that the copy of a tied head parted from the embedding, where the trainer was at the
+    engine in the run's first step and is not now: no checkpoint holds the last stage's copy."""
+    if step.run_config.parallel.pipeline == 1 or not step.hf.get("tie_word_embeddings"):
+        return None
+    began = next(iter(step.folder.read_metrics()), {}).get("logprob_diff/mean")
+    if not isinstance(began, int | float) or began > ROUNDING[step.run_config.model.dtype]:
+        return None
+    return (
+        f"the trainer was {number(began)} from the engine in the first step, and is "
+        f"{number(step.line['logprob_diff/mean'])} now: of a tied head the last stage has a copy, "
+        "which is in no checkpoint, and which parted from the embedding",
+        "parallel.pipeline: the gradients of both copies of a tied embedding are summed",
+    )
+
+
+def _is_logged(
+    step: RecordedStep,
+    recomputed: Recomputation,
+    logprobs: Sequence[np.ndarray],
+    engine: Sequence[np.ndarray] | None = None,
+) -> bool:
+    """Return whether log-probabilities are as far from the engine's as those of the trainer.
+
+    Args:
+        step: the step.
+        recomputed: its sequences.
+        logprobs: log-probabilities of the sequences' tokens.
+        engine: log-probabilities that the engine would have; None: those that it recorded."""
+    engine_logprobs = engine or [sequence.logprobs for sequence in recomputed.sequences]
+    gaps = np.concatenate(
+        [
+            np.abs(theirs - recomputed_logprobs)
+            for sequence, theirs, recomputed_logprobs in zip(
+                recomputed.sequences, engine_logprobs, logprobs, strict=True
+            )
+            if not math.isnan(sequence.advantage)
+        ]
+    )
+    tolerance = ROUNDING[step.run_config.model.dtype]
+    distances = {"logprob_diff/mean": float(gaps.mean()), "logprob_diff/max": float(gaps.max())}
+    return all(
+        abs(float(step.line[name]) - value) <= max(tolerance, tolerance * value)
+        for name, value in distances.items()
+        if isinstance(step.line.get(name), int | float)
+    )
+
+
+def last_refresh(step: RecordedStep) -> int:
+    """Return the step after which the reference was last replaced, before this one; 0: never."""
+    config, refreshed = step.run_config, 0
+    for earlier in range(1, step.step):
+        step_config = config.at(earlier)
+        interval, num_updates = step_config.rl.reference_refresh, config.updates_before(earlier + 1)
+        if (
+            interval
+            and num_updates // interval > (num_updates - step_config.rl.minibatches) // interval
+        ):
+            refreshed = earlier
+    return refreshed
+
+
+def _reference(step: RecordedStep, recomputed: Recomputation) -> CheckedQuantity:
+    """Compare the checkpoint's reference with the weights that the settings make it."""
+    name = "reference policy"
+    if not step.config.rl.kl_beta:
+        return not_checked(POLICIES, name, "rl.kl_beta: 0, there is none")
+    if step.step == 1:
+        return not_checked(POLICIES, name, "it is the policy in the first step")
+    from megatron_r1.why.policy import checkpoint_model
+
+    refreshed = last_refresh(step)
+    expected = weights_after(step.folder, step.run_config, refreshed)
+    before = step.before
+    if before is None:
+        return not_checked(POLICIES, name, f"there is no checkpoint of step {step.step - 1}")
+    if not checkpoint_model.has_part(before, checkpoint_model.REFERENCE):
+        return not_checked(POLICIES, name, f"{before} has none")
+    if expected is None:
+        return not_checked(POLICIES, name, f"there is no checkpoint of step {refreshed}")
+    reference_model = recomputed.model(before, checkpoint_model.REFERENCE)
+    distance = _apart(reference_model, recomputed.model(expected))
+    if distance <= ROUNDING["float32"]:
+        return CheckedQuantity(
+            POLICIES,
+            name,
+            EQUAL,
+            f"that of {before} with the weights after step {refreshed}",
+            distance,
+            ROUNDING["float32"],
+            "copies of one another",
+        )
+    reason = f"it is not the weights after step {refreshed}, as rl.reference_refresh makes it"
+    other_steps = {0, step.step - 1, *range(max(0, step.step - 4), step.step)} - {refreshed}
+    for other_step in sorted(other_steps):
+        path = weights_after(step.folder, step.run_config, other_step)
+        if path and _apart(reference_model, recomputed.model(path)) <= ROUNDING["float32"]:
+            text = (
+                "it was not refreshed" if other_step < refreshed else "it was refreshed too often"
+            )
+            reason += f": {text}, it is the weights after step {other_step}"
+            break
+    return CheckedQuantity(
+        POLICIES,
+        name,
+        DEPARTS,
+        f"that of {before} with the weights after step {refreshed}",
+        distance,
+        ROUNDING["float32"],
+        "copies of one another",
+        reason,
+        remedy=f"rl.reference_refresh: {step.config.rl.reference_refresh}",
+    )
+
+
+def _apart(a: object, b: object) -> float:
+    """Return |a - b| / |b| over all parameters of two models."""
+    from megatron_r1.why.policy import model_distance
+
+    return model_distance.relative_distance(a, b)

@@ -1,0 +1,63 @@
+"""What was pushed: the probes after the push, and the exported model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from megatron_r1.reporting.formatting import format_number as number
+from megatron_r1.why.checked_quantity import DEPARTS, EQUAL, ROUNDING, CheckedQuantity, not_checked
+from megatron_r1.why.record.recorded_step import RecordedStep
+
+if TYPE_CHECKING:
+    from megatron_r1.why.update.recomputation import Recomputation
+
+FAMILY = "push"
+
+
+def check_push(step: RecordedStep, recomputed: Recomputation) -> list[CheckedQuantity]:
+    """Return the comparisons of the weights that left the trainer: to engines, and to hf/."""
+    return [_probe(step), _export(step, recomputed)]
+
+
+def _probe(step: RecordedStep) -> CheckedQuantity:
+    name = "probes of the push"
+    value = step.line.get("push/probe_diff")
+    if not isinstance(value, int | float):
+        return not_checked(FAMILY, name, "metrics.jsonl has no push/probe_diff")
+    tolerance = 4 * ROUNDING[step.run_config.rollout.dtype]
+    return CheckedQuantity(
+        FAMILY,
+        name,
+        EQUAL if value <= tolerance else DEPARTS,
+        "engines with the trainer, on the probe prompts",
+        float(value),
+        tolerance,
+        "rounding of rollout.dtype, of a few tokens",
+        f"engines are {number(value)} from the trainer after the push",
+        remedy="push.transport, push.fp8 (docs/push.md)",
+    )
+
+
+def _export(step: RecordedStep, recomputed: Recomputation) -> CheckedQuantity:
+    """Compare hf/ with the checkpoint of the last step."""
+    name = "exported model"
+    if not (step.folder.hf / "config.json").is_file():
+        return not_checked(FAMILY, name, "there is no hf/ yet")
+    if step.step != step.run_config.run.steps or step.after is None:
+        return not_checked(FAMILY, name, "hf/ is of the run's last step")
+    from megatron_r1.why.policy import model_distance
+
+    exported = recomputed.model(step.folder.hf)
+    distance = model_distance.relative_distance(exported, recomputed.model(step.after))
+    tolerance = 0.0 if step.run_config.model.dtype == "float32" else 2.0**-8
+    return CheckedQuantity(
+        FAMILY,
+        name,
+        EQUAL if distance <= tolerance else DEPARTS,
+        f"hf/ with {step.after.name}",
+        distance,
+        tolerance,
+        "rounding of model.dtype",
+        "hf/ has other weights than the last checkpoint",
+        remedy="hf/: megatron-r1 convert to-hf RUN OUT makes it again",
+    )

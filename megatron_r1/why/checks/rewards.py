@@ -1,0 +1,394 @@
+"""Rewards again: by a second reader of mathematics (math-verify), by the run's own graders, and as
+a sum of their terms; and the metrics that are made of them."""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from itertools import chain
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+from r1_grading import grade
+from r1_grading.rewards import REGISTRY
+from r1_grading.terms import ACCURACY, call_fields
+
+from megatron_r1.controller.rollouts.rollout import all_responses
+from megatron_r1.reporting.formatting import format_number as number
+from megatron_r1.why.checked_quantity import (
+    DEPARTS,
+    EQUAL,
+    CheckedQuantity,
+    ResponseIndex,
+    fraction_comparison,
+    not_checked,
+)
+from megatron_r1.why.formulas import are_equal
+from megatron_r1.why.record.recorded_step import RecordedStep
+
+FAMILY = "rewards"
+MAX_READ = 1024
+"""Responses that the second reader and the graders read again."""
+DISPUTED = 0.01
+"""Share of the responses about which two readers of mathematics may differ."""
+PLAIN_NUMBER = re.compile(r"[-+]?[$€£]?\d[\d,]*(?:\.\d+)?%?")
+PLAIN = re.compile(r"\$?(?:[-+]?[$€£]?[\d.,]+(?:\s?/\s?\d+)?\s?%?|[ -;=?-~]*\\[ -;=?-~]*)\$?")
+"""A number or a fraction, or one line of ASCII with a LaTeX command."""
+TAG, END_TAG, BOX, HASHES = "<answer>", "</answer>", r"\boxed", "####"
+IN_PROCESS = ("math", "exact_match", "logic")
+"""Kinds of rewards that are called here; programs run in a sandbox, and services are not asked."""
+READ = ("math", "logic")
+"""Kinds whose answers the second reader reads; of logic, which may have other right answers, only
+those that it takes for right."""
+ROUNDING = 1e-6
+"""Sums of a few float64 numbers."""
+
+
+def check(step: RecordedStep) -> list[CheckedQuantity]:
+    """Return the comparisons of a step's rewards."""
+    again = _graded(step)
+    return [
+        _sums(step),
+        _order(step, again),
+        _second_reader(step),
+        _graded_again(step, again),
+        *_metrics(step),
+    ]
+
+
+def _sums(step: RecordedStep) -> CheckedQuantity:
+    """Check that rewards are the weighted sums of their terms."""
+    concerned: list[ResponseIndex] = []
+    worst, reason = 0.0, ""
+    for index, graded in step.responses.items():
+        if not graded.is_graded:
+            continue
+        total = sum(step.weights.get(term, 0.0) * value for term, value in graded.rewards.items())
+        if (gap := abs(total - graded.reward)) > ROUNDING:
+            concerned.append(index)
+            if gap > worst:
+                worst, terms = gap, ", ".join(f"{k} {v:g}" for k, v in graded.rewards.items())
+                cut = ", of a response that is cut off" if graded.is_truncated else ""
+                reason = f"reward {graded.reward:g}{cut} is not {total:g}, the sum of {terms}"
+    if concerned and all(step.responses[index].is_truncated for index in concerned):
+        reason = f"{len(concerned):,} truncated answers are punished: {reason}"
+    elif concerned and all(
+        abs(_plain_sum(step, index) - step.responses[index].reward) <= ROUNDING
+        for index in concerned
+    ):
+        reason = f"rewards are the sums of the terms without their weights: {reason}"
+    return fraction_comparison(
+        FAMILY,
+        "sum of the terms",
+        f"{len(step.responses):,} rewards with rewards.weights "
+        + ", ".join(f"{term} {weight:g}" for term, weight in step.weights.items()),
+        concerned,
+        len(step.responses),
+        reason=reason,
+        remedy="rewards.weights, or what changes a reward after the graders",
+        loss_fraction=step.loss_fraction,
+    )
+
+
+def _plain_sum(step: RecordedStep, index: ResponseIndex) -> float:
+    terms = step.responses[index].rewards
+    return sum(value for term, value in terms.items() if step.weights.get(term))
+
+
+def stated(text: str, reading: str) -> tuple[str, str] | None:
+    """Return an answer and the form it is in, found without the run's reader: the tag, the last box
+    or ####, else with the readings that take it the last number; None where there is none, or
+    several tags, and for an answer that is neither a number nor LaTeX: readers differ about those.
+
+    Args:
+        text: the response.
+        reading: `rewards.answer`."""
+    answer = _stated(text, reading)
+    return answer if answer and PLAIN.fullmatch(answer[0].strip()) else None
+
+
+def _stated(text: str, reading: str) -> tuple[str, str] | None:
+    if TAG in text:
+        answer, end, tail = text.rpartition(TAG)[2].partition(END_TAG)
+        is_one = text.count(TAG) == text.count(END_TAG) == 1 and not tail.strip()
+        return (answer, TAG) if is_one and end else None
+    if BOX in text:
+        tail, depth = text.rpartition(BOX)[2], 0
+        for at, character in enumerate(tail):
+            depth += (character == "{") - (character == "}")
+            if character == "}" and depth == 0:
+                return tail[1:at], BOX
+        return None
+    if HASHES in text:
+        lines = text.rpartition(HASHES)[2].strip().splitlines()
+        return (lines[0], HASHES) if lines else None
+    if reading in ("last", "auto") and (numbers := PLAIN_NUMBER.findall(text)):
+        return numbers[-1], "the last number"
+    return None
+
+
+@dataclass
+class _Verdicts:
+    """What a second reader says of the answers that responses state.
+
+    Attributes:
+        total: answers that it has read.
+        rejected: right answers that were graded as wrong, by the form that they are in.
+        accepted: wrong answers that were graded as right.
+        num_paid: answers that were graded as right.
+        are_cut: whether all that are in `accepted` are of truncated responses.
+        rejected_example: one of them, with its truth.
+        accepted_example: likewise."""
+
+    total: int = 0
+    rejected: dict[str, list[ResponseIndex]] = field(default_factory=dict)
+    accepted: list[ResponseIndex] = field(default_factory=list)
+    num_paid: int = 0
+    are_cut: bool = True
+    rejected_example: str = ""
+    accepted_example: str = ""
+
+    def reason(self) -> str:
+        """Return what departs, in words."""
+        parts = []
+        if count := sum(map(len, self.rejected.values())):
+            form = max(self.rejected, key=lambda reading: len(self.rejected[reading]))
+            parts.append(
+                f"{count:,} answers are rejected that it takes for right, most behind {form}, as "
+                f"{self.rejected_example}"
+            )
+        if self.accepted:
+            ending = ", all cut off: truncated answers are rewarded" if self.are_cut else ""
+            parts.append(
+                f"{len(self.accepted):,} are accepted that it takes for wrong, as "
+                f"{self.accepted_example}{ending}; {self.num_paid:,} of {self.total:,} are paid"
+            )
+        return "; ".join(parts)
+
+
+def _second_reader(step: RecordedStep) -> CheckedQuantity:
+    """Compare accuracies with math-verify's, of answers that responses state plainly."""
+    name = "math-verify's verdict"
+    try:
+        from math_verify import parse, verify
+    except ImportError:
+        return not_checked(FAMILY, name, "the package math-verify is not installed")
+    verdict_by_texts: dict[tuple[str, str], bool] = {}
+
+    def is_right(answer: str, truth: str) -> bool:
+        key = answer.strip(), truth.strip()
+        if key not in verdict_by_texts:
+            gold, response_answer = (_parsed(parse, text) for text in (key[1], key[0]))
+            verdict_by_texts[key] = key[0] == key[1] or bool(
+                gold and response_answer and verify(gold, response_answer)
+            )
+        return verdict_by_texts[key]
+
+    verdicts = _verdicts(step, is_right)
+    if not verdicts.total:
+        why = step.prompts_missing or "no response to mathematics states an answer"
+        return not_checked(FAMILY, name, why)
+    remedy = "the rewards' reader: rewards.answer, or the truths of data.path"
+    if verdicts.rejected.get(HASHES):
+        remedy = "rewards.answer: auto, or last: the reader misses ####"
+    return fraction_comparison(
+        FAMILY,
+        name,
+        f"the accuracy of {verdicts.total:,} responses with math-verify's",
+        [*chain.from_iterable(verdicts.rejected.values()), *verdicts.accepted],
+        verdicts.total,
+        reason=verdicts.reason(),
+        remedy=remedy,
+        loss_fraction=step.loss_fraction,
+        tolerance=max(DISPUTED, 1 / verdicts.total),
+        source="readers of mathematics differ about so many",
+    )
+
+
+def _verdicts(step: RecordedStep, is_right: Callable[[str, str], bool]) -> _Verdicts:
+    """Return what a reader says of the responses to mathematics."""
+    verdicts = _Verdicts()
+    for index, graded in list(step.responses.items())[:MAX_READ]:
+        prompt = step.groups[index[0]].prompt
+        if prompt.kind not in READ or ACCURACY not in graded.rewards or graded.episode:
+            continue
+        if ACCURACY in graded.ungraded_terms or isinstance(prompt.truth, dict | list):
+            continue
+        stated_answer = stated(graded.text, step.config.rewards.answer)
+        if stated_answer is None:
+            continue
+        verdicts.total += 1
+        answer, form = stated_answer
+        example = f"{answer.strip()[:40]!r} for {str(prompt.truth)[:40]!r}"
+        says, logged = is_right(answer, str(prompt.truth)), graded.rewards[ACCURACY] >= 0.5
+        verdicts.num_paid += logged
+        if says and not logged:
+            verdicts.rejected.setdefault(form, []).append(index)
+            verdicts.rejected_example = verdicts.rejected_example or example
+        elif logged and not says and prompt.kind == "math":
+            verdicts.accepted.append(index)
+            verdicts.are_cut &= graded.is_truncated
+            verdicts.accepted_example = verdicts.accepted_example or example
+    return verdicts
+
+
+def _parsed(parse: Callable[..., list[Any]], text: str) -> list[Any]:
+    return parse(f"${text.strip().strip('$')}$") or parse(text)
+
+
+def _graded(step: RecordedStep) -> dict[ResponseIndex, Any]:
+    """Return the grades of this version's graders with the run's settings."""
+    options, grades = step.run_config.rewards.call_options, {}
+    for index, graded in list(step.responses.items())[:MAX_READ]:
+        prompt = step.groups[index[0]].prompt
+        if prompt.kind not in IN_PROCESS or prompt.kind not in REGISTRY or graded.episode:
+            continue
+        if ACCURACY in graded.ungraded_terms or ACCURACY not in graded.rewards:
+            continue
+        facts: dict[str, Any] = {"num_tokens": len(graded.response.token_ids)}
+        facts |= {"opened": step.tokenizer.opens_thought, "question": prompt.question}
+        fields = call_fields(prompt.kind, options, prompt.fields, {})
+        text = step.tokenizer.closed_thought + graded.text
+        grades[index] = _call(prompt.kind, text, prompt.truth, fields, facts)
+    return grades
+
+
+def _order(step: RecordedStep, again: Mapping[ResponseIndex, Any]) -> CheckedQuantity:
+    """Check that no response has the accuracy of another one of its group.
+
+    again: grades by response."""
+    name, by_shift = "order of the rewards", dict[int, list[ResponseIndex]]()
+    groups = [
+        (at, len(group.responses))
+        for at, group in enumerate(step.groups)
+        if all((at, index) in again for index in range(len(group.responses)))
+    ]
+    largest = max((size for _, size in groups), default=0)
+    if largest < 2:
+        return not_checked(FAMILY, name, "no group of several responses is graded here")
+    for shift in range(largest):
+        by_shift[shift] = [
+            (at, index)
+            for at, size in groups
+            for index in range(size)
+            if abs(
+                step.responses[at, index].rewards[ACCURACY]
+                - again[at, (index + shift) % size].reward
+            )
+            > ROUNDING
+        ]
+    shift = min(by_shift, key=lambda offset: (len(by_shift[offset]), offset))
+    is_other = shift and not by_shift[shift]
+    return fraction_comparison(
+        FAMILY,
+        name,
+        f"the accuracies of {len(groups):,} groups with those of other responses of the group",
+        by_shift[0] if is_other else [],
+        len(step.responses),
+        reason=f"each response has the accuracy of another response, {shift} places on in its "
+        "group",
+        remedy="what assigns grades to responses (controller/rollouts): an order of its own",
+        loss_fraction=step.loss_fraction,
+    )
+
+
+def _graded_again(step: RecordedStep, again: Mapping[ResponseIndex, Any]) -> CheckedQuantity:
+    """Check accuracies with the graders of this version and the run's settings.
+
+    again: grades by response."""
+    name = "graded again"
+    if not again:
+        why = step.prompts_missing or f"only kinds {', '.join(IN_PROCESS)} are graded here"
+        return not_checked(FAMILY, name, why)
+    logged = {index: step.responses[index].rewards[ACCURACY] for index in again}
+    concerned = [
+        index for index, grade in again.items() if abs(grade.reward - logged[index]) > ROUNDING
+    ]
+    reason = ""
+    if concerned:
+        first = concerned[0]
+        new_grade = again[first]
+        reason = (
+            f"accuracy {logged[first]:g} was logged, now {new_grade.reward:g}: {new_grade.reason}"
+        )
+        if all(step.responses[index].is_truncated for index in concerned):
+            participle = "rewarded" if logged[first] > new_grade.reward else "punished"
+            reason = (
+                f"{len(concerned):,} truncated answers, cut off at the limit, are {participle}: "
+                + (reason)
+            )
+    return fraction_comparison(
+        FAMILY,
+        name,
+        f"the accuracy of {len(again):,} responses with this version's",
+        concerned,
+        len(again),
+        reason=reason,
+        remedy="rewards.options, rewards.answer, the truths of the data, or the grader's version: "
+        "they are not those that graded",
+        loss_fraction=step.loss_fraction,
+    )
+
+
+def _call(kind: str, text: str, truth: Any, fields: dict[str, Any], facts: dict[str, Any]) -> Any:
+    """Call a reward with the facts that it takes.
+
+    Args:
+        kind: the reward's name.
+        text: the response.
+        truth: the question's truth.
+        fields: the row's other columns.
+        facts: what is known of the response, which not every reward takes."""
+    try:
+        return grade(kind, text, truth, **fields, **facts)
+    except TypeError:
+        return grade(kind, text, truth, **fields)
+
+
+def _metrics(step: RecordedStep) -> list[CheckedQuantity]:
+    """Compare means over the logged responses with metrics.jsonl."""
+    groups = step.groups + step.passed_over
+    responses = all_responses(groups)
+    graded = [graded_response.reward for graded_response in responses if graded_response.is_graded]
+    right = [
+        graded_response.rewards[ACCURACY]
+        for graded_response in responses
+        if ACCURACY not in graded_response.ungraded_terms
+    ]
+    equal = sum(
+        are_equal(np.array([r.reward for r in group.responses if r.is_graded])) for group in groups
+    )
+    means = {
+        "reward/mean": fmean(graded) if graded else 0.0,
+        "accuracy": fmean(right) if right else 0.0,
+        "response_length/mean": fmean(
+            len(graded_response.response.token_ids) for graded_response in responses
+        ),
+        "truncated": fmean(graded_response.is_truncated for graded_response in responses),
+        "groups/zero_variance": equal / len(groups),
+    }
+    gaps = {
+        name: abs(float(step.line[name]) - mean)
+        for name, mean in means.items()
+        if isinstance(step.line.get(name), int | float)
+    }
+    compared = f"the means of {len(responses):,} responses with metrics.jsonl"
+    if not gaps:
+        return [not_checked(FAMILY, "metrics of the rollout", "metrics.jsonl has none")]
+    worst = max(gaps, key=lambda name: gaps[name])
+    is_equal = gaps[worst] <= ROUNDING * max(1.0, abs(means[worst]))
+    return [
+        CheckedQuantity(
+            FAMILY,
+            "metrics of the rollout",
+            EQUAL if is_equal else DEPARTS,
+            compared,
+            gaps[worst],
+            ROUNDING * max(1.0, abs(means[worst])),
+            "sums in float64",
+            f"{worst} is {number(step.line[worst])} in metrics.jsonl and {number(means[worst])} in "
+            "the sample log: they are not of the same responses",
+            remedy="metrics.jsonl or sample_log/: one of them was changed, or belongs to a run "
+            "that went on from an earlier checkpoint",
+        )
+    ]

@@ -1,0 +1,174 @@
+"""How the step was sampled: the settings, limits, weight versions and kept tokens that the engines
+logged, against what the run's settings say."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import numpy as np
+
+from megatron_r1.why.checked_quantity import (
+    CheckedQuantity,
+    ResponseIndex,
+    fraction_comparison,
+    not_checked,
+)
+from megatron_r1.why.record.recorded_step import RecordedStep
+
+FAMILY = "sampling"
+
+
+def check_settings(step: RecordedStep) -> list[CheckedQuantity]:
+    """Return the comparisons of what was logged of the sampling."""
+    comparisons = [_kept_tokens(step)] if step.config.rollout.truncates_sampling else []
+    return [_settings(step), _limits(step), _versions(step), *comparisons]
+
+
+def _settings(step: RecordedStep) -> CheckedQuantity:
+    """Check what the engines were asked for."""
+    name = "settings of the engines"
+    rollout = step.config.rollout
+    expected = {
+        "temperature": rollout.temperature,
+        "top_p": rollout.top_p,
+        "top_k": rollout.top_k,
+        "min_p": rollout.min_p,
+        "max_tokens": rollout.max_response_tokens,
+        "stop_token_ids": tuple(step.tokenizer.stop_token_ids),
+        "stop": tuple(rollout.stop),
+    }
+    keys = {
+        "max_tokens": "rollout.max_response_tokens",
+        "stop_token_ids": "rollout.stop_token_ids, or the model's end tokens",
+    }
+    concerned: list[ResponseIndex] = []
+    different: Counter[str] = Counter()
+    logged = 0
+    for at, (group, record) in enumerate(
+        zip(step.groups + step.passed_over, step.sampling, strict=True)
+    ):
+        if record is None:
+            continue
+        logged += 1
+        names = [key for key, value in expected.items() if getattr(record, key) != value]
+        if step.run_config.agents.player_settings:
+            names = [key for key in names if key != "max_tokens"]
+        different.update(
+            f"{key} {getattr(record, key)} was asked for, the settings say {expected[key]}"
+            for key in names
+        )
+        if names and at < len(step.groups):
+            concerned += ((at, index) for index in range(len(group.responses)))
+    if not logged:
+        return not_checked(
+            FAMILY, name, "the log is of a version that did not write them down (before 0.3)"
+        )
+    reason = "; ".join(text for text, _ in different.most_common(3))
+    key = reason.partition(" ")[0]
+    return fraction_comparison(
+        FAMILY,
+        name,
+        f"temperature, cut, limit and stops of {logged:,} groups with the settings",
+        concerned,
+        len(step.responses),
+        reason=reason,
+        remedy=keys.get(key, f"rollout.{key}" if key else ""),
+        loss_fraction=step.loss_fraction,
+    )
+
+
+def _limits(step: RecordedStep) -> CheckedQuantity:
+    """Check that responses that were cut off have as many tokens as the limit."""
+    rollout = step.config.rollout
+    limit = rollout.max_response_tokens
+    max_positions = rollout.max_model_len or step.hf.get("max_position_embeddings", math.inf)
+    cut = {
+        index: len(graded.response.token_ids)
+        for index, graded in step.responses.items()
+        if graded.is_truncated and graded.episode is None
+    }
+    # Prompt and response share the model's positions.
+    shorter = {
+        index: count
+        for index, count in cut.items()
+        if count < min(limit, max_positions - len(step.groups[index[0]].prompt_ids))
+    }
+    longer = [
+        index
+        for index, graded in step.responses.items()
+        if graded.episode is None and len(graded.response.token_ids) > limit
+    ]
+    longest = max(shorter.values(), default=0)
+    reason = f"{len(shorter):,} responses are cut off at {longest:,} tokens at most, the limit is "
+    if longer:
+        reason = f"{len(longer):,} responses are longer than the limit, "
+    return fraction_comparison(
+        FAMILY,
+        "limit of the response",
+        f"{len(cut):,} responses that are cut off with the limit of {limit:,} tokens",
+        [*shorter, *longer],
+        len(step.responses),
+        reason=f"{reason}{limit:,}",
+        remedy="rollout.max_response_tokens, or what the engine makes of it (rollout.vllm)",
+        loss_fraction=step.loss_fraction,
+    )
+
+
+def _versions(step: RecordedStep) -> CheckedQuantity:
+    """Check that the policy that sampled is not older than rl.staleness allows."""
+    newest = step.step - 1
+    oldest = newest - step.config.rl.staleness
+    concerned: dict[ResponseIndex, None] = {}
+    engines: Counter[str] = Counter()
+    wrong_versions: Counter[int] = Counter()
+    num_tokens = 0
+    for sequence in step.sequences:
+        wrong = (sequence.versions < oldest) | (sequence.versions > newest)
+        if wrong.any():
+            concerned[sequence.response] = None
+            engines[step.responses[sequence.response].response.engine or "an engine"] += 1
+            wrong_versions.update(sequence.versions[wrong].tolist())
+            num_tokens += int(wrong.sum())
+    reason = ""
+    if concerned:
+        (version, _), *_ = wrong_versions.most_common(1)
+        names = ", ".join(name for name, _ in engines.most_common(4))
+        reason = f"{names} sampled with version {version}, the step trains version {newest}"
+    return fraction_comparison(
+        FAMILY,
+        "version of the weights",
+        f"the versions of all tokens with {oldest} to {newest}",
+        list(concerned),
+        len(step.responses),
+        reason=reason,
+        remedy="the engine that is behind: its log in logs/, push/* in metrics.jsonl "
+        "(docs/push.md); or rl.staleness",
+        loss_fraction=step.loss_fraction,
+        num_tokens=num_tokens,
+    )
+
+
+def _kept_tokens(step: RecordedStep) -> CheckedQuantity:
+    """Check that every token is among those that its engine kept of the vocabulary."""
+    concerned: dict[ResponseIndex, None] = {}
+    num_tokens = 0
+    for sequence in step.sequences:
+        sampled = sequence.token_ids[sequence.is_sampled]
+        is_kept = np.zeros(len(sampled), bool)
+        if sequence.kept is not None:
+            is_kept = sequence.kept.contains(sampled)
+        if not is_kept.all():
+            concerned[sequence.response] = None
+            num_tokens += int((~is_kept).sum())
+    return fraction_comparison(
+        FAMILY,
+        "tokens that the engines kept",
+        "every sampled token with the ids that its engine drew it from",
+        list(concerned),
+        len(step.responses),
+        reason=f"{num_tokens:,} tokens are not among the ids that were kept for them",
+        remedy="rollout.top_k and the engine's --return-sampling-mask (docs/engines.md)",
+        loss_fraction=step.loss_fraction,
+        num_tokens=num_tokens,
+    )

@@ -1,0 +1,71 @@
+"""Makes all checks of a recorded step, in the order in which data flows through it."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
+
+from megatron_r1.base.errors import UserError
+from megatron_r1.why.checked_quantity import CannotRecompute, CheckedQuantity, Report, not_checked
+from megatron_r1.why.checks import (
+    engine_logprobs,
+    files,
+    loss,
+    optimizer,
+    policies,
+    push,
+    rewards,
+    sampling,
+)
+from megatron_r1.why.record.recorded_step import RecordedStep
+from megatron_r1.why.suspicions import suspicions
+
+if TYPE_CHECKING:
+    from megatron_r1.why.update.recomputation import Recomputation
+
+
+Check = Callable[[RecordedStep], list[CheckedQuantity]]
+WeightCheck = Callable[[RecordedStep, "Recomputation"], list[CheckedQuantity]]
+RECORD_CHECKS: tuple[tuple[str, str, Check], ...] = (
+    ("files", "files", files.check),
+    ("sampling", "settings of the engines", sampling.check_settings),
+    ("rewards", "rewards", rewards.check),
+    ("schedule", "learning rate", optimizer.check_rates),
+    ("checkpoint", "checkpoints", optimizer.check_states),
+)
+"""Checks that need no model: family, what cannot be checked where one fails, and the check."""
+WEIGHT_CHECKS: tuple[tuple[str, str, WeightCheck], ...] = (
+    ("sampling", "engines' log-probabilities", engine_logprobs.check_logprobs),
+    ("log-probabilities", "old policy and reference", policies.check_policies),
+    ("loss", "loss", loss.check_loss),
+    ("optimizer", "change of the weights", optimizer.check_update),
+    ("push", "probes and export", push.check_push),
+)
+"""Checks that recompute with the model's weights, likewise."""
+
+
+def examine(step: RecordedStep) -> Report:
+    """Make all checks of a step.
+
+    Args:
+        step: the step, as `read_step` returns it."""
+    from megatron_r1.why.update.recomputation import Recomputation
+
+    report, recomputed = Report(step.step), Recomputation(step)
+    for family, name, check in RECORD_CHECKS:
+        report.add(_comparisons(family, name, partial(check, step)))
+    for family, name, recompute in WEIGHT_CHECKS:
+        recomputed.searches_causes = not report.departs_before("loss")
+        report.add(_comparisons(family, name, partial(recompute, step, recomputed)))
+    report.curves = engine_logprobs.departures(recomputed)
+    report.suspicions = suspicions(step) if report.first_departure is None else []
+    return report
+
+
+def _comparisons(
+    family: str, name: str, check: Callable[[], list[CheckedQuantity]]
+) -> list[CheckedQuantity]:
+    """Return what a check finds, or why it could not be made."""
+    try:
+        return check()
+    except (CannotRecompute, UserError) as reason:
+        return [not_checked(family, name, str(reason))]

@@ -1,0 +1,178 @@
+"""Rewards, advantages, mini-batches and learning rates in float64, written from their definitions
+and not from the trainer's code, which they are compared with.
+
+    training reward = reward - penalty × punishment of the length (arXiv 2503.14476, eq. 13)
+    A_i = (r_i - mean(r)) / (std(r) + ε) over a group (arXiv 2402.03300, section 4.1)"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+ALGORITHMS = ("grpo", "dapo", "dr_grpo", "gspo", "cispo", "reinforce")
+"""Whose tokens all have their response's advantage."""
+OF_TOKENS = ("rloo", "reinforce_pp")
+"""Whose tokens have advantages of their own, made of their response's (`token_advantages`)."""
+EQUAL_REWARDS = 1e-9
+"""Relative: two sums of the same terms in another order are further apart than their rounding."""
+
+
+def training_reward(
+    reward: float | None, num_tokens: int, limit: int, buffer: float, penalty: float
+) -> float | None:
+    """Return the reward that is trained on.
+
+    Args:
+        reward: the response's; None: ungraded.
+        num_tokens: its length.
+        limit: the longest response.
+        buffer: the fraction of the limit over which the punishment grows to 1.
+        penalty: its weight."""
+    if reward is None or not buffer:
+        return reward
+    begin = (1 - buffer) * limit
+    return reward - penalty * min(1.0, max(0.0, (num_tokens - begin) / (buffer * limit)))
+
+
+def advantages(
+    groups: Sequence[Sequence[float | None]],
+    algorithm: str,
+    std: str,
+    epsilon: float,
+    *,
+    is_centred: bool = True,
+    ddof: int = 0,
+) -> list[list[float]]:
+    """Return an advantage per response; NaN for an ungraded one.
+
+    Args:
+        groups: training rewards; None: ungraded.
+        algorithm: one of `ALGORITHMS` or `OF_TOKENS`.
+        std: what is divided by: "group", "batch" or "none".
+        epsilon: added to the deviation.
+        is_centred: whether the mean is subtracted.
+        ddof: what the deviation's number of rewards is less than their number by."""
+    values = [np.array([np.nan if r is None else r for r in group]) for group in groups]
+    if algorithm == "reinforce_pp":
+        return [rewards_of_group.tolist() for rewards_of_group in values]
+    if algorithm == "rloo":
+        return [
+            (
+                rewards_of_group * 0.0
+                if are_equal(rewards_of_group)
+                else _less_others(rewards_of_group)
+            ).tolist()
+            for rewards_of_group in values
+        ]
+    all_rewards = np.concatenate(values)
+    if not is_centred:
+        centred = [rewards_of_group.copy() for rewards_of_group in values]
+    elif algorithm == "reinforce":
+        mean = np.nanmean(all_rewards) if not np.isnan(all_rewards).all() else 0.0
+        centred = [rewards_of_group - mean for rewards_of_group in values]
+    else:
+        centred = [
+            rewards_of_group - np.nanmean(rewards_of_group)
+            if not np.isnan(rewards_of_group).all()
+            else rewards_of_group
+            for rewards_of_group in values
+        ]
+    if algorithm == "reinforce" and are_equal(all_rewards):
+        centred = [rewards_of_group * 0.0 for rewards_of_group in centred]
+    elif algorithm != "reinforce":
+        pairs = zip(values, centred, strict=True)
+        centred = [
+            rewards_of_group * 0.0 if are_equal(group_values) else rewards_of_group
+            for group_values, rewards_of_group in pairs
+        ]
+    if std == "group" and algorithm != "reinforce":
+        centred = [
+            rewards_of_group / (np.nanstd(rewards_of_group, ddof=ddof) + epsilon)
+            if np.nansum(np.abs(rewards_of_group))
+            else rewards_of_group
+            for rewards_of_group in centred
+        ]
+    if std == "batch" and not are_equal(np.concatenate(centred)):
+        scale = np.nanstd(np.concatenate(centred), ddof=ddof) + epsilon
+        centred = [rewards_of_group / scale for rewards_of_group in centred]
+    return [rewards_of_group.tolist() for rewards_of_group in centred]
+
+
+def _less_others(values: np.ndarray) -> np.ndarray:
+    """Return each reward less the mean of the others; NaN is none."""
+    num_others = np.sum(~np.isnan(values)) - 1
+    return values - (np.nansum(values) - values) / max(1, num_others)
+
+
+def each_advantages(
+    rewards: Mapping[str, Sequence[Sequence[float | None]]],
+    weights: Mapping[str, float],
+    algorithm: str,
+    std: str,
+    epsilon: float,
+) -> list[list[float]]:
+    """Return advantages of rewards that are normalized alone (GDPO, arXiv 2601.05242).
+
+    Args:
+        rewards: by reward and group; None: ungraded.
+        weights: the weight of each reward.
+        algorithm: as of `advantages`, like the next two.
+        std: what is divided by.
+        epsilon: added to the deviation."""
+    parts = {
+        name: advantages(term_rewards, algorithm, std, epsilon)
+        for name, term_rewards in rewards.items()
+    }
+    groups = range(len(next(iter(rewards.values()))))
+    sums = [
+        np.sum([weights[name] * np.array(part[at]) for name, part in parts.items()], axis=0)
+        for at in groups
+    ]
+    all_sums = np.concatenate(sums)
+    if are_equal(all_sums):
+        return [(group_sums * 0.0).tolist() for group_sums in sums]
+    mean, scale = np.nanmean(all_sums), np.nanstd(all_sums) + epsilon
+    return [((group_sums - mean) / scale).tolist() for group_sums in sums]
+
+
+def are_equal(values: np.ndarray) -> bool:
+    """Return whether rewards differ by rounding alone; NaN is none."""
+    numbers = values[~np.isnan(values)]
+    if len(numbers) < 2:
+        return True
+    return float(numbers.max() - numbers.min()) <= EQUAL_REWARDS * max(
+        1.0, float(np.abs(numbers).max())
+    )
+
+
+def learning_rate(
+    update: int,
+    total: int,
+    *,
+    highest: float,
+    lowest: float,
+    warmup: int,
+    decay: str,
+) -> float:
+    """Return the learning rate of an update.
+
+    Args:
+        update: from 1.
+        total: updates of the run.
+        highest: after the warm-up.
+        lowest: at the end of the decay.
+        warmup: updates of linear growth.
+        decay: "constant", "linear" or "cosine"."""
+    if update <= warmup:
+        return highest * update / warmup
+    if decay == "constant":
+        return highest
+    fraction = min(1.0, (update - warmup) / max(1, total - warmup))
+    remaining = 1 - fraction if decay == "linear" else (1 + math.cos(math.pi * fraction)) / 2
+    return lowest + (highest - lowest) * remaining
+
+
+def kl_of_difference(difference: np.ndarray) -> float:
+    """Return the mean of e^g - g - 1, an estimate of KL, for g = log(other) - log(sampler)."""
+    g = np.clip(difference.astype(np.float64), -20, 20)
+    return float((np.expm1(g) - g).mean()) if len(g) else 0.0

@@ -1,0 +1,130 @@
+"""why.html: the table of checks, the responses that a departure concerns most, and departures over
+the position in the response."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_r1.base.files import atomic_write
+from megatron_r1.reporting import plots
+from megatron_r1.reporting.formatting import format_number as number
+from megatron_r1.reporting.formatting import format_percent as percent
+from megatron_r1.reporting.formatting import shorten_middle
+from megatron_r1.reporting.plots import render_page
+from megatron_r1.reporting.report import Plot
+from megatron_r1.why.checked_quantity import NOT_CHECKED, CheckedQuantity, Report, ResponseIndex
+from megatron_r1.why.record.recorded_step import RecordedStep
+
+SHOWN = 6
+"""Responses on the page."""
+CHARACTERS = 3000
+SIZE = (5.2, 2.7)
+
+
+def write(report: Report, step: RecordedStep) -> Path:
+    """Write why.html into the run's folder and return its path."""
+    first = report.first_departure
+    html = render_page(
+        "reporting/templates/why.html.jinja",
+        title=f"{step.folder.path.resolve().name}: why, step {report.step}",
+        run_facts={
+            "responses": f"{len(step.responses):,}",
+            "groups": f"{len(step.groups):,}",
+            "algorithm": step.config.rl.algorithm,
+            "checks": f"{len(report.comparisons):,}",
+        },
+        outcome="Nothing departs." if first is None else f"First departure: {first}.",
+        suspicions=report.suspicions,
+        rows=[_row(comparison) for comparison in report.comparisons],
+        plots=_plots(report),
+        responses=[_response(step, index) for index in _worst(report, step)],
+    )
+    return atomic_write(step.folder.path / "why.html", html)
+
+
+def _row(comparison: CheckedQuantity) -> dict[str, str]:
+    """Return the cells of a check."""
+    is_left_out = comparison.status == NOT_CHECKED
+    text = comparison.reason if comparison.departs or is_left_out else comparison.compared
+    return {
+        "family": comparison.family,
+        "name": comparison.name,
+        "status": comparison.status,
+        "what": text,
+        "distance": "" if math.isnan(comparison.distance) else number(comparison.distance),
+        "tolerance": "" if math.isnan(comparison.tolerance) else number(comparison.tolerance),
+        "source": comparison.source,
+        "concerned": f"{len(comparison.concerned):,}" if comparison.concerned else "",
+        "loss_fraction": ""
+        if math.isnan(comparison.loss_fraction)
+        else percent(comparison.loss_fraction),
+        "remedy": comparison.remedy if comparison.departs else "",
+    }
+
+
+def _plots(report: Report) -> list[Plot]:
+    """Plot departures over position, where there are two points at least."""
+    return [
+        Plot(
+            curve.label[:1].upper() + curve.label[1:],
+            "mean |Δ| of log-probabilities over the position in the response",
+            plots.curve_plot(
+                f"position-{at}",
+                [plots.Curve("mean |Δ|", np.array(curve.positions), np.array(curve.values))],
+                SIZE,
+                from_zero=True,
+            ),
+        )
+        for at, curve in enumerate(report.curves)
+        if len(curve.positions) > 1
+    ]
+
+
+def _worst(report: Report, step: RecordedStep) -> list[ResponseIndex]:
+    """Return the responses of the first departure that has any, those with the largest advantages
+    first."""
+    departing = (
+        departing_comparison
+        for departing_comparison in report.comparisons
+        if departing_comparison.departs
+    )
+    comparison = next(
+        (
+            departing_comparison
+            for departing_comparison in departing
+            if departing_comparison.concerned
+        ),
+        None,
+    )
+    if comparison is None:
+        return []
+
+    def size(index: ResponseIndex) -> float:
+        advantage = step.advantages[index[0]][index[1]]
+        return 0.0 if math.isnan(advantage) else abs(advantage)
+
+    return sorted(comparison.concerned, key=size, reverse=True)[:SHOWN]
+
+
+def _response(step: RecordedStep, index: ResponseIndex) -> dict[str, Any]:
+    graded = step.responses[index]
+    group = step.groups[index[0]]
+    prompt = step.tokenizer.hf_tokenizer.decode(group.prompt_ids, skip_special_tokens=False)
+    details = [
+        f"group {index[0]}, response {index[1]}",
+        f"reward {graded.reward:.3g}",
+        f"advantage {step.advantages[index[0]][index[1]]:.3g}",
+        f"{len(graded.response.token_ids):,} tokens",
+        graded.response.finish_reason,
+        graded.response.engine,
+    ]
+    truth = group.prompt.truth
+    return {
+        "prompt": shorten_middle(prompt, CHARACTERS),
+        "truth": "" if truth is None else str(truth)[:200],
+        "details": [detail for detail in details if detail],
+        "text": shorten_middle(graded.text, CHARACTERS),
+        "reason": graded.reason,
+    }

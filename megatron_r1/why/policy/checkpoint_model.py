@@ -1,0 +1,174 @@
+"""Transformers' model with the tensors of a checkpoint, in fp32 on the CPU.
+
+Of the trainer's code only the reading of tensors by the table of weights is used."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_r1.models.hf_config import read_hf_config
+from megatron_r1.models.transformers_model import load_with_transformers
+from megatron_r1.models.weights.formats.dcp import Box, DistributedCheckpoint
+from megatron_r1.models.weights.formats.hf_folder import HFWeights
+from megatron_r1.models.weights.formats.hf_writer import copy_model_files
+from megatron_r1.models.weights.formats.megatron_weights import MegatronWeights
+from megatron_r1.models.weights.formats.published_layout import stacked_part
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+STATE, REFERENCE = "optimizer.state.", "reference."
+
+
+def opened(checkpoint: Path) -> DistributedCheckpoint:
+    """Return a checkpoint, one object for all who read it: where a tensor's bytes begin is looked
+    up once."""
+    return _opened(checkpoint, (checkpoint / ".metadata").stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=8)
+def _opened(checkpoint: Path, _written: int) -> DistributedCheckpoint:
+    return DistributedCheckpoint(checkpoint)
+
+
+class _Part:
+    """The tensors of a checkpoint whose keys have a prefix, under the keys of the weights; the
+    weights' own where the part has none, as moments have none of a router's bias."""
+
+    def __init__(self, checkpoint: DistributedCheckpoint, prefix: str) -> None:
+        self._checkpoint, self._prefix = checkpoint, prefix
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._checkpoint, name)
+
+    def read(self, key: str, starts: Box, sizes: Box) -> Tensor:
+        full_name = self._prefix + key
+        return self._checkpoint.read(
+            full_name if full_name in self._checkpoint.shapes else key, starts, sizes
+        )
+
+
+def has_part(checkpoint: Path, prefix: str) -> bool:
+    """Return whether any key of a checkpoint has a prefix."""
+    return any(key.startswith(prefix) for key in opened(checkpoint).shapes)
+
+
+def read_model(source: Path, hf_files: Path, prefix: str = "") -> torch.nn.Module:
+    """Return transformers' model, fp32, with the tensors of a checkpoint or of a model's folder.
+
+    Args:
+        source: a checkpoint of the run, or a Hugging Face folder.
+        hf_files: the folder of the model's config.json.
+        prefix: what a checkpoint's keys of the tensors begin with: "" for the weights,
+            "reference.", "optimizer.state.exp_avg.", …
+
+    Raises:
+        UserError: the source is incomplete, or another model's."""
+    transformers.logging.set_verbosity_error()  # of what a checkpoint has besides: MTP layers
+    transformers.logging.disable_progress_bar()
+    hf = read_hf_config(str(hf_files))
+    if (source / "config.json").is_file():
+        return _trainable(load_with_transformers(source, hf, torch.float32))
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        with MegatronWeights(source, hf) as weights:
+            weights.checkpoint.close()
+            weights.checkpoint = cast(Any, _Part(opened(source), prefix))
+            tensors = dict(_tensors(weights, hf))
+        if (loaded := _from_template(hf_files, tensors)) is not None:
+            return loaded
+        copy_model_files(hf_files, folder)
+        config = json.loads((hf_files / "config.json").read_text(encoding="utf-8"))
+        config.pop("quantization_config", None)
+        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        loaded = _trainable(load_with_transformers(folder, hf, torch.float32))
+    state = loaded.state_dict()
+    stacked = _stacked_experts(tensors)
+    if "lm_head.weight" not in stacked:  # tied
+        stacked["lm_head.weight"] = stacked.get("model.embed_tokens.weight", torch.empty(0))
+    # A checkpoint may have more, as MTP layers.
+    if all(
+        name in stacked and torch.equal(tensor, stacked[name]) for name, tensor in state.items()
+    ):
+        _templates.clear()
+        _templates[hf_files] = loaded
+    return loaded
+
+
+_templates: dict[Path, torch.nn.Module] = {}
+"""The newest model whose tensors are a checkpoint's, by name and value: transformers converts none
+of them, so that others of its shape need not go through files."""
+
+
+def _from_template(hf_files: Path, tensors: Mapping[str, Tensor]) -> torch.nn.Module | None:
+    """Return a model with these tensors; None where transformers has to convert them."""
+    if hf_files not in _templates:
+        return None
+    copied = copy.deepcopy(_templates[hf_files])
+    copied.load_state_dict(_stacked_experts(tensors), strict=False)
+    return copied
+
+
+OF_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
+
+
+def _stacked_experts(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors with those of experts as transformers' classes have them: one tensor of
+    all experts, gate and up together."""
+    stacked: dict[str, Tensor] = {}
+    parts: dict[str, dict[tuple[str, int], Tensor]] = {}
+    for name, tensor in tensors.items():
+        if (match := OF_EXPERT.fullmatch(name)) is None:
+            stacked[name] = tensor
+        else:
+            parts.setdefault(match[1], {})[match[3], int(match[2])] = tensor
+    for name, experts in parts.items():
+        numbers = sorted({number for _, number in experts})
+        if {("gate", 0), ("up", 0), ("down", 0)} <= experts.keys():
+            pairs = [torch.cat([experts["gate", n], experts["up", n]]) for n in numbers]
+            stacked[f"{name}.gate_up_proj"] = torch.stack(pairs)
+            stacked[f"{name}.down_proj"] = torch.stack([experts["down", n] for n in numbers])
+    return stacked
+
+
+def _trainable(model: torch.nn.Module) -> torch.nn.Module:
+    """Let the padding token's embedding have a gradient too, as it has in the trainer."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding):
+            module.padding_idx = None
+    return model.eval()
+
+
+def _tensors(weights: MegatronWeights | HFWeights, hf: dict) -> Iterator[tuple[str, Tensor]]:
+    """Yield each tensor of the weights, fp32, under its published name."""
+    stacked: dict[str, Tensor] = {}
+    for name, (shape, _) in weights.tensors.items():
+        values = weights.read(name, 0, 0, shape[0]).float().contiguous()
+        part = stacked_part(hf, name)
+        if part is None:
+            yield name, values
+            continue
+        stacked_tensor = stacked.setdefault(
+            part.name, torch.empty(part.stored_shape(shape, hf["n_routed_experts"]))
+        )
+        part.select(stacked_tensor[part.expert]).copy_(values)
+    yield from stacked.items()
+
+
+def read_state(checkpoint: Path) -> int | None:
+    """Return the finished updates that Adam's bias correction counts, of a checkpoint; None where
+    it says nothing."""
+    common = torch.load(checkpoint / "common.pt", weights_only=True, map_location="cpu")
+    step = common.get("optimizer_step")
+    return None if step is None else int(step)

@@ -1,0 +1,115 @@
+"""Tensors of checkpoints, read a rectangle at a time: what must hold of them as they are."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import Tensor
+
+from megatron_r1.models.weights.formats.dcp import DistributedCheckpoint
+from megatron_r1.why.policy.checkpoint_model import MOMENTS, STATE, opened, read_model
+from megatron_r1.why.policy.routed_experts import ROUTER_BIAS
+
+MASTER = f"{STATE}param."
+NOT_WEIGHTS = ("optimizer.", "critic_optimizer.", "critic.", "reference.")
+ROUTER_BIASES = ("expert_bias", ROUTER_BIAS)
+EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
+
+
+def _parts(checkpoint: DistributedCheckpoint, key: str) -> Iterator[tuple[list[int], Tensor]]:
+    """Yield (starts, values) of the rectangles that a tensor was saved in."""
+    for _, starts, sizes in checkpoint.chunks(key):
+        yield starts, checkpoint.read(key, starts, sizes)
+
+
+def not_finite(path: Path) -> list[str]:
+    """Return the tensors of a checkpoint that hold a number that is not finite."""
+    stored = opened(path)
+    return [
+        key
+        for key in sorted(stored.shapes)
+        if stored.dtypes[key].is_floating_point
+        and any(not bool(values.isfinite().all()) for _, values in _parts(stored, key))
+    ]
+
+
+def empty_moments(path: Path) -> tuple[list[str], int]:
+    """Return the parameters whose second moments are all zero, and the number of parameters."""
+    stored, prefix = opened(path), f"{STATE}{MOMENTS[1]}."
+    keys = [key for key in sorted(stored.shapes) if key.startswith(prefix)]
+    empty = [key for key in keys if not any(bool(part.any()) for _, part in _parts(stored, key))]
+    return [key.removeprefix(prefix) for key in empty], len(keys)
+
+
+def masters_apart(path: Path) -> tuple[str, float]:
+    """Return the weight that is furthest from the optimizer's copy of it, and the largest relative
+    distance; "" where the optimizer has no copies."""
+    stored = opened(path)
+    worst, distance = "", -1.0
+    for key in sorted(key for key in stored.shapes if key.startswith(MASTER)):
+        name = key.removeprefix(MASTER)
+        if name not in stored.shapes:
+            continue
+        gap_square = square = 0.0
+        for starts, master_values in _parts(stored, key):
+            if name in (EMBEDDING, HEAD) and starts:
+                rows = min(master_values.shape[0], stored.shapes[name][0] - starts[0])
+                master_values = master_values[: max(0, rows)]
+            weight = stored.read(name, starts, master_values.shape).double()
+            gap_square += float((weight - master_values.double()).square().sum())
+            square += float(master_values.double().square().sum())
+        relative = math.sqrt(gap_square / square) if square else math.sqrt(gap_square)
+        if relative > distance:
+            worst, distance = name, relative
+    return worst, distance
+
+
+def head_from_embedding(path: Path) -> float | None:
+    """Return the relative distance of a head of its own from the embedding; None without one."""
+    stored = opened(path)
+    if HEAD not in stored.shapes:
+        return None
+    rows = min(stored.shapes[HEAD][0], stored.shapes[EMBEDDING][0])
+    sizes = (rows, *stored.shapes[HEAD][1:])
+    zeros = (0,) * len(sizes)
+    head, embedding = (stored.read(key, zeros, sizes).double() for key in (HEAD, EMBEDDING))
+    return float((head - embedding).norm() / embedding.norm())
+
+
+def change(before: Path, after: Path, hf_files: Path, moves_bias: bool) -> tuple[str, float, float]:
+    """Return the tensor with the largest change of a number between two checkpoints, that change,
+    and the norm of all changes.
+
+    Args:
+        before: a checkpoint, or the model's folder.
+        after: a later checkpoint.
+        hf_files: the folder of the model's config.json.
+        moves_bias: leave the routers' biases out: a rule of their own changes them."""
+    worst, largest, squares = "", 0.0, 0.0
+    for name, gap in _changes(before, after, hf_files):
+        if not gap.numel() or (moves_bias and name.endswith(ROUTER_BIASES)):
+            continue
+        squares += float(gap.square().sum())
+        if (largest_gap := float(gap.abs().max())) > largest:
+            worst, largest = name, largest_gap
+    return worst, largest, math.sqrt(squares)
+
+
+def _changes(before: Path, after: Path, hf_files: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield the changes of each tensor, float64, in parts."""
+    if not (before / ".metadata").is_file():
+        first, last = (read_model(path, hf_files).state_dict() for path in (before, after))
+        for name, values in first.items():
+            if values.is_floating_point():
+                yield name, last[name].double() - values.double()
+        return
+    stored, checkpoint_after = opened(before), opened(after)
+    for key in sorted(stored.shapes.keys() & checkpoint_after.shapes.keys()):
+        if key.startswith(NOT_WEIGHTS) or not stored.dtypes[key].is_floating_point:
+            continue
+        for starts, before_values in _parts(stored, key):
+            yield (
+                key,
+                checkpoint_after.read(key, starts, before_values.shape).double()
+                - before_values.double(),
+            )

@@ -1,0 +1,55 @@
+"""Distances between models with the same parameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TINY = 1e-3
+"""Of the root mean square of a tensor's gradients: what rounding of sums in float32 reaches."""
+
+
+@torch.no_grad()
+def distances(
+    a: Any, b: Any, base: Any, second: Mapping[str, Tensor]
+) -> dict[str, tuple[float, float]]:
+    """Return of every parameter and buffer the norm of a - b, and that of b - base, float64.
+
+    Adam divides by the root of the second moment: of numbers whose gradient is rounding alone
+    (`TINY` of the tensor's) the change is that rounding, grown to a step. They are left out.
+
+    Args:
+        a: a model.
+        b: another with the same parameters.
+        base: the model that both come from.
+        second: the second moments of parameters, by name."""
+    other_state, bases = b.state_dict(), base.state_dict()
+    by_name = {}
+    for name, tensor in a.state_dict().items():
+        if not tensor.is_floating_point() or name not in other_state:
+            continue
+        gap = tensor.double() - other_state[name].double()
+        change = other_state[name].double() - bases[name].double()
+        if (moment := second.get(name)) is not None:
+            is_known = (moment == 0) | (moment >= TINY**2 * moment.mean())
+            gap, change = gap * is_known, change * is_known
+        by_name[name] = float(gap.norm()), float(change.norm())
+    return by_name
+
+
+@torch.no_grad()
+def relative_distance(a: Any, b: Any) -> float:
+    """Return |a - b| / |b| over all parameters and buffers of two models."""
+    other_state = b.state_dict()
+    gap_square = square = 0.0
+    for name, tensor in a.state_dict().items():
+        if not tensor.is_floating_point():
+            continue
+        other_values = other_state[name].double()
+        gap_square += float((tensor.double() - other_values).square().sum())
+        square += float(other_values.square().sum())
+    return math.sqrt(gap_square / square) if square else math.sqrt(gap_square)

@@ -1,0 +1,263 @@
+"""Log-probabilities of a step's tokens by transformers, once and when they are asked for: under the
+policy before the step, earlier ones and the reference, and under changed ones."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor
+
+from megatron_r1.models.sampling_mask import decode_mask
+from megatron_r1.why.checked_quantity import CannotRecompute
+from megatron_r1.why.policy import checkpoint_model, routed_experts, token_logprobs
+from megatron_r1.why.policy.token_logprobs import TokenRow
+from megatron_r1.why.record.recorded_step import RecordedStep, TokenSequence, weights_after
+
+LOGPROB_FLOPS = 1e13
+"""Floating-point operations of a pass over logged tokens: minutes on two cores. Of more tokens a
+part is computed."""
+KEPT_MODELS = 40
+"""Models are kept where so many fit into the free memory."""
+
+
+class PolicyLogprobs:
+    """Log-probabilities of a step's tokens under the policies that it used, and under others.
+
+    Raises:
+        CannotRecompute: weights are missing, or too large for this machine.
+    """
+
+    def __init__(self, step: RecordedStep) -> None:
+        self.step = step
+        self.sequences = step.sequences
+        is_cut = step.config.rollout.truncates_sampling
+        self.rows = [_row(sequence, is_cut) for sequence in self.sequences]
+        self._logprobs_of_weights: dict[Path, list[np.ndarray]] = {}
+        self._models: dict[tuple[Path, str], Any] = {}
+
+    @property
+    def temperature(self) -> float:
+        """The step's sampling temperature."""
+        return self.step.config.rollout.temperature
+
+    @cached_property
+    def scored_sequences(self) -> list[int]:
+        """The sequences whose log-probabilities are computed: all, or every n-th where all would
+        take too long."""
+        cost = 2.0 * self.num_parameters * sum(len(row.token_ids) for row in self.rows)
+        stride = max(1, int(np.ceil(cost / LOGPROB_FLOPS)))
+        return list(range(0, len(self.rows), stride))
+
+    @cached_property
+    def num_parameters(self) -> int:
+        """How many values the policy's weights have, on which the operations of a pass depend."""
+        from megatron_r1.models.weights import num_parameters
+
+        return num_parameters(self.step.hf)
+
+    @cached_property
+    def policy(self) -> Any:
+        """The model before the step."""
+        return self.model(self._before)
+
+    @property
+    def _before(self) -> Path:
+        before = self.step.before
+        if before is None:
+            raise CannotRecompute(
+                f"there is no checkpoint of step {self.step.step - 1}: keep them with "
+                "checkpoint.keep_every: 1, or a larger N"
+            )
+        return before
+
+    def model(self, source: Path, prefix: str = "") -> Any:
+        """Return the model in a checkpoint or folder; it is cached, so callers must not change it.
+
+        Args:
+            source: the checkpoint or folder.
+            prefix: as of `read_model`.
+
+        Raises:
+            CannotRecompute: it does not fit into memory, or is a LoRA run's."""
+        if self.step.run_config.model.lora is not None:
+            raise CannotRecompute("model.lora: checkpoints hold adapters alone")
+        longest = max((len(row.token_ids) for row in self.rows), default=0)
+        logits = max(token_logprobs.LOGITS_AT_ONCE, longest * self.step.hf["vocab_size"])
+        num_bytes = 6 * self.num_parameters + token_logprobs.BYTES_PER_LOGIT * logits
+        free_bytes = psutil.virtual_memory().available
+        if num_bytes > free_bytes:
+            raise CannotRecompute(
+                f"the model and the logits of its longest response need {num_bytes / 1e9:.0f} GB, "
+                f"{free_bytes / 1e9:.0f} GB are free"
+            )
+        key = source, prefix
+        if key not in self._models:
+            loaded = checkpoint_model.read_model(source, self.step.model, prefix)
+            if 4 * self.num_parameters * KEPT_MODELS > free_bytes:
+                return loaded
+            self._models[key] = loaded
+        return self._models[key]
+
+    @cached_property
+    def old(self) -> list[np.ndarray]:
+        """Log-probabilities under the policy before the step, of `scored_sequences`, at the run's
+        temperature."""
+        return self.logprobs_under(self.policy)
+
+    def logprobs_under(self, model: Any, temperature: float | None = None) -> list[np.ndarray]:
+        """Return the log-probabilities of the tokens of `scored_sequences` under a model."""
+        rows = [self.rows[at] for at in self.scored_sequences]
+        (of_rows,) = token_logprobs.logprobs(model, rows, [temperature or self.temperature])
+        return [row_logprobs.numpy() for row_logprobs in of_rows]
+
+    def logprobs_at_temperatures(self, temperatures: Sequence[float]) -> list[list[np.ndarray]]:
+        """Return those under the policy before the step, by temperature."""
+        rows = [self.rows[at] for at in self.scored_sequences]
+        by_temperature = token_logprobs.logprobs(self.policy, rows, temperatures)
+        return [[row_logprobs.numpy() for row_logprobs in of_rows] for of_rows in by_temperature]
+
+    def logprobs_after(self, step: int) -> list[np.ndarray] | None:
+        """Return those under the weights after another step; None where they are not kept."""
+        path = weights_after(self.step.folder, self.step.run_config, step)
+        if path is None:
+            return None
+        if path not in self._logprobs_of_weights:
+            self._logprobs_of_weights[path] = self.logprobs_under(self.model(path))
+        return self._logprobs_of_weights[path]
+
+    def without_router_bias(self) -> list[np.ndarray] | None:
+        """Return those under the policy before the step with routers that have no correction bias;
+        None for a model without such a bias."""
+        names = [
+            name for name in self.policy.state_dict() if name.endswith(routed_experts.ROUTER_BIAS)
+        ]
+        if not names:
+            return None
+        changed = copy.deepcopy(self.policy)
+        with torch.no_grad():
+            for name in names:
+                changed.state_dict()[name].zero_()
+        return self.logprobs_under(changed)
+
+    def bfloat16_logprobs(self) -> list[np.ndarray]:
+        """Return those under the policy before the step computed in bfloat16."""
+        return self.logprobs_under(copy.deepcopy(self.policy).to(torch.bfloat16))
+
+    def num_experts(self, layer: str) -> int:
+        """Return how many experts a module of routed experts has."""
+        return len(next(self.policy.get_submodule(layer).parameters()))
+
+    def with_experts(self, layer: str, sources: Mapping[int, int]) -> list[np.ndarray]:
+        """Return those under the policy before the step with some experts' weights exchanged.
+
+        Args:
+            layer: the module of routed experts.
+            sources: expert → the one whose weights it has."""
+        changed = copy.deepcopy(self.policy)
+        with torch.no_grad():
+            for parameter in changed.get_submodule(layer).parameters():
+                values = parameter.detach().clone()
+                for target, source in sources.items():
+                    parameter[target] = values[source]
+        return self.logprobs_under(changed)
+
+    def with_old_expert(self, layer: str, expert: int, step: int) -> list[np.ndarray] | None:
+        """Return those under the policy before the step with one expert's weights after another
+        step; None where they are not kept.
+
+        Args:
+            layer: the module of routed experts.
+            expert: its number.
+            step: the other step; 0: the model that the run began with."""
+        path = weights_after(self.step.folder, self.step.run_config, step)
+        if path is None:
+            return None
+        source = self.model(path).get_submodule(layer)
+        changed = copy.deepcopy(self.policy)
+        with torch.no_grad():
+            for name, parameter in changed.get_submodule(layer).named_parameters():
+                parameter[expert] = source.get_parameter(name)[expert]
+        return self.logprobs_under(changed)
+
+    def with_head_apart(self) -> list[np.ndarray] | None:
+        """Return those with the head that a tied model had when the run began; None for a model
+        that is not tied."""
+        begin = weights_after(self.step.folder, self.step.run_config, 0)
+        if begin is None or not self.step.hf.get("tie_word_embeddings"):
+            return None
+        changed = copy.deepcopy(self.policy)
+        changed.lm_head.weight = torch.nn.Parameter(self.model(begin).lm_head.weight.detach())
+        return self.logprobs_under(changed)
+
+    def all_token_logprobs(self) -> list[np.ndarray]:
+        """Return the log-probabilities of all tokens but the first, those of the prompt too."""
+        rows = [
+            replace(self.rows[at], is_sampled=torch.arange(len(self.rows[at].token_ids)) > 0)
+            for at in self.scored_sequences
+        ]
+        plain = [replace(row, kept=None) for row in rows]
+        (of_rows,) = token_logprobs.logprobs(self.policy, plain, [self.temperature])
+        return [row_logprobs.numpy() for row_logprobs in of_rows]
+
+    def shifted_logprobs(self) -> list[np.ndarray]:
+        """Return, in place of each sampled token's, the log-probability of the token before it."""
+        rows = [self.rows[at] for at in self.scored_sequences]
+        shifted_rows = [replace(row, targets=row.token_ids.roll(1)) for row in rows]
+        (of_rows,) = token_logprobs.logprobs(self.policy, shifted_rows, [self.temperature])
+        return [row_logprobs.numpy() for row_logprobs in of_rows]
+
+    def experts(self) -> dict[str, list[np.ndarray]]:
+        """Return the experts that the policy before the step chooses for the tokens of
+        `scored_sequences`, by layer: (tokens, experts per token) each."""
+        rows = [self.rows[at] for at in self.scored_sequences]
+        by_layer = routed_experts.chosen_experts(self.policy, rows)
+        return {
+            name: [row_experts.numpy() for row_experts in of_rows]
+            for name, of_rows in by_layer.items()
+        }
+
+    @cached_property
+    def reference(self) -> list[Tensor] | None:
+        """Log-probabilities of all rows under the reference of the checkpoint; None without KL."""
+        if not self.step.config.rl.kl_beta:
+            return None
+        if self._is_begin:
+            return self._old_of_all
+        return token_logprobs.logprobs(
+            self.model(self._before, checkpoint_model.REFERENCE), self.rows, [self.temperature]
+        )[0]
+
+    @cached_property
+    def _old_of_all(self) -> list[Tensor]:
+        if len(self.scored_sequences) == len(self.rows):
+            return [torch.from_numpy(row_logprobs) for row_logprobs in self.old]
+        return token_logprobs.logprobs(self.policy, self.rows, [self.temperature])[0]
+
+    @property
+    def _is_begin(self) -> bool:
+        """Whether the step is the run's first."""
+        return self.step.step == 1
+
+
+def _row(sequence: TokenSequence, is_cut: bool) -> TokenRow:
+    kept_ids = sequence.kept
+    if kept_ids is None and is_cut:  # no ids for any token, which `token_logprobs` refuses
+        kept_ids = decode_mask(b"", int(sequence.is_sampled.sum()))
+    return TokenRow(
+        torch.from_numpy(sequence.token_ids.astype(np.int64)),
+        torch.from_numpy(sequence.is_sampled.copy()),
+        torch.from_numpy(sequence.logprobs.copy()),
+        sequence.response[0] * 1_000_000 + sequence.response[1],
+        sequence.advantage,
+        sequence.num_sampled,
+        kept_ids
+        and (torch.tensor(kept_ids.counts), torch.from_numpy(kept_ids.ids.astype(np.int64))),
+    )

@@ -1,0 +1,102 @@
+"""The experts that a model of transformers routes tokens to, and the routers' correction biases."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_r1.why.policy.token_logprobs import TokenRow, batches, token_logits
+
+ROUTER_BIAS = "e_score_correction_bias"
+
+
+@contextlib.contextmanager
+def seen_experts(model: Any) -> Iterator[dict[str, Tensor]]:
+    """Note in the block which experts each forward pass chooses.
+
+    Yields the newest pass's by the name of the layer's experts, (tokens of the batch, experts per
+    token) int64; padding is among the tokens."""
+    experts_by_layer: dict[str, Tensor] = {}
+    handles = []
+    for name, module in model.named_modules():
+        if name.endswith(".experts"):
+
+            def note(module: Any, inputs: tuple, options: dict, name: str = name) -> None:
+                for value in (*inputs, *options.values()):
+                    if isinstance(value, Tensor) and value.dtype == torch.int64:
+                        experts_by_layer[name] = value.detach()
+
+            handles.append(module.register_forward_pre_hook(note, with_kwargs=True))
+    try:
+        yield experts_by_layer
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def chosen_experts(model: Any, rows: Sequence[TokenRow]) -> dict[str, list[Tensor]]:
+    """Return, by the name of each layer of routed experts, the experts that each row's sampled
+    tokens were predicted by, (sampled tokens, experts per token) int64; empty for dense models."""
+    experts_by_layer: dict[str, list[Tensor]] = {}
+    with seen_experts(model) as pass_experts:
+        for batch in batches(rows, model.config.vocab_size):
+            pass_experts.clear()
+            members = [rows[at] for at in batch]
+            token_logits(model, members)
+            longest = max(len(row.token_ids) for row in members)
+            for name, experts in pass_experts.items():
+                by_row = experts.reshape(len(batch), longest, -1)
+                of_layer = experts_by_layer.setdefault(name, [torch.empty(0)] * len(rows))
+                for at, index in enumerate(batch):
+                    row = rows[index]
+                    of_layer[index] = by_row[at, : len(row.token_ids) - 1][row.is_sampled[1:]]
+    return experts_by_layer
+
+
+class RouterBiases:
+    """The correction biases of a model's routers, which a rule of their own balances (arXiv
+    2408.15664): after an update each moves by a rate, up where an expert had fewer of the
+    update's tokens than the mean, prompts included.
+
+    Args:
+        model: the model, whose biases are changed.
+        rate: `model.expert_bias_update_rate`."""
+
+    def __init__(self, model: Any, rate: float) -> None:
+        self._model, self._rate = model, rate
+        self._counts: dict[str, Tensor] = {}
+
+    def count(self, pass_experts: Mapping[str, Tensor], rows: Sequence[TokenRow]) -> None:
+        """Count the tokens of a forward pass.
+
+        Args:
+            pass_experts: what `seen_experts` noted of it.
+            rows: the sequences of the pass, in order."""
+        longest = max(len(row.token_ids) for row in rows)
+        for name, experts in pass_experts.items():
+            by_row = experts.reshape(len(rows), longest, -1)
+            tokens_experts = torch.cat(
+                [
+                    row_experts[: len(row.token_ids)].flatten()
+                    for row_experts, row in zip(by_row, rows, strict=True)
+                ]
+            )
+            size = len(self._bias(name))
+            counts = torch.bincount(tokens_experts, minlength=size)
+            self._counts[name] = self._counts.get(name, torch.zeros_like(counts)) + counts
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move the biases, and begin to count anew."""
+        for name, counts in self._counts.items():
+            self._bias(name).add_(self._rate * (counts.double().mean() - counts).sign())
+        self._counts.clear()
+
+    def _bias(self, experts: str) -> Tensor:
+        router = self._model.get_submodule(experts.removesuffix(".experts") + ".gate")
+        return getattr(router, ROUTER_BIAS)

@@ -1,0 +1,130 @@
+"""Log-probabilities of logged tokens by a model of transformers, on the CPU.
+
+A pass has a few responses, padded on the right, which a causal model does not see."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_r1.why.checked_quantity import CannotRecompute
+
+TOKENS_AT_ONCE, LOGITS_AT_ONCE = 4096, 2**26
+"""Tokens and logits of a forward pass, padding included, unless one response has more."""
+BYTES_PER_LOGIT = 28
+"""fp32 logits, and in float64 their log-softmax, its exponentials and a gradient."""
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """One sequence of tokens of a response: all of it, or a branch of an episode.
+
+    Attributes:
+        token_ids: int64, (tokens,).
+        is_sampled: bool, (tokens,): those that the policy sampled.
+        logprobs: float32, (sampled tokens,): the engine's.
+        response: the number of the response in the step.
+        advantage: each token's; NaN: it is not trained on.
+        num_sampled: the sampled tokens of the response with all its branches.
+        token_advantages: each sampled token's, float64, where they differ; None: `advantage`.
+        targets: int64, (tokens,): the token whose log-probability is computed at each; None:
+            `token_ids`.
+        kept: (sampled tokens,) numbers of ids that the engine drew each token from, and these ids,
+            one token's after the other's, int64; None: it drew from the whole vocabulary."""
+
+    token_ids: Tensor
+    is_sampled: Tensor
+    logprobs: Tensor
+    response: int
+    advantage: float
+    num_sampled: int
+    kept: tuple[Tensor, Tensor] | None = None
+    token_advantages: Tensor | None = None
+    targets: Tensor | None = None
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the row has an advantage."""
+        return not math.isnan(self.advantage)
+
+
+def batches(rows: Sequence[TokenRow], vocabulary: int) -> Iterator[list[int]]:
+    """Yield indices of rows of similar length, as many as fit into a pass."""
+    max_tokens = min(TOKENS_AT_ONCE, LOGITS_AT_ONCE // vocabulary)
+    batch: list[int] = []
+    for index in sorted(
+        range(len(rows)), key=lambda index_of_row: -len(rows[index_of_row].token_ids)
+    ):
+        longest = len(rows[(batch or [index])[0]].token_ids)
+        if batch and longest * (len(batch) + 1) > max_tokens:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def token_logits(model: Any, rows: Sequence[TokenRow]) -> list[Tensor]:
+    """Return of each row the logits that predict its sampled tokens, (sampled tokens, vocabulary)
+    float32."""
+    longest = max(len(row.token_ids) for row in rows)
+    ids = torch.zeros((len(rows), longest), dtype=torch.int64)
+    for at, row in enumerate(rows):
+        ids[at, : len(row.token_ids)] = row.token_ids
+    out = model(input_ids=ids, use_cache=False).logits
+    return [out[at, : len(row.token_ids) - 1][row.is_sampled[1:]] for at, row in enumerate(rows)]
+
+
+def token_logprobs_and_entropies(
+    logits: Tensor, row: TokenRow, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Return log-probability and entropy of each sampled token, float64: over the ids that the
+    engine kept, where it kept a part.
+
+    Args:
+        logits: (sampled tokens, vocabulary).
+        row: the sequence.
+        temperature: the logits are divided by it.
+
+    Raises:
+        CannotRecompute: a sampled token is not among the ids that were kept for it."""
+    logits = logits.double() / temperature
+    ids = (row.token_ids if row.targets is None else row.targets)[row.is_sampled][:, None]
+    if row.kept is None:
+        logprobs = torch.log_softmax(logits, dim=-1)
+    else:
+        counts, kept_ids = row.kept
+        is_cut = torch.ones(logits.shape, dtype=torch.bool)
+        is_cut[torch.arange(len(counts)).repeat_interleave(counts), kept_ids] = False
+        logprobs = torch.log_softmax(logits.masked_fill(is_cut, -math.inf), dim=-1)
+        if bool(is_cut.gather(1, ids).any()):
+            raise CannotRecompute("a sampled token is not among those that its engine kept")
+        logprobs = logprobs.masked_fill(is_cut, 0)  # entropy counts 0 log 0 as 0
+    return logprobs.gather(1, ids)[:, 0], -(logprobs.exp() * logprobs).sum(-1)
+
+
+@torch.no_grad()
+def logprobs(
+    model: Any, rows: Sequence[TokenRow], temperatures: Sequence[float] = (1.0,)
+) -> list[list[Tensor]]:
+    """Return the log-probability of every sampled token, float64, by temperature and row.
+
+    Args:
+        model: as `read_model` returns it.
+        rows: the sequences.
+        temperatures: the logits are divided by each."""
+    logprobs_of_rows: list[list[Tensor]] = [[torch.empty(0)] * len(rows) for _ in temperatures]
+    for batch in batches(rows, model.config.vocab_size):
+        for index, logits in zip(
+            batch, token_logits(model, [rows[at] for at in batch]), strict=True
+        ):
+            for by_temperature, temperature in zip(logprobs_of_rows, temperatures, strict=True):
+                by_temperature[index] = token_logprobs_and_entropies(
+                    logits, rows[index], temperature
+                )[0]
+    return logprobs_of_rows

@@ -1,0 +1,218 @@
+"""Finds the finished steps of a run's folder that have a sample log, and reads them."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from megatron_r1 import config as configuration
+from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.base.files.framed_records import FramedFile
+from megatron_r1.base.files.json_lines import read_lines
+from megatron_r1.config import Config
+from megatron_r1.config.rl import digest_until
+from megatron_r1.controller.rollouts.rollout import Group
+from megatron_r1.controller.rollouts.sample_log import (
+    GroupRecord,
+    decode,
+    step_log_path,
+    unpack,
+)
+from megatron_r1.data.prompts import Prompt, load_prompts
+from megatron_r1.reporting.run_folder import RunFolder
+from megatron_r1.why.record.recorded_step import RecordedStep, weights_after
+
+
+class Examinable(NamedTuple):
+    """A step with a sample log, and what else of it is left."""
+
+    step: int
+    has_before: bool
+    has_after: bool
+
+
+def open_run(path: Path) -> tuple[RunFolder, Config]:
+    """Return a run's folder and settings.
+
+    Raises:
+        UserError: a folder without an RL run.
+    """
+    folder = RunFolder(path)
+    if not folder.config_path.is_file():
+        raise UserError(
+            f"{path}: no config.yaml is here; give the folder of a run",
+            key="RUN",
+            cause=Cause.NOT_FOUND,
+        )
+    config = configuration.load(str(folder.config_path))
+    if configuration.infer_verb(config) != "rl" and not folder.sample_log.is_dir():
+        raise UserError(
+            f"{path}: this run has no rollouts; give the folder of an rl run",
+            key="RUN",
+            cause=Cause.UNSUPPORTED,
+        )
+    return folder, config
+
+
+def examinable(folder: RunFolder, config: Config) -> list[Examinable]:
+    """Return the finished steps that have a sample log."""
+    finished = sorted({line["step"] for line in folder.read_metrics()})
+    return [
+        Examinable(
+            step,
+            weights_after(folder, config, step - 1) is not None,
+            weights_after(folder, config, step) is not None,
+        )
+        for step in finished
+        if step_log_path(folder.sample_log, step).is_file()
+    ]
+
+
+def choose(steps: Sequence[Examinable], step: int | None, folder: Path) -> Examinable:
+    """Return the step to examine: the wanted one, or the newest with most left of it.
+
+    Args:
+        steps: those with a sample log.
+        step: its number, or None.
+        folder: the run's folder, for errors.
+
+    Raises:
+        UserError: the step has no sample log, or none has one."""
+    if not steps:
+        raise UserError(
+            f"{folder}: no finished step has a sample log, which why recomputes; start the run "
+            "with --rl.keep_sample_log true --checkpoint.keep_every 1",
+            key="RUN",
+            cause=Cause.EMPTY,
+        )
+    if step is None:
+        return max(
+            steps,
+            key=lambda examinable_step: (
+                examinable_step.has_before + examinable_step.has_after,
+                examinable_step.step,
+            ),
+        )
+    chosen_step = next(
+        (examinable_step for examinable_step in steps if examinable_step.step == step), None
+    )
+    if chosen_step is None:
+        there = ", ".join(str(examinable_step.step) for examinable_step in steps)
+        raise UserError(
+            f"--step {step}: {folder} has no sample log of that step; it has those of {there}",
+            key="--step",
+            cause=Cause.NOT_FOUND,
+        )
+    return chosen_step
+
+
+def read_step(folder: RunFolder, config: Config, step: int) -> RecordedStep:
+    """Read a step.
+
+    Args:
+        folder: the run's folder.
+        config: the run's settings.
+        step: a finished step with a sample log.
+
+    Raises:
+        UserError: records of another version of this program, or none of the step's settings."""
+    return next(read_steps(folder, config, [step]))
+
+
+def read_steps(folder: RunFolder, config: Config, steps: Iterable[int]) -> Iterator[RecordedStep]:
+    """Yield steps; questions and metrics are read once for all of them.
+
+    Args:
+        folder: the run's folder.
+        config: the run's settings.
+        steps: finished steps with a sample log.
+
+    Raises:
+        UserError: records of another version of this program, or none of a step's settings."""
+    prompts, missing = _prompts(folder, config)
+    lines = {line["step"]: line for line in folder.read_metrics()}
+    for step in steps:
+        yield _read_step_log(folder, config, lines[step], prompts, missing)
+
+
+def _read_step_log(
+    folder: RunFolder,
+    config: Config,
+    line: Mapping[str, Any],
+    prompts: Mapping[str, Prompt],
+    missing: str,
+) -> RecordedStep:
+    step = line["step"]
+    path = step_log_path(folder.sample_log, step)
+    schedule = digest_until(config.rl.schedule, step)
+    records: dict[int, GroupRecord] = {}
+    for payload in FramedFile.read(path, repair=False):
+        record = decode(payload)
+        if isinstance(record, GroupRecord) and record.schedule == schedule:
+            records[record.position] = record
+    if not records:
+        raise UserError(
+            f"{path}: no group of these settings is in it; it is damaged, or of another run",
+            key="--step",
+            cause=Cause.EMPTY,
+        )
+    ordered = [records[position] for position in sorted(records)]
+    groups = [
+        unpack(record, prompts.get(record.prompt_id) or Prompt(record.prompt_id, "", "", None))
+        for record in ordered
+    ]
+    sampling = {id(group): record.sampling for group, record in zip(groups, ordered, strict=True)}
+    at_step = config.at(step)
+    passed_over: list[Group] = []
+    if at_step.rl.dynamic_sampling:
+        groups, passed_over = _trained_on(groups, at_step.rl.questions_per_rollout)
+    return RecordedStep(
+        folder,
+        config,
+        step,
+        line,
+        groups,
+        passed_over,
+        [sampling[id(group)] for group in groups + passed_over],
+        prompts,
+        missing,
+    )
+
+
+def _trained_on(groups: list[Group], count: int) -> tuple[list[Group], list[Group]]:
+    """Return groups as dynamic sampling chooses them: those with different rewards first, then
+    others up to the count; and the rest."""
+    different = [group for group in groups if not group.has_equal_rewards]
+    equal = [group for group in groups if group.has_equal_rewards]
+    missing = max(0, count - len(different))
+    return different + equal[:missing], equal[missing:]
+
+
+def _prompts(folder: RunFolder, config: Config) -> tuple[dict[str, Prompt], str]:
+    """Return the questions of the run by id, and why they are not all: where the data is not here,
+    those of samples.jsonl."""
+    data = config.data
+    try:
+        split = load_prompts(
+            path=data.path,
+            heldout_path=data.heldout_path,
+            task=data.task,
+            parameters=data.parameters,
+            seed=data.seed,
+            kind=data.kind,
+            columns=data.columns,
+            num_train=data.num_train,
+            num_heldout=data.num_heldout,
+            heldout_fraction=data.heldout_fraction,
+            where=data.where,
+            no_truth=data.no_truth,
+            bad_rows=data.bad_rows,
+        )
+    except UserError as error:
+        lines = (line for line in read_lines(folder.samples_path) if line.get("split") == "train")
+        known_prompts = {
+            line["id"]: Prompt(line["id"], line["question"], data.kind or "", line["truth"])
+            for line in lines
+            if "id" in line
+        }
+        return known_prompts, f"the questions could not be read: {error}"
+    return {prompt.id: prompt for prompt in [*split.train, *split.heldout]}, ""

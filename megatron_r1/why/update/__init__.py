@@ -1,0 +1,6 @@
+"""A step's updates made again by formula, as the settings say or with one thing substituted.
+
+`update_inputs` is what they are made of, `loss_formulas` and `adam` are the formulas,
+`step_updates` makes the updates, and `recomputation` compares them with the run's. `substitutions`
+is what may have been computed otherwise; `evidence` is what the checkpoint after the step says of
+that, and `gradient_norms` what clipping says of gradients that are not recomputed."""

@@ -1,0 +1,73 @@
+"""What a checkpoint after the step says of how the run's updates differ from the recomputed: the
+factor between their changes and between their gradients, and gradients that are missing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+ZERO_GRADIENT_TOLERANCE = 1e-3
+"""Relative size of a gradient below which there is no gradient."""
+NEAR = 0.2
+"""Relative distance of a change from a multiple of another, for the multiple to mean something."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a checkpoint after the step says of how the run's updates differ from the recomputed.
+
+    Attributes:
+        update_factor: the multiple of the recomputed change of the weights that is nearest to the
+            run's; None where even that is far from it.
+        gradient_factor: the same of the gradients in Adam's first moments.
+        parameters_without_gradient: those whose moments have no gradient in the run, though they
+            have one when recomputed.
+        norm: the norm of the recomputed gradient, mean over the updates.
+        terms: the recomputed terms of the loss, with their signs, mean over the updates."""
+
+    update_factor: float | None = None
+    gradient_factor: float | None = None
+    parameters_without_gradient: tuple[str, ...] = ()
+    norm: float = 0.0
+    terms: Mapping[str, float] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def nearest_multiple(pairs: Sequence[Sequence[Tensor]]) -> float | None:
+    """Return the f for which Σ |run - f own|² is least; None where that leaves more than `NEAR` of
+    it.
+
+    Args:
+        pairs: (run, own) of each parameter."""
+    run, own_square, products = (
+        sum(float((a.double() * b.double()).sum()) for a, b in tensor_pairs)
+        for tensor_pairs in (
+            [(pair[0], pair[0]) for pair in pairs],
+            [(pair[1], pair[1]) for pair in pairs],
+            pairs,
+        )
+    )
+    if not own_square:
+        return None
+    factor = products / own_square
+    distance = max(0.0, run - factor * products) ** 0.5
+    return (
+        factor
+        if distance <= NEAR * max(run, own_square * 1e-6) ** 0.5 or run < 1e-12 * own_square
+        else None
+    )
+
+
+def without_gradient(gradients: Mapping[str, Sequence[Tensor]]) -> tuple[str, ...]:
+    """Return the parameters that have a gradient when recomputed and none in the run.
+
+    Args:
+        gradients: (run, own) by parameter."""
+    return tuple(
+        name
+        for name, (run, recomputed) in gradients.items()
+        if float(run.norm()) <= ZERO_GRADIENT_TOLERANCE * float(recomputed.norm())
+    )

@@ -1,0 +1,69 @@
+"""Fits the norms of the run's whole gradients where `why` recomputes a part of each gradient.
+
+They are the norms with which clipping gives the run's first moments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from megatron_r1.config.optimizer import OptimizerConfig
+from megatron_r1.why.update.adam import Moments
+from megatron_r1.why.update.step_updates import Trace
+
+MAX_FIT_ROUNDS, FIT = 6, 1e-5
+"""Rounds in which the norms of gradients are fitted, and the relative change that ends them."""
+
+
+def fit_norms(
+    make_updates: Callable[[tuple[float, ...]], Sequence[Trace]],
+    logged: tuple[float, ...],
+    before: Moments,
+    after: Moments,
+    settings: OptimizerConfig,
+) -> tuple[float, ...]:
+    """Return the norm of each update's whole gradient with which clipping gives the run's first
+    moments from the gradients that are computed.
+
+    Args:
+        make_updates: makes the updates of the step, given the norms.
+        logged: the norms to begin with.
+        before: first moments before the step; a parameter that is missing has zeros.
+        after: the run's first moments after the step.
+        settings: the optimizer's."""
+    norms = logged
+    for _ in range(MAX_FIT_ROUNDS):  # a later gradient depends on how the earlier ones were cut
+        traces = make_updates(norms)
+        last, norms = norms, _least_squares(traces, before, after, settings)
+        if max(abs(a - b) for a, b in zip(last, norms, strict=True)) <= FIT * max(norms):
+            break
+    return norms
+
+
+def _least_squares(
+    traces: Sequence[Trace], before: Moments, after: Moments, settings: OptimizerConfig
+) -> tuple[float, ...]:
+    """Return the norms that these gradients need, by least squares; 0: one was not clipped.
+
+    Args:
+        traces: the gradients of each update.
+        before: first moments before the step.
+        after: the first moments of the run after it.
+        settings: the optimizer's settings."""
+    clip, beta = settings.clip_grad, settings.beta1
+    count = len(traces)
+    columns = [
+        (1 - beta)
+        * beta ** (count - 1 - index)
+        * torch.cat([gradient.flatten() for gradient in trace.gradients.values()])
+        for index, trace in enumerate(traces)
+    ]
+    target = [
+        (after[name] - beta**count * before.get(name, torch.zeros(()))).flatten()
+        for name in traces[0].gradients
+    ]
+    scales = torch.linalg.lstsq(
+        torch.stack(columns, 1).double(), torch.cat(target).double()[:, None]
+    ).solution[:, 0]
+    return tuple(clip / float(scale) if 0 < scale < 1 else 0.0 for scale in scales)

@@ -1,0 +1,220 @@
+"""The losses of the shipped algorithms in float64, written from the papers, for autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from megatron_r1.why.policy.token_logprobs import TokenRow
+
+
+@dataclass(frozen=True)
+class LossRules:
+    """The step's loss as its settings say, or with one thing substituted.
+
+    Attributes:
+        average: "sequence", "token" or "constant".
+        constant: L, tokens, of average "constant".
+        clip_low: ε below 1.
+        clip_high: ε above 1.
+        dual_clip: the largest ratio of a negative advantage; None: no limit.
+        is_sequence_ratio: one ratio per response.
+        is_cispo: the clipped ratio is a weight of the log-probability.
+        importance_cap: the largest weight by old policy over engine; None: no weights.
+        kl_beta: the weight of KL; negative: with the wrong sign.
+        kl_estimator: "k1", "k2", "k3" or "unbiased".
+        entropy_coef: the weight of the entropy.
+        temperature: the logits are divided by it.
+        counts_prompts: divide by the tokens of prompt and response, as a denominator that counts
+            masked tokens does.
+        takes_larger: the larger of the free and the clipped term, as a clip of the other sign does.
+        is_on_policy: the ratio is 1, as where the old policy is the current one.
+        divergence: the largest fall and rise of a probability from the engine's, beyond which a
+            token has no policy gradient; None: no limit."""
+
+    average: str
+    constant: int
+    clip_low: float
+    clip_high: float
+    dual_clip: float | None
+    is_sequence_ratio: bool
+    is_cispo: bool
+    importance_cap: float | None
+    kl_beta: float
+    kl_estimator: str
+    entropy_coef: float
+    temperature: float
+    counts_prompts: bool = False
+    takes_larger: bool = False
+    is_on_policy: bool = False
+    divergence: tuple[float, float] | None = None
+
+
+@dataclass
+class Totals:
+    """Sums over the rows of an update, float64.
+
+    Attributes:
+        policy: the policy's term of the loss.
+        kl: the KL term, its weight included.
+        entropy: the entropy's term, its weight included.
+        denominator: what the three terms are divided by, as the loss is averaged.
+        num_tokens: sampled tokens that are trained on.
+        kl_sum: the KL estimates, nats, without their weight.
+        entropy_sum: the entropies, nats, without their weight.
+        clipped: tokens where the clip is active.
+        importance: the importance weights.
+        largest_ratio: the largest ratio of a token, a maximum and no sum.
+    """
+
+    policy: float = 0.0
+    kl: float = 0.0
+    entropy: float = 0.0
+    denominator: float = 0.0
+    num_tokens: int = 0
+    kl_sum: float = 0.0
+    entropy_sum: float = 0.0
+    clipped: float = 0.0
+    importance: float = 0.0
+    largest_ratio: float = 0.0
+
+    def update(self, loss: LossRules) -> Update:
+        """Return what the sums say, but for the gradient.
+
+        Args:
+            loss: the loss that they are of."""
+        n, count = self.denominator, max(1, self.num_tokens)
+        terms = {"policy": self.policy / n, "kl": self.kl / n, "entropy": self.entropy / n}
+        metrics = {
+            "loss": sum(terms.values()),
+            "kl": self.kl_sum / count,
+            "entropy": self.entropy_sum / count,
+            "clip_fraction": self.clipped / count,
+            "ratio/max": self.largest_ratio,
+        }
+        if loss.importance_cap is not None:
+            metrics["importance"] = self.importance / count
+        return Update(metrics, terms)
+
+
+@dataclass
+class Update:
+    """What an update measures, under the names of metrics.jsonl.
+
+    Attributes:
+        metrics: loss, kl, entropy, clip_fraction, ratio/max, grad_norm, …
+        terms: the policy's, KL's and the entropy's part of the loss."""
+
+    metrics: dict[str, float]
+    terms: dict[str, float] = field(default_factory=dict)
+
+
+def denominator(rows: Sequence[TokenRow], loss: LossRules) -> float:
+    """Return what the sum of an update's losses is divided by.
+
+    Args:
+        rows: those of the mini-batch that are trained on.
+        loss: the loss."""
+    if loss.average == "token" and loss.counts_prompts:
+        count = sum(len(row.token_ids) for row in rows)
+    elif loss.average == "token":
+        count = sum(int(row.is_sampled.sum()) for row in rows)
+    else:
+        count = len({row.response for row in rows})
+    return max(1, count)  # A substitution may leave out all responses of a mini-batch.
+
+
+def _surrogate(
+    row: TokenRow, logprobs: Tensor, old: Tensor, loss: LossRules
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the policy's term of each token, the ratio, and whether a clip is active.
+
+    Args:
+        row: the sequence.
+        logprobs: the policy's log-probabilities of its sampled tokens.
+        old: those of the policy before the step.
+        loss: the rules of the loss."""
+    x = logprobs - (logprobs.detach() if loss.is_on_policy else old)
+    if loss.is_sequence_ratio:
+        x = x.mean().expand_as(x)
+    ratio = x.exp()
+    clipped = ratio.clamp(1 - loss.clip_low, 1 + loss.clip_high)
+    a = row.token_advantages if row.token_advantages is not None else row.advantage
+    if loss.divergence is not None:
+        rise = logprobs.detach().exp() - row.logprobs.double().exp()
+        token_advantages, (max_fall, max_rise) = (
+            torch.as_tensor(a, dtype=rise.dtype).expand_as(rise),
+            loss.divergence,
+        )
+        a = torch.where(
+            torch.where(token_advantages > 0, rise > max_rise, -rise > max_fall),
+            0.0,
+            token_advantages,
+        )
+    if loss.is_cispo:
+        surrogate = clipped.detach() * a * logprobs
+        is_clipped = clipped != ratio
+    else:
+        pick = torch.maximum if loss.takes_larger else torch.minimum
+        surrogate = pick(ratio * a, clipped * a)
+        is_clipped = surrogate != ratio * a
+        if loss.dual_clip is not None:
+            floor = loss.dual_clip * torch.as_tensor(a, dtype=ratio.dtype).expand_as(ratio)
+            is_below = (floor < 0) & (surrogate < floor)
+            is_clipped = is_clipped | is_below
+            surrogate = torch.where(is_below, floor, surrogate)
+    return surrogate, ratio, is_clipped
+
+
+def row_loss(
+    row: TokenRow,
+    logprobs: Tensor,
+    entropy: Tensor,
+    old: Tensor,
+    reference: Tensor | None,
+    loss: LossRules,
+    totals: Totals,
+) -> Tensor:
+    """Return a row's part of the loss, differentiable, and add to the sums.
+
+    Args:
+        row: the sequence.
+        logprobs: the policy's log-probabilities of its sampled tokens, float64.
+        entropy: likewise.
+        old: those under the policy before the step.
+        reference: those under the reference, or None.
+        loss: the loss.
+        totals: the sums of the update, with the denominator."""
+    # An update on the first mini-batch begins at the old policy.
+    surrogate, ratio, is_clipped = _surrogate(row, logprobs, old, loss)
+    v = torch.ones_like(logprobs)
+    if loss.importance_cap is not None:
+        v = (old - row.logprobs.double()).exp().clamp(max=loss.importance_cap)
+    kl = torch.zeros_like(logprobs)
+    if reference is not None:
+        g = reference - logprobs
+        k3 = g.expm1() - g
+        unbiased = (logprobs - old).exp() * k3
+        kl = {"k1": -g, "k2": g * g / 2, "k3": k3, "unbiased": unbiased}[loss.kl_estimator]
+    length = len(row.token_ids) if loss.counts_prompts else row.num_sampled
+    weight = {"token": 1.0, "sequence": 1 / max(1, length), "constant": 1 / loss.constant}
+    w = weight[loss.average]
+    parts = (
+        -w * (v * surrogate).sum(),
+        w * loss.kl_beta * kl.sum(),
+        -w * loss.entropy_coef * entropy.sum(),
+    )
+    totals.policy += float(parts[0].detach())
+    totals.kl += float(parts[1].detach())
+    totals.entropy += float(parts[2].detach())
+    totals.num_tokens += len(logprobs)
+    totals.kl_sum += float(kl.detach().sum())
+    totals.entropy_sum += float(entropy.detach().sum())
+    totals.clipped += float(is_clipped.sum())
+    totals.importance += float(v.sum())
+    if len(logprobs):
+        totals.largest_ratio = max(totals.largest_ratio, float(ratio.detach().max()))
+    return (parts[0] + parts[1] + parts[2]) / totals.denominator

@@ -1,0 +1,304 @@
+"""A recorded step's updates made again with transformers' model, as the settings say or with one
+thing substituted, and how far they are from the run's."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_r1.why.checked_quantity import CannotRecompute
+from megatron_r1.why.policy import checkpoint_model, model_distance
+from megatron_r1.why.record.recorded_step import RecordedStep
+from megatron_r1.why.update.adam import Adam, Moments
+from megatron_r1.why.update.evidence import Evidence, nearest_multiple, without_gradient
+from megatron_r1.why.update.gradient_norms import fit_norms
+from megatron_r1.why.update.loss_formulas import Totals, Update, denominator, row_loss
+from megatron_r1.why.update.step_updates import StepUpdates
+from megatron_r1.why.update.substitution import Substitution
+from megatron_r1.why.update.token_advantages import with_token_advantages
+from megatron_r1.why.update.update_inputs import UpdateInputs
+
+CLIPPED = 1.001
+"""Times the largest norm, above which a gradient was clipped by more than rounding."""
+NO_ESTIMATE = 1.05
+"""Of what needs a model: tried behind what seems to explain everything."""
+
+
+@dataclass(frozen=True)
+class RecomputedUpdates:
+    """The updates of a step, made again.
+
+    Attributes:
+        metrics: as metrics.jsonl has them, over the updates.
+        terms: the magnitude of each term of the loss, mean over the updates.
+        signed_terms: each term with its sign, mean over the updates.
+        update_distance: |own - run's| / |run's change| of all parameters; None without a
+            checkpoint after.
+        by_parameter: by name, the same of each, largest first.
+        moment_distance: |own - run's| / |run's| of Adam's first or second moments, the larger one,
+            after the step; None where no checkpoint has them."""
+
+    metrics: dict[str, float]
+    terms: dict[str, float]
+    signed_terms: dict[str, float]
+    update_distance: float | None
+    by_parameter: list[tuple[str, float]]
+    moment_distance: float | None = None
+
+
+class Recomputation(UpdateInputs):
+    """Recomputes a recorded step: log-probabilities under the policies that it used, and updates.
+
+    Attributes:
+        searches_causes: whether updates that depart are made again with substitutions: not where
+            something before them departs, which may be why.
+
+    Raises:
+        CannotRecompute: weights are missing, or too large for this machine.
+    """
+
+    def __init__(self, step: RecordedStep) -> None:
+        super().__init__(step)
+        self.searches_causes = True
+
+    def run(self, substitution: Substitution | None = None) -> RecomputedUpdates:
+        """Make the step's updates, with one thing substituted.
+
+        Args:
+            substitution: what is substituted; None: nothing.
+
+        Raises:
+            CannotRecompute: the step's updates cannot be made here."""
+        return self._make_updates(substitution or Substitution(""))[1]
+
+    def _make_updates(
+        self, substitution: Substitution, norms: tuple[float, ...] | None = None
+    ) -> tuple[StepUpdates, RecomputedUpdates]:
+        """Make the updates with one thing substituted, with `norms` of the whole gradients or those
+        that fit the run."""
+        self.check_updates()
+        rows = self._rows(substitution)
+        loss = replace(self.loss_rules(), **dict(substitution.loss))
+        old, reference = self._old_and_reference_logprobs(substitution, rows, loss)
+        rows = with_token_advantages(self.step, rows, old, reference)
+        model = copy.deepcopy(self._trained_model)
+        if substitution.head_is_apart:
+            model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+        updates = StepUpdates(
+            model,
+            None if substitution.without_moments else self._substituted_moments(substitution),
+            0 if substitution.without_moments else self.num_updates,
+            rows,
+            old,
+            reference,
+            self.step.run_config.model.expert_bias_update_rate,
+        )
+        adam = replace(
+            self.adam_rules(self._norms if norms is None else norms), **dict(substitution.adam)
+        )
+        order, lost = self._order(substitution, rows), frozenset(substitution.lost)
+        measured = updates.run(order, loss, adam, lost)
+        metrics, terms = _means(measured)
+        signed = {
+            name: sum(update.terms[name] for update in measured) / len(measured)
+            for name in measured[0].terms
+        }
+        if adam.norms is not None and min(adam.norms) < CLIPPED * adam.clip_grad:
+            del metrics["grad_norm"]  # of a gradient that was not clipped the norm is not known
+        change, by_parameter = self._compare(model, updates.adam)
+        return updates, RecomputedUpdates(
+            metrics, terms, signed, change, by_parameter, self._moment_distance(updates.adam)
+        )
+
+    @cached_property
+    def _unsubstituted_updates(self) -> tuple[StepUpdates, RecomputedUpdates]:
+        return self._make_updates(Substitution(""))
+
+    @property
+    def base(self) -> RecomputedUpdates:
+        """The updates as the settings say."""
+        return self._unsubstituted_updates[1]
+
+    @cached_property
+    def _norms(self) -> tuple[float, ...] | None:
+        """The norms of whole gradients, where parts of them are not computed here: those with which
+        clipping gives the run's first moments from the gradients that are.
+
+        Raises:
+            CannotRecompute: there is no checkpoint after the step."""
+        if not self.trains_more:
+            return None
+        logged = self.step.line.get("grad_norm")
+        if self._first_after is None or not isinstance(logged, int | float):
+            raise CannotRecompute("model.mtp: train, and no checkpoint says how gradients were cut")
+        return fit_norms(
+            lambda norms: self._make_updates(Substitution(""), norms)[0].traces,
+            (float(logged),) * self.step.config.rl.minibatches,
+            self._moments[0] if self._moments else {},
+            self._first_after,
+            self.step.config.optimizer,
+        )
+
+    @cached_property
+    def evidence(self) -> Evidence:
+        """What the checkpoint after the step says of how the run's updates differ from `base`."""
+        after = self._model_after
+        about: dict[str, Any] = {
+            "norm": self.base.metrics.get("grad_norm", 0.0),
+            "terms": self.base.signed_terms,
+        }
+        if after is None:
+            return Evidence(**about)
+        begin, last = dict(self._trained_model.named_parameters()), dict(after.named_parameters())
+        updated = dict(self._unsubstituted_updates[0].model.named_parameters())
+        changes = [(last[name] - value, updated[name] - value) for name, value in begin.items()]
+        if self._first_after is None:
+            return Evidence(nearest_multiple(changes), **about)
+        decay = self.step.config.optimizer.beta1**self.step.config.rl.minibatches
+        before = self._moments[0] if self._moments else {}
+        gradients = {
+            name: tuple(
+                moments[name] - decay * before.get(name, torch.zeros(()))
+                for moments in (self._first_after, self._unsubstituted_updates[0].adam.first)
+            )
+            for name in begin
+        }
+        return Evidence(
+            nearest_multiple(changes),
+            nearest_multiple(list(gradients.values())),
+            without_gradient(gradients),
+            **about,
+        )
+
+    def estimate(self, substitution: Substitution, logged: Mapping[str, Any]) -> float:
+        """Return an estimate of how far the updates with a substitution would be from what was
+        recorded: 0 near, 2 far. It takes log-probabilities and gradients from `base`.
+
+        Args:
+            substitution: what is substituted.
+            logged: the step's line of metrics.jsonl."""
+        updates, base = self._unsubstituted_updates
+        is_of_loss = bool(substitution.loss or substitution.advantages is not None)
+        is_of_adam = bool(substitution.adam or substitution.without_moments)
+        sampled = {
+            name: float(logged[name])
+            for name in base.metrics
+            if name != "grad_norm" and isinstance(logged.get(name), int | float)
+        }
+        if not (is_of_loss or is_of_adam) or "temperature" in dict(substitution.loss):
+            return NO_ESTIMATE
+        distance = 1.0
+        if is_of_loss:
+            rules = replace(self.loss_rules(), **dict(substitution.loss))
+            rows, reference = self._rows(substitution), self._reference_of(substitution)
+            rows = with_token_advantages(self.step, rows, self._old_of_all, reference)
+            if [row.is_trained for row in rows] != [row.is_trained for row in self.rows]:
+                return NO_ESTIMATE
+            estimated = []
+            for trace in updates.traces:
+                trained = [at for at in trace.rows if rows[at].is_trained]
+                totals = Totals(denominator=denominator([rows[at] for at in trained], rules))
+                for at in trained:
+                    logprobs, entropy = trace.tokens[at]
+                    ref = None if reference is None else reference[at]
+                    row_loss(rows[at], logprobs, entropy, self._old_of_all[at], ref, rules, totals)
+                estimated.append(totals.update(rules))
+            metrics, _ = _means(estimated)
+            gaps = [
+                min(1.0, abs(metrics[name] - value) / max(1e-9, abs(base.metrics[name] - value)))
+                for name, value in sampled.items()
+                if name in metrics
+            ]
+            distance = sum(gaps) / max(1, len(gaps))
+        if is_of_adam and not is_of_loss and self._model_after is not None:
+            return 1.0 + min(1.0, self._estimated_change(updates, substitution))
+        return distance + 1.0
+
+    def _reference_of(self, substitution: Substitution) -> list[Tensor] | None:
+        return self._old_of_all if substitution.reference == "policy" else self.reference
+
+    def _estimated_change(self, updates: StepUpdates, substitution: Substitution) -> float:
+        """Return the distance of the change that Adam makes of the gradients of `base`."""
+        model = copy.deepcopy(self._trained_model)
+        parameters = dict(model.named_parameters())
+        lost = substitution.without_moments
+        adam = Adam(parameters, None if lost else self._moments, 0 if lost else self.num_updates)
+        rules = replace(self.adam_rules(self._norms), **dict(substitution.adam))
+        for index, trace in enumerate(updates.traces):
+            if rules.moment_reset:
+                adam.forget()
+            adam.step(trace.gradients, rules, index)
+        change, _ = self._compare(model, adam)
+        return max(change or 0.0, self._moment_distance(adam) or 0.0)
+
+    @cached_property
+    def _model_after(self) -> Any:
+        """The trained model after the step; None where no checkpoint has it."""
+        after, dtype = self.step.after, self.step.run_config.model.dtype
+        if after is None:
+            return None
+        return self.model(after, "" if dtype == "float32" else f"{checkpoint_model.STATE}param.")
+
+    @cached_property
+    def _both_after(self) -> tuple[Moments, Moments] | None:
+        """Adam's moments after the step; None where no checkpoint has them."""
+        after = self.step.after
+        if after is None or not checkpoint_model.has_part(after, checkpoint_model.STATE):
+            return None
+        return self._moments_of(after)
+
+    @property
+    def _first_after(self) -> Moments | None:
+        return None if self._both_after is None else self._both_after[0]
+
+    @torch.no_grad()
+    def _moment_distance(self, adam: Adam) -> float | None:
+        if self._both_after is None:
+            return None
+        ratios = []
+        for moment, run in zip((adam.first, adam.second), self._both_after, strict=True):
+            gap_square = sum(
+                float((moment[name] - values).double().square().sum())
+                for name, values in run.items()
+            )
+            square = sum(float(values.double().square().sum()) for values in run.values())
+            ratios.append(_ratio(gap_square**0.5, square**0.5))
+        return max(ratios)
+
+    def _compare(self, model: Any, adam: Adam) -> tuple[float | None, list[tuple[str, float]]]:
+        if self._model_after is None:
+            return None, []
+        distance = model_distance.distances(
+            model, self._model_after, self._trained_model, adam.second
+        )
+        total_gap = sum(gap**2 for gap, _ in distance.values()) ** 0.5
+        total_change = sum(change**2 for _, change in distance.values()) ** 0.5
+        by_name = {
+            name: _ratio(gap, change) for name, (gap, change) in distance.items() if gap or change
+        }
+        ordered = sorted(by_name.items(), key=lambda item: -item[1])
+        return _ratio(total_gap, total_change), ordered
+
+
+def _ratio(gap: float, change: float) -> float:
+    return gap / change if change else (0.0 if gap == 0 else float("inf"))
+
+
+def _means(updates: Sequence[Update]) -> tuple[dict[str, float], dict[str, float]]:
+    metrics = {
+        name: max(update.metrics[name] for update in updates)
+        if name.endswith("/max")
+        else sum(update.metrics[name] for update in updates) / len(updates)
+        for name in updates[0].metrics
+    }
+    terms = {
+        name: sum(abs(update.terms[name]) for update in updates) / len(updates)
+        for name in updates[0].terms
+    }
+    return metrics, terms

@@ -1,0 +1,432 @@
+"""What may have been computed otherwise than the settings say: each a substitution in a step's
+updates, which are then made again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from megatron_r1.config import RLConfig
+from megatron_r1.config.optimizer import OptimizerConfig
+from megatron_r1.why import formulas
+from megatron_r1.why.record.recorded_step import RecordedStep, weights_after
+from megatron_r1.why.update.substitution import Substitution
+
+if TYPE_CHECKING:
+    from megatron_r1.why.update.evidence import Evidence
+    from megatron_r1.why.update.recomputation import Recomputation
+
+SAME = 0.01
+"""Relative distance of a factor from 1 below which it is 1."""
+USUAL = {
+    "beta1": (0.0, 0.8, 0.9, 0.95),
+    "beta2": (0.9, 0.95, 0.98, 0.99, 0.999),
+    "epsilon": (1e-15, 1e-8, 1e-6, 1e-5),
+    "weight_decay": (0.01, 0.1),
+    "clip_grad": (1.0,),
+}
+"""Values of `optimizer`: its defaults, and what is usual elsewhere."""
+Rewards = Sequence[Sequence[float | None]]
+Advantages = list[list[float]]
+OF_LOSS = (
+    *("clip_low", "clip_high", "dual_clip", "importance_cap", "kl_beta", "kl_estimator"),
+    "entropy_coef",
+)
+"""Settings of `rl` whose default is tried."""
+
+
+def substitutions(step: RecordedStep, recomputed: Recomputation) -> Iterator[Substitution]:
+    """Yield what is substituted, one thing at a time.
+
+    Args:
+        step: the step.
+        recomputed: its updates as the settings say."""
+    rl = step.config.rl
+    if rl.kl_beta and rl.algorithm not in formulas.OF_TOKENS:
+        yield from _of_kl(step)
+    yield from _of_loss(step)
+    yield from _of_advantages(step)
+    yield from _of_samples(step, recomputed)
+    yield from _of_optimizer(step)
+    yield from _of_evidence(step, recomputed.evidence)
+    yield from _defaults(step)
+
+
+def _of_loss(step: RecordedStep) -> Iterator[Substitution]:
+    """Yield other averages, clips and weights."""
+    rl = step.config.rl
+    yield Substitution(
+        "a denominator that counts masked tokens (the prompt's)",
+        "rl.loss_average",
+        "the loss of rl.algorithm: sums and denominators are over response tokens",
+        loss=(("counts_prompts", True),),
+    )
+    for average in _others(("sequence", "token", "constant"), rl.loss_average):
+        yield Substitution(f"average {average}", "rl.loss_average", loss=(("average", average),))
+    if rl.clip_low != rl.clip_high:
+        yield Substitution(
+            "rl.clip_low and rl.clip_high exchanged",
+            "rl.clip_low, rl.clip_high",
+            loss=(("clip_low", rl.clip_high), ("clip_high", rl.clip_low)),
+        )
+    yield Substitution(
+        "no clip of the ratio",
+        "rl.clip_low, rl.clip_high",
+        loss=(("clip_low", math.inf), ("clip_high", math.inf)),
+    )
+    yield Substitution(
+        "a clip that takes the larger term, as with the wrong sign of the advantage",
+        "rl.clip_low, rl.clip_high",
+        "the loss of rl.algorithm: the smaller of the free and the clipped term",
+        loss=(("takes_larger", True),),
+    )
+    yield Substitution(
+        "old log-probabilities that are the current ones, a ratio of 1,",
+        "old log-probabilities",
+        "the loss of rl.algorithm: the ratio is over the policy before the step's first update",
+        loss=(("is_on_policy", True),),
+    )
+    is_sequence = rl.ratio_level == "sequence"
+    yield Substitution(
+        f"a ratio of each {'token' if is_sequence else 'response'}",
+        "rl.ratio_level",
+        loss=(("is_sequence_ratio", not is_sequence),),
+    )
+    if rl.importance_cap is not None:
+        yield Substitution(
+            "no importance weights", "rl.importance_cap", loss=(("importance_cap", None),)
+        )
+        yield Substitution(
+            "importance weights without a cap",
+            "rl.importance_cap",
+            loss=(("importance_cap", math.inf),),
+        )
+    if rl.entropy_coef:
+        yield Substitution(
+            "entropy with the wrong sign",
+            "rl.entropy_coef",
+            "the loss of rl.algorithm: the entropy is a bonus, subtracted from what is minimized",
+            loss=(("entropy_coef", -rl.entropy_coef),),
+        )
+    if step.config.rollout.temperature != 1:
+        yield Substitution(
+            "temperature 1 in the trainer", "rollout.temperature", loss=(("temperature", 1.0),)
+        )
+
+
+def _of_advantages(step: RecordedStep) -> Iterator[Substitution]:
+    """Yield advantages of other rules, and of other responses."""
+    rl, rewards = step.config.rl, step.training_rewards
+
+    def compute(
+        response_rewards: Rewards, std: str = rl.advantage_std, **options: Any
+    ) -> Advantages:
+        return formulas.advantages(
+            response_rewards, rl.algorithm, std, rl.advantage_epsilon, **options
+        )
+
+    if rl.algorithm not in formulas.ALGORITHMS or rl.reward_normalization != "sum":
+        return
+    for std in _others(("group", "batch", "none"), rl.advantage_std):
+        yield Substitution(
+            f"advantages divided by the deviation of: {std}",
+            "rl.advantage_std",
+            advantages=compute(rewards, std),
+        )
+    yield Substitution(
+        "advantages that are not centred on the mean",
+        "the mean of the rewards",
+        "the advantages of rl.algorithm: the mean of the group is subtracted",
+        advantages=compute(rewards, is_centred=False),
+    )
+    yield Substitution(
+        "a deviation over n - 1 rewards",
+        "rl.advantage_std",
+        "the advantages of rl.algorithm: the deviation is the population's, over n",
+        advantages=compute(rewards, ddof=1),
+    )
+    yield Substitution(
+        "advantages with the other sign",
+        "the sign of the advantages",
+        "the advantages or the loss of rl.algorithm: a better response becomes more likely",
+        advantages=[[-a for a in group_advantages] for group_advantages in step.advantages],
+    )
+    yield from _of_others(step)
+    plain = [[g.reward if g.is_graded else None for g in group.responses] for group in step.groups]
+    if rl.overlong_buffer:
+        yield Substitution(
+            "rewards without the penalty of long responses",
+            "rl.overlong_buffer",
+            advantages=compute(plain),
+        )
+    accuracy = [
+        [g.rewards.get("accuracy") if g.is_graded else None for g in group.responses]
+        for group in step.groups
+    ]
+    if accuracy != plain:
+        yield Substitution(
+            "rewards of accuracy alone", "rewards.weights", advantages=compute(accuracy)
+        )
+    if any(graded.is_truncated for graded in step.responses.values()):
+        yield _of_truncated(step, compute(rewards))
+
+
+def _of_truncated(step: RecordedStep, all_trained: Advantages) -> Substitution:
+    """Return the advantages where truncated responses are trained on if the settings leave them
+    out, and are left out otherwise.
+
+    Args:
+        step: the step.
+        all_trained: the advantages with which every response is trained on."""
+    if step.config.rl.truncated == "mask":
+        return Substitution(
+            "truncated responses trained on", "rl.truncated", advantages=all_trained
+        )
+    trained = [
+        [
+            math.nan if g.is_truncated else a
+            for a, g in zip(group_advantages, group.responses, strict=True)
+        ]
+        for group_advantages, group in zip(step.advantages, step.groups, strict=True)
+    ]
+    return Substitution("truncated responses left out", "rl.truncated", advantages=trained)
+
+
+def _of_others(step: RecordedStep) -> Iterator[Substitution]:
+    """Yield advantages of another group, and of another response."""
+    for places in range(1, len(step.groups)):
+        moved_advantages = [*step.advantages[places:], *step.advantages[:places]]
+        if [len(group_advantages) for group_advantages in moved_advantages] == [
+            len(group_advantages) for group_advantages in step.advantages
+        ]:
+            yield Substitution(
+                f"advantages of another group, {places} places on,",
+                "the order of the groups",
+                "what assigns advantages to responses: those of one group are given to another",
+                advantages=moved_advantages,
+            )
+    for places in range(1, max(map(len, step.advantages))):
+        yield Substitution(
+            f"advantages of another response of the group, {places} places on,",
+            "the order of the responses",
+            "what assigns advantages to responses: those of one are given to another",
+            advantages=[
+                [*group_advantages[places:], *group_advantages[:places]]
+                for group_advantages in step.advantages
+            ],
+        )
+
+
+def _of_samples(step: RecordedStep, recomputed: Recomputation) -> Iterator[Substitution]:
+    """Yield samples that are lost, used twice, or used in part."""
+    yield Substitution(
+        "prompt tokens in the loss",
+        "the mask of the response",
+        "the mask of rl.algorithm's loss: prompts are not trained on",
+        trains_prompts=True,
+    )
+    if step.config.rl.minibatches > 1:
+        yield Substitution(
+            "every update on the first mini-batch",
+            "rl.minibatches",
+            "rl.minibatches: an update trains on its own mini-batch",
+            repeats_first=True,
+        )
+    counts = [len(update[0]) for update in recomputed.packed]
+    if any(count > 1 for count in counts):
+        yield Substitution(
+            "gradients averaged over the micro-batches of an update",
+            "parallel.tokens_per_microbatch",
+            "the trainer: gradients are summed over micro-batches, and divided by the loss's "
+            "denominator alone",
+            adam=(("gradient_factors", tuple(1 / count for count in counts)),),
+        )
+    for name, rows in recomputed.shares():
+        yield Substitution(
+            f"the gradient of {name} lost",
+            "parallel",
+            f"parallel: the sum of the gradients leaves out {name}",
+            lost=rows,
+        )
+    if step.hf.get("tie_word_embeddings"):
+        yield Substitution(
+            "a tied head whose gradient the embedding lacks",
+            "tie_word_embeddings",
+            "parallel.pipeline: first and last stage hold copies of the tied head, whose gradients "
+            "are summed",
+            head_is_apart=True,
+        )
+
+
+def _of_optimizer(step: RecordedStep) -> Iterator[Substitution]:
+    """Yield other states and rules of Adam."""
+    settings = step.config.optimizer
+    lost = "the optimizer's state: it was lost before this step, at a restart or a load"
+    if step.step > 1:
+        yield Substitution(
+            "Adam without its moments", "the optimizer's state", lost, without_moments=True
+        )
+        yield Substitution(
+            "Adam without its moments, which are zero when a step begins,",
+            "the optimizer's state",
+            "the optimizer's state: it is lost between two steps",
+            adam=(("moment_reset", "step"),),
+        )
+    yield Substitution(
+        "Adam without its moments, which are zero before each update,",
+        "the optimizer's state",
+        "the optimizer's state: it is lost between two updates",
+        adam=(("moment_reset", "update"),),
+    )
+    yield Substitution(
+        "no clipping of the gradient", "optimizer.clip_grad", adam=(("clip_grad", math.inf),)
+    )
+    if settings.weight_decay:
+        yield Substitution(
+            "no weight decay", "optimizer.weight_decay", adam=(("weight_decay", 0.0),)
+        )
+        yield Substitution(
+            "weight decay of norms and biases",
+            "optimizer.weight_decay",
+            "optimizer.weight_decay: norms and biases do not decay",
+            adam=(("decays_all", True),),
+        )
+        yield Substitution(
+            "weight decay in the gradient, as in Adam before AdamW,",
+            "optimizer.weight_decay",
+            adam=(("decays_by_gradient", True),),
+        )
+    for name, values in USUAL.items():
+        for value in values:
+            if not math.isclose(value, getattr(settings, name)):
+                is_default = value == getattr(OptimizerConfig(), name)
+                yield Substitution(
+                    f"optimizer.{name} {value:g}",
+                    f"optimizer.{name}",
+                    f"optimizer.{name}: {getattr(settings, name):g} has no effect"
+                    if is_default
+                    else "",
+                    adam=((name, value),),
+                )
+    rate = step.line.get("learning_rate")
+    if isinstance(rate, int | float):
+        yield Substitution(
+            f"the logged learning rate, {rate:g}",
+            "optimizer.learning_rate",
+            "optimizer.learning_rate, warmup and decay",
+            adam=(("learning_rates", (float(rate),) * step.config.rl.minibatches),),
+        )
+
+
+def _of_evidence(step: RecordedStep, evidence: Evidence) -> Iterator[Substitution]:
+    """Yield multiples of learning rate and gradient that a checkpoint shows, and tensors
+    without one."""
+    if evidence.parameters_without_gradient:
+        names = ", ".join(evidence.parameters_without_gradient[:3])
+        yield Substitution(
+            f"no gradient for {len(evidence.parameters_without_gradient):,} tensors, as {names},",
+            "frozen tensors",
+            f"the trainer: {names} get no gradient",
+            adam=(("without_gradient", evidence.parameters_without_gradient),),
+        )
+    yield from _of_weights(step, evidence)
+    if evidence.update_factor is not None and abs(evidence.update_factor - 1) > SAME:
+        rates = tuple(rate * evidence.update_factor for rate in step.learning_rates)
+        yield Substitution(
+            f"{evidence.update_factor:.3g} times the learning rate",
+            "optimizer.learning_rate",
+            "optimizer.learning_rate: the optimizer computes with another than the schedule's",
+            adam=(("learning_rates", rates),),
+        )
+    multiples = [evidence.gradient_factor]
+    norm, recomputed_norm = step.line.get("grad_norm"), evidence.norm
+    if isinstance(norm, int | float) and recomputed_norm:
+        multiples.append(norm / recomputed_norm)
+    for factor in multiples:
+        if factor is None or abs(factor - 1) <= SAME or factor <= 0:
+            continue
+        yield Substitution(
+            f"{factor:.4g} times the gradient{_ranks(step, factor)}",
+            "parallel",
+            "the trainer: gradients are summed over micro-batches and ranks, and divided by the "
+            "loss's denominator alone",
+            adam=(("gradient_factors", (factor,) * step.config.rl.minibatches),),
+        )
+        for clip in dict.fromkeys((factor * step.config.optimizer.clip_grad,)):
+            yield Substitution(
+                f"a gradient clipped to a norm of {clip:.4g}",
+                "optimizer.clip_grad",
+                adam=(("clip_grad", clip),),
+            )
+
+
+def _of_weights(step: RecordedStep, evidence: Evidence) -> Iterator[Substitution]:
+    """Yield the weights of KL and entropy that the logged loss would have."""
+    logged, recomputed_loss = step.line.get("loss"), sum(evidence.terms.values())
+    if not isinstance(logged, int | float):
+        return
+    for key, name in (("kl_beta", "kl"), ("entropy_coef", "entropy")):
+        value, term = getattr(step.config.rl, key), evidence.terms.get(name)
+        if not value or not term:
+            continue
+        # Of the same weights after each update.
+        nearest = value * (1 + (logged - recomputed_loss) / term)
+        for rounded in dict.fromkeys(float(f"{nearest:.{digits}g}") for digits in (1, 2)):
+            if abs(rounded) > 1e-3 * abs(value) and not math.isclose(rounded, value):
+                yield Substitution(f"rl.{key} {rounded:g}", f"rl.{key}", loss=((key, rounded),))
+
+
+def _ranks(step: RecordedStep, factor: float) -> str:
+    """Return what a factor of the gradient is equal to, as text."""
+    parallel, count = step.run_config.parallel, step.line.get("packing/microbatches", 1)
+    ranks = parallel.data_parallel_size(parallel.processes)
+    for number, noun in ((ranks, "data-parallel ranks"), (count, "micro-batches of an update")):
+        for value, words in ((number, "the number"), (1 / number, "1 over the number")):
+            if number > 1 and math.isclose(factor, value, rel_tol=SAME):
+                return f", {words} of {noun},"
+    return ""
+
+
+def _of_kl(step: RecordedStep) -> Iterator[Substitution]:
+    """Yield other KL terms, and other references."""
+    rl = step.config.rl
+    yield Substitution(
+        "KL with the wrong sign",
+        "rl.kl_beta",
+        "the loss of rl.algorithm: KL is added to what is minimized",
+        loss=(("kl_beta", -rl.kl_beta),),
+    )
+    yield Substitution("no KL term", "rl.kl_beta", loss=(("kl_beta", 0.0),))
+    for estimator in _others(("k1", "k2", "k3"), rl.kl_estimator):
+        yield Substitution(
+            f"KL by {estimator}", "rl.kl_estimator", loss=(("kl_estimator", estimator),)
+        )
+    yield Substitution(
+        "the policy itself as reference",
+        "rl.reference_refresh",
+        "rl.reference_refresh, or the reference's weights",
+        reference="policy",
+    )
+    if weights_after(step.folder, step.run_config, 0) is not None and step.step > 1:
+        yield Substitution(
+            "a reference that was not refreshed", "rl.reference_refresh", reference="begin"
+        )
+
+
+def _defaults(step: RecordedStep) -> Iterator[Substitution]:
+    """Yield settings of the loss without effect: their default in place of the recipe's."""
+    rl, default = step.config.rl, RLConfig(algorithm=step.config.rl.algorithm)
+    for name in OF_LOSS:
+        value = getattr(default, name)
+        if value != getattr(rl, name):
+            yield Substitution(
+                f"rl.{name} at its default, {value},",
+                f"rl.{name}",
+                f"rl.{name}: {getattr(rl, name)} has no effect",
+                loss=((name, value),),
+            )
+
+
+def _others(values: Sequence[str], present_value: str) -> list[str]:
+    return [value for value in values if value != present_value]

@@ -1,0 +1,91 @@
+"""An advantage for each token, in float64, written from the definitions of the algorithms that have
+them, and of the masks that set some to 0.
+
+    reinforce_pp   A_t = γ^(T-t) r - β Σ_{s≥t} γ^(s-t) log(π_old / π_ref)_s, with mean 0 and
+                   deviation 1 over all tokens (arXiv 2501.03262, section 3)
+    rloo           the same of r_i - mean of the others' rewards, as it is (arXiv 2402.14740)"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from megatron_r1.config.algorithms import EngineMask
+from megatron_r1.why.formulas import OF_TOKENS
+from megatron_r1.why.policy.token_logprobs import TokenRow
+from megatron_r1.why.record.recorded_step import RecordedStep
+
+MASKS = ("token", "sequence")
+"""Masks that are known before the updates; of the others "divergence" is a part of the loss."""
+
+
+def with_token_advantages(
+    step: RecordedStep,
+    rows: Sequence[TokenRow],
+    old: Sequence[Tensor],
+    reference: Sequence[Tensor] | None,
+) -> list[TokenRow]:
+    """Return the rows with an advantage for each token, where the step's settings have them.
+
+    Args:
+        step: the step.
+        rows: its sequences, with an advantage each.
+        old: log-probabilities of the sampled tokens under the policy before the step, by row.
+        reference: those under the reference, or None."""
+    rl = step.config.rl
+    new_rows = list(rows)
+    if rl.algorithm in OF_TOKENS:
+        values = [
+            _to_go(row, old[at], None if reference is None else reference[at], step)
+            for at, row in enumerate(rows)
+        ]
+        if rl.algorithm == "reinforce_pp":
+            trained = [v for v, row in zip(values, rows, strict=True) if row.is_trained]
+            all_values = torch.cat(trained) if trained else torch.zeros(1)
+            mean, deviation = (
+                all_values.mean(),
+                all_values.std(unbiased=False) + rl.advantage_epsilon,
+            )
+            values = [(value - mean) / deviation for value in values]
+        new_rows = [
+            replace(row, token_advantages=v) for row, v in zip(new_rows, values, strict=True)
+        ]
+    if rl.engine_mask in MASKS:
+        bounds = rl.engine_mask_settings
+        new_rows = [_masked(row, old[at], bounds) for at, row in enumerate(new_rows)]
+    return new_rows
+
+
+def _to_go(row: TokenRow, old: Tensor, reference: Tensor | None, step: RecordedStep) -> Tensor:
+    """Return the discounted sums of what follows each token, itself included.
+
+    Args:
+        row: the sequence.
+        old: log-probabilities of the policy before the step.
+        reference: those of the reference, or None.
+        step: the step."""
+    rl = step.config.rl
+    rewards = torch.zeros_like(old)
+    if reference is not None and rl.kl_beta:
+        rewards = rewards - rl.kl_beta * (old - reference)
+    if len(rewards):
+        rewards[-1] += row.advantage
+    sums, total = torch.zeros_like(rewards), torch.zeros((), dtype=rewards.dtype)
+    for at in range(len(rewards) - 1, -1, -1):
+        total = rewards[at] + rl.discount * total
+        sums[at] = total
+    return sums
+
+
+def _masked(row: TokenRow, old: Tensor, bounds: EngineMask) -> TokenRow:
+    gap = old - row.logprobs.double()
+    if bounds.method == "sequence":
+        gap = gap.mean().expand_as(gap)
+    is_kept = (gap.exp() >= bounds.low) & (gap.exp() <= bounds.high)
+    advantages = row.token_advantages
+    if advantages is None:
+        advantages = torch.full_like(gap, row.advantage)
+    return replace(row, token_advantages=advantages * is_kept)

@@ -1,0 +1,270 @@
+"""What a step's updates are made of: the policy with its optimizer's state, the rows of each
+mini-batch, their log-probabilities, and the rules of loss and optimizer, as the settings say or
+with one thing substituted."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from megatron_r1.controller.trainer_calls.packing import pack, sample_cost
+from megatron_r1.why import formulas
+from megatron_r1.why.checked_quantity import CannotRecompute
+from megatron_r1.why.policy import checkpoint_model, token_logprobs
+from megatron_r1.why.policy.policy_logprobs import PolicyLogprobs
+from megatron_r1.why.policy.token_logprobs import TokenRow
+from megatron_r1.why.record.recorded_step import weights_after
+from megatron_r1.why.update.adam import AdamRules, Moments
+from megatron_r1.why.update.loss_formulas import LossRules
+from megatron_r1.why.update.substitution import Substitution
+
+UPDATE_FLOPS = 2e13
+"""Floating-point operations of a step's updates: minutes on two cores. More are not made."""
+KNOWN = (*formulas.ALGORITHMS, *formulas.OF_TOKENS)
+"""Algorithms whose updates are made again."""
+COPIES = 7
+"""Copies of the parameters, fp32, that the updates need: model, gradients, moments, and others."""
+
+
+class UpdateInputs(PolicyLogprobs):
+    """What the updates of a recorded step are made of.
+
+    Raises:
+        CannotRecompute: weights are missing, or too large for this machine.
+    """
+
+    @cached_property
+    def _moments(self) -> tuple[Moments, Moments] | None:
+        return None if self._is_begin else self._moments_of(self._before)
+
+    def _moments_of(self, checkpoint: Path) -> tuple[Moments, Moments]:
+        """Return the first and second moments in a checkpoint, by parameter."""
+        first, second = (
+            dict(self.model(checkpoint, f"{checkpoint_model.STATE}{name}.").named_parameters())
+            for name in checkpoint_model.MOMENTS
+        )
+        return {k: moment.detach() for k, moment in first.items()}, {
+            k: moment.detach() for k, moment in second.items()
+        }
+
+    @cached_property
+    def num_updates(self) -> int:
+        """Updates before the step, as the checkpoint's optimizer has counted them."""
+        return 0 if self._is_begin else checkpoint_model.read_state(self._before) or 0
+
+    def check_updates(self) -> None:
+        """Raise CannotRecompute where the step's updates cannot be made here."""
+        config = self.step.config
+        before = self._before
+        algorithm = config.rl.algorithm
+        reasons = (
+            (
+                algorithm not in KNOWN,
+                f"rl.algorithm: {algorithm} is none of {', '.join(sorted(KNOWN))}",
+            ),
+            (config.rl.routing_replay, "rl.routing_replay: experts are the engine's"),
+            (config.fp8.recipe != "none", f"fp8.recipe: {config.fp8.recipe}"),
+        )
+        for applies, reason in reasons:
+            if applies:
+                raise CannotRecompute(reason)
+        cost = 8.0 * self.num_parameters * sum(len(row.token_ids) for row in self.rows)
+        if cost > UPDATE_FLOPS:
+            raise CannotRecompute(
+                f"the updates take {cost / 1e12:,.0f} teraflops here, at most "
+                f"{UPDATE_FLOPS / 1e12:.0f} are spent"
+            )
+        num_bytes = 4 * COPIES * self.num_parameters
+        free_bytes = psutil.virtual_memory().available
+        if num_bytes > free_bytes:
+            raise CannotRecompute(
+                f"the updates need {num_bytes / 1e9:.0f} GB, {free_bytes / 1e9:.0f} GB are free"
+            )
+        if (
+            config.rl.kl_beta
+            and not self._is_begin
+            and not checkpoint_model.has_part(before, "reference.")
+        ):
+            raise CannotRecompute(f"{before} has no reference policy")
+
+    def minibatches(self, token_rows: Sequence[TokenRow] | None = None) -> list[list[int]]:
+        """Return the rows of each mini-batch: responses in an order of the run's seed and step,
+        those that are trained on spread evenly.
+
+        Args:
+            token_rows: the rows; None: the step's."""
+        token_rows = token_rows or self.rows
+        by_response: dict[Any, list[int]] = {}
+        for at, sequence in enumerate(self.sequences):
+            by_response.setdefault(sequence.response, []).append(at)
+        shuffled = list(by_response.values())
+        random.Random(f"{self.step.run_config.run.seed}:{self.step.step}").shuffle(shuffled)
+        trained = [rows for rows in shuffled if token_rows[rows[0]].is_trained]
+        count = self.step.config.rl.minibatches
+        return [
+            [
+                at
+                for rows in trained[i * len(trained) // count : (i + 1) * len(trained) // count]
+                for at in rows
+            ]
+            for i in range(count)
+        ]
+
+    @cached_property
+    def _trained_model(self) -> Any:
+        """What the optimizer changes: the policy, of 16 bits its master weights."""
+        if self.step.run_config.model.dtype == "float32" or self._is_begin:
+            return self.policy
+        return self.model(self._before, f"{checkpoint_model.STATE}param.")
+
+    @cached_property
+    def packed(self) -> list[list[list[list[int]]]]:
+        """The rows by update, data-parallel rank and micro-batch, as the controller packs them;
+        nothing where micro-batches share prompts."""
+        parallel = self.step.run_config.parallel
+        if parallel.share_prompts:
+            return []
+        ranks, cost = parallel.data_parallel_size(parallel.processes), sample_cost(self.step.hf)
+        batches = []
+        for rows in self.minibatches():
+            lengths = [len(self.rows[at].token_ids) for at in rows]
+            packing = pack(lengths, ranks, parallel.microbatch_tokens, cost=cost)
+            batches.append([[[rows[at] for at in m] for m in share] for share in packing.shares])
+        return batches
+
+    def shares(self) -> list[tuple[str, list[int]]]:
+        """Return the rows of each data-parallel rank, and of the first and the last micro-batch of
+        each, with a name; nothing for one rank with one micro-batch."""
+        share_by_key: dict[str, list[int]] = {}
+        for update in self.packed:
+            for rank, share in enumerate(update):
+                if len(update) > 1:
+                    row_numbers = [at for members in share for at in members]
+                    share_by_key.setdefault(f"data-parallel rank {rank}", []).extend(row_numbers)
+                if len(share) > 1:
+                    share_by_key.setdefault("the first micro-batch", []).extend(share[0])
+                    share_by_key.setdefault("the last micro-batch", []).extend(share[-1])
+        return list(share_by_key.items())
+
+    def loss_rules(self) -> LossRules:
+        """Return the loss of the step's settings."""
+        rl, limit = self.step.config.rl, self.step.config.rollout.max_response_tokens
+        mask = rl.engine_mask_settings
+        return LossRules(
+            average=rl.loss_average,
+            constant=limit,
+            clip_low=rl.clip_low,
+            clip_high=rl.clip_high,
+            dual_clip=rl.dual_clip,
+            is_sequence_ratio=rl.ratio_level == "sequence",
+            is_cispo=rl.algorithm == "cispo",
+            importance_cap=rl.importance_cap,
+            kl_beta=0.0 if rl.algorithm in formulas.OF_TOKENS else rl.kl_beta,
+            kl_estimator=rl.kl_estimator,
+            entropy_coef=rl.entropy_coef,
+            temperature=self.temperature,
+            divergence=(mask.low, mask.high) if mask.method == "divergence" else None,
+        )
+
+    def adam_rules(self, norms: tuple[float, ...] | None) -> AdamRules:
+        """Return the optimizer of the step's settings.
+
+        Args:
+            norms: `AdamRules.norms`; None: those of the gradients."""
+        settings = self.step.config.optimizer
+        return AdamRules(
+            tuple(self.step.learning_rates),
+            settings.beta1,
+            settings.beta2,
+            settings.epsilon,
+            settings.weight_decay,
+            settings.clip_grad,
+            norms=norms,
+        )
+
+    @property
+    def trains_more(self) -> bool:
+        """Whether the run trains parameters that are not here, as those of MTP layers."""
+        return self.step.config.model.mtp == "train"
+
+    @property
+    def left_out(self) -> str:
+        """What of the gradient is not computed here, for a remedy; "" where all is."""
+        if not self.trains_more:
+            return ""
+        return (
+            "; the only gradient that is not recomputed is that of the MTP layers' loss, which "
+            "must not reach the others (model.mtp)"
+        )
+
+    def _rows(self, substitution: Substitution) -> list[TokenRow]:
+        """Return the rows with what is substituted of them."""
+        rows = self.rows
+        if substitution.advantages is not None:
+            rows = [
+                replace(row, advantage=substitution.advantages[index[0]][index[1]])
+                for row, index in zip(
+                    rows, (sequence.response for sequence in self.sequences), strict=True
+                )
+            ]
+        if substitution.trains_prompts:
+            rows = [_with_prompt(row) for row in rows]
+        return rows
+
+    def _old_and_reference_logprobs(
+        self, substitution: Substitution, rows: Sequence[TokenRow], loss: LossRules
+    ) -> tuple[list[Tensor], list[Tensor] | None]:
+        """Return log-probabilities of the rows under old policy and reference."""
+        is_own = loss.temperature == self.temperature and not substitution.trains_prompts
+        old = self._old_of_all
+        if not is_own:
+            old = token_logprobs.logprobs(self.policy, rows, [loss.temperature])[0]
+        if substitution.reference == "policy":
+            return old, old
+        if substitution.reference == "begin":
+            begin = weights_after(self.step.folder, self.step.run_config, 0)
+            assert begin is not None, "the substitution is offered where the model is there"
+            return old, token_logprobs.logprobs(self.model(begin), rows, [loss.temperature])[0]
+        if is_own or self.reference is None:
+            return old, self.reference
+        if self._is_begin:
+            return old, old
+        model = self.model(self._before, checkpoint_model.REFERENCE)
+        return old, token_logprobs.logprobs(model, rows, [loss.temperature])[0]
+
+    def _substituted_moments(self, substitution: Substitution) -> tuple[Moments, Moments] | None:
+        """Return the moments, those of the embedding for a head that is a tensor of its own."""
+        if not substitution.head_is_apart or self._moments is None:
+            return self._moments
+        embedding = "model.embed_tokens.weight"
+        first, second = (
+            {**moment, "lm_head.weight": moment[embedding]} for moment in self._moments
+        )
+        return first, second
+
+    def _order(self, substitution: Substitution, rows: Sequence[TokenRow]) -> list[list[int]]:
+        """Return the rows of each update."""
+        minibatches = self.minibatches(rows)
+        return [minibatches[0]] * len(minibatches) if substitution.repeats_first else minibatches
+
+
+def _with_prompt(row: TokenRow) -> TokenRow:
+    """Return a row whose tokens are all trained on; the engine's log-probability of those that it
+    has not sampled is 0, as in the trainer."""
+    logprobs = torch.zeros(len(row.token_ids))
+    logprobs[row.is_sampled] = row.logprobs
+    return replace(
+        row,
+        is_sampled=torch.arange(len(row.token_ids)) > 0,
+        logprobs=logprobs[1:],
+        num_sampled=len(row.token_ids) - 1,
+        kept=None,
+    )

@@ -1,0 +1,487 @@
+"""`megatron-r1 why` on what a run wrote down: faults planted in logs, files and metrics are named.
+What needs weights: tests/system/test_why_runs.py."""
+
+import json
+import math
+import statistics
+from array import array
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from chat_tokenizer import chat_tokenizer
+from refusals import refused
+from small_qwen2 import MODEL
+
+from megatron_r1.base.errors import Cause, RunError
+from megatron_r1.base.files.framed_records import append_frame
+from megatron_r1.commands import score_audit
+from megatron_r1.commands.why import run
+from megatron_r1.config import Config
+from megatron_r1.controller.algorithms import grpo
+from megatron_r1.controller.corrections import reward_normalization
+from megatron_r1.controller.rollouts.rollout import GradedResponse, Group
+from megatron_r1.controller.rollouts.sample_log import SamplingRecord, encode, pack
+from megatron_r1.data.prompt_tokenizer import PromptTokenizer
+from megatron_r1.data.prompts import load_prompts
+from megatron_r1.engines.server.responses import Response
+from megatron_r1.models.sampling_mask import encode_mask
+from megatron_r1.reporting.run_folder import RunFolder
+from megatron_r1.why import formulas
+from megatron_r1.why.checked_quantity import CheckedQuantity
+from megatron_r1.why.checks import files, loss, optimizer, rewards, sampling
+from megatron_r1.why.examination import examine
+from megatron_r1.why.record.recorded_step import RecordedStep
+from megatron_r1.why.record.step_reader import choose, examinable, open_run, read_step
+from megatron_r1.why.update.evidence import Evidence
+from megatron_r1.why.update.recomputation import RecomputedUpdates
+
+STEP = 2
+SYSTEM = "Answer with one number."
+LIMIT = 64
+WEIGHTS = {"accuracy": 1.0, "format": 0.1}
+
+
+class Planted:
+    """A run of two groups of two responses, each half of it right, to change before it is written.
+
+    Attributes:
+        settings: sections of the recipe.
+        line: the step's line of metrics.jsonl; filled where it is empty."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.model = folder / "model"
+        tokenizer = chat_tokenizer()
+        tokenizer.save_pretrained(self.model)
+        size = len(tokenizer)
+        (self.model / "config.json").write_text(json.dumps(MODEL | {"vocab_size": size}))
+        rows = [
+            {
+                "question": [
+                    {"role": "system", "content": SYSTEM},
+                    {"role": "user", "content": f"{at} + 1 = ?"},
+                ],
+                "truth": str(at + 1),
+            }
+            for at in range(2, 22)
+        ]
+        data = folder / "questions.jsonl"
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        self.settings = {
+            "run": {"folder": str(folder / "run"), "steps": 4},
+            "model": {"path": str(self.model), "dtype": "float32"},
+            "data": {"path": str(data), "template": "chat", "num_heldout": 0},
+            "rollout": {"max_response_tokens": LIMIT, "dtype": "float32"},
+            "rl": {"questions_per_rollout": 2, "group_size": 4, "minibatches": 2},
+            "optimizer": {"warmup": 2},
+        }
+        self.tokenizer = PromptTokenizer(str(self.model), "chat")
+        self.sampling = SamplingRecord(1.0, 1.0, LIMIT, tuple(self.tokenizer.stop_token_ids), ())
+        prompts = load_prompts(path=data, num_heldout=0).train[:2]
+        self.groups = [
+            Group(
+                prompt,
+                self.tokenizer.encode(prompt.question, prompt.messages_before),
+                [
+                    self.response(
+                        f"<think></think><answer>{int(prompt.truth) + wrong}</answer>", wrong
+                    )
+                    for wrong in (0, 1, 0, 1)
+                ],
+            )
+            for prompt in prompts
+        ]
+        self.line = {
+            "learning_rate": 3e-6,
+            "optimizer_step": 4,
+            "step_taken": 1.0,
+            "grad_norm": 1.0,
+        }
+
+    def response(self, text: str, wrong: int) -> GradedResponse:
+        tokens = array("i", self.tokenizer.encode_response(text))
+        count = len(tokens)
+        made = Response(
+            tokens,
+            array("f", [-0.5] * count),
+            array("i", [STEP - 1] * count),
+            "stop",
+            b"",
+            "engine-0",
+        )
+        terms = {"accuracy": 1.0 - wrong, "format": 1.0}
+        return GradedResponse(made, text, terms, 1.1 - wrong, "graded")
+
+    def change(self, function, group: int | None = None) -> None:
+        """Change the responses of a group, or of all."""
+        for at, each in enumerate(self.groups):
+            if group in (None, at):
+                each.responses[:] = [function(graded) for graded in each.responses]
+
+    def read(self) -> RecordedStep:
+        """Write the run and read the step."""
+        folder = RunFolder(self.folder / "run")
+        folder.sample_log.mkdir(parents=True, exist_ok=True)
+        folder.write_config(Config.model_validate(self.settings).model_dump())
+        with open(folder.sample_log / f"step_{STEP:08d}.log", "wb", buffering=0) as file:
+            for position, group in enumerate(self.groups):
+                append_frame(file.fileno(), encode(pack(position, group, "", self.sampling)))
+        responses = [each for group in self.groups for each in group.responses]
+        means = {
+            "reward/mean": statistics.fmean(each.reward for each in responses),
+            "accuracy": statistics.fmean(each.rewards["accuracy"] for each in responses),
+            "truncated": statistics.fmean(each.is_truncated for each in responses),
+        }
+        if not folder.metrics_path.exists():
+            folder.append_metrics({"step": STEP, **means, **self.line})
+        return read_step(*open_run(folder.path), STEP)
+
+
+@pytest.fixture
+def planted(tmp_path) -> Planted:
+    return Planted(tmp_path)
+
+
+def checks(step: RecordedStep) -> list[CheckedQuantity]:
+    return [*files.check(step), *sampling.check_settings(step), *rewards.check(step)]
+
+
+def named(step: RecordedStep) -> CheckedQuantity:
+    """The first departure, with all that departs in the message of a failure."""
+    found = [each for each in checks(step) if each.departs]
+    assert found, [str(each) for each in checks(step)]
+    return found[0]
+
+
+def test_nothing_departs_in_a_run_without_a_fault(planted):
+    found = checks(planted.read())
+    assert [str(each) for each in found if each.departs] == []
+    assert [each.name for each in found if each.status == "not checked"] == []
+
+
+def test_responses_that_are_cut_off_have_no_advantage_where_the_run_masks_them(planted):
+    response = planted.groups[0].responses[1].response
+    planted.groups[0].responses[1] = replace(
+        planted.groups[0].responses[1], response=replace(response, finish_reason="length")
+    )
+    trained = planted.read().advantages
+    (planted.folder / "run/config.yaml").unlink()
+    planted.settings["rl"]["truncated"] = "mask"
+    masked = planted.read().advantages
+    assert not math.isnan(trained[0][1]) and math.isnan(masked[0][1])
+    assert masked[0][::2] == trained[0][::2] and masked[1] == trained[1]
+
+
+def test_nothing_departs_in_a_run_with_a_cut(planted):
+    cut(planted, lambda token: [token, token + 1])
+    found = checks(planted.read())
+    assert [str(each) for each in found if each.departs] == []
+    assert "tokens that the engines kept" in [each.name for each in found]
+
+
+def doubled_start(planted):
+    planted.groups[0].prompt_ids.insert(0, planted.groups[0].prompt_ids[0])
+
+
+def without_system(planted):
+    group = planted.groups[1]
+    planted.groups[1] = replace(group, prompt_ids=planted.tokenizer.encode(group.prompt.question))
+
+
+def other_template(planted):
+    group = planted.groups[1]
+    text = group.prompt.question
+    planted.groups[1] = replace(group, prompt_ids=planted.tokenizer.hf_tokenizer.encode(text))
+    group.prompt.messages_before.clear()
+
+
+def past_the_end(planted):
+    def longer(graded):
+        tokens = graded.response.token_ids + graded.response.token_ids
+        count = len(tokens)
+        response = replace(
+            graded.response,
+            token_ids=tokens,
+            logprobs=array("f", [-0.5] * count),
+            policy_versions=array("i", [STEP - 1] * count),
+        )
+        text = planted.tokenizer.decode(tokens)
+        return replace(graded, response=response, text=text)
+
+    planted.change(longer, group=0)
+    planted.sampling = replace_record(planted.sampling, stop_token_ids=(0,))
+
+
+def replace_record(record, **changes):
+    return SamplingRecord(
+        **{name: changes.get(name, getattr(record, name)) for name in record.__struct_fields__}
+    )
+
+
+def beyond_the_vocabulary(planted):
+    config = json.loads((planted.model / "config.json").read_text())
+    (planted.model / "config.json").write_text(json.dumps(config | {"vocab_size": 300}))
+
+
+def other_text(planted):
+    planted.change(lambda graded: replace(graded, text=graded.text + "?"), group=1)
+
+
+def other_temperature(planted):
+    planted.sampling = replace_record(planted.sampling, temperature=0.6)
+
+
+def top_p(planted):
+    planted.sampling = replace_record(planted.sampling, top_p=0.9)
+
+
+def other_top_k(planted):
+    planted.sampling = replace_record(planted.sampling, top_k=40, min_p=0.1)
+
+
+def cut(planted, kept):
+    """Have the run draw from a part of the vocabulary, and every token keep `kept(token)`."""
+    planted.settings["rollout"] |= {"top_p": 0.9, "top_k": 8}
+    planted.sampling = replace_record(planted.sampling, top_p=0.9, top_k=8)
+
+    def with_mask(graded):
+        mask = encode_mask([kept(token) for token in graded.response.token_ids])
+        return replace(graded, response=replace(graded.response, sampling_mask=mask))
+
+    planted.change(with_mask)
+
+
+def without_the_token(planted):
+    cut(planted, lambda token: [token, token + 1])
+    with_one_less = replace(planted.groups[1].responses[2].response, sampling_mask=b"")
+    planted.groups[1].responses[2] = replace(planted.groups[1].responses[2], response=with_one_less)
+
+
+def stale(planted):
+    def older(graded):
+        versions = array("i", [STEP - 2] * len(graded.response.token_ids))
+        return replace(graded, response=replace(graded.response, policy_versions=versions))
+
+    planted.change(older, group=1)
+
+
+def punished(planted):
+    def cut(graded):
+        response = replace(graded.response, finish_reason="length")
+        return replace(graded, response=response, reward=-0.5)
+
+    planted.change(cut, group=0)
+    group = planted.groups[0]
+    lengths = [len(each.response.token_ids) for each in group.responses]
+    planted.settings["rollout"]["max_model_len"] = len(group.prompt_ids) + min(lengths)
+
+
+def cut_early(planted):
+    def cut(graded):
+        return replace(graded, response=replace(graded.response, finish_reason="length"))
+
+    planted.change(cut, group=0)
+
+
+def missed_hashes(planted):
+    group = planted.groups[0]
+    answers = [planted.response(f"So #### {group.prompt.truth}", 1) for _ in group.responses]
+    group.responses[:] = [
+        replace(each, rewards={"accuracy": 0.0, "format": 0.0}, reward=0.0) for each in answers
+    ]
+
+
+def accepted_though_wrong(planted):
+    terms = {"accuracy": 1.0, "format": 1.0}
+    planted.change(lambda graded: replace(graded, rewards=terms, reward=1.1), group=1)
+
+
+def other_metrics(planted):
+    planted.line["accuracy"] = 0.9
+
+
+PLANTS = {
+    doubled_start: ("start of the prompt", "<|im_start|>", "data.template"),
+    without_system: ("system message", SYSTEM, "data.template"),
+    past_the_end: ("end of the response", "stop at 0 only", "rollout.stop_token_ids"),
+    beyond_the_vocabulary: ("vocabulary", "vocab_size: 300", "vocab_size"),
+    other_text: ("text that was graded", "…", "tokenizer"),
+    other_temperature: ("settings of the engines", "temperature 0.6", "rollout.temperature"),
+    top_p: ("settings of the engines", "top_p 0.9", "rollout.top_p"),
+    other_top_k: ("settings of the engines", "top_k 40", "rollout.top_k"),
+    without_the_token: ("tokens that the engines kept", "kept", "rollout.top_k"),
+    stale: ("version of the weights", "engine-0 sampled with version 0", "rl.staleness"),
+    punished: ("sum of the terms", "4 truncated answers are punished", "rewards.weights"),
+    cut_early: ("limit of the response", f"the limit is {LIMIT}", "rollout.max_response_tokens"),
+    missed_hashes: ("math-verify's verdict", "behind ####", "rewards.answer: auto"),
+    accepted_though_wrong: ("math-verify's verdict", "2 are accepted", "rewards.answer"),
+    other_metrics: ("metrics of the rollout", "accuracy is 0.900", "metrics.jsonl"),
+}
+
+
+@pytest.mark.parametrize("plant", PLANTS, ids=lambda plant: plant.__name__)
+def test_a_planted_fault_is_the_first_that_departs(planted, plant):
+    plant(planted)
+    comparison = named(planted.read())
+    name, words, remedy = PLANTS[plant]
+    assert comparison.name == name, str(comparison)
+    assert words in comparison.reason
+    assert remedy in comparison.remedy
+
+
+def test_the_responses_concerned_and_their_share_of_the_loss_are_counted(planted):
+    stale(planted)
+    comparison = named(planted.read())
+    assert comparison.concerned == [(1, 0), (1, 1), (1, 2), (1, 3)]
+    # Both groups have the same rewards, so each has half of the advantages.
+    assert comparison.loss_fraction == pytest.approx(0.5)
+    assert comparison.num_tokens == sum(
+        len(g.response.token_ids) for g in planted.groups[1].responses
+    )
+
+
+@pytest.mark.parametrize(
+    ("logged", "is_equal", "words"),
+    [
+        # Updates 3 and 4 of 8: 3/4 and 1/2 of what is left to decay. By hand: linear, no warm-up.
+        (3e-6 * (5 / 8 + 4 / 8) / 2, True, ""),
+        # As planned for 8 steps, 16 updates, before the run was shortened.
+        (3e-6 * (13 / 16 + 12 / 16) / 2, True, "run.steps: 8"),
+        (3e-6 / 7.03, False, "as if still in warm-up"),
+    ],
+)
+def test_the_learning_rate_may_have_been_planned_for_another_length(
+    planted, logged, is_equal, words
+):
+    planted.settings["optimizer"] = {"decay": "linear", "warmup": 0 if is_equal else 1}
+    planted.line["learning_rate"] = logged
+    rate, *_ = optimizer.check_rates(planted.read())
+    assert rate.name == "learning rate"
+    assert rate.departs is not is_equal and words in rate.compared + rate.reason
+
+
+def test_records_without_sampling_are_read_and_reported(planted):
+    planted.sampling = None
+    found = {each.name: each for each in sampling.check_settings(planted.read())}
+    assert found["settings of the engines"].status == "not checked"
+
+
+def test_without_checkpoints_it_says_what_is_missing(planted):
+    report = examine(planted.read())
+    reasons = {
+        each.name: each.reason for each in report.comparisons if each.status == "not checked"
+    }
+    assert "checkpoint.keep_every" in reasons["engines' log-probabilities"]
+    assert "checkpoint.keep_every" in reasons["loss"]
+    assert report.first_departure is None and report.suspicions
+
+
+def test_a_run_whose_groups_have_one_reward_is_suspected_to_be_too_hard(planted):
+    def wrong(graded):
+        return planted.response("<think></think><answer>-1</answer>", 1)
+
+    planted.change(wrong)
+    report = examine(planted.read())
+    assert report.first_departure is None
+    assert any("too hard: 100.0% of the groups" in each for each in report.suspicions)
+
+
+@pytest.mark.parametrize(("logged", "departs"), [(5.75129e-4, False), (5.765e-4, True)])
+def test_a_loss_of_kl_alone_has_the_rounding_of_kl(planted, logged, departs):
+    """Of groups with one reward the loss is rl.kl_beta x kl, and no advantage sets its size."""
+    planted.change(lambda graded: planted.response("<think></think><answer>-1</answer>", 1))
+    planted.settings["rl"]["kl_beta"] = 0.01
+    planted.line |= {"loss": logged, "kl": 0.0575}
+    made = RecomputedUpdates(
+        {"loss": 5.75139e-4, "kl": 0.0575139, "entropy": 2.0}, {}, {}, None, []
+    )
+    recomputed = SimpleNamespace(
+        base=made,
+        run=lambda substitution: made,
+        evidence=Evidence(),
+        packed=[],
+        searches_causes=True,
+        shares=list,
+        left_out="",
+        estimate=lambda substitution, line: 1.0,
+    )
+    of_loss, of_kl = loss.check_loss(planted.read(), recomputed)
+    assert of_loss.departs is departs and not of_kl.departs
+
+
+def test_the_command_fails_where_something_departs(planted, capsys):
+    stale(planted)
+    planted.read()
+    out = planted.folder / "why.json"
+    with pytest.raises(RunError, match="version of the weights"):
+        run(Config(), str(planted.folder / "run"), json=str(out))
+    printed = capsys.readouterr().out
+    assert "first quantity that departs: sampling: version of the weights" in printed
+    assert json.loads(out.read_text())["first"]["name"] == "version of the weights"
+    page = (planted.folder / "run" / "why.html").read_text()
+    assert "version of the weights" in page and "group 1, response 0" in page
+
+
+def test_a_step_that_has_no_log_is_refused(planted):
+    planted.read()
+    folder, config = open_run(planted.folder / "run")
+    steps = examinable(folder, config)
+    assert [(each.step, each.has_before, each.has_after) for each in steps] == [(2, False, False)]
+    with refused("--step", Cause.NOT_FOUND, 3):
+        choose(steps, 3, folder.path)
+    with refused("RUN", Cause.EMPTY):
+        choose([], None, folder.path)
+    with refused("--step", Cause.MALFORMED, "x"):
+        run(Config(), str(folder.path), step="x")
+    with refused("RUN", Cause.NOT_FOUND):
+        run(Config(), str(planted.folder))
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "std", "expected"),
+    [
+        # By hand: rewards 1, 0, 0, 1 have deviation 1/2.
+        ("grpo", "group", [1.0, -1.0, -1.0, 1.0]),
+        ("dr_grpo", "none", [0.5, -0.5, -0.5, 0.5]),
+        ("reinforce", "none", [0.25, -0.75, -0.75, 0.25]),
+    ],
+)
+def test_advantages_of_a_group_by_hand(algorithm, std, expected):
+    groups = [[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0]]
+    made = formulas.advantages(groups, algorithm, std, 0.0)
+    assert made[0] == pytest.approx(expected)
+    rest = 0.25 if algorithm == "reinforce" else 0.0
+    assert made[1] == pytest.approx([rest] * 4)
+
+
+def test_the_punishment_of_a_long_response_by_hand():
+    # Over the last 20 of 100 tokens it grows from 0 to 1.
+    made = [formulas.training_reward(1.0, n, 100, 0.2, 1.0) for n in (80, 90, 100)]
+    assert made == pytest.approx([1.0, 0.5, 0.0])
+
+
+def test_an_audit_of_the_run_finds_a_wrong_grade(planted, capsys):
+    second = planted.groups[1].responses
+    terms = {"accuracy": 1.0, "format": 1.0}
+    second[3] = replace(second[3], rewards=terms, reward=1.1)
+    planted.read()
+    score_audit.run(Config(), str(planted.folder / "run"))
+    printed = capsys.readouterr().out
+    assert "8 verdicts, 8 read a second time" in printed
+    (line,) = (each for each in printed.splitlines() if each.startswith("  wrong"))
+    assert "step 2, group 1" in line and "response 3" in line
+    (signs,) = (each for each in printed.splitlines() if "signs" in each)
+    assert "corrected in 2 of 2 groups" in signs and "50.0%" in signs
+
+
+def test_advantages_of_rewards_that_are_normalized_alone_are_the_runs(planted):
+    planted.settings["rl"] |= {"reward_normalization": "each", "overlong_buffer": 0.9}
+    step = planted.read()
+    expected = reward_normalization.advantages(
+        step.groups, grpo.advantages, step.config, step.weights
+    )
+    assert len({a for group in expected for a in group}) > 1
+    for own, run_own in zip(step.advantages, expected, strict=True):
+        assert own == pytest.approx(run_own, abs=1e-9)
