@@ -1,10 +1,17 @@
 """Routing replay between a real engine and the trainer: RL from the command line."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from command_line import run, write_model
+
+from megatron_r1.why.checked_quantity import EQUAL
+from megatron_r1.why.checks.policies import check_policies
+from megatron_r1.why.examination import examine
+from megatron_r1.why.record.step_reader import open_run, read_step
+from megatron_r1.why.update.recomputation import Recomputation
 
 # Enough experts and layers that a bf16 engine sometimes chooses otherwise than the fp32 trainer.
 SIZES = {
@@ -53,7 +60,8 @@ optimizer: {{learning_rate: 1.0e-3}}
 
 def metrics_of(recipe: Path, dtype: str) -> list[dict]:
     folder = recipe.parent / dtype
-    done = run("rl", recipe, "--run.folder", folder, "--rollout.dtype", dtype)
+    keep = ("--rl.keep_sample_log", "true", "--checkpoint.keep_every", "1")
+    done = run("rl", recipe, "--run.folder", folder, "--rollout.dtype", dtype, *keep)
     assert done.returncode == 0, done.stderr
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     assert "without routing replay" in (folder / "report.html").read_text()
@@ -65,6 +73,21 @@ def test_replay_closes_the_part_of_a_bf16_engine_s_gap_that_is_routing(recipe):
     for step in metrics_of(recipe, "bfloat16"):
         assert 0.8 < step["routing/agreement"] < 1.0
         assert step["logprob_diff/mean"] < 0.8 * step["logprob_diff/without_replay"]
+    why_recomputes_it(recipe.parent / "bfloat16")
+
+
+def why_recomputes_it(folder: Path) -> None:
+    """`megatron-r1 why` makes log-probabilities and updates again with the engine's experts; where
+    it is told that they were not replayed, what the trainer recorded departs."""
+    step = read_step(*open_run(folder), 2)
+    by_name = {quantity.name: quantity for quantity in examine(step).comparisons}
+    names = ("old policy of the trainer", "loss", "grad_norm", "change of the weights")
+    assert [str(by_name[name]) for name in names if by_name[name].status != EQUAL] == []
+    rl = step.run_config.rl.model_copy(update={"routing_replay": False})
+    config = step.run_config.model_copy(update={"rl": rl})
+    plain = Recomputation(replace(step, run_config=config))
+    (trainer, _) = check_policies(plain.step, plain)
+    assert trainer.departs, str(trainer)
 
 
 @pytest.mark.more

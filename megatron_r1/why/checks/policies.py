@@ -83,6 +83,17 @@ def _explained(step: RecordedStep, recomputed: Recomputation) -> tuple[str, str]
             )
             for version in {newest - 1, 0} - {newest, -1}
         ),
+        *(
+            [
+                (
+                    "that chooses the experts itself",
+                    "rl.routing_replay: the engine's experts are not replayed",
+                    recomputed.without_replay,
+                )
+            ]
+            if step.config.rl.routing_replay
+            else []
+        ),
         (
             "with the tied head as the run began with it",
             "parallel.pipeline: first and last stage hold copies of the embedding, the tied head's "

@@ -147,6 +147,12 @@ class PolicyLogprobs:
                 changed.state_dict()[name].zero_()
         return self.logprobs_under(changed)
 
+    def without_replay(self) -> list[np.ndarray]:
+        """Return those under the policy before the step with the experts that it chooses itself."""
+        rows = own_experts([self.rows[at] for at in self.scored_sequences])
+        (of_rows,) = token_logprobs.logprobs(self.policy, rows, [self.temperature])
+        return [row_logprobs.numpy() for row_logprobs in of_rows]
+
     def bfloat16_logprobs(self) -> list[np.ndarray]:
         """Return those under the policy before the step computed in bfloat16."""
         return self.logprobs_under(copy.deepcopy(self.policy).to(torch.bfloat16))
@@ -229,11 +235,13 @@ class PolicyLogprobs:
         """Log-probabilities of all rows under the reference of the checkpoint; None without KL."""
         if not self.step.config.rl.kl_beta:
             return None
-        if self._is_begin:
+        if self._is_begin and not self.step.config.rl.routing_replay:
             return self._old_of_all
-        return token_logprobs.logprobs(
-            self.model(self._before, checkpoint_model.REFERENCE), self.rows, [self.temperature]
-        )[0]
+        prefix = "" if self._is_begin else checkpoint_model.REFERENCE
+        rows = own_experts(self.rows)
+        return token_logprobs.logprobs(self.model(self._before, prefix), rows, [self.temperature])[
+            0
+        ]
 
     @cached_property
     def _old_of_all(self) -> list[Tensor]:
@@ -245,6 +253,11 @@ class PolicyLogprobs:
     def _is_begin(self) -> bool:
         """Whether the step is the run's first."""
         return self.step.step == 1
+
+
+def own_experts(rows: Sequence[TokenRow]) -> list[TokenRow]:
+    """Return rows whose experts the model chooses, as the trainer's reference does."""
+    return [replace(row, experts=None) for row in rows]
 
 
 def _row(sequence: TokenSequence, is_cut: bool) -> TokenRow:
@@ -260,4 +273,5 @@ def _row(sequence: TokenSequence, is_cut: bool) -> TokenRow:
         sequence.num_sampled,
         kept_ids
         and (torch.tensor(kept_ids.counts), torch.from_numpy(kept_ids.ids.astype(np.int64))),
+        experts=None if sequence.experts is None else torch.from_numpy(sequence.experts),
     )

@@ -4,6 +4,7 @@ A pass has a few responses, padded on the right, which a causal model does not s
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_r1.why.checked_quantity import CannotRecompute
+from megatron_r1.why.policy.expert_replay import replayed_experts
 
 TOKENS_AT_ONCE, LOGITS_AT_ONCE = 4096, 2**26
 """Tokens and logits of a forward pass, padding included, unless one response has more."""
@@ -34,6 +36,8 @@ class TokenRow:
         token_advantages: each sampled token's, float64, where they differ; None: `advantage`.
         targets: int64, (tokens,): the token whose log-probability is computed at each; None:
             `token_ids`.
+        experts: int16, (tokens, MoE layers, experts per token), chosen in place of the routers; -1:
+            they choose; None: they choose for all tokens.
         kept: (sampled tokens,) numbers of ids that the engine drew each token from, and these ids,
             one token's after the other's, int64; None: it drew from the whole vocabulary."""
 
@@ -46,6 +50,7 @@ class TokenRow:
     kept: tuple[Tensor, Tensor] | None = None
     token_advantages: Tensor | None = None
     targets: Tensor | None = None
+    experts: Tensor | None = None
 
     @property
     def is_trained(self) -> bool:
@@ -76,8 +81,23 @@ def token_logits(model: Any, rows: Sequence[TokenRow]) -> list[Tensor]:
     ids = torch.zeros((len(rows), longest), dtype=torch.int64)
     for at, row in enumerate(rows):
         ids[at, : len(row.token_ids)] = row.token_ids
-    out = model(input_ids=ids, use_cache=False).logits
+    with _replay(model, rows, longest):
+        out = model(input_ids=ids, use_cache=False).logits
     return [out[at, : len(row.token_ids) - 1][row.is_sampled[1:]] for at, row in enumerate(rows)]
+
+
+def _replay(
+    model: Any, rows: Sequence[TokenRow], longest: int
+) -> contextlib.AbstractContextManager[None]:
+    """Return the block in which the model chooses the experts of the rows, if they have any."""
+    shapes = [row.experts.shape[1:] for row in rows if row.experts is not None]
+    if not shapes:
+        return contextlib.nullcontext()
+    experts = torch.full((len(rows), longest, *shapes[0]), -1, dtype=torch.int16)
+    for at, row in enumerate(rows):
+        if row.experts is not None:
+            experts[at, : len(row.experts)] = row.experts
+    return replayed_experts(model, experts.flatten(0, 1))
 
 
 def token_logprobs_and_entropies(

@@ -19,6 +19,7 @@ from megatron_r1.controller.rollouts.sample_log import (
 )
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.data.prompts import Prompt
+from megatron_r1.models.experts import RoutingShape, routing_shape
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.models.sampling_mask import DecodedMask, decode_mask
 from megatron_r1.reporting.run_folder import RunFolder
@@ -43,7 +44,9 @@ class TokenSequence(NamedTuple):
         versions: int32, likewise.
         advantage: NaN: not trained on.
         num_sampled: the sampled tokens of the response.
-        kept: the ids that the engine drew each sampled token from; None: the whole vocabulary."""
+        kept: the ids that the engine drew each sampled token from; None: the whole vocabulary.
+        experts: int16, (tokens, MoE layers, experts per token), those that the engine chose, -1
+            where it chose none; None without routing replay."""
 
     response: ResponseIndex
     token_ids: np.ndarray
@@ -53,6 +56,7 @@ class TokenSequence(NamedTuple):
     advantage: float
     num_sampled: int
     kept: DecodedMask | None
+    experts: np.ndarray | None
 
 
 @dataclass(frozen=True)
@@ -239,9 +243,11 @@ class RecordedStep:
     def sequences(self) -> list[TokenSequence]:
         """All sequences of the step, by group and response."""
         sequences: list[TokenSequence] = []
+        shape = routing_shape(self.hf) if self.config.rl.routing_replay else None
         for at, group in enumerate(self.groups):
             for index, graded in enumerate(group.responses):
-                sequences += _sequences((at, index), group, graded, self.advantages[at][index])
+                advantage = self.advantages[at][index]
+                sequences += _sequences((at, index), group, graded, advantage, shape)
         return sequences
 
     def loss_fraction(self, concerned: Sequence[ResponseIndex]) -> float:
@@ -275,8 +281,20 @@ def weights_after(folder: RunFolder, config: Config, step: int) -> Path | None:
 
 
 def _sequences(
-    index: ResponseIndex, group: Group, graded: GradedResponse, advantage: float
+    index: ResponseIndex,
+    group: Group,
+    graded: GradedResponse,
+    advantage: float,
+    shape: RoutingShape | None,
 ) -> Iterator[TokenSequence]:
+    """Yield the sequences of a response.
+
+    Args:
+        index: the response.
+        group: its group.
+        graded: the response.
+        advantage: its advantage.
+        shape: the sizes of the engine's routing; None: it is not replayed."""
     response, branches = graded.response, graded.episode.branches if graded.episode else []
     if not branches:
         ids = np.concatenate([np.asarray(group.prompt_ids, np.int32), response.token_ids])
@@ -285,7 +303,10 @@ def _sequences(
         versions, count = np.asarray(response.policy_versions), len(response.token_ids)
         trained_advantage = advantage if count else math.nan
         kept = _kept(response.sampling_mask, np.ones(count, bool))
-        yield TokenSequence(index, ids, sampled, logprobs, versions, trained_advantage, count, kept)
+        experts = _experts(response.routing, len(ids), shape)
+        yield TokenSequence(
+            index, ids, sampled, logprobs, versions, trained_advantage, count, kept, experts
+        )
         return
     total = sum(branch.num_sampled for branch in branches)
     for branch in branches:
@@ -300,6 +321,7 @@ def _sequences(
             advantage,
             total,
             _kept(branch.sampling_mask, np.frombuffer(branch.is_sampled, bool)),
+            _experts(branch.routing, len(branch.token_ids), shape, end),
         )
 
 
@@ -313,6 +335,26 @@ def _kept(mask: bytes, is_sampled: np.ndarray) -> DecodedMask | None:
         return None
     counts, ids = decode_mask(mask, len(is_sampled))
     return DecodedMask(counts[is_sampled], ids)
+
+
+def _experts(
+    routing: bytes | memoryview, num_tokens: int, shape: RoutingShape | None, end: int | None = None
+) -> np.ndarray | None:
+    """Return the experts of each token, as `TokenSequence.experts`.
+
+    Args:
+        routing: rows of the tokens before the last, the first ones may be missing.
+        num_tokens: the tokens that it belongs to.
+        shape: its sizes; None: it is not replayed.
+        end: the tokens that are wanted; the last of them is not fed to a model; None: all."""
+    if shape is None:
+        return None
+    experts = np.full((num_tokens, len(shape.moe_layers), shape.topk), -1, np.int16)
+    rows = np.frombuffer(routing, f"<u{shape.index_bytes}").reshape(-1, *experts.shape[1:])
+    experts[num_tokens - 1 - len(rows) : num_tokens - 1] = rows
+    experts = experts[:end]
+    experts[-1:] = -1
+    return experts
 
 
 def _model_folder(folder: RunFolder, config: Config) -> Path:

@@ -22,6 +22,7 @@ class Substitution:
         repeats_first: every update is on the first mini-batch.
         lost: rows whose gradient is lost.
         trains_prompts: the prompt's tokens are trained on, too.
+        routes_itself: the trainer chooses the experts, though those of the engine are replayed.
         head_is_apart: a tied head is a tensor of its own, whose gradient the embedding lacks."""
 
     name: str
@@ -35,6 +36,7 @@ class Substitution:
     repeats_first: bool = False
     lost: Sequence[int] = ()
     trains_prompts: bool = False
+    routes_itself: bool = False
     head_is_apart: bool = False
 
     @property

@@ -226,6 +226,13 @@ def _of_samples(step: RecordedStep, recomputed: Recomputation) -> Iterator[Subst
         "the mask of rl.algorithm's loss: prompts are not trained on",
         trains_prompts=True,
     )
+    if step.config.rl.routing_replay:
+        yield Substitution(
+            "experts that the trainer chooses",
+            "rl.routing_replay",
+            "rl.routing_replay: the engine's experts are not replayed",
+            routes_itself=True,
+        )
     if step.config.rl.minibatches > 1:
         yield Substitution(
             "every update on the first mini-batch",

@@ -19,7 +19,7 @@ from megatron_r1.controller.trainer_calls.packing import pack, sample_cost
 from megatron_r1.why import formulas
 from megatron_r1.why.checked_quantity import CannotRecompute
 from megatron_r1.why.policy import checkpoint_model, token_logprobs
-from megatron_r1.why.policy.policy_logprobs import PolicyLogprobs
+from megatron_r1.why.policy.policy_logprobs import PolicyLogprobs, own_experts
 from megatron_r1.why.policy.token_logprobs import TokenRow
 from megatron_r1.why.record.recorded_step import weights_after
 from megatron_r1.why.update.adam import AdamRules, Moments
@@ -70,7 +70,11 @@ class UpdateInputs(PolicyLogprobs):
                 algorithm not in KNOWN,
                 f"rl.algorithm: {algorithm} is none of {', '.join(sorted(KNOWN))}",
             ),
-            (config.rl.routing_replay, "rl.routing_replay: experts are the engine's"),
+            (
+                bool(config.rl.routing_replay and config.model.expert_bias_update_rate),
+                "rl.routing_replay with model.expert_bias_update_rate: which experts unread tokens "
+                "are counted for depends on the packing",
+            ),
             (config.fp8.recipe != "none", f"fp8.recipe: {config.fp8.recipe}"),
         )
         for applies, reason in reasons:
@@ -217,7 +221,7 @@ class UpdateInputs(PolicyLogprobs):
             ]
         if substitution.trains_prompts:
             rows = [_with_prompt(row) for row in rows]
-        return rows
+        return own_experts(rows) if substitution.routes_itself else rows
 
     def _old_and_reference_logprobs(
         self, substitution: Substitution, rows: Sequence[TokenRow], loss: LossRules
@@ -225,20 +229,21 @@ class UpdateInputs(PolicyLogprobs):
         """Return log-probabilities of the rows under old policy and reference."""
         is_own = loss.temperature == self.temperature and not substitution.trains_prompts
         old = self._old_of_all
-        if not is_own:
+        if not is_own or substitution.routes_itself:
             old = token_logprobs.logprobs(self.policy, rows, [loss.temperature])[0]
-        if substitution.reference == "policy":
-            return old, old
+        if not substitution.reference and (is_own or self.reference is None):
+            return old, self.reference
         if substitution.reference == "begin":
             begin = weights_after(self.step.folder, self.step.run_config, 0)
             assert begin is not None, "the substitution is offered where the model is there"
-            return old, token_logprobs.logprobs(self.model(begin), rows, [loss.temperature])[0]
-        if is_own or self.reference is None:
-            return old, self.reference
-        if self._is_begin:
-            return old, old
-        model = self.model(self._before, checkpoint_model.REFERENCE)
-        return old, token_logprobs.logprobs(model, rows, [loss.temperature])[0]
+            model = self.model(begin)
+        elif substitution.reference == "policy" or self._is_begin:
+            if not self.step.config.rl.routing_replay:
+                return old, old
+            model = self.policy
+        else:
+            model = self.model(self._before, checkpoint_model.REFERENCE)
+        return old, token_logprobs.logprobs(model, own_experts(rows), [loss.temperature])[0]
 
     def _substituted_moments(self, substitution: Substitution) -> tuple[Moments, Moments] | None:
         """Return the moments, those of the embedding for a head that is a tensor of its own."""
