@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 from array import array
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -17,7 +18,7 @@ from command_line import run
 from megatron_r1.base.files.framed_records import FramedFile, append_frame
 from megatron_r1.controller.rollouts.sample_log import GroupRecord, decode, encode
 from megatron_r1.models.weights.formats.dcp import DistributedCheckpoint
-from megatron_r1.why.checked_quantity import Report
+from megatron_r1.why.checked_quantity import EQUAL, Report
 from megatron_r1.why.examination import examine
 from megatron_r1.why.policy.checkpoint_model import STATE
 from megatron_r1.why.record.recorded_step import RecordedStep
@@ -308,3 +309,26 @@ def test_a_fault_in_the_loss_of_a_real_run(base, tmp_path, fault, words):
     set_settings(found, rl__algorithm="grpo", rl__options={})
     name, text, _ = first(found, 2)
     assert name == "loss" and words in text
+
+
+def test_a_run_with_adapters(base):
+    """Of every linear layer, experts too, with a reference that is replaced on the way."""
+    folder, alpha = base / "why_lora", 64.0
+    lora = ["--model.lora.rank", "4", "--model.lora.alpha", str(alpha)]
+    kept = ["--rl.keep_sample_log", "true", "--checkpoint.keep_every", "1", "--run.steps", "3"]
+    changed = ["--rl.kl_beta", "0.05", "--rl.reference_refresh", "4"]
+    done = run("rl", base / "rl.yaml", "--run.folder", folder, *lora, *kept, *changed)
+    assert done.returncode == 0, done.stdout + done.stderr
+    step = read_step(*open_run(folder), 3)
+    report = examine(step)
+    assert report.first_departure is None, str(report.first_departure)
+    equal = {quantity.name for quantity in report.comparisons if quantity.status == EQUAL}
+    needed = {"engines' log-probabilities", "old policy of the trainer", "reference policy"}
+    assert (
+        needed | {"loss", "grad_norm", "change of the weights", "change of Adam's moments"} <= equal
+    )
+    other_scale = step.run_config.model.lora.model_copy(update={"alpha": alpha / 2})
+    model = step.run_config.model.model_copy(update={"lora": other_scale})
+    config = step.run_config.model_copy(update={"model": model})
+    report = examine(replace(step, run_config=config))
+    assert report.first_departure.name == "engines' log-probabilities"

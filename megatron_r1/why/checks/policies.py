@@ -199,11 +199,12 @@ def _reference(step: RecordedStep, recomputed: Recomputation) -> CheckedQuantity
     before = step.before
     if before is None:
         return not_checked(POLICIES, name, f"there is no checkpoint of step {step.step - 1}")
-    if not checkpoint_model.has_part(before, checkpoint_model.REFERENCE):
+    has_adapters = step.run_config.model.lora is not None
+    if not has_adapters and not checkpoint_model.has_part(before, checkpoint_model.REFERENCE):
         return not_checked(POLICIES, name, f"{before} has none")
     if expected is None:
         return not_checked(POLICIES, name, f"there is no checkpoint of step {refreshed}")
-    reference_model = recomputed.model(before, checkpoint_model.REFERENCE)
+    reference_model = recomputed.reference_model
     distance = _apart(reference_model, recomputed.model(expected))
     if distance <= ROUNDING["float32"]:
         return CheckedQuantity(

@@ -18,6 +18,7 @@ import transformers
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_r1.config.model import LoraConfig
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.models.transformers_model import load_with_transformers
 from megatron_r1.models.weights.formats.dcp import Box, DistributedCheckpoint
@@ -25,9 +26,11 @@ from megatron_r1.models.weights.formats.hf_folder import HFWeights
 from megatron_r1.models.weights.formats.hf_writer import copy_model_files
 from megatron_r1.models.weights.formats.megatron_weights import MegatronWeights
 from megatron_r1.models.weights.formats.published_layout import stacked_part
+from megatron_r1.why.policy.adapters import attach_adapters
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STATE, REFERENCE = "optimizer.state.", "reference."
+ADAPTERS = "adapters."
 
 
 def opened(checkpoint: Path) -> DistributedCheckpoint:
@@ -104,6 +107,31 @@ def read_model(source: Path, hf_files: Path, prefix: str = "") -> torch.nn.Modul
         _templates.clear()
         _templates[hf_files] = loaded
     return loaded
+
+
+def read_adapted_model(
+    checkpoint: Path, base: Path, lora: LoraConfig, prefix: str = ""
+) -> torch.nn.Module:
+    """Return transformers' model, fp32, with the adapters of a checkpoint.
+
+    Args:
+        checkpoint: of a run with `model.lora`.
+        base: the Hugging Face folder that the adapters belong to.
+        lora: their rank and scale.
+        prefix: as of `read_model`.
+
+    Raises:
+        UserError: the checkpoint is damaged, or the folder another model's."""
+    model, stored = read_model(base, base), opened(checkpoint)
+    beginning = f"{prefix}{ADAPTERS}"
+
+    def read(name: str) -> Tensor:
+        shape = stored.shapes[beginning + name]
+        return stored.read(beginning + name, (0,) * len(shape), shape).float()
+
+    names = [key.removeprefix(beginning) for key in stored.shapes if key.startswith(beginning)]
+    attach_adapters(model, names, read, lora.alpha / lora.rank)
+    return model
 
 
 _templates: dict[Path, torch.nn.Module] = {}

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_r1.why.policy.adapters import merged_weights
+
 TINY = 1e-3
 """Of the root mean square of a tensor's gradients: what rounding of sums in float32 reaches."""
 
@@ -43,10 +45,10 @@ def distances(
 
 @torch.no_grad()
 def relative_distance(a: Any, b: Any) -> float:
-    """Return |a - b| / |b| over all parameters and buffers of two models."""
-    other_state = b.state_dict()
+    """Return |a - b| / |b| over all weights and buffers of two models, with their adapters."""
+    other_state = merged_weights(b)
     gap_square = square = 0.0
-    for name, tensor in a.state_dict().items():
+    for name, tensor in merged_weights(a).items():
         if not tensor.is_floating_point():
             continue
         other_values = other_state[name].double()

@@ -86,9 +86,7 @@ class PolicyLogprobs:
             prefix: as of `read_model`.
 
         Raises:
-            CannotRecompute: it does not fit into memory, or is a LoRA run's."""
-        if self.step.run_config.model.lora is not None:
-            raise CannotRecompute("model.lora: checkpoints hold adapters alone")
+            CannotRecompute: it does not fit into memory, or is not there."""
         longest = max((len(row.token_ids) for row in self.rows), default=0)
         logits = max(token_logprobs.LOGITS_AT_ONCE, longest * self.step.hf["vocab_size"])
         num_bytes = 6 * self.num_parameters + token_logprobs.BYTES_PER_LOGIT * logits
@@ -100,11 +98,23 @@ class PolicyLogprobs:
             )
         key = source, prefix
         if key not in self._models:
-            loaded = checkpoint_model.read_model(source, self.step.model, prefix)
+            loaded = self._read_model(source, prefix)
             if 4 * self.num_parameters * KEPT_MODELS > free_bytes:
                 return loaded
             self._models[key] = loaded
         return self._models[key]
+
+    def _read_model(self, source: Path, prefix: str) -> Any:
+        lora, hf_files = self.step.run_config.model.lora, self.step.model
+        if lora is None or (source / "config.json").is_file():
+            return checkpoint_model.read_model(source, hf_files, prefix)
+        base = weights_after(self.step.folder, self.step.run_config, 0)
+        if base is None:
+            raise CannotRecompute(
+                f"model.path: {self.step.run_config.model.path}, which the adapters of "
+                f"{source} belong to, is not here (relative to {Path.cwd()})"
+            )
+        return checkpoint_model.read_adapted_model(source, base, lora, prefix)
 
     @cached_property
     def old(self) -> list[np.ndarray]:
@@ -186,11 +196,14 @@ class PolicyLogprobs:
         path = weights_after(self.step.folder, self.step.run_config, step)
         if path is None:
             return None
-        source = self.model(path).get_submodule(layer)
+        old_weights = dict(self.model(path).get_submodule(layer).named_parameters())
         changed = copy.deepcopy(self.policy)
         with torch.no_grad():
             for name, parameter in changed.get_submodule(layer).named_parameters():
-                parameter[expert] = source.get_parameter(name)[expert]
+                if name in old_weights:
+                    parameter[expert] = old_weights[name][expert]
+                elif parameter.requires_grad:  # a factor, which the model of step 0 has not
+                    parameter[expert] = 0
         return self.logprobs_under(changed)
 
     def with_head_apart(self) -> list[np.ndarray] | None:
@@ -237,11 +250,23 @@ class PolicyLogprobs:
             return None
         if self._is_begin and not self.step.config.rl.routing_replay:
             return self._old_of_all
-        prefix = "" if self._is_begin else checkpoint_model.REFERENCE
-        rows = own_experts(self.rows)
-        return token_logprobs.logprobs(self.model(self._before, prefix), rows, [self.temperature])[
-            0
-        ]
+        rows, model = own_experts(self.rows), self.reference_model
+        return token_logprobs.logprobs(model, rows, [self.temperature])[0]
+
+    @property
+    def reference_model(self) -> Any:
+        """The reference of the checkpoint: of a run with adapters, whose checkpoints have it only
+        once it was replaced, the model that they belong to."""
+        begin = weights_after(self.step.folder, self.step.run_config, 0)
+        if self._is_begin:
+            return self.policy
+        if begin is not None and self.step.run_config.model.lora and not self._has_reference:
+            return self.model(begin)
+        return self.model(self._before, checkpoint_model.REFERENCE)
+
+    @property
+    def _has_reference(self) -> bool:
+        return checkpoint_model.has_part(self._before, checkpoint_model.REFERENCE)
 
     @cached_property
     def _old_of_all(self) -> list[Tensor]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_r1.why.checked_quantity import CannotRecompute
 from megatron_r1.why.policy import checkpoint_model, model_distance
+from megatron_r1.why.policy.adapters import trained_parameters
 from megatron_r1.why.record.recorded_step import RecordedStep
 from megatron_r1.why.update.adam import Adam, Moments
 from megatron_r1.why.update.evidence import Evidence, nearest_multiple, without_gradient
@@ -155,8 +156,8 @@ class Recomputation(UpdateInputs):
         }
         if after is None:
             return Evidence(**about)
-        begin, last = dict(self._trained_model.named_parameters()), dict(after.named_parameters())
-        updated = dict(self._unsubstituted_updates[0].model.named_parameters())
+        begin, last = trained_parameters(self._trained_model), trained_parameters(after)
+        updated = trained_parameters(self._unsubstituted_updates[0].model)
         changes = [(last[name] - value, updated[name] - value) for name, value in begin.items()]
         if self._first_after is None:
             return Evidence(nearest_multiple(changes), **about)
@@ -226,7 +227,7 @@ class Recomputation(UpdateInputs):
     def _estimated_change(self, updates: StepUpdates, substitution: Substitution) -> float:
         """Return the distance of the change that Adam makes of the gradients of `base`."""
         model = copy.deepcopy(self._trained_model)
-        parameters = dict(model.named_parameters())
+        parameters = trained_parameters(model)
         lost = substitution.without_moments
         adam = Adam(parameters, None if lost else self._moments, 0 if lost else self.num_updates)
         rules = replace(self.adam_rules(self._norms), **dict(substitution.adam))

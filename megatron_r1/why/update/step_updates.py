@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_r1.why.policy.adapters import trained_parameters
 from megatron_r1.why.policy.routed_experts import RouterBiases, seen_experts
 from megatron_r1.why.policy.token_logprobs import (
     TokenRow,
@@ -66,7 +67,7 @@ class StepUpdates:
         self.model, self.rows = model, rows
         self._biases = RouterBiases(model, bias_rate) if bias_rate else None
         self._old, self._reference = old, reference
-        self._parameters = dict(model.named_parameters())
+        self._parameters = trained_parameters(model)
         self.adam = Adam(self._parameters, moments, num_updates)
         self.traces: list[Trace] = []
 

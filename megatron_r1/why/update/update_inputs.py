@@ -19,6 +19,7 @@ from megatron_r1.controller.trainer_calls.packing import pack, sample_cost
 from megatron_r1.why import formulas
 from megatron_r1.why.checked_quantity import CannotRecompute
 from megatron_r1.why.policy import checkpoint_model, token_logprobs
+from megatron_r1.why.policy.adapters import trained_parameters
 from megatron_r1.why.policy.policy_logprobs import PolicyLogprobs, own_experts
 from megatron_r1.why.policy.token_logprobs import TokenRow
 from megatron_r1.why.record.recorded_step import weights_after
@@ -48,7 +49,7 @@ class UpdateInputs(PolicyLogprobs):
     def _moments_of(self, checkpoint: Path) -> tuple[Moments, Moments]:
         """Return the first and second moments in a checkpoint, by parameter."""
         first, second = (
-            dict(self.model(checkpoint, f"{checkpoint_model.STATE}{name}.").named_parameters())
+            trained_parameters(self.model(checkpoint, f"{checkpoint_model.STATE}{name}."))
             for name in checkpoint_model.MOMENTS
         )
         return {k: moment.detach() for k, moment in first.items()}, {
@@ -75,6 +76,10 @@ class UpdateInputs(PolicyLogprobs):
                 "rl.routing_replay with model.expert_bias_update_rate: which experts unread tokens "
                 "are counted for depends on the packing",
             ),
+            (
+                bool(config.model.lora and self._is_begin),
+                "model.lora: no checkpoint has the factors that the first step begins with",
+            ),
             (config.fp8.recipe != "none", f"fp8.recipe: {config.fp8.recipe}"),
         )
         for applies, reason in reasons:
@@ -95,7 +100,8 @@ class UpdateInputs(PolicyLogprobs):
         if (
             config.rl.kl_beta
             and not self._is_begin
-            and not checkpoint_model.has_part(before, "reference.")
+            and not self._has_reference
+            and config.model.lora is None
         ):
             raise CannotRecompute(f"{before} has no reference policy")
 
@@ -242,7 +248,7 @@ class UpdateInputs(PolicyLogprobs):
                 return old, old
             model = self.policy
         else:
-            model = self.model(self._before, checkpoint_model.REFERENCE)
+            model = self.reference_model
         return old, token_logprobs.logprobs(model, own_experts(rows), [loss.temperature])[0]
 
     def _substituted_moments(self, substitution: Substitution) -> tuple[Moments, Moments] | None:

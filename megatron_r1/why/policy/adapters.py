@@ -1,0 +1,112 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685) in a model of transformers, whose factors are then its
+only parameters with a gradient."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils import parametrize
+
+from megatron_r1.models.weights.adapter_table import A, B
+
+EXPERT = re.compile(r"(.*\.experts)\.\d+\.(gate|up|down)_proj")
+STACKED = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
+"""The weights of all routed experts of a layer in transformers, and the layers in each."""
+
+
+class LowRankProducts(torch.nn.Module):
+    """Adds scale B A to a weight, or to each of the layers that its rows are.
+
+    Args:
+        factors: of each layer A, (…, rank, in), and B, (…, rows, rank); None: it has no adapter.
+        rows: the rows of each layer.
+        scale: alpha / rank."""
+
+    def __init__(
+        self, factors: Sequence[tuple[Tensor, Tensor] | None], rows: Sequence[int], scale: float
+    ) -> None:
+        super().__init__()
+        self._rows, self._scale = tuple(rows), scale
+        self.a, self.b = torch.nn.ParameterDict(), torch.nn.ParameterDict()
+        for index, pair in enumerate(factors):
+            if pair is not None:
+                self.a[str(index)], self.b[str(index)] = map(torch.nn.Parameter, pair)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return the merged weight, (…, rows, in)."""
+        products = [
+            self._scale * self.b[key] @ self.a[key]
+            if (key := str(index)) in self.a
+            else weight.new_zeros(*weight.shape[:-2], rows, weight.shape[-1])
+            for index, rows in enumerate(self._rows)
+        ]
+        return weight + torch.cat(products, dim=-2)
+
+
+def attach_adapters(
+    model: Any, names: Sequence[str], read: Callable[[str], Tensor], scale: float
+) -> None:
+    """Give a model adapters, whose factors are then its only parameters with a gradient.
+
+    Args:
+        model: transformers' model, which is changed.
+        names: the factors, by their layers' Hugging Face names.
+        read: returns a factor.
+        scale: alpha / rank."""
+    model.requires_grad_(requires_grad=False)
+    layers = {name.removesuffix(A) for name in names if name.endswith(A)}
+    for layer in sorted(layer for layer in layers if not EXPERT.fullmatch(layer)):
+        module = model.get_submodule(layer)
+        factors = read(layer + A), read(layer + B)
+        products = LowRankProducts([factors], [len(module.weight)], scale)
+        parametrize.register_parametrization(module, "weight", products)
+    for stack in sorted({match[1] for layer in layers if (match := EXPERT.fullmatch(layer))}):
+        _attach_to_experts(model.get_submodule(stack), stack, layers, read, scale)
+
+
+def _attach_to_experts(
+    experts: Any, stack: str, layers: set[str], read: Callable[[str], Tensor], scale: float
+) -> None:
+    for weight_name, parts in STACKED.items():
+        weight = getattr(experts, weight_name)
+        factors: list[tuple[Tensor, Tensor] | None] = []
+        for part in parts:
+            names = [f"{stack}.{expert}.{part}_proj" for expert in range(len(weight))]
+            has_factors = names[0] in layers
+            factors.append(
+                (
+                    torch.stack([read(name + A) for name in names]),
+                    torch.stack([read(name + B) for name in names]),
+                )
+                if has_factors
+                else None
+            )
+        if any(factors_of_part is not None for factors_of_part in factors):
+            rows = [weight.shape[1] // len(parts)] * len(parts)
+            products = LowRankProducts(factors, rows, scale)
+            parametrize.register_parametrization(experts, weight_name, products)
+
+
+@torch.no_grad()
+def merged_weights(model: Any) -> dict[str, Tensor]:
+    """Return a model's weights and buffers by name, with the products of its adapters added."""
+    weights = {
+        name: value
+        for name, value in model.state_dict().items()
+        if ".parametrizations." not in name
+    }
+    for prefix, module in model.named_modules():
+        if parametrize.is_parametrized(module):
+            weights |= {
+                f"{prefix}.{name}": getattr(module, name) for name in module.parametrizations
+            }
+    return weights
+
+
+def trained_parameters(model: Any) -> dict[str, Tensor]:
+    """Return the parameters that an optimizer changes, by name."""
+    return {name: value for name, value in model.named_parameters() if value.requires_grad}
