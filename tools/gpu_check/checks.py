@@ -266,18 +266,18 @@ def run_all(
         deadline: the time at which the checks must have ended, as `time.time()`.
         num_gpus: the number of GPUs of this machine."""
     for check in checks:
-        missing = [name for name in check.needs if not _is_installed(name)]
-        left = deadline - time.time()
-        if missing:
-            why = f"not installed: {', '.join(missing)}"
-            yield CheckOutcome(check, verdict.IMPOSSIBLE, 0.0, why)
+        missing_modules = [name for name in check.needs if not _is_installed(name)]
+        remaining_seconds = deadline - time.time()
+        if missing_modules:
+            reason = f"not installed: {', '.join(missing_modules)}"
+            yield CheckOutcome(check, verdict.IMPOSSIBLE, 0.0, reason)
         elif num_gpus < check.num_gpus:
-            why = f"it needs {check.num_gpus} GPUs; there: {num_gpus}"
-            yield CheckOutcome(check, verdict.IMPOSSIBLE, 0.0, why)
-        elif left < SHORTEST_SECONDS:
+            reason = f"it needs {check.num_gpus} GPUs; there: {num_gpus}"
+            yield CheckOutcome(check, verdict.IMPOSSIBLE, 0.0, reason)
+        elif remaining_seconds < SHORTEST_SECONDS:
             yield CheckOutcome(check, NO_TIME, 0.0, "raise --minutes, or choose it by --only")
         else:
-            yield _run_check(check, out, min(check.seconds, left))
+            yield _run_check(check, out, min(check.seconds, remaining_seconds))
 
 
 def _is_installed(module: str) -> bool:
@@ -290,7 +290,7 @@ def _is_installed(module: str) -> bool:
 def _run_check(check: Check, out: Path, seconds: float) -> CheckOutcome:
     arguments = [part.format(out=out) for part in check.arguments]
     log = out / f"{check.name.replace(' ', '-').replace(chr(39), '')}.log"
-    began = time.time()
+    start_time = time.time()
     with log.open("w") as output:
         process = subprocess.Popen(
             [sys.executable, *arguments],
@@ -311,8 +311,9 @@ def _run_check(check: Check, out: Path, seconds: float) -> CheckOutcome:
         is_cut = seconds < check.seconds
         status = NO_TIME if is_cut else verdict.FAILED
         reason = f"stopped after {seconds:.0f} s{', when the time of all was over' * is_cut}"
-    shown = [line for line in lines if not line.startswith((verdict.MARK, *NOISE))]
-    return CheckOutcome(check, status, time.time() - began, reason, shown[-TAIL_LINES:], figures)
+    output_lines = [line for line in lines if not line.startswith((verdict.MARK, *NOISE))]
+    tail = output_lines[-TAIL_LINES:]
+    return CheckOutcome(check, status, time.time() - start_time, reason, tail, figures)
 
 
 def _stop_check(process: subprocess.Popen[bytes]) -> None:
@@ -328,14 +329,14 @@ def _stop_check(process: subprocess.Popen[bytes]) -> None:
 def _verdict_of(code: int | None, lines: list[str]) -> verdict.Verdict:
     """Return what a check said, or else what pytest did, which also ends with 0 if all tests were
     skipped: passed is where something ran."""
-    if said := verdict.read(lines):
-        is_consistent = (code == 0) == (said.status != verdict.FAILED)
-        return said if is_consistent else said._replace(status=verdict.FAILED)
+    if printed_verdict := verdict.read(lines):
+        is_consistent = (code == 0) == (printed_verdict.status != verdict.FAILED)
+        return printed_verdict if is_consistent else printed_verdict._replace(status=verdict.FAILED)
     summaries = [line for line in lines if re.search(r"\d+ (passed|skipped|failed|error)", line)]
-    last = summaries[-1] if summaries else ""
+    summary = summaries[-1].strip("= ") if summaries else ""
     if code != 0:
-        return verdict.Verdict(verdict.FAILED, last.strip("= ") or f"it ended with status {code}")
-    if "skipped" in last and "passed" not in last:
-        why = [line for line in lines if line.startswith("SKIPPED")]
-        return verdict.Verdict(verdict.IMPOSSIBLE, (why or [last])[-1].strip("= "))
-    return verdict.Verdict(verdict.PASSED, figures={"tests": last.strip("= ")} if last else {})
+        return verdict.Verdict(verdict.FAILED, summary or f"it ended with status {code}")
+    if "skipped" in summary and "passed" not in summary:
+        skip_lines = [line for line in lines if line.startswith("SKIPPED")]
+        return verdict.Verdict(verdict.IMPOSSIBLE, (skip_lines or [summary])[-1].strip("= "))
+    return verdict.Verdict(verdict.PASSED, figures={"tests": summary} if summary else {})

@@ -54,7 +54,7 @@ def main() -> int:
             "which runs the kernels' part in Triton's interpreter"
         )
     checks = _selected(args.only, args.interpret, args.part)
-    about = {
+    description = {
         "command": " ".join(["python tools/gpu_check", *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
         "interpreted": args.interpret,
@@ -62,24 +62,24 @@ def main() -> int:
     }
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    print(json.dumps(about, indent=1), flush=True)
+    print(json.dumps(description, indent=1), flush=True)
     outcomes: list[runner.CheckOutcome] = []
     for part in PARTS:
         deadline = time.time() + 60 * args.minutes
-        own = [check for check in checks if check.part == part]
-        for outcome in runner.run_all(own, out, deadline, num_gpus):
+        part_checks = [check for check in checks if check.part == part]
+        for outcome in runner.run_all(part_checks, out, deadline, num_gpus):
             outcomes.append(outcome)
             _show(outcome)
-            results = {**about, "checks": [each.as_json() for each in outcomes]}
+            results = {**description, "checks": [each.as_json() for each in outcomes]}
             atomic_write(out / "gpu_check.json", json.dumps(results, indent=1) + "\n")
-            atomic_write(out / "gpu_check.md", page(about, outcomes))
+            atomic_write(out / "gpu_check.md", page(description, outcomes))
     print(f"results: {out}/gpu_check.md")
     return int(any(outcome.status == verdict.FAILED for outcome in outcomes))
 
 
 def _show(outcome: runner.CheckOutcome) -> None:
-    why = f": {outcome.reason}" if outcome.reason else ""
-    print(f"{outcome.status:8} {outcome.seconds:6.1f} s  {outcome.check.name}{why}", flush=True)
+    reason = f": {outcome.reason}" if outcome.reason else ""
+    print(f"{outcome.status:8} {outcome.seconds:6.1f} s  {outcome.check.name}{reason}", flush=True)
     if figures := _figures(outcome):
         print(f"    {figures}", flush=True)
     if outcome.status == verdict.FAILED:
@@ -88,12 +88,12 @@ def _show(outcome: runner.CheckOutcome) -> None:
 
 def _figures(outcome: runner.CheckOutcome) -> str:
     """Return the figures of a check in one line."""
-    shown = (
+    entries = (
         f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
         for name, value in outcome.figures.items()
         if value not in (None, "")
     )
-    return "; ".join(shown)
+    return "; ".join(entries)
 
 
 def _arguments() -> argparse.Namespace:
@@ -124,13 +124,13 @@ def _selected(only: list[str] | None, interpret: bool, part: str | None) -> list
     for name in only or []:
         if not any(check_name.startswith(name) for check_name in names):
             sys.exit(f"--only {name}: the checks are {', '.join(names)}")
-    found = [c for c in CHECKS if not only or any(c.name.startswith(name) for name in only)]
-    found = [check for check in found if part in (None, check.part)]
+    checks = [c for c in CHECKS if not only or any(c.name.startswith(name) for name in only)]
+    checks = [check for check in checks if part in (None, check.part)]
     if not interpret:
-        return found
+        return checks
     return [
         replace(check, arguments=check.interpreted, settles=())
-        for check in found
+        for check in checks
         if check.interpreted
     ]
 
@@ -140,7 +140,7 @@ def _machine() -> dict[str, Any]:
     module is missing."""
     import torch
 
-    found: dict[str, Any] = {
+    machine: dict[str, Any] = {
         "python": sys.version.split()[0],
         "processor": f"{host.processor()}, {host.num_cores()} cores",
         "cuda": torch.version.cuda or "none: torch is a CPU build",
@@ -149,20 +149,20 @@ def _machine() -> dict[str, Any]:
         "versions": host.versions(PACKAGES),
     }
     for index in range(torch.cuda.device_count()):
-        about = torch.cuda.get_device_properties(index)
-        capability = f"sm_{about.major}{about.minor}"
-        memory = f"{about.total_memory / 2**30:.1f} GiB"
-        found["gpus"].append(f"{about.name}, {capability}, {memory}")
-    return found
+        device = torch.cuda.get_device_properties(index)
+        capability = f"sm_{device.major}{device.minor}"
+        memory = f"{device.total_memory / 2**30:.1f} GiB"
+        machine["gpus"].append(f"{device.name}, {capability}, {memory}")
+    return machine
 
 
 def _nvidia_smi() -> list[str]:
     command = ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+        process = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         return [f"unknown ({error})"]
-    return (done.stdout or done.stderr).strip().splitlines()
+    return (process.stdout or process.stderr).strip().splitlines()
 
 
 def page(machine: dict[str, Any], outcomes: Sequence[runner.CheckOutcome]) -> str:

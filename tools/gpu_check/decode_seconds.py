@@ -62,8 +62,8 @@ def model(variant: Variant, small: dict) -> dict:
 
 def layer_bytes(hf: dict) -> int:
     """Return the bytes of the weights of a layer with experts, all of which are read."""
-    deeper = hf | {"num_hidden_layers": hf["num_hidden_layers"] + 1}
-    return (ModelCounts(deeper).total - ModelCounts(hf).total) * BYTES["bfloat16"]
+    deeper_hf = hf | {"num_hidden_layers": hf["num_hidden_layers"] + 1}
+    return (ModelCounts(deeper_hf).total - ModelCounts(hf).total) * BYTES["bfloat16"]
 
 
 def pass_bytes(hf: dict) -> int:
@@ -90,7 +90,7 @@ def time_engine(folder: Path, tokens: int) -> float:
         **options,
     )
     prompts = [
-        {"prompt_token_ids": [3 + (number + place_) % 7 for place_ in range(PROMPT_TOKENS)]}
+        {"prompt_token_ids": [3 + (number + position) % 7 for position in range(PROMPT_TOKENS)]}
         for number in range(SEQUENCES)
     ]
 
@@ -98,9 +98,9 @@ def time_engine(folder: Path, tokens: int) -> float:
         settings = SamplingParams(
             temperature=1.0, max_tokens=count, ignore_eos=True, detokenize=False
         )
-        begin = time.perf_counter()
+        start = time.perf_counter()
         engine.generate(prompts, settings, use_tqdm=False)
-        return time.perf_counter() - begin
+        return time.perf_counter() - start
 
     run(tokens)  # warms up
     return median((run(2 * tokens) - run(tokens)) / tokens for _ in range(3))
@@ -126,23 +126,23 @@ def evaluate(
     """
     figures = {f"ms, {v.layers} layers, {v.experts} experts": 1e3 * s for v, s in seconds.items()}
     layer = (seconds[DEEP] - seconds[FEW]) / (DEEP.layers - FEW.layers)
-    larger = (seconds[WIDE] - seconds[DEEP]) / (WIDE.layers - 1)
-    if not (layer > 0 and larger > 0):
+    wide_layer = (seconds[WIDE] - seconds[DEEP]) / (WIDE.layers - 1)
+    if not (layer > 0 and wide_layer > 0):
         raise Failed("a pass does not take longer with more layers, or more experts", **figures)
-    rate = (num_bytes[WIDE] - num_bytes[DEEP]) / larger
+    rate = (num_bytes[WIDE] - num_bytes[DEEP]) / wide_layer
     latency = layer - num_bytes[DEEP] / rate
     efficiency = rate / hardware.memory_bandwidth
     if not 0 < efficiency <= 1:
         raise Failed(f"weights are read at {efficiency:.2f} of the bandwidth's peak", **figures)
     if not latency > 0:
         raise Failed(f"a layer takes {latency:.3g} s besides its weights", **figures)
-    rest = seconds[FEW] - FEW.layers * latency - few_bytes / rate
-    if not rest > 0:
-        raise Failed(f"a pass takes {rest:.3g} s besides its layers", **figures)
+    other_seconds = seconds[FEW] - FEW.layers * latency - few_bytes / rate
+    if not other_seconds > 0:
+        raise Failed(f"a pass takes {other_seconds:.3g} s besides its layers", **figures)
     return {
         "decode_latency_per_layer": latency,
         "bandwidth_efficiency": efficiency,
-        "pass_seconds": rest,
+        "pass_seconds": other_seconds,
     }
 
 
@@ -170,17 +170,17 @@ def _timed_apart(folder: Path) -> float:
     """Return what `time_engine` does in a process of its own, which frees the GPU."""
     arguments = ["-m", "tools.gpu_check.decode_seconds", str(folder), "engine"]
     output = output_of(arguments, f"the engine {folder.name}")
-    said = [line for line in output.splitlines() if line.startswith(SECONDS)]
-    if not said:
+    seconds_lines = [line for line in output.splitlines() if line.startswith(SECONDS)]
+    if not seconds_lines:
         raise Failed(f"{folder.name}: {verdict.error_in(output)}")
-    return float(said[-1].removeprefix(SECONDS))
+    return float(seconds_lines[-1].removeprefix(SECONDS))
 
 
 SECONDS = "seconds of a pass: "
 
 if __name__ == "__main__":
-    where = Path(sys.argv[1])
+    folder = Path(sys.argv[1])
     if sys.argv[2:] == ["engine"]:
-        print(f"\n{SECONDS}{time_engine(where, TOKENS[device_kind()])}", flush=True)
+        print(f"\n{SECONDS}{time_engine(folder, TOKENS[device_kind()])}", flush=True)
         sys.exit()
-    sys.exit(verdict.run(lambda: check(where)))
+    sys.exit(verdict.run(lambda: check(folder)))

@@ -35,12 +35,12 @@ def evaluate(cases: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if case["failed"] == TOO_LATE:
             figures[name] = "no time"
         elif case["failed"] or ours is None or not ours["median_seconds"]:
-            why = case["failed"] or (ours and ours["not_run"]) or "no time was measured"
-            raise Failed(f"{name}: {why}", **figures)
+            reason = case["failed"] or (ours and ours["not_run"]) or "no time was measured"
+            raise Failed(f"{name}: {reason}", **figures)
         else:
             fraction = ours["share_of_bound"]
-            of_bound = f", {fraction:.0%} of the bound" if fraction else ""
-            figures[name] = f"{1e6 * ours['median_seconds']:.0f} µs{of_bound}"
+            bound_text = f", {fraction:.0%} of the bound" if fraction else ""
+            figures[name] = f"{1e6 * ours['median_seconds']:.0f} µs{bound_text}"
             _compare(name, ours["errors"], rows.get(EAGER, {}).get("errors", {}), figures)
     if not set(figures.values()) - {"no time"}:
         raise Failed("no kernel was measured")
@@ -50,10 +50,10 @@ def evaluate(cases: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _compare(
     name: str, ours: Mapping[str, float], eager: Mapping[str, float], figures: Mapping[str, Any]
 ) -> None:
-    for what in ours.keys() & eager.keys():
-        if not ours[what] <= WORSE * eager[what] + ROUNDING:
-            errors = f"{ours[what]:.3g}, of {EAGER} {eager[what]:.3g}"
-            raise Failed(f"{name}: the error of {what} is {errors}", **figures)
+    for quantity in ours.keys() & eager.keys():
+        if not ours[quantity] <= WORSE * eager[quantity] + ROUNDING:
+            errors = f"{ours[quantity]:.3g}, of {EAGER} {eager[quantity]:.3g}"
+            raise Failed(f"{name}: the error of {quantity} is {errors}", **figures)
 
 
 def check(file: Path, options: Sequence[str]) -> dict[str, Any]:

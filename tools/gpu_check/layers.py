@@ -76,17 +76,21 @@ def settings(case: str, folder: Path) -> tuple[Config, Config]:
     parallel["tokens_per_microbatch"] = TOKENS
     # Smooth in the gradient: with a small epsilon Adam's first step is its sign.
     optimizer = {"epsilon": 1.0, "warmup": 0, "weight_decay": 0.0}
-    same: dict[str, dict[str, Any]] = {
+    shared_sections: dict[str, dict[str, Any]] = {
         # Samples have the CPU's log-probabilities: a weight by their ratio would be 1 there only.
         "rl": {"importance_cap": None},
         "optimizer": optimizer,
         "fp8": {"recipe": "blockwise" if case == "fp8" else "none"},
     }
     fusions = [] if on_cpu else small.config.model.fusions
-    mine = with_settings(small.config, parallel=parallel, model={"fusions": fusions}, **same)
-    alone = parallel | ONE | {"processes": 1, "pipeline_layout": None}
-    exact = {"dtype": "float32", "fusions": []}
-    return mine, with_settings(small.config, parallel=alone, model=exact, **same)
+    ranks_config = with_settings(
+        small.config, parallel=parallel, model={"fusions": fusions}, **shared_sections
+    )
+    one_rank = parallel | ONE | {"processes": 1, "pipeline_layout": None}
+    fp32_model = {"dtype": "float32", "fusions": []}
+    return ranks_config, with_settings(
+        small.config, parallel=one_rank, model=fp32_model, **shared_sections
+    )
 
 
 def _write_model(folder: Path, hf: dict) -> None:
@@ -122,7 +126,7 @@ def evaluate(
     expected: Mapping[str, Any],
     backend: str,
     limits: Limits = BF16,
-    why: str = "",
+    unfused_reason: str = "",
 ) -> dict[str, Any]:
     """Return the figures of a comparison.
 
@@ -130,39 +134,39 @@ def evaluate(
         measured: the results of `trainer_steps`.
         expected: the results of `trainer_steps`.
         backend: Transformer Engine's name of its attention.
-        why: its reason not to take cuDNN's.
+        unfused_reason: its reason not to take cuDNN's.
 
     Raises:
         Failed: a difference exceeds its limit, or attention was not a fused one.
     """
-    norm, exact = measured["update"]["grad_norm"], expected["update"]["grad_norm"]
+    norm, expected_norm = measured["update"]["grad_norm"], expected["update"]["grad_norm"]
     figures = {
         "logprob_diff": measured["before"]["gap"],
         "after an update": measured["after"]["gap"],
         "moved by it": measured["after"]["moved"],
         "cosine with the CPU's move": measured["after"]["cosine"],
-        "gradient norm, of the CPU's": norm / exact,
+        "gradient norm, of the CPU's": norm / expected_norm,
         "attention": f"{measured['parts']['attention']} {backend}".strip(),
     }
     assert measured["after"]["moved"] > 0.2, "the update moves nothing: there is nothing to compare"
     if not measured["before"]["gap"] <= limits.gap:
         gap = measured["before"]["gap"]
         raise Failed(f"log-probabilities differ by {gap:.3g} nats, at most {limits.gap}", **figures)
-    if not abs(norm / exact - 1) <= MAX_NORM:
-        raise Failed(f"the gradients' norm is {norm:.4g}, on a CPU {exact:.4g}", **figures)
+    if not abs(norm / expected_norm - 1) <= MAX_NORM:
+        raise Failed(f"the gradients' norm is {norm:.4g}, on a CPU {expected_norm:.4g}", **figures)
     if not measured["after"]["cosine"] >= limits.cosine:
         cosine = measured["after"]["cosine"]
         raise Failed(f"an update goes elsewhere than on a CPU: cosine {cosine:.3g}", **figures)
     if UNFUSED in backend:
-        because = f": {why}" if why else ""
-        raise Failed(f"Transformer Engine chose {UNFUSED} for packed batches{because}", **figures)
+        reason = f": {unfused_reason}" if unfused_reason else ""
+        raise Failed(f"Transformer Engine chose {UNFUSED} for packed batches{reason}", **figures)
     return figures
 
 
 def _backend(output: str) -> str:
     """Return the attention backends that Transformer Engine has logged."""
-    named = re.findall(r"Running with (\w+)\b(?!=)(?: backend)?( \([^)]*\))?", output)
-    return ", ".join(sorted({name + details for name, details in named}))
+    matches = re.findall(r"Running with (\w+)\b(?!=)(?: backend)?( \([^)]*\))?", output)
+    return ", ".join(sorted({name + details for name, details in matches}))
 
 
 def _why_not_fused(output: str) -> str:
@@ -173,8 +177,8 @@ def _why_not_fused(output: str) -> str:
 
 def check(case: str, folder: Path) -> dict[str, Any]:
     """Run a case on GPUs, or where there are none on CPU ranks, and compare."""
-    mine_ranks = ONE | CASES[case]
-    ranks = mine_ranks["tensor"] * mine_ranks["context"] * mine_ranks["pipeline"]
+    axes = ONE | CASES[case]
+    ranks = axes["tensor"] * axes["context"] * axes["pipeline"]
     if device_kind() != "cpu" and num_gpus() < ranks:
         raise Impossible(f"it needs {ranks} GPUs, and {num_gpus()} are here")
     if case == "fp8":
@@ -182,17 +186,17 @@ def check(case: str, folder: Path) -> dict[str, Any]:
     folder = folder / f"layers-{case}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    mine, alone = settings(case, folder)
-    on_cpu, here = folder / "on_cpu.yaml", folder / "here.yaml"
-    on_cpu.write_text(dump(alone))
-    here.write_text(dump(mine))
-    run_ranks(on_cpu, folder, 1, CUDA_VISIBLE_DEVICES="")
-    output = run_ranks(here, folder, ranks, NVTE_DEBUG="1", NVTE_DEBUG_LEVEL="2")
-    found, wanted = (
+    ranks_config, cpu_config = settings(case, folder)
+    cpu_recipe, ranks_recipe = folder / "on_cpu.yaml", folder / "here.yaml"
+    cpu_recipe.write_text(dump(cpu_config))
+    ranks_recipe.write_text(dump(ranks_config))
+    run_ranks(cpu_recipe, folder, 1, CUDA_VISIBLE_DEVICES="")
+    output = run_ranks(ranks_recipe, folder, ranks, NVTE_DEBUG="1", NVTE_DEBUG_LEVEL="2")
+    measured, expected = (
         json.loads((folder / name).read_text()) for name in ("here.json", "expected.json")
     )
     limits = LIMITS.get(case, BF16)
-    return evaluate(found, wanted, _backend(output), limits, _why_not_fused(output))
+    return evaluate(measured, expected, _backend(output), limits, _why_not_fused(output))
 
 
 if __name__ == "__main__":

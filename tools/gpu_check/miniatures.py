@@ -48,13 +48,13 @@ def recipe_miniature(
         max_ranks: the most trainer ranks.
         **sections: settings of the recipe that differ before it is shrunk."""
     os.chdir(ROOT)  # the recipe names its model so
-    changed = {
+    overrides = {
         f"{name}.{key}": value for name, values in sections.items() for key, value in values.items()
     }
-    config = load(RECIPE, changed)
+    config = load(RECIPE, overrides)
     hf = read_hf_config(config.model.path, None)
-    on = "gpu" if device_kind() == "cpu" else device_kind()
-    return miniature.make_miniature(config, hf, folder, max_ranks, device=on)
+    device = "gpu" if device_kind() == "cpu" else device_kind()
+    return miniature.make_miniature(config, hf, folder, max_ranks, device=device)
 
 
 def widen_config(hf: dict, small: dict, **sizes: int) -> dict:
@@ -64,12 +64,13 @@ def widen_config(hf: dict, small: dict, **sizes: int) -> dict:
         hf: the large model's config.json.
         small: its miniature, whose vocabulary has a tokenizer.
         **sizes: keys of config.json that differ."""
-    left_out = ("quantization_config", "auto_map")  # as miniatures do: weights are bf16
-    kept = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
-    full = {key: value for key, value in hf.items() if key not in left_out}
+    excluded_keys = ("quantization_config", "auto_map")  # as miniatures do: weights are bf16
+    tokenizer_keys = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
+    config = {key: value for key, value in hf.items() if key not in excluded_keys}
     groups = {"n_group": 1, "topk_group": 1}  # there are too few experts for groups
-    first = {"first_k_dense_replace": 1, "num_nextn_predict_layers": 0}
-    return full | {key: small[key] for key in kept if key in small} | groups | first | sizes
+    layer_counts = {"first_k_dense_replace": 1, "num_nextn_predict_layers": 0}
+    tokens = {key: small[key] for key in tokenizer_keys if key in small}
+    return config | tokens | groups | layer_counts | sizes
 
 
 def check_fp8() -> None:
@@ -115,8 +116,8 @@ def hardware_name() -> str:
     device = torch.cuda.get_device_name(0)
     names = [name for name in HARDWARE if name in device.replace("-", " ").split()]
     if not names:
-        known = ", ".join(HARDWARE)
-        raise Impossible(f"{device} is not one of {known}, whose rates the planner has")
+        known_names = ", ".join(HARDWARE)
+        raise Impossible(f"{device} is not one of {known_names}, whose rates the planner has")
     return names[0]
 
 
@@ -128,8 +129,8 @@ def add_values(folder: Path, name: str, values: Mapping[str, float]) -> Path:
         name: the planner's name of the hardware.
         values: numbers of `Hardware` and `Assumptions`, by name."""
     file = folder / FILE
-    known = yaml.safe_load(file.read_text()) if file.exists() else {}
-    if known.get(RELATIVE_TO) != name:
-        known = {RELATIVE_TO: name}
+    stored_values = yaml.safe_load(file.read_text()) if file.exists() else {}
+    if stored_values.get(RELATIVE_TO) != name:
+        stored_values = {RELATIVE_TO: name}
     title = "# Measured by tools/gpu_check; for megatron-r1 plan --calibrate\n"
-    return atomic_write(file, title + yaml.safe_dump(known | dict(values), sort_keys=False))
+    return atomic_write(file, title + yaml.safe_dump(stored_values | dict(values), sort_keys=False))

@@ -45,17 +45,17 @@ def evaluate(output: Mapping[str, Any]) -> dict[str, Any]:
 
 def check() -> dict[str, Any]:
     """Run the program and judge it."""
-    where = ["host"] if device_kind() == "cpu" else []
-    together = ["colocated"] if not where and num_gpus() < 2 + ENGINES else []
+    host_option = ["host"] if device_kind() == "cpu" else []
+    colocated_option = ["colocated"] if not host_option and num_gpus() < 2 + ENGINES else []
     paths: list[object] = [ROOT, ROOT / "kernels", ROOT / "grading", ROOT / "tests", PROGRAM.parent]
     paths.append(os.environ.get("PYTHONPATH", ""))
-    arguments = [str(PROGRAM), "qwen", str(ENGINES), *together, *where, *ROUNDS]
+    arguments = [str(PROGRAM), "qwen", str(ENGINES), *colocated_option, *host_option, *ROUNDS]
     output = output_of(arguments, "it", PYTHONPATH=os.pathsep.join(map(str, paths)))
-    said = [line for line in output.splitlines() if line.startswith("{")]
-    if not said:
+    result_lines = [line for line in output.splitlines() if line.startswith("{")]
+    if not result_lines:
         raise Failed(f"it says nothing of the engines: {verdict.error_in(output)}")
-    return evaluate(json.loads(said[-1])) | {
-        "engines": "on the trainer's GPUs" if together else "apart"
+    return evaluate(json.loads(result_lines[-1])) | {
+        "engines": "on the trainer's GPUs" if colocated_option else "apart"
     }
 
 

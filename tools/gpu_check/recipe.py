@@ -53,22 +53,22 @@ ENGINE_LINES = 12
 def settings(case: str, folder: Path) -> miniature.Miniature:
     """Return the recipe's miniature. Where there is no GPU it pushes as a CPU can."""
     small = recipe_miniature(folder, 1 if case in ALONE else max(1, num_gpus()), **CASES[case])
-    changed: dict[str, dict[str, Any]] = {}
+    overrides: dict[str, dict[str, Any]] = {}
     if device_kind() == "cpu":
-        named = small.config.push.transport
-        changed = {
-            "push": {"transport": TRANSPORTS[named].without_gpu or named},
+        transport = small.config.push.transport
+        overrides = {
+            "push": {"transport": TRANSPORTS[transport].without_gpu or transport},
             "rollout": {"gpu_memory": None},
             "model": {"fusions": []},
         }
-    return replace(small, config=with_settings(small.config, **changed))
+    return replace(small, config=with_settings(small.config, **overrides))
 
 
 class UsedMemory:
     """The memory that is in use on GPU 0, looked at in a thread."""
 
     def __init__(self) -> None:
-        self.seen: list[int] = []
+        self.samples: list[int] = []
         self._ends = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -85,23 +85,23 @@ class UsedMemory:
 
         while not self._ends.wait(POLL_SECONDS):
             free, total = torch.cuda.mem_get_info(0)
-            self.seen.append(total - free)
+            self.samples.append(total - free)
 
     @property
-    def most(self) -> int:
+    def peak(self) -> int:
         """The most that was in use."""
-        return max(self.seen, default=0)
+        return max(self.samples, default=0)
 
     @property
     def wakes(self) -> int:
         """How often engines took their memory, the first time included."""
-        number, are_awake = 0, False
-        for used in self.seen:
-            if not are_awake and used > AWAKE * self.most:
-                number, are_awake = number + 1, True
-            elif used < ASLEEP * self.most:
+        num_wakes, are_awake = 0, False
+        for num_bytes in self.samples:
+            if not are_awake and num_bytes > AWAKE * self.peak:
+                num_wakes, are_awake = num_wakes + 1, True
+            elif num_bytes < ASLEEP * self.peak:
                 are_awake = False
-        return number
+        return num_wakes
 
 
 def run(recipe: Path, config: Config, verb: str = "rl") -> UsedMemory:
@@ -115,29 +115,30 @@ def run(recipe: Path, config: Config, verb: str = "rl") -> UsedMemory:
     Raises:
         Failed: the run fails; the message has its own error."""
     log = recipe.with_name("log.txt")
-    with UsedMemory() as used, launch.running_command(verb, recipe, config, [], log) as process:
+    running_command = launch.running_command(verb, recipe, config, [], log)
+    with UsedMemory() as used_memory, running_command as process:
         while process.poll() is None:
             time.sleep(POLL_SECONDS)
     if process.returncode:
         errors = find_errors(log) or [f"{log} ends: {last_lines(log, 1)}"]
-        why = " ".join(line.strip() for line in errors[0].splitlines()[:2])  # with its cause
+        reason = " ".join(line.strip() for line in errors[0].splitlines()[:2])  # with its cause
         print(last_lines(log), *_engine_errors(RunFolder(config.run.folder).path), sep="\n")
-        raise Failed(f"the run ended with status {process.returncode}: {why}")
-    return used
+        raise Failed(f"the run ended with status {process.returncode}: {reason}")
+    return used_memory
 
 
 def _engine_errors(folder: Path) -> list[str]:
     """Return the last lines of each engine's log that vLLM marks as errors of its core."""
-    found: list[str] = []
+    error_lines: list[str] = []
     for log in sorted((folder / "logs").glob("engine-*.log")):
         lines = log.read_text(errors="replace").splitlines()
-        marked = [line for line in lines if "EngineCore" in line and "ERROR" in line]
-        found += [f"{log}:", *marked[-ENGINE_LINES:]]
-    return found
+        core_errors = [line for line in lines if "EngineCore" in line and "ERROR" in line]
+        error_lines += [f"{log}:", *core_errors[-ENGINE_LINES:]]
+    return error_lines
 
 
 def evaluate(
-    lines: Sequence[Mapping[str, Any]], steps: int, used_memory: UsedMemory, most_diff: float
+    lines: Sequence[Mapping[str, Any]], steps: int, used_memory: UsedMemory, max_diff: float
 ) -> dict[str, Any]:
     """Return the figures of a run.
 
@@ -145,6 +146,7 @@ def evaluate(
         lines: the lines of metrics.jsonl.
         steps: as many as there must be.
         used_memory: how much of a GPU's memory was in use.
+        max_diff: the largest mean difference of engine's and trainer's log-probabilities.
 
     Raises:
         Failed: a step is missing, a metric exceeds its limits, or engines did not sleep.
@@ -154,23 +156,23 @@ def evaluate(
         "logprob_diff": last.get("logprob_diff/mean"),
         "push/probe_diff": last.get("push/probe_diff"),
         **{f"{part} seconds": last.get(f"time/{part}") for part in ("rollout", "train", "push")},
-        "GiB in use": round(used_memory.most / 2**30, 2),
-        "engines woke": used_memory.wakes - 1 if used_memory.seen else None,
+        "GiB in use": round(used_memory.peak / 2**30, 2),
+        "engines woke": used_memory.wakes - 1 if used_memory.samples else None,
     }
     if [line["step"] for line in lines] != list(range(1, steps + 1)):
         numbers = [line["step"] for line in lines]
         raise Failed(f"steps {numbers} are recorded, and there are {steps}", **figures)
     for line in lines:
-        where = f"step {line['step']}"
+        step_name = f"step {line['step']}"
         norm, diff = line.get("grad_norm", math.nan), line.get("logprob_diff/mean", math.nan)
         if not (math.isfinite(norm) and norm > 0):
-            raise Failed(f"{where}: the gradients' norm is {norm}", **figures)
-        if not diff <= most_diff:
+            raise Failed(f"{step_name}: the gradients' norm is {norm}", **figures)
+        if not diff <= max_diff:
             text = "engine and trainer differ by"
-            raise Failed(f"{where}: {text} {diff:.3g} nats, at most {most_diff}", **figures)
+            raise Failed(f"{step_name}: {text} {diff:.3g} nats, at most {max_diff}", **figures)
         if line.get("push/probe_diff") is None:
-            raise Failed(f"{where}: the push was not proven: no probe", **figures)
-    if used_memory.seen and used_memory.wakes < 2:
+            raise Failed(f"{step_name}: the push was not proven: no probe", **figures)
+    if used_memory.samples and used_memory.wakes < 2:
         raise Failed("engines keep their memory while they sleep", **figures)
     return figures
 
@@ -182,13 +184,15 @@ def check(case: str, folder: Path) -> dict[str, Any]:
         check_fp8()
     small = settings(case, folder)
     shutil.rmtree(folder, ignore_errors=True)
-    used = run(miniature.write(small, "rl"), small.config)
+    used_memory = run(miniature.write(small, "rl"), small.config)
     lines = list(RunFolder(small.config.run.folder).read_metrics())
-    figures = evaluate(lines, small.config.run.steps, used, MAX_DIFF.get(case, MAX_DIFF_BF16))
-    at, rollout = small.config.parallel, small.config.rollout
+    max_diff = MAX_DIFF.get(case, MAX_DIFF_BF16)
+    figures = evaluate(lines, small.config.run.steps, used_memory, max_diff)
+    parallel, rollout = small.config.parallel, small.config.rollout
     return figures | {
-        "trainer": f"tensor {at.tensor}, context {at.context}, expert {at.expert}, "
-        f"pipeline {at.pipeline} x {at.virtual_pipeline}, {at.processes} ranks",
+        "trainer": f"tensor {parallel.tensor}, context {parallel.context}, "
+        f"expert {parallel.expert}, pipeline {parallel.pipeline} x {parallel.virtual_pipeline}, "
+        f"{parallel.processes} ranks",
         "engines": f"{rollout.engines} of tensor {rollout.tensor} x data {rollout.data}",
         "transport": small.config.push.transport,
     }

@@ -44,26 +44,26 @@ def settings(case: str, folder: Path) -> miniature.Miniature:
     """Return the run's settings and its model."""
     recipe = ROOT / "examples" / "deepseek_r1" / f"{CASES[case][1]}.yaml"
     # The drafter has no part in these seconds.
-    off = {"model.mtp": "none", "rollout.speculative.method": "none"}
-    config = load(recipe, off | {"run.steps": STEPS, "push.transport": _transport()})
+    without_drafter = {"model.mtp": "none", "rollout.speculative.method": "none"}
+    config = load(recipe, without_drafter | {"run.steps": STEPS, "push.transport": _transport()})
     path = ROOT / config.model.path
     hf = read_hf_config(str(path)) | {"num_nextn_predict_layers": 0}
     small = miniature.make_miniature(
         config, hf, folder, 1, device="gpu" if device_kind() == "cpu" else device_kind()
     )
     one_stage = {"pipeline": 1, "virtual_pipeline": 1, "pipeline_layout": None}
-    changed: dict[str, dict[str, Any]] = {"run": {"steps": STEPS}, "parallel": one_stage}
+    overrides: dict[str, dict[str, Any]] = {"run": {"steps": STEPS}, "parallel": one_stage}
     model = small.hf
     if device_kind() == "gpu":
         sizes = {"num_hidden_layers": LAYERS, "n_routed_experts": EXPERTS}
         model = widen_config(hf, small.hf, **sizes)
-        changed["rollout"] = {"gpu_memory": 0.3}
+        overrides["rollout"] = {"gpu_memory": 0.3}
     if device_kind() == "cpu":
-        changed |= {"rollout": {"gpu_memory": None}, "model": {"fusions": []}}
+        overrides |= {"rollout": {"gpu_memory": None}, "model": {"fusions": []}}
     if case == "micro-batch":
-        changed["parallel"] = one_stage | {"tokens_per_microbatch": TOKENS}
-        changed["sft"] = {"batch_size": EXAMPLES if device_kind() == "gpu" else 16}
-    return replace(small, config=with_settings(small.config, **changed), hf=model)
+        overrides["parallel"] = one_stage | {"tokens_per_microbatch": TOKENS}
+        overrides["sft"] = {"batch_size": EXAMPLES if device_kind() == "gpu" else 16}
+    return replace(small, config=with_settings(small.config, **overrides), hf=model)
 
 
 def _transport() -> str:
@@ -100,20 +100,21 @@ def fit_phases(
         job: the run."""
 
     def seconds(key: str) -> float | None:
-        found = [line[key] for line in lines if math.isfinite(line.get(key) or math.nan)]
-        return median(found) if found else None
+        finite_values = [line[key] for line in lines if math.isfinite(line.get(key) or math.nan)]
+        return median(finite_values) if finite_values else None
 
     values: dict[str, float] = {}
-    slept, woke = (
-        [float(text) for text in re.findall(rf"It took ([\d.]+) seconds to {what}", engine_log)]
-        for what in ("fall asleep", "wake up")
+    sleep_seconds, wake_seconds = (
+        [float(text) for text in re.findall(rf"It took ([\d.]+) seconds to {action}", engine_log)]
+        for action in ("fall asleep", "wake up")
     )
-    if slept and woke:
-        values["sleep_seconds"] = mean(slept)
-        values["wake_seconds"] = sum(woke) / len(slept)  # weights and cache wake one by one
+    if sleep_seconds and wake_seconds:
+        values["sleep_seconds"] = mean(sleep_seconds)
+        # Weights and cache wake one by one.
+        values["wake_seconds"] = sum(wake_seconds) / len(sleep_seconds)
     if pause := seconds("push/pause"):
-        at = [_load(job, each) for each in (1e-15, 1.0)]
-        per_tensor = (pause - at[0]) / (at[1] - at[0])
+        load_seconds = [_load(job, tensor_seconds) for tensor_seconds in (1e-15, 1.0)]
+        per_tensor = (pause - load_seconds[0]) / (load_seconds[1] - load_seconds[0])
         if per_tensor > 0:
             values["tensor_load_seconds"] = per_tensor
     if transfer := seconds("push/transfer"):
@@ -121,18 +122,18 @@ def fit_phases(
         fraction *= job.assumptions.push_efficiency / push_link(job)[0]
         if fraction <= 1:
             values["push_efficiency"] = fraction
-    if blocked := seconds("checkpoint/seconds_blocked"):
+    if blocked_seconds := seconds("checkpoint/seconds_blocked"):
         name = "host_link" if job.config.checkpoint.asynchronous else "storage"
         part = getattr(job.hardware if name == "host_link" else job.assumptions, name)
         planned_seconds = checkpoint_time(job).number * job.config.checkpoint.every
-        values[name] = part * planned_seconds / blocked
+        values[name] = part * planned_seconds / blocked_seconds
     return values
 
 
 def _load(job: PlannedJob, seconds: float) -> float:
     """Return the planned seconds of a load where each tensor takes so long."""
-    assumed = replace(job.assumptions, tensor_load_seconds=seconds)
-    return weight_load_time(replace(job, assumptions=assumed)).number
+    assumptions = replace(job.assumptions, tensor_load_seconds=seconds)
+    return weight_load_time(replace(job, assumptions=assumptions)).number
 
 
 def check(case: str, out: Path) -> dict[str, Any]:
@@ -147,14 +148,14 @@ def check(case: str, out: Path) -> dict[str, Any]:
     if case == "micro-batch" and device_kind() == "gpu":
         write_examples(folder / "examples.jsonl", 2 * EXAMPLES, WORDS)
     run(recipe, small.config, verb)
-    ran = Path(small.config.run.folder)
-    job = job_of_run(ran, name)
+    run_folder = Path(small.config.run.folder)
+    job = job_of_run(run_folder, name)
     if case == "micro-batch":
-        values = fit_micro_batch(ran, job)
+        values = fit_micro_batch(run_folder, job)
     else:
-        logs = sorted((ran / "logs").glob("engine-*.log"))
-        text = "".join(log.read_text(errors="replace") for log in logs)
-        values = fit_phases(list(RunFolder(str(ran)).read_metrics())[1:], text, job)
+        logs = sorted((run_folder / "logs").glob("engine-*.log"))
+        engine_log = "".join(log.read_text(errors="replace") for log in logs)
+        values = fit_phases(list(RunFolder(str(run_folder)).read_metrics())[1:], engine_log, job)
     if device_kind() != "gpu":
         return values
     return values | {"written": str(miniatures.add_values(out, name, values))}

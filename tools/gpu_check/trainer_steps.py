@@ -34,20 +34,30 @@ Logprobs = Sequence[Sequence[float]]
 """Of each sample's response."""
 
 
-def samples(vocabulary: int, now: Logprobs | None, before: Logprobs | None) -> list[Sample]:
+def samples(
+    vocabulary: int, logprobs: Logprobs | None, earlier_logprobs: Logprobs | None
+) -> list[Sample]:
     """Return samples of all lengths.
 
     Args:
-        now: their log-probabilities at this moment, for `distances`.
-        before: their log-probabilities before the update, for `distances`."""
-    draw, made = random.Random(1), []
-    for number in range(NUM_SAMPLES):
+        vocabulary: the number of tokens to draw from.
+        logprobs: their log-probabilities at this moment, for `distances`.
+        earlier_logprobs: their log-probabilities before the update, for `distances`."""
+    draw, sample_list = random.Random(1), []
+    for index in range(NUM_SAMPLES):
         prompt = [draw.randrange(vocabulary) for _ in range(draw.randint(1, MAX_PROMPT))]
         response = [draw.randrange(vocabulary) for _ in range(draw.randint(1, MAX_RESPONSE))]
-        own, earlier = (each[number] if each else [0.0] * len(response) for each in (now, before))
+        rollout_logprobs, teacher_logprobs = (
+            values[index] if values else [0.0] * len(response)
+            for values in (logprobs, earlier_logprobs)
+        )
         advantage = draw.uniform(-2, 2)
-        made.append(Sample.pack(prompt, response, own, advantage, teacher_logprobs=earlier))
-    return made
+        sample_list.append(
+            Sample.pack(
+                prompt, response, rollout_logprobs, advantage, teacher_logprobs=teacher_logprobs
+            )
+        )
+    return sample_list
 
 
 class Steps:
@@ -62,47 +72,53 @@ class Steps:
         self.vocabulary = self.trainer.hf["vocab_size"]
         self.trainer.refresh_reference()
 
-    def compute_logprobs(self, now: Logprobs | None = None, before: Logprobs | None = None) -> None:
+    def compute_logprobs(
+        self, logprobs: Logprobs | None = None, earlier_logprobs: Logprobs | None = None
+    ) -> None:
         """Compute the log-probabilities of the samples."""
-        made = samples(self.vocabulary, now, before)
-        lengths, most = [len(sample) for sample in made], self.config.parallel.microbatch_tokens
-        self.plan = pack(lengths, self.position.data_parallel_size, most).shares[
+        sample_list = samples(self.vocabulary, logprobs, earlier_logprobs)
+        lengths = [len(sample) for sample in sample_list]
+        max_tokens = self.config.parallel.microbatch_tokens
+        self.plan = pack(lengths, self.position.data_parallel_size, max_tokens).shares[
             self.position.data_rank
         ]
-        self.trainer.load([[[made[i] for i in members] for members in self.plan]])
+        self.trainer.load([[[sample_list[i] for i in members] for members in self.plan]])
         self.trainer.compute_logprobs(1.0, reference=self.config.uses_reference)
 
     def distances(self) -> dict[str, float]:
         """Return, over all tokens, the mean difference from the samples' log-probabilities, one of
-        at most `FAR` for each, and the cosine between the changes since `before`, here and there;
-        empty but on the last stage."""
+        at most `FAR` for each, and the cosine between the changes since `earlier_logprobs`, here
+        and there; empty but on the last stage."""
         names = ("gap", "xy", "xx", "yy", "moved")
         sums, count = torch.zeros(len(names), dtype=torch.float64), 0
         for batch in self.trainer.rollout.minibatches[0] if self.position.is_last_stage else []:
-            given = batch.logprobs["old"], batch.rollout_logprobs, batch.logprobs["teacher"]
-            here, there, start = (each[batch.is_response].double().cpu() for each in given)
-            x, y, near = here - start, there - start, (here - there).abs().clamp(max=FAR)
-            sums += torch.stack([near.sum(), x @ y, x @ x, y @ y, y.abs().sum()])
-            count += len(near)
+            logprobs = batch.logprobs["old"], batch.rollout_logprobs, batch.logprobs["teacher"]
+            measured, expected, start = (
+                values[batch.is_response].double().cpu() for values in logprobs
+            )
+            x, y = measured - start, expected - start
+            gaps = (measured - expected).abs().clamp(max=FAR)
+            sums += torch.stack([gaps.sum(), x @ y, x @ x, y @ y, y.abs().sum()])
+            count += len(gaps)
         means = {name: Mean(total, count) for name, total in zip(names, sums, strict=True)}
-        found = reduce_over_data(self.position, means)
-        if not found:
+        global_means = reduce_over_data(self.position, means)
+        if not global_means:
             return {}
-        lengths = math.sqrt(found["xx"] * found["yy"])
-        cosine = found["xy"] / lengths if lengths else 0.0
-        return {"gap": found["gap"], "moved": found["moved"], "cosine": cosine}
+        lengths = math.sqrt(global_means["xx"] * global_means["yy"])
+        cosine = global_means["xy"] / lengths if lengths else 0.0
+        return {"gap": global_means["gap"], "moved": global_means["moved"], "cosine": cosine}
 
     def logprobs(self) -> list[list[float]]:
         """Return those of every sample's response; for one rank, which has all of them."""
-        found: dict[int, list[float]] = {}
-        made = samples(self.vocabulary, None, None)
+        response_logprobs: dict[int, list[float]] = {}
+        sample_list = samples(self.vocabulary, None, None)
         for members, batch in zip(self.plan, self.trainer.rollout.minibatches[0], strict=True):
             values = batch.logprobs["old"][batch.is_response].tolist()
             for member in members:
-                length = len(made[member]) - made[member].prompt_length
-                found[member], values = values[:length], values[length:]
+                length = len(sample_list[member]) - sample_list[member].prompt_length
+                response_logprobs[member], values = values[:length], values[length:]
             assert not values
-        return [found[number] for number in range(NUM_SAMPLES)]
+        return [response_logprobs[index] for index in range(NUM_SAMPLES)]
 
     def update(self) -> dict[str, float]:
         """Make an update by the recipe's algorithm."""
@@ -113,8 +129,9 @@ class Steps:
     @property
     def reports(self) -> bool:
         """Whether this rank has the metrics, and no other one is to write them."""
-        at, is_first_context = self.position, self.trainer.groups.cp.rank() == 0
-        return at.is_last_stage and at.data_rank == at.tensor_rank == 0 and is_first_context
+        position, is_first_context = self.position, self.trainer.groups.cp.rank() == 0
+        is_first = position.data_rank == position.tensor_rank == 0 and is_first_context
+        return position.is_last_stage and is_first
 
 
 def reference_steps(steps: Steps) -> dict[str, Any]:
@@ -133,9 +150,12 @@ def compare_steps(steps: Steps, expected: dict[str, Any]) -> dict[str, Any]:
 
     before, after = expected["before"], expected["after"]
     steps.compute_logprobs(before, before)
-    found: dict[str, Any] = {"before": steps.distances(), "update": steps.update()}
+    differences: dict[str, Any] = {"before": steps.distances(), "update": steps.update()}
     steps.compute_logprobs(after, before)
-    return found | {"after": steps.distances(), "parts": describe_implementations(steps.trainer)}
+    return differences | {
+        "after": steps.distances(),
+        "parts": describe_implementations(steps.trainer),
+    }
 
 
 def main(recipe: Path, folder: Path) -> None:
@@ -144,9 +164,9 @@ def main(recipe: Path, folder: Path) -> None:
     if not file.exists():
         file.write_text(json.dumps(reference_steps(steps)))
     else:
-        found = compare_steps(steps, json.loads(file.read_text()))
+        differences = compare_steps(steps, json.loads(file.read_text()))
         if steps.reports:
-            recipe.with_suffix(".json").write_text(json.dumps(found))
+            recipe.with_suffix(".json").write_text(json.dumps(differences))
     distributed.leave_process_groups()
 
 

@@ -185,7 +185,7 @@ def trained(backend="FusedAttention", **parts):
 
 def ran(lines, *used):
     memory = recipe.UsedMemory()
-    memory.seen.extend(used)
+    memory.samples.extend(used)
     return recipe.evaluate(lines, 2, memory, 0.05)
 
 
