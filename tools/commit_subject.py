@@ -92,15 +92,15 @@ def log_faults(commits: str) -> list[str]:
     # Merges have no list of files here, and are judged by their own rule.
     log = _git("log", "--format=%x01%h%x02%at%x02%P%x02%B%x02", "--name-only", commits)
     is_shallow = _git("rev-parse", "--is-shallow-repository").strip() == "true"
-    found = []
+    range_faults = []
     for entry in filter(None, log.split("\x01")):
         commit, date, parents, message, files = entry.split("\x02")
         # The oldest commit of a shallow clone has no parent there, and lists the whole tree.
         is_cut_off = is_shallow and not parents
         num_files = 0 if is_cut_off else sum(bool(line) for line in files.splitlines())
         faults = message_faults(message, num_files, int(date))
-        found += [f"{commit}: {fault}" for fault in faults]
-    return found
+        range_faults += [f"{commit}: {fault}" for fault in faults]
+    return range_faults
 
 
 def _git(*arguments: str) -> str:

@@ -63,9 +63,9 @@ def digests(root: Path = ROOT) -> dict[str, str]:
 
 
 def _digest(root: Path, covered: str) -> str:
-    listed = _git(root, "ls-files", "-z", "--", covered).split("\0")
+    names = _git(root, "ls-files", "-z", "--", covered).split("\0")
     digest = hashlib.blake2b(digest_size=8)
-    for name in sorted(filter(None, listed)):
+    for name in sorted(filter(None, names)):
         if Path(name) != RECORD and (root / name).exists():
             content = (root / name).read_bytes()
             if name.endswith(".py"):
@@ -114,7 +114,7 @@ def run(arguments: list[str]) -> int:
     """Run the tests and write the record; return pytest's exit code."""
     import pytest
 
-    counts, before = Counts(), digests()
+    counts, file_digests = Counts(), digests()
     code = pytest.main([str(ROOT / "tests/nullgpu"), *arguments], plugins=[counts])
     if not counts.is_whole or not counts.passed + counts.failed:
         print(f"{RECORD} stays as it is: not all of the tests have run")
@@ -125,7 +125,7 @@ def run(arguments: list[str]) -> int:
         "passed": counts.passed,
         "failed": counts.failed,
         "skipped": counts.skipped,
-        "files": before,
+        "files": file_digests,
     }
     unfinished = ROOT / f"{RECORD}.new"
     unfinished.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -141,11 +141,11 @@ def _git(root: Path, *arguments: str) -> str:
 def main() -> int:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--run", action="store_true", help="run the tests; more goes to pytest")
-    chosen, more = options.parse_known_args()
-    if chosen.run:
-        return run(more)
-    if more:
-        options.error(f"unknown: {' '.join(more)}")
+    args, pytest_arguments = options.parse_known_args()
+    if args.run:
+        return run(pytest_arguments)
+    if pytest_arguments:
+        options.error(f"unknown: {' '.join(pytest_arguments)}")
     print(record_state())
     return 0
 

@@ -41,10 +41,10 @@ def parse(source: str) -> ast.Module:
 
 def find_wordings(text: str, plain: dict[str, str]) -> Iterator[tuple[int, str, str]]:
     """Yield line (from 1), the words found and what to write instead."""
-    for pattern, instead in plain.items():
+    for pattern, advice in plain.items():
         words = pattern if pattern.startswith(",") else rf"\b(?:{pattern})\b"
         for match in re.finditer(words.replace(" ", r"\s+"), text, re.MULTILINE):
-            yield text.count("\n", 0, match.start()) + 1, " ".join(match[0].split()), instead
+            yield text.count("\n", 0, match.start()) + 1, " ".join(match[0].split()), advice
 
 
 def _blank(match: re.Match[str]) -> str:
@@ -61,8 +61,8 @@ def find_in_settings(text: str) -> Iterator[tuple[int, str, str]]:
     """Yield what the comments of a YAML or shell file have."""
     for number, line in enumerate(text.splitlines(), 1):
         if comment := re.search(r"(?:^|\s)#(.*)", line):
-            for _, words, instead in find_wordings(QUOTED.sub(_blank, comment[1]), PLAIN):
-                yield number, words, instead
+            for _, words, advice in find_wordings(QUOTED.sub(_blank, comment[1]), PLAIN):
+                yield number, words, advice
 
 
 def find_in_messages(source: str) -> Iterator[tuple[int, str, str]]:
@@ -71,8 +71,8 @@ def find_in_messages(source: str) -> Iterator[tuple[int, str, str]]:
         if isinstance(statement, ast.Raise):
             for node in ast.walk(statement):
                 if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                    for _, words, instead in find_wordings(node.value, PLAIN):
-                        yield node.lineno, words, instead
+                    for _, words, advice in find_wordings(node.value, PLAIN):
+                        yield node.lineno, words, advice
 
 
 def find_in_module(source: str) -> Iterator[tuple[int, str, str]]:
@@ -89,8 +89,8 @@ def find_in_module(source: str) -> Iterator[tuple[int, str, str]]:
             case ast.Expr(value=ast.Constant(value=str())):
                 texts.append((node.lineno, "\n".join(lines[node.lineno - 1 : node.end_lineno])))
     for first, text in texts:
-        for line, words, instead in find_wordings(QUOTED.sub(_blank, text), PLAIN):
-            yield first + line - 1, words, instead
+        for line, words, advice in find_wordings(QUOTED.sub(_blank, text), PLAIN):
+            yield first + line - 1, words, advice
 
 
 SECTION = re.compile(r"^ *(?:Args|Attributes|Returns|Yields|Raises):\n", re.M)
@@ -153,12 +153,12 @@ def find_in_sections(source: str) -> Iterator[tuple[int, str, str]]:
     ]
     for node in nodes:
         text = ast.get_docstring(node, clean=False) or ""
-        indent, section, seen = " " * node.body[0].col_offset, "", set[str]()
+        indent, section, seen_names = " " * node.body[0].col_offset, "", set[str]()
         for number, line in enumerate(text.split("\n")):
             if not line.strip() or line.startswith(indent + " " * 5):
                 continue  # the rest of an entry
             if not line.startswith(indent + " " * 4):
-                section, seen = line.strip().removesuffix(":"), set()
+                section, seen_names = line.strip().removesuffix(":"), set()
                 continue
             if section not in ENTRY:
                 continue
@@ -168,11 +168,11 @@ def find_in_sections(source: str) -> Iterator[tuple[int, str, str]]:
                 name = line.split(":")[0].strip()
                 yield place, name, "an entry for each name, with a description of its own"
                 continue
-            if entry[1] in seen and section != "Raises":
+            if entry[1] in seen_names and section != "Raises":
                 yield place, entry[1], f"it once in `{section}:`"
             elif section == "Args" and entry[1] not in _described(node):
                 yield place, entry[1], "the name of a parameter"
-            seen.add(entry[1])
+            seen_names.add(entry[1])
 
 
 NAMED_PACKAGES = ("grading/r1_grading/", "kernels/r1_kernels/", "megatron_r1/", "tools/")
@@ -205,13 +205,13 @@ def _parameters(node: ast.FunctionDef | ast.AsyncFunctionDef) -> list[ast.arg]:
 
 
 def _public(tree: ast.Module) -> Iterator[ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
-    waiting: list[ast.stmt] = list(tree.body)
-    for node in waiting:
+    statements: list[ast.stmt] = list(tree.body)
+    for node in statements:
         if not isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             continue
         if not node.name.startswith("_"):
             yield node
-            waiting += node.body if isinstance(node, ast.ClassDef) else []
+            statements += node.body if isinstance(node, ast.ClassDef) else []
 
 
 def _described(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
@@ -233,9 +233,9 @@ def _readers(name: Path) -> tuple[Callable[[str], Iterator[tuple[int, str, str]]
     if name.suffix == ".py":
         if name.parts[0] == "tests":
             return (find_in_module,)
-        named = (find_pronouns,) if name.as_posix().startswith(NAMED_PACKAGES) else ()
+        parameter_checks = (find_pronouns,) if name.as_posix().startswith(NAMED_PACKAGES) else ()
         return (
-            *named,
+            *parameter_checks,
             find_in_module,
             find_in_messages,
             find_in_public_docstrings,
@@ -250,18 +250,18 @@ def _readers(name: Path) -> tuple[Callable[[str], Iterator[tuple[int, str, str]]
 def main(root: Path, paths: list[str]) -> int:
     """Print every finding below `root`, in `paths` or everywhere; return the exit status."""
     command = ["git", "ls-files", *(paths or ["."])]
-    listed = subprocess.run(command, cwd=root, check=True, stdout=subprocess.PIPE, text=True).stdout
+    output = subprocess.run(command, cwd=root, check=True, stdout=subprocess.PIPE, text=True).stdout
     findings = 0
-    for name in listed.splitlines():
+    for name in output.splitlines():
         path = root / name
         if path.name == "CHANGELOG.md" or not path.exists():
             continue
-        for line, words, instead in sorted(
+        for line, words, advice in sorted(
             finding
             for read in _readers(Path(name))
             for finding in read(path.read_text(encoding="utf-8"))
         ):
-            print(f"{name}:{line}: {words!r}: write {instead}")
+            print(f"{name}:{line}: {words!r}: write {advice}")
             findings += 1
     return 1 if findings else 0
 

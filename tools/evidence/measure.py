@@ -47,45 +47,50 @@ def measure_all(
     claims: list[Claim],
     ids: list[str],
     limit: float | None,
-    written: Callable[[Path], None],
+    on_record: Callable[[Path], None],
 ) -> int:
     """Measure the claims named, or those that are not fresh; return how many gave no figure.
 
     Args:
         limit: Seconds that a command may take; None: four times its last run, 300 at least.
-        written: Called with `root` after each record.
+        on_record: Called with `root` after each record.
     """
-    waiting = (
+    selected_claims = (
         [claim for claim in claims if claim.id in ids] if ids else measuring_order(root, claims)
     )
     num_failed = 0
-    for number, claim in enumerate(waiting, 1):
-        print(f"[{number} of {len(waiting)}] {claim.id}: {claim.command} ({claim.seconds:.0f} s)")
+    for number, claim in enumerate(selected_claims, 1):
+        title = f"[{number} of {len(selected_claims)}] {claim.id}"
+        print(f"{title}: {claim.command} ({claim.seconds:.0f} s)")
         sys.stdout.flush()
-        changed = changed_files(changes_since(root, "HEAD"), claim.paths)
-        if changed is None or changed:
-            reason = f"commit {', '.join(changed)} first" if changed else "git has no commit here"
+        changed_names = changed_files(changes_since(root, "HEAD"), claim.paths)
+        if changed_names is None or changed_names:
+            reason = "git has no commit here"
+            if changed_names:
+                reason = f"commit {', '.join(changed_names)} first"
             print(f"  not measured: {reason}; a record says which commit was measured")
             num_failed += 1
             continue
-        busy = busy_cores()
-        if claim.topic == "speed" and busy > MAX_BUSY and not ids:
+        num_busy = busy_cores()
+        if claim.topic == "speed" and num_busy > MAX_BUSY and not ids:
             print(
-                f"  not measured: {busy:.1f} cores have other work; CLAIM={claim.id} does it anyway"
+                f"  not measured: {num_busy:.1f} cores have other work; "
+                f"CLAIM={claim.id} does it anyway"
             )
             num_failed += 1
             continue
-        result = measure_claim(root, claim, limit or max(300.0, 4 * claim.seconds), machine(busy))
+        claim_limit = limit or max(300.0, 4 * claim.seconds)
+        result = measure_claim(root, claim, claim_limit, machine(num_busy))
         write_claim(root, result)
-        written(root)
+        on_record(root)
         if result.failed:
             num_failed += 1
             print(f"  failed: {result.failed.reason}")
             if claim.measured:
                 print(f"  the figure of {claim.measured.commit} stays: {claim.measured.figure}")
         elif result.measured:
-            before = f" (before: {claim.measured.figure})" if claim.measured else ""
-            print(f"  {result.measured.figure}{before}")
+            former_figure = f" (before: {claim.measured.figure})" if claim.measured else ""
+            print(f"  {result.measured.figure}{former_figure}")
     return num_failed
 
 
@@ -98,11 +103,11 @@ def measuring_order(root: Path, claims: list[Claim]) -> list[Claim]:
         commit = claim.failed.commit if claim.failed else None
         return commit is not None and changed_files(changes_since(root, commit), claim.paths) == []
 
-    waiting = [claim for claim in claims if claim_states[claim.id].name != "fresh"]
-    return sorted(waiting, key=lambda claim: (has_failed(claim), claim.seconds, claim.id))
+    candidates = [claim for claim in claims if claim_states[claim.id].name != "fresh"]
+    return sorted(candidates, key=lambda claim: (has_failed(claim), claim.seconds, claim.id))
 
 
-def measure_claim(root: Path, claim: Claim, limit: float, where: str) -> Claim:
+def measure_claim(root: Path, claim: Claim, limit: float, machine_state: str) -> Claim:
     """Run the claim's command; return the claim with the figure, or with the failure and the figure
     that it had. The output is in build/evidence.
 
@@ -110,7 +115,7 @@ def measure_claim(root: Path, claim: Claim, limit: float, where: str) -> Claim:
         root: the repository's root.
         claim: the claim.
         limit: the most seconds that the command may take.
-        where: the machine and what else it does."""
+        machine_state: the machine and what else it does."""
     commit, start = head(root), time.monotonic()
     status, output = run(root, claim, limit)
     figure, reason = None, ""
@@ -126,9 +131,9 @@ def measure_claim(root: Path, claim: Claim, limit: float, where: str) -> Claim:
     if figure is None:
         lines = output.replace(f"{root}/", "").replace(str(root), ".").rstrip().splitlines()
         tail = "\n".join(line[:200] for line in lines[-TAIL_LINES:])
-        return replace(claim, failed=Failed(reason, commit, today, where, tail))
+        return replace(claim, failed=Failed(reason, commit, today, machine_state, tail))
     seconds = round(time.monotonic() - start, 1)
-    result = Measured(figure, commit, today, where)
+    result = Measured(figure, commit, today, machine_state)
     return replace(claim, seconds=seconds, measured=result, failed=None)
 
 
@@ -165,10 +170,10 @@ def run(root: Path, claim: Claim, limit: float) -> tuple[int | None, str]:
 def end_process(process: subprocess.Popen) -> None:
     """End what is left of a command and of the processes that it started."""
     for number in (signal.SIGTERM, signal.SIGKILL):
-        patience = time.monotonic() + END_SECONDS
+        deadline = time.monotonic() + END_SECONDS
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number)
-            while time.monotonic() < patience:
+            while time.monotonic() < deadline:
                 process.poll()  # a child that has ended stays in its group until then
                 os.killpg(process.pid, 0)
                 time.sleep(0.05)
@@ -189,15 +194,15 @@ def read_figure(claim: Claim, output: str) -> tuple[str | None, str]:
     return claim.figure.format_map(values), ""
 
 
-def machine(busy: float) -> str:
+def machine(num_busy: float) -> str:
     """Return the processor, the usable cores, how many were at other work, and the memory."""
-    from tools.bench import host as measured_on  # imports xxhash, which `status` does without
+    from tools.bench import host  # imports xxhash, which `status` does without
 
     kib = re.search(r"^MemTotal:\s+(\d+)", _text("/proc/meminfo"), re.MULTILINE)
     amx = ", AMX" if "amx_tile" in _text("/proc/cpuinfo") else ""
     memory = f", {int(kib[1]) / 2**20:.0f} GiB" if kib else ""
-    processor, cores = measured_on.processor(), measured_on.num_cores()
-    return f"{processor}{amx}, {cores} cores ({busy:.1f} busy before){memory}"
+    processor, cores = host.processor(), host.num_cores()
+    return f"{processor}{amx}, {cores} cores ({num_busy:.1f} busy before){memory}"
 
 
 def busy_cores(seconds: float = 0.3) -> float:
@@ -261,14 +266,14 @@ def claim_row(claim: Claim, state: State) -> str:
     )
     measured = claim.measured
     figure = measured.figure if measured else ""
-    when = f"{measured.date}, {measured.commit}" if measured else ""
+    provenance = f"{measured.date}, {measured.commit}" if measured else ""
     if measured and claim.topic == "speed":
-        when += f"; {measured.machine}"
+        provenance += f"; {measured.machine}"
     cells = [
         f"{claim.claim} [{claim.id}](evidence/{claim.id}.json), [page]({page})",
         f"`{claim.command}`, {claim.seconds:.0f}",
         figure,
-        when,
+        provenance,
         state.text,
     ]
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

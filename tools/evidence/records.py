@@ -172,10 +172,10 @@ def changes_since(root: Path, commit: str) -> list[tuple[str, ...]] | None:
     if _git(root, "rev-parse", "--verify", "--quiet", f"{commit}^{{commit}}") is None:
         return None
     options = ("--name-status", "-z", "--find-renames=100%", "--no-ext-diff", "--no-relative")
-    listed = _git(root, "diff", *options, commit, "--")
-    if listed is None:
+    output = _git(root, "diff", *options, commit, "--")
+    if output is None:
         return None
-    words = iter(listed.split("\0"))
+    words = iter(output.split("\0"))
     changes: list[tuple[str, ...]] = []
     for status in words:
         if status.startswith("R"):
@@ -210,10 +210,10 @@ def has_same_code(root: Path, commit: str, name: str) -> bool:
         name: the file, from the root."""
     if not name.endswith(".py") or not (root / name).is_file():
         return False
-    before = _git(root, "show", f"{commit}:{name}")
+    old_text = _git(root, "show", f"{commit}:{name}")
     try:
-        now = (root / name).read_text(encoding="utf-8")
-        return before is not None and code_of(before) == code_of(now)
+        new_text = (root / name).read_text(encoding="utf-8")
+        return old_text is not None and code_of(old_text) == code_of(new_text)
     except (OSError, SyntaxError, tokenize.TokenError):
         return False
 
@@ -228,7 +228,7 @@ def _git(root: Path, *arguments: str) -> str | None:
     # A clone without all objects would fetch them.
     variables = os.environ | {"GIT_NO_LAZY_FETCH": "1", "GIT_OPTIONAL_LOCKS": "0"}
     try:
-        done = subprocess.run(command, check=True, capture_output=True, text=True, env=variables)
+        process = subprocess.run(command, check=True, capture_output=True, text=True, env=variables)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return done.stdout
+    return process.stdout

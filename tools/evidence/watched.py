@@ -27,11 +27,11 @@ def command_files(root: Path, claim: Claim) -> list[Path]:
         paths += sorted(path.rglob("test_*.py")) if path.is_dir() else [path]
     for example, bench in PROGRAM.findall(claim.command):
         name = example or ELSEWHERE.get(bench, f"tools.bench.{bench}")
-        above = root / "kernels" if name.startswith("r1_kernels") else root
-        path = above / name.replace(".", "/")
+        package_root = root / "kernels" if name.startswith("r1_kernels") else root
+        path = package_root / name.replace(".", "/")
         if path.is_dir():
-            inside = sorted(path.rglob("*.py"))
-            paths += [file for file in inside if _is_watched(root, claim, file)]
+            folder_files = sorted(path.rglob("*.py"))
+            paths += [file for file in folder_files if _is_watched(root, claim, file)]
         else:
             paths.append(path.with_suffix(".py"))
     return paths
@@ -46,12 +46,12 @@ def unwatched_files(root: Path, claim: Claim) -> list[str]:
         claim: the claim.
     """
     known_modules = modules(root, (*PACKAGES, "tools"))
-    started = command_files(root, claim)
-    needed = {path for path in started if path.is_relative_to(root / "tools")}
-    for path in started:
-        needed |= {known_modules[name] for name in imports(path, known_modules)}
-    missing = (path for path in sorted(needed) if not _is_watched(root, claim, path))
-    return [path.relative_to(root).as_posix() for path in missing]
+    command_paths = command_files(root, claim)
+    required_paths = {path for path in command_paths if path.is_relative_to(root / "tools")}
+    for path in command_paths:
+        required_paths |= {known_modules[name] for name in imports(path, known_modules)}
+    missing_paths = (path for path in sorted(required_paths) if not _is_watched(root, claim, path))
+    return [path.relative_to(root).as_posix() for path in missing_paths]
 
 
 def _is_watched(root: Path, claim: Claim, path: Path) -> bool:

@@ -22,9 +22,9 @@ def modules(root: Path, packages: Iterable[str] = PACKAGES) -> dict[str, Path]:
     """Return the files of the product, or of other folders, by their modules' names."""
     paths = {}
     for package in packages:
-        above = (root / package).parent
+        parent = (root / package).parent
         for path in sorted((root / package).rglob("*.py")):
-            parts = path.relative_to(above).with_suffix("").parts
+            parts = path.relative_to(parent).with_suffix("").parts
             paths[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     return paths
 
@@ -38,9 +38,9 @@ def imports(path: Path, modules: dict[str, Path]) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             names = [f"{node.module}.{alias.name}" for alias in node.names]
         for name in names:
-            whole = name if name in modules else name.rpartition(".")[0]
-            if whole in modules:
-                yield whole
+            module = name if name in modules else name.rpartition(".")[0]
+            if module in modules:
+                yield module
 
 
 def _nodes(node: ast.AST) -> Iterator[ast.AST]:
@@ -53,17 +53,17 @@ def _nodes(node: ast.AST) -> Iterator[ast.AST]:
 
 def closure(modules: dict[str, Path], starts: tuple[str, ...]) -> set[str]:
     """Return the modules that `starts` can import, through others and with their packages."""
-    found: set[str] = set()
-    waiting = list(starts)
-    while waiting:
-        name = waiting.pop()
-        if name in found:
+    module_names: set[str] = set()
+    queue = list(starts)
+    while queue:
+        name = queue.pop()
+        if name in module_names:
             continue
-        found.add(name)
-        waiting += imports(modules[name], modules)
+        module_names.add(name)
+        queue += imports(modules[name], modules)
         if (parent := name.rpartition(".")[0]) in modules:
-            waiting.append(parent)
-    return found
+            queue.append(parent)
+    return module_names
 
 
 def package_imports(modules: dict[str, Path]) -> Counter[tuple[str, str]]:
@@ -84,8 +84,8 @@ def num_lines(paths: Iterable[Path]) -> int:
 def num_modules(root: Path) -> int:
     """Return the tracked Python files outside tests."""
     command = ["git", "ls-files", "*.py"]
-    listed = subprocess.run(command, cwd=root, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return sum(not name.startswith("tests/") for name in listed.splitlines())
+    output = subprocess.run(command, cwd=root, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return sum(not name.startswith("tests/") for name in output.splitlines())
 
 
 def num_words(root: Path) -> int:
@@ -104,14 +104,14 @@ def num_layers(root: Path) -> int:
 def table(root: Path) -> str:
     """Return the figures, one a line."""
     all_modules = modules(root)
-    ours = {name: path for name, path in all_modules.items() if name.startswith("megatron_r1.")}
-    packages = {name.split(".")[1] for name in ours if name.count(".") > 1}
-    between = package_imports(all_modules)
+    names = [name for name in all_modules if name.startswith("megatron_r1.")]
+    packages = {name.split(".")[1] for name in names if name.count(".") > 1}
+    package_pairs = package_imports(all_modules)
     rows = {
         "packages of megatron_r1": len(packages),
         "layers": num_layers(root),
-        "pairs of packages with imports": len(between),
-        "imports between packages": sum(between.values()),
+        "pairs of packages with imports": len(package_pairs),
+        "imports between packages": sum(package_pairs.values()),
         "files": len(all_modules),
         "lines": num_lines(all_modules.values()),
     }

@@ -93,17 +93,17 @@ def walks(root: Path, settings: list[str]) -> str:
     """Run one step of the laptop recipe with further `settings`; return the number of files of each
     walk, and the files in the order in which they are entered."""
     with tempfile.TemporaryDirectory() as folder:
-        run = ["-m", "megatron_r1", *RUN, "--run.folder", f"{folder}/run", *settings]
-        entered = trace_run(root, Path(folder), run, WALKS, AFTER)
+        arguments = ["-m", "megatron_r1", *RUN, "--run.folder", f"{folder}/run", *settings]
+        entries = trace_run(root, Path(folder), arguments, WALKS, AFTER)
     lines = []
     for walk in WALKS:
-        files = walk_files(entered, walk, AFTER)
+        files = walk_files(entries, walk, AFTER)
         lines += ["", f"{walk.name}: {len(files)} files", *(f"  {file}" for file in files)]
     return "\n".join(lines)
 
 
 def trace_run(
-    root: Path, folder: Path, arguments: list[str], walks: list[Walk], after: str
+    root: Path, folder: Path, arguments: list[str], walks: list[Walk], start_call: str
 ) -> list[Entry]:
     """Run Python with `arguments`; return what its processes noted, by time.
 
@@ -112,44 +112,44 @@ def trace_run(
         folder: the folder for what is noted.
         arguments: Python's.
         walks: the walks to note.
-        after: the call after which they begin."""
+        start_call: the call after which they begin."""
     notes = folder / "notes"
     notes.mkdir()
-    above = dict.fromkeys(str((root / package).parent) for package in PACKAGES)
+    package_parents = dict.fromkeys(str((root / package).parent) for package in PACKAGES)
     variables = {
         "HOUSE_TRACE": str(notes),
         "HOUSE_ROOTS": os.pathsep.join(f"{root}/{package}/" for package in PACKAGES),
-        "HOUSE_WALKS": json.dumps({"after": after, "walks": [asdict(walk) for walk in walks]}),
+        "HOUSE_WALKS": json.dumps({"after": start_call, "walks": [asdict(walk) for walk in walks]}),
         # This tree first, also where another checkout is installed.
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent / "traced"), *above]),
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent / "traced"), *package_parents]),
     }
     command = [sys.executable, *arguments]
     subprocess.run(command, cwd=root, env=os.environ | variables, check=True, stdout=sys.stderr)
-    entered = []
+    entries = []
     for note in notes.iterdir():
         for line in note.read_text(encoding="utf-8").splitlines():
             time, walk, title = line.split("|", 2)
             file, function = title.split(" ", 1)
-            entered.append((int(time), walk, str(Path(file).relative_to(root)), function))
-    return sorted(entered)
+            entries.append((int(time), walk, str(Path(file).relative_to(root)), function))
+    return sorted(entries)
 
 
-def walk_files(entered: list[Entry], walk: Walk, after: str) -> list[str]:
-    """Return the distinct files of a walk from its first `begin` after the call of `after` to the
-    next `end`, in the order in which they are entered.
+def walk_files(entries: list[Entry], walk: Walk, start_call: str) -> list[str]:
+    """Return the distinct files of a walk from its first `begin` after `start_call` to the next
+    `end`, in the order in which they are entered.
 
     Args:
-        entered: what the processes noted, by time.
+        entries: what the processes noted, by time.
         walk: the walk to list.
-        after: the call after which it begins."""
+        start_call: the call after which it begins."""
 
-    def first(name: str, since: int) -> int:
-        for time, kind, file, function in entered:
-            if kind == "mark" and time >= since and f"{file} {function}".endswith(name):
+    def first(name: str, start_time: int) -> int:
+        for time, kind, file, function in entries:
+            if kind == "mark" and time >= start_time and f"{file} {function}".endswith(name):
                 return time
         raise ValueError(f"the run did not pass from {walk.begin} to {walk.end}: no {name}")
 
-    start = first(walk.begin, first(after, 0))
+    start = first(walk.begin, first(start_call, 0))
     end = first(walk.end, start)
-    on = [file for time, name, file, _ in entered if name == walk.name and start <= time <= end]
-    return list(dict.fromkeys(on))
+    files = [file for time, name, file, _ in entries if name == walk.name and start <= time <= end]
+    return list(dict.fromkeys(files))

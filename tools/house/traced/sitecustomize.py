@@ -70,8 +70,8 @@ class Carriers:
             return False
         if id(value) in self._kept:
             entries, awaited = self._awaited.get(id(value), ([], []))
-            for each in awaited:
-                self._awaited.pop(each, None)
+            for identity in awaited:
+                self._awaited.pop(identity, None)
             use(entries, awaited)
             return True
         return depth > 0 and sum(self.are_in(part, use, depth - 1) for part in parts(value)) > 0
@@ -107,7 +107,7 @@ class Walk:
         self.has_begun = False
         self.running = {}  # of frames, by identity
 
-    def called(self, title, frame, now) -> None:
+    def called(self, title, frame, time_ns) -> None:
         if title.endswith(self.outside):
             self.num_outside.set(self.num_outside.get(0) + 1)
         if self.num_outside.get(0):
@@ -122,7 +122,7 @@ class Walk:
         elif not self.num_within.get(0) and not self.carriers.are_in(arguments(frame), self._note):
             return
         caller = frame.f_back and title_of(frame.f_back.f_code)
-        entries = [(now, each) for each in (caller, title) if each is not None]
+        entries = [(time_ns, each) for each in (caller, title) if each is not None]
         if not self.follows:  # every call counts, whatever it returns
             self._note(entries)
             entries = []
@@ -131,7 +131,7 @@ class Walk:
             for each in self._around(frame):
                 each.is_kept = True
 
-    def returned(self, title, frame, value, now) -> None:
+    def returned(self, title, frame, value, time_ns) -> None:
         if title.endswith(self.outside):
             self.num_outside.set(max(0, self.num_outside.get(0) - 1))
         elif self.num_outside.get(0):
@@ -141,33 +141,33 @@ class Walk:
             self.num_within.set(max(0, self.num_within.get(0) - 1))
         if not self.follows:
             return
-        made = Running([], False)  # to return what awaits a use is no use of it yet
+        pending = Running([], False)  # to return what awaits a use is no use of it yet
 
         def still_awaiting(entries, awaited):
-            made.entries += entries
-            made.new += awaited
+            pending.entries += entries
+            pending.new += awaited
 
         if self.carriers.are_in(value, still_awaiting) and call is None:
-            call = Running([(now, title)], False)
+            call = Running([(time_ns, title)], False)
         if call is None:
             return
-        added = self.carriers.add(value)
-        if added is None and not call.is_kept:
+        new_identities = self.carriers.add(value)
+        if new_identities is None and not call.is_kept:
             return  # it hands nothing on
-        call.entries += made.entries
-        call.new += (added or []) + made.new
-        around = next(self._around(frame.f_back), None)
-        if around is not None:
-            around.entries += call.entries
-            around.new += call.new
+        call.entries += pending.entries
+        call.new += (new_identities or []) + pending.new
+        outer_call = next(self._around(frame.f_back), None)
+        if outer_call is not None:
+            outer_call.entries += call.entries
+            outer_call.new += call.new
         elif call.new and not call.is_kept:  # of a task or a thread: does anything receive it?
             self.carriers.await_use(call.new, call.entries)
         else:
             self._note(call.entries)
 
     def _note(self, entries, _=()) -> None:
-        for now, title in entries:
-            self.write(now, self.name, title)
+        for time_ns, title in entries:
+            self.write(time_ns, self.name, title)
 
     def _around(self, frame):
         while frame is not None:
@@ -186,8 +186,8 @@ def arguments(frame) -> list:
 
 def is_start(frame) -> bool:
     """Whether a call event is of a new call, and not of a coroutine or generator that goes on."""
-    code, at = frame.f_code.co_code, frame.f_lasti
-    return code[at] == RESUME and code[at + 1] & 3 == 0
+    code, offset = frame.f_code.co_code, frame.f_lasti
+    return code[offset] == RESUME and code[offset + 1] & 3 == 0
 
 
 if FOLDER:
@@ -209,10 +209,10 @@ if FOLDER:
             titles[code] = f"{path} {code.co_qualname}" if path.startswith(ROOTS) else None
         return titles[code]
 
-    def write(now: int, walk: str, title: str) -> None:
-        if walk == "mark" or abs(now - last.get((walk, title), 0)) > QUIET_NS:
-            last[walk, title] = now
-            os.write(notes["file"], f"{now}|{walk}|{title}\n".encode())
+    def write(time_ns: int, walk: str, title: str) -> None:
+        if walk == "mark" or abs(time_ns - last.get((walk, title), 0)) > QUIET_NS:
+            last[walk, title] = time_ns
+            os.write(notes["file"], f"{time_ns}|{walk}|{title}\n".encode())
 
     def look(frame, event, value) -> None:
         title = title_of(frame.f_code)
@@ -224,19 +224,19 @@ if FOLDER:
         finally:
             busy.__dict__["is"] = False
 
-    def see(frame, event, value, title, now) -> None:
+    def see(frame, event, value, title, time_ns) -> None:
         if event == "call":
             if not is_start(frame):
                 return
             if title.endswith((armed["by"], *marks)):
                 armed["is"] |= title.endswith(armed["by"])
-                write(now, "mark", title)
+                write(time_ns, "mark", title)
             for walk in walks:
                 if armed["is"] or not (walk.follows and title.endswith(walk.begin)):
-                    walk.called(title, frame, now)
+                    walk.called(title, frame, time_ns)
         elif frame.f_code.co_code[frame.f_lasti] != YIELD:  # of one that goes on later
             for walk in walks:
-                walk.returned(title, frame, value, now)
+                walk.returned(title, frame, value, time_ns)
 
     walks = [Walk(write, **walk) for walk in settings["walks"]]
     open_notes()
