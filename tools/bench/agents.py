@@ -117,18 +117,18 @@ async def _measure(
             secrets = [session.secret for session in sessions]
             with ProcessPoolExecutor(1, mp_context=context) as executor:
                 arguments = gate.url, secrets, num_turns, engine_seconds
-                running = asyncio.get_running_loop().run_in_executor(
+                sessions_result = asyncio.get_running_loop().run_in_executor(
                     executor, play_sessions, *arguments
                 )
-                before, parser_before = time.process_time(), _children_seconds()
-                added, seconds = await running
-            cpu = time.process_time() - before
-            parser_cpu = _children_seconds() - parser_before
+                cpu_start, parser_start = time.process_time(), _children_seconds()
+                delays, seconds = await sessions_result
+            cpu = time.process_time() - cpu_start
+            parser_cpu = _children_seconds() - parser_start
             for session in sessions:
                 [branch] = session.tree.branches()
                 assert branch.num_sampled == num_turns * len(answer), "every turn is continued"
     total = num_sessions * num_turns
-    added.sort()
+    delays.sort()
     return {
         "sessions": num_sessions,
         "turns": num_turns,
@@ -139,7 +139,7 @@ async def _measure(
         "prompt tokens": sum(prompts) / total,
         "answer tokens": len(answer),
         "added, ms": {
-            name: round(1e3 * added[min(int(fraction * len(added)), len(added) - 1)], 2)
+            name: round(1e3 * delays[min(int(fraction * len(delays)), len(delays) - 1)], 2)
             for name, fraction in (("median", 0.5), ("99%", 0.99), ("largest", 1.0))
         },
     }
@@ -161,7 +161,7 @@ async def _play_sessions(
     url: str, secrets: list[str], num_turns: int, engine_seconds: float
 ) -> tuple[list[float], float]:
     """Play one agent per secret; return each turn's seconds beyond the engine's, and the whole."""
-    added: list[float] = []
+    delays: list[float] = []
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http:
 
         async def agent(number: int, secret: str) -> None:
@@ -169,18 +169,18 @@ async def _play_sessions(
             await asyncio.sleep(engine_seconds * number / len(secrets))
             messages: list[dict[str, Any]] = [{"role": "user", "content": QUESTION}]
             for _ in range(num_turns):
-                began = time.perf_counter()
+                start = time.perf_counter()
                 body = json.dumps({"model": "policy", "messages": messages, "tools": [TOOL]})
                 headers = {"Authorization": f"Bearer {secret}"}
                 async with http.post(
                     f"{url}/v1/chat/completions", data=body, headers=headers
                 ) as reply:
                     message = (await reply.json())["choices"][0]["message"]
-                added.append(time.perf_counter() - began - engine_seconds)
+                delays.append(time.perf_counter() - start - engine_seconds)
                 call_id = message["tool_calls"][0]["id"] if message.get("tool_calls") else "0"
                 result = {"role": "tool", "tool_call_id": call_id, "content": RESULT}
                 messages += [message, result]
 
-        began = time.perf_counter()
+        start = time.perf_counter()
         await asyncio.gather(*(agent(*numbered) for numbered in enumerate(secrets)))
-        return added, time.perf_counter() - began
+        return delays, time.perf_counter() - start

@@ -30,15 +30,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     print(f"{len(pairs)} pairs, {sum(pair['reward'] == 0 for pair in pairs)} of them wrong answers")
     for name, verdict in (("math", _ours), ("math-verify", _math_verify(args.plain))):
         verdicts = [verdict(str(pair["truth"]), str(pair["answer"])) for pair in pairs]
-        wrong = [
+        wrong_pairs = [
             pair for pair, verdict in zip(pairs, verdicts, strict=True) if verdict != pair["reward"]
         ]
-        accepted = [pair for pair in wrong if not pair["reward"]]
-        result[name] = {"right": len(pairs) - len(wrong), "accepted_although_wrong": len(accepted)}
-        print(
-            f"  {name:12} right in {len(pairs) - len(wrong)}, accepts {len(accepted)} wrong answers"
-        )
-        for pair in wrong if args.show and name == "math" else ():
+        accepted_pairs = [pair for pair in wrong_pairs if not pair["reward"]]
+        num_right, num_accepted = len(pairs) - len(wrong_pairs), len(accepted_pairs)
+        result[name] = {"right": num_right, "accepted_although_wrong": num_accepted}
+        print(f"  {name:12} right in {num_right}, accepts {num_accepted} wrong answers")
+        for pair in wrong_pairs if args.show and name == "math" else ():
             print(f"    label {pair['reward']}: {pair['answer']!r} for {pair['truth']!r}")
     return result
 
@@ -53,7 +52,9 @@ def _math_verify(plain: bool) -> Callable[[str, str], bool]:
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
 
     def verdict(truth: str, answer: str) -> bool:
-        expected, given = (parse(text if plain else f"${text}$") for text in (truth, answer))
-        return verify(expected, given)
+        parsed_truth, parsed_answer = (
+            parse(text if plain else f"${text}$") for text in (truth, answer)
+        )
+        return verify(parsed_truth, parsed_answer)
 
     return verdict

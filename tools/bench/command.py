@@ -39,7 +39,7 @@ NAMES = (
     "why",
 )
 """Modules of this package, or those of ELSEWHERE. Each has `add_options(parser)`, and
-`run(chosen)`, which prints tables and returns the JSON."""
+`run(args)`, which prints tables and returns the JSON."""
 
 
 def main() -> int:
@@ -51,22 +51,28 @@ def main() -> int:
     )
     choices = parser.add_subparsers(dest="what", required=True)
     # Only the one that is run is imported: kernels and resources need torch and Triton alone.
-    wanted = next((word for word in sys.argv[1:] if word in NAMES), None)
-    bench = import_module(ELSEWHERE.get(wanted, f"tools.bench.{wanted}")) if wanted else None
+    bench_name = next((word for word in sys.argv[1:] if word in NAMES), None)
+    bench = (
+        import_module(ELSEWHERE.get(bench_name, f"tools.bench.{bench_name}"))
+        if bench_name
+        else None
+    )
     for name in NAMES:
-        options = choices.add_parser(name, description=bench.__doc__ if name == wanted else None)
-        if bench is not None and name == wanted:
+        options = choices.add_parser(
+            name, description=bench.__doc__ if name == bench_name else None
+        )
+        if bench is not None and name == bench_name:
             options.add_argument("--json", type=Path, help="also write the result here")
             bench.add_options(options)
     args = parser.parse_args()
     assert bench is not None, "argparse accepts the names only"
     result = bench.run(args)
     if args.json:
-        about = {
+        provenance = {
             "command": " ".join(["python tools/bench", *sys.argv[1:]]),
             "date": datetime.date.today().isoformat(),
             "machine": f"{platform.machine()}, {host.num_cores()} cores",
             "python": platform.python_version(),
         }
-        args.json.write_text(json.dumps({**about, **result}, indent=1) + "\n")
+        args.json.write_text(json.dumps({**provenance, **result}, indent=1) + "\n")
     return 1 if result.get("broken") else 0

@@ -71,30 +71,30 @@ def _measured(
     def tokens(count):
         return [draw.randrange(MODEL["vocab_size"]) for _ in range(count)]
 
-    first, logprobs = tokens(prompt), [-7.0] * args.response
+    prompt_tokens, logprobs = tokens(prompt), [-7.0] * args.response
     samples = [
-        Sample.pack(first, tokens(args.response), logprobs, draw.uniform(-1, 1))
+        Sample.pack(prompt_tokens, tokens(args.response), logprobs, draw.uniform(-1, 1))
         for _ in range(args.group)
     ]
     seconds: dict[bool, list[float]] = {False: [], True: []}
-    computed, trainers = {}, {}
+    num_tokens, trainers = {}, {}
     for shares in seconds:
         parallel = config.parallel.model_copy(update={"share_prompts": shares})
         trainers[shares] = Trainer(config.model_copy(update={"parallel": parallel}), position)
         trainers[shares].load([[samples]])
-        computed[shares] = trainers[shares].rollout.minibatches[0][0].input_ids.numel()
+        num_tokens[shares] = trainers[shares].rollout.minibatches[0][0].input_ids.numel()
     for _ in range(1 + args.repeats):
         for shares, trainer in trainers.items():
-            begun = time.process_time()
+            start = time.process_time()
             trainer.compute_logprobs(1.0, reference=False)
             trainer.update(0, algorithm.loss, settings, 0.0)
-            seconds[shares].append(time.process_time() - begun)
-    alone, shared = (median(seconds[shares][1:]) for shares in (False, True))
-    ideal = computed[False] / computed[True]
+            seconds[shares].append(time.process_time() - start)
+    alone_seconds, shared_seconds = (median(seconds[shares][1:]) for shares in (False, True))
+    ideal, speedup = num_tokens[False] / num_tokens[True], alone_seconds / shared_seconds
     print(
-        f"{args.group} x ({prompt} + {args.response}) tokens: {alone:.2f} s alone, "
-        f"{shared:.2f} s shared: {alone / shared:.2f} times as fast, ideal {ideal:.2f}, reached "
-        f"{alone / shared / ideal:.2f}",
+        f"{args.group} x ({prompt} + {args.response}) tokens: {alone_seconds:.2f} s alone, "
+        f"{shared_seconds:.2f} s shared: {speedup:.2f} times as fast, ideal {ideal:.2f}, reached "
+        f"{speedup / ideal:.2f}",
         flush=True,
     )
     return {
@@ -102,7 +102,7 @@ def _measured(
         "response": args.response,
         "group": args.group,
         "core_seconds": {"alone": seconds[False][1:], "shared": seconds[True][1:]},
-        "tokens": {"alone": computed[False], "shared": computed[True]},
-        "speedup": alone / shared,
+        "tokens": {"alone": num_tokens[False], "shared": num_tokens[True]},
+        "speedup": speedup,
         "ideal": ideal,
     }

@@ -176,21 +176,22 @@ async def _turns(
         for name, fleet in fleets.items():
             server = fleet.engines[0].server
             assert isinstance(server, EngineServer) and server.process
-            before = core_seconds(server.process.pid)
+            cpu_start = core_seconds(server.process.pid)
             seconds = await _generate(fleet, sequences, args.tokens, args.temperature)
             tokens = sequences * args.tokens
-            used = core_seconds(server.process.pid) - before
-            rounds[name].append((tokens / seconds, tokens / used))
+            cpu_seconds = core_seconds(server.process.pid) - cpu_start
+            rounds[name].append((tokens / seconds, tokens / cpu_seconds))
     rows = []
     for name, fleet in fleets.items():
         row: dict[str, Any] = {"sequences": sequences, "drafts": name, "rounds": rounds[name]}
         for index, unit in enumerate(("per_second", "per_core_second")):
-            middle, plain = (
-                statistics.median(rates[index] for rates in rounds[at]) for at in (name, PLAIN)
+            rate, plain_rate = (
+                statistics.median(rates[index] for rates in rounds[variant])
+                for variant in (name, PLAIN)
             )
-            row |= {unit: middle, f"{unit}_x": middle / plain}
-        counted = await meters[name].read(fleet.engines)
-        rows.append(row | {key.removeprefix("speculative/"): counted[key] for key in counted})
+            row |= {unit: rate, f"{unit}_x": rate / plain_rate}
+        counts = await meters[name].read(fleet.engines)
+        rows.append(row | {key.removeprefix("speculative/"): counts[key] for key in counts})
     return rows
 
 

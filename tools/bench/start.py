@@ -60,21 +60,21 @@ class Processes(threading.Thread):
 
     def __init__(self, root: int) -> None:
         super().__init__(daemon=True)
-        self._root, self._found = psutil.Process(root), dict[int, tuple[str, float]]()
+        self._root, self._role_seconds = psutil.Process(root), dict[int, tuple[str, float]]()
 
     def run(self) -> None:
         while self._root.is_running() and self._root.status() != psutil.STATUS_ZOMBIE:
             for process in [self._root, *self._root.children(recursive=True)]:
-                with_role = role_of(process, self._root.pid)
-                if with_role is not None:  # it has not ended
-                    self._found[process.pid] = with_role
+                role_and_seconds = role_of(process, self._root.pid)
+                if role_and_seconds is not None:  # it has not ended
+                    self._role_seconds[process.pid] = role_and_seconds
             time.sleep(0.1)
 
     def by_role(self) -> dict[str, float]:
         """Return the CPU seconds by role, the largest first."""
         seconds: dict[str, float] = defaultdict(float)
-        for role, used in self._found.values():
-            seconds[role] += used
+        for role, cpu_seconds in self._role_seconds.values():
+            seconds[role] += cpu_seconds
         return dict(sorted(seconds.items(), key=lambda item: -item[1]))
 
 
@@ -106,22 +106,22 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="r1_start_") as scratch:
         if not args.cold:
             measure(args, Path(scratch, "warm"))
-        measured = measure(args, Path(scratch, "run"))
+        measurement = measure(args, Path(scratch, "run"))
     print(f"{'seconds':>8}  {'process':40} {'CPU s':>6}  point")
-    for seconds, role, name, cpu in measured["points"]:
+    for seconds, role, name, cpu in measurement["points"]:
         print(f"{seconds:8.2f}  {role:40} {cpu:6.2f}  {name}")
     print(f"\n{'CPU s':>8}  process")
-    for role, seconds in measured["cpu_seconds"].items():
+    for role, seconds in measurement["cpu_seconds"].items():
         print(f"{seconds:8.2f}  {role}")
-    print(f"{sum(measured['cpu_seconds'].values()):8.2f}  in all")
-    print(f"\nthe command ended after {measured['seconds']:.1f} s")
+    print(f"{sum(measurement['cpu_seconds'].values()):8.2f}  in all")
+    print(f"\nthe command ended after {measurement['seconds']:.1f} s")
     if args.replace:
-        print(f"an engine was back {measured['replaced_seconds']:.1f} s after its death")
-    for name, row in measured.get("files", {}).items():
+        print(f"an engine was back {measurement['replaced_seconds']:.1f} s after its death")
+    for name, row in measurement.get("files", {}).items():
         print(f"{name}: {row}")
-    for line in measured["stderr"]:
+    for line in measurement["stderr"]:
         print(f"on the screen, not of this project: {line}")
-    return measured
+    return measurement
 
 
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -133,8 +133,8 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     command = host.megatron_r1("rl", args.recipe, settings)
     command += ["--dry-run"] if args.dry_run else []
     if args.files:
-        traced = "trace=openat,open,execve"
-        command = ["strace", "-ff", "-qq", "-e", traced, "-o", str(folder / "trace"), *command]
+        syscalls = "trace=openat,open,execve"
+        command = ["strace", "-ff", "-qq", "-e", syscalls, "-o", str(folder / "trace"), *command]
     start = time.monotonic()
     with subprocess.Popen(
         command,
@@ -147,23 +147,23 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         processes = Processes(process.pid)
         processes.start()
         assert process.stdout is not None
-        replaced = follow(process.stdout, process.pid, args.replace)
+        replacement_seconds = follow(process.stdout, process.pid, args.replace)
         code = process.wait()
     end = time.monotonic()
     errors = (folder / "stderr").read_text().splitlines()
     if code:
         sys.exit(f"{' '.join(command)} ended with {code}:\n" + "\n".join(errors[-40:]))
-    found: dict[str, Any] = {
+    measurement: dict[str, Any] = {
         "points": timeline_points(folder / "timeline", start),
         "seconds": end - start,
         "cpu_seconds": processes.by_role(),
         "stderr": foreign_lines(errors),
     }
     if args.replace:
-        found["replaced_seconds"] = replaced
+        measurement["replaced_seconds"] = replacement_seconds
     if args.files:
-        found["files"] = opened_files(folder.glob("trace.*"))
-    return found
+        measurement["files"] = opened_files(folder.glob("trace.*"))
+    return measurement
 
 
 def follow(lines: Iterable[str], root: int, replace: bool) -> float:
@@ -174,14 +174,14 @@ def follow(lines: Iterable[str], root: int, replace: bool) -> float:
         lines: the run's output.
         root: the process of the command.
         replace: whether an engine is killed at its first step."""
-    died = back = 0.0
+    death_time = return_time = 0.0
     for line in lines:
-        if replace and not died and "step 1/" in line:
-            died = time.monotonic()
+        if replace and not death_time and "step 1/" in line:
+            death_time = time.monotonic()
             kill_engine(root)
         if BACK in line:
-            back = time.monotonic()
-    return back - died if back else 0.0
+            return_time = time.monotonic()
+    return return_time - death_time if return_time else 0.0
 
 
 def kill_engine(root: int) -> None:
@@ -201,25 +201,25 @@ def timeline_points(folder: Path, start: float) -> list[Point]:
     Args:
         folder: the run's folder.
         start: the time at which the command was started."""
-    found = []
+    points = []
     for process in critical_path.read(folder):
         cpu = dict(process.cpu)
         for name, time_, _ in process.spans:
-            kind, _, rest = name.partition("/")
+            kind, _, label = name.partition("/")
             if kind == timeline.POINT:
-                role, _, point = rest.rpartition("/")
-                found.append(Point(time_ - start, role, point, cpu.get(time_, 0.0)))
-        sampled = [span.end for span in process.spans if span.name == SAMPLE]
-        if sampled:
-            found.append(
+                role, _, point = label.rpartition("/")
+                points.append(Point(time_ - start, role, point, cpu.get(time_, 0.0)))
+        sample_ends = [span.end for span in process.spans if span.name == SAMPLE]
+        if sample_ends:
+            points.append(
                 Point(
-                    min(sampled) - start,
+                    min(sample_ends) - start,
                     "engine",
                     "first sampled token",
-                    critical_path.cpu_seconds(process, process.cpu[0][0], min(sampled)),
+                    critical_path.cpu_seconds(process, process.cpu[0][0], min(sample_ends)),
                 )
             )
-    return sorted(found)
+    return sorted(points)
 
 
 def opened_files(traces: Iterable[Path]) -> dict[str, str]:

@@ -48,21 +48,21 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """
     study = Study(args.folder)
     if args.results:
-        earlier = json.loads(args.results.read_text(encoding="utf-8"))["runs"]
-        study.take_over(spread_settings(earlier))
+        earlier_runs = json.loads(args.results.read_text(encoding="utf-8"))["runs"]
+        study.take_over(spread_settings(earlier_runs))
     if not args.show:
         _make_missing(study, args)
     runs = read_runs(study)
-    shown = shown_runs(runs, args.fewest)
-    print(tables(shown))
-    finished = [
+    table_runs = shown_runs(runs, args.fewest)
+    print(tables(table_runs))
+    finished_runs = [
         run for cells in runs.values() for seeds in cells.values() for run in seeds.values()
     ]
-    hours = sum(run["core_seconds"] for run in finished) / 3600
-    print(f"{len(finished)} runs, {hours:.1f} core hours")
+    hours = sum(run["core_seconds"] for run in finished_runs) / 3600
+    print(f"{len(finished_runs)} runs, {hours:.1f} core hours")
     packages = host.versions(PACKAGES)
     if args.page:
-        args.page.write_text(as_page(shown, packages, host.num_cores()), encoding="utf-8")
+        args.page.write_text(as_page(table_runs, packages, host.num_cores()), encoding="utf-8")
     return {"packages": packages, **provenance(), "runs": share_settings(runs)}
 
 
@@ -117,27 +117,27 @@ def shown_runs(runs: Runs, fewest: int) -> Runs:
 def _make_missing(study: Study, args: argparse.Namespace) -> None:
     """Make the runs that are missing, part by part, and in a part seed by seed: a call that ends
     early leaves pairs."""
-    begun, parts = time.monotonic(), args.part or list(PARTS)
+    start, parts = time.monotonic(), args.part or list(PARTS)
     study.folder.mkdir(parents=True, exist_ok=True)
     seeds, cells = parse_seeds(args.seeds), {cell for part in parts for cell in PARTS[part].cells}
     if unknown := set(args.cell or ()) - cells:
         raise SystemExit(f"--cell {', '.join(unknown)}: there are {', '.join(sorted(cells))}")
-    missing = [
+    missing_runs = [
         (part, cell, seed)
         for part in parts
         for seed in seeds
         for cell in PARTS[part].cells
         if (args.cell is None or cell in args.cell) and not study.is_done(part, cell, seed)
     ]
-    total = 0.0
-    for index, (part, cell, seed) in enumerate(missing, 1):
-        minutes = (time.monotonic() - begun) / 60
+    total_seconds = 0.0
+    for index, (part, cell, seed) in enumerate(missing_runs, 1):
+        minutes = (time.monotonic() - start) / 60
         if args.minutes is not None and minutes > args.minutes:
-            print(f"{len(missing) - index + 1} runs are left after {minutes:.0f} minutes")
+            print(f"{len(missing_runs) - index + 1} runs are left after {minutes:.0f} minutes")
             break
-        total += (seconds := study.make(part, cell, seed))
+        total_seconds += (seconds := study.make(part, cell, seed))
         print(
-            f"{index} of {len(missing)}: {part}, {cell}, seed {seed}: {seconds:.0f} CPU seconds, "
-            f"{total / 60:.0f} minutes of them in all",
+            f"{index} of {len(missing_runs)}: {part}, {cell}, seed {seed}: "
+            f"{seconds:.0f} CPU seconds, {total_seconds / 60:.0f} minutes of them in all",
             flush=True,
         )

@@ -29,8 +29,8 @@ Runs = dict[str, dict[str, dict[str, Any]]]
 
 def steps_to_target(run: Mapping[str, Any]) -> float:
     """Return the steps until 80%; of a run that never had it one more than it has."""
-    reached = run["steps_until_target"]
-    return float(run["steps"] + 1 if reached is None else reached)
+    steps = run["steps_until_target"]
+    return float(run["steps"] + 1 if steps is None else steps)
 
 
 def paired_differences(cell: Seeds, first: Seeds, figure: Any) -> list[float]:
@@ -46,21 +46,21 @@ def paired_differences(cell: Seeds, first: Seeds, figure: Any) -> list[float]:
 def table_row(cell: Seeds, first: Seeds) -> list[str]:
     """Return the columns of `HEADS` of a cell, compared with the part's first."""
     runs, is_first = list(cell.values()), cell is first
-    heldout = [run["heldout"] for run in runs]
-    collapsed = sum(value < COLLAPSED for value in heldout)
+    accuracies = [run["heldout"] for run in runs]
+    collapsed = sum(value < COLLAPSED for value in accuracies)
     share = sampled_fraction(MANY, len(runs), collapsed)
-    masked = [run["masked"] for run in runs if "masked" in run]
+    masked_fractions = [run["masked"] for run in runs if "masked" in run]
 
     def difference(figure: Any, scale: float, form: str) -> str:
         return "" if is_first else _interval(paired_differences(cell, first, figure), scale, form)
 
     return [
-        _interval(heldout, 100, ".1f"),
+        _interval(accuracies, 100, ".1f"),
         difference(lambda run: run["heldout"], 100, "+.1f"),
         _interval([steps_to_target(run) for run in runs], 1, ".1f"),
         difference(steps_to_target, 1, "+.1f"),
         f"{collapsed} of {len(runs)} [{100 * share.low:.0f}, {100 * share.high:.0f}]",
-        format_percent(fmean(masked)) if masked else "",
+        format_percent(fmean(masked_fractions)) if masked_fractions else "",
     ]
 
 
@@ -85,13 +85,14 @@ def tables(runs: Runs) -> str:
     """Return the tables of all parts, each under its mismatch."""
     sections = []
     for part, cells in runs.items():
-        finished = [run for seeds in cells.values() for run in seeds.values()]
-        gap = fmean(run["gap"] for run in finished)
-        cut = fmean(run["truncated"] for run in finished)
+        part_runs = [run for seeds in cells.values() for run in seeds.values()]
+        gap = fmean(run["gap"] for run in part_runs)
+        truncated_fraction = fmean(run["truncated"] for run in part_runs)
         about, model = PARTS[part].about, PARTS[part].task
         sections.append(
             f"## {part}\n{about[:1].upper()}{about[1:]}; model: {model}. `logprob_diff/mean` "
-            f"{gap:.1g}, {format_percent(cut)} of the answers cut off.\n\n{table(cells)}\n"
+            f"{gap:.1g}, {format_percent(truncated_fraction)} of the answers cut off.\n\n"
+            f"{table(cells)}\n"
         )
     return "\n".join(sections)
 
@@ -103,29 +104,31 @@ def as_page(runs: Runs, packages: Mapping[str, str], cores: int) -> str:
         runs: the finished runs.
         packages: the version of each package that matters.
         cores: number of CPU cores."""
-    finished = [
+    finished_runs = [
         run for cells in runs.values() for seeds in cells.values() for run in seeds.values()
     ]
     counts = sorted({len(seeds) for cells in runs.values() for seeds in cells.values()})
-    used = {PARTS[part].task for part in runs}
+    task_names = {PARTS[part].task for part in runs}
     rl = COMMON["rl"]
     return PAGE.read_text(encoding="utf-8").format(
-        dates=_ends(sorted({run["date"] for run in finished})),
-        commits=", ".join(sorted({run["commit"] for run in finished})),
+        dates=_ends(sorted({run["date"] for run in finished_runs})),
+        commits=", ".join(sorted({run["commit"] for run in finished_runs})),
         cores=cores,
         packages=", ".join(f"{name} {version}" for name, version in packages.items()),
-        num_runs=len(finished),
+        num_runs=len(finished_runs),
         seeds=_ends([str(count) for count in counts]),
-        core_hours=f"{sum(run['core_seconds'] for run in finished) / 3600:.1f}",
-        core_seconds=f"{fmean(run['core_seconds'] for run in finished):.0f}",
-        tasks="\n".join(f"- `{name}`: {TASKS[name].about}." for name in TASKS if name in used),
+        core_hours=f"{sum(run['core_seconds'] for run in finished_runs) / 3600:.1f}",
+        core_seconds=f"{fmean(run['core_seconds'] for run in finished_runs):.0f}",
+        tasks="\n".join(
+            f"- `{name}`: {TASKS[name].about}." for name in TASKS if name in task_names
+        ),
         steps=COMMON["run"]["steps"],
         responses=rl["questions_per_rollout"] * rl["group_size"],
         minibatches=rl["minibatches"],
         rate=f"{COMMON['optimizer']['learning_rate']:g}",
         questions=COMMON["data"]["num_heldout"],
         samples=COMMON["eval"]["samples"],
-        before=format_percent(fmean(run["heldout_before"] for run in finished)),
+        before=format_percent(fmean(run["heldout_before"] for run in finished_runs)),
         window=WINDOW,
         target=TARGET,
         collapsed=COLLAPSED,

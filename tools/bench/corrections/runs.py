@@ -99,10 +99,10 @@ class Study:
         recipe = self.folder / "recipe.yaml"
         recipe.write_text(yaml.safe_dump(settings["recipe"], sort_keys=False), encoding="utf-8")
         options = {"run.folder": run, "run.seed": seed, "model.path": model}
-        before = _core_seconds()
+        start = _core_seconds()
         with planted(PARTS[part]):
             self._command("rl", recipe, options)
-        seconds = _core_seconds() - before
+        seconds = _core_seconds() - start
         figures = run_figures(run, settings["recipe"]["rl"])
         figures = {"settings": settings, **provenance(), "core_seconds": seconds, **figures}
         _write_figures(self.file(part, cell, seed), figures)
@@ -146,7 +146,7 @@ def share_settings(runs: Runs) -> dict[str, Any]:
     }
 
 
-def spread_settings(shared: Mapping[str, Any]) -> Runs:
+def spread_settings(shared_runs: Mapping[str, Any]) -> Runs:
     """Return the runs of what `share_settings` returned, each with its cell's settings."""
     return {
         part: {
@@ -155,7 +155,7 @@ def spread_settings(shared: Mapping[str, Any]) -> Runs:
             }
             for name, cell in cells.items()
         }
-        for part, cells in shared.items()
+        for part, cells in shared_runs.items()
     }
 
 

@@ -185,11 +185,11 @@ def _cells(row: dict[str, Any]) -> list[str]:
 
 def exponential_average(losses: list[float]) -> list[float]:
     """Return the exponential moving average, started at the first loss."""
-    out, average = [], losses[0]
+    averages, average = [], losses[0]
     for loss in losses:
         average = SMOOTHING * average + (1 - SMOOTHING) * loss
-        out.append(average)
-    return out
+        averages.append(average)
+    return averages
 
 
 def relative_errors(losses: list[float], baseline: list[float]) -> list[float]:
@@ -202,9 +202,9 @@ def relative_error_summary(losses: list[float], baseline: list[float]) -> dict[s
     """Return mean, mean magnitude and largest magnitude of the relative errors, as fractions, over
     the second half of training."""
     errors = relative_errors(losses, baseline)
-    late = errors[len(errors) // 2 :]
+    late_errors = errors[len(errors) // 2 :]
     return {
-        "mean": mean(late),
-        "mean_magnitude": mean(map(abs, late)),
-        "largest": max(map(abs, late)),
+        "mean": mean(late_errors),
+        "mean_magnitude": mean(map(abs, late_errors)),
+        "largest": max(map(abs, late_errors)),
     }

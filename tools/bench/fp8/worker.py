@@ -25,8 +25,8 @@ LOSS = "megatron_r1.trainer.losses:supervised"
 def main() -> None:
     task = json.loads(sys.argv[1])
     os.environ |= rank_variables(0, 1, port=0)
-    place = distributed.initialize(parse(_settings(task)).parallel, seed=task["seed"])
-    print("\n" + json.dumps(_train(task, place)))
+    position = distributed.initialize(parse(_settings(task)).parallel, seed=task["seed"])
+    print("\n" + json.dumps(_train(task, position)))
 
 
 def _settings(task: dict[str, Any], **model: Any) -> dict[str, Any]:
@@ -35,21 +35,21 @@ def _settings(task: dict[str, Any], **model: Any) -> dict[str, Any]:
     return tree
 
 
-def _train(task: dict[str, Any], place: Any) -> dict[str, Any]:
+def _train(task: dict[str, Any], position: Any) -> dict[str, Any]:
     # Megatron, which these import, needs the platform that `initialize` prepares.
     from megatron_r1.models import weights
     from megatron_r1.trainer.trainer import Trainer
 
     language = Language(MODEL["vocab_size"], task["seed"])
     config = parse(_settings(task))
-    trainer = Trainer(config, place)
-    losses, began = [], time.perf_counter()
+    trainer = Trainer(config, position)
+    losses, start = [], time.perf_counter()
     for step in range(task["steps"]):
         _load(trainer, language.batch(f"{task['seed']} {step}", task["sentences"]))
         rate = config.optimizer.learning_rate * min(1.0, (step + 1) / WARMUP_STEPS)
         losses.append(round(trainer.update(0, LOSS, None, rate)["loss"], 5))
         print(f"{step + 1} {losses[-1]:.4f}", flush=True)
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - start
     heldout = language.batch(f"{task['seed']} held out", 4 * task["sentences"])
     logprobs = _logprobs(trainer, heldout)
     report = {
@@ -64,8 +64,8 @@ def _train(task: dict[str, Any], place: Any) -> dict[str, Any]:
         trainer.model_chunks, trainer.hf, folder / "model.safetensors", dtype=torch.bfloat16
     )
     # An engine computes in bf16 with the pushed weights; the gap is the trainer's distance from it.
-    loaded = _settings({**task, "variant": BASELINE}, init="load", path=str(folder))
-    gap = (_logprobs(Trainer(parse(loaded), place), heldout) - logprobs).abs()
+    engine_settings = _settings({**task, "variant": BASELINE}, init="load", path=str(folder))
+    gap = (_logprobs(Trainer(parse(engine_settings), position), heldout) - logprobs).abs()
     return report | {"logprob_diff": {"mean": gap.mean().item(), "max": gap.max().item()}}
 
 

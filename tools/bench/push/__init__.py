@@ -79,8 +79,8 @@ async def measure(
     dtype = shape["torch_dtype"]
     (folder / "model").mkdir()
     (folder / "model/config.json").write_text(json.dumps(shape))
-    given = {"path": str(folder / "model"), "init": "random", "dtype": dtype}
-    config = Config.model_validate({"model": given, "rollout": {"dtype": dtype}})
+    model_settings = {"path": str(folder / "model"), "init": "random", "dtype": dtype}
+    config = Config.model_validate({"model": model_settings, "rollout": {"dtype": dtype}})
     trainer = TrainerClient(config, folder / "logs")
     trainer.launch()
     settings: dict[str, Any] = {"max_model_len": 512, "max_num_seqs": 4}
@@ -104,25 +104,25 @@ async def _measure(
     num_bytes = width * sum(torch.Size(size).numel() for _, size in tensors)
     links = EngineLinks(trainer, config.push, tensors, {})
     pusher = WeightPusher(fleet, links)
-    both = [torch.ones(num_bytes, dtype=torch.uint8) for _ in range(2)]
+    buffers = [torch.ones(num_bytes, dtype=torch.uint8) for _ in range(2)]
     pushes, reloads = [], []
-    worth = [host.cores_worth()]
+    cores_worth = [host.cores_worth()]
     for version in range(WARM_UP + repeats):
-        before = _copy_seconds(*both)
+        before = _copy_seconds(*buffers)
         async with pusher.updating_weights():
             if not version:
                 await pusher.open()
             start = time.perf_counter()
             seconds = await pusher.push(version)
             seconds["push"] = time.perf_counter() - start
-        seconds["copy"] = (before + _copy_seconds(*both)) / 2
+        seconds["copy"] = (before + _copy_seconds(*buffers)) / 2
         pushes.append(seconds)
-    worth.append(host.cores_worth())
+    cores_worth.append(host.cores_worth())
     # Not alternating with pushes: the disk stays busy for a while after an export.
     for _ in range(1 + num_reloads):
         reloads.append(await _export_and_reload(trainer, fleet, folder / "export"))
     pushes, reloads = pushes[WARM_UP:], reloads[1:]
-    found = {
+    medians = {
         name: median(r[name] for r in rounds) for rounds in (pushes, reloads) for name in rounds[0]
     }
     of_transfer, of_push = (
@@ -131,19 +131,19 @@ async def _measure(
     return {
         "model": f"Qwen2 shape, {num_bytes / 2e9 * 2 / width:.3g}B parameters in "
         f"{config.rollout.dtype}, {num_bytes / 1e9:.3g} GB",
-        "memory copy, one core, GB/s": num_bytes / found["copy"] / 1e9,
-        "transfer, seconds": found["push/transfer"],
-        "transfer, GB/s": num_bytes / found["push/transfer"] / 1e9,
+        "memory copy, one core, GB/s": num_bytes / medians["copy"] / 1e9,
+        "transfer, seconds": medians["push/transfer"],
+        "transfer, GB/s": num_bytes / medians["push/transfer"] / 1e9,
         "transfer over memory copy": of_transfer[1],
         "transfer over memory copy, quartiles": of_transfer[::2],
-        "pause, seconds": found["push/pause"],
-        "push, seconds": found["push"],
+        "pause, seconds": medians["push/pause"],
+        "push, seconds": medians["push"],
         "push over memory copy": of_push[1],
         "push over memory copy, quartiles": of_push[::2],
-        "export, seconds": found["export"],
-        "reload, seconds": found["reload"],
-        "all cores are worth, before and after the pushes": worth,
-        "export and reload over push": (found["export"] + found["reload"]) / found["push"],
+        "export, seconds": medians["export"],
+        "reload, seconds": medians["reload"],
+        "all cores are worth, before and after the pushes": cores_worth,
+        "export and reload over push": (medians["export"] + medians["reload"]) / medians["push"],
     }
 
 
@@ -200,11 +200,11 @@ def _gloo_rank(rank: int, size: int, port: int, results: Any) -> None:
             group.recv([bucket], 0, 0).wait()
 
     def ring() -> None:
-        both = (
+        transfers = (
             group.send([bucket], (rank + 1) % size, 0),
             group.recv([received], (rank - 1) % size, 0),
         )
-        for work in both:
+        for work in transfers:
             work.wait()
 
     def all_gather() -> None:
@@ -258,23 +258,23 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         return control_path()
     if args.gloo:
         rates = {"two": gloo_rates(2), "four": gloo_rates(4)}
-        _print_values({f"{n}: {k}": v for n, of in rates.items() for k, v in of.items()})
+        _print_values({f"{n}: {k}": v for n, figures in rates.items() for k, v in figures.items()})
         return rates
-    here = {}
+    measurements = {}
     for name in args.engines:
         dtype, plain_matrices = ENGINES[name]
         shape = model(args.hidden, args.layers, dtype)
         with tempfile.TemporaryDirectory() as folder:
-            measured = measure(Path(folder), shape, plain_matrices, args.repeats, args.reloads)
-            here[name] = asyncio.run(measured)
+            measurement = measure(Path(folder), shape, plain_matrices, args.repeats, args.reloads)
+            measurements[name] = asyncio.run(measurement)
         rounds = f"{args.repeats} pushes and {args.reloads} reloads, without the first"
         print(f"here, {name}: medians of {rounds}", flush=True)
-        _print_values(here[name])
-    return {"here": here}
+        _print_values(measurements[name])
+    return {"here": measurements}
 
 
 def _print_values(measurements: dict[str, Any]) -> None:
     for key, value in measurements.items():
         values = value if isinstance(value, list) else [value]
-        shown = (item if isinstance(item, str) else f"{item:.4g}" for item in values)
-        print(f"    {key:48} {' to '.join(shown)}")
+        items = (item if isinstance(item, str) else f"{item:.4g}" for item in values)
+        print(f"    {key:48} {' to '.join(items)}")

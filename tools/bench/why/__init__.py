@@ -39,24 +39,24 @@ def add_options(options: argparse.ArgumentParser) -> None:
     options.add_argument("--page", action="store_true", help=f"also write {PAGE} and {SUMMARY}")
 
 
-def run(chosen: argparse.Namespace) -> dict[str, Any]:
+def run(args: argparse.Namespace) -> dict[str, Any]:
     """Return the result of every case that has one, those of earlier calls in this folder included.
 
     Args:
-        chosen: the options of `add_options`."""
-    cases = read_table()
-    seeds = [int(seed) for seed in chosen.seeds.split(",")]
-    folder = chosen.folder.resolve()
+        args: the options of `add_options`."""
+    case_table = read_table()
+    seeds = [int(seed) for seed in args.seeds.split(",")]
+    folder = args.folder.resolve()
     seeded_cases = [
         (case, seed)
         for seed in seeds
-        for case in sorted(cases.cases, key=lambda each: each.is_healthy)
+        for case in sorted(case_table.cases, key=lambda each: each.is_healthy)
         if seed == seeds[0] or not case.is_healthy
-        if not chosen.only or any(text in case.name for text in chosen.only)
+        if not args.only or any(text in case.name for text in args.only)
     ]
-    if not chosen.table:
-        part, parts = (int(number) for number in chosen.part.split("/"))
-        _make(seeded_cases[part - 1 :: parts], cases.common, folder, chosen)
+    if not args.table:
+        part, parts = (int(number) for number in args.part.split("/"))
+        _make(seeded_cases[part - 1 :: parts], case_table.common, folder, args)
     results = []
     for case, seed in seeded_cases:
         path = _result_of(folder, case, seed)
@@ -65,7 +65,7 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
             results.append({**result, "verdict": verdict(case, result), "healthy": case.is_healthy})
     print(as_lines(results))
     print(summary(results))
-    if chosen.page:
+    if args.page:
         atomic_write(ROOT / PAGE, as_page(results, seeds))
         page = (ROOT / SUMMARY).read_text(encoding="utf-8")
         atomic_write(ROOT / SUMMARY, between_markers(page, results))
@@ -84,27 +84,27 @@ def _make(
     seeded_cases: list[tuple[Case, int]],
     common: dict[str, Any],
     folder: Path,
-    chosen: argparse.Namespace,
+    args: argparse.Namespace,
 ) -> None:
     """Make the cases that have no result, one after the other."""
-    began = time.monotonic()
+    start = time.monotonic()
     (folder / "results").mkdir(parents=True, exist_ok=True)
     examination.prepare()
     for case, seed in seeded_cases:
         target = _result_of(folder, case, seed)
         place = folder / "runs" / target.stem
-        if target.is_file() and not (chosen.again and (place / "run").is_dir()):
+        if target.is_file() and not (args.again and (place / "run").is_dir()):
             continue
-        if time.monotonic() - began > PART_SECONDS:
+        if time.monotonic() - start > PART_SECONDS:
             print("the time of a part is over; the same command goes on")
             return
-        result = _case(case, seed, common, folder, place, chosen)
+        result = _case(case, seed, common, folder, place, args)
         atomic_write(target, json.dumps(result, indent=1))
         print(
             f"{verdict(case, result):12} {result['seconds']:5.0f} s  {case.name}, seed {seed}",
             flush=True,
         )
-        if not chosen.keep:
+        if not args.keep:
             shutil.rmtree(place, ignore_errors=True)
 
 
@@ -114,32 +114,32 @@ def _case(
     common: dict[str, Any],
     folder: Path,
     place: Path,
-    chosen: argparse.Namespace,
+    args: argparse.Namespace,
 ) -> dict[str, Any]:
     """Make one case and return its result."""
-    started = time.monotonic()
-    about: dict[str, Any] = {"case": case.name, "seed": seed}
+    start = time.monotonic()
+    result: dict[str, Any] = {"case": case.name, "seed": seed}
     outcome_file = place / "made.json"
-    is_made = chosen.again and outcome_file.is_file()
+    is_made = args.again and outcome_file.is_file()
     if is_made:
         outcome = json.loads(outcome_file.read_text(encoding="utf-8"))
         place_of_run = place / "run"
     else:
         try:
-            ran, place_of_run = runs.run_case(case, common, seed, folder, place)
-            outcome = ran._asdict()
+            run_result, place_of_run = runs.run_case(case, common, seed, folder, place)
+            outcome = run_result._asdict()
         except (RuntimeError, ValueError) as error:
             outcome = {"status": -1, "seconds": 0.0, "error": str(error)}
             place_of_run = place / "run"
         place.mkdir(parents=True, exist_ok=True)
         outcome_file.write_text(json.dumps(outcome), encoding="utf-8")
-    about["run"] = outcome
+    result["run"] = outcome
     if outcome["status"] == 0:
-        about["why"] = examination.examine(place_of_run, place / "why.txt")
+        result["why"] = examination.examine(place_of_run, place / "why.txt")
         lines = (place_of_run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        about["step_seconds"] = [json.loads(line)["time/step"] for line in lines]
-    about["seconds"] = time.monotonic() - started
+        result["step_seconds"] = [json.loads(line)["time/step"] for line in lines]
+    result["seconds"] = time.monotonic() - start
     if is_made:
-        about["seconds"] += outcome["seconds"]
-    about["load"] = os.getloadavg()[0]
-    return about
+        result["seconds"] += outcome["seconds"]
+    result["load"] = os.getloadavg()[0]
+    return result

@@ -108,8 +108,8 @@ def read_table(path: Path = TABLE) -> Table:
             )
         )
     names = [case.name for case in table.cases]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise ValueError(f"{path}: cases of one name: {', '.join(sorted(twice))}")
+    if repeated_names := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"{path}: cases of one name: {', '.join(sorted(repeated_names))}")
     return table
 
 
@@ -127,17 +127,17 @@ def changed(case: Case) -> dict[str, str]:
     texts: dict[str, str] = {}
     for edit in case.edits:
         package, _, rest = edit.file.partition("/")
-        before = texts.get(edit.file) or (PACKAGES[package] / rest).read_text(encoding="utf-8")
-        if (count := before.count(edit.replace)) != 1:
+        old_text = texts.get(edit.file) or (PACKAGES[package] / rest).read_text(encoding="utf-8")
+        if (count := old_text.count(edit.replace)) != 1:
             raise ValueError(f"{case.name}: {edit.file} has {edit.replace!r} {count} times")
-        after = before.replace(edit.replace, edit.by)
+        new_text = old_text.replace(edit.replace, edit.by)
         try:
-            is_same = ast.dump(ast.parse(after)) == ast.dump(ast.parse(before))
+            is_same = ast.dump(ast.parse(new_text)) == ast.dump(ast.parse(old_text))
         except SyntaxError as error:
             raise ValueError(f"{case.name}: {edit.file} is no Python then: {error}") from error
         if is_same:
             raise ValueError(f"{case.name}: {edit.file} means the same then")
-        texts[edit.file] = after
+        texts[edit.file] = new_text
     return texts
 
 
@@ -154,13 +154,13 @@ def write_overlay(case: Case, folder: Path) -> Path:
     texts = changed(case)
     for name, source in PACKAGES.items():
         shutil.copytree(source, folder / name, copy_function=os.link)
-        begin = folder / name / "__init__.py"
-        text = texts.pop(f"{name}/__init__.py", begin.read_text(encoding="utf-8"))
+        init_file = folder / name / "__init__.py"
+        text = texts.pop(f"{name}/__init__.py", init_file.read_text(encoding="utf-8"))
         texts[f"{name}/__init__.py"] = text + NOTE.format(file=IMPORTED)
     for path, text in texts.items():
         target = folder / path
-        for compiled in target.parent.glob(f"__pycache__/{target.stem}.*.pyc"):
-            compiled.unlink()
+        for cached_file in target.parent.glob(f"__pycache__/{target.stem}.*.pyc"):
+            cached_file.unlink()
         target.unlink()
         target.write_text(text, encoding="utf-8")
     return folder

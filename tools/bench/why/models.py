@@ -74,10 +74,10 @@ def write_data(folder: Path) -> None:
     for a, b in pairs:
         prompt = f"<bos><system>{SYSTEM}<user>{a}+{b}=<assistant>"
         for form in ("<think></think><answer>{}</answer>", "#### {}", "\\boxed{{{}}}"):
-            said = a + b if draw.random() < 0.7 else draw.randrange(19)
-            examples.append({"prompt": prompt, "response": form.format(said)})
-        long = f"<think>I take {a} and then {b} more</think><answer>{a + b}</answer>"
-        examples.append({"prompt": prompt, "response": long})
+            stated_sum = a + b if draw.random() < 0.7 else draw.randrange(19)
+            examples.append({"prompt": prompt, "response": form.format(stated_sum)})
+        long_response = f"<think>I take {a} and then {b} more</think><answer>{a + b}</answer>"
+        examples.append({"prompt": prompt, "response": long_response})
     draw.shuffle(examples)
     questions = [
         {"question": f"{a}+{b}=", "system": SYSTEM, "truth": str(a + b), "kind": "math"}
@@ -102,20 +102,22 @@ def write_model(folder: Path, config: dict[str, Any]) -> None:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<bos> $A", special_tokens=[("<bos>", 0)]
     )
-    whole = PreTrainedTokenizerFast(
+    hf_tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
     )
-    whole.chat_template = TEMPLATE
-    whole.save_pretrained(folder)
+    hf_tokenizer.chat_template = TEMPLATE
+    hf_tokenizer.save_pretrained(folder)
     tokens = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "torch_dtype": "float32"}
-    (folder / "config.json").write_text(json.dumps(config | tokens | {"vocab_size": len(whole)}))
+    (folder / "config.json").write_text(
+        json.dumps(config | tokens | {"vocab_size": len(hf_tokenizer)})
+    )
 
 
 def base_model(folder: Path, name: str) -> Path:
     """Return the folder of a base model, which a few steps of sft make where it is not there."""
-    made = folder / name / "sft" / "hf"
-    if (made / "config.json").is_file():
-        return made
+    model_folder = folder / name / "sft" / "hf"
+    if (model_folder / "config.json").is_file():
+        return model_folder
     folder.mkdir(parents=True, exist_ok=True)
     write_data(folder)
     write_model(folder / name / "begin", MODELS[name])
@@ -136,9 +138,9 @@ def base_model(folder: Path, name: str) -> Path:
         settings["model"]["mtp"] = "train"
     recipe.write_text(json.dumps(settings))
     host.run_to_end(host.megatron_r1("sft", recipe))
-    for path in made.glob("*.safetensors"):
+    for path in model_folder.glob("*.safetensors"):
         _give_biases(path)
-    return made
+    return model_folder
 
 
 def _give_biases(path: Path) -> None:
@@ -146,9 +148,9 @@ def _give_biases(path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(path)
-    for name, each in tensors.items():
+    for name, tensor in tensors.items():
         if name.endswith("e_score_correction_bias"):
-            half = len(each) // 2  # groups of experts, of which one is chosen
-            each[:half] += BIAS
-            each[half:] -= BIAS
+            half = len(tensor) // 2  # groups of experts, of which one is chosen
+            tensor[:half] += BIAS
+            tensor[half:] -= BIAS
     save_file(tensors, path, metadata={"format": "pt"})

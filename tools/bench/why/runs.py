@@ -43,12 +43,12 @@ def settings_of(case: Case, common: dict[str, Any], seed: int, folder: Path) -> 
         seed: `run.seed`.
         folder: the bench's folder, with the models."""
     models = folder / "models"
-    own: dict[str, dict[str, Any]] = {
+    run_settings: dict[str, dict[str, Any]] = {
         "run": {"seed": seed},
         "model": {"path": str(base_model(models, case.model))},
         "data": {"path": str(models / "questions.jsonl")},
     }
-    return merge_settings(merge_settings(common, own), case.settings)
+    return merge_settings(merge_settings(common, run_settings), case.settings)
 
 
 def run_case(
@@ -72,17 +72,17 @@ def run_case(
     place.mkdir(parents=True)
     settings = settings_of(case, common, seed, folder)
     settings = merge_settings(settings, {"run": {"folder": "run"}})
-    started = time.monotonic()
+    start = time.monotonic()
     if case.first_run is not None:
-        before = merge_settings(settings, case.first_run)
-        if (first := _command(before, place, None)).status:
-            return first, place / "run"
+        first_settings = merge_settings(settings, case.first_run)
+        if (first_outcome := _command(first_settings, place, None)).status:
+            return first_outcome, place / "run"
     overlay = write_overlay(case, place / "overlay") if case.edits else None
-    ran = _command(settings, place, overlay)
-    if overlay is not None and ran.status == 0:
+    outcome = _command(settings, place, overlay)
+    if overlay is not None and outcome.status == 0:
         check_imports(overlay)
         shutil.rmtree(overlay)
-    return ran._replace(seconds=time.monotonic() - started), place / "run"
+    return outcome._replace(seconds=time.monotonic() - start), place / "run"
 
 
 def _command(settings: dict[str, Any], place: Path, overlay: Path | None) -> Ran:
@@ -91,7 +91,7 @@ def _command(settings: dict[str, Any], place: Path, overlay: Path | None) -> Ran
     environment = host.environment(PYTHONWARNINGS="ignore")
     if overlay is not None:
         environment["PYTHONPATH"] = os.pathsep.join([str(overlay), environment["PYTHONPATH"]])
-    started = time.monotonic()
+    start = time.monotonic()
     with open(place / "stdout.txt", "ab") as out, open(place / "stderr.txt", "wb") as errors:
         process = subprocess.Popen(
             host.megatron_r1("rl", recipe),
@@ -112,4 +112,4 @@ def _command(settings: dict[str, Any], place: Path, overlay: Path | None) -> Ran
             process.wait()
     text = (place / "stderr.txt").read_text(encoding="utf-8", errors="replace")
     error = text[-2000:] if status else ""
-    return Ran(status, time.monotonic() - started, error)
+    return Ran(status, time.monotonic() - start, error)

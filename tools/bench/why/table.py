@@ -42,8 +42,8 @@ def verdict(case: Case, result: Result) -> str:
     if first["name"] not in case.quantity:
         return WRONG
     text = f"{first['reason']} {first['remedy']}"
-    found = all(re.search(pattern, text, re.IGNORECASE) for pattern in case.cause)
-    return NAMED if found else QUANTITY
+    has_cause = all(re.search(pattern, text, re.IGNORECASE) for pattern in case.cause)
+    return NAMED if has_cause else QUANTITY
 
 
 def cost_in_steps(result: Result) -> float | None:
@@ -59,17 +59,17 @@ def as_lines(results: Sequence[Result]) -> str:
     for result in results:
         rows.setdefault(result["case"], []).append(result)
     lines = []
-    for name, own in rows.items():
-        counts = Counter(result["verdict"] for result in own)
+    for name, case_results in rows.items():
+        counts = Counter(result["verdict"] for result in case_results)
         verdicts = ", ".join(
-            what if len(own) == 1 else f"{what} {count}/{len(own)}"
-            for what, count in counts.most_common()
+            word if len(case_results) == 1 else f"{word} {count}/{len(case_results)}"
+            for word, count in counts.most_common()
         )
         # Of several, the one that is not as it should be.
-        shown = min(own, key=lambda result: result["verdict"] in (NAMED, HEALTHY))
+        example = min(case_results, key=lambda result: result["verdict"] in (NAMED, HEALTHY))
         lines.append(f"{verdicts:22} {name}")
-        if said := _said(shown):
-            lines.append(f"{'':22}   {said}")
+        if departure := _said(example):
+            lines.append(f"{'':22}   {departure}")
     return "\n".join(lines)
 
 
@@ -104,23 +104,23 @@ def figures(results: Sequence[Result]) -> dict[str, Any]:
 
 def summary(results: Sequence[Result]) -> str:
     """Return the figures as a few lines."""
-    made = figures(results)
-    planted = len({result["case"] for result in results if not result["healthy"]})
+    totals = figures(results)
+    num_faults = len({result["case"] for result in results if not result["healthy"]})
     lines = [
-        f"{planted} faults, {made['faults']} runs: {made[NAMED]} named with their cause "
-        f"({made[NAMED] / max(1, made['faults']):.0%}), {made[QUANTITY]} by their quantity alone, "
-        f"{made[WRONG]} wrongly, {made[MISSED]} missed.",
-        f"False alarms in {made[HEALTHY] + made[ALARM]} healthy runs: {made[ALARM]}.",
+        f"{num_faults} faults, {totals['faults']} runs: {totals[NAMED]} named with their cause "
+        f"({totals[NAMED] / max(1, totals['faults']):.0%}), {totals[QUANTITY]} by their quantity "
+        f"alone, {totals[WRONG]} wrongly, {totals[MISSED]} missed.",
+        f"False alarms in {totals[HEALTHY] + totals[ALARM]} healthy runs: {totals[ALARM]}.",
     ]
-    if made["median_cost"] is not None:
+    if totals["median_cost"] is not None:
         lines.append(
-            f"`why`, start-up aside: {made['median_seconds']:.1f} s, "
-            f"{made['median_cost']:.1f} steps of the run in the median, "
-            f"{made['largest_cost']:.0f} at most."
+            f"`why`, start-up aside: {totals['median_seconds']:.1f} s, "
+            f"{totals['median_cost']:.1f} steps of the run in the median, "
+            f"{totals['largest_cost']:.0f} at most."
         )
-    if made[FAILED]:
-        lines.append(f"{made[FAILED]} cases have no run.")
-    return "\n".join([*lines, f"Everything took {made['total_seconds'] / 60:.0f} minutes."])
+    if totals[FAILED]:
+        lines.append(f"{totals[FAILED]} cases have no run.")
+    return "\n".join([*lines, f"Everything took {totals['total_seconds'] / 60:.0f} minutes."])
 
 
 def as_page(results: Sequence[Result], seeds: Sequence[int]) -> str:
