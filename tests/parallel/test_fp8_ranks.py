@@ -10,7 +10,7 @@ from fp8_steps import STEPS
 from ranks import run_ranks
 from safetensors.torch import load_file
 
-from tools.bench import fp8 as variants
+from tools.bench.fp8 import losses
 
 pytestmark = pytest.mark.more
 
@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 # Every shard of every weight is whole tiles of 128, at tensor parallel 1 and 2.
 HEAD = dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), 64)
 SIZES = {"vocab_size": 67, "n_shared_experts": 2, "kv_lora_rank": 96, **HEAD}
-MODEL = {**variants.MODEL, **SIZES, "max_position_embeddings": 256, "num_nextn_predict_layers": 1}
+MODEL = {**losses.MODEL, **SIZES, "max_position_embeddings": 256, "num_nextn_predict_layers": 1}
 RECIPES = ("blockwise", "tensorwise", "mxfp8")
 OTHERS = RECIPES[1:]
 

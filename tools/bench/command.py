@@ -33,13 +33,20 @@ ELSEWHERE = {
     "kernels": "r1_kernels_bench",
     "resources": "r1_kernels_bench.resources",
 }
+IN_FOLDERS = {
+    "corrections": "tools.bench.corrections.comparison",
+    "fp8": "tools.bench.fp8.losses",
+    "push": "tools.bench.push.local",
+    "why": "tools.bench.why.results",
+}
+"""Benches of several files: the module, in the bench's folder, that runs."""
 NAMES = (
     *("agents", "algorithms", "answers", "chaos", "controller", "corrections", "fp8"),
     *("kernels", "prompts", "push", "resources", "rewards", "speculative", "start", "step"),
     "why",
 )
-"""Modules of this package, or those of ELSEWHERE. Each has `add_options(parser)`, and
-`run(args)`, which prints tables and returns the JSON."""
+"""Modules of this package, or those of ELSEWHERE and IN_FOLDERS. Each has `add_options(parser)`,
+and `run(args)`, which prints tables and returns the JSON."""
 
 
 def main() -> int:
@@ -52,15 +59,13 @@ def main() -> int:
     choices = parser.add_subparsers(dest="what", required=True)
     # Only the one that is run is imported: kernels and resources need torch and Triton alone.
     bench_name = next((word for word in sys.argv[1:] if word in NAMES), None)
-    bench = (
-        import_module(ELSEWHERE.get(bench_name, f"tools.bench.{bench_name}"))
-        if bench_name
-        else None
-    )
+    bench = None
+    if bench_name is not None:
+        modules = ELSEWHERE | IN_FOLDERS
+        bench = import_module(modules.get(bench_name, f"tools.bench.{bench_name}"))
     for name in NAMES:
-        options = choices.add_parser(
-            name, description=bench.__doc__ if name == bench_name else None
-        )
+        description = bench.__doc__ if name == bench_name else None
+        options = choices.add_parser(name, description=description)
         if bench is not None and name == bench_name:
             options.add_argument("--json", type=Path, help="also write the result here")
             bench.add_options(options)

@@ -10,8 +10,7 @@ import yaml
 
 from megatron_r1 import config as configuration
 from megatron_r1.commands import rl
-from tools.bench import corrections
-from tools.bench.corrections import figures, runs
+from tools.bench.corrections import comparison, figures, runs
 from tools.bench.corrections.cells import MISMATCH, NONE, PARTS, TASKS, Part
 
 CELLS = [(part, cell) for part, of in PARTS.items() for cell in of.cells]
@@ -54,7 +53,7 @@ def test_cells_with_too_few_seeds_are_left_out_and_parts_without_their_first():
         "moe": {NONE: few, "token": many, "sequence": many},
         "kl": {"k3": many, "k2": few},
     }
-    assert corrections.shown_runs(made, 3) == {"bf16": {NONE: many, "sequence": many}}
+    assert comparison.shown_runs(made, 3) == {"bf16": {NONE: many, "sequence": many}}
 
 
 def test_the_page_shows_every_cell_and_what_it_comes_from():
@@ -78,13 +77,13 @@ def test_the_page_shows_every_cell_and_what_it_comes_from():
     ("text", "seeds"), [("0-3", [0, 1, 2, 3]), ("5", [5]), ("1,7-8", [1, 7, 8])]
 )
 def test_seeds(text, seeds):
-    assert corrections.parse_seeds(text) == seeds
+    assert comparison.parse_seeds(text) == seeds
 
 
 @pytest.mark.parametrize("text", ["", "a", "3-1"])
 def test_seeds_that_are_none(text):
     with pytest.raises(SystemExit, match="--seeds"):
-        corrections.parse_seeds(text)
+        comparison.parse_seeds(text)
 
 
 @pytest.mark.parametrize(("part", "cell"), CELLS)
@@ -137,33 +136,33 @@ class Recorded(runs.Study):
 @pytest.fixture
 def options(tmp_path, monkeypatch) -> argparse.Namespace:
     Recorded.made = []
-    monkeypatch.setattr(corrections, "Study", Recorded)
+    monkeypatch.setattr(comparison, "Study", Recorded)
     parser = argparse.ArgumentParser()
-    corrections.add_options(parser)
+    comparison.add_options(parser)
     return parser.parse_args(["--folder", str(tmp_path), "--part", "limit", "--seeds", "0-1"])
 
 
 def test_finished_runs_are_not_repeated_and_pairs_come_first(options, capsys):
     missing = Path(options.folder, "results/limit/truncated: mask/0.json")
-    corrections.run(options)
+    comparison.run(options)
     cells = list(PARTS["limit"].cells)
     assert Recorded.made == [("limit", cell, seed) for seed in (0, 1) for cell in cells]
     Recorded.made.clear()
     missing.unlink()
-    corrections.run(options)
+    comparison.run(options)
     assert Recorded.made == [("limit", "truncated: mask", 0)]
     options.fewest, options.show = 2, True
-    assert "limit" in corrections.run(options)["runs"]
+    assert "limit" in comparison.run(options)["runs"]
     assert "| `truncated: mask` | 50.0" in capsys.readouterr().out
 
 
 def test_a_study_goes_on_from_the_figures_of_an_earlier_call(options, tmp_path):
     options.fewest = 2
     written = tmp_path / "corrections.json"
-    written.write_text(json.dumps(corrections.run(options)))
+    written.write_text(json.dumps(comparison.run(options)))
     options.folder, options.seeds, options.results = tmp_path / "elsewhere", "0-2", written
     Recorded.made.clear()
-    found = corrections.run(options)["runs"]
+    found = comparison.run(options)["runs"]
     assert Recorded.made == [("limit", cell, 2) for cell in PARTS["limit"].cells]
     assert found["limit"][NONE]["seeds"].keys() == {"0", "1", "2"}
 
@@ -183,11 +182,11 @@ def test_settings_are_written_once_for_all_seeds_of_a_cell():
 
 
 def test_a_run_of_other_settings_is_refused(options, monkeypatch):
-    corrections.run(options)
+    comparison.run(options)
     cells = {NONE: {}, "truncated: mask": {"rl": {"truncated": "mask", "kl_beta": 0.5}}}
     monkeypatch.setitem(PARTS, "limit", Part("", cells=cells, settings=PARTS["limit"].settings))
     with pytest.raises(SystemExit, match=r"truncated: mask/0\.json: made with other settings"):
-        corrections.run(options)
+        comparison.run(options)
 
 
 def test_the_figures_of_a_run_are_those_of_its_lines(tmp_path):

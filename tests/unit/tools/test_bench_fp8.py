@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from megatron_r1.config import parse
-from tools.bench.fp8 import (
+from tools.bench.fp8.losses import (
     ENTROPY,
     LENGTH,
     VARIANTS,

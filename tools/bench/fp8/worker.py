@@ -17,7 +17,7 @@ from megatron_r1.config import parse
 from megatron_r1.controller.trainer_calls.packing import pack
 from megatron_r1.trainer import distributed
 from megatron_r1.trainer.training_sample import Sample
-from tools.bench.fp8 import BASELINE, MODEL, WARMUP_STEPS, Language, variant_settings
+from tools.bench.fp8.losses import BASELINE, MODEL, WARMUP_STEPS, Language, variant_settings
 
 LOSS = "megatron_r1.trainer.losses:supervised"
 
