@@ -149,8 +149,8 @@ def _gpus_of_hosts(config: configuration.Config, verb: Verb) -> int:
     recipe does not say how many."""
     rollout = config.rollout
     ranks = rollout.tensor * rollout.data
-    apart = verb == "rl" and rollout.placement == "hosts" and not rollout.colocated
-    return rollout.engines * ranks if apart and ranks > 1 else 0
+    has_own_gpus = verb == "rl" and rollout.placement == "hosts" and not rollout.colocated
+    return rollout.engines * ranks if has_own_gpus and ranks > 1 else 0
 
 
 def load_recipe(recipe: Path, overrides: dict) -> configuration.Config:
@@ -182,7 +182,11 @@ def load_recipe(recipe: Path, overrides: dict) -> configuration.Config:
 
 
 def _prompt_tokens(
-    args: argparse.Namespace, config: configuration.Config, verb: Verb, hf: dict, assumed: int
+    args: argparse.Namespace,
+    config: configuration.Config,
+    verb: Verb,
+    hf: dict,
+    assumed_tokens: int,
 ) -> int:
     """Return the option, or the assumed ones if the context has room for them next to the longest
     response.
@@ -192,22 +196,22 @@ def _prompt_tokens(
         config: the recipe.
         verb: its verb.
         hf: the model's `config.json`.
-        assumed: tokens of a prompt where no option says."""
+        assumed_tokens: those of a prompt where no option says."""
     if verb == "sft":
-        return args.prompt_tokens or assumed
+        return args.prompt_tokens or assumed_tokens
     if verb == "reward-model":
-        key, longest = "reward_model.max_tokens", text_limit(config, hf) - 1
+        key, longest_prompt = "reward_model.max_tokens", text_limit(config, hf) - 1
     else:
         key = "rollout.max_model_len"
-        longest = max_model_len(config) - config.rollout.max_response_tokens
-    if args.prompt_tokens is not None and args.prompt_tokens > longest:
+        longest_prompt = max_model_len(config) - config.rollout.max_response_tokens
+    if args.prompt_tokens is not None and args.prompt_tokens > longest_prompt:
         raise UserError(
             f"--prompt-tokens: {args.prompt_tokens} do not fit next to a response, at most "
-            f"{longest} do; lower it, or raise {key}",
+            f"{longest_prompt} do; lower it, or raise {key}",
             key="--prompt-tokens",
             cause=Cause.TOO_LARGE,
         )
-    return args.prompt_tokens or min(assumed, longest)
+    return args.prompt_tokens or min(assumed_tokens, longest_prompt)
 
 
 def _check_options(args: argparse.Namespace, override_words: list[str]) -> None:
@@ -221,9 +225,9 @@ def _check_options(args: argparse.Namespace, override_words: list[str]) -> None:
         )
     for word in override_words:
         key = word.partition("=")[0]
-        near = did_you_mean(key, options, "{}")
-        if key.startswith("--") and near:
-            raise UserError(f"unknown option {key}{near}", key=key, cause=Cause.UNKNOWN)
+        suggestion = did_you_mean(key, options, "{}")
+        if key.startswith("--") and suggestion:
+            raise UserError(f"unknown option {key}{suggestion}", key=key, cause=Cause.UNKNOWN)
     for option, value in options.items():
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if is_number and not 0 < value < math.inf:
@@ -251,7 +255,7 @@ def _check_verb(args: argparse.Namespace, verb: Verb) -> None:
         )
     if args.rollout_gpus and verb != "rl":
         remedy = "use --gpus" if verb == "sample" else "leave it out"
-        have = "has no trainer beside its engines" if verb == "sample" else "has no engines"
+        reason = "has no trainer beside its engines" if verb == "sample" else "has no engines"
         raise UserError(
-            f"--rollout-gpus: {verb} {have}; {remedy}", key="--rollout-gpus", cause=Cause.CONFLICT
+            f"--rollout-gpus: {verb} {reason}; {remedy}", key="--rollout-gpus", cause=Cause.CONFLICT
         )

@@ -30,29 +30,33 @@ def build_ranks(job: PlannedJob, pipeline_ranks: Iterable[int] | None = None) ->
     from megatron_r1.models import patches
 
     patches.install()
-    started = time.perf_counter()
-    chosen = list(pipeline_ranks or range(job.parallel.pipeline))
+    start = time.perf_counter()
+    ranks_to_build = list(pipeline_ranks or range(job.parallel.pipeline))
     counts = RankCounts(job)
-    built = {}
-    for rank in chosen:
-        built[rank] = _build_stage(job, rank)
-        number = sum(prod(shape) for shapes in built[rank] for shape in shapes.values())
-        planned = counts.rank_counts(rank).parameters + counts.rank_counts(rank).buffers
-        if number != planned:
+    shapes_by_rank = {}
+    for rank in ranks_to_build:
+        shapes_by_rank[rank] = _build_stage(job, rank)
+        num_values = sum(
+            prod(shape) for shapes in shapes_by_rank[rank] for shape in shapes.values()
+        )
+        num_planned = counts.rank_counts(rank).parameters + counts.rank_counts(rank).buffers
+        if num_values != num_planned:
             raise ValueError(
-                f"pipeline rank {rank} has {number:,} values, the plan says {planned:,}"
+                f"pipeline rank {rank} has {num_values:,} values, the plan says {num_planned:,}"
             )
-    seconds = time.perf_counter() - started
-    ranks, distinct, owned = _compare_ranks(job, built)
+    seconds = time.perf_counter() - start
+    num_ranks, num_distinct, num_owned = _compare_ranks(job, shapes_by_rank)
     model_counts = ModelCounts(job.hf)
-    expected = model_counts.total + (model_counts.mtp_own if job.with_mtp else 0)
-    if len(chosen) == job.parallel.pipeline and owned != expected:
-        raise ValueError(f"all ranks together own {owned:,} values, the model has {expected:,}")
-    total = time.perf_counter() - started
+    num_expected = model_counts.total + (model_counts.mtp_own if job.with_mtp else 0)
+    if len(ranks_to_build) == job.parallel.pipeline and num_owned != num_expected:
+        raise ValueError(
+            f"all ranks together own {num_owned:,} values, the model has {num_expected:,}"
+        )
+    total = time.perf_counter() - start
     return (
-        f"built {len(chosen)} pipeline ranks on the meta device in {seconds:.0f} s; {ranks:,} "
-        f"ranks ({distinct} different) equal the weight table by name and shape, together they own "
-        f"{owned:,} values; {total:.0f} s in all"
+        f"built {len(ranks_to_build)} pipeline ranks on the meta device in {seconds:.0f} s; "
+        f"{num_ranks:,} ranks ({num_distinct} different) equal the weight table by name and shape, "
+        f"together they own {num_owned:,} values; {total:.0f} s in all"
     )
 
 
@@ -124,53 +128,59 @@ def _on_meta_device() -> Iterator[None]:
         yield
 
 
-def _compare_ranks(job: PlannedJob, built: dict[int, list[dict]]) -> tuple[int, int, int]:
+def _compare_ranks(job: PlannedJob, shapes_by_rank: dict[int, list[dict]]) -> tuple[int, int, int]:
     """Return (ranks compared, distinct ranks, values that they own together)."""
     parallel = job.parallel
     entries: dict[tuple, tuple[int, int]] = {}
-    ranks = owned = 0
+    num_ranks = num_owned = 0
     sizes = (parallel.tensor, parallel.expert, parallel.expert_tensor)
     for *key, dense_replica, expert_replica in _rank_coordinates(job):
         pipeline, *shard_ranks = key
-        if pipeline not in built:
+        if pipeline not in shapes_by_rank:
             continue
-        ranks += 1
+        num_ranks += 1
         if (coordinate := tuple(key)) not in entries:
-            at = dict(zip(("tp", "ep", "etp"), zip(shard_ranks, sizes, strict=True), strict=True))
-            entries[coordinate] = _compare(job, pipeline, built[pipeline], at)
+            place = dict(
+                zip(("tp", "ep", "etp"), zip(shard_ranks, sizes, strict=True), strict=True)
+            )
+            entries[coordinate] = _compare(job, pipeline, shapes_by_rank[pipeline], place)
         dense, expert = entries[coordinate]
-        owned += dense * (dense_replica == 0) + expert * (expert_replica == 0)
-    return ranks, len(entries), owned
+        num_owned += dense * (dense_replica == 0) + expert * (expert_replica == 0)
+    return num_ranks, len(entries), num_owned
 
 
-def _compare(job: PlannedJob, pipeline_rank: int, built: list[dict], at: dict) -> tuple[int, int]:
+def _compare(
+    job: PlannedJob, pipeline_rank: int, chunk_shapes: list[dict], place: dict
+) -> tuple[int, int]:
     """Return how many dense and how many expert values a rank owns, as (dense, expert).
 
     Args:
         job: the planned job.
         pipeline_rank: the pipeline rank that was built.
-        built: the shapes of each of its chunks, by name.
-        at: the rank's place on the other axes, with their sizes.
+        chunk_shapes: the shapes of each of its chunks, by name.
+        place: the rank's place on the other axes, with their sizes.
 
     Raises:
-        ValueError: `built` differs from the plan."""
-    owned: defaultdict[bool, int] = defaultdict(int)
-    for chunk, shapes in zip(job.stages[pipeline_rank], built, strict=True):
+        ValueError: `chunk_shapes` differ from the plan."""
+    num_owned: defaultdict[bool, int] = defaultdict(int)
+    for chunk, shapes in zip(job.stages[pipeline_rank], chunk_shapes, strict=True):
         # Without a GPU the layers, and so the names, are Megatron's own.
-        shard: Shard = replace(chunk, **at, transformer_engine=platform.uses_transformer_engine())
+        shard: Shard = replace(
+            chunk, **place, transformer_engine=platform.uses_transformer_engine()
+        )
         entries = layout(job.hf, shard)
-        if different := {n: e.shape for n, e in entries.items()}.items() ^ shapes.items():
-            raise ValueError(f"pipeline rank {pipeline_rank}: {sorted(different)[:4]} differ")
+        if differences := {n: e.shape for n, e in entries.items()}.items() ^ shapes.items():
+            raise ValueError(f"pipeline rank {pipeline_rank}: {sorted(differences)[:4]} differ")
         for entry in entries.values():
             if entry.is_owner:
-                owned[entry.is_expert] += _num_values(entry)
-    return owned[False], owned[True]
+                num_owned[entry.is_expert] += _num_values(entry)
+    return num_owned[False], num_owned[True]
 
 
 def _num_values(entry: LayoutEntry) -> int:
     """Return the number of Hugging Face values in an entry, without padding."""
-    across = [prod(entry.shape) // entry.shape[piece.dim] for piece in entry.pieces]
-    return sum(n * piece.length for n, piece in zip(across, entry.pieces, strict=True))
+    row_sizes = [prod(entry.shape) // entry.shape[piece.dim] for piece in entry.pieces]
+    return sum(n * piece.length for n, piece in zip(row_sizes, entry.pieces, strict=True))
 
 
 def _rank_coordinates(job: PlannedJob) -> Iterator[tuple[int, ...]]:

@@ -41,17 +41,17 @@ def calibrate_from(folder: Path, file: Path, args: argparse.Namespace, overrides
 
     Raises:
         UserError: the run determines no value, or `file` cannot be written."""
-    measured = RunCalibration(folder, planned_job(folder / "config.yaml", args, overrides, 1))
-    values, reasons = measured.values, measured.reasons
+    calibration = RunCalibration(folder, planned_job(folder / "config.yaml", args, overrides, 1))
+    values, reasons = calibration.values, calibration.reasons
     if not values:
-        why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        explanation = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise UserError(
-            f"--calibrate-from {folder}: nothing can be derived: {why}",
+            f"--calibrate-from {folder}: nothing can be derived: {explanation}",
             key="--calibrate-from",
             cause=Cause.EMPTY,
         )
-    hardware = measured.job.hardware.name
-    steps = f"{format_count(len(measured.lines), 'step')} of {folder}"
+    hardware = calibration.job.hardware.name
+    steps = f"{format_count(len(calibration.lines), 'step')} of {folder}"
     title = f"# From {steps}. Shares are of the rates of {hardware}.\n"
     text = yaml.safe_dump({RELATIVE_TO: hardware, **values}, sort_keys=False)
     try:
@@ -62,12 +62,12 @@ def calibrate_from(folder: Path, file: Path, args: argparse.Namespace, overrides
             key="--calibrate-from",
             cause=Cause.UNREADABLE,
         ) from None
-    unknown_gpu = "the metrics do not say"
+    default_reason = "the metrics do not say"
     rows = [f"{file}: from {steps}, for {hardware}"]
     rows += [f"  {name:24}  {value:.4g}" for name, value in values.items()]
     rows += ["not derived:"]
-    names = [name for name in described_fields(measured.job.assumptions) if name not in values]
-    rows += [f"  {name:24}  {reasons.get(name, unknown_gpu)}" for name in names]
+    names = [name for name in described_fields(calibration.job.assumptions) if name not in values]
+    rows += [f"  {name:24}  {reasons.get(name, default_reason)}" for name in names]
     return "\n".join([*rows, "  rates of the hardware     measure each link alone"])
 
 
@@ -84,8 +84,10 @@ class RunCalibration:
         self.reasons: dict[str, str] = {}
         self.job = job
         changes = [entry.from_step for entry in job.config.rl.schedule if entry.from_step > 1]
-        before = min(changes, default=math.inf)
-        lines = [line for line in read_lines(folder / "metrics.jsonl") if line["step"] < before]
+        first_change = min(changes, default=math.inf)
+        lines = [
+            line for line in read_lines(folder / "metrics.jsonl") if line["step"] < first_change
+        ]
         if not lines:
             raise UserError(
                 f"--calibrate-from {folder}: metrics.jsonl is missing or has no step",
@@ -137,41 +139,45 @@ class RunCalibration:
     def _seconds(self, parts: tuple[str, ...], **values: float) -> float | None:
         """Return the sum of the planned seconds of `parts` with these values."""
         section = time_section(JobEstimate(self._with(**values)).times)
-        planned = [section[name].value for name in parts if name in section]
-        return None if not planned or None in planned else sum(filter(None, planned))
+        part_seconds = [section[name].value for name in parts if name in section]
+        return None if not part_seconds or None in part_seconds else sum(filter(None, part_seconds))
 
     def _rollout(self) -> None:
         """One number of seconds determines one of two: engines of one GPU have no exchanges."""
-        several = self.job.engine_gpus > 1
+        has_exchanges = self.job.engine_gpus > 1
         names = "decode_latency_per_layer", "bandwidth_efficiency"
-        fitted_name, other_name = names if several else names[::-1]
+        fitted_name, other_name = names if has_exchanges else names[::-1]
         self._solve(fitted_name, "time/rollout", "rollout")
         self.reasons[other_name] = (
-            f"time/rollout was used for {fitted_name}" if several else "engines have one GPU each"
+            f"time/rollout was used for {fitted_name}"
+            if has_exchanges
+            else "engines have one GPU each"
         )
 
     def _solve(self, name: str, key: str, *parts: str) -> None:
         """Set `name` to the value with which `parts` of the plan take the median of `key`."""
-        measured = self._median(key)
-        if not measured:
+        measured_seconds = self._median(key)
+        if not measured_seconds:
             self.reasons[name] = f"the metrics have no {key}"
             return
         low, high = LIMITS
-        at_low, at_high = (self._seconds(parts, **{name: value}) for value in LIMITS)
-        if at_low is None or at_high is None:
+        seconds_at_low, seconds_at_high = (
+            self._seconds(parts, **{name: value}) for value in LIMITS
+        )
+        if seconds_at_low is None or seconds_at_high is None:
             self.reasons[name] = "the run does not fit on this hardware as planned"
             return
-        shortest, longest = sorted((at_low, at_high))
-        if not shortest < measured < longest:
+        shortest, longest = sorted((seconds_at_low, seconds_at_high))
+        if not shortest < measured_seconds < longest:
             self.reasons[name] = (
-                f"no value explains {key}: {measured:.3g} s; the plan has {shortest:.3g} to "
-                f"{longest:.3g} s"
+                f"no value explains {key}: {measured_seconds:.3g} s; the plan has "
+                f"{shortest:.3g} to {longest:.3g} s"
             )
             return
-        falling = at_low > at_high
+        is_falling = seconds_at_low > seconds_at_high
         for _ in range(BISECTIONS):
             middle = math.sqrt(low * high)
-            too_long = (self._seconds(parts, **{name: middle}) or 0.0) > measured
-            low, high = (middle, high) if too_long == falling else (low, middle)
+            too_long = (self._seconds(parts, **{name: middle}) or 0.0) > measured_seconds
+            low, high = (middle, high) if too_long == is_falling else (low, middle)
         self.values[name] = low
         self.job = self._with(**{name: low})

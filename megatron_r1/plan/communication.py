@@ -67,19 +67,25 @@ def traffic_by_axis(job: PlannedJob, rank: int) -> dict[str, AxisTraffic]:
 
 def _tensor(job: PlannedJob, layers: int) -> AxisTraffic:
     hf, size, tokens = job.hf, job.parallel.tensor, job.rank_tokens
-    hidden, fraction = hf["hidden_size"], (size - 1) / size
-    gathered = scattered = 2 * hidden
+    hidden_size, fraction = hf["hidden_size"], (size - 1) / size
+    gathered_values = scattered_values = 2 * hidden_size
     if job.latent_attention:
-        gathered = hidden + (hf.get("q_lora_rank") or hidden) + hf["kv_lora_rank"]
-    forward = layers * (gathered + scattered) * tokens * ACTIVATION_BYTES * fraction
-    backward = layers * (2 * gathered + scattered) * tokens * ACTIVATION_BYTES * fraction
-    again = forward if job.parallel.recompute == "full" else 0
-    formula = (
-        f"{format_count(layers, 'layer')} x (gather {gathered} + scatter {scattered} values) x "
-        f"{tokens:,.0f} tokens x {ACTIVATION_BYTES} B x {fraction:.2f}, backward with the gathers "
-        "once more"
+        gathered_values = hidden_size + (hf.get("q_lora_rank") or hidden_size) + hf["kv_lora_rank"]
+    forward_bytes = (
+        layers * (gathered_values + scattered_values) * tokens * ACTIVATION_BYTES * fraction
     )
-    return AxisTraffic(size, size, formula, forward + backward + again, forward)
+    backward_bytes = (
+        layers * (2 * gathered_values + scattered_values) * tokens * ACTIVATION_BYTES * fraction
+    )
+    recomputed_bytes = forward_bytes if job.parallel.recompute == "full" else 0
+    formula = (
+        f"{format_count(layers, 'layer')} x (gather {gathered_values} + scatter {scattered_values} "
+        f"values) x {tokens:,.0f} tokens x {ACTIVATION_BYTES} B x {fraction:.2f}, backward with "
+        "the gathers once more"
+    )
+    return AxisTraffic(
+        size, size, formula, forward_bytes + backward_bytes + recomputed_bytes, forward_bytes
+    )
 
 
 def _context(job: PlannedJob, layers: int) -> AxisTraffic:
@@ -87,63 +93,64 @@ def _context(job: PlannedJob, layers: int) -> AxisTraffic:
     # With fewer key and value heads than tensor ranks, several ranks send the same one.
     heads = max(key_value_heads(hf), job.parallel.tensor)
     values = heads * sum(head_sizes(hf)) / job.parallel.tensor
-    forward = layers * values * tokens * (size - 1) * ACTIVATION_BYTES
-    again = job.parallel.recompute == "full"
+    forward_bytes = layers * values * tokens * (size - 1) * ACTIVATION_BYTES
+    recomputes = job.parallel.recompute == "full"
     formula = (
         f"{format_count(layers, 'layer')} x {values:,.0f} key and value features x {tokens:,.0f} "
         f"tokens x {format_count(size - 1, 'other rank')} x {ACTIVATION_BYTES} B; backward: again, "
         "and their gradients"
     )
-    return AxisTraffic(size, size * job.parallel.tensor, formula, (3 + again) * forward, forward)
+    return AxisTraffic(
+        size, size * job.parallel.tensor, formula, (3 + recomputes) * forward_bytes, forward_bytes
+    )
 
 
-def _expert(job: PlannedJob, sparse: int) -> AxisTraffic | None:
-    if not sparse:
+def _expert(job: PlannedJob, sparse_layers: int) -> AxisTraffic | None:
+    if not sparse_layers:
         return None
-    parallel, size, split = (
-        job.parallel,
-        job.parallel.expert,
-        job.tokens_per_tensor_rank(job.rank_tokens),
-    )
-    chosen = job.hf["num_experts_per_tok"]
-    span, nodes = size * parallel.expert_tensor, job.hf.get("topk_group") or math.inf
-    copies, receivers = chosen, "experts"
+    parallel, size = job.parallel, job.parallel.expert
+    tokens = job.tokens_per_tensor_rank(job.rank_tokens)
+    topk = job.hf["num_experts_per_tok"]
+    span, max_nodes = size * parallel.expert_tensor, job.hf.get("topk_group") or math.inf
+    copies, receivers = topk, "experts"
     if parallel.dispatcher == "flex":
-        spread = -(-span // job.hardware.gpus_per_node)
-        copies = copies_of_token(size, spread, chosen, nodes)
-        receivers = "nodes (DeepEP)" if spread > 1 else "ranks (DeepEP)"
-    routed = copies * split * job.assumptions.expert_imbalance
-    once = sparse * routed * job.hf["hidden_size"] * ACTIVATION_BYTES * (size - 1) / size
-    recomputed = parallel.recompute == "selective" and "moe" in parallel.recompute_modules
-    times = 6 if parallel.recompute == "full" or recomputed else 4
-    formula = (
-        f"{format_count(sparse, 'layer')} x {copies:.3g} {receivers} x {split:,.0f} tokens x "
-        f"{job.hf['hidden_size']} x {ACTIVATION_BYTES} B x {(size - 1) / size:.2f} x imbalance "
-        f"{job.assumptions.expert_imbalance}, out and back, {times} times"
+        num_nodes = -(-span // job.hardware.gpus_per_node)
+        copies = copies_of_token(size, num_nodes, topk, max_nodes)
+        receivers = "nodes (DeepEP)" if num_nodes > 1 else "ranks (DeepEP)"
+    sent_tokens = copies * tokens * job.assumptions.expert_imbalance
+    one_way_bytes = (
+        sparse_layers * sent_tokens * job.hf["hidden_size"] * ACTIVATION_BYTES * (size - 1) / size
     )
-    return AxisTraffic(size, span, formula, times * once, 2 * once)
+    recomputes_experts = parallel.recompute == "selective" and "moe" in parallel.recompute_modules
+    num_times = 6 if parallel.recompute == "full" or recomputes_experts else 4
+    formula = (
+        f"{format_count(sparse_layers, 'layer')} x {copies:.3g} {receivers} x {tokens:,.0f} "
+        f"tokens x {job.hf['hidden_size']} x {ACTIVATION_BYTES} B x {(size - 1) / size:.2f} x "
+        f"imbalance {job.assumptions.expert_imbalance}, out and back, {num_times} times"
+    )
+    return AxisTraffic(size, span, formula, num_times * one_way_bytes, 2 * one_way_bytes)
 
 
 def _pipeline(job: PlannedJob) -> AxisTraffic:
-    split = job.tokens_per_tensor_rank(job.rank_tokens)
-    once = split * job.hf["hidden_size"] * ACTIVATION_BYTES * job.num_model_chunks
+    tokens = job.tokens_per_tensor_rank(job.rank_tokens)
+    state_bytes = tokens * job.hf["hidden_size"] * ACTIVATION_BYTES * job.num_model_chunks
     formula = (
-        f"{split:,.0f} tokens x {job.hf['hidden_size']} x {ACTIVATION_BYTES} B x "
+        f"{tokens:,.0f} tokens x {job.hf['hidden_size']} x {ACTIVATION_BYTES} B x "
         f"{format_count(job.num_model_chunks, 'chunk')}, states forward and gradients backward"
     )
-    return AxisTraffic(job.parallel.pipeline, job.world_size, formula, 2 * once, once)
+    return AxisTraffic(job.parallel.pipeline, job.world_size, formula, 2 * state_bytes, state_bytes)
 
 
 def _data(job: PlannedJob, counts: ParameterCounts) -> AxisTraffic:
-    value = job.parameter_bytes
+    parameter_bytes = job.parameter_bytes
     dense, expert = job.data_context_parallel_size, job.expert_data_parallel_size
-    moved = counts.dense * (dense - 1) / dense + counts.expert * (expert - 1) / expert
+    sent_values = counts.dense * (dense - 1) / dense + counts.expert * (expert - 1) / expert
     formula = (
-        f"gradients reduce-scattered in fp32, parameters gathered in {value} B: {counts.dense:,} "
-        f"dense over {dense}, {counts.expert:,} expert over {expert} ranks"
+        f"gradients reduce-scattered in fp32, parameters gathered in {parameter_bytes} B: "
+        f"{counts.dense:,} dense over {dense}, {counts.expert:,} expert over {expert} ranks"
     )
     span = job.world_size // job.parallel.pipeline
-    return AxisTraffic(dense, span, formula, step_bytes=moved * (4 + value))
+    return AxisTraffic(dense, span, formula, step_bytes=sent_values * (4 + parameter_bytes))
 
 
 def communication_section(job: PlannedJob, rank: int) -> QuantityTable:
@@ -227,8 +234,8 @@ class EngineInterconnect:
     def _rate(self, ranks: int) -> float:
         """Return bytes per second around a ring: over nodes, through all adapters of a node."""
         hardware = self.hardware
-        inside = self.nodes(ranks) == 1
-        rate = hardware.nvlink if inside else hardware.network * hardware.gpus_per_node
+        is_one_node = self.nodes(ranks) == 1
+        rate = hardware.nvlink if is_one_node else hardware.network * hardware.gpus_per_node
         return min(rate, hardware.nvlink) * self.assumptions.link_efficiency
 
     def all_reduce_seconds(self, ranks: int, num_bytes: float) -> float:
@@ -236,16 +243,16 @@ class EngineInterconnect:
         if ranks == 1:
             return 0.0
         nodes = self.nodes(ranks)
-        inside, rate = min(ranks, self.hardware.gpus_per_node) - 1, self._rate(ranks)
+        nvlink_hops, rate = min(ranks, self.hardware.gpus_per_node) - 1, self._rate(ranks)
         return min(
-            step_time.start_seconds
+            protocol.start_seconds
             + 2
             * (
-                inside * step_time.nvlink_hop_seconds
-                + math.log2(nodes) * step_time.network_hop_seconds
+                nvlink_hops * protocol.nvlink_hop_seconds
+                + math.log2(nodes) * protocol.network_hop_seconds
             )
-            + 2 * num_bytes / (rate * step_time.fraction)
-            for step_time in TREE
+            + 2 * num_bytes / (rate * protocol.fraction)
+            for protocol in TREE
         )
 
     def all_gather_seconds(self, ranks: int, num_bytes: float) -> float:
@@ -253,14 +260,14 @@ class EngineInterconnect:
         reduce-scatter of as many takes the same."""
         if ranks == 1:
             return 0.0
-        between, rate = self.nodes(ranks) - 1, self._rate(ranks)
-        inside = ranks - 1 - between
+        network_hops, rate = self.nodes(ranks) - 1, self._rate(ranks)
+        nvlink_hops = ranks - 1 - network_hops
         return min(
-            step_time.start_seconds
-            + inside * step_time.nvlink_hop_seconds
-            + between * step_time.network_hop_seconds
-            + num_bytes * (ranks - 1) / ranks / (rate * step_time.fraction)
-            for step_time in RING
+            protocol.start_seconds
+            + nvlink_hops * protocol.nvlink_hop_seconds
+            + network_hops * protocol.network_hop_seconds
+            + num_bytes * (ranks - 1) / ranks / (rate * protocol.fraction)
+            for protocol in RING
         )
 
 
@@ -291,18 +298,18 @@ class ExpertExchange:
             return self._low_latency(tokens)
         if backend == HIGH_THROUGHPUT:
             return self._high_throughput(tokens)
-        gathered = tokens * self.ranks * self.hidden
-        there = self.links.all_gather_seconds(self.ranks, gathered * self.value)
-        return there + self.links.all_gather_seconds(self.ranks, gathered * 2)
+        gathered_values = tokens * self.ranks * self.hidden
+        dispatch_seconds = self.links.all_gather_seconds(self.ranks, gathered_values * self.value)
+        return dispatch_seconds + self.links.all_gather_seconds(self.ranks, gathered_values * 2)
 
     def _low_latency(self, tokens: float) -> float:
         """Return DeepEP's measured times, the part beyond a start in proportion to the bytes."""
         dispatch, combine = _between(LOW_LATENCY_SECONDS, self.ranks)
         start = RING[0].start_seconds + RING[0].network_hop_seconds
-        part = tokens * self.topk * self.hidden / LOW_LATENCY_VALUES
-        slower = MEASURED_NETWORK / self.links.hardware.network
-        moved = (dispatch - start) * self.value + (combine - start)
-        return 2 * start + part * slower * moved
+        load = tokens * self.topk * self.hidden / LOW_LATENCY_VALUES
+        slowdown = MEASURED_NETWORK / self.links.hardware.network
+        transfer_seconds = (dispatch - start) * self.value + (combine - start)
+        return 2 * start + load * slowdown * transfer_seconds
 
     def _high_throughput(self, tokens: float) -> float:
         """Return the bytes of a token, once to each node (within one, to each GPU), at DeepEP's
@@ -313,8 +320,8 @@ class ExpertExchange:
             hardware.nvlink / MEASURED_NVLINK if nodes == 1 else hardware.network / MEASURED_NETWORK
         )
         copies = copies_of_token(self.ranks, nodes, self.topk, self.max_nodes)
-        moved = tokens * copies * self.hidden * (self.value + 2)
-        return moved / rate + self.links.assumptions.host_stall_seconds
+        sent_bytes = tokens * copies * self.hidden * (self.value + 2)
+        return sent_bytes / rate + self.links.assumptions.host_stall_seconds
 
 
 def copies_of_token(ranks: int, nodes: int, topk: int, max_nodes: float) -> float:
@@ -344,7 +351,9 @@ def _between(table: Mapping[int, tuple[float, ...]], ranks: int) -> tuple[float,
     sizes = sorted(table)
     if ranks <= sizes[0] or ranks >= sizes[-1]:
         return table[sizes[0] if ranks <= sizes[0] else sizes[-1]]
-    above = next(size for size in sizes if size >= ranks)
-    below = sizes[sizes.index(above) - 1]
-    part = math.log2(ranks / below) / math.log2(above / below)
-    return tuple(a + part * (b - a) for a, b in zip(table[below], table[above], strict=True))
+    larger_size = next(size for size in sizes if size >= ranks)
+    smaller_size = sizes[sizes.index(larger_size) - 1]
+    fraction = math.log2(ranks / smaller_size) / math.log2(larger_size / smaller_size)
+    return tuple(
+        a + fraction * (b - a) for a, b in zip(table[smaller_size], table[larger_size], strict=True)
+    )

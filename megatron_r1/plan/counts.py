@@ -27,7 +27,7 @@ class RankCounts:
     def __init__(self, job: PlannedJob):
         self.job = job
         parallel = job.parallel
-        self._at = replace(
+        self._shard = replace(
             Shard((), False, False, False, False),
             tp=(0, parallel.tensor),
             ep=(0, parallel.expert),
@@ -48,19 +48,19 @@ class RankCounts:
         kinds = Counter(self.job.is_sparse_layer[layer] for layer in chunk.layers)
         key = (*ends.values(), *sorted(kinds.items()))
         if key not in self._counts_by_key:
-            first = {self.job.is_sparse_layer[layer]: layer for layer in chunk.layers}
-            at = {kind: replace(self._at, layers=(first[kind],)) for kind in kinds}
-            layers = (self._counted(kind, at[kind]) * n for kind, n in kinds.items())
-            counts = self._counted((*ends.values(),), replace(self._at, **ends))
+            layer_of_kind = {self.job.is_sparse_layer[layer]: layer for layer in chunk.layers}
+            shards = {kind: replace(self._shard, layers=(layer_of_kind[kind],)) for kind in kinds}
+            layers = (self._counted(kind, shards[kind]) * n for kind, n in kinds.items())
+            counts = self._counted((*ends.values(),), replace(self._shard, **ends))
             self._counts_by_key[key] = counts + sum(layers, ParameterCounts())
         return self._counts_by_key[key]
 
-    def _counted(self, key: Hashable, at: Shard) -> ParameterCounts:
+    def _counted(self, key: Hashable, shard: Shard) -> ParameterCounts:
         if key not in self._counts_by_key:
             job, adapters = self.job, self.job.adapters
-            trained = None if adapters is None else layout_from_table(adapters, at)
+            trained_entries = None if adapters is None else layout_from_table(adapters, shard)
             self._counts_by_key[key] = count_parameters(
-                layout(job.hf, at), job.config.model.mtp, trained
+                layout(job.hf, shard), job.config.model.mtp, trained_entries
             )
         return self._counts_by_key[key]
 
@@ -73,22 +73,22 @@ class ModelCounts:
 
     def __init__(self, hf: dict):
         table = weight_table(hf)
-        experts, chosen = table.num_experts, hf.get("num_experts_per_tok", 0)
+        experts, topk = table.num_experts, hf.get("num_experts_per_tok", 0)
         # All layers of one kind share one list of the table.
         kinds = Counter(map(id, table.layers))
         layers = {id(layer): layer for layer in table.layers}
-        expert = sum(times * _size(layers[kind], True) for kind, times in kinds.items())
+        expert_size = sum(times * _size(layers[kind], True) for kind, times in kinds.items())
         ends = _size(table.embedding) + _size(table.final_norm) + _size(table.head)
-        tied = bool(hf.get("tie_word_embeddings"))
-        if tied:
+        is_tied = bool(hf.get("tie_word_embeddings"))
+        if is_tied:
             ends -= _size(table.embedding)
         self.shared = ends + sum(n * _size(layers[kind], False) for kind, n in kinds.items())
         """Parameters outside routed experts and MTP layers."""
-        self.routed = experts * expert
+        self.routed = experts * expert_size
         self.total = self.shared + self.routed
-        self.active = self.shared + chosen * expert
+        self.active = self.shared + topk * expert_size
         """Parameters on one token's path: all but the experts it is not routed to."""
-        self.multiplied = self.active - (0 if tied else _size(table.embedding))
+        self.multiplied = self.active - (0 if is_tied else _size(table.embedding))
         """Parameters one token is multiplied with: not the embedding, of which it reads a row."""
         self.mtp_own = sum(
             _size(layer, False) + experts * _size(layer, True) for layer in table.mtp
@@ -111,21 +111,21 @@ def parameter_section(job: PlannedJob) -> QuantityTable:
     """Return the parameters: of the whole model, of the fullest rank if the job trains, and of MTP
     layers if the model has some."""
     counts = ModelCounts(job.hf)
-    experts, chosen = job.hf.get("n_routed_experts"), job.hf.get("num_experts_per_tok")
+    experts, topk = job.hf.get("n_routed_experts"), job.hf.get("num_experts_per_tok")
     section = {
         "total": (counts.total, "sum of the weight table's shapes, without MTP layers"),
         "active": (
             counts.active,
-            f"total - routed experts x (1 - {chosen} / {experts})" if experts else "all",
+            f"total - routed experts x (1 - {topk} / {experts})" if experts else "all",
         ),
     }
     if job.trains:
         ranks = RankCounts(job)
         by_rank = [ranks.rank_counts(rank).parameters for rank in range(job.parallel.pipeline)]
-        fullest = by_rank.index(max(by_rank))
-        least = Quantity(min(by_rank), "parameters")
-        formula = f"pipeline rank {fullest}, the fullest; least: {least}"
-        section["per_rank"] = (by_rank[fullest], formula)
+        fullest_rank = by_rank.index(max(by_rank))
+        least_parameters = Quantity(min(by_rank), "parameters")
+        formula = f"pipeline rank {fullest_rank}, the fullest; least: {least_parameters}"
+        section["per_rank"] = (by_rank[fullest_rank], formula)
     if counts.mtp:
         formula = "the checkpoint's MTP layers, copies of embedding, head included"
         section["mtp"] = (counts.mtp, formula)
@@ -178,12 +178,12 @@ def layer_flops(job: PlannedJob, layer: int, length: float, speedup: float = 1.0
         speedup: products with weights, but for the router's, count 1 / `speedup`, as in
             `forward_flops`."""
     experts = job.weight_table.num_experts
-    multiplied = 0.0
+    num_products = 0.0
     for rule in job.weight_table.layers[layer]:
         count = sum(prod(source.shape) for source in rule.sources if len(source.shape) > 1)
         count *= job.hf["num_experts_per_tok"] if rule.expert and experts else 1
-        multiplied += count / (1 if "router" in rule.megatron else speedup)
-    return 2 * multiplied + attention_flops(job.hf, length)
+        num_products += count / (1 if "router" in rule.megatron else speedup)
+    return 2 * num_products + attention_flops(job.hf, length)
 
 
 def head_flops(hf: dict) -> float:
@@ -220,19 +220,23 @@ def _training_flops(job: PlannedJob) -> QuantityTable:
         ),
     }
     if job.verb == "rl":
-        passes, how = 1, f"a forward pass ({'critic' if job.is_critic else 'policy'})"
+        passes, passes_text = 1, f"a forward pass ({'critic' if job.is_critic else 'policy'})"
         if job.computes_ref_logprobs:
-            passes, how = 2, "2 forward passes (policy, reference)"
-        formula = f"{how} over {job.num_responses:,} samples"
+            passes, passes_text = 2, "2 forward passes (policy, reference)"
+        formula = f"{passes_text} over {job.num_responses:,} samples"
         flops = passes * forward * job.num_responses * length
         section["scoring a rollout"] = Quantity(flops, "FLOP", formula)
     return section
 
 
 def _rollout_flops(job: PlannedJob) -> QuantityTable:
-    prompts = job.num_responses * job.assumptions.prompt_tokens
-    decoded = job.num_responses * job.response_tokens
-    half = job.assumptions.prompt_tokens + job.response_tokens / 2
-    prefill = prompts * forward_flops(job.hf, job.assumptions.prompt_tokens)
-    text = f"prefill {prefill:.2e} + {decoded:,} decoded tokens at {half:,.0f} cached on average"
-    return {"rollout": Quantity(prefill + decoded * decode_flops(job.hf, half), "FLOP", text)}
+    prompt_tokens = job.num_responses * job.assumptions.prompt_tokens
+    decoded_tokens = job.num_responses * job.response_tokens
+    mean_cached = job.assumptions.prompt_tokens + job.response_tokens / 2
+    prefill_flops = prompt_tokens * forward_flops(job.hf, job.assumptions.prompt_tokens)
+    flops = prefill_flops + decoded_tokens * decode_flops(job.hf, mean_cached)
+    formula = (
+        f"prefill {prefill_flops:.2e} + {decoded_tokens:,} decoded tokens at {mean_cached:,.0f} "
+        "cached on average"
+    )
+    return {"rollout": Quantity(flops, "FLOP", formula)}

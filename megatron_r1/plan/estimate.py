@@ -64,10 +64,10 @@ class JobEstimate:
     @cached_property
     def engines(self) -> EngineMemory:
         """The engines, with what ranks on the same GPUs leave them."""
-        shared = self.job.trains and not self.job.rollout_gpus
+        shares_gpus = self.job.trains and not self.job.rollout_gpus
         # At least a byte where they share: 0 says that the GPUs are the engines' alone.
-        resident = max(1, *(rank.resident_bytes for rank in self.ranks)) if shared else 0
-        return EngineMemory(self.job, resident)
+        resident_bytes = max(1, *(rank.resident_bytes for rank in self.ranks)) if shares_gpus else 0
+        return EngineMemory(self.job, resident_bytes)
 
     @cached_property
     def times(self) -> StepTime:
@@ -100,16 +100,16 @@ class JobEstimate:
             sections["samples of a rollout"] = samples_section(job)
             sections["push"] = push_section(job)
         if job.trains:
-            sent = communication_section(job, self.peak_rank.rank)
-            sections["sent by a rank per optimizer step"] = sent
+            traffic = communication_section(job, self.peak_rank.rank)
+            sections["sent by a rank per optimizer step"] = traffic
             if choice := exchange_choice(job, estimate_step):
                 sections["exchange with experts, hidden or not"] = choice
         sections["operations"] = flops_section(job)
         if job.generates and (exchange := exchange_section(self.times.rollout)):
             sections["expert exchange of a layer"] = exchange
         sections["time"] = time_section(self.times)
-        if narrowing := narrowing_section(job, sections["time"]):
-            sections["what would narrow the ranges"] = narrowing
+        if measurements := narrowing_section(job, sections["time"]):
+            sections["what would narrow the ranges"] = measurements
         sections["assumed"] = assumed_section(job)
         return sections
 
@@ -127,36 +127,36 @@ class JobEstimate:
         if not self.job.generates or not self.engines.max_concurrency:
             return []
         longest_seconds = Quantity(self.times.rollout.longest_seconds, "s")
-        longest = with_range(self.job, "rollout", longest_seconds)
+        longest_response = with_range(self.job, "rollout", longest_seconds)
         limit = self.job.config.rollout.request_timeout_seconds
-        if (longest.high or longest.number) <= limit:
+        if (longest_response.high or longest_response.number) <= limit:
             return []
         return [
             f"a response of {self.job.longest_response:,} tokens is planned to take "
-            f"{longest.limits or longest}, and rollout.request_timeout_seconds={limit:g} would end "
-            "it: raise that"
+            f"{longest_response.limits or longest_response}, and "
+            f"rollout.request_timeout_seconds={limit:g} would end it: raise that"
         ]
 
     def _gpu(self) -> str | None:
-        worst, memory = self.peak_rank, self.job.hardware.memory
-        if worst.peak_bytes <= memory:
+        rank, memory = self.peak_rank, self.job.hardware.memory
+        if rank.peak_bytes <= memory:
             return None
-        training = sum(worst.training.values()) == worst.peak_bytes
-        parts = worst.training if training else worst.scoring
+        is_training = sum(rank.training.values()) == rank.peak_bytes
+        parts = rank.training if is_training else rank.scoring
         kinds = parts if parts["reserved"] >= memory else parts.keys() - {"reserved"}
-        largest = max(kinds, key=parts.__getitem__)
+        largest_kind = max(kinds, key=parts.__getitem__)
         return (
-            f"pipeline rank {worst.rank} needs {_size(worst.peak_bytes)} of {_size(memory)} while "
-            f"it {'trains' if training else 'scores'}, {_size(parts[largest])} of it {largest}: "
-            f"{self._less(largest)}"
+            f"pipeline rank {rank.rank} needs {_size(rank.peak_bytes)} of {_size(memory)} while "
+            f"it {'trains' if is_training else 'scores'}, {_size(parts[largest_kind])} of it "
+            f"{largest_kind}: {self._less(largest_kind)}"
         )
 
     def _less(self, kind: str) -> str:
         """Return the remedy that lowers a kind of a rank's memory."""
-        full = self.job.parallel.recompute == "full"
+        recomputes_all = self.job.parallel.recompute == "full"
         return {
-            "activations": f"{'' if full else 'set parallel.recompute to full, or '}raise "
-            "parallel.context or .tensor",
+            "activations": f"{'' if recomputes_all else 'set parallel.recompute to full, or '}"
+            "raise parallel.context or .tensor",
             "layer in work": "raise parallel.context or .tensor, or lower "
             "parallel.tokens_per_microbatch",
             "loss head": "raise parallel.tensor or .context",
@@ -174,8 +174,8 @@ class JobEstimate:
     def _host(self) -> QuantityTable:
         """Return the host memory of the fullest node; ranks of one pipeline stage share a node."""
         job = self.job
-        fullest = max(self.ranks, key=lambda rank: sum(rank.host.values()))
-        kinds = dict(fullest.host)
+        fullest_rank = max(self.ranks, key=lambda rank: sum(rank.host.values()))
+        kinds = dict(fullest_rank.host)
         if not job.rollout_gpus:
             kinds |= self._receive_buffer()
         return self._of_node(kinds, job.world_size)
@@ -202,97 +202,99 @@ class JobEstimate:
 
     def _host_problem(self, parts: QuantityTable, gpus: int) -> str | None:
         """Return the problem of a node with these parts, of `gpus` in all, or None."""
-        needed = sum(part.number for part in parts.values())
+        required_bytes = sum(part.number for part in parts.values())
         hardware = self.job.hardware
         memory = hardware.host_memory * min(hardware.gpus_per_node, gpus)
-        if needed <= memory:
+        if required_bytes <= memory:
             return None
-        largest = max(parts, key=lambda kind: parts[kind].number)
+        largest_kind = max(parts, key=lambda kind: parts[kind].number)
         fix = {
             "checkpoint being written": "set checkpoint.asynchronous to false, or ",
             "reference": "set parallel.reference_offload to device, or ",
             OFFLOADED: "set parallel.offload_between_phases to disk or none, or ",
             "optimizer": "lower parallel.optimizer_offload, or ",
             "critic's optimizer": "lower parallel.optimizer_offload, or ",
-        }.get(largest, "")
-        way = SMALLER_RECEIVE_BUFFER if largest == RECEIVE_BUFFER else fix + self._split()
+        }.get(largest_kind, "")
+        remedy = SMALLER_RECEIVE_BUFFER if largest_kind == RECEIVE_BUFFER else fix + self._split()
         return (
-            f"a host needs {_size(needed)} of {_size(memory)}, {parts[largest]} of it {largest}: "
-            f"{way}"
+            f"a host needs {_size(required_bytes)} of {_size(memory)}, {parts[largest_kind]} of it "
+            f"{largest_kind}: {remedy}"
         )
 
     def _engine_fraction(self) -> str | None:
         """Return the problem of engines that take more of a GPU than the trainer on it, or the
         receive buffer of pushes, leaves them, or None."""
         engines, rollout, memory = self.engines, self.job.config.rollout, self.job.hardware.memory
-        beside = rollout.colocated and engines.trainer_bytes
-        receives = self.job.rollout_gpus and engines.receive_buffer_bytes
-        if not (beside or receives) or engines.free_bytes <= 0:
+        has_trainer = rollout.colocated and engines.trainer_bytes
+        has_receive_buffer = self.job.rollout_gpus and engines.receive_buffer_bytes
+        if not (has_trainer or has_receive_buffer) or engines.free_bytes <= 0:
             return None
-        fraction, least = rollout.gpu_memory, engines.free_bytes / memory
-        if fraction is not None and fraction <= least:
+        fraction, free_fraction = rollout.gpu_memory, engines.free_bytes / memory
+        if fraction is not None and fraction <= free_fraction:
             return None
-        takes = f"={fraction:g}" if fraction else " is not set, and vLLM takes 0.92"
-        holder = "the trainer" if beside else f"a push's {_size(engines.receive_buffer_bytes)}"
+        setting = f"={fraction:g}" if fraction else " is not set, and vLLM takes 0.92"
+        holder = "the trainer" if has_trainer else f"a push's {_size(engines.receive_buffer_bytes)}"
         return (
-            f"rollout.gpu_memory{takes}: of each GPU's {_size(memory)} {holder} leaves engines "
-            f"{_size(engines.free_bytes)}: set at most {math.floor(100 * least) / 100}"
+            f"rollout.gpu_memory{setting}: of each GPU's {_size(memory)} {holder} leaves engines "
+            f"{_size(engines.free_bytes)}: set at most {math.floor(100 * free_fraction) / 100}"
         )
 
     def _cache(self) -> str | None:
         engines, job = self.engines, self.job
-        needed = engines.token_bytes * job.longest_sample
-        if engines.cache_bytes >= needed:
+        required_bytes = engines.token_bytes * job.longest_sample
+        if engines.cache_bytes >= required_bytes:
             return None
         kinds = {"weights": engines.weight_bytes, RECEIVE_BUFFER: engines.receive_buffer_bytes}
         kinds["the trainer"] = engines.trainer_bytes
         sizes = ", ".join(f"{_size(count)} of {kind}" for kind, count in kinds.items() if count)
-        beside = f"beside {sizes} and {_size(job.assumptions.reserved)} reserved"
-        has = f"has {_size(engines.cache_bytes)}"
+        occupants = f"beside {sizes} and {_size(job.assumptions.reserved)} reserved"
+        space = f"has {_size(engines.cache_bytes)}"
         if engines.cache_bytes <= 0:
-            has = (
+            space = (
                 f"of {_size(job.hardware.memory)} has no room, {_size(-engines.cache_bytes)} short,"
             )
         return (
-            f"an engine GPU {has} for KV cache {beside}; one sample of {job.longest_sample:,} "
-            f"tokens needs {_size(needed)}: {self._more_room()}"
+            f"an engine GPU {space} for KV cache {occupants}; one sample of {job.longest_sample:,} "
+            f"tokens needs {_size(required_bytes)}: {self._more_room()}"
         )
 
     def _push(self) -> str | None:
         """Return the problem of a push that arrives in the place of the KV cache, or None."""
         engines, memory = self.engines, self.job.hardware.memory
-        needed, cache_left = reused_kv_cache_bytes(self.job), max(0, engines.cache_bytes)
-        if needed <= cache_left:
+        required_bytes, cache_bytes = reused_kv_cache_bytes(self.job), max(0, engines.cache_bytes)
+        if required_bytes <= cache_bytes:
             return None
-        raised, fraction = "", self.job.config.rollout.gpu_memory
+        remedy, fraction = "", self.job.config.rollout.gpu_memory
         if fraction is not None:
-            larger = math.ceil(100 * (fraction + (needed - engines.cache_bytes) / memory)) / 100
-            if larger <= engines.free_bytes / memory:
-                raised = f"set rollout.gpu_memory to {larger:g}, or "
+            larger_fraction = (
+                math.ceil(100 * (fraction + (required_bytes - engines.cache_bytes) / memory)) / 100
+            )
+            if larger_fraction <= engines.free_bytes / memory:
+                remedy = f"set rollout.gpu_memory to {larger_fraction:g}, or "
         return (
-            f"a push over nccl needs {_size(needed)} of a GPU in the place of the KV cache, which "
-            f"has {_size(cache_left)}: {raised}{SMALLER_RECEIVE_BUFFER}, or set "
+            f"a push over nccl needs {_size(required_bytes)} of a GPU in the place of the KV "
+            f"cache, which has {_size(cache_bytes)}: {remedy}{SMALLER_RECEIVE_BUFFER}, or set "
             "push.transport to gloo"
         )
 
     def _more_room(self) -> str:
         """Return the remedies that leave an engine GPU more memory for its cache."""
         rollout = self.job.config.rollout
-        fewer = ", fewer engines" if rollout.engines > 1 else ""
+        note = ", fewer engines" if rollout.engines > 1 else ""
         # Data-parallel copies of a dense model are whole: only tensor parallelism shrinks them.
-        larger = "data" if self.job.has_experts else "tensor"
-        size = getattr(rollout, larger)
-        ways = [f"raise rollout.{larger}={size} (more GPUs for an engine{fewer})"]
+        axis = "data" if self.job.has_experts else "tensor"
+        size = getattr(rollout, axis)
+        remedies = [f"raise rollout.{axis}={size} (more GPUs for an engine{note})"]
         if rollout.tensor * rollout.data == 1:
-            ways = [f"lower rollout.engines={rollout.engines} (more GPUs each)"]
-            ways = ways if rollout.engines > 1 else ["use more GPUs"]
+            remedies = [f"lower rollout.engines={rollout.engines} (more GPUs each)"]
+            remedies = remedies if rollout.engines > 1 else ["use more GPUs"]
         if self.engines.receive_buffer_bytes:
-            ways.append("set push.transport to gloo, which receives on the host")
+            remedies.append("set push.transport to gloo, which receives on the host")
         if self.engines.trainer_bytes:
-            ways += [self._split(), "give the engines GPUs of their own (--rollout-gpus)"]
+            remedies += [self._split(), "give the engines GPUs of their own (--rollout-gpus)"]
         elif self.engines.cache_bytes > 0:
-            ways.append("lower rollout.max_response_tokens")
-        return ", or ".join(ways)
+            remedies.append("lower rollout.max_response_tokens")
+        return ", or ".join(remedies)
 
 
 def _size(num_bytes: float) -> str:

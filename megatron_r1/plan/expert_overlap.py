@@ -33,35 +33,35 @@ def expert_flops(job: PlannedJob, layer: int) -> float:
     return 2 * values * job.hf["num_experts_per_tok"]
 
 
-def exposed_seconds(once: float, attention: float, experts: float) -> float:
+def exposed_seconds(transfer_seconds: float, attention: float, experts: float) -> float:
     """Return seconds of a layer's four all-to-alls that a combined pass does not hide.
 
     Args:
-        once: seconds of one all-to-all.
+        transfer_seconds: those of one all-to-all.
         attention: seconds of the forward pass outside the routed experts.
         experts: seconds of the routed experts' forward pass."""
-    behind = (attention, BACKWARD * experts, experts, BACKWARD * attention)
-    return sum(max(0.0, once - hidden_seconds) for hidden_seconds in behind)
+    compute_seconds = (attention, BACKWARD * experts, experts, BACKWARD * attention)
+    return sum(max(0.0, transfer_seconds - hidden_seconds) for hidden_seconds in compute_seconds)
 
 
 def unpaired_fraction(job: PlannedJob, pipeline_rank: int) -> float:
     """Return the share of passes that are combined with no other: those of the warm-up, one more
     than without the overlap (schedules.py, get_pp_rank_microbatches)."""
     pipeline, virtual = job.parallel.pipeline, job.num_model_chunks
-    alone = 1
+    num_unpaired = 1
     if pipeline > 1:
-        alone += 2 * (pipeline - pipeline_rank - 1) + (virtual - 1) * pipeline
-    return min(1.0, alone / (virtual * job.schedule_slots))
+        num_unpaired += 2 * (pipeline - pipeline_rank - 1) + (virtual - 1) * pipeline
+    return min(1.0, num_unpaired / (virtual * job.schedule_slots))
 
 
 def working_bytes(layer: LayerActivations, parallel: ParallelConfig) -> int:
     """Return the bytes that the layers in work add: one in its backward pass and, in a combined
     pass, one of the other micro-batch in its forward pass, before anything of the first is freed.
     """
-    forward = (
+    forward_bytes = (
         layer.saved_bytes(parallel) + layer.dispatch if parallel.overlap_expert_exchange else 0
     )
-    return layer.backward_bytes(parallel) + forward
+    return layer.backward_bytes(parallel) + forward_bytes
 
 
 @dataclass(frozen=True)
@@ -92,20 +92,26 @@ def exchange_choice(
         estimate_step: estimates a job that differs from it in `parallel` alone."""
     if not job.has_experts or job.parallel.expert == 1:
         return {}
-    with_exchange = job.with_parallel(overlap_expert_exchange=False, recompute="full")
-    jobs = {OVERLAPPED: _overlapped(job), FULL_RECOMPUTE: with_exchange}
-    if blocked := list(islice(overlap_conflicts(jobs[OVERLAPPED].config, job.hf), 1)):
-        why = f"not possible with {blocked[0].setting}: {blocked[0].reason}"
+    recomputing_job = job.with_parallel(overlap_expert_exchange=False, recompute="full")
+    jobs = {OVERLAPPED: _overlapped(job), FULL_RECOMPUTE: recomputing_job}
+    if conflicts := list(islice(overlap_conflicts(jobs[OVERLAPPED].config, job.hf), 1)):
+        reason = f"not possible with {conflicts[0].setting}: {conflicts[0].reason}"
         return {
-            OVERLAPPED: Quantity(None, "s", why),
-            FULL_RECOMPUTE: _row(with_exchange, estimate_step(with_exchange)),
+            OVERLAPPED: Quantity(None, "s", reason),
+            FULL_RECOMPUTE: _row(recomputing_job, estimate_step(recomputing_job)),
         }
-    estimates = {name: estimate_step(estimate) for name, estimate in jobs.items()}
+    estimates = {name: estimate_step(alternative) for name, alternative in jobs.items()}
     section = {name: _row(jobs[name], estimate) for name, estimate in estimates.items()}
     ratio = estimates[FULL_RECOMPUTE].step / estimates[OVERLAPPED].step
-    fitting = [name for name, estimate in estimates.items() if estimate.peak <= job.hardware.memory]
-    verdict = {0: "neither fits", 1: f"only '{fitting[0]}' fits" if fitting else "", 2: "both fit"}
-    formula = f"{FULL_RECOMPUTE} / {OVERLAPPED}; {verdict[len(fitting)]}"
+    fitting_names = [
+        name for name, estimate in estimates.items() if estimate.peak <= job.hardware.memory
+    ]
+    verdict = {
+        0: "neither fits",
+        1: f"only '{fitting_names[0]}' fits" if fitting_names else "",
+        2: "both fit",
+    }
+    formula = f"{FULL_RECOMPUTE} / {OVERLAPPED}; {verdict[len(fitting_names)]}"
     return section | {"saved time": Quantity(ratio, "x", formula)}
 
 
@@ -122,14 +128,14 @@ def _overlapped(job: PlannedJob) -> PlannedJob:
 
 def _row(job: PlannedJob, estimate: StepEstimate) -> Quantity:
     parallel = job.parallel
-    needed, memory = byte_quantity(estimate.peak), byte_quantity(job.hardware.memory)
-    fits = "fits" if estimate.peak <= job.hardware.memory else "does not fit"
-    recomputed = (
+    peak, memory = byte_quantity(estimate.peak), byte_quantity(job.hardware.memory)
+    verdict = "fits" if estimate.peak <= job.hardware.memory else "does not fit"
+    modules = (
         "every layer" if parallel.recompute == "full" else ", ".join(parallel.recompute_modules)
     )
     formula = (
-        f"an optimizer step; {needed} of {memory} on the fullest rank: {fits}. "
-        f"Recomputed: {recomputed}. {estimate.exposed:.2g} s of the exchange of a "
+        f"an optimizer step; {peak} of {memory} on the fullest rank: {verdict}. "
+        f"Recomputed: {modules}. {estimate.exposed:.2g} s of the exchange of a "
         "micro-batch exposed"
     )
     if parallel.overlap_expert_exchange:

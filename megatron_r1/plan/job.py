@@ -98,10 +98,10 @@ class PlannedJob:
 
     def layers(self, pipeline_rank: int) -> tuple[int, int]:
         """Return the numbers of (dense, sparse) decoder layers on a pipeline rank."""
-        layer_numbers = [
+        sparsity = [
             self.is_sparse_layer[n] for chunk in self.stages[pipeline_rank] for n in chunk.layers
         ]
-        return len(layer_numbers) - sum(layer_numbers), sum(layer_numbers)
+        return len(sparsity) - sum(sparsity), sum(sparsity)
 
     @cached_property
     def stages(self) -> list[list[Shard]]:
@@ -322,18 +322,18 @@ def _engines_that_match(job: PlannedJob, ranks: int, gpus: int) -> str:
     if gpus % ranks == 0:
         return f"set --rollout.engines {gpus // ranks}"
     option = "--rollout-gpus" if job.rollout_gpus else "--gpus"
-    below = gpus // ranks
-    counts = [count for count in (below, below + 1) if count]
+    lower_count = gpus // ranks
+    counts = [count for count in (lower_count, lower_count + 1) if count]
     sizes = [f"{option} {count * ranks} --rollout.engines {count}" for count in counts]
-    or_lower = "" if below else ", or lower rollout.data or .tensor"
+    or_lower = "" if lower_count else ", or lower rollout.data or .tensor"
     return f"{_alternatives(sizes)} would match{or_lower}"
 
 
 def _nearest_divisors(target: int, dividend: int) -> list[int]:
     """Return the largest divisor below `target` and the smallest above, if there are any."""
-    below = [n for n in range(1, min(target, dividend + 1)) if dividend % n == 0]
-    above = [n for n in range(target + 1, dividend + 1) if dividend % n == 0]
-    return [*below[-1:], *above[:1]]
+    divisors_below = [n for n in range(1, min(target, dividend + 1)) if dividend % n == 0]
+    divisors_above = [n for n in range(target + 1, dividend + 1) if dividend % n == 0]
+    return [*divisors_below[-1:], *divisors_above[:1]]
 
 
 def _alternatives(choices: list) -> str:

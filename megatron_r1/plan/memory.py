@@ -101,56 +101,63 @@ def _of_rank(
 ) -> RankMemory:
     parallel, counts = job.parallel, ranks.rank_counts(rank)
     persistent = _persistent_bytes(job, counts)
-    kept_bytes, working = _activations(job, rank, layers)
+    kept_bytes, layer_bytes = _activations(job, rank, layers)
     # Without a graph nothing is kept: one layer's tensors at most.
-    forward_only = max(x.total + x.dispatch for x in _held(job, rank, layers))
-    last = any(chunk.head for chunk in job.stages[rank])
-    head = _head_bytes(job)[0] if last else 0
-    reference = reference_bytes(job.config, counts)
-    on_host = round(persistent["optimizer"] * parallel.optimizer_offload)
-    persistent["optimizer"] -= on_host
-    is_kept = job.computes_ref_logprobs or job.keeps_reference
-    host = {"reference": reference if is_kept else 0, "optimizer": on_host}
+    forward_bytes = max(x.total + x.dispatch for x in _held(job, rank, layers))
+    is_last_stage = any(chunk.head for chunk in job.stages[rank])
+    head = _head_bytes(job)[0] if is_last_stage else 0
+    reference_size = reference_bytes(job.config, counts)
+    optimizer_on_host = round(persistent["optimizer"] * parallel.optimizer_offload)
+    persistent["optimizer"] -= optimizer_on_host
+    keeps_reference = job.computes_ref_logprobs or job.keeps_reference
+    host = {"reference": reference_size if keeps_reference else 0, "optimizer": optimizer_on_host}
     host |= routing_replay_host_bytes(job, rank) | offloaded_host_bytes(job, counts)
     if job.config.checkpoint.asynchronous:
         host["checkpoint being written"] = checkpoint_bytes(
-            job.config, counts, job.optimizer_shards, with_reference=is_kept
+            job.config, counts, job.optimizer_shards, with_reference=keeps_reference
         )
-    stays = {**persistent, "fp8 copies": _fp8_copies(job, counts)}
+    persistent_kinds = {**persistent, "fp8 copies": _fp8_copies(job, counts)}
     ends = {"loss head": head, "reserved": round(job.assumptions.reserved)}
-    training = {**stays, "activations": kept_bytes, "layer in work": working, **ends}
-    scored = reference if job.computes_ref_logprobs else 0
-    scoring = {**stays, "reference": scored, "layer in work": forward_only, **ends}
+    training = {**persistent_kinds, "activations": kept_bytes, "layer in work": layer_bytes, **ends}
+    scoring_reference = reference_size if job.computes_ref_logprobs else 0
+    scoring = {
+        **persistent_kinds,
+        "reference": scoring_reference,
+        "layer in work": forward_bytes,
+        **ends,
+    }
     if buffer := 0 if job.rollout_gpus else receive_buffer_bytes(job, "GPU"):
         training[RECEIVE_BUFFER] = scoring[RECEIVE_BUFFER] = buffer
     if parallel.reference_offload == "device":
         training["reference"] = scoring["reference"] = host.pop("reference")
     if job.verb != "rl":
         scoring = {}
-    freed = 0
+    freed_bytes = 0
     if job.config.rollout.colocated and scoring:  # until the first update
-        freed = scoring.pop("gradients")
-    return RankMemory(rank, counts, training, scoring, host, freed + offloaded_bytes(job, counts))
+        freed_bytes = scoring.pop("gradients")
+    return RankMemory(
+        rank, counts, training, scoring, host, freed_bytes + offloaded_bytes(job, counts)
+    )
 
 
 def _with_critic(critic: PlannedJob, memory: RankMemory, counts: ParameterCounts) -> RankMemory:
     """Add the critic's persistent state. The two models compute in turn, and a score head needs
     less than a language head, so the other kinds are unchanged."""
     persistent = _persistent_bytes(critic, counts)
-    on_host = round(persistent["optimizer"] * critic.parallel.optimizer_offload)
-    num_bytes = sum(persistent.values()) - on_host + _fp8_copies(critic, counts)
-    host = {**memory.host, "critic's optimizer": on_host}
-    for kind, more in offloaded_host_bytes(critic, counts).items():
-        host[kind] += more
+    optimizer_on_host = round(persistent["optimizer"] * critic.parallel.optimizer_offload)
+    num_bytes = sum(persistent.values()) - optimizer_on_host + _fp8_copies(critic, counts)
+    host = {**memory.host, "critic's optimizer": optimizer_on_host}
+    for kind, kind_bytes in offloaded_host_bytes(critic, counts).items():
+        host[kind] += kind_bytes
     if critic.config.checkpoint.asynchronous:
         host["checkpoint being written"] += checkpoint_bytes(
             critic.config, counts, critic.optimizer_shards, with_reference=False
         )
-    freed = persistent["gradients"] if critic.config.rollout.colocated else 0
+    freed_bytes = persistent["gradients"] if critic.config.rollout.colocated else 0
     training = {**memory.training, CRITIC: num_bytes}
-    scoring = {**memory.scoring, CRITIC: num_bytes - freed}
-    freed += memory.freed_bytes + offloaded_bytes(critic, counts)
-    return replace(memory, training=training, scoring=scoring, host=host, freed_bytes=freed)
+    scoring = {**memory.scoring, CRITIC: num_bytes - freed_bytes}
+    freed_bytes += memory.freed_bytes + offloaded_bytes(critic, counts)
+    return replace(memory, training=training, scoring=scoring, host=host, freed_bytes=freed_bytes)
 
 
 def _activations(
@@ -159,10 +166,11 @@ def _activations(
     """Return (bytes kept for the micro-batches in flight, bytes the layer in work adds)."""
     parallel, stages = job.parallel, job.stages[rank]
     flights = _microbatches_held(job, rank)
-    kept_by = {sparse: layer.saved_bytes(parallel) for sparse, layer in layers.items()}
+    saved_bytes = {sparse: layer.saved_bytes(parallel) for sparse, layer in layers.items()}
     # A chunk's output stays after it was sent (deallocate_pipeline_outputs is off).
     kept_bytes = sum(
-        count * (layers[False].input + sum(kept_by[job.is_sparse_layer[n]] for n in chunk.layers))
+        count
+        * (layers[False].input + sum(saved_bytes[job.is_sparse_layer[n]] for n in chunk.layers))
         for chunk, count in zip(stages, flights, strict=True)
     )
     return kept_bytes, max(working_bytes(layer, parallel) for layer in _held(job, rank, layers))
@@ -212,23 +220,23 @@ def microbatches_in_flight(rank: int, pipeline: int, virtual: int, microbatches:
     count = min(2 * (pipeline - rank - 1) + (virtual - 1) * pipeline + 1, virtual * microbatches)
     flights = [0] * virtual
     for start in range(0, microbatches, pipeline):
-        together = min(pipeline, microbatches - start)
+        round_size = min(pipeline, microbatches - start)
         for chunk in range(virtual):
-            flights[chunk] += min(together, count - sum(flights))
+            flights[chunk] += min(round_size, count - sum(flights))
     return flights
 
 
 def memory_section(job: PlannedJob, rank: RankMemory) -> QuantityTable:
     """Return the kinds of one pipeline rank's memory, each with its formula."""
     parallel, value = job.parallel, job.parameter_bytes
-    c = rank.counts
-    dense, expert = f"{c.dense:,} dense", f"{c.expert:,} expert"
+    counts = rank.counts
+    dense, expert = f"{counts.dense:,} dense", f"{counts.expert:,} expert"
     flights = _microbatches_held(job, rank.rank)
     state = parameter_bytes(job.config.model.dtype, job.config.optimizer.moments).optimizer
     gpu_fraction = 1 - parallel.optimizer_offload
     part = f" x {gpu_fraction:.2g}, the rest on the host" if parallel.optimizer_offload else ""
     formulas = {
-        "parameters": f"({dense} + {expert} + {c.frozen:,} frozen) x {value} B",
+        "parameters": f"({dense} + {expert} + {counts.frozen:,} frozen) x {value} B",
         "gradients": f"({dense} + {expert}) x 4 B (fp32)",
         "optimizer": f"{state} B x (dense / {job.data_context_parallel_size} + expert / "
         f"{job.expert_data_parallel_size} replicas){part}",
@@ -378,13 +386,13 @@ class EngineMemory:
 def rollout_section(engines: EngineMemory) -> QuantityTable:
     """Return the memory of one engine GPU."""
     job = engines.job
-    short = (
+    shortage = (
         f"no room, {byte_quantity(-engines.cache_bytes)} short: " if engines.cache_bytes < 0 else ""
     )
     fraction = job.config.rollout.gpu_memory
     if fraction is not None:
-        half = "half of " if engines.trainer_bytes else ""
-        formula = f"rollout.gpu_memory={fraction:g} x memory - {half}reserved - weights"
+        half_text = "half of " if engines.trainer_bytes else ""
+        formula = f"rollout.gpu_memory={fraction:g} x memory - {half_text}reserved - weights"
     else:
         formula = "memory - reserved - weights"
         if engines.receive_buffer_bytes:
@@ -393,16 +401,16 @@ def rollout_section(engines: EngineMemory) -> QuantityTable:
             f" - trainer's {byte_quantity(engines.trainer_bytes)}" if engines.trainer_bytes else ""
         )
     copies = planned_engine_layout(job).redundant_experts
-    most = {}
+    section = {}
     if engines.trainer_bytes:
-        most["share, at most"] = Quantity(
+        section["share, at most"] = Quantity(
             math.floor(100 * engines.free_bytes / job.hardware.memory) / 100,
             "share",
             f"rollout.gpu_memory: memory - trainer's {byte_quantity(engines.trainer_bytes)} - "
             "half of "
             "reserved; an engine's weights, cache and activations",
         )
-    return most | {
+    return section | {
         "weights": byte_quantity(
             engines.weight_bytes,
             f"its part of every tensor: attention over {format_count(engines.tensor, 'GPU')}, "
@@ -419,7 +427,7 @@ def rollout_section(engines: EngineMemory) -> QuantityTable:
             f"{engines.parameter_bytes} B"
             + ("; the MTP layers' among them" if engines.mtp_layers else ""),
         ),
-        "KV cache": byte_quantity(max(0, engines.cache_bytes), f"{short}{formula}"),
+        "KV cache": byte_quantity(max(0, engines.cache_bytes), f"{shortage}{formula}"),
         "tokens cached": Quantity(
             max(0, int(engines.cache_bytes / engines.token_bytes)),
             "tokens",

@@ -58,8 +58,8 @@ def offloaded_bytes(job: PlannedJob, counts: ParameterCounts) -> int:
 
 def offloaded_host_bytes(job: PlannedJob, counts: ParameterCounts) -> dict[str, int]:
     """Return what of it a rank's host holds."""
-    on_host = job.config.parallel.offload_between_phases == "host"
-    return {OFFLOADED: offloaded_bytes(job, counts)} if offloads_state(job) and on_host else {}
+    is_on_host = job.config.parallel.offload_between_phases == "host"
+    return {OFFLOADED: offloaded_bytes(job, counts)} if offloads_state(job) and is_on_host else {}
 
 
 def _most_offloaded_bytes(job: PlannedJob) -> int:
@@ -96,8 +96,8 @@ def offload_time(job: PlannedJob, push_seconds: float) -> QuantityTable:
         disk_rate = hardware.local_disk / min(hardware.gpus_per_node, job.world_size)
         rate, link = min(rate, disk_rate), "a GPU's share of local_disk"
     interval = job.config.checkpoint.every
-    once = 2 * num_bytes / rate
-    seconds = once + (once + push_seconds) / interval
+    transfer_seconds = 2 * num_bytes / rate
+    seconds = transfer_seconds + (transfer_seconds + push_seconds) / interval
     formula = (
         f"{byte_quantity(num_bytes)} away and back / {link}, and once more with a push each "
         f"checkpoint.every={interval} steps"
@@ -111,21 +111,22 @@ def weight_load_time(job: PlannedJob) -> Quantity:
     layout = planned_engine_layout(job)
     tensors = _num_tensors(json.dumps(job.hf), layout, drafts_with_mtp(job))
     rate = job.hardware.memory_bandwidth * assumptions.bandwidth_efficiency / 2  # read and written
-    how = "read and written in the GPU's memory"
+    route = "read and written in the GPU's memory"
     if TRANSPORTS[job.config.push.transport].memory == "host":
-        rate, how = job.hardware.host_link * assumptions.link_efficiency, "through the host's link"
+        rate = job.hardware.host_link * assumptions.link_efficiency
+        route = "through the host's link"
     return Quantity(
         weights / rate + tensors * assumptions.tensor_load_seconds,
         "s",
-        f"{byte_quantity(weights)} {how}, and {tensors:,} tensors x "
+        f"{byte_quantity(weights)} {route}, and {tensors:,} tensors x "
         f"{assumptions.tensor_load_seconds:g} s",
     )
 
 
 @lru_cache
-def _num_tensors(hf: str, layout: EngineLayout, drafting: bool) -> int:
+def _num_tensors(hf: str, layout: EngineLayout, drafts: bool) -> int:
     """Return the tensors of an engine's first GPU."""
-    sharding = PredictedSharding(json.loads(hf), layout, drafts=drafting)
+    sharding = PredictedSharding(json.loads(hf), layout, drafts=drafts)
     return sum(1 for _ in sharding.regions_of(layout.coordinate(0)))
 
 
@@ -145,17 +146,20 @@ def checkpoint_time(job: PlannedJob) -> Quantity:
     the host, and the writing that steps until the next do not hide (`asynchronous`), or all."""
     settings, assumptions = job.config.checkpoint, job.assumptions
     counts = RankCounts(job)
-    reference = job.computes_ref_logprobs or job.keeps_reference
-    copied = max(
+    keeps_reference = job.computes_ref_logprobs or job.keeps_reference
+    copied_bytes = max(
         checkpoint_bytes(
-            job.config, counts.rank_counts(rank), job.optimizer_shards, with_reference=reference
+            job.config,
+            counts.rank_counts(rank),
+            job.optimizer_shards,
+            with_reference=keeps_reference,
         )
         for rank in range(job.parallel.pipeline)
     )
-    seconds = copied / (job.hardware.host_link * assumptions.link_efficiency)
-    formula = f"{byte_quantity(copied)} of a rank to its host"
+    seconds = copied_bytes / (job.hardware.host_link * assumptions.link_efficiency)
+    formula = f"{byte_quantity(copied_bytes)} of a rank to its host"
     if not settings.asynchronous:
-        seconds += copied / assumptions.storage
+        seconds += copied_bytes / assumptions.storage
         formula += " and to storage"
     return Quantity(
         seconds / settings.every, "s", f"({formula}) / checkpoint.every={settings.every}"
@@ -236,15 +240,16 @@ class RoutingReplayTraffic:
     def host_bytes(self, rank: int) -> int:
         """Return the most bytes on the host of a rank, the mean over the ranks of its node: the
         first of a replica's are in the first pipeline stage, one of tensor x context ranks."""
-        longest = self.replica_bytes(self.job.longest_sample)
-        beside = self.job.parallel.tensor * self.job.parallel.context
-        beside = min(beside, self.job.hardware.gpus_per_node)
-        return longest // self.ranks_per_replica + (longest // beside if rank == 0 else 0)
+        longest_bytes = self.replica_bytes(self.job.longest_sample)
+        sharing_ranks = self.job.parallel.tensor * self.job.parallel.context
+        sharing_ranks = min(sharing_ranks, self.job.hardware.gpus_per_node)
+        node_share = longest_bytes // sharing_ranks if rank == 0 else 0
+        return longest_bytes // self.ranks_per_replica + node_share
 
     def section(self) -> QuantityTable:
         """Return where these bytes are, and how many."""
         job, shape, rate = self.job, self.shape, self.job.hardware.host_network
-        layers, chosen = len(shape.moe_layers), f"{shape.topk} experts x {shape.index_bytes} B"
+        layers, experts = len(shape.moe_layers), f"{shape.topk} experts x {shape.index_bytes} B"
         mean, longest = job.sample_tokens, job.longest_sample
         checkpoint, setting = job.config.checkpoint, "checkpoint.every x checkpoint.keep"
         steps = checkpoint.every * checkpoint.keep
@@ -262,7 +267,7 @@ class RoutingReplayTraffic:
             "routed experts": byte_quantity(
                 self.sent_bytes,
                 f"rl.routing_replay: {job.num_responses:,} samples x {mean:,} tokens x "
-                f"{format_count(layers, 'layer')} x {chosen}, in files of the controller's TMPDIR",
+                f"{format_count(layers, 'layer')} x {experts}, in files of the controller's TMPDIR",
             ),
             "at most": byte_quantity(
                 self.stored_bytes(longest),

@@ -178,13 +178,13 @@ def calibrate(runs: Sequence[PublishedRun]) -> dict[str, float]:
         ]
         step = np.linalg.lstsq(np.transpose(slopes), -residuals, rcond=None)[0]
         for part in (1.0, 0.5, 0.25):
-            tried = np.minimum(logs + part * step, 0)  # all are below 1
-            after, less = _residuals(runs, tried, guesses)
-            if less < cost:
+            trial_logs = np.minimum(logs + part * step, 0)  # all are below 1
+            trial_residuals, trial_cost = _residuals(runs, trial_logs, guesses)
+            if trial_cost < cost:
                 break
         else:
             break
-        logs, residuals, cost = tried, after, less
+        logs, residuals, cost = trial_logs, trial_residuals, trial_cost
     return {name: float(f"{value:.2g}") for name, value in _values(logs).items()}
 
 
@@ -243,10 +243,10 @@ def ratios_by_source(
             [run.ratio(**calibrated_values) for run in system_runs],
         )
     parts = ("calibrated", "held_out", "unseen")
-    of_all = {
+    all_ratios = {
         part: [r for ratios in by_system.values() for r in getattr(ratios, part)] for part in parts
     }
-    return by_system | {"all": RatiosOfSource(**of_all)}
+    return by_system | {"all": RatiosOfSource(**all_ratios)}
 
 
 def published_table() -> str:
@@ -265,27 +265,27 @@ def published_table() -> str:
                 key="--published",
                 cause=Cause.NOT_FOUND,
             )
-    half = [run for run in runs if run.calibrates]
-    values = calibrate(half)
+    calibrating_runs = [run for run in runs if run.calibrates]
+    values = calibrate(calibrating_runs)
     width = Assumptions().time_spread
     lines = ["| number | first guess | calibrated | the plan's |", "|---|---|---|---|"]
     lines += [
         f"| {name} | {FREE[name]:.2g} | {value:.2g} | {getattr(Assumptions(), name):.2g} |"
         for name, value in values.items()
     ]
-    spread = range_factor(half, values)
+    spread = range_factor(calibrating_runs, values)
     lines += [f"| time_spread | | {spread:.3f} | {width:.3g} |", ""]
     lines += ["| run | half | predicted | range | published | ratio |", "|---|---|---|---|---|---|"]
     misses = []
     for number, run in enumerate(runs, start=1):
         ratio, value = run.ratio(**values), run.predicted(**values)
-        predicted = Quantity(value, run.unit, "", value / width, value * width)
+        prediction = Quantity(value, run.unit, "", value / width, value * width)
         name = f"{number}. {run.system}: {run.name}"
         if not is_in_range(ratio):
             misses.append(f"{name}, {ratio:.2f}")
         lines.append(
-            f"| {name} | {'calibrated' if run.calibrates else 'held out'} | {predicted} | "
-            f"{predicted.limits} | {Quantity(run.published, run.unit)} | {ratio:.2f} |"
+            f"| {name} | {'calibrated' if run.calibrates else 'held out'} | {prediction} | "
+            f"{prediction.limits} | {Quantity(run.published, run.unit)} | {ratio:.2f} |"
         )
     lines += ["", f"outside its range: {'; '.join(misses) or 'none'}", ""]
     lines += ["| source | calibrated | held out | without it |", "|---|---|---|---|"]
@@ -301,8 +301,8 @@ def is_in_range(ratio: float) -> bool:
 
 
 def _error(ratios: Sequence[float]) -> str:
-    worst = max(ratios, key=lambda ratio: abs(math.log(ratio)), default=1.0)
-    return f"{len(ratios)}: {mean_factor(ratios):.2f} x, worst {worst:.2f}"
+    worst_ratio = max(ratios, key=lambda ratio: abs(math.log(ratio)), default=1.0)
+    return f"{len(ratios)}: {mean_factor(ratios):.2f} x, worst {worst_ratio:.2f}"
 
 
 def _notes() -> list[str]:

@@ -35,17 +35,17 @@ def planned_engine_layout(job: PlannedJob) -> EngineLayout:
     tensor-parallel as far as heads and node allow and data-parallel beyond, and routed experts are
     spread over all GPUs of an engine.
     """
-    configured = engine_layout(job.config)
-    if configured.ranks_per_engine > 1:
-        return configured
-    largest = min(job.engine_gpus, job.hardware.gpus_per_node)
-    tensor = max(size for size in range(1, largest + 1) if _divides_attention(job, size))
+    recipe_layout = engine_layout(job.config)
+    if recipe_layout.ranks_per_engine > 1:
+        return recipe_layout
+    max_tensor = min(job.engine_gpus, job.hardware.gpus_per_node)
+    tensor = max(size for size in range(1, max_tensor + 1) if _divides_attention(job, size))
     return EngineLayout(
         engines=job.config.rollout.engines,
         tensor=tensor,
         data=job.engine_gpus // tensor,
         expert_parallel=job.has_experts and job.engine_gpus > 1,
-        redundant_experts=configured.redundant_experts,
+        redundant_experts=recipe_layout.redundant_experts,
     )
 
 
@@ -148,10 +148,10 @@ def receive_buffer_bytes(job: PlannedJob, memory: Literal["host", "GPU"] | None 
         memory: the memory to count: 0 is returned if the transport's buffer is not there, or not
             between pushes. None counts it wherever it is.
     """
-    elsewhere = memory is not None and (
+    is_elsewhere = memory is not None and (
         memory != _receive_buffer_place(job) or reuses_kv_cache(job)
     )
-    if elsewhere or not has_push(job):
+    if is_elsewhere or not has_push(job):
         return 0
     return pushed_rank_bytes(job)
 
@@ -193,24 +193,27 @@ def push_section(job: PlannedJob) -> QuantityTable:
     parallel, engines, form = job.parallel, planned_engine_layout(job), _pushed_dtype(job)
     grid = TrainerGrid.from_recipe(parallel, job.world_size)
     # What is for one host has to be set to gloo or nccl for more.
-    most = 1 if job.config.push.on_one_host and _is_one_node(job) else MAX_SET_ENGINES
+    max_engines = 1 if job.config.push.on_one_host and _is_one_node(job) else MAX_SET_ENGINES
     count = _byte_count(form)
-    lora, of_mtp = pushed_lora(job), drafts_with_mtp(job)
+    lora, drafts = pushed_lora(job), drafts_with_mtp(job)
     traffic = traffic_of_sets(
-        job.hf, grid, engines, job.stages, count, most, drafts=of_mtp, lora=lora
+        job.hf, grid, engines, job.stages, count, max_engines, drafts=drafts, lora=lora
     )
-    received = traffic.received_bytes
-    link, link_name = push_link(job)
-    written = form
+    rank_bytes = traffic.received_bytes
+    rate, link_name = push_link(job)
+    dtype_text = form
     if form == "FP8":
-        written = f"FP8, 1 B + 4 B / 128 x 128, what is no projection in {job.config.rollout.dtype}"
-    into, out, gpus = max(received), max(traffic.sent_bytes), format_count(engines.num_ranks, "GPU")
-    total, busiest = sum(received) * engines.engines, into * len(received) / sum(received)
+        dtype_text = (
+            f"FP8, 1 B + 4 B / 128 x 128, what is no projection in {job.config.rollout.dtype}"
+        )
+    engine_bytes, trainer_bytes = max(rank_bytes), max(traffic.sent_bytes)
+    total, gpus = sum(rank_bytes) * engines.engines, format_count(engines.num_ranks, "GPU")
+    imbalance = engine_bytes * len(rank_bytes) / sum(rank_bytes)
     section = {
         "into an engine GPU": byte_quantity(
-            into,
-            f"{'its part of every tensor' if lora is None else ADAPTERS}, once, in {written}; "
-            f"{into / link:.2g} s through its {link_name}",
+            engine_bytes,
+            f"{'its part of every tensor' if lora is None else ADAPTERS}, once, in {dtype_text}; "
+            f"{engine_bytes / rate:.2g} s through its {link_name}",
         ),
         "into all engines": byte_quantity(total, f"{gpus}, each what it needs and no more"),
         "over what is needed": Quantity(
@@ -219,9 +222,9 @@ def push_section(job: PlannedJob) -> QuantityTable:
             "bytes into all engines / those of the parts that their GPUs compute with; 1 is the "
             "least",
         ),
-        "busiest engine GPU": Quantity(busiest, "x", f"its bytes / the average of {gpus}"),
+        "busiest engine GPU": Quantity(imbalance, "x", f"its bytes / the average of {gpus}"),
         "out of a trainer rank": byte_quantity(
-            out,
+            trainer_bytes,
             f"the busiest, {traffic.busiest_sender:.2f} x the average of {grid.world_size}; once "
             "per "
             f"set of {format_count(traffic.num_engines, 'engine')}, which pass it on",
@@ -253,22 +256,22 @@ def _connections(
     rate, link = push_link(job)
     over_nccl = TRANSPORTS[job.config.push.transport].sends_in_rounds
     colocated = shares_gpus_over_nccl(job.config)
-    of_set = 0 if colocated else traffic.num_engines * engines.ranks_per_engine
-    communicator = grid.world_size + of_set if over_nccl else 0
-    creation, way = (
+    set_ranks = 0 if colocated else traffic.num_engines * engines.ranks_per_engine
+    communicator = grid.world_size + set_ranks if over_nccl else 0
+    creation, route = (
         "",
         f"a process group of two, and an engine rank has one of {traffic.num_engines}",
     )
     if over_nccl:
         creation = f", and the creation of an NCCL communicator of {communicator:,} ranks"
-        way = "sent in rounds through one communicator"
+        route = "sent in rounds through one communicator"
     section = {
         "links of a rank": Quantity(
             traffic.links_per_trainer_rank,
             "",
             "of the busiest trainer rank to engine ranks, of an engine rank "
             f"{traffic.links_per_engine_rank:,}; each "
-            f"is {way}",
+            f"is {route}",
         ),
         "store requests": Quantity(
             traffic.requests(engines, grid.world_size, over_nccl=over_nccl),
@@ -303,20 +306,20 @@ def _rounds_time(job: PlannedJob, engines: EngineLayout, grid: TrainerGrid) -> Q
     plans = set_plans(*layout, count, MAX_SET_ENGINES, drafts=drafts_with_mtp(job), lora=lora)
     sets, ranks = engine_sets(engines.engines, MAX_SET_ENGINES), engines.ranks_per_engine
     colocated = shares_gpus_over_nccl(job.config)
-    order = planned_schedule(plans, sets, ranks, grid.world_size, colocated=colocated)
+    schedule = planned_schedule(plans, sets, ranks, grid.world_size, colocated=colocated)
     return Quantity(
-        round_seconds(order, rate, job.assumptions),
+        round_seconds(schedule, rate, job.assumptions),
         "s",
-        f"{format_count(order.num_scatter_rounds, 'round')} in which weights enter engines, and "
-        f"{order.num_relay_rounds:,} in which these pass them on: of a bucket each way "
+        f"{format_count(schedule.num_scatter_rounds, 'round')} in which weights enter engines, and "
+        f"{schedule.num_relay_rounds:,} in which these pass them on: of a bucket each way "
         f"through every {link}",
     )
 
 
 def _receive_buffer_formula(job: PlannedJob) -> str:
     push = job.config.push
-    borrowed = ", in the place of its KV cache" if reuses_kv_cache(job) else ""
-    place = f"{_receive_buffer_place(job)}{borrowed}"
+    reuse_text = ", in the place of its KV cache" if reuses_kv_cache(job) else ""
+    place = f"{_receive_buffer_place(job)}{reuse_text}"
     content = "all its weights" if pushed_lora(job) is None else ADAPTERS
     text = f"of an engine rank, on its {place} ({push.transport}); {content}"
     if push.on_one_host and not _is_one_node(job):

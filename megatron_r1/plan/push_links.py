@@ -61,12 +61,12 @@ class SetTraffic:
     def seconds(self, rate: float, assumptions: Assumptions) -> float:
         """Return the time of a push through adapters of `rate`: what enters, from the busiest
         trainer rank, then rounds of what is passed on, in rings."""
-        passed_on = max(self.received_bytes) - self.entering_bytes
-        rounds = -(-passed_on // (RELAY_BUCKET_BYTES * self.num_engines))
+        relayed_bytes = max(self.received_bytes) - self.entering_bytes
+        rounds = -(-relayed_bytes // (RELAY_BUCKET_BYTES * self.num_engines))
         hops = (self.num_engines - 1) * assumptions.hop_seconds
         return (
             max(max(self.sent_bytes), self.entering_bytes) / rate
-            + passed_on / rate
+            + relayed_bytes / rate
             + rounds * (assumptions.round_seconds + hops)
         )
 
@@ -83,11 +83,11 @@ class SetTraffic:
             world_size: trainer ranks.
             over_nccl: whether one communicator has all ranks."""
         ranks, positions = engines.num_ranks, engines.ranks_per_engine
-        of_engines = ranks * (5 if over_nccl else 4 + 2 * (self.num_engines > 1)) + positions
-        of_trainer = engines.engines + ranks + positions + 2 * world_size * self.num_sets
+        engine_requests = ranks * (5 if over_nccl else 4 + 2 * (self.num_engines > 1)) + positions
+        trainer_requests = engines.engines + ranks + positions + 2 * world_size * self.num_sets
         plans = self.num_sets * (positions + 1)
         pairs = 0 if over_nccl else PAIR_REQUESTS * self.num_links
-        return of_engines + of_trainer + plans + pairs
+        return engine_requests + trainer_requests + plans + pairs
 
     def setup_seconds(
         self,
@@ -107,26 +107,26 @@ class SetTraffic:
             assumptions: the rates assumed.
             communicator: the ranks of NCCL's largest communicator, or 0 over another transport."""
         tables = num_slots * SLOT_BYTES
-        creating = assumptions.group_seconds + communicator * assumptions.group_rank_seconds
+        creation_seconds = assumptions.group_seconds + communicator * assumptions.group_rank_seconds
         return (
             self.requests(engines, world_size, over_nccl=bool(communicator))
             / assumptions.store_requests
             + 2 * tables / assumptions.store_bytes
             + assumptions.set_plan_seconds
-            + (creating if communicator else 0)
+            + (creation_seconds if communicator else 0)
         )
 
 
-def round_seconds(order: RoundSchedule, rate: float, assumptions: Assumptions) -> float:
+def round_seconds(schedule: RoundSchedule, rate: float, assumptions: Assumptions) -> float:
     """Return the time of a push in rounds through adapters of `rate`, where each round takes as
     long as its largest bucket.
 
     Args:
-        order: the rounds and their buckets.
+        schedule: the rounds and their buckets.
         rate: bytes per second through an adapter.
         assumptions: the seconds that a round takes besides."""
-    largest = order.largest_buckets()
-    return float(np.sum(largest / rate + assumptions.round_seconds))
+    bucket_bytes = schedule.largest_buckets()
+    return float(np.sum(bucket_bytes / rate + assumptions.round_seconds))
 
 
 def traffic_of_sets(
@@ -153,27 +153,27 @@ def traffic_of_sets(
         lora: the adapters, where these alone are pushed."""
     sets = engine_sets(engines.engines, max_engines)
     plans = set_plans(hf, grid, engines, stages, count, max_engines, drafts=drafts, lora=lora)
-    out: Counter[int] = Counter()
-    into: Counter[tuple[int, int, int]] = Counter()
-    entering: Counter[tuple[int, int, int]] = Counter()
-    sent, received = [0.0] * grid.world_size, [0.0] * engines.ranks_per_engine
+    trainer_links: Counter[int] = Counter()
+    engine_links: Counter[tuple[int, int, int]] = Counter()
+    entering_bytes: Counter[tuple[int, int, int]] = Counter()
+    sent_bytes, received_bytes = [0.0] * grid.world_size, [0.0] * engines.ranks_per_engine
     for index, plan in enumerate(plans):
         for link in chain.from_iterable(plan):
             engine_rank = index, link.member, link.engine_rank
-            out[link.trainer_rank] += 1
-            sent[link.trainer_rank] += link.num_bytes
-            into[engine_rank] += 1
-            entering[engine_rank] += link.num_bytes
-            received[link.engine_rank] += link.num_bytes / len(sets)
+            trainer_links[link.trainer_rank] += 1
+            sent_bytes[link.trainer_rank] += link.num_bytes
+            engine_links[engine_rank] += 1
+            entering_bytes[engine_rank] += link.num_bytes
+            received_bytes[link.engine_rank] += link.num_bytes / len(sets)
     return SetTraffic(
-        sent_bytes=sent,
-        links_per_trainer_rank=max(out.values()),
-        links_per_engine_rank=max(into.values()),
-        num_links=out.total(),
+        sent_bytes=sent_bytes,
+        links_per_trainer_rank=max(trainer_links.values()),
+        links_per_engine_rank=max(engine_links.values()),
+        num_links=trainer_links.total(),
         num_sets=len(sets),
         num_engines=max(map(len, sets)),
-        entering_bytes=max(entering.values()),
-        received_bytes=received,
+        entering_bytes=max(entering_bytes.values()),
+        received_bytes=received_bytes,
     )
 
 
@@ -246,6 +246,8 @@ def _set_plans(
     count: CountBytes,
     max_engines: int,
 ) -> list[SetPlan]:
-    needs = weights.predicted_layout(engines)
-    planner = Planner(json.loads(weights.hf), grid, engines, stages, needs, weights.adapter_table)
+    sharding = weights.predicted_layout(engines)
+    planner = Planner(
+        json.loads(weights.hf), grid, engines, stages, sharding, weights.adapter_table
+    )
     return plan_sets(planner, count, engine_sets(engines.engines, max_engines))

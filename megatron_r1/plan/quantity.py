@@ -110,37 +110,37 @@ def apply_calibration(
             measured on other hardware."""
     values = read_sections(file, "--calibrate")
     names = [*described_fields(assumptions), *described_fields(hardware)]
-    measured_on = values.pop(RELATIVE_TO, hardware.name)
-    if measured_on != hardware.name:
+    measured_hardware = values.pop(RELATIVE_TO, hardware.name)
+    if measured_hardware != hardware.name:
         raise UserError(
-            f"--calibrate {file}: its values are for hardware: {measured_on}, and the plan for "
-            f"{hardware.name}; pass --hardware {measured_on}, or measure there",
+            f"--calibrate {file}: its values are for hardware: {measured_hardware}, and the plan "
+            f"for {hardware.name}; pass --hardware {measured_hardware}, or measure there",
             key="--calibrate",
             cause=Cause.CONFLICT,
         )
     for name in values:
         if name not in names:
-            near = did_you_mean(name, names, "{}") or f"; there are {', '.join(names)}"
+            suggestion = did_you_mean(name, names, "{}") or f"; there are {', '.join(names)}"
             raise UserError(
-                f"--calibrate {file}: unknown name {name}{near}",
+                f"--calibrate {file}: unknown name {name}{suggestion}",
                 key="--calibrate",
                 cause=Cause.UNKNOWN,
             )
     values = {name: _number(value) for name, value in values.items()}
     try:
-        of_hardware, of_assumptions = (
+        hardware_values, assumption_values = (
             {name: values[name] for name in described_fields(part) if name in values}
             for part in (hardware, assumptions)
         )
         hardware, assumptions = (
-            replace(hardware, **of_hardware),
-            replace(assumptions, **of_assumptions),
+            replace(hardware, **hardware_values),
+            replace(assumptions, **assumption_values),
         )
     except ValidationError as failure:
         error = failure.errors()[0]
-        why = error["msg"].replace("Input", "it")
+        reason = error["msg"].replace("Input", "it")
         raise UserError(
-            f"--calibrate {file}: {error['loc'][0]}: {error['input']!r}: {why}",
+            f"--calibrate {file}: {error['loc'][0]}: {error['input']!r}: {reason}",
             key="--calibrate",
             cause=Cause.MALFORMED,
         ) from None

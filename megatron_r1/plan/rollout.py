@@ -49,8 +49,8 @@ class RolloutTime:
     @property
     def tokens_per_pass(self) -> float:
         """Mean tokens of a sequence in a pass: a draft counts while all before it were right."""
-        right = self.job.assumptions.draft_acceptance
-        return sum(right**n for n in range(self.engines.num_draft_tokens + 1))
+        acceptance = self.job.assumptions.draft_acceptance
+        return sum(acceptance**n for n in range(self.engines.num_draft_tokens + 1))
 
     def step_seconds(self, sequences: float) -> float:
         """Return seconds of one token for each of `sequences` in a group: the longer of reading
@@ -61,9 +61,9 @@ class RolloutTime:
         engines = self.engines
         layers = job.hf["num_hidden_layers"]
         passes = layers + engines.num_draft_tokens * (engines.mtp_layers > 0)  # in layers
-        cached = engines.cached_tokens
-        read = self._weights_read(sequences) + sequences * cached * engines.token_bytes
-        flops = sequences * decode_flops(job.hf, cached, self._speedup) / engines.tensor
+        cached_tokens = engines.cached_tokens
+        read_bytes = self._weights_read(sequences) + sequences * cached_tokens * engines.token_bytes
+        flops = sequences * decode_flops(job.hf, cached_tokens, self._speedup) / engines.tensor
         flops *= (1 + engines.num_draft_tokens) * passes / layers
         latency = assumptions.pass_seconds + self.exchange_seconds(sequences)
         if job.engine_gpus > 1:
@@ -71,7 +71,7 @@ class RolloutTime:
         if job.config.rollout.vllm.get("enforce_eager"):
             latency += assumptions.eager_latency_per_layer * passes
         seconds = latency + max(
-            read / (hardware.memory_bandwidth * assumptions.bandwidth_efficiency),
+            read_bytes / (hardware.memory_bandwidth * assumptions.bandwidth_efficiency),
             flops / (hardware.bf16 * assumptions.compute_efficiency),
         )
         return seconds / self.tokens_per_pass
@@ -90,14 +90,15 @@ class RolloutTime:
     def experts(self) -> ExpertExchange:
         """The exchange of a layer's routed experts; within one rank where engines have none."""
         job, layout = self.job, planned_engine_layout(self.job)
-        spread = layout.expert_parallel and layout.data > 1 and job.has_experts
-        nodes = job.hf.get("topk_group") or math.inf  # groups of experts are laid out node by node
+        spreads_experts = layout.expert_parallel and layout.data > 1 and job.has_experts
+        # Groups of experts are laid out node by node.
+        max_nodes = job.hf.get("topk_group") or math.inf
         return ExpertExchange(
             EngineInterconnect(job.hardware, job.assumptions),
-            ranks=job.engine_gpus if spread else 1,
+            ranks=job.engine_gpus if spreads_experts else 1,
             hidden=job.hf["hidden_size"],
             topk=job.hf.get("num_experts_per_tok", 1),
-            max_nodes=nodes,
+            max_nodes=max_nodes,
             value=1 if pushes_fp8(job) else 2,
         )
 
@@ -110,37 +111,36 @@ class RolloutTime:
         """Return seconds of a pass's exchanges: two sums over tensor ranks in each layer, and that
         of routed experts in those that have them."""
         job, engines = self.job, self.engines
-        drafting = engines.num_draft_tokens * (engines.mtp_layers > 0)
+        draft_layers = engines.num_draft_tokens * (engines.mtp_layers > 0)
         num_bytes = (
             sequences
             * (1 + engines.num_draft_tokens)
             * job.hf["hidden_size"]
             * engines.parameter_bytes
         )
-        sums = 2 * self.experts.links.all_reduce_seconds(engines.tensor, num_bytes)
-        exchange = self.layer_exchange(sequences, self.backend)
-        layers, sparse = job.hf["num_hidden_layers"], sum(job.is_sparse_layer)
-        return (layers + drafting) * sums + (sparse + drafting) * exchange
+        sum_seconds = 2 * self.experts.links.all_reduce_seconds(engines.tensor, num_bytes)
+        expert_seconds = self.layer_exchange(sequences, self.backend)
+        layers, sparse_layers = job.hf["num_hidden_layers"], sum(job.is_sparse_layer)
+        tensor_seconds = (layers + draft_layers) * sum_seconds
+        return tensor_seconds + (sparse_layers + draft_layers) * expert_seconds
 
     def _weights_read(self, sequences: float) -> float:
         """Return weight bytes read in a step; experts, and copies of them, without tokens are
         not read."""
         engines = self.engines
-        routed = self.counts.routed + (self.counts.mtp_routed if engines.mtp_layers else 0)
-        if not routed:
+        routed_parameters = self.counts.routed + (
+            self.counts.mtp_routed if engines.mtp_layers else 0
+        )
+        if not routed_parameters:
             return engines.weight_bytes
-        experts, chosen = self.job.hf["n_routed_experts"], self.job.hf["num_experts_per_tok"]
+        experts, topk = self.job.hf["n_routed_experts"], self.job.hf["num_experts_per_tok"]
         # Tokens spread evenly.
         held_experts = experts + planned_engine_layout(self.job).redundant_experts
-        together = (
-            sequences * self.job.engine_gpus / engines.tensor * (1 + engines.num_draft_tokens)
-        )
-        idle = (1 - chosen / held_experts) ** together
+        tokens = sequences * self.job.engine_gpus / engines.tensor * (1 + engines.num_draft_tokens)
+        idle_fraction = (1 - topk / held_experts) ** tokens
         value = 1 if pushes_fp8(self.job) else engines.parameter_bytes
-        return (
-            engines.weight_bytes
-            - routed * held_experts / experts / self.job.engine_gpus * value * idle
-        )
+        held_parameters = routed_parameters * held_experts / experts / self.job.engine_gpus
+        return engines.weight_bytes - held_parameters * value * idle_fraction
 
     @property
     def longest_seconds(self) -> float:
@@ -148,19 +148,19 @@ class RolloutTime:
         as a mean one, then alone, when their experts are idle; among others to its end where later
         rollouts fill the engines."""
         mean, longest = self.job.response_tokens, self.job.longest_response
-        among = self.step_seconds(self.engines.mean_concurrency)
-        return mean * among + (longest - mean) * self._last_step_seconds
+        token_seconds = self.step_seconds(self.engines.mean_concurrency)
+        return mean * token_seconds + (longest - mean) * self._last_step_seconds
 
     @property
     def _last_step_seconds(self) -> float:
         """Seconds of one token of the longest response when its rollout's others have ended."""
         engines = self.engines
-        alone = (
+        concurrency = (
             min(engines.mean_concurrency, 1.0)
             if engines.rollouts_in_flight == 1
             else engines.mean_concurrency
         )
-        return self.step_seconds(alone)
+        return self.step_seconds(concurrency)
 
     @property
     def prefill_seconds(self) -> float:
@@ -174,37 +174,34 @@ class RolloutTime:
     def throughput_seconds(self) -> float:
         """Seconds in which the engines, full to their limits, sample as many tokens as a rollout
         has."""
-        tokens, together = (
-            self.engines.sequences * self.job.response_tokens,
-            self.engines.mean_concurrency,
-        )
-        return self.prefill_seconds + tokens / together * self.step_seconds(together)
+        tokens = self.engines.sequences * self.job.response_tokens
+        concurrency = self.engines.mean_concurrency
+        return self.prefill_seconds + tokens / concurrency * self.step_seconds(concurrency)
 
     def seconds(self) -> tuple[float | None, str]:
         """Return (seconds from the beginning to the end of one rollout, formula); None without room
         for a sequence's cache."""
         engines = self.engines
-        job, together = self.job, engines.mean_concurrency
+        job, concurrency = self.job, engines.mean_concurrency
         if not engines.max_concurrency:
             return None, "no room for a sequence's cache"
         mean, longest = job.response_tokens, job.longest_response
-        first, several = self.prefill_seconds, ""
-        throughput = self.throughput_seconds
-        last = first + self.longest_seconds
+        prefill_seconds, flight_note = self.prefill_seconds, ""
+        throughput_seconds = self.throughput_seconds
+        end_seconds = prefill_seconds + self.longest_seconds
         if engines.rollouts_in_flight > 1:
-            several = f" ({engines.rollouts_in_flight} rollouts in flight)"
+            flight_note = f" ({engines.rollouts_in_flight} rollouts in flight)"
         text = (
-            f"prefill {first:.2g} s + the longer of: {round_number(engines.sequences)} x "
+            f"prefill {prefill_seconds:.2g} s + the longer of: {round_number(engines.sequences)} x "
             f"{format_count(mean, 'token')} on {format_count(engines.tensor, 'GPU')}, "
-            f"{round_number(together)} at once{several}, "
-            f"{round_number(self.step_seconds(together) * 1e3)} "
-            f"ms a token: {round_number(throughput - first)} s; one response of {longest:,}, the "
-            "first "
-            f"{mean:,} tokens at that, the others at "
+            f"{round_number(concurrency)} at once{flight_note}, "
+            f"{round_number(self.step_seconds(concurrency) * 1e3)} ms a token: "
+            f"{round_number(throughput_seconds - prefill_seconds)} s; one response of "
+            f"{longest:,}, the first {mean:,} tokens at that, the others at "
             f"{round_number(self._last_step_seconds * 1e3)} ms: "
-            f"{round_number(last - first)} s{self._drafting()}"
+            f"{round_number(end_seconds - prefill_seconds)} s{self._drafting()}"
         )
-        return max(throughput, last), text
+        return max(throughput_seconds, end_seconds), text
 
     def _drafting(self) -> str:
         method = self.job.config.rollout.speculative.method
@@ -222,25 +219,24 @@ class RolloutTime:
 def exchange_section(rollout: RolloutTime) -> QuantityTable:
     """Return seconds of a layer's exchange of routed experts by each backend, and its bytes."""
     engines = rollout.engines
-    job, together = engines.job, engines.mean_concurrency
-    if rollout.experts.ranks == 1 or not together:
+    job, concurrency = engines.job, engines.mean_concurrency
+    if rollout.experts.ranks == 1 or not concurrency:
         return {}
     section = {}
     for backend in BACKENDS:
-        used = ", the engines'" if backend == rollout.backend else ""
+        owner = ", the engines'" if backend == rollout.backend else ""
         section[backend] = Quantity(
-            rollout.layer_exchange(together, backend),
+            rollout.layer_exchange(concurrency, backend),
             "s",
-            f"{round_number(together * (1 + engines.num_draft_tokens) / engines.tensor)} tokens a "
-            "GPU to "
-            f"{rollout.experts.topk} experts on {format_count(rollout.experts.ranks, 'GPU')} and "
-            "back"
-            f"{used}; {EXCHANGE_SOURCES[backend]}",
+            f"{round_number(concurrency * (1 + engines.num_draft_tokens) / engines.tensor)} tokens "
+            f"a GPU to {rollout.experts.topk} experts on "
+            f"{format_count(rollout.experts.ranks, 'GPU')} and back{owner}; "
+            f"{EXCHANGE_SOURCES[backend]}",
         )
     section["sums over tensor ranks"] = Quantity(
-        rollout.exchange_seconds(together)
+        rollout.exchange_seconds(concurrency)
         - (sum(job.is_sparse_layer) + engines.num_draft_tokens * (engines.mtp_layers > 0))
-        * rollout.layer_exchange(together, rollout.backend),
+        * rollout.layer_exchange(concurrency, rollout.backend),
         "s",
         f"of a pass: 2 a layer over {format_count(engines.tensor, 'GPU')}, NCCL's own model",
     )
@@ -300,7 +296,7 @@ def teacher_section(job: PlannedJob, key: str, teacher: TeacherEngines) -> Quant
     has_others = bool(job.config.teacher.by_source)
     ranks = teacher.tensor * teacher.pipeline * teacher.data
     gpus = (len(teacher.url) or teacher.engines) * ranks
-    split, value = teacher.tensor * teacher.pipeline, BYTES[teacher.dtype]
+    shards, value = teacher.tensor * teacher.pipeline, BYTES[teacher.dtype]
     total, tokens = ModelCounts(hf).total, job.num_responses * job.sample_tokens
     flops = forward_flops(hf, job.sample_tokens)
     seconds = tokens * flops / (gpus * job.hardware.bf16 * job.assumptions.compute_efficiency)
@@ -310,8 +306,8 @@ def teacher_section(job: PlannedJob, key: str, teacher: TeacherEngines) -> Quant
     )
     return {
         "weights": byte_quantity(
-            total * value / split,
-            f"{total:,} x {value} B / {format_count(split, 'GPU')} of an engine",
+            total * value / shards,
+            f"{total:,} x {value} B / {format_count(shards, 'GPU')} of an engine",
         ),
         "logits": byte_quantity(
             2 * teacher.tokens_at_once * hf["vocab_size"] * LOGITS_BYTES,

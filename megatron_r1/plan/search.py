@@ -30,14 +30,14 @@ class FittingLayout:
 def nearest_layouts(job: PlannedJob, count: int = 5) -> list[FittingLayout]:
     """Return layouts that fit, fewest and smallest changes first."""
     candidates = sorted(_candidates(job), key=itemgetter(0))
-    fitting = filter(None, (_fitting(job, *candidate) for candidate in candidates))
-    return sorted(islice(fitting, count), key=attrgetter("distance", "seconds"))
+    layouts = filter(None, (_fitting(job, *candidate) for candidate in candidates))
+    return sorted(islice(layouts, count), key=attrgetter("distance", "seconds"))
 
 
 def fastest_layouts(job: PlannedJob, count: int = 10) -> list[FittingLayout]:
     """Return layouts that fit, shortest estimated step first."""
-    fitting = filter(None, (_fitting(job, *candidate) for candidate in _candidates(job)))
-    return sorted(fitting, key=attrgetter("seconds"))[:count]
+    layouts = filter(None, (_fitting(job, *candidate) for candidate in _candidates(job)))
+    return sorted(layouts, key=attrgetter("seconds"))[:count]
 
 
 def nearest_sizes(job: PlannedJob) -> list[PlannedJob]:
@@ -46,13 +46,19 @@ def nearest_sizes(job: PlannedJob) -> list[PlannedJob]:
     parallel = job.parallel
     replica = parallel.tensor * parallel.context * parallel.pipeline
     experts = parallel.expert_tensor * parallel.expert * parallel.pipeline
-    smallest, most = math.lcm(replica, experts), job.num_responses // job.minibatches * replica
+    smallest_size = math.lcm(replica, experts)
+    largest_size = job.num_responses // job.minibatches * replica
     rollout = job.config.rollout
-    of_engine = 1 if job.rollout_gpus else rollout.tensor * rollout.data
-    sizes = [size for n in range(20) if of_engine <= (size := smallest * 2**n) <= most]
-    below = (size for size in reversed(sizes) if size < job.world_size)
-    above = (size for size in sizes if size > job.world_size)
-    jobs = (next(filter(_fits_always, map(job.with_gpus, side)), None) for side in (below, above))
+    engine_gpus = 1 if job.rollout_gpus else rollout.tensor * rollout.data
+    sizes = [
+        size for n in range(20) if engine_gpus <= (size := smallest_size * 2**n) <= largest_size
+    ]
+    smaller_sizes = (size for size in reversed(sizes) if size < job.world_size)
+    larger_sizes = (size for size in sizes if size > job.world_size)
+    jobs = (
+        next(filter(_fits_always, map(job.with_gpus, side)), None)
+        for side in (smaller_sizes, larger_sizes)
+    )
     return [job_found for job_found in jobs if job_found]
 
 
@@ -92,16 +98,16 @@ def even_layout(num_layers: int, num_mtp: int, chunks: int) -> str | None:
         chunks: stages, virtual ones counted."""
     if chunks == 1 or num_layers % chunks == 0:
         return None
-    last = max(1, (num_layers + 1) // chunks - 1)
-    short, longer = divmod(num_layers - last, chunks - 1)
-    lengths = [short + (index >= chunks - 1 - longer) for index in range(chunks - 1)]
-    if not short:
+    last_length = max(1, (num_layers + 1) // chunks - 1)
+    short_length, num_longer = divmod(num_layers - last_length, chunks - 1)
+    lengths = [short_length + (index >= chunks - 1 - num_longer) for index in range(chunks - 1)]
+    if not short_length:
         return None
     text = ""
     for length, run in groupby(lengths):
         stage, times = f"{_layers(length)}|", len(list(run))
         text += stage if times == 1 else f"({stage})*{times}"
-    return f"E{text}{_layers(last)}{'m' * num_mtp}L"
+    return f"E{text}{_layers(last_length)}{'m' * num_mtp}L"
 
 
 def _layers(count: int) -> str:
@@ -147,8 +153,10 @@ def _distance(job: PlannedJob, changes: dict) -> float:
 
 def _fitting(job: PlannedJob, distance: float, changes: dict) -> FittingLayout | None:
     chunks = changes["pipeline"] * changes["virtual_pipeline"]
-    same = all(getattr(job.parallel, k) == changes[k] for k in ("pipeline", "virtual_pipeline"))
-    if not same:
+    keeps_stages = all(
+        getattr(job.parallel, k) == changes[k] for k in ("pipeline", "virtual_pipeline")
+    )
+    if not keeps_stages:
         num_mtp = len(job.weight_table.mtp) if job.with_mtp else 0
         changes["pipeline_layout"] = even_layout(job.hf["num_hidden_layers"], num_mtp, chunks)
     if changes["recompute"] == "selective" != job.parallel.recompute:
@@ -156,5 +164,7 @@ def _fitting(job: PlannedJob, distance: float, changes: dict) -> FittingLayout |
     estimate = _fitting_estimate(job.with_parallel(**changes))
     if estimate is None or estimate.step.value is None:
         return None
-    differing = {k: v for k, v in changes.items() if getattr(job.parallel, k) != v}
-    return FittingLayout(differing, distance, estimate.peak_rank.peak_bytes, estimate.step.number)
+    parallel_changes = {k: v for k, v in changes.items() if getattr(job.parallel, k) != v}
+    return FittingLayout(
+        parallel_changes, distance, estimate.peak_rank.peak_bytes, estimate.step.number
+    )

@@ -51,9 +51,9 @@ def narrowing_number(job: PlannedJob, name: str) -> str | None:
         return "local_disk" if to_disk else "host_link"
     if name in ("scoring", "training", "optimizer step", "critic"):
         return "compute_efficiency"
-    engines = "decode_latency_per_layer" if job.engine_gpus > 1 else "bandwidth_efficiency"
+    engine_number = "decode_latency_per_layer" if job.engine_gpus > 1 else "bandwidth_efficiency"
     numbers = {
-        "rollout": engines,
+        "rollout": engine_number,
         "push": "push_efficiency",
         "load": "tensor_load_seconds",
         "sleep and wake": "wake_seconds",
@@ -146,8 +146,8 @@ class StepTime:
         }
         if "context" in seconds:
             attention = attention_flops(self.job.hf, self.length) * sum(self.job.layers(rank))
-            behind = self._seconds(attention * self._passes(backward))
-            seconds["context"] = max(0.0, seconds["context"] - behind)
+            attention_seconds = self._seconds(attention * self._passes(backward))
+            seconds["context"] = max(0.0, seconds["context"] - attention_seconds)
         if "expert" in seconds and backward:
             seconds["expert"] = self.expert_exchange_seconds(rank)
         return sum(seconds.values())
@@ -161,10 +161,10 @@ class StepTime:
             return seconds
         experts = expert_flops(self.job, self.job.is_sparse_layer.index(True)) / self._speedup
         parts = (self._layer_flops[1] - experts, experts)
-        once = group.seconds(self.job, group.forward_bytes) / (2 * sparse)
-        exposed = sparse * exposed_seconds(once, *map(self._seconds, parts))
-        alone = unpaired_fraction(self.job, rank)
-        return alone * seconds + (1 - alone) * exposed
+        transfer_seconds = group.seconds(self.job, group.forward_bytes) / (2 * sparse)
+        paired_seconds = sparse * exposed_seconds(transfer_seconds, *map(self._seconds, parts))
+        unpaired_share = unpaired_fraction(self.job, rank)
+        return unpaired_share * seconds + (1 - unpaired_share) * paired_seconds
 
     @property
     def _speedup(self) -> float:
@@ -177,9 +177,11 @@ class StepTime:
         """Forward FLOP of a token through a dense and a sparse layer, as many as bf16 computes in
         their time; 0 if the model has none."""
         job = self.job
-        first = {sparse: layer for layer, sparse in enumerate(job.is_sparse_layer)}
+        layer_of_kind = {sparse: layer for layer, sparse in enumerate(job.is_sparse_layer)}
         dense, sparse = (
-            layer_flops(job, first[kind], self.length, self._speedup) if kind in first else 0.0
+            layer_flops(job, layer_of_kind[kind], self.length, self._speedup)
+            if kind in layer_of_kind
+            else 0.0
             for kind in (False, True)
         )
         return dense, sparse
@@ -209,8 +211,10 @@ class StepTime:
         pipeline = self.groups(0).get("pipeline")
         if pipeline is None:
             return 0.0
-        sent = pipeline.seconds(self.job, pipeline.forward_bytes / self.job.num_model_chunks)
-        return self.job.assumptions.host_stall_seconds + sent
+        transfer_seconds = pipeline.seconds(
+            self.job, pipeline.forward_bytes / self.job.num_model_chunks
+        )
+        return self.job.assumptions.host_stall_seconds + transfer_seconds
 
     def pipeline_stall_seconds(self, backward: bool) -> float:
         """Return seconds of one micro-batch's hops: one for each chunk forward, one back."""
@@ -238,10 +242,10 @@ class StepTime:
         job = self.job
         count = job.num_microbatches * job.minibatches
         slots = job.schedule_slots * job.minibatches
-        once = (
+        pass_seconds = (
             self.microbatch_seconds(self.busiest, False) * count / (1 - self.bubble(count, slots))
         )
-        return once * (2 if job.computes_ref_logprobs else 1)
+        return pass_seconds * (2 if job.computes_ref_logprobs else 1)
 
     def push_seconds(self) -> float:
         """Seconds of a push, by the bytes of the engine GPU that receives most."""
@@ -254,8 +258,8 @@ def time_section(times: StepTime) -> QuantityTable:
     job = times.job
     section = {}
     if job.generates:
-        seconds, how = times.rollout.seconds()
-        section["rollout"] = Quantity(seconds, "s", how)
+        seconds, rollout_formula = times.rollout.seconds()
+        section["rollout"] = Quantity(seconds, "s", rollout_formula)
     section |= routing_replay_time(job)
     if job.verb == "rl":
         passes = "a forward pass of the policy"
@@ -280,8 +284,8 @@ def time_section(times: StepTime) -> QuantityTable:
     section = {name: with_range(job, name, quantity) for name, quantity in section.items()}
     parts = [name for name in PARTS if name in section]
     if missing := [name for name in parts if section[name].value is None]:
-        why = f"none without {missing[0]}: {section[missing[0]].formula}"
-        return section | {"step": Quantity(None, "s", why)}
+        reason = f"none without {missing[0]}: {section[missing[0]].formula}"
+        return section | {"step": Quantity(None, "s", reason)}
     section["step"] = _step(times, {name: section[name] for name in parts})
     step, tokens = section["step"], job.num_responses * job.sample_tokens
     if job.verb == "rl" and times.engines.rollouts_in_flight == 1:
@@ -344,41 +348,47 @@ def _step(times: StepTime, parts: dict[str, Quantity]) -> Quantity:
         return sum_quantities(parts.values(), " + ".join(parts))
     ends = {name: _ends(part) for name, part in parts.items()}
     rollout = ends.pop("rollout")
-    stopped = [ends.pop(name) for name in PUSH_PARTS if name in ends]
-    full, either = times.rollout.throughput_seconds / rollout[0], engines.rollouts_in_flight
+    push_ends = [ends.pop(name) for name in PUSH_PARTS if name in ends]
+    # Of the rollout's seconds, those that engines kept full would need.
+    full_share = times.rollout.throughput_seconds / rollout[0]
+    num_rollouts = engines.rollouts_in_flight
     steps = []
     for end in range(3):
-        trained = sum(part[end] for part in ends.values())
-        longest = max(trained, full * rollout[end], (rollout[end] + trained) / either)
-        steps.append(sum(part[end] for part in stopped) + longest)
+        trainer_seconds = sum(part[end] for part in ends.values())
+        longest_seconds = max(
+            trainer_seconds,
+            full_share * rollout[end],
+            (rollout[end] + trainer_seconds) / num_rollouts,
+        )
+        steps.append(sum(part[end] for part in push_ends) + longest_seconds)
     value, low, high = steps
-    stops = " + ".join(name for name in PUSH_PARTS if name in parts)
+    push_names = " + ".join(name for name in PUSH_PARTS if name in parts)
     formula = (
-        f"{stops} + the longest of {' + '.join(ends)}; {full * rollout[0]:,.0f} s for a rollout's "
-        f"tokens on full engines; (rollout + those of the trainer) / {either}, with "
-        f"rl.staleness={job.config.rl.staleness}"
+        f"{push_names} + the longest of {' + '.join(ends)}; {full_share * rollout[0]:,.0f} s for "
+        f"a rollout's tokens on full engines; (rollout + those of the trainer) / "
+        f"{num_rollouts}, with rl.staleness={job.config.rl.staleness}"
     )
     return Quantity(value, "s", formula, low, high)
 
 
 def _training(times: StepTime) -> QuantityTable:
     job, count, rank = times.job, times.job.num_microbatches, times.busiest
-    update = times.optimizer_step_seconds()
-    step = (
+    update_seconds = times.optimizer_step_seconds()
+    step_formula = (
         f"{format_count(count, 'micro-batch')} x ("
         f"{times.compute_seconds(rank, True):.2g} s compute + "
         f"{times.exposed_communication_seconds(rank, True):.2g} s communication + "
         f"{times.pipeline_stall_seconds(True):.2g} s hops) / (1 - bubble)"
     )
-    bubble = (
+    bubble_formula = (
         f"1 - V x {count} / (V x {format_count(job.schedule_slots, 'slot')} + P - 1), "
         f"V = {format_count(job.num_model_chunks, 'chunk')}, P = "
         f"{format_count(job.parallel.pipeline, 'stage')}"
     )
-    steps = format_count(job.minibatches, "optimizer step")
+    steps_text = format_count(job.minibatches, "optimizer step")
     return {
-        "optimizer step": Quantity(update, "s", step),
-        "bubble": Quantity(times.bubble(count, job.schedule_slots), "share", bubble),
+        "optimizer step": Quantity(update_seconds, "s", step_formula),
+        "bubble": Quantity(times.bubble(count, job.schedule_slots), "share", bubble_formula),
         "pipeline stalls": Quantity(
             times.pipeline_stall_seconds(True) * count,
             "s",
@@ -388,5 +398,5 @@ def _training(times: StepTime) -> QuantityTable:
             if times.hop_seconds
             else "one pipeline stage",
         ),
-        "training": Quantity(update * job.minibatches, "s", steps),
+        "training": Quantity(update_seconds * job.minibatches, "s", steps_text),
     }
