@@ -55,11 +55,13 @@ class LiveView:
         history: Iterable[Mapping[str, Any]] = (),
     ):
         self._stream = stream or sys.stdout
-        now = time.monotonic()
-        self._state = LiveState(title, total_steps, tuple(facts), started=now, phase_started=now)
+        start = time.monotonic()
+        self._state = LiveState(
+            title, total_steps, tuple(facts), started=start, phase_started=start
+        )
         self._seen_phases: set[str] = set()
         self._step_times: deque[float] = deque(maxlen=20)
-        self._step_ended = now
+        self._step_ended = start
         self._samples_until = 0.0
         for metrics in history:
             self._remember(metrics)
@@ -96,15 +98,15 @@ class LiveView:
         self, metrics: Mapping[str, Any], samples: Sequence[Mapping[str, Any]] = ()
     ) -> None:
         """Show a finished step: its metrics line and some of its samples (as in samples.jsonl)."""
-        now = time.monotonic()
+        timestamp = time.monotonic()
         # Prefer the step's own time: the time between two calls includes start-up and evaluations.
-        self._step_times.append(finite_metric(metrics, "time/step") or now - self._step_ended)
-        self._step_ended = self._state.phase_started = now
+        self._step_times.append(finite_metric(metrics, "time/step") or timestamp - self._step_ended)
+        self._step_ended = self._state.phase_started = timestamp
         self._state.seconds_per_step = fmean(self._step_times)
         self._remember(metrics)
-        if samples and now >= self._samples_until:
+        if samples and timestamp >= self._samples_until:
             self._state.samples = _choose(samples)
-            self._samples_until = now + SAMPLE_HOLD_SECONDS
+            self._samples_until = timestamp + SAMPLE_HOLD_SECONDS
         # A log of a long run gets about fifty lines of steps.
         state = self._state
         interval = max(1, state.total_steps // 50)
@@ -170,14 +172,14 @@ class LiveView:
             word = "interrupted" if kind is KeyboardInterrupt else f"stopped by {kind.__name__}"
             self.close(f"{word} at step {self._state.step},")
 
-    def draw(self, console: Console, now: float | None = None) -> Group:
+    def draw(self, console: Console, timestamp: float | None = None) -> Group:
         """Return the picture for a console of that size.
 
         Args:
             console: whose width and height the picture has.
-            now: on the monotonic clock.
+            timestamp: on the monotonic clock.
         """
-        return frame(self._state, console, time.monotonic() if now is None else now)
+        return frame(self._state, console, time.monotonic() if timestamp is None else timestamp)
 
     def _remember(self, metrics: Mapping[str, Any]) -> None:
         state = self._state
@@ -230,16 +232,16 @@ def _is_terminal(stream: TextIO) -> bool:
 
 def _choose(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return up to four samples of different questions: a right one, a wrong one, and others."""
-    chosen: list[dict[str, Any]] = []
+    selection: list[dict[str, Any]] = []
     questions: set[str] = set()
     for verdict in (True, False, None, None):
         for sample in samples:
             question = str(sample.get("question", ""))
             if question not in questions and verdict in (None, is_right(sample)):
-                chosen.append(dict(sample))
+                selection.append(dict(sample))
                 questions.add(question)
                 break
-    return chosen
+    return selection
 
 
 def _score_text(key: str, metrics: Mapping[str, Any]) -> str:

@@ -52,9 +52,9 @@ def bar_shares(parts: Sequence[float], width: int) -> list[int]:
     total = sum(parts)
     if total <= 0:
         return [0] * len(parts)
-    exact = [width * part / total for part in parts]
-    cells = [int(share) for share in exact]
-    by_remainder = sorted(range(len(parts)), key=lambda i: cells[i] - exact[i])
+    widths = [width * part / total for part in parts]
+    cells = [int(share) for share in widths]
+    by_remainder = sorted(range(len(parts)), key=lambda i: cells[i] - widths[i])
     for i in by_remainder[: width - sum(cells)]:
         cells[i] += 1
     return cells
@@ -67,8 +67,8 @@ def _resample(values: Sequence[float | None], width: int) -> list[float | None]:
     means: list[float | None] = []
     for column in range(width):
         share = values[column * count // width : (column + 1) * count // width]
-        present = [value for value in share if value is not None]
-        means.append(sum(present) / len(present) if present else None)
+        numbers = [value for value in share if value is not None]
+        means.append(sum(numbers) / len(numbers) if numbers else None)
     return means
 
 
@@ -126,7 +126,7 @@ class LiveState:
         return max(0, self.total_steps - self.step) * self.seconds_per_step
 
 
-def frame(state: LiveState, console: Console, now: float) -> Group:
+def frame(state: LiveState, console: Console, timestamp: float) -> Group:
     """Return the whole view, as wide as the terminal and at most one line less high.
 
     The height does not change while the run goes on, so every refresh covers the one before.
@@ -134,16 +134,16 @@ def frame(state: LiveState, console: Console, now: float) -> Group:
     Args:
         state: what is shown.
         console: the terminal, whose size counts.
-        now: the time, on the clock of `LiveState`."""
+        timestamp: the time, on the clock of `LiveState`."""
     width = min(console.size.width - 1, MAX_WIDTH)
     height = min(console.size.height - 1, MAX_HEIGHT)
-    roomy = height >= 32
-    lines = [_title(state), _progress(state, width, now), _phase(state, now), Text()]
-    lines += _curves(state, width, rows=6 if roomy else 2)
+    is_roomy = height >= 32
+    lines = [_title(state), _progress(state, width, timestamp), _phase(state, timestamp), Text()]
+    lines += _curves(state, width, rows=6 if is_roomy else 2)
     lines += [Text(), *_numbers(state, width), Text(), *_time_split(state, width)]
-    lines += [Text()] if roomy else []
+    lines += [Text()] if is_roomy else []
     lines += [_held_out(state, width), Text()]
-    lines += _samples(state, console, width, height - len(lines), most=4 if roomy else 2)
+    lines += _samples(state, console, width, height - len(lines), max_samples=4 if is_roomy else 2)
     if not state.ended:
         lines += [Text()] * (height - len(lines))
     for line in lines:
@@ -159,53 +159,59 @@ def _title(state: LiveState) -> Text:
     return line
 
 
-def _progress(state: LiveState, width: int, now: float) -> Text:
-    elapsed = (state.ended_at or now) - state.started
+def _progress(state: LiveState, width: int, timestamp: float) -> Text:
+    elapsed_seconds = (state.ended_at or timestamp) - state.started
     seconds_left = state.seconds_left()
     head = f"step {state.step}/{state.total_steps}  "
-    tail = f"  {format_clock(elapsed)} elapsed"
+    tail = f"  {format_clock(elapsed_seconds)} elapsed"
     if seconds_left is not None and not state.ended:
         tail += f"  {format_clock(seconds_left)} left"
     room = max(4, width - len(head) - len(tail))
-    done = min(room, room * state.step // max(1, state.total_steps))
+    filled_cells = min(room, room * state.step // max(1, state.total_steps))
     return Text.assemble(
-        (head, "bold"), ("━" * done, "cyan"), ("─" * (room - done), "bright_black"), tail
+        (head, "bold"),
+        ("━" * filled_cells, "cyan"),
+        ("─" * (room - filled_cells), "bright_black"),
+        tail,
     )
 
 
-def _phase(state: LiveState, now: float) -> Text:
+def _phase(state: LiveState, timestamp: float) -> Text:
     if state.ended:
-        good = state.ended.startswith("finished")
-        return Text(("✓ " if good else "■ ") + state.ended, style="green" if good else "yellow")
+        is_finished = state.ended.startswith("finished")
+        return Text(
+            ("✓ " if is_finished else "■ ") + state.ended,
+            style="green" if is_finished else "yellow",
+        )
     style = PHASE_STYLES.get(state.phase, "cyan")
     line = Text.assemble(("● ", style), printable(state.phase))
     if state.detail:
         line.append(f"  {printable(state.detail)}", style="bright_black")
-    waited = now - state.phase_started
-    if waited >= 3:
-        line.append(f"  {format_clock(waited)}", style="bright_black")
+    waiting_seconds = timestamp - state.phase_started
+    if waiting_seconds >= 3:
+        line.append(f"  {format_clock(waiting_seconds)}", style="bright_black")
     return line
 
 
 def _curves(state: LiveState, width: int, rows: int) -> list[Text]:
     gap = 4
-    half = (width - gap) // 2
+    chart_width = (width - gap) // 2
     lines = [Text() for _ in range(rows + 1)]
     for position, key in enumerate(state.charts):
         metric, style = METRICS[key], "cyan" if key in ("accuracy", "loss") else "yellow"
         values = state.history.get(key, [])
-        present = [value for value in values if value is not None]
-        highest = max(present, default=0.0)
-        top = 1.0 if metric.unit == "%" else highest if highest > 0 else 1.0
-        latest = metric.format(finite_metric(state.metrics, key))
+        numbers = [value for value in values if value is not None]
+        maximum = max(numbers, default=0.0)
+        top = 1.0 if metric.unit == "%" else maximum if maximum > 0 else 1.0
+        latest_value = metric.format(finite_metric(state.metrics, key))
         label = f"{metric.label} "
-        scale = f"top {'100%' if metric.unit == '%' else metric.format(top)}" if present else ""
-        space = " " * max(1, half - len(label) - len(latest) - len(scale))
+        scale = f"top {'100%' if metric.unit == '%' else metric.format(top)}" if numbers else ""
+        space = " " * max(1, chart_width - len(label) - len(latest_value) - len(scale))
         lines[0].append_text(
-            Text.assemble(label, (latest, f"bold {style}"), (space + scale, "bright_black"))
+            Text.assemble(label, (latest_value, f"bold {style}"), (space + scale, "bright_black"))
         )
-        for line, row in zip(lines[1:], bar_columns(values, half, rows, top), strict=True):
-            line.append(row.ljust(half), style=style)
+        for line, row in zip(lines[1:], bar_columns(values, chart_width, rows, top), strict=True):
+            line.append(row.ljust(chart_width), style=style)
         if position == 0:
             for line in lines:
                 line.append(" " * gap)
@@ -216,14 +222,14 @@ def _numbers(state: LiveState, width: int) -> list[Text]:
     labels, values = Text(style="bright_black"), Text(style="bold")
     room = width
     for metric in map(METRICS.__getitem__, NUMBERS):
-        shown = metric.key not in state.charts and metric.key in state.metrics
-        cell = max(len(metric.label), 7) + 3
-        if not shown or cell > room:
+        is_shown = metric.key not in state.charts and metric.key in state.metrics
+        cell_width = max(len(metric.label), 7) + 3
+        if not is_shown or cell_width > room:
             continue
-        room -= cell
+        room -= cell_width
         value = metric.format(finite_metric(state.metrics, metric.key))
-        labels.append(metric.label.ljust(cell))
-        values.append(value.ljust(cell))
+        labels.append(metric.label.ljust(cell_width))
+        values.append(value.ljust(cell_width))
     return [labels, values]
 
 
@@ -256,10 +262,10 @@ def _held_out(state: LiveState, width: int) -> Text:
         return line.append("not evaluated yet", style="not bold bright_black")
     points = []
     for step, metrics in sorted(state.evaluations.items()):
-        passed = finite_metric(metrics, "eval/pass@1")
-        passed = finite_metric(metrics, "eval/accuracy") if passed is None else passed
-        if passed is not None:
-            points.append((f"step {step} ", format_percent(passed)))
+        pass_rate = finite_metric(metrics, "eval/pass@1")
+        pass_rate = finite_metric(metrics, "eval/accuracy") if pass_rate is None else pass_rate
+        if pass_rate is not None:
+            points.append((f"step {step} ", format_percent(pass_rate)))
     tail = _majority(state.evaluations[max(state.evaluations)])
     room = width - len(line) - len(tail)
     sizes = [len(step) + len(value) + 2 for step, value in points]
@@ -267,8 +273,8 @@ def _held_out(state: LiveState, width: int) -> Text:
     if points and sum(sizes) > room:  # the first evaluation, and the latest that fit next to it
         room -= sizes[0] + 2
         kept_points = [0, *(i for i in kept_points[1:] if sum(sizes[i:]) <= room)]
-    for before, i in zip([-1, *kept_points], kept_points, strict=False):
-        line.append("… " if i - before > 1 else "", style="not bold bright_black")
+    for previous, i in zip([-1, *kept_points], kept_points, strict=False):
+        line.append("… " if i - previous > 1 else "", style="not bold bright_black")
         line.append(points[i][0], style="not bold bright_black")
         line.append(f"{points[i][1]}  ", style="not bold" if i < len(points) - 1 else "green")
     return line.append(tail, style="not bold bright_black")
@@ -283,20 +289,22 @@ def _majority(metrics: dict[str, Any]) -> str:
     return ""
 
 
-def _samples(state: LiveState, console: Console, width: int, height: int, most: int) -> list[Text]:
+def _samples(
+    state: LiveState, console: Console, width: int, height: int, max_samples: int
+) -> list[Text]:
     """Return questions and responses; long ones are cut to the beginning and the last line, which
     has the answer."""
-    chosen = state.samples[:most]
-    if not chosen or height < 2:
+    samples = state.samples[:max_samples]
+    if not samples or height < 2:
         return []
     lines: list[Text] = []
-    for i, sample in enumerate(chosen):
-        room = (height - len(lines)) // (len(chosen) - i)
-        right = is_right(sample)
-        style = "green" if right else "red"
+    for i, sample in enumerate(samples):
+        room = (height - len(lines)) // (len(samples) - i)
+        is_correct = is_right(sample)
+        style = "green" if is_correct else "red"
         length = finite_metric(sample, "length")
         question = Text.assemble(
-            ("✓ " if right else "✗ ", style),
+            ("✓ " if is_correct else "✗ ", style),
             (printable(last_line(sample.get("question", "")))[:width], "bold"),
             (f"  {length:.0f} tokens" if length else "", "bright_black"),
         )
@@ -305,7 +313,7 @@ def _samples(state: LiveState, console: Console, width: int, height: int, most: 
         if len(wrapped) > room - 1:
             wrapped = wrapped[: room - 2] + [Text("… ", "bright_black") + wrapped[-1]]
         lines += [Text("  ") + line for line in wrapped[: max(0, room - 1)]]
-        if i < len(chosen) - 1 and len(wrapped) < room - 1:
+        if i < len(samples) - 1 and len(wrapped) < room - 1:
             lines.append(Text())
     return lines
 

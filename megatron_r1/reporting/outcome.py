@@ -87,27 +87,30 @@ def outcome_sentence(metrics: MetricLines, heldout: Sequence[Evaluation]) -> str
     """Return the result of the run as one sentence with numbers."""
     if not metrics and not heldout:
         return "Nothing to report yet: metrics.jsonl is empty or missing."
-    scored = [evaluation for evaluation in heldout if evaluation.passed]
+    pass_evaluations = [evaluation for evaluation in heldout if evaluation.passed]
     steps = f"In {num_steps(metrics):,} steps" if num_steps(metrics) != 1 else "In one step"
-    if len(scored) > 1:
-        if 0 < scored[-1].step < num_steps(metrics):
-            steps = f"By step {scored[-1].step:,} of {num_steps(metrics):,}"
-        first, last = scored[0], scored[-1]
+    if len(pass_evaluations) > 1:
+        if 0 < pass_evaluations[-1].step < num_steps(metrics):
+            steps = f"By step {pass_evaluations[-1].step:,} of {num_steps(metrics):,}"
+        first, last = pass_evaluations[0], pass_evaluations[-1]
         assert first.passed and last.passed
-        verdict, why = score_verdict(first.passed, last.passed, last.num_questions)
-        return f"{verdict}: {_lower(steps)}, {_describe_change(first, last)}. {why}"
-    if scored:
-        last = scored[0]
+        verdict, interval_sentence = score_verdict(first.passed, last.passed, last.num_questions)
+        return f"{verdict}: {_lower(steps)}, {_describe_change(first, last)}. {interval_sentence}"
+    if pass_evaluations:
+        last = pass_evaluations[0]
         text = f"{NOT_SHOWN}: one evaluation only. At step {last.step}, held-out pass@1 is "
         text += f"{last.passed}{_of_questions(last)}"
         if last.majority:
             text += f" and the majority vote of {last.num_votes} {last.majority}"
         return f"{text}."
-    judged = [evaluation.accuracy for evaluation in heldout if evaluation.accuracy]
-    if len(judged) > 1:
-        change = _from_to(judged[0], judged[-1], format_percent)
-        verdict, why = score_verdict(judged[0], judged[-1], None)
-        return f"{verdict}: {_lower(steps)}, the accuracy of held-out scores {change}. {why}"
+    accuracies = [evaluation.accuracy for evaluation in heldout if evaluation.accuracy]
+    if len(accuracies) > 1:
+        change = _from_to(accuracies[0], accuracies[-1], format_percent)
+        verdict, interval_sentence = score_verdict(accuracies[0], accuracies[-1], None)
+        return (
+            f"{verdict}: {_lower(steps)}, the accuracy of held-out scores {change}. "
+            f"{interval_sentence}"
+        )
     for key, name, form in (
         ("accuracy", "accuracy on the training samples", format_percent),
         ("loss", "the loss", format_number),
@@ -191,29 +194,33 @@ def _lower(text: str) -> str:
 
 def _describe_change(first: Evaluation, last: Evaluation) -> str:
     assert first.passed and last.passed, "called with scored evaluations only"
-    few = bool(_of_questions(last))
-    passed = _from_to(first.passed, last.passed, str if few else format_percent)
-    text = f"held-out pass@1{_of_questions(last)} {passed}"
+    form = str if _of_questions(last) else format_percent
+    pass_change = _from_to(first.passed, last.passed, form)
+    text = f"held-out pass@1{_of_questions(last)} {pass_change}"
     if first.step > 0:
         text += f" since step {first.step}"
     if first.majority and last.majority:
-        voted = _from_to(first.majority, last.majority, str if few else format_percent)
-        verb = passed.split()[0]
-        text += f" and the majority vote of {last.num_votes} {voted.removeprefix(f'{verb} ')}"
+        majority_change = _from_to(first.majority, last.majority, form)
+        change = majority_change.removeprefix(f"{pass_change.split()[0]} ")
+        text += f" and the majority vote of {last.num_votes} {change}"
     if first.length is not None and last.length is not None:
-        length = _from_to(first.length, last.length, format_number, "grew", "shrank")
-        text += f", while the mean response {length} tokens"
+        length_change = _from_to(first.length, last.length, format_number, "grew", "shrank")
+        text += f", while the mean response {length_change} tokens"
     return text
 
 
 def _from_to(
-    before: float | Score, after: float | Score, form: Any, up: str = "rose", down: str = "fell"
+    start: float | Score,
+    end: float | Score,
+    form: Any,
+    rise_verb: str = "rose",
+    fall_verb: str = "fell",
 ) -> str:
-    first, last = (value.value if isinstance(value, Score) else value for value in (before, after))
-    shown = [
+    first, last = (value.value if isinstance(value, Score) else value for value in (start, end))
+    texts = [
         form(value.value if isinstance(value, Score) and form is format_percent else value)
-        for value in (before, after)
+        for value in (start, end)
     ]
-    if shown[0] == shown[1]:
-        return f"stayed at {shown[0]}"
-    return f"{up if last > first else down} from {shown[0]} to {shown[1]}"
+    if texts[0] == texts[1]:
+        return f"stayed at {texts[0]}"
+    return f"{rise_verb if last > first else fall_verb} from {texts[0]} to {texts[1]}"

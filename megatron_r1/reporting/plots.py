@@ -127,9 +127,9 @@ def stacked_plot(
         size: width and height in inches."""
     with matplotlib.rc_context(STYLE):
         figure, axes = _axes(size)
-        thinned = [downsample(steps, np.nan_to_num(values)) for values in parts.values()]
-        positions = thinned[0][0]
-        heights = [values for _, values in thinned]
+        points = [downsample(steps, np.nan_to_num(values)) for values in parts.values()]
+        positions = points[0][0]
+        heights = [values for _, values in points]
         colors = [INKS[part] for part in parts]
         if len(positions) == 1:
             bottom = 0.0
@@ -150,9 +150,9 @@ def stacked_plot(
 
 def smooth(values: np.ndarray) -> np.ndarray:
     """Return the centred moving mean over a twelfth of the run, ignoring NaN; [points] each."""
-    half = max(1, len(values) // 24)
-    padded = np.pad(values.astype(float), half, constant_values=np.nan)
-    windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * half + 1)
+    half_width = max(1, len(values) // 24)
+    padded_values = np.pad(values.astype(float), half_width, constant_values=np.nan)
+    windows = np.lib.stride_tricks.sliding_window_view(padded_values, 2 * half_width + 1)
     is_number = ~np.isnan(windows)
     counts = is_number.sum(axis=1)
     sums = np.where(is_number, windows, 0.0).sum(axis=1)
@@ -201,15 +201,15 @@ def _draw(axes: Axes, curve: Curve) -> None:
             clip_on=False,
         )
         return
-    steps, raw = downsample(curve.steps, curve.values)
+    steps, raw_values = downsample(curve.steps, curve.values)
     if len(steps) < 12:
-        axes.plot(steps, raw, color=color, marker="o", markersize=3.5, label=curve.label)
+        axes.plot(steps, raw_values, color=color, marker="o", markersize=3.5, label=curve.label)
         return
     if not curve.noisy:
-        axes.plot(steps, raw, color=color, label=curve.label)
+        axes.plot(steps, raw_values, color=color, label=curve.label)
         return
-    axes.plot(steps, raw, color=color, linewidth=0.8, alpha=0.3)
-    axes.plot(steps, smooth(raw), color=color, label=curve.label)
+    axes.plot(steps, raw_values, color=color, linewidth=0.8, alpha=0.3)
+    axes.plot(steps, smooth(raw_values), color=color, label=curve.label)
 
 
 def _short(value: float, _: int) -> str:

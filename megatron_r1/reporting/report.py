@@ -121,10 +121,10 @@ def headline(folder: RunFolder) -> str:
 def _temperatures(settings: Mapping[str, Any]) -> tuple[float, float] | None:
     """Return the temperatures of training and held-out samples, None where they do not differ."""
     sections = (settings.get(name) or {} for name in ("rollout", "eval"))
-    trained, heldout = (finite_metric(section, "temperature") for section in sections)
-    if trained is None or heldout is None or trained == heldout:
+    training, heldout = (finite_metric(section, "temperature") for section in sections)
+    if training is None or heldout is None or training == heldout:
         return None
-    return trained, heldout
+    return training, heldout
 
 
 def _measured_facts(folder: RunFolder, metrics: MetricLines) -> dict[str, str]:
@@ -134,8 +134,8 @@ def _measured_facts(folder: RunFolder, metrics: MetricLines) -> dict[str, str]:
     seconds = sum(finite_metric(line, "time/step") or 0.0 for line in metrics)
     if seconds:
         facts["time in steps"] = format_duration(seconds)
-    ended = time.localtime(folder.metrics_path.stat().st_mtime)
-    facts["ended"] = time.strftime("%Y-%m-%d %H:%M", ended)
+    end_time = time.localtime(folder.metrics_path.stat().st_mtime)
+    facts["ended"] = time.strftime("%Y-%m-%d %H:%M", end_time)
     return facts
 
 
@@ -161,15 +161,15 @@ def _tiles(metrics: MetricLines, heldout: Sequence[Evaluation]) -> list[tuple[st
     lengths = [e.length for e in heldout if e.length is not None]
     ends = (lengths[0], lengths[-1]) if lengths else first_and_last(metrics, "response_length/mean")
     if ends:
-        where = "held-out, mean" if lengths else "training samples, mean"
-        tiles.append(("response length", _arrow(*map(format_number, ends)), f"tokens, {where}"))
+        source = "held-out, mean" if lengths else "training samples, mean"
+        tiles.append(("response length", _arrow(*map(format_number, ends)), f"tokens, {source}"))
     elif losses := first_and_last(metrics, "loss"):
         tiles.append(("loss", _arrow(*map(format_number, losses)), "first and last tenth"))
     if gaps := finite_values(metrics, "logprob_diff/mean"):
-        largest = finite_values(metrics, "logprob_diff/max")
-        note = f"largest {format_number(max(largest))}" if largest else ""
-        if without_replay := finite_values(metrics, "logprob_diff/without_replay"):
-            note += f"; without routing replay {format_number(float(np.mean(without_replay)))}"
+        largest_gaps = finite_values(metrics, "logprob_diff/max")
+        note = f"largest {format_number(max(largest_gaps))}" if largest_gaps else ""
+        if gaps_without_replay := finite_values(metrics, "logprob_diff/without_replay"):
+            note += f"; without routing replay {format_number(float(np.mean(gaps_without_replay)))}"
         tiles.append(("logprob diff to the engine", format_number(float(np.mean(gaps))), note))
     if speeds := finite_values(metrics, "tokens_per_second"):
         seconds = finite_values(metrics, "time/step")
@@ -185,13 +185,13 @@ def _arrow(first: str, last: str) -> str:
 def _two_curves(metrics: MetricLines, evaluations: Sequence[Evaluation]) -> list[Plot]:
     """Plot accuracy and response length, with the held-out evaluations as points."""
     accuracy = _trained(metrics, "accuracy", "training samples", "accent")
-    passed = [(e.step, e.passed) for e in evaluations if e.passed]
-    majority = [(e.step, e.majority) for e in evaluations if e.majority]
+    pass_rates = [(e.step, e.passed) for e in evaluations if e.passed]
+    majorities = [(e.step, e.majority) for e in evaluations if e.majority]
     votes = max((e.num_votes or 0 for e in evaluations), default=0)
-    accuracy += _points("held-out, pass@1", passed, "ink", "o")
-    judged = [(e.step, e.accuracy) for e in evaluations if e.accuracy]
-    accuracy += _points("held-out", judged, "ink", "o")
-    accuracy += _points(f"held-out, majority of {votes}", majority, "ink", "D")
+    accuracy += _points("held-out, pass@1", pass_rates, "ink", "o")
+    accuracies = [(e.step, e.accuracy) for e in evaluations if e.accuracy]
+    accuracy += _points("held-out", accuracies, "ink", "o")
+    accuracy += _points(f"held-out, majority of {votes}", majorities, "ink", "D")
     length = _trained(metrics, "response_length/mean", "training samples", "second")
     lengths = [(e.step, Score(e.length)) for e in evaluations if e.length is not None]
     length += _points("held-out", lengths, "ink", "o")
@@ -223,38 +223,38 @@ def _small_plots(metrics: MetricLines) -> list[Plot]:
             log_scale=metric.log_scale,
             from_zero=key in FROM_ZERO,
         )
-        last = next(v for m in reversed(metrics) if (v := finite_metric(m, key)) is not None)
+        last_value = next(v for m in reversed(metrics) if (v := finite_metric(m, key)) is not None)
         label = metric.label[:1].upper() + metric.label[1:]
-        figures.append(Plot(label, metric.meaning, plot, metric.format(last)))
+        figures.append(Plot(label, metric.meaning, plot, metric.format(last_value)))
     return figures
 
 
 def _time_split(metrics: MetricLines) -> list[Plot]:
     """Plot the seconds of each step by phase, stacked; time in no phase is "other"."""
-    timed = [m for m in metrics if any(finite_metric(m, f"time/{phase}") for phase in PHASES)]
-    if not timed:
+    timed_steps = [m for m in metrics if any(finite_metric(m, f"time/{phase}") for phase in PHASES)]
+    if not timed_steps:
         return []
     parts = {
-        phase: np.array([max(0.0, finite_metric(m, f"time/{phase}") or 0.0) for m in timed])
+        phase: np.array([max(0.0, finite_metric(m, f"time/{phase}") or 0.0) for m in timed_steps])
         for phase in PHASES
     }
     parts = {phase: values for phase, values in parts.items() if values.any()}
-    in_phases = np.sum(list(parts.values()), axis=0)
-    total = np.array([finite_metric(m, "time/step") or 0.0 for m in timed])
-    other_seconds = np.maximum(total - in_phases, 0.0)
-    if other_seconds.sum() > 0.005 * in_phases.sum():
+    phase_seconds = np.sum(list(parts.values()), axis=0)
+    step_seconds = np.array([finite_metric(m, "time/step") or 0.0 for m in timed_steps])
+    other_seconds = np.maximum(step_seconds - phase_seconds, 0.0)
+    if other_seconds.sum() > 0.005 * phase_seconds.sum():
         parts["other"] = other_seconds
-    plot = stacked_plot("time", _steps(timed), parts)
-    mean = float((in_phases + other_seconds).mean())
+    plot = stacked_plot("time", _steps(timed_steps), parts)
+    mean = float((phase_seconds + other_seconds).mean())
     return [Plot("Where the time goes", "seconds per step", plot, f"{mean:.3g} s on average")]
 
 
 def _trained(metrics: MetricLines, key: str, label: str, ink: str) -> list[Curve]:
-    present = [m for m in metrics if key in m]
-    values = np.array([finite_metric(m, key) for m in present], dtype=float)  # None becomes NaN
+    lines = [m for m in metrics if key in m]
+    values = np.array([finite_metric(m, key) for m in lines], dtype=float)  # None becomes NaN
     if not len(values) or np.isnan(values).all():
         return []
-    return [Curve(label, _steps(present), values, ink, noisy=key != "learning_rate")]
+    return [Curve(label, _steps(lines), values, ink, noisy=key != "learning_rate")]
 
 
 def _points(label: str, scores: Sequence[tuple[int, Score]], ink: str, marker: str) -> list[Curve]:
@@ -272,8 +272,10 @@ def _steps(metrics: MetricLines) -> np.ndarray:
 def _settings(config: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
     """Return (section, [(key, value)]) of the run's settings; keys without a section come first."""
     sections = {str(name): value for name, value in config.items() if isinstance(value, Mapping)}
-    loose = {name: value for name, value in config.items() if not isinstance(value, Mapping)}
-    tables = {"": loose, **sections} if loose else sections
+    plain_settings = {
+        name: value for name, value in config.items() if not isinstance(value, Mapping)
+    }
+    tables = {"": plain_settings, **sections} if plain_settings else sections
     return [
         (name, [(str(key), _setting(value)) for key, value in section.items()])
         for name, section in tables.items()

@@ -117,28 +117,28 @@ def _same_questions(
     by_step: Mapping[int, Sequence[SampleLine]],
 ) -> list[tuple[Card, list[tuple[str, Card]]]]:
     """Return the first questions that were asked at every step, with their first responses."""
-    grouped = {step: _by_question(samples) for step, samples in by_step.items()}
-    first, *later_groups = grouped.values()
-    everywhere = [
-        question for question in first if all(question in group for group in later_groups)
+    questions_by_step = {step: _by_question(samples) for step, samples in by_step.items()}
+    first_group, *later_groups = questions_by_step.values()
+    shared_questions = [
+        question for question in first_group if all(question in group for group in later_groups)
     ]
     return [
         (
-            _card(first[question][0]),
+            _card(first_group[question][0]),
             [
                 (_moment(by_step, step, questions[question]), _card(questions[question][0]))
-                for step, questions in grouped.items()
+                for step, questions in questions_by_step.items()
             ],
         )
-        for question in everywhere[:NUM_QUESTIONS]
+        for question in shared_questions[:NUM_QUESTIONS]
     ]
 
 
 def _by_question(samples: Iterable[SampleLine]) -> dict[str, list[SampleLine]]:
-    grouped: dict[str, list[SampleLine]] = defaultdict(list)
+    samples_by_question: dict[str, list[SampleLine]] = defaultdict(list)
     for sample in samples:
-        grouped[str(sample.get("question", ""))].append(sample)
-    return grouped
+        samples_by_question[str(sample.get("question", ""))].append(sample)
+    return samples_by_question
 
 
 def _moment(by_step: Mapping[int, Any], step: int, answers: Sequence[SampleLine] = ()) -> str:
@@ -186,12 +186,12 @@ def _segments(text: str) -> Iterator[tuple[str, str]]:
         answer = range(start, end if end >= 0 else len(text))
     tags.pop(-1, None)  # a closing tag that is not there
     position = 0
-    for at, tag in [*sorted(tags.items()), (len(text), "")]:
-        if position < at:
-            yield "b" if position in answer else "", text[position:at]
+    for tag_start, tag in [*sorted(tags.items()), (len(text), "")]:
+        if position < tag_start:
+            yield "b" if position in answer else "", text[position:tag_start]
         if tag:
             yield "i", tag
-        position = at + len(tag.strip())
+        position = tag_start + len(tag.strip())
 
 
 def conversation(sample: Mapping[str, Any]) -> list[ShownTurn]:
@@ -199,12 +199,12 @@ def conversation(sample: Mapping[str, Any]) -> list[ShownTurn]:
     turns = sample.get("turns")
     if not isinstance(turns, list):
         return []
-    shown = [_shown_turn(turn) for turn in turns if isinstance(turn, Mapping)]
-    if len(shown) <= MAX_TURNS:
-        return shown
+    messages = [_shown_turn(turn) for turn in turns if isinstance(turn, Mapping)]
+    if len(messages) <= MAX_TURNS:
+        return messages
     half = MAX_TURNS // 2
-    gap = ShownTurn("…", False, f"{len(shown) - 2 * half:,} turns left out", [])
-    return [*shown[:half], gap, *shown[-half:]]
+    gap = ShownTurn("…", False, f"{len(messages) - 2 * half:,} turns left out", [])
+    return [*messages[:half], gap, *messages[-half:]]
 
 
 def _shown_turn(turn: Mapping[str, Any]) -> ShownTurn:

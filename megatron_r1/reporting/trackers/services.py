@@ -106,19 +106,19 @@ class MlflowTracker:
 
         self.notes: list[str] = []
         self._metric = Metric
-        local = (run.folder / "mlflow").resolve().as_uri()
-        place = mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else local
-        self._client = mlflow.MlflowClient(place)
+        local_uri = (run.folder / "mlflow").resolve().as_uri()
+        tracking_uri = mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else local_uri
+        self._client = mlflow.MlflowClient(tracking_uri)
         identity = run.load_id(MLFLOW)
         if identity is None:
             experiment = self._client.get_experiment_by_name(run.project)
-            number = (
+            experiment_id = (
                 experiment.experiment_id
                 if experiment
                 else self._client.create_experiment(run.project)
             )
-            created = self._client.create_run(number, run_name=run.folder.name)
-            identity = created.info.run_id
+            tracked_run = self._client.create_run(experiment_id, run_name=run.folder.name)
+            identity = tracked_run.info.run_id
             run.save_id(MLFLOW, identity)
             values = [Param(k, str(v)[:MLFLOW_MAX_CHARS]) for k, v in flatten(run.settings).items()]
             for start in range(0, len(values), MLFLOW_MAX_PARAMETERS):
@@ -127,14 +127,16 @@ class MlflowTracker:
                 )
         self._identity = identity
         self._client.update_run(identity, status="RUNNING")
-        tracked = self._client.get_run(identity).data.metrics
-        self.last_tracked = {key: tracked[key] for key in (STEP, EVALUATION) if key in tracked}
+        tracked_metrics = self._client.get_run(identity).data.metrics
+        self.last_tracked = {
+            key: tracked_metrics[key] for key in (STEP, EVALUATION) if key in tracked_metrics
+        }
 
     def send(self, step: int, numbers: Mapping[str, float]) -> None:
         """Log a step's numbers under the names that MLflow allows."""
-        now = int(time.time() * 1000)
+        milliseconds = int(time.time() * 1000)
         metrics = [
-            self._metric(MLFLOW_NOT_ALLOWED.sub("_", name), value, now, step)
+            self._metric(MLFLOW_NOT_ALLOWED.sub("_", name), value, milliseconds, step)
             for name, value in numbers.items()
         ]
         self._client.log_batch(self._identity, metrics=metrics)
@@ -212,9 +214,9 @@ class WandbTracker:
             )
         self._run.define_metric("*", step_metric=STEP)
         self._run.define_metric("eval/*", step_metric=EVALUATION)
-        tracked: dict[str, Any] = dict(self._run.summary)
+        summary: dict[str, Any] = dict(self._run.summary)
         self.last_tracked = {
-            key: float(tracked[key]) for key in (STEP, EVALUATION) if key in tracked
+            key: float(summary[key]) for key in (STEP, EVALUATION) if key in summary
         }
 
     def send(self, step: int, numbers: Mapping[str, float]) -> None:
