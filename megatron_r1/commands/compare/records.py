@@ -76,10 +76,10 @@ class RunDifference:
             parts.append(f"distance {self.distance:.2g}{kind}")
         first, second = self.ranks
         if first:
-            same = list(first) == list(second)
+            is_same = list(first) == list(second)
             parts.append(
                 f"written by {_ranks(first)}"
-                + ("" if same else f" of the first run, {_ranks(second)} of the second")
+                + ("" if is_same else f" of the first run, {_ranks(second)} of the second")
             )
         return "; ".join(parts)
 
@@ -157,8 +157,8 @@ def compare_groups(
         else:
             differences = list(_in_group(step, position, a, b, dtype))
         for difference in differences:
-            earlier = first_by_phase.get(difference.phase)
-            if earlier is None or (earlier.is_rounding and not difference.is_rounding):
+            previous = first_by_phase.get(difference.phase)
+            if previous is None or (previous.is_rounding and not difference.is_rounding):
                 first_by_phase[difference.phase] = difference
     return list(first_by_phase.values())
 
@@ -166,18 +166,20 @@ def compare_groups(
 def _in_group(
     step: int, position: int, first: GroupRecord, second: GroupRecord, dtype: str
 ) -> Iterator[RunDifference]:
-    where = f"group {position}"
+    group_name = f"group {position}"
     if first.prompt_id != second.prompt_id:
-        yield _exact(step, "questions", where, first.prompt_id, second.prompt_id)
+        yield _exact(step, "questions", group_name, first.prompt_id, second.prompt_id)
         return
     if first.prompt_ids != second.prompt_ids:
         prompts = [np.frombuffer(group.prompt_ids, "<i4") for group in (first, second)]
-        at = _first_difference(*prompts)
-        name = f"{where}, token {at} of the prompt"
-        yield _exact(step, "questions", name, *(_at(prompt, at) for prompt in prompts))
+        token_index = _first_difference(*prompts)
+        name = f"{group_name}, token {token_index} of the prompt"
+        yield _exact(
+            step, "questions", name, *(_token_text(prompt, token_index) for prompt in prompts)
+        )
         return
     for index, (a, b) in enumerate(zip_longest(first.responses, second.responses)):
-        name = f"{where}, response {index}"
+        name = f"{group_name}, response {index}"
         if a is None or b is None:
             values = ("none" if group is None else "there" for group in (a, b))
             yield _exact(step, "responses", name, *values)
@@ -190,23 +192,26 @@ def _in_response(
 ) -> Iterator[RunDifference]:
     a, b = (np.frombuffer(response.token_ids, "<i4") for response in (first, second))
     is_same = first.token_ids == second.token_ids
-    at = len(a) if is_same else _first_difference(a, b)
+    token_index = len(a) if is_same else _first_difference(a, b)
     # Tokens after the first that differs follow another text.
-    before, second_logprobs = (
-        np.frombuffer(response.logprobs, "<f4")[:at] for response in (first, second)
+    first_logprobs, second_logprobs = (
+        np.frombuffer(response.logprobs, "<f4")[:token_index] for response in (first, second)
     )
-    if not np.array_equal(before, second_logprobs):
-        yield _logprobs(step, name, before, second_logprobs, dtype)
+    if not np.array_equal(first_logprobs, second_logprobs):
+        yield _logprobs(step, name, first_logprobs, second_logprobs, dtype)
     if not is_same:
-        yield _exact(step, "responses", f"{name}, token {at}", _at(a, at), _at(b, at))
+        tokens = (_token_text(token_ids, token_index) for token_ids in (a, b))
+        yield _exact(step, "responses", f"{name}, token {token_index}", *tokens)
         return
     if first.finish_reason != second.finish_reason:
         ends = first.finish_reason, second.finish_reason
         yield _exact(step, "responses", f"{name}, finish_reason", *ends)
     if first.policy_versions != second.policy_versions:
         versions = [np.frombuffer(response.policy_versions, "<i4") for response in (first, second)]
-        newest = (f"version {policy_versions.max(initial=-1)}" for policy_versions in versions)
-        yield _exact(step, "responses", f"{name}, policy_version", *newest)
+        version_texts = (
+            f"version {policy_versions.max(initial=-1)}" for policy_versions in versions
+        )
+        yield _exact(step, "responses", f"{name}, policy_version", *version_texts)
     if first.reward != second.reward or first.rewards != second.rewards:
         terms = [
             term
@@ -215,8 +220,8 @@ def _in_response(
         ]
         values = (f"{first.reward:g}", f"{second.reward:g}")
         distance = relative_difference(first.reward, second.reward)
-        about = f" by {', '.join(sorted(terms))}" if terms else ""
-        yield RunDifference(step, "rewards", f"{name}{about}", values, distance)
+        terms_text = f" by {', '.join(sorted(terms))}" if terms else ""
+        yield RunDifference(step, "rewards", f"{name}{terms_text}", values, distance)
     for field in ("routing", "sampling_mask", "teacher_logprobs"):
         if getattr(first, field) != getattr(second, field):
             yield _exact(step, "responses", f"{name}, {field}", "one", "another")
@@ -235,13 +240,13 @@ def _logprobs(step: int, name: str, a: np.ndarray, b: np.ndarray, dtype: str) ->
         dtype: what they are computed in."""
     gaps = np.abs(a.astype(np.float64) - b)
     gaps[np.isnan(gaps)] = math.inf
-    at = int(gaps.argmax())
-    distance = float(gaps[at])
-    values = (f"{a[at]:.9g}", f"{b[at]:.9g}")
+    token_index = int(gaps.argmax())
+    distance = float(gaps[token_index])
+    values = (f"{a[token_index]:.9g}", f"{b[token_index]:.9g}")
     return RunDifference(
         step,
         "engine log-probabilities",
-        f"{name}, token {at}",
+        f"{name}, token {token_index}",
         values,
         distance,
         is_rounding(distance, dtype),
@@ -269,8 +274,8 @@ def compare_metrics(
         else:
             distance, values = math.inf, (str(a), str(b))
         phase = next((PHASE_OF[start] for start in PHASE_OF if name.startswith(start)), "training")
-        earlier = first_by_phase.get(phase)
-        if earlier is None or earlier.distance < distance:
+        previous = first_by_phase.get(phase)
+        if previous is None or previous.distance < distance:
             rounding = is_rounding(distance, dtype)
             first_by_phase[phase] = RunDifference(step, phase, name, values, distance, rounding)
     return list(first_by_phase.values())
@@ -281,10 +286,10 @@ def _exact(step: int, phase: str, name: str, first: str, second: str) -> RunDiff
 
 
 def _first_difference(a: np.ndarray, b: np.ndarray) -> int:
-    shared = min(len(a), len(b))
-    differing = np.flatnonzero(a[:shared] != b[:shared])
-    return int(differing[0]) if len(differing) else shared
+    num_shared = min(len(a), len(b))
+    indices = np.flatnonzero(a[:num_shared] != b[:num_shared])
+    return int(indices[0]) if len(indices) else num_shared
 
 
-def _at(values: np.ndarray, index: int) -> str:
-    return str(values[index]) if index < len(values) else "its end"
+def _token_text(token_ids: np.ndarray, index: int) -> str:
+    return str(token_ids[index]) if index < len(token_ids) else "its end"

@@ -133,29 +133,35 @@ def _compare_tensor(
         first, second = a.read(key, starts, sizes), b.read(key, starts, sizes)
         part = parts.setdefault(rank, _RankPart())
         part.squares += float(first.double().square().sum())
-        differing = _differing_bits(first, second)
-        if not differing.any():
+        mask = _differing_bits(first, second)
+        if not mask.any():
             continue
-        local = differing.nonzero()
-        indices = local + torch.tensor(starts, dtype=torch.int64)
+        local_indices = mask.nonzero()
+        indices = local_indices + torch.tensor(starts, dtype=torch.int64)
         if not part.count:
             part.where = f"[{', '.join(map(str, indices[0].tolist()))}]"
-            part.values = _shown(first[tuple(local[0])], second[tuple(local[0])])
+            example_index = tuple(local_indices[0])
+            part.values = _shown(first[example_index], second[example_index])
         part.apart += float((first.double() - second.double()).square().sum())
         part.count += len(indices)
         part.others |= b.writers(key, indices)
-    apart = {rank: part for rank, part in parts.items() if part.count}
-    if not apart:
+    differing_parts = {rank: part for rank, part in parts.items() if part.count}
+    if not differing_parts:
         return None
     # Where a gradient is clipped, one rank's change reaches all others, smaller.
-    largest = max(part.distance for part in apart.values())
-    named = {rank: part for rank, part in apart.items() if part.distance >= largest / 2}
+    largest_distance = max(part.distance for part in differing_parts.values())
+    largest_parts = {
+        rank: part
+        for rank, part in differing_parts.items()
+        if part.distance >= largest_distance / 2
+    }
     all_ranks = _RankPart(
-        sum(part.squares for part in parts.values()), sum(part.apart for part in apart.values())
+        sum(part.squares for part in parts.values()),
+        sum(part.apart for part in differing_parts.values()),
     )
-    count = sum(part.count for part in apart.values())
+    count = sum(part.count for part in differing_parts.values())
     phase, name = phase_and_name(key)
-    example = next(iter(named.values()))
+    example = next(iter(largest_parts.values()))
     return RunDifference(
         step,
         phase,
@@ -164,7 +170,10 @@ def _compare_tensor(
         all_ranks.distance,
         is_rounding(all_ranks.distance, dtype),
         f"at {example.where}, {count:,} of {prod(a.shapes[key]):,} numbers",
-        (sorted(named), sorted(set().union(*(part.others for part in named.values())))),
+        (
+            sorted(largest_parts),
+            sorted(set().union(*(part.others for part in largest_parts.values()))),
+        ),
     )
 
 

@@ -95,8 +95,10 @@ def run(config: Config, first: str, second: str, json: str | None = None) -> Non
     if json is not None:
         atomic_write(Path(json), _as_json(comparison))
     print("\n".join(_lines(comparison)))
-    if apart := comparison.first_beyond_rounding:
-        raise RunError(f"{first} and {second} differ at step {apart.step} by more than rounding")
+    if difference := comparison.first_beyond_rounding:
+        raise RunError(
+            f"{first} and {second} differ at step {difference.step} by more than rounding"
+        )
 
 
 def compare(first: Path, second: Path) -> RunComparison:
@@ -111,8 +113,8 @@ def compare(first: Path, second: Path) -> RunComparison:
     folders = [RunFolder(path) for path in (first, second)]
     settings = [flatten(_settings(folder)) for folder in folders]
     lines = [{line["step"]: line for line in folder.read_metrics()} for folder in folders]
-    shared = sorted(lines[0].keys() & lines[1].keys())
-    if not shared:
+    shared_steps = sorted(lines[0].keys() & lines[1].keys())
+    if not shared_steps:
         raise UserError(
             f"{first} and {second} have no finished step in common, so nothing can be compared",
             key="OTHER_RUN",
@@ -125,22 +127,24 @@ def compare(first: Path, second: Path) -> RunComparison:
     differences: list[RunDifference] = []
     num_logs = 0
     # All steps: where engines' log-probabilities alone differ, weights never need to.
-    for step in shared:
+    for step in shared_steps:
         groups = [read_groups(step_log_path(folder.sample_log, step)) for folder in folders]
         if groups[0] is not None and groups[1] is not None:
             differences += compare_groups(step, groups[0], groups[1], dtype)
             num_logs += 1
         differences += compare_metrics(step, lines[0][step], lines[1][step], dtype)
     pairs = _pairs(*(folder.checkpoints for folder in folders))
-    changed = [key for key in changed_keys(*settings) if not is_within(key, IGNORED_SETTINGS)]
-    same_layout = not any(is_within(key, ("parallel",)) for key in changed)
+    changed_settings = [
+        key for key in changed_keys(*settings) if not is_within(key, IGNORED_SETTINGS)
+    ]
+    same_layout = not any(is_within(key, ("parallel",)) for key in changed_settings)
     differences += _differences_of_checkpoints(pairs, dtype, same_layout)
     return RunComparison(
         [
             f"{key}: {value_text(settings[0], key)} and {value_text(settings[1], key)}"
-            for key in changed
+            for key in changed_settings
         ],
-        len(shared),
+        len(shared_steps),
         num_logs,
         [step for step, *_ in pairs],
         sorted(differences, key=lambda difference: difference.order),
@@ -182,14 +186,15 @@ def _differences_of_checkpoints(
     than rounding.
 
     By bisection: runs that have parted stay apart, and differences of rounding grow."""
-    compared: dict[int, list[RunDifference]] = {}
+    differences_by_step: dict[int, list[RunDifference]] = {}
 
     def differs(pair: Pair, beyond_rounding: bool) -> bool:
         step = pair[0]
-        if step not in compared:
-            compared[step] = compare_checkpoints(*pair, dtype, same_layout)
+        if step not in differences_by_step:
+            differences_by_step[step] = compare_checkpoints(*pair, dtype, same_layout)
         return any(
-            not (beyond_rounding and difference.is_rounding) for difference in compared[step]
+            not (beyond_rounding and difference.is_rounding)
+            for difference in differences_by_step[step]
         )
 
     found_by_step: dict[int, list[RunDifference]] = {}
@@ -202,7 +207,7 @@ def _differences_of_checkpoints(
             else:
                 low = middle + 1
         if low < len(pairs):
-            found_by_step[pairs[low][0]] = compared[pairs[low][0]]
+            found_by_step[pairs[low][0]] = differences_by_step[pairs[low][0]]
     return [difference for differences in found_by_step.values() for difference in differences]
 
 
@@ -212,15 +217,15 @@ def _lines(comparison: RunComparison) -> Iterable[str]:
         f"compared: metrics of {format_count(comparison.steps, 'step')}, "
         f"sample logs of {comparison.logs}, checkpoints of {len(comparison.checkpoints)}"
     )
-    first, apart = comparison.first_difference, comparison.first_beyond_rounding
+    first, larger_difference = comparison.first_difference, comparison.first_beyond_rounding
     if first is None:
         yield "equal: no bit differs"
         return
     yield from _step(comparison, first, "first difference")
-    if apart is None:
+    if larger_difference is None:
         yield "equal to rounding: every difference is of that size"
-    elif apart is not first:
-        yield from _step(comparison, apart, "first difference beyond rounding")
+    elif larger_difference is not first:
+        yield from _step(comparison, larger_difference, "first difference beyond rounding")
 
 
 def _step(comparison: RunComparison, first: RunDifference, title: str) -> Iterable[str]:
@@ -237,23 +242,23 @@ def _step(comparison: RunComparison, first: RunDifference, title: str) -> Iterab
     if len(later_differences) > MAX_SHOWN:
         yield f"  and {len(later_differences) - MAX_SHOWN} more"
     if first.step not in comparison.checkpoints:
-        later = [step for step in comparison.checkpoints if step > first.step]
-        until = f"that of step {later[0]} is the next" if later else "none is later"
-        yield f"  both kept no checkpoint of step {first.step}, so no tensor is named: {until}"
-    equal = max((step for step in comparison.checkpoints if step < first.step), default=0)
-    if equal < first.step - 1:
-        yield f"  its cause may be of any step from {equal + 1} on: no checkpoint lies between"
+        later_steps = [step for step in comparison.checkpoints if step > first.step]
+        next_text = f"that of step {later_steps[0]} is the next" if later_steps else "none is later"
+        yield f"  both kept no checkpoint of step {first.step}, so no tensor is named: {next_text}"
+    equal_step = max((step for step in comparison.checkpoints if step < first.step), default=0)
+    if equal_step < first.step - 1:
+        yield f"  its cause may be of any step from {equal_step + 1} on: no checkpoint lies between"
 
 
 def _as_json(comparison: RunComparison) -> str:
-    first, apart = comparison.first_difference, comparison.first_beyond_rounding
+    first, larger_difference = comparison.first_difference, comparison.first_beyond_rounding
     content = {
         "settings": comparison.settings,
         "steps": comparison.steps,
         "sample_logs": comparison.logs,
         "checkpoints": comparison.checkpoints,
         "first": first and first.as_json(),
-        "first_beyond_rounding": apart and apart.as_json(),
+        "first_beyond_rounding": larger_difference and larger_difference.as_json(),
         "differences": [difference.as_json() for difference in comparison.differences],
     }
     return json.dumps(content, indent=1)
