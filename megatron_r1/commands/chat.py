@@ -58,9 +58,9 @@ def run(config: Config, folder: str, question: list[str] | None = None) -> None:
     )
     checkpoints = complete_checkpoints(model.parent / "checkpoints")
     if model.name == "hf" and checkpoints:
-        export, newest = model / "config.json", checkpoints[-1]
-        if export.stat().st_mtime < newest.stat().st_mtime:
-            _note(f"{newest} is newer: {CONVERT} to-hf {newest} FOLDER exports it")
+        export, checkpoint = model / "config.json", checkpoints[-1]
+        if export.stat().st_mtime < checkpoint.stat().st_mtime:
+            _note(f"{checkpoint} is newer: {CONVERT} to-hf {checkpoint} FOLDER exports it")
     questions = question
     if question is None and not sys.stdin.isatty():
         questions = [line.strip() for line in sys.stdin if line.strip()]
@@ -77,15 +77,15 @@ def run(config: Config, folder: str, question: list[str] | None = None) -> None:
 def _settings(config: Config, model: Path) -> Config:
     """Return the settings for one engine here: the run's, or a folder's defaults, overridden by
     the command line."""
-    trained, template = trained_recipe(model), template_of_model(model, ARGUMENTS[0])[0]
-    if trained is not None and infer_verb(trained) == "rl":
-        rollout = trained.rollout.model_dump()
+    recipe, template = trained_recipe(model), template_of_model(model, ARGUMENTS[0])[0]
+    if recipe is not None and infer_verb(recipe) == "rl":
+        rollout = recipe.rollout.model_dump()
     else:
-        most = min(SEQUENCE_TOKENS, max_positions(model, ARGUMENTS[0]))
+        max_tokens = min(SEQUENCE_TOKENS, max_positions(model, ARGUMENTS[0]))
         rollout = {
             "dtype": "float32" if gpu.device() == "cpu" else "bfloat16",
-            "max_model_len": most,
-            "max_response_tokens": min(RESPONSE_TOKENS, most // 2),
+            "max_model_len": max_tokens,
+            "max_response_tokens": min(RESPONSE_TOKENS, max_tokens // 2),
         }
     data: dict[str, Any] = {"template": template}
     data |= config.data.model_dump(exclude_unset=True)
@@ -135,12 +135,12 @@ async def _answer_all(policy: EnginePolicy, questions: list[str], seed: int) -> 
 async def _typed_lines() -> AsyncIterator[str]:
     """Yield the terminal's lines until its end. The event loop goes on meanwhile, and with it the
     watch over the engine."""
-    pending = b""
+    remainder = b""
     while True:
         print(PROMPT, end="", file=sys.stderr, flush=True)
-        if not (read := await read_when_ready(sys.stdin.fileno(), 65_536)):
+        if not (chunk := await read_when_ready(sys.stdin.fileno(), 65_536)):
             return
-        *lines, pending = (pending + read).split(b"\n")
+        *lines, remainder = (remainder + chunk).split(b"\n")
         for line in lines:
             yield line.decode("utf-8", "replace")
 
@@ -148,8 +148,8 @@ async def _typed_lines() -> AsyncIterator[str]:
 def _show_response(response: TextResponse) -> str:
     if response.refusal:
         return f"[{response.refusal}]"
-    cut = " [cut off: raise --rollout.max_response_tokens]" if response.truncated else ""
-    return response.full_text.strip() + cut
+    note = " [cut off: raise --rollout.max_response_tokens]" if response.truncated else ""
+    return response.full_text.strip() + note
 
 
 def _note(line: str) -> None:

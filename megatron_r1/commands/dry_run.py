@@ -78,19 +78,21 @@ def show_batch(config: Config, tokenizer: PromptTokenizer, prompts: PromptSplit)
             cause=Cause.CONFLICT,
         )
     memory = _memory(config)
-    first = config.at(1)
-    group_size = min(first.rl.group_size, MAX_RESPONSES)
-    num_groups = min(first.rl.questions_per_rollout, MAX_RESPONSES // group_size)
+    first_config = config.at(1)
+    group_size = min(first_config.rl.group_size, MAX_RESPONSES)
+    num_groups = min(first_config.rl.questions_per_rollout, MAX_RESPONSES // group_size)
     sampler = PromptSampler(prompts.train, config.run.seed)
-    drawn = sampler.next_by_kind(num_groups, weights=first.rl.kind_weights)
+    first_prompts = sampler.next_by_kind(num_groups, weights=first_config.rl.kind_weights)
     with temporary_logs() as logs:
-        rollout, seconds = asyncio.run(_sample(first, tokenizer, drawn, group_size, logs))
+        rollout, seconds = asyncio.run(
+            _sample(first_config, tokenizer, first_prompts, group_size, logs)
+        )
     groups = rollout.groups
     pairs = [(group, index) for index in range(len(groups[0].responses)) for group in groups]
     for group, index in pairs[:NUM_SHOWN_SAMPLES]:
-        print(_sample_text(group, index, weights_at(first.rewards.weights, 1)))
+        print(_sample_text(group, index, weights_at(first_config.rewards.weights, 1)))
     check_grades(groups, config.rewards.max_ungraded)
-    print(_summary(config, first, rollout, seconds, memory))
+    print(_summary(config, first_config, rollout, seconds, memory))
 
 
 async def _sample(
@@ -143,21 +145,23 @@ async def _sample(
             flush=True,
         )
         start = time.perf_counter()
-        collected = await collector.collect(prompts, sampling)
+        batch = await collector.collect(prompts, sampling)
         seconds = time.perf_counter() - start
-        return collected, seconds
+        return batch, seconds
     finally:
         await asyncio.gather(fleet.close(), pool.close(), collector.close())
 
 
 def _sample_text(group: Group, index: int, weights: Mapping[str, float]) -> str:
-    graded, question = group.responses[index], group.prompt.question
-    response = formatting.shorten_middle(graded.text.strip(), MAX_SHOWN_CHARS)
-    if graded.episode is not None:
-        question, response = _conversation(graded.episode)
-    shown = {ACCURACY, *weights}
-    terms = ", ".join(f"{t} {reward:.3g}" for t, reward in graded.rewards.items() if t in shown)
-    tokens = format_count(len(graded.response.token_ids), "token")
+    graded_response, question = group.responses[index], group.prompt.question
+    response = formatting.shorten_middle(graded_response.text.strip(), MAX_SHOWN_CHARS)
+    if graded_response.episode is not None:
+        question, response = _conversation(graded_response.episode)
+    term_names = {ACCURACY, *weights}
+    terms = ", ".join(
+        f"{t} {reward:.3g}" for t, reward in graded_response.rewards.items() if t in term_names
+    )
+    tokens = format_count(len(graded_response.response.token_ids), "token")
     truth = group.prompt.truth
     # Quoted: spaces at its ends would make a reward of one's own call right answers wrong.
     truth_text = "" if truth is None else f"truth {printable(_with_both_ends(repr(truth)))}; "
@@ -165,8 +169,8 @@ def _sample_text(group: Group, index: int, weights: Mapping[str, float]) -> str:
         [
             f"--- {printable(shorten(question, 200))}",
             printable(response, keep_newlines=True),
-            f"    {truth_text}{tokens}{', cut off' if graded.is_truncated else ''}; {terms}; "
-            f"{printable(graded.reason)}",
+            f"    {truth_text}{tokens}{', cut off' if graded_response.is_truncated else ''}; "
+            f"{terms}; {printable(graded_response.reason)}",
         ]
     )
 
@@ -181,10 +185,10 @@ def _conversation(episode: Episode) -> tuple[str, str]:
     """Return the text that an episode began with, and its further turns: answers, and after an
     arrow what its calls returned."""
     turns = episode.turns
-    begin = next((at for at, turn in enumerate(turns) if turn.trained), len(turns))
-    questions = [turn.text for turn in turns[:begin] if turn.role == "user"]
+    first_trained = next((index for index, turn in enumerate(turns) if turn.trained), len(turns))
+    questions = [turn.text for turn in turns[:first_trained] if turn.role == "user"]
     lines = []
-    for turn in turns[begin:]:
+    for turn in turns[first_trained:]:
         arrow = {"assistant": "", "tool": "-> "}.get(turn.role, f"{turn.role}: ")
         lines.append(arrow + formatting.shorten_middle(turn.text.strip(), MAX_SHOWN_CHARS))
     counts = f"({format_count(episode.num_tool_calls, 'call')}, {episode.num_tool_errors} failed)"
@@ -203,20 +207,22 @@ def _episodes(rollout: Rollout) -> list[str]:
     return [f"episodes: {counts}; {format_count(calls, 'call')}, {errors:,} failed"]
 
 
-def _summary(config: Config, first: Config, rollout: Rollout, seconds: float, memory: str) -> str:
+def _summary(
+    config: Config, first_config: Config, rollout: Rollout, seconds: float, memory: str
+) -> str:
     """Return the batch in numbers, what the run will take at least, and what should be changed.
 
     Args:
         config: the recipe.
-        first: the recipe as it is at the first step.
+        first_config: the recipe as it is at the first step.
         rollout: the batch.
         seconds: how long it took to sample and grade.
         memory: the memory that the run takes, as text."""
     means = rollout_metrics(rollout, policy_version=0)
     responses = sum(len(group.responses) for group in rollout.groups)
     rate = means["response_tokens"] / seconds
-    full = first.rl.questions_per_rollout * first.rl.group_size
-    sampling = full * means["response_length/mean"] / rate * config.run.steps
+    step_responses = first_config.rl.questions_per_rollout * first_config.rl.group_size
+    sampling_seconds = step_responses * means["response_length/mean"] / rate * config.run.steps
     lines = [
         "---",
         f"{format_count(responses, 'response')} to "
@@ -227,15 +233,15 @@ def _summary(config: Config, first: Config, rollout: Rollout, seconds: float, me
         *_episodes(rollout),
         f"{means['response_length/mean']:,.0f} tokens on average, "
         f"{format_percent(means['truncated'])} "
-        f"cut off at {first.rollout.max_response_tokens:,}; {rate:,.0f} tokens/s",
-        f"{format_count(config.run.steps, 'step')} of {full:,} responses: "
-        f"{format_duration(sampling)} of "
+        f"cut off at {first_config.rollout.max_response_tokens:,}; {rate:,.0f} tokens/s",
+        f"{format_count(config.run.steps, 'step')} of {step_responses:,} responses: "
+        f"{format_duration(sampling_seconds)} of "
         "sampling at this rate and length, less where more is sampled at once; no total: updates, "
         "evaluations and checkpoints come on top, and the run shows the time left from its first "
         "step on",
         memory,
-        *_kept_on_disk(config, rollout, full / responses),
-        *find_advice(rollout, first).values(),
+        *_kept_on_disk(config, rollout, step_responses / responses),
+        *find_advice(rollout, first_config).values(),
         *filter(None, [warmup_note(config.optimizer, config.num_policy_updates)]),
         "nothing was trained or written",
     ]
@@ -277,17 +283,17 @@ def _memory(config: Config) -> str:
     size = f"{parameters / 1e6:,.1f}M parameters; "
     if gpu.is_usable():
         hf = read_hf_config(config.model.path)
-        weights, pushed = engine_weight_bytes(config, hf), engine_rank_bytes(config, hf)
+        weight_bytes, pushed_bytes = engine_weight_bytes(config, hf), engine_rank_bytes(config, hf)
         place = "there too" if TRANSPORTS[config.push.transport].needs_gpu else "on its host"
         sizes = parameter_bytes(config.model.dtype, config.optimizer.moments)
         return (
             f"{size}{parameters * sizes.total / 2**30:,.2f} GiB for weights, gradients and "
             "optimizer, over all tensor, pipeline and expert ranks; activations come "
-            f"on top (megatron-r1 plan); {weights / 2**30:,.2f} GiB of weights on an engine's "
-            f"fullest GPU, and {pushed / 2**30:,.2f} GiB for those of the next push, {place} "
+            f"on top (megatron-r1 plan); {weight_bytes / 2**30:,.2f} GiB of weights on an engine's "
+            f"fullest GPU, and {pushed_bytes / 2**30:,.2f} GiB for those of the next push, {place} "
             f"(push.transport: {config.push.transport})"
         )
     memory = cpu_memory(config, torchrun.world_size(config), has_engines=True)
-    described = memory.describe(memory.microbatch_tokens(config.parallel.tokens_per_microbatch))
+    memory_text = memory.describe(memory.microbatch_tokens(config.parallel.tokens_per_microbatch))
     mib = engine_rank_bytes(config, read_hf_config(config.model.path)) / 2**20
-    return f"{size}{described}; a push brings {mib:,.2f} MiB to an engine's fullest rank"
+    return f"{size}{memory_text}; a push brings {mib:,.2f} MiB to an engine's fullest rank"

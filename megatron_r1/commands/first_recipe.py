@@ -57,12 +57,12 @@ def guess_lengths(longest_prompt: int, positions: int, machine: Machine) -> list
         longest_prompt: the tokens of the longest prompt of the data.
         positions: the most tokens that a sequence of the model has.
         machine: what the run has."""
-    usual = CPU_RESPONSE if machine.is_cpu else GPU_RESPONSE
+    usual_length = CPU_RESPONSE if machine.is_cpu else GPU_RESPONSE
     room = max(positions - longest_prompt, min(MIN_RESPONSE, positions // 2))
-    response = min(usual, room)
+    response = min(usual_length, room)
     place = "a CPU" if machine.is_cpu else "a GPU"
     reason = f"room to reason, as far as {place} allows; raise it where answers are cut off"
-    if response < usual:
+    if response < usual_length:
         reason = f"what the model's {positions:,} positions leave beside the longest prompt"
     total = min(positions, -(-(longest_prompt + response) // 64) * 64)
     return [
@@ -98,9 +98,9 @@ def guess_layout(hf: dict[str, Any], parameters: int, machine: Machine) -> list[
         Guess("push.transport", "cuda_ipc", "trainer and engines share the GPUs of this host"),
     ]
     if tensor > 1:
-        why = f"{parameters / 1e9:.1f}B parameters in {machine.free_bytes / GIB:.0f} GiB a GPU"
+        load = f"{parameters / 1e9:.1f}B parameters in {machine.free_bytes / GIB:.0f} GiB a GPU"
         guesses += [
-            Guess("parallel.tensor", tensor, f"{why}; megatron-r1 plan computes it"),
+            Guess("parallel.tensor", tensor, f"{load}; megatron-r1 plan computes it"),
             Guess("rollout.tensor", tensor, "as the trainer's"),
         ]
     return guesses
@@ -145,17 +145,16 @@ def guess_batches(parameters: int, num_questions: int, machine: Machine) -> list
         parameters: the number of the model's parameters.
         num_questions: questions to train on.
         machine: the machine of the run."""
-    per_rollout, group, minibatches = (8, 8, 2) if machine.is_cpu else (64, 16, 8)
+    num_rollout_questions, group_size, minibatches = (8, 8, 2) if machine.is_cpu else (64, 16, 8)
     rate = next(rate for limit, rate in LEARNING_RATES if parameters < limit)
-    responses = per_rollout * group
-    epochs = (
-        f"{num_questions:,} questions to train on are {num_questions / per_rollout:,.1f} rollouts"
-    )
+    responses = num_rollout_questions * group_size
+    rollouts = num_questions / num_rollout_questions
+    epochs = f"{num_questions:,} questions to train on are {rollouts:,.1f} rollouts"
     return [
         Guess("run.steps", 50, f"rollouts of {responses} responses; {epochs}"),
         Guess("checkpoint.every", 10, "steps that a kill loses at most"),
-        Guess("rl.questions_per_rollout", per_rollout, "R1-Zero has 512"),
-        Guess("rl.group_size", group, "responses to each question, which are compared"),
+        Guess("rl.questions_per_rollout", num_rollout_questions, "R1-Zero has 512"),
+        Guess("rl.group_size", group_size, "responses to each question, which are compared"),
         Guess("rl.minibatches", minibatches, "updates per rollout"),
         Guess(
             "optimizer.learning_rate",

@@ -111,16 +111,16 @@ def _reward_model_recipe(source: QuestionSource, kind: Kind) -> RecipeDraft:
     form = "pairs of a chosen and a rejected response" if kind == "pairwise" else "labels"
 
     def try_out(path: Path) -> None:
-        required, implied = reward_model.REQUIRED, reward_model.IMPLIED
-        settings = configuration.load(path, implied, required=required).reward_model
+        required_keys, implied_settings = reward_model.REQUIRED, reward_model.IMPLIED
+        settings = configuration.load(path, implied_settings, required=required_keys).reward_model
         text = PreferenceTokenizer(
             str(source.folder), settings.template, settings.scored_part, settings.max_chars
         )
         print(f"\n{len(rows):,} rows read; the first, as the reward model reads it:")
         for response, label in zip(rows[0].responses, rows[0].labels, strict=True):
             ids = text.encode(rows[0].question, response, rows[0].opened)
-            shown = "no part that is scored" if ids is None else repr(text.decode(ids))[:400]
-            print(f"  {'good' if label else 'bad'}: {shown}")
+            part_text = "no part that is scored" if ids is None else repr(text.decode(ids))[:400]
+            print(f"  {'good' if label else 'bad'}: {part_text}")
 
     guesses = [
         Guess("reward_model.data", source.data, f"rows of {form}"),
@@ -130,8 +130,8 @@ def _reward_model_recipe(source: QuestionSource, kind: Kind) -> RecipeDraft:
         *_supervised_sizes(source),
     ]
     if len(sides) < 2:
-        why = "too few questions to hold some out: nothing is evaluated"
-        guesses.append(Guess("reward_model.heldout_fraction", 0.0, why))
+        reason = "too few questions to hold some out: nothing is evaluated"
+        guesses.append(Guess("reward_model.heldout_fraction", 0.0, reason))
     if not _has_chat(source):
         guesses.append(Guess("reward_model.template", SCORED_TEMPLATE, NO_CHAT))
     return RecipeDraft("reward-model", guesses, try_out, has_dry_run=False)
@@ -309,19 +309,21 @@ def _data(
         columns: the columns of question and truth.
         num_questions: how many different questions there are."""
     names = {"question": columns.question} | ({"truth": columns.truth} if columns.truth else {})
-    renamed = {ours: theirs for ours, theirs in names.items() if ours != theirs}
+    column_names = {name: column for name, column in names.items() if name != column}
     if columns.kind and "kind" in rows[0]:
-        renamed["own_kind"] = "kind"  # else each row's kind would be read as the name of a reward
-    why = "; ".join(f"{name} {columns.reasons.get(name, 'as given')}" for name in names)
+        # Else each row's kind would be read as the name of a reward.
+        column_names["own_kind"] = "kind"
+    column_reasons = "; ".join(f"{name} {columns.reasons.get(name, 'as given')}" for name in names)
     num_rows = f"{len(rows):,} rows" if len(rows) < MAX_ROWS else f"{MAX_ROWS:,} rows or more"
-    if repeated := len(rows) - num_questions:
+    if num_repeated := len(rows) - num_questions:
         num_rows += (
-            f": {num_questions:,} different questions, and {repeated:,} that repeat one of them "
-            "and are left out"
+            f": {num_questions:,} different questions, and {num_repeated:,} that repeat one of "
+            "them and are left out"
         )
     guesses = [Guess("data.path", data, num_rows)]
-    if renamed:
-        guesses.append(Guess("data.columns", renamed, f"our name: the file's column ({why})"))
+    if column_names:
+        reason = f"our name: the file's column ({column_reasons})"
+        guesses.append(Guess("data.columns", column_names, reason))
     if columns.kind:
         reason = columns.reasons.get("kind", "as given")
         guesses.append(Guess("data.kind", columns.kind, f"the reward: {reason}"))
@@ -331,29 +333,29 @@ def _data(
 def _kind_of_run(columns: Columns, folder: Path) -> Columns:
     """Return the columns with the reward of the RL run that made the model, in place of a guess.
     That of an environment would need the run's `agents`, which are not taken over."""
-    trained = trained_recipe(folder)
-    run_kind = trained.data.kind if trained is not None and infer_verb(trained) == "rl" else None
+    recipe = trained_recipe(folder)
+    run_kind = recipe.data.kind if recipe is not None and infer_verb(recipe) == "rl" else None
     if columns.kind is None or run_kind in (None, ENVIRONMENT):
         return columns
     reasons = columns.reasons | {"kind": f"as {folder.parent} trained the model"}
     return replace(columns, kind=run_kind, reasons=reasons)
 
 
-Asked = tuple[list[Message], str]
+AskedQuestion = tuple[list[Message], str]
 """The messages before a question, and the question."""
 
 
-def _read_questions(data: str, columns: Columns) -> list[Asked]:
+def _read_questions(data: str, columns: Columns) -> list[AskedQuestion]:
     """Return the distinct questions of the rows that are read.
 
     Raises:
         UserError: a row without a question.
     """
-    renamed = {"question": columns.question}
-    questions: dict[str, Asked] = {}
-    for location, row in itertools.islice(read_canonical_rows(data, renamed), MAX_ROWS):
-        before, question = parse_question(location, row)
-        questions.setdefault(normalize_question(question, fold_case=False), (before, question))
+    column_names = {"question": columns.question}
+    questions: dict[str, AskedQuestion] = {}
+    for location, row in itertools.islice(read_canonical_rows(data, column_names), MAX_ROWS):
+        messages, question = parse_question(location, row)
+        questions.setdefault(normalize_question(question, fold_case=False), (messages, question))
     return list(questions.values())
 
 
@@ -365,9 +367,9 @@ def _guess_answers(folder: Path, parameters: int) -> list[Guess]:
         folder: the model's Hugging Face folder.
         parameters: number of parameters of the model."""
     template, reason = template_of_model(folder, MODEL)
-    trained = trained_recipe(folder)
-    if trained is not None and infer_verb(trained) == "rl":
-        rewards = trained.rewards.model_dump(include={"answer", "weights"})
+    recipe = trained_recipe(folder)
+    if recipe is not None and infer_verb(recipe) == "rl":
+        rewards = recipe.rewards.model_dump(include={"answer", "weights"})
         return [
             Guess("data.template", template, reason),
             Guess("rewards.answer", rewards["answer"], reason),
@@ -379,7 +381,7 @@ def _guess_answers(folder: Path, parameters: int) -> list[Guess]:
             "it: where the dry run shows that, write this template out, with one or two solved "
             "questions before {problem} (docs/init.md, worked examples)"
         )
-    form = {name: weight for name, weight in DEFAULT_WEIGHTS.items() if name != "format"}
+    weights = {name: weight for name, weight in DEFAULT_WEIGHTS.items() if name != "format"}
     return [
         Guess("data.template", template, reason),
         Guess(
@@ -388,17 +390,19 @@ def _guess_answers(folder: Path, parameters: int) -> list[Guess]:
             "<answer> tags, a box, or the last line, whichever is there; R1-Zero: strict, with "
             "data.template: r1_zero",
         ),
-        Guess("rewards.weights", form, "R1-Zero adds format: 0.1, for <think> and <answer> tags"),
+        Guess(
+            "rewards.weights", weights, "R1-Zero adds format: 0.1, for <think> and <answer> tags"
+        ),
     ]
 
 
 def _sizes(
-    source: QuestionSource, questions: Sequence[Asked], tokenizer: PromptTokenizer
+    source: QuestionSource, questions: Sequence[AskedQuestion], tokenizer: PromptTokenizer
 ) -> list[Guess]:
     """Return the settings that depend on the model's size, the prompts and the machine."""
     machine = source.machine
     limits = first_recipe.guess_lengths(
-        max(len(tokenizer.encode(question, before)) for before, question in questions),
+        max(len(tokenizer.encode(question, messages)) for messages, question in questions),
         max_positions(source.folder),
         machine,
     )
@@ -418,15 +422,16 @@ def _heldout(questions: Sequence[str], machine: Machine) -> tuple[int, list[Gues
         reason = f"{len(questions)} questions are too few to hold some out: nothing is evaluated"
         return 0, [Guess("data.heldout_fraction", 0.0, reason)]
     fraction = 0.2 if len(questions) < 10 * MIN_QUESTIONS_TO_SPLIT else 0.1
-    most = MAX_HELDOUT_ON_CPU if machine.is_cpu else MAX_HELDOUT_ON_GPU
+    limit = MAX_HELDOUT_ON_CPU if machine.is_cpu else MAX_HELDOUT_ON_GPU
     count = sum(is_heldout(question, fraction) for question in questions)
     guesses = [
-        Guess("data.heldout_fraction", fraction, f"{min(count, most)} questions, for evaluation"),
+        Guess("data.heldout_fraction", fraction, f"{min(count, limit)} questions, for evaluation"),
         Guess("eval.every", 10, "steps between evaluations"),
         Guess("eval.samples", 4, "responses to each of these; the paper: 16"),
     ]
-    if count > most:
-        guesses.append(Guess("data.num_heldout", most, f"of {count:,}, to evaluate in little time"))
+    if count > limit:
+        reason = f"of {count:,}, to evaluate in little time"
+        guesses.append(Guess("data.num_heldout", limit, reason))
     return count, guesses
 
 
@@ -438,11 +443,11 @@ def _check_truths(data: str, columns: Columns) -> None:
     rows = itertools.islice(read_canonical_rows(data, {"truth": columns.truth}), TRIED_TRUTHS)
     truths = [accepted_answers(row["truth"])[0] for _, row in rows if not is_missing(row["truth"])]
     grades = asyncio.run(_grade(truths))
-    bad = [pair for pair in zip(truths, grades, strict=True) if pair[1].reward < 1]
-    num_good = len(truths) - len(bad)
+    failures = [pair for pair in zip(truths, grades, strict=True) if pair[1].reward < 1]
+    num_good = len(truths) - len(failures)
     print(f"\n{num_good} of {len(truths)} truths count as right answers to themselves")
-    if bad:
-        truth, grade = bad[0]
+    if failures:
+        truth, grade = failures[0]
         print(
             f"  not {str(truth)[:80]!r}: {grade.reason}\n  free text takes a judge or your own "
             "function as --kind (docs/rewards.md)"

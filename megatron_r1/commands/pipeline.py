@@ -46,34 +46,34 @@ def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> No
     files.allow_readers(config.readable_by)
     seeds = config.seeds or [config.seed]
     folders = [root / f"seed_{seed}" if config.seeds else root for seed in seeds]
-    implied = _implied(verbs, {stage.verb for stage in recipe.stages.values()})
+    implied_settings = _implied(verbs, {stage.verb for stage in recipe.stages.values()})
     plans = [
-        PipelinePlan.from_recipe(recipe, path, folder, seed, implied)
+        PipelinePlan.from_recipe(recipe, path, folder, seed, implied_settings)
         for folder, seed in zip(folders, seeds, strict=True)
     ]
     for plan in plans:
         check_plan(plan, verbs, files=not (config.status or config.dry))
     graph = Graph(plans[0].stages)
-    chosen = _chosen(config, graph)
+    stage_names = _stages_to_run(config, graph)
     if config.status:
         is_running = is_locked(root)
         for plan in plans:
             print(f"{plan.folder} · seed {plan.seed}")
             statuses = all_statuses(plan, graph, is_running)
-            print("\n".join(status_lines(plan, chosen, statuses)), flush=True)
+            print("\n".join(status_lines(plan, stage_names, statuses)), flush=True)
         return
     if config.dry:
         with RunFolder(root):  # a pipeline at work, and its jobs in a queue, read these recipes
-            _print_commands(plans, graph, chosen)
+            _print_commands(plans, graph, stage_names)
         for _, line in missing_files(plans[0]):
             print(f"missing yet: {line}", file=sys.stderr)
         return
     with RunFolder(root):
         for plan in plans:
-            _check_states(config, plan, graph, chosen)
+            _check_states(config, plan, graph, stage_names)
         try:
             with StopSignals() as signals:
-                Executor(config, plans, graph, signals).run(chosen)
+                Executor(config, plans, graph, signals).run(stage_names)
         finally:
             command = ["megatron-r1", "pipeline", path]
             command += [f"--{key}={format_value(value)}" for key, value in overrides.items()]
@@ -81,13 +81,13 @@ def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> No
             print(f"{report}; report.md and report.json beside it", flush=True)
 
 
-def _implied(verbs: Mapping[str, str], used: set[str]) -> dict[str, dict[str, Any]]:
+def _implied(verbs: Mapping[str, str], used_verbs: set[str]) -> dict[str, dict[str, Any]]:
     """Return the settings that each verb in use adds to a recipe, as sections."""
-    known_verbs = used & set(verbs)
+    known_verbs = used_verbs & set(verbs)
     return {verb: nest_keys(load_verb(verb, verbs[verb]).implied) for verb in known_verbs}
 
 
-def _chosen(config: PipelineConfig, graph: Graph) -> list[str]:
+def _stages_to_run(config: PipelineConfig, graph: Graph) -> list[str]:
     """Return the stages to run, in order.
 
     Raises:
@@ -120,23 +120,23 @@ def _check_states(
         stage_names: the stages that would run."""
     statuses = all_statuses(plan, graph)
     if config.only:
-        not_done = [
+        unfinished = [
             f"{name} is {statuses[name].state}"
             for name in graph.upstream[config.only]
             if statuses[name].state is not StageState.DONE
         ]
-        if not_done:
+        if unfinished:
             raise UserError(
-                f"pipeline.only: {config.only} needs what is not done: {', '.join(not_done)}; "
+                f"pipeline.only: {config.only} needs what is not done: {', '.join(unfinished)}; "
                 f"--pipeline.until {config.only} runs that, too",
                 key="pipeline.only",
                 cause=Cause.MISSING,
             )
-    stale = {
+    stale_stages = {
         name: statuses[name] for name in stage_names if statuses[name].state is StageState.STALE
     }
-    if stale and not config.rerun:
-        raise UserError(stale_text(plan, stale), key="pipeline.rerun", cause=Cause.CHANGED)
+    if stale_stages and not config.rerun:
+        raise UserError(stale_text(plan, stale_stages), key="pipeline.rerun", cause=Cause.CHANGED)
 
 
 def _print_commands(plans: list[PipelinePlan], graph: Graph, stage_names: list[str]) -> None:
@@ -146,14 +146,15 @@ def _print_commands(plans: list[PipelinePlan], graph: Graph, stage_names: list[s
         for name in stage_names:
             stage = plan.stages[name]
             configs = {n: plan.server(server) for n, server in stage.config.serve.items()}
-            begun = (manifest.read(plan.folder_of(name), manifest.BEGUN) or {}).get("ports", {})
-            new = {n: server for n, server in configs.items() if n not in begun}
-            ports = {**begun, **serving.choose_ports(new, {})}
+            begun_stage = manifest.read(plan.folder_of(name), manifest.BEGUN) or {}
+            begun_ports = begun_stage.get("ports", {})
+            new_servers = {n: server for n, server in configs.items() if n not in begun_ports}
+            ports = {**begun_ports, **serving.choose_ports(new_servers, {})}
             urls = {n: serving.server_url(server, ports[n]) for n, server in configs.items()}
-            needed = ", ".join(graph.upstream[name])
-            print(f"# {name}{f', after {needed}' if needed else ''}")
-            for served, server in configs.items():
-                command = serving.server_command(served, server, ports[served])
+            upstream = ", ".join(graph.upstream[name])
+            print(f"# {name}{f', after {upstream}' if upstream else ''}")
+            for server_name, server in configs.items():
+                command = serving.server_command(server_name, server, ports[server_name])
                 print(shlex.join([*shlex.split(server.launch), *command]), "&")
             launch = shlex.split(plan.resolve(stage.config.launch, urls))
             print(shlex.join([*launch, *write_recipe(plan, stage, urls)]), flush=True)

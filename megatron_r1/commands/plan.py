@@ -102,12 +102,12 @@ def _later_phases(recipe: Path, args: argparse.Namespace, overrides: dict) -> in
     status = FITS
     config = load_recipe(recipe, overrides)
     # The estimate above is of step 1.
-    later = [entry for entry in config.rl.schedule if entry.from_step > 1]
-    if args.step or not later or infer_verb(config) != "rl":
+    later_entries = [entry for entry in config.rl.schedule if entry.from_step > 1]
+    if args.step or not later_entries or infer_verb(config) != "rl":
         return status
-    steps = [1, *(entry.from_step for entry in later)]
-    each_step = [JobEstimate(planned_job(recipe, args, overrides, 1)).step]
-    for entry in later:
+    steps = [1, *(entry.from_step for entry in later_entries)]
+    step_times = [JobEstimate(planned_job(recipe, args, overrides, 1)).step]
+    for entry in later_entries:
         job = planned_job(recipe, args, overrides, entry.from_step)
         changes = ", ".join(f"{key}={value}" for key, value in entry.changes.items())
         print(f"\nfrom step {entry.from_step} ({changes}; --step {entry.from_step} shows all):")
@@ -115,7 +115,7 @@ def _later_phases(recipe: Path, args: argparse.Namespace, overrides: dict) -> in
             status = UNFIT
             continue
         estimate = JobEstimate(job)
-        each_step.append(estimate.step)
+        step_times.append(estimate.step)
         problems = estimate.problems()
         limits = f" ({estimate.step.limits})" if estimate.step.limits else ""
         peak = estimate.peak_rank.peak_bytes / GIB
@@ -124,10 +124,12 @@ def _later_phases(recipe: Path, args: argparse.Namespace, overrides: dict) -> in
         print("".join(f"  note: {note}\n" for note in estimate.notes()), end="")
         status = UNFIT if problems else status
     ends = [*steps[1:], config.run.steps + 1]
-    if len(each_step) == len(steps) and all(step_time.value is not None for step_time in each_step):
+    if len(step_times) == len(steps) and all(
+        step_time.value is not None for step_time in step_times
+    ):
         parts = [
             total_hours(step_time, end - first, "")
-            for first, end, step_time in zip(steps, ends, each_step, strict=True)
+            for first, end, step_time in zip(steps, ends, step_times, strict=True)
         ]
         total = sum_quantities(parts, "")
         limits = f" ({total.limits})" if total.limits else ""
@@ -235,7 +237,7 @@ def _entries(quantity: Quantity) -> dict[str, Any]:
 def layouts_text(
     job: PlannedJob,
     other_layouts: list[FittingLayout],
-    which: str,
+    label: str,
     other_sizes: Sequence[PlannedJob] = (),
 ) -> str:
     """Return a line per layout with its changes and costs.
@@ -243,9 +245,9 @@ def layouts_text(
     Args:
         job: the planned job.
         other_layouts: the layouts.
-        which: the layouts' name in the text.
+        label: the layouts' name in the text.
         other_sizes: the same layout on other numbers of GPUs, named if `other_layouts` is empty."""
-    title = f"{which} layouts that fit (fullest rank, estimated step)"
+    title = f"{label} layouts that fit (fullest rank, estimated step)"
     if not other_layouts:
         remedy = "use more GPUs, or GPUs with more memory"
         if other_sizes:
@@ -267,9 +269,9 @@ def sizes_text(job: PlannedJob, other_jobs: Sequence[PlannedJob]) -> str:
     options = []
     for other_job in other_jobs:
         engines = other_job.config.rollout.engines
-        changed = job.generates and engines != job.config.rollout.engines
-        adapted = f" --rollout.engines {engines}" if changed else ""
-        options.append(f"--gpus {other_job.world_size}{adapted}")
+        changes_engines = job.generates and engines != job.config.rollout.engines
+        engine_option = f" --rollout.engines {engines}" if changes_engines else ""
+        options.append(f"--gpus {other_job.world_size}{engine_option}")
     return " or ".join(options)
 
 
@@ -288,11 +290,11 @@ def _title(estimate: JobEstimate) -> str:
             f"{format_count(job.num_microbatches, 'micro-batch')} an optimizer step"
         )
     if job.generates:
-        where = "the same GPUs, in turn"
+        gpus_text = "the same GPUs, in turn"
         if job.rollout_gpus or not job.trains:
-            where = "GPUs of their own"
+            gpus_text = "GPUs of their own"
         engines = format_count(job.config.rollout.engines, "engine")
-        lines.append(f"{engines} of {format_count(job.engine_gpus, 'GPU')}, on {where}")
+        lines.append(f"{engines} of {format_count(job.engine_gpus, 'GPU')}, on {gpus_text}")
         if job.trains and not job.rollout_gpus and not job.config.rollout.colocated:
             lines.append(_not_colocated(job))
     lines.append(

@@ -56,8 +56,8 @@ def detect_machine() -> Machine:
 
 def engines_share_gpus(config: Config) -> bool:
     """Whether the policy's engines are on GPUs of trainer ranks."""
-    local = config.rollout.placement == "local"
-    return gpu.is_usable() and (local or config.rollout.colocated)
+    is_local = config.rollout.placement == "local"
+    return gpu.is_usable() and (is_local or config.rollout.colocated)
 
 
 def check_gpu_memory(config: Config, hf: Mapping[str, Any]) -> None:
@@ -93,15 +93,17 @@ def _placement(config: Config, hf: Mapping[str, Any]) -> str:
     """Return the settings that `init` writes for this model on this host, as text."""
     if config.rollout.placement == "hosts":
         return "it to the share that the trainer leaves"
-    unknown = "rollout.colocated: true and rollout.gpu_memory, what the trainer leaves of a GPU"
+    general_hint = (
+        "rollout.colocated: true and rollout.gpu_memory, what the trainer leaves of a GPU"
+    )
     if torchrun.SPANS_HOSTS in os.environ:  # with GPUs of other hosts, too
-        return unknown
+        return general_hint
     try:
         machine = detect_machine()
     except (OSError, subprocess.CalledProcessError):
-        return unknown
+        return general_hint
     if not machine.num_gpus:  # the driver has some, but they have no files in /dev
-        return unknown
+        return general_hint
     guesses = guess_layout(dict(hf), num_parameters(dict(hf)), machine)
     keys = ", ".join(f"{guess.key}: {value_text(guess.value)}" for guess in guesses)
     return f"{keys}, as megatron-r1 init does on this host, or rollout.placement: hosts"
@@ -158,14 +160,14 @@ def check_settings(config: Config) -> None:
 def check_sampling(config: Config) -> None:
     """Raise UserError for samples of a part of the vocabulary that the trainer cannot follow: its
     softmax is over the tokens that the engine kept, whose ids come with each sampled one."""
-    first, *_ = phases = config.phases()
+    first_phase, *_ = phases = config.phases()
     for step, phase in phases:
-        rollout, when = phase.rollout, f"rl.schedule, from_step {step}: " if step > 1 else ""
-        cut = "top_p" if rollout.top_p < 1 else "min_p" if rollout.min_p else "top_k"
-        key, shown = f"rollout.{cut}", f"{when}rollout.{cut}: {getattr(rollout, cut)}"
-        if rollout.truncates_sampling != first[1].rollout.truncates_sampling:
+        rollout, prefix = phase.rollout, f"rl.schedule, from_step {step}: " if step > 1 else ""
+        name = "top_p" if rollout.top_p < 1 else "min_p" if rollout.min_p else "top_k"
+        key, setting = f"rollout.{name}", f"{prefix}rollout.{name}: {getattr(rollout, name)}"
+        if rollout.truncates_sampling != first_phase[1].rollout.truncates_sampling:
             raise UserError(
-                f"{shown}: a batch may hold samples of both settings, and the trainer needs the "
+                f"{setting}: a batch may hold samples of both settings, and the trainer needs the "
                 "kept tokens of all of them or of none: cut from the first step on, with "
                 "rollout.top_k: the size of the vocabulary where nothing is to be left out",
                 key=key,
@@ -174,10 +176,10 @@ def check_sampling(config: Config) -> None:
         if not rollout.truncates_sampling:
             continue
         if rollout.top_k is None:
-            off = f" (by up to {-math.log(rollout.top_p):.2g} in logprob_diff/mean)"
+            gap = f" (by up to {-math.log(rollout.top_p):.2g} in logprob_diff/mean)"
             raise UserError(
-                f"{shown} draws from a part of the vocabulary. Log-probabilities over all of it "
-                f"are not those of the samples{off if rollout.top_p < 1 else ''}, so the trainer "
+                f"{setting} draws from a part of the vocabulary. Log-probabilities over all of it "
+                f"are not those of the samples{gap if rollout.top_p < 1 else ''}, so the trainer "
                 "needs the tokens that the engine kept: set rollout.top_k, which bounds their "
                 "number (4 bytes each); rollout.temperature below 1 sharpens samples without them. "
                 "Evaluations have eval.top_p",
@@ -186,7 +188,7 @@ def check_sampling(config: Config) -> None:
             )
         if rollout.min_p and rollout.speculative.method != "none":
             raise UserError(
-                f"{shown}: vLLM verifies drafts without min_p; use rollout.top_p, or leave out "
+                f"{setting}: vLLM verifies drafts without min_p; use rollout.top_p, or leave out "
                 "rollout.speculative",
                 key="rollout.min_p",
                 cause=Cause.CONFLICT,

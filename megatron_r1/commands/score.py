@@ -93,8 +93,8 @@ def run(
             cause=Cause.CONFLICT,
         )
     try:
-        with _source(source) as lines, _target(target) as graded:
-            scoring = asyncio.run(_score(config, lines, graded))
+        with _source(source) as lines, _target(target) as output:
+            scoring = asyncio.run(_score(config, lines, output))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes stdout again at exit
         raise RunError("the reader of the output has ended") from None
@@ -111,7 +111,7 @@ def run(
         )
 
 
-async def _score(config: Config, lines: BinaryIO, graded: BinaryIO) -> _Scoring:
+async def _score(config: Config, lines: BinaryIO, output: BinaryIO) -> _Scoring:
     """Grade lines as they are read and write them in their order. Only so many lines wait at a time
     that memory stays bounded. Returns the counts."""
     settings = config.rewards
@@ -138,7 +138,7 @@ async def _score(config: Config, lines: BinaryIO, graded: BinaryIO) -> _Scoring:
                     task, size = tasks.popleft()
                     num_bytes -= size
                     record, grade = await task
-                    graded.write(_encode(record, grade))
+                    output.write(_encode(record, grade))
                     scoring.add(record.get("kind"), grade)
     finally:
         await asyncio.gather(*(task for task, _ in tasks), return_exceptions=True)
@@ -171,10 +171,10 @@ class _Scoring:
         elif isinstance(kind, str) and (kind in self._rewards or len(self._rewards) < MAX_KINDS):
             total, count = self._rewards.get(kind, (0.0, 0))
             self._rewards[kind] = (total + grade.reward, count + 1)
-        now = time.perf_counter()
-        if now - self._last_progress >= PROGRESS_SECONDS:
-            self._last_progress = now
-            rate = self.num_lines / (now - self._start)
+        timestamp = time.perf_counter()
+        if timestamp - self._last_progress >= PROGRESS_SECONDS:
+            self._last_progress = timestamp
+            rate = self.num_lines / (timestamp - self._start)
             print(f"score: {self.num_lines:,} lines, {rate:,.0f}/s", file=sys.stderr, flush=True)
 
     def summary(self) -> str:
@@ -255,8 +255,8 @@ async def _batches(lines: BinaryIO) -> AsyncIterator[list[bytes | None]]:
         line.clear()
         return text
 
-    while read := await read_when_ready(lines.fileno(), BATCH_BYTES):
-        *ends, beginning = read.split(b"\n")
+    while chunk := await read_when_ready(lines.fileno(), BATCH_BYTES):
+        *ends, beginning = chunk.split(b"\n")
         batch = []
         for end in ends:
             line += end

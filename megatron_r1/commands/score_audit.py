@@ -71,9 +71,9 @@ def run(
     Raises:
         UserError: a file or line that cannot be read, an option that is no such number, a run
             without a sample log, and a file without a line that can be audited."""
-    smallest = {"size": 1, "groups": 0, "seed": 0}
+    minimums = {"size": 1, "groups": 0, "seed": 0}
     sizes = {"size": size, "groups": groups, "seed": seed}
-    numbers = {name: _number(f"--{name}", text, smallest[name]) for name, text in sizes.items()}
+    numbers = {name: _number(f"--{name}", text, minimums[name]) for name, text in sizes.items()}
     advantages = None
     if Path(path).is_dir():
         config, answers = read_run(Path(path))
@@ -142,22 +142,25 @@ def read_run(path: Path) -> tuple[Config, list[GradedAnswer]]:
             cause=Cause.EMPTY,
         )
     answers: list[GradedAnswer] = []
-    read: list[int] = []
-    opened: bool | None = None  # of all steps: the model and data.template are the run's
-    for recorded in read_steps(folder, settings, reversed(steps)):
-        if opened is None:
-            opened = recorded.tokenizer.opens_thought
+    audited_steps: list[int] = []
+    opens_thought: bool | None = None  # of all steps: the model and data.template are the run's
+    for recorded_step in read_steps(folder, settings, reversed(steps)):
+        if opens_thought is None:
+            opens_thought = recorded_step.tokenizer.opens_thought
         answers += logged_answers(
-            recorded.groups,
-            f"step {recorded.step}",
-            recorded.weights,
-            partial(training_reward, config=recorded.config),
-            opened,
+            recorded_step.groups,
+            f"step {recorded_step.step}",
+            recorded_step.weights,
+            partial(training_reward, config=recorded_step.config),
+            opens_thought,
         )
-        read.append(recorded.step)
+        audited_steps.append(recorded_step.step)
         if len(answers) >= MAX_ANSWERS:
             break
-    print(f"{path}: steps {read[-1]} to {read[0]}, {len(steps) - len(read)} older ones left out")
+    num_older = len(steps) - len(audited_steps)
+    print(
+        f"{path}: steps {audited_steps[-1]} to {audited_steps[0]}, {num_older} older ones left out"
+    )
     return settings, answers
 
 
@@ -184,21 +187,22 @@ def read_answers(path: Path, kind: str | None) -> Iterator[GradedAnswer]:
 def _answer(path: Path, number: int, offset: int, line: bytes, kind: str | None) -> GradedAnswer:
     record = _record(path, number, line)
     place = f"{path}:{number}"
-    ungraded = str(record.get("reason", "")).startswith(UNGRADED)
+    is_ungraded = str(record.get("reason", "")).startswith(UNGRADED)
     kind = record.get("kind", kind)
     reward: Any = record.get("reward")
-    faults = {
+    validity = {
         "kind": isinstance(kind, str),
         "response": isinstance(record.get("response"), str),
         "reward": isinstance(reward, int | float) and not isinstance(reward, bool),
     }
-    if not ungraded and (wrong := [name for name, is_right in faults.items() if not is_right]):
-        cause = Cause.MALFORMED if wrong[0] in record else Cause.MISSING
-        hint = "; name it by --data.kind" if wrong[0] == "kind" else ""
+    wrong_fields = [name for name, is_valid in validity.items() if not is_valid]
+    if not is_ungraded and wrong_fields:
+        cause = Cause.MALFORMED if wrong_fields[0] in record else Cause.MISSING
+        hint = "; name it by --data.kind" if wrong_fields[0] == "kind" else ""
         raise UserError(
-            f"{place}: {wrong[0]!r} is {cause.value}{hint}; an audit reads what megatron-r1 score "
-            "writes",
-            key=wrong[0],
+            f"{place}: {wrong_fields[0]!r} is {cause.value}{hint}; an audit reads what "
+            "megatron-r1 score writes",
+            key=wrong_fields[0],
             cause=cause,
         )
     group = next((str(record[name]) for name in GROUP_FIELDS if name in record), None)
@@ -209,8 +213,8 @@ def _answer(path: Path, number: int, offset: int, line: bytes, kind: str | None)
         source=source_of(record),
         kind=str(kind),
         group=group,
-        reward=0.0 if ungraded else float(reward),
-        total=None if ungraded else float(reward),
+        reward=0.0 if is_ungraded else float(reward),
+        total=None if is_ungraded else float(reward),
         load=lambda: _content(path, number, offset),
     )
 

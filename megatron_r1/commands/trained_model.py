@@ -27,12 +27,12 @@ def guess_template(prompts: Sequence[str]) -> str | None:
         head, _, tail = text.partition(PLACEHOLDER)
         if all(prompt.startswith(head) and prompt.endswith(tail) for prompt in prompts):
             return name
-    begin = os.path.commonprefix(list(prompts))
-    end = os.path.commonprefix([prompt[::-1] for prompt in prompts])[::-1]
-    speaker, line = SPEAKER.match(begin), end.rfind("\n")
-    if not speaker or line < 0 or not end[line:].strip():
+    prefix = os.path.commonprefix(list(prompts))
+    suffix = os.path.commonprefix([prompt[::-1] for prompt in prompts])[::-1]
+    speaker, line_start = SPEAKER.match(prefix), suffix.rfind("\n")
+    if not speaker or line_start < 0 or not suffix[line_start:].strip():
         return None
-    return f"{speaker[0]}{PLACEHOLDER}{end[line:]}"
+    return f"{speaker[0]}{PLACEHOLDER}{suffix[line_start:]}"
 
 
 CONVERT = "megatron-r1 convert"
@@ -91,19 +91,19 @@ def template_of_model(model: Path, name: str) -> tuple[str, str]:
     Args:
         model: the model's folder.
         name: the argument that names the model, for errors."""
-    trained = trained_recipe(model)
-    if trained is not None and infer_verb(trained) == "rl":
-        return trained.data.template, f"as {model.parent} trained the model"
+    recipe = trained_recipe(model)
+    if recipe is not None and infer_verb(recipe) == "rl":
+        return recipe.data.template, f"as {model.parent} trained the model"
     if load_tokenizer(str(model), name).chat_template:
         return "chat", "the tokenizer has a chat template"
-    if trained is not None and (supervised := _supervised_template(trained)):
-        return supervised, f"as the supervised prompts of {model.parent} have it"
+    if recipe is not None and (supervised_template := _supervised_template(recipe)):
+        return supervised_template, f"as the supervised prompts of {model.parent} have it"
     return "plain", "the tokenizer has no chat template: User: …, Assistant:"
 
 
-def _supervised_template(trained: Config) -> str | None:
+def _supervised_template(recipe: Config) -> str | None:
     """Return the template of the prompts that a model was supervised with, or None."""
-    data = trained.sft.data
+    data = recipe.sft.data
     path = data if isinstance(data, str) else data[0].path
     try:
         rows = itertools.islice(read_canonical_rows(path), TEMPLATE_ROWS)
@@ -114,12 +114,12 @@ def _supervised_template(trained: Config) -> str | None:
 
 def next_commands(config: Config) -> list[tuple[str, str]]:
     """Return (purpose, command) of what to do with the policy that an RL run trains."""
-    folder, more = config.run.folder, config.run.steps + config.run.steps // 2
+    folder, more_steps = config.run.folder, config.run.steps + config.run.steps // 2
     # On a CPU vLLM takes its share of the machine's memory, and compiling takes minutes.
     on_cpu = "" if gpu.is_usable() else " --enforce-eager --gpu-memory-utilization 0.3"
     return [
         ("the curves, live", f"tensorboard --logdir {folder}"),
-        ("train on from here", f"megatron-r1 rl {folder}/config.yaml --run.steps {more}"),
+        ("train on from here", f"megatron-r1 rl {folder}/config.yaml --run.steps {more_steps}"),
         (
             "serve the model over an OpenAI-compatible API",
             f"python -m vllm.entrypoints.openai.api_server --model {folder}/hf "

@@ -86,14 +86,14 @@ def read_verb(name: str, module_name: str) -> VerbHeader:
     return VerbHeader(**_header(name, ast.get_docstring(source, clean=False), literals))
 
 
-def _header(name: str, about: str | None, defined: Mapping[str, Any]) -> dict[str, Any]:
+def _header(name: str, docstring: str | None, constants: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        "about": inspect.cleandoc(about) if about else None,
-        "arguments": defined.get("ARGUMENTS", ("RECIPE.yaml",)),
-        "required": defined.get("REQUIRED", ()),
-        "settings": defined.get("SETTINGS", (name.replace("-", "_"),)),
-        "options": defined.get("OPTIONS", {}),
-        "repeated": defined.get("REPEATED", ()),
-        "instead": defined.get("INSTEAD", ()),
-        "implied": defined.get("IMPLIED", {}),
+        "about": inspect.cleandoc(docstring) if docstring else None,
+        "arguments": constants.get("ARGUMENTS", ("RECIPE.yaml",)),
+        "required": constants.get("REQUIRED", ()),
+        "settings": constants.get("SETTINGS", (name.replace("-", "_"),)),
+        "options": constants.get("OPTIONS", {}),
+        "repeated": constants.get("REPEATED", ()),
+        "instead": constants.get("INSTEAD", ()),
+        "implied": constants.get("IMPLIED", {}),
     }
