@@ -255,12 +255,12 @@ ALIASES = (
 def find_aliases(text: str, *, exact: bool = False) -> list[KeyAlias]:
     """Return the rows that have `text` as a name, else, unless `exact`, those with a name that has
     its words. Case, dashes, underscores and a path of sections before the name do not count."""
-    for alias in (_plain(text), _plain(text.rpartition(".")[2])):
-        if same := [word for word in ALIASES if alias in map(_plain, word.names)]:
-            return same
-    if exact or not (alias := _plain(text)):
+    for plain_text in (_plain(text), _plain(text.rpartition(".")[2])):
+        if rows := [alias for alias in ALIASES if plain_text in map(_plain, alias.names)]:
+            return rows
+    if exact or not (words := _plain(text)):
         return []
-    return [w for w in ALIASES if any(f" {alias} " in f" {_plain(name)} " for name in w.names)]
+    return [a for a in ALIASES if any(f" {words} " in f" {_plain(name)} " for name in a.names)]
 
 
 def describe_aliases(rows: Sequence[KeyAlias]) -> str:

@@ -34,10 +34,10 @@ def parse_overrides(
     Raises:
         UserError: for an option without a value or without a section."""
     overrides: dict[str, Any] = {}
-    pending = list(options)
+    words = list(options)
     known_options = [*switches, *extra_options]
-    while pending:
-        option = pending.pop(0)
+    while words:
+        option = words.pop(0)
         if not option.startswith("--"):
             raise UserError(
                 f"unexpected argument {option}: settings are --section.key value",
@@ -46,7 +46,7 @@ def parse_overrides(
             )
         key, equals, value = option[2:].partition("=")
         if not equals:
-            has_value = bool(pending) and not pending[0].startswith("--")
+            has_value = bool(words) and not words[0].startswith("--")
             if not has_value and key in switches:
                 overrides[key] = True
                 continue
@@ -56,11 +56,13 @@ def parse_overrides(
                     key=f"--{key}",
                     cause=Cause.MISSING,
                 )
-            value = pending.pop(0)
+            value = words.pop(0)
         if "." not in key:
             # A looser cutoff than elsewhere: `key` is compared with dotted keys, which are longer.
-            near = difflib.get_close_matches(key, [*known_options, *known_keys()], n=1, cutoff=0.4)
-            hint = f"; did you mean --{near[0]}?" if near else ""
+            matches = difflib.get_close_matches(
+                key, [*known_options, *known_keys()], n=1, cutoff=0.4
+            )
+            hint = f"; did you mean --{matches[0]}?" if matches else ""
             raise UserError(
                 f"unknown option --{key}: settings are --section.key value{hint}",
                 key=f"--{key}",

@@ -47,8 +47,8 @@ def drop_removed_keys(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_void(section: str, key: str, value: Any) -> bool:
-    removed = REMOVED.get(f"{section}.{key}")
-    return removed is not None and value == removed.default
+    removed_key = REMOVED.get(f"{section}.{key}")
+    return removed_key is not None and value == removed_key.default
 
 
 GREEDY = ("rollout.temperature", "eval.temperature")
@@ -122,34 +122,34 @@ def _describe_mistake(
     if error["type"] == "value_error":
         message = str(error["ctx"]["error"])
         return message if message.startswith(key) else f"{key}: {message}"
-    quote = ""
+    remedy = ""
     if error["type"] == "string_type" and isinstance(error.get("input"), dict | list):
-        quote = (
+        remedy = (
             "; YAML takes that for more than a text: put it in double quotes, within the shell's"
         )
     if error["type"] == "list_type" and isinstance(error.get("input"), str):
-        quote = f"; in brackets: [{error['input']}]"
+        remedy = f"; in brackets: [{error['input']}]"
     if error["type"] == "greater_than" and key in GREEDY:
-        quote = "; 0.01 decodes nearly greedily, by the likeliest token"
-    return f"{key}: {error['msg'][0].lower()}{error['msg'][1:]}, got {error.get('input')!r}{quote}"
+        remedy = "; 0.01 decodes nearly greedily, by the likeliest token"
+    return f"{key}: {error['msg'][0].lower()}{error['msg'][1:]}, got {error.get('input')!r}{remedy}"
 
 
 def _hint(location: tuple[str | int, ...], root: type[BaseModel], known_keys: Iterable[str]) -> str:
     """Return what an unknown key may mean: it is misspelt, or stands in the wrong section."""
     *parents, leaf = map(str, location)
-    here = _keys_at(location[:-1], root)
+    keys = _keys_at(location[:-1], root)
     prefix = "".join(f"{parent}." for parent in parents).replace("{", "{{").replace("}", "}}")
-    if near := did_you_mean(leaf, here, prefix + "{}"):
-        return near
-    if elsewhere := [key for key in known_keys if key.rpartition(".")[2] == leaf]:
-        return f"; did you mean {elsewhere[0]}?"
-    if other_words := find_aliases(leaf, exact=True):
-        return f"; elsewhere {leaf} is what is {' and '.join(other_words[0].keys)} here"
+    if suggestion := did_you_mean(leaf, keys, prefix + "{}"):
+        return suggestion
+    if other_keys := [key for key in known_keys if key.rpartition(".")[2] == leaf]:
+        return f"; did you mean {other_keys[0]}?"
+    if aliases := find_aliases(leaf, exact=True):
+        return f"; elsewhere {leaf} is what is {' and '.join(aliases[0].keys)} here"
     words = {word for word in leaf.split("_") if len(word) >= MIN_WORD_LENGTH}
-    similar = [key for key in here if words & set(key.split("_"))]
-    if len(similar) == 1:
-        return f"; did you mean {'.'.join([*parents, similar[0]])}?"
-    return f"; {'.'.join(parents) or 'a recipe'} has {', '.join(here)}"
+    similar_keys = [key for key in keys if words & set(key.split("_"))]
+    if len(similar_keys) == 1:
+        return f"; did you mean {'.'.join([*parents, similar_keys[0]])}?"
+    return f"; {'.'.join(parents) or 'a recipe'} has {', '.join(keys)}"
 
 
 def _keys_at(location: tuple[str | int, ...], root: type[BaseModel]) -> list[str]:

@@ -31,9 +31,11 @@ def read_sections(
             f"{source} {path}: is a folder; name a file in it", key=source, cause=Cause.MALFORMED
         )
     if not path.is_file():
-        near = did_you_mean(path.name, [file.name for file in path.parent.glob("*.y*ml")], "{}")
+        suggestion = did_you_mean(
+            path.name, [file.name for file in path.parent.glob("*.y*ml")], "{}"
+        )
         raise UserError(
-            f"{source} {path}: no such file (relative to {Path.cwd()}){near}",
+            f"{source} {path}: no such file (relative to {Path.cwd()}){suggestion}",
             key=source,
             cause=Cause.NOT_FOUND,
         )
@@ -59,8 +61,8 @@ def read_sections(
 def nest_keys(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return `{"section.key": value}` as sections."""
     tree: dict[str, dict[str, Any]] = {}
-    for dotted, value in settings.items():
-        section, _, key = dotted.partition(".")
+    for dotted_key, value in settings.items():
+        section, _, key = dotted_key.partition(".")
         tree.setdefault(section, {})[key] = value
     return tree
 
