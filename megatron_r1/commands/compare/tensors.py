@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_r1.commands.compare.records import RunDifference, is_rounding
+from megatron_r1.commands.compare.difference import RunDifference
+from megatron_r1.commands.compare.records import is_rounding
 from megatron_r1.models.weights.formats.dcp import DistributedCheckpoint
 from megatron_r1.trainer.checkpoints.checkpoint_folders import ManifestError, read_manifest
 

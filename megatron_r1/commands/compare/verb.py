@@ -15,8 +15,8 @@ from typing import Any
 
 from megatron_r1.base.errors import Cause, RunError, UserError
 from megatron_r1.base.files import atomic_write
+from megatron_r1.commands.compare.difference import RunDifference
 from megatron_r1.commands.compare.records import (
-    RunDifference,
     compare_groups,
     compare_metrics,
     read_groups,
