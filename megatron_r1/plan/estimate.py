@@ -6,16 +6,10 @@ from functools import cached_property
 
 from megatron_r1.plan.communication import communication_section
 from megatron_r1.plan.counts import flops_section, parameter_section
+from megatron_r1.plan.engine_memory import EngineMemory, rollout_section
 from megatron_r1.plan.expert_overlap import StepEstimate, exchange_choice, unpaired_fraction
 from megatron_r1.plan.job import PlannedJob
-from megatron_r1.plan.memory import (
-    RECEIVE_BUFFER,
-    EngineMemory,
-    RankMemory,
-    memory_section,
-    rank_memory,
-    rollout_section,
-)
+from megatron_r1.plan.memory import RECEIVE_BUFFER, RankMemory, memory_section, rank_memory
 from megatron_r1.plan.phase_overheads import OFFLOADED, ROUTED, offload_disk
 from megatron_r1.plan.push import push_section, receive_buffer_bytes, reused_kv_cache_bytes
 from megatron_r1.plan.quantity import Quantity, QuantityTable, assumed_section, byte_quantity

@@ -12,7 +12,7 @@ from megatron_r1.plan.communication import (
     expected_distinct,
     traffic_by_axis,
 )
-from megatron_r1.plan.memory import EngineMemory
+from megatron_r1.plan.engine_memory import EngineMemory
 from megatron_r1.plan.rollout import RolloutTime, exchange_section
 
 H800 = HARDWARE["H800"]

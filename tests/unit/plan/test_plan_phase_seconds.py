@@ -4,8 +4,8 @@ import pytest
 from planned_jobs import planned, real_job
 
 from megatron_r1.config.hardware import GIB
+from megatron_r1.plan.engine_memory import EngineMemory
 from megatron_r1.plan.estimate import JobEstimate
-from megatron_r1.plan.memory import EngineMemory
 from megatron_r1.plan.phase_overheads import checkpoint_time, sleep_wake_time, weight_load_time
 from megatron_r1.plan.timing import StepTime, time_section
 

@@ -1,0 +1,197 @@
+"""Memory of the engines on a GPU: weights and KV cache, and the sequences that this holds at
+once."""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+from megatron_r1.models.hf_config import key_value_heads
+from megatron_r1.models.memory import BYTES, cache_bytes_per_token
+from megatron_r1.plan.job import PlannedJob
+from megatron_r1.plan.push import (
+    drafts_with_mtp,
+    planned_engine_layout,
+    planned_rank_bytes,
+    pushes_fp8,
+    receive_buffer_bytes,
+)
+from megatron_r1.plan.quantity import Quantity, QuantityTable, byte_quantity, round_number
+from megatron_r1.push.plan.predicted_sharding import PredictedSharding
+from megatron_r1.reporting.formatting import format_count
+
+
+@dataclass(frozen=True)
+class EngineMemory:
+    """All engines of a job.
+
+    Attributes:
+        job: the recipe, the sizes of its model, and the GPUs.
+        trainer_bytes: bytes of the trainer that stay on the same GPU."""
+
+    job: PlannedJob
+    trainer_bytes: int = 0
+
+    @property
+    def parameter_bytes(self) -> int:
+        """Bytes of one of the engines' parameters."""
+        return BYTES[self.job.config.rollout.dtype]
+
+    @property
+    def tensor(self) -> int:
+        """Number of GPUs that share the attention of one sequence."""
+        return planned_engine_layout(self.job).tensor
+
+    @property
+    def mtp_layers(self) -> int:
+        """Number of layers that draft."""
+        return len(self.job.weight_table.mtp) if drafts_with_mtp(self.job) else 0
+
+    @property
+    def num_draft_tokens(self) -> int:
+        """Tokens that a pass verifies next to the one that follows anyway. 0 for drafts from text:
+        their acceptance is not known before a run."""
+        return self.job.config.rollout.speculative.tokens if self.mtp_layers else 0
+
+    @cached_property
+    def replicates_shared_experts(self) -> bool:
+        """Whether each GPU has the shared experts whole."""
+        return PredictedSharding(
+            self.job.hf, planned_engine_layout(self.job)
+        ).replicates_shared_experts
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of an engine's weights on one of its GPUs."""
+        return planned_rank_bytes(self.job)
+
+    @property
+    def receive_buffer_bytes(self) -> int:
+        """Bytes on one GPU for the weights of the next push."""
+        return receive_buffer_bytes(self.job, "GPU")
+
+    @property
+    def reserved_bytes(self) -> float:
+        """Bytes of `Assumptions.reserved` that are the engine's: half of it next to a trainer."""
+        return self.job.assumptions.reserved / (2 if self.trainer_bytes else 1)
+
+    @property
+    def free_bytes(self) -> float:
+        """Bytes of a GPU that are not the trainer's, nor the receive buffer's."""
+        other_bytes = self.job.assumptions.reserved - self.reserved_bytes + self.trainer_bytes
+        return self.job.hardware.memory - other_bytes - self.receive_buffer_bytes
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes left for KV cache on one GPU; negative if even the weights do not fit."""
+        fraction = self.job.config.rollout.gpu_memory
+        engine_bytes = (
+            self.free_bytes
+            if fraction is None
+            else min(self.free_bytes, fraction * self.job.hardware.memory)
+        )
+        return round(engine_bytes - self.reserved_bytes - self.weight_bytes)
+
+    @property
+    def token_bytes(self) -> float:
+        """Cache bytes of a token on each GPU that attends to it: latents whole, heads shared."""
+        num_bytes = cache_bytes_per_token(self.job.hf, self.parameter_bytes, self.mtp_layers)
+        if self.job.latent_attention:
+            return num_bytes
+        return num_bytes / min(self.tensor, key_value_heads(self.job.hf))
+
+    @property
+    def sequences(self) -> float:
+        """Sequences of a rollout for each group of `tensor` GPUs."""
+        return self.job.num_responses * self.tensor / (self.job.rollout_gpus or self.job.world_size)
+
+    @property
+    def max_concurrency(self) -> float:
+        """Sequences whose cache such a group can hold; less than one counts as 0."""
+        sequences = self.cache_bytes / (self.token_bytes * self.cached_tokens)
+        return sequences if sequences >= 1 else 0.0
+
+    @property
+    def mean_concurrency(self) -> float:
+        """Mean number of sequences that such a group decodes together, limited by cache and
+        settings. Of several rollouts (`rollouts_in_flight`) most are in a part where only long
+        responses are left."""
+        concurrency = self.sequences
+        if self.rollouts_in_flight > 1:
+            fraction = self.job.response_tokens / self.job.longest_response
+            concurrency = max(
+                min(1.0, concurrency), concurrency * self.rollouts_in_flight * fraction
+            )
+        return min(concurrency, self.max_concurrency, self.job.config.rollout.max_num_seqs)
+
+    @property
+    def cached_tokens(self) -> float:
+        """Mean number of cached tokens of a sequence over its lifetime."""
+        return self.job.assumptions.prompt_tokens + self.job.response_tokens / 2
+
+    @property
+    def rollouts_in_flight(self) -> int:
+        """Rollouts that are sampled at once: with `rl.staleness` k, on GPUs of their own, the one
+        that the trainer waits for and k later ones, which fill the engines meanwhile
+        (controller/rollouts/rollout_stream.py)."""
+        rl = self.job.config.rl
+        return 1 + rl.staleness if self.job.rollout_gpus and self.job.verb == "rl" else 1
+
+
+def rollout_section(engines: EngineMemory) -> QuantityTable:
+    """Return the memory of one engine GPU."""
+    job = engines.job
+    shortage = (
+        f"no room, {byte_quantity(-engines.cache_bytes)} short: " if engines.cache_bytes < 0 else ""
+    )
+    fraction = job.config.rollout.gpu_memory
+    if fraction is not None:
+        half_text = "half of " if engines.trainer_bytes else ""
+        formula = f"rollout.gpu_memory={fraction:g} x memory - {half_text}reserved - weights"
+    else:
+        formula = "memory - reserved - weights"
+        if engines.receive_buffer_bytes:
+            formula += f" - receive buffer {byte_quantity(engines.receive_buffer_bytes)}"
+        formula += (
+            f" - trainer's {byte_quantity(engines.trainer_bytes)}" if engines.trainer_bytes else ""
+        )
+    copies = planned_engine_layout(job).redundant_experts
+    section = {}
+    if engines.trainer_bytes:
+        section["share, at most"] = Quantity(
+            math.floor(100 * engines.free_bytes / job.hardware.memory) / 100,
+            "share",
+            f"rollout.gpu_memory: memory - trainer's {byte_quantity(engines.trainer_bytes)} - "
+            "half of "
+            "reserved; an engine's weights, cache and activations",
+        )
+    return section | {
+        "weights": byte_quantity(
+            engines.weight_bytes,
+            f"its part of every tensor: attention over {format_count(engines.tensor, 'GPU')}, "
+            "routed "
+            f"experts{f' and {copies} copies of a layer' * bool(copies)} over {job.engine_gpus}; "
+            "norms, routers, latent down-projections whole"
+            + (", shared experts too" if engines.replicates_shared_experts else "")
+            + ("; the drafter's among them" if engines.mtp_layers else "")
+            + ("; projections in FP8 (push.fp8)" if pushes_fp8(job) else ""),
+        ),
+        "KV cache of a token": byte_quantity(
+            cache_bytes_per_token(job.hf, engines.parameter_bytes, engines.mtp_layers),
+            f"{job.hf['num_hidden_layers'] + engines.mtp_layers} layers x values a layer x "
+            f"{engines.parameter_bytes} B"
+            + ("; the MTP layers' among them" if engines.mtp_layers else ""),
+        ),
+        "KV cache": byte_quantity(max(0, engines.cache_bytes), f"{shortage}{formula}"),
+        "tokens cached": Quantity(
+            max(0, int(engines.cache_bytes / engines.token_bytes)),
+            "tokens",
+            "KV cache / a token's bytes",
+        ),
+        "sequences at once": Quantity(
+            round(engines.mean_concurrency, 2),
+            "",
+            f"on {format_count(engines.tensor, 'GPU')}; least of cache, rollout.max_num_seqs and "
+            "its "
+            f"{round_number(engines.sequences)} of the rollout",
+        ),
+    }
