@@ -6,11 +6,11 @@ import pytest
 from planned_jobs import planned, real_job
 
 from megatron_r1.config.hardware import HARDWARE, Assumptions
-from megatron_r1.plan.communication import (
+from megatron_r1.plan.communication import traffic_by_axis
+from megatron_r1.plan.engine_communication import (
     EngineInterconnect,
     ExpertExchange,
     expected_distinct,
-    traffic_by_axis,
 )
 from megatron_r1.plan.engine_memory import EngineMemory
 from megatron_r1.plan.rollout import RolloutTime, exchange_section
