@@ -90,16 +90,18 @@ def combined_fraction(fractions: Sequence[FractionEstimate]) -> FractionEstimate
     weights = [fraction.population / population for fraction in fractions]
     pairs = list(zip(weights, fractions, strict=True))
     # Each end from the fractions that it counts: the undecided are without, or with, the property.
-    least = [fraction.found / fraction.sampled for fraction in fractions]
-    most = [(fraction.found + fraction.undecided) / fraction.sampled for fraction in fractions]
-    below = math.hypot(
-        *(w * (p - stratum.low) for (w, stratum), p in zip(pairs, least, strict=True))
+    lower_bounds = [fraction.found / fraction.sampled for fraction in fractions]
+    upper_bounds = [
+        (fraction.found + fraction.undecided) / fraction.sampled for fraction in fractions
+    ]
+    lower_margin = math.hypot(
+        *(w * (p - stratum.low) for (w, stratum), p in zip(pairs, lower_bounds, strict=True))
     )
-    above = math.hypot(
-        *(w * (stratum.high - p) for (w, stratum), p in zip(pairs, most, strict=True))
+    upper_margin = math.hypot(
+        *(w * (stratum.high - p) for (w, stratum), p in zip(pairs, upper_bounds, strict=True))
     )
-    low = sum(w * p for w, p in zip(weights, least, strict=True)) - below
-    high = sum(w * p for w, p in zip(weights, most, strict=True)) + above
+    low = sum(w * p for w, p in zip(weights, lower_bounds, strict=True)) - lower_margin
+    high = sum(w * p for w, p in zip(weights, upper_bounds, strict=True)) + upper_margin
     values = [fraction.value for fraction in fractions]
     value = None
     if None not in values:

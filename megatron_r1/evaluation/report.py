@@ -210,9 +210,9 @@ async def _votes(
     )
     curve = {}
     for size in sizes:
-        chosen = subsets(len(groups[0]), size, seed)
+        index_sets = subsets(len(groups[0]), size, seed)
         scores = [
-            fmean(voted_reward([answers[i] for i in s], [scored[i] for i in s]) for s in chosen)
+            fmean(voted_reward([answers[i] for i in s], [scored[i] for i in s]) for s in index_sets)
             for answers, scored in zip(answer_groups, rewards, strict=True)
         ]
         curve[size] = estimate(scores, seed)

@@ -168,11 +168,11 @@ class ResponseSampler:
         await self._policy.close()  # voting and deciding need no engine
 
     def _missing(self) -> Iterator[SampleJob]:
-        most = max(prompt_set.num_samples for prompt_set in self._sets)
+        max_samples = max(prompt_set.num_samples for prompt_set in self._sets)
         if self._by_prompt:
             jobs = ((s, p, i) for s in self._sets for p in s.prompts for i in range(s.num_samples))
         else:
-            sets = ((s, i) for i in range(most) for s in self._sets if i < s.num_samples)
+            sets = ((s, i) for i in range(max_samples) for s in self._sets if i < s.num_samples)
             jobs = ((s, p, i) for s, i in sets for p in s.prompts)
         for prompt_set, prompt, index in jobs:
             if (prompt_set.key(prompt), index) not in self._log:
@@ -256,9 +256,9 @@ class ResponseSampler:
                 logged = self._log.digests.get(prompt_set.key(prompt))
                 if logged is not None and logged != prompt_digest(prompt):
                     label = "give the benchmark another label, " if prompt_set.title else ""
-                    where = f"benchmark {prompt_set.title}, " if prompt_set.title else ""
+                    benchmark = f"benchmark {prompt_set.title}, " if prompt_set.title else ""
                     raise UserError(
-                        f"{self._log.path} has responses to another version of {where}question "
+                        f"{self._log.path} has responses to another version of {benchmark}question "
                         f"{prompt.id} ({prompt.question[:60]!r}): its text, kind, truth or fields "
                         f"have changed. Restore them, {label}or choose another run.folder",
                         key="run.folder",

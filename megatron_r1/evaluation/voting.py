@@ -175,9 +175,11 @@ async def _by_meaning(pool: RewardPool, votes: Sequence[Vote]) -> dict[str | Fra
         grades = await asyncio.gather(
             *(pool.grade(EQUIVALENCE, vote.text, candidate.text) for candidate in candidates)
         )
-        same = [o for o, grade in zip(candidates, grades, strict=True) if grade.reward == 1.0]
-        if same:
-            numbers[vote.key] = numbers[same[0].key]
+        equal_answers = [
+            o for o, grade in zip(candidates, grades, strict=True) if grade.reward == 1.0
+        ]
+        if equal_answers:
+            numbers[vote.key] = numbers[equal_answers[0].key]
         else:
             numbers[vote.key] = len(representatives)
             representatives.append(vote)

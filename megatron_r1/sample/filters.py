@@ -291,12 +291,12 @@ def active_filters(output: str, settings: Mapping[str, Mapping[str, Any] | bool]
     Args:
         output: `sample.output`, for its defaults.
         settings: `sample.filters`."""
-    chosen: dict[str, Mapping[str, Any]] = {}
+    filters: dict[str, Mapping[str, Any]] = {}
     for name in NAMES:
         options = settings.get(name, name in DEFAULT_FILTERS[output])
         if options is not False:
-            chosen[name] = {} if options is True else options
-    return chosen
+            filters[name] = {} if options is True else options
+    return filters
 
 
 def first_objection(response: TextResponse, prompt: Prompt, filters: Filters) -> tuple[str, str]:

@@ -224,21 +224,21 @@ class PreferencePairs:
         """Return the pairs of preferred and refused responses to one prompt."""
         decisions = await self._selection.drop_reasons(prompt, responses)
         by_index = {r.index: r for r in responses if r.index not in decisions}
-        shown: dict[int, str] = {}
+        texts: dict[int, str] = {}
         for index, response in by_index.items():
             text = response.part(self._settings.part)
             if text is None:
                 decisions[index] = Decision("no_summary", "nothing follows its thought")
             else:
-                shown[index] = text
+                texts[index] = text
                 decisions[index] = Decision("unpaired", "another pair was nearer in length")
-        pairs = make_pairs({i: len(text) for i, text in shown.items()}, self._settings.per_prompt)
+        pairs = make_pairs({i: len(text) for i, text in texts.items()}, self._settings.per_prompt)
         outcomes = await asyncio.gather(
-            *(self._compare(prompt.question, shown[i], shown[j]) for i, j in pairs)
+            *(self._compare(prompt.question, texts[i], texts[j]) for i, j in pairs)
         )
         rows = []
         for (i, j), outcome in zip(pairs, outcomes, strict=True):
-            decided, row = self._conclude(prompt, by_index[i], by_index[j], shown, outcome)
+            decided, row = self._conclude(prompt, by_index[i], by_index[j], texts, outcome)
             decisions |= decided
             rows += row
         return PromptResult([decisions[response.index] for response in responses], rows)
@@ -282,21 +282,21 @@ class PreferencePairs:
             second: the response it was compared with.
             shown: index → the text of a response that the judge saw.
             outcome: the votes, or why there are none."""
-        both = (first.index, second.index)
+        indices = (first.index, second.index)
         if isinstance(outcome, Ungradable):
-            return dict.fromkeys(both, Decision(UNGRADED, str(outcome))), []
+            return dict.fromkeys(indices, Decision(UNGRADED, str(outcome))), []
         votes = f"{outcome.wins} : {outcome.losses}, {outcome.ties} ties"
         winner = outcome.winner(self._settings.margin)
         if winner is None:
             code = "tie" if outcome.preference == 0.5 else "near_tie"
             why = f"response {first.index} against {second.index}: {votes}"
-            return dict.fromkeys(both, Decision(code, why)), []
+            return dict.fromkeys(indices, Decision(code, why)), []
         chosen, rejected = (first, second) if winner == 0 else (second, first)
-        pair = (prompt.id, *both)
+        pair = (prompt.id, *indices)
         self.log_ratios[pair] = log_ratio(shown[chosen.index], shown[rejected.index])
         why = f"response {chosen.index} over {rejected.index}: {votes}"
         if pair in self.dropped:
-            return dict.fromkeys(both, Decision("length_balance", why)), []
+            return dict.fromkeys(indices, Decision("length_balance", why)), []
         lost, won = sorted((outcome.wins, outcome.losses))
         row = {
             "question": prompt.question,
@@ -344,8 +344,8 @@ def pairs_to_drop(log_ratios: Mapping[PairId, float], max_bias: float) -> set[Pa
     total = math.fsum(ratios)
     dropped: set[PairId] = set()
     while ratios and abs(total) > max_bias * len(ratios):
-        above = bisect.bisect_left(ratios, total)
-        near = [i for i in (above - 1, above) if 0 <= i < len(ratios)]
+        insertion = bisect.bisect_left(ratios, total)
+        near = [i for i in (insertion - 1, insertion) if 0 <= i < len(ratios)]
         nearest = min(near, key=lambda i: abs(total - ratios[i]))
         dropped.add(by_ratio.pop(nearest))
         total -= ratios.pop(nearest)

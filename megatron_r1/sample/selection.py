@@ -149,9 +149,9 @@ class Selection:
         first: dict[str, int] = {}
         for response, reason in zip(responses, reasons, strict=True):
             if reason is None and self._drops_duplicates:
-                same = first.setdefault(normalize_question(response.text), response.index)
-                if same != response.index:
-                    reason = Decision(DUPLICATE, f"the same as response {same}")
+                first_index = first.setdefault(normalize_question(response.text), response.index)
+                if first_index != response.index:
+                    reason = Decision(DUPLICATE, f"the same as response {first_index}")
             if reason is not None:
                 drops[response.index] = reason
         return drops

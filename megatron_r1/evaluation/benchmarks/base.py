@@ -116,17 +116,19 @@ def _download(name: str, hub: str, patterns: Sequence[str]) -> Path:
 def _read_folder(name: str, folder: Path, patterns: Sequence[str]) -> Iterator[LocatedRow]:
     data_files = sorted(p for p in folder.rglob("*") if p.suffix in READERS and p.is_file())
     names = {path: path.relative_to(folder).as_posix() for path in data_files}
-    chosen = [p for p in data_files if any(fnmatch.fnmatch(names[p], glob) for glob in patterns)]
-    if not chosen and len(data_files) == 1:
-        chosen = data_files
-    if not chosen:
+    matching_files = [
+        p for p in data_files if any(fnmatch.fnmatch(names[p], glob) for glob in patterns)
+    ]
+    if not matching_files and len(data_files) == 1:
+        matching_files = data_files
+    if not matching_files:
         raise UserError(
             f"benchmark {name}: {folder} has no file like {', '.join(patterns)}; "
             f"it has {', '.join(names.values()) or 'no data files'}: name them with files: […]",
             key="files",
             cause=Cause.NOT_FOUND,
         )
-    for path in chosen:
+    for path in matching_files:
         yield from read_file(path, "path")
 
 
@@ -208,13 +210,13 @@ def to_prompts(questions: Iterable[Question], instruction: str) -> Iterator[Prom
             key="instruction",
             cause=Cause.MALFORMED,
         )
-    seen: dict[str, int] = {}
+    name_counts: dict[str, int] = {}
     for question in questions:
         text = instruction.replace(PLACEHOLDER, question.problem)
         prompt = make_prompt(text, question.kind, question.truth, question.fields)
         name = question.id or prompt.id
-        seen[name] = seen.get(name, 0) + 1
-        name = name if seen[name] == 1 else f"{name}-{seen[name]}"
+        name_counts[name] = name_counts.get(name, 0) + 1
+        name = name if name_counts[name] == 1 else f"{name}-{name_counts[name]}"
         yield Prompt(name, text, question.kind, question.truth, question.fields)
 
 

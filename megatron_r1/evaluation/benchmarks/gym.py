@@ -93,22 +93,22 @@ def _of_task(task: str, options: Options, exactly: bool) -> Iterator[Question]:
             )
         parameters = level_parameters(task, DIFFICULTIES[difficulty]) | parameters
     fields: dict[str, Any] = {"task": task, "parameters": parameters}
-    num_questions, seen = options["questions"], set()
+    num_questions, texts = options["questions"], set()
     for item in generate_items(
         task, parameters, options["seed"], num_questions * ATTEMPTS_PER_QUESTION
     ):
         text = normalize_question(item["question"])
-        if text in seen or not is_heldout(item["question"], options["heldout_fraction"]):
+        if text in texts or not is_heldout(item["question"], options["heldout_fraction"]):
             continue
-        seen.add(text)
+        texts.add(text)
         entry = {**fields, "entry": item}
         yield Question("", item["question"], "logic", item["answer"], entry)
-        if len(seen) == num_questions:
+        if len(texts) == num_questions:
             return
-    if seen and not exactly:
+    if texts and not exactly:
         return
     raise UserError(
-        f"gym/{task}: only {len(seen)} distinct questions of {num_questions}; set fewer "
+        f"gym/{task}: only {len(texts)} distinct questions of {num_questions}; set fewer "
         "`questions`, or make them more varied by its parameters",
         key="options.questions",
         cause=Cause.TOO_LARGE,

@@ -99,10 +99,10 @@ def _mmlu_questions(rows: Rows, options: Options) -> Iterator[Question]:
     Raises:
         UserError: an unknown subject.
     """
-    subjects, seen = set(options["subjects"]), set()
+    subjects, known_subjects = set(options["subjects"]), set()
     for location, row in rows:
         columns = pick_columns(location, row, [MMLU_LAYOUT])
-        seen.add(columns["subject"])
+        known_subjects.add(columns["subject"])
         if subjects and columns["subject"] not in subjects:
             continue
         choices = columns["choices"]
@@ -115,9 +115,9 @@ def _mmlu_questions(rows: Rows, options: Options) -> Iterator[Question]:
         problem = require_text(location, columns, "question").strip()
         letter = _letter(location, columns["answer"], len(choices))
         yield Question("", _lettered(problem, choices), "math", letter)
-    if unknown := sorted(subjects - seen):
+    if unknown := sorted(subjects - known_subjects):
         raise UserError(
-            f"mmlu has no subject {unknown[0]!r}; it has {', '.join(sorted(seen))}",
+            f"mmlu has no subject {unknown[0]!r}; it has {', '.join(sorted(known_subjects))}",
             key="options.subjects",
             cause=Cause.UNKNOWN,
         )
