@@ -39,8 +39,9 @@ from megatron_r1.models.context_parallel import gathered_order, positions_of_ran
 from megatron_r1.models.hf_config import resolve_aliases  # noqa: E402
 from megatron_r1.trainer import distributed  # noqa: E402
 
-# fp32 and another order of sums; logits have a standard deviation of 1.
-LOGIT_TOLERANCE = 2e-5
+# fp32 and another order of sums; logits have a standard deviation of 1. transformers itself is up
+# to 1.9e-5 from its fp64 (drawn gpt-oss models, a CPU with AVX2 alone), and so may the trainer be.
+LOGIT_TOLERANCE = 4e-5
 LOSS_TOLERANCE = 2e-6
 # Of each gradient's largest element.
 GRADIENT_TOLERANCE = 5e-5

@@ -22,7 +22,7 @@ class LowRankProducts(torch.nn.Module):
     """Adds scale B A to a weight, or to each of the layers that its rows are.
 
     Args:
-        factors: of each layer A, (…, rank, in), and B, (…, rows, rank); None: it has no adapter.
+        factors: A, (…, rank, in), and B, (…, rows, rank), of each layer; None: it has no adapter.
         rows: the rows of each layer.
         scale: alpha / rank."""
 

@@ -115,7 +115,7 @@ def read_adapted_model(
     """Return transformers' model, fp32, with the adapters of a checkpoint.
 
     Args:
-        checkpoint: of a run with `model.lora`.
+        checkpoint: the checkpoint of a run with `model.lora`.
         base: the Hugging Face folder that the adapters belong to.
         lora: their rank and scale.
         prefix: as of `read_model`.
