@@ -1,5 +1,6 @@
 """Seconds of the exchanges between an engine's GPUs in one layer: sums over tensor ranks, and the
-tokens of routed experts by vLLM's backend (`all2all_backend`).
+tokens of routed experts by vLLM's backend (`all2all_backend`). How many copies of a token DeepEP
+sends is also the trainer's.
 
 NCCL's latencies and shares of the rate are its own model's (NVIDIA/nccl, src/graph/tuning.cc: it
 chooses algorithm and protocol by them); those of DeepEP are measured (deepseek-ai/DeepEP,

@@ -5,8 +5,8 @@ of metrics.jsonl.
 their dtype (2^-24 in float32, 2^-8 in bfloat16) times the root of the number of terms, and more
 where terms cancel, as in gradients. The distance of two tensors is |a - b| / |a| in the Euclidean
 norm, that of two numbers |a - b| / max(|a|, |b|), that of two log-probabilities |a - b|. Up to
-`ROUNDING` it counts as rounding: 1,024 and 16 unit roundoffs, a choice for which docs/compare.md
-has measurements. Texts, integers and missing values are never equal to rounding."""
+`ROUNDING` (of `why.checked_quantity`) it counts as rounding, a choice for which docs/compare.md has
+measurements. Texts, integers and missing values are never equal to rounding."""
 
 import math
 from collections.abc import Iterator, Mapping

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_r1.models.weights.adapter_table import A
 from megatron_r1.reporting.formatting import format_number as number
 from megatron_r1.reporting.formatting import format_percent as percent
 from megatron_r1.why.checked_quantity import DEPARTS, EQUAL, CheckedQuantity, not_checked
@@ -163,9 +164,12 @@ def _moments(step: RecordedStep, when: str, path: Path) -> CheckedQuantity:
     from megatron_r1.why.policy import checkpoint_tensors
 
     name = f"Adam's moments {when}"
-    if not step.updates_after(step.step - (when == "before")):
+    num_updates = step.updates_after(step.step - (when == "before"))
+    if not num_updates:
         return not_checked(WHERE[when], name, "no update was made before")
-    empty, total = checkpoint_tensors.empty_moments(path)
+    # The first gradient of A is 0, as B is.
+    is_first = num_updates == 1 and step.run_config.model.lora is not None
+    empty, total = checkpoint_tensors.empty_moments(path, A if is_first else "")
     if not total:
         return not_checked(WHERE[when], name, f"{path.name} has no moments")
     fraction = len(empty) / total

@@ -126,7 +126,8 @@ def _explained(step: RecordedStep, recomputed: Recomputation) -> tuple[str, str]
 def _parted_head(step: RecordedStep) -> tuple[str, str] | None:
     """Return that the copy of a tied head parted from the embedding, where the trainer was at the
     engine in the run's first step and is not now: no checkpoint holds the last stage's copy."""
-    if step.run_config.parallel.pipeline == 1 or not step.hf.get("tie_word_embeddings"):
+    is_trained = step.hf.get("tie_word_embeddings") and step.run_config.model.lora is None
+    if step.run_config.parallel.pipeline == 1 or not is_trained:
         return None
     began = next(iter(step.folder.read_metrics()), {}).get("logprob_diff/mean")
     if not isinstance(began, int | float) or began > ROUNDING[step.run_config.model.dtype]:
@@ -194,33 +195,34 @@ def _reference(step: RecordedStep, recomputed: Recomputation) -> CheckedQuantity
         return not_checked(POLICIES, name, "it is the policy in the first step")
     from megatron_r1.why.policy import checkpoint_model
 
+    # Adapters are small compared with the weights, and copies are exact.
+    tolerance = ROUNDING["float32"] if step.run_config.model.lora is None else 0.0
     refreshed = last_refresh(step)
     expected = weights_after(step.folder, step.run_config, refreshed)
     before = step.before
     if before is None:
         return not_checked(POLICIES, name, f"there is no checkpoint of step {step.step - 1}")
-    has_adapters = step.run_config.model.lora is not None
-    if not has_adapters and not checkpoint_model.has_part(before, checkpoint_model.REFERENCE):
+    if not checkpoint_model.has_part(before, checkpoint_model.REFERENCE):
         return not_checked(POLICIES, name, f"{before} has none")
     if expected is None:
         return not_checked(POLICIES, name, f"there is no checkpoint of step {refreshed}")
     reference_model = recomputed.reference_model
     distance = _apart(reference_model, recomputed.model(expected))
-    if distance <= ROUNDING["float32"]:
+    if distance <= tolerance:
         return CheckedQuantity(
             POLICIES,
             name,
             EQUAL,
             f"that of {before} with the weights after step {refreshed}",
             distance,
-            ROUNDING["float32"],
+            tolerance,
             "copies of one another",
         )
     reason = f"it is not the weights after step {refreshed}, as rl.reference_refresh makes it"
     other_steps = {0, step.step - 1, *range(max(0, step.step - 4), step.step)} - {refreshed}
     for other_step in sorted(other_steps):
         path = weights_after(step.folder, step.run_config, other_step)
-        if path and _apart(reference_model, recomputed.model(path)) <= ROUNDING["float32"]:
+        if path and _apart(reference_model, recomputed.model(path)) <= tolerance:
             text = (
                 "it was not refreshed" if other_step < refreshed else "it was refreshed too often"
             )
@@ -232,7 +234,7 @@ def _reference(step: RecordedStep, recomputed: Recomputation) -> CheckedQuantity
         DEPARTS,
         f"that of {before} with the weights after step {refreshed}",
         distance,
-        ROUNDING["float32"],
+        tolerance,
         "copies of one another",
         reason,
         remedy=f"rl.reference_refresh: {step.config.rl.reference_refresh}",

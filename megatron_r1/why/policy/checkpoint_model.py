@@ -110,19 +110,20 @@ def read_model(source: Path, hf_files: Path, prefix: str = "") -> torch.nn.Modul
 
 
 def read_adapted_model(
-    checkpoint: Path, base: Path, lora: LoraConfig, prefix: str = ""
+    checkpoint: Path, base: Path, hf_files: Path, lora: LoraConfig, prefix: str = ""
 ) -> torch.nn.Module:
     """Return transformers' model, fp32, with the adapters of a checkpoint.
 
     Args:
         checkpoint: the checkpoint of a run with `model.lora`.
-        base: the Hugging Face folder that the adapters belong to.
+        base: the weights that the adapters belong to, a Hugging Face folder or a checkpoint.
+        hf_files: the folder of the model's config.json.
         lora: their rank and scale.
         prefix: as of `read_model`.
 
     Raises:
         UserError: the checkpoint is damaged, or the folder another model's."""
-    model, stored = read_model(base, base), opened(checkpoint)
+    model, stored = read_model(base, hf_files), opened(checkpoint)
     beginning = f"{prefix}{ADAPTERS}"
 
     def read(name: str) -> Tensor:

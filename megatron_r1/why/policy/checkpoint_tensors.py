@@ -1,6 +1,7 @@
 """Tensors of checkpoints, read a rectangle at a time: what must hold of them as they are."""
 
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from megatron_r1.why.policy.routed_experts import ROUTER_BIAS
 MASTER = f"{STATE}param."
 NOT_WEIGHTS = ("optimizer.", "critic_optimizer.", "critic.", "reference.")
 ROUTER_BIASES = ("expert_bias", ROUTER_BIAS)
+EXPERT_NUMBER = re.compile(r"\.experts\.\d+\.")
 EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 
 
@@ -33,12 +35,22 @@ def not_finite(path: Path) -> list[str]:
     ]
 
 
-def empty_moments(path: Path) -> tuple[list[str], int]:
-    """Return the parameters whose second moments are all zero, and the number of parameters."""
+def empty_moments(path: Path, ignored_ending: str) -> tuple[list[str], int]:
+    """Return the parameters whose second moments are all zero, and the number of parameters. The
+    factors of a layer's routed experts count as one: an expert may get no token.
+
+    Args:
+        path: the checkpoint.
+        ignored_ending: parameters whose names end so do not count; "": all count."""
     stored, prefix = opened(path), f"{STATE}{MOMENTS[1]}."
-    keys = [key for key in sorted(stored.shapes) if key.startswith(prefix)]
-    empty = [key for key in keys if not any(bool(part.any()) for _, part in _parts(stored, key))]
-    return [key.removeprefix(prefix) for key in empty], len(keys)
+    is_empty: dict[str, bool] = {}
+    for key in sorted(key for key in stored.shapes if key.startswith(prefix)):
+        if ignored_ending and key.endswith(ignored_ending):
+            continue
+        name = EXPERT_NUMBER.sub(".experts.", key.removeprefix(prefix))
+        has_moments = any(bool(part.any()) for _, part in _parts(stored, key))
+        is_empty[name] = is_empty.get(name, True) and not has_moments
+    return [name for name, all_zero in is_empty.items() if all_zero], len(is_empty)
 
 
 def masters_apart(path: Path) -> tuple[str, float]:

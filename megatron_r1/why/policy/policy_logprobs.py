@@ -106,15 +106,17 @@ class PolicyLogprobs:
 
     def _read_model(self, source: Path, prefix: str) -> Any:
         lora, hf_files = self.step.run_config.model.lora, self.step.model
-        if lora is None or (source / "config.json").is_file():
-            return checkpoint_model.read_model(source, hf_files, prefix)
         base = weights_after(self.step.folder, self.step.run_config, 0)
+        if lora is None or source in (base, self.step.folder.hf):
+            return checkpoint_model.read_model(source, hf_files, prefix)
         if base is None:
             raise CannotRecompute(
                 f"model.path: {self.step.run_config.model.path}, which the adapters of "
                 f"{source} belong to, is not here (relative to {Path.cwd()})"
             )
-        return checkpoint_model.read_adapted_model(source, base, lora, prefix)
+        if "quantization_config" in self.step.hf:
+            raise CannotRecompute("model.lora: the weights in model.path are quantized")
+        return checkpoint_model.read_adapted_model(source, base, hf_files, lora, prefix)
 
     @cached_property
     def old(self) -> list[np.ndarray]:
@@ -210,7 +212,8 @@ class PolicyLogprobs:
         """Return those with the head that a tied model had when the run began; None for a model
         that is not tied."""
         begin = weights_after(self.step.folder, self.step.run_config, 0)
-        if begin is None or not self.step.hf.get("tie_word_embeddings"):
+        has_adapters = self.step.run_config.model.lora is not None  # the head is frozen
+        if begin is None or has_adapters or not self.step.hf.get("tie_word_embeddings"):
             return None
         changed = copy.deepcopy(self.policy)
         changed.lm_head.weight = torch.nn.Parameter(self.model(begin).lm_head.weight.detach())
@@ -255,18 +258,10 @@ class PolicyLogprobs:
 
     @property
     def reference_model(self) -> Any:
-        """The reference of the checkpoint: of a run with adapters, whose checkpoints have it only
-        once it was replaced, the model that they belong to."""
-        begin = weights_after(self.step.folder, self.step.run_config, 0)
+        """The reference of the checkpoint, in the first step the policy."""
         if self._is_begin:
             return self.policy
-        if begin is not None and self.step.run_config.model.lora and not self._has_reference:
-            return self.model(begin)
         return self.model(self._before, checkpoint_model.REFERENCE)
-
-    @property
-    def _has_reference(self) -> bool:
-        return checkpoint_model.has_part(self._before, checkpoint_model.REFERENCE)
 
     @cached_property
     def _old_of_all(self) -> list[Tensor]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils import parametrize
 
 from megatron_r1.why.checked_quantity import CannotRecompute
 from megatron_r1.why.policy.expert_replay import replayed_experts
@@ -81,7 +82,7 @@ def token_logits(model: Any, rows: Sequence[TokenRow]) -> list[Tensor]:
     ids = torch.zeros((len(rows), longest), dtype=torch.int64)
     for at, row in enumerate(rows):
         ids[at, : len(row.token_ids)] = row.token_ids
-    with _replay(model, rows, longest):
+    with parametrize.cached(), _replay(model, rows, longest):  # adapters are merged once
         out = model(input_ids=ids, use_cache=False).logits
     return [out[at, : len(row.token_ids) - 1][row.is_sampled[1:]] for at, row in enumerate(rows)]
 

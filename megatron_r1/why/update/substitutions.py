@@ -256,7 +256,7 @@ def _of_samples(step: RecordedStep, recomputed: Recomputation) -> Iterator[Subst
             f"parallel: the sum of the gradients leaves out {name}",
             lost=rows,
         )
-    if step.hf.get("tie_word_embeddings"):
+    if step.hf.get("tie_word_embeddings") and step.run_config.model.lora is None:
         yield Substitution(
             "a tied head whose gradient the embedding lacks",
             "tie_word_embeddings",

@@ -78,7 +78,7 @@ class UpdateInputs(PolicyLogprobs):
             ),
             (
                 bool(config.model.lora and self._is_begin),
-                "model.lora: no checkpoint has the factors that the first step begins with",
+                "model.lora: the factors that the first step begins with are not read",
             ),
             (config.fp8.recipe != "none", f"fp8.recipe: {config.fp8.recipe}"),
         )
@@ -100,8 +100,7 @@ class UpdateInputs(PolicyLogprobs):
         if (
             config.rl.kl_beta
             and not self._is_begin
-            and not self._has_reference
-            and config.model.lora is None
+            and not checkpoint_model.has_part(before, checkpoint_model.REFERENCE)
         ):
             raise CannotRecompute(f"{before} has no reference policy")
 

@@ -2,10 +2,16 @@
 
 import pytest
 import torch
-from test_expert_replay import random_model
+from test_expert_replay import random_model, random_row
 
 from megatron_r1.models.weights.adapter_table import A, B
-from megatron_r1.why.policy.adapters import attach_adapters, merged_weights, trained_parameters
+from megatron_r1.why.policy.adapters import (
+    LowRankProducts,
+    attach_adapters,
+    merged_weights,
+    trained_parameters,
+)
+from megatron_r1.why.policy.token_logprobs import token_logits
 
 RANK, SCALE = 2, 1.5
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -60,6 +66,24 @@ def test_a_model_with_adapters_is_that_with_their_products(layers):
     assert weights.keys() == expected.state_dict().keys()
     for name, tensor in weights.items():
         torch.testing.assert_close(tensor, expected.state_dict()[name], rtol=0, atol=1e-6)
+
+
+def test_a_forward_pass_adds_the_products_once(monkeypatch):
+    """Transformers reads an expert's slice of the stacked weights at a time."""
+    model, num_calls = random_model("DeepseekV3"), 0
+    factors = factors_of(model, EXPERTS)
+    attach_adapters(model, list(factors), factors.__getitem__, SCALE)
+    forward = LowRankProducts.forward
+
+    def count(self, weight):
+        nonlocal num_calls
+        num_calls += 1
+        return forward(self, weight)
+
+    monkeypatch.setattr(LowRankProducts, "forward", count)
+    token_logits(model, [random_row(9)])[0].sum().backward()
+    assert num_calls == 2  # gate and up, and down
+    assert all(value.grad is not None for value in trained_parameters(model).values())
 
 
 def test_only_the_factors_are_trained_with_the_gradients_of_the_product():

@@ -48,7 +48,7 @@ def whole(tmp_path):
 
 def test_nothing_is_found_in_a_whole_checkpoint(whole):
     assert checkpoint_tensors.not_finite(whole) == []
-    assert checkpoint_tensors.empty_moments(whole) == ([], 2)
+    assert checkpoint_tensors.empty_moments(whole, "") == ([], 2)
     assert checkpoint_tensors.masters_apart(whole)[1] == 0.0
     assert checkpoint_tensors.head_from_embedding(whole) == 0.0
     assert checkpoint_tensors.change(whole, whole, whole, False) == ("", 0.0, 0.0)
@@ -63,8 +63,24 @@ def test_a_number_that_is_not_finite_is_found(tmp_path):
 
 
 def test_moments_that_are_all_zero_are_found(tmp_path):
-    found = checkpoint_tensors.empty_moments(written(tmp_path / "lost", second=torch.zeros(12, 4)))
+    lost = written(tmp_path / "lost", second=torch.zeros(12, 4))
+    found = checkpoint_tensors.empty_moments(lost, "")
     assert found == ([HEAD], 2)
+
+
+def test_factors_of_a_layers_experts_count_as_one_and_those_of_a_may_be_left_out(tmp_path):
+    prefix = f"{SECOND}adapters.model.layers.1.mlp.experts"
+    content = {
+        f"{prefix}.0.up_proj.lora_B.weight": torch.ones(4, 2),
+        f"{prefix}.1.up_proj.lora_B.weight": torch.zeros(4, 2),  # it got no token
+        f"{prefix}.0.up_proj.lora_A.weight": torch.zeros(2, 4),
+        f"{prefix}.1.up_proj.lora_A.weight": torch.zeros(2, 4),
+    }
+    dcp.save(content, checkpoint_id=tmp_path / "adapters")
+    (tmp_path / "adapters/metadata.json").write_text('{"sharded_backend": "torch_dist"}')
+    empty, total = checkpoint_tensors.empty_moments(tmp_path / "adapters", "")
+    assert (len(empty), total) == (1, 2) and empty[0].endswith("experts.up_proj.lora_A.weight")
+    assert checkpoint_tensors.empty_moments(tmp_path / "adapters", ".lora_A.weight") == ([], 1)
 
 
 def test_a_tied_head_that_is_another_tensor_is_found(tmp_path):
