@@ -77,8 +77,8 @@ def test_replay_closes_the_part_of_a_bf16_engine_s_gap_that_is_routing(recipe):
 
 
 def why_recomputes_it(folder: Path) -> None:
-    """`megatron-r1 why` makes log-probabilities and updates again with the engine's experts; where
-    it is told that they were not replayed, what the trainer recorded departs."""
+    """`megatron-r1 why` recomputes log-probabilities and updates with the engine's experts. With
+    settings that do not replay them, the trainer's log-probabilities depart."""
     step = read_step(*open_run(folder), 2)
     by_name = {quantity.name: quantity for quantity in examine(step).comparisons}
     names = ("old policy of the trainer", "loss", "grad_norm", "change of the weights")

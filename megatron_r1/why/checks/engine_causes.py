@@ -32,21 +32,11 @@ class ExplainedDeparture(NamedTuple):
     remedy: str
 
 
-def stale_weights(gaps: EngineGaps, distance: float) -> ExplainedDeparture | None:
-    """Try the weights of earlier versions, engine by engine.
-
-    Args:
-        gaps: the engines' differences.
-        distance: their mean |difference|."""
-    explanations = [
-        (engine.mean_gap, version, engine)
-        for version in gaps.earlier_versions
-        if (logprobs := gaps.recomputed.logprobs_after(version)) is not None
-        and (engine := gaps.explained_engine(logprobs)) is not None
-    ]
-    if not explanations:
+def stale_weights(gaps: EngineGaps) -> ExplainedDeparture | None:
+    """Try the weights of earlier versions, engine by engine."""
+    if (stale := gaps.stale_version(gaps.recomputed.logprobs_after)) is None:
         return None
-    _, version, engine = min(explanations)
+    version, engine = stale
     if _trainer_agrees(gaps):
         return ExplainedDeparture(
             f"engines and trainer computed with the weights of version {version}, not "
@@ -70,12 +60,8 @@ def _trainer_agrees(gaps: EngineGaps) -> bool:
     return is_near and min(means, default=0.0) > gaps.tolerance
 
 
-def missing_router_bias(gaps: EngineGaps, distance: float) -> ExplainedDeparture | None:
-    """Try routers without the bias that balances their experts.
-
-    Args:
-        gaps: the engines' differences.
-        distance: their mean |difference|."""
+def missing_router_bias(gaps: EngineGaps) -> ExplainedDeparture | None:
+    """Try routers without the bias that balances their experts."""
     logprobs = gaps.recomputed.without_router_bias()
     if logprobs is None or (engine := gaps.explained_engine(logprobs)) is None:
         return None
@@ -86,22 +72,18 @@ def missing_router_bias(gaps: EngineGaps, distance: float) -> ExplainedDeparture
     )
 
 
-def other_temperature(gaps: EngineGaps, distance: float) -> ExplainedDeparture | None:
-    """Try other temperatures.
-
-    Args:
-        gaps: the engines' differences.
-        distance: their mean |difference|."""
+def other_temperature(gaps: EngineGaps) -> ExplainedDeparture | None:
+    """Try other temperatures."""
     temperature = gaps.recomputed.temperature
     coarse, _ = _best_scale(gaps, TEMPERATURES)
     index = TEMPERATURES.index(coarse)
     near = TEMPERATURES[max(0, index - 1) : index + 2]
     scale, mean = _best_scale(gaps, np.linspace(near[0], near[-1], 41).tolist())
-    if not mean <= EXPLAINED_BY_TEMPERATURE * distance or abs(scale - 1) < 0.01:
+    if not mean <= EXPLAINED_BY_TEMPERATURE * gaps.distance or abs(scale - 1) < 0.01:
         return None
     return ExplainedDeparture(
         f"temperature {scale * temperature:.3g} explains them, the settings say "
-        f"{temperature:g}: mean |Δ| {number(mean)} against {number(distance)}",
+        f"{temperature:g}: mean |Δ| {number(mean)} against {number(gaps.distance)}",
         "rollout.temperature, or what the engine makes of it (rollout.vllm)",
     )
 
@@ -116,12 +98,8 @@ def _best_scale(gaps: EngineGaps, scales: Sequence[float]) -> tuple[float, float
     return scales[best], means[best]
 
 
-def shifted_by_a_token(gaps: EngineGaps, distance: float) -> ExplainedDeparture | None:
-    """Try the log-probabilities of the token before, and of the one after.
-
-    Args:
-        gaps: the engines' differences.
-        distance: their mean |difference|."""
+def shifted_by_a_token(gaps: EngineGaps) -> ExplainedDeparture | None:
+    """Try the log-probabilities of the token before, and of the one after."""
     for shift, side in ((1, "after"), (-1, "before")):
         shifted_gaps = gaps.gaps_from(
             [np.roll(logprobs, -shift) for logprobs in gaps.recomputed.old]
@@ -129,22 +107,18 @@ def shifted_by_a_token(gaps: EngineGaps, distance: float) -> ExplainedDeparture 
         for gap in shifted_gaps:  # the token that was rolled around
             gap[-1 if shift > 0 else 0 : None if shift > 0 else 1] = np.nan
         mean = mean_gap(shifted_gaps)
-        if mean <= EXPLAINED * distance:
+        if mean <= EXPLAINED * gaps.distance:
             return ExplainedDeparture(
                 f"they are shifted by a token, each is that of the token {side}: mean |Δ| "
-                f"{number(mean)} against {number(distance)}",
+                f"{number(mean)} against {number(gaps.distance)}",
                 "the reply of the engine: its log-probabilities begin at another token than "
                 "its tokens",
             )
     return None
 
 
-def renormalized_cut(gaps: EngineGaps, distance: float) -> ExplainedDeparture | None:
-    """Look for log-probabilities over a part of the vocabulary: none is below the whole's.
-
-    Args:
-        gaps: the engines' differences.
-        distance: their mean |difference|."""
+def renormalized_cut(gaps: EngineGaps) -> ExplainedDeparture | None:
+    """Look for log-probabilities over a part of the vocabulary: none is below the whole's."""
     if gaps.step.config.rollout.truncates_sampling:  # both are over the kept tokens already
         return None
     differences = np.concatenate(gaps.gaps)
@@ -161,13 +135,9 @@ def renormalized_cut(gaps: EngineGaps, distance: float) -> ExplainedDeparture | 
     )
 
 
-def rounding_of_bfloat16(gaps: EngineGaps, distance: float) -> ExplainedDeparture | None:
-    """Compare the size of the differences with what bfloat16 makes of transformers.
-
-    Args:
-        gaps: the engines' differences.
-        distance: their mean |difference|."""
-    if gaps.step.config.rollout.dtype != "float32" or distance <= gaps.tolerance:
+def rounding_of_bfloat16(gaps: EngineGaps) -> ExplainedDeparture | None:
+    """Compare the size of the differences with what bfloat16 makes of transformers."""
+    if gaps.step.config.rollout.dtype != "float32" or gaps.distance <= gaps.tolerance:
         return None
     recomputed = gaps.recomputed
     size = mean_gap(
@@ -178,10 +148,10 @@ def rounding_of_bfloat16(gaps: EngineGaps, distance: float) -> ExplainedDepartur
             )
         ]
     )
-    if not size / SAME_SIZE <= distance <= size * SAME_SIZE:
+    if not size / SAME_SIZE <= gaps.distance <= size * SAME_SIZE:
         return None
     return ExplainedDeparture(
-        f"mean |Δ| is {number(distance)}, and {number(size)} between transformers in bfloat16 "
+        f"mean |Δ| is {number(gaps.distance)}, and {number(size)} between transformers in bfloat16 "
         "and in float32: the engine computes in 16 bits",
         "rollout.dtype: float32 has no effect on the engine (rollout.vllm)",
     )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -80,6 +81,11 @@ class EngineGaps:
         versions = {max(0, self.newest - 1), max(0, self.newest - 2), 0}
         return sorted(versions - {self.newest}, reverse=True)
 
+    @cached_property
+    def distance(self) -> float:
+        """The mean |difference| of all tokens; NaN where no checkpoint of theirs is kept."""
+        return mean_gap(self.gaps)
+
     def gaps_from(self, logprobs_of_sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Return the differences from other log-probabilities: of the newest version's tokens, NaN
         of the others.
@@ -141,6 +147,23 @@ class EngineGaps:
             if mean > self.tolerance / 16 and other_mean < EXPLAINED * mean:
                 return ExplainedEngine(other_mean, mean, name or "engine")
         return None
+
+    def stale_version(
+        self, logprobs_of_version: Callable[[int], Sequence[np.ndarray] | None]
+    ) -> tuple[int, ExplainedEngine] | None:
+        """Return the earlier version whose log-probabilities explain an engine's differences best,
+        and the engine; None where none explains any.
+
+        Args:
+            logprobs_of_version: returns (sampled tokens,) of each sequence by the version of some
+                weights; None where these are not kept."""
+        explanations = [
+            (engine.mean_gap, version, engine)
+            for version in self.earlier_versions
+            if (logprobs := logprobs_of_version(version)) is not None
+            and (engine := self.explained_engine(logprobs)) is not None
+        ]
+        return min(explanations)[1:] if explanations else None
 
     def _of_engine(self, name: str, gaps: Sequence[np.ndarray]) -> list[np.ndarray]:
         return [gap for gap, engine in zip(gaps, self.engines, strict=True) if engine == name]

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 NAME = "engines' log-probabilities"
 TOLERANCE_SOURCE = "rounding of the engine's dtype (docs/compare.md), mean over tokens"
-CAUSES: tuple[Callable[[EngineGaps, float], ExplainedDeparture | None], ...] = (
+CAUSES: tuple[Callable[[EngineGaps], ExplainedDeparture | None], ...] = (
     stale_weights,
     missing_router_bias,
     other_temperature,
@@ -55,29 +55,28 @@ def check_logprobs(step: RecordedStep, recomputed: Recomputation) -> list[Checke
     differences = differences[~np.isnan(differences)]
     if not len(differences):
         return [not_checked(FAMILY, NAME, "no checkpoint of the tokens' versions is kept")]
-    distance = float(np.abs(differences).mean())
     compared = (
         f"those of {len(differences):,} tokens of {len(gaps.gaps):,} sequences with "
         "transformers' under the weights of their version; mean |Δ| by engine: "
         + ", ".join(f"{engine} {number(mean)}" for engine, mean in gaps.by_engine().items())
         + f"; KL {number(kl_of_difference(-differences))}"
     )
-    explained = _explanation(gaps, distance)
-    if explained is None and distance <= gaps.tolerance and not gaps.departing_engine():
+    explained = _explanation(gaps)
+    if explained is None and gaps.distance <= gaps.tolerance and not gaps.departing_engine():
         return [
             CheckedQuantity(
-                FAMILY, NAME, EQUAL, compared, distance, gaps.tolerance, TOLERANCE_SOURCE
+                FAMILY, NAME, EQUAL, compared, gaps.distance, gaps.tolerance, TOLERANCE_SOURCE
             )
         ]
-    return [_departure(gaps, distance, compared, explained)]
+    return [_departure(gaps, compared, explained)]
 
 
 def _departure(
-    gaps: EngineGaps, distance: float, compared: str, explained: ExplainedDeparture | None
+    gaps: EngineGaps, compared: str, explained: ExplainedDeparture | None
 ) -> CheckedQuantity:
     """Return the comparison that departs, with its cause where that is known."""
     explained = explained or ExplainedDeparture(
-        f"mean |Δ| is {number(distance)}: the engine computes another function of these "
+        f"mean |Δ| is {number(gaps.distance)}: the engine computes another function of these "
         "weights than transformers",
         "rollout.dtype, rollout.vllm (quantization, kernels), or megatron-r1 check-model on "
         "the model",
@@ -94,7 +93,7 @@ def _departure(
         NAME,
         DEPARTS,
         compared,
-        distance,
+        gaps.distance,
         gaps.tolerance,
         TOLERANCE_SOURCE,
         explained.reason,
@@ -105,11 +104,11 @@ def _departure(
     )
 
 
-def _explanation(gaps: EngineGaps, distance: float) -> ExplainedDeparture | None:
+def _explanation(gaps: EngineGaps) -> ExplainedDeparture | None:
     """Return what explains the distance; None where nothing does."""
-    if distance <= gaps.tolerance / 16 and not gaps.departing_engine():
+    if gaps.distance <= gaps.tolerance / 16 and not gaps.departing_engine():
         return None
-    explanations = (find_cause(gaps, distance) for find_cause in CAUSES)
+    explanations = (find_cause(gaps) for find_cause in CAUSES)
     return next((explained for explained in explanations if explained is not None), None)
 
 

@@ -4,6 +4,7 @@ function."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -30,12 +31,8 @@ class ExpertGap(NamedTuple):
     others: float
 
 
-def departing_expert(gaps: EngineGaps, distance: float) -> ExplainedDeparture | None:
-    """Look for experts whose tokens differ more than others.
-
-    Args:
-        gaps: the engines' differences.
-        distance: their mean |difference|."""
+def departing_expert(gaps: EngineGaps) -> ExplainedDeparture | None:
+    """Look for experts whose tokens differ more than others."""
     ranked = _experts_by_gap(gaps)
     suspects = ranked[:MAX_SUSPECTS]
     for suspect in suspects:
@@ -50,7 +47,7 @@ def departing_expert(gaps: EngineGaps, distance: float) -> ExplainedDeparture | 
                 f"{engine.name}: {engine.gap_sizes}",
                 REMEDY,
             )
-    if not ranked or ranked[0].routed < 4 * ranked[0].others or distance <= gaps.tolerance:
+    if not ranked or ranked[0].routed < 4 * ranked[0].others or gaps.distance <= gaps.tolerance:
         return None
     worst = ranked[0]
     return ExplainedDeparture(
@@ -79,15 +76,10 @@ def _experts_by_gap(gaps: EngineGaps) -> list[ExpertGap]:
 
 def _stale_expert(gaps: EngineGaps, layer: str, expert: int) -> ExplainedDeparture | None:
     """Try the expert's weights of earlier versions."""
-    explanations = [
-        (engine.mean_gap, version, engine)
-        for version in gaps.earlier_versions
-        if (logprobs := gaps.recomputed.with_old_expert(layer, expert, version)) is not None
-        and (engine := gaps.explained_engine(logprobs)) is not None
-    ]
-    if not explanations:
+    stale = gaps.stale_version(partial(gaps.recomputed.with_old_expert, layer, expert))
+    if stale is None:
         return None
-    _, version, engine = min(explanations)
+    version, engine = stale
     return ExplainedDeparture(
         f"expert {expert} of {_layer(layer)} has the weights of version {version} in "
         f"{engine.name}, not {gaps.newest}: {engine.gap_sizes}",

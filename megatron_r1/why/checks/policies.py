@@ -83,16 +83,10 @@ def _explained(step: RecordedStep, recomputed: Recomputation) -> tuple[str, str]
             )
             for version in {newest - 1, 0} - {newest, -1}
         ),
-        *(
-            [
-                (
-                    "that chooses the experts itself",
-                    "rl.routing_replay: the engine's experts are not replayed",
-                    recomputed.without_replay,
-                )
-            ]
-            if step.config.rl.routing_replay
-            else []
+        (
+            "that chooses the experts itself",
+            "rl.routing_replay: the engine's experts are not replayed",
+            recomputed.without_replay,
         ),
         (
             "with the tied head as the run began with it",

@@ -76,16 +76,12 @@ def _attach_to_experts(
         factors: list[tuple[Tensor, Tensor] | None] = []
         for part in parts:
             names = [f"{stack}.{expert}.{part}_proj" for expert in range(len(weight))]
-            has_factors = names[0] in layers
-            factors.append(
-                (
-                    torch.stack([read(name + A) for name in names]),
-                    torch.stack([read(name + B) for name in names]),
-                )
-                if has_factors
-                else None
-            )
-        if any(factors_of_part is not None for factors_of_part in factors):
+            if names[0] in layers:
+                a, b = (torch.stack([read(name + end) for name in names]) for end in (A, B))
+                factors.append((a, b))
+            else:
+                factors.append(None)
+        if any(factors):
             rows = [weight.shape[1] // len(parts)] * len(parts)
             products = LowRankProducts(factors, rows, scale)
             parametrize.register_parametrization(experts, weight_name, products)

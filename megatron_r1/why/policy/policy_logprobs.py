@@ -126,14 +126,21 @@ class PolicyLogprobs:
 
     def logprobs_under(self, model: Any, temperature: float | None = None) -> list[np.ndarray]:
         """Return the log-probabilities of the tokens of `scored_sequences` under a model."""
-        rows = [self.rows[at] for at in self.scored_sequences]
-        (of_rows,) = token_logprobs.logprobs(model, rows, [temperature or self.temperature])
+        return self._logprobs_of(self._scored_rows, model, temperature or self.temperature)
+
+    def _logprobs_of(
+        self, rows: Sequence[TokenRow], model: Any, temperature: float
+    ) -> list[np.ndarray]:
+        (of_rows,) = token_logprobs.logprobs(model, rows, [temperature])
         return [row_logprobs.numpy() for row_logprobs in of_rows]
+
+    @property
+    def _scored_rows(self) -> list[TokenRow]:
+        return [self.rows[at] for at in self.scored_sequences]
 
     def logprobs_at_temperatures(self, temperatures: Sequence[float]) -> list[list[np.ndarray]]:
         """Return those under the policy before the step, by temperature."""
-        rows = [self.rows[at] for at in self.scored_sequences]
-        by_temperature = token_logprobs.logprobs(self.policy, rows, temperatures)
+        by_temperature = token_logprobs.logprobs(self.policy, self._scored_rows, temperatures)
         return [[row_logprobs.numpy() for row_logprobs in of_rows] for of_rows in by_temperature]
 
     def logprobs_after(self, step: int) -> list[np.ndarray] | None:
@@ -159,11 +166,12 @@ class PolicyLogprobs:
                 changed.state_dict()[name].zero_()
         return self.logprobs_under(changed)
 
-    def without_replay(self) -> list[np.ndarray]:
-        """Return those under the policy before the step with the experts that it chooses itself."""
-        rows = own_experts([self.rows[at] for at in self.scored_sequences])
-        (of_rows,) = token_logprobs.logprobs(self.policy, rows, [self.temperature])
-        return [row_logprobs.numpy() for row_logprobs in of_rows]
+    def without_replay(self) -> list[np.ndarray] | None:
+        """Return those under the policy before the step with the experts that it chooses itself;
+        None where the engine's are not replayed."""
+        if not self.step.config.rl.routing_replay:
+            return None
+        return self._logprobs_of(own_experts(self._scored_rows), self.policy, self.temperature)
 
     def bfloat16_logprobs(self) -> list[np.ndarray]:
         """Return those under the policy before the step computed in bfloat16."""
@@ -222,25 +230,20 @@ class PolicyLogprobs:
     def all_token_logprobs(self) -> list[np.ndarray]:
         """Return the log-probabilities of all tokens but the first, those of the prompt too."""
         rows = [
-            replace(self.rows[at], is_sampled=torch.arange(len(self.rows[at].token_ids)) > 0)
-            for at in self.scored_sequences
+            replace(row, is_sampled=torch.arange(len(row.token_ids)) > 0, kept=None)
+            for row in self._scored_rows
         ]
-        plain = [replace(row, kept=None) for row in rows]
-        (of_rows,) = token_logprobs.logprobs(self.policy, plain, [self.temperature])
-        return [row_logprobs.numpy() for row_logprobs in of_rows]
+        return self._logprobs_of(rows, self.policy, self.temperature)
 
     def shifted_logprobs(self) -> list[np.ndarray]:
         """Return, in place of each sampled token's, the log-probability of the token before it."""
-        rows = [self.rows[at] for at in self.scored_sequences]
-        shifted_rows = [replace(row, targets=row.token_ids.roll(1)) for row in rows]
-        (of_rows,) = token_logprobs.logprobs(self.policy, shifted_rows, [self.temperature])
-        return [row_logprobs.numpy() for row_logprobs in of_rows]
+        rows = [replace(row, targets=row.token_ids.roll(1)) for row in self._scored_rows]
+        return self._logprobs_of(rows, self.policy, self.temperature)
 
     def experts(self) -> dict[str, list[np.ndarray]]:
         """Return the experts that the policy before the step chooses for the tokens of
         `scored_sequences`, by layer: (tokens, experts per token) each."""
-        rows = [self.rows[at] for at in self.scored_sequences]
-        by_layer = routed_experts.chosen_experts(self.policy, rows)
+        by_layer = routed_experts.chosen_experts(self.policy, self._scored_rows)
         return {
             name: [row_experts.numpy() for row_experts in of_rows]
             for name, of_rows in by_layer.items()
