@@ -117,9 +117,9 @@ RELATIVE_ERROR = Fraction(1, 1000)
 
 def _numbers_given(answer: str, entry: dict[str, Any]) -> str:
     """Refuse a formula of other numbers: the scorer asks for any four in range, `6*4*1*1`."""
-    used = Counter(int(number) for number in re.findall(r"\d+", answer))
+    operands = Counter(int(number) for number in re.findall(r"\d+", answer))
     numbers = Counter(entry["metadata"]["numbers"])
-    return "" if used == numbers else f"it has to use {sorted(numbers.elements())}, each once"
+    return "" if operands == numbers else f"it has to use {sorted(numbers.elements())}, each once"
 
 
 def _finite(answer: str, entry: dict[str, Any]) -> str:
@@ -197,11 +197,11 @@ def _flat_actions(answer: str, entry: dict[str, Any]) -> str:
 def _few_moves(answer: str, entry: dict[str, Any]) -> str:
     """Refuse random walks, which end at the exit now and then: the scorer sets no limit, and passes
     over moves that are not possible."""
-    most = MOVES_PER_NEEDED * entry["metadata"]["min_moves"]
+    max_moves = MOVES_PER_NEEDED * entry["metadata"]["min_moves"]
     is_plain = re.fullmatch(r"(?:[A-Z][+-]\d+[\s,]*)+", answer.strip())
-    if is_plain and len(re.findall(r"[+-]", answer)) <= most:
+    if is_plain and len(re.findall(r"[+-]", answer)) <= max_moves:
         return ""
-    return f"it is not up to {most} moves, each as F+1"
+    return f"it is not up to {max_moves} moves, each as F+1"
 
 
 GUARDS: dict[str, Callable[[str, dict[str, Any]], str]] = {

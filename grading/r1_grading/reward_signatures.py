@@ -125,8 +125,8 @@ class _AwaitedFunction:
         self._function = function
         self.__wrapped__ = function  # for inspect.signature
 
-    def __call__(self, /, *arguments: Any, **named: Any) -> Any:
-        result = self._function(*arguments, **named)
+    def __call__(self, /, *arguments: Any, **fields: Any) -> Any:
+        result = self._function(*arguments, **fields)
         return _runner().run(_await(result)) if inspect.isawaitable(result) else result
 
 
@@ -219,12 +219,12 @@ def _mentions(text: str, function: Callable[..., Any]) -> bool:
         start = vars(type(start)).get("__call__")  # an object that is called
     codes = [getattr(start, "__code__", None)]
     names = getattr(start, "__globals__", {})
-    seen: set[types.CodeType] = set()
+    checked_codes: set[types.CodeType] = set()
     while codes:
         code = codes.pop()
-        if code is None or code in seen:
+        if code is None or code in checked_codes:
             continue
-        seen.add(code)
+        checked_codes.add(code)
         if text in code.co_consts:
             return True
         codes += [part for part in code.co_consts if isinstance(part, types.CodeType)]
@@ -274,11 +274,11 @@ def explain_failure(
             f"reward {kind!r} must take a response and a truth: {signature}; or the "
             "parameters of verl's or TRL's (docs/rewards.md)"
         )
-    named = [p for p in parameters if p not in positional[:2] and p.kind not in VARIADIC]
-    missing = tuple(p.name for p in named if p.default is p.empty and p.name not in fields)
+    keywords = [p for p in parameters if p not in positional[:2] and p.kind not in VARIADIC]
+    missing = tuple(p.name for p in keywords if p.default is p.empty and p.name not in fields)
     if missing:
         return _missing_fields(kind, missing)
-    refused = sorted(fields.keys() - {parameter.name for parameter in named})
+    refused = sorted(fields.keys() - {parameter.name for parameter in keywords})
     if refused and Parameter.VAR_KEYWORD not in kinds:
         return CallFault(
             f"reward {kind!r} is called with {refused[0]!r} and does not take it: end its "

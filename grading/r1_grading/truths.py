@@ -114,9 +114,9 @@ def answer_after_mark(truth: str) -> str:
     mark is returned itself."""
     if MARKER not in truth or last_boxed(truth) is not None:
         return truth
-    first, *more = truth.rpartition(MARKER)[2].strip().splitlines() or [""]
+    first, *other_lines = truth.rpartition(MARKER)[2].strip().splitlines() or [""]
     is_answer = len(first) <= MAX_MARKED_CHARS and any(map(str.isdigit, first))
-    return first.strip() if first and (is_answer or not more) else truth
+    return first.strip() if first and (is_answer or not other_lines) else truth
 
 
 def stated_answer(truth: Any) -> Any:

@@ -163,11 +163,11 @@ def _grade(function: Callable[..., Grade], job: GradingJob) -> JobStatus:
 
 def _comes_from_memory(error: BaseException | None) -> bool:
     """Return whether `error` is a MemoryError, or was raised while one was handled."""
-    seen: list[BaseException] = []  # `raise error from error` makes a circle
-    while error is not None and error not in seen:
-        seen.append(error)
+    chain: list[BaseException] = []  # `raise error from error` makes a circle
+    while error is not None and error not in chain:
+        chain.append(error)
         error = error.__cause__ or error.__context__
-    return any(isinstance(cause, MemoryError) for cause in seen)
+    return any(isinstance(cause, MemoryError) for cause in chain)
 
 
 def _describe(error: BaseException) -> str:

@@ -169,7 +169,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, num_tokens: int) -> None:
         return
     ends = cu_seqlens.tolist()
     if ends[0] != 0 or ends[-1] != num_tokens or sorted(ends) != ends:
-        shown = ends if len(ends) <= 6 else [*ends[:3], "…", *ends[-2:]]
+        excerpt = ends if len(ends) <= 6 else [*ends[:3], "…", *ends[-2:]]
         raise ValueError(
-            f"cu_seqlens must rise from 0 to the number of tokens, {num_tokens}; got {shown}"
+            f"cu_seqlens must rise from 0 to the number of tokens, {num_tokens}; got {excerpt}"
         )

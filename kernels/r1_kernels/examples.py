@@ -88,14 +88,14 @@ def logits_gradient(sizes: ExampleSizes, device: str) -> Iterator[ExampleLaunch]
     names = {BF16: "bf16", FP32: "fp32"}
     vocab = sizes.vocab_size
     for dtype, out in ((BF16, BF16), (FP32, BF16), (FP32, FP32)):
-        for more in ("", ", entropy", *([", padded"] if out == dtype == BF16 else [])):
+        for variant in ("", ", entropy", *([", padded"] if out == dtype == BF16 else [])):
             logits = torch.randn(sizes.num_tokens, vocab, dtype=dtype, device=device)
             rows = torch.randn(5, sizes.num_tokens, device=device).unbind()
-            upstream = RowUpstream._make([*rows[:4], rows[4] if "entropy" in more else None])
-            shard = _shard(vocab, vocab - ("padded" in more), vocab)
+            upstream = RowUpstream._make([*rows[:4], rows[4] if "entropy" in variant else None])
+            shard = _shard(vocab, vocab - ("padded" in variant), vocab)
             target = logits if out == dtype else torch.empty_like(logits, dtype=out)
             arguments = logits, _targets(sizes, device), shard, 1.0, upstream, target
-            name = f"logits_gradient {names[dtype]} to {names[out]}{more}"
+            name = f"logits_gradient {names[dtype]} to {names[out]}{variant}"
             yield ExampleLaunch(name, arguments, dtype.itemsize + out.itemsize, logits.numel())
 
 
@@ -111,14 +111,14 @@ def kept_statistics(sizes: ExampleSizes, device: str) -> Iterator[ExampleLaunch]
 def kept_gradient(sizes: ExampleSizes, device: str) -> Iterator[ExampleLaunch]:
     """Yield gradients of the kept logits, with and without entropy."""
     for name, dtype in (("bf16", BF16), ("fp32", FP32)):
-        for more in ("", ", entropy"):
+        for variant in ("", ", entropy"):
             logits, targets, shard, kept_ids = _make_kept_arguments(sizes, dtype, device)
             rows = torch.randn(5, sizes.num_tokens, device=device).unbind()
-            upstream = RowUpstream._make([*rows[:4], rows[4] if more else None])
+            upstream = RowUpstream._make([*rows[:4], rows[4] if variant else None])
             arguments = logits, targets, shard, 1.0, upstream, kept_ids
             least = 8 + dtype.itemsize
             yield ExampleLaunch(
-                f"kept_gradient {name}{more}", arguments, least, len(kept_ids.token_ids)
+                f"kept_gradient {name}{variant}", arguments, least, len(kept_ids.token_ids)
             )
 
 
@@ -179,9 +179,9 @@ def _make_kept_arguments(
     """Return logits, targets among the kept ids, the whole vocabulary and the kept ids."""
     tokens, vocab = sizes.num_tokens, sizes.vocab_size
     count = min(sizes.num_kept, max(1, vocab // 4))
-    apart = vocab // count
-    first = torch.randint(apart, (tokens, 1), device=device)
-    ids = (first + apart * torch.arange(count, device=device)).flatten().int()
+    spacing = vocab // count
+    first = torch.randint(spacing, (tokens, 1), device=device)
+    ids = (first + spacing * torch.arange(count, device=device)).flatten().int()
     offsets = count * torch.arange(tokens + 1, device=device)
     logits = torch.randn(tokens, vocab, dtype=dtype, device=device)
     kept_ids = KeptIds(ids, offsets[:-1], offsets[1:])

@@ -139,8 +139,8 @@ class _TokenLogprobs(torch.autograd.Function):
 
 def _logits_rows(logits: Tensor) -> Tensor:
     """Return `logits` if its columns are adjacent and its rows do not overlap, else a copy."""
-    apart = logits.stride(1) == 1 and logits.stride(0) >= logits.shape[1]
-    return logits if apart else logits.contiguous()
+    has_separate_rows = logits.stride(1) == 1 and logits.stride(0) >= logits.shape[1]
+    return logits if has_separate_rows else logits.contiguous()
 
 
 @without_autocast

@@ -4,7 +4,7 @@ Each rank holds an equal, contiguous range of columns. For a row of logits z, wi
 temperature, a rank computes over its own columns (`STATISTICS`):
 
     peak = max z    total = Σ e^((z - peak) c)    moment = Σ e^((z - peak) c) (z - peak) c
-    chosen = z of the target; 0 where another rank has it, NaN where the sampler did not keep it
+    target_logit = z of the target; 0 where another rank has it, NaN where the sampler cut it
 
 One all-gather of these four numbers per token gives every rank the softmax of the whole row,
 combined in rank order: the same bits on every rank and in every run. The peak is kept separate from
@@ -26,7 +26,7 @@ all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_te
 _known_equal: WeakKeyDictionary[ProcessGroup, set[tuple[int, int]]] = WeakKeyDictionary()
 """Per group, the (num_columns, vocab_size) with which its ranks were found to agree."""
 
-STATISTICS = ("peak", "total", "moment", "chosen")
+STATISTICS = ("peak", "total", "moment", "target_logit")
 
 
 class VocabShard(NamedTuple):
@@ -151,7 +151,7 @@ class PendingStatistics:
         if self.work is None:
             return self._softmax(*self.parts[0])
         self.work.wait()
-        peaks, totals, moments, chosen = self.parts.unbind(1)
+        peaks, totals, moments, target_logits = self.parts.unbind(1)
         peak = peaks.amax(0)
         # A rank with only padding, or only -inf, has peak -inf and total 0: it adds 0.
         shifts = torch.where(torch.isneginf(peaks), 0.0, (peaks - peak) * self.scale)
@@ -159,9 +159,11 @@ class PendingStatistics:
         total = (fades * totals).sum(0)
         # The floor avoids 0 · -inf for a shard of banned tokens (logits at the lowest fp32).
         moment = (fades * (moments + shifts.clamp(min=-1000.0) * totals)).sum(0)
-        return self._softmax(peak, total, moment, chosen.sum(0))
+        return self._softmax(peak, total, moment, target_logits.sum(0))
 
-    def _softmax(self, peak: Tensor, total: Tensor, moment: Tensor, chosen: Tensor) -> RowSoftmax:
+    def _softmax(
+        self, peak: Tensor, total: Tensor, moment: Tensor, target_logit: Tensor
+    ) -> RowSoftmax:
         log_total = total.log()
-        logprobs = (chosen - peak) * self.scale - log_total
+        logprobs = (target_logit - peak) * self.scale - log_total
         return RowSoftmax(logprobs, log_total - moment / total, peak, log_total)

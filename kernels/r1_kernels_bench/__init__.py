@@ -170,19 +170,19 @@ def add_options(options: argparse.ArgumentParser) -> None:
     )
 
 
-def run(chosen: argparse.Namespace) -> dict[str, Any]:
+def run(options: argparse.Namespace) -> dict[str, Any]:
     """Return sizes, versions and the cases with their rows."""
     import torch
 
-    if chosen.sweep:
-        return _swept(chosen)
+    if options.sweep:
+        return _swept(options)
     from r1_kernels_bench import table
     from r1_kernels_bench.cases import BY_NAME
 
     on_gpu = torch.cuda.is_available()
     try:
-        size = _sizes(chosen, on_gpu)
-        names = _names(chosen.only, list(BY_NAME))
+        size = _sizes(options, on_gpu)
+        names = _names(options.only, list(BY_NAME))
     except ValueError as error:
         sys.exit(str(error))
     about = _environment(on_gpu)
@@ -190,46 +190,50 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
     print(f"{about['device']}, {about['date']}\n{size}\n{versions}")
     print(LEGEND if on_gpu else LEGEND + CPU_NOTE)
     if about["load"] > 0.5 * about["cores"]:
-        where = f"load {about['load']:.1f} on {about['cores']} cores"
-        print(f"Other work is running here ({where}): the times will suffer from it.")
+        load = f"load {about['load']:.1f} on {about['cores']} cores"
+        print(f"Other work is running here ({load}): the times will suffer from it.")
     task = {
         "cases": names,
         "sizes": dataclasses.asdict(size),
         "device": "cuda" if on_gpu else "cpu",
-        "repeats": chosen.repeats or (5 if on_gpu else 3),
-        "deadline": time.time() + 60 * chosen.minutes,
+        "repeats": options.repeats or (5 if on_gpu else 3),
+        "deadline": time.time() + 60 * options.minutes,
     }
     cases = []
     for name, result in worker_results(task, _progress):
         _progress("")
         cases.append(table.summarize(name, BY_NAME[name].about, result))
         print("\n" + "\n".join(table.lines(cases[-1])), flush=True)
-    if chosen.plot:
-        table.draw(cases, f"{about['device']}, {size}, {about['date']}", chosen.plot)
+    if options.plot:
+        table.draw(cases, f"{about['device']}, {size}, {about['date']}", options.plot)
     return {**about, "sizes": task["sizes"], "repeats": task["repeats"], "cases": cases}
 
 
-def _swept(chosen: argparse.Namespace) -> dict[str, Any]:
+def _swept(options: argparse.Namespace) -> dict[str, Any]:
     """Return the machine and the entries of `sweep.run`, or exit where no sweep is possible."""
     from r1_kernels_bench import sweep
 
-    if why := sweep.refusal(chosen):
+    if why := sweep.refusal(options):
         sys.exit(why)
     about = _environment(on_gpu=True)
     print(f"{about['device']}, {about['date']}; {sweep.SUMMARY}")
-    return {**about, "sweep": sweep.run(chosen)}
+    return {**about, "sweep": sweep.run(options)}
 
 
-def _sizes(chosen: argparse.Namespace, on_gpu: bool) -> inputs.ProblemSizes:
-    preset = chosen.preset or ("full" if on_gpu else "cpu")
+def _sizes(options: argparse.Namespace, on_gpu: bool) -> inputs.ProblemSizes:
+    preset = options.preset or ("full" if on_gpu else "cpu")
     names = [field.name for field in dataclasses.fields(inputs.ProblemSizes)]
-    overrides = {name: getattr(chosen, name) for name in names if getattr(chosen, name) is not None}
+    overrides = {
+        name: getattr(options, name) for name in names if getattr(options, name) is not None
+    }
     return dataclasses.replace(inputs.PRESETS[preset], **overrides)
 
 
 def _names(only: list[str] | None, kernel_names: list[str]) -> list[str]:
     """Return the selected kernels; `linear_token_logprobs` selects both of its tables."""
-    chosen = [name for name in kernel_names if not only or {name, name.split("+")[0]} & set(only)]
+    selection = [
+        name for name in kernel_names if not only or {name, name.split("+")[0]} & set(only)
+    ]
     for name in only or []:
         if name not in {
             part
@@ -237,7 +241,7 @@ def _names(only: list[str] | None, kernel_names: list[str]) -> list[str]:
             for part in (kernel_name, kernel_name.split("+")[0])
         }:
             raise ValueError(f"--only {name}: the kernels are {', '.join(kernel_names)}")
-    return chosen
+    return selection
 
 
 def _environment(on_gpu: bool) -> dict[str, Any]:

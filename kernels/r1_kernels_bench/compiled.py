@@ -151,18 +151,20 @@ def resources(kernel: Any) -> dict[str, int]:
     }
 
 
-def main_loop(kernel: Any, moved: Traffic, elements: float) -> dict[str, float]:
+def main_loop(kernel: Any, kernel_traffic: Traffic, elements: float) -> dict[str, float]:
     """Return what one thread's main loop does; mufu and instructions are per element.
 
     Args:
         kernel: Triton's compiled kernel.
-        moved: the bytes that it moves.
+        kernel_traffic: the bytes that it moves.
         elements: the elements of one thread; with a loop, in one iteration of the source's loop."""
-    body = _innermost_loop(_instructions(_cuobjdump(kernel, "-sass")), moved.elements is not None)
+    body = _innermost_loop(
+        _instructions(_cuobjdump(kernel, "-sass")), kernel_traffic.elements is not None
+    )
     loads = [i.num_bytes for i in body if i.is_a("LDG")]
     stores = [i.num_bytes for i in body if i.is_a("STG")]
-    if moved.elements is not None:
-        elements *= sum(loads) * 32 * kernel.metadata.num_warps / moved.loaded
+    if kernel_traffic.elements is not None:
+        elements *= sum(loads) * 32 * kernel.metadata.num_warps / kernel_traffic.loaded
     return {
         "widest_load": max(loads, default=0),
         "widest_store": max(stores, default=0),

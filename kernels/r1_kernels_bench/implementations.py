@@ -158,10 +158,10 @@ def _imported(name: str) -> Callable[[], Any]:
 LIGER_CROSS_ENTROPY = _imported("liger_kernel.ops:LigerFusedLinearCrossEntropyFunction.apply")
 
 
-def _cce(**more: None) -> Callable:
+def _cce(**overrides: None) -> Callable:
     from cut_cross_entropy import linear_cross_entropy
 
-    options = {"reduction": "none", "impl": "cce", **more}
+    options = {"reduction": "none", "impl": "cce", **overrides}
     return lambda *inputs: (-linear_cross_entropy(*inputs, **options),)
 
 

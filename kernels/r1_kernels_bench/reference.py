@@ -40,12 +40,12 @@ def normalizers(
         logits_of: returns the fp64 logits (n, V) of a slice of tokens.
         targets: (T,) ids.
         vocab: V."""
-    sums, chosen = [], []
+    sums, target_logits = [], []
     for part in row_chunks(len(targets), vocab, targets.device):
         logits = logits_of(part)
         sums.append(logits.logsumexp(-1))
-        chosen.append(logits.gather(-1, targets[part, None])[:, 0])
-    return torch.cat(sums), torch.cat(chosen) - torch.cat(sums)
+        target_logits.append(logits.gather(-1, targets[part, None])[:, 0])
+    return torch.cat(sums), torch.cat(target_logits) - torch.cat(sums)
 
 
 def policy_gradient(logprobs: Tensor, *tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,11 +81,11 @@ def weight_gradient(
         targets: (T,) int64.
         lse: (T,) fp64, log of the sum of each token's exponentials.
         upstream: (T,) fp64, the gradient of the log-probabilities."""
-    chosen = weight[columns].double()
-    total = torch.zeros_like(chosen)
+    weight_rows = weight[columns].double()
+    total = torch.zeros_like(weight_rows)
     for part in row_chunks(len(targets), len(columns) + hidden.shape[1], hidden.device):
         rows = hidden[part].double()
-        gradient = (rows @ chosen.t() - lse[part, None]).exp_().neg_()
+        gradient = (rows @ weight_rows.t() - lse[part, None]).exp_().neg_()
         gradient += targets[part, None] == columns
         total += (gradient * upstream[part, None]).t() @ rows
     return total

@@ -53,7 +53,7 @@ def add_options(options: argparse.ArgumentParser) -> None:
     )
 
 
-def run(chosen: argparse.Namespace) -> dict[str, Any]:
+def run(options: argparse.Namespace) -> dict[str, Any]:
     """Return Triton's version and an entry for each case and architecture."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("TRITON_INTERPRET=1: Triton's interpreter compiles nothing; unset it, start again")
@@ -64,13 +64,13 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
     from r1_kernels_bench import compiled
 
     kernel_names = [kernel.name for kernel in KERNELS]
-    if unknown := set(chosen.only or ()) - set(kernel_names):
+    if unknown := set(options.only or ()) - set(kernel_names):
         sys.exit(f"--only {', '.join(sorted(unknown))}: the kernels are {', '.join(kernel_names)}")
-    kernels = [kernel for kernel in KERNELS if kernel.name in (chosen.only or kernel_names)]
+    kernels = [kernel for kernel in KERNELS if kernel.name in (options.only or kernel_names)]
     entries: dict[str, dict[str, Any]] = {}
     print(HEADER)
     for kernel in kernels:
-        variants = alternatives(kernel) if chosen.alternatives else _in_use(kernel)
+        variants = alternatives(kernel) if options.alternatives else _in_use(kernel)
         for name, example in variants:
             for arch in ARCHITECTURES:
                 for launch in compiled.compile_launches(kernel, example, arch):
@@ -111,10 +111,10 @@ def alternatives(kernel: Any) -> Iterator[tuple[str, Any]]:
         columns = f", {sizes.vocab_size} columns" if choices.more_columns else ""
         in_use = choices.in_use
         for values in choices.candidates:
-            shown = "/".join(map(str, values.values())) + ("*" if values == in_use else "")
+            label = "/".join(map(str, values.values())) + ("*" if values == in_use else "")
             with choices.apply(values):
                 for example in examples:
-                    yield f"{example.name}{columns}, {shown}", example
+                    yield f"{example.name}{columns}, {label}", example
 
 
 def measure(example: Any, launch: Any, arch: int) -> dict[str, Any]:
@@ -127,15 +127,15 @@ def measure(example: Any, launch: Any, arch: int) -> dict[str, Any]:
 
     kernel, warps = launch.kernel, launch.kernel.metadata.num_warps
     threads = 32 * warps
-    moved = compiled.traffic(kernel.asm["ttir"])
-    handled = moved.elements or example.num_elements / launch.programs
-    used = compiled.resources(kernel)
-    loop = compiled.main_loop(kernel, moved, handled / threads)
-    programs = programs_per_sm(arch, used["registers"], used["shared_bytes"], warps)
-    num_bytes = (moved.loaded + moved.stored) / handled
+    traffic = compiled.traffic(kernel.asm["ttir"])
+    handled = traffic.elements or example.num_elements / launch.programs
+    resources = compiled.resources(kernel)
+    loop = compiled.main_loop(kernel, traffic, handled / threads)
+    programs = programs_per_sm(arch, resources["registers"], resources["shared_bytes"], warps)
+    num_bytes = (traffic.loaded + traffic.stored) / handled
     entry = {
         "kernel": launch.name,
-        **used,
+        **resources,
         "warps": warps,
         "programs_per_sm": programs,
         **loop,

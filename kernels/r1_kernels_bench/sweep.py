@@ -154,7 +154,7 @@ PLAN = (
 )
 
 
-def refusal(chosen: argparse.Namespace) -> str:
+def refusal(options: argparse.Namespace) -> str:
     """Return why this machine or these options allow no sweep, or ""."""
     if not torch.cuda.is_available():
         return (
@@ -165,34 +165,34 @@ def refusal(chosen: argparse.Namespace) -> str:
     if os.environ.get("TRITON_INTERPRET") == "1":
         return "--sweep: TRITON_INTERPRET=1 compiles no kernel; unset it, start again"
     for option in ("preset", "hidden", "dtype", "tp", "plot"):
-        if getattr(chosen, option) is not None:
+        if getattr(options, option) is not None:
             return f"--{option} does not go with --sweep: its sizes are --tokens and --vocab"
     kernel_names = {choices.kernel for choices in PLAN}
-    for name in chosen.only or []:
+    for name in options.only or []:
         if name not in kernel_names:
             return f"--only {name}: the kernels of --sweep are {', '.join(sorted(kernel_names))}"
     return ""
 
 
-def run(chosen: argparse.Namespace) -> list[dict[str, Any]]:
+def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Return an entry for each part of PLAN: every candidate's seconds and the best.
 
     Args:
-        chosen: the options of `python tools/bench kernels`, which `refusal` has accepted."""
-    deadline = time.time() + 60 * chosen.minutes
+        options: the options of `python tools/bench kernels`, which `refusal` has accepted."""
+    deadline = time.time() + 60 * options.minutes
     meter = CUDAMeter(torch.device("cuda"))
     plain = ExampleSizes()
     sizes = plain._replace(
-        num_tokens=chosen.tokens or plain.num_tokens, vocab_size=chosen.vocab or plain.vocab_size
+        num_tokens=options.tokens or plain.num_tokens, vocab_size=options.vocab or plain.vocab_size
     )
     entries = []
     for choices in PLAN:
-        if chosen.only and choices.kernel not in chosen.only:
+        if options.only and choices.kernel not in options.only:
             continue
         if time.time() > deadline:
-            print(f"{choices.kernel}: not begun within --minutes {chosen.minutes:g}")
+            print(f"{choices.kernel}: not begun within --minutes {options.minutes:g}")
             continue
-        entries.append(measure(choices, sizes, meter, chosen.repeats or 5))
+        entries.append(measure(choices, sizes, meter, options.repeats or 5))
         print("\n".join(lines(entries[-1])), flush=True)
     return entries
 
@@ -267,19 +267,19 @@ def best(rows: Sequence[Mapping[str, Any]], in_use: Values) -> dict[str, Any]:
 def lines(entry: Mapping[str, Any]) -> list[str]:
     """Return one part of the plan as a table: microseconds of each candidate and launch."""
     timed = list(entry["rows"][0]["seconds"])
-    shown = [f"\n{entry['kernel']}, {entry['columns']} columns: {entry['constants_in']}"]
-    shown += [f"  not timed: {name}: {reason}" for name, reason in entry["failed"].items()]
+    table = [f"\n{entry['kernel']}, {entry['columns']} columns: {entry['constants_in']}"]
+    table += [f"  not timed: {name}: {reason}" for name, reason in entry["failed"].items()]
     if not timed:
-        return shown
-    shown.append(f"  {'microseconds':34}" + "".join(f" {name:>30}" for name in timed))
+        return table
+    table.append(f"  {'microseconds':34}" + "".join(f" {name:>30}" for name in timed))
     for row in entry["rows"]:
         mark = " *" if row["values"] == entry["in_use"] else ""
         cells = "".join(f" {row['seconds'][name] * 1e6:30.1f}" for name in timed)
-        shown.append(f"  {_words(row['values']) + mark:34}{cells}")
-    shown.append(
+        table.append(f"  {_words(row['values']) + mark:34}{cells}")
+    table.append(
         f"  best: {_words(entry['best'])}, {entry['best_time']:.2f} of the time of those in use (*)"
     )
-    return shown
+    return table
 
 
 def _words(values: Values) -> str:

@@ -31,8 +31,8 @@ def summarize(name: str, about: str, result: dict[str, Any]) -> dict[str, Any]:
     return {"kernel": name, "about": about, "failed": failed, "bound": bound, "rows": rows}
 
 
-def _ratio(value: float | None, by: float | None) -> float | None:
-    return value / by if value is not None and by else None
+def _ratio(value: float | None, base: float | None) -> float | None:
+    return value / base if value is not None and base else None
 
 
 def lines(case: dict[str, Any]) -> list[str]:
@@ -109,17 +109,17 @@ def draw(cases: list[dict[str, Any]], title: str, path: Path) -> None:
     use("Agg")
     from matplotlib import pyplot
 
-    shown = [(case, [row for row in case["rows"] if row["median_seconds"]]) for case in cases]
-    shown = [(case, rows) for case, rows in shown if rows]
-    if not shown:
+    case_rows = [(case, [row for row in case["rows"] if row["median_seconds"]]) for case in cases]
+    case_rows = [(case, rows) for case, rows in case_rows if rows]
+    if not case_rows:
         return
-    heights = [FRAME_INCHES + ROW_INCHES * len(rows) for _, rows in shown]
+    heights = [FRAME_INCHES + ROW_INCHES * len(rows) for _, rows in case_rows]
     size = WIDTH_INCHES, sum(heights)
     figure, panels = pyplot.subplots(
-        len(shown), 2, figsize=size, height_ratios=heights, layout="constrained", squeeze=False
+        len(case_rows), 2, figsize=size, height_ratios=heights, layout="constrained", squeeze=False
     )
     figure.suptitle(title, fontsize=10)
-    for (case, rows), (left, right) in zip(shown, panels, strict=True):
+    for (case, rows), (left, right) in zip(case_rows, panels, strict=True):
         names = [row["name"] for row in rows]
         seconds = [row["median_seconds"] for row in rows]
         _bars(left, names, seconds, [duration(value) for value in seconds])

@@ -172,12 +172,12 @@ def main() -> None:
         def report(case: KernelCase = case, **what: Any) -> None:
             lines.write(json.dumps({"case": case.name, **what}) + "\n")
 
-        now = time.time()
-        if now > task["deadline"]:
+        start = time.time()
+        if start > task["deadline"]:
             report(result={"failed": TOO_LATE})
             continue
         fraction = case.weight / sum(remaining.weight for remaining in cases[index:])
-        until = now + fraction * (task["deadline"] - now)
+        until = start + fraction * (task["deadline"] - start)
         try:
             result = run_case(case, task, until, task["skip"].get(case.name, {}), report)
         except Broken as broken:

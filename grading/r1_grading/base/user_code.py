@@ -51,13 +51,13 @@ def find_value(path: str, kind: str, is_one: Callable[[Any], bool]) -> Any:
             ) from None
         if not f"{module_name}.".startswith(f"{error.name}."):
             raise  # a module that it imports
-        moved = (
+        hint = (
             "; modules were renamed in 0.3.0: CHANGELOG_RENAMES.md has the old and the new names"
             if module_name.startswith("megatron_r1.")
             else f": neither installed nor in {os.getcwd()}; start in the folder that has it"
         )
         raise UserError(
-            f"{error}{moved}",
+            f"{error}{hint}",
             key=path,
             cause=Cause.NOT_FOUND,
         ) from None
@@ -85,6 +85,6 @@ def location_of(error: BaseException, program: str | None = None) -> str:
     for name, line in reversed(places):
         if not name.startswith(_LIBRARIES if program is None else (program, *_LIBRARIES)):
             path = Path(name)
-            here = Path.cwd()
-            return f" ({path.relative_to(here) if path.is_relative_to(here) else path}:{line})"
+            folder = Path.cwd()
+            return f" ({path.relative_to(folder) if path.is_relative_to(folder) else path}:{line})"
     return ""

@@ -92,7 +92,7 @@ def _tests(lines: Iterable[str]) -> dict[str, Any]:
         )
     if len(names) > 1:
         raise ValueError(f"the asserts call {len(names)} functions, one is read: {sorted(names)}")
-    tolerances = [most for _, _, most in checks if most is not None]
+    tolerances = [tolerance for _, _, tolerance in checks if tolerance is not None]
     tests = [test for _, test, _ in checks]
     return {"tests": tests, "function": names.pop(), "tolerance": min(tolerances, default=None)}
 

@@ -61,8 +61,8 @@ def run_checker(
         return score
     control = _score(checker, test, test.expected.encode("utf-8", "replace"), full_budget)
     if isinstance(control, _Failure) and (test.expected or not control.opened_actual):
-        where = "on the expected output" if control.opened_actual else "before it opens any output"
-        raise ValueError(f"the checker is broken: it fails {where}: {control.reason}")
+        stage = "on the expected output" if control.opened_actual else "before it opens any output"
+        raise ValueError(f"the checker is broken: it fails {stage}: {control.reason}")
     return Grade(0.0, f"the checker fails on this output: {score.reason}")
 
 

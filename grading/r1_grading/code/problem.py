@@ -90,7 +90,7 @@ def parse_problem(truth: object, language: str | None = None) -> Problem:
 
     Raises:
         ValueError: an invalid truth; it names the faulty test."""
-    asked = parse_language(language)
+    prompt_language = parse_language(language)
     if isinstance(truth, str):
         truth = _read(truth)
     if isinstance(truth, dict):
@@ -102,15 +102,16 @@ def parse_problem(truth: object, language: str | None = None) -> Problem:
     is_published = published is not None
     if published is not None:
         published_language = parse_language(published.pop("language", None))
-        if asked and published_language and asked != published_language:
+        if prompt_language and published_language and prompt_language != published_language:
             raise ValueError(
-                f"{WHAT} is for {published_language}, and the prompt's language is {asked}"
+                f"{WHAT} is for {published_language}, and the prompt's language is "
+                f"{prompt_language}"
             )
-        asked = asked or published_language
+        prompt_language = prompt_language or published_language
         truth = published
     if not isinstance(truth, dict):
         raise ValueError(f'{WHAT} must be {{"tests": […]}}, got {type(truth).__name__}')
-    language = asked or "python"
+    language = prompt_language or "python"
     _check_keys(truth, WHAT, KEYS)
     tests, function = truth.get("tests"), _text_or_none(truth, "function")
     checker, tolerance = _text_or_none(truth, "checker"), truth.get("tolerance")
@@ -166,10 +167,10 @@ def _without_nulls(truth: dict[str, Any]) -> dict[str, Any]:
         else test
         for test in tests
     ]
-    named = [t for t in tests if isinstance(t, dict) and isinstance(t.get("kwargs"), dict)]
-    used = {name for test in named for name, value in test["kwargs"].items() if value is not None}
-    for test in named if used else ():
-        test["kwargs"] = {name: v for name, v in test["kwargs"].items() if name in used}
+    calls = [t for t in tests if isinstance(t, dict) and isinstance(t.get("kwargs"), dict)]
+    names = {name for test in calls for name, value in test["kwargs"].items() if value is not None}
+    for test in calls if names else ():
+        test["kwargs"] = {name: v for name, v in test["kwargs"].items() if name in names}
     return {**truth, "tests": tests}
 
 

@@ -126,5 +126,5 @@ def grade_equivalence(response: str, truth: str, **entry: object) -> Grade:
     """Return 1 if each of the two answers is accepted when the other is the truth. math-verify's
     comparison is not symmetric: if 1 is expected it accepts `2x + z = 1`, but not the other way
     round. A vote needs a symmetric relation."""
-    same = equivalent(truth, response) and equivalent(response, truth)
-    return Grade(float(same), "the same" if same else "different")
+    is_equal = equivalent(truth, response) and equivalent(response, truth)
+    return Grade(float(is_equal), "the same" if is_equal else "different")

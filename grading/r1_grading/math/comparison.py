@@ -92,9 +92,9 @@ def compare(truth: str, answer: str) -> Result:
     if choice is not None and math_text.is_letter(expected):
         return math_text.same_letter(choice[0], answer), ""
     is_words = math_text.is_words(expected, truth)
-    same = math_text.same_words(expected, answer, ignore_case=is_words)
-    if same or is_words or math_text.is_order(expected):
-        return same, ""
+    is_same = math_text.same_words(expected, answer, ignore_case=is_words)
+    if is_same or is_words or math_text.is_order(expected):
+        return is_same, ""
     if choice is not None and choice[1]:
         return _same_labelled(choice, answer)
     if (labelled := math_text.without_label(answer)) is not None:
@@ -125,11 +125,11 @@ def equivalent(expected: str, answer: str, *, finished: bool = True) -> bool:
         finished: whether a number has to be worked out. It need not be in a step, as in `2 + 11 =
             13`."""
     # First, as most answers are written numbers: these are compared some hundred times faster.
-    if (same := _compare_numbers(expected, answer, finished=finished)) is not None:
-        return same
+    if (verdict := _compare_numbers(expected, answer, finished=finished)) is not None:
+        return verdict
     for rule in RULES:
-        if (same := rule(expected, answer)) is not None:
-            return same
+        if (verdict := rule(expected, answer)) is not None:
+            return verdict
     if finished and is_unfinished(expected, answer):
         return False
     return same_expression(expected, answer)
@@ -398,7 +398,7 @@ def _name_first(chain: Chain) -> Chain:
 
 # In this order: `0.5 or 1/2` would be a list of two members, where one value is expected.
 RULES = (
-    functools.partial(same_congruence, same=equivalent),
+    functools.partial(same_congruence, is_equal=equivalent),
     _compare_alternatives,
     _compare_exclusions,
     _compare_relations,

@@ -231,7 +231,7 @@ def strip_styling(text: str) -> str:
         end = closing_brace(text, match.end())
         if end is None or text[: match.start()].rstrip()[-1:] in ("^", "_"):
             continue
-        inside = text[match.end() : end].strip("$")
-        if not WORDS.fullmatch(inside):
-            text = text[: match.start()] + inside + text[end + 1 :]
+        content = text[match.end() : end].strip("$")
+        if not WORDS.fullmatch(content):
+            text = text[: match.start()] + content + text[end + 1 :]
     return text

@@ -109,16 +109,16 @@ def read_matrix(text: str) -> list[list[str]] | None:
     return [[cell.strip() for cell in row.split("&")] for row in rows]
 
 
-def match_all(left: Sequence[Any], right: Sequence[Any], same: Callable[..., bool]) -> bool:
+def match_all(left: Sequence[Any], right: Sequence[Any], is_equal: Callable[..., bool]) -> bool:
     """Whether each item of `left` is the same as another one of `right`, in any order.
 
     Args:
         left: the items of one side.
         right: those of the other.
-        same: compares two items."""
+        is_equal: compares two items."""
     remaining = list(right)
     for item in left:
-        match = next((candidate for candidate in remaining if same(item, candidate)), None)
+        match = next((candidate for candidate in remaining if is_equal(item, candidate)), None)
         if match is None:
             return False
         remaining.remove(match)

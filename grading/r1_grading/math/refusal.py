@@ -73,10 +73,10 @@ COMBINATIONS = re.compile(
 
 def last_value_of_computation(expected: str, answer: str) -> str:
     r"""Return 1/2 of `\int_0^1 x dx = 1/2` where a truth is a number; any other answer itself."""
-    asked, equals, value = answer.partition("=")
+    left, equals, value = answer.partition("=")
     if not equals or read_number(expected) is None or read_number(value.strip()) is None:
         return answer
-    is_one = len(split(asked, SEPARATORS)) == 1 and COMPUTATIONS.search(asked) is not None
+    is_one = len(split(left, SEPARATORS)) == 1 and COMPUTATIONS.search(left) is not None
     return value.strip() if is_one else answer
 
 

@@ -257,14 +257,16 @@ CONGRUENCE = re.compile(
 )
 
 
-def same_congruence(expected: str, answer: str, same: Callable[[str, str], bool]) -> bool | None:
+def same_congruence(
+    expected: str, answer: str, is_equal: Callable[[str, str], bool]
+) -> bool | None:
     """Whether both texts are congruences of one name (which either may leave out), with equal
-    residues and moduli; None where neither is a congruence. `same` compares two values.
+    residues and moduli; None where neither is a congruence.
 
     Args:
         expected: the truth, spelled.
         answer: the answer, spelled.
-        same: compares two values."""
+        is_equal: compares two values."""
     left, right = CONGRUENCE.fullmatch(expected), CONGRUENCE.fullmatch(answer)
     if left is None or right is None:
         return None if left is right else False
@@ -272,7 +274,7 @@ def same_congruence(expected: str, answer: str, same: Callable[[str, str], bool]
     if len(names) > 1:
         return False
     parts = ((left[part].strip(), right[part].strip()) for part in ("modulus", "residue"))
-    return all(same(*pair) for pair in parts)
+    return all(is_equal(*pair) for pair in parts)
 
 
 DOMAIN = re.compile(r"(?P<name>[A-Za-z])\s*\\in\s*\\mathbb\{[A-Z]\}")

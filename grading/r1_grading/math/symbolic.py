@@ -236,8 +236,8 @@ def same_value(left: sympy.Basic, right: sympy.Basic, *, seed: str) -> bool:
         exact = exact_rational(left), exact_rational(right)
         if None not in exact:
             return exact[0] == exact[1]
-        if (same := _same_at_points(left, right, seed)) is not None:
-            return same
+        if (verdict := _same_at_points(left, right, seed)) is not None:
+            return verdict
     # verify would compare a set with a number, and an equation with its right side.
     if any(isinstance(left, kind) != isinstance(right, kind) for kind in KINDS):
         return False
@@ -280,7 +280,7 @@ def _same_at_points(left: sympy.Expr, right: sympy.Expr, seed: str) -> bool | No
     is_float = left.has(sympy.Float) or right.has(sympy.Float)
     rng = random.Random(seed)
     num_compared = 0
-    for values in _points(names, rng, far=_has_branches(left) or _has_branches(right)):
+    for values in _points(names, rng, has_far_points=_has_branches(left) or _has_branches(right)):
         try:
             pair = [evaluate(side, values) for side in (left, right)]
         except NotNumeric:
@@ -294,7 +294,7 @@ def _same_at_points(left: sympy.Expr, right: sympy.Expr, seed: str) -> bool | No
     return num_compared > 0
 
 
-def _points(names: list[str], rng: random.Random, far: bool) -> Iterator[dict[str, Any]]:
+def _points(names: list[str], rng: random.Random, has_far_points: bool) -> Iterator[dict[str, Any]]:
     """Yield values of the symbols: one symbol has both signs, and of each two there are points
     where they have the same sign and points where they have different ones.
 
@@ -305,7 +305,7 @@ def _points(names: list[str], rng: random.Random, far: bool) -> Iterator[dict[st
         bits = range((count - 1).bit_length())
         codes = [[(-1) ** (index >> bit & 1) for index in range(count)] for bit in bits]
         patterns = [[1] * count, *codes, *([-sign for sign in code] for code in codes)]
-    for scale in range(1 + len(FAR) if far else 1):
+    for scale in range(1 + len(FAR) if has_far_points else 1):
         for signs in patterns if names else [[]]:
             values: dict[str, Any] = {}
             for index, (name, sign) in enumerate(zip(names, signs, strict=True)):

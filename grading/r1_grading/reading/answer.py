@@ -318,10 +318,10 @@ def describe(answer: str, expected: str, correct: bool, source: str = "") -> str
         expected: the truth.
         correct: whether they are equal.
         source: where the answer was found, as in "correct: 13 (in the last line)"."""
-    where = f" ({source})" if source else ""
+    location = f" ({source})" if source else ""
     if correct:
-        return f"correct: {shorten(answer)}{where}"
-    return f"wrong: {shorten(answer)}, expected {shorten(expected)}{where}"
+        return f"correct: {shorten(answer)}{location}"
+    return f"wrong: {shorten(answer)}, expected {shorten(expected)}{location}"
 
 
 def adjacent_numbers(before: str, after: str = "") -> list[str]:

@@ -32,8 +32,8 @@ def chain_of_thought(response: str, opened: bool = False) -> str | None:
         _, opening, response = response.partition(THINK)
         if not opening:
             return None
-    inside, closed, unclosed = response.rpartition(END_THINK)
-    return (inside if closed else unclosed).replace(THINK, " ").replace(END_THINK, " ")
+    thought, closed, unclosed = response.rpartition(END_THINK)
+    return (thought if closed else unclosed).replace(THINK, " ").replace(END_THINK, " ")
 
 
 def prepare_texts(

@@ -313,16 +313,16 @@ def _is_prose(span: str) -> bool:
     """Whether a span has at least eight words and few of the symbols of programs and formulae.
 
     Few: under 4 % of its characters; code has 10 % and more, prose below 1 %."""
-    inside = span.strip("`$")
+    text = span.strip("`$")
     num_words = num_letters = 0
-    for word in WORD_LIKE.finditer(inside):
+    for word in WORD_LIKE.finditer(text):
         letters = word.end() - word.start()
         num_letters += letters
         # A run of Chinese characters is many words.
         num_words += 1 if word[0].isascii() else max(1, letters // 2)
     if num_words < MIN_PROSE_WORDS:
         return False
-    num_symbols = sum(1 for _ in PROSE_SYMBOL.finditer(inside))
+    num_symbols = sum(1 for _ in PROSE_SYMBOL.finditer(text))
     return num_symbols < MAX_PROSE_SYMBOLS * (num_letters + num_symbols)
 
 
@@ -352,7 +352,7 @@ def judged_words(thought: str) -> WordCount:
     words = count_words(parts.text)
     neutral = count_words(parts.inline).plus(count_words(parts.fenced), FENCED_WEIGHT)
     neutral = neutral.plus(WordCount(0, 0, parts.marks), 1)
-    beyond = neutral.total - FREE_WORDS - FREE_FRACTION * words.total
-    if beyond <= 0 or not words.total:
+    excess = neutral.total - FREE_WORDS - FREE_FRACTION * words.total
+    if excess <= 0 or not words.total:
         return words
-    return words.plus(neutral, beyond / neutral.total)
+    return words.plus(neutral, excess / neutral.total)

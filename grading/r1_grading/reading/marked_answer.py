@@ -94,12 +94,12 @@ def marked_answer(visible: str, numeric: bool) -> Extraction | None:
         numeric: whether the truth is a number; other truths may be formulae and words."""
     visible = visible.rstrip()
     marks = [match.start() for match in MARK.finditer(visible)][-MAX_MARKS:]
-    seen: set[tuple[int, int]] = set()
+    spans: set[tuple[int, int]] = set()
     for at in reversed(marks):
         start, end = _sentence_around(visible, at)
-        if (start, end) in seen:
+        if (start, end) in spans:
             continue
-        seen.add((start, end))
+        spans.add((start, end))
         statement = _stated(visible, start, end, numeric)
         if statement is None:
             continue
@@ -124,8 +124,8 @@ def _sentence_around(text: str, at: int) -> tuple[int, int]:
     if end - start > MAX_LINE_CHARS:
         start, end = max(start, at - MAX_LINE_CHARS // 2), min(end, at + MAX_LINE_CHARS // 2)
     for span in EMPHASIZED.finditer(text, start, end):
-        inside = text[span.start() : span.end()].strip(DECORATION)
-        if span.start() < at < span.end() and not HEADING.fullmatch(inside):
+        emphasis = text[span.start() : span.end()].strip(DECORATION)
+        if span.start() < at < span.end() and not HEADING.fullmatch(emphasis):
             return span.span()
     for border in SENTENCE_END.finditer(text, start, end):
         if border.start() > at:
@@ -167,8 +167,8 @@ def _stated(text: str, start: int, end: int, numeric: bool) -> tuple[str, bool, 
 
 def _stated_below(text: str, end: int, numeric: bool) -> tuple[str, bool, int] | None:
     """Return what `_stated` does, of the first line after a heading that is not blank."""
-    below = text[end:]
-    start = end + len(below) - len(below.lstrip())
+    rest = text[end:]
+    start = end + len(rest) - len(rest.lstrip())
     _, stop = _sentence_around(text, start)
     value = _value(text[start:stop], numeric, words=True) if start < len(text) else None
     return (value, False, stop) if value else None

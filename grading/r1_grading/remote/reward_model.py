@@ -125,10 +125,12 @@ class RewardModel:
                 key="question",
                 cause=Cause.MISSING,
             )
-        asked, part = prepare_texts(question, response, self.part, opened, self.settings.max_chars)
+        question_text, part = prepare_texts(
+            question, response, self.part, opened, self.settings.max_chars
+        )
         if part.text is None:
             return Grade(0.0, part.reason)
-        classification = await self.service.request(self._body(asked, part.text))
+        classification = await self.service.request(self._body(question_text, part.text))
         try:
             return self._reward(classification)
         except ValueError as error:

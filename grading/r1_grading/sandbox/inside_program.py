@@ -103,13 +103,13 @@ def provide_names(code: "CodeType", namespace: dict, names: "dict[str, str]") ->
         code: the compiled program.
         namespace: its globals.
         names: name → the module that provides it."""
-    used: set[str] = set()
+    code_names: set[str] = set()
     pending = [code] if names else []
     while pending:
         block = pending.pop()
-        used.update(block.co_names)
+        code_names.update(block.co_names)
         pending += [part for part in block.co_consts if isinstance(part, type(code))]
-    for name in used.intersection(names):
+    for name in code_names.intersection(names):
         module = __import__(names[name])
         # Another version of Python may lack the name.
         value = module if name == names[name] else getattr(module, name, None)

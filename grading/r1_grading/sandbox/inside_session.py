@@ -73,8 +73,8 @@ def describe(error: BaseException) -> str:
         if trace.tb_frame.f_code.co_filename == "<cell>":
             lines.append(str(trace.tb_lineno))
         trace = trace.tb_next
-    where = f" (line {', '.join(lines)} of the cell)" if lines else ""
-    return f"{type(error).__name__}: {error}{where}\n"
+    location = f" (line {', '.join(lines)} of the cell)" if lines else ""
+    return f"{type(error).__name__}: {error}{location}\n"
 
 
 start()

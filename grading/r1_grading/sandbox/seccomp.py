@@ -119,8 +119,8 @@ def syscall_numbers(table: str, machine: str) -> dict[str, int]:
     return {entry[0]: int(entry[column]) for entry in entries if entry[column] != "-"}
 
 
-def _if_equal(value: int, then: list[bytes]) -> list[bytes]:
-    return [_instruction(JUMP_EQUAL, value, if_false=len(then)), *then]
+def _if_equal(value: int, instructions: list[bytes]) -> list[bytes]:
+    return [_instruction(JUMP_EQUAL, value, if_false=len(instructions)), *instructions]
 
 
 def _instruction(code: int, operand: int, if_true: int = 0, if_false: int = 0) -> bytes:

@@ -74,8 +74,8 @@ class Node:
         if self.name == "negative":
             return self.parts[0].num_operations + (self.parts[0].name == "negative")
         if self.name == "divided" and all(is_whole(part) for part in self.parts):
-            above, below = (part.value for part in self.parts)
-            return 0 if below > 1 and math.gcd(int(above), int(below)) == 1 else 1
+            numerator, denominator = (part.value for part in self.parts)
+            return 0 if denominator > 1 and math.gcd(int(numerator), int(denominator)) == 1 else 1
         num_here = 0 if self.name in ("number", "letter") or self in (PI, E, I) else 1
         return num_here + sum(part.num_operations for part in self.parts)
 
@@ -96,8 +96,8 @@ def same_value(expected: Node, answer: Node, seed: str) -> bool | None:
         return expected.value == answer.value
     if expected.letters != answer.letters:
         # A letter may be a unit: 5 m for 5.
-        same = _compare(expected, answer, dict.fromkeys(names, Fraction(1)))
-        return None if same is not False else False
+        verdict = _compare(expected, answer, dict.fromkeys(names, Fraction(1)))
+        return None if verdict is not False else False
     rng = random.Random(seed)
     verdicts = []
     for _ in range(NUM_POINTS if names else 1):

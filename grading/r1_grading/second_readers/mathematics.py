@@ -109,10 +109,10 @@ def _at_points(truth: str, answer: str) -> tuple[str, str]:
     if _plain(truth) == _plain(answer):
         return RIGHT, ""
     try:
-        same = same_answer(parse_answer(truth), parse_answer(answer), f"{truth}\n{answer}")
+        verdict = same_answer(parse_answer(truth), parse_answer(answer), f"{truth}\n{answer}")
     except Unsure as error:
         return UNSURE, str(error)
-    return (UNSURE if same is None else RIGHT if same else WRONG), ""
+    return (UNSURE if verdict is None else RIGHT if verdict else WRONG), ""
 
 
 def _plain(text: str) -> str:

@@ -90,8 +90,8 @@ def _tile(rows, columns, TILE_ROWS: tl.constexpr, RUN: tl.constexpr):
     block_column = pid % across
     row = (pid // across).to(tl.int64) * TILE_ROWS + tl.arange(0, TILE_ROWS)
     column = tl.max_contiguous(block_column * WIDTH + tl.arange(0, WIDTH), RUN)
-    inside = (row < rows)[:, None] & (column < columns)[None, :]
-    return row, column, inside, block_column, across
+    in_bounds = (row < rows)[:, None] & (column < columns)[None, :]
+    return row, column, in_bounds, block_column, across
 
 
 @triton.jit(do_not_specialize=["rows"])  # the number of tokens changes with every batch
@@ -107,9 +107,9 @@ def _quantize_kernel(
     HARDWARE_CAST: tl.constexpr,  # the device converts to e4m3 itself
 ):
     """Quantize one tile of TILE_ROWS x 128; grid (tiles,), neighbors in one row of blocks."""
-    row, column, inside, block_column, across = _tile(rows, columns, TILE_ROWS, WIDTH)
+    row, column, in_bounds, block_column, across = _tile(rows, columns, TILE_ROWS, WIDTH)
     address = row[:, None] * x_stride + column[None, :]
-    values = tl.load(x + address, mask=inside, other=0.0).to(tl.float32)
+    values = tl.load(x + address, mask=in_bounds, other=0.0).to(tl.float32)
     amax = tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
     if BLOCK_ROWS > 1:
         amax = tl.max(amax, axis=0)
@@ -126,7 +126,7 @@ def _quantize_kernel(
         codes = scaled.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
     else:
         codes = _e4m3_code(scaled)
-    tl.store(q + row[:, None] * columns + column[None, :], codes, mask=inside)
+    tl.store(q + row[:, None] * columns + column[None, :], codes, mask=in_bounds)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -143,8 +143,8 @@ def _dequantize_kernel(
     HARDWARE_CAST: tl.constexpr,
 ):
     """Restore one tile of TILE_ROWS x 128; grid as of `_quantize_kernel`."""
-    row, column, inside, block_column, across = _tile(rows, columns, TILE_ROWS, RUN)
-    codes = tl.load(q + row[:, None] * q_stride + column[None, :], mask=inside, other=0)
+    row, column, in_bounds, block_column, across = _tile(rows, columns, TILE_ROWS, RUN)
+    codes = tl.load(q + row[:, None] * q_stride + column[None, :], mask=in_bounds, other=0)
     block = row // BLOCK_ROWS * across + block_column
     scale = tl.load(scale_inv + block, mask=row < rows, other=0.0)
     if HARDWARE_CAST:
@@ -153,7 +153,7 @@ def _dequantize_kernel(
         values = _e4m3_value(codes)
     values *= scale[:, None]
     address = row[:, None] * columns + column[None, :]
-    tl.store(out + address, values.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + address, values.to(out.dtype.element_ty), mask=in_bounds)
 
 
 def quantize_blocks(x: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor]:

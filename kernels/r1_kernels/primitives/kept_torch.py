@@ -47,11 +47,12 @@ def kept_statistics(
     # -inf · 0 counts as 0, its limit; e is 0 long before x reaches -1000.
     total, moment = ids.sums(torch.stack([e, x.clamp(min=-1000.0) * e], 1)).unbind(1)
     local = targets - shard.first
-    here = (local >= 0) & (local < shard.num_real)
-    chosen = torch.where(here, torch.full_like(peak, torch.nan), 0.0)  # unless it was kept
-    at = (ids.columns == local[ids.rows]).nonzero()[:, 0]
-    chosen[ids.rows[at]] = z[at]
-    out = (peak, total, moment, chosen)
+    in_shard = (local >= 0) & (local < shard.num_real)
+    # NaN unless it was kept.
+    target_logit = torch.where(in_shard, torch.full_like(peak, torch.nan), 0.0)
+    hits = (ids.columns == local[ids.rows]).nonzero()[:, 0]
+    target_logit[ids.rows[hits]] = z[hits]
+    out = (peak, total, moment, target_logit)
     assert len(out) == len(STATISTICS)
     return torch.stack(out)
 
@@ -71,18 +72,18 @@ def kept_gradient(
     z = _gathered(logits, ids.rows, ids.columns).to(peak.dtype)
     log_p = _below_peak(z, peak, ids.rows, scale) - log_total[ids.rows]
     grad = grad_logprobs * scale
-    needed = grad != 0
+    has_gradient = grad != 0
     factor = -grad[ids.rows]
     if grad_entropy is not None:
         # d H / d z = -c p (log p + H)
         slope = grad_entropy * scale
-        needed = needed | (slope != 0)
+        has_gradient = has_gradient | (slope != 0)
         factor = factor - slope[ids.rows] * (log_p.clamp(min=-1000.0) + entropy[ids.rows])
     d = log_p.exp_().mul_(factor)
-    at = (ids.columns == (targets - shard.first)[ids.rows]).nonzero()[:, 0]
-    d[at] += grad[ids.rows[at]]
-    if not needed.all():
-        d[~needed[ids.rows]] = 0.0
+    hits = (ids.columns == (targets - shard.first)[ids.rows]).nonzero()[:, 0]
+    d[hits] += grad[ids.rows[hits]]
+    if not has_gradient.all():
+        d[~has_gradient[ids.rows]] = 0.0
     values = d.new_empty(len(kept_ids.token_ids))
     values[ids.places] = d
     return values
@@ -111,9 +112,9 @@ def _shard_ids(kept_ids: KeptIds, shard: VocabShard) -> _ShardIds:
             )
     columns = kept_ids.token_ids[places].to(torch.int64) - shard.first
     if shard.group is not None or shard.num_real < shard.vocab_size:
-        here = ((columns >= 0) & (columns < shard.num_real)).nonzero()[:, 0]
-        places = here + places.start if isinstance(places, slice) else places[here]
-        rows, columns = rows[here], columns[here]
+        indices = ((columns >= 0) & (columns < shard.num_real)).nonzero()[:, 0]
+        places = indices + places.start if isinstance(places, slice) else places[indices]
+        rows, columns = rows[indices], columns[indices]
         lengths = rows.bincount(minlength=len(lengths))
     return _ShardIds(places, rows, columns, lengths)
 

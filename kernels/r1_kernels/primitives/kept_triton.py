@@ -80,17 +80,17 @@ def _kept_range(starts, ends, row):
 @triton.jit
 def _kept_columns(token_ids, start, count, place, first, real):
     """Return columns of the ids at start + place, and which of them are this shard's."""
-    inside = place < count
-    column = tl.load(token_ids + start + place, mask=inside, other=0) - first
-    return column, inside & (column >= 0) & (column < real)
+    in_bounds = place < count
+    column = tl.load(token_ids + start + place, mask=in_bounds, other=0) - first
+    return column, in_bounds & (column >= 0) & (column < real)
 
 
 @triton.jit
 def _kept_logits(token_ids, line, start, count, place, first, real):
     """Return what `_kept_columns` does, and the columns' logits, -inf where they are not here."""
-    column, here = _kept_columns(token_ids, start, count, place, first, real)
-    z = tl.load(line + column, mask=here, other=float("-inf")).to(tl.float32)
-    return column, here, z
+    column, in_shard = _kept_columns(token_ids, start, count, place, first, real)
+    z = tl.load(line + column, mask=in_shard, other=float("-inf")).to(tl.float32)
+    return column, in_shard, z
 
 
 @triton.jit
@@ -112,30 +112,30 @@ def kept_statistics_kernel(
     """Compute the statistics of one row's kept tokens; grid (T,)."""
     row = tl.program_id(0).to(tl.int64)
     line = logits + row * row_stride
-    local, target_here = target_column(targets, row, first, real)
+    local, target_in_shard = target_column(targets, row, first, real)
     start, count = _kept_range(starts, ends, row)
     lane = tl.arange(0, LANES)
     to_base2 = scale * LOG2E
     peak = tl.full((LANES,), float("-inf"), tl.float32)
     total = tl.zeros((LANES,), tl.float32)
     moment = tl.zeros((LANES,), tl.float32)  # in base 2
-    chosen = tl.zeros((LANES,), tl.float32)
+    target_logit = tl.zeros((LANES,), tl.float32)
     hits = tl.zeros((LANES,), tl.int32)
     for turn in range(0, count, LOADS * LANES):
         loaded = ()  # a tuple that grows in the loop, which Triton unrolls
         for i in tl.static_range(LOADS):
             place = turn + i * LANES + lane
-            column, here, z = _kept_logits(token_ids, line, start, count, place, first, real)
-            is_target = here & (column == local)
-            chosen = tl.where(is_target, z, chosen)
+            column, in_shard, z = _kept_logits(token_ids, line, start, count, place, first, real)
+            is_target = in_shard & (column == local)
+            target_logit = tl.where(is_target, z, target_logit)
             hits = tl.where(is_target, 1, hits)
             loaded = loaded + (z[:, None],)  # type: ignore[assignment]  # see above
         peak, total, moment = fold_logits(loaded, peak, total, moment, to_base2)
     row_peak, row_total, row_moment = combine_lanes(peak, total, moment, to_base2)
-    row_chosen = tl.sum(chosen, 0)
-    lost = target_here & (tl.sum(hits, 0) == 0)
-    row_chosen = tl.where(lost, float("nan"), row_chosen)
-    store_statistics(statistics, row, num_rows, row_peak, row_total, row_moment, row_chosen)
+    row_target_logit = tl.sum(target_logit, 0)
+    lost = target_in_shard & (tl.sum(hits, 0) == 0)
+    row_target_logit = tl.where(lost, float("nan"), row_target_logit)
+    store_statistics(statistics, row, num_rows, row_peak, row_total, row_moment, row_target_logit)
 
 
 @triton.jit
@@ -167,17 +167,17 @@ def kept_gradient_kernel(
     local, _ = target_column(targets, row, first, real)
     start, count = _kept_range(starts, ends, row)
     to_base2 = scale * LOG2E
-    row_peak, log2_total, upstream, flat, slope, needed = load_row_upstream(
+    row_peak, log2_total, upstream, flat, slope, has_gradient = load_row_upstream(
         row, peak, log_total, entropy, grad_logprobs, grad_entropy, scale, HAS_ENTROPY
     )
     for turn in range(0, count, IDS):
         place = turn + tl.arange(0, IDS)
-        column, here, z = _kept_logits(token_ids, line, start, count, place, first, real)
+        column, in_shard, z = _kept_logits(token_ids, line, start, count, place, first, real)
         d = softmax_gradient(z, row_peak, to_base2, log2_total, flat, slope, HAS_ENTROPY)
         d = tl.where(column == local, d + upstream, d)
         # A row without upstream gradients may hold anything, NaN included.
-        d = tl.where(needed, d, 0.0)
-        tl.store(values + start + place, d, mask=here)
+        d = tl.where(has_gradient, d, 0.0)
+        tl.store(values + start + place, d, mask=in_shard)
 
 
 @triton.jit
@@ -201,18 +201,18 @@ def kept_scatter_kernel(
     dtype = out.dtype.element_ty
     start, count = _kept_range(starts, ends, row)
     columns = tl.arange(0, BLOCK)
-    whole = num_columns // BLOCK * BLOCK
-    for turn in range(0, whole, BLOCK):
+    unmasked_end = num_columns // BLOCK * BLOCK
+    for turn in range(0, unmasked_end, BLOCK):
         tl.store(line + (turn + columns), tl.zeros((BLOCK,), dtype))
-    if whole < num_columns:
-        column = whole + columns
+    if unmasked_end < num_columns:
+        column = unmasked_end + columns
         tl.store(line + column, tl.zeros((BLOCK,), dtype), mask=column < num_columns)
     tl.debug_barrier()  # the zeros of other threads come first
     for turn in range(0, count, IDS):
         place = turn + tl.arange(0, IDS)
-        column, here = _kept_columns(token_ids, start, count, place, first, real)
-        value = tl.load(values + start + place, mask=here, other=0.0)
-        tl.store(line + column, value.to(dtype), mask=here)
+        column, in_shard = _kept_columns(token_ids, start, count, place, first, real)
+        value = tl.load(values + start + place, mask=in_shard, other=0.0)
+        tl.store(line + column, value.to(dtype), mask=in_shard)
 
 
 def kept_statistics(

@@ -64,9 +64,9 @@ def _clipped_surrogate(
     surrogate = torch.where(clipped, bounded, free)
     if dual_clip is not None:
         floor = dual_clip * advantage
-        below = (advantage < 0) & (surrogate < floor)
-        surrogate = torch.where(below, floor, surrogate)
-        clipped = clipped | below
+        is_below = (advantage < 0) & (surrogate < floor)
+        surrogate = torch.where(is_below, floor, surrogate)
+        clipped = clipped | is_below
     return surrogate, clipped
 
 

@@ -85,9 +85,9 @@ MAX_EXPONENT = tl.constexpr(MAX_LOG_RATIO)
 
 
 @triton.jit
-def _read(tensor, token, inside):
+def _read(tensor, token, in_bounds):
     """Return (BLOCK,) fp32 elements, 0 outside."""
-    return tl.load(tensor + token, mask=inside, other=0.0).to(tl.float32)
+    return tl.load(tensor + token, mask=in_bounds, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -123,9 +123,9 @@ def _surrogate(
         surrogate = tl.where(clipped, bounded, free)
         if HAS_DUAL_CLIP:
             floor = limits.dual_clip * advantage
-            below = (advantage < 0.0) & (surrogate < floor)
-            surrogate = tl.where(below, floor, surrogate)
-            clipped = clipped | below
+            is_below = (advantage < 0.0) & (surrogate < floor)
+            surrogate = tl.where(is_below, floor, surrogate)
+            clipped = clipped | is_below
         by_log_ratio = tl.where(clipped | (x > MAX_EXPONENT), 0.0, scale * free)
         by_logprob = tl.zeros(x.shape, tl.float32)
     return surrogate, clipped, by_log_ratio, by_logprob
@@ -166,11 +166,11 @@ def _importance(gap, unmasked, cap, HAS_ROLLOUT: tl.constexpr):
 
 
 @triton.jit
-def _store_rows(outputs, token, num_tokens, inside, rows):
+def _store_rows(outputs, token, num_tokens, in_bounds, rows):
     """Store a tuple of (BLOCK,) rows of a (rows, num_tokens) matrix."""
     out = outputs + token
     for i in tl.static_range(len(rows)):
-        tl.store(out, rows[i], mask=inside)
+        tl.store(out, rows[i], mask=in_bounds)
         out += num_tokens  # row by row: 5 * num_tokens may not fit in 32 bits
 
 
@@ -192,14 +192,14 @@ def policy_terms_kernel(
     """Compute the terms of BLOCK tokens and their part of the loss; grid (ceil(T / BLOCK),)."""
     block = tl.program_id(0).to(tl.int64)
     token = block * BLOCK + tl.arange(0, BLOCK)
-    inside = token < num_tokens
-    weight = _read(tokens.weights, token, inside)
-    logprob = _read(tokens.logprobs, token, inside)
-    old = _read(tokens.old_logprobs, token, inside)
-    advantage = _read(tokens.advantages, token, inside)
-    x = _read(tokens.log_ratio, token, inside) if HAS_LOG_RATIO else logprob - old
-    gap = old - _read(tokens.rollout_logprobs, token, inside) if HAS_ROLLOUT else old
-    g = _read(tokens.ref_logprobs, token, inside) - logprob if HAS_REF else logprob
+    in_bounds = token < num_tokens
+    weight = _read(tokens.weights, token, in_bounds)
+    logprob = _read(tokens.logprobs, token, in_bounds)
+    old = _read(tokens.old_logprobs, token, in_bounds)
+    advantage = _read(tokens.advantages, token, in_bounds)
+    x = _read(tokens.log_ratio, token, in_bounds) if HAS_LOG_RATIO else logprob - old
+    gap = old - _read(tokens.rollout_logprobs, token, in_bounds) if HAS_ROLLOUT else old
+    g = _read(tokens.ref_logprobs, token, in_bounds) - logprob if HAS_REF else logprob
     # Tokens that do not count may hold NaN: replaced before the arithmetic, not after. A weight of
     # NaN counts, so that it shows in the loss.
     unmasked = (weight > 0.0) | (weight != weight)
@@ -223,7 +223,7 @@ def policy_terms_kernel(
     ratio = tl.where(unmasked, _exp(x), 0.0)
     clipped = tl.where(clipped, 1.0, 0.0)
     rows = (grad_log_ratio, grad_logprob, ratio, clipped, kl, importance)
-    _store_rows(outputs, token, num_tokens, inside, rows)
+    _store_rows(outputs, token, num_tokens, in_bounds, rows)
 
 
 @triton.jit
@@ -248,10 +248,10 @@ def segment_sums_kernel(
 
 def policy_terms(tokens: TokenTensors, settings: PolicySettings) -> PolicyTerms:
     """Compute loss, derivatives and metrics of (T,) tokens of any stride; T may be 0."""
-    given = TokenTensors._make(t if t is None else t.contiguous() for t in tokens)
-    logprobs, _ = given.both_logprobs()
+    tensors = TokenTensors._make(t if t is None else t.contiguous() for t in tokens)
+    logprobs, _ = tensors.both_logprobs()
     count = len(logprobs)
-    shapes = {name: t.shape for name, t in given._asdict().items() if t is not None}
+    shapes = {name: t.shape for name, t in tensors._asdict().items() if t is not None}
     assert set(shapes.values()) == {(count,)}, shapes
     blocks = triton.cdiv(count, BLOCK)
     device = logprobs.device
@@ -260,15 +260,15 @@ def policy_terms(tokens: TokenTensors, settings: PolicySettings) -> PolicyTerms:
     if count:
         with torch.cuda.device_of(logprobs):
             policy_terms_kernel[(blocks,)](
-                _pointers(given),
+                _pointers(tensors),
                 loss,
                 outputs,
                 count,
                 _Limits.of(settings),
                 ESTIMATOR=1 + KL_ESTIMATORS.index(settings.kl_estimator),
-                HAS_REF=given.ref_logprobs is not None,
-                HAS_ROLLOUT=given.rollout_logprobs is not None,
-                HAS_LOG_RATIO=given.log_ratio is not None,
+                HAS_REF=tensors.ref_logprobs is not None,
+                HAS_ROLLOUT=tensors.rollout_logprobs is not None,
+                HAS_LOG_RATIO=tensors.log_ratio is not None,
                 HAS_DUAL_CLIP=settings.dual_clip is not None,
                 IS_CISPO=settings.objective == "cispo",
                 BLOCK=BLOCK,

@@ -100,7 +100,7 @@ def combine_lanes(peak, total, moment, to_base2):
 
 
 @triton.jit
-def store_statistics(statistics, row, num_rows, peak, total, moment, chosen):
+def store_statistics(statistics, row, num_rows, peak, total, moment, target_logit):
     """Store a row's `vocabulary.STATISTICS`.
 
     Args:
@@ -110,11 +110,11 @@ def store_statistics(statistics, row, num_rows, peak, total, moment, chosen):
         peak: the row's largest logit.
         total: the sum of its exponentials.
         moment: the sum of exponentials times exponents.
-        chosen: the target's logit."""
+        target_logit: the target's logit."""
     tl.store(statistics + row, peak)
     tl.store(statistics + num_rows + row, total)
     tl.store(statistics + 2 * num_rows + row, moment)
-    tl.store(statistics + 3 * num_rows + row, chosen)
+    tl.store(statistics + 3 * num_rows + row, target_logit)
 
 
 @triton.jit
@@ -143,8 +143,8 @@ def load_row_upstream(
         slope = -tl.load(grad_entropy + row) * scale
         flat += slope * tl.load(entropy + row)
         slope = slope * LN2
-    needed = (flat != 0.0) | (slope != 0.0) | (upstream != 0.0)
-    return row_peak, log2_total, upstream, flat, slope, needed
+    has_gradient = (flat != 0.0) | (slope != 0.0) | (upstream != 0.0)
+    return row_peak, log2_total, upstream, flat, slope, has_gradient
 
 
 @triton.jit

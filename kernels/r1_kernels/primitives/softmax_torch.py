@@ -20,7 +20,7 @@ def row_statistics(logits: Tensor, targets: Tensor, shard: VocabShard, scale: fl
     if not shard.num_real:
         out[0], out[1:] = float("-inf"), 0.0
         return out
-    peak, total, moment, chosen = out.unbind()
+    peak, total, moment, target_logit = out.unbind()
     tiles = _tiles(logits)
     # Allocated once: new memory for every tile costs more than the arithmetic on it.
     scratch = out.new_empty(2, min(len(logits), tiles.step), shard.num_real)
@@ -35,9 +35,9 @@ def row_statistics(logits: Tensor, targets: Tensor, shard: VocabShard, scale: fl
         # -inf · 0 counts as 0, its limit; e is 0 long before x reaches -1000.
         torch.sum(x.clamp_(min=-1000.0).mul_(e), -1, out=moment[rows])
         local = targets[rows] - shard.first
-        here = (local >= 0) & (local < shard.num_real)
-        picked = z.gather(-1, torch.where(here, local, 0)[:, None])[:, 0]
-        chosen[rows] = torch.where(here, picked, 0.0)
+        in_shard = (local >= 0) & (local < shard.num_real)
+        logit = z.gather(-1, torch.where(in_shard, local, 0)[:, None])[:, 0]
+        target_logit[rows] = torch.where(in_shard, logit, 0.0)
     return out
 
 
@@ -59,24 +59,24 @@ def logits_gradient(
         z = logits[rows, : shard.num_real].to(peak.dtype)
         # `d` may share the memory of the logits: every step below is elementwise.
         d = out[rows, : shard.num_real] if out.dtype == peak.dtype else torch.empty_like(z)
-        needed = grad != 0
+        has_gradient = grad != 0
         if grad_entropy is None:
             _below_peak(z, peak[rows], scale, out=d)
             d.exp_().mul_((-grad * inverse_total)[:, None])
         else:
             # d H / d z = -c p (log p + H)
             slope = grad_entropy[rows] * scale
-            needed |= slope != 0
+            has_gradient |= slope != 0
             flat = grad + slope * (entropy[rows] - log_total[rows])
             x = _below_peak(z, peak[rows], scale, out=torch.empty_like(z))
             e = x.exp()
             x.clamp_(min=-1000.0).mul_(slope[:, None]).add_(flat[:, None])
             torch.mul(x, e, out=d).mul_(-inverse_total[:, None])
         local = targets[rows] - shard.first
-        here = ((local >= 0) & (local < shard.num_real)).nonzero()[:, 0]
-        d[here, local[here]] += grad[here]
-        if not needed.all():
-            d[~needed] = 0.0
+        hits = ((local >= 0) & (local < shard.num_real)).nonzero()[:, 0]
+        d[hits, local[hits]] += grad[hits]
+        if not has_gradient.all():
+            d[~has_gradient] = 0.0
         if out.dtype != peak.dtype:
             out[rows, : shard.num_real] = d
         out[rows, shard.num_real :] = 0.0

@@ -88,30 +88,30 @@ def row_statistics_kernel(
     row = tl.program_id(0).to(tl.int64)
     line = logits + tl.multiple_of(row * row_stride, VECTOR)
     # Loaded now, used at the end: hides the latency of two dependent loads.
-    local, here = target_column(targets, row, first, real)
-    chosen = tl.load(line + local, mask=here, other=0.0).to(tl.float32)
+    local, in_shard = target_column(targets, row, first, real)
+    target_logit = tl.load(line + local, mask=in_shard, other=0.0).to(tl.float32)
     columns = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
     to_base2 = scale * LOG2E
     peak = tl.full((LANES,), float("-inf"), tl.float32)
     total = tl.zeros((LANES,), tl.float32)
     moment = tl.zeros((LANES,), tl.float32)  # in base 2
     LOAD: tl.constexpr = LANES * VECTOR
-    whole = real // (LOADS * LOAD) * (LOADS * LOAD)
-    for start in range(0, whole, LOADS * LOAD):
+    unmasked_end = real // (LOADS * LOAD) * (LOADS * LOAD)
+    for start in range(0, unmasked_end, LOADS * LOAD):
         loaded = ()  # a tuple that grows in the loop, which Triton unrolls
         for i in tl.static_range(LOADS):
             z = tl.load(line + (start + i * LOAD + columns))
             loaded = loaded + (z.to(tl.float32),)  # type: ignore[assignment]  # see above
         peak, total, moment = fold_logits(loaded, peak, total, moment, to_base2)
-    if whole < real:
+    if unmasked_end < real:
         rest = ()
         for i in tl.static_range(LOADS):
-            column = whole + i * LOAD + columns
+            column = unmasked_end + i * LOAD + columns
             z = tl.load(line + column, mask=column < real, other=float("-inf"))
             rest = rest + (z.to(tl.float32),)  # type: ignore[assignment]  # see above
         peak, total, moment = fold_logits(rest, peak, total, moment, to_base2)
     row_peak, row_total, row_moment = combine_lanes(peak, total, moment, to_base2)
-    store_statistics(statistics, row, num_rows, row_peak, row_total, row_moment, chosen)
+    store_statistics(statistics, row, num_rows, row_peak, row_total, row_moment, target_logit)
 
 
 @triton.jit
@@ -143,32 +143,32 @@ def logits_gradient_kernel(
     out = gradient + tl.multiple_of(row * gradient_stride, ALIGNMENT)
     dtype = gradient.dtype.element_ty
     to_base2 = scale * LOG2E
-    row_peak, log2_total, upstream, flat, slope, needed = load_row_upstream(
+    row_peak, log2_total, upstream, flat, slope, has_gradient = load_row_upstream(
         row, peak, log_total, entropy, grad_logprobs, grad_entropy, scale, HAS_ENTROPY
     )
     # A row without upstream gradients may hold anything, NaN included, and is not read.
-    last = tl.where(needed, real, 0)
-    local, here = target_column(targets, row, first, last)
-    chosen = tl.load(line + local, mask=here, other=0.0).to(tl.float32)
-    chosen = upstream + softmax_gradient(
-        chosen, row_peak, to_base2, log2_total, flat, slope, HAS_ENTROPY
+    last = tl.where(has_gradient, real, 0)
+    local, in_shard = target_column(targets, row, first, last)
+    target_logit = tl.load(line + local, mask=in_shard, other=0.0).to(tl.float32)
+    target_logit = upstream + softmax_gradient(
+        target_logit, row_peak, to_base2, log2_total, flat, slope, HAS_ENTROPY
     )
     tl.debug_barrier()  # `out` may be `logits`: every thread has read the target's logit
     columns = tl.arange(0, BLOCK)
-    whole = last // BLOCK * BLOCK
-    for start in range(0, whole, BLOCK):
+    unmasked_end = last // BLOCK * BLOCK
+    for start in range(0, unmasked_end, BLOCK):
         column = start + columns
         z = tl.load(line + column).to(tl.float32)
         d = softmax_gradient(z, row_peak, to_base2, log2_total, flat, slope, HAS_ENTROPY)
         tl.store(out + column, d.to(dtype))
-    for start in range(whole, num_columns, BLOCK):
+    for start in range(unmasked_end, num_columns, BLOCK):
         column = start + columns
         z = tl.load(line + column, mask=column < last, other=float("-inf")).to(tl.float32)
         d = softmax_gradient(z, row_peak, to_base2, log2_total, flat, slope, HAS_ENTROPY)
         d = tl.where(column < last, d, 0.0)
         tl.store(out + column, d.to(dtype), mask=column < num_columns)
     tl.debug_barrier()  # the target's column, stored by some thread above, is overwritten
-    tl.store(out + local, chosen.to(dtype), mask=here)
+    tl.store(out + local, target_logit.to(dtype), mask=in_shard)
 
 
 def row_statistics(logits: Tensor, targets: Tensor, shard: VocabShard, scale: float) -> Tensor:
