@@ -267,7 +267,16 @@ class LinearTokenLogprobs(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     @without_autocast
     def backward(ctx, grad_logprobs, grad_entropy):
-        """Return the gradients of `hidden` and `weight`, computed chunk by chunk."""
+        """Return the gradients of `hidden` and `weight`, computed chunk by chunk.
+
+        Args:
+            ctx: autograd's context.
+            grad_logprobs: (T,), the upstream gradient of the log-probabilities, or None.
+            grad_entropy: (T,), that of the entropies, or None.
+
+        Returns:
+            (T, H) and (V_local, H) of their dtype, or None where not needed, and None for each of
+            `forward`'s other arguments."""
         hidden, _, targets, *softmax = ctx.saved_tensors
         head, kept_ids, reduce_hidden_grad = ctx.settings
         if grad_logprobs is None:

@@ -57,6 +57,16 @@ def eager_policy_loss(
 def eager_linear_policy_loss(
     hidden: Tensor, weight: Tensor, targets: Tensor, *tokens: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `eager_policy_loss` from hidden states, with log-probabilities and entropies.
+
+    Args:
+        hidden: (T, H).
+        weight: (V, H).
+        targets: (T,) ids.
+        *tokens: the arguments of `eager_policy_loss` after the first, each (T,).
+
+    Returns:
+        A scalar, and (T,) fp32 twice."""
     logprobs, entropy = eager_linear_token_logprobs(hidden, weight, targets)
     return eager_policy_loss(logprobs, *tokens), logprobs, entropy
 

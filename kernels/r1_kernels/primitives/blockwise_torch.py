@@ -32,7 +32,16 @@ def quantize_blocks(x: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor]:
 def dequantize_blocks(
     q: Tensor, scale_inv: Tensor, block: tuple[int, int], dtype: torch.dtype
 ) -> Tensor:
-    """Compute `blockwise_triton.dequantize_blocks`, whose docstring has arguments and result."""
+    """Return each value times the scale of its block, as `blockwise_triton.dequantize_blocks`.
+
+    Args:
+        q: (M, N) float8_e4m3fn.
+        scale_inv: (ceil(M / rows), ceil(N / columns)) fp32, the blocks' scales.
+        block: the rows and columns of a block.
+        dtype: the dtype of the result.
+
+    Returns:
+        (M, N) of `dtype`."""
     out = torch.empty(q.shape, dtype=dtype, device=q.device)
     for rows, block_rows in _stripes(q.shape, block):
         values = _blocks(q[rows], block)

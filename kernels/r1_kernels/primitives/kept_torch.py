@@ -37,8 +37,18 @@ class _ShardIds(NamedTuple):
 def kept_statistics(
     logits: Tensor, targets: Tensor, shard: VocabShard, scale: float, kept_ids: KeptIds
 ) -> Tensor:
-    """Compute `kept_triton.kept_statistics`, whose docstring has the arguments; in fp64 for
-    fp64 logits."""
+    """Compute this shard's part of each row's softmax over its kept tokens.
+
+    Args:
+        logits: (T, V_local) float, any strides.
+        targets: (T,) integers, ids of the whole vocabulary.
+        shard: the part of the vocabulary that the columns are.
+        scale: 1 / temperature.
+        kept_ids: the kept ids of the T rows.
+
+    Returns:
+        (4, T) fp32 (fp64 for fp64 logits), `vocabulary.STATISTICS`; the logit of a target that was
+        not kept is NaN."""
     ids = _shard_ids(kept_ids, shard)
     z = _gathered(logits, ids.rows, ids.columns).to(accumulation_dtype(logits.dtype))
     peak = torch.segment_reduce(z, "max", lengths=ids.lengths, initial=float("-inf"))
@@ -65,8 +75,22 @@ def kept_gradient(
     upstream: RowUpstream,
     kept_ids: KeptIds,
 ) -> Tensor:
-    """Compute `kept_triton.kept_gradient`, whose docstring has the arguments; in fp64 for fp64
-    logits."""
+    """Compute the gradient of the logits of the kept tokens.
+
+    Rows whose two upstream gradients are 0 get 0.
+
+    Args:
+        logits: (T, V_local) float, any strides.
+        targets: (T,) integers, ids of the whole vocabulary.
+        shard: the part of the vocabulary that the columns are.
+        scale: 1 / temperature.
+        upstream: parts of the softmax and the upstream gradients, each (T,) fp32 (fp64 for fp64
+            logits).
+        kept_ids: the kept ids of the T rows.
+
+    Returns:
+        (N,) fp32 (fp64 for fp64 logits), one for each of `kept_ids.token_ids` that is in these rows
+        and in this shard; the others are not defined."""
     entropy, peak, log_total, grad_logprobs, grad_entropy = upstream
     ids = _shard_ids(kept_ids, shard)
     z = _gathered(logits, ids.rows, ids.columns).to(peak.dtype)
@@ -90,7 +114,14 @@ def kept_gradient(
 
 
 def kept_scatter(values: Tensor, shard: VocabShard, kept_ids: KeptIds, out: Tensor) -> Tensor:
-    """Compute `kept_triton.kept_scatter`, whose docstring has the arguments."""
+    """Write the kept tokens' values, and 0 to all other columns, to `out`; return `out`.
+
+    Args:
+        values: (N,) float, one for each of `kept_ids.token_ids`; those outside these rows or this
+            shard are not read.
+        shard: the part of the vocabulary that the columns are.
+        kept_ids: the kept ids of the T rows.
+        out: (T, V_local) float."""
     ids = _shard_ids(kept_ids, shard)
     out.zero_()
     out[ids.rows, ids.columns] = values[ids.places].to(out.dtype)

@@ -14,8 +14,16 @@ TILE_ELEMENTS = 1 << 20  # 4 MiB of fp32
 
 
 def row_statistics(logits: Tensor, targets: Tensor, shard: VocabShard, scale: float) -> Tensor:
-    """Compute `softmax_triton.row_statistics`, whose docstring has the arguments; in fp64 for
-    fp64 logits."""
+    """Compute this shard's part of each row's softmax, as `softmax_triton.row_statistics`.
+
+    Args:
+        logits: (T, V_local) float, any strides.
+        targets: (T,) integers, ids of the whole vocabulary.
+        shard: the part of the vocabulary that the columns are.
+        scale: 1 / temperature.
+
+    Returns:
+        (4, T) fp32 (fp64 for fp64 logits), `vocabulary.STATISTICS`."""
     out = logits.new_empty(len(STATISTICS), len(logits), dtype=accumulation_dtype(logits.dtype))
     if not shard.num_real:
         out[0], out[1:] = float("-inf"), 0.0
@@ -49,7 +57,18 @@ def logits_gradient(
     upstream: RowUpstream,
     out: Tensor,
 ) -> Tensor:
-    """Compute `softmax_triton.logits_gradient`, whose docstring has arguments and result."""
+    """Write the gradient of the logits to `out`, as `softmax_triton.logits_gradient`; return it.
+
+    Padding columns get 0, and so do rows whose two upstream gradients are 0.
+
+    Args:
+        logits: (T, V_local) float, any strides.
+        targets: (T,) integers, ids of the whole vocabulary.
+        shard: the part of the vocabulary that the columns are.
+        scale: 1 / temperature.
+        upstream: parts of the softmax and the upstream gradients, each (T,) fp32 (fp64 for fp64
+            logits).
+        out: (T, V_local) float; it may be `logits` itself."""
     entropy, peak, log_total, grad_logprobs, grad_entropy = upstream
     tiles = _tiles(logits)
     for start in tiles:

@@ -51,7 +51,12 @@ class Study:
         self.log = self.folder / "output.txt"
 
     def file(self, part: str, cell: str, seed: int) -> Path:
-        """Return the file of a run's figures."""
+        """Return the file of a run's figures.
+
+        Args:
+            part: a name in `PARTS`.
+            cell: one of its cells.
+            seed: the run's seed."""
         return self.folder / "results" / part / cell / f"{seed}.json"
 
     def is_done(self, part: str, cell: str, seed: int) -> bool:
@@ -92,7 +97,15 @@ class Study:
         return run / "hf"
 
     def make(self, part: str, cell: str, seed: int) -> float:
-        """Make a run and write its figures; return its processor seconds."""
+        """Make a run and write its figures; return its processor seconds.
+
+        Args:
+            part: a name in `PARTS`.
+            cell: one of its cells.
+            seed: the run's seed.
+
+        Raises:
+            SystemExit: a command fails, or is stopped."""
         settings = cell_settings(part, cell)
         model, run = self.base(PARTS[part].task), self.folder / "run"
         shutil.rmtree(run, ignore_errors=True)  # of a call that was stopped

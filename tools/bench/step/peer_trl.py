@@ -32,6 +32,13 @@ class StepTimes(TrainerCallback):
         self.marks: list[np.ndarray] = []
 
     def on_step_end(self, args, state, control, **context):
+        """Note both clocks.
+
+        Args:
+            args: not used, as all that transformers passes.
+            state: not used.
+            control: not used.
+            **context: not used."""
         self.marks.append(np.array([time.perf_counter(), time.process_time()]))
 
 
