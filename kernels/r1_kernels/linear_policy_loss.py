@@ -102,7 +102,7 @@ def linear_policy_loss(
     rows: Tensor | None = None,
     backend: str | None = None,
 ) -> LinearPolicyLoss:
-    """Compute the policy loss of T tokens of packed responses from hidden states.
+    """Compute `linear_policy_loss_from_settings` of the objects that it makes of its arguments.
 
     Autocast is off inside: the output layer computes in the dtype of hidden and weight.
 
@@ -191,7 +191,7 @@ def linear_policy_loss_from_settings(
     rows: Tensor | None = None,
     backend: str | None = None,
 ) -> LinearPolicyLoss:
-    """Compute `linear_policy_loss` for a caller that has its arguments as objects.
+    """Compute the policy loss of T tokens of packed responses from hidden states.
 
     Autocast is off inside: the output layer computes in the dtype of hidden and weight.
 
