@@ -21,9 +21,9 @@ from megatron_r1.trainer.metrics import (
 )
 from megatron_r1.trainer.packed import check_token_ids, pack_batch
 from megatron_r1.trainer.routing import RoutingScatter, RoutingShard
-from megatron_r1.trainer.token_advantages import RolloutBatches
 from megatron_r1.trainer.token_split import TokenSplit
 from megatron_r1.trainer.training_sample import ReplicaSamples, Sample
+from megatron_r1.trainer.whole_responses import RolloutBatches
 
 
 class LoadedRollout:

@@ -21,13 +21,13 @@ from megatron_r1.engines.server.responses import Response
 from megatron_r1.trainer.batch import LossHead
 from megatron_r1.trainer.packed import pack_batch
 from megatron_r1.trainer.token_advantages import (
-    RolloutBatches,
     discounted_sums,
     gae,
     kl_penalized_rewards,
 )
 from megatron_r1.trainer.token_split import TokenSplit
 from megatron_r1.trainer.training_sample import Sample
+from megatron_r1.trainer.whole_responses import RolloutBatches
 
 VOCABULARY, HIDDEN, LIMIT = 7, 4, 12
 

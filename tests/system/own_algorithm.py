@@ -15,7 +15,7 @@ def advantages(groups, rl):
 
 
 def token_advantages(scored, settings):
-    from megatron_r1.trainer.token_advantages import TokenTargets, reward_to_go
+    from megatron_r1.trainer.whole_responses import TokenTargets, reward_to_go
 
     made = reward_to_go(scored, replace(settings, discount=0.5))
     for responses, whole in zip(scored.responses, made, strict=True):

@@ -38,7 +38,7 @@ class Algorithm:
             these are computed from, a reward or an advantage. NaN for a response that is not
             trained on (`nan_where_ungraded`).
         loss: "module:function" of a `trainer.losses.Loss`, called on the trainer ranks.
-        token_advantages: "module:function" of a `trainer.token_advantages.TokenAdvantages`, called
+        token_advantages: "module:function" of a `trainer.whole_responses.TokenAdvantages`, called
             there once the rollout is scored; None where all tokens of a response share one
             advantage.
     """

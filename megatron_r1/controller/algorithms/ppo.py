@@ -19,7 +19,7 @@ from megatron_r1.config.algorithms import TokenSettings
 from megatron_r1.controller.advantages import response_rewards
 
 if TYPE_CHECKING:
-    from megatron_r1.trainer.token_advantages import RolloutBatches, TokenTargets
+    from megatron_r1.trainer.whole_responses import RolloutBatches, TokenTargets
 
 advantages = response_rewards  # what `token_advantages` starts from
 
@@ -28,7 +28,8 @@ def token_advantages(rollout: RolloutBatches, settings: TokenSettings) -> TokenT
     """Return the advantages and targets of `trainer.token_advantages.gae` with the critic's
     batch.values, per micro-batch; with `advantage_std` batch the advantages are normalized over the
     rollout."""
-    from megatron_r1.trainer.token_advantages import TokenTargets, gae
+    from megatron_r1.trainer.token_advantages import gae
+    from megatron_r1.trainer.whole_responses import TokenTargets
 
     settings = TokenSettings.of(settings)
     advantages, returns = [], []

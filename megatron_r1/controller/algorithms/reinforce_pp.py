@@ -16,7 +16,7 @@ from megatron_r1.config.algorithms import TokenSettings
 from megatron_r1.controller.advantages import response_rewards
 
 if TYPE_CHECKING:
-    from megatron_r1.trainer.token_advantages import RolloutBatches, TokenTargets
+    from megatron_r1.trainer.whole_responses import RolloutBatches, TokenTargets
 
 
 advantages = response_rewards  # what `token_advantages` starts from
@@ -26,7 +26,7 @@ def token_advantages(rollout: RolloutBatches, settings: TokenSettings) -> TokenT
     """Return A_t = Σ_{s≥t} γ^(s-t) (-β log(π_old / π_ref)_s) + γ^(T-t) r, T the last token, then
     shifted and scaled to mean 0 and deviation 1 over the response tokens of the rollout; 0
     elsewhere."""
-    from megatron_r1.trainer.token_advantages import TokenTargets, reward_to_go
+    from megatron_r1.trainer.whole_responses import TokenTargets, reward_to_go
 
     settings = TokenSettings.of(settings)
     advantages = reward_to_go(rollout, settings)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from megatron_r1.trainer.losses import LossTerms
 
 MASKS = {method: f"{__name__}.engine_mask:{method}_mask" for method in ("token", "sequence")}
-"""By `rl.engine_mask`, the "module:function" of a `trainer.token_advantages.WithinBounds`, which
+"""By `rl.engine_mask`, the "module:function" of a `trainer.whole_responses.WithinBounds`, which
 compares the engine with π_old."""
 
 

@@ -62,7 +62,7 @@ def loss(batch: PackedBatch, head: LossHead, settings: LossSettings) -> LossTerm
 def _weights(batch: PackedBatch, head: LossHead, settings: LossSettings) -> Tensor:
     """Return (T,), what a response token weighs in the sum, as `trainer.losses.token_weights` has
     it."""
-    from megatron_r1.trainer.token_advantages import WholeResponses
+    from megatron_r1.trainer.whole_responses import WholeResponses
 
     if settings.loss_average != "sequence":
         length = settings.max_response_tokens if settings.loss_average == "constant" else 1
