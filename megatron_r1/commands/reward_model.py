@@ -101,7 +101,7 @@ def run(config: Config) -> None:
             await _evaluate(config, recorder, trainer, rows.heldout)
 
     sampler = RowSampler(rows.train, config.run.seed)
-    loss, size = f"megatron_r1.trainer.losses:{settings.kind}", len(rows.train[0].samples)
+    loss, size = f"megatron_r1.trainer.reward_losses:{settings.kind}", len(rows.train[0].samples)
     task = SupervisedTask(
         config, sampler, settings.batch_size, _row_samples, loss, size, notes, evaluate
     )

@@ -1,8 +1,7 @@
-"""The interface of losses, the supervised one, and those of reward models.
+"""The interface of losses, the two places of averaging, and the supervised loss.
 
-`reward_model.kind` names one of the last, which read the scores of whole texts.
-
-Policy losses are in `controller.algorithms`, that of PPO's critic in `critic`.
+Policy losses are in `controller.algorithms`, those of reward models in `reward_losses`, that of
+PPO's critic in `critic`.
 
 A loss takes the packed batch and the head behind its hidden states and returns a *sum* with its
 denominator. The trainer divides by the denominator of the whole optimizer step, over all
@@ -13,21 +12,15 @@ Averaging happens in two places. Within a micro-batch r1_kernels weighs the toke
 `token_weights` says; over the optimizer step the trainer divides by the sum of `denominator`.
 `rl.loss_average` selects both in `controller.algorithms.grpo.loss`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
 from megatron_r1.config.algorithms import LossAverage, LossSettings
 from megatron_r1.trainer.batch import LossHead, PackedBatch
 from megatron_r1.trainer.metrics import Mean, Metrics
-
-if TYPE_CHECKING:
-    from megatron_r1.trainer.packed import ScoreHeadOutput
 
 
 class LossTerms(NamedTuple):
@@ -101,51 +94,3 @@ def supervised(batch: PackedBatch, head: LossHead, settings: object = None) -> L
     logprobs, _ = head.logprobs()
     loss, count = -logprobs.sum(), denominator(batch, "token")
     return LossTerms(loss, count, {"loss": Mean(loss.detach(), count)})
-
-
-def pairwise(batch: PackedBatch, scores: ScoreHeadOutput, settings: object = None) -> LossTerms:
-    """Return Σ -log sigmoid(s_chosen - s_rejected) over pairs, () fp32, with their number.
-
-    Bradley-Terry (arXiv 2203.02155, equation 1, with one pair per question). Samples 2i and 2i + 1
-    are a pair, the chosen one first. Metrics: accuracy, the share of pairs whose chosen response
-    scores higher; margin, s_chosen - s_rejected.
-
-    Args:
-        batch: the micro-batch, of whole pairs.
-        scores: the score model's output.
-        settings: None; it is here because every `Loss` is called with three arguments."""
-    sample_scores = scores.at_last_tokens()
-    margins = sample_scores[0::2] - sample_scores[1::2]
-    measured = {"accuracy": margins > 0, "margin": margins}
-    return _reward_terms(batch, -logsigmoid(margins), measured, batch.num_responses // 2)
-
-
-def pointwise(batch: PackedBatch, scores: ScoreHeadOutput, settings: object = None) -> LossTerms:
-    """Return the sum over samples of the binary cross entropy of their scores and labels.
-
-    Σ BCE(sigmoid(score), `batch.labels`), () fp32, with the number of samples. Metrics: accuracy,
-    the share of scores on their label's side of 0; margin, the distance to 0 there.
-
-    Args:
-        batch: the micro-batch, with labels.
-        scores: the score model's output.
-        settings: None; it is here because every `Loss` is called with three arguments."""
-    sample_scores, labels = scores.at_last_tokens(), batch.labels
-    margins = sample_scores * (2 * labels - 1)
-    losses = binary_cross_entropy_with_logits(sample_scores, labels, reduction="none")
-    return _reward_terms(
-        batch, losses, {"accuracy": margins > 0, "margin": margins}, batch.num_responses
-    )
-
-
-def _reward_terms(
-    batch: PackedBatch, losses: Tensor, measured: dict[str, Tensor], count: int
-) -> LossTerms:
-    # Every context rank has all the losses; the first one reports them.
-    reports = batch.num_responses > 0
-    denominator = torch.full((), count, dtype=torch.int, device=losses.device)
-    means = {
-        name: Mean(values.detach().float().sum() * reports, denominator)
-        for name, values in {"loss": losses, **measured}.items()
-    }
-    return LossTerms(losses.sum(), denominator, means)

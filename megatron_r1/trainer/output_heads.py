@@ -13,7 +13,7 @@ from megatron_r1.models.gradients import fp32_main_grad
 from megatron_r1.models.hf_config import has_score_head
 from megatron_r1.trainer.batch import LossHead, PackedBatch
 from megatron_r1.trainer.losses import Loss, LossTerms
-from megatron_r1.trainer.packed import ScoreHeadOutput
+from megatron_r1.trainer.reward_losses import ScoreHeadOutput
 
 
 class OutputHeads:

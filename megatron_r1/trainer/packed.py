@@ -1,5 +1,4 @@
 """Packs samples into one micro-batch of tensors, end to end, with no attention between samples.
-`ScoreHeadOutput` reads one score per sample back out of it, for reward models.
 
 Position t of a sample predicts token t + 1, so the response's tokens are targets at positions
 prompt_length - 1 … length - 2; the last position of every sample predicts nothing. A sample's mask
@@ -10,23 +9,15 @@ response, so that no sum and no denominator of any loss has it.
 With context parallelism every sample is padded to a multiple of 2 * ranks. The whole micro-batch
 is packed first, and each rank keeps its positions of every tensor (`models.context_parallel`), so
 targets and advantages come from the whole sample. For attention, padding belongs to the sample
-before it, where causal masking hides it from real tokens; it is never a response token.
-
-A reward model's score of a text is read at its last token. That position may be on any rank of the
-context group. All these ranks compute the same loss from the same scores; the gradient reaches the
-rank that has the position, and the sample is counted on the first context rank
-(`PackedBatch.num_responses`)."""
+before it, where causal masking hides it from real tokens; it is never a response token."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
-from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 from r1_kernels import SamplingMask
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.models.context_parallel import gathered_order, positions_of_rank
@@ -270,26 +261,3 @@ def _packed_seq_params(cu_seqlens: Tensor, split: TokenSplit, longest: int) -> P
         # different unpadded borders as gaps between samples, which its flash attention refuses.
         params.cu_seqlens_q_padded = params.cu_seqlens_kv_padded = cu_seqlens
     return params
-
-
-@dataclass(frozen=True)
-class ScoreHeadOutput:
-    """The output of a score head for one micro-batch.
-
-    Attributes:
-        batch: the micro-batch, whose samples say which tokens are a text's last.
-        token_scores: (T,) fp32, the score after each token of this rank.
-        context_group: the ranks that hold the other tokens.
-    """
-
-    batch: PackedBatch
-    token_scores: Tensor
-    context_group: ProcessGroup
-
-    def at_last_tokens(self) -> Tensor:
-        """Return the scores (S,) fp32 at the last token of each sample, on every context rank."""
-        at = self.batch.last_tokens
-        local_scores = torch.where(at >= 0, self.token_scores[at.clamp(min=0)], 0.0)
-        # Over the context group: of each sample one rank has the score, the others 0. Megatron's
-        # "tensor" region sums over any group in the forward pass and is the identity backward.
-        return reduce_from_tensor_model_parallel_region(local_scores, group=self.context_group)

@@ -26,7 +26,7 @@ from megatron_r1 import models  # noqa: E402
 from megatron_r1.config import ParallelConfig  # noqa: E402
 from megatron_r1.controller.trainer_calls.packing import pack  # noqa: E402
 from megatron_r1.models import weights  # noqa: E402
-from megatron_r1.trainer import distributed, losses, packed  # noqa: E402
+from megatron_r1.trainer import distributed, reward_losses  # noqa: E402
 from megatron_r1.trainer.checkpoints.contents import without_extra_state  # noqa: E402
 from megatron_r1.trainer.metrics import merge, reduce_over_data  # noqa: E402
 from megatron_r1.trainer.packed import pack_batch  # noqa: E402
@@ -57,7 +57,9 @@ def own_batches(texts, position, sizes):
 
 
 def seen(batch, out):
-    return packed.ScoreHeadOutput(batch, out.view(-1), parallel_state.get_context_parallel_group())
+    return reward_losses.ScoreHeadOutput(
+        batch, out.view(-1), parallel_state.get_context_parallel_group()
+    )
 
 
 def keep_scores(batch, out):
@@ -81,7 +83,7 @@ def compare(name, grid, sizes, position, oracle, out):
     pairs = zip(plan, found, strict=True) if position.is_last_stage else []
     gaps = [(got - answers["scores"][members]).abs().max() for members, got in pairs if members]
     report(name, grid, "scores", max(gaps, default=0.0), SCORE_TOLERANCE)
-    for loss in (losses.pairwise, losses.pointwise):
+    for loss in (reward_losses.pairwise, reward_losses.pointwise):
         for chunk in chunks:
             chunk.train()
             chunk.zero_grad_buffer()

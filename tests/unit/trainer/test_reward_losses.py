@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_r1.trainer.losses import pairwise, pointwise
+from megatron_r1.trainer.reward_losses import pairwise, pointwise
 
 SCORES = [2.0, -0.5, 0.25, 1.0]
 

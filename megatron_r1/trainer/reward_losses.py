@@ -1,0 +1,91 @@
+"""The losses of reward models, and the scores of whole texts that they read.
+
+`reward_model.kind` names the loss.
+
+A reward model's score of a text is read at its last token. That position may be on any rank of the
+context group. All these ranks compute the same loss from the same scores; the gradient reaches the
+rank that has the position, and the sample is counted on the first context rank
+(`PackedBatch.num_responses`)."""
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
+
+from megatron_r1.trainer.batch import PackedBatch
+from megatron_r1.trainer.losses import LossTerms
+from megatron_r1.trainer.metrics import Mean
+
+
+@dataclass(frozen=True)
+class ScoreHeadOutput:
+    """The output of a score head for one micro-batch.
+
+    Attributes:
+        batch: the micro-batch, whose samples say which tokens are a text's last.
+        token_scores: (T,) fp32, the score after each token of this rank.
+        context_group: the ranks that hold the other tokens.
+    """
+
+    batch: PackedBatch
+    token_scores: Tensor
+    context_group: ProcessGroup
+
+    def at_last_tokens(self) -> Tensor:
+        """Return the scores (S,) fp32 at the last token of each sample, on every context rank."""
+        at = self.batch.last_tokens
+        local_scores = torch.where(at >= 0, self.token_scores[at.clamp(min=0)], 0.0)
+        # Over the context group: of each sample one rank has the score, the others 0. Megatron's
+        # "tensor" region sums over any group in the forward pass and is the identity backward.
+        return reduce_from_tensor_model_parallel_region(local_scores, group=self.context_group)
+
+
+def pairwise(batch: PackedBatch, scores: ScoreHeadOutput, settings: object = None) -> LossTerms:
+    """Return Σ -log sigmoid(s_chosen - s_rejected) over pairs, () fp32, with their number.
+
+    Bradley-Terry (arXiv 2203.02155, equation 1, with one pair per question). Samples 2i and 2i + 1
+    are a pair, the chosen one first. Metrics: accuracy, the share of pairs whose chosen response
+    scores higher; margin, s_chosen - s_rejected.
+
+    Args:
+        batch: the micro-batch, of whole pairs.
+        scores: the score model's output.
+        settings: None; it is here because every `Loss` is called with three arguments."""
+    sample_scores = scores.at_last_tokens()
+    margins = sample_scores[0::2] - sample_scores[1::2]
+    measured = {"accuracy": margins > 0, "margin": margins}
+    return _reward_terms(batch, -logsigmoid(margins), measured, batch.num_responses // 2)
+
+
+def pointwise(batch: PackedBatch, scores: ScoreHeadOutput, settings: object = None) -> LossTerms:
+    """Return the sum over samples of the binary cross entropy of their scores and labels.
+
+    Σ BCE(sigmoid(score), `batch.labels`), () fp32, with the number of samples. Metrics: accuracy,
+    the share of scores on their label's side of 0; margin, the distance to 0 there.
+
+    Args:
+        batch: the micro-batch, with labels.
+        scores: the score model's output.
+        settings: None; it is here because every `Loss` is called with three arguments."""
+    sample_scores, labels = scores.at_last_tokens(), batch.labels
+    margins = sample_scores * (2 * labels - 1)
+    losses = binary_cross_entropy_with_logits(sample_scores, labels, reduction="none")
+    return _reward_terms(
+        batch, losses, {"accuracy": margins > 0, "margin": margins}, batch.num_responses
+    )
+
+
+def _reward_terms(
+    batch: PackedBatch, losses: Tensor, measured: dict[str, Tensor], count: int
+) -> LossTerms:
+    # Every context rank has all the losses; the first one reports them.
+    reports = batch.num_responses > 0
+    denominator = torch.full((), count, dtype=torch.int, device=losses.device)
+    means = {
+        name: Mean(values.detach().float().sum() * reports, denominator)
+        for name, values in {"loss": losses, **measured}.items()
+    }
+    return LossTerms(losses.sum(), denominator, means)
