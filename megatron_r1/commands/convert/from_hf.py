@@ -24,7 +24,7 @@ from megatron_r1.commands.convert.sources import (
 from megatron_r1.commands.convert.work_folder import WorkFolder
 from megatron_r1.models.weights import table
 from megatron_r1.models.weights.formats import published_layout
-from megatron_r1.models.weights.formats.dcp import (
+from megatron_r1.models.weights.formats.dcp_writer import (
     Chunk,
     WrittenChunk,
     write_chunks,

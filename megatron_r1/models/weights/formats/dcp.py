@@ -1,21 +1,16 @@
-"""Reads rectangles of Megatron's distributed checkpoints (torch_dist), and writes such checkpoints,
-without Megatron.
+"""Reads rectangles of Megatron's distributed checkpoints (torch_dist), without Megatron.
 
 `.metadata` is that of torch.distributed.checkpoint: the tensors, the chunks each was saved in, and
 for every chunk the file and byte range. A chunk is written by `torch.save`: an uncompressed zip of
 a pickle that describes the tensor and its raw data. Only the bytes of the requested rectangles are
-read, so that no chunk, however large, is ever whole in memory.
-
-A written folder has the content of a trainer's save: files of tensors, each chunk a `torch.save`
-of its own; `.metadata`; `common.pt`, the state that is not tensors (empty here); `metadata.json`,
-the name of the format."""
+read, so that no chunk, however large, is ever whole in memory. `dcp_writer` writes such folders."""
 
 import io
 import json
 import os
 import pickle
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -25,19 +20,13 @@ from typing import IO, Any, cast
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
     Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorProperties,
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.base.files import atomic_write
 from megatron_r1.models.weights.formats.tensor_files import read_box
 
 Box = Sequence[int]
@@ -300,93 +289,3 @@ def _overlap(starts: Box, sizes: Box, chunk: _StoredChunk) -> tuple[Box, Box] | 
     ends = zip(starts, sizes, chunk.starts, chunk.sizes, first, strict=True)
     size = tuple(min(s + n, c + m) - f for s, n, c, m, f in ends)
     return None if any(n <= 0 for n in size) else (first, size)
-
-
-_FORMAT = (
-    '{"sharded_backend": "torch_dist", "sharded_backend_version": 1, '
-    '"common_backend": "torch", "common_backend_version": 1}'
-)
-_DCP_VERSION = "1.0.0"
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """A rectangle of a tensor.
-
-    Attributes:
-        key: the tensor's name.
-        starts: first index along each dimension.
-        sizes: its shape."""
-
-    key: str
-    starts: tuple[int, ...]
-    sizes: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class WrittenChunk:
-    """A chunk in a file.
-
-    Attributes:
-        chunk: the rectangle.
-        file: the file's name.
-        offset: its first byte in the file.
-        length: the number of its bytes."""
-
-    chunk: Chunk
-    file: str
-    offset: int
-    length: int
-
-
-def write_chunks(path: Path, chunks: Iterable[tuple[Chunk, Tensor]]) -> list[WrittenChunk]:
-    """Write one `.distcp` file and sync it, with one chunk's tensor in memory at a time."""
-    written = []
-    with open(path, "wb") as file:
-        for chunk, values in chunks:
-            saved = io.BytesIO()
-            # A clone where it is a view: torch.save writes the whole storage behind a tensor.
-            is_whole_storage = values.numel() * values.itemsize == values.untyped_storage().nbytes()
-            torch.save(
-                values if is_whole_storage and values.is_contiguous() else values.clone(), saved
-            )
-            start = file.tell()
-            file.write(saved.getbuffer())
-            written.append(WrittenChunk(chunk, path.name, start, file.tell() - start))
-        file.flush()
-        os.fsync(file.fileno())
-    return written
-
-
-def write_metadata(
-    folder: Path,
-    shapes: Mapping[str, tuple[int, ...]],
-    dtypes: Mapping[str, torch.dtype],
-    written: Iterable[WrittenChunk],
-) -> None:
-    """Write the metadata that makes the `.distcp` files in `folder` a checkpoint.
-
-    Args:
-        folder: the checkpoint's folder.
-        shapes: the shape of each tensor, by key.
-        dtypes: the dtype of each tensor, by key.
-        written: what `write_chunks` returned for all files.
-    """
-    tensors = {
-        key: TensorStorageMetadata(TensorProperties(dtypes[key]), torch.Size(shape), [])
-        for key, shape in shapes.items()
-    }
-    storage = {}
-    for at in written:
-        starts, sizes = torch.Size(at.chunk.starts), torch.Size(at.chunk.sizes)
-        tensors[at.chunk.key].chunks.append(ChunkStorageMetadata(starts, sizes))
-        index = MetadataIndex(at.chunk.key, starts)
-        storage[index] = _StorageInfo(at.file, at.offset, at.length)
-    metadata = Metadata(
-        dict(tensors), storage_data=storage, storage_meta=StorageMeta(), version=_DCP_VERSION
-    )
-    common = io.BytesIO()
-    torch.save({}, common)
-    atomic_write(folder / "common.pt", common.getvalue())
-    atomic_write(folder / ".metadata", pickle.dumps(metadata))
-    atomic_write(folder / "metadata.json", _FORMAT)
