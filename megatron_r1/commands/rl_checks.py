@@ -31,7 +31,7 @@ from megatron_r1.engines.server.recipe_checks import (
 from megatron_r1.engines.server.vllm_arguments import check_arguments
 from megatron_r1.models import read_hf_config
 from megatron_r1.models.experts import routing_shape
-from megatron_r1.models.support_checks import check_divisions
+from megatron_r1.models.parallel_checks import check_divisions
 from megatron_r1.models.weights import num_parameters
 from megatron_r1.push.plan.recipe_plan import check_pushes
 

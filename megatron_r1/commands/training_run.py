@@ -34,7 +34,7 @@ from megatron_r1.engines.server.settings import MODULE as ENGINE
 from megatron_r1.engines.server.settings import EngineSettings, engine_settings
 from megatron_r1.evaluation.model_folder import has_newest_export
 from megatron_r1.models.hf_config import describe_config_changes, num_mtp_layers, read_hf_config
-from megatron_r1.models.support_checks import check_exchange_overlap
+from megatron_r1.models.parallel_checks import check_exchange_overlap
 from megatron_r1.models.weights.adapter_table import check_adapters
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.trainer.operations import CheckpointOperations

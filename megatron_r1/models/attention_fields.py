@@ -117,7 +117,7 @@ def has_qk_norm(hf: dict) -> bool:
 
 def attention_divisions(hf: dict, transformer_engine: bool) -> list[tuple[str, int, str]]:
     """Return (field, its value, the key of `parallel` that must divide it) triples; of key-value
-    heads it may be a multiple, too (`support_checks`)."""
+    heads it may be a multiple, too (`parallel_checks`)."""
     heads = hf["num_attention_heads"]
     rules = [("num_attention_heads", heads, "tensor")]
     if not model_family(hf).latent_attention:

@@ -25,8 +25,9 @@ from megatron_r1.config import Config, FP8Config, ParallelConfig
 from megatron_r1.config.model import Fusion
 from megatron_r1.models import platform
 from megatron_r1.models.hf_config import model_family
+from megatron_r1.models.parallel_checks import check_divisions, check_exchange_overlap
 from megatron_r1.models.pipeline_stages import pipeline_stages, uneven_layout
-from megatron_r1.models.support_checks import check_divisions, check_exchange_overlap, model_fields
+from megatron_r1.models.support_checks import model_fields
 
 FIELDS = {
     "gradient_accumulation": "gradient_accumulation_fusion",

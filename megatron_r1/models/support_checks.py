@@ -1,31 +1,25 @@
-"""What is refused before anything starts: fields of `config.json`, and models with which
-`parallel.overlap_expert_exchange` cannot be used. No torch or Megatron.
+"""Checks of a model's `config.json`, refused before anything starts. No torch or Megatron.
 
 Every key is read, is known to change nothing (INERT), or is refused. A key that no code reads may
 change what a model computes: a window, a bias, a scale. So a configuration is checked by reading
 it with `KeyRecorder`. `_check_quantization` says which quantized checkpoints can be read, by
-`quantization_config`.
-
-Most conditions of `check_exchange_overlap` are Megatron's own (TransformerConfig.__post_init__,
-Megatron-Core 0.16.1), which are assertions there; `models.schedule_plan` has the schedule."""
+`quantization_config`. `parallel_checks` has what a model refuses of the recipe."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from math import inf
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.config import Config
 from megatron_r1.models.attention_fields import (
     KEY_VALUE_HEADS,
-    attention_divisions,
     attention_fields,
     model_arguments,
     rope_scaling,
     yarn_scaling,
 )
-from megatron_r1.models.experts import expert_divisions, expert_fields
+from megatron_r1.models.experts import expert_fields
 from megatron_r1.models.hf_config import (
     is_number,
     model_family,
@@ -33,10 +27,9 @@ from megatron_r1.models.hf_config import (
     num_mtp_layers,
     require,
 )
-from megatron_r1.models.pipeline_stages import num_chunks
 
 if TYPE_CHECKING:
-    from megatron_r1.config import ParallelConfig
+    pass
 
 
 class KeyRecorder(dict):
@@ -147,10 +140,6 @@ _COUNTS = (
 _FLAGS = ("norm_topk_prob", "tie_word_embeddings", "attention_bias", "mlp_bias", "use_qk_norm")
 _FACTORS = ("routed_scaling_factor", "initializer_range")
 _DTYPES = ("auto", "float64", "float32", "bfloat16", "float16", "float8_e4m3fn")
-_REFUSED = {
-    "context": "the ring of ranks has neither windows nor learned softmax offsets",
-    "expert_tensor": "each of the ranks that share an expert would add its bias",
-}
 
 
 def check_supported(hf: dict) -> None:
@@ -221,139 +210,3 @@ def _check_sizes(hf: dict) -> None:
                 key=key,
                 cause=Cause.UNKNOWN,
             )
-
-
-def check_divisions(hf: dict, parallel: ParallelConfig, transformer_engine: bool) -> None:
-    """Raise UserError for sizes of `parallel` that do not divide the model, or that only experts
-    could have.
-
-    Args:
-        hf: the model's `config.json`.
-        parallel: the recipe's section.
-        transformer_engine: whether the layers are Transformer Engine's; others need more divisions.
-    """
-    for key in () if hf.get("n_routed_experts") else ("expert", "expert_tensor"):
-        if (ranks := getattr(parallel, key)) > 1:
-            raise UserError(
-                f"parallel.{key}={ranks} needs a model with experts; use 1",
-                key=f"parallel.{key}",
-                cause=Cause.CONFLICT,
-            )
-    family = model_family(hf)
-    refused = {
-        "context": family.attention_sinks or family.sliding_windows,
-        "expert_tensor": family.linear_biases,
-    }
-    for key, is_refused in refused.items():
-        if is_refused and (ranks := getattr(parallel, key)) > 1:
-            raise UserError(
-                f"parallel.{key}={ranks} is not supported for {hf['architectures'][0]}"
-                f" ({_REFUSED[key]}); use 1",
-                key=f"parallel.{key}",
-                cause=Cause.UNSUPPORTED,
-            )
-    divisions = [
-        *attention_divisions(hf, transformer_engine),
-        ("intermediate_size", hf["intermediate_size"], "tensor"),
-        *expert_divisions(hf),
-    ]
-    for field, size, key in divisions:
-        ranks = getattr(parallel, key)
-        is_shared = field == KEY_VALUE_HEADS  # by several ranks, if there are more ranks than heads
-        if size % ranks and not (is_shared and ranks % size == 0):
-            raise UserError(
-                f"parallel.{key}={ranks} does not divide {field}={size}; choose a divisor "
-                f"{'or a multiple ' if is_shared else ''}of {size}",
-                key=f"parallel.{key}",
-                cause=Cause.INDIVISIBLE,
-            )
-
-
-KEY = "parallel.overlap_expert_exchange"
-
-
-class OverlapConflict(NamedTuple):
-    """A setting with which the exchange cannot be overlapped.
-
-    Attributes:
-        setting: its key and value.
-        reason: why the exchange cannot be overlapped.
-        remedy: what to set instead."""
-
-    setting: str
-    reason: str
-    remedy: str
-
-
-def check_exchange_overlap(config: Config, hf: dict) -> None:
-    """Raise UserError where `parallel.overlap_expert_exchange` is set and cannot be done.
-
-    Args:
-        config: the recipe.
-        hf: the model's `config.json`."""
-    if not config.parallel.overlap_expert_exchange:
-        return
-    for conflict in overlap_conflicts(config, hf):
-        raise UserError(
-            f"{KEY}: true is not possible with {conflict.setting}: {conflict.reason}; "
-            f"{conflict.remedy}, or set {KEY}: false",
-            key=KEY,
-            cause=Cause.CONFLICT,
-        )
-
-
-def overlap_conflicts(config: Config, hf: dict) -> Iterator[OverlapConflict]:
-    """Yield what prevents the overlap of `config`, whether or not it is asked for.
-
-    Args:
-        config: the recipe.
-        hf: the model's `config.json`."""
-    parallel = config.parallel
-    if not hf.get("n_routed_experts"):
-        name = (hf.get("architectures") or ["this model"])[0]
-        yield OverlapConflict(f"the model {name}", "it has no routed experts", "take one that has")
-        return
-    if parallel.expert == 1:
-        yield OverlapConflict(
-            "parallel.expert: 1",
-            "all experts are on each rank, and no token is sent",
-            "spread them over ranks",
-        )
-    if parallel.pipeline > 1 and num_chunks(parallel) == 1:
-        yield OverlapConflict(
-            f"parallel.pipeline: {parallel.pipeline} and one chunk on each rank",
-            "Megatron combines the passes of two micro-batches in its interleaved schedule only",
-            "set parallel.virtual_pipeline above 1, or a pipeline_layout with more stages",
-        )
-    yield from _recomputation_conflicts(config)
-    if config.model.dtype == "float32":
-        yield OverlapConflict(
-            "model.dtype: float32",
-            "Megatron combines passes in 16 bits only",
-            "set model.dtype: bfloat16",
-        )
-    mtp = num_mtp_layers(hf) if config.model.mtp != "none" else 0
-    if mtp > 1 or (mtp and parallel.pipeline == 1):
-        yield OverlapConflict(
-            f"model.mtp: {config.model.mtp}, {mtp} MTP layers and parallel.pipeline: "
-            f"{parallel.pipeline}",
-            "Megatron allows one MTP layer, and only with pipeline ranks",
-            "set model.mtp: none",
-        )
-
-
-def _recomputation_conflicts(config: Config) -> Iterator[OverlapConflict]:
-    parallel = config.parallel
-    if parallel.recompute == "full":
-        yield OverlapConflict(
-            "parallel.recompute: full",
-            "a layer that is computed again as a whole cannot be cut where tokens are sent",
-            "set parallel.recompute: selective with recompute_modules (megatron-r1 plan compares "
-            "the memory of both)",
-        )
-    if parallel.recompute == "selective" and "moe" in parallel.recompute_modules:
-        yield OverlapConflict(
-            "'moe' in parallel.recompute_modules",
-            "its recomputation would send the tokens again",
-            "name moe_act and shared_experts instead",
-        )

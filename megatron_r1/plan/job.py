@@ -15,7 +15,7 @@ from megatron_r1.controller.trainer_calls.packing import check_batches
 from megatron_r1.engines.server.recipe_checks import check_engines
 from megatron_r1.models.hf_config import read_hf_config, sparse_layers
 from megatron_r1.models.memory import BYTES
-from megatron_r1.models.support_checks import check_divisions, check_exchange_overlap
+from megatron_r1.models.parallel_checks import check_divisions, check_exchange_overlap
 from megatron_r1.models.weights.adapter_table import adapter_table
 from megatron_r1.models.weights.layout import Shard, recipe_stages
 from megatron_r1.models.weights.table import WeightTable, weight_table

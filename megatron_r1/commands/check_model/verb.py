@@ -48,7 +48,8 @@ from megatron_r1.engines.server.vllm_arguments import check_arguments
 from megatron_r1.evaluation.model_folder import require_weights
 from megatron_r1.models.hf_config import describe_config_changes, load_config, read_hf_config
 from megatron_r1.models.memory import engine_bytes, parameter_bytes
-from megatron_r1.models.support_checks import check_divisions, check_supported
+from megatron_r1.models.parallel_checks import check_divisions
+from megatron_r1.models.support_checks import check_supported
 from megatron_r1.models.weights.layout import num_parameters, recipe_stages
 from megatron_r1.trainer.operations import ProbingOperations
 from megatron_r1.trainer.training_sample import Sample
