@@ -25,7 +25,7 @@ This file sets what our own layers need, and corrects what Megatron and Transfor
 otherwise. Gradients of activations are no matter of attributes: the layers' own communication sums
 them (`build.LMHead`, `layers.LatentAttention`). An adapter's factor has its weight's
 `allreduce`, and is summed over the tensor ranks, where it has to be, in its own backward pass
-(`models.weights.adapters`)."""
+(`models.weights.adapter_module`)."""
 
 from collections.abc import Sequence
 

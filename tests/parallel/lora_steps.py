@@ -26,11 +26,8 @@ from safetensors.torch import load_file  # noqa: E402
 from megatron_r1 import models  # noqa: E402
 from megatron_r1.config import Config  # noqa: E402
 from megatron_r1.models import weights  # noqa: E402
-from megatron_r1.models.weights.adapters import (  # noqa: E402
-    PEFT_PREFIX,
-    adapter_pieces,
-    save_adapter,
-)
+from megatron_r1.models.weights.adapter_table import PEFT_PREFIX  # noqa: E402
+from megatron_r1.models.weights.adapters import adapter_pieces, save_adapter  # noqa: E402
 from megatron_r1.trainer import construction, distributed  # noqa: E402
 
 

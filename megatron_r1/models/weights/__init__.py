@@ -1,7 +1,7 @@
 """The table of which Hugging Face tensors form each Megatron parameter (`table`), read by import
 (`loading`), export (`export`), conversion, the push to the engines and the memory planner. `layout`
-has every parameter of a rank from `config.json`, without torch; `adapter_table` and `adapters` are
-the same of low-rank adapters, and `formats` has the formats on disk.
+has every parameter of a rank from `config.json`, without torch; `adapter_table`, `adapter_module`
+and `adapters` are the same of low-rank adapters, and `formats` has the formats on disk.
 
 `hf_tensors`, `num_parameters` and `layout` need a configuration only; what works on Megatron model
 chunks is imported at first use."""

@@ -9,7 +9,7 @@ from megatron_r1.models import platform
 
 platform.prepare()
 
-from megatron_r1.models.weights.adapters import (  # noqa: E402
+from megatron_r1.models.weights.adapter_module import (  # noqa: E402
     Adapter,
     add_product,
     add_products,
