@@ -271,3 +271,12 @@ class RoutingReplay:
     def _all(self) -> Iterator[LayerReplay]:
         for replays in self._chunks.values():
             yield from replays
+
+
+def replay_recomputations(chunks: Sequence[torch.nn.Module]) -> None:
+    """Let recomputed layers of experts use the experts that their forward pass has chosen.
+
+    Args:
+        chunks: this rank's virtual stages."""
+    # The routers keep what it attaches to them; nobody else has to call it.
+    RoutingReplay(chunks, None)

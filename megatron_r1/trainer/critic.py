@@ -14,7 +14,7 @@ from megatron_r1.config import Config
 from megatron_r1.config.algorithms import find_rules
 from megatron_r1.models.config import transformer_config
 from megatron_r1.models.hf_config import read_hf_config
-from megatron_r1.models.routing_replay import RoutingReplay
+from megatron_r1.models.routing_replay import replay_recomputations
 from megatron_r1.trainer import construction
 from megatron_r1.trainer.batch import PackedBatch
 from megatron_r1.trainer.distributed import GridPosition
@@ -59,8 +59,7 @@ class Critic:
         self.model_chunks, self.ddp_chunks, self.optimizer = construction.build_network(
             critic_config, hf, transformer, position.groups, score_std=0.0
         )
-        # Recomputed layers choose the experts of their first pass.
-        RoutingReplay(self.model_chunks, None)
+        replay_recomputations(self.model_chunks)
 
     def compute_values(self, batches: list[PackedBatch]) -> None:
         """Fill `PackedBatch.values`, (T,) fp32 each, on the last stage."""

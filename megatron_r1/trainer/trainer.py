@@ -30,9 +30,9 @@ from megatron_r1.trainer.checkpoints.contents import Network, Networks
 from megatron_r1.trainer.critic import Critic, needs_critic
 from megatron_r1.trainer.distributed import GridPosition
 from megatron_r1.trainer.loaded_rollout import LoadedRollout
+from megatron_r1.trainer.losses import mtp_divisor
 from megatron_r1.trainer.metrics import logprob_diff, merge, reduce_over_data
 from megatron_r1.trainer.offload import make_offload
-from megatron_r1.trainer.operations import SUPERVISED
 from megatron_r1.trainer.output_heads import OutputHeads
 from megatron_r1.trainer.passes import OutputFunction, free_gradients, optimizer_step, run_passes
 from megatron_r1.trainer.prefix_matching import check_shared_prompts
@@ -190,9 +190,7 @@ class Trainer:
         batches = self.rollout.minibatches[index]
         compute = partial(self.heads.loss, find_function(loss), settings, temperature)
         if self.config.model.mtp == "train":
-            # The whole model learns from examples to predict further tokens; from its own samples
-            # it must learn by their advantages only.
-            divisor = None if loss == SUPERVISED else self.config.rollout.max_response_tokens
+            divisor = mtp_divisor(loss, self.config.rollout.max_response_tokens)
             for chunk in self.model_chunks:
                 chunk.mtp_only_divisor = divisor
         run = partial(self.run_batches, batches, compute, forward_only=False)
