@@ -174,8 +174,8 @@ class PolicyModel(ChunkModel):
             return self.mtp(hidden_states=hidden_states, embedding=self.embedding, **arguments)
         # Needs a gradient: a recomputed layer whose inputs need none would get none itself.
         constant = hidden_states.detach().requires_grad_()
-        both = self.mtp(hidden_states=constant, embedding=self._constant_embedding, **arguments)
-        predicted = both[len(hidden_states) :]
+        states = self.mtp(hidden_states=constant, embedding=self._constant_embedding, **arguments)
+        predicted = states[len(hidden_states) :]
         return torch.cat([hidden_states, predicted])
 
     def _constant_embedding(self, **tokens: Tensor) -> Tensor:

@@ -43,8 +43,8 @@ class _Stream(_Event):
         return _Event()
 
 
-def _names_cuda(where: object) -> bool:
-    return isinstance(where, (str, torch.device)) and str(where).startswith("cuda")
+def _names_cuda(device: object) -> bool:
+    return isinstance(device, (str, torch.device)) and str(device).startswith("cuda")
 
 
 @_patch("no torch.compile", "jit.py:enable_jit_fuser", "jit_fuser = torch.compile")
@@ -144,13 +144,13 @@ def _patch_factories() -> None:
     "moves to the GPU", "optimizer/optimizer.py:MegatronOptimizer.restore_from_cpu", "p.data.cuda()"
 )
 def _patch_moves() -> None:
-    to = torch.Tensor.to
+    original_to = torch.Tensor.to
 
     def to_cpu(self, *args, **kwargs):
         args = tuple(CPU if _names_cuda(a) else a for a in args)
         if _names_cuda(kwargs.get("device")):
             kwargs["device"] = CPU
-        return to(self, *args, **kwargs)
+        return original_to(self, *args, **kwargs)
 
     torch.Tensor.to = to_cpu
     torch.Tensor.cuda = torch.nn.Module.cuda = lambda self, *args, **kwargs: self

@@ -82,7 +82,7 @@ def _check_layer_types(hf: dict) -> None:
 
 def _groups(hf: dict, best: int) -> dict[str, int]:
     num_groups, group_topk = hf.get("n_group") or 1, hf.get("topk_group") or 1
-    experts, chosen = hf["n_routed_experts"], hf["num_experts_per_tok"]
+    experts, topk = hf["n_routed_experts"], hf["num_experts_per_tok"]
     method = hf.get("topk_method") or "greedy"
     if best == 1 and method not in ("greedy", "group_limited_greedy"):
         raise UserError(
@@ -104,9 +104,9 @@ def _groups(hf: dict, best: int) -> dict[str, int]:
             key="n_routed_experts",
             cause=Cause.INDIVISIBLE,
         )
-    if chosen > experts:
+    if topk > experts:
         raise UserError(
-            f"config.json: num_experts_per_tok={chosen} is more than n_routed_experts={experts}",
+            f"config.json: num_experts_per_tok={topk} is more than n_routed_experts={experts}",
             key="num_experts_per_tok",
             cause=Cause.CONFLICT,
         )
@@ -118,9 +118,9 @@ def _groups(hf: dict, best: int) -> dict[str, int]:
         )
     if group_topk == num_groups:
         return {}
-    if experts // num_groups < best or chosen > experts // num_groups * group_topk:
+    if experts // num_groups < best or topk > experts // num_groups * group_topk:
         raise UserError(
-            f"config.json: num_experts_per_tok={chosen} experts cannot be chosen from topk_group="
+            f"config.json: num_experts_per_tok={topk} experts cannot be chosen from topk_group="
             f"{group_topk} groups of {experts // num_groups} (n_routed_experts / n_group), each "
             f"scored by its best {best}",
             key="num_experts_per_tok",

@@ -154,15 +154,15 @@ def _check_kinds(file: Path, hf: Any) -> None:
 
 def _check_most(file: Path, settings: dict) -> None:
     """Raise UserError for a negative size, and for one that no model has."""
-    limits = {name: most for name, most in _MOST.items() if type(settings.get(name)) is int}
+    limits = {name: limit for name, limit in _MOST.items() if type(settings.get(name)) is int}
     layers = settings.get("num_hidden_layers")
     if type(layers) is int and layers > 0:
         for name in limits.keys() & set(_EXPERT_COUNTS):
             limits[name] = min(limits[name], _MOST_EXPERTS // layers)
-    for name, most in limits.items():
-        if not 0 <= settings[name] <= most:
+    for name, limit in limits.items():
+        if not 0 <= settings[name] <= limit:
             raise UserError(
-                f"{file}: {name}={settings[name]} is no size of such a model (0 to {most:,}); "
+                f"{file}: {name}={settings[name]} is no size of such a model (0 to {limit:,}); "
                 "write the model's own",
                 key=name,
                 cause=Cause.OUT_OF_RANGE,

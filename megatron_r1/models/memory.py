@@ -277,7 +277,7 @@ def layer_activations(
             keep more: unfused products, copies of queries, keys and values in batches.
     """
     parallel, value = config.parallel, BYTES[config.model.dtype]
-    tensor, more = parallel.tensor, int(local)
+    tensor, num_extra = parallel.tensor, int(local)
     all_tokens = tokens / parallel.context
     divides = parallel.splits_sequences(bool(hf.get("n_routed_experts")))
     split = all_tokens / tensor if divides else all_tokens
@@ -287,32 +287,32 @@ def layer_activations(
     always = hidden * split * value  # the residual between attention and MLP
     if key := hf.get("kv_lora_rank"):
         query = hf.get("q_lora_rank") or 0
-        latents = ((2 + more) * (query + key) + hf["qk_rope_head_dim"]) * split
+        latents = ((2 + num_extra) * (query + key) + hf["qk_rope_head_dim"]) * split
         always += (latents + heads * out * all_tokens) * value
         # Local layers: the heads' rotary part; q, k and v in batches of one head size.
-        copies = more * (2 * head + out + 3 * max(head, out))
+        copies = num_extra * (2 * head + out + 3 * max(head, out))
         modules["mla_up_proj"] = heads * (2 * head + out + copies) * all_tokens * value
     else:
         # With fewer key and value heads than ranks, several ranks have the same one.
         groups = max(key_value_heads(hf), tensor) / tensor
         # Local layers: q and k before and after their positions; q, k and v in batches.
-        always += (2 + 3 * more) * (heads + groups) * head * all_tokens * value
+        always += (2 + 3 * num_extra) * (heads + groups) * head * all_tokens * value
     modules["core_attn"] = 4 * heads * all_tokens
     dispatch = 0.0
     if sparse:
         routed, inner = hf["num_experts_per_tok"] * split, hf["moe_intermediate_size"]
         at_expert = routed * imbalance * parallel.expert_tensor
         inner_local = inner / parallel.expert_tensor
-        scores = (3 + more) * FP32 * hf["n_routed_experts"] * split
-        values_per_token = (1 + more) * hidden + (2 + more) * inner_local
+        scores = (3 + num_extra) * FP32 * hf["n_routed_experts"] * split
+        values_per_token = (1 + num_extra) * hidden + (2 + num_extra) * inner_local
         modules["moe"] = at_expert * values_per_token * value + scores
         modules["moe_act"] = at_expert * inner_local * value
         shared = inner * (hf.get("n_shared_experts") or 0)
-        modules["shared_experts"] = (3 + more) * shared / tensor * all_tokens * value
+        modules["shared_experts"] = (3 + num_extra) * shared / tensor * all_tokens * value
         # The sent and the received tokens, sorted by expert, exist at once.
         dispatch = 2 * at_expert * hidden * value
     else:
-        modules["mlp"] = (3 + more) * hf["intermediate_size"] / tensor * all_tokens * value
+        modules["mlp"] = (3 + num_extra) * hf["intermediate_size"] / tensor * all_tokens * value
     rounded = {name: round(num_bytes) for name, num_bytes in modules.items()}
     return LayerActivations(round(hidden * split * value), round(always), rounded, round(dispatch))
 
@@ -342,8 +342,8 @@ def head_bytes(
         rows //= parallel.tensor if parallel.splits_sequences(has_experts) else 1
         return rows * hidden * 8, f"{rows} x {hidden} states x (4 + 4) B"
     columns = -(-outputs // parallel.tensor)
-    most = max(GPU_CHUNK_TOKENS, GPU_CHUNK_ELEMENTS // columns)
-    chunk = min(rows, most if on_gpu else max(16, CPU_CHUNK_ELEMENTS // columns))
+    max_rows = max(GPU_CHUNK_TOKENS, GPU_CHUNK_ELEMENTS // columns)
+    chunk = min(rows, max_rows if on_gpu else max(16, CPU_CHUNK_ELEMENTS // columns))
     # In fp32, the gradient overwrites the logits where no other rank has a part of them.
     width = FP32 if value == FP32 and parallel.tensor == 1 else FP32 + value
     num_bytes = chunk * columns * width + rows * hidden * 2 * value

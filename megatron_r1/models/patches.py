@@ -190,15 +190,15 @@ def _route(
     basis = scores if expert_bias is None else scores + expert_bias
     limits = {"num_groups": num_groups, "group_topk": group_topk}
     if router_replay is None:
-        _, chosen = choose(basis, topk, **limits)
+        _, experts = choose(basis, topk, **limits)
     else:
-        _, chosen = router_replay.get_replay_topk(basis, topk, *limits.values(), choose)
-    weights = scores.gather(1, chosen)
+        _, experts = router_replay.get_replay_topk(basis, topk, *limits.values(), choose)
+    weights = scores.gather(1, experts)
     if not use_pre_softmax:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
     weights = (weights * (scaling_factor or 1.0)).to(logits.dtype)
-    routed = torch.zeros_like(logits, dtype=torch.bool).scatter(1, chosen, True)
-    return torch.zeros_like(logits).scatter(1, chosen, weights), routed
+    routed = torch.zeros_like(logits, dtype=torch.bool).scatter(1, experts, True)
+    return torch.zeros_like(logits).scatter(1, experts, weights), routed
 
 
 def _within_groups(scores: Tensor, num_groups: int, group_topk: int, best: int) -> Tensor:

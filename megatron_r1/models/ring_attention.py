@@ -199,11 +199,11 @@ def _send_to_next(x: Tensor, group: ProcessGroup) -> Callable[[], Tensor]:
         dist.get_global_rank(group, (group.rank() + n) % group.size()) for n in (1, -1)
     )
     # Together: over NCCL a send that stands alone blocks the stream until it is received.
-    both = [
+    operations = [
         dist.P2POp(dist.isend, x, destination, group),
         dist.P2POp(dist.irecv, arriving, source, group),
     ]
-    works = dist.batch_isend_irecv(both)
+    works = dist.batch_isend_irecv(operations)
 
     def wait() -> Tensor:
         for work in works:

@@ -105,14 +105,16 @@ class LayerReplay:
             default_compute_topk: the router's own choice."""
         self._pass = current = self._current_pass()
         if current.chosen is not None:
-            chosen = current.chosen.long()
-            return scores.gather(1, chosen), chosen
-        _, chosen = default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)
+            experts = current.chosen.long()
+            return scores.gather(1, experts), experts
+        _, experts = default_compute_topk(
+            scores, topk, num_groups=num_groups, group_topk=group_topk
+        )
         if current.recorded is not None:
-            chosen = self._replay_experts(current.recorded, chosen)
+            experts = self._replay_experts(current.recorded, experts)
         if self._is_recomputed():
-            current.chosen = chosen.short()
-        return scores.gather(1, chosen), chosen
+            current.chosen = experts.short()
+        return scores.gather(1, experts), experts
 
     def _replay_experts(self, recorded: RecordedRouting, router_choice: Tensor) -> Tensor:
         """Return the experts (T, topk) of every token, `router_choice` where none are recorded."""
@@ -121,8 +123,8 @@ class LayerReplay:
         assert len(experts) == count, f"{len(experts)} recorded for {count} tokens"
         is_recorded = recorded.is_recorded[:, None]
         if self.is_measured:
-            same = (experts[:, :, None] == router_choice[:, None, :]).any(-1) & is_recorded
-            self.num_agreed = self.num_agreed + same.sum()
+            is_equal = (experts[:, :, None] == router_choice[:, None, :]).any(-1) & is_recorded
+            self.num_agreed = self.num_agreed + is_equal.sum()
             self.num_compared = self.num_compared + is_recorded.sum() * router_choice.shape[1]
         if recorded.local_counts is not None:
             return experts

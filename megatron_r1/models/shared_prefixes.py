@@ -176,10 +176,10 @@ class _PrefixAttention(torch.autograd.Function):
         lse = segments.buckets.unpad([part.to(wide)[..., None] for _, part in segment_results])
         for rows, prefix in segments.links:
             part = _heads(*(_row(x, size) for x in (query[rows], key[prefix], value[prefix])))
-            seen, norm = flash_forward(*part, 0.0, False, attn_mask=None, scale=scale)
-            seen, norm = seen[0].transpose(0, 1).to(wide), norm[0].t()[..., None].to(wide)
+            out_p, norm = flash_forward(*part, 0.0, False, attn_mask=None, scale=scale)
+            out_p, norm = out_p[0].transpose(0, 1).to(wide), norm[0].t()[..., None].to(wide)
             total_lse = torch.logaddexp(lse[rows], norm)
-            out[rows] = out[rows] * (lse[rows] - total_lse).exp() + seen * (norm - total_lse).exp()
+            out[rows] = out[rows] * (lse[rows] - total_lse).exp() + out_p * (norm - total_lse).exp()
             lse[rows] = total_lse
         out = out[..., : value.shape[2]].to(query.dtype)
         ctx.save_for_backward(query, key, value, out, lse)

@@ -112,12 +112,12 @@ def _check_quantization(hf: dict) -> None:
     if not quantization:
         return
     if model_family(hf).stacked_experts:
-        needed: dict[str, object] = {"quant_method": "mxfp4"}
+        expected: dict[str, object] = {"quant_method": "mxfp4"}
     else:
-        needed = {key: FP8_BLOCKS[key] for key in ("quant_method", "weight_block_size")}
+        expected = {key: FP8_BLOCKS[key] for key in ("quant_method", "weight_block_size")}
         if "fmt" in quantization:  # its default in transformers is that of FP8_BLOCKS
-            needed["fmt"] = FP8_BLOCKS["fmt"]
-    for key, value in needed.items():
+            expected["fmt"] = FP8_BLOCKS["fmt"]
+    for key, value in expected.items():
         if quantization.get(key) != value:
             raise UserError(
                 f"config.json: quantization_config with {key}={quantization.get(key)!r} cannot be "

@@ -98,11 +98,11 @@ def indices_to_multihot(manager: Any, indices: Tensor, probs: Tensor) -> tuple[T
         probs: (T, topk) float, the weights, with their gradients."""
     shape = (len(indices), manager.num_local_experts + 1)  # the last column is cut off
     places = torch.where(indices == -1, manager.num_local_experts, indices)
-    chosen = torch.zeros(shape, dtype=torch.bool, device=indices.device)
+    multihot = torch.zeros(shape, dtype=torch.bool, device=indices.device)
     weights = torch.zeros(shape, dtype=torch.float32, device=indices.device)
-    chosen = chosen.scatter(1, places, True)
+    multihot = multihot.scatter(1, places, True)
     weights = weights.scatter(1, places, probs.float())
-    return chosen[:, :-1].contiguous(), weights[:, :-1].contiguous()
+    return multihot[:, :-1].contiguous(), weights[:, :-1].contiguous()
 
 
 def exchange_token_counts(
@@ -118,7 +118,7 @@ def exchange_token_counts(
         counts: this rank's tokens to each expert, (layers, E) integers per micro-batch; None: not
             known.
         num_layers: this rank's layers of experts."""
-    num_experts, num_here = dispatcher.num_experts, dispatcher.num_local_experts
+    num_experts, num_local = dispatcher.num_experts, dispatcher.num_local_experts
     shape = (len(counts), num_layers, num_experts)
     local_counts = np.full(shape, -1, np.int64)
     for at, of_batch in enumerate(counts):
@@ -134,13 +134,13 @@ def exchange_token_counts(
     ranks = (dispatcher.ep_size, dispatcher.tp_size, len(counts))
     by_rank = gathered.unflatten(0, ranks).permute(2, 3, 1, 0, 4)
     first = dispatcher.local_expert_indices[0]
-    here = by_rank[..., first : first + num_here]
-    chunks = here.flatten(2, 3).contiguous()
+    local_experts = by_rank[..., first : first + num_local]
+    chunks = local_experts.flatten(2, 3).contiguous()
     host = by_rank.cpu().numpy()
     is_known = (host >= 0).all((1, 2, 3, 4))
-    on_host = host[..., first : first + num_here]
+    on_host = host[..., first : first + num_local]
     tokens = on_host.sum(-1)  # (micro-batches, layers, t, e)
-    sent = local_counts.reshape(*shape[:2], dispatcher.ep_size, num_here).sum(-1)
+    sent = local_counts.reshape(*shape[:2], dispatcher.ep_size, num_local).sum(-1)
     if not dispatcher.config.moe_permute_fusion:
         chunks = torch.from_numpy(on_host.reshape(chunks.shape))
     alone = group.size() == 1
@@ -152,7 +152,7 @@ def exchange_token_counts(
             None if alone else of_ranks[dispatcher.tp_rank],
             None if alone else of_ranks.sum(-1),
             torch.from_numpy(on_host[at, layer].sum((0, 1))),
-            chunks[at, layer] if num_here > 1 else None,
+            chunks[at, layer] if num_local > 1 else None,
             int(local_counts[at, layer].sum()),
         )
 

@@ -105,10 +105,10 @@ class DiskStore:
             self._digests = []
             passing = _chunk()
             for piece, at in _pieces(parts):
-                here = passing[: len(piece)]
-                here.copy_(piece)
-                self._digests.append(xxh3_64_intdigest(here.numpy().data))
-                _write(file.fileno(), here.numpy().data, at)
+                buffer = passing[: len(piece)]
+                buffer.copy_(piece)
+                self._digests.append(xxh3_64_intdigest(buffer.numpy().data))
+                _write(file.fileno(), buffer.numpy().data, at)
         except OSError as error:
             raise UserError(
                 f"parallel.offload_folder: {self._folder} has no room for "
@@ -128,15 +128,15 @@ class DiskStore:
         assert self._file is not None, "write() comes first"
         passing, digests = _chunk(), iter(self._digests)
         for piece, at in _pieces(parts):
-            here = passing[: len(piece)]
-            if not _read(self._file.fileno(), here.numpy().data, at):
+            buffer = passing[: len(piece)]
+            if not _read(self._file.fileno(), buffer.numpy().data, at):
                 raise RuntimeError(f"{self._folder}: the trainer's file ends before byte {at}")
-            if xxh3_64_intdigest(here.numpy().data) != next(digests):
+            if xxh3_64_intdigest(buffer.numpy().data) != next(digests):
                 raise RuntimeError(
                     f"{self._folder}: bytes {at} to {at + len(piece)} of the trainer's state are "
                     "not those that were written: the disk is faulty"
                 )
-            piece.copy_(here)
+            piece.copy_(buffer)
 
     def _reserve_file(self, num_bytes: int) -> IO[bytes]:
         """Return the file, with room for `num_bytes`.
@@ -153,17 +153,17 @@ class DiskStore:
 
 def _write(file: int, content: memoryview, at: int) -> None:
     while content:
-        done = os.pwrite(file, content, at)
-        content, at = content[done:], at + done
+        num_written = os.pwrite(file, content, at)
+        content, at = content[num_written:], at + num_written
 
 
-def _read(file: int, into: memoryview, at: int) -> bool:
-    """Fill `into` with the file's bytes from `at`; return whether there were as many."""
-    while into:
-        done = os.preadv(file, [into], at)
-        if not done:
+def _read(file: int, buffer: memoryview, at: int) -> bool:
+    """Fill `buffer` with the file's bytes from `at`; return whether there were as many."""
+    while buffer:
+        num_read = os.preadv(file, [buffer], at)
+        if not num_read:
             return False
-        into, at = into[done:], at + done
+        buffer, at = buffer[num_read:], at + num_read
     return True
 
 
@@ -255,15 +255,15 @@ class Offload:
     def _storages(self) -> dict[StateKind, list[torch.UntypedStorage]]:
         """Return the storages of either kind, each once. What the optimizer of an fp32 model has of
         its parameters are views of these."""
-        seen: set[int] = set()
+        pointers: set[int] = set()
         networks = self._networks()
 
         def new(tensors: Iterator[Tensor]) -> list[torch.UntypedStorage]:
             storages = []
             for tensor in tensors:
                 storage = tensor.untyped_storage()
-                if storage._cdata not in seen and tensor.device.type == platform.device().type:
-                    seen.add(storage._cdata)
+                if storage._cdata not in pointers and tensor.device.type == platform.device().type:
+                    pointers.add(storage._cdata)
                     storages.append(storage)
             return [storage for storage in storages if storage.nbytes()]
 

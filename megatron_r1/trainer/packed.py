@@ -126,10 +126,10 @@ def _positions(
 def _last_tokens(samples: list[Sample], layout: PackedLayout, local_positions: Tensor) -> Tensor:
     """Return where among `local_positions` each sample's last token is, (S,); -1: on another
     context rank."""
-    here = torch.full((int(layout.cu_seqlens[-1]),), -1)
-    here = here.index_copy(0, local_positions, torch.arange(len(local_positions)))
+    local_indices = torch.full((int(layout.cu_seqlens[-1]),), -1)
+    local_indices = local_indices.index_copy(0, local_positions, torch.arange(len(local_positions)))
     ends = [start + len(sample) - 1 for start, sample in zip(layout.starts, samples, strict=True)]
-    return here[torch.tensor(ends, dtype=torch.int64)]
+    return local_indices[torch.tensor(ends, dtype=torch.int64)]
 
 
 def _mtp_targets(
@@ -151,8 +151,8 @@ def _mtp_targets(
         rows.append(ahead[local_positions].nonzero()[:, 0])
     # Where each position is when the context ranks' parts are gathered rank after rank.
     gathered = gathered_order(cu_seqlens, split.context_size)
-    here = next_token_index[local_positions]
-    return torch.where(here >= 0, gathered[here], -1), rows
+    next_positions = next_token_index[local_positions]
+    return torch.where(next_positions >= 0, gathered[next_positions], -1), rows
 
 
 def _tokens(samples: list[Sample], layout: PackedLayout) -> Tensor:

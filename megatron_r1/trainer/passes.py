@@ -92,7 +92,7 @@ def _forward_step(
         iterator: Iterator[PackedBatch], model: torch.nn.Module, return_schedule_plan: bool = False
     ) -> tuple:
         batch = next(iterator)
-        more = inputs(model, batch) if inputs else {}
+        arguments = inputs(model, batch) if inputs else {}
         # Asked for with parallel.overlap_expert_exchange; `model` is then bare.
         run: Any = model.build_schedule_plan if return_schedule_plan else model
         out = run(
@@ -100,7 +100,7 @@ def _forward_step(
             batch.position_ids,
             None,
             packed_seq_params=batch.packed_seq_params,
-            **more,
+            **arguments,
         )
         return out, partial(loss, batch)
 
@@ -202,10 +202,10 @@ class KnownShapesCommunicator(P2PCommunicator):
         recv_next: bool,
     ) -> tuple[list[int], list[int]]:
         """Return the shapes of what comes from the rank before and from the one behind."""
-        nothing = [0, 0, 0]
+        empty_shape = [0, 0, 0]
         return (
-            next(self._forward) if recv_prev else nothing,
-            next(self._backward) if recv_next else nothing,
+            next(self._forward) if recv_prev else empty_shape,
+            next(self._backward) if recv_next else empty_shape,
         )
 
     def require_all_received(self) -> None:

@@ -60,15 +60,15 @@ class PrefixMatcher:
         """Return (parent, skipped) of a sample if it were added next.
 
         In the order of their bytes a sample shares most with one of its two neighbors."""
-        tokens, most = bytes(sample.token_ids), sample.prompt_length - 1
+        tokens, max_length = bytes(sample.token_ids), sample.prompt_length - 1
         at = bisect(self._sorted, (tokens, len(self.parents)))
         near = self._sorted[max(0, at - 1) : at + 1]
         common, parent = max(
             ((_common_tokens(tokens, neighbor), number) for neighbor, number in near),
             default=(0, -1),
         )
-        skipped = min(common, most)
-        if skipped < min(most, MIN_SHARED_TOKENS) or not skipped:
+        skipped = min(common, max_length)
+        if skipped < min(max_length, MIN_SHARED_TOKENS) or not skipped:
             return -1, 0
         while parent >= 0 and skipped <= self.prefix_lengths[parent]:
             parent = self.parents[parent]

@@ -85,8 +85,8 @@ def _request(frame: FrameType, groups: ProcessGroupCollection | None) -> str | N
     if not any(isinstance(value, dist.Work) for value in values):
         return None
     among = {value for value in values if isinstance(value, dist.ProcessGroup)}
-    shown = _describe_ranks(among.pop(), groups) if len(among) == 1 else ""
-    return f"a request{shown}, waited for by {_location(frame)}"
+    ranks = _describe_ranks(among.pop(), groups) if len(among) == 1 else ""
+    return f"a request{ranks}, waited for by {_location(frame)}"
 
 
 def _is_in(frame: FrameType, files: tuple[str, ...]) -> bool:
@@ -139,8 +139,8 @@ def _describe_ranks(group: ProcessGroup, groups: ProcessGroupCollection | None) 
     import torch.distributed as dist
 
     ranks, axes = dist.get_process_group_ranks(group), _group_axes(group, groups)
-    shown = ", ".join(map(str, ranks[:16])) + (f", … {len(ranks)} in all" if ranks[16:] else "")
-    return f" among ranks {shown}" + (f" ({' and '.join(axes)})" if axes else "")
+    listing = ", ".join(map(str, ranks[:16])) + (f", … {len(ranks)} in all" if ranks[16:] else "")
+    return f" among ranks {listing}" + (f" ({' and '.join(axes)})" if axes else "")
 
 
 def _group_axes(group: ProcessGroup, groups: ProcessGroupCollection | None) -> list[str]:
@@ -155,12 +155,12 @@ def _group_axes(group: ProcessGroup, groups: ProcessGroupCollection | None) -> l
         if isinstance(axis_group, dist.ProcessGroup)
     }
     ranks = dist.get_process_group_ranks(group)
-    same = [
+    equal_axes = [
         axis
         for axis, axis_group in axes.items()
         if dist.get_process_group_ranks(axis_group) == ranks
     ]
-    return [axis for axis, axis_group in axes.items() if axis_group is group] or same
+    return [axis for axis, axis_group in axes.items() if axis_group is group] or equal_axes
 
 
 MAX_FRAMES = 40
@@ -232,8 +232,8 @@ class RankMonitor:
 
 def _lines(innermost: FrameType) -> list[str]:
     summary = traceback.StackSummary.extract(traceback.walk_stack(innermost), limit=MAX_FRAMES)
-    shown = [frame for frame in reversed(summary) if not frame.filename.startswith("<frozen")]
-    return [f"{_shorten(f.filename)}:{f.lineno} in {f.name}: {f.line}" for f in shown]
+    frames = [frame for frame in reversed(summary) if not frame.filename.startswith("<frozen")]
+    return [f"{_shorten(f.filename)}:{f.lineno} in {f.name}: {f.line}" for f in frames]
 
 
 def _shorten(path: str) -> str:

@@ -60,8 +60,8 @@ class Replica:
     def send(self, content: torch.Tensor, member: int) -> list[dist.Work]:
         """Start to send bytes (N,) uint8 to a member, which calls `receive` for as many; return
         what to wait for before `content` changes."""
-        to, group = self._members[member], self._group
-        sent = (dist.isend(piece, to, group) for piece in _pieces(content))
+        destination, group = self._members[member], self._group
+        sent = (dist.isend(piece, destination, group) for piece in _pieces(content))
         return [work for work in sent if work is not None]
 
     def receive(self, num_bytes: int) -> torch.Tensor:

@@ -99,8 +99,8 @@ def _fill_unread_tokens(
     ) % shape.num_experts
     experts[is_unread] = in_turn[:, None].to(experts.dtype)
     counts = torch.zeros(experts.shape[1], shape.num_experts, dtype=torch.int64)
-    chosen = experts.transpose(0, 1).flatten(1).long()
-    counts.scatter_add_(1, chosen, torch.ones_like(chosen))
+    layer_experts = experts.transpose(0, 1).flatten(1).long()
+    counts.scatter_add_(1, layer_experts, torch.ones_like(layer_experts))
     return recorded._replace(local_counts=counts.numpy())
 
 
@@ -223,8 +223,8 @@ class RoutingScatter:
                 layers, shard = own_layers, RoutingShard(self._shard.shape, own_layers)
                 routing = _concatenate(microbatches, layouts, shard)
             cut = _select(routing, local_positions(split))
-            both = (cut.experts, cut.is_recorded)
-            yield torch.cat([tensor.reshape(-1).view(torch.uint8) for tensor in both])
+            parts = (cut.experts, cut.is_recorded)
+            yield torch.cat([tensor.reshape(-1).view(torch.uint8) for tensor in parts])
 
     def _receive(self, counts: list[int]) -> list[RecordedRouting]:
         """Receive the parts of micro-batches of which this rank routes `counts` tokens each."""

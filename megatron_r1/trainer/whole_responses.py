@@ -57,8 +57,8 @@ class WholeResponses:
     def _last_of_each(self) -> Tensor:
         ends = torch.full_like(self._cu_seqlens[1:], -1)
         position = torch.arange(len(self._sample), device=ends.device)
-        seen = torch.where(self.is_response, position, -1)
-        return ends.scatter_reduce(0, self._sample, seen, "amax")[self._sample]
+        response_positions = torch.where(self.is_response, position, -1)
+        return ends.scatter_reduce(0, self._sample, response_positions, "amax")[self._sample]
 
     @property
     def engine_log_ratios(self) -> Tensor:
@@ -168,9 +168,9 @@ class RolloutBatches:
         reports: list[Metrics] = [{tokens: Mean(0.0, 0), samples: Mean(0.0, 0)}]
         for responses, within in zip(self.responses, within_bounds, strict=True):
             batch, masked = responses.batch, responses.is_response & ~within
-            here = responses.local_part(masked)
-            batch.advantages = torch.where(here, 0.0, batch.advantages)
-            reports.append({tokens: Mean(here.sum(), batch.is_response.sum())})
+            local_mask = responses.local_part(masked)
+            batch.advantages = torch.where(local_mask, 0.0, batch.advantages)
+            reports.append({tokens: Mean(local_mask.sum(), batch.is_response.sum())})
             if responses.counts_samples:
                 concerned = responses.sample_sums(masked) > 0
                 trained = responses.sample_sums(torch.ones_like(masked)) > 0

@@ -77,9 +77,9 @@ def adapter_shapes(weight_table: WeightTable) -> dict[str, Shape]:
     shapes = {}
     for index, layer in enumerate(weight_table.layers):
         for rule in layer:
-            chosen = rule.split.names if isinstance(rule.split, _Chosen) else None
+            factor_names = rule.split.names if isinstance(rule.split, _Chosen) else None
             for source in rule.sources:
-                if chosen is None or source.name in chosen:
+                if factor_names is None or source.name in factor_names:
                     for expert in range(weight_table.num_experts if rule.expert else 1):
                         name = source.name.replace("{e}", str(expert))
                         shapes[f"model.layers.{index}.{name}"] = source.shape
@@ -146,8 +146,8 @@ class _Chosen:
         self, sources: tuple[Source, ...], rank: int, num_ranks: int
     ) -> tuple[Shape, list[Piece]]:
         shape, pieces = self.split(sources, rank, num_ranks)
-        chosen = [piece for piece in pieces if piece.hf_name in self.names]
-        if not chosen:  # with more ranks than key and value heads
+        factor_pieces = [piece for piece in pieces if piece.hf_name in self.names]
+        if not factor_pieces:  # with more ranks than key and value heads
             layers = ", ".join(source.name.removesuffix(B) for source in sources)
             raise UserError(
                 f"model.lora.targets: tensor rank {rank} of parallel.tensor={num_ranks} has no row "
@@ -155,7 +155,7 @@ class _Chosen:
                 key="model.lora.targets",
                 cause=Cause.EMPTY,
             )
-        return shape, chosen
+        return shape, factor_pieces
 
 
 def _adapter(rule: WeightRule, lora: LoraConfig) -> Iterator[WeightRule]:
@@ -165,22 +165,22 @@ def _adapter(rule: WeightRule, lora: LoraConfig) -> Iterator[WeightRule]:
     like the weight; the other is whole on each."""
     if not _is_linear(rule):
         return
-    chosen = [
+    targets = [
         source
         for source in rule.sources
         if lora.targets is None or any(_ends_with(_module(source), t) for t in lora.targets)
     ]
-    if not chosen:
+    if not targets:
         return
     by_rows = rule.split is row_parallel
     # Transformer Engine has the experts of a layer in one module, with weight0, weight1, …
     te_name = rule.te_name and rule.te_name.replace(".weight{e}", ".lora.{e}")
     megatron = rule.megatron.replace(".weight", ".lora")
-    factors_a = tuple(_factor(source, A, (lora.rank, source.shape[1])) for source in chosen)
+    factors_a = tuple(_factor(source, A, (lora.rank, source.shape[1])) for source in targets)
     factors_b = tuple(_factor(source, B, (source.shape[0], lora.rank)) for source in rule.sources)
     split_b: Split = replicated if by_rows else rule.split
-    if len(chosen) < len(rule.sources):
-        split_b = _Chosen(split_b, frozenset(_factor(s, B, ()).name for s in chosen))
+    if len(targets) < len(rule.sources):
+        split_b = _Chosen(split_b, frozenset(_factor(s, B, ()).name for s in targets))
     by_name = {
         "a": (factors_a, row_parallel if by_rows else replicated_stack),
         "b": (factors_b, split_b),

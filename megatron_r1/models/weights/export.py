@@ -259,11 +259,11 @@ class _StackedBoxes:
 
 
 def _values(parameter: torch.Tensor, piece: Piece) -> torch.Tensor:
-    here = slice(piece.local_start, piece.local_start + piece.length)
+    span = slice(piece.local_start, piece.local_start + piece.length)
     if parameter.dim() == 1:
-        return parameter[here]
+        return parameter[span]
     everything = slice(None)
-    return merge_adapter(parameter, *((here, everything) if piece.dim == 0 else (everything, here)))
+    return merge_adapter(parameter, *((span, everything) if piece.dim == 0 else (everything, span)))
 
 
 def run_on_rank_zero(action: Callable[[], object], group: dist.ProcessGroup | None = None) -> None:
@@ -281,8 +281,8 @@ def run_on_rank_zero(action: Callable[[], object], group: dist.ProcessGroup | No
         try:
             action()
         except OSError as error:
-            named = f"cannot write {error.filename}: {error.strerror}"
-            outcome = [named if error.filename else str(error)]
+            message = f"cannot write {error.filename}: {error.strerror}"
+            outcome = [message if error.filename else str(error)]
     if dist.is_initialized():
         # Over all ranks: each has to raise what went wrong on the first.
         dist.broadcast_object_list(outcome, src=0, group=group)
@@ -348,10 +348,10 @@ def _require_room(plans: Mapping[Path, FilePlan]) -> None:
     """Raise OSError where a file system has less room than the files take: hours may be written
     before it is full."""
     for folder in {path.parent for path in plans}:
-        needed = sum(plan.num_bytes for path, plan in plans.items() if path.parent == folder)
+        num_bytes = sum(plan.num_bytes for path, plan in plans.items() if path.parent == folder)
         system = os.statvfs(folder)
-        if system.f_bavail * system.f_frsize < needed:
-            text = f"{os.strerror(errno.ENOSPC)} ({needed} bytes)"
+        if system.f_bavail * system.f_frsize < num_bytes:
+            text = f"{os.strerror(errno.ENOSPC)} ({num_bytes} bytes)"
             raise OSError(errno.ENOSPC, text, str(folder))
 
 

@@ -185,7 +185,7 @@ def column_parallel(
         rank: the rank within the group that splits the parameter.
         num_ranks: the number of ranks of that group.
     """
-    return _interleave(sources, num_blocks=num_ranks, chosen=range(rank, rank + 1))
+    return _interleave(sources, num_blocks=num_ranks, blocks=range(rank, rank + 1))
 
 
 def row_parallel(
@@ -255,9 +255,9 @@ class QueryGroups:
         if num_groups % num_ranks == 0:
             num_local = num_groups // num_ranks
             local_groups = range(rank * num_local, (rank + 1) * num_local)
-            return _interleave(sources, num_blocks=num_groups, chosen=local_groups)
+            return _interleave(sources, num_blocks=num_groups, blocks=local_groups)
         all_groups = range(num_groups)
-        (height, *width), pieces = _interleave(sources, num_blocks=num_groups, chosen=all_groups)
+        (height, *width), pieces = _interleave(sources, num_blocks=num_groups, blocks=all_groups)
         if height % num_ranks:
             raise UserError(
                 f"parallel.tensor={num_ranks} does not divide the {height} rows of query, key and "
@@ -292,13 +292,13 @@ def pieces_of_rows(pieces: Iterable[Piece], start: int, length: int) -> Iterator
 
 
 def _interleave(
-    sources: tuple[Source, ...], *, num_blocks: int, chosen: range
+    sources: tuple[Source, ...], *, num_blocks: int, blocks: range
 ) -> tuple[Shape, list[Piece]]:
     """Cut each source into `num_blocks` runs of rows; return the chosen blocks in order, in each of
     them the runs of all sources one below the other."""
     lengths = [_divide(source.shape[0], num_blocks, source) for source in sources]
     pieces, end = [], 0
-    for block in chosen:
+    for block in blocks:
         for source, length in zip(sources, lengths, strict=True):
             pieces.append(Piece(source.name, 0, block * length, end, length))
             end += length

@@ -184,9 +184,9 @@ class DamagedCheckpoint:
     faults: tuple[str, ...]
 
     def __str__(self) -> str:
-        more = len(self.faults) - SHOWN_FAULTS
-        shown = "; ".join(self.faults[:SHOWN_FAULTS])
-        return f"{self.folder.name}: {shown}" + (f"; and {more} more" if more > 0 else "")
+        num_more = len(self.faults) - SHOWN_FAULTS
+        listing = "; ".join(self.faults[:SHOWN_FAULTS])
+        return f"{self.folder.name}: {listing}" + (f"; and {num_more} more" if num_more > 0 else "")
 
 
 def checkpoint_path(checkpoints: Path, step: int) -> Path:
@@ -213,7 +213,7 @@ def complete_checkpoints(checkpoints: Path) -> list[Path]:
 
 
 def newest_usable(
-    checkpoints: Path, verify: Verify, below: Path | None = None
+    checkpoints: Path, verify: Verify, limit: Path | None = None
 ) -> tuple[Path | None, list[DamagedCheckpoint]]:
     """Return the newest checkpoint that can be used (None if none is good), and the damaged ones
     that are newer.
@@ -223,10 +223,10 @@ def newest_usable(
     Args:
         checkpoints: the folder of the run's checkpoints.
         verify: what is compared: names, sizes and the manifest; for "none" names only.
-        below: a checkpoint; only older ones are considered. None: all are."""
+        limit: a checkpoint; only older ones are considered. None: all are."""
     damaged: list[DamagedCheckpoint] = []
     for folder in reversed(complete_checkpoints(checkpoints)):
-        if below is not None and checkpoint_step(folder) >= checkpoint_step(below):
+        if limit is not None and checkpoint_step(folder) >= checkpoint_step(limit):
             continue
         if not (faults := find_faults(folder, verify)):
             return folder, damaged

@@ -252,11 +252,11 @@ def _gather_bucket(
             shard = torch.empty(piece.numel() // size, dtype=piece.dtype, device=platform.device())
         for parameter, ranges in param_map.items():
             state = part._get_main_param_and_optimizer_states(parameter)[key].detach()
-            here = slice(ranges["gbuf_local"].start, ranges["gbuf_local"].end)
+            span = slice(ranges["gbuf_local"].start, ranges["gbuf_local"].end)
             if shard is None:
-                _copy_ranges(piece[here], state, to_save)
+                _copy_ranges(piece[span], state, to_save)
             else:
-                shard[here].copy_(state, non_blocking=True)
+                shard[span].copy_(state, non_blocking=True)
         if shard is not None:
             _all_gather(piece.view(size, -1), shard, part.data_parallel_group, to_save)
 

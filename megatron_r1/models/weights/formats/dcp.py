@@ -109,11 +109,11 @@ class DistributedCheckpoint:
             if box is None:
                 continue
             first, size = box
-            inside = tuple(f - c for f, c in zip(first, chunk.starts, strict=True))
+            offsets = tuple(f - c for f, c in zip(first, chunk.starts, strict=True))
             target = out
             for axis, (f, start, n) in enumerate(zip(first, starts, size, strict=True)):
                 target = target.narrow(axis, f - start, n)
-            target.copy_(self._read_chunk(key, chunk, inside, size))
+            target.copy_(self._read_chunk(key, chunk, offsets, size))
             covered += prod(size)
         if covered != out.numel():
             raise UserError(
@@ -208,9 +208,9 @@ class DistributedCheckpoint:
                 self._files[chunk.file], at, chunk.sizes, self.dtypes[key], starts, sizes
             )
         except (RuntimeError, LookupError, ValueError, EOFError, pickle.UnpicklingError) as error:
-            where, cause = f"{key} at {chunk.starts}", str(error).partition("\n")[0]
+            label, cause = f"{key} at {chunk.starts}", str(error).partition("\n")[0]
             raise UserError(
-                f"{where} in {self.path / chunk.file} is damaged ({cause}); use another checkpoint",
+                f"{label} in {self.path / chunk.file} is damaged ({cause}); use another checkpoint",
                 key="checkpoint",
                 cause=Cause.MALFORMED,
             ) from error

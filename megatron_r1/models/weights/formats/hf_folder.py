@@ -136,8 +136,10 @@ class HFWeights:
             blocks,
         )
         values = dequantize_blockwise(q, scales, dtype=torch.float32)
-        for axis, (outside, inside, size) in enumerate(zip(outer, starts, sizes, strict=True)):
-            values = values.narrow(axis, inside - outside, size)
+        for axis, (block_start, box_start, size) in enumerate(
+            zip(outer, starts, sizes, strict=True)
+        ):
+            values = values.narrow(axis, box_start - block_start, size)
         return values
 
     def has(self, name: str) -> bool:
@@ -198,10 +200,10 @@ class HFWeights:
         """Raise UserError naming every missing, unexpected or mis-shaped tensor."""
         hf = self.hf
         published = published_tensors(hf)
-        needed = published_tensors(hf, with_mtp).keys() - self.copies.keys()
+        tensor_names = published_tensors(hf, with_mtp).keys() - self.copies.keys()
         # As MXFP4, which only stacked experts have, two others are stored instead.
         expected: dict[str, Shape] = {}
-        for name in needed:
+        for name in tensor_names:
             shape = published[name][0]
             is_packed = (
                 name not in self._stored and quantized_blocks.blocks_name(name) in self._stored
@@ -304,10 +306,10 @@ def _hint(missing: list[str], extra: list[str], is_unreadable: bool, hf: dict) -
     if is_unreadable:
         return "; load the model with transformers and save it in bfloat16 or float32"
     if missing and extra and (prefix := _prefix(missing, extra)):
-        named = f"begin with {prefix}" if prefix != _BODY else f"lack {_BODY}"
+        difference = f"begin with {prefix}" if prefix != _BODY else f"lack {_BODY}"
         return (
-            f"; the names {named}: save the model itself (an AutoModelForCausalLM; of PEFT after "
-            "merge_and_unload) by save_pretrained"
+            f"; the names {difference}: save the model itself (an AutoModelForCausalLM; of PEFT "
+            "after merge_and_unload) by save_pretrained"
         )
     if extra and not missing:
         return (
@@ -332,9 +334,9 @@ def _prefix(missing: list[str], extra: list[str]) -> str:
     return prefix if prefix and {prefix + name for name in lack} <= have else ""
 
 
-def _some(names: list[str], most: int = 8) -> str:
-    ending = f" … and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + ending
+def _some(names: list[str], limit: int = 8) -> str:
+    ending = f" … and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + ending
 
 
 class KnownScales:

@@ -43,10 +43,10 @@ def quantize_fp8(
         return q, scale
     candidate = _codes(x, known_scales)
     exact = dequantize_blockwise(candidate, known_scales, dtype=torch.float32)
-    same = _whole_blocks(exact == x) | _whole_blocks(exact.bfloat16().float() == x)
-    chosen = spread_scales(same, x.shape)
-    q = torch.where(chosen, candidate.view(torch.uint8), q.view(torch.uint8))
-    return q.view(torch.float8_e4m3fn), torch.where(same, known_scales, scale)
+    is_exact_block = _whole_blocks(exact == x) | _whole_blocks(exact.bfloat16().float() == x)
+    is_exact = spread_scales(is_exact_block, x.shape)
+    q = torch.where(is_exact, candidate.view(torch.uint8), q.view(torch.uint8))
+    return q.view(torch.float8_e4m3fn), torch.where(is_exact_block, known_scales, scale)
 
 
 def _codes(x: Tensor, scale: Tensor) -> Tensor:
