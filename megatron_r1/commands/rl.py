@@ -30,7 +30,8 @@ from megatron_r1.commands.training_run import (
 from megatron_r1.config import Config
 from megatron_r1.controller.loop import train
 from megatron_r1.controller.policy_engines import PolicyEngines
-from megatron_r1.controller.push.pusher import PROBE_TOKENS, create_pusher
+from megatron_r1.controller.push.prober import PROBE_TOKENS
+from megatron_r1.controller.push.pusher import create_pusher
 from megatron_r1.controller.rl_run import RLRun
 from megatron_r1.controller.rollouts.collector import RolloutCollector
 from megatron_r1.controller.rollouts.heldout import HeldoutEvaluation

@@ -26,7 +26,8 @@ from tiny_models import (
 
 from megatron_r1.config import Config
 from megatron_r1.controller.push.engine_links import EngineLinks
-from megatron_r1.controller.push.pusher import Prober, WeightPusher
+from megatron_r1.controller.push.prober import Prober
+from megatron_r1.controller.push.pusher import WeightPusher
 from megatron_r1.controller.supervision.hang_diagnosis import inspect_trainer
 from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet

@@ -13,7 +13,8 @@ from megatron_r1.config import parse
 from megatron_r1.config.push import PushConfig
 from megatron_r1.controller.policy_engines import PolicyEngines
 from megatron_r1.controller.push.engine_links import EngineLinks
-from megatron_r1.controller.push.pusher import OffloadedProber, WeightPusher
+from megatron_r1.controller.push.prober import OffloadedProber
+from megatron_r1.controller.push.pusher import WeightPusher
 from megatron_r1.engines.fleet.engine import Engine
 from megatron_r1.engines.server.responses import EngineError
 from megatron_r1.trainer.operations import needs_parameters

@@ -12,7 +12,8 @@ from torch.distributed import TCPStore
 from megatron_r1.base.errors import TrainerLost
 from megatron_r1.config.push import PushConfig
 from megatron_r1.controller.push.engine_links import EngineLinks
-from megatron_r1.controller.push.pusher import Prober, WeightPusher
+from megatron_r1.controller.push.prober import Prober
+from megatron_r1.controller.push.pusher import WeightPusher
 from megatron_r1.engines.fleet.engine import Engine
 from megatron_r1.engines.server.client import EngineClient
 from megatron_r1.engines.server.responses import (
