@@ -1,6 +1,7 @@
 """Reinforcement learning; a run begins with 1 to 3, and a step passes 4 to 9 in this order.
 
-1. `rl_run`: the run around the algorithm, from its begin to its end.
+1. `rl_run`: the run around the algorithm, from its begin to its end; `run_checkpoints`: what it
+   keeps across restarts.
 2. `cpu_memory`: the micro-batch that fits into a host without GPUs.
 3. `supervision`: the watch over the run, its health endpoint and restarts.
 4. `loop`: the algorithm.
