@@ -2,5 +2,5 @@
 
 - `hang_diagnosis`: what a hung run waits for, and the report.
 - `watchdog`: notices hangs.
-- `supervisor`: runs the watchdog and the endpoints /health and /metrics around a run, and restarts
-  the trainer."""
+- `health`: the endpoints /health and /metrics.
+- `supervisor`: runs the watchdog and these endpoints around a run, and restarts the trainer."""
