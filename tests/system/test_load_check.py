@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_r1.engines.plugin import backend
+from megatron_r1.engines.plugin import load_check
 from megatron_r1.engines.plugin.loader_copies import CheckpointParameter
 from megatron_r1.engines.plugin.memory_layout import PlacedParameter
 from megatron_r1.push.results import UndeliveredPush
@@ -28,7 +28,7 @@ class World:
         self.memory = torch.zeros(1024, dtype=torch.uint8)
         # Two copies into `large`: slots 1 and 2.
         self.owners = [self.placed[0], self.placed[1], *self.placed[1:]]
-        self.check = backend.LoadCheck(self.owners)
+        self.check = load_check.LoadCheck(self.owners)
 
     def push(self, number, changed, loaded):
         """Slots whose values are others than before, and names that the engine loads."""
@@ -45,8 +45,8 @@ class World:
 
 @pytest.fixture
 def world(monkeypatch):
-    monkeypatch.setattr(backend, "SMALL_BYTES", 64)
-    monkeypatch.setattr(backend, "CPU_BYTES", 256)
+    monkeypatch.setattr(load_check, "SMALL_BYTES", 64)
+    monkeypatch.setattr(load_check, "CPU_BYTES", 256)
     return World()
 
 
@@ -95,7 +95,7 @@ class Blocks:
             at = CheckpointParameter(self.layer, name, name, shape, stride, dtype, is_live=False)
             self.placed.append(PlacedParameter(at, 256 * number, 2))
         self.memory = torch.zeros(1024, dtype=torch.uint8)
-        self.check = backend.LoadCheck(self.placed)
+        self.check = load_check.LoadCheck(self.placed)
 
     def push(self, number, code, scale, *, loads_scales=True):
         """Codes and scales that are others than before; the engine always loads the codes."""
