@@ -9,7 +9,7 @@ Exceptions that name an architecture, in all of megatron_r1:
 - `data.tokenizer`: the tokenizer's class, known without reading the tokenizer.
 - `engines.server.recipe_checks`: what vLLM's classes of gpt-oss, DeepSeek-V3, GLM-4.5 and Qwen3-MoE
   need or cannot do.
-- `engines.plugin.patches`: vLLM's layers of DeepSeek, and its drafter of GLM-4.5.
+- `engines.plugin.deepseek_patches`: vLLM's layers of DeepSeek, and its drafter of GLM-4.5.
 - `engines.plugin.loader_copies`: vLLM's loader of gpt-oss, which takes all experts at once.
 
 `push.plan.predicted_sharding` knows gpt-oss by `Family.stacked_experts`: its class in vLLM has the

@@ -77,11 +77,11 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
     update_info_cls = PushUpdateInfo
 
     drafter: torch.nn.Module | None = None
-    """The MTP layer that vLLM drafts with (`engines.plugin.patches`)."""
+    """The MTP layer that vLLM drafts with (`engines.plugin.drafter_patches`)."""
     balancer: EplbState | None = None
-    """vLLM's balancer of experts (`engines.plugin.patches`)."""
+    """vLLM's balancer of experts (`engines.plugin.drafter_patches`)."""
     lora: WorkerLoRAManager | None = None
-    """vLLM's manager of adapters (`engines.plugin.patches`)."""
+    """vLLM's manager of adapters (`engines.plugin.drafter_patches`)."""
     _receiver: Receiver | None = None
     _store: list | None = None
     _recorded: tuple[list, SlotTable] | None = None

@@ -30,14 +30,16 @@ def _patch() -> None:
     from vllm.platforms import current_platform
 
     from megatron_r1.engines.plugin import (
+        deepseek_patches,
+        drafter_patches,
         output_batching,
         patches,
         pushed_adapter,
         sampling_masks,
     )
 
-    patches.correct_deepseek_classes()
-    patches.push_to_drafters()
+    deepseek_patches.correct_deepseek_classes()
+    drafter_patches.push_to_drafters()
     patches.keep_expert_maps_on_host()
     patches.keep_ranks_in_step()
     output_batching.apply()

@@ -16,7 +16,7 @@ from vllm.distributed.eplb.policy import EPLB_POLICIES
 from vllm.distributed.eplb.rebalance_execute import rearrange_expert_weights_inplace
 from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 
-from megatron_r1.engines.plugin import expert_placement, patches
+from megatron_r1.engines.plugin import deepseek_patches, expert_placement
 
 EXPERTS, COPIES, LAYERS = 6, 2, 3
 SIZES = (5, 3)
@@ -127,7 +127,7 @@ def slots_of_a_drafter() -> list[list[int]]:
         num_redundant_experts=COPIES, named_parameters=lambda: iter([("experts.w13_weight", None)])
     )
     found = []
-    for patch in (None, patches.load_copies_into_drafters):
+    for patch in (None, deepseek_patches.load_copies_into_drafters):
         if patch:
             patch(deepseek_mtp)
         mapping = deepseek_mtp.fused_moe_make_expert_params_mapping(
