@@ -52,8 +52,8 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     if not getattr(session.config.option, "numprocesses", None):
         return
     from megatron_r1.base.processes.fork_server import SERVERS
-    from megatron_r1.controller.trainer_calls.ranks import MODULE as RANK
-    from megatron_r1.controller.trainer_calls.ranks import import_environment
+    from megatron_r1.controller.trainer_calls.rank_processes import MODULE as RANK
+    from megatron_r1.controller.trainer_calls.rank_processes import import_environment
     from megatron_r1.engines.server.environment import engine_environment
     from megatron_r1.engines.server.server import MODULE as ENGINE
 

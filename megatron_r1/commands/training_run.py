@@ -27,8 +27,8 @@ from megatron_r1.controller.run_recorder import RunRecorder
 from megatron_r1.controller.supervision.supervisor import Supervisor
 from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.controller.trainer_calls.packing import check_batches
-from megatron_r1.controller.trainer_calls.ranks import MODULE as RANK
-from megatron_r1.controller.trainer_calls.ranks import import_environment
+from megatron_r1.controller.trainer_calls.rank_processes import MODULE as RANK
+from megatron_r1.controller.trainer_calls.rank_processes import import_environment
 from megatron_r1.engines.server import gpu
 from megatron_r1.engines.server.settings import MODULE as ENGINE
 from megatron_r1.engines.server.settings import EngineSettings, engine_settings

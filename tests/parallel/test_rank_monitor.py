@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from megatron_r1.base.processes.authentication import RANKS_TOKEN_VARIABLE
-from megatron_r1.controller.trainer_calls.ranks import RankSocket
+from megatron_r1.controller.trainer_calls.rank_socket import RankSocket
 
 HERE = Path(__file__).parent
 TOKEN = "secret" * 8

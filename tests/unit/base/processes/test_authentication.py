@@ -17,7 +17,7 @@ from megatron_r1.base.processes.authentication import (
     protect_server,
 )
 from megatron_r1.base.processes.stopping import StopRequest
-from megatron_r1.controller.trainer_calls.ranks import RankSocket
+from megatron_r1.controller.trainer_calls.rank_socket import RankSocket
 from megatron_r1.trainer.operations import RankCall, RankReply, rank_identity
 
 

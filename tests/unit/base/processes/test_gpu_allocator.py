@@ -9,8 +9,8 @@ from megatron_r1.base.processes import memory
 from megatron_r1.base.processes.memory import ALLOCATOR_VARIABLES
 from megatron_r1.commands import cli, torchrun
 from megatron_r1.config import parse
-from megatron_r1.controller.trainer_calls import ranks
-from megatron_r1.controller.trainer_calls.ranks import RankProcesses
+from megatron_r1.controller.trainer_calls import rank_processes
+from megatron_r1.controller.trainer_calls.rank_processes import RankProcesses
 from megatron_r1.engines.server import gpu
 from megatron_r1.engines.server.settings import EngineSettings
 from megatron_r1.trainer import worker
@@ -34,7 +34,7 @@ def allocator_of(environment):
 
 def test_ranks_on_gpus_let_segments_grow(has_gpu, tmp_path, monkeypatch):
     started = []
-    monkeypatch.setattr(ranks, "_start", lambda command, log, own: started.append(own))
+    monkeypatch.setattr(rank_processes, "_start", lambda command, log, own: started.append(own))
     config = parse({"run": {"folder": "x"}, "parallel": {"processes": 2}})
     RankProcesses(tmp_path).start(config, "tcp://127.0.0.1:1", "secret")
     expected = TRAINERS if has_gpu else {}

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from megatron_r1.base.processes import exit_diagnosis
-from megatron_r1.controller.trainer_calls.ranks import RankProcesses
+from megatron_r1.controller.trainer_calls.rank_processes import RankProcesses
 
 
 @pytest.mark.parametrize(("kills", "says"), [(3, False), (4, True)])
