@@ -20,7 +20,7 @@ from megatron_r1.commands.first_recipe import Machine, guess_layout, value_text
 from megatron_r1.commands.training_run import check_trainer
 from megatron_r1.config import Config
 from megatron_r1.controller import algorithms
-from megatron_r1.controller.teacher import check_teachers
+from megatron_r1.controller.teacher_checks import check_teachers
 from megatron_r1.engines.fleet.placement import check_room, hosts_address
 from megatron_r1.engines.server import gpu
 from megatron_r1.engines.server.recipe_checks import (

@@ -14,7 +14,7 @@ from megatron_r1.commands.rl_prompts import explain_renamed_columns
 from megatron_r1.config import Config
 from megatron_r1.controller.rollouts.collector import RolloutCollector
 from megatron_r1.controller.rollouts.sample_log import SampleLog
-from megatron_r1.controller.rollouts.teachers import open_teachers
+from megatron_r1.controller.rollouts.teacher_fleets import open_teachers
 from megatron_r1.controller.run_recorder import RunRecorder
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.data.prompts import PromptSplit

@@ -7,8 +7,8 @@
 4. `loop`: the algorithm.
 5. `policy_engines`: the engines as the loop uses them, and `trainer_passes`: the trainer; `push`
    brings the engines the trainer's weights.
-6. `rollouts`: prompts, responses and their rewards; `teacher` has the engines that score tokens
-   in on-policy distillation.
+6. `rollouts`: prompts, responses and their rewards; `teacher_checks` refuses teachers that cannot
+   score them in on-policy distillation.
 7. `advantages`: the arithmetic of rewards; `algorithms` has one module per algorithm,
    `corrections` the settings that correct any of them, and `verifier_audit` says what wrong
    rewards do to advantages.

@@ -14,8 +14,7 @@ from sampled import TOLERANCE
 from tiny_models import DEEPSEEK, QWEN, reference_logprobs, write_model
 
 from megatron_r1.config import Config
-from megatron_r1.controller.rollouts.teachers import open_teachers
-from megatron_r1.controller.teacher import teacher_fleet
+from megatron_r1.controller.rollouts.teacher_fleets import open_teachers, teacher_fleet
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.engines.server.server import EngineServer
 

@@ -4,7 +4,7 @@
   `rollout_stream`; `dynamic_sampling` replaces groups with equal rewards.
 - `collector`: has responses sampled, graded, scored by their question's teacher, and grouped;
   `in_flight` tracks the groups that are not finished.
-- `teachers`: the engines that score the tokens of each source's questions.
+- `teacher_fleets`: the engines that score the tokens of each source's questions.
 - `players`: finds who plays an episode.
 - `rollout`: groups and graded responses; `response_grader` grades them, `training_samples` turns
   them into the trainer's samples.

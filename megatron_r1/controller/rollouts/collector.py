@@ -23,7 +23,7 @@ from megatron_r1.controller.rollouts.rollout import (
     check_grades,
 )
 from megatron_r1.controller.rollouts.sample_log import StepLog
-from megatron_r1.controller.rollouts.teachers import Teachers
+from megatron_r1.controller.rollouts.teacher_fleets import Teachers
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.engines.episodes import Episode, EpisodeResult, Generate, Player

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from megatron_r1.base.errors import Cause, RunError
 from megatron_r1.config import Config, load
 from megatron_r1.config.parallel import ParallelConfig
-from megatron_r1.controller.rollouts.teachers import check_sources
+from megatron_r1.controller.rollouts.teacher_fleets import check_sources
 from megatron_r1.data.prompts import load_prompts
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.models.weights.layout import recipe_stages

@@ -23,7 +23,7 @@ from megatron_r1.base.errors import Cause
 from megatron_r1.config import RewardsConfig, parse
 from megatron_r1.controller.rollouts.collector import RolloutCollector
 from megatron_r1.controller.rollouts.rollout import RolloutSampling
-from megatron_r1.controller.rollouts.teachers import Teachers
+from megatron_r1.controller.rollouts.teacher_fleets import Teachers
 from megatron_r1.controller.run_recorder import RunRecorder
 from megatron_r1.controller.supervision.hang_diagnosis import coordinates
 from megatron_r1.controller.supervision.supervisor import Supervisor

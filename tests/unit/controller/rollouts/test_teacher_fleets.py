@@ -11,7 +11,7 @@ from megatron_r1.base.errors import Cause
 from megatron_r1.commands.rl_prompts import describe_teachers
 from megatron_r1.config import Config
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group
-from megatron_r1.controller.rollouts.teachers import Teachers, teacher_source
+from megatron_r1.controller.rollouts.teacher_fleets import Teachers, teacher_source
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.engines.server.responses import Response
 

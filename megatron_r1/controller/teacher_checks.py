@@ -1,56 +1,17 @@
-"""The engines of a teacher of on-policy distillation, which only score the tokens that the student
-sampled (`RolloutFleet.compute_logprobs`) and whose weights never change, and what is refused before
-they start."""
+"""What is refused of the teachers of on-policy distillation before their engines start."""
 
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from urllib.parse import quote
+from collections.abc import Mapping
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import Config
 from megatron_r1.config.algorithms import find_rules
-from megatron_r1.config.teacher import DEFAULT, source_key
 from megatron_r1.data.tokenizer import load_tokenizer
-from megatron_r1.engines.fleet.external_fleet import ExternalFleet
-from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
-from megatron_r1.engines.server import gpu, model_config, recipe_checks, settings
+from megatron_r1.engines.server import model_config, recipe_checks
 from megatron_r1.engines.server.vllm_arguments import check_arguments
 from megatron_r1.models.hf_config import language_settings, load_config
 
 NUM_SHOWN = 5
 """Differing tokens that an error names."""
-
-
-def teacher_fleet(
-    config: Config, logs: Path, notify: Callable[[str], None], source: str = DEFAULT
-) -> RolloutFleet:
-    """Return the engines of a teacher, to be started with the model of its path.
-
-    Args:
-        config: the recipe.
-        logs: the folder of the engines' logs.
-        notify: called with a line when an engine is replaced.
-        source: a key of `teacher.by_source`; default: the section's own teacher."""
-    teacher = config.teacher.of_source(source)
-    role = f"teacher-{quote(source, safe='')}" if source else "teacher"
-    supervision = {**settings.fleet_settings(teacher), "role": role, "notify": notify}
-    # vLLM samples one token after those it scores. If that is beyond the model's positions it must
-    # be allowed; nothing is computed there, as the token is not an input.
-    max_model_len = model_config.max_model_len(config) + 1
-    if teacher.url:
-        return ExternalFleet(teacher.url, logs, max_model_len=max_model_len, **supervision)
-    return RolloutFleet(
-        teacher.engines,
-        logs,
-        device=gpu.device(),
-        max_model_len=max_model_len,
-        prefix_caching=False,  # vLLM computes the whole prompt if it scores its tokens
-        extra_args=["--max-num-batched-tokens", str(teacher.tokens_at_once)],
-        extra_env={"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"},
-        section=source_key(source),
-        **supervision,
-        **settings.engine_settings(teacher),
-    )
 
 
 def check_teachers(config: Config) -> None:

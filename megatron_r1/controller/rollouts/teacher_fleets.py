@@ -1,5 +1,6 @@
-"""The teachers of a run by the source of a question: one for all, and further ones for single
-sources (multi-teacher on-policy distillation, MOPD: arXiv 2606.30406)."""
+"""The engines of a run's teachers, which only score the tokens that the student sampled
+(`RolloutFleet.compute_logprobs`) and whose weights never change: one teacher for all questions, and
+further ones for single sources (multi-teacher on-policy distillation, MOPD: arXiv 2606.30406)."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 
@@ -15,9 +17,10 @@ from megatron_r1.base.errors import Cause, UserError, did_you_mean
 from megatron_r1.config import Config
 from megatron_r1.config.teacher import DEFAULT, OTHERS, TeacherConfig, source_key
 from megatron_r1.controller.rollouts.rollout import Group
-from megatron_r1.controller.teacher import teacher_fleet
 from megatron_r1.data.prompts import Prompt
+from megatron_r1.engines.fleet.external_fleet import ExternalFleet
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
+from megatron_r1.engines.server import gpu, model_config, settings
 
 NUM_SHOWN = 8
 """Sources that an error names."""
@@ -84,6 +87,38 @@ class Teachers:
         for fleet in self.fleets.values():
             counters.update(fleet.metrics())
         return dict(counters)
+
+
+def teacher_fleet(
+    config: Config, logs: Path, notify: Callable[[str], None], source: str = DEFAULT
+) -> RolloutFleet:
+    """Return the engines of a teacher, to be started with the model of its path.
+
+    Args:
+        config: the recipe.
+        logs: the folder of the engines' logs.
+        notify: called with a line when an engine is replaced.
+        source: a key of `teacher.by_source`; default: the section's own teacher."""
+    teacher = config.teacher.of_source(source)
+    role = f"teacher-{quote(source, safe='')}" if source else "teacher"
+    supervision = {**settings.fleet_settings(teacher), "role": role, "notify": notify}
+    # vLLM samples one token after those it scores. If that is beyond the model's positions it must
+    # be allowed; nothing is computed there, as the token is not an input.
+    max_model_len = model_config.max_model_len(config) + 1
+    if teacher.url:
+        return ExternalFleet(teacher.url, logs, max_model_len=max_model_len, **supervision)
+    return RolloutFleet(
+        teacher.engines,
+        logs,
+        device=gpu.device(),
+        max_model_len=max_model_len,
+        prefix_caching=False,  # vLLM computes the whole prompt if it scores its tokens
+        extra_args=["--max-num-batched-tokens", str(teacher.tokens_at_once)],
+        extra_env={"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"},
+        section=source_key(source),
+        **supervision,
+        **settings.engine_settings(teacher),
+    )
 
 
 def open_teachers(config: Config, logs: Path, notify: Callable[[str], None]) -> Teachers | None:
