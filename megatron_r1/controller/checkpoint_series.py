@@ -81,7 +81,7 @@ class CheckpointSeries:
             if not answer["faults"]:
                 break
             damaged.append(DamagedCheckpoint(candidate, tuple(answer["faults"])))
-            candidate, between = self._newest(below=candidate)
+            candidate, between = self._newest(bound=candidate)
             damaged += between
         self._choose(candidate, damaged)
 
@@ -158,8 +158,8 @@ class CheckpointSeries:
             checkpoint_folders.prune, self._folder, settings.keep, settings.keep_every
         )
 
-    def _newest(self, below: Path | None = None) -> tuple[Path | None, list[DamagedCheckpoint]]:
-        return checkpoint_folders.newest_usable(self._folder, self._settings.verify, below)
+    def _newest(self, bound: Path | None = None) -> tuple[Path | None, list[DamagedCheckpoint]]:
+        return checkpoint_folders.newest_usable(self._folder, self._settings.verify, bound)
 
     def _choose(self, good: Path | None, damaged: list[DamagedCheckpoint]) -> None:
         """Continue from `good` and set the newer, `damaged` ones aside.

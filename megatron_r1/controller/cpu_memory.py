@@ -81,10 +81,10 @@ class CPUMemory:
         Raises:
             UserError: the weights and a micro-batch alone need more than is free; `other_bytes` do
                 not count for that, because processes share parts of them."""
-        most = min(DEFAULT_TOKENS, MAX_ACTIVATION_BYTES // self.bytes_per_token)
-        tokens = requested or max(MIN_TOKENS, min(most, self.largest_microbatch))
-        needed = self.weight_bytes + self.engine_weight_bytes + tokens * self.bytes_per_token
-        if needed <= self.free_bytes:
+        max_tokens = min(DEFAULT_TOKENS, MAX_ACTIVATION_BYTES // self.bytes_per_token)
+        tokens = requested or max(MIN_TOKENS, min(max_tokens, self.largest_microbatch))
+        num_bytes = self.weight_bytes + self.engine_weight_bytes + tokens * self.bytes_per_token
+        if num_bytes <= self.free_bytes:
             return tokens
         key = "parallel.processes"
         remedy = (
@@ -93,8 +93,8 @@ class CPUMemory:
         )
         if requested and self.largest_microbatch >= MIN_TOKENS:
             key = "parallel.tokens_per_microbatch"
-            most = self.largest_microbatch
-            remedy = f"leave parallel.tokens_per_microbatch out, or lower it to {most:,}"
+            max_tokens = self.largest_microbatch
+            remedy = f"leave parallel.tokens_per_microbatch out, or lower it to {max_tokens:,}"
         raise UserError(f"{self.describe(tokens)}: {remedy}", key=key, cause=Cause.TOO_LARGE)
 
     def describe(self, tokens: int) -> str:
@@ -212,7 +212,7 @@ def free_bytes() -> int:
     """Return the memory that this host, or the container, has left."""
     free = psutil.virtual_memory().available
     try:
-        limit, used = (
+        limit, usage = (
             int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current")
         )
         stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
@@ -220,7 +220,7 @@ def free_bytes() -> int:
         return free
     # The kernel drops cached files before it kills a process.
     cached = int(stat["active_file"]) + int(stat["inactive_file"])
-    return min(free, limit - used + cached)
+    return min(free, limit - usage + cached)
 
 
 CGROUP = Path("/sys/fs/cgroup")

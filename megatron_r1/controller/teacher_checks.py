@@ -49,11 +49,11 @@ def _check_positions(config: Config, path: str, key: str) -> None:
         config: the recipe.
         path: the teacher's folder.
         key: its key in the recipe."""
-    limit, needed = model_config.max_positions(path, key), model_config.max_model_len(config)
-    if limit < needed:
+    limit, num_tokens = model_config.max_positions(path, key), model_config.max_model_len(config)
+    if limit < num_tokens:
         raise UserError(
             f"{key} {path} has {limit} positions (max_position_embeddings), and the student "
-            f"writes up to {needed} tokens with the prompt; set rollout.max_model_len: {limit}",
+            f"writes up to {num_tokens} tokens with the prompt; set rollout.max_model_len: {limit}",
             key=key,
             cause=Cause.TOO_LARGE,
         )
@@ -117,9 +117,9 @@ def differing_tokens(student: Mapping[str, int], teacher: Mapping[str, int]) -> 
     wrong = sorted(
         (number, token) for token, number in student.items() if by_id.get(number) != token
     )
-    shown = [
+    differences = [
         f"{number} is {token!r}, to the teacher {by_id.get(number, 'nothing')!r}"
         for number, token in wrong[:NUM_SHOWN]
     ]
-    more = f" and {len(wrong) - NUM_SHOWN:,} more" if len(wrong) > NUM_SHOWN else ""
-    return "; ".join(shown) + more
+    rest = f" and {len(wrong) - NUM_SHOWN:,} more" if len(wrong) > NUM_SHOWN else ""
+    return "; ".join(differences) + rest

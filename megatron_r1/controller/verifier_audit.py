@@ -127,9 +127,9 @@ async def audit(
     strata = group_by_stratum(answers)
     drawn = draw_sample(strata, size, seed)
     groups = _groups(answers)
-    chosen = random.Random(f"{seed}:groups").sample(groups, min(num_groups, len(groups)))
+    drawn_groups = random.Random(f"{seed}:groups").sample(groups, min(num_groups, len(groups)))
     to_judge = [*chain.from_iterable(drawn.values())]
-    to_judge += [answer for group in chosen for answer in group if answer.can_be_audited]
+    to_judge += [answer for group in drawn_groups for answer in group if answer.can_be_audited]
     distinct = list({answer.id: answer for answer in to_judge}.values())
     findings = await judge_all(distinct, judge)
     sources = sorted({stratum[0] for stratum in strata})
@@ -142,7 +142,7 @@ async def audit(
         without_method=dict(kinds_without_method.most_common()),
         sources={name: error_rates(strata, drawn, findings, name) for name in sources},
         overall=error_rates(strata, drawn, findings),
-        effect=_effect(len(groups), chosen, findings, advantages or _z_scores, seed),
+        effect=_effect(len(groups), drawn_groups, findings, advantages or _z_scores, seed),
         judged=[(answer, findings[answer.id]) for answer in distinct],
     )
 
@@ -205,23 +205,25 @@ def _groups(answers: Iterable[GradedAnswer]) -> list[list[GradedAnswer]]:
 
 def _effect(
     num_groups: int,
-    chosen: list[list[GradedAnswer]],
+    drawn_groups: list[list[GradedAnswer]],
     findings: Mapping[str, SecondVerdict],
     advantages: Advantages,
     seed: int,
 ) -> AdvantageEffect | None:
-    if not chosen:
+    if not drawn_groups:
         return None
-    logged = advantages([[answer.total for answer in group] for group in chosen])
+    logged = advantages([[answer.total for answer in group] for group in drawn_groups])
     changes, signs = [], []
     for reversed_outcomes in (("wrong",), ("wrong", "undecided")):
         corrected = advantages(
             [
                 [_corrected(answer, findings, reversed_outcomes) for answer in group]
-                for group in chosen
+                for group in drawn_groups
             ]
         )
-        pairs = [list(zip(*both, strict=True)) for both in zip(logged, corrected, strict=True)]
+        pairs = [
+            list(zip(*columns, strict=True)) for columns in zip(logged, corrected, strict=True)
+        ]
         # Algorithms with an advantage per token have NaN for ungraded responses, before and after.
         changes.append(
             [fmean(abs(b - a) if math.isfinite(a) else 0.0 for a, b in pair) for pair in pairs]
@@ -234,9 +236,9 @@ def _effect(
     certain, possible = min(signs), max(signs)
     return AdvantageEffect(
         num_groups,
-        len(chosen),
+        len(drawn_groups),
         Estimate(certain_change.value, min(ends, default=None), max(ends, default=None)),
-        sampled_fraction(num_groups, len(chosen), certain, possible - certain),
+        sampled_fraction(num_groups, len(drawn_groups), certain, possible - certain),
     )
 
 

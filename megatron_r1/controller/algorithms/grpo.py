@@ -77,8 +77,11 @@ def advantages(groups: list[list[float | None]], rl: RLConfig) -> list[list[floa
     Returns:
         A list per group; 0 for an ungraded response, and for a whole group whose rewards are
         equal."""
-    by = "group" if rl.advantage_std == "group" else "none"
-    by_group = [group_advantages(g, advantage_std=by, epsilon=rl.advantage_epsilon) for g in groups]
+    advantage_std = "group" if rl.advantage_std == "group" else "none"
+    by_group = [
+        group_advantages(g, advantage_std=advantage_std, epsilon=rl.advantage_epsilon)
+        for g in groups
+    ]
     if rl.advantage_std == "batch":
         return divide_by_batch_std(by_group, groups, rl.advantage_epsilon)
     return by_group

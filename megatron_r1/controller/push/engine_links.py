@@ -320,8 +320,8 @@ class EngineLinks:
         if failures[0].is_damaged:
             raise EngineError(f"{', '.join(engine.name for engine in engines)}: {error}")
         self._drop([engine_set])
-        named = engines if len(engines) == 1 else [engines[member] for member in members]
-        at_fault = [engine for engine in engines if engine in named or engine.died.is_set()]
+        suspects = engines if len(engines) == 1 else [engines[member] for member in members]
+        at_fault = [engine for engine in engines if engine in suspects or engine.died.is_set()]
         for engine in at_fault:
             on_engine_lost(engine, EngineDied(f"{engine.name} was lost during a push: {error}"))
         if not at_fault:

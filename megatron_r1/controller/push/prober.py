@@ -52,11 +52,13 @@ class Prober:
         Raises:
             EngineError: the difference exceeds the tolerance.
         """
-        asked = engines if self.prompts else ()
+        probed_engines = engines if self.prompts else ()
         # All at once: an answer takes several of an engine's steps.
-        outcomes = await asyncio.gather(*map(self._probe_diff, asked), return_exceptions=True)
+        outcomes = await asyncio.gather(
+            *map(self._probe_diff, probed_engines), return_exceptions=True
+        )
         differences: list[float] = []
-        for engine, difference in zip(asked, outcomes, strict=True):
+        for engine, difference in zip(probed_engines, outcomes, strict=True):
             if isinstance(difference, EngineDied):
                 on_engine_lost(engine, difference)
                 continue

@@ -279,8 +279,8 @@ def _str(content: memoryview) -> str:
 def _shortened(versions: array[int]) -> memoryview:
     """Return all versions, or one if they are the same: they would be a quarter of a record."""
     numbers = np.asarray(versions)
-    same = len(numbers) > 1 and (numbers == numbers[0]).all()
-    return memoryview(versions[:1] if same else versions)
+    is_uniform = len(numbers) > 1 and (numbers == numbers[0]).all()
+    return memoryview(versions[:1] if is_uniform else versions)
 
 
 def _array(typecode: str, content: memoryview) -> array:

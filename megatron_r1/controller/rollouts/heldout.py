@@ -107,11 +107,11 @@ async def evaluate(
         "time/eval": rollout.rollout_seconds + rollout.reward_seconds,
     }
     episodes = episode_metrics([graded.episode for graded in responses if graded.episode])
-    shown = ("episode/turns", "episode/tool_calls", "episode/tool_errors")
+    shown_metrics = ("episode/turns", "episode/tool_calls", "episode/tool_errors")
     metrics |= {
         f"eval/{name}": value
         for name, value in episodes.items()
-        if name in shown or ("status" in name and value)
+        if name in shown_metrics or ("status" in name and value)
     }
     if any(ungraded := [ACCURACY in graded.ungraded_terms for graded in responses]):
         metrics["eval/ungraded"] = fmean(ungraded)

@@ -32,17 +32,17 @@ def find_player(config: Config) -> tuple[str, str | list[str]] | None:
         UserError: two of them, another template, or code that cannot be imported.
     """
     agents = config.agents
-    named = agents.player_settings
-    if not named:
+    settings = agents.player_settings
+    if not settings:
         return None
-    if len(named) > 1:
-        both = " and ".join(f"{key}: {value}" for key, value in named.items())
+    if len(settings) > 1:
+        players = " and ".join(f"{key}: {value}" for key, value in settings.items())
         raise UserError(
-            f"{both} each play the episodes; leave one out",
-            key=next(iter(named)),
+            f"{players} each play the episodes; leave one out",
+            key=next(iter(settings)),
             cause=Cause.CONFLICT,
         )
-    [(key, player)] = named.items()
+    [(key, player)] = settings.items()
     if config.data.template != "chat":
         raise UserError(
             f"data.template: {config.data.template!r} renders one question; {key} needs "

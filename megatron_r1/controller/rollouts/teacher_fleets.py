@@ -162,11 +162,11 @@ def check_sources(teacher: TeacherConfig, prompts: Sequence[Prompt]) -> dict[str
                 if source
             )
             names = [source for source, _ in sources.most_common(NUM_SHOWN)]
-            more = len(sources) - len(names)
+            num_others = len(sources) - len(names)
             near = did_you_mean(name, names, "{}")
             raise UserError(
                 f"{source_key(name)}: no question is of that source{near}; data sources and kinds "
-                f"are {', '.join(names)}{f' and {more:,} more' if more else ''}",
+                f"are {', '.join(names)}{f' and {num_others:,} more' if num_others else ''}",
                 key=source_key(name),
                 cause=Cause.UNKNOWN,
             )

@@ -118,9 +118,9 @@ class RoleDiagnosis:
     recover: Callable[[], Awaitable[None]] | None = None
 
 
-def _indented(lines: list[str], by: int = 4) -> list[str]:
-    """Return the lines of all texts, each `by` spaces to the right."""
-    return [" " * by + line for text in lines for line in text.splitlines()]
+def _indented(lines: list[str], width: int = 4) -> list[str]:
+    """Return the lines of all texts, each `width` spaces to the right."""
+    return [" " * width + line for text in lines for line in text.splitlines()]
 
 
 def format_seconds(seconds: float) -> str:
@@ -140,8 +140,10 @@ async def inspect_trainer(trainer: TrainerClient) -> RoleDiagnosis:
     else:
         since = format_seconds(time.monotonic() - waiting.since)
         missing = _ranks(sorted(waiting.missing))
-        where = _locations(trainer, waiting.missing, statuses)
-        headline = f"trainer: {waiting.operation!r} since {since}, no reply from {missing}; {where}"
+        locations = _locations(trainer, waiting.missing, statuses)
+        headline = (
+            f"trainer: {waiting.operation!r} since {since}, no reply from {missing}; {locations}"
+        )
     details = []
     for rank in range(trainer.world_size):
         details += _rank_lines(trainer, rank, statuses.get(rank))
@@ -161,8 +163,10 @@ def _locations(trainer: TrainerClient, missing: set[int], statuses: dict[int, Ra
         location = _describe_silence(trainer, rank)
         if rank in statuses:
             main = statuses[rank].threads[0]
-            inside = main.collective
-            location = f"in {inside}" if inside else f"in no collective, at {main.frames[-1]}"
+            collective = main.collective
+            location = (
+                f"in {collective}" if collective else f"in no collective, at {main.frames[-1]}"
+            )
         by_location.setdefault(location, []).append(rank)
     return "; ".join(f"{_ranks(ranks)} {location}" for location, ranks in by_location.items())
 
@@ -175,8 +179,8 @@ def _rank_lines(trainer: TrainerClient, rank: int, status: RankStatus | None) ->
     for index, thread in enumerate(status.threads):
         # Helper threads only if they wait for other ranks too, such as a checkpoint's.
         if index == 0 or thread.collective:
-            inside = f", in {thread.collective}" if thread.collective else ""
-            lines += _indented([f"thread {thread.name}{inside}"], 2) + _indented(thread.frames)
+            suffix = f", in {thread.collective}" if thread.collective else ""
+            lines += _indented([f"thread {thread.name}{suffix}"], 2) + _indented(thread.frames)
     return lines
 
 
@@ -203,10 +207,10 @@ def _process_state(process: int) -> str:
     return f"process {process} is {STATES.get(state, state)}"
 
 
-def _ranks(ranks: list[int], most: int = 16) -> str:
-    shown = ", ".join(map(str, ranks[:most]))
-    more = f" and {len(ranks) - most} more" if len(ranks) > most else ""
-    return f"rank{'s' if len(ranks) > 1 else ''} {shown}{more}"
+def _ranks(ranks: list[int], limit: int = 16) -> str:
+    numbers = ", ".join(map(str, ranks[:limit]))
+    rest = f" and {len(ranks) - limit} more" if len(ranks) > limit else ""
+    return f"rank{'s' if len(ranks) > 1 else ''} {numbers}{rest}"
 
 
 async def _inspect_engines(rollouts: RolloutCollector, pushing: bool = False) -> RoleDiagnosis:
@@ -329,10 +333,10 @@ def _describe_group(group: InFlightGroup) -> str:
 
 
 def _describe_job(pending: OutstandingJob) -> str:
-    where = f"worker {pending.worker_pid}" if pending.worker_pid else "queued"
+    worker = f"worker {pending.worker_pid}" if pending.worker_pid else "queued"
     question = _shorten_question(pending.job.fields.get("question") or "")
     since = format_seconds(time.monotonic() - pending.since)
-    return f"{where}: {pending.job.target}, question {question!r}, since {since}"
+    return f"{worker}: {pending.job.target}, question {question!r}, since {since}"
 
 
 def _shorten_question(question: str) -> str:

@@ -77,11 +77,11 @@ class Supervisor:
                 ranks (torchrun restarts them together with the controller).
         """
         trainer, recorder = self._run.trainer, self._run.recorder
-        most = self._run.config.run.max_trainer_restarts
+        max_restarts = self._run.config.run.max_trainer_restarts
         while True:
-            if not trainer.can_restart or trainer.num_restarts >= most:
+            if not trainer.can_restart or trainer.num_restarts >= max_restarts:
                 raise loss
-            count = f"restart {trainer.num_restarts + 1} of at most {most}"
+            count = f"restart {trainer.num_restarts + 1} of at most {max_restarts}"
             recorder.view.show_message(f"{loss}\nstarting the trainer ranks again, {count}")
             await asyncio.to_thread(trainer.kill)
             await self._free_gpus()

@@ -73,22 +73,22 @@ class Watchdog:
         with self._stacks_of_a_blocked_loop() as postpone, contextlib.ExitStack() as stack:
             counting = asyncio.create_task(self._count_tokens(tick))
             stack.callback(counting.cancel)
-            ticked = time.monotonic()
+            last_tick = time.monotonic()
             while True:
                 await asyncio.sleep(tick)
                 postpone()
-                progress, now = self.run.progress(), time.monotonic()
+                progress, this_tick = self.run.progress(), time.monotonic()
                 if progress == self._progress:
                     # At most the time of two ticks: this process may have been suspended itself.
-                    self._quiet += min(now - ticked, 2 * tick)
+                    self._quiet += min(this_tick - last_tick, 2 * tick)
                 else:
                     if is_reported:
                         self.run.recorder.view.show_message("the run moves again")
                     self._progress, self._quiet, is_reported = progress, 0.0, False
-                ticked = now
+                last_tick = this_tick
                 if self.is_stalled and not is_reported:
                     is_reported = await self._handle_hang()
-                    ticked = time.monotonic()
+                    last_tick = time.monotonic()
 
     async def _count_tokens(self, every_seconds: float) -> None:
         # In a task of its own: when a tick scraped an engine that was stopped, a 6 s hang was

@@ -195,21 +195,21 @@ def check_batches(config: Config, verb: str, world_size: int, rank: str = "train
     data_parallel_size = config.parallel.data_parallel_size(world_size)
     if verb == "rl":
         num_samples = rl.questions_per_rollout * rl.group_size // rl.minibatches
-        key, more = "rl.questions_per_rollout", "raise rl.questions_per_rollout"
+        key, remedy = "rl.questions_per_rollout", "raise rl.questions_per_rollout"
         if rl.minibatches > 1:
-            key, more = "rl.minibatches", f"lower rl.minibatches={rl.minibatches}"
+            key, remedy = "rl.minibatches", f"lower rl.minibatches={rl.minibatches}"
     else:
         section = verb.replace("-", "_")
         key, num_samples = f"{section}.batch_size", getattr(config, section).batch_size
-        more = f"raise {key}"
+        remedy = f"raise {key}"
         if verb == "reward-model" and config.reward_model.kind == "pairwise":
             item = "pair"  # stays together on one rank (`samples_per_unit`)
     if num_samples < data_parallel_size:
-        most = num_samples * (world_size // data_parallel_size)
+        max_ranks = num_samples * (world_size // data_parallel_size)
         raise UserError(
             f"{format_count(num_samples, item)} of an optimizer step cannot be spread over "
-            f"{data_parallel_size:,} data-parallel ranks; {more}, raise parallel.context, .tensor "
-            f"or .pipeline, or use at most {format_count(most, rank)}",
+            f"{data_parallel_size:,} data-parallel ranks; {remedy}, raise parallel.context, "
+            f".tensor or .pipeline, or use at most {format_count(max_ranks, rank)}",
             key=key,
             cause=Cause.OUT_OF_RANGE,
         )
@@ -230,12 +230,12 @@ def balance_length(hf: dict) -> float:
 def active_parameters(hf: dict) -> float:
     """Return the number of weights that one token is multiplied with: its routed experts and the
     head count, the embedding and the multi-token-prediction layers do not."""
-    experts, chosen = hf.get("n_routed_experts"), hf.get("num_experts_per_tok")
+    num_experts, num_active = hf.get("n_routed_experts"), hf.get("num_experts_per_tok")
     tied = hf.get("tie_word_embeddings")
     total = 0.0
     for name, (shape, _) in hf_tensors(hf, with_mtp=False).items():
         if len(shape) < 2 or (name == "model.embed_tokens.weight" and not tied):
             continue
-        fraction = chosen / experts if experts and ".mlp.experts." in name else 1.0
+        fraction = num_active / num_experts if num_experts and ".mlp.experts." in name else 1.0
         total += prod(shape) * fraction
     return total
