@@ -74,10 +74,10 @@ class ServiceStats:
         self._faults.append(True)
         return sum(self._faults) >= MANY_FAULTS
 
-    def tokens_per_second(self, now: float, within: float = RATE_SECONDS) -> float:
+    def tokens_per_second(self, timestamp: float, within: float = RATE_SECONDS) -> float:
         """Return the rate of groups that came back, whenever their tokens were sampled."""
-        seconds = min(within, now - self.began)
-        tokens = sum(group.tokens for group in self._groups if group.at > now - within)
+        seconds = min(within, timestamp - self.began)
+        tokens = sum(group.tokens for group in self._groups if group.at > timestamp - within)
         return tokens / seconds if seconds > 0 else 0.0
 
     def sequence_speed(self) -> float:
@@ -85,24 +85,24 @@ class ServiceStats:
         speeds = [group.longest / group.seconds for group in self._groups if group.seconds > 0]
         return median(speeds) if speeds else 0.0
 
-    def is_known(self, now: float) -> bool:
+    def is_known(self, timestamp: float) -> bool:
         """Return whether the engine has served for a whole window, and enough groups in it to be
         compared with others."""
-        self._forget(now)
-        return now - self.began >= self.window and len(self._groups) >= ENOUGH_GROUPS
+        self._forget(timestamp)
+        return timestamp - self.began >= self.window and len(self._groups) >= ENOUGH_GROUPS
 
-    def _forget(self, now: float) -> None:
-        while self._groups and self._groups[0].at <= now - self.window:
+    def _forget(self, timestamp: float) -> None:
+        while self._groups and self._groups[0].at <= timestamp - self.window:
             self._groups.popleft()
 
 
-def find_slow(stats_by_engine: Mapping[Key, ServiceStats], now: float) -> dict[Key, str]:
+def find_slow(stats_by_engine: Mapping[Key, ServiceStats], timestamp: float) -> dict[Key, str]:
     """Return engines far slower than the others over a whole window, and by how much, in words.
 
     An engine with few tokens in all may simply have had little to do, and one whose sequences are
     slow may have had more of them than the others: only both together make it slow. The only engine
     is never slow, nor is one without enough groups to compare."""
-    comparable = {key: stats for key, stats in stats_by_engine.items() if stats.is_known(now)}
+    comparable = {key: stats for key, stats in stats_by_engine.items() if stats.is_known(timestamp)}
     slow = {}
     for key, stats in comparable.items():
         other_engines = [engine_stats for name, engine_stats in comparable.items() if name != key]
@@ -110,9 +110,9 @@ def find_slow(stats_by_engine: Mapping[Key, ServiceStats], now: float) -> dict[K
             continue
         speed = stats.sequence_speed()
         usual_speed = median(engine_stats.sequence_speed() for engine_stats in other_engines)
-        rate = stats.tokens_per_second(now, stats.window)
+        rate = stats.tokens_per_second(timestamp, stats.window)
         usual_rate = median(
-            engine_stats.tokens_per_second(now, engine_stats.window)
+            engine_stats.tokens_per_second(timestamp, engine_stats.window)
             for engine_stats in other_engines
         )
         if speed < SLOW_FRACTION * usual_speed and rate < SLOW_FRACTION * usual_rate:
@@ -303,16 +303,16 @@ class AcceptanceMeter:
         up = [engine for engine in engines if engine.is_up and engine.client.url]
         counts = await asyncio.gather(*map(_draft_counts, up))
         before, self._before = self._before, {}
-        since: Counter[str] = Counter()
-        for engine, now in zip(up, counts, strict=True):
+        increments: Counter[str] = Counter()
+        for engine, draft_counts in zip(up, counts, strict=True):
             counts_before = before.get(engine, Counter())
-            self._before[engine] = counts_before if now is None else now
-            since += self._before[engine] - counts_before
-        if not since["draft_tokens"]:
+            self._before[engine] = counts_before if draft_counts is None else draft_counts
+            increments += self._before[engine] - counts_before
+        if not increments["draft_tokens"]:
             return {}
         return {
-            "speculative/acceptance": since["accepted_tokens"] / since["draft_tokens"],
-            "speculative/length": 1 + since["accepted_tokens"] / since["drafts"],
+            "speculative/acceptance": increments["accepted_tokens"] / increments["draft_tokens"],
+            "speculative/length": 1 + increments["accepted_tokens"] / increments["drafts"],
         }
 
 

@@ -231,9 +231,9 @@ class LocalEngines:
                     visible_gpus(os.environ), self.num_engines, slot, "--engines"
                 )
             port = None if self.first_port is None else self.first_port + slot
-            here = {"host": self.address, "port": port, "part": order.part}
+            host_settings = {"host": self.address, "port": port, "part": order.part}
             engine.server = EngineServer(
-                order.model, log, **settings, **here, extra_env=environment
+                order.model, log, **settings, **host_settings, extra_env=environment
             )
             engine.server.start()
         except (EngineError, OSError, TypeError) as error:
@@ -330,8 +330,10 @@ class EngineHost:
                     return StopReason.FINISHED
                 if self.engines is None:
                     # Only now the address by which the controller's host reaches this one is known.
-                    options, here = self.options, self.options.address or link.local_address()
-                    self.engines = LocalEngines(options.engines, here, options.ports, options.logs)
+                    options, address = self.options, self.options.address or link.local_address()
+                    self.engines = LocalEngines(
+                        options.engines, address, options.ports, options.logs
+                    )
                 self.engines.apply_orders(orders.engines)
             elif link.was_refused():
                 self._print(f"{link.address} refuses this token: is it of another run?")
@@ -362,9 +364,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         prog="python -m megatron_r1.engines.fleet.host",
         description="Run vLLM engines on this node for a run that is controlled elsewhere.",
     )
-    where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--folder", type=Path, help="the run's, on a file system shared with it")
-    where.add_argument("--controller", help="tcp://host:port; the token is in MEGATRON_R1_TOKEN")
+    location = parser.add_mutually_exclusive_group(required=True)
+    location.add_argument("--folder", type=Path, help="the run's, on a file system shared with it")
+    location.add_argument("--controller", help="tcp://host:port; the token is in MEGATRON_R1_TOKEN")
     parser.add_argument("--token-file", type=Path, help="with --controller, instead of that")
     parser.add_argument(
         "--engines", type=int, default=1, help="or parts of engines, that fit here and share GPUs"

@@ -315,7 +315,7 @@ class HostPool:
     def _receive(self, identity: bytes, report: HostReport) -> None:
         """Update a host's record from its report: a new host, news of its engines, or its
         farewell."""
-        now, host = time.monotonic(), self._hosts.get(identity)
+        timestamp, host = time.monotonic(), self._hosts.get(identity)
         if report.is_leaving:
             if self._closing:
                 self._hosts.pop(identity, None)
@@ -330,17 +330,17 @@ class HostPool:
             )
             return
         if host is None:
-            host = self._hosts[identity] = HostRecord(report, now, now)
+            host = self._hosts[identity] = HostRecord(report, timestamp, timestamp)
             self.refusal = None
             unit = "engines" if self.hosts_per_engine == 1 else "parts of engines"
             self.notify(f"host {report.name} is here, room for {unit}: {report.num_engines}")
-        host.report, host.last_report_at, host.last_reached_at = report, now, now
+        host.report, host.last_report_at, host.last_reached_at = report, timestamp, timestamp
         for reported in report.engines:
             part = host.assigned.get(reported.engine)
             if part is not None:
                 part.report = reported
                 if reported.state == "ended" and part.ended is None:
-                    part.ended = now
+                    part.ended = timestamp
 
     def _refuse(self, identity: bytes, refusal: str) -> None:
         """Send the reason to the host, which ends with it, and notify of each reason once."""
@@ -383,16 +383,16 @@ class HostPool:
 
     def _notify_waiting(self) -> None:
         """Notify once for each number of waiting engines, when it has lasted WAIT_SECONDS."""
-        now, count = time.monotonic(), len(self._waiting)
+        timestamp, count = time.monotonic(), len(self._waiting)
         if count == self._num_notified:
-            self._notified_at = now
-        elif now - self._notified_at > WAIT_SECONDS:
+            self._notified_at = timestamp
+        elif timestamp - self._notified_at > WAIT_SECONDS:
             self._num_notified = count
             if count:
-                needed = count * self.hosts_per_engine
+                num_hosts = count * self.hosts_per_engine
                 self.notify(
-                    f"{count} engine{'s wait' if count > 1 else ' waits'} for {needed} "
-                    f"host{'s' * (needed > 1)} to come ({self.describe()})"
+                    f"{count} engine{'s wait' if count > 1 else ' waits'} for {num_hosts} "
+                    f"host{'s' * (num_hosts > 1)} to come ({self.describe()})"
                 )
 
     def _withdraw(self, engine: RemoteEngine) -> None:
@@ -420,11 +420,11 @@ class HostPool:
         return True
 
     def _drop_silent(self) -> None:
-        now = time.monotonic()
+        timestamp = time.monotonic()
         for identity, host in list(self._hosts.items()):
-            if now - host.last_report_at > self.silence_seconds:
+            if timestamp - host.last_report_at > self.silence_seconds:
                 self._lose(identity, f"was not heard from for {self.silence_seconds:g} seconds")
-            elif now - max(host.last_reached_at, host.last_report_at) > UNREACHABLE_SECONDS:
+            elif timestamp - max(host.last_reached_at, host.last_report_at) > UNREACHABLE_SECONDS:
                 self._lose(identity, "has closed its line")
 
     def _lose(self, identity: bytes, how: str) -> None:

@@ -96,8 +96,8 @@ class RemoteServer(Server):
     def _why_not_ready(self) -> str:
         hosts, parts = self.engine.host_names, self.engine.parts
         if not hosts:
-            needed = "host" if len(parts) == 1 else f"{len(parts)} hosts"
-            return f"no {needed} had room for it ({self.pool.describe()})"
+            host_phrase = "host" if len(parts) == 1 else f"{len(parts)} hosts"
+            return f"no {host_phrase} had room for it ({self.pool.describe()})"
         for part in parts:
             if part.host is not None and (part.report is None or part.report.state != "running"):
                 return f"host {part.host.name} has not started it"
@@ -121,19 +121,19 @@ def check_room(rollout: RolloutConfig) -> None:
         return
     ranks = rollout.engines * rollout.tensor * rollout.pipeline * rollout.data
     # Engines are started all at once: 100,000 of them took everything on a host down.
-    needed, room = ranks * RANK_GIB, psutil.virtual_memory().total / 2**30
-    if rollout.kv_cache_gib > room:
+    needed_gib, host_gib = ranks * RANK_GIB, psutil.virtual_memory().total / 2**30
+    if rollout.kv_cache_gib > host_gib:
         raise UserError(
             f"rollout.kv_cache_gib={rollout.kv_cache_gib}: each engine process takes so much, more "
-            f"than the {room:,.0f} GiB of this host; lower it",
+            f"than the {host_gib:,.0f} GiB of this host; lower it",
             key="rollout.kv_cache_gib",
             cause=Cause.TOO_LARGE,
         )
-    if needed > room:
+    if needed_gib > host_gib:
         raise UserError(
             f"rollout.engines={rollout.engines}: {ranks:,} processes of vLLM take "
-            f"{needed:,.0f} GiB before they hold a model, and this host has {room:,.0f}; lower it, "
-            "or set rollout.placement: hosts",
+            f"{needed_gib:,.0f} GiB before they hold a model, and this host has {host_gib:,.0f}; "
+            "lower it, or set rollout.placement: hosts",
             key="rollout.engines",
             cause=Cause.TOO_LARGE,
         )

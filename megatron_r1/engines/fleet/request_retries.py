@@ -61,7 +61,7 @@ class RequestRetries:
         while len(faults) < MAX_ATTEMPTS:
             self.state.require_usable()
             engine = await dispatcher.acquire(work)
-            began = time.monotonic()
+            start = time.monotonic()
             try:
                 # One request in a turn of the event loop: to start 512 at once takes 0.3 s, in
                 # which nothing else runs.
@@ -79,7 +79,7 @@ class RequestRetries:
                 continue
             finally:
                 dispatcher.release(engine, work)
-            now, tokens = time.monotonic(), lengths(result)
-            engine.stats.add(ServedGroup(now, now - began, sum(tokens), max(tokens)))
+            end, tokens = time.monotonic(), lengths(result)
+            engine.stats.add(ServedGroup(end, end - start, sum(tokens), max(tokens)))
             return result
         raise EngineError(f"{MAX_ATTEMPTS} times in a row no answer could be used: {faults[-1]}")

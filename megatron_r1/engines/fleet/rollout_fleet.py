@@ -215,9 +215,11 @@ class RolloutFleet:
                 _lengths,
             )
 
-        most = self._max_request_responses
-        assert n <= most or sampling.get("seed") is None, "requests of one seed sample the same"
-        requests = [asyncio.ensure_future(sample(min(most, n - at))) for at in range(0, n, most)]
+        limit = self._max_request_responses
+        assert n <= limit or sampling.get("seed") is None, "requests of one seed sample the same"
+        requests = [
+            asyncio.ensure_future(sample(min(limit, n - offset))) for offset in range(0, n, limit)
+        ]
         try:
             responses = list(chain.from_iterable(await asyncio.gather(*requests)))
         finally:

@@ -134,7 +134,7 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
             in_place = current_platform.is_cpu()
             self._placed, table = lay_out(copies, in_place=in_place)
             # As `lay_out` makes the slots of the table: one of every copy into every parameter.
-            owners = [at for at in self._placed for _ in copies[at.parameter]]
+            owners = [placed for placed in self._placed for _ in copies[placed.parameter]]
             self._load_check = LoadCheck(owners)
             self._recorded = init_info.tensors, table
         return self._recorded[1]

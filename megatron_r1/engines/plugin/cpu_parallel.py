@@ -85,12 +85,12 @@ def _with_local_choice(upstream: Callable[..., None]) -> Callable[..., None]:
         global_num_experts: int,
         expert_map: torch.Tensor | None,
         *further_arguments: object,
-        **named: object,
+        **kwargs: object,
     ) -> None:
         if expert_map is not None:
             topk_ids, topk_weights = _local_choice(topk_ids, topk_weights, expert_map, len(w1))
         arguments = (output, hidden_states, w1, w2, topk_weights, topk_ids, activation)
-        upstream(self, *arguments, global_num_experts, expert_map, *further_arguments, **named)
+        upstream(self, *arguments, global_num_experts, expert_map, *further_arguments, **kwargs)
 
     return apply
 

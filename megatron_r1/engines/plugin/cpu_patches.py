@@ -302,9 +302,9 @@ def _pass_bias_as_float32() -> None:
         layer: torch.nn.Module,
         x: torch.Tensor,
         bias: torch.Tensor | None = None,
-        **named: object,
+        **kwargs: object,
     ) -> torch.Tensor:
-        return upstream(self, layer, x, None if bias is None else bias.float(), **named)
+        return upstream(self, layer, x, None if bias is None else bias.float(), **kwargs)
 
     CPUFp8BlockScaledMMKernel.apply_weights = apply_weights
 

@@ -79,13 +79,13 @@ def gather_single_tokens(layer: Any) -> None:
 
     upstream = layer.forward
 
-    def forward(self: Any, positions: torch.Tensor, *states: Any, **named: Any) -> tuple:
-        hidden_states, residual = upstream(self, positions, *states, **named)  # drafters name them
+    def forward(self: Any, positions: torch.Tensor, *states: Any, **kwargs: Any) -> tuple:
+        hidden_states, residual = upstream(self, positions, *states, **kwargs)  # drafters name them
         if self.use_sequence_parallel_moe and positions.shape[0] == 1:
             # Over the tensor group: its first rank holds the token, the others the padding.
-            both = torch.cat([hidden_states, residual], dim=-1)
-            both = tensor_model_parallel_all_gather(both, 0)[:1]
-            hidden_states, residual = both.split(self.hidden_size, dim=-1)
+            pair = torch.cat([hidden_states, residual], dim=-1)
+            pair = tensor_model_parallel_all_gather(pair, 0)[:1]
+            hidden_states, residual = pair.split(self.hidden_size, dim=-1)
         return hidden_states, residual
 
     layer.forward = forward

@@ -67,10 +67,12 @@ class SavedKernelState:
             ValueError: where the present state has another form, or a value other than a tensor
                 that has changed: the kernel would compute with the old one."""
         has_new_values = {_storage(tensor) for tensor in in_use}
-        seen: set[int] = set()
+        visited_ids: set[int] = set()
         states = [(vars(holder), before) for holder, before in self._objects.values()]
         for present, before in [(_plain_tensors(self._layer), self._tensors), *states]:
-            for old, new in _changed_tensors(before, present, type(self._layer).__name__, seen):
+            for old, new in _changed_tensors(
+                before, present, type(self._layer).__name__, visited_ids
+            ):
                 if _storage(old) not in has_new_values:
                     old.data.copy_(new)
         vars(self._layer).update(self._tensors)
@@ -103,7 +105,7 @@ def _has_state(value: Any) -> bool:
 
 
 def _changed_tensors(
-    old: Any, new: Any, path: str, seen: set[int]
+    old: Any, new: Any, path: str, visited_ids: set[int]
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield (tensor of the old state, tensor of the new) wherever they have different memory.
 
@@ -111,11 +113,11 @@ def _changed_tensors(
         old: a value of the old state.
         new: the value at the same place of the new state.
         path: the attributes that lead there, for errors.
-        seen: the ids of the new objects that were visited; this call adds to it.
+        visited_ids: the ids of the new objects that were visited; this call adds to it.
 
     Raises:
         ValueError: the two states differ in more than the values of tensors."""
-    if old is new or id(new) in seen or isinstance(new, NO_STATE):
+    if old is new or id(new) in visited_ids or isinstance(new, NO_STATE):
         return
     if isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor):
         if (old.shape, old.dtype) != (new.shape, new.dtype):
@@ -130,7 +132,7 @@ def _changed_tensors(
         if old != new:
             raise ValueError(f"{path}: {old} became {new}")
         return
-    seen.add(id(new))
+    visited_ids.add(id(new))
     either = {**old_parts, **new_parts}
     # Kernels compute some values when they are first asked for, and keep them.
     late = {
@@ -140,7 +142,7 @@ def _changed_tensors(
         raise ValueError(f"{path}: {[*old_parts]} became {[*new_parts]}")
     for name, part in new_parts.items():
         if name not in late:
-            yield from _changed_tensors(old_parts[name], part, f"{path}.{name}", seen)
+            yield from _changed_tensors(old_parts[name], part, f"{path}.{name}", visited_ids)
 
 
 def _parts(value: Any) -> dict[Any, Any] | None:

@@ -174,9 +174,9 @@ def record_copies(
         ValueError: where a loader does more than copy rectangles, or leaves part of a parameter
             unloaded."""
     titles: dict[str, torch.nn.Module] = {}
-    seen: set[torch.nn.Module] = set()
+    memo: set[torch.nn.Module] = set()
     for model, prefix in zip(models, ("", "drafter"), strict=False):
-        titles |= dict(model.named_modules(seen, prefix))
+        titles |= dict(model.named_modules(memo, prefix))
     layers = list(titles.values())
     tied = _tied(layers)
     loaders: list[Any] = [*models]  # torch's annotations allow tensors and modules as attributes
@@ -296,13 +296,13 @@ class _Recorder(TorchDispatchMode):
 
 def _tied(layers: list[torch.nn.Module]) -> set[tuple[torch.nn.Module, str]]:
     """Return (layer, name) of parameters that an earlier layer has too."""
-    seen: set[int] = set()
+    parameter_ids: set[int] = set()
     tied = set()
     for layer in layers:
         for name, parameter in get_layer_params_buffers(layer)[0].items():
-            if id(parameter) in seen:
+            if id(parameter) in parameter_ids:
                 tied.add((layer, name))
-            seen.add(id(parameter))
+            parameter_ids.add(id(parameter))
     return tied
 
 

@@ -128,10 +128,10 @@ def return_masks_on_cpu() -> None:
         parts = {"model_config": config.model_config, "use_v2_model_runner": True}
         verify_config(SimpleNamespace(**parts, speculative_config=config.speculative_config))
 
-    def gather_logprobs(logprobs: Tensor, *arguments: Any, **named: Any) -> Any:
+    def gather_logprobs(logprobs: Tensor, *arguments: Any, **kwargs: Any) -> Any:
         for active_collector in active:
             active_collector.logprobs = logprobs
-        return gather(logprobs, *arguments, **named)
+        return gather(logprobs, *arguments, **kwargs)
 
     def sample_and_keep(self: Any, *arguments: Any) -> Any:
         if self.model_config.return_sampling_mask:

@@ -423,13 +423,13 @@ def _write(file: IO[bytes], rows: np.ndarray, shape: RoutingShape, num_tokens: i
         ValueError: `rows` has another shape or impossible experts.
         RunError: the file cannot be written."""
     content = _moe_routing(rows, shape, num_tokens).reshape(-1).view(np.uint8).data
-    done = 0
+    num_written = 0
     try:
-        while done < len(content):
-            done += file.write(content[done:])
+        while num_written < len(content):
+            num_written += file.write(content[num_written:])
     except OSError as error:
         raise RunError(
             f"routed experts cannot be kept in {tempfile.gettempdir()} ({error}): set TMPDIR to a "
             "folder with more room, or rl.routing_replay: false, and run the same command again"
         ) from error
-    return done
+    return num_written

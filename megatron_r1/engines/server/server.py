@@ -235,18 +235,19 @@ class EngineServer(Server):
 
     def _choose_ports(self) -> list[str]:
         """Choose the server's and the coordinator's port; return vLLM's argument."""
-        here = self.settings
-        if here.part is not None and not here.part.serves:
+        settings = self.settings
+        if settings.part is not None and not settings.part.serves:
             self._url = ""
             return []
-        port = here.port or children.free_port(here.host)
+        port = settings.port or children.free_port(settings.host)
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as vLLM's own does
-            probe.bind((here.host, port))
-            if here.part is not None:  # while the server's port is taken, so that it is another one
-                host = socket.gethostbyname(here.host)  # ZeroMQ listens at no name
+            probe.bind((settings.host, port))
+            if settings.part is not None:
+                # While the server's port is taken, so that it is another one.
+                host = socket.gethostbyname(settings.host)  # ZeroMQ listens at no name
                 self.coordinator = f"{host}:{children.free_port(host)}"
-        self._url = f"http://{here.host}:{port}"
+        self._url = f"http://{settings.host}:{port}"
         return ["--port", str(port)]
 
 

@@ -165,12 +165,14 @@ def check_arguments(engines: RolloutConfig | TeacherEngines, section: str) -> No
                 cause=Cause.UNKNOWN,
             )
     if parsed.error:
-        named = next(
+        setting = next(
             (f"{section}.vllm.{name}" for name in engines.vllm if _names(parsed.error, name)),
             f"{section}.vllm",
         )
         raise UserError(
-            f"{named}: vLLM does not accept it: {parsed.error}", key=named, cause=Cause.MALFORMED
+            f"{setting}: vLLM does not accept it: {parsed.error}",
+            key=setting,
+            cause=Cause.MALFORMED,
         )
 
 
@@ -179,18 +181,18 @@ def _names(error: str, name: str) -> bool:
 
 
 def _parse(words: list[str]) -> ParsedArguments:
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", CHECKER],
         input=json.dumps(words),
         capture_output=True,
         text=True,
     )
-    if done.returncode:
-        last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
+    if process.returncode:
+        last = process.stderr.strip().splitlines()[-1:] or [f"exit status {process.returncode}"]
         raise UserError(
             f"rollout.vllm: vLLM's parser could not be asked ({last[0]}); is vLLM installed in "
             f"{sys.executable}?",
             key="rollout.vllm",
             cause=Cause.NOT_INSTALLED,
         )
-    return msgspec.json.decode(done.stdout.rpartition("\n")[2], type=ParsedArguments)
+    return msgspec.json.decode(process.stdout.rpartition("\n")[2], type=ParsedArguments)
