@@ -19,7 +19,7 @@ from megatron_r1.push.plan.engine_sets import links_per_rank
 from megatron_r1.push.plan.recipe_plan import planned_push
 from megatron_r1.rehearse import launch, layout
 from megatron_r1.reporting.run_folder import RunFolder
-from megatron_r1.sample.selection import FILES
+from megatron_r1.sample.second_pass import FILES
 from megatron_r1.trainer.checkpoints.checkpoint_folders import complete_checkpoints
 
 POLL_SECONDS = 0.05

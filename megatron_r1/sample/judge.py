@@ -33,6 +33,7 @@ from megatron_r1.config.sample import SERVED_JUDGE, PairsConfig, SampleConfig
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.evaluation.response import TextResponse
 from megatron_r1.sample.cached_calls import ResultCache, UserFunction, load_function
+from megatron_r1.sample.second_pass import PromptResult
 from megatron_r1.sample.selection import (
     CHOSEN,
     REJECTED,
@@ -40,7 +41,6 @@ from megatron_r1.sample.selection import (
     UNGRADED,
     UNSAFE,
     Decision,
-    PromptResult,
     Selection,
 )
 

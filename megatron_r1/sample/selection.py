@@ -1,42 +1,23 @@
-"""Rejection sampling: which of a question's responses are kept, and why the others are not; the
-second pass of `sample`, which decides about all logged responses and writes them; and
-decontamination.
+"""Rejection sampling: which of a question's responses are kept, and why the others are not.
 
 The first of these that applies: the model gave no response; the grader failed; the response is
 empty; the whole question is too easy or too hard; the response is wrong, or its reward too low; a
 filter drops it; it duplicates an earlier one. `keep.per_prompt` of the others are chosen. A
-decision is a code with its reason. The second pass runs without engines: other filters or shares
-are decided in minutes about responses that took days. The same responses give the same files.
-
-Questions of benchmarks must not be trained on. Two questions are the same if their normalized texts
-are, and too near if they share n words in a row (13: GPT-3, arXiv 2005.14165, appendix C). As
-there, an n-gram that more than ten of the questions have in common is a task's boilerplate, and is
-ignored."""
+decision is a code with its reason."""
 
 import asyncio
-import contextlib
-import itertools
-import json
 import random
-import re
-from collections import Counter, deque
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cmp_to_key
-from pathlib import Path
 from typing import Any
 
-from r1_grading.reading import HAN
 from r1_grading.terms import ACCURACY, compare_rewards
 
-from megatron_r1.base.files import atomic_writer
-from megatron_r1.base.files.json_lines import to_strict_json
 from megatron_r1.config.sample import KeepConfig
 from megatron_r1.data.prompts import Prompt, normalize_question
-from megatron_r1.data.rows import read_canonical_rows, require_text
-from megatron_r1.evaluation.prompt_sets import PromptSet
 from megatron_r1.evaluation.response import TextResponse
-from megatron_r1.evaluation.response_log import ResponseLog
 
 KEPT, NOT_CHOSEN = "kept", "not_chosen"
 CHOSEN, REJECTED = "chosen", "rejected"
@@ -220,139 +201,3 @@ def _pass_rate(responses: Sequence[TextResponse], min_accuracy: float) -> float 
 def _reward(response: TextResponse) -> float:
     assert response.reward is not None, f"response {response.index} is not graded"
     return response.reward
-
-
-WINDOW = 64
-"""Prompts that are decided on concurrently."""
-NOT_ASKED = "not_asked"
-"""The decision about responses to prompts that the recipe no longer has, or beyond `samples`."""
-
-FILES = {"sft": "sft.jsonl", "pairs": "pairs.jsonl", "labels": "labels.jsonl"}
-"""The file of each `sample.output` that has one."""
-
-
-@dataclass(frozen=True)
-class PromptResult:
-    """The decisions about one prompt and the rows written for it.
-
-    Attributes:
-        decisions: one for each of a prompt's responses.
-        rows: lines of the output file."""
-
-    decisions: Sequence[Decision]
-    rows: Sequence[Mapping[str, Any]]
-
-
-Decide = Callable[[Prompt, Sequence[TextResponse]], Awaitable[PromptResult]]
-
-
-async def decide_all(
-    log: ResponseLog, prompt_set: PromptSet, decide: Decide
-) -> AsyncGenerator[tuple[list[dict[str, Any]], PromptResult], None]:
-    """Yield (lines of samples.jsonl, result) of every prompt in order, WINDOW in progress.
-
-    Args:
-        log: the logged responses.
-        prompt_set: the prompts and the number of their samples.
-        decide: decides about the responses of one prompt."""
-    pending: deque[tuple[list[dict[str, Any]], asyncio.Future[PromptResult]]] = deque()
-    lines_of = log.read(map(prompt_set.key, prompt_set.prompts), prompt_set.num_samples)
-    try:
-        for prompt, lines in zip(prompt_set.prompts, lines_of, strict=True):
-            responses = [TextResponse.from_line(line) for line in lines]
-            pending.append((lines, asyncio.ensure_future(decide(prompt, responses))))
-            if len(pending) == WINDOW:
-                first, result = pending.popleft()
-                yield first, await result
-        while pending:
-            first, result = pending.popleft()
-            yield first, await result
-    finally:
-        for _, result in pending:
-            result.cancel()
-        await asyncio.gather(*(result for _, result in pending), return_exceptions=True)
-
-
-async def write_outputs(
-    log: ResponseLog,
-    prompt_set: PromptSet,
-    decide: Decide,
-    output: Path | None,
-    count: Callable[[Mapping[str, Any], Decision], None],
-) -> None:
-    """Write `output`, and samples.jsonl anew with every decision; both whole or not at all.
-
-    Args:
-        log: the sampled responses.
-        prompt_set: the prompts.
-        decide: returns the decisions about a prompt's responses.
-        output: the file that is trained on; None: only samples.jsonl.
-        count: called with every response's line and the decision about it."""
-    keys = {prompt_set.key(prompt) for prompt in prompt_set.prompts}
-    async with contextlib.AsyncExitStack() as stack:
-        kept_file = stack.enter_context(atomic_writer(output)) if output else None
-        samples = stack.enter_context(atomic_writer(log.path))
-        results = decide_all(log, prompt_set, decide)
-        await stack.enter_async_context(contextlib.aclosing(results))
-        async for lines, result in results:
-            for line, decision in zip(lines, result.decisions, strict=True):
-                count(line, decision)
-                samples.write(_encode(line | {"decision": decision.code, "why": decision.why}))
-            if kept_file is not None:
-                kept_file.writelines(map(_encode, result.rows))
-        for line in log.read_others(keys, prompt_set.num_samples):
-            samples.write(_encode(line | {"decision": NOT_ASKED, "why": ""}))
-
-
-def _encode(record: Mapping[str, Any]) -> bytes:
-    text = json.dumps(to_strict_json(record), ensure_ascii=False, allow_nan=False)
-    return (text + "\n").encode("utf-8", errors="replace")
-
-
-NUM_BOILERPLATE = 10
-# Each Chinese character and each sign is a word: `4 + 9` and `4 - 9` are different questions.
-WORD = re.compile(rf"[{HAN}]|[^\W{HAN}]+|[^\w\s]")
-
-Ngram = tuple[str, ...]
-
-
-def load_avoided(paths: Iterable[str | Path]) -> list[str]:
-    """Return the questions of JSONL or Parquet files.
-
-    Args:
-        paths: the files.
-
-    Raises:
-        ValueError: a row without a question; with file and line."""
-    return [
-        require_text(place, row, "question")
-        for path in paths
-        for place, row in read_canonical_rows(path, key="sample.avoid")
-    ]
-
-
-def find_contaminated(prompts: Sequence[Prompt], avoided: Sequence[str], n: int) -> dict[str, str]:
-    """Return id → reason of the prompts that must not be used.
-
-    Args:
-        prompts: the prompts to check.
-        avoided: the questions of benchmarks.
-        n: the number of words in a row that make a question too near; 0: equality only."""
-    texts = {normalize_question(question) for question in avoided}
-    grams = {gram for text in texts for gram in ngrams(text, n)}
-    shared = {prompt.id: grams & ngrams(prompt.question, n) for prompt in prompts}
-    num_prompts = Counter(itertools.chain.from_iterable(shared.values()))
-    reasons = {}
-    for prompt in prompts:
-        rare = sorted(g for g in shared[prompt.id] if num_prompts[g] <= NUM_BOILERPLATE)
-        if normalize_question(prompt.question) in texts:
-            reasons[prompt.id] = "the same question is to be avoided"
-        elif rare:
-            reasons[prompt.id] = f"{n} words of a question to be avoided: {' '.join(rare[0])}"
-    return reasons
-
-
-def ngrams(question: str, n: int) -> set[Ngram]:
-    """Return the n-grams of words; no n-grams for n = 0."""
-    words = WORD.findall(normalize_question(question))
-    return {tuple(words[i : i + n]) for i in range(len(words) - n + 1)} if n else set()

@@ -27,7 +27,8 @@ from megatron_r1.data.prompts import Prompt
 from megatron_r1.evaluation.response import TextResponse
 from megatron_r1.evaluation.sampling import TextResponseGrader
 from megatron_r1.sample.cached_calls import ResultCache, UserFunction
-from megatron_r1.sample.selection import KEPT, NOT_CHOSEN, Decision, PromptResult, Selection
+from megatron_r1.sample.second_pass import PromptResult
+from megatron_r1.sample.selection import KEPT, NOT_CHOSEN, Decision, Selection
 
 
 def _summary(response: TextResponse) -> str | None:

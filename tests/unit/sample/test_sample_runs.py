@@ -22,7 +22,8 @@ from megatron_r1.evaluation.prompt_sets import PromptSet
 from megatron_r1.evaluation.response import TextResponse
 from megatron_r1.evaluation.response_log import ResponseLog
 from megatron_r1.sample.cached_calls import ResultCache
-from megatron_r1.sample.selection import WINDOW, Decision, PromptResult, decide_all
+from megatron_r1.sample.second_pass import WINDOW, PromptResult, decide_all
+from megatron_r1.sample.selection import Decision
 
 REFUSED = yaml.safe_load(Path(__file__).with_name("refused_runs.yaml").read_text())
 # A reward that loads in no time, where `math` brings sympy into every worker.
