@@ -1,0 +1,239 @@
+"""Rows on which reward models are trained, as a judge decides: pairs.jsonl, two responses to a
+question, which one is preferred and by how many votes; and labels.jsonl, single responses, each
+labelled safe or unsafe.
+
+DeepSeek-R1's helpful reward model is trained on 66 thousand pairs: each judged four times in
+alternating order, near-ties dropped, chosen and rejected of comparable length over the whole set
+(arXiv 2501.12948 v2, section 3.1 and supplement B.3). "Comparable" is here that the mean of
+
+    d = log(length of chosen / length of rejected)
+
+is near 0. A Bradley-Terry model whose only feature is the log of the length, with weight w, has
+the convex loss -Σ log sigmoid(w d), with slope -½ Σ d at w = 0. So at a mean of 0 it learns
+nothing.
+
+DeepSeek-R1's safety reward model is trained on 106 thousand labels, by a pointwise loss, and reads
+the whole response with its thought (arXiv 2501.12948 v2, section 3.1 and supplement B.3)."""
+
+import asyncio
+import bisect
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from r1_grading.remote.judge import Comparison
+from r1_grading.remote.service import Ungradable
+
+from megatron_r1.config.sample import PairsConfig
+from megatron_r1.data.prompts import Prompt
+from megatron_r1.evaluation.response import TextResponse
+from megatron_r1.sample.judge import ResponseJudge
+from megatron_r1.sample.second_pass import PromptResult
+from megatron_r1.sample.selection import (
+    CHOSEN,
+    REJECTED,
+    SAFE,
+    UNGRADED,
+    UNSAFE,
+    Decision,
+    Selection,
+)
+
+PairId = tuple[str, int, int]
+"""Prompt id and the indices of the two responses."""
+
+
+class PreferencePairs:
+    """Compares a question's responses in pairs.
+
+    Attributes:
+        log_ratios: log(chosen / rejected) of the lengths, for every pair with a winner.
+        dropped: the pairs that `balance`, called when all pairs are known, leaves out."""
+
+    def __init__(self, selection: Selection, settings: PairsConfig, judge: ResponseJudge) -> None:
+        """Begin without a pair.
+
+        Args:
+            selection: drops responses before they are paired.
+            settings: the section `sample.pairs`.
+            judge: compares two responses."""
+        self._selection, self._settings, self._judge = selection, settings, judge
+        self.log_ratios: dict[PairId, float] = {}
+        self.dropped: set[PairId] = set()
+        self._failed: dict[tuple[str, str, str], Ungradable] = {}
+        """Pairs that the judge could not compare. They are not judged again: a pair that succeeded
+        in the second pass would not be balanced."""
+
+    async def __call__(self, prompt: Prompt, responses: Sequence[TextResponse]) -> PromptResult:
+        """Return the pairs of preferred and refused responses to one prompt."""
+        decisions = await self._selection.drop_reasons(prompt, responses)
+        by_index = {r.index: r for r in responses if r.index not in decisions}
+        texts: dict[int, str] = {}
+        for index, response in by_index.items():
+            text = response.part(self._settings.part)
+            if text is None:
+                decisions[index] = Decision("no_summary", "nothing follows its thought")
+            else:
+                texts[index] = text
+                decisions[index] = Decision("unpaired", "another pair was nearer in length")
+        pairs = make_pairs({i: len(text) for i, text in texts.items()}, self._settings.per_prompt)
+        outcomes = await asyncio.gather(
+            *(self._compare(prompt.question, texts[i], texts[j]) for i, j in pairs)
+        )
+        rows = []
+        for (i, j), outcome in zip(pairs, outcomes, strict=True):
+            decided, row = self._conclude(prompt, by_index[i], by_index[j], texts, outcome)
+            decisions |= decided
+            rows += row
+        return PromptResult([decisions[response.index] for response in responses], rows)
+
+    def balance(self) -> None:
+        """Drop pairs until the mean log ratio is within `max_length_bias`."""
+        if self._settings.max_length_bias is not None:
+            self.dropped = pairs_to_drop(self.log_ratios, self._settings.max_length_bias)
+
+    def length_bias(self) -> dict[str, float | int]:
+        """Return the mean of log(chosen / rejected) over all pairs with a winner, and after
+        balancing."""
+        log_ratios = [d for pair, d in self.log_ratios.items() if pair not in self.dropped]
+        means = [
+            math.fsum(ds) / len(ds) if ds else 0.0 for ds in (self.log_ratios.values(), log_ratios)
+        ]
+        return {"pairs": len(log_ratios), "length_bias_before": means[0], "length_bias": means[1]}
+
+    async def _compare(self, question: str, first: str, second: str) -> Comparison | Ungradable:
+        texts = (question, first, second)
+        if texts not in self._failed:
+            try:
+                return await self._judge.compare(*texts)
+            except Ungradable as error:
+                self._failed[texts] = error
+        return self._failed[texts]
+
+    def _conclude(
+        self,
+        prompt: Prompt,
+        first: TextResponse,
+        second: TextResponse,
+        shown: dict[int, str],
+        outcome: Comparison | Ungradable,
+    ) -> tuple[dict[int, Decision], list[dict[str, Any]]]:
+        """Return the decisions by index, and the row of a pair with a winner.
+
+        Args:
+            prompt: the question.
+            first: one response.
+            second: the response it was compared with.
+            shown: index → the text of a response that the judge saw.
+            outcome: the votes, or why there are none."""
+        indices = (first.index, second.index)
+        if isinstance(outcome, Ungradable):
+            return dict.fromkeys(indices, Decision(UNGRADED, str(outcome))), []
+        votes = f"{outcome.wins} : {outcome.losses}, {outcome.ties} ties"
+        winner = outcome.winner(self._settings.margin)
+        if winner is None:
+            code = "tie" if outcome.preference == 0.5 else "near_tie"
+            why = f"response {first.index} against {second.index}: {votes}"
+            return dict.fromkeys(indices, Decision(code, why)), []
+        chosen, rejected = (first, second) if winner == 0 else (second, first)
+        pair = (prompt.id, *indices)
+        self.log_ratios[pair] = log_ratio(shown[chosen.index], shown[rejected.index])
+        why = f"response {chosen.index} over {rejected.index}: {votes}"
+        if pair in self.dropped:
+            return dict.fromkeys(indices, Decision("length_balance", why)), []
+        lost, won = sorted((outcome.wins, outcome.losses))
+        row = {
+            "question": prompt.question,
+            "chosen": chosen.full_text,
+            "rejected": rejected.full_text,
+            "votes": {"chosen": won, "rejected": lost, "ties": outcome.ties},
+            "id": prompt.id,
+        }
+        return {chosen.index: Decision(CHOSEN, why), rejected.index: Decision(REJECTED, why)}, [row]
+
+
+def make_pairs(lengths: dict[int, int], num_pairs: int) -> list[tuple[int, int]]:
+    """Return at most `num_pairs` disjoint pairs of responses.
+
+    Each pair in turn is the one with the smallest ratio of lengths among the responses that are
+    left; ties go to the smaller indices.
+
+    Args:
+        lengths: index → length.
+        num_pairs: the most pairs."""
+    distance = {
+        (i, j): abs(math.log(max(1, lengths[i]) / max(1, lengths[j])))
+        for i, j in itertools.combinations(sorted(lengths), 2)
+    }
+    pairs: list[tuple[int, int]] = []
+    used_indices: set[int] = set()
+    for pair in sorted(distance, key=lambda pair: (distance[pair], pair)):
+        if len(pairs) < num_pairs and used_indices.isdisjoint(pair):
+            pairs.append(pair)
+            used_indices.update(pair)
+    return pairs
+
+
+def log_ratio(chosen: str, rejected: str) -> float:
+    """Return d from lengths in characters; an empty text counts as one character."""
+    return math.log(max(1, len(chosen)) / max(1, len(rejected)))
+
+
+def pairs_to_drop(log_ratios: Mapping[PairId, float], max_bias: float) -> set[PairId]:
+    """Return pairs without which the mean of d is within ±`max_bias`. They are few: each in turn is
+    the one whose removal leaves the sum nearest to 0, which is the most one-sided pair while the
+    sum is large."""
+    by_ratio = sorted(log_ratios, key=lambda pair: log_ratios[pair])
+    ratios = [log_ratios[pair] for pair in by_ratio]
+    total = math.fsum(ratios)
+    dropped: set[PairId] = set()
+    while ratios and abs(total) > max_bias * len(ratios):
+        insertion = bisect.bisect_left(ratios, total)
+        near = [i for i in (insertion - 1, insertion) if 0 <= i < len(ratios)]
+        nearest = min(near, key=lambda i: abs(total - ratios[i]))
+        dropped.add(by_ratio.pop(nearest))
+        total -= ratios.pop(nearest)
+    return dropped
+
+
+class SafetyLabels:
+    """Labels the responses of a question as safe or unsafe by the votes of a judge. label: 1 if
+    most votes are for safe, 0 if most are against; an even vote gives none."""
+
+    def __init__(self, selection: Selection, judge: ResponseJudge) -> None:
+        self._selection, self._judge = selection, judge
+
+    async def __call__(self, prompt: Prompt, responses: Sequence[TextResponse]) -> PromptResult:
+        """Return a row with a label for each response of one prompt."""
+        drops = await self._selection.drop_reasons(prompt, responses)
+        judged = await asyncio.gather(
+            *(self._label(prompt.question, r, drops.get(r.index)) for r in responses)
+        )
+        rows = [
+            {
+                "question": prompt.question,
+                "response": response.full_text,
+                "label": int(fraction > 0.5),
+                "votes": {"safe": fraction, "unsafe": 1 - fraction},
+                "id": prompt.id,
+            }
+            for response, (decision, fraction) in zip(responses, judged, strict=True)
+            if decision.is_kept
+        ]
+        return PromptResult([decision for decision, _ in judged], rows)
+
+    async def _label(
+        self, question: str, response: TextResponse, dropped: Decision | None
+    ) -> tuple[Decision, float]:
+        """Return the decision and the share of votes for safe."""
+        if dropped is not None:
+            return dropped, 0.5
+        try:
+            fraction = await self._judge.safety(question, response.full_text)
+        except Ungradable as error:
+            return Decision(UNGRADED, str(error)), 0.5
+        if fraction == 0.5:
+            return Decision("tie", "as many votes for safe as for unsafe"), fraction
+        decision = SAFE if fraction > 0.5 else UNSAFE
+        return Decision(decision, f"{fraction:.0%} of the votes: safe"), fraction
