@@ -39,7 +39,8 @@ from megatron_r1.config import Config, infer_verb
 from megatron_r1.controller.cpu_memory import cpu_memory
 from megatron_r1.data.chats import Message
 from megatron_r1.data.columns import Columns, columns_by_name, guess_columns
-from megatron_r1.data.preferences import Kind, PreferenceTokenizer, kind_of_rows, read_preferences
+from megatron_r1.data.preference_tokenizer import PreferenceTokenizer
+from megatron_r1.data.preferences import Kind, kind_of_rows, read_preferences
 from megatron_r1.data.prompt_reader import parse_question
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.data.prompts import Prompt, is_heldout, normalize_question

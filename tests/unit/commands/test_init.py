@@ -23,7 +23,7 @@ from megatron_r1.commands.first_recipe import (
 )
 from megatron_r1.commands.trained_model import guess_template
 from megatron_r1.data.columns import guess_columns
-from megatron_r1.data.preferences import PreferenceTokenizer
+from megatron_r1.data.preference_tokenizer import PreferenceTokenizer
 from megatron_r1.models import read_hf_config
 from tests.small_qwen2 import MODEL
 

@@ -6,7 +6,7 @@ from refusals import refused
 from transformers import AutoTokenizer
 
 from megatron_r1.base.errors import Cause
-from megatron_r1.data.preferences import PreferenceTokenizer
+from megatron_r1.data.preference_tokenizer import PreferenceTokenizer
 
 QUESTION, RESPONSE = "What {response} is it?", "<think>Let me see.</think> It is <|im_end|> late."
 TEMPLATE = "[user] {question}\n[assistant] {response}<eos>"
