@@ -11,8 +11,8 @@ from megatron_r1.commands.supervised_training import SupervisedTask, resolve_ste
 from megatron_r1.commands.training_run import check_trainer, preload_megatron
 from megatron_r1.config import Config
 from megatron_r1.config.algorithms import find_rules
+from megatron_r1.data.data_report import DataReport
 from megatron_r1.data.mixture import MixtureSampler, describe_mixture, load_mixture
-from megatron_r1.data.rows import DataReport
 from megatron_r1.data.sampler import EpochSampler
 from megatron_r1.data.sft import ExampleSampler, SFTExample, load_examples
 from megatron_r1.data.sft_tokenizer import SFTTokenizer

@@ -26,11 +26,11 @@ from r1_grading.truths import (
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.data.chats import Message, read_question, read_system_prompt
 from megatron_r1.data.columns import columns_by_name
+from megatron_r1.data.data_report import DataReport
 from megatron_r1.data.row_filter import Conditions, RowFilter
 from megatron_r1.data.rows import (
     ABSENT,
     CanonicalRow,
-    DataReport,
     describe_missing,
     lookup,
     read_canonical_rows,

@@ -23,6 +23,7 @@ from r1_grading.rewards import resolve
 from r1_grading.truths import NO_TRUTH
 
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
+from megatron_r1.data.data_report import DataReport
 from megatron_r1.data.prompt_reader import (
     Prompt,
     RowReader,
@@ -33,7 +34,6 @@ from megatron_r1.data.prompt_reader import (
     prompt_identity,
 )
 from megatron_r1.data.row_filter import Conditions
-from megatron_r1.data.rows import DataReport
 
 
 def generate_items(

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
-from megatron_r1.data.rows import ABSENT, CanonicalRow, DataReport, lookup
+from megatron_r1.data.data_report import DataReport
+from megatron_r1.data.rows import ABSENT, CanonicalRow, lookup
 
 CONDITION_KEYS = ("min", "max", "not", "or")
 TRUE, FALSE = ("true", "yes"), ("false", "no")

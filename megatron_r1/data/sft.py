@@ -25,8 +25,9 @@ from megatron_r1.data.chats import (
     read_transcript,
     tool_calls,
 )
+from megatron_r1.data.data_report import DataReport
 from megatron_r1.data.row_filter import Conditions, RowFilter
-from megatron_r1.data.rows import CanonicalRow, DataReport, read_canonical_rows, require_text
+from megatron_r1.data.rows import CanonicalRow, read_canonical_rows, require_text
 from megatron_r1.data.sampler import EpochSampler
 
 COLUMNS = "in sft.data, beside path, columns"
