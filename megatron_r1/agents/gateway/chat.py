@@ -9,17 +9,8 @@ from typing import Any
 import msgspec
 
 from megatron_r1.agents.answer_parser import PARSE_ERROR, tool_call
-from megatron_r1.agents.gateway.request import (
-    REQUIRED,
-    SAMPLING,
-    Body,
-    Message,
-    RequestError,
-    TurnReply,
-    TurnRequest,
-    content_text,
-    stop_strings,
-)
+from megatron_r1.agents.gateway.body import REQUIRED, SAMPLING, Body, content_text, stop_strings
+from megatron_r1.agents.gateway.request import Message, RequestError, TurnReply, TurnRequest
 
 NEUTRAL = SAMPLING | {"reasoning_effort": None, "verbosity": None}
 IGNORED = (

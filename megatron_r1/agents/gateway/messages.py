@@ -9,16 +9,8 @@ from typing import Any
 from megatron_r1.agents.answer_parser import tool_call
 from megatron_r1.agents.continuation import read_arguments
 from megatron_r1.agents.gateway import chat
-from megatron_r1.agents.gateway.request import (
-    Body,
-    Message,
-    RequestError,
-    TurnReply,
-    TurnRequest,
-    content_text,
-    event,
-    stop_strings,
-)
+from megatron_r1.agents.gateway.body import Body, content_text, stop_strings
+from megatron_r1.agents.gateway.request import Message, RequestError, TurnReply, TurnRequest, event
 
 NEUTRAL = {
     "temperature": None,

@@ -7,15 +7,8 @@ from typing import Any
 
 from megatron_r1.agents.answer_parser import tool_call
 from megatron_r1.agents.gateway import chat
-from megatron_r1.agents.gateway.request import (
-    Body,
-    Message,
-    RequestError,
-    TurnReply,
-    TurnRequest,
-    content_text,
-    event,
-)
+from megatron_r1.agents.gateway.body import Body, content_text
+from megatron_r1.agents.gateway.request import Message, RequestError, TurnReply, TurnRequest, event
 
 PARTS = ("input_text", "output_text", "text")
 NEUTRAL = {"temperature": None, "top_p": None, "top_k": -1, "reasoning": None}

@@ -19,14 +19,8 @@ from aiohttp.http_exceptions import PayloadEncodingError
 from megatron_r1.agents.answer_parser import AnswerReader, Parser, require_finished
 from megatron_r1.agents.continuation import Continuation, NextPrompt, RenderError, continue_tokens
 from megatron_r1.agents.gateway import chat, messages, responses, tokens
-from megatron_r1.agents.gateway.request import (
-    MODEL,
-    Body,
-    Message,
-    RequestError,
-    TurnReply,
-    TurnRequest,
-)
+from megatron_r1.agents.gateway.body import Body
+from megatron_r1.agents.gateway.request import MODEL, Message, RequestError, TurnReply, TurnRequest
 from megatron_r1.agents.gateway.session import (
     GatewaySession,
     SampledTurn,

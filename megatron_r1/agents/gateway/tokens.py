@@ -9,7 +9,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from megatron_r1.agents.gateway import chat
-from megatron_r1.agents.gateway.request import SAMPLING, Body, RequestError, TurnReply, TurnRequest
+from megatron_r1.agents.gateway.body import SAMPLING, Body
+from megatron_r1.agents.gateway.request import RequestError, TurnReply, TurnRequest
 
 NEUTRAL = SAMPLING | {"stop_token_ids": None, "min_tokens": 0, "ignore_eos": None}
 IGNORED = (
