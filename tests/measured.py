@@ -118,12 +118,12 @@ def reap() -> None:
 
 def living() -> list[psutil.Process]:
     """Return the processes that descend from this one and have not ended."""
-    found = []
+    processes = []
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
             if process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-    return found
+                processes.append(process)
+    return processes
 
 
 def describe(process: psutil.Process) -> list[str]:

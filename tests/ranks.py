@@ -18,7 +18,7 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": 
 
 def run_script(folder: Path, command: list[str], **environment) -> str:
     """Run `command` in Python from `folder`; returns its output, or fails the test with it."""
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, *command],
         cwd=folder,
         env=os.environ | ENVIRONMENT | environment,
@@ -26,9 +26,11 @@ def run_script(folder: Path, command: list[str], **environment) -> str:
         stderr=subprocess.STDOUT,
         text=True,
     )
-    if done.returncode:
-        pytest.fail(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-8000:]}")
-    return done.stdout
+    if process.returncode:
+        pytest.fail(
+            f"{' '.join(command)} ended with {process.returncode}:\n{process.stdout[-8000:]}"
+        )
+    return process.stdout
 
 
 def run_under_torchrun(folder: Path, world_size: int, script: str, *arguments: str) -> str:

@@ -32,10 +32,10 @@ def source(package: str, file: str, symbol: str) -> str:
     Raises KeyError naming the symbol where the file has none of that name."""
     text, node = _module(folder(package) / file)
     for name in filter(None, symbol.split(".")):
-        named = [part for part in ast.walk(node) if getattr(part, "name", None) == name]
-        if not named:
+        definitions = [part for part in ast.walk(node) if getattr(part, "name", None) == name]
+        if not definitions:
             raise KeyError(f"{file} has no {symbol}")
-        node = named[-1]  # of several definitions, the one that is in force
+        node = definitions[-1]  # of several definitions, the one that is in force
     return ast.get_source_segment(text, node) or text
 
 

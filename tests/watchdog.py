@@ -102,18 +102,18 @@ class Watchdog:
         start, _ = before = activity()
         at, idle, interrupted = time.monotonic(), 0.0, False
         while not self._changed.wait(WINDOW_SECONDS):
-            now = activity()
+            figures = activity()
             seconds, at = time.monotonic() - at, time.monotonic()
             # Processes that ended and were not waited for take their figures with them.
-            active = max(now[0] - before[0], 0.0) + max(now[1] - before[1], 0.0)
-            before = now
+            active = max(figures[0] - before[0], 0.0) + max(figures[1] - before[1], 0.0)
+            before = figures
             idle = idle + seconds if active < IDLE_FRACTION * seconds else 0.0
             if interrupted:
                 if idle > GRACE_SECONDS:
                     faulthandler.dump_traceback(file=sys.__stderr__)
                     os._exit(70)
-            elif idle > IDLE_SECONDS or now[0] - start > CPU_SECONDS:
-                did = f"idle for {idle:.0f} s" if idle else f"{now[0] - start:.0f} CPU seconds"
+            elif idle > IDLE_SECONDS or figures[0] - start > CPU_SECONDS:
+                did = f"idle for {idle:.0f} s" if idle else f"{figures[0] - start:.0f} CPU seconds"
                 self._interrupt(f"{test} hangs: {did}")
                 interrupted, idle = True, 0.0
 

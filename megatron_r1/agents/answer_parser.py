@@ -212,11 +212,11 @@ def parse_hermes(text: str) -> ParsedAnswer:
 def _split_thought(text: str) -> tuple[str | None, str]:
     """Return the thought before the first `</think>` that is no part of a call's JSON, and what
     follows; None and the text where there is none."""
-    at, inside = -1, 0
+    at, json_end = -1, 0
     while (at := text.find(END_THINK, at + 1)) >= 0:
-        while 0 <= (begin := text.find(OPEN, inside)) < at:
-            inside = _end_of_json(text, begin + len(OPEN)) or begin + len(OPEN)
-        if inside <= at:
+        while 0 <= (begin := text.find(OPEN, json_end)) < at:
+            json_end = _end_of_json(text, begin + len(OPEN)) or begin + len(OPEN)
+        if json_end <= at:
             thought = text[:at].strip().removeprefix("<think>").strip()
             return thought, text[at + len(END_THINK) :].lstrip()
     return None, text

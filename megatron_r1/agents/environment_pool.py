@@ -73,7 +73,7 @@ def describe_in_subprocess(name: str) -> EnvironmentDescription:
     """
     target = environment_target(name)
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-m", SERVER, "describe", target],
             capture_output=True,
             timeout=START_SECONDS,
@@ -87,10 +87,10 @@ def describe_in_subprocess(name: str) -> EnvironmentDescription:
             cause=Cause.FAILED,
         ) from None
     try:
-        answer = json.loads(done.stdout.splitlines()[-1])
+        answer = json.loads(process.stdout.splitlines()[-1])
     except (IndexError, ValueError):
         raise UserError(
-            f"agents.environment: importing {target} ends the process: {last_line(done.stderr)}",
+            f"agents.environment: importing {target} ends the process: {last_line(process.stderr)}",
             key="agents.environment",
             cause=Cause.FAILED,
         ) from None
@@ -113,10 +113,10 @@ class EnvironmentPool:
         self._process: asyncio.subprocess.Process | None = None
         self._starting = asyncio.Lock()
         self._idle: list[EnvironmentProcess] = []
-        most = agents.environment_processes
-        self._room = asyncio.Semaphore(most)
+        limit = agents.environment_processes
+        self._room = asyncio.Semaphore(limit)
         # A connection to each environment, and one to an engine for its turn.
-        allow_open_files(2 * most + 512, f"agents.environment_processes: {most:,}")
+        allow_open_files(2 * limit + 512, f"agents.environment_processes: {limit:,}")
 
     @contextlib.asynccontextmanager
     async def open(self) -> AsyncIterator[EnvironmentProcess]:

@@ -188,8 +188,8 @@ class _Episode:
                 f"needs {', '.join(missing)}",
                 f"the row has {', '.join(columns)}; add the column, or give {missing[0]} a default",
             )
-        positional, named = call_arguments(reset, arguments)
-        question = self._result(reset(*positional, **named))
+        positional, keywords = call_arguments(reset, arguments)
+        question = self._result(reset(*positional, **keywords))
         if not isinstance(question, str | None):
             raise InvalidMethod(
                 f"returned {reprlib.repr(question)}",
@@ -215,8 +215,8 @@ class _Episode:
         if not isinstance(arguments, dict):
             raise TypeError(f"the arguments of {name} must be a JSON object")
         method = getattr(self._environment, name)
-        positional, named = call_arguments(method, convert_arguments(method, arguments))
-        return _text(self._result(method(*positional, **named)))
+        positional, keywords = call_arguments(method, convert_arguments(method, arguments))
+        return _text(self._result(method(*positional, **keywords)))
 
     def reward(self, answer: str) -> float:
         if hasattr(self._environment, "final_answer"):

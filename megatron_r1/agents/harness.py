@@ -320,8 +320,8 @@ class HarnessPlayer:
             seconds = self._timeout_seconds - agent_seconds
             if seconds <= 0:
                 return False
-            done, _ = await asyncio.wait({agent}, timeout=max(seconds, CLOCK_SECONDS))
-            if done:
+            done_tasks, _ = await asyncio.wait({agent}, timeout=max(seconds, CLOCK_SECONDS))
+            if done_tasks:
                 return True
 
     def _make_result(

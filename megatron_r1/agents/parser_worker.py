@@ -58,13 +58,13 @@ def find_dropped_text(
         return f"{tag[0]} begins no call that can be read"
     if not calls and _letters(text) == _letters(kept_text):
         return ""
-    named = [call["function"]["name"] for call in calls]
+    tool_names = [call["function"]["name"] for call in calls]
     values = [_value(call["function"]["arguments"]) for call in calls]
     leaves = [leaf for value in values for leaf in _leaves(value)]
     has_numbers = any(isinstance(leaf, (int, float)) for leaf in leaves)
     dropped_words = Counter(_words(_without_tags(text)))
     dropped_words -= Counter(
-        _words(_without_tags(" ".join([kept_text, *named, *map(str, leaves)])))
+        _words(_without_tags(" ".join([kept_text, *tool_names, *map(str, leaves)])))
     )
     for word in dropped_words:
         if word.lower() not in _MARKUP and not (has_numbers and _is_number(word)):

@@ -202,7 +202,7 @@ class _RunningEpisode:
         function = call["function"]
         self._totals["num_tool_calls"] += 1
         names = [tool["function"]["name"] for tool in self._tools]
-        done = False
+        is_done = False
         if function["name"] not in names:
             self._totals["num_tool_errors"] += 1
             text = f"error: there is no tool {function['name']!r}; there are {', '.join(names)}"
@@ -217,13 +217,13 @@ class _RunningEpisode:
                 return "agent_timeout"
             self._totals["tool_seconds"] += result.seconds
             self._totals["num_tool_errors"] += result.is_error
-            text, done = result.text, result.is_done
+            text, is_done = result.text, result.is_done
         limit = self._settings.max_result_chars
         text = text if len(text) <= limit else f"{text[:limit]} … (cut off)"
         self._messages.append({"role": "tool", "tool_call_id": call["id"], "content": text})
         if self._totals["tool_seconds"] >= self._settings.timeout_seconds:
             return "agent_timeout"
-        return "done" if done else None
+        return "done" if is_done else None
 
     def episode(self, status: EpisodeStatus, reason: str) -> Episode:
         """Return the episode as it has been played so far."""

@@ -78,9 +78,9 @@ class TokenTree:
             messages: the messages that the tokens encode, in OpenAI's form.
             tools: the tools offered with them, in OpenAI's form."""
         node = TreeNode(parent, array("i", token_ids), tuple(messages), tuple(tools))
-        same = (number for number in self._children[parent] if self.nodes[number] == node)
-        number_of_same = next(same, None)
-        return self._add(node) if number_of_same is None else number_of_same
+        duplicates = (number for number in self._children[parent] if self.nodes[number] == node)
+        duplicate = next(duplicates, None)
+        return self._add(node) if duplicate is None else duplicate
 
     def add_sampled(self, parent: int, response: Response, message: Message) -> int:
         """Add an engine's answer to the tokens of `parent`; return the node's number.

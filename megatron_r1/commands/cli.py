@@ -210,8 +210,8 @@ def _help(name: str) -> str:
 
 def _run_plain_verb(verb: str, words: list[str]) -> int:
     module = load_verb(verb, PLAIN_VERBS[verb])
-    named = {text.partition("=")[0] for text in words}
-    is_instead = not named.isdisjoint(f"--{name}" for name in module.instead)
+    option_names = {text.partition("=")[0] for text in words}
+    is_instead = not option_names.isdisjoint(f"--{name}" for name in module.instead)
     count = 0 if is_instead else len(module.arguments)
     values, options = words[:count], words[count:]
     if len(values) < count or any(value.startswith("--") for value in values):
@@ -255,9 +255,9 @@ def _run_plain_verb(verb: str, words: list[str]) -> int:
     config = configuration.from_overrides(overrides)
     for key in overrides:
         if not any(f"{key}.".startswith(f"{setting}.") for setting in module.settings):
-            used = ", ".join(module.settings) or "no settings: write it into the recipe"
+            settings = ", ".join(module.settings) or "no settings: write it into the recipe"
             raise UserError(
-                f"--{key}: {verb} does not read it; it reads {used}",
+                f"--{key}: {verb} does not read it; it reads {settings}",
                 key=key,
                 cause=Cause.UNSUPPORTED,
             )

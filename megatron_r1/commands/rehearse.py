@@ -73,9 +73,9 @@ def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> No
         if launch.run_on_null_gpu(sys.argv[1:], max(gpus)):
             raise RunError("rehearse: it has failed on the null GPU, see above")
         return
-    same: dict[str, str] = {}
+    first_by_identity: dict[str, str] = {}
     for job in jobs:
-        first = same.setdefault(_identity(job, settings), job.name)
+        first = first_by_identity.setdefault(_identity(job, settings), job.name)
         if first == job.name:
             _rehearse(job, settings)
         else:
@@ -129,8 +129,8 @@ def _rehearse(job: RehearsalJob, settings: RehearsalConfig) -> None:
         rows = coverage.structure_rows(config, hf, small.config, job.verb, device=settings.on)
         with model.serve_reward_models(small.config, small.hf, folder, job.verb) as addresses:
             run = (job.verb, written, small.config, addresses)
-            shown = PhaseRunner(*run, settings.timeout_seconds, _announce).run()
-        coverage.write(folder, job.name, rows, shown, small.changes)
+            phases = PhaseRunner(*run, settings.timeout_seconds, _announce).run()
+        coverage.write(folder, job.name, rows, phases, small.changes)
 
 
 def _announce(phase: str) -> None:
@@ -162,13 +162,13 @@ def check_links(links: list[int], engine_ranks: int) -> None:
 
     Raises:
         UserError: for too many links."""
-    most, pairs = max(links), sum(links)
+    largest, pairs = max(links), sum(links)
     required = -(-engine_ranks // len(links))
     limit, requests = MAX_LINKS * required, PAIR_REQUESTS * pairs
-    if most <= limit and requests <= MAX_REQUESTS:
+    if largest <= limit and requests <= MAX_REQUESTS:
         return
     raise UserError(
-        f"push: at full size a trainer rank would have {most:,} links to engine ranks (at most "
+        f"push: at full size a trainer rank would have {largest:,} links to engine ranks (at most "
         f"{limit:,}), and {pairs:,} pairs would make {requests:,} requests to one store when they "
         f"connect (at most {MAX_REQUESTS:,}); use fewer rollout.engines",
         key="rollout.engines",

@@ -77,14 +77,14 @@ def _describe_rows(prompts: PromptSplit, tokenizer: PromptTokenizer) -> list[str
     lines = [line for report in prompts.reports for line in report.lines()]
     example = prompts.train[0]
     ids = tokenizer.encode(example.question, example.messages_before)
-    shown = printable(
+    prompt_text = printable(
         shorten_middle(tokenizer.render(example.question, example.messages_before), 600), True
     )
     lines += [
         f"  {format_count(num_train + num_heldout, 'question')}: {num_train:,} to train on, "
         f"{num_heldout:,} held out",
         f"  the first, {example.location}, as its {len(ids):,} tokens ({_ids(ids)}):",
-        *(f"  | {line}" for line in shown.split("\n")),
+        *(f"  | {line}" for line in prompt_text.split("\n")),
         f"  truth: {printable(shorten(repr(example.truth), 200))} (reward {example.kind})",
     ]
     if any(m["role"] == "system" for m in example.messages_before) and not tokenizer.shows_system:

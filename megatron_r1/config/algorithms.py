@@ -82,10 +82,10 @@ def make_engine_mask(
     else:
         allowed = ((-inf, 1.0), (1.0 - 2**-30, inf))
         why = "ratios on either side of 1, at which engine and trainer agree"
-    for (key, value), bound, (least, most) in zip(
+    for (key, value), bound, (minimum, maximum) in zip(
         given_bounds.items(), bounds, allowed, strict=True
     ):
-        if not least < bound <= most:
+        if not minimum < bound <= maximum:
             raise UserError(
                 f"{key}: {value:g}: the bounds of rl.engine_mask: {method} are {why}",
                 key=key,

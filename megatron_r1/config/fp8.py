@@ -21,8 +21,8 @@ class FP8Config(Section):
     @property
     def gradient_format(self) -> str:
         """The format that output gradients are rounded to: e4m3 or e5m2."""
-        chosen = self.format or ("hybrid" if self.recipe == "tensorwise" else "e4m3")
-        return "e5m2" if chosen == "hybrid" else "e4m3"
+        fp8_format = self.format or ("hybrid" if self.recipe == "tensorwise" else "e4m3")
+        return "e5m2" if fp8_format == "hybrid" else "e4m3"
 
     @property
     def scale_kind(self) -> str:

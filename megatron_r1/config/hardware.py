@@ -172,8 +172,8 @@ def link_rate(hardware: Hardware, assumptions: Assumptions, span: int) -> float:
         assumptions: with the efficiency of links.
         span: ranks from the first to the last of the group.
     """
-    inside = intra_node_fraction(hardware.gpus_per_node, span)
-    slowest = max(inside / hardware.nvlink, (1 - inside) / hardware.network)
+    node_fraction = intra_node_fraction(hardware.gpus_per_node, span)
+    slowest = max(node_fraction / hardware.nvlink, (1 - node_fraction) / hardware.network)
     return assumptions.link_efficiency / slowest
 
 

@@ -56,15 +56,15 @@ def describe_keys(models: Sequence[type[BaseModel]], names: Sequence[str] = ()) 
     if len(names) > 1 and find_aliases(phrase):
         names = [phrase]
     rows: list[KeyAlias] = []
-    shown: set[str] = set()
+    selection: set[str] = set()
     for name in names:
         matching = [key for key in lines if is_within(key, [name])]
         if not matching:
             aliases = find_aliases(name)
             rows += [row for row in aliases if row not in rows]
             matching = [key for row in aliases for key in lines if key in row.keys]
-        shown.update(matching or _search(name, lines))
-        if not shown:
+        selection.update(matching or _search(name, lines))
+        if not selection:
             known_keys = {key.rpartition(".")[0] for key in fields} | fields.keys()
             near = did_you_mean(name, known_keys, "{}")
             sections = [section for model in models for section in model.model_fields]
@@ -75,7 +75,7 @@ def describe_keys(models: Sequence[type[BaseModel]], names: Sequence[str] = ()) 
                 cause=Cause.UNKNOWN,
             )
     return "\n".join(
-        filter(None, [describe_aliases(rows), *(lines[k] for k in lines if k in shown)])
+        filter(None, [describe_aliases(rows), *(lines[k] for k in lines if k in selection)])
     )
 
 
@@ -103,7 +103,7 @@ def _docstrings(model: type[BaseModel]) -> dict[str, str]:
 
     The source is parsed only when docstrings are printed: with pydantic's use_attribute_docstrings
     each import of the configuration would parse it, which takes 218 instead of 170 ms."""
-    below = {}
+    docstrings = {}
     for base in reversed(model.__mro__):
         if issubclass(base, BaseModel) and base is not BaseModel:
             (definition,) = ast.parse(inspect.getsource(base)).body
@@ -114,8 +114,8 @@ def _docstrings(model: type[BaseModel]) -> dict[str, str]:
                         ast.AnnAssign(target=ast.Name(id=name)),
                         ast.Expr(value=ast.Constant(value=str(text))),
                     ):
-                        below[name] = text
-    return below
+                        docstrings[name] = text
+    return docstrings
 
 
 def nested_models(annotation: Any, entry: str = "") -> Iterator[tuple[type[BaseModel], str]]:

@@ -93,8 +93,8 @@ class ParallelConfig(Section):
                 key="parallel.sequence",
                 cause=Cause.CONFLICT,
             )
-        chosen = has_experts if self.sequence is None else self.sequence
-        return chosen and self.tensor > 1
+        is_on = has_experts if self.sequence is None else self.sequence
+        return is_on and self.tensor > 1
 
     def check_sizes(self, world_size: int) -> None:
         """Raise UserError where the sizes do not divide `world_size` ranks."""

@@ -148,24 +148,24 @@ def tool_calls(value: Any) -> list[Message]:
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise ValueError(f"{entry!r} is no tool call with a name")
         arguments = function.get("arguments", function.get("parameters", {}))
-        named = {"name": function["name"], "arguments": without_nulls(decode_literal(arguments))}
+        fields = {"name": function["name"], "arguments": without_nulls(decode_literal(arguments))}
         id_field = {"id": call["id"]} if "id" in call else {}
-        calls.append({**id_field, "type": "function", "function": named})
+        calls.append({**id_field, "type": "function", "function": fields})
     return calls
 
 
 def _message(number: int, message: Mapping[str, Any]) -> Message:
     message_fields = without_nulls(message)
-    named = next((message_fields[key] for key in ROLE_KEYS if key in message_fields), None)
-    role = ROLES.get(named.strip().casefold()) if isinstance(named, str) else None
+    role_name = next((message_fields[key] for key in ROLE_KEYS if key in message_fields), None)
+    role = ROLES.get(role_name.strip().casefold()) if isinstance(role_name, str) else None
     if role is None:
-        raise ValueError(f"message {number} has role {named!r} (known: {', '.join(ROLES)})")
+        raise ValueError(f"message {number} has role {role_name!r} (known: {', '.join(ROLES)})")
     content = _text(
         next((message_fields[key] for key in CONTENT_KEYS if key in message_fields), ""), number
     )
     read: Message = {"role": role, "content": content}
     read |= {key: message_fields[key] for key in KEPT if key in message_fields}
-    if named in CALLS:
+    if role_name in CALLS:
         read |= {"content": "", "tool_calls": content}
     if legacy := message_fields.get("function_call"):  # OpenAI's form before tool_calls
         read["tool_calls"] = [*read.get("tool_calls", ()), legacy]

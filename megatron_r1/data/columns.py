@@ -108,9 +108,9 @@ def guess_columns(
     return Columns(question, truth, kind, reasons)
 
 
-def _require_columns(source: str, rows: Sequence[Row], named: Mapping[str, str | None]) -> None:
+def _require_columns(source: str, rows: Sequence[Row], options: Mapping[str, str | None]) -> None:
     """Raise UserError for a column that the user names and the rows lack."""
-    for name, column in named.items():
+    for name, column in options.items():
         if column is not None and column not in rows[0]:
             near = did_you_mean(column, rows[0], "{}") or "."
             raise UserError(
@@ -171,8 +171,8 @@ def _context(rows: Sequence[Row], question: str) -> str | None:
         if _plain(name) in CONTEXT_NAMES and name != question and "." not in question:
             pairs = [(row.get(name), row.get(question)) for row in rows]
             if all(
-                isinstance(about, str) and isinstance(asked, str) and about not in asked
-                for about, asked in pairs
+                isinstance(about, str) and isinstance(text, str) and about not in text
+                for about, text in pairs
             ):
                 return name
     return None

@@ -88,22 +88,22 @@ def read_data_set(path: str, key: str) -> Iterator[LocatedRow]:
         names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
         readme = folder / README
         described = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
-        chosen, split_name = _choose(path, names, described, config, split, key)
-        sources = [(folder / file, str(folder / file)) for file in chosen]
+        files, split_name = _choose(path, names, described, config, split, key)
+        sources = [(folder / file, str(folder / file)) for file in files]
     elif not path.startswith(HUB):
         raise UserError(f"{path}: no such file or folder", key=key, cause=Cause.NOT_FOUND)
     else:
         names, described = _list_hub(path, name, key)
-        chosen, split_name = _choose(path, names, described, config, split, key)
-        downloaded = _download(path, name, chosen, key)
-        sources = [(downloaded / file, f"{HUB}{name}/{file}") for file in chosen]
+        files, split_name = _choose(path, names, described, config, split, key)
+        downloaded = _download(path, name, files, key)
+        sources = [(downloaded / file, f"{HUB}{name}/{file}") for file in files]
     yield from _sliced(_rows(sources, key), sources, split_name, key)
 
 
 def _rows(sources: Sequence[tuple[Path, str]], key: str) -> Iterator[LocatedRow]:
-    for file, shown in sources:
+    for file, name in sources:
         for location, row in read_rows(file, key):
-            yield f"{shown}{location.removeprefix(str(file))}", row
+            yield f"{name}{location.removeprefix(str(file))}", row
 
 
 def _sliced(
@@ -155,7 +155,7 @@ def _choose_name(
     noun: str,
     path: str,
     known_names: Mapping[str, Any],
-    asked: str | None,
+    explicit_name: str | None,
     usual: Sequence[str],
     key: str,
 ) -> str:
@@ -165,12 +165,12 @@ def _choose_name(
         noun: what is chosen, for errors.
         path: the data set.
         known_names: the names that it has.
-        asked: the name that is asked for, or None.
+        explicit_name: the name that is asked for, or None.
         usual: names that are chosen where none is asked for.
         key: the setting, for errors."""
-    if asked is not None and asked in known_names:
-        return asked
-    if asked is None:
+    if explicit_name is not None and explicit_name in known_names:
+        return explicit_name
+    if explicit_name is None:
         for name in usual:
             if name in known_names:
                 return name
@@ -180,7 +180,7 @@ def _choose_name(
     raise UserError(
         f"{path}: which {noun}? It has {', '.join(known_names)}: write {form}",
         key=key,
-        cause=Cause.MISSING if asked is None else Cause.UNKNOWN,
+        cause=Cause.MISSING if explicit_name is None else Cause.UNKNOWN,
     )
 
 
@@ -239,12 +239,12 @@ def _matches(name: str, pattern: str) -> bool:
 
 def _named(names: Sequence[str]) -> dict[str, dict[str, list[str]]]:
     """Return configuration → split → files, as the names of the files show them."""
-    named: dict[str, dict[str, list[str]]] = {}
+    configs: dict[str, dict[str, list[str]]] = {}
     for name in names:
         folders = [p for p in PurePosixPath(name).parts[:-1] if p != "data" and p not in SPLITS]
         config = "/".join(folders) or "default"
-        named.setdefault(config, {}).setdefault(_split_of_file(name), []).append(name)
-    return named
+        configs.setdefault(config, {}).setdefault(_split_of_file(name), []).append(name)
+    return configs
 
 
 def _split_of_file(name: str) -> str:

@@ -98,13 +98,13 @@ class FewShotExamples:
             UserError: `before` has a message other than a system's.
         """
         opened = opens_thought(render_template(template, question))
-        shown = [
+        examples = [
             render_template(template, shot.question)
             + (shot.response.removeprefix(THINK) if opened else shot.response)
             for shot in self.choose(question)
         ]
         system = system_text(before, "data.template")
-        return BETWEEN.join([*shown, render_template(template, question, system)])
+        return BETWEEN.join([*examples, render_template(template, question, system)])
 
 
 class FewShotTokenizer(PromptTokenizer):
@@ -133,9 +133,9 @@ class FewShotTokenizer(PromptTokenizer):
         super().__init__(model_path, template, stop_token_ids=stop_token_ids)
         self._shots = shots
         if self._chat:
-            shown = self._apply_chat_template(shots.chat_messages(""), tokenize=False)
+            rendering = self._apply_chat_template(shots.chat_messages(""), tokenize=False)
             for shot in shots.choose(""):
-                if shot.response.strip() not in shown:
+                if shot.response.strip() not in rendering:
                     raise UserError(
                         f"sample.shots: the chat template of {model_path} does not show an earlier "
                         f"answer as it is ({shot.response[:60]!r} …); use a text as data.template",

@@ -56,8 +56,10 @@ class PreferenceTokenizer:
             response: the text as it was sampled.
             opened: the prompt ended with `<think>`.
         """
-        asked, shown = prepare_texts(question, response, self.part, opened, self.max_chars)
-        return None if shown.text is None else self._tokens(asked, shown.text)
+        question_text, extraction = prepare_texts(
+            question, response, self.part, opened, self.max_chars
+        )
+        return None if extraction.text is None else self._tokens(question_text, extraction.text)
 
     def decode(self, token_ids: list[int]) -> str:
         """Return the text, special tokens included."""

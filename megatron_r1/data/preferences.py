@@ -53,11 +53,11 @@ def read_preferences(path: str | Path, kind: Kind) -> Iterator[Preference]:
         UserError: a bad row, with file and line.
     """
     for location, row in read_canonical_rows(path):
-        named = next((name for name in RESPONSES if name in row), RESPONSES[0])
-        names = ("chosen", "rejected") if kind == "pairwise" else (named,)
+        response_name = next((name for name in RESPONSES if name in row), RESPONSES[0])
+        names = ("chosen", "rejected") if kind == "pairwise" else (response_name,)
         row = _of_chats(location, row, names)
-        asked = next((name for name in QUESTIONS if name in row), "prompt")
-        question = require_text(location, row, asked)
+        question_name = next((name for name in QUESTIONS if name in row), "prompt")
+        question = require_text(location, row, question_name)
         opened = row.get("opened", False)
         if not isinstance(opened, bool):
             raise UserError(
@@ -91,18 +91,18 @@ def _of_chats(location: str, row: CanonicalRow, names: Sequence[str]) -> Canonic
     prompt_value = next(
         (row[name] for name in (*QUESTIONS, "conversations") if row.get(name)), None
     )
-    asked, chats = _chat(prompt_value), [_chat(row.get(name)) for name in names]
-    if asked is None and not any(chats):
+    question_chat, chats = _chat(prompt_value), [_chat(row.get(name)) for name in names]
+    if question_chat is None and not any(chats):
         return row
-    if asked is None and isinstance(prompt_value, str):
-        asked = [{"role": "user", "content": prompt_value}]
+    if question_chat is None and isinstance(prompt_value, str):
+        question_chat = [{"role": "user", "content": prompt_value}]
     before: list[Message] = []
     texts = {}
     is_read = True
     for name, chat in zip(names, chats, strict=True):
         text = row.get(name)
         *chat_messages, last = chat or [{"role": "assistant", "content": text}]
-        chat_messages = chat_messages or asked or []
+        chat_messages = chat_messages or question_chat or []
         is_read &= last["role"] == "assistant" and chat_messages == (before or chat_messages)
         before, texts[name] = chat_messages, last["content"]
     users = [message["role"] for message in before if message["role"] != "system"]

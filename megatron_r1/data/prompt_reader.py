@@ -74,8 +74,8 @@ SOURCE_FIELDS = ("data_source", "source", "dataset")
 
 def data_source(fields: Mapping[str, Any]) -> str:
     """Return the data source that a row's fields name, or ""."""
-    named = (fields[name] for name in SOURCE_FIELDS if isinstance(fields.get(name), str))
-    return next(named, "")
+    sources = (fields[name] for name in SOURCE_FIELDS if isinstance(fields.get(name), str))
+    return next(sources, "")
 
 
 class _ScriptMarks(dict[int, str]):
@@ -169,8 +169,8 @@ def _require_shown(kind: str, question: str, truth: Any, fields: Mapping[str, An
     for name, choices in _choices(fields) if kind in COMPARED else ():
         if not isinstance(choices, list) or len(choices) < 2 or not _is_place(truth, len(choices)):
             continue
-        asked = _letters(question)
-        if not all(_letters(str(choice)) in asked for choice in choices):
+        question_letters = _letters(question)
+        if not all(_letters(str(choice)) in question_letters for choice in choices):
             raise ValueError(
                 f"{truth!r} is one of the {len(choices)} choices in {name!r}, which the question "
                 "does not have; write them into the question, or give the text of the right one"
@@ -286,8 +286,8 @@ class RowReader:
         if kind in CHECKS:
             name = {**report.columns, **self.columns}.get("truth", "truth")
             if is_missing(truth, self.no_truth):
-                shown = "a solution without a marked answer" if _is_solution(truth) else repr(truth)
-                report.skip_row(f"{name!r} is {shown}, no truth", location, name)
+                words = "a solution without a marked answer" if _is_solution(truth) else repr(truth)
+                report.skip_row(f"{name!r} is {words}, no truth", location, name)
                 return None
             try:
                 check_truth(kind, truth, fields)

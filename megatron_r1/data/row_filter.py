@@ -18,16 +18,16 @@ MAX_UNSEEN = 1_000
 Conditions = Mapping[str, Any]
 
 
-def _check_conditions(where: Conditions, key: str = "data.where") -> None:
+def _check_conditions(conditions: Conditions, key: str = "data.where") -> None:
     """Check the conditions on rows before any row is read.
 
     Args:
-        where: the conditions.
+        conditions: the conditions.
         key: the setting that has them, for errors.
 
     Raises:
         UserError: a condition with an unknown key, a limit that is not a number, or no limit."""
-    for column, condition in where.items():
+    for column, condition in conditions.items():
         if not isinstance(condition, Mapping):
             continue
         place = f"{key}.{column}"
@@ -59,17 +59,17 @@ class RowFilter:
     """Keeps the rows of one source that meet all conditions, and counts the others in `report`.
 
     Args:
-        where: column → condition.
+        conditions: column → condition.
         report: counts the rows.
         key: the setting, for errors.
 
     Raises:
         UserError: an invalid condition."""
 
-    def __init__(self, where: Conditions, report: DataReport, key: str = "data.where") -> None:
-        _check_conditions(where, key)
-        self._where, self._report, self._key = where, report, key
-        self._unseen, self._columns = set(where), dict[str, None]()
+    def __init__(self, conditions: Conditions, report: DataReport, key: str = "data.where") -> None:
+        _check_conditions(conditions, key)
+        self._where, self._report, self._key = conditions, report, key
+        self._unseen, self._columns = set(conditions), dict[str, None]()
 
     def keeps(self, location: str, row: CanonicalRow) -> bool:
         """Return whether a row, with the columns of the file, meets all conditions. A column that
@@ -130,8 +130,8 @@ def _is_within(value: Any, limits: Mapping[str, Any]) -> bool:
     number = _as_number(value)
     if number is None:
         return False
-    least, most = _as_number(limits.get("min")), _as_number(limits.get("max"))
-    return (least is None or number >= least) and (most is None or number <= most)
+    minimum, maximum = _as_number(limits.get("min")), _as_number(limits.get("max"))
+    return (minimum is None or number >= minimum) and (maximum is None or number <= maximum)
 
 
 def _equals_any(value: Any, condition_value: Any) -> bool:

@@ -124,8 +124,8 @@ def rename_columns(location: str, row: CanonicalRow, columns: Mapping[str, str])
                 key=f"columns.{ours}",
                 cause=Cause.NOT_FOUND,
             )
-    used = {part for theirs in columns.values() for part in (theirs, *theirs.split("+"))}
-    kept_columns = {name: value for name, value in row.items() if name not in used}
+    source_columns = {part for theirs in columns.values() for part in (theirs, *theirs.split("+"))}
+    kept_columns = {name: value for name, value in row.items() if name not in source_columns}
     return kept_columns | values
 
 
@@ -140,8 +140,8 @@ def lookup(row: CanonicalRow, name: str) -> Any:
     if "." not in name:
         return ABSENT
     first, _, entry_path = name.partition(".")
-    below = as_mapping(row.get(first))
-    return ABSENT if below is None else lookup(below, entry_path)
+    mapping = as_mapping(row.get(first))
+    return ABSENT if mapping is None else lookup(mapping, entry_path)
 
 
 def as_mapping(value: Any) -> CanonicalRow | None:

@@ -192,8 +192,8 @@ def _alpaca(row: CanonicalRow) -> Parts | None:
     if not isinstance(instruction, str) or not isinstance(output, str) or not output.strip():
         return None
     context = row.get("input") or row.get("context")
-    more = f"\n\n{context}" if isinstance(context, str) and context.strip() else ""
-    return _question_parts(instruction + more, output, row)
+    suffix = f"\n\n{context}" if isinstance(context, str) and context.strip() else ""
+    return _question_parts(instruction + suffix, output, row)
 
 
 def _calls(row: CanonicalRow) -> Parts | None:

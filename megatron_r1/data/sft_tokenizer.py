@@ -109,9 +109,9 @@ class SFTTokenizer:
         return render_template(self._template, question["content"], system), answer["content"]
 
     def _no_template(self, location: str = "") -> UserError:
-        where = f"{location}: " if location else ""
+        prefix = f"{location}: " if location else ""
         return UserError(
-            f"{where}a conversation is rendered by the tokenizer's chat template, and that of "
+            f"{prefix}a conversation is rendered by the tokenizer's chat template, and that of "
             f"{self._model_path} has none; add chat_template.jinja there, or set sft.template to "
             "plain or a text with {problem}",
             key="sft.template",
@@ -206,15 +206,15 @@ class SFTTokenizer:
         special = set(self._tokenizer.all_special_ids)
         learned = [False] * len(ids)
         for begin, end in spans:
-            inside = [at for at, (start, stop) in enumerate(offsets) if begin <= start < end]
-            inside = [at for at in inside if offsets[at][1] <= end]
-            last = max((at for at in inside if ids[at] in special), default=None)
+            indices = [at for at, (start, stop) in enumerate(offsets) if begin <= start < end]
+            indices = [at for at in indices if offsets[at][1] <= end]
+            last = max((at for at in indices if ids[at] in special), default=None)
             if (
                 last is not None
-                and not self._tokenizer.decode([ids[at] for at in inside if at > last]).strip()
+                and not self._tokenizer.decode([ids[at] for at in indices if at > last]).strip()
             ):
-                inside = [at for at in inside if at <= last]
-            for at in inside:
+                indices = [at for at in indices if at <= last]
+            for at in indices:
                 learned[at] = True
         return learned
 

@@ -40,8 +40,8 @@ def read_rows(path: Path, key: str = "data") -> Iterator[LocatedRow]:
             malformed row.
     """
     if not path.is_file():
-        where = "" if path.is_absolute() else f" (relative to {Path.cwd()})"
-        raise UserError(f"{path}: no such file{where}", key=key, cause=Cause.NOT_FOUND)
+        hint = "" if path.is_absolute() else f" (relative to {Path.cwd()})"
+        raise UserError(f"{path}: no such file{hint}", key=key, cause=Cause.NOT_FOUND)
     suffix = data_suffix(path)
     if suffix is None:
         raise UserError(

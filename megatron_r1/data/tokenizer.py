@@ -168,10 +168,10 @@ def end_tokens(
             for number in _ids(part, path / CONFIG, key):
                 if is_list or number in added:
                     file_by_id.setdefault(number, CONFIG)
-    named = [text for text in TURN_ENDS if text in by_text]
-    named += GLM if all(text in by_text for text in GLM) else ()
-    named += [PHI] if PHI in by_text and HARMONY not in by_text else []
-    for text in named:
+    end_texts = [text for text in TURN_ENDS if text in by_text]
+    end_texts += GLM if all(text in by_text for text in GLM) else ()
+    end_texts += [PHI] if PHI in by_text and HARMONY not in by_text else []
+    for text in end_texts:
         file_by_id.setdefault(by_text[text], TOKENIZER)
     size = _vocab_size(config)
     return [

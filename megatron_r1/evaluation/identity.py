@@ -46,10 +46,10 @@ def require_same_identity(
         return
     before = json.loads(path.read_text(encoding="utf-8"))
     names = [*before, *(name for name in settings if name not in before)]
-    logged, now = models
-    weights = f" (of model.path: {logged} in the folder, {now} now)"
-    if logged == now:
-        weights = f" (the files in model.path, {now}, have changed since)"
+    logged, current = models
+    weights = f" (of model.path: {logged} in the folder, {current} now)"
+    if logged == current:
+        weights = f" (the files in model.path, {current}, have changed since)"
     changed = [
         name
         for name in names

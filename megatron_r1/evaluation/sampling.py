@@ -33,21 +33,20 @@ class SamplingProgress:
         self._began: tuple[float, int] | None = None  # time, and samples finished before
         self._next = 0.0  # prints from this time on a terminal, from this share in a log
 
-    def __call__(self, done: int, total: int) -> None:
+    def __call__(self, num_done: int, total: int) -> None:
         """Print a line if it is time for one: samples done, and the time that is left."""
         now = time.monotonic()
-        began, first = self._began = self._began or (now, done)
-        reached = now if self._is_terminal else NUM_PROGRESS_LINES * done // max(1, total)
-        if reached < self._next and done < total:
+        began, first = self._began = self._began or (now, num_done)
+        reached = now if self._is_terminal else NUM_PROGRESS_LINES * num_done // max(1, total)
+        if reached < self._next and num_done < total:
             return
         self._next = reached + (REFRESH_SECONDS if self._is_terminal else 1)
-        line = f"{done:,} of {total:,} samples graded"
-        if first < done < total:
-            line += (
-                f", about {format_duration((now - began) / (done - first) * (total - done))} to go"
-            )
+        line = f"{num_done:,} of {total:,} samples graded"
+        if first < num_done < total:
+            seconds_left = (now - began) / (num_done - first) * (total - num_done)
+            line += f", about {format_duration(seconds_left)} to go"
         if self._is_terminal:
-            print(f"\r\x1b[2K{line}", end="\n" if done == total else "", flush=True)
+            print(f"\r\x1b[2K{line}", end="\n" if num_done == total else "", flush=True)
         else:
             print(line, flush=True)
 

@@ -173,5 +173,5 @@ def is_right(sample: Mapping[str, Any]) -> bool:
 def last_line(text: Any) -> str:
     """Return the last line that is not blank: the question of a prompt in the R1-Zero template."""
     lines = [line.strip() for line in str(text).splitlines() if line.strip()]
-    asked = [line for line in lines if not line.startswith("Assistant:")] or lines
-    return asked[-1].removeprefix("User: ") if asked else ""
+    question_lines = [line for line in lines if not line.startswith("Assistant:")] or lines
+    return question_lines[-1].removeprefix("User: ") if question_lines else ""

@@ -116,7 +116,7 @@ class PreferencePairs:
         prompt: Prompt,
         first: TextResponse,
         second: TextResponse,
-        shown: dict[int, str],
+        texts: dict[int, str],
         outcome: Comparison | Ungradable,
     ) -> tuple[dict[int, Decision], list[dict[str, Any]]]:
         """Return the decisions by index, and the row of a pair with a winner.
@@ -125,7 +125,7 @@ class PreferencePairs:
             prompt: the question.
             first: one response.
             second: the response it was compared with.
-            shown: index → the text of a response that the judge saw.
+            texts: index → the text of a response that the judge saw.
             outcome: the votes, or why there are none."""
         indices = (first.index, second.index)
         if isinstance(outcome, Ungradable):
@@ -138,7 +138,7 @@ class PreferencePairs:
             return dict.fromkeys(indices, Decision(code, why)), []
         chosen, rejected = (first, second) if winner == 0 else (second, first)
         pair = (prompt.id, *indices)
-        self.log_ratios[pair] = log_ratio(shown[chosen.index], shown[rejected.index])
+        self.log_ratios[pair] = log_ratio(texts[chosen.index], texts[rejected.index])
         why = f"response {chosen.index} over {rejected.index}: {votes}"
         if pair in self.dropped:
             return dict.fromkeys(indices, Decision("length_balance", why)), []

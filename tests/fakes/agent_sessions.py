@@ -48,14 +48,14 @@ class Session:
         """Send a request; return the engine's answer as a message."""
         prompt = self.continuation.next_prompt(self.tree, messages, TOOLS)
         tools = TOOLS if prompt.parent is None else ()
-        given = self.tree.add_prompt(prompt.parent, prompt.token_ids, prompt.messages, tools)
+        prompt_node = self.tree.add_prompt(prompt.parent, prompt.token_ids, prompt.messages, tools)
         text = self.answer() if text is None else text
         cut = self.rng.random() < 0.15 if cut is None else cut
         token_ids = self.tokens(text, canonical) + ([] if cut else [self.tokenizer.eos_token_id])
-        prompt_ids = self.tree.token_ids(given).tolist()
+        prompt_ids = self.tree.token_ids(prompt_node).tolist()
         response = self.response(token_ids, len(prompt_ids), cut)
         message = parse(text)
-        node = self.tree.add_sampled(given, response, message)
+        node = self.tree.add_sampled(prompt_node, response, message)
         self.calls.append((prompt_ids, response, node))
         return message
 
@@ -102,11 +102,11 @@ class Session:
         )
         self.drawn += len(token_ids)  # no two log-probabilities of a session are equal
         logprobs = array("f", (-(self.drawn - at) / 4096 for at in range(len(token_ids))))
-        kept = [[token, MARK + self.drawn - at] for at, token in enumerate(token_ids)]
+        kept_ids = [[token, MARK + self.drawn - at] for at, token in enumerate(token_ids)]
         return Response(
             *(array("i", token_ids), logprobs, array("i", versions)),
             *("length" if cut else "stop", rows),
-            sampling_mask=encode_mask(kept),
+            sampling_mask=encode_mask(kept_ids),
         )
 
 

@@ -32,6 +32,6 @@ class ScriptedHost:
         if order.engine in self.ends:
             return EngineReport(order.engine, "ended", end_reason=self.ends[order.engine])
         first = order.part is None or order.part.serves
-        where = COORDINATOR if order.part is not None and first else ""
+        coordinator = COORDINATOR if order.part is not None and first else ""
         url = f"http://{self.name}:1" if first else ""
-        return EngineReport(order.engine, "running", url=url, coordinator=where)
+        return EngineReport(order.engine, "running", url=url, coordinator=coordinator)

@@ -56,10 +56,10 @@ def said(content, finish_reason="stop"):
 def sections(body):
     """name → text of what the judge is shown, and the key it has to repeat."""
     message = body["messages"][-1]["content"]
-    found = KEY.search(message)
-    if not found:
+    match = KEY.search(message)
+    if not match:
         return {}, ""
-    return {name: text for name, key, text in SECTION.findall(message) if key == found[1]}, found[1]
+    return {name: text for name, key, text in SECTION.findall(message) if key == match[1]}, match[1]
 
 
 def verdict(key, choice, before="It is so."):

@@ -27,20 +27,20 @@ class Body:
     So an option is ignored only where the code names it. null counts as absent: in replies some
     fields are null, and clients send replies back as messages."""
 
-    def __init__(self, value: object, where: str = "") -> None:
+    def __init__(self, value: object, path: str = "") -> None:
         """Take an object of the request.
 
         Args:
             value: the object.
-            where: the path of this object in the request, for errors."""
+            path: the path of this object in the request, for errors."""
         if not isinstance(value, Mapping):
-            raise RequestError(f"must be an object, got {_shorten(value)}", where or None)
+            raise RequestError(f"must be an object, got {_shorten(value)}", path or None)
         self._fields_left = {name: entry for name, entry in value.items() if entry is not None}
-        self.where = where
+        self._path = path
 
     def path(self, name: str) -> str:
         """Return the path of a field, `messages.0.role`."""
-        return f"{self.where}.{name}" if self.where else name
+        return f"{self._path}.{name}" if self._path else name
 
     def take(self, name: str, kinds: type | tuple[type, ...], default: Any = REQUIRED) -> Any:
         """Return a field of one of `kinds`.
@@ -71,8 +71,8 @@ class Body:
         Raises:
             RequestError: as `take`, or an item is not an object.
         """
-        values, where = self.take(name, list, default), self.path(name)
-        return [Body(value, f"{where}.{i}") for i, value in enumerate(values)]
+        values, path = self.take(name, list, default), self.path(name)
+        return [Body(value, f"{path}.{i}") for i, value in enumerate(values)]
 
     def take_positive(self, name: str) -> int | None:
         """Return a positive integer, or None where it is absent.
@@ -98,8 +98,8 @@ class Body:
         """
         value = self._fields_left.pop(name, default)
         if value not in values:
-            shown = " or ".join(map(_shorten, values))
-            raise RequestError(f"{_shorten(value)} is not supported; use {shown}", self.path(name))
+            texts = " or ".join(map(_shorten, values))
+            raise RequestError(f"{_shorten(value)} is not supported; use {texts}", self.path(name))
         return value
 
     def take_fixed(self, **values: Any) -> None:
@@ -132,12 +132,12 @@ class Body:
             )
 
 
-def content_text(value: Any, where: str, kinds: tuple[str, ...] = ("text",)) -> str:
+def content_text(value: Any, path: str, kinds: tuple[str, ...] = ("text",)) -> str:
     """Return a message's content, a text or a list of text parts, as one text.
 
     Args:
         value: the content in the request.
-        where: its path in the request, for errors.
+        path: its path in the request, for errors.
         kinds: the types of parts that are text.
 
     Raises:
@@ -146,12 +146,12 @@ def content_text(value: Any, where: str, kinds: tuple[str, ...] = ("text",)) -> 
     if value is None or isinstance(value, str):
         return value or ""
     if not isinstance(value, list):
-        raise RequestError(f"must be a text or a list of parts, got {_shorten(value)}", where)
-    return "".join(_part(part, f"{where}.{index}", kinds) for index, part in enumerate(value))
+        raise RequestError(f"must be a text or a list of parts, got {_shorten(value)}", path)
+    return "".join(_part(part, f"{path}.{index}", kinds) for index, part in enumerate(value))
 
 
-def _part(value: Any, where: str, kinds: tuple[str, ...]) -> str:
-    body = Body(value, where)
+def _part(value: Any, path: str, kinds: tuple[str, ...]) -> str:
+    body = Body(value, path)
     kind = body.take("type", str)
     if kind not in kinds:
         raise RequestError(
@@ -164,7 +164,7 @@ def _part(value: Any, where: str, kinds: tuple[str, ...]) -> str:
     return text
 
 
-def stop_strings(value: Any, where: str) -> tuple[str, ...]:
+def stop_strings(value: Any, path: str) -> tuple[str, ...]:
     """Return the stop strings of a field that is one or a list of them.
 
     Raises:
@@ -172,7 +172,7 @@ def stop_strings(value: Any, where: str) -> tuple[str, ...]:
     """
     strings = [value] if isinstance(value, str) else value
     if not isinstance(strings, list) or not all(isinstance(s, str) and s for s in strings):
-        raise RequestError(f"must be a text or a list of texts, got {_shorten(value)}", where)
+        raise RequestError(f"must be a text or a list of texts, got {_shorten(value)}", path)
     return tuple(strings)
 
 

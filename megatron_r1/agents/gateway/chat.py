@@ -48,12 +48,12 @@ def parse_request(body: Body, stored: object) -> TurnRequest:
     body.take_fixed(response_format={"type": "text"})
     calls_in_parallel = body.take("parallel_tool_calls", bool, True)
     # `max_tokens` is the deprecated name of the same limit.
-    most = body.take_positive("max_completion_tokens")
+    limit = body.take_positive("max_completion_tokens")
     request = TurnRequest(
         messages,
         tools,
         model,
-        max_tokens=body.take_positive("max_tokens") if most is None else most,
+        max_tokens=body.take_positive("max_tokens") if limit is None else limit,
         stop=stop_strings(body.take("stop", (str, list), []), "stop"),
         stream=body.take("stream", bool, False),
         include_usage=bool(body.take("stream_options", dict, {}).get("include_usage")),
@@ -65,13 +65,13 @@ def parse_request(body: Body, stored: object) -> TurnRequest:
     return request
 
 
-def require_turn(messages: list[Message], where: str) -> None:
+def require_turn(messages: list[Message], path: str) -> None:
     """Raise RequestError for messages after which it is not the assistant's turn: one is sampled
     whole."""
     if not messages:
-        raise RequestError("must not be empty", where)
+        raise RequestError("must not be empty", path)
     if messages[-1]["role"] == "assistant":
-        raise RequestError("the last message is the assistant's; a turn cannot be continued", where)
+        raise RequestError("the last message is the assistant's; a turn cannot be continued", path)
 
 
 def format_reply(turn: TurnReply, request: TurnRequest) -> dict[str, Any]:
@@ -128,7 +128,7 @@ def format_error_event(refused: RequestError) -> bytes:
     return _event(format_error(refused)) + END
 
 
-def as_arguments(value: Any, where: str) -> str:
+def as_arguments(value: Any, path: str) -> str:
     """Return a tool call's arguments as the client has written them: a JSON object, as text.
 
     Raises:
@@ -139,7 +139,7 @@ def as_arguments(value: Any, where: str) -> str:
     except ValueError:
         is_object = False
     if not is_object:
-        raise RequestError(f"must be a JSON object as text, got {value!r:.80}", where)
+        raise RequestError(f"must be a JSON object as text, got {value!r:.80}", path)
     return value or "{}"
 
 

@@ -109,12 +109,12 @@ def _messages(body: Body) -> list[Message]:
     role = body.take_choice("role", ("user", "assistant", "system"), None)
     content = body.take("content", (str, list))
     body.finish()
-    where = body.path("content")
+    path = body.path("content")
     if isinstance(content, str):
         return [{"role": role, "content": content}]
     if role == "system":
         return _system(content)
-    blocks = [Body(block, f"{where}.{index}") for index, block in enumerate(content)]
+    blocks = [Body(block, f"{path}.{index}") for index, block in enumerate(content)]
     return [_assistant(blocks)] if role == "assistant" else _user(blocks)
 
 
@@ -174,8 +174,8 @@ def _blocks(turn: TurnReply) -> list[dict[str, Any]]:
     if turn.message["content"]:
         blocks.append({"type": "text", "text": turn.message["content"]})
     for call in turn.tool_calls:
-        named = {"type": "tool_use", "id": call["id"], "name": call["function"]["name"]}
-        blocks.append(named | {"input": read_arguments(call["function"])})
+        block = {"type": "tool_use", "id": call["id"], "name": call["function"]["name"]}
+        blocks.append(block | {"input": read_arguments(call["function"])})
     return blocks
 
 

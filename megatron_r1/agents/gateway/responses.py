@@ -189,9 +189,9 @@ def _events(turn: TurnReply, request: TurnRequest) -> Iterator[dict[str, Any]]:
         yield {"type": "response.output_item.added", "output_index": index, "item": opened}
         if item["type"] == "function_call":
             text = item["arguments"]
-            named = location | {"name": item["name"]}
+            call_fields = location | {"name": item["name"]}
             yield location | {"type": "response.function_call_arguments.delta", "delta": text}
-            yield named | {"type": "response.function_call_arguments.done", "arguments": text}
+            yield call_fields | {"type": "response.function_call_arguments.done", "arguments": text}
         else:
             yield from _part_events(location | {"content_index": 0}, item["content"][0])
         yield {"type": "response.output_item.done", "output_index": index, "item": item}

@@ -215,8 +215,8 @@ class Gateway:
         task = session.undelivered.pop(key, None)
         if task is None or (task.done() and (task.cancelled() or task.exception())):
             prompt_ids = [*session.tree.token_ids(prompt.parent), *prompt.token_ids]
-            most = session.max_tokens(request.max_tokens, len(prompt_ids))
-            task = asyncio.create_task(self._sample(session, request, prompt, prompt_ids, most))
+            limit = session.max_tokens(request.max_tokens, len(prompt_ids))
+            task = asyncio.create_task(self._sample(session, request, prompt, prompt_ids, limit))
             session.running.add(task)
             task.add_done_callback(partial(session.on_turn_done, key))
         try:
@@ -296,9 +296,9 @@ class Gateway:
 
     def _next_prompt(self, session: GatewaySession, request: TurnRequest) -> NextPrompt:
         if request.token_ids is not None:
-            if (most := max(request.token_ids)) >= (size := self._continuation.vocabulary_size):
+            if (max_id := max(request.token_ids)) >= (size := self._continuation.vocabulary_size):
                 raise RequestError(
-                    f"token {most} is not one of the vocabulary's {size}", "token_ids"
+                    f"token {max_id} is not one of the vocabulary's {size}", "token_ids"
                 )
             return continue_tokens(session.tree, request.token_ids)
         try:

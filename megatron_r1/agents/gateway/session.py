@@ -110,8 +110,8 @@ class GatewaySession:
     @property
     def engine_seconds(self) -> float:
         """Return the wall time in which at least one turn waited for engines and parsers."""
-        now = time.monotonic() - self._waiting_since if self._num_waiting else 0.0
-        return self._engine_seconds + now
+        current_wait = time.monotonic() - self._waiting_since if self._num_waiting else 0.0
+        return self._engine_seconds + current_wait
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -140,7 +140,7 @@ class GatewaySession:
                 (status, reason) if failure is None else ("engine_error", failure)
             )
 
-    def max_tokens(self, asked: int | None, num_prompt_tokens: int) -> int:
+    def max_tokens(self, client_limit: int | None, num_prompt_tokens: int) -> int:
         """Return the most tokens that a turn may sample.
 
         Raises:
@@ -151,23 +151,23 @@ class GatewaySession:
             self.end("max_turns", reason)
             raise RequestError(reason, code="max_turns")
         # Turns in flight may yet fail, so they do not end the episode.
-        most = min(self.limits.max_parallel, self.limits.max_turns - self.num_turns)
-        if len(self.running) >= most:
+        limit = min(self.limits.max_parallel, self.limits.max_turns - self.num_turns)
+        if len(self.running) >= limit:
             raise RequestError(
-                f"{len(self.running)} turns of this session are being sampled; it may have {most}",
+                f"{len(self.running)} turns of this session are being sampled; it may have {limit}",
                 status=429,
                 kind="rate_limit_error",
             )
         num_tokens = self.limits.max_tokens - self.num_claimed
-        most_here = self.sampling.max_model_len - num_prompt_tokens
-        if min(num_tokens, most_here) < 1:
+        context_room = self.sampling.max_model_len - num_prompt_tokens
+        if min(num_tokens, context_room) < 1:
             raise self.end_out_of_tokens(
                 f"the episode has had its {self.limits.max_tokens} sampled tokens"
                 if num_tokens < 1
                 else f"{num_prompt_tokens} prompt tokens leave no room for an answer: the engines "
                 f"take {self.sampling.max_model_len}"
             )
-        return min(num_tokens, most_here, asked or num_tokens)
+        return min(num_tokens, context_room, client_limit or num_tokens)
 
     def claim(self, num_tokens: int) -> int:
         """Count a sampled turn's tokens against the episode's limit; return how many of them fit.

@@ -177,7 +177,7 @@ def list_tasks(settings: VerifiersConfig) -> list[dict[str, Any]]:
     """
     options = {"environment": env_config(settings), "list": True}
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             command(settings, options),
             env=os.environ | variables(),
             capture_output=True,
@@ -190,10 +190,10 @@ def list_tasks(settings: VerifiersConfig) -> list[dict[str, Any]]:
             key="agents.verifiers.python",
             cause=Cause.NOT_FOUND,
         ) from None
-    if done.returncode:
+    if process.returncode:
         raise UserError(
-            f"agents.verifiers.taskset: {settings.taskset}: {last_line(done.stderr)}",
+            f"agents.verifiers.taskset: {settings.taskset}: {last_line(process.stderr)}",
             key="agents.verifiers.taskset",
             cause=Cause.FAILED,
         )
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    return [json.loads(line) for line in process.stdout.splitlines()]

@@ -69,8 +69,8 @@ class FramedFile:
         end = spans[-1][1] if spans else 0
         if repair and end < size:
             os.truncate(path, end)
-        used = sum(stop - start + FRAME_HEADER.size for start, stop in spans)
-        return cls(spans, size - used, content)
+        framed_bytes = sum(stop - start + FRAME_HEADER.size for start, stop in spans)
+        return cls(spans, size - framed_bytes, content)
 
     def __iter__(self) -> Iterator[memoryview]:
         content = memoryview(self._content)

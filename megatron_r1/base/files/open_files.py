@@ -5,24 +5,24 @@ import resource
 from megatron_r1.base.errors import Cause, UserError
 
 
-def allow_open_files(needed: int, reason: str) -> None:
-    """Raise this process's soft limit to `needed`, if it is lower.
+def allow_open_files(count: int, reason: str) -> None:
+    """Raise this process's soft limit to `count`, if it is lower.
 
     Args:
-        needed: open files.
+        count: open files.
         reason: what needs so many.
 
     Raises:
         UserError: where the hard limit does not allow it.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY or soft >= needed:
+    if soft == resource.RLIM_INFINITY or soft >= count:
         return
-    if hard != resource.RLIM_INFINITY and hard < needed:
+    if hard != resource.RLIM_INFINITY and hard < count:
         raise UserError(
-            f"{reason}: {needed:,} open files, and this process may have {hard:,}; raise the limit "
-            f"(ulimit -Hn {needed}, or LimitNOFILE of the service that starts it)",
+            f"{reason}: {count:,} open files, and this process may have {hard:,}; raise the limit "
+            f"(ulimit -Hn {count}, or LimitNOFILE of the service that starts it)",
             key="ulimit -n",
             cause=Cause.TOO_LARGE,
         )
-    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))

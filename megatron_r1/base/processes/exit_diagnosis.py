@@ -32,8 +32,8 @@ def excerpt(log: str, num_last_lines: int = 5) -> str:
     lines = [line for line in lines if line.strip(" ^~")]
     cause = next((m.group(1) for line in lines if (m := ERROR_LINE.search(line))), None)
     last = lines[-num_last_lines:]
-    shown = ([cause] if cause else []) + [line for line in last if not cause or cause not in line]
-    return "\n".join(f"  {line[:LINE_CHARS]}" for line in shown) or "  (the log is empty)"
+    quotes = ([cause] if cause else []) + [line for line in last if not cause or cause not in line]
+    return "\n".join(f"  {line[:LINE_CHARS]}" for line in quotes) or "  (the log is empty)"
 
 
 def file_excerpt(log: Path, start: int = 0) -> str:

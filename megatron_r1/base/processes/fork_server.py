@@ -155,36 +155,36 @@ class ForkServer:
         self._channel.setblocking(False)
         with contextlib.suppress(OSError):
             while connection := self._next_connection():
-                request, _, _, _ = socket.recv_fds(connection, MAX_REQUEST_BYTES, 1)
-                if request:
-                    asked = msgspec.msgpack.decode(request, type=Request)
-                    remove_scratch(Path(asked.environment.get("TMPDIR", "")))
+                payload, _, _, _ = socket.recv_fds(connection, MAX_REQUEST_BYTES, 1)
+                if payload:
+                    request = msgspec.msgpack.decode(payload, type=Request)
+                    remove_scratch(Path(request.environment.get("TMPDIR", "")))
         remove_scratch(Path(tempfile.gettempdir()))
         os._exit(0)
 
     def _start(self, connection: socket.socket) -> list[str] | None:
         """Start the process that a connection asks for. Returns its arguments in that process."""
         self._selector.unregister(connection)
-        request, descriptors = b"", list[int]()
+        payload, descriptors = b"", list[int]()
         with contextlib.suppress(ConnectionError):
             flags = socket.MSG_CMSG_CLOEXEC
-            request, descriptors, _, _ = socket.recv_fds(connection, MAX_REQUEST_BYTES, 1, flags)
-        if not request:  # closed again
+            payload, descriptors, _, _ = socket.recv_fds(connection, MAX_REQUEST_BYTES, 1, flags)
+        if not payload:  # closed again
             connection.close()
             return None
-        asked = msgspec.msgpack.decode(request, type=Request)
-        may_fork = self._may_fork(asked.environment)
-        asked.environment[children.PARENT] = str(os.getpid())
+        request = msgspec.msgpack.decode(payload, type=Request)
+        may_fork = self._may_fork(request.environment)
+        request.environment[children.PARENT] = str(os.getpid())
         pid = os.fork()
         if pid == 0:
             connection.close()
-            self._become_child(descriptors[0], asked)
+            self._become_child(descriptors[0], request)
             if not may_fork:
-                command = [sys.executable, "-m", self._module, *asked.arguments]
-                os.execve(sys.executable, command, asked.environment)
-            return asked.arguments
+                command = [sys.executable, "-m", self._module, *request.arguments]
+                os.execve(sys.executable, command, request.environment)
+            return request.arguments
         os.close(descriptors[0])
-        child = ForkedChild(pid, connection, asked.environment.get("TMPDIR", ""))
+        child = ForkedChild(pid, connection, request.environment.get("TMPDIR", ""))
         self._children.add(child)
         self._selector.register(child.end, selectors.EVENT_READ, child)
         self._selector.register(connection, selectors.EVENT_READ, child)
@@ -197,7 +197,7 @@ class ForkServer:
         differing = {name for name in differing if not name.startswith("PYTEST_")}
         return differing <= self._may_differ and not _has_threads() and not _has_cuda()
 
-    def _become_child(self, log: int, asked: Request) -> None:
+    def _become_child(self, log: int, request: Request) -> None:
         """Make this forked process like one that `children.start` has started."""
         children.die_with_parent()
         os.setsid()
@@ -214,11 +214,11 @@ class ForkServer:
             os.dup2(ours, standard)
         os.close(null)
         os.close(log)
-        os.chdir(asked.folder)
-        os.umask(asked.umask)
-        for name in self._environment.keys() - asked.environment.keys():
+        os.chdir(request.folder)
+        os.umask(request.umask)
+        for name in self._environment.keys() - request.environment.keys():
             os.environ.pop(name, None)
-        for name, value in asked.environment.items() - self._environment.items():
+        for name, value in request.environment.items() - self._environment.items():
             os.environ[name] = value
         tempfile.tempdir = None  # found anew from TMPDIR
         if "numpy" in sys.modules:  # Python's own generator is seeded at a fork

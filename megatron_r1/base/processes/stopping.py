@@ -63,8 +63,8 @@ class StopRequest:
         task = asyncio.ensure_future(work)
         try:
             while not self.is_requested:
-                done, _ = await asyncio.wait({task}, timeout=POLL_SECONDS)
-                if done:
+                done_tasks, _ = await asyncio.wait({task}, timeout=POLL_SECONDS)
+                if done_tasks:
                     await task
                     return True
             return False

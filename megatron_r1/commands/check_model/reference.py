@@ -102,10 +102,10 @@ def _tokenizer(folder: Path, vocab_size: int) -> Any:
         )
     for text in TEXTS:
         ids = tokenizer.encode(text, add_special_tokens=False)
-        back = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-        if back.strip() != text.strip() and tokenizer.unk_token_id not in ids:
+        round_trip = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        if round_trip.strip() != text.strip() and tokenizer.unk_token_id not in ids:
             raise UserError(
-                f"{folder}: the tokenizer turns {text!r} into {back!r}",
+                f"{folder}: the tokenizer turns {text!r} into {round_trip!r}",
                 key="tokenizer",
                 cause=Cause.CONFLICT,
             )
@@ -174,9 +174,9 @@ def _logprobs(
             answers.append(logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0])
     if not all(values.isfinite().all() for values in answers):
         bad = [name for name, tensor in model.named_parameters() if not tensor.isfinite().all()]
-        where = f"NaN or infinite numbers are in {', '.join(bad[:4])}" if bad else "they overflow"
+        reason = f"NaN or infinite numbers are in {', '.join(bad[:4])}" if bad else "they overflow"
         raise UserError(
-            f"{folder}: transformers computes no log-probabilities in {dtype}: {where}; fetch or "
+            f"{folder}: transformers computes no log-probabilities in {dtype}: {reason}; fetch or "
             "write the weights again",
             key="weights",
             cause=Cause.MALFORMED,

@@ -189,11 +189,11 @@ def _check(config: Config, folder: str) -> ModelCheckResult:
     recipe_stages(config, hf)
     parameters = num_parameters(hf, with_mtp=config.model.mtp != "none")
     free = psutil.virtual_memory().available
-    needed = parameters * _check_bytes(config.model.dtype)
-    if needed > free:
+    required_bytes = parameters * _check_bytes(config.model.dtype)
+    if required_bytes > free:
         raise RunError(
             f"{folder}: {hf['architectures'][0]} is supported, but nothing was compared: its "
-            f"{parameters:,} parameters need about {needed / 1e9:,.0f} GB, "
+            f"{parameters:,} parameters need about {required_bytes / 1e9:,.0f} GB, "
             f"{free / 1e9:,.0f} are free; check a folder with fewer layers, or on a larger machine"
         )
     with tempfile.TemporaryDirectory() as scratch:
@@ -240,22 +240,22 @@ def _reference(config: Config, plain: Path, scratch: Path) -> ReferenceResult:
     out, model = scratch / "reference.json", config.model
     folder = model.path
     arguments = [folder, model.dtype, model.mtp, str(plain), str(out)]
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", "megatron_r1.commands.check_model.reference", *arguments],
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=die_with_parent,
     )
-    if done.returncode < 0:
+    if process.returncode < 0:
         raise RunError(
-            f"{folder}: transformers was ended by signal {signal.Signals(-done.returncode).name}; "
-            "SIGKILL is what the system sends where memory is short: free some, or check a folder "
-            "with fewer layers"
+            f"{folder}: transformers was ended by signal "
+            f"{signal.Signals(-process.returncode).name}; SIGKILL is what the system sends where "
+            "memory is short: free some, or check a folder with fewer layers"
         )
-    if done.returncode:
+    if process.returncode:
         if not out.exists():
-            lines = done.stderr.strip().splitlines()
+            lines = process.stderr.strip().splitlines()
             raise RunError(f"{folder}: transformers failed:\n" + "\n".join(lines[-8:]))
         refusal = msgspec.json.decode(out.read_bytes(), type=Refusal)
         raise UserError(refusal.message, key=refusal.key, cause=refusal.cause)

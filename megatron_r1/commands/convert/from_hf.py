@@ -133,8 +133,8 @@ def run(args: Namespace) -> int:
     files = group_into_files(
         p for slot in layout.slots for p in split_rows(slot, job.dtype_of(slot.key).itemsize)
     )
-    done = work_folder.run_parts(partial(_write_file, job), list(enumerate(files)), args.workers)
-    _finish(work, job, layout, done, with_mtp)
+    outputs = work_folder.run_parts(partial(_write_file, job), list(enumerate(files)), args.workers)
+    _finish(work, job, layout, outputs, with_mtp)
     tensors = format_count(len(layout.shapes), "Megatron tensor")
     print(f"{args.out}: {tensors}, {plan['dtype']}, in {format_count(len(files), 'file')}")
     return 0
@@ -179,10 +179,10 @@ def _write_file(job: ImportJob, part: tuple[int, list[PlannedChunk]]) -> Written
     unnamed = path.with_name(f".{path.name}.tmp")
     chunks = write_chunks(unnamed, _values(job, pieces))
     chunks = [WrittenChunk(w.chunk, path.name, w.offset, w.length) for w in chunks]
-    done = WrittenFile(chunks, checkpoint_folders.file_entry(unnamed))
-    atomic_write(contents, DONE.dump_json(done).decode())
+    output = WrittenFile(chunks, checkpoint_folders.file_entry(unnamed))
+    atomic_write(contents, DONE.dump_json(output).decode())
     unnamed.rename(path)
-    return done
+    return output
 
 
 def _values(job: ImportJob, pieces: list[PlannedChunk]) -> Iterator[tuple[Chunk, torch.Tensor]]:
@@ -202,15 +202,19 @@ def _source(folder: Path) -> HFWeights:
 
 
 def _finish(
-    work: WorkFolder, job: ImportJob, layout: StoredLayout, done: list[WrittenFile], with_mtp: bool
+    work: WorkFolder,
+    job: ImportJob,
+    layout: StoredLayout,
+    outputs: list[WrittenFile],
+    with_mtp: bool,
 ) -> None:
     dtypes = {key: job.dtype_of(key) for key in layout.shapes}
-    write_metadata(work.path, layout.shapes, dtypes, [w for d in done for w in d.chunks])
+    write_metadata(work.path, layout.shapes, dtypes, [w for d in outputs for w in d.chunks])
     _write_hf_files(job, with_mtp)
-    hashed = {file.chunks[0].file: file.entry for file in done}
+    hashed = {file.chunks[0].file: file.entry for file in outputs}
 
     def last(folder: Path) -> None:
-        for number in range(len(done)):
+        for number in range(len(outputs)):
             _contents(folder, number).unlink(missing_ok=True)
         checkpoint_folders.write_manifest(folder, hashed)
 

@@ -77,11 +77,11 @@ def check_reload(
     Raises:
         UserError: a difference; it names the largest."""
     hf = read_config(hf_files, checkpoint)
-    needed = _BYTES_PER_PARAMETER * num_parameters(hf)
+    size = _BYTES_PER_PARAMETER * num_parameters(hf)
     free = psutil.virtual_memory().available
-    fits = needed < free
+    fits = size < free
     if not fits:
-        gigabytes = f"the model needs {needed / 1e9:.0f} GB to be run, {free / 1e9:.0f} are free"
+        gigabytes = f"the model needs {size / 1e9:.0f} GB to be run, {free / 1e9:.0f} are free"
         print(f"{gigabytes}: its logits are NOT compared, its tensors are", flush=True)
     if not fits or dtype == torch.float8_e4m3fn:
         _same_tensors(checkpoint, hf_files, folder, workers)
@@ -136,7 +136,7 @@ def _same_logits(checkpoint: Path, folder: Path, dtype: torch.dtype, rounded: st
 
 def _write_logits(library: str, *arguments: str | Path) -> None:
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
+    process = subprocess.run(
         [
             sys.executable,
             "-m",
@@ -150,10 +150,10 @@ def _write_logits(library: str, *arguments: str | Path) -> None:
         text=True,
         preexec_fn=die_with_parent,
     )
-    if done.returncode:
-        lines = [line for line in done.stdout.splitlines() if "arn" not in line]
+    if process.returncode:
+        lines = [line for line in process.stdout.splitlines() if "arn" not in line]
         raise UserError(
-            f"{library} ended with {done.returncode}:\n" + "\n".join(lines[-8:]),
+            f"{library} ended with {process.returncode}:\n" + "\n".join(lines[-8:]),
             key=library,
             cause=Cause.FAILED,
         )

@@ -26,39 +26,43 @@ def _parser() -> argparse.ArgumentParser:
     )
     verbs = main.add_subparsers(dest="verb", required=True)
 
-    out = verbs.add_parser("to-hf", help=to_hf.__doc__)
-    out.add_argument("checkpoint", type=Path, help="a checkpoint folder, or a run's folder")
-    out.add_argument("out", type=Path, help="the folder to create")
-    out.add_argument("--dtype", choices=DTYPES, help="of the weights; default: the checkpoint's")
-    out.add_argument("--max-file-bytes", type=int, default=5 * 10**9, help="of a weight file")
-    out.add_argument("--no-check", action="store_true", help="do not reload and compare at the end")
-    out.add_argument(
+    exporter = verbs.add_parser("to-hf", help=to_hf.__doc__)
+    exporter.add_argument("checkpoint", type=Path, help="a checkpoint folder, or a run's folder")
+    exporter.add_argument("out", type=Path, help="the folder to create")
+    exporter.add_argument(
+        "--dtype", choices=DTYPES, help="of the weights; default: the checkpoint's"
+    )
+    exporter.add_argument("--max-file-bytes", type=int, default=5 * 10**9, help="of a weight file")
+    exporter.add_argument(
+        "--no-check", action="store_true", help="do not reload and compare at the end"
+    )
+    exporter.add_argument(
         "--checksums",
         choices=("full", "size", "none"),
         default="full",
         help="how much of the checkpoint is compared with its manifest first; default: all bytes",
     )
-    _config(out)
+    _config(exporter)
 
-    into = verbs.add_parser("from-hf", help=from_hf.__doc__)
-    into.add_argument("hf", type=Path, metavar="HF_DIR", help="config.json and safetensors")
-    into.add_argument("out", type=Path, help="the folder to create")
-    into.add_argument(
+    importer = verbs.add_parser("from-hf", help=from_hf.__doc__)
+    importer.add_argument("hf", type=Path, metavar="HF_DIR", help="config.json and safetensors")
+    importer.add_argument("out", type=Path, help="the folder to create")
+    importer.add_argument(
         "--dtype", choices=DTYPES[:3], help="of the weights; default: the folder's, of FP8 bfloat16"
     )
-    into.add_argument(
+    importer.add_argument(
         "--names",
         choices=("megatron", "transformer_engine"),
         default="megatron",
         help="whose layers will load it; differs for latent attention only (default: megatron)",
     )
 
-    both = verbs.add_parser("verify", help=verify.__doc__)
-    both.add_argument("a", type=Path)
-    both.add_argument("b", type=Path)
-    _config(both)
+    verifier = verbs.add_parser("verify", help=verify.__doc__)
+    verifier.add_argument("a", type=Path)
+    verifier.add_argument("b", type=Path)
+    _config(verifier)
 
-    for verb in (out, into, both):
+    for verb in (exporter, importer, verifier):
         verb.add_argument("--workers", type=int, default=1, help="processes (default: 1)")
     return main
 

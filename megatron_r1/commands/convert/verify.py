@@ -89,7 +89,7 @@ def _model(path: Path, args: Namespace) -> Path:
 
 def _sort_names(a: Weights, b: Weights) -> tuple[list[str], list[str], list[str]]:
     """Return (names in both, missing tensors, other shapes), the last two in words."""
-    both, alone, reshaped = [], [], []
+    common_names, alone, reshaped = [], [], []
     for name in [*a.tensors, *(n for n in b.tensors if n not in a.tensors)]:
         lacking = [s for s in (a, b) if not {name, s.copies.get(name)} & s.tensors.keys()]
         if lacking:
@@ -99,8 +99,8 @@ def _sort_names(a: Weights, b: Weights) -> tuple[list[str], list[str], list[str]
         if first != second:
             reshaped.append(f"{name}: {first} in A, {second} in B")
         else:
-            both.append(name)
-    return both, alone, reshaped
+            common_names.append(name)
+    return common_names, alone, reshaped
 
 
 def _explain(a: Weights, b: Weights, names: list[str]) -> list[str]:
@@ -148,7 +148,7 @@ def _compare_tensor(sides: ModelPair, name: str) -> TensorDifference | None:
         (a == published_layout.FP8_DTYPE) != (b == published_layout.FP8_DTYPE),
     )
     count, largest = 0, -1.0
-    where: tuple[int, ...] = ()
+    location: tuple[int, ...] = ()
     for first, rows in work_folder.stripes(shape, published_layout.BLOCK):
         x, y = (side.read(name, 0, first, rows) for side in pair)
         if lossy:
@@ -163,12 +163,12 @@ def _compare_tensor(sides: ModelPair, name: str) -> TensorDifference | None:
         place = int(gaps.argmax())
         if gaps.flatten()[place] > largest:
             largest = float(gaps.flatten()[place])
-            inside = [int(i) for i in torch.unravel_index(torch.tensor(place), gaps.shape)]
-            where = (inside[0] + first, *inside[1:])
+            index = [int(i) for i in torch.unravel_index(torch.tensor(place), gaps.shape)]
+            location = (index[0] + first, *index[1:])
         count += int(unequal.sum())
     if not count and not lossy and _scales_differ(*pair, name):
         return TensorDifference(published_layout.scale_name(name), 1, 0.0, ())
-    return TensorDifference(name, count, largest, where) if count else None
+    return TensorDifference(name, count, largest, location) if count else None
 
 
 def _shape_and_dtype(weights: Weights, name: str) -> tuple[tuple[int, ...], str]:

@@ -58,9 +58,9 @@ def _with_progress(results: Iterable[Any], total: int, unit: str) -> list[Any]:
         gathered.append(result)
         now = time.monotonic()
         if now - printed >= SECONDS_BETWEEN_LINES:
-            printed, seconds, done = now, now - began, len(gathered)
-            seconds_left = seconds / done * (total - done)
-            print(f"  {unit} {done}/{total}, {seconds:.0f} s, {seconds_left:.0f} left", flush=True)
+            printed, seconds, count = now, now - began, len(gathered)
+            seconds_left = seconds / count * (total - count)
+            print(f"  {unit} {count}/{total}, {seconds:.0f} s, {seconds_left:.0f} left", flush=True)
     return gathered
 
 
@@ -119,11 +119,11 @@ class WorkFolder:
         """Raise UserError unless `num_bytes`, less what is already written, are free."""
         present = sum(f.stat().st_blocks * 512 for f in self.path.rglob("*") if f.is_file())
         free = shutil.disk_usage(self.path).free
-        needed = max(0, num_bytes - present)
-        if needed > free:
+        remainder = max(0, num_bytes - present)
+        if remainder > free:
             self.abandon_empty()
             raise UserError(
-                f"{self.out} needs {needed:,} more bytes, {self.out.parent} has {free:,} free: "
+                f"{self.out} needs {remainder:,} more bytes, {self.out.parent} has {free:,} free: "
                 "make room or write to another disk",
                 key="out",
                 cause=Cause.TOO_LARGE,
@@ -154,10 +154,12 @@ class WorkFolder:
             atomic_write(self._plan, json.dumps(plan))
             return
         before = json.loads(self._plan.read_text(encoding="utf-8"))
-        now = json.loads(json.dumps(plan))
-        if changed := [key for key in now if before.get(key) != now[key]]:
+        current = json.loads(json.dumps(plan))
+        if changed := [key for key in current if before.get(key) != current[key]]:
             other_items = [
-                key if isinstance(now[key], dict) else f"{key} {before.get(key)} there, {now[key]}"
+                key
+                if isinstance(current[key], dict)
+                else f"{key} {before.get(key)} there, {current[key]}"
                 for key in changed
             ]
             raise UserError(

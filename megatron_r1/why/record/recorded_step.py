@@ -302,10 +302,10 @@ def _sequences(
         logprobs = np.asarray(response.logprobs, np.float32)
         versions, count = np.asarray(response.policy_versions), len(response.token_ids)
         trained_advantage = advantage if count else math.nan
-        kept = _kept(response.sampling_mask, np.ones(count, bool))
+        kept_ids = _kept(response.sampling_mask, np.ones(count, bool))
         experts = _experts(response.routing, len(ids), shape)
         yield TokenSequence(
-            index, ids, sampled, logprobs, versions, trained_advantage, count, kept, experts
+            index, ids, sampled, logprobs, versions, trained_advantage, count, kept_ids, experts
         )
         return
     total = sum(branch.num_sampled for branch in branches)
