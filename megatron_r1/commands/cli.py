@@ -17,7 +17,7 @@ from megatron_r1.base.files import READ_ONLY
 from megatron_r1.base.processes import memory, timeline
 from megatron_r1.base.processes.memory import without_garbage_collection
 from megatron_r1.commands import torchrun
-from megatron_r1.commands.verb_module import load_verb, read_verb
+from megatron_r1.commands.verb_module import VerbModule, load_verb, read_verb
 from megatron_r1.config.keys import boolean_keys, describe_keys
 from megatron_r1.config.overrides import parse_overrides
 from megatron_r1.engines.server import gpu
@@ -210,6 +210,28 @@ def _help(name: str) -> str:
 
 def _run_plain_verb(verb: str, words: list[str]) -> int:
     module = load_verb(verb, PLAIN_VERBS[verb])
+    values, options = _split_words(verb, module, words)
+    verb_options = _verb_options(module, options)
+    _refuse_unknown(verb, module, options)
+    overrides = {**module.implied, **_overrides(options)}
+    config = configuration.from_overrides(overrides)
+    for key in overrides:
+        if not any(f"{key}.".startswith(f"{setting}.") for setting in module.settings):
+            settings = ", ".join(module.settings) or "no settings: write it into the recipe"
+            raise UserError(
+                f"--{key}: {verb} does not read it; it reads {settings}",
+                key=key,
+                cause=Cause.UNSUPPORTED,
+            )
+    module.run(config, *values, **verb_options)
+    return 0
+
+
+def _split_words(verb: str, module: VerbModule, words: list[str]) -> tuple[list[str], list[str]]:
+    """Return a verb's arguments, and the options after them.
+
+    Raises:
+        UserError: an argument is missing."""
     option_names = {text.partition("=")[0] for text in words}
     is_instead = not option_names.isdisjoint(f"--{name}" for name in module.instead)
     count = 0 if is_instead else len(module.arguments)
@@ -224,6 +246,14 @@ def _run_plain_verb(verb: str, words: list[str]) -> int:
             key=module.arguments[num_arguments],
             cause=Cause.MISSING,
         )
+    return values, options
+
+
+def _verb_options(module: VerbModule, options: list[str]) -> dict[str, Any]:
+    """Remove the verb's own options from `options`, and return them by name.
+
+    Raises:
+        UserError: an option is given twice that is read once."""
     values_by_option = {name: _take_options(name, options) for name in module.options}
     verb_options: dict[str, Any] = {}
     for name, texts in values_by_option.items():
@@ -237,6 +267,11 @@ def _run_plain_verb(verb: str, words: list[str]) -> int:
             )
         elif texts:
             verb_options[name] = texts[0]
+    return verb_options
+
+
+def _refuse_unknown(verb: str, module: VerbModule, options: list[str]) -> None:
+    """Raise UserError for an option that is neither the verb's nor a setting."""
     known_options = [f"--{name}" for name in module.options]
     for option in options:
         name = option.partition("=")[0]
@@ -251,18 +286,6 @@ def _run_plain_verb(verb: str, words: list[str]) -> int:
                 key=name,
                 cause=Cause.UNKNOWN,
             )
-    overrides = {**module.implied, **_overrides(options)}
-    config = configuration.from_overrides(overrides)
-    for key in overrides:
-        if not any(f"{key}.".startswith(f"{setting}.") for setting in module.settings):
-            settings = ", ".join(module.settings) or "no settings: write it into the recipe"
-            raise UserError(
-                f"--{key}: {verb} does not read it; it reads {settings}",
-                key=key,
-                cause=Cause.UNSUPPORTED,
-            )
-    module.run(config, *values, **verb_options)
-    return 0
 
 
 def _take_options(name: str, options: list[str]) -> list[str]:

@@ -143,17 +143,6 @@ def rollout_section(engines: EngineMemory) -> QuantityTable:
     shortage = (
         f"no room, {byte_quantity(-engines.cache_bytes)} short: " if engines.cache_bytes < 0 else ""
     )
-    fraction = job.config.rollout.gpu_memory
-    if fraction is not None:
-        half_text = "half of " if engines.trainer_bytes else ""
-        formula = f"rollout.gpu_memory={fraction:g} x memory - {half_text}reserved - weights"
-    else:
-        formula = "memory - reserved - weights"
-        if engines.receive_buffer_bytes:
-            formula += f" - receive buffer {byte_quantity(engines.receive_buffer_bytes)}"
-        formula += (
-            f" - trainer's {byte_quantity(engines.trainer_bytes)}" if engines.trainer_bytes else ""
-        )
     copies = planned_engine_layout(job).redundant_experts
     section = {}
     if engines.trainer_bytes:
@@ -181,7 +170,9 @@ def rollout_section(engines: EngineMemory) -> QuantityTable:
             f"{engines.parameter_bytes} B"
             + ("; the MTP layers' among them" if engines.mtp_layers else ""),
         ),
-        "KV cache": byte_quantity(max(0, engines.cache_bytes), f"{shortage}{formula}"),
+        "KV cache": byte_quantity(
+            max(0, engines.cache_bytes), f"{shortage}{_cache_formula(engines)}"
+        ),
         "tokens cached": Quantity(
             max(0, int(engines.cache_bytes / engines.token_bytes)),
             "tokens",
@@ -195,3 +186,17 @@ def rollout_section(engines: EngineMemory) -> QuantityTable:
             f"{round_number(engines.sequences)} of the rollout",
         ),
     }
+
+
+def _cache_formula(engines: EngineMemory) -> str:
+    """Return in words how the memory of the KV cache is computed."""
+    fraction = engines.job.config.rollout.gpu_memory
+    if fraction is not None:
+        half_text = "half of " if engines.trainer_bytes else ""
+        return f"rollout.gpu_memory={fraction:g} x memory - {half_text}reserved - weights"
+    formula = "memory - reserved - weights"
+    if engines.receive_buffer_bytes:
+        formula += f" - receive buffer {byte_quantity(engines.receive_buffer_bytes)}"
+    if engines.trainer_bytes:
+        formula += f" - trainer's {byte_quantity(engines.trainer_bytes)}"
+    return formula

@@ -64,23 +64,7 @@ def _of_loss(step: RecordedStep) -> Iterator[Substitution]:
     )
     for average in _others(("sequence", "token", "constant"), rl.loss_average):
         yield Substitution(f"average {average}", "rl.loss_average", loss=(("average", average),))
-    if rl.clip_low != rl.clip_high:
-        yield Substitution(
-            "rl.clip_low and rl.clip_high exchanged",
-            "rl.clip_low, rl.clip_high",
-            loss=(("clip_low", rl.clip_high), ("clip_high", rl.clip_low)),
-        )
-    yield Substitution(
-        "no clip of the ratio",
-        "rl.clip_low, rl.clip_high",
-        loss=(("clip_low", math.inf), ("clip_high", math.inf)),
-    )
-    yield Substitution(
-        "a clip that takes the larger term, as with the wrong sign of the advantage",
-        "rl.clip_low, rl.clip_high",
-        "the loss of rl.algorithm: the smaller of the free and the clipped term",
-        loss=(("takes_larger", True),),
-    )
+    yield from _of_clips(rl)
     yield Substitution(
         "old log-probabilities that are the current ones, a ratio of 1,",
         "old log-probabilities",
@@ -113,6 +97,27 @@ def _of_loss(step: RecordedStep) -> Iterator[Substitution]:
         yield Substitution(
             "temperature 1 in the trainer", "rollout.temperature", loss=(("temperature", 1.0),)
         )
+
+
+def _of_clips(rl: RLConfig) -> Iterator[Substitution]:
+    """Yield other clips of the ratio."""
+    if rl.clip_low != rl.clip_high:
+        yield Substitution(
+            "rl.clip_low and rl.clip_high exchanged",
+            "rl.clip_low, rl.clip_high",
+            loss=(("clip_low", rl.clip_high), ("clip_high", rl.clip_low)),
+        )
+    yield Substitution(
+        "no clip of the ratio",
+        "rl.clip_low, rl.clip_high",
+        loss=(("clip_low", math.inf), ("clip_high", math.inf)),
+    )
+    yield Substitution(
+        "a clip that takes the larger term, as with the wrong sign of the advantage",
+        "rl.clip_low, rl.clip_high",
+        "the loss of rl.algorithm: the smaller of the free and the clipped term",
+        loss=(("takes_larger", True),),
+    )
 
 
 def _of_advantages(step: RecordedStep) -> Iterator[Substitution]:
@@ -269,23 +274,7 @@ def _of_samples(step: RecordedStep, recomputed: Recomputation) -> Iterator[Subst
 def _of_optimizer(step: RecordedStep) -> Iterator[Substitution]:
     """Yield other states and rules of Adam."""
     settings = step.config.optimizer
-    lost = "the optimizer's state: it was lost before this step, at a restart or a load"
-    if step.step > 1:
-        yield Substitution(
-            "Adam without its moments", "the optimizer's state", lost, without_moments=True
-        )
-        yield Substitution(
-            "Adam without its moments, which are zero when a step begins,",
-            "the optimizer's state",
-            "the optimizer's state: it is lost between two steps",
-            adam=(("moment_reset", "step"),),
-        )
-    yield Substitution(
-        "Adam without its moments, which are zero before each update,",
-        "the optimizer's state",
-        "the optimizer's state: it is lost between two updates",
-        adam=(("moment_reset", "update"),),
-    )
+    yield from _of_moments(step)
     yield Substitution(
         "no clipping of the gradient", "optimizer.clip_grad", adam=(("clip_grad", math.inf),)
     )
@@ -324,6 +313,27 @@ def _of_optimizer(step: RecordedStep) -> Iterator[Substitution]:
             "optimizer.learning_rate, warmup and decay",
             adam=(("learning_rates", (float(rate),) * step.config.rl.minibatches),),
         )
+
+
+def _of_moments(step: RecordedStep) -> Iterator[Substitution]:
+    """Yield states of Adam that are lost."""
+    lost = "the optimizer's state: it was lost before this step, at a restart or a load"
+    if step.step > 1:
+        yield Substitution(
+            "Adam without its moments", "the optimizer's state", lost, without_moments=True
+        )
+        yield Substitution(
+            "Adam without its moments, which are zero when a step begins,",
+            "the optimizer's state",
+            "the optimizer's state: it is lost between two steps",
+            adam=(("moment_reset", "step"),),
+        )
+    yield Substitution(
+        "Adam without its moments, which are zero before each update,",
+        "the optimizer's state",
+        "the optimizer's state: it is lost between two updates",
+        adam=(("moment_reset", "update"),),
+    )
 
 
 def _of_evidence(step: RecordedStep, evidence: Evidence) -> Iterator[Substitution]:
