@@ -213,8 +213,8 @@ class WeightSender:
             except SetFailed as error:
                 problems.setdefault(name, error.failure)
             except (OSError, RuntimeError) as error:
-                to = f"rank {link.sender.engine_rank} of engine {link.member} of the set"
-                text = f"trainer rank {self.rank} to {to}: {type(error).__name__}: {error}"
+                receiver = f"rank {link.sender.engine_rank} of engine {link.member} of the set"
+                text = f"trainer rank {self.rank} to {receiver}: {type(error).__name__}: {error}"
                 failure = link.sender.rendezvous.report_error(text, link.member)
                 problems.setdefault(name, failure)
 

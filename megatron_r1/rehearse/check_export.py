@@ -49,8 +49,8 @@ def main(export: str, model: str, mtp: str) -> str:
     ]
     if not changed:
         sys.exit("training has changed no tensor")
-    if mtp == "frozen" and (moved := set(own_mtp) & set(changed) - set(_shared(first_mtp))):
-        sys.exit(f"model.mtp: frozen, but {sorted(moved)[:3]} changed")
+    if mtp == "frozen" and (mtp_changes := set(own_mtp) & set(changed) - set(_shared(first_mtp))):
+        sys.exit(f"model.mtp: frozen, but {sorted(mtp_changes)[:3]} changed")
     if mtp == "train" and own_mtp and not set(own_mtp) & set(changed) - set(_shared(first_mtp)):
         sys.exit("model.mtp: train, but no tensor of its layers changed")
     loaded, report = load_with_transformers(export, hf, torch.float32, output_loading_info=True)

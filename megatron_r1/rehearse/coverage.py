@@ -108,12 +108,12 @@ def _engine_rows(recipe: Config, small: Config) -> list[StructureRow]:
         before, after = (f"{draft.method}, {draft.tokens} tokens" for draft in drafts)
         rows.append(StructureRow("rollout.speculative", before, after, YES))
     for argument, small_argument in _arguments(recipe.rollout.vllm, small.rollout.vllm):
-        here = (
+        cells = (
             (small_argument, YES)
             if small_argument
             else ("—", "no: needs a GPU; vLLM's parser has read it")
         )
-        rows.append(StructureRow("rollout.vllm", argument, *here))
+        rows.append(StructureRow("rollout.vllm", argument, *cells))
     return rows
 
 
@@ -168,8 +168,8 @@ def _omitted_rows(recipe: Config, small: Config, verb: str) -> list[StructureRow
         for name, values in recipe.rewards.options.items():
             if "url" in values:
                 is_served = verb == "rl" and name in reward_models(recipe.rewards.options)
-                here = ("served", YES) if is_served else ("—", "no: none is served")
-                rows.append(StructureRow(f"rewards.options.{name}", "served", *here))
+                cells = ("served", YES) if is_served else ("—", "no: none is served")
+                rows.append(StructureRow(f"rewards.options.{name}", "served", *cells))
     if verb == "sample":
         if recipe.sample.judge != small.sample.judge:
             rows.append(
@@ -216,7 +216,7 @@ def write(
     folder: Path,
     title: str,
     rows: Sequence[StructureRow],
-    shown: Sequence[PhaseResult],
+    phase_results: Sequence[PhaseResult],
     changes: Sequence[Change],
 ) -> None:
     """Print the tables and write them to `rehearsal.json` and `rehearsal.md`.
@@ -225,12 +225,12 @@ def write(
         folder: where both files go.
         title: the recipe's name.
         rows: the parts of the recipe's structure.
-        shown: the phases that were run.
+        phase_results: the phases that were run.
         changes: what the miniature has otherwise than the recipe."""
     console = Console(width=140, highlight=False)
     columns = ("phase", "what it has shown", "seconds", "of CPU")
     phases = Table(*columns, title=f"rehearsal of {title}")
-    for phase in shown:
+    for phase in phase_results:
         phases.add_row(*_cells(phase))
     parts = Table("structure", "recipe", "miniature", "exercised")
     for row in rows:
@@ -238,18 +238,18 @@ def write(
     console.print(phases, parts)
     tables = {
         "recipe": title,
-        "phases": [vars(phase) for phase in shown],
+        "phases": [vars(phase) for phase in phase_results],
         "structure": [row._asdict() for row in rows],
         "changes": [change._asdict() for change in changes],
     }
     atomic_write(folder / "rehearsal.json", json.dumps(tables, indent=1))
-    atomic_write(folder / "rehearsal.md", _markdown(title, rows, shown))
+    atomic_write(folder / "rehearsal.md", _markdown(title, rows, phase_results))
     print(f"{folder / 'rehearsal.md'}; every changed setting is in rehearsal.json beside it")
 
 
 def _cells(phase: PhaseResult) -> tuple[str, str, str, str]:
-    used = "" if phase.cpu_seconds is None else f"{phase.cpu_seconds:.0f}"
-    return phase.phase, phase.evidence, f"{phase.seconds:.0f}", used
+    cpu_seconds = "" if phase.cpu_seconds is None else f"{phase.cpu_seconds:.0f}"
+    return phase.phase, phase.evidence, f"{phase.seconds:.0f}", cpu_seconds
 
 
 def _markdown(title: str, rows: Sequence[StructureRow], phases: Sequence[PhaseResult]) -> str:

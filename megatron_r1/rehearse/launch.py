@@ -85,8 +85,8 @@ def running_command(
 
 def cpu_seconds() -> float:
     """Return the CPU seconds that all descendants of this process have taken until now."""
-    used = os.times()
-    total = used.children_user + used.children_system  # of those that have ended
+    own_times = os.times()
+    total = own_times.children_user + own_times.children_system  # of those that have ended
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
             times = process.cpu_times()
@@ -184,11 +184,11 @@ def run_on_null_gpu(arguments: Sequence[str], num_gpus: int) -> int:
 
 
 def _check_installed(arguments: Sequence[str]) -> None:
-    asked = f"rehearsal.on: null-gpu runs the CUDA builds of torch, {' and '.join(PACKAGES)}"
+    premise = f"rehearsal.on: null-gpu runs the CUDA builds of torch, {' and '.join(PACKAGES)}"
     again = f"make setup-cuda && {PYTHON} -m megatron_r1 {' '.join(arguments)}"
     if not TOOL.is_dir():
         raise UserError(
-            f"{asked} with tools/null_gpu of a checkout, which {CHECKOUT} is not; in a clone of "
+            f"{premise} with tools/null_gpu of a checkout, which {CHECKOUT} is not; in a clone of "
             f"the repository: {again}",
             key="rehearsal.on",
             cause=Cause.NOT_INSTALLED,
@@ -197,13 +197,13 @@ def _check_installed(arguments: Sequence[str]) -> None:
     if missing or not gpu.torch_has_cuda():
         lacks = ", ".join(["torch for CUDA", *missing] if not gpu.torch_has_cuda() else missing)
         raise UserError(
-            f"{asked}, and {sys.executable} has no {lacks}: {again}",
+            f"{premise}, and {sys.executable} has no {lacks}: {again}",
             key="rehearsal.on",
             cause=Cause.NOT_INSTALLED,
         )
     if shutil.which("cc") is None:
         raise UserError(
-            f"{asked}, and a C compiler compiles the null GPU: apt-get install gcc libc6-dev",
+            f"{premise}, and a C compiler compiles the null GPU: apt-get install gcc libc6-dev",
             key="rehearsal.on",
             cause=Cause.NOT_INSTALLED,
         )

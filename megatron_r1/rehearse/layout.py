@@ -95,9 +95,9 @@ def _short_stages(groups: list[str], pipeline: int, original: int) -> list[str]:
     count = pipeline * virtual
     between = groups[1:-1]
     kinds = list(dict.fromkeys(between)) or ["t"]
-    chosen = [kinds[i % len(kinds)] for i in range(max(0, count - 2))]
+    middle = [kinds[i % len(kinds)] for i in range(max(0, count - 2))]
     alone = "E" + "t" * MAX_LAYERS + "m" * ("m" in "".join(groups)) + "L"
-    stages = [groups[0], *chosen, groups[-1]] if count > 1 else [alone]
+    stages = [groups[0], *middle, groups[-1]] if count > 1 else [alone]
     layers = [group.count("t") for group in stages]
     short = [min(number, MAX_LAYERS) for number in layers]
     if len(set(layers)) > len(set(short)) == 1:
@@ -124,8 +124,8 @@ def different_layout(parallel: ParallelConfig) -> ParallelConfig:
         sizes = dict.fromkeys(axes, 1)
         changed = parallel.model_copy(update=sizes | _overlap(parallel, sizes))
         world_size = prod((changed.tensor, changed.context, changed.pipeline))
-        needed = changed.expert * changed.expert_tensor * changed.pipeline
-        if world_size < parallel.processes and world_size % needed == 0:
+        divisor = changed.expert * changed.expert_tensor * changed.pipeline
+        if world_size < parallel.processes and world_size % divisor == 0:
             return changed.model_copy(update={"processes": world_size})
     return parallel.model_copy(update={"processes": 2 * parallel.processes})
 

@@ -248,8 +248,8 @@ def _schedule(config: Config) -> list[dict[str, Any]]:
 
 def _minibatches(config: Config, number: int) -> int:
     """Return the miniature of a number of mini-batches: the most of the schedule are two."""
-    most = max(phase.rl.minibatches for _, phase in config.phases())
-    return max(1, min(most, layout.PARTS) * number // most)
+    max_minibatches = max(phase.rl.minibatches for _, phase in config.phases())
+    return max(1, min(max_minibatches, layout.PARTS) * number // max_minibatches)
 
 
 def _kind_weights(config: Config, weights: dict[str, float]) -> dict[str, float]:
@@ -310,11 +310,11 @@ def _vllm(config: Config, copies: int, device: RehearsalDevice) -> dict[str, Any
 
 
 def _push(config: Config, on_gpu: bool) -> dict[str, Any]:
-    named = config.push.transport
+    transport = config.push.transport
     is_exact = config.model.dtype == config.rollout.dtype == "float32"
     tolerance = FP8_PROBE_TOLERANCE if config.push.fp8 else PROBE_TOLERANCE
     return {
-        "transport": (not on_gpu and TRANSPORTS[named].without_gpu) or named,
+        "transport": (not on_gpu and TRANSPORTS[transport].without_gpu) or transport,
         "probe_tolerance": None if is_exact else tolerance,  # 0.001 in float32
     }
 
@@ -332,8 +332,8 @@ def _rewards(config: Config) -> dict[str, Any]:
 def _judges(config: Config) -> set[str]:
     """Return the rewards of served models that a miniature does not have."""
     options = config.rewards.options
-    asked = {kind for kind, values in options.items() if "url" in values}
-    return asked - model.reward_models(options).keys()
+    kinds = {kind for kind, values in options.items() if "url" in values}
+    return kinds - model.reward_models(options).keys()
 
 
 def _weights(config: Config, weights: dict[str, Any]) -> dict[str, Any]:
@@ -347,9 +347,11 @@ def _weights(config: Config, weights: dict[str, Any]) -> dict[str, Any]:
 def _rl(config: Config, data: int) -> dict[str, Any]:
     rl = config.rl
     group = min(rl.group_size, 4)
-    most = max(_minibatches(config, phase.rl.minibatches) for _, phase in config.phases())
+    max_minibatches = max(
+        _minibatches(config, phase.rl.minibatches) for _, phase in config.phases()
+    )
     # Every replica has a sample in every mini-batch.
-    responses = most * max(data, group) * (2 if rl.group_size == 1 else 1)
+    responses = max_minibatches * max(data, group) * (2 if rl.group_size == 1 else 1)
     return {
         "group_size": group,
         "minibatches": _minibatches(config, rl.minibatches),

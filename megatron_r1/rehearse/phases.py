@@ -196,17 +196,17 @@ class PhaseRunner:
     def _export(self) -> None:
         title, start, cpu_start = "export", time.monotonic(), launch.cpu_seconds()
         self.notify(title)
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-m", "megatron_r1.rehearse.check_export"]
             + [str(self.run_folder.hf), self.config.model.path, self.config.model.mtp],
             env=os.environ | launch.QUIET,
             capture_output=True,
             text=True,
         )
-        if done.returncode:
-            raise RunError(f"rehearse: {title}: {done.stdout}{done.stderr[-2000:]}")
+        if process.returncode:
+            raise RunError(f"rehearse: {title}: {process.stdout}{process.stderr[-2000:]}")
         seconds, cpu_seconds = time.monotonic() - start, launch.cpu_seconds() - cpu_start
-        self.shown.append(PhaseResult(title, done.stdout.strip(), seconds, cpu_seconds))
+        self.shown.append(PhaseResult(title, process.stdout.strip(), seconds, cpu_seconds))
 
     def _sample(self) -> None:
         samples = self.run_folder.samples_path

@@ -47,13 +47,13 @@ def processor() -> str:
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
     """Return each package's version, or "not installed"."""
-    found = {}
+    by_package = {}
     for name in packages:
         try:
-            found[name] = metadata.version(name)
+            by_package[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            by_package[name] = "not installed"
+    return by_package
 
 
 def _hash_counts(num_processes: int) -> list[int]:
@@ -63,10 +63,10 @@ def _hash_counts(num_processes: int) -> list[int]:
     workers = [context.Process(target=_hash, args=(begin, counts)) for _ in range(num_processes)]
     for worker in workers:
         worker.start()
-    found = [counts.get() for _ in workers]
+    num_hashes = [counts.get() for _ in workers]
     for worker in workers:
         worker.join()
-    return found
+    return num_hashes
 
 
 def _hash(begin: Any, counts: Any) -> None:
@@ -82,7 +82,7 @@ def _hash(begin: Any, counts: Any) -> None:
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def environment(**more: str) -> dict[str, str]:
+def environment(**variables: str) -> dict[str, str]:
     """Return this process's environment with the repository, its kernels and grading importable.
 
     OMP_WAIT_POLICY is passive unless it is set: threads that spin at the end of every operation
@@ -94,7 +94,7 @@ def environment(**more: str) -> dict[str, str]:
         os.environ.get("PYTHONPATH", ""),
     ]
     path = os.pathsep.join(filter(None, paths))
-    return {"OMP_WAIT_POLICY": "passive", **os.environ, "PYTHONPATH": path, **more}
+    return {"OMP_WAIT_POLICY": "passive", **os.environ, "PYTHONPATH": path, **variables}
 
 
 def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -111,12 +111,12 @@ def core_seconds(pid: int, *, with_ended: bool = False) -> float:
         with_ended: whether children that have ended count, once their parents have noticed."""
     import psutil  # here, as the bench of kernels needs little more than torch and Triton
 
-    process, used = psutil.Process(pid), 0.0
-    for each in [process, *process.children(recursive=True)]:
+    root, seconds = psutil.Process(pid), 0.0
+    for process in [root, *root.children(recursive=True)]:
         with contextlib.suppress(psutil.NoSuchProcess):
             # user and system, then those of ended children
-            used += sum(each.cpu_times()[: 4 if with_ended else 2])
-    return used
+            seconds += sum(process.cpu_times()[: 4 if with_ended else 2])
+    return seconds
 
 
 def megatron_r1(verb: str, recipe: Path, settings: Mapping[str, Any] | None = None) -> list[str]:
@@ -130,12 +130,12 @@ def megatron_r1(verb: str, recipe: Path, settings: Mapping[str, Any] | None = No
     return [sys.executable, "-m", "megatron_r1", verb, str(recipe), *options]
 
 
-def run_to_end(command: list[str], **more: str) -> str:
-    """Run `command` from the repository root with `environment(**more)`; return its output, or exit
-    with its standard error if it fails."""
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment(**more), capture_output=True, text=True, check=False
+def run_to_end(command: list[str], **variables: str) -> str:
+    """Run `command` from the repository root with `environment(**variables)`; return its output,
+    or exit with its standard error if it fails."""
+    process = subprocess.run(
+        command, cwd=ROOT, env=environment(**variables), capture_output=True, text=True, check=False
     )
-    if done.returncode:
-        sys.exit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-4000:]}")
-    return done.stdout
+    if process.returncode:
+        sys.exit(f"{' '.join(command)} ended with {process.returncode}:\n{process.stderr[-4000:]}")
+    return process.stdout

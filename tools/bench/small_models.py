@@ -12,8 +12,8 @@ VOCABULARY = 273
 END = 1
 
 
-def qwen2(hidden: int, layers: int, heads: int, **more: Any) -> dict[str, Any]:
-    """Return a config.json for the laptop tokenizer; `more` adds to it or replaces entries.
+def qwen2(hidden: int, layers: int, heads: int, **overrides: Any) -> dict[str, Any]:
+    """Return a config.json for the laptop tokenizer; `overrides` adds to it or replaces entries.
 
     Args:
         hidden: the hidden size.
@@ -37,7 +37,7 @@ def qwen2(hidden: int, layers: int, heads: int, **more: Any) -> dict[str, Any]:
         "eos_token_id": END,
         "pad_token_id": 2,
         "torch_dtype": "float32",
-        **more,
+        **overrides,
     }
 
 

@@ -81,8 +81,8 @@ def read(lines: list[str]) -> Verdict | None:
 def error_in(output: str) -> str:
     """Return the last line of a program's output that names an error."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    named = [line for line in lines if re.search(r"(Error|Exception|Assertion)\b.*:", line)]
-    return (named or lines or ["no output"])[-1][-400:]
+    errors = [line for line in lines if re.search(r"(Error|Exception|Assertion)\b.*:", line)]
+    return (errors or lines or ["no output"])[-1][-400:]
 
 
 def output_of(arguments: Sequence[str], name: str, **variables: str) -> str:
@@ -95,7 +95,7 @@ def output_of(arguments: Sequence[str], name: str, **variables: str) -> str:
 
     Raises:
         Failed: it ended with another status than 0."""
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, *arguments],
         cwd=ROOT,
         env=environment(PYTHONWARNINGS="ignore", **variables),
@@ -105,7 +105,7 @@ def output_of(arguments: Sequence[str], name: str, **variables: str) -> str:
         errors="replace",
         check=False,
     )
-    print(done.stdout, flush=True)
-    if done.returncode:
-        raise Failed(f"{name} ended with status {done.returncode}: {error_in(done.stdout)}")
-    return done.stdout
+    print(process.stdout, flush=True)
+    if process.returncode:
+        raise Failed(f"{name} ended with status {process.returncode}: {error_in(process.stdout)}")
+    return process.stdout

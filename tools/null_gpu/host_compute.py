@@ -105,16 +105,16 @@ def is_transfer(name: str, args: tuple, kwargs: dict) -> bool:
     """Whether an operator copies bytes between CPU and GPU as they are."""
     if name == "copy_":
         target, source = args[:2]
-        same = (target.dtype, target.shape) == (source.dtype, source.shape)
+        is_alike = (target.dtype, target.shape) == (source.dtype, source.shape)
         contiguous = target.is_contiguous() and source.is_contiguous()
-        return same and contiguous and target.is_cuda != source.is_cuda
+        return is_alike and contiguous and target.is_cuda != source.is_cuda
     if name != "_to_copy" or kwargs.get("device") is None:
         return False
     (source,) = args
     goes_over = torch.device(kwargs["device"]).type != source.device.type
-    same = kwargs.get("dtype") in (None, source.dtype)
+    is_alike = kwargs.get("dtype") in (None, source.dtype)
     memory_format = kwargs.get("memory_format") in (None, torch.preserve_format)
-    return goes_over and same and memory_format and source.is_contiguous()
+    return goes_over and is_alike and memory_format and source.is_contiguous()
 
 
 _generators: dict[int, tuple[torch.Generator, torch.Generator]] = {}
@@ -125,8 +125,8 @@ def _generator_of_host(generator: torch.Generator) -> torch.Generator:
     if generator.device.type == "cpu":
         return generator
     if id(generator) not in _generators:
-        made = torch.Generator().manual_seed(generator.initial_seed())
-        _generators[id(generator)] = generator, made
+        cpu_generator = torch.Generator().manual_seed(generator.initial_seed())
+        _generators[id(generator)] = generator, cpu_generator
     return _generators[id(generator)][1]
 
 
@@ -136,9 +136,9 @@ def on_host(tensor: torch.Tensor) -> torch.Tensor:
     if not storage.nbytes() or not tensor.numel():
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
     size, cpu = storage.nbytes(), torch.device("cpu")
-    same = torch._C._construct_storage_from_data_pointer(storage.data_ptr(), cpu, size)
+    host_storage = torch._C._construct_storage_from_data_pointer(storage.data_ptr(), cpu, size)
     empty = torch.empty(0, dtype=tensor.dtype)
-    return empty.set_(same, tensor.storage_offset(), tensor.shape, tensor.stride())
+    return empty.set_(host_storage, tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
 @functools.cache
@@ -161,16 +161,16 @@ class HostCompute(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         namespace, name = func._schema.name.split("::")
-        if written := PYTHON_OPERATORS.get(func._schema.name):
+        if operator := PYTHON_OPERATORS.get(func._schema.name):
             with self:  # what it calls computes, too
-                return written(*args, **kwargs)
+                return operator(*args, **kwargs)
         if namespace == "aten" and func._can_decompose():  # in inference mode, as it was called
             with self:
                 return func.decompose(*args, **kwargs)
         tensors: list[torch.Tensor] = []
         tree_map_only(torch.Tensor, tensors.append, (args, kwargs))
-        wanted = kwargs.get("device")
-        makes = wanted is not None and torch.device(wanted).type == "cuda"
+        device = kwargs.get("device")
+        makes = device is not None and torch.device(device).type == "cuda"
         reads = any(tensor.is_cuda for tensor in tensors)
         # Transformer Engine's quantized tensors have operators of their own.
         plain = all(type(x).__torch_dispatch__ is NO_OPERATORS_OF_ITS_OWN for x in tensors)
@@ -184,36 +184,36 @@ class HostCompute(TorchDispatchMode):
             return func(*args, **kwargs)
         devices = {tensor.get_device() for tensor in tensors if tensor.is_cuda}
         if makes:  # its memory may be that of a freed tensor, for which something is queued
-            index = torch.device(wanted).index
+            index = torch.device(device).index
             devices.add(torch.cuda.current_device() if index is None else index)
         drain(devices)
         if waits_on_a_gpu(func, args, kwargs):
             read(devices)
         if func is torch.ops.aten.zeros.default:
             return fill_with_zeros(torch.empty(*args, **kwargs))
-        return self._compute(func, args, kwargs, stays=wanted is None or makes)
+        return self._compute(func, args, kwargs, stays=device is None or makes)
 
     def _compute(self, func, args, kwargs, stays: bool):
-        given = {}
+        originals = {}
 
         def down(tensor):
             if not tensor.is_cuda:
                 return tensor
             host = on_host(tensor)
-            given[id(host)] = (host, tensor)
+            originals[id(host)] = (host, tensor)
             return host
 
         def up(result):
-            if id(result) in given:  # written in place
-                return given[id(result)][1]
+            if id(result) in originals:  # written in place
+                return originals[id(result)][1]
             if not stays or result.is_cuda:
                 return result
-            made = torch.empty_strided(
+            gpu_result = torch.empty_strided(
                 result.shape, result.stride(), dtype=result.dtype, device="cuda"
             )
             if result.numel():
-                on_host(made).copy_(result)
-            return made
+                on_host(gpu_result).copy_(result)
+            return gpu_result
 
         host_args, host_kwargs = tree_map_only(torch.Tensor, down, (args, kwargs))
         if "device" in kwargs and stays:

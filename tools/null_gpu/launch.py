@@ -60,7 +60,7 @@ def environment(libraries: Path, gpus: int, *, computes: bool) -> dict[str, str]
         computes: whether kernels compute on the host, in this process and in all it starts."""
     library = f"{libraries}/libnullgpu.so"
     imports = [ROOT, ROOT / "kernels", ROOT / "grading", HERE]
-    found = {
+    variables = {
         "NULL_GPUS": str(gpus),
         "LD_PRELOAD": library,
         "LD_LIBRARY_PATH": str(libraries),
@@ -69,8 +69,8 @@ def environment(libraries: Path, gpus: int, *, computes: bool) -> dict[str, str]
     }
     if computes:
         imports.insert(0, HERE / "everywhere")
-        found |= ON_HOST | {"VLLM_NCCL_SO_PATH": library}
-    return found | {"PYTHONPATH": ":".join(map(str, imports))}
+        variables |= ON_HOST | {"VLLM_NCCL_SO_PATH": library}
+    return variables | {"PYTHONPATH": ":".join(map(str, imports))}
 
 
 def libraries() -> Path:
@@ -87,12 +87,12 @@ def libraries() -> Path:
     folder = ROOT / "build" / "null_gpu" / digest.hexdigest()
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(dir=folder.parent))
-        build(made)
+        new_folder = Path(tempfile.mkdtemp(dir=folder.parent))
+        build(new_folder)
         try:
-            made.rename(folder)
+            new_folder.rename(folder)
         except OSError:  # another process was first
-            shutil.rmtree(made)
+            shutil.rmtree(new_folder)
     return folder
 
 
@@ -108,12 +108,12 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--gib", type=float, default=80.0, help="memory of a GPU")
-    chosen, python = parser.parse_known_args(arguments)
+    options, python = parser.parse_known_args(arguments)
     with tempfile.TemporaryDirectory(prefix="null_gpu_") as folder:
         segment = Path(folder) / "segment"
-        variables = environment(libraries(), chosen.gpus, computes=True)
+        variables = environment(libraries(), options.gpus, computes=True)
         variables["NULL_GPU_SEGMENT"] = str(segment)
-        variables["NULL_GPU_BYTES"] = str(int(chosen.gib * GIB))
+        variables["NULL_GPU_BYTES"] = str(int(options.gib * GIB))
         process = subprocess.Popen([sys.executable, *python], env=os.environ | variables)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda number, _: process.send_signal(number))
@@ -121,7 +121,7 @@ def main(arguments: list[str]) -> int:
         while process.poll() is None:
             watched.look(process.pid)
             time.sleep(1)
-        print(watched.summary(chosen.gib), flush=True)
+        print(watched.summary(options.gib), flush=True)
         return process.returncode if process.returncode >= 0 else 128 - process.returncode
 
 
@@ -146,19 +146,19 @@ class Watched:
         with contextlib.suppress(psutil.NoSuchProcess):
             root = psutil.Process(pid)
             self.of_host = max(self.of_host, sum(map(_memory, [root, *root.children(True)])))
-        found = watch.find_stuck(self.segment)
-        if found is None or self.stuck is None or found != self.stuck[0]:
-            self.stuck = (found, time.monotonic()) if found else None
+        report = watch.find_stuck(self.segment)
+        if report is None or self.stuck is None or report != self.stuck[0]:
+            self.stuck = (report, time.monotonic()) if report else None
         elif 0 < self.stuck[1] < time.monotonic() - STUCK_SECONDS:
-            print(found, file=sys.stderr, flush=True)
-            self.stuck = found, 0.0  # named
+            print(report, file=sys.stderr, flush=True)
+            self.stuck = report, 0.0  # named
 
     def summary(self, gib: float) -> str:
         """Return the most that was held."""
         number = max(self.of_gpu, key=lambda gpu: self.of_gpu[gpu], default=0)
-        most = self.of_gpu.get(number, 0) / GIB
+        max_gib = self.of_gpu.get(number, 0) / GIB
         return (
-            f"null GPU: at most {most:.2f} of {gib:g} GiB of a GPU (GPU {number}), "
+            f"null GPU: at most {max_gib:.2f} of {gib:g} GiB of a GPU (GPU {number}), "
             f"{self.of_host / GIB:.1f} GiB of the host's memory"
         )
 

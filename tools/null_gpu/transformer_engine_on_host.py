@@ -224,12 +224,12 @@ def _values(x, is_columnwise: bool) -> torch.Tensor:
     if not _is_quantized(x):
         return x
     parts = x.get_metadata()
-    unused = "rowwise" if is_columnwise else "columnwise"
-    used = "columnwise" if is_columnwise else "rowwise"
-    if parts[f"{used}_data"] is None:
-        assert parts["is_2D_scaled"], f"no blocks along the {used} direction"
+    other_direction = "rowwise" if is_columnwise else "columnwise"
+    direction = "columnwise" if is_columnwise else "rowwise"
+    if parts[f"{direction}_data"] is None:
+        assert parts["is_2D_scaled"], f"no blocks along the {direction} direction"
     else:
-        parts |= {f"{unused}_data": None, f"{unused}_scale_inv": None}
+        parts |= {f"{other_direction}_data": None, f"{other_direction}_scale_inv": None}
     storage = sys.modules[
         "transformer_engine.pytorch.tensor.storage.float8_blockwise_tensor_storage"
     ].Float8BlockwiseQTensorStorage

@@ -12,8 +12,8 @@ def install() -> None:
     """Give the interpreter's kernels the tensors as they are, and replace the language once."""
 
     def as_they_are(executor, args, kwargs):
-        given = [getattr(arg, "base", arg) for arg in (*args, *kwargs.values())]
-        drain({x.get_device() for x in given if isinstance(x, torch.Tensor) and x.is_cuda})
+        arguments = [getattr(arg, "base", arg) for arg in (*args, *kwargs.values())]
+        drain({x.get_device() for x in arguments if isinstance(x, torch.Tensor) and x.is_cuda})
         return list(args), dict(kwargs)
 
     replace, replaced = interpreter._patch_lang, set()

@@ -100,10 +100,10 @@ def reshape_and_cache_flash(key, value, key_cache, value_cache, slots, dtype, k_
     """Write keys and values (tokens, heads, size) to their slots of caches (blocks, block size,
     heads, size)."""
     assert not dtype.startswith("fp8")
-    used = (slots >= 0).nonzero().flatten()
-    block, place = slots[used] // key_cache.shape[1], slots[used] % key_cache.shape[1]
-    key_cache[block, place] = key[used].to(key_cache.dtype)
-    value_cache[block, place] = value[used].to(value_cache.dtype)
+    tokens = (slots >= 0).nonzero().flatten()
+    block, place = slots[tokens] // key_cache.shape[1], slots[tokens] % key_cache.shape[1]
+    key_cache[block, place] = key[tokens].to(key_cache.dtype)
+    value_cache[block, place] = value[tokens].to(value_cache.dtype)
 
 
 @_kernel("_C_cache_ops::concat_and_cache_mla")
@@ -111,9 +111,9 @@ def concat_and_cache_mla(latent, rotary_key, cache, slots, dtype, scale) -> None
     """Write latents and rotary keys, joined, to their slots of a cache (blocks, block size,
     size)."""
     assert not dtype.startswith("fp8")
-    used = (slots >= 0).nonzero().flatten()
-    joined = torch.cat([latent[used], rotary_key[used].flatten(1)], -1)
-    cache[slots[used] // cache.shape[1], slots[used] % cache.shape[1]] = joined.to(cache.dtype)
+    tokens = (slots >= 0).nonzero().flatten()
+    joined = torch.cat([latent[tokens], rotary_key[tokens].flatten(1)], -1)
+    cache[slots[tokens] // cache.shape[1], slots[tokens] % cache.shape[1]] = joined.to(cache.dtype)
 
 
 @_kernel("_vllm_fa3_C::get_scheduler_metadata")
@@ -155,12 +155,12 @@ def attention(
     return [result, normalizers, torch.empty(0), torch.empty(0)]
 
 
-def _of_sequence(k, v, number, ends, used, pages) -> tuple[torch.Tensor, torch.Tensor]:
+def _of_sequence(k, v, number, ends, lengths, pages) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the keys and values of one sequence."""
     if pages is None:
         start, end = ends[number : number + 2].tolist()
         return k[start:end], v[start:end]
-    length, size = int(used[number]), k.shape[1]
+    length, size = int(lengths[number]), k.shape[1]
     table = pages[number, : -(-length // size)].long()
     keys, values = (x[table].flatten(0, 1)[:length] for x in (k, v))
     return keys, values
@@ -170,9 +170,9 @@ def _of_sequence(k, v, number, ends, used, pages) -> tuple[torch.Tensor, torch.T
 def topk_softmax(weights, experts, rows, logits, renormalizes, bias, is_padding) -> None:
     """Write each token's most probable experts and their probabilities."""
     assert bias is None
-    values, chosen = logits.float().softmax(-1).topk(weights.shape[-1], dim=-1)
+    values, indices = logits.float().softmax(-1).topk(weights.shape[-1], dim=-1)
     weights.copy_(values / values.sum(-1, keepdim=True) if renormalizes else values)
-    experts.copy_(chosen)
+    experts.copy_(indices)
 
 
 @_kernel("_moe_C::grouped_topk")
@@ -188,11 +188,11 @@ def grouped_topk(scores, groups, kept_groups, topk, renormalizes, factor, bias, 
     best = by_group.topk(2, dim=-1).values.sum(-1).topk(kept_groups, dim=-1).indices
     is_kept = torch.zeros(by_group.shape[:-1], dtype=torch.bool).scatter_(-1, best, True)
     allowed = by_group.masked_fill(~is_kept[..., None], -math.inf).flatten(-2)
-    chosen = allowed.topk(topk, dim=-1).indices
-    weights = plain.gather(-1, chosen)
+    experts = allowed.topk(topk, dim=-1).indices
+    weights = plain.gather(-1, experts)
     if renormalizes:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-    return weights * factor, chosen.int()
+    return weights * factor, experts.int()
 
 
 @_kernel("_moe_C::moe_align_block_size")
@@ -207,11 +207,11 @@ def moe_align_block_size(
     block_experts.fill_(-1 if expert_map is not None else 0)
     place = 0
     for expert in range(num_experts):
-        here = expert if expert_map is None else int(expert_map[expert])
+        local_expert = expert if expert_map is None else int(expert_map[expert])
         rows = (flat == expert).nonzero().flatten()
         blocks = -(-len(rows) // size)
         sorted_ids[place : place + len(rows)] = rows.to(sorted_ids.dtype)
-        block_experts[place // size : place // size + blocks] = here
+        block_experts[place // size : place // size + blocks] = local_expert
         place += blocks * size
     num_padded.fill_(place)
 
@@ -260,14 +260,14 @@ def _spread(scales, *sizes: int) -> torch.Tensor:
 
 @_kernel("_C::per_token_group_fp8_quant")
 def per_token_group_fp8_quant(
-    x, codes, scales, size, epsilon, least, most, is_power_of_two, *layout
+    x, codes, scales, size, epsilon, min_code, max_code, is_power_of_two, *layout
 ) -> None:
     """Write the codes of groups of `size` values of each row, and their scales."""
     groups = x.float().unflatten(-1, (-1, size))
-    scale = groups.abs().amax(-1).clamp(min=epsilon) / most
+    scale = groups.abs().amax(-1).clamp(min=epsilon) / max_code
     if is_power_of_two:
         scale = torch.exp2(torch.ceil(torch.log2(scale)))
-    codes.copy_((groups / scale[..., None]).clamp(least, most).flatten(-2).to(codes.dtype))
+    codes.copy_((groups / scale[..., None]).clamp(min_code, max_code).flatten(-2).to(codes.dtype))
     scales.copy_(scale)
 
 
@@ -306,11 +306,11 @@ def experts(
         if sorted_ids is None:  # each row is a block of its own
             rows_of = {row: [row] for row in range(len(block_experts))}
         else:
-            size, used = config["BLOCK_SIZE_M"], int(num_padded)
-            starts = range(0, used, size)
+            size, num_rows = config["BLOCK_SIZE_M"], int(num_padded)
+            starts = range(0, num_rows, size)
             rows_of = {at // size: sorted_ids[at : at + size].tolist() for at in starts}
-        for block, listed in rows_of.items():
-            rows = torch.tensor([row for row in listed if row < len(out)], dtype=torch.long)
+        for block, numbers in rows_of.items():
+            rows = torch.tensor([row for row in numbers if row < len(out)], dtype=torch.long)
             expert = int(block_experts[block])
             if expert < 0:  # another rank's
                 out[rows] = 0

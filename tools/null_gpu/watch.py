@@ -259,27 +259,29 @@ class Graph:
     def circle(self) -> Circle | None:
         """Return one, without a host where there is such a one."""
         for with_hosts in (False, True):
-            done: set[Node] = set()
+            finished_nodes: set[Node] = set()
             for node in self.started:
-                if found := self._from(node, [], {}, done, with_hosts=with_hosts):
-                    return found
+                if circle := self._from(node, [], {}, finished_nodes, with_hosts=with_hosts):
+                    return circle
         return None
 
-    def _from(self, node, labels, places, done, *, with_hosts: bool) -> Circle | None:
+    def _from(self, node, labels, places, finished_nodes, *, with_hosts: bool) -> Circle | None:
         if node in places:
             links = [label for label in labels[places[node] :] if label is not None]
             # Streams alone cannot wait in a circle; what they wait for is read one after another.
             return Circle(links) if links else None
-        if node in done:
+        if node in finished_nodes:
             return None
         places[node] = len(labels)
         for label, other in self.edges(node):
             if other[1] >= 0 or with_hosts:
-                found = self._from(other, [*labels, label], places, done, with_hosts=with_hosts)
-                if found:
-                    return found
+                circle = self._from(
+                    other, [*labels, label], places, finished_nodes, with_hosts=with_hosts
+                )
+                if circle:
+                    return circle
         del places[node]
-        done.add(node)
+        finished_nodes.add(node)
         return None
 
 

@@ -94,7 +94,7 @@ def max_lora_rank(rank: int) -> int:
             key="model.lora.rank",
             cause=Cause.TOO_LARGE,
         )
-    return next(most for most in MAX_RANKS if rank <= most)
+    return next(max_rank for max_rank in MAX_RANKS if rank <= max_rank)
 
 
 def lora_arguments(config: Config, hf: dict) -> dict[str, Any] | None:

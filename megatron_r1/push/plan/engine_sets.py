@@ -156,11 +156,11 @@ def plan_sets(
         sent_bytes: what each trainer rank sends to other sets.
         max_fraction: the most of an engine rank's bytes in a group (`MAX_GROUP_FRACTION`).
     """
-    needed = needed_regions(planner, count_bytes)
+    by_engine_rank = needed_regions(planner, count_bytes)
     groups = [
         group
         for num_engines in {len(engines) for engines in sets}
-        for engine_rank, by_replicas in enumerate(needed)
+        for engine_rank, by_replicas in enumerate(by_engine_rank)
         for group in _region_groups(
             by_replicas, count_bytes, engine_rank, num_engines, max_fraction
         )
@@ -169,11 +169,11 @@ def plan_sets(
         key=lambda g: (-g.num_bytes, g.member, g.engine_rank, g.replicas.start, g.num_engines)
     )
     loads = list(sent_bytes) or [0.0] * planner.grid.world_size
-    chosen: dict[EngineRankId, dict[int, list[TensorRegion]]] = defaultdict(dict)
+    link_regions: dict[EngineRankId, dict[int, list[TensorRegion]]] = defaultdict(dict)
     for group in groups:
         for index, engines in enumerate(sets):
             if len(engines) == group.num_engines:
-                by_trainer_rank = chosen[index, group.member, group.engine_rank]
+                by_trainer_rank = link_regions[index, group.member, group.engine_rank]
                 candidates: Sequence[int] = group.replicas
                 if group.is_small:
                     # A link costs more than its few bytes balance: with the least busy rank for
@@ -188,9 +188,9 @@ def plan_sets(
             [
                 PlannedLink(trainer_rank, member, engine_rank, tuple(regions))
                 for member in range(len(engines))
-                for trainer_rank, regions in chosen[index, member, engine_rank].items()
+                for trainer_rank, regions in link_regions[index, member, engine_rank].items()
             ]
-            for engine_rank in range(len(needed))
+            for engine_rank in range(len(by_engine_rank))
         ]
         for index, engines in enumerate(sets)
     ]
@@ -222,8 +222,8 @@ def needed_regions(planner: Planner, count_bytes: CountBytes) -> list[RegionsByR
     regions_of_ranks: list[RegionsByReplicas] = [
         {} for _ in range(planner.engines.ranks_per_engine)
     ]
-    for tensor, replicas, needed in planner.region_transfers():
-        for region, ranks in needed:
+    for tensor, replicas, transfers in planner.region_transfers():
+        for region, ranks in transfers:
             num_bytes = count_bytes(tensor.name, tensor.rule.dtype, region)
             for rank in ranks:
                 regions = regions_of_ranks[rank].setdefault(replicas, [])
@@ -237,7 +237,7 @@ def total_bytes(regions: Iterable[TensorRegion]) -> int:
 
 
 def _region_groups(
-    needed: RegionsByReplicas,
+    rank_regions: RegionsByReplicas,
     count_bytes: CountBytes,
     engine_rank: int,
     num_engines: int,
@@ -249,14 +249,14 @@ def _region_groups(
     rows; a group has at most about `max_fraction` of it.
 
     Args:
-        needed: the regions that an engine rank needs, by trainer ranks.
+        rank_regions: the regions that an engine rank needs, by trainer ranks.
         count_bytes: counts the bytes of a region on the wire.
         engine_rank: the engine rank.
         num_engines: the engines of the set.
         max_fraction: the most of an engine's bytes in a group."""
-    per_engine = total_bytes(chain.from_iterable(needed.values())) / num_engines
+    per_engine = total_bytes(chain.from_iterable(rank_regions.values())) / num_engines
     for member, by_replicas in enumerate(
-        _divide_by_engine(needed, count_bytes, num_engines, per_engine)
+        _divide_by_engine(rank_regions, count_bytes, num_engines, per_engine)
     ):
         for replicas, regions in by_replicas.items():
             for run in _split_by_bytes(regions, per_engine * max_fraction):
@@ -266,18 +266,18 @@ def _region_groups(
 
 
 def _divide_by_engine(
-    needed: RegionsByReplicas, count_bytes: CountBytes, num_engines: int, per_engine: float
+    rank_regions: RegionsByReplicas, count_bytes: CountBytes, num_engines: int, per_engine: float
 ) -> list[RegionsByReplicas]:
     """Return the regions that each engine gets from trainer ranks, about `per_engine` bytes.
 
     Args:
-        needed: the regions that an engine rank needs, by trainer ranks.
+        rank_regions: the regions that an engine rank needs, by trainer ranks.
         count_bytes: counts the bytes of a region on the wire.
         num_engines: the engines of the set.
         per_engine: the bytes that each of them gets."""
     by_engine: list[RegionsByReplicas] = [{} for _ in range(num_engines)]
     end = 0.0
-    for replicas, regions in needed.items():
+    for replicas, regions in rank_regions.items():
         for region in regions:
             for part in _split_at_engine_ends(region, end, per_engine, count_bytes):
                 # By its middle: a part is rounded to rows, so its ends may be another engine's.

@@ -83,10 +83,11 @@ class Planner:
                 for item in self._held_tensors(stage, expert_rank):
                     if item.expert is None and expert_rank:
                         continue
-                    needed = self.sharding.regions.get(item.name, {}).items()
+                    engine_regions = self.sharding.regions.get(item.name, {}).items()
                     for held_region, replicas in self._held_regions(item, stage):
                         common = (
-                            (held_region.intersection(region), ranks) for region, ranks in needed
+                            (held_region.intersection(region), ranks)
+                            for region, ranks in engine_regions
                         )
                         if transfers := [(region, ranks) for region, ranks in common if region]:
                             yield item, replicas, transfers

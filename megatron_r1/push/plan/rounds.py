@@ -119,9 +119,9 @@ class RoundSchedule:
         num_processes = max([*self._relay_index, *sides[:, 0], *sides[:, 1]], default=-1) + 1
         self.scatter_bytes = scatter_bytes = np.zeros(num_processes, np.int64)
         np.add.at(scatter_bytes, sides[:, 1], sides[:, 2])
-        most = [int(scatter_bytes[list(members)].max()) for members in relay_groups]
+        max_bytes = [int(scatter_bytes[list(members)].max()) for members in relay_groups]
         # By relay group: the buckets that each member relays.
-        self._num_relay_buckets = [-(-num_bytes // relay_bucket_bytes) for num_bytes in most]
+        self._num_relay_buckets = [-(-num_bytes // relay_bucket_bytes) for num_bytes in max_bytes]
         payloads = [
             (process, int(scatter_bytes[process]), num_buckets)
             for members, num_buckets in zip(relay_groups, self._num_relay_buckets, strict=True)
@@ -208,11 +208,11 @@ class RoundSchedule:
         """Return the rounds in which a member of a relay group relays what it has."""
         members, num_buckets = np.array(self.relay_groups[number]), self._num_relay_buckets[number]
         hops = np.arange(1, len(members))
-        to, source = (member + hops) % len(members), (member - hops) % len(members)
+        target, source = (member + hops) % len(members), (member - hops) % len(members)
         buckets = np.arange(num_buckets)[:, None]
         rows = np.empty((num_buckets, len(hops)), ROUND_DTYPE)
         rows["round"] = self.num_scatter_rounds + buckets * len(hops) + hops - 1
-        rows["to"], rows["source"] = members[to], members[source]
+        rows["to"], rows["source"] = members[target], members[source]
         rows["sent"] = self._first_relay_bucket[number] + member * num_buckets + buckets
         rows["received"] = self._first_relay_bucket[number] + source * num_buckets + buckets
         return rows.ravel()
@@ -324,22 +324,22 @@ def _assign_scatter_rounds(
     while len(waiting):
         load = np.maximum(send_counts[sender[waiting]], receive_counts[receiver[waiting]])
         busiest = waiting[np.lexsort((waiting, -remaining[waiting], -load))]
-        chosen = _matching(busiest.tolist(), sender[busiest].tolist(), receiver[busiest].tolist())
-        rounds[next_bucket[chosen]] = number
-        next_bucket[chosen] += 1
-        remaining[chosen] -= 1
-        send_counts[sender[chosen]] -= 1
-        receive_counts[receiver[chosen]] -= 1
+        matching = _matching(busiest.tolist(), sender[busiest].tolist(), receiver[busiest].tolist())
+        rounds[next_bucket[matching]] = number
+        next_bucket[matching] += 1
+        remaining[matching] -= 1
+        send_counts[sender[matching]] -= 1
+        receive_counts[receiver[matching]] -= 1
         waiting, number = waiting[remaining[waiting] > 0], number + 1
     return rounds
 
 
 def _matching(links: list[int], senders: list[int], receivers: list[int]) -> np.ndarray:
     """Return links, in order of preference, no two of which share a sender or a receiver."""
-    sending, receiving, chosen = set(), set(), []
+    sending, receiving, matching = set(), set(), []
     for link, sender, receiver in zip(links, senders, receivers, strict=True):
         if sender not in sending and receiver not in receiving:
             sending.add(sender)
             receiving.add(receiver)
-            chosen.append(link)
-    return np.array(chosen)
+            matching.append(link)
+    return np.array(matching)

@@ -176,10 +176,10 @@ class BufferPayload(Payload):
             start: the first byte.
             end: the byte after the last.
             target: (end - start,) uint8."""
-        done = 0
+        offset = 0
         for view in self._views(start, end):
-            _copy(target[done : done + view.numel()].view(view.shape), view)
-            done += view.numel()
+            _copy(target[offset : offset + view.numel()].view(view.shape), view)
+            offset += view.numel()
 
     def unpack(self, start: int, end: int, source: torch.Tensor) -> None:
         """Copy a tensor to bytes of the payload.
@@ -188,10 +188,10 @@ class BufferPayload(Payload):
             start: the first byte.
             end: the byte after the last.
             source: (end - start,) uint8."""
-        done = 0
+        offset = 0
         for view in self._views(start, end):
-            _copy(view, source[done : done + view.numel()].view(view.shape))
-            done += view.numel()
+            _copy(view, source[offset : offset + view.numel()].view(view.shape))
+            offset += view.numel()
 
     def _views(self, start: int, end: int) -> Iterator[torch.Tensor]:
         """Yield the memory between two bytes of the payload, uint8 (rows, bytes of a row)."""

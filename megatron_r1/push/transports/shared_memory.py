@@ -166,22 +166,24 @@ class _SenderProgress:
 
     def check(self) -> bool:
         """Check the rows written since the last call; return whether there were any."""
-        push, done = int(self.progress[PUSH_AT]), int(self.progress[WRITTEN_AT])
+        push, num_written = int(self.progress[PUSH_AT]), int(self.progress[WRITTEN_AT])
         if push != self.push:
             # A sender sets its count to 0 before it begins another push.
             self.push, self.index, self.seen = push, 0, 0
-            done = int(self.progress[WRITTEN_AT]) if int(self.progress[PUSH_AT]) == push else 0
-        if done <= self.seen:
+            num_written = (
+                int(self.progress[WRITTEN_AT]) if int(self.progress[PUSH_AT]) == push else 0
+            )
+        if num_written <= self.seen:
             return False
         memory_fence()
-        while self.index < len(self.ends) and self.ends[self.index] <= done:
+        while self.index < len(self.ends) and self.ends[self.index] <= num_written:
             sent = int(self.progress[CHECKSUMS_AT + self.index])
             self.received_chunks.chunk_received(self.trainer_rank, push, self.index, sent)
             self.index += 1
-        if self.index < len(self.ends) and done > self.starts[self.index]:
-            row = (done - self.starts[self.index]) // self.row_bytes[self.index]
+        if self.index < len(self.ends) and num_written > self.starts[self.index]:
+            row = (num_written - self.starts[self.index]) // self.row_bytes[self.index]
             self.received_chunks.rows_received(self.trainer_rank, push, self.index, row)
-        self.seen = done
+        self.seen = num_written
         return True
 
 
@@ -212,11 +214,11 @@ class SharedMemorySender(Sender):
         # In this order: `_SenderProgress.check` must not take the count of the last push for this.
         progress[WRITTEN_AT] = 0
         progress[PUSH_AT] = push_number
-        targets, done = self._targets(push_number), 0
+        targets, offset = self._targets(push_number), 0
         for index, chunk in enumerate(self.chunks):
             row_bytes = chunk.row_bytes(self.table)
 
-            def report_rows(row: int, start: int = done, row_bytes: int = row_bytes) -> None:
+            def report_rows(row: int, start: int = offset, row_bytes: int = row_bytes) -> None:
                 memory_fence()
                 progress[WRITTEN_AT] = start + row * row_bytes
 
@@ -224,7 +226,7 @@ class SharedMemorySender(Sender):
                 targets[index], slices[index], report_rows
             )
             memory_fence()
-            progress[WRITTEN_AT] = done = done + chunk.num_bytes(self.table)
+            progress[WRITTEN_AT] = offset = offset + chunk.num_bytes(self.table)
 
     def _targets(self, push_number: int) -> list[torch.Tensor]:
         """Return the views that the chunks of this push fill."""

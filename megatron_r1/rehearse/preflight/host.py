@@ -96,10 +96,10 @@ def _gpu_holders(gpu: int) -> list[str]:
     uuid = f"GPU-{torch.cuda.get_device_properties(gpu).uuid}"
     command = ["nvidia-smi", f"--id={uuid}", "--query-compute-apps=pid,used_memory"]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run(
+        process = subprocess.run(
             [*command, "--format=csv,noheader"], capture_output=True, text=True, timeout=10
         )
-        lines = done.stdout.strip().splitlines() if done.returncode == 0 else []
+        lines = process.stdout.strip().splitlines() if process.returncode == 0 else []
         return [line for line in lines if line.split(",")[0] != str(os.getpid())]
     return []
 
@@ -164,8 +164,8 @@ def clock_offset(address: str, port: int) -> tuple[float, str]:
                 sent = time.time()
                 connection.sendall(b"?")
                 (there,) = struct.unpack("!d", connection.recv(8, socket.MSG_WAITALL))
-                back = time.time()
-                probes.append((back - sent, (sent + back) / 2 - there))
+                arrival = time.time()
+                probes.append((arrival - sent, (sent + arrival) / 2 - there))
     except (OSError, struct.error) as error:
         return 0.0, f"{address}:{port}: {error}"
     return min(probes)[1], ""

@@ -152,7 +152,7 @@ def _operations(
     received = torch.empty_like(buffer)
     ranks = dist.get_process_group_ranks(group)
     position = ranks.index(dist.get_rank())
-    to, source = ranks[(position + 1) % size], ranks[position - 1]
+    target, source = ranks[(position + 1) % size], ranks[position - 1]
     return {
         # Over the axis: every rank adds to the sum.
         "all-reduce": (lambda: dist.all_reduce(buffer, group=group), 2 * (1 - 1 / size)),
@@ -162,12 +162,12 @@ def _operations(
             1 - 1 / size,
         ),
         # Along the axis: every rank sends to the next one, the last to the first.
-        "send/recv": (lambda: _send_and_receive(buffer, to, received, source), 1.0),
+        "send/recv": (lambda: _send_and_receive(buffer, target, received, source), 1.0),
     }
 
 
-def _send_and_receive(sent: Tensor, to: int, received: Tensor, source: int) -> None:
-    requests = [dist.P2POp(dist.isend, sent, to), dist.P2POp(dist.irecv, received, source)]
+def _send_and_receive(sent: Tensor, target: int, received: Tensor, source: int) -> None:
+    requests = [dist.P2POp(dist.isend, sent, target), dist.P2POp(dist.irecv, received, source)]
     for request in dist.batch_isend_irecv(requests):
         request.wait()
 

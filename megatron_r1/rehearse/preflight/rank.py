@@ -106,8 +106,8 @@ def product_rate() -> float:
         torch.matmul(left, right)
         platform.synchronize()
         seconds.append(time.perf_counter() - start)
-    chosen = sorted(seconds)[len(seconds) // 2 if device.type == "cuda" else 0]
-    return 2 * size**3 / chosen
+    duration = sorted(seconds)[len(seconds) // 2 if device.type == "cuda" else 0]
+    return 2 * size**3 / duration
 
 
 def _connect() -> dist.Store:

@@ -103,12 +103,12 @@ class RankProgress:
         last = max(numbers, key=lambda rank: numbers[rank])
         behind = [rank for rank in ranks if numbers[rank] == min(numbers.values())]
         waiting = steps[last].split("\t")[2] or "start"
-        named = silent or behind
-        if len(named) == self._world_size:
+        culprits = silent or behind
+        if len(culprits) == self._world_size:
             return f"all ranks hang in {waiting!r}: look at the network between the nodes"
-        shown = "; ".join(_describe(rank, steps[rank], rank in silent) for rank in named[:8])
-        more = f"; {len(named) - 8} more" if len(named) > 8 else ""
-        return f"{shown}{more}. The others wait in {waiting!r}. Replace that host, or look at it"
+        listing = "; ".join(_describe(rank, steps[rank], rank in silent) for rank in culprits[:8])
+        rest = f"; {len(culprits) - 8} more" if len(culprits) > 8 else ""
+        return f"{listing}{rest}. The others wait in {waiting!r}. Replace that host, or look at it"
 
     def _finish(self) -> None:
         if self._name:

@@ -33,20 +33,20 @@ def measured_rates(hardware: Hardware, facts: Sequence[RankFacts]) -> dict[str, 
     measured on the slowest axis; and the slowest node's rate over gloo (`host_network`), as
     measured."""
     efficiency, gpus = Assumptions().link_efficiency, hardware.gpus_per_node
-    inside: list[float] = []
-    across: list[float] = []
+    intra_node: list[float] = []
+    inter_node: list[float] = []
     for axis in AXES:
         if groups := group_rates(facts, axis):
             span = max(max(ranks) - min(ranks) + 1 for ranks in groups)
             fraction = intra_node_fraction(gpus, span)
             rate = median_high(groups.values()) / efficiency
-            (inside if fraction == 1 else across).append(rate * (1 - fraction) or rate)
-    across += [rate / efficiency for rate in node_rates(facts, "pairs").values()]
+            (intra_node if fraction == 1 else inter_node).append(rate * (1 - fraction) or rate)
+    inter_node += [rate / efficiency for rate in node_rates(facts, "pairs").values()]
     values: dict[str, object] = {"hardware": hardware.name, "gpus_per_node": gpus}
-    if inside:
-        values["nvlink"] = min(inside)
-    if across:
-        values["network"] = min(across)
+    if intra_node:
+        values["nvlink"] = min(intra_node)
+    if inter_node:
+        values["network"] = min(inter_node)
     if gloo := node_rates(facts, "gloo"):
         values["host_network"] = min(gloo.values())
     return values

@@ -85,12 +85,12 @@ class EventLoopMonitor:
     async def _beat(self) -> None:
         read = 0.0
         while True:
-            began, used, phase = time.perf_counter(), time.thread_time(), self.phase
+            began, cpu_start, phase = time.perf_counter(), time.thread_time(), self.phase
             await asyncio.sleep(BEAT_SECONDS)
             late = time.perf_counter() - began - BEAT_SECONDS
             self.longest[phase] = max(self.longest[phase], late)
             self.late[phase] += late > 0.1
-            self.computed[phase] = max(self.computed[phase], time.thread_time() - used)
+            self.computed[phase] = max(self.computed[phase], time.thread_time() - cpu_start)
             if began - read > 0.05:
                 read = began
                 for name, value in memory_held().items():
@@ -322,12 +322,12 @@ def _config(model: Path, groups: int, tokens: int, world_size: int, routed: bool
 def _cpu_seconds() -> defaultdict[str, float]:
     """Return the CPU seconds so far of the controller, reward workers, and the other processes:
     synthetic engines and ranks."""
-    used = defaultdict(float, controller=time.process_time())
+    seconds = defaultdict(float, controller=time.process_time())
     for child in psutil.Process().children(recursive=True):
         is_worker = "r1_grading.worker" in child.cmdline()
         times = child.cpu_times()
-        used["rewards" if is_worker else "synthetic"] += times.user + times.system
-    return used
+        seconds["rewards" if is_worker else "synthetic"] += times.user + times.system
+    return seconds
 
 
 GIB = 2**30

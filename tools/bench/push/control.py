@@ -48,17 +48,17 @@ FAULTS = ("none", "trainer rank killed", "engine rank killed", "engine killed", 
 def control_path() -> dict[str, Any]:
     """Run the control path once with each fault; print and return what followed from it. "broken"
     has the faults whose outcome was not the expected one."""
-    found = {}
+    outcomes = {}
     for fault in FAULTS:
         with tempfile.TemporaryDirectory() as folder:
-            found[fault] = _run(fault, Path(folder))
-        print(f"{fault}: {json.dumps(found[fault], indent=1)}", flush=True)
-    broken = [fault for fault, result in found.items() if not result["right"]]
+            outcomes[fault] = _run(fault, Path(folder))
+        print(f"{fault}: {json.dumps(outcomes[fault], indent=1)}", flush=True)
+    broken = [fault for fault, result in outcomes.items() if not result["right"]]
     return {
         "trainer ranks": GRID.world_size,
         "engine ranks": ENGINES * ENGINE.num_ranks,
         "push.timeout_seconds": PUSH_SECONDS,
-        "faults": found,
+        "faults": outcomes,
         "broken": broken,
     }
 
@@ -119,9 +119,9 @@ def _judge(fault: str, ends: dict[tuple, dict], processes: dict[tuple, Any]) -> 
         "engine killed": f"of engine {MEMBER} ",
         "engine rank hangs": f"engine {MEMBER} ",
     }
-    named = sum(names.get(fault, "?") in text for text in engines.values())
+    num_named = sum(names.get(fault, "?") in text for text in engines.values())
     no_end = [str(place) for place, end in left.items() if "push 2" not in end]
-    right = not wrong and not no_end and named == len(engines)
+    right = not wrong and not no_end and num_named == len(engines)
     right &= bool(engines) == bool(texts) == (fault != "none")
     return {
         "killed": len(killed & victims),
@@ -129,7 +129,7 @@ def _judge(fault: str, ends: dict[tuple, dict], processes: dict[tuple, Any]) -> 
             place[0] == "engine" and end.get("push 2") == "right" for place, end in left.items()
         ),
         "engine ranks that report an error": len(engines),
-        "of these name the rank at fault": named,
+        "of these name the rank at fault": num_named,
         "trainer ranks that report an error": len(texts) - len(engines),
         "longest until an error, seconds": max(
             (end["seconds"] for place, end in left.items() if end.get("error")), default=0.0
@@ -151,17 +151,17 @@ def _victims(fault: str) -> set[tuple[str, int, int]]:
 
 def _until(store: TCPStore, key: str, count: int, seconds: float) -> None:
     deadline = time.monotonic() + seconds
-    while (here := store.add(key, 0)) < count:
+    while (num_arrived := store.add(key, 0)) < count:
         if time.monotonic() > deadline:
-            raise TimeoutError(f"after {seconds:g} s {here} of {count} ranks are {key}")
+            raise TimeoutError(f"after {seconds:g} s {num_arrived} of {count} ranks are {key}")
         time.sleep(0.02)
 
 
 def _last(folder: Path, place: tuple) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    record: dict[str, Any] = {}
     for line in read_lines(folder / str(place)):
-        found |= line
-    return found
+        record |= line
+    return record
 
 
 def _rank(place: tuple, port: int, folder: Path, fault: str, tensors: dict) -> None:
@@ -267,9 +267,9 @@ def _die_in(of: type, method: str, after: int, hangs: bool = False) -> None:
 
 def _is_right(receiver: Any, tensors: dict) -> bool:
     for slot in receiver.table.slots:
-        whole = tensors[slot.name]
-        whole = whole if whole.dim() > 1 else whole[:, None]
-        part = whole[slot.top : slot.bottom, slot.left : slot.right]
+        tensor = tensors[slot.name]
+        tensor = tensor if tensor.dim() > 1 else tensor[:, None]
+        part = tensor[slot.top : slot.bottom, slot.left : slot.right]
         if not torch.equal(slot_view(receiver.memory, slot), part):
             return False
     return True

@@ -142,9 +142,9 @@ def simulate() -> dict[str, Any]:
 def missed_aims(row: dict[str, Any]) -> list[str]:
     """Return a sentence for each figure of a simulated push that is beyond its aim."""
     return [
-        f"{text.format(row[name])}, at most {most:g} wanted"
-        for name, (most, text) in MOST.items()
-        if row[name] > most
+        f"{text.format(row[name])}, at most {limit:g} wanted"
+        for name, (limit, text) in MOST.items()
+        if row[name] > limit
     ]
 
 
@@ -244,14 +244,14 @@ def _order(case: ScaleCase) -> RoundSchedule:
 def _held_on_own_gpu(case: ScaleCase) -> float:
     """Return the part of all engine ranks' bytes that the trainer rank on the same GPU holds, which
     a plan could copy there instead of sending it."""
-    engines, held, needed = case.planner.engines, 0, 0
+    engines, held_bytes, needed_bytes = case.planner.engines, 0, 0
     for position, regions in enumerate(needed_regions(case.planner, FORMS[case.form])):
         ranks = range(position, engines.num_ranks, engines.ranks_per_engine)
         for replicas, held_regions in regions.items():
             num_bytes = total_bytes(held_regions)
-            held += num_bytes * len(set(ranks) & set(replicas))
-            needed += num_bytes * len(ranks)
-    return held / needed
+            held_bytes += num_bytes * len(set(ranks) & set(replicas))
+            needed_bytes += num_bytes * len(ranks)
+    return held_bytes / needed_bytes
 
 
 def transfer_seconds(

@@ -87,7 +87,7 @@ class Refusal(NamedTuple):
 
 def operations_of_rounds(order: RoundSchedule) -> np.ndarray:
     """Return the operations of all processes, each of which runs its schedule."""
-    found = []
+    operations = []
     for process in range(order.num_processes):
         schedule = order.rounds_of(process)
         rows = np.zeros((len(schedule), 2), OPERATION)
@@ -95,8 +95,8 @@ def operations_of_rounds(order: RoundSchedule) -> np.ndarray:
         rows["end"], rows["sends"] = rows["start"], (True, False)
         rows["peer"] = np.stack([schedule["to"], schedule["source"]], axis=1)
         rows["bucket"] = np.stack([schedule["sent"], schedule["received"]], axis=1)
-        found.append(rows[rows["bucket"] != NO_BUCKET])
-    return np.concatenate(found)
+        operations.append(rows[rows["bucket"] != NO_BUCKET])
+    return np.concatenate(operations)
 
 
 def operations_of_steps(steps: Mapping[int, Sequence[Step]]) -> np.ndarray:
@@ -139,8 +139,8 @@ def _pairs(operations: np.ndarray) -> np.ndarray:
 
 def _by_pair(operations: np.ndarray, *, sends: bool) -> np.ndarray:
     """Return the places of all sends, or receives, by pair, in the order of each pair."""
-    found = np.flatnonzero(operations["sends"] == sends)
-    return found[np.argsort(_pairs(operations[found]), kind="stable")]
+    places = np.flatnonzero(operations["sends"] == sends)
+    return places[np.argsort(_pairs(operations[places]), kind="stable")]
 
 
 def _wait(operation: np.ndarray | np.void) -> Wait:
@@ -155,8 +155,8 @@ def _find_unmatched(operations: np.ndarray) -> Refusal | None:
     if not excess.any():
         return None
     first = np.argmax(excess != 0)
-    more = np.flatnonzero((pair == first) & (operations["sends"] == (excess[first] > 0)))
-    return Refusal(Fault.UNMATCHED, (_wait(operations[more[-abs(excess[first])]]),))
+    surplus = np.flatnonzero((pair == first) & (operations["sends"] == (excess[first] > 0)))
+    return Refusal(Fault.UNMATCHED, (_wait(operations[surplus[-abs(excess[first])]]),))
 
 
 def _find_mismatch(
@@ -182,8 +182,8 @@ def _find_early(operations: np.ndarray, order: RoundSchedule) -> Refusal | None:
     np.maximum.at(last, process[entering], operations["end"][entering])
     in_time = last[process] < operations["start"]
     has_it = (order.bucket_senders[bucket] == process) & (enters | in_time)
-    found = np.flatnonzero(operations["sends"] & ~has_it)
-    return Refusal(Fault.EARLY, (_wait(operations[found[0]]),)) if len(found) else None
+    early_sends = np.flatnonzero(operations["sends"] & ~has_it)
+    return Refusal(Fault.EARLY, (_wait(operations[early_sends[0]]),)) if len(early_sends) else None
 
 
 class _Queues:
@@ -278,27 +278,27 @@ class StreamQueues:
         pairs += np.where(operations["sends"], 0, process)
         _, self._pair = np.unique(pairs, return_inverse=True)
         self._number = np.empty(len(operations), np.int64)
-        most = np.zeros(self._pair.max(initial=-1) + 1, np.int64)
+        pair_counts = np.zeros(self._pair.max(initial=-1) + 1, np.int64)
         for side in (0, 1):
             rows = np.flatnonzero(self._is_send == side)
             rows = rows[np.argsort(self._pair[rows], kind="stable")]
             of_row = self._pair[rows]
             self._number[rows] = np.arange(len(rows)) - np.searchsorted(of_row, of_row)
-            np.maximum.at(most, of_row, self._number[rows] + 1)
-        self._transfer = (np.cumsum(most) - most)[self._pair] + self._number
-        self._num_transfers = int(most.sum())
+            np.maximum.at(pair_counts, of_row, self._number[rows] + 1)
+        self._transfer = (np.cumsum(pair_counts) - pair_counts)[self._pair] + self._number
+        self._num_transfers = int(pair_counts.sum())
 
     def run(self, seed: int = 0, buffered: int = 0) -> PushOutcome:
         """Let the streams go on, a random part of them in each turn, until none can."""
         rng = np.random.default_rng(seed)
-        head, now = self._begins.copy(), np.zeros(len(self._begins))
+        head, clocks = self._begins.copy(), np.zeros(len(self._begins))
         posted = np.zeros((2, self._pair.max(initial=-1) + 1), np.int64)
         posted_at = np.zeros((2, self._num_transfers))
-        left = moved = np.arange(len(head))
+        left = movers = np.arange(len(head))
         while len(left):
-            rows, owner = self._starting.rows(head[moved])
+            rows, owner = self._starting.rows(head[movers])
             np.add.at(posted, (self._is_send[rows], self._pair[rows]), 1)
-            posted_at[self._is_send[rows], self._transfer[rows]] = now[moved[owner]]
+            posted_at[self._is_send[rows], self._transfer[rows]] = clocks[movers[owner]]
             for turn in (left[rng.random(len(left)) < 0.75], left):
                 rows, owner = self._awaited.rows(head[turn])
                 met = posted[:, self._pair[rows]].min(axis=0) + buffered * self._is_send[rows]
@@ -309,11 +309,11 @@ class StreamQueues:
                 break
             ending = rows[goes_on[owner]]
             ends = posted_at[:, self._transfer[ending]].max(axis=0) + self._seconds[ending]
-            np.maximum.at(now, turn[owner[goes_on[owner]]], ends)
-            moved = turn[goes_on]
-            head[moved] += 1
-            moved, left = (some[head[some] < self._ends[some]] for some in (moved, left))
-        return PushOutcome(len(left), float(now.max(initial=0.0)))
+            np.maximum.at(clocks, turn[owner[goes_on[owner]]], ends)
+            movers = turn[goes_on]
+            head[movers] += 1
+            movers, left = (some[head[some] < self._ends[some]] for some in (movers, left))
+        return PushOutcome(len(left), float(clocks.max(initial=0.0)))
 
 
 class _ByPlace:

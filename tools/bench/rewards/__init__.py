@@ -78,8 +78,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for name, batch in benches.items():
         rate, num_wrong = asyncio.run(_rate(batch, args))
         result["rates"][name] = {"per_second": rate, "samples": len(batch), "wrong": num_wrong}
-        shown = "not available" if rate is None else f"{rate:10,.0f}   {num_wrong} wrong"
-        print(f"  {name:28} {shown}   ({len(batch):,} samples)", flush=True)
+        figures = "not available" if rate is None else f"{rate:10,.0f}   {num_wrong} wrong"
+        print(f"  {name:28} {figures}   ({len(batch):,} samples)", flush=True)
     alone = math_verify_alone(distinct)
     result["math-verify, one process, no limits"] = alone
     print(f"  {'math-verify, 1 process':28} {alone['per_second']:10,.0f}   {alone['wrong']} wrong")
@@ -115,8 +115,8 @@ def math_verify_alone(batch: list[LabelledResponse]) -> dict[str, Any]:
 
     def verdict(truth: str, answer: str) -> bool:
         # Its time limits are signals; off, as in our workers, to measure the work alone.
-        expected, given = (parse(text, parsing_timeout=None) for text in (truth, answer))
-        return verify(expected, given, timeout_seconds=None)
+        expected, actual = (parse(text, parsing_timeout=None) for text in (truth, answer))
+        return verify(expected, actual, timeout_seconds=None)
 
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
     pairs = [(f"${s.truth}$", f"${s.name}$", bool(s.reward)) for s in batch]

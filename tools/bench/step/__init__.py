@@ -115,8 +115,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if PRETRAINED in args.cases and not args.pretrained:
         raise SystemExit(f"--cases {PRETRAINED}: name the model's folder with --pretrained")
     processor = host.processor()
-    made = measure(args, {"packages": versions, "processor": processor})
-    return _shown(args, made, versions, processor)
+    case_runs = measure(args, {"packages": versions, "processor": processor})
+    return _shown(args, case_runs, versions, processor)
 
 
 def _shown(
@@ -170,13 +170,13 @@ def _against(
     steps: dict[str, dict[str, Steps]] = {name: {"this": [], "other": []} for name in runs}
     conditions = []
     with tempfile.TemporaryDirectory() as folder:
-        given = _written(Path(folder))
+        inputs = _written(Path(folder))
         for turn in range(args.repeats):
-            for name, (work, more) in runs.items():
+            for name, (work, settings) in runs.items():
                 for side, root in (("other", args.against), ("this", None)):
                     conditions.append((os.getloadavg()[0], host.cores_worth()))
                     place = Path(folder) / f"{turn} {name} {side}"
-                    lines = run_ours(work, *given, place, args.steps, more, root)
+                    lines = run_ours(work, *inputs, place, args.steps, settings, root)
                     steps[name][side] += map(_timings, lines)
                     seconds = ", ".join(f"{line['seconds']:.2f}" for line in lines)
                     print(f"{name}, {side}: {seconds} s a step", flush=True)
@@ -198,15 +198,15 @@ def _against(
 
 
 def _timings(line: dict[str, Any]) -> dict[str, Any]:
-    kept = ("seconds", "core_seconds", "response_tokens")
-    return {key: value for key, value in line.items() if key in kept or key.startswith("time/")}
+    fields = ("seconds", "core_seconds", "response_tokens")
+    return {key: value for key, value in line.items() if key in fields or key.startswith("time/")}
 
 
 def _profile(args: argparse.Namespace) -> dict[str, Any]:
     """Print and return where the time of a step goes (`tools.bench.step.critical_path`)."""
 
     if args.profile:
-        found = critical_path.profile(Path(args.profile))
+        profile = critical_path.profile(Path(args.profile))
     else:
         with tempfile.TemporaryDirectory() as name:
             os.environ[timeline.FOLDER] = f"{name}/timeline"
@@ -214,11 +214,11 @@ def _profile(args: argparse.Namespace) -> dict[str, Any]:
                 args.model = args.model or str(TOKENIZER)
                 _phases(args)
             else:
-                given = _written(Path(name))
-                run_ours(WORKS["short"], *given, Path(name, "run"), args.steps, FASTER)
-            found = critical_path.profile(Path(name, "timeline"))
-    print(critical_path.table(found))
-    return {"packages": host.versions(PACKAGES), "profile": found}
+                inputs = _written(Path(name))
+                run_ours(WORKS["short"], *inputs, Path(name, "run"), args.steps, FASTER)
+            profile = critical_path.profile(Path(name, "timeline"))
+    print(critical_path.table(profile))
+    return {"packages": host.versions(PACKAGES), "profile": profile}
 
 
 def _phases(args: argparse.Namespace) -> dict[str, Any]:

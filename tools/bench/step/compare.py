@@ -37,9 +37,9 @@ Steps = list[dict[str, Any]]
 def compare_systems(**systems: Steps) -> dict[str, Any]:
     """Return the medians of systems by name, and the ratio of the first's tokens per second to
     those of the best of the others."""
-    found = {name: medians(steps) for name, steps in systems.items()}
-    first, *others = (of["tokens_per_second"] for of in found.values())
-    return {**found, "ratio": first / max(others)}
+    system_medians = {name: medians(steps) for name, steps in systems.items()}
+    first, *others = (figures["tokens_per_second"] for figures in system_medians.values())
+    return {**system_medians, "ratio": first / max(others)}
 
 
 def medians(steps: Steps) -> dict[str, float]:
@@ -158,20 +158,22 @@ def run_pretrained(args: argparse.Namespace) -> dict[str, Any]:
             peaks[system].append(peak.gib)
             seconds = ", ".join(f"{line['seconds']:.1f}" for line in lines)
             print(f"{system}: {seconds} s a step, {peak.gib:.1f} GiB", flush=True)
-    found = {name: medians(lines) | {"gib": max(peaks[name])} for name, lines in steps.items()}
-    for name, of in found.items():
-        rate = of["tokens_per_second"]
-        ratio = rate / found["trl"]["tokens_per_second"]
+    system_medians = {
+        name: medians(lines) | {"gib": max(peaks[name])} for name, lines in steps.items()
+    }
+    for name, figures in system_medians.items():
+        rate = figures["tokens_per_second"]
+        ratio = rate / system_medians["trl"]["tokens_per_second"]
         print(
-            f"{name:20}{of['seconds']:8.2f} s/step{of['core_seconds']:8.2f} core s"
-            f"{of['response_tokens']:8,.0f} tokens{rate:8.1f} tokens/s"
-            f"{of['gib']:7.1f} GiB{ratio:7.2f}"
+            f"{name:20}{figures['seconds']:8.2f} s/step{figures['core_seconds']:8.2f} core s"
+            f"{figures['response_tokens']:8,.0f} tokens{rate:8.1f} tokens/s"
+            f"{figures['gib']:7.1f} GiB{ratio:7.2f}"
         )
     return {
         "loads": loads,
         "cores are worth": worth,
         "work": vars(work),
-        "medians": found,
+        "medians": system_medians,
         "peaks": peaks,
         "steps": steps,
     }
@@ -303,26 +305,26 @@ def measure(args: argparse.Namespace, about: dict[str, Any]) -> Runs:
     args.runs.parent.mkdir(parents=True, exist_ok=True)
     if not records:
         _append(args.runs, about)
-    made: Runs = defaultdict(list)
+    runs: Runs = defaultdict(list)
     for record in records[1:]:
-        made[record["case"], record["system"]].append(record)
+        runs[record["case"], record["system"]].append(record)
     with tempfile.TemporaryDirectory() as name:
-        cases = {each: _case(each, Path(name), args) for each in args.cases}
+        cases = {case_name: _case(case_name, Path(name), args) for case_name in args.cases}
         missing = [
-            (each, system)
+            (case_name, system)
             for turn in range(args.repeats)
-            for each, case in cases.items()
+            for case_name, case in cases.items()
             for system in case.systems
-            if len(made[each, system]) <= turn
+            if len(runs[case_name, system]) <= turn
         ]
         try:
-            for number, (each, system) in enumerate(missing):
-                record = _run(each, system, cases[each], Path(name) / f"{number}", args)
+            for number, (case_name, system) in enumerate(missing):
+                record = _run(case_name, system, cases[case_name], Path(name) / f"{number}", args)
                 _append(args.runs, record)
-                made[each, system].append(record)
+                runs[case_name, system].append(record)
         except KeyboardInterrupt:
             print(f"stopped; the same command continues: finished runs are in {args.runs}")
-    return made
+    return runs
 
 
 def _case(name: str, folder: Path, args: argparse.Namespace) -> Case:
@@ -340,8 +342,8 @@ def _case(name: str, folder: Path, args: argparse.Namespace) -> Case:
         settings = {system: SETTINGS[system] for system in ("in turns", "overlapped")}
         return Case(WORKS["long tail"], model, questions, args.steps, settings)
     peer_steps = args.steps if name == "short" else max(2, args.steps // 3)
-    given = WORKS[name], model, questions, args.steps, {"ours": FASTER}
-    return Case(*given, peer_steps, PEERS)
+    arguments = WORKS[name], model, questions, args.steps, {"ours": FASTER}
+    return Case(*arguments, peer_steps, PEERS)
 
 
 def _run(
@@ -371,8 +373,8 @@ def _append(path: Path, record: dict[str, Any]) -> None:
 
 def steps_of(runs: Runs) -> dict[str, dict[str, Steps]]:
     """Return the steps of all runs, by case and system."""
-    found: dict[str, dict[str, Steps]] = defaultdict(dict)
+    steps: dict[str, dict[str, Steps]] = defaultdict(dict)
     for (name, system), records in runs.items():
         if records:
-            found[name][system] = list(itertools.chain(*(r["steps"] for r in records)))
-    return found
+            steps[name][system] = list(itertools.chain(*(r["steps"] for r in records)))
+    return steps

@@ -91,7 +91,7 @@ def divide_time(processes: list[Process], begin: float, end: float) -> dict[tupl
         end: seconds on CLOCK_MONOTONIC."""
     lines = [_Line(process, begin, end) for process in processes]
     cuts = sorted({begin, end, *(time for line in lines for time in line.times)})
-    found: dict[tuple[str, str], float] = defaultdict(float)
+    seconds: dict[tuple[str, str], float] = defaultdict(float)
     for start, stop in pairwise(cuts):
         busy: dict[str, str] = {}
         phase = "between"
@@ -102,8 +102,8 @@ def divide_time(processes: list[Process], begin: float, end: float) -> dict[tupl
                 busy.setdefault(doing.partition("/")[0], doing)
         order = [*FIRST.get(phase, ()), *WORKERS]
         first = next((busy[role] for role in order if role in busy), NOBODY)
-        found[phase, first] += stop - start
-    return found
+        seconds[phase, first] += stop - start
+    return seconds
 
 
 def busy_seconds(process: Process, begin: float, end: float) -> float:
@@ -142,13 +142,13 @@ class _Line:
     """A process in one interval: what it does at a time."""
 
     def __init__(self, process: Process, begin: float, end: float):
-        inside = [span for span in process.spans if span.end > begin and span.start < end]
+        spans = [span for span in process.spans if span.end > begin and span.start < end]
         # The one that began last is the innermost; spans are short, so it is found by looking back.
-        self._spans = sorted(inside, key=lambda span: span.start)
+        self._spans = sorted(spans, key=lambda span: span.start)
         self._starts = [span.start for span in self._spans]
-        self._longest = max((span.end - span.start for span in inside), default=0.0)
+        self._longest = max((span.end - span.start for span in spans), default=0.0)
         self._is_controller = any(span.name == IDLE for span in process.spans)
-        own = (time for span in inside for time in (span.start, span.end))
+        own = (time for span in spans for time in (span.start, span.end))
         self.times = {time for time in own if begin < time < end}
 
     def at(self, time: float) -> tuple[str, str]:

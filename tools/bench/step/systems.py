@@ -18,9 +18,14 @@ POLL_SECONDS = 0.002
 
 
 def recipe(
-    work: StepWork, model: Path, questions: Path, folder: Path, steps: int, more: dict[str, dict]
+    work: StepWork,
+    model: Path,
+    questions: Path,
+    folder: Path,
+    steps: int,
+    overrides: dict[str, dict],
 ) -> dict[str, dict[str, Any]]:
-    """Return the recipe, with `more` settings by section.
+    """Return the recipe, with `overrides` of its settings by section.
 
     It writes a checkpoint after the last step only, as TRL writes none, and keeps no copy for
     it.
@@ -31,7 +36,7 @@ def recipe(
         questions: the file of questions.
         folder: `run.folder`.
         steps: `run.steps`.
-        more: settings by section."""
+        overrides: settings by section."""
     settings: dict[str, dict[str, Any]] = {
         "run": {"folder": str(folder), "steps": steps},
         "model": {"path": str(model), "dtype": "float32"},
@@ -54,7 +59,7 @@ def recipe(
         "optimizer": {"learning_rate": work.learning_rate, "weight_decay": 0.0},
         "checkpoint": {"every": steps, "asynchronous": False},
     }
-    for section, values in more.items():
+    for section, values in overrides.items():
         settings[section] = settings.get(section, {}) | values
     return settings
 
@@ -65,7 +70,7 @@ def run_ours(
     questions: Path,
     folder: Path,
     steps: int,
-    more: dict[str, dict],
+    overrides: dict[str, dict],
     root: Path | None = None,
 ) -> list[dict[str, Any]]:
     """Run the recipe, with the code of another checkout if `root` names one; return the metrics of
@@ -80,14 +85,14 @@ def run_ours(
         questions: the file of questions.
         folder: `run.folder`.
         steps: `run.steps`.
-        more: settings by section.
+        overrides: settings by section.
         root: the checkout whose code runs.
 
     Raises:
         RuntimeError: the run fails; the message has its output."""
     folder.mkdir(parents=True)
     out = folder / "run"
-    settings = recipe(work, model, questions, out, steps + 1, more)
+    settings = recipe(work, model, questions, out, steps + 1, overrides)
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(settings, sort_keys=False))
     # `python -m` looks into the folder in which it starts before PYTHONPATH.
@@ -122,10 +127,10 @@ def _watch(path: Path, process: subprocess.Popen) -> list[np.ndarray]:
     marks: list[np.ndarray] = []
     size = 0
     while process.poll() is None:
-        now = path.stat().st_size if path.exists() else 0
-        if now != size:
+        new_size = path.stat().st_size if path.exists() else 0
+        if new_size != size:
             mark = np.array([time.perf_counter(), core_seconds(process.pid)])
-            size = now
+            size = new_size
             marks += [mark] * (path.read_bytes().count(b"\n") - len(marks))
         time.sleep(POLL_SECONDS)
     return marks
@@ -134,10 +139,10 @@ def _watch(path: Path, process: subprocess.Popen) -> list[np.ndarray]:
 def trl_version(python: str) -> str:
     """Return TRL's version; exit if `python` has no TRL, before anything long begins."""
     code = "from importlib import metadata; print(metadata.version('trl'))"
-    found = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
-    if found.returncode:
+    process = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
+    if process.returncode:
         raise SystemExit(f"{python} has no trl: {python} -m pip install -r requirements/bench.txt")
-    return found.stdout.strip()
+    return process.stdout.strip()
 
 
 def run_trl(

@@ -57,14 +57,14 @@ def examine(run: Path, log: Path) -> dict[str, Any]:
     pid = os.fork()
     if pid == 0:
         _be_the_command(run, target, log)
-    _, status, used = os.wait4(pid, 0)
+    _, status, usage = os.wait4(pid, 0)
     seconds = time.monotonic() - started
-    found = json.loads(target.read_text(encoding="utf-8")) if target.is_file() else {}
+    record = json.loads(target.read_text(encoding="utf-8")) if target.is_file() else {}
     return {
         "status": os.waitstatus_to_exitcode(status),
         "seconds": seconds,
-        "cpu_seconds": used.ru_utime + used.ru_stime,
-        **found,
+        "cpu_seconds": usage.ru_utime + usage.ru_stime,
+        **record,
     }
 
 
