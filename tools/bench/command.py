@@ -33,10 +33,16 @@ ELSEWHERE = {
     "kernels": "r1_kernels_bench",
     "resources": "r1_kernels_bench.resources",
 }
+"""Where the benches are that are not in this package."""
 IN_FOLDERS = {
+    "chaos": "tests.chaos.disturbed_run",
+    "controller": "tools.bench.controller.rollout",
     "corrections": "tools.bench.corrections.comparison",
     "fp8": "tools.bench.fp8.losses",
+    "kernels": "r1_kernels_bench.supervisor",
     "push": "tools.bench.push.local",
+    "rewards": "tools.bench.rewards.pool",
+    "step": "tools.bench.step.speed",
     "why": "tools.bench.why.results",
 }
 """Benches of several files: the module, in the bench's folder, that runs."""

@@ -14,7 +14,8 @@ from r1_grading.math.normalization import normalize_latex
 from r1_grading.math.refusal import refusal_reason
 from r1_grading.reading import READINGS
 
-from tools.bench.rewards import TRUTHS, samples, soak_samples
+from tools.bench.rewards import samples
+from tools.bench.rewards.pool import TRUTHS, soak_samples
 
 FAMILIES = {
     "towers": samples.TOWERS,

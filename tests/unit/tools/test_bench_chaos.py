@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos import oracle, order
+from tests.chaos import oracle
+from tests.chaos.disturbed_run import order
 from tests.chaos.user import End, Sighting, User
 
 

@@ -3,7 +3,7 @@
 import asyncio
 import time
 
-from tools.bench.controller import EventLoopMonitor, measure, missed_aims
+from tools.bench.controller.rollout import EventLoopMonitor, measure, missed_aims
 from tools.bench.controller.synthetic import GROUP
 from tools.bench.host import in_own_process
 

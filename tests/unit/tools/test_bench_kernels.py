@@ -7,9 +7,8 @@ import sys
 import time
 
 import pytest
-import r1_kernels_bench as supervise
 import torch
-from r1_kernels_bench import measure, table
+from r1_kernels_bench import measure, supervisor, table
 from r1_kernels_bench.cases import CASES, KernelCase
 from r1_kernels_bench.implementations import OURS, Implementation
 from r1_kernels_bench.inputs import (
@@ -160,7 +159,7 @@ print(json.dumps({"done": True}), flush=True)
 @pytest.mark.more  # is silent for as long as an honest process may need to start
 def test_a_subject_that_kills_or_hangs_its_process_is_left_out_and_the_rest_goes_on():
     task = {"cases": ["first", "second", "third"], "deadline": time.time() + PATIENT}
-    found = supervise.worker_results(
+    found = supervisor.worker_results(
         task, lambda doing: None, silence=30.0, worker=[sys.executable, "-c", WORKER]
     )
     assert dict(found) == {

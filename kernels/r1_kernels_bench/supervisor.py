@@ -1,0 +1,267 @@
+"""Kernels of r1_kernels against eager PyTorch, torch.compile and the public peers, in one run.
+
+Peers: pip install -r requirements/bench.txt; one that is missing or fails is a row with the
+reason. Without options: DeepSeek-V3's output layer on a GPU; on a CPU, a size for which eager
+PyTorch needs 3 GB.
+
+One worker process measures all cases. If it dies or reports nothing for too long (a peer crashed
+it, broke the CUDA context or deadlocked), the implementation it was running becomes a row with
+that reason, and a new worker continues with the same case, without that implementation."""
+
+import argparse
+import dataclasses
+import datetime
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from r1_kernels_bench import inputs
+from r1_kernels_bench.implementations import TOO_LATE
+from tools.bench import host
+from tools.bench.host import environment
+
+SILENCE_SECONDS = 100.0  # of one step: a compilation takes up to a minute
+GRACE_SECONDS = 45.0  # after the deadline, for the step it fell into
+# Twenty implementations share one allocator: without this, fragments of one leave too little room
+# for the next.
+ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"
+WORKER = (sys.executable, "-m", "r1_kernels_bench.worker")
+
+
+def worker_results(
+    task: dict[str, Any],
+    progress: Callable[[str], None],
+    silence: float = SILENCE_SECONDS,
+    worker: Sequence[str] = WORKER,
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (case name, result) for each of task["cases"], in order.
+
+    Args:
+        task: what the worker measures; task["deadline"] is as time.time().
+        progress: called with what is being measured.
+        silence: the seconds without a message after which the worker is given up.
+        worker: the worker's command."""
+    task = {**task, "skip": {name: {} for name in task["cases"]}}
+    while task["cases"]:
+        if time.time() > task["deadline"]:
+            yield from ((case, {"failed": TOO_LATE}) for case in task["cases"])
+            return
+        doing, reason = "", ""
+        for message in _messages(task, silence, worker):
+            if "result" in message:
+                yield message["case"], message["result"]
+                task["cases"] = task["cases"][1:]
+                doing = ""
+            elif "doing" in message:
+                doing = message["doing"]
+                progress(f"{message['case']}: {doing}")
+            else:
+                reason = reason or message.get("broken") or message["ended"]
+        if task["cases"]:
+            case, *remaining_cases = task["cases"]
+            if doing in ("", "inputs", "bound") or doing in task["skip"][case]:
+                yield case, {"failed": reason or "the measuring process ended"}
+                task["cases"] = remaining_cases
+            else:
+                task["skip"][case][doing] = reason
+
+
+def _messages(
+    task: dict[str, Any], silence: float, command: Sequence[str]
+) -> Iterator[dict[str, Any]]:
+    """Yield the worker's messages, then {"ended": why} unless it ended with success."""
+    with tempfile.TemporaryFile("w+") as log:
+        name, value = ALLOCATOR
+        env = environment(**{name: os.environ.get(name, value)})
+        worker = subprocess.Popen(
+            command,
+            env=env,
+            start_new_session=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+        )
+        assert worker.stdin
+        lines: queue.Queue[str] = queue.Queue()
+        threading.Thread(target=_read_output, args=(worker.stdout, lines), daemon=True).start()
+        try:
+            worker.stdin.write(json.dumps(task))
+            worker.stdin.close()
+            while line := lines.get(timeout=_silence_timeout(task["deadline"], silence)):
+                message = json.loads(line)
+                if "done" in message:
+                    return
+                yield message
+        except queue.Empty:
+            seconds = _silence_timeout(task["deadline"], silence)
+            yield {"ended": f"no answer for {seconds:.0f} seconds: stopped"}
+        except BrokenPipeError:
+            pass
+        finally:
+            _stop_worker(worker)
+        if worker.returncode > 0:
+            log.seek(0)
+            last = [line.strip() for line in log if line.strip()][-1:]
+            yield {"ended": f"ended the process: {last[0][:110] if last else 'without a word'}"}
+        elif worker.returncode < 0:
+            yield {"ended": f"ended the process: {signal.Signals(-worker.returncode).name}"}
+
+
+def _silence_timeout(deadline: float, silence: float) -> float:
+    """Return the seconds to wait for the next message: `silence`, or less near the deadline."""
+    return max(1.0, min(silence, deadline + GRACE_SECONDS - time.time()))
+
+
+def _read_output(stream: Any, lines: queue.Queue[str]) -> None:
+    for line in stream:
+        lines.put(line)
+    lines.put("")
+
+
+def _stop_worker(worker: subprocess.Popen[str]) -> None:
+    """Kill the worker and its children (torch.compile's compilers) unless it ended by itself."""
+    try:
+        worker.wait(timeout=5)
+    except subprocess.TimeoutExpired:
+        os.killpg(worker.pid, signal.SIGKILL)
+        worker.wait()
+
+
+PACKAGES = ("torch", "triton", "liger-kernel", "trl", "cut-cross-entropy", "megatron-core")
+LEGEND = """\
+time: median of rounds that take every implementation in turn. extra memory: the peak of a call over
+what was there before it, its results and gradients included. of bound: the least work the kernel
+can do, at the rate measured here for such work alone, over the time. err: against fp64; log-probs
+and loss: the largest, of all tokens; others: relative norm, on 256 to 512 rows spread over all.
+"""
+CPU_NOTE = """\
+On a CPU r1_kernels runs its plain-PyTorch backend: its Triton kernels are not what is timed here,
+and peers that consist of such kernels do not run."""
+
+
+def add_options(options: argparse.ArgumentParser) -> None:
+    """Add the options of `python tools/bench kernels`."""
+    options.add_argument(
+        "--preset", choices=inputs.PRESETS, help="default: full on a GPU, else cpu"
+    )
+    options.add_argument("--tokens", type=int)
+    options.add_argument("--vocab", type=int)
+    options.add_argument("--hidden", type=int)
+    options.add_argument("--dtype", choices=inputs.DTYPES)
+    options.add_argument("--tp", type=int, help="measure one rank's share of the vocabulary")
+    options.add_argument("--only", action="append", metavar="KERNEL", help="repeatable")
+    options.add_argument("--repeats", type=int, help="rounds; default: 5 on a GPU, else 3")
+    options.add_argument("--minutes", type=float, default=7.5, help="what does not fit is not run")
+    options.add_argument("--plot", type=Path, help="also draw the result here (.png)")
+    options.add_argument(
+        "--sweep",
+        action="store_true",
+        help="on a GPU: time block sizes and warps of our kernels instead, and name the best",
+    )
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Return sizes, versions and the cases with their rows."""
+    import torch
+
+    if options.sweep:
+        return _swept(options)
+    from r1_kernels_bench import table
+    from r1_kernels_bench.cases import BY_NAME
+
+    on_gpu = torch.cuda.is_available()
+    try:
+        size = _sizes(options, on_gpu)
+        names = _names(options.only, list(BY_NAME))
+    except ValueError as error:
+        sys.exit(str(error))
+    about = _environment(on_gpu)
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    print(f"{about['device']}, {about['date']}\n{size}\n{versions}")
+    print(LEGEND if on_gpu else LEGEND + CPU_NOTE)
+    if about["load"] > 0.5 * about["cores"]:
+        load = f"load {about['load']:.1f} on {about['cores']} cores"
+        print(f"Other work is running here ({load}): the times will suffer from it.")
+    task = {
+        "cases": names,
+        "sizes": dataclasses.asdict(size),
+        "device": "cuda" if on_gpu else "cpu",
+        "repeats": options.repeats or (5 if on_gpu else 3),
+        "deadline": time.time() + 60 * options.minutes,
+    }
+    cases = []
+    for name, result in worker_results(task, _progress):
+        _progress("")
+        cases.append(table.summarize(name, BY_NAME[name].about, result))
+        print("\n" + "\n".join(table.lines(cases[-1])), flush=True)
+    if options.plot:
+        table.draw(cases, f"{about['device']}, {size}, {about['date']}", options.plot)
+    return {**about, "sizes": task["sizes"], "repeats": task["repeats"], "cases": cases}
+
+
+def _swept(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the machine and the entries of `sweep.run`, or exit where no sweep is possible."""
+    from r1_kernels_bench import sweep
+
+    if why := sweep.refusal(options):
+        sys.exit(why)
+    about = _environment(on_gpu=True)
+    print(f"{about['device']}, {about['date']}; {sweep.SUMMARY}")
+    return {**about, "sweep": sweep.run(options)}
+
+
+def _sizes(options: argparse.Namespace, on_gpu: bool) -> inputs.ProblemSizes:
+    preset = options.preset or ("full" if on_gpu else "cpu")
+    names = [field.name for field in dataclasses.fields(inputs.ProblemSizes)]
+    overrides = {
+        name: getattr(options, name) for name in names if getattr(options, name) is not None
+    }
+    return dataclasses.replace(inputs.PRESETS[preset], **overrides)
+
+
+def _names(only: list[str] | None, kernel_names: list[str]) -> list[str]:
+    """Return the selected kernels; `linear_token_logprobs` selects both of its tables."""
+    selection = [
+        name for name in kernel_names if not only or {name, name.split("+")[0]} & set(only)
+    ]
+    for name in only or []:
+        if name not in {
+            part
+            for kernel_name in kernel_names
+            for part in (kernel_name, kernel_name.split("+")[0])
+        }:
+            raise ValueError(f"--only {name}: the kernels are {', '.join(kernel_names)}")
+    return selection
+
+
+def _environment(on_gpu: bool) -> dict[str, Any]:
+    import torch
+
+    if on_gpu:
+        device = torch.cuda.get_device_name()
+    else:
+        device = f"{host.processor()}, {torch.get_num_threads()} threads"
+    return {
+        "device": device,
+        "date": datetime.date.today().isoformat(),
+        "versions": host.versions(PACKAGES),
+        "cores": host.num_cores(),
+        "load": os.getloadavg()[0],
+    }
+
+
+def _progress(doing: str) -> None:
+    """Show what is being measured on one terminal line that the next call overwrites."""
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\r\x1b[K{doing}")
+        sys.stderr.flush()
