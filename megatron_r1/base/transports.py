@@ -1,5 +1,5 @@
-"""The properties of each transport of pushes, as one table; the code of a transport is a module of
-`push.transports`.
+"""The properties of each transport of pushes, as one table, and sizes of the buckets in which they
+move a push; the code of a transport is a module of `push.transports`.
 
 Configuration, plans and the plugin inside vLLM read this table, so it imports nothing. A new
 transport is a row here and its module there."""
@@ -9,6 +9,10 @@ from typing import TYPE_CHECKING, Literal
 
 BACKEND_PREFIX = "megatron_r1_"
 """A transport's name after this is its backend for vLLM's --weight-transfer-config."""
+RELAY_BUCKET_BYTES = 64 << 20
+"""A bucket that an engine rank relays; in a round of relays each engine of the set has one."""
+ROUNDS_AHEAD = 2
+"""Rounds of NCCL that a GPU has enqueued at a time, each with a bucket for either direction."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ the ranks that send and receive them; `push_links` has the links between these."
 from functools import cache, lru_cache
 from typing import Literal
 
-from megatron_r1.base.transports import ACROSS_HOSTS, TRANSPORTS
+from megatron_r1.base.transports import ACROSS_HOSTS, RELAY_BUCKET_BYTES, ROUNDS_AHEAD, TRANSPORTS
 from megatron_r1.config.model import LoraConfig
 from megatron_r1.models.hf_config import key_value_heads
 from megatron_r1.plan.job import PlannedJob, check_engine_gpus
@@ -22,7 +22,6 @@ from megatron_r1.push.plan.engine_sets import MAX_SET_ENGINES, engine_sets
 from megatron_r1.push.plan.recipe_plan import check_drafter, engine_layout, shares_gpus_over_nccl
 from megatron_r1.push.plan.rounds import SCATTER_BUCKET_BYTES, planned_schedule
 from megatron_r1.push.plan.tensors import CountBytes, fp8_bytes, plain_bytes
-from megatron_r1.push.transports import RELAY_BUCKET_BYTES, ROUNDS_AHEAD
 from megatron_r1.reporting.formatting import format_count
 
 ADAPTERS = "both factors of every adapter of its stage, whole (push.adapter_only)"

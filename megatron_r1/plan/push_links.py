@@ -11,6 +11,7 @@ from typing import NamedTuple, Self
 
 import numpy as np
 
+from megatron_r1.base.transports import RELAY_BUCKET_BYTES
 from megatron_r1.config.hardware import Assumptions
 from megatron_r1.config.model import LoraConfig
 from megatron_r1.models.weights.adapter_table import adapter_table
@@ -22,7 +23,6 @@ from megatron_r1.push.plan.engine_sets import SetPlan, engine_sets, plan_sets
 from megatron_r1.push.plan.predicted_sharding import PredictedSharding
 from megatron_r1.push.plan.rounds import RoundSchedule
 from megatron_r1.push.plan.tensors import CountBytes
-from megatron_r1.push.transports import RELAY_BUCKET_BYTES
 
 PAIR_REQUESTS = 4
 """Requests to the store for a group of two: each rank sets its address and gets the other's."""

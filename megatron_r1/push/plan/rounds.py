@@ -31,8 +31,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from megatron_r1.base.transports import RELAY_BUCKET_BYTES
 from megatron_r1.push.plan.engine_sets import EngineRankId, SetPlan, colocated_trainer_ranks
-from megatron_r1.push.transports import RELAY_BUCKET_BYTES
 
 SCATTER_BUCKET_BYTES = 32 << 20
 """Most bytes of a bucket from a trainer rank; one that is relayed has `RELAY_BUCKET_BYTES`."""

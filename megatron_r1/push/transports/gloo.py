@@ -19,9 +19,9 @@ from typing import cast
 import torch
 import torch.distributed as dist
 
+from megatron_r1.base.transports import RELAY_BUCKET_BYTES
 from megatron_r1.push.protocol import RelaySource
 from megatron_r1.push.rendezvous import IDLE_SECONDS, Rendezvous
-from megatron_r1.push.transports import RELAY_BUCKET_BYTES
 from megatron_r1.push.transports.base import ChunkTensors, Sender
 from megatron_r1.push.transports.payloads import (
     BufferPayload,

@@ -23,8 +23,8 @@ from typing import NamedTuple
 import torch
 from torch.distributed import DistStoreError
 
+from megatron_r1.base.transports import ROUNDS_AHEAD
 from megatron_r1.push.rendezvous import Rendezvous, SetFailed
-from megatron_r1.push.transports import ROUNDS_AHEAD
 from megatron_r1.push.transports.payloads import Payload
 
 SUCCESS, IN_PROGRESS = 0, 7

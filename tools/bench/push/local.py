@@ -29,13 +29,13 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 from megatron_r1.base.processes.children import free_port
+from megatron_r1.base.transports import RELAY_BUCKET_BYTES
 from megatron_r1.config import Config
 from megatron_r1.controller.push.engine_links import EngineLinks
 from megatron_r1.controller.push.pusher import WeightPusher
 from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.models.weights import hf_tensors
-from megatron_r1.push.transports import RELAY_BUCKET_BYTES
 from megatron_r1.trainer.operations import CheckpointOperations
 from tools.bench import host
 from tools.bench.push.control import control_path

@@ -16,6 +16,7 @@ import numpy as np
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as checked_dataclass
 
+from megatron_r1.base.transports import RELAY_BUCKET_BYTES
 from megatron_r1.config import hardware, load
 from megatron_r1.config.hardware import ByteRate, Count
 from megatron_r1.models import read_hf_config
@@ -32,7 +33,6 @@ from megatron_r1.push.plan.predicted_sharding import PredictedSharding
 from megatron_r1.push.plan.recipe_plan import engine_layout
 from megatron_r1.push.plan.rounds import RoundSchedule, planned_schedule
 from megatron_r1.push.plan.tensors import fp8_bytes, plain_bytes
-from megatron_r1.push.transports import RELAY_BUCKET_BYTES
 from tools.bench.host import ROOT
 from tools.bench.push.schedule_check import (
     StreamQueues,
