@@ -85,19 +85,19 @@ def _upstream(stage: PipelineStage, stages: Mapping[str, PipelineStage]) -> tupl
     for key_path, reference in stage.references:
         head, _, value_name = reference.partition(".")
         key = f"stages.{stage.name}.{key_path}"
-        where = f"stages.{stage.name}: {key_path}: ${{{reference}}}"
+        source = f"stages.{stage.name}: {key_path}: ${{{reference}}}"
         if head in VALUES:
             if value_name not in VALUES[head]:
                 names = ", ".join(".".join(filter(None, (head, name))) for name in VALUES[head])
                 raise UserError(
-                    f"{where} is unknown; there is {names}",
+                    f"{source} is unknown; there is {names}",
                     key=key,
                     cause=Cause.UNKNOWN,
                 )
         elif head == "serve":
-            _check_served(stage, key, where, value_name)
+            _check_served(stage, key, source, value_name)
         else:
-            _check_output(stages, key, where, head, value_name)
+            _check_output(stages, key, source, head, value_name)
             upstream[head] = None
     for name in stage.config.after:
         if name not in stages:
@@ -117,23 +117,23 @@ def _upstream(stage: PipelineStage, stages: Mapping[str, PipelineStage]) -> tupl
     return tuple(upstream)
 
 
-def _check_served(stage: PipelineStage, key: str, where: str, served_name: str) -> None:
+def _check_served(stage: PipelineStage, key: str, source: str, served_name: str) -> None:
     name, dot, field = served_name.rpartition(".")
     if not dot or field != "url":
-        message = f"{where} is unknown; there is ${{serve.NAME.url}}"
+        message = f"{source} is unknown; there is ${{serve.NAME.url}}"
         raise UserError(message, key=key, cause=Cause.UNKNOWN)
     if name not in stage.config.serve:
         near = did_you_mean(name, stage.config.serve, "{}")
         near = near or f"; it serves {', '.join(stage.config.serve) or 'nothing'}"
-        message = f"{where}: {name} is not in its serve{near}"
+        message = f"{source}: {name} is not in its serve{near}"
         raise UserError(message, key=key, cause=Cause.UNKNOWN)
 
 
 def _check_output(
-    stages: Mapping[str, PipelineStage], key: str, where: str, head: str, output: str
+    stages: Mapping[str, PipelineStage], key: str, source: str, head: str, output: str
 ) -> None:
     if head not in stages:
-        message = f"{where}: {unknown_stage(head, stages)}"
+        message = f"{source}: {unknown_stage(head, stages)}"
         raise UserError(message, key=key, cause=Cause.UNKNOWN)
     outputs = OUTPUTS.get(stages[head].config.verb)
     model = stages[head].settings.get("model")
@@ -141,7 +141,7 @@ def _check_output(
         outputs = (*outputs, ADAPTER)
     if output and outputs and output.partition("/")[0] not in outputs:
         near = did_you_mean(output, outputs, "{}") or f"; it has {', '.join(outputs)}"
-        message = f"{where}: {stages[head].config.verb} leaves no {output}{near}"
+        message = f"{source}: {stages[head].config.verb} leaves no {output}{near}"
         raise UserError(message, key=key, cause=Cause.UNKNOWN)
 
 
@@ -207,14 +207,14 @@ def _catch_mistake(key_path: str, check: Callable[..., Any], *arguments: Any) ->
 def missing_files(plan: PipelinePlan) -> list[tuple[str, str]]:
     """Return (key, reason) of every setting that names a missing file or folder which no stage
     makes."""
-    named = []
+    file_settings = []
     for stage in plan.stages.values():
         for name, server in stage.config.serve.items():
-            named.append((stage.name, f"serve.{name}.model", server.model))
+            file_settings.append((stage.name, f"serve.{name}.model", server.model))
         for key_path, text in iter_texts({} if stage.is_function else stage.settings):
             if names_a_file(key_path) and not text.startswith(HUB):
-                named.append((stage.name, key_path, text))
-    located = [(name, key_path, plan.resolve_here(text)) for name, key_path, text in named]
+                file_settings.append((stage.name, key_path, text))
+    located = [(name, key_path, plan.resolve_here(text)) for name, key_path, text in file_settings]
     return [
         (
             f"stages.{name}.{key_path}",
@@ -227,9 +227,9 @@ def missing_files(plan: PipelinePlan) -> list[tuple[str, str]]:
 
 
 def _check_stage(plan: PipelinePlan, stage: PipelineStage, verbs: Mapping[str, str]) -> None:
-    config, where = stage.config, f"{plan.path}: stages.{stage.name}"
+    config, source = stage.config, f"{plan.path}: stages.{stage.name}"
     if stage.is_function:
-        _check_function(where, config.function, config.arguments)
+        _check_function(source, config.function, config.arguments)
     elif config.verb in verbs:
         command = importlib.import_module(verbs[config.verb])
         settings = plan.config(stage, command.REQUIRED)
@@ -238,24 +238,24 @@ def _check_stage(plan: PipelinePlan, stage: PipelineStage, verbs: Mapping[str, s
     else:
         verb_names = [MAKE, *verbs]
         near = did_you_mean(config.verb, verb_names, "{}") or f"; there are {', '.join(verb_names)}"
-        message = f"{where}: unknown verb {config.verb}{near}"
+        message = f"{source}: unknown verb {config.verb}{near}"
         raise UserError(message, key="verb", cause=Cause.UNKNOWN)
     for text in (config.launch, *(server.launch for server in config.serve.values())):
         try:
             shlex.split(text)
         except ValueError as error:
-            message = f"{where}: launch: {text!r}: {error}"
+            message = f"{source}: launch: {text!r}: {error}"
             raise UserError(message, key="launch", cause=Cause.MALFORMED) from None
 
 
-def _check_function(where: str, function: str, arguments: Mapping[str, Any]) -> None:
+def _check_function(source: str, function: str, arguments: Mapping[str, Any]) -> None:
     name = function.partition(":")[2]
     try:
         tree = ast.parse(module_source(function))
     except UserError as error:
-        raise UserError(f"{where}: {error}", key="function", cause=error.cause) from None
+        raise UserError(f"{source}: {error}", key="function", cause=error.cause) from None
     except (ValueError, SyntaxError) as error:
-        message = f"{where}: {error}"
+        message = f"{source}: {error}"
         raise UserError(message, key="function", cause=Cause.MALFORMED) from None
     defined = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
     if name not in defined:
@@ -263,22 +263,22 @@ def _check_function(where: str, function: str, arguments: Mapping[str, Any]) -> 
         if {name, "*"} & {alias.asname or alias.name for node in imports for alias in node.names}:
             return  # its arguments stand in another module, and are checked by the call
         near = did_you_mean(name, defined, "{}") or f"; it has {', '.join(defined) or 'none'}"
-        message = f"{where}: function {function}: the module has no function {name}{near}"
+        message = f"{source}: function {function}: the module has no function {name}{near}"
         raise UserError(message, key="function", cause=Cause.NOT_FOUND)
     # The first parameter is the folder; the others are passed by name.
-    parameters, where = defined[name].args, f"{where}: arguments of {function}"
+    parameters, source = defined[name].args, f"{source}: arguments of {function}"
     positional = [p.arg for p in (*parameters.posonlyargs, *parameters.args)][1:]
     names = positional + [p.arg for p in parameters.kwonlyargs]
     for name in arguments:
         if name not in names and parameters.kwarg is None:
             near = did_you_mean(name, names, "{}") or f"; it takes {', '.join(names) or 'none'}"
-            message = f"{where}: unknown argument {name}{near}"
+            message = f"{source}: unknown argument {name}{near}"
             raise UserError(message, key=f"arguments.{name}", cause=Cause.UNKNOWN)
     num_needed = len(positional) - len(parameters.defaults)
-    needed = positional[: max(0, num_needed)]
+    required = positional[: max(0, num_needed)]
     defaults = zip(parameters.kwonlyargs, parameters.kw_defaults, strict=True)
-    needed += [p.arg for p, default in defaults if default is None]
-    missing = [name for name in needed if name not in arguments]
+    required += [p.arg for p, default in defaults if default is None]
+    missing = [name for name in required if name not in arguments]
     if missing:
-        message = f"{where}: {', '.join(missing)} must be given"
+        message = f"{source}: {', '.join(missing)} must be given"
         raise UserError(message, key=f"arguments.{missing[0]}", cause=Cause.MISSING)

@@ -136,13 +136,13 @@ def collect_report(
         # replaced: another evaluation may ask other questions, or give no tool.
         if any(
             stage_results[key].heldout
-            for stage_results, more in by_seed
-            for key in stage_results.keys() & more.keys()
+            for stage_results, evaluation in by_seed
+            for key in stage_results.keys() & evaluation.keys()
         ):
             row_of[name] = ""
             continue
-        for stage_results, more in by_seed:
-            stage_results.update(more)
+        for stage_results, evaluation in by_seed:
+            stage_results.update(evaluation)
     stages = {}
     for name in graph.order:
         stage = plans[0].stages[name]
@@ -206,13 +206,16 @@ def _drawing(report: Mapping[str, Any], graph: Graph) -> str:
 def _table(report: Mapping[str, Any]) -> dict[str, Any]:
     """Build the table from the content of report.json. Return a row per stage with results, its
     title first, and a column per result. spread: what the intervals are."""
-    shown = [s for s in report["stages"].values() if s["figures"] and not s["evaluates"]]
-    names = {name: None for stage in shown for name in stage["figures"]}
+    reported_stages = [s for s in report["stages"].values() if s["figures"] and not s["evaluates"]]
+    names = {name: None for stage in reported_stages for name in stage["figures"]}
     columns = [n for n in LABELS if n in names] + [n for n in names if n not in LABELS]
     spread = "In brackets 95% intervals, where an evaluation gave them."
     if len(report["seeds"]) > 1:
         spread = "Means over seeds ± their standard deviation."
-    rows = [[Cell(printable(s["title"])), *(_cell(s, name) for name in columns)] for s in shown]
+    rows = [
+        [Cell(printable(s["title"])), *(_cell(s, name) for name in columns)]
+        for s in reported_stages
+    ]
     heads = [printable(LABELS.get(name, name)) for name in columns]
     return {"heads": heads, "rows": rows, "spread": spread}
 

@@ -187,15 +187,15 @@ class PipelinePlan:
             f"serve.{name}.model": served_model.model
             for name, served_model in stage.config.serve.items()
         }
-        named = []
+        file_settings = []
         for key_path, text in iter_texts({**stage.settings, **served}):
             path = self.resolve_here(text)
             is_path = "/" in path or Path(path).suffix or names_a_file(key_path)
             if key_path == "run.folder" or not is_path or REFERENCE.search(path):
                 continue
             if _exists(path) and not self.folder.resolve().is_relative_to(Path(path).resolve()):
-                named.append((key_path, text))
-        return named
+                file_settings.append((key_path, text))
+        return file_settings
 
     def resolve(self, value: Any, urls: Mapping[str, str] | None = None) -> Any:
         """Return `value` with every reference replaced."""
@@ -219,9 +219,9 @@ def merge_settings(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict
     """Merge nested mappings key by key; `override` has precedence."""
     joined = dict(base)
     for key, value in override.items():
-        below = joined.get(key)
-        is_section = isinstance(value, Mapping) and isinstance(below, Mapping)
-        joined[key] = merge_settings(below or {}, value) if is_section else value
+        base_value = joined.get(key)
+        is_section = isinstance(value, Mapping) and isinstance(base_value, Mapping)
+        joined[key] = merge_settings(base_value or {}, value) if is_section else value
     return joined
 
 

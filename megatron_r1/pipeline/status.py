@@ -96,9 +96,9 @@ def stage_status(
         UserError: the stage's folder has files of something else.
     """
     folder = plan.folder_of(stage.name)
-    done = manifest.read(folder, manifest.DONE)
-    begun = None if done else manifest.read(folder, manifest.BEGUN)
-    record = done or begun
+    finished_record = manifest.read(folder, manifest.DONE)
+    begun_record = None if finished_record else manifest.read(folder, manifest.BEGUN)
+    record = finished_record or begun_record
     if record is None:
         if manifest.has_outputs(folder):
             raise UserError(
@@ -108,8 +108,8 @@ def stage_status(
                 cause=Cause.EXISTS,
             )
         return StageStatus(StageState.PENDING)
-    if begun and (stage.is_function or not manifest.has_outputs(folder)):
-        return _unfinished(begun, is_running)  # nothing is lost by beginning again
+    if begun_record and (stage.is_function or not manifest.has_outputs(folder)):
+        return _unfinished(begun_record, is_running)  # nothing is lost by beginning again
     reasons = [
         f"{name} is {status.state}"
         for name, status in upstream.items()
@@ -117,17 +117,21 @@ def stage_status(
     ]
     reasons += fingerprint.list_changes(
         record["settings"],
-        fingerprint.deciding_settings(plan, stage, bool(done)),
+        fingerprint.deciding_settings(plan, stage, bool(finished_record)),
         fingerprint.default_settings(),
     )
     if not reasons:  # else inputs may be missing
         inputs = fingerprint.input_digests(plan, stage, tuple(upstream))
         reasons = _changed_inputs(record["inputs"], inputs)
-    if done:
-        reasons += _changed_outputs(done["outputs"], fingerprint.output_digests(folder))
+    if finished_record:
+        reasons += _changed_outputs(finished_record["outputs"], fingerprint.output_digests(folder))
     if reasons:
         return StageStatus(StageState.STALE, reasons, record)
-    return StageStatus(StageState.DONE, [], record) if done else _unfinished(record, is_running)
+    return (
+        StageStatus(StageState.DONE, [], record)
+        if finished_record
+        else _unfinished(record, is_running)
+    )
 
 
 def status_lines(

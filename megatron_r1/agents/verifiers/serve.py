@@ -126,8 +126,8 @@ if __name__ == "__main__":
     lines = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     sys.path[0] = os.getcwd()
-    chosen = json.loads(sys.argv[1])
-    if chosen.get("list"):
-        _list_tasks(chosen, lines)
+    settings = json.loads(sys.argv[1])
+    if settings.get("list"):
+        _list_tasks(settings, lines)
     else:
-        asyncio.run(serve(chosen, lines))
+        asyncio.run(serve(settings, lines))
