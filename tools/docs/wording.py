@@ -4,8 +4,8 @@ Reads the pages (all but CHANGELOG.md, which keeps what was written), the commen
 YAML and sbatch files, and of the Python files outside tests the messages that they raise; and the
 comments and docstrings of all Python files. Code blocks and `quoted code` are left alone. A public
 docstring describes parameters, fields and errors in sections, each in an entry of its own, by what
-it is, and no docstring has its errors in prose. Parameters in `NAMED_PACKAGES` have names that say
-what they are."""
+it is, and no docstring has its errors in prose. Parameters and variables in `NAMED_PACKAGES` have
+names that say what they are."""
 
 import ast
 import functools
@@ -176,24 +176,41 @@ def find_in_sections(source: str) -> Iterator[tuple[int, str, str]]:
 
 
 NAMED_PACKAGES = ("grading/r1_grading/", "kernels/r1_kernels/", "megatron_r1/", "tools/")
-"""Where parameters may not have one of `PRONOUNS` as their name."""
-PRONOUNS = frozenset(
-    ("each", "every", "found", "given", "held", "kept", "known", "left", "made", "others", "own")
-    + ("rest", "taken", "wanted", "whole")
+"""Whose parameters and variables have names that say what they are."""
+VAGUE_NAMES = frozenset(
+    ("asked", "both", "chosen", "done", "found", "given", "here", "into", "kept", "known", "made")
+    + ("more", "moved", "named", "needed", "same", "seen", "shown", "used", "wanted", "which")
+    + ("whole",)
 )
 """Names that say nothing of the value's kind. (`other` is Python's word for a second operand.)"""
+VAGUE_VARIABLES = VAGUE_NAMES | {"where"}
+"""`where` is a setting, and so a parameter."""
+VAGUE_PARAMETERS = VAGUE_NAMES | {"each", "every", "held", "left", "others", "own", "rest", "taken"}
+SIDES = {"left": "right", "chosen": "rejected"}
+"""Names that say what they are next to another."""
 
 
-def find_pronouns(source: str) -> Iterator[tuple[int, str, str]]:
-    """Yield parameters of functions whose names are pronouns; `left` with `right` is a side."""
+def find_vague_names(source: str) -> Iterator[tuple[int, str, str]]:
+    """Yield parameters and variables of functions whose names are participles, pronouns or adverbs;
+    names in `SIDES` are found where a function has one without the other."""
+    findings = set[tuple[int, str]]()
     for node in ast.walk(parse(source)):
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             continue
-        parameters = _parameters(node)
-        sides = {"left"} if "right" in {parameter.arg for parameter in parameters} else set[str]()
-        for parameter in parameters:
-            if parameter.arg in PRONOUNS - sides:
-                yield parameter.lineno, parameter.arg, "the kind of the value, as `known_keys`"
+        parameters = {parameter.arg: parameter.lineno for parameter in _parameters(node)}
+        variables = {
+            (part.lineno, part.id)
+            for part in ast.walk(node)
+            if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)
+        }
+        names = parameters.keys() | {name for _, name in variables}
+        sides = {name for name, other in SIDES.items() if other in names}
+        findings |= {
+            (line, name) for name, line in parameters.items() if name in VAGUE_PARAMETERS - sides
+        }
+        findings |= {entry for entry in variables if entry[1] in VAGUE_VARIABLES - sides}
+    for line, name in sorted(findings):
+        yield line, name, "the kind of the value, as `known_keys`"
 
 
 def _parameters(node: ast.FunctionDef | ast.AsyncFunctionDef) -> list[ast.arg]:
@@ -233,9 +250,9 @@ def _readers(name: Path) -> tuple[Callable[[str], Iterator[tuple[int, str, str]]
     if name.suffix == ".py":
         if name.parts[0] == "tests":
             return (find_in_module,)
-        parameter_checks = (find_pronouns,) if name.as_posix().startswith(NAMED_PACKAGES) else ()
+        name_checks = (find_vague_names,) if name.as_posix().startswith(NAMED_PACKAGES) else ()
         return (
-            *parameter_checks,
+            *name_checks,
             find_in_module,
             find_in_messages,
             find_in_public_docstrings,

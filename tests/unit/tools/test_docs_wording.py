@@ -12,7 +12,7 @@ from tools.docs.wording import (
     find_in_raising_docstrings,
     find_in_sections,
     find_in_settings,
-    find_pronouns,
+    find_vague_names,
     main,
 )
 
@@ -197,7 +197,7 @@ def test_errors_that_a_function_raises_are_entries_of_a_section_and_no_prose():
     ]
 
 
-def test_parameters_that_say_nothing_of_their_kind_are_found():
+def test_names_that_say_nothing_of_their_kind_are_found():
     source = (
         "def outer(first, /, known, *, kept=1, **others):\n"
         "    given = first\n"
@@ -205,10 +205,11 @@ def test_parameters_that_say_nothing_of_their_kind_are_found():
         "    def side(left, right): return lambda each: each\n"
         "    def remaining(left): pass\n"
     )
-    assert sorted(lines(find_pronouns(source))) == [
+    assert sorted(lines(find_vague_names(source))) == [
         (1, "kept"),
         (1, "known"),
         (1, "others"),
+        (2, "given"),
         (3, "rest"),
         (5, "left"),
     ]
