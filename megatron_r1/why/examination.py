@@ -14,6 +14,7 @@ from megatron_r1.why.checks import (
     policies,
     push,
     rewards,
+    routing,
     sampling,
 )
 from megatron_r1.why.record.recorded_step import RecordedStep
@@ -34,6 +35,7 @@ RECORD_CHECKS: tuple[tuple[str, str, Check], ...] = (
 )
 """Checks that need no model: family, what cannot be checked where one fails, and the check."""
 WEIGHT_CHECKS: tuple[tuple[str, str, WeightCheck], ...] = (
+    ("sampling", routing.NAME, routing.check_routing),
     ("sampling", "engines' log-probabilities", engine_logprobs.check_logprobs),
     ("log-probabilities", "old policy and reference", policies.check_policies),
     ("loss", "loss", loss.check_loss),

@@ -1,5 +1,6 @@
 """What explains a difference of the engines' log-probabilities from transformers': older weights,
-routers without their bias, another temperature, a shift by a token, a cut, rounding."""
+adapters of another scale, routers without their bias, another temperature, a shift by a token, a
+cut, rounding."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from megatron_r1.config.model import LoraConfig
 from megatron_r1.reporting.formatting import format_number as number
 from megatron_r1.reporting.formatting import format_percent as percent
 from megatron_r1.why.checks.engine_gaps import EXPLAINED, EngineGaps, mean_gap
@@ -58,6 +60,35 @@ def _trainer_agrees(gaps: EngineGaps) -> bool:
     means = [mean for mean in gaps.by_engine().values() if not math.isnan(mean)]
     is_near = isinstance(logged, int | float) and logged <= gaps.tolerance
     return is_near and min(means, default=0.0) > gaps.tolerance
+
+
+def other_adapter_scale(gaps: EngineGaps) -> ExplainedDeparture | None:
+    """Try other scales of the adapters."""
+    lora = gaps.step.run_config.model.lora
+    for scale, noun in adapter_scales(lora).items() if lora else ():
+        logprobs = gaps.recomputed.with_adapter_scale(scale)
+        engine = None if logprobs is None else gaps.explained_engine(logprobs)
+        # Weights of an earlier version are near smaller adapters, but not as near as rounding.
+        if engine is not None and engine.mean_gap <= gaps.tolerance < engine.unexplained_gap:
+            return ExplainedDeparture(
+                f"{engine.name} computed with adapters times {scale:g} ({noun}), not "
+                f"{lora.scale:g}: {engine.gap_sizes}",
+                "the merge of model.lora in the push (docs/lora.md)",
+            )
+    return None
+
+
+def adapter_scales(lora: LoraConfig) -> dict[float, str]:
+    """Return scales that adapters may have by mistake, in place of alpha / rank, with what they
+    are."""
+    scales = {
+        2 * lora.scale: "twice alpha / rank",
+        lora.scale / 2: "half of alpha / rank",
+        1.0: "neither alpha nor rank",
+        lora.alpha / math.sqrt(lora.rank): "alpha / √rank",
+        lora.alpha: "alpha without the division by the rank",
+    }
+    return {scale: noun for scale, noun in scales.items() if scale != lora.scale}
 
 
 def missing_router_bias(gaps: EngineGaps) -> ExplainedDeparture | None:

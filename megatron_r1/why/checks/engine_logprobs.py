@@ -19,6 +19,7 @@ from megatron_r1.why.checked_quantity import (
 from megatron_r1.why.checks.engine_causes import (
     ExplainedDeparture,
     missing_router_bias,
+    other_adapter_scale,
     other_temperature,
     renormalized_cut,
     rounding_of_bfloat16,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 NAME = "engines' log-probabilities"
 TOLERANCE_SOURCE = "rounding of the engine's dtype (docs/compare.md), mean over tokens"
 CAUSES: tuple[Callable[[EngineGaps], ExplainedDeparture | None], ...] = (
+    other_adapter_scale,
     stale_weights,
     missing_router_bias,
     other_temperature,

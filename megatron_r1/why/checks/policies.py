@@ -11,6 +11,7 @@ import numpy as np
 
 from megatron_r1.reporting.formatting import format_number as number
 from megatron_r1.why.checked_quantity import DEPARTS, EQUAL, ROUNDING, CheckedQuantity, not_checked
+from megatron_r1.why.checks.engine_causes import adapter_scales
 from megatron_r1.why.record.recorded_step import RecordedStep, weights_after
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def _trainer(step: RecordedStep, recomputed: Recomputation) -> CheckedQuantity:
 
 def _explained(step: RecordedStep, recomputed: Recomputation) -> tuple[str, str] | None:
     """Return what gives the trainer's logged distances from the engine, and the remedy."""
-    newest = step.step - 1
+    newest, lora = step.step - 1, step.run_config.model.lora
     tried: list[tuple[str, str, Callable[[], Sequence[np.ndarray] | None]]] = [
         (
             "at temperature 1",
@@ -82,6 +83,15 @@ def _explained(step: RecordedStep, recomputed: Recomputation) -> tuple[str, str]
                 partial(recomputed.logprobs_after, version),
             )
             for version in {newest - 1, 0} - {newest, -1}
+        ),
+        *(
+            (
+                f"with adapters times {scale:g} ({noun})",
+                f"model.lora: the trainer adds the product of adapters times alpha / rank = "
+                f"{lora.scale:g}",
+                partial(recomputed.with_adapter_scale, scale),
+            )
+            for scale, noun in (adapter_scales(lora).items() if lora else ())
         ),
         (
             "that chooses the experts itself",

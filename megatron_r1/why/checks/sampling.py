@@ -8,10 +8,7 @@ from collections import Counter
 
 import numpy as np
 
-from megatron_r1.reporting.formatting import format_percent as percent
 from megatron_r1.why.checked_quantity import (
-    DEPARTS,
-    EQUAL,
     CheckedQuantity,
     ResponseIndex,
     fraction_comparison,
@@ -20,41 +17,12 @@ from megatron_r1.why.checked_quantity import (
 from megatron_r1.why.record.recorded_step import RecordedStep
 
 FAMILY = "sampling"
-OTHER_EXPERTS, OTHER_EXPERTS_IN_16_BITS = 0.001, 0.25
-"""The largest share of the engine's experts that the trainer's routers would not choose: in float32
-on both sides none were measured, with an engine in bfloat16 a twentieth."""
 
 
 def check_settings(step: RecordedStep) -> list[CheckedQuantity]:
     """Return the comparisons of what was logged of the sampling."""
     comparisons = [_kept_tokens(step)] if step.config.rollout.truncates_sampling else []
-    comparisons += [_routing(step)] if step.config.rl.routing_replay else []
     return [_settings(step), _limits(step), _versions(step), *comparisons]
-
-
-def _routing(step: RecordedStep) -> CheckedQuantity:
-    """Check that engines choose the experts that the trainer's routers would: replay hides where
-    they do not."""
-    name, agreement = "experts of the engines", step.line.get("routing/agreement")
-    if not isinstance(agreement, int | float):
-        return not_checked(FAMILY, name, "metrics.jsonl has no routing/agreement")
-    if any((sequence.versions != step.step - 1).any() for sequence in step.sequences):
-        return not_checked(FAMILY, name, "some tokens were sampled with earlier weights")
-    is_fp32 = {step.run_config.rollout.dtype, step.run_config.model.dtype} == {"float32"}
-    tolerance = OTHER_EXPERTS if is_fp32 else OTHER_EXPERTS_IN_16_BITS
-    distance = 1 - float(agreement)
-    return CheckedQuantity(
-        FAMILY,
-        name,
-        EQUAL if distance <= tolerance else DEPARTS,
-        f"routing/agreement {agreement:.4g} of metrics.jsonl",
-        distance,
-        tolerance,
-        "scores that differ by rounding (docs/routing_replay.md), with a margin",
-        f"the trainer's routers would choose {percent(distance)} of the experts otherwise",
-        remedy="the push of e_score_correction_bias to the engine (docs/push.md); n_group and "
-        "topk_group of the engine's config.json",
-    )
 
 
 def _settings(step: RecordedStep) -> CheckedQuantity:

@@ -3,6 +3,7 @@ only parameters with a gradient."""
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -30,7 +31,7 @@ class LowRankProducts(torch.nn.Module):
         self, factors: Sequence[tuple[Tensor, Tensor] | None], rows: Sequence[int], scale: float
     ) -> None:
         super().__init__()
-        self._rows, self._scale = tuple(rows), scale
+        self._rows, self.scale = tuple(rows), scale
         self.a, self.b = torch.nn.ParameterDict(), torch.nn.ParameterDict()
         for index, pair in enumerate(factors):
             if pair is not None:
@@ -39,7 +40,7 @@ class LowRankProducts(torch.nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         """Return the merged weight, (…, rows, in)."""
         products = [
-            self._scale * self.b[key] @ self.a[key]
+            self.scale * self.b[key] @ self.a[key]
             if (key := str(index)) in self.a
             else weight.new_zeros(*weight.shape[:-2], rows, weight.shape[-1])
             for index, rows in enumerate(self._rows)
@@ -85,6 +86,19 @@ def _attach_to_experts(
             rows = [weight.shape[1] // len(parts)] * len(parts)
             products = LowRankProducts(factors, rows, scale)
             parametrize.register_parametrization(experts, weight_name, products)
+
+
+def with_scale(model: Any, scale: float) -> Any | None:
+    """Return a copy of a model whose adapters have another scale; None for one without adapters.
+
+    Args:
+        model: transformers' model.
+        scale: in place of alpha / rank."""
+    changed = copy.deepcopy(model)
+    adapters = [module for module in changed.modules() if isinstance(module, LowRankProducts)]
+    for products in adapters:
+        products.scale = scale
+    return changed if adapters else None
 
 
 @torch.no_grad()

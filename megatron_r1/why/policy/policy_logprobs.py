@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_r1.models.sampling_mask import decode_mask
 from megatron_r1.why.checked_quantity import CannotRecompute
-from megatron_r1.why.policy import checkpoint_model, routed_experts, token_logprobs
+from megatron_r1.why.policy import adapters, checkpoint_model, routed_experts, token_logprobs
 from megatron_r1.why.policy.token_logprobs import TokenRow
 from megatron_r1.why.record.recorded_step import RecordedStep, TokenSequence, weights_after
 
@@ -166,6 +166,41 @@ class PolicyLogprobs:
                 changed.state_dict()[name].zero_()
         return self.logprobs_under(changed)
 
+    def with_adapter_scale(self, scale: float) -> list[np.ndarray] | None:
+        """Return those under the policy before the step with adapters that are added with another
+        scale; None for a model without adapters.
+
+        Args:
+            scale: in place of alpha / rank."""
+        changed = adapters.with_scale(self.policy, scale)
+        return None if changed is None else self.logprobs_under(changed)
+
+    def routing_agreement(self, shift: int = 0) -> float:
+        """Return the share (0 to 1) of the engine's experts of sampled tokens that the policy
+        before the step would choose itself.
+
+        Args:
+            shift: as of `shifted_experts`; 0: each token's own.
+
+        Raises:
+            CannotRecompute: the log has no experts."""
+        rows = shifted_experts(self._scored_rows, shift) if shift else self._scored_rows
+        num_same = num_compared = 0
+        for at, row in enumerate(rows):
+            if row.experts is None:
+                raise CannotRecompute("the sample log has no experts")
+            recorded = row.experts[: len(row.token_ids) - 1][row.is_sampled[1:]]
+            for layer, of_rows in enumerate(self._experts_without_replay.values()):
+                layer_experts = recorded[:, layer].long()
+                is_same = (layer_experts[:, :, None] == of_rows[at][:, None, :]).any(-1)
+                num_same += int(is_same.sum())
+                num_compared += int((layer_experts >= 0).sum())
+        return num_same / num_compared if num_compared else 1.0
+
+    @cached_property
+    def _experts_without_replay(self) -> dict[str, list[Tensor]]:
+        return routed_experts.chosen_experts(self.policy, own_experts(self._scored_rows))
+
     def without_replay(self) -> list[np.ndarray] | None:
         """Return those under the policy before the step with the experts that it chooses itself;
         None where the engine's are not replayed."""
@@ -276,6 +311,24 @@ class PolicyLogprobs:
     def _is_begin(self) -> bool:
         """Whether the step is the run's first."""
         return self.step.step == 1
+
+
+def shifted_experts(rows: Sequence[TokenRow], shift: int) -> list[TokenRow]:
+    """Return rows with the engine's experts moved to other tokens; those of the tokens that get
+    none are the router's choice.
+
+    Args:
+        rows: the sequences.
+        shift: 1: to the token after; -1: to the token before."""
+    shifted = []
+    for row in rows:
+        experts = row.experts
+        if experts is not None:
+            experts = torch.full_like(experts, -1)
+            source, target = (slice(-1), slice(1, None))[::shift]
+            experts[target] = row.experts[source]
+        shifted.append(replace(row, experts=experts))
+    return shifted
 
 
 def own_experts(rows: Sequence[TokenRow]) -> list[TokenRow]:

@@ -10,6 +10,7 @@ from megatron_r1.why.policy.adapters import (
     attach_adapters,
     merged_weights,
     trained_parameters,
+    with_scale,
 )
 from megatron_r1.why.policy.token_logprobs import token_logits
 
@@ -66,6 +67,22 @@ def test_a_model_with_adapters_is_that_with_their_products(layers):
     assert weights.keys() == expected.state_dict().keys()
     for name, tensor in weights.items():
         torch.testing.assert_close(tensor, expected.state_dict()[name], rtol=0, atol=1e-6)
+
+
+def test_another_scale_is_that_of_smaller_products():
+    model, expected = random_model("DeepseekV3"), random_model("DeepseekV3")
+    layers = ATTENTION + EXPERTS
+    factors = factors_of(model, layers)
+    smaller = {name: value / 3 if name.endswith(B) else value for name, value in factors.items()}
+    assert with_scale(model, SCALE) is None
+    attach_adapters(model, list(factors), factors.__getitem__, SCALE)
+    add_products(expected, smaller)
+    ids = torch.randint(23, (2, 9))
+    before = model(ids).logits
+    torch.testing.assert_close(
+        with_scale(model, SCALE / 3)(ids).logits, expected(ids).logits, rtol=0, atol=1e-5
+    )
+    assert torch.equal(model(ids).logits, before)
 
 
 def test_a_forward_pass_adds_the_products_once(monkeypatch):

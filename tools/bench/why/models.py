@@ -61,7 +61,13 @@ MOE: dict[str, Any] = {
     "tie_word_embeddings": False,
     "num_nextn_predict_layers": 0,
 }
-MODELS = {"dense": DENSE, "moe": MOE, "mtp": MOE | {"num_nextn_predict_layers": 1}}
+MODELS = {
+    "dense": DENSE,
+    "moe": MOE,
+    "mtp": MOE | {"num_nextn_predict_layers": 1},
+    # Tokens next to each other choose different experts.
+    "routed": MOE | {"num_hidden_layers": 3, "n_routed_experts": 8, "n_group": 1, "topk_group": 1},
+}
 SFT_STEPS = 300
 BIAS = 0.2
 
@@ -138,8 +144,9 @@ def base_model(folder: Path, name: str) -> Path:
         settings["model"]["mtp"] = "train"
     recipe.write_text(json.dumps(settings))
     host.run_to_end(host.megatron_r1("sft", recipe))
-    for path in model_folder.glob("*.safetensors"):
-        _give_biases(path)
+    if MODELS[name].get("n_group", 1) > 1:
+        for path in model_folder.glob("*.safetensors"):
+            _give_biases(path)
     return model_folder
 
 
