@@ -64,8 +64,9 @@ def _trainer_agrees(gaps: EngineGaps) -> bool:
 
 def other_adapter_scale(gaps: EngineGaps) -> ExplainedDeparture | None:
     """Try other scales of the adapters."""
-    lora = gaps.step.run_config.model.lora
-    for scale, noun in adapter_scales(lora).items() if lora else ():
+    if (lora := gaps.step.run_config.model.lora) is None:
+        return None
+    for scale, noun in adapter_scales(lora).items():
         logprobs = gaps.recomputed.with_adapter_scale(scale)
         engine = None if logprobs is None else gaps.explained_engine(logprobs)
         # Weights of an earlier version are near smaller adapters, but not as near as rounding.

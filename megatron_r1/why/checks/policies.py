@@ -87,8 +87,8 @@ def _explained(step: RecordedStep, recomputed: Recomputation) -> tuple[str, str]
         *(
             (
                 f"with adapters times {scale:g} ({noun})",
-                f"model.lora: the trainer adds the product of adapters times alpha / rank = "
-                f"{lora.scale:g}",
+                "model.lora: the trainer adds the product of adapters with a scale other than "
+                "alpha / rank",
                 partial(recomputed.with_adapter_scale, scale),
             )
             for scale, noun in (adapter_scales(lora).items() if lora else ())

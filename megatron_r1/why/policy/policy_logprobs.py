@@ -322,9 +322,9 @@ def shifted_experts(rows: Sequence[TokenRow], shift: int) -> list[TokenRow]:
         shift: 1: to the token after; -1: to the token before."""
     shifted = []
     for row in rows:
-        experts = row.experts
-        if experts is not None:
-            experts = torch.full_like(experts, -1)
+        experts = None
+        if row.experts is not None:
+            experts = torch.full_like(row.experts, -1)
             source, target = (slice(-1), slice(1, None))[::shift]
             experts[target] = row.experts[source]
         shifted.append(replace(row, experts=experts))
