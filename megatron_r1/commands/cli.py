@@ -238,7 +238,7 @@ def _split_words(verb: str, module: VerbModule, words: list[str]) -> tuple[list[
     values, options = words[:count], words[count:]
     if len(values) < count or any(value.startswith("--") for value in values):
         num_arguments = next(
-            (at for at, value in enumerate(values) if value[:2] == "--"), len(values)
+            (index for index, value in enumerate(values) if value[:2] == "--"), len(values)
         )
         usage = f"usage: megatron-r1 {verb} {' '.join(module.arguments)} [--key value …]"
         raise UserError(
@@ -296,14 +296,14 @@ def _take_options(name: str, options: list[str]) -> list[str]:
     """
     values = []
     while positions := [
-        at for at, text in enumerate(options) if text.partition("=")[0] == f"--{name}"
+        position for position, text in enumerate(options) if text.partition("=")[0] == f"--{name}"
     ]:
-        at = positions[0]
-        _, has_value, value = options.pop(at).partition("=")
+        position = positions[0]
+        _, has_value, value = options.pop(position).partition("=")
         if not has_value:
-            if at == len(options) or options[at].startswith("--"):
+            if position == len(options) or options[position].startswith("--"):
                 raise UserError(f"--{name} needs a value", key=f"--{name}", cause=Cause.MISSING)
-            value = options.pop(at)
+            value = options.pop(position)
         values.append(value)
     return values
 

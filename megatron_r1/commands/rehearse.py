@@ -233,9 +233,9 @@ def rehearsal_jobs(
     names = [name for name, stage in plan.stages.items() if stage.config.verb in VERBS]
     for name in only:
         if name not in names:
-            near = did_you_mean(name, names, "{}") or f"; there are {', '.join(names)}"
+            suggestion = did_you_mean(name, names, "{}") or f"; there are {', '.join(names)}"
             raise UserError(
-                f"rehearsal.stages: no stage that is rehearsed is called {name}{near}",
+                f"rehearsal.stages: no stage that is rehearsed is called {name}{suggestion}",
                 key="rehearsal.stages",
                 cause=Cause.UNKNOWN,
             )

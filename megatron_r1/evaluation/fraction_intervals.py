@@ -44,33 +44,33 @@ class FractionEstimate:
 
 
 def sampled_fraction(
-    population: int, sampled: int, positives: int, undecided: int = 0
+    population: int, sampled: int, num_found: int, undecided: int = 0
 ) -> FractionEstimate:
     """Return the fraction of a population by one random sample of it, drawn without replacement.
 
     Args:
         population: N, at least 1.
         sampled: n of them, at least 1.
-        positives: how many of these have the property.
+        num_found: how many of these have the property.
         undecided: how many of these may have it or not.
 
     Raises:
         ValueError: counts that do not fit each other."""
-    fits = 1 <= sampled <= population and min(positives, undecided) >= 0
-    if not fits or positives + undecided > sampled:
+    fits = 1 <= sampled <= population and min(num_found, undecided) >= 0
+    if not fits or num_found + undecided > sampled:
         raise ValueError(
-            f"{positives} found and {undecided} undecided of {sampled} drawn of {population}: each "
+            f"{num_found} found and {undecided} undecided of {sampled} drawn of {population}: each "
             "has to be a part of the next"
         )
     decided = sampled - undecided
     return FractionEstimate(
         population,
         sampled,
-        positives,
+        num_found,
         undecided,
-        positives / decided if decided else None,
-        _least(population, sampled, positives) / population,
-        _most(population, sampled, positives + undecided) / population,
+        num_found / decided if decided else None,
+        _least(population, sampled, num_found) / population,
+        _most(population, sampled, num_found + undecided) / population,
     )
 
 
@@ -118,24 +118,24 @@ def combined_fraction(fractions: Sequence[FractionEstimate]) -> FractionEstimate
 
 
 @functools.lru_cache(maxsize=4_096)
-def _least(population: int, sampled: int, positives: int) -> int:
-    """Return the smallest count M in the interval: P(X >= positives) grows with M."""
-    low, high = positives, population - (sampled - positives)
+def _least(population: int, sampled: int, num_found: int) -> int:
+    """Return the smallest count M in the interval: P(X >= num_found) grows with M."""
+    low, high = num_found, population - (sampled - num_found)
     while low < high:
         middle = (low + high) // 2
-        if 1 - _at_most(positives - 1, population, middle, sampled) > TAIL:
+        if 1 - _cumulative_probability(num_found - 1, population, middle, sampled) > TAIL:
             high = middle
         else:
             low = middle + 1
     return low
 
 
-def _most(population: int, sampled: int, positives: int) -> int:
-    """Return the largest count M in the interval: P(X <= positives) falls with M."""
-    return population - _least(population, sampled, sampled - positives)
+def _most(population: int, sampled: int, num_found: int) -> int:
+    """Return the largest count M in the interval: P(X <= num_found) falls with M."""
+    return population - _least(population, sampled, sampled - num_found)
 
 
-def _at_most(count: int, population: int, marked: int, sampled: int) -> float:
+def _cumulative_probability(count: int, population: int, marked: int, sampled: int) -> float:
     """Return P(X <= count) of the hypergeometric distribution.
 
     Args:

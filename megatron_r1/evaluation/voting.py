@@ -110,7 +110,7 @@ async def group_answers(
     for vote, reward in zip(votes, rewards, strict=True):
         if vote and reward != 1.0:
             wrong.setdefault(vote.key, vote)
-    group_of = await _by_meaning(pool, list(wrong.values()))
+    group_of = await _meaning_groups(pool, list(wrong.values()))
     return [
         (RIGHT if reward == 1.0 else group_of[vote.key]) if vote else None
         for vote, reward in zip(votes, rewards, strict=True)
@@ -165,7 +165,7 @@ async def majority_reward(
     return voted_reward(await group_answers(pool, kind, votes, rewards), rewards)
 
 
-async def _by_meaning(pool: RewardPool, votes: Sequence[Vote]) -> dict[str | Fraction, int]:
+async def _meaning_groups(pool: RewardPool, votes: Sequence[Vote]) -> dict[str | Fraction, int]:
     """Return key → group of distinct answers: each joins the first earlier one of equal meaning.
     Answers whose comparison runs out of time or memory count as different."""
     representatives: list[Vote] = []

@@ -75,7 +75,7 @@ class Graph:
         """Return the longest path to each stage, 0 for one that needs nothing."""
         depths: dict[str, int] = {}
         for name in self.order:
-            depths[name] = 1 + max((depths[above] for above in self.upstream[name]), default=-1)
+            depths[name] = 1 + max((depths[parent] for parent in self.upstream[name]), default=-1)
         return depths
 
 
@@ -123,9 +123,9 @@ def _check_served(stage: PipelineStage, key: str, source: str, served_name: str)
         message = f"{source} is unknown; there is ${{serve.NAME.url}}"
         raise UserError(message, key=key, cause=Cause.UNKNOWN)
     if name not in stage.config.serve:
-        near = did_you_mean(name, stage.config.serve, "{}")
-        near = near or f"; it serves {', '.join(stage.config.serve) or 'nothing'}"
-        message = f"{source}: {name} is not in its serve{near}"
+        suggestion = did_you_mean(name, stage.config.serve, "{}")
+        suggestion = suggestion or f"; it serves {', '.join(stage.config.serve) or 'nothing'}"
+        message = f"{source}: {name} is not in its serve{suggestion}"
         raise UserError(message, key=key, cause=Cause.UNKNOWN)
 
 
@@ -140,15 +140,15 @@ def _check_output(
     if outputs is TRAINED and isinstance(model, Mapping) and model.get("lora") is not None:
         outputs = (*outputs, ADAPTER)
     if output and outputs and output.partition("/")[0] not in outputs:
-        near = did_you_mean(output, outputs, "{}") or f"; it has {', '.join(outputs)}"
-        message = f"{source}: {stages[head].config.verb} leaves no {output}{near}"
+        suggestion = did_you_mean(output, outputs, "{}") or f"; it has {', '.join(outputs)}"
+        message = f"{source}: {stages[head].config.verb} leaves no {output}{suggestion}"
         raise UserError(message, key=key, cause=Cause.UNKNOWN)
 
 
 def unknown_stage(name: str, stages: Collection[str]) -> str:
     """Return that there is no such stage, with the nearest, or all there are."""
-    near = did_you_mean(name, stages, "{}") or f"; there are {', '.join(stages)}"
-    return f"no stage is called {name}{near}"
+    suggestion = did_you_mean(name, stages, "{}") or f"; there are {', '.join(stages)}"
+    return f"no stage is called {name}{suggestion}"
 
 
 def _ordered(upstream: Mapping[str, tuple[str, ...]]) -> list[str]:
@@ -237,8 +237,10 @@ def _check_stage(plan: PipelinePlan, stage: PipelineStage, verbs: Mapping[str, s
             check(settings)
     else:
         verb_names = [MAKE, *verbs]
-        near = did_you_mean(config.verb, verb_names, "{}") or f"; there are {', '.join(verb_names)}"
-        message = f"{source}: unknown verb {config.verb}{near}"
+        suggestion = (
+            did_you_mean(config.verb, verb_names, "{}") or f"; there are {', '.join(verb_names)}"
+        )
+        message = f"{source}: unknown verb {config.verb}{suggestion}"
         raise UserError(message, key="verb", cause=Cause.UNKNOWN)
     for text in (config.launch, *(server.launch for server in config.serve.values())):
         try:
@@ -262,8 +264,8 @@ def _check_function(source: str, function: str, arguments: Mapping[str, Any]) ->
         imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
         if {name, "*"} & {alias.asname or alias.name for node in imports for alias in node.names}:
             return  # its arguments stand in another module, and are checked by the call
-        near = did_you_mean(name, defined, "{}") or f"; it has {', '.join(defined) or 'none'}"
-        message = f"{source}: function {function}: the module has no function {name}{near}"
+        suggestion = did_you_mean(name, defined, "{}") or f"; it has {', '.join(defined) or 'none'}"
+        message = f"{source}: function {function}: the module has no function {name}{suggestion}"
         raise UserError(message, key="function", cause=Cause.NOT_FOUND)
     # The first parameter is the folder; the others are passed by name.
     parameters, source = defined[name].args, f"{source}: arguments of {function}"
@@ -271,8 +273,10 @@ def _check_function(source: str, function: str, arguments: Mapping[str, Any]) ->
     names = positional + [p.arg for p in parameters.kwonlyargs]
     for name in arguments:
         if name not in names and parameters.kwarg is None:
-            near = did_you_mean(name, names, "{}") or f"; it takes {', '.join(names) or 'none'}"
-            message = f"{source}: unknown argument {name}{near}"
+            suggestion = (
+                did_you_mean(name, names, "{}") or f"; it takes {', '.join(names) or 'none'}"
+            )
+            message = f"{source}: unknown argument {name}{suggestion}"
             raise UserError(message, key=f"arguments.{name}", cause=Cause.UNKNOWN)
     num_needed = len(positional) - len(parameters.defaults)
     required = positional[: max(0, num_needed)]

@@ -91,8 +91,8 @@ def _layers(
     for name, depth in depths.items():
         layers[depth].append(GraphNode(name))
     paths = []
-    for name, above in upstream.items():
-        for start in above:
+    for name, parents in upstream.items():
+        for start in parents:
             passed = range(depths[start] + 1, depths[name])
             passes = [GraphNode(str(layer), (start, name)) for layer in passed]
             for layer, node in zip(passed, passes, strict=True):
@@ -104,14 +104,14 @@ def _layers(
 def _reduce_crossings(layers: list[list[GraphNode]], paths: Paths) -> None:
     """Sort each layer by the mean position of its neighbors, downwards and upwards in turn
     (Sugiyama et al. 1981)."""
-    above: dict[GraphNode, list[GraphNode]] = {}
-    below: dict[GraphNode, list[GraphNode]] = {}
+    parents: dict[GraphNode, list[GraphNode]] = {}
+    children: dict[GraphNode, list[GraphNode]] = {}
     for path in paths:
         for upper, lower in pairwise(path):
-            above.setdefault(lower, []).append(upper)
-            below.setdefault(upper, []).append(lower)
+            parents.setdefault(lower, []).append(upper)
+            children.setdefault(upper, []).append(lower)
     for sweep in range(SWEEPS):
-        neighbors = below if sweep % 2 else above
+        neighbors = children if sweep % 2 else parents
         for layer in reversed(layers) if sweep % 2 else layers:
             position = {n: (i + 0.5) / len(row) for row in layers for i, n in enumerate(row)}
             target = {

@@ -283,10 +283,10 @@ def finish(
         command: the command that ran it, in words."""
     folder = plan.folder_of(stage.name)
     end_attempt(folder, None)
-    begun = read(folder, BEGUN) or {}
+    begun_record = read(folder, BEGUN) or {}
     outputs = output_digests(folder)
     settings = deciding_settings(plan, stage, finished=True)
-    attempts = begun["attempts"]
+    attempts = begun_record["attempts"]
     urls = {name: f"${{serve.{name}.url}}" for name in stage.config.serve}
     record = {
         "stage": stage.name,
@@ -299,7 +299,7 @@ def finish(
         "settings": settings,
         "settings_digest": _digest_of_value(settings),
         # The inputs at the beginning: if one has changed since, the stage is stale at once.
-        "inputs": begun["inputs"],
+        "inputs": begun_record["inputs"],
         "outputs": outputs,
         "digest": digest_of_outputs(outputs),
         "seed": plan.seed,

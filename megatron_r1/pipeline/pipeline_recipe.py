@@ -179,9 +179,9 @@ class StageConfig(Section):
         for name in wrong:
             if getattr(self, name):
                 right = "arguments" if self.verb == MAKE else "settings"
-                near = "" if self.verb == MAKE else did_you_mean(self.verb, [MAKE], "{}")
+                suggestion = "" if self.verb == MAKE else did_you_mean(self.verb, [MAKE], "{}")
                 raise UserError(
-                    f"{name} is not for verb {self.verb}{near or f'; it has {right}'}",
+                    f"{name} is not for verb {self.verb}{suggestion or f'; it has {right}'}",
                     key=name,
                     cause=Cause.CONFLICT,
                 )

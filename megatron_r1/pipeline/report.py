@@ -250,7 +250,7 @@ def _rl_plots(plans: Sequence[PipelinePlan], graph: Graph) -> list[Plot]:
         curves = []
         for index, name in enumerate(stages):
             ink = CURVE_INKS[index % len(CURVE_INKS)]
-            if by_step := _by_step(trained[name], key):
+            if by_step := _values_by_step(trained[name], key):
                 curves.append(Curve(plans[0].stages[name].title, *_means(by_step), ink))
             curves += heldout_points(heldout[name], heldout_key, ink)
         if curves:
@@ -268,7 +268,7 @@ def heldout_points(runs: Sequence[Lines], key: str, ink: str) -> list[Curve]:
         runs: the lines of evaluations.jsonl of each seed.
         key: the quantity's key in these lines.
         ink: the color of the points."""
-    by_step = _by_step(runs, key)
+    by_step = _values_by_step(runs, key)
     if not by_step:
         return []
     if len(runs) == 1:
@@ -292,7 +292,7 @@ def _read(plans: Sequence[PipelinePlan], graph: Graph, file: str) -> dict[str, l
     }
 
 
-def _by_step(runs: Sequence[Lines], key: str) -> dict[int, list[float]]:
+def _values_by_step(runs: Sequence[Lines], key: str) -> dict[int, list[float]]:
     """Return step → the values of the runs that have one, in the order of steps."""
     by_step: dict[int, list[float]] = {}
     for run in runs:

@@ -102,10 +102,12 @@ def read_results(folder: Path) -> dict[str, StageResult]:
     """
     metrics = list(read_lines(folder / "metrics.jsonl"))
     evaluations = list(read_lines(folder / "evaluations.jsonl"))
-    results = _of_training(metrics)
+    results = _training_results(metrics)
     if evaluations:
-        results |= _of_heldout(max(evaluations, key=lambda line: line["step"]))
-    return results | _of_benchmarks(folder / "eval.json") | _of_file(folder / FIGURES_FILE)
+        results |= _heldout_results(max(evaluations, key=lambda line: line["step"]))
+    return (
+        results | _benchmark_results(folder / "eval.json") | _figure_results(folder / FIGURES_FILE)
+    )
 
 
 def headline(results: Mapping[str, StageResult]) -> str:
@@ -126,7 +128,7 @@ def _is_fraction(name: str, value: float) -> bool:
     return name not in NOT_FRACTIONS and 0.0 <= value <= 1.0
 
 
-def _of_training(metrics: Sequence[Mapping[str, Any]]) -> dict[str, StageResult]:
+def _training_results(metrics: Sequence[Mapping[str, Any]]) -> dict[str, StageResult]:
     """Return results on training samples, which a held-out evaluation overrides."""
     keys = {"length": "response_length/mean", "language": "language/mean"}
     if not any("reward/mean" in line for line in metrics[-1:]):
@@ -140,7 +142,7 @@ def _of_training(metrics: Sequence[Mapping[str, Any]]) -> dict[str, StageResult]
     }
 
 
-def _of_heldout(line: Mapping[str, Any]) -> dict[str, StageResult]:
+def _heldout_results(line: Mapping[str, Any]) -> dict[str, StageResult]:
     results: dict[str, StageResult] = {}
     for key in line:
         metric, value = key.removeprefix("eval/"), finite_metric(line, key)
@@ -153,7 +155,7 @@ def _of_heldout(line: Mapping[str, Any]) -> dict[str, StageResult]:
     return results
 
 
-def _of_benchmarks(path: Path) -> dict[str, StageResult]:
+def _benchmark_results(path: Path) -> dict[str, StageResult]:
     """Return the results of an eval: of one benchmark by the common names, of several by title."""
     if not path.is_file():
         return {}
@@ -172,7 +174,7 @@ def _of_benchmarks(path: Path) -> dict[str, StageResult]:
     return results
 
 
-def _of_file(path: Path) -> dict[str, StageResult]:
+def _figure_results(path: Path) -> dict[str, StageResult]:
     if not path.is_file():
         return {}
     try:

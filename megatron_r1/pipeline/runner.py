@@ -296,8 +296,8 @@ class Executor:
         name, title = task.stage, self._name(task)
         stage, upstream = plan.stages[name], self._graph.upstream[name]
         # Its upstream may have been done again, and may have come out the same.
-        above = {upper: statuses[upper] for upper in upstream}
-        statuses[name] = stage_status(plan, stage, above)
+        upstream_statuses = {upper: statuses[upper] for upper in upstream}
+        statuses[name] = stage_status(plan, stage, upstream_statuses)
         if statuses[name].state is StageState.DONE:
             return
         if statuses[name].state is StageState.STALE:
@@ -320,7 +320,7 @@ class Executor:
             raise RunError(
                 f"stage {title} failed: {failure}\nThe same command continues with this stage."
             ) from None
-        statuses[name] = stage_status(plan, stage, above)
+        statuses[name] = stage_status(plan, stage, upstream_statuses)
         result = headline(read_results(plan.folder_of(name)))
         took = format_duration(statuses[name].seconds or 0.0)
         _print(f"{title} is {statuses[name].state} after {took}{f': {result}' if result else ''}")

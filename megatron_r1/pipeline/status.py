@@ -174,12 +174,12 @@ def stale_text(plan: PipelinePlan, stale: Mapping[str, StageStatus]) -> str:
     return "\n".join(lines)
 
 
-def _unfinished(begun: Mapping[str, Any], is_running: bool) -> StageStatus:
-    if begun["failed"]:
-        return StageStatus(StageState.FAILED, [begun["failed"]], begun)
-    is_over = begun["attempts"][-1]["seconds"] is not None
+def _unfinished(begun_record: Mapping[str, Any], is_running: bool) -> StageStatus:
+    if begun_record["failed"]:
+        return StageStatus(StageState.FAILED, [begun_record["failed"]], begun_record)
+    is_over = begun_record["attempts"][-1]["seconds"] is not None
     running = is_running and not is_over
-    return StageStatus(StageState.RUNNING if running else StageState.UNFINISHED, [], begun)
+    return StageStatus(StageState.RUNNING if running else StageState.UNFINISHED, [], begun_record)
 
 
 def _changed_inputs(before: dict[str, str], after: dict[str, str]) -> list[str]:
@@ -190,14 +190,14 @@ def _changed_inputs(before: dict[str, str], after: dict[str, str]) -> list[str]:
         elif name not in before:
             reasons.append(f"{name} is an input now, and was none then")
         elif before[name] != after[name]:
-            gone = after[name] == fingerprint.MISSING
-            reasons.append(f"{name} is gone" if gone else f"{name} has changed")
+            is_missing = after[name] == fingerprint.MISSING
+            reasons.append(f"{name} is gone" if is_missing else f"{name} has changed")
     return reasons
 
 
 def _changed_outputs(before: dict[str, str], after: dict[str, str]) -> list[str]:
-    gone = [f"its {name} is gone" for name in before if name not in after]
-    return gone + [
+    reasons = [f"its {name} is gone" for name in before if name not in after]
+    return reasons + [
         f"its {name} is not what it wrote"
         for name, digest in after.items()
         if before.get(name, fingerprint.MISSING) != digest

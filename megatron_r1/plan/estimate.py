@@ -172,18 +172,18 @@ class JobEstimate:
         kinds = dict(fullest_rank.host)
         if not job.rollout_gpus:
             kinds |= self._receive_buffer()
-        return self._of_node(kinds, job.world_size)
+        return self._node_memory(kinds, job.world_size)
 
     def _engines_host(self) -> QuantityTable:
         """Return the host memory of a node with engines only."""
         gpus = self.job.rollout_gpus
-        return self._of_node(self._receive_buffer(), gpus) if gpus else {}
+        return self._node_memory(self._receive_buffer(), gpus) if gpus else {}
 
     def _receive_buffer(self) -> dict[str, int]:
         num_bytes = receive_buffer_bytes(self.job, "host")
         return {RECEIVE_BUFFER: num_bytes} if num_bytes else {}
 
-    def _of_node(self, kinds: dict[str, int], gpus: int) -> QuantityTable:
+    def _node_memory(self, kinds: dict[str, int], gpus: int) -> QuantityTable:
         """Return the sums over the ranks of one node, of `gpus` in all."""
         per_node = min(self.job.hardware.gpus_per_node, gpus)
         return {

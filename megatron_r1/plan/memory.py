@@ -72,7 +72,7 @@ def rank_memory(job: PlannedJob) -> list[RankMemory]:
         sparse: layer_activations(*settings, sparse=sparse, imbalance=imbalance)
         for sparse in (False, job.has_experts)
     }
-    ranks = [_of_rank(job, counts, layers, rank) for rank in range(job.parallel.pipeline)]
+    ranks = [_rank_memory(job, counts, layers, rank) for rank in range(job.parallel.pipeline)]
     if job.critic:
         critics = RankCounts(job.critic)
         ranks = [_with_critic(job.critic, rank, critics.rank_counts(rank.rank)) for rank in ranks]
@@ -83,7 +83,7 @@ def _persistent_bytes(job: PlannedJob, counts: ParameterCounts) -> dict[str, int
     return persistent_bytes(job.config, counts, job.optimizer_shards, job.config.optimizer.moments)
 
 
-def _of_rank(
+def _rank_memory(
     job: PlannedJob, ranks: RankCounts, layers: dict[bool, LayerActivations], rank: int
 ) -> RankMemory:
     parallel, counts = job.parallel, ranks.rank_counts(rank)

@@ -99,7 +99,7 @@ def outcome_sentence(metrics: MetricLines, heldout: Sequence[Evaluation]) -> str
     if pass_evaluations:
         last = pass_evaluations[0]
         text = f"{NOT_SHOWN}: one evaluation only. At step {last.step}, held-out pass@1 is "
-        text += f"{last.passed}{_of_questions(last)}"
+        text += f"{last.passed}{_questions_text(last)}"
         if last.majority:
             text += f" and the majority vote of {last.num_votes} {last.majority}"
         return f"{text}."
@@ -183,7 +183,7 @@ def _widened(score: Score, num_questions: int | None) -> tuple[float | None, flo
     return max(0.0, score.low - width), min(1.0, score.high + width)
 
 
-def _of_questions(evaluation: Evaluation) -> str:
+def _questions_text(evaluation: Evaluation) -> str:
     count = evaluation.num_questions
     return f" of {count} questions" if count and count < FEW_QUESTIONS else ""
 
@@ -194,9 +194,9 @@ def _lower(text: str) -> str:
 
 def _describe_change(first: Evaluation, last: Evaluation) -> str:
     assert first.passed and last.passed, "called with scored evaluations only"
-    form = str if _of_questions(last) else format_percent
+    form = str if _questions_text(last) else format_percent
     pass_change = _from_to(first.passed, last.passed, form)
-    text = f"held-out pass@1{_of_questions(last)} {pass_change}"
+    text = f"held-out pass@1{_questions_text(last)} {pass_change}"
     if first.step > 0:
         text += f" since step {first.step}"
     if first.majority and last.majority:

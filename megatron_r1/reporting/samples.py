@@ -106,7 +106,10 @@ def choose_samples(read_samples: Callable[[], Iterator[SampleLine]]) -> Samples 
     by_moment = [
         (
             _moment(by_step, step),
-            [_card(group[0]) for group in [*_by_question(samples).values()][:NUM_QUESTIONS]],
+            [
+                _card(group[0])
+                for group in [*_samples_by_question(samples).values()][:NUM_QUESTIONS]
+            ],
         )
         for step, samples in by_step.items()
     ]
@@ -117,7 +120,7 @@ def _same_questions(
     by_step: Mapping[int, Sequence[SampleLine]],
 ) -> list[tuple[Card, list[tuple[str, Card]]]]:
     """Return the first questions that were asked at every step, with their first responses."""
-    questions_by_step = {step: _by_question(samples) for step, samples in by_step.items()}
+    questions_by_step = {step: _samples_by_question(samples) for step, samples in by_step.items()}
     first_group, *later_groups = questions_by_step.values()
     shared_questions = [
         question for question in first_group if all(question in group for group in later_groups)
@@ -134,7 +137,7 @@ def _same_questions(
     ]
 
 
-def _by_question(samples: Iterable[SampleLine]) -> dict[str, list[SampleLine]]:
+def _samples_by_question(samples: Iterable[SampleLine]) -> dict[str, list[SampleLine]]:
     samples_by_question: dict[str, list[SampleLine]] = defaultdict(list)
     for sample in samples:
         samples_by_question[str(sample.get("question", ""))].append(sample)

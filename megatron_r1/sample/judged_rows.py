@@ -190,8 +190,8 @@ def pairs_to_drop(log_ratios: Mapping[PairId, float], max_bias: float) -> set[Pa
     dropped: set[PairId] = set()
     while ratios and abs(total) > max_bias * len(ratios):
         insertion = bisect.bisect_left(ratios, total)
-        near = [i for i in (insertion - 1, insertion) if 0 <= i < len(ratios)]
-        nearest = min(near, key=lambda i: abs(total - ratios[i]))
+        candidates = [i for i in (insertion - 1, insertion) if 0 <= i < len(ratios)]
+        nearest = min(candidates, key=lambda i: abs(total - ratios[i]))
         dropped.add(by_ratio.pop(nearest))
         total -= ratios.pop(nearest)
     return dropped

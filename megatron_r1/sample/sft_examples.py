@@ -81,8 +81,8 @@ class Rendering:
         have them twice."""
         if self._template != CHAT:
             return render_template(self._template, question, system_text(before, "data.template"))
-        text, plain = self._chat_text
-        return text.render(question, before).removeprefix(plain.decode(plain.encode("")))
+        chat, tokenizer = self._chat_text
+        return chat.render(question, before).removeprefix(tokenizer.decode(tokenizer.encode("")))
 
     def response(
         self, response: TextResponse, question: str, before: Sequence[Message] = ()

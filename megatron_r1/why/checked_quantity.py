@@ -141,9 +141,9 @@ class Report:
 
     def departs_before(self, family: str) -> bool:
         """Return whether a quantity of an earlier family departs."""
-        at = FAMILIES.index(family)
+        position = FAMILIES.index(family)
         return any(
-            comparison.departs and FAMILIES.index(comparison.family) < at
+            comparison.departs and FAMILIES.index(comparison.family) < position
             for comparison in self.comparisons
         )
 

@@ -125,8 +125,8 @@ def each_advantages(
     }
     groups = range(len(next(iter(rewards.values()))))
     sums = [
-        np.sum([weights[name] * np.array(part[at]) for name, part in parts.items()], axis=0)
-        for at in groups
+        np.sum([weights[name] * np.array(part[index]) for name, part in parts.items()], axis=0)
+        for index in groups
     ]
     all_sums = np.concatenate(sums)
     if are_equal(all_sums):

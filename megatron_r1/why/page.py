@@ -71,13 +71,13 @@ def _plots(report: Report) -> list[Plot]:
             curve.label[:1].upper() + curve.label[1:],
             "mean |Δ| of log-probabilities over the position in the response",
             plots.curve_plot(
-                f"position-{at}",
+                f"position-{index}",
                 [plots.Curve("mean |Δ|", np.array(curve.positions), np.array(curve.values))],
                 SIZE,
                 from_zero=True,
             ),
         )
-        for at, curve in enumerate(report.curves)
+        for index, curve in enumerate(report.curves)
         if len(curve.positions) > 1
     ]
 

@@ -46,10 +46,10 @@ def _cut(step: RecordedStep) -> str:
     if fraction < MAX_CUT:
         return ""
     weight = step.loss_fraction(cut)
-    of_loss = "" if math.isnan(weight) else f", and have {percent(weight)} of the loss"
+    loss_text = "" if math.isnan(weight) else f", and have {percent(weight)} of the loss"
     return (
         f"{percent(fraction)} of the responses are cut off at rollout.max_response_tokens="
-        f"{step.config.rollout.max_response_tokens}{of_loss}: raise it"
+        f"{step.config.rollout.max_response_tokens}{loss_text}: raise it"
     )
 
 

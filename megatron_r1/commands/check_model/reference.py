@@ -34,14 +34,15 @@ RANDOM_LENGTHS = (48, 17)
 QUESTION = "What is 2 + 3?"
 
 
-def main(folder: Path, dtype: str, with_mtp: bool, plain: Path) -> ReferenceResult:
+def main(folder: Path, dtype: str, with_mtp: bool, plain_folder: Path) -> ReferenceResult:
     """Return what was found.
 
     Args:
         folder: the model's Hugging Face folder.
         dtype: the dtype that it is computed in.
         with_mtp: whether MTP layers must be there.
-        plain: the folder that a copy with plain weights is written to where transformers needs one.
+        plain_folder: the folder that a copy with plain weights is written to where transformers
+            needs one.
 
     Raises:
         UserError: for what does not fit."""
@@ -51,7 +52,7 @@ def main(folder: Path, dtype: str, with_mtp: bool, plain: Path) -> ReferenceResu
         weights.check_repeated()
         num_tensors = len(weights.tensors)
         if hf.get("quantization_config"):
-            write_dequantized(weights, plain)
+            write_dequantized(weights, plain_folder)
     tokenizer = _tokenizer(folder, hf["vocab_size"])
     # Texts reach tokens that are usual, random ids all others.
     draw = random.Random(0)
@@ -59,7 +60,7 @@ def main(folder: Path, dtype: str, with_mtp: bool, plain: Path) -> ReferenceResu
     if tokenizer is not None:
         sequences += [tokenizer.encode(text) for text in TEXTS]
     sequences = [ids for ids in sequences if len(ids) > 1]
-    source = plain if plain.exists() else folder
+    source = plain_folder if plain_folder.exists() else folder
     exact = _logprobs(source, hf, torch.float32, sequences)
     logprobs = (
         exact if dtype == "float32" else _logprobs(source, hf, getattr(torch, dtype), sequences)

@@ -197,10 +197,10 @@ def _check(config: Config, folder: str) -> ModelCheckResult:
             f"{free / 1e9:,.0f} are free; check a folder with fewer layers, or on a larger machine"
         )
     with tempfile.TemporaryDirectory() as scratch:
-        plain = Path(scratch) / "plain"
-        reference = _reference(config, plain, Path(scratch))
+        plain_folder = Path(scratch) / "plain"
+        reference = _reference(config, plain_folder, Path(scratch))
         megatron = asyncio.run(compare_with_megatron(config, reference, Path(scratch)))
-        source = plain if plain.exists() else Path(folder)
+        source = plain_folder if plain_folder.exists() else Path(folder)
         vllm = asyncio.run(compare_with_vllm(source, config, reference, Path(scratch)))
     problem = _problem(megatron, vllm, reference.tolerance)
     return ModelCheckResult(
@@ -227,19 +227,21 @@ def _check(config: Config, folder: str) -> ModelCheckResult:
 def _config(config: Config, folder: str) -> Config:
     """Return the recipe of the check: this folder, as few processes as the layout takes, an engine
     of the trainer's dtype."""
-    at = config.parallel
-    ranks = at.pipeline * max(at.tensor * at.context, at.expert * (at.expert_tensor or 1))
+    parallel = config.parallel
+    ranks = parallel.pipeline * max(
+        parallel.tensor * parallel.context, parallel.expert * (parallel.expert_tensor or 1)
+    )
     return config.with_changes(
         model={"path": folder},
-        parallel={"processes": max(at.processes, ranks)},
+        parallel={"processes": max(parallel.processes, ranks)},
         rollout={"dtype": config.model.dtype},
     )
 
 
-def _reference(config: Config, plain: Path, scratch: Path) -> ReferenceResult:
+def _reference(config: Config, plain_folder: Path, scratch: Path) -> ReferenceResult:
     out, model = scratch / "reference.json", config.model
     folder = model.path
-    arguments = [folder, model.dtype, model.mtp, str(plain), str(out)]
+    arguments = [folder, model.dtype, model.mtp, str(plain_folder), str(out)]
     process = subprocess.run(
         [sys.executable, "-m", "megatron_r1.commands.check_model.reference", *arguments],
         env=os.environ | {"HF_HUB_OFFLINE": "1"},

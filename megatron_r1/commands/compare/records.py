@@ -91,7 +91,7 @@ def compare_groups(
             values = ("none" if group is None else group.prompt_id for group in (a, b))
             differences = [_exact(step, "questions", f"group {position}", *values)]
         else:
-            differences = list(_in_group(step, position, a, b, dtype))
+            differences = list(_group_differences(step, position, a, b, dtype))
         for difference in differences:
             previous = first_by_phase.get(difference.phase)
             if previous is None or (previous.is_rounding and not difference.is_rounding):
@@ -99,7 +99,7 @@ def compare_groups(
     return list(first_by_phase.values())
 
 
-def _in_group(
+def _group_differences(
     step: int, position: int, first: GroupRecord, second: GroupRecord, dtype: str
 ) -> Iterator[RunDifference]:
     group_name = f"group {position}"
@@ -120,10 +120,10 @@ def _in_group(
             values = ("none" if group is None else "there" for group in (a, b))
             yield _exact(step, "responses", name, *values)
         elif a != b:
-            yield from _in_response(step, name, a, b, dtype)
+            yield from _response_differences(step, name, a, b, dtype)
 
 
-def _in_response(
+def _response_differences(
     step: int, name: str, first: ResponseRecord, second: ResponseRecord, dtype: str
 ) -> Iterator[RunDifference]:
     a, b = (np.frombuffer(response.token_ids, "<i4") for response in (first, second))

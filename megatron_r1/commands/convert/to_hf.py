@@ -230,8 +230,8 @@ def _hf_tensors_on_disk(hf: dict, dtype: torch.dtype, with_mtp: bool) -> dict:
     if dtype != FP8:
         return stored_tensors(hf, dtype, with_mtp=with_mtp)
     tensors = {}
-    plain = stored_tensors(hf, torch.bfloat16, with_mtp=with_mtp)
-    for name, (shape, stored_dtype) in plain.items():
+    bf16_tensors = stored_tensors(hf, torch.bfloat16, with_mtp=with_mtp)
+    for name, (shape, stored_dtype) in bf16_tensors.items():
         tensors[name] = (shape, FP8 if published_layout.is_quantized(name) else stored_dtype)
         if published_layout.is_quantized(name):
             tensors[published_layout.scale_name(name)] = (

@@ -56,23 +56,23 @@ def run(args: Namespace) -> int:
     config = args.config or next((side for side in (args.a, args.b) if is_hf(side)), None)
     sides = ModelPair(_model(args.a, args), _model(args.b, args), config)
     with open_weights(sides.a, config) as a, open_weights(sides.b, config) as b:
-        names, alone, reshaped = _sort_names(a, b)
+        names, missing, reshaped = _sort_names(a, b)
         explained = _explain(a, b, names)
     differing = compare(sides, names, args.workers)
-    for text in (*alone, *reshaped):
+    for text in (*missing, *reshaped):
         print(text)
     for difference in sorted(differing, key=lambda d: -d.largest)[:MAX_SHOWN]:
-        at = f" at {list(difference.where)}" if difference.where else ""
+        location = f" at {list(difference.where)}" if difference.where else ""
         verb = "differs" if difference.count == 1 else "differ"
         differ = f"{format_count(difference.count, 'element')} {verb}"
-        print(f"{difference.name}: {differ}, max |Δ| {difference.largest:.6g}{at}")
+        print(f"{difference.name}: {differ}, max |Δ| {difference.largest:.6g}{location}")
     if len(differing) > MAX_SHOWN:
         print(f"… and {len(differing) - MAX_SHOWN} more tensors that differ less")
     for text in explained:
         print(text)
-    total = len(names) + len(alone) + len(reshaped)
+    total = len(names) + len(missing) + len(reshaped)
     print(f"{len(names) - len(differing)} of {total} tensors equal")
-    return 0 if not (alone or reshaped or differing) else 1
+    return 0 if not (missing or reshaped or differing) else 1
 
 
 def _model(path: Path, args: Namespace) -> Path:
@@ -89,18 +89,18 @@ def _model(path: Path, args: Namespace) -> Path:
 
 def _sort_names(a: Weights, b: Weights) -> tuple[list[str], list[str], list[str]]:
     """Return (names in both, missing tensors, other shapes), the last two in words."""
-    common_names, alone, reshaped = [], [], []
+    common_names, missing, reshaped = [], [], []
     for name in [*a.tensors, *(n for n in b.tensors if n not in a.tensors)]:
         lacking = [s for s in (a, b) if not {name, s.copies.get(name)} & s.tensors.keys()]
         if lacking:
-            alone.append(f"{name}: only in one, {lacking[0].path} lacks it")
+            missing.append(f"{name}: only in one, {lacking[0].path} lacks it")
             continue
         first, second = (_shape_and_dtype(side, name)[0] for side in (a, b))
         if first != second:
             reshaped.append(f"{name}: {first} in A, {second} in B")
         else:
             common_names.append(name)
-    return common_names, alone, reshaped
+    return common_names, missing, reshaped
 
 
 def _explain(a: Weights, b: Weights, names: list[str]) -> list[str]:
@@ -206,10 +206,10 @@ def _beyond_rounding(
     quantized_side = next(quantized)
     scales = quantized_side.scales(name) if isinstance(quantized_side, HFWeights) else None
     assert scales is not None, f"{quantized_side.path}: {name} is FP8 without scales"
-    plain = x if quantized_side is pair[1] else y
+    plain_values = x if quantized_side is pair[1] else y
     rows = slice(first // published_layout.BLOCK, -(-(first + len(x)) // published_layout.BLOCK))
     scale = quantized_blocks.spread_scales(scales[rows], x.shape)
-    allowed = torch.maximum(plain.abs() * 2**-4, scale * 2**-10)
+    allowed = torch.maximum(plain_values.abs() * 2**-4, scale * 2**-10)
     # The scale itself is rounded, and the plain values may have been rounded to bf16.
     return ~((x - y).abs() <= allowed * (1 + 2**-7))
 

@@ -71,10 +71,10 @@ def questions(rows: Rows, options: Options) -> Iterator[Question]:
             cause=Cause.CONFLICT,
         )
     for task in tasks:
-        yield from _of_task(task, options, exactly=len(tasks) == 1)
+        yield from _task_questions(task, options, exactly=len(tasks) == 1)
 
 
-def _of_task(task: str, options: Options, exactly: bool) -> Iterator[Question]:
+def _task_questions(task: str, options: Options, exactly: bool) -> Iterator[Question]:
     """Yield distinct questions of one task, `questions` of them.
 
     Args:

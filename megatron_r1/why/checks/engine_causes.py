@@ -57,7 +57,7 @@ def stale_weights(gaps: EngineGaps) -> ExplainedDeparture | None:
 def _trainer_agrees(gaps: EngineGaps) -> bool:
     """Return whether all engines are beyond the tolerance, and the trainer agrees with them."""
     logged = gaps.step.line.get("logprob_diff/mean")
-    means = [mean for mean in gaps.by_engine().values() if not math.isnan(mean)]
+    means = [mean for mean in gaps.engine_means().values() if not math.isnan(mean)]
     is_near = isinstance(logged, int | float) and logged <= gaps.tolerance
     return is_near and min(means, default=0.0) > gaps.tolerance
 
@@ -109,8 +109,8 @@ def other_temperature(gaps: EngineGaps) -> ExplainedDeparture | None:
     temperature = gaps.recomputed.temperature
     coarse, _ = _best_scale(gaps, TEMPERATURES)
     index = TEMPERATURES.index(coarse)
-    near = TEMPERATURES[max(0, index - 1) : index + 2]
-    scale, mean = _best_scale(gaps, np.linspace(near[0], near[-1], 41).tolist())
+    neighbors = TEMPERATURES[max(0, index - 1) : index + 2]
+    scale, mean = _best_scale(gaps, np.linspace(neighbors[0], neighbors[-1], 41).tolist())
     if not mean <= EXPLAINED_BY_TEMPERATURE * gaps.distance or abs(scale - 1) < 0.01:
         return None
     return ExplainedDeparture(

@@ -56,7 +56,7 @@ class EngineGaps:
 
     def __init__(self, step: RecordedStep, recomputed: Recomputation) -> None:
         self.step, self.recomputed = step, recomputed
-        self.sequences = [recomputed.sequences[at] for at in recomputed.scored_sequences]
+        self.sequences = [recomputed.sequences[index] for index in recomputed.scored_sequences]
         self._is_newest = [sequence.versions == self.newest for sequence in self.sequences]
         self.engines = [
             step.responses[sequence.response].response.engine for sequence in self.sequences
@@ -107,7 +107,7 @@ class EngineGaps:
             is_version = sequence.versions == version
             gap[is_version] = (sequence.logprobs - logprobs)[is_version]
 
-    def by_position(self) -> tuple[list[float], list[float]]:
+    def position_means(self) -> tuple[list[float], list[float]]:
         """Return positions in the response, and the mean |difference| around each."""
         longest = max((len(gap) for gap in self.gaps), default=0)
         edges = np.unique(np.linspace(0, longest, min(POSITION_BINS, longest) + 1).astype(int))
@@ -119,16 +119,16 @@ class EngineGaps:
                 values.append(mean)
         return positions, values
 
-    def by_engine(self) -> dict[str, float]:
+    def engine_means(self) -> dict[str, float]:
         """Return the mean |difference| of each engine's tokens; NaN for one without any."""
         return {
-            name or "not named": mean_gap(self._of_engine(name, self.gaps))
+            name or "not named": mean_gap(self._engine_gaps(name, self.gaps))
             for name in sorted(set(self.engines))
         }
 
     def departing_engine(self) -> str | None:
         """Return the engine that alone is beyond the tolerance, where others are not."""
-        means = {name: mean for name, mean in self.by_engine().items() if not math.isnan(mean)}
+        means = {name: mean for name, mean in self.engine_means().items() if not math.isnan(mean)}
         departing = [name for name, mean in means.items() if mean > self.tolerance]
         return departing[0] if len(departing) == 1 and len(means) > 1 else None
 
@@ -142,8 +142,8 @@ class EngineGaps:
             logprobs_of_sequences: (sampled tokens,) each."""
         other_gaps = self.gaps_from(logprobs_of_sequences)
         for name in sorted(set(self.engines)):
-            mean = mean_gap(self._of_engine(name, self.gaps))
-            other_mean = mean_gap(self._of_engine(name, other_gaps))
+            mean = mean_gap(self._engine_gaps(name, self.gaps))
+            other_mean = mean_gap(self._engine_gaps(name, other_gaps))
             if mean > self.tolerance / 16 and other_mean < EXPLAINED * mean:
                 return ExplainedEngine(other_mean, mean, name or "engine")
         return None
@@ -165,7 +165,7 @@ class EngineGaps:
         ]
         return min(explanations)[1:] if explanations else None
 
-    def _of_engine(self, name: str, gaps: Sequence[np.ndarray]) -> list[np.ndarray]:
+    def _engine_gaps(self, name: str, gaps: Sequence[np.ndarray]) -> list[np.ndarray]:
         return [gap for gap, engine in zip(gaps, self.engines, strict=True) if engine == name]
 
 

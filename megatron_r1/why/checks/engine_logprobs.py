@@ -60,7 +60,7 @@ def check_logprobs(step: RecordedStep, recomputed: Recomputation) -> list[Checke
     compared = (
         f"those of {len(differences):,} tokens of {len(gaps.gaps):,} sequences with "
         "transformers' under the weights of their version; mean |Δ| by engine: "
-        + ", ".join(f"{engine} {number(mean)}" for engine, mean in gaps.by_engine().items())
+        + ", ".join(f"{engine} {number(mean)}" for engine, mean in gaps.engine_means().items())
         + f"; KL {number(kl_of_difference(-differences))}"
     )
     explained = _explanation(gaps)
@@ -120,4 +120,4 @@ def departures(recomputed: Recomputation) -> list[DepartureCurve]:
     if "old" not in vars(recomputed):
         return []
     gaps = EngineGaps(recomputed.step, recomputed)
-    return [DepartureCurve("engine against the checkpoint", *gaps.by_position())]
+    return [DepartureCurve("engine against the checkpoint", *gaps.position_means())]

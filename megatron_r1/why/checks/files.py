@@ -146,7 +146,7 @@ def _prompt_tokens(step: RecordedStep) -> CheckedQuantity:
 def _difference(tokenizer: PromptTokenizer, logged: Sequence[int], expected: Sequence[int]) -> str:
     """Return in words where two prompts part."""
     shared = min(len(logged), len(expected))
-    at = next((i for i in range(shared) if logged[i] != expected[i]), shared)
+    position = next((i for i in range(shared) if logged[i] != expected[i]), shared)
     if list(logged[1:]) == list(expected):
         return (
             f"prompts have {_token(tokenizer, logged[0])} in front, the tokenizer puts none there"
@@ -154,10 +154,13 @@ def _difference(tokenizer: PromptTokenizer, logged: Sequence[int], expected: Seq
     if list(expected[1:]) == list(logged):
         first = _token(tokenizer, expected[0])
         return f"prompts lack {first} in front, which the tokenizer puts there"
-    parts = (tokenizer.hf_tokenizer.decode(list(ids[at : at + 12])) for ids in (logged, expected))
+    parts = (
+        tokenizer.hf_tokenizer.decode(list(ids[position : position + 12]))
+        for ids in (logged, expected)
+    )
     sampled_text, expected_text = (repr(part[:SHOWN]) for part in parts)
     return (
-        f"from token {at} on {sampled_text} was sampled from, "
+        f"from token {position} on {sampled_text} was sampled from, "
         f"{expected_text} is what the settings say"
     )
 

@@ -114,10 +114,10 @@ def _stated(text: str, reading: str) -> tuple[str, str] | None:
         return (answer, TAG) if is_one and end else None
     if BOX in text:
         tail, depth = text.rpartition(BOX)[2], 0
-        for at, character in enumerate(tail):
+        for position, character in enumerate(tail):
             depth += (character == "{") - (character == "}")
             if character == "}" and depth == 0:
-                return tail[1:at], BOX
+                return tail[1:position], BOX
         return None
     if HASHES in text:
         lines = text.rpartition(HASHES)[2].strip().splitlines()
@@ -259,21 +259,21 @@ def _order(step: RecordedStep, again: Mapping[ResponseIndex, Any]) -> CheckedQua
     again: grades by response."""
     name, by_shift = "order of the rewards", dict[int, list[ResponseIndex]]()
     groups = [
-        (at, len(group.responses))
-        for at, group in enumerate(step.groups)
-        if all((at, index) in again for index in range(len(group.responses)))
+        (group_index, len(group.responses))
+        for group_index, group in enumerate(step.groups)
+        if all((group_index, index) in again for index in range(len(group.responses)))
     ]
     largest = max((size for _, size in groups), default=0)
     if largest < 2:
         return not_checked(FAMILY, name, "no group of several responses is graded here")
     for shift in range(largest):
         by_shift[shift] = [
-            (at, index)
-            for at, size in groups
+            (group_index, index)
+            for group_index, size in groups
             for index in range(size)
             if abs(
-                step.responses[at, index].rewards[ACCURACY]
-                - again[at, (index + shift) % size].reward
+                step.responses[group_index, index].rewards[ACCURACY]
+                - again[group_index, (index + shift) % size].reward
             )
             > ROUNDING
         ]

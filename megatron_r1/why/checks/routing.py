@@ -63,7 +63,7 @@ def _explained(recomputed: Recomputation, distance: float, tolerance: float) -> 
     reason = f"the trainer's routers would choose {percent(distance)} of the experts otherwise"
     try:
         other_fraction = 1 - recomputed.routing_agreement()
-        by_side = {side: 1 - recomputed.routing_agreement(at) for side, at in SHIFTS.items()}
+        by_side = {side: 1 - recomputed.routing_agreement(shift) for side, shift in SHIFTS.items()}
     except CannotRecompute:
         other_fraction, by_side = distance, {}
     if other_fraction <= tolerance:

@@ -45,7 +45,7 @@ def _settings(step: RecordedStep) -> CheckedQuantity:
     concerned: list[ResponseIndex] = []
     different: Counter[str] = Counter()
     logged = 0
-    for at, (group, record) in enumerate(
+    for group_index, (group, record) in enumerate(
         zip(step.groups + step.passed_over, step.sampling, strict=True)
     ):
         if record is None:
@@ -58,8 +58,8 @@ def _settings(step: RecordedStep) -> CheckedQuantity:
             f"{key} {getattr(record, key)} was asked for, the settings say {expected[key]}"
             for key in names
         )
-        if names and at < len(step.groups):
-            concerned += ((at, index) for index in range(len(group.responses)))
+        if names and group_index < len(step.groups):
+            concerned += ((group_index, index) for index in range(len(group.responses)))
     if not logged:
         return not_checked(
             FAMILY, name, "the log is of a version that did not write them down (before 0.3)"

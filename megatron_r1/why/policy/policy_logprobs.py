@@ -131,17 +131,20 @@ class PolicyLogprobs:
     def _logprobs_of(
         self, rows: Sequence[TokenRow], model: Any, temperature: float
     ) -> list[np.ndarray]:
-        (of_rows,) = token_logprobs.logprobs(model, rows, [temperature])
-        return [row_logprobs.numpy() for row_logprobs in of_rows]
+        (logprobs_by_row,) = token_logprobs.logprobs(model, rows, [temperature])
+        return [row_logprobs.numpy() for row_logprobs in logprobs_by_row]
 
     @property
     def _scored_rows(self) -> list[TokenRow]:
-        return [self.rows[at] for at in self.scored_sequences]
+        return [self.rows[index] for index in self.scored_sequences]
 
     def logprobs_at_temperatures(self, temperatures: Sequence[float]) -> list[list[np.ndarray]]:
         """Return those under the policy before the step, by temperature."""
         by_temperature = token_logprobs.logprobs(self.policy, self._scored_rows, temperatures)
-        return [[row_logprobs.numpy() for row_logprobs in of_rows] for of_rows in by_temperature]
+        return [
+            [row_logprobs.numpy() for row_logprobs in logprobs_by_row]
+            for logprobs_by_row in by_temperature
+        ]
 
     def logprobs_after(self, step: int) -> list[np.ndarray] | None:
         """Return those under the weights after another step; None where they are not kept."""
@@ -186,13 +189,13 @@ class PolicyLogprobs:
             CannotRecompute: the log has no experts."""
         rows = shifted_experts(self._scored_rows, shift) if shift else self._scored_rows
         num_same = num_compared = 0
-        for at, row in enumerate(rows):
+        for index, row in enumerate(rows):
             if row.experts is None:
                 raise CannotRecompute("the sample log has no experts")
             recorded = row.experts[: len(row.token_ids) - 1][row.is_sampled[1:]]
-            for layer, of_rows in enumerate(self._experts_without_replay.values()):
+            for layer, router_experts in enumerate(self._experts_without_replay.values()):
                 layer_experts = recorded[:, layer].long()
-                is_same = (layer_experts[:, :, None] == of_rows[at][:, None, :]).any(-1)
+                is_same = (layer_experts[:, :, None] == router_experts[index][:, None, :]).any(-1)
                 num_same += int(is_same.sum())
                 num_compared += int((layer_experts >= 0).sum())
         return num_same / num_compared if num_compared else 1.0
@@ -280,8 +283,8 @@ class PolicyLogprobs:
         `scored_sequences`, by layer: (tokens, experts per token) each."""
         by_layer = routed_experts.chosen_experts(self.policy, self._scored_rows)
         return {
-            name: [row_experts.numpy() for row_experts in of_rows]
-            for name, of_rows in by_layer.items()
+            name: [row_experts.numpy() for row_experts in experts_by_row]
+            for name, experts_by_row in by_layer.items()
         }
 
     @cached_property

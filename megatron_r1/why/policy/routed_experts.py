@@ -46,15 +46,15 @@ def chosen_experts(model: Any, rows: Sequence[TokenRow]) -> dict[str, list[Tenso
     with seen_experts(model) as pass_experts:
         for batch in batches(rows, model.config.vocab_size):
             pass_experts.clear()
-            members = [rows[at] for at in batch]
+            members = [rows[index] for index in batch]
             token_logits(model, members)
             longest = max(len(row.token_ids) for row in members)
             for name, experts in pass_experts.items():
                 by_row = experts.reshape(len(batch), longest, -1)
-                of_layer = experts_by_layer.setdefault(name, [torch.empty(0)] * len(rows))
-                for at, index in enumerate(batch):
+                layer_experts = experts_by_layer.setdefault(name, [torch.empty(0)] * len(rows))
+                for i, index in enumerate(batch):
                     row = rows[index]
-                    of_layer[index] = by_row[at, : len(row.token_ids) - 1][row.is_sampled[1:]]
+                    layer_experts[index] = by_row[i, : len(row.token_ids) - 1][row.is_sampled[1:]]
     return experts_by_layer
 
 

@@ -80,11 +80,13 @@ def token_logits(model: Any, rows: Sequence[TokenRow]) -> list[Tensor]:
     float32."""
     longest = max(len(row.token_ids) for row in rows)
     ids = torch.zeros((len(rows), longest), dtype=torch.int64)
-    for at, row in enumerate(rows):
-        ids[at, : len(row.token_ids)] = row.token_ids
+    for index, row in enumerate(rows):
+        ids[index, : len(row.token_ids)] = row.token_ids
     with parametrize.cached(), _replay(model, rows, longest):  # adapters are merged once
         out = model(input_ids=ids, use_cache=False).logits
-    return [out[at, : len(row.token_ids) - 1][row.is_sampled[1:]] for at, row in enumerate(rows)]
+    return [
+        out[index, : len(row.token_ids) - 1][row.is_sampled[1:]] for index, row in enumerate(rows)
+    ]
 
 
 def _replay(
@@ -95,9 +97,9 @@ def _replay(
     if not shapes:
         return contextlib.nullcontext()
     experts = torch.full((len(rows), longest, *shapes[0]), -1, dtype=torch.int16)
-    for at, row in enumerate(rows):
+    for index, row in enumerate(rows):
         if row.experts is not None:
-            experts[at, : len(row.experts)] = row.experts
+            experts[index, : len(row.experts)] = row.experts
     return replayed_experts(model, experts.flatten(0, 1))
 
 
@@ -139,13 +141,17 @@ def logprobs(
         model: as `read_model` returns it.
         rows: the sequences.
         temperatures: the logits are divided by each."""
-    logprobs_of_rows: list[list[Tensor]] = [[torch.empty(0)] * len(rows) for _ in temperatures]
+    logprobs_by_temperature: list[list[Tensor]] = [
+        [torch.empty(0)] * len(rows) for _ in temperatures
+    ]
     for batch in batches(rows, model.config.vocab_size):
         for index, logits in zip(
-            batch, token_logits(model, [rows[at] for at in batch]), strict=True
+            batch, token_logits(model, [rows[row_index] for row_index in batch]), strict=True
         ):
-            for by_temperature, temperature in zip(logprobs_of_rows, temperatures, strict=True):
-                by_temperature[index] = token_logprobs_and_entropies(
+            for row_logprobs, temperature in zip(
+                logprobs_by_temperature, temperatures, strict=True
+            ):
+                row_logprobs[index] = token_logprobs_and_entropies(
                     logits, rows[index], temperature
                 )[0]
-    return logprobs_of_rows
+    return logprobs_by_temperature

@@ -165,8 +165,8 @@ class RecordedStep:
     def responses(self) -> dict[ResponseIndex, GradedResponse]:
         """The responses that were trained on, by their index."""
         return {
-            (at, index): graded
-            for at, group in enumerate(self.groups)
+            (group_index, index): graded
+            for group_index, group in enumerate(self.groups)
             for index, graded in enumerate(group.responses)
         }
 
@@ -244,10 +244,10 @@ class RecordedStep:
         """All sequences of the step, by group and response."""
         sequences: list[TokenSequence] = []
         shape = routing_shape(self.hf) if self.config.rl.routing_replay else None
-        for at, group in enumerate(self.groups):
+        for group_index, group in enumerate(self.groups):
             for index, graded in enumerate(group.responses):
-                advantage = self.advantages[at][index]
-                sequences += _sequences((at, index), group, graded, advantage, shape)
+                advantage = self.advantages[group_index][index]
+                sequences += _sequences((group_index, index), group, graded, advantage, shape)
         return sequences
 
     def loss_fraction(self, concerned: Sequence[ResponseIndex]) -> float:

@@ -203,12 +203,14 @@ class Recomputation(UpdateInputs):
                 return NO_ESTIMATE
             estimated = []
             for trace in updates.traces:
-                trained = [at for at in trace.rows if rows[at].is_trained]
-                totals = Totals(denominator=denominator([rows[at] for at in trained], rules))
-                for at in trained:
-                    logprobs, entropy = trace.tokens[at]
-                    ref = None if reference is None else reference[at]
-                    row_loss(rows[at], logprobs, entropy, self._old_of_all[at], ref, rules, totals)
+                trained = [index for index in trace.rows if rows[index].is_trained]
+                totals = Totals(denominator=denominator([rows[index] for index in trained], rules))
+                for index in trained:
+                    logprobs, entropy = trace.tokens[index]
+                    ref = None if reference is None else reference[index]
+                    row_loss(
+                        rows[index], logprobs, entropy, self._old_of_all[index], ref, rules, totals
+                    )
                 estimated.append(totals.update(rules))
             metrics, _ = _means(estimated)
             gaps = [

@@ -102,29 +102,31 @@ class StepUpdates:
         adam: AdamRules,
         lost: Collection[int],
     ) -> Update:
-        trained = [at for at in indices if self.rows[at].is_trained]
+        trained = [row_index for row_index in indices if self.rows[row_index].is_trained]
         totals = Totals()
-        totals.denominator = denominator([self.rows[at] for at in trained], loss)
+        totals.denominator = denominator([self.rows[row_index] for row_index in trained], loss)
         trace = Trace(trained, {}, {})
         self.model.zero_grad()
         vocabulary = self.model.config.vocab_size
-        for batch in batches([self.rows[at] for at in trained], vocabulary):
-            members = [trained[at] for at in batch]
+        for batch in batches([self.rows[row_index] for row_index in trained], vocabulary):
+            members = [trained[i] for i in batch]
             terms = torch.zeros((), dtype=torch.float64)
-            rows = [self.rows[at] for at in members]
+            rows = [self.rows[row_index] for row_index in members]
             with seen_experts(self.model) as pass_experts:
                 computed = token_logits(self.model, rows)
             if self._biases is not None:
                 self._biases.count(pass_experts, rows)
-            for at, logits in zip(members, computed, strict=True):
+            for row_index, logits in zip(members, computed, strict=True):
                 logprobs, entropy = token_logprobs_and_entropies(
-                    logits, self.rows[at], loss.temperature
+                    logits, self.rows[row_index], loss.temperature
                 )
-                trace.tokens[at] = logprobs.detach(), entropy.detach()
-                reference = None if self._reference is None else self._reference[at]
-                row = self.rows[at]
-                term = row_loss(row, logprobs, entropy, self._old[at], reference, loss, totals)
-                terms = terms + (term.detach() if at in lost else term)
+                trace.tokens[row_index] = logprobs.detach(), entropy.detach()
+                reference = None if self._reference is None else self._reference[row_index]
+                row = self.rows[row_index]
+                term = row_loss(
+                    row, logprobs, entropy, self._old[row_index], reference, loss, totals
+                )
+                terms = terms + (term.detach() if row_index in lost else term)
             if terms.requires_grad:
                 terms.backward()
         trace.gradients = {

@@ -44,16 +44,16 @@ def substitutions(step: RecordedStep, recomputed: Recomputation) -> Iterator[Sub
         recomputed: its updates as the settings say."""
     rl = step.config.rl
     if rl.kl_beta and rl.algorithm not in formulas.OF_TOKENS:
-        yield from _of_kl(step)
-    yield from _of_loss(step)
-    yield from _of_advantages(step)
-    yield from _of_samples(step, recomputed)
-    yield from _of_optimizer(step)
-    yield from _of_evidence(step, recomputed.evidence)
-    yield from _defaults(step)
+        yield from _kl_substitutions(step)
+    yield from _loss_substitutions(step)
+    yield from _advantage_substitutions(step)
+    yield from _sample_substitutions(step, recomputed)
+    yield from _optimizer_substitutions(step)
+    yield from _evidence_substitutions(step, recomputed.evidence)
+    yield from _default_substitutions(step)
 
 
-def _of_loss(step: RecordedStep) -> Iterator[Substitution]:
+def _loss_substitutions(step: RecordedStep) -> Iterator[Substitution]:
     """Yield other averages, clips and weights."""
     rl = step.config.rl
     yield Substitution(
@@ -64,7 +64,7 @@ def _of_loss(step: RecordedStep) -> Iterator[Substitution]:
     )
     for average in _others(("sequence", "token", "constant"), rl.loss_average):
         yield Substitution(f"average {average}", "rl.loss_average", loss=(("average", average),))
-    yield from _of_clips(rl)
+    yield from _clip_substitutions(rl)
     yield Substitution(
         "old log-probabilities that are the current ones, a ratio of 1,",
         "old log-probabilities",
@@ -99,7 +99,7 @@ def _of_loss(step: RecordedStep) -> Iterator[Substitution]:
         )
 
 
-def _of_clips(rl: RLConfig) -> Iterator[Substitution]:
+def _clip_substitutions(rl: RLConfig) -> Iterator[Substitution]:
     """Yield other clips of the ratio."""
     if rl.clip_low != rl.clip_high:
         yield Substitution(
@@ -120,7 +120,7 @@ def _of_clips(rl: RLConfig) -> Iterator[Substitution]:
     )
 
 
-def _of_advantages(step: RecordedStep) -> Iterator[Substitution]:
+def _advantage_substitutions(step: RecordedStep) -> Iterator[Substitution]:
     """Yield advantages of other rules, and of other responses."""
     rl, rewards = step.config.rl, step.training_rewards
 
@@ -157,27 +157,29 @@ def _of_advantages(step: RecordedStep) -> Iterator[Substitution]:
         "the advantages or the loss of rl.algorithm: a better response becomes more likely",
         advantages=[[-a for a in group_advantages] for group_advantages in step.advantages],
     )
-    yield from _of_others(step)
-    plain = [[g.reward if g.is_graded else None for g in group.responses] for group in step.groups]
+    yield from _shifted_advantage_substitutions(step)
+    unpenalized_rewards = [
+        [g.reward if g.is_graded else None for g in group.responses] for group in step.groups
+    ]
     if rl.overlong_buffer:
         yield Substitution(
             "rewards without the penalty of long responses",
             "rl.overlong_buffer",
-            advantages=compute(plain),
+            advantages=compute(unpenalized_rewards),
         )
     accuracy = [
         [g.rewards.get("accuracy") if g.is_graded else None for g in group.responses]
         for group in step.groups
     ]
-    if accuracy != plain:
+    if accuracy != unpenalized_rewards:
         yield Substitution(
             "rewards of accuracy alone", "rewards.weights", advantages=compute(accuracy)
         )
     if any(graded.is_truncated for graded in step.responses.values()):
-        yield _of_truncated(step, compute(rewards))
+        yield _truncated_substitution(step, compute(rewards))
 
 
-def _of_truncated(step: RecordedStep, all_trained: Advantages) -> Substitution:
+def _truncated_substitution(step: RecordedStep, all_trained: Advantages) -> Substitution:
     """Return the advantages where truncated responses are trained on if the settings leave them
     out, and are left out otherwise.
 
@@ -198,7 +200,7 @@ def _of_truncated(step: RecordedStep, all_trained: Advantages) -> Substitution:
     return Substitution("truncated responses left out", "rl.truncated", advantages=trained)
 
 
-def _of_others(step: RecordedStep) -> Iterator[Substitution]:
+def _shifted_advantage_substitutions(step: RecordedStep) -> Iterator[Substitution]:
     """Yield advantages of another group, and of another response."""
     for places in range(1, len(step.groups)):
         moved_advantages = [*step.advantages[places:], *step.advantages[:places]]
@@ -223,7 +225,7 @@ def _of_others(step: RecordedStep) -> Iterator[Substitution]:
         )
 
 
-def _of_samples(step: RecordedStep, recomputed: Recomputation) -> Iterator[Substitution]:
+def _sample_substitutions(step: RecordedStep, recomputed: Recomputation) -> Iterator[Substitution]:
     """Yield samples that are lost, used twice, or used in part."""
     yield Substitution(
         "prompt tokens in the loss",
@@ -271,10 +273,10 @@ def _of_samples(step: RecordedStep, recomputed: Recomputation) -> Iterator[Subst
         )
 
 
-def _of_optimizer(step: RecordedStep) -> Iterator[Substitution]:
+def _optimizer_substitutions(step: RecordedStep) -> Iterator[Substitution]:
     """Yield other states and rules of Adam."""
     settings = step.config.optimizer
-    yield from _of_moments(step)
+    yield from _moment_substitutions(step)
     yield Substitution(
         "no clipping of the gradient", "optimizer.clip_grad", adam=(("clip_grad", math.inf),)
     )
@@ -315,7 +317,7 @@ def _of_optimizer(step: RecordedStep) -> Iterator[Substitution]:
         )
 
 
-def _of_moments(step: RecordedStep) -> Iterator[Substitution]:
+def _moment_substitutions(step: RecordedStep) -> Iterator[Substitution]:
     """Yield states of Adam that are lost."""
     lost = "the optimizer's state: it was lost before this step, at a restart or a load"
     if step.step > 1:
@@ -336,7 +338,7 @@ def _of_moments(step: RecordedStep) -> Iterator[Substitution]:
     )
 
 
-def _of_evidence(step: RecordedStep, evidence: Evidence) -> Iterator[Substitution]:
+def _evidence_substitutions(step: RecordedStep, evidence: Evidence) -> Iterator[Substitution]:
     """Yield multiples of learning rate and gradient that a checkpoint shows, and tensors
     without one."""
     if evidence.parameters_without_gradient:
@@ -347,7 +349,7 @@ def _of_evidence(step: RecordedStep, evidence: Evidence) -> Iterator[Substitutio
             f"the trainer: {names} get no gradient",
             adam=(("without_gradient", evidence.parameters_without_gradient),),
         )
-    yield from _of_weights(step, evidence)
+    yield from _weight_substitutions(step, evidence)
     if evidence.update_factor is not None and abs(evidence.update_factor - 1) > SAME:
         rates = tuple(rate * evidence.update_factor for rate in step.learning_rates)
         yield Substitution(
@@ -378,7 +380,7 @@ def _of_evidence(step: RecordedStep, evidence: Evidence) -> Iterator[Substitutio
             )
 
 
-def _of_weights(step: RecordedStep, evidence: Evidence) -> Iterator[Substitution]:
+def _weight_substitutions(step: RecordedStep, evidence: Evidence) -> Iterator[Substitution]:
     """Yield the weights of KL and entropy that the logged loss would have."""
     logged, recomputed_loss = step.line.get("loss"), sum(evidence.terms.values())
     if not isinstance(logged, int | float):
@@ -405,7 +407,7 @@ def _ranks(step: RecordedStep, factor: float) -> str:
     return ""
 
 
-def _of_kl(step: RecordedStep) -> Iterator[Substitution]:
+def _kl_substitutions(step: RecordedStep) -> Iterator[Substitution]:
     """Yield other KL terms, and other references."""
     rl = step.config.rl
     yield Substitution(
@@ -431,7 +433,7 @@ def _of_kl(step: RecordedStep) -> Iterator[Substitution]:
         )
 
 
-def _defaults(step: RecordedStep) -> Iterator[Substitution]:
+def _default_substitutions(step: RecordedStep) -> Iterator[Substitution]:
     """Yield settings of the loss without effect: their default in place of the recipe's."""
     rl, default = step.config.rl, RLConfig(algorithm=step.config.rl.algorithm)
     for name in OF_LOSS:

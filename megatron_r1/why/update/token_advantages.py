@@ -39,8 +39,8 @@ def with_token_advantages(
     new_rows = list(rows)
     if rl.algorithm in OF_TOKENS:
         values = [
-            _to_go(row, old[at], None if reference is None else reference[at], step)
-            for at, row in enumerate(rows)
+            _rewards_to_go(row, old[index], None if reference is None else reference[index], step)
+            for index, row in enumerate(rows)
         ]
         if rl.algorithm == "reinforce_pp":
             trained = [v for v, row in zip(values, rows, strict=True) if row.is_trained]
@@ -55,11 +55,13 @@ def with_token_advantages(
         ]
     if rl.engine_mask in MASKS:
         bounds = rl.engine_mask_settings
-        new_rows = [_masked(row, old[at], bounds) for at, row in enumerate(new_rows)]
+        new_rows = [_masked(row, old[index], bounds) for index, row in enumerate(new_rows)]
     return new_rows
 
 
-def _to_go(row: TokenRow, old: Tensor, reference: Tensor | None, step: RecordedStep) -> Tensor:
+def _rewards_to_go(
+    row: TokenRow, old: Tensor, reference: Tensor | None, step: RecordedStep
+) -> Tensor:
     """Return the discounted sums of what follows each token, itself included.
 
     Args:
@@ -74,9 +76,9 @@ def _to_go(row: TokenRow, old: Tensor, reference: Tensor | None, step: RecordedS
     if len(rewards):
         rewards[-1] += row.advantage
     sums, total = torch.zeros_like(rewards), torch.zeros((), dtype=rewards.dtype)
-    for at in range(len(rewards) - 1, -1, -1):
-        total = rewards[at] + rl.discount * total
-        sums[at] = total
+    for position in range(len(rewards) - 1, -1, -1):
+        total = rewards[position] + rl.discount * total
+        sums[position] = total
     return sums
 
 

@@ -112,17 +112,17 @@ class UpdateInputs(PolicyLogprobs):
             token_rows: the rows; None: the step's."""
         token_rows = token_rows or self.rows
         by_response: dict[Any, list[int]] = {}
-        for at, sequence in enumerate(self.sequences):
-            by_response.setdefault(sequence.response, []).append(at)
+        for index, sequence in enumerate(self.sequences):
+            by_response.setdefault(sequence.response, []).append(index)
         shuffled = list(by_response.values())
         random.Random(f"{self.step.run_config.run.seed}:{self.step.step}").shuffle(shuffled)
         trained = [rows for rows in shuffled if token_rows[rows[0]].is_trained]
         count = self.step.config.rl.minibatches
         return [
             [
-                at
+                index
                 for rows in trained[i * len(trained) // count : (i + 1) * len(trained) // count]
-                for at in rows
+                for index in rows
             ]
             for i in range(count)
         ]
@@ -144,9 +144,11 @@ class UpdateInputs(PolicyLogprobs):
         ranks, cost = parallel.data_parallel_size(parallel.processes), sample_cost(self.step.hf)
         batches = []
         for rows in self.minibatches():
-            lengths = [len(self.rows[at].token_ids) for at in rows]
+            lengths = [len(self.rows[index].token_ids) for index in rows]
             packing = pack(lengths, ranks, parallel.microbatch_tokens, cost=cost)
-            batches.append([[[rows[at] for at in m] for m in share] for share in packing.shares])
+            batches.append(
+                [[[rows[index] for index in m] for m in share] for share in packing.shares]
+            )
         return batches
 
     def shares(self) -> list[tuple[str, list[int]]]:
@@ -156,7 +158,7 @@ class UpdateInputs(PolicyLogprobs):
         for update in self.packed:
             for rank, share in enumerate(update):
                 if len(update) > 1:
-                    row_numbers = [at for members in share for at in members]
+                    row_numbers = [index for members in share for index in members]
                     share_by_key.setdefault(f"data-parallel rank {rank}", []).extend(row_numbers)
                 if len(share) > 1:
                     share_by_key.setdefault("the first micro-batch", []).extend(share[0])
