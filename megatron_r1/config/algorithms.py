@@ -136,10 +136,10 @@ class AlgorithmRules:
         for name, value in settings.items():
             key = f"rl.options.{name}"
             if name not in self.options:
-                near = did_you_mean(name, self.options, "{}")
+                suggestion = did_you_mean(name, self.options, "{}")
                 known_names = ", ".join(self.options) or "none"
                 raise UserError(
-                    f"{key}: unknown option{near or f'; the algorithm has {known_names}'}",
+                    f"{key}: unknown option{suggestion or f'; the algorithm has {known_names}'}",
                     key=key,
                     cause=Cause.UNKNOWN,
                 )

@@ -66,11 +66,11 @@ def describe_keys(models: Sequence[type[BaseModel]], names: Sequence[str] = ()) 
         selection.update(matching or _search(name, lines))
         if not selection:
             known_keys = {key.rpartition(".")[0] for key in fields} | fields.keys()
-            near = did_you_mean(name, known_keys, "{}")
+            suggestion = did_you_mean(name, known_keys, "{}")
             sections = [section for model in models for section in model.model_fields]
-            near = near or f"; there are {', '.join(sections)}"
+            suggestion = suggestion or f"; there are {', '.join(sections)}"
             raise UserError(
-                f"keys {name}: no section or key is called so, and none mentions it{near}",
+                f"keys {name}: no section or key is called so, and none mentions it{suggestion}",
                 key=name,
                 cause=Cause.UNKNOWN,
             )

@@ -73,8 +73,8 @@ class ScheduleEntry(BaseModel):
     def _names_its_first_step(cls, values: Any) -> Any:
         # Other keys are settings, so pydantic alone would take a misspelt one for a setting.
         for key in values if isinstance(values, dict) and "from_step" not in values else ():
-            if near := did_you_mean(key, ["from_step"], "{}"):
-                raise UserError(f"unknown key {key}{near}", key=key, cause=Cause.UNKNOWN)
+            if suggestion := did_you_mean(key, ["from_step"], "{}"):
+                raise UserError(f"unknown key {key}{suggestion}", key=key, cause=Cause.UNKNOWN)
         return values
 
     @model_validator(mode="after")
@@ -123,10 +123,10 @@ def check_schedule_keys(schedule: list[ScheduleEntry], known_keys: Collection[st
         UserError: for a setting that cannot change."""
     for key in (key for entry in schedule for key in entry.changes):
         if key not in SCHEDULED_KEYS:
-            near = "" if key in known_keys else did_you_mean(key, SCHEDULED_KEYS, "{}")
-            near = near or f"; these can: {', '.join(SCHEDULED_KEYS)}"
+            suggestion = "" if key in known_keys else did_you_mean(key, SCHEDULED_KEYS, "{}")
+            suggestion = suggestion or f"; these can: {', '.join(SCHEDULED_KEYS)}"
             raise UserError(
-                f"rl.schedule: {key} cannot change during a run{near}",
+                f"rl.schedule: {key} cannot change during a run{suggestion}",
                 key="rl.schedule",
                 cause=Cause.UNSUPPORTED,
             )
@@ -269,9 +269,9 @@ class RLConfig(Section):
         name = values.get("algorithm", "grpo")
         rules = algorithms.find_rules(name)
         for key in rules.defaults.keys() - cls.model_fields.keys():
-            near = did_you_mean(key, cls.model_fields, "{}")
+            suggestion = did_you_mean(key, cls.model_fields, "{}")
             raise UserError(
-                f"rl.algorithm: {name}: its default {key} is no setting of rl{near}",
+                f"rl.algorithm: {name}: its default {key} is no setting of rl{suggestion}",
                 key="rl.algorithm",
                 cause=Cause.UNKNOWN,
             )

@@ -50,9 +50,9 @@ class TeacherConfig(TeacherEngines):
         for a run without a teacher."""
         if not self.path:
             return {}
-        return {source_key(name): self.of_source(name) for name in (DEFAULT, *self.by_source)}
+        return {source_key(name): self.engines_of(name) for name in (DEFAULT, *self.by_source)}
 
-    def of_source(self, name: str) -> TeacherEngines:
+    def engines_of(self, name: str) -> TeacherEngines:
         """Return the teacher of a key of `by_source`, or of `DEFAULT`."""
         return self.by_source[name] if name else self
 

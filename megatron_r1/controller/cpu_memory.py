@@ -172,15 +172,15 @@ def _state_bytes(config: Config, hf: dict, world_size: int, *, with_reference: b
     and buffers for a checkpoint, if they are kept. Moments are fp32 on a CPU
     (`trainer.construction`)."""
     parallel, lora = config.parallel, config.model.lora
-    at = Shard(
+    shard = Shard(
         tuple(range(hf["num_hidden_layers"])),
         mtp=config.model.mtp != "none",
         tp=(0, parallel.tensor),
         ep=(0, parallel.expert),
         etp=(0, parallel.expert_tensor),
     )
-    adapters = layout_from_table(adapter_table(hf, lora), at) if lora else None
-    counts = count_parameters(layout(hf, at), config.model.mtp, adapters)
+    adapters = layout_from_table(adapter_table(hf, lora), shard) if lora else None
+    counts = count_parameters(layout(hf, shard), config.model.mtp, adapters)
     ranks = world_size // parallel.pipeline  # stages have the layers once, all together
     optimizer_shards = (
         ranks // parallel.tensor,

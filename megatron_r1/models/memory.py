@@ -300,14 +300,14 @@ def layer_activations(
     modules["core_attn"] = 4 * heads * all_tokens
     dispatch = 0.0
     if sparse:
-        routed, inner = hf["num_experts_per_tok"] * split, hf["moe_intermediate_size"]
+        routed, intermediate = hf["num_experts_per_tok"] * split, hf["moe_intermediate_size"]
         at_expert = routed * imbalance * parallel.expert_tensor
-        inner_local = inner / parallel.expert_tensor
+        local_intermediate = intermediate / parallel.expert_tensor
         scores = (3 + num_extra) * FP32 * hf["n_routed_experts"] * split
-        values_per_token = (1 + num_extra) * hidden + (2 + num_extra) * inner_local
+        values_per_token = (1 + num_extra) * hidden + (2 + num_extra) * local_intermediate
         modules["moe"] = at_expert * values_per_token * value + scores
-        modules["moe_act"] = at_expert * inner_local * value
-        shared = inner * (hf.get("n_shared_experts") or 0)
+        modules["moe_act"] = at_expert * local_intermediate * value
+        shared = intermediate * (hf.get("n_shared_experts") or 0)
         modules["shared_experts"] = (3 + num_extra) * shared / tensor * all_tokens * value
         # The sent and the received tokens, sorted by expert, exist at once.
         dispatch = 2 * at_expert * hidden * value

@@ -107,11 +107,11 @@ class _RingAttention(torch.autograd.Function):
             keys = halves.pad(share[..., : key.shape[2]], size)
             values = halves.pad(share[..., key.shape[2] :], size)
             for half, key_half, causal in _visible(rank, owner, num_ranks):
-                for at, q in enumerate(queries[half]):
-                    k, v = (repeat_kv(x[key_half][at], q.shape[1]) for x in (keys, values))
-                    mask = None if causal else masks[at]
+                for index, q in enumerate(queries[half]):
+                    k, v = (repeat_kv(x[key_half][index], q.shape[1]) for x in (keys, values))
+                    mask = None if causal else masks[index]
                     out, lse = flash_forward(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
-                    joined[half][at] = _merge_chunks(joined[half][at], out.to(wide), lse)
+                    joined[half][index] = _merge_chunks(joined[half][index], out.to(wide), lse)
         out, lse = (
             halves.unpad([[part[n] for part in half] for half in joined], count)
             for n, count in enumerate((value.shape[2], 1))
@@ -145,12 +145,16 @@ class _RingAttention(torch.autograd.Function):
                 for halves_of_share in (keys, values)
             )
             for half, key_half, causal in _visible(rank, owner, num_ranks):
-                for at, q in enumerate(queries[half]):
-                    k, v = (repeat_kv(x[key_half][at], q.shape[1]) for x in (keys, values))
-                    row = (grads[half][at], q, k, v, outs[half][at], normalizers[half][at])
-                    mask = None if causal else masks[at]
+                for index, q in enumerate(queries[half]):
+                    k, v = (repeat_kv(x[key_half][index], q.shape[1]) for x in (keys, values))
+                    row = (grads[half][index], q, k, v, outs[half][index], normalizers[half][index])
+                    mask = None if causal else masks[index]
                     parts = flash_backward(*row, 0.0, causal, attn_mask=mask, scale=ctx.scale)
-                    sums = d_queries[half][at], d_keys[key_half][at], d_values[key_half][at]
+                    sums = (
+                        d_queries[half][index],
+                        d_keys[key_half][index],
+                        d_values[key_half][index],
+                    )
                     for total, part in zip(sums, parts, strict=True):
                         total += sum_kv_gradients(part, total.shape[1])
             d_share = torch.cat(

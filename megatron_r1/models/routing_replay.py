@@ -225,8 +225,8 @@ class RoutingReplay:
         ]
         counts = exchange_token_counts(dispatcher, local_counts, len(layers))
         return [
-            routing._replace(counts=of_batch) if routing is not None else None
-            for routing, of_batch in zip(recorded, counts, strict=True)
+            routing._replace(counts=batch_counts) if routing is not None else None
+            for routing, batch_counts in zip(recorded, counts, strict=True)
         ]
 
     def end(self) -> None:

@@ -140,10 +140,10 @@ class _Segments:
         starts = cu_seqlens.tolist()
         seeing: dict[tuple[int, int], list[int]] = defaultdict(list)
         for segment in range(len(parent)):
-            at = segment
-            while parent[at] >= 0:
-                seeing[parent[at], start[at]].append(segment)
-                at = parent[at]
+            ancestor = segment
+            while parent[ancestor] >= 0:
+                seeing[parent[ancestor], start[ancestor]].append(segment)
+                ancestor = parent[ancestor]
         self.links = []
         for (prefix, end), members in seeing.items():
             rows = concat_ranges(cu_seqlens[members], lengths[members])
@@ -207,9 +207,9 @@ class _PrefixAttention(torch.autograd.Function):
                 gradients.append(part.to(wide))
         d_query, d_key, d_value = (buckets.unpad(parts) for parts in segment_gradients)
         for rows, prefix in segments.links:
-            at = grad[rows], query[rows], key[prefix], value[prefix], out[rows]
+            operands = grad[rows], query[rows], key[prefix], value[prefix], out[rows]
             norm = lse[rows][..., 0].t()[None]
-            parts = _gradients([_row(x, size) for x in at], norm, False, ctx.scale)
+            parts = _gradients([_row(x, size) for x in operands], norm, False, ctx.scale)
             d_rows, d_prefix_key, d_prefix_value = (
                 part[0].transpose(0, 1).to(wide) for part in parts
             )

@@ -121,9 +121,9 @@ def exchange_token_counts(
     num_experts, num_local = dispatcher.num_experts, dispatcher.num_local_experts
     shape = (len(counts), num_layers, num_experts)
     local_counts = np.full(shape, -1, np.int64)
-    for at, of_batch in enumerate(counts):
-        if of_batch is not None:
-            local_counts[at] = of_batch
+    for batch, batch_counts in enumerate(counts):
+        if batch_counts is not None:
+            local_counts[batch] = batch_counts
     on_device = platform.to_device(torch.from_numpy(local_counts), platform.device())
     group = dispatcher.tp_ep_group
     gathered = on_device.new_empty(group.size() * len(counts), *shape[1:])
@@ -143,20 +143,20 @@ def exchange_token_counts(
     sent = local_counts.reshape(*shape[:2], dispatcher.ep_size, num_local).sum(-1)
     if not dispatcher.config.moe_permute_fusion:
         chunks = torch.from_numpy(on_host.reshape(chunks.shape))
-    alone = group.size() == 1
+    is_single_rank = group.size() == 1
 
-    def of_layer(at: int, layer: int) -> TokenCounts:
-        of_ranks = tokens[at, layer]
+    def layer_counts(batch: int, layer: int) -> TokenCounts:
+        rank_tokens = tokens[batch, layer]
         return TokenCounts(
-            None if alone else sent[at, layer],
-            None if alone else of_ranks[dispatcher.tp_rank],
-            None if alone else of_ranks.sum(-1),
-            torch.from_numpy(on_host[at, layer].sum((0, 1))),
-            chunks[at, layer] if num_local > 1 else None,
-            int(local_counts[at, layer].sum()),
+            None if is_single_rank else sent[batch, layer],
+            None if is_single_rank else rank_tokens[dispatcher.tp_rank],
+            None if is_single_rank else rank_tokens.sum(-1),
+            torch.from_numpy(on_host[batch, layer].sum((0, 1))),
+            chunks[batch, layer] if num_local > 1 else None,
+            int(local_counts[batch, layer].sum()),
         )
 
     return [
-        [of_layer(at, layer) for layer in range(num_layers)] if is_known[at] else None
-        for at in range(len(counts))
+        [layer_counts(batch, layer) for layer in range(num_layers)] if is_known[batch] else None
+        for batch in range(len(counts))
     ]

@@ -67,9 +67,11 @@ class PushWorker:
         )
         return {"store": address}
 
-    def _pushed_pieces(self, of_adapters: bool) -> Iterator[tuple[torch.Tensor, tuple[Piece, ...]]]:
+    def _pushed_pieces(
+        self, has_adapters: bool
+    ) -> Iterator[tuple[torch.Tensor, tuple[Piece, ...]]]:
         """Yield (parameter, pieces) of this rank's weights, or of its adapters' factors."""
-        if of_adapters:
+        if has_adapters:
             for factor, pieces, _ in adapter_pieces(self._model_chunks):
                 yield factor, pieces
         else:

@@ -69,12 +69,12 @@ def running_command(
         The process of the verb."""
     processes = []
     try:
-        of_trainer, of_hosts = gpu_environments(verb, config)
-        for number, gpu_variables in enumerate(of_hosts):
+        trainer_variables, host_variables = gpu_environments(verb, config)
+        for number, gpu_variables in enumerate(host_variables):
             processes.append(
                 _host(config, number, log.with_name(f"host-{number}.log"), gpu_variables)
             )
-        environment = QUIET | of_trainer
+        environment = QUIET | trainer_variables
         main = children.start(rehearsal_command(verb, recipe, config, settings), log, environment)
         processes.insert(0, main)
         yield main
@@ -125,9 +125,9 @@ def gpu_environments(verb: str, config: Config) -> tuple[dict[str, str], list[di
     ranks = rollout.tensor * rollout.pipeline * rollout.data // rollout.hosts_per_engine
     shared = rollout.colocated or verb == "sample"
     first = 0 if shared else len(visible) - hosts * ranks
-    of_hosts = [visible[first + i * ranks : first + (i + 1) * ranks] for i in range(hosts)]
-    of_trainer = visible if shared else visible[:first]
-    return _visible(of_trainer), [_visible(host_gpus) for host_gpus in of_hosts]
+    gpus_by_host = [visible[first + i * ranks : first + (i + 1) * ranks] for i in range(hosts)]
+    trainer_gpus = visible if shared else visible[:first]
+    return _visible(trainer_gpus), [_visible(gpus) for gpus in gpus_by_host]
 
 
 def _visible(gpus: Sequence[str]) -> dict[str, str]:

@@ -96,8 +96,8 @@ def _short_stages(groups: list[str], pipeline: int, original: int) -> list[str]:
     between = groups[1:-1]
     kinds = list(dict.fromkeys(between)) or ["t"]
     middle = [kinds[i % len(kinds)] for i in range(max(0, count - 2))]
-    alone = "E" + "t" * MAX_LAYERS + "m" * ("m" in "".join(groups)) + "L"
-    stages = [groups[0], *middle, groups[-1]] if count > 1 else [alone]
+    single_stage = "E" + "t" * MAX_LAYERS + "m" * ("m" in "".join(groups)) + "L"
+    stages = [groups[0], *middle, groups[-1]] if count > 1 else [single_stage]
     layers = [group.count("t") for group in stages]
     short = [min(number, MAX_LAYERS) for number in layers]
     if len(set(layers)) > len(set(short)) == 1:

@@ -232,16 +232,16 @@ class PhaseRunner:
         log = self.recipe.with_name(f"log-{len(self.shown)}.txt")
         settings = [*self.settings, *settings]
         blocked = self.run_folder.path / "logs" / "controller-blocked.txt"
-        since, cpu_since = time.monotonic(), launch.cpu_seconds()
+        start, cpu_start = time.monotonic(), launch.cpu_seconds()
         started = launch.running_command(
             self.verb, self.recipe, config or self.config, settings, log
         )
         with started as process:
-            phase = _Phase(title, process, log, blocked, self.timeout_seconds, since)
+            phase = _Phase(title, process, log, blocked, self.timeout_seconds, start)
             yield phase
-            phase.seconds = time.monotonic() - since
+            phase.seconds = time.monotonic() - start
             # Before the kill: the children of killed processes have no parent that waits for them.
-            phase.cpu_seconds = launch.cpu_seconds() - cpu_since
+            phase.cpu_seconds = launch.cpu_seconds() - cpu_start
 
     def _show(self, title: str, phase: "_Phase", evidence: str) -> None:
         self.shown.append(PhaseResult(title, evidence, phase.seconds, phase.cpu_seconds))

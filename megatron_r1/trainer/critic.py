@@ -111,8 +111,8 @@ def value_loss(batch: PackedBatch, scores: Tensor, clip: float | None) -> LossTe
     new, old, returns = values[rows], batch.values[rows], batch.returns[rows]
     # V_old + (V - V_old) differs from V by rounding and would be counted as clipped, so without a
     # limit V itself is taken.
-    near = new if clip is None else old + (new - old).clamp(-clip, clip)
-    losses, clipped = (new - returns).square(), (near - returns).square()
+    clipped_values = new if clip is None else old + (new - old).clamp(-clip, clip)
+    losses, clipped = (new - returns).square(), (clipped_values - returns).square()
     count = torch.full((), len(rows), dtype=torch.int, device=values.device)
     measured = {
         "value/loss": 0.5 * torch.maximum(losses, clipped),

@@ -59,4 +59,4 @@ class ProbeRunner:
         return {"scores": scores}
 
     def _scores_only(self, batch: PackedBatch, out: Tensor) -> list[float]:
-        return self.trainer.heads.scores(batch, out).at_last_tokens().tolist()
+        return self.trainer.heads.scores(batch, out).last_token_scores().tolist()

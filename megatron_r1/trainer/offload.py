@@ -67,19 +67,19 @@ class HostStore:
         """Copy the parts into host memory."""
         missing = _num_chunks(parts) - len(self._chunks)
         self._chunks += [_chunk() for _ in range(missing)]
-        for piece, at in _pieces(parts):
-            self._chunk_slice(piece, at).copy_(piece, non_blocking=True)
+        for piece, offset in _pieces(parts):
+            self._chunk_slice(piece, offset).copy_(piece, non_blocking=True)
         platform.synchronize()
 
     def read(self, parts: Sequence[Tensor]) -> None:
         """Copy what `write` stored back into parts of the same sizes."""
-        for piece, at in _pieces(parts):
-            piece.copy_(self._chunk_slice(piece, at), non_blocking=True)
+        for piece, offset in _pieces(parts):
+            piece.copy_(self._chunk_slice(piece, offset), non_blocking=True)
         platform.synchronize()
 
-    def _chunk_slice(self, piece: Tensor, at: int) -> Tensor:
-        start = at % CHUNK_BYTES
-        return self._chunks[at // CHUNK_BYTES][start : start + len(piece)]
+    def _chunk_slice(self, piece: Tensor, offset: int) -> Tensor:
+        start = offset % CHUNK_BYTES
+        return self._chunks[offset // CHUNK_BYTES][start : start + len(piece)]
 
 
 class DiskStore:
@@ -104,11 +104,11 @@ class DiskStore:
             file = self._reserve_file(num_bytes)
             self._digests = []
             passing = _chunk()
-            for piece, at in _pieces(parts):
+            for piece, offset in _pieces(parts):
                 buffer = passing[: len(piece)]
                 buffer.copy_(piece)
                 self._digests.append(xxh3_64_intdigest(buffer.numpy().data))
-                _write(file.fileno(), buffer.numpy().data, at)
+                _write(file.fileno(), buffer.numpy().data, offset)
         except OSError as error:
             raise UserError(
                 f"parallel.offload_folder: {self._folder} has no room for "
@@ -127,14 +127,14 @@ class DiskStore:
         """
         assert self._file is not None, "write() comes first"
         passing, digests = _chunk(), iter(self._digests)
-        for piece, at in _pieces(parts):
+        for piece, offset in _pieces(parts):
             buffer = passing[: len(piece)]
-            if not _read(self._file.fileno(), buffer.numpy().data, at):
-                raise RuntimeError(f"{self._folder}: the trainer's file ends before byte {at}")
+            if not _read(self._file.fileno(), buffer.numpy().data, offset):
+                raise RuntimeError(f"{self._folder}: the trainer's file ends before byte {offset}")
             if xxh3_64_intdigest(buffer.numpy().data) != next(digests):
                 raise RuntimeError(
-                    f"{self._folder}: bytes {at} to {at + len(piece)} of the trainer's state are "
-                    "not those that were written: the disk is faulty"
+                    f"{self._folder}: bytes {offset} to {offset + len(piece)} of the trainer's "
+                    "state are not those that were written: the disk is faulty"
                 )
             piece.copy_(buffer)
 
@@ -151,19 +151,19 @@ class DiskStore:
         return self._file
 
 
-def _write(file: int, content: memoryview, at: int) -> None:
+def _write(file: int, content: memoryview, offset: int) -> None:
     while content:
-        num_written = os.pwrite(file, content, at)
-        content, at = content[num_written:], at + num_written
+        num_written = os.pwrite(file, content, offset)
+        content, offset = content[num_written:], offset + num_written
 
 
-def _read(file: int, buffer: memoryview, at: int) -> bool:
-    """Fill `buffer` with the file's bytes from `at`; return whether there were as many."""
+def _read(file: int, buffer: memoryview, offset: int) -> bool:
+    """Fill `buffer` with the file's bytes from `offset`; return whether there were as many."""
     while buffer:
-        num_read = os.preadv(file, [buffer], at)
+        num_read = os.preadv(file, [buffer], offset)
         if not num_read:
             return False
-        buffer, at = buffer[num_read:], at + num_read
+        buffer, offset = buffer[num_read:], offset + num_read
     return True
 
 
@@ -177,12 +177,12 @@ def _num_chunks(parts: Sequence[Tensor]) -> int:
 
 def _pieces(parts: Sequence[Tensor]) -> Iterator[tuple[Tensor, int]]:
     """Yield the parts, cut where chunks end, and the place of each piece among all bytes."""
-    at = 0
+    offset = 0
     for part in parts:
         while len(part):
-            piece = part[: CHUNK_BYTES - at % CHUNK_BYTES]
-            yield piece, at
-            part, at = part[len(piece) :], at + len(piece)
+            piece = part[: CHUNK_BYTES - offset % CHUNK_BYTES]
+            yield piece, offset
+            part, offset = part[len(piece) :], offset + len(piece)
 
 
 class Offload:
@@ -278,10 +278,10 @@ class Offload:
 def _optimizer_tensors(optimizer: Any) -> Iterator[Tensor]:
     """Yield the parameters that Adam updates and its moments, of all parts of the optimizer."""
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        inner = part.optimizer
-        for group in inner.param_groups if inner is not None else ():
+        torch_optimizer = part.optimizer
+        for group in torch_optimizer.param_groups if torch_optimizer is not None else ():
             yield from group["params"]
-        for state in inner.state.values() if inner is not None else ():
+        for state in torch_optimizer.state.values() if torch_optimizer is not None else ():
             # A step count of a tensor's own is on the host already, or a few bytes.
             yield from (t for name, t in state.items() if torch.is_tensor(t) and name != "step")
 

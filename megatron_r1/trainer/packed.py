@@ -70,7 +70,7 @@ def pack_batch(
             cu_seqlens, values[0], local_positions, split, num_mtp_layers
         )
         params.next_token_index = on_device(next_token_index)
-        params.mtp_target_rows = tuple(on_device(of_layer) for of_layer in rows)
+        params.mtp_target_rows = tuple(on_device(layer_rows) for layer_rows in rows)
     has_teacher = all(sample.teacher_logprobs is not None for sample in samples)
     has_branches = any(sample.weight != 1 for sample in samples)
     num_responses = sum(s.num_responses for s in samples if s.is_trained)

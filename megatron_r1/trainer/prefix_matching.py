@@ -61,10 +61,10 @@ class PrefixMatcher:
 
         In the order of their bytes a sample shares most with one of its two neighbors."""
         tokens, max_length = bytes(sample.token_ids), sample.prompt_length - 1
-        at = bisect(self._sorted, (tokens, len(self.parents)))
-        near = self._sorted[max(0, at - 1) : at + 1]
+        position = bisect(self._sorted, (tokens, len(self.parents)))
+        neighbors = self._sorted[max(0, position - 1) : position + 1]
         common, parent = max(
-            ((_common_tokens(tokens, neighbor), number) for neighbor, number in near),
+            ((_common_tokens(tokens, neighbor), number) for neighbor, number in neighbors),
             default=(0, -1),
         )
         skipped = min(common, max_length)

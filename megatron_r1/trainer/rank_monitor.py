@@ -210,8 +210,8 @@ class RankMonitor:
             for i in (self._main, *thread_ids)
             if i in frames
         ]
-        operation, since = self._operation
-        return RankStatus(request, operation, time.monotonic() - since, threads)
+        operation, start = self._operation
+        return RankStatus(request, operation, time.monotonic() - start, threads)
 
     def _serve(self) -> None:
         socket = self._connect()
@@ -224,8 +224,11 @@ class RankMonitor:
             socket.send(msgspec.msgpack.encode(self.status(request)))
         time.sleep(GRACE_SECONDS)
         if not self._is_stopping:
-            at = self.status().threads[0]
-            print(f"the controller is gone; in {at.collective or at.frames[-1]}", file=sys.stderr)
+            main_thread = self.status().threads[0]
+            print(
+                f"the controller is gone; in {main_thread.collective or main_thread.frames[-1]}",
+                file=sys.stderr,
+            )
             sys.stderr.flush()
             os._exit(1)  # not sys.exit: that ends this thread only
 

@@ -34,10 +34,10 @@ class ScoreHeadOutput:
     token_scores: Tensor
     context_group: ProcessGroup
 
-    def at_last_tokens(self) -> Tensor:
+    def last_token_scores(self) -> Tensor:
         """Return the scores (S,) fp32 at the last token of each sample, on every context rank."""
-        at = self.batch.last_tokens
-        local_scores = torch.where(at >= 0, self.token_scores[at.clamp(min=0)], 0.0)
+        positions = self.batch.last_tokens
+        local_scores = torch.where(positions >= 0, self.token_scores[positions.clamp(min=0)], 0.0)
         # Over the context group: of each sample one rank has the score, the others 0. Megatron's
         # "tensor" region sums over any group in the forward pass and is the identity backward.
         return reduce_from_tensor_model_parallel_region(local_scores, group=self.context_group)
@@ -54,7 +54,7 @@ def pairwise(batch: PackedBatch, scores: ScoreHeadOutput, settings: object = Non
         batch: the micro-batch, of whole pairs.
         scores: the score model's output.
         settings: None; it is here because every `Loss` is called with three arguments."""
-    sample_scores = scores.at_last_tokens()
+    sample_scores = scores.last_token_scores()
     margins = sample_scores[0::2] - sample_scores[1::2]
     measured = {"accuracy": margins > 0, "margin": margins}
     return _reward_terms(batch, -logsigmoid(margins), measured, batch.num_responses // 2)
@@ -70,7 +70,7 @@ def pointwise(batch: PackedBatch, scores: ScoreHeadOutput, settings: object = No
         batch: the micro-batch, with labels.
         scores: the score model's output.
         settings: None; it is here because every `Loss` is called with three arguments."""
-    sample_scores, labels = scores.at_last_tokens(), batch.labels
+    sample_scores, labels = scores.last_token_scores(), batch.labels
     margins = sample_scores * (2 * labels - 1)
     losses = binary_cross_entropy_with_logits(sample_scores, labels, reduction="none")
     return _reward_terms(

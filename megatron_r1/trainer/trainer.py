@@ -59,8 +59,10 @@ class Trainer:
             config, self.hf, self.transformer, self.groups
         )
         self.reference: ReferencePolicy | None = None
-        plain = self.transformer.window_size is None and self.transformer.softmax_type == "vanilla"
-        check_shared_prompts(config, plain)
+        has_plain_attention = (
+            self.transformer.window_size is None and self.transformer.softmax_type == "vanilla"
+        )
+        check_shared_prompts(config, has_plain_attention)
         shape = routing_shape(self.hf) if config.rl.routing_replay else None
         self.replay = RoutingReplay(self.model_chunks, shape)
         self.rollout = LoadedRollout(

@@ -63,7 +63,7 @@ def seen(batch, out):
 
 
 def keep_scores(batch, out):
-    return seen(batch, out).at_last_tokens()
+    return seen(batch, out).last_token_scores()
 
 
 def compute(loss, batch, out):

@@ -99,22 +99,23 @@ class RolloutCollector:
         start = time.perf_counter()
         progress = RolloutProgress(sampling, log, start, start, start)
         positions = log.reserve(len(prompts)) if log else range(len(prompts))
-        begun = []
-        for prompt, at in zip(prompts, positions, strict=True):
+        group_arguments = []
+        for prompt, position in zip(prompts, positions, strict=True):
             # An episode that failed is played again; a response can be graded again.
             only_final = self.player is not None
-            restored = log.restore(at, prompt, only_final) if log else None
+            restored = log.restore(position, prompt, only_final) if log else None
             if restored:
                 prompt_ids = restored.prompt_ids
             else:
                 prompt_ids = self.tokenizer.encode(prompt.question, prompt.messages_before)
-            begun.append((at, prompt, prompt_ids, restored))
+            group_arguments.append((position, prompt, prompt_ids, restored))
             await asyncio.sleep(0)  # hundreds at once would block the event loop
         try:
             # Together: the fleet orders what arrives in one turn of the event loop.
             async with asyncio.TaskGroup() as tasks:
                 groups = [
-                    tasks.create_task(self._collect_group(progress, *group)) for group in begun
+                    tasks.create_task(self._collect_group(progress, *group))
+                    for group in group_arguments
                 ]
         except ExceptionGroup as failures:
             # When an engine dies, all its requests fail with it; the first error is enough.

@@ -123,9 +123,9 @@ class SampleLog:
         if self._failure is not None:
             raise self._failure
 
-    async def prune(self, until: float = math.inf) -> None:
-        """Delete the logs up to step `until`, to which no checkpoint goes back; default all."""
-        await asyncio.wrap_future(self._thread.submit(self._remove, until))
+    async def prune(self, last_step: float = math.inf) -> None:
+        """Delete the logs up to `last_step`, to which no checkpoint goes back; default all."""
+        await asyncio.wrap_future(self._thread.submit(self._remove, last_step))
 
     async def close(self) -> None:
         """Sync and end the thread. May be called more than once."""
@@ -164,10 +164,10 @@ class SampleLog:
             self._failure = self._failure or error
         self._unsynced.clear()
 
-    def _remove(self, until: float) -> None:
+    def _remove(self, last_step: float) -> None:
         for path in self.folder.glob("step_*.log"):
             match = _NAME.fullmatch(path.name)
-            if match and int(match[1]) <= until:
+            if match and int(match[1]) <= last_step:
                 path.unlink()
                 self._close(path)
 

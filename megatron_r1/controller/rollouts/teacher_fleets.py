@@ -99,7 +99,7 @@ def teacher_fleet(
         logs: the folder of the engines' logs.
         notify: called with a line when an engine is replaced.
         source: a key of `teacher.by_source`; default: the section's own teacher."""
-    teacher = config.teacher.of_source(source)
+    teacher = config.teacher.engines_of(source)
     role = f"teacher-{quote(source, safe='')}" if source else "teacher"
     supervision = {**settings.fleet_settings(teacher), "role": role, "notify": notify}
     # vLLM samples one token after those it scores. If that is beyond the model's positions it must
@@ -133,7 +133,7 @@ def open_teachers(config: Config, logs: Path, notify: Callable[[str], None]) -> 
         return None
     sources = (DEFAULT, *teacher.by_source)
     fleets = {source: teacher_fleet(config, logs, notify, source) for source in sources}
-    return Teachers(fleets, {source: teacher.of_source(source).path for source in sources})
+    return Teachers(fleets, {source: teacher.engines_of(source).path for source in sources})
 
 
 def teacher_source(prompt: Prompt, sources: Iterable[str]) -> str:
@@ -163,10 +163,10 @@ def check_sources(teacher: TeacherConfig, prompts: Sequence[Prompt]) -> dict[str
             )
             names = [source for source, _ in sources.most_common(NUM_SHOWN)]
             num_others = len(sources) - len(names)
-            near = did_you_mean(name, names, "{}")
+            suggestion = did_you_mean(name, names, "{}")
             raise UserError(
-                f"{source_key(name)}: no question is of that source{near}; data sources and kinds "
-                f"are {', '.join(names)}{f' and {num_others:,} more' if num_others else ''}",
+                f"{source_key(name)}: no question is of that source{suggestion}; data sources and "
+                f"kinds are {', '.join(names)}{f' and {num_others:,} more' if num_others else ''}",
                 key=source_key(name),
                 cause=Cause.UNKNOWN,
             )

@@ -138,11 +138,11 @@ async def inspect_trainer(trainer: TrainerClient) -> RoleDiagnosis:
     if waiting is None:
         headline = "trainer: every rank waits for the controller"
     else:
-        since = format_seconds(time.monotonic() - waiting.since)
+        duration = format_seconds(time.monotonic() - waiting.since)
         missing = _ranks(sorted(waiting.missing))
         locations = _locations(trainer, waiting.missing, statuses)
         headline = (
-            f"trainer: {waiting.operation!r} since {since}, no reply from {missing}; {locations}"
+            f"trainer: {waiting.operation!r} since {duration}, no reply from {missing}; {locations}"
         )
     details = []
     for rank in range(trainer.world_size):
@@ -290,8 +290,10 @@ async def _stacks(engine: Engine) -> str:
 
 def _open_groups(in_flight: InFlightGroups, phase: Phase) -> str:
     oldest = in_flight.oldest(phase)
-    since = f", the oldest for {format_seconds(time.monotonic() - oldest.since)}" if oldest else ""
-    return f"{in_flight.count(phase)} groups are not back{since}"
+    oldest_age = (
+        f", the oldest for {format_seconds(time.monotonic() - oldest.since)}" if oldest else ""
+    )
+    return f"{in_flight.count(phase)} groups are not back{oldest_age}"
 
 
 async def _inspect(
@@ -324,19 +326,19 @@ async def _state(engine: Engine) -> tuple[str, bool]:
 
 
 def _describe_group(group: InFlightGroup) -> str:
-    since = format_seconds(time.monotonic() - group.since)
+    duration = format_seconds(time.monotonic() - group.since)
     prompt = group.prompt
     return (
         f"{prompt.kind} question {prompt.id} ({_shorten_question(prompt.question)!r}), "
-        f"{group.phase} for {since}"
+        f"{group.phase} for {duration}"
     )
 
 
 def _describe_job(pending: OutstandingJob) -> str:
     worker = f"worker {pending.worker_pid}" if pending.worker_pid else "queued"
     question = _shorten_question(pending.job.fields.get("question") or "")
-    since = format_seconds(time.monotonic() - pending.since)
-    return f"{worker}: {pending.job.target}, question {question!r}, since {since}"
+    duration = format_seconds(time.monotonic() - pending.since)
+    return f"{worker}: {pending.job.target}, question {question!r}, since {duration}"
 
 
 def _shorten_question(question: str) -> str:

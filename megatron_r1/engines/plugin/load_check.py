@@ -68,12 +68,14 @@ class LoadCheck:
         arrived = {self._owners[slot] for slot in changed}
         num_bytes = CPU_BYTES if current_platform.is_cpu() else GPU_BYTES
         self._scales_before = {
-            placed: _checksums(_in_use([placed])) for placed in self._scales if placed in arrived
+            placed: _checksums(_tensors_in_use([placed]))
+            for placed in self._scales
+            if placed in arrived
         }
         self._before = []
         for layer in list(self._turns):
             new = [placed for placed in layer if placed in arrived and not placed.parameter.is_live]
-            tensors = _in_use(layer) if new else []
+            tensors = _tensors_in_use(layer) if new else []
             size = sum(tensor.nbytes for tensor in tensors)
             if not tensors or (size > SMALL_BYTES and size > num_bytes):
                 continue
@@ -100,7 +102,9 @@ class LoadCheck:
             placed for placed in loaded if placed.parameter.is_live and not _equals(placed, memory)
         ]
         wrong += [
-            placed for layer, placed, before in self._before if _checksums(_in_use(layer)) == before
+            placed
+            for layer, placed, before in self._before
+            if _checksums(_tensors_in_use(layer)) == before
         ]
         wrong += [placed for placed in self._scales if self._is_old(placed, memory)]
         if wrong:
@@ -112,7 +116,7 @@ class LoadCheck:
 
     def _is_old(self, placed: PlacedParameter, memory: torch.Tensor) -> bool:
         """Return whether scales in use are not those that have arrived."""
-        in_use = _in_use([placed])
+        in_use = _tensors_in_use([placed])
         if not in_use:
             return False
         if in_use[0].shape == placed.parameter.shape and _equals(placed, memory):
@@ -129,7 +133,7 @@ def _has_powers_of_two(scales: torch.Tensor) -> bool:
     return bool((torch.frexp(scales.float()).mantissa.abs() == 0.5).all())
 
 
-def _in_use(layer: Sequence[PlacedParameter]) -> list[torch.Tensor]:
+def _tensors_in_use(layer: Sequence[PlacedParameter]) -> list[torch.Tensor]:
     """Return the tensors that the engine computes with, except those that it keeps as they arrive.
     Those that vLLM keeps outside of the layer, as matrices packed for oneDNN, are not among them.
     """

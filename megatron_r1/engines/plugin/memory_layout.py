@@ -30,9 +30,9 @@ class PlacedParameter:
 
     def value(self, memory: torch.Tensor) -> torch.Tensor:
         """Return the received values, a view. Padding is zero, as after vLLM's own loader."""
-        at = self.parameter
-        elements = memory.view(at.dtype)[self.offset // at.dtype.itemsize :]
-        value = elements.as_strided(at.shape, at.strides, elements.storage_offset())
+        parameter = self.parameter
+        elements = memory.view(parameter.dtype)[self.offset // parameter.dtype.itemsize :]
+        value = elements.as_strided(parameter.shape, parameter.strides, elements.storage_offset())
         value[self.num_rows :] = 0
         return value
 
@@ -84,7 +84,7 @@ def lay_out(
     for parameter, own_copies in copies.items():
         placed.append(PlacedParameter(parameter, end, _num_rows(parameter, own_copies)))
         end += -(-parameter.num_bytes // ALIGNMENT) * ALIGNMENT
-    slots = [_slot(at, copy) for at in placed for copy in copies[at.parameter]]
+    slots = [_slot(placement, copy) for placement in placed for copy in copies[placement.parameter]]
     return placed, SlotTable(end, slots, num_buffers=2 if in_place else 1)
 
 
@@ -94,10 +94,10 @@ def _num_rows(parameter: CheckpointParameter, copies: Sequence[LoaderCopy]) -> i
     return max(copy.offset // parameter.strides[0] + copy.height for copy in copies)
 
 
-def _slot(at: PlacedParameter, copy: LoaderCopy) -> Slot:
-    size = at.parameter.dtype.itemsize
-    dtype = str(at.parameter.dtype).removeprefix("torch.")
-    offset, pitch = at.offset + copy.offset * size, copy.pitch * size
+def _slot(placement: PlacedParameter, copy: LoaderCopy) -> Slot:
+    size = placement.parameter.dtype.itemsize
+    dtype = str(placement.parameter.dtype).removeprefix("torch.")
+    offset, pitch = placement.offset + copy.offset * size, copy.pitch * size
     top, bottom, left, right = copy.rectangle
     return Slot(
         name=copy.name,

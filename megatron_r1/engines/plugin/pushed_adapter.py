@@ -133,7 +133,9 @@ class PushedAdapter:
             if len(stacked) == 1:
                 expected = cut(expected)
             else:
-                factors = [expected if at == index else None for at in range(len(stacked))]
+                factors = [
+                    expected if position == index else None for position in range(len(stacked))
+                ]
                 expected = cut(factors)[index]
         return torch.equal(in_use[: expected.shape[0], : expected.shape[1]], expected)
 

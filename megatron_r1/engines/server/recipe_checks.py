@@ -244,7 +244,7 @@ def _check_sparse(hf: dict) -> None:
 def _check_gpt_oss(engines: RolloutConfig | TeacherEngines, hf: dict, section: str) -> None:
     """Raise UserError for ranks among which vLLM's class of gpt-oss cannot divide the model: a
     tensor rank needs key-value heads of its own, every rank an equal part of intermediate_size."""
-    kv_heads, inner = hf["num_key_value_heads"], hf["intermediate_size"]
+    kv_heads, intermediate = hf["num_key_value_heads"], hf["intermediate_size"]
     if kv_heads % engines.tensor:
         raise UserError(
             f"{section}.tensor={engines.tensor} does not divide num_key_value_heads={kv_heads}, "
@@ -253,10 +253,10 @@ def _check_gpt_oss(engines: RolloutConfig | TeacherEngines, hf: dict, section: s
             cause=Cause.INDIVISIBLE,
         )
     ranks = engines.tensor * engines.pipeline * engines.data
-    if inner % ranks:
+    if intermediate % ranks:
         raise UserError(
             f"{section}: {ranks} ranks (tensor x pipeline x data) do not divide intermediate_size="
-            f"{inner}, as vLLM's gpt-oss requires; choose a divisor",
+            f"{intermediate}, as vLLM's gpt-oss requires; choose a divisor",
             key=section,
             cause=Cause.INDIVISIBLE,
         )

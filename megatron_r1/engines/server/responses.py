@@ -60,7 +60,7 @@ def truncate_at_stop(
     matches = [(text.find(string), string) for string in stop if string in text]
     if not matches:
         return response, text, None
-    at, string = min(matches, key=lambda match: (match[0] + len(match[1]), match[0]))
+    start, string = min(matches, key=lambda match: (match[0] + len(match[1]), match[0]))
     low, high = 0, len(response.token_ids)  # the text of the first `high` tokens contains it
     while high - low > 1:
         middle = (low + high) // 2
@@ -68,7 +68,7 @@ def truncate_at_stop(
             high = middle
         else:
             low = middle
-    return truncate_response(response, num_prompt_tokens, high, "stop"), text[:at], string
+    return truncate_response(response, num_prompt_tokens, high, "stop"), text[:start], string
 
 
 def truncate_response(

@@ -44,25 +44,25 @@ class Adapter(torch.nn.Module):
     ):
         super().__init__()
         self.entries, self.scale, self.group = entries, scale, group
-        of_a, of_b = entries
+        a_entry, b_entry = entries
         self.a = torch.nn.Parameter(
-            torch.empty(of_a.shape, dtype=weight.dtype, device=weight.device)
+            torch.empty(a_entry.shape, dtype=weight.dtype, device=weight.device)
         )
         self.b = torch.nn.Parameter(
-            torch.zeros(of_b.shape, dtype=weight.dtype, device=weight.device)
+            torch.zeros(b_entry.shape, dtype=weight.dtype, device=weight.device)
         )
-        for factor, entry in ((self.a, of_a), (self.b, of_b)):
+        for factor, entry in ((self.a, a_entry), (self.b, b_entry)):
             copy_gradient_attributes(
                 factor, weight, counts=not entry.is_replicated or group.rank() == 0
             )
-        blocks = _blocks(of_a, of_b)
+        blocks = _blocks(a_entry, b_entry)
         self._is_plain = blocks.shape[1] == 1 and bool(blocks.all())
         self.register_buffer("_blocks", blocks.to(self.b), persistent=False)
         # A rank's gradient of a replicated factor is then a part of the whole: of other tokens, or
         # through other features.
-        self._sums_gradients = by_sequence or of_a.is_expert
+        self._sums_gradients = by_sequence or a_entry.is_expert
         self._communicate = (
-            None if of_a.is_expert else _factor_communication(of_a, of_b, by_sequence)
+            None if a_entry.is_expert else _factor_communication(a_entry, b_entry, by_sequence)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -95,24 +95,24 @@ class Adapter(torch.nn.Module):
         return (self._blocks[:, :, None] * self.b[:, None]).flatten(1)
 
 
-def _blocks(of_a: LayoutEntry, of_b: LayoutEntry) -> Tensor:
+def _blocks(a_entry: LayoutEntry, b_entry: LayoutEntry) -> Tensor:
     """Return (out, blocks), 1 where a row of B belongs to a block of A."""
-    names = [piece.hf_name.removesuffix(A) for piece in of_a.pieces]
-    mask = torch.zeros(of_b.shape[0], len(names))
-    for piece in of_b.pieces:
+    names = [piece.hf_name.removesuffix(A) for piece in a_entry.pieces]
+    mask = torch.zeros(b_entry.shape[0], len(names))
+    for piece in b_entry.pieces:
         end = piece.local_start + piece.length
         mask[piece.local_start : end, names.index(piece.hf_name.removesuffix(B))] = 1
     return mask
 
 
 def _factor_communication(
-    of_a: LayoutEntry, of_b: LayoutEntry, by_sequence: bool
+    a_entry: LayoutEntry, b_entry: LayoutEntry, by_sequence: bool
 ) -> Callable[..., Tensor] | None:
     """Return the communication between the factors A and B: what the layer does with its input or
     output of all features, done with the `rank` features of a token, or None if both are whole."""
-    if of_a.is_replicated and of_b.is_replicated:
+    if a_entry.is_replicated and b_entry.is_replicated:
         return None
-    if of_a.is_replicated:  # column-parallel
+    if a_entry.is_replicated:  # column-parallel
         if by_sequence:
             return partial(gather_from_sequence_parallel_region, tensor_parallel_output_grad=True)
         return copy_to_tensor_model_parallel_region

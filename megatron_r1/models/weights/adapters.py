@@ -64,9 +64,9 @@ def attach_adapters(chunks: Sequence, hf: dict, lora: LoraConfig, seed: int) -> 
             path, _, factor = name.rpartition(".lora.")
             number, is_first, _ = factor.rpartition("a")  # of an expert in its layer, or none
             if is_first:
-                of_a, of_b = entries[name], entries[f"{name[:-1]}b"]
+                a_entry, b_entry = entries[name], entries[f"{name[:-1]}b"]
                 weight = getattr(chunk.get_submodule(path), f"weight{number.rstrip('.')}")
-                adapter = _adapter(chunk, weight, of_a, of_b, lora)
+                adapter = _adapter(chunk, weight, a_entry, b_entry, lora)
                 _initialize(adapter, shapes, seed)
                 by_layer[path].append(adapter)
         for path, adapters in by_layer.items():
@@ -86,9 +86,9 @@ def adapter_factors(chunks: Sequence) -> Iterator[tuple[str, torch.nn.Parameter,
     for chunk in chunks:
         for path, module in unwrap_model(chunk).named_modules():
             if isinstance(module, Adapter):
-                of_a, of_b = module.entries
-                yield f"{path}.a", module.a, of_a
-                yield f"{path}.b", module.b, of_b
+                a_entry, b_entry = module.entries
+                yield f"{path}.a", module.a, a_entry
+                yield f"{path}.b", module.b, b_entry
 
 
 def adapter_pieces(chunks: Sequence) -> Iterator[tuple[Tensor, tuple[Piece, ...], bool]]:
@@ -100,12 +100,12 @@ def adapter_pieces(chunks: Sequence) -> Iterator[tuple[Tensor, tuple[Piece, ...]
 
 
 def _adapter(
-    chunk: GPTModel, weight: Tensor, of_a: LayoutEntry, of_b: LayoutEntry, lora: LoraConfig
+    chunk: GPTModel, weight: Tensor, a_entry: LayoutEntry, b_entry: LayoutEntry, lora: LoraConfig
 ) -> Adapter:
     groups = process_groups([chunk])
-    group = groups.expt_tp if of_a.is_expert else groups.tp
-    by_sequence = chunk.config.sequence_parallel and not of_a.is_expert
-    adapter = Adapter((of_a, of_b), weight, lora.scale, group, by_sequence)
+    group = groups.expt_tp if a_entry.is_expert else groups.tp
+    by_sequence = chunk.config.sequence_parallel and not a_entry.is_expert
+    adapter = Adapter((a_entry, b_entry), weight, lora.scale, group, by_sequence)
     weight.adapter = adapter  # type: ignore[attr-defined]  # what pushes and exports merge
     return adapter
 

@@ -189,12 +189,12 @@ class _OpenFiles:
         Raises:
             OSError: the write fails; it names the file.
         """
-        path, at = self.home[name], self.planned(name)
+        path, tensor = self.home[name], self.planned(name)
         try:
             if path not in self.opened:
                 # Only to write: a page that NFS has read is written back whole.
                 self.opened[path] = os.open(self._unfinished[path], os.O_WRONLY)
-            write_box(self.opened[path], at.offset, at.shape, starts, box)
+            write_box(self.opened[path], tensor.offset, tensor.shape, starts, box)
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self._unfinished[path])) from error
 
@@ -224,8 +224,8 @@ def _write_parameter(
                 starts = [0] * block.dim()
                 starts[piece.dim] = piece.hf_start
                 starts[0] += first
-                at = files.planned(name)
-                files.write(name, starts, block.to(device="cpu", dtype=at.dtype))
+                tensor = files.planned(name)
+                files.write(name, starts, block.to(device="cpu", dtype=tensor.dtype))
     boxes.check_whole()
 
 
@@ -239,11 +239,11 @@ class _StackedBoxes:
 
     def add(self, part: StackedPart, piece: Piece, values: torch.Tensor) -> None:
         """Add an expert's part to its rectangle; write the rectangle when it is whole."""
-        at = self._files.planned(part.name)
-        within, sizes = part.stored_box(at.shape[1:], piece.dim, piece.hf_start, piece.length)
+        tensor = self._files.planned(part.name)
+        within, sizes = part.stored_box(tensor.shape[1:], piece.dim, piece.hf_start, piece.length)
         key = part.name, (part.expert, *within)
         if key not in self._boxes:
-            self._boxes[key] = torch.empty(sizes, dtype=at.dtype), set()
+            self._boxes[key] = torch.empty(sizes, dtype=tensor.dtype), set()
         box, filled = self._boxes[key]
         part.select(box).copy_(values)
         filled.add(part.first)

@@ -125,7 +125,7 @@ def weight_rule(
 
 
 def _gated_rules(
-    megatron: str, name: str, hidden: int, inner: int, te_name: tuple[str, str] = ("", "")
+    megatron: str, name: str, hidden: int, intermediate: int, te_name: tuple[str, str] = ("", "")
 ) -> list[WeightRule]:
     """Return the rules of a SwiGLU: gate and up are one Megatron parameter.
 
@@ -133,17 +133,17 @@ def _gated_rules(
         megatron: prefix of Megatron's names.
         name: prefix of the HF names.
         hidden: features of the input.
-        inner: features of gate and of up.
+        intermediate: features of gate and of up.
         te_name: Transformer Engine's names of both parameters where they differ."""
     gate_up = tuple(
-        Source(f"{name}.{part}_proj.weight", (inner, hidden)) for part in ("gate", "up")
+        Source(f"{name}.{part}_proj.weight", (intermediate, hidden)) for part in ("gate", "up")
     )
     return [
         WeightRule(f"{megatron}.linear_fc1.weight", gate_up, column_parallel, te_name[0] or None),
         weight_rule(
             f"{megatron}.linear_fc2",
             f"{name}.down_proj",
-            (hidden, inner),
+            (hidden, intermediate),
             row_parallel,
             te_name[1] or None,
         ),
@@ -432,7 +432,11 @@ def _dense_mlp(hf: dict) -> list[WeightRule]:
 
 
 def _experts(hf: dict) -> list[WeightRule]:
-    hidden, inner, experts = hf["hidden_size"], hf["moe_intermediate_size"], hf["n_routed_experts"]
+    hidden, intermediate, experts = (
+        hf["hidden_size"],
+        hf["moe_intermediate_size"],
+        hf["n_routed_experts"],
+    )
     bias = (Source("mlp.gate.e_score_correction_bias", (experts,)),)
     local, shared = "mlp.experts.local_experts.{e}", "mlp.shared_experts"
     grouped = ("mlp.experts.linear_fc1.weight{e}", "mlp.experts.linear_fc2.weight{e}")
@@ -449,15 +453,15 @@ def _experts(hf: dict) -> list[WeightRule]:
             if has_bias
             else []
         ),
-        *_gated_rules(local, "mlp.experts.{e}", hidden, inner, grouped),
+        *_gated_rules(local, "mlp.experts.{e}", hidden, intermediate, grouped),
         *(_expert_biases(hf, local, router) if family.linear_biases else []),
-        *(_gated_rules(shared, shared, hidden, inner * num_shared) if num_shared else []),
+        *(_gated_rules(shared, shared, hidden, intermediate * num_shared) if num_shared else []),
     ]
 
 
 def _expert_biases(hf: dict, local: str, router: str) -> list[WeightRule]:
-    hidden, inner, name = hf["hidden_size"], hf["moe_intermediate_size"], "mlp.experts.{e}"
-    gate_up = tuple(Source(f"{name}.{part}_proj.bias", (inner,)) for part in ("gate", "up"))
+    hidden, intermediate, name = hf["hidden_size"], hf["moe_intermediate_size"], "mlp.experts.{e}"
+    gate_up = tuple(Source(f"{name}.{part}_proj.bias", (intermediate,)) for part in ("gate", "up"))
     te_name = ("mlp.experts.linear_fc1.bias{e}", "mlp.experts.linear_fc2.bias{e}")
     return [
         _bias_rule("mlp.router", router, hf["n_routed_experts"]),
@@ -467,13 +471,13 @@ def _expert_biases(hf: dict, local: str, router: str) -> list[WeightRule]:
 
 
 def _mtp(hf: dict, decoder_layer: list[WeightRule]) -> list[WeightRule]:
-    hidden, inner = hf["hidden_size"], "transformer_layer."
+    hidden, prefix = hf["hidden_size"], "transformer_layer."
     return [
         weight_rule("enorm", "enorm", (hidden,), replicated),
         weight_rule("hnorm", "hnorm", (hidden,), replicated),
         weight_rule("eh_proj", "eh_proj", (hidden, 2 * hidden), column_parallel),
         *(
-            replace(r, megatron=inner + r.megatron, te_name=r.te_name and inner + r.te_name)
+            replace(r, megatron=prefix + r.megatron, te_name=r.te_name and prefix + r.te_name)
             for r in decoder_layer
         ),
         weight_rule("final_layernorm", "shared_head.norm", (hidden,), replicated),

@@ -190,10 +190,10 @@ class RoundSchedule:
         rounds = np.union1d(self.scatter_rounds[sent], self.scatter_rounds[received])
         rows = np.full(len(rounds), NO_BUCKET, ROUND_DTYPE)
         rows["round"] = rounds
-        at = np.searchsorted(rounds, self.scatter_rounds[sent])
-        rows["to"][at], rows["sent"][at] = self.receivers[sent], sent
-        at = np.searchsorted(rounds, self.scatter_rounds[received])
-        rows["source"][at], rows["received"][at] = self.senders[received], received
+        row_index = np.searchsorted(rounds, self.scatter_rounds[sent])
+        rows["to"][row_index], rows["sent"][row_index] = self.receivers[sent], sent
+        row_index = np.searchsorted(rounds, self.scatter_rounds[received])
+        rows["source"][row_index], rows["received"][row_index] = self.senders[received], received
         if process not in self._relay_index:
             return rows
         return np.concatenate([rows, self._relay_rounds(*self._relay_index[process])])

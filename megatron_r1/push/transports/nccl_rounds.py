@@ -133,9 +133,9 @@ def enqueue_send_recv(
     for name, call in (("ncclSend", sent), ("ncclRecv", received)):
         if call is not None:
             peer, memory = call
-            at, size = ctypes.c_void_p(memory.address), ctypes.c_size_t(memory.num_bytes)
+            address, size = ctypes.c_void_p(memory.address), ctypes.c_size_t(memory.num_bytes)
             peer_rank = ctypes.c_int(peer)
-            _check_result(name, getattr(nccl, name)(at, size, BYTE, peer_rank, handle, target))
+            _check_result(name, getattr(nccl, name)(address, size, BYTE, peer_rank, handle, target))
     _check_result("ncclGroupEnd", nccl.ncclGroupEnd())
 
 

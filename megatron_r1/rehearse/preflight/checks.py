@@ -90,16 +90,16 @@ def _versions(nodes: Sequence[tuple[RankFacts, NodeFacts]]) -> Iterable[CheckRes
     differing = []
     for name in names:
         values = [node.versions.get(name, "missing") for _, node in nodes]
-        usual = Counter(values).most_common(1)[0][0]
+        majority = Counter(values).most_common(1)[0][0]
         differing_hosts = [
             (rank_facts.host, value) for (rank_facts, _), value in zip(nodes, values, strict=True)
         ]
-        differing_hosts = [(host, value) for host, value in differing_hosts if value != usual]
+        differing_hosts = [(host, value) for host, value in differing_hosts if value != majority]
         if differing_hosts:
             listing = _listed([f"{value} on {host}" for host, value in differing_hosts])
             level: Literal["note", "block"] = "note" if name in MAY_DIFFER else "block"
             hosts = tuple(dict.fromkeys(host for host, _ in differing_hosts))
-            problem = f"{name}: {listing}; {usual} on the others"
+            problem = f"{name}: {listing}; {majority} on the others"
             differing.append(
                 CheckResult(
                     check="versions",
@@ -134,7 +134,7 @@ def _memory(
         max_bytes = max(memory.total - memory.free for _, memory in gpu_memories)
         problem = "; ".join(
             f"{(memory.total - memory.free) / GIB:.1f} GiB of rank {rank_facts.rank}'s GPU "
-            f"on {rank_facts.host} are taken{_by_whom(memory.holders)}"
+            f"on {rank_facts.host} are taken{_describe_holders(memory.holders)}"
             for rank_facts, memory in full[:MAX_LISTED]
         )
         yield CheckResult(
@@ -145,29 +145,33 @@ def _memory(
             problem=problem,
             hosts=_hosts(rank_facts for rank_facts, _ in full),
         )
-    low = [(e, n.memory) for e, n in nodes if n.memory.free < HOST_FRACTION * n.memory.total]
+    low_hosts = [
+        (rank_facts, node.memory)
+        for rank_facts, node in nodes
+        if node.memory.free < HOST_FRACTION * node.memory.total
+    ]
     least = min((node.memory for _, node in nodes), key=lambda memory: memory.free / memory.total)
     yield CheckResult(
         check="host memory",
         measured=f"at least {least.free / GIB:.0f} of {least.total / GIB:.0f} GiB available",
         expected=f"{HOST_FRACTION:.0%}",
-        level="note" if low else "ok",
+        level="note" if low_hosts else "ok",
         problem="; ".join(
-            f"{rank_facts.host}{_by_whom(memory.holders)}"
-            for rank_facts, memory in low[:MAX_LISTED]
+            f"{rank_facts.host}{_describe_holders(memory.holders)}"
+            for rank_facts, memory in low_hosts[:MAX_LISTED]
         ),
-        hosts=_hosts(rank_facts for rank_facts, _ in low),
+        hosts=_hosts(rank_facts for rank_facts, _ in low_hosts),
     )
 
 
 def _products(facts: Sequence[RankFacts], settings: PreflightConfig) -> CheckResult:
-    usual = median_high(rank_facts.products for rank_facts in facts)
-    slow = [rank_facts for rank_facts in facts if rank_facts.products < settings.slowest * usual]
+    median = median_high(rank_facts.products for rank_facts in facts)
+    slow = [rank_facts for rank_facts in facts if rank_facts.products < settings.slowest * median]
     ranks = [f"rank {rank_facts.rank} on {rank_facts.host}" for rank_facts in slow]
     least = min(facts, key=lambda rank_facts: rank_facts.products)
     return CheckResult(
         check="matrix products",
-        measured=f"median {usual / 1e12:.3g} TFLOP/s, slowest {least.products / 1e12:.3g} (rank "
+        measured=f"median {median / 1e12:.3g} TFLOP/s, slowest {least.products / 1e12:.3g} (rank "
         f"{least.rank} on {least.host})",
         expected=f"{settings.slowest:.0%} of the median",
         level="block" if slow else "ok",
@@ -183,26 +187,27 @@ def _links(facts: Sequence[RankFacts], settings: PreflightConfig) -> Iterable[Ch
         groups = group_rates(facts, axis)
         if not groups:
             continue
-        usual = median_high(groups.values())
+        median = median_high(groups.values())
         assumed = link_rate(
             hardware, Assumptions(), max(max(ranks) - min(ranks) + 1 for ranks in groups)
         )
-        slow = [ranks for ranks, rate in groups.items() if rate < settings.slowest * usual]
-        fine = [ranks for ranks in groups if ranks not in slow]
-        hosts = {facts[rank].host for ranks in slow for rank in ranks}
-        hosts = hosts - {facts[rank].host for ranks in fine for rank in ranks} or hosts
+        slow_groups = [ranks for ranks, rate in groups.items() if rate < settings.slowest * median]
+        sound_groups = [ranks for ranks in groups if ranks not in slow_groups]
+        hosts = {facts[rank].host for ranks in slow_groups for rank in ranks}
+        hosts = hosts - {facts[rank].host for ranks in sound_groups for rank in ranks} or hosts
         problems = [
             f"{groups[ranks] / 1e9:.3g} GB/s among ranks {_listed(ranks)}"
-            for ranks in slow[:MAX_LISTED]
+            for ranks in slow_groups[:MAX_LISTED]
         ]
-        if is_gpu and usual < settings.bandwidth * assumed:
+        if is_gpu and median < settings.bandwidth * assumed:
             problems.append(
-                f"{usual / assumed:.0%} of the planner's rate: does NCCL use the fast network "
+                f"{median / assumed:.0%} of the planner's rate: does NCCL use the fast network "
                 "(NCCL_DEBUG=INFO)?"
             )
         yield CheckResult(
             check=f"{axis}: {operation}",
-            measured=f"{usual / 1e9:.3g} GB/s in {len(groups)} groups of {len(next(iter(groups)))}",
+            measured=f"{median / 1e9:.3g} GB/s in {len(groups)} groups of "
+            f"{len(next(iter(groups)))}",
             expected=f"{assumed / 1e9:.3g} GB/s ({hardware.name})" if is_gpu else "none for CPUs",
             level="block" if problems else "ok",
             problem="; ".join(problems),
@@ -214,18 +219,18 @@ def _pairs(facts: Sequence[RankFacts], settings: PreflightConfig) -> Iterable[Ch
     rates = node_rates(facts, "pairs")
     if not rates:
         return
-    usual = median_high(rates.values())
-    slow = [
+    median = median_high(rates.values())
+    slow_ranks = [
         rank_facts
         for rank_facts in facts
-        if rates.get(rank_facts.node_index, usual) < settings.slowest * usual
+        if rates.get(rank_facts.node_index, median) < settings.slowest * median
     ]
-    hosts = _hosts(slow)
+    hosts = _hosts(slow_ranks)
     yield CheckResult(
         check="links between nodes",
-        measured=f"median {usual / 1e9:.3g} GB/s, slowest {min(rates.values()) / 1e9:.3g}",
+        measured=f"median {median / 1e9:.3g} GB/s, slowest {min(rates.values()) / 1e9:.3g}",
         expected=f"{settings.slowest:.0%} of the median",
-        level="block" if slow else "ok",
+        level="block" if slow_ranks else "ok",
         problem=f"slow to every neighbor: {_listed(hosts)}" if hosts else "",
         hosts=hosts,
     )
@@ -235,13 +240,13 @@ def _gloo(facts: Sequence[RankFacts], settings: PreflightConfig) -> Iterable[Che
     rates = node_rates(facts, "gloo")
     if not rates:
         return
-    hardware, usual = hardware_of(settings, facts), median_high(rates.values())
-    slow = [
+    hardware, median = hardware_of(settings, facts), median_high(rates.values())
+    slow_ranks = [
         rank_facts
         for rank_facts in facts
-        if rates.get(rank_facts.node_index, usual) < settings.slowest * usual
+        if rates.get(rank_facts.node_index, median) < settings.slowest * median
     ]
-    hosts, fraction = _hosts(slow), usual / hardware.host_network
+    hosts, fraction = _hosts(slow_ranks), median / hardware.host_network
     problems = []
     if hosts:
         problems.append(f"slow to every neighbor: {_listed(hosts)}")
@@ -253,7 +258,7 @@ def _gloo(facts: Sequence[RankFacts], settings: PreflightConfig) -> Iterable[Che
         )
     yield CheckResult(
         check="push over gloo",
-        measured=f"a rank of the median node {usual / 1e9:.3g} GB/s, of the slowest "
+        measured=f"a rank of the median node {median / 1e9:.3g} GB/s, of the slowest "
         f"{min(rates.values()) / 1e9:.3g}",
         expected=f"{hardware.host_network / 1e9:.3g} GB/s (planner)",
         level="block" if hosts else "note" if problems else "ok",
@@ -405,6 +410,6 @@ def _listed(values: Sequence[object]) -> str:
     return ", ".join(map(str, values[:MAX_LISTED])) + rest
 
 
-def _by_whom(holders: Sequence[str]) -> str:
+def _describe_holders(holders: Sequence[str]) -> str:
     """Return " by " and the processes that hold some memory; "" where none is known."""
     return f" by {', '.join(holders)}" if holders else ""

@@ -264,13 +264,13 @@ def _little_to_collect() -> Iterator[None]:
         gc.unfreeze()
 
 
-def _separate_steps(inner: torch.optim.Optimizer) -> None:
+def _separate_steps(torch_optimizer: torch.optim.Optimizer) -> None:
     """Give every parameter of torch's AdamW a step tensor of its own again.
 
     After loading they share one (distrib_optimizer.py:825): the next update would increment it once
     per parameter, and Adam's bias correction would be over in one step. On a GPU the step is a
     number of the group."""
-    for state in inner.state.values():
+    for state in torch_optimizer.state.values():
         if torch.is_tensor(state.get("step")):
             state["step"] = state["step"].clone()
 
@@ -280,21 +280,21 @@ def _allocate_state(optimizer: Any) -> None:
 
     Megatron's distributed optimizer over torch's AdamW can neither save nor load without them."""
     for part in _parts(optimizer):
-        inner = part.optimizer
-        if inner.state:
+        torch_optimizer = part.optimizer
+        if torch_optimizer.state:
             continue
-        rates = [group["lr"] for group in inner.param_groups]
-        for group in inner.param_groups:
+        rates = [group["lr"] for group in torch_optimizer.param_groups]
+        for group in torch_optimizer.param_groups:
             group["lr"] = 0.0
             for parameter in group["params"]:
                 parameter.grad = torch.zeros_like(parameter)
-        inner.step()
-        inner.zero_grad()
-        for group, rate in zip(inner.param_groups, rates, strict=True):
+        torch_optimizer.step()
+        torch_optimizer.zero_grad()
+        for group, rate in zip(torch_optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
             if "step" in group:
                 group["step"] = 0
-        for state in inner.state.values():
+        for state in torch_optimizer.state.values():
             if torch.is_tensor(state.get("step")):
                 state["step"].zero_()
 

@@ -13,7 +13,7 @@ SCORES = [2.0, -0.5, 0.25, 1.0]
 
 def given(num_responses=4, labels=()):
     batch = SimpleNamespace(num_responses=num_responses, labels=torch.tensor(labels))
-    return batch, SimpleNamespace(at_last_tokens=lambda: torch.tensor(SCORES))
+    return batch, SimpleNamespace(last_token_scores=lambda: torch.tensor(SCORES))
 
 
 def mean(metric):

@@ -104,7 +104,7 @@ class DistributedCheckpoint:
         """
         out = torch.empty(tuple(sizes), dtype=self.dtypes[key])
         covered = 0
-        for chunk in self._near(key, starts, sizes):
+        for chunk in self._overlap_candidates(key, starts, sizes):
             box = _overlap(starts, sizes, chunk)
             if box is None:
                 continue
@@ -132,16 +132,18 @@ class DistributedCheckpoint:
 
         Raises:
             UserError: its bytes are damaged, or hold something else."""
-        (at,) = (at for index, at in self._metadata.storage_data.items() if index.fqn == key)
-        with open(self.path / at.relative_path, "rb") as file:
-            file.seek(at.offset)
-            saved = io.BytesIO(file.read(at.length))
+        (storage,) = (
+            storage for index, storage in self._metadata.storage_data.items() if index.fqn == key
+        )
+        with open(self.path / storage.relative_path, "rb") as file:
+            file.seek(storage.offset)
+            saved = io.BytesIO(file.read(storage.length))
         try:
             return torch.load(saved, weights_only=True)
         except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
             cause = str(error).partition("\n")[0]
             raise UserError(
-                f"{key} in {self.path / at.relative_path} is damaged ({cause}); use another "
+                f"{key} in {self.path / storage.relative_path} is damaged ({cause}); use another "
                 "checkpoint",
                 key="checkpoint",
                 cause=Cause.MALFORMED,
@@ -152,7 +154,7 @@ class DistributedCheckpoint:
 
         Args:
             key: the tensor's key."""
-        for chunk in (chunk for near in self._chunks[key].values() for chunk in near):
+        for chunk in (chunk for bucket in self._chunks[key].values() for chunk in bucket):
             # Files are called __RANK_NUMBER.distcp.
             rank = int(chunk.file.removeprefix("__").partition("_")[0])
             yield rank, list(chunk.starts), list(chunk.sizes)
@@ -181,31 +183,33 @@ class DistributedCheckpoint:
             for chunk in entry.chunks
         }
         chunks: dict[str, dict[int, list[_StoredChunk]]] = defaultdict(lambda: defaultdict(list))
-        for index, at in self._metadata.storage_data.items():
+        for index, storage in self._metadata.storage_data.items():
             if index.fqn in self.shapes:
                 starts = tuple(index.offset)
                 size = sizes[index.fqn, starts]
-                chunk = _StoredChunk(starts, size, at.relative_path, at.offset, at.length)
+                chunk = _StoredChunk(
+                    starts, size, storage.relative_path, storage.offset, storage.length
+                )
                 chunks[index.fqn][starts[0] if starts else 0].append(chunk)
         return chunks
 
-    def _near(self, key: str, starts: Box, sizes: Box) -> list[_StoredChunk]:
+    def _overlap_candidates(self, key: str, starts: Box, sizes: Box) -> list[_StoredChunk]:
         """Return the chunks that may overlap the rectangle, of stacked tensors only its layers."""
         buckets = self._chunks[key]
         if len(starts) == 3:
             layers = range(starts[0], starts[0] + sizes[0])
-            near = [chunk for index in layers for chunk in buckets.get(index, [])]
-            if near and all(chunk.sizes[0] == 1 for chunk in near):
-                return near
+            candidates = [chunk for index in layers for chunk in buckets.get(index, [])]
+            if candidates and all(chunk.sizes[0] == 1 for chunk in candidates):
+                return candidates
         return [chunk for bucket in buckets.values() for chunk in bucket]
 
     def _read_chunk(self, key: str, chunk: _StoredChunk, starts: Box, sizes: Box) -> Tensor:
         if chunk.file not in self._files:
             self._files[chunk.file] = os.open(self.path / chunk.file, os.O_RDONLY)
         try:
-            at = self._data_offset(key, chunk)
+            offset = self._data_offset(key, chunk)
             return read_box(
-                self._files[chunk.file], at, chunk.sizes, self.dtypes[key], starts, sizes
+                self._files[chunk.file], offset, chunk.sizes, self.dtypes[key], starts, sizes
             )
         except (RuntimeError, LookupError, ValueError, EOFError, pickle.UnpicklingError) as error:
             label, cause = f"{key} at {chunk.starts}", str(error).partition("\n")[0]
@@ -237,8 +241,10 @@ class DistributedCheckpoint:
 
     def _check_files(self) -> None:
         ends: dict[str, int] = defaultdict(int)
-        for at in self._metadata.storage_data.values():
-            ends[at.relative_path] = max(ends[at.relative_path], at.offset + at.length)
+        for storage in self._metadata.storage_data.values():
+            ends[storage.relative_path] = max(
+                ends[storage.relative_path], storage.offset + storage.length
+            )
         absent = sorted(name for name in ends if not (self.path / name).is_file())
         if absent:
             raise UserError(

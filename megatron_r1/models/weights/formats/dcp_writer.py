@@ -100,11 +100,11 @@ def write_metadata(
         for key, shape in shapes.items()
     }
     storage = {}
-    for at in written:
-        starts, sizes = torch.Size(at.chunk.starts), torch.Size(at.chunk.sizes)
-        tensors[at.chunk.key].chunks.append(ChunkStorageMetadata(starts, sizes))
-        index = MetadataIndex(at.chunk.key, starts)
-        storage[index] = _StorageInfo(at.file, at.offset, at.length)
+    for record in written:
+        starts, sizes = torch.Size(record.chunk.starts), torch.Size(record.chunk.sizes)
+        tensors[record.chunk.key].chunks.append(ChunkStorageMetadata(starts, sizes))
+        index = MetadataIndex(record.chunk.key, starts)
+        storage[index] = _StorageInfo(record.file, record.offset, record.length)
     metadata = Metadata(
         dict(tensors), storage_data=storage, storage_meta=StorageMeta(), version=_DCP_VERSION
     )

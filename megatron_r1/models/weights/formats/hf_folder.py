@@ -123,11 +123,13 @@ class HFWeights:
         last = tuple(
             -(-(s + n) // published_layout.BLOCK) for s, n in zip(starts, sizes, strict=True)
         )
-        outer = tuple(f * published_layout.BLOCK for f in first)
+        block_starts = tuple(f * published_layout.BLOCK for f in first)
         ends = tuple(
             min(x * published_layout.BLOCK, full) for x, full in zip(last, shape, strict=True)
         )
-        q = self.read_stored(name, outer, tuple(e - o for e, o in zip(ends, outer, strict=True)))
+        q = self.read_stored(
+            name, block_starts, tuple(e - o for e, o in zip(ends, block_starts, strict=True))
+        )
         blocks = tuple(x - f for x, f in zip(last, first, strict=True))
         scales = _scales(
             self._home[published_layout.scale_name(name)],
@@ -137,7 +139,7 @@ class HFWeights:
         )
         values = dequantize_blockwise(q, scales, dtype=torch.float32)
         for axis, (block_start, box_start, size) in enumerate(
-            zip(outer, starts, sizes, strict=True)
+            zip(block_starts, starts, sizes, strict=True)
         ):
             values = values.narrow(axis, box_start - block_start, size)
         return values

@@ -65,7 +65,7 @@ class StoredLayout:
     dtypes: dict[str, str] = field(default_factory=dict)
     vocabulary: set[str] = field(default_factory=set)
 
-    def by_hf_name(self) -> dict[str, list[tuple[StoredParameter, Piece]]]:
+    def slots_by_hf_name(self) -> dict[str, list[tuple[StoredParameter, Piece]]]:
         """Return HF tensor -> the slots and runs with its rows, in row order."""
         by_name = defaultdict(list)
         for slot in self.slots:
@@ -98,10 +98,10 @@ def stored_layout(
         stacked = not table.num_experts
     fused_norms = transformer_engine or not hf.get("kv_lora_rank")
     ((shard,),) = stage_shards(hf, with_mtp=with_mtp)
-    at = replace(shard, transformer_engine=fused_norms)
+    shard = replace(shard, transformer_engine=fused_norms)
     result = StoredLayout()
     first_axes: dict[str, list[int]] = {}
-    for name, entry in layout(hf, at).items():
+    for name, entry in layout(hf, shard).items():
         key, index = _stored_name(name, stacked)
         runs = tuple(_run(piece, entry.shape) for piece in entry.pieces)
         result.slots.append(StoredParameter(key, index, entry.shape, runs))
@@ -152,7 +152,7 @@ class MegatronWeights:
         self.with_mtp = any(key.startswith("mtp.") for key in self.checkpoint.shapes)
         self.layout = self._recognize()
         self.copies = weight_table(hf).copies
-        self._runs = self.layout.by_hf_name()
+        self._runs = self.layout.slots_by_hf_name()
         self._check_shapes()
 
     def __enter__(self) -> Self:

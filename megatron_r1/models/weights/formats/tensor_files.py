@@ -28,21 +28,21 @@ STRIPE_BYTES = 16 << 20
 
 def read_box(
     file: int,
-    at: int,
+    offset: int,
     shape: Sequence[int],
     dtype: torch.dtype,
     starts: Sequence[int],
     sizes: Sequence[int],
 ) -> Tensor:
     """Return tensor[starts[0] : starts[0] + sizes[0], …], of shape `sizes`, of the contiguous
-    tensor at offset `at`, which has `shape` and `dtype`.
+    tensor at `offset`, which has `shape` and `dtype`.
 
     Only the rows of the rectangle are read; where it has only some of the columns, in stripes of
     STRIPE_BYTES.
 
     Args:
         file: a file descriptor.
-        at: the tensor's offset in the file, in bytes.
+        offset: the tensor's offset in the file, in bytes.
         shape: the shape of the whole tensor.
         dtype: the tensor's dtype.
         starts: the rectangle's first index in each dimension.
@@ -55,57 +55,59 @@ def read_box(
         return out
     if tuple(sizes[1:]) == tuple(shape[1:]):
         row = prod(shape[1:]) * dtype.itemsize
-        _read_into(file, at + starts[0] * row if starts else at, out)
+        _read_into(file, offset + starts[0] * row if starts else offset, out)
     elif len(shape) == 2:
         rows = max(1, STRIPE_BYTES // (shape[1] * dtype.itemsize))
         for first in range(0, sizes[0], rows):
             count = min(rows, sizes[0] - first)
             box = (starts[0] + first, 0), (count, shape[1])
-            stripe = read_box(file, at, shape, dtype, *box)
+            stripe = read_box(file, offset, shape, dtype, *box)
             out[first : first + count] = stripe[:, starts[1] : starts[1] + sizes[1]]
     else:
         step = prod(shape[1:]) * dtype.itemsize
         for index in range(sizes[0]):
-            inner = at + (starts[0] + index) * step
-            out[index] = read_box(file, inner, shape[1:], dtype, starts[1:], sizes[1:])
+            slice_offset = offset + (starts[0] + index) * step
+            out[index] = read_box(file, slice_offset, shape[1:], dtype, starts[1:], sizes[1:])
     return out
 
 
-def _read_into(file: int, at: int, out: Tensor) -> None:
-    """Fill the contiguous `out` from offset `at`; EOFError when the file is too short."""
+def _read_into(file: int, offset: int, out: Tensor) -> None:
+    """Fill the contiguous `out` from `offset`; EOFError when the file is too short."""
     buffer = as_bytes(out).numpy().data
     while buffer:
         # One call reads 2 GiB at most (read(2)), and may read less.
-        count = os.preadv(file, [buffer], at)
+        count = os.preadv(file, [buffer], offset)
         if not count:
-            raise EOFError(f"{len(buffer)} bytes are missing at offset {at}")
-        buffer, at = buffer[count:], at + count
+            raise EOFError(f"{len(buffer)} bytes are missing at offset {offset}")
+        buffer, offset = buffer[count:], offset + count
 
 
-def write_at(file: int, at: int, values: Tensor) -> None:
-    """Write all of a tensor, contiguously, at offset `at`.
+def write_at(file: int, offset: int, values: Tensor) -> None:
+    """Write all of a tensor, contiguously, at `offset`.
 
     Args:
         file: descriptor of an open file.
-        at: offset in bytes.
+        offset: where they go in the file, in bytes.
         values: the values to write, of any dtype.
     """
-    _write_bytes(file, at, as_bytes(values.contiguous()).numpy().data)
+    _write_bytes(file, offset, as_bytes(values.contiguous()).numpy().data)
 
 
-def _write_bytes(file: int, at: int, buffer: memoryview) -> None:
+def _write_bytes(file: int, offset: int, buffer: memoryview) -> None:
     while buffer:
-        count = os.pwrite(file, buffer, at)
-        buffer, at = buffer[count:], at + count
+        count = os.pwrite(file, buffer, offset)
+        buffer, offset = buffer[count:], offset + count
 
 
-def write_box(file: int, at: int, shape: Sequence[int], starts: Sequence[int], box: Tensor) -> None:
+def write_box(
+    file: int, offset: int, shape: Sequence[int], starts: Sequence[int], box: Tensor
+) -> None:
     """Write a rectangle of the tensor of `read_box`, tensor[starts[0] : starts[0] + len(box), …]:
     its own bytes and no others, run by run where it has only some of the columns.
 
     Args:
         file: an open file's descriptor.
-        at: offset of the whole tensor in the file, in bytes.
+        offset: where the whole tensor begins in the file, in bytes.
         shape: the whole tensor's shape.
         starts: first index of the rectangle in each dimension.
         box: the rectangle, in the dtype of the stored tensor."""
@@ -113,17 +115,17 @@ def write_box(file: int, at: int, shape: Sequence[int], starts: Sequence[int], b
         return
     if tuple(box.shape[1:]) == tuple(shape[1:]):
         row = prod(shape[1:]) * box.dtype.itemsize
-        write_at(file, at + starts[0] * row if starts else at, box)
+        write_at(file, offset + starts[0] * row if starts else offset, box)
     elif len(shape) == 2:
         pitch, width = shape[1] * box.dtype.itemsize, box.shape[1] * box.dtype.itemsize
-        first = at + starts[0] * pitch + starts[1] * box.dtype.itemsize
+        first = offset + starts[0] * pitch + starts[1] * box.dtype.itemsize
         buffer = as_bytes(box.contiguous()).numpy().data
         for row in range(len(box)):
             _write_bytes(file, first + row * pitch, buffer[row * width : (row + 1) * width])
     else:
         step = prod(shape[1:]) * box.dtype.itemsize
         for index in range(len(box)):
-            write_box(file, at + (starts[0] + index) * step, shape[1:], starts[1:], box[index])
+            write_box(file, offset + (starts[0] + index) * step, shape[1:], starts[1:], box[index])
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
@@ -172,8 +174,8 @@ class SafetensorsFile:
             name: the tensor's name.
             starts: first index along each dimension.
             sizes: the shape of the rectangle."""
-        at = self.tensors[name]
-        return read_box(self.file, at.offset, at.shape, _TYPES[at.dtype], starts, sizes)
+        tensor = self.tensors[name]
+        return read_box(self.file, tensor.offset, tensor.shape, _TYPES[tensor.dtype], starts, sizes)
 
 
 @dataclass(frozen=True)
