@@ -373,7 +373,7 @@ def _pipeline_fields(parallel: ParallelConfig, num_layers: int, num_mtp: int) ->
         "virtual_pipeline_model_parallel_size": len(stages[0]) if interleaved else None,
         # Each direction is a message of its own, on its way while a chunk computes. Shapes, which
         # Megatron would swap between two ranks (p2p_communication.py:221, Megatron-Core 0.16.1),
-        # are not sent: `trainer.passes` knows them.
+        # are not sent: `trainer.stage_communication` knows them.
         "overlap_p2p_comm": interleaved,
     }
 

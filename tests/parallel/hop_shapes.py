@@ -28,7 +28,7 @@ def main() -> None:
         from megatron.core import parallel_state
         from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
-        from megatron_r1.trainer.passes import KnownShapesCommunicator
+        from megatron_r1.trainer.stage_communication import KnownShapesCommunicator
         from megatron_r1.trainer.trainer import Trainer
 
         expect, sent = KnownShapesCommunicator._communicate_shapes, set()

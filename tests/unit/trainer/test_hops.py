@@ -13,7 +13,7 @@ from megatron.core.transformer.pipeline_parallel_layer_layout import (  # noqa: 
     PipelineParallelLayerLayout,
 )
 
-from megatron_r1.trainer.passes import shapes_to_receive  # noqa: E402
+from megatron_r1.trainer.stage_communication import shapes_to_receive  # noqa: E402
 
 LENGTHS = [8, 24, 16, 40, 32, 48, 64, 56]
 
