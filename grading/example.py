@@ -11,7 +11,7 @@ ANSWERS = (
 )
 
 
-async def in_workers() -> None:
+async def grade_in_workers() -> None:
     """Grade all answers at once, each in a process that may hang or crash."""
     async with RewardPool(num_workers=2, timeout_seconds=5.0) as pool:
         for result in await asyncio.gather(*(pool.grade("math", *pair) for pair in ANSWERS)):
@@ -20,4 +20,4 @@ async def in_workers() -> None:
 
 if __name__ == "__main__":
     print(grade("format", "<think>1 + 1</think><answer>2</answer>"))
-    asyncio.run(in_workers())
+    asyncio.run(grade_in_workers())

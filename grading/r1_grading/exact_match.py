@@ -62,5 +62,5 @@ def grade(
 
 def normalize_answer(text: str) -> str:
     """Return a text in lower case, without punctuation, articles and repeated spaces."""
-    plain = INITIALS.sub("", unicodedata.normalize("NFKC", text).casefold()).translate(PUNCTUATION)
-    return " ".join(ARTICLES.sub(" ", plain).split())
+    words = INITIALS.sub("", unicodedata.normalize("NFKC", text).casefold()).translate(PUNCTUATION)
+    return " ".join(ARTICLES.sub(" ", words).split())

@@ -45,10 +45,10 @@ class TooLarge(ValueError):
 
 def is_formula(answer: str) -> bool:
     """Whether `answer` holds only numbers, operators, one-letter symbols and common functions."""
-    plain = unicodedata.normalize("NFKC", answer)
-    if not FORMULA_CHARS.fullmatch(plain) or re.search(r"\.\s*[A-Za-z]", plain):
+    formula = unicodedata.normalize("NFKC", answer)
+    if not FORMULA_CHARS.fullmatch(formula) or re.search(r"\.\s*[A-Za-z]", formula):
         return False
-    names = re.findall(r"[A-Za-z][A-Za-z0-9]*", plain)
+    names = re.findall(r"[A-Za-z][A-Za-z0-9]*", formula)
     return all(len(name) == 1 or name in FORMULA_NAMES for name in names)
 
 
@@ -58,9 +58,9 @@ def refusal_reason(answer: str) -> str:
         return f"{len(answer)} characters, at most {MAX_FORMULA_CHARS} are evaluated"
     if not is_formula(answer):
         return "no plain formula"
-    plain = " ".join(unicodedata.normalize("NFKC", answer).replace("^", "**").split())
+    source = " ".join(unicodedata.normalize("NFKC", answer).replace("^", "**").split())
     try:
-        _size(ast.parse(plain, mode="eval").body)
+        _size(ast.parse(source, mode="eval").body)
     except TooLarge as error:
         return str(error)
     except (SyntaxError, ValueError, MemoryError, RecursionError):

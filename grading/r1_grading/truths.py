@@ -55,7 +55,7 @@ def accepted_answers(truth: Any) -> list[Any]:
         answers = _flatten_answers(
             [truth[key] for key in ANSWER_KEYS if truth.get(key) is not None]
         )
-        return [entry for at, entry in enumerate(answers) if entry not in answers[:at]]
+        return [entry for index, entry in enumerate(answers) if entry not in answers[:index]]
     return _flatten_answers(truth) if isinstance(truth, list | tuple) else [truth]
 
 
@@ -204,10 +204,10 @@ def _flatten_answers(entries: Any) -> list[Any]:
 
 def _decode_answers(text: str) -> Any:
     """Return a list of text or a mapping that a text is as JSON or a Python value, else None."""
-    plain = text.strip()
-    if not (plain.startswith(('["', '{"', "['", "{'")) and plain.endswith(("]", "}"))):
+    literal = text.strip()
+    if not (literal.startswith(('["', '{"', "['", "{'")) and literal.endswith(("]", "}"))):
         return None
-    value = decode_literal(plain)
+    value = decode_literal(literal)
     if isinstance(value, list):
         return value if all(isinstance(entry, str) for entry in value) else None
     return (

@@ -358,9 +358,9 @@ class _LinearPolicyLoss(torch.autograd.Function):
         dtype = accumulation_dtype(hidden.dtype)
         num_tokens = num_rows(call.rows)
         buffer = head.buffer(num_tokens, dtype)
-        alone = head.shard.group is None
+        is_unsharded = head.shard.group is None
         d_buffer = buffer
-        if gradients.needed and not (alone and hidden.dtype == dtype):
+        if gradients.needed and not (is_unsharded and hidden.dtype == dtype):
             d_buffer = head.buffer(num_tokens, hidden.dtype)
         metrics = [hidden.new_zeros(len(hidden), dtype=dtype) for _ in LinearPolicyLoss._fields[1:]]
         losses = [hidden.new_zeros(1, dtype=dtype)]
@@ -375,7 +375,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
             terms = call.terms(rows, softmax)
             if gradients.needed:
                 waiting = rows, states, call.d_logits(rows, logits, softmax, terms, d_buffer)
-                if alone:
+                if is_unsharded:
                     gradients.add(*waiting)
                     waiting = None
             losses.append(terms.loss)

@@ -116,19 +116,19 @@ def _check_values(
             )
         falls = (token_ids.diff() <= 0) & (owner.diff() == 0)
         if bool(falls.any()):
-            at = int(falls.nonzero()[0, 0])
+            index = int(falls.nonzero()[0, 0])
             raise ValueError(
-                f"sampling_mask.token_ids of token {int(owner[at])} hold "
-                f"{int(token_ids[at + 1])} after {int(token_ids[at])}: sort the ids of a token, "
-                "each once"
+                f"sampling_mask.token_ids of token {int(owner[index])} hold "
+                f"{int(token_ids[index + 1])} after {int(token_ids[index])}: sort the ids of a "
+                "token, each once"
             )
     has_target = torch.zeros(len(targets), dtype=torch.bool, device=targets.device)
     has_target[owner[token_ids == targets[owner]]] = True
     lost = ~has_target if counting is None else ~has_target[counting]
     if bool(lost.any()):
-        at = int(lost.nonzero()[0, 0] if counting is None else counting[lost][0])
+        index = int(lost.nonzero()[0, 0] if counting is None else counting[lost][0])
         raise ValueError(
-            f"sampling_mask has {int(lengths[at])} ids for token {at}, and its target "
-            f"{int(targets[at])} is not among them ({int(lost.sum())} such tokens): a sampled "
+            f"sampling_mask has {int(lengths[index])} ids for token {index}, and its target "
+            f"{int(targets[index])} is not among them ({int(lost.sum())} such tokens): a sampled "
             "token is one of those that its sampler kept; mask or leave out the others"
         )

@@ -79,18 +79,18 @@ def _token_logprobs(logits: Any, targets: Any, inplace: bool = False) -> Any:
 
 
 def _rows(
-    call: Callable, ours: Callable, plain: Callable, computes: str = ""
+    call: Callable, ours: Callable, eager: Callable, computes: str = ""
 ) -> tuple[Implementation, ...]:
     """Return ours and the baselines.
 
     Args:
-        plain: the function of `eager`.
+        eager: the function of `eager`.
         computes: what the baselines do more or less, in words."""
     # One specialized graph for this call, as a training step would have.
-    compiled = partial(torch.compile, plain, dynamic=False)
+    compiled = partial(torch.compile, eager, dynamic=False)
     return (
         Implementation(OURS, call, lambda: ours),
-        Implementation("eager PyTorch", call, lambda: plain, computes),
+        Implementation("eager PyTorch", call, lambda: eager, computes),
         Implementation("torch.compile", call, compiled, computes),
     )
 
@@ -208,9 +208,9 @@ _FUNCTIONS = (
 def alone(kernel: Kernel) -> KernelCase:
     """Return the table of a kernel by itself, on its first example."""
     backend = "triton" if torch.cuda.is_available() else "torch"
-    ours, plain = (getattr(load_primitives(b), kernel.name) for b in (backend, "torch"))
+    ours, eager = (getattr(load_primitives(b), kernel.name) for b in (backend, "torch"))
     inputs = partial(ExampleInputs, kernel)
-    return KernelCase(kernel.name, kernel.computes, inputs, _rows(calls.primitive, ours, plain))
+    return KernelCase(kernel.name, kernel.computes, inputs, _rows(calls.primitive, ours, eager))
 
 
 CASES = (

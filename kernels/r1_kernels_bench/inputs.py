@@ -269,13 +269,13 @@ class LogitsInputs(Inputs):
         self.tokens = make_tokens(sizes, targets, self.logprobs, random)
         _, upstream = reference.policy_gradient(self.logprobs, *self.tokens.loss_inputs)
         self.upstream = upstream.float()
-        self.rows = at = reference.sample_rows(sizes.tokens, device)
+        self.rows = sample = reference.sample_rows(sizes.tokens, device)
         self.exact = reference.logits_gradient(
-            self.pristine[at].double(), targets[at], lse[at], upstream[at]
+            self.pristine[sample].double(), targets[sample], lse[sample], upstream[sample]
         )
         self.checks = {
             "logprobs": self.check_logprobs(),
-            "logits": ("d logits", lambda d: reference.relative_error(d[at], self.exact)),
+            "logits": ("d logits", lambda d: reference.relative_error(d[sample], self.exact)),
         }
 
     @torch.no_grad()
@@ -321,7 +321,7 @@ class MatrixInputs(Inputs):
         self.exact_scale = self._scales_in_fp64(self.rows)
         scaled = self.x[self.rows].double() / self.exact_scale
         codes = scaled.float().to(torch.float8_e4m3fn).float()
-        values = self.quantized[self.rows].double() * self._of_rows(self.scale.double())
+        values = self.quantized[self.rows].double() * self._spread_scale(self.scale.double())
 
         def codes_off(output: Tensor) -> float:
             return (output[self.rows].float() != codes).double().mean().item()
@@ -329,7 +329,7 @@ class MatrixInputs(Inputs):
         self.checks = {
             "scale": (
                 "scales",
-                lambda s: reference.relative_error(self._of_rows(s), self.exact_scale),
+                lambda s: reference.relative_error(self._spread_scale(s), self.exact_scale),
             ),
             "quantized": ("codes off", codes_off),
             "values": (
@@ -345,7 +345,7 @@ class MatrixInputs(Inputs):
         blocks = [part.amax(1, keepdim=True).expand_as(part) for part in parts]
         return torch.cat(blocks, 1).clamp(min=eager.SMALLEST_AMAX) / eager.FP8_MAX
 
-    def _of_rows(self, scale: Tensor) -> Tensor:
+    def _spread_scale(self, scale: Tensor) -> Tensor:
         spread = scale[self.rows // 128].repeat_interleave(128, 1)
         return spread[:, : self.x.shape[1]]
 

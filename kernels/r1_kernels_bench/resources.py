@@ -70,7 +70,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     entries: dict[str, dict[str, Any]] = {}
     print(HEADER)
     for kernel in kernels:
-        variants = alternatives(kernel) if options.alternatives else _in_use(kernel)
+        variants = alternatives(kernel) if options.alternatives else _real_launches(kernel)
         for name, example in variants:
             for arch in ARCHITECTURES:
                 for launch in compiled.compile_launches(kernel, example, arch):
@@ -84,7 +84,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     return {"triton": triton.__version__, "kernels": entries}
 
 
-def _in_use(kernel: Any) -> Iterator[tuple[str, Any]]:
+def _real_launches(kernel: Any) -> Iterator[tuple[str, Any]]:
     """Yield each launch of a kernel in real runs, by its name.
 
     Args:
@@ -109,7 +109,7 @@ def alternatives(kernel: Any) -> Iterator[tuple[str, Any]]:
         sizes = ExampleSizes(vocab_size=ExampleSizes().vocab_size + choices.more_columns)
         examples = [e for e in launches(kernel, sizes, "meta") if e.name in choices.launches]
         columns = f", {sizes.vocab_size} columns" if choices.more_columns else ""
-        in_use = choices.in_use
+        in_use = choices.present_values
         for values in choices.candidates:
             label = "/".join(map(str, values.values())) + ("*" if values == in_use else "")
             with choices.apply(values):

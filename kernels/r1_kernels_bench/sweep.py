@@ -71,7 +71,7 @@ class Choices(NamedTuple):
         return f"{within}kernels/r1_kernels/primitives/{self.stem}_triton.py"
 
     @property
-    def in_use(self) -> dict[str, int]:
+    def present_values(self) -> dict[str, int]:
         """The present values."""
         constants = self._constants()
         return {name: constants[name] for name in self.values}
@@ -181,9 +181,10 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
         options: the options of `python tools/bench kernels`, which `refusal` has accepted."""
     deadline = time.time() + 60 * options.minutes
     meter = CUDAMeter(torch.device("cuda"))
-    plain = ExampleSizes()
-    sizes = plain._replace(
-        num_tokens=options.tokens or plain.num_tokens, vocab_size=options.vocab or plain.vocab_size
+    defaults = ExampleSizes()
+    sizes = defaults._replace(
+        num_tokens=options.tokens or defaults.num_tokens,
+        vocab_size=options.vocab or defaults.vocab_size,
     )
     entries = []
     for choices in PLAN:
@@ -230,10 +231,10 @@ def measure(
         "kernel": choices.kernel,
         "constants_in": choices.place,
         "columns": sizes.vocab_size,
-        "in_use": choices.in_use,
+        "in_use": choices.present_values,
         "rows": rows,
         "failed": failed,
-        **best(rows, choices.in_use),
+        **best(rows, choices.present_values),
     }
 
 

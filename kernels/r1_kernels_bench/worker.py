@@ -121,7 +121,7 @@ class Calls:
 def run_case(
     case: KernelCase,
     task: dict[str, Any],
-    until: float,
+    deadline: float,
     skip: dict[str, str],
     report: Callable[..., None],
 ) -> dict[str, Any]:
@@ -129,7 +129,7 @@ def run_case(
 
     Args:
         task: sizes, device and repeats.
-        until: time.time() by which it should end.
+        deadline: time.time() by which it should end.
         skip: implementations that ended an earlier process, each with the reason.
         report: see `Calls`."""
     device, started = torch.device(task["device"]), time.time()
@@ -144,7 +144,7 @@ def run_case(
     ]
     pairs = list(zip(case.implementations, rows, strict=True))
     for implementation, row in pairs:
-        if not row["not_run"] and time.time() > started + WARM_FRACTION * (until - started):
+        if not row["not_run"] and time.time() > started + WARM_FRACTION * (deadline - started):
             row["not_run"] = TOO_LATE
         if not row["not_run"]:
             calls.warm_up(implementation, row)
@@ -154,7 +154,7 @@ def run_case(
         report(doing="bound")
         bound_seconds.append(measure(bound.call).seconds)
         for implementation, row in pairs:
-            enough = time.time() > until or sum(row["seconds"]) > ENOUGH_SECONDS[device.type]
+            enough = time.time() > deadline or sum(row["seconds"]) > ENOUGH_SECONDS[device.type]
             if implementation.name in calls.working and not (row["seconds"] and enough):
                 calls.time_once(implementation, row)
     rate = bound.done / median(bound_seconds)
@@ -177,9 +177,9 @@ def main() -> None:
             report(result={"failed": TOO_LATE})
             continue
         fraction = case.weight / sum(remaining.weight for remaining in cases[index:])
-        until = start + fraction * (task["deadline"] - start)
+        deadline = start + fraction * (task["deadline"] - start)
         try:
-            result = run_case(case, task, until, task["skip"].get(case.name, {}), report)
+            result = run_case(case, task, deadline, task["skip"].get(case.name, {}), report)
         except Broken as broken:
             report(broken=str(broken))
             sys.exit(1)

@@ -212,13 +212,13 @@ def parse_hermes(text: str) -> ParsedAnswer:
 def _split_thought(text: str) -> tuple[str | None, str]:
     """Return the thought before the first `</think>` that is no part of a call's JSON, and what
     follows; None and the text where there is none."""
-    at, json_end = -1, 0
-    while (at := text.find(END_THINK, at + 1)) >= 0:
-        while 0 <= (begin := text.find(OPEN, json_end)) < at:
+    thought_end, json_end = -1, 0
+    while (thought_end := text.find(END_THINK, thought_end + 1)) >= 0:
+        while 0 <= (begin := text.find(OPEN, json_end)) < thought_end:
             json_end = _end_of_json(text, begin + len(OPEN)) or begin + len(OPEN)
-        if json_end <= at:
-            thought = text[:at].strip().removeprefix("<think>").strip()
-            return thought, text[at + len(END_THINK) :].lstrip()
+        if json_end <= thought_end:
+            thought = text[:thought_end].strip().removeprefix("<think>").strip()
+            return thought, text[thought_end + len(END_THINK) :].lstrip()
     return None, text
 
 
@@ -228,10 +228,10 @@ def _calls(text: str) -> Iterator[tuple[int, int, dict[str, Any]]]:
     Raises:
         MalformedCall: a call is not JSON in a form that is known, or text follows its JSON.
     """
-    at = 0
-    while (begin := text.find(OPEN, at)) >= 0:
-        at = begin + len(OPEN)
-        first = _skip_space(text, at)
+    position = 0
+    while (begin := text.find(OPEN, position)) >= 0:
+        position = begin + len(OPEN)
+        first = _skip_space(text, position)
         if not text.startswith("{", first):
             continue  # prose about the tag
         try:
@@ -239,12 +239,12 @@ def _calls(text: str) -> Iterator[tuple[int, int, dict[str, Any]]]:
             call = _call(body)
         except (ValueError, RecursionError) as error:
             raise MalformedCall(f"the {OPEN} at character {begin} is malformed: {error}") from None
-        at = _skip_space(text, end)
-        if at < len(text):
-            if not text.startswith(CLOSE, at):
+        position = _skip_space(text, end)
+        if position < len(text):
+            if not text.startswith(CLOSE, position):
                 raise MalformedCall(f"text follows the JSON of the {OPEN} at character {begin}")
-            at += len(CLOSE)
-        yield begin, at, call
+            position += len(CLOSE)
+        yield begin, position, call
 
 
 def _call(body: dict[str, Any]) -> dict[str, Any]:
@@ -271,19 +271,19 @@ def _call(body: dict[str, Any]) -> dict[str, Any]:
     return tool_call(_encodable(name), _encodable(json.dumps(arguments, ensure_ascii=False)))
 
 
-def _end_of_json(text: str, at: int) -> int | None:
-    """Return where a JSON object that begins at `at`, after blanks, ends; None if none does."""
-    first = _skip_space(text, at)
+def _end_of_json(text: str, position: int) -> int | None:
+    """Return where the JSON object that begins at a position, after blanks, ends, or None."""
+    first = _skip_space(text, position)
     try:
         return _DECODER.raw_decode(text, first)[1] if text.startswith("{", first) else None
     except (ValueError, RecursionError):
         return None
 
 
-def _skip_space(text: str, at: int) -> int:
-    while at < len(text) and text[at].isspace():
-        at += 1
-    return at
+def _skip_space(text: str, position: int) -> int:
+    while position < len(text) and text[position].isspace():
+        position += 1
+    return position
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

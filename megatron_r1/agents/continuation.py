@@ -114,8 +114,8 @@ class Continuation:
         if not calls:
             return True
         function = {"name": calls[0]["function"]["name"], "arguments": {}}
-        plain = {**answer, "tool_calls": [{**calls[0], "function": function}]}
-        return self._renders(answer, tools) or not self._renders(plain, tools)
+        minimal_answer = {**answer, "tool_calls": [{**calls[0], "function": function}]}
+        return self._renders(answer, tools) or not self._renders(minimal_answer, tools)
 
     def _renders(self, answer: Message, tools: Sequence[Message]) -> bool:
         results = [
@@ -182,8 +182,8 @@ class Continuation:
 
     def _behind(self, answer: str) -> str:
         """Return what the template writes behind an answer, of the text of the whole answer."""
-        at = max((answer.rfind(end) for end in self._ends.values()), default=-1)
-        return self._written if at < 0 else answer[at:]
+        start = max((answer.rfind(end) for end in self._ends.values()), default=-1)
+        return self._written if start < 0 else answer[start:]
 
     def _suffix(
         self, history: Sequence[Message], new: Sequence[Message], tools: Sequence[Message]
@@ -280,22 +280,22 @@ def _calls(message: Message) -> list[tuple[str, Any]]:
 
 def _renderable(message: Message) -> dict[str, Any]:
     """Return a message as templates expect it: content as text, a call's arguments as an object."""
-    plain = {key: value for key, value in message.items() if value is not None}
-    content = plain.get("content", "")
+    rendered = {key: value for key, value in message.items() if value is not None}
+    content = rendered.get("content", "")
     if not isinstance(content, str):
         content = "".join(part.get("text", "") for part in content)
-    plain["content"] = content
-    if "reasoning" in plain:
-        plain["reasoning_content"] = plain.pop("reasoning")
-    if calls := plain.get("tool_calls"):
-        plain["tool_calls"] = [
+    rendered["content"] = content
+    if "reasoning" in rendered:
+        rendered["reasoning_content"] = rendered.pop("reasoning")
+    if calls := rendered.get("tool_calls"):
+        rendered["tool_calls"] = [
             {
                 **call,
                 "function": {**call["function"], "arguments": read_arguments(call["function"])},
             }
             for call in calls
         ]
-    return plain
+    return rendered
 
 
 def read_arguments(function: Mapping[str, Any]) -> Any:

@@ -69,9 +69,9 @@ def _parameter_adapters(function: Callable[..., Any]) -> dict[str, TypeAdapter[A
         if name == "return":
             continue
         # One at a time: get_type_hints raises for all where one names something not imported.
-        alone = types.SimpleNamespace(__annotations__={name: annotation})
+        holder = types.SimpleNamespace(__annotations__={name: annotation})
         with contextlib.suppress(NameError, TypeError, PydanticUserError):
-            hint = typing.get_type_hints(alone, names, include_extras=True)[name]
+            hint = typing.get_type_hints(holder, names, include_extras=True)[name]
             try:
                 adapters[name] = TypeAdapter(hint, config=ConfigDict(coerce_numbers_to_str=True))
             except PydanticUserError:  # a type with a configuration of its own
@@ -167,7 +167,11 @@ class EnvironmentDescription:
         """Return the tools with the names of their arguments: `get(key, default), size()`."""
         return ", ".join(
             f"{tool['name']}({', '.join(tool['parameters']['properties'])})"
-            + (f" (did you mean {near}?)" if (near := self.misspelt.get(tool["name"])) else "")
+            + (
+                f" (did you mean {suggestion}?)"
+                if (suggestion := self.misspelt.get(tool["name"]))
+                else ""
+            )
             for tool in (tool["function"] for tool in self.tools)
         )
 
@@ -183,11 +187,11 @@ def environment_target(name: str) -> str:
     module, _, attribute = name.partition(":")
     if module and attribute.isidentifier() and not module.endswith(".py"):
         return name
-    near = did_you_mean(name, SHIPPED)
+    suggestion = did_you_mean(name, SHIPPED)
     if file_name := re.fullmatch(r"(\w[\w.]*?)(?:\.py)?[.:](\w+)", name):
-        near = f"; did you mean {file_name[1]}:{file_name[2]}?"
+        suggestion = f"; did you mean {file_name[1]}:{file_name[2]}?"
     raise UserError(
-        f"agents.environment: unknown environment {name!r}{near} (known: "
+        f"agents.environment: unknown environment {name!r}{suggestion} (known: "
         f"{', '.join(SHIPPED)}; your own is written 'module:Class')",
         key="agents.environment",
         cause=Cause.UNKNOWN,
@@ -234,11 +238,11 @@ def describe(environment: type) -> EnvironmentDescription:
             cause=Cause.EMPTY,
         )
     lacking = [method for method in RESERVED if method not in public]
-    near = {
+    matches = {
         method: difflib.get_close_matches(method, lacking, n=1, cutoff=0.85)
         for method in public.keys() - set(RESERVED)
     }
-    misspelt = {method: names[0] for method, names in near.items() if names}
+    misspelt = {method: names[0] for method, names in matches.items() if names}
     return EnvironmentDescription(tools, "get_reward" in public, _parameters(environment), misspelt)
 
 

@@ -31,10 +31,11 @@ def load_environment_prompts(environment: str, **arguments: Any) -> PromptSplit:
         except MissingTruth as error:
             tools = {method: tool for tool, method in description.misspelt.items()}
             tool = tools.get("get_reward")
-            near = f" ({tool} is a tool; did you mean get_reward?)" if tool else ""
+            suggestion = f" ({tool} is a tool; did you mean get_reward?)" if tool else ""
             raise UserError(
-                f"agents.environment: {environment.rpartition(':')[2]} has no get_reward{near}, so "
-                f"kind {error.kind} grades the answer and needs 'truth': {error}",
+                f"agents.environment: {environment.rpartition(':')[2]} has no "
+                f"get_reward{suggestion}, so kind {error.kind} grades the answer and needs "
+                f"'truth': {error}",
                 key="agents.environment",
                 cause=Cause.MISSING,
             ) from None

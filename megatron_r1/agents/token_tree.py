@@ -211,8 +211,8 @@ def tree_turns(tree: TokenTree, decode: Callable[[Sequence[int]], str]) -> list[
             turns.append(Turn("assistant", text, count, trained=True, policy_version=version))
             continue
         turns += [
-            Turn(message["role"], _text(message), count if at == last else 0, trained=False)
-            for at, message in enumerate(node.messages)
+            Turn(message["role"], _text(message), count if index == last else 0, trained=False)
+            for index, message in enumerate(node.messages)
         ]
     return turns
 

@@ -112,9 +112,9 @@ def _require_columns(source: str, rows: Sequence[Row], options: Mapping[str, str
     """Raise UserError for a column that the user names and the rows lack."""
     for name, column in options.items():
         if column is not None and column not in rows[0]:
-            near = did_you_mean(column, rows[0], "{}") or "."
+            suggestion = did_you_mean(column, rows[0], "{}") or "."
             raise UserError(
-                f"--{name} {column}: {source} has no such column{near} {_list_columns(rows)}",
+                f"--{name} {column}: {source} has no such column{suggestion} {_list_columns(rows)}",
                 key=f"--{name}",
                 cause=Cause.NOT_FOUND,
             )
@@ -151,11 +151,11 @@ def columns_by_name(
     flat = [_flatten_row(row) for row in rows]
     columns: dict[str, str] = {}
     has_question = any("question" in row for row in rows)
-    if not has_question and (name := _by_name(QUESTION_NAMES, flat, _is_question, None)):
+    if not has_question and (name := _usual_column(QUESTION_NAMES, flat, _is_question, None)):
         columns["question"] = name
     if needs_truth and not any("truth" in row for row in rows):
         question_column = columns.get("question", "question")
-        if truth := _joined_columns(flat) or _by_name(
+        if truth := _joined_columns(flat) or _usual_column(
             TRUTH_NAMES, flat, _is_truth, question_column
         ):
             columns["truth"] = truth
@@ -178,7 +178,7 @@ def _context(rows: Sequence[Row], question: str) -> str | None:
     return None
 
 
-def _by_name(
+def _usual_column(
     names: Sequence[str], rows: Sequence[Row], fits: Callable[[Any], bool], taken_column: str | None
 ) -> str | None:
     """Return the first of `names` that rows have as a column; one whose values are all none only
@@ -320,7 +320,7 @@ def _counts(name: str, rows: Sequence[Row]) -> bool:
     start = str(rows[0].get(name))
     if len(rows) < 3 or not start.isdigit():
         return False
-    return all(str(row.get(name)) == str(int(start) + at) for at, row in enumerate(rows))
+    return all(str(row.get(name)) == str(int(start) + index) for index, row in enumerate(rows))
 
 
 def _kinds_of_rows(rows: Sequence[Row]) -> set[str]:

@@ -59,8 +59,8 @@ class DataReport:
         read = "row" if self.num_read == 1 else "rows"
         num_kept = self.num_read - self.num_duplicates
         num_kept -= sum(rows.count for rows in self.left_out.values())
-        begun = "" if self.is_complete else " (more are not needed)"
-        lines = [f"{self.source}: {self.num_read:,} {read} read{begun}, {num_kept:,} usable"]
+        remark = "" if self.is_complete else " (more are not needed)"
+        lines = [f"{self.source}: {self.num_read:,} {read} read{remark}, {num_kept:,} usable"]
         if self.columns:
             column_pairs = ", ".join(f"{ours} = {theirs}" for ours, theirs in self.columns.items())
             lines.append(f"  columns, by their names: {column_pairs}")

@@ -55,7 +55,7 @@ def read_preferences(path: str | Path, kind: Kind) -> Iterator[Preference]:
     for location, row in read_canonical_rows(path):
         response_name = next((name for name in RESPONSES if name in row), RESPONSES[0])
         names = ("chosen", "rejected") if kind == "pairwise" else (response_name,)
-        row = _of_chats(location, row, names)
+        row = _chat_texts(location, row, names)
         question_name = next((name for name in QUESTIONS if name in row), "prompt")
         question = require_text(location, row, question_name)
         opened = row.get("opened", False)
@@ -78,7 +78,7 @@ def read_preferences(path: str | Path, kind: Kind) -> Iterator[Preference]:
         yield Preference(question, responses, labels, opened, location)
 
 
-def _of_chats(location: str, row: CanonicalRow, names: Sequence[str]) -> CanonicalRow:
+def _chat_texts(location: str, row: CanonicalRow, names: Sequence[str]) -> CanonicalRow:
     """Return the row with question and responses as text, where some of them are chats.
 
     Args:

@@ -105,8 +105,8 @@ def make_prompt(question: str, kind: str, truth: Any, fields: dict[str, Any]) ->
 def normalize_question(question: str, fold_case: bool = True) -> str:
     """Return the text that spellings of one question share: NFKC, folded case, single spaces.
     Superscripts and subscripts are kept apart from plain characters: `2³` becomes `2^3`."""
-    plain = unicodedata.normalize("NFKC", question.translate(SCRIPTS))
-    return " ".join((plain.casefold() if fold_case else plain).split())
+    normalized = unicodedata.normalize("NFKC", question.translate(SCRIPTS))
+    return " ".join((normalized.casefold() if fold_case else normalized).split())
 
 
 def is_heldout(question: str, fraction: float, salt: str = "") -> bool:
@@ -195,9 +195,9 @@ def _is_place(truth: Any, count: int) -> bool:
     """Return whether a truth is the number or the letter of one of `count` choices."""
     if isinstance(truth, int) and not isinstance(truth, bool):
         return 0 <= truth < count
-    if not isinstance(truth, str) or len(plain := truth.strip(" ().").upper()) != 1:
+    if not isinstance(truth, str) or len(mark := truth.strip(" ().").upper()) != 1:
         return False
-    return plain.isdigit() or 0 <= ord(plain) - ord("A") < count
+    return mark.isdigit() or 0 <= ord(mark) - ord("A") < count
 
 
 def _letters(text: str) -> str:

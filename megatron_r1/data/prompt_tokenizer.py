@@ -251,9 +251,13 @@ class PromptTokenizer:
 
     def _text_in_front(self) -> str:
         """Return the text of the special tokens that the tokenizer puts in front of a text."""
-        plain = self.hf_tokenizer.encode("a", add_special_tokens=False)
+        letter_ids = self.hf_tokenizer.encode("a", add_special_tokens=False)
         ids = self.hf_tokenizer.encode("a")
-        counts = [at for at in range(len(ids)) if plain and ids[at : at + len(plain)] == plain]
+        counts = [
+            index
+            for index in range(len(ids))
+            if letter_ids and ids[index : index + len(letter_ids)] == letter_ids
+        ]
         return "".join(self.hf_tokenizer.convert_ids_to_tokens(ids[: counts[0]])) if counts else ""
 
     def fits(self, question: str, limit: int, before: Sequence[Message] = ()) -> bool:
@@ -290,7 +294,7 @@ class PromptTokenizer:
         """Return a conversation with the system's message in front of the first of the user, where
         the template has no place for a system."""
         turns = list(turns)
-        users = (at for at, turn in enumerate(turns) if turn["role"] == "user")
+        users = (index for index, turn in enumerate(turns) if turn["role"] == "user")
         first = next(users, None)
         if first is None or turns[0]["role"] != "system" or self.shows_system:
             return turns

@@ -33,10 +33,10 @@ def _check_conditions(conditions: Conditions, key: str = "data.where") -> None:
         place = f"{key}.{column}"
         for name in condition:
             if name not in CONDITION_KEYS:
-                near = did_you_mean(str(name), CONDITION_KEYS, "{}")
+                suggestion = did_you_mean(str(name), CONDITION_KEYS, "{}")
                 raise UserError(
-                    f"{place}: {name!r} is not one of {', '.join(CONDITION_KEYS)}{near}; nested "
-                    f"columns are written {column}.{name}",
+                    f"{place}: {name!r} is not one of {', '.join(CONDITION_KEYS)}{suggestion}; "
+                    f"nested columns are written {column}.{name}",
                     key=place,
                     cause=Cause.UNKNOWN,
                 )
@@ -91,10 +91,10 @@ class RowFilter:
     def finish(self) -> None:
         """Raise UserError for a column that no row had."""
         for column in sorted(self._unseen) if self._columns else ():
-            near = did_you_mean(column, self._columns, "{}")
+            suggestion = did_you_mean(column, self._columns, "{}")
             raise UserError(
-                f"{self._key}.{column}: {self._report.source} has no such column{near}; it has "
-                f"{', '.join(self._columns)}",
+                f"{self._key}.{column}: {self._report.source} has no such column{suggestion}; it "
+                f"has {', '.join(self._columns)}",
                 key=f"{self._key}.{column}",
                 cause=Cause.NOT_FOUND,
             )

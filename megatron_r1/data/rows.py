@@ -43,10 +43,10 @@ def read_canonical_rows(
     rows = _read_all_rows(path, key)
     for ours in columns:
         # Rewards may read columns of any name, but hardly of one so close to ours.
-        near = [] if ours in names else get_close_matches(ours, names, n=1, cutoff=0.8)
-        if near and near[0] not in columns:
+        matches = [] if ours in names else get_close_matches(ours, names, n=1, cutoff=0.8)
+        if matches and matches[0] not in columns:
             raise UserError(
-                f"{path}: columns.{ours}: did you mean columns.{near[0]}?",
+                f"{path}: columns.{ours}: did you mean columns.{matches[0]}?",
                 key=f"columns.{ours}",
                 cause=Cause.UNKNOWN,
             )
@@ -117,9 +117,9 @@ def rename_columns(location: str, row: CanonicalRow, columns: Mapping[str, str])
     values = {ours: lookup(row, theirs) for ours, theirs in columns.items()}
     for ours, theirs in columns.items():
         if values[ours] is ABSENT:
-            near = did_you_mean(theirs, row, "{}")
+            suggestion = did_you_mean(theirs, row, "{}")
             raise UserError(
-                f"{location}: no column {theirs!r}, as columns.{ours} says{near}; it has "
+                f"{location}: no column {theirs!r}, as columns.{ours} says{suggestion}; it has "
                 f"{', '.join(row)}",
                 key=f"columns.{ours}",
                 cause=Cause.NOT_FOUND,

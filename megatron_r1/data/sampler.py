@@ -123,9 +123,9 @@ def drawn_fractions(prompts: Sequence[Prompt], weights: Mapping[str, float]) -> 
     kinds = sorted({prompt.kind for prompt in prompts})
     for name in weights:
         if name not in kinds:
-            near = did_you_mean(name, kinds, "{}")
+            suggestion = did_you_mean(name, kinds, "{}")
             raise UserError(
-                f"rl.kind_weights: no question is of kind {name}{near} ({kinds})",
+                f"rl.kind_weights: no question is of kind {name}{suggestion} ({kinds})",
                 key=f"rl.kind_weights.{name}",
                 cause=Cause.UNKNOWN,
             )

@@ -161,7 +161,7 @@ class SFTTokenizer:
                     self._render(example, messages[:first], prompt=True), add_special_tokens=False
                 )["input_ids"]
             )
-            learned = [mark and at >= start for at, mark in enumerate(learned)]
+            learned = [mark and index >= start for index, mark in enumerate(learned)]
         return learned
 
     def _span(
@@ -176,9 +176,9 @@ class SFTTokenizer:
             number: the message's place among them, from 0.
             text: the text of the whole conversation."""
         prompt = self._render(example, messages[:number], prompt=True) if number else ""
-        until = self._render(example, messages[: number + 1])
-        if prompt and text.startswith(prompt) and text.startswith(until):
-            return len(prompt), len(until)
+        conversation = self._render(example, messages[: number + 1])
+        if prompt and text.startswith(prompt) and text.startswith(conversation):
+            return len(prompt), len(conversation)
         # The template writes earlier turns in another form than the last: without their thoughts.
         marked = {"role": "assistant", "content": MARK}
         marked_text = self._render(example, [*messages[:number], marked, *messages[number + 1 :]])
@@ -206,16 +206,18 @@ class SFTTokenizer:
         special = set(self._tokenizer.all_special_ids)
         learned = [False] * len(ids)
         for begin, end in spans:
-            indices = [at for at, (start, stop) in enumerate(offsets) if begin <= start < end]
-            indices = [at for at in indices if offsets[at][1] <= end]
-            last = max((at for at in indices if ids[at] in special), default=None)
+            indices = [index for index, (start, stop) in enumerate(offsets) if begin <= start < end]
+            indices = [index for index in indices if offsets[index][1] <= end]
+            last = max((index for index in indices if ids[index] in special), default=None)
             if (
                 last is not None
-                and not self._tokenizer.decode([ids[at] for at in indices if at > last]).strip()
+                and not self._tokenizer.decode(
+                    [ids[index] for index in indices if index > last]
+                ).strip()
             ):
-                indices = [at for at in indices if at <= last]
-            for at in indices:
-                learned[at] = True
+                indices = [index for index in indices if index <= last]
+            for index in indices:
+                learned[index] = True
         return learned
 
     def _render(

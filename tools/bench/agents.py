@@ -25,7 +25,7 @@ from megatron_r1.agents.gateway import Gateway, SessionLimits, TurnSampling
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.engines.server.responses import Response
 from tools.bench import host
-from tools.bench.host import in_own_process
+from tools.bench.host import run_in_process
 from tools.bench.small_models import TOKENIZER
 
 GOAL_MS = 5.0
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     sizes = []
     for seconds in args.engine_seconds:
         for sessions in args.sessions:
-            size = in_own_process(measure, sessions, args.turns, seconds, args.parser)
+            size = run_in_process(measure, sessions, args.turns, seconds, args.parser)
             sizes.append(size)
             print(_line(size), flush=True)
     return {"cores are worth": host.cores_worth(), "goal, ms a turn": GOAL_MS, "sizes": sizes}

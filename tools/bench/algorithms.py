@@ -145,8 +145,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     options = [str(file), "--pipeline.folder", str(folder), "--pipeline.seeds", args.seeds]
     with contextlib.chdir(ROOT):
         for only in args.only or [None]:
-            until = ["--pipeline.until", only] if only else []
-            if status := cli.main(["pipeline", *options, *until]):
+            stage_options = ["--pipeline.until", only] if only else []
+            if status := cli.main(["pipeline", *options, *stage_options]):
                 raise SystemExit(status)
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     result = {

@@ -46,14 +46,14 @@ def _ours(truth: str, answer: str) -> bool:
     return grade("math", f"<answer>{answer}</answer>", truth).reward == 1.0
 
 
-def _math_verify(plain: bool) -> Callable[[str, str], bool]:
+def _math_verify(is_bare: bool) -> Callable[[str, str], bool]:
     from math_verify import parse, verify  # imports sympy, which takes a second
 
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
 
     def verdict(truth: str, answer: str) -> bool:
         parsed_truth, parsed_answer = (
-            parse(text if plain else f"${text}$") for text in (truth, answer)
+            parse(text if is_bare else f"${text}$") for text in (truth, answer)
         )
         return verify(parsed_truth, parsed_answer)
 

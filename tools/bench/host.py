@@ -31,8 +31,8 @@ def num_cores() -> int:
 
 def cores_worth() -> float:
     """Return the work that processes on all cores do in the time one alone does 1."""
-    (alone,), all_at_once = _hash_counts(1), _hash_counts(num_cores())
-    return sum(all_at_once) / alone
+    (single_count,), all_at_once = _hash_counts(1), _hash_counts(num_cores())
+    return sum(all_at_once) / single_count
 
 
 def processor() -> str:
@@ -97,7 +97,7 @@ def environment(**variables: str) -> dict[str, str]:
     return {"OMP_WAIT_POLICY": "passive", **os.environ, "PYTHONPATH": path, **variables}
 
 
-def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
+def run_in_process(function: Callable[..., Any], *arguments: Any) -> Any:
     """Return what an importable function returns in a new process."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
         return executor.submit(function, *arguments).result()

@@ -70,7 +70,7 @@ class Processes(threading.Thread):
                     self._role_seconds[process.pid] = role_and_seconds
             time.sleep(0.1)
 
-    def by_role(self) -> dict[str, float]:
+    def seconds_by_role(self) -> dict[str, float]:
         """Return the CPU seconds by role, the largest first."""
         seconds: dict[str, float] = defaultdict(float)
         for role, cpu_seconds in self._role_seconds.values():
@@ -156,7 +156,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     measurement: dict[str, Any] = {
         "points": timeline_points(folder / "timeline", start),
         "seconds": end - start,
-        "cpu_seconds": processes.by_role(),
+        "cpu_seconds": processes.seconds_by_role(),
         "stderr": foreign_lines(errors),
     }
     if args.replace:

@@ -39,9 +39,9 @@ def parse(source: str) -> ast.Module:
     return ast.parse(source)
 
 
-def find_wordings(text: str, plain: dict[str, str]) -> Iterator[tuple[int, str, str]]:
+def find_wordings(text: str, patterns: dict[str, str]) -> Iterator[tuple[int, str, str]]:
     """Yield line (from 1), the words found and what to write instead."""
-    for pattern, advice in plain.items():
+    for pattern, advice in patterns.items():
         words = pattern if pattern.startswith(",") else rf"\b(?:{pattern})\b"
         for match in re.finditer(words.replace(" ", r"\s+"), text, re.MULTILINE):
             yield text.count("\n", 0, match.start()) + 1, " ".join(match[0].split()), advice

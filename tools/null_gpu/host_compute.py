@@ -173,14 +173,14 @@ class HostCompute(TorchDispatchMode):
         makes = device is not None and torch.device(device).type == "cuda"
         reads = any(tensor.is_cuda for tensor in tensors)
         # Transformer Engine's quantized tensors have operators of their own.
-        plain = all(type(x).__torch_dispatch__ is NO_OPERATORS_OF_ITS_OWN for x in tensors)
+        is_plain = all(type(x).__torch_dispatch__ is NO_OPERATORS_OF_ITS_OWN for x in tensors)
         if kernel := KERNELS.get(func.name()):
             drain({tensor.get_device() for tensor in tensors if tensor.is_cuda})
             return self._compute(kernel, args, kwargs, stays=True)
         if reads and namespace in KERNEL_NAMESPACES:
             warn_of_no_effect(func.name())
         its_own = namespace != "aten" or name in ALLOCATES or func.is_view
-        if its_own or not plain or not (makes or reads) or is_transfer(name, args, kwargs):
+        if its_own or not is_plain or not (makes or reads) or is_transfer(name, args, kwargs):
             return func(*args, **kwargs)
         devices = {tensor.get_device() for tensor in tensors if tensor.is_cuda}
         if makes:  # its memory may be that of a freed tensor, for which something is queued
@@ -221,7 +221,7 @@ class HostCompute(TorchDispatchMode):
         host_args, host_kwargs = tree_map_only(
             torch.Generator, _generator_of_host, (host_args, host_kwargs)
         )
-        host_args = tree_map_only(torch.device, lambda at: torch.device("cpu"), host_args)
+        host_args = tree_map_only(torch.device, lambda _device: torch.device("cpu"), host_args)
         host_kwargs.pop("pin_memory", None)
         try:
             result = func(*host_args, **host_kwargs)

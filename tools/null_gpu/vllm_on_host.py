@@ -135,7 +135,7 @@ def attention(
     result = q.new_zeros(*q.shape[:-1], v.shape[-1])
     normalizers = torch.full((q.shape[1], len(q)), -math.inf)
     for number, (start, end) in enumerate(pairwise(ends_q.tolist())):
-        keys, values = _of_sequence(k, v, number, ends_k, used_k, pages)
+        keys, values = _keys_and_values(k, v, number, ends_k, used_k, pages)
         if start == end or not len(keys):
             continue
         groups = q.shape[1] // keys.shape[1]
@@ -155,7 +155,7 @@ def attention(
     return [result, normalizers, torch.empty(0), torch.empty(0)]
 
 
-def _of_sequence(k, v, number, ends, lengths, pages) -> tuple[torch.Tensor, torch.Tensor]:
+def _keys_and_values(k, v, number, ends, lengths, pages) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the keys and values of one sequence."""
     if pages is None:
         start, end = ends[number : number + 2].tolist()
@@ -182,14 +182,14 @@ def grouped_topk(scores, groups, kept_groups, topk, renormalizes, factor, bias, 
 
     Args:
         function: 1: sigmoid of the scores first."""
-    plain = scores.float().sigmoid() if function == 1 else scores.float()
-    biased = plain + bias.float()
+    activations = scores.float().sigmoid() if function == 1 else scores.float()
+    biased = activations + bias.float()
     by_group = biased.unflatten(-1, (groups, -1))
     best = by_group.topk(2, dim=-1).values.sum(-1).topk(kept_groups, dim=-1).indices
     is_kept = torch.zeros(by_group.shape[:-1], dtype=torch.bool).scatter_(-1, best, True)
     allowed = by_group.masked_fill(~is_kept[..., None], -math.inf).flatten(-2)
     experts = allowed.topk(topk, dim=-1).indices
-    weights = plain.gather(-1, experts)
+    weights = activations.gather(-1, experts)
     if renormalizes:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
     return weights * factor, experts.int()
@@ -234,8 +234,8 @@ def cp_gather_cache(cache, result, pages, ends, num_sequences, starts=None) -> N
     for number in range(num_sequences):
         begin, end = ends[number : number + 2].tolist()
         first = 0 if starts is None else int(starts[number])
-        at = torch.arange(first, first + end - begin)
-        result[begin:end] = cache[pages[number, at // size].long(), at % size]
+        positions = torch.arange(first, first + end - begin)
+        result[begin:end] = cache[pages[number, positions // size].long(), positions % size]
 
 
 @_kernel("_C_cache_ops::gather_and_maybe_dequant_cache")
@@ -300,7 +300,7 @@ def experts(
     arguments = [A, B, C, *routing, B_bias, A_scale, B_scale]
     drain({x.get_device() for x in arguments if x is not None})
     on_hosts: list[Any] = [None if x is None else on_host(x) for x in arguments]
-    a, b, c, weights, sorted_ids, block_experts, num_padded, bias, of_a, of_b = on_hosts
+    a, b, c, weights, sorted_ids, block_experts, num_padded, bias, a_scale, b_scale = on_hosts
     out = c.view(-1, c.shape[-1])
     with torch.utils._python_dispatch._disable_current_modes():
         if sorted_ids is None:  # each row is a block of its own
@@ -308,7 +308,7 @@ def experts(
         else:
             size, num_rows = config["BLOCK_SIZE_M"], int(num_padded)
             starts = range(0, num_rows, size)
-            rows_of = {at // size: sorted_ids[at : at + size].tolist() for at in starts}
+            rows_of = {start // size: sorted_ids[start : start + size].tolist() for start in starts}
         for block, numbers in rows_of.items():
             rows = torch.tensor([row for row in numbers if row < len(out)], dtype=torch.long)
             expert = int(block_experts[block])
@@ -316,9 +316,9 @@ def experts(
                 out[rows] = 0
                 continue
             left, right = a[rows // top_k].float(), b[expert].float()
-            if of_b is not None:
-                left = left * _spread(of_a[rows // top_k], left.shape[-1])
-                right = right * _spread(of_b[expert], *right.shape)
+            if b_scale is not None:
+                left = left * _spread(a_scale[rows // top_k], left.shape[-1])
+                right = right * _spread(b_scale[expert], *right.shape)
             product = left @ right.T
             if bias is not None:
                 product = product + bias[expert]

@@ -88,8 +88,8 @@ def did_you_mean(name: object, names: Iterable[str], form: str = "{!r}") -> str:
         name: what the user wrote.
         names: the names that exist.
         form: how the suggestion is formatted."""
-    near = difflib.get_close_matches(str(name).lower(), list(names), n=1)
-    return f"; did you mean {form.format(near[0])}?" if near else ""
+    matches = difflib.get_close_matches(str(name).lower(), list(names), n=1)
+    return f"; did you mean {form.format(matches[0])}?" if matches else ""
 
 
 def shorten(text: object, max_chars: int = 80) -> str:

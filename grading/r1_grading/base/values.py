@@ -147,9 +147,9 @@ def _meant(text: str) -> str:
             return ""
     if digits.endswith("%") and _NUMBER.fullmatch(digits[:-1]):
         return f"{sign}{float(digits[:-1]) / 100:g}"
-    for plain in (digits.lstrip("0"), digits.replace(",", ".", 1)):
-        if plain != digits and _NUMBER.fullmatch(plain):
-            return f"{sign}0{plain}" if plain.startswith(".") else sign + plain
+    for number in (digits.lstrip("0"), digits.replace(",", ".", 1)):
+        if number != digits and _NUMBER.fullmatch(number):
+            return f"{sign}0{number}" if number.startswith(".") else sign + number
     return ""
 
 

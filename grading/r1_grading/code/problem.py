@@ -268,8 +268,8 @@ def parse_language(name: object) -> str | None:
     """
     if name is None or (isinstance(name, str) and not name.strip()):
         return None
-    plain = name.strip().casefold() if isinstance(name, str) else ""
-    language = LANGUAGES.get(plain) or LANGUAGES.get(plain.rstrip("0123456789. "))
+    folded_name = name.strip().casefold() if isinstance(name, str) else ""
+    language = LANGUAGES.get(folded_name) or LANGUAGES.get(folded_name.rstrip("0123456789. "))
     if language is None:
         raise ValueError(f"language must be one of python, cpp, got {name!r}")
     return language

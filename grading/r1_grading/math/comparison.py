@@ -57,7 +57,13 @@ from r1_grading.math.relation import (
     without_repeats,
 )
 from r1_grading.math.symbolic import constant, read_expression, same_expression
-from r1_grading.math.units import in_radians, same_unit, split_han_unit, split_unit, words_to_number
+from r1_grading.math.units import (
+    degrees_to_radians,
+    same_unit,
+    split_han_unit,
+    split_unit,
+    words_to_number,
+)
 from r1_grading.reading.answer import unwrap
 
 ABOUT = re.compile(r"~\s*\d")
@@ -103,7 +109,7 @@ def compare(truth: str, answer: str) -> Result:
         set_builder_condition(normalize_latex(expected)),
         set_builder_condition(normalize_latex(answer)),
     )
-    expected, answer = in_radians(expected), last_value_of_computation(expected, answer)
+    expected, answer = degrees_to_radians(expected), last_value_of_computation(expected, answer)
     if ("," in expected) != ("," in answer):  # then those of the one separate thousands
         expected, answer = without_thousands(expected), without_thousands(answer)
     if expected == answer:
@@ -250,11 +256,11 @@ def _answer_is_approximated(expected: str, answer: Chain) -> bool:
     exact = [side for side in answer.sides[: cut + 1] if not is_asked_quantity(side)]
     if not value or not all(equivalent(expected, side) for side in exact):
         return False
-    near = [read_number(side) for side in answer.sides[cut + 1 :]]
+    approximations = [read_number(side) for side in answer.sides[cut + 1 :]]
     return all(
         number is not None
         and abs(number.value.numerator / value / number.value.denominator - 1) <= APPROXIMATION
-        for number in near
+        for number in approximations
     )
 
 
@@ -266,12 +272,12 @@ def _compare_units(expected: str, answer: str) -> bool | None:
     # A missing unit agrees with any, but a share is no length: `5%` is not `5 cm`.
     if PERCENT.search(expected if left_unit is None else answer):
         return False
-    if (radians := _in_radians(left, left_unit, right, right_unit)) is not None:
+    if (radians := _radian_pair(left, left_unit, right, right_unit)) is not None:
         return equivalent(*radians)
     return same_unit(left_unit, right_unit) and equivalent(left, right)
 
 
-def _in_radians(
+def _radian_pair(
     left: str, left_unit: str | None, right: str, right_unit: str | None
 ) -> tuple[str, str] | None:
     r"""Return both angles in radians where one is in degrees and the other a multiple of \pi.

@@ -190,8 +190,8 @@ def _round_to_curly(text: str) -> str:
             end += 1
         if depth:
             return text
-        inner = text[match.end() : end - 1]
-        text = f"{text[: match.start()]}{match[1]}{{{inner}}}{text[end:]}"
+        content = text[match.end() : end - 1]
+        text = f"{text[: match.start()]}{match[1]}{{{content}}}{text[end:]}"
     return text
 
 

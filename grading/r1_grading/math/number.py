@@ -79,14 +79,14 @@ def read_structure(text: str) -> Structure | None:
     """Read `text` as a list, set, tuple or interval; None for a single value.
 
     `1, 2` and `1 or 2` are bare lists; "1,2 and 3" and "1, 2, and 3" have three members."""
-    brackets, inner = _enclosing(text)
+    brackets, content = _enclosing(text)
     # Where a space follows the commas of a list, commas without one may separate thousands.
-    if re.search(r",\s", inner) or ROUND_THOUSANDS.search(inner):
-        inner = THOUSANDS.sub("", inner)
-    parts = [part for part, _ in split(inner, SEPARATORS)]
+    if re.search(r",\s", content) or ROUND_THOUSANDS.search(content):
+        content = THOUSANDS.sub("", content)
+    parts = [part for part, _ in split(content, SEPARATORS)]
     members = tuple(part for part in parts if part)
     if not brackets or brackets in SETS:
-        if not PLUS_MINUS.search(inner):  # alone, \mp is \pm in another order
+        if not PLUS_MINUS.search(content):  # alone, \mp is \pm in another order
             members = tuple(MINUS_PLUS.sub(r"\\pm", part) for part in members)
         members = tuple(sign for part in members for sign in _both_signs(part))
     if brackets in SETS or len(members) > 1:
@@ -97,12 +97,12 @@ def read_structure(text: str) -> Structure | None:
 def read_matrix(text: str) -> list[list[str]] | None:
     """Return the cells of a `matrix`, `pmatrix`, `bmatrix` or `[[1, 2], [3, 4]]`; None for any
     other text."""
-    brackets, inner = _enclosing(text)
-    if brackets == "[]" and r"\begin" not in inner:
-        lists = [read_structure(part) for part, _ in split(inner, SEPARATORS)]
+    brackets, content = _enclosing(text)
+    if brackets == "[]" and r"\begin" not in content:
+        lists = [read_structure(part) for part, _ in split(content, SEPARATORS)]
         if all(row is not None and row.brackets == "[]" for row in lists):
             return [list(row.members) for row in lists if row is not None]
-    match = MATRIX.fullmatch(inner if brackets in ("()", "[]") else text.strip())
+    match = MATRIX.fullmatch(content if brackets in ("()", "[]") else text.strip())
     if match is None or r"\begin" in match[2]:
         return None
     rows = match[2].strip().removesuffix(r"\\").split(r"\\")
@@ -271,8 +271,8 @@ def _value(groups: dict[str, str | None]) -> tuple[Fraction, bool]:
 
 
 def _fraction(digits: str) -> Fraction:
-    plain = digits.replace(",", "").replace(" ", "")
-    return Fraction(plain + "0" if plain.endswith(".") else plain)
+    number = digits.replace(",", "").replace(" ", "")
+    return Fraction(number + "0" if number.endswith(".") else number)
 
 
 def _repeating(start: str, period: str) -> Fraction:

@@ -158,7 +158,7 @@ def stated_answer(text: str) -> str:
         text = match["value"] or match["letter"]
     if (match := ENDING_FORMULA.fullmatch(text)) is not None:
         return match["formula"] if leads_to_answer(text[: match.start("formula")]) else text
-    return _in_sentence(text) or _stated_value(text) or text.lstrip("= ")
+    return _sentence_value(text) or _stated_value(text) or text.lstrip("= ")
 
 
 def _stated_value(text: str) -> str | None:
@@ -174,7 +174,7 @@ def _stated_value(text: str) -> str | None:
     if not NO_UNITS.isdisjoint({*match["name"].lower().split()} - NAMING):
         return None
     value = match["value"].replace("$", "").strip()
-    if SINGLE_NUMBER.fullmatch(value):  # of `_in_sentence`
+    if SINGLE_NUMBER.fullmatch(value):  # of `_sentence_value`
         return None
     words = TWO_LETTERS.findall(WRAPPED.sub(" ", value))
     *words_before, last = words or [""]
@@ -185,7 +185,7 @@ def _stated_value(text: str) -> str | None:
     return value if all(word.lower() in VALUE_WORDS for word in words) else None
 
 
-def _in_sentence(text: str) -> str | None:
+def _sentence_value(text: str) -> str | None:
     """Return the number, with its unit, of `There are 13 apples` and `The value of x is 13`; the
     value of `Total: 13`."""
     text = text.strip()

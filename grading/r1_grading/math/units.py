@@ -127,7 +127,7 @@ def split_unit(text: str) -> tuple[str, str | None]:
     return text, None
 
 
-def in_radians(text: str) -> str:
+def degrees_to_radians(text: str) -> str:
     r"""Return `\tan 30°` as `\tan(\frac{30\pi}{180})`, which a parser reads."""
     return DEGREES.sub(r"\1(\\frac{\2\\pi}{180})", text)
 
@@ -249,8 +249,8 @@ def cardinal(text: str) -> int | None:
     words[0] = "one" if words[0] == "a" and len(words) > 1 else words[0]
     total = part = 0
     last = ""
-    for at, word in enumerate(words):
-        if word == "and" and 0 < at < len(words) - 1:
+    for index, word in enumerate(words):
+        if word == "and" and 0 < index < len(words) - 1:
             continue
         if word == "hundred" and 0 < part < 10:
             part *= 100

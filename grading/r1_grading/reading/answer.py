@@ -117,7 +117,7 @@ def extract(response: str, *, opened: bool = False, plain_line: bool = False) ->
     visible = after_thought(without_special_tokens(response), opened)
     if visible is None:
         return OPEN_THOUGHT
-    if (tagged := in_tags(visible)) is not None:
+    if (tagged := tagged_answer(visible)) is not None:
         return tagged
     if (boxed := last_boxed(visible)) is not None:
         return make_extraction(boxed, around=visible)
@@ -126,7 +126,7 @@ def extract(response: str, *, opened: bool = False, plain_line: bool = False) ->
     return Extraction(None, "no answer found")
 
 
-def in_tags(visible: str) -> Extraction | None:
+def tagged_answer(visible: str) -> Extraction | None:
     """Return the content of the one `<answer>` block of the text after a thought; None where there
     is no such tag. Two blocks, or an incomplete one, are an extraction without an answer."""
     num_open, num_closed = visible.count(ANSWER), visible.count(END_ANSWER)
@@ -204,8 +204,8 @@ def _boxed_from_the_end(text: str) -> Iterator[str]:
     """Yield the contents of boxes, joined boxes as one, from the last back to an incomplete one."""
     contents: list[str] = []
     following = None
-    for start, inner, end, stop in itertools.islice(_boxes_from_the_end(text), MAX_BOXES):
-        content = text[inner:end]
+    for start, content_start, end, stop in itertools.islice(_boxes_from_the_end(text), MAX_BOXES):
+        content = text[content_start:end]
         if following is not None and stop > following:
             contents = []  # it encloses the boxes after it
         elif following is not None and not (
@@ -296,8 +296,8 @@ def encloses(left: str, right: str, answer: str) -> bool:
         return False
     if right == "}":
         return closing_brace(answer, len(left)) == len(answer) - 1
-    inner = answer[len(left) : len(answer) - len(right)]
-    return len(answer) > len(left) + len(right) and left not in inner and right not in inner
+    content = answer[len(left) : len(answer) - len(right)]
+    return len(answer) > len(left) + len(right) and left not in content and right not in content
 
 
 def closing_brace(text: str, start: int) -> int | None:

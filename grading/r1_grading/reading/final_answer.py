@@ -15,10 +15,10 @@ from r1_grading.reading.answer import (
     Extraction,
     after_thought,
     extract,
-    in_tags,
     last_boxed,
     last_line,
     make_extraction,
+    tagged_answer,
     without_special_tokens,
 )
 from r1_grading.reading.context import (
@@ -83,7 +83,7 @@ def read_answer(
     if visible is None:
         return OPEN_THOUGHT
     if reading == "strict":
-        is_line = plain_line and in_tags(visible) is None and last_boxed(visible) is None
+        is_line = plain_line and tagged_answer(visible) is None and last_boxed(visible) is None
         marked = marked_answer(visible, numeric) if is_line else None
         return _unchanged(marked or extract(response, opened=opened, plain_line=plain_line))
     for name, find in FINDERS.items():
@@ -116,8 +116,8 @@ def _unchanged(extraction: Extraction) -> Extraction:
     return Extraction(None, f"no answer found: what is beside the box of {box} changes it")
 
 
-def _in_tags(visible: str, numeric: bool) -> Extraction | None:
-    extraction = in_tags(visible)
+def _tagged(visible: str, numeric: bool) -> Extraction | None:
+    extraction = tagged_answer(visible)
     return extraction and Extraction(extraction.text, extraction.reason, "in its tags")
 
 
@@ -153,7 +153,7 @@ def _last_number(visible: str, numeric: bool) -> Extraction | None:
 
 
 FINDERS: dict[str, Callable[[str, bool], Extraction | None]] = {
-    "tags": _in_tags,
+    "tags": _tagged,
     "boxed": _boxed,
     "last": _last_number,
 }

@@ -168,8 +168,8 @@ def fold(text: str) -> tuple[str, int]:
     if text.isascii():
         return text, 0
     text = text.translate(FOLDING)
-    plain = INVISIBLE.sub("", text)
-    return plain, len(text) - len(plain)
+    visible = INVISIBLE.sub("", text)
+    return visible, len(text) - len(visible)
 
 
 SPANS = re.compile(

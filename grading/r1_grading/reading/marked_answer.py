@@ -95,8 +95,8 @@ def marked_answer(visible: str, numeric: bool) -> Extraction | None:
     visible = visible.rstrip()
     marks = [match.start() for match in MARK.finditer(visible)][-MAX_MARKS:]
     spans: set[tuple[int, int]] = set()
-    for at in reversed(marks):
-        start, end = _sentence_around(visible, at)
+    for position in reversed(marks):
+        start, end = _sentence_around(visible, position)
         if (start, end) in spans:
             continue
         spans.add((start, end))
@@ -115,20 +115,23 @@ def marked_answer(visible: str, numeric: bool) -> Extraction | None:
     return None
 
 
-def _sentence_around(text: str, at: int) -> tuple[int, int]:
+def _sentence_around(text: str, position: int) -> tuple[int, int]:
     """Return where the sentence at a position, within its line, begins and ends; of an emphasized
     one, the emphasis."""
-    start = text.rfind("\n", 0, at) + 1
-    end = text.find("\n", at)
+    start = text.rfind("\n", 0, position) + 1
+    end = text.find("\n", position)
     end = len(text) if end < 0 else end
     if end - start > MAX_LINE_CHARS:
-        start, end = max(start, at - MAX_LINE_CHARS // 2), min(end, at + MAX_LINE_CHARS // 2)
+        start, end = (
+            max(start, position - MAX_LINE_CHARS // 2),
+            min(end, position + MAX_LINE_CHARS // 2),
+        )
     for span in EMPHASIZED.finditer(text, start, end):
         emphasis = text[span.start() : span.end()].strip(DECORATION)
-        if span.start() < at < span.end() and not HEADING.fullmatch(emphasis):
+        if span.start() < position < span.end() and not HEADING.fullmatch(emphasis):
             return span.span()
     for border in SENTENCE_END.finditer(text, start, end):
-        if border.start() > at:
+        if border.start() > position:
             return start, border.start()
         start = border.end()
     return start, end
@@ -183,11 +186,11 @@ def _value(stated: str, numeric: bool, words: bool) -> str | None:
         words: whether it is accepted otherwise."""
     stated = stated.strip().strip("*_`").strip()
     stated = stated.rstrip(".。!！").strip().strip("*_`").strip()
-    plain = with_plain_signs(stated)
-    if number := NUMBER.fullmatch(plain):
-        if CHANGED.match(plain, number.end("number")):
+    signed = with_plain_signs(stated)
+    if number := NUMBER.fullmatch(signed):
+        if CHANGED.match(signed, number.end("number")):
             return None
-        extraction = last_number(plain)
+        extraction = last_number(signed)
         return extraction.text if extraction is not None else None
     if formula := FORMULA.fullmatch(stated):
         return next(filter(None, formula.groups()))

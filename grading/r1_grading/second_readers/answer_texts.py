@@ -85,14 +85,14 @@ def parse_answer(text: str) -> Answer:
     """
     if len(text) > MAX_CHARS:
         raise Unsure("a long answer")
-    for pattern, plain in SPELLINGS:
-        text = pattern.sub(plain, text)
+    for pattern, replacement in SPELLINGS:
+        text = pattern.sub(replacement, text)
     text = text.strip().rstrip(".,; ")
     while match := WRAPPED.match(text):
-        inner = next(group for group in match.groups() if group is not None)
-        if "$" in inner:
+        content = next(group for group in match.groups() if group is not None)
+        if "$" in content:
             raise Unsure("several formulas")
-        text = inner.strip().rstrip(".,; ")
+        text = content.strip().rstrip(".,; ")
     text = re.sub(r"\A\\?\$\s*(?=\d)", "", text)
     percent = re.search(r"\\?%\s*\Z", text)
     text = text[: percent.start()] if percent else text
@@ -157,14 +157,14 @@ def _all(verdicts: Iterable[bool | None]) -> bool | None:
 
 def _split(text: str) -> tuple[str, list[str]]:
     """Return the form of an answer and the texts of its members."""
-    form, inner = "list", text
+    form, content = "list", text
     for start, end in BRACKETS.items():
         if text.startswith(start) and text.endswith(end) and _is_one_bracket(text, start, end):
             parts = _members(text[len(start) : -len(end)])
             if len(parts) > 1 or start == r"\{":
                 form = "set" if start == r"\{" else start + end
-                inner = text[len(start) : -len(end)]
-    parts = _members(inner) if inner.strip() else []
+                content = text[len(start) : -len(end)]
+    parts = _members(content) if content.strip() else []
     if not parts or len(parts) > MAX_MEMBERS:
         raise Unsure("no value" if not parts else "many values")
     return form, parts
@@ -196,31 +196,31 @@ class _Parser:
 
     def __init__(self, text: str) -> None:
         self._tokens: list[tuple[str, str]] = []
-        at, text = 0, text.strip()
-        while at < len(text):
-            match = TOKEN.match(text, at)
+        position, text = 0, text.strip()
+        while position < len(text):
+            match = TOKEN.match(text, position)
             if match is None:
-                raise Unsure(f"the sign {text[at:].strip()[:1]!r}")
+                raise Unsure(f"the sign {text[position:].strip()[:1]!r}")
             kind = match.lastgroup or ""
             self._tokens.append((kind, match[kind]))
-            at = match.end()
-        self._at = self._depth = 0
+            position = match.end()
+        self._position = self._depth = 0
 
     def whole(self) -> Node:
         if not self._tokens:
             raise Unsure("no value")
         node = self._sum()
-        if self._at < len(self._tokens):
-            raise Unsure(f"the sign {self._tokens[self._at][1]!r}")
+        if self._position < len(self._tokens):
+            raise Unsure(f"the sign {self._tokens[self._position][1]!r}")
         return node
 
     def _next(self) -> tuple[str, str]:
-        return self._tokens[self._at] if self._at < len(self._tokens) else ("", "")
+        return self._tokens[self._position] if self._position < len(self._tokens) else ("", "")
 
     def _take(self, *signs: str) -> str:
         kind, text = self._next()
         if kind and (not signs or text in signs):
-            self._at += 1
+            self._position += 1
             return text
         return ""
 
@@ -292,20 +292,20 @@ class _Parser:
         if text in ("(", "[", "{"):
             return self._group(text, {"(": ")", "[": "]", "{": "}"}[text])
         if text == "|":
-            self._at += 1
+            self._position += 1
             node = self._sum()
             self._expect("|")
             return Node("absolute", (node,))
         if kind == "number":
-            self._at += 1
+            self._position += 1
             if self._next()[1] == "_":
                 raise Unsure("a base")
             return Node("number", value=Fraction(text), is_decimal="." in text)
         if kind == "word":
-            self._at += 1
+            self._position += 1
             return self._word(text)
         if kind == "command":
-            self._at += 1
+            self._position += 1
             return self._command(text[1:])
         raise Unsure(f"the sign {text!r}" if kind else "a formula that breaks off")
 

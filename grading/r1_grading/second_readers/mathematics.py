@@ -80,7 +80,7 @@ def grade(
     if answer is None:
         return Grade(0.0, "it finds no answer", verdict=f"{WRONG},{WRONG}")
     upstream = _best([_upstream(truth_text, answer) for truth_text in truths])
-    point_verdicts = [_at_points(truth_text, answer) for truth_text in truths]
+    point_verdicts = [_point_verdict(truth_text, answer) for truth_text in truths]
     points = _best([verdict for verdict, _ in point_verdicts])
     why = next((reason for verdict, reason in point_verdicts if verdict == points), "")
     reason = f"{shorten(answer)}: math-verify says {upstream}, values at points {points}"
@@ -105,7 +105,7 @@ def _parsed(text: str) -> list:
     return parse(marked, parsing_timeout=None) or parse(text, parsing_timeout=None)
 
 
-def _at_points(truth: str, answer: str) -> tuple[str, str]:
+def _point_verdict(truth: str, answer: str) -> tuple[str, str]:
     if _plain(truth) == _plain(answer):
         return RIGHT, ""
     try:
@@ -145,10 +145,10 @@ def find_answer(visible: str, reading: str) -> str | None:
     if reading in ("strict", "tags", "auto") and tags:
         if [tag[0] for tag in tags] != ["<answer>", "</answer>"]:
             raise Unsure("several or unclosed answer tags")
-        inner = visible[tags[0].end() : tags[1].start()].strip()
-        if BOX.search(inner):
-            return _only_box(inner)
-        return inner or None
+        content = visible[tags[0].end() : tags[1].start()].strip()
+        if BOX.search(content):
+            return _only_box(content)
+        return content or None
     if reading == "tags":
         return None
     if BOX.search(visible) and reading != "last":

@@ -177,9 +177,9 @@ def _output(turn: TurnReply) -> list[dict[str, Any]]:
 
 
 def _events(turn: TurnReply, request: TurnRequest) -> Iterator[dict[str, Any]]:
-    begun = _head(turn, request) | {"status": "in_progress", "output": [], "usage": None}
-    yield {"type": "response.created", "response": begun}
-    yield {"type": "response.in_progress", "response": begun}
+    unfinished = _head(turn, request) | {"status": "in_progress", "output": [], "usage": None}
+    yield {"type": "response.created", "response": unfinished}
+    yield {"type": "response.in_progress", "response": unfinished}
     for index, item in enumerate(_output(turn)):
         location = {"output_index": index, "item_id": item["id"]}
         empty: dict[str, Any] = (

@@ -80,9 +80,9 @@ KEEP_ALIVE = chat.KEEP_ALIVE
 
 def _spans(versions: Iterable[int]) -> list[dict[str, Any]]:
     spans: list[dict[str, Any]] = []
-    for at, version in enumerate(versions):
+    for index, version in enumerate(versions):
         if spans and spans[-1]["version"] == str(version):
-            spans[-1]["end"] = at + 1
+            spans[-1]["end"] = index + 1
         else:
-            spans.append({"version": str(version), "start": at, "end": at + 1})
+            spans.append({"version": str(version), "start": index, "end": index + 1})
     return spans

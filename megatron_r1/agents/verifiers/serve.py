@@ -107,7 +107,7 @@ def _outcome(episode: Any) -> dict[str, Any]:
             ids: list[int] = []
             end = 0
             for node in branch.nodes:
-                sampled = [at for at, flag in enumerate(node.mask) if flag]
+                sampled = [index for index, flag in enumerate(node.mask) if flag]
                 end = len(ids) + sampled[-1] + 1 if sampled else end
                 ids += node.token_ids
             sequences.append(ids[:end])

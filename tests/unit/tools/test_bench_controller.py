@@ -5,12 +5,12 @@ import time
 
 from tools.bench.controller.rollout import EventLoopMonitor, measure, missed_aims
 from tools.bench.controller.synthetic import GROUP
-from tools.bench.host import in_own_process
+from tools.bench.host import run_in_process
 
 
 def test_a_small_rollout_arrives_whole():
     """`measure` raises where the ranks get other samples than the engines have sent."""
-    found = in_own_process(measure, 4, 200, 4, 2, False, 0.0)
+    found = run_in_process(measure, 4, 200, 4, 2, False, 0.0)
     assert found["response tokens"] == 4 * GROUP * 200
     assert found["seconds"]["rollout"] > 0 and found["accuracy"] == 0.5
 

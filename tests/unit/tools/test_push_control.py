@@ -4,7 +4,7 @@ ranks that cannot end the push name it."""
 import pytest
 
 from megatron_r1.push.plan import EngineLayout, TrainerGrid
-from tools.bench.host import in_own_process
+from tools.bench.host import run_in_process
 from tools.bench.push import control
 
 
@@ -20,7 +20,7 @@ from tools.bench.push import control
 )
 def test_each_fault_is_named_by_the_ranks_it_stops(fault, tmp_path):
     # The ranks are forked, and a fork of this process, whose libraries have threads, may crash.
-    found = in_own_process(small_run, fault, tmp_path)
+    found = run_in_process(small_run, fault, tmp_path)
     assert found["right"], found
     assert found["killed"] == {"none": 0, "engine killed": 2, "engine rank hangs": 0}.get(fault, 1)
     assert bool(found["engine ranks that report an error"]) == (fault != "none")

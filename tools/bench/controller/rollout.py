@@ -50,7 +50,7 @@ from tools.bench.controller.synthetic import (
     make_reply,
     write_model,
 )
-from tools.bench.host import in_own_process
+from tools.bench.host import run_in_process
 
 BEAT_SECONDS = 0.002
 
@@ -351,7 +351,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for groups in args.groups:
         size = groups, args.tokens, args.ranks, args.replicas
         case = args.routing, args.sampling_seconds
-        sizes.append(in_own_process(measure, *size, *case))
+        sizes.append(run_in_process(measure, *size, *case))
         print("\n  ".join([_line(sizes[-1]), *missed_aims(sizes[-1])]), flush=True)
     return {"cores are worth": host.cores_worth(), "group": GROUP, "sizes": sizes}
 

@@ -125,7 +125,7 @@ async def _measure(
     medians = {
         name: median(r[name] for r in rounds) for rounds in (pushes, reloads) for name in rounds[0]
     }
-    of_transfer, of_push = (
+    transfer_quartiles, push_quartiles = (
         quantiles((r["copy"] / r[name] for r in pushes), n=4) for name in ("push/transfer", "push")
     )
     return {
@@ -134,12 +134,12 @@ async def _measure(
         "memory copy, one core, GB/s": num_bytes / medians["copy"] / 1e9,
         "transfer, seconds": medians["push/transfer"],
         "transfer, GB/s": num_bytes / medians["push/transfer"] / 1e9,
-        "transfer over memory copy": of_transfer[1],
-        "transfer over memory copy, quartiles": of_transfer[::2],
+        "transfer over memory copy": transfer_quartiles[1],
+        "transfer over memory copy, quartiles": transfer_quartiles[::2],
         "pause, seconds": medians["push/pause"],
         "push, seconds": medians["push"],
-        "push over memory copy": of_push[1],
-        "push over memory copy, quartiles": of_push[::2],
+        "push over memory copy": push_quartiles[1],
+        "push over memory copy, quartiles": push_quartiles[::2],
         "export, seconds": medians["export"],
         "reload, seconds": medians["reload"],
         "all cores are worth, before and after the pushes": cores_worth,

@@ -122,7 +122,7 @@ def find_fault(operations: np.ndarray, order: RoundSchedule) -> Refusal | None:
         order: has the buckets."""
     if refusal := _find_unmatched(operations):
         return refusal
-    sends, receives = _by_pair(operations, sends=True), _by_pair(operations, sends=False)
+    sends, receives = _pair_order(operations, sends=True), _pair_order(operations, sends=False)
     return (
         _find_mismatch(operations, sends, receives)
         or _find_early(operations, order)
@@ -137,7 +137,7 @@ def _pairs(operations: np.ndarray) -> np.ndarray:
     return sender.astype(np.int64) << 32 | receiver
 
 
-def _by_pair(operations: np.ndarray, *, sends: bool) -> np.ndarray:
+def _pair_order(operations: np.ndarray, *, sends: bool) -> np.ndarray:
     """Return the places of all sends, or receives, by pair, in the order of each pair."""
     places = np.flatnonzero(operations["sends"] == sends)
     return places[np.argsort(_pairs(operations[places]), kind="stable")]
@@ -282,9 +282,11 @@ class StreamQueues:
         for side in (0, 1):
             rows = np.flatnonzero(self._is_send == side)
             rows = rows[np.argsort(self._pair[rows], kind="stable")]
-            of_row = self._pair[rows]
-            self._number[rows] = np.arange(len(rows)) - np.searchsorted(of_row, of_row)
-            np.maximum.at(pair_counts, of_row, self._number[rows] + 1)
+            pairs_of_rows = self._pair[rows]
+            self._number[rows] = np.arange(len(rows)) - np.searchsorted(
+                pairs_of_rows, pairs_of_rows
+            )
+            np.maximum.at(pair_counts, pairs_of_rows, self._number[rows] + 1)
         self._transfer = (np.cumsum(pair_counts) - pair_counts)[self._pair] + self._number
         self._num_transfers = int(pair_counts.sum())
 

@@ -66,12 +66,12 @@ def rank_tensors(
         tensors: the whole tensors by name.
         with_mtp: whether the MTP layers are among them.
         weight_table: the table of the weights, in place of the model's."""
-    at = rank_coordinate(grid, rank)
-    (chunk,) = stage_shards(hf, grid.pipeline, with_mtp=with_mtp)[at.stage]
+    coordinate = rank_coordinate(grid, rank)
+    (chunk,) = stage_shards(hf, grid.pipeline, with_mtp=with_mtp)[coordinate.stage]
     axes = {
-        "tp": (at.tensor, grid.tensor),
-        "ep": (at.expert, grid.expert),
-        "etp": (at.expert_tensor, grid.expert_tensor),
+        "tp": (coordinate.tensor, grid.tensor),
+        "ep": (coordinate.expert, grid.expert),
+        "etp": (coordinate.expert_tensor, grid.expert_tensor),
     }
     held: dict[str, list] = {}
     for entry in layout_from_table(
@@ -88,9 +88,9 @@ def rank_tensors(
 def slot_table(needs: PredictedSharding, coordinate: Coordinate) -> SlotTable:
     """Return the table of an engine rank's tensors in bfloat16, one after another."""
     slots, end = [], 0
-    for tensor, at in needs.regions_of(coordinate):
-        pitch = 2 * (at.right - at.left)
-        corners = at.top, at.bottom, at.left, at.right
+    for tensor, region in needs.regions_of(coordinate):
+        pitch = 2 * (region.right - region.left)
+        corners = region.top, region.bottom, region.left, region.right
         slots.append(Slot(tensor.name, *corners, end, pitch, "bfloat16"))
-        end += pitch * (at.bottom - at.top)
+        end += pitch * (region.bottom - region.top)
     return SlotTable(end, slots)

@@ -80,9 +80,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         result["rates"][name] = {"per_second": rate, "samples": len(batch), "wrong": num_wrong}
         figures = "not available" if rate is None else f"{rate:10,.0f}   {num_wrong} wrong"
         print(f"  {name:28} {figures}   ({len(batch):,} samples)", flush=True)
-    alone = math_verify_alone(distinct)
-    result["math-verify, one process, no limits"] = alone
-    print(f"  {'math-verify, 1 process':28} {alone['per_second']:10,.0f}   {alone['wrong']} wrong")
+    single = math_verify_alone(distinct)
+    result["math-verify, one process, no limits"] = single
+    print(
+        f"  {'math-verify, 1 process':28} {single['per_second']:10,.0f}   {single['wrong']} wrong"
+    )
     if args.soak:
         result["soak"] = asyncio.run(_soak(args))
     return result

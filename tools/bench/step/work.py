@@ -149,12 +149,12 @@ def _write_chances(head: Any, tail: Tail, constant: float) -> None:
 
     kinds = _kinds(len(head))
     kinds[:SPECIAL_TOKENS] = 0
-    plain, dwelling = (kinds == -1).sum(), (kinds == 1).sum()
+    num_plain, num_dwelling = (kinds == -1).sum(), (kinds == 1).sum()
     after_plain = torch.full((len(head),), NEVER)
     after_dwelling = after_plain.clone()
-    after_plain[kinds == -1] = torch.log((1 - tail.end) * (1 - tail.dwell) / plain)
-    after_plain[kinds == 1] = torch.log((1 - tail.end) * tail.dwell / dwelling)
-    after_dwelling[kinds == 1] = torch.log((1 - tail.end_dwelling) / dwelling)
+    after_plain[kinds == -1] = torch.log((1 - tail.end) * (1 - tail.dwell) / num_plain)
+    after_plain[kinds == 1] = torch.log((1 - tail.end) * tail.dwell / num_dwelling)
+    after_dwelling[kinds == 1] = torch.log((1 - tail.end_dwelling) / num_dwelling)
     after_plain[END], after_dwelling[END] = math.log(tail.end), math.log(tail.end_dwelling)
     head.normal_(0.0, WORD_STD * head.shape[1] ** -0.5)
     head[:, 0] = (after_dwelling + after_plain) / 2 / constant

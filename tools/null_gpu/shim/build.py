@@ -71,8 +71,8 @@ def _imported() -> set[str]:
 
 def _declared_by_the_driver() -> set[str]:
     header = (INCLUDE[0] / "cuda.h").read_text()
-    plain = re.findall(r"CUresult\s+CUDAAPI\s+(cu\w+)\s*\(", header)
-    return {*plain, *re.findall(r"#define\s+cu\w+\s+(cu\w+_v\d)\b", header)}
+    functions = re.findall(r"CUresult\s+CUDAAPI\s+(cu\w+)\s*\(", header)
+    return {*functions, *re.findall(r"#define\s+cu\w+\s+(cu\w+_v\d)\b", header)}
 
 
 def _compile(
