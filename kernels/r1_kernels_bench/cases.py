@@ -84,6 +84,8 @@ def _rows(
     """Return ours and the baselines.
 
     Args:
+        call: calls an implementation with the inputs.
+        ours: the function of r1_kernels.
         eager: the function of `eager`.
         computes: what the baselines do more or less, in words."""
     # One specialized graph for this call, as a training step would have.

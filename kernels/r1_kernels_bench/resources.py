@@ -122,7 +122,8 @@ def measure(example: Any, launch: Any, arch: int) -> dict[str, Any]:
 
     Args:
         example: examples.ExampleLaunch.
-        launch: compiled.Launch."""
+        launch: compiled.Launch.
+        arch: the compute capability that it was compiled for, such as 90."""
     from r1_kernels_bench import compiled
 
     kernel, warps = launch.kernel, launch.kernel.metadata.num_warps

@@ -128,6 +128,7 @@ def run_case(
     """Return the case's bound and rows.
 
     Args:
+        case: the table's kernel.
         task: sizes, device and repeats.
         deadline: time.time() by which it should end.
         skip: implementations that ended an earlier process, each with the reason.

@@ -250,7 +250,7 @@ class EnvironmentProcess:
 
         Raises:
             EnvironmentFailed: the process ends, or the tool raises RunError.
-            CallTimedOut: the process was ended because the call exceeded its time.
+            ToolCallTimeout: the process was ended because the call exceeded its time.
         """
         limit = min(seconds, self._seconds)
         reply = await self._send("call", [name, arguments], limit)

@@ -150,6 +150,7 @@ class _Scoring:
     then.
 
     Args:
+        pool: the graders.
         options: `rewards.options`.
         kind: the kind of lines that name none."""
 

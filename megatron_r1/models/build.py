@@ -224,10 +224,15 @@ class PolicyModel(ChunkModel):
     def _cross_entropy(
         self, states: Tensor, labels: Tensor, mask: Tensor, rows: Tensor | None
     ) -> Tensor:
-        """Return -log p(label), (b, s) fp32, of `states` (s, b, h) where `mask` (b, s) is not 0.
+        """Return -log p(label), (b, s) fp32, where the mask is not 0.
 
-        rows: where that is in (b s,), int64, of labels that are known to be tokens of the model;
-        None: not known, and the host waits for the device to find and check them."""
+        Args:
+            states: (s, b, h), the hidden states.
+            labels: (b, s), the tokens.
+            mask: (b, s).
+            rows: where the mask is not 0, in (b s,), int64, of labels that are known to be tokens
+                of the model; None: not known, and the host waits for the device to find and check
+                them."""
         hidden, _ = self.output_layer(states)
         hidden = hidden.transpose(0, 1).reshape(-1, hidden.shape[-1])
         trusted = contextlib.nullcontext() if rows is None else trusted_values()

@@ -198,7 +198,9 @@ class PipelineRecipe(Section):
     """A whole pipeline as written: its settings, and its stages by name.
 
     Attributes:
-        pipeline: folder, seeds and order."""
+        pipeline: folder, seeds and order.
+        defaults: sections that every stage overrides.
+        stages: the stages by name."""
 
     pipeline: PipelineConfig = PipelineConfig()
     defaults: dict[str, Any] = Field({}, description="sections that every stage overrides")

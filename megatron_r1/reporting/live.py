@@ -40,6 +40,8 @@ class LiveView:
             view.show_step(metrics, samples)
 
     Args:
+        title: the run's name, for the header.
+        total_steps: the steps of the whole run.
         stream: the output; default: sys.stdout. The picture is drawn on UTF-8 terminals only;
             anything else (a file, CI, a Slurm log) gets plain lines without control characters.
         facts: short texts for the header: model, parameters, task.

@@ -141,8 +141,12 @@ def _mtp_targets(
 ) -> tuple[Tensor, list[Tensor]]:
     """Return `PackedParams.next_token_index` and `.mtp_target_rows` of `num_mtp_layers` MTP layers.
 
-    cu_seqlens: (S + 1,) int64. is_response: (T,) bool of the whole micro-batch. local_positions:
-    int64, the positions of this rank."""
+    Args:
+        cu_seqlens: (S + 1,) int64, where the samples begin, and the end.
+        is_response: (T,) bool of the whole micro-batch.
+        local_positions: int64, the positions of this rank.
+        split: how context and tensor parallelism divide the tokens.
+        num_mtp_layers: the number of MTP layers."""
     next_token_index = torch.arange(1, int(cu_seqlens[-1]) + 1)
     next_token_index[cu_seqlens[1:] - 1] = -1
     rows, ahead = [], is_response

@@ -119,6 +119,8 @@ class Report:
     """The comparisons of a step, in the order of `FAMILIES`.
 
     Attributes:
+        step: the step, from 1.
+        comparisons: what was compared.
         suspicions: what "nothing departs" leaves, as sentences.
         curves: for the page."""
 

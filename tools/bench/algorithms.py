@@ -199,12 +199,14 @@ def run_figures(
 
     Args:
         metrics: one line per step, in order.
-        questions: what a step trains on. seconds_per_step is the median without the first step,
-            which includes warming up; answers_per_step is the mean of all sampled responses, those
-            of passed-over groups included.
-        group_size: what a step trains on. seconds_per_step is the median without the first step,
-            which includes warming up; answers_per_step is the mean of all sampled responses, those
-            of passed-over groups included."""
+        evaluations: one line per evaluation.
+        questions: the questions that a step trains on.
+        group_size: the responses to each of them.
+
+    Returns:
+        seconds_per_step is the median without the first step, which includes warming up;
+        answers_per_step is the mean of all sampled responses, those of passed-over groups included.
+    """
     by_step = sorted(evaluations, key=lambda line: line["step"])
     passed_over = fmean(line["groups/passed_over"] for line in metrics)
     return {

@@ -13,12 +13,13 @@ END = 1
 
 
 def qwen2(hidden: int, layers: int, heads: int, **overrides: Any) -> dict[str, Any]:
-    """Return a config.json for the laptop tokenizer; `overrides` adds to it or replaces entries.
+    """Return a config.json for the laptop tokenizer.
 
     Args:
         hidden: the hidden size.
         layers: the number of layers.
-        heads: the attention heads."""
+        heads: the attention heads.
+        overrides: entries that are added or replaced."""
     return {
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",

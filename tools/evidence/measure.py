@@ -52,6 +52,9 @@ def measure_all(
     """Measure the claims named, or those that are not fresh; return how many gave no figure.
 
     Args:
+        root: The folder of the repository.
+        claims: All claims.
+        ids: The claims to measure; empty: those that are not fresh.
         limit: Seconds that a command may take; None: four times its last run, 300 at least.
         on_record: Called with `root` after each record.
     """

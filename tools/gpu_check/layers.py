@@ -134,6 +134,7 @@ def evaluate(
         measured: the results of `trainer_steps`.
         expected: the results of `trainer_steps`.
         backend: Transformer Engine's name of its attention.
+        limits: the largest differences that pass.
         unfused_reason: its reason not to take cuDNN's.
 
     Raises:

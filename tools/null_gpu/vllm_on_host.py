@@ -77,7 +77,14 @@ def rotary_embedding(
     """Rotate the heads of query and key in place.
 
     Args:
-        cosines_and_sines: (positions, rotated size)."""
+        positions: the position of each token.
+        query: (tokens, heads x head_size), in any shape; None for none.
+        key: as `query`.
+        head_size: the size of a head.
+        cosines_and_sines: (positions, rotated size).
+        is_neox: whether a pair is a feature of either half, not two neighbours.
+        offset: the first feature of a head that is rotated.
+        inverse: whether to rotate back."""
     angles = cosines_and_sines[positions.flatten()].float()
     size = angles.shape[-1]
     cosine, sine = angles[:, None].chunk(2, dim=-1)
@@ -181,6 +188,13 @@ def grouped_topk(scores, groups, kept_groups, topk, renormalizes, factor, bias, 
     group's two best scores with the bias.
 
     Args:
+        scores: (tokens, experts), the router's.
+        groups: the number of groups of experts.
+        kept_groups: the number of groups to choose from.
+        topk: the experts of a token.
+        renormalizes: whether a token's weights are made to sum to 1, before `factor`.
+        factor: multiplies the weights.
+        bias: (experts,), added to the scores for the choice alone.
         function: 1: sigmoid of the scores first."""
     activations = scores.float().sigmoid() if function == 1 else scores.float()
     biased = activations + bias.float()

@@ -73,7 +73,15 @@ class Call:
     """A call of NCCL that has not ended.
 
     Attributes:
-        peer: the rank of the other side, None for a collective."""
+        pid: the process.
+        gpu: its GPU.
+        comm: the identity of the communicator.
+        rank: the rank of the process in it.
+        peer: the rank of the other side, None for a collective.
+        is_send: whether it sends to the peer.
+        number: counts the calls, see `answers`.
+        stream: the CUDA stream.
+        has_started: whether the GPU has begun it."""
 
     pid: int
     gpu: int

@@ -102,6 +102,8 @@ class Service:
     Belongs to the event loop of its first `request`.
 
     Args:
+        settings: how it is reached: requests at once, limits and retries.
+        url: its address.
         reply_type: a msgspec type; a reply that does not match it counts as a failed try.
         probe: a request that the service can answer whenever it works.
 

@@ -50,7 +50,11 @@ class WireFormat(Protocol):
     KEEP_ALIVE: bytes
 
     def parse_request(self, body: Body, stored: Mapping[str, list[Message]]) -> TurnRequest:
-        """Return what a body asks for; `stored`: conversations of earlier replies by their id."""
+        """Return what a body asks for.
+
+        Args:
+            body: the body of the request.
+            stored: conversations of earlier replies by their id."""
 
     def format_reply(self, turn: TurnReply, request: TurnRequest) -> dict[str, Any]:
         """Return a sampled turn as the body of a reply that is not streamed, in this API's form."""

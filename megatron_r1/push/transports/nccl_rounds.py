@@ -165,6 +165,9 @@ class Communicator:
     `wait_ready`, then `send_recv`. One thread calls all of it.
 
     Args:
+        rendezvous: the rendezvous of its ranks.
+        rank: the rank of this process in it.
+        num_ranks: the number of its ranks.
         check: raises an error to abort with, by default the failure that a rank has reported.
 
     Attributes:

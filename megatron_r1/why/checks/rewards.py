@@ -256,7 +256,9 @@ def _graded(step: RecordedStep) -> dict[ResponseIndex, Any]:
 def _order(step: RecordedStep, again: Mapping[ResponseIndex, Any]) -> CheckedQuantity:
     """Check that no response has the accuracy of another one of its group.
 
-    again: grades by response."""
+    Args:
+        step: the recorded step.
+        again: grades by response."""
     name, by_shift = "order of the rewards", dict[int, list[ResponseIndex]]()
     groups = [
         (group_index, len(group.responses))
@@ -295,7 +297,9 @@ def _order(step: RecordedStep, again: Mapping[ResponseIndex, Any]) -> CheckedQua
 def _graded_again(step: RecordedStep, again: Mapping[ResponseIndex, Any]) -> CheckedQuantity:
     """Check accuracies with the graders of this version and the run's settings.
 
-    again: grades by response."""
+    Args:
+        step: the recorded step.
+        again: grades by response."""
     name = "graded again"
     if not again:
         why = step.prompts_missing or f"only kinds {', '.join(IN_PROCESS)} are graded here"

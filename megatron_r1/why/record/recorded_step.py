@@ -64,6 +64,7 @@ class RecordedStep:
     """A step of a run, read from its folder.
 
     Attributes:
+        folder: the run's folder.
         run_config: the run's settings.
         step: the step, from 1.
         line: its line of metrics.jsonl.

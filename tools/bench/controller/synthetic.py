@@ -150,11 +150,13 @@ METRICS = {"loss": 0.0, "grad_norm": 0.0}
 
 
 def serve_engines(count: int, bodies: dict[str, Path], urls: Connection, interval: float) -> None:
-    """Serve `count` engines in this process until it is killed; send their addresses.
+    """Serve engines in this process until it is killed; send their addresses.
 
     Args:
+        count: the number of engines.
         bodies: files with the reply to a generate call, by media type; a call gets the type that it
             accepts, JSON if it names none.
+        urls: gets the addresses.
         interval: seconds from one reply to the next, of all engines together, and from the first
             call to its reply; 0: every call is answered at once."""
     calls = itertools.count()

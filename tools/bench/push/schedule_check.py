@@ -340,6 +340,8 @@ def link_threads(order: RoundSchedule, seed: int, interleaved: int = 0) -> dict[
     receiver unpacks it.
 
     Args:
+        order: the rounds of a push; its links run.
+        seed: chooses the order of the threads.
         interleaved: the steps after which another thread may be next, default a whole link."""
     rng = random.Random(seed)
     threads: defaultdict[int, list[list[Step]]] = defaultdict(list)

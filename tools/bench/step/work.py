@@ -144,7 +144,10 @@ def _kinds(vocabulary: int) -> Any:
 def _write_chances(head: Any, tail: Tail, constant: float) -> None:
     """Fill `head` (vocabulary, hidden) so that each next token has its probability.
 
-    constant: the first feature after the last norm, which is also the second's absolute value."""
+    Args:
+        head: the matrix to fill.
+        tail: the chances of ending and of dwelling.
+        constant: the first feature after the last norm, also the second's absolute value."""
     import torch
 
     kinds = _kinds(len(head))
