@@ -5,7 +5,8 @@ A subject is one imperative sentence of at most 72 characters without a full sto
 subjects that are too long". It has one idea, so neither a semicolon nor, unless it merges, a list
 with commas, and does not name a branch. The mood is judged by the ending of the first word, so that
 many a noun passes. A commit of more than 20 files, and a merge under git's own subject, need a body
-that says why and how. A body that lists renames, old → new, has the command that made them.
+that says why and how. A commit that renames Python files, or whose body lists renames, old → new,
+has in its body the command that made them, or why none could.
 .githooks/commit-msg calls this; `git commit --no-verify` leaves it out."""
 
 import math
@@ -40,15 +41,23 @@ RENAME = re.compile(r"(?<!\S)`?[A-Za-z_.][\w./:*-]*`? (?:→|->) `?[A-Za-z_.]")
 RENAMED_BY = re.compile(r"^(?:Command|By hand):\s*\S", re.MULTILINE)
 RENAMES_SINCE = 1795802400
 """Commits whose author date is earlier (2026-11-27 18:00 UTC) may list renames alone."""
+MOVED_FILE = re.compile(r'^R\d+\t.*\.py"?$')
+"""A Python file that another one became, as `git diff --name-status` tells it."""
+MOVES_SINCE = 1795838400
+"""Commits whose author date is earlier (2026-11-28 04:00 UTC) may rename files alone: they are from
+before the rule."""
 
 
-def message_faults(message: str, num_files: int = 0, date: float = math.inf) -> list[str]:
+def message_faults(
+    message: str, num_files: int = 0, date: float = math.inf, *, num_moved: int = 0
+) -> list[str]:
     """Return a sentence for each fault of a message.
 
     Args:
         message: as git hands it to the hook.
         num_files: the number of files that the commit changes.
         date: the author date in seconds since 1970.
+        num_moved: the number of Python files that it renames.
     """
     lines = message.partition(SCISSORS)[0].splitlines()
     text = "\n".join(line.rstrip() for line in lines if not line.startswith("#")).strip("\n")
@@ -64,10 +73,14 @@ def message_faults(message: str, num_files: int = 0, date: float = math.inf) -> 
         faults.append(
             f"it stands alone for {num_files} files: a body says why, and how it was done"
         )
-    is_dated = date >= RENAMES_SINCE and not subject.startswith("Merge ")
-    if is_dated and RENAME.search(body) and not RENAMED_BY.search(body):
+    renames = ""
+    if num_moved and date >= MOVES_SINCE:
+        renames = f"it renames {num_moved} Python file{'s' if num_moved > 1 else ''}"
+    elif date >= RENAMES_SINCE and RENAME.search(body):
+        renames = "its body lists renames"
+    if renames and not subject.startswith("Merge ") and not RENAMED_BY.search(body):
         faults.append(
-            "its body lists renames: a line `Command:` has the command that made them, "
+            f"{renames}: a line `Command:` has the command that made them, "
             "or `By hand:` says what no command could do, and why"
         )
     if len(subject) > MOST:
@@ -90,17 +103,23 @@ def message_faults(message: str, num_files: int = 0, date: float = math.inf) -> 
 def log_faults(commits: str) -> list[str]:
     """Return the faults of the commits that `git log` lists for a range, each with its commit."""
     # Merges have no list of files here, and are judged by their own rule.
-    log = _git("log", "--format=%x01%h%x02%at%x02%P%x02%B%x02", "--name-only", commits)
+    log = _git("log", "--format=%x01%h%x02%at%x02%P%x02%B%x02", "--name-status", "-M", commits)
     is_shallow = _git("rev-parse", "--is-shallow-repository").strip() == "true"
     range_faults = []
     for entry in filter(None, log.split("\x01")):
         commit, date, parents, message, files = entry.split("\x02")
         # The oldest commit of a shallow clone has no parent there, and lists the whole tree.
         is_cut_off = is_shallow and not parents
-        num_files = 0 if is_cut_off else sum(bool(line) for line in files.splitlines())
-        faults = message_faults(message, num_files, int(date))
+        num_files, num_moved = (0, 0) if is_cut_off else _count_files(files)
+        faults = message_faults(message, num_files, int(date), num_moved=num_moved)
         range_faults += [f"{commit}: {fault}" for fault in faults]
     return range_faults
+
+
+def _count_files(changes: str) -> tuple[int, int]:
+    """Return the number of files and of renamed Python files that `--name-status -M` lists."""
+    lines = [line for line in changes.splitlines() if line]
+    return len(lines), sum(MOVED_FILE.match(line) is not None for line in lines)
 
 
 def _git(*arguments: str) -> str:
@@ -112,9 +131,11 @@ def main() -> int:
     if sys.argv[1] == "--log":
         faults = log_faults(sys.argv[2])
     else:
-        staged = ["git", "diff", "--cached", "--name-only", "-z"]
-        num_files = subprocess.run(staged, capture_output=True).stdout.count(b"\0")
-        faults = message_faults(Path(sys.argv[1]).read_text(encoding="utf-8"), num_files)
+        staged = ["git", "diff", "--cached", "--name-status", "-M"]
+        changes = subprocess.run(staged, capture_output=True, text=True).stdout
+        num_files, num_moved = _count_files(changes)
+        message = Path(sys.argv[1]).read_text(encoding="utf-8")
+        faults = message_faults(message, num_files, num_moved=num_moved)
     for fault in faults:
         print(f"the commit's subject: {fault}", file=sys.stderr)
     return min(len(faults), 1)

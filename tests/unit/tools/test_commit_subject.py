@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.commit_subject import RENAMES_SINCE, message_faults
+from tools.commit_subject import MOVES_SINCE, RENAMES_SINCE, message_faults
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -97,6 +97,20 @@ def test_other_arrows_are_no_renames(body):
     assert message_faults(f"Measure the demo\n\n{body}\n") == []
 
 
+def test_renamed_python_files_need_the_command_that_renamed_them():
+    message = "Name the rounds of a push in full\n\nThey are rounds.\n"
+    (said,) = message_faults(message, 2, num_moved=2)
+    assert "2 Python files" in said and "`Command:`" in said and "`By hand:`" in said
+    assert "1 Python file:" in message_faults(message, 1, num_moved=1)[0]
+    listed = message + "round.py → push_round.py"
+    assert message_faults(listed, num_moved=1) == message_faults(message, num_moved=1), "said once"
+    for line in ("Command: git mv round.py push_round.py", "By hand: it was split."):
+        assert message_faults(f"{message}\n{line}\n", num_moved=2) == []
+    assert message_faults(message, date=MOVES_SINCE - 1, num_moved=2) == [], "from before the rule"
+    assert message_faults(message, date=MOVES_SINCE, num_moved=2) == [said]
+    assert message_faults(message.replace("Name", "Merge names of", 1), num_moved=2) == []
+
+
 def test_every_fault_is_said():
     assert len(message_faults("added " + "a" * 70 + ".")) == 3
 
@@ -138,6 +152,30 @@ def test_the_hook_refuses_and_accepts(clone):
     refused = git(clone, "commit", "-m", "Add files")
     assert refused.returncode != 0 and "21 files" in refused.stderr
     assert git(clone, "commit", "-m", "Add files", "-m", "They are empty.").returncode == 0
+
+
+def test_renamed_files_are_told_from_new_ones_by_hook_and_log(clone):
+    install(clone)
+    for name in ("é.py", "two.py", "three.txt"):
+        (clone / name).write_text(f"The text of {name}.\n" * 20)
+    git(clone, "add", "é.py", "two.py", "three.txt")
+    assert git(clone, "commit", "-m", "Add files").returncode == 0
+    git(clone, "config", "diff.renames", "false")
+    git(clone, "mv", "three.txt", "four.txt")
+    assert git(clone, "commit", "-m", "Rename a text").returncode == 0
+    git(clone, "mv", "é.py", "è.py")
+    git(clone, "mv", "two.py", "second.py")
+    dated = ("commit", "-m", "Rename the modules", f"--date={MOVES_SINCE} +0000")
+    refused = git(clone, *dated)
+    assert refused.returncode != 0 and "it renames 2 Python files" in refused.stderr
+    named = ("-m", "Command: git mv two.py second.py")
+    assert git(clone, *dated, *named).returncode == 0
+    command = [sys.executable, clone / "tools/commit_subject.py", "--log", "-5"]
+    assert subprocess.run(command, cwd=clone).returncode == 0
+    git(clone, "commit", "--amend", "--no-verify", "-m", "Rename the modules")
+    found = subprocess.run(command, cwd=clone, capture_output=True, text=True)
+    assert found.returncode == 1
+    assert found.stderr.count("\n") == 1 and "it renames 2 Python files" in found.stderr
 
 
 def test_commits_that_the_hook_has_not_seen_are_found_in_the_log(clone):
