@@ -5,6 +5,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 
 from r1_grading import RewardPool
@@ -42,6 +43,7 @@ from megatron_r1.engines.server.settings import engine_settings, fleet_settings
 from megatron_r1.models import read_hf_config
 from megatron_r1.models.memory import ParameterCounts, checkpoint_bytes, parameter_bytes
 from megatron_r1.models.weights import num_parameters
+from megatron_r1.models.weights.adapter_table import adapter_shapes, adapter_table
 from megatron_r1.push.plan.recipe_plan import engine_rank_bytes, engine_weight_bytes
 from megatron_r1.reporting import formatting
 from megatron_r1.reporting.formatting import (
@@ -262,15 +264,22 @@ def _kept_on_disk(config: Config, rollout: Rollout, fraction: float) -> list[str
             f"rl.keep_sample_log: {size / 1e6:,.1f} MB a step at this length, "
             f"{size * steps / 1e9:,.2f} GB in all"
         )
-    interval = config.checkpoint.keep_every
-    if interval and config.model.lora is None:
-        counts = ParameterCounts(dense=num_parameters(read_hf_config(config.model.path)))
+    if interval := config.checkpoint.keep_every:
+        counts = ParameterCounts(dense=_num_saved(config))
         size = checkpoint_bytes(config, counts, (1, 1), with_reference=config.uses_reference)
         lines.append(
             f"checkpoint.keep_every: {interval}: {format_count(steps // interval, 'checkpoint')} "
             f"of {size / 1e9:,.2f} GB"
         )
     return lines
+
+
+def _num_saved(config: Config) -> int:
+    """Return how many parameters a checkpoint has: the factors of adapters, or the model's."""
+    hf = read_hf_config(config.model.path)
+    if config.model.lora is None:
+        return num_parameters(hf)
+    return sum(map(prod, adapter_shapes(adapter_table(hf, config.model.lora)).values()))
 
 
 def _memory(config: Config) -> str:

@@ -75,3 +75,29 @@ def test_on_gpus_the_receive_buffer_of_an_engine_is_shown(monkeypatch):
     moments = load(RECIPE).optimizer.moments
     each = {"bfloat16": 14, "float32": 18}[moments]
     assert f"{671_026_419_200 * each / 2**30:,.2f} GiB for weights" in shown
+
+
+def test_kept_checkpoints_of_adapters_are_as_large_as_their_factors(tmp_path):
+    hf = {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "vocab_size": 512,
+        "hidden_size": 4096,
+        "intermediate_size": 16384,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 64,
+        "max_position_embeddings": 256,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    lora = {"rank": 64, "targets": ["down_proj"]}
+    settings = {
+        "run": {"folder": str(tmp_path / "run"), "steps": 10},
+        "model": {"path": str(tmp_path), "dtype": "float32", "lora": lora},
+        "rl": {"kl_beta": 0.0},
+        "checkpoint": {"keep_every": 2},
+    }
+    (line,) = dry_run._kept_on_disk(Config.model_validate(settings), Rollout([], 1.0, 0.0), 1.0)
+    num_parameters = 64 * 64 * (16384 + 4096)
+    assert "5 checkpoints" in line
+    # In fp32: the factors, the optimizer's copy of them, and its two moments.
+    assert f"of {16 * num_parameters / 1e9:.2f} GB" in line
