@@ -89,14 +89,14 @@ def test_no_kernel_grows_beyond_the_committed_table(compiled):
 def test_the_alternatives_are_those_that_a_sweep_times():
     (kernel,) = (kernel for kernel in KERNELS if kernel.name == "kept_gradient")
     (choices,) = (choices for choices in sweep.PLAN if choices.kernel == kernel.name)
-    held = [(name, choices.in_use) for name, _ in resources.alternatives(kernel)]
+    held = [(name, choices.present_values) for name, _ in resources.alternatives(kernel)]
     assert [name for name, _ in held] == [
         f"kept_gradient {dtype}, {ids}"
         for ids in ("32", "64*", "128")
         for dtype in ("bf16", "fp32")
     ]
     assert [values["GRADIENT_IDS"] for _, values in held] == [32, 32, 64, 64, 128, 128]
-    assert choices.in_use == {"GRADIENT_IDS": 64}
+    assert choices.present_values == {"GRADIENT_IDS": 64}
 
 
 def test_a_kernel_that_does_not_exist_is_refused_by_name():

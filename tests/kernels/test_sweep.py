@@ -52,7 +52,7 @@ def test_the_plan_has_every_kernel_its_launches_and_the_values_in_use():
         kernel = next(kernel for kernel in KERNELS if kernel.name == choices.kernel)
         known = {example.name for example in launches(kernel, SMALL, "meta")}
         assert set(choices.launches) <= known, choices.kernel
-        assert choices.in_use in choices.candidates, choices
+        assert choices.present_values in choices.candidates, choices
         assert (ROOT / choices.place.rpartition(" ")[2]).exists()
         for name in choices.values:
             assert name in (ROOT / choices.place.rpartition(" ")[2]).read_text()
@@ -64,21 +64,21 @@ def test_every_candidate_gives_what_plain_pytorch_gives(choices):
     kernel = next(kernel for kernel in KERNELS if kernel.name == choices.kernel)
     sizes = ROWS if kernel.stem == "softmax" else SMALL
     sizes = sizes._replace(vocab_size=sizes.vocab_size + choices.more_columns)
-    before = choices.in_use
+    before = choices.present_values
     for example in launches(kernel, sizes, "cpu"):
         if example.name not in choices.launches:
             continue
         plain = tensors(getattr(load_primitives("torch"), kernel.name)(*cloned(example.arguments)))
         for values in choices.candidates:
             with choices.apply(values):
-                assert choices.in_use == values
+                assert choices.present_values == values
                 results = getattr(load_primitives("triton"), kernel.name)(
                     *cloned(example.arguments)
                 )
             for name, got in tensors(results).items():
                 by = 2**-7 if got.dtype == torch.bfloat16 else 1e-5
                 near(got, plain[name], rtol=by, atol=by, example=example.name, of=name, by=values)
-    assert choices.in_use == before
+    assert choices.present_values == before
 
 
 def test_the_best_is_the_least_geometric_mean_over_launches():
