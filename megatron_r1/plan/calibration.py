@@ -21,7 +21,7 @@ from megatron_r1.plan.arguments import planned_job
 from megatron_r1.plan.estimate import JobEstimate
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.push import has_push
-from megatron_r1.plan.quantity import RELATIVE_TO
+from megatron_r1.plan.quantity import GPUS, RELATIVE_TO
 from megatron_r1.plan.timing import time_section
 from megatron_r1.reporting.formatting import finite_metric, format_count
 
@@ -50,10 +50,10 @@ def calibrate_from(folder: Path, file: Path, args: argparse.Namespace, overrides
             key="--calibrate-from",
             cause=Cause.EMPTY,
         )
-    hardware = calibration.job.hardware.name
+    hardware, num_gpus = calibration.job.hardware.name, calibration.job.num_gpus
     steps = f"{format_count(len(calibration.lines), 'step')} of {folder}"
     title = f"# From {steps}. Shares are of the rates of {hardware}.\n"
-    text = yaml.safe_dump({RELATIVE_TO: hardware, **values}, sort_keys=False)
+    text = yaml.safe_dump({RELATIVE_TO: hardware, GPUS: num_gpus, **values}, sort_keys=False)
     try:
         atomic_write(file, title + text)
     except OSError as error:

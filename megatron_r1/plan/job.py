@@ -41,7 +41,8 @@ class PlannedJob:
         verb: rl and sample have engines, all but sample have a trainer.
         keeps_reference: whether any part of `rl.schedule` has a KL penalty: the reference is then
             kept in all.
-        measured: the file of each name of `hardware` and `assumptions` that --calibrate replaced.
+        measured: the file of each name of `hardware` and `assumptions` that --calibrate replaced,
+            and how many GPUs measured them (`quantity.GPUS`).
         shared: cache of counts that are slow to compute and equal for all layouts of one job.
     """
 
@@ -65,6 +66,11 @@ class PlannedJob:
     def with_parallel(self, **changes: Any) -> PlannedJob:
         """Return the same job in another layout."""
         return replace(self, config=self.config.with_changes(parallel=changes))
+
+    @property
+    def num_gpus(self) -> int:
+        """The GPUs of trainer and engines."""
+        return self.world_size + self.rollout_gpus
 
     def with_gpus(self, world_size: int) -> PlannedJob:
         """Return the same job on `world_size` GPUs; the number of multi-GPU engines is adapted."""

@@ -93,12 +93,15 @@ def _scaled(value: float, base: int, units: tuple[str, ...]) -> str:
 
 RELATIVE_TO = "hardware"
 """The key of a file that names the hardware whose rates its shares refer to."""
+GPUS = "gpus"
+"""The key of a file that says on how many GPUs its values were measured; default: on one."""
 
 
 def apply_calibration(
     hardware: Hardware, assumptions: Assumptions, file: Path
 ) -> tuple[Hardware, Assumptions, dict[str, str]]:
-    """Return both with the values of `file`, {name: value} in YAML or JSON, and the file by name.
+    """Return both with the values of `file`, {name: value} in YAML or JSON, and the file by name;
+    with `GPUS`, how many measured them.
 
     Args:
         hardware: the rates of the planned hardware.
@@ -111,6 +114,13 @@ def apply_calibration(
     values = read_sections(file, "--calibrate")
     names = [*described_fields(assumptions), *described_fields(hardware)]
     measured_hardware = values.pop(RELATIVE_TO, hardware.name)
+    num_gpus = values.pop(GPUS, 1)
+    if not isinstance(num_gpus, int) or num_gpus < 1:
+        raise UserError(
+            f"--calibrate {file}: {GPUS}: {num_gpus!r}: a whole number of GPUs, 1 or more",
+            key="--calibrate",
+            cause=Cause.MALFORMED,
+        )
     if measured_hardware != hardware.name:
         raise UserError(
             f"--calibrate {file}: its values are for hardware: {measured_hardware}, and the plan "
@@ -144,7 +154,7 @@ def apply_calibration(
             key="--calibrate",
             cause=Cause.MALFORMED,
         ) from None
-    return hardware, assumptions, dict.fromkeys(values, str(file))
+    return hardware, assumptions, dict.fromkeys(values, str(file)) | {GPUS: str(num_gpus)}
 
 
 def _number(value: object) -> object:

@@ -129,6 +129,15 @@ class RolloutTime:
         tensor_seconds = (layers + draft_layers) * sum_seconds
         return tensor_seconds + (sparse_layers + draft_layers) * expert_seconds
 
+    @property
+    def exchange_share(self) -> float:
+        """The share (0 to 1) of a pass's seconds in which ranks exchange tokens."""
+        sequences = self.engines.mean_concurrency
+        if not sequences:
+            return 0.0
+        pass_seconds = self.step_seconds(sequences) * self.tokens_per_pass
+        return self.exchange_seconds(sequences) / pass_seconds
+
     def _weights_read(self, sequences: float) -> float:
         """Return weight bytes read in a step; experts, and copies of them, without tokens are
         not read."""

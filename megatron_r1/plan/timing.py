@@ -2,12 +2,14 @@
 the stated assumptions, with their ranges and the measurements that narrow these.
 
 A range is the estimate over and times `Assumptions.time_spread`, which is how far the plan is off
-published runs (`published_runs.py`). What `--calibrate` has measured has none."""
+published runs (`published_runs.py`). What `--calibrate` has measured has none; of what was measured
+on fewer GPUs than are planned, communication has one."""
 
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache, cached_property, partial
 
+from megatron_r1.base.transports import TRANSPORTS
 from megatron_r1.plan.communication import traffic_by_axis
 from megatron_r1.plan.counts import attention_flops, head_flops, layer_flops
 from megatron_r1.plan.engine_memory import EngineMemory
@@ -23,7 +25,7 @@ from megatron_r1.plan.phase_overheads import (
     weight_load_time,
 )
 from megatron_r1.plan.push import push_link, pushed_rank_bytes
-from megatron_r1.plan.quantity import Quantity, QuantityTable
+from megatron_r1.plan.quantity import GPUS, Quantity, QuantityTable
 from megatron_r1.plan.rollout import RolloutTime
 from megatron_r1.reporting.formatting import format_count
 
@@ -66,18 +68,30 @@ WIDE = 2.0
 """A range whose ends differ by more names the measurement that would close it."""
 
 
-def with_range(job: PlannedJob, name: str, quantity: Quantity) -> Quantity:
+def with_range(
+    job: PlannedJob, name: str, quantity: Quantity, communication: float = 0.0
+) -> Quantity:
     """Return an estimate of time with its range; others, and those without a value, as they are.
 
     Args:
         job: the planned job.
         name: the part of a step.
-        quantity: its estimated seconds."""
+        quantity: its estimated seconds.
+        communication: the share of them (0 to 1) that fewer GPUs than are planned do not show."""
     number = narrowing_number(job, name)
-    if number is None or quantity.value is None or number in job.measured:
+    if number is None or quantity.value is None:
         return quantity
-    spread = job.assumptions.time_spread
-    return replace(quantity, low=quantity.value / spread, high=quantity.value * spread)
+    assumed_share = 1.0
+    if number in job.measured:
+        assumed_share = 0.0 if int(job.measured.get(GPUS, "1")) >= job.num_gpus else communication
+    if not assumed_share:
+        return quantity
+    assumed, spread = quantity.value * assumed_share, job.assumptions.time_spread
+    return replace(
+        quantity,
+        low=quantity.value - assumed * (1 - 1 / spread),
+        high=quantity.value + assumed * (spread - 1),
+    )
 
 
 def narrowing_section(job: PlannedJob, time: QuantityTable) -> QuantityTable:
@@ -90,13 +104,17 @@ def narrowing_section(job: PlannedJob, time: QuantityTable) -> QuantityTable:
         if part is None or part.low is None or not part.low or part.high is None:
             continue
         if (width := part.high / part.low) > WIDE:
-            section[name] = Quantity(
-                width,
-                "x",
-                f"tools/gpu_check --only {check!r}, then --calibrate with the file that it writes: "
-                f"{narrowing_number(job, name)}",
-            )
+            section[name] = Quantity(width, "x", _narrowing_command(job, name, check))
     return section
+
+
+def _narrowing_command(job: PlannedJob, name: str, check: str) -> str:
+    number = narrowing_number(job, name)
+    if number in job.measured:  # on fewer GPUs, which say little of its communication
+        return f"a run of {job.num_gpus:,} GPUs, then --calibrate-from its folder: {number}"
+    return (
+        f"tools/gpu_check --only {check!r}, then --calibrate with the file that it writes: {number}"
+    )
 
 
 HIDDEN_AXES = ("data", "pipeline")
@@ -247,6 +265,22 @@ class StepTime:
         )
         return pass_seconds * (2 if job.computes_ref_logprobs else 1)
 
+    def communication_share(self, name: str) -> float:
+        """Return the share (0 to 1) of a part's seconds that is communication between GPUs.
+
+        Args:
+            name: the part of a step."""
+        if name == "rollout":
+            return self.rollout.exchange_share
+        if name == "push":
+            return float(not TRANSPORTS[self.job.config.push.transport].is_single_host)
+        if name in ("scoring", "training", "critic"):
+            backward = name != "scoring"
+            seconds = self.exposed_communication_seconds(self.busiest, backward)
+            seconds += self.pipeline_stall_seconds(backward)
+            return seconds / self.microbatch_seconds(self.busiest, backward)
+        return 0.0
+
     def push_seconds(self) -> float:
         """Seconds of a push, by the bytes of the engine GPU that receives most."""
         return pushed_rank_bytes(self.job) / push_link(self.job)[0]
@@ -281,7 +315,10 @@ def time_section(times: StepTime) -> QuantityTable:
             section["sleep and wake"] = sleep_wake_time(job)
     if job.trains:
         section["saves"] = checkpoint_time(job)
-    section = {name: with_range(job, name, quantity) for name, quantity in section.items()}
+    section = {
+        name: with_range(job, name, quantity, times.communication_share(name))
+        for name, quantity in section.items()
+    }
     parts = [name for name in PARTS if name in section]
     if missing := [name for name in parts if section[name].value is None]:
         reason = f"none without {missing[0]}: {section[missing[0]].formula}"

@@ -45,7 +45,8 @@ def test_a_range_is_the_estimate_over_and_times_the_spread_and_at_most_a_factor_
 
 def test_what_is_measured_has_no_range_and_narrows_that_of_the_step():
     job = planned()
-    measured = replace(job, measured={"decode_latency_per_layer": "measured.yaml"})
+    everywhere = {"gpus": str(job.num_gpus)}
+    measured = replace(job, measured={"decode_latency_per_layer": "measured.yaml"} | everywhere)
     section, known = times(job), times(measured)
     assert known["rollout"].low is None
     exact = section["rollout"].number + section["routed experts"].number
@@ -55,14 +56,44 @@ def test_what_is_measured_has_no_range_and_narrows_that_of_the_step():
     named = [set(narrowing_section(each, times(each))) for each in (job, measured)]
     assert named[0] - named[1] == {"rollout"}
     names = {narrowing_number(job, name) for name in MEASUREMENTS}
-    everything = replace(job, measured=dict.fromkeys(names, "measured.yaml"))
+    everything = replace(job, measured=dict.fromkeys(names, "measured.yaml") | everywhere)
     assert narrowing_section(everything, times(everything)) == {}
     assert times(everything)["step"].limits == ""
 
 
+def test_what_one_gpu_measured_leaves_the_range_of_communication():
+    job = planned()
+    names = {narrowing_number(job, name) for name in MEASUREMENTS}
+    measured = replace(job, measured=dict.fromkeys(names, "measured.yaml") | {"gpus": "1"})
+    estimate = JobEstimate(measured).times
+    section = times(measured)
+    rank = estimate.busiest
+    communication = estimate.exposed_communication_seconds(rank, True)
+    communication += estimate.pipeline_stall_seconds(True)
+    shares = {
+        "training": communication / estimate.microbatch_seconds(rank, True),
+        "rollout": estimate.rollout.exchange_seconds(estimate.engines.mean_concurrency)
+        / estimate.rollout.step_seconds(estimate.engines.mean_concurrency)
+        / estimate.rollout.tokens_per_pass,
+        "push": 1.0,  # over NCCL, between nodes
+    }
+    for name, share in shares.items():
+        part = section[name]
+        assert 0 < share <= 1, name
+        assert part.low == pytest.approx(part.number * (1 - share + share / 1.96)), name
+        assert part.high == pytest.approx(part.number * (1 - share + share * 1.96)), name
+    assert section["load"].low is None
+    named = narrowing_section(measured, section)
+    assert "--calibrate-from" in named["push"].formula
+    assert not any("gpu_check" in quantity.formula for quantity in named.values())
+
+
 def test_with_rollouts_ahead_each_end_is_that_of_the_longest_of_three():
     alone = {"rollout_gpus": 2048, "rollout__colocated": False, "rl__importance_cap": 2.0}
-    job = replace(planned(**alone, rl__staleness=1), measured={"decode_latency_per_layer": "x"})
+    job = replace(
+        planned(**alone, rl__staleness=1),
+        measured={"decode_latency_per_layer": "x", "gpus": "4096"},
+    )
     section = times(job)
     stop = [section["push"], section["load"]]
     trainer = [section[name] for name in ("scoring", "training", "saves")]
@@ -130,12 +161,15 @@ def test_a_plan_with_the_checks_file_has_a_narrower_range(tmp_path, capsys):
     file = miniatures.add_values(
         tmp_path, "H800", {"wake_seconds": 1.5, "tensor_load_seconds": 2e-4}
     )
+    whole = tmp_path / "whole.yaml"
+    whole.write_text(f"{file.read_text()}gpus: {planned().num_gpus}\npush_efficiency: 0.5\n")
     assert main([str(RECIPE)]) == main([str(RECIPE), "--calibrate", str(file)]) == 0
-    before, after = re.findall(
+    assert main([str(RECIPE), "--calibrate", str(whole)]) == 0
+    ranges = re.findall(
         r"run of 650 steps: \d+ hours \((\d+) to (\d+) hours\)", capsys.readouterr().out
     )
-    wide, narrow = (int(high) / int(low) for low, high in (before, after))
-    assert wide > 3.5 and narrow < 1.1
+    wide, of_one_gpu, narrow = (int(high) / int(low) for low, high in ranges)
+    assert wide > 3.5 > 2.5 > of_one_gpu > 1.1 > narrow
     miniatures.add_values(tmp_path, "H100", {"compute_efficiency": 0.4})
     assert main([str(RECIPE), "--calibrate", str(file)]) == 2
     assert "H100" in capsys.readouterr().err
@@ -148,7 +182,8 @@ def test_a_response_that_may_outlast_its_time_limit_is_noted_where_its_range_doe
         notes = JobEstimate(planned(rollout__request_timeout_seconds=limit)).notes()
         assert len(notes) == noted, limit
     assert "rollout.request_timeout_seconds" in notes[0] and "32,768 tokens" in notes[0]
-    known = replace(planned(), measured={"decode_latency_per_layer": "measured.yaml"})
+    measured = {"decode_latency_per_layer": "measured.yaml", "gpus": "2048"}
+    known = replace(planned(), measured=measured)
     config = known.config.with_changes(rollout={"request_timeout_seconds": longest * 1.01})
     assert JobEstimate(replace(known, config=config)).notes() == []
     # 65,536 tokens, from step 513 on; the recipe's limit is above their range.
