@@ -124,7 +124,7 @@ def _candidates(job: PlannedJob) -> Iterator[tuple[float, dict]]:
         "pipeline": [n for n in powers if n <= layers],
         "expert": [n for n in powers if n <= max(1, job.weight_table.num_experts)],
         "expert_tensor": [1],
-        "virtual_pipeline": [1, 2],
+        "virtual_pipeline": [1, 2, 3],
         "recompute": ["none", "selective", "full"],
     }
     for values in product(*choices.values()):
