@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from megatron_r1.reporting.formatting import finite_metric as finite
 from megatron_r1.reporting.formatting import format_number as number
 from megatron_r1.reporting.formatting import format_percent as percent
 from megatron_r1.why.checked_quantity import DEPARTS, EQUAL, CheckedQuantity, not_checked
@@ -66,7 +67,7 @@ def check_loss(step: RecordedStep, recomputed: Recomputation) -> list[CheckedQua
     departs = any(comparison.departs for comparison in comparisons)
     if not departs and not update_departs(step, base):
         return comparisons
-    if not recomputed.searches_causes:
+    if not recomputed.searches_causes or any(math.isinf(each.distance) for each in comparisons):
         return comparisons
     if (explained := explanation(step, recomputed)) is None:
         return [
@@ -115,9 +116,14 @@ def _limit(step: RecordedStep, name: str, metrics: Mapping[str, float]) -> float
 
 
 def _metric(step: RecordedStep, name: str, updates: RecomputedUpdates) -> CheckedQuantity:
-    recomputed, logged = updates.metrics[name], step.line[name]
+    recomputed, logged = updates.metrics[name], finite(step.line, name)
     limit = _limit(step, name, updates.metrics)
-    distance = math.inf if logged is None else abs(float(logged) - recomputed)
+    distance = math.inf if logged is None else abs(logged - recomputed)
+    reason = f"{name} is {_shown(logged)} in metrics.jsonl, {_shown(recomputed)} recomputed"
+    remedy = "the loss: rl.algorithm and its settings, or the trainer"
+    if logged is None:
+        reason = f"{name} is not a number in metrics.jsonl, {_shown(recomputed)} recomputed"
+        remedy = "what makes NaN in the trainer: the loss, model.dtype, model.fusions, fp8"
     return CheckedQuantity(
         LOSS,
         name,
@@ -127,8 +133,8 @@ def _metric(step: RecordedStep, name: str, updates: RecomputedUpdates) -> Checke
         distance,
         limit,
         SOURCE[step.run_config.model.dtype],
-        f"{name} is {_shown(logged)} in metrics.jsonl, {_shown(recomputed)} recomputed",
-        remedy="the loss: rl.algorithm and its settings, or the trainer",
+        reason,
+        remedy=remedy,
     )
 
 
@@ -138,12 +144,13 @@ def _shown(value: object) -> str:
 
 def explains(step: RecordedStep, updates: RecomputedUpdates) -> bool:
     """Return whether updates have the recorded metrics, and the checkpoint after the step."""
-    gaps = (
-        abs(float(step.line[name]) - value) <= _limit(step, name, updates.metrics)
-        for name, value in updates.metrics.items()
-        if isinstance(step.line.get(name), int | float)
+    compared = ((finite(step.line, name), name) for name in updates.metrics if name in step.line)
+    are_recorded = all(
+        logged is not None
+        and abs(logged - updates.metrics[name]) <= _limit(step, name, updates.metrics)
+        for logged, name in compared
     )
-    return all(gaps) and not update_departs(step, updates)
+    return are_recorded and not update_departs(step, updates)
 
 
 def update_limit(step: RecordedStep) -> float:

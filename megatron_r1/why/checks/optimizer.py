@@ -9,10 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_r1.models.weights.adapter_table import A
+from megatron_r1.reporting.formatting import finite_metric as finite
 from megatron_r1.reporting.formatting import format_number as number
 from megatron_r1.reporting.formatting import format_percent as percent
 from megatron_r1.why.checked_quantity import DEPARTS, EQUAL, CheckedQuantity, not_checked
-from megatron_r1.why.checks.loss import SOURCE, moments_depart, moments_limit, update_limit
+from megatron_r1.why.checks.loss import (
+    METRICS,
+    SOURCE,
+    moments_depart,
+    moments_limit,
+    update_limit,
+)
 from megatron_r1.why.record.recorded_step import RecordedStep
 
 if TYPE_CHECKING:
@@ -36,9 +43,11 @@ def check_rates(step: RecordedStep) -> list[CheckedQuantity]:
 
 
 def _rate(step: RecordedStep) -> CheckedQuantity:
-    name, logged = "learning rate", step.line.get("learning_rate")
-    if not isinstance(logged, int | float):
+    name, logged = "learning rate", finite(step.line, "learning_rate")
+    if "learning_rate" not in step.line:
         return not_checked(SCHEDULE, name, "metrics.jsonl has no learning_rate")
+    if logged is None:
+        return _no_number(name, "learning_rate")
     rates = step.learning_rates
     mean_rate = sum(rates) / len(rates)
     distance = abs(mean_rate - logged) / mean_rate if mean_rate else abs(logged)
@@ -63,8 +72,10 @@ def _rate(step: RecordedStep) -> CheckedQuantity:
 
 def _count(step: RecordedStep) -> CheckedQuantity:
     name, logged = "number of updates", step.line.get("optimizer_step")
-    if not isinstance(logged, int):
+    if "optimizer_step" not in step.line:
         return not_checked(SCHEDULE, name, "metrics.jsonl has no optimizer_step")
+    if not isinstance(logged, int):
+        return _no_number(name, "optimizer_step")
     num_updates = step.updates_after(step.step)
     return CheckedQuantity(
         SCHEDULE,
@@ -80,23 +91,48 @@ def _count(step: RecordedStep) -> CheckedQuantity:
 
 
 def _taken(step: RecordedStep) -> CheckedQuantity:
-    name, logged = "updates taken", step.line.get("step_taken")
-    norm = step.line.get("grad_norm")
-    if not isinstance(logged, int | float):
-        return not_checked(FAMILY, name, "metrics.jsonl has no step_taken")
-    is_finite = isinstance(norm, int | float) and math.isfinite(norm)
+    name, logged = "updates taken", finite(step.line, "step_taken")
+    if "step_taken" not in step.line:
+        return not_checked(SCHEDULE, name, "metrics.jsonl has no step_taken")
+    if logged is None:
+        return _no_number(name, "step_taken")
+    norm = finite(step.line, "grad_norm")
+    parts = ["a gradient is not finite: its update was left out"] if logged < 1 else []
+    if lost := [key for key in (*METRICS, "grad_norm") if _is_no_number(step, key)]:
+        parts.append(f"not a number in metrics.jsonl: {', '.join(dict.fromkeys(lost))}")
     return CheckedQuantity(
-        FAMILY,
+        SCHEDULE,
         name,
-        EQUAL if logged == 1 and is_finite else DEPARTS,
+        EQUAL if logged == 1 and norm is not None else DEPARTS,
         f"step_taken {logged:g}, grad_norm {norm}",
-        1 - float(logged),
+        1 - logged,
         0.0,
         "exact",
-        "a gradient that is not finite: its update was left out"
-        if logged < 1
-        else f"grad_norm is {norm}",
-        remedy="model.dtype, fp8, or the samples: NaN in a loss",
+        "; ".join(parts),
+        remedy="what makes NaN in the trainer: the loss, model.dtype, model.fusions, fp8",
+    )
+
+
+def _is_no_number(step: RecordedStep, key: str) -> bool:
+    return key in step.line and finite(step.line, key) is None
+
+
+def _no_number(name: str, key: str) -> CheckedQuantity:
+    """Return the comparison of a metric that is null.
+
+    Args:
+        name: the quantity.
+        key: the metric."""
+    return CheckedQuantity(
+        SCHEDULE,
+        name,
+        DEPARTS,
+        f"{key} of metrics.jsonl",
+        math.inf,
+        0.0,
+        "exact",
+        f"{key} is not a number in metrics.jsonl",
+        remedy="the trainer, or what changed metrics.jsonl",
     )
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from megatron_r1.reporting.formatting import finite_metric as finite
 from megatron_r1.reporting.formatting import format_number as number
 from megatron_r1.why.checked_quantity import DEPARTS, EQUAL, ROUNDING, CheckedQuantity, not_checked
 from megatron_r1.why.checks.engine_causes import adapter_scales
@@ -28,8 +29,8 @@ def check_policies(step: RecordedStep, recomputed: Recomputation) -> list[Checke
 def _trainer(step: RecordedStep, recomputed: Recomputation) -> CheckedQuantity:
     """Compare logprob_diff/mean, engine's against trainer's, with engine's against transformers."""
     name = "old policy of the trainer"
-    logged = step.line.get("logprob_diff/mean")
-    if not isinstance(logged, int | float):
+    logged = finite(step.line, "logprob_diff/mean")
+    if "logprob_diff/mean" not in step.line:
         return not_checked(POLICIES, name, "metrics.jsonl has no logprob_diff/mean")
     if len(recomputed.scored_sequences) < len(recomputed.rows):
         return not_checked(POLICIES, name, "only a part of the responses is recomputed here")
@@ -40,6 +41,18 @@ def _trainer(step: RecordedStep, recomputed: Recomputation) -> CheckedQuantity:
     ]
     mean_gap = float(np.concatenate(gaps).mean())
     tolerance = ROUNDING[step.run_config.model.dtype]
+    if logged is None:
+        return CheckedQuantity(
+            POLICIES,
+            name,
+            DEPARTS,
+            f"logprob_diff/mean with mean |engine - transformers| {number(mean_gap)}",
+            math.inf,
+            tolerance,
+            reason=f"logprob_diff/mean is not a number in metrics.jsonl, {number(mean_gap)} "
+            "recomputed",
+            remedy="what makes NaN in the trainer: model.dtype, model.fusions, fp8, its checkpoint",
+        )
     distance = abs(mean_gap - logged)
     departs = distance > tolerance
     reason, remedy = (_explained(step, recomputed) if departs else None) or (
@@ -170,9 +183,10 @@ def _is_logged(
     tolerance = ROUNDING[step.run_config.model.dtype]
     distances = {"logprob_diff/mean": float(gaps.mean()), "logprob_diff/max": float(gaps.max())}
     return all(
-        abs(float(step.line[name]) - value) <= max(tolerance, tolerance * value)
+        (logged := finite(step.line, name)) is not None
+        and abs(logged - value) <= max(tolerance, tolerance * value)
         for name, value in distances.items()
-        if isinstance(step.line.get(name), int | float)
+        if name in step.line
     )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
+from megatron_r1.reporting.formatting import finite_metric as finite
 from megatron_r1.reporting.formatting import format_number as number
 from megatron_r1.why.checked_quantity import DEPARTS, EQUAL, ROUNDING, CheckedQuantity, not_checked
 from megatron_r1.why.record.recorded_step import RecordedStep
@@ -23,19 +25,21 @@ def check_push(step: RecordedStep, recomputed: Recomputation) -> list[CheckedQua
 
 def _probe(step: RecordedStep) -> CheckedQuantity:
     name = "probes of the push"
-    value = step.line.get("push/probe_diff")
-    if not isinstance(value, int | float):
+    value = finite(step.line, "push/probe_diff")
+    if "push/probe_diff" not in step.line:
         return not_checked(FAMILY, name, "metrics.jsonl has no push/probe_diff")
     tolerance = 4 * ROUNDING[step.run_config.rollout.dtype]
     return CheckedQuantity(
         FAMILY,
         name,
-        EQUAL if value <= tolerance else DEPARTS,
+        EQUAL if value is not None and value <= tolerance else DEPARTS,
         "engines with the trainer, on the probe prompts",
-        float(value),
+        math.inf if value is None else value,
         tolerance,
         "rounding of rollout.dtype, of a few tokens",
-        f"engines are {number(value)} from the trainer after the push",
+        "push/probe_diff is not a number in metrics.jsonl"
+        if value is None
+        else f"engines are {number(value)} from the trainer after the push",
         remedy="push.transport, push.fp8 (docs/push.md)",
     )
 

@@ -1,6 +1,7 @@
 """Rewards again: by a second reader of mathematics (math-verify), by the run's own graders, and as
 a sum of their terms; and the metrics that are made of them."""
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from r1_grading.rewards import REGISTRY
 from r1_grading.terms import ACCURACY, call_fields
 
 from megatron_r1.controller.rollouts.rollout import all_responses
+from megatron_r1.reporting.formatting import finite_metric as finite
 from megatron_r1.reporting.formatting import format_number as number
 from megatron_r1.why.checked_quantity import (
     DEPARTS,
@@ -372,9 +374,9 @@ def _metrics(step: RecordedStep) -> list[CheckedQuantity]:
         "groups/zero_variance": equal / len(groups),
     }
     gaps = {
-        name: abs(float(step.line[name]) - mean)
+        name: math.inf if (logged := finite(step.line, name)) is None else abs(logged - mean)
         for name, mean in means.items()
-        if isinstance(step.line.get(name), int | float)
+        if name in step.line
     }
     compared = f"the means of {len(responses):,} responses with metrics.jsonl"
     if not gaps:
@@ -390,9 +392,14 @@ def _metrics(step: RecordedStep) -> list[CheckedQuantity]:
             gaps[worst],
             ROUNDING * max(1.0, abs(means[worst])),
             "sums in float64",
-            f"{worst} is {number(step.line[worst])} in metrics.jsonl and {number(means[worst])} in "
+            f"{worst} is {_logged(step, worst)} in metrics.jsonl and {number(means[worst])} in "
             "the sample log: they are not of the same responses",
             remedy="metrics.jsonl or sample_log/: one of them was changed, or belongs to a run "
             "that went on from an earlier checkpoint",
         )
     ]
+
+
+def _logged(step: RecordedStep, name: str) -> str:
+    value = finite(step.line, name)
+    return "not a number" if value is None else number(value)

@@ -3,8 +3,10 @@ trainer and of transformers."""
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
+from megatron_r1.reporting.formatting import finite_metric as finite
 from megatron_r1.reporting.formatting import format_percent as percent
 from megatron_r1.why.checked_quantity import (
     DEPARTS,
@@ -32,14 +34,24 @@ def check_routing(step: RecordedStep, recomputed: Recomputation) -> list[Checked
     they do not. Nothing is compared where experts are not replayed."""
     if not step.config.rl.routing_replay:
         return []
-    agreement = step.line.get("routing/agreement")
-    if not isinstance(agreement, int | float):
+    agreement = finite(step.line, "routing/agreement")
+    if "routing/agreement" not in step.line:
         return [not_checked(FAMILY, NAME, "metrics.jsonl has no routing/agreement")]
     if any((sequence.versions != step.step - 1).any() for sequence in step.sequences):
         return [not_checked(FAMILY, NAME, "some tokens were sampled with earlier weights")]
     is_fp32 = {step.run_config.rollout.dtype, step.run_config.model.dtype} == {"float32"}
     tolerance = OTHER_EXPERTS if is_fp32 else OTHER_EXPERTS_IN_16_BITS
-    distance = 1 - float(agreement)
+    if agreement is None:
+        reason = "routing/agreement is not a number in metrics.jsonl"
+        remedy = "what makes NaN in the trainer's routers: model.dtype, fp8, its checkpoint"
+        return [
+            CheckedQuantity(
+                *(FAMILY, NAME, DEPARTS, "routing/agreement of metrics.jsonl", math.inf, tolerance),
+                reason=reason,
+                remedy=remedy,
+            )
+        ]
+    distance = 1 - agreement
     reason, remedy = (
         _explained(recomputed, distance, tolerance) if distance > tolerance else ("", "")
     )

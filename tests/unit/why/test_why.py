@@ -411,6 +411,41 @@ def test_a_loss_of_kl_alone_has_the_rounding_of_kl(planted, logged, departs):
     assert of_loss.departs is departs and not of_kl.departs
 
 
+@pytest.mark.parametrize("logged", [None, math.nan, math.inf])
+def test_a_metric_that_is_no_number_departs_and_nothing_explains_it(planted, logged):
+    planted.line |= {"loss": logged, "kl": 0.05}
+    made = RecomputedUpdates({"loss": 1e-3, "kl": 0.05, "entropy": 2.0}, {}, {}, None, [])
+
+    def searched(*_: object) -> None:
+        raise AssertionError("no cause is searched")
+
+    recomputed = SimpleNamespace(
+        base=made, run=searched, shares=searched, searches_causes=True, left_out=""
+    )
+    step = planted.read()
+    of_loss, of_kl = loss.check_loss(step, recomputed)
+    assert of_loss.departs and not of_kl.departs
+    assert "loss is not a number in metrics.jsonl, 0.001 recomputed" in of_loss.reason
+    assert not loss.explains(step, made)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "name", "words"),
+    [
+        ({"step_taken": 0.5, "loss": None, "grad_norm": None}, "updates taken", "loss, grad_norm"),
+        ({"step_taken": 0.5}, "updates taken", "a gradient is not finite"),
+        ({"learning_rate": None}, "learning rate", "learning_rate is not a number"),
+        ({"optimizer_step": None}, "number of updates", "optimizer_step is not a number"),
+        ({"step_taken": None}, "updates taken", "step_taken is not a number"),
+        ({"reward/mean": None}, "metrics of the rollout", "reward/mean is not a number"),
+    ],
+)
+def test_what_is_no_number_in_the_metrics_is_named_first(planted, metrics, name, words):
+    planted.line |= metrics
+    first = examine(planted.read()).first_departure
+    assert first is not None and first.name == name and words in first.reason, str(first)
+
+
 def test_the_command_fails_where_something_departs(planted, capsys):
     stale(planted)
     planted.read()
