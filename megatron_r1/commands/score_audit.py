@@ -36,6 +36,7 @@ from megatron_r1.evaluation.verifier_errors import (
     GradedAnswer,
     SecondMethodJudge,
 )
+from megatron_r1.reporting.formatting import finite_metric
 from megatron_r1.why.record.step_reader import examinable, open_run, read_steps
 
 OPTION = "--audit"
@@ -172,7 +173,8 @@ def read_answers(path: Path, kind: str | None) -> Iterator[GradedAnswer]:
         kind: the kind of lines that name none.
 
     Raises:
-        UserError: a missing file, or a line (by number) without a response, kind or reward."""
+        UserError: a missing file, or a line (by number) without a response, kind or finite reward,
+            or without the truth that a second method compares with."""
     try:
         with open(path, "rb") as file:
             offset = 0
@@ -193,11 +195,12 @@ def _answer(path: Path, number: int, offset: int, line: bytes, kind: str | None)
     validity = {
         "kind": isinstance(kind, str),
         "response": isinstance(record.get("response"), str),
-        "reward": isinstance(reward, int | float) and not isinstance(reward, bool),
+        "reward": finite_metric(record, "reward") is not None,
+        "truth": kind not in AUDITED or is_ungraded or record.get("truth") is not None,
     }
     wrong_fields = [name for name, is_valid in validity.items() if not is_valid]
     if not is_ungraded and wrong_fields:
-        cause = Cause.MALFORMED if wrong_fields[0] in record else Cause.MISSING
+        cause = Cause.MISSING if record.get(wrong_fields[0]) is None else Cause.MALFORMED
         hint = "; name it by --data.kind" if wrong_fields[0] == "kind" else ""
         raise UserError(
             f"{place}: {wrong_fields[0]!r} is {cause.value}{hint}; an audit reads what "
