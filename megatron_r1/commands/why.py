@@ -5,7 +5,8 @@ its size, the tokens or responses concerned, their share of the loss, and the se
 change. It compares the model's files, how the step was sampled, rewards, log-probabilities, loss
 and metrics, the optimizer's step, and what was pushed, with transformers in float32, math-verify
 and formulas of its own. What could not be checked is listed with the reason. "Nothing departs" is
-an answer, too; what it leaves is printed as suspicions. To keep what it reads of every step:
+an answer, too, with the families of quantities that could be checked where those are not all; what
+it leaves is printed as suspicions. To keep what it reads of every step:
 `--rl.keep_sample_log true --checkpoint.keep_every 1`. RUN/why.html has the whole table, the worst
 responses and departures over position; nothing else is written there. Exit status 0: nothing
 departs; 1: something does."""
@@ -71,6 +72,7 @@ def _steps(steps: list[Examinable], chosen_step: Examinable) -> Iterator[str]:
     yield f"steps with log and both checkpoints: {_ranges(whole_steps) or 'none'}"
     if half:
         yield f"steps with a log and not both checkpoints: {_ranges(half)}"
+    yield from (f"damaged checkpoint: step {s.step}: {s.damage}" for s in steps if s.damage)
     yield f"examined: step {chosen_step.step}"
 
 
@@ -88,7 +90,7 @@ def _ranges(steps: list[int]) -> str:
 def _lines(report: Report) -> Iterator[str]:
     first = report.first_departure
     if first is None:
-        yield "nothing departs"
+        yield report.all_clear
         yield from (f"  suspicion, no cause: {suspicion}" for suspicion in report.suspicions)
     else:
         yield f"first quantity that departs: {first}"

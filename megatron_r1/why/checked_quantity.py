@@ -141,6 +141,18 @@ class Report:
         """The first quantity that departs."""
         return next((comparison for comparison in self.comparisons if comparison.departs), None)
 
+    @property
+    def all_clear(self) -> str:
+        """That nothing departs, in words, with the families of which nothing could be checked."""
+        families = dict.fromkeys(comparison.family for comparison in self.comparisons)
+        checked = {each.family for each in self.comparisons if each.status != NOT_CHECKED}
+        if not (left_out := [family for family in families if family not in checked]):
+            return "nothing departs"
+        return (
+            f"nothing departs of what could be checked, {len(checked)} of {len(families)} "
+            f"families: nothing of {', '.join(left_out)} could be"
+        )
+
     def departs_before(self, family: str) -> bool:
         """Return whether a quantity of an earlier family departs."""
         position = FAMILIES.index(family)

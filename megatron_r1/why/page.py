@@ -35,7 +35,9 @@ def write(report: Report, step: RecordedStep) -> Path:
             "algorithm": step.config.rl.algorithm,
             "checks": f"{len(report.comparisons):,}",
         },
-        outcome="Nothing departs." if first is None else f"First departure: {first}.",
+        outcome=f"{report.all_clear.capitalize()}."
+        if first is None
+        else f"First departure: {first}.",
         suspicions=report.suspicions,
         rows=[_row(comparison) for comparison in report.comparisons],
         plots=_plots(report),

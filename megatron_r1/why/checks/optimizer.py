@@ -12,6 +12,7 @@ from megatron_r1.models.weights.adapter_table import A
 from megatron_r1.reporting.formatting import finite_metric as finite
 from megatron_r1.reporting.formatting import format_number as number
 from megatron_r1.reporting.formatting import format_percent as percent
+from megatron_r1.trainer.checkpoints.checkpoint_folders import MANIFEST, manifest_faults
 from megatron_r1.why.checked_quantity import DEPARTS, EQUAL, CheckedQuantity, not_checked
 from megatron_r1.why.checks.loss import (
     METRICS,
@@ -140,13 +141,24 @@ def check_states(step: RecordedStep) -> list[CheckedQuantity]:
     """Return the comparisons of the checkpoints' tensors and counters."""
     from megatron_r1.why.policy import checkpoint_tensors
 
-    comparisons = [_tied(step)]
-    for moment, path in (("before", step.before), ("after", step.after)):
-        if path is None or not (path / ".metadata").is_file():
+    comparisons = []
+    checkpoints = {
+        moment: path
+        for moment, path in (("before", step.before), ("after", step.after))
+        if path is not None and not (path / "config.json").is_file()
+    }
+    files = {moment: _files(step, moment, path) for moment, path in checkpoints.items()}
+    comparisons += files.values()
+    if any(comparison.departs for comparison in files.values()):
+        return comparisons
+    comparisons.append(_tied(step))
+    for moment in ("before", "after"):
+        if moment not in checkpoints:
             is_first = moment == "before" and step.step == 1
             why = "the run begins with a model" if is_first else "it is not kept"
             comparisons.append(not_checked(WHERE[moment], f"checkpoint {moment} the step", why))
             continue
+        path = checkpoints[moment]
         comparisons += [_finite(moment, path), _counters(step, moment, path)]
         comparisons += [_moments(step, moment, path), _masters(step, moment, path)]
     is_adapted = step.run_config.model.lora is not None and step.step == 1
@@ -155,6 +167,25 @@ def check_states(step: RecordedStep) -> list[CheckedQuantity]:
         largest_change = checkpoint_tensors.change(step.before, step.after, step.model, moves_bias)
         comparisons.append(_moved(step, *largest_change))
     return comparisons
+
+
+def _files(step: RecordedStep, when: str, path: Path) -> CheckedQuantity:
+    """Check that a checkpoint's files have the sizes and checksums they were written with."""
+    name = f"files of the checkpoint {when}"
+    if path.parent != step.folder.checkpoints and not (path / MANIFEST).is_file():
+        return not_checked(BEFORE, name, f"{path} has no {MANIFEST}: it was made elsewhere")
+    faults = manifest_faults(path)
+    return CheckedQuantity(
+        BEFORE,
+        name,
+        DEPARTS if faults else EQUAL,
+        f"sizes and checksums of {path.name} with its {MANIFEST}",
+        float(len(faults)),
+        0.0,
+        "exact",
+        f"{path.name} is damaged: {'; '.join(faults[:3])}",
+        remedy=f"{path}: put a good copy there",
+    )
 
 
 def _finite(when: str, path: Path) -> CheckedQuantity:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,7 @@ import transformers
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config.model import LoraConfig
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.models.transformers_model import load_with_transformers
@@ -35,8 +37,22 @@ ADAPTERS = "adapters."
 
 def opened(checkpoint: Path) -> DistributedCheckpoint:
     """Return a checkpoint, one object for all who read it: where a tensor's bytes begin is looked
-    up once."""
-    return _opened(checkpoint, (checkpoint / ".metadata").stat().st_mtime_ns)
+    up once.
+
+    Raises:
+        UserError: it is damaged."""
+    metadata = checkpoint / ".metadata"
+    if not metadata.is_file():
+        raise _damaged(metadata, "it is missing")
+    return _opened(checkpoint, metadata.stat().st_mtime_ns)
+
+
+def _damaged(file: Path, fault: str) -> UserError:
+    return UserError(
+        f"{file} is damaged ({fault}); use another checkpoint",
+        key="checkpoint",
+        cause=Cause.MALFORMED,
+    )
 
 
 @lru_cache(maxsize=8)
@@ -197,7 +213,14 @@ def _tensors(weights: MegatronWeights | HFWeights, hf: dict) -> Iterator[tuple[s
 
 def read_state(checkpoint: Path) -> int | None:
     """Return the finished updates that Adam's bias correction counts, of a checkpoint; None where
-    it says nothing."""
-    common = torch.load(checkpoint / "common.pt", weights_only=True, map_location="cpu")
+    it says nothing.
+
+    Raises:
+        UserError: its file is damaged."""
+    file = checkpoint / "common.pt"
+    try:
+        common = torch.load(file, weights_only=True, map_location="cpu")
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise _damaged(file, str(error).partition("\n")[0]) from error
     step = common.get("optimizer_step")
     return None if step is None else int(step)

@@ -19,15 +19,22 @@ from megatron_r1.controller.rollouts.sample_log import (
 )
 from megatron_r1.data.prompts import Prompt, load_prompts
 from megatron_r1.reporting.run_folder import RunFolder
+from megatron_r1.trainer.checkpoints.checkpoint_folders import SHOWN_FAULTS, manifest_faults
 from megatron_r1.why.record.recorded_step import RecordedStep, weights_after
 
 
 class Examinable(NamedTuple):
-    """A step with a sample log, and what else of it is left."""
+    """A step with a sample log, and what else of it is left.
+
+    Attributes:
+        has_before: whether the weights before it are there, with files of the right sizes.
+        has_after: likewise of the weights after it.
+        damage: what is wrong with its own checkpoint; "" where nothing is or there is none."""
 
     step: int
     has_before: bool
     has_after: bool
+    damage: str = ""
 
 
 def open_run(path: Path) -> tuple[RunFolder, Config]:
@@ -55,16 +62,25 @@ def open_run(path: Path) -> tuple[RunFolder, Config]:
 
 def examinable(folder: RunFolder, config: Config) -> list[Examinable]:
     """Return the finished steps that have a sample log."""
-    finished = sorted({line["step"] for line in folder.read_metrics()})
-    return [
-        Examinable(
-            step,
-            weights_after(folder, config, step - 1) is not None,
-            weights_after(folder, config, step) is not None,
+    steps = []
+    for step in sorted({line["step"] for line in folder.read_metrics()}):
+        if not step_log_path(folder.sample_log, step).is_file():
+            continue
+        paths = [weights_after(folder, config, each) for each in (step - 1, step)]
+        damages = [_damage(folder, path) for path in paths]
+        before, after = (
+            path is not None and not damage for path, damage in zip(paths, damages, strict=True)
         )
-        for step in finished
-        if step_log_path(folder.sample_log, step).is_file()
-    ]
+        steps.append(Examinable(step, before, after, damages[1]))
+    return steps
+
+
+def _damage(folder: RunFolder, path: Path | None) -> str:
+    """Return what the names and sizes of a checkpoint's files say is wrong with it; "" where it is
+    none of the run's."""
+    if path is None or path.parent != folder.checkpoints:
+        return ""
+    return "; ".join(manifest_faults(path, "size")[:SHOWN_FAULTS])
 
 
 def choose(steps: Sequence[Examinable], step: int | None, folder: Path) -> Examinable:

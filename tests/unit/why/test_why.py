@@ -28,6 +28,7 @@ from megatron_r1.data.prompts import load_prompts
 from megatron_r1.engines.server.responses import Response
 from megatron_r1.models.sampling_mask import encode_mask
 from megatron_r1.reporting.run_folder import RunFolder
+from megatron_r1.trainer.checkpoints.checkpoint_folders import checkpoint_path, write_manifest
 from megatron_r1.why import formulas
 from megatron_r1.why.checked_quantity import CheckedQuantity
 from megatron_r1.why.checks import files, loss, optimizer, rewards, sampling
@@ -444,6 +445,43 @@ def test_what_is_no_number_in_the_metrics_is_named_first(planted, metrics, name,
     planted.line |= metrics
     first = examine(planted.read()).first_departure
     assert first is not None and first.name == name and words in first.reason, str(first)
+
+
+def checkpoint_of(planted, step: int) -> Path:
+    """Make a folder with a file, which has a manifest as a checkpoint has."""
+    folder = checkpoint_path(planted.folder / "run/checkpoints", step)
+    folder.mkdir(parents=True)
+    (folder / "__0_0.distcp").write_bytes(b"weights")
+    write_manifest(folder)
+    return folder
+
+
+@pytest.mark.parametrize("content", [b"weight", b"Weights"])
+def test_a_damaged_checkpoint_departs_and_its_step_is_not_whole(planted, content, capsys):
+    before, after = (checkpoint_of(planted, step) for step in (STEP - 1, STEP))
+    (after / "__0_0.distcp").write_bytes(content)
+    step = planted.read()
+    first, second = optimizer.check_states(step)
+    assert not first.departs and second.departs and second.family == "checkpoint"
+    assert f"{after.name} is damaged: __0_0.distcp" in second.reason
+    is_shorter = len(content) < len(b"weights")
+    (found,) = examinable(step.folder, step.run_config)
+    assert (found.has_before, found.has_after) == (True, not is_shorter)
+    with pytest.raises(RunError, match="files of the checkpoint after"):
+        run(Config(), str(step.folder.path))
+    printed = capsys.readouterr().out
+    whole = "none" if is_shorter else str(STEP)
+    assert f"steps with log and both checkpoints: {whole}\n" in printed
+    assert ("damaged checkpoint: step 2: __0_0.distcp has 6 bytes" in printed) is is_shorter
+
+
+def test_what_nothing_could_be_checked_of_is_in_the_headline(planted, capsys):
+    planted.read()
+    run(Config(), str(planted.folder / "run"))
+    (line,) = (each for each in capsys.readouterr().out.splitlines() if "nothing departs" in each)
+    assert line.startswith("nothing departs of what could be checked, 4 of 9 families: nothing of")
+    assert "checkpoint, log-probabilities, loss, optimizer, push could be" in line
+    assert line in (planted.folder / "run/why.html").read_text().replace("Nothing", "nothing")
 
 
 def test_the_command_fails_where_something_departs(planted, capsys):
