@@ -56,7 +56,7 @@ def run(config: Config, run: str, step: str | None = None, json: str | None = No
 def _number(step: str | None) -> int | None:
     if step is None:
         return None
-    if not step.isdecimal() or int(step) < 1:
+    if not (step.isascii() and step.isdecimal()) or int(step) < 1:
         raise UserError(
             f"--step {step}: give the number of a step, 1 or more",
             key="--step",

@@ -63,7 +63,7 @@ def open_run(path: Path) -> tuple[RunFolder, Config]:
 def examinable(folder: RunFolder, config: Config) -> list[Examinable]:
     """Return the finished steps that have a sample log."""
     steps = []
-    for step in sorted({line["step"] for line in folder.read_metrics()}):
+    for step in sorted(_lines_by_step(folder)):
         if not step_log_path(folder.sample_log, step).is_file():
             continue
         paths = [weights_after(folder, config, each) for each in (step - 1, step)]
@@ -81,6 +81,25 @@ def _damage(folder: RunFolder, path: Path | None) -> str:
     if path is None or path.parent != folder.checkpoints:
         return ""
     return "; ".join(manifest_faults(path, "size")[:SHOWN_FAULTS])
+
+
+def _lines_by_step(folder: RunFolder) -> dict[int, dict[str, Any]]:
+    """Return the lines of metrics.jsonl.
+
+    Raises:
+        UserError: a line without the number of its step."""
+    lines: dict[int, dict[str, Any]] = {}
+    for number, line in enumerate(folder.read_metrics(), 1):
+        step = line.get("step")
+        if not isinstance(step, int) or isinstance(step, bool):
+            raise UserError(
+                f"{folder.metrics_path}, line {number}: 'step' is {step!r}, not the number of a "
+                "step; delete that line, or restore the file",
+                key=folder.metrics_path.name,
+                cause=Cause.MALFORMED,
+            )
+        lines[step] = line
+    return lines
 
 
 def choose(steps: Sequence[Examinable], step: int | None, folder: Path) -> Examinable:
@@ -145,7 +164,7 @@ def read_steps(folder: RunFolder, config: Config, steps: Iterable[int]) -> Itera
     Raises:
         UserError: records of another version of this program, or none of a step's settings."""
     prompts, missing = _prompts(folder, config)
-    lines = {line["step"]: line for line in folder.read_metrics()}
+    lines = _lines_by_step(folder)
     for step in steps:
         yield _read_step_log(folder, config, lines[step], prompts, missing)
 

@@ -484,6 +484,14 @@ def test_what_nothing_could_be_checked_of_is_in_the_headline(planted, capsys):
     assert line in (planted.folder / "run/why.html").read_text().replace("Nothing", "nothing")
 
 
+def test_a_line_of_metrics_without_its_step_is_refused(planted):
+    planted.read()
+    metrics = planted.folder / "run/metrics.jsonl"
+    metrics.write_text("{}\n" + metrics.read_text())
+    with refused("metrics.jsonl", Cause.MALFORMED, "line 1"):
+        run(Config(), str(planted.folder / "run"))
+
+
 def test_the_command_fails_where_something_departs(planted, capsys):
     stale(planted)
     planted.read()
@@ -506,8 +514,9 @@ def test_a_step_that_has_no_log_is_refused(planted):
         choose(steps, 3, folder.path)
     with refused("RUN", Cause.EMPTY):
         choose([], None, folder.path)
-    with refused("--step", Cause.MALFORMED, "x"):
-        run(Config(), str(folder.path), step="x")
+    for text in ("x", "0", "\uff12"):  # a digit two of full width
+        with refused("--step", Cause.MALFORMED, text):
+            run(Config(), str(folder.path), step=text)
     with refused("RUN", Cause.NOT_FOUND):
         run(Config(), str(planted.folder))
 
