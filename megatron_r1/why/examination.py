@@ -13,6 +13,7 @@ from megatron_r1.why.checks import (
     optimizer,
     policies,
     push,
+    questions,
     rewards,
     routing,
     sampling,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 Check = Callable[[RecordedStep], list[CheckedQuantity]]
 WeightCheck = Callable[[RecordedStep, "Recomputation"], list[CheckedQuantity]]
 RECORD_CHECKS: tuple[tuple[str, str, Check], ...] = (
+    ("files", "questions of the step", questions.check),
     ("files", "files", files.check),
     ("sampling", "settings of the engines", sampling.check_settings),
     ("rewards", "rewards", rewards.check),

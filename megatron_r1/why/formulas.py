@@ -5,6 +5,7 @@ and not from the trainer's code, which they are compared with.
     A_i = (r_i - mean(r)) / (std(r) + ε) over a group (arXiv 2402.03300, section 4.1)"""
 
 import math
+import random
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -170,6 +171,24 @@ def learning_rate(
     fraction = min(1.0, (update - warmup) / max(1, total - warmup))
     remaining = 1 - fraction if decay == "linear" else (1 + math.cos(math.pi * fraction)) / 2
     return lowest + (highest - lowest) * remaining
+
+
+def question_order(num_questions: int, seed: int, first: int, count: int) -> list[int]:
+    """Return the numbers of the questions that a run draws: epochs of all, each shuffled by the
+    seed and its number.
+
+    Args:
+        num_questions: those to train on.
+        seed: `run.seed`.
+        first: how many were drawn before.
+        count: how many are drawn."""
+    drawn: list[int] = []
+    for epoch in range(first // num_questions, (first + count - 1) // num_questions + 1):
+        order = list(range(num_questions))
+        random.Random(f"{seed}/{epoch}").shuffle(order)
+        begin = epoch * num_questions
+        drawn += order[max(0, first - begin) : max(0, first + count - begin)]
+    return drawn
 
 
 def kl_of_difference(difference: np.ndarray) -> float:

@@ -72,7 +72,9 @@ class RecordedStep:
         passed_over: groups that dynamic sampling left out.
         sampling: how each of both was sampled, first those that were trained on.
         prompts: the run's questions by id; those that could not be read are missing.
-        prompts_missing: why they could not, or ""."""
+        prompts_missing: why they could not, or "".
+        training: the questions to train on, in the order of the data; empty where they could not
+            be read."""
 
     folder: RunFolder
     run_config: Config
@@ -83,6 +85,7 @@ class RecordedStep:
     sampling: list[SamplingRecord | None]
     prompts: Mapping[str, Prompt]
     prompts_missing: str = ""
+    training: Sequence[Prompt] = ()
 
     @cached_property
     def config(self) -> Config:
@@ -170,6 +173,13 @@ class RecordedStep:
             for group_index, group in enumerate(self.groups)
             for index, graded in enumerate(group.responses)
         }
+
+    def response_limit(self, index: ResponseIndex) -> float:
+        """Return the most tokens of a response: prompt and response share the positions."""
+        rollout = self.config.rollout
+        positions = rollout.max_model_len or self.hf.get("max_position_embeddings", math.inf)
+        limit = positions - len(self.groups[index[0]].prompt_ids)
+        return float(min(rollout.max_response_tokens, limit))
 
     @cached_property
     def training_rewards(self) -> list[list[float | None]]:

@@ -37,6 +37,14 @@ class Examinable(NamedTuple):
     damage: str = ""
 
 
+class _Prompts(NamedTuple):
+    """The questions of a run by id, why they are not all, and those to train on in order."""
+
+    by_id: Mapping[str, Prompt]
+    missing: str = ""
+    training: Sequence[Prompt] = ()
+
+
 def open_run(path: Path) -> tuple[RunFolder, Config]:
     """Return a run's folder and settings.
 
@@ -76,8 +84,8 @@ def examinable(folder: RunFolder, config: Config) -> list[Examinable]:
 
 
 def _damage(folder: RunFolder, path: Path | None) -> str:
-    """Return what the names and sizes of a checkpoint's files say is wrong with it; "" where it is
-    none of the run's."""
+    """Return what the names and sizes of a checkpoint's files say is wrong with it; "" for a folder
+    that is not the run's own."""
     if path is None or path.parent != folder.checkpoints:
         return ""
     return "; ".join(manifest_faults(path, "size")[:SHOWN_FAULTS])
@@ -163,18 +171,17 @@ def read_steps(folder: RunFolder, config: Config, steps: Iterable[int]) -> Itera
 
     Raises:
         UserError: records of another version of this program, or none of a step's settings."""
-    prompts, missing = _prompts(folder, config)
+    prompts = _prompts(folder, config)
     lines = _lines_by_step(folder)
     for step in steps:
-        yield _read_step_log(folder, config, lines[step], prompts, missing)
+        yield _read_step_log(folder, config, lines[step], prompts)
 
 
 def _read_step_log(
     folder: RunFolder,
     config: Config,
     line: Mapping[str, Any],
-    prompts: Mapping[str, Prompt],
-    missing: str,
+    prompts: _Prompts,
 ) -> RecordedStep:
     step = line["step"]
     path = step_log_path(folder.sample_log, step)
@@ -192,7 +199,9 @@ def _read_step_log(
         )
     ordered = [records[position] for position in sorted(records)]
     groups = [
-        unpack(record, prompts.get(record.prompt_id) or Prompt(record.prompt_id, "", "", None))
+        unpack(
+            record, prompts.by_id.get(record.prompt_id) or Prompt(record.prompt_id, "", "", None)
+        )
         for record in ordered
     ]
     sampling = {id(group): record.sampling for group, record in zip(groups, ordered, strict=True)}
@@ -208,8 +217,9 @@ def _read_step_log(
         groups,
         passed_over,
         [sampling[id(group)] for group in groups + passed_over],
-        prompts,
-        missing,
+        prompts.by_id,
+        prompts.missing,
+        prompts.training,
     )
 
 
@@ -222,9 +232,8 @@ def _trained_on(groups: list[Group], count: int) -> tuple[list[Group], list[Grou
     return different + equal[:missing], equal[missing:]
 
 
-def _prompts(folder: RunFolder, config: Config) -> tuple[dict[str, Prompt], str]:
-    """Return the questions of the run by id, and why they are not all: where the data is not here,
-    those of samples.jsonl."""
+def _prompts(folder: RunFolder, config: Config) -> _Prompts:
+    """Return the questions of the run; where the data is not here, those of samples.jsonl."""
     data = config.data
     try:
         split = load_prompts(
@@ -249,5 +258,6 @@ def _prompts(folder: RunFolder, config: Config) -> tuple[dict[str, Prompt], str]
             for line in lines
             if "id" in line
         }
-        return known_prompts, f"the questions could not be read: {error}"
-    return {prompt.id: prompt for prompt in [*split.train, *split.heldout]}, ""
+        return _Prompts(known_prompts, f"the questions could not be read: {error}")
+    by_id = {prompt.id: prompt for prompt in [*split.train, *split.heldout]}
+    return _Prompts(by_id, training=split.train)

@@ -1,0 +1,91 @@
+"""The questions of a step against the order that the run's seed has for them."""
+
+import json
+from collections.abc import Sequence
+
+from megatron_r1.data.sampler import PromptSampler
+from megatron_r1.trainer.checkpoints.checkpoint_folders import STATE_FILE
+from megatron_r1.why.checked_quantity import CheckedQuantity, fraction_comparison, not_checked
+from megatron_r1.why.formulas import question_order
+from megatron_r1.why.record.recorded_step import RecordedStep
+
+FAMILY = "files"
+NAME = "questions of the step"
+
+
+def check(step: RecordedStep) -> list[CheckedQuantity]:
+    """Return the comparison of a step's questions."""
+    drawn = [group.prompt.id for group in step.groups]
+    due = _due(step, step.step)
+    is_one = len(set(drawn)) == 1 < min(len(drawn), len(step.training))
+    if due is None and not is_one:
+        return [not_checked(FAMILY, NAME, _unknown_order(step))]
+    wrong = [
+        number
+        for number, question in enumerate(drawn)
+        if (number > 0 if due is None else question not in due[number : number + 1])
+    ]
+    concerned = [
+        (number, index) for number in wrong for index in range(len(step.groups[number].responses))
+    ]
+    reason = f"{len(wrong):,} of {len(drawn):,} groups are of other questions than are due"
+    if is_one:
+        reason = f"all {len(drawn):,} groups are of one question, {drawn[0]}"
+    elif (earlier := _step_of(step, drawn)) is not None:
+        reason = f"the questions are those of step {earlier} once more"
+    elif due is not None and sorted(drawn) == sorted(due):
+        reason = f"the questions are those of the step in another order: {reason}"
+    return [
+        fraction_comparison(
+            FAMILY,
+            NAME,
+            f"those of {len(drawn):,} groups with the order of run.seed",
+            concerned,
+            len(step.responses),
+            reason=reason,
+            remedy="what draws the questions (data/sampler.py): each step continues where the one "
+            "before ended",
+            loss_fraction=step.loss_fraction,
+        )
+    ]
+
+
+def _due(step: RecordedStep, number: int) -> list[str] | None:
+    """Return the ids of a step's questions by the settings; None where they do not say."""
+    settings = [step.run_config.at(each).rl for each in range(1, number + 1)]
+    if any(rl.dynamic_sampling or rl.kind_weights for rl in settings) or not _is_known(step):
+        return None
+    *before, count = (rl.questions_per_rollout for rl in settings)
+    order = question_order(len(step.training), step.run_config.run.seed, sum(before), count)
+    return [step.training[index].id for index in order]
+
+
+def _step_of(step: RecordedStep, drawn: Sequence[str]) -> int | None:
+    """Return the step before that had the questions; None where none had."""
+    earlier = range(step.step - 1, 0, -1)
+    return next((number for number in earlier if _due(step, number) == drawn), None)
+
+
+def _is_known(step: RecordedStep) -> bool:
+    """Return whether a checkpoint says that the run drew from the questions that were read here: it
+    leaves out those that are too long."""
+    if not step.training:
+        return False
+    for checkpoint in (step.before, step.after):
+        if checkpoint is not None and (checkpoint / STATE_FILE).is_file():
+            try:
+                state = json.loads((checkpoint / STATE_FILE).read_bytes())["sampler"]
+            except (ValueError, KeyError):
+                return False
+            sampler = PromptSampler(step.training, step.run_config.run.seed)
+            return bool(sampler.state_dict()["fingerprint"] == state.get("fingerprint"))
+    return False
+
+
+def _unknown_order(step: RecordedStep) -> str:
+    """Return why the order of the questions is not known."""
+    if step.prompts_missing:
+        return step.prompts_missing
+    if step.config.rl.dynamic_sampling or step.config.rl.kind_weights:
+        return "rl.dynamic_sampling or kind_weights draws more questions than it uses"
+    return "no checkpoint says that the run drew from the questions that were read here"
