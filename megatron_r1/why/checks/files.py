@@ -37,6 +37,7 @@ def check(step: RecordedStep) -> list[CheckedQuantity]:
         _prompt_tokens(step),
         _ends(step),
         _unknown_ends(step),
+        _missing_ends(step),
         _vocabulary(step),
         _texts(step),
     ]
@@ -226,9 +227,8 @@ def _unknown_ends(step: RecordedStep) -> CheckedQuantity:
     responses_by_token: dict[int, list[ResponseIndex]] = {}
     for index, ids in responses.items():
         stopped = step.responses[index].response.finish_reason == "stop"
-        if stopped and len(ids) and ids[-1] not in ends and not step.config.rollout.stop:
-            responses_by_token.setdefault(int(ids[-1]), []).append(index)
-        for token in special.intersection(ids[:-1].tolist()):
+        inside = ids if stopped and not step.config.rollout.stop else ids[:-1]
+        for token in special.intersection(inside.tolist()):
             responses_by_token.setdefault(token, []).append(index)
     worst = max(responses_by_token, key=lambda token: len(responses_by_token[token]), default=None)
     concerned = [] if worst is None else responses_by_token[worst]
@@ -246,6 +246,43 @@ def _unknown_ends(step: RecordedStep) -> CheckedQuantity:
         loss_fraction=step.loss_fraction,
         tolerance=COMMON,
         source="a model that ends with a token does so in most responses",
+    )
+
+
+def _missing_ends(step: RecordedStep) -> CheckedQuantity:
+    """Check that what ended by itself ends with an end token or a string of rollout.stop."""
+    responses, ends = _single(step), step.tokenizer.stop_token_ids
+    name, limit = "end token of finished responses", step.config.rollout.max_response_tokens
+    finished = {
+        index: ids
+        for index, ids in responses.items()
+        if step.responses[index].response.finish_reason == "stop"
+    }
+    if not finished:
+        return not_checked(FAMILY, name, "no response of one turn ended by itself")
+    concerned = [
+        index
+        for index, ids in finished.items()
+        if not (len(ids) and ids[-1] in ends)
+        and not any(string in step.responses[index].text for string in step.config.rollout.stop)
+    ]
+    end_tokens = describe_end_tokens(step.tokenizer.end_tokens)
+    reason = f"{len(concerned):,} responses are recorded as finished and lack their end token, "
+    remedy = "what changes tokens after the engine (controller/rollouts): they are trained on "
+    remedy += "without the token that ends them"
+    if all(len(finished[index]) >= step.response_limit(index) for index in concerned):
+        reason = f"{len(concerned):,} responses are as long as the limit of {limit:,} tokens, are "
+        reason += "recorded as finished though they were cut off, and do not end with "
+        remedy = "finish_reason of the engine's reply, or what changes it: length, not stop"
+    return fraction_comparison(
+        FAMILY,
+        name,
+        f"the last tokens of {len(finished):,} responses that ended by themselves",
+        concerned,
+        len(responses),
+        reason=f"{reason}{end_tokens}",
+        remedy=remedy,
+        loss_fraction=step.loss_fraction,
     )
 
 
