@@ -17,12 +17,14 @@ from megatron_r1.why.checked_quantity import (
 from megatron_r1.why.record.recorded_step import RecordedStep
 
 FAMILY = "sampling"
+FALSE_ALARM = 1e-9
+"""The probability of a departure of `draws of a group` in a step without a fault."""
 
 
 def check_settings(step: RecordedStep) -> list[CheckedQuantity]:
     """Return the comparisons of what was logged of the sampling."""
     comparisons = [_kept_tokens(step)] if step.config.rollout.truncates_sampling else []
-    return [_settings(step), _limits(step), _versions(step), *comparisons]
+    return [_settings(step), _limits(step), _versions(step), _draws(step), *comparisons]
 
 
 def _settings(step: RecordedStep) -> CheckedQuantity:
@@ -82,18 +84,12 @@ def _limits(step: RecordedStep) -> CheckedQuantity:
     """Check that responses that were cut off have as many tokens as the limit."""
     rollout = step.config.rollout
     limit = rollout.max_response_tokens
-    max_positions = rollout.max_model_len or step.hf.get("max_position_embeddings", math.inf)
     cut = {
         index: len(graded.response.token_ids)
         for index, graded in step.responses.items()
         if graded.is_truncated and graded.episode is None
     }
-    # Prompt and response share the model's positions.
-    shorter = {
-        index: count
-        for index, count in cut.items()
-        if count < min(limit, max_positions - len(step.groups[index[0]].prompt_ids))
-    }
+    shorter = {index: count for index, count in cut.items() if count < step.response_limit(index)}
     longer = [
         index
         for index, graded in step.responses.items()
@@ -146,6 +142,44 @@ def _versions(step: RecordedStep) -> CheckedQuantity:
         "(docs/push.md); or rl.staleness",
         loss_fraction=step.loss_fraction,
         num_tokens=num_tokens,
+    )
+
+
+def _draws(step: RecordedStep) -> CheckedQuantity:
+    """Check that responses of a group are not the same tokens beyond chance.
+
+    That two of N pairs are the same response, whose probability is below p, has by independent
+    draws a probability below N p."""
+    name = "draws of a group"
+    groups = [group for group in step.groups if all(r.episode is None for r in group.responses)]
+    num_pairs = sum(math.comb(len(group.responses), 2) for group in groups)
+    if not num_pairs:
+        return not_checked(FAMILY, name, "no group has several responses of one turn")
+    limit = math.log(FALSE_ALARM / num_pairs)
+    concerned: list[ResponseIndex] = []
+    least, largest = 0.0, 0
+    for group_index, group in enumerate(step.groups):
+        copies: dict[bytes, list[ResponseIndex]] = {}
+        for index, graded in enumerate(group.responses):
+            if graded.episode is None and sum(graded.response.logprobs) < limit:
+                tokens = graded.response.token_ids.tobytes()
+                copies.setdefault(tokens, []).append((group_index, index))
+        for copy_indices in copies.values():
+            if len(copy_indices) > 1:
+                concerned += copy_indices
+                logprob = sum(group.responses[copy_indices[0][1]].response.logprobs)
+                least, largest = min(least, logprob), max(largest, len(copy_indices))
+    return fraction_comparison(
+        FAMILY,
+        name,
+        f"the responses of {len(groups):,} groups with one another",
+        concerned,
+        len(step.responses),
+        reason=f"up to {largest:,} responses of a group are the same tokens, of a probability of "
+        f"e^{least:.0f}: they are not drawn one by one",
+        remedy="the seed of each response in the engine (rollout.vllm), or what copies responses",
+        loss_fraction=step.loss_fraction,
+        source=f"a probability below {FALSE_ALARM:g} by chance",
     )
 
 
