@@ -1,6 +1,7 @@
 """Rewards again: by a second reader of mathematics (math-verify), by the run's own graders, and as
 a sum of their terms; and the metrics that are made of them."""
 
+import asyncio
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -11,10 +12,10 @@ from typing import Any
 
 import numpy as np
 from r1_grading import grade
-from r1_grading.rewards import REGISTRY
-from r1_grading.terms import ACCURACY, call_fields
+from r1_grading.rewards import FORM_REWARDS, Grade
+from r1_grading.terms import ACCURACY, FACTS, RewardTerms
 
-from megatron_r1.controller.rollouts.rollout import all_responses
+from megatron_r1.controller.rollouts.rollout import GradedResponse, all_responses
 from megatron_r1.reporting.formatting import finite_metric as finite
 from megatron_r1.reporting.formatting import format_number as number
 from megatron_r1.why.checked_quantity import (
@@ -238,34 +239,73 @@ def _parsed(parse: Callable[..., list[Any]], text: str) -> list[Any]:
     return parse(f"${text.strip().strip('$')}$") or parse(text)
 
 
-def _graded(step: RecordedStep) -> dict[ResponseIndex, Any]:
-    """Return the grades of this version's graders with the run's settings."""
-    options, grades = step.run_config.rewards.call_options, {}
+class _Graders:
+    """Grades in this process, for `RewardTerms`."""
+
+    async def grade(self, kind: str, response: str, truth: object, /, **fields: object) -> Grade:
+        """Return the grade of a response by a reward; ungraded where the reward raises.
+
+        Args:
+            kind: the reward's name.
+            response: the text.
+            truth: the question's truth.
+            **fields: the row's other columns, options, and facts of the response, which not every
+                reward takes."""
+        try:
+            try:
+                return grade(kind, response, truth, **fields)
+            except TypeError:
+                without_facts = {name: value for name, value in fields.items() if name not in FACTS}
+                return grade(kind, response, truth, **without_facts)
+        except Exception as error:  # noqa: BLE001 - a reward may raise anything
+            return Grade.ungraded(error)
+
+
+Grades = Mapping[ResponseIndex, Mapping[str, Grade]]
+
+
+def _graded(step: RecordedStep) -> dict[ResponseIndex, dict[str, Grade]]:
+    """Return the grades of this version's graders with the run's settings, by response and term."""
+    return asyncio.run(_grades(step))
+
+
+async def _grades(step: RecordedStep) -> dict[ResponseIndex, dict[str, Grade]]:
+    graders = RewardTerms(_Graders(), step.run_config.rewards.call_options)
+    # Without the data, columns that rewards of the form read are missing.
+    names = IN_PROCESS if step.prompts_missing else (*IN_PROCESS, *FORM_REWARDS)
+    by_response = {}
     for index, graded in list(step.responses.items())[:MAX_READ]:
         prompt = step.groups[index[0]].prompt
-        if prompt.kind not in IN_PROCESS or prompt.kind not in REGISTRY or graded.episode:
+        kinds = {term: prompt.kind if term == ACCURACY else term for term in graded.rewards}
+        terms = [term for term, kind in kinds.items() if kind in names]
+        if not terms or graded.episode:
             continue
-        if ACCURACY in graded.ungraded_terms or ACCURACY not in graded.rewards:
-            continue
-        facts: dict[str, Any] = {"num_tokens": len(graded.response.token_ids)}
-        facts |= {"opened": step.tokenizer.opens_thought, "question": prompt.question}
-        fields = call_fields(prompt.kind, options, prompt.fields, {})
-        text = step.tokenizer.closed_thought + graded.text
-        grades[index] = _call(prompt.kind, text, prompt.truth, fields, facts)
-    return grades
+        by_response[index] = await graders.grade(
+            terms,
+            prompt,
+            step.tokenizer.closed_thought + graded.text,
+            len(graded.response.token_ids),
+            step.tokenizer.opens_thought,
+        )
+    return by_response
 
 
-def _order(step: RecordedStep, again: Mapping[ResponseIndex, Any]) -> CheckedQuantity:
+def _order(step: RecordedStep, again: Grades) -> CheckedQuantity:
     """Check that no response has the accuracy of another one of its group.
 
     Args:
         step: the recorded step.
-        again: grades by response."""
+        again: grades by response and term."""
     name, by_shift = "order of the rewards", dict[int, list[ResponseIndex]]()
+    accuracies = {
+        index: grades[ACCURACY].reward
+        for index, grades in again.items()
+        if ACCURACY in grades and ACCURACY not in step.responses[index].ungraded_terms
+    }
     groups = [
         (group_index, len(group.responses))
         for group_index, group in enumerate(step.groups)
-        if all((group_index, index) in again for index in range(len(group.responses)))
+        if all((group_index, index) in accuracies for index in range(len(group.responses)))
     ]
     largest = max((size for _, size in groups), default=0)
     if largest < 2:
@@ -277,7 +317,7 @@ def _order(step: RecordedStep, again: Mapping[ResponseIndex, Any]) -> CheckedQua
             for index in range(size)
             if abs(
                 step.responses[group_index, index].rewards[ACCURACY]
-                - again[group_index, (index + shift) % size].reward
+                - accuracies[group_index, (index + shift) % size]
             )
             > ROUNDING
         ]
@@ -296,59 +336,80 @@ def _order(step: RecordedStep, again: Mapping[ResponseIndex, Any]) -> CheckedQua
     )
 
 
-def _graded_again(step: RecordedStep, again: Mapping[ResponseIndex, Any]) -> CheckedQuantity:
-    """Check accuracies with the graders of this version and the run's settings.
+def _graded_again(step: RecordedStep, again: Grades) -> CheckedQuantity:
+    """Check each term with the graders of this version and the run's settings.
 
     Args:
         step: the recorded step.
-        again: grades by response."""
+        again: grades by response and term."""
     name = "graded again"
     if not again:
-        why = step.prompts_missing or f"only kinds {', '.join(IN_PROCESS)} are graded here"
+        kinds = ", ".join((*IN_PROCESS, *FORM_REWARDS))
+        why = step.prompts_missing or f"only {kinds} are graded here"
         return not_checked(FAMILY, name, why)
-    logged = {index: step.responses[index].rewards[ACCURACY] for index in again}
-    concerned = [
-        index for index, grade in again.items() if abs(grade.reward - logged[index]) > ROUNDING
-    ]
-    reason = ""
-    if concerned:
-        first = concerned[0]
-        new_grade = again[first]
-        reason = (
-            f"accuracy {logged[first]:g} was logged, now {new_grade.reward:g}: {new_grade.reason}"
+    departures: dict[str, list[ResponseIndex]] = {}
+    for index, grades in again.items():
+        for term, new_grade in grades.items():
+            if _departs(step.responses[index], term, new_grade):
+                departures.setdefault(term, []).append(index)
+    concerned = dict.fromkeys(chain.from_iterable(departures.values()))
+    reason, remedy = "", ""
+    if departures:
+        term = max(departures, key=lambda each: (len(departures[each]), each == ACCURACY))
+        reason = _describe_departures(step, again, term, departures[term])
+        others = [f"{len(departures[each]):,} of {each}" for each in departures if each != term]
+        reason += f"; and {', '.join(others)}" if others else ""
+        remedy = (
+            "rewards.options, rewards.answer, the truths of the data, or the grader's version: "
+            "they are not those that graded"
+            if term == ACCURACY
+            else f"the term {term}: rewards.options.{term}, or what changes it after the graders"
         )
-        if all(step.responses[index].is_truncated for index in concerned):
-            participle = "rewarded" if logged[first] > new_grade.reward else "punished"
-            reason = (
-                f"{len(concerned):,} truncated answers, cut off at the limit, are {participle}: "
-                + (reason)
-            )
+    terms = ", ".join(dict.fromkeys(chain.from_iterable(again.values())))
     return fraction_comparison(
         FAMILY,
         name,
-        f"the accuracy of {len(again):,} responses with this version's",
-        concerned,
+        f"{terms} of {len(again):,} responses with this version's",
+        list(concerned),
         len(again),
         reason=reason,
-        remedy="rewards.options, rewards.answer, the truths of the data, or the grader's version: "
-        "they are not those that graded",
+        remedy=remedy,
         loss_fraction=step.loss_fraction,
     )
 
 
-def _call(kind: str, text: str, truth: Any, fields: dict[str, Any], facts: dict[str, Any]) -> Any:
-    """Call a reward with the facts that it takes.
+def _departs(graded: GradedResponse, term: str, new_grade: Grade) -> bool:
+    """Return whether a term is another than was logged, or can be graded and was not."""
+    if term in graded.ungraded_terms:
+        return new_grade.is_graded
+    return not new_grade.is_graded or abs(new_grade.reward - graded.rewards[term]) > ROUNDING
+
+
+def _describe_departures(
+    step: RecordedStep, again: Grades, term: str, concerned: list[ResponseIndex]
+) -> str:
+    """Return in words how the grades of a term differ from those that were logged.
 
     Args:
-        kind: the reward's name.
-        text: the response.
-        truth: the question's truth.
-        fields: the row's other columns.
-        facts: what is known of the response, which not every reward takes."""
-    try:
-        return grade(kind, text, truth, **fields, **facts)
-    except TypeError:
-        return grade(kind, text, truth, **fields)
+        step: the step.
+        again: grades by response and term.
+        term: the term.
+        concerned: the responses whose grades differ."""
+    first = concerned[0]
+    logged, new_grade = step.responses[first].rewards[term], again[first][term]
+    ungraded = [index for index in concerned if term in step.responses[index].ungraded_terms]
+    if len(ungraded) == len(concerned):
+        return (
+            f"{len(concerned):,} responses are marked ungraded, though their {term} can be graded: "
+            f"{new_grade.reward:g}, {new_grade.reason}"
+        )
+    text = f"{term} {logged:g} was logged, now {new_grade.reward:g}: {new_grade.reason}"
+    if all(step.responses[index].is_truncated for index in concerned):
+        participle = "rewarded" if logged > new_grade.reward else "punished"
+        return (
+            f"{len(concerned):,} truncated answers, cut off at the limit, are {participle}: {text}"
+        )
+    return text
 
 
 def _metrics(step: RecordedStep) -> list[CheckedQuantity]:
