@@ -25,13 +25,14 @@ from megatron_r1.controller.rollouts.rollout import GradedResponse, Group
 from megatron_r1.controller.rollouts.sample_log import SamplingRecord, encode, pack
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.data.prompts import load_prompts
+from megatron_r1.data.sampler import EpochSampler, PromptSampler
 from megatron_r1.engines.server.responses import Response
 from megatron_r1.models.sampling_mask import encode_mask
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.trainer.checkpoints.checkpoint_folders import checkpoint_path, write_manifest
 from megatron_r1.why import formulas
 from megatron_r1.why.checked_quantity import CheckedQuantity
-from megatron_r1.why.checks import files, loss, optimizer, rewards, sampling
+from megatron_r1.why.checks import files, loss, optimizer, questions, rewards, sampling
 from megatron_r1.why.examination import examine
 from megatron_r1.why.record.recorded_step import RecordedStep
 from megatron_r1.why.record.step_reader import choose, examinable, open_run, read_step
@@ -299,6 +300,55 @@ def accepted_though_wrong(planted):
     planted.change(lambda graded: replace(graded, rewards=terms, reward=1.1), group=1)
 
 
+def other_format(planted):
+    def inverted(graded):
+        terms = graded.rewards | {"format": 1 - graded.rewards["format"]}
+        return replace(graded, rewards=terms, reward=terms["accuracy"] + 0.1 * terms["format"])
+
+    planted.change(inverted, group=1)
+
+
+def marked_ungraded(planted):
+    wrong = planted.groups[0].responses[1]
+    terms = wrong.rewards | {"accuracy": 0.0}
+    planted.groups[0].responses[1] = replace(
+        wrong, rewards=terms, reward=0.0, ungraded_terms=("accuracy",), is_graded=False
+    )
+
+
+def shortened(graded, count, **changes):
+    """A response without its last `count` tokens."""
+    made = graded.response
+    parts = {
+        name: getattr(made, name)[: len(made.token_ids) - count]
+        for name in ("token_ids", "logprobs", "policy_versions")
+    }
+    return replace(graded, response=replace(made, **parts, **changes))
+
+
+def without_end(planted):
+    response = planted.groups[0].responses[2]
+    planted.groups[0].responses[2] = shortened(response, 1)
+
+
+def cut_and_called_finished(planted):
+    short = shortened(planted.groups[0].responses[1], 3)
+    count = len(short.response.token_ids)
+    text = planted.tokenizer.decode(short.response.token_ids)
+    terms = {"accuracy": 0.0, "format": 0.0}
+    planted.change(lambda graded: replace(short, text=text, rewards=terms, reward=0.0))
+    planted.settings["rollout"]["max_response_tokens"] = count
+    planted.sampling = replace_record(planted.sampling, max_tokens=count)
+
+
+def one_draw(planted):
+    first = planted.groups[1].responses[0]
+    logprobs = array("f", [-4.0] * len(first.response.token_ids))
+    planted.change(
+        lambda graded: replace(first, response=replace(first.response, logprobs=logprobs)), group=1
+    )
+
+
 def other_metrics(planted):
     planted.line["accuracy"] = 0.9
 
@@ -318,6 +368,15 @@ PLANTS = {
     cut_early: ("limit of the response", f"the limit is {LIMIT}", "rollout.max_response_tokens"),
     missed_hashes: ("math-verify's verdict", "behind ####", "rewards.answer: auto"),
     accepted_though_wrong: ("math-verify's verdict", "2 are accepted", "rewards.answer"),
+    other_format: ("graded again", "format 0 was logged, now 1", "rewards.options.format"),
+    marked_ungraded: ("graded again", "1 responses are marked ungraded", "rewards.options"),
+    without_end: ("end token of finished responses", "lack their end token", "after the engine"),
+    cut_and_called_finished: (
+        "end token of finished responses",
+        "8 responses are as long as the limit",
+        "finish_reason",
+    ),
+    one_draw: ("draws of a group", "up to 4 responses of a group are the same tokens", "seed"),
     other_metrics: ("metrics of the rollout", "accuracy is 0.900", "metrics.jsonl"),
 }
 
@@ -330,6 +389,57 @@ def test_a_planted_fault_is_the_first_that_departs(planted, plant):
     assert comparison.name == name, str(comparison)
     assert words in comparison.reason
     assert remedy in comparison.remedy
+
+
+def test_a_response_that_ends_with_a_string_of_the_settings_needs_no_end_token(planted):
+    without_end(planted)
+    planted.settings["rollout"]["stop"] = ["</answer>"]
+    planted.sampling = replace_record(planted.sampling, stop=("</answer>",))
+    assert [str(each) for each in checks(planted.read()) if each.departs] == []
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 23])
+def test_the_order_of_questions_is_the_samplers(count):
+    sampler = EpochSampler(range(7), 5)
+    sampler.next(count)
+    assert formulas.question_order(7, 5, count, 10) == sampler.next(10)
+
+
+def with_order(planted, place) -> RecordedStep:
+    """Have the groups of step 2 be of the questions that the seed's order has at places, and a
+    checkpoint say that the run drew from the data's questions."""
+    train = load_prompts(path=planted.folder / "questions.jsonl", num_heldout=0).train
+    sampler = PromptSampler(train, 0)
+    folder = planted.folder / f"run/checkpoints/step_{STEP:08d}"
+    folder.mkdir(parents=True)
+    (folder / "run_state.json").write_text(json.dumps({"sampler": sampler.state_dict()}))
+    drawn = sampler.next(20)
+    groups = zip(planted.groups, place, strict=True)
+    planted.groups = [replace(group, prompt=drawn[at]) for group, at in groups]
+    return planted.read()
+
+
+@pytest.mark.parametrize(
+    ("places", "words"),
+    [
+        ((2, 3), ""),
+        ((2, 2), "all 2 groups are of one question"),
+        ((0, 1), "those of step 1 once more"),
+        ((3, 2), "in another order"),
+        ((2, 9), "1 of 2 groups are of other questions than are due"),
+    ],
+)
+def test_questions_other_than_those_of_the_seeds_order_depart(planted, places, words):
+    (comparison,) = questions.check(with_order(planted, places))
+    assert comparison.departs is bool(words) and comparison.status != "not checked"
+    assert not words or words in comparison.reason
+
+
+def test_one_question_in_all_groups_departs_where_the_order_is_not_known(planted):
+    assert questions.check(planted.read())[0].status == "not checked"
+    planted.groups[1] = replace(planted.groups[1], prompt=planted.groups[0].prompt)
+    (comparison,) = questions.check(planted.read())
+    assert comparison.departs and "all 2 groups are of one question" in comparison.reason
 
 
 def test_the_responses_concerned_and_their_share_of_the_loss_are_counted(planted):
@@ -458,7 +568,7 @@ def checkpoint_of(planted, step: int) -> Path:
 
 @pytest.mark.parametrize("content", [b"weight", b"Weights"])
 def test_a_damaged_checkpoint_departs_and_its_step_is_not_whole(planted, content, capsys):
-    before, after = (checkpoint_of(planted, step) for step in (STEP - 1, STEP))
+    _, after = (checkpoint_of(planted, step) for step in (STEP - 1, STEP))
     (after / "__0_0.distcp").write_bytes(content)
     step = planted.read()
     first, second = optimizer.check_states(step)
