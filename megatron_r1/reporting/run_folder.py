@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from pydantic_core import to_jsonable_python
+from yaml import YAMLError
 
 from megatron_r1.base import files as access
 from megatron_r1.base.errors import Cause, UserError
@@ -159,11 +160,19 @@ class RunFolder:
         """Return the settings the run was started with; empty before its start.
 
         Raises:
-            UserError: `config.yaml` is not a mapping.
+            UserError: `config.yaml` is not a mapping, or no YAML.
         """
         if not self.config_path.exists():
             return {}
-        config = parse_value(self.config_path.read_text(encoding="utf-8"))
+        try:
+            config = parse_value(self.config_path.read_text(encoding="utf-8"))
+        except (YAMLError, UnicodeDecodeError) as error:
+            cause = " ".join(str(error).split())
+            raise UserError(
+                f"{self.config_path}: not YAML ({cause}); restore it, or choose another run.folder",
+                key="run.folder",
+                cause=Cause.MALFORMED,
+            ) from None
         if not isinstance(config, dict):
             raise UserError(
                 f"{self.config_path}: not a YAML mapping; restore it, or choose another run.folder",
@@ -219,8 +228,22 @@ class RunFolder:
         return sum(filter_lines(path, lambda line: line["step"] <= step) for path in paths)
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Return every step's line in order, without a torn last one."""
-        return list(read_lines(self.metrics_path))
+        """Return every step's line in order, without a torn last one.
+
+        Raises:
+            UserError: a line is not a JSON object, or has no step.
+        """
+        lines = list(read_lines(self.metrics_path))
+        for number, line in enumerate(lines, start=1):
+            step = line.get("step")
+            if not isinstance(step, int) or isinstance(step, bool):
+                raise UserError(
+                    f"{self.metrics_path}, line {number}: step is {value_text(line, 'step')}, not "
+                    "an integer; delete that line, or restore the file",
+                    key=self.metrics_path.name,
+                    cause=Cause.MALFORMED,
+                )
+        return lines
 
     def last_step(self) -> int:
         """Return the last step that is recorded; 0 where there is none."""

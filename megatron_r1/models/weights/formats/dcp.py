@@ -273,7 +273,14 @@ def _read_metadata(folder: Path) -> Metadata:
             key="checkpoint",
             cause=Cause.NOT_FOUND,
         )
-    backend = json.loads(about.read_text(encoding="utf-8")).get("sharded_backend")
+    try:
+        backend = json.loads(about.read_text(encoding="utf-8")).get("sharded_backend")
+    except (ValueError, AttributeError) as error:
+        raise UserError(
+            f"{about} is damaged ({error}); use another checkpoint",
+            key="checkpoint",
+            cause=Cause.MALFORMED,
+        ) from error
     if backend != "torch_dist":
         raise UserError(
             f"{folder} was written in Megatron's format {backend!r}; save it as 'torch_dist'",
@@ -282,7 +289,10 @@ def _read_metadata(folder: Path) -> Metadata:
         )
     try:
         return FileSystemReader(folder).read_metadata()
-    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError) as error:
+    except (
+        *(pickle.UnpicklingError, EOFError, AttributeError, ImportError, LookupError),
+        *(ValueError, TypeError),
+    ) as error:
         raise UserError(
             f"{folder / '.metadata'} is damaged ({error}); use another checkpoint",
             key="checkpoint",
