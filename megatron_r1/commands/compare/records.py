@@ -10,6 +10,7 @@ measurements. Texts, integers and missing values are never equal to rounding."""
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,11 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files.framed_records import FramedFile
 from megatron_r1.commands.compare.difference import RunDifference
 from megatron_r1.controller.rollouts.group_records import GroupRecord, ResponseRecord, decode
+from megatron_r1.reporting.formatting import format_count
 from megatron_r1.why.checked_quantity import ROUNDING
+
+MAX_NAMED = 5
+"""As many groups that cannot be compared are named."""
 
 
 def relative_difference(first: float, second: float) -> float:
@@ -55,38 +60,75 @@ PHASE_OF = {
 """Phase of metrics by the beginning of their names; that of others is training."""
 
 
-def read_groups(path: Path) -> dict[int, GroupRecord] | None:
-    """Return the groups of a step's log by position; None where there is no file.
+@dataclass(frozen=True)
+class StepLog:
+    """The groups of a step's log.
+
+    Attributes:
+        path: the file.
+        groups: the whole ones by position.
+        num_damaged_bytes: bytes of the file that belong to no whole record."""
+
+    path: Path
+    groups: Mapping[int, GroupRecord]
+    num_damaged_bytes: int
+
+
+def read_groups(path: Path) -> StepLog | None:
+    """Return the groups of a step's log; None where there is no file.
 
     Raises:
         UserError: the records are of another version of this program.
     """
     if not path.is_file():
         return None
+    file = FramedFile.read(path, repair=False)
     try:
-        records = [decode(payload) for payload in FramedFile.read(path, repair=False)]
+        records = [decode(payload) for payload in file]
     except msgspec.MsgspecError as error:
         raise UserError(
             f"{path}: written by another version of this program ({error}); compare runs of one",
             key=path.name,
             cause=Cause.CHANGED,
         ) from None
-    return {record.position: record for record in records if isinstance(record, GroupRecord)}
+    groups = {record.position: record for record in records if isinstance(record, GroupRecord)}
+    return StepLog(path, groups, file.num_damaged_bytes)
+
+
+def missing_groups(first: StepLog, second: StepLog) -> list[str]:
+    """Return a line per log that lacks groups of the other and has damaged bytes.
+
+    Damaged bytes alone are no loss: a run that continues samples a damaged group again."""
+    lines = []
+    for log, other in ((first, second), (second, first)):
+        missing = sorted(other.groups.keys() - log.groups.keys())
+        is_empty = not (log.groups or other.groups)
+        if log.num_damaged_bytes and (missing or is_empty):
+            missing_positions = ", ".join(map(str, missing[:MAX_NAMED])) or "any"
+            lines.append(
+                f"{log.path}: {log.num_damaged_bytes:,} bytes belong to no whole record, so "
+                f"{format_count(len(missing), 'group')} ({missing_positions}) cannot be compared"
+            )
+    return lines
 
 
 def compare_groups(
-    step: int, first: Mapping[int, GroupRecord], second: Mapping[int, GroupRecord], dtype: str
+    step: int, first: StepLog, second: StepLog, dtype: str, is_damaged: bool = False
 ) -> list[RunDifference]:
     """Return the first difference of each phase of a step's rollout.
 
     Args:
         step: the training step.
-        first: groups by position, of one run.
-        second: those of the other.
-        dtype: what log-probabilities are computed in."""
+        first: the log of one run.
+        second: that of the other.
+        dtype: what log-probabilities are computed in.
+        is_damaged: groups that one log lacks are damaged in it, and no difference of the runs."""
     first_by_phase: dict[str, RunDifference] = {}
-    for position in sorted(first.keys() | second.keys()):
-        a, b = first.get(position), second.get(position)
+    positions = first.groups.keys() | second.groups.keys()
+    if is_damaged:
+        positions = first.groups.keys() & second.groups.keys()
+    for position in sorted(positions):
+        a, b = first.groups.get(position), second.groups.get(position)
         if a is None or b is None:
             values = ("none" if group is None else group.prompt_id for group in (a, b))
             differences = [_exact(step, "questions", f"group {position}", *values)]

@@ -16,7 +16,12 @@ from torch import Tensor
 from megatron_r1.commands.compare.difference import RunDifference
 from megatron_r1.commands.compare.records import is_rounding
 from megatron_r1.models.weights.formats.dcp import DistributedCheckpoint
-from megatron_r1.trainer.checkpoints.checkpoint_folders import ManifestError, read_manifest
+from megatron_r1.trainer.checkpoints.checkpoint_folders import (
+    MANIFEST,
+    ManifestError,
+    manifest_faults,
+    read_manifest,
+)
 
 VOCABULARY = ("word_embeddings.weight", "output_layer.weight")
 """Ends of the names of tensors with a row for each token."""
@@ -27,9 +32,18 @@ NOT_LAYOUT = ("run_state.json", "metadata.json")
 """Files whose bytes say nothing of tensors."""
 
 
+def changed_files(folder: Path) -> list[str]:
+    """Return the files of a checkpoint that are not as they were written, with what is wrong.
+
+    One without a manifest was written elsewhere, so nothing is known of it."""
+    if not (folder / MANIFEST).is_file():
+        return []
+    return manifest_faults(folder)
+
+
 def are_same_files(first: Path, second: Path) -> bool:
-    """Return whether both checkpoints were written with the same bytes, by their manifests: what
-    was read last of them is not checked."""
+    """Return whether both checkpoints were written with the same bytes, by their manifests; whether
+    they still have them, `changed_files` tells."""
     try:
         manifests = [read_manifest(folder) for folder in (first, second)]
     except ManifestError:
@@ -55,8 +69,6 @@ def compare_checkpoints(
 
     Raises:
         UserError: a folder is no checkpoint, or a damaged one."""
-    if are_same_files(first, second):
-        return []
     a, b = DistributedCheckpoint(first), DistributedCheckpoint(second)
     try:
         differences = list(_differences(step, a, b, dtype))

@@ -1,15 +1,16 @@
 """Finds where two runs part: `megatron-r1 compare RUN OTHER_RUN [--json FILE]`.
 
-The verb compares settings, every step's metrics and sample log, and checkpoints, whose first pair
-that differs it finds by bisection. Two runs of one recipe can be equal bit for bit; in another
-layout, version, machine or dtype up to rounding. The answer is the first step, phase, rank and
-tensor that part, with the distance; where no log or checkpoint covers a step, the interval. To keep
-both of every step: `--rl.keep_sample_log true --checkpoint.keep_every 1`. Neither folder is
-changed. Exit status 0: nothing differs by more than rounding; 1: something does."""
+The verb compares settings, every step's metrics and sample log, and checkpoints, in their order up
+to the first that differs by more than rounding; of more than `MAX_IN_ORDER` pairs by bisection.
+Two runs of one recipe can be equal bit for bit; in another layout, version, machine or dtype up to
+rounding. The answer is the first step, phase, rank and tensor that part, with the distance; where
+no log or checkpoint covers a step, the interval. To keep both of every step:
+`--rl.keep_sample_log true --checkpoint.keep_every 1`. Neither folder is changed. Exit status 0:
+nothing differs by more than rounding; 1: something does, or a file is not as it was written."""
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,14 @@ from megatron_r1.commands.compare.difference import RunDifference
 from megatron_r1.commands.compare.records import (
     compare_groups,
     compare_metrics,
+    missing_groups,
     read_groups,
 )
-from megatron_r1.commands.compare.tensors import compare_checkpoints
+from megatron_r1.commands.compare.tensors import (
+    are_same_files,
+    changed_files,
+    compare_checkpoints,
+)
 from megatron_r1.config import RESUMABLE, Config
 from megatron_r1.config.section import changed_keys, flatten, is_within, value_text
 from megatron_r1.controller.rollouts.sample_log import step_log_path
@@ -38,6 +44,8 @@ ARGUMENTS = ("RUN", "OTHER_RUN")
 SETTINGS = ()
 OPTIONS = {"json": "FILE"}
 
+MAX_IN_ORDER = 64
+"""Of at most as many pairs of checkpoints none is passed over."""
 MAX_SHOWN = 5
 """As many differences of one step are printed; --json has all."""
 IGNORED_SETTINGS = (
@@ -58,13 +66,17 @@ class RunComparison:
         checkpoints: the steps that both have a checkpoint of.
         differences: every difference that was found, in the order of steps and phases. Of
             checkpoints it has those of the first pair that differs, and of the first that differs
-            by more than rounding."""
+            by more than rounding.
+        damaged: a line per file that is not as it was written.
+        read_checkpoints: the number of pairs of checkpoints that were read."""
 
     settings: list[str]
     steps: int
     logs: int
     checkpoints: list[int]
     differences: list[RunDifference]
+    damaged: list[str]
+    read_checkpoints: int
 
     @property
     def first_difference(self) -> RunDifference | None:
@@ -90,7 +102,7 @@ def run(config: Config, first: str, second: str, json: str | None = None) -> Non
 
     Raises:
         UserError: a folder without a run, or two without a step in common.
-        RunError: the runs differ by more than rounding."""
+        RunError: the runs differ by more than rounding, or a file is damaged."""
     comparison = compare(Path(first), Path(second))
     if json is not None:
         atomic_write(Path(json), _as_json(comparison))
@@ -98,6 +110,11 @@ def run(config: Config, first: str, second: str, json: str | None = None) -> Non
     if difference := comparison.first_beyond_rounding:
         raise RunError(
             f"{first} and {second} differ at step {difference.step} by more than rounding"
+        )
+    if comparison.damaged:
+        raise RunError(
+            f"{first} and {second} cannot be called equal: {comparison.damaged[0]}; restore the "
+            "file, or remove that checkpoint or log from both runs"
         )
 
 
@@ -121,16 +138,17 @@ def compare(first: Path, second: Path) -> RunComparison:
             cause=Cause.EMPTY,
         )
     # The coarser of the two bounds what can be expected.
-    dtype = max(
-        (run_settings["model.dtype"] for run_settings in settings), key=ROUNDING.__getitem__
-    )
+    dtype = max(map(_dtype, folders, settings), key=ROUNDING.__getitem__)
     differences: list[RunDifference] = []
+    damaged: list[str] = []
     num_logs = 0
     # All steps: where engines' log-probabilities alone differ, weights never need to.
     for step in shared_steps:
-        groups = [read_groups(step_log_path(folder.sample_log, step)) for folder in folders]
-        if groups[0] is not None and groups[1] is not None:
-            differences += compare_groups(step, groups[0], groups[1], dtype)
+        logs = [read_groups(step_log_path(folder.sample_log, step)) for folder in folders]
+        if logs[0] is not None and logs[1] is not None:
+            faults = missing_groups(*logs)
+            damaged += faults
+            differences += compare_groups(step, logs[0], logs[1], dtype, bool(faults))
             num_logs += 1
         differences += compare_metrics(step, lines[0][step], lines[1][step], dtype)
     pairs = _pairs(*(folder.checkpoints for folder in folders))
@@ -138,7 +156,8 @@ def compare(first: Path, second: Path) -> RunComparison:
         key for key in changed_keys(*settings) if not is_within(key, IGNORED_SETTINGS)
     ]
     same_layout = not any(is_within(key, ("parallel",)) for key in changed_settings)
-    differences += _differences_of_checkpoints(pairs, dtype, same_layout)
+    checkpoints = _ComparedCheckpoints(dtype, same_layout)
+    differences += checkpoints.first_differences(pairs)
     return RunComparison(
         [
             f"{key}: {value_text(settings[0], key)} and {value_text(settings[1], key)}"
@@ -148,6 +167,8 @@ def compare(first: Path, second: Path) -> RunComparison:
         num_logs,
         [step for step, *_ in pairs],
         sorted(differences, key=lambda difference: difference.order),
+        damaged + checkpoints.damaged,
+        len(checkpoints.by_step),
     )
 
 
@@ -167,6 +188,23 @@ def _settings(folder: RunFolder) -> dict[str, Any]:
     return settings
 
 
+def _dtype(folder: RunFolder, settings: dict[str, Any]) -> str:
+    """Return what a run computes in.
+
+    Raises:
+        UserError: its config.yaml does not say so.
+    """
+    dtype = settings.get("model.dtype")
+    if dtype not in ROUNDING:
+        raise UserError(
+            f"{folder.config_path}: model.dtype is {value_text(settings, 'model.dtype')}, not one "
+            f"of {', '.join(ROUNDING)}; restore the file",
+            key="RUN",
+            cause=Cause.MALFORMED,
+        )
+    return str(dtype)
+
+
 Pair = tuple[int, Path, Path]
 """A step, and the checkpoint of either run after it."""
 
@@ -179,36 +217,61 @@ def _pairs(first: Path, second: Path) -> list[Pair]:
     ]
 
 
-def _differences_of_checkpoints(
-    pairs: list[Pair], dtype: str, same_layout: bool
-) -> list[RunDifference]:
-    """Return what differs in the first pair that differs, and in the first that differs by more
-    than rounding.
+@dataclass
+class _ComparedCheckpoints:
+    """The pairs of checkpoints that were read.
 
-    By bisection: runs that have parted stay apart, and differences of rounding grow."""
-    differences_by_step: dict[int, list[RunDifference]] = {}
+    Attributes:
+        dtype: what the runs compute in.
+        same_layout: whether both runs have one layout.
+        by_step: what differs in each pair.
+        damaged: a line per file that is not as it was written."""
 
-    def differs(pair: Pair, beyond_rounding: bool) -> bool:
-        step = pair[0]
-        if step not in differences_by_step:
-            differences_by_step[step] = compare_checkpoints(*pair, dtype, same_layout)
-        return any(
-            not (beyond_rounding and difference.is_rounding)
-            for difference in differences_by_step[step]
-        )
+    dtype: str
+    same_layout: bool
+    by_step: dict[int, list[RunDifference]] = field(default_factory=dict)
+    damaged: list[str] = field(default_factory=list)
 
-    found_by_step: dict[int, list[RunDifference]] = {}
-    for beyond_rounding in (False, True):
+    def first_differences(self, pairs: list[Pair]) -> list[RunDifference]:
+        """Return what differs in the first pair that differs, and in the first that differs by more
+        than rounding."""
+        search = self._first_in_order if len(pairs) <= MAX_IN_ORDER else self._first_by_bisection
+        steps = {search(pairs, beyond_rounding) for beyond_rounding in (False, True)}
+        return [
+            difference for step in steps if step is not None for difference in self.by_step[step]
+        ]
+
+    def _first_in_order(self, pairs: list[Pair], beyond_rounding: bool) -> int | None:
+        return next((pair[0] for pair in pairs if self._differs(pair, beyond_rounding)), None)
+
+    def _first_by_bisection(self, pairs: list[Pair], beyond_rounding: bool) -> int | None:
+        """Return the step of the first pair that differs, where runs that have parted stay apart
+        and differences of rounding grow."""
         low, high = 0, len(pairs)
         while low < high:
             middle = (low + high) // 2
-            if differs(pairs[middle], beyond_rounding):
+            if self._differs(pairs[middle], beyond_rounding):
                 high = middle
             else:
                 low = middle + 1
-        if low < len(pairs):
-            found_by_step[pairs[low][0]] = differences_by_step[pairs[low][0]]
-    return [difference for differences in found_by_step.values() for difference in differences]
+        return pairs[low][0] if low < len(pairs) else None
+
+    def _differs(self, pair: Pair, beyond_rounding: bool) -> bool:
+        step, *folders = pair
+        if step not in self.by_step:
+            self.by_step[step] = self._differences(step, *folders)
+        return any(
+            not (beyond_rounding and difference.is_rounding) for difference in self.by_step[step]
+        )
+
+    def _differences(self, step: int, first: Path, second: Path) -> list[RunDifference]:
+        damaged = [
+            f"{folder}: {fault}" for folder in (first, second) for fault in changed_files(folder)
+        ]
+        self.damaged += damaged
+        if not damaged and are_same_files(first, second):
+            return []
+        return compare_checkpoints(step, first, second, self.dtype, self.same_layout)
 
 
 def _lines(comparison: RunComparison) -> Iterable[str]:
@@ -217,9 +280,18 @@ def _lines(comparison: RunComparison) -> Iterable[str]:
         f"compared: metrics of {format_count(comparison.steps, 'step')}, "
         f"sample logs of {comparison.logs}, checkpoints of {len(comparison.checkpoints)}"
     )
+    if is_bisected := len(comparison.checkpoints) > MAX_IN_ORDER:
+        yield (
+            f"by bisection {comparison.read_checkpoints} of them were read: a difference in one "
+            "checkpoint alone, which is gone in the next, may be missed"
+        )
+    yield from (f"damaged: {line}" for line in comparison.damaged)
     first, larger_difference = comparison.first_difference, comparison.first_beyond_rounding
     if first is None:
-        yield "equal: no bit differs"
+        if comparison.damaged:
+            yield "nothing else differs"
+        else:
+            yield "equal: no bit differs" + (" in what was read" if is_bisected else "")
         return
     yield from _step(comparison, first, "first difference")
     if larger_difference is None:
@@ -257,6 +329,8 @@ def _as_json(comparison: RunComparison) -> str:
         "steps": comparison.steps,
         "sample_logs": comparison.logs,
         "checkpoints": comparison.checkpoints,
+        "read_checkpoints": comparison.read_checkpoints,
+        "damaged": comparison.damaged,
         "first": first and first.as_json(),
         "first_beyond_rounding": larger_difference and larger_difference.as_json(),
         "differences": [difference.as_json() for difference in comparison.differences],

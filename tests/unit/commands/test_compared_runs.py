@@ -13,13 +13,15 @@ import torch
 from megatron_r1.base.errors import RunError, UserError
 from megatron_r1.base.files.framed_records import append_frame
 from megatron_r1.commands.compare.records import is_rounding
-from megatron_r1.commands.compare.verb import compare, run
+from megatron_r1.commands.compare.verb import MAX_IN_ORDER, compare, run
 from megatron_r1.config import Config
 from megatron_r1.controller.rollouts.group_records import encode, pack
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.engines.server.responses import Response
+from megatron_r1.models.weights.formats.dcp_writer import Chunk, write_chunks, write_metadata
 from megatron_r1.reporting.run_folder import RunFolder
+from megatron_r1.trainer.checkpoints.checkpoint_folders import checkpoint_path, write_manifest
 
 STEPS = 3
 LENGTH = 5
@@ -166,13 +168,125 @@ def test_the_answer_says_what_was_compared_and_is_a_failure(tmp_path, capsys):
     assert found["first"]["distance"] == pytest.approx(0.25)
 
 
-def test_a_running_run_is_read_and_not_changed(tmp_path):
+KEY = "decoder.layers.1.mlp.experts.experts.linear_fc1.weight"
+
+
+def write_checkpoints(run_folder, steps, changed_step=None):
+    """Write a checkpoint of one tensor after each step; one of them alone may have another."""
+    for step in steps:
+        folder = checkpoint_path(RunFolder(run_folder).checkpoints, step)
+        folder.mkdir(parents=True)
+        values = torch.arange(24, dtype=torch.float32).view(4, 2, 3) + 1 + step
+        if step == changed_step:
+            values[3, 0, 1] += 1
+        chunk = Chunk(KEY, (0, 0, 0), (4, 2, 3))
+        written = write_chunks(folder / "__1_0.distcp", [(chunk, values)])
+        write_metadata(folder, {KEY: (4, 2, 3)}, {KEY: torch.float32}, written)
+        write_manifest(folder)
+
+
+def change_file(path, old: bytes, new: bytes) -> None:
+    content = path.read_bytes()
+    assert content.count(old) == 1
+    path.write_bytes(content.replace(old, new))
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """Two equal runs with a checkpoint of every step."""
+    runs = [write_run(tmp_path / name) for name in ("first", "second")]
+    for path in runs:
+        write_checkpoints(path, range(1, STEPS + 1))
+    return runs
+
+
+def test_a_bit_of_a_saved_file_is_found_though_the_manifests_are_equal(pair, capsys):
+    first, second = pair
+    folder = checkpoint_path(RunFolder(second).checkpoints, 2)
+    value = 3 + 3 * 6 + 1  # the number at [3, 0, 1] after two steps
+    change_file(
+        folder / "__1_0.distcp", struct.pack("<f", value), struct.pack("<f", flipped(value))
+    )
+    found = compare(first, second)
+    (difference,) = found.differences
+    assert (difference.step, difference.name, difference.ranks) == (2, KEY, ([1], [1]))
+    assert difference.place.startswith("at [3, 0, 1], 1 of 24")
+    assert len(found.damaged) == 1 and str(folder) in found.damaged[0]
+    with pytest.raises(RunError, match="cannot be called equal: .*checksum it was written with"):
+        run(Config(), str(first), str(second))
+    assert "equal: no bit differs" not in capsys.readouterr().out
+
+
+def test_a_changed_file_whose_tensors_are_equal_is_not_called_equal(pair, capsys):
+    first, second = pair
+    (checkpoint_path(RunFolder(second).checkpoints, 1) / "common.pt").write_bytes(b"zz")
+    with pytest.raises(RunError, match=r"common\.pt has 2 bytes"):
+        run(Config(), str(first), str(second))
+    assert "equal: no bit differs" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["__1_0.distcp", ".metadata", "metadata.json"])
+def test_a_checkpoint_that_cannot_be_read_is_refused(pair, name):
+    first, second = pair
+    (checkpoint_path(RunFolder(second).checkpoints, 3) / name).write_bytes(b"zz")
+    with pytest.raises(UserError, match="use another checkpoint"):
+        compare(first, second)
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_a_change_in_one_checkpoint_alone_is_found(tmp_path, step):
+    first, second = (write_run(tmp_path / name) for name in ("first", "second"))
+    write_checkpoints(first, range(1, STEPS + 1))
+    write_checkpoints(second, range(1, STEPS + 1), step)
+    (difference,) = compare(first, second).differences
+    assert (difference.step, difference.name) == (step, KEY)
+
+
+def test_bisection_of_many_checkpoints_says_what_it_assumes(tmp_path, capsys):
+    first, second = (write_run(tmp_path / name) for name in ("first", "second"))
+    for path in (first, second):
+        write_checkpoints(path, range(1, MAX_IN_ORDER + 2))
+    run(Config(), str(first), str(second))
+    printed = capsys.readouterr().out
+    assert "by bisection 6 of them were read: a difference in one checkpoint alone" in printed
+    assert "equal: no bit differs in what was read" in printed
+
+
+@pytest.mark.parametrize("damage", ["cut off", "flipped", "emptied"])
+def test_damaged_groups_of_a_log_are_no_difference_and_not_equal(tmp_path, damage):
     first, second = (write_run(tmp_path / name) for name in ("first", "second"))
     log = second / "sample_log" / "step_00000003.log"
-    log.write_bytes(log.read_bytes()[:-3])  # its last record is being written
-    before = log.read_bytes()
-    assert [each.phase for each in compare(first, second).differences] == ["questions"]
-    assert log.read_bytes() == before
+    content = bytearray(log.read_bytes())
+    if damage == "cut off":
+        del content[-3:]
+    else:
+        content[len(content) // 4] ^= 1
+        if damage == "emptied":
+            content[-1] ^= 1
+    log.write_bytes(content)
+    found = compare(first, second)
+    assert found.differences == [] and log.read_bytes() == content
+    assert len(found.damaged) == 1 and f"{log}: " in found.damaged[0]
+    with pytest.raises(RunError, match="belong to no whole record, so . groups?"):
+        run(Config(), str(first), str(second))
+
+
+@pytest.mark.parametrize(
+    "name, old, new, message",
+    [
+        ("config.yaml", "model:", "model: [", r"config\.yaml: not YAML"),
+        ("config.yaml", "  dtype: float32\n", "", "model.dtype is not set, not one of float32"),
+        ("metrics.jsonl", '"step": 2, ', "", "line 2: step is not set, not an integer"),
+        ("metrics.jsonl", '"step": 2', '"step": "2"', "line 2: step is '2', not an integer"),
+    ],
+)
+def test_a_damaged_record_of_a_run_is_refused_by_name(tmp_path, name, old, new, message):
+    first, second = (write_run(tmp_path / name) for name in ("first", "second"))
+    text = (second / name).read_text()
+    assert old in text
+    (second / name).write_text(text.replace(old, new, 1))
+    with pytest.raises(UserError, match=message):
+        compare(first, second)
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path):
