@@ -146,7 +146,7 @@ def compare(first: Path, second: Path) -> RunComparison:
     for step in shared_steps:
         logs = [read_groups(step_log_path(folder.sample_log, step)) for folder in folders]
         if logs[0] is not None and logs[1] is not None:
-            faults = missing_groups(*logs)
+            faults = missing_groups(logs[0], logs[1])
             damaged += faults
             differences += compare_groups(step, logs[0], logs[1], dtype, bool(faults))
             num_logs += 1

@@ -141,7 +141,7 @@ def check_states(step: RecordedStep) -> list[CheckedQuantity]:
     """Return the comparisons of the checkpoints' tensors and counters."""
     from megatron_r1.why.policy import checkpoint_tensors
 
-    comparisons = []
+    comparisons: list[CheckedQuantity] = []
     checkpoints = {
         moment: path
         for moment, path in (("before", step.before), ("after", step.after))
