@@ -37,7 +37,8 @@ def main() -> None:
         position = distributed.initialize(config.parallel, seed=0)
         from megatron.core import parallel_state
 
-        from megatron_r1.trainer.trainer import SUPERVISED, Trainer
+        from megatron_r1.trainer.operations import SUPERVISED
+        from megatron_r1.trainer.trainer import Trainer
 
         trainer, file = Trainer(config, position), Path(out) / grid
         before = file.with_name(f"{grid}-before.safetensors")
