@@ -121,9 +121,7 @@ class JobEstimate:
         if not self.job.generates or not self.engines.max_concurrency:
             return []
         longest_seconds = Quantity(self.times.rollout.longest_seconds, "s")
-        longest_response = with_range(
-            self.job, "rollout", longest_seconds, self.times.rollout.exchange_share
-        )
+        longest_response = with_range(self.times, "rollout", longest_seconds)
         limit = self.job.config.rollout.request_timeout_seconds
         if (longest_response.high or longest_response.number) <= limit:
             return []

@@ -68,22 +68,23 @@ WIDE = 2.0
 """A range whose ends differ by more names the measurement that would close it."""
 
 
-def with_range(
-    job: PlannedJob, name: str, quantity: Quantity, communication: float = 0.0
-) -> Quantity:
+def with_range(times: "StepTime", name: str, quantity: Quantity) -> Quantity:
     """Return an estimate of time with its range; others, and those without a value, as they are.
 
     Args:
-        job: the planned job.
+        times: the times of the planned job.
         name: the part of a step.
-        quantity: its estimated seconds.
-        communication: the share of them (0 to 1) that fewer GPUs than are planned do not show."""
+        quantity: its estimated seconds."""
+    job = times.job
     number = narrowing_number(job, name)
     if number is None or quantity.value is None:
         return quantity
     assumed_share = 1.0
     if number in job.measured:
-        assumed_share = 0.0 if int(job.measured.get(GPUS, "1")) >= job.num_gpus else communication
+        if int(job.measured.get(GPUS, "1")) >= job.num_gpus:
+            return quantity
+        # Fewer GPUs than are planned do not show their communication.
+        assumed_share = times.communication_share(name)
     if not assumed_share:
         return quantity
     assumed, spread = quantity.value * assumed_share, job.assumptions.time_spread
@@ -98,23 +99,19 @@ def narrowing_section(job: PlannedJob, time: QuantityTable) -> QuantityTable:
     """Return the width of each part's range beyond `WIDE`, with the measurement that closes it."""
     section: QuantityTable = {}
     for name, check in MEASUREMENTS.items():
-        part = time.get(name)
-        if narrowing_number(job, name) in UNMEASURED:
+        part, number = time.get(name), narrowing_number(job, name)
+        if number in UNMEASURED:
             continue
         if part is None or part.low is None or not part.low or part.high is None:
             continue
         if (width := part.high / part.low) > WIDE:
-            section[name] = Quantity(width, "x", _narrowing_command(job, name, check))
+            command = (
+                f"tools/gpu_check --only {check!r}, then --calibrate with the file that it writes"
+            )
+            if number in job.measured:  # on fewer GPUs, which say little of its communication
+                command = f"a run of {job.num_gpus:,} GPUs, then --calibrate-from its folder"
+            section[name] = Quantity(width, "x", f"{command}: {number}")
     return section
-
-
-def _narrowing_command(job: PlannedJob, name: str, check: str) -> str:
-    number = narrowing_number(job, name)
-    if number in job.measured:  # on fewer GPUs, which say little of its communication
-        return f"a run of {job.num_gpus:,} GPUs, then --calibrate-from its folder: {number}"
-    return (
-        f"tools/gpu_check --only {check!r}, then --calibrate with the file that it writes: {number}"
-    )
 
 
 HIDDEN_AXES = ("data", "pipeline")
@@ -315,10 +312,7 @@ def time_section(times: StepTime) -> QuantityTable:
             section["sleep and wake"] = sleep_wake_time(job)
     if job.trains:
         section["saves"] = checkpoint_time(job)
-    section = {
-        name: with_range(job, name, quantity, times.communication_share(name))
-        for name, quantity in section.items()
-    }
+    section = {name: with_range(times, name, quantity) for name, quantity in section.items()}
     parts = [name for name in PARTS if name in section]
     if missing := [name for name in parts if section[name].value is None]:
         reason = f"none without {missing[0]}: {section[missing[0]].formula}"
