@@ -5,7 +5,6 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Mapping
-from math import prod
 from pathlib import Path
 
 from r1_grading import RewardPool
@@ -43,7 +42,7 @@ from megatron_r1.engines.server.settings import engine_settings, fleet_settings
 from megatron_r1.models import read_hf_config
 from megatron_r1.models.memory import ParameterCounts, checkpoint_bytes, parameter_bytes
 from megatron_r1.models.weights import num_parameters
-from megatron_r1.models.weights.adapter_table import adapter_shapes, adapter_table
+from megatron_r1.models.weights.adapter_table import num_adapter_parameters
 from megatron_r1.push.plan.recipe_plan import engine_rank_bytes, engine_weight_bytes
 from megatron_r1.reporting import formatting
 from megatron_r1.reporting.formatting import (
@@ -279,7 +278,7 @@ def _num_saved(config: Config) -> int:
     hf = read_hf_config(config.model.path)
     if config.model.lora is None:
         return num_parameters(hf)
-    return sum(map(prod, adapter_shapes(adapter_table(hf, config.model.lora)).values()))
+    return num_adapter_parameters(hf, config.model.lora)
 
 
 def _memory(config: Config) -> str:
