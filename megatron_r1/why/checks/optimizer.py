@@ -12,7 +12,11 @@ from megatron_r1.models.weights.adapter_table import A
 from megatron_r1.reporting.formatting import finite_metric as finite
 from megatron_r1.reporting.formatting import format_number as number
 from megatron_r1.reporting.formatting import format_percent as percent
-from megatron_r1.trainer.checkpoints.checkpoint_folders import MANIFEST, manifest_faults
+from megatron_r1.trainer.checkpoints.checkpoint_folders import (
+    MANIFEST,
+    SHOWN_FAULTS,
+    manifest_faults,
+)
 from megatron_r1.why.checked_quantity import DEPARTS, EQUAL, CheckedQuantity, not_checked
 from megatron_r1.why.checks.loss import (
     METRICS,
@@ -183,7 +187,7 @@ def _files(step: RecordedStep, when: str, path: Path) -> CheckedQuantity:
         float(len(faults)),
         0.0,
         "exact",
-        f"{path.name} is damaged: {'; '.join(faults[:3])}",
+        f"{path.name} is damaged: {'; '.join(faults[:SHOWN_FAULTS])}",
         remedy=f"{path}: put a good copy there",
     )
 

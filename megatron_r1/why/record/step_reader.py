@@ -1,6 +1,7 @@
 """Finds the finished steps of a run's folder that have a sample log, and reads them."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,16 +71,15 @@ def open_run(path: Path) -> tuple[RunFolder, Config]:
 
 def examinable(folder: RunFolder, config: Config) -> list[Examinable]:
     """Return the finished steps that have a sample log."""
+    damage = cache(partial(_damage, folder))
     steps = []
     for step in sorted(_lines_by_step(folder)):
-        if not step_log_path(folder.sample_log, step).is_file():
-            continue
-        paths = [weights_after(folder, config, each) for each in (step - 1, step)]
-        damages = [_damage(folder, path) for path in paths]
-        before, after = (
-            path is not None and not damage for path, damage in zip(paths, damages, strict=True)
-        )
-        steps.append(Examinable(step, before, after, damages[1]))
+        if step_log_path(folder.sample_log, step).is_file():
+            before, after = (weights_after(folder, config, each) for each in (step - 1, step))
+            has_before, has_after = (
+                path is not None and not damage(path) for path in (before, after)
+            )
+            steps.append(Examinable(step, has_before, has_after, damage(after)))
     return steps
 
 
@@ -92,22 +92,7 @@ def _damage(folder: RunFolder, path: Path | None) -> str:
 
 
 def _lines_by_step(folder: RunFolder) -> dict[int, dict[str, Any]]:
-    """Return the lines of metrics.jsonl.
-
-    Raises:
-        UserError: a line without the number of its step."""
-    lines: dict[int, dict[str, Any]] = {}
-    for number, line in enumerate(folder.read_metrics(), 1):
-        step = line.get("step")
-        if not isinstance(step, int) or isinstance(step, bool):
-            raise UserError(
-                f"{folder.metrics_path}, line {number}: 'step' is {step!r}, not the number of a "
-                "step; delete that line, or restore the file",
-                key=folder.metrics_path.name,
-                cause=Cause.MALFORMED,
-            )
-        lines[step] = line
-    return lines
+    return {line["step"]: line for line in folder.read_metrics()}
 
 
 def choose(steps: Sequence[Examinable], step: int | None, folder: Path) -> Examinable:
