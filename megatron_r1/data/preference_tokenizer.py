@@ -1,4 +1,4 @@
-"""The tokens of a question and a response, the last of which a reward model scores.
+"""The tokens of a question and a response; a reward model scores the last one.
 
 The tokens equal those that the served model gets: the text that `r1_grading.remote` sends,
 tokenized as vLLM does."""

@@ -280,5 +280,5 @@ def replay_recomputations(chunks: Sequence[torch.nn.Module]) -> None:
 
     Args:
         chunks: this rank's virtual stages."""
-    # The routers keep what it attaches to them; nobody else has to call it.
+    # The routers keep its hooks, so the object itself is not needed again.
     RoutingReplay(chunks, None)

@@ -17,9 +17,9 @@ class KnownShapesCommunicator(P2PCommunicator):
     """Megatron's communicator of one pass over micro-batches whose lengths are known.
 
     Every pipeline rank holds the same micro-batches, so a receiver knows how long they are.
-    Megatron, which is told of lengths that vary, has each rank send the shape of every tensor ahead
-    of it, and the host wait for the whole device until it is there (p2p_communication.py:242,
-    Megatron-Core 0.16.1): in every hop of every micro-batch, forward and backward.
+    With lengths that vary, Megatron sends the shape of every tensor ahead of it, and the host waits
+    for the whole device until the shape is there (p2p_communication.py:242, Megatron-Core 0.16.1):
+    in every hop of every micro-batch, forward and backward.
 
     Shapes: T tokens of a micro-batch on a context rank, t ranks that share a sequence, H hidden
     size, d MTP layers. A hop carries (T / t, 1, H); behind a stage of MTP layers, in a pass that

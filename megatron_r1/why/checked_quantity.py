@@ -143,7 +143,7 @@ class Report:
 
     @property
     def all_clear(self) -> str:
-        """That nothing departs, in words, with the families of which nothing could be checked."""
+        """That nothing departs, with the families in which nothing could be checked."""
         families = dict.fromkeys(comparison.family for comparison in self.comparisons)
         checked = {each.family for each in self.comparisons if each.status != NOT_CHECKED}
         if not (left_out := [family for family in families if family not in checked]):

@@ -123,7 +123,7 @@ def measure(
         groups: the groups of the rollout.
         tokens: tokens of each response.
         world_size: trainer ranks.
-        data_parallel_size: replicas, each of which gets samples of its own.
+        data_parallel_size: replicas; each gets its own samples.
         routed: whether responses have the experts of every token.
         sampling: seconds that the whole rollout is sampled for."""
     context = multiprocessing.get_context("fork")
