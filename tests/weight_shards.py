@@ -4,7 +4,7 @@ from megatron_r1.models.weights.layout import AxisRank, Shard, stage_shards
 
 
 def shard(
-    hf: dict,
+    hf_config: dict,
     *,
     tp: AxisRank = (0, 1),
     pp: AxisRank = (0, 1),
@@ -17,5 +17,7 @@ def shard(
 ) -> Shard:
     """Return the Shard at these coordinates."""
     (rank, ranks), (chunk, chunks) = pp, vp
-    every = stage_shards(hf, ranks, chunks, pipeline_layout=pipeline_layout, with_mtp=with_mtp)
+    every = stage_shards(
+        hf_config, ranks, chunks, pipeline_layout=pipeline_layout, with_mtp=with_mtp
+    )
     return replace(every[rank][chunk], tp=tp, ep=ep, etp=etp, transformer_engine=transformer_engine)

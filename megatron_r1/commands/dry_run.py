@@ -275,10 +275,10 @@ def _kept_on_disk(config: Config, rollout: Rollout, fraction: float) -> list[str
 
 def _num_saved(config: Config) -> int:
     """Return how many parameters a checkpoint has: the factors of adapters, or the model's."""
-    hf = read_hf_config(config.model.path)
+    hf_config = read_hf_config(config.model.path)
     if config.model.lora is None:
-        return num_parameters(hf)
-    return num_adapter_parameters(hf, config.model.lora)
+        return num_parameters(hf_config)
+    return num_adapter_parameters(hf_config, config.model.lora)
 
 
 def _memory(config: Config) -> str:
@@ -290,8 +290,11 @@ def _memory(config: Config) -> str:
     parameters = num_parameters(read_hf_config(config.model.path), with_mtp=False)
     size = f"{parameters / 1e6:,.1f}M parameters; "
     if gpu.is_usable():
-        hf = read_hf_config(config.model.path)
-        weight_bytes, pushed_bytes = engine_weight_bytes(config, hf), engine_rank_bytes(config, hf)
+        hf_config = read_hf_config(config.model.path)
+        weight_bytes, pushed_bytes = (
+            engine_weight_bytes(config, hf_config),
+            engine_rank_bytes(config, hf_config),
+        )
         place = "there too" if TRANSPORTS[config.push.transport].needs_gpu else "on its host"
         sizes = parameter_bytes(config.model.dtype, config.optimizer.moments)
         return (

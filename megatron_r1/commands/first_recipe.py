@@ -75,17 +75,17 @@ def guess_lengths(longest_prompt: int, positions: int, machine: Machine) -> list
     ]
 
 
-def guess_layout(hf: dict[str, Any], parameters: int, machine: Machine) -> list[Guess]:
+def guess_layout(hf_config: dict[str, Any], parameters: int, machine: Machine) -> list[Guess]:
     """Return dtypes and the parallel layout; micro-batches fit themselves to a CPU's memory.
 
     Args:
-        hf: the model's `config.json`.
+        hf_config: the model's `config.json`.
         parameters: the number of the model's parameters.
         machine: what the run has."""
     if machine.is_cpu:
         reason = "this machine has no GPU"
         return [Guess(key, "float32", reason) for key in ("model.dtype", "rollout.dtype")]
-    tensor = tensor_parallel_size(hf, parameters, machine)
+    tensor = tensor_parallel_size(hf_config, parameters, machine)
     guesses = [
         Guess("rollout.colocated", True, "trainer and engines take turns on the same GPUs"),
         Guess(
@@ -117,15 +117,15 @@ def _engine_fraction(parameters: int, tensor: int, machine: Machine) -> float:
     return max(5, int(20 * (1 - OVERHEAD - trainer_bytes / machine.free_bytes)) * 5) / 100
 
 
-def tensor_parallel_size(hf: dict[str, Any], parameters: int, machine: Machine) -> int:
+def tensor_parallel_size(hf_config: dict[str, Any], parameters: int, machine: Machine) -> int:
     """Return the least tensor-parallel size at which the trainer's state fits, or the largest that
     divides heads and GPUs.
 
     Args:
-        hf: the model's config.json.
+        hf_config: the model's config.json.
         parameters: the number of its parameters.
         machine: the GPUs and their memory."""
-    heads, kv_heads = hf["num_attention_heads"], key_value_heads(hf)
+    heads, kv_heads = hf_config["num_attention_heads"], key_value_heads(hf_config)
     sizes = [n for n in (1, 2, 4, 8) if not (machine.num_gpus % n or heads % n or kv_heads % n)]
     bytes_of_kinds = parameter_bytes(DTYPE)
     for size in sizes:
@@ -205,14 +205,14 @@ class QuestionSource:
 
     Attributes:
         folder: the model's folder.
-        hf: the model's `config.json`.
+        hf_config: the model's `config.json`.
         parameters: the number of the model's parameters.
         data: the file or data set, as it was given.
         rows: its first rows.
         machine: the machine of the run."""
 
     folder: Path
-    hf: dict[str, Any]
+    hf_config: dict[str, Any]
     parameters: int
     data: str
     rows: Sequence[dict[str, Any]]

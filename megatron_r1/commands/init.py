@@ -139,7 +139,7 @@ def _reward_model_recipe(source: QuestionSource, kind: Kind) -> RecipeDraft:
 
 
 def _supervised_sizes(source: QuestionSource) -> list[Guess]:
-    layout = first_recipe.guess_layout(source.hf, source.parameters, source.machine)
+    layout = first_recipe.guess_layout(source.hf_config, source.parameters, source.machine)
     batches = first_recipe.guess_batches(source.parameters, 1, source.machine)
     return [
         *(guess for guess in layout if not guess.key.startswith(("rollout.", "push."))),
@@ -189,13 +189,15 @@ def run(config: Config, model: str, data: str, out: str | None = None, **choices
     path = Path(out or f"{Path(data.removeprefix('hub:').split(':')[0]).stem}.yaml")
     _check_arguments(model, path)
     folder = find_exported(model, MODEL)
-    hf = read_hf_config(folder, key=MODEL)
-    check_supported(hf)
+    hf_config = read_hf_config(folder, key=MODEL)
+    check_supported(hf_config)
     require_weights(folder, MODEL)
     rows = [row for _, row in itertools.islice(read_canonical_rows(data), MAX_ROWS)]
     if not rows:
         raise UserError(f"{data}: it holds no rows", key=ARGUMENTS[1], cause=Cause.EMPTY)
-    source = QuestionSource(folder, hf, num_parameters(hf), data, rows, detect_machine())
+    source = QuestionSource(
+        folder, hf_config, num_parameters(hf_config), data, rows, detect_machine()
+    )
     draft = None if choices else _supervised_recipe(source)
     options = [text for key, value in choices.items() for text in (f"--{key}", value)]
     _write(path, source, draft or _rl_recipe(source, choices), [model, data, *options])
@@ -241,7 +243,7 @@ def _write(
         UserError: the recipe is refused; it has the command that repeats the trial."""
     command = f"megatron-r1 {draft.verb} {shlex.quote(str(path))}"
     trial = f"{command} --dry-run" if draft.has_dry_run else command
-    size = f"{source.hf['architectures'][0]}, {source.parameters / 1e6:,.1f}M parameters"
+    size = f"{source.hf_config['architectures'][0]}, {source.parameters / 1e6:,.1f}M parameters"
     guesses = [
         Guess("run.folder", f"runs/{path.stem}", "everything that the run writes"),
         Guess("model.path", str(source.folder), size),
@@ -409,7 +411,7 @@ def _sizes(
     )
     num_heldout, heldout = _heldout([question for _, question in questions], machine)
     return [
-        *first_recipe.guess_layout(source.hf, source.parameters, machine),
+        *first_recipe.guess_layout(source.hf_config, source.parameters, machine),
         *limits,
         *first_recipe.guess_batches(source.parameters, len(questions) - num_heldout, machine),
         *heldout,

@@ -85,9 +85,9 @@ def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> No
 def _check(config: Config, verb: str) -> None:
     """Raise UserError for what the full-size run would refuse, since its miniature may no longer
     have it."""
-    hf = read_hf_config(config.model.path, None)
+    hf_config = read_hf_config(config.model.path, None)
     if verb in ("rl", "sample"):
-        check_engines(config, hf)
+        check_engines(config, hf_config)
         if not launch.is_on_null_gpu():  # there the command that started this one has asked vLLM
             check_arguments(config.rollout, "rollout")
         max_model_len(config)
@@ -95,25 +95,27 @@ def _check(config: Config, verb: str) -> None:
         check_trainer(config, verb)
     if verb == "rl":
         find_player(config)
-        check_pushes(config, hf, config.parallel.processes)
-        check_connections(config, hf)
+        check_pushes(config, hf_config, config.parallel.processes)
+        check_connections(config, hf_config)
 
 
 def _identity(job: RehearsalJob, settings: RehearsalConfig) -> str:
     """Return a text that is equal for runs whose miniatures are."""
     small = _shrink(job, settings, Path())
-    return repr((job.verb, small.config, small.hf))
+    return repr((job.verb, small.config, small.hf_config))
 
 
 def _shrink(job: RehearsalJob, settings: RehearsalConfig, folder: Path) -> miniature.Miniature:
-    hf = read_hf_config(job.config.model.path, None)
-    return miniature.make_miniature(job.config, hf, folder, settings.max_ranks, device=settings.on)
+    hf_config = read_hf_config(job.config.model.path, None)
+    return miniature.make_miniature(
+        job.config, hf_config, folder, settings.max_ranks, device=settings.on
+    )
 
 
 def _rehearse(job: RehearsalJob, settings: RehearsalConfig) -> None:
     config = job.config
     folder = Path(settings.folder or f"{config.run.folder}-rehearsal") / job.name
-    hf = read_hf_config(config.model.path, None)
+    hf_config = read_hf_config(config.model.path, None)
     small = _shrink(job, settings, folder)
     with RunFolder(folder) as lock:
         if (folder / "recipe.yaml").exists():
@@ -126,8 +128,12 @@ def _rehearse(job: RehearsalJob, settings: RehearsalConfig) -> None:
         written = miniature.write(small, job.verb)
         ranks = "no" if job.verb == "sample" else small.config.parallel.processes
         print(f"{job.name}: {job.verb} with {ranks} trainer ranks in {folder}", flush=True)
-        rows = coverage.structure_rows(config, hf, small.config, job.verb, device=settings.on)
-        with model.serve_reward_models(small.config, small.hf, folder, job.verb) as addresses:
+        rows = coverage.structure_rows(
+            config, hf_config, small.config, job.verb, device=settings.on
+        )
+        with model.serve_reward_models(
+            small.config, small.hf_config, folder, job.verb
+        ) as addresses:
             run = (job.verb, written, small.config, addresses)
             phases = PhaseRunner(*run, settings.timeout_seconds, _announce).run()
         coverage.write(folder, job.name, rows, phases, small.changes)
@@ -146,10 +152,10 @@ MAX_REQUESTS = 1_000_000
 """Most requests of all pairs. One store answers about 25,000 a second (`config.hardware`)."""
 
 
-def check_connections(config: Config, hf: dict) -> None:
+def check_connections(config: Config, hf_config: dict) -> None:
     """Refuse a push whose full size connects too many ranks, with UserError."""
     if not config.push.on_one_host:  # in shared memory a link costs nothing
-        links = links_per_rank(planned_push(config, hf), config.parallel.processes)
+        links = links_per_rank(planned_push(config, hf_config), config.parallel.processes)
         check_links(links, engine_layout(config).num_ranks)
 
 

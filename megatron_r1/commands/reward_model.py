@@ -84,11 +84,11 @@ def run(config: Config) -> None:
         )
     check_trainer(config, "reward-model")
     preload_megatron()
-    hf = read_hf_config(config.model.path, "score")
+    hf_config = read_hf_config(config.model.path, "score")
     text = PreferenceTokenizer(
         config.model.path, settings.template, settings.scored_part, settings.max_chars
     )
-    rows = load_rows(config, text, hf)
+    rows = load_rows(config, text, hf_config)
     config = resolve_steps(config, "reward_model", len(rows.train))
 
     def notes(trainer: TrainerClient, resumed: bool) -> list[str]:
@@ -113,23 +113,25 @@ def run(config: Config) -> None:
     )
 
 
-def load_rows(config: Config, text: PreferenceTokenizer, hf: dict[str, Any]) -> RewardModelData:
+def load_rows(
+    config: Config, text: PreferenceTokenizer, hf_config: dict[str, Any]
+) -> RewardModelData:
     """Read the rows of `reward_model.data`, tokenize them and split them by their questions.
 
     Args:
         config: the recipe.
         text: renders what is scored of a response, and tokenizes it.
-        hf: the model's config.json, whose positions limit a text.
+        hf_config: the model's config.json, whose positions limit a text.
 
     Raises:
         UserError: a bad row, with file and line; texts that end with the padding token; or a side
             has no rows."""
     settings = config.reward_model
-    limit = settings.max_tokens or hf["max_position_embeddings"]
+    limit = settings.max_tokens or hf_config["max_position_embeddings"]
     sides: dict[bool, list[RewardModelRow]] = {False: [], True: []}
     dropped: Counter[str] = Counter()
     for row in read_preferences(settings.data, settings.kind):
-        samples = _tokenize(row, text, hf)
+        samples = _tokenize(row, text, hf_config)
         if len(samples) < len(row.responses):
             dropped[f"a response has no {settings.scored_part} to score"] += 1
         elif max(map(len, samples)) > limit:
@@ -151,12 +153,14 @@ def load_rows(config: Config, text: PreferenceTokenizer, hf: dict[str, Any]) -> 
     return RewardModelData(sides[False], sides[True], dropped)
 
 
-def _tokenize(row: Preference, text: PreferenceTokenizer, hf: dict[str, Any]) -> tuple[Sample, ...]:
+def _tokenize(
+    row: Preference, text: PreferenceTokenizer, hf_config: dict[str, Any]
+) -> tuple[Sample, ...]:
     """Return a sample for each response of `row` that has a part to score."""
     samples = []
     for response, label in zip(row.responses, row.labels, strict=True):
         tokens = text.encode(row.question, response, row.opened)
-        if tokens and tokens[-1] == hf.get("pad_token_id"):
+        if tokens and tokens[-1] == hf_config.get("pad_token_id"):
             raise UserError(
                 f"{row.location}: the text ends with {text.decode(tokens[-1:])!r}, config.json's "
                 "pad_token_id: transformers would read the score before it, vLLM behind it; end "

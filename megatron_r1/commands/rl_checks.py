@@ -60,12 +60,12 @@ def engines_share_gpus(config: Config) -> bool:
     return gpu.is_usable() and (is_local or config.rollout.colocated)
 
 
-def check_gpu_memory(config: Config, hf: Mapping[str, Any]) -> None:
+def check_gpu_memory(config: Config, hf_config: Mapping[str, Any]) -> None:
     """Refuse engines that take vLLM's share of GPUs, nearly all, where trainer ranks are on them.
 
     Args:
         config: the recipe.
-        hf: the model's config.json.
+        hf_config: the model's config.json.
 
     Raises:
         UserError: the engines' share is not set."""
@@ -73,8 +73,8 @@ def check_gpu_memory(config: Config, hf: Mapping[str, Any]) -> None:
     if engines_share_gpus(config) and rollout.gpu_memory is None:
         raise UserError(
             f"rollout.gpu_memory is not set, and vLLM takes {VLLM_FRACTION} of GPUs that trainer "
-            f"ranks are on: set {_placement(config, hf)}; megatron-r1 plan prints the largest "
-            "share",
+            f"ranks are on: set {_placement(config, hf_config)}; megatron-r1 plan prints the "
+            "largest share",
             key="rollout.gpu_memory" if rollout.colocated else "rollout.colocated",
             cause=Cause.MISSING if rollout.colocated else Cause.CONFLICT,
         )
@@ -89,7 +89,7 @@ def check_gpu_memory(config: Config, hf: Mapping[str, Any]) -> None:
             )
 
 
-def _placement(config: Config, hf: Mapping[str, Any]) -> str:
+def _placement(config: Config, hf_config: Mapping[str, Any]) -> str:
     """Return the settings that `init` writes for this model on this host, as text."""
     if config.rollout.placement == "hosts":
         return "it to the share that the trainer leaves"
@@ -104,7 +104,7 @@ def _placement(config: Config, hf: Mapping[str, Any]) -> str:
         return general_hint
     if not machine.num_gpus:  # the driver has some, but they have no files in /dev
         return general_hint
-    guesses = guess_layout(dict(hf), num_parameters(dict(hf)), machine)
+    guesses = guess_layout(dict(hf_config), num_parameters(dict(hf_config)), machine)
     keys = ", ".join(f"{guess.key}: {value_text(guess.value)}" for guess in guesses)
     return f"{keys}, as megatron-r1 init does on this host, or rollout.placement: hosts"
 
@@ -124,17 +124,17 @@ def check_settings(config: Config) -> None:
     config.model.require_language_head()
     algorithms.find(config.rl.algorithm)
     check_trainer(config, "rl")
-    hf = read_hf_config(config.model.path)
+    hf_config = read_hf_config(config.model.path)
     if config.rl.routing_replay:
-        routing_shape(hf)
+        routing_shape(hf_config)
     # Layers without Transformer Engine need more; whether ranks have it only they know.
-    check_divisions(hf, config.parallel, transformer_engine=True)
-    check_engines(config, hf)
+    check_divisions(hf_config, config.parallel, transformer_engine=True)
+    check_engines(config, hf_config)
     check_local_experts(config.rollout)
-    check_cpu_kernels(config.rollout, hf)
+    check_cpu_kernels(config.rollout, hf_config)
     check_arguments(config.rollout, "rollout")
     check_room(config.rollout)
-    check_pushes(config, hf, torchrun.world_size(config))
+    check_pushes(config, hf_config, torchrun.world_size(config))
     if config.push.adapter_only and config.rollout.dtype == "float32" and gpu.is_usable():
         raise UserError(
             "push.adapter_only with rollout.dtype: float32: vLLM's LoRA kernels on GPUs compute in "
@@ -152,7 +152,7 @@ def check_settings(config: Config) -> None:
         )
     check_teachers(config)
     check_sampling(config)
-    check_gpu_memory(config, hf)
+    check_gpu_memory(config, hf_config)
     if config.rollout.placement == "hosts":
         hosts_address(config.rollout)
 

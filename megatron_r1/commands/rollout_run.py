@@ -116,11 +116,13 @@ def _model_as_pushed(config: Config) -> dict[str, Any]:
     """Return engine settings for a model whose weights are pushed: the folder's weights are not
     read, and `push.fp8` alone decides whether weights are FP8. Where adapters alone are pushed, the
     folder's weights are read."""
-    overrides, hf = None, read_hf_config(config.model.path)
+    overrides, hf_config = None, read_hf_config(config.model.path)
     if config.push.adapter_only:
-        return {"lora": lora_arguments(config, hf)}
-    if config.push.fp8 or "quantization_config" in hf:
+        return {"lora": lora_arguments(config, hf_config)}
+    if config.push.fp8 or "quantization_config" in hf_config:
         overrides = {
-            "quantization_config": published_layout.fp8_config(hf) if config.push.fp8 else None
+            "quantization_config": published_layout.fp8_config(hf_config)
+            if config.push.fp8
+            else None
         }
     return {"extra_args": ["--load-format", "dummy"], "hf_overrides": overrides}

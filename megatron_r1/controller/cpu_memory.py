@@ -119,15 +119,15 @@ def cpu_memory(config: Config, world_size: int, *, has_engines: bool) -> CPUMemo
         config: the recipe.
         world_size: trainer ranks, all on this host.
         has_engines: whether engines of the recipe run at the same time as them."""
-    hf = read_hf_config(config.model.path, config.model.head)
+    hf_config = read_hf_config(config.model.path, config.model.head)
     parallel, rollout = config.parallel, config.rollout
-    weights = _state_bytes(config, hf, world_size, with_reference=has_engines)
+    weights = _state_bytes(config, hf_config, world_size, with_reference=has_engines)
     if has_engines and find_rules(config.rl.algorithm).critic:
         critic = config.critic_recipe()
         score = read_hf_config(critic.model.path, "score", "critic.path")
         weights += _state_bytes(critic, score, world_size, with_reference=False)
-    shape = weight_table(hf).head[0].sources[0].shape
-    has_experts, sparse = bool(hf.get("n_routed_experts")), sparse_layers(hf)
+    shape = weight_table(hf_config).head[0].sources[0].shape
+    has_experts, sparse = bool(hf_config.get("n_routed_experts")), sparse_layers(hf_config)
 
     def head(tokens: int) -> int:
         return head_bytes(shape, config, tokens, on_gpu=False, has_experts=has_experts)[0]
@@ -137,7 +137,7 @@ def cpu_memory(config: Config, world_size: int, *, has_engines: bool) -> CPUMemo
     chunk = head(DEFAULT_TOKENS) - DEFAULT_TOKENS * states
     other_bytes, engine_weights = OTHER_BYTES + world_size * (RANK_BYTES + chunk), 0
     if has_engines and rollout.placement == "local":
-        values = num_parameters(hf, with_mtp=rollout.drafts_by_mtp)
+        values = num_parameters(hf_config, with_mtp=rollout.drafts_by_mtp)
         receives = not config.push.adapter_only  # of adapters little compared with the model
         bytes_per_engine = engine_bytes(values, rollout.dtype, receives=receives)
         engine_weights = round(rollout.engines * rollout.data * bytes_per_engine)
@@ -148,7 +148,9 @@ def cpu_memory(config: Config, world_size: int, *, has_engines: bool) -> CPUMemo
             stored = engine_bytes(values, teacher.dtype, receives=False)
             engine_weights += round(teacher.engines * teacher.data * stored)
             other_bytes += _engines_other_bytes(teacher)
-    layers = {kind: layer_activations(hf, config, 1, sparse=kind, local=True) for kind in {*sparse}}
+    layers = {
+        kind: layer_activations(hf_config, config, 1, sparse=kind, local=True) for kind in {*sparse}
+    }
     saved_bytes = sum(layers[kind].saved_bytes(parallel) for kind in sparse)
     working = max(layer.total - layer.saved_bytes(parallel) for layer in layers.values())
     per_token = world_size * (saved_bytes + working + states)
@@ -167,20 +169,20 @@ def _engines_other_bytes(engines: RolloutConfig | TeacherEngines) -> int:
     return ranks * (ENGINE_BYTES + (engines.kv_cache_gib << 30))
 
 
-def _state_bytes(config: Config, hf: dict, world_size: int, *, with_reference: bool) -> int:
+def _state_bytes(config: Config, hf_config: dict, world_size: int, *, with_reference: bool) -> int:
     """Return the bytes on all ranks of a model: parameters, gradients, optimizer state, reference,
     and buffers for a checkpoint, if they are kept. Moments are fp32 on a CPU
     (`trainer.construction`)."""
     parallel, lora = config.parallel, config.model.lora
     shard = Shard(
-        tuple(range(hf["num_hidden_layers"])),
+        tuple(range(hf_config["num_hidden_layers"])),
         mtp=config.model.mtp != "none",
         tp=(0, parallel.tensor),
         ep=(0, parallel.expert),
         etp=(0, parallel.expert_tensor),
     )
-    adapters = layout_from_table(adapter_table(hf, lora), shard) if lora else None
-    counts = count_parameters(layout(hf, shard), config.model.mtp, adapters)
+    adapters = layout_from_table(adapter_table(hf_config, lora), shard) if lora else None
+    counts = count_parameters(layout(hf_config, shard), config.model.mtp, adapters)
     ranks = world_size // parallel.pipeline  # stages have the layers once, all together
     optimizer_shards = (
         ranks // parallel.tensor,
@@ -203,8 +205,8 @@ def _num_stored_parameters(folder: str, key: str) -> int:
     Args:
         folder: the model folder.
         key: the folder's key in the recipe, for messages."""
-    hf = load_config(folder, key)
-    width = BYTES.get(hf.get("dtype") or hf.get("torch_dtype") or "bfloat16", 2)
+    hf_config = load_config(folder, key)
+    width = BYTES.get(hf_config.get("dtype") or hf_config.get("torch_dtype") or "bfloat16", 2)
     return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors")) // width
 
 

@@ -32,12 +32,12 @@ def check_teachers(config: Config) -> None:
             cause=Cause.CONFLICT if path else Cause.MISSING,
         )
     for key, teacher in config.teacher.sections.items():
-        hf = load_config(teacher.path, f"{key}.path")
+        hf_config = load_config(teacher.path, f"{key}.path")
         if not teacher.url:
-            recipe_checks.check_ranks(teacher, hf, key)
+            recipe_checks.check_ranks(teacher, hf_config, key)
             check_arguments(teacher, key)
         _check_positions(config, teacher.path, f"{key}.path")
-        _check_vocabulary(config, teacher.path, f"{key}.path", hf)
+        _check_vocabulary(config, teacher.path, f"{key}.path", hf_config)
     if path:
         _check_sampling(config)
 
@@ -78,17 +78,17 @@ def _check_sampling(config: Config) -> None:
         )
 
 
-def _check_vocabulary(config: Config, path: str, key: str, hf: dict) -> None:
+def _check_vocabulary(config: Config, path: str, key: str, hf_config: dict) -> None:
     """Raise UserError where a token of the student is none, or another one, to the teacher.
 
     Args:
         config: the recipe.
         path: the teacher's folder.
         key: its key in the recipe.
-        hf: its config.json."""
+        hf_config: its config.json."""
     student = load_config(config.model.path)
     student_size, teacher_size = (
-        language_settings(values).get("vocab_size", 0) for values in (student, hf)
+        language_settings(values).get("vocab_size", 0) for values in (student, hf_config)
     )
     if teacher_size < student_size:
         raise UserError(

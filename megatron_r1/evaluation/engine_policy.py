@@ -72,10 +72,10 @@ class EnginePolicy:
         )
         self._max_model_len = max_model_len(config)
         check_room(rollout)
-        hf = load_config(model)
-        check_engines(config, hf)
+        hf_config = load_config(model)
+        check_engines(config, hf_config)
         check_local_experts(rollout)
-        check_cpu_kernels(rollout, hf)
+        check_cpu_kernels(rollout, hf_config)
         check_arguments(rollout, "rollout")
         self._fleet: RolloutFleet | None = None
         self._resources = contextlib.AsyncExitStack()

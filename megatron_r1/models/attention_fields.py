@@ -24,42 +24,43 @@ _ROPE_KEYS = {
 KEY_VALUE_HEADS = "num_key_value_heads"
 
 
-def attention_fields(hf: dict) -> dict[str, Any]:
+def attention_fields(hf_config: dict) -> dict[str, Any]:
     """Return Megatron's fields of the attention; UserError if it is not supported."""
-    family, layers = model_family(hf), hf.get("layer_types")
+    family, layers = model_family(hf_config), hf_config.get("layer_types")
     kinds = ("sliding_attention", "full_attention")
     expected_kinds = [
-        kinds[not family.sliding_windows or index % 2] for index in range(hf["num_hidden_layers"])
+        kinds[not family.sliding_windows or index % 2]
+        for index in range(hf_config["num_hidden_layers"])
     ]
     if layers is not None and layers != expected_kinds:
         kind_names = " and ".join(repr(kind) for kind in dict.fromkeys(expected_kinds))
         raise UserError(
-            f"config.json: layer_types={layers} is not supported for {hf['architectures'][0]}, "
-            f"only {kind_names} in turn",
+            f"config.json: layer_types={layers} is not supported for "
+            f"{hf_config['architectures'][0]}, only {kind_names} in turn",
             key="layer_types",
             cause=Cause.UNSUPPORTED,
         )
-    fields = _latent(hf) if family.latent_attention else _grouped_query(hf)
+    fields = _latent(hf_config) if family.latent_attention else _grouped_query(hf_config)
     if family.attention_sinks:
         fields["softmax_type"] = "learnable"
     if family.sliding_windows:
         # Megatron counts the keys before a query's own.
-        fields["window_size"] = (hf["sliding_window"] - 1, 0)
+        fields["window_size"] = (hf_config["sliding_window"] - 1, 0)
         fields["window_attn_skip_freq"] = [int(kind == kinds[0]) for kind in expected_kinds]
     return fields
 
 
-def model_arguments(hf: dict) -> dict[str, Any]:
+def model_arguments(hf_config: dict) -> dict[str, Any]:
     """Return the arguments of GPTModel besides the configuration."""
-    if model_family(hf).latent_attention:
+    if model_family(hf_config).latent_attention:
         return {"position_embedding_type": "rope"}
-    rope = _rope(hf)
+    rope = _rope(hf_config)
     return {
         "position_embedding_type": "rope",
         "rotary_base": rope["rope_theta"],
         "rotary_percent": rope["partial_rotary_factor"],
         "seq_len_interpolation_factor": _linear_factor(rope),
-        "share_embeddings_and_output_weights": bool(hf.get("tie_word_embeddings")),
+        "share_embeddings_and_output_weights": bool(hf_config.get("tie_word_embeddings")),
     }
 
 
@@ -78,25 +79,35 @@ def _linear_factor(rope: dict) -> float | None:
     return rope["factor"]
 
 
-def rope_scaling(hf: dict) -> dict[str, Any] | None:
+def rope_scaling(hf_config: dict) -> dict[str, Any] | None:
     """Return the arguments of RotaryEmbedding._apply_scaling, or None without such scaling.
 
     GPTModel takes the factor only and fixes the other three at Llama 3.1's values; config.json may
     have others."""
-    if model_family(hf).latent_attention or (rope := _rope(hf))["rope_type"] != "llama3":
+    if (
+        model_family(hf_config).latent_attention
+        or (rope := _rope(hf_config))["rope_type"] != "llama3"
+    ):
         return None
     need(rope, *_ROPE_KEYS["llama3"])
     return {name: rope[name] for name in _ROPE_KEYS["llama3"]}
 
 
-def yarn_scaling(hf: dict) -> dict[str, Any] | None:
+def yarn_scaling(hf_config: dict) -> dict[str, Any] | None:
     """Return the arguments of `patches.set_yarn`, or None without YaRN; latent attention has it in
     Megatron's own fields."""
-    if model_family(hf).latent_attention or (rope := _rope(hf))["rope_type"] != "yarn":
+    if (
+        model_family(hf_config).latent_attention
+        or (rope := _rope(hf_config))["rope_type"] != "yarn"
+    ):
         return None
     names = ("factor", "rope_theta", "original_max_position_embeddings")
     # vLLM's class of gpt-oss has no default of these.
-    need(rope, *names, *(("beta_fast", "beta_slow") if model_family(hf).attention_sinks else ()))
+    need(
+        rope,
+        *names,
+        *(("beta_fast", "beta_slow") if model_family(hf_config).attention_sinks else ()),
+    )
     require(rope, attention_factor=None, mscale=None, mscale_all_dim=None)
     return {name: rope[name] for name in names} | {
         "beta_fast": rope.get("beta_fast") or 32,
@@ -105,24 +116,24 @@ def yarn_scaling(hf: dict) -> dict[str, Any] | None:
     }
 
 
-def has_qkv_bias(hf: dict) -> bool:
+def has_qkv_bias(hf_config: dict) -> bool:
     """Return whether query, key and value have biases."""
-    return _flag(hf, model_family(hf).qkv_bias)
+    return _flag(hf_config, model_family(hf_config).qkv_bias)
 
 
-def has_qk_norm(hf: dict) -> bool:
+def has_qk_norm(hf_config: dict) -> bool:
     """Return whether each head's query and key are normalized."""
-    return _flag(hf, model_family(hf).qk_norm)
+    return _flag(hf_config, model_family(hf_config).qk_norm)
 
 
-def attention_divisions(hf: dict, transformer_engine: bool) -> list[tuple[str, int, str]]:
+def attention_divisions(hf_config: dict, transformer_engine: bool) -> list[tuple[str, int, str]]:
     """Return (field, its value, the key of `parallel` that must divide it) triples; of key-value
     heads it may be a multiple, too (`parallel_checks`)."""
-    heads = hf["num_attention_heads"]
+    heads = hf_config["num_attention_heads"]
     rules = [("num_attention_heads", heads, "tensor")]
-    if not model_family(hf).latent_attention:
-        groups = hf.get("num_key_value_heads") or heads
-        size = hf.get("head_dim") or hf["hidden_size"] // heads
+    if not model_family(hf_config).latent_attention:
+        groups = hf_config.get("num_key_value_heads") or heads
+        size = hf_config.get("head_dim") or hf_config["hidden_size"] // heads
         rows = "(num_attention_heads + 2 x num_key_value_heads) x head_dim"
         return [
             *rules,
@@ -131,21 +142,21 @@ def attention_divisions(hf: dict, transformer_engine: bool) -> list[tuple[str, i
         ]
     if not transformer_engine:
         # MLASelfAttention creates column-parallel down-projections, which LatentAttention replaces.
-        latent = hf["kv_lora_rank"] + hf["qk_rope_head_dim"]
+        latent = hf_config["kv_lora_rank"] + hf_config["qk_rope_head_dim"]
         rules.append(("kv_lora_rank + qk_rope_head_dim", latent, "tensor"))
-        if hf.get("q_lora_rank"):
-            rules.append(("q_lora_rank", hf["q_lora_rank"], "tensor"))
+        if hf_config.get("q_lora_rank"):
+            rules.append(("q_lora_rank", hf_config["q_lora_rank"], "tensor"))
     return rules
 
 
-def _flag(hf: dict, value: bool | str) -> bool:
-    return bool(hf.get(value)) if isinstance(value, str) else value
+def _flag(hf_config: dict, value: bool | str) -> bool:
+    return bool(hf_config.get(value)) if isinstance(value, str) else value
 
 
-def _grouped_query(hf: dict) -> dict[str, Any]:
-    num_heads = hf["num_attention_heads"]
-    groups = hf.get(KEY_VALUE_HEADS) or num_heads
-    size = hf.get("head_dim") or hf["hidden_size"] // num_heads
+def _grouped_query(hf_config: dict) -> dict[str, Any]:
+    num_heads = hf_config["num_attention_heads"]
+    groups = hf_config.get(KEY_VALUE_HEADS) or num_heads
+    size = hf_config.get("head_dim") or hf_config["hidden_size"] // num_heads
     if num_heads % groups:
         raise UserError(
             f"config.json: num_attention_heads={num_heads} is not a multiple of "
@@ -153,7 +164,7 @@ def _grouped_query(hf: dict) -> dict[str, Any]:
             key="num_attention_heads",
             cause=Cause.INDIVISIBLE,
         )
-    if (rotated := int(size * _rope(hf)["partial_rotary_factor"])) % 2 or not rotated:
+    if (rotated := int(size * _rope(hf_config)["partial_rotary_factor"])) % 2 or not rotated:
         raise UserError(
             f"config.json: {rotated} numbers of a head are rotated (head_dim, or hidden_size / "
             "num_attention_heads, x partial_rotary_factor), which must be pairs",
@@ -163,45 +174,47 @@ def _grouped_query(hf: dict) -> dict[str, Any]:
     return {
         "num_query_groups": groups,
         "kv_channels": size,
-        "add_qkv_bias": has_qkv_bias(hf),
-        "qk_layernorm": has_qk_norm(hf),
+        "add_qkv_bias": has_qkv_bias(hf_config),
+        "qk_layernorm": has_qk_norm(hf_config),
     }
 
 
-def _latent(hf: dict) -> dict[str, Any]:
-    need(hf, "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-    need(hf, KEY_VALUE_HEADS)  # transformers' default is DeepSeek-V3's 128
-    if "q_lora_rank" not in hf:
+def _latent(hf_config: dict) -> dict[str, Any]:
+    need(hf_config, "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    need(hf_config, KEY_VALUE_HEADS)  # transformers' default is DeepSeek-V3's 128
+    if "q_lora_rank" not in hf_config:
         raise UserError(
             "config.json lacks q_lora_rank, whose default in transformers is not null; add null for"
             " a model with q_proj, else the size",
             key="q_lora_rank",
             cause=Cause.MISSING,
         )
-    nope, rope = hf["qk_nope_head_dim"], hf["qk_rope_head_dim"]
-    require(hf, num_key_value_heads=hf["num_attention_heads"], qk_head_dim=nope + rope)
-    if hf.get("head_dim") not in (None, rope, nope + rope):
+    nope, rope = hf_config["qk_nope_head_dim"], hf_config["qk_rope_head_dim"]
+    require(
+        hf_config, num_key_value_heads=hf_config["num_attention_heads"], qk_head_dim=nope + rope
+    )
+    if hf_config.get("head_dim") not in (None, rope, nope + rope):
         raise UserError(
-            f"config.json: head_dim={hf['head_dim']} is neither qk_rope_head_dim={rope} nor "
+            f"config.json: head_dim={hf_config['head_dim']} is neither qk_rope_head_dim={rope} nor "
             f"qk_nope_head_dim + qk_rope_head_dim={nope + rope}; remove it",
             key="head_dim",
             cause=Cause.CONFLICT,
         )
     return {
         "kv_channels": nope + rope,
-        "q_lora_rank": hf.get("q_lora_rank"),
-        "kv_lora_rank": hf["kv_lora_rank"],
+        "q_lora_rank": hf_config.get("q_lora_rank"),
+        "kv_lora_rank": hf_config["kv_lora_rank"],
         "qk_head_dim": nope,
         "qk_pos_emb_head_dim": rope,
-        "v_head_dim": hf["v_head_dim"],
+        "v_head_dim": hf_config["v_head_dim"],
         "qk_layernorm": True,
-        **_latent_rope(hf),
+        **_latent_rope(hf_config),
     }
 
 
-def rope_parameters(hf: dict) -> dict:
+def rope_parameters(hf_config: dict) -> dict:
     """Return the rotary settings as one flat dict with `rope_type` and `rope_theta`, and
-    `partial_rotary_factor` where `hf` has it.
+    `partial_rotary_factor` where `hf_config` has it.
 
     transformers 5 writes `rope_parameters`; earlier versions `rope_theta` next to `rope_scaling`,
     with the kind in `rope_type` or `type`.
@@ -209,9 +222,9 @@ def rope_parameters(hf: dict) -> dict:
     Raises:
         UserError: two of these disagree.
     """
-    new, old = hf.get("rope_parameters") or {}, hf.get("rope_scaling") or {}
+    new, old = hf_config.get("rope_parameters") or {}, hf_config.get("rope_scaling") or {}
     rope = {**old, **new}
-    outside = {name: hf.get(name) for name in ("rope_theta", "partial_rotary_factor")}
+    outside = {name: hf_config.get(name) for name in ("rope_theta", "partial_rotary_factor")}
     for name, value in [*old.items(), *outside.items()]:
         if value is not None and rope.setdefault(name, value) not in (value,):
             remedy = "leave one"
@@ -225,7 +238,7 @@ def rope_parameters(hf: dict) -> dict:
             )
     kind = rope.pop("type", None)
     rope["rope_type"] = rope.get("rope_type") or kind or "default"
-    rope.setdefault("rope_theta", model_family(hf).rope_theta)
+    rope.setdefault("rope_theta", model_family(hf_config).rope_theta)
     for name, value in rope.items():
         fits = is_number(value) or value is None or type(value) is bool
         if name == "rope_theta":
@@ -240,18 +253,18 @@ def rope_parameters(hf: dict) -> dict:
     return rope
 
 
-def _rope(hf: dict) -> dict[str, Any]:
+def _rope(hf_config: dict) -> dict[str, Any]:
     """Return the rotary settings, all of them known.
 
     Raises:
         UserError: a setting is unknown.
     """
-    family, rope = model_family(hf), rope_parameters(hf)
+    family, rope = model_family(hf_config), rope_parameters(hf_config)
     kind = rope["rope_type"]
     if kind not in family.rope_types:
         raise UserError(
-            f"rope_type={kind!r} in config.json is not supported for {hf['architectures'][0]}, "
-            f"only {', '.join(family.rope_types)}",
+            f"rope_type={kind!r} in config.json is not supported for "
+            f"{hf_config['architectures'][0]}, only {', '.join(family.rope_types)}",
             key="rope_type",
             cause=Cause.UNSUPPORTED,
         )
@@ -281,9 +294,9 @@ def _rope(hf: dict) -> dict[str, Any]:
     return rope
 
 
-def _latent_rope(hf: dict) -> dict[str, Any]:
+def _latent_rope(hf_config: dict) -> dict[str, Any]:
     """Return Megatron's fields of latent attention's rotary embedding, plain or YaRN."""
-    rope = _rope(hf)
+    rope = _rope(hf_config)
     fields = {"rotary_base": rope["rope_theta"]}
     if rope["rope_type"] == "default":
         # The softmax scale reads the factor whatever the rope_type is (multi_latent_attention.py).

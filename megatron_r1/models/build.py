@@ -343,7 +343,7 @@ LATENT_EPSILON = 1e-6
 
 
 def build_model(
-    hf: dict,
+    hf_config: dict,
     config: TransformerConfig,
     groups: ProcessGroupCollection | None = None,
     *,
@@ -358,7 +358,7 @@ def build_model(
     order. The vocabulary is padded to a multiple of the tensor-parallel size (see `vocab_shard`).
 
     Args:
-        hf: the model's `config.json`.
+        hf_config: the model's `config.json`.
         config: Megatron's configuration of the model.
         groups: Megatron's process groups, which agree with `config`; None: those of its
             `parallel_state`.
@@ -372,29 +372,29 @@ def build_model(
     block, mtp = block_specs(config, vp_stage=vp_stage, shares_prompts=shares_prompts)
     tensor_parallel = config.tensor_model_parallel_size
     num_virtual = config.virtual_pipeline_model_parallel_size
-    kind = ScoreModel if has_score_head(hf) else PolicyModel
+    kind = ScoreModel if has_score_head(hf_config) else PolicyModel
     built = kind(
         config=config,
         transformer_layer_spec=block,
         mtp_block_spec=mtp,
-        vocab_size=-(-hf["vocab_size"] // tensor_parallel) * tensor_parallel,
-        max_sequence_length=hf["max_position_embeddings"],
+        vocab_size=-(-hf_config["vocab_size"] // tensor_parallel) * tensor_parallel,
+        max_sequence_length=hf_config["max_position_embeddings"],
         pre_process=is_vp_first_stage(vp_stage, num_virtual) and is_pp_first_stage(groups.pp),
         post_process=is_vp_last_stage(vp_stage, num_virtual) and is_pp_last_stage(groups.pp),
         parallel_output=True,
         pg_collection=groups,
         vp_stage=vp_stage,
-        **model_arguments(hf),
+        **model_arguments(hf_config),
     )
-    built.unpadded_vocab_size = hf["vocab_size"]
+    built.unpadded_vocab_size = hf_config["vocab_size"]
     correct_attributes(built, config)
     if config.multi_latent_attention:
         _set_latent_epsilon(built)
-    scaling = rope_scaling(hf)
+    scaling = rope_scaling(hf_config)
     if scaling:
         rotary = built.rotary_pos_emb
         rotary.inv_freq = rotary._apply_scaling(rotary.inv_freq, **scaling)
-    if yarn := yarn_scaling(hf):
+    if yarn := yarn_scaling(hf_config):
         set_yarn(built, **yarn)
     return built
 

@@ -249,42 +249,44 @@ def _fp8_fields(fp8: FP8Config) -> dict[str, Any]:
 RECOMPUTABLE = ("core_attn", "layernorm", "mla_up_proj", "mlp", "moe", "moe_act", "shared_experts")
 
 
-def transformer_config(hf: dict, config: Config) -> TransformerConfig:
-    """Return Megatron's configuration of the model `hf` (MLATransformerConfig for latent attention)
-    by the sections model, parallel and fp8 of a recipe.
+def transformer_config(hf_config: dict, config: Config) -> TransformerConfig:
+    """Return Megatron's configuration of the model `hf_config` (MLATransformerConfig for latent
+    attention) by the sections model, parallel and fp8 of a recipe.
 
     Args:
-        hf: the model's `config.json`.
+        hf_config: the model's `config.json`.
         config: the recipe.
 
     Raises:
         UserError: for a configuration this stack would compute wrongly, for sizes that do not
             divide, and for FP8, fusions and kernels that this machine cannot run.
     """
-    fields, parallel = model_fields(hf), config.parallel
+    fields, parallel = model_fields(hf_config), config.parallel
     if config.model.mtp == "none":
         fields["mtp_num_layers"] = None
     has_experts = bool(fields.get("num_moe_experts"))
     transformer_engine = platform.uses_transformer_engine()
-    check_divisions(hf, parallel, transformer_engine)
-    check_exchange_overlap(config, hf)
-    fields |= _shared_fields(hf, getattr(torch, config.model.dtype), transformer_engine)
+    check_divisions(hf_config, parallel, transformer_engine)
+    check_exchange_overlap(config, hf_config)
+    fields |= _shared_fields(hf_config, getattr(torch, config.model.dtype), transformer_engine)
     fields |= _parallel_fields(parallel, has_experts)
-    fields |= _pipeline_fields(parallel, hf["num_hidden_layers"], fields.get("mtp_num_layers") or 0)
+    fields |= _pipeline_fields(
+        parallel, hf_config["num_hidden_layers"], fields.get("mtp_num_layers") or 0
+    )
     fields |= _recompute_fields(parallel, fields)
     fields |= _fp8_fields(config.fp8)
     fields |= _acceleration_fields(config, has_experts)
     if fields.get("softmax_type") and config.model.attention_backend == "flash":
         raise UserError(
             "model.attention_backend: flash has no learned softmax offsets, which "
-            f"{hf['architectures'][0]} needs; use fused (cuDNN 9.18 or later) or auto",
+            f"{hf_config['architectures'][0]} needs; use fused (cuDNN 9.18 or later) or auto",
             key="model.attention_backend",
             cause=Cause.UNSUPPORTED,
         )
     if has_experts:
         fields["moe_router_bias_update_rate"] = config.model.expert_bias_update_rate
         fields["moe_grouped_gemm"] = transformer_engine
-    kind = MLATransformerConfig if model_family(hf).latent_attention else TransformerConfig
+    kind = MLATransformerConfig if model_family(hf_config).latent_attention else TransformerConfig
     try:
         return kind(**fields)
     except ValueError as error:
@@ -296,16 +298,16 @@ def transformer_config(hf: dict, config: Config) -> TransformerConfig:
         ) from error
 
 
-def _shared_fields(hf: dict, dtype: torch.dtype, transformer_engine: bool) -> dict[str, Any]:
+def _shared_fields(hf_config: dict, dtype: torch.dtype, transformer_engine: bool) -> dict[str, Any]:
     """Return the fields that need torch, and those that all architectures have alike."""
-    family = model_family(hf)
+    family = model_family(hf_config)
     return {
-        "num_layers": hf["num_hidden_layers"],
-        "hidden_size": hf["hidden_size"],
-        "num_attention_heads": hf["num_attention_heads"],
-        "ffn_hidden_size": hf["intermediate_size"],
-        "layernorm_epsilon": hf["rms_norm_eps"],
-        "init_method_std": hf.get("initializer_range", 0.02),
+        "num_layers": hf_config["num_hidden_layers"],
+        "hidden_size": hf_config["hidden_size"],
+        "num_attention_heads": hf_config["num_attention_heads"],
+        "ffn_hidden_size": hf_config["intermediate_size"],
+        "layernorm_epsilon": hf_config["rms_norm_eps"],
+        "init_method_std": hf_config.get("initializer_range", 0.02),
         "normalization": "RMSNorm",
         "activation_func": quick_gelu if family.open_swiglu else torch.nn.functional.silu,
         "gated_linear_unit": True,

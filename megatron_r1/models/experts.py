@@ -15,75 +15,75 @@ DeepSeek-V3 (and its descendants), one in DeepSeek-V2."""
 OPEN_SWIGLU = {"glu_linear_offset": 1.0, "activation_func_clamp_value": SWIGLU_LIMIT}
 
 
-def expert_fields(hf: dict) -> dict[str, Any]:
+def expert_fields(hf_config: dict) -> dict[str, Any]:
     """Return Megatron's fields of the experts; {} without any. UserError if not supported."""
-    function = model_family(hf).router_score
+    function = model_family(hf_config).router_score
     if not function:
         return {}
-    need(hf, "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size")
-    _check_layer_types(hf)
-    size, shared = hf["moe_intermediate_size"], hf.get("n_shared_experts") or 0
+    need(hf_config, "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size")
+    _check_layer_types(hf_config)
+    size, shared = hf_config["moe_intermediate_size"], hf_config.get("n_shared_experts") or 0
     return {
-        "num_moe_experts": hf["n_routed_experts"],
-        "moe_layer_freq": [int(sparse) for sparse in sparse_layers(hf)],
+        "num_moe_experts": hf_config["n_routed_experts"],
+        "moe_layer_freq": [int(sparse) for sparse in sparse_layers(hf_config)],
         "moe_ffn_hidden_size": size,
         "moe_shared_expert_intermediate_size": size * shared or None,
-        "moe_router_topk": hf["num_experts_per_tok"],
+        "moe_router_topk": hf_config["num_experts_per_tok"],
         "moe_router_score_function": function,
         "moe_router_enable_expert_bias": function == "sigmoid",
         # With softmax Megatron normalizes the chosen scores unless this is set; `models.patches`
         # reads it so with sigmoid too.
-        "moe_router_pre_softmax": not _normalizes(hf),
-        "moe_router_topk_scaling_factor": hf.get("routed_scaling_factor") or 1.0,
+        "moe_router_pre_softmax": not _normalizes(hf_config),
+        "moe_router_topk_scaling_factor": hf_config.get("routed_scaling_factor") or 1.0,
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
-        **(OPEN_SWIGLU if model_family(hf).open_swiglu else {}),
-        **_groups(hf, GROUP_SCORES[function]),
+        **(OPEN_SWIGLU if model_family(hf_config).open_swiglu else {}),
+        **_groups(hf_config, GROUP_SCORES[function]),
     }
 
 
-def _normalizes(hf: dict) -> bool:
+def _normalizes(hf_config: dict) -> bool:
     """Return whether the weights of a token's experts sum to 1, before they are scaled."""
-    setting = hf.get("norm_topk_prob")
-    return model_family(hf).normalizes_topk if setting is None else setting
+    setting = hf_config.get("norm_topk_prob")
+    return model_family(hf_config).normalizes_topk if setting is None else setting
 
 
-def expert_divisions(hf: dict) -> list[tuple[str, int, str]]:
+def expert_divisions(hf_config: dict) -> list[tuple[str, int, str]]:
     """Return (field, its value, the key of `parallel` that must divide it) triples."""
-    if not hf.get("n_routed_experts"):
+    if not hf_config.get("n_routed_experts"):
         return []
-    size = hf["moe_intermediate_size"]
-    shared = size * (hf.get("n_shared_experts") or 0)
+    size = hf_config["moe_intermediate_size"]
+    shared = size * (hf_config.get("n_shared_experts") or 0)
     return [
         *([("moe_intermediate_size * n_shared_experts", shared, "tensor")] if shared else []),
-        ("hidden_size", hf["hidden_size"], "tensor"),
-        ("n_routed_experts", hf["n_routed_experts"], "expert"),
+        ("hidden_size", hf_config["hidden_size"], "tensor"),
+        ("n_routed_experts", hf_config["n_routed_experts"], "expert"),
         ("moe_intermediate_size", size, "expert_tensor"),
     ]
 
 
-def _check_layer_types(hf: dict) -> None:
+def _check_layer_types(hf_config: dict) -> None:
     """Raise UserError where `mlp_layer_types`, which transformers reads, disagrees with
     first_k_dense_replace, which vLLM and this project read."""
-    if not model_family(hf).reads_mlp_layer_types:
+    if not model_family(hf_config).reads_mlp_layer_types:
         return
-    default = ["dense"] + ["sparse"] * (hf["num_hidden_layers"] - 1)
-    types = hf.get("mlp_layer_types") or default
-    if types != ["sparse" if sparse else "dense" for sparse in sparse_layers(hf)]:
+    default = ["dense"] + ["sparse"] * (hf_config["num_hidden_layers"] - 1)
+    types = hf_config.get("mlp_layer_types") or default
+    if types != ["sparse" if sparse else "dense" for sparse in sparse_layers(hf_config)]:
         raise UserError(
             f"config.json: mlp_layer_types={types} is not what first_k_dense_replace="
-            f"{hf.get('first_k_dense_replace')} says; vLLM reads the latter, transformers the "
-            "former: make them agree",
+            f"{hf_config.get('first_k_dense_replace')} says; vLLM reads the latter, transformers "
+            "the former: make them agree",
             key="mlp_layer_types",
             cause=Cause.CONFLICT,
         )
 
 
-def _groups(hf: dict, best: int) -> dict[str, int]:
-    num_groups, group_topk = hf.get("n_group") or 1, hf.get("topk_group") or 1
-    experts, topk = hf["n_routed_experts"], hf["num_experts_per_tok"]
-    method = hf.get("topk_method") or "greedy"
+def _groups(hf_config: dict, best: int) -> dict[str, int]:
+    num_groups, group_topk = hf_config.get("n_group") or 1, hf_config.get("topk_group") or 1
+    experts, topk = hf_config["n_routed_experts"], hf_config["num_experts_per_tok"]
+    method = hf_config.get("topk_method") or "greedy"
     if best == 1 and method not in ("greedy", "group_limited_greedy"):
         raise UserError(
             f"topk_method={method!r} in config.json is not supported, only 'greedy' and "
@@ -155,18 +155,21 @@ class RoutingShape:
         return len(self.moe_layers) * self.topk * self.index_bytes
 
 
-def routing_shape(hf: dict) -> RoutingShape:
-    """Return the routing shape of the model `hf`; UserError for one without experts."""
-    if not hf.get("n_routed_experts"):
-        architecture = (hf.get("architectures") or ["this model"])[0]
+def routing_shape(hf_config: dict) -> RoutingShape:
+    """Return the routing shape of the model `hf_config`; UserError for one without experts."""
+    if not hf_config.get("n_routed_experts"):
+        architecture = (hf_config.get("architectures") or ["this model"])[0]
         raise UserError(
             f"rl.routing_replay: {architecture} has no routed experts whose choice could be "
             "replayed; set it to false",
             key="rl.routing_replay",
             cause=Cause.CONFLICT,
         )
-    need(hf, "num_hidden_layers", "num_experts_per_tok")
-    moe_layers = tuple(layer for layer, sparse in enumerate(sparse_layers(hf)) if sparse)
+    need(hf_config, "num_hidden_layers", "num_experts_per_tok")
+    moe_layers = tuple(layer for layer, sparse in enumerate(sparse_layers(hf_config)) if sparse)
     return RoutingShape(
-        hf["num_hidden_layers"], moe_layers, hf["num_experts_per_tok"], hf["n_routed_experts"]
+        hf_config["num_hidden_layers"],
+        moe_layers,
+        hf_config["num_experts_per_tok"],
+        hf_config["n_routed_experts"],
     )

@@ -97,9 +97,9 @@ def load_config(path: str | Path, key: str = "model.path") -> dict:
             key="config.json",
             cause=Cause.MALFORMED,
         )
-    hf = read_json(file, "config.json")
-    _check_kinds(file, hf)
-    return hf
+    hf_config = read_json(file, "config.json")
+    _check_kinds(file, hf_config)
+    return hf_config
 
 
 def _has_mark(file: Path) -> bool:
@@ -117,9 +117,9 @@ def hub_hint(path: str) -> str:
     return f"; if it is a model of the hub: hf download {path} --local-dir FOLDER"
 
 
-def _check_kinds(file: Path, hf: Any) -> None:
+def _check_kinds(file: Path, hf_config: Any) -> None:
     """Raise UserError for an entry that is of another kind than every release has."""
-    if not isinstance(hf, dict):
+    if not isinstance(hf_config, dict):
         raise UserError(
             f"{file} must be a JSON object of settings; fetch it again",
             key="config.json",
@@ -130,19 +130,19 @@ def _check_kinds(file: Path, hf: Any) -> None:
         (("rope_scaling", "rope_parameters", "quantization_config"), dict, "object"),
     ):
         for key in keys:
-            if not isinstance(hf.get(key), kind | None):
+            if not isinstance(hf_config.get(key), kind | None):
                 raise UserError(
-                    f"{file}: {key}={hf[key]!r} must be a JSON {name}, or be left out",
+                    f"{file}: {key}={hf_config[key]!r} must be a JSON {name}, or be left out",
                     key=key,
                     cause=Cause.MALFORMED,
                 )
-    if not all(isinstance(name, str) for name in hf.get("architectures") or ()):
+    if not all(isinstance(name, str) for name in hf_config.get("architectures") or ()):
         raise UserError(
-            f"{file}: architectures={hf['architectures']!r} must be names of classes",
+            f"{file}: architectures={hf_config['architectures']!r} must be names of classes",
             key="architectures",
             cause=Cause.MALFORMED,
         )
-    settings = language_settings(hf)
+    settings = language_settings(hf_config)
     if not isinstance(settings, dict):
         raise UserError(
             f"{file}: text_config={settings!r} must be a JSON object, or be left out",
@@ -169,9 +169,9 @@ def _check_most(file: Path, settings: dict) -> None:
             )
 
 
-def language_settings(hf: dict) -> dict:
+def language_settings(hf_config: dict) -> dict:
     """Return the language model's settings, which multimodal models keep one level down."""
-    return hf.get("text_config") or hf
+    return hf_config.get("text_config") or hf_config
 
 
 def read_hf_config(
@@ -194,29 +194,35 @@ def read_hf_config(
             or it is a score model where a language model is expected.
     """
     file = Path(path) / "config.json"
-    hf = resolve_aliases(load_config(path, key))
-    architecture(hf)
-    if _lacks_mtp(path, hf):
-        hf[_MTP_COUNTS[0]] = 0
-    hf |= implied_settings(hf)
-    if has_score_head(hf):
-        _check_labels(file, hf)
-    if head == "language" and has_score_head(hf):
+    hf_config = resolve_aliases(load_config(path, key))
+    architecture(hf_config)
+    if _lacks_mtp(path, hf_config):
+        hf_config[_MTP_COUNTS[0]] = 0
+    hf_config |= implied_settings(hf_config)
+    if has_score_head(hf_config):
+        _check_labels(file, hf_config)
+    if head == "language" and has_score_head(hf_config):
         raise UserError(
-            f"{file}: {hf['architectures'][0]} is a reward model; give the folder of a language "
-            "model here (megatron-r1 reward-model trains reward models)",
+            f"{file}: {hf_config['architectures'][0]} is a reward model; give the folder of a "
+            "language model here (megatron-r1 reward-model trains reward models)",
             key=key,
             cause=Cause.CONFLICT,
         )
-    return score_model_config(hf) if head == "score" or has_score_head(hf) else hf
+    return (
+        score_model_config(hf_config) if head == "score" or has_score_head(hf_config) else hf_config
+    )
 
 
-def implied_settings(hf: dict) -> dict[str, Any]:
-    """Return the keys that `hf`, of any architecture, lacks and vLLM needs, with the values that
-    all models of its class have."""
-    names = [ARCHITECTURES[name] for name in hf.get("architectures") or () if name in ARCHITECTURES]
+def implied_settings(hf_config: dict) -> dict[str, Any]:
+    """Return the keys that `hf_config`, of any architecture, lacks and vLLM needs, with the values
+    that all models of its class have."""
+    names = [
+        ARCHITECTURES[name]
+        for name in hf_config.get("architectures") or ()
+        if name in ARCHITECTURES
+    ]
     values = FAMILIES[names[0]].implied_values if names else {}
-    return {key: value for key, value in values.items() if hf.get(key) is None}
+    return {key: value for key, value in values.items() if hf_config.get(key) is None}
 
 
 def describe_config_changes(path: str | Path, key: str = "model.path") -> list[str]:
@@ -227,94 +233,102 @@ def describe_config_changes(path: str | Path, key: str = "model.path") -> list[s
         path: the model's folder.
         key: the recipe's key of `path`, for error messages.
     """
-    hf = resolve_aliases(load_config(path, key))
+    hf_config = resolve_aliases(load_config(path, key))
     sentences: list[str] = []
-    if not any(name in ARCHITECTURES for name in hf.get("architectures") or ()):
+    if not any(name in ARCHITECTURES for name in hf_config.get("architectures") or ()):
         return sentences
-    if added := implied_settings(hf):
+    if added := implied_settings(hf_config):
         listed = ", ".join(f"{name}={value!r}" for name, value in added.items())
         sentences.append(
-            f"config.json lacks {listed}, which every {hf['architectures'][0]} has; they are added "
-            "for vLLM and in exports"
+            f"config.json lacks {listed}, which every {hf_config['architectures'][0]} has; they "
+            "are added for vLLM and in exports"
         )
-    if _lacks_mtp(path, hf):
+    if _lacks_mtp(path, hf_config):
         sentences.append(
-            f"config.json has {_MTP_COUNTS[0]}={num_mtp_layers(hf)}, but the weights have no "
-            "tensor of MTP layers: the model is read without them"
+            f"config.json has {_MTP_COUNTS[0]}={num_mtp_layers(hf_config)}, but the weights have "
+            "no tensor of MTP layers: the model is read without them"
         )
     return sentences
 
 
-def _lacks_mtp(path: str | Path, hf: dict) -> bool:
-    """Whether the folder has weights, and none of the MTP layers that `hf` names."""
-    layers = hf.get("num_hidden_layers")
-    if not num_mtp_layers(hf) or not isinstance(layers, int):
+def _lacks_mtp(path: str | Path, hf_config: dict) -> bool:
+    """Whether the folder has weights, and none of the MTP layers that `hf_config` names."""
+    layers = hf_config.get("num_hidden_layers")
+    if not num_mtp_layers(hf_config) or not isinstance(layers, int):
         return False
     names = tensor_names(Path(path))
     return bool(names) and not any(name.startswith(f"model.layers.{layers}.") for name in names)
 
 
-def resolve_aliases(hf: dict) -> dict:
-    """Return `hf` with one name for each setting; UserError where two names have two values."""
-    hf = dict(hf)
+def resolve_aliases(hf_config: dict) -> dict:
+    """Return `hf_config` with one name for each setting; UserError where two names have two
+    values."""
+    hf_config = dict(hf_config)
     for alias, name in _ALIASES.items():
-        if alias in hf and hf.setdefault(name, value := hf.pop(alias)) != value:
+        if (
+            alias in hf_config
+            and hf_config.setdefault(name, value := hf_config.pop(alias)) != value
+        ):
             raise UserError(
-                f"config.json: {alias}={value!r} and {name}={hf[name]!r} mean the same; leave one",
+                f"config.json: {alias}={value!r} and {name}={hf_config[name]!r} mean the same; "
+                "leave one",
                 key=alias,
                 cause=Cause.CONFLICT,
             )
-    for family in (ARCHITECTURES[n] for n in hf.get("architectures") or [] if n in ARCHITECTURES):
-        if FAMILIES[family].router_score and (size := hf.get(FAMILIES[family].expert_size)):
-            hf.setdefault(EXPERT_SIZE, size)
-    return hf
+    for family in (
+        ARCHITECTURES[n] for n in hf_config.get("architectures") or [] if n in ARCHITECTURES
+    ):
+        if FAMILIES[family].router_score and (size := hf_config.get(FAMILIES[family].expert_size)):
+            hf_config.setdefault(EXPERT_SIZE, size)
+    return hf_config
 
 
-def published_names(hf: dict) -> dict:
-    """Return `hf` with the names that transformers' and vLLM's classes of its architecture read."""
-    name, family = "n_routed_experts", model_family(hf)
-    if name not in hf or family.router_score != "softmax" or family.latent_attention:
-        return hf
-    hf = {("num_experts" if key == name else key): value for key, value in hf.items()}
+def published_names(hf_config: dict) -> dict:
+    """Return `hf_config` with the names that transformers' and vLLM's classes of its architecture
+    read."""
+    name, family = "n_routed_experts", model_family(hf_config)
+    if name not in hf_config or family.router_score != "softmax" or family.latent_attention:
+        return hf_config
+    hf_config = {("num_experts" if key == name else key): value for key, value in hf_config.items()}
     if family.expert_size != EXPERT_SIZE:
-        hf[family.expert_size] = hf.pop(EXPERT_SIZE)
-    return hf
+        hf_config[family.expert_size] = hf_config.pop(EXPERT_SIZE)
+    return hf_config
 
 
-def has_score_head(hf: dict) -> bool:
+def has_score_head(hf_config: dict) -> bool:
     """Whether the model returns one number per token instead of logits."""
-    return any(name.endswith(_SUFFIXES["score"]) for name in hf.get("architectures") or [])
+    return any(name.endswith(_SUFFIXES["score"]) for name in hf_config.get("architectures") or [])
 
 
-def score_model_config(hf: dict) -> dict:
-    """Return the configuration of the score model with the body of `hf`, as transformers and vLLM
-    read it: without LM head and multi-token-prediction layers.
+def score_model_config(hf_config: dict) -> dict:
+    """Return the configuration of the score model with the body of `hf_config`, as transformers and
+    vLLM read it: without LM head and multi-token-prediction layers.
 
     Raises:
         UserError: transformers has no score model of the architecture.
     """
-    if not model_family(hf).score_head:
+    if not model_family(hf_config).score_head:
         raise UserError(
-            f"transformers has no score model of {hf['architectures'][0]}; take a model of "
+            f"transformers has no score model of {hf_config['architectures'][0]}; take a model of "
             f"{', '.join(name for name, family in FAMILIES.items() if family.score_head)}",
             key="architectures",
             cause=Cause.UNSUPPORTED,
         )
-    names = [n.removesuffix(_SUFFIXES["language"]) for n in hf["architectures"]]
+    names = [n.removesuffix(_SUFFIXES["language"]) for n in hf_config["architectures"]]
     scored = {
-        **hf,
+        **hf_config,
         "architectures": [n.removesuffix(_SUFFIXES["score"]) + _SUFFIXES["score"] for n in names],
         "num_labels": 1,
         "id2label": {"0": "score"},
         "label2id": {"score": 0},
         "tie_word_embeddings": False,
     }
-    return scored | {name: 0 for name in _MTP_COUNTS if name in hf}
+    return scored | {name: 0 for name in _MTP_COUNTS if name in hf_config}
 
 
-def _check_labels(file: Path, hf: dict) -> None:
+def _check_labels(file: Path, hf_config: dict) -> None:
     # transformers counts id2label, which without an entry has two labels.
-    count = hf.get("num_labels") or len(hf.get("id2label") or "ab")
+    count = hf_config.get("num_labels") or len(hf_config.get("id2label") or "ab")
     if count != 1:
         raise UserError(
             f"{file}: a classifier of {count} labels; only score models can be trained and "
@@ -324,9 +338,9 @@ def _check_labels(file: Path, hf: dict) -> None:
         )
 
 
-def architecture(hf: dict) -> str:
+def architecture(hf_config: dict) -> str:
     """Return the key of this configuration in FAMILIES; UserError if it has none."""
-    names = hf.get("architectures") or []
+    names = hf_config.get("architectures") or []
     for name in names:
         if name in ARCHITECTURES:
             return ARCHITECTURES[name]
@@ -340,38 +354,43 @@ def architecture(hf: dict) -> str:
     )
 
 
-def model_family(hf: dict) -> Family:
+def model_family(hf_config: dict) -> Family:
     """Return the entry of FAMILIES for this `config.json`; UserError for an unknown one."""
-    return FAMILIES[architecture(hf)]
+    return FAMILIES[architecture(hf_config)]
 
 
-def sparse_layers(hf: dict) -> list[bool]:
+def sparse_layers(hf_config: dict) -> list[bool]:
     """Return for each decoder layer whether it has routed experts instead of a dense MLP."""
-    layers = range(hf["num_hidden_layers"])
-    if not hf.get("n_routed_experts"):
+    layers = range(hf_config["num_hidden_layers"])
+    if not hf_config.get("n_routed_experts"):
         return [False for _ in layers]
-    first, step = hf.get("first_k_dense_replace") or 0, hf.get("decoder_sparse_step") or 1
-    dense = hf.get("mlp_only_layers") or []
+    first, step = (
+        hf_config.get("first_k_dense_replace") or 0,
+        hf_config.get("decoder_sparse_step") or 1,
+    )
+    dense = hf_config.get("mlp_only_layers") or []
     return [i >= first and i not in dense and (i + 1) % step == 0 for i in layers]
 
 
-def key_value_heads(hf: dict) -> int:
+def key_value_heads(hf_config: dict) -> int:
     """Return the heads of keys and values of a layer: as many as query heads where config.json does
     not say."""
-    return hf.get("num_key_value_heads") or hf["num_attention_heads"]
+    return hf_config.get("num_key_value_heads") or hf_config["num_attention_heads"]
 
 
-def head_sizes(hf: dict) -> tuple[int, int]:
+def head_sizes(hf_config: dict) -> tuple[int, int]:
     """Return the features of a query head and of a value head."""
-    if hf.get("kv_lora_rank"):
-        return hf["qk_nope_head_dim"] + hf["qk_rope_head_dim"], hf["v_head_dim"]
-    size = hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
+    if hf_config.get("kv_lora_rank"):
+        return hf_config["qk_nope_head_dim"] + hf_config["qk_rope_head_dim"], hf_config[
+            "v_head_dim"
+        ]
+    size = hf_config.get("head_dim") or hf_config["hidden_size"] // hf_config["num_attention_heads"]
     return size, size
 
 
-def num_mtp_layers(hf: dict) -> int:
+def num_mtp_layers(hf_config: dict) -> int:
     """Return the number of multi-token-prediction layers; 0 for architectures without any."""
-    return hf.get("num_nextn_predict_layers") or 0
+    return hf_config.get("num_nextn_predict_layers") or 0
 
 
 def is_number(value: Any) -> bool:
@@ -379,10 +398,11 @@ def is_number(value: Any) -> bool:
     return type(value) in (int, float) and -LARGEST < value < LARGEST
 
 
-def require(hf: dict, **allowed: Any) -> None:
-    """Raise UserError for a field of `hf` that is set to another value than the one allowed."""
+def require(hf_config: dict, **allowed: Any) -> None:
+    """Raise UserError for a field of `hf_config` that is set to another value than the one
+    allowed."""
     for name, value in allowed.items():
-        actual = hf.get(name)
+        actual = hf_config.get(name)
         if actual is not None and actual != value:
             remedy = "leave it out" if value is None else f"only {value!r} is"
             raise UserError(
@@ -392,9 +412,9 @@ def require(hf: dict, **allowed: Any) -> None:
             )
 
 
-def need(hf: dict, *names: str) -> None:
-    """Raise UserError naming every field of `names` that `hf` lacks."""
-    missing = [name for name in names if hf.get(name) is None]
+def need(hf_config: dict, *names: str) -> None:
+    """Raise UserError naming every field of `names` that `hf_config` lacks."""
+    missing = [name for name in names if hf_config.get(name) is None]
     if missing:
         raise UserError(
             f"config.json lacks {', '.join(missing)}; add the model's own value",

@@ -66,21 +66,21 @@ def engine_bytes(values: float, dtype: str, *, receives: bool = True) -> float:
     return values * BYTES[dtype] * (1 + receives)
 
 
-def cache_bytes_per_token(hf: dict, value: int = 2, mtp_layers: int = 0) -> int:
+def cache_bytes_per_token(hf_config: dict, value: int = 2, mtp_layers: int = 0) -> int:
     """Return KV cache bytes of one token in all layers, with those that draft.
 
     Latent attention caches the latent and the rotary key once for all heads (70,272 B for
     DeepSeek-V3 in bf16, as published: arXiv 2505.09343, table 1).
 
     Args:
-        hf: the model's `config.json`.
+        hf_config: the model's `config.json`.
         value: bytes of a number.
         mtp_layers: MTP layers that draft."""
-    if hf.get("kv_lora_rank"):
-        values = hf["kv_lora_rank"] + hf["qk_rope_head_dim"]
+    if hf_config.get("kv_lora_rank"):
+        values = hf_config["kv_lora_rank"] + hf_config["qk_rope_head_dim"]
     else:
-        values = key_value_heads(hf) * sum(head_sizes(hf))
-    return (hf["num_hidden_layers"] + mtp_layers) * values * value
+        values = key_value_heads(hf_config) * sum(head_sizes(hf_config))
+    return (hf_config["num_hidden_layers"] + mtp_layers) * values * value
 
 
 @dataclass(frozen=True)
@@ -253,7 +253,7 @@ class LayerActivations:
 
 
 def layer_activations(
-    hf: dict,
+    hf_config: dict,
     config: Config,
     tokens: float,
     *,
@@ -268,7 +268,7 @@ def layer_activations(
     all tokens and its part of heads or features.
 
     Args:
-        hf: the model's `config.json`.
+        hf_config: the model's `config.json`.
         config: the recipe, for layout and dtype.
         tokens: the number of tokens of the micro-batch.
         sparse: whether the layer has routed experts, not a dense MLP.
@@ -279,40 +279,45 @@ def layer_activations(
     parallel, value = config.parallel, BYTES[config.model.dtype]
     tensor, num_extra = parallel.tensor, int(local)
     all_tokens = tokens / parallel.context
-    divides = parallel.splits_sequences(bool(hf.get("n_routed_experts")))
+    divides = parallel.splits_sequences(bool(hf_config.get("n_routed_experts")))
     split = all_tokens / tensor if divides else all_tokens
-    hidden, heads = hf["hidden_size"], hf["num_attention_heads"] / tensor
-    head, out = head_sizes(hf)
+    hidden, heads = hf_config["hidden_size"], hf_config["num_attention_heads"] / tensor
+    head, out = head_sizes(hf_config)
     modules = {"layernorm": 2 * hidden * split * value}
     always = hidden * split * value  # the residual between attention and MLP
-    if key := hf.get("kv_lora_rank"):
-        query = hf.get("q_lora_rank") or 0
-        latents = ((2 + num_extra) * (query + key) + hf["qk_rope_head_dim"]) * split
+    if key := hf_config.get("kv_lora_rank"):
+        query = hf_config.get("q_lora_rank") or 0
+        latents = ((2 + num_extra) * (query + key) + hf_config["qk_rope_head_dim"]) * split
         always += (latents + heads * out * all_tokens) * value
         # Local layers: the heads' rotary part; q, k and v in batches of one head size.
         copies = num_extra * (2 * head + out + 3 * max(head, out))
         modules["mla_up_proj"] = heads * (2 * head + out + copies) * all_tokens * value
     else:
         # With fewer key and value heads than ranks, several ranks have the same one.
-        groups = max(key_value_heads(hf), tensor) / tensor
+        groups = max(key_value_heads(hf_config), tensor) / tensor
         # Local layers: q and k before and after their positions; q, k and v in batches.
         always += (2 + 3 * num_extra) * (heads + groups) * head * all_tokens * value
     modules["core_attn"] = 4 * heads * all_tokens
     dispatch = 0.0
     if sparse:
-        routed, intermediate = hf["num_experts_per_tok"] * split, hf["moe_intermediate_size"]
+        routed, intermediate = (
+            hf_config["num_experts_per_tok"] * split,
+            hf_config["moe_intermediate_size"],
+        )
         at_expert = routed * imbalance * parallel.expert_tensor
         local_intermediate = intermediate / parallel.expert_tensor
-        scores = (3 + num_extra) * FP32 * hf["n_routed_experts"] * split
+        scores = (3 + num_extra) * FP32 * hf_config["n_routed_experts"] * split
         values_per_token = (1 + num_extra) * hidden + (2 + num_extra) * local_intermediate
         modules["moe"] = at_expert * values_per_token * value + scores
         modules["moe_act"] = at_expert * local_intermediate * value
-        shared = intermediate * (hf.get("n_shared_experts") or 0)
+        shared = intermediate * (hf_config.get("n_shared_experts") or 0)
         modules["shared_experts"] = (3 + num_extra) * shared / tensor * all_tokens * value
         # The sent and the received tokens, sorted by expert, exist at once.
         dispatch = 2 * at_expert * hidden * value
     else:
-        modules["mlp"] = (3 + num_extra) * hf["intermediate_size"] / tensor * all_tokens * value
+        modules["mlp"] = (
+            (3 + num_extra) * hf_config["intermediate_size"] / tensor * all_tokens * value
+        )
     rounded = {name: round(num_bytes) for name, num_bytes in modules.items()}
     return LayerActivations(round(hidden * split * value), round(always), rounded, round(dispatch))
 

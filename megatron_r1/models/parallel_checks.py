@@ -26,23 +26,23 @@ _REFUSED = {
 }
 
 
-def check_divisions(hf: dict, parallel: ParallelConfig, transformer_engine: bool) -> None:
+def check_divisions(hf_config: dict, parallel: ParallelConfig, transformer_engine: bool) -> None:
     """Raise UserError for sizes of `parallel` that do not divide the model, or that only experts
     could have.
 
     Args:
-        hf: the model's `config.json`.
+        hf_config: the model's `config.json`.
         parallel: the recipe's section.
         transformer_engine: whether the layers are Transformer Engine's; others need more divisions.
     """
-    for key in () if hf.get("n_routed_experts") else ("expert", "expert_tensor"):
+    for key in () if hf_config.get("n_routed_experts") else ("expert", "expert_tensor"):
         if (ranks := getattr(parallel, key)) > 1:
             raise UserError(
                 f"parallel.{key}={ranks} needs a model with experts; use 1",
                 key=f"parallel.{key}",
                 cause=Cause.CONFLICT,
             )
-    family = model_family(hf)
+    family = model_family(hf_config)
     refused = {
         "context": family.attention_sinks or family.sliding_windows,
         "expert_tensor": family.linear_biases,
@@ -50,15 +50,15 @@ def check_divisions(hf: dict, parallel: ParallelConfig, transformer_engine: bool
     for key, is_refused in refused.items():
         if is_refused and (ranks := getattr(parallel, key)) > 1:
             raise UserError(
-                f"parallel.{key}={ranks} is not supported for {hf['architectures'][0]}"
+                f"parallel.{key}={ranks} is not supported for {hf_config['architectures'][0]}"
                 f" ({_REFUSED[key]}); use 1",
                 key=f"parallel.{key}",
                 cause=Cause.UNSUPPORTED,
             )
     divisions = [
-        *attention_divisions(hf, transformer_engine),
-        ("intermediate_size", hf["intermediate_size"], "tensor"),
-        *expert_divisions(hf),
+        *attention_divisions(hf_config, transformer_engine),
+        ("intermediate_size", hf_config["intermediate_size"], "tensor"),
+        *expert_divisions(hf_config),
     ]
     for field, size, key in divisions:
         ranks = getattr(parallel, key)
@@ -88,15 +88,15 @@ class OverlapConflict(NamedTuple):
     remedy: str
 
 
-def check_exchange_overlap(config: Config, hf: dict) -> None:
+def check_exchange_overlap(config: Config, hf_config: dict) -> None:
     """Raise UserError where `parallel.overlap_expert_exchange` is set and cannot be done.
 
     Args:
         config: the recipe.
-        hf: the model's `config.json`."""
+        hf_config: the model's `config.json`."""
     if not config.parallel.overlap_expert_exchange:
         return
-    for conflict in overlap_conflicts(config, hf):
+    for conflict in overlap_conflicts(config, hf_config):
         raise UserError(
             f"{KEY}: true is not possible with {conflict.setting}: {conflict.reason}; "
             f"{conflict.remedy}, or set {KEY}: false",
@@ -105,15 +105,15 @@ def check_exchange_overlap(config: Config, hf: dict) -> None:
         )
 
 
-def overlap_conflicts(config: Config, hf: dict) -> Iterator[OverlapConflict]:
+def overlap_conflicts(config: Config, hf_config: dict) -> Iterator[OverlapConflict]:
     """Yield what prevents the overlap of `config`, whether or not it is asked for.
 
     Args:
         config: the recipe.
-        hf: the model's `config.json`."""
+        hf_config: the model's `config.json`."""
     parallel = config.parallel
-    if not hf.get("n_routed_experts"):
-        name = (hf.get("architectures") or ["this model"])[0]
+    if not hf_config.get("n_routed_experts"):
+        name = (hf_config.get("architectures") or ["this model"])[0]
         yield OverlapConflict(f"the model {name}", "it has no routed experts", "take one that has")
         return
     if parallel.expert == 1:
@@ -135,7 +135,7 @@ def overlap_conflicts(config: Config, hf: dict) -> Iterator[OverlapConflict]:
             "Megatron combines passes in 16 bits only",
             "set model.dtype: bfloat16",
         )
-    mtp = num_mtp_layers(hf) if config.model.mtp != "none" else 0
+    mtp = num_mtp_layers(hf_config) if config.model.mtp != "none" else 0
     if mtp > 1 or (mtp and parallel.pipeline == 1):
         yield OverlapConflict(
             f"model.mtp: {config.model.mtp}, {mtp} MTP layers and parallel.pipeline: "

@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 class KeyRecorder(dict):
     """A configuration that records which of its keys were read."""
 
-    def __init__(self, hf: dict):
-        super().__init__(hf)
+    def __init__(self, hf_config: dict):
+        super().__init__(hf_config)
         self.keys_read: set[str] = set()
 
     def __getitem__(self, key: str) -> Any:
@@ -76,19 +76,19 @@ def _is_inert(key: str) -> bool:
     return key in INERT or key.startswith("_") or key.endswith("_token_id")
 
 
-def _refuse_unread(hf: KeyRecorder) -> None:
+def _refuse_unread(hf_config: KeyRecorder) -> None:
     """Raise UserError naming the keys with a value that were not read and are not inert."""
     unknown = {
         key: value
-        for key, value in hf.items()
-        if value is not None and key not in hf.keys_read and not _is_inert(key)
+        for key, value in hf_config.items()
+        if value is not None and key not in hf_config.keys_read and not _is_inert(key)
     }
     if unknown:
         listed = ", ".join(f"{key}={value!r}" for key, value in sorted(unknown.items()))
         raise UserError(
-            f"config.json of {' '.join(hf.get('architectures') or [])}: {listed} is not supported "
-            "and could change what the model computes; remove it from config.json if you know that "
-            "it does not",
+            f"config.json of {' '.join(hf_config.get('architectures') or [])}: {listed} is not "
+            "supported and could change what the model computes; remove it from config.json if you "
+            "know that it does not",
             key=min(unknown),
             cause=Cause.UNSUPPORTED,
         )
@@ -105,13 +105,13 @@ FP8_BLOCKS = {
 (`models.weights.formats.published_layout`)."""
 
 
-def _check_quantization(hf: dict) -> None:
+def _check_quantization(hf_config: dict) -> None:
     """Raise UserError for weights that are stored in another form than the one that can be read:
     blocks of FP8, or for models with stacked experts MXFP4."""
-    quantization = hf.get("quantization_config")
+    quantization = hf_config.get("quantization_config")
     if not quantization:
         return
-    if model_family(hf).stacked_experts:
+    if model_family(hf_config).stacked_experts:
         expected: dict[str, object] = {"quant_method": "mxfp4"}
     else:
         expected = {key: FP8_BLOCKS[key] for key in ("quant_method", "weight_block_size")}
@@ -142,39 +142,39 @@ _FACTORS = ("routed_scaling_factor", "initializer_range")
 _DTYPES = ("auto", "float64", "float32", "bfloat16", "float16", "float8_e4m3fn")
 
 
-def check_supported(hf: dict) -> None:
+def check_supported(hf_config: dict) -> None:
     """Raise UserError for a model that this stack would compute differently from transformers,
     naming the key of `config.json`; unknown keys are refused too."""
-    model_fields(hf)
+    model_fields(hf_config)
 
 
-def model_fields(hf: dict) -> dict[str, Any]:
+def model_fields(hf_config: dict) -> dict[str, Any]:
     """Return the fields of Megatron's TransformerConfig in which architectures differ. Errors as
     `check_supported`."""
-    _check_sizes(hf)
-    hf, family = KeyRecorder(hf), model_family(hf)
-    need(hf, "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
-    need(hf, "vocab_size", "rms_norm_eps", "max_position_embeddings", *family.required_keys)
-    require(hf, hidden_act="silu", attention_dropout=0.0, **family.fixed_values)
-    _check_quantization(hf)
+    _check_sizes(hf_config)
+    hf_config, family = KeyRecorder(hf_config), model_family(hf_config)
+    need(hf_config, "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
+    need(hf_config, "vocab_size", "rms_norm_eps", "max_position_embeddings", *family.required_keys)
+    require(hf_config, hidden_act="silu", attention_dropout=0.0, **family.fixed_values)
+    _check_quantization(hf_config)
     fields = {
-        **attention_fields(hf),
-        **expert_fields(hf),
-        "mtp_num_layers": num_mtp_layers(hf) or None,
+        **attention_fields(hf_config),
+        **expert_fields(hf_config),
+        "mtp_num_layers": num_mtp_layers(hf_config) or None,
     }
     # For their errors, and so that what they read counts as read.
-    model_arguments(hf), rope_scaling(hf), yarn_scaling(hf)
+    model_arguments(hf_config), rope_scaling(hf_config), yarn_scaling(hf_config)
     for key in ("tie_word_embeddings", *family.ignored_keys):
-        hf.get(key)
-    _refuse_unread(hf)
+        hf_config.get(key)
+    _refuse_unread(hf_config)
     return fields
 
 
-def _check_sizes(hf: dict) -> None:
+def _check_sizes(hf_config: dict) -> None:
     """Raise UserError for a size that is no whole number, or zero, or a value of another type."""
-    windows = ("sliding_window",) if model_family(hf).sliding_windows else ()
+    windows = ("sliding_window",) if model_family(hf_config).sliding_windows else ()
     for key in (*_SIZES, *windows):
-        size = hf.get(key)
+        size = hf_config.get(key)
         if size is not None and (type(size) is not int or size < 1):
             raise UserError(
                 f"config.json: {key}={size!r} must be a whole number above 0",
@@ -188,13 +188,13 @@ def _check_sizes(hf: dict) -> None:
     )
     for keys, fits, expected in kinds:
         for key in keys:
-            if (value := hf.get(key)) is not None and not fits(value):
+            if (value := hf_config.get(key)) is not None and not fits(value):
                 raise UserError(
                     f"config.json: {key}={value!r} must be {expected}",
                     key=key,
                     cause=Cause.MALFORMED,
                 )
-    epsilon = hf.get("rms_norm_eps", 1.0)
+    epsilon = hf_config.get("rms_norm_eps", 1.0)
     if not isinstance(epsilon, float) or not 0 < epsilon < inf:
         raise UserError(
             f"config.json: rms_norm_eps={epsilon!r} must be a number above 0, written with a "
@@ -203,7 +203,7 @@ def _check_sizes(hf: dict) -> None:
             cause=Cause.OUT_OF_RANGE,
         )
     for key in ("dtype", "torch_dtype"):
-        if (dtype := hf.get(key)) is not None and dtype not in _DTYPES:
+        if (dtype := hf_config.get(key)) is not None and dtype not in _DTYPES:
             raise UserError(
                 f"config.json: {key}={dtype!r} is no type of weights; write what they are, such as "
                 '"bfloat16"',

@@ -18,8 +18,10 @@ from megatron_r1.models.weights.formats.hf_writer import copy_model_files
 from megatron_r1.models.weights.formats.published_layout import published_tensors
 
 
-def load_with_transformers(folder: str | Path, hf: dict, dtype: torch.dtype, **options: Any) -> Any:
-    """Return what transformers loads from `folder`, whose `config.json` is `hf`.
+def load_with_transformers(
+    folder: str | Path, hf_config: dict, dtype: torch.dtype, **options: Any
+) -> Any:
+    """Return what transformers loads from `folder`, whose `config.json` is `hf_config`.
 
     By architecture, not model_type: Kimi-K2 has a type of its own for DeepSeek-V3's class, and
     transformers chooses both the class and how stored experts become its own by the type (an
@@ -28,7 +30,7 @@ def load_with_transformers(folder: str | Path, hf: dict, dtype: torch.dtype, **o
 
     Args:
         folder: the model's folder, in Hugging Face format.
-        hf: the model's `config.json`.
+        hf_config: the model's `config.json`.
         dtype: the dtype of the loaded weights.
         **options: further options of from_pretrained.
 
@@ -37,7 +39,7 @@ def load_with_transformers(folder: str | Path, hf: dict, dtype: torch.dtype, **o
     """
     import transformers
 
-    kind = getattr(transformers, hf["architectures"][0])
+    kind = getattr(transformers, hf_config["architectures"][0])
     try:
         config = kind.config_class.from_pretrained(folder)
     except Exception as error:  # every class has checks of its own, of many kinds
@@ -62,7 +64,7 @@ def write_dequantized(weights: HFWeights, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     tensors = {
         name: weights.read_whole(name).float().contiguous()
-        for name in published_tensors(weights.hf)
+        for name in published_tensors(weights.hf_config)
         if weights.has(name)
     }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -118,10 +118,10 @@ def planned_job(
     rollout, gpus = config.rollout, config.parallel.processes
     if verb == "sample":  # no trainer: the engines' GPUs
         gpus = rollout.engines * rollout.tensor * rollout.data
-    hf = read_hf_config(config.model.path, "score" if verb == "reward-model" else "language")
-    prompt = _prompt_tokens(args, config, verb, hf, assumptions.prompt_tokens)
+    hf_config = read_hf_config(config.model.path, "score" if verb == "reward-model" else "language")
+    prompt = _prompt_tokens(args, config, verb, hf_config, assumptions.prompt_tokens)
     job = PlannedJob(
-        hf=hf,
+        hf_config=hf_config,
         config=config,
         world_size=args.gpus or gpus,
         hardware=hardware,
@@ -185,7 +185,7 @@ def _prompt_tokens(
     args: argparse.Namespace,
     config: configuration.Config,
     verb: Verb,
-    hf: dict,
+    hf_config: dict,
     assumed_tokens: int,
 ) -> int:
     """Return the option, or the assumed ones if the context has room for them next to the longest
@@ -195,12 +195,12 @@ def _prompt_tokens(
         args: the options.
         config: the recipe.
         verb: its verb.
-        hf: the model's `config.json`.
+        hf_config: the model's `config.json`.
         assumed_tokens: those of a prompt where no option says."""
     if verb == "sft":
         return args.prompt_tokens or assumed_tokens
     if verb == "reward-model":
-        key, longest_prompt = "reward_model.max_tokens", text_limit(config, hf) - 1
+        key, longest_prompt = "reward_model.max_tokens", text_limit(config, hf_config) - 1
     else:
         key = "rollout.max_model_len"
         longest_prompt = max_model_len(config) - config.rollout.max_response_tokens

@@ -46,7 +46,7 @@ def build_ranks(job: PlannedJob, pipeline_ranks: Iterable[int] | None = None) ->
             )
     seconds = time.perf_counter() - start
     num_ranks, num_distinct, num_owned = _compare_ranks(job, shapes_by_rank)
-    model_counts = ModelCounts(job.hf)
+    model_counts = ModelCounts(job.hf_config)
     num_expected = model_counts.total + (model_counts.mtp_own if job.with_mtp else 0)
     if len(ranks_to_build) == job.parallel.pipeline and num_owned != num_expected:
         raise ValueError(
@@ -86,14 +86,14 @@ def _build_stage(job: PlannedJob, pipeline_rank: int) -> list[dict[str, tuple[in
             expert_tensor_parallel_size=parallel.expert_tensor,
             create_gloo_process_groups=False,
         )
-        transformer = models.transformer_config(job.hf, _without_kernels(job.config))
+        transformer = models.transformer_config(job.hf_config, _without_kernels(job.config))
         transformer.perform_initialization = False
         with _on_meta_device():
             chunks = [
-                models.build_model(job.hf, transformer, vp_stage=stage)
+                models.build_model(job.hf_config, transformer, vp_stage=stage)
                 for stage in (range(job.num_model_chunks) if job.num_model_chunks > 1 else [None])
             ]
-        for _ in local_entries(chunks, job.hf):
+        for _ in local_entries(chunks, job.hf_config):
             pass
         return [{n: tuple(t.shape) for n, t in model_tensors(chunk).items()} for chunk in chunks]
     finally:
@@ -168,7 +168,7 @@ def _compare(
         shard: Shard = replace(
             chunk, **place, transformer_engine=platform.uses_transformer_engine()
         )
-        entries = layout(job.hf, shard)
+        entries = layout(job.hf_config, shard)
         if differences := {n: e.shape for n, e in entries.items()}.items() ^ shapes.items():
             raise ValueError(f"pipeline rank {pipeline_rank}: {sorted(differences)[:4]} differ")
         for entry in entries.values():

@@ -60,11 +60,13 @@ def traffic_by_axis(job: PlannedJob, rank: int) -> dict[str, AxisTraffic]:
 
 
 def _tensor(job: PlannedJob, layers: int) -> AxisTraffic:
-    hf, size, tokens = job.hf, job.parallel.tensor, job.rank_tokens
-    hidden_size, fraction = hf["hidden_size"], (size - 1) / size
+    hf_config, size, tokens = job.hf_config, job.parallel.tensor, job.rank_tokens
+    hidden_size, fraction = hf_config["hidden_size"], (size - 1) / size
     gathered_values = scattered_values = 2 * hidden_size
     if job.latent_attention:
-        gathered_values = hidden_size + (hf.get("q_lora_rank") or hidden_size) + hf["kv_lora_rank"]
+        gathered_values = (
+            hidden_size + (hf_config.get("q_lora_rank") or hidden_size) + hf_config["kv_lora_rank"]
+        )
     forward_bytes = (
         layers * (gathered_values + scattered_values) * tokens * ACTIVATION_BYTES * fraction
     )
@@ -83,10 +85,10 @@ def _tensor(job: PlannedJob, layers: int) -> AxisTraffic:
 
 
 def _context(job: PlannedJob, layers: int) -> AxisTraffic:
-    hf, size, tokens = job.hf, job.parallel.context, job.rank_tokens
+    hf_config, size, tokens = job.hf_config, job.parallel.context, job.rank_tokens
     # With fewer key and value heads than tensor ranks, several ranks send the same one.
-    heads = max(key_value_heads(hf), job.parallel.tensor)
-    values = heads * sum(head_sizes(hf)) / job.parallel.tensor
+    heads = max(key_value_heads(hf_config), job.parallel.tensor)
+    values = heads * sum(head_sizes(hf_config)) / job.parallel.tensor
     forward_bytes = layers * values * tokens * (size - 1) * ACTIVATION_BYTES
     recomputes = job.parallel.recompute == "full"
     formula = (
@@ -104,8 +106,8 @@ def _expert(job: PlannedJob, sparse_layers: int) -> AxisTraffic | None:
         return None
     parallel, size = job.parallel, job.parallel.expert
     tokens = job.tokens_per_tensor_rank(job.rank_tokens)
-    topk = job.hf["num_experts_per_tok"]
-    span, max_nodes = size * parallel.expert_tensor, job.hf.get("topk_group") or math.inf
+    topk = job.hf_config["num_experts_per_tok"]
+    span, max_nodes = size * parallel.expert_tensor, job.hf_config.get("topk_group") or math.inf
     copies, receivers = topk, "experts"
     if parallel.dispatcher == "flex":
         num_nodes = -(-span // job.hardware.gpus_per_node)
@@ -113,23 +115,28 @@ def _expert(job: PlannedJob, sparse_layers: int) -> AxisTraffic | None:
         receivers = "nodes (DeepEP)" if num_nodes > 1 else "ranks (DeepEP)"
     sent_tokens = copies * tokens * job.assumptions.expert_imbalance
     one_way_bytes = (
-        sparse_layers * sent_tokens * job.hf["hidden_size"] * ACTIVATION_BYTES * (size - 1) / size
+        sparse_layers
+        * sent_tokens
+        * job.hf_config["hidden_size"]
+        * ACTIVATION_BYTES
+        * (size - 1)
+        / size
     )
     recomputes_experts = parallel.recompute == "selective" and "moe" in parallel.recompute_modules
     num_times = 6 if parallel.recompute == "full" or recomputes_experts else 4
     formula = (
         f"{format_count(sparse_layers, 'layer')} x {copies:.3g} {receivers} x {tokens:,.0f} "
-        f"tokens x {job.hf['hidden_size']} x {ACTIVATION_BYTES} B x {(size - 1) / size:.2f} x "
-        f"imbalance {job.assumptions.expert_imbalance}, out and back, {num_times} times"
+        f"tokens x {job.hf_config['hidden_size']} x {ACTIVATION_BYTES} B x {(size - 1) / size:.2f} "
+        f"x imbalance {job.assumptions.expert_imbalance}, out and back, {num_times} times"
     )
     return AxisTraffic(size, span, formula, num_times * one_way_bytes, 2 * one_way_bytes)
 
 
 def _pipeline(job: PlannedJob) -> AxisTraffic:
     tokens = job.tokens_per_tensor_rank(job.rank_tokens)
-    state_bytes = tokens * job.hf["hidden_size"] * ACTIVATION_BYTES * job.num_model_chunks
+    state_bytes = tokens * job.hf_config["hidden_size"] * ACTIVATION_BYTES * job.num_model_chunks
     formula = (
-        f"{tokens:,.0f} tokens x {job.hf['hidden_size']} x {ACTIVATION_BYTES} B x "
+        f"{tokens:,.0f} tokens x {job.hf_config['hidden_size']} x {ACTIVATION_BYTES} B x "
         f"{format_count(job.num_model_chunks, 'chunk')}, states forward and gradients backward"
     )
     return AxisTraffic(job.parallel.pipeline, job.world_size, formula, 2 * state_bytes, state_bytes)

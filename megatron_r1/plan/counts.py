@@ -60,7 +60,7 @@ class RankCounts:
             job, adapters = self.job, self.job.adapters
             trained_entries = None if adapters is None else layout_from_table(adapters, shard)
             self._counts_by_key[key] = count_parameters(
-                layout(job.hf, shard), job.config.model.mtp, trained_entries
+                layout(job.hf_config, shard), job.config.model.mtp, trained_entries
             )
         return self._counts_by_key[key]
 
@@ -69,17 +69,17 @@ class ModelCounts:
     """Counts of the whole model, for any layout.
 
     Args:
-        hf: the model's config.json."""
+        hf_config: the model's config.json."""
 
-    def __init__(self, hf: dict):
-        table = weight_table(hf)
-        experts, topk = table.num_experts, hf.get("num_experts_per_tok", 0)
+    def __init__(self, hf_config: dict):
+        table = weight_table(hf_config)
+        experts, topk = table.num_experts, hf_config.get("num_experts_per_tok", 0)
         # All layers of one kind share one list of the table.
         kinds = Counter(map(id, table.layers))
         layers = {id(layer): layer for layer in table.layers}
         expert_size = sum(times * _size(layers[kind], True) for kind, times in kinds.items())
         ends = _size(table.embedding) + _size(table.final_norm) + _size(table.head)
-        is_tied = bool(hf.get("tie_word_embeddings"))
+        is_tied = bool(hf_config.get("tie_word_embeddings"))
         if is_tied:
             ends -= _size(table.embedding)
         self.shared = ends + sum(n * _size(layers[kind], False) for kind, n in kinds.items())
@@ -110,8 +110,8 @@ def _size(rules: list[WeightRule], expert: bool = False) -> int:
 def parameter_section(job: PlannedJob) -> QuantityTable:
     """Return the parameters: of the whole model, of the fullest rank if the job trains, and of MTP
     layers if the model has some."""
-    counts = ModelCounts(job.hf)
-    experts, topk = job.hf.get("n_routed_experts"), job.hf.get("num_experts_per_tok")
+    counts = ModelCounts(job.hf_config)
+    experts, topk = job.hf_config.get("n_routed_experts"), job.hf_config.get("num_experts_per_tok")
     section = {
         "total": (counts.total, "sum of the weight table's shapes, without MTP layers"),
         "active": (
@@ -133,39 +133,43 @@ def parameter_section(job: PlannedJob) -> QuantityTable:
     return {name: Quantity(n, "parameters", formula) for name, (n, formula) in section.items()}
 
 
-def attention_flops(hf: dict, length: float) -> float:
+def attention_flops(hf_config: dict, length: float) -> float:
     """Return forward FLOP of one token and layer, averaged over a causal sequence of `length`."""
-    return 2 * hf["num_attention_heads"] * sum(head_sizes(hf)) * length / 2
+    return 2 * hf_config["num_attention_heads"] * sum(head_sizes(hf_config)) * length / 2
 
 
-def forward_flops(hf: dict, length: float, speedup: float = 1.0) -> float:
+def forward_flops(hf_config: dict, length: float, speedup: float = 1.0) -> float:
     """Return forward FLOP of one token through the main model; products with weights count
     1 / `speedup`, for a time at the rate of the others.
 
     Args:
-        hf: the model's config.json.
+        hf_config: the model's config.json.
         length: tokens of the sequence.
         speedup: rate of the products with weights over that of the others."""
-    layers = hf["num_hidden_layers"]
-    return 2 * ModelCounts(hf).multiplied / speedup + layers * attention_flops(hf, length)
+    layers = hf_config["num_hidden_layers"]
+    return 2 * ModelCounts(hf_config).multiplied / speedup + layers * attention_flops(
+        hf_config, length
+    )
 
 
-def decode_flops(hf: dict, length: float, speedup: float = 1.0) -> float:
+def decode_flops(hf_config: dict, length: float, speedup: float = 1.0) -> float:
     """Return FLOP of one new token that attends to `length` cached ones; `speedup` as in
     `forward_flops`.
 
     Latent attention, in its absorbed form, works on the latents themselves.
 
     Args:
-        hf: the model's config.json.
+        hf_config: the model's config.json.
         length: cached tokens.
         speedup: rate of the products with weights over that of the others."""
-    if hf.get("kv_lora_rank"):
-        sizes = 2 * hf["kv_lora_rank"] + hf["qk_rope_head_dim"]
+    if hf_config.get("kv_lora_rank"):
+        sizes = 2 * hf_config["kv_lora_rank"] + hf_config["qk_rope_head_dim"]
     else:
-        sizes = sum(head_sizes(hf))
-    attention = 2 * hf["num_attention_heads"] * sizes * length
-    return 2 * ModelCounts(hf).multiplied / speedup + hf["num_hidden_layers"] * attention
+        sizes = sum(head_sizes(hf_config))
+    attention = 2 * hf_config["num_attention_heads"] * sizes * length
+    return (
+        2 * ModelCounts(hf_config).multiplied / speedup + hf_config["num_hidden_layers"] * attention
+    )
 
 
 def layer_flops(job: PlannedJob, layer: int, length: float, speedup: float = 1.0) -> float:
@@ -181,14 +185,14 @@ def layer_flops(job: PlannedJob, layer: int, length: float, speedup: float = 1.0
     num_products = 0.0
     for rule in job.weight_table.layers[layer]:
         count = sum(prod(source.shape) for source in rule.sources if len(source.shape) > 1)
-        count *= job.hf["num_experts_per_tok"] if rule.expert and experts else 1
+        count *= job.hf_config["num_experts_per_tok"] if rule.expert and experts else 1
         num_products += count / (1 if "router" in rule.megatron else speedup)
-    return 2 * num_products + attention_flops(job.hf, length)
+    return 2 * num_products + attention_flops(job.hf_config, length)
 
 
-def head_flops(hf: dict) -> float:
+def head_flops(hf_config: dict) -> float:
     """Return forward FLOP of one token through the LM or score head."""
-    return 2 * prod(weight_table(hf).head[0].sources[0].shape)
+    return 2 * prod(weight_table(hf_config).head[0].sources[0].shape)
 
 
 def flops_section(job: PlannedJob) -> QuantityTable:
@@ -203,15 +207,15 @@ def flops_section(job: PlannedJob) -> QuantityTable:
 
 def _training_flops(job: PlannedJob) -> QuantityTable:
     length = job.sample_tokens
-    forward = forward_flops(job.hf, length)
+    forward = forward_flops(job.hf_config, length)
     samples = job.step_samples
     passes = 3 + (job.parallel.recompute == "full")
     section = {
         "training, per token": Quantity(
             3 * forward,
             "FLOP",
-            f"3 x (2 x {ModelCounts(job.hf).multiplied:,} multiplied parameters + attention at "
-            f"{length:,} tokens), recomputation not counted",
+            f"3 x (2 x {ModelCounts(job.hf_config).multiplied:,} multiplied parameters + attention "
+            f"at {length:,} tokens), recomputation not counted",
         ),
         "optimizer step": Quantity(
             passes * forward * samples * length,
@@ -233,8 +237,8 @@ def _rollout_flops(job: PlannedJob) -> QuantityTable:
     prompt_tokens = job.num_responses * job.assumptions.prompt_tokens
     decoded_tokens = job.num_responses * job.response_tokens
     mean_cached = job.assumptions.prompt_tokens + job.response_tokens / 2
-    prefill_flops = prompt_tokens * forward_flops(job.hf, job.assumptions.prompt_tokens)
-    flops = prefill_flops + decoded_tokens * decode_flops(job.hf, mean_cached)
+    prefill_flops = prompt_tokens * forward_flops(job.hf_config, job.assumptions.prompt_tokens)
+    flops = prefill_flops + decoded_tokens * decode_flops(job.hf_config, mean_cached)
     formula = (
         f"prefill {prefill_flops:.2e} + {decoded_tokens:,} decoded tokens at {mean_cached:,.0f} "
         "cached on average"

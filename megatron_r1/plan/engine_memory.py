@@ -56,7 +56,7 @@ class EngineMemory:
     def replicates_shared_experts(self) -> bool:
         """Whether each GPU has the shared experts whole."""
         return PredictedSharding(
-            self.job.hf, planned_engine_layout(self.job)
+            self.job.hf_config, planned_engine_layout(self.job)
         ).replicates_shared_experts
 
     @property
@@ -94,10 +94,10 @@ class EngineMemory:
     @property
     def token_bytes(self) -> float:
         """Cache bytes of a token on each GPU that attends to it: latents whole, heads shared."""
-        num_bytes = cache_bytes_per_token(self.job.hf, self.parameter_bytes, self.mtp_layers)
+        num_bytes = cache_bytes_per_token(self.job.hf_config, self.parameter_bytes, self.mtp_layers)
         if self.job.latent_attention:
             return num_bytes
-        return num_bytes / min(self.tensor, key_value_heads(self.job.hf))
+        return num_bytes / min(self.tensor, key_value_heads(self.job.hf_config))
 
     @property
     def sequences(self) -> float:
@@ -165,8 +165,8 @@ def rollout_section(engines: EngineMemory) -> QuantityTable:
             + ("; projections in FP8 (push.fp8)" if pushes_fp8(job) else ""),
         ),
         "KV cache of a token": byte_quantity(
-            cache_bytes_per_token(job.hf, engines.parameter_bytes, engines.mtp_layers),
-            f"{job.hf['num_hidden_layers'] + engines.mtp_layers} layers x values a layer x "
+            cache_bytes_per_token(job.hf_config, engines.parameter_bytes, engines.mtp_layers),
+            f"{job.hf_config['num_hidden_layers'] + engines.mtp_layers} layers x values a layer x "
             f"{engines.parameter_bytes} B"
             + ("; the MTP layers' among them" if engines.mtp_layers else ""),
         ),

@@ -30,7 +30,7 @@ def expert_flops(job: PlannedJob, layer: int) -> float:
     """Return forward FLOP of one token in the routed experts of a decoder layer."""
     rules = (rule for rule in job.weight_table.layers[layer] if rule.expert)
     values = sum(prod(source.shape) for rule in rules for source in rule.sources)
-    return 2 * values * job.hf["num_experts_per_tok"]
+    return 2 * values * job.hf_config["num_experts_per_tok"]
 
 
 def exposed_seconds(transfer_seconds: float, attention: float, experts: float) -> float:
@@ -94,7 +94,7 @@ def exchange_choice(
         return {}
     recomputing_job = job.with_parallel(overlap_expert_exchange=False, recompute="full")
     jobs = {OVERLAPPED: _overlapped(job), FULL_RECOMPUTE: recomputing_job}
-    if conflicts := list(islice(overlap_conflicts(jobs[OVERLAPPED].config, job.hf), 1)):
+    if conflicts := list(islice(overlap_conflicts(jobs[OVERLAPPED].config, job.hf_config), 1)):
         reason = f"not possible with {conflicts[0].setting}: {conflicts[0].reason}"
         return {
             OVERLAPPED: Quantity(None, "s", reason),

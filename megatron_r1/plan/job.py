@@ -21,9 +21,9 @@ from megatron_r1.models.weights.layout import Shard, recipe_stages
 from megatron_r1.models.weights.table import WeightTable, weight_table
 
 
-def text_limit(config: Config, hf: dict) -> int:
+def text_limit(config: Config, hf_config: dict) -> int:
     """Return the most tokens of a reward model's training text."""
-    return config.reward_model.max_tokens or hf["max_position_embeddings"]
+    return config.reward_model.max_tokens or hf_config["max_position_embeddings"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class PlannedJob:
     """One run on `world_size` trainer ranks, one GPU each.
 
     Attributes:
-        hf: the model's config.json.
+        hf_config: the model's config.json.
         config: the recipe.
         world_size: trainer ranks, one GPU each.
         hardware: rates and memory of a GPU and its share of a node.
@@ -46,7 +46,7 @@ class PlannedJob:
         shared: cache of counts that are slow to compute and equal for all layouts of one job.
     """
 
-    hf: dict
+    hf_config: dict
     config: Config
     world_size: int
     hardware: Hardware
@@ -85,7 +85,7 @@ class PlannedJob:
     def weight_table(self) -> WeightTable:
         """The weight table of the model (`models.weights.table`)."""
         if "weight_table" not in self.shared:
-            self.shared["weight_table"] = weight_table(self.hf)
+            self.shared["weight_table"] = weight_table(self.hf_config)
         return self.shared["weight_table"]
 
     @property
@@ -94,13 +94,13 @@ class PlannedJob:
         if (lora := self.config.model.lora) is None:
             return None
         if "adapters" not in self.shared:
-            self.shared["adapters"] = adapter_table(self.hf, lora)
+            self.shared["adapters"] = adapter_table(self.hf_config, lora)
         return self.shared["adapters"]
 
     @cached_property
     def is_sparse_layer(self) -> list[bool]:
         """Whether each decoder layer has routed experts."""
-        return sparse_layers(self.hf)
+        return sparse_layers(self.hf_config)
 
     def layers(self, pipeline_rank: int) -> tuple[int, int]:
         """Return the numbers of (dense, sparse) decoder layers on a pipeline rank."""
@@ -116,7 +116,7 @@ class PlannedJob:
         Raises:
             ValueError: an impossible layout.
         """
-        return recipe_stages(self.config, self.hf)
+        return recipe_stages(self.config, self.hf_config)
 
     @property
     def num_model_chunks(self) -> int:
@@ -166,7 +166,7 @@ class PlannedJob:
     @property
     def latent_attention(self) -> bool:
         """Whether keys and values are compressed, as DeepSeek-V3's are."""
-        return bool(self.hf.get("kv_lora_rank"))
+        return bool(self.hf_config.get("kv_lora_rank"))
 
     @property
     def parameter_bytes(self) -> int:
@@ -200,8 +200,8 @@ class PlannedJob:
         if self.verb != "rl" or self.is_critic or not find_rules(self.config.rl.algorithm).critic:
             return None
         config = self.config.critic_recipe()
-        hf = read_hf_config(config.model.path, "score", "critic.path")
-        return replace(self, hf=hf, config=config, shared={})
+        hf_config = read_hf_config(config.model.path, "score", "critic.path")
+        return replace(self, hf_config=hf_config, config=config, shared={})
 
     @property
     def num_responses(self) -> int:
@@ -242,7 +242,7 @@ class PlannedJob:
     def longest_response(self) -> int:
         """Tokens of the longest response, or text to score."""
         if self.verb == "reward-model":
-            return max(1, text_limit(self.config, self.hf) - self.assumptions.prompt_tokens)
+            return max(1, text_limit(self.config, self.hf_config) - self.assumptions.prompt_tokens)
         return self.config.rollout.max_response_tokens
 
     @property
@@ -289,8 +289,8 @@ def check_trainer(job: PlannedJob) -> None:
     or on these GPUs."""
     job.parallel.check_sizes(job.world_size)
     job.parallel.splits_sequences(job.has_experts)  # raises where experts need it
-    check_divisions(job.hf, job.parallel, transformer_engine=True)
-    check_exchange_overlap(job.config, job.hf)
+    check_divisions(job.hf_config, job.parallel, transformer_engine=True)
+    check_exchange_overlap(job.config, job.hf_config)
     check_batches(job.config, job.verb, job.world_size, "GPU")
     assert job.stages, "building them checks the layout"
 
@@ -298,7 +298,7 @@ def check_trainer(job: PlannedJob) -> None:
 def check_engine_gpus(job: PlannedJob) -> None:
     """Raise ValueError for engines that are impossible, or impossible on these GPUs."""
     rollout, gpus = job.config.rollout, job.rollout_gpus or job.world_size
-    check_engines(job.config, job.hf)
+    check_engines(job.config, job.hf_config)
     if rollout.pipeline > 1:
         raise UserError(
             f"rollout.pipeline={rollout.pipeline}: engines with stages are not planned for; use 1",

@@ -66,7 +66,7 @@ RECEIVE_BUFFER = "receive buffer"
 def rank_memory(job: PlannedJob) -> list[RankMemory]:
     """Return the memory of each pipeline rank; ranks that differ in other axes only are equal."""
     counts = RankCounts(job)
-    settings = (job.hf, job.config, job.microbatch_tokens)
+    settings = (job.hf_config, job.config, job.microbatch_tokens)
     imbalance = job.assumptions.expert_imbalance
     layers = {
         sparse: layer_activations(*settings, sparse=sparse, imbalance=imbalance)

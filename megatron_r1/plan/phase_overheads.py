@@ -109,7 +109,7 @@ def weight_load_time(job: PlannedJob) -> Quantity:
     """Return the seconds in which an engine GPU takes pushed weights out of its receive buffer."""
     assumptions, weights = job.assumptions, planned_rank_bytes(job)
     layout = planned_engine_layout(job)
-    tensors = _num_tensors(json.dumps(job.hf), layout, drafts_with_mtp(job))
+    tensors = _num_tensors(json.dumps(job.hf_config), layout, drafts_with_mtp(job))
     rate = job.hardware.memory_bandwidth * assumptions.bandwidth_efficiency / 2  # read and written
     route = "read and written in the GPU's memory"
     if TRANSPORTS[job.config.push.transport].memory == "host":
@@ -124,9 +124,9 @@ def weight_load_time(job: PlannedJob) -> Quantity:
 
 
 @lru_cache
-def _num_tensors(hf: str, layout: EngineLayout, drafts: bool) -> int:
+def _num_tensors(hf_config_json: str, layout: EngineLayout, drafts: bool) -> int:
     """Return the tensors of an engine's first GPU."""
-    sharding = PredictedSharding(json.loads(hf), layout, drafts=drafts)
+    sharding = PredictedSharding(json.loads(hf_config_json), layout, drafts=drafts)
     return sum(1 for _ in sharding.regions_of(layout.coordinate(0)))
 
 
@@ -185,7 +185,7 @@ class RoutingReplayTraffic:
     @cached_property
     def shape(self) -> RoutingShape:
         """The layers and experts of the replayed routing."""
-        return routing_shape(self.job.hf)
+        return routing_shape(self.job.hf_config)
 
     def stored_bytes(self, tokens: int) -> int:
         """Return the bytes of all samples, of `tokens` each, as the controller keeps them."""

@@ -50,7 +50,7 @@ def planned_engine_layout(job: PlannedJob) -> EngineLayout:
 
 def _divides_attention(job: PlannedJob, tensor: int) -> bool:
     """Return whether `tensor` GPUs can share the attention, and divide the engine's GPUs."""
-    heads, groups = job.hf["num_attention_heads"], key_value_heads(job.hf)
+    heads, groups = job.hf_config["num_attention_heads"], key_value_heads(job.hf_config)
     is_even = groups % tensor == 0 or tensor % groups == 0
     return job.engine_gpus % tensor == 0 and heads % tensor == 0 and is_even
 
@@ -60,7 +60,7 @@ def check_engines_and_push(job: PlannedJob) -> None:
     check_engine_gpus(job)
     if has_push(job):
         check_drafter(job.config)
-        check_adapter_push(job.config, job.hf)
+        check_adapter_push(job.config, job.hf_config)
 
 
 def has_push(job: PlannedJob) -> bool:
@@ -86,7 +86,7 @@ def pushed_lora(job: PlannedJob) -> LoraConfig | None:
 def planned_rank_bytes(job: PlannedJob) -> int:
     """Return the bytes of weights on an engine's first GPU, which has the most. A pushed adapter is
     there three times: as it has come, as vLLM has loaded it, and in its LoRA layers."""
-    all_weights = PushedWeights.from_config(job.hf, None, drafts=drafts_with_mtp(job))
+    all_weights = PushedWeights.from_config(job.hf_config, None, drafts=drafts_with_mtp(job))
     weights = _rank_bytes(all_weights, planned_engine_layout(job), _pushed_dtype(job), 1)[0]
     if (lora := pushed_lora(job)) is None:
         return weights
@@ -99,7 +99,7 @@ def pushed_rank_bytes(job: PlannedJob) -> int:
 
 
 def _pushed_weights(job: PlannedJob) -> PushedWeights:
-    return PushedWeights.from_config(job.hf, pushed_lora(job), drafts=drafts_with_mtp(job))
+    return PushedWeights.from_config(job.hf_config, pushed_lora(job), drafts=drafts_with_mtp(job))
 
 
 def _pushed_dtype(job: PlannedJob) -> str:
@@ -196,7 +196,7 @@ def push_section(job: PlannedJob) -> QuantityTable:
     count = _byte_count(form)
     lora, drafts = pushed_lora(job), drafts_with_mtp(job)
     traffic = traffic_of_sets(
-        job.hf, grid, engines, job.stages, count, max_engines, drafts=drafts, lora=lora
+        job.hf_config, grid, engines, job.stages, count, max_engines, drafts=drafts, lora=lora
     )
     rank_bytes = traffic.received_bytes
     rate, link_name = push_link(job)
@@ -300,7 +300,7 @@ def _connections(
 def _rounds_time(job: PlannedJob, engines: EngineLayout, grid: TrainerGrid) -> Quantity:
     """Return the seconds of a push in rounds through one communicator."""
     rate, link = push_link(job)
-    layout = job.hf, grid, engines, job.stages
+    layout = job.hf_config, grid, engines, job.stages
     count, lora = _byte_count(_pushed_dtype(job)), pushed_lora(job)
     plans = set_plans(*layout, count, MAX_SET_ENGINES, drafts=drafts_with_mtp(job), lora=lora)
     sets, ranks = engine_sets(engines.engines, MAX_SET_ENGINES), engines.ranks_per_engine

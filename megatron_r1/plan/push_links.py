@@ -130,7 +130,7 @@ def round_seconds(schedule: RoundSchedule, rate: float, assumptions: Assumptions
 
 
 def traffic_of_sets(
-    hf: dict,
+    hf_config: dict,
     grid: TrainerGrid,
     engines: EngineLayout,
     stages: list[list[Shard]],
@@ -143,7 +143,7 @@ def traffic_of_sets(
     """Return the links of a push.
 
     Args:
-        hf: the model's config.json.
+        hf_config: the model's config.json.
         grid: the trainer's layout.
         engines: the layout of the engines.
         stages: the shards of the pipeline's stages.
@@ -152,7 +152,9 @@ def traffic_of_sets(
         drafts: the engines have drafters.
         lora: the adapters, where these alone are pushed."""
     sets = engine_sets(engines.engines, max_engines)
-    plans = set_plans(hf, grid, engines, stages, count, max_engines, drafts=drafts, lora=lora)
+    plans = set_plans(
+        hf_config, grid, engines, stages, count, max_engines, drafts=drafts, lora=lora
+    )
     trainer_links: Counter[int] = Counter()
     engine_links: Counter[tuple[int, int, int]] = Counter()
     entering_bytes: Counter[tuple[int, int, int]] = Counter()
@@ -178,7 +180,7 @@ def traffic_of_sets(
 
 
 def set_plans(
-    hf: dict,
+    hf_config: dict,
     grid: TrainerGrid,
     engines: EngineLayout,
     stages: list[list[Shard]],
@@ -191,7 +193,7 @@ def set_plans(
     """Return the plan of each set.
 
     Args:
-        hf: the model's config.json.
+        hf_config: the model's config.json.
         grid: the trainer's layout.
         engines: the layout of the engines.
         stages: the shards of the pipeline's stages.
@@ -200,7 +202,7 @@ def set_plans(
         drafts: whether engines draft with the MTP layers.
         lora: the section `model.lora`, where adapters alone are pushed."""
     chunks = tuple(map(tuple, stages))
-    weights = PushedWeights.from_config(hf, lora, drafts=drafts)
+    weights = PushedWeights.from_config(hf_config, lora, drafts=drafts)
     return _set_plans(weights, grid, engines, chunks, count, max_engines)
 
 
@@ -209,32 +211,34 @@ class PushedWeights(NamedTuple):
     whether its MTP layers are among the weights, and the section `model.lora` of adapters that are
     pushed alone."""
 
-    hf: str
+    hf_config_json: str
     drafts: bool
     lora: str | None
 
     @classmethod
-    def from_config(cls, hf: dict, lora: LoraConfig | None, *, drafts: bool) -> Self:
+    def from_config(cls, hf_config: dict, lora: LoraConfig | None, *, drafts: bool) -> Self:
         """Return the key of these settings, which are kept as JSON to be hashable.
 
         Args:
-            hf: the model's config.json.
+            hf_config: the model's config.json.
             lora: the section `model.lora`, where adapters alone are pushed.
             drafts: whether engines draft with the MTP layers."""
-        return cls(json.dumps(hf), drafts, None if lora is None else lora.model_dump_json())
+        return cls(json.dumps(hf_config), drafts, None if lora is None else lora.model_dump_json())
 
     @property
     def adapter_table(self) -> WeightTable | None:
         """The table of the adapters' weights; None where the whole model is pushed."""
         if self.lora is None:
             return None
-        return adapter_table(json.loads(self.hf), LoraConfig.model_validate_json(self.lora))
+        return adapter_table(
+            json.loads(self.hf_config_json), LoraConfig.model_validate_json(self.lora)
+        )
 
     def predicted_layout(self, layout: EngineLayout) -> PredictedSharding:
         """Return what the ranks of engines in this layout receive."""
         if (table := self.adapter_table) is not None:
-            return PredictedAdapterSharding(json.loads(self.hf), layout, table)
-        return PredictedSharding(json.loads(self.hf), layout, drafts=self.drafts)
+            return PredictedAdapterSharding(json.loads(self.hf_config_json), layout, table)
+        return PredictedSharding(json.loads(self.hf_config_json), layout, drafts=self.drafts)
 
 
 @lru_cache(maxsize=8)
@@ -248,6 +252,6 @@ def _set_plans(
 ) -> list[SetPlan]:
     sharding = weights.predicted_layout(engines)
     planner = Planner(
-        json.loads(weights.hf), grid, engines, stages, sharding, weights.adapter_table
+        json.loads(weights.hf_config_json), grid, engines, stages, sharding, weights.adapter_table
     )
     return plan_sets(planner, count, engine_sets(engines.engines, max_engines))

@@ -49,7 +49,7 @@ class RolloutTime:
     @cached_property
     def counts(self) -> ModelCounts:
         """The numbers of the model's parameters."""
-        return ModelCounts(self.job.hf)
+        return ModelCounts(self.job.hf_config)
 
     @property
     def tokens_per_pass(self) -> float:
@@ -64,11 +64,13 @@ class RolloutTime:
         once for each."""
         job, hardware, assumptions = self.job, self.job.hardware, self.job.assumptions
         engines = self.engines
-        layers = job.hf["num_hidden_layers"]
+        layers = job.hf_config["num_hidden_layers"]
         passes = layers + engines.num_draft_tokens * (engines.mtp_layers > 0)  # in layers
         cached_tokens = engines.cached_tokens
         read_bytes = self._weights_read(sequences) + sequences * cached_tokens * engines.token_bytes
-        flops = sequences * decode_flops(job.hf, cached_tokens, self._speedup) / engines.tensor
+        flops = (
+            sequences * decode_flops(job.hf_config, cached_tokens, self._speedup) / engines.tensor
+        )
         flops *= (1 + engines.num_draft_tokens) * passes / layers
         latency = assumptions.pass_seconds + self.exchange_seconds(sequences)
         if job.engine_gpus > 1:
@@ -97,12 +99,12 @@ class RolloutTime:
         job, layout = self.job, planned_engine_layout(self.job)
         spreads_experts = layout.expert_parallel and layout.data > 1 and job.has_experts
         # Groups of experts are laid out node by node.
-        max_nodes = job.hf.get("topk_group") or math.inf
+        max_nodes = job.hf_config.get("topk_group") or math.inf
         return ExpertExchange(
             EngineInterconnect(job.hardware, job.assumptions),
             ranks=job.engine_gpus if spreads_experts else 1,
-            hidden=job.hf["hidden_size"],
-            topk=job.hf.get("num_experts_per_tok", 1),
+            hidden=job.hf_config["hidden_size"],
+            topk=job.hf_config.get("num_experts_per_tok", 1),
             max_nodes=max_nodes,
             value=1 if pushes_fp8(job) else 2,
         )
@@ -120,12 +122,12 @@ class RolloutTime:
         num_bytes = (
             sequences
             * (1 + engines.num_draft_tokens)
-            * job.hf["hidden_size"]
+            * job.hf_config["hidden_size"]
             * engines.parameter_bytes
         )
         sum_seconds = 2 * self.experts.links.all_reduce_seconds(engines.tensor, num_bytes)
         expert_seconds = self.layer_exchange(sequences, self.backend)
-        layers, sparse_layers = job.hf["num_hidden_layers"], sum(job.is_sparse_layer)
+        layers, sparse_layers = job.hf_config["num_hidden_layers"], sum(job.is_sparse_layer)
         tensor_seconds = (layers + draft_layers) * sum_seconds
         return tensor_seconds + (sparse_layers + draft_layers) * expert_seconds
 
@@ -147,7 +149,10 @@ class RolloutTime:
         )
         if not routed_parameters:
             return engines.weight_bytes
-        experts, topk = self.job.hf["n_routed_experts"], self.job.hf["num_experts_per_tok"]
+        experts, topk = (
+            self.job.hf_config["n_routed_experts"],
+            self.job.hf_config["num_experts_per_tok"],
+        )
         # Tokens spread evenly.
         held_experts = experts + planned_engine_layout(self.job).redundant_experts
         tokens = sequences * self.job.engine_gpus / engines.tensor * (1 + engines.num_draft_tokens)
@@ -181,7 +186,7 @@ class RolloutTime:
         """Seconds in which a group computes the prompts of its sequences."""
         job, prompt = self.job, self.job.assumptions.prompt_tokens
         compute = job.hardware.bf16 * job.assumptions.compute_efficiency * self.engines.tensor
-        flops = prompt * forward_flops(job.hf, prompt, self._speedup)
+        flops = prompt * forward_flops(job.hf_config, prompt, self._speedup)
         return self.engines.sequences * flops / compute
 
     @property
@@ -278,7 +283,7 @@ def samples_section(job: PlannedJob) -> QuantityTable:
     if uses_routing_replay(job):
         section |= RoutingReplayTraffic(job).section()
     elif job.has_experts:
-        shape = routing_shape(job.hf)
+        shape = routing_shape(job.hf_config)
         section["routed experts"] = byte_quantity(
             job.num_responses * (prompt + response) * shape.token_bytes,
             f"with rl.routing_replay: {job.num_responses:,} samples x {prompt + response:,} tokens "
@@ -304,15 +309,15 @@ def teacher_section(job: PlannedJob, key: str, teacher: TeacherEngines) -> Quant
         key: the key of the teacher's settings.
         teacher: these settings."""
     try:
-        hf = read_hf_config(teacher.path, key=f"{key}.path")
+        hf_config = read_hf_config(teacher.path, key=f"{key}.path")
     except ValueError as error:
         return {"weights": byte_quantity(None, f"cannot be counted: {error}")}
     has_others = bool(job.config.teacher.by_source)
     ranks = teacher.tensor * teacher.pipeline * teacher.data
     gpus = (len(teacher.url) or teacher.engines) * ranks
     shards, value = teacher.tensor * teacher.pipeline, BYTES[teacher.dtype]
-    total, tokens = ModelCounts(hf).total, job.num_responses * job.sample_tokens
-    flops = forward_flops(hf, job.sample_tokens)
+    total, tokens = ModelCounts(hf_config).total, job.num_responses * job.sample_tokens
+    flops = forward_flops(hf_config, job.sample_tokens)
     seconds = tokens * flops / (gpus * job.hardware.bf16 * job.assumptions.compute_efficiency)
     scoring = (
         f"{tokens:,} tokens x {flops:.2e} FLOP on {format_count(gpus, 'GPU')}; while the students' "
@@ -324,8 +329,8 @@ def teacher_section(job: PlannedJob, key: str, teacher: TeacherEngines) -> Quant
             f"{total:,} x {value} B / {format_count(shards, 'GPU')} of an engine",
         ),
         "logits": byte_quantity(
-            2 * teacher.tokens_at_once * hf["vocab_size"] * LOGITS_BYTES,
-            f"2 x {key}.tokens_at_once={teacher.tokens_at_once} x {hf['vocab_size']} x "
+            2 * teacher.tokens_at_once * hf_config["vocab_size"] * LOGITS_BYTES,
+            f"2 x {key}.tokens_at_once={teacher.tokens_at_once} x {hf_config['vocab_size']} x "
             f"{LOGITS_BYTES} B, whole on each GPU",
         ),
         "scoring a rollout": Quantity(seconds, "s", scoring),

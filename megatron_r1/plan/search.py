@@ -117,7 +117,7 @@ def _layers(count: int) -> str:
 def _candidates(job: PlannedJob) -> Iterator[tuple[float, dict]]:
     """Yield (distance, changes of parallel) of every candidate layout."""
     powers = [2**n for n in range(11)]
-    layers = job.hf["num_hidden_layers"]
+    layers = job.hf_config["num_hidden_layers"]
     choices = {
         "tensor": [n for n in powers if n <= job.hardware.gpus_per_node],
         "context": [n for n in powers if n <= 64],
@@ -158,7 +158,9 @@ def _fitting(job: PlannedJob, distance: float, changes: dict) -> FittingLayout |
     )
     if not keeps_stages:
         num_mtp = len(job.weight_table.mtp) if job.with_mtp else 0
-        changes["pipeline_layout"] = even_layout(job.hf["num_hidden_layers"], num_mtp, chunks)
+        changes["pipeline_layout"] = even_layout(
+            job.hf_config["num_hidden_layers"], num_mtp, chunks
+        )
     if changes["recompute"] == "selective" != job.parallel.recompute:
         changes["recompute_modules"] = _cheap_modules(job)
     estimate = _fitting_estimate(job.with_parallel(**changes))

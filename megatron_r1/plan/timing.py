@@ -147,7 +147,7 @@ class StepTime:
         counts = zip(self._layer_flops, job.layers(rank), strict=True)
         flops = sum(operations * count for operations, count in counts) * self._passes(backward)
         if any(chunk.head for chunk in job.stages[rank]):
-            flops += head_flops(job.hf) * (3 if backward else 1)
+            flops += head_flops(job.hf_config) * (3 if backward else 1)
         return self._seconds(flops)
 
     def exposed_communication_seconds(self, rank: int, backward: bool) -> float:
@@ -160,7 +160,9 @@ class StepTime:
             if name not in HIDDEN_AXES
         }
         if "context" in seconds:
-            attention = attention_flops(self.job.hf, self.length) * sum(self.job.layers(rank))
+            attention = attention_flops(self.job.hf_config, self.length) * sum(
+                self.job.layers(rank)
+            )
             attention_seconds = self._seconds(attention * self._passes(backward))
             seconds["context"] = max(0.0, seconds["context"] - attention_seconds)
         if "expert" in seconds and backward:

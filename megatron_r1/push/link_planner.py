@@ -238,7 +238,7 @@ class LinkPlanner:
     Every trainer rank computes the same plan, and publishes a part of it for the engines.
 
     Args:
-        hf: the model's `config.json`.
+        hf_config: the model's `config.json`.
         grid: the layout of the trainer.
         pieces: this rank's parameters, by the HF tensor of which they hold a piece.
         rank: the trainer rank.
@@ -248,7 +248,7 @@ class LinkPlanner:
 
     def __init__(
         self,
-        hf: dict,
+        hf_config: dict,
         grid: TrainerGrid,
         pieces: HeldPieces,
         *,
@@ -257,7 +257,13 @@ class LinkPlanner:
         gpus: Sequence[str],
         weight_table: WeightTable | None = None,
     ):
-        self.hf, self.grid, self.pieces, self.rank, self.stages = hf, grid, pieces, rank, stages
+        self.hf_config, self.grid, self.pieces, self.rank, self.stages = (
+            hf_config,
+            grid,
+            pieces,
+            rank,
+            stages,
+        )
         self.weight_table = weight_table
         self._rank_of_gpu = {gpu: rank for rank, gpu in enumerate(gpus)}
         self._num_schedules = 0
@@ -286,7 +292,7 @@ class LinkPlanner:
             try:
                 sharding = PublishedSharding(tables)
                 layout = engine_layout, self.stages
-                planner = Planner(self.hf, self.grid, *layout, sharding, self.weight_table)
+                planner = Planner(self.hf_config, self.grid, *layout, sharding, self.weight_table)
                 edges = [0, *accumulate(map(len, addresses))]
                 sets = [range(*edge) for edge in pairwise(edges)]
                 fraction, count_bytes = max_group_fraction(transport), _byte_count(tables)

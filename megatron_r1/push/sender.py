@@ -54,7 +54,7 @@ class WeightSender:
     """Sends the weights of a trainer rank; every method is called on all trainer ranks.
 
     Args:
-        hf: the model's `config.json`.
+        hf_config: the model's `config.json`.
         grid: the layout of the trainer.
         pieces: this rank's parameters, by the HF tensor of which they hold a piece.
         store: the store in which trainer and engine ranks meet.
@@ -67,7 +67,7 @@ class WeightSender:
 
     def __init__(
         self,
-        hf: dict,
+        hf_config: dict,
         grid: TrainerGrid,
         pieces: HeldPieces,
         store: Store,
@@ -81,10 +81,10 @@ class WeightSender:
     ):
         self.grid, self.rank = grid, rank
         self.store, self.broadcast = store, broadcast
-        self._power_of_two_scales = has_power_of_two_scales(hf)
-        self._tensors = pushed_tensors(hf, fp8=False, drafts=drafts, adapters=adapters)
+        self._power_of_two_scales = has_power_of_two_scales(hf_config)
+        self._tensors = pushed_tensors(hf_config, fp8=False, drafts=drafts, adapters=adapters)
         self._planner = LinkPlanner(
-            hf, grid, pieces, rank=rank, stages=stages, gpus=gpus, weight_table=adapters
+            hf_config, grid, pieces, rank=rank, stages=stages, gpus=gpus, weight_table=adapters
         )
         self._sets: dict[str, SetLinks] = {}
         self._tables = TableStore(store)

@@ -34,18 +34,18 @@ class PushWorker:
 
     Args:
         model_chunks: this rank's virtual stages.
-        hf: the model's `config.json`.
+        hf_config: the model's `config.json`.
         config: the recipe.
     """
 
-    def __init__(self, model_chunks: Sequence, hf: dict, config: Config):
-        self._model_chunks, self._hf, self._config = model_chunks, hf, config
+    def __init__(self, model_chunks: Sequence, hf_config: dict, config: Config):
+        self._model_chunks, self._hf_config, self._config = model_chunks, hf_config, config
         self._sender: WeightSender | None = None
 
     def open_push(self) -> OpenedPush:
         """Create the sender, before the first engine is connected."""
-        stages = recipe_stages(self._config, self._hf)
-        adapters = pushed_adapter_table(self._config, self._hf)
+        stages = recipe_stages(self._config, self._hf_config)
+        adapters = pushed_adapter_table(self._config, self._hf_config)
         by_tensor: dict[str, list[tuple[torch.Tensor, Piece]]] = defaultdict(list)
         for parameter, pieces in self._pushed_pieces(adapters is not None):
             for piece in pieces:
@@ -54,7 +54,7 @@ class PushWorker:
         store, address = open_store(self._config.rollout)
         rank = dist.get_rank()
         self._sender = WeightSender(
-            self._hf,
+            self._hf_config,
             grid,
             by_tensor,
             store,
@@ -75,7 +75,7 @@ class PushWorker:
             for factor, pieces, _ in adapter_pieces(self._model_chunks):
                 yield factor, pieces
         else:
-            for parameter, entry in local_entries(self._model_chunks, self._hf):
+            for parameter, entry in local_entries(self._model_chunks, self._hf_config):
                 yield parameter, entry.pieces
 
     def connect_sets(self, **arguments: Any) -> ConnectedSets:

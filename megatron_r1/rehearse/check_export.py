@@ -28,9 +28,9 @@ def main(export: str, model: str, mtp: str) -> str:
         export: the folder that was exported.
         model: the folder that the run began with.
         mtp: `model.mtp`."""
-    hf = read_hf_config(export, None)
+    hf_config = read_hf_config(export, None)
     tensors, before = _read_tensors(Path(export)), _read_tensors(Path(model))
-    expected = published_tensors(hf)
+    expected = published_tensors(hf_config)
     if missing := expected.keys() ^ tensors.keys():
         sys.exit(f"the export and its config.json differ in {sorted(missing)[:3]}")
     wrong = [
@@ -40,7 +40,7 @@ def main(export: str, model: str, mtp: str) -> str:
     ]
     if wrong:
         sys.exit(f"tensors of another shape, or not finite: {wrong[:3]}")
-    first_mtp = f"model.layers.{hf['num_hidden_layers']}."
+    first_mtp = f"model.layers.{hf_config['num_hidden_layers']}."
     own_mtp = [name for name in tensors if name.startswith(first_mtp)]
     changed = [
         name
@@ -53,7 +53,9 @@ def main(export: str, model: str, mtp: str) -> str:
         sys.exit(f"model.mtp: frozen, but {sorted(mtp_changes)[:3]} changed")
     if mtp == "train" and own_mtp and not set(own_mtp) & set(changed) - set(_shared(first_mtp)):
         sys.exit("model.mtp: train, but no tensor of its layers changed")
-    loaded, report = load_with_transformers(export, hf, torch.float32, output_loading_info=True)
+    loaded, report = load_with_transformers(
+        export, hf_config, torch.float32, output_loading_info=True
+    )
     if report["missing_keys"] or report["mismatched_keys"]:
         sys.exit(f"transformers: {json.dumps({k: sorted(map(str, v)) for k, v in report.items()})}")
     with torch.no_grad():

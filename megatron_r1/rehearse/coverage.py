@@ -74,13 +74,13 @@ ON_NULL_GPU = ON_GPU | {"fp8.recipe": "yes, by operators of the host"}
 
 
 def structure_rows(
-    recipe: Config, hf: dict, small: Config, verb: str, *, device: RehearsalDevice = "cpu"
+    recipe: Config, hf_config: dict, small: Config, verb: str, *, device: RehearsalDevice = "cpu"
 ) -> list[StructureRow]:
     """Return a row for each part of the recipe's structure that its verb uses.
 
     Args:
         recipe: the settings of the full run.
-        hf: the model's config.json.
+        hf_config: the model's config.json.
         small: the miniature.
         verb: the recipe's verb.
         device: where the miniature runs."""
@@ -96,7 +96,7 @@ def structure_rows(
     if verb in ("rl", "sample"):
         rows += _engine_rows(recipe, small)
     if verb != "sample":
-        rows += _trainer_rows(recipe, hf, small, verb, device)
+        rows += _trainer_rows(recipe, hf_config, small, verb, device)
     return rows + _omitted_rows(recipe, small, verb)
 
 
@@ -118,13 +118,13 @@ def _engine_rows(recipe: Config, small: Config) -> list[StructureRow]:
 
 
 def _trainer_rows(
-    recipe: Config, hf: dict, small: Config, verb: str, device: RehearsalDevice
+    recipe: Config, hf_config: dict, small: Config, verb: str, device: RehearsalDevice
 ) -> list[StructureRow]:
     """Return rows for the trainer: replicas, what is trained, its offloading, layers, memory.
 
     Args:
         recipe: the settings of the full run.
-        hf: the model's config.json.
+        hf_config: the model's config.json.
         small: the miniature.
         verb: the recipe's verb.
         device: where the miniature runs."""
@@ -132,7 +132,7 @@ def _trainer_rows(
     old, new = (p.data_parallel_size(p.processes) for p in (recipe.parallel, small.parallel))
     if old > 1:
         rows.append(StructureRow("replicas of the model", str(old), str(new), _exercised(old, new)))
-    if hf.get("num_nextn_predict_layers") and verb != "reward-model":
+    if hf_config.get("num_nextn_predict_layers") and verb != "reward-model":
         rows.append(StructureRow("model.mtp", recipe.model.mtp, small.model.mtp, YES))
     if recipe.model.lora is not None:
         rank = f"rank {recipe.model.lora.rank}"

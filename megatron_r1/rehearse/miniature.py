@@ -64,22 +64,27 @@ class Miniature:
 
     Attributes:
         config: its settings.
-        hf: its model.
+        hf_config: its model.
         changes: everything that is not as in the recipe."""
 
     config: Config
-    hf: dict
+    hf_config: dict
     changes: list[Change]
 
 
 def make_miniature(
-    config: Config, hf: dict, folder: Path, max_ranks: int, *, device: RehearsalDevice = "cpu"
+    config: Config,
+    hf_config: dict,
+    folder: Path,
+    max_ranks: int,
+    *,
+    device: RehearsalDevice = "cpu",
 ) -> Miniature:
     """Return the miniature of a recipe.
 
     Args:
         config: the recipe.
-        hf: the model's config.json.
+        hf_config: the model's config.json.
         folder: the folder that the miniature runs in.
         max_ranks: the most trainer ranks.
         device: on GPUs axes are left out for `max_ranks`, as a machine has few, and memory for few
@@ -87,7 +92,7 @@ def make_miniature(
     on_gpu = device != "cpu"
     parallel = layout.shrink_layout(config.parallel, max_ranks, leaves_out=on_gpu)
     replicas = parallel.data_parallel_size(parallel.processes)
-    small_hf = model.shrink_config(hf, layout.num_layers(parallel), config.push.fp8)
+    small_hf_config = model.shrink_config(hf_config, layout.num_layers(parallel), config.push.fp8)
     changed: dict[str, Any] = {
         "run": _run(config, folder),
         "model": _model(folder, device),
@@ -95,7 +100,9 @@ def make_miniature(
         "agents": {"environment": "", "harness": "", "verifiers": {}},
         "rollout": _rollout(config)
         | (
-            _on_gpu(config, parallel.processes, num_experts(small_hf), device) if on_gpu else ON_CPU
+            _on_gpu(config, parallel.processes, num_experts(small_hf_config), device)
+            if on_gpu
+            else ON_CPU
         ),
         "push": _push(config, on_gpu),
         "rewards": _rewards(config),
@@ -126,16 +133,16 @@ def make_miniature(
     for section, values in changed.items():
         tree[section] |= values
     small = parse(tree, "the recipe's miniature")
-    return Miniature(small, small_hf, _changes(config, small, hf, small_hf))
+    return Miniature(small, small_hf_config, _changes(config, small, hf_config, small_hf_config))
 
 
 def write(small: Miniature, verb: str) -> Path:
     """Write the model, the data and the recipe of a miniature; return the recipe's path."""
-    config, hf = small.config, small.hf
+    config, hf_config = small.config, small.hf_config
     folder = Path(config.run.folder).parent
-    model.write_folder(Path(config.model.path), hf, seed=0)
+    model.write_folder(Path(config.model.path), hf_config, seed=0)
     for teacher in config.teacher.sections.values():
-        model.write_folder(Path(teacher.path), hf, seed=1)
+        model.write_folder(Path(teacher.path), hf_config, seed=1)
     kinds = _other_kinds(config) if verb == "rl" else []
     sources = list(config.teacher.by_source)
     count = max(QUESTIONS, 4 * (len(sources) + 1))  # some of each are held out
@@ -437,21 +444,23 @@ def _sample(config: Config) -> dict[str, Any]:
     return changed
 
 
-def _changes(config: Config, small: Config, hf: dict, small_hf: dict) -> list[Change]:
+def _changes(config: Config, small: Config, hf_config: dict, small_hf_config: dict) -> list[Change]:
     """Return every setting and size that differs, with the reason where it is not size alone.
 
     Args:
         config: the recipe.
         small: the miniature's recipe.
-        hf: the model's `config.json`.
-        small_hf: that of the miniature's model."""
+        hf_config: the model's `config.json`.
+        small_hf_config: that of the miniature's model."""
     before, after = config.model_dump(), small.model_dump()
     compared = [
         (f"{section}.{key}", value, after[section][key])
         for section, values in before.items()
         for key, value in values.items()
     ]
-    compared += [(f"config.json {key}", value, small_hf.get(key)) for key, value in hf.items()]
+    compared += [
+        (f"config.json {key}", value, small_hf_config.get(key)) for key, value in hf_config.items()
+    ]
     return [
         Change(key, _text(old), _text(new), REASONS.get(key, "size"))
         for key, old, new in compared

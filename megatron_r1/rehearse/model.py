@@ -41,16 +41,16 @@ CHAT = (
 )
 
 
-def shrink_config(hf: dict, num_layers: int, fp8: bool) -> dict:
+def shrink_config(hf_config: dict, num_layers: int, fp8: bool) -> dict:
     """Return config.json with its sizes divided; kinds of layers, experts and attention stay.
 
     Args:
-        hf: the model's config.json.
+        hf_config: the model's config.json.
         num_layers: the number of layers that stay.
         fp8: whether weights are pushed in blocks of 128, which heads must then fill."""
-    heads = min(hf["num_attention_heads"], 4)
+    heads = min(hf_config["num_attention_heads"], 4)
     small = {
-        **hf,
+        **hf_config,
         "num_hidden_layers": num_layers,
         "vocab_size": VOCABULARY,
         "num_attention_heads": heads,
@@ -61,41 +61,41 @@ def shrink_config(hf: dict, num_layers: int, fp8: bool) -> dict:
     }
     small.pop("quantization_config", None)  # recipes train the bf16 weights
     small.pop("auto_map", None)
-    if hf.get("kv_lora_rank"):
+    if hf_config.get("kv_lora_rank"):
         # vLLM's latent attention on CPUs takes the ranks and head sizes of DeepSeek-V3 only.
         small |= {"hidden_size": WIDTH, "num_key_value_heads": heads}
-        small |= {"q_lora_rank": WIDTH // 2} if hf.get("q_lora_rank") else {}
+        small |= {"q_lora_rank": WIDTH // 2} if hf_config.get("q_lora_rank") else {}
     else:
         width = 128 if fp8 else HEAD
         small |= {
             "hidden_size": heads * width,
-            "num_key_value_heads": min(hf.get("num_key_value_heads") or heads, heads // 2),
+            "num_key_value_heads": min(hf_config.get("num_key_value_heads") or heads, heads // 2),
         }
-        small |= {"head_dim": width} if "head_dim" in hf else {}
-    if hf.get("n_routed_experts"):
+        small |= {"head_dim": width} if "head_dim" in hf_config else {}
+    if hf_config.get("n_routed_experts"):
         small |= {
-            "n_routed_experts": min(hf["n_routed_experts"], 8),
-            "num_experts_per_tok": min(hf["num_experts_per_tok"], 2),
+            "n_routed_experts": min(hf_config["n_routed_experts"], 8),
+            "num_experts_per_tok": min(hf_config["num_experts_per_tok"], 2),
             "moe_intermediate_size": EXPERT_WIDTH,
-            "n_group": min(hf.get("n_group") or 1, 2),
+            "n_group": min(hf_config.get("n_group") or 1, 2),
             "topk_group": 1,
-            "first_k_dense_replace": min(hf.get("first_k_dense_replace") or 0, 1),
+            "first_k_dense_replace": min(hf_config.get("first_k_dense_replace") or 0, 1),
         }
     for key in ("mlp_layer_types", "layer_types"):
-        if types := hf.get(key):
+        if types := hf_config.get(key):
             small[key] = types[:num_layers]
     return small
 
 
-def write_folder(folder: Path, hf: dict, seed: int) -> None:
+def write_folder(folder: Path, hf_config: dict, seed: int) -> None:
     """Write a Hugging Face model folder: config.json, tokenizer and random weights in fp32.
 
     Args:
         folder: the folder to make.
-        hf: the model's config.json.
+        hf_config: the model's config.json.
         seed: the seed of the weights."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(published_names(hf), indent=2))
+    (folder / "config.json").write_text(json.dumps(published_names(hf_config), indent=2))
     _tokenizer().save(str(folder / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -107,9 +107,11 @@ def write_folder(folder: Path, hf: dict, seed: int) -> None:
     generator = np.random.default_rng(seed)
     tensors = {
         name: _random(name, shape, generator)
-        for name, (shape, _) in published_tensors(hf, with_mtp=not has_score_head(hf)).items()
+        for name, (shape, _) in published_tensors(
+            hf_config, with_mtp=not has_score_head(hf_config)
+        ).items()
     }
-    for copy, original in weight_table(hf).copies.items():
+    for copy, original in weight_table(hf_config).copies.items():
         if copy in tensors:
             tensors[copy] = tensors[original]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -155,14 +157,16 @@ def reward_models(options: dict[str, dict[str, Any]]) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def serve_reward_models(config: Config, hf: dict, folder: Path, verb: str) -> Iterator[list[str]]:
+def serve_reward_models(
+    config: Config, hf_config: dict, folder: Path, verb: str
+) -> Iterator[list[str]]:
     """Serve one model with random weights in the place of every reward model that a miniature's
     `rl` has; yield the settings that name its address, as on a cluster
     (examples/deepseek_r1/stage.sbatch).
 
     Args:
         config: the miniature.
-        hf: config.json of the policy, whose architecture the served model has.
+        hf_config: config.json of the policy, whose architecture the served model has.
         folder: the folder of the served model and its logs.
         verb: the recipe's verb.
 
@@ -172,8 +176,8 @@ def serve_reward_models(config: Config, hf: dict, folder: Path, verb: str) -> It
     if verb != "rl" or not names:
         yield []
         return
-    write_folder(folder / SERVED_NAME, score_model_config(hf), seed=2)
-    tokens = min(MAX_TOKENS, hf.get("max_position_embeddings", MAX_TOKENS))
+    write_folder(folder / SERVED_NAME, score_model_config(hf_config), seed=2)
+    tokens = min(MAX_TOKENS, hf_config.get("max_position_embeddings", MAX_TOKENS))
     arguments = ["--dtype", "float32", "--max-model-len", str(tokens), "--served-model-name"]
     server = ServeConfig(
         model=str(folder / SERVED_NAME),

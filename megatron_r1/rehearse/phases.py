@@ -129,8 +129,8 @@ class PhaseRunner:
 
     def _compare_with_plan(self, links: int, num_bytes: float) -> None:
         """Compare the first push with what `megatron-r1 plan` counts before engines run."""
-        hf = read_hf_config(self.config.model.path, None)
-        plan = planned_push(self.config, hf)
+        hf_config = read_hf_config(self.config.model.path, None)
+        plan = planned_push(self.config, hf_config)
         planned_bytes = sum(
             link.num_bytes for set_plan in plan for link in chain.from_iterable(set_plan)
         )

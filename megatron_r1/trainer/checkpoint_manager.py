@@ -31,7 +31,7 @@ class CheckpointManager:
         trainer = self._trainer
         weights.save_hf(
             trainer.model_chunks,
-            trainer.hf,
+            trainer.hf_config,
             Path(trainer.config.model.path),
             Path(folder),
             dtype=getattr(torch, dtype or trainer.config.model.dtype),
@@ -42,7 +42,9 @@ class CheckpointManager:
         trainer, model = self._trainer, self._trainer.config.model
         assert model.lora is not None, "the recipe has no adapters"
         dtype = getattr(torch, model.dtype)
-        save_adapter(trainer.model_chunks, trainer.hf, model.lora, model.path, Path(folder), dtype)
+        save_adapter(
+            trainer.model_chunks, trainer.hf_config, model.lora, model.path, Path(folder), dtype
+        )
 
     def save_checkpoint(self, folder: str, state: dict[str, Any]) -> None:
         """Start to write a checkpoint, with the controller's `state` in it.

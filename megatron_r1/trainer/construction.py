@@ -141,7 +141,7 @@ def _round(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
 
 def build_network(
     config: Config,
-    hf: dict,
+    hf_config: dict,
     transformer: TransformerConfig,
     groups: ProcessGroupCollection,
     score_std: float | None = None,
@@ -150,7 +150,7 @@ def build_network(
 
     Args:
         config: the recipe.
-        hf: the model's `config.json`.
+        hf_config: the model's `config.json`.
         transformer: Megatron's configuration of the model; the functions by which Megatron's
             schedule reduces gradients are set in it.
         groups: the process groups of this rank.
@@ -159,7 +159,7 @@ def build_network(
     Returns:
         `build_chunks`, the same chunks in Megatron's DistributedDataParallel, and their optimizer.
     """
-    chunks = build_chunks(config, hf, transformer, groups, score_std)
+    chunks = build_chunks(config, hf_config, transformer, groups, score_std)
     overlap = config.parallel.overlap_param_gather
     wrapped = _with_gradients(transformer, chunks, groups, overlap)
     optimizer = _new_optimizer(config, wrapped)
@@ -169,7 +169,7 @@ def build_network(
 
 def build_chunks(
     config: Config,
-    hf: dict,
+    hf_config: dict,
     transformer: TransformerConfig,
     groups: ProcessGroupCollection,
     score_std: float | None = None,
@@ -178,7 +178,7 @@ def build_chunks(
 
     Args:
         config: the recipe.
-        hf: the model's `config.json`.
+        hf_config: the model's `config.json`.
         transformer: Megatron's configuration of the model.
         groups: Megatron's process groups.
         score_std: standard deviation of a new score head; None: 1 / sqrt(hidden_size + 1) (arXiv
@@ -187,39 +187,46 @@ def build_chunks(
     chunks = []
     for stage in range(num_chunks) if num_chunks else [None]:
         shares = config.parallel.share_prompts
-        chunk = models.build_model(hf, transformer, groups, vp_stage=stage, shares_prompts=shares)
+        chunk = models.build_model(
+            hf_config, transformer, groups, vp_stage=stage, shares_prompts=shares
+        )
         fp8.apply(chunk, config.fp8)
         if config.model.mtp == "frozen":
             models.freeze_mtp(chunk)
         chunks.append(chunk.to(platform.device()))
     if config.model.init == "random":
-        weights.initialize(chunks, hf, std=config.model.init_std, seed=config.run.seed)
+        weights.initialize(chunks, hf_config, std=config.model.init_std, seed=config.run.seed)
         return chunks
     # Before anything reads it: a flipped bit in a weight would train without an error.
     if config.model.checkpoint:
         _verify(Path(config.model.checkpoint), config)
-    body = language_body(config, hf)
+    body = language_body(config, hf_config)
     if config.model.checkpoint:
-        weights.load_megatron(chunks, hf, config.model.checkpoint, body)
+        weights.load_megatron(chunks, hf_config, config.model.checkpoint, body)
     else:
-        weights.load_hf(chunks, hf, config.model.path, body)
+        weights.load_hf(chunks, hf_config, config.model.path, body)
     if body is not None:
-        std = (hf["hidden_size"] + 1) ** -0.5 if score_std is None else score_std
-        weights.initialize_score_head(chunks, hf, std=std, seed=config.run.seed)
+        std = (hf_config["hidden_size"] + 1) ** -0.5 if score_std is None else score_std
+        weights.initialize_score_head(chunks, hf_config, std=std, seed=config.run.seed)
     if config.model.lora is not None:
-        attach_adapters(chunks, hf, config.model.lora, config.run.seed)
+        attach_adapters(chunks, hf_config, config.model.lora, config.run.seed)
     return chunks
 
 
-def language_body(config: Config, hf: dict) -> dict | None:
-    """Return the configuration of the language model whose body the score model `hf` starts from,
-    with a new head; None for a model that is loaded as it is, or starts from random weights."""
-    if not has_score_head(hf) or config.model.init == "random":
+def language_body(config: Config, hf_config: dict) -> dict | None:
+    """Return the configuration of the language model whose body the score model `hf_config` starts
+    from, with a new head; None for a model that is loaded as it is, or starts from random
+    weights."""
+    if not has_score_head(hf_config) or config.model.init == "random":
         return None
-    folder_hf = models.read_hf_config(config.model.path, None)
+    folder_hf_config = models.read_hf_config(config.model.path, None)
     if config.model.checkpoint:
-        return None if SCORE in DistributedCheckpoint(config.model.checkpoint).shapes else folder_hf
-    return None if has_score_head(folder_hf) else folder_hf
+        return (
+            None
+            if SCORE in DistributedCheckpoint(config.model.checkpoint).shapes
+            else folder_hf_config
+        )
+    return None if has_score_head(folder_hf_config) else folder_hf_config
 
 
 def _verify(checkpoint: Path, config: Config) -> None:

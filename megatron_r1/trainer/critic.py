@@ -44,20 +44,20 @@ class Critic:
                 cannot build the model with these settings.
         """
         critic_config = config.critic_recipe()
-        hf = read_hf_config(critic_config.model.path, "score", "critic.path")
+        hf_config = read_hf_config(critic_config.model.path, "score", "critic.path")
         policy_tokens = read_hf_config(config.model.path)["vocab_size"]
-        if hf["vocab_size"] < policy_tokens:
+        if hf_config["vocab_size"] < policy_tokens:
             raise UserError(
-                f"critic.path: {critic_config.model.path} knows {hf['vocab_size']} tokens, the "
-                f"policy {policy_tokens}; give a model with the policy's tokenizer",
+                f"critic.path: {critic_config.model.path} knows {hf_config['vocab_size']} tokens, "
+                f"the policy {policy_tokens}; give a model with the policy's tokenizer",
                 key="critic.path",
                 cause=Cause.CONFLICT,
             )
         self.position = position
         self.value_clip = config.critic.value_clip
-        transformer = transformer_config(hf, critic_config)
+        transformer = transformer_config(hf_config, critic_config)
         self.model_chunks, self.ddp_chunks, self.optimizer = construction.build_network(
-            critic_config, hf, transformer, position.groups, score_std=0.0
+            critic_config, hf_config, transformer, position.groups, score_std=0.0
         )
         replay_recomputations(self.model_chunks)
 

@@ -50,7 +50,7 @@ def describe_implementations(trainer: Trainer) -> dict[str, str]:
     fusions = [name for name, field in FIELDS.items() if getattr(config, field)]
     parts["fusions"] = ", ".join(fusions) or "none"
     if (lora := trainer.config.model.lora) is not None:
-        count = num_adapter_parameters(trainer.hf, lora)
+        count = num_adapter_parameters(trainer.hf_config, lora)
         parts["adapters"] = f"rank {lora.rank}, {count / 1e6:,.2f}M parameters, all that is trained"
     parts["optimizer"] = _optimizer(trainer.optimizer)
     parts["gradient reduction"] = _reduction(trainer.ddp_chunks[0].ddp_config)

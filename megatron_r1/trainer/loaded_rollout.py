@@ -38,7 +38,7 @@ class LoadedRollout:
         self,
         config: Config,
         position: GridPosition,
-        hf: dict[str, Any],
+        hf_config: dict[str, Any],
         replay: RoutingReplay,
         *,
         num_chunks: int,
@@ -49,7 +49,7 @@ class LoadedRollout:
         Args:
             config: the recipe.
             position: this rank's place in the grid.
-            hf: the model's `config.json`.
+            hf_config: the model's `config.json`.
             replay: the replay in this rank's routers.
             num_chunks: the virtual pipeline stages of this rank.
             num_mtp_layers: the MTP layers that are trained."""
@@ -63,7 +63,7 @@ class LoadedRollout:
         )
         self.routing = RoutingShard(replay.shape, replay.layers) if replay.shape else None
         self._config, self._position, self._replay = config, position, replay
-        self._vocab_size = hf["vocab_size"]
+        self._vocab_size = hf_config["vocab_size"]
         self._num_chunks, self._num_mtp_layers = num_chunks, num_mtp_layers
 
     @property

@@ -24,16 +24,16 @@ class OutputHeads:
     def __init__(
         self,
         model_chunks: Sequence[nn.Module],
-        hf: dict[str, Any],
+        hf_config: dict[str, Any],
         groups: ProcessGroupCollection,
     ):
         """Take the model whose output layer is used.
 
         Args:
             model_chunks: this rank's chunks; the last one has the output layer.
-            hf: the model's `config.json`.
+            hf_config: the model's `config.json`.
             groups: the process groups of the rank."""
-        self._model_chunks, self._hf, self._groups = model_chunks, hf, groups
+        self._model_chunks, self._hf_config, self._groups = model_chunks, hf_config, groups
 
     def store_logprobs(
         self, name: str, temperature: float, batch: PackedBatch, out: Tensor
@@ -63,7 +63,7 @@ class OutputHeads:
             temperature: the logits are divided by it.
             batch: the micro-batch.
             out: (1, T, H), its hidden states, or (1, T), its scores."""
-        if has_score_head(self._hf):
+        if has_score_head(self._hf_config):
             scores: Any = self.scores(batch, out)
             return loss(batch, scores, settings)
         is_policy = settings is not None
@@ -90,7 +90,7 @@ class OutputHeads:
             weight=weight,
             temperature=temperature,
             group=self._groups.tp,
-            vocab_size=self._hf["vocab_size"],
+            vocab_size=self._hf_config["vocab_size"],
             context_group=self._groups.cp,
             main_grad=fp32_main_grad(weight),
             stores_old_logprobs=stores_old_logprobs,

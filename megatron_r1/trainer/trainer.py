@@ -52,32 +52,32 @@ class Trainer:
         """
         self.config, self.position = config, position
         self.groups = position.groups
-        self.hf = models.read_hf_config(config.model.path, config.model.head)
-        self.transformer = models.transformer_config(self.hf, config)
+        self.hf_config = models.read_hf_config(config.model.path, config.model.head)
+        self.transformer = models.transformer_config(self.hf_config, config)
         # The same chunks, bare and in Megatron's DistributedDataParallel, which has the gradients.
         self.model_chunks, self.ddp_chunks, self.optimizer = construction.build_network(
-            config, self.hf, self.transformer, self.groups
+            config, self.hf_config, self.transformer, self.groups
         )
         self.reference: ReferencePolicy | None = None
         has_plain_attention = (
             self.transformer.window_size is None and self.transformer.softmax_type == "vanilla"
         )
         check_shared_prompts(config, has_plain_attention)
-        shape = routing_shape(self.hf) if config.rl.routing_replay else None
+        shape = routing_shape(self.hf_config) if config.rl.routing_replay else None
         self.replay = RoutingReplay(self.model_chunks, shape)
         self.rollout = LoadedRollout(
-            *(config, position, self.hf, self.replay),
+            *(config, position, self.hf_config, self.replay),
             num_chunks=len(self.ddp_chunks),
             num_mtp_layers=self.num_mtp_layers,
         )
-        self.heads = OutputHeads(self.model_chunks, self.hf, self.groups)
+        self.heads = OutputHeads(self.model_chunks, self.hf_config, self.groups)
         self.critic = Critic(config, position) if needs_critic(config) else None
         self.offload = make_offload(config, self._trained_networks)
 
     @property
     def has_new_score_head(self) -> bool:
         """Whether the model is a score model with a randomly initialized head."""
-        return construction.language_body(self.config, self.hf) is not None
+        return construction.language_body(self.config, self.hf_config) is not None
 
     @property
     def num_mtp_layers(self) -> int:
@@ -87,7 +87,7 @@ class Trainer:
     @property
     def num_parameters(self) -> int:
         """The parameters of the whole model, counted in its weight table."""
-        return weights.num_parameters(self.hf)
+        return weights.num_parameters(self.hf_config)
 
     def load(
         self, minibatches: ReplicaSamples, scatter: RoutingScatter | None = None

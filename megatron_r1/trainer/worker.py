@@ -171,7 +171,7 @@ class Operations:
         if rollout.routing is not None:
             self._scatter = RoutingScatter(self.replica, rollout.split, rollout.routing)
         self.implementations = implementations.describe_implementations(self.trainer)
-        push = PushWorker(self.trainer.model_chunks, self.trainer.hf, config)
+        push = PushWorker(self.trainer.model_chunks, self.trainer.hf_config, config)
         self._methods = methods(
             self.trainer, ProbeRunner(self.trainer), CheckpointManager(self.trainer), push
         )

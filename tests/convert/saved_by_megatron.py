@@ -28,9 +28,9 @@ from megatron_r1.models.weights.formats.megatron_weights import MegatronWeights 
 from megatron_r1.trainer import construction  # noqa: E402
 
 
-def build(hf, tensor_parallel):
-    config = models.transformer_config(hf, Config(parallel={"tensor": tensor_parallel}))
-    model = models.build_model(hf, config)
+def build(hf_config, tensor_parallel):
+    config = models.transformer_config(hf_config, Config(parallel={"tensor": tensor_parallel}))
+    model = models.build_model(hf_config, config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(torch.nan)
@@ -53,9 +53,9 @@ def same_parameters(a, b):
 
 def same_as_saved(name, folder, size):
     source, converted = folder / f"{name}-hf", folder / f"{name}-converted"
-    hf = models.read_hf_config(source)
-    model, other = build(hf, size), build(hf, size)
-    weights.load_hf([model], hf, source)
+    hf_config = models.read_hf_config(source)
+    model, other = build(hf_config, size), build(hf_config, size)
+    weights.load_hf([model], hf_config, source)
     saved = folder / f"{name}-saved"
     if dist.get_rank() == 0:
         shutil.rmtree(saved, ignore_errors=True)
@@ -68,9 +68,9 @@ def same_as_saved(name, folder, size):
     for key, shape in theirs.shapes.items():
         if size == 1:
             assert ours.shapes[key] == shape, key
-    for held in (MegatronWeights(saved, hf), MegatronWeights(converted, hf)):
+    for held in (MegatronWeights(saved, hf_config), MegatronWeights(converted, hf_config)):
         for tensor, (shape, _) in held.tensors.items():
-            expected = HFWeights(source, hf).read(tensor, 0, 0, shape[0])
+            expected = HFWeights(source, hf_config).read(tensor, 0, 0, shape[0])
             assert torch.equal(held.read(tensor, 0, 0, shape[0]), expected), tensor
     print(f"{name} on {size}: saved = converted", flush=True)
 
@@ -78,21 +78,21 @@ def same_as_saved(name, folder, size):
         dist_checkpointing.load({"model": entries(other)}, str(converted))["model"]
     )
     same_parameters(model, other)
-    third = build(hf, size)
-    weights.load_megatron([third], hf, saved)
+    third = build(hf_config, size)
+    weights.load_megatron([third], hf_config, saved)
     same_parameters(model, third)
     settings = {"path": str(source), "checkpoint": str(converted), "dtype": "bfloat16"}
     layout = {"tensor": size, "processes": size}
     recipe = Config(model=settings, parallel=layout)
-    transformer = models.transformer_config(hf, recipe)
+    transformer = models.transformer_config(hf_config, recipe)
     groups = model.pg_collection
-    same_parameters(model, construction.build_chunks(recipe, hf, transformer, groups)[0])
+    same_parameters(model, construction.build_chunks(recipe, hf_config, transformer, groups)[0])
     print(f"{name} on {size}: Megatron loads what was converted", flush=True)
-    damaged_is_refused(hf, settings, layout, groups, folder / f"{name}-damaged")
+    damaged_is_refused(hf_config, settings, layout, groups, folder / f"{name}-damaged")
     print(f"{name} on {size}: a flipped bit is refused on every rank", flush=True)
 
 
-def damaged_is_refused(hf, model, layout, groups, damaged):
+def damaged_is_refused(hf_config, model, layout, groups, damaged):
     """One bit differs, in a file that one of the ranks verifies for all."""
     if dist.get_rank() == 0:
         shutil.copytree(model["checkpoint"], damaged)
@@ -101,9 +101,9 @@ def damaged_is_refused(hf, model, layout, groups, damaged):
         (damaged / "__0_0.distcp").write_bytes(data)
     dist.barrier()
     recipe = Config(model={**model, "checkpoint": str(damaged)}, parallel=layout)
-    transformer = models.transformer_config(hf, recipe)
+    transformer = models.transformer_config(hf_config, recipe)
     try:
-        construction.build_chunks(recipe, hf, transformer, groups)
+        construction.build_chunks(recipe, hf_config, transformer, groups)
     except UserError as error:
         assert (error.key, error.cause) == ("model.checkpoint", Cause.MALFORMED), error
         assert "__0_0.distcp" in str(error), error
@@ -116,10 +116,10 @@ def damaged_is_refused(hf, model, layout, groups, damaged):
 
 def fp8_is_read_at_any_split(name, folder, size):
     source = folder / f"{name}-fp8"
-    hf = models.read_hf_config(source)
+    hf_config = models.read_hf_config(source)
     values = models.read_hf_config(folder / f"{name}-fp8-values")
-    first, second = build(hf, size), build(values, size)
-    weights.load_hf([first], hf, source)
+    first, second = build(hf_config, size), build(values, size)
+    weights.load_hf([first], hf_config, source)
     weights.load_hf([second], values, folder / f"{name}-fp8-values")
     same_parameters(first, second)
     print(f"{name} on {size}: FP8 read", flush=True)

@@ -20,8 +20,8 @@ CHECKED = {**MODELS, "wide": WIDE}
 
 @pytest.mark.slow
 def test_converted_checkpoints_are_what_megatron_saves_and_loads(convert, tmp_path):
-    for name, hf in CHECKED.items():
-        source = write_folder(tmp_path / f"{name}-hf", hf, torch.bfloat16)
+    for name, hf_config in CHECKED.items():
+        source = write_folder(tmp_path / f"{name}-hf", hf_config, torch.bfloat16)
         assert convert("from-hf", source, tmp_path / f"{name}-converted")[0] == 0
     # Two ranks cut 300 rows in the middle of a block.
     values = publish(tmp_path / "wide-hf", tmp_path / "wide-fp8", "odd")

@@ -117,8 +117,8 @@ def test_trained_weights_get_scales_of_their_own(convert, tmp_path):
 
 
 def test_mxfp4_becomes_the_bf16_weights_of_transformers(convert, tmp_path):
-    hf = {**MODELS["gpt-oss"], "hidden_size": 64, "intermediate_size": 96}
-    source = write_folder(tmp_path / "mxfp4", hf, torch.bfloat16)
+    hf_config = {**MODELS["gpt-oss"], "hidden_size": 64, "intermediate_size": 96}
+    source = write_folder(tmp_path / "mxfp4", hf_config, torch.bfloat16)
     expected = tensors_in(source)
     draw = torch.Generator().manual_seed(0)
     stored = {}

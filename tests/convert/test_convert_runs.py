@@ -15,9 +15,9 @@ def run(convert, tmp_path):
     """A run's folder with the steps 2 and 4, other weights in each."""
     folder = tmp_path / "run"
     for step, scale in ((2, 1), (4, 2)):
-        hf = write_folder(tmp_path / f"hf{step}", MODELS["qwen-tied"], torch.float32)
-        rescale(hf / "model.safetensors", scale)
-        assert convert("from-hf", hf, folder / f"checkpoints/step_{step:08d}")[0] == 0
+        hf_folder = write_folder(tmp_path / f"hf{step}", MODELS["qwen-tied"], torch.float32)
+        rescale(hf_folder / "model.safetensors", scale)
+        assert convert("from-hf", hf_folder, folder / f"checkpoints/step_{step:08d}")[0] == 0
     return folder
 
 

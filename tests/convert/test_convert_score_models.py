@@ -13,9 +13,9 @@ SCORED = ("qwen-tied", "llama3", "deepseek-yarn-mtp")
 
 
 def scored(name: str) -> dict:
-    hf = MODELS[name]
-    kind = hf["architectures"][0].replace("ForCausalLM", "ForSequenceClassification")
-    return {**hf, "architectures": [kind], "num_labels": 1, "num_nextn_predict_layers": 0}
+    hf_config = MODELS[name]
+    kind = hf_config["architectures"][0].replace("ForCausalLM", "ForSequenceClassification")
+    return {**hf_config, "architectures": [kind], "num_labels": 1, "num_nextn_predict_layers": 0}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -34,15 +34,15 @@ def test_a_checkpoint_is_read_as_transformers_reads_the_folder(name, convert, tm
 
 @pytest.mark.parametrize("name", ["deepseek-plain-noqlora", "qwen3-moe", "gpt-oss"])
 def test_the_experts_of_a_token_are_those_of_its_router(name, tmp_path):
-    hf = MODELS[name]
-    folder = write_folder(tmp_path / "hf", hf, torch.float32)
+    hf_config = MODELS[name]
+    folder = write_folder(tmp_path / "hf", hf_config, torch.float32)
     model = read_model(folder, folder)
     for parameter in model.parameters():
         parameter.data.nan_to_num_(posinf=1.0)
     ids = torch.arange(6)
     row = Sequence(ids, ids >= 2, torch.zeros(4), 0, 1.0, 4)
     chosen = chosen_experts(model, [row])
-    count = hf.get("num_experts_per_tok") or hf.get("experts_per_token")
+    count = hf_config.get("num_experts_per_tok") or hf_config.get("experts_per_token")
     assert chosen
     for experts in chosen.values():
         (own,) = experts

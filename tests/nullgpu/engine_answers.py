@@ -23,8 +23,8 @@ def answers(folder: Path, case: str) -> list[list[float]]:
     from vllm import LLM, SamplingParams
     from vllm_needs import CASES
 
-    hf, _ = CASES[case]
-    model = write_random(folder / "model", hf | SMALL, dtype=torch.bfloat16)
+    hf_config, _ = CASES[case]
+    model = write_random(folder / "model", hf_config | SMALL, dtype=torch.bfloat16)
     sizes = {"max_model_len": 256, "max_num_seqs": 4, "max_num_batched_tokens": 64}
     engine = LLM(str(model), skip_tokenizer_init=True, gpu_memory_utilization=0.02, **sizes)
     sampling = SamplingParams(max_tokens=TOKENS, logprobs=0, ignore_eos=True, detokenize=False)

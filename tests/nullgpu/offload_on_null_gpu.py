@@ -62,8 +62,8 @@ def main() -> None:
     found = state(trainer)
     different = [name for name, tensor in found.items() if not torch.equal(tensor, expected[name])]
     assert found.keys() == expected.keys() and not different, different[:5]
-    hf = read_hf_config(model)
-    job = PlannedJob(hf, settings, 1, HARDWARE["H100"])
+    hf_config = read_hf_config(model)
+    job = PlannedJob(hf_config, settings, 1, HARDWARE["H100"])
     planned = offloaded_bytes(job, RankCounts(job).rank_counts(0))
     distributed.leave_process_groups()
     print(f"\nbytes: {less} {away} {planned}")

@@ -10,13 +10,15 @@ from megatron_r1.models.hf_config import resolve_aliases
 from megatron_r1.models.weights import hf_tensors
 
 
-def write_random(folder: Path, hf: dict, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
+def write_random(
+    folder: Path, hf_config: dict, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> Path:
     """Write norms around 1 and other weights of deviation 0.1; return the folder."""
     draw = torch.Generator().manual_seed(seed)
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(hf))
+    (folder / "config.json").write_text(json.dumps(hf_config))
     weights = {}
-    for name, (shape, _) in hf_tensors(resolve_aliases(hf)).items():
+    for name, (shape, _) in hf_tensors(resolve_aliases(hf_config)).items():
         values = 0.1 * torch.randn(shape, generator=draw) + name.endswith("norm.weight")
         weights[name] = values.to(dtype)
     for name in weights:  # an MTP layer's copies

@@ -29,8 +29,8 @@ BF16_MOMENTS = ("bfloat16", "none", "bfloat16")
 def models(tmp_path_factory):
     """Folders of models with random weights."""
     folder = tmp_path_factory.mktemp("models")
-    for name, hf in MODELS.items():
-        write_random(folder / name, hf)
+    for name, hf_config in MODELS.items():
+        write_random(folder / name, hf_config)
     return folder
 
 

@@ -21,7 +21,7 @@ from megatron_r1.models.hf_config import resolve_aliases, score_model_config
 
 
 def with_score_models() -> dict[str, dict]:
-    models = {name: resolve_aliases(hf) for name, hf in MODELS.items()}
+    models = {name: resolve_aliases(hf_config) for name, hf_config in MODELS.items()}
     names = ("deepseek-yarn-mtp", "qwen-untied", "llama3")
     return models | {f"{name}-score": score_model_config(models[name]) for name in names}
 
@@ -82,25 +82,25 @@ def stored_shapes(tree) -> dict[str, tuple]:
     return {key: shape for part in parts for key, shape in stored_shapes(part).items()}
 
 
-def compare(hf: dict, settings: Config, stored: bool) -> list[str]:
+def compare(hf_config: dict, settings: Config, stored: bool) -> list[str]:
     """Return how this rank's chunks of a model differ from the tables."""
     from megatron_r1 import models
     from megatron_r1.models.weights.formats.megatron_weights import stored_layout
     from megatron_r1.models.weights.layout import layout
     from megatron_r1.models.weights.loading import chunk_shard, model_tensors
 
-    config = models.transformer_config(hf, settings)
+    config = models.transformer_config(hf_config, settings)
     virtual = config.virtual_pipeline_model_parallel_size
     wrong = []
     for stage in range(virtual) if virtual else [None]:
-        chunk = models.build_model(hf, config, vp_stage=stage)
+        chunk = models.build_model(hf_config, config, vp_stage=stage)
         assert config.transformer_impl == "transformer_engine"
         built = {name: tensor.shape for name, tensor in model_tensors(chunk).items()}
-        table = {name: entry.shape for name, entry in layout(hf, chunk_shard(chunk)).items()}
+        table = {name: entry.shape for name, entry in layout(hf_config, chunk_shard(chunk)).items()}
         wrong += differences(built, table)
         if stored:
             expected = stored_layout(
-                hf, transformer_engine=True, with_mtp=bool(config.mtp_num_layers)
+                hf_config, transformer_engine=True, with_mtp=bool(config.mtp_num_layers)
             )
             wrong += differences(stored_shapes(chunk.sharded_state_dict()), expected.shapes)
     return wrong
@@ -114,21 +114,21 @@ def main() -> None:
     fake_groups()
     compared, wrong = 0, []
     for grid in sys.argv[1:]:
-        for name, hf in with_score_models().items():
-            at = sizes(grid, with_mtp=bool(hf.get("num_nextn_predict_layers")))
-            if not allows(hf, at) or (at["layout"] and name.endswith("score")):
+        for name, hf_config in with_score_models().items():
+            at = sizes(grid, with_mtp=bool(hf_config.get("num_nextn_predict_layers")))
+            if not allows(hf_config, at) or (at["layout"] and name.endswith("score")):
                 continue
             world = math.prod(at[axis] for axis in ("tp", "pp", "cp", "dp")) * (
                 1 if at["tp"] > 1 else at["ep"] * at["etp"]
             )
-            parallel = parallel_settings(grid, bool(hf.get("num_nextn_predict_layers")))
+            parallel = parallel_settings(grid, bool(hf_config.get("num_nextn_predict_layers")))
             settings = Config.model_validate(
                 {"model": {"path": "-", "dtype": "bfloat16"}, "parallel": parallel}
             )
             for rank in range(world):
                 take_place(rank, world, settings)
                 compared += 1
-                found = compare(hf, settings, stored=grid == "one")
+                found = compare(hf_config, settings, stored=grid == "one")
                 wrong += [f"{grid} rank {rank} {name}: {line}" for line in found]
     print(json.dumps({"compared": compared, "wrong": wrong}))
 

@@ -74,14 +74,14 @@ CASES = {
 }
 
 
-def engine_config(folder: Path, hf: dict, is_fp8: bool):
+def engine_config(folder: Path, hf_config: dict, is_fp8: bool):
     """Return vLLM's configuration of a model folder that is written here."""
     folder.mkdir(parents=True)
     quantized = {"quantization_config": fp8.FP8_CONFIG} if is_fp8 else {}
-    (folder / "config.json").write_text(json.dumps(hf | quantized))
+    (folder / "config.json").write_text(json.dumps(hf_config | quantized))
     # What an engine is given where config.json leaves it to the architecture.
     arguments = {
-        "hf_overrides": implied_settings(hf),
+        "hf_overrides": implied_settings(hf_config),
         "skip_tokenizer_init": True,
         "load_format": "dummy",
         "enforce_eager": True,
@@ -91,9 +91,9 @@ def engine_config(folder: Path, hf: dict, is_fp8: bool):
     ).create_engine_config()
 
 
-def compare(hf: dict, is_fp8: bool, config, model) -> dict:
+def compare(hf_config: dict, is_fp8: bool, config, model) -> dict:
     """Return what the recorder and the prediction differ in, and what a swap leaves changed."""
-    placed, table = lay_out(record_copies([model], pushed_tensors(hf, fp8=is_fp8)))
+    placed, table = lay_out(record_copies([model], pushed_tensors(hf_config, fp8=is_fp8)))
     recorded: dict[str, int] = {}
     for slot in table.slots:
         elements = slot.height * slot.width
@@ -101,7 +101,9 @@ def compare(hf: dict, is_fp8: bool, config, model) -> dict:
     scales = {name for name in recorded if fp8.is_scale(name)}
     predicted = {
         tensor.name: region.num_elements
-        for tensor, region in PredictedSharding(hf, EngineLayout()).regions_of(Coordinate(0, 0, 0))
+        for tensor, region in PredictedSharding(hf_config, EngineLayout()).regions_of(
+            Coordinate(0, 0, 0)
+        )
     }
     wrong = [
         f"{name}: recorded {recorded.get(name)}, predicted {predicted.get(name)}"
@@ -158,7 +160,7 @@ def main() -> None:
     groups_exist = False
     for name in names:
         published, is_fp8 = CASES[name]
-        hf = resolve_aliases(published)
+        hf_config = resolve_aliases(published)
         config = engine_config(Path(folder) / name, published, is_fp8)
         with set_current_vllm_config(config):
             if not groups_exist:
@@ -168,7 +170,9 @@ def main() -> None:
                 groups_exist = True
             model = get_model(vllm_config=config)
             assert all(parameter.is_cuda for parameter in model.parameters())
-            print(json.dumps({"case": name, **compare(hf, is_fp8, config, model)}), flush=True)
+            print(
+                json.dumps({"case": name, **compare(hf_config, is_fp8, config, model)}), flush=True
+            )
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ def run(case: dict, config: Config, position: Any) -> None:
 
     trainer = Trainer(config, position)
     trainer.refresh_reference()
-    shape = routing_shape(trainer.hf)
+    shape = routing_shape(trainer.hf_config)
     for label in ("warm-up", case["label"]):
         draw = random.Random(label)
         made = [[sample(draw, shape) for _ in range(3)] for _ in range(case["microbatches"])]

@@ -149,7 +149,7 @@ def report(name, grid, what, difference, tolerance):
     )
 
 
-def build(hf, sizes):
+def build(hf_config, sizes):
     """This rank's chunks in Megatron's DDP, and their configuration."""
     parallel = {
         "tensor": sizes["tp"],
@@ -162,24 +162,24 @@ def build(hf, sizes):
         "pipeline_layout": sizes["layout"],
     }
     recipe = Config(model={"dtype": "float32"}, parallel=parallel)
-    config = models.transformer_config(hf, recipe)
+    config = models.transformer_config(hf_config, recipe)
     config.finalize_model_grads_func = finalize_model_grads
     num_chunks = config.virtual_pipeline_model_parallel_size
     stages = range(num_chunks) if num_chunks else [None]
     ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=False, overlap_grad_reduce=False)
     return [
-        DistributedDataParallel(config, ddp, models.build_model(hf, config, vp_stage=stage))
+        DistributedDataParallel(config, ddp, models.build_model(hf_config, config, vp_stage=stage))
         for stage in stages
     ]
 
 
-def compare(name, hf, grid, sizes, oracle, out):
+def compare(name, hf_config, grid, sizes, oracle, out):
     """All comparisons of one model at one grid."""
     model_folder, sequences = oracle / name, torch.load(oracle / "sequences.pt")
     answers = torch.load(model_folder / "answers.pt")
-    chunks = build(hf, sizes)
-    weights.load_hf(chunks, hf, model_folder)
-    same_checkpoint(name, hf, grid, chunks, model_folder, out)
+    chunks = build(hf_config, sizes)
+    weights.load_hf(chunks, hf_config, model_folder)
+    same_checkpoint(name, hf_config, grid, chunks, model_folder, out)
     # The same four packed batches for every number of data-parallel ranks that share them.
     groups = [sequences[0:1], sequences[1:2], sequences[2:5], sequences[5:6]]
     ranks, rank = (
@@ -197,7 +197,7 @@ def compare(name, hf, grid, sizes, oracle, out):
         for index, result in zip(mine, results, strict=True):
             start = sum(len(group) for group in groups[:index])
             expected = torch.cat(answers["logits"][start : start + len(groups[index])])
-            got = unpack(result["logits"], groups[index])[:, : hf["vocab_size"]]
+            got = unpack(result["logits"], groups[index])[:, : hf_config["vocab_size"]]
             difference = max(difference, (got - expected).abs().max())
         loss = torch.stack([sum(result["loss"] for result in results)])
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
@@ -208,14 +208,14 @@ def compare(name, hf, grid, sizes, oracle, out):
         difference = loss_difference = 0.0
     report(name, grid, "packed logits", difference, LOGIT_TOLERANCE)
     report(name, grid, "loss", loss_difference, LOSS_TOLERANCE * 3)
-    same_gradients(name, hf, grid, chunks, model_folder, out)
+    same_gradients(name, hf_config, grid, chunks, model_folder, out)
 
     if sizes["cp"] > 1:
         return  # packed batches only
     results = run(padded_step, chunks, sequences, forward_only=True)
     difference = max(
         (
-            (result["logits"][: len(expected), : hf["vocab_size"]] - expected).abs().max()
+            (result["logits"][: len(expected), : hf_config["vocab_size"]] - expected).abs().max()
             for result, expected in zip(results, answers["logits"], strict=False)
         ),
         default=0.0,
@@ -223,11 +223,13 @@ def compare(name, hf, grid, sizes, oracle, out):
     report(name, grid, "padded logits", difference, LOGIT_TOLERANCE)
 
 
-def same_checkpoint(name, hf, grid, chunks, model_folder, out):
+def same_checkpoint(name, hf_config, grid, chunks, model_folder, out):
     """Megatron → one file, and → a folder of several files, equal the checkpoint bit for bit."""
     expected = load_file(model_folder / "model.safetensors")
-    weights.write_hf(chunks, hf, out / "pushed.safetensors", dtype=torch.float32)
-    weights.save_hf(chunks, hf, model_folder, out / "hf", torch.float32, max_shard_bytes=20_000)
+    weights.write_hf(chunks, hf_config, out / "pushed.safetensors", dtype=torch.float32)
+    weights.save_hf(
+        chunks, hf_config, model_folder, out / "hf", torch.float32, max_shard_bytes=20_000
+    )
     if dist.get_rank() == 0:
         pushed = load_file(out / "pushed.safetensors")
         files = sorted((out / "hf").glob("*.safetensors"))
@@ -240,10 +242,10 @@ def same_checkpoint(name, hf, grid, chunks, model_folder, out):
         print(f"{name} {grid} round trip: {len(expected)} tensors equal", flush=True)
     dist.barrier()
     # What was exported in several files is a checkpoint itself.
-    weights.load_hf(chunks, hf, out / "hf")
+    weights.load_hf(chunks, hf_config, out / "hf")
 
 
-def same_gradients(name, hf, grid, chunks, model_folder, out):
+def same_gradients(name, hf_config, grid, chunks, model_folder, out):
     """Gradients, exported as if they were the weights, equal transformers' gradients."""
     with torch.no_grad():
         for chunk in chunks:
@@ -251,7 +253,7 @@ def same_gradients(name, hf, grid, chunks, model_folder, out):
                 parameter.grad, kept = None, parameter.data.clone()
                 parameter.kept = kept
                 parameter.data.copy_(parameter.main_grad)
-        weights.write_hf(chunks, hf, out / "gradients.safetensors", dtype=torch.float32)
+        weights.write_hf(chunks, hf_config, out / "gradients.safetensors", dtype=torch.float32)
         for chunk in chunks:
             for parameter in chunk.parameters():
                 parameter.data.copy_(parameter.kept)
@@ -270,9 +272,9 @@ def same_gradients(name, hf, grid, chunks, model_folder, out):
 def main(oracle: Path, out: Path, chosen: str, names: list[str]) -> None:
     joined = None
     for grid in names:
-        for name, hf in grids.models_on(grid, int(os.environ["WORLD_SIZE"]), chosen).items():
-            hf = resolve_aliases(hf)
-            with_mtp = bool(hf.get("num_nextn_predict_layers"))
+        for name, hf_config in grids.models_on(grid, int(os.environ["WORLD_SIZE"]), chosen).items():
+            hf_config = resolve_aliases(hf_config)
+            with_mtp = bool(hf_config.get("num_nextn_predict_layers"))
             sizes = grids.sizes(grid, with_mtp)
             settings = grids.parallel_settings(grid, with_mtp)
             # Once for models of the same grid: each of Megatron's groups has threads until the end.
@@ -281,7 +283,7 @@ def main(oracle: Path, out: Path, chosen: str, names: list[str]) -> None:
                     parallel_state.destroy_model_parallel()
                 distributed.initialize(ParallelConfig.model_validate(settings), seed=1)
                 joined = settings
-            compare(name, hf, grid, sizes, oracle, out)
+            compare(name, hf_config, grid, sizes, oracle, out)
     distributed.leave_process_groups()
 
 

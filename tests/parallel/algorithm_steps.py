@@ -132,7 +132,10 @@ def main() -> None:
             updates = [trainer.update(i, loss, settings, RATE, TEMPERATURE) for i in (0, 1)]
             report[name] = {"advantages": advantages, "updates": [masked, *updates]}
         weights.write_hf(
-            trainer.model_chunks, trainer.hf, out / f"{grid}.safetensors", dtype=torch.float32
+            trainer.model_chunks,
+            trainer.hf_config,
+            out / f"{grid}.safetensors",
+            dtype=torch.float32,
         )
         first = position.data_rank == position.tensor_rank == 0
         if position.is_last_stage and first and parallel_state.get_context_parallel_rank() == 0:

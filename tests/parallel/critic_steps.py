@@ -120,9 +120,9 @@ def play(name: str, grid: str, policy: Path, scored: Path, out: Path) -> None:
     assert 0 < expected["metrics"][-1]["value/clip_fraction"] < 1, "clipping was to be tried"
     trainer.compute_values()
     close(name, grid, "new values", gap_of_values(trainer, position, plan, expected["new"]), 1e-4)
-    hf = read_hf_config(scored, None)
+    hf_config = read_hf_config(scored, None)
     weights.write_hf(
-        trainer.critic.model_chunks, hf, out / "critic.safetensors", dtype=torch.float32
+        trainer.critic.model_chunks, hf_config, out / "critic.safetensors", dtype=torch.float32
     )
     found = load_file(out / "critic.safetensors")
     gaps = [(found[key] - expected["weights"][key]).abs().max() for key in found]

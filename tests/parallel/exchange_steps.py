@@ -118,7 +118,7 @@ def write_weights(model: Path, grid: str, position) -> None:
     if not (model / "model.safetensors").exists():
         trainer = Trainer(config(model, grid, {}, "float32"), position)
         file = model / "model.safetensors"
-        weights.write_hf(trainer.model_chunks, trainer.hf, file, dtype=torch.float32)
+        weights.write_hf(trainer.model_chunks, trainer.hf_config, file, dtype=torch.float32)
     dist.barrier()
 
 
@@ -129,7 +129,7 @@ def updated(settings: Config, position, *, switched: bool) -> tuple[dict, dict]:
     trainer = Trainer(settings, position)
     if switched:
         trainer.transformer.overlap_moe_expert_parallel_comm = True
-    shape = routing_shape(trainer.hf) if settings.rl.routing_replay else None
+    shape = routing_shape(trainer.hf_config) if settings.rl.routing_replay else None
     made = samples(shape)
     lengths = [len(sample) for sample in made]
     plan = pack(lengths, position.data_parallel_size, 80).shares[position.data_rank]

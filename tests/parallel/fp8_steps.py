@@ -87,7 +87,7 @@ def main() -> None:
         ]
         weights.write_hf(
             trainer.model_chunks,
-            trainer.hf,
+            trainer.hf_config,
             out / f"{name}_before.safetensors",
             dtype=torch.float32,
         )
@@ -104,7 +104,7 @@ def main() -> None:
             if step == 0:
                 weights.write_hf(
                     trainer.model_chunks,
-                    trainer.hf,
+                    trainer.hf_config,
                     out / f"{name}_one.safetensors",
                     dtype=torch.float32,
                 )
@@ -112,7 +112,10 @@ def main() -> None:
                 folders.save_checkpoint(str(out / "checkpoint"), {})
                 folders.checkpoint_progress(wait=True)
         weights.write_hf(
-            trainer.model_chunks, trainer.hf, out / f"{name}_all.safetensors", dtype=torch.float32
+            trainer.model_chunks,
+            trainer.hf_config,
+            out / f"{name}_all.safetensors",
+            dtype=torch.float32,
         )
         if position.is_last_stage and position.data_rank == 0 and position.tensor_rank == 0:
             (out / f"{name}.json").write_text(json.dumps(report))

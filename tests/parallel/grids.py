@@ -82,15 +82,15 @@ def models_on(grid: str, world_size: int, chosen: str = "first") -> dict[str, di
         return {name: FIRST[name] for name in names}
     at = sizes(grid)
     models = models_in(chosen)
-    return {name: hf for name, hf in models.items() if allows(hf, at)}
+    return {name: hf_config for name, hf_config in models.items() if allows(hf_config, at)}
 
 
-def allows(hf: dict, at: dict) -> bool:
+def allows(hf_config: dict, at: dict) -> bool:
     """Whether a model can be split over the axes of `sizes`: one without experts has no ranks of
     them, one with experts always splits sequences, and gpt-oss has neither context parallelism nor
     several ranks for an expert."""
-    experts = {"n_routed_experts", "num_experts", "num_local_experts"} & hf.keys()
-    if "sliding_window" in hf and at["cp"] * at["etp"] > 1:
+    experts = {"n_routed_experts", "num_experts", "num_local_experts"} & hf_config.keys()
+    if "sliding_window" in hf_config and at["cp"] * at["etp"] > 1:
         return False
     if experts:
         return not at["sequence"]

@@ -19,16 +19,16 @@ from transformers import AutoConfig, AutoModelForCausalLM
 SCALE = ALPHA / RANK
 
 
-def write(folder: Path, hf: dict, targets: list[str] | None, sequences) -> None:
+def write(folder: Path, hf_config: dict, targets: list[str] | None, sequences) -> None:
     merged_folder = folder / "merged"
     merged_folder.mkdir(parents=True)
     for place in (folder, merged_folder):
-        (place / "config.json").write_text(json.dumps(hf))
+        (place / "config.json").write_text(json.dumps(hf_config))
     config = AutoConfig.from_pretrained(folder)
     base = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float()
     randomize(base)
     base.save_pretrained(folder)
-    (folder / "config.json").write_text(json.dumps(hf))
+    (folder / "config.json").write_text(json.dumps(hf_config))
     weights = load_file(folder / "model.safetensors")
     factors = {}
     for name in filter(lambda name: adapted(name, targets), weights):
@@ -60,9 +60,9 @@ def main(root: Path) -> None:
     generator = torch.Generator().manual_seed(1)
     sequences = [torch.randint(0, 67, (1, n), generator=generator) for n in LENGTHS]
     torch.save(sequences, root / "sequences.pt")
-    for seed, (name, (hf, targets)) in enumerate(MODELS.items()):
+    for seed, (name, (hf_config, targets)) in enumerate(MODELS.items()):
         torch.manual_seed(seed)
-        write(root / name, hf, targets, sequences)
+        write(root / name, hf_config, targets, sequences)
 
 
 if __name__ == "__main__":

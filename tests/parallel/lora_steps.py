@@ -44,13 +44,13 @@ def build(folder: Path, targets, grid: str):
         }
     )
     position = distributed.initialize(recipe.parallel, seed=1)
-    hf = models.read_hf_config(folder)
-    config = models.transformer_config(hf, recipe)
-    bare = construction.build_chunks(recipe, hf, config, position.groups)
+    hf_config = models.read_hf_config(folder)
+    config = models.transformer_config(hf_config, recipe)
+    bare = construction.build_chunks(recipe, hf_config, config, position.groups)
     config.finalize_model_grads_func = finalize_model_grads
     # Not construction._with_gradients, after which a rank has its part of the gradients only.
     ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=False, overlap_grad_reduce=False)
-    return recipe, hf, bare, [DistributedDataParallel(config, ddp, chunk) for chunk in bare]
+    return recipe, hf_config, bare, [DistributedDataParallel(config, ddp, chunk) for chunk in bare]
 
 
 def fill(chunks, file: Path) -> None:
@@ -64,10 +64,10 @@ def fill(chunks, file: Path) -> None:
 
 def compare(name: str, grid: str, oracle: Path, out: Path) -> None:
     folder, sequences = oracle / name, torch.load(oracle / "sequences.pt")
-    recipe, hf, bare, chunks = build(folder, MODELS[name][1], grid)
+    recipe, hf_config, bare, chunks = build(folder, MODELS[name][1], grid)
     trained = {n for chunk in bare for n, p in chunk.named_parameters() if p.requires_grad}
     assert trained and all(n.endswith((".lora.a", ".lora.b")) for n in trained), trained
-    weights.write_hf(chunks, hf, out / "start.safetensors", dtype=torch.float32)
+    weights.write_hf(chunks, hf_config, out / "start.safetensors", dtype=torch.float32)
     fill(bare, folder / "adapter.safetensors")
     groups = [sequences[0:1], sequences[1:2], sequences[2:5], sequences[5:6]]
     ranks = parallel_state.get_data_parallel_world_size()
@@ -82,16 +82,16 @@ def compare(name: str, grid: str, oracle: Path, out: Path) -> None:
         for index, result in zip(mine, results, strict=True):
             start = sum(len(group) for group in groups[:index])
             expected = torch.cat(logits[start : start + len(groups[index])])
-            got = base.unpack(result["logits"], groups[index])[:, : hf["vocab_size"]]
+            got = base.unpack(result["logits"], groups[index])[:, : hf_config["vocab_size"]]
             difference = max(difference, (got - expected).abs().max())
     base.report(name, grid, "logits", difference, base.LOGIT_TOLERANCE)
 
-    same_tensors(chunks, hf, recipe, folder, out, name, grid)
+    same_tensors(chunks, hf_config, recipe, folder, out, name, grid)
     with torch.no_grad():
         for factor, _, _ in adapter_pieces(bare):
             factor.copy_(factor.main_grad)
     adapter = out / "gradients"
-    save_adapter(chunks, hf, recipe.model.lora, str(folder), adapter, torch.float32)
+    save_adapter(chunks, hf_config, recipe.model.lora, str(folder), adapter, torch.float32)
     got, expected = load_file(adapter / "adapter_model.safetensors"), {}
     expected = load_file(folder / "gradients.safetensors")
     worst, where = 0.0, None
@@ -103,17 +103,17 @@ def compare(name: str, grid: str, oracle: Path, out: Path) -> None:
     dist.barrier()
 
 
-def same_tensors(chunks, hf, recipe, folder: Path, out: Path, name: str, grid: str) -> None:
+def same_tensors(chunks, hf_config, recipe, folder: Path, out: Path, name: str, grid: str) -> None:
     """New adapters change nothing; those of the file come back in PEFT's format and merged."""
     start, origin = load_file(out / "start.safetensors"), load_file(folder / "model.safetensors")
     assert all(torch.equal(start[key], origin[key]) for key in start)
     adapter = out / f"adapter-{name}"
-    save_adapter(chunks, hf, recipe.model.lora, str(folder), adapter, torch.float32)
+    save_adapter(chunks, hf_config, recipe.model.lora, str(folder), adapter, torch.float32)
     saved = load_file(adapter / "adapter_model.safetensors")
     factors = load_file(folder / "adapter.safetensors")
     assert saved.keys() == {PEFT_PREFIX + key for key in factors}, saved.keys() ^ factors.keys()
     assert all(torch.equal(saved[PEFT_PREFIX + key], factors[key]) for key in factors)
-    weights.save_hf(chunks, hf, folder, out / "hf", torch.float32)
+    weights.save_hf(chunks, hf_config, folder, out / "hf", torch.float32)
     merged = load_file(out / "hf" / "model.safetensors")
     expected = load_file(folder / "merged" / "model.safetensors")
     gap = max((merged[key] - expected[key]).abs().max().item() for key in merged)

@@ -66,7 +66,7 @@ def write_gradients(trainer, file: Path) -> None:
         for chunk in trainer.model_chunks:
             for parameter in chunk.parameters():
                 parameter.data.copy_(parameter.main_grad)
-    weights.write_hf(trainer.model_chunks, trainer.hf, file, dtype=torch.float32)
+    weights.write_hf(trainer.model_chunks, trainer.hf_config, file, dtype=torch.float32)
 
 
 def main() -> None:
@@ -78,7 +78,7 @@ def main() -> None:
         for mtp in ("none", "frozen", "train"):
             trainer = update(config(model, grid, mtp), position, model)
             file = Path(out) / f"{grid}-{mtp}.safetensors"
-            weights.write_hf(trainer.model_chunks, trainer.hf, file, dtype=torch.float32)
+            weights.write_hf(trainer.model_chunks, trainer.hf_config, file, dtype=torch.float32)
         write_gradients(trainer, Path(out) / f"{grid}-gradients.safetensors")
         dist.barrier()
         parallel_state.destroy_model_parallel()

@@ -83,21 +83,21 @@ def losses(logits, targets):
     return torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
 
 
-def write_model(folder: Path, hf: dict, sequences) -> None:
+def write_model(folder: Path, hf_config: dict, sequences) -> None:
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(hf))
+    (folder / "config.json").write_text(json.dumps(hf_config))
     config = AutoConfig.from_pretrained(folder)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
     randomize(model)
     model.save_pretrained(folder)
-    (folder / "config.json").write_text(json.dumps(hf))
+    (folder / "config.json").write_text(json.dumps(hf_config))
 
     logits = [model(ids).logits[0] for ids in sequences]
     total = sum(losses(x[:-1], ids[0, 1:]) for x, ids in zip(logits, sequences, strict=True))
     num_targets = sum(ids.shape[1] - 1 for ids in sequences)
     answers = {"logits": [x.detach() for x in logits], "loss": total.item() / num_targets}
     parts = {"": model}
-    if hf.get("num_nextn_predict_layers"):
+    if hf_config.get("num_nextn_predict_layers"):
         layer = mtp_layer(model, config)
         parts[f"model.layers.{config.num_hidden_layers}."] = layer
         long = [ids for ids in sequences if ids.shape[1] > 2]
@@ -121,12 +121,12 @@ def write_model(folder: Path, hf: dict, sequences) -> None:
 
 def main(root: Path, models: dict[str, dict]) -> None:
     generator = torch.Generator().manual_seed(1)
-    vocab = min(hf["vocab_size"] for hf in models.values())
+    vocab = min(hf_config["vocab_size"] for hf_config in models.values())
     sequences = [torch.randint(0, vocab, (1, n), generator=generator) for n in LENGTHS]
     torch.save(sequences, root / "sequences.pt")
-    for name, hf in models.items():
+    for name, hf_config in models.items():
         torch.manual_seed(0)
-        write_model(root / name, hf, sequences)
+        write_model(root / name, hf_config, sequences)
 
 
 if __name__ == "__main__":

@@ -78,9 +78,9 @@ def main() -> None:
     }, plain
     reduction = "gloo in the parameters' dtype, reduction and gather of parameters overlapped"
     assert overlapped == plain | {"gradient reduction": reduction}, overlapped
-    hf = models.read_hf_config(model)
-    fused = replace(models.transformer_config(hf, config), gradient_accumulation_fusion=True)
-    models.build_model(hf, fused, position.groups)
+    hf_config = models.read_hf_config(model)
+    fused = replace(models.transformer_config(hf_config, config), gradient_accumulation_fusion=True)
+    models.build_model(hf_config, fused, position.groups)
     distributed.leave_process_groups()
     print("holds", flush=True)
 

@@ -42,7 +42,7 @@ def main() -> None:
 
         trainer, file = Trainer(config, position), Path(out) / grid
         before = file.with_name(f"{grid}-before.safetensors")
-        weights.write_hf(trainer.model_chunks, trainer.hf, before, dtype=torch.float32)
+        weights.write_hf(trainer.model_chunks, trainer.hf_config, before, dtype=torch.float32)
         sample = Sample.pack([first], rest, [-1.0] * len(rest), 1.0)
         reports = []
         for _ in range(int(steps)):
@@ -50,7 +50,7 @@ def main() -> None:
             reports.append(trainer.update(0, SUPERVISED, None, 0.01))
         trainer.load([[[sample]]])
         trainer.compute_logprobs(1.0, reference=False)
-        weights.save_hf(trainer.model_chunks, trainer.hf, model, file, torch.float32)
+        weights.save_hf(trainer.model_chunks, trainer.hf_config, model, file, torch.float32)
         if position.is_last_stage and position.data_rank == position.tensor_rank == 0:
             (batch,) = trainer.rollout.minibatches[0]
             logprobs = batch.logprobs["old"][batch.is_response]

@@ -100,7 +100,7 @@ def steps(model: str, grid: str, samples: list[Sample], out: Path) -> dict:
         report["reference_gap"] = max(report.get("reference_gap", 0.0), gap.item())
     report |= trainer.update(0, LOSS, None, 0.1)
     weights.write_hf(
-        trainer.model_chunks, trainer.hf, out / f"{grid}.safetensors", dtype=torch.float32
+        trainer.model_chunks, trainer.hf_config, out / f"{grid}.safetensors", dtype=torch.float32
     )
     return report
 

@@ -18,9 +18,9 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 def configuration(name: str) -> dict:
     """The score model's config.json; written by hand, not by what is tested."""
-    hf = MODELS[name]
-    kind = hf["architectures"][0].replace("ForCausalLM", "ForSequenceClassification")
-    return {**hf, "architectures": [kind], "num_labels": 1, "num_nextn_predict_layers": 0}
+    hf_config = MODELS[name]
+    kind = hf_config["architectures"][0].replace("ForCausalLM", "ForSequenceClassification")
+    return {**hf_config, "architectures": [kind], "num_labels": 1, "num_nextn_predict_layers": 0}
 
 
 def pairwise(scores):
@@ -34,15 +34,15 @@ def pointwise(scores):
     return -(labels * p.log() + (1 - labels) * (1 - p).log()).mean()
 
 
-def write_model(folder: Path, hf: dict, texts) -> None:
+def write_model(folder: Path, hf_config: dict, texts) -> None:
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(hf))
+    (folder / "config.json").write_text(json.dumps(hf_config))
     config = AutoConfig.from_pretrained(folder)
     model = AutoModelForSequenceClassification.from_config(config, attn_implementation="eager")
     model = model.float().eval()
     randomize(model)
     model.save_pretrained(folder)
-    (folder / "config.json").write_text(json.dumps(hf))
+    (folder / "config.json").write_text(json.dumps(hf_config))
     scores = torch.cat([model(ids).logits[0] for ids in texts])
     answers = {"scores": scores.detach()}
     for loss in (pairwise, pointwise):

@@ -73,10 +73,10 @@ def compute(loss, batch, out):
 def compare(name, grid, sizes, position, oracle, out):
     folder = oracle / name
     answers, texts = torch.load(folder / "answers.pt"), torch.load(oracle / "texts.pt")
-    hf = models.read_hf_config(folder, None)
-    chunks = build(hf, sizes)
-    weights.load_hf(chunks, hf, folder)
-    same_checkpoint(name, hf, grid, chunks, folder, out)
+    hf_config = models.read_hf_config(folder, None)
+    chunks = build(hf_config, sizes)
+    weights.load_hf(chunks, hf_config, folder)
+    same_checkpoint(name, hf_config, grid, chunks, folder, out)
     batches, plan = own_batches(texts, position, sizes)
     with torch.no_grad():
         found = run_passes(chunks, batches, keep_scores, forward_only=True)
@@ -91,27 +91,27 @@ def compare(name, grid, sizes, position, oracle, out):
         metrics = reduce_over_data(position, merge(reports))
         gap = abs(metrics["loss"] - answers[loss.__name__]) if metrics else 0.0
         report(name, grid, f"{loss.__name__} loss", gap, LOSS_TOLERANCE)
-        same_gradients(name, hf, grid, chunks, folder / loss.__name__, out)
+        same_gradients(name, hf_config, grid, chunks, folder / loss.__name__, out)
 
 
 def started(name, grid, sizes, models_folder, out):
     """The body is the language model's, bit for bit; the head is the same on every grid."""
     folder = models_folder / name
     own = models.read_hf_config(folder)
-    hf = models.read_hf_config(folder, "score")
-    chunks = build(hf, sizes)
-    weights.load_hf(chunks, hf, folder, own)
-    weights.initialize_score_head(chunks, hf, std=0.5, seed=3)
-    weights.save_hf(chunks, hf, folder, out / "started", torch.float32)
+    hf_config = models.read_hf_config(folder, "score")
+    chunks = build(hf_config, sizes)
+    weights.load_hf(chunks, hf_config, folder, own)
+    weights.initialize_score_head(chunks, hf_config, std=0.5, seed=3)
+    weights.save_hf(chunks, hf_config, folder, out / "started", torch.float32)
     if dist.get_rank() == 0:
         got = load_file(out / "started/model.safetensors")
         before = load_file(folder / "model.safetensors")
         head = got.pop("score.weight")
         assert all(torch.equal(got[key], before[key]) for key in got), f"{name} at {grid}"
-        heads = ("lm_head.", f"model.layers.{hf['num_hidden_layers']}.")
+        heads = ("lm_head.", f"model.layers.{hf_config['num_hidden_layers']}.")
         missing = [key for key in before.keys() - got.keys() if not key.startswith(heads)]
         assert not missing, missing
-        assert 0.3 < head.std() < 0.7 and head.shape == (1, hf["hidden_size"])
+        assert 0.3 < head.std() < 0.7 and head.shape == (1, hf_config["hidden_size"])
         drawn = out / f"{name}_head.pt"
         if drawn.exists():
             assert torch.equal(torch.load(drawn), head), f"{name} at {grid}: another head"
@@ -119,27 +119,27 @@ def started(name, grid, sizes, models_folder, out):
         print(f"{name} {grid} starts from a language model", flush=True)
     dist.barrier()
     if sizes["pp"] == 1:
-        from_megatron(own, hf, sizes, chunks, folder, out / f"{name}_{grid}_language")
+        from_megatron(own, hf_config, sizes, chunks, folder, out / f"{name}_{grid}_language")
 
 
-def from_megatron(own, hf, sizes, chunks, folder, saved):
+def from_megatron(own, hf_config, sizes, chunks, folder, saved):
     """The same from a Megatron checkpoint of the language model; a score model's is recognized."""
     (language,) = build(own, sizes)
     weights.load_hf([language], own, folder)
     save(language, saved)
-    (other,) = build(hf, sizes)
+    (other,) = build(hf_config, sizes)
     with torch.no_grad():
         other.module.score.weight.copy_(chunks[0].module.score.weight)
-    weights.load_megatron([other], hf, saved, own)
+    weights.load_megatron([other], hf_config, saved, own)
     (scored,), again = chunks, saved.with_name(saved.name + "_scored")
     save(scored, again)
-    (third,) = build(hf, sizes)
-    weights.load_megatron([third], hf, again)
+    (third,) = build(hf_config, sizes)
+    weights.load_megatron([third], hf_config, again)
     for name, parameter in scored.named_parameters():
         for model in (other, third):
             assert torch.equal(dict(model.named_parameters())[name], parameter), name
     try:
-        weights.load_megatron([third], hf, saved)
+        weights.load_megatron([third], hf_config, saved)
     except ValueError as error:
         assert "it lacks score.weight" in str(error), error
     else:

@@ -39,8 +39,10 @@ def check(folder: Path, out: Path, grid: str) -> None:
     }
     config = Config.model_validate(settings)
     position = distributed.initialize(config.parallel, seed=0)
-    hf = models.read_hf_config(folder / MODEL)
-    chunk = models.build_model(hf, models.transformer_config(hf, config), position.groups)
+    hf_config = models.read_hf_config(folder / MODEL)
+    chunk = models.build_model(
+        hf_config, models.transformer_config(hf_config, config), position.groups
+    )
     read, numbers = HFWeights.read, []
 
     def counted(self, name: str, *part):
@@ -49,7 +51,7 @@ def check(folder: Path, out: Path, grid: str) -> None:
         return values
 
     with patch.object(HFWeights, "read", counted):
-        weights.load_hf([chunk], hf, folder / MODEL)
+        weights.load_hf([chunk], hf_config, folder / MODEL)
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, (sum(numbers), digest(chunk)))
     expected = load_file(folder / MODEL / "model.safetensors")
@@ -58,7 +60,7 @@ def check(folder: Path, out: Path, grid: str) -> None:
     assert max(found for found, _ in everyone) < 0.7 * sizes, (grid, everyone, sizes)
     if grid != "ep2":
         assert len({digest for _, digest in everyone}) == 1, grid
-    weights.write_hf([chunk], hf, out / "again.safetensors", dtype=torch.float32)
+    weights.write_hf([chunk], hf_config, out / "again.safetensors", dtype=torch.float32)
     again = load_file(out / "again.safetensors")
     assert all(torch.equal(again[name], tensor) for name, tensor in expected.items()), grid
 
@@ -69,7 +71,7 @@ def check(folder: Path, out: Path, grid: str) -> None:
 
     with patch.object(HFWeights, "read", broken):
         try:
-            weights.load_hf([chunk], hf, folder / MODEL)
+            weights.load_hf([chunk], hf_config, folder / MODEL)
             refused = None
         except UserError as error:
             refused = str(error), error.key, error.cause

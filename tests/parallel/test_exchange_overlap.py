@@ -24,9 +24,9 @@ MODELS = {
 def folder(tmp_path_factory) -> Path:
     """Configurations of MODELS; the trainer makes their weights."""
     made = tmp_path_factory.mktemp("exchange")
-    for name, hf in MODELS.items():
+    for name, hf_config in MODELS.items():
         (made / name).mkdir()
-        (made / name / "config.json").write_text(json.dumps(hf))
+        (made / name / "config.json").write_text(json.dumps(hf_config))
     return made
 
 

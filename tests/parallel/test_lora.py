@@ -70,9 +70,9 @@ def test_a_checkpoint_holds_adapters_alone_and_names_another_model(adapted, trai
     another_model, whole_weights = (trained / "refused.txt").read_text().splitlines()
     assert "holds adapters of another model" in another_model and "model.path" in another_model
     assert "holds adapters (model.lora), and the recipe trains whole weights" in whole_weights
-    hf = read_hf_config(adapted / MODEL)
+    hf_config = read_hf_config(adapted / MODEL)
     with pytest.raises(UserError, match=r"model\.lora.*, not a model; take .* hf/"):
-        MegatronWeights(trained / "checkpoint", hf)
+        MegatronWeights(trained / "checkpoint", hf_config)
 
 
 @pytest.mark.slow

@@ -78,10 +78,10 @@ def test_gpt_oss_keeps_its_published_names_and_transposed_experts(
 
 def mtp_reads(export, ids):
     """Log-probabilities by the export's MTP layer of the token after the next, for all but two."""
-    hf = read_hf_config(export)
-    model = load_with_transformers(export, hf, torch.float32).eval()
+    hf_config = read_hf_config(export)
+    model = load_with_transformers(export, hf_config, torch.float32).eval()
     layer, stored = mtp_layer(model, model.config), load_file(export / "model.safetensors")
-    prefix = f"model.layers.{hf['num_hidden_layers']}."
+    prefix = f"model.layers.{hf_config['num_hidden_layers']}."
     for name, tensor in layer.state_dict().items():
         place, _, kind = name.partition("experts.")
         if kind in ("gate_up_proj", "down_proj"):  # of all experts

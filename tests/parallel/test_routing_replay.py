@@ -59,10 +59,10 @@ def test_each_rank_is_sent_the_experts_of_its_own_layers_and_tokens(oracle, tmp_
     what the samples have, where all of it was sent before."""
     grids = ["tp2", "pp2", "cp2", "pp2xvp2"]
     run_ranks(HERE, 2, "routing_shares.py", str(oracle / MODEL), str(tmp_path), *grids)
-    hf = json.loads((oracle / MODEL / "config.json").read_text())
-    layers = hf["num_hidden_layers"] - hf["first_k_dense_replace"]
+    hf_config = json.loads((oracle / MODEL / "config.json").read_text())
+    layers = hf_config["num_hidden_layers"] - hf_config["first_k_dense_replace"]
     rows = sum(length - 1 for length in (9, 30, 17, 12, 25)) - 5
-    whole = rows * layers * hf["num_experts_per_tok"]
+    whole = rows * layers * hf_config["num_experts_per_tok"]
     for grid in grids:
         found = json.loads((tmp_path / f"{grid}.json").read_text())
         assert found["known"] == rows * (2 if grid.startswith("pp") else 1), grid

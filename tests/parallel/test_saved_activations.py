@@ -23,10 +23,10 @@ def test_activations_of_a_token_are_within_a_tenth(tmp_path, model):
     folder = Path(__file__).parent
     run_ranks(folder, 1, "saved_activations.py", str(tmp_path), str(tmp_path))
     measured = json.loads((tmp_path / "saved.json").read_text())
-    hf = read_hf_config(str(tmp_path))
+    hf_config = read_hf_config(str(tmp_path))
     config = Config.model_validate({"model": {"path": str(tmp_path), "dtype": "float32"}})
     counted = sum(
-        layer_activations(hf, config, 1, sparse=sparse, local=True).total
-        for sparse in sparse_layers(hf)
+        layer_activations(hf_config, config, 1, sparse=sparse, local=True).total
+        for sparse in sparse_layers(hf_config)
     )
     assert counted == pytest.approx(measured, rel=0.1)

@@ -94,7 +94,7 @@ def the_bias_is_one_process_s_on_every_rank(model: str, grid: str, position, out
     settings = config(model, grid, RATE)
     trainer, _ = trained(settings, position)
     weights.write_hf(
-        trainer.model_chunks, trainer.hf, out / "all.safetensors", dtype=torch.bfloat16
+        trainer.model_chunks, trainer.hf_config, out / "all.safetensors", dtype=torch.bfloat16
     )
     exported = {n: t for n, t in load_file(out / "all.safetensors").items() if n.endswith(BIAS)}
     start = load_file(Path(model) / "model.safetensors")
@@ -112,7 +112,7 @@ def the_bias_is_one_process_s_on_every_rank(model: str, grid: str, position, out
     fresh = Trainer(settings, position)
     CheckpointManager(fresh).load_checkpoint(folder, reference=False)
     for one in (trainer, fresh):
-        for tensor, entry in local_entries(one.model_chunks, one.hf):
+        for tensor, entry in local_entries(one.model_chunks, one.hf_config):
             for piece in entry.pieces:
                 if piece.hf_name.endswith(BIAS):
                     assert torch.equal(tensor, exported[piece.hf_name]), f"{grid} {piece.hf_name}"

@@ -98,7 +98,10 @@ def main() -> None:
         report = {"score": trainer.measure_logprob_diff()}
         report |= {"first": update(trainer, 0), "second": update(trainer, 1)}
         weights.write_hf(
-            trainer.model_chunks, trainer.hf, out / f"{grid}.safetensors", dtype=torch.float32
+            trainer.model_chunks,
+            trainer.hf_config,
+            out / f"{grid}.safetensors",
+            dtype=torch.float32,
         )
         folders.save_checkpoint(str(out / f"checkpoint_{grid}"), {"grid": grid})
         # Trains on while it is written: that must not be in the checkpoint.

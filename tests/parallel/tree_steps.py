@@ -118,7 +118,7 @@ def main() -> None:
             )
             metrics.append(trainer.update(update % 2, LOSS, of_loss, RATE, TEMPERATURE))
         file = Path(out) / f"{grid}.safetensors"
-        weights.write_hf(trainer.model_chunks, trainer.hf, file, dtype=torch.float32)
+        weights.write_hf(trainer.model_chunks, trainer.hf_config, file, dtype=torch.float32)
         first = position.data_rank == position.tensor_rank == 0
         if position.is_last_stage and first and parallel_state.get_context_parallel_rank() == 0:
             (Path(out) / f"{grid}.json").write_text(json.dumps(metrics))

@@ -40,10 +40,10 @@ def grid(**sizes):
     model_parallel_cuda_manual_seed(1)
     parallel = {names[axis]: size for axis, size in sizes.items()}
 
-    def build(hf, dtype="float32", with_mtp=True):
+    def build(hf_config, dtype="float32", with_mtp=True):
         model = {"dtype": dtype, "mtp": "frozen" if with_mtp else "none"}
-        config = models.transformer_config(hf, Config(model=model, parallel=parallel))
-        return [models.build_model(hf, config)]
+        config = models.transformer_config(hf_config, Config(model=model, parallel=parallel))
+        return [models.build_model(hf_config, config)]
 
     yield build
     parallel_state.destroy_model_parallel()
@@ -69,8 +69,8 @@ def on_rank_zero(action):
 
 def checkpoints_that_do_not_fit_are_named(build, oracle, out):
     source, bad = oracle / "qwen-untied", out / "bad"
-    hf = models.read_hf_config(source)
-    chunks = build(hf)
+    hf_config = models.read_hf_config(source)
+    chunks = build(hf_config)
 
     def spoil():
         shutil.copytree(source, bad)
@@ -83,34 +83,38 @@ def checkpoints_that_do_not_fit_are_named(build, oracle, out):
 
     on_rank_zero(spoil)
     refuses(
-        lambda: weights.load_hf(chunks, hf, bad),
+        lambda: weights.load_hf(chunks, hf_config, bad),
         "missing (1): model.norm.weight",
         "unexpected (1): surprise",
         "lm_head.weight is (3, 48), config.json says (67, 48)",
         "up_proj.weight is I8, only F32, BF16, F16",
     )
-    refuses(lambda: weights.load_hf(chunks, hf, out / "nowhere"), "has neither model.safetensors")
+    refuses(
+        lambda: weights.load_hf(chunks, hf_config, out / "nowhere"), "has neither model.safetensors"
+    )
     on_rank_zero(
         lambda: (bad / "model.safetensors.index.json").write_text(
             json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}})
         )
     )
-    refuses(lambda: weights.load_hf(chunks, hf, bad), "lacks: model-00001-of-00002.safetensors")
+    refuses(
+        lambda: weights.load_hf(chunks, hf_config, bad), "lacks: model-00001-of-00002.safetensors"
+    )
 
 
 def a_checkpoint_without_mtp_is_refused_with_the_remedy(build, oracle, out):
     source = oracle / "deepseek-plain-noqlora"
-    hf = {**models.read_hf_config(source), "num_nextn_predict_layers": 1}
-    refuses(lambda: weights.load_hf(build(hf), hf, source), "missing", "model.mtp")
-    weights.load_hf(build(hf, with_mtp=False), hf, source)
+    hf_config = {**models.read_hf_config(source), "num_nextn_predict_layers": 1}
+    refuses(lambda: weights.load_hf(build(hf_config), hf_config, source), "missing", "model.mtp")
+    weights.load_hf(build(hf_config, with_mtp=False), hf_config, source)
 
 
 def a_model_without_mtp_is_exported_without(build, oracle, out):
     source = oracle / "deepseek-yarn-mtp"
-    hf = models.read_hf_config(source)
-    chunks = build(hf, with_mtp=False)
-    weights.load_hf(chunks, hf, source)
-    weights.save_hf(chunks, hf, source, out / "no-mtp", torch.float32)
+    hf_config = models.read_hf_config(source)
+    chunks = build(hf_config, with_mtp=False)
+    weights.load_hf(chunks, hf_config, source)
+    weights.save_hf(chunks, hf_config, source, out / "no-mtp", torch.float32)
     written = models.read_hf_config(out / "no-mtp")
     assert written["num_nextn_predict_layers"] == 0
     expected = load_file(source / "model.safetensors")
@@ -121,10 +125,10 @@ def a_model_without_mtp_is_exported_without(build, oracle, out):
 
 def bfloat16_files_keep_the_correction_bias_in_float32(build, oracle, out):
     source = oracle / "deepseek-yarn-mtp"
-    hf = models.read_hf_config(source)
-    chunks = build(hf)
-    weights.load_hf(chunks, hf, source)
-    weights.save_hf(chunks, hf, source, out / "bf16", torch.bfloat16)
+    hf_config = models.read_hf_config(source)
+    chunks = build(hf_config)
+    weights.load_hf(chunks, hf_config, source)
+    weights.save_hf(chunks, hf_config, source, out / "bf16", torch.bfloat16)
     assert json.loads((out / "bf16" / "config.json").read_text())["dtype"] == "bfloat16"
     assert (out / "bf16" / "generation_config.json").is_file()
     expected = load_file(source / "model.safetensors")
@@ -133,29 +137,31 @@ def bfloat16_files_keep_the_correction_bias_in_float32(build, oracle, out):
         assert tensor.dtype == kept, name
         assert torch.equal(tensor, expected[name].to(kept)), name
     # And back: a bfloat16 model reads and writes the same bytes.
-    half = build(hf, "bfloat16")
-    weights.load_hf(half, hf, out / "bf16")
-    weights.write_hf(half, hf, out / "again.safetensors", dtype=torch.bfloat16)
+    half = build(hf_config, "bfloat16")
+    weights.load_hf(half, hf_config, out / "bf16")
+    weights.write_hf(half, hf_config, out / "again.safetensors", dtype=torch.bfloat16)
     again = load_file(out / "again.safetensors")
     for name, tensor in load_file(out / "bf16" / "model.safetensors").items():
         assert torch.equal(tensor, again[name]), name
 
 
 def a_subset_can_be_written_and_a_full_disk_raises_on_every_rank(build, oracle, out):
-    hf = models.read_hf_config(oracle / "llama3")
-    chunks = build(hf)
+    hf_config = models.read_hf_config(oracle / "llama3")
+    chunks = build(hf_config)
     names = ["lm_head.weight", "model.layers.3.self_attn.k_proj.weight"]
-    weights.write_hf(chunks, hf, out / "some.safetensors", dtype=torch.float32, names=names)
+    weights.write_hf(chunks, hf_config, out / "some.safetensors", dtype=torch.float32, names=names)
     with safe_open(out / "some.safetensors", framework="pt") as file:
         assert sorted(file.keys()) == sorted(names)
     write = weights.write_hf
     refuses(
-        lambda: write(chunks, hf, out / "x", dtype=torch.float32, names=["ghost"]),
+        lambda: write(chunks, hf_config, out / "x", dtype=torch.float32, names=["ghost"]),
         "no tensor ghost",
     )
     # No such folder stands for every reason the file cannot be made; rank 1 must not wait for ever.
     refuses(
-        lambda: write(chunks, hf, out / "no" / "x", dtype=torch.float32), "No such file", "no/x"
+        lambda: write(chunks, hf_config, out / "no" / "x", dtype=torch.float32),
+        "No such file",
+        "no/x",
     )
     # A disk of one rank's host that fills up while it writes.
     last, upstream = dist.get_world_size() - 1, os.pwrite
@@ -165,16 +171,18 @@ def a_subset_can_be_written_and_a_full_disk_raises_on_every_rank(build, oracle, 
 
     if dist.get_rank() == last:
         os.pwrite = pwrite
-    refuses(lambda: write(chunks, hf, out / "full", dtype=torch.float32), f"rank {last}", "full")
+    refuses(
+        lambda: write(chunks, hf_config, out / "full", dtype=torch.float32), f"rank {last}", "full"
+    )
     os.pwrite = upstream
 
 
 def random_weights_do_not_depend_on_the_split(build, oracle, out):
     for name in ("deepseek-yarn-mtp", "qwen-tied"):
-        hf = models.read_hf_config(oracle / name)
-        chunks = build(hf)
-        weights.initialize(chunks, hf, std=0.05, seed=7)
-        weights.write_hf(chunks, hf, out / "initial.safetensors", dtype=torch.float32)
+        hf_config = models.read_hf_config(oracle / name)
+        chunks = build(hf_config)
+        weights.initialize(chunks, hf_config, std=0.05, seed=7)
+        weights.write_hf(chunks, hf_config, out / "initial.safetensors", dtype=torch.float32)
         got, first = load_file(out / "initial.safetensors"), out / f"first-{name}.safetensors"
         on_rank_zero(lambda first=first, got=got: first.exists() or save_file(got, first))
         expected = load_file(first)

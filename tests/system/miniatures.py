@@ -22,27 +22,30 @@ SIZES = {
 """Where the released file has the key."""
 
 
-def shrink(hf: dict) -> dict:
-    """Return `hf` with smaller sizes. What vLLM's kernels for a CPU have once only stays: latent
-    attention's kv_lora_rank and qk_rope_head_dim."""
-    small = {**hf, **{key: size for key, size in SIZES.items() if hf.get(key) is not None}}
-    if "kv_lora_rank" in hf:
+def shrink(hf_config: dict) -> dict:
+    """Return `hf_config` with smaller sizes. What vLLM's kernels for a CPU have once only stays:
+    latent attention's kv_lora_rank and qk_rope_head_dim."""
+    small = {
+        **hf_config,
+        **{key: size for key, size in SIZES.items() if hf_config.get(key) is not None},
+    }
+    if "kv_lora_rank" in hf_config:
         small |= {"num_key_value_heads": 4, "qk_nope_head_dim": 32, "v_head_dim": 32}
-        small |= {"q_lora_rank": 96} if hf["q_lora_rank"] else {}
+        small |= {"q_lora_rank": 96} if hf_config["q_lora_rank"] else {}
     else:
-        small |= {"num_key_value_heads": 2} | ({"head_dim": 64} if "head_dim" in hf else {})
-    if (hf.get("n_group") or 1) > 1:
+        small |= {"num_key_value_heads": 2} | ({"head_dim": 64} if "head_dim" in hf_config else {})
+    if (hf_config.get("n_group") or 1) > 1:
         small |= {"n_group": 4, "topk_group": 2}
     for key in ("layer_types", "mlp_layer_types"):
-        if hf.get(key):
-            small[key] = hf[key][:LAYERS]
-    if "GptOss" in hf["architectures"][0]:
+        if hf_config.get(key):
+            small[key] = hf_config[key][:LAYERS]
+    if "GptOss" in hf_config["architectures"][0]:
         small["intermediate_size"] = 64  # vLLM's experts on a CPU want a multiple of 32
     return small
 
 
-def write(folder: Path, hf: dict) -> None:
-    """Write config.json as `hf` is, random weights and a tokenizer of 263 tokens with a chat
+def write(folder: Path, hf_config: dict) -> None:
+    """Write config.json as `hf_config` is, random weights and a tokenizer of 263 tokens with a chat
     template."""
     import torch
     import transformers
@@ -57,8 +60,8 @@ def write(folder: Path, hf: dict) -> None:
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     settings["chat_template"] = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    (folder / "config.json").write_text(json.dumps(hf))
-    kind = getattr(transformers, hf["architectures"][0])
+    (folder / "config.json").write_text(json.dumps(hf_config))
+    kind = getattr(transformers, hf_config["architectures"][0])
     config = kind.config_class.from_pretrained(folder)
     config.quantization_config = None
     config.model_type = kind.config_class.model_type  # Kimi-K2's own has no names of stored experts
@@ -74,15 +77,15 @@ def write(folder: Path, hf: dict) -> None:
             if tensor.requires_grad or name.endswith("e_score_correction_bias"):
                 tensor.copy_(drawn(name, tensor.shape))
     model.save_pretrained(folder)
-    (folder / "config.json").write_text(json.dumps(hf))
+    (folder / "config.json").write_text(json.dumps(hf_config))
     # transformers has no MTP layers.
     tensors = load_file(folder / "model.safetensors")
-    resolved = resolve_aliases(hf)
+    resolved = resolve_aliases(hf_config)
     for name, (shape, _) in published_tensors(resolved, with_mtp=True).items():
         if name not in tensors:
             original = weight_table(resolved).copies.get(name)
             tensors[name] = tensors[original].clone() if original else drawn(name, shape)
-    form = hf.get("quantization_config", {}).get("quant_method")
+    form = hf_config.get("quantization_config", {}).get("quant_method")
     for name in [*tensors] if form else []:
         if form == "fp8" and published_layout.is_quantized(name):
             tensors |= _as_fp8(name, tensors[name])

@@ -104,8 +104,8 @@ def test_a_continued_run_keeps_the_policy_that_it_began_with_as_reference(base, 
         assert reference.keys() == references[0].keys()
         for name, tensor in reference.items():
             assert tensor.equal(references[0][name]), f"{name} is not the first reference's"
-        for name, hf in SAME.items():
-            assert reference[name][: len(first[hf])].equal(first[hf]), name
+        for name, hf_config in SAME.items():
+            assert reference[name][: len(first[hf_config])].equal(first[hf_config]), name
     # The policy has moved meanwhile, on both sides of the kill.
     policies = [stored(continued, step, "embedding.") for step in STEPS]
     name = "word_embeddings.weight"

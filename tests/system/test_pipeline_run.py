@@ -51,8 +51,8 @@ def metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").open()]
 
 
-def weights(hf: Path) -> dict:
-    return {k: v for path in hf.glob("*.safetensors") for k, v in load_file(path).items()}
+def weights(hf_folder: Path) -> dict:
+    return {k: v for path in hf_folder.glob("*.safetensors") for k, v in load_file(path).items()}
 
 
 def pipeline(folder: Path, *options: str) -> subprocess.CompletedProcess:

@@ -146,7 +146,7 @@ def test_after_a_push_an_engine_is_as_if_started_on_the_trainers_weights(
                 groups = await sample(fleet, n=2)
                 assert largest_difference(oracle, trained, groups) < TOLERANCE, parallel
 
-    async def push_from(folder, hf, parallel, fleet, layout, push):
+    async def push_from(folder, hf_config, parallel, fleet, layout, push):
         settings = {
             "model": {"path": str(folder), "dtype": "float32"},
             "parallel": {"processes": 2, "threads": 1, **parallel},
@@ -160,7 +160,7 @@ def test_after_a_push_an_engine_is_as_if_started_on_the_trainers_weights(
             # A report of a hang has the coordinates of real ranks.
             details = (await inspect_trainer(trainer)).details
             assert any(line.startswith("rank 1 (tensor ") for line in details), details
-            shapes = hf_tensors(hf, with_mtp=False)
+            shapes = hf_tensors(hf_config, with_mtp=False)
             tensors = [(name, shape) for name, (shape, _) in shapes.items()]
             links = EngineLinks(trainer, recipe.push, tensors, layout)
             pusher = WeightPusher(fleet, links, Prober(trainer, PROMPTS, TOLERANCE, 600))
@@ -186,8 +186,8 @@ def recorded_layouts(monkeypatch) -> list[PublishedSharding]:
     return found
 
 
-def assert_predicted(hf, layout, found):
+def assert_predicted(hf_config, layout, found):
     """What every rank of a real engine needs is what is planned without one."""
-    planned, needed = PredictedSharding(hf, layout).regions, found.regions
+    planned, needed = PredictedSharding(hf_config, layout).regions, found.regions
     differing = {n for n in planned.keys() | needed if planned.get(n) != needed.get(n)}
     assert not differing, [(n, planned.get(n), needed.get(n)) for n in sorted(differing)[:5]]

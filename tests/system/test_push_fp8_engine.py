@@ -65,9 +65,9 @@ def write_fp8(plain, folder, *, dequantized=False):
         else:
             tensors[name], tensors[published_layout.scale_name(name)] = codes, scales
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    hf = json.loads((plain / "config.json").read_text())
+    hf_config = json.loads((plain / "config.json").read_text())
     form = {} if dequantized else {"quantization_config": published_layout.FP8_CONFIG}
-    (folder / "config.json").write_text(json.dumps(hf | form))
+    (folder / "config.json").write_text(json.dumps(hf_config | form))
 
 
 SPLIT = {"tensor": 2, "expert_parallel": True}

@@ -220,9 +220,9 @@ def test_a_number_computed_from_weights_is_refused(model):
 @pytest.mark.parametrize("name", ["DEEPSEEK", "GPT_OSS"])
 def test_nothing_of_a_whole_model_lies_in_the_receive_buffer(name, tmp_path, monkeypatch, groups):
     """Latent attention's absorbed weights, packed experts and matrices, biases of experts."""
-    hf = getattr(tiny_models, name)
-    hf = {**hf, **implied_settings(hf)}
-    (tmp_path / "config.json").write_text(json.dumps(hf))
+    hf_config = getattr(tiny_models, name)
+    hf_config = {**hf_config, **implied_settings(hf_config)}
+    (tmp_path / "config.json").write_text(json.dumps(hf_config))
     monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)  # there is no accelerator
     options = {"skip_tokenizer_init": True, "load_format": "dummy", "enforce_eager": True}
     config = EngineArgs(
@@ -230,7 +230,7 @@ def test_nothing_of_a_whole_model_lies_in_the_receive_buffer(name, tmp_path, mon
     ).create_engine_config()
     with set_current_vllm_config(config):
         model = get_model(vllm_config=config)
-        tensors = hf_tensors(resolve_aliases(hf)).items()
+        tensors = hf_tensors(resolve_aliases(hf_config)).items()
         placed, table = lay_out(
             record_copies([model], [(name, shape) for name, (shape, _) in tensors])
         )

@@ -74,8 +74,8 @@ def test_tokenizers_are_loaded_without_it(folder):
 
 
 def test_models_are_loaded_without_it(folder):
-    hf = read_hf_config(folder)
-    assert load_with_transformers(folder, hf, torch.float32).num_parameters()
+    hf_config = read_hf_config(folder)
+    assert load_with_transformers(folder, hf_config, torch.float32).num_parameters()
     assert not has_run(folder)
 
 

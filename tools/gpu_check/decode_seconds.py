@@ -54,23 +54,23 @@ def model(variant: Variant, small: dict) -> dict:
     sizes = {"num_hidden_layers": variant.layers, "n_routed_experts": variant.experts}
     if device_kind() != "gpu":
         return widen_config(small, small, **sizes)
-    hf = read_hf_config(str(ROOT / "examples" / "deepseek_r1" / "model"))
-    heads = hf["num_attention_heads"] // TENSOR
+    hf_config = read_hf_config(str(ROOT / "examples" / "deepseek_r1" / "model"))
+    heads = hf_config["num_attention_heads"] // TENSOR
     sizes |= {"num_attention_heads": heads, "num_key_value_heads": heads}
-    return widen_config(hf, small, **sizes)
+    return widen_config(hf_config, small, **sizes)
 
 
-def layer_bytes(hf: dict) -> int:
+def layer_bytes(hf_config: dict) -> int:
     """Return the bytes of the weights of a layer with experts, all of which are read."""
-    deeper_hf = hf | {"num_hidden_layers": hf["num_hidden_layers"] + 1}
-    return (ModelCounts(deeper_hf).total - ModelCounts(hf).total) * BYTES["bfloat16"]
+    deeper_hf_config = hf_config | {"num_hidden_layers": hf_config["num_hidden_layers"] + 1}
+    return (ModelCounts(deeper_hf_config).total - ModelCounts(hf_config).total) * BYTES["bfloat16"]
 
 
-def pass_bytes(hf: dict) -> int:
+def pass_bytes(hf_config: dict) -> int:
     """Return the bytes of the weights that a pass reads: all but the embedding, of which it reads
     a row for each sequence."""
-    embedding = hf["vocab_size"] * hf["hidden_size"]
-    return (ModelCounts(hf).total - embedding) * BYTES["bfloat16"]
+    embedding = hf_config["vocab_size"] * hf_config["hidden_size"]
+    return (ModelCounts(hf_config).total - embedding) * BYTES["bfloat16"]
 
 
 def time_engine(folder: Path, tokens: int) -> float:
@@ -149,15 +149,15 @@ def evaluate(
 def check(out: Path) -> dict[str, Any]:
     """Time every engine, and write what follows."""
     name = miniatures.hardware_name()
-    small = recipe_miniature(out / "decode", max_ranks=1).hf
+    small = recipe_miniature(out / "decode", max_ranks=1).hf_config
     seconds: dict[Variant, float] = {}
     num_bytes: dict[Variant, int] = {}
     for variant in VARIANTS:
-        hf = model(variant, small)
+        hf_config = model(variant, small)
         folder = out / "decode" / f"{variant.layers}x{variant.experts}"
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(published_names(hf)))
-        seconds[variant], num_bytes[variant] = _timed_apart(folder), layer_bytes(hf)
+        (folder / "config.json").write_text(json.dumps(published_names(hf_config)))
+        seconds[variant], num_bytes[variant] = _timed_apart(folder), layer_bytes(hf_config)
     figures = {f"ms of a pass, {v.layers} x {v.experts}": 1e3 * s for v, s in seconds.items()}
     if device_kind() != "gpu":
         return figures

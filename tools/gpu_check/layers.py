@@ -67,7 +67,7 @@ UNFUSED = "UnfusedDotProductAttention"
 def settings(case: str, folder: Path) -> tuple[Config, Config]:
     """Write the miniature's model, and return the configurations of the ranks and of the CPU."""
     small = recipe_miniature(folder, max_ranks=8)
-    _write_model(Path(small.config.model.path), small.hf)
+    _write_model(Path(small.config.model.path), small.hf_config)
     axes = ONE | CASES[case]
     layout = small.config.parallel.pipeline_layout if axes["pipeline"] > 1 else None
     ranks = axes["tensor"] * axes["context"] * axes["pipeline"]
@@ -93,9 +93,9 @@ def settings(case: str, folder: Path) -> tuple[Config, Config]:
     )
 
 
-def _write_model(folder: Path, hf: dict) -> None:
+def _write_model(folder: Path, hf_config: dict) -> None:
     """Write random weights that bf16 holds exactly, so that both sides start from the same ones."""
-    model.write_folder(folder, hf, seed=0)
+    model.write_folder(folder, hf_config, seed=0)
     file = folder / "model.safetensors"
     tensors = {name: tensor.bfloat16().float() for name, tensor in load_file(file).items()}
     save_file(tensors, file, metadata={"format": "pt"})

@@ -52,21 +52,21 @@ def recipe_miniature(
         f"{name}.{key}": value for name, values in sections.items() for key, value in values.items()
     }
     config = load(RECIPE, overrides)
-    hf = read_hf_config(config.model.path, None)
+    hf_config = read_hf_config(config.model.path, None)
     device = "gpu" if device_kind() == "cpu" else device_kind()
-    return miniature.make_miniature(config, hf, folder, max_ranks, device=device)
+    return miniature.make_miniature(config, hf_config, folder, max_ranks, device=device)
 
 
-def widen_config(hf: dict, small: dict, **sizes: int) -> dict:
+def widen_config(hf_config: dict, small: dict, **sizes: int) -> dict:
     """Return a model of few layers and experts with the widths of a large one.
 
     Args:
-        hf: the large model's config.json.
+        hf_config: the large model's config.json.
         small: its miniature, whose vocabulary has a tokenizer.
         **sizes: keys of config.json that differ."""
     excluded_keys = ("quantization_config", "auto_map")  # as miniatures do: weights are bf16
     tokenizer_keys = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
-    config = {key: value for key, value in hf.items() if key not in excluded_keys}
+    config = {key: value for key, value in hf_config.items() if key not in excluded_keys}
     groups = {"n_group": 1, "topk_group": 1}  # there are too few experts for groups
     layer_counts = {"first_k_dense_replace": 1, "num_nextn_predict_layers": 0}
     tokens = {key: small[key] for key in tokenizer_keys if key in small}

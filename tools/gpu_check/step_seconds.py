@@ -47,23 +47,23 @@ def settings(case: str, folder: Path) -> miniature.Miniature:
     without_drafter = {"model.mtp": "none", "rollout.speculative.method": "none"}
     config = load(recipe, without_drafter | {"run.steps": STEPS, "push.transport": _transport()})
     path = ROOT / config.model.path
-    hf = read_hf_config(str(path)) | {"num_nextn_predict_layers": 0}
+    hf_config = read_hf_config(str(path)) | {"num_nextn_predict_layers": 0}
     small = miniature.make_miniature(
-        config, hf, folder, 1, device="gpu" if device_kind() == "cpu" else device_kind()
+        config, hf_config, folder, 1, device="gpu" if device_kind() == "cpu" else device_kind()
     )
     one_stage = {"pipeline": 1, "virtual_pipeline": 1, "pipeline_layout": None}
     overrides: dict[str, dict[str, Any]] = {"run": {"steps": STEPS}, "parallel": one_stage}
-    model = small.hf
+    model = small.hf_config
     if device_kind() == "gpu":
         sizes = {"num_hidden_layers": LAYERS, "n_routed_experts": EXPERTS}
-        model = widen_config(hf, small.hf, **sizes)
+        model = widen_config(hf_config, small.hf_config, **sizes)
         overrides["rollout"] = {"gpu_memory": 0.3}
     if device_kind() == "cpu":
         overrides |= {"rollout": {"gpu_memory": None}, "model": {"fusions": []}}
     if case == "micro-batch":
         overrides["parallel"] = one_stage | {"tokens_per_microbatch": TOKENS}
         overrides["sft"] = {"batch_size": EXAMPLES if device_kind() == "gpu" else 16}
-    return replace(small, config=with_settings(small.config, **overrides), hf=model)
+    return replace(small, config=with_settings(small.config, **overrides), hf_config=model)
 
 
 def _transport() -> str:

@@ -69,7 +69,7 @@ class Steps:
         from megatron_r1.trainer.trainer import Trainer
 
         self.trainer = Trainer(config, self.position)
-        self.vocabulary = self.trainer.hf["vocab_size"]
+        self.vocabulary = self.trainer.hf_config["vocab_size"]
         self.trainer.refresh_reference()
 
     def compute_logprobs(

@@ -46,24 +46,26 @@ def main(folder: Path, dtype: str, with_mtp: bool, plain_folder: Path) -> Refere
 
     Raises:
         UserError: for what does not fit."""
-    hf = read_hf_config(folder, key="HF_FOLDER")
-    with HFWeights(folder, hf) as weights:
+    hf_config = read_hf_config(folder, key="HF_FOLDER")
+    with HFWeights(folder, hf_config) as weights:
         weights.check(with_mtp)
         weights.check_repeated()
         num_tensors = len(weights.tensors)
-        if hf.get("quantization_config"):
+        if hf_config.get("quantization_config"):
             write_dequantized(weights, plain_folder)
-    tokenizer = _tokenizer(folder, hf["vocab_size"])
+    tokenizer = _tokenizer(folder, hf_config["vocab_size"])
     # Texts reach tokens that are usual, random ids all others.
     draw = random.Random(0)
-    sequences = [draw.choices(range(hf["vocab_size"]), k=n) for n in RANDOM_LENGTHS]
+    sequences = [draw.choices(range(hf_config["vocab_size"]), k=n) for n in RANDOM_LENGTHS]
     if tokenizer is not None:
         sequences += [tokenizer.encode(text) for text in TEXTS]
     sequences = [ids for ids in sequences if len(ids) > 1]
     source = plain_folder if plain_folder.exists() else folder
-    exact = _logprobs(source, hf, torch.float32, sequences)
+    exact = _logprobs(source, hf_config, torch.float32, sequences)
     logprobs = (
-        exact if dtype == "float32" else _logprobs(source, hf, getattr(torch, dtype), sequences)
+        exact
+        if dtype == "float32"
+        else _logprobs(source, hf_config, getattr(torch, dtype), sequences)
     )
     noise = max((a - b).abs().max().item() for a, b in zip(exact, logprobs, strict=True))
     return ReferenceResult(
@@ -157,17 +159,17 @@ def _check_template(folder: Path, tokenizer: Any) -> None:
 
 
 def _logprobs(
-    folder: Path, hf: dict, dtype: torch.dtype, sequences: list[list[int]]
+    folder: Path, hf_config: dict, dtype: torch.dtype, sequences: list[list[int]]
 ) -> list[torch.Tensor]:
     """Return transformers' log-probability of each token but the first, (n - 1,) fp32, for each
     sequence of n.
 
     Args:
         folder: the model's folder.
-        hf: its `config.json`.
+        hf_config: its `config.json`.
         dtype: the dtype that the model computes in.
         sequences: token ids."""
-    model = load_with_transformers(folder, hf, dtype).eval()
+    model = load_with_transformers(folder, hf_config, dtype).eval()
     answers = []
     with torch.no_grad():
         for ids in sequences:

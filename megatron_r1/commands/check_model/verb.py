@@ -181,19 +181,19 @@ def _check(config: Config, folder: str) -> ModelCheckResult:
         UserError: the model is not supported.
         RunError: too little memory is free to compare anything.
     """
-    hf = read_hf_config(folder, key="HF_FOLDER")
-    check_supported(hf)
+    hf_config = read_hf_config(folder, key="HF_FOLDER")
+    check_supported(hf_config)
     require_weights(Path(folder), "HF_FOLDER")
     config = _config(config, folder)
-    check_divisions(hf, config.parallel, transformer_engine=False)
-    recipe_stages(config, hf)
-    parameters = num_parameters(hf, with_mtp=config.model.mtp != "none")
+    check_divisions(hf_config, config.parallel, transformer_engine=False)
+    recipe_stages(config, hf_config)
+    parameters = num_parameters(hf_config, with_mtp=config.model.mtp != "none")
     free = psutil.virtual_memory().available
     required_bytes = parameters * _check_bytes(config.model.dtype)
     if required_bytes > free:
         raise RunError(
-            f"{folder}: {hf['architectures'][0]} is supported, but nothing was compared: its "
-            f"{parameters:,} parameters need about {required_bytes / 1e9:,.0f} GB, "
+            f"{folder}: {hf_config['architectures'][0]} is supported, but nothing was compared: "
+            f"its {parameters:,} parameters need about {required_bytes / 1e9:,.0f} GB, "
             f"{free / 1e9:,.0f} are free; check a folder with fewer layers, or on a larger machine"
         )
     with tempfile.TemporaryDirectory() as scratch:
@@ -205,7 +205,7 @@ def _check(config: Config, folder: str) -> ModelCheckResult:
     problem = _problem(megatron, vllm, reference.tolerance)
     return ModelCheckResult(
         folder=folder,
-        architecture=hf["architectures"][0],
+        architecture=hf_config["architectures"][0],
         dtype=config.model.dtype,
         config_changes=describe_config_changes(folder, "HF_FOLDER"),
         parameters=parameters,

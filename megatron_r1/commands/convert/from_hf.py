@@ -69,12 +69,12 @@ class ImportJob:
     """The task of every worker.
 
     Attributes:
-        hf: the Hugging Face folder.
+        hf_folder: the Hugging Face folder.
         folder: the unfinished checkpoint.
         dtype: the dtype of the other tensors.
         stored_dtypes: dtypes of the tensors that keep theirs, by key."""
 
-    hf: Path
+    hf_folder: Path
     folder: Path
     dtype: torch.dtype
     stored_dtypes: dict[str, str]
@@ -108,17 +108,17 @@ def run(args: Namespace) -> int:
             cause=Cause.NOT_FOUND,
         )
     require_outside(args.out, args.hf)
-    hf = read_supported_config(args.hf)
-    with HFWeights(args.hf, hf) as weights:
+    hf_config = read_supported_config(args.hf)
+    with HFWeights(args.hf, hf_config) as weights:
         # Whether it has the MTP layers that its config.json names.
-        first_mtp = f"model.layers.{hf['num_hidden_layers']}."
+        first_mtp = f"model.layers.{hf_config['num_hidden_layers']}."
         with_mtp = any(name.startswith(first_mtp) for name in weights.tensors)
         weights.check(with_mtp)
         weights.check_repeated()
         stored = weights.tensors["model.embed_tokens.weight"][1]
     dtype = getattr(torch, args.dtype or stored)
     engine = args.names == "transformer_engine"
-    layout = stored_layout(hf, with_mtp=with_mtp, transformer_engine=engine)
+    layout = stored_layout(hf_config, with_mtp=with_mtp, transformer_engine=engine)
     plan = {
         "source": str(args.hf.resolve()),
         "source's files": fingerprint(args.hf),
@@ -186,7 +186,7 @@ def _write_file(job: ImportJob, part: tuple[int, list[PlannedChunk]]) -> Written
 
 
 def _values(job: ImportJob, pieces: list[PlannedChunk]) -> Iterator[tuple[Chunk, torch.Tensor]]:
-    weights = _source(job.hf)
+    weights = _source(job.hf_folder)
     for piece in pieces:
         values = torch.empty(piece.shape, dtype=job.dtype_of(piece.chunk.key))
         for run in piece.runs:
@@ -225,12 +225,12 @@ def _write_hf_files(job: ImportJob, with_mtp: bool) -> None:
     """Write configuration, tokenizer and FP8 scales, which to-hf reads."""
     folder = job.folder / HF_FILES
     folder.mkdir(exist_ok=True)
-    copy_model_files(job.hf, folder)
-    weights = _source(job.hf)
+    copy_model_files(job.hf_folder, folder)
+    weights = _source(job.hf_folder)
     quantized = [
         name for name, (_, dtype) in weights.tensors.items() if dtype == published_layout.FP8_DTYPE
     ]
-    write_config(job.hf, folder, torch.float8_e4m3fn if quantized else job.dtype, with_mtp)
+    write_config(job.hf_folder, folder, torch.float8_e4m3fn if quantized else job.dtype, with_mtp)
     if not quantized:
         return
     shapes = {name: published_layout.scale_shape(weights.tensors[name][0]) for name in quantized}

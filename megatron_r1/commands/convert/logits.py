@@ -48,27 +48,27 @@ def megatron_logits(checkpoint: Path, folder: Path, dtype: str) -> torch.Tensor:
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
     model_parallel_cuda_manual_seed(0)
-    hf = models.read_hf_config(str(folder), None)
+    hf_config = models.read_hf_config(str(folder), None)
     with_mtp = any(key.startswith("mtp.") for key in DistributedCheckpoint(checkpoint).shapes)
     recipe = Config(model=ModelConfig(dtype="float32", mtp="frozen" if with_mtp else "none"))
-    config = models.transformer_config(hf, recipe)
-    model = models.build_model(hf, config).to(platform.device()).eval()
+    config = models.transformer_config(hf_config, recipe)
+    model = models.build_model(hf_config, config).to(platform.device()).eval()
     if dtype == "float8_e4m3fn":
-        weights.load_hf([model], hf, folder)
+        weights.load_hf([model], hf_config, folder)
     else:
-        _load_checkpoint(model, hf, checkpoint)
+        _load_checkpoint(model, hf_config, checkpoint)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.copy_(parameter.to(getattr(torch, dtype)))
-    tokens = _fixed_tokens(hf["vocab_size"]).to(platform.device())
+    tokens = _fixed_tokens(hf_config["vocab_size"]).to(platform.device())
     positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
     with torch.no_grad():
         hidden = model(tokens, positions, None)
-        logits = hidden if has_score_head(hf) else models.logits(model, hidden)
-    return logits.view(*tokens.shape, -1)[..., : hf["vocab_size"]].cpu()
+        logits = hidden if has_score_head(hf_config) else models.logits(model, hidden)
+    return logits.view(*tokens.shape, -1)[..., : hf_config["vocab_size"]].cpu()
 
 
-def _load_checkpoint(model: Any, hf: dict, checkpoint: Path) -> None:
+def _load_checkpoint(model: Any, hf_config: dict, checkpoint: Path) -> None:
     from megatron.core import dist_checkpointing, parallel_state
 
     from megatron_r1.models import weights
@@ -83,7 +83,7 @@ def _load_checkpoint(model: Any, hf: dict, checkpoint: Path) -> None:
         load_weights(model, dist_checkpointing.load({"model": state}, str(checkpoint))["model"])
     else:
         # Saved by the other kind of layers, whose names Megatron itself does not look for.
-        weights.load_megatron([model], hf, checkpoint)
+        weights.load_megatron([model], hf_config, checkpoint)
 
 
 def _transformers_logits(folder: Path, scratch: Path) -> torch.Tensor:
@@ -97,13 +97,13 @@ def _transformers_logits(folder: Path, scratch: Path) -> torch.Tensor:
     from megatron_r1.models.transformers_model import load_with_transformers, write_dequantized
     from megatron_r1.models.weights.formats.hf_folder import HFWeights
 
-    hf = read_hf_config(str(folder), None)
-    if "quantization_config" in hf:
-        with HFWeights(folder, hf) as weights:
+    hf_config = read_hf_config(str(folder), None)
+    if "quantization_config" in hf_config:
+        with HFWeights(folder, hf_config) as weights:
             write_dequantized(weights, scratch)
         folder = scratch
-    scores = has_score_head(hf)
-    model = load_with_transformers(folder, hf, torch.float32).float().eval()
+    scores = has_score_head(hf_config)
+    model = load_with_transformers(folder, hf_config, torch.float32).float().eval()
     tokens = _fixed_tokens(model.config.vocab_size)
     with torch.no_grad():
         if scores:  # the model itself scores the last token only

@@ -147,14 +147,14 @@ def read_supported_config(folder: Path, checkpoint: Path | None = None) -> dict:
 
     Raises:
         UserError: the trainer does not support the model."""
-    hf = read_config(folder, checkpoint)
+    hf_config = read_config(folder, checkpoint)
     try:
-        check_supported(hf)
+        check_supported(hf_config)
     except UserError as error:
         raise UserError(
             f"{folder / 'config.json'}: {error}", key=error.key, cause=error.cause
         ) from error
-    return hf
+    return hf_config
 
 
 def read_config(folder: Path, checkpoint: Path | None = None) -> dict:

@@ -76,8 +76,8 @@ def check_reload(
 
     Raises:
         UserError: a difference; it names the largest."""
-    hf = read_config(hf_files, checkpoint)
-    size = _BYTES_PER_PARAMETER * num_parameters(hf)
+    hf_config = read_config(hf_files, checkpoint)
+    size = _BYTES_PER_PARAMETER * num_parameters(hf_config)
     free = psutil.virtual_memory().available
     fits = size < free
     if not fits:
@@ -86,7 +86,7 @@ def check_reload(
     if not fits or dtype == torch.float8_e4m3fn:
         _same_tensors(checkpoint, hf_files, folder, workers)
     if fits:
-        with MegatronWeights(checkpoint, hf) as source:
+        with MegatronWeights(checkpoint, hf_config) as source:
             rounded = _rounding(source.dtype, dtype)
         _same_logits(checkpoint, folder, dtype, rounded)
 
@@ -186,15 +186,15 @@ def run(args: Namespace) -> int:
     # First, as files that are missing could not be read.
     check_manifest(checkpoint_folder, "size" if args.checksums == "full" else args.checksums, args)
     hf_files = find_hf_files(checkpoint, args.config)
-    hf = read_supported_config(hf_files, checkpoint)
-    with MegatronWeights(checkpoint, hf) as weights:
+    hf_config = read_supported_config(hf_files, checkpoint)
+    with MegatronWeights(checkpoint, hf_config) as weights:
         dtype = weights.dtype
         if args.dtype:
             dtype = FP8 if args.dtype == "fp8" else getattr(torch, args.dtype)
         with_mtp = weights.with_mtp
     if dtype == FP8:
-        published_layout.check_fp8_layout(hf)
-    files = split_into_files(_hf_tensors_on_disk(hf, dtype, with_mtp), args.max_file_bytes)
+        published_layout.check_fp8_layout(hf_config)
+    files = split_into_files(_hf_tensors_on_disk(hf_config, dtype, with_mtp), args.max_file_bytes)
     plan = {
         "checkpoint": str(checkpoint.resolve()),
         "checkpoint's files": fingerprint(checkpoint),
@@ -213,7 +213,7 @@ def run(args: Namespace) -> int:
     job = ExportJob(checkpoint, hf_files, work.path, dtype)
     work_folder.run_parts(partial(_write_file, job), list(files.items()), args.workers)
     copy_model_files(hf_files, work.path)
-    write_config(hf_files, work.path, dtype, with_mtp, has_score_head(hf))
+    write_config(hf_files, work.path, dtype, with_mtp, has_score_head(hf_config))
     write_index(work.path, files)
     if not args.no_check:
         check_reload(checkpoint, hf_files, work.path, dtype, args.workers)
@@ -225,12 +225,12 @@ def run(args: Namespace) -> int:
     return 0
 
 
-def _hf_tensors_on_disk(hf: dict, dtype: torch.dtype, with_mtp: bool) -> dict:
+def _hf_tensors_on_disk(hf_config: dict, dtype: torch.dtype, with_mtp: bool) -> dict:
     """Return {name: (shape, dtype)}; FP8 as published: projections with scales, others in bf16."""
     if dtype != FP8:
-        return stored_tensors(hf, dtype, with_mtp=with_mtp)
+        return stored_tensors(hf_config, dtype, with_mtp=with_mtp)
     tensors = {}
-    bf16_tensors = stored_tensors(hf, torch.bfloat16, with_mtp=with_mtp)
+    bf16_tensors = stored_tensors(hf_config, torch.bfloat16, with_mtp=with_mtp)
     for name, (shape, stored_dtype) in bf16_tensors.items():
         tensors[name] = (shape, FP8 if published_layout.is_quantized(name) else stored_dtype)
         if published_layout.is_quantized(name):
@@ -293,11 +293,13 @@ def _write_tensor(
 def _inputs(job: ExportJob) -> tuple[MegatronWeights, KnownScales, dict[str, list]]:
     """Open the inputs, once per process; with them the (tensor, part) pairs of each expert in every
     tensor that has all experts of a layer."""
-    hf = read_config(job.hf_files, job.checkpoint)
-    weights = MegatronWeights(job.checkpoint, hf)
+    hf_config = read_config(job.hf_files, job.checkpoint)
+    weights = MegatronWeights(job.checkpoint, hf_config)
     stacked: dict[str, list] = {}
     for tensor in weights.tensors:
-        if part := stacked_part(hf, tensor):
-            experts = stacked.setdefault(part.name, [[] for _ in range(hf["n_routed_experts"])])
+        if part := stacked_part(hf_config, tensor):
+            experts = stacked.setdefault(
+                part.name, [[] for _ in range(hf_config["n_routed_experts"])]
+            )
             experts[part.expert].append((tensor, part))
-    return weights, KnownScales(job.hf_files, hf), stacked
+    return weights, KnownScales(job.hf_files, hf_config), stacked

@@ -43,17 +43,17 @@ def create_pusher(
     push, fp8 = config.push, config.push.fp8
     elsewhere = config.rollout.placement == "hosts"
     is_exact = config.model.dtype == config.rollout.dtype == "float32" and not fp8
-    hf = read_hf_config(config.model.path)
-    adapters = pushed_adapter_table(config, hf)
+    hf_config = read_hf_config(config.model.path)
+    adapters = pushed_adapter_table(config, hf_config)
     links = EngineLinks(
         trainer,
         push,
-        pushed_tensors(hf, fp8=fp8, drafts=config.rollout.drafts_by_mtp, adapters=adapters),
+        pushed_tensors(hf_config, fp8=fp8, drafts=config.rollout.drafts_by_mtp, adapters=adapters),
         asdict(replace(engine_layout(config), engines=1)),
         # Ranks that the controller has started meet at 127.0.0.1, unreachable from other hosts.
         store_host=hosts_address(config.rollout) if elsewhere else None,
         colocated=config.rollout.colocated,
-        adapter=engine_adapter(config, hf),
+        adapter=engine_adapter(config, hf_config),
         notify=lambda line: fleet.state.notify(line),
     )
     tolerance = push.probe_tolerance or (EXACT_TOLERANCE if is_exact else TOLERANCE)

@@ -215,25 +215,29 @@ def check_batches(config: Config, verb: str, world_size: int, rank: str = "train
         )
 
 
-def sample_cost(hf: dict) -> Callable[[int], float]:
-    """Return the function length in tokens -> cost, in tokens without attention, for model `hf`."""
-    balance = balance_length(hf)
+def sample_cost(hf_config: dict) -> Callable[[int], float]:
+    """Return the function length in tokens -> cost, in tokens without attention, for model
+    `hf_config`."""
+    balance = balance_length(hf_config)
     return lambda length: length * (1 + length / balance)
 
 
-def balance_length(hf: dict) -> float:
+def balance_length(hf_config: dict) -> float:
     """Return s_0: the number of tokens at which attention costs as much as everything else."""
-    width = hf["num_attention_heads"] * sum(head_sizes(hf))
-    return 2 * active_parameters(hf) / (hf["num_hidden_layers"] * width)
+    width = hf_config["num_attention_heads"] * sum(head_sizes(hf_config))
+    return 2 * active_parameters(hf_config) / (hf_config["num_hidden_layers"] * width)
 
 
-def active_parameters(hf: dict) -> float:
+def active_parameters(hf_config: dict) -> float:
     """Return the number of weights that one token is multiplied with: its routed experts and the
     head count, the embedding and the multi-token-prediction layers do not."""
-    num_experts, num_active = hf.get("n_routed_experts"), hf.get("num_experts_per_tok")
-    tied = hf.get("tie_word_embeddings")
+    num_experts, num_active = (
+        hf_config.get("n_routed_experts"),
+        hf_config.get("num_experts_per_tok"),
+    )
+    tied = hf_config.get("tie_word_embeddings")
     total = 0.0
-    for name, (shape, _) in hf_tensors(hf, with_mtp=False).items():
+    for name, (shape, _) in hf_tensors(hf_config, with_mtp=False).items():
         if len(shape) < 2 or (name == "model.embed_tokens.weight" and not tied):
             continue
         fraction = num_active / num_experts if num_experts and ".mlp.experts." in name else 1.0

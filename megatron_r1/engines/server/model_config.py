@@ -11,15 +11,15 @@ from megatron_r1.config import Config
 from megatron_r1.models.hf_config import implied_settings, language_settings, load_config
 
 
-def config_arguments(hf: dict, overrides: Mapping[str, Any] | None) -> list[str]:
-    """Return vLLM's arguments for a model of config.json `hf` read with `overrides`, and with what
-    its class needs and transformers does not write.
+def config_arguments(hf_config: dict, overrides: Mapping[str, Any] | None) -> list[str]:
+    """Return vLLM's arguments for a model of config.json `hf_config` read with `overrides`, and
+    with what its class needs and transformers does not write.
 
     Args:
-        hf: the model's `config.json`.
-        overrides: keys in place of those of `hf`.
+        hf_config: the model's `config.json`.
+        overrides: keys in place of those of `hf_config`.
     """
-    if not (changes := {**implied_settings(hf), **(overrides or {})}):
+    if not (changes := {**implied_settings(hf_config), **(overrides or {})}):
         return []
     return ["--hf-overrides", json.dumps(changes)]
 
@@ -64,9 +64,9 @@ def max_positions(folder: str | Path, key: str = "model.path") -> int:
     Raises:
         UserError: config.json is missing or malformed, or has no such number.
     """
-    hf = load_config(folder, key)
+    hf_config = load_config(folder, key)
     try:
-        return int(language_settings(hf)["max_position_embeddings"])
+        return int(language_settings(hf_config)["max_position_embeddings"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{folder}/config.json: no max_position_embeddings can be read ({error!r})",

@@ -25,15 +25,15 @@ from megatron_r1.models.hf_config import (
 )
 
 
-def check_engines(config: Config, hf: dict) -> None:
+def check_engines(config: Config, hf_config: dict) -> None:
     """Raise UserError for settings with which no rollout engine can serve the model.
 
     Args:
         config: the recipe.
-        hf: the model's `config.json`, of any architecture.
+        hf_config: the model's `config.json`, of any architecture.
     """
     rollout = config.rollout
-    check_ranks(rollout, hf, "rollout")
+    check_ranks(rollout, hf_config, "rollout")
     if config.rl.routing_replay and rollout.pipeline > 1:
         raise UserError(
             f"rollout.pipeline={rollout.pipeline}: vLLM returns the experts of one stage only; set "
@@ -41,11 +41,11 @@ def check_engines(config: Config, hf: dict) -> None:
             key="rollout.pipeline",
             cause=Cause.CONFLICT,
         )
-    _check_redundant_experts(rollout, hf)
-    _check_speculation(rollout, hf)
+    _check_redundant_experts(rollout, hf_config)
+    _check_speculation(rollout, hf_config)
 
 
-def _check_redundant_experts(rollout: RolloutConfig, hf: dict) -> None:
+def _check_redundant_experts(rollout: RolloutConfig, hf_config: dict) -> None:
     """Raise UserError for copies of experts that engines cannot have."""
     copies, key = rollout.redundant_experts, "rollout.redundant_experts"
     ranks = rollout.tensor * rollout.data
@@ -59,7 +59,7 @@ def _check_redundant_experts(rollout: RolloutConfig, hf: dict) -> None:
             key=key,
             cause=Cause.CONFLICT,
         )
-    if (experts := num_experts(hf)) and (experts + copies) % ranks:
+    if (experts := num_experts(hf_config)) and (experts + copies) % ranks:
         raise UserError(
             f"{key}: {experts} experts and {copies} copies cannot be divided among {ranks} ranks "
             f"(rollout.tensor x rollout.data); {-experts % ranks} or {-experts % ranks + ranks} "
@@ -100,18 +100,19 @@ def check_local_experts(rollout: RolloutConfig) -> None:
         )
 
 
-def num_experts(hf: dict) -> int:
-    """Return the routed experts of a layer of the model of config.json `hf`, 0 without any."""
+def num_experts(hf_config: dict) -> int:
+    """Return the routed experts of a layer of the model of config.json `hf_config`, 0 without
+    any."""
     names = ("n_routed_experts", "num_local_experts", "num_experts")  # by architecture
-    return next((count for name in names if (count := language_settings(hf).get(name))), 0)
+    return next((count for name in names if (count := language_settings(hf_config).get(name))), 0)
 
 
-def _check_speculation(rollout: RolloutConfig, hf: dict) -> None:
+def _check_speculation(rollout: RolloutConfig, hf_config: dict) -> None:
     """Check that vLLM can draft for the model.
 
     Args:
         rollout: the section `rollout`.
-        hf: the `config.json` of the model, of any architecture.
+        hf_config: the `config.json` of the model, of any architecture.
 
     Raises:
         UserError: drafts that vLLM cannot make for the model."""
@@ -125,7 +126,7 @@ def _check_speculation(rollout: RolloutConfig, hf: dict) -> None:
         )
     if method != "mtp":
         return
-    language = language_settings(hf)
+    language = language_settings(hf_config)
     # By architecture: DeepSeek-V3 and its relatives, Qwen3.5.
     keys = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
     layers = next((count for key in keys if (count := language.get(key))), 0)
@@ -152,16 +153,16 @@ def _check_speculation(rollout: RolloutConfig, hf: dict) -> None:
         )
 
 
-def check_ranks(engines: RolloutConfig | TeacherEngines, hf: dict, section: str) -> None:
+def check_ranks(engines: RolloutConfig | TeacherEngines, hf_config: dict, section: str) -> None:
     """Raise UserError for engines whose ranks cannot share the model.
 
     Args:
         engines: the recipe's section.
-        hf: the model's `config.json`.
+        hf_config: the model's `config.json`.
         section: the section of the recipe that has the settings.
     """
     check_reserved(engines, section)
-    language = language_settings(hf)
+    language = language_settings(hf_config)
     heads = language.get("num_attention_heads", engines.tensor)
     kv_heads = language.get("num_key_value_heads") or heads
     if heads % engines.tensor:
@@ -192,7 +193,7 @@ def check_ranks(engines: RolloutConfig | TeacherEngines, hf: dict, section: str)
     if "DeepseekV3ForCausalLM" in (language.get("architectures") or ()):
         # Where they are absent, the engine gets them (`EngineServer`).
         require(language, **FAMILIES["DeepseekV3"].implied_values)
-    _check_sparse(hf)
+    _check_sparse(hf_config)
     layers = language.get("num_hidden_layers", engines.pipeline)
     if engines.pipeline > layers:
         raise UserError(
@@ -225,14 +226,14 @@ def _check_expert_ranks(
         )
 
 
-def _check_sparse(hf: dict) -> None:
+def _check_sparse(hf_config: dict) -> None:
     """Raise UserError for a mixture of experts whose layers are all dense: vLLM's class needs one
     layer with experts (models/glm4_moe.py:509, models/qwen3_moe.py:607, vLLM 0.32)."""
     classes = {"Glm4MoeForCausalLM", "Qwen3MoeForCausalLM"}
-    names = classes.intersection(hf.get("architectures") or ())
-    if names and not any(sparse_layers(resolve_aliases(hf))):
+    names = classes.intersection(hf_config.get("architectures") or ())
+    if names and not any(sparse_layers(resolve_aliases(hf_config))):
         keys = ("first_k_dense_replace", "mlp_only_layers", "decoder_sparse_step", "num_experts")
-        sparse_keys = ", ".join(f"{key}={hf[key]}" for key in keys if hf.get(key))
+        sparse_keys = ", ".join(f"{key}={hf_config[key]}" for key in keys if hf_config.get(key))
         raise UserError(
             f"config.json: no layer has experts ({sparse_keys or 'none are given'}), and vLLM's "
             f"class of {', '.join(names)} needs one: no engine can sample from this model",
@@ -241,10 +242,10 @@ def _check_sparse(hf: dict) -> None:
         )
 
 
-def _check_gpt_oss(engines: RolloutConfig | TeacherEngines, hf: dict, section: str) -> None:
+def _check_gpt_oss(engines: RolloutConfig | TeacherEngines, hf_config: dict, section: str) -> None:
     """Raise UserError for ranks among which vLLM's class of gpt-oss cannot divide the model: a
     tensor rank needs key-value heads of its own, every rank an equal part of intermediate_size."""
-    kv_heads, intermediate = hf["num_key_value_heads"], hf["intermediate_size"]
+    kv_heads, intermediate = hf_config["num_key_value_heads"], hf_config["intermediate_size"]
     if kv_heads % engines.tensor:
         raise UserError(
             f"{section}.tensor={engines.tensor} does not divide num_key_value_heads={kv_heads}, "
@@ -273,51 +274,58 @@ size and, where it is not padded, of a rank's part of an expert."""
 REMEDY = "use a machine with a GPU, or a model of another size"
 
 
-def check_cpu_kernels(rollout: RolloutConfig, hf: dict[str, Any]) -> None:
+def check_cpu_kernels(rollout: RolloutConfig, hf_config: dict[str, Any]) -> None:
     """Raise UserError for a model that engines on this host, which has no GPU, cannot compute.
 
     Args:
         rollout: the recipe's section.
-        hf: any `config.json`; one of an architecture that is not known here is not checked.
+        hf_config: any `config.json`; one of an architecture that is not known here is not checked.
     """
     if rollout.placement != "local" or gpu.is_usable():
         return
-    if not any(name in ARCHITECTURES for name in hf.get("architectures") or []):
+    if not any(name in ARCHITECTURES for name in hf_config.get("architectures") or []):
         return
-    hf = resolve_aliases(hf)
-    family, hidden, heads = model_family(hf), hf.get("hidden_size"), hf.get("num_attention_heads")
-    if not (hidden and heads and hf.get("num_hidden_layers")):
+    hf_config = resolve_aliases(hf_config)
+    family, hidden, heads = (
+        model_family(hf_config),
+        hf_config.get("hidden_size"),
+        hf_config.get("num_attention_heads"),
+    )
+    if not (hidden and heads and hf_config.get("num_hidden_layers")):
         return  # the engine's own error is more precise
     if family.latent_attention:
         # vLLM's own variable, which its engines inherit: with it they compute keys and values.
         is_disabled = os.environ.get("VLLM_MLA_DISABLE", "0") != "0"
         for key, size in LATENT_SIZES.items():
-            if hf.get(key, size) != size and not is_disabled:
+            if hf_config.get(key, size) != size and not is_disabled:
                 raise UserError(
-                    f"config.json: {key}={hf[key]}: {_only(str(size))}",
+                    f"config.json: {key}={hf_config[key]}: {_only(str(size))}",
                     key=key,
                     cause=Cause.UNSUPPORTED,
                 )
-    elif (size := hf.get("head_dim") or hidden // heads) not in HEAD_SIZES:
-        name = "head_dim" if hf.get("head_dim") else "hidden_size / num_attention_heads"
+    elif (size := hf_config.get("head_dim") or hidden // heads) not in HEAD_SIZES:
+        name = "head_dim" if hf_config.get("head_dim") else "hidden_size / num_attention_heads"
         raise UserError(
             f"config.json: {name}={size}: {_only(', '.join(map(str, HEAD_SIZES)))}",
             key=name,
             cause=Cause.UNSUPPORTED,
         )
-    if any(sparse_layers(hf)):
-        _check_experts(rollout, hf)
+    if any(sparse_layers(hf_config)):
+        _check_experts(rollout, hf_config)
 
 
-def _check_experts(rollout: RolloutConfig, hf: dict[str, Any]) -> None:
-    family, multiples = model_family(hf), _only(f"multiples of {ALIGNMENT} in a model with experts")
-    if hf["hidden_size"] % ALIGNMENT:
+def _check_experts(rollout: RolloutConfig, hf_config: dict[str, Any]) -> None:
+    family, multiples = (
+        model_family(hf_config),
+        _only(f"multiples of {ALIGNMENT} in a model with experts"),
+    )
+    if hf_config["hidden_size"] % ALIGNMENT:
         raise UserError(
-            f"config.json: hidden_size={hf['hidden_size']}: {multiples}",
+            f"config.json: hidden_size={hf_config['hidden_size']}: {multiples}",
             key="hidden_size",
             cause=Cause.INDIVISIBLE,
         )
-    if "n_shared_experts" in family.required_keys and hf.get("n_shared_experts") == 0:
+    if "n_shared_experts" in family.required_keys and hf_config.get("n_shared_experts") == 0:
         raise UserError(
             "config.json: n_shared_experts=0: on a CPU, vLLM's engine ends without a message at "
             f"matrices of no width; {REMEDY}",
@@ -325,7 +333,7 @@ def _check_experts(rollout: RolloutConfig, hf: dict[str, Any]) -> None:
             cause=Cause.UNSUPPORTED,
         )
     ranks = 1 if rollout.expert_parallel else rollout.tensor * rollout.data
-    if family.open_swiglu and (size := hf["intermediate_size"]) % (ALIGNMENT * ranks):
+    if family.open_swiglu and (size := hf_config["intermediate_size"]) % (ALIGNMENT * ranks):
         shared = f" shared by {ranks} ranks" if ranks > 1 else ""
         raise UserError(
             f"config.json: intermediate_size={size}{shared}: {multiples}",

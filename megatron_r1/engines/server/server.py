@@ -179,9 +179,9 @@ class EngineServer(Server):
             EngineError: the model folder is unusable.
             OSError: the port is taken.
         """
-        hf = read_model_config(self.model)
+        hf_config = read_model_config(self.model)
         arguments = [*self._choose_ports(), *self.arguments]
-        arguments += config_arguments(hf, self.settings.hf_overrides)
+        arguments += config_arguments(hf_config, self.settings.hf_overrides)
         part = self.settings.part
         if part is not None:
             arguments += part.arguments(self.settings.data, self.coordinator)
@@ -265,14 +265,14 @@ def read_model_config(model: Path) -> dict:
             "format, such as the hf/ of a run"
         )
     try:
-        hf = load_config(model)
+        hf_config = load_config(model)
     except UserError as error:
         raise EngineError(str(error)) from error
-    if not hf.get("architectures"):
+    if not hf_config.get("architectures"):
         raise EngineError(
             f'{config} has no "architectures": vLLM does not know which model this is'
         )
-    return hf
+    return hf_config
 
 
 @contextlib.contextmanager

@@ -27,15 +27,15 @@ A, B = ".lora_A.weight", ".lora_B.weight"
 """Endings of the factors' names, PEFT's, in place of a weight's `.weight`."""
 
 
-def adapter_table(hf: dict, lora: LoraConfig) -> WeightTable:
+def adapter_table(hf_config: dict, lora: LoraConfig) -> WeightTable:
     """Return the rules of all adapters; names of tensors as in PEFT, without its prefix.
 
     Raises:
         UserError: the model does not have a target, or PEFT could not load a target's adapters:
             those of experts that files have as one tensor.
     """
-    base = weight_table(hf)
-    if model_family(hf).stacked_experts:
+    base = weight_table(hf_config)
+    if model_family(hf_config).stacked_experts:
         dense_layers = [[rule for rule in layer if not rule.expert] for layer in base.layers]
         base = replace(base, layers=dense_layers)
     modules = {
@@ -57,12 +57,12 @@ def adapter_table(hf: dict, lora: LoraConfig) -> WeightTable:
     return WeightTable([], layers, [], [], num_experts=base.num_experts)
 
 
-def check_adapters(config: Config, hf: dict) -> None:
+def check_adapters(config: Config, hf_config: dict) -> None:
     """Raise UserError for a target that the model does not have, and for a pipeline rank without
     any, which could neither train nor save."""
     assert config.model.lora is not None, "the recipe has no adapters"
-    table = adapter_table(hf, config.model.lora)
-    for rank, chunks in enumerate(recipe_stages(config, hf)):
+    table = adapter_table(hf_config, config.model.lora)
+    for rank, chunks in enumerate(recipe_stages(config, hf_config)):
         if not any(table.layers[layer] for chunk in chunks for layer in chunk.layers):
             raise UserError(
                 f"model.lora: pipeline rank {rank} has no layer with an adapter; choose other "
@@ -86,9 +86,9 @@ def adapter_shapes(weight_table: WeightTable) -> dict[str, Shape]:
     return shapes
 
 
-def num_adapter_parameters(hf: dict, lora: LoraConfig) -> int:
+def num_adapter_parameters(hf_config: dict, lora: LoraConfig) -> int:
     """Return the number of values of all factors together."""
-    return sum(map(prod, adapter_shapes(adapter_table(hf, lora)).values()))
+    return sum(map(prod, adapter_shapes(adapter_table(hf_config, lora)).values()))
 
 
 def target_modules(weight_table: WeightTable) -> str:

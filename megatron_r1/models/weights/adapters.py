@@ -38,7 +38,7 @@ from megatron_r1.models.weights.table import Piece, Shape
 _BITS = {2: torch.int16, 4: torch.int32}
 
 
-def attach_adapters(chunks: Sequence, hf: dict, lora: LoraConfig, seed: int) -> None:
+def attach_adapters(chunks: Sequence, hf_config: dict, lora: LoraConfig, seed: int) -> None:
     """Freeze the loaded model and give its target layers adapters; call before DDP.
 
     A is drawn as in PEFT, uniformly with the variance 1 / (3 in) of Kaiming's rule for a = sqrt(5),
@@ -46,14 +46,14 @@ def attach_adapters(chunks: Sequence, hf: dict, lora: LoraConfig, seed: int) -> 
 
     Args:
         chunks: this rank's virtual stages.
-        hf: the model's `config.json`.
+        hf_config: the model's `config.json`.
         lora: rank, scale and targets.
         seed: the seed of the draws of A.
 
     Raises:
         UserError: for an unknown target.
     """
-    table, fingerprint = adapter_table(hf, lora), _fingerprint(chunks, hf)
+    table, fingerprint = adapter_table(hf_config, lora), _fingerprint(chunks, hf_config)
     shapes = adapter_shapes(table)
     for chunk in chunks:
         chunk.base_fingerprint, chunk.adapter_shapes = fingerprint, shapes
@@ -134,14 +134,14 @@ def _needs_gradient(module: torch.nn.Module, inputs: tuple, out: Tensor) -> Tens
     return out.requires_grad_() if torch.is_grad_enabled() and not out.requires_grad else out
 
 
-def _fingerprint(chunks: Sequence, hf: dict) -> int:
+def _fingerprint(chunks: Sequence, hf_config: dict) -> int:
     """Return a number that depends on every bit of the whole model's weights, not on the layout.
 
     It is the sum of all elements' bits, each tensor's times a number made of its name, modulo 2^64.
     """
     total = torch.zeros((), dtype=torch.int64)
     with torch.no_grad():
-        for parameter, pieces, owner in local_pieces(chunks, hf):
+        for parameter, pieces, owner in local_pieces(chunks, hf_config):
             for piece in pieces if owner else ():
                 values = parameter.narrow(piece.dim, piece.local_start, piece.length)
                 bits = values.view(_BITS[values.itemsize]).sum(dtype=torch.int64)
@@ -153,7 +153,7 @@ def _fingerprint(chunks: Sequence, hf: dict) -> int:
 
 
 def save_adapter(
-    chunks: Sequence, hf: dict, lora: LoraConfig, base: str, out: Path, dtype: torch.dtype
+    chunks: Sequence, hf_config: dict, lora: LoraConfig, base: str, out: Path, dtype: torch.dtype
 ) -> None:
     """Write `out`, which peft.PeftModel.from_pretrained loads; call on every rank.
 
@@ -161,7 +161,7 @@ def save_adapter(
 
     Args:
         chunks: this rank's virtual stages.
-        hf: the model's `config.json`.
+        hf_config: the model's `config.json`.
         lora: rank, scale and targets.
         base: the folder of the model that the adapters belong to.
         out: the new folder.
@@ -170,7 +170,7 @@ def save_adapter(
     Raises:
         UserError: on every rank when something cannot be written.
     """
-    table = adapter_table(hf, lora)
+    table = adapter_table(hf_config, lora)
     settings = adapter_config(table, lora, base)
 
     def begin(folder: Path) -> None:

@@ -37,7 +37,7 @@ BLOCK_BYTES = 256 << 20
 
 def save_hf(
     model_chunks: Sequence,
-    hf: dict,
+    hf_config: dict,
     source_folder: str | Path,
     out_folder: str | Path,
     dtype: torch.dtype,
@@ -50,7 +50,7 @@ def save_hf(
 
     Args:
         model_chunks: this rank's virtual pipeline stages, bare or wrapped.
-        hf: the model's `config.json`.
+        hf_config: the model's `config.json`.
         source_folder: the folder from which configuration and tokenizer files are copied; all ranks
             see it.
         out_folder: the new folder; all ranks see it.
@@ -61,22 +61,22 @@ def save_hf(
         UserError: something cannot be written; on every rank."""
     source, with_mtp = Path(source_folder), has_mtp(model_chunks)
     files = hf_writer.split_into_files(
-        stored_tensors(hf, dtype, with_mtp=with_mtp), max_shard_bytes
+        stored_tensors(hf_config, dtype, with_mtp=with_mtp), max_shard_bytes
     )
 
     def begin(folder: Path) -> None:
         hf_writer.copy_model_files(source, folder)
-        hf_writer.write_config(source, folder, dtype, with_mtp, has_score_head(hf))
+        hf_writer.write_config(source, folder, dtype, with_mtp, has_score_head(hf_config))
         hf_writer.write_index(folder, files)
 
     with write_folder(Path(out_folder), begin) as folder:
         plans = {folder / name: plan_file(content) for name, content in files.items()}
-        _write_files(model_chunks, hf, plans, durable=True)
+        _write_files(model_chunks, hf_config, plans, durable=True)
 
 
 def write_hf(
     model_chunks: Sequence,
-    hf: dict,
+    hf_config: dict,
     path: str | Path,
     *,
     dtype: torch.dtype,
@@ -87,7 +87,7 @@ def write_hf(
 
     Args:
         model_chunks: this rank's part of the model.
-        hf: the model's config.json.
+        hf_config: the model's config.json.
         path: seen by all ranks; replaced atomically, so that a reader which still maps the previous
             file keeps the previous weights.
         dtype: the dtype of the stored tensors, except those with a dtype of their own (the router's
@@ -98,25 +98,28 @@ def write_hf(
     Raises:
         UserError: the file cannot be created (no such folder, not enough space); on every rank.
         ValueError: unknown `names`."""
-    plan = plan_file(stored_tensors(hf, dtype, with_mtp=has_mtp(model_chunks), names=names))
-    _write_files(model_chunks, hf, {Path(path): plan}, durable=durable)
+    plan = plan_file(stored_tensors(hf_config, dtype, with_mtp=has_mtp(model_chunks), names=names))
+    _write_files(model_chunks, hf_config, {Path(path): plan}, durable=durable)
 
 
 def _write_files(
-    model_chunks: Sequence, hf: dict, plans: Mapping[Path, FilePlan], *, durable: bool
+    model_chunks: Sequence, hf_config: dict, plans: Mapping[Path, FilePlan], *, durable: bool
 ) -> None:
     """Write several planned files at once; call on every rank with the same plans. Adapters are
     merged into the weights.
 
     Args:
         model_chunks: this rank's virtual stages.
-        hf: the model's `config.json`.
+        hf_config: the model's `config.json`.
         plans: the files by path.
         durable: fsync before renaming."""
     copies = defaultdict(list)
-    for copy, original in weight_table(hf).copies.items():
+    for copy, original in weight_table(hf_config).copies.items():
         copies[original].append(copy)
-    local_parameters, part_of = local_pieces(model_chunks, hf), partial(stacked_part, hf)
+    local_parameters, part_of = (
+        local_pieces(model_chunks, hf_config),
+        partial(stacked_part, hf_config),
+    )
     write_pieces(local_parameters, plans, copies, part_of, durable=durable)
 
 

@@ -71,16 +71,19 @@ class LayoutEntry:
     dtype: str | None
 
 
-def hf_tensors(hf: dict, *, with_mtp: bool = True) -> dict[str, tuple[Shape, str]]:
+def hf_tensors(hf_config: dict, *, with_mtp: bool = True) -> dict[str, tuple[Shape, str]]:
     """Return name -> (shape, dtype) of every tensor of the full HF checkpoint, in its order.
 
     The dtype is config.json's (default "bfloat16"), except for tensors that have their own.
 
     Args:
-        hf: the model's `config.json`.
+        hf_config: the model's `config.json`.
         with_mtp: whether the MTP layers are counted.
     """
-    table, default = weight_table(hf), hf.get("dtype") or hf.get("torch_dtype") or "bfloat16"
+    table, default = (
+        weight_table(hf_config),
+        hf_config.get("dtype") or hf_config.get("torch_dtype") or "bfloat16",
+    )
     tensors: dict[str, tuple[Shape, str]] = {}
     for prefix, rule in _prefixed_rules(table, with_mtp):
         for source in rule.sources:
@@ -92,13 +95,13 @@ def hf_tensors(hf: dict, *, with_mtp: bool = True) -> dict[str, tuple[Shape, str
     return tensors
 
 
-def num_parameters(hf: dict, *, with_mtp: bool = True) -> int:
+def num_parameters(hf_config: dict, *, with_mtp: bool = True) -> int:
     """Return the number of elements of all tensors that `hf_tensors` lists."""
-    return sum(prod(shape) for shape, _ in hf_tensors(hf, with_mtp=with_mtp).values())
+    return sum(prod(shape) for shape, _ in hf_tensors(hf_config, with_mtp=with_mtp).values())
 
 
 def stage_shards(
-    hf: dict,
+    hf_config: dict,
     pipeline: int = 1,
     virtual: int = 1,
     *,
@@ -109,24 +112,24 @@ def stage_shards(
     other axes. Errors as `pipeline_stages`.
 
     Args:
-        hf: the model's `config.json`.
+        hf_config: the model's `config.json`.
         pipeline: its stages.
         virtual: chunks of a stage.
         pipeline_layout: Megatron's description of the stages; None: an even spread.
         with_mtp: whether the MTP layers are on the last stage.
     """
-    num_mtp = len(weight_table(hf).mtp) if with_mtp else 0
+    num_mtp = len(weight_table(hf_config).mtp) if with_mtp else 0
     stages = pipeline_stages(
-        hf["num_hidden_layers"], pipeline, virtual, num_mtp=num_mtp, layout=pipeline_layout
+        hf_config["num_hidden_layers"], pipeline, virtual, num_mtp=num_mtp, layout=pipeline_layout
     )
     return [[Shard(**vars(stage)) for stage in chunks] for chunks in stages]
 
 
-def recipe_stages(config: Config, hf: dict) -> list[list[Shard]]:
+def recipe_stages(config: Config, hf_config: dict) -> list[list[Shard]]:
     """Return `stage_shards` of the model that a recipe trains: what runs, pushes and plans use."""
     parallel = config.parallel
     return stage_shards(
-        hf,
+        hf_config,
         parallel.pipeline,
         parallel.virtual_pipeline,
         pipeline_layout=parallel.pipeline_layout,
@@ -134,9 +137,9 @@ def recipe_stages(config: Config, hf: dict) -> list[list[Shard]]:
     )
 
 
-def layout(hf: dict, shard: Shard) -> dict[str, LayoutEntry]:
+def layout(hf_config: dict, shard: Shard) -> dict[str, LayoutEntry]:
     """Return Megatron parameter name -> LayoutEntry, for all parameters of the shard."""
-    return layout_from_table(weight_table(hf), shard)
+    return layout_from_table(weight_table(hf_config), shard)
 
 
 def layout_from_table(weight_table: WeightTable, shard: Shard) -> dict[str, LayoutEntry]:

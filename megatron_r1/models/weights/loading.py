@@ -23,7 +23,7 @@ from megatron_r1.models.weights.table import SCORE, Piece, Shape
 
 
 def local_pieces(
-    model_chunks: Sequence, hf: dict
+    model_chunks: Sequence, hf_config: dict
 ) -> Iterator[tuple[Tensor, tuple[Piece, ...], bool]]:
     """Yield (parameter, pieces, owner) for all parameters and router bias buffers of this rank.
 
@@ -32,12 +32,12 @@ def local_pieces(
 
     Args:
         model_chunks: this rank's virtual pipeline stages, bare or wrapped.
-        hf: the model's `config.json`.
+        hf_config: the model's `config.json`.
 
     Raises:
         ValueError: for a parameter that no rule covers, and for one whose shape differs from its
             rule's."""
-    for tensor, entry in local_entries(model_chunks, hf):
+    for tensor, entry in local_entries(model_chunks, hf_config):
         # Replicas hold the same values; the first of them owns the pieces.
         first = _replicas(model_chunks, entry).rank() == 0
         yield tensor, entry.pieces, entry.is_owner and first
@@ -49,12 +49,12 @@ def _replicas(model_chunks: Sequence, entry: LayoutEntry) -> dist.ProcessGroup:
     return groups.expt_dp if entry.is_expert else groups.dp_cp
 
 
-def local_entries(model_chunks: Sequence, hf: dict) -> Iterator[tuple[Tensor, LayoutEntry]]:
+def local_entries(model_chunks: Sequence, hf_config: dict) -> Iterator[tuple[Tensor, LayoutEntry]]:
     """Yield (parameter, layout entry); order and errors as `local_pieces`."""
     for chunk in model_chunks:
         chunk = unwrap_model(chunk)
         tensors = model_tensors(chunk)
-        entries = layout(hf, chunk_shard(chunk))
+        entries = layout(hf_config, chunk_shard(chunk))
         if unruled := sorted(tensors.keys() - entries.keys()):
             raise ValueError(f"no weight rule covers the Megatron parameter {', '.join(unruled)}")
         if absent := sorted(entries.keys() - tensors.keys()):
@@ -114,7 +114,9 @@ def has_mtp(model_chunks: Sequence) -> bool:
     return bool(unwrap_model(model_chunks[0]).config.mtp_num_layers)
 
 
-def load_hf(model_chunks: Sequence, hf: dict, path: str | Path, stored: dict | None = None) -> None:
+def load_hf(
+    model_chunks: Sequence, hf_config: dict, path: str | Path, stored: dict | None = None
+) -> None:
     """Fill this rank's parameters, in their dtype, from the safetensors checkpoint in `path`; call
     on every rank.
 
@@ -123,19 +125,19 @@ def load_hf(model_chunks: Sequence, hf: dict, path: str | Path, stored: dict | N
 
     Args:
         model_chunks: this rank's virtual pipeline stages, bare or wrapped.
-        hf: the model's `config.json`.
+        hf_config: the model's `config.json`.
         path: the checkpoint's folder.
         stored: the configuration of the checkpoint, where that is the language model that a score
-            model `hf` starts from; its heads are ignored and the score head's weights are not
-            changed.
+            model `hf_config` starts from; its heads are ignored and the score head's weights are
+            not changed.
 
     Raises:
         UserError: naming every missing, unexpected or mis-shaped tensor."""
-    _load(model_chunks, hf, HFWeights(path, stored or hf))
+    _load(model_chunks, hf_config, HFWeights(path, stored or hf_config))
 
 
 def load_megatron(
-    model_chunks: Sequence, hf: dict, path: str | Path, stored: dict | None = None
+    model_chunks: Sequence, hf_config: dict, path: str | Path, stored: dict | None = None
 ) -> None:
     """Fill this rank's parameters from the weights in the Megatron checkpoint `path`.
 
@@ -144,36 +146,38 @@ def load_megatron(
 
     Args:
         model_chunks: this rank's virtual pipeline stages, bare or wrapped.
-        hf: the model's `config.json`.
+        hf_config: the model's `config.json`.
         path: the checkpoint's folder.
         stored: the configuration of the checkpoint where it is another model, as in `load_hf`.
 
     Raises:
         UserError: naming every missing, unexpected or mis-shaped tensor."""
-    _load(model_chunks, hf, MegatronWeights(path, stored or hf))
+    _load(model_chunks, hf_config, MegatronWeights(path, stored or hf_config))
 
 
-def initialize_score_head(model_chunks: Sequence, hf: dict, *, std: float, seed: int) -> None:
+def initialize_score_head(
+    model_chunks: Sequence, hf_config: dict, *, std: float, seed: int
+) -> None:
     """Draw the head of a score model from N(0, std^2), the same for every parallel layout.
 
     Args:
         model_chunks: this rank's virtual pipeline stages.
-        hf: the model's `config.json`.
+        hf_config: the model's `config.json`.
         std: standard deviation of the weights.
         seed: seed of the generator, together with the tensor's name."""
     with torch.no_grad():
-        for parameter, pieces, _ in local_pieces(model_chunks, hf):
+        for parameter, pieces, _ in local_pieces(model_chunks, hf_config):
             if [piece.hf_name for piece in pieces] == [SCORE]:
                 parameter.copy_(_draw(SCORE, tuple(parameter.shape), std, seed))
 
 
-def _load(model_chunks: Sequence, hf: dict, weights: HFWeights | MegatronWeights) -> None:
-    headless = has_score_head(hf) and not has_score_head(weights.hf)
+def _load(model_chunks: Sequence, hf_config: dict, weights: HFWeights | MegatronWeights) -> None:
+    headless = has_score_head(hf_config) and not has_score_head(weights.hf_config)
     with weights, torch.no_grad():
         weights.check(has_mtp(model_chunks))
         entries = [
             (parameter, entry.pieces, _replicas(model_chunks, entry))
-            for parameter, entry in local_entries(model_chunks, hf)
+            for parameter, entry in local_entries(model_chunks, hf_config)
             if not (headless and [piece.hf_name for piece in entry.pieces] == [SCORE])
         ]
 
@@ -217,7 +221,7 @@ def _on_every_rank(action: Callable[[], None]) -> None:
             raise UserError(text, key=key, cause=cause)
 
 
-def initialize(model_chunks: Sequence, hf: dict, *, std: float, seed: int) -> None:
+def initialize(model_chunks: Sequence, hf_config: dict, *, std: float, seed: int) -> None:
     """Fill this rank's parameters with random weights, the same for every parallel layout.
 
     Matrices are drawn from N(0, std^2), each HF tensor from a generator seeded by `seed` and its
@@ -225,12 +229,12 @@ def initialize(model_chunks: Sequence, hf: dict, *, std: float, seed: int) -> No
 
     Args:
         model_chunks: this rank's virtual pipeline stages.
-        hf: the model's `config.json`.
+        hf_config: the model's `config.json`.
         std: standard deviation of the matrices.
         seed: an integer, the same on every rank."""
-    shapes = hf_tensors(hf)
+    shapes = hf_tensors(hf_config)
     with torch.no_grad():
-        for parameter, pieces, _ in local_pieces(model_chunks, hf):
+        for parameter, pieces, _ in local_pieces(model_chunks, hf_config):
             _zero_padding(parameter, pieces)
             for piece in pieces:
                 shape = shapes[piece.hf_name][0]

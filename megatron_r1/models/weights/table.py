@@ -317,23 +317,25 @@ def _divide(size: int, num_parts: int, source: Source) -> int:
     return size // num_parts
 
 
-def weight_table(hf: dict) -> WeightTable:
+def weight_table(hf_config: dict) -> WeightTable:
     """Return the rules for this `config.json`, MTP layers included; UserError for an unknown
     architecture."""
-    dense = [*_attention(hf), *_dense_mlp(hf)]
-    sparse = [*_attention(hf), *_experts(hf)] if hf.get("n_routed_experts") else []
-    kinds = sparse_layers(hf)
+    dense = [*_attention(hf_config), *_dense_mlp(hf_config)]
+    sparse = (
+        [*_attention(hf_config), *_experts(hf_config)] if hf_config.get("n_routed_experts") else []
+    )
+    kinds = sparse_layers(hf_config)
     layers = [sparse if is_sparse else dense for is_sparse in kinds]
-    num_layers, num_mtp = len(layers), num_mtp_layers(hf)
-    head = "model.embed_tokens" if hf.get("tie_word_embeddings") else "lm_head"
+    num_layers, num_mtp = len(layers), num_mtp_layers(hf_config)
+    head = "model.embed_tokens" if hf_config.get("tie_word_embeddings") else "lm_head"
     copies = {}
     for layer in range(num_layers, num_layers + num_mtp):
         copies[f"model.layers.{layer}.embed_tokens.weight"] = "model.embed_tokens.weight"
         copies[f"model.layers.{layer}.shared_head.head.weight"] = f"{head}.weight"
-    vocab, hidden = hf["vocab_size"], hf["hidden_size"]
+    vocab, hidden = hf_config["vocab_size"], hf_config["hidden_size"]
     embedding = "embedding.word_embeddings"
     last = weight_rule("output_layer", head, (vocab, hidden), vocab_parallel)
-    if has_score_head(hf):
+    if has_score_head(hf_config):
         last = weight_rule("score", "score", (1, hidden), replicated)
     return WeightTable(
         embedding=[weight_rule(embedding, "model.embed_tokens", (vocab, hidden), vocab_parallel)],
@@ -341,33 +343,37 @@ def weight_table(hf: dict) -> WeightTable:
         final_norm=[weight_rule("decoder.final_layernorm", "model.norm", (hidden,), replicated)],
         head=[last],
         # An MTP layer has the structure of the last decoder layer.
-        mtp=[_mtp(hf, layers[-1])] * num_mtp,
+        mtp=[_mtp(hf_config, layers[-1])] * num_mtp,
         copies=copies,
-        num_experts=hf.get("n_routed_experts") or 0,
+        num_experts=hf_config.get("n_routed_experts") or 0,
     )
 
 
-def _attention(hf: dict) -> list[WeightRule]:
-    return _latent(hf) if model_family(hf).latent_attention else _grouped_query(hf)
+def _attention(hf_config: dict) -> list[WeightRule]:
+    return (
+        _latent(hf_config)
+        if model_family(hf_config).latent_attention
+        else _grouped_query(hf_config)
+    )
 
 
-def _grouped_query(hf: dict) -> list[WeightRule]:
-    hidden, heads = hf["hidden_size"], hf["num_attention_heads"]
-    groups = hf.get("num_key_value_heads") or heads
-    size = hf.get("head_dim") or hidden // heads
+def _grouped_query(hf_config: dict) -> list[WeightRule]:
+    hidden, heads = hf_config["hidden_size"], hf_config["num_attention_heads"]
+    groups = hf_config.get("num_key_value_heads") or heads
+    size = hf_config.get("head_dim") or hidden // heads
     heights = {"q": heads * size, "k": groups * size, "v": groups * size}
     weights = tuple(Source(f"self_attn.{x}_proj.weight", (n, hidden)) for x, n in heights.items())
     biases = tuple(Source(f"self_attn.{x}_proj.bias", (n,)) for x, n in heights.items())
     m = "self_attention."
     qkv, split = f"{m}linear_qkv", QueryGroups(groups)
-    norms = ("q", "k") if has_qk_norm(hf) else ()
-    family, sinks = model_family(hf), (Source("self_attn.sinks", (heads,)),)
+    norms = ("q", "k") if has_qk_norm(hf_config) else ()
+    family, sinks = model_family(hf_config), (Source("self_attn.sinks", (heads,)),)
     return [
         weight_rule(
             "input_layernorm", "input_layernorm", (hidden,), replicated, f"{qkv}.layer_norm_weight"
         ),
         WeightRule(f"{qkv}.weight", weights, split),
-        *([WeightRule(f"{qkv}.bias", biases, split)] if has_qkv_bias(hf) else []),
+        *([WeightRule(f"{qkv}.bias", biases, split)] if has_qkv_bias(hf_config) else []),
         *(
             weight_rule(f"{m}{x}_layernorm", f"self_attn.{x}_norm", (size,), replicated)
             for x in norms
@@ -391,15 +397,23 @@ def _bias_rule(megatron: str, name: str, size: int, te_name: str | None = None) 
     return WeightRule(f"{megatron}.bias", (Source(f"{name}.bias", (size,)),), replicated, te_name)
 
 
-def _latent(hf: dict) -> list[WeightRule]:
+def _latent(hf_config: dict) -> list[WeightRule]:
     """Return the rules of latent attention: queries and keys with values, each down and up
     projected."""
-    hidden, heads, latent = hf["hidden_size"], hf["num_attention_heads"], hf["kv_lora_rank"]
-    nope, rope, value = hf["qk_nope_head_dim"], hf["qk_rope_head_dim"], hf["v_head_dim"]
+    hidden, heads, latent = (
+        hf_config["hidden_size"],
+        hf_config["num_attention_heads"],
+        hf_config["kv_lora_rank"],
+    )
+    nope, rope, value = (
+        hf_config["qk_nope_head_dim"],
+        hf_config["qk_rope_head_dim"],
+        hf_config["v_head_dim"],
+    )
     m, h = "self_attention.", "self_attn."
     query_height, kv_height = heads * (nope + rope), heads * (nope + value)
     q_norm, kv_norm = (f"{m}linear_{x}_up_proj.layer_norm_weight" for x in ("q", "kv"))
-    if rank := hf.get("q_lora_rank"):
+    if rank := hf_config.get("q_lora_rank"):
         query = [
             weight_rule(m + "linear_q_down_proj", h + "q_a_proj", (rank, hidden), replicated),
             weight_rule(m + "q_layernorm", h + "q_a_layernorm", (rank,), replicated, q_norm),
@@ -422,25 +436,25 @@ def _latent(hf: dict) -> list[WeightRule]:
     ]
 
 
-def _dense_mlp(hf: dict) -> list[WeightRule]:
+def _dense_mlp(hf_config: dict) -> list[WeightRule]:
     """Return the rules of a SwiGLU and the norm before it."""
-    hidden, norm = hf["hidden_size"], "mlp.linear_fc1.layer_norm_weight"
+    hidden, norm = hf_config["hidden_size"], "mlp.linear_fc1.layer_norm_weight"
     return [
         weight_rule("pre_mlp_layernorm", "post_attention_layernorm", (hidden,), replicated, norm),
-        *_gated_rules("mlp", "mlp", hidden, hf["intermediate_size"]),
+        *_gated_rules("mlp", "mlp", hidden, hf_config["intermediate_size"]),
     ]
 
 
-def _experts(hf: dict) -> list[WeightRule]:
+def _experts(hf_config: dict) -> list[WeightRule]:
     hidden, intermediate, experts = (
-        hf["hidden_size"],
-        hf["moe_intermediate_size"],
-        hf["n_routed_experts"],
+        hf_config["hidden_size"],
+        hf_config["moe_intermediate_size"],
+        hf_config["n_routed_experts"],
     )
     bias = (Source("mlp.gate.e_score_correction_bias", (experts,)),)
     local, shared = "mlp.experts.local_experts.{e}", "mlp.shared_experts"
     grouped = ("mlp.experts.linear_fc1.weight{e}", "mlp.experts.linear_fc2.weight{e}")
-    family, num_shared = model_family(hf), hf.get("n_shared_experts") or 0
+    family, num_shared = model_family(hf_config), hf_config.get("n_shared_experts") or 0
     has_bias, router = (
         family.router_score == "sigmoid",
         "mlp.router" if family.stacked_experts else "mlp.gate",
@@ -454,24 +468,28 @@ def _experts(hf: dict) -> list[WeightRule]:
             else []
         ),
         *_gated_rules(local, "mlp.experts.{e}", hidden, intermediate, grouped),
-        *(_expert_biases(hf, local, router) if family.linear_biases else []),
+        *(_expert_biases(hf_config, local, router) if family.linear_biases else []),
         *(_gated_rules(shared, shared, hidden, intermediate * num_shared) if num_shared else []),
     ]
 
 
-def _expert_biases(hf: dict, local: str, router: str) -> list[WeightRule]:
-    hidden, intermediate, name = hf["hidden_size"], hf["moe_intermediate_size"], "mlp.experts.{e}"
+def _expert_biases(hf_config: dict, local: str, router: str) -> list[WeightRule]:
+    hidden, intermediate, name = (
+        hf_config["hidden_size"],
+        hf_config["moe_intermediate_size"],
+        "mlp.experts.{e}",
+    )
     gate_up = tuple(Source(f"{name}.{part}_proj.bias", (intermediate,)) for part in ("gate", "up"))
     te_name = ("mlp.experts.linear_fc1.bias{e}", "mlp.experts.linear_fc2.bias{e}")
     return [
-        _bias_rule("mlp.router", router, hf["n_routed_experts"]),
+        _bias_rule("mlp.router", router, hf_config["n_routed_experts"]),
         WeightRule(f"{local}.linear_fc1.bias", gate_up, column_parallel, te_name[0]),
         _bias_rule(f"{local}.linear_fc2", f"{name}.down_proj", hidden, te_name[1]),
     ]
 
 
-def _mtp(hf: dict, decoder_layer: list[WeightRule]) -> list[WeightRule]:
-    hidden, prefix = hf["hidden_size"], "transformer_layer."
+def _mtp(hf_config: dict, decoder_layer: list[WeightRule]) -> list[WeightRule]:
+    hidden, prefix = hf_config["hidden_size"], "transformer_layer."
     return [
         weight_rule("enorm", "enorm", (hidden,), replicated),
         weight_rule("hnorm", "hnorm", (hidden,), replicated),

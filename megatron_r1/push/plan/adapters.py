@@ -38,7 +38,7 @@ class PredictedAdapterSharding(PredictedSharding):
     """The factors that the ranks of one engine need; `PredictedSharding` has the same of a model.
 
     Args:
-        hf: the model's `config.json`.
+        hf_config: the model's `config.json`.
         layout: the layout of all engines.
         weight_table: the weight table of the adapters.
 
@@ -46,8 +46,8 @@ class PredictedAdapterSharding(PredictedSharding):
         UserError: where vLLM cannot split the model so.
     """
 
-    def __init__(self, hf: dict, layout: EngineLayout, weight_table: WeightTable):
-        super().__init__(hf, layout)
+    def __init__(self, hf_config: dict, layout: EngineLayout, weight_table: WeightTable):
+        super().__init__(hf_config, layout)
         self.table, self._names = weight_table, adapter_shapes(weight_table).keys()
 
     def tensors(self, coordinate: Coordinate) -> Iterator[HFTensor]:
@@ -62,19 +62,19 @@ class PredictedAdapterSharding(PredictedSharding):
         return Region.full(tensor.shape)
 
 
-def pushed_adapter_table(config: Config, hf: dict) -> WeightTable | None:
+def pushed_adapter_table(config: Config, hf_config: dict) -> WeightTable | None:
     """Return the weight table of the adapters where these alone are pushed, else None."""
     if not config.push.adapter_only:
         return None
     assert config.model.lora is not None, "check_adapter_push() comes first"
-    return adapter_table(hf, config.model.lora)
+    return adapter_table(hf_config, config.model.lora)
 
 
-def engine_adapter(config: Config, hf: dict) -> dict[str, Any] | None:
+def engine_adapter(config: Config, hf_config: dict) -> dict[str, Any] | None:
     """Return what engines need to serve pushed factors as an adapter: PEFT's `adapter_config.json`
     ("config") and what precedes the names of its files ("prefix"); None where whole weights are
     pushed."""
-    if (table := pushed_adapter_table(config, hf)) is None:
+    if (table := pushed_adapter_table(config, hf_config)) is None:
         return None
     assert config.model.lora is not None
     settings = adapter_config(table, config.model.lora, config.model.path)
@@ -97,10 +97,10 @@ def max_lora_rank(rank: int) -> int:
     return next(max_rank for max_rank in MAX_RANKS if rank <= max_rank)
 
 
-def lora_arguments(config: Config, hf: dict) -> dict[str, Any] | None:
+def lora_arguments(config: Config, hf_config: dict) -> dict[str, Any] | None:
     """Return vLLM's arguments for engines to which adapters are pushed, None for others. Of layers
     it takes the last parts of their names, and finds the fused ones itself."""
-    if (table := pushed_adapter_table(config, hf)) is None:
+    if (table := pushed_adapter_table(config, hf_config)) is None:
         return None
     assert config.model.lora is not None
     return {
@@ -111,12 +111,12 @@ def lora_arguments(config: Config, hf: dict) -> dict[str, Any] | None:
     }
 
 
-def check_adapter_push(config: Config, hf: dict) -> None:
+def check_adapter_push(config: Config, hf_config: dict) -> None:
     """Refuse recipes whose adapters vLLM cannot serve next to the weights in `model.path`.
 
     Args:
         config: the recipe.
-        hf: the model's `config.json`.
+        hf_config: the model's `config.json`.
 
     Raises:
         UserError: names the setting, its value and the remedy."""
@@ -129,7 +129,7 @@ def check_adapter_push(config: Config, hf: dict) -> None:
             key="push.adapter_only",
             cause=Cause.MISSING,
         )
-    for setting, reason in _conflicts(config, hf):
+    for setting, reason in _conflicts(config, hf_config):
         raise UserError(
             f"push.adapter_only with {setting}: {reason}; change it, or set push.adapter_only: "
             "false, which pushes merged weights",
@@ -137,19 +137,19 @@ def check_adapter_push(config: Config, hf: dict) -> None:
             cause=Cause.CONFLICT,
         )
     max_lora_rank(lora.rank)
-    modules = {_module(name) for name in adapter_shapes(adapter_table(hf, lora))}
-    if refused := sorted(filter(lambda module: _is_unserved(module, hf), modules)):
+    modules = {_module(name) for name in adapter_shapes(adapter_table(hf_config, lora))}
+    if refused := sorted(filter(lambda module: _is_unserved(module, hf_config), modules)):
         served = ", ".join(sorted(modules.difference(refused))) or "others"
         raise UserError(
             f"push.adapter_only: vLLM's LoRA serves no adapter of {', '.join(refused)} in "
-            f"{hf['architectures'][0]}; set model.lora.targets to {served}, or push.adapter_only: "
-            "false, which pushes merged weights",
+            f"{hf_config['architectures'][0]}; set model.lora.targets to {served}, or "
+            "push.adapter_only: false, which pushes merged weights",
             key="model.lora.targets",
             cause=Cause.UNSUPPORTED,
         )
 
 
-def _conflicts(config: Config, hf: dict) -> Iterator[tuple[str, str]]:
+def _conflicts(config: Config, hf_config: dict) -> Iterator[tuple[str, str]]:
     """Yield (setting, reason) for what excludes a push of adapters alone."""
     rollout = config.rollout
     if config.push.fp8:
@@ -175,7 +175,7 @@ def _conflicts(config: Config, hf: dict) -> Iterator[tuple[str, str]]:
             f"model.checkpoint: {config.model.checkpoint}",
             "engines read the weights under the adapters from model.path",
         )
-    if "quantization_config" in hf:
+    if "quantization_config" in hf_config:
         yield (
             f"model.path: {config.model.path}",
             "its weights are quantized, and the trainer computes with dequantized ones, so engines "
@@ -188,6 +188,8 @@ def _module(name: str) -> str:
     return ".".join(part for part in name.split(".")[3:-2] if not part.isdigit())
 
 
-def _is_unserved(module: str, hf: dict) -> bool:
-    is_latent = model_family(hf).latent_attention and module.rpartition(".")[2] in LATENT_CACHE
+def _is_unserved(module: str, hf_config: dict) -> bool:
+    is_latent = (
+        model_family(hf_config).latent_attention and module.rpartition(".")[2] in LATENT_CACHE
+    )
     return is_latent or ".experts." in module

@@ -26,10 +26,10 @@ class EngineSharding(Protocol):
 
 
 class Planner:
-    """What moves between two layouts of the model that `hf` describes.
+    """What moves between two layouts of the model that `hf_config` describes.
 
     Args:
-        hf: the model's `config.json`.
+        hf_config: the model's `config.json`.
         grid: the trainer ranks.
         engines: the layout of all engines.
         stages: the shards of each pipeline rank's virtual stages
@@ -43,16 +43,20 @@ class Planner:
 
     def __init__(
         self,
-        hf: dict,
+        hf_config: dict,
         grid: TrainerGrid,
         engines: EngineLayout,
         stages: Sequence[Sequence[Shard]] | None = None,
         sharding: EngineSharding | None = None,
         weight_table: WeightTable | None = None,
     ):
-        self.grid, self.engines, self.table = grid, engines, weight_table or table.weight_table(hf)
-        self.sharding = sharding or PredictedSharding(hf, engines)
-        stages = stages or stage_shards(hf, grid.pipeline, with_mtp=False)
+        self.grid, self.engines, self.table = (
+            grid,
+            engines,
+            weight_table or table.weight_table(hf_config),
+        )
+        self.sharding = sharding or PredictedSharding(hf_config, engines)
+        stages = stages or stage_shards(hf_config, grid.pipeline, with_mtp=False)
         decoder, drafter = len(self.table.layers), len(self.table.mtp)
         self._stage_of_layer = {
             layer: rank

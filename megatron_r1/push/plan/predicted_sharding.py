@@ -37,13 +37,13 @@ SHARED_EXPERTS = ".shared_experts."
 
 
 class PredictedSharding:
-    """The regions that the ranks of one engine need of the model that `hf` describes.
+    """The regions that the ranks of one engine need of the model that `hf_config` describes.
 
     A plan is made of this where no engine runs; a push is planned with `PublishedSharding`.
     `replicates_shared_experts` says whether every tensor rank has the shared experts whole.
 
     Args:
-        hf: the model's `config.json`.
+        hf_config: the model's `config.json`.
         layout: the layout of all engines.
         drafts: whether the engine drafts with the MTP layers, on its last stage, and so needs them.
 
@@ -51,9 +51,9 @@ class PredictedSharding:
         UserError: where vLLM cannot split the model so.
     """
 
-    def __init__(self, hf: dict, layout: EngineLayout, *, drafts: bool = False):
-        self.layout, self.table = layout, weight_table(hf)
-        heads = hf["num_attention_heads"]
+    def __init__(self, hf_config: dict, layout: EngineLayout, *, drafts: bool = False):
+        self.layout, self.table = layout, weight_table(hf_config)
+        heads = hf_config["num_attention_heads"]
         if heads % layout.tensor:
             raise UserError(
                 f"rollout.tensor={layout.tensor} does not divide num_attention_heads={heads}; "
@@ -68,7 +68,7 @@ class PredictedSharding:
         on_last_stage = is_tied(self.table) or drafts
         self._embedding_stages = sorted({0, layout.pipeline - 1} if on_last_stage else {0})
         self._end_stages = [layout.pipeline - 1]
-        family = model_family(hf)
+        family = model_family(hf_config)
         if family.stacked_experts:  # vLLM's class of gpt-oss has both ends on every stage
             self._embedding_stages = self._end_stages = list(range(layout.pipeline))
         # vllm/config/parallel.py, use_sequence_parallel_moe: each rank's tokens are its own there.

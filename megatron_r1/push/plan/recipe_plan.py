@@ -43,11 +43,11 @@ def max_engines(push: PushConfig) -> int:
     return 1 if push.on_one_host else MAX_SET_ENGINES
 
 
-def engine_rank_bytes(config: Config, hf: dict) -> int:
+def engine_rank_bytes(config: Config, hf_config: dict) -> int:
     """Return the pushed bytes of an engine's first rank, which has the most; its receive buffer has
     as many, twice that on a CPU, where weights are used there."""
     layout, push = engine_layout(config), config.push
-    sharding = predicted_sharding(config, hf, layout)
+    sharding = predicted_sharding(config, hf_config, layout)
     count_bytes = fp8_bytes if push.fp8 else plain_bytes(config.rollout.dtype)
     return _bytes_of_first_rank(sharding, layout, count_bytes)
 
@@ -61,10 +61,10 @@ def _bytes_of_first_rank(
     )
 
 
-def engine_weight_bytes(config: Config, hf: dict) -> int:
+def engine_weight_bytes(config: Config, hf_config: dict) -> int:
     """Return the bytes of the model's weights on an engine's first rank, pushed or read."""
     layout = engine_layout(config)
-    sharding = PredictedSharding(hf, layout, drafts=config.rollout.drafts_by_mtp)
+    sharding = PredictedSharding(hf_config, layout, drafts=config.rollout.drafts_by_mtp)
     count_bytes = fp8_bytes if config.push.fp8 else plain_bytes(config.rollout.dtype)
     return _bytes_of_first_rank(sharding, layout, count_bytes)
 
@@ -75,11 +75,11 @@ def shares_gpus_over_nccl(config: Config) -> bool:
     return config.rollout.colocated and TRANSPORTS[config.push.transport].sends_in_rounds
 
 
-def planned_push(config: Config, hf: dict) -> list[SetPlan]:
+def planned_push(config: Config, hf_config: dict) -> list[SetPlan]:
     """Return the plans of the sets of a recipe's push from `parallel.processes` trainer ranks."""
     layout, push = engine_layout(config), config.push
     grid = TrainerGrid.from_recipe(config.parallel, config.parallel.processes)
-    planner = _planner(config, hf, grid, layout)
+    planner = _planner(config, hf_config, grid, layout)
     return plan_sets(
         planner,
         fp8_bytes if push.fp8 else plain_bytes(config.rollout.dtype),
@@ -99,49 +99,54 @@ def engine_layout(config: Config) -> EngineLayout:
     return EngineLayout(**config.rollout.model_dump(include=keys))
 
 
-def check_pushes(config: Config, hf: dict, world_size: int) -> None:
+def check_pushes(config: Config, hf_config: dict, world_size: int) -> None:
     """Refuse layouts over which the trainer's weights, or their FP8 blocks, cannot be divided.
 
     Args:
         config: the recipe.
-        hf: the model's `config.json`.
+        hf_config: the model's `config.json`.
         world_size: the trainer ranks; under torchrun not `parallel.processes`.
 
     Raises:
         UserError: names the tensor's size, and the divisors to choose from, or the setting.
     """
     check_drafter(config)
-    check_adapter_push(config, hf)
+    check_adapter_push(config, hf_config)
     layout = engine_layout(config)
-    predicted = predicted_sharding(config, hf, layout)
+    predicted = predicted_sharding(config, hf_config, layout)
     grid = TrainerGrid.from_recipe(config.parallel, world_size)
-    _planner(config, hf, grid, layout)  # as every trainer rank does
+    _planner(config, hf_config, grid, layout)  # as every trainer rank does
     for rank in range(0, layout.ranks_per_engine, layout.tensor):  # one of each stage and copy
         for _ in predicted.regions_of(layout.coordinate(rank)):
             pass
     if config.push.fp8:
         parallel = config.parallel
-        check_blocks(hf, layout, tensor=parallel.tensor, expert_tensor=parallel.expert_tensor)
+        check_blocks(
+            hf_config, layout, tensor=parallel.tensor, expert_tensor=parallel.expert_tensor
+        )
 
 
-def predicted_sharding(config: Config, hf: dict, layout: EngineLayout) -> PredictedSharding:
+def predicted_sharding(config: Config, hf_config: dict, layout: EngineLayout) -> PredictedSharding:
     """Return what the ranks of a recipe's engines need of a push, in engines of `layout`.
 
     Args:
         config: the recipe.
-        hf: the model's `config.json`.
+        hf_config: the model's `config.json`.
         layout: the layout of all engines.
 
     Raises:
         UserError: where vLLM cannot split the model so."""
-    if (table := pushed_adapter_table(config, hf)) is not None:
-        return PredictedAdapterSharding(hf, layout, table)
-    return PredictedSharding(hf, layout, drafts=config.rollout.drafts_by_mtp)
+    if (table := pushed_adapter_table(config, hf_config)) is not None:
+        return PredictedAdapterSharding(hf_config, layout, table)
+    return PredictedSharding(hf_config, layout, drafts=config.rollout.drafts_by_mtp)
 
 
-def _planner(config: Config, hf: dict, grid: TrainerGrid, layout: EngineLayout) -> Planner:
-    sharding, table = predicted_sharding(config, hf, layout), pushed_adapter_table(config, hf)
-    return Planner(hf, grid, layout, recipe_stages(config, hf), sharding, table)
+def _planner(config: Config, hf_config: dict, grid: TrainerGrid, layout: EngineLayout) -> Planner:
+    sharding, table = (
+        predicted_sharding(config, hf_config, layout),
+        pushed_adapter_table(config, hf_config),
+    )
+    return Planner(hf_config, grid, layout, recipe_stages(config, hf_config), sharding, table)
 
 
 def check_drafter(config: Config) -> None:
@@ -156,24 +161,26 @@ def check_drafter(config: Config) -> None:
         )
 
 
-def check_blocks(hf: dict, engines: EngineLayout, *, tensor: int, expert_tensor: int) -> None:
+def check_blocks(
+    hf_config: dict, engines: EngineLayout, *, tensor: int, expert_tensor: int
+) -> None:
     """Refuse layouts that cut blocks, and models without them.
 
     Args:
-        hf: the model's config.json.
+        hf_config: the model's config.json.
         engines: the layout of the engines.
         tensor: the trainer's tensor-parallel size.
         expert_tensor: the trainer's expert-tensor-parallel size.
 
     Raises:
         UserError: names the tensor, its size and the setting."""
-    if model_family(hf).stacked_experts:
+    if model_family(hf_config).stacked_experts:
         raise UserError(
-            f"push.fp8: {hf['architectures'][0]} has no FP8 layout; set push.fp8: false",
+            f"push.fp8: {hf_config['architectures'][0]} has no FP8 layout; set push.fp8: false",
             key="push.fp8",
             cause=Cause.UNSUPPORTED,
         )
-    for item, region in _trainer_regions(hf, tensor, expert_tensor):
+    for item, region in _trainer_regions(hf_config, tensor, expert_tensor):
         is_expert = item.expert is not None
         name, size = ("expert_tensor", expert_tensor) if is_expert else ("tensor", tensor)
         cut = first_unaligned_edge(region, item.shape)
@@ -186,7 +193,7 @@ def check_blocks(hf: dict, engines: EngineLayout, *, tensor: int, expert_tensor:
                 cause=Cause.INDIVISIBLE,
             )
         _check_aligned(item, region, f"parallel.{name}={size}")
-    predicted = PredictedSharding(hf, engines)
+    predicted = PredictedSharding(hf_config, engines)
     for rank in range(0, engines.ranks_per_engine, engines.tensor):
         for item, region in predicted.regions_of(engines.coordinate(rank)):
             if not is_quantized(item.name):
@@ -217,10 +224,10 @@ def _check_aligned(item: HFTensor, region: Region, setting: str) -> None:
 
 
 def _trainer_regions(
-    hf: dict, tensor: int, expert_tensor: int
+    hf_config: dict, tensor: int, expert_tensor: int
 ) -> Iterator[tuple[HFTensor, Region]]:
     """Yield every region of a quantized tensor that a trainer rank holds, of one expert only."""
-    table = weight_table(hf)
+    table = weight_table(hf_config)
     for item in checkpoint_tensors(table, {"layers"}, range(len(table.layers)), (0,)):
         if not is_quantized(item.name) or item.rule.split is replicated:
             continue

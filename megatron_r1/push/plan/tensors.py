@@ -162,12 +162,12 @@ def fp8_bytes(name: str, own_dtype: str | None, region: Region) -> int:
 
 
 def pushed_tensors(
-    hf: dict, *, fp8: bool, drafts: bool = False, adapters: WeightTable | None = None
+    hf_config: dict, *, fp8: bool, drafts: bool = False, adapters: WeightTable | None = None
 ) -> list[tuple[str, Shape]]:
     """Return the names and shapes of the tensors in a checkpoint of the model, plain or in FP8.
 
     Args:
-        hf: the model's `config.json`.
+        hf_config: the model's `config.json`.
         fp8: whether to include the scales of quantized tensors.
         drafts: whether to include the tensors of the MTP layers, but not their copies of embedding
             and head, which the drafter shares with the model.
@@ -176,8 +176,8 @@ def pushed_tensors(
     if adapters is not None:
         return list(adapter_shapes(adapters).items())
     names_and_shapes: list[tuple[str, Shape]] = []
-    copies = weight_table(hf).copies
-    for name, (shape, _) in hf_tensors(hf, with_mtp=drafts).items():
+    copies = weight_table(hf_config).copies
+    for name, (shape, _) in hf_tensors(hf_config, with_mtp=drafts).items():
         if name in copies:
             continue
         names_and_shapes.append((name, shape))

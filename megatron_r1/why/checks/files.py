@@ -287,7 +287,7 @@ def _missing_ends(step: RecordedStep) -> CheckedQuantity:
 
 
 def _vocabulary(step: RecordedStep) -> CheckedQuantity:
-    rows, num_tokens = step.hf["vocab_size"], len(step.tokenizer.hf_tokenizer)
+    rows, num_tokens = step.hf_config["vocab_size"], len(step.tokenizer.hf_tokenizer)
     concerned, largest = [], -1
     for sequence in step.sequences:
         highest = int(sequence.token_ids.max(initial=-1))

@@ -286,7 +286,7 @@ def _tied(step: RecordedStep) -> CheckedQuantity:
 
     name = "tied head"
     path = step.before
-    if not step.hf.get("tie_word_embeddings"):
+    if not step.hf_config.get("tie_word_embeddings"):
         return not_checked(BEFORE, name, "tie_word_embeddings: false")
     if path is None or not (path / ".metadata").is_file():
         return not_checked(BEFORE, name, "there is no checkpoint")

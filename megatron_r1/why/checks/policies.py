@@ -143,7 +143,7 @@ def _explained(step: RecordedStep, recomputed: Recomputation) -> tuple[str, str]
 def _parted_head(step: RecordedStep) -> tuple[str, str] | None:
     """Return that the copy of a tied head parted from the embedding, where the trainer was at the
     engine in the run's first step and is not now: no checkpoint holds the last stage's copy."""
-    is_trained = step.hf.get("tie_word_embeddings") and step.run_config.model.lora is None
+    is_trained = step.hf_config.get("tie_word_embeddings") and step.run_config.model.lora is None
     if step.run_config.parallel.pipeline == 1 or not is_trained:
         return None
     began = next(iter(step.folder.read_metrics()), {}).get("logprob_diff/mean")

@@ -95,15 +95,15 @@ def read_model(source: Path, hf_files: Path, prefix: str = "") -> torch.nn.Modul
         UserError: the source is incomplete, or another model's."""
     transformers.logging.set_verbosity_error()  # of what a checkpoint has besides: MTP layers
     transformers.logging.disable_progress_bar()
-    hf = read_hf_config(str(hf_files))
+    hf_config = read_hf_config(str(hf_files))
     if (source / "config.json").is_file():
-        return _trainable(load_with_transformers(source, hf, torch.float32))
+        return _trainable(load_with_transformers(source, hf_config, torch.float32))
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        with MegatronWeights(source, hf) as weights:
+        with MegatronWeights(source, hf_config) as weights:
             weights.checkpoint.close()
             weights.checkpoint = cast(Any, _Part(opened(source), prefix))
-            tensors = dict(_tensors(weights, hf))
+            tensors = dict(_tensors(weights, hf_config))
         if (loaded := _from_template(hf_files, tensors)) is not None:
             return loaded
         copy_model_files(hf_files, folder)
@@ -111,7 +111,7 @@ def read_model(source: Path, hf_files: Path, prefix: str = "") -> torch.nn.Modul
         config.pop("quantization_config", None)
         (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        loaded = _trainable(load_with_transformers(folder, hf, torch.float32))
+        loaded = _trainable(load_with_transformers(folder, hf_config, torch.float32))
     state = loaded.state_dict()
     stacked = _stacked_experts(tensors)
     if "lm_head.weight" not in stacked:  # tied
@@ -195,17 +195,17 @@ def _trainable(model: torch.nn.Module) -> torch.nn.Module:
     return model.eval()
 
 
-def _tensors(weights: MegatronWeights | HFWeights, hf: dict) -> Iterator[tuple[str, Tensor]]:
+def _tensors(weights: MegatronWeights | HFWeights, hf_config: dict) -> Iterator[tuple[str, Tensor]]:
     """Yield each tensor of the weights, fp32, under its published name."""
     stacked: dict[str, Tensor] = {}
     for name, (shape, _) in weights.tensors.items():
         values = weights.read(name, 0, 0, shape[0]).float().contiguous()
-        part = stacked_part(hf, name)
+        part = stacked_part(hf_config, name)
         if part is None:
             yield name, values
             continue
         stacked_tensor = stacked.setdefault(
-            part.name, torch.empty(part.stored_shape(shape, hf["n_routed_experts"]))
+            part.name, torch.empty(part.stored_shape(shape, hf_config["n_routed_experts"]))
         )
         part.select(stacked_tensor[part.expert]).copy_(values)
     yield from stacked.items()

@@ -61,7 +61,7 @@ class PolicyLogprobs:
         """How many values the policy's weights have, on which the operations of a pass depend."""
         from megatron_r1.models.weights import num_parameters
 
-        return num_parameters(self.step.hf)
+        return num_parameters(self.step.hf_config)
 
     @cached_property
     def policy(self) -> Any:
@@ -88,7 +88,7 @@ class PolicyLogprobs:
         Raises:
             CannotRecompute: it does not fit into memory, or is not there."""
         longest = max((len(row.token_ids) for row in self.rows), default=0)
-        logits = max(token_logprobs.LOGITS_AT_ONCE, longest * self.step.hf["vocab_size"])
+        logits = max(token_logprobs.LOGITS_AT_ONCE, longest * self.step.hf_config["vocab_size"])
         num_bytes = 6 * self.num_parameters + token_logprobs.BYTES_PER_LOGIT * logits
         free_bytes = psutil.virtual_memory().available
         if num_bytes > free_bytes:
@@ -114,7 +114,7 @@ class PolicyLogprobs:
                 f"model.path: {self.step.run_config.model.path}, which the adapters of "
                 f"{source} belong to, is not here (relative to {Path.cwd()})"
             )
-        if "quantization_config" in self.step.hf:
+        if "quantization_config" in self.step.hf_config:
             raise CannotRecompute("model.lora: the weights in model.path are quantized")
         return checkpoint_model.read_adapted_model(source, base, hf_files, lora, prefix)
 
@@ -259,7 +259,7 @@ class PolicyLogprobs:
         that is not tied."""
         begin = weights_after(self.step.folder, self.step.run_config, 0)
         has_adapters = self.step.run_config.model.lora is not None  # the head is frozen
-        if begin is None or has_adapters or not self.step.hf.get("tie_word_embeddings"):
+        if begin is None or has_adapters or not self.step.hf_config.get("tie_word_embeddings"):
             return None
         changed = copy.deepcopy(self.policy)
         changed.lm_head.weight = torch.nn.Parameter(self.model(begin).lm_head.weight.detach())

@@ -98,7 +98,7 @@ class RecordedStep:
         return _model_folder(self.folder, self.run_config)
 
     @cached_property
-    def hf(self) -> dict[str, Any]:
+    def hf_config(self) -> dict[str, Any]:
         """The model's config.json."""
         return read_hf_config(str(self.model))
 
@@ -177,7 +177,7 @@ class RecordedStep:
     def response_limit(self, index: ResponseIndex) -> float:
         """Return the most tokens of a response: prompt and response share the positions."""
         rollout = self.config.rollout
-        positions = rollout.max_model_len or self.hf.get("max_position_embeddings", math.inf)
+        positions = rollout.max_model_len or self.hf_config.get("max_position_embeddings", math.inf)
         limit = positions - len(self.groups[index[0]].prompt_ids)
         return float(min(rollout.max_response_tokens, limit))
 
@@ -254,7 +254,7 @@ class RecordedStep:
     def sequences(self) -> list[TokenSequence]:
         """All sequences of the step, by group and response."""
         sequences: list[TokenSequence] = []
-        shape = routing_shape(self.hf) if self.config.rl.routing_replay else None
+        shape = routing_shape(self.hf_config) if self.config.rl.routing_replay else None
         for group_index, group in enumerate(self.groups):
             for index, graded in enumerate(group.responses):
                 advantage = self.advantages[group_index][index]

@@ -263,7 +263,7 @@ def _sample_substitutions(step: RecordedStep, recomputed: Recomputation) -> Iter
             f"parallel: the sum of the gradients leaves out {name}",
             lost=rows,
         )
-    if step.hf.get("tie_word_embeddings") and step.run_config.model.lora is None:
+    if step.hf_config.get("tie_word_embeddings") and step.run_config.model.lora is None:
         yield Substitution(
             "a tied head whose gradient the embedding lacks",
             "tie_word_embeddings",

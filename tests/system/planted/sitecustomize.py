@@ -27,8 +27,8 @@ def refuse_mtp(module):
     """The push plans for stages without MTP layers."""
     from megatron_r1.models.weights.layout import stage_shards
 
-    module.recipe_stages = lambda config, hf: stage_shards(
-        hf,
+    module.recipe_stages = lambda config, hf_config: stage_shards(
+        hf_config,
         config.parallel.pipeline,
         config.parallel.virtual_pipeline,
         pipeline_layout=config.parallel.pipeline_layout,

@@ -30,8 +30,8 @@ from megatron_r1.rehearse.model import write_folder
 @pytest.fixture
 def folder(tmp_path):
     """A Qwen2 with a tokenizer of 512 tokens and a chat template."""
-    hf = {**MODEL, "vocab_size": 512, "eos_token_id": 1, "bos_token_id": 0}
-    write_folder(tmp_path / "model", hf, seed=0)
+    hf_config = {**MODEL, "vocab_size": 512, "eos_token_id": 1, "bos_token_id": 0}
+    write_folder(tmp_path / "model", hf_config, seed=0)
     return tmp_path / "model"
 
 
@@ -67,9 +67,9 @@ def test_missing_and_extra_tensors_are_named(folder):
 
 
 def read_all(folder):
-    hf = read_hf_config(folder, key="HF_FOLDER")
-    check_supported(hf)
-    with HFWeights(folder, hf):
+    hf_config = read_hf_config(folder, key="HF_FOLDER")
+    check_supported(hf_config)
+    with HFWeights(folder, hf_config):
         load_tokenizer(str(folder), "HF_FOLDER")
 
 
@@ -110,8 +110,8 @@ def rewritten_weights(folder, change):
 )
 def test_tensors_of_other_names_are_refused(folder, change, shown):
     rewritten_weights(folder, change)
-    hf = read_hf_config(folder)
-    with HFWeights(folder, hf) as weights, refused("weights", Cause.CONFLICT, shown):
+    hf_config = read_hf_config(folder)
+    with HFWeights(folder, hf_config) as weights, refused("weights", Cause.CONFLICT, shown):
         weights.check(with_mtp=True)
 
 
@@ -136,13 +136,13 @@ def test_tensors_without_elements_are_no_part_of_a_model(folder):
 @pytest.fixture
 def experts(tmp_path):
     """A Qwen3-MoE whose experts have rows of 33 numbers."""
-    hf = {
+    hf_config = {
         **{**MODEL, "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"},
         **{"vocab_size": 512, "head_dim": 32, "n_routed_experts": 4, "num_experts_per_tok": 2},
         **{"moe_intermediate_size": 33, "norm_topk_prob": True, "decoder_sparse_step": 1},
         **{"mlp_only_layers": [], "eos_token_id": 1, "bos_token_id": 0},
     }
-    write_folder(tmp_path / "experts", hf, seed=0)
+    write_folder(tmp_path / "experts", hf_config, seed=0)
     return tmp_path / "experts"
 
 
@@ -169,18 +169,18 @@ def test_what_transformers_refuses_in_a_configuration_is_named(folder, tmp_path)
 def test_a_folder_without_mtp_weights_is_checked_without_them(experts, tmp_path, mtp):
     content = json.loads((experts / "config.json").read_text())
     routing = {"n_routed_experts": content.pop("num_experts"), "n_group": 1, "topk_group": 1}
-    hf = content | {
+    hf_config = content | {
         **{"architectures": ["Glm4MoeForCausalLM"], "model_type": "glm4_moe", **routing},
         **{"first_k_dense_replace": 0, "n_shared_experts": 1, "routed_scaling_factor": 1.0},
         **{"num_nextn_predict_layers": 1, "tie_word_embeddings": False},
     }
-    hf["rope_parameters"] = {
+    hf_config["rope_parameters"] = {
         "rope_type": "default",
         "rope_theta": 1e4,
         "partial_rotary_factor": 1.0,
     }
     folder = tmp_path / "glm"
-    write_folder(folder, hf, seed=0)
+    write_folder(folder, hf_config, seed=0)
     tensors = load_file(folder / WEIGHTS)
     kept = {name: tensor for name, tensor in tensors.items() if ".layers.1." not in name}
     assert len(kept) < len(tensors)

@@ -78,7 +78,7 @@ def test_on_gpus_the_receive_buffer_of_an_engine_is_shown(monkeypatch):
 
 
 def test_kept_checkpoints_of_adapters_are_as_large_as_their_factors(tmp_path):
-    hf = {
+    hf_config = {
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",
         "vocab_size": 512,
@@ -88,7 +88,7 @@ def test_kept_checkpoints_of_adapters_are_as_large_as_their_factors(tmp_path):
         "num_hidden_layers": 64,
         "max_position_embeddings": 256,
     }
-    (tmp_path / "config.json").write_text(json.dumps(hf))
+    (tmp_path / "config.json").write_text(json.dumps(hf_config))
     lora = {"rank": 64, "targets": ["down_proj"]}
     settings = {
         "run": {"folder": str(tmp_path / "run"), "steps": 10},

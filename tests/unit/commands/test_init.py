@@ -184,14 +184,16 @@ def test_a_row_without_a_truth_is_no_obstacle(blank):
 
 
 def test_sizes_follow_the_machine():
-    hf = MODEL | {"num_attention_heads": 32, "num_key_value_heads": 8}
+    hf_config = MODEL | {"num_attention_heads": 32, "num_key_value_heads": 8}
     eight = Machine(8, 80 * 10**9)
-    assert tensor_parallel_size(hf, 7 * 10**9, eight) == 2  # (6 / 2 + 12 / 8) x 7e9 = 31.5 GB of 48
-    assert tensor_parallel_size(hf, 32 * 10**9, eight) == 8
-    values = {guess.key: guess.value for guess in guess_layout(hf, 10**9, eight)}
+    assert (
+        tensor_parallel_size(hf_config, 7 * 10**9, eight) == 2
+    )  # (6 / 2 + 12 / 8) x 7e9 = 31.5 GB of 48
+    assert tensor_parallel_size(hf_config, 32 * 10**9, eight) == 8
+    values = {guess.key: guess.value for guess in guess_layout(hf_config, 10**9, eight)}
     assert values["parallel.processes"] == values["rollout.engines"] == 8
     assert "parallel.tensor" not in values
-    large = {guess.key: guess.value for guess in guess_layout(hf, 7 * 10**9, eight)}
+    large = {guess.key: guess.value for guess in guess_layout(hf_config, 7 * 10**9, eight)}
     # A tenth for contexts; (2 + 2) B / 2 for weights and receive buffer, 12 B / 8 of optimizer.
     assert large["rollout.gpu_memory"] == 0.55  # 0.9 - 3.5 x 7e9 / 80e9 = 0.594, in steps of 0.05
     response, total = guess_lengths(100, 131_072, eight)

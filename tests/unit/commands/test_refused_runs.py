@@ -73,8 +73,8 @@ def test_a_wrong_setting_is_refused(recipe, tmp_path, settings, key, cause, show
 
 def test_a_model_that_is_not_supported_is_refused(recipe, tmp_path):
     (tmp_path / "other").mkdir()
-    hf = HF | {"architectures": ["MambaForCausalLM"]}
-    (tmp_path / "other/config.json").write_text(json.dumps(hf))
+    hf_config = HF | {"architectures": ["MambaForCausalLM"]}
+    (tmp_path / "other/config.json").write_text(json.dumps(hf_config))
     with refused("architectures", Cause.UNSUPPORTED, "MambaForCausalLM"):
         cli._dispatch(["rl", str(recipe), "--model.path", str(tmp_path / "other")])
 

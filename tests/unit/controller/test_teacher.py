@@ -40,7 +40,7 @@ def write_model(folder, words, *, positions=64, vocab_size=None, **changes):
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>"
     ).save_pretrained(folder)
-    hf = {
+    hf_config = {
         "architectures": ["Qwen2ForCausalLM"],
         "vocab_size": vocab_size or len(vocabulary),
         "max_position_embeddings": positions,
@@ -48,7 +48,7 @@ def write_model(folder, words, *, positions=64, vocab_size=None, **changes):
         "num_key_value_heads": 2,
         "num_hidden_layers": 2,
     }
-    (folder / "config.json").write_text(json.dumps(hf | changes))
+    (folder / "config.json").write_text(json.dumps(hf_config | changes))
     return str(folder)
 
 

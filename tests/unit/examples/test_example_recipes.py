@@ -114,9 +114,9 @@ def test_in_fp8_half_of_the_bytes_are_pushed_and_two_copies_are_kept(tmp_path):
 def test_what_fp8_rounds_has_sizes_that_the_matrix_units_take():
     """On every rank of the recipe and of its rehearsal: multiples of 16 (docs/fp8.md)."""
     recipe = configuration.load(R1 / "r1_zero_fp8.yaml")
-    hf = read_hf_config(recipe.model.path)
-    small = miniature.make_miniature(recipe, hf, Path("rehearsal"), 16)
-    for config, model in ((recipe, hf), (small.config, small.hf)):
+    hf_config = read_hf_config(recipe.model.path)
+    small = miniature.make_miniature(recipe, hf_config, Path("rehearsal"), 16)
+    for config, model in ((recipe, hf_config), (small.config, small.hf_config)):
         parallel = config.parallel
         at = {"tp": (0, parallel.tensor), "ep": (0, parallel.expert)}
         shapes = {

@@ -22,10 +22,10 @@ FUSED = (
 )
 
 
-def config_of(hf, model=None, parallel=None):
+def config_of(hf_config, model=None, parallel=None):
     """Return the fields that depend on the choices, of Megatron's configuration."""
     recipe = parse({"model": model or {}, "parallel": parallel or {}})
-    config = models.transformer_config(hf, recipe)
+    config = models.transformer_config(hf_config, recipe)
     assert isinstance(config, TransformerConfig)
     return {
         "attention": config.attention_backend,

@@ -60,11 +60,11 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("settings", "hf", "says", "_"), CASES)
-def test_what_prevents_it_is_refused_with_the_setting_and_the_fix(settings, hf, says, _):
+@pytest.mark.parametrize(("settings", "hf_config", "says", "_"), CASES)
+def test_what_prevents_it_is_refused_with_the_setting_and_the_fix(settings, hf_config, says, _):
     with refused(KEY, Cause.CONFLICT, says, f"{KEY}: false"):
-        check_exchange_overlap(recipe(**settings), hf)
-    check_exchange_overlap(recipe(**settings, overlap_expert_exchange=False), hf)
+        check_exchange_overlap(recipe(**settings), hf_config)
+    check_exchange_overlap(recipe(**settings, overlap_expert_exchange=False), hf_config)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_megatron_refuses_the_same(fields):
 
 
 @pytest.mark.parametrize(
-    ("settings", "hf"),
+    ("settings", "hf_config"),
     [
         ({}, DEEPSEEK),
         ({}, MTP),  # mtp: none
@@ -94,8 +94,8 @@ def test_megatron_refuses_the_same(fields):
         ),
     ],
 )
-def test_megatron_takes_what_is_not_refused(settings, hf):
-    assert not list(parallel_checks.overlap_conflicts(recipe(**settings), hf))
-    config = transformer_config(hf, recipe(**settings))
+def test_megatron_takes_what_is_not_refused(settings, hf_config):
+    assert not list(parallel_checks.overlap_conflicts(recipe(**settings), hf_config))
+    config = transformer_config(hf_config, recipe(**settings))
     assert config.overlap_moe_expert_parallel_comm
     assert not config.delay_wgrad_compute and not config.moe_shared_expert_overlap

@@ -29,8 +29,8 @@ YARN = {
 }
 
 
-def build(hf, **parallel):
-    return models.transformer_config(hf, Config(parallel=parallel))
+def build(hf_config, **parallel):
+    return models.transformer_config(hf_config, Config(parallel=parallel))
 
 
 def test_read_hf_config_names_what_is_wrong(tmp_path):
@@ -64,14 +64,16 @@ REFUSALS = [
     "case", REFUSALS, ids=lambda case: str(case.get("changes") or case.get("parallel"))[:60]
 )
 def test_what_would_be_computed_otherwise_is_refused(case):
-    hf = BASES[case["model"]] | case.get("changes", {})
+    hf_config = BASES[case["model"]] | case.get("changes", {})
     with refused(case["key"], case["cause"], *case.get("shows", ())):
-        build(resolve_aliases(hf), **case.get("parallel", {}))
+        build(resolve_aliases(hf_config), **case.get("parallel", {}))
 
 
-def written(folder, hf):
-    """Write `hf` as the config.json of a folder; return the folder."""
-    (folder / "config.json").write_text(hf if isinstance(hf, str) else json.dumps(hf))
+def written(folder, hf_config):
+    """Write `hf_config` as the config.json of a folder; return the folder."""
+    (folder / "config.json").write_text(
+        hf_config if isinstance(hf_config, str) else json.dumps(hf_config)
+    )
     return folder
 
 
@@ -84,9 +86,9 @@ ABSURD = [
 
 @pytest.mark.parametrize("case", ABSURD, ids=lambda case: str(case["changes"])[:60])
 def test_an_absurd_config_ends_with_its_key(tmp_path, case):
-    hf = BASES[case["model"]] | case["changes"]
+    hf_config = BASES[case["model"]] | case["changes"]
     with refused(case["key"], case["cause"]):
-        check_supported(models.read_hf_config(written(tmp_path, hf)))
+        check_supported(models.read_hf_config(written(tmp_path, hf_config)))
 
 
 @pytest.mark.parametrize("levels", [100, 1_000, 100_000])
@@ -125,10 +127,14 @@ def test_an_impossible_value_of_a_setting_is_refused_by_its_type(name, value):
 
 
 def test_deepseek_fields_reach_megatron():
-    hf = {**DEEPSEEK, "rope_scaling": {"type": "yarn", **YARN}, "num_nextn_predict_layers": 1}
+    hf_config = {
+        **DEEPSEEK,
+        "rope_scaling": {"type": "yarn", **YARN},
+        "num_nextn_predict_layers": 1,
+    }
     model = {"expert_bias_update_rate": 1e-3}
     recipe = Config(model=model, parallel={"tensor": 2, "expert": 4})
-    config = models.transformer_config(hf, recipe)
+    config = models.transformer_config(hf_config, recipe)
     assert config.multi_latent_attention and config.rope_type == "yarn"
     assert (config.rotary_scaling_factor, config.mscale_all_dim) == (40, 1.0)
     assert config.moe_layer_freq == [0, 1, 1, 1]
@@ -188,12 +194,12 @@ def test_routing_of_other_layers_than_vllm_would_choose_is_refused():
 
 @pytest.mark.parametrize("name", RELEASED)
 def test_released_models_are_supported_and_have_their_published_size(name):
-    hf, billions = RELEASED[name]
-    hf = resolve_aliases(hf)
-    check_supported(hf)
+    hf_config, billions = RELEASED[name]
+    hf_config = resolve_aliases(hf_config)
+    check_supported(hf_config)
     if billions is None:
         return
-    shapes = hf_tensors(hf, with_mtp=False).items()
+    shapes = hf_tensors(hf_config, with_mtp=False).items()
     # The routers' bias is a buffer.
     count = sum(prod(shape) for tensor, (shape, _) in shapes if not tensor.endswith("_bias"))
     if billions == round(billions, 1):  # published to this precision only
@@ -205,22 +211,24 @@ def test_released_models_are_supported_and_have_their_published_size(name):
 @pytest.mark.parametrize("name", RELEASED)
 def test_miniatures_of_released_models_are_supported(name):
     """As a rehearsal writes them, for transformers and vLLM."""
-    hf = resolve_aliases(RELEASED[name][0])
-    written = published_names(shrink_config(hf, num_layers=3, fp8=False))
+    hf_config = resolve_aliases(RELEASED[name][0])
+    written = published_names(shrink_config(hf_config, num_layers=3, fp8=False))
     assert ("num_experts" in written) == name.startswith(("Qwen3-30B", "Qwen3-Coder", "gpt-oss"))
     check_supported(resolve_aliases(written))
 
 
 @pytest.mark.parametrize("name", RELEASED)
 def test_released_models_mean_the_same_as_transformers_5_writes_them(name):
-    hf = {key: value for key, value in RELEASED[name][0].items() if key != "quantization_config"}
-    kind = hf["model_type"].replace("kimi_k2", "deepseek_v3")
-    saved = AutoConfig.for_model(kind, **{k: v for k, v in hf.items() if k != "model_type"})
+    hf_config = {
+        key: value for key, value in RELEASED[name][0].items() if key != "quantization_config"
+    }
+    kind = hf_config["model_type"].replace("kimi_k2", "deepseek_v3")
+    saved = AutoConfig.for_model(kind, **{k: v for k, v in hf_config.items() if k != "model_type"})
     written = resolve_aliases(json.loads(saved.to_json_string()))
     assert written["rope_parameters"]
-    hf = resolve_aliases(hf)
+    hf_config = resolve_aliases(hf_config)
     for read in (model_fields, model_arguments, rope_scaling, yarn_scaling):
-        assert read(written) == read(hf)
+        assert read(written) == read(hf_config)
 
 
 @pytest.mark.parametrize(
@@ -236,9 +244,9 @@ def test_released_models_mean_the_same_as_transformers_5_writes_them(name):
     ],
 )
 def test_quantized_weights_that_cannot_be_read_are_refused_by_the_configuration(name, form, shows):
-    hf = resolve_aliases(RELEASED[name][0])
+    hf_config = resolve_aliases(RELEASED[name][0])
     with refused("quantization_config", Cause.UNSUPPORTED, shows):
-        check_supported({**hf, "quantization_config": form})
+        check_supported({**hf_config, "quantization_config": form})
 
 
 @pytest.mark.parametrize(

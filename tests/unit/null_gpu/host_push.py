@@ -87,7 +87,7 @@ def main(case: str, engines: int, *, is_colocated: bool) -> None:
     )
     from tests.unit.push import push_world
 
-    hf, grid, layout = CASES[case]
+    hf_config, grid, layout = CASES[case]
     rounds.SCATTER_BUCKET_BYTES, rounds.RELAY_BUCKET_BYTES = (
         SCATTER_BUCKET_BYTES,
         RELAY_BUCKET_BYTES,
@@ -112,9 +112,15 @@ def main(case: str, engines: int, *, is_colocated: bool) -> None:
         return HostReceiver(rendezvous, rank, table, allocates_per_push=is_colocated)
 
     push_world.WeightSender, push_world.receiver_class = ThreadSender, lambda transport: receiver
-    tensors = tensors_of(hf, 0)
+    tensors = tensors_of(hf_config, 0)
     world = push_world.World(
-        hf, grid, layout, tensors, transport="nccl", engines=engines, table=push_world.plain_table
+        hf_config,
+        grid,
+        layout,
+        tensors,
+        transport="nccl",
+        engines=engines,
+        table=push_world.plain_table,
     )
     for number in (1, 2, 3):
         world.push(number)

@@ -51,9 +51,11 @@ STARTS = multiprocessing.get_context("forkserver" if "host" in sys.argv else "sp
 STARTS.set_forkserver_preload(["tests.unit.null_gpu.push_processes"])  # imports once for all
 
 
-def tensors_of(hf: dict, version: int) -> dict:
+def tensors_of(hf_config: dict, version: int) -> dict:
     """Return the weights of a version: each element differs from the version before."""
-    return {name: tensor * (-1) ** version * 2**version for name, tensor in draw(hf, 1).items()}
+    return {
+        name: tensor * (-1) ** version * 2**version for name, tensor in draw(hf_config, 1).items()
+    }
 
 
 class Rounds:
@@ -82,7 +84,7 @@ class Rank:
         gpu: the GPU of the first of its ranks."""
 
     def __init__(self, case, gpu, *, on_host):
-        self.hf, self.grid, self.layout = CASES[case]
+        self.hf_config, self.grid, self.layout = CASES[case]
         rounds.SCATTER_BUCKET_BYTES, rounds.RELAY_BUCKET_BYTES = (
             SCATTER_BUCKET_BYTES,
             RELAY_BUCKET_BYTES,
@@ -119,14 +121,14 @@ class TrainerRank(Rank):
         super().__init__(case, rank, **place)
         self.rank, self.port, self.num_shared = rank, port, 0
         self.store = TCPStore("127.0.0.1", port, is_master=False)
-        self.held = rank_tensors(self.hf, self.grid, rank, tensors_of(self.hf, 0))
+        self.held = rank_tensors(self.hf_config, self.grid, rank, tensors_of(self.hf_config, 0))
         self.held = {
             name: [(tensor.to(self.device), piece) for tensor, piece in pieces]
             for name, pieces in self.held.items()
         }
         gpus = [self.gpu_name(number) for number in range(self.grid.world_size)]
         client = TCPStore("127.0.0.1", port, is_master=False)
-        arguments = self.hf, self.grid, self.held, client, self.share
+        arguments = self.hf_config, self.grid, self.held, client, self.share
         self.sender = WeightSender(*arguments, rank=rank, gpus=gpus)
 
     def share(self, value):
@@ -137,7 +139,9 @@ class TrainerRank(Rank):
         return self.store.get(key)
 
     def train(self, version):
-        new = rank_tensors(self.hf, self.grid, self.rank, tensors_of(self.hf, version))
+        new = rank_tensors(
+            self.hf_config, self.grid, self.rank, tensors_of(self.hf_config, version)
+        )
         for name, pieces in self.held.items():
             for (parameter, _), (value, _) in zip(pieces, new[name], strict=True):
                 parameter.copy_(value)
@@ -166,7 +170,7 @@ class EngineRanks(Rank):
 
         def receiver(rank):
             self.use_gpu(self.gpu + rank)
-            table = plain_table(self.hf, self.layout, rank)
+            table = plain_table(self.hf_config, self.layout, rank)
             memory = before[rank].reusable_memory(table) if before else None
             store = TCPStore(*info["store"], is_master=False)
             seconds = info["timeout_seconds"], info["push_timeout_seconds"]
@@ -179,7 +183,7 @@ class EngineRanks(Rank):
 
     def swap_weights(self, push, version):
         """Compare what has arrived with the weights of this version."""
-        expected, wrong = tensors_of(self.hf, version), []
+        expected, wrong = tensors_of(self.hf_config, version), []
         for rank, receiver in enumerate(self.receivers):
             receiver.received_chunks.wait(push, PUSH_SECONDS)
             place = SimpleNamespace(memory=receiver.memory.cpu(), table=receiver.table)

@@ -34,7 +34,7 @@ def test_micro_batches_in_flight_are_those_of_megatron_s_schedule(pipeline, virt
 
 def test_recomputing_a_module_frees_its_tensors_and_full_leaves_the_input():
     job = real_job()
-    layer = layer_activations(job.hf, job.config, job.microbatch_tokens, sparse=True)
+    layer = layer_activations(job.hf_config, job.config, job.microbatch_tokens, sparse=True)
     tokens = 33_280 // 2 // 4
 
     def kept(recompute, *modules):

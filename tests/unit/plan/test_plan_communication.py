@@ -22,9 +22,12 @@ def test_what_a_rank_sends_by_hand():
 def test_a_rank_sends_a_whole_head_where_there_are_fewer_than_tensor_ranks():
     recipe = ROOT / "examples/distill/qwen2.5-math-1.5b.yaml"
     config = configuration.load(recipe, {"parallel.tensor": 4, "parallel.context": 2})
-    hf = read_hf_config(config.model.path)
-    assert (hf["num_key_value_heads"], hf["hidden_size"] // hf["num_attention_heads"]) == (2, 128)
-    job = PlannedJob(hf, config, 8, HARDWARE["H800"], verb="sft")
+    hf_config = read_hf_config(config.model.path)
+    assert (
+        hf_config["num_key_value_heads"],
+        hf_config["hidden_size"] // hf_config["num_attention_heads"],
+    ) == (2, 128)
+    job = PlannedJob(hf_config, config, 8, HARDWARE["H800"], verb="sft")
     layers = 28
     expected = layers * 2 * 128 * job.rank_tokens * 2  # a key and a value head, 2 B a value
     assert traffic_by_axis(job, 0)["context"].forward_bytes == pytest.approx(expected)

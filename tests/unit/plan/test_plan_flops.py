@@ -10,11 +10,11 @@ from megatron_r1.plan.timing import StepTime
 
 
 @pytest.mark.parametrize(
-    "hf, gflop", [(V3, 250), (LLAMA_405B, 2448)], ids=["DeepSeek-V3", "Llama-3.1-405B"]
+    "hf_config, gflop", [(V3, 250), (LLAMA_405B, 2448)], ids=["DeepSeek-V3", "Llama-3.1-405B"]
 )
-def test_training_flops_per_token_are_the_published_ones(hf, gflop):
+def test_training_flops_per_token_are_the_published_ones(hf_config, gflop):
     # arXiv 2505.09343, table 2: training, 4,096 tokens.
-    assert 3 * forward_flops(hf, 4096) / 1e9 == pytest.approx(gflop, rel=0.015)
+    assert 3 * forward_flops(hf_config, 4096) / 1e9 == pytest.approx(gflop, rel=0.015)
 
 
 def test_products_with_weights_are_as_much_faster_in_fp8_and_attention_is_not():

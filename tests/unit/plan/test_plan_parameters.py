@@ -53,12 +53,12 @@ def test_the_released_685b_are_671b_and_the_mtp_layers_with_their_copies():
     assert counts.mtp - counts.mtp_own == 2 * 129_280 * 7168
 
 
-@pytest.mark.parametrize("hf", [V3, LLAMA_405B, {**QWEN_72B, "tie_word_embeddings": True}])
-def test_counts_are_those_of_the_weight_table(hf):
-    main_model = weights.hf_tensors(hf, with_mtp=False)
-    assert ModelCounts(hf).total == sum(math.prod(shape) for shape, _ in main_model.values())
-    every = weights.hf_tensors(hf)
-    assert ModelCounts(hf).total + ModelCounts(hf).mtp == sum(
+@pytest.mark.parametrize("hf_config", [V3, LLAMA_405B, {**QWEN_72B, "tie_word_embeddings": True}])
+def test_counts_are_those_of_the_weight_table(hf_config):
+    main_model = weights.hf_tensors(hf_config, with_mtp=False)
+    assert ModelCounts(hf_config).total == sum(math.prod(shape) for shape, _ in main_model.values())
+    every = weights.hf_tensors(hf_config)
+    assert ModelCounts(hf_config).total + ModelCounts(hf_config).mtp == sum(
         math.prod(shape) for shape, _ in every.values()
     )
 

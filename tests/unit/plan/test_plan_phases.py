@@ -18,11 +18,11 @@ RECIPE = Path(__file__).parents[3] / "examples/deepseek_r1/r1_zero.yaml"
 def test_a_64k_part_without_memory_is_refused_though_the_first_fits(capsys):
     gloo = {"push.transport": "gloo"}  # engines need less of a GPU than the trainer, then
     config = load(RECIPE, gloo)
-    hf = read_hf_config(config.model.path)
+    hf_config = read_hf_config(config.model.path)
 
     def fits(gib: float) -> bool:
         hardware = replace(HARDWARE["H800"], memory=gib * GIB)
-        return not JobEstimate(PlannedJob(hf, config, 2048, hardware)).problems()
+        return not JobEstimate(PlannedJob(hf_config, config, 2048, hardware)).problems()
 
     least = next(quarters / 4 for quarters in range(200, 320) if fits(quarters / 4))
     assert main([str(RECIPE), "--push.transport", "gloo", "--memory-gib", str(least)]) == 1

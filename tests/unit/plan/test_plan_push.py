@@ -52,12 +52,14 @@ def test_an_fp8_push_is_planned_with_fp8_s_bytes_and_its_engines_with_fp8_weight
 
 def test_a_push_of_adapters_alone_is_planned_with_their_bytes():
     settings = {"model.lora.rank": 16, "rollout.colocated": False, "rollout.engines": 2}
-    hf = read_hf_config(ROOT / "examples/one_node/model")
+    hf_config = read_hf_config(ROOT / "examples/one_node/model")
 
     def sections(adapter_only):
         changed = settings | {"push.adapter_only": adapter_only}
         config = configuration.load(ROOT / "examples/one_node/qwen2.5-7b.yaml", changed)
-        return JobEstimate(PlannedJob(hf, config, 4, HARDWARE["H100"], rollout_gpus=4)).sections()
+        return JobEstimate(
+            PlannedJob(hf_config, config, 4, HARDWARE["H100"], rollout_gpus=4)
+        ).sections()
 
     merged, alone = map(sections, (False, True))
     hidden, inner, kv, layers, rank = 3584, 18944, 512, 28, 16
@@ -200,9 +202,9 @@ def test_over_gloo_each_pair_is_a_group_that_asks_the_store():
 
 @pytest.mark.parametrize("gpus", [1, 4, 7, 8, 12])
 def test_an_assumed_engine_uses_all_its_gpus_and_divides_the_heads(gpus):
-    hf = read_hf_config(ROOT / "examples/laptop/model")
+    hf_config = read_hf_config(ROOT / "examples/laptop/model")
     config = configuration.load(ROOT / "examples/laptop/r1_zero.yaml")
-    layout = planned_engine_layout(PlannedJob(hf, config, gpus, HARDWARE["H800"]))
-    assert hf["num_attention_heads"] == 2 and layout.tensor in (1, 2)
+    layout = planned_engine_layout(PlannedJob(hf_config, config, gpus, HARDWARE["H800"]))
+    assert hf_config["num_attention_heads"] == 2 and layout.tensor in (1, 2)
     assert layout.tensor * layout.data == gpus
     assert layout.tensor == (2 if gpus % 2 == 0 else 1)

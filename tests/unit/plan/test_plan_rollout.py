@@ -79,11 +79,11 @@ def test_an_engine_that_takes_more_of_a_gpu_than_the_trainer_leaves_is_named():
 
 
 @pytest.mark.parametrize(
-    "hf, num_bytes", [(V3, 70_272), (QWEN_72B, 327_680), (LLAMA_405B, 516_096)]
+    "hf_config, num_bytes", [(V3, 70_272), (QWEN_72B, 327_680), (LLAMA_405B, 516_096)]
 )
-def test_the_cache_of_a_token_is_the_published_one(hf, num_bytes):
+def test_the_cache_of_a_token_is_the_published_one(hf_config, num_bytes):
     # arXiv 2505.09343, table 1: bf16.
-    assert cache_bytes_per_token(hf) == num_bytes
+    assert cache_bytes_per_token(hf_config) == num_bytes
 
 
 def test_a_rollout_s_routing_is_58_layers_of_8_experts_a_token():

@@ -98,11 +98,13 @@ def test_models_of_more_than_256_experts_take_two_bytes():
 def test_a_dense_model_has_none_and_importance_weights_send_nothing_more():
     recipe = ROOT / "examples/distill/qwen2.5-32b_rl.yaml"
     config = configuration.load(recipe, {"rl.importance_cap": 2.0})
-    hf = read_hf_config(ROOT / "examples/distill/models/qwen2.5-32b")
-    job = PlannedJob(hf, config, config.parallel.processes, HARDWARE["H800"])
+    hf_config = read_hf_config(ROOT / "examples/distill/models/qwen2.5-32b")
+    job = PlannedJob(hf_config, config, config.parallel.processes, HARDWARE["H800"])
     (row,) = JobEstimate(job).sections()["samples of a rollout"].values()
     assert row.formula.endswith("rl.importance_cap reads these")
-    plain = PlannedJob(hf, configuration.load(recipe), config.parallel.processes, job.hardware)
+    plain = PlannedJob(
+        hf_config, configuration.load(recipe), config.parallel.processes, job.hardware
+    )
     assert (
         row.value
         == JobEstimate(plain).sections()["samples of a rollout"]["ids, log-probabilities"].value

@@ -28,18 +28,18 @@ WORLDS = [
 ]
 
 
-def held(hf: dict, grid: TrainerGrid, rank: int) -> dict[str, list[Region]]:
+def held(hf_config: dict, grid: TrainerGrid, rank: int) -> dict[str, list[Region]]:
     """Return what a trainer rank holds, from the layout that real models are checked against."""
     place = rank_coordinate(grid, rank)
     at = shard(
-        hf,
+        hf_config,
         tp=(place.tensor, grid.tensor),
         pp=(place.stage, grid.pipeline),
         ep=(place.expert, grid.expert),
         etp=(place.expert_tensor, grid.expert_tensor),
     )
     regions = defaultdict(list)
-    for entry in layout(hf, at).values():
+    for entry in layout(hf_config, at).values():
         for piece in entry.pieces:
             # Only rectangles are compared here: the other dimension is whole.
             shape = entry.shape if piece.dim == 0 else (entry.shape[0], None)

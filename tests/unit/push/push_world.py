@@ -20,20 +20,20 @@ from megatron_r1.push.transports import receiver_class
 from tools.bench.push.small_model import rank_tensors
 
 
-def draw(hf, seed, *, with_mtp=False):
+def draw(hf_config, seed, *, with_mtp=False):
     """Return a model's weights in bf16; the blocks of matrices differ in magnitude."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
-    for name, (shape, _) in hf_tensors(hf, with_mtp=with_mtp).items():
+    for name, (shape, _) in hf_tensors(hf_config, with_mtp=with_mtp).items():
         spread = torch.logspace(-4, 3, shape[-1]) if len(shape) == 2 else 1.0
         tensors[name] = (torch.randn(shape, generator=generator) * spread).bfloat16()
     return tensors
 
 
-def table_of(hf, engine, rank):
+def table_of(hf_config, engine, rank):
     """Return an engine rank's table in FP8: rows with gaps, one tensor after another."""
     slots, end = [], 0
-    for tensor, region in PredictedSharding(hf, engine).regions_of(engine.coordinate(rank)):
+    for tensor, region in PredictedSharding(hf_config, engine).regions_of(engine.coordinate(rank)):
         items = [(tensor.name, region, "bfloat16")]
         if is_quantized(tensor.name):
             items = [(tensor.name, region, "float8_e4m3fn")]
@@ -75,7 +75,7 @@ class World:
 
     def __init__(
         self,
-        hf,
+        hf_config,
         grid,
         engine,
         tensors,
@@ -91,18 +91,18 @@ class World:
         self.name = f"set.{self.store.port}"
         shared = Shared(grid.world_size)
         self.held = [
-            rank_tensors(hf, grid, rank, tensors, with_mtp=drafts, weight_table=adapters)
+            rank_tensors(hf_config, grid, rank, tensors, with_mtp=drafts, weight_table=adapters)
             for rank in range(grid.world_size)
         ]
-        mtp = {"stages": stage_shards(hf, grid.pipeline, with_mtp=drafts), "drafts": drafts}
+        mtp = {"stages": stage_shards(hf_config, grid.pipeline, with_mtp=drafts), "drafts": drafts}
         mtp["adapters"] = adapters
         self.senders = [
-            WeightSender(hf, grid, held, self.client(), shared.of(rank), rank=rank, **mtp)
+            WeightSender(hf_config, grid, held, self.client(), shared.of(rank), rank=rank, **mtp)
             for rank, held in enumerate(self.held)
         ]
         ranks = range(engine.ranks_per_engine)
         places = [(member, rank) for member in range(engines) for rank in ranks]
-        tables = {place: table(hf, engine, place[1]) for place in places}
+        tables = {place: table(hf_config, engine, place[1]) for place in places}
 
         def receiver(member, rank):
             sizes = {"member": member, "num_members": engines}
@@ -142,10 +142,10 @@ class World:
             receiver.close()
 
 
-def plain_table(hf, engine, rank, *, drafts=False):
+def plain_table(hf_config, engine, rank, *, drafts=False):
     """Return an engine rank's table in bfloat16, one tensor after another."""
     slots, end = [], 0
-    for tensor, at in PredictedSharding(hf, engine, drafts=drafts).regions_of(
+    for tensor, at in PredictedSharding(hf_config, engine, drafts=drafts).regions_of(
         engine.coordinate(rank)
     ):
         place = at.top, at.bottom, at.left, at.right

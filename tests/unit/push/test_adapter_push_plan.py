@@ -28,7 +28,7 @@ SERVED = ["q_b_proj", "o_proj", "mlp.down_proj", "shared_experts.up_proj"]
 
 
 @pytest.mark.parametrize(
-    ("hf", "targets", "grid", "layout"),
+    ("hf_config", "targets", "grid", "layout"),
     [
         (QWEN, None, TrainerGrid(2, tensor=2), EngineLayout(tensor=2)),
         # Fewer key and value heads than ranks: their rows are on some of them only.
@@ -37,16 +37,16 @@ SERVED = ["q_b_proj", "o_proj", "mlp.down_proj", "shared_experts.up_proj"]
         (DEEPSEEK, SERVED, TrainerGrid(4, tensor=2, expert=2), EngineLayout(data=2)),
     ],
 )
-def test_every_engine_rank_has_all_factors_of_its_layers(hf, targets, grid, layout):
-    weights = adapter_table(hf, LoraConfig(rank=3, targets=targets))
+def test_every_engine_rank_has_all_factors_of_its_layers(hf_config, targets, grid, layout):
+    weights = adapter_table(hf_config, LoraConfig(rank=3, targets=targets))
     shapes = adapter_shapes(weights)
     tensors = {name: torch.randn(shape).bfloat16() for name, shape in shapes.items()}
-    sharding = PredictedAdapterSharding(hf, layout, weights)
+    sharding = PredictedAdapterSharding(hf_config, layout, weights)
 
-    def table(hf, engine, rank):
+    def table(hf_config, engine, rank):
         return slot_table(sharding, engine.coordinate(rank))
 
-    world = World(hf, grid, layout, tensors, engines=2, table=table, adapters=weights)
+    world = World(hf_config, grid, layout, tensors, engines=2, table=table, adapters=weights)
     try:
         assert all(answer["problems"] == {} for answer in world.answers), world.answers
         # Each byte enters the set once, whichever of its replicas sends it.
@@ -57,7 +57,7 @@ def test_every_engine_rank_has_all_factors_of_its_layers(hf, targets, grid, layo
         assert wrong_slots(world, tensors, 1) == []
         for rank in range(layout.ranks_per_engine):
             stage = layout.coordinate(rank).pipeline
-            half = hf["num_hidden_layers"] // layout.pipeline
+            half = hf_config["num_hidden_layers"] // layout.pipeline
             held = {int(slot.name.split(".")[2]) for slot in world.receivers[0, rank].table.slots}
             assert held == set(range(stage * half, (stage + 1) * half))
     finally:
@@ -86,7 +86,7 @@ def test_a_push_is_planned_with_the_adapters_bytes(tensor):
 
 
 @pytest.mark.parametrize(
-    ("sections", "hf", "key", "cause", "shown"),
+    ("sections", "hf_config", "key", "cause", "shown"),
     [
         ({"model": {"lora": None}}, QWEN, "push.adapter_only", Cause.MISSING, "model.lora.rank"),
         ({"push": {"fp8": True}}, QWEN, "push.adapter_only", Cause.CONFLICT, "push.fp8: true"),
@@ -136,9 +136,9 @@ def test_a_push_is_planned_with_the_adapters_bytes(tensor):
         ),
     ],
 )
-def test_what_vllm_cannot_serve_is_refused(sections, hf, key, cause, shown):
+def test_what_vllm_cannot_serve_is_refused(sections, hf_config, key, cause, shown):
     with refused(key, cause, shown):
-        check_adapter_push(recipe(**sections), hf)
+        check_adapter_push(recipe(**sections), hf_config)
 
 
 def test_targets_that_vllm_serves_are_not_refused():

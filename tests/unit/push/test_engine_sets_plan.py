@@ -19,11 +19,11 @@ BYTES = plain_bytes("bfloat16")
 
 
 @pytest.mark.parametrize("engines", [1, 2, 3])
-@pytest.mark.parametrize(("hf", "grid", "layout"), WORLDS)
-def test_each_rank_s_needs_enter_one_engine_once_from_a_holder(hf, grid, layout, engines):
-    planner = Planner(hf, grid, layout)
+@pytest.mark.parametrize(("hf_config", "grid", "layout"), WORLDS)
+def test_each_rank_s_needs_enter_one_engine_once_from_a_holder(hf_config, grid, layout, engines):
+    planner = Planner(hf_config, grid, layout)
     (plan,) = plan_sets(planner, BYTES, [range(engines)])
-    holdings = [held(hf, grid, rank) for rank in range(grid.world_size)]
+    holdings = [held(hf_config, grid, rank) for rank in range(grid.world_size)]
     assert len(plan) == layout.ranks_per_engine
     for engine_rank, of_position in enumerate(plan):
         found = Counter()
@@ -57,8 +57,8 @@ def test_everyone_computes_the_same_plan():
 
 
 def test_engines_receive_equal_bytes_though_one_tensor_is_more_than_a_share():
-    hf = DEEPSEEK_MTP | {"vocab_size": 1 << 15}
-    planner = Planner(hf, TrainerGrid(2, tensor=2), EngineLayout(1, tensor=2))
+    hf_config = DEEPSEEK_MTP | {"vocab_size": 1 << 15}
+    planner = Planner(hf_config, TrainerGrid(2, tensor=2), EngineLayout(1, tensor=2))
     (plan,) = plan_sets(planner, BYTES, [range(16)])
     for engine_rank in plan:
         received = Counter()

@@ -107,7 +107,7 @@ def assert_received(world, expected):
 
 
 @pytest.mark.parametrize(
-    ("hf", "grid", "engine", "transport"),
+    ("hf_config", "grid", "engine", "transport"),
     [
         (DEEPSEEK, TrainerGrid(1), EngineLayout(), "shm"),
         (DEEPSEEK, TrainerGrid(2, tensor=2, expert_tensor=2), EngineLayout(tensor=2), "gloo"),
@@ -123,17 +123,17 @@ def assert_received(world, expected):
     ids=["one", "tensor", "experts", "stages", "qwen"],
 )
 def test_an_engine_receives_the_fp8_checkpoint_of_the_same_weights(
-    hf, grid, engine, transport, monkeypatch
+    hf_config, grid, engine, transport, monkeypatch
 ):
     monkeypatch.setattr(gloo, "BUCKET_BYTES", 10_000)  # chunks are cut
-    check_blocks(hf, engine, tensor=grid.tensor, expert_tensor=grid.expert_tensor)
-    first, second = draw(hf, 1), draw(hf, 2)
-    world = World(hf, grid, engine, first, transport=transport)
+    check_blocks(hf_config, engine, tensor=grid.tensor, expert_tensor=grid.expert_tensor)
+    first, second = draw(hf_config, 1), draw(hf_config, 2)
+    world = World(hf_config, grid, engine, first, transport=transport)
     try:
         world.push(1)
         assert_received(world, checkpoint(first))
         for rank, held in enumerate(world.held):
-            for name, now in rank_tensors(hf, grid, rank, second).items():
+            for name, now in rank_tensors(hf_config, grid, rank, second).items():
                 for (parameter, _), (values, _) in zip(held[name], now, strict=True):
                     parameter.copy_(values)
         world.push(2)
@@ -146,13 +146,15 @@ def test_an_engine_receives_the_fp8_checkpoint_of_the_same_weights(
 
 
 def test_a_model_whose_scales_are_powers_of_two_is_pushed_with_such():
-    hf = {**DEEPSEEK, "quantization_config": {"scale_fmt": "ue8m0"}}
+    hf_config = {**DEEPSEEK, "quantization_config": {"scale_fmt": "ue8m0"}}
     tensors = draw(DEEPSEEK, 1)
     for name, tensor in tensors.items():  # where rounding decides: amax is 448 x 2^k, or next to it
         if is_quantized(name):
             tensor[0, :3] = torch.tensor([448.0, 450.0, 446.0]) * 2.0**8
             tensor[-1, :1] = 450.0 * 2.0**8
-    world = World(hf, TrainerGrid(2, tensor=2, expert_tensor=2), EngineLayout(tensor=2), tensors)
+    world = World(
+        hf_config, TrainerGrid(2, tensor=2, expert_tensor=2), EngineLayout(tensor=2), tensors
+    )
     try:
         world.push(1)
         assert_received(world, checkpoint(tensors, "ue8m0"))
@@ -202,7 +204,7 @@ def test_scales_of_a_region_of_blocks():
 
 
 @pytest.mark.parametrize(
-    ("hf", "engine", "trainer", "shows"),
+    ("hf_config", "engine", "trainer", "shows"),
     [
         (DEEPSEEK, EngineLayout(), (4, 1), ["parallel.tensor=4", "o_proj", 64]),
         (DEEPSEEK, EngineLayout(), (1, 4), ["parallel.expert_tensor=4", "experts.0.gate"]),
@@ -217,15 +219,15 @@ def test_scales_of_a_region_of_blocks():
         (QWEN | {"num_attention_heads": 8}, EngineLayout(), (1, 1), ["heads of 64"]),
     ],
 )
-def test_a_layout_that_cuts_blocks_is_refused(hf, engine, trainer, shows):
+def test_a_layout_that_cuts_blocks_is_refused(hf_config, engine, trainer, shows):
     with refused("push.fp8", Cause.INDIVISIBLE, *shows):
-        check_blocks(hf, engine, tensor=trainer[0], expert_tensor=trainer[1])
+        check_blocks(hf_config, engine, tensor=trainer[0], expert_tensor=trainer[1])
 
 
 def test_deepseek_v3_can_be_pushed_in_fp8_as_it_is_laid_out_in_the_example():
-    hf = read_hf_config("examples/deepseek_r1/model")
+    hf_config = read_hf_config("examples/deepseek_r1/model")
     engine = EngineLayout(64, tensor=8, data=2, expert_parallel=True)
-    check_blocks(hf, engine, tensor=8, expert_tensor=1)
+    check_blocks(hf_config, engine, tensor=8, expert_tensor=1)
 
 
 def test_a_recipe_is_refused_before_anything_starts():
@@ -238,8 +240,8 @@ def test_a_recipe_is_refused_before_anything_starts():
 
 
 def test_an_engine_with_fp8_of_another_kind_is_refused():
-    def without_scales(hf, engine, rank):
-        table = table_of(hf, engine, rank)
+    def without_scales(hf_config, engine, rank):
+        table = table_of(hf_config, engine, rank)
         return SlotTable(table.num_bytes, [s for s in table.slots if "scale" not in s.name])
 
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)

@@ -20,16 +20,16 @@ from tools.bench.push.small_model import rank_coordinate
 
 
 @pytest.mark.parametrize("drafts", [False, True])
-@pytest.mark.parametrize(("hf", "grid", "engines"), WORLDS)
+@pytest.mark.parametrize(("hf_config", "grid", "engines"), WORLDS)
 def test_the_ranks_of_an_engine_together_need_every_element_and_drafters_their_layers(
-    hf, grid, engines, drafts
+    hf_config, grid, engines, drafts
 ):
     # The trainer has MTP layers in any case; only engines that draft need them.
     stages, sharding = (
-        stage_shards(hf, grid.pipeline),
-        PredictedSharding(hf, engines, drafts=drafts),
+        stage_shards(hf_config, grid.pipeline),
+        PredictedSharding(hf_config, engines, drafts=drafts),
     )
-    planner = Planner(hf, grid, engines, stages, sharding)
+    planner = Planner(hf_config, grid, engines, stages, sharding)
     (plan,) = plan_sets(planner, plain_bytes("bfloat16"), [range(engines.engines)])
     whole = {}
     for engine_rank in plan:
@@ -43,8 +43,8 @@ def test_the_ranks_of_an_engine_together_need_every_element_and_drafters_their_l
             whole[name] = whole.get(name, 0) + mask
     assert all(mask.min() >= 1 for mask in whole.values())
     layers = {n.split(".")[2] for n in whole if n.startswith("model.layers.")}
-    drafting = hf.get("num_nextn_predict_layers", 0) if drafts else 0
-    assert layers == {str(i) for i in range(hf["num_hidden_layers"] + drafting)}
+    drafting = hf_config.get("num_nextn_predict_layers", 0) if drafts else 0
+    assert layers == {str(i) for i in range(hf_config["num_hidden_layers"] + drafting)}
 
 
 def test_ranks_are_where_megatron_puts_them():
@@ -119,8 +119,8 @@ def test_a_vocabulary_that_vllm_cannot_split_is_refused(vocabulary, splits):
     """vLLM pads it to a multiple of 64, here 1024 and 1152, and asserts that ranks divide that."""
     layout = EngineLayout(tensor=3)
     changes = {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 96}
-    hf = QWEN | changes | {"intermediate_size": 192, "vocab_size": vocabulary}
-    sharding = PredictedSharding(hf, layout)
+    hf_config = QWEN | changes | {"intermediate_size": 192, "vocab_size": vocabulary}
+    sharding = PredictedSharding(hf_config, layout)
     embedding = next(sharding.tensors(layout.coordinate(0)))
     if splits:
         heights = [sharding.region(embedding, layout.coordinate(rank)).bottom for rank in range(3)]

@@ -20,7 +20,7 @@ SPREAD = EngineLayout(tensor=2, data=2, expert_parallel=True)
 
 @pytest.mark.parametrize("engines", [1, 2, 3])
 @pytest.mark.parametrize(
-    ("hf", "grid", "layout"),
+    ("hf_config", "grid", "layout"),
     [
         (
             DEEPSEEK,
@@ -32,9 +32,9 @@ SPREAD = EngineLayout(tensor=2, data=2, expert_parallel=True)
         (QWEN, TrainerGrid(1), EngineLayout()),
     ],
 )
-def test_every_engine_has_every_slice_after_each_push(hf, grid, layout, engines):
-    tensors = draw(hf, 1)
-    world = World(hf, grid, layout, tensors, engines=engines, table=plain_table)
+def test_every_engine_has_every_slice_after_each_push(hf_config, grid, layout, engines):
+    tensors = draw(hf_config, 1)
+    world = World(hf_config, grid, layout, tensors, engines=engines, table=plain_table)
     try:
         assert all(answer["problems"] == {} for answer in world.answers), world.answers
         for number in (1, 2):
@@ -85,11 +85,15 @@ GRID = TrainerGrid(4, pipeline=2, expert=2)
 
 
 def test_an_fp8_push_gives_all_engines_the_same_codes_and_scales(make_world):
-    hf = DEEPSEEK | {"hidden_size": 256, "moe_intermediate_size": 128, "intermediate_size": 256}
-    hf |= {"q_lora_rank": 128, "kv_lora_rank": 192, "qk_nope_head_dim": 64, "v_head_dim": 64}
-    hf |= {"qk_rope_head_dim": 64}
-    tensors = draw(hf, 1)
-    world = make_world(hf, TrainerGrid(2, expert=2), EngineLayout(), tensors, engines=2)
+    hf_config = DEEPSEEK | {
+        "hidden_size": 256,
+        "moe_intermediate_size": 128,
+        "intermediate_size": 256,
+    }
+    hf_config |= {"q_lora_rank": 128, "kv_lora_rank": 192, "qk_nope_head_dim": 64, "v_head_dim": 64}
+    hf_config |= {"qk_rope_head_dim": 64}
+    tensors = draw(hf_config, 1)
+    world = make_world(hf_config, TrainerGrid(2, expert=2), EngineLayout(), tensors, engines=2)
     assert world.send(1) == [{"problems": {}}] * 2
     first, second = world.receivers.values()
     for receiver in (first, second):
@@ -165,5 +169,5 @@ def test_engines_that_need_different_tensors_are_refused(make_world):
             EngineLayout(),
             tensors,
             engines=2,
-            table=lambda hf, _, rank: plain_table(hf, next(layouts), rank),
+            table=lambda hf_config, _, rank: plain_table(hf_config, next(layouts), rank),
         )

@@ -58,9 +58,9 @@ def pushes(
 ):
     """Return the orders of one plan, with engines on GPUs of their own and on the trainer's, and
     what the checker says to each."""
-    hf = read_hf_config(model)
-    sharding = PredictedSharding(hf, engines, drafts=drafts)
-    planner = Planner(hf, grid, engines, stages, sharding)
+    hf_config = read_hf_config(model)
+    sharding = PredictedSharding(hf_config, engines, drafts=drafts)
+    planner = Planner(hf_config, grid, engines, stages, sharding)
     sets, ranks = engine_sets(engines.engines, MAX_SET_ENGINES), engines.ranks_per_engine
     plans = plan_sets(planner, fp8_bytes if form == "FP8" else plain_bytes(form), sets)
     orders = [
@@ -73,9 +73,9 @@ def pushes(
 @pytest.mark.parametrize("path", OVER_NCCL, ids=lambda path: path.stem)
 def test_the_rounds_of_a_shipped_recipe_are_free_of_circles_and_near_their_floor(path):
     config = load(path)
-    hf = read_hf_config(config.model.path)
+    hf_config = read_hf_config(config.model.path)
     grid = TrainerGrid.from_recipe(config.parallel, config.parallel.processes)
-    stages = tuple(map(tuple, recipe_stages(config, hf)))
+    stages = tuple(map(tuple, recipe_stages(config, hf_config)))
     model, form = str(config.model.path), "FP8" if config.push.fp8 else config.rollout.dtype
     drafts = config.rollout.drafts_by_mtp
     for order, refusal in pushes(model, grid, engine_layout(config), stages, form, drafts=drafts):

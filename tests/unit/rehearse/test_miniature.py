@@ -46,8 +46,8 @@ def in_the_repository(monkeypatch):
 
 def shrunk(path, overrides=None, max_ranks=16):
     config = load(path, overrides)
-    hf = read_hf_config(config.model.path, None)
-    return config, miniature.make_miniature(config, hf, Path("rehearsal"), max_ranks)
+    hf_config = read_hf_config(config.model.path, None)
+    return config, miniature.make_miniature(config, hf_config, Path("rehearsal"), max_ranks)
 
 
 def test_a_push_with_more_links_or_other_bytes_than_its_plan_is_refused(tmp_path):
@@ -58,10 +58,10 @@ def test_a_push_with_more_links_or_other_bytes_than_its_plan_is_refused(tmp_path
         "push": small.config.push.model_copy(update={"transport": "gloo"}),
     }
     config = small.config.model_copy(update=changed)
-    (tmp_path / "config.json").write_text(json.dumps(small.hf))
-    stages = recipe_stages(config, small.hf)
+    (tmp_path / "config.json").write_text(json.dumps(small.hf_config))
+    stages = recipe_stages(config, small.hf_config)
     grid = TrainerGrid.from_recipe(config.parallel, 16)
-    arguments = small.hf, grid, engine_layout(config), stages, plain_bytes("bfloat16"), 16
+    arguments = small.hf_config, grid, engine_layout(config), stages, plain_bytes("bfloat16"), 16
     planned = traffic_of_sets(*arguments, drafts=True)  # as megatron-r1 plan counts
     most, sent = planned.links_per_trainer_rank, sum(planned.sent_bytes)
     phases = PhaseRunner("rl", tmp_path / "recipe.yaml", config, [], 1.0, lambda line: None)
@@ -93,18 +93,20 @@ def test_every_axis_that_is_divided_stays_divided(path):
 @pytest.mark.parametrize("path", PUSHED, ids=lambda path: path.stem)
 def test_its_own_stages_and_pushes_are_possible(path):
     _, small = shrunk(path)
-    assert len(recipe_stages(small.config, small.hf)) == small.config.parallel.pipeline
-    check_pushes(small.config, small.hf, small.config.parallel.processes)
+    assert len(recipe_stages(small.config, small.hf_config)) == small.config.parallel.pipeline
+    check_pushes(small.config, small.hf_config, small.config.parallel.processes)
 
 
 def test_kernels_of_a_gpu_are_left_out_and_named():
     config = load(ROOT / "examples/deepseek_r1/r1_zero.yaml", {"parallel.dispatcher": "flex"})
-    hf = read_hf_config(config.model.path, None)
-    small = miniature.make_miniature(config, hf, Path("rehearsal"), 16)
+    hf_config = read_hf_config(config.model.path, None)
+    small = miniature.make_miniature(config, hf_config, Path("rehearsal"), 16)
     assert small.config.parallel.dispatcher == "alltoall"
     assert ("parallel.dispatcher", "flex", "alltoall", "no GPU here") in small.changes
     row = next(
-        row for row in structure_rows(config, hf, small.config, "rl") if "dispatcher" in row.what
+        row
+        for row in structure_rows(config, hf_config, small.config, "rl")
+        if "dispatcher" in row.what
     )
     assert row.exercised == "no: needs a GPU"
 
@@ -141,20 +143,23 @@ def test_a_layout_that_the_recipe_cannot_push_the_miniature_cannot_either():
     changed = {"model.mtp": "none", "rollout.speculative.method": "none"}
     _, small = shrunk(ROOT / "examples/deepseek_r1/r1_zero.yaml", changed)
     with refused("parallel.pipeline_layout", Cause.CONFLICT):
-        check_pushes(small.config, small.hf, small.config.parallel.processes)
+        check_pushes(small.config, small.hf_config, small.config.parallel.processes)
 
 
 def test_stages_keep_their_kinds():
     _, small = shrunk(ROOT / "examples/deepseek_r1/r1_zero.yaml")
     assert small.config.parallel.pipeline_layout == "Et|t|tt|tmL"
     assert small.config.parallel.virtual_pipeline == 2
-    assert small.hf["num_hidden_layers"] == 5
+    assert small.hf_config["num_hidden_layers"] == 5
     # 3 and 2 layers in the recipe: still one more in the first stage.
     _, uneven = shrunk(ROOT / "examples/deepseek_r1/helpful_rm.yaml")
     assert uneven.config.parallel.pipeline_layout == "Ett|tL"
-    assert small.hf["n_routed_experts"] == 8 and small.hf["num_nextn_predict_layers"] == 1
+    assert (
+        small.hf_config["n_routed_experts"] == 8
+        and small.hf_config["num_nextn_predict_layers"] == 1
+    )
     # vLLM's latent attention on CPUs takes these only.
-    assert (small.hf["kv_lora_rank"], small.hf["qk_rope_head_dim"]) == (512, 64)
+    assert (small.hf_config["kv_lora_rank"], small.hf_config["qk_rope_head_dim"]) == (512, 64)
 
 
 @pytest.mark.parametrize(
@@ -227,8 +232,8 @@ def test_changes_name_every_setting_that_differs():
 def test_random_text_often_has_the_form_of_a_response(tmp_path):
     """By chance two of 56 had, and a sampling recipe goes through only if one is kept."""
     draw = random.Random(0)
-    hf = read_hf_config(ROOT / "examples/deepseek_r1/model", None)
-    model.write_folder(tmp_path, model.shrink_config(hf, num_layers=2, fp8=False), seed=0)
+    hf_config = read_hf_config(ROOT / "examples/deepseek_r1/model", None)
+    model.write_folder(tmp_path, model.shrink_config(hf_config, num_layers=2, fp8=False), seed=0)
     tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     texts = [
         tokenizer.decode([draw.randrange(model.VOCABULARY) for _ in range(miniature.RESPONSE)])

@@ -18,9 +18,9 @@ MTP = "model.layers.2.self_attn.o_proj.weight"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A miniature of DeepSeek-V3 with two layers and an MTP layer."""
-    hf = read_hf_config(ROOT / "examples/deepseek_r1/model", None)
+    hf_config = read_hf_config(ROOT / "examples/deepseek_r1/model", None)
     folder = tmp_path_factory.mktemp("model")
-    model.write_folder(folder, model.shrink_config(hf, num_layers=2, fp8=False), seed=0)
+    model.write_folder(folder, model.shrink_config(hf_config, num_layers=2, fp8=False), seed=0)
     return folder
 
 

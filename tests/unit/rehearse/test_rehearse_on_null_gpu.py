@@ -23,9 +23,9 @@ SHIPPED = ("deepseek_r1/r1_zero", "deepseek_r1/reasoning_rl", "distill/qwen2.5-3
 def test_a_recipe_keeps_transport_placement_and_share_of_the_gpu(name, max_ranks, monkeypatch):
     monkeypatch.chdir(EXAMPLES.parent)
     config = load(EXAMPLES / f"{name}.yaml")
-    hf = read_hf_config(config.model.path, None)
+    hf_config = read_hf_config(config.model.path, None)
     small = miniature.make_miniature(
-        config, hf, Path("rehearsal"), max_ranks, device="null-gpu"
+        config, hf_config, Path("rehearsal"), max_ranks, device="null-gpu"
     ).config
     assert small.push.transport == "nccl" and small.rollout.colocated
     assert small.rollout.gpu_memory == config.rollout.gpu_memory
@@ -36,7 +36,9 @@ def test_a_recipe_keeps_transport_placement_and_share_of_the_gpu(name, max_ranks
     resumed = layout.different_layout(small.parallel).processes
     assert launch.num_null_gpus(small, "rl") == max(ranks, resumed)
     small.parallel.check_sizes(small.parallel.processes)
-    shape = miniature.make_miniature(config, hf, Path("rehearsal"), max_ranks, device="null-gpu").hf
+    shape = miniature.make_miniature(
+        config, hf_config, Path("rehearsal"), max_ranks, device="null-gpu"
+    ).hf_config
     num_mtp, at = shape.get("num_nextn_predict_layers") or 0, small.parallel
     sizes = shape["num_hidden_layers"], at.pipeline, at.virtual_pipeline
     pipeline_stages(*sizes, num_mtp=num_mtp, layout=at.pipeline_layout)
@@ -48,15 +50,17 @@ def test_experts_are_balanced_with_copies_that_both_runs_can_share(max_ranks, ra
     monkeypatch.chdir(EXAMPLES.parent)
     config = load(EXAMPLES / "deepseek_r1/r1_zero.yaml")
     assert config.rollout.redundant_experts == 128
-    hf = read_hf_config(config.model.path, None)
-    small = miniature.make_miniature(config, hf, Path("rehearsal"), max_ranks, device="null-gpu")
+    hf_config = read_hf_config(config.model.path, None)
+    small = miniature.make_miniature(
+        config, hf_config, Path("rehearsal"), max_ranks, device="null-gpu"
+    )
     rollout = small.config.rollout
     assert rollout.tensor * rollout.data == ranks
     assert rollout.redundant_experts == (ranks if ranks > 1 else 0)
     assert ("eplb_config" in rollout.vllm) == (ranks > 1)
     fewer = rollout.model_copy(update=layout.fewer_engine_ranks(rollout))
     for changed in ({}, layout.fewer_engine_ranks(rollout)):
-        check_engines(small.config.with_changes(rollout=changed), small.hf)
+        check_engines(small.config.with_changes(rollout=changed), small.hf_config)
     if ranks > 1:  # the resumed run balances as well
         assert (fewer.tensor, fewer.data, fewer.redundant_experts) == (2, 1, ranks)
 
@@ -67,18 +71,18 @@ def test_arguments_of_vllm_stay_where_a_null_gpu_imitates_their_kernels(monkeypa
     for values, kept in ((given, set()), ({}, {"all2all_backend", "kv_cache_dtype"})):
         config = load(EXAMPLES / "deepseek_r1/r1_zero.yaml")
         config = config.with_changes(rollout={"vllm": {**config.rollout.vllm, **values}})
-        hf = read_hf_config(config.model.path, None)
+        hf_config = read_hf_config(config.model.path, None)
         small = miniature.make_miniature(
-            config, hf, Path("rehearsal"), 2, device="null-gpu"
+            config, hf_config, Path("rehearsal"), 2, device="null-gpu"
         ).config.rollout
         chunks = {"enable_chunked_prefill", "max_num_batched_tokens", "eplb_config"}
         assert set(small.vllm) == chunks | kept
         assert small.vllm["max_num_batched_tokens"] < small.max_model_len - 24, "no prompt in parts"
         on_gpu = miniature.make_miniature(
-            config, hf, Path("rehearsal"), 2, device="gpu"
+            config, hf_config, Path("rehearsal"), 2, device="gpu"
         ).config.rollout
         assert set(on_gpu.vllm) == set(config.rollout.vllm) | {"eplb_config"}
-        on_cpu = miniature.make_miniature(config, hf, Path("rehearsal"), 16).config.rollout
+        on_cpu = miniature.make_miniature(config, hf_config, Path("rehearsal"), 16).config.rollout
         assert not on_cpu.vllm and not on_cpu.redundant_experts
 
 
@@ -88,8 +92,10 @@ def test_engine_hosts_have_gpus_of_their_own_or_the_trainers(colocated, monkeypa
     name = "r1_zero" if colocated else "r1_zero_pools"
     spread = {"rollout.placement": "hosts", "rollout.hosts_per_engine": 16} if colocated else {}
     config = load(EXAMPLES / f"deepseek_r1/{name}.yaml", spread)
-    hf = read_hf_config(config.model.path, None)
-    small = miniature.make_miniature(config, hf, Path("rehearsal"), 2, device="null-gpu").config
+    hf_config = read_hf_config(config.model.path, None)
+    small = miniature.make_miniature(
+        config, hf_config, Path("rehearsal"), 2, device="null-gpu"
+    ).config
     number = launch.num_null_gpus(small, "rl")
     assert number == (4 if colocated else 6)  # the resumed run has 4 trainer ranks
     monkeypatch.setattr(launch.gpu, "is_usable", lambda: True)

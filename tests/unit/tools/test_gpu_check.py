@@ -40,8 +40,8 @@ IMPOSSIBLE = verdict.IMPOSSIBLE
 def planned():
     """The recipe on its GPUs."""
     recipe = ROOT / "examples" / "deepseek_r1" / "r1_zero.yaml"
-    hf = read_hf_config(str(ROOT / "examples" / "deepseek_r1" / "model"))
-    return PlannedJob(hf, configuration.load(recipe), 2048, HARDWARE["H800"])
+    hf_config = read_hf_config(str(ROOT / "examples" / "deepseek_r1" / "model"))
+    return PlannedJob(hf_config, configuration.load(recipe), 2048, HARDWARE["H800"])
 
 
 def outcomes(tmp_path, *checks, minutes=PATIENT / 60, num_gpus=1):
@@ -269,14 +269,14 @@ def test_engines_of_a_rank_s_share_have_v3_s_widths_and_a_layer_its_bytes(monkey
     monkeypatch.setattr(decode_seconds, "device_kind", lambda: "gpu")
     attention = 7168 * (1536 + 576) + 16 * (1536 * 192 + 512 * 256 + 128 * 7168)
     for variant in decode_seconds.VARIANTS:
-        hf = decode_seconds.model(variant, {"vocab_size": 300})
-        assert hf["vocab_size"] == 300 and "quantization_config" not in hf
-        assert sparse_layers(hf) == [False] + [True] * (variant.layers - 1)
+        hf_config = decode_seconds.model(variant, {"vocab_size": 300})
+        assert hf_config["vocab_size"] == 300 and "quantization_config" not in hf_config
+        assert sparse_layers(hf_config) == [False] + [True] * (variant.layers - 1)
         weights = attention + (1 + variant.experts) * 3 * 7168 * 2048 + variant.experts * 7168
-        assert decode_seconds.layer_bytes(hf) == pytest.approx(2 * weights, rel=1e-3)
+        assert decode_seconds.layer_bytes(hf_config) == pytest.approx(2 * weights, rel=1e-3)
         dense = attention + 3 * 7168 * 18432 + 300 * 7168  # and the head
         whole = 2 * (dense + (variant.layers - 1) * weights)
-        assert decode_seconds.pass_bytes(hf) == pytest.approx(whole, rel=1e-3)
+        assert decode_seconds.pass_bytes(hf_config) == pytest.approx(whole, rel=1e-3)
 
 
 def test_the_numbers_of_the_phases_are_those_with_which_the_plan_takes_their_seconds():

@@ -45,8 +45,8 @@ def engine_rows(shape: RoutingShape, num_rows: int, seed: int = 0):
 
 
 def test_deepseek_v3_has_464_bytes_of_routing_per_token():
-    hf = {"num_hidden_layers": 61, "first_k_dense_replace": 3, "n_routed_experts": 256}
-    shape = routing_shape(hf | {"num_experts_per_tok": 8})
+    hf_config = {"num_hidden_layers": 61, "first_k_dense_replace": 3, "n_routed_experts": 256}
+    shape = routing_shape(hf_config | {"num_experts_per_tok": 8})
     assert shape.moe_layers == tuple(range(3, 61)) and shape.token_bytes == 58 * 8
     with refused("rl.routing_replay", Cause.CONFLICT, "Qwen2ForCausalLM"):
         routing_shape(DENSE)

@@ -99,9 +99,11 @@ def make_reply(folder: Path, num_tokens: int, num_prompt_tokens: int, routed: bo
 
 
 def _routing(num_tokens: int) -> np.ndarray:
-    hf = json.loads(MODEL_CONFIG.read_text())
-    experts, topk = hf["n_routed_experts"], hf["num_experts_per_tok"]
-    first = np.random.default_rng(1).integers(0, experts, (num_tokens - 1, hf["num_hidden_layers"]))
+    hf_config = json.loads(MODEL_CONFIG.read_text())
+    experts, topk = hf_config["n_routed_experts"], hf_config["num_experts_per_tok"]
+    first = np.random.default_rng(1).integers(
+        0, experts, (num_tokens - 1, hf_config["num_hidden_layers"])
+    )
     steps = np.arange(topk) * 7
     return ((first[..., None] + steps) % experts).astype(np.uint8)
 

@@ -61,7 +61,7 @@ def _train(task: dict[str, Any], position: Any) -> dict[str, Any]:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(MODEL))
     weights.write_hf(
-        trainer.model_chunks, trainer.hf, folder / "model.safetensors", dtype=torch.bfloat16
+        trainer.model_chunks, trainer.hf_config, folder / "model.safetensors", dtype=torch.bfloat16
     )
     # An engine computes in bf16 with the pushed weights; the gap is the trainer's distance from it.
     engine_settings = _settings({**task, "variant": BASELINE}, init="load", path=str(folder))

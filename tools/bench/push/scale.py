@@ -218,19 +218,22 @@ def _cases() -> Iterator[ScaleCase]:
 def _planner(recipe: str) -> Planner:
     """Return the planner of a shipped recipe."""
     config = load(ROOT / recipe)
-    hf, layout = read_hf_config(config.model.path), engine_layout(config)
+    hf_config, layout = read_hf_config(config.model.path), engine_layout(config)
     grid = TrainerGrid.from_recipe(config.parallel, config.parallel.processes)
-    needs = PredictedSharding(hf, layout, drafts=config.rollout.drafts_by_mtp)
-    return Planner(hf, grid, layout, recipe_stages(config, hf), needs)
+    needs = PredictedSharding(hf_config, layout, drafts=config.rollout.drafts_by_mtp)
+    return Planner(hf_config, grid, layout, recipe_stages(config, hf_config), needs)
 
 
 def _many_engines() -> Planner:
     """Return the planner of DeepSeek-V3 from 2,048 trainer ranks to 64 engines of 16 GPUs."""
-    hf, grid = read_hf_config(ROOT / "examples/deepseek_r1/model"), TrainerGrid(2048, pipeline=16)
+    hf_config, grid = (
+        read_hf_config(ROOT / "examples/deepseek_r1/model"),
+        TrainerGrid(2048, pipeline=16),
+    )
     layout = "Etttt|" + "tttt|" * 14 + "tL"
-    stages = stage_shards(hf, grid.pipeline, pipeline_layout=layout, with_mtp=False)
+    stages = stage_shards(hf_config, grid.pipeline, pipeline_layout=layout, with_mtp=False)
     engines = EngineLayout(64, tensor=8, data=2, expert_parallel=True)
-    return Planner(hf, dataclasses.replace(grid, expert=64), engines, stages)
+    return Planner(hf_config, dataclasses.replace(grid, expert=64), engines, stages)
 
 
 def _order(case: ScaleCase) -> RoundSchedule:

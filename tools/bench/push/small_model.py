@@ -48,7 +48,7 @@ def rank_coordinate(grid: TrainerGrid, rank: int) -> RankCoordinate:
 
 
 def rank_tensors(
-    hf: dict,
+    hf_config: dict,
     grid: TrainerGrid,
     rank: int,
     tensors: dict[str, torch.Tensor],
@@ -60,14 +60,14 @@ def rank_tensors(
     `weight_table` lists, default the model's.
 
     Args:
-        hf: the model's config.json.
+        hf_config: the model's config.json.
         grid: the trainer's layout.
         rank: the trainer rank.
         tensors: the whole tensors by name.
         with_mtp: whether the MTP layers are among them.
         weight_table: the table of the weights, in place of the model's."""
     coordinate = rank_coordinate(grid, rank)
-    (chunk,) = stage_shards(hf, grid.pipeline, with_mtp=with_mtp)[coordinate.stage]
+    (chunk,) = stage_shards(hf_config, grid.pipeline, with_mtp=with_mtp)[coordinate.stage]
     axes = {
         "tp": (coordinate.tensor, grid.tensor),
         "ep": (coordinate.expert, grid.expert),
@@ -75,7 +75,7 @@ def rank_tensors(
     }
     held: dict[str, list] = {}
     for entry in layout_from_table(
-        weight_table or table.weight_table(hf), Shard(**{**vars(chunk), **axes})
+        weight_table or table.weight_table(hf_config), Shard(**{**vars(chunk), **axes})
     ).values():
         parameter = torch.zeros(entry.shape, dtype=torch.bfloat16)
         for piece in entry.pieces:

@@ -46,17 +46,18 @@ SCALES_FILE = "fp8_scales.safetensors"
 
 
 class HFWeights:
-    """The tensors of the safetensors checkpoint in `folder`, which has the configuration `hf`.
+    """The tensors of the safetensors checkpoint in `folder` of a model with configuration
+    `hf_config`.
 
     Reads `model.safetensors.index.json` and its files, or one `model.safetensors`; `check` compares
-    names and shapes with `hf`.
+    names and shapes with `hf_config`.
 
     Raises:
         UserError: a file is missing or damaged.
     """
 
-    def __init__(self, folder: str | Path, hf: dict):
-        self.path, self.hf = Path(folder), hf
+    def __init__(self, folder: str | Path, hf_config: dict):
+        self.path, self.hf_config = Path(folder), hf_config
         self.files = [SafetensorsFile(file) for file in weight_files(self.path)]
         self._home: dict[str, SafetensorsFile] = {}
         self._stored: dict[str, StoredTensor] = {}
@@ -64,7 +65,7 @@ class HFWeights:
         for file in self.files:
             self._home |= dict.fromkeys(file.tensors, file)
             self._stored |= file.tensors
-        self.copies = weight_table(hf).copies
+        self.copies = weight_table(hf_config).copies
         self._repeated: dict[str, list[str]] = {}
 
     def __enter__(self) -> Self:
@@ -78,8 +79,8 @@ class HFWeights:
     def tensors(self) -> dict[str, tuple[Shape, str]]:
         """The (shape, stored dtype) of every tensor in the weight table, by name."""
         tensors = {}
-        for name, (shape, _) in hf_tensors(self.hf).items():
-            part = stacked_part(self.hf, name)
+        for name, (shape, _) in hf_tensors(self.hf_config).items():
+            part = stacked_part(self.hf_config, name)
             home = part.name if part else name
             if home in self._stored:
                 stored = self._stored[home]
@@ -110,7 +111,7 @@ class HFWeights:
         return values
 
     def _read(self, name: str, dim: int, start: int, length: int) -> Tensor:
-        if part := stacked_part(self.hf, name):
+        if part := stacked_part(self.hf_config, name):
             return self._read_stacked(part, dim, start, length)
         name = name if name in self._stored else self.copies.get(name, name)
         shape = self._stored[name].shape
@@ -200,9 +201,9 @@ class HFWeights:
 
     def check(self, with_mtp: bool) -> None:
         """Raise UserError naming every missing, unexpected or mis-shaped tensor."""
-        hf = self.hf
-        published = published_tensors(hf)
-        tensor_names = published_tensors(hf, with_mtp).keys() - self.copies.keys()
+        hf_config = self.hf_config
+        published = published_tensors(hf_config)
+        tensor_names = published_tensors(hf_config, with_mtp).keys() - self.copies.keys()
         # As MXFP4, which only stacked experts have, two others are stored instead.
         expected: dict[str, Shape] = {}
         for name in tensor_names:
@@ -226,7 +227,7 @@ class HFWeights:
                 wrong += self._wrong_scales(name, stored.shape)
         is_fp8 = {name for name in published if name in self._stored and self._is_fp8(name)}
         if scales:
-            published_layout.check_fp8_layout(hf)
+            published_layout.check_fp8_layout(hf_config)
         missing = sorted(expected.keys() - self._stored.keys())
         missing += sorted(scales - self._stored.keys())
         self._repeated = self._find_repeated(with_mtp)
@@ -247,7 +248,7 @@ class HFWeights:
         if problems:
             raise UserError(
                 f"checkpoint {self.path} does not fit its config.json: {'; '.join(problems)}"
-                + _hint(missing, extra, unreadable, hf),
+                + _hint(missing, extra, unreadable, hf_config),
                 key="weights",
                 cause=Cause.CONFLICT,
             )
@@ -264,7 +265,7 @@ class HFWeights:
         the head that MTP layers share with the model, and a head where the embedding is the head.
         """
         pairs = list(self.copies.items()) if with_mtp else []
-        if self.hf.get("tie_word_embeddings"):
+        if self.hf_config.get("tie_word_embeddings"):
             pairs.append(("lm_head.weight", "model.embed_tokens.weight"))
         names_by_content: dict[str, list[str]] = {}
         for copy, original in pairs:
@@ -302,9 +303,9 @@ class HFWeights:
         ]
 
 
-def _hint(missing: list[str], extra: list[str], is_unreadable: bool, hf: dict) -> str:
+def _hint(missing: list[str], extra: list[str], is_unreadable: bool, hf_config: dict) -> str:
     """Return what to do about tensors that do not fit."""
-    mtp = str(hf["num_hidden_layers"])
+    mtp = str(hf_config["num_hidden_layers"])
     if is_unreadable:
         return "; load the model with transformers and save it in bfloat16 or float32"
     if missing and extra and (prefix := _prefix(missing, extra)):
@@ -344,12 +345,12 @@ def _some(names: list[str], limit: int = 8) -> str:
 class KnownScales:
     """The `weight_scale_inv` tensors of a published FP8 checkpoint, or of a SCALES_FILE."""
 
-    def __init__(self, folder: str | Path, hf: dict):
+    def __init__(self, folder: str | Path, hf_config: dict):
         self._home: dict[str, SafetensorsFile] = {}
         for path in _files_with_scales(Path(folder)):
             file = SafetensorsFile(path)
             self._home |= {name: file for name in file.tensors if published_layout.is_scale(name)}
-        self.power_of_two = published_layout.has_power_of_two_scales(hf)
+        self.power_of_two = published_layout.has_power_of_two_scales(hf_config)
 
     def rows(self, name: str, first: int, count: int) -> Tensor | None:
         """Return the scales of rows [first, first + count) of the weight `name`, or None.

@@ -77,31 +77,31 @@ class StoredLayout:
 
 
 def stored_layout(
-    hf: dict,
+    hf_config: dict,
     *,
     with_mtp: bool = True,
     transformer_engine: bool = False,
     stacked: bool | None = None,
 ) -> StoredLayout:
-    """Return the layout of the model `hf` describes, without vocabulary padding.
+    """Return the layout of the model `hf_config` describes, without vocabulary padding.
 
     Args:
-        hf: the model's `config.json`.
+        hf_config: the model's `config.json`.
         with_mtp: whether the checkpoint has the MTP layers.
         transformer_engine: whether Transformer Engine's layers saved the checkpoint; only the names
             of latent attention differ.
         stacked: whether the layers are an axis of one tensor; None: as Megatron 0.16 does, for
             models without experts.
     """
-    table = weight_table(hf)
+    table = weight_table(hf_config)
     if stacked is None:
         stacked = not table.num_experts
-    fused_norms = transformer_engine or not hf.get("kv_lora_rank")
-    ((shard,),) = stage_shards(hf, with_mtp=with_mtp)
+    fused_norms = transformer_engine or not hf_config.get("kv_lora_rank")
+    ((shard,),) = stage_shards(hf_config, with_mtp=with_mtp)
     shard = replace(shard, transformer_engine=fused_norms)
     result = StoredLayout()
     first_axes: dict[str, list[int]] = {}
-    for name, entry in layout(hf, shard).items():
+    for name, entry in layout(hf_config, shard).items():
         key, index = _stored_name(name, stacked)
         runs = tuple(_run(piece, entry.shape) for piece in entry.pieces)
         result.slots.append(StoredParameter(key, index, entry.shape, runs))
@@ -137,7 +137,7 @@ def _run(piece: Piece, shape: Shape) -> Piece:
 
 
 class MegatronWeights:
-    """The HF tensors in the checkpoint `folder`, whose model has the configuration `hf`.
+    """The HF tensors in the checkpoint `folder`, whose model has the configuration `hf_config`.
 
     It may have been saved at any layout, with Megatron's own layers or Transformer Engine's, with
     separate or stacked layers.
@@ -146,12 +146,12 @@ class MegatronWeights:
         UserError: the folder is not a complete checkpoint of this model.
     """
 
-    def __init__(self, folder: str | Path, hf: dict):
-        self.path, self.hf = Path(folder), hf
+    def __init__(self, folder: str | Path, hf_config: dict):
+        self.path, self.hf_config = Path(folder), hf_config
         self.checkpoint = DistributedCheckpoint(folder)
         self.with_mtp = any(key.startswith("mtp.") for key in self.checkpoint.shapes)
         self.layout = self._recognize()
-        self.copies = weight_table(hf).copies
+        self.copies = weight_table(hf_config).copies
         self._runs = self.layout.slots_by_hf_name()
         self._check_shapes()
 
@@ -171,7 +171,7 @@ class MegatronWeights:
         """The (shape, stored dtype) of every tensor, by name, including an HF checkpoint's copies
         (`WeightTable.copies`)."""
         tensors = {}
-        for name, (shape, _) in hf_tensors(self.hf, with_mtp=self.with_mtp).items():
+        for name, (shape, _) in hf_tensors(self.hf_config, with_mtp=self.with_mtp).items():
             key = self._runs[self.copies.get(name, name)][0][0].key
             tensors[name] = (shape, str(self.checkpoint.dtypes[key]).removeprefix("torch."))
         return tensors
@@ -203,7 +203,7 @@ class MegatronWeights:
 
     def check(self, with_mtp: bool) -> None:
         """Raise UserError when MTP layers are needed and the checkpoint has none."""
-        if with_mtp and not self.with_mtp and weight_table(self.hf).mtp:
+        if with_mtp and not self.with_mtp and weight_table(self.hf_config).mtp:
             raise UserError(
                 f"checkpoint {self.path} has no MTP layers; leave them out (model.mtp: none)",
                 key="model.mtp",
@@ -222,7 +222,7 @@ class MegatronWeights:
         fewest: list[str] | None = None
         for stacked, engine in product((None, True, False), (False, True)):
             tried = stored_layout(
-                self.hf, with_mtp=self.with_mtp, transformer_engine=engine, stacked=stacked
+                self.hf_config, with_mtp=self.with_mtp, transformer_engine=engine, stacked=stacked
             )
             missing = sorted(tried.shapes.keys() - self.checkpoint.shapes.keys())
             if not missing:
@@ -232,7 +232,7 @@ class MegatronWeights:
         assert fewest is not None
         raise UserError(
             f"checkpoint {self.path} does not fit the configuration of "
-            f"{self.hf['architectures'][0]}: it lacks {', '.join(fewest[:4])}"
+            f"{self.hf_config['architectures'][0]}: it lacks {', '.join(fewest[:4])}"
             f"{f' … and {len(fewest) - 4} more' if len(fewest) > 4 else ''}; give the "
             "config.json it was trained with",
             key="checkpoint",

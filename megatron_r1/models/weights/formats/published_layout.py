@@ -36,20 +36,20 @@ _SCALE = "_scale_inv"
 _PROJECTION = re.compile(r"\.(self_attn|mlp)\.(.*\.)?\w+_proj(_with_mqa)?\.weight$")
 
 
-def fp8_config(hf: dict) -> dict:
-    """Return the `quantization_config` of FP8 weights of the model `hf`: DeepSeek's, with the
-    format of scales that its own names ("ue8m0", of DeepSeek-V3.1: powers of two).
+def fp8_config(hf_config: dict) -> dict:
+    """Return the `quantization_config` of FP8 weights of the model `hf_config`: DeepSeek's, with
+    the format of scales that its own names ("ue8m0", of DeepSeek-V3.1: powers of two).
 
     Args:
-        hf: the model's `config.json`.
+        hf_config: the model's `config.json`.
     """
-    return {**FP8_CONFIG, **({"scale_fmt": "ue8m0"} if has_power_of_two_scales(hf) else {})}
+    return {**FP8_CONFIG, **({"scale_fmt": "ue8m0"} if has_power_of_two_scales(hf_config) else {})}
 
 
-def has_power_of_two_scales(hf: dict) -> bool:
-    """Return whether scales of FP8 weights of the model `hf`, its `config.json`, are rounded up to
-    powers of two."""
-    return (hf.get("quantization_config") or {}).get("scale_fmt") == "ue8m0"
+def has_power_of_two_scales(hf_config: dict) -> bool:
+    """Return whether scales of FP8 weights of the model `hf_config`, its `config.json`, are rounded
+    up to powers of two."""
+    return (hf_config.get("quantization_config") or {}).get("scale_fmt") == "ue8m0"
 
 
 def is_quantized(name: str) -> bool:
@@ -73,11 +73,12 @@ def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(-(-size // BLOCK) for size in shape)
 
 
-def check_fp8_layout(hf: dict) -> None:
+def check_fp8_layout(hf_config: dict) -> None:
     """Raise UserError for a model without this layout."""
-    if model_family(hf).stacked_experts:
+    if model_family(hf_config).stacked_experts:
         raise UserError(
-            f"{hf['architectures'][0]} has no FP8 layout: its experts are stored as bf16 or MXFP4",
+            f"{hf_config['architectures'][0]} has no FP8 layout: its experts are stored as bf16 or "
+            "MXFP4",
             key="fp8",
             cause=Cause.UNSUPPORTED,
         )
@@ -136,10 +137,10 @@ class StackedPart:
         return (num_experts, *leading, self.step * columns)
 
 
-def stacked_part(hf: dict, name: str) -> StackedPart | None:
+def stacked_part(hf_config: dict, name: str) -> StackedPart | None:
     """Return the part of a stored tensor that is the tensor `name` of the weight table, or None if
     files have that tensor under its own name."""
-    if not model_family(hf).stacked_experts or not (match := _EXPERT.fullmatch(name)):
+    if not model_family(hf_config).stacked_experts or not (match := _EXPERT.fullmatch(name)):
         return None
     prefix, expert, kind, ending = match.groups()
     stored, step = ("down", 1) if kind == "down" else ("gate_up", 2)
@@ -147,11 +148,11 @@ def stacked_part(hf: dict, name: str) -> StackedPart | None:
     return StackedPart(f"{prefix}.{stored}_proj{bias}", int(expert), int(kind == "up"), step)
 
 
-def published_tensors(hf: dict, with_mtp: bool = True) -> dict[str, tuple[Shape, str]]:
+def published_tensors(hf_config: dict, with_mtp: bool = True) -> dict[str, tuple[Shape, str]]:
     """Return name -> (shape, dtype) of every tensor of a checkpoint's files; see `hf_tensors`."""
     tensors = {}
-    for name, (shape, dtype) in hf_tensors(hf, with_mtp=with_mtp).items():
-        if part := stacked_part(hf, name):
-            name, shape = part.name, part.stored_shape(shape, hf["n_routed_experts"])
+    for name, (shape, dtype) in hf_tensors(hf_config, with_mtp=with_mtp).items():
+        if part := stacked_part(hf_config, name):
+            name, shape = part.name, part.stored_shape(shape, hf_config["n_routed_experts"])
         tensors[name] = (shape, dtype)
     return tensors

@@ -212,12 +212,12 @@ class FilePlan:
 
 
 def stored_tensors(
-    hf: dict, dtype: torch.dtype, *, with_mtp: bool, names: Collection[str] | None = None
+    hf_config: dict, dtype: torch.dtype, *, with_mtp: bool, names: Collection[str] | None = None
 ) -> dict[str, tuple[Shape, torch.dtype]]:
     """Return name -> (shape, dtype on disk) of the tensors of an export.
 
     Args:
-        hf: the model's `config.json`.
+        hf_config: the model's `config.json`.
         dtype: the dtype of weights that have none of their own.
         with_mtp: whether the MTP layers are exported.
         names: the names of the only tensors to return; ValueError for unknown ones.
@@ -225,7 +225,7 @@ def stored_tensors(
     tensors = {
         name: (shape, dtype if stored_dtype == "any" else torch.float32)
         for name, (shape, stored_dtype) in published_tensors(
-            {**hf, "dtype": "any"}, with_mtp
+            {**hf_config, "dtype": "any"}, with_mtp
         ).items()
     }
     if names is None:

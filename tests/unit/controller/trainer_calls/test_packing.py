@@ -80,8 +80,8 @@ def test_a_long_sample_costs_what_its_attention_does():
 
 
 def test_the_laptops_model_has_a_cost():
-    hf = json.loads(Path("examples/laptop/model/config.json").read_text())
-    assert balance_length(hf) > 0
+    hf_config = json.loads(Path("examples/laptop/model/config.json").read_text())
+    assert balance_length(hf_config) > 0
 
 
 @pytest.mark.parametrize("ranks", [1, 3])

@@ -41,7 +41,9 @@ class Repeats:
 @pytest.fixture
 def client(tmp_path, monkeypatch):
     model = {"path": "examples/laptop/model"}
-    monkeypatch.setattr("megatron_r1.controller.trainer_calls.client.sample_cost", lambda hf: None)
+    monkeypatch.setattr(
+        "megatron_r1.controller.trainer_calls.client.sample_cost", lambda hf_config: None
+    )
     client = TrainerClient(Config(model=model), tmp_path)
     client.socket.close()
     client.socket = Repeats()

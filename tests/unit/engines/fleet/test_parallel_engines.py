@@ -37,7 +37,7 @@ def config(rl=None, **rollout):
 
 
 @pytest.mark.parametrize(
-    ("hf", "settings", "key", "cause", "shown"),
+    ("hf_config", "settings", "key", "cause", "shown"),
     [
         (DENSE, {"tensor": 5}, "tensor", Cause.INDIVISIBLE, "num_attention_heads=12"),
         (DENSE, {"tensor": 6}, "tensor", Cause.INDIVISIBLE, "num_key_value_heads=4"),
@@ -65,9 +65,9 @@ def config(rl=None, **rollout):
         ),
     ],
 )
-def test_what_no_engine_can_serve_is_refused(hf, settings, key, cause, shown):
+def test_what_no_engine_can_serve_is_refused(hf_config, settings, key, cause, shown):
     with refused(f"rollout.{key}", cause, shown):
-        check_engines(config(**settings), hf)
+        check_engines(config(**settings), hf_config)
 
 
 def test_copies_of_experts_need_gpus_where_engines_run():
@@ -97,15 +97,15 @@ def test_models_that_no_engine_computes_as_the_trainer_does_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("hf", "settings"),
+    ("hf_config", "settings"),
     [
         (DENSE, {"tensor": 12, "pipeline": 3, "data": 4}),
         (EXPERTS, {"tensor": 4, "data": 2, "expert_parallel": True}),
         (LATENT, {"tensor": 6}),  # every rank holds the latents, so that heads need not divide
     ],
 )
-def test_what_engines_can_serve_is_not(hf, settings):
-    check_engines(config(**settings), hf)
+def test_what_engines_can_serve_is_not(hf_config, settings):
+    check_engines(config(**settings), hf_config)
 
 
 def test_what_cannot_be_pushed_to_is_refused_too():
@@ -183,8 +183,8 @@ def test_engines_on_other_hosts_get_none_of_this_hosts_gpus(tmp_path):
 
 
 def test_the_vocabulary_is_the_language_models(tmp_path):
-    for hf, size in [(DENSE, 190), ({"text_config": DENSE}, 190), ({}, None)]:
-        (tmp_path / "config.json").write_text(json.dumps(hf))
+    for hf_config, size in [(DENSE, 190), ({"text_config": DENSE}, 190), ({}, None)]:
+        (tmp_path / "config.json").write_text(json.dumps(hf_config))
         assert vocab_size(tmp_path) == size
 
 
@@ -192,13 +192,13 @@ def test_the_vocabulary_is_the_language_models(tmp_path):
 def test_the_large_recipes_push_from_stages_with_mtp_layers(name):
     recipe = load(ROOT / f"examples/deepseek_r1/{name}.yaml")
     assert "m" in recipe.parallel.pipeline_layout
-    hf = read_hf_config(ROOT / recipe.model.path)
-    check_pushes(recipe, hf, recipe.parallel.processes)
+    hf_config = read_hf_config(ROOT / recipe.model.path)
+    check_pushes(recipe, hf_config, recipe.parallel.processes)
     changed = {"model.mtp": "none"}
     without = load(ROOT / f"examples/deepseek_r1/{name}.yaml", changed)
     with refused("rollout.speculative.method", Cause.CONFLICT):
-        check_pushes(without, hf, world_size=2048)
+        check_pushes(without, hf_config, world_size=2048)
     changed["rollout.speculative.method"] = "none"
     without = load(ROOT / f"examples/deepseek_r1/{name}.yaml", changed)
     with refused("parallel.pipeline_layout", Cause.CONFLICT):
-        check_pushes(without, hf, world_size=2048)
+        check_pushes(without, hf_config, world_size=2048)

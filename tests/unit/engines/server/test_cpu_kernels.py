@@ -38,7 +38,7 @@ def no_gpu(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("hf", "key", "size", "cause"),
+    ("hf_config", "key", "size", "cause"),
     [
         (QWEN, "head_dim", 40, Cause.UNSUPPORTED),
         (MOE, "hidden_size", 112, Cause.INDIVISIBLE),
@@ -49,13 +49,13 @@ def no_gpu(monkeypatch):
         (OSS, "intermediate_size", 48, Cause.INDIVISIBLE),
     ],
 )
-def test_a_size_that_vllm_lacks_on_a_cpu_is_named(hf, key, size, cause, monkeypatch):
-    hf = hf | {key: size}
+def test_a_size_that_vllm_lacks_on_a_cpu_is_named(hf_config, key, size, cause, monkeypatch):
+    hf_config = hf_config | {key: size}
     with refused(key, cause, f"{key}={size}"):
-        recipe_checks.check_cpu_kernels(RolloutConfig(), hf)
-    recipe_checks.check_cpu_kernels(RolloutConfig(placement="hosts"), hf)
+        recipe_checks.check_cpu_kernels(RolloutConfig(), hf_config)
+    recipe_checks.check_cpu_kernels(RolloutConfig(placement="hosts"), hf_config)
     monkeypatch.setattr(gpu, "is_usable", lambda: True)
-    recipe_checks.check_cpu_kernels(RolloutConfig(), hf)
+    recipe_checks.check_cpu_kernels(RolloutConfig(), hf_config)
 
 
 def test_a_head_without_a_size_of_its_own_is_computed():
@@ -71,7 +71,7 @@ def test_ranks_share_the_width_of_an_expert():
 
 
 @pytest.mark.parametrize(
-    "hf",
+    "hf_config",
     [
         QWEN,
         MOE,
@@ -81,8 +81,8 @@ def test_ranks_share_the_width_of_an_expert():
         {"architectures": ["Qwen3ForCausalLM"]},
     ],
 )
-def test_other_sizes_and_unknown_or_incomplete_configurations_pass(hf):
-    recipe_checks.check_cpu_kernels(RolloutConfig(), hf)
+def test_other_sizes_and_unknown_or_incomplete_configurations_pass(hf_config):
+    recipe_checks.check_cpu_kernels(RolloutConfig(), hf_config)
 
 
 def test_the_sizes_are_those_of_the_installed_vllm():

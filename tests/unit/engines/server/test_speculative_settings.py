@@ -40,8 +40,8 @@ def test_what_cannot_draft_is_refused(monkeypatch, method, tokens, layers, setti
     [("none", 1, 0), ("ngram", 8, 0), ("mtp", 1, 1), ("mtp", 3, 1), ("mtp", 1, 2), ("mtp", 4, 2)],
 )
 def test_what_can_draft_is_not(method, tokens, layers):
-    hf = MTP | {"num_nextn_predict_layers": layers}
-    recipe_checks.check_engines(config(method, tokens), hf)
+    hf_config = MTP | {"num_nextn_predict_layers": layers}
+    recipe_checks.check_engines(config(method, tokens), hf_config)
 
 
 def test_a_drafter_behind_stages_is_refused():

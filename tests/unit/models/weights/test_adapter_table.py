@@ -49,19 +49,19 @@ def ranks(tensor: int, expert: int, expert_tensor: int):
 
 
 @pytest.mark.parametrize(
-    ("hf", "targets", "grid"),
+    ("hf_config", "targets", "grid"),
     [
         *((QWEN, targets, grid) for targets in (None, SOME) for grid in DENSE),
         *((DEEPSEEK, None, grid) for grid in GRIDS),
     ],
 )
 def test_every_row_and_column_of_a_factor_has_one_owner_and_lies_beside_its_weight(
-    hf, targets, grid
+    hf_config, targets, grid
 ):
-    table = adapter_table(hf, LoraConfig(rank=3, targets=targets))
+    table = adapter_table(hf_config, LoraConfig(rank=3, targets=targets))
     written = defaultdict(list)
     for shard in ranks(*grid):
-        weights = layout(hf, shard)
+        weights = layout(hf_config, shard)
         for name, entry in layout_from_table(table, shard).items():
             axis = shard.etp if entry.is_expert else shard.tp
             # One of the ranks that differ only in the other kind of tensor rank.

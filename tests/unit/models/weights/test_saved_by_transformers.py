@@ -52,10 +52,10 @@ def saved(name, folder):
 def test_a_model_without_tensors_of_mtp_layers_is_read_without_them(name, tmp_path):
     saved(name, tmp_path)
     assert load_config(tmp_path)["num_nextn_predict_layers"] == 1
-    hf = read_hf_config(tmp_path)
-    assert num_mtp_layers(hf) == 0
-    check_supported(hf)
-    with HFWeights(tmp_path, hf) as weights:
+    hf_config = read_hf_config(tmp_path)
+    assert num_mtp_layers(hf_config) == 0
+    check_supported(hf_config)
+    with HFWeights(tmp_path, hf_config) as weights:
         weights.check(with_mtp=True)
     assert any("MTP" in sentence for sentence in describe_config_changes(tmp_path))
     recipe = Config(model={"path": str(tmp_path), "mtp": "train"})
@@ -92,9 +92,10 @@ def test_the_routing_of_deepseek_v3_is_known_and_handed_on(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "hf", [{"architectures": ["LlamaForCausalLM"]}, {"architectures": ["Unknown"]}, {**ROUTING}]
+    "hf_config",
+    [{"architectures": ["LlamaForCausalLM"]}, {"architectures": ["Unknown"]}, {**ROUTING}],
 )
-def test_other_models_are_given_to_vllm_as_they_are(hf):
-    assert config_arguments(hf, None) == []
+def test_other_models_are_given_to_vllm_as_they_are(hf_config):
+    assert config_arguments(hf_config, None) == []
     explicit = {"architectures": ["DeepseekV3ForCausalLM"], **ROUTING}
     assert config_arguments(explicit, None) == []

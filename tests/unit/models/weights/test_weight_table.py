@@ -173,15 +173,15 @@ def test_a_split_that_does_not_divide_is_named():
 
 
 @pytest.mark.parametrize(
-    "hf, total",
+    "hf_config, total",
     [
         ({**DEEPSEEK_V3, "num_nextn_predict_layers": 0}, 671_026_419_200),
         (QWEN_1_5B, 1_543_714_304),
         (LLAMA_8B, 8_030_261_248),
     ],
 )
-def test_the_tables_add_up_to_the_published_sizes(hf, total):
-    tensors = weights.hf_tensors(hf)
+def test_the_tables_add_up_to_the_published_sizes(hf_config, total):
+    tensors = weights.hf_tensors(hf_config)
     assert sum(math.prod(shape) for shape, _ in tensors.values()) == total
 
 
@@ -206,31 +206,33 @@ def test_tensors_have_the_checkpoints_names_and_keep_their_own_dtype():
     assert "lm_head.weight" not in weights.hf_tensors(QWEN_1_5B)
 
 
-def grids(hf):
-    expert_sizes = (1, 2, 4) if "n_routed_experts" in hf else (1,)
+def grids(hf_config):
+    expert_sizes = (1, 2, 4) if "n_routed_experts" in hf_config else (1,)
     return product((1, 2, 4), (1, 2, 4), expert_sizes, (1, 2) if len(expert_sizes) > 1 else (1,))
 
 
 @pytest.mark.parametrize("transformer_engine", [False, True])
 @pytest.mark.parametrize(
-    "hf", [SMALL_DEEPSEEK, SMALL_QWEN, SMALL_LLAMA], ids=lambda hf: hf["architectures"][0]
+    "hf_config",
+    [SMALL_DEEPSEEK, SMALL_QWEN, SMALL_LLAMA],
+    ids=lambda hf_config: hf_config["architectures"][0],
 )
-def test_owners_hold_every_element_exactly_once_on_every_grid(hf, transformer_engine):
-    expected = weights.hf_tensors(hf)
+def test_owners_hold_every_element_exactly_once_on_every_grid(hf_config, transformer_engine):
+    expected = weights.hf_tensors(hf_config)
     copies = {n for n in expected if n.endswith((".embed_tokens.weight", ".head.weight"))}
     copies -= {"model.embed_tokens.weight"}
-    for tp, pp, ep, etp in grids(hf):
+    for tp, pp, ep, etp in grids(hf_config):
         covered = Counter()
         for t, p, e, x in product(range(tp), range(pp), range(ep), range(etp)):
             at = shard(
-                hf,
+                hf_config,
                 tp=(t, tp),
                 pp=(p, pp),
                 ep=(e, ep),
                 etp=(x, etp),
                 transformer_engine=transformer_engine,
             )
-            for entry in weights.layout(hf, at).values():
+            for entry in weights.layout(hf_config, at).values():
                 # The other axes' replicas hold the same: count each kind once along its own axes.
                 replica = (t > 0) if entry.is_expert else (e > 0 or x > 0)
                 if entry.is_owner and not replica:
