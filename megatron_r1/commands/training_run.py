@@ -154,7 +154,7 @@ async def training_run(
         stop.notify = recorder.view.show_message
         if recorder.state.step >= config.run.steps and has_newest_export(folder.path):
             recorder.view.show_message(
-                f"{folder.path} is already finished: {folder.hf} has the model after step "
+                f"{folder.path} is already finished: {folder.hf_folder} has the model after step "
                 f"{recorder.state.step}; run.steps: {config.run.steps}, raise it to train on"
             )
             recorder.close("nothing to do")
@@ -237,11 +237,11 @@ def _trainer(config: Config, name: str, recorder: RunRecorder) -> TrainerClient:
 async def _export(config: Config, recorder: RunRecorder, trainer: TrainerClient) -> None:
     """Export the model, after the last step."""
     folder = recorder.folder
-    recorder.view.show_phase("exporting", str(folder.hf))
+    recorder.view.show_phase("exporting", str(folder.hf_folder))
     if config.model.lora is not None:
-        await trainer.call(CheckpointOperations.export_adapter, folder=str(folder.adapter))
+        await trainer.call(CheckpointOperations.export_adapter, folder=str(folder.adapter_folder))
     timeline.mark("controller/steps done")
-    await trainer.call(CheckpointOperations.export, folder=str(folder.hf))
+    await trainer.call(CheckpointOperations.export, folder=str(folder.hf_folder))
     timeline.mark("controller/exported")
 
 

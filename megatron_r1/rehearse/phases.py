@@ -198,7 +198,7 @@ class PhaseRunner:
         self.notify(title)
         process = subprocess.run(
             [sys.executable, "-m", "megatron_r1.rehearse.check_export"]
-            + [str(self.run_folder.hf), self.config.model.path, self.config.model.mtp],
+            + [str(self.run_folder.hf_folder), self.config.model.path, self.config.model.mtp],
             env=os.environ | launch.QUIET,
             capture_output=True,
             text=True,

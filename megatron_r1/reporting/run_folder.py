@@ -51,8 +51,8 @@ class RunFolder:
         self.advice_path = self.path / "advice.jsonl"
         self.sample_log = self.path / "sample_log"
         self.checkpoints = self.path / "checkpoints"
-        self.hf = self.path / "hf"
-        self.adapter = self.path / "adapter"
+        self.hf_folder = self.path / "hf"
+        self.adapter_folder = self.path / "adapter"
         self.tensorboard = self.path / "tensorboard"
         self.report_path = self.path / "report.html"
         self._lock: FolderLock | None = None
@@ -86,7 +86,13 @@ class RunFolder:
         """Raise UserError where an earlier run left something that this one could not write to: it
         would stop after its first step, or at its export."""
         logs = self.path / "logs"
-        folders = (self.path, self.checkpoints, self.hf, self.adapter, self.tensorboard)
+        folders = (
+            self.path,
+            self.checkpoints,
+            self.hf_folder,
+            self.adapter_folder,
+            self.tensorboard,
+        )
         appended = (self.metrics_path, self.samples_path, self.evaluations_path, self.advice_path)
         replaced = (self.config_path, self.report_path)
         for path in (*folders, self.sample_log, logs, *appended, *replaced):
@@ -152,7 +158,7 @@ class RunFolder:
         """Whether the folder holds results, which other settings would have made differently. A run
         that failed before its first line may start anew."""
         lines = (self.metrics_path, self.samples_path, self.evaluations_path)
-        places = (self.sample_log, self.checkpoints, self.hf)
+        places = (self.sample_log, self.checkpoints, self.hf_folder)
         files = chain(lines, *(place.rglob("*") for place in places))
         return any(path.is_file() and path.stat().st_size for path in files)
 

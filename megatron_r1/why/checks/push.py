@@ -47,13 +47,13 @@ def _probe(step: RecordedStep) -> CheckedQuantity:
 def _export(step: RecordedStep, recomputed: Recomputation) -> CheckedQuantity:
     """Compare hf/ with the checkpoint of the last step."""
     name = "exported model"
-    if not (step.folder.hf / "config.json").is_file():
+    if not (step.folder.hf_folder / "config.json").is_file():
         return not_checked(FAMILY, name, "there is no hf/ yet")
     if step.step != step.run_config.run.steps or step.after is None:
         return not_checked(FAMILY, name, "hf/ is of the run's last step")
     from megatron_r1.why.policy import model_distance
 
-    exported = recomputed.model(step.folder.hf)
+    exported = recomputed.model(step.folder.hf_folder)
     distance = model_distance.relative_distance(exported, recomputed.model(step.after))
     has_adapters, is_fp32 = step.run_config.model.lora, step.run_config.model.dtype == "float32"
     if has_adapters and not is_fp32:

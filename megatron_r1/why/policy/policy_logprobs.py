@@ -107,7 +107,7 @@ class PolicyLogprobs:
     def _read_model(self, source: Path, prefix: str) -> Any:
         lora, hf_files = self.step.run_config.model.lora, self.step.model
         base = weights_after(self.step.folder, self.step.run_config, 0)
-        if lora is None or source in (base, self.step.folder.hf):
+        if lora is None or source in (base, self.step.folder.hf_folder):
             return checkpoint_model.read_model(source, hf_files, prefix)
         if base is None:
             raise CannotRecompute(

@@ -375,12 +375,13 @@ def _model_folder(folder: RunFolder, config: Config) -> Path:
     Raises:
         UserError: neither is there.
     """
-    for path in (Path(config.model.path), folder.hf):
+    for path in (Path(config.model.path), folder.hf_folder):
         if (path / "config.json").is_file():
             return path
     raise UserError(
-        f"model.path: {config.model.path} is not here (relative to {Path.cwd()}), and {folder.hf} "
-        "is not either; run this where the run was started, or put the model there",
+        f"model.path: {config.model.path} is not here (relative to {Path.cwd()}), and "
+        f"{folder.hf_folder} is not either; run this where the run was started, or put the model "
+        "there",
         key="model.path",
         cause=Cause.NOT_FOUND,
     )
