@@ -110,7 +110,7 @@ async def _start_roles(config: Config, trainer: TrainerClient, collector: Rollou
 async def _start_in_turn(config: Config, trainer: TrainerClient, fleet: RolloutFleet) -> None:
     await _start_trainer(trainer)
     if config.rollout.colocated:
-        await trainer.call(ModelOperations.free_memory, parameters=True)
+        await trainer.call(ModelOperations.free_memory, free_parameters=True)
     await _start_engines(config, fleet)
 
 

@@ -63,7 +63,9 @@ async def export_checkpoint(
         trainer.launch()
         await trainer.connect()
         await trainer.call(
-            CheckpointOperations.load_checkpoint, folder=str(checkpoint.resolve()), reference=False
+            CheckpointOperations.load_checkpoint,
+            folder=str(checkpoint.resolve()),
+            with_reference=False,
         )
         await trainer.call(CheckpointOperations.export, folder=str(partial.resolve()))
     finally:

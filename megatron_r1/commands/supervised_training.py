@@ -104,7 +104,7 @@ async def train(
         while True:
             try:
                 if recorder.is_resumed:
-                    await recorder.load(trainer, reference=False)
+                    await recorder.load(trainer, with_reference=False)
                 task.sampler.load_state_dict(recorder.state.sampler or start)
                 return await _steps(task, recorder, trainer, training.stop)
             except TrainerLost as lost:

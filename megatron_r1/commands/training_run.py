@@ -75,7 +75,7 @@ class TrainingRun:
             f"all {config.run.steps} steps are done; only the export is left: no engines"
         )
         await self.trainer.connect()
-        await self.recorder.load(self.trainer, reference=config.uses_reference)
+        await self.recorder.load(self.trainer, with_reference=config.uses_reference)
         return self.recorder.state.step >= config.run.steps  # else that checkpoint was damaged
 
 

@@ -85,10 +85,12 @@ class CheckpointSeries:
             damaged += between
         self._choose(candidate, damaged)
 
-    async def load(self, trainer: TrainerClient, reference: bool) -> None:
+    async def load(self, trainer: TrainerClient, with_reference: bool) -> None:
         """Have the ranks load `latest`, after `verify`."""
         answer = await trainer.call(
-            CheckpointOperations.load_checkpoint, folder=str(self.latest), reference=reference
+            CheckpointOperations.load_checkpoint,
+            folder=str(self.latest),
+            with_reference=with_reference,
         )
         if not answer["is_same_layout"]:
             self.notify("another parallel layout than before: random streams are seeded anew")

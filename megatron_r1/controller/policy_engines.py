@@ -62,7 +62,7 @@ class PolicyEngines:
         """Send the trainer's weights to every engine, as `policy_version`; what these compute
         counts once `wait_for_probes` has returned. Call it in a block of `updating_weights`."""
         if self._rollout_config.colocated:
-            await self.trainer.call(ModelOperations.free_memory, parameters=False)
+            await self.trainer.call(ModelOperations.free_memory, free_parameters=False)
         self._push_metrics = await self.pusher.push(policy_version)
         self._needs_push = False
         self.sampler.start_ahead(policy_version)

@@ -35,7 +35,7 @@ class RunCheckpoints:
         state, view = self.recorder.state, self.recorder.view
         if self.recorder.is_resumed:
             view.show_phase("loading checkpoint")
-            await self.recorder.load(self.trainer, reference=uses_reference)
+            await self.recorder.load(self.trainer, with_reference=uses_reference)
             counts = ", ".join(f"{n:,} {name}" for name, n in state.rewards.items() if n) or "none"
             view.show_message(f"calls of rewards so far, one for each response and term: {counts}")
             self.sampler.prompts.load_state_dict(state.sampler)

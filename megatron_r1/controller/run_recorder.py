@@ -99,12 +99,12 @@ class RunRecorder:
         """Whether the run continues from a checkpoint."""
         return self.checkpoints.latest is not None
 
-    async def load(self, trainer: TrainerClient, reference: bool) -> None:
+    async def load(self, trainer: TrainerClient, with_reference: bool) -> None:
         """Load the newest checkpoint into the trainer; go further back where it is damaged.
 
         Args:
             trainer: the ranks.
-            reference: whether the checkpoint holds a reference policy.
+            with_reference: whether the checkpoint holds a reference policy.
 
         Raises:
             UserError: no checkpoint is good."""
@@ -112,7 +112,7 @@ class RunRecorder:
         await self.checkpoints.verify(trainer)
         if self.checkpoints.latest != newest:
             self._rewind_view()
-        await self.checkpoints.load(trainer, reference)
+        await self.checkpoints.load(trainer, with_reference)
 
     def rewind(self) -> None:
         """Return to the newest checkpoint, after the ranks were lost with the steps after it."""

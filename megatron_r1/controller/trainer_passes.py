@@ -47,8 +47,8 @@ class TrainerPasses:
         return await self.trainer.call(
             ModelOperations.compute_logprobs,
             temperature=config.rollout.temperature,
-            reference=rl.kl_beta > 0,
-            first_minibatch=is_read or rl.routing_replay,
+            with_reference=rl.kl_beta > 0,
+            with_first_minibatch=is_read or rl.routing_replay,
         )
 
     async def compute_values(self) -> None:

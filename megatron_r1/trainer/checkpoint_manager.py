@@ -72,12 +72,12 @@ class CheckpointManager:
         self._verified = None if faults else folder
         return {"faults": faults}
 
-    def load_checkpoint(self, folder: str, reference: bool) -> LoadedCheckpoint:
+    def load_checkpoint(self, folder: str, with_reference: bool) -> LoadedCheckpoint:
         """Verify `folder` and continue from it.
 
         Args:
             folder: the checkpoint's folder.
-            reference: whether it holds a reference policy.
+            with_reference: whether it holds a reference policy.
 
         Returns:
             is_same_layout, whether the random streams were restored too.
@@ -94,6 +94,6 @@ class CheckpointManager:
                     key="checkpoint",
                     cause=Cause.MALFORMED,
                 )
-        if reference:
+        if with_reference:
             self._trainer.refresh_reference()
         return {"is_same_layout": contents.load(Path(folder), self._trainer.networks())}

@@ -209,15 +209,15 @@ class Offload:
         return sum(size for storages in self._offloaded.values() for _, size in storages)
 
     @timeline.timed("trainer/offload")
-    def free_memory(self, *, parameters: bool) -> None:
-        """Take the optimizer's state off the device, and parameters as well if asked to.
+    def free_memory(self, *, free_parameters: bool) -> None:
+        """Take the optimizer's state off the device, and with `free_parameters` the parameters.
 
         Raises:
             UserError: host or disk have no room; what was not offloaded then still is on the
                 device.
         """
         storages_by_kind = self._storages()
-        for kind in ("optimizer", "parameters") if parameters else ("optimizer",):
+        for kind in ("optimizer", "parameters") if free_parameters else ("optimizer",):
             if kind in self._offloaded:
                 continue
             storages = storages_by_kind[kind]

@@ -176,16 +176,17 @@ class ModelOperations(Protocol):
         """Make the current policy the reference, in place of the one before."""
 
     def compute_logprobs(
-        self, *, temperature: float, reference: bool, first_minibatch: bool
+        self, *, temperature: float, with_reference: bool, with_first_minibatch: bool
     ) -> MetricValues:
         """Compute the log-probabilities of all loaded tokens under the policy ("old") and, if
-        `reference`, under the reference; they stay with the ranks.
+        `with_reference`, under the reference; they stay with the ranks.
 
         Args:
             temperature: the logits are divided by it.
-            reference: whether the reference's are computed too; `refresh_reference` comes first.
-            first_minibatch: whether those of mini-batch 0 under the policy are computed; if not,
-                its update computes them.
+            with_reference: whether the reference's are computed too; `refresh_reference` comes
+                first.
+            with_first_minibatch: whether those of mini-batch 0 under the policy are computed; if
+                not, its update computes them.
 
         Returns:
             With routing replay routing/agreement, the share of equal choices (0 to 1), and
@@ -257,13 +258,13 @@ class ModelOperations(Protocol):
         Returns:
             Metrics value/… over the whole mini-batch, as `Critic.update`."""
 
-    def free_memory(self, *, parameters: bool) -> None:
+    def free_memory(self, *, free_parameters: bool) -> None:
         """Free what engines on the same GPUs need: gradients, the loaded samples and, with
         `parallel.offload_between_phases`, the optimizer's state, which the next operation that uses
         it takes back.
 
         Args:
-            parameters: with that setting, whether the parameters are freed too.
+            free_parameters: with that setting, whether the parameters are freed too.
 
         Raises:
             UserError: host or disk have no room for what is to be moved there."""
@@ -363,13 +364,13 @@ class CheckpointOperations(Protocol):
         Returns:
             The faults, none for a whole checkpoint."""
 
-    def load_checkpoint(self, *, folder: str, reference: bool) -> LoadedCheckpoint:
+    def load_checkpoint(self, *, folder: str, with_reference: bool) -> LoadedCheckpoint:
         """Verify a checkpoint, unless `verify_checkpoint` has just found it whole, and continue
         from it.
 
         Args:
             folder: the checkpoint's folder.
-            reference: whether it holds a reference policy, which is then loaded too.
+            with_reference: whether it holds a reference policy, which is then loaded too.
 
         Returns:
             Whether the random streams were restored too.

@@ -113,30 +113,30 @@ class Trainer:
             self.reference.refresh()
 
     def compute_logprobs(
-        self, temperature: float, reference: bool, first_minibatch: bool = True
+        self, temperature: float, with_reference: bool, with_first_minibatch: bool = True
     ) -> dict[str, float]:
         """Compute the log-probabilities of every loaded token under the current policy ("old") and,
-        if `reference`, the reference.
+        if `with_reference`, the reference.
 
         The reference always chooses its own experts: it is a model of its own, not the policy that
         made the samples.
 
         Args:
             temperature: the logits are divided by it.
-            reference: whether the reference's are computed too.
-            first_minibatch: whether those of mini-batch 0 under the current policy are computed; if
-                not, they are left to its update, which starts at that policy and computes them
-                anyway.
+            with_reference: whether the reference's are computed too.
+            with_first_minibatch: whether those of mini-batch 0 under the current policy are
+                computed; if not, they are left to its update, which starts at that policy and
+                computes them anyway.
 
         Returns:
             With routing replay, routing/agreement and, for the first micro-batches, the difference
             from the engine's log-probabilities without replay."""
         batches = self.rollout.batches
-        later = batches if first_minibatch else batches[len(self.rollout.minibatches[0]) :]
+        later = batches if with_first_minibatch else batches[len(self.rollout.minibatches[0]) :]
         with self.replay.measure_agreement():
             self.fill_logprobs(later, "old", temperature)
         with self.replay.pause():
-            if reference:
+            if with_reference:
                 assert self.reference is not None, "refresh_reference() comes first"
                 with self.reference.swapped_in():
                     self.fill_logprobs(batches, "ref", temperature)
@@ -214,13 +214,14 @@ class Trainer:
         batches = self.rollout.minibatches[index]
         return self.critic.update(batches, learning_rate, self.rollout.is_last(index))
 
-    def free_memory(self, parameters: bool = False) -> None:
+    def free_memory(self, free_parameters: bool = False) -> None:
         """Free what the trainer does not need while engines compute on the same GPUs: gradients,
         the loaded samples, memory that torch keeps for later activations, and with
         `parallel.offload_between_phases` the optimizer's state.
 
         Args:
-            parameters: with that setting, free the parameters too: nothing is pushed from now on.
+            free_parameters: with that setting, free the parameters too: nothing is pushed from now
+                on.
 
         Raises:
             UserError: host or disk have no room for what is to be moved there."""
@@ -228,7 +229,7 @@ class Trainer:
         for network in self._trained_networks():
             free_gradients(network.ddp_chunks)
         if self.offload is not None:
-            self.offload.free_memory(parameters=parameters)
+            self.offload.free_memory(free_parameters=free_parameters)
         torch.cuda.empty_cache()
 
     def _trained_networks(self) -> list[Any]:

@@ -134,7 +134,7 @@ def main() -> None:
         assert (error := folders.checkpoint_progress(wait=True)["error"]) is None, error
         del engine
         other = Trainer(settings, position)
-        CheckpointManager(other).load_checkpoint(str(folder), reference=True)
+        CheckpointManager(other).load_checkpoint(str(folder), with_reference=True)
     found = state(other)
     assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
     different = [name for name, tensor in found.items() if not torch.equal(tensor, expected[name])]

@@ -55,7 +55,7 @@ def main() -> None:
         trainer.rollout.clear()
         free_gradients(trainer.ddp_chunks)
         before = torch.cuda.memory_allocated()
-        trainer.free_memory(parameters=True)
+        trainer.free_memory(free_parameters=True)
         less, away = before - torch.cuda.memory_allocated(), trainer.offload.offloaded_bytes
         trainer.offload.restore("parameters", "optimizer")
         assert before == torch.cuda.memory_allocated()

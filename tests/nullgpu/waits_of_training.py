@@ -108,7 +108,7 @@ def run(case: dict, config: Config, position: Any) -> None:
         with labelled(f"{label} load"):
             trainer.load([made])
         with labelled(f"{label} score"):
-            trainer.compute_logprobs(1.0, reference=True)
+            trainer.compute_logprobs(1.0, with_reference=True)
         with labelled(f"{label} compare"):
             trainer.measure_logprob_diff()
         with labelled(f"{label} update"):

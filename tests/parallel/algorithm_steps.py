@@ -126,7 +126,7 @@ def main() -> None:
         for turn, (name, chosen) in enumerate(SETTINGS.items()):
             rl = Config(rl={"algorithm": name, **chosen}).rl
             names = load(trainer, position, (10 * turn + 1, 10 * turn + 2))
-            trainer.compute_logprobs(TEMPERATURE, reference=True)
+            trainer.compute_logprobs(TEMPERATURE, with_reference=True)
             advantages, masked = advantages_of(trainer, position, name, rl, names)
             loss, settings = wrap_loss(algorithms.find(name).loss, rl.loss_settings(LIMIT))
             updates = [trainer.update(i, loss, settings, RATE, TEMPERATURE) for i in (0, 1)]

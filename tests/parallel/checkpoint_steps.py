@@ -102,7 +102,7 @@ def continued(trainer, folders, position, out: Path) -> dict:
         return own
 
     with patch.object(contents, "_own_part", own_part):
-        answer = folders.load_checkpoint(str(out / "step_00000002"), reference=True)
+        answer = folders.load_checkpoint(str(out / "step_00000002"), with_reference=True)
     steps = [update(trainer, position, 3), update(trainer, position, 4)]
     own = sum(entry.data.nbytes for entries in asked for entry in entries.values())
     return {"steps": steps, "digest": digest(trainer), "asked": own, **answer}
@@ -155,7 +155,7 @@ def refused(trainer, folders, position, out: Path) -> dict:
 
 def refusal(folders, folder: Path) -> str | None:
     try:
-        folders.load_checkpoint(str(folder), reference=True)
+        folders.load_checkpoint(str(folder), with_reference=True)
     except ValueError as error:
         return str(error)
     return None

@@ -133,7 +133,9 @@ def play(name: str, grid: str, policy: Path, scored: Path, out: Path) -> None:
     after = [both_updates(trainer, position), both_updates(trainer, position), digest(trainer)]
     assert folders.checkpoint_progress(wait=True)["error"] is None
     fresh = Trainer(settings, position)
-    loaded = CheckpointManager(fresh).load_checkpoint(str(out / f"{name}_{grid}"), reference=False)
+    loaded = CheckpointManager(fresh).load_checkpoint(
+        str(out / f"{name}_{grid}"), with_reference=False
+    )
     assert loaded["is_same_layout"]
     again = [both_updates(fresh, position), both_updates(fresh, position), digest(fresh)]
     assert again == after, f"{name} at {grid}: the continued run differs"

@@ -138,7 +138,7 @@ def updated(settings: Config, position, *, switched: bool) -> tuple[dict, dict]:
         report = trainer.update(0, SUPERVISED_SCORE, None, 0.1)
     else:
         trainer.refresh_reference()
-        trainer.compute_logprobs(0.8, reference=True)
+        trainer.compute_logprobs(0.8, with_reference=True)
         loss, own = (SUPERVISED, None) if settings.model.mtp == "train" else (GRPO, POLICY)
         report = trainer.update(0, loss, own, 0.1, 0.8)
     tensors = {}

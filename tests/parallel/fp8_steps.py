@@ -94,7 +94,7 @@ def main() -> None:
         report = {"loss": [], "grad_norm": [], "emulated": emulated}
         start = 0
         if name == "continued":
-            folders.load_checkpoint(str(out / "checkpoint"), reference=False)
+            folders.load_checkpoint(str(out / "checkpoint"), with_reference=False)
             start = STEPS // 2
         for step in range(start, STEPS):
             load(trainer, position, step)

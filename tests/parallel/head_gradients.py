@@ -44,7 +44,7 @@ def updated(folder: str, name: str, grid: str, position, loss: str, dtype: str =
     samples = [Sample.pack([1], list(range(2, n)), [-4.0] * (n - 2), 1.0) for n in (10, 18, 26, 18)]
     microbatches = [samples] if dtype == "bfloat16" else [samples[:2], samples[2:]]
     trainer.load([microbatches])
-    trainer.compute_logprobs(1.0, reference=False, first_minibatch=False)
+    trainer.compute_logprobs(1.0, with_reference=False, with_first_minibatch=False)
     trainer.update(0, loss, SETTINGS if loss == GRPO else None, 0.01)
     return trainer
 

@@ -46,7 +46,7 @@ def main() -> None:
         lengths = [len(s) for s in made]
         trainer.load([[made[:5], made[5:6], made[6:9], made[9:]]])
         assert len({*lengths}) > 4, "micro-batches have to differ"
-        trainer.compute_logprobs(1.0, reference=False)
+        trainer.compute_logprobs(1.0, with_reference=False)
         trainer.update(0, LOSS, None, 0.01)
         KnownShapesCommunicator._communicate_shapes = expect
         assert len(sent) >= 4, f"{grid}: micro-batches of {sent} tokens only"

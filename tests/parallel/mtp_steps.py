@@ -55,7 +55,7 @@ def update(settings: Config, position, model: str):
     made = samples(model)
     plan = pack([len(s) for s in made], position.data_parallel_size, 80).shares[position.data_rank]
     trainer.load([[[made[i] for i in members] for members in plan]])
-    trainer.compute_logprobs(1.0, reference=False)
+    trainer.compute_logprobs(1.0, with_reference=False)
     trainer.update(0, LOSS, SETTINGS, 0.1)
     return trainer
 

@@ -117,7 +117,7 @@ def steps(trainer, position, out: Path, name: str, *, yields: bool) -> list:
             assert trainer.offload.offloaded_bytes == 0
             assert_views(trainer)
         load(trainer, position, step)
-        seen.append(trainer.compute_logprobs(1.0, reference=True))
+        seen.append(trainer.compute_logprobs(1.0, with_reference=True))
         seen.append(trainer.update(0, LOSS, None, 1e-2))
         seen.append(trainer.measure_logprob_diff())
         seen.append(probing.probe([TEXT]))
@@ -137,9 +137,9 @@ def offload_all(trainer) -> None:
     before = held_bytes(tensors)
     parameters = [p for chunk in trainer.model_chunks for p in chunk.parameters()]
     ours = held_bytes(parameters)
-    trainer.free_memory(parameters=False)
+    trainer.free_memory(free_parameters=False)
     assert held_bytes(tensors) == held_bytes(parameters) == ours, "Adam's state is still here"
-    trainer.free_memory(parameters=True)
+    trainer.free_memory(free_parameters=True)
     assert trainer.offload.offloaded_bytes == before
     left = [t for t in tensors if t.untyped_storage().nbytes()]
     assert not any(t.untyped_storage().resizable() for t in left), "some of it is still here"
@@ -165,10 +165,10 @@ def offload_changes_nothing(model: str, grid: str, position, out: Path) -> None:
             assert torch.equal(got, want), f"{grid}, {place}: {(got - want).abs().max()}"
     # A checkpoint of a trainer with offload, into one whose state is away.
     trainer = Trainer(config(model, grid, "host"), position)
-    trainer.free_memory(parameters=True)
+    trainer.free_memory(free_parameters=True)
     trainer.offload.prepare("load_checkpoint")
     folder = out / f"{grid}-disk".replace(":", "-")
-    CheckpointManager(trainer).load_checkpoint(str(folder), reference=True)
+    CheckpointManager(trainer).load_checkpoint(str(folder), with_reference=True)
     for got, want in zip(device_tensors(trainer), results["none"][1], strict=True):
         assert torch.equal(got, want), f"{grid}: the checkpoint has other values"
     dist.barrier()

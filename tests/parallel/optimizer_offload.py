@@ -133,7 +133,9 @@ def an_offload_changes_nothing(model: str, grid: str, position, out: Path) -> No
         assert_equal(later, continued[0], f"{grid}, offload {share}, third update")
     for written, read in ((0.0, 0.5), (0.5, 1.0), (1.0, 0.0)):
         trainer = Trainer(config(model, grid, read), position)
-        CheckpointManager(trainer).load_checkpoint(str(out / f"{grid}-{written}"), reference=False)
+        CheckpointManager(trainer).load_checkpoint(
+            str(out / f"{grid}-{written}"), with_reference=False
+        )
         found = update(trainer, position, 3), weights(trainer)
         assert_equal(found, continued[0], f"{grid}, from a checkpoint of {written} to {read}")
 

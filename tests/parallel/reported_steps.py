@@ -49,7 +49,7 @@ def main() -> None:
             trainer.load([[[sample]]])
             reports.append(trainer.update(0, SUPERVISED, None, 0.01))
         trainer.load([[[sample]]])
-        trainer.compute_logprobs(1.0, reference=False)
+        trainer.compute_logprobs(1.0, with_reference=False)
         weights.save_hf(trainer.model_chunks, trainer.hf_config, model, file, torch.float32)
         if position.is_last_stage and position.data_rank == position.tensor_rank == 0:
             (batch,) = trainer.rollout.minibatches[0]

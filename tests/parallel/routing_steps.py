@@ -61,7 +61,7 @@ def record_own(model: str, samples: list[Sample]) -> list[Sample]:
             recorders[-1].set_router_replay_action(RouterReplayAction.RECORD)
             layer.mlp.router.router_replay = recorders[-1]
     trainer.load([[samples]])
-    trainer.compute_logprobs(1.0, reference=False)
+    trainer.compute_logprobs(1.0, with_reference=False)
     chosen = torch.stack([r.get_recorded_indices() for r in recorders], 1).to(torch.uint8)
     made, start = [], 0
     for sample in samples:
@@ -79,7 +79,7 @@ def replay_own(model: str, samples: list[Sample]) -> dict:
     recorded, without = record_own(model, samples)
     trainer = Trainer(config(model, "one"), POSITION)
     trainer.load([[recorded]])
-    metrics = trainer.compute_logprobs(1.0, reference=False)
+    metrics = trainer.compute_logprobs(1.0, with_reference=False)
     same = torch.equal(trainer.rollout.minibatches[0][0].logprobs["old"], without)
     return {"same": same, "agreement": metrics["routing/agreement"]}
 
@@ -93,7 +93,7 @@ def steps(model: str, grid: str, samples: list[Sample], out: Path) -> dict:
     ]
     trainer.load([[[samples[i] for i in members] for members in plan]])
     trainer.refresh_reference()
-    report = trainer.compute_logprobs(1.0, reference=True) | trainer.measure_logprob_diff()
+    report = trainer.compute_logprobs(1.0, with_reference=True) | trainer.measure_logprob_diff()
     report["microbatches"] = len(plan)
     for batch in trainer.rollout.minibatches[0] if POSITION.is_last_stage else []:
         gap = (batch.logprobs["ref"] - batch.logprobs["old"]).abs().max()

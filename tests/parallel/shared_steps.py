@@ -60,7 +60,7 @@ def play(settings, position, shares: bool):
     plan = pack_by_prompt(made, position.data_parallel_size, 80, float).shares[position.data_rank]
     loaded = trainer.load([[[made[i] for i in members] for members in plan]] * 2)
     assert not shares or not position.is_last_stage or loaded["packing/shared"] > 0.3
-    trainer.compute_logprobs(TEMPERATURE, reference=True)
+    trainer.compute_logprobs(TEMPERATURE, with_reference=True)
     updates = [trainer.update(i, LOSS, SETTINGS, 0.1, TEMPERATURE) for i in (0, 1)]
     return updates, torch.cat(
         [p.detach().flatten() for c in trainer.model_chunks for p in c.parameters()]

@@ -110,7 +110,7 @@ def the_bias_is_one_process_s_on_every_rank(model: str, grid: str, position, out
     assert folders.checkpoint_progress(wait=True)["error"] is None
     dist.barrier()
     fresh = Trainer(settings, position)
-    CheckpointManager(fresh).load_checkpoint(folder, reference=False)
+    CheckpointManager(fresh).load_checkpoint(folder, with_reference=False)
     for one in (trainer, fresh):
         for tensor, entry in local_entries(one.model_chunks, one.hf_config):
             for piece in entry.pieces:

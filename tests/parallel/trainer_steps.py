@@ -71,7 +71,7 @@ def load(trainer, position, seeds, first_old=True) -> None:
         ]
         steps.append([[made[i] for i in members] for members in plan])
     trainer.load(steps)
-    trainer.compute_logprobs(TEMPERATURE, reference=True, first_minibatch=first_old)
+    trainer.compute_logprobs(TEMPERATURE, with_reference=True, with_first_minibatch=first_old)
 
 
 def update(trainer, index) -> dict:
@@ -110,7 +110,7 @@ def main() -> None:
         assert folders.checkpoint_progress(wait=True)["error"] is None
         if previous.exists():
             other = Trainer(settings, position)
-            CheckpointManager(other).load_checkpoint(str(previous), reference=True)
+            CheckpointManager(other).load_checkpoint(str(previous), with_reference=True)
             # Old log-probabilities by the update itself: nothing may differ.
             load(other, position, (3,), first_old=False)
             report["continued"] = update(other, 0) | other.measure_logprob_diff()

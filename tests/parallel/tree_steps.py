@@ -91,7 +91,7 @@ def load(trainer, position, seeds) -> None:
         steps.append([[made[i] for i in members] for members in plan])
     loaded = trainer.load(steps)
     assert not shares or not position.is_last_stage or loaded["packing/shared"] > 0.05
-    trainer.compute_logprobs(TEMPERATURE, reference=True)
+    trainer.compute_logprobs(TEMPERATURE, with_reference=True)
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ def by_trainer(config_path: str, checkpoint: str) -> list[list[int]]:
     from megatron_r1.trainer.trainer import Trainer
 
     trainer = Trainer(settings, place)
-    CheckpointManager(trainer).load_checkpoint(checkpoint, reference=True)
+    CheckpointManager(trainer).load_checkpoint(checkpoint, with_reference=True)
     model = trainer.model_chunks[0].eval()
     answers = []
     for prompt in PROMPTS:

@@ -86,7 +86,7 @@ def _measured(
     for _ in range(1 + args.repeats):
         for shares, trainer in trainers.items():
             start = time.process_time()
-            trainer.compute_logprobs(1.0, reference=False)
+            trainer.compute_logprobs(1.0, with_reference=False)
             trainer.update(0, algorithm.loss, settings, 0.0)
             seconds[shares].append(time.process_time() - start)
     alone_seconds, shared_seconds = (median(seconds[shares][1:]) for shares in (False, True))

@@ -83,7 +83,7 @@ class Steps:
             self.position.data_rank
         ]
         self.trainer.load([[[sample_list[i] for i in members] for members in self.plan]])
-        self.trainer.compute_logprobs(1.0, reference=self.config.uses_reference)
+        self.trainer.compute_logprobs(1.0, with_reference=self.config.uses_reference)
 
     def distances(self) -> dict[str, float]:
         """Return, over all tokens, the mean difference from the samples' log-probabilities, one of

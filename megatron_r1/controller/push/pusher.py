@@ -216,7 +216,7 @@ class WeightPusher:
         if self.prober is not None:
             await self.prober.prepare()
         if self.offloads:
-            await self.links.trainer.call(ModelOperations.free_memory, parameters=True)
+            await self.links.trainer.call(ModelOperations.free_memory, free_parameters=True)
 
     async def _form_sets(self, engines: Sequence[Engine], on_engine_lost: OnEngineLost) -> None:
         # Engines that sleep, for the trainer's sake, must not compute before they are awake.

@@ -73,9 +73,9 @@ def test_a_full_disk_leaves_everything_where_it_is(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "posix_fallocate", full)
         with refused("parallel.offload_folder", Cause.TOO_LARGE, tmp_path):
-            away.free_memory(parameters=True)
+            away.free_memory(free_parameters=True)
     assert torch.equal(layer.weight, before) and away.offloaded_bytes == 0
-    away.free_memory(parameters=True)
+    away.free_memory(free_parameters=True)
     assert layer.weight.untyped_storage().nbytes() == 0
     assert moments["exp_avg"].untyped_storage().nbytes() == 0
     assert moments["exp_avg_sq"].untyped_storage().nbytes() == 0
@@ -91,7 +91,7 @@ def test_a_full_disk_leaves_everything_where_it_is(tmp_path, monkeypatch):
 def test_memory_that_is_used_while_it_is_away_is_not_overwritten_in_silence():
     network = Network()
     away = Offload(lambda: [network], HostStore)
-    away.free_memory(parameters=True)
+    away.free_memory(free_parameters=True)
     network.model_chunks[0].weight.untyped_storage().resize_(4)
     with pytest.raises(RuntimeError, match="4 bytes of parameters"):
         away.restore("parameters")

@@ -79,7 +79,7 @@ def _load(trainer: Any, sentences: list[list[int]]) -> None:
 def _logprobs(trainer: Any, sentences: list[list[int]]) -> Any:
     """Return every predicted token's fp32 log-probability, in an order fixed by `sentences`."""
     _load(trainer, sentences)
-    trainer.compute_logprobs(temperature=1.0, reference=False)
+    trainer.compute_logprobs(temperature=1.0, with_reference=False)
     batches = trainer.rollout.minibatches[0]
     return torch.cat([batch.logprobs["old"][batch.is_response] for batch in batches])
 

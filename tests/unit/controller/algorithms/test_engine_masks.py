@@ -225,7 +225,7 @@ def test_a_mask_needs_old_logprobs_of_every_mini_batch(rl, is_asked, scores_all)
     config, trainer = parse({"rl": rl}), SimpleNamespace(call=AsyncMock(return_value={}))
     passes = TrainerPasses(config, trainer, RunState())
     asyncio.run(passes.compute_logprobs(config))
-    assert trainer.call.await_args.kwargs["first_minibatch"] is scores_all
+    assert trainer.call.await_args.kwargs["with_first_minibatch"] is scores_all
     trainer.call.reset_mock()
     asyncio.run(passes.mask_advantages(config))
     asked = [each.args for each in trainer.call.await_args_list]

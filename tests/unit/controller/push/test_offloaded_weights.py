@@ -30,7 +30,9 @@ class OffloadedTrainer:
     def did(self, operation, **arguments):
         if needs_parameters(operation):
             assert not self.is_offloaded(), operation
-        self.done.append(operation if not arguments else f"{operation} {arguments['parameters']}")
+        self.done.append(
+            operation if not arguments else f"{operation} {arguments['free_parameters']}"
+        )
 
     async def call(self, operation, **arguments):
         self.did(operation.__name__, **arguments)
