@@ -23,7 +23,9 @@ class CheckpointManager:
         self._trainer = trainer
         asynchronous = trainer.config.checkpoint.asynchronous
         straggler_timeout = timedelta(seconds=trainer.config.parallel.wait_seconds)
-        self._writer = CheckpointWriter(trainer.groups.dp_cp, asynchronous, straggler_timeout)
+        self._writer = CheckpointWriter(
+            trainer.process_groups.dp_cp, asynchronous, straggler_timeout
+        )
         self._verified: str | None = None
 
     def export(self, folder: str, dtype: str | None = None) -> None:

@@ -35,7 +35,7 @@ def needs_critic(config: Config) -> bool:
 class Critic:
     """The part of the value model that a rank has, and its optimizer."""
 
-    def __init__(self, config: Config, position: GridPosition):
+    def __init__(self, config: Config, grid_position: GridPosition):
         """Build the model. A new head starts at zero: every value is then 0, and the first
         advantages are those without a critic.
 
@@ -53,11 +53,11 @@ class Critic:
                 key="critic.path",
                 cause=Cause.CONFLICT,
             )
-        self.position = position
+        self.grid_position = grid_position
         self.value_clip = config.critic.value_clip
         transformer = transformer_config(hf_config, critic_config)
         self.model_chunks, self.ddp_chunks, self.optimizer = construction.build_network(
-            critic_config, hf_config, transformer, position.groups, score_std=0.0
+            critic_config, hf_config, transformer, grid_position.groups, score_std=0.0
         )
         replay_recomputations(self.model_chunks)
 
@@ -85,7 +85,7 @@ class Critic:
         reports, stepped = optimizer_step(
             self.ddp_chunks, self.optimizer, learning_rate, run, is_last=is_last
         )
-        metrics = reduce_over_data(self.position, merge(reports))
+        metrics = reduce_over_data(self.grid_position, merge(reports))
         if metrics:
             metrics["value/explained_variance"] = explained_variance(metrics)
         return metrics | {f"value/{name}": value for name, value in stepped.items()}

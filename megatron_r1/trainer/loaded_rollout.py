@@ -37,7 +37,7 @@ class LoadedRollout:
     def __init__(
         self,
         config: Config,
-        position: GridPosition,
+        grid_position: GridPosition,
         hf_config: dict[str, Any],
         replay: RoutingReplay,
         *,
@@ -48,7 +48,7 @@ class LoadedRollout:
 
         Args:
             config: the recipe.
-            position: this rank's place in the grid.
+            grid_position: this rank's place in the grid.
             hf_config: the model's `config.json`.
             replay: the replay in this rank's routers.
             num_chunks: the virtual pipeline stages of this rank.
@@ -56,13 +56,13 @@ class LoadedRollout:
         self.minibatches: list[list[PackedBatch]] = []
         self.split = TokenSplit(
             tensor_size=config.parallel.tensor,
-            tensor_rank=position.tensor_rank,
+            tensor_rank=grid_position.tensor_rank,
             context_size=config.parallel.context,
-            context_rank=position.context_rank,
+            context_rank=grid_position.context_rank,
             token_multiple=fp8.token_multiple(config.fp8),
         )
         self.routing = RoutingShard(replay.shape, replay.layers) if replay.shape else None
-        self._config, self._position, self._replay = config, position, replay
+        self._config, self._grid_position, self._replay = config, grid_position, replay
         self._vocab_size = hf_config["vocab_size"]
         self._num_chunks, self._num_mtp_layers = num_chunks, num_mtp_layers
 
@@ -104,7 +104,7 @@ class LoadedRollout:
         metrics = {"packing/padding": Mean(num_positions - num_needed, num_positions)}
         if shares_prompts:
             metrics["packing/shared"] = Mean(num_shared, num_tokens)
-        return reduce_over_data(self._position, metrics)
+        return reduce_over_data(self._grid_position, metrics)
 
     def pack_probe(self, samples: list[Sample]) -> list[PackedBatch]:
         """Return samples that are not loaded, as the micro-batches of one pass.
@@ -138,30 +138,30 @@ class LoadedRollout:
 
     def compute_token_advantages(self, function: str, settings: TokenSettings) -> None:
         """Replace the advantages as `Trainer.compute_token_advantages` says."""
-        if self._position.is_last_stage:
+        if self._grid_position.is_last_stage:
             rollout = self._with_whole_responses()
             rollout.store_targets(find_function(function)(rollout, settings))
 
     def mask_advantages(self, function: str, settings: EngineMask) -> dict[str, float]:
         """Mask the advantages, and return metrics, as `Trainer.mask_advantages` says."""
-        if not self._position.is_last_stage:
+        if not self._grid_position.is_last_stage:
             return {}
         rollout = self._with_whole_responses()
         return reduce_over_data(
-            self._position, rollout.mask_advantages(find_function(function)(rollout, settings))
+            self._grid_position, rollout.mask_advantages(find_function(function)(rollout, settings))
         )
 
     def _with_whole_responses(self) -> RolloutBatches:
-        groups = self._position.groups
+        groups = self._grid_position.groups
         return RolloutBatches(self.batches, groups.cp, groups.dp_cp)
 
     def measure_logprob_diff(self) -> dict[str, float]:
         """Return the metrics of `Trainer.measure_logprob_diff`."""
-        if not self._position.is_last_stage:
+        if not self._grid_position.is_last_stage:
             return {}
         mean, largest = logprob_diff(self.batches, "old")
         metrics: dict[str, Mean | Maximum]
         metrics = {"logprob_diff/max": largest, "logprob_diff/mean": mean}
         if self._config.teacher.path:
             metrics["teacher/kl"] = teacher_kl(self.batches)
-        return reduce_over_data(self._position, metrics)
+        return reduce_over_data(self._grid_position, metrics)

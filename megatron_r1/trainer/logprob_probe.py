@@ -41,13 +41,15 @@ class ProbeRunner:
         """Return the differences that `probe` does, without weights: `prepare_probe` has had the
         same tokens. The samples have an engine's log-probabilities."""
         batches = self.trainer.rollout.pack_probe(samples)
-        if not self.trainer.position.is_last_stage:
+        if not self.trainer.grid_position.is_last_stage:
             return {}
         for batch, probed in zip(batches, self._probed, strict=True):
             assert torch.equal(batch.targets, probed.targets), "these are other tokens"
             batch.logprobs["old"] = probed.logprobs["old"]
         mean, largest = logprob_diff(batches, "old")
-        return reduce_over_data(self.trainer.position, {"probe/max": largest, "probe/mean": mean})
+        return reduce_over_data(
+            self.trainer.grid_position, {"probe/max": largest, "probe/mean": mean}
+        )
 
     def sample_scores(self) -> SampleScores:
         """Return {"scores": s}, s[i][m] a score model's scores of the samples of micro-batch m of
@@ -55,7 +57,7 @@ class ProbeRunner:
         scores: list[list[list[float]]] = []
         for batches in self.trainer.rollout.minibatches:
             reports = self.trainer.run_batches(batches, self._scores_only, forward_only=True)
-            scores.append(reports if self.trainer.position.is_last_stage else [])
+            scores.append(reports if self.trainer.grid_position.is_last_stage else [])
         return {"scores": scores}
 
     def _scores_only(self, batch: PackedBatch, out: Tensor) -> list[float]:

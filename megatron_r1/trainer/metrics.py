@@ -99,17 +99,17 @@ def _joined(before: Mean | Maximum | None, metric: Mean | Maximum) -> Mean | Max
     return Mean(total, count)
 
 
-def reduce_over_data(position: GridPosition, metrics: Metrics) -> dict[str, float]:
+def reduce_over_data(grid_position: GridPosition, metrics: Metrics) -> dict[str, float]:
     """Return the numbers behind `metrics` of all data- and context-parallel ranks.
 
     Args:
-        position: this rank's place in the grid.
+        grid_position: this rank's place in the grid.
         metrics: the metrics of this rank.
 
     Returns:
         name → number, on the ranks of the last stage; {} on the other stages. A mean over nothing
         is 0."""
-    if not position.is_last_stage:
+    if not grid_position.is_last_stage:
         return {}
     means = {name: metric for name, metric in metrics.items() if isinstance(metric, Mean)}
     maxima = {name: metric for name, metric in metrics.items() if isinstance(metric, Maximum)}
@@ -122,8 +122,8 @@ def reduce_over_data(position: GridPosition, metrics: Metrics) -> dict[str, floa
     largest = largest.nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)
     # Over data and context parallelism: each of these ranks has other samples, or other tokens of
     # the same samples. Ranks of one tensor group have equal numbers and are not added up.
-    dist.all_reduce(added, group=position.groups.dp_cp)
-    dist.all_reduce(largest, dist.ReduceOp.MAX, group=position.groups.dp_cp)
+    dist.all_reduce(added, group=grid_position.groups.dp_cp)
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=grid_position.groups.dp_cp)
     numbers = dict(zip(maxima, largest.tolist(), strict=True))
     for name, total, count in zip(means, *added.tolist(), strict=True):
         numbers[name] = total / count if count else 0.0

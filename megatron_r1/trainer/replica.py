@@ -26,15 +26,15 @@ class Replica:
     it on to the others: it travels over the controller's network once, however many ranks the
     replica has, and no rank sees another replica's samples."""
 
-    def __init__(self, position: GridPosition, timeout: timedelta | None = None):
+    def __init__(self, grid_position: GridPosition, timeout: timedelta | None = None):
         """Make the replica's process group.
 
         Args:
-            position: this rank's place in the grid.
+            grid_position: this rank's place in the grid.
             timeout: the time that the other ranks of the replica have to come to a broadcast; None
                 for torch's."""
-        local_data_rank = torch.tensor([position.data_rank], device=platform.device())
-        data_ranks = [torch.empty_like(local_data_rank) for _ in range(position.world_size)]
+        local_data_rank = torch.tensor([grid_position.data_rank], device=platform.device())
+        data_ranks = [torch.empty_like(local_data_rank) for _ in range(grid_position.world_size)]
         # Over all ranks: each needs the members of all replicas.
         dist.all_gather(data_ranks, local_data_rank)
         replicas: dict[int, list[int]] = {}
@@ -47,8 +47,9 @@ class Replica:
         groups = {
             d: dist.new_group(ranks, timeout, backend="gloo") for d, ranks in replicas.items()
         }
-        self._members, self._group = replicas[position.data_rank], groups[position.data_rank]
-        self.is_leader = position.rank == self._members[0]
+        self._members = replicas[grid_position.data_rank]
+        self._group = groups[grid_position.data_rank]
+        self.is_leader = grid_position.rank == self._members[0]
 
     def all_gather(self, value: T) -> list[T]:
         """Return the `value` of each member, in order; the leader's is the first."""

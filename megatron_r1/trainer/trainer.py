@@ -44,19 +44,19 @@ from megatron_r1.trainer.training_sample import ReplicaSamples
 class Trainer:
     """A rank's part of the model, its optimizer, the reference policy and the critic."""
 
-    def __init__(self, config: Config, position: GridPosition):
+    def __init__(self, config: Config, grid_position: GridPosition):
         """Build this rank's part of the model, its optimizer and what the recipe adds to them.
 
         Raises:
             UserError: the model or layout is not supported.
         """
-        self.config, self.position = config, position
-        self.groups = position.groups
+        self.config, self.grid_position = config, grid_position
+        self.process_groups = grid_position.groups
         self.hf_config = models.read_hf_config(config.model.path, config.model.head)
         self.transformer = models.transformer_config(self.hf_config, config)
         # The same chunks, bare and in Megatron's DistributedDataParallel, which has the gradients.
         self.model_chunks, self.ddp_chunks, self.optimizer = construction.build_network(
-            config, self.hf_config, self.transformer, self.groups
+            config, self.hf_config, self.transformer, self.process_groups
         )
         self.reference: ReferencePolicy | None = None
         has_plain_attention = (
@@ -66,12 +66,12 @@ class Trainer:
         shape = routing_shape(self.hf_config) if config.rl.routing_replay else None
         self.replay = RoutingReplay(self.model_chunks, shape)
         self.rollout = LoadedRollout(
-            *(config, position, self.hf_config, self.replay),
+            *(config, grid_position, self.hf_config, self.replay),
             num_chunks=len(self.ddp_chunks),
             num_mtp_layers=self.num_mtp_layers,
         )
-        self.heads = OutputHeads(self.model_chunks, self.hf_config, self.groups)
-        self.critic = Critic(config, position) if needs_critic(config) else None
+        self.heads = OutputHeads(self.model_chunks, self.hf_config, self.process_groups)
+        self.critic = Critic(config, grid_position) if needs_critic(config) else None
         self.offload = make_offload(config, self._trained_networks)
 
     @property
@@ -144,9 +144,9 @@ class Trainer:
             if first:
                 self.fill_logprobs(first, "own_routing", temperature)
         metrics = self.replay.agreement(platform.device())
-        if first and self.position.is_last_stage:
+        if first and self.grid_position.is_last_stage:
             mean, _ = logprob_diff(first, "own_routing")
-            metrics |= reduce_over_data(self.position, {"logprob_diff/without_replay": mean})
+            metrics |= reduce_over_data(self.grid_position, {"logprob_diff/without_replay": mean})
         return metrics
 
     def compute_token_advantages(self, function: str, settings: TokenSettings) -> None:
@@ -200,7 +200,7 @@ class Trainer:
             *(self.ddp_chunks, self.optimizer, learning_rate, run),
             is_last=self.rollout.is_last(index),
         )
-        return reduce_over_data(self.position, merge(reports)) | stepped
+        return reduce_over_data(self.grid_position, merge(reports)) | stepped
 
     def compute_values(self) -> None:
         """Compute the critic's values of all loaded samples, into `PackedBatch.values`."""

@@ -51,17 +51,19 @@ def serve_under_torchrun(config: Config, find_controller: Callable[[], str | Non
         find_controller: called on rank 0; waits until the controller listens and returns its
             address, or None if it has ended: every rank then returns, as none would detect the end
             of a process that it was never connected to."""
-    position = distributed.initialize(config.parallel, config.run.seed)
+    grid_position = distributed.initialize(config.parallel, config.run.seed)
     token = platform.broadcast_from_rank_zero(os.environ.get(RANKS_TOKEN_VARIABLE))
     assert token is not None, "rank 0 sets it when it starts the controller"
     os.environ[RANKS_TOKEN_VARIABLE] = token
-    address = platform.broadcast_from_rank_zero(find_controller() if position.rank == 0 else None)
+    address = platform.broadcast_from_rank_zero(
+        find_controller() if grid_position.rank == 0 else None
+    )
     if address is not None:
-        serve(config, address, position)
+        serve(config, address, grid_position)
     distributed.leave_process_groups()
 
 
-def serve(config: Config, address: str, position: GridPosition | None = None) -> None:
+def serve(config: Config, address: str, grid_position: GridPosition | None = None) -> None:
     """Connect to the controller at `address` (tcp://host:port) and run its calls until `STOP`.
 
     An operation that fails is answered with the message of a UserError, or else a traceback, and
@@ -71,7 +73,7 @@ def serve(config: Config, address: str, position: GridPosition | None = None) ->
     Args:
         config: the recipe.
         address: tcp://host:port of the controller.
-        position: the rank's, where the groups exist; None: they are made here."""
+        grid_position: the rank's, where the groups exist; None: they are made here."""
     rank = int(os.environ["RANK"])
     socket = _dealer(rank_identity(rank))
     monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
@@ -84,9 +86,9 @@ def serve(config: Config, address: str, position: GridPosition | None = None) ->
         socket.send(encode(RankReply(rank, result)))
 
     try:
-        position = position or distributed.initialize(config.parallel, config.run.seed)
-        rank_monitor.groups = position.groups
-        operations = Operations(config, position)
+        grid_position = grid_position or distributed.initialize(config.parallel, config.run.seed)
+        rank_monitor.groups = grid_position.groups
+        operations = Operations(config, grid_position)
         timeline.mark("trainer/model built")
         reply({**operations.describe()})
         poller = zmq.Poller()
@@ -154,7 +156,7 @@ class Operations:
     _scatter: RoutingScatter | None = None
     _offload: Offload | None = None
 
-    def __init__(self, config: Config, position: GridPosition):
+    def __init__(self, config: Config, grid_position: GridPosition):
         # These import Megatron, which is possible only after platform.prepare().
         from megatron_r1.push.worker import PushWorker
         from megatron_r1.trainer import implementations
@@ -164,8 +166,8 @@ class Operations:
         from megatron_r1.trainer.trainer import Trainer
 
         straggler_timeout = timedelta(seconds=config.parallel.wait_seconds)
-        self.position, self.replica = position, Replica(position, straggler_timeout)
-        self.trainer = Trainer(config, position)
+        self.grid_position, self.replica = grid_position, Replica(grid_position, straggler_timeout)
+        self.trainer = Trainer(config, grid_position)
         self._offload = self.trainer.offload
         rollout = self.trainer.rollout
         if rollout.routing is not None:
@@ -180,14 +182,14 @@ class Operations:
     def describe(self) -> RankDescription:
         """Return the reply to the rank's start."""
         return {
-            "rank": self.position.rank,
-            "tensor_rank": self.position.tensor_rank,
-            "pipeline_rank": self.position.pipeline_rank,
-            "context_rank": self.position.context_rank,
-            "expert_rank": self.position.expert_rank,
-            "data_rank": self.position.data_rank,
-            "data_parallel_size": self.position.data_parallel_size,
-            "is_last_stage": self.position.is_last_stage,
+            "rank": self.grid_position.rank,
+            "tensor_rank": self.grid_position.tensor_rank,
+            "pipeline_rank": self.grid_position.pipeline_rank,
+            "context_rank": self.grid_position.context_rank,
+            "expert_rank": self.grid_position.expert_rank,
+            "data_rank": self.grid_position.data_rank,
+            "data_parallel_size": self.grid_position.data_parallel_size,
+            "is_last_stage": self.grid_position.is_last_stage,
             "is_replica_leader": self.replica.is_leader,
             "num_parameters": self.trainer.num_parameters,
             "has_new_score_head": self.trainer.has_new_score_head,

@@ -111,7 +111,7 @@ def main() -> None:
             "fp8": {"recipe": recipe},
         }
     )
-    position = distributed.initialize(settings.parallel, seed=0)
+    grid_position = distributed.initialize(settings.parallel, seed=0)
     from megatron_r1.trainer.checkpoint_manager import CheckpointManager
     from megatron_r1.trainer.trainer import Trainer
 
@@ -120,9 +120,9 @@ def main() -> None:
     attention_without_cudnn()
     folder = Path(model) / "-".join(["checkpoint", dtype, recipe, moments, *defects])
     with HostCompute():
-        trainer = Trainer(settings, position)
+        trainer = Trainer(settings, grid_position)
         trainer.refresh_reference()
-        load(trainer, position, (1,))
+        load(trainer, grid_position, (1,))
         trainer.update(0, LOSS, SETTINGS, 0.1)
         expected = state(trainer)
         torch.manual_seed(1)
@@ -133,7 +133,7 @@ def main() -> None:
         folders.save_checkpoint(str(folder), {"step": 1})
         assert (error := folders.checkpoint_progress(wait=True)["error"]) is None, error
         del engine
-        other = Trainer(settings, position)
+        other = Trainer(settings, grid_position)
         CheckpointManager(other).load_checkpoint(str(folder), with_reference=True)
     found = state(other)
     assert found.keys() == expected.keys(), found.keys() ^ expected.keys()

@@ -38,14 +38,14 @@ def main() -> None:
             },
         }
     )
-    position = distributed.initialize(settings.parallel, seed=0)
+    grid_position = distributed.initialize(settings.parallel, seed=0)
     from megatron_r1.trainer.trainer import Trainer
 
     attention_without_cudnn()
     with HostCompute():
-        trainer = Trainer(settings, position)
+        trainer = Trainer(settings, grid_position)
         trainer.refresh_reference()
-        load(trainer, position, (1,), first_old=False)
+        load(trainer, grid_position, (1,), first_old=False)
         trainer.update(0, LOSS, SETTINGS, 0.1)
         values = state(trainer)
         torch.manual_seed(1)

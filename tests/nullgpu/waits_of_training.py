@@ -95,11 +95,11 @@ def sample(draw: random.Random, shape: Any) -> Any:
     return Sample.pack(prompt, response, logprobs, draw.uniform(-2, 2), experts)
 
 
-def run(case: dict, config: Config, position: Any) -> None:
+def run(case: dict, config: Config, grid_position: Any) -> None:
     from megatron_r1.models.experts import routing_shape
     from megatron_r1.trainer.trainer import Trainer
 
-    trainer = Trainer(config, position)
+    trainer = Trainer(config, grid_position)
     trainer.refresh_reference()
     shape = routing_shape(trainer.hf_config)
     for label in ("warm-up", case["label"]):
@@ -142,7 +142,7 @@ def main() -> None:
     for owner in (torch.cuda, torch.cuda.Event, torch.cuda.Stream):
         replace(owner, "synchronize", functools.partial(noted, f"{owner.__name__}.synchronize"))
 
-    position = None
+    grid_position = None
     for case in json.loads(sys.argv[1]):
         config = Config.model_validate(
             {
@@ -156,8 +156,8 @@ def main() -> None:
                 "rl": {"routing_replay": case["replay"]},
             }
         )
-        position = position or distributed.initialize(config.parallel, seed=0)
-        run(case, config, position)
+        grid_position = grid_position or distributed.initialize(config.parallel, seed=0)
+        run(case, config, grid_position)
     rows = [
         {"label": key[0], "what": key[1], "of": key[2], "number": n} for key, n in places.items()
     ]

@@ -66,13 +66,13 @@ def samples(seed: int) -> list[Sample]:
     return made
 
 
-def load(trainer, position, seeds) -> list[list[list[str]]]:
+def load(trainer, grid_position, seeds) -> list[list[list[str]]]:
     """Names of the samples of each micro-batch of each update of this rank."""
     steps, names = [], []
     for seed in seeds:
         made = samples(seed)
-        plan = pack([len(s) for s in made], position.data_parallel_size, 80).shares[
-            position.data_rank
+        plan = pack([len(s) for s in made], grid_position.data_parallel_size, 80).shares[
+            grid_position.data_rank
         ]
         steps.append([[made[i] for i in members] for members in plan])
         names.append([[f"{seed}.{i}" for i in members] for members in plan])
@@ -92,7 +92,7 @@ def by_position(batch, names: list[str]) -> dict[str, list[float]]:
     return found
 
 
-def advantages_of(trainer, position, name: str, rl, names):
+def advantages_of(trainer, grid_position, name: str, rl, names):
     """Those of every token, and the metrics of the mask."""
     batches = [batch for step in trainer.rollout.minibatches for batch in step]
     for batch in batches:
@@ -103,10 +103,10 @@ def advantages_of(trainer, position, name: str, rl, names):
     if function := MASKS.get(rl.engine_mask):
         metrics = trainer.mask_advantages(function, rl.engine_mask_settings)
     found: dict[str, list[float]] = {}
-    if position.is_last_stage:
+    if grid_position.is_last_stage:
         for batch, own in zip(batches, [own for step in names for own in step], strict=False):
             found |= by_position(batch, own)
-    everybody = [{} for _ in range(position.world_size)]
+    everybody = [{} for _ in range(grid_position.world_size)]
     dist.all_gather_object(everybody, found)
     return {key: numbers for part in everybody for key, numbers in part.items()}, metrics
 
@@ -116,18 +116,18 @@ def main() -> None:
     out = Path(out)
     for grid in grids:
         recipe = config(model, grid)
-        position = distributed.initialize(recipe.parallel, seed=0)
+        grid_position = distributed.initialize(recipe.parallel, seed=0)
         from megatron.core import parallel_state
 
         from megatron_r1.trainer.trainer import Trainer
 
-        trainer, report = Trainer(recipe, position), {}
+        trainer, report = Trainer(recipe, grid_position), {}
         trainer.refresh_reference()
         for turn, (name, chosen) in enumerate(SETTINGS.items()):
             rl = Config(rl={"algorithm": name, **chosen}).rl
-            names = load(trainer, position, (10 * turn + 1, 10 * turn + 2))
+            names = load(trainer, grid_position, (10 * turn + 1, 10 * turn + 2))
             trainer.compute_logprobs(TEMPERATURE, with_reference=True)
-            advantages, masked = advantages_of(trainer, position, name, rl, names)
+            advantages, masked = advantages_of(trainer, grid_position, name, rl, names)
             loss, settings = wrap_loss(algorithms.find(name).loss, rl.loss_settings(LIMIT))
             updates = [trainer.update(i, loss, settings, RATE, TEMPERATURE) for i in (0, 1)]
             report[name] = {"advantages": advantages, "updates": [masked, *updates]}
@@ -137,8 +137,12 @@ def main() -> None:
             out / f"{grid}.safetensors",
             dtype=torch.float32,
         )
-        first = position.data_rank == position.tensor_rank == 0
-        if position.is_last_stage and first and parallel_state.get_context_parallel_rank() == 0:
+        first = grid_position.data_rank == grid_position.tensor_rank == 0
+        if (
+            grid_position.is_last_stage
+            and first
+            and parallel_state.get_context_parallel_rank() == 0
+        ):
             (out / f"{grid}.json").write_text(json.dumps(report))
         dist.barrier()
         parallel_state.destroy_model_parallel()

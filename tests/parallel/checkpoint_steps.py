@@ -32,8 +32,8 @@ contents_own_part = contents._own_part
 staging.GATHERED_ELEMENTS = 10_000  # a bucket takes several slices
 
 
-def update(trainer, position, seed: int) -> dict:
-    load(trainer, position, (seed,))
+def update(trainer, grid_position, seed: int) -> dict:
+    load(trainer, grid_position, (seed,))
     metrics = trainer.update(0, LOSS, SETTINGS, 0.1) | trainer.measure_logprob_diff()
     # Streams that training may draw from: each draw has to go on where the last one stopped.
     metrics["draws"] = [torch.rand(1).item(), random.random(), forked_draw()]
@@ -74,14 +74,14 @@ def report(out: Path, scene: str, mine: dict) -> None:
         (out / f"{scene}.json").write_text(json.dumps(everyone))
 
 
-def straight(trainer, folders, position, out: Path) -> dict:
+def straight(trainer, folders, grid_position, out: Path) -> dict:
     trainer.refresh_reference()
-    update(trainer, position, 1)
+    update(trainer, grid_position, 1)
     trainer.refresh_reference()
-    update(trainer, position, 2)
+    update(trainer, grid_position, 2)
     folders.save_checkpoint(str(out / "step_00000002"), {"step": 2})
     gathered = folders._writer._memory.filled.num_bytes
-    steps = [update(trainer, position, 3), update(trainer, position, 4)]
+    steps = [update(trainer, grid_position, 3), update(trainer, grid_position, 4)]
     progress = folders.checkpoint_progress(wait=True)
     again = []
     try:
@@ -92,7 +92,7 @@ def straight(trainer, folders, position, out: Path) -> dict:
     return {**found, "again": again, "gathered": gathered}
 
 
-def continued(trainer, folders, position, out: Path) -> dict:
+def continued(trainer, folders, grid_position, out: Path) -> dict:
     random.seed(99)
     asked = []
 
@@ -103,17 +103,17 @@ def continued(trainer, folders, position, out: Path) -> dict:
 
     with patch.object(contents, "_own_part", own_part):
         answer = folders.load_checkpoint(str(out / "step_00000002"), with_reference=True)
-    steps = [update(trainer, position, 3), update(trainer, position, 4)]
+    steps = [update(trainer, grid_position, 3), update(trainer, grid_position, 4)]
     own = sum(entry.data.nbytes for entries in asked for entry in entries.values())
     return {"steps": steps, "digest": digest(trainer), "asked": own, **answer}
 
 
-def full(trainer, folders, position, out: Path) -> dict:
+def full(trainer, folders, grid_position, out: Path) -> dict:
     trainer.refresh_reference()
     if dist.get_rank() == dist.get_world_size() - 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, resource.RLIM_INFINITY))
     folders.save_checkpoint(str(out / "step_00000005"), {"step": 5})
-    update(trainer, position, 1)
+    update(trainer, grid_position, 1)
     error = folders.checkpoint_progress(wait=True)["error"]
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     left = sorted(path.name for path in out.iterdir())
@@ -125,7 +125,7 @@ def full(trainer, folders, position, out: Path) -> dict:
     return {"error": error, "left": left, "next": next_save}
 
 
-def killed(trainer, folders, position, out: Path) -> dict:
+def killed(trainer, folders, grid_position, out: Path) -> dict:
     from megatron_r1.trainer.checkpoints.writer import HashedFile
 
     write = HashedFile.write
@@ -144,7 +144,7 @@ def killed(trainer, folders, position, out: Path) -> dict:
     sys.exit(1)
 
 
-def refused(trainer, folders, position, out: Path) -> dict:
+def refused(trainer, folders, grid_position, out: Path) -> dict:
     bare = out / "without_reference"
     folders.save_checkpoint(str(bare), {"step": 1})
     assert folders.checkpoint_progress(wait=True)["error"] is None
@@ -165,10 +165,10 @@ def both(model: str, grid: str, out: Path) -> dict:
     from megatron.core import parallel_state
 
     out = out / grid
-    settings, position = initialized(model, grid)
-    result = {"straight": straight(*new(settings, position), position, out)}
+    settings, grid_position = initialized(model, grid)
+    result = {"straight": straight(*new(settings, grid_position), grid_position, out)}
     torch.manual_seed(1)
-    result["continued"] = continued(*new(settings, position), position, out)
+    result["continued"] = continued(*new(settings, grid_position), grid_position, out)
     parallel_state.destroy_model_parallel()
     return result
 
@@ -178,12 +178,12 @@ def initialized(model: str, grid: str):
     return settings, distributed.initialize(settings.parallel, seed=0)
 
 
-def new(settings, position):
+def new(settings, grid_position):
     from megatron_r1.trainer.checkpoint_manager import CheckpointManager
     from megatron_r1.trainer.trainer import Trainer
 
     add_extra_state()
-    trainer = Trainer(settings, position)
+    trainer = Trainer(settings, grid_position)
     return trainer, CheckpointManager(trainer)
 
 
@@ -202,8 +202,8 @@ def main() -> None:
     else:
         scenes = (straight, continued, full, killed, refused)
         play = {one.__name__: one for one in scenes}[scene]
-        settings, position = initialized(model, grids)
-        found = play(*new(settings, position), position, Path(out))
+        settings, grid_position = initialized(model, grids)
+        found = play(*new(settings, grid_position), grid_position, Path(out))
     report(Path(out), scene, found)
     distributed.leave_process_groups()
 

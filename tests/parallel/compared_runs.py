@@ -103,12 +103,12 @@ def state_of(optimizer, parameter) -> dict[str, torch.Tensor]:
     raise LookupError("the parameter has no state on this rank")
 
 
-def run(settings, position, out: Path, change: Plant | None) -> str | None:
+def run(settings, grid_position, out: Path, change: Plant | None) -> str | None:
     from megatron_r1.trainer.checkpoint_manager import CheckpointManager
     from megatron_r1.trainer.trainer import Trainer
 
     torch.manual_seed(1)
-    trainer = Trainer(settings, position)
+    trainer = Trainer(settings, grid_position)
     folders = CheckpointManager(trainer)
     trainer.refresh_reference()
     mine = change if change and change.rank == dist.get_rank() else None
@@ -128,7 +128,7 @@ def run(settings, position, out: Path, change: Plant | None) -> str | None:
             return step_of_optimizer()
 
         trainer.optimizer.step = stepped
-        load(trainer, position, (step,))
+        load(trainer, grid_position, (step,))
         metrics = trainer.update(0, LOSS, SETTINGS, 0.1) | trainer.measure_logprob_diff()
         if is_due and mine.when == "end":
             plant(trainer, mine, planted)
@@ -137,7 +137,7 @@ def run(settings, position, out: Path, change: Plant | None) -> str | None:
         )
         assert folders.checkpoint_progress(wait=True)["error"] is None
         # The last stage has all of them.
-        if position.is_last_stage and position.tensor_rank == 0:
+        if grid_position.is_last_stage and grid_position.tensor_rank == 0:
             RunFolder(out).append_metrics({"step": step, **metrics})
     everyone: list = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, planted[:1])
@@ -147,11 +147,11 @@ def run(settings, position, out: Path, change: Plant | None) -> str | None:
 def main() -> None:
     model, grid, out = sys.argv[1:]
     settings = config(model, grid)
-    position = distributed.initialize(settings.parallel, seed=0)
-    planted = {"equal": run(settings, position, Path(out) / "equal", None)}
-    planted["equal_again"] = run(settings, position, Path(out) / "equal_again", None)
+    grid_position = distributed.initialize(settings.parallel, seed=0)
+    planted = {"equal": run(settings, grid_position, Path(out) / "equal", None)}
+    planted["equal_again"] = run(settings, grid_position, Path(out) / "equal_again", None)
     for name, change in PLANTS.items():
-        planted[name] = run(settings, position, Path(out) / name, change)
+        planted[name] = run(settings, grid_position, Path(out) / name, change)
     if dist.get_rank() == 0:
         (Path(out) / "planted.json").write_text(json.dumps(planted))
     distributed.leave_process_groups()

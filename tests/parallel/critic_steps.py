@@ -36,11 +36,11 @@ def config(policy: Path, scored: Path, grid: str) -> Config:
     )
 
 
-def load(trainer, position) -> list[list[int]]:
+def load(trainer, grid_position) -> list[list[int]]:
     """The rollout, with returns; which samples this rank's micro-batches are of."""
     samples = [Sample.pack(p, r, advantage=target) for p, r, target in rollout()]
-    plan = pack([len(s) for s in samples], position.data_parallel_size, 60).shares[
-        position.data_rank
+    plan = pack([len(s) for s in samples], grid_position.data_parallel_size, 60).shares[
+        grid_position.data_rank
     ]
     trainer.load([[[samples[i] for i in members] for members in plan]])
     trainer.compute_values()
@@ -49,9 +49,9 @@ def load(trainer, position) -> list[list[int]]:
     return plan
 
 
-def gap_of_values(trainer, position, plan, expected) -> float:
+def gap_of_values(trainer, grid_position, plan, expected) -> float:
     """Largest difference of this rank's values from the oracle's, matched by sample and token."""
-    if not position.is_last_stage:
+    if not grid_position.is_last_stage:
         return 0.0
     from megatron.core import parallel_state
 
@@ -86,8 +86,8 @@ def digest(trainer) -> str:
     return hasher.hexdigest()
 
 
-def both_updates(trainer, position) -> list[dict]:
-    load(trainer, position)
+def both_updates(trainer, grid_position) -> list[dict]:
+    load(trainer, grid_position)
     return [trainer.update_critic(0, RATE), trainer.update(0, POLICY_LOSS, None, 0.1)]
 
 
@@ -101,25 +101,33 @@ def close(name: str, grid: str, what: str, gap: float, tolerance: float) -> None
 
 def play(name: str, grid: str, policy: Path, scored: Path, out: Path) -> None:
     settings = config(policy, scored, grid)
-    position = distributed.initialize(settings.parallel, seed=0)
+    grid_position = distributed.initialize(settings.parallel, seed=0)
     from megatron_r1.trainer.checkpoint_manager import CheckpointManager
     from megatron_r1.trainer.trainer import Trainer
 
-    trainer, expected = Trainer(settings, position), torch.load(scored / "critic.pt")
-    plan = load(trainer, position)
-    close(name, grid, "values", gap_of_values(trainer, position, plan, expected["old"]), TOLERANCE)
+    trainer, expected = Trainer(settings, grid_position), torch.load(scored / "critic.pt")
+    plan = load(trainer, grid_position)
+    close(
+        name,
+        grid,
+        "values",
+        gap_of_values(trainer, grid_position, plan, expected["old"]),
+        TOLERANCE,
+    )
     for step in range(STEPS):
         metrics = trainer.update_critic(0, RATE)
         expected_values = expected["metrics"][step]
         gaps = (
             [abs(metrics[key] - expected_values[key]) for key in expected_values]
-            if position.is_last_stage
+            if grid_position.is_last_stage
             else [0.0]
         )
         close(name, grid, f"metrics of update {step}", max(gaps), 5 * TOLERANCE)
     assert 0 < expected["metrics"][-1]["value/clip_fraction"] < 1, "clipping was to be tried"
     trainer.compute_values()
-    close(name, grid, "new values", gap_of_values(trainer, position, plan, expected["new"]), 1e-4)
+    close(
+        name, grid, "new values", gap_of_values(trainer, grid_position, plan, expected["new"]), 1e-4
+    )
     hf_config = read_hf_config(scored, None)
     weights.write_hf(
         trainer.critic.model_chunks, hf_config, out / "critic.safetensors", dtype=torch.float32
@@ -130,14 +138,18 @@ def play(name: str, grid: str, policy: Path, scored: Path, out: Path) -> None:
 
     folders = CheckpointManager(trainer)
     folders.save_checkpoint(str(out / f"{name}_{grid}"), {})
-    after = [both_updates(trainer, position), both_updates(trainer, position), digest(trainer)]
+    after = [
+        both_updates(trainer, grid_position),
+        both_updates(trainer, grid_position),
+        digest(trainer),
+    ]
     assert folders.checkpoint_progress(wait=True)["error"] is None
-    fresh = Trainer(settings, position)
+    fresh = Trainer(settings, grid_position)
     loaded = CheckpointManager(fresh).load_checkpoint(
         str(out / f"{name}_{grid}"), with_reference=False
     )
     assert loaded["is_same_layout"]
-    again = [both_updates(fresh, position), both_updates(fresh, position), digest(fresh)]
+    again = [both_updates(fresh, grid_position), both_updates(fresh, grid_position), digest(fresh)]
     assert again == after, f"{name} at {grid}: the continued run differs"
     if dist.get_rank() == 0:
         print(f"{name} {grid} continues bit for bit", flush=True)

@@ -110,29 +110,29 @@ class Parts:
         TransformerLayerSchedulePlan.run = staticmethod(counted)
 
 
-def write_weights(model: Path, grid: str, position) -> None:
+def write_weights(model: Path, grid: str, grid_position) -> None:
     """Write random weights to start from into a model's folder."""
     from megatron_r1.models import weights
     from megatron_r1.trainer.trainer import Trainer
 
     if not (model / "model.safetensors").exists():
-        trainer = Trainer(config(model, grid, {}, "float32"), position)
+        trainer = Trainer(config(model, grid, {}, "float32"), grid_position)
         file = model / "model.safetensors"
         weights.write_hf(trainer.model_chunks, trainer.hf_config, file, dtype=torch.float32)
     dist.barrier()
 
 
-def updated(settings: Config, position, *, switched: bool) -> tuple[dict, dict]:
+def updated(settings: Config, grid_position, *, switched: bool) -> tuple[dict, dict]:
     """Return the metrics and tensors of a trainer after one update."""
     from megatron_r1.trainer.trainer import Trainer
 
-    trainer = Trainer(settings, position)
+    trainer = Trainer(settings, grid_position)
     if switched:
         trainer.transformer.overlap_moe_expert_parallel_comm = True
     shape = routing_shape(trainer.hf_config) if settings.rl.routing_replay else None
     made = samples(shape)
     lengths = [len(sample) for sample in made]
-    plan = pack(lengths, position.data_parallel_size, 80).shares[position.data_rank]
+    plan = pack(lengths, grid_position.data_parallel_size, 80).shares[grid_position.data_rank]
     trainer.load([[[made[i] for i in members] for members in plan]])
     if settings.model.head == "score":
         report = trainer.update(0, SUPERVISED_SCORE, None, 0.1)
@@ -163,17 +163,17 @@ def score_loss(batch, scores, settings):
     return loss, count, {}
 
 
-def compare(folder: Path, grid: str, case: str, position, parts: Parts) -> None:
+def compare(folder: Path, grid: str, case: str, grid_position, parts: Parts) -> None:
     model, changes = CASES[case]
     dtype = changes.get("model.dtype", "float32")
     if "model.lora" in changes:
-        write_weights(folder / model, grid, position)
+        write_weights(folder / model, grid, grid_position)
     plain = config(folder / model, grid, changes, dtype)
-    expected, tensors = updated(plain, position, switched=False)
+    expected, tensors = updated(plain, grid_position, switched=False)
     assert parts.together == parts.alone == 0, "without the key passes run whole"
     key = dtype == "bfloat16"
     settings = config(folder / model, grid, changes, dtype, overlap=True) if key else plain
-    got, others = updated(settings, position, switched=not key)
+    got, others = updated(settings, grid_position, switched=not key)
     assert parts.together, f"{grid} {case}: no layer ran in parts"
     parts.together = parts.alone = 0
     for name, value in expected.items():
@@ -189,7 +189,7 @@ def compare(folder: Path, grid: str, case: str, position, parts: Parts) -> None:
     assert moved, f"{grid} {case}: no gradient"
     largest = torch.tensor(worst)
     dist.all_reduce(largest, dist.ReduceOp.MAX)
-    if position.rank == 0:
+    if grid_position.rank == 0:
         print(f"{grid} {case} holds, {largest:.2g}", flush=True)
 
 
@@ -199,12 +199,12 @@ def main() -> None:
     for grid in grids:
         grid, _, chosen = grid.partition("+")
         first = config(Path(folder) / "deepseek-mtp", grid, {"model.mtp": "train"}, "float32")
-        position = distributed.initialize(first.parallel, seed=0)
+        grid_position = distributed.initialize(first.parallel, seed=0)
         from megatron.core import parallel_state
 
         parts = parts or Parts()
         for case in chosen.split(",") if chosen else CASES:
-            compare(Path(folder), grid, case, position, parts)
+            compare(Path(folder), grid, case, grid_position, parts)
             dist.barrier()
         parallel_state.destroy_model_parallel()
     distributed.leave_process_groups()

@@ -61,9 +61,11 @@ def settings(folder: str, recipe: str, dtype: str, grid: str, smooth: bool) -> C
     )
 
 
-def load(trainer, position, seed: int) -> None:
+def load(trainer, grid_position, seed: int) -> None:
     made = samples(seed)
-    plan = pack([len(s) for s in made], position.data_parallel_size, 256).shares[position.data_rank]
+    plan = pack([len(s) for s in made], grid_position.data_parallel_size, 256).shares[
+        grid_position.data_rank
+    ]
     trainer.load([[[made[i] for i in members] for members in plan]])
 
 
@@ -74,13 +76,13 @@ def main() -> None:
     for case in cases:
         name, recipe, dtype, grid = case.split(":")
         config = settings(str(folder), recipe, dtype, grid, smooth=grid != "learn")
-        position = distributed.initialize(config.parallel, seed=0)
+        grid_position = distributed.initialize(config.parallel, seed=0)
         from megatron.core import parallel_state
 
         from megatron_r1.trainer.checkpoint_manager import CheckpointManager
         from megatron_r1.trainer.trainer import Trainer
 
-        trainer = Trainer(config, position)
+        trainer = Trainer(config, grid_position)
         folders = CheckpointManager(trainer)
         emulated = [
             n for n, m in trainer.model_chunks[0].named_modules() if "_forward_impl" in vars(m)
@@ -97,7 +99,7 @@ def main() -> None:
             folders.load_checkpoint(str(out / "checkpoint"), with_reference=False)
             start = STEPS // 2
         for step in range(start, STEPS):
-            load(trainer, position, step)
+            load(trainer, grid_position, step)
             metrics = trainer.update(0, LOSS, None, config.optimizer.learning_rate)
             for key in ("loss", "grad_norm"):
                 report[key].append(metrics.get(key))
@@ -117,7 +119,11 @@ def main() -> None:
             out / f"{name}_all.safetensors",
             dtype=torch.float32,
         )
-        if position.is_last_stage and position.data_rank == 0 and position.tensor_rank == 0:
+        if (
+            grid_position.is_last_stage
+            and grid_position.data_rank == 0
+            and grid_position.tensor_rank == 0
+        ):
             (out / f"{name}.json").write_text(json.dumps(report))
         dist.barrier()
         parallel_state.destroy_model_parallel()

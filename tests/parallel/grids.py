@@ -61,11 +61,11 @@ def positions(grids, parallel):
     from megatron_r1.trainer import distributed
 
     for grid in grids:
-        position = distributed.initialize(parallel(grid), seed=0)
+        grid_position = distributed.initialize(parallel(grid), seed=0)
         from megatron.core import parallel_state
 
-        yield grid, position
-        if position.rank == 0:
+        yield grid, grid_position
+        if grid_position.rank == 0:
             print(f"{grid} holds", flush=True)
         parallel_state.destroy_model_parallel()
     distributed.leave_process_groups()

@@ -31,7 +31,7 @@ def with_a_penalty(batch, head, settings=None) -> LossTerms:
     return LossTerms(loss + head.weight.float().square().sum(), denominator(batch, "token"), {})
 
 
-def updated(folder: str, name: str, grid: str, position, loss: str, dtype: str = "float32"):
+def updated(folder: str, name: str, grid: str, grid_position, loss: str, dtype: str = "float32"):
     """A trainer after an update with two micro-batches, in bf16 with one."""
     from megatron_r1.trainer.trainer import Trainer
 
@@ -40,7 +40,7 @@ def updated(folder: str, name: str, grid: str, position, loss: str, dtype: str =
     model = {"path": f"{folder}/{name}", "dtype": dtype, **mtp}
     optimizer = {"learning_rate": 0.01, "epsilon": 1.0, "clip_grad": 1e9}
     sections = {"model": model, "optimizer": optimizer, "parallel": parallel}
-    trainer = Trainer(Config.model_validate(sections), position)
+    trainer = Trainer(Config.model_validate(sections), grid_position)
     samples = [Sample.pack([1], list(range(2, n)), [-4.0] * (n - 2), 1.0) for n in (10, 18, 26, 18)]
     microbatches = [samples] if dtype == "bfloat16" else [samples[:2], samples[2:]]
     trainer.load([microbatches])
@@ -58,11 +58,11 @@ def without_sums():
     )
 
 
-def gradients_are_the_same(folder: str, name: str, grid: str, position, loss: str) -> None:
+def gradients_are_the_same(folder: str, name: str, grid: str, grid_position, loss: str) -> None:
     where = f"{name} {grid} {loss}"
-    trainer = updated(folder, name, grid, position, loss)
+    trainer = updated(folder, name, grid, grid_position, loss)
     got = gradients(trainer)
-    if position.is_last_stage:
+    if grid_position.is_last_stage:
         weight = lm_head_weight(trainer.model_chunks[-1])
         # What else has a gradient for the same weight: the embedding, the MTP layers, the penalty.
         is_alone = loss == GRPO if name == UNTIED else loss != OWN and grid == "pp2"
@@ -70,7 +70,7 @@ def gradients_are_the_same(folder: str, name: str, grid: str, position, loss: st
         assert weight.main_grad.abs().max() > 0, where
     first, second = without_sums()
     with first, second:
-        expected = gradients(updated(folder, name, grid, position, loss))
+        expected = gradients(updated(folder, name, grid, grid_position, loss))
     for parameter, gradient in expected.items():
         # fp32 sums in another order.
         scale = gradient.abs().max().item()
@@ -79,19 +79,19 @@ def gradients_are_the_same(folder: str, name: str, grid: str, position, loss: st
         )
 
 
-def a_sum_in_bf16_is_not_rounded(folder: str, grid: str, position, loss: str) -> None:
+def a_sum_in_bf16_is_not_rounded(folder: str, grid: str, grid_position, loss: str) -> None:
     def is_rounded(trainer) -> bool:
         gradient = lm_head_weight(trainer.model_chunks[-1]).main_grad
         return torch.equal(gradient, gradient.bfloat16().float())
 
-    trainer = updated(folder, TIED, grid, position, loss, "bfloat16")
+    trainer = updated(folder, TIED, grid, grid_position, loss, "bfloat16")
     # The sum was divided by the number of tokens, a power of two.
-    if position.is_last_stage:
+    if grid_position.is_last_stage:
         assert not is_rounded(trainer), f"{grid} {loss}"
     first, second = without_sums()
     with first, second:
-        rounded = updated(folder, TIED, grid, position, loss, "bfloat16")
-    if position.is_last_stage:
+        rounded = updated(folder, TIED, grid, grid_position, loss, "bfloat16")
+    if grid_position.is_last_stage:
         assert is_rounded(rounded), f"{grid} {loss}: this test would find nothing"
 
 
@@ -101,13 +101,13 @@ def main() -> None:
     def parallel(grid: str) -> ParallelConfig:
         return ParallelConfig.model_validate({**parallel_settings(grid), "threads": 1})
 
-    for grid, position in positions(names, parallel):
+    for grid, grid_position in positions(names, parallel):
         cases = (TIED, SUPERVISED), (TIED, OWN), (UNTIED, SUPERVISED), (UNTIED, GRPO)
         for name, loss in cases:
-            gradients_are_the_same(folder, name, grid, position, loss)
+            gradients_are_the_same(folder, name, grid, grid_position, loss)
         # Elsewhere the sum over ranks follows, of replicas or of a tied embedding.
         for loss in (SUPERVISED, GRPO) if grid in ("one", "tp2") else ():
-            a_sum_in_bf16_is_not_rounded(folder, grid, position, loss)
+            a_sum_in_bf16_is_not_rounded(folder, grid, grid_position, loss)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ def main() -> None:
                 "parallel": {**parallel_settings(grid), "threads": 1},
             }
         )
-        position = distributed.initialize(config.parallel, seed=0)
+        grid_position = distributed.initialize(config.parallel, seed=0)
         from megatron.core import parallel_state
         from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
@@ -41,7 +41,7 @@ def main() -> None:
             return told
 
         KnownShapesCommunicator._communicate_shapes = compare
-        trainer = Trainer(config, position)
+        trainer = Trainer(config, grid_position)
         made = samples(4)
         lengths = [len(s) for s in made]
         trainer.load([[made[:5], made[5:6], made[6:9], made[9:]]])

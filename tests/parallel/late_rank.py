@@ -29,18 +29,18 @@ def limit(group: dist.ProcessGroup) -> float:
 def main() -> None:
     out = Path(sys.argv[1])
     parallel = ParallelConfig(tensor=2, wait_seconds=WAIT_SECONDS)
-    position = distributed.initialize(parallel, seed=0)
-    replica = Replica(position, timedelta(seconds=parallel.wait_seconds))
-    groups = [dist.group.WORLD, position.groups.tp, position.groups.dp_cp, replica._group]
+    grid_position = distributed.initialize(parallel, seed=0)
+    replica = Replica(grid_position, timedelta(seconds=parallel.wait_seconds))
+    groups = [dist.group.WORLD, grid_position.groups.tp, grid_position.groups.dp_cp, replica._group]
     limits = [limit(group) for group in groups]
     store = dist.distributed_c10d._get_default_store()
-    if position.rank == 1:  # late
+    if grid_position.rank == 1:  # late
         store.get("has given up")
         store.set("has seen that", "")
         os._exit(0)
     _set_pg_timeout(timedelta(seconds=LATE_SECONDS), dist.group.WORLD)
     monitor = rank_monitor.RankMonitor(partial(sys.exit, 0))
-    monitor.groups = position.groups
+    monitor.groups = grid_position.groups
     monitor.enter("export")
     try:
         run_on_rank_zero(lambda: None)

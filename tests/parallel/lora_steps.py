@@ -43,10 +43,10 @@ def build(folder: Path, targets, grid: str):
             "parallel": parallel_settings(grid),
         }
     )
-    position = distributed.initialize(recipe.parallel, seed=1)
+    grid_position = distributed.initialize(recipe.parallel, seed=1)
     hf_config = models.read_hf_config(folder)
     config = models.transformer_config(hf_config, recipe)
-    bare = construction.build_chunks(recipe, hf_config, config, position.groups)
+    bare = construction.build_chunks(recipe, hf_config, config, grid_position.groups)
     config.finalize_model_grads_func = finalize_model_grads
     # Not construction._with_gradients, after which a rank has its part of the gradients only.
     ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=False, overlap_grad_reduce=False)

@@ -29,10 +29,10 @@ def refused(model: str, out: Path) -> None:
     from megatron_r1.trainer.trainer import Trainer
 
     reasons, recipes = [], (with_adapters(model, "one"), config(model, "one"))
-    position = distributed.initialize(recipes[0].parallel, seed=0)
+    grid_position = distributed.initialize(recipes[0].parallel, seed=0)
     for settings in recipes:
         try:
-            CheckpointManager(Trainer(settings, position)).load_checkpoint(
+            CheckpointManager(Trainer(settings, grid_position)).load_checkpoint(
                 str(out / "checkpoint"), True
             )
         except ValueError as error:
@@ -47,10 +47,10 @@ def critic(model: str, out: Path) -> None:
 
     tree = with_adapters(model, "one").model_dump()
     settings = Config.model_validate({**tree, "rl": {"algorithm": "ppo"}})
-    position = distributed.initialize(settings.parallel, seed=0)
-    trainer, other = Trainer(settings, position), Trainer(settings, position)
+    grid_position = distributed.initialize(settings.parallel, seed=0)
+    trainer, other = Trainer(settings, grid_position), Trainer(settings, grid_position)
     trainer.refresh_reference()
-    trainer_steps.load(trainer, position, (1,))
+    trainer_steps.load(trainer, grid_position, (1,))
     trainer.compute_values()
     trainer.update(0, LOSS, SETTINGS, 0.1)
     with torch.no_grad():

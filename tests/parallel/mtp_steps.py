@@ -48,12 +48,14 @@ def samples(model: str) -> list[Sample]:
     return made
 
 
-def update(settings: Config, position, model: str):
+def update(settings: Config, grid_position, model: str):
     from megatron_r1.trainer.trainer import Trainer
 
-    trainer = Trainer(settings, position)
+    trainer = Trainer(settings, grid_position)
     made = samples(model)
-    plan = pack([len(s) for s in made], position.data_parallel_size, 80).shares[position.data_rank]
+    plan = pack([len(s) for s in made], grid_position.data_parallel_size, 80).shares[
+        grid_position.data_rank
+    ]
     trainer.load([[[made[i] for i in members] for members in plan]])
     trainer.compute_logprobs(1.0, with_reference=False)
     trainer.update(0, LOSS, SETTINGS, 0.1)
@@ -72,11 +74,11 @@ def write_gradients(trainer, file: Path) -> None:
 def main() -> None:
     model, out, *grids = sys.argv[1:]
     for grid in grids:
-        position = distributed.initialize(config(model, grid, "train").parallel, seed=0)
+        grid_position = distributed.initialize(config(model, grid, "train").parallel, seed=0)
         from megatron.core import parallel_state
 
         for mtp in ("none", "frozen", "train"):
-            trainer = update(config(model, grid, mtp), position, model)
+            trainer = update(config(model, grid, mtp), grid_position, model)
             file = Path(out) / f"{grid}-{mtp}.safetensors"
             weights.write_hf(trainer.model_chunks, trainer.hf_config, file, dtype=torch.float32)
         write_gradients(trainer, Path(out) / f"{grid}-gradients.safetensors")

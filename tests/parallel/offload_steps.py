@@ -42,13 +42,15 @@ def config(model: str, grid: str, place: str, folder: str | None = None) -> Conf
     return Config.model_validate(recipe)
 
 
-def load(trainer, position, seed: int) -> None:
+def load(trainer, grid_position, seed: int) -> None:
     draw = random.Random(seed)
     made = [
         Sample.pack([1], [draw.randrange(67) for _ in range(length - 1)], [-1.0] * (length - 1))
         for length in (8, 16, 40, 24, 8, 64, 32, 16)
     ]
-    plan = pack([len(s) for s in made], position.data_parallel_size, 80).shares[position.data_rank]
+    plan = pack([len(s) for s in made], grid_position.data_parallel_size, 80).shares[
+        grid_position.data_rank
+    ]
     trainer.load([[[made[i] for i in members] for members in plan]])
 
 
@@ -96,7 +98,7 @@ def assert_views(trainer) -> None:
                 assert begin <= shard.data_ptr() < end
 
 
-def steps(trainer, position, out: Path, name: str, *, yields: bool) -> list:
+def steps(trainer, grid_position, out: Path, name: str, *, yields: bool) -> list:
     """Return all metrics, and every value of the model and the optimizer after the last step."""
     from megatron_r1.trainer.checkpoint_manager import CheckpointManager
     from megatron_r1.trainer.logprob_probe import ProbeRunner
@@ -116,7 +118,7 @@ def steps(trainer, position, out: Path, name: str, *, yields: bool) -> list:
             trainer.offload.prepare("update")
             assert trainer.offload.offloaded_bytes == 0
             assert_views(trainer)
-        load(trainer, position, step)
+        load(trainer, grid_position, step)
         seen.append(trainer.compute_logprobs(1.0, with_reference=True))
         seen.append(trainer.update(0, LOSS, None, 1e-2))
         seen.append(trainer.measure_logprob_diff())
@@ -146,17 +148,19 @@ def offload_all(trainer) -> None:
     assert not any(t.any() for t in left), "its pages are still here"
 
 
-def offload_changes_nothing(model: str, grid: str, position, out: Path) -> None:
+def offload_changes_nothing(model: str, grid: str, grid_position, out: Path) -> None:
     from megatron_r1.trainer.checkpoint_manager import CheckpointManager
     from megatron_r1.trainer.trainer import Trainer
 
-    results, plain = {}, Trainer(config(model, grid, "none"), position)
+    results, plain = {}, Trainer(config(model, grid, "none"), grid_position)
     assert plain.offload is None
-    results["none"] = steps(plain, position, out, f"{grid}-none".replace(":", "-"), yields=False)
+    results["none"] = steps(
+        plain, grid_position, out, f"{grid}-none".replace(":", "-"), yields=False
+    )
     for place in ("host", "disk"):
-        trainer = Trainer(config(model, grid, place, str(out)), position)
+        trainer = Trainer(config(model, grid, place, str(out)), grid_position)
         name = f"{grid}-{place}".replace(":", "-")
-        results[place] = steps(trainer, position, out, name, yields=True)
+        results[place] = steps(trainer, grid_position, out, name, yields=True)
     assert not list(out.glob("tmp*")), "the file has a name"
     for place in ("host", "disk"):
         metrics, values = results[place]
@@ -164,7 +168,7 @@ def offload_changes_nothing(model: str, grid: str, position, out: Path) -> None:
         for got, want in zip(values, results["none"][1], strict=True):
             assert torch.equal(got, want), f"{grid}, {place}: {(got - want).abs().max()}"
     # A checkpoint of a trainer with offload, into one whose state is away.
-    trainer = Trainer(config(model, grid, "host"), position)
+    trainer = Trainer(config(model, grid, "host"), grid_position)
     trainer.free_memory(free_parameters=True)
     trainer.offload.prepare("load_checkpoint")
     folder = out / f"{grid}-disk".replace(":", "-")
@@ -178,8 +182,8 @@ def main() -> None:
     model, out, *grids = sys.argv[1:]
     platform.prepare()
     offload.CHUNK_BYTES = 10_007  # many pieces, and none ends where a storage does
-    for grid, position in positions(grids, lambda grid: config(model, grid, "none").parallel):
-        offload_changes_nothing(model, grid, position, Path(out))
+    for grid, grid_position in positions(grids, lambda grid: config(model, grid, "none").parallel):
+        offload_changes_nothing(model, grid, grid_position, Path(out))
 
 
 if __name__ == "__main__":

@@ -63,13 +63,15 @@ def config(model: str, grid: str, share: float) -> Config:
     )
 
 
-def update(trainer, position, seed: int) -> dict:
+def update(trainer, grid_position, seed: int) -> dict:
     draw = random.Random(seed)
     made = [
         Sample.pack([1], [draw.randrange(67) for _ in range(length - 1)])
         for length in (8, 16, 40, 24, 8, 64, 32, 16)
     ]
-    plan = pack([len(s) for s in made], position.data_parallel_size, 80).shares[position.data_rank]
+    plan = pack([len(s) for s in made], grid_position.data_parallel_size, 80).shares[
+        grid_position.data_rank
+    ]
     trainer.load([[[made[i] for i in members] for members in plan]])
     return trainer.update(0, LOSS, None, 1e-3)
 
@@ -105,7 +107,7 @@ def assert_equal(found: tuple, expected: tuple, where: str) -> None:
         assert torch.equal(got, want), f"{where}: weights differ by {(got - want).abs().max()}"
 
 
-def an_offload_changes_nothing(model: str, grid: str, position, out: Path) -> None:
+def an_offload_changes_nothing(model: str, grid: str, grid_position, out: Path) -> None:
     from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
     from megatron_r1.trainer.checkpoint_manager import CheckpointManager
@@ -113,12 +115,12 @@ def an_offload_changes_nothing(model: str, grid: str, position, out: Path) -> No
 
     stopped, continued = [], []
     for share in SHARES:
-        trainer = Trainer(config(model, grid, share), position)
+        trainer = Trainer(config(model, grid, share), grid_position)
         parts = getattr(trainer.optimizer, "chained_optimizers", [trainer.optimizer])
         hybrid = [isinstance(part.optimizer, HybridDeviceOptimizer) for part in parts]
         assert hybrid == [share > 0] * len(parts), f"{grid}: {hybrid} of parts with {share}"
         start = weights(trainer)
-        metrics = [update(trainer, position, seed) for seed in (1, 2)]
+        metrics = [update(trainer, grid_position, seed) for seed in (1, 2)]
         for part in parts if share else []:
             check_places(part.optimizer, share)
         stopped.append((metrics, weights(trainer)))
@@ -126,17 +128,17 @@ def an_offload_changes_nothing(model: str, grid: str, position, out: Path) -> No
         folders = CheckpointManager(trainer)
         folders.save_checkpoint(str(out / f"{grid}-{share}"), {})
         assert folders.checkpoint_progress(wait=True)["error"] is None
-        continued.append((update(trainer, position, 3), weights(trainer)))
+        continued.append((update(trainer, grid_position, 3), weights(trainer)))
         dist.barrier()
     for share, found, later in zip(SHARES, stopped, continued, strict=True):
         assert_equal(found, stopped[0], f"{grid}, offload {share}")
         assert_equal(later, continued[0], f"{grid}, offload {share}, third update")
     for written, read in ((0.0, 0.5), (0.5, 1.0), (1.0, 0.0)):
-        trainer = Trainer(config(model, grid, read), position)
+        trainer = Trainer(config(model, grid, read), grid_position)
         CheckpointManager(trainer).load_checkpoint(
             str(out / f"{grid}-{written}"), with_reference=False
         )
-        found = update(trainer, position, 3), weights(trainer)
+        found = update(trainer, grid_position, 3), weights(trainer)
         assert_equal(found, continued[0], f"{grid}, from a checkpoint of {written} to {read}")
 
 
@@ -144,8 +146,8 @@ def main() -> None:
     model, out, *grids = sys.argv[1:]
     platform.prepare()  # before Megatron is imported
     pretend_to_have_a_gpu()
-    for grid, position in positions(grids, lambda grid: config(model, grid, 0.0).parallel):
-        an_offload_changes_nothing(model, grid, position, Path(out))
+    for grid, grid_position in positions(grids, lambda grid: config(model, grid, 0.0).parallel):
+        an_offload_changes_nothing(model, grid, grid_position, Path(out))
 
 
 if __name__ == "__main__":

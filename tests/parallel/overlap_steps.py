@@ -22,20 +22,22 @@ LOSS = "megatron_r1.trainer.losses:supervised"
 
 
 def parameters(
-    model: str, position, overlap: bool, *, yields: bool = False
+    model: str, grid_position, overlap: bool, *, yields: bool = False
 ) -> tuple[dict[str, torch.Tensor], dict]:
     from megatron_r1.trainer import implementations
     from megatron_r1.trainer.trainer import Trainer
 
     parallel = {"threads": 1, "overlap_param_gather": overlap}
     config = {"model": {"path": model, "dtype": "float32"}, "parallel": parallel}
-    trainer = Trainer(Config.model_validate(config | {"optimizer": {"epsilon": 1.0}}), position)
+    trainer = Trainer(
+        Config.model_validate(config | {"optimizer": {"epsilon": 1.0}}), grid_position
+    )
     draw = random.Random(5)
     minibatches = []
     for _ in range(3):
         made = [Sample.pack([1], [draw.randrange(67) for _ in range(15)]) for _ in range(4)]
-        shares = pack([16] * 4, position.data_parallel_size, 32).shares
-        minibatches.append([[made[i] for i in part] for part in shares[position.data_rank]])
+        shares = pack([16] * 4, grid_position.data_parallel_size, 32).shares
+        minibatches.append([[made[i] for i in part] for part in shares[grid_position.data_rank]])
     trainer.load(minibatches)
     for index in range(3):
         if yields:
@@ -52,14 +54,14 @@ def parameters(
 def main() -> None:
     (model,) = sys.argv[1:]
     config = Config.model_validate({"model": {"path": model, "dtype": "float32"}})
-    position = distributed.initialize(config.parallel, seed=0)
-    expected, plain = parameters(model, position, False)
-    got, overlapped = parameters(model, position, True)
-    freed, _ = parameters(model, position, True, yields=True)
+    grid_position = distributed.initialize(config.parallel, seed=0)
+    expected, plain = parameters(model, grid_position, False)
+    got, overlapped = parameters(model, grid_position, True)
+    freed, _ = parameters(model, grid_position, True, yields=True)
     for name, tensor in expected.items():
         assert torch.equal(freed[name], tensor), name
         assert torch.equal(got[name], tensor), f"{name}: {(got[name] - tensor).abs().max()}"
-        ranks = [torch.empty_like(tensor) for _ in range(position.world_size)]
+        ranks = [torch.empty_like(tensor) for _ in range(grid_position.world_size)]
         dist.all_gather(ranks, got[name])
         assert all(torch.equal(each, ranks[0]) for each in ranks), f"{name} differs between ranks"
     assert plain == {
@@ -80,7 +82,7 @@ def main() -> None:
     assert overlapped == plain | {"gradient reduction": reduction}, overlapped
     hf_config = models.read_hf_config(model)
     fused = replace(models.transformer_config(hf_config, config), gradient_accumulation_fusion=True)
-    models.build_model(hf_config, fused, position.groups)
+    models.build_model(hf_config, fused, grid_position.groups)
     distributed.leave_process_groups()
     print("holds", flush=True)
 

@@ -74,16 +74,16 @@ def main() -> None:
     model, out, *grids = sys.argv[1:]
     for grid in grids:
         settings = config(model, grid)
-        position = distributed.initialize(settings.parallel, seed=0)
+        grid_position = distributed.initialize(settings.parallel, seed=0)
         from megatron.core import parallel_state
 
         from megatron_r1.trainer.trainer import Trainer
 
-        trainer = Trainer(settings, position)
-        report = {"pipeline_rank": position.pipeline_rank} | measure(trainer)
+        trainer = Trainer(settings, grid_position)
+        report = {"pipeline_rank": grid_position.pipeline_rank} | measure(trainer)
         if trainer.critic is not None:
             report["critic"] = sum(measure(trainer.critic).values())
-        Path(out, f"{grid}_{position.rank}.json").write_text(json.dumps(report))
+        Path(out, f"{grid}_{grid_position.rank}.json").write_text(json.dumps(report))
         parallel_state.destroy_model_parallel()
     distributed.leave_process_groups()
 

@@ -16,18 +16,20 @@ def main() -> None:
     out, *grids = sys.argv[1:]
     for grid in grids:
         tensor, pipeline = map(int, grid.split("x"))
-        position = distributed.initialize(ParallelConfig(tensor=tensor, pipeline=pipeline), seed=0)
+        grid_position = distributed.initialize(
+            ParallelConfig(tensor=tensor, pipeline=pipeline), seed=0
+        )
         from megatron.core import parallel_state
 
         replica.BROADCAST_BYTES = 7  # several broadcasts
-        members = replica.Replica(position)
+        members = replica.Replica(grid_position)
         sent = [[], []]
         if members.is_leader:
-            sent[0] = [b"share of ", b"", f"replica {position.data_rank}".encode()]
+            sent[0] = [b"share of ", b"", f"replica {grid_position.data_rank}".encode()]
         got = [bytes(members.broadcast(parts)).decode() for parts in sent]
-        everyone = [None] * position.world_size
-        dist.all_gather_object(everyone, (position.data_rank, members.is_leader, got))
-        if position.rank == 0:
+        everyone = [None] * grid_position.world_size
+        dist.all_gather_object(everyone, (grid_position.data_rank, members.is_leader, got))
+        if grid_position.rank == 0:
             Path(out, f"{grid}.json").write_text(json.dumps(everyone))
         parallel_state.destroy_model_parallel()
     distributed.leave_process_groups()

@@ -34,13 +34,13 @@ def main() -> None:
                 "parallel": parallel,
             }
         )
-        position = distributed.initialize(config.parallel, seed=0)
+        grid_position = distributed.initialize(config.parallel, seed=0)
         from megatron.core import parallel_state
 
         from megatron_r1.trainer.operations import SUPERVISED
         from megatron_r1.trainer.trainer import Trainer
 
-        trainer, file = Trainer(config, position), Path(out) / grid
+        trainer, file = Trainer(config, grid_position), Path(out) / grid
         before = file.with_name(f"{grid}-before.safetensors")
         weights.write_hf(trainer.model_chunks, trainer.hf_config, before, dtype=torch.float32)
         sample = Sample.pack([first], rest, [-1.0] * len(rest), 1.0)
@@ -51,7 +51,10 @@ def main() -> None:
         trainer.load([[[sample]]])
         trainer.compute_logprobs(1.0, with_reference=False)
         weights.save_hf(trainer.model_chunks, trainer.hf_config, model, file, torch.float32)
-        if position.is_last_stage and position.data_rank == position.tensor_rank == 0:
+        if (
+            grid_position.is_last_stage
+            and grid_position.data_rank == grid_position.tensor_rank == 0
+        ):
             (batch,) = trainer.rollout.minibatches[0]
             logprobs = batch.logprobs["old"][batch.is_response]
             content = {"ids": [first, *rest], "logprobs": logprobs, "reports": reports}

@@ -55,9 +55,9 @@ def expected(shape, sample: int, token: int, layer: int) -> list[int]:
     return [(first + k) % shape.num_experts for k in range(shape.topk)]
 
 
-def check(trainer, shape, position) -> int:
+def check(trainer, shape, grid_position) -> int:
     """Compare every token of this rank; return how many have experts."""
-    tensor, at = position.groups.tp, 0
+    tensor, at = grid_position.groups.tp, 0
     assert trainer.replay.layers, "the rank has experts to look up"
     for number, batch in enumerate(trainer.rollout.batches):
         own = batch.input_ids[0].chunk(tensor.size())[tensor.rank()].tolist()
@@ -82,19 +82,19 @@ def main() -> None:
     shape = routing_shape(read_hf_config(model))
     for grid in grids:
         settings = config(model, grid)
-        position = distributed.initialize(settings.parallel, seed=0)
+        grid_position = distributed.initialize(settings.parallel, seed=0)
         from megatron.core import parallel_state
 
         replica.BROADCAST_BYTES = 101  # several sends
-        operations = Operations(settings, position)
-        assert position.data_parallel_size == 1
+        operations = Operations(settings, grid_position)
+        assert grid_position.data_parallel_size == 1
         # One micro-batch each: the number of the sample is that of its batch.
         share = encode_samples([[[sample] for sample in samples(shape)]])
         share = [memoryview(part) for part in share] if operations.replica.is_leader else []
         operations.run(RankCall(LOAD, {}), share)
-        count = torch.tensor([check(operations.trainer, shape, position)])
+        count = torch.tensor([check(operations.trainer, shape, grid_position)])
         dist.all_reduce(count)  # over all ranks: each has other tokens or other layers
-        if position.rank == 0:
+        if grid_position.rank == 0:
             found = {"sent": operations._scatter.sent_bytes, "known": int(count)}
             Path(out, f"{grid}.json").write_text(json.dumps(found))
         parallel_state.destroy_model_parallel()

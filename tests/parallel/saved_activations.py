@@ -21,11 +21,11 @@ def main() -> None:
         {"model": {"path": model, "init": "random", "dtype": "float32"}}
         | {"parallel": {"threads": 1}}
     )
-    position = distributed.initialize(config.parallel, seed=0)
+    grid_position = distributed.initialize(config.parallel, seed=0)
     from megatron_r1.trainer.operations import SUPERVISED
     from megatron_r1.trainer.trainer import Trainer
 
-    trainer = Trainer(config, position)
+    trainer = Trainer(config, grid_position)
     sample = Sample.pack([1] * (LENGTH // 2), [2] * (LENGTH // 2), [-1.0] * (LENGTH // 2), 1.0)
     trainer.load([[[sample] * SAMPLES]])
     own = {

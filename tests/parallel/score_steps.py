@@ -39,15 +39,15 @@ SCORE_TOLERANCE = 2e-5
 LOSS_TOLERANCE = 5e-6
 
 
-def own_batches(texts, position, sizes):
+def own_batches(texts, grid_position, sizes):
     """This rank's micro-batches, spread as the controller does, and the texts in each."""
     samples = [
         Sample.pack(ids[0].tolist(), [], label=label)
         for ids, label in zip(texts, LABELS, strict=True)
     ]
     lengths = [len(sample) for sample in samples]
-    plan = pack(lengths, position.data_parallel_size, 60, samples_per_unit=2).shares[
-        position.data_rank
+    plan = pack(lengths, grid_position.data_parallel_size, 60, samples_per_unit=2).shares[
+        grid_position.data_rank
     ]
     plan += [[]] * (-len(plan) % sizes["pp"])
     context = parallel_state.get_context_parallel_rank()
@@ -70,17 +70,17 @@ def compute(loss, batch, out):
     return loss(batch, seen(batch, out), {})
 
 
-def compare(name, grid, sizes, position, oracle, out):
+def compare(name, grid, sizes, grid_position, oracle, out):
     folder = oracle / name
     answers, texts = torch.load(folder / "answers.pt"), torch.load(oracle / "texts.pt")
     hf_config = models.read_hf_config(folder, None)
     chunks = build(hf_config, sizes)
     weights.load_hf(chunks, hf_config, folder)
     same_checkpoint(name, hf_config, grid, chunks, folder, out)
-    batches, plan = own_batches(texts, position, sizes)
+    batches, plan = own_batches(texts, grid_position, sizes)
     with torch.no_grad():
         found = run_passes(chunks, batches, keep_scores, forward_only=True)
-    pairs = zip(plan, found, strict=True) if position.is_last_stage else []
+    pairs = zip(plan, found, strict=True) if grid_position.is_last_stage else []
     gaps = [(got - answers["scores"][members]).abs().max() for members, got in pairs if members]
     report(name, grid, "scores", max(gaps, default=0.0), SCORE_TOLERANCE)
     for loss in (reward_losses.pairwise, reward_losses.pointwise):
@@ -88,7 +88,7 @@ def compare(name, grid, sizes, position, oracle, out):
             chunk.train()
             chunk.zero_grad_buffer()
         reports = run_passes(chunks, batches, partial(compute, loss), forward_only=False)
-        metrics = reduce_over_data(position, merge(reports))
+        metrics = reduce_over_data(grid_position, merge(reports))
         gap = abs(metrics["loss"] - answers[loss.__name__]) if metrics else 0.0
         report(name, grid, f"{loss.__name__} loss", gap, LOSS_TOLERANCE)
         same_gradients(name, hf_config, grid, chunks, folder / loss.__name__, out)
@@ -161,8 +161,8 @@ def main(oracle: Path, models_folder: Path, out: Path, names: list[str]) -> None
         sizes = grids.sizes(grid, with_mtp=False)
         for name in models_on(grid, int(os.environ["WORLD_SIZE"])):
             settings = grids.parallel_settings(grid, with_mtp=False)
-            position = distributed.initialize(ParallelConfig.model_validate(settings), seed=1)
-            compare(name, grid, sizes, position, oracle, out)
+            grid_position = distributed.initialize(ParallelConfig.model_validate(settings), seed=1)
+            compare(name, grid, sizes, grid_position, oracle, out)
             started(name, grid, sizes, models_folder, out)
             parallel_state.destroy_model_parallel()
     dist.destroy_process_group()

@@ -38,10 +38,10 @@ def check(folder: Path, out: Path, grid: str) -> None:
         "parallel": {**parallel_settings(grid), "threads": 1},
     }
     config = Config.model_validate(settings)
-    position = distributed.initialize(config.parallel, seed=0)
+    grid_position = distributed.initialize(config.parallel, seed=0)
     hf_config = models.read_hf_config(folder / MODEL)
     chunk = models.build_model(
-        hf_config, models.transformer_config(hf_config, config), position.groups
+        hf_config, models.transformer_config(hf_config, config), grid_position.groups
     )
     read, numbers = HFWeights.read, []
 

@@ -50,16 +50,18 @@ def samples() -> list[Sample]:
     return made
 
 
-def play(settings, position, shares: bool):
+def play(settings, grid_position, shares: bool):
     from megatron_r1.trainer.trainer import Trainer
 
     parallel = settings.parallel.model_copy(update={"share_prompts": shares})
-    trainer = Trainer(settings.model_copy(update={"parallel": parallel}), position)
+    trainer = Trainer(settings.model_copy(update={"parallel": parallel}), grid_position)
     trainer.refresh_reference()
     made = samples()
-    plan = pack_by_prompt(made, position.data_parallel_size, 80, float).shares[position.data_rank]
+    plan = pack_by_prompt(made, grid_position.data_parallel_size, 80, float).shares[
+        grid_position.data_rank
+    ]
     loaded = trainer.load([[[made[i] for i in members] for members in plan]] * 2)
-    assert not shares or not position.is_last_stage or loaded["packing/shared"] > 0.3
+    assert not shares or not grid_position.is_last_stage or loaded["packing/shared"] > 0.3
     trainer.compute_logprobs(TEMPERATURE, with_reference=True)
     updates = [trainer.update(i, LOSS, SETTINGS, 0.1, TEMPERATURE) for i in (0, 1)]
     return updates, torch.cat(
@@ -71,10 +73,10 @@ def main() -> None:
     oracle, grid, *names = sys.argv[1:]
     for name in names:
         settings = config(str(Path(oracle) / name), grid)
-        position = distributed.initialize(settings.parallel, seed=0)
+        grid_position = distributed.initialize(settings.parallel, seed=0)
         from megatron.core import parallel_state
 
-        (own, weights), (shared, same) = (play(settings, position, s) for s in (False, True))
+        (own, weights), (shared, same) = (play(settings, grid_position, s) for s in (False, True))
         gaps = [abs(a[key] - b[key]) for a, b in zip(own, shared, strict=True) for key in a]
         gaps.append((weights - same).abs().max().item())
         worst = torch.tensor(max(gaps), device=platform.device())

@@ -47,17 +47,19 @@ def config(model: str, grid: str, rate: float = 0.0, **parallel) -> Config:
     )
 
 
-def trained(settings: Config, position):
+def trained(settings: Config, grid_position):
     """A trainer after one update. Lengths need no padding on any grid: routers would count it."""
     from megatron_r1.trainer.trainer import Trainer
 
-    trainer = Trainer(settings, position)
+    trainer = Trainer(settings, grid_position)
     draw = random.Random(5)
     made = [
         Sample.pack([1], [draw.randrange(67) for _ in range(length - 1)])
         for length in (8, 16, 40, 24, 8, 64, 32, 16)
     ]
-    plan = pack([len(s) for s in made], position.data_parallel_size, 80).shares[position.data_rank]
+    plan = pack([len(s) for s in made], grid_position.data_parallel_size, 80).shares[
+        grid_position.data_rank
+    ]
     trainer.load([[[made[i] for i in members] for members in plan]])
     metrics = trainer.update(0, LOSS, None, 0.01)
     return trainer, metrics
@@ -71,12 +73,12 @@ def gradients(trainer) -> dict[str, torch.Tensor]:
     }
 
 
-def recomputing_changes_no_gradient(model: str, grid: str, position) -> None:
-    expected = gradients(trained(config(model, grid), position)[0])
+def recomputing_changes_no_gradient(model: str, grid: str, grid_position) -> None:
+    expected = gradients(trained(config(model, grid), grid_position)[0])
     of_mtp = [gradient.abs().max() > 0 for name, gradient in expected.items() if "mtp." in name]
     assert not of_mtp or any(of_mtp), f"{grid}: no MTP layer was trained"
     for settings in RECOMPUTED:
-        got = gradients(trained(config(model, grid, **settings), position)[0])
+        got = gradients(trained(config(model, grid, **settings), grid_position)[0])
         for name, gradient in expected.items():
             # The same operations in the same order; but for shared inputs, whose parts add up in
             # another.
@@ -86,13 +88,15 @@ def recomputing_changes_no_gradient(model: str, grid: str, position) -> None:
             )
 
 
-def the_bias_is_one_process_s_on_every_rank(model: str, grid: str, position, out: Path) -> None:
+def the_bias_is_one_process_s_on_every_rank(
+    model: str, grid: str, grid_position, out: Path
+) -> None:
     from megatron_r1.models.weights.loading import local_entries
     from megatron_r1.trainer.checkpoint_manager import CheckpointManager
     from megatron_r1.trainer.trainer import Trainer
 
     settings = config(model, grid, RATE)
-    trainer, _ = trained(settings, position)
+    trainer, _ = trained(settings, grid_position)
     weights.write_hf(
         trainer.model_chunks, trainer.hf_config, out / "all.safetensors", dtype=torch.bfloat16
     )
@@ -109,7 +113,7 @@ def the_bias_is_one_process_s_on_every_rank(model: str, grid: str, position, out
     folders.save_checkpoint(folder, {})
     assert folders.checkpoint_progress(wait=True)["error"] is None
     dist.barrier()
-    fresh = Trainer(settings, position)
+    fresh = Trainer(settings, grid_position)
     CheckpointManager(fresh).load_checkpoint(folder, with_reference=False)
     for one in (trainer, fresh):
         for tensor, entry in local_entries(one.model_chunks, one.hf_config):
@@ -121,10 +125,10 @@ def the_bias_is_one_process_s_on_every_rank(model: str, grid: str, position, out
 
 def main() -> None:
     model, out, *grids = sys.argv[1:]
-    for grid, position in positions(grids, lambda grid: config(model, grid).parallel):
+    for grid, grid_position in positions(grids, lambda grid: config(model, grid).parallel):
         if grid in ("one", "tp2", "cp2"):
-            recomputing_changes_no_gradient(model, grid, position)
-        the_bias_is_one_process_s_on_every_rank(model, grid, position, Path(out))
+            recomputing_changes_no_gradient(model, grid, grid_position)
+        the_bias_is_one_process_s_on_every_rank(model, grid, grid_position, Path(out))
 
 
 if __name__ == "__main__":

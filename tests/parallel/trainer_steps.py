@@ -62,12 +62,12 @@ def config(model: str, grid: str) -> Config:
     )
 
 
-def load(trainer, position, seeds, first_old=True) -> None:
+def load(trainer, grid_position, seeds, first_old=True) -> None:
     steps = []
     for seed in seeds:
         made = samples(seed)
-        plan = pack([len(s) for s in made], position.data_parallel_size, 80).shares[
-            position.data_rank
+        plan = pack([len(s) for s in made], grid_position.data_parallel_size, 80).shares[
+            grid_position.data_rank
         ]
         steps.append([[made[i] for i in members] for members in plan])
     trainer.load(steps)
@@ -85,16 +85,16 @@ def main() -> None:
     previous = out / "checkpoint"
     for grid in grids:
         settings = config(model, grid)
-        position = distributed.initialize(settings.parallel, seed=0)
+        grid_position = distributed.initialize(settings.parallel, seed=0)
         from megatron.core import parallel_state
 
         from megatron_r1.trainer.checkpoint_manager import CheckpointManager
         from megatron_r1.trainer.trainer import Trainer
 
-        trainer = Trainer(settings, position)
+        trainer = Trainer(settings, grid_position)
         folders = CheckpointManager(trainer)
         trainer.refresh_reference()
-        load(trainer, position, (1, 2))
+        load(trainer, grid_position, (1, 2))
         report = {"score": trainer.measure_logprob_diff()}
         report |= {"first": update(trainer, 0), "second": update(trainer, 1)}
         weights.write_hf(
@@ -105,19 +105,19 @@ def main() -> None:
         )
         folders.save_checkpoint(str(out / f"checkpoint_{grid}"), {"grid": grid})
         # Trains on while it is written: that must not be in the checkpoint.
-        load(trainer, position, (3,))
+        load(trainer, grid_position, (3,))
         report["next rollout"] = update(trainer, 0) | trainer.measure_logprob_diff()
         assert folders.checkpoint_progress(wait=True)["error"] is None
         if previous.exists():
-            other = Trainer(settings, position)
+            other = Trainer(settings, grid_position)
             CheckpointManager(other).load_checkpoint(str(previous), with_reference=True)
             # Old log-probabilities by the update itself: nothing may differ.
-            load(other, position, (3,), first_old=False)
+            load(other, grid_position, (3,), first_old=False)
             report["continued"] = update(other, 0) | other.measure_logprob_diff()
         is_first_context = parallel_state.get_context_parallel_rank() == 0
         if (
-            position.is_last_stage
-            and position.data_rank == position.tensor_rank == 0
+            grid_position.is_last_stage
+            and grid_position.data_rank == grid_position.tensor_rank == 0
             and is_first_context
         ):
             (out / f"{grid}.json").write_text(json.dumps(report))

@@ -79,18 +79,18 @@ def config(model: str, grid: str) -> Config:
     )
 
 
-def load(trainer, position, seeds) -> None:
+def load(trainer, grid_position, seeds) -> None:
     steps = []
     for seed in seeds:
         made = samples(seed)
         if shares := trainer.config.parallel.share_prompts:
-            packing = pack_by_prompt(made, position.data_parallel_size, 60, float)
+            packing = pack_by_prompt(made, grid_position.data_parallel_size, 60, float)
         else:
-            packing = pack([len(s) for s in made], position.data_parallel_size, 60)
-        plan = packing.shares[position.data_rank]
+            packing = pack([len(s) for s in made], grid_position.data_parallel_size, 60)
+        plan = packing.shares[grid_position.data_rank]
         steps.append([[made[i] for i in members] for members in plan])
     loaded = trainer.load(steps)
-    assert not shares or not position.is_last_stage or loaded["packing/shared"] > 0.05
+    assert not shares or not grid_position.is_last_stage or loaded["packing/shared"] > 0.05
     trainer.compute_logprobs(TEMPERATURE, with_reference=True)
 
 
@@ -98,16 +98,16 @@ def main() -> None:
     model, out, *grids = sys.argv[1:]
     for grid in grids:
         settings = config(model, grid)
-        position = distributed.initialize(settings.parallel, seed=0)
+        grid_position = distributed.initialize(settings.parallel, seed=0)
         from megatron.core import parallel_state
 
         from megatron_r1.trainer.trainer import Trainer
 
-        trainer, metrics = Trainer(settings, position), []
+        trainer, metrics = Trainer(settings, grid_position), []
         trainer.refresh_reference()
         for update, (average, level) in enumerate(UPDATES):
             if update % 2 == 0:
-                load(trainer, position, (update, update + 1))
+                load(trainer, grid_position, (update, update + 1))
             of_loss = LossSettings(
                 loss_average=average,
                 clip_low=CLIP_LOW,
@@ -119,8 +119,12 @@ def main() -> None:
             metrics.append(trainer.update(update % 2, LOSS, of_loss, RATE, TEMPERATURE))
         file = Path(out) / f"{grid}.safetensors"
         weights.write_hf(trainer.model_chunks, trainer.hf_config, file, dtype=torch.float32)
-        first = position.data_rank == position.tensor_rank == 0
-        if position.is_last_stage and first and parallel_state.get_context_parallel_rank() == 0:
+        first = grid_position.data_rank == grid_position.tensor_rank == 0
+        if (
+            grid_position.is_last_stage
+            and first
+            and parallel_state.get_context_parallel_rank() == 0
+        ):
             (Path(out) / f"{grid}.json").write_text(json.dumps(metrics))
         dist.barrier()
         parallel_state.destroy_model_parallel()

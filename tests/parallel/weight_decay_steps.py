@@ -28,17 +28,19 @@ def config(model: str, grid: str, decay: float) -> Config:
     )
 
 
-def updated(model: str, grid: str, decay: float, position) -> tuple[dict, dict]:
+def updated(model: str, grid: str, decay: float, grid_position) -> tuple[dict, dict]:
     """The weights before and after an update, by name."""
     from megatron_r1.trainer.trainer import Trainer
 
-    trainer = Trainer(config(model, grid, decay), position)
+    trainer = Trainer(config(model, grid, decay), grid_position)
     chunks = enumerate(trainer.model_chunks)
     named = {f"{at}.{name}": p for at, chunk in chunks for name, p in chunk.named_parameters()}
     start = {name: p.detach().clone() for name, p in named.items()}
     draw = random.Random(5)
     made = [Sample.pack([1], [draw.randrange(67) for _ in range(15)]) for _ in range(8)]
-    plan = pack([len(s) for s in made], position.data_parallel_size, 80).shares[position.data_rank]
+    plan = pack([len(s) for s in made], grid_position.data_parallel_size, 80).shares[
+        grid_position.data_rank
+    ]
     trainer.load([[[made[i] for i in members] for members in plan]])
     trainer.update(0, LOSS, None, RATE)
     return start, {name: p.detach() for name, p in named.items()}
@@ -46,9 +48,9 @@ def updated(model: str, grid: str, decay: float, position) -> tuple[dict, dict]:
 
 def main() -> None:
     model, *grids = sys.argv[1:]
-    for grid, position in positions(grids, lambda grid: config(model, grid, 0.0).parallel):
-        start, plain = updated(model, grid, 0.0, position)
-        again, decayed = updated(model, grid, DECAY, position)
+    for grid, grid_position in positions(grids, lambda grid: config(model, grid, 0.0).parallel):
+        start, plain = updated(model, grid, 0.0, grid_position)
+        again, decayed = updated(model, grid, DECAY, grid_position)
         assert any(value.dim() == 1 for value in start.values())
         for name, value in start.items():
             assert torch.equal(value, again[name])

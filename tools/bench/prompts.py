@@ -53,15 +53,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 "parallel": {"threads": 1, "tokens_per_microbatch": 1 << 20},
             }
         )
-        position = distributed.initialize(config.parallel, seed=0)
+        grid_position = distributed.initialize(config.parallel, seed=0)
         settings = find("grpo"), replace(config.rl.loss_settings(args.response), kl_beta=0.0)
-        results = [_measured(config, position, *settings, args, n) for n in args.prompts]
+        results = [_measured(config, grid_position, *settings, args, n) for n in args.prompts]
         distributed.leave_process_groups()
     return {"model": MODEL, "results": results}
 
 
 def _measured(
-    config: Any, position: Any, algorithm: Any, settings: Any, args: Any, prompt: int
+    config: Any, grid_position: Any, algorithm: Any, settings: Any, args: Any, prompt: int
 ) -> dict[str, Any]:
     from megatron_r1.trainer.trainer import Trainer
     from megatron_r1.trainer.training_sample import Sample
@@ -80,7 +80,7 @@ def _measured(
     num_tokens, trainers = {}, {}
     for shares in seconds:
         parallel = config.parallel.model_copy(update={"share_prompts": shares})
-        trainers[shares] = Trainer(config.model_copy(update={"parallel": parallel}), position)
+        trainers[shares] = Trainer(config.model_copy(update={"parallel": parallel}), grid_position)
         trainers[shares].load([[samples]])
         num_tokens[shares] = trainers[shares].rollout.minibatches[0][0].input_ids.numel()
     for _ in range(1 + args.repeats):

@@ -65,10 +65,10 @@ class Steps:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.position = distributed.initialize(config.parallel, seed=0)
+        self.grid_position = distributed.initialize(config.parallel, seed=0)
         from megatron_r1.trainer.trainer import Trainer
 
-        self.trainer = Trainer(config, self.position)
+        self.trainer = Trainer(config, self.grid_position)
         self.vocabulary = self.trainer.hf_config["vocab_size"]
         self.trainer.refresh_reference()
 
@@ -79,8 +79,8 @@ class Steps:
         sample_list = samples(self.vocabulary, logprobs, earlier_logprobs)
         lengths = [len(sample) for sample in sample_list]
         max_tokens = self.config.parallel.microbatch_tokens
-        self.plan = pack(lengths, self.position.data_parallel_size, max_tokens).shares[
-            self.position.data_rank
+        self.plan = pack(lengths, self.grid_position.data_parallel_size, max_tokens).shares[
+            self.grid_position.data_rank
         ]
         self.trainer.load([[[sample_list[i] for i in members] for members in self.plan]])
         self.trainer.compute_logprobs(1.0, with_reference=self.config.uses_reference)
@@ -91,7 +91,9 @@ class Steps:
         and there; empty but on the last stage."""
         names = ("gap", "xy", "xx", "yy", "moved")
         sums, count = torch.zeros(len(names), dtype=torch.float64), 0
-        for batch in self.trainer.rollout.minibatches[0] if self.position.is_last_stage else []:
+        for batch in (
+            self.trainer.rollout.minibatches[0] if self.grid_position.is_last_stage else []
+        ):
             logprobs = batch.logprobs["old"], batch.rollout_logprobs, batch.logprobs["teacher"]
             measured, expected, start = (
                 values[batch.is_response].double().cpu() for values in logprobs
@@ -101,7 +103,7 @@ class Steps:
             sums += torch.stack([gaps.sum(), x @ y, x @ x, y @ y, y.abs().sum()])
             count += len(gaps)
         means = {name: Mean(total, count) for name, total in zip(names, sums, strict=True)}
-        global_means = reduce_over_data(self.position, means)
+        global_means = reduce_over_data(self.grid_position, means)
         if not global_means:
             return {}
         lengths = math.sqrt(global_means["xx"] * global_means["yy"])
@@ -129,9 +131,10 @@ class Steps:
     @property
     def reports(self) -> bool:
         """Whether this rank has the metrics, and no other one is to write them."""
-        position, is_first_context = self.position, self.trainer.groups.cp.rank() == 0
-        is_first = position.data_rank == position.tensor_rank == 0 and is_first_context
-        return position.is_last_stage and is_first
+        grid_position = self.grid_position
+        is_first_context = self.trainer.process_groups.cp.rank() == 0
+        is_first = grid_position.data_rank == grid_position.tensor_rank == 0 and is_first_context
+        return grid_position.is_last_stage and is_first
 
 
 def reference_steps(steps: Steps) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from megatron_r1.trainer.metrics import Maximum, Mean, reduce_over_data
 
 
 @pytest.fixture
-def position(monkeypatch):
+def grid_position(monkeypatch):
     """A rank of two, of which the other has means of 6 over 3 and a maximum of 4."""
     theirs = iter([[[6.0], [3.0]], [4.0]])
 
@@ -26,11 +26,11 @@ def position(monkeypatch):
 
 
 @pytest.mark.parametrize(("mine", "largest"), [(1.0, 4.0), (5.0, 5.0), (math.nan, math.inf)])
-def test_means_are_over_all_things_and_maxima_over_all_ranks(position, mine, largest):
-    found = reduce_over_data(position, {"kl": Mean(3.0, 1), "ratio/max": Maximum(mine)})
+def test_means_are_over_all_things_and_maxima_over_all_ranks(grid_position, mine, largest):
+    found = reduce_over_data(grid_position, {"kl": Mean(3.0, 1), "ratio/max": Maximum(mine)})
     assert found == {"kl": 9 / 4, "ratio/max": largest}
 
 
-def test_other_stages_have_none(position):
-    position.is_last_stage = False
-    assert reduce_over_data(position, {"kl": Mean(3.0, 1)}) == {}
+def test_other_stages_have_none(grid_position):
+    grid_position.is_last_stage = False
+    assert reduce_over_data(grid_position, {"kl": Mean(3.0, 1)}) == {}

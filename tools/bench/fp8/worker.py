@@ -25,8 +25,8 @@ LOSS = "megatron_r1.trainer.losses:supervised"
 def main() -> None:
     task = json.loads(sys.argv[1])
     os.environ |= rank_variables(0, 1, port=0)
-    position = distributed.initialize(parse(_settings(task)).parallel, seed=task["seed"])
-    print("\n" + json.dumps(_train(task, position)))
+    grid_position = distributed.initialize(parse(_settings(task)).parallel, seed=task["seed"])
+    print("\n" + json.dumps(_train(task, grid_position)))
 
 
 def _settings(task: dict[str, Any], **model: Any) -> dict[str, Any]:
@@ -35,14 +35,14 @@ def _settings(task: dict[str, Any], **model: Any) -> dict[str, Any]:
     return tree
 
 
-def _train(task: dict[str, Any], position: Any) -> dict[str, Any]:
+def _train(task: dict[str, Any], grid_position: Any) -> dict[str, Any]:
     # Megatron, which these import, needs the platform that `initialize` prepares.
     from megatron_r1.models import weights
     from megatron_r1.trainer.trainer import Trainer
 
     language = Language(MODEL["vocab_size"], task["seed"])
     config = parse(_settings(task))
-    trainer = Trainer(config, position)
+    trainer = Trainer(config, grid_position)
     losses, start = [], time.perf_counter()
     for step in range(task["steps"]):
         _load(trainer, language.batch(f"{task['seed']} {step}", task["sentences"]))
@@ -65,7 +65,7 @@ def _train(task: dict[str, Any], position: Any) -> dict[str, Any]:
     )
     # An engine computes in bf16 with the pushed weights; the gap is the trainer's distance from it.
     engine_settings = _settings({**task, "variant": BASELINE}, init="load", path=str(folder))
-    gap = (_logprobs(Trainer(parse(engine_settings), position), heldout) - logprobs).abs()
+    gap = (_logprobs(Trainer(parse(engine_settings), grid_position), heldout) - logprobs).abs()
     return report | {"logprob_diff": {"mean": gap.mean().item(), "max": gap.max().item()}}
 
 

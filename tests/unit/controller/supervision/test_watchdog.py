@@ -453,7 +453,7 @@ def test_errors_of_the_work_are_raised_and_a_taken_port_is_named(tmp_path):
 
 def test_a_rank_is_named_with_its_place_on_the_grid():
     """From a rank's own reply: without one of the axes, every diagnosis ended with a KeyError."""
-    position = GridPosition(
+    grid_position = GridPosition(
         groups=SimpleNamespace(),
         rank=7,
         world_size=8,
@@ -466,7 +466,7 @@ def test_a_rank_is_named_with_its_place_on_the_grid():
         is_last_stage=False,
     )
     operations = object.__new__(Operations)
-    operations.position, operations.replica = position, SimpleNamespace(is_leader=True)
+    operations.grid_position, operations.replica = grid_position, SimpleNamespace(is_leader=True)
     operations.trainer = SimpleNamespace(num_parameters=5, has_new_score_head=False)
     operations.implementations = {}
     trainer = SimpleNamespace(ranks=[operations.describe()])
