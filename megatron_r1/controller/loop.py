@@ -97,8 +97,8 @@ async def train(run: RLRun) -> None:
         async with engines.updating_weights():
             with run.phase("train"):
                 updates = [
-                    await update(passes, config, index, run.step)
-                    for index in range(config.rl.minibatches)
+                    await update(passes, config, minibatch_index, run.step)
+                    for minibatch_index in range(config.rl.minibatches)
                 ]
                 metrics |= await passes.measure_logprob_diff()  # with π_old, known only now
                 await passes.refresh_reference_if_due(config)
@@ -107,23 +107,25 @@ async def train(run: RLRun) -> None:
         await run.finish_step(rollout, metrics, updates)
 
 
-async def update(passes: TrainerPasses, config: Config, index: int, step: int) -> dict[str, float]:
-    """Take one optimizer step on mini-batch `index`: the critic's, where there is one, and the
+async def update(
+    passes: TrainerPasses, config: Config, minibatch_index: int, step: int
+) -> dict[str, float]:
+    """Take one optimizer step on a mini-batch: the critic's, where there is one, and the
     policy's, once the critic is warm.
 
     Args:
         passes: the passes of the run's algorithm.
         config: the settings of this step.
-        index: number of the loaded mini-batch, from 0.
+        minibatch_index: number of the loaded mini-batch, from 0.
         step: the training step, from 1; the critic is warm after `critic.warmup_steps`.
 
     Returns:
         The metrics of the steps taken."""
     if not passes.algorithm.rules.critic:
-        return await passes.update_policy(config, index)
-    metrics = await passes.update_critic(config, index, step)
+        return await passes.update_policy(config, minibatch_index)
+    metrics = await passes.update_critic(config, minibatch_index, step)
     if step > config.critic.warmup_steps:
-        metrics |= await passes.update_policy(config, index)
+        metrics |= await passes.update_policy(config, minibatch_index)
     return metrics
 
 

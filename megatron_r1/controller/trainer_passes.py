@@ -80,31 +80,33 @@ class TrainerPasses:
         """Compare the engines' log-probabilities with those under π_old."""
         return await self.trainer.call(ModelOperations.measure_logprob_diff)
 
-    async def update_policy(self, config: Config, index: int) -> dict[str, float]:
-        """Take one optimizer step of the policy on mini-batch `index`."""
+    async def update_policy(self, config: Config, minibatch_index: int) -> dict[str, float]:
+        """Take one optimizer step of the policy on a mini-batch."""
         self.state.optimizer_step += 1
         rate = learning_rate(config.optimizer, self.state.optimizer_step, self.num_policy_updates)
         settings = config.rl.loss_settings(config.rollout.max_response_tokens)
         loss, settings = wrap_loss(self.algorithm.loss, settings)
         temperature = config.rollout.temperature
-        metrics = await self.trainer.update(index, loss, settings, rate, temperature)
+        metrics = await self.trainer.update(minibatch_index, loss, settings, rate, temperature)
         return {**metrics, "learning_rate": rate}
 
-    async def update_critic(self, config: Config, index: int, step: int) -> dict[str, float]:
-        """Take one optimizer step of the critic on mini-batch `index` of training step `step`. Its
+    async def update_critic(
+        self, config: Config, minibatch_index: int, step: int
+    ) -> dict[str, float]:
+        """Take one optimizer step of the critic on a mini-batch of training step `step`. Its
         learning rate decays as the policy's does, over all steps of the run.
 
         Args:
             config: the settings of this step.
-            index: number of the loaded mini-batch, from 0.
+            minibatch_index: number of the loaded mini-batch, from 0.
             step: the training step, from 1."""
         settings = config.optimizer.model_copy(
             update={"learning_rate": config.critic.learning_rate}
         )
-        update = self.run_config.updates_before(step) + index + 1
+        update = self.run_config.updates_before(step) + minibatch_index + 1
         total = self.run_config.updates_before(self.run_config.run.steps + 1)
         rate = learning_rate(settings, update, total)
-        return await self.trainer.update_critic(index, rate)
+        return await self.trainer.update_critic(minibatch_index, rate)
 
     @cached_property
     def num_policy_updates(self) -> int:

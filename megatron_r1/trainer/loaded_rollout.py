@@ -128,9 +128,9 @@ class LoadedRollout:
         """Return the first micro-batches, as few as the schedule runs."""
         return self.batches[: len(self._pad_to_schedule([[]]))]
 
-    def is_last(self, index: int) -> bool:
-        """Return whether mini-batch `index` is the last."""
-        return index == len(self.minibatches) - 1
+    def is_last(self, minibatch_index: int) -> bool:
+        """Return whether mini-batch `minibatch_index` is the last."""
+        return minibatch_index == len(self.minibatches) - 1
 
     def clear(self) -> None:
         """Free the samples."""

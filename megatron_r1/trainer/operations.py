@@ -1,7 +1,7 @@
 """The protocol between the controller and the trainer ranks: the operations that the controller may
 call, with arguments and results, and the messages that carry them (msgpack, no pickles).
 
-The controller names a method of the protocols, `trainer.call(ModelOperations.update, index=0, …)`
+The controller names a method of the protocols, `trainer.call(ModelOperations.update, …)`
 (`controller.trainer_calls.client`), its name and arguments travel as a `RankCall`, and each rank
 runs the method of that name (`trainer.worker`). Imports neither torch nor Megatron, because the
 controller imports it."""
@@ -228,16 +228,16 @@ class ModelOperations(Protocol):
     def update(
         self,
         *,
-        index: int,
+        minibatch_index: int,
         loss: str,
         settings: LossSettings | None,
         learning_rate: float,
         temperature: float,
     ) -> MetricValues:
-        """Make one optimizer step on mini-batch `index`.
+        """Make one optimizer step on a mini-batch.
 
         Args:
-            index: number of the loaded mini-batch, from 0.
+            minibatch_index: number of the loaded mini-batch, from 0.
             loss: "module:function" of the loss.
             settings: the settings of a policy loss; None for the others.
             learning_rate: the learning rate of this step.
@@ -247,12 +247,12 @@ class ModelOperations(Protocol):
             The loss's metrics over the whole mini-batch, grad_norm (before clipping) and step_taken
             (0 or 1)."""
 
-    def update_critic(self, *, index: int, learning_rate: float) -> MetricValues:
-        """Make one optimizer step of the critic on mini-batch `index`; `compute_values` and
+    def update_critic(self, *, minibatch_index: int, learning_rate: float) -> MetricValues:
+        """Make one optimizer step of the critic on a mini-batch; `compute_values` and
         `compute_token_advantages`, which computes the returns, come first.
 
         Args:
-            index: number of the loaded mini-batch, from 0.
+            minibatch_index: number of the loaded mini-batch, from 0.
             learning_rate: the learning rate of this step.
 
         Returns:

@@ -172,16 +172,16 @@ class Trainer:
 
     def update(
         self,
-        index: int,
+        minibatch_index: int,
         loss: str,
         settings: LossSettings | None,
         learning_rate: float,
         temperature: float = 1.0,
     ) -> dict[str, float]:
-        """Make one optimizer step on mini-batch `index` with the loss at "module:function".
+        """Make one optimizer step on a mini-batch with the loss at "module:function".
 
         Args:
-            index: number of the mini-batch.
+            minibatch_index: number of the mini-batch.
             loss: "module:function" of the loss.
             settings: the settings of a policy loss; None for the others.
             learning_rate: the learning rate of this update.
@@ -189,7 +189,7 @@ class Trainer:
 
         Returns:
             The loss's metrics over the whole mini-batch, grad_norm and step_taken."""
-        batches = self.rollout.minibatches[index]
+        batches = self.rollout.minibatches[minibatch_index]
         compute = partial(self.heads.loss, find_function(loss), settings, temperature)
         if self.config.model.mtp == "train":
             divisor = mtp_divisor(loss, self.config.rollout.max_response_tokens)
@@ -198,7 +198,7 @@ class Trainer:
         run = partial(self.run_batches, batches, compute, forward_only=False)
         reports, stepped = optimizer_step(
             *(self.ddp_chunks, self.optimizer, learning_rate, run),
-            is_last=self.rollout.is_last(index),
+            is_last=self.rollout.is_last(minibatch_index),
         )
         return reduce_over_data(self.grid_position, merge(reports)) | stepped
 
@@ -207,12 +207,12 @@ class Trainer:
         assert self.critic is not None, "the recipe has no critic"
         self.critic.compute_values(self.rollout.batches)
 
-    def update_critic(self, index: int, learning_rate: float) -> dict[str, float]:
-        """Make one optimizer step of the critic on mini-batch `index`; returns its metrics value/…
+    def update_critic(self, minibatch_index: int, learning_rate: float) -> dict[str, float]:
+        """Make one optimizer step of the critic on a mini-batch; returns its metrics value/…
         compute_values() and the returns, from compute_token_advantages(), come first."""
         assert self.critic is not None, "the recipe has no critic"
-        batches = self.rollout.minibatches[index]
-        return self.critic.update(batches, learning_rate, self.rollout.is_last(index))
+        batches = self.rollout.minibatches[minibatch_index]
+        return self.critic.update(batches, learning_rate, self.rollout.is_last(minibatch_index))
 
     def free_memory(self, free_parameters: bool = False) -> None:
         """Free what the trainer does not need while engines compute on the same GPUs: gradients,

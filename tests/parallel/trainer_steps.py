@@ -74,9 +74,9 @@ def load(trainer, grid_position, seeds, first_old=True) -> None:
     trainer.compute_logprobs(TEMPERATURE, with_reference=True, with_first_minibatch=first_old)
 
 
-def update(trainer, index) -> dict:
-    settings = replace(SETTINGS, ratio_level=("token", "sequence")[index])
-    return trainer.update(index, LOSS, settings, 0.1, TEMPERATURE)
+def update(trainer, minibatch_index) -> dict:
+    settings = replace(SETTINGS, ratio_level=("token", "sequence")[minibatch_index])
+    return trainer.update(minibatch_index, LOSS, settings, 0.1, TEMPERATURE)
 
 
 def main() -> None:

@@ -201,16 +201,16 @@ class TrainerClient:
 
     async def update(
         self,
-        index: int,
+        minibatch_index: int,
         loss: str,
         settings: LossSettings | None,
         learning_rate: float,
         temperature: float = 1.0,
     ) -> dict[str, float]:
-        """Make one optimizer step on mini-batch `index`; return its metrics.
+        """Make one optimizer step on a mini-batch; return its metrics.
 
         Args:
-            index: number of the loaded mini-batch, from 0.
+            minibatch_index: number of the loaded mini-batch, from 0.
             loss: "module:function" of the loss.
             settings: the settings of a policy loss; None for the others.
             learning_rate: the learning rate of this step.
@@ -221,7 +221,7 @@ class TrainerClient:
                 checkpoint is from before this step."""
         metrics = await self.call(
             ModelOperations.update,
-            index=index,
+            minibatch_index=minibatch_index,
             loss=loss,
             settings=settings,
             learning_rate=learning_rate,
@@ -230,11 +230,13 @@ class TrainerClient:
         _require_finite(metrics, ("loss", "grad_norm"), "optimizer.learning_rate")
         return metrics
 
-    async def update_critic(self, index: int, learning_rate: float) -> dict[str, float]:
-        """Make one optimizer step of the critic on mini-batch `index`; return its metrics. Errors
+    async def update_critic(self, minibatch_index: int, learning_rate: float) -> dict[str, float]:
+        """Make one optimizer step of the critic on a mini-batch; return its metrics. Errors
         as `update`. The operations `compute_values` and `compute_token_advantages` come first."""
         metrics = await self.call(
-            ModelOperations.update_critic, index=index, learning_rate=learning_rate
+            ModelOperations.update_critic,
+            minibatch_index=minibatch_index,
+            learning_rate=learning_rate,
         )
         _require_finite(metrics, ("value/loss", "value/grad_norm"), "critic.learning_rate")
         return metrics

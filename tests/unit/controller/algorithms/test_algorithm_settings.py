@@ -150,12 +150,12 @@ class Peers:
     def __init__(self):
         self.requested = []
 
-    async def update(self, index, loss, settings, learning_rate, temperature):
-        self.requested.append((index, loss))
+    async def update(self, minibatch_index, loss, settings, learning_rate, temperature):
+        self.requested.append((minibatch_index, loss))
         return {"loss": 1.0}
 
-    async def update_critic(self, index, learning_rate):
-        self.requested.append((index, "critic"))
+    async def update_critic(self, minibatch_index, learning_rate):
+        self.requested.append((minibatch_index, "critic"))
         return {"value/loss": 2.0}
 
 
