@@ -48,12 +48,12 @@ class PackedBatch:
     num_responses: int
     """The samples that are trained on, the branches of an episode counted as one, on the first
     context rank; 0 on the others, so that the sum over ranks is the number of responses."""
-    last_tokens: Tensor
+    last_token_positions: Tensor
     """(S,) int64: where the last token of each sample without padding is; -1: another rank's."""
 
     is_response: Tensor
     """(T,) bool: whether the target is a response token that is trained on."""
-    response_rows: Tensor
+    response_positions: Tensor
     """int64: the positions where it is."""
     advantages: Tensor
     """(T,) fp32: the response's advantage on each of its tokens, 0 elsewhere. With an algorithm's
@@ -73,7 +73,7 @@ class PackedBatch:
     sampling_mask: SamplingMask | None = None
     """The tokens that the sampler kept at each of the T positions, none where `is_response` is
     False; None: the whole vocabulary everywhere."""
-    num_shared: int = 0
+    num_shared_tokens: int = 0
     """Tokens of samples that are not in the batch, because their prompt is there already."""
 
     routing: RecordedRouting | None = None
@@ -91,10 +91,10 @@ class LossHead:
 
     Attributes:
         batch: the micro-batch of T tokens.
-        hidden: (T, H), whose gradient Megatron sums over `group`.
+        hidden: (T, H), whose gradient Megatron sums over `tensor_group`.
         weight: (V_local, H), this rank's rows.
         temperature: the logits are divided by it.
-        group: the tensor-parallel ranks.
+        tensor_group: the tensor-parallel ranks.
         vocab_size: number of tokens; rows beyond are padding.
         context_group: the ranks that hold the other parts of the samples.
         main_grad: (V_local, H) fp32, to which the backward pass adds the weight's gradient; None:
@@ -107,7 +107,7 @@ class LossHead:
     hidden: Tensor
     weight: Tensor
     temperature: float
-    group: ProcessGroup
+    tensor_group: ProcessGroup
     vocab_size: int
     context_group: ProcessGroup | None = None
     main_grad: Tensor | None = None
@@ -118,7 +118,7 @@ class LossHead:
 
         Returns:
             Each (T,) fp32 (fp64 for fp64), nats, 0 at other positions."""
-        rows = self.batch.response_rows
+        rows = self.batch.response_positions
         with trusted_values():  # `packed.check_token_ids` has seen the targets
             logprobs, entropy = linear_token_logprobs(
                 *(self.hidden[rows], self.weight, self.batch.targets[rows]),
@@ -154,7 +154,7 @@ class LossHead:
                 mask,
                 cu_seqlens=batch.cu_seqlens,
                 sequence_group=self.context_group,
-                rows=batch.response_rows,
+                rows=batch.response_positions,
                 sampling_mask=batch.sampling_mask,
                 **settings,
                 **self._options(),
@@ -173,7 +173,7 @@ class LossHead:
     def _options(self) -> dict[str, Any]:
         return {
             "temperature": self.temperature,
-            "group": self.group,
+            "group": self.tensor_group,
             "vocab_size": self.vocab_size,
             # The LMHead's gather or copy sums it over the group, in the backward pass.
             "reduce_hidden_grad": False,

@@ -107,7 +107,7 @@ def value_loss(batch: PackedBatch, scores: Tensor, clip: float | None) -> LossTe
         scores: (1, T) fp32, V at every position.
         clip: ε; None for ∞."""
     assert batch.values is not None and batch.returns is not None, "values and returns come first"
-    rows, values = batch.response_rows, scores.view(-1)
+    rows, values = batch.response_positions, scores.view(-1)
     new, old, returns = values[rows], batch.values[rows], batch.returns[rows]
     # V_old + (V - V_old) differs from V by rounding and would be counted as clipped, so without a
     # limit V itself is taken.

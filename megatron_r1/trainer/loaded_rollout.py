@@ -98,7 +98,7 @@ class LoadedRollout:
                 batch.routing = routing
         # The sum also runs over context ranks, which hold parts of the same samples.
         num_tokens = sum(len(s) for s in samples)
-        num_shared = sum(batch.num_shared for batch in batches)
+        num_shared = sum(batch.num_shared_tokens for batch in batches)
         num_needed = (num_tokens - num_shared) / self._config.parallel.context
         num_positions = sum(batch.input_ids.numel() for batch in batches)
         metrics = {"packing/padding": Mean(num_positions - num_needed, num_positions)}

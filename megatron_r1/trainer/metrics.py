@@ -139,7 +139,7 @@ def logprob_diff(batches: Sequence[PackedBatch], name: str) -> tuple[Mean, Maxim
     """
     reports: list[Metrics] = [{"mean": Mean(0.0, 0), "largest": Maximum(0.0)}]
     for batch in batches:
-        rows = batch.response_rows
+        rows = batch.response_positions
         if rows.numel():
             gaps = (batch.logprobs[name] - batch.rollout_logprobs)[rows].abs()
             total = Mean(gaps.double().sum(), gaps.numel())
@@ -156,7 +156,7 @@ def teacher_kl(batches: Sequence[PackedBatch]) -> Mean:
     It is the mean of log π_old - log π_teacher over the response tokens of `batches`."""
     totals, count = [], 0
     for batch in batches:
-        gaps = (batch.logprobs["old"] - batch.logprobs["teacher"])[batch.response_rows]
+        gaps = (batch.logprobs["old"] - batch.logprobs["teacher"])[batch.response_positions]
         totals.append(gaps.double().sum())
         count += gaps.numel()
     return Mean(sum(read_scalars(totals)), count)

@@ -89,7 +89,7 @@ class OutputHeads:
             hidden=out.reshape(-1, out.shape[-1]),
             weight=weight,
             temperature=temperature,
-            group=self._groups.tp,
+            tensor_group=self._groups.tp,
             vocab_size=self._hf_config["vocab_size"],
             context_group=self._groups.cp,
             main_grad=fp32_main_grad(weight),

@@ -82,16 +82,16 @@ def pack_batch(
         cu_seqlens=on_device((cu_seqlens // split.context_size).int()),
         targets=on_device(tokens.roll(-1)[local_positions]),
         is_response=on_device(is_response),
-        response_rows=on_device(is_response.nonzero()[:, 0]),
+        response_positions=on_device(is_response.nonzero()[:, 0]),
         num_responses=num_responses if split.context_rank == 0 else 0,
         advantages=on_device(advantages),
         rollout_logprobs=on_device(rollout_logprobs),
-        last_tokens=on_device(_last_tokens(samples, layout, local_positions)),
+        last_token_positions=on_device(_last_tokens(samples, layout, local_positions)),
         labels=on_device(torch.tensor([s.label for s in samples], dtype=torch.float32)),
         logprobs={"teacher": on_device(teacher)} if has_teacher else {},
         sequence_weights=on_device(weights) if has_branches else None,
         sampling_mask=mask_parts and SamplingMask(*(on_device(part) for part in mask_parts)),
-        num_shared=sum(layout.skipped),
+        num_shared_tokens=sum(layout.skipped),
         routing=routing
         and routing._replace(
             experts=on_device(routing.experts), is_recorded=on_device(routing.is_recorded)

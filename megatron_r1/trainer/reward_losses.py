@@ -36,7 +36,7 @@ class ScoreHeadOutput:
 
     def last_token_scores(self) -> Tensor:
         """Return the scores (S,) fp32 at the last token of each sample, on every context rank."""
-        positions = self.batch.last_tokens
+        positions = self.batch.last_token_positions
         local_scores = torch.where(positions >= 0, self.token_scores[positions.clamp(min=0)], 0.0)
         # Over the context group: of each sample one rank has the score, the others 0. Megatron's
         # "tensor" region sums over any group in the forward pass and is the identity backward.

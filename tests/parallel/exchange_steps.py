@@ -157,9 +157,9 @@ SUPERVISED_SCORE = "exchange_steps:score_loss"
 
 def score_loss(batch, scores, settings):
     """A loss of every token's score, as a critic has."""
-    values = scores.token_scores[batch.response_rows]
-    loss = (values - batch.rollout_logprobs[batch.response_rows]).square().sum()
-    count = torch.tensor(len(batch.response_rows), dtype=torch.int, device=values.device)
+    values = scores.token_scores[batch.response_positions]
+    loss = (values - batch.rollout_logprobs[batch.response_positions]).square().sum()
+    count = torch.tensor(len(batch.response_positions), dtype=torch.int, device=values.device)
     return loss, count, {}
 
 

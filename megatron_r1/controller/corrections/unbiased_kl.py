@@ -44,7 +44,7 @@ def loss(batch: PackedBatch, head: LossHead, settings: LossSettings) -> LossTerm
     without = replace(settings, kl_beta=0.0, kl_estimator="k3")
     terms = call_inner_loss(batch, head, without)
     logprobs, _ = head.logprobs()
-    rows = batch.response_rows
+    rows = batch.response_positions
     logprobs_by_policy = logprobs, batch.logprobs["old"], batch.logprobs["ref"]
     new, old, ref = (values[rows].double() for values in logprobs_by_policy)
     ratio = (new - old).clamp(max=MAX_LOG_RATIO).exp()

@@ -70,4 +70,4 @@ def test_the_shares_of_a_batch_are_the_batch_padded_sample_by_sample(ranks):
     assert sum(share.num_responses for share in shares) == 2
     for share in shares:
         assert share.cu_seqlens[-1] == share.input_ids.shape[1] == len(order) // ranks
-        assert torch.equal(share.response_rows, share.is_response.nonzero()[:, 0])
+        assert torch.equal(share.response_positions, share.is_response.nonzero()[:, 0])

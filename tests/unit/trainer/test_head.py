@@ -153,7 +153,7 @@ def test_the_branches_of_an_episode_share_one_mean():
     batch.logprobs["old"] = torch.full((len(hidden),), -2.5)
     head = LossHead(batch, hidden, weight, 0.8, None, VOCABULARY)
     terms = grpo_loss(batch, head, replace(GRPO, kl_beta=0.0))
-    rows = batch.response_rows
+    rows = batch.response_positions
     new = logprobs_of(head, rows, batch.targets[rows])
     ratio, advantages = (new + 2.5).exp(), batch.advantages[rows]
     losses = -torch.min(ratio * advantages, ratio.clamp(0.8, 1.3) * advantages)

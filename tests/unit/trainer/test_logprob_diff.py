@@ -13,7 +13,7 @@ def batch(old, engine, is_response, teacher=()):
         logprobs={"old": torch.tensor(old), "teacher": torch.tensor(teacher)},
         rollout_logprobs=torch.tensor(engine),
         is_response=torch.tensor(is_response),
-        response_rows=torch.tensor(is_response).nonzero()[:, 0],
+        response_positions=torch.tensor(is_response).nonzero()[:, 0],
     )
 
 

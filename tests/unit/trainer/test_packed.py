@@ -33,7 +33,7 @@ def test_positions_targets_and_borders_by_hand():
     assert b.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3]]
     assert b.packed_seq_params.cu_seqlens_q.tolist() == [0, 5, 9]
     seen = b.is_response
-    assert b.response_rows.tolist() == [2, 3, 5, 6, 7]
+    assert b.response_positions.tolist() == [2, 3, 5, 6, 7]
     assert b.targets[seen].tolist() == [10, 11, 6, 1, 2]
     assert b.rollout_logprobs[seen].tolist() == [-0.5, -0.25, -1.0, -2.0, -3.0]
     assert b.advantages[seen].tolist() == [2.0, 2.0, -1.0, -1.0, -1.0]
@@ -49,7 +49,7 @@ def test_padding_for_sequence_parallelism_adds_a_sample_that_counts_nothing():
 
 def test_a_microbatch_without_samples_counts_nothing():
     b = pack_batch([], TokenSplit(tensor_size=2), CPU)
-    assert b.input_ids.shape == (1, 2) and len(b.response_rows) == 0
+    assert b.input_ids.shape == (1, 2) and len(b.response_positions) == 0
     assert denominator(b, "sequence") == 0 and denominator(b, "token") == 0
 
 
@@ -66,7 +66,7 @@ def test_given_tokens_between_sampled_ones_count_nothing():
     first = Sample.pack_branch(tokens, mask, [9.0, 9.0, -1.0, 9.0, 9.0, -2.0], 0.5, **scores)
     second = Sample.pack([1], [2], [-3.0], 1.5, teacher_logprobs=[-9.0])
     b = pack_batch([first, second], TokenSplit(), CPU)
-    assert b.response_rows.tolist() == [1, 4, 6]
+    assert b.response_positions.tolist() == [1, 4, 6]
     assert b.targets[b.is_response].tolist() == [5, 8, 2]
     assert b.rollout_logprobs.tolist() == [0, -1.0, 0, 0, -2.0, 0, -3.0, 0]
     assert b.advantages.tolist() == [0, 0.5, 0, 0, 0.5, 0, 1.5, 0]
@@ -123,7 +123,7 @@ def test_context_ranks_hold_the_kept_tokens_of_their_positions():
                 assert int(part.targets[row]) in own
                 found.append((int(part.targets[row]), own))
     every = pack_batch(samples, TokenSplit(), CPU)
-    rows = every.response_rows.tolist()
+    rows = every.response_positions.tolist()
     expected = [(int(every.targets[row]), kept_at(every.sampling_mask, row)) for row in rows]
     assert sorted(found) == sorted(expected) and len(expected) == 40
 
@@ -138,17 +138,18 @@ def test_a_prompt_of_several_samples_lies_there_once():
     b = pack_batch(made, TokenSplit(tensor_size=4), CPU, share_prompts=True)
     assert b.input_ids.tolist() == [[7, 8, 9, 1, 2, 8, 3, 9, 4, 9, 0, 0]]
     assert b.position_ids.tolist() == [[0, 1, 2, 3, 4, 1, 2, 2, 3, 2, 0, 1]]
-    assert b.response_rows.tolist() == [2, 3, 5, 7]
+    assert b.response_positions.tolist() == [2, 3, 5, 7]
     assert b.targets[b.is_response].tolist() == [1, 2, 3, 4]
     assert b.advantages[b.is_response].tolist() == [0.5, 0.5, 1.5, 2.5]
-    assert b.last_tokens.tolist() == [4, 6, 8, 9] and b.num_responses == 4
-    assert b.cu_seqlens.tolist() == [0, 5, 7, 9, 10, 12] and b.num_shared == 5
+    assert b.last_token_positions.tolist() == [4, 6, 8, 9] and b.num_responses == 4
+    assert b.cu_seqlens.tolist() == [0, 5, 7, 9, 10, 12] and b.num_shared_tokens == 5
     continued = marked_prefixes(b.packed_seq_params.cu_seqlens_q)
     assert continued.parent.tolist() == [-1, 0, 0, 0, -1]
     assert continued.start.tolist() == [0, 1, 2, 2, 0]
     assert b.packed_seq_params.max_seqlen_q == 5
     alone = pack_batch(made[:1], TokenSplit(), CPU, share_prompts=True)
-    assert alone.num_shared == 0 and marked_prefixes(alone.packed_seq_params.cu_seqlens_q) is None
+    assert alone.num_shared_tokens == 0
+    assert marked_prefixes(alone.packed_seq_params.cu_seqlens_q) is None
 
 
 def branch(tokens, sampled, advantage, **scores):
@@ -170,8 +171,8 @@ def test_turns_of_a_tree_lie_there_once_each_trained_in_its_own_branch():
     assert b.position_ids.tolist() == [[*range(24), 22, 23, 24, 24, 25]]
     continued = marked_prefixes(b.packed_seq_params.cu_seqlens_q)
     assert continued.parent.tolist() == [-1, 0, 1] and continued.start.tolist() == [0, 22, 24]
-    assert b.cu_seqlens.tolist() == [0, 24, 27, 29] and b.num_shared == 46
-    assert b.response_rows.tolist() == [19, 20, 22, 24, 25, 27]
+    assert b.cu_seqlens.tolist() == [0, 24, 27, 29] and b.num_shared_tokens == 46
+    assert b.response_positions.tolist() == [19, 20, 22, 24, 25, 27]
     assert b.targets[b.is_response].tolist() == [1, 2, 3, 4, 5, 6]
     assert b.rollout_logprobs[b.is_response].tolist() == [-1.0, -2.0, -3.0, -4.0, -5.0, -6.0]
     assert b.advantages[b.is_response].tolist() == [0.5, 0.5, 0.5, 1.5, 1.5, 2.5]
@@ -187,7 +188,7 @@ def test_equal_beginnings_of_different_questions_are_shared_from_a_length_on():
     for shared, saved in ((MIN_SHARED_TOKENS - 1, 0), (MIN_SHARED_TOKENS, MIN_SHARED_TOKENS)):
         made = [Sample.pack([*range(shared), 90 + i, 7], [3]) for i in range(2)]
         b = pack_batch(made, TokenSplit(), CPU, share_prompts=True)
-        assert b.num_shared == saved
+        assert b.num_shared_tokens == saved
 
 
 def test_samples_of_one_prompt_are_packed_together_as_far_as_the_limit_goes():
@@ -202,7 +203,7 @@ def test_samples_of_one_prompt_are_packed_together_as_far_as_the_limit_goes():
         for m in own
     ]
     assert max(b.input_ids.shape[1] for b in batches) <= 64
-    saved, possible = sum(b.num_shared for b in batches), 6 * 6 * 19
+    saved, possible = sum(b.num_shared_tokens for b in batches), 6 * 6 * 19
     assert saved > 0.7 * possible, "a prompt of 7 samples fits into two micro-batches"
     group = [Sample.pack([*range(20)], [n % 7, n]) for n in range(256)]
     whole = pack_by_prompt(group, 1, 22 + 255 * 3, float)
@@ -231,7 +232,7 @@ def test_shared_prompts_are_refused_where_something_does_not_know_them(settings,
 
 def test_a_response_may_be_empty():
     b = pack_batch([Sample.pack([3, 4], [])], TokenSplit(), CPU)
-    assert len(b.response_rows) == 0 and denominator(b, "sequence") == 1
+    assert len(b.response_positions) == 0 and denominator(b, "sequence") == 1
 
 
 def test_samples_that_do_not_fit_together_are_refused():

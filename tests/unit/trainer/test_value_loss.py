@@ -15,7 +15,7 @@ ROWS = [1, 2, 4, 6, 7]
 def micro_batch(seed=0, size=9):
     g = torch.Generator().manual_seed(seed)
     old, returns, new = torch.randn(3, size, generator=g)
-    return SimpleNamespace(response_rows=torch.tensor(ROWS), values=old, returns=returns), new
+    return SimpleNamespace(response_positions=torch.tensor(ROWS), values=old, returns=returns), new
 
 
 @pytest.mark.parametrize("clip", [None, 0.2])
