@@ -103,7 +103,7 @@ class ModelCounts:
 def _size(rules: list[WeightRule], expert: bool = False) -> int:
     """Return the number of values of one expert's rules, or of all other rules."""
     return sum(
-        prod(source.shape) for rule in rules if rule.expert == expert for source in rule.sources
+        prod(source.shape) for rule in rules if rule.is_expert == expert for source in rule.sources
     )
 
 
@@ -185,8 +185,8 @@ def layer_flops(job: PlannedJob, layer: int, length: float, speedup: float = 1.0
     num_products = 0.0
     for rule in job.weight_table.layers[layer]:
         count = sum(prod(source.shape) for source in rule.sources if len(source.shape) > 1)
-        count *= job.hf_config["num_experts_per_tok"] if rule.expert and experts else 1
-        num_products += count / (1 if "router" in rule.megatron else speedup)
+        count *= job.hf_config["num_experts_per_tok"] if rule.is_expert and experts else 1
+        num_products += count / (1 if "router" in rule.megatron_name else speedup)
     return 2 * num_products + attention_flops(job.hf_config, length)
 
 

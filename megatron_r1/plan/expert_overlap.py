@@ -28,7 +28,7 @@ BACKWARD = 2
 
 def expert_flops(job: PlannedJob, layer: int) -> float:
     """Return forward FLOP of one token in the routed experts of a decoder layer."""
-    rules = (rule for rule in job.weight_table.layers[layer] if rule.expert)
+    rules = (rule for rule in job.weight_table.layers[layer] if rule.is_expert)
     values = sum(prod(source.shape) for rule in rules for source in rule.sources)
     return 2 * values * job.hf_config["num_experts_per_tok"]
 

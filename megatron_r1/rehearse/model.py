@@ -111,7 +111,7 @@ def write_folder(folder: Path, hf_config: dict, seed: int) -> None:
             hf_config, with_mtp=not has_score_head(hf_config)
         ).items()
     }
-    for copy, original in weight_table(hf_config).copies.items():
+    for copy, original in weight_table(hf_config).duplicate_of.items():
         if copy in tensors:
             tensors[copy] = tensors[original]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -83,7 +83,7 @@ def write(folder: Path, hf_config: dict) -> None:
     resolved = resolve_aliases(hf_config)
     for name, (shape, _) in published_tensors(resolved, with_mtp=True).items():
         if name not in tensors:
-            original = weight_table(resolved).copies.get(name)
+            original = weight_table(resolved).duplicate_of.get(name)
             tensors[name] = tensors[original].clone() if original else drawn(name, shape)
     form = hf_config.get("quantization_config", {}).get("quant_method")
     for name in [*tensors] if form else []:

@@ -160,7 +160,7 @@ def write_drafting_model(folder, seed, config=DRAFTING):
     tensors["lm_head.weight"] = 0.2 * torch.randn(vocabulary, size, generator=draw)
     # Signs of the model's own, which make another model's drafts wrong.
     tensors["model.norm.weight"] *= torch.randint(0, 2, (size,), generator=draw) * 2 - 1
-    copies = weight_table(config).copies
+    copies = weight_table(config).duplicate_of
     for name, (shape, _) in hf_tensors(config).items():
         if name in copies:
             tensors[name] = tensors[copies[name]].clone()

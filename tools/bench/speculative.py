@@ -79,7 +79,7 @@ def write_model(folder: Path) -> int:
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(SHAPE, indent=1))
     draw, tensors = torch.Generator().manual_seed(0), {}
-    copies = weight_table(SHAPE).copies
+    copies = weight_table(SHAPE).duplicate_of
     for name, (shape, _) in hf_tensors(SHAPE).items():
         if len(shape) == 1:
             tensors[name] = torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)

@@ -91,7 +91,7 @@ def _sort_names(a: Weights, b: Weights) -> tuple[list[str], list[str], list[str]
     """Return (names in both, missing tensors, other shapes), the last two in words."""
     common_names, missing, reshaped = [], [], []
     for name in [*a.tensors, *(n for n in b.tensors if n not in a.tensors)]:
-        lacking = [s for s in (a, b) if not {name, s.copies.get(name)} & s.tensors.keys()]
+        lacking = [s for s in (a, b) if not {name, s.duplicate_of.get(name)} & s.tensors.keys()]
         if lacking:
             missing.append(f"{name}: only in one, {lacking[0].path} lacks it")
             continue
@@ -173,7 +173,7 @@ def _compare_tensor(sides: ModelPair, name: str) -> TensorDifference | None:
 
 def _shape_and_dtype(weights: Weights, name: str) -> tuple[tuple[int, ...], str]:
     """Return (shape, stored dtype) of a tensor, which may be stored as another."""
-    return weights.tensors.get(name) or weights.tensors[weights.copies[name]]
+    return weights.tensors.get(name) or weights.tensors[weights.duplicate_of[name]]
 
 
 def _common_dtype(a: str, b: str) -> torch.dtype:

@@ -36,7 +36,7 @@ def adapter_table(hf_config: dict, lora: LoraConfig) -> WeightTable:
     """
     base = weight_table(hf_config)
     if model_family(hf_config).stacked_experts:
-        dense_layers = [[rule for rule in layer if not rule.expert] for layer in base.layers]
+        dense_layers = [[rule for rule in layer if not rule.is_expert] for layer in base.layers]
         base = replace(base, layers=dense_layers)
     modules = {
         _module(source)
@@ -80,7 +80,7 @@ def adapter_shapes(weight_table: WeightTable) -> dict[str, Shape]:
             factor_names = rule.split.names if isinstance(rule.split, _Chosen) else None
             for source in rule.sources:
                 if factor_names is None or source.name in factor_names:
-                    for expert in range(weight_table.num_experts if rule.expert else 1):
+                    for expert in range(weight_table.num_experts if rule.is_expert else 1):
                         name = source.name.replace("{e}", str(expert))
                         shapes[f"model.layers.{index}.{name}"] = source.shape
     return shapes
@@ -175,7 +175,7 @@ def _adapter(rule: WeightRule, lora: LoraConfig) -> Iterator[WeightRule]:
     by_rows = rule.split is row_parallel
     # Transformer Engine has the experts of a layer in one module, with weight0, weight1, …
     te_name = rule.te_name and rule.te_name.replace(".weight{e}", ".lora.{e}")
-    megatron = rule.megatron.replace(".weight", ".lora")
+    megatron = rule.megatron_name.replace(".weight", ".lora")
     factors_a = tuple(_factor(source, A, (lora.rank, source.shape[1])) for source in targets)
     factors_b = tuple(_factor(source, B, (source.shape[0], lora.rank)) for source in rule.sources)
     split_b: Split = replicated if by_rows else rule.split
@@ -195,7 +195,7 @@ def _factor(source: Source, ending: str, shape: Shape) -> Source:
 
 def _is_linear(rule: WeightRule) -> bool:
     # Biases and norms inside linear layers have one dimension.
-    return ".linear_" in rule.megatron and len(rule.sources[0].shape) == 2
+    return ".linear_" in rule.megatron_name and len(rule.sources[0].shape) == 2
 
 
 def _module(source: Source) -> str:

@@ -114,7 +114,7 @@ def _write_files(
         plans: the files by path.
         durable: fsync before renaming."""
     copies = defaultdict(list)
-    for copy, original in weight_table(hf_config).copies.items():
+    for copy, original in weight_table(hf_config).duplicate_of.items():
         copies[original].append(copy)
     local_parameters, part_of = (
         local_pieces(model_chunks, hf_config),

@@ -87,11 +87,11 @@ def hf_tensors(hf_config: dict, *, with_mtp: bool = True) -> dict[str, tuple[Sha
     tensors: dict[str, tuple[Shape, str]] = {}
     for prefix, rule in _prefixed_rules(table, with_mtp):
         for source in rule.sources:
-            for expert in range(table.num_experts if rule.expert else 1):
+            for expert in range(table.num_experts if rule.is_expert else 1):
                 name = prefix + source.name.replace("{e}", str(expert))
                 tensors.setdefault(name, (source.shape, rule.dtype or default))
     if with_mtp:
-        tensors |= {name: tensors[original] for name, original in table.copies.items()}
+        tensors |= {name: tensors[original] for name, original in table.duplicate_of.items()}
     return tensors
 
 
@@ -197,19 +197,19 @@ def _entries(
         prefix: what precedes the names of its HF tensors.
         shard: the rank's place.
         num_experts: the model's routed experts."""
-    name = (shard.transformer_engine and rule.te_name) or rule.megatron
-    rank, num_ranks = shard.etp if rule.expert else shard.tp
+    name = (shard.transformer_engine and rule.te_name) or rule.megatron_name
+    rank, num_ranks = shard.etp if rule.is_expert else shard.tp
     shape, pieces = rule.split(rule.sources, rank, num_ranks)
     is_replicated = rule.split in (replicated, replicated_stack)
     group, num_groups = shard.ep
-    if rule.expert and num_experts % num_groups:
+    if rule.is_expert and num_experts % num_groups:
         raise UserError(
             f"parallel.expert={num_groups} does not divide n_routed_experts={num_experts}; choose "
             f"a divisor of {num_experts}",
             key="parallel.expert",
             cause=Cause.INDIVISIBLE,
         )
-    num_local = num_experts // num_groups if rule.expert else 1
+    num_local = num_experts // num_groups if rule.is_expert else 1
     for local in range(num_local):
         expert = str(group * num_local + local)
         local_pieces = tuple(
@@ -221,7 +221,7 @@ def _entries(
             pieces=local_pieces,
             is_replicated=is_replicated,
             is_owner=not is_replicated or rank == 0,
-            is_expert=rule.expert,
+            is_expert=rule.is_expert,
             dtype=rule.dtype,
         )
         yield name.replace("{e}", str(local)), entry

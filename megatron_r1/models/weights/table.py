@@ -65,23 +65,23 @@ class WeightRule:
     `{e}` in a name is an expert: its local index in Megatron's, its global one in HF's.
 
     Attributes:
-        megatron: the parameter's name relative to its layer, with Megatron's own layers.
+        megatron_name: the parameter's name relative to its layer, with Megatron's own layers.
         sources: the HF tensors, in the order in which `split` places their rows.
         split: which rows or columns of them a tensor-parallel rank has, and where.
         te_name: its name with Transformer Engine's layers, if that differs.
         dtype: the tensor's dtype, if it is not the model's.
     """
 
-    megatron: str
+    megatron_name: str
     sources: tuple[Source, ...]
     split: Split
     te_name: str | None = None
     dtype: str | None = None
 
     @property
-    def expert(self) -> bool:
+    def is_expert(self) -> bool:
         """Whether there is one such parameter for every expert."""
-        return "{e}" in self.megatron
+        return "{e}" in self.megatron_name
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,8 @@ class WeightTable:
         head: rules of the output head.
         mtp: mtp[k] are the rules of MTP layer k (Megatron `mtp.layers.k.`, HF
             `model.layers.<num_layers + k>.`).
-        copies: HF tensors that repeat another one; written on export, ignored on import.
+        duplicate_of: by the name of an HF tensor that repeats another, that one's name; the
+            duplicate is written on export, ignored on import.
         num_experts: the number of routed experts of a layer, 0 for a dense model."""
 
     embedding: list[WeightRule]
@@ -104,24 +105,26 @@ class WeightTable:
     final_norm: list[WeightRule]
     head: list[WeightRule]
     mtp: list[list[WeightRule]] = field(default_factory=list)
-    copies: dict[str, str] = field(default_factory=dict)
+    duplicate_of: dict[str, str] = field(default_factory=dict)
     num_experts: int = 0
 
 
 def weight_rule(
-    megatron: str, name: str, shape: Shape, split: Split, te_name: str | None = None
+    megatron_name: str, hf_name: str, shape: Shape, split: Split, te_name: str | None = None
 ) -> WeightRule:
     """Return the rule of one `.weight` that is one HF `.weight`; names without the ending, except
     `te_name`.
 
     Args:
-        megatron: the parameter's name.
-        name: the Hugging Face tensor's name.
+        megatron_name: the parameter's name.
+        hf_name: the Hugging Face tensor's name.
         shape: the shape of the Hugging Face tensor.
         split: the rule by which a rank gets its part of it.
         te_name: the parameter's name in Transformer Engine's layers, where that differs.
     """
-    return WeightRule(f"{megatron}.weight", (Source(f"{name}.weight", shape),), split, te_name)
+    return WeightRule(
+        f"{megatron_name}.weight", (Source(f"{hf_name}.weight", shape),), split, te_name
+    )
 
 
 def _gated_rules(
@@ -328,10 +331,10 @@ def weight_table(hf_config: dict) -> WeightTable:
     layers = [sparse if is_sparse else dense for is_sparse in kinds]
     num_layers, num_mtp = len(layers), num_mtp_layers(hf_config)
     head = "model.embed_tokens" if hf_config.get("tie_word_embeddings") else "lm_head"
-    copies = {}
+    duplicate_of = {}
     for layer in range(num_layers, num_layers + num_mtp):
-        copies[f"model.layers.{layer}.embed_tokens.weight"] = "model.embed_tokens.weight"
-        copies[f"model.layers.{layer}.shared_head.head.weight"] = f"{head}.weight"
+        duplicate_of[f"model.layers.{layer}.embed_tokens.weight"] = "model.embed_tokens.weight"
+        duplicate_of[f"model.layers.{layer}.shared_head.head.weight"] = f"{head}.weight"
     vocab, hidden = hf_config["vocab_size"], hf_config["hidden_size"]
     embedding = "embedding.word_embeddings"
     last = weight_rule("output_layer", head, (vocab, hidden), vocab_parallel)
@@ -344,7 +347,7 @@ def weight_table(hf_config: dict) -> WeightTable:
         head=[last],
         # An MTP layer has the structure of the last decoder layer.
         mtp=[_mtp(hf_config, layers[-1])] * num_mtp,
-        copies=copies,
+        duplicate_of=duplicate_of,
         num_experts=hf_config.get("n_routed_experts") or 0,
     )
 
@@ -392,9 +395,13 @@ def _grouped_query(hf_config: dict) -> list[WeightRule]:
     ]
 
 
-def _bias_rule(megatron: str, name: str, size: int, te_name: str | None = None) -> WeightRule:
+def _bias_rule(
+    megatron_name: str, hf_name: str, size: int, te_name: str | None = None
+) -> WeightRule:
     """Return the rule of a bias that every rank holds whole; names as for `weight`."""
-    return WeightRule(f"{megatron}.bias", (Source(f"{name}.bias", (size,)),), replicated, te_name)
+    return WeightRule(
+        f"{megatron_name}.bias", (Source(f"{hf_name}.bias", (size,)),), replicated, te_name
+    )
 
 
 def _latent(hf_config: dict) -> list[WeightRule]:
@@ -495,7 +502,9 @@ def _mtp(hf_config: dict, decoder_layer: list[WeightRule]) -> list[WeightRule]:
         weight_rule("hnorm", "hnorm", (hidden,), replicated),
         weight_rule("eh_proj", "eh_proj", (hidden, 2 * hidden), column_parallel),
         *(
-            replace(r, megatron=prefix + r.megatron, te_name=r.te_name and prefix + r.te_name)
+            replace(
+                r, megatron_name=prefix + r.megatron_name, te_name=r.te_name and prefix + r.te_name
+            )
             for r in decoder_layer
         ),
         weight_rule("final_layernorm", "shared_head.norm", (hidden,), replicated),

@@ -131,7 +131,7 @@ def _rule_tensors(
 ) -> Iterator[HFTensor]:
     prefix = "" if layer is None else f"model.layers.{layer}."
     for rule in rules:
-        for expert in experts if rule.expert else (None,):
+        for expert in experts if rule.is_expert else (None,):
             for index, source in enumerate(rule.sources):
                 name = prefix + source.name.replace("{e}", str(expert))
                 yield HFTensor(name, rule, index, part, layer, expert)
@@ -176,7 +176,7 @@ def pushed_tensors(
     if adapters is not None:
         return list(adapter_shapes(adapters).items())
     names_and_shapes: list[tuple[str, Shape]] = []
-    copies = weight_table(hf_config).copies
+    copies = weight_table(hf_config).duplicate_of
     for name, (shape, _) in hf_tensors(hf_config, with_mtp=drafts).items():
         if name in copies:
             continue

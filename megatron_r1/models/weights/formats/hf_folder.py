@@ -65,7 +65,7 @@ class HFWeights:
         for file in self.files:
             self._home |= dict.fromkeys(file.tensors, file)
             self._stored |= file.tensors
-        self.copies = weight_table(hf_config).copies
+        self.duplicate_of = weight_table(hf_config).duplicate_of
         self._repeated: dict[str, list[str]] = {}
 
     def __enter__(self) -> Self:
@@ -93,7 +93,7 @@ class HFWeights:
     def read(self, name: str, dim: int, start: int, length: int) -> Tensor:
         """Return `length` rows (dim 0) or columns (dim 1), in the stored dtype; FP8 as fp32 values.
 
-        A tensor of `WeightTable.copies` that the folder lacks is read from its original.
+        A tensor of `WeightTable.duplicate_of` that the folder lacks is read from its original.
 
         Args:
             name: the tensor's name.
@@ -113,7 +113,7 @@ class HFWeights:
     def _read(self, name: str, dim: int, start: int, length: int) -> Tensor:
         if part := stacked_part(self.hf_config, name):
             return self._read_stacked(part, dim, start, length)
-        name = name if name in self._stored else self.copies.get(name, name)
+        name = name if name in self._stored else self.duplicate_of.get(name, name)
         shape = self._stored[name].shape
         starts, sizes = [0] * len(shape), list(shape)
         starts[dim], sizes[dim] = start, length
@@ -203,7 +203,7 @@ class HFWeights:
         """Raise UserError naming every missing, unexpected or mis-shaped tensor."""
         hf_config = self.hf_config
         published = published_tensors(hf_config)
-        tensor_names = published_tensors(hf_config, with_mtp).keys() - self.copies.keys()
+        tensor_names = published_tensors(hf_config, with_mtp).keys() - self.duplicate_of.keys()
         # As MXFP4, which only stacked experts have, two others are stored instead.
         expected: dict[str, Shape] = {}
         for name in tensor_names:
@@ -264,7 +264,7 @@ class HFWeights:
         """Return tensor -> the other tensors in the folder that must equal it: the embedding and
         the head that MTP layers share with the model, and a head where the embedding is the head.
         """
-        pairs = list(self.copies.items()) if with_mtp else []
+        pairs = list(self.duplicate_of.items()) if with_mtp else []
         if self.hf_config.get("tie_word_embeddings"):
             pairs.append(("lm_head.weight", "model.embed_tokens.weight"))
         names_by_content: dict[str, list[str]] = {}

@@ -151,7 +151,7 @@ class MegatronWeights:
         self.checkpoint = DistributedCheckpoint(folder)
         self.with_mtp = any(key.startswith("mtp.") for key in self.checkpoint.shapes)
         self.layout = self._recognize()
-        self.copies = weight_table(hf_config).copies
+        self.duplicate_of = weight_table(hf_config).duplicate_of
         self._runs = self.layout.slots_by_hf_name()
         self._check_shapes()
 
@@ -169,10 +169,10 @@ class MegatronWeights:
     @cached_property
     def tensors(self) -> dict[str, tuple[Shape, str]]:
         """The (shape, stored dtype) of every tensor, by name, including an HF checkpoint's copies
-        (`WeightTable.copies`)."""
+        (`WeightTable.duplicate_of`)."""
         tensors = {}
         for name, (shape, _) in hf_tensors(self.hf_config, with_mtp=self.with_mtp).items():
-            key = self._runs[self.copies.get(name, name)][0][0].key
+            key = self._runs[self.duplicate_of.get(name, name)][0][0].key
             tensors[name] = (shape, str(self.checkpoint.dtypes[key]).removeprefix("torch."))
         return tensors
 
@@ -186,7 +186,7 @@ class MegatronWeights:
             length: how many.
         """
         parts = []
-        for slot, run in self._runs[self.copies.get(name, name)]:
+        for slot, run in self._runs[self.duplicate_of.get(name, name)]:
             first, end = run.hf_start, run.hf_start + run.length
             if dim == 0:
                 first, end = max(first, start), min(end, start + length)
