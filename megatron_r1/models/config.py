@@ -309,7 +309,7 @@ def _shared_fields(hf_config: dict, dtype: torch.dtype, transformer_engine: bool
         "layernorm_epsilon": hf_config["rms_norm_eps"],
         "init_method_std": hf_config.get("initializer_range", 0.02),
         "normalization": "RMSNorm",
-        "activation_func": quick_gelu if family.open_swiglu else torch.nn.functional.silu,
+        "activation_func": quick_gelu if family.clamped_swiglu else torch.nn.functional.silu,
         "gated_linear_unit": True,
         "add_bias_linear": family.linear_biases,
         "hidden_dropout": 0.0,

@@ -12,7 +12,7 @@ GROUP_SCORES = {"sigmoid": 2, "softmax": 1}
 """The number of a group's best experts whose scores are summed to the score of the group: two in
 DeepSeek-V3 (and its descendants), one in DeepSeek-V2."""
 
-OPEN_SWIGLU = {"glu_linear_offset": 1.0, "activation_func_clamp_value": SWIGLU_LIMIT}
+CLAMPED_SWIGLU = {"glu_linear_offset": 1.0, "activation_func_clamp_value": SWIGLU_LIMIT}
 
 
 def expert_fields(hf_config: dict) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def expert_fields(hf_config: dict) -> dict[str, Any]:
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
-        **(OPEN_SWIGLU if model_family(hf_config).open_swiglu else {}),
+        **(CLAMPED_SWIGLU if model_family(hf_config).clamped_swiglu else {}),
         **_groups(hf_config, GROUP_SCORES[function]),
     }
 

@@ -37,8 +37,8 @@ class Family:
             only.
         router_score: the function that turns router logits into scores; with "sigmoid" there is
             also a correction bias. None: the architecture has no experts.
-        expert_size: the key of `config.json` with the number of an expert's inner features.
-        open_swiglu: experts compute clamp(gate) sigmoid(1.702 gate) (clamp(up) + 1).
+        expert_size_key: the key of `config.json` with the number of an expert's inner features.
+        clamped_swiglu: experts compute clamp(gate) sigmoid(1.702 gate) (clamp(up) + 1).
         linear_biases: whether the output projection, router and experts have biases.
         stacked_experts: a tensor of the checkpoint has all experts of a layer
             (`weights.formats.published_layout`).
@@ -65,8 +65,8 @@ class Family:
     attention_sinks: bool = False
     sliding_windows: bool = False
     router_score: Literal["sigmoid", "softmax"] | None = None
-    expert_size: str = "moe_intermediate_size"
-    open_swiglu: bool = False
+    expert_size_key: str = "moe_intermediate_size"
+    clamped_swiglu: bool = False
     linear_biases: bool = False
     stacked_experts: bool = False
     normalizes_topk: bool = False
@@ -80,7 +80,7 @@ class Family:
 
 
 SWIGLU_LIMIT = 7.0
-"""The limit to which gate and up are clamped where `open_swiglu` is set."""
+"""The limit to which gate and up are clamped where `clamped_swiglu` is set."""
 
 _NO_MTP = {"num_nextn_predict_layers": 0}
 _LLAMA = {**_NO_MTP, "attention_bias": False}
@@ -190,8 +190,8 @@ FAMILIES = {
         attention_sinks=True,
         sliding_windows=True,
         router_score="softmax",
-        expert_size="intermediate_size",
-        open_swiglu=True,
+        expert_size_key="intermediate_size",
+        clamped_swiglu=True,
         linear_biases=True,
         stacked_experts=True,
         normalizes_topk=True,

@@ -51,7 +51,7 @@ LARGEST = 1e300
 """Beyond it a number of config.json is infinite, or overflows where it is multiplied."""
 _MOST_EXPERTS = 200_000
 """Of all layers together; Kimi-K2 has 23,040."""
-EXPERT_SIZE = "moe_intermediate_size"
+EXPERT_SIZE_KEY = "moe_intermediate_size"
 """The key of an expert's inner features here, whatever the family's own key is."""
 
 
@@ -278,8 +278,10 @@ def resolve_aliases(hf_config: dict) -> dict:
     for family in (
         ARCHITECTURES[n] for n in hf_config.get("architectures") or [] if n in ARCHITECTURES
     ):
-        if FAMILIES[family].router_score and (size := hf_config.get(FAMILIES[family].expert_size)):
-            hf_config.setdefault(EXPERT_SIZE, size)
+        if FAMILIES[family].router_score and (
+            size := hf_config.get(FAMILIES[family].expert_size_key)
+        ):
+            hf_config.setdefault(EXPERT_SIZE_KEY, size)
     return hf_config
 
 
@@ -290,8 +292,8 @@ def published_names(hf_config: dict) -> dict:
     if name not in hf_config or family.router_score != "softmax" or family.latent_attention:
         return hf_config
     hf_config = {("num_experts" if key == name else key): value for key, value in hf_config.items()}
-    if family.expert_size != EXPERT_SIZE:
-        hf_config[family.expert_size] = hf_config.pop(EXPERT_SIZE)
+    if family.expert_size_key != EXPERT_SIZE_KEY:
+        hf_config[family.expert_size_key] = hf_config.pop(EXPERT_SIZE_KEY)
     return hf_config
 
 

@@ -333,7 +333,7 @@ def _check_experts(rollout: RolloutConfig, hf_config: dict[str, Any]) -> None:
             cause=Cause.UNSUPPORTED,
         )
     ranks = 1 if rollout.expert_parallel else rollout.tensor * rollout.data
-    if family.open_swiglu and (size := hf_config["intermediate_size"]) % (ALIGNMENT * ranks):
+    if family.clamped_swiglu and (size := hf_config["intermediate_size"]) % (ALIGNMENT * ranks):
         shared = f" shared by {ranks} ranks" if ranks > 1 else ""
         raise UserError(
             f"config.json: intermediate_size={size}{shared}: {multiples}",
