@@ -210,13 +210,13 @@ class SetLinks:
         sent_bytes: what each trainer rank sends to the set in a push.
         links: one to each engine rank that this rank sends to.
         rounds: this rank's part of a push in rounds.
-        set_push_number: the number of the set's pushes so far."""
+        push_number_in_set: the number of the set's pushes so far."""
 
     rendezvous: list[TrainerRendezvous]
     sent_bytes: list[float]
     links: list[ConnectedLink] = field(default_factory=list)
     rounds: SetRounds | None = None
-    set_push_number: int = 0
+    push_number_in_set: int = 0
 
     @property
     def num_bytes(self) -> int:

@@ -155,18 +155,18 @@ class Rendezvous:
         """Return NCCL's id of the set's communicator, once it is published."""
         return self.set_store.get("nccl") if self.set_store.check(["nccl"]) else None
 
-    def publish_alive(self, name: str, set_push_number: int) -> None:
+    def publish_alive(self, name: str, push_number_in_set: int) -> None:
         """Publish that engine rank `name`, "member/rank", is alive in a push of the set."""
-        self.set_store.append(f"answers/{set_push_number}", f"{name} ")  # type: ignore[attr-defined]
+        self.set_store.append(f"answers/{push_number_in_set}", f"{name} ")  # type: ignore[attr-defined]
 
-    def is_alive_requested(self, set_push_number: int) -> bool:
+    def is_alive_requested(self, push_number_in_set: int) -> bool:
         """Return whether a rank wants to know who is alive in a push of the set."""
-        return self.set_store.check([f"asked/{set_push_number}"])
+        return self.set_store.check([f"asked/{push_number_in_set}"])
 
     def diagnose_failure(
         self,
         names: Collection[str],
-        set_push_number: int,
+        push_number_in_set: int,
         error: str,
         is_closing: Callable[[], bool] = lambda: False,
     ) -> SetFailure:
@@ -175,11 +175,11 @@ class Rendezvous:
 
         Args:
             names: the engine ranks, each "member/rank".
-            set_push_number: the push, by its number in the set.
+            push_number_in_set: the push, by its number in the set.
             error: the error that this rank has seen.
             is_closing: ends the wait for answers when it returns True."""
-        self.set_store.set(f"asked/{set_push_number}", "")
-        key, answered, checks = f"answers/{set_push_number}", set[str](), 0
+        self.set_store.set(f"asked/{push_number_in_set}", "")
+        key, answered, checks = f"answers/{push_number_in_set}", set[str](), 0
         while not answered.issuperset(names) and checks < ANSWER_CHECKS and not is_closing():
             if self.has_failed():
                 return self._failure()
@@ -218,28 +218,28 @@ class EngineRendezvous(Rendezvous):
         rounds = plan.rounds[self.member] if plan.rounds is not None else None
         return chunks_to(plan.from_trainers, self.member), rounds
 
-    def wait_push_begun(self, set_push_number: int, connection: Store) -> int:
+    def wait_push_begun(self, push_number_in_set: int, connection: Store) -> int:
         """Wait until a push of the set has begun, and return its number of the run; 0 where a rank
         of the set has closed.
 
         Args:
-            set_push_number: the push, by its number in the set, counted from 1.
+            push_number_in_set: the push, by its number in the set, counted from 1.
             connection: the calling thread's connection (`new_connection`)."""
-        connection.wait([f"begun/{set_push_number}"], datetime.timedelta(seconds=IDLE_SECONDS))
-        return int(connection.get(f"begun/{set_push_number}"))
+        connection.wait([f"begun/{push_number_in_set}"], datetime.timedelta(seconds=IDLE_SECONDS))
+        return int(connection.get(f"begun/{push_number_in_set}"))
 
-    def end_waits(self, set_push_number: int) -> None:
+    def end_waits(self, push_number_in_set: int) -> None:
         """End `wait_push_begun` in all ranks of the set."""
-        self.set_store.set(f"begun/{set_push_number}", "0")
+        self.set_store.set(f"begun/{push_number_in_set}", "0")
 
-    def publish_memory(self, rank: int, set_push_number: int, addresses: list[str]) -> None:
+    def publish_memory(self, rank: int, push_number_in_set: int, addresses: list[str]) -> None:
         """Publish where the trainer rank on this rank's GPU is to write a push.
 
         Args:
             rank: this rank within the engine.
-            set_push_number: the push, by its number in the set.
+            push_number_in_set: the push, by its number in the set.
             addresses: handles of the receive buffer and of the checksums (`export_ipc_handle`)."""
-        _write(self.engine_store, f"memory/{rank}/{set_push_number}", addresses)
+        _write(self.engine_store, f"memory/{rank}/{push_number_in_set}", addresses)
 
     def publish_complete(self, push_number: int) -> None:
         """Publish that this rank, of a set of several engines, has all of a push."""
@@ -296,13 +296,13 @@ class TrainerRendezvous(Rendezvous):
         if self.set_store.add("prepared", 1) == num_senders:  # the last ends the wait of all
             self.set_store.set("ready", str(num_ranks))
 
-    def publish_push_begun(self, set_push_number: int, push_number: int) -> None:
-        """Publish that push `set_push_number` of the set, `push_number` of the run, begins."""
-        self.set_store.set(f"begun/{set_push_number}", str(push_number))
+    def publish_push_begun(self, push_number_in_set: int, push_number: int) -> None:
+        """Publish that push `push_number_in_set` of the set, `push_number` of the run, begins."""
+        self.set_store.set(f"begun/{push_number_in_set}", str(push_number))
 
-    def read_memory(self, rank: int, set_push_number: int) -> list[str]:
+    def read_memory(self, rank: int, push_number_in_set: int) -> list[str]:
         """Return where to write a push for engine rank `rank`, once that is published."""
-        key = f"memory/{rank}/{set_push_number}"
+        key = f"memory/{rank}/{push_number_in_set}"
         self._wait_for_keys(self.engine_store, [key], self.push_timeout_seconds)
         return _read(self.engine_store, key, list[str])
 

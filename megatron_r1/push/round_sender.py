@@ -55,14 +55,14 @@ class SetRounds:
         set_index: the number of the set in `schedule`.
         rank: the trainer rank.
         communicator: the set's communicator, if it has one.
-        set_push_number: the number of the set's push."""
+        push_number_in_set: the number of the set's push."""
 
     rendezvous: list[TrainerRendezvous]
     schedule: PushSchedule
     set_index: int
     rank: int
     communicator: Communicator | None = None
-    set_push_number: int = 0
+    push_number_in_set: int = 0
 
     def __post_init__(self) -> None:
         self._colocated = self.schedule.colocated_engine_rank(self.set_index, self.rank)
@@ -113,7 +113,7 @@ class SetRounds:
         """Map the memory that the engine rank on this rank's GPU has published for the push."""
         if self._colocated is not None:
             member, engine_rank = self._colocated
-            addresses = self.rendezvous[member].read_memory(engine_rank, self.set_push_number)
+            addresses = self.rendezvous[member].read_memory(engine_rank, self.push_number_in_set)
             memory, sums = map(open_ipc_handle, addresses)
             self._mapped_memory = memory, sums.view(torch.int64)
 
@@ -166,7 +166,7 @@ class SetRounds:
     def write_push_number(self) -> None:
         """Write the push's number behind the checksums of the engine rank's memory."""
         if self._mapped_memory is not None:
-            self._mapped_memory[1][-1] = self.set_push_number
+            self._mapped_memory[1][-1] = self.push_number_in_set
 
     def report_failure(self, error: Exception) -> SetFailure:
         """Report why the set's push broke, and return the failure that was reported first."""
@@ -176,7 +176,7 @@ class SetRounds:
         try:
             if self.communicator is not None and isinstance(error, (NCCLError, TimeoutError)):
                 names = self.schedule.names(self.set_index)
-                return self.rendezvous[0].diagnose_failure(names, self.set_push_number, text)
+                return self.rendezvous[0].diagnose_failure(names, self.push_number_in_set, text)
             return self.rendezvous[0].publish_failure(SetFailure(text))
         except RuntimeError:  # the store is lost
             return SetFailure(text)

@@ -183,9 +183,11 @@ class WeightSender:
             self.disconnect(name)
         present = {name: self._sets[name] for name in sets if name in self._sets}
         for set_links in present.values():
-            set_links.set_push_number += 1
+            set_links.push_number_in_set += 1
             if self.rank == 0:
-                set_links.rendezvous[0].publish_push_begun(set_links.set_push_number, push_number)
+                set_links.rendezvous[0].publish_push_begun(
+                    set_links.push_number_in_set, push_number
+                )
         problems = self._send_in_rounds(push_number, present) | self._send_over_links(
             push_number, present
         )
@@ -244,7 +246,7 @@ class WeightSender:
                     )
                     for link in set_links.links
                 }
-                set_links.rounds.set_push_number = set_links.set_push_number
+                set_links.rounds.push_number_in_set = set_links.push_number_in_set
                 rounds_of_sets[name] = set_links.rounds, payloads
         return self._rounds.send(push_number, rounds_of_sets) if rounds_of_sets else {}
 

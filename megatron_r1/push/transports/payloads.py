@@ -283,12 +283,12 @@ class PayloadReceiver(Receiver):
         """The name by which other ranks ask whether this one is alive."""
         return f"{self.rendezvous.member}/{self.engine_rank}"
 
-    def publish_closing(self, set_push_number: int) -> None:
+    def publish_closing(self, push_number_in_set: int) -> None:
         """Publish to the set that this rank closes, and end all waits for one of its pushes."""
         if self.is_running:
             with contextlib.suppress(RuntimeError):  # the trainer, and with it the store, is gone
                 self.rendezvous.publish_rank_failure(self.engine_rank, "it has closed")
-                self.rendezvous.end_waits(set_push_number)
+                self.rendezvous.end_waits(push_number_in_set)
 
     def reusable_memory(self, table: SlotTable) -> torch.Tensor | None:
         """Return the memory if the table is the same and no thread uses it."""
@@ -307,20 +307,20 @@ class PayloadReceiver(Receiver):
                 self.received_chunks.chunk_received(source, push_number, index, sent % 2**64)
 
     def fail_set(
-        self, error: Exception, lost: Sequence[str] | None = None, set_push_number: int = 0
+        self, error: Exception, lost: Sequence[str] | None = None, push_number_in_set: int = 0
     ) -> None:
         """Publish a failure of the set, and report to this engine that nothing more will arrive.
 
         Args:
             error: the cause.
             lost: the engine ranks of which one may have died, where that can be why.
-            set_push_number: the push of the set for which the others answer."""
+            push_number_in_set: the push of the set for which the others answer."""
         text, failure = f"{type(error).__name__}: {error}", error
         with contextlib.suppress(RuntimeError):  # the trainer, and with it the store, is gone
             if lost is not None:
-                self.rendezvous.publish_alive(self.name, set_push_number)
+                self.rendezvous.publish_alive(self.name, push_number_in_set)
                 cause = self.rendezvous.diagnose_failure(
-                    lost, set_push_number, text, lambda: self.is_closing
+                    lost, push_number_in_set, text, lambda: self.is_closing
                 )
                 failure = SetFailed(cause)
             elif not isinstance(error, SetFailed):
