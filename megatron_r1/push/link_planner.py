@@ -209,13 +209,13 @@ class SetLinks:
         rendezvous: this rank's rendezvous with each engine.
         sent_bytes: what each trainer rank sends to the set in a push.
         links: one to each engine rank that this rank sends to.
-        rounds: this rank's part of a push in rounds.
+        set_rounds: this rank's part of a push in rounds.
         push_number_in_set: the number of the set's pushes so far."""
 
     rendezvous: list[TrainerRendezvous]
     sent_bytes: list[float]
     links: list[ConnectedLink] = field(default_factory=list)
-    rounds: SetRounds | None = None
+    set_rounds: SetRounds | None = None
     push_number_in_set: int = 0
 
     @property
@@ -228,8 +228,8 @@ class SetLinks:
         """Close the links to the set's ranks, and its rounds."""
         for link in self.links:
             link.sender.close()
-        if self.rounds is not None:
-            self.rounds.close()
+        if self.set_rounds is not None:
+            self.set_rounds.close()
 
 
 class LinkPlanner:
@@ -305,7 +305,9 @@ class LinkPlanner:
             for set_index, (name, plan) in enumerate(zip(names, plans, strict=True)):
                 set_links = SetLinks(rendezvous[name], sent_bytes(plan, self.grid.world_size))
                 if schedule is not None:
-                    set_links.rounds = SetRounds(rendezvous[name], schedule, set_index, self.rank)
+                    set_links.set_rounds = SetRounds(
+                        rendezvous[name], schedule, set_index, self.rank
+                    )
                 created[name] = set_links
                 try:
                     for engine_rank, rank_links in enumerate(plan):
@@ -362,8 +364,8 @@ class LinkPlanner:
             sender_type: the transport's sender.
             publishes: whether this rank publishes the plan of that engine rank."""
         plan: EngineRankChunks = [[] for _ in set_links.rendezvous]
-        engine_rank, rounds = rank_links[0].engine_rank, set_links.rounds
-        receives = rounds is not None and rounds.is_on_gpu_of(engine_rank)
+        engine_rank, set_rounds = rank_links[0].engine_rank, set_links.set_rounds
+        receives = set_rounds is not None and set_rounds.is_on_gpu_of(engine_rank)
         for link in rank_links:
             if not (publishes or receives) and link.trainer_rank != self.rank:
                 continue
@@ -383,11 +385,13 @@ class LinkPlanner:
                 slices = [(slice_of[source], encoding) for _, encoding, source in sent]
                 set_links.links.append(ConnectedLink(link.member, sender, slices))
                 sender.plan(chunks)
-        if rounds is not None and receives:
-            rounds.set_receive_plan(receivers, plan)
+        if set_rounds is not None and receives:
+            set_rounds.set_receive_plan(receivers, plan)
         if publishes:
             rank_rounds = (
-                rounds.schedule.rank_rounds(rounds.set_index, engine_rank) if rounds else None
+                set_rounds.schedule.rank_rounds(set_rounds.set_index, engine_rank)
+                if set_rounds
+                else None
             )
             set_links.rendezvous[0].publish_plan(engine_rank, plan, rank_rounds)
 

@@ -212,10 +212,10 @@ class RoundSender:
         """Create the communicators of these sets, all at once; return the errors by set."""
         errors: dict[str, Exception] = {}
         for call in (SetRounds.create_communicator, SetRounds.connect):
-            for name, rounds in sets.items():
+            for name, set_rounds in sets.items():
                 if name not in errors:
                     try:
-                        call(rounds)
+                        call(set_rounds)
                     except EXPECTED_ERRORS as error:
                         errors[name] = error
         return errors
@@ -233,13 +233,13 @@ class RoundSender:
                 failures[name] = sets[name][0].report_failure(RuntimeError("an engine is gone"))
             self._send(push_number, sending)
         except EXPECTED_ERRORS as error:
-            for rounds, _ in sending.values():
-                self._communicator(rounds).abort(error)
-        for name, (rounds, _) in sending.items():
-            if (failed := self._communicator(rounds).error) is not None:
-                failures[name] = rounds.report_failure(failed)
-        for rounds, _ in sets.values():
-            rounds.unmap_memory()
+            for set_rounds, _ in sending.values():
+                self._communicator(set_rounds).abort(error)
+        for name, (set_rounds, _) in sending.items():
+            if (failed := self._communicator(set_rounds).error) is not None:
+                failures[name] = set_rounds.report_failure(failed)
+        for set_rounds, _ in sets.values():
+            set_rounds.unmap_memory()
         return failures
 
     def close(self) -> None:
@@ -247,8 +247,8 @@ class RoundSender:
         if self._trainer_communicator is not None:
             self._trainer_communicator.abort(RuntimeError("the trainer closes"))
 
-    def _communicator(self, rounds: SetRounds) -> Communicator:
-        communicator = rounds.communicator or self._trainer_communicator
+    def _communicator(self, set_rounds: SetRounds) -> Communicator:
+        communicator = set_rounds.communicator or self._trainer_communicator
         assert communicator is not None, "_map_and_agree() comes first"
         return communicator
 
@@ -263,11 +263,11 @@ class RoundSender:
         }
         if not shared:
             return []
-        for rounds in shared.values():
+        for set_rounds in shared.values():
             try:
-                rounds.map_memory()
+                set_rounds.map_memory()
             except EXPECTED_ERRORS as error:
-                rounds.report_failure(error)
+                set_rounds.report_failure(error)
         seconds = next(iter(shared.values())).rendezvous[0].push_timeout_seconds
         self._num_agreements += 1
         number, trainer_store = self._num_agreements, self._trainer_store
@@ -300,40 +300,40 @@ class RoundSender:
             self._streams = PushStreams(torch.cuda.current_device())
         streams = self._streams
         streams.order_copies_after_current()
-        for rounds, payloads in sets.values():
-            rounds.prepare_payloads(push_number)
-            if rounds.communicator is not None:
-                rounds.communicator.set_timeout(rounds.rendezvous[0].push_timeout_seconds)
+        for set_rounds, payloads in sets.values():
+            set_rounds.prepare_payloads(push_number)
+            if set_rounds.communicator is not None:
+                set_rounds.communicator.set_timeout(set_rounds.rendezvous[0].push_timeout_seconds)
             with streams.copy_stream():
-                rounds.copy_local_payloads(payloads, streams.device)
+                set_rounds.copy_local_payloads(payloads, streams.device)
         scatter, relay = (self._rounds(sets, is_relayed=is_relayed) for is_relayed in (False, True))
         runner = RoundRunner(streams, [*scatter, *relay])
         runner.run(scatter)
         runner.run(relay)
-        for rounds, _ in sets.values():
-            if self._communicator(rounds).error is None:
+        for set_rounds, _ in sets.values():
+            if self._communicator(set_rounds).error is None:
                 with streams.copy_stream():
-                    rounds.write_push_number()
-                self._communicator(rounds).wait(streams.copies_ended())
+                    set_rounds.write_push_number()
+                self._communicator(set_rounds).wait(streams.copies_ended())
 
     def _rounds(
         self, sets: Mapping[str, tuple[SetRounds, LinkPayloads]], *, is_relayed: bool
     ) -> list[PushRound]:
         """Return this rank's rounds of all sets in one order."""
         rounds_by_key: dict[tuple[int, int, int], PushRound] = {}
-        for rounds, payloads in sets.values():
-            communicator = self._communicator(rounds)
-            group = 1 + rounds.set_index if rounds.communicator is not None else 0
-            for op in rounds.bucket_ops:
+        for set_rounds, payloads in sets.values():
+            communicator = self._communicator(set_rounds)
+            group = 1 + set_rounds.set_index if set_rounds.communicator is not None else 0
+            for op in set_rounds.bucket_ops:
                 if op.is_relayed != is_relayed:
                     continue
-                key = op.round, rounds.schedule.schedule_number, group
+                key = op.round, set_rounds.schedule.schedule_number, group
                 push_round = rounds_by_key.get(key) or PushRound(communicator, None, None)
                 payload: Payload
                 if op.is_send and op.payload.trainer_rank is not None:
                     payload = payloads[op.payload.member, op.payload.engine_rank]
                 else:
-                    payload = rounds.buffer_payload(op.payload)
+                    payload = set_rounds.buffer_payload(op.payload)
                 start, end = payload.bucket_range(op.number, op.count)
                 transfer = BucketTransfer(op.peer, payload, start, end)
                 if op.is_send:

@@ -88,7 +88,7 @@ class WeightSender:
         )
         self._sets: dict[str, SetLinks] = {}
         self._tables = TableStore(store)
-        self._rounds = RoundSender(store, rank, grid.world_size)
+        self._round_sender = RoundSender(store, rank, grid.world_size)
 
     def connect(
         self,
@@ -155,11 +155,11 @@ class WeightSender:
         )
         failed = {name: text for name, text in zip(sets, outcomes, strict=True) if text}
         in_rounds = {
-            name: set_links.rounds
+            name: set_links.set_rounds
             for name, set_links in sets.items()
-            if set_links.rounds is not None and name not in failed
+            if set_links.set_rounds is not None and name not in failed
         }
-        for name, error in self._rounds.connect(in_rounds).items():
+        for name, error in self._round_sender.connect(in_rounds).items():
             failed[name] = self._report(sets[name], error)
         return failed
 
@@ -225,7 +225,7 @@ class WeightSender:
                 partial(send_over, name, link)
                 for name, set_links in sets.items()
                 for link in set_links.links
-                if set_links.rounds is None
+                if set_links.set_rounds is None
             ]
         )
         return problems
@@ -239,16 +239,16 @@ class WeightSender:
         """Send a push in the rounds that the plan has for it."""
         rounds_of_sets = {}
         for name, set_links in sets.items():
-            if set_links.rounds is not None:
+            if set_links.set_rounds is not None:
                 payloads = {
                     (link.member, link.sender.engine_rank): SlicesPayload(
                         link.sender.table, link.sender.chunks, self._encode(link)
                     )
                     for link in set_links.links
                 }
-                set_links.rounds.push_number_in_set = set_links.push_number_in_set
-                rounds_of_sets[name] = set_links.rounds, payloads
-        return self._rounds.send(push_number, rounds_of_sets) if rounds_of_sets else {}
+                set_links.set_rounds.push_number_in_set = set_links.push_number_in_set
+                rounds_of_sets[name] = set_links.set_rounds, payloads
+        return self._round_sender.send(push_number, rounds_of_sets) if rounds_of_sets else {}
 
     def _read_receivers(
         self, rendezvous: dict[str, list[TrainerRendezvous]], ranks_per_engine: int
