@@ -42,7 +42,7 @@ class BucketOp:
         round: its number, from 0 (`plan.rounds`).
         is_send: a send, not a receive.
         peer: the other side's rank in the communicator.
-        payload: the payload of which the bucket is a part.
+        payload_id: the payload of which the bucket is a part.
         number: the bucket of the payload, counted from 0.
         count: the buckets of the payload."""
 
@@ -50,7 +50,7 @@ class BucketOp:
     round: int
     is_send: bool
     peer: int
-    payload: PayloadId
+    payload_id: PayloadId
     number: int
     count: int
 
@@ -69,7 +69,7 @@ class PushSchedule:
     Attributes:
         receivers: the process that receives for each engine rank (`receiving_processes`).
         round_schedule: the rounds.
-        payloads: the payloads, as `round_schedule` numbers them."""
+        payload_ids: the payloads, as `round_schedule` numbers them."""
 
     def __init__(
         self,
@@ -84,13 +84,13 @@ class PushSchedule:
         self.receivers = receiving_processes(sets, ranks_per_engine, world_size, colocated_ranks)
         self.round_schedule = schedule_rounds(plans, self.receivers)
         # In the order in which `schedule_rounds` and `RoundSchedule` number them.
-        self.payloads = [
+        self.payload_ids = [
             PayloadId(index, link.member, engine_rank, link.trainer_rank)
             for index, plan in enumerate(plans)
             for engine_rank, links in enumerate(plan)
             for link in links
         ]
-        self.payloads += [
+        self.payload_ids += [
             PayloadId(index, member, engine_rank, None)
             for index, set_receivers in enumerate(self.receivers)
             for engine_rank, members in enumerate(set_receivers)
@@ -115,22 +115,22 @@ class PushSchedule:
             ):
                 if bucket != NO_BUCKET:
                     index = self.round_schedule.bucket_index(int(bucket))
-                    payload = self.payloads[index.payload]
+                    payload_id = self.payload_ids[index.payload]
                     yield BucketOp(
                         is_relayed=bool(bucket >= num_scatter_buckets),
                         round=int(row["round"]),
                         is_send=is_send,
-                        peer=self._ranks[payload.set_index].get(int(peer), int(peer)),
-                        payload=payload,
+                        peer=self._ranks[payload_id.set_index].get(int(peer), int(peer)),
+                        payload_id=payload_id,
                         number=index.number,
                         count=index.count,
                     )
 
     def local_copies(self, process: int) -> Iterator[PayloadId]:
         """Yield the payloads that a trainer rank copies, since it receives for the engine rank."""
-        for payload in self.payloads:
-            if payload.trainer_rank == process == self._receiver(payload):
-                yield payload
+        for payload_id in self.payload_ids:
+            if payload_id.trainer_rank == process == self._receiver(payload_id):
+                yield payload_id
 
     def colocated_engine_rank(self, index: int, process: int) -> tuple[int, int] | None:
         """Return (member, engine rank) of the rank of a set that a trainer rank receives for."""
@@ -170,7 +170,7 @@ class PushSchedule:
     def _rank_rounds(self, index: int, process: int, names: list[str]) -> RankRounds:
         phases: tuple[dict, dict] = ({}, {})
         for op in self.bucket_ops(process):
-            trainer_rank, member = op.payload.trainer_rank, op.payload.member
+            trainer_rank, member = op.payload_id.trainer_rank, op.payload_id.member
             source = -1 - member if trainer_rank is None else trainer_rank
             pair = phases[op.is_relayed].setdefault(op.round, [None, None])
             pair[0 if op.is_send else 1] = RankBucketOp(op.peer, source, op.number, op.count)
@@ -178,8 +178,8 @@ class PushSchedule:
         rank, communicator_size = self._ranks[index][process], self.communicator_size(index)
         return RankRounds(rank, communicator_size, names, scatter, relay)
 
-    def _receiver(self, payload: PayloadId) -> int:
-        return self.receivers[payload.set_index][payload.engine_rank][payload.member]
+    def _receiver(self, payload_id: PayloadId) -> int:
+        return self.receivers[payload_id.set_index][payload_id.engine_rank][payload_id.member]
 
     def _engine_processes(self, set_receivers: Sequence[Sequence[int]]) -> list[int]:
         """Return the processes of a set that are no trainer ranks, in order."""

@@ -76,8 +76,10 @@ class SetRounds:
         for the push's number."""
         self._receive_payloads: ReceivePayloads | None = None
         ops, copies = self.schedule.bucket_ops(self.rank), self.schedule.local_copies(self.rank)
-        self.bucket_ops = [op for op in ops if op.payload.set_index == self.set_index]
-        self.local_copies = [payload for payload in copies if payload.set_index == self.set_index]
+        self.bucket_ops = [op for op in ops if op.payload_id.set_index == self.set_index]
+        self.local_copies = [
+            payload_id for payload_id in copies if payload_id.set_index == self.set_index
+        ]
 
     def is_on_gpu_of(self, engine_rank: int) -> bool:
         """Return whether that rank of an engine of the set is on this trainer rank's GPU."""
@@ -114,49 +116,49 @@ class SetRounds:
         if self._colocated is not None:
             member, engine_rank = self._colocated
             addresses = self.rendezvous[member].read_memory(engine_rank, self.push_number_in_set)
-            memory, sums = map(open_ipc_handle, addresses)
-            self._mapped_memory = memory, sums.view(torch.int64)
+            memory, checksums = map(open_ipc_handle, addresses)
+            self._mapped_memory = memory, checksums.view(torch.int64)
 
     def prepare_payloads(self, push_number: int) -> None:
         """Prepare the payloads of a push."""
         self._buffer_payloads: dict[PayloadId, BufferPayload] = {}
         if self._mapped_memory is not None:
             assert self._receive_plan is not None, "set_receive_plan() comes first"
-            (table, chunks), (memory, sums) = self._receive_plan, self._mapped_memory
+            (table, chunks), (memory, checksums) = self._receive_plan, self._mapped_memory
             self._receive_payloads = ReceivePayloads(
-                table, chunks, table.buffer(memory, push_number), sums
+                table, chunks, table.buffer(memory, push_number), checksums
             )
 
     def unmap_memory(self) -> None:
         """Unmap the engine rank's memory."""
         self._mapped_memory, self._receive_payloads, self._buffer_payloads = None, None, {}
 
-    def buffer_payload(self, payload: PayloadId) -> BufferPayload:
+    def buffer_payload(self, payload_id: PayloadId) -> BufferPayload:
         """Return a payload that the engine rank on this rank's GPU receives or relays, in its
         memory."""
-        if payload not in self._buffer_payloads:
+        if payload_id not in self._buffer_payloads:
             assert self._receive_payloads is not None, (
                 "map_memory() and prepare_payloads() come first"
             )
             if (
-                payload.trainer_rank is None
-                and (payload.member, payload.engine_rank) == self._colocated
+                payload_id.trainer_rank is None
+                and (payload_id.member, payload_id.engine_rank) == self._colocated
             ):
-                self._buffer_payloads[payload] = self._receive_payloads.relay_payload()
+                self._buffer_payloads[payload_id] = self._receive_payloads.relay_payload()
             else:
                 source = (
-                    RelaySource(payload.member)
-                    if payload.trainer_rank is None
-                    else payload.trainer_rank
+                    RelaySource(payload_id.member)
+                    if payload_id.trainer_rank is None
+                    else payload_id.trainer_rank
                 )
-                self._buffer_payloads[payload] = self._receive_payloads.payload(source)
-        return self._buffer_payloads[payload]
+                self._buffer_payloads[payload_id] = self._receive_payloads.payload(source)
+        return self._buffer_payloads[payload_id]
 
     def copy_local_payloads(self, payloads: LinkPayloads, device: torch.device) -> None:
         """Copy what this rank holds itself for an engine rank on its GPU."""
-        for payload in self.local_copies:
-            source = payloads[payload.member, payload.engine_rank]
-            target = self.buffer_payload(payload)
+        for payload_id in self.local_copies:
+            source = payloads[payload_id.member, payload_id.engine_rank]
+            target = self.buffer_payload(payload_id)
             for start in range(0, source.num_bytes, SCATTER_BUCKET_BYTES):
                 end = min(start + SCATTER_BUCKET_BYTES, source.num_bytes)
                 packed = torch.empty(end - start, dtype=torch.uint8, device=device)
@@ -330,10 +332,10 @@ class RoundSender:
                 key = op.round, set_rounds.schedule.schedule_number, group
                 push_round = rounds_by_key.get(key) or PushRound(communicator, None, None)
                 payload: Payload
-                if op.is_send and op.payload.trainer_rank is not None:
-                    payload = payloads[op.payload.member, op.payload.engine_rank]
+                if op.is_send and op.payload_id.trainer_rank is not None:
+                    payload = payloads[op.payload_id.member, op.payload_id.engine_rank]
                 else:
-                    payload = set_rounds.buffer_payload(op.payload)
+                    payload = set_rounds.buffer_payload(op.payload_id)
                 start, end = payload.bucket_range(op.number, op.count)
                 transfer = BucketTransfer(op.peer, payload, start, end)
                 if op.is_send:

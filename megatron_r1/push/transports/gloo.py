@@ -57,7 +57,7 @@ class GlooReceiver(PayloadReceiver):
 
     def connect(self) -> None:
         """Begin to receive, and to relay if the set has several engines."""
-        self.sums = torch.zeros(self.num_chunks, dtype=torch.int64)
+        self.checksums = torch.zeros(self.num_chunks, dtype=torch.int64)
         self.start_thread(self._connect_pairs, name="connecting")
         if self.rendezvous.num_members > 1:
             self.start_thread(self._run_relays, name="relays")

@@ -80,7 +80,7 @@ class NCCLReceiver(PayloadReceiver):
     def connect(self) -> None:
         """Start the thread that takes part in every round."""
         # Behind the checksums: the number of the last push that is all there.
-        self.sums = torch.zeros(self.num_chunks + 1, dtype=torch.int64, device=self.device)
+        self.checksums = torch.zeros(self.num_chunks + 1, dtype=torch.int64, device=self.device)
         self.start_thread(self._receive_pushes, self.rounds, name="push")
 
     def close(self) -> None:
@@ -176,9 +176,9 @@ class NCCLReceiver(PayloadReceiver):
         """Receive a push from the trainer rank on this GPU, which writes all of it into this rank's
         memory, and check it."""
         with streams.copy_stream():
-            self.sums.zero_()
+            self.checksums.zero_()
             self._is_written()  # waits until these are
-        addresses = [export_ipc_handle(self.memory), export_ipc_handle(self.sums)]
+        addresses = [export_ipc_handle(self.memory), export_ipc_handle(self.checksums)]
         self.rendezvous.publish_memory(self.engine_rank, self._number, addresses)
         deadline = time.monotonic() + self.rendezvous.push_timeout_seconds
         checked = 0.0
@@ -195,7 +195,7 @@ class NCCLReceiver(PayloadReceiver):
 
     def _is_written(self) -> bool:
         """Return whether the trainer rank has written all of the push that is under way."""
-        return int(self.sums[-1]) == self._number
+        return int(self.checksums[-1]) == self._number
 
     def _check_set(self) -> None:
         """Raise the failure of the set; publish that this rank is alive where another asks."""

@@ -65,7 +65,7 @@ class Payload:
             yield ByteRun(index, top, -(-(stop - first) // row_bytes), skipped, stop - start)
             start, index = stop, index + 1
 
-    def sums_between(self, start: int, end: int) -> slice:
+    def checksums_between(self, start: int, end: int) -> slice:
         """Return which bytes of the checksums are between two bytes of the payload."""
         return slice(max(0, start - self.weight_bytes), max(0, end - self.weight_bytes))
 
@@ -109,7 +109,7 @@ class SlicesPayload(Payload):
         self._slices, self._uses_weighted_sum = slices, uses_weighted_sum
         self._running: tuple[int, int, RowsChecksum | RowsWeightedSum] | None = None
         """Number of a chunk, the rows of it that have been read, and its checksum so far."""
-        self._sums: list[torch.Tensor] = []
+        self._checksums: list[torch.Tensor] = []
 
     def pack(self, start: int, end: int, target: torch.Tensor) -> None:
         """Write bytes of the payload to a tensor, and add them to the checksums.
@@ -127,8 +127,8 @@ class SlicesPayload(Payload):
             values = rows.reshape(-1).view(torch.uint8)
             packed.append(values[run.skipped : run.skipped + run.num_bytes])
         if end > self.weight_bytes:
-            sums = torch.stack(self._sums).view(torch.uint8)
-            packed.append(sums[self.sums_between(start, end)])
+            checksums = torch.stack(self._checksums).view(torch.uint8)
+            packed.append(checksums[self.checksums_between(start, end)])
         torch.cat(packed, out=target)
 
     def _read(self, run: ByteRun, rows: torch.Tensor) -> None:
@@ -142,7 +142,7 @@ class SlicesPayload(Payload):
             checksum.update(rows[max(0, read - run.top) :])
             self._running = run.number, run.bottom, checksum
             if run.bottom == self.chunks[run.number].height:
-                self._sums.append(checksum.value(rows.device))
+                self._checksums.append(checksum.value(rows.device))
 
 
 class BufferPayload(Payload):
@@ -152,22 +152,22 @@ class BufferPayload(Payload):
         table: the engine rank's table.
         chunks: the chunks of the payload.
         buffer: the memory of this push.
-        sums: the checksums of these chunks, int64; one tensor where the payload is received."""
+        checksums: those of these chunks, int64; one tensor where the payload is received."""
 
     def __init__(
         self,
         table: SlotTable,
         chunks: Sequence[TensorChunk],
         buffer: torch.Tensor,
-        sums: Sequence[torch.Tensor],
+        checksums: Sequence[torch.Tensor],
     ):
         super().__init__(table, chunks)
-        self._buffer, self._sums = buffer, sums
+        self._buffer, self._checksums = buffer, checksums
 
     @property
-    def sums(self) -> torch.Tensor:
+    def checksums(self) -> torch.Tensor:
         """The checksums of all chunks, in their order."""
-        return self._sums[0] if len(self._sums) == 1 else torch.cat(list(self._sums))
+        return self._checksums[0] if len(self._checksums) == 1 else torch.cat(list(self._checksums))
 
     def pack(self, start: int, end: int, target: torch.Tensor) -> None:
         """Copy bytes of the payload to a tensor.
@@ -212,7 +212,7 @@ class BufferPayload(Payload):
             if last_bytes:
                 yield self._buffer[first + rows * pitch :][None, :last_bytes]
         if end > self.weight_bytes:
-            yield self.sums.view(torch.uint8)[self.sums_between(start, end)][None]
+            yield self.checksums.view(torch.uint8)[self.checksums_between(start, end)][None]
 
 
 def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
@@ -231,31 +231,33 @@ class ReceivePayloads:
         table: the rank's table.
         chunks: the chunks to the rank, by source.
         buffer: the memory of this push.
-        sums: a checksum of each chunk, int64, in the same order."""
+        checksums: a checksum of each chunk, int64, in the same order."""
 
     def __init__(
         self,
         table: SlotTable,
         chunks: Mapping[Any, Sequence[TensorChunk]],
         buffer: torch.Tensor,
-        sums: torch.Tensor,
+        checksums: torch.Tensor,
     ):
         self.table, self.chunks, self.buffer = table, chunks, buffer
         sizes = [len(sent) for sent in chunks.values()]
-        self._sums = dict(zip(chunks, sums[: sum(sizes)].split(sizes), strict=True))
+        self._checksums = dict(zip(chunks, checksums[: sum(sizes)].split(sizes), strict=True))
 
     def payload(self, source: Any) -> BufferPayload:
         """Return what comes from a trainer rank, or from a `RelaySource`."""
         if source not in self.chunks:  # an engine that relays nothing
             return BufferPayload(self.table, (), self.buffer, [self.buffer[:0].view(torch.int64)])
-        return BufferPayload(self.table, self.chunks[source], self.buffer, [self._sums[source]])
+        return BufferPayload(
+            self.table, self.chunks[source], self.buffer, [self._checksums[source]]
+        )
 
     def relay_payload(self) -> BufferPayload:
         """Return what has come from trainer ranks and is to be relayed, with the trainer's
         checksums."""
         pairs = [
-            (chunk, sums[index : index + 1])
-            for source, sums in self._sums.items()
+            (chunk, checksums[index : index + 1])
+            for source, checksums in self._checksums.items()
             if not isinstance(source, RelaySource)
             for index, chunk in enumerate(self.chunks[source])
         ]
@@ -269,9 +271,9 @@ class PayloadReceiver(Receiver):
     """An engine rank's end that receives payloads, from trainer ranks and from relays.
 
     Attributes:
-        sums: the checksums that arrive, as in `ReceivePayloads`."""
+        checksums: the checksums that arrive, as in `ReceivePayloads`."""
 
-    sums: torch.Tensor
+    checksums: torch.Tensor
 
     @property
     def num_chunks(self) -> int:
@@ -297,13 +299,13 @@ class PayloadReceiver(Receiver):
     def receive_payloads(self, push_number: int) -> ReceivePayloads:
         """Return the payloads of a push in the receive buffer."""
         buffer = self.table.buffer(self.memory, push_number)
-        return ReceivePayloads(self.table, self.received_chunks.chunks, buffer, self.sums)
+        return ReceivePayloads(self.table, self.received_chunks.chunks, buffer, self.checksums)
 
     def verify_checksums(self, push_number: int, sources: Sequence[int | RelaySource]) -> None:
         """Compare what has come from these sources with its checksums."""
         payloads = self.receive_payloads(push_number)
         for source in sources:
-            for index, sent in enumerate(payloads.payload(source).sums.tolist()):
+            for index, sent in enumerate(payloads.payload(source).checksums.tolist()):
                 self.received_chunks.chunk_received(source, push_number, index, sent % 2**64)
 
     def fail_set(

@@ -54,10 +54,10 @@ def groups_of(schedule: PushSchedule, world_size: int, ranks: int) -> dict:
     for rank in range(world_size):
         calls = []
         for call in schedule.bucket_ops(rank):
-            index = call.payload.set_index
+            index = call.payload_id.set_index
             communicator = index if schedule.communicator_size(index) else OWN
             key = (call.is_relayed, call.round, communicator)
-            data = (call.is_send, call.peer, call.payload, call.number, call.count)
+            data = (call.is_send, call.peer, call.payload_id, call.number, call.count)
             calls.append((key, data))
         calls.sort(key=lambda each: each[0])
         found["trainer", rank] = [
@@ -150,7 +150,7 @@ def test_every_block_arrives_whole_where_it_is_for(sets):
         assert sorted(portions) == [(n, portions[0][1]) for n in range(portions[0][1])]
     copied = {payload for rank in range(world_size) for payload in schedule.local_copies(rank)}
     entering = {payload for _, payload in arrived if payload.trainer_rank is not None}
-    links = {payload for payload in schedule.payloads if payload.trainer_rank is not None}
+    links = {payload for payload in schedule.payload_ids if payload.trainer_rank is not None}
     assert entering | copied == links and not entering & copied
     for index, positions in enumerate(schedule.receivers):
         served = {
