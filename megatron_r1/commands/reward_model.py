@@ -23,7 +23,7 @@ from megatron_r1.data.preference_tokenizer import PreferenceTokenizer
 from megatron_r1.data.preferences import Preference, read_preferences
 from megatron_r1.data.prompts import is_heldout, normalize_question
 from megatron_r1.data.sampler import EpochSampler
-from megatron_r1.evaluation.estimates import label_measures, pair_measures
+from megatron_r1.evaluation.score_reliability import label_measures, pair_measures
 from megatron_r1.models import read_hf_config
 from megatron_r1.trainer.training_sample import Sample
 

@@ -26,11 +26,9 @@ from megatron_r1.data.prompts import Prompt
 from megatron_r1.evaluation.estimates import (
     Estimate,
     estimate,
-    length_difference,
     pass_at_k,
     powers_up_to,
     subsets,
-    win_rates,
 )
 from megatron_r1.evaluation.prompt_sets import PromptSet
 from megatron_r1.evaluation.response import is_ungraded
@@ -43,6 +41,7 @@ from megatron_r1.evaluation.voting import (
     read_vote,
     voted_reward,
 )
+from megatron_r1.evaluation.win_rates import length_difference, win_rates
 from megatron_r1.reporting.formatting import (
     format_number,
     format_percent,

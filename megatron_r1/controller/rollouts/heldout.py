@@ -16,8 +16,9 @@ from megatron_r1.controller.rollouts.metrics import episode_metrics, sample_reco
 from megatron_r1.controller.rollouts.rollout import Group, RolloutSampling, all_responses
 from megatron_r1.controller.run_recorder import RunRecorder
 from megatron_r1.data.prompts import Prompt
-from megatron_r1.evaluation.estimates import Estimate, estimate, length_difference, win_rates
+from megatron_r1.evaluation.estimates import Estimate, estimate
 from megatron_r1.evaluation.voting import expects_number, majority_reward
+from megatron_r1.evaluation.win_rates import length_difference, win_rates
 
 
 class HeldoutEvaluation:
@@ -79,7 +80,7 @@ async def evaluate(
     eval/questions: prompts with a graded response;
     eval/TERM: mean of each other reward that is measured, such as format and language;
     eval/win_rate, eval/lc_win_rate: of questions of kind judge, where the judge compares
-    (`evaluation.estimates`);
+    (`evaluation.win_rates`);
     eval/ungraded: share of the responses whose accuracy could not be graded. Ungraded responses
     are excluded from all means; a prompt without graded responses is skipped.
     interval/…/low, /high: their 95% intervals (`estimates.estimate`).

@@ -9,7 +9,7 @@
   every run has the same order.
 - Another model's response: AlpacaEval 2, 805 instructions, each with GPT-4 Turbo's response, to
   which a judge compares the model's (Dubois et al., 2404.04475). The results are win rates
-  (`evaluation.estimates`)."""
+  (`evaluation.win_rates`)."""
 
 import random
 from collections.abc import Iterator, Sequence

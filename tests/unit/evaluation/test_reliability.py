@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from megatron_r1.evaluation.estimates import (
+from megatron_r1.evaluation.score_reliability import (
     expected_calibration_error,
     label_measures,
     pair_measures,

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from megatron_r1.evaluation.estimates import (
+from megatron_r1.evaluation.win_rates import (
     PRIOR_PRECISION,
     equal_length_win_rates,
     length_difference,
