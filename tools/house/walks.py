@@ -75,7 +75,7 @@ WALKS = [
             "PolicyEngines.push",
             "PushWorker.send_weights",
             "_Follower.follow",
-            "plugin/endpoints.py swap_weights",
+            "plugin/weight_swap.py swap_weights",
             "PushTransferEngine.start_weight_update",
             "PushTransferEngine.receive_weights",
             "PushTransferEngine.finish_weight_update",

@@ -1,13 +1,15 @@
 """vLLM's API server as this project runs it: `python -m megatron_r1.engines.plugin.serve ARGS`.
 
 ARGS are those of `vllm serve`. Differences from vLLM's own entry: the server and its children die
-with their parent; one endpoint does all of a swap of weights, and that for samples also replies in
-bytes; on CPU the engine core is forked instead of spawned, as vLLM does on GPU, so that torch and
+with their parent; all requests need the engine's secret (`SecretMiddleware`); one endpoint does all
+of a swap of weights (`weight_swap`), and that for samples also replies in bytes (`binary_replies`);
+on CPU the engine core is forked instead of spawned, as vLLM does on GPU, so that torch and
 vllm are imported once and not two or three times, and keeps the memory that it frees. `--headless`
 runs one host's part of an engine whose server is on another host."""
 
 import contextlib
 import os
+import secrets
 import signal
 import sys
 from importlib import import_module
@@ -35,6 +37,37 @@ LATER_IMPORTS = (
     "uvicorn.protocols.websockets.websockets_sansio_impl",
 )
 """What vLLM imports when an engine on a CPU starts."""
+SECRET = "VLLM_API_KEY"
+"""Environment variable. vLLM's own, so that both checks use one secret."""
+OPEN_PATHS = ("/health",)
+
+
+class SecretMiddleware:
+    """ASGI middleware: 401 for requests, except to `OPEN_PATHS`, without `Authorization: Bearer
+    SECRET`; websockets are closed.
+
+    vLLM's own check (VLLM_API_KEY) does not cover the calls that pause an engine, replace its
+    weights or run a method by name in its workers."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+        self.expected = f"Bearer {os.environ[SECRET]}".encode()
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        """Pass an authorized request on; answer 401 to others, 1008 to a websocket."""
+        if scope["type"] == "lifespan" or scope["path"] in OPEN_PATHS or self._is_authorized(scope):
+            await self.app(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+        else:
+            headers = [(b"content-type", b"text/plain"), (b"www-authenticate", b"Bearer")]
+            await send({"type": "http.response.start", "status": 401, "headers": headers})
+            body = b"this engine belongs to a run: requests need its secret\n"
+            await send({"type": "http.response.body", "body": body})
+
+    def _is_authorized(self, scope: dict[str, Any]) -> bool:
+        authorization = dict(scope["headers"]).get(b"authorization", b"")
+        return secrets.compare_digest(authorization, self.expected)
 
 
 def _fork_on_cpu() -> None:
@@ -82,7 +115,8 @@ def _serve_headless() -> None:
 def preload() -> None:
     """Import what `main` needs, and on a CPU what vLLM imports later: 1,000 more modules."""
     import_module("vllm.entrypoints.launchers.api_server.entry")
-    import_module("megatron_r1.engines.plugin.endpoints")
+    import_module("megatron_r1.engines.plugin.weight_swap")
+    import_module("megatron_r1.engines.plugin.binary_replies")
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
@@ -104,10 +138,10 @@ def main() -> None:
     from vllm.entrypoints.launchers.api_server.entry import main as serve
     from vllm.platforms import current_platform
 
-    from megatron_r1.engines.plugin import endpoints, pushed_adapter
+    from megatron_r1.engines.plugin import binary_replies, pushed_adapter, weight_swap
 
-    endpoints.add_swap()
-    endpoints.add_samples()
+    weight_swap.add_swap()
+    binary_replies.add_samples()
     pushed_adapter.serve_pushed_adapter()
     if current_platform.is_cpu():
         _fork_on_cpu()

@@ -1,7 +1,7 @@
 """Reads the responses and scores in vLLM's replies and checks them.
 
 Replies are JSON, with responses, scores and routed experts. Engines with our plugin
-(`engines/plugin/endpoints.py`) send samples as bytes instead: a tenth of JSON's bytes, and no
+(`engines/plugin/binary_replies.py`) send samples as bytes instead: a tenth of JSON's bytes, and no
 number is parsed. Such a reply, of media type `MEDIA_TYPE`, is the length of the header (uint32),
 the header (JSON, `ReplyHeader`), then for each choice its token ids (int32) and log-probabilities
 (float32), with a sampling mask its bytes (`models.sampling_mask`), and last the routed experts of

@@ -114,7 +114,7 @@ class EngineDied(EngineError):
     """The engine's process has ended or hangs: another engine may serve the request."""
 
     KIND = "core_ended"
-    """"kind" of the reply of a server whose core has ended (`engines.plugin.endpoints`)."""
+    """"kind" of the reply of a server whose core has ended (`engines.plugin.weight_swap`)."""
 
 
 class WeightsUnavailable(EngineError):
@@ -135,7 +135,7 @@ class PushIncomplete(EngineFault):
     """The engine did not get all of a push, and still has the weights before it."""
 
     KIND = "incomplete_push"
-    """"kind" of the reply (`engines.plugin.endpoints`)."""
+    """"kind" of the reply (`engines.plugin.weight_swap`)."""
 
 
 class ConnectionBroken(EngineFault):

@@ -21,7 +21,7 @@ from megatron_r1.engines.server.vllm_arguments import argument_list
 
 MODULE = "megatron_r1.engines.plugin.serve"
 """What an engine's process runs."""
-MIDDLEWARE = "megatron_r1.engines.plugin.endpoints.SecretMiddleware"
+MIDDLEWARE = "megatron_r1.engines.plugin.serve.SecretMiddleware"
 SECRET = "VLLM_API_KEY"
 """Environment variable from which vLLM, and `SecretMiddleware`, read an engine's secret."""
 

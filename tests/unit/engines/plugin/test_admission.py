@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from megatron_r1.engines.plugin.endpoints import SECRET, SecretMiddleware
+from megatron_r1.engines.plugin.serve import SECRET, SecretMiddleware
 
 
 def answered(monkeypatch, kind, path, *authorization):
