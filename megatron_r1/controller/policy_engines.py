@@ -12,7 +12,7 @@ from megatron_r1.controller.push.pusher import WeightPusher
 from megatron_r1.controller.rollouts.rollout import Rollout
 from megatron_r1.controller.rollouts.step_sampler import SampledStep, StepSampler
 from megatron_r1.controller.trainer_calls.client import TrainerClient
-from megatron_r1.engines.fleet.engine import AcceptanceMeter
+from megatron_r1.engines.fleet.draft_acceptance import AcceptanceMeter
 from megatron_r1.trainer.operations import ModelOperations
 
 

@@ -21,7 +21,7 @@ from tiny_models import (
     write_drafting_model,
 )
 
-from megatron_r1.engines.fleet.engine import AcceptanceMeter
+from megatron_r1.engines.fleet.draft_acceptance import AcceptanceMeter
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.models.experts import routing_shape
 

@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_r1.config.rollout import SpeculativeConfig
-from megatron_r1.engines.fleet.engine import AcceptanceMeter
+from megatron_r1.engines.fleet.draft_acceptance import AcceptanceMeter
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.engines.server.server import EngineServer
 from megatron_r1.engines.server.settings import speculative_settings

@@ -1,19 +1,13 @@
-"""One engine of a fleet: a server, its client, its load, and how its death is noticed.
-
-`ServiceStats` measures its recent service: its speed, and the number of unusable replies.
-`AcceptanceMeter` measures the share of drafted tokens that engines accept, by vLLM's own
-counters."""
+"""One engine of a fleet: a server, its client, its load, and how its death is noticed."""
 
 import asyncio
 import contextlib
-import re
 import time
-from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, field
-from statistics import median
 from typing import Any, TypeVar
 
+from megatron_r1.engines.fleet.service_stats import STATS_SECONDS, ServiceStats
 from megatron_r1.engines.server.client import EngineClient
 from megatron_r1.engines.server.responses import (
     ConnectionBroken,
@@ -22,106 +16,6 @@ from megatron_r1.engines.server.responses import (
     EngineTimeout,
 )
 from megatron_r1.engines.server.server import Server
-
-RATE_SECONDS = 60.0
-"""Seconds over which `tokens_per_second` is averaged."""
-RECENT_REPLIES = 100
-MANY_FAULTS = 3
-"""Unusable replies among the last RECENT_REPLIES that count as a defect: one may be a dropped
-connection, two an accident."""
-SLOW_FRACTION = 0.25
-"""The share of the other engines' median rate below which an engine is slow. Equal engines differ
-by less than a factor of two, also while one has long responses left and another short ones."""
-ENOUGH_GROUPS = 8
-"""Groups of each engine before they are compared."""
-
-Key = TypeVar("Key")
-
-
-@dataclass(frozen=True)
-class ServedGroup:
-    """A group that came back at time `at`, `seconds` after its request.
-
-    Attributes:
-        at: time.monotonic() of the reply.
-        seconds: from the request to the reply.
-        tokens: the tokens of all its responses.
-        longest: the tokens of its longest response.
-    """
-
-    at: float
-    seconds: float
-    tokens: int
-    longest: int
-
-
-class ServiceStats:
-    """The service of one engine in the last `window` seconds. Times are time.monotonic()."""
-
-    def __init__(self, began: float, window: float) -> None:
-        self.began, self.window = began, window
-        self._groups: deque[ServedGroup] = deque()
-        self._faults: deque[bool] = deque(maxlen=RECENT_REPLIES)
-
-    def add(self, group: ServedGroup) -> None:
-        """Count a served group, and forget those that are too old."""
-        self._faults.append(False)
-        self._groups.append(group)
-        self._forget(group.at)
-
-    def add_fault(self) -> bool:
-        """Count an unusable reply; return whether too many of the last ones were unusable."""
-        self._faults.append(True)
-        return sum(self._faults) >= MANY_FAULTS
-
-    def tokens_per_second(self, timestamp: float, within: float = RATE_SECONDS) -> float:
-        """Return the rate of groups that came back, whenever their tokens were sampled."""
-        seconds = min(within, timestamp - self.began)
-        tokens = sum(group.tokens for group in self._groups if group.at > timestamp - within)
-        return tokens / seconds if seconds > 0 else 0.0
-
-    def sequence_speed(self) -> float:
-        """Return the tokens per second of one sequence: the median over groups of the longest."""
-        speeds = [group.longest / group.seconds for group in self._groups if group.seconds > 0]
-        return median(speeds) if speeds else 0.0
-
-    def is_known(self, timestamp: float) -> bool:
-        """Return whether the engine has served for a whole window, and enough groups in it to be
-        compared with others."""
-        self._forget(timestamp)
-        return timestamp - self.began >= self.window and len(self._groups) >= ENOUGH_GROUPS
-
-    def _forget(self, timestamp: float) -> None:
-        while self._groups and self._groups[0].at <= timestamp - self.window:
-            self._groups.popleft()
-
-
-def find_slow(stats_by_engine: Mapping[Key, ServiceStats], timestamp: float) -> dict[Key, str]:
-    """Return engines far slower than the others over a whole window, and by how much, in words.
-
-    An engine with few tokens in all may simply have had little to do, and one whose sequences are
-    slow may have had more of them than the others: only both together make it slow. The only engine
-    is never slow, nor is one without enough groups to compare."""
-    comparable = {key: stats for key, stats in stats_by_engine.items() if stats.is_known(timestamp)}
-    slow = {}
-    for key, stats in comparable.items():
-        other_engines = [engine_stats for name, engine_stats in comparable.items() if name != key]
-        if not other_engines:
-            continue
-        speed = stats.sequence_speed()
-        usual_speed = median(engine_stats.sequence_speed() for engine_stats in other_engines)
-        rate = stats.tokens_per_second(timestamp, stats.window)
-        usual_rate = median(
-            engine_stats.tokens_per_second(timestamp, engine_stats.window)
-            for engine_stats in other_engines
-        )
-        if speed < SLOW_FRACTION * usual_speed and rate < SLOW_FRACTION * usual_rate:
-            slow[key] = (
-                f"made {speed:.3g} tokens a second and sequence, the others {usual_speed:.3g}, for "
-                f"{stats.window:g} seconds"
-            )
-    return slow
-
 
 T = TypeVar("T")
 MakeServer = Callable[..., Server]
@@ -133,8 +27,6 @@ DEATH_WAIT_SECONDS = 10.0
 died fails its requests first and ends a moment later."""
 POLL_SECONDS = 0.1
 RETRY_SECONDS = 0.5
-STATS_SECONDS = 300.0
-"""Window of `find_slow`: longer than a push, a cold cache or another program on its host take."""
 
 
 @dataclass(eq=False)
@@ -279,50 +171,3 @@ async def raise_dead_after(engine: Engine, seconds: float) -> AsyncIterator[None
             yield
     except TimeoutError:
         raise EngineDied(f"{engine.name} has not answered for {seconds:g} seconds") from None
-
-
-COUNTERS_SECONDS = 5.0
-"""The time limit of reading an engine's counters; a later reply counts at the next reading."""
-DRAFT_COUNTER = re.compile(
-    r"^vllm:spec_decode_num_(drafts|draft_tokens|accepted_tokens)_total(?:\{.*\})? (\S+)$",
-    re.MULTILINE,
-)
-
-
-class AcceptanceMeter:
-    """Counts drafts between two readings, of all engines."""
-
-    def __init__(self) -> None:
-        self._before: dict[Engine, Counter[str]] = {}
-
-    async def read(self, engines: Sequence[Engine]) -> dict[str, float]:
-        """Return what happened since the last reading; nothing if nothing was drafted.
-
-        speculative/acceptance: accepted over drafted tokens. speculative/length: mean tokens that a
-        sequence with a draft gained in a pass, the one that follows without a draft included."""
-        up = [engine for engine in engines if engine.is_up and engine.client.url]
-        counts = await asyncio.gather(*map(_draft_counts, up))
-        before, self._before = self._before, {}
-        increments: Counter[str] = Counter()
-        for engine, draft_counts in zip(up, counts, strict=True):
-            counts_before = before.get(engine, Counter())
-            self._before[engine] = counts_before if draft_counts is None else draft_counts
-            increments += self._before[engine] - counts_before
-        if not increments["draft_tokens"]:
-            return {}
-        return {
-            "speculative/acceptance": increments["accepted_tokens"] / increments["draft_tokens"],
-            "speculative/length": 1 + increments["accepted_tokens"] / increments["drafts"],
-        }
-
-
-async def _draft_counts(engine: Engine) -> Counter[str] | None:
-    """Return an engine's counters since its start, None where it does not answer."""
-    with contextlib.suppress(EngineError, TimeoutError):
-        async with asyncio.timeout(COUNTERS_SECONDS):
-            body = await engine.client.request("GET", "/metrics")
-        draft_counts: Counter[str] = Counter()
-        for name, value in DRAFT_COUNTER.findall(body.decode()):  # a line for each copy (data)
-            draft_counts[name] += int(float(value))
-        return draft_counts
-    return None

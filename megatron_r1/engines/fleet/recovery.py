@@ -7,8 +7,9 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
-from megatron_r1.engines.fleet.engine import Engine, find_slow
+from megatron_r1.engines.fleet.engine import Engine
 from megatron_r1.engines.fleet.fleet_state import FleetState
+from megatron_r1.engines.fleet.service_stats import find_slow
 from megatron_r1.engines.server.responses import (
     EngineDied,
     EngineError,

@@ -9,16 +9,17 @@ from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from megatron_r1.engines.fleet.dispatch import DispatchedRequest
-from megatron_r1.engines.fleet.engine import Engine, ServedGroup
+from megatron_r1.engines.fleet.engine import Engine
 from megatron_r1.engines.fleet.fleet_state import FleetState
+from megatron_r1.engines.fleet.service_stats import ServedGroup
 from megatron_r1.engines.server.client import EngineClient
 from megatron_r1.engines.server.responses import EngineDied, EngineError, EngineFault
 
 T = TypeVar("T")
 OnFailure = Callable[[Engine, EngineDied | EngineFault], None]
 MAX_ATTEMPTS = 5
-"""More than the faults that get an engine replaced (`engine.MANY_FAULTS`), so that a request also
-meets a fresh engine; where that fails too, the weights or the request are at fault."""
+"""More than the faults that get an engine replaced (`service_stats.MANY_FAULTS`), so that a request
+also meets a fresh engine; where that fails too, the weights or the request are at fault."""
 
 
 class RequestRetries:

@@ -13,7 +13,8 @@ from megatron_r1.engines.fleet.dispatch import (
     ExpectedLength,
     LengthEstimator,
 )
-from megatron_r1.engines.fleet.engine import Engine, ServedGroup, ServiceStats, find_slow
+from megatron_r1.engines.fleet.engine import Engine
+from megatron_r1.engines.fleet.service_stats import ServedGroup, ServiceStats, find_slow
 from megatron_r1.engines.server.responses import EngineError
 
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_r1.engines.fleet.engine import AcceptanceMeter
+from megatron_r1.engines.fleet.draft_acceptance import AcceptanceMeter
 from megatron_r1.engines.server.responses import EngineTimeout
 
 COUNTERS = """# HELP vllm:spec_decode_num_drafts_total Number of spec decoding drafts.

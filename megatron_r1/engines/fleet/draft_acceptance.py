@@ -1,0 +1,60 @@
+"""The share of drafted tokens that engines accept, by vLLM's own counters.
+
+Engines count drafts, drafted tokens and accepted tokens from their start. So the meter keeps the
+last reading of each engine, and reports what has been added since, of all engines together."""
+
+import asyncio
+import contextlib
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+from megatron_r1.engines.fleet.engine import Engine
+from megatron_r1.engines.server.responses import EngineError
+
+COUNTERS_SECONDS = 5.0
+"""The time limit of reading an engine's counters; a later reply counts at the next reading."""
+DRAFT_COUNTER = re.compile(
+    r"^vllm:spec_decode_num_(drafts|draft_tokens|accepted_tokens)_total(?:\{.*\})? (\S+)$",
+    re.MULTILINE,
+)
+
+
+class AcceptanceMeter:
+    """Counts drafts between two readings, of all engines. What an engine has done that does not
+    answer counts at the next reading."""
+
+    def __init__(self) -> None:
+        self._before: dict[Engine, Counter[str]] = {}
+
+    async def read(self, engines: Sequence[Engine]) -> dict[str, float]:
+        """Return what happened since the last reading; nothing if nothing was drafted.
+
+        speculative/acceptance: accepted over drafted tokens. speculative/length: mean tokens that a
+        sequence with a draft gained in a pass, the one that follows without a draft included."""
+        up = [engine for engine in engines if engine.is_up and engine.client.url]
+        counts = await asyncio.gather(*map(_draft_counts, up))
+        before, self._before = self._before, {}
+        increments: Counter[str] = Counter()
+        for engine, draft_counts in zip(up, counts, strict=True):
+            counts_before = before.get(engine, Counter())
+            self._before[engine] = counts_before if draft_counts is None else draft_counts
+            increments += self._before[engine] - counts_before
+        if not increments["draft_tokens"]:
+            return {}
+        return {
+            "speculative/acceptance": increments["accepted_tokens"] / increments["draft_tokens"],
+            "speculative/length": 1 + increments["accepted_tokens"] / increments["drafts"],
+        }
+
+
+async def _draft_counts(engine: Engine) -> Counter[str] | None:
+    """Return an engine's counters since its start, None where it does not answer."""
+    with contextlib.suppress(EngineError, TimeoutError):
+        async with asyncio.timeout(COUNTERS_SECONDS):
+            body = await engine.client.request("GET", "/metrics")
+        draft_counts: Counter[str] = Counter()
+        for name, value in DRAFT_COUNTER.findall(body.decode()):  # a line for each copy (data)
+            draft_counts[name] += int(float(value))
+        return draft_counts
+    return None
