@@ -195,5 +195,9 @@ def _targets(sizes: ExampleSizes, device: str) -> Tensor:
 def _shard(num_columns: int, num_real: int, vocab_size: int) -> VocabShard:
     """Return the first rank's shard. Without a group: a primitive works on one rank alone."""
     return VocabShard(
-        first=0, num_columns=num_columns, num_real=num_real, vocab_size=vocab_size, group=None
+        first_column=0,
+        num_columns=num_columns,
+        num_real=num_real,
+        vocab_size=vocab_size,
+        group=None,
     )

@@ -227,32 +227,32 @@ def _store(out: RowSoftmax, rows: Rows, pending: PendingStatistics) -> None:
 class HeadGradients:
     """Gradients of hidden and weight, accumulated chunk by chunk.
 
-    The weight's gradient is accumulated in fp32, in memory of its own or in `total`. The hidden
+    The weight's gradient is accumulated in fp32, in memory of its own or in `main_grad`. The hidden
     states' gradient is one product per chunk, rounded once; with a group it is this rank's part of
     a sum, which is reduced in fp32, chunk by chunk, while later products run.
 
     Args:
         head: the output layer.
         hidden: (T, H).
-        needs: whether hidden and weight need a gradient; one not needed stays None.
+        needs_grad: whether hidden and weight need a gradient; one not needed stays None.
         reduce_hidden: whether the hidden states' gradient is summed over the group.
-        total: (V_local, H) in fp32, to which the weight's gradient is added; None: to zeros."""
+        main_grad: (V_local, H) in fp32, to which the weight's gradient is added; None: to zeros."""
 
     def __init__(
         self,
         head: LinearHead,
         hidden: Tensor,
-        needs: Sequence[bool],
+        needs_grad: Sequence[bool],
         reduce_hidden: bool,
-        total: Tensor | None = None,
+        main_grad: Tensor | None = None,
     ):
         self.head = head
-        self.needed = any(needs[:2])
-        self.hidden = torch.zeros_like(hidden) if needs[0] else None
+        self.needed = any(needs_grad[:2])
+        self.hidden = torch.zeros_like(hidden) if needs_grad[0] else None
         self.weight = None
-        if needs[1]:
+        if needs_grad[1]:
             zeros = partial(torch.zeros_like, head.weight, dtype=accumulation_dtype(hidden.dtype))
-            self.weight = zeros() if total is None else total
+            self.weight = zeros() if main_grad is None else main_grad
         self.group = head.shard.group if reduce_hidden else None
         self.reducing: tuple[Rows, Tensor, dist.Work] | None = None
 
@@ -268,8 +268,8 @@ class HeadGradients:
         if self.hidden is None:
             return
         # Padding rows may hold NaN, and 0 times NaN is NaN.
-        real = self.head.shard.num_real
-        d_logits, weight = d_logits[:, :real], self.head.weight[:real]
+        num_real_columns = self.head.shard.num_real
+        d_logits, weight = d_logits[:, :num_real_columns], self.head.weight[:num_real_columns]
         if self.group is None and isinstance(rows, slice):
             torch.mm(d_logits, weight, out=self.hidden[rows])
             return
@@ -286,8 +286,8 @@ class HeadGradients:
         self.reducing = rows, part, dist.all_reduce(part, group=self.group, async_op=True)
 
     def finish(self) -> tuple[Tensor | None, Tensor | None]:
-        """Return the gradients of hidden, in its dtype, and of weight, in fp32, with what `total`
-        had before."""
+        """Return the gradients of hidden, in its dtype, and of weight, in fp32, with what
+        `main_grad` had before."""
         self._finish_reducing()
         return self.hidden, self.weight
 

@@ -344,8 +344,8 @@ def _with_token_ratios(
 ) -> LinearPolicyLoss:
     """Compute the loss and its gradients in one pass over the head."""
     # Inside the Function the grad mode is always off, so it is read here.
-    needs = [torch.is_grad_enabled() and t.requires_grad for t in (hidden, weight)]
-    gradients = HeadGradients(call.head, hidden, needs, reduce_hidden_grad)
+    needs_grad = [torch.is_grad_enabled() and t.requires_grad for t in (hidden, weight)]
+    gradients = HeadGradients(call.head, hidden, needs_grad, reduce_hidden_grad)
     return LinearPolicyLoss(*_LinearPolicyLoss.apply(hidden, weight, call, gradients))
 
 

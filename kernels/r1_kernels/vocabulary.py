@@ -32,7 +32,7 @@ STATISTICS = ("peak", "total", "moment", "target_logit")
 class VocabShard(NamedTuple):
     """The columns of the vocabulary that a rank has."""
 
-    first: int
+    first_column: int
     """Id of the first column."""
     num_columns: int
     """The columns, padding included."""
@@ -62,7 +62,7 @@ class VocabShard(NamedTuple):
             ValueError: the ranks' shards differ, or cannot hold vocab_size ids together."""
         num_ranks = 1 if group is None else dist.get_world_size(group)
         group = group if num_ranks > 1 else None
-        first = 0 if group is None else num_columns * dist.get_rank(group)
+        first_column = 0 if group is None else num_columns * dist.get_rank(group)
         vocab_size = num_columns * num_ranks if vocab_size is None else vocab_size
         if group is not None:
             _check_equal(local, num_columns, vocab_size, group, num_ranks)
@@ -71,8 +71,8 @@ class VocabShard(NamedTuple):
                 f"vocab_size is {vocab_size}, but {num_ranks} shard(s) of {num_columns} columns "
                 f"hold 1 to {num_columns * num_ranks} ids"
             )
-        num_real = min(max(vocab_size - first, 0), num_columns)
-        return cls(first, num_columns, num_real, vocab_size, group)
+        num_real = min(max(vocab_size - first_column, 0), num_columns)
+        return cls(first_column, num_columns, num_real, vocab_size, group)
 
 
 def _check_equal(

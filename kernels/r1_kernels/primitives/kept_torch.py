@@ -56,7 +56,7 @@ def kept_statistics(
     e = x.exp()
     # -inf · 0 counts as 0, its limit; e is 0 long before x reaches -1000.
     total, moment = ids.sums(torch.stack([e, x.clamp(min=-1000.0) * e], 1)).unbind(1)
-    local = targets - shard.first
+    local = targets - shard.first_column
     in_shard = (local >= 0) & (local < shard.num_real)
     # NaN unless it was kept.
     target_logit = torch.where(in_shard, torch.full_like(peak, torch.nan), 0.0)
@@ -104,7 +104,7 @@ def kept_gradient(
         has_gradient = has_gradient | (slope != 0)
         factor = factor - slope[ids.rows] * (log_p.clamp(min=-1000.0) + entropy[ids.rows])
     d = log_p.exp_().mul_(factor)
-    hits = (ids.columns == (targets - shard.first)[ids.rows]).nonzero()[:, 0]
+    hits = (ids.columns == (targets - shard.first_column)[ids.rows]).nonzero()[:, 0]
     d[hits] += grad[ids.rows[hits]]
     if not has_gradient.all():
         d[~has_gradient[ids.rows]] = 0.0
@@ -141,7 +141,7 @@ def _shard_ids(kept_ids: KeptIds, shard: VocabShard) -> _ShardIds:
             places = (
                 torch.arange(len(rows), device=lengths.device) + (kept_ids.starts - before)[rows]
             )
-    columns = kept_ids.token_ids[places].to(torch.int64) - shard.first
+    columns = kept_ids.token_ids[places].to(torch.int64) - shard.first_column
     if shard.group is not None or shard.num_real < shard.vocab_size:
         indices = ((columns >= 0) & (columns < shard.num_real)).nonzero()[:, 0]
         places = indices + places.start if isinstance(places, slice) else places[indices]

@@ -78,18 +78,18 @@ def _kept_range(starts, ends, row):
 
 
 @triton.jit
-def _kept_columns(token_ids, start, count, place, first, real):
+def _kept_columns(token_ids, start, count, place, first_column, num_real_columns):
     """Return columns of the ids at start + place, and which of them are this shard's."""
     in_bounds = place < count
-    column = tl.load(token_ids + start + place, mask=in_bounds, other=0) - first
-    return column, in_bounds & (column >= 0) & (column < real)
+    column = tl.load(token_ids + start + place, mask=in_bounds, other=0) - first_column
+    return column, in_bounds & (column >= 0) & (column < num_real_columns)
 
 
 @triton.jit
-def _kept_logits(token_ids, line, start, count, place, first, real):
+def _kept_logits(token_ids, row_pointer, start, count, place, first_column, num_real_columns):
     """Return what `_kept_columns` does, and the columns' logits, -inf where they are not here."""
-    column, in_shard = _kept_columns(token_ids, start, count, place, first, real)
-    z = tl.load(line + column, mask=in_shard, other=float("-inf")).to(tl.float32)
+    column, in_shard = _kept_columns(token_ids, start, count, place, first_column, num_real_columns)
+    z = tl.load(row_pointer + column, mask=in_shard, other=float("-inf")).to(tl.float32)
     return column, in_shard, z
 
 
@@ -103,16 +103,16 @@ def kept_statistics_kernel(
     statistics,  # out: (4, T) fp32, `vocabulary.STATISTICS`
     row_stride,
     num_rows,  # T
-    first,  # id of the shard's first column
-    real,  # columns before the padding
+    first_column,  # id of the shard's first column
+    num_real_columns,  # columns before the padding
     scale,  # c
     LANES: tl.constexpr,  # threads of the program
     LOADS: tl.constexpr,  # ids in flight per thread
 ):
     """Compute the statistics of one row's kept tokens; grid (T,)."""
     row = tl.program_id(0).to(tl.int64)
-    line = logits + row * row_stride
-    local, target_in_shard = target_column(targets, row, first, real)
+    row_pointer = logits + row * row_stride
+    local, target_in_shard = target_column(targets, row, first_column, num_real_columns)
     start, count = _kept_range(starts, ends, row)
     lane = tl.arange(0, LANES)
     to_base2 = scale * LOG2E
@@ -125,7 +125,9 @@ def kept_statistics_kernel(
         loaded = ()  # a tuple that grows in the loop, which Triton unrolls
         for i in tl.static_range(LOADS):
             place = turn + i * LANES + lane
-            column, in_shard, z = _kept_logits(token_ids, line, start, count, place, first, real)
+            column, in_shard, z = _kept_logits(
+                token_ids, row_pointer, start, count, place, first_column, num_real_columns
+            )
             is_target = in_shard & (column == local)
             target_logit = tl.where(is_target, z, target_logit)
             hits = tl.where(is_target, 1, hits)
@@ -154,8 +156,8 @@ def kept_gradient_kernel(
     values,  # out: (N,) fp32, of the ids in this shard
     # Numbers: of the logits, of the `VocabShard`, and of the temperature.
     row_stride,
-    first,
-    real,
+    first_column,
+    num_real_columns,
     scale,  # c
     # Constants of the compiled kernel.
     HAS_ENTROPY: tl.constexpr,
@@ -163,8 +165,8 @@ def kept_gradient_kernel(
 ):
     """Write the gradient of one row's kept logits; grid (T,)."""
     row = tl.program_id(0).to(tl.int64)
-    line = logits + row * row_stride
-    local, _ = target_column(targets, row, first, real)
+    row_pointer = logits + row * row_stride
+    local, _ = target_column(targets, row, first_column, num_real_columns)
     start, count = _kept_range(starts, ends, row)
     to_base2 = scale * LOG2E
     row_peak, log2_total, upstream, flat, slope, has_gradient = load_row_upstream(
@@ -172,7 +174,9 @@ def kept_gradient_kernel(
     )
     for turn in range(0, count, IDS):
         place = turn + tl.arange(0, IDS)
-        column, in_shard, z = _kept_logits(token_ids, line, start, count, place, first, real)
+        column, in_shard, z = _kept_logits(
+            token_ids, row_pointer, start, count, place, first_column, num_real_columns
+        )
         d = softmax_gradient(z, row_peak, to_base2, log2_total, flat, slope, HAS_ENTROPY)
         d = tl.where(column == local, d + upstream, d)
         # A row without upstream gradients may hold anything, NaN included.
@@ -188,31 +192,33 @@ def kept_scatter_kernel(
     ends,  # in: (T,) int64
     out,  # out: (T, V_local) any float, rows `row_stride` elements apart
     row_stride,
-    first,
+    first_column,
     num_columns,  # V_local, padding included
-    real,
+    num_real_columns,
     BLOCK: tl.constexpr,  # columns per turn of the zeros
     IDS: tl.constexpr,  # ids per turn
     ALIGNMENT: tl.constexpr,  # of rows, in elements
 ):
     """Write one row: its values at the kept ids, 0 elsewhere; grid (T,)."""
     row = tl.program_id(0).to(tl.int64)
-    line = out + tl.multiple_of(row * row_stride, ALIGNMENT)
+    row_pointer = out + tl.multiple_of(row * row_stride, ALIGNMENT)
     dtype = out.dtype.element_ty
     start, count = _kept_range(starts, ends, row)
     columns = tl.arange(0, BLOCK)
     unmasked_end = num_columns // BLOCK * BLOCK
     for turn in range(0, unmasked_end, BLOCK):
-        tl.store(line + (turn + columns), tl.zeros((BLOCK,), dtype))
+        tl.store(row_pointer + (turn + columns), tl.zeros((BLOCK,), dtype))
     if unmasked_end < num_columns:
         column = unmasked_end + columns
-        tl.store(line + column, tl.zeros((BLOCK,), dtype), mask=column < num_columns)
+        tl.store(row_pointer + column, tl.zeros((BLOCK,), dtype), mask=column < num_columns)
     tl.debug_barrier()  # the zeros of other threads come first
     for turn in range(0, count, IDS):
         place = turn + tl.arange(0, IDS)
-        column, in_shard = _kept_columns(token_ids, start, count, place, first, real)
+        column, in_shard = _kept_columns(
+            token_ids, start, count, place, first_column, num_real_columns
+        )
         value = tl.load(values + start + place, mask=in_shard, other=0.0)
-        tl.store(line + column, value.to(dtype), mask=in_shard)
+        tl.store(row_pointer + column, value.to(dtype), mask=in_shard)
 
 
 def kept_statistics(
@@ -241,7 +247,7 @@ def kept_statistics(
                 out,
                 logits.stride(0),
                 rows,
-                shard.first,
+                shard.first_column,
                 shard.num_real,
                 scale,
                 LANES=LANES,
@@ -286,7 +292,7 @@ def kept_gradient(
                 *upstream_arguments(upstream),
                 values,
                 logits.stride(0),
-                shard.first,
+                shard.first_column,
                 shard.num_real,
                 scale,
                 HAS_ENTROPY=upstream.grad_entropy is not None,
@@ -315,7 +321,7 @@ def kept_scatter(values: Tensor, shard: VocabShard, kept_ids: KeptIds, out: Tens
                 *_listed(kept_ids),
                 out,
                 out.stride(0),
-                shard.first,
+                shard.first_column,
                 columns,
                 shard.num_real,
                 BLOCK=block,

@@ -31,15 +31,15 @@ LOAD_BYTES = 16  # the largest load of one thread
 
 
 @triton.jit
-def target_column(targets, row, first, end):
+def target_column(targets, row, first_column, end):
     """Return the column of a row's target in this shard, and whether it is one before `end`.
 
     Args:
         targets: (T,) pointer to ids of the whole vocabulary.
         row: the row.
-        first: id of the shard's first column.
+        first_column: id of the shard's first column.
         end: the column after the last."""
-    column = tl.load(targets + row).to(tl.int64) - first
+    column = tl.load(targets + row).to(tl.int64) - first_column
     return column, (column >= 0) & (column < end)
 
 

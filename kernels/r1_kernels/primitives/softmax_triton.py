@@ -77,8 +77,8 @@ def row_statistics_kernel(
     statistics,  # out: (4, T) fp32, `vocabulary.STATISTICS`
     row_stride,
     num_rows,  # T
-    first,  # id of the shard's first column
-    real,  # columns before the padding
+    first_column,  # id of the shard's first column
+    num_real_columns,  # columns before the padding
     scale,  # c
     LANES: tl.constexpr,  # threads of the program
     VECTOR: tl.constexpr,  # adjacent elements per load
@@ -86,28 +86,28 @@ def row_statistics_kernel(
 ):
     """Compute the statistics of one row; grid (T,)."""
     row = tl.program_id(0).to(tl.int64)
-    line = logits + tl.multiple_of(row * row_stride, VECTOR)
+    row_pointer = logits + tl.multiple_of(row * row_stride, VECTOR)
     # Loaded now, used at the end: hides the latency of two dependent loads.
-    local, in_shard = target_column(targets, row, first, real)
-    target_logit = tl.load(line + local, mask=in_shard, other=0.0).to(tl.float32)
+    local, in_shard = target_column(targets, row, first_column, num_real_columns)
+    target_logit = tl.load(row_pointer + local, mask=in_shard, other=0.0).to(tl.float32)
     columns = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
     to_base2 = scale * LOG2E
     peak = tl.full((LANES,), float("-inf"), tl.float32)
     total = tl.zeros((LANES,), tl.float32)
     moment = tl.zeros((LANES,), tl.float32)  # in base 2
     LOAD: tl.constexpr = LANES * VECTOR
-    unmasked_end = real // (LOADS * LOAD) * (LOADS * LOAD)
+    unmasked_end = num_real_columns // (LOADS * LOAD) * (LOADS * LOAD)
     for start in range(0, unmasked_end, LOADS * LOAD):
         loaded = ()  # a tuple that grows in the loop, which Triton unrolls
         for i in tl.static_range(LOADS):
-            z = tl.load(line + (start + i * LOAD + columns))
+            z = tl.load(row_pointer + (start + i * LOAD + columns))
             loaded = loaded + (z.to(tl.float32),)  # type: ignore[assignment]  # see above
         peak, total, moment = fold_logits(loaded, peak, total, moment, to_base2)
-    if unmasked_end < real:
+    if unmasked_end < num_real_columns:
         rest = ()
         for i in tl.static_range(LOADS):
             column = unmasked_end + i * LOAD + columns
-            z = tl.load(line + column, mask=column < real, other=float("-inf"))
+            z = tl.load(row_pointer + column, mask=column < num_real_columns, other=float("-inf"))
             rest = rest + (z.to(tl.float32),)  # type: ignore[assignment]  # see above
         peak, total, moment = fold_logits(rest, peak, total, moment, to_base2)
     row_peak, row_total, row_moment = combine_lanes(peak, total, moment, to_base2)
@@ -128,9 +128,9 @@ def logits_gradient_kernel(
     # Numbers: of the two matrices, of the `VocabShard`, and of the temperature.
     row_stride,
     gradient_stride,
-    first,  # id of the shard's first column
-    num_columns,  # V_local; those from `real` on are padding and get 0
-    real,
+    first_column,  # id of the shard's first column
+    num_columns,  # V_local; those from `num_real_columns` on are padding and get 0
+    num_real_columns,
     scale,  # c
     # Constants of the compiled kernel.
     HAS_ENTROPY: tl.constexpr,
@@ -139,7 +139,7 @@ def logits_gradient_kernel(
 ):
     """Write the gradient of one row; grid (T,)."""
     row = tl.program_id(0).to(tl.int64)
-    line = logits + tl.multiple_of(row * row_stride, ALIGNMENT)
+    row_pointer = logits + tl.multiple_of(row * row_stride, ALIGNMENT)
     out = gradient + tl.multiple_of(row * gradient_stride, ALIGNMENT)
     dtype = gradient.dtype.element_ty
     to_base2 = scale * LOG2E
@@ -147,9 +147,9 @@ def logits_gradient_kernel(
         row, peak, log_total, entropy, grad_logprobs, grad_entropy, scale, HAS_ENTROPY
     )
     # A row without upstream gradients may hold anything, NaN included, and is not read.
-    last = tl.where(has_gradient, real, 0)
-    local, in_shard = target_column(targets, row, first, last)
-    target_logit = tl.load(line + local, mask=in_shard, other=0.0).to(tl.float32)
+    last = tl.where(has_gradient, num_real_columns, 0)
+    local, in_shard = target_column(targets, row, first_column, last)
+    target_logit = tl.load(row_pointer + local, mask=in_shard, other=0.0).to(tl.float32)
     target_logit = upstream + softmax_gradient(
         target_logit, row_peak, to_base2, log2_total, flat, slope, HAS_ENTROPY
     )
@@ -158,12 +158,12 @@ def logits_gradient_kernel(
     unmasked_end = last // BLOCK * BLOCK
     for start in range(0, unmasked_end, BLOCK):
         column = start + columns
-        z = tl.load(line + column).to(tl.float32)
+        z = tl.load(row_pointer + column).to(tl.float32)
         d = softmax_gradient(z, row_peak, to_base2, log2_total, flat, slope, HAS_ENTROPY)
         tl.store(out + column, d.to(dtype))
     for start in range(unmasked_end, num_columns, BLOCK):
         column = start + columns
-        z = tl.load(line + column, mask=column < last, other=float("-inf")).to(tl.float32)
+        z = tl.load(row_pointer + column, mask=column < last, other=float("-inf")).to(tl.float32)
         d = softmax_gradient(z, row_peak, to_base2, log2_total, flat, slope, HAS_ENTROPY)
         d = tl.where(column < last, d, 0.0)
         tl.store(out + column, d.to(dtype), mask=column < num_columns)
@@ -197,7 +197,7 @@ def row_statistics(logits: Tensor, targets: Tensor, shard: VocabShard, scale: fl
                 out,
                 logits.stride(0),
                 rows,
-                shard.first,
+                shard.first_column,
                 shard.num_real,
                 scale,
                 LANES=lanes,
@@ -241,7 +241,7 @@ def logits_gradient(
                 out,
                 logits.stride(0),
                 out.stride(0),
-                shard.first,
+                shard.first_column,
                 columns,
                 shard.num_real,
                 scale,
