@@ -217,24 +217,29 @@ def _gather(part: Any, index: int, memory: HostMemory | None, **_: Any) -> dict[
     for number, (buffer, ranges) in enumerate(zip(part.buffers, part.gbuf_ranges, strict=True)):
         ((dtype, shards),) = ranges.items()
         if memory is None:
-            wholes = {key: torch.zeros(buffer.numel, dtype=torch.float32) for key in KEYS}
+            full_tensors = {key: torch.zeros(buffer.numel, dtype=torch.float32) for key in KEYS}
         else:
-            wholes = {
+            full_tensors = {
                 key: memory.gathered_buffer((index, number, key), buffer.numel) for key in KEYS
             }
-            gathering = partial(_gather_buffer, part, buffer, shards, wholes)
+            gathering = partial(_gather_buffer, part, buffer, shards, full_tensors)
             memory.plan_gather((index, number), gathering)
-        state[number] = {dtype: wholes}
+        state[number] = {dtype: full_tensors}
     return state
 
 
 def _gather_buffer(
-    part: Any, buffer: Any, shards: list[dict], wholes: dict[str, Tensor], to_save: AddressRanges
+    part: Any,
+    buffer: Any,
+    shards: list[dict],
+    full_tensors: dict[str, Tensor],
+    to_save: AddressRanges,
 ) -> None:
-    """Fill `wholes`, by key, where they are `to_save`, from all data-parallel ranks' shards."""
+    """Fill `full_tensors`, by key, where they are `to_save`, from the shards of all data-parallel
+    ranks."""
     for bucket, shard in zip(buffer.buckets, shards, strict=True):
         end = bucket.offset + bucket.grad_data.numel()
-        pieces = {key: tensor[bucket.offset : end] for key, tensor in wholes.items()}
+        pieces = {key: tensor[bucket.offset : end] for key, tensor in full_tensors.items()}
         _gather_bucket(part, shard["param_map"], pieces, to_save)
 
 
@@ -313,13 +318,16 @@ class StagedCheckpoint:
 
 
 def stage(
-    tree: dict[str, Any], partial: Path, memory: HostMemory, data_group: ProcessGroup
+    sharded_state_dict: dict[str, Any],
+    partial_folder: Path,
+    memory: HostMemory,
+    data_group: ProcessGroup,
 ) -> StagedCheckpoint:
     """Plan together with all ranks and copy this rank's part; training may continue afterwards.
 
     Args:
-        tree: the sharded entries.
-        partial: an empty folder, into which the small part that all ranks share is written
+        sharded_state_dict: the sharded entries.
+        partial_folder: an empty folder, into which the small part that all ranks share is written
             (common.pt).
         memory: the host buffers that they are copied to.
         data_group: the data- and context-parallel ranks."""
@@ -328,7 +336,9 @@ def stage(
     # Over data and context parallelism: these ranks have the same weights and, gathered, the same
     # optimizer state, so each writes its share of them.
     strategy = FullyParallelSaveStrategyWrapper(plan, data_group)
-    dist_checkpointing.save(tree, str(partial), strategy, async_sharded_save=True)
+    dist_checkpointing.save(
+        sharded_state_dict, str(partial_folder), strategy, async_sharded_save=True
+    )
     assert plan.staged is not None, "dist_checkpointing.save did not come to the strategy"
     platform.synchronize()  # the copies to pinned memory are asynchronous
     return plan.staged
