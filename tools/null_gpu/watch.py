@@ -143,7 +143,7 @@ class Process:
 
 
 @dataclass
-class Circle:
+class Cycle:
     """Calls and waits each of which waits for the next, and the last for the first."""
 
     links: list[Call | Wait] = field(default_factory=list)
@@ -264,38 +264,38 @@ class Graph:
                     if comm == call.comm and is_wanted and rank not in came:
                         yield call, (other.pid, -1)
 
-    def circle(self) -> Circle | None:
+    def cycle(self) -> Cycle | None:
         """Return one, without a host where there is such a one."""
         for with_hosts in (False, True):
             finished_nodes: set[Node] = set()
             for node in self.started:
-                if circle := self._from(node, [], {}, finished_nodes, with_hosts=with_hosts):
-                    return circle
+                if cycle := self._from(node, [], {}, finished_nodes, with_hosts=with_hosts):
+                    return cycle
         return None
 
-    def _from(self, node, labels, places, finished_nodes, *, with_hosts: bool) -> Circle | None:
+    def _from(self, node, labels, places, finished_nodes, *, with_hosts: bool) -> Cycle | None:
         if node in places:
             links = [label for label in labels[places[node] :] if label is not None]
             # Streams alone cannot wait in a circle; what they wait for is read one after another.
-            return Circle(links) if links else None
+            return Cycle(links) if links else None
         if node in finished_nodes:
             return None
         places[node] = len(labels)
         for label, other in self.edges(node):
             if other[1] >= 0 or with_hosts:
-                circle = self._from(
+                cycle = self._from(
                     other, [*labels, label], places, finished_nodes, with_hosts=with_hosts
                 )
-                if circle:
-                    return circle
+                if cycle:
+                    return cycle
         del places[node]
         finished_nodes.add(node)
         return None
 
 
-def find_circle(segment: Path) -> Circle | None:
+def find_cycle(segment: Path) -> Cycle | None:
     """Return calls that wait for each other, if there are any now."""
-    return Graph(read(segment)).circle()
+    return Graph(read(segment)).cycle()
 
 
 def abandoned_calls(processes: list[Process]) -> list[Call]:
@@ -314,8 +314,8 @@ def abandoned_calls(processes: list[Process]) -> list[Call]:
 def find_stuck(segment: Path) -> str | None:
     """Return a text that names calls that wait for each other, or for ranks that have ended."""
     processes = read(segment)
-    if circle := Graph(processes).circle():
-        return str(circle)
+    if cycle := Graph(processes).cycle():
+        return str(cycle)
     abandoned = abandoned_calls(processes)
     lines = ["these wait for ranks that have ended:", *(f"  {call}" for call in abandoned)]
     return "\n".join(lines) if abandoned else None

@@ -42,13 +42,13 @@ def four(start, order: str, **variables: str) -> list:
 
 def test_links_in_crossed_orders_on_one_stream_hang_and_the_circle_is_named(start, segment):
     programs = four(start, "crossed")
-    wait_until(lambda: watch.find_circle(segment))
-    circle = watch.find_circle(segment)
-    assert not circle.through_host and len(circle.links) == 4
-    assert {link.gpu for link in circle.links} == {0, 1, 2, 3}
-    assert len({link.comm for link in circle.links}) == 4
-    named = str(circle)
-    for link in circle.links:
+    wait_until(lambda: watch.find_cycle(segment))
+    cycle = watch.find_cycle(segment)
+    assert not cycle.through_host and len(cycle.links) == 4
+    assert {link.gpu for link in cycle.links} == {0, 1, 2, 3}
+    assert len({link.comm for link in cycle.links}) == 4
+    named = str(cycle)
+    for link in cycle.links:
         assert f"{link.comm:016x}" in named and str(link.pid) in named
     for program in programs:
         program.go_on()
@@ -101,24 +101,24 @@ def test_a_thread_for_each_link_hangs_and_rounds_do_not(start, segment, order, b
     program = start("ranks_of_a_push", json.dumps(steps), NULL_GPU_NCCL_BUFFERED=number)
     assert program.says() == "enqueued"
     wait_until(
-        lambda: watch.find_circle(segment) or not any(one.calls for one in watch.read(segment))
+        lambda: watch.find_cycle(segment) or not any(one.calls for one in watch.read(segment))
     )
-    circle = watch.find_circle(segment)
+    cycle = watch.find_cycle(segment)
 
     def have_ended() -> list[bool]:
         program.go_on()
         return program.says()
 
     if order == "in_rounds":
-        assert circle is None
+        assert cycle is None
         wait_until(lambda: have_ended() == [True] * 4)
         return
-    assert have_ended() == [False] * 4 and not circle.through_host
+    assert have_ended() == [False] * 4 and not cycle.through_host
     # The links of the circle: from a trainer rank's GPU, 0 or 1, to an engine rank's.
-    assert len({link.comm for link in circle.links}) == len(circle.links) == 4
-    assert all(link.is_send == (link.gpu < 2) for link in circle.links)
-    for link in circle.links:
-        assert f"rank {link.rank} of {link.comm:016x} (GPU {link.gpu}" in str(circle)
+    assert len({link.comm for link in cycle.links}) == len(cycle.links) == 4
+    assert all(link.is_send == (link.gpu < 2) for link in cycle.links)
+    for link in cycle.links:
+        assert f"rank {link.rank} of {link.comm:016x} (GPU {link.gpu}" in str(cycle)
 
 
 def test_a_groups_calls_progress_together(start):
@@ -133,28 +133,28 @@ def test_without_a_group_they_wait_for_each_other(start, segment):
     programs = [start("both_ways", rank, "apart") for rank in range(2)]
     for program in programs:
         assert program.says() == "issued"
-    wait_until(lambda: watch.find_circle(segment))
-    found = {(link.rank, link.peer, link.is_send) for link in watch.find_circle(segment).links}
+    wait_until(lambda: watch.find_cycle(segment))
+    found = {(link.rank, link.peer, link.is_send) for link in watch.find_cycle(segment).links}
     assert found == {(0, 1, True), (1, 0, True)}
 
 
 def test_a_circle_through_events_is_named(start, segment):
     programs = [start("circle_of_events", rank) for rank in range(2)]
     assert [program.says() for program in programs] == ["issued"] * 2
-    wait_until(lambda: watch.find_circle(segment))
-    circle = watch.find_circle(segment)
-    assert not circle.through_host
-    assert {(link.rank, link.is_send) for link in circle.links} == {(0, False), (1, False)}
+    wait_until(lambda: watch.find_cycle(segment))
+    cycle = watch.find_cycle(segment)
+    assert not cycle.through_host
+    assert {(link.rank, link.is_send) for link in cycle.links} == {(0, False), (1, False)}
 
 
 def test_a_circle_through_waits_of_hosts_is_named_as_such(start, segment):
     programs = [start("circle_of_hosts", rank) for rank in range(2)]
-    wait_until(lambda: watch.find_circle(segment))
-    circle = watch.find_circle(segment)
-    assert circle.through_host
+    wait_until(lambda: watch.find_cycle(segment))
+    cycle = watch.find_cycle(segment)
+    assert cycle.through_host
     pids = {program.process.pid for program in programs}
-    assert {link.pid for link in circle.links if isinstance(link, watch.Wait)} == pids
-    assert {link.rank for link in circle.links if isinstance(link, watch.Call)} == {0, 1}
+    assert {link.pid for link in cycle.links if isinstance(link, watch.Wait)} == pids
+    assert {link.rank for link in cycle.links if isinstance(link, watch.Call)} == {0, 1}
 
 
 def test_the_watch_ends_with_the_circle_and_names_it(start, segment):
@@ -171,7 +171,7 @@ def test_a_rehearsal_names_it_once_within_a_minute_and_says_what_was_held(
     """`tools/null_gpu` looks each second."""
     programs = [start("circle_of_events", rank) for rank in range(2)]
     assert [program.says() for program in programs] == ["issued"] * 2
-    wait_until(lambda: watch.find_circle(segment))
+    wait_until(lambda: watch.find_cycle(segment))
     watched = launch.Watched(segment)
     monkeypatch.setattr(launch.time, "monotonic", lambda: now)
     named = []

@@ -104,7 +104,7 @@ def test_a_thread_for_each_link_is_refused_where_it_sticks(interleaved):
         verdicts.append(refusal is not None)
         assert verdicts[-1] == (StreamQueues(operations).run(seed).num_stuck > 0)
         if refusal:
-            assert refusal.fault is Fault.CIRCLE
+            assert refusal.fault is Fault.CYCLE
             # Each waits on a link for the next of the circle, and the last for the first.
             following = [*refusal.waits[1:], refusal.waits[0]]
             for wait, following_wait in zip(refusal.waits, following, strict=True):
@@ -133,7 +133,7 @@ def test_the_circle_of_four_is_named():
         3: steps(False, 3, (0, 1)),
     }
     refusal = find_fault(operations_of_steps(tangled), order)
-    assert refusal.fault is Fault.CIRCLE and len(refusal.waits) == 4
+    assert refusal.fault is Fault.CYCLE and len(refusal.waits) == 4
     assert {(wait.sender, wait.receiver) for wait in refusal.waits} == set(to)
     # Where the stream of process 0 begins both sends before it waits for either, all ends.
     first, second = tangled[0]
@@ -143,7 +143,7 @@ def test_the_circle_of_four_is_named():
 
 @pytest.mark.parametrize(
     ("colocated", "faults"),
-    [(True, {Fault.CIRCLE, Fault.MISMATCHED}), (False, {Fault.CIRCLE, Fault.EARLY})],
+    [(True, {Fault.CYCLE, Fault.MISMATCHED}), (False, {Fault.CYCLE, Fault.EARLY})],
 )
 def test_two_rounds_swapped_in_one_process_are_refused_where_it_sticks(colocated, faults):
     order = order_of(4, 4, colocated=colocated)
@@ -159,9 +159,9 @@ def test_two_rounds_swapped_in_one_process_are_refused_where_it_sticks(colocated
             swapped[own] = rows[np.argsort(rows["start"], kind="stable")]
             refusal = find_fault(swapped, order)
             found.add(refusal and refusal.fault)
-            if refusal is None or refusal.fault is Fault.CIRCLE:
+            if refusal is None or refusal.fault is Fault.CYCLE:
                 assert bool(refusal) == (StreamQueues(swapped).run(place).num_stuck > 0)
-            if refusal and refusal.fault is Fault.CIRCLE:
+            if refusal and refusal.fault is Fault.CYCLE:
                 assert process in {wait.process for wait in refusal.waits}
     assert found >= faults
 

@@ -58,7 +58,7 @@ class Fault(Enum):
     UNMATCHED = "a process has no counterpart for a send or a receive"
     MISMATCHED = "a process receives another bucket than the one that is sent"
     EARLY = "a process passes on a bucket that has not arrived"
-    CIRCLE = "processes wait for each other in a circle"
+    CYCLE = "processes wait for each other in a circle"
 
 
 class Wait(NamedTuple):
@@ -126,7 +126,7 @@ def find_fault(operations: np.ndarray, order: RoundSchedule) -> Refusal | None:
     return (
         _find_mismatch(operations, sends, receives)
         or _find_early(operations, order)
-        or _Queues(operations, sends, receives).find_circle()
+        or _Queues(operations, sends, receives).find_cycle()
     )
 
 
@@ -203,14 +203,14 @@ class _Queues:
         self.partner = np.empty(len(operations), np.int64)
         self.partner[sends], self.partner[receives] = receives, sends
 
-    def find_circle(self) -> Refusal | None:
+    def find_cycle(self) -> Refusal | None:
         """Let all streams go on as far as they can, and return a circle of those that cannot."""
         left = np.flatnonzero(self.head < self.last)
         while len(left):
             rows, owner = self._awaited(left)
             blocked = np.bincount(owner, ~self._started(self.partner[rows]), len(left)) > 0
             if blocked.all():
-                return self._circle(left)
+                return self._cycle(left)
             self.head[left[~blocked]] += 1
             left = left[self.head[left] < self.last[left]]
         return None
@@ -227,7 +227,7 @@ class _Queues:
     def _started(self, rows: np.ndarray) -> np.ndarray:
         return self.head[self.stream[rows]] >= self.start[rows]
 
-    def _circle(self, stuck: np.ndarray) -> Refusal:
+    def _cycle(self, stuck: np.ndarray) -> Refusal:
         rows, owner = self._awaited(stuck)
         blocking = ~self._started(self.partner[rows])
         waits = dict(zip(stuck[owner[blocking]].tolist(), rows[blocking].tolist(), strict=True))
@@ -235,9 +235,9 @@ class _Queues:
         while stream not in passed:
             passed.append(stream)
             stream = int(self.stream[self.partner[waits[stream]]])
-        circle = passed[passed.index(stream) :]
+        cycle = passed[passed.index(stream) :]
         return Refusal(
-            Fault.CIRCLE, tuple(_wait(self.operations[waits[stream]]) for stream in circle)
+            Fault.CYCLE, tuple(_wait(self.operations[waits[stream]]) for stream in cycle)
         )
 
 
