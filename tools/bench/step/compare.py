@@ -75,12 +75,12 @@ def table(comparisons: dict[str, dict], overlap: dict[str, float] | None) -> str
     lines = [row.format("", "", "s/step", "core s/step", "tokens", "tokens/s", "ratio")]
     for name, comparison in comparisons.items():
         rate = comparison["ours"]["tokens_per_second"]
-        for system, of in comparison.items():
+        for system, figures in comparison.items():
             if system == "ratio":
                 continue
-            ratio = rate / of["tokens_per_second"]
-            cells = [f"{of[key]:.2f}" for key in ("seconds", "core_seconds")]
-            cells += [f"{of[key]:,.0f}" for key in ("response_tokens", "tokens_per_second")]
+            ratio = rate / figures["tokens_per_second"]
+            cells = [f"{figures[key]:.2f}" for key in ("seconds", "core_seconds")]
+            cells += [f"{figures[key]:,.0f}" for key in ("response_tokens", "tokens_per_second")]
             lines.append(row.format(name, system, *cells, f"{ratio:.2f}" * (system != "ours")))
     if overlap is None:
         return "\n".join(lines)
@@ -99,8 +99,8 @@ def summary(processor: str, comparisons: dict[str, dict]) -> str:
     lines = [f"{processor}: tokens a second beside TRL's, medians of all runs"]
     for name, comparison in comparisons.items():
         ours, *peers = (
-            of["response_tokens"] / of["core_seconds"]
-            for system, of in comparison.items()
+            figures["response_tokens"] / figures["core_seconds"]
+            for system, figures in comparison.items()
             if system != "ratio"
         )
         lines.append(
