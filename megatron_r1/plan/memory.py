@@ -152,23 +152,23 @@ def _activations(
 ) -> tuple[int, int]:
     """Return (bytes kept for the micro-batches in flight, bytes the layer in work adds)."""
     parallel, stages = job.parallel, job.stages[rank]
-    flights = _microbatches_held(job, rank)
+    microbatches_per_chunk = _microbatches_held(job, rank)
     saved_bytes = {sparse: layer.saved_bytes(parallel) for sparse, layer in layers.items()}
     # A chunk's output stays after it was sent (deallocate_pipeline_outputs is off).
     kept_bytes = sum(
         count
         * (layers[False].input + sum(saved_bytes[job.is_sparse_layer[n]] for n in chunk.layers))
-        for chunk, count in zip(stages, flights, strict=True)
+        for chunk, count in zip(stages, microbatches_per_chunk, strict=True)
     )
     return kept_bytes, max(working_bytes(layer, parallel) for layer in _held(job, rank, layers))
 
 
 def _microbatches_held(job: PlannedJob, rank: int) -> list[int]:
     """Return `microbatches_in_flight` of a pipeline rank, without the empty micro-batches."""
-    flights = microbatches_in_flight(
+    microbatches_per_chunk = microbatches_in_flight(
         rank, job.parallel.pipeline, job.num_model_chunks, job.schedule_slots
     )
-    return [min(count, job.num_microbatches) for count in flights]
+    return [min(count, job.num_microbatches) for count in microbatches_per_chunk]
 
 
 def _held(
@@ -205,12 +205,12 @@ def microbatches_in_flight(rank: int, pipeline: int, virtual: int, microbatches:
     if virtual == 1:
         return [min(microbatches, pipeline - rank)]
     count = min(2 * (pipeline - rank - 1) + (virtual - 1) * pipeline + 1, virtual * microbatches)
-    flights = [0] * virtual
+    microbatches_per_chunk = [0] * virtual
     for start in range(0, microbatches, pipeline):
         round_size = min(pipeline, microbatches - start)
         for chunk in range(virtual):
-            flights[chunk] += min(round_size, count - sum(flights))
-    return flights
+            microbatches_per_chunk[chunk] += min(round_size, count - sum(microbatches_per_chunk))
+    return microbatches_per_chunk
 
 
 def memory_section(job: PlannedJob, rank: RankMemory) -> QuantityTable:
@@ -218,7 +218,7 @@ def memory_section(job: PlannedJob, rank: RankMemory) -> QuantityTable:
     parallel, value = job.parallel, job.parameter_bytes
     counts = rank.counts
     dense, expert = f"{counts.dense:,} dense", f"{counts.expert:,} expert"
-    flights = _microbatches_held(job, rank.rank)
+    microbatches_per_chunk = _microbatches_held(job, rank.rank)
     state = parameter_bytes(job.config.model.dtype, job.config.optimizer.moments).optimizer
     gpu_fraction = 1 - parallel.optimizer_offload
     part = f" x {gpu_fraction:.2g}, the rest on the host" if parallel.optimizer_offload else ""
@@ -230,8 +230,8 @@ def memory_section(job: PlannedJob, rank: RankMemory) -> QuantityTable:
         "fp8 copies": "two fp8 copies of each linear weight"
         if rank.training["fp8 copies"]
         else "fp8.recipe: none",
-        "activations": f"micro-batches in flight: {' + '.join(map(str, flights))}, x "
-        f"{job.microbatch_tokens:,} tokens / context {parallel.context}, recompute "
+        "activations": f"micro-batches in flight: {' + '.join(map(str, microbatches_per_chunk))}, "
+        f"x {job.microbatch_tokens:,} tokens / context {parallel.context}, recompute "
         f"{parallel.recompute}",
         "layer in work": "what recomputation brings back in one layer, and its token exchange",
         "loss head": _head_bytes(job)[1] if rank.training["loss head"] else "not on this rank",
