@@ -264,7 +264,7 @@ class RewardPool:
         first = sent[0]
         is_loaded = first.job.target in worker.loaded
         limit = first.timeout_seconds if is_loaded else START_TIMEOUT_SECONDS
-        started = time.perf_counter()
+        started_at = time.perf_counter()
         try:
             async with asyncio.timeout(limit):
                 reply = await worker.receive()
@@ -283,13 +283,13 @@ class RewardPool:
             return False
         finally:
             if is_loaded:
-                self.busy_seconds += time.perf_counter() - started
+                self.busy_seconds += time.perf_counter() - started_at
         if reply.status == "loaded":
             worker.loaded.add(first.job.target)
             return True
         self._running.pop(sent.popleft().job.id, None)
         self._handle_reply(first, reply)
-        elapsed = time.perf_counter() - started
+        elapsed = time.perf_counter() - started_at
         worker.seconds_per_job += 0.2 * (elapsed - worker.seconds_per_job)
         return reply.status != "memory"
 

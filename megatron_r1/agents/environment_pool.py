@@ -267,7 +267,7 @@ class EnvironmentProcess:
         return reply["value"]
 
     async def _send(self, method: str, arguments: Sequence[object], seconds: float) -> dict:
-        began = asyncio.get_running_loop().time()
+        started_at = asyncio.get_running_loop().time()
         try:
             message = {"method": method, "arguments": arguments, "seconds": seconds}
             self._writer.write(encode_frame(message))
@@ -279,7 +279,7 @@ class EnvironmentProcess:
         except (TimeoutError, OSError, asyncio.IncompleteReadError):
             self.is_reusable = False  # a late reply would be taken for that of the next call
             fault = f"the environment's process ended during {method}"
-            if asyncio.get_running_loop().time() - began >= seconds:
+            if asyncio.get_running_loop().time() - started_at >= seconds:
                 raise ToolCallTimeout(f"{fault}, after its {seconds:g} s") from None
             raise EnvironmentFailed(fault) from None
 

@@ -145,7 +145,7 @@ class _Episode:
             self._answer({"method": "close", "arguments": [], "seconds": CLOSE_SECONDS})
 
     def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
-        seconds, began = request["seconds"], time.monotonic()
+        seconds, started_at = request["seconds"], time.monotonic()
         faulthandler.dump_traceback_later(seconds + GRACE_SECONDS, exit=True, file=self._null)
         signal.setitimer(signal.ITIMER_REAL, seconds)
         answer: dict[str, Any] = {"done": False}
@@ -169,7 +169,7 @@ class _Episode:
             with contextlib.suppress(Exception):  # the error may be that of `done`
                 answer["done"] = self._is_done()
         faulthandler.cancel_dump_traceback_later()
-        answer["seconds"] = time.monotonic() - began
+        answer["seconds"] = time.monotonic() - started_at
         return answer
 
     def _is_done(self) -> bool:

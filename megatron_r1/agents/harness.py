@@ -278,13 +278,13 @@ class HarnessPlayer:
             SessionLimits(self._max_turns, max_tokens),
             TurnSampling(generate, self._max_model_len, *self._sampling),
         )
-        began = time.monotonic()
+        started_at = time.monotonic()
         reward: float | None = None
         is_finished = False
         url = f"{self.gateway.url}/v1"
         agent = asyncio.ensure_future(self.run(url, session.secret, reset_arguments(prompt)))
         try:
-            if await self._finished_in_time(agent, session, began):
+            if await self._finished_in_time(agent, session, started_at):
                 outcome = await agent
                 if isinstance(outcome, AgentOutcome):
                     _compare(outcome, session)
@@ -309,14 +309,14 @@ class HarnessPlayer:
             cause = f": {session.reason}" if session.reason else ""
             session.status = "harness_error"
             session.reason = f"the agent ended without a turn of the policy{cause}"
-        return self._make_result(session, reward, is_finished, time.monotonic() - began)
+        return self._make_result(session, reward, is_finished, time.monotonic() - started_at)
 
     async def _finished_in_time(
-        self, agent: asyncio.Future[Any], session: GatewaySession, began: float
+        self, agent: asyncio.Future[Any], session: GatewaySession, started_at: float
     ) -> bool:
         """Wait until the agent has ended; return False where its time is over first."""
         while True:
-            agent_seconds = time.monotonic() - began - session.engine_seconds
+            agent_seconds = time.monotonic() - started_at - session.engine_seconds
             seconds = self._timeout_seconds - agent_seconds
             if seconds <= 0:
                 return False

@@ -183,9 +183,9 @@ class _RunningEpisode:
         max_tokens = longest - num_tokens
         if max_tokens <= 0:
             return None
-        began = time.monotonic()
+        started_at = time.monotonic()
         response = await self._generate(tree.token_ids(node), max_tokens)
-        self._totals["engine_seconds"] += time.monotonic() - began
+        self._totals["engine_seconds"] += time.monotonic() - started_at
         require_finished(response)
         self.text = player.tokenizer.decode(response.token_ids)
         message = await player.reader.read(

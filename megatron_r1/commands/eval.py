@@ -71,7 +71,7 @@ def run(config: Config) -> None:
 
 
 async def _evaluate(config: Config, folder: RunFolder, sets: list[PromptSet]) -> None:
-    began = time.monotonic()
+    started_at = time.monotonic()
     log = ResponseLog(folder.samples_path, "eval")
     limit = config.rollout.max_response_tokens
     decoding = SamplingSettings.from_options(
@@ -106,7 +106,7 @@ async def _evaluate(config: Config, folder: RunFolder, sets: list[PromptSet]) ->
         ]
     finally:
         await asyncio.gather(policy.close(), pool.close())
-    _write_results(config, folder, settings, summaries, time.monotonic() - began)
+    _write_results(config, folder, settings, summaries, time.monotonic() - started_at)
 
 
 def _audit_fields(prompt_set: PromptSet, prompt: Prompt, response: TextResponse) -> dict[str, Any]:

@@ -108,11 +108,11 @@ class CheckpointSeries:
         Raises:
             TrainerError: the previous checkpoint, or this one, failed.
         """
-        began = time.perf_counter()
+        started_at = time.perf_counter()
         await self._poll(trainer, wait=True)
         folder = checkpoint_folders.checkpoint_path(self._folder, step)
         await trainer.call(CheckpointOperations.save_checkpoint, folder=str(folder), state=state)
-        self._saving = _PendingSave(folder, step, time.perf_counter() - began)
+        self._saving = _PendingSave(folder, step, time.perf_counter() - started_at)
         if not self._settings.asynchronous:
             await self._poll(trainer, wait=True)
 
@@ -139,7 +139,7 @@ class CheckpointSeries:
     async def _poll(self, trainer: TrainerClient, wait: bool) -> None:
         if self._saving is None:
             return
-        began = time.perf_counter()
+        started_at = time.perf_counter()
         progress = await trainer.call(CheckpointOperations.checkpoint_progress, wait=wait)
         if not progress["is_done"]:
             return
@@ -147,7 +147,7 @@ class CheckpointSeries:
         if progress["error"] is not None:
             raise TrainerError(progress["error"])
         if wait:
-            saving.seconds_blocked += time.perf_counter() - began
+            saving.seconds_blocked += time.perf_counter() - started_at
         self._completed = {
             "checkpoint/step": saving.step,
             "checkpoint/seconds_blocked": saving.seconds_blocked,

@@ -252,13 +252,13 @@ async def _report_waiting(name: str, reason: Callable[[], str]) -> AsyncIterator
         name: what is waited for.
         reason: returns the reason, or "" while none is known."""
     print(f"waiting for {name}", flush=True)
-    began = time.monotonic()
+    started_at = time.monotonic()
 
     async def report() -> None:
         while True:
             await asyncio.sleep(REPORT_SECONDS)
             why = f": {reason()}" if reason() else ""
-            print(f"waiting for {name}, {time.monotonic() - began:.0f} s{why}", flush=True)
+            print(f"waiting for {name}, {time.monotonic() - started_at:.0f} s{why}", flush=True)
 
     reporting = asyncio.create_task(report())
     try:

@@ -104,7 +104,7 @@ def test_an_engine_joins_amid_a_batch(models, oracle, loop, fleet):
 
     added, made = loop(change())
     assert [engine.index for engine in fleet.engines] == [0, 1, 2]
-    assert added.stats.tokens_per_second(added.stats.began + 60) > 0  # it took part
+    assert added.stats.tokens_per_second(added.stats.started_at + 60) > 0  # it took part
     assert_right(oracle, models, made)
 
 

@@ -85,7 +85,7 @@ class SandboxProcess:
         filter_file: BinaryIO,
         system_calls: bytes,
         budget: Budget,
-        started: float,
+        started_at: float,
     ) -> None:
         """Watch a started sandbox.
 
@@ -95,7 +95,7 @@ class SandboxProcess:
             filter_file: where bwrap waits for the program of its `--seccomp`.
             system_calls: that program, less than a pipe holds.
             budget: the limits of the run.
-            started: time.monotonic() before bwrap was started."""
+            started_at: time.monotonic() before bwrap was started."""
         assert process.stdout is not None and process.stderr is not None, "started with pipes"
         self.process, self.budget = process, budget
         self.status_fd = status_fd
@@ -103,8 +103,8 @@ class SandboxProcess:
         self.init_pidfd: int | None = None  # of the sandbox's process 1
         self.stdout_fd, self.stderr_fd = process.stdout.fileno(), process.stderr.fileno()
         self.received = {fd: bytearray() for fd in (self.stdout_fd, self.stderr_fd, status_fd)}
-        self.started = started
-        self.deadline = started + SETUP_SECONDS
+        self.started_at = started_at
+        self.deadline = started_at + SETUP_SECONDS
 
     def wait(self) -> ProgramOutcome:
         """Return the outcome of the program, killing it at its limits.
@@ -113,7 +113,7 @@ class SandboxProcess:
             SandboxError: bubblewrap cannot build a sandbox.
         """
         stopped = self._collect_output()
-        seconds = time.monotonic() - self.started
+        seconds = time.monotonic() - self.started_at
         self._kill()
         exit_status = self._exit_status()
         stdout, stderr = (bytes(self.received[fd]) for fd in (self.stdout_fd, self.stderr_fd))
@@ -309,7 +309,7 @@ def launch(
     arguments = [*host.launcher(), *NAMESPACES, *_view(compiler, budget.disk_bytes), *options]
     arguments += ["--remount-ro", "/", "--seccomp", str(filter_read)]
     arguments += ["--json-status-fd", str(status_write), "--", *_prlimit(budget), *command]
-    started = time.monotonic()
+    started_at = time.monotonic()
     try:
         process = subprocess.Popen(
             arguments,
@@ -324,7 +324,7 @@ def launch(
         os.close(status_write)
         os.close(filter_read)
     stack.enter_context(process)
-    return SandboxProcess(process, status_read, filter_file, system_calls, budget, started)
+    return SandboxProcess(process, status_read, filter_file, system_calls, budget, started_at)
 
 
 def _run_once(

@@ -52,13 +52,13 @@ def run_parts(
 
 def _with_progress(results: Iterable[Any], total: int, unit: str) -> list[Any]:
     """Return the results as a list; print a line every SECONDS_BETWEEN_LINES."""
-    gathered, began = [], time.monotonic()
-    printed = began
+    gathered, started_at = [], time.monotonic()
+    printed = started_at
     for result in results:
         gathered.append(result)
         now = time.monotonic()
         if now - printed >= SECONDS_BETWEEN_LINES:
-            printed, seconds, count = now, now - began, len(gathered)
+            printed, seconds, count = now, now - started_at, len(gathered)
             seconds_left = seconds / count * (total - count)
             print(f"  {unit} {count}/{total}, {seconds:.0f} s, {seconds_left:.0f} left", flush=True)
     return gathered

@@ -62,7 +62,7 @@ class RequestRetries:
         while len(faults) < MAX_ATTEMPTS:
             self.state.require_usable()
             engine = await dispatcher.acquire(work)
-            start = time.monotonic()
+            started_at = time.monotonic()
             try:
                 # One request in a turn of the event loop: to start 512 at once takes 0.3 s, in
                 # which nothing else runs.
@@ -81,6 +81,6 @@ class RequestRetries:
             finally:
                 dispatcher.release(engine, work)
             end, tokens = time.monotonic(), lengths(result)
-            engine.stats.add(ServedGroup(end, end - start, sum(tokens), max(tokens)))
+            engine.stats.add(ServedGroup(end, end - started_at, sum(tokens), max(tokens)))
             return result
         raise EngineError(f"{MAX_ATTEMPTS} times in a row no answer could be used: {faults[-1]}")

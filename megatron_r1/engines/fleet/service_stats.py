@@ -44,8 +44,8 @@ class ServedGroup:
 class ServiceStats:
     """The service of one engine in the last `window` seconds. Times are time.monotonic()."""
 
-    def __init__(self, began: float, window: float) -> None:
-        self.began, self.window = began, window
+    def __init__(self, started_at: float, window: float) -> None:
+        self.started_at, self.window = started_at, window
         self._groups: deque[ServedGroup] = deque()
         self._faults: deque[bool] = deque(maxlen=RECENT_REPLIES)
 
@@ -62,7 +62,7 @@ class ServiceStats:
 
     def tokens_per_second(self, timestamp: float, within: float = RATE_SECONDS) -> float:
         """Return the rate of groups that came back, whenever their tokens were sampled."""
-        seconds = min(within, timestamp - self.began)
+        seconds = min(within, timestamp - self.started_at)
         tokens = sum(group.tokens for group in self._groups if group.at > timestamp - within)
         return tokens / seconds if seconds > 0 else 0.0
 
@@ -75,7 +75,7 @@ class ServiceStats:
         """Return whether the engine has served for a whole window, and enough groups in it to be
         compared with others."""
         self._forget(timestamp)
-        return timestamp - self.began >= self.window and len(self._groups) >= ENOUGH_GROUPS
+        return timestamp - self.started_at >= self.window and len(self._groups) >= ENOUGH_GROUPS
 
     def _forget(self, timestamp: float) -> None:
         while self._groups and self._groups[0].at <= timestamp - self.window:

@@ -97,7 +97,7 @@ class CheckpointWriter:
         previous = self.progress(wait=True)
         if previous is not None and previous["error"] is not None:
             raise UserError(previous["error"], key="checkpoint", cause=Cause.UNREADABLE)
-        began = time.perf_counter()
+        started_at = time.perf_counter()
         if self._group is None:
             # All ranks, over gloo: a group of its own, because the training threads use the others.
             self._group = dist.new_group(backend="gloo", timeout=self._straggler_timeout)
@@ -110,7 +110,7 @@ class CheckpointWriter:
                 _sentence(folder, str(error)), key="checkpoint", cause=Cause.UNREADABLE
             ) from error
         self._progress = {"is_done": False, "error": None, "seconds": 0.0}
-        arguments = (staged, folder, state, began)
+        arguments = (staged, folder, state, started_at)
         self._thread = threading.Thread(target=self._write, args=arguments, daemon=True)
         self._thread.start()
 
@@ -127,7 +127,7 @@ class CheckpointWriter:
         return self._progress
 
     def _write(
-        self, staged: StagedCheckpoint, folder: Path, state: dict[str, Any], began: float
+        self, staged: StagedCheckpoint, folder: Path, state: dict[str, Any], started_at: float
     ) -> None:
         """Run in the background thread; record the same outcome on all ranks."""
         written = WrittenFiles(dist.get_rank())
@@ -154,7 +154,7 @@ class CheckpointWriter:
             ):
                 remedy = exit_diagnosis.timeout_remedy(seconds)
             failure = _sentence(folder, cause, remedy)
-        seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - started_at
         self._progress = {"is_done": True, "error": failure, "seconds": seconds}
 
 
