@@ -34,12 +34,12 @@ class EnvironmentFailed(Exception):
 
     Attributes:
         message: the fault.
-        fix: what the user should write instead.
+        remedy: what the user should write instead.
         is_of_method: whether `message` begins with the name of one of the environment's methods."""
 
-    def __init__(self, message: str, fix: str = "", is_of_method: bool = False) -> None:
-        super().__init__(f"{message}; {fix}" if fix else message)
-        self.message, self.fix, self.is_of_method = message, fix, is_of_method
+    def __init__(self, message: str, remedy: str = "", is_of_method: bool = False) -> None:
+        super().__init__(f"{message}; {remedy}" if remedy else message)
+        self.message, self.remedy, self.is_of_method = message, remedy, is_of_method
 
 
 class ToolCallTimeout(EnvironmentFailed):
@@ -285,4 +285,4 @@ class EnvironmentProcess:
 
 
 def _fault(reply: Mapping[str, Any]) -> EnvironmentFailed:
-    return EnvironmentFailed(reply["fault"], reply.get("fix", ""), is_of_method=True)
+    return EnvironmentFailed(reply["fault"], reply.get("remedy", ""), is_of_method=True)

@@ -56,11 +56,11 @@ class InvalidMethod(Exception):
 
     Args:
         fault: what is wrong.
-        fix: what to write."""
+        remedy: what to write."""
 
-    def __init__(self, fault: str, fix: str) -> None:
+    def __init__(self, fault: str, remedy: str) -> None:
         super().__init__(fault)
-        self.fix = fix
+        self.remedy = remedy
 
 
 def encode_frame(message: Mapping[str, Any]) -> bytes:
@@ -160,7 +160,7 @@ class _Episode:
             answer["fault"] = f"{self._running}: {answer['error']} (agents.call_seconds)"
         except InvalidMethod as error:
             answer["error"] = str(error)
-            answer |= {"fault": f"{self._running}() {error}", "fix": error.fix}
+            answer |= {"fault": f"{self._running}() {error}", "remedy": error.remedy}
         except BaseException as error:  # noqa: BLE001 - a user's code may raise anything
             answer["error"] = _describe_error(error)[:MAX_TEXT]
             answer["fault"] = f"{self._running}: {answer['error']}{user_location_of(error)}"

@@ -103,9 +103,9 @@ class EpisodePlayer:
             except EnvironmentFailed as fault:
                 name = f"{self.settings.environment}{'.' if fault.is_of_method else ': '}"
                 row = f"{prompt.location or prompt.id} ({shorten(prompt.question)})"
-                fix = f"; {fault.fix}" if fault.fix else ""
+                remedy = f"; {fault.remedy}" if fault.remedy else ""
                 raise UserError(
-                    f"agents.environment: {name}{fault.message} for the row {row}{fix}",
+                    f"agents.environment: {name}{fault.message} for the row {row}{remedy}",
                     key="agents.environment",
                     cause=Cause.FAILED,
                 ) from None
