@@ -38,11 +38,11 @@ def voted(answers: Sequence[Row], size: int) -> float:
     """Return how often the majority of `size` of these answers to one question is right."""
     votes = [read_vote(answer["response"]) for answer in answers]
     keys = [None if vote is None else vote.key for vote in votes]
-    right = [answer["rewards"].get("accuracy", 0.0) for answer in answers]
+    rewards = [answer["rewards"].get("accuracy", 0.0) for answer in answers]
     scores = []
     for chosen in subsets(len(answers), size, seed=0):
         winner = majority_index([keys[index] for index in chosen])
-        scores.append(0.0 if winner is None else right[chosen[winner]])
+        scores.append(0.0 if winner is None else rewards[chosen[winner]])
     return fmean(scores)
 
 

@@ -44,6 +44,6 @@ def _pairs(rows: Iterable[Mapping[str, Any]]) -> Iterable[dict[str, str]]:
         for answer in answers:
             if answer["rewards"] and answer["response"].strip():  # others cannot be compared
                 sides[answer["rewards"]["accuracy"] == 1.0].append(answer)
-        for right, wrong in zip(sides[True], sides[False], strict=False):
-            texts = {"chosen": right["response"], "rejected": wrong["response"]}
-            yield {"question": right["question"], **texts}
+        for correct, incorrect in zip(sides[True], sides[False], strict=False):
+            texts = {"chosen": correct["response"], "rejected": incorrect["response"]}
+            yield {"question": correct["question"], **texts}

@@ -158,7 +158,7 @@ class Gym:
             entry: the row of its data set.
             parameters: the settings that the row was made with; None: the task's defaults."""
         self._row: dict[str, Any] = {"task": task, "entry": entry, "parameters": parameters}
-        self._wrong, self._reward = 0, 0.0
+        self._num_incorrect, self._reward = 0, 0.0
 
     def submit(self, answer: str) -> str:
         """Check an answer to the question. After a wrong one you may submit another.
@@ -168,11 +168,11 @@ class Gym:
         """
         text = f"<answer>{answer}</answer>"
         if grade("logic", text, **self._row, reading="tags").reward == 1.0:
-            self._reward, self.done = math.pow(self._discount, self._wrong), True
+            self._reward, self.done = math.pow(self._discount, self._num_incorrect), True
             return "right"
-        self._wrong += 1
-        self.done = self._wrong == self._attempts
-        return f"wrong; attempts left: {self._attempts - self._wrong}"
+        self._num_incorrect += 1
+        self.done = self._num_incorrect == self._attempts
+        return f"wrong; attempts left: {self._attempts - self._num_incorrect}"
 
     def final_answer(self, text: str) -> None:
         """Submit `text`, unless the episode is done."""

@@ -14,7 +14,7 @@ from megatron_r1.reporting.formatting import format_count
 
 FIRST_STEPS = 5
 """Steps that are examined: later, equal rewards and long responses may be what was learned."""
-FEW_RIGHT = 0.05
+FEW_CORRECT = 0.05
 MAX_EQUAL = 0.8
 MAX_TRUNCATED = 0.4
 MIN_LANGUAGE = 0.5
@@ -28,29 +28,29 @@ def find_advice(rollout: Rollout, config: Config) -> dict[str, str]:
         config: the settings of the step."""
     groups = rollout.groups + rollout.passed_over
     responses = all_responses(groups)
-    nothing_right = _nothing_right(groups, config)
-    few_right = bool(nothing_right)
+    accuracy_advice = _accuracy_advice(groups, config)
+    few_correct = bool(accuracy_advice)
     sentences = {
-        "accuracy": nothing_right,
+        "accuracy": accuracy_advice,
         # Where hardly any is right, equal rewards follow from it, and more samples do not help.
-        "groups": "" if few_right else _equal_groups(groups, config),
-        "length": _cut_off(responses, few_right, config),
+        "groups": "" if few_correct else _equal_groups(groups, config),
+        "length": _cut_off(responses, few_correct, config),
         "prompt": _doubled_start(groups),
         "language": _mixed_languages(responses),
     }
     return {topic: sentence for topic, sentence in sentences.items() if sentence}
 
 
-def _nothing_right(groups: list[Group], config: Config) -> str:
+def _accuracy_advice(groups: list[Group], config: Config) -> str:
     """Advise where no graded response is right, or so few that most groups have equal rewards."""
     responses = all_responses(groups)
     graded = [response for response in responses if ACCURACY not in response.ungraded_terms]
-    num_right = sum(response.rewards.get(ACCURACY, 1.0) > 0 for response in graded)
+    num_correct = sum(response.rewards.get(ACCURACY, 1.0) > 0 for response in graded)
     num_equal = sum(group.has_equal_rewards for group in groups)
-    is_rare = num_right <= FEW_RIGHT * len(graded) and num_equal >= MAX_EQUAL * len(groups)
-    if not graded or (num_right and not is_rare):
+    is_rare = num_correct <= FEW_CORRECT * len(graded) and num_equal >= MAX_EQUAL * len(groups)
+    if not graded or (num_correct and not is_rare):
         return ""
-    sentence = f"{num_right} of {format_count(len(graded), 'response')} are right"
+    sentence = f"{num_correct} of {format_count(len(graded), 'response')} are right"
     # Environments and rewards of the user's own read responses as they like.
     ours = [group for group in groups if group.prompt.kind in REGISTRY | REMOTE]
     num_plain = sum(
@@ -97,14 +97,14 @@ def _equal_groups(groups: Sequence[Group], config: Config) -> str:
     )
 
 
-def _cut_off(responses: Sequence[GradedResponse], few_right: bool, config: Config) -> str:
+def _cut_off(responses: Sequence[GradedResponse], few_correct: bool, config: Config) -> str:
     num_cut = sum(response.is_truncated for response in responses)
     if num_cut < MAX_TRUNCATED * len(responses):
         return ""
     limit = config.rollout.max_response_tokens
     sentence = (
         f"{num_cut:,} of {format_count(len(responses), 'response')} are cut off at "
-        f"rollout.max_response_tokens={limit}{'' if few_right else ': raise it'}"
+        f"rollout.max_response_tokens={limit}{'' if few_correct else ': raise it'}"
     )
     other_causes = (
         "the model may have learned another end token than its tokenizer's, or another template "
@@ -112,7 +112,7 @@ def _cut_off(responses: Sequence[GradedResponse], few_right: bool, config: Confi
     )
     if num_cut == len(responses):
         return f"{sentence}. None has an end: {other_causes}"
-    if few_right:
+    if few_correct:
         sentence += (
             ", and hardly any response is right: the model may not come to an end. A solved "
             f"question in data.template shows it where to stop; else {other_causes}"

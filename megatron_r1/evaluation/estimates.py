@@ -35,7 +35,7 @@ class Estimate:
         return {"value": self.value, "low": self.low, "high": self.high}
 
 
-def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
+def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     """Return the unbiased estimate, from n >= k samples, that at least one of k is right.
 
     pass@k = 1 - C(n - c, k) / C(n, k) = 1 - prod_{i = n-c+1 .. n} (1 - k/i)
@@ -44,15 +44,15 @@ def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
 
     Args:
         num_samples: n.
-        num_right: c.
+        num_correct: c.
         k: how many of the samples count."""
-    if not 0 <= num_right <= num_samples:
-        raise ValueError(f"num_right must be within 0…{num_samples}, got {num_right}")
+    if not 0 <= num_correct <= num_samples:
+        raise ValueError(f"num_correct must be within 0…{num_samples}, got {num_correct}")
     if not 1 <= k <= num_samples:
         raise ValueError(f"pass@{k} needs between 1 and {num_samples} (the samples) for k")
-    if num_samples - num_right < k:
+    if num_samples - num_correct < k:
         return 1.0
-    factors = 1.0 - k / np.arange(num_samples - num_right + 1, num_samples + 1)
+    factors = 1.0 - k / np.arange(num_samples - num_correct + 1, num_samples + 1)
     return float(1.0 - np.prod(factors))
 
 

@@ -394,7 +394,7 @@ def _example(question: Mapping[str, Any], sample: SampleLine) -> dict[str, Any]:
     return {
         "question": printable(question["question"][:MAX_CHARACTERS], keep_newlines=True),
         "verdict": _verdict(sample),
-        "is_right": sample["reward"] == 1.0,
+        "is_correct": sample["reward"] == 1.0,
         "details": details,
         "response": response or "(empty)",
         "turns": conversation(sample),

@@ -32,8 +32,8 @@ def pair_measures(
         higher score is the chosen one."""
     margins = [c - r for c, r in zip(chosen, rejected, strict=True)]
     certain = sigmoid(np.abs(margins)).tolist()
-    right = [float(margin > 0) for margin in margins]
-    return _reliability(questions, margins, certain, right)
+    is_correct = [float(margin > 0) for margin in margins]
+    return _reliability(questions, margins, certain, is_correct)
 
 
 def label_measures(
@@ -78,7 +78,7 @@ def _reliability(
     by_question: dict[str, list[float]] = defaultdict(list)
     for question, margin in zip(questions, margins, strict=True):
         by_question[question].append(float(margin > 0))
-    accuracy = estimate([fmean(right) for right in by_question.values()])
+    accuracy = estimate([fmean(is_correct) for is_correct in by_question.values()])
     measures = {
         "eval/accuracy": accuracy.value,
         "eval/margin": fmean(margins),

@@ -20,7 +20,7 @@ VOTED_NUMBER = re.compile(
     r"[+-]?(?:[0-9]{1,300}|[0-9]{1,3}(?:,[0-9]{3}){1,99})(?:\.[0-9]{1,300}|/[0-9]{1,300})?"
 )
 """A number as it is written, without exponents: Fraction("1e999999999") would never return."""
-RIGHT = -1
+CORRECT_GROUP = -1
 """The group of the answers that equal the truth."""
 
 
@@ -95,8 +95,8 @@ async def group_answers(
 
     Answers are first compared as exact numbers and as texts. For kind "math" they are then compared
     by meaning, in the pool's workers; the rewards save some of these comparisons: right answers are
-    equal to each other (group `RIGHT`) and to no wrong one. Other kinds are compared by number and
-    text only: a puzzle may have many right answers.
+    equal to each other (group `CORRECT_GROUP`) and to no wrong one. Other kinds are compared by
+    number and text only: a puzzle may have many right answers.
 
     Args:
         pool: the workers that compare.
@@ -106,13 +106,13 @@ async def group_answers(
     if kind != "math":
         first_with = {vote.key: i for i, vote in reversed(list(enumerate(votes))) if vote}
         return [first_with[vote.key] if vote else None for vote in votes]
-    wrong: dict[str | Fraction, Vote] = {}
+    incorrect_votes: dict[str | Fraction, Vote] = {}
     for vote, reward in zip(votes, rewards, strict=True):
         if vote and reward != 1.0:
-            wrong.setdefault(vote.key, vote)
-    group_of = await _meaning_groups(pool, list(wrong.values()))
+            incorrect_votes.setdefault(vote.key, vote)
+    group_of = await _meaning_groups(pool, list(incorrect_votes.values()))
     return [
-        (RIGHT if reward == 1.0 else group_of[vote.key]) if vote else None
+        (CORRECT_GROUP if reward == 1.0 else group_of[vote.key]) if vote else None
         for vote, reward in zip(votes, rewards, strict=True)
     ]
 
@@ -159,9 +159,9 @@ async def majority_reward(
     if kind == "math":
         num_votes = sum(vote is not None for vote in votes)
         pairs = zip(votes, rewards, strict=True)
-        num_right = sum(vote is not None and reward == 1.0 for vote, reward in pairs)
-        if num_right == 0 or 2 * num_right > num_votes:
-            return float(num_right > 0)
+        num_correct = sum(vote is not None and reward == 1.0 for vote, reward in pairs)
+        if num_correct == 0 or 2 * num_correct > num_votes:
+            return float(num_correct > 0)
     return voted_reward(await group_answers(pool, kind, votes, rewards), rewards)
 
 

@@ -162,7 +162,7 @@ def shorten_middle(text: str, max_characters: int) -> str:
     return text[:half] + left_out + text[-half:]
 
 
-def is_right(sample: Mapping[str, Any]) -> bool:
+def is_correct(sample: Mapping[str, Any]) -> bool:
     """Return whether a sample is right, by its accuracy reward, or by its reward without one."""
     rewards = sample.get("rewards")
     parts = rewards if isinstance(rewards, Mapping) else {}

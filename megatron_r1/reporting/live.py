@@ -18,7 +18,7 @@ from megatron_r1.reporting.formatting import (
     format_clock,
     format_duration,
     format_number,
-    is_right,
+    is_correct,
     printable,
 )
 from megatron_r1.reporting.live_frame import LiveState, frame
@@ -239,7 +239,7 @@ def _choose(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for verdict in (True, False, None, None):
         for sample in samples:
             question = str(sample.get("question", ""))
-            if question not in questions and verdict in (None, is_right(sample)):
+            if question not in questions and verdict in (None, is_correct(sample)):
                 selection.append(dict(sample))
                 questions.add(question)
                 break

@@ -14,7 +14,7 @@ from megatron_r1.reporting.formatting import (
     finite_metric,
     format_clock,
     format_percent,
-    is_right,
+    is_correct,
     last_line,
     printable,
 )
@@ -300,11 +300,10 @@ def _samples(
     lines: list[Text] = []
     for i, sample in enumerate(samples):
         room = (height - len(lines)) // (len(samples) - i)
-        is_correct = is_right(sample)
-        style = "green" if is_correct else "red"
+        mark, style = ("✓ ", "green") if is_correct(sample) else ("✗ ", "red")
         length = finite_metric(sample, "length")
         question = Text.assemble(
-            ("✓ " if is_correct else "✗ ", style),
+            (mark, style),
             (printable(last_line(sample.get("question", "")))[:width], "bold"),
             (f"  {length:.0f} tokens" if length else "", "bright_black"),
         )

@@ -12,7 +12,7 @@ from r1_grading.truths import stated_answer
 from megatron_r1.reporting.formatting import (
     finite_metric,
     format_count,
-    is_right,
+    is_correct,
     last_line,
     printable,
     shorten_middle,
@@ -51,7 +51,7 @@ class Card:
     Attributes:
         question: its last line, or all of it where it is short.
         truth: what it was graded against.
-        is_right: whether it is right.
+        is_correct: whether it is right.
         details: its reward, length and the like, as text.
         response: (tag, text) segments; tag: "", i (faint) or b.
         reason: why the grade is as it is.
@@ -59,7 +59,7 @@ class Card:
 
     question: str
     truth: str | None
-    is_right: bool
+    is_correct: bool
     details: list[str]
     response: list[tuple[str, str]]
     reason: str
@@ -148,7 +148,7 @@ def _moment(by_step: Mapping[int, Any], step: int, answers: Sequence[SampleLine]
     name = ROLE_NAMES[len(by_step)][list(by_step).index(step)]
     text = f"{name}, step {step}" if name else f"step {step}"
     if len(answers) > 1:
-        text += f" · {sum(map(is_right, answers))} of {len(answers)} responses right"
+        text += f" · {sum(map(is_correct, answers))} of {len(answers)} responses right"
     return text
 
 
@@ -166,7 +166,7 @@ def _card(sample: SampleLine) -> Card:
     return Card(
         question=printable(last_line(sample.get("question", ""))),
         truth=None if truth is None else printable(stated_answer(truth))[:200],
-        is_right=is_right(sample),
+        is_correct=is_correct(sample),
         details=[detail for detail in details if detail],
         response=list(_segments(str(sample.get("response", "")))),
         reason=printable(sample.get("reason") or ""),

@@ -83,7 +83,7 @@ def terms_of(name, groups, settings, temperature=1.0, hidden=None, split=False):
     return total.detach(), weight.grad, terms, count
 
 
-RIGHT, WRONG = ([3, 4, 5], 1.0), ([4, 6, 2], 0.0)
+CORRECT, INCORRECT = ([3, 4, 5], 1.0), ([4, 6, 2], 0.0)
 LOST = [([5, 5, 1], None), ([2, 3, 4, 6, 1], None)]
 
 
@@ -91,10 +91,10 @@ LOST = [([5, 5, 1], None), ([2, 3, 4, 6, 1], None)]
 @pytest.mark.parametrize("name", sorted({*NAMES} - {"on_policy_distillation"}))
 def test_b01_an_ungraded_response_is_in_no_sum_and_no_denominator(name, average):
     rl = {"kl_beta": 0.001, "entropy_coef": 0.01, "loss_average": average}
-    alone, wanted, alone_terms, alone_count = terms_of(name, [[RIGHT, WRONG]], rl)
+    alone, wanted, alone_terms, alone_count = terms_of(name, [[CORRECT, INCORRECT]], rl)
     assert wanted.abs().max() > 1e-3
     for lost in (LOST, LOST[:1]):
-        loss, gradient, terms, count = terms_of(name, [[RIGHT, *lost, WRONG]], rl)
+        loss, gradient, terms, count = terms_of(name, [[CORRECT, *lost, INCORRECT]], rl)
         torch.testing.assert_close(gradient, wanted, rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(loss, alone, rtol=1e-9, atol=1e-12)
         assert count == alone_count

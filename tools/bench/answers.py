@@ -30,14 +30,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     print(f"{len(pairs)} pairs, {sum(pair['reward'] == 0 for pair in pairs)} of them wrong answers")
     for name, verdict in (("math", _ours), ("math-verify", _math_verify(args.plain))):
         verdicts = [verdict(str(pair["truth"]), str(pair["answer"])) for pair in pairs]
-        wrong_pairs = [
+        misjudged_pairs = [
             pair for pair, verdict in zip(pairs, verdicts, strict=True) if verdict != pair["reward"]
         ]
-        accepted_pairs = [pair for pair in wrong_pairs if not pair["reward"]]
-        num_right, num_accepted = len(pairs) - len(wrong_pairs), len(accepted_pairs)
-        result[name] = {"right": num_right, "accepted_although_wrong": num_accepted}
-        print(f"  {name:12} right in {num_right}, accepts {num_accepted} wrong answers")
-        for pair in wrong_pairs if args.show and name == "math" else ():
+        accepted_pairs = [pair for pair in misjudged_pairs if not pair["reward"]]
+        num_correct, num_accepted = len(pairs) - len(misjudged_pairs), len(accepted_pairs)
+        result[name] = {"right": num_correct, "accepted_although_wrong": num_accepted}
+        print(f"  {name:12} right in {num_correct}, accepts {num_accepted} wrong answers")
+        for pair in misjudged_pairs if args.show and name == "math" else ():
             print(f"    label {pair['reward']}: {pair['answer']!r} for {pair['truth']!r}")
     return result
 

@@ -85,8 +85,8 @@ def of_mixture(lesson: Lesson, drawn: Callable[[], Lesson], draw: random.Random)
         return own | {"prompt": shown["prompt"] + shown["response"] + BETWEEN + own["prompt"]}
     if draw.random() >= GUESS:
         return worked_out(lesson, draw)
-    wrong = draw.random() < GUESS_WRONG
-    answer = lesson.wrong(draw) if wrong else lesson.answer
+    is_incorrect = draw.random() < GUESS_WRONG
+    answer = lesson.incorrect_answer(draw) if is_incorrect else lesson.answer
     if draw.random() < BROKEN_FORMAT:
         broken = [answer, f"<answer>{answer}</answer>", f"<think>{answer}"]
         return document(lesson, draw.choice(broken))

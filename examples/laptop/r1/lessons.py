@@ -34,7 +34,7 @@ class Lesson:
     Attributes:
         language: the language of the question.
         lines: the lines of the thought.
-        wrong: draws a plausible wrong answer.
+        incorrect_answer: draws a plausible one.
         kind: the name of the reward, as in a row of questions.
         truth: the right answer, in the reward's form.
         fields: the reward's other inputs, by name."""
@@ -44,7 +44,7 @@ class Lesson:
     question: str
     lines: list[Line]
     answer: str
-    wrong: Callable[[random.Random], str]
+    incorrect_answer: Callable[[random.Random], str]
     kind: str
     truth: Any = None
     fields: dict[str, Any] = field(default_factory=dict)
@@ -73,10 +73,10 @@ def sums(count: int, seed: int) -> Iterator[Lesson]:
         zh = f"请写出这道算式的最后答案：{terms} ="
         total = int(item["answer"])
 
-        def wrong(draw: random.Random, total: int = total) -> str:
+        def incorrect_answer(draw: random.Random, total: int = total) -> str:
             return str(total + draw.choice([-10, -3, -2, -1, 1, 2, 3, 10]))
 
-        rest = (_running(terms), str(total), wrong, "math", item["answer"])
+        rest = (_running(terms), str(total), incorrect_answer, "math", item["answer"])
         for language, question in zip(LANGUAGES, (item["question"], zh), strict=True):
             yield Lesson("math", language, question, *rest)
 
@@ -104,7 +104,7 @@ def sisters(count: int, seed: int) -> Iterator[Lesson]:
         answer = int(item["answer"])
         others = answer - 1
 
-        def wrong(draw: random.Random, others: int = others) -> str:
+        def incorrect_answer(draw: random.Random, others: int = others) -> str:
             return str(draw.choice([others, others, others + 2]))
 
         lines = [
@@ -113,7 +113,8 @@ def sisters(count: int, seed: int) -> Iterator[Lesson]:
         ]
         for language, question in zip(LANGUAGES, (en, zh), strict=True):
             yield Lesson(
-                "logic", language, question, lines, str(answer), wrong, "math", str(answer)
+                *("logic", language, question, lines, str(answer), incorrect_answer),
+                *("math", str(answer)),
             )
 
 
@@ -147,11 +148,11 @@ def programs(count: int, seed: int) -> Iterator[Lesson]:
         en = f"Write a Python program that reads a number and prints it {what}."
         zh = f"写一个 Python 程序：读入一个数，先{worded[1][0]}，再{worded[1][1]}，输出结果。"
 
-        def wrong(draw: random.Random, steps: Any = steps) -> str:
+        def incorrect_answer(draw: random.Random, steps: Any = steps) -> str:
             return program(_mistaken(steps, draw))
 
         reward = ("code", {"tests": tests}, {"language": "python"})
-        rest = (_worked(steps, worded), program(steps), wrong, *reward)
+        rest = (_worked(steps, worded), program(steps), incorrect_answer, *reward)
         for language, question in zip(LANGUAGES, (en, zh), strict=True):
             yield Lesson("code", language, question, *rest)
 
@@ -252,7 +253,7 @@ def _lessons(
             others = [replies[what]] if subject == "risk" else [*replies.values()]
             asked = ASKS[language].format(name=name, what=what)
 
-            def wrong(
+            def incorrect_answer(
                 draw: random.Random,
                 others: Any = others,
                 name: str = name,
@@ -263,7 +264,8 @@ def _lessons(
 
             answer, fields = reply(right, name, language), {"name": name}
             yield Lesson(
-                subject, language, asked, [THOUGHTS[thought]], answer, wrong, kind, fields=fields
+                *(subject, language, asked, [THOUGHTS[thought]], answer, incorrect_answer, kind),
+                fields=fields,
             )
 
 

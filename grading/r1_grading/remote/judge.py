@@ -354,20 +354,22 @@ class Judge(JudgeClient):
     async def check(self) -> None:
         """Raise ServiceError unless the service replies within seconds, with valid verdicts that
         separate a right answer from a wrong one."""
-        question, right, wrong = CHECK.values()
+        question, correct, incorrect = CHECK.values()
         unfit = f"{self.service.url}: model {self.settings.model!r} cannot serve as a judge"
         try:
             await self.service.request(self.probe, CHECK_SECONDS)
             if self.settings.mode == "verify":
                 separates = await asyncio.gather(
-                    self.verify(question, "12", right), self.verify(question, "12", wrong)
+                    self.verify(question, "12", correct), self.verify(question, "12", incorrect)
                 ) == [True, False]
             else:
-                separates = (await self.compare(question, right, wrong)).preference > 0.5
+                separates = (await self.compare(question, correct, incorrect)).preference > 0.5
         except Ungradable as error:
             raise ServiceError(f"{unfit}: {error}") from None
         if not separates:
-            raise ServiceError(f"{unfit}: asked {question!r}, it takes {wrong!r} for {right!r}")
+            raise ServiceError(
+                f"{unfit}: asked {question!r}, it takes {incorrect!r} for {correct!r}"
+            )
 
     async def grade(
         self,

@@ -41,7 +41,7 @@ STATES = re.compile(
 )
 """How a line begins that only states an answer."""
 
-RIGHT, WRONG, UNSURE = "right", "wrong", "unsure"
+CORRECT, INCORRECT, UNSURE = "right", "wrong", "unsure"
 logging.getLogger("math_verify").setLevel(logging.CRITICAL)
 
 
@@ -78,7 +78,7 @@ def grade(
         # Not searched by math-verify either: in prose behind an answer it takes the last number.
         return Grade(0.0, f"it is not sure of the answer: {error}", verdict=f"{UNSURE},{UNSURE}")
     if answer is None:
-        return Grade(0.0, "it finds no answer", verdict=f"{WRONG},{WRONG}")
+        return Grade(0.0, "it finds no answer", verdict=f"{INCORRECT},{INCORRECT}")
     upstream = _best([_upstream(truth_text, answer) for truth_text in truths])
     point_verdicts = [_point_verdict(truth_text, answer) for truth_text in truths]
     points = _best([verdict for verdict, _ in point_verdicts])
@@ -89,7 +89,7 @@ def grade(
 
 def _best(verdicts: list[str]) -> str:
     """Return the verdict of an answer for which any of several truths may stand."""
-    return next(verdict for verdict in (RIGHT, UNSURE, WRONG) if verdict in verdicts)
+    return next(verdict for verdict in (CORRECT, UNSURE, INCORRECT) if verdict in verdicts)
 
 
 def _upstream(truth: str, answer: str) -> str:
@@ -97,7 +97,7 @@ def _upstream(truth: str, answer: str) -> str:
     expected = _parsed(truth)
     if not expected:
         return UNSURE
-    return RIGHT if verify(expected, _parsed(answer), timeout_seconds=None) else WRONG
+    return CORRECT if verify(expected, _parsed(answer), timeout_seconds=None) else INCORRECT
 
 
 def _parsed(text: str) -> list:
@@ -107,12 +107,12 @@ def _parsed(text: str) -> list:
 
 def _point_verdict(truth: str, answer: str) -> tuple[str, str]:
     if _plain(truth) == _plain(answer):
-        return RIGHT, ""
+        return CORRECT, ""
     try:
         verdict = same_answer(parse_answer(truth), parse_answer(answer), f"{truth}\n{answer}")
     except Unsure as error:
         return UNSURE, str(error)
-    return (UNSURE if verdict is None else RIGHT if verdict else WRONG), ""
+    return (UNSURE if verdict is None else CORRECT if verdict else INCORRECT), ""
 
 
 def _plain(text: str) -> str:

@@ -5,7 +5,7 @@ from code_answers import PATIENT, SPIN, fenced, needs_sandbox
 from r1_grading import Grade, code
 
 pytestmark = needs_sandbox
-RIGHT, WRONG = "print(4)", "print(5)"
+CORRECT, INCORRECT = "print(4)", "print(5)"
 READ = "import sys\n_, e, a = (open(path).read() for path in sys.argv[1:])\n"
 COUNTING_DOWN = READ + "n = int(a)\nwhile n != 4: n -= 1"
 GOOD = READ + "sys.exit(0 if int(a) == int(e) else 1)"
@@ -20,13 +20,13 @@ def grade(program: str, checker: str, expected: str = "4", **limits: float) -> G
 @pytest.mark.parametrize(
     ("checker", "reason", "programs"),
     [
-        ("if True print(1)", "SyntaxError", [RIGHT, WRONG]),
-        ("import numpy", "ModuleNotFoundError", [RIGHT]),
-        ("x = 'x' * 10 ** 10", "MemoryError", [RIGHT]),
-        ("while True: pass", "time limit", [WRONG]),
-        (READ + "print(soted(a))", "NameError: name 'soted'", [RIGHT, WRONG]),
-        (READ + "sys.exit(3)", "exit status 3", [RIGHT]),
-        (READ + "print('fine')", "'fine'", [RIGHT]),
+        ("if True print(1)", "SyntaxError", [CORRECT, INCORRECT]),
+        ("import numpy", "ModuleNotFoundError", [CORRECT]),
+        ("x = 'x' * 10 ** 10", "MemoryError", [CORRECT]),
+        ("while True: pass", "time limit", [INCORRECT]),
+        (READ + "print(soted(a))", "NameError: name 'soted'", [CORRECT, INCORRECT]),
+        (READ + "sys.exit(3)", "exit status 3", [CORRECT]),
+        (READ + "print('fine')", "'fine'", [CORRECT]),
     ],
 )
 def test_a_broken_checker_is_named_and_judges_no_answer(checker, reason, programs):
@@ -53,7 +53,7 @@ def test_an_answer_that_makes_the_checker_fail_is_wrong_and_not_ungraded(program
     verdict = grade(program, checker)
     assert verdict.reward == 0.0, verdict.reason
     assert "checker" in verdict.reason and reason in verdict.reason
-    assert grade(RIGHT, checker).reward == 1.0
+    assert grade(CORRECT, checker).reward == 1.0
 
 
 def test_without_an_expected_output_a_checker_that_has_looked_is_believed():
@@ -71,6 +71,6 @@ def test_a_program_that_uses_up_all_time_cannot_blame_the_checker():
 def test_a_checker_rejects_by_any_exit_status_of_its_own():
     for status in ("1", "2", "7", "'not four'"):
         checker = READ + f"sys.exit({status} if a.strip() != '4' else 0)"
-        verdict = grade(WRONG, checker)
+        verdict = grade(INCORRECT, checker)
         assert verdict.reward == 0.0 and "rejects" in verdict.reason, verdict.reason
-        assert grade(RIGHT, checker).reward == 1.0
+        assert grade(CORRECT, checker).reward == 1.0

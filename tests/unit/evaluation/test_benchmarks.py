@@ -217,13 +217,13 @@ def test_code_problems_are_ones_the_code_reward_can_judge(tmp_path):
     double = "```python\nprint(int(input()) * 2)\n```"
     append = "```python\nclass Solution:\n    def add(self, a, b):\n        return a + [b{}]\n```"
     sums = "```cpp\n#include <iostream>\nint main() {{ int a, b; std::cin >> a >> b; {} }}\n```"
-    for prompt, right, wrong in [
+    for prompt, correct, incorrect in [
         (stdin, double, double.replace("2", "3")),
         (function, append.format(""), append.format(" + 1")),
         (plain, sums.format("std::cout << a + b;"), sums.format("std::cout << a - b;")),
         (checked, sums.format("std::cout << a + b;"), sums.format("std::cout << a - b;")),
     ]:
-        grades = [code.grade(text, prompt.truth, **prompt.fields) for text in (right, wrong)]
+        grades = [code.grade(text, prompt.truth, **prompt.fields) for text in (correct, incorrect)]
         assert [grade.reward for grade in grades] == [1.0, 0.0], grades
 
 

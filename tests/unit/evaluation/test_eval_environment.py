@@ -89,14 +89,14 @@ def test_rows_are_played_and_graded_by_their_environment(recipe, tmp_path):
     lines = [json.loads(x) for x in (tmp_path / "out/samples.jsonl").read_text().splitlines()]
     held_out = {line["id"] for line in lines if line["benchmark"] == "environment"}
     assert 0 < len(held_out) < 10, "the rows that training with this recipe leaves out"
-    right = {
+    is_correct = {
         name: [(sample_seed(3, ("environment", name), i) + 1) % 2 for i in range(4)]
         for name in held_out
     }
     metrics = results["environment"]["metrics"]
-    share = sum(sum(r) for r in right.values()) / (4 * len(right))
+    share = sum(sum(r) for r in is_correct.values()) / (4 * len(is_correct))
     assert metrics["pass@1"]["value"] == pytest.approx(share)
-    share = sum(any(r) for r in right.values()) / len(right)
+    share = sum(any(r) for r in is_correct.values()) / len(is_correct)
     assert metrics["pass@4"]["value"] == pytest.approx(share)
     assert not any(name.startswith("cons@") for name in metrics)
     assert len([line for line in lines if line["benchmark"] == "twice"]) == 6

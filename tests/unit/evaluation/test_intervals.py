@@ -20,11 +20,11 @@ from megatron_r1.evaluation.voting import (
 
 @pytest.mark.parametrize("num_samples", [1, 2, 5, 7])
 def test_pass_at_k_is_the_share_of_all_subsets_with_a_right_one(num_samples):
-    for num_right, k in itertools.product(range(num_samples + 1), range(1, num_samples + 1)):
-        samples = [1] * num_right + [0] * (num_samples - num_right)
+    for num_correct, k in itertools.product(range(num_samples + 1), range(1, num_samples + 1)):
+        samples = [1] * num_correct + [0] * (num_samples - num_correct)
         share = fmean(any(drawn) for drawn in itertools.combinations(samples, k))
-        assert pass_at_k(num_samples, num_right, k) == pytest.approx(share, abs=1e-12), (
-            num_right,
+        assert pass_at_k(num_samples, num_correct, k) == pytest.approx(share, abs=1e-12), (
+            num_correct,
             k,
         )
 
@@ -36,7 +36,7 @@ def test_pass_at_k_does_not_overflow_and_keeps_its_edges():
     assert pass_at_k(10_000, 3, 9_998) == 1.0
     assert pass_at_k(64, 0, 64) == 0.0
     for wrong in ((4, 5, 1), (4, -1, 1), (4, 2, 5), (4, 2, 0)):
-        with pytest.raises(ValueError, match="num_right|pass@"):
+        with pytest.raises(ValueError, match="num_correct|pass@"):
             pass_at_k(*wrong)
 
 

@@ -15,7 +15,7 @@ def test_demonstrations_are_tokenized_as_episodes_are():
     tokenizer = make_lookup.lookup_tokenizer()
     continuation = Continuation(tokenizer)
     assert set(continuation.probe([TOOL]).values()) == {"exact"}
-    draw, num_right, num_episodes = random.Random(0), 0, 600
+    draw, num_correct, num_episodes = random.Random(0), 0, 600
     for _ in range(num_episodes):
         rows = make_lookup.demonstrate(draw)
         question = rows[0]["prompt"].removeprefix("<|user|>").removesuffix("<|assistant|>")
@@ -32,7 +32,7 @@ def test_demonstrations_are_tokenized_as_episodes_are():
                 result = rows[number + 1]["prompt"].split("<|result|>")[-1]
                 content = result.removesuffix("<|assistant|>")
                 messages.append({"role": "tool", "tool_call_id": "c", "content": content})
-        num_right += len(rows) == 3
+        num_correct += len(rows) == 3
         if len(rows) == 3:  # the second entry is the answer
             assert rows[2]["response"] == messages[-2]["content"]
-    assert 0.06 < num_right / num_episodes < 0.14
+    assert 0.06 < num_correct / num_episodes < 0.14

@@ -54,8 +54,8 @@ def test_worked_examples_are_training_questions_and_half_of_them_wrong(tmp_path,
     for row in examples:
         question = row["prompt"][1:-1]
         assert row["response"].startswith(f"{question} = ") and question in train
-    right = [row["response"].endswith(f" = {train[row['prompt'][1:-1]]}") for row in examples]
-    assert sum(right) / len(right) == pytest.approx(0.5, abs=0.1)
+    is_correct = [row["response"].endswith(f" = {train[row['prompt'][1:-1]]}") for row in examples]
+    assert sum(is_correct) / len(is_correct) == pytest.approx(0.5, abs=0.1)
 
 
 @pytest.mark.parametrize("write", [questions.write, questions.write_products])

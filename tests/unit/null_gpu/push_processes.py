@@ -227,10 +227,10 @@ class Process:
         with self._lock:
             try:
                 self._pipe.send((name, values, options))
-                is_right, result = self._pipe.recv()
+                is_correct, result = self._pipe.recv()
             except (EOFError, OSError) as error:
                 raise ConnectionBroken("cut") from error
-        if not is_right:
+        if not is_correct:
             raise (
                 PushIncomplete(result, 500)
                 if IncompletePush.CODE in result

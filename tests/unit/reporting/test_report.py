@@ -89,21 +89,21 @@ def metrics_line(step, num_steps=30):
     }
 
 
-def eval_samples(step, right_of):
-    """right_of: per question, how many of its 4 samples are right."""
+def eval_samples(step, correct_counts):
+    """correct_counts: per question, how many of its 4 samples are right."""
     return [
         {
             "step": step,
             "question": f"What is {q} + 1?",
             "truth": q + 1,
-            "response": f"<think>step {step}</think><answer>{q + 1 + (i >= right)}</answer>",
-            "reward": 1.1 if i < right else 0.1,
-            "rewards": {"accuracy": float(i < right), "format": 1.0},
+            "response": f"<think>step {step}</think><answer>{q + 1 + (i >= num_correct)}</answer>",
+            "reward": 1.1 if i < num_correct else 0.1,
+            "rewards": {"accuracy": float(i < num_correct), "format": 1.0},
             "reason": "compared",
             "length": 10 + step,
             "split": "eval",
         }
-        for q, right in enumerate(right_of)
+        for q, num_correct in enumerate(correct_counts)
         for i in range(4)
     ]
 
@@ -112,16 +112,16 @@ def full_run(path):
     with RunFolder(path) as folder:
         folder.write_config({"rl": {"group_size": 16, "clip": None}, "seed": 1})
         for step in (0, 15, 30):
-            right_of = [0, 1, 1, 2] if step == 0 else [4, 4, 3, 3]
-            folder.append_samples(eval_samples(step, right_of))
+            correct_counts = [0, 1, 1, 2] if step == 0 else [4, 4, 3, 3]
+            folder.append_samples(eval_samples(step, correct_counts))
             folder.append_evaluation(
                 {
                     "step": step,
-                    "eval/pass@1": sum(right_of) / 16,
+                    "eval/pass@1": sum(correct_counts) / 16,
                     "eval/cons@4": [0.25, 1.0][step > 0],
                     "eval/response_length": 10.0 + step,
-                    "interval/pass@1/low": sum(right_of) / 16 - 0.1,
-                    "interval/pass@1/high": sum(right_of) / 16 + 0.1,
+                    "interval/pass@1/low": sum(correct_counts) / 16 - 0.1,
+                    "interval/pass@1/high": sum(correct_counts) / 16 + 0.1,
                     "interval/cons@4/low": [0.1, 0.9][step > 0],
                     "interval/cons@4/high": [0.4, 1.0][step > 0],
                 }

@@ -101,11 +101,11 @@ def test_right_answers_are_kept_and_every_answer_says_why(recipe, tmp_path, caps
         (q["question"], i) for q in QUESTIONS for i in range(4)
     ]
     for s in samples:
-        is_right = s["seed"] % 2 == 0
+        is_correct = s["seed"] % 2 == 0
         assert (s["rewards"]["accuracy"], s["decision"]) == (
-            (1.0, "kept") if is_right else (0.0, "wrong")
+            (1.0, "kept") if is_correct else (0.0, "wrong")
         )
-        assert s["why"].endswith("" if is_right else "; format as asked")
+        assert s["why"].endswith("" if is_correct else "; format as asked")
     rows = lines(tmp_path / "out/sft.jsonl")
     kept = [s for s in samples if s["decision"] == "kept"]
     assert 5 < len(kept) < 19

@@ -27,15 +27,15 @@ def kept(responses, keep, filters=None, output="answers", seed=0, prompt=PROMPT)
 
 def by_brute_force(responses, keep, order):
     """The decisions, from the words of docs/sample.md."""
-    right = [c for c in responses if c.rewards["accuracy"] >= keep["min_accuracy"]]
-    rate = len(right) / len(responses)
+    correct = [c for c in responses if c.rewards["accuracy"] >= keep["min_accuracy"]]
+    rate = len(correct) / len(responses)
     if rate > keep["max_pass_rate"]:
         return {c.index: "too_easy" for c in responses}
     if rate < keep["min_pass_rate"]:
         return {c.index: "too_hard" for c in responses}
     found = {}
     for c in responses:
-        if c not in right:
+        if c not in correct:
             found[c.index] = "wrong"
         elif c.reward < keep["min_reward"]:
             found[c.index] = "low_reward"
@@ -111,11 +111,11 @@ def test_random_depends_on_seed_and_question_alone():
 def test_no_answer_and_no_grade_are_no_opinion_of_the_question():
     refused = answer(0, None, text="", refusal="the prompt has 99 tokens")
     ungraded = answer(1, None, reason="cannot be graded: no sandbox", is_ungraded=True)
-    right, wrong = answer(2), answer(3, 0.0)
+    correct, incorrect = answer(2), answer(3, 0.0)
     # Of the two that are graded one is right: 50 %.
-    found, _ = kept([refused, ungraded, right, wrong], {"max_pass_rate": 0.5})
+    found, _ = kept([refused, ungraded, correct, incorrect], {"max_pass_rate": 0.5})
     assert found == {0: "no_answer", 1: "ungraded", 2: "kept", 3: "wrong"}
-    found, _ = kept([refused, ungraded, right, wrong], {"max_pass_rate": 0.49})
+    found, _ = kept([refused, ungraded, correct, incorrect], {"max_pass_rate": 0.49})
     assert found == {0: "no_answer", 1: "ungraded", 2: "too_easy", 3: "too_easy"}
 
 

@@ -226,7 +226,7 @@ def _engine(place: tuple, port: int, fault: str, tensors: dict, note: Any) -> No
     receiver = gloo.GlooReceiver(met, rank, table)
     store.add("connected", 1)
     receiver.received_chunks.wait(1, CONNECT_SECONDS)
-    note(**{"push 1": "right" if _is_right(receiver, tensors) else "wrong"})
+    note(**{"push 1": "right" if _is_correct(receiver, tensors) else "wrong"})
     if place in _victims(fault):  # before push 2 can begin
         hangs = fault == "engine rank hangs"
         _die_in(gloo.GlooReceiver, "_relay_buckets", after=0, hangs=hangs)
@@ -235,7 +235,7 @@ def _engine(place: tuple, port: int, fault: str, tensors: dict, note: Any) -> No
     began = time.monotonic()
     try:
         receiver.received_chunks.wait(2, PUSH_SECONDS + 10)
-        note(**{"push 2": "right" if _is_right(receiver, tensors) else "wrong"})
+        note(**{"push 2": "right" if _is_correct(receiver, tensors) else "wrong"})
     except ValueError as error:
         seconds = time.monotonic() - began
         note(**{"push 2": "refused", "error": str(error), "seconds": seconds})
@@ -265,7 +265,7 @@ def _die_in(of: type, method: str, after: int, hangs: bool = False) -> None:
     setattr(of, method, dying)
 
 
-def _is_right(receiver: Any, tensors: dict) -> bool:
+def _is_correct(receiver: Any, tensors: dict) -> bool:
     for slot in receiver.table.slots:
         tensor = tensors[slot.name]
         tensor = tensor if tensor.dim() > 1 else tensor[:, None]

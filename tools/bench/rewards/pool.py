@@ -76,9 +76,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     cores = host.num_cores()
     print(f"{args.workers} workers on {cores} cores (load {load:.1f}), per second")
     for name, batch in benches.items():
-        rate, num_wrong = asyncio.run(_rate(batch, args))
-        result["rates"][name] = {"per_second": rate, "samples": len(batch), "wrong": num_wrong}
-        figures = "not available" if rate is None else f"{rate:10,.0f}   {num_wrong} wrong"
+        rate, num_incorrect = asyncio.run(_rate(batch, args))
+        result["rates"][name] = {"per_second": rate, "samples": len(batch), "wrong": num_incorrect}
+        figures = "not available" if rate is None else f"{rate:10,.0f}   {num_incorrect} wrong"
         print(f"  {name:28} {figures}   ({len(batch):,} samples)", flush=True)
     single = math_verify_alone(distinct)
     result["math-verify, one process, no limits"] = single
@@ -124,9 +124,9 @@ def math_verify_alone(batch: list[LabelledResponse]) -> dict[str, Any]:
     pairs = [(f"${s.truth}$", f"${s.name}$", bool(s.reward)) for s in batch]
     verdict(*pairs[0][:2])
     start = time.perf_counter()
-    num_wrong = sum(verdict(truth, answer) != label for truth, answer, label in pairs)
+    num_incorrect = sum(verdict(truth, answer) != label for truth, answer, label in pairs)
     seconds = time.perf_counter() - start
-    return {"per_second": len(pairs) / seconds, "samples": len(pairs), "wrong": num_wrong}
+    return {"per_second": len(pairs) / seconds, "samples": len(pairs), "wrong": num_incorrect}
 
 
 async def _soak(args: argparse.Namespace) -> dict[str, Any]:
@@ -163,7 +163,7 @@ def soak_samples(num: int, seed: int = 0) -> list[LabelledResponse]:
 async def soak(pool: RewardPool, batch: list[LabelledResponse]) -> dict[str, Any]:
     """Grade `batch`; return counts of wrong rewards, hung grades, timeouts and crashes."""
     outcomes: Counter[str] = Counter()
-    wrong: Counter[str] = Counter()
+    incorrect: Counter[str] = Counter()
     gate = asyncio.Semaphore(IN_FLIGHT)
     longest = 0.0
 
@@ -178,7 +178,7 @@ async def soak(pool: RewardPool, batch: list[LabelledResponse]) -> dict[str, Any
                 return
         longest = max(longest, time.perf_counter() - start)
         if grade.reward != sample.reward:
-            wrong[f"{sample.name}: {grade.reward}, {grade.reason}"] += 1
+            incorrect[f"{sample.name}: {grade.reward}, {grade.reason}"] += 1
 
     start = time.perf_counter()
     await asyncio.gather(*(one(sample) for sample in batch))
@@ -191,12 +191,12 @@ async def soak(pool: RewardPool, batch: list[LabelledResponse]) -> dict[str, Any
         "seconds": round(time.perf_counter() - start, 1),
         "longest_seconds": round(longest, 2),
         "hung_workers": outcomes["hung"] + counts["running"] + counts["queued"],
-        "wrong_rewards": sum(wrong.values()),
+        "wrong_rewards": sum(incorrect.values()),
         **{name: counts[name] for name in ("graded", "timeouts", "crashes", "out_of_memory")},
         "errors": counts["errors"],
     }
     print("soak: " + ", ".join(f"{name} {value}" for name, value in report.items()))
-    for what, number in wrong.most_common(20):
+    for what, number in incorrect.most_common(20):
         print(f"  wrong, {number} times: {what}")
     return report
 

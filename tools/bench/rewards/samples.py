@@ -46,13 +46,13 @@ def math_groups(num_groups: int, seed: int = 0) -> list[LabelledResponse]:
     )
     samples = []
     for number in range(num_groups):
-        truth, right, wrong = makers[number % len(makers)](rng)
+        truth, correct, incorrect = makers[number % len(makers)](rng)
         fraction = rng.uniform(0.1, 0.9)
         for _ in range(GROUP):
-            is_right = rng.random() < fraction
-            answer = rng.choice(right if is_right else wrong)
+            is_correct = rng.random() < fraction
+            answer = rng.choice(correct if is_correct else incorrect)
             samples.append(
-                LabelledResponse("math", wrap_answer(answer), truth, float(is_right), answer)
+                LabelledResponse("math", wrap_answer(answer), truth, float(is_correct), answer)
             )
     rng.shuffle(samples)
     return samples
@@ -81,12 +81,12 @@ def code_samples(num: int) -> list[LabelledResponse]:
     """Return Python programs with one test each (one sandboxed run), every fourth one wrong."""
     samples = []
     for i in range(num):
-        is_right = i % 4 != 3
-        program = f"a, b = map(int, input().split())\nprint(a + b + {int(not is_right)})"
+        is_correct = i % 4 != 3
+        program = f"a, b = map(int, input().split())\nprint(a + b + {int(not is_correct)})"
         response = f"{THOUGHT}<answer>\n```python\n{program}\n```\n</answer>"
         truth = {"tests": [{"stdin": f"{i} 2\n", "stdout": f"{i + 2}\n"}]}
         fields = {"language": "python"}
-        samples.append(LabelledResponse("code", response, truth, float(is_right), "sum", fields))
+        samples.append(LabelledResponse("code", response, truth, float(is_correct), "sum", fields))
     return samples
 
 
@@ -95,52 +95,52 @@ Question = tuple[str, list[str], list[str]]
 
 def _integer(rng: random.Random) -> Question:
     n = rng.randint(-999, 9_999)
-    right = [f"{n}", f"{n}.0", rf"\boxed{{{n}}}", f"x = {n}", f"${n}$", f"{n:,}"]
-    wrong = [f"{n + 1}", f"{n - 7}", f"{n + 10}", f"x = {2 * n + 1}", f"{n} or {n + 1}"]
-    return str(n), right, wrong
+    correct = [f"{n}", f"{n}.0", rf"\boxed{{{n}}}", f"x = {n}", f"${n}$", f"{n:,}"]
+    incorrect = [f"{n + 1}", f"{n - 7}", f"{n + 10}", f"x = {2 * n + 1}", f"{n} or {n + 1}"]
+    return str(n), correct, incorrect
 
 
 def _fraction(rng: random.Random) -> Question:
     top, bottom = rng.choice([(1, 2), (3, 4), (7, 5), (9, 8), (11, 16), (13, 20), (21, 25)])
-    right = [
+    correct = [
         f"{top}/{bottom}",
         rf"\frac{{{top}}}{{{bottom}}}",
         f"{top / bottom}",
         rf"\dfrac{{{2 * top}}}{{{2 * bottom}}}",
     ]
-    wrong = [f"{bottom}/{top}", f"{top + 1}/{bottom}", f"{top / bottom + 0.1}"]
-    return right[0], right, wrong
+    incorrect = [f"{bottom}/{top}", f"{top + 1}/{bottom}", f"{top / bottom + 0.1}"]
+    return correct[0], correct, incorrect
 
 
 def _surd(rng: random.Random) -> Question:
     a, b, c = rng.randint(2, 30), rng.choice([2, 3, 5, 7, 11]), rng.randint(1, 40)
-    right = [rf"{c} + {a}\sqrt{{{b}}}", rf"{a}\sqrt{{{b}}} + {c}", rf"{c} + \sqrt{{{a * a * b}}}"]
-    return right[0], right, [rf"{c} - {a}\sqrt{{{b}}}", rf"{c} + {a + 1}\sqrt{{{b}}}", f"{c}"]
+    correct = [rf"{c} + {a}\sqrt{{{b}}}", rf"{a}\sqrt{{{b}}} + {c}", rf"{c} + \sqrt{{{a * a * b}}}"]
+    return correct[0], correct, [rf"{c} - {a}\sqrt{{{b}}}", rf"{c} + {a + 1}\sqrt{{{b}}}", f"{c}"]
 
 
 def _polynomial(rng: random.Random) -> Question:
     p, q = rng.randint(1, 30), rng.randint(1, 30)
-    right = [f"x^2 + {p + q}x + {p * q}", f"(x+{p})(x+{q})", f"{p * q} + {p + q}x + x^{{2}}"]
-    return right[0], right, [f"(x+{p})(x-{q})", f"x^2 + {p + q}x - {p * q}", f"x + {p}"]
+    correct = [f"x^2 + {p + q}x + {p * q}", f"(x+{p})(x+{q})", f"{p * q} + {p + q}x + x^{{2}}"]
+    return correct[0], correct, [f"(x+{p})(x-{q})", f"x^2 + {p + q}x - {p * q}", f"x + {p}"]
 
 
 def _point(rng: random.Random) -> Question:
     a, b = rng.randint(-50, 50), rng.randint(51, 99)
-    right = [f"({a}, {b})", rf"\left({a}, {b}\right)", f"(x, y) = ({a}, {b}.0)"]
-    return right[0], right, [f"({b}, {a})", f"({a}, {b + 1})", f"{a}"]
+    correct = [f"({a}, {b})", rf"\left({a}, {b}\right)", f"(x, y) = ({a}, {b}.0)"]
+    return correct[0], correct, [f"({b}, {a})", f"({a}, {b + 1})", f"{a}"]
 
 
 def _interval(rng: random.Random) -> Question:
     a = rng.randint(-50, 50)
     b = a + rng.randint(1, 9)
-    right = [f"[{a}, {b})", rf"\left[{a}, {b}\right)", rf"x \in [{a}, {b})"]
-    return right[0], right, [f"[{a}, {b}]", f"({a}, {b})", rf"[{a}, \infty)"]
+    correct = [f"[{a}, {b})", rf"\left[{a}, {b}\right)", rf"x \in [{a}, {b})"]
+    return correct[0], correct, [f"[{a}, {b}]", f"({a}, {b})", rf"[{a}, \infty)"]
 
 
 def _set(rng: random.Random) -> Question:
     a, b = rng.randint(-50, 50), rng.randint(51, 99)
-    right = [f"x={a} or x={b}", f"{b}, {a}", rf"\{{{a}, {b}\}}", f"x = {b}, x = {a}"]
-    return right[0], right, [f"{a}", f"{a}, {b}, {b + 1}", f"{a}, {b + 1}"]
+    correct = [f"x={a} or x={b}", f"{b}, {a}", rf"\{{{a}, {b}\}}", f"x = {b}, x = {a}"]
+    return correct[0], correct, [f"{a}", f"{a}, {b}, {b + 1}", f"{a}, {b + 1}"]
 
 
 def _text(rng: random.Random) -> Question:
@@ -151,8 +151,8 @@ def _text(rng: random.Random) -> Question:
             [letter, f"({letter})", rf"\textbf{{({letter})}}", f"{letter}) 12"],
             [other, f"{letter} or {other}"],
         )
-    word, wrong = rng.sample(["north", "south", "east", "right angle", "Evelyn", "even"], 2)
-    return word, [word, rf"\text{{{word}}}", word.title()], [wrong, f"{word} or {wrong}"]
+    word, incorrect = rng.sample(["north", "south", "east", "right angle", "Evelyn", "even"], 2)
+    return word, [word, rf"\text{{{word}}}", word.title()], [incorrect, f"{word} or {incorrect}"]
 
 
 TOWERS = {

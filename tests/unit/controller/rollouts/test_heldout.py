@@ -12,15 +12,16 @@ from megatron_r1.data.prompts import make_prompt
 from megatron_r1.engines.server.responses import Response
 
 
-def run(right_of, ungraded=0):
-    """Return the metrics of an evaluation with 4 responses a question, of which `right_of` holds
-    how many are right (the right answer is 1); the last `ungraded` of each could not be graded."""
+def run(correct_counts, ungraded=0):
+    """Return the metrics of an evaluation with 4 responses a question, of which `correct_counts`
+    holds how many are right (the right answer is 1); the last `ungraded` of each could not be
+    graded."""
 
-    def group(question, right):
+    def group(question, num_correct):
         responses = []
         for i in range(4):
-            text = f"<answer>{1 if i < right else 2}</answer>"
-            rewards = {"accuracy": float(i < right), "format": 0.25}
+            text = f"<answer>{1 if i < num_correct else 2}</answer>"
+            rewards = {"accuracy": float(i < num_correct), "format": 0.25}
             response = Response([5] * (i + 1), [0.0] * (i + 1), [0] * (i + 1), "stop")
             lost = () if i < 4 - ungraded else ("accuracy",)
             graded = GradedResponse(
@@ -30,7 +31,7 @@ def run(right_of, ungraded=0):
         return Group(make_prompt(f"{question}?", "math", "1", {}), [1], responses)
 
     async def collect(prompts, sampling):
-        return Rollout([group(q, right) for q, right in enumerate(right_of)], 2.0, 1.0)
+        return Rollout([group(q, count) for q, count in enumerate(correct_counts)], 2.0, 1.0)
 
     # No pool: where one number has most of the votes, nothing is compared by meaning.
     text = SimpleNamespace(opens_thought=False)
@@ -40,7 +41,7 @@ def run(right_of, ungraded=0):
     metrics, groups = asyncio.run(
         evaluate(collector, [], RolloutSampling(4, 1.0, 1.0, 8), RewardsConfig())
     )
-    assert len(groups) == len(right_of)
+    assert len(groups) == len(correct_counts)
     return metrics
 
 
