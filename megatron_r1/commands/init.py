@@ -119,7 +119,7 @@ def _reward_model_recipe(source: QuestionSource, kind: Kind) -> RecipeDraft:
         )
         print(f"\n{len(rows):,} rows read; the first, as the reward model reads it:")
         for response, label in zip(rows[0].responses, rows[0].labels, strict=True):
-            ids = text.encode(rows[0].question, response, rows[0].opened)
+            ids = text.encode(rows[0].question, response, rows[0].thought_opened)
             part_text = "no part that is scored" if ids is None else repr(text.decode(ids))[:400]
             print(f"  {'good' if label else 'bad'}: {part_text}")
 

@@ -152,7 +152,7 @@ def logged_answers(
     prefix: str,
     weights: Mapping[str, float],
     reward_of: Callable[[GradedResponse], float | None] | None = None,
-    opened: bool = False,
+    thought_opened: bool = False,
 ) -> Iterator[GradedAnswer]:
     """Yield the answers of the finished groups of a sample log (`group_records.unpack`).
 
@@ -164,10 +164,10 @@ def logged_answers(
         prefix: what the places begin with, such as "step 7".
         weights: the weights of the terms at that step.
         reward_of: what advantages are computed of (`loop.training_reward`); default the total.
-        opened: whether the prompts end with `<think>`."""
+        thought_opened: whether the prompts end with `<think>`."""
     for number, group in enumerate(groups):
         prompt = group.prompt
-        facts = {"question": prompt.question} | ({"opened": True} if opened else {})
+        facts = {"question": prompt.question} | ({"opened": True} if thought_opened else {})
         for index, graded in enumerate(group.responses):
             if ACCURACY not in graded.rewards or graded.episode is not None:
                 continue

@@ -97,10 +97,10 @@ class FewShotExamples:
         Raises:
             UserError: `before` has a message other than a system's.
         """
-        opened = opens_thought(render_template(template, question))
+        thought_opened = opens_thought(render_template(template, question))
         examples = [
             render_template(template, shot.question)
-            + (shot.response.removeprefix(THINK) if opened else shot.response)
+            + (shot.response.removeprefix(THINK) if thought_opened else shot.response)
             for shot in self.choose(question)
         ]
         system = system_text(before, "data.template")

@@ -47,17 +47,19 @@ class PreferenceTokenizer:
                 cause=Cause.CONFLICT,
             )
 
-    def encode(self, question: str, response: str, opened: bool = False) -> list[int] | None:
+    def encode(
+        self, question: str, response: str, thought_opened: bool = False
+    ) -> list[int] | None:
         """Return the token ids; None for a response without the scored part, which serving does not
         score either.
 
         Args:
             question: one, or a transcript.
             response: the text as it was sampled.
-            opened: the prompt ended with `<think>`.
+            thought_opened: the prompt ended with `<think>`.
         """
         question_text, extraction = prepare_texts(
-            question, response, self.part, opened, self.max_chars
+            question, response, self.part, thought_opened, self.max_chars
         )
         return None if extraction.text is None else self._tokens(question_text, extraction.text)
 

@@ -22,14 +22,15 @@ class Preference:
         question: the text that the responses answer.
         responses: two for a pair, else one.
         labels: one per response, 1 for good, 0 for bad.
-        opened: whether the prompt ended with `<think>`, which the responses then do not repeat.
+        thought_opened: whether the prompt ended with `<think>`, which the responses then do not
+            repeat.
         location: "file:line" of the row.
     """
 
     question: str
     responses: tuple[str, ...]
     labels: tuple[float, ...]
-    opened: bool
+    thought_opened: bool
     location: str
 
 
@@ -58,10 +59,10 @@ def read_preferences(path: str | Path, kind: Kind) -> Iterator[Preference]:
         row = _chat_texts(location, row, names)
         question_name = next((name for name in QUESTIONS if name in row), "prompt")
         question = require_text(location, row, question_name)
-        opened = row.get("opened", False)
-        if not isinstance(opened, bool):
+        thought_opened = row.get("opened", False)
+        if not isinstance(thought_opened, bool):
             raise UserError(
-                f"{location}: 'opened' must be true or false, it is {opened!r}",
+                f"{location}: 'opened' must be true or false, it is {thought_opened!r}",
                 key="opened",
                 cause=Cause.MALFORMED,
             )
@@ -75,7 +76,7 @@ def read_preferences(path: str | Path, kind: Kind) -> Iterator[Preference]:
                 key="rejected",
                 cause=Cause.DUPLICATE,
             )
-        yield Preference(question, responses, labels, opened, location)
+        yield Preference(question, responses, labels, thought_opened, location)
 
 
 def _chat_texts(location: str, row: CanonicalRow, names: Sequence[str]) -> CanonicalRow:

@@ -128,17 +128,20 @@ class EnginePolicy:
             question: the user's last message.
             seed: the seed of the sampling.
             before: the messages before the question."""
-        opened = self._tokenizer.opens_thought
+        thought_opened = self._tokenizer.opens_thought
         prompt_ids = self._tokenizer.encode(question, before)
         if len(prompt_ids) >= self._max_model_len:
             limit = self._max_model_len
             refusal = f"the prompt has {len(prompt_ids)} tokens, and the model takes {limit}"
-            return TextResponse("", num_tokens=0, opened=opened, refusal=refusal)
+            return TextResponse("", num_tokens=0, thought_opened=thought_opened, refusal=refusal)
         max_tokens = min(self._decoding.max_tokens, self._max_model_len - len(prompt_ids))
         response = await self._generate(prompt_ids, max_tokens, seed)
         ids, truncated = response.token_ids, response.finish_reason == "length"
         return TextResponse(
-            self._tokenizer.decode(ids), len(ids), truncated=truncated, opened=opened
+            self._tokenizer.decode(ids),
+            len(ids),
+            truncated=truncated,
+            thought_opened=thought_opened,
         )
 
     async def check(self, agents: AgentsConfig, prompts: Sequence[Prompt]) -> None:

@@ -100,15 +100,17 @@ class GradedSample:
             prompt: the prompt that it responds to.
             part: the part of a response that a judge compares.
             reading: `rewards.answer`."""
-        text, opened = line["response"], line["opened"]
-        numeric = expects_number(prompt)
+        text, thought_opened = line["response"], line["opened"]
+        truth_is_number = expects_number(prompt)
         return cls(
             reward=float(line["reward"]),
             length=line["length"],
             is_truncated=line["truncated"],
             is_ungraded=is_ungraded(line),
-            vote=read_vote(text, opened, reading, kind=prompt.kind, numeric=numeric),
-            difference=length_difference(text, opened, str(prompt.truth), part),
+            vote=read_vote(
+                text, thought_opened, reading, kind=prompt.kind, truth_is_number=truth_is_number
+            ),
+            difference=length_difference(text, thought_opened, str(prompt.truth), part),
         )
 
 

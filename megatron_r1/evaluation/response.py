@@ -11,7 +11,12 @@ from megatron_r1.config import AgentsConfig, RolloutConfig
 from megatron_r1.data.chats import Message
 from megatron_r1.data.prompts import Prompt
 
-LINE_NAMES = {"text": "response", "num_tokens": "length", "is_ungraded": "ungraded"}
+LINE_NAMES = {
+    "text": "response",
+    "num_tokens": "length",
+    "thought_opened": "opened",
+    "is_ungraded": "ungraded",
+}
 """Fields of `TextResponse` that have another name in samples.jsonl."""
 
 
@@ -23,7 +28,7 @@ class TextResponse:
         text: the response without the `<think>` that its prompt may end with.
         num_tokens: the length in tokens; None if a server does not report it.
         truncated: whether the response was cut at the limit of tokens.
-        opened: whether the prompt ended with `<think>`.
+        thought_opened: whether the prompt ended with `<think>`.
         refusal: why the policy gave no response, else "".
         index: the response's index among the question's samples.
         rewards: term → reward in [0, 1]; empty while the response is ungraded.
@@ -35,7 +40,7 @@ class TextResponse:
     text: str
     num_tokens: int | None = None
     truncated: bool = False
-    opened: bool = False
+    thought_opened: bool = False
     refusal: str = ""
     index: int = 0
     rewards: Mapping[str, float] = field(default_factory=dict)
@@ -52,16 +57,16 @@ class TextResponse:
     @property
     def full_text(self) -> str:
         """The text with the `<think>` that its prompt may have opened."""
-        return THINK + self.text if self.opened else self.text
+        return THINK + self.text if self.thought_opened else self.text
 
     @property
     def thought(self) -> str | None:
         """The text between the think tags; None where the response has none."""
-        return chain_of_thought(self.text, self.opened)
+        return chain_of_thought(self.text, self.thought_opened)
 
     def part(self, part: Part) -> str | None:
         """Return the summary (what follows the thought) or the whole response; None if empty."""
-        return response_part(self.text, part, self.opened).text
+        return response_part(self.text, part, self.thought_opened).text
 
     def to_line(self) -> dict[str, Any]:
         """Return the fields of a line of samples.jsonl."""

@@ -82,7 +82,7 @@ class TextResponseGrader:
             RunError: the service of a reward is down.
         """
         grades = await self._rewards.grade(
-            self._terms, prompt, response.text, response.num_tokens, response.opened
+            self._terms, prompt, response.text, response.num_tokens, response.thought_opened
         )
         reward = combine(grades, self._weights)
         if failed := [t for t in reward.ungraded if t == ACCURACY or self._weights.get(t)]:

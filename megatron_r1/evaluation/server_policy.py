@@ -131,7 +131,7 @@ class ServerPolicy:
             return TextResponse("", refusal="the server's reply has no choices")
         text, truncated = _choice_text(reply.choices[0]), reply.choices[0].finish_reason == "length"
         num_tokens = reply.usage.completion_tokens if reply.usage else None
-        return TextResponse(text, num_tokens, truncated, self._is_opened(text, truncated))
+        return TextResponse(text, num_tokens, truncated, self._thought_opened(text, truncated))
 
     async def check(self, agents: AgentsConfig, prompts: Sequence[Prompt]) -> None:
         """Raise UserError: no episode can be played without the tokens of a model folder."""
@@ -186,7 +186,7 @@ class ServerPolicy:
             decoding["include_stop_str_in_output"] = True
         return {"model": self._server.model, **content, **decoding, "seed": seed}
 
-    def _is_opened(self, text: str, truncated: bool) -> bool:
+    def _thought_opened(self, text: str, truncated: bool) -> bool:
         """Return whether the response starts inside a thought that the prompt opened. A server does
         not show its chat template, and the templates of reasoning models end with <think>. So a
         truncated response without any tag counts as an unfinished thought, which has no answer."""

@@ -44,11 +44,11 @@ def can_vote(kind: str) -> bool:
 
 def read_vote(
     response: str,
-    opened: bool = False,
+    thought_opened: bool = False,
     reading: str = "strict",
     *,
     kind: str = "",
-    numeric: bool = False,
+    truth_is_number: bool = False,
 ) -> Vote | None:
     """Return the vote of a response; None without an answer.
 
@@ -56,12 +56,12 @@ def read_vote(
 
     Args:
         response: the text that the policy sampled.
-        opened: as for `read_answer`.
+        thought_opened: `opened` of `read_answer`.
         reading: as for `read_answer`.
         kind: the question's reward.
-        numeric: whether the truth is one number."""
+        truth_is_number: whether the truth is one number."""
     answer = read_answer(
-        response, reading, opened=opened, plain_line=kind == "math", numeric=numeric
+        response, reading, opened=thought_opened, plain_line=kind == "math", numeric=truth_is_number
     ).text
     if answer is None:
         return None
@@ -137,10 +137,10 @@ async def majority_reward(
     kind: str,
     responses: Sequence[str],
     rewards: Sequence[float],
-    opened: bool = False,
+    thought_opened: bool = False,
     reading: str = "strict",
     *,
-    numeric: bool = False,
+    truth_is_number: bool = False,
 ) -> float:
     """Return the reward of the majority's answer, which cons@N averages; 0 without any vote.
 
@@ -152,10 +152,13 @@ async def majority_reward(
         kind: the question's reward.
         responses: the texts sampled for one question.
         rewards: their rewards.
-        opened: as for `read_vote`.
+        thought_opened: as for `read_vote`.
         reading: as for `read_vote`.
-        numeric: as for `read_vote`."""
-    votes = [read_vote(text, opened, reading, kind=kind, numeric=numeric) for text in responses]
+        truth_is_number: as for `read_vote`."""
+    votes = [
+        read_vote(text, thought_opened, reading, kind=kind, truth_is_number=truth_is_number)
+        for text in responses
+    ]
     if kind == "math":
         num_votes = sum(vote is not None for vote in votes)
         pairs = zip(votes, rewards, strict=True)

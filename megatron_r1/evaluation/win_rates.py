@@ -59,17 +59,17 @@ def win_rates(questions: Comparisons, seed: int) -> dict[str, Estimate]:
     return {"win_rate": estimate(raw, seed), "lc_win_rate": Estimate(value, low, high)}
 
 
-def length_difference(response: str, opened: bool, reference: str, part: Part) -> int:
+def length_difference(response: str, thought_opened: bool, reference: str, part: Part) -> int:
     """Return by how many characters the part of a response that the judge reads is longer than the
     reference.
 
     Args:
         response: the text as it was sampled.
-        opened: the prompt ended with `<think>`.
+        thought_opened: the prompt ended with `<think>`.
         reference: the answer that it is compared with.
         part: what the judge reads.
     """
-    return len(response_part(response, part, opened).text or "") - len(reference)
+    return len(response_part(response, part, thought_opened).text or "") - len(reference)
 
 
 def tanh_normalize(differences: np.ndarray) -> np.ndarray:

@@ -69,7 +69,7 @@ def _broken_format(response: TextResponse, prompt: Prompt, *, form: str = "eithe
     if has_tags and form == "summary":
         return f"{ANSWER} in the summary"
     if has_tags or form == "answer_tags":
-        verdict = grade("format", response.text, opened=response.opened)
+        verdict = grade("format", response.text, opened=response.thought_opened)
         if not verdict.reward:
             return verdict.reason
         answer = answer.replace(ANSWER, "").replace(END_ANSWER, "")
@@ -239,7 +239,7 @@ DEFAULT_FILTERS: dict[str, tuple[str, ...]] = {
 }
 """The defaults of each `sample.output`."""
 
-FACTS, FIELDS = ("num_tokens", "truncated", "opened"), ("target",)
+FACTS, FIELDS = ("num_tokens", "truncated", "thought_opened"), ("target",)
 """The parts of a response and of a prompt's fields that filters get; tests of programs are not
 sent."""
 EXAMPLE = TextResponse("<think>Two and two.</think> It is 4.", num_tokens=9)

@@ -40,7 +40,7 @@ def _summary(response: TextResponse) -> str | None:
 PARTS: dict[str, Callable[[TextResponse], str | None]] = {
     "thought": lambda response: response.thought,
     "summary": _summary,
-    "answer": lambda r: extract(r.text, opened=r.opened, plain_line=True).text,
+    "answer": lambda r: extract(r.text, thought_opened=r.thought_opened, plain_line=True).text,
     "response": lambda response: response.full_text,
 }
 PLACEHOLDERS = re.compile(r"\{(" + "|".join(PARTS) + r")\}")
@@ -179,7 +179,7 @@ class SFTExamples:
             text = await self._rewriter(prompt.question, response.full_text)
             if text is None:
                 return Decision("not_rewritten", "sample.rewrite gave None"), []
-            response = replace(response, text=text, opened=False)
+            response = replace(response, text=text, thought_opened=False)
             if self._grader is not None:
                 response = await self._grader.grade(prompt, response)
             if dropped := await self._selection.drop_reason(prompt, response):

@@ -159,7 +159,7 @@ def test_japanese_is_not_chinese():
 
 
 @pytest.mark.parametrize(
-    ("response", "opened", "thought"),
+    ("response", "thought_opened", "thought"),
     [
         ("<think>a</think>b", False, "a"),
         ("a</think>b", True, "a"),
@@ -172,8 +172,8 @@ def test_japanese_is_not_chinese():
         ("<think></think>", False, ""),
     ],
 )
-def test_the_thought_is_what_the_tags_enclose(response, opened, thought):
-    found = chain_of_thought(response, opened)
+def test_the_thought_is_what_the_tags_enclose(response, thought_opened, thought):
+    found = chain_of_thought(response, thought_opened)
     assert thought is found is None or " ".join(found.split()) == thought
 
 

@@ -66,8 +66,8 @@ def test_a_recipe_sets_it_for_all_rewards_that_read_answers_and_an_option_wins()
 
 
 def test_votes_are_read_as_rewards_are():
-    assert read_vote(LAST, reading="auto", kind="math", numeric=True).key == 13
-    assert read_vote(LAST, reading="boxed", kind="math", numeric=True) is None
+    assert read_vote(LAST, reading="auto", kind="math", truth_is_number=True).key == 13
+    assert read_vote(LAST, reading="boxed", kind="math", truth_is_number=True) is None
     assert read_vote("so\n13", kind="math").key == 13  # graded as an answer, too
     assert read_vote("so\n13", kind="logic") is None
 

@@ -55,7 +55,7 @@ def _by_question(samples: str) -> dict[str, list[dict[str, Any]]]:
 
 
 def _summary(row: Row) -> str:
-    return response_part(row["response"], "summary", opened=False).text or ""
+    return response_part(row["response"], "summary", thought_opened=False).text or ""
 
 
 def figure(values: Sequence[float]) -> dict[str, float | None]:

@@ -62,7 +62,7 @@ def grade(
         raise ValueError(f"standard must be one of {', '.join(STANDARDS)}, got {standard!r}")
     _check_output_limit(problem, parsed_limits)
     require_sandbox(language)
-    extraction = find_program(response, opened=opened)
+    extraction = find_program(response, thought_opened=opened)
     if extraction.text is None:
         return Grade(0.0, extraction.reason)
     deadline = time.monotonic() + parsed_limits.total_seconds

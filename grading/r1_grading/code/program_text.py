@@ -19,7 +19,7 @@ PROMPTS, SYNTAX = (">>> ", "$ "), "(=:;{"
 MAX_ANSWER_CHARS, MAX_PROGRAM_CHARS = 2**20, 2**18
 
 
-def find_program(response: str, *, opened: bool = False) -> Extraction:
+def find_program(response: str, *, thought_opened: bool = False) -> Extraction:
     """Return the last fenced block after the thought, inside `<answer>` if there is one; blocks
     behind a program that only show its output or calls do not count.
 
@@ -27,11 +27,11 @@ def find_program(response: str, *, opened: bool = False) -> Extraction:
     where the last fence is not closed. Which language a fence names does not matter otherwise, and
     its indentation is removed from its lines. Special tokens at the end of the response are
     ignored. Linear in the length of the response."""
-    visible = after_thought(without_special_tokens(response), opened)
+    visible = after_thought(without_special_tokens(response), thought_opened)
     if visible is None:
         return Extraction(None, "no program found: the thought is never closed")
     if ANSWER in visible or END_ANSWER in visible:
-        extraction = extract(response, opened=opened)
+        extraction = extract(response, thought_opened=thought_opened)
         if extraction.text is None:
             return extraction
         visible = extraction.text

@@ -54,21 +54,23 @@ def grade(
     return max(grades, key=lambda grade: grade.reward)
 
 
-def _grade(response: str, truth: object, opened: bool, reading: str, plain_line: bool) -> Grade:
+def _grade(
+    response: str, truth: object, thought_opened: bool, reading: str, plain_line: bool
+) -> Grade:
     """Return the grade of a response against one truth; where a row has several, the best one
     counts.
 
     Args:
         response: the text that ends with the answer.
         truth: the one truth, as a number or text.
-        opened: whether the prompt ended with `<think>`.
+        thought_opened: whether the prompt ended with `<think>`.
         reading: where the answer is, as in `read_answer`.
         plain_line: whether "strict" also reads a last line that is the answer."""
     expected = math_truth(truth)
     truth = answer_after_mark(str(truth))
     stated = _extract_truth_answer(truth)
     extraction = read_answer(
-        response, reading, opened=opened, plain_line=plain_line, numeric=is_number(expected)
+        response, reading, opened=thought_opened, plain_line=plain_line, numeric=is_number(expected)
     )
     if extraction.text is None:
         return Grade(0.0, extraction.reason)

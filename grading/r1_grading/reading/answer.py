@@ -102,7 +102,7 @@ class Extraction:
 OPEN_THOUGHT = Extraction(None, "no answer found: the thought is never closed")
 
 
-def extract(response: str, *, opened: bool = False, plain_line: bool = False) -> Extraction:
+def extract(response: str, *, thought_opened: bool = False, plain_line: bool = False) -> Extraction:
     r"""Return the final answer of a response, from the text after its chain of thought.
 
     Only text after the last `</think>` is searched; a thought that is never closed has none. The
@@ -112,9 +112,9 @@ def extract(response: str, *, opened: bool = False, plain_line: bool = False) ->
 
     Args:
         response: the text that the policy sampled.
-        opened: the prompt ended with `<think>`.
+        thought_opened: the prompt ended with `<think>`.
         plain_line: whether a last line without tags and boxes is read."""
-    visible = after_thought(without_special_tokens(response), opened)
+    visible = after_thought(without_special_tokens(response), thought_opened)
     if visible is None:
         return OPEN_THOUGHT
     if (tagged := tagged_answer(visible)) is not None:
@@ -190,10 +190,10 @@ def trim(text: str) -> str:
     return text.strip(TRIMMED)
 
 
-def after_thought(response: str, opened: bool) -> str | None:
+def after_thought(response: str, thought_opened: bool) -> str | None:
     """Return the text after the last `</think>`, or all without one; None for an open thought."""
     _, closed, tail = response.rpartition(END_THINK)
-    if not closed and opened:
+    if not closed and thought_opened:
         return None
     if THINK in tail:
         return None

@@ -85,7 +85,7 @@ def read_answer(
     if reading == "strict":
         is_line = plain_line and tagged_answer(visible) is None and last_boxed(visible) is None
         marked = marked_answer(visible, numeric) if is_line else None
-        return _unchanged(marked or extract(response, opened=opened, plain_line=plain_line))
+        return _unchanged(marked or extract(response, thought_opened=opened, plain_line=plain_line))
     for name, find in FINDERS.items():
         if reading in (name, "auto") and (extraction := find(visible, numeric)) is not None:
             return _unchanged(extraction)
@@ -116,21 +116,21 @@ def _unchanged(extraction: Extraction) -> Extraction:
     return Extraction(None, f"no answer found: what is beside the box of {box} changes it")
 
 
-def _tagged(visible: str, numeric: bool) -> Extraction | None:
+def _tagged(visible: str, truth_is_number: bool) -> Extraction | None:
     extraction = tagged_answer(visible)
     return extraction and Extraction(extraction.text, extraction.reason, "in its tags")
 
 
-def _boxed(visible: str, numeric: bool) -> Extraction | None:
+def _boxed(visible: str, truth_is_number: bool) -> Extraction | None:
     content = last_boxed(visible)
     return None if content is None else make_extraction(content, "in its box", around=visible)
 
 
-def _last_number(visible: str, numeric: bool) -> Extraction | None:
+def _last_number(visible: str, truth_is_number: bool) -> Extraction | None:
     line = last_line(without_closing(visible))
     if not line.strip():
         return None
-    marked = marked_answer(visible, numeric)
+    marked = marked_answer(visible, truth_is_number)
     if len(line) > MAX_LINE_CHARS:
         return marked or Extraction(
             None, f"no answer found: the last line has {len(line)} characters"
@@ -143,10 +143,10 @@ def _last_number(visible: str, numeric: bool) -> Extraction | None:
     if marker:
         return make_extraction(answer, "in the last line")
     line = EMPHASIZED.sub(r"\1", line)
-    if numeric:
+    if truth_is_number:
         line = with_scales(with_plain_signs(line))
     stated = after_answer_is(line) or line
-    if numeric:
+    if truth_is_number:
         return last_number(stated) or make_extraction(stated, "in the last line")
     words = stated.strip(EMPHASIS)
     return make_extraction(words.removesuffix(".").rstrip(EMPHASIS) or words, "in the last line")

@@ -20,15 +20,16 @@ CONTROL_TOKEN = re.compile(
 PLACEHOLDERS = re.compile(r"\{(question|response)\}")
 
 
-def chain_of_thought(response: str, opened: bool = False) -> str | None:
+def chain_of_thought(response: str, thought_opened: bool = False) -> str | None:
     """Return the text from the first `<think>` to the last `</think>`; None without a `<think>`.
 
     A thought that is never closed (a response cut at its length limit) extends to the end.
 
     Args:
         response: the text that the policy sampled.
-        opened: the prompt ended with `<think>`, so the response begins inside the thought."""
-    if not opened:
+        thought_opened: the prompt ended with `<think>`, so the response begins inside the
+            thought."""
+    if not thought_opened:
         _, opening, response = response.partition(THINK)
         if not opening:
             return None
@@ -37,7 +38,7 @@ def chain_of_thought(response: str, opened: bool = False) -> str | None:
 
 
 def prepare_texts(
-    question: str, response: str, part: Part, opened: bool, max_chars: int
+    question: str, response: str, part: Part, thought_opened: bool, max_chars: int
 ) -> tuple[str, Extraction]:
     """Return the question and the `part` of the response, without control tokens.
 
@@ -45,12 +46,12 @@ def prepare_texts(
         question: the prompt's question.
         response: the text that the policy sampled.
         part: the part that is read, as in `response_part`.
-        opened: the prompt ended with `<think>`.
+        thought_opened: the prompt ended with `<think>`.
         max_chars: the length to about which the part is cut.
 
     Returns:
         The question, and the part; its text is None where the response has no such part."""
-    extraction = response_part(response, part, opened)
+    extraction = response_part(response, part, thought_opened)
     if extraction.text is not None:
         extraction = Extraction(cut_middle(break_control_tokens(extraction.text), max_chars))
     return break_control_tokens(question), extraction
@@ -85,7 +86,7 @@ def check_template(template: str | None) -> str | None:
     return template
 
 
-def response_part(response: str, part: Part, opened: bool) -> Extraction:
+def response_part(response: str, part: Part, thought_opened: bool) -> Extraction:
     """Return one part of a response.
 
     Args:
@@ -93,12 +94,12 @@ def response_part(response: str, part: Part, opened: bool) -> Extraction:
         part: "summary" is the text after the thought, stripped: the whole text of a response
             without a thought, and no text if the thought is never closed. "response" is the whole
             response with its thought.
-        opened: whether the prompt ended with `<think>`, which is then put back before the whole
-            response."""
+        thought_opened: whether the prompt ended with `<think>`, which is then put back before the
+            whole response."""
     if part == "response":
-        text = THINK + response if opened else response
+        text = THINK + response if thought_opened else response
         return Extraction(text) if response.strip() else Extraction(None, "the response is empty")
-    summary = after_thought(response, opened)
+    summary = after_thought(response, thought_opened)
     if summary is None:
         return Extraction(None, "no summary: the thought is never closed")
     summary = summary.strip()

@@ -85,13 +85,13 @@ CONCLUDING = re.compile(
 """A last line that draws a conclusion with a number: another answer, unless it repeats this one."""
 
 
-def marked_answer(visible: str, numeric: bool) -> Extraction | None:
+def marked_answer(visible: str, truth_is_number: bool) -> Extraction | None:
     """Return the last marked answer of the text after a thought that other text follows; None where
     there is none, and where the mark is in the text's last sentence, which is read as it is.
 
     Args:
         visible: the text after the thought.
-        numeric: whether the truth is a number; other truths may be formulae and words."""
+        truth_is_number: whether the truth is a number; other truths may be formulae and words."""
     visible = visible.rstrip()
     marks = [match.start() for match in MARK.finditer(visible)][-MAX_MARKS:]
     spans: set[tuple[int, int]] = set()
@@ -100,7 +100,7 @@ def marked_answer(visible: str, numeric: bool) -> Extraction | None:
         if (start, end) in spans:
             continue
         spans.add((start, end))
-        statement = _stated(visible, start, end, numeric)
+        statement = _stated(visible, start, end, truth_is_number)
         if statement is None:
             continue
         value, is_prose, end = statement
@@ -137,7 +137,7 @@ def _sentence_around(text: str, position: int) -> tuple[int, int]:
     return start, end
 
 
-def _stated(text: str, start: int, end: int, numeric: bool) -> tuple[str, bool, int] | None:
+def _stated(text: str, start: int, end: int, truth_is_number: bool) -> tuple[str, bool, int] | None:
     """Return (value, whether a sentence states it, where it ends) of a sentence that marks one
     value as the answer, in itself or in the line below it.
 
@@ -145,18 +145,18 @@ def _stated(text: str, start: int, end: int, numeric: bool) -> tuple[str, bool, 
         text: the text of the response after its thought.
         start: the index of the sentence's first character.
         end: the index behind its last one.
-        numeric: whether an answer in words is refused."""
+        truth_is_number: whether an answer in words is refused."""
     sentence = text[start:end]
     _, marker, marked = sentence.rpartition(MARKER)
     if marker and not marked.startswith("#"):
         if HEADING.fullmatch(marked.strip(DECORATION)):
-            return _stated_below(text, end, numeric)
+            return _stated_below(text, end, truth_is_number)
         if TITLE.match(marked.strip(DECORATION)) or NUMBERED_TITLE.match(text, end - len(marked)):
             return None
-        value = _value(marked, numeric, words=True)
+        value = _value(marked, truth_is_number, words=True)
         return (value, False, end) if value else None
     if HEADING.fullmatch(sentence.strip(DECORATION)):
-        return _stated_below(text, end, numeric)
+        return _stated_below(text, end, truth_is_number)
     if chinese := CHINESE.search(sentence):
         stated: str | None = sentence[chinese.end() :]
     else:
@@ -164,25 +164,25 @@ def _stated(text: str, start: int, end: int, numeric: bool) -> tuple[str, bool, 
     if stated is None:
         return None
     prefix = sentence[: len(sentence) - len(stated)]
-    value = _value(stated, numeric, words=":" in prefix[-9:])
+    value = _value(stated, truth_is_number, words=":" in prefix[-9:])
     return (value, True, end) if value else None
 
 
-def _stated_below(text: str, end: int, numeric: bool) -> tuple[str, bool, int] | None:
+def _stated_below(text: str, end: int, truth_is_number: bool) -> tuple[str, bool, int] | None:
     """Return what `_stated` does, of the first line after a heading that is not blank."""
     rest = text[end:]
     start = end + len(rest) - len(rest.lstrip())
     _, stop = _sentence_around(text, start)
-    value = _value(text[start:stop], numeric, words=True) if start < len(text) else None
+    value = _value(text[start:stop], truth_is_number, words=True) if start < len(text) else None
     return (value, False, stop) if value else None
 
 
-def _value(stated: str, numeric: bool, words: bool) -> str | None:
+def _value(stated: str, truth_is_number: bool, words: bool) -> str | None:
     """Return the one value that a text is.
 
     Args:
         stated: the text, which may have Markdown's signs and a period.
-        numeric: whether an answer in words is refused.
+        truth_is_number: whether an answer in words is refused.
         words: whether it is accepted otherwise."""
     stated = stated.strip().strip("*_`").strip()
     stated = stated.rstrip(".。!！").strip().strip("*_`").strip()
@@ -194,7 +194,7 @@ def _value(stated: str, numeric: bool, words: bool) -> str | None:
         return extraction.text if extraction is not None else None
     if formula := FORMULA.fullmatch(stated):
         return next(filter(None, formula.groups()))
-    if numeric or not words or DENIAL.search(stated) or not WORDS.fullmatch(stated):
+    if truth_is_number or not words or DENIAL.search(stated) or not WORDS.fullmatch(stated):
         return None
     return stated
 

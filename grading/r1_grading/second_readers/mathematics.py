@@ -119,7 +119,7 @@ def _plain(text: str) -> str:
     return re.sub(r"(?<!\w)\s+|\s+(?!\w)", "", text.replace("$", "")).rstrip(".")
 
 
-def visible_text(response: str, opened: bool) -> str | None:
+def visible_text(response: str, thought_opened: bool) -> str | None:
     """Return what follows the chain of thought, stripped; None where it never ends."""
     text = response
     while (shorter := SPECIAL.sub("", text)) != text:
@@ -127,7 +127,7 @@ def visible_text(response: str, opened: bool) -> str | None:
     _, mark, after = text.rpartition(THOUGHT_END)
     if mark:
         return after.strip()
-    return None if opened or "<think>" in text else after.strip()
+    return None if thought_opened or "<think>" in text else after.strip()
 
 
 def find_answer(visible: str, reading: str) -> str | None:

@@ -126,7 +126,7 @@ async def _estimates(
     collector: RolloutCollector, groups: list[Group], num_samples: int, rewards: RewardsConfig
 ) -> dict[str, Estimate]:
     """Return the estimate of each reward, of pass@1, cons@N and the win rates; see `evaluate`."""
-    votes, means, opened = [], defaultdict(list), collector.tokenizer.opens_thought
+    votes, means, thought_opened = [], defaultdict(list), collector.tokenizer.opens_thought
     for group in groups:
         for term in group.responses[0].rewards:
             graded = [
@@ -138,7 +138,11 @@ async def _estimates(
             if scores and term == ACCURACY and group.prompt.kind != ENVIRONMENT:
                 texts = [response.text for response in graded]
                 vote = partial(majority_reward, collector.pool, group.prompt.kind, texts, scores)
-                votes.append(vote(opened, rewards.answer, numeric=expects_number(group.prompt)))
+                votes.append(
+                    vote(
+                        thought_opened, rewards.answer, truth_is_number=expects_number(group.prompt)
+                    )
+                )
     accuracies = means.pop(ACCURACY, [])
     estimates: dict[str, Estimate] = {term: estimate(means[term]) for term in sorted(means)}
     if accuracies:
@@ -146,20 +150,23 @@ async def _estimates(
     if votes:
         estimates[f"cons@{num_samples}"] = estimate(await asyncio.gather(*votes))
     part = compared_part(rewards.options.get("judge", {}))
-    compared = [_compared(group, opened, part) for group in groups if part]
+    compared = [_compared(group, thought_opened, part) for group in groups if part]
     if any(compared):
         estimates |= win_rates([samples for samples in compared if samples], seed=0)
     return estimates
 
 
-def _compared(group: Group, opened: bool, part: Part) -> list[tuple[float, int]]:
+def _compared(group: Group, thought_opened: bool, part: Part) -> list[tuple[float, int]]:
     """Return (preference, difference of lengths) of the group's graded responses, if it is of the
     kind judge."""
     if group.prompt.kind != "judge":
         return []
     reference = str(group.prompt.truth)
     return [
-        (response.rewards[ACCURACY], length_difference(response.text, opened, reference, part))
+        (
+            response.rewards[ACCURACY],
+            length_difference(response.text, thought_opened, reference, part),
+        )
         for response in group.responses
         if ACCURACY not in response.ungraded_terms
     ]

@@ -90,10 +90,12 @@ class ResponseGrader:
         self, prompt: Prompt, response: Response, text: str, weights: Mapping[str, float]
     ) -> GradedResponse:
         terms = list(dict.fromkeys((ACCURACY, "format", *weights)))
-        num_tokens, opened = len(response.token_ids), self._tokenizer.opens_thought
+        num_tokens, thought_opened = len(response.token_ids), self._tokenizer.opens_thought
         # With an empty thought that the template has closed: to the rewards it is the response's.
         text_with_thought = self._tokenizer.closed_thought + text
-        grades = await self._terms.grade(terms, prompt, text_with_thought, num_tokens, opened)
+        grades = await self._terms.grade(
+            terms, prompt, text_with_thought, num_tokens, thought_opened
+        )
         return _graded(response, text, combine(grades, weights))
 
     async def check_rewards(self, terms: Collection[str], prompts: list[Prompt]) -> None:

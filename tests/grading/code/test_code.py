@@ -218,8 +218,8 @@ def test_the_program_is_the_last_fenced_block_of_the_answer(case):
 
 
 def test_a_thought_opened_by_the_prompt_must_be_closed():
-    assert find_program(FENCE, opened=True).text is None
-    assert find_program(f"so</think>{FENCE}", opened=True).text == "print(1)\n"
+    assert find_program(FENCE, thought_opened=True).text is None
+    assert find_program(f"so</think>{FENCE}", thought_opened=True).text == "print(1)\n"
 
 
 def test_answers_and_programs_of_megabytes_are_refused():

@@ -23,8 +23,8 @@ class Characters:
     def __init__(self, part="summary", end=1):
         self.part, self.end = part, end
 
-    def encode(self, question, response, opened):
-        shown = response_part(response, self.part, opened).text
+    def encode(self, question, response, thought_opened):
+        shown = response_part(response, self.part, thought_opened).text
         return None if shown is None else [*map(ord, question + shown), self.end]
 
     def decode(self, tokens):

@@ -87,7 +87,9 @@ def test_without_one_the_chat_template_renders_the_messages_that_serving_sends(f
 def test_what_serving_does_not_score_is_none_and_what_it_cuts_is_cut(folder):
     text = PreferenceTokenizer(str(folder), TEMPLATE, "summary", 100)
     assert text.encode("q", "<think>never closed") is None
-    assert text.encode("q", "thought </think> done", opened=True) == text.encode("q", "done")
+    assert text.encode("q", "thought </think> done", thought_opened=True) == text.encode(
+        "q", "done"
+    )
     assert "characters left out" in text.decode(text.encode("q", "a" * 300))
 
 

@@ -40,7 +40,7 @@ def test_answers_to_a_number_vote_as_the_reward_reads_them(truth, is_one_number)
     assert expects_number(prompt) == is_one_number
     wrong = ("She eats 3 so she has 17 eggs left.", "Therefore she is left with 17 eggs.")
     votes = [
-        read_vote(text, reading="auto", kind="math", numeric=expects_number(prompt))
+        read_vote(text, reading="auto", kind="math", truth_is_number=expects_number(prompt))
         for text in wrong
     ]
     reasons = [math.grade(text, truth, reading="auto").reason for text in wrong]

@@ -105,7 +105,7 @@ def test_questions_weigh_the_same_and_intervals_resample_whole_ones():
 
 
 @pytest.mark.parametrize(
-    ("response", "opened", "part", "expected"),
+    ("response", "thought_opened", "part", "expected"),
     [
         ("<think>long, long thought</think> abcde ", False, "summary", 2),
         ("long, long thought</think>abcde", True, "summary", 2),
@@ -113,5 +113,5 @@ def test_questions_weigh_the_same_and_intervals_resample_whole_ones():
         ("abcde", False, "response", 2),
     ],
 )
-def test_the_length_is_that_of_what_the_judge_reads(response, opened, part, expected):
-    assert length_difference(response, opened, "abc", part) == expected
+def test_the_length_is_that_of_what_the_judge_reads(response, thought_opened, part, expected):
+    assert length_difference(response, thought_opened, "abc", part) == expected

@@ -98,7 +98,7 @@ def test_workers_give_the_same_reasons_as_the_filters():
     cases = [(TextResponse(text), prompt()) for text in texts]
     cases += [
         (TextResponse(think(EN), 9, True), prompt()),
-        (TextResponse("a</think>It is 100.", opened=True), prompt()),
+        (TextResponse("a</think>It is 100.", thought_opened=True), prompt()),
         (TextResponse(think(CODE)), prompt("code", tests=["x"])),
         (TextResponse(think(EN)), prompt(target="zh")),
     ]

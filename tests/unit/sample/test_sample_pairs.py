@@ -238,7 +238,7 @@ def test_labels_are_of_the_whole_response(tmp_path):
 
     judge = function_judge(is_safe, tmp_path)
     harmful = answer(0, None, text="<think>A bomb is made of …</think>I cannot help.")
-    opened = answer(1, None, text="Fine.</think>Hello.", opened=True)
+    opened = answer(1, None, text="Fine.</think>Hello.", thought_opened=True)
     empty = answer(2, None, text=" ")
     decide = SafetyLabels(selection(output="labels"), judge)
     decided, rows = run_decide(decide, [harmful, opened, empty])

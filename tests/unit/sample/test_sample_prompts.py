@@ -208,7 +208,7 @@ def test_an_answer_takes_another_form():
 
 
 def test_the_thought_is_opened_once():
-    opened = answer(0, text="Hm.</think>42", opened=True)
+    opened = answer(0, text="Hm.</think>42", thought_opened=True)
     into_open = "Q: {problem}\nA: <think>"
     for form in ("{response}", "<think>{thought}</think>{summary}"):
         assert rendered(form, "Q: {problem}", opened)[1] == "<think>Hm.</think>42"
