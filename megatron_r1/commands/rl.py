@@ -143,7 +143,9 @@ def _rl_run(
     return RLRun(
         recorder,
         training.stop,
-        PolicyEngines(trainer, pusher, StepSampler(config, collector, sampler, rollout_roles.log)),
+        PolicyEngines(
+            trainer, pusher, StepSampler(config, collector, sampler, rollout_roles.sample_log)
+        ),
         TrainerPasses(config, trainer, recorder.state),
         HeldoutEvaluation(config, collector, prompts.heldout, recorder),
     )

@@ -36,11 +36,11 @@ class RolloutRoles:
 
     Attributes:
         collector: samples and grades the groups of a step.
-        log: the log of finished groups; None without `rl.sample_log`.
+        sample_log: the log of finished groups; None without `rl.sample_log`.
         hosts: the hosts of engines that may join."""
 
     collector: RolloutCollector
-    log: SampleLog | None
+    sample_log: SampleLog | None
     hosts: HostPool | None
 
     async def check(self, config: Config, prompts: PromptSplit) -> None:
@@ -69,13 +69,13 @@ async def open_rollouts(
         teachers = open_teachers(config, logs, notify)
         player = open_player(config, tokenizer)
         collector = RolloutCollector(fleet, pool, tokenizer, rewards, teachers, player)
-        log, is_kept = SampleLog(folder.sample_log, notify), config.rl.sample_log
+        sample_log, is_kept = SampleLog(folder.sample_log, notify), config.rl.sample_log
         try:
             if not is_kept:
-                await log.prune()  # old samples are not of this run's policies
-            yield RolloutRoles(collector, log if is_kept else None, hosts)
+                await sample_log.prune()  # old samples are not of this run's policies
+            yield RolloutRoles(collector, sample_log if is_kept else None, hosts)
         finally:
-            closing = [fleet.close(), collector.close(), pool.close(), log.close()]
+            closing = [fleet.close(), collector.close(), pool.close(), sample_log.close()]
             if teachers is not None:
                 closing.append(teachers.close())
             await asyncio.gather(*closing)

@@ -26,7 +26,7 @@ def find_advice(rollout: Rollout, config: Config) -> dict[str, str]:
     Args:
         rollout: the groups of a step.
         config: the settings of the step."""
-    groups = rollout.groups + rollout.passed_over
+    groups = rollout.groups + rollout.filtered_groups
     responses = all_responses(groups)
     accuracy_advice = _accuracy_advice(groups, config)
     few_correct = bool(accuracy_advice)

@@ -38,7 +38,7 @@ class RunCheckpoints:
             await self.recorder.load(self.trainer, with_reference=uses_reference)
             counts = ", ".join(f"{n:,} {name}" for name, n in state.rewards.items() if n) or "none"
             view.show_message(f"calls of rewards so far, one for each response and term: {counts}")
-            self.sampler.prompts.load_state_dict(state.sampler)
+            self.sampler.prompt_sampler.load_state_dict(state.sampler)
         elif uses_reference:
             await self.trainer.call(ModelOperations.refresh_reference)
         # The pool may be older than this `RLRun`: its counts until now are not of this one.
@@ -62,8 +62,8 @@ class RunCheckpoints:
         Args:
             keep: how many of the newest checkpoints count."""
         newest = complete_checkpoints(self.recorder.folder.checkpoints)[-keep:]
-        if self.sampler.log and newest:
-            await self.sampler.log.prune(checkpoint_step(newest[0]))
+        if self.sampler.sample_log and newest:
+            await self.sampler.sample_log.prune(checkpoint_step(newest[0]))
 
     def _num_rewards(self) -> dict[str, int]:
         snapshot = self.sampler.collector.pool.snapshot()

@@ -201,7 +201,7 @@ def test_b05_dynamic_sampling_replaces_groups_apart_by_rounding():
 
     got = asyncio.run(collect_informative(collect, lambda count: [None] * count, 5, 99))
     assert [[r.reward for r in group.responses] for group in got.groups] == DIFFERENT
-    assert len(got.passed_over) == len(EQUAL)
+    assert len(got.filtered_groups) == len(EQUAL)
 
 
 def test_b06_small_differences_of_rewards_reach_the_z_score():

@@ -74,7 +74,7 @@ def records(folder: Path, step: int) -> tuple[list[int], bool]:
     """Positions of the groups in a step's log, and whether it was accepted."""
     found = [decode(r) for r in FramedFile.read(folder / f"sample_log/step_{step:08d}.log")]
     is_accepted = CommitRecord() in found
-    return [r.position for r in found if not isinstance(r, CommitRecord)], is_accepted
+    return [r.prompt_index for r in found if not isinstance(r, CommitRecord)], is_accepted
 
 
 @pytest.mark.more

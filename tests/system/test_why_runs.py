@@ -93,7 +93,7 @@ def set_logprobs(folder: Path, logprobs, engine: str | None = None) -> None:
     given = iter(logprobs)
     changed = {}
     groups = [each for each in records if isinstance(each, GroupRecord)]
-    for record in sorted(groups, key=lambda each: each.position):
+    for record in sorted(groups, key=lambda each: each.prompt_index):
         responses = []
         for response in record.responses:
             floats = memoryview(array("f", np.asarray(next(given)).tolist()))
@@ -101,11 +101,11 @@ def set_logprobs(folder: Path, logprobs, engine: str | None = None) -> None:
             responses.append(
                 msgspec.structs.replace(response, logprobs=floats) if is_meant else response
             )
-        changed[record.position] = msgspec.structs.replace(record, responses=tuple(responses))
+        changed[record.prompt_index] = msgspec.structs.replace(record, responses=tuple(responses))
     path.unlink()
     with open(path, "wb", buffering=0) as file:
         for record in records:
-            own = changed[record.position] if isinstance(record, GroupRecord) else record
+            own = changed[record.prompt_index] if isinstance(record, GroupRecord) else record
             append_frame(file.fileno(), encode(own))
 
 

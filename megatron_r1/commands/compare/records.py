@@ -91,7 +91,7 @@ def read_groups(path: Path) -> StepLog | None:
             key=path.name,
             cause=Cause.CHANGED,
         ) from None
-    groups = {record.position: record for record in records if isinstance(record, GroupRecord)}
+    groups = {record.prompt_index: record for record in records if isinstance(record, GroupRecord)}
     return StepLog(path, groups, file.num_damaged_bytes)
 
 

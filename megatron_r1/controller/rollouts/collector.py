@@ -38,14 +38,14 @@ class RolloutProgress:
 
     Attributes:
         sampling: how all groups are sampled.
-        log: the step's groups on disk, if they are kept.
+        step_log: the step's groups on disk, if they are kept.
         sampled_at: time.perf_counter() when the newest group was sampled.
         graded_at: that time for the newest graded group.
         teacher_done_at: that time for the newest group that the teacher has scored.
     """
 
     sampling: RolloutSampling
-    log: StepLog | None
+    step_log: StepLog | None
     sampled_at: float
     graded_at: float
     teacher_done_at: float
@@ -80,35 +80,36 @@ class RolloutCollector:
         self._max_ungraded = rewards.max_ungraded
 
     async def collect(
-        self, prompts: list[Prompt], sampling: RolloutSampling, log: StepLog | None = None
+        self, prompts: list[Prompt], sampling: RolloutSampling, step_log: StepLog | None = None
     ) -> Rollout:
         """Sample and grade a group for each prompt, all at once; with `sampling.with_teacher` the
         teacher computes a group's log-probabilities as soon as it is sampled.
 
-        Groups come back in the order of `prompts`; those that `log` already has are not sampled
-        again.
+        Groups come back in the order of `prompts`; those that `step_log` already has are not
+        sampled again.
 
         Args:
             prompts: a prompt for each group.
             sampling: how each group is sampled.
-            log: keeps finished groups, and has those of an interrupted step; None: none are kept.
+            step_log: keeps finished groups, and has those of an interrupted step; None: none are
+                kept.
 
         Raises:
             EngineError: an engine fails.
         """
         start = time.perf_counter()
-        progress = RolloutProgress(sampling, log, start, start, start)
-        positions = log.reserve(len(prompts)) if log else range(len(prompts))
+        progress = RolloutProgress(sampling, step_log, start, start, start)
+        prompt_indices = step_log.reserve(len(prompts)) if step_log else range(len(prompts))
         group_arguments = []
-        for prompt, position in zip(prompts, positions, strict=True):
+        for prompt, prompt_index in zip(prompts, prompt_indices, strict=True):
             # An episode that failed is played again; a response can be graded again.
             only_final = self.player is not None
-            restored = log.restore(position, prompt, only_final) if log else None
+            restored = step_log.restore(prompt_index, prompt, only_final) if step_log else None
             if restored:
                 prompt_ids = restored.prompt_ids
             else:
                 prompt_ids = self.tokenizer.encode(prompt.question, prompt.messages_before)
-            group_arguments.append((position, prompt, prompt_ids, restored))
+            group_arguments.append((prompt_index, prompt, prompt_ids, restored))
             await asyncio.sleep(0)  # hundreds at once would block the event loop
         try:
             # Together: the fleet orders what arrives in one turn of the event loop.
@@ -154,15 +155,15 @@ class RolloutCollector:
     async def _collect_group(
         self,
         progress: RolloutProgress,
-        position: int,
+        prompt_index: int,
         prompt: Prompt,
         prompt_ids: list[int],
         restored: Group | None,
     ) -> Group:
         """Sample a group, or take the one that the log restored; grade it, while the
         teacher computes its log-probabilities."""
-        sampling, log = progress.sampling, progress.log
-        if log and restored and log.is_final(restored):
+        sampling, step_log = progress.sampling, progress.step_log
+        if step_log and restored and step_log.is_final(restored):
             return restored
         with self.in_flight.group(prompt) as tracked:
             results: list[EpisodeResult] = []
@@ -185,8 +186,8 @@ class RolloutCollector:
                 for graded_response, logprobs in zip(graded, computed, strict=True)
             ]
         group = Group(prompt, prompt_ids, graded)
-        if log:
-            log.append(position, group, self._sampling_record(sampling))
+        if step_log:
+            step_log.append(prompt_index, group, self._sampling_record(sampling))
         return group
 
     def _sampling_record(self, sampling: RolloutSampling) -> SamplingRecord:

@@ -5,7 +5,7 @@ Where the group is the baseline, a group whose responses all have the same rewar
 everywhere. Without such groups the number of samples behind a gradient stays the same while the
 policy learns. Rewards are compared before `overlong_penalty`, as the paper compares accuracies. An
 algorithm with another baseline (reinforce, reinforce_pp, ppo) would learn from the groups that are
-passed over."""
+filtered out."""
 
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -23,7 +23,7 @@ async def collect_informative(
     """Return a rollout of `num_groups` groups, those with different rewards first.
 
     Each round draws a prompt for every group still missing; equal-reward groups then fill the batch
-    up to its size, and the rest of them are `passed_over`. Times are summed over the rounds.
+    up to its size, and the rest of them are `filtered_groups`. Times are summed over the rounds.
 
     Args:
         collect: samples and grades a group for each prompt.
@@ -41,7 +41,7 @@ async def collect_informative(
     return replace(
         rounds[-1],
         groups=different + equal[:num_missing],
-        passed_over=equal[num_missing:],
+        filtered_groups=equal[num_missing:],
         rollout_seconds=sum(r.rollout_seconds for r in rounds),
         reward_seconds=sum(r.reward_seconds for r in rounds),
         teacher_seconds=sum(r.teacher_seconds for r in rounds),

@@ -143,7 +143,7 @@ class GroupRecord(msgspec.Struct, array_like=True, frozen=True, tag="group"):
     """One finished group of the sample log.
 
     Attributes:
-        position: the index of the group's prompt among all that the step drew.
+        prompt_index: the index of the group's prompt among all that the step drew.
         prompt_id: the id of that prompt.
         prompt_ids: int32, the prompt's tokens.
         responses: all of the group.
@@ -151,7 +151,7 @@ class GroupRecord(msgspec.Struct, array_like=True, frozen=True, tag="group"):
         sampling: how it was sampled; None in the records of earlier versions of this program.
     """
 
-    position: int
+    prompt_index: int
     prompt_id: str
     prompt_ids: memoryview
     responses: tuple[ResponseRecord, ...]
@@ -173,18 +173,18 @@ decode = msgspec.msgpack.Decoder(GroupRecord | CommitRecord).decode
 
 
 def pack(
-    position: int, group: Group, schedule: str = "", sampling: SamplingRecord | None = None
+    prompt_index: int, group: Group, schedule: str = "", sampling: SamplingRecord | None = None
 ) -> GroupRecord:
     """Return the record of `group`.
 
     Args:
-        position: the index of the group's prompt among all that the step drew.
+        prompt_index: the index of the group's prompt among all that the step drew.
         group: the finished group.
         schedule: as in `GroupRecord`.
         sampling: how it was sampled."""
     records = tuple(_pack_response(graded) for graded in group.responses)
     prompt_ids = memoryview(array("i", group.prompt_ids))
-    return GroupRecord(position, group.prompt.id, prompt_ids, records, schedule, sampling)
+    return GroupRecord(prompt_index, group.prompt.id, prompt_ids, records, schedule, sampling)
 
 
 def unpack(record: GroupRecord, prompt: Prompt) -> Group:

@@ -28,7 +28,7 @@ def rollout_metrics(rollout: Rollout, policy_version: int) -> dict[str, float]:
     Args:
         rollout: the groups of a step.
         policy_version: the version of the policy that trains on it."""
-    groups = rollout.groups + rollout.passed_over
+    groups = rollout.groups + rollout.filtered_groups
     responses = all_responses(groups)
     rewards = [graded.reward for graded in responses if graded.is_graded] or [0.0]
     lengths = [len(graded.response.token_ids) for graded in responses]
@@ -49,7 +49,7 @@ def rollout_metrics(rollout: Rollout, policy_version: int) -> dict[str, float]:
         "response_length/max": max(lengths),
         "truncated": fmean(graded.is_truncated for graded in responses),
         "groups/zero_variance": fmean(group.has_equal_rewards for group in groups),
-        "groups/passed_over": len(rollout.passed_over),
+        "groups/passed_over": len(rollout.filtered_groups),
         "policy_version": policy_version,
         "staleness": policy_version - versions / sum(lengths) if any(lengths) else 0.0,
         "response_tokens": sum(lengths),

@@ -111,7 +111,7 @@ class Rollout:
         groups: those that are trained on or evaluated, in the order of their prompts.
         rollout_seconds: until the last token was sampled.
         reward_seconds: from there to the last grade.
-        passed_over: groups that were sampled and graded but are not trained on
+        filtered_groups: groups that were sampled and graded but are not trained on
             (`collect_informative`).
         teacher_seconds: from there to the teacher's last score.
     """
@@ -119,7 +119,7 @@ class Rollout:
     groups: list[Group]
     rollout_seconds: float
     reward_seconds: float
-    passed_over: list[Group] = field(default_factory=list)
+    filtered_groups: list[Group] = field(default_factory=list)
     teacher_seconds: float = 0.0
 
 

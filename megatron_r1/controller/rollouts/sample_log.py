@@ -86,13 +86,13 @@ class SampleLog:
             schedule: `config.rl.digest_until` the step; groups that were sampled under another
                 schedule, as a continued run may have it, are not used."""
         path = step_log_path(self.folder, step)
-        log = await asyncio.wrap_future(self._thread.submit(StepLog, self, path, schedule))
-        if log.num_damaged_bytes:
+        step_log = await asyncio.wrap_future(self._thread.submit(StepLog, self, path, schedule))
+        if step_log.num_damaged_bytes:
             self._notify(
-                f"{path}: {log.num_damaged_bytes:,} bytes are no whole record, as a kill leaves "
-                "them; whole records are used, the rest is sampled again"
+                f"{path}: {step_log.num_damaged_bytes:,} bytes are no whole record, as a kill "
+                "leaves them; whole records are used, the rest is sampled again"
             )
-        return log
+        return step_log
 
     def append(self, path: Path, make: Callable[[], GroupRecord | CommitRecord]) -> None:
         """Write the record that `make` returns, in the thread. A failure is raised by `finish`."""
@@ -182,17 +182,17 @@ class StepLog:
 
     Batches that draw in rounds (`collect_informative`) thus continue in the round they were in."""
 
-    def __init__(self, log: SampleLog, path: Path, schedule: str) -> None:
+    def __init__(self, sample_log: SampleLog, path: Path, schedule: str) -> None:
         """Read the records of a step that were written under `schedule`.
 
         Args:
-            log: the sample log of the run, which writes new records.
+            sample_log: the sample log of the run, which writes new records.
             path: the step's file in it.
             schedule: as in `SampleLog.step`.
 
         Raises:
             UserError: records of another format."""
-        self._log, self._path, self._schedule = log, path, schedule
+        self._sample_log, self._path, self._schedule = sample_log, path, schedule
         self._records: dict[int, GroupRecord] = {}
         self.is_committed = False
         file = FramedFile.read(path)
@@ -212,7 +212,7 @@ class StepLog:
             if isinstance(record, CommitRecord):
                 self.is_committed = True
             else:
-                self._records[record.position] = record
+                self._records[record.prompt_index] = record
         self._drawn = 0
         self.num_restored = 0
 
@@ -221,14 +221,14 @@ class StepLog:
         self._drawn += count
         return range(self._drawn - count, self._drawn)
 
-    def restore(self, position: int, prompt: Prompt, only_final: bool = False) -> Group | None:
-        """Return the finished group of `prompt` at `position`, or None.
+    def restore(self, prompt_index: int, prompt: Prompt, only_final: bool = False) -> Group | None:
+        """Return the finished group of `prompt` at `prompt_index`, or None.
 
         Args:
-            position: its index among all prompts that the step drew.
+            prompt_index: its index among all prompts that the step drew.
             prompt: what the step has drawn there now; a record of another prompt is discarded.
             only_final: return the group only if it `is_final`."""
-        record = self._records.pop(position, None)
+        record = self._records.pop(prompt_index, None)
         if record is None or record.prompt_id != prompt.id:
             return None
         group = unpack(record, prompt)
@@ -242,15 +242,19 @@ class StepLog:
         reward may have been repaired, unless the batch was trained on with these grades."""
         return self.is_committed or not any(graded.ungraded_terms for graded in group.responses)
 
-    def append(self, position: int, group: Group, sampling: SamplingRecord | None = None) -> None:
+    def append(
+        self, prompt_index: int, group: Group, sampling: SamplingRecord | None = None
+    ) -> None:
         """Append a group at its position in the step; packing and writing go on behind the
         caller.
 
         Args:
-            position: the index of the group's prompt among all that the step drew.
+            prompt_index: the index of the group's prompt among all that the step drew.
             group: the finished group.
             sampling: how it was sampled."""
-        self._log.append(self._path, lambda: pack(position, group, self._schedule, sampling))
+        self._sample_log.append(
+            self._path, lambda: pack(prompt_index, group, self._schedule, sampling)
+        )
 
     async def commit(self) -> None:
         """Record that the batch is complete and will be trained on; returns when all of it is on
@@ -260,6 +264,6 @@ class StepLog:
             RunError: writing failed.
         """
         if not self.is_committed:
-            self._log.append(self._path, lambda: CommitRecord(self._schedule))
+            self._sample_log.append(self._path, lambda: CommitRecord(self._schedule))
             self.is_committed = True
-        await self._log.finish(self._path)
+        await self._sample_log.finish(self._path)

@@ -47,17 +47,18 @@ class StepSampler:
     Args:
         config: the run's settings; each step has its own by `Config.at`.
         collector: has the engines sample and the rewards grade.
-        prompts: the order of the training prompts, and the position in it.
-        log: keeps finished groups for a restart; None: they are sampled again."""
+        prompt_sampler: the order of the training prompts, and the position in it.
+        sample_log: keeps finished groups for a restart; None: they are sampled again."""
 
     def __init__(
         self,
         config: Config,
         collector: RolloutCollector,
-        prompts: PromptSampler,
-        log: SampleLog | None,
+        prompt_sampler: PromptSampler,
+        sample_log: SampleLog | None,
     ):
-        self.config, self.collector, self.prompts, self.log = config, collector, prompts, log
+        self.config, self.collector = config, collector
+        self.prompt_sampler, self.sample_log = prompt_sampler, sample_log
         replays = config.rl.routing_replay
         self._routing = routing_shape(read_hf_config(config.model.path)) if replays else None
         self._stream: RolloutStream[SampledStep] | None = None
@@ -94,16 +95,16 @@ class StepSampler:
     def start_ahead(self, policy_version: int) -> None:
         """Start the rollouts that may be sampled ahead from `policy_version`. Their samples are not
         written down until `release_buffered`."""
-        if self.log:
-            self.log.start_buffering()
+        if self.sample_log:
+            self.sample_log.start_buffering()
         if self._stream is not None and self.config.rl.staleness:
             self._stream.start_after(policy_version)
 
     def release_buffered(self) -> None:
         """Write down what was sampled since `start_ahead`: the engines compute what the trainer
         does."""
-        if self.log:
-            self.log.write_buffered()
+        if self.sample_log:
+            self.sample_log.write_buffered()
 
     async def close(self) -> None:
         """Cancel what is still sampled for later steps."""
@@ -113,38 +114,38 @@ class StepSampler:
     async def _sample(self, step: int) -> SampledStep:
         """Draw the prompts of a step and collect its rollout under the step's settings."""
         config = self.config.at(step)
-        rl, sampling_settings = config.rl, config.rollout
+        rl, rollout_config = config.rl, config.rollout
         sampling = RolloutSampling(
             group_size=rl.group_size,
-            temperature=sampling_settings.temperature,
-            top_p=sampling_settings.top_p,
-            top_k=sampling_settings.top_k,
-            min_p=sampling_settings.min_p,
-            sampling_mask=sampling_settings.truncates_sampling,
-            max_response_tokens=sampling_settings.max_response_tokens,
+            temperature=rollout_config.temperature,
+            top_p=rollout_config.top_p,
+            top_k=rollout_config.top_k,
+            min_p=rollout_config.min_p,
+            sampling_mask=rollout_config.truncates_sampling,
+            max_response_tokens=rollout_config.max_response_tokens,
             step=step,
             reward_weights=weights_at(config.rewards.weights, step),
             routing=self._routing,
             with_teacher=self.collector.teachers is not None,
-            stop=tuple(sampling_settings.stop),
+            stop=tuple(rollout_config.stop),
         )
         num_groups = rl.questions_per_rollout
         # Drawn before the first await: the next batch may draw while this one is being sampled.
-        draw = partial(self.prompts.next_by_kind, weights=rl.kind_weights)
+        draw = partial(self.prompt_sampler.next_by_kind, weights=rl.kind_weights)
         prompts = [] if rl.dynamic_sampling else draw(num_groups)
-        sampler_state = self.prompts.state_dict()
-        log = None
-        if self.log:
-            log = await self.log.step(step, digest_until(self.config.rl.schedule, step))
-        collect = partial(self.collector.collect, sampling=sampling, log=log)
+        sampler_state = self.prompt_sampler.state_dict()
+        step_log = None
+        if self.sample_log:
+            step_log = await self.sample_log.step(step, digest_until(self.config.rl.schedule, step))
+        collect = partial(self.collector.collect, sampling=sampling, step_log=step_log)
         if rl.dynamic_sampling:
             max_rounds = rl.dynamic_sampling_rounds
             collected = await collect_informative(collect, draw, num_groups, max_rounds)
-            sampler_state = self.prompts.state_dict()
+            sampler_state = self.prompt_sampler.state_dict()
         else:
             collected = await collect(prompts)
-        self.collector.check_grades(collected.groups + collected.passed_over)
-        if log is None:
+        self.collector.check_grades(collected.groups + collected.filtered_groups)
+        if step_log is None:
             return SampledStep(collected, sampler_state)
-        await log.commit()
-        return SampledStep(collected, sampler_state, log.num_restored)
+        await step_log.commit()
+        return SampledStep(collected, sampler_state, step_log.num_restored)

@@ -175,7 +175,7 @@ def _read_step_log(
     for payload in FramedFile.read(path, repair=False):
         record = decode(payload)
         if isinstance(record, GroupRecord) and record.schedule == schedule:
-            records[record.position] = record
+            records[record.prompt_index] = record
     if not records:
         raise UserError(
             f"{path}: no group of these settings is in it; it is damaged, or of another run",

@@ -153,7 +153,7 @@ def checkpointing_of(run, counts):
     prompts = PromptSampler([make_prompt(f"{n} + 1?", "math", "1", {}) for n in range(10)], seed=3)
     pool = SimpleNamespace(snapshot=lambda: dict(counts))
     sampler = SimpleNamespace(
-        prompts=prompts, log=None, collector=SimpleNamespace(pool=pool, teachers=None)
+        prompt_sampler=prompts, sample_log=None, collector=SimpleNamespace(pool=pool, teachers=None)
     )
     return RunCheckpoints(run, run, sampler), prompts
 
@@ -195,5 +195,5 @@ def test_samples_before_the_oldest_checkpoint_are_deleted(tmp_path, steps, oldes
         folder.mkdir()
         write_manifest(folder)
     run = SimpleNamespace(folder=SimpleNamespace(checkpoints=tmp_path))
-    asyncio.run(RunCheckpoints(run, None, SimpleNamespace(log=Log())).prune_samples(keep=2))
+    asyncio.run(RunCheckpoints(run, None, SimpleNamespace(sample_log=Log())).prune_samples(keep=2))
     assert pruned == ([] if oldest is None else [oldest])

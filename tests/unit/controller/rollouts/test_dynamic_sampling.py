@@ -42,7 +42,7 @@ def test_groups_without_a_difference_are_drawn_again():
     rollout, drawn = collected(4, 5, lambda i: i % 2 == 0)
     assert drawn == [4, 2, 1], "questions 0-3, of which 0 and 2 teach; 4 and 5; 6"
     assert [PROMPTS.index(g.prompt) for g in rollout.groups] == [0, 2, 4, 6]
-    assert [PROMPTS.index(g.prompt) for g in rollout.passed_over] == [1, 3, 5]
+    assert [PROMPTS.index(g.prompt) for g in rollout.filtered_groups] == [1, 3, 5]
     assert rollout.rollout_seconds == 6.0 and rollout.reward_seconds == 1.5
 
 
@@ -50,7 +50,7 @@ def test_a_batch_keeps_its_size_when_the_rounds_are_over():
     rollout, drawn = collected(4, 2, lambda i: i == 0)
     assert drawn == [4, 3]
     assert [PROMPTS.index(g.prompt) for g in rollout.groups] == [0, 1, 2, 3]
-    assert len(rollout.passed_over) == 3
+    assert len(rollout.filtered_groups) == 3
 
 
 def test_metrics_are_of_everything_that_was_sampled():
