@@ -159,13 +159,8 @@ def _tokenize(
     """Return a sample for each response of `row` that has a part to score."""
     samples = []
     for response, label in zip(row.responses, row.labels, strict=True):
-<<<<<<< HEAD
-        tokens = text.encode(row.question, response, row.opened)
-        if tokens and tokens[-1] == hf_config.get("pad_token_id"):
-=======
         tokens = text.encode(row.question, response, row.thought_opened)
-        if tokens and tokens[-1] == hf.get("pad_token_id"):
->>>>>>> 7cb4a3ea (Give two bare adjectives of grading their nouns)
+        if tokens and tokens[-1] == hf_config.get("pad_token_id"):
             raise UserError(
                 f"{row.location}: the text ends with {text.decode(tokens[-1:])!r}, config.json's "
                 "pad_token_id: transformers would read the score before it, vLLM behind it; end "

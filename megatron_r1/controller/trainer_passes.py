@@ -43,12 +43,16 @@ class TrainerPasses:
         The first mini-batch's under π_old come with its update, which starts from π_old, unless
         token advantages or a mask need them earlier or replayed routing is measured before."""
         rl = config.rl
-        is_read = self.algorithm.token_advantages is not None or rl.engine_mask in MASKS
+        needs_first_minibatch = (
+            self.algorithm.token_advantages is not None
+            or rl.engine_mask in MASKS
+            or rl.routing_replay
+        )
         return await self.trainer.call(
             ModelOperations.compute_logprobs,
             temperature=config.rollout.temperature,
             with_reference=rl.kl_beta > 0,
-            with_first_minibatch=is_read or rl.routing_replay,
+            with_first_minibatch=needs_first_minibatch,
         )
 
     async def compute_values(self) -> None:
