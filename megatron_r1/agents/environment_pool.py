@@ -111,7 +111,7 @@ class EnvironmentPool:
         self._folder = Scratch()
         self._path = str(Path(self._folder.name) / "socket")
         self._process: asyncio.subprocess.Process | None = None
-        self._starting = asyncio.Lock()
+        self._start_lock = asyncio.Lock()
         self._idle: list[EnvironmentProcess] = []
         limit = agents.environment_processes
         self._room = asyncio.Semaphore(limit)
@@ -143,7 +143,7 @@ class EnvironmentPool:
                 process.close()
 
     async def _start_process(self) -> EnvironmentProcess:
-        async with self._starting:
+        async with self._start_lock:
             if self._process is None or self._process.returncode is not None:
                 await self._start()
         try:

@@ -129,7 +129,7 @@ def test_each_source_is_scored_by_its_own_teacher(models, oracle, tmp_path):
             await teachers.start()
             return [
                 [
-                    list(await teachers.compute_logprobs(row, ids + response, len(ids), order=1))
+                    list(await teachers.compute_logprobs(row, ids + response, len(ids), step=1))
                     for ids, response in samples()
                 ]
                 for row in prompts

@@ -230,11 +230,11 @@ def test_an_engine_that_dies_or_hangs_is_replaced_and_its_calls_are_answered(
 
     def heard(message: str) -> None:  # from now on the limit would be the new engine's
         said.append(message)
-        fleet.replacement.unresponsive_seconds = 120.0
+        fleet.replacer.unresponsive_seconds = 120.0
 
     fleet.state.notify = heard
     # A death is noticed on its own: on a busy machine that may take longer than 3 seconds.
-    fleet.replacement.unresponsive_seconds = 120.0 if how == signal.SIGKILL else 3.0
+    fleet.replacer.unresponsive_seconds = 120.0 if how == signal.SIGKILL else 3.0
 
     async def stop_amid():
         running = asyncio.ensure_future(sample(fleet, max_tokens=200))

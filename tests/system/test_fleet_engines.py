@@ -65,7 +65,7 @@ def replaced(loop, fleet):
 
     async def sample_until_replaced():
         made = await rounds(fleet, 4)
-        await until(lambda: not fleet.replacement.tasks)
+        await until(lambda: not fleet.replacer.tasks)
         return made + await rounds(fleet, 4)
 
     return spoiled, messages, loop(sample_until_replaced())

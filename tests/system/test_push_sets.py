@@ -81,7 +81,7 @@ def test_each_slice_enters_one_engine_and_both_have_all(loop, models, fleet, pus
 
 
 async def until_replaced(fleet):
-    await until(lambda: not fleet.replacement.tasks and len(fleet.state.up) == 2)
+    await until(lambda: not fleet.replacer.tasks and len(fleet.state.up) == 2)
 
 
 def kill(engine):

@@ -37,7 +37,7 @@ class VerifiersHarness:
             tokenizer: the tokenizer's folder, for client `tokens`."""
         self._settings, self._tokenizer = settings, tokenizer
         self._process: asyncio.subprocess.Process | None = None
-        self._starting = asyncio.Lock()
+        self._start_lock = asyncio.Lock()
         self._waiting: dict[str, asyncio.Future[dict[str, Any]]] = {}
         self._reader: asyncio.Task[None] | None = None
 
@@ -74,7 +74,7 @@ class VerifiersHarness:
         Raises:
             EnvironmentFailed: the server cannot be started, or does not start in time.
         """
-        async with self._starting:
+        async with self._start_lock:
             if self._reader is not None and not self._reader.done():
                 return
             await self.close()

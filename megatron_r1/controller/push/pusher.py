@@ -96,7 +96,7 @@ class WeightPusher:
         """Held while the weights change, and while an engine joins."""
         self._push_number = 0
         self._policy_version: int | None = None
-        self._probing: asyncio.Task[dict[str, float]] | None = None
+        self._probe_task: asyncio.Task[dict[str, float]] | None = None
         self._is_closed = False
 
     @contextlib.asynccontextmanager
@@ -147,10 +147,10 @@ class WeightPusher:
         self._policy_version = policy_version
         if self.prober is not None:
             check = self.prober.check(self._push_number, self._engines_up, self._drop_engine)
-            self._probing = asyncio.create_task(check)
+            self._probe_task = asyncio.create_task(check)
             # After another failure of the run no task awaits this one. Its error is read here, so
             # that asyncio does not log it.
-            self._probing.add_done_callback(lambda task: task.cancelled() or task.exception())
+            self._probe_task.add_done_callback(lambda task: task.cancelled() or task.exception())
         if self.links.colocated:  # trainer and engines compute in turns
             await self.probe_results()
         return metrics
@@ -162,7 +162,7 @@ class WeightPusher:
         Raises:
             EngineError: an engine computes something else than the trainer.
         """
-        return {} if self._probing is None else await self._probing
+        return {} if self._probe_task is None else await self._probe_task
 
     @contextlib.asynccontextmanager
     async def send_weights(self, engine: Engine) -> AsyncIterator[bool]:
@@ -199,8 +199,8 @@ class WeightPusher:
     def close(self) -> None:
         """Refuse engines that wait for weights: the trainer is gone, or about to end."""
         self._is_closed = True
-        if self._probing is not None:
-            self._probing.cancel()
+        if self._probe_task is not None:
+            self._probe_task.cancel()
 
     async def _send_to_all(self) -> None:
         """Send to all engines, and again to those whose set fails for no fault of theirs."""

@@ -220,7 +220,7 @@ class RolloutCollector:
             stop_token_ids=self.tokenizer.stop_token_ids,
             routing=sampling.routing,
             kind=prompt.kind,
-            order=sampling.step,
+            step=sampling.step,
             affinity=affinity,
         )
         if not sampling.stop:

@@ -47,7 +47,7 @@ class Teachers:
         await asyncio.gather(*(fleet.close() for fleet in self.fleets.values()))
 
     async def compute_logprobs(
-        self, prompt: Prompt, token_ids: Sequence[int], first: int, order: int = 0
+        self, prompt: Prompt, token_ids: Sequence[int], first: int, step: int = 0
     ) -> array[float]:
         """Return the log-probabilities of a sample's tokens by the teacher of its prompt.
 
@@ -55,12 +55,12 @@ class Teachers:
             prompt: the row, whose source names the teacher.
             token_ids: the sample with its prompt.
             first: the index of the first token to score.
-            order: the training step; smaller ones come first.
+            step: the training step; calls of an earlier one come first.
 
         Raises:
             EngineError: the teacher's engines fail."""
         fleet = self.fleets[teacher_source(prompt, self.fleets)]
-        return await fleet.compute_logprobs(token_ids, first, order=order)
+        return await fleet.compute_logprobs(token_ids, first, step=step)
 
     def kl_by_source(self, groups: Iterable[Group]) -> dict[str, float]:
         """Return "teacher/kl/SOURCE" of each of several teachers, `OTHERS` of the default one: the

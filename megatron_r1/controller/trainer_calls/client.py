@@ -101,7 +101,7 @@ class TrainerClient:
         self.processes = RankProcesses(Path(log_folder))
         self.ranks: list[RankDescription] = []
         """The description of each rank, once it has built its model."""
-        self._busy = asyncio.Lock()
+        self._call_lock = asyncio.Lock()
         self.is_usable = True
         """False during a call and after one that failed: the ranks' state is then unknown."""
         self.pending_call: PendingCall | None = None
@@ -349,7 +349,7 @@ class TrainerClient:
         shares: list[list[Buffer]] | None = None,
         on_start: Callable[[], object] | None = None,
     ) -> list[dict[str, Any]]:
-        await self._busy.acquire()
+        await self._call_lock.acquire()
         if on_start is not None:
             on_start()
         # The caller may be cancelled from here on. The exchange goes on all the same: its replies
@@ -359,7 +359,7 @@ class TrainerClient:
         return await asyncio.shield(exchange)
 
     def _end_exchange(self, exchange: asyncio.Task[Any]) -> None:
-        self._busy.release()
+        self._call_lock.release()
         if not exchange.cancelled():
             exchange.exception()  # mark as retrieved, also where the caller was cancelled
 

@@ -133,15 +133,15 @@ class DispatchedRequest:
         num_sequences: the responses of the group; 1 for a sequence to score.
         prompt_tokens: tokens of the prompt, or of the sequence to score.
         expected: how long its responses will be.
-        order: work with a lower number goes first.
-        avoid: engines that failed at this work.
+        step: the training step; requests of an earlier one go first.
+        avoid: engines that failed at this request.
         affinity: the engine that has the earlier turns of the same conversation.
     """
 
     num_sequences: int
     prompt_tokens: int
     expected: ExpectedLength
-    order: int = 0
+    step: int = 0
     avoid: set[Engine] = field(default_factory=set)
     affinity: Affinity | None = None
 
@@ -161,7 +161,7 @@ class DispatchedRequest:
 
 
 Priority = tuple[int, bool, float, int]
-"""(order, not repeated, -expected longest, arrival): the lowest goes first."""
+"""(step, not repeated, -expected longest, arrival): the lowest goes first."""
 
 
 class Dispatcher:
@@ -182,30 +182,31 @@ class Dispatcher:
         self.engines = list(engines)
         self._schedule()
 
-    async def acquire(self, work: DispatchedRequest) -> Engine:
-        """Wait until an engine is assigned to `work`, and return the engine; `release` it after
+    async def acquire(self, request: DispatchedRequest) -> Engine:
+        """Wait until an engine is assigned to `request`, and return the engine; `release` it after
         use.
 
         Raises:
             Exception: the error that `fail` was given.
         """
         future = asyncio.get_running_loop().create_future()
-        priority = (work.order, not work.avoid, -work.expected.longest, next(self._arrivals))
-        heapq.heappush(self._waiting, (priority, work, future))
+        longest, arrival = request.expected.longest, next(self._arrivals)
+        priority = (request.step, not request.avoid, -longest, arrival)
+        heapq.heappush(self._waiting, (priority, request, future))
         self._schedule()
         try:
             return await future
         except asyncio.CancelledError:
             # It was assigned in the same turn in which its caller was cancelled.
             if future.done() and not future.cancelled() and not future.exception():
-                self.release(future.result(), work)
+                self.release(future.result(), request)
             raise
 
-    def release(self, engine: Engine, work: DispatchedRequest) -> None:
-        """Record that `engine` is no longer busy with `work`."""
-        engine.num_running -= work.num_sequences
-        engine.num_occupied -= work.mean_occupied_slots
-        engine.tokens_expected -= work.cost_tokens
+    def release(self, engine: Engine, request: DispatchedRequest) -> None:
+        """Record that `engine` is no longer busy with `request`."""
+        engine.num_running -= request.num_sequences
+        engine.num_occupied -= request.mean_occupied_slots
+        engine.tokens_expected -= request.cost_tokens
         self._schedule()
 
     def fail(self, error: Exception) -> None:
@@ -222,36 +223,36 @@ class Dispatcher:
             asyncio.get_running_loop().call_soon(self._assign)
 
     def _assign(self) -> None:
-        """Assign engines to waiting work while an engine has room. Work that avoids all engines
-        with room is passed by the work behind it."""
+        """Assign engines to waiting requests while an engine has room. A request that avoids all
+        engines with room is passed by those behind it."""
         self._is_scheduled = False
         passed = []
         while self._waiting and any(self._has_room(engine) for engine in self.engines):
             entry = heapq.heappop(self._waiting)
-            _, work, future = entry
+            _, request, future = entry
             if future.done():  # its caller was cancelled
                 continue
-            engine = self._engine_for(work)
+            engine = self._engine_for(request)
             if engine is None:
                 passed.append(entry)
                 continue
-            if work.affinity is not None:
-                work.affinity.record_engine(engine)
-            engine.num_running += work.num_sequences
-            engine.num_occupied += work.mean_occupied_slots
-            engine.tokens_expected += work.cost_tokens
+            if request.affinity is not None:
+                request.affinity.record_engine(engine)
+            engine.num_running += request.num_sequences
+            engine.num_occupied += request.mean_occupied_slots
+            engine.tokens_expected += request.cost_tokens
             future.set_result(engine)
         for entry in passed:
             heapq.heappush(self._waiting, entry)
 
-    def _engine_for(self, work: DispatchedRequest) -> Engine | None:
+    def _engine_for(self, request: DispatchedRequest) -> Engine | None:
         """Return the least loaded engine with room; None if there is none. An engine that failed
-        at `work` is returned only if there are no other engines. The engine that has the prompt in
-        its cache counts as less loaded by the cost of the prompt."""
-        not_failed = [engine for engine in self.engines if engine not in work.avoid]
+        at `request` is returned only if there are no other engines. The engine that has the prompt
+        in its cache counts as less loaded by the cost of the prompt."""
+        not_failed = [engine for engine in self.engines if engine not in request.avoid]
         free = [engine for engine in not_failed or self.engines if self._has_room(engine)]
-        preferred = work.affinity.preferred if work.affinity else None
-        saved = PROMPT_TOKEN_COST * work.prompt_tokens
+        preferred = request.affinity.preferred if request.affinity else None
+        saved = PROMPT_TOKEN_COST * request.prompt_tokens
         return min(
             free,
             key=lambda e: (e.tokens_expected - saved * (e is preferred), e is not preferred),

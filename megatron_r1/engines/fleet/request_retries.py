@@ -36,11 +36,11 @@ class RequestRetries:
     def __init__(self, state: FleetState, on_failure: OnFailure) -> None:
         self.state, self.on_failure = state, on_failure
         self.num_requeued = 0
-        self._starting = asyncio.Lock()
+        self._start_lock = asyncio.Lock()
 
     async def run(
         self,
-        work: DispatchedRequest,
+        request: DispatchedRequest,
         call: Callable[[EngineClient], Coroutine[Any, Any, T]],
         lengths: Callable[[T], list[int]],
     ) -> T:
@@ -50,7 +50,7 @@ class RequestRetries:
         number of restarts limits it.
 
         Args:
-            work: the work, for which an engine is chosen.
+            request: what an engine is chosen for.
             call: makes the request.
             lengths: returns the number of tokens of each sequence in a result.
 
@@ -61,17 +61,17 @@ class RequestRetries:
         faults: list[EngineFault] = []
         while len(faults) < MAX_ATTEMPTS:
             self.state.require_usable()
-            engine = await dispatcher.acquire(work)
+            engine = await dispatcher.acquire(request)
             started_at = time.monotonic()
             try:
                 # One request in a turn of the event loop: to start 512 at once takes 0.3 s, in
                 # which nothing else runs.
-                async with self._starting:
+                async with self._start_lock:
                     await asyncio.sleep(0)
                 result = await engine.await_call(call(engine.client))
             except (EngineDied, EngineFault) as failure:
-                work.avoid.add(engine)
-                self.num_requeued += work.num_sequences
+                request.avoid.add(engine)
+                self.num_requeued += request.num_sequences
                 if isinstance(failure, EngineFault):
                     faults.append(failure)
                 # If the fleet has failed, `require_usable` raises its error, which has the cause.
@@ -79,7 +79,7 @@ class RequestRetries:
                     self.on_failure(engine, failure)
                 continue
             finally:
-                dispatcher.release(engine, work)
+                dispatcher.release(engine, request)
             end, tokens = time.monotonic(), lengths(result)
             engine.stats.add(ServedGroup(end, end - started_at, sum(tokens), max(tokens)))
             return result

@@ -120,16 +120,16 @@ class RolloutFleet:
         self._max_request_responses = server_settings.get("max_num_seqs", 256)
         capacity = self._max_request_responses * server_settings.get("data", 1)
         self.state = FleetState(Dispatcher(capacity), notify)
-        self.replacement = EngineReplacer(
+        self.replacer = EngineReplacer(
             self.state,
             lambda dead: self._start_one(dead.index, instead_of=dead),
             max_restarts,
             unresponsive_seconds,
         )
-        self.retries = RequestRetries(self.state, self.replacement.handle_failure)
-        self.lengths = LengthEstimator()
+        self.retries = RequestRetries(self.state, self.replacer.handle_failure)
+        self.length_estimator = LengthEstimator()
         self._model: Path | None = None
-        self._pushing = asyncio.Lock()
+        self._push_lock = asyncio.Lock()
         self._starting: set[Engine] = set()
         self._joining: set[int] = set()
 
@@ -152,7 +152,7 @@ class RolloutFleet:
     @property
     def num_restarts(self) -> int:
         """Engines that were replaced since the start."""
-        return self.replacement.num_restarts
+        return self.replacer.num_restarts
 
     async def start(self, model_path: str | os.PathLike[str], policy_version: int = 0) -> None:
         """Start all engines on the weights in `model_path`, and name these `policy_version`.
@@ -172,7 +172,7 @@ class RolloutFleet:
             raise
         self.policy_version = policy_version
         self.state.begin()
-        self.replacement.begin()
+        self.replacer.begin()
 
     async def generate(
         self,
@@ -181,7 +181,7 @@ class RolloutFleet:
         n: int,
         max_tokens: int,
         kind: str = "",
-        order: int = 0,
+        step: int = 0,
         affinity: Affinity | None = None,
         **sampling: Any,
     ) -> list[Response]:
@@ -195,7 +195,7 @@ class RolloutFleet:
             n: responses.
             max_tokens: the most of a response.
             kind: the prompt's kind; response lengths are estimated for each kind.
-            order: groups with a smaller number are sent first.
+            step: the training step; groups of an earlier one are sent first.
             affinity: the engine whose cache has the conversation's earlier turns.
             **sampling: further arguments of `EngineClient.generate`.
 
@@ -206,11 +206,11 @@ class RolloutFleet:
         """
         sampling |= {"max_tokens": max_tokens}
         num_prompt_tokens = len(prompt_token_ids)
-        expected = self.lengths.estimate(kind, num_prompt_tokens, max_tokens)
+        expected = self.length_estimator.estimate(kind, num_prompt_tokens, max_tokens)
 
         async def sample(count: int) -> list[Response]:
             return await self.retries.run(
-                DispatchedRequest(count, num_prompt_tokens, expected, order, affinity=affinity),
+                DispatchedRequest(count, num_prompt_tokens, expected, step, affinity=affinity),
                 lambda client: client.generate(prompt_token_ids, n=count, **sampling),
                 _lengths,
             )
@@ -225,11 +225,11 @@ class RolloutFleet:
         finally:
             for request in requests:
                 request.cancel()  # of those that are done nothing is left to cancel
-        self.lengths.add(kind, num_prompt_tokens, _lengths(responses))
+        self.length_estimator.add(kind, num_prompt_tokens, _lengths(responses))
         return responses
 
     async def compute_logprobs(
-        self, token_ids: Sequence[int], first: int, *, order: int = 0
+        self, token_ids: Sequence[int], first: int, *, step: int = 0
     ) -> array[float]:
         """Return the log-probabilities of token_ids[first:] at temperature 1, float32, from one
         engine; if that engine dies or fails, from another.
@@ -237,14 +237,14 @@ class RolloutFleet:
         Args:
             token_ids: the tokens of prompt and response.
             first: the index of the first of those tokens.
-            order: calls with a smaller number are sent first.
+            step: the training step; calls of an earlier one are sent first.
 
         Raises:
             EngineError: the call was refused, no engine could serve it, or its engine died and no
                 restart is left.
         """
         return await self.retries.run(
-            DispatchedRequest(1, len(token_ids), ExpectedLength(1.0, 1.0, num_groups=1), order),
+            DispatchedRequest(1, len(token_ids), ExpectedLength(1.0, 1.0, num_groups=1), step),
             lambda client: client.compute_logprobs(token_ids, first),
             lambda logprobs: [len(logprobs)],
         )
@@ -253,11 +253,11 @@ class RolloutFleet:
     def allow_silence(self, seconds: float) -> Iterator[None]:
         """Allow engines to be silent for `seconds` inside the block, while they wait for weights,
         before they count as dead."""
-        self.replacement.silence_seconds = seconds
+        self.replacer.silence_seconds = seconds
         try:
             yield
         finally:
-            self.replacement.silence_seconds = 0.0
+            self.replacer.silence_seconds = 0.0
 
     async def push(self, update_info: UpdateInfo, policy_version: int) -> None:
         """Let the engines load the weights that they have received; then the fleet holds
@@ -284,7 +284,7 @@ class RolloutFleet:
                 f"push of version {policy_version}, but the engines hold version "
                 f"{self.policy_version}"
             )
-        async with self._pushing:
+        async with self._push_lock:
             engines = self.state.up
             try:
                 for call in weight_update_calls(
@@ -309,7 +309,7 @@ class RolloutFleet:
         Raises:
             EngineError: an engine refuses.
         """
-        async with self._pushing:
+        async with self._push_lock:
             if not self.awake.is_set():
                 return
             self.state.require_usable()
@@ -349,7 +349,7 @@ class RolloutFleet:
 
     async def close(self) -> None:
         """End all engines. Safe to call more than once."""
-        await self.replacement.close()
+        await self.replacer.close()
         self.state.dispatcher.fail(EngineError("the fleet was closed"))
         engines = list(self.engines)
         self.engines.clear()  # an inspection of one that ends would open its client again
@@ -383,7 +383,7 @@ class RolloutFleet:
         Raises:
             EngineDied: `reason`, where no restart is left.
         """
-        self.replacement.replace(engine, reason)
+        self.replacer.replace(engine, reason)
 
     async def _start_one(self, index: int, instead_of: Engine | None = None) -> Engine:
         """Start an engine, give it the current weights, and let it serve. If the fleet is put to
@@ -426,7 +426,7 @@ class RolloutFleet:
             if isinstance(outcome, PushIncomplete):
                 outcome = EngineDied(f"{engine.name} did not get the weights: {outcome}")
             if isinstance(outcome, EngineDied):
-                self.replacement.replace(engine, outcome)
+                self.replacer.replace(engine, outcome)
             elif isinstance(outcome, BaseException):
                 raise outcome
         return [engine for engine in engines if engine.is_up]

@@ -304,9 +304,9 @@ class CountingTeacher:
     def __init__(self):
         self.num_computed = 0
 
-    async def compute_logprobs(self, prompt, token_ids, first, order):
+    async def compute_logprobs(self, prompt, token_ids, first, step):
         self.num_computed += 1
-        return array("f", [-(i + order / 8) for i in range(first, len(token_ids))])
+        return array("f", [-(i + step / 8) for i in range(first, len(token_ids))])
 
 
 def collected(with_teacher):

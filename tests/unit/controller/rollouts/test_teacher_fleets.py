@@ -29,8 +29,8 @@ class Scorer:
     async def start(self, path):
         self.started = path
 
-    async def compute_logprobs(self, token_ids, first, *, order):
-        self.calls.append((list(token_ids), first, order))
+    async def compute_logprobs(self, token_ids, first, *, step):
+        self.calls.append((list(token_ids), first, step))
         return array("f", [self.logprob] * (len(token_ids) - first))
 
     def metrics(self):
@@ -57,7 +57,7 @@ def test_each_question_is_scored_by_its_own_teacher(teachers):
     async def score():
         await teachers.start()
         scores = [
-            list(await teachers.compute_logprobs(prompt, [5, 6, 7], 1, order=4))
+            list(await teachers.compute_logprobs(prompt, [5, 6, 7], 1, step=4))
             for prompt in (MATH, CODE, GAME)
         ]
         await teachers.close()

@@ -18,9 +18,9 @@ from megatron_r1.engines.fleet.service_stats import ServedGroup, ServiceStats, f
 from megatron_r1.engines.server.responses import EngineError
 
 
-def work(n=1, mean=100.0, longest=100.0, order=0, prompt_tokens=0, known=8, avoid=()):
+def request(n=1, mean=100.0, longest=100.0, step=0, prompt_tokens=0, known=8, avoid=()):
     return DispatchedRequest(
-        n, prompt_tokens, ExpectedLength(mean, longest, known), order, set(avoid)
+        n, prompt_tokens, ExpectedLength(mean, longest, known), step, set(avoid)
     )
 
 
@@ -29,7 +29,7 @@ def turn(affinity, prompt_tokens=1000):
 
 
 class Scene:
-    """A dispatcher whose events the test causes; `places` lists (engine, name of the work)."""
+    """A dispatcher whose events the test causes; `places` lists (engine, name of the request)."""
 
     def __init__(self, capacity, num_engines):
         self.dispatcher = Dispatcher(capacity)
@@ -64,11 +64,11 @@ def test_longest_first_and_earlier_batches_before_later_ones():
     async def story():
         scene = Scene(capacity=4, num_engines=1)
         scene.open(0)
-        for name, longest, order in [("b", 50, 1), ("x", 900, 2), ("a", 70, 1), ("c", 10, 1)]:
-            scene.request(name, work(n=4, mean=longest, longest=longest, order=order))
+        for name, longest, step in [("b", 50, 1), ("x", 900, 2), ("a", 70, 1), ("c", 10, 1)]:
+            scene.request(name, request(n=4, mean=longest, longest=longest, step=step))
         while len(scene.places) < 4:
             await settle()
-            scene.dispatcher.release(scene.engines[0], work(n=4))
+            scene.dispatcher.release(scene.engines[0], request(n=4))
         return [name for _, name in scene.places]
 
     assert run(story) == ["a", "b", "c", "x"]
@@ -78,9 +78,9 @@ def test_engines_get_equal_work_not_equal_numbers_of_groups():
     async def story():
         scene = Scene(capacity=100, num_engines=2)
         scene.open(0, 1)
-        scene.request("long", work(mean=1000, longest=1000))
+        scene.request("long", request(mean=1000, longest=1000))
         for i in range(10):
-            scene.request(f"short{i}", work(mean=100, longest=100))
+            scene.request(f"short{i}", request(mean=100, longest=100))
         await settle()
         return [[e.tokens_expected, e.num_running] for e in scene.engines]
 
@@ -88,7 +88,7 @@ def test_engines_get_equal_work_not_equal_numbers_of_groups():
 
 
 def test_prompts_count_for_less_than_responses_and_once_for_a_group():
-    assert work(n=4, prompt_tokens=1000, mean=50).cost_tokens == 100 + 4 * 50
+    assert request(n=4, prompt_tokens=1000, mean=50).cost_tokens == 100 + 4 * 50
 
 
 def test_an_engine_gets_a_little_more_than_it_can_decode_and_the_rest_waits():
@@ -96,10 +96,10 @@ def test_an_engine_gets_a_little_more_than_it_can_decode_and_the_rest_waits():
         scene = Scene(capacity=8, num_engines=2)
         scene.open(0, 1)
         for i in range(30):
-            scene.request(i, work())
+            scene.request(i, request())
         await settle()
         running = [engine.num_running for engine in scene.engines]
-        scene.dispatcher.release(scene.engines[1], work())
+        scene.dispatcher.release(scene.engines[1], request())
         await settle()
         return running, 30 - len(scene.places), scene.places[-1][0]
 
@@ -108,21 +108,21 @@ def test_an_engine_gets_a_little_more_than_it_can_decode_and_the_rest_waits():
 
 def test_a_group_whose_longest_is_far_longer_than_its_mean_leaves_room_for_others():
     """16 sequences of 32 tokens, the longest of 128: 4 of them run on average."""
-    assert work(n=16, mean=32, longest=128).mean_occupied_slots == 4
-    assert work(n=16, mean=32, longest=32).mean_occupied_slots == 16
-    assert work(n=2, mean=1, longest=1000).mean_occupied_slots == 1
-    assert work(n=16, known=0).mean_occupied_slots == 8
+    assert request(n=16, mean=32, longest=128).mean_occupied_slots == 4
+    assert request(n=16, mean=32, longest=32).mean_occupied_slots == 16
+    assert request(n=2, mean=1, longest=1000).mean_occupied_slots == 1
+    assert request(n=16, known=0).mean_occupied_slots == 8
 
 
 def test_a_group_larger_than_an_engine_is_not_left_waiting():
     async def story():
         scene = Scene(capacity=2, num_engines=1)
         scene.open(0)
-        scene.request("big", work(n=64))
-        scene.request("next", work(n=1))
+        scene.request("big", request(n=64))
+        scene.request("next", request(n=1))
         await settle()
         first = list(scene.places)
-        scene.dispatcher.release(scene.engines[0], work(n=64))
+        scene.dispatcher.release(scene.engines[0], request(n=64))
         await settle()
         return first, scene.places
 
@@ -134,7 +134,7 @@ def test_a_closed_engines_share_goes_to_the_others_and_a_new_one_takes_part():
         scene = Scene(capacity=4, num_engines=3)
         scene.open(0, 1)
         for i in range(14):
-            scene.request(i, work())
+            scene.request(i, request())
         await settle()
         scene.open(1, 2)
         await settle()
@@ -147,17 +147,17 @@ def test_what_failed_on_an_engine_waits_for_another_and_goes_first_there():
     async def story():
         scene = Scene(capacity=4, num_engines=2)
         scene.open(0, 1)
-        full = work(n=8)
+        full = request(n=8)
         scene.engines[1].num_occupied = 8
-        scene.request("again", work(avoid=[scene.engines[0]]))
-        scene.request("new", work(longest=5000))
+        scene.request("again", request(avoid=[scene.engines[0]]))
+        scene.request("new", request(longest=5000))
         await settle()
         before = scene.engines_of("again", "new")
         scene.dispatcher.release(scene.engines[1], full)
         await settle()
         after = scene.engines_of("again")
         scene.open(0)  # the only one left
-        scene.request("once more", work(avoid=[scene.engines[0]]))
+        scene.request("once more", request(avoid=[scene.engines[0]]))
         await settle()
         return before, after, scene.engines_of("once more")
 
@@ -169,8 +169,8 @@ def test_what_is_asked_for_again_goes_before_what_is_new():
         scene = Scene(capacity=1, num_engines=2)
         scene.engines[1].num_occupied = 2
         scene.open(0, 1)
-        scene.request("new", work(n=2, longest=5000))
-        scene.request("again", work(n=2, avoid=[scene.engines[1]]))
+        scene.request("new", request(n=2, longest=5000))
+        scene.request("again", request(n=2, avoid=[scene.engines[1]]))
         await settle()
         return scene.places
 
@@ -182,11 +182,11 @@ def test_cancelled_requests_leave_no_load_behind():
         scene = Scene(capacity=1, num_engines=1)
         scene.open(0)
         for name in ("runs", "gives up waiting", "gives up when granted", "granted"):
-            scene.request(name, work(n=2))
+            scene.request(name, request(n=2))
         await settle()
         scene.tasks["gives up waiting"].cancel()
         await settle()
-        scene.dispatcher.release(scene.engines[0], work(n=2))
+        scene.dispatcher.release(scene.engines[0], request(n=2))
         await asyncio.sleep(0)  # granted, but its task has not run yet
         scene.tasks["gives up when granted"].cancel()
         await settle()
@@ -198,7 +198,7 @@ def test_cancelled_requests_leave_no_load_behind():
 def test_when_the_fleet_breaks_waiting_requests_fail():
     async def story():
         scene = Scene(capacity=1, num_engines=1)
-        scene.request("waits", work())
+        scene.request("waits", request())
         await settle()
         scene.dispatcher.fail(EngineError("all is lost"))
         await scene.tasks["waits"]

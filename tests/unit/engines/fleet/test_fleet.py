@@ -116,7 +116,7 @@ def test_an_engine_that_fails_often_is_replaced_and_attracts_no_more_work(tmp_pa
         messages = []
         fleet.state.notify = messages.append
         groups = await sample(fleet, count=40)
-        await until(lambda: not fleet.replacement.tasks)
+        await until(lambda: not fleet.replacer.tasks)
         return groups, messages, [engine.server for engine in fleet.engines], fleet.num_restarts
 
     groups, messages, servers, restarts = run(
@@ -178,11 +178,11 @@ def test_a_slow_engine_is_drained_before_it_is_replaced(tmp_path):
     async def story(fleet):
         slow = fleet.engines[0]
         slow.num_running += 1  # something is in flight
-        fleet.replacement.retire(slow, EngineError("engine-0 made 1 token a second"))
+        fleet.replacer.retire(slow, EngineError("engine-0 made 1 token a second"))
         await sample(fleet, count=3)
         in_between = slow.is_up, slow.is_open, slow.server.is_alive()
         slow.num_running -= 1
-        await until(lambda: not fleet.replacement.tasks)
+        await until(lambda: not fleet.replacer.tasks)
         return in_between, fleet.engines[0].server
 
     between, server = run(tmp_path, peers, story, num_engines=2, max_restarts=1)
@@ -193,7 +193,7 @@ def test_a_slow_engine_is_drained_before_it_is_replaced(tmp_path):
 
 def test_without_a_restart_left_a_slow_engine_stays(tmp_path):
     async def story(fleet):
-        fleet.replacement.retire(fleet.engines[0], EngineError("slow"))
+        fleet.replacer.retire(fleet.engines[0], EngineError("slow"))
         return await sample(fleet), fleet.engines[0].is_open
 
     assert run(tmp_path, [Peer(good)], story) == ([[[7], [7]]], True)
@@ -309,7 +309,7 @@ def test_no_engine_is_replaced_while_the_memory_is_the_trainers(tmp_path):
     async def story(fleet):
         await fleet.sleep()
         peers[0].is_running = False
-        await until(lambda: fleet.replacement.tasks)
+        await until(lambda: fleet.replacer.tasks)
         for _ in range(20):
             await asyncio.sleep(0)
         early = peers[1].is_running
@@ -328,7 +328,7 @@ def test_an_engine_whose_connection_breaks_amid_a_push_is_replaced_by_one_with_i
 
     async def story(fleet):
         await fleet.push({}, 1)
-        await until(lambda: not fleet.replacement.tasks)
+        await until(lambda: not fleet.replacer.tasks)
         return fleet.policy_version, [engine.server for engine in fleet.engines], fleet.num_restarts
 
     version, servers, restarts = run(tmp_path, peers, story, num_engines=2, max_restarts=1)
@@ -350,7 +350,7 @@ def test_an_engine_that_did_not_get_the_weights_is_replaced(tmp_path, error):
 
     async def story(fleet):
         await fleet.push({}, 1)
-        await until(lambda: not fleet.replacement.tasks)
+        await until(lambda: not fleet.replacer.tasks)
         return [engine.server for engine in fleet.engines], fleet.num_restarts
 
     result = run(tmp_path, peers, story, num_engines=2, max_restarts=1)
@@ -376,17 +376,17 @@ def test_an_engine_that_waits_for_weights_does_not_hang(tmp_path, monkeypatch, s
     peers = [Peer(good, holds={"/is_sleeping": release, "/swap_weights": release}), Peer(good)]
 
     async def story(fleet):
-        fleet.replacement.unresponsive_seconds = 0.2
+        fleet.replacer.unresponsive_seconds = 0.2
         with fleet.allow_silence(silence):
             pushing = asyncio.create_task(fleet.push({}, 1))
             if silence:
                 await asyncio.sleep(1.0)
             else:
                 await until(lambda: fleet.num_restarts)
-            fleet.replacement.unresponsive_seconds = 1e5
+            fleet.replacer.unresponsive_seconds = 1e5
             release.set()
             await pushing
-        await until(lambda: not fleet.replacement.tasks)
+        await until(lambda: not fleet.replacer.tasks)
         return fleet.num_restarts
 
     assert run(tmp_path, peers, story, max_restarts=1) == (0 if silence else 1)
@@ -443,7 +443,7 @@ def test_one_that_was_starting_gives_its_memory_to_the_trainer(tmp_path):
         asleep = starting.is_running, peers[3].is_running
         held.set()
         await fleet.push({}, 1)
-        await until(lambda: not fleet.replacement.tasks)
+        await until(lambda: not fleet.replacer.tasks)
         return asleep, [engine.server for engine in fleet.engines], fleet.num_restarts
 
     result = run(tmp_path, peers, story, num_engines=2, max_restarts=1)
