@@ -36,6 +36,18 @@ def test_the_summary_has_both_ratios():
     assert "Some CPU" in text and "6.00 x" in text and "1.50 x" in text
 
 
+def test_the_summary_has_the_ratio_of_each_round():
+    seconds = {"ours": (1.0, 2.0), "trl": (4.0, 4.0), "trl, 2 processes": (5.0, 3.0)}
+    runs = {
+        ("short", system): [{"steps": [step(each, 100)]} for each in rounds]
+        for system, rounds in seconds.items()
+    }
+    compared = compare.compare_runs(runs, "short")
+    assert compared["ratios"] == pytest.approx([4.0, 1.5])
+    assert "(1.50 to 4.00 in 2 rounds)" in compare.summary("Some CPU", {"short": compared})
+    assert compare.table({"short": compared}, None)
+
+
 def test_an_overlapped_step_is_compared_with_the_slower_of_its_parts():
     phases = {"time/rollout": 2.0, "time/reward": 0.1, "time/train": 1.0, "time/push": 0.3}
     overlap = compare.overlap_ratio([step(3.5, 1, **phases)], [step(2.31, 1)])

@@ -32,6 +32,8 @@ from tools.bench.step.work import StepWork, Tail, write_model, write_questions
 PAGE = Path(__file__).with_name("page.md.in")
 Steps = list[dict[str, Any]]
 """One dictionary per step: "seconds" (wall clock), "core_seconds" and "response_tokens"."""
+RATIOS = ("ratio", "ratios")
+"""What a comparison has next to the figures of systems."""
 
 
 def compare_systems(**systems: Steps) -> dict[str, Any]:
@@ -76,7 +78,7 @@ def table(comparisons: dict[str, dict], overlap: dict[str, float] | None) -> str
     for name, comparison in comparisons.items():
         rate = comparison["ours"]["tokens_per_second"]
         for system, figures in comparison.items():
-            if system == "ratio":
+            if system in RATIOS:
                 continue
             ratio = rate / figures["tokens_per_second"]
             cells = [f"{figures[key]:.2f}" for key in ("seconds", "core_seconds")]
@@ -95,16 +97,19 @@ def table(comparisons: dict[str, dict], overlap: dict[str, float] | None) -> str
 
 def summary(processor: str, comparisons: dict[str, dict]) -> str:
     """Return the ratios to TRL's tokens per second, on the clock and by processor time, each to the
-    better of TRL's runs, one line for each of `comparisons`."""
+    better of TRL's runs, one line for each of `comparisons`. Behind it the least and the greatest
+    ratio of the rounds, each of one run of every system."""
     lines = [f"{processor}: tokens a second beside TRL's, medians of all runs"]
     for name, comparison in comparisons.items():
         ours, *peers = (
             figures["response_tokens"] / figures["core_seconds"]
             for system, figures in comparison.items()
-            if system != "ratio"
+            if system not in RATIOS
         )
+        ratios = comparison.get("ratios", [comparison["ratio"]])
         lines.append(
-            f"{name:12}{comparison['ratio']:6.2f} x on the clock"
+            f"{name:12}{comparison['ratio']:6.2f} x on the clock ({min(ratios):.2f} to "
+            f"{max(ratios):.2f} in {len(ratios)} rounds)"
             f"{ours / max(peers):7.2f} x by processor time"
         )
     return "\n".join(lines)
@@ -378,3 +383,17 @@ def steps_of(runs: Runs) -> dict[str, dict[str, Steps]]:
         if records:
             steps[name][system] = list(itertools.chain(*(r["steps"] for r in records)))
     return steps
+
+
+def compare_runs(runs: Runs, name: str) -> dict[str, Any]:
+    """Return a case's systems compared over all their runs (`compare_systems`), with "ratios", that
+    of each round of one run of every system."""
+    systems = ("ours", *PEERS)
+    rounds = zip(*(runs[name, system] for system in systems), strict=False)
+    ratios = [
+        compare_systems(**{s: run["steps"] for s, run in zip(systems, records, strict=True)})
+        for records in rounds
+    ]
+    steps = steps_of(runs)[name]
+    compared = compare_systems(**{system: steps[system] for system in systems})
+    return {**compared, "ratios": [each["ratio"] for each in ratios]}

@@ -36,6 +36,7 @@ from tools.bench.step.compare import (
     Runs,
     Steps,
     as_page,
+    compare_runs,
     compare_systems,
     measure,
     overlap_ratio,
@@ -125,7 +126,7 @@ def _shown(
     """Print the figures of the cases that have a run of each system, and return them."""
     steps = steps_of(runs)
     comparisons = {
-        name: compare_systems(**steps[name])
+        name: compare_runs(runs, name)
         for name in (*WORKS, PRETRAINED)
         if steps[name].keys() >= {"ours", *PEERS}
     }
