@@ -14,7 +14,7 @@ from megatron_r1.config.keys import boolean_keys
 from megatron_r1.config.overrides import parse_overrides
 from megatron_r1.engines.server.model_config import max_model_len
 from megatron_r1.models.hf_config import read_hf_config
-from megatron_r1.plan.job import PlannedJob, text_limit
+from megatron_r1.plan.job import Calibration, PlannedJob, text_limit
 from megatron_r1.plan.quantity import apply_calibration
 from megatron_r1.plan.rollout import check_teachers
 
@@ -108,9 +108,11 @@ def planned_job(
     verb = infer_verb(config)
     _check_verb(args, verb)
     hardware, assumptions = HARDWARE[args.hardware], Assumptions()
-    measured: dict[str, str] = {}
+    calibration = Calibration()
     if args.calibrate:
-        hardware, assumptions, measured = apply_calibration(hardware, assumptions, args.calibrate)
+        hardware, assumptions, calibration = apply_calibration(
+            hardware, assumptions, args.calibrate
+        )
     if args.memory_gib is not None:
         hardware = replace(hardware, memory=args.memory_gib * GIB)
     if args.host_memory_gib is not None:
@@ -126,7 +128,7 @@ def planned_job(
         world_size=args.gpus or gpus,
         hardware=hardware,
         assumptions=replace(assumptions, prompt_tokens=prompt),
-        measured=measured,
+        calibration=calibration,
         rollout_gpus=args.rollout_gpus or _gpus_of_hosts(config, verb),
         verb=verb,
         keeps_reference=verb == "rl" and loaded_config.uses_reference,

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from megatron_r1.base.errors import Cause, UserError
@@ -27,6 +28,20 @@ def text_limit(config: Config, hf_config: dict) -> int:
 
 
 @dataclass(frozen=True)
+class Calibration:
+    """The numbers that --calibrate replaced.
+
+    Attributes:
+        file: what it names; None: nothing is replaced.
+        names: the replaced numbers of `Hardware` and `Assumptions`.
+        num_gpus: how many GPUs measured them."""
+
+    file: Path | None = None
+    names: frozenset[str] = frozenset()
+    num_gpus: int = 1
+
+
+@dataclass(frozen=True)
 class PlannedJob:
     """One run on `world_size` trainer ranks, one GPU each.
 
@@ -41,8 +56,7 @@ class PlannedJob:
         verb: rl and sample have engines, all but sample have a trainer.
         keeps_reference: whether any part of `rl.schedule` has a KL penalty: the reference is then
             kept in all.
-        measured: the file of each name of `hardware` and `assumptions` that --calibrate replaced,
-            and how many GPUs measured them (`quantity.GPUS`).
+        calibration: the numbers of `hardware` and `assumptions` that --calibrate replaced.
         shared: cache of counts that are slow to compute and equal for all layouts of one job.
     """
 
@@ -55,7 +69,7 @@ class PlannedJob:
     response_tokens: int = 8192
     verb: Verb = "rl"
     keeps_reference: bool = False
-    measured: dict[str, str] = field(default_factory=dict, compare=False)
+    calibration: Calibration = field(default_factory=Calibration, compare=False)
     shared: dict = field(default_factory=dict, repr=False, compare=False)
 
     @property

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
 from megatron_r1.config.hardware import Assumptions, Hardware, described_fields, unit_of
 from megatron_r1.config.yaml_text import read_sections
-from megatron_r1.plan.job import PlannedJob
+from megatron_r1.plan.job import Calibration, PlannedJob
 
 QuantityTable = dict[str, "Quantity"]
 
@@ -99,9 +99,8 @@ GPUS = "gpus"
 
 def apply_calibration(
     hardware: Hardware, assumptions: Assumptions, file: Path
-) -> tuple[Hardware, Assumptions, dict[str, str]]:
-    """Return both with the values of `file`, {name: value} in YAML or JSON, and the file by name;
-    with `GPUS`, how many measured them.
+) -> tuple[Hardware, Assumptions, Calibration]:
+    """Return both with the values of `file`, {name: value} in YAML or JSON, and which they are.
 
     Args:
         hardware: the rates of the planned hardware.
@@ -154,7 +153,7 @@ def apply_calibration(
             key="--calibrate",
             cause=Cause.MALFORMED,
         ) from None
-    return hardware, assumptions, dict.fromkeys(values, str(file)) | {GPUS: str(num_gpus)}
+    return hardware, assumptions, Calibration(file, frozenset(values), num_gpus)
 
 
 def _number(value: object) -> object:
@@ -169,8 +168,8 @@ def assumed_section(job: PlannedJob) -> QuantityTable:
     for part in (job.assumptions, job.hardware):
         for name, info in described_fields(part).items():
             source = " ".join((info.description or "").split())
-            if name in job.measured:
-                source = f"measured: {job.measured[name]}"
+            if name in job.calibration.names:
+                source = f"measured: {job.calibration.file}"
             section[name] = Quantity(getattr(part, name), unit_of(info), source)
     return section
 

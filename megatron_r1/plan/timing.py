@@ -25,7 +25,7 @@ from megatron_r1.plan.phase_overheads import (
     weight_load_time,
 )
 from megatron_r1.plan.push import push_link, pushed_rank_bytes
-from megatron_r1.plan.quantity import GPUS, Quantity, QuantityTable
+from megatron_r1.plan.quantity import Quantity, QuantityTable
 from megatron_r1.plan.rollout import RolloutTime
 from megatron_r1.reporting.formatting import format_count
 
@@ -80,8 +80,8 @@ def with_range(times: "StepTime", name: str, quantity: Quantity) -> Quantity:
     if number is None or quantity.value is None:
         return quantity
     assumed_share = 1.0
-    if number in job.measured:
-        if int(job.measured.get(GPUS, "1")) >= job.num_gpus:
+    if number in job.calibration.names:
+        if job.calibration.num_gpus >= job.num_gpus:
             return quantity
         # Fewer GPUs than are planned do not show their communication.
         assumed_share = times.communication_share(name)
@@ -108,7 +108,9 @@ def narrowing_section(job: PlannedJob, time: QuantityTable) -> QuantityTable:
             command = (
                 f"tools/gpu_check --only {check!r}, then --calibrate with the file that it writes"
             )
-            if number in job.measured:  # on fewer GPUs, which say little of its communication
+            if (
+                number in job.calibration.names
+            ):  # on fewer GPUs, which say little of its communication
                 command = f"a run of {job.num_gpus:,} GPUs, then --calibrate-from its folder"
             section[name] = Quantity(width, "x", f"{command}: {number}")
     return section

@@ -38,10 +38,10 @@ def test_a_slow_rank_another_version_and_a_folder_of_its_own_are_named(tmp_path)
     assert [len(rank["pairs"]) for rank in ranks] == [2, 2, 2, 2]
     assert [len(rank["gloo"]) for rank in ranks] == [2, 2, 2, 2]
     # With the file, the planner computes with the slowest rate that an axis has reached.
-    hardware, assumptions, measured = apply_calibration(
+    hardware, assumptions, calibration = apply_calibration(
         HARDWARE["H800"], Assumptions(), tmp_path / "rates.yaml"
     )
-    assert measured.keys() == {"gpus_per_node", "network", "host_network"}
+    assert calibration.names == {"gpus_per_node", "network", "host_network"}
     assert hardware.gpus_per_node == 1
     assert hardware.host_network == min(max(rank["gloo"]) for rank in ranks)
     tensor = {tuple(rank["links"]["tensor"]["ranks"]): 0.0 for rank in ranks}
