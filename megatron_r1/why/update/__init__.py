@@ -2,5 +2,6 @@
 
 `update_inputs` is what they are made of, `loss_formulas` and `adam` are the formulas,
 `step_updates` makes the updates, and `recomputation` compares them with the run's. `substitutions`
-is what may have been computed otherwise; `evidence` is what the checkpoint after the step says of
-that, and `gradient_norms` what clipping says of gradients that are not recomputed."""
+is what may have been computed otherwise, `advantage_substitutions` of it what is of advantages;
+`evidence` is what the checkpoint after the step says of that, and `gradient_norms` what clipping
+says of gradients that are not recomputed."""

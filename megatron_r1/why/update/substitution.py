@@ -43,3 +43,8 @@ class Substitution:
     def change(self) -> str:
         """What to change where this explains a departure."""
         return self.remedy or self.setting
+
+
+def others(values: Sequence[str], present_value: str) -> list[str]:
+    """Return the values that a setting does not have."""
+    return [value for value in values if value != present_value]
