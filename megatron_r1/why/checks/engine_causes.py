@@ -46,6 +46,12 @@ def stale_weights(gaps: EngineGaps) -> ExplainedDeparture | None:
             "the checkpoint that the run went on from: other weights were loaded than those of "
             f"step {gaps.newest} (docs/checkpoints.md)",
         )
+    if version == 0 and gaps.step.run_config.model.lora is not None:
+        return ExplainedDeparture(
+            f"{engine.name} computed without adapters, with the weights of model.path alone: "
+            f"{engine.gap_sizes}",
+            "the merge of model.lora in the push (docs/lora.md)",
+        )
     return ExplainedDeparture(
         f"{engine.name} computed with the weights of version {version}, not {gaps.newest}: "
         f"{engine.gap_sizes}",
