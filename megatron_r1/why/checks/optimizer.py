@@ -217,6 +217,10 @@ def _counters(step: RecordedStep, when: str, path: Path) -> CheckedQuantity:
     num_updates = step.updates_after(step.step - (when == "before"))
     if counted is None:
         return not_checked(WHERE[when], name, f"{path.name} has none")
+    reason, remedy = _missing_updates(step) or (
+        "Adam's state was lost on the way",
+        "the checkpoint that the run went on from: it was loaded without its optimizer",
+    )
     return CheckedQuantity(
         WHERE[when],
         name,
@@ -225,10 +229,38 @@ def _counters(step: RecordedStep, when: str, path: Path) -> CheckedQuantity:
         float(abs(counted - num_updates)),
         0.0,
         "exact",
-        f"{path.name} counts {counted:,} updates, {num_updates:,} were made: Adam's state was lost "
-        "on the way",
-        remedy="the checkpoint that the run went on from: it was loaded without its optimizer",
+        f"{path.name} counts {counted:,} updates, {num_updates:,} were made: {reason}",
+        remedy=remedy,
     )
+
+
+def _missing_updates(step: RecordedStep) -> tuple[str, str] | None:
+    """Return what the counters of both checkpoints say of updates that the step lacks, and what to
+    change; None where it lacks none, or one of them is not there."""
+    from megatron_r1.why.policy import checkpoint_model
+
+    counters = [
+        checkpoint_model.read_state(path)
+        for path in (step.before, step.after)
+        if path is not None and (path / ".metadata").is_file()
+    ]
+    if len(counters) < 2 or counters[0] is None or counters[1] is None:
+        return None
+    before, after = counters
+    num_counted = after - before
+    due = step.updates_after(step.step) - step.updates_after(step.step - 1)
+    if num_counted == 0:
+        return (
+            f"the counter stands still at {after:,}",
+            "the optimizer: Adam's bias correction is that of another update (step_taken in "
+            "metrics.jsonl says whether updates were made)",
+        )
+    if num_counted < due:
+        return (
+            f"the step made {num_counted:,} of the {due:,} updates, the others were skipped",
+            "the trainer: each mini-batch makes one optimizer step (step_taken in metrics.jsonl)",
+        )
+    return None
 
 
 def _moments(step: RecordedStep, when: str, path: Path) -> CheckedQuantity:
