@@ -210,7 +210,7 @@ def explanation(
         ):
             other_candidates = [
                 substitution
-                for substitution in candidates
+                for substitution in (candidates[other] for other in order)
                 if substitution.setting == first.setting and substitution != first
             ]
             other_values = [

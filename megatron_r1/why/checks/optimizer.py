@@ -244,9 +244,10 @@ def _missing_updates(step: RecordedStep) -> tuple[str, str] | None:
         for path in (step.before, step.after)
         if path is not None and (path / ".metadata").is_file()
     ]
-    if len(counters) < 2 or counters[0] is None or counters[1] is None:
+    counted = [counter for counter in counters if counter is not None]
+    if len(counted) < 2:
         return None
-    before, after = counters
+    before, after = counted
     num_counted = after - before
     due = step.updates_after(step.step) - step.updates_after(step.step - 1)
     if num_counted == 0:

@@ -30,6 +30,11 @@ class AdamRules:
         moment_reset: "": never; "step", "update": the moments are zero before each of them,
             though the counter goes on.
         without_gradient: parameters whose gradient is zero.
+        accumulates: the gradient of each update of the step is added to the one before, as it was
+            clipped.
+        skipped: the numbers of updates in the step that are not made, though their loss is.
+        bias_count: the updates that the bias correction counts in each update; infinite: nothing
+            is corrected; None: those that were made.
         norms: the norm of the whole gradient in each update, where it has parts that are not
             computed here; None: that of what is."""
 
@@ -44,6 +49,9 @@ class AdamRules:
     gradient_factors: tuple[float, ...] = ()
     moment_reset: str = ""
     without_gradient: Collection[str] = ()
+    accumulates: bool = False
+    skipped: Collection[int] = ()
+    bias_count: float | None = None
     norms: tuple[float, ...] | None = None
 
 
@@ -62,6 +70,7 @@ class Adam:
         num_updates: int,
     ) -> None:
         self._parameters, self.count = parameters, num_updates
+        self._clipped: Moments = {}
         if moments is None:
             zeros = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
             moments = zeros, zeros
@@ -77,7 +86,6 @@ class Adam:
             gradients: by parameter; one that is missing has none.
             rules: the settings.
             index: the number of the update in the step."""
-        self.count += 1
         rate = rules.learning_rates[index]
         factor = rules.gradient_factors[index] if rules.gradient_factors else 1.0
         used_gradients = {
@@ -85,13 +93,24 @@ class Adam:
             for name, values in gradients.items()
             if name not in rules.without_gradient
         }
+        if rules.accumulates:
+            used_gradients = {
+                name: values + self._clipped.get(name, 0.0)
+                for name, values in used_gradients.items()
+            }
         norm = math.sqrt(
             sum(float(values.double().square().sum()) for values in used_gradients.values())
         )
         if rules.norms is not None:
             norm = rules.norms[index]
         scale = min(1.0, rules.clip_grad / (norm + 1e-6))
-        first_bias, second_bias = 1 - rules.beta1**self.count, 1 - rules.beta2**self.count
+        if rules.accumulates:
+            self._clipped = {name: values * scale for name, values in used_gradients.items()}
+        if index in rules.skipped:
+            return norm
+        self.count += 1
+        count = self.count if rules.bias_count is None else rules.bias_count
+        first_bias, second_bias = 1 - rules.beta1**count, 1 - rules.beta2**count
         for name, parameter in self._parameters.items():
             # As norms and biases do not.
             decays = rules.decays_all or (parameter.dim() > 1 and not name.endswith("bias"))

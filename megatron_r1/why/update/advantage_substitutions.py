@@ -3,20 +3,35 @@ model."""
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from megatron_r1.why import formulas
 from megatron_r1.why.record.recorded_step import RecordedStep
 from megatron_r1.why.update.substitution import Substitution, others
 
+if TYPE_CHECKING:
+    from megatron_r1.why.update.evidence import Evidence
+
 Rewards = Sequence[Sequence[float | None]]
 Advantages = list[list[float]]
+EPSILONS = (1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.1, 1.0)
+"""Usual values of `rl.advantage_epsilon`, and those of another unit."""
+FACTORS = (0.5, 2.0)
+"""Factors of the advantages that are tried whatever a checkpoint shows."""
+SAME = 1e-5
+"""The largest difference of advantages that changes nothing which `why` would see."""
 
 
-def advantage_substitutions(step: RecordedStep) -> Iterator[Substitution]:
-    """Yield advantages of other rules, and of other responses."""
+def advantage_substitutions(step: RecordedStep, evidence: Evidence) -> Iterator[Substitution]:
+    """Yield advantages of other rules, and of other responses.
+
+    Args:
+        step: the step.
+        evidence: what the checkpoint after it says."""
     rl, rewards = step.config.rl, step.training_rewards
 
     def compute(
@@ -52,6 +67,12 @@ def advantage_substitutions(step: RecordedStep) -> Iterator[Substitution]:
         "the advantages or the loss of rl.algorithm: a better response becomes more likely",
         advantages=[[-a for a in group_advantages] for group_advantages in step.advantages],
     )
+    yield Substitution(
+        "advantages clipped at 0",
+        "the sign of the advantages",
+        "the advantages of rl.algorithm: a response below the mean becomes less likely",
+        advantages=_mapped(step, lambda advantage: max(0.0, advantage)),
+    )
     yield from _shifted_advantage_substitutions(step)
     unpenalized_rewards = [
         [g.reward if g.is_graded else None for g in group.responses] for group in step.groups
@@ -61,6 +82,12 @@ def advantage_substitutions(step: RecordedStep) -> Iterator[Substitution]:
             "rewards without the penalty of long responses",
             "rl.overlong_buffer",
             advantages=compute(unpenalized_rewards),
+        )
+        yield Substitution(
+            "a penalty of long responses that is added to their rewards, with the other sign,",
+            "rl.overlong_buffer",
+            "rl.overlong_penalty: it is subtracted from the rewards of long responses",
+            advantages=compute(_rewarded_lengths(step)),
         )
     accuracy = [
         [g.rewards.get("accuracy") if g.is_graded else None for g in group.responses]
@@ -72,6 +99,76 @@ def advantage_substitutions(step: RecordedStep) -> Iterator[Substitution]:
         )
     if any(graded.is_truncated for graded in step.responses.values()):
         yield _truncated_substitution(step, compute(rewards))
+    for epsilon in EPSILONS:
+        other_advantages = formulas.advantages(rewards, rl.algorithm, rl.advantage_std, epsilon)
+        if _are_apart(other_advantages, step.advantages):
+            yield Substitution(
+                f"rl.advantage_epsilon {epsilon:g}",
+                "rl.advantage_std",
+                f"rl.advantage_epsilon: {rl.advantage_epsilon:g} has no effect",
+                advantages=other_advantages,
+            )
+    yield from _scaled_advantage_substitutions(step, evidence)
+
+
+def _mapped(step: RecordedStep, change: Callable[[float], float]) -> Advantages:
+    """Return changed advantages; NaN stays."""
+    return [
+        [
+            advantage if math.isnan(advantage) else change(advantage)
+            for advantage in group_advantages
+        ]
+        for group_advantages in step.advantages
+    ]
+
+
+def _are_apart(first: Advantages, second: Advantages) -> bool:
+    pairs = zip(sum(first, []), sum(second, []), strict=True)
+    return any(abs(a - b) > SAME for a, b in pairs)  # NaN is not above it
+
+
+def _rewarded_lengths(step: RecordedStep) -> Rewards:
+    """Return the training rewards with the length's penalty added in place of subtracted."""
+    rl, limit = step.config.rl, step.config.rollout.max_response_tokens
+    return [
+        [
+            formulas.training_reward(
+                graded.reward if graded.is_graded else None,
+                len(graded.response.token_ids),
+                limit,
+                rl.overlong_buffer,
+                -rl.overlong_penalty,
+            )
+            for graded in group.responses
+        ]
+        for group in step.groups
+    ]
+
+
+def _scaled_advantage_substitutions(
+    step: RecordedStep, evidence: Evidence
+) -> Iterator[Substitution]:
+    """Yield multiples of the advantages that loss or gradients of the step suggest."""
+    suggested = [evidence.gradient_factor]
+    norm, loss = (step.line.get(name) for name in ("grad_norm", "loss"))
+    if isinstance(norm, int | float) and evidence.norm:
+        suggested.append(norm / evidence.norm)
+    if isinstance(loss, int | float) and (term := evidence.terms.get("policy")):
+        suggested.append(1 + (loss - sum(evidence.terms.values())) / term)
+    rounded = [
+        float(f"{factor:.{digits}g}")
+        for factor in suggested
+        if factor is not None and math.isfinite(factor)
+        for digits in (1, 2)
+    ]
+    for factor in dict.fromkeys((*rounded, *FACTORS)):
+        if factor > 0 and factor != 1:
+            yield Substitution(
+                f"advantages times {factor:g}",
+                "rl.advantage_std",
+                "the advantages of rl.algorithm: they are multiplied by a factor",
+                advantages=_mapped(step, functools.partial(operator.mul, factor)),
+            )
 
 
 def _truncated_substitution(step: RecordedStep, all_trained: Advantages) -> Substitution:

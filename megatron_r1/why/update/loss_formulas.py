@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -33,7 +33,15 @@ class LossRules:
         takes_larger: the larger of the free and the clipped term, as a clip of the other sign does.
         is_on_policy: the ratio is 1, as where the old policy is the current one.
         divergence: the largest fall and rise of a probability from the engine's, beyond which a
-            token has no policy gradient; None: no limit."""
+            token has no policy gradient; None: no limit.
+        leaves_out: "first" or "last": that token of each sequence's response is not trained on, as
+            under a mask that is too short; "": none.
+        uses_engine_as_old: the old policy's log-probabilities are the engine's.
+        inverts_ratio: the ratio is old policy over policy.
+        inverts_importance: the weight is engine over old policy.
+        reverses_kl: KL's estimate is of log(policy / reference) in place of its negative.
+        keeps_slope: what is inverted or reversed has the gradient of what is not negated, as where
+            a kernel's derivative stays as it was."""
 
     average: str
     constant: int
@@ -51,6 +59,12 @@ class LossRules:
     takes_larger: bool = False
     is_on_policy: bool = False
     divergence: tuple[float, float] | None = None
+    leaves_out: str = ""
+    uses_engine_as_old: bool = False
+    inverts_ratio: bool = False
+    inverts_importance: bool = False
+    reverses_kl: bool = False
+    keeps_slope: bool = False
 
 
 @dataclass
@@ -121,7 +135,8 @@ def denominator(rows: Sequence[TokenRow], loss: LossRules) -> float:
     if loss.average == "token" and loss.counts_prompts:
         count = sum(len(row.token_ids) for row in rows)
     elif loss.average == "token":
-        count = sum(int(row.is_sampled.sum()) for row in rows)
+        left_out = 1 if loss.leaves_out else 0
+        count = sum(max(0, int(row.is_sampled.sum()) - left_out) for row in rows)
     else:
         count = len({row.response for row in rows})
     return max(1, count)  # A substitution may leave out all responses of a mini-batch.
@@ -138,6 +153,8 @@ def _surrogate(
         old: those of the policy before the step.
         loss: the rules of the loss."""
     x = logprobs - (logprobs.detach() if loss.is_on_policy else old)
+    if loss.inverts_ratio:
+        x = _negated(x, loss)
     if loss.is_sequence_ratio:
         x = x.mean().expand_as(x)
     ratio = x.exp()
@@ -169,6 +186,21 @@ def _surrogate(
     return surrogate, ratio, is_clipped
 
 
+def _negated(value: Tensor, loss: LossRules) -> Tensor:
+    """Return the negative of a log-ratio; with `keeps_slope`, its gradient is the log-ratio's."""
+    return value - 2 * value.detach() if loss.keeps_slope else -value
+
+
+def _of_tokens(row: TokenRow, sampled_range: slice) -> TokenRow:
+    """Return a row with the values of some of its sampled tokens alone."""
+    advantages = row.token_advantages
+    return replace(
+        row,
+        logprobs=row.logprobs[sampled_range],
+        token_advantages=None if advantages is None else advantages[sampled_range],
+    )
+
+
 def row_loss(
     row: TokenRow,
     logprobs: Tensor,
@@ -188,18 +220,30 @@ def row_loss(
         reference: those under the reference, or None.
         loss: the loss.
         totals: the sums of the update, with the denominator."""
+    num_sampled: float = row.num_sampled
+    if loss.leaves_out and len(logprobs):
+        num_sampled *= 1 - 1 / len(logprobs)  # of a branch, its share of the response
+        sampled_range = slice(1, None) if loss.leaves_out == "first" else slice(-1)
+        row = _of_tokens(row, sampled_range)
+        logprobs, entropy, old = logprobs[sampled_range], entropy[sampled_range], old[sampled_range]
+        reference = None if reference is None else reference[sampled_range]
+    if loss.uses_engine_as_old:
+        old = row.logprobs.double()
     # An update on the first mini-batch begins at the old policy.
     surrogate, ratio, is_clipped = _surrogate(row, logprobs, old, loss)
     v = torch.ones_like(logprobs)
     if loss.importance_cap is not None:
-        v = (old - row.logprobs.double()).exp().clamp(max=loss.importance_cap)
+        gap = old - row.logprobs.double()
+        v = (-gap if loss.inverts_importance else gap).exp().clamp(max=loss.importance_cap)
     kl = torch.zeros_like(logprobs)
     if reference is not None:
         g = reference - logprobs
+        if loss.reverses_kl:
+            g = _negated(g, loss)
         k3 = g.expm1() - g
         unbiased = (logprobs - old).exp() * k3
         kl = {"k1": -g, "k2": g * g / 2, "k3": k3, "unbiased": unbiased}[loss.kl_estimator]
-    length = len(row.token_ids) if loss.counts_prompts else row.num_sampled
+    length = len(row.token_ids) if loss.counts_prompts else num_sampled
     weight = {"token": 1.0, "sequence": 1 / max(1, length), "constant": 1 / loss.constant}
     w = weight[loss.average]
     parts = (

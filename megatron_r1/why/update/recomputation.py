@@ -110,8 +110,10 @@ class Recomputation(UpdateInputs):
             name: sum(update.terms[name] for update in measured) / len(measured)
             for name in measured[0].terms
         }
-        if adam.norms is not None and min(adam.norms) < CLIPPED * adam.clip_grad:
-            del metrics["grad_norm"]  # of a gradient that was not clipped the norm is not known
+        # The norm of a gradient is not known that was not clipped, or whose update was not made.
+        is_unclipped = adam.norms is not None and min(adam.norms) < CLIPPED * adam.clip_grad
+        if is_unclipped or adam.skipped:
+            del metrics["grad_norm"]
         change, by_parameter = self._compare(model, updates.adam)
         return updates, RecomputedUpdates(
             metrics, terms, signed, change, by_parameter, self._moment_distance(updates.adam)

@@ -28,6 +28,8 @@ USUAL = {
     "clip_grad": (1.0,),
 }
 """Values of `optimizer`: its defaults, and what is usual elsewhere."""
+MAX_SKIPPED = 4
+"""Updates of a step of which each is tried as the one that was left out, the last apart."""
 OF_LOSS = (
     *("clip_low", "clip_high", "dual_clip", "importance_cap", "kl_beta", "kl_estimator"),
     "entropy_coef",
@@ -45,7 +47,7 @@ def substitutions(step: RecordedStep, recomputed: Recomputation) -> Iterator[Sub
     if rl.kl_beta and rl.algorithm not in formulas.OF_TOKENS:
         yield from _kl_substitutions(step)
     yield from _loss_substitutions(step)
-    yield from advantage_substitutions(step)
+    yield from advantage_substitutions(step, recomputed.evidence)
     yield from _sample_substitutions(step, recomputed)
     yield from _optimizer_substitutions(step)
     yield from _evidence_substitutions(step, recomputed.evidence)
@@ -64,11 +66,31 @@ def _loss_substitutions(step: RecordedStep) -> Iterator[Substitution]:
     for average in others(("sequence", "token", "constant"), rl.loss_average):
         yield Substitution(f"average {average}", "rl.loss_average", loss=(("average", average),))
     yield from _clip_substitutions(rl)
+    for place in ("last", "first"):
+        yield Substitution(
+            f"a loss without the {place} token of each response",
+            "the mask of the response",
+            f"the mask of the response: it leaves out the {place} token of each",
+            loss=(("leaves_out", place),),
+        )
     yield Substitution(
         "old log-probabilities that are the current ones, a ratio of 1,",
         "old log-probabilities",
         "the loss of rl.algorithm: the ratio is over the policy before the step's first update",
         loss=(("is_on_policy", True),),
+    )
+    yield Substitution(
+        "old log-probabilities that are the engine's",
+        "old log-probabilities",
+        "the loss of rl.algorithm: the ratio is over the trainer's own log-probabilities, those of "
+        "the engine are for importance weights (rl.importance_cap) alone",
+        loss=(("uses_engine_as_old", True),),
+    )
+    yield from _inverted(
+        "a ratio of old policy over policy",
+        "the ratio",
+        "the loss of rl.algorithm: the ratio is policy over old policy",
+        "inverts_ratio",
     )
     is_sequence = rl.ratio_level == "sequence"
     yield Substitution(
@@ -85,6 +107,12 @@ def _loss_substitutions(step: RecordedStep) -> Iterator[Substitution]:
             "rl.importance_cap",
             loss=(("importance_cap", math.inf),),
         )
+        yield Substitution(
+            "importance weights of engine over old policy",
+            "rl.importance_cap",
+            "rl.importance_cap: the weight is old policy over engine",
+            loss=(("inverts_importance", True),),
+        )
     if rl.entropy_coef:
         yield Substitution(
             "entropy with the wrong sign",
@@ -96,6 +124,23 @@ def _loss_substitutions(step: RecordedStep) -> Iterator[Substitution]:
         yield Substitution(
             "temperature 1 in the trainer", "rollout.temperature", loss=(("temperature", 1.0),)
         )
+
+
+def _inverted(name: str, setting: str, remedy: str, rule: str) -> Iterator[Substitution]:
+    """Yield a log-ratio that is negated, with its gradient and without.
+
+    Args:
+        name: as of `Substitution`, like the next two.
+        setting: what it is a value of.
+        remedy: what to change.
+        rule: the field of `LossRules`."""
+    yield Substitution(name, setting, remedy, loss=((rule, True),))
+    yield Substitution(
+        f"{name}, with the gradient of one that is not inverted,",
+        setting,
+        remedy,
+        loss=((rule, True), ("keeps_slope", True)),
+    )
 
 
 def _clip_substitutions(rl: RLConfig) -> Iterator[Substitution]:
@@ -171,6 +216,7 @@ def _optimizer_substitutions(step: RecordedStep) -> Iterator[Substitution]:
     """Yield other states and rules of Adam."""
     settings = step.config.optimizer
     yield from _moment_substitutions(step)
+    yield from _update_substitutions(step)
     yield Substitution(
         "no clipping of the gradient", "optimizer.clip_grad", adam=(("clip_grad", math.inf),)
     )
@@ -208,6 +254,35 @@ def _optimizer_substitutions(step: RecordedStep) -> Iterator[Substitution]:
             "optimizer.learning_rate",
             "optimizer.learning_rate, warmup and decay",
             adam=(("learning_rates", (float(rate),) * step.config.rl.minibatches),),
+        )
+
+
+def _update_substitutions(step: RecordedStep) -> Iterator[Substitution]:
+    """Yield gradients that add up, updates that are left out, and other bias corrections."""
+    count = step.config.rl.minibatches
+    if count > 1:
+        yield Substitution(
+            "the gradient of the update before added to that of each",
+            "the gradients of an update",
+            "the trainer: gradients are set to zero before each update",
+            adam=(("accumulates", True),),
+        )
+        for index in dict.fromkeys((count - 1, 0, *range(1, min(count - 1, MAX_SKIPPED)))):
+            yield Substitution(
+                f"update {index + 1} of {count} left out",
+                "the updates of a step",
+                "the trainer: each mini-batch makes one optimizer step (step_taken)",
+                adam=(("skipped", (index,)),),
+            )
+    for name, num_updates in (
+        ("Adam without its bias correction", math.inf),
+        ("Adam with the bias correction of its first update, a counter that stands still,", 1),
+    ):
+        yield Substitution(
+            name,
+            "the bias correction of Adam",
+            "the optimizer: Adam divides its moments by 1 - beta^t, t the updates that were made",
+            adam=(("bias_count", num_updates),),
         )
 
 
@@ -314,6 +389,13 @@ def _kl_substitutions(step: RecordedStep) -> Iterator[Substitution]:
     for estimator in others(("k1", "k2", "k3"), rl.kl_estimator):
         yield Substitution(
             f"KL by {estimator}", "rl.kl_estimator", loss=(("kl_estimator", estimator),)
+        )
+    if rl.kl_estimator in ("k3", "unbiased"):  # of k1 it has the wrong sign, of k2 it is the same
+        yield from _inverted(
+            "KL with its arguments exchanged, of reference from policy",
+            "rl.kl_estimator",
+            "the loss of rl.algorithm: KL is of the policy from the reference",
+            "reverses_kl",
         )
     yield Substitution(
         "the policy itself as reference",
