@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from megatron_r1.why.update.recomputation import Recomputation
 
 EXPLAINED = 0.5
-"""Other log-probabilities explain a difference that they make smaller by this factor, or more."""
+"""Other log-probabilities explain a difference that they make smaller by this factor, or more, and
+no more than rounding."""
+MAX_VERSIONS_BEFORE = 4
+"""Versions before the newest whose weights are tried, where their checkpoints are kept."""
 POSITION_BINS = 40
 
 
@@ -78,8 +81,8 @@ class EngineGaps:
     @property
     def earlier_versions(self) -> list[int]:
         """Versions before the one that the step trains. Some of their checkpoints may be kept."""
-        versions = {max(0, self.newest - 1), max(0, self.newest - 2), 0}
-        return sorted(versions - {self.newest}, reverse=True)
+        first = max(0, self.newest - MAX_VERSIONS_BEFORE)
+        return sorted({0, *range(first, self.newest)} - {self.newest}, reverse=True)
 
     @cached_property
     def distance(self) -> float:
@@ -121,10 +124,31 @@ class EngineGaps:
 
     def engine_means(self) -> dict[str, float]:
         """Return the mean |difference| of each engine's tokens; NaN for one without any."""
+        return {name or "not named": mean for name, mean in self.means_by_name().items()}
+
+    def means_by_name(self) -> dict[str, float]:
+        """Return the same by the name that the log has; "" where it has none."""
         return {
-            name or "not named": mean_gap(self._engine_gaps(name, self.gaps))
-            for name in sorted(set(self.engines))
+            name: mean_gap(self._engine_gaps(name, self.gaps)) for name in sorted(set(self.engines))
         }
+
+    def largest_gaps(self, engine: str, num_tokens: int) -> list[int]:
+        """Return the sequences of an engine with the largest mean |difference|, all of the newest
+        version, as many as have a number of tokens.
+
+        Args:
+            engine: its name.
+            num_tokens: the number; fewer where there are no more."""
+        indices = [
+            index
+            for index, (name, is_newest, gap) in enumerate(
+                zip(self.engines, self._is_newest, self.gaps, strict=True)
+            )
+            if name == engine and is_newest.all() and len(gap)
+        ]
+        indices.sort(key=lambda index: -mean_gap([self.gaps[index]]))
+        totals = np.cumsum([len(self.gaps[index]) for index in indices])
+        return indices[: int((totals < num_tokens).sum()) + 1]
 
     def departing_engine(self) -> str | None:
         """Return the engine that alone is beyond the tolerance, where others are not."""
@@ -144,7 +168,8 @@ class EngineGaps:
         for name in sorted(set(self.engines)):
             mean = mean_gap(self._engine_gaps(name, self.gaps))
             other_mean = mean_gap(self._engine_gaps(name, other_gaps))
-            if mean > self.tolerance / 16 and other_mean < EXPLAINED * mean:
+            is_explained = other_mean <= self.tolerance and other_mean < EXPLAINED * mean
+            if mean > self.tolerance / 16 and is_explained:
                 return ExplainedEngine(other_mean, mean, name or "engine")
         return None
 

@@ -29,6 +29,7 @@ from megatron_r1.why.checks.engine_causes import (
 from megatron_r1.why.checks.engine_gaps import EngineGaps, mean_gap
 from megatron_r1.why.checks.expert_causes import departing_expert
 from megatron_r1.why.checks.sampling import FAMILY
+from megatron_r1.why.checks.tensor_causes import departing_tensor
 from megatron_r1.why.formulas import kl_of_difference
 from megatron_r1.why.record.recorded_step import RecordedStep
 
@@ -45,6 +46,7 @@ CAUSES: tuple[Callable[[EngineGaps], ExplainedDeparture | None], ...] = (
     shifted_by_a_token,
     renormalized_cut,
     departing_expert,
+    departing_tensor,
     rounding_of_bfloat16,
 )
 """In the order in which they are tried."""

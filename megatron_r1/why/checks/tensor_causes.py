@@ -1,0 +1,251 @@
+"""Tensors of an engine that are not the checkpoint's: of an earlier version, or exchanged."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import combinations, islice, pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from megatron_r1.why.checks.engine_causes import ExplainedDeparture
+from megatron_r1.why.checks.engine_gaps import EngineGaps, ExplainedEngine, mean_gap
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TRIED_TOKENS = 512
+"""Sampled tokens that a change of the weights is tried on, before it is tried on all."""
+MAX_TRIED = 128
+"""Groups of tensors of a version, and exchanges, that are tried."""
+MAX_NAMED = 4
+"""Groups that are named where several explain a departure as well as one another."""
+ALL_PAIRS = 8
+"""Layers of which all pairs are tried as exchanged ones; of more, neighbours are."""
+LAYER = re.compile(r"(.*\.layers)\.(\d+)\.(.*)")
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Modules that engines keep as one."""
+EXCHANGED = (("gate_proj", "up_proj"), ("k_proj", "v_proj"))
+"""Modules of a layer whose tensors may be taken for each other's."""
+REMEDY = "the push of that tensor (docs/push.md): its name and place in the engine's model"
+
+
+def departing_tensor(gaps: EngineGaps) -> ExplainedDeparture | None:
+    """Try tensors of earlier versions, and simple exchanges."""
+    means = {name: mean for name, mean in gaps.means_by_name().items() if mean > gaps.tolerance}
+    if not means:
+        return None
+    tried = gaps.largest_gaps(max(means, key=lambda name: means[name]), TRIED_TOKENS)
+    if not tried:
+        return None
+    search = TensorSearch(gaps, tried)
+    return search.stale_tensors() or search.exchanged_tensors()
+
+
+class TensorSearch:
+    """Looks for the tensors that make an engine's log-probabilities others than the checkpoint's.
+
+    Args:
+        gaps: the differences.
+        tried: the sequences that changes are tried on, all of the newest version."""
+
+    def __init__(self, gaps: EngineGaps, tried: Sequence[int]) -> None:
+        from megatron_r1.why.policy.changed_weights import ChangedWeights
+
+        self._gaps = gaps
+        self._weights = ChangedWeights(gaps.recomputed)
+        self._sequences = [gaps.recomputed.scored_sequences[index] for index in tried]
+        self._departure = np.concatenate([gaps.gaps[index] for index in tried])
+        self._old = np.concatenate([gaps.recomputed.old[index] for index in tried])
+
+    def stale_tensors(self) -> ExplainedDeparture | None:
+        """Try the tensors of the version before, and of the first."""
+        newest = self._gaps.newest
+        for version in sorted({max(0, newest - 1), 0} - {newest}, reverse=True):
+            old_tensors = self._weights.of_version(version)
+            groups = self._stale_groups(old_tensors) if old_tensors else {}
+            if not groups or not old_tensors:
+                continue
+            nouns = list(groups)
+            engine = self._explained({name: old_tensors[name] for name in groups[nouns[0]]})
+            if engine is not None:
+                others = "".join(f", or {noun}" for noun in nouns[1:MAX_NAMED])
+                return ExplainedDeparture(
+                    f"{nouns[0]}{others} in {engine.name} is of version {version}, not {newest}: "
+                    f"{engine.gap_sizes}",
+                    REMEDY,
+                )
+        return None
+
+    def exchanged_tensors(self) -> ExplainedDeparture | None:
+        """Try exchanges of tensors."""
+        for noun, sources in islice(exchanges(self._weights.tensors), MAX_TRIED):
+            if self._left(self._effect(sources)) > self._gaps.tolerance:
+                continue
+            if (engine := self._explained(sources)) is not None:
+                return ExplainedDeparture(
+                    f"{noun} are exchanged in {engine.name}: {engine.gap_sizes}", REMEDY
+                )
+        return None
+
+    def _stale_groups(self, old_tensors: dict[str, Tensor]) -> dict[str, tuple[str, ...]]:
+        """Return the groups of tensors that explain the departure when they are older ones, by
+        noun, the smallest first: all that cannot be told from the one that explains most.
+
+        Parts of layers are tried in the order in which the older layers resemble the departure."""
+        groups, layers = whole_groups(old_tensors)
+        effects = {
+            noun: self._effect({name: old_tensors[name] for name in names})
+            for noun, names in (groups | layers).items()
+        }
+        left = {noun: self._left(effect) for noun, effect in effects.items()}
+        for layer in sorted(layers, key=lambda noun: -self._resemblance(effects[noun])):
+            parts = layer_parts(layer, layers[layer])
+            groups |= parts
+            for noun, names in islice(parts.items(), max(0, MAX_TRIED - len(left))):
+                left[noun] = self._left(self._effect({name: old_tensors[name] for name in names}))
+        groups |= layers
+        best = min(left.values())
+        limit = min(self._gaps.tolerance, max(2 * best, self._gaps.tolerance / 16))
+        explaining = [noun for noun in left if left[noun] <= limit]
+        return {
+            noun: groups[noun] for noun in sorted(explaining, key=lambda noun: len(groups[noun]))
+        }
+
+    def _resemblance(self, effect: np.ndarray) -> float:
+        """Return the cosine of an effect with the departure, 0 for no effect."""
+        norms = np.linalg.norm(effect) * np.linalg.norm(self._departure)
+        return float(effect @ self._departure / norms) if norms else 0.0
+
+    def _effect(self, values: dict[str, Tensor]) -> np.ndarray:
+        """Return how much changed tensors move the log-probabilities of the tried tokens."""
+        return np.concatenate(self._weights.logprobs(values, self._sequences)) - self._old
+
+    def _left(self, effect: np.ndarray) -> float:
+        """Return the mean |difference| that an effect leaves of the departure."""
+        return mean_gap([self._departure - effect])
+
+    def _explained(self, values: dict[str, Tensor]) -> ExplainedEngine | None:
+        """Return the engine whose tokens, all of them, changed tensors explain."""
+        scored = self._gaps.recomputed.scored_sequences
+        return self._gaps.explained_engine(self._weights.logprobs(values, scored))
+
+
+def whole_groups(
+    names: Iterable[str],
+) -> tuple[dict[str, tuple[str, ...]], dict[str, tuple[str, ...]]]:
+    """Return groups of tensors that may be stale together, by noun: those outside of layers, each
+    and all, and parts of all layers; and the layers.
+
+    Args:
+        names: the tensors."""
+    outside: list[str] = []
+    layers: dict[str, list[str]] = {}
+    of_all_layers: dict[str, list[str]] = {}
+    for name in names:
+        if match := LAYER.fullmatch(name):
+            layers.setdefault(f"layer {match[2]}", []).append(name)
+        else:
+            outside.append(name)
+    for layer_names in layers.values():
+        for noun, part_names in module_groups(layer_names).items():
+            of_all_layers.setdefault(f"{noun} of all layers", []).extend(part_names)
+    groups: dict[str, tuple[str, ...]] = {name: (name,) for name in outside}
+    if len(outside) > 1:
+        groups[" and ".join(outside)] = tuple(outside)
+    if len(layers) > 1:
+        groups |= {noun: tuple(part_names) for noun, part_names in of_all_layers.items()}
+    return groups, {noun: tuple(layer_names) for noun, layer_names in layers.items()}
+
+
+def layer_parts(layer: str, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Return the groups of a layer's tensors that may be stale together, by noun.
+
+    Args:
+        layer: its noun.
+        names: its tensors."""
+    return {
+        part[0] if len(part) == 1 else f"{noun} of {layer}": part
+        for noun, part in module_groups(names).items()
+        if len(part) < len(names)
+    }
+
+
+def module_groups(names: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Return a layer's tensors by module, and by modules that engines keep as one: names in the
+    layer, without those that have the same tensors.
+
+    Args:
+        names: the tensors."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        words = name.partition(".layers.")[2].split(".")[1:]
+        for count in range(1, len(words) + 1):
+            groups.setdefault(".".join(words[:count]), []).append(name)
+    for modules in FUSED:
+        for parent in {noun.rpartition(".")[0] for noun in groups if noun.endswith(modules)}:
+            nouns = [f"{parent}.{module}" for module in modules]
+            if all(noun in groups for noun in nouns):
+                groups[f"{parent}.{', '.join(modules)}"] = [
+                    name for noun in nouns for name in groups[noun]
+                ]
+    noun_by_group = {tuple(group): noun for noun, group in groups.items()}
+    return {noun: group for group, noun in noun_by_group.items()}
+
+
+def exchanges(tensors: dict[str, Tensor]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Yield exchanges that keep all shapes: what is exchanged, and the tensors that have others'
+    values. Modules of all layers come first, then of each layer, then layers.
+
+    Args:
+        tensors: a model's, by name."""
+    by_layer: dict[int, dict[str, str]] = {}
+    for name in tensors:
+        if match := LAYER.fullmatch(name):
+            by_layer.setdefault(int(match[2]), {})[match[3]] = name
+    for pair in EXCHANGED:
+        by_number = {
+            layer: sources
+            for layer, names in by_layer.items()
+            if (sources := _in_layer(tensors, names, pair))
+        }
+        if len(by_number) > 1:
+            all_sources = {
+                name: value for each in by_number.values() for name, value in each.items()
+            }
+            yield f"{pair[0]} and {pair[1]} of all layers", all_sources
+        for layer, sources in by_number.items():
+            yield f"{pair[0]} and {pair[1]} of layer {layer}", sources
+    layers = sorted(by_layer)
+    for a, b in combinations(layers, 2) if len(layers) <= ALL_PAIRS else pairwise(layers):
+        names, other_names = by_layer[a], by_layer[b]
+        if names.keys() == other_names.keys() and all(
+            tensors[names[part]].shape == tensors[other_names[part]].shape for part in names
+        ):
+            yield (
+                f"layers {a} and {b}",
+                {names[part]: tensors[other_names[part]] for part in names}
+                | {other_names[part]: tensors[names[part]] for part in names},
+            )
+
+
+def _in_layer(
+    tensors: dict[str, Tensor], names: dict[str, str], pair: tuple[str, str]
+) -> dict[str, Tensor]:
+    """Return the values of a layer's tensors with two modules exchanged; empty where they are not
+    there or have other shapes.
+
+    Args:
+        tensors: the model's.
+        names: the layer's full names, by the name in it.
+        pair: the modules."""
+    sources: dict[str, Tensor] = {}
+    for part, name in names.items():
+        for module, other_module in (pair, pair[::-1]):
+            other_name = names.get(part.replace(f"{module}.", f"{other_module}."))
+            if f"{module}." not in part or other_name is None:
+                continue
+            if tensors[name].shape == tensors[other_name].shape:
+                sources[name] = tensors[other_name]
+    return sources

@@ -1,0 +1,97 @@
+"""Log-probabilities under the policy before a step with some of its tensors changed: those of an
+older version, or two exchanged."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils import parametrize
+
+from megatron_r1.why.policy import token_logprobs
+from megatron_r1.why.policy.adapters import merged_weights
+from megatron_r1.why.policy.policy_logprobs import PolicyLogprobs
+from megatron_r1.why.record.recorded_step import weights_after
+
+
+class ChangedWeights:
+    """A copy of the policy before a step, in which tensors are changed and put back. Adapters are
+    merged, and a tied head is a tensor of its own, as an engine may have it.
+
+    Args:
+        recomputed: the step's log-probabilities."""
+
+    def __init__(self, recomputed: PolicyLogprobs) -> None:
+        self._recomputed = recomputed
+        self._model = merged_copy(recomputed.policy)
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """The weights and buffers by name, in the order of the layers."""
+        return {
+            name: tensor
+            for name, tensor in self._model.state_dict().items()
+            if tensor.is_floating_point()
+        }
+
+    def of_version(self, step: int) -> dict[str, Tensor] | None:
+        """Return the tensors that were others after another step; None where they are not kept.
+
+        Args:
+            step: the other step; 0: the model that the run began with."""
+        recomputed = self._recomputed
+        path = weights_after(recomputed.step.folder, recomputed.step.run_config, step)
+        if path is None:
+            return None
+        old_weights = merged_weights(recomputed.model(path))
+        return {
+            name: old_weights[name]
+            for name, tensor in self.tensors.items()
+            if name in old_weights and not torch.equal(tensor, old_weights[name])
+        }
+
+    @torch.no_grad()
+    def logprobs(self, values: Mapping[str, Tensor], sequences: Sequence[int]) -> list[np.ndarray]:
+        """Return the log-probabilities of sequences with some tensors changed.
+
+        Args:
+            values: the changed tensors, by name.
+            sequences: numbers of the step's sequences."""
+        # Values may be views of the tensors that they replace.
+        new_values = {name: value.clone() for name, value in values.items()}
+        saved_values = {name: self.tensors[name].clone() for name in values}
+        try:
+            self._fill(new_values)
+            (logprobs,) = token_logprobs.logprobs(
+                self._model,
+                [self._recomputed.rows[index] for index in sequences],
+                [self._recomputed.temperature],
+            )
+        finally:
+            self._fill(saved_values)
+        return [row_logprobs.numpy() for row_logprobs in logprobs]
+
+    def _fill(self, values: Mapping[str, Tensor]) -> None:
+        for name, value in values.items():
+            self.tensors[name].copy_(value)
+
+
+@torch.no_grad()
+def merged_copy(model: Any) -> Any:
+    """Return a copy of a model of transformers with its adapters merged, and with a head of its
+    own."""
+    merged = copy.deepcopy(model)
+    for module in [*merged.modules()]:
+        if parametrize.is_parametrized(module):
+            for name in [*module.parametrizations]:
+                value = getattr(module, name).detach().clone()
+                parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+                getattr(module, name).copy_(value)
+    head = merged.get_output_embeddings()
+    head.weight = torch.nn.Parameter(head.weight.detach().clone())
+    return merged
