@@ -117,6 +117,16 @@ def _explained(step: RecordedStep, recomputed: Recomputation) -> tuple[str, str]
             "is not trained with it",
             recomputed.with_head_apart,
         ),
+        *(
+            (
+                "of packed samples that attend to those before them in the micro-batch, with "
+                f"positions that {noun},",
+                "the borders of packed samples in the trainer's attention: parallel.context, "
+                "parallel.tokens_per_microbatch, model.fusions",
+                partial(_packed_logprobs, recomputed, restarts=restarts),
+            )
+            for restarts, noun in ((True, "begin anew"), (False, "go on"))
+        ),
     ]
     for noun, remedy, make in tried:
         logprobs = make()
@@ -138,6 +148,13 @@ def _explained(step: RecordedStep, recomputed: Recomputation) -> tuple[str, str]
             "the mask of rl.algorithm's loss: prompts are not trained on",
         )
     return _parted_head(step)
+
+
+def _packed_logprobs(recomputed: Recomputation, *, restarts: bool) -> list[np.ndarray] | None:
+    """Return those of samples that attend to others of their micro-batch; None where micro-batches
+    share prompts or are of one sample each."""
+    microbatches = [rows for update in recomputed.packed for share in update for rows in share]
+    return recomputed.packed_logprobs(microbatches, restarts=restarts)
 
 
 def _parted_head(step: RecordedStep) -> tuple[str, str] | None:

@@ -124,6 +124,32 @@ class PolicyLogprobs:
         temperature."""
         return self.logprobs_under(self.policy)
 
+    def packed_logprobs(
+        self, packed: Sequence[Sequence[int]], *, restarts: bool
+    ) -> list[np.ndarray] | None:
+        """Return those of rows that are one sequence in their micro-batch, each of which attends to
+        those before it; None where that changes nothing or a micro-batch is too long.
+
+        Args:
+            packed: the rows of each micro-batch, in their order.
+            restarts: whether positions begin anew with each row."""
+        longest = max(
+            (sum(len(self.rows[i].token_ids) for i in rows) for rows in packed), default=0
+        )
+        is_long = longest * self.step.hf["vocab_size"] > 4 * token_logprobs.LOGITS_AT_ONCE
+        if is_long or not any(len(rows) > 1 for rows in packed):
+            return None
+        logprobs_by_row = list(self.old)
+        for rows in packed:
+            members = [self.rows[index] for index in rows]
+            (of_all,) = self._logprobs_of(
+                [one_row(members, restarts)], self.policy, self.temperature
+            )
+            ends = np.cumsum([int(row.is_sampled.sum()) for row in members])
+            for index, part in zip(rows, np.split(of_all, ends[:-1]), strict=True):
+                logprobs_by_row[index] = part
+        return logprobs_by_row
+
     def logprobs_under(self, model: Any, temperature: float | None = None) -> list[np.ndarray]:
         """Return the log-probabilities of the tokens of `scored_sequences` under a model."""
         return self._logprobs_of(self._scored_rows, model, temperature or self.temperature)
@@ -332,6 +358,31 @@ def shifted_experts(rows: Sequence[TokenRow], shift: int) -> list[TokenRow]:
             experts[target] = row.experts[source]
         shifted.append(replace(row, experts=experts))
     return shifted
+
+
+def one_row(rows: Sequence[TokenRow], restarts: bool) -> TokenRow:
+    """Return rows end to end as one.
+
+    Args:
+        rows: the rows.
+        restarts: whether positions begin anew with each."""
+    kept_ids = [row.kept for row in rows if row.kept is not None]
+    experts = [row.experts for row in rows if row.experts is not None]
+    token_ids = torch.cat([row.token_ids for row in rows])
+    positions = [torch.arange(len(row.token_ids)) for row in rows]
+    return replace(
+        rows[0],
+        token_ids=token_ids,
+        is_sampled=torch.cat([row.is_sampled for row in rows]),
+        kept=(
+            torch.cat([counts for counts, _ in kept_ids]),
+            torch.cat([ids for _, ids in kept_ids]),
+        )
+        if kept_ids
+        else None,
+        experts=torch.cat(experts) if experts else None,
+        positions=torch.cat(positions) if restarts else torch.arange(len(token_ids)),
+    )
 
 
 def own_experts(rows: Sequence[TokenRow]) -> list[TokenRow]:

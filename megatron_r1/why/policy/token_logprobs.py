@@ -37,6 +37,7 @@ class TokenRow:
         token_advantages: each sampled token's, float64, where they differ; None: `advantage`.
         targets: int64, (tokens,): the token whose log-probability is computed at each; None:
             `token_ids`.
+        positions: int64, (tokens,), where they are not counted from 0, as in a packed row.
         experts: int16, (tokens, MoE layers, experts per token), chosen in place of the routers; -1:
             they choose; None: they choose for all tokens.
         kept: (sampled tokens,) numbers of ids that the engine drew each token from, and these ids,
@@ -51,6 +52,7 @@ class TokenRow:
     kept: tuple[Tensor, Tensor] | None = None
     token_advantages: Tensor | None = None
     targets: Tensor | None = None
+    positions: Tensor | None = None
     experts: Tensor | None = None
 
     @property
@@ -83,10 +85,22 @@ def token_logits(model: Any, rows: Sequence[TokenRow]) -> list[Tensor]:
     for index, row in enumerate(rows):
         ids[index, : len(row.token_ids)] = row.token_ids
     with parametrize.cached(), _replay(model, rows, longest):  # adapters are merged once
-        out = model(input_ids=ids, use_cache=False).logits
+        out = model(input_ids=ids, use_cache=False, **_positions(rows, longest)).logits
     return [
         out[index, : len(row.token_ids) - 1][row.is_sampled[1:]] for index, row in enumerate(rows)
     ]
+
+
+def _positions(rows: Sequence[TokenRow], longest: int) -> dict[str, Tensor]:
+    """Return the positions of rows that have some, with a mask that keeps transformers from taking
+    positions that begin anew for the borders of sequences."""
+    if all(row.positions is None for row in rows):
+        return {}
+    positions = torch.arange(longest).repeat(len(rows), 1)
+    for index, row in enumerate(rows):
+        if row.positions is not None:
+            positions[index, : len(row.positions)] = row.positions
+    return {"position_ids": positions, "attention_mask": torch.ones_like(positions)}
 
 
 def _replay(
