@@ -1,6 +1,6 @@
 """`megatron-r1 compare` on runs of the real trainer with one planted change each."""
 
-import json
+import re
 from pathlib import Path
 
 import compared_runs
@@ -12,27 +12,32 @@ from megatron_r1.commands.compare.verb import compare
 pytestmark = pytest.mark.more
 HERE = Path(__file__).parent
 MODEL = "deepseek-yarn-mtp"
+LAYOUTS = ("tp2xep2", "pp2")
 PHASE = {
     # In float32 master weights are the weights.
-    **{"weights": "update", "main_grad": "gradient", "exp_avg": "gradient"},
+    **{"weights": "update", "untrained": "weights", "main_grad": "gradient", "exp_avg": "gradient"},
     **{"exp_avg_sq": "gradient", "reference": "reference", "rng": "random streams"},
 }
-PREFIX = {"main_grad": "exp_avg", "exp_avg": "exp_avg.", "exp_avg_sq": "exp_avg_sq."}
+PREFIX = {
+    "weights": "param.",
+    "main_grad": "exp_avg.",
+    "exp_avg": "exp_avg.",
+    "exp_avg_sq": "exp_avg_sq.",
+}
 
 
 @pytest.fixture(scope="module")
 def runs(oracle, tmp_path_factory) -> dict[str, Path]:
     """A folder of runs for each of two layouts of two ranks."""
-    out = {grid: tmp_path_factory.mktemp(grid) for grid in ("tp2", "pp2")}
+    out = {grid: tmp_path_factory.mktemp(grid) for grid in LAYOUTS}
     for grid, folder in out.items():
         run_ranks(HERE, 2, "compared_runs.py", str(oracle / MODEL), grid, str(folder))
     return out
 
 
-@pytest.mark.parametrize("grid", ["tp2", "pp2"])
+@pytest.mark.parametrize("grid", LAYOUTS)
 def test_one_planted_change_is_found_at_its_step_phase_rank_and_tensor(runs, grid):
     folder = runs[grid]
-    planted = json.loads((folder / "planted.json").read_text())
     found = compare(folder / "equal", folder / "equal_again")
     assert found.checkpoints == [1, 2, 3, 4] and found.differences == []
     for name, change in compared_runs.PLANTS.items():
@@ -42,23 +47,24 @@ def test_one_planted_change_is_found_at_its_step_phase_rank_and_tensor(runs, gri
         if change.of == "rng":
             assert first.name == "rng of rank 1"
             continue
-        assert first.ranks == ([1], [1]), (name, first)
-        assert first.name.startswith(PREFIX.get(change.of, "")), (name, first)
-        assert tensor(first.name) == tensor(planted[name]), (name, first)
+        assert first.ranks == ([change.rank], [change.rank]), (name, first)
+        tensor, expert = stored(change.name)
+        assert first.name == PREFIX.get(change.of, "") + tensor, (name, first)
+        assert expert is None or first.place.startswith(f"at [{expert}, "), (name, first)
 
 
 def test_two_layouts_are_equal_to_rounding(runs):
-    found = compare(runs["tp2"] / "equal", runs["pp2"] / "equal")
+    found = compare(runs["tp2xep2"] / "equal", runs["pp2"] / "equal")
     assert len(found.settings) == 2
     assert found.first_difference is not None and found.first_beyond_rounding is None
     # The same, and a changed tensor: rounding of everything does not hide it.
-    planted = compare(runs["tp2"] / "equal", runs["pp2"] / "gradient_tensor")
+    planted = compare(runs["tp2xep2"] / "equal", runs["pp2"] / "gradient_tensor")
     apart = planted.first_beyond_rounding
     assert apart is not None and (apart.step, apart.phase) == (3, "gradient")
-    assert tensor(apart.name) == "self_attention.linear_proj.weight"
+    assert apart.name == f"exp_avg.{compared_runs.PROJECTION}"
 
 
-def tensor(name: str) -> str:
-    """Return a parameter's name without the layer's number, which differs between ranks and
-    checkpoints of pipelines, and without the index of its expert."""
-    return ".".join(part for part in name.split(".")[-3:] if not part.isdigit())
+def stored(name: str) -> tuple[str, str | None]:
+    """Return a parameter's name in a checkpoint, which stacks a layer's experts, and its expert."""
+    parts = re.fullmatch(r"(.*experts)\.local_experts\.(\d+)\.(.*)", name)
+    return (name, None) if parts is None else (f"{parts[1]}.experts.{parts[3]}", parts[2])
