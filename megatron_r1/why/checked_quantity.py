@@ -77,8 +77,8 @@ class CheckedQuantity:
         if self.status == NOT_CHECKED:
             return f"{text}: {self.reason}"
         if not self.departs:
-            return f"{text}: {self.compared}{self.sizes}"
-        parts = [f"{text}: {self.reason}{self.sizes}"]
+            return f"{text}: {self.compared}{self.distance_text}"
+        parts = [f"{text}: {self.reason}{self.distance_text}"]
         if self.concerned:
             concerned = f"{len(self.concerned):,} responses"
             if self.num_tokens:
@@ -91,7 +91,7 @@ class CheckedQuantity:
         return "; ".join(parts)
 
     @property
-    def sizes(self) -> str:
+    def distance_text(self) -> str:
         """The distance and its tolerance as text, "" without a distance."""
         if math.isnan(self.distance):
             return ""
@@ -183,7 +183,7 @@ def not_checked(family: str, name: str, reason: str, compared: str = "") -> Chec
     return CheckedQuantity(family, name, NOT_CHECKED, compared, reason=reason)
 
 
-def fraction_comparison(
+def fraction_quantity(
     family: str,
     name: str,
     compared: str,

@@ -12,7 +12,7 @@ import numpy as np
 
 ALGORITHMS = ("grpo", "dapo", "dr_grpo", "gspo", "cispo", "reinforce")
 """Whose tokens all have their response's advantage."""
-OF_TOKENS = ("rloo", "reinforce_pp")
+TOKEN_ADVANTAGE_ALGORITHMS = ("rloo", "reinforce_pp")
 """Whose tokens have advantages of their own, made of their response's (`token_advantages`)."""
 EQUAL_REWARDS = 1e-9
 """Relative: two sums of the same terms in another order are further apart than their rounding."""
@@ -48,7 +48,7 @@ def advantages(
 
     Args:
         groups: training rewards; None: ungraded.
-        algorithm: one of `ALGORITHMS` or `OF_TOKENS`.
+        algorithm: one of `ALGORITHMS` or `TOKEN_ADVANTAGE_ALGORITHMS`.
         std: what is divided by: "group", "batch" or "none".
         epsilon: added to the deviation.
         is_centred: whether the mean is subtracted.

@@ -14,7 +14,7 @@ from megatron_r1.data.tokenizer import describe_end_tokens
 from megatron_r1.why.checked_quantity import (
     CheckedQuantity,
     ResponseIndex,
-    fraction_comparison,
+    fraction_quantity,
     not_checked,
 )
 from megatron_r1.why.record.recorded_step import RecordedStep
@@ -72,7 +72,7 @@ def _starts(step: RecordedStep) -> CheckedQuantity:
         for index in _indices(number, group)
     ]
     first = step.groups[concerned[0][0]].prompt_ids[0] if concerned else 0
-    return fraction_comparison(
+    return fraction_quantity(
         FAMILY,
         "start of the prompt",
         "the first two tokens of every prompt",
@@ -102,7 +102,7 @@ def _system(step: RecordedStep) -> CheckedQuantity:
             lost = lost or missing[0]
     if not total:
         return not_checked(FAMILY, name, "no question has one")
-    return fraction_comparison(
+    return fraction_quantity(
         FAMILY,
         name,
         f"the prompts of {total:,} responses whose question has one",
@@ -132,7 +132,7 @@ def _prompt_tokens(step: RecordedStep) -> CheckedQuantity:
             reason = reason or _difference(step.tokenizer, group.prompt_ids, expected)
     if not total:
         return not_checked(FAMILY, name, "no question is known")
-    return fraction_comparison(
+    return fraction_quantity(
         FAMILY,
         name,
         f"the prompts of {total:,} responses with data.template and the tokenizer of {step.model}",
@@ -200,7 +200,7 @@ def _ends(step: RecordedStep) -> CheckedQuantity:
         )
         if engine_ends is not None and token not in engine_ends:
             reason += f"; the engines were told to stop at {', '.join(map(str, engine_ends))} only"
-    return fraction_comparison(
+    return fraction_quantity(
         FAMILY,
         "end of the response",
         f"{len(responses):,} responses with {describe_end_tokens(step.tokenizer.end_tokens)}",
@@ -232,7 +232,7 @@ def _unknown_ends(step: RecordedStep) -> CheckedQuantity:
             responses_by_token.setdefault(token, []).append(index)
     worst = max(responses_by_token, key=lambda token: len(responses_by_token[token]), default=None)
     concerned = [] if worst is None else responses_by_token[worst]
-    return fraction_comparison(
+    return fraction_quantity(
         FAMILY,
         name,
         f"special tokens inside {len(responses):,} responses",
@@ -274,7 +274,7 @@ def _missing_ends(step: RecordedStep) -> CheckedQuantity:
         reason = f"{len(concerned):,} responses are as long as the limit of {limit:,} tokens, are "
         reason += "recorded as finished though they were cut off, and do not end with "
         remedy = "finish_reason of the engine's reply, or what changes it: length, not stop"
-    return fraction_comparison(
+    return fraction_quantity(
         FAMILY,
         name,
         f"the last tokens of {len(finished):,} responses that ended by themselves",
@@ -294,7 +294,7 @@ def _vocabulary(step: RecordedStep) -> CheckedQuantity:
         largest = max(largest, highest)
         if highest >= min(rows, num_tokens):
             concerned.append(sequence.response)
-    return fraction_comparison(
+    return fraction_quantity(
         FAMILY,
         "vocabulary",
         f"tokens up to {largest:,} with {num_tokens:,} of the tokenizer "
@@ -326,7 +326,7 @@ def _texts(step: RecordedStep) -> CheckedQuantity:
         logged = step.responses[concerned[0]].text[-SHOWN:]
         decoded = step.tokenizer.decode(responses[concerned[0]].tolist())[-SHOWN:]
         example = f"graders read …{logged!r}, the tokens say …{decoded!r}"
-    return fraction_comparison(
+    return fraction_quantity(
         FAMILY,
         name,
         f"{len(responses):,} texts with their tokens",

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from megatron_r1.data.sampler import PromptSampler
 from megatron_r1.trainer.checkpoints.checkpoint_folders import STATE_FILE
-from megatron_r1.why.checked_quantity import CheckedQuantity, fraction_comparison, not_checked
+from megatron_r1.why.checked_quantity import CheckedQuantity, fraction_quantity, not_checked
 from megatron_r1.why.formulas import question_order
 from megatron_r1.why.record.recorded_step import RecordedStep
 
@@ -36,7 +36,7 @@ def check(step: RecordedStep) -> list[CheckedQuantity]:
     elif due is not None and sorted(drawn) == sorted(due):
         reason = f"the questions are those of the step in another order: {reason}"
     return [
-        fraction_comparison(
+        fraction_quantity(
             FAMILY,
             NAME,
             f"those of {len(drawn):,} groups with the order of run.seed",

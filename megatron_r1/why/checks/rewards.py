@@ -23,7 +23,7 @@ from megatron_r1.why.checked_quantity import (
     EQUAL,
     CheckedQuantity,
     ResponseIndex,
-    fraction_comparison,
+    fraction_quantity,
     not_checked,
 )
 from megatron_r1.why.formulas import are_equal
@@ -32,7 +32,7 @@ from megatron_r1.why.record.recorded_step import RecordedStep
 FAMILY = "rewards"
 MAX_READ = 1024
 """Responses that the second reader and the graders read again."""
-DISPUTED = 0.01
+MAX_DISPUTED_FRACTION = 0.01
 """Share of the responses about which two readers of mathematics may differ."""
 PLAIN_NUMBER = re.compile(r"[-+]?[$€£]?\d[\d,]*(?:\.\d+)?%?")
 PLAIN = re.compile(r"\$?(?:[-+]?[$€£]?[\d.,]+(?:\s?/\s?\d+)?\s?%?|[ -;=?-~]*\\[ -;=?-~]*)\$?")
@@ -40,7 +40,7 @@ PLAIN = re.compile(r"\$?(?:[-+]?[$€£]?[\d.,]+(?:\s?/\s?\d+)?\s?%?|[ -;=?-~]*\
 TAG, END_TAG, BOX, HASHES = "<answer>", "</answer>", r"\boxed", "####"
 IN_PROCESS = ("math", "exact_match", "logic")
 """Kinds of rewards that are called here; programs run in a sandbox, and services are not asked."""
-READ = ("math", "logic")
+SECOND_READER_KINDS = ("math", "logic")
 """Kinds whose answers the second reader reads; of logic, which may have other right answers, only
 those that it takes for right."""
 ROUNDING = 1e-6
@@ -49,12 +49,12 @@ ROUNDING = 1e-6
 
 def check(step: RecordedStep) -> list[CheckedQuantity]:
     """Return the comparisons of a step's rewards."""
-    again = _graded(step)
+    regraded = _graded(step)
     return [
         _sums(step),
-        _order(step, again),
+        _order(step, regraded),
         _second_reader(step),
-        _graded_again(step, again),
+        _graded_again(step, regraded),
         *_metrics(step),
     ]
 
@@ -80,7 +80,7 @@ def _sums(step: RecordedStep) -> CheckedQuantity:
         for index in concerned
     ):
         reason = f"rewards are the sums of the terms without their weights: {reason}"
-    return fraction_comparison(
+    return fraction_quantity(
         FAMILY,
         "sum of the terms",
         f"{len(step.responses):,} rewards with rewards.weights "
@@ -138,16 +138,16 @@ class _Verdicts:
         total: answers that it has read.
         rejected: right answers that were graded as wrong, by the form that they are in.
         accepted: wrong answers that were graded as right.
-        num_paid: answers that were graded as right.
-        are_cut: whether all that are in `accepted` are of truncated responses.
+        num_rewarded: answers that were graded as right.
+        all_truncated: whether all that are in `accepted` are of truncated responses.
         rejected_example: one of them, with its truth.
         accepted_example: likewise."""
 
     total: int = 0
     rejected: dict[str, list[ResponseIndex]] = field(default_factory=dict)
     accepted: list[ResponseIndex] = field(default_factory=list)
-    num_paid: int = 0
-    are_cut: bool = True
+    num_rewarded: int = 0
+    all_truncated: bool = True
     rejected_example: str = ""
     accepted_example: str = ""
 
@@ -161,10 +161,10 @@ class _Verdicts:
                 f"{self.rejected_example}"
             )
         if self.accepted:
-            ending = ", all cut off: truncated answers are rewarded" if self.are_cut else ""
+            ending = ", all cut off: truncated answers are rewarded" if self.all_truncated else ""
             parts.append(
                 f"{len(self.accepted):,} are accepted that it takes for wrong, as "
-                f"{self.accepted_example}{ending}; {self.num_paid:,} of {self.total:,} are paid"
+                f"{self.accepted_example}{ending}; {self.num_rewarded:,} of {self.total:,} are paid"
             )
         return "; ".join(parts)
 
@@ -178,7 +178,7 @@ def _second_reader(step: RecordedStep) -> CheckedQuantity:
         return not_checked(FAMILY, name, "the package math-verify is not installed")
     verdict_by_texts: dict[tuple[str, str], bool] = {}
 
-    def is_right(answer: str, truth: str) -> bool:
+    def accepts(answer: str, truth: str) -> bool:
         key = answer.strip(), truth.strip()
         if key not in verdict_by_texts:
             gold, response_answer = (_parsed(parse, text) for text in (key[1], key[0]))
@@ -187,14 +187,14 @@ def _second_reader(step: RecordedStep) -> CheckedQuantity:
             )
         return verdict_by_texts[key]
 
-    verdicts = _verdicts(step, is_right)
+    verdicts = _verdicts(step, accepts)
     if not verdicts.total:
         why = step.prompts_missing or "no response to mathematics states an answer"
         return not_checked(FAMILY, name, why)
     remedy = "the rewards' reader: rewards.answer, or the truths of data.path"
     if verdicts.rejected.get(HASHES):
         remedy = "rewards.answer: auto, or last: the reader misses ####"
-    return fraction_comparison(
+    return fraction_quantity(
         FAMILY,
         name,
         f"the accuracy of {verdicts.total:,} responses with math-verify's",
@@ -203,17 +203,21 @@ def _second_reader(step: RecordedStep) -> CheckedQuantity:
         reason=verdicts.reason(),
         remedy=remedy,
         loss_fraction=step.loss_fraction,
-        tolerance=max(DISPUTED, 1 / verdicts.total),
+        tolerance=max(MAX_DISPUTED_FRACTION, 1 / verdicts.total),
         source="readers of mathematics differ about so many",
     )
 
 
-def _verdicts(step: RecordedStep, is_right: Callable[[str, str], bool]) -> _Verdicts:
+def _verdicts(step: RecordedStep, accepts: Callable[[str, str], bool]) -> _Verdicts:
     """Return what a reader says of the responses to mathematics."""
     verdicts = _Verdicts()
     for index, graded in list(step.responses.items())[:MAX_READ]:
         prompt = step.groups[index[0]].prompt
-        if prompt.kind not in READ or ACCURACY not in graded.rewards or graded.episode:
+        if (
+            prompt.kind not in SECOND_READER_KINDS
+            or ACCURACY not in graded.rewards
+            or graded.episode
+        ):
             continue
         if ACCURACY in graded.ungraded_terms or isinstance(prompt.truth, dict | list):
             continue
@@ -223,14 +227,15 @@ def _verdicts(step: RecordedStep, is_right: Callable[[str, str], bool]) -> _Verd
         verdicts.total += 1
         answer, form = stated_answer
         example = f"{answer.strip()[:40]!r} for {str(prompt.truth)[:40]!r}"
-        says, logged = is_right(answer, str(prompt.truth)), graded.rewards[ACCURACY] >= 0.5
-        verdicts.num_paid += logged
-        if says and not logged:
+        is_correct = accepts(answer, str(prompt.truth))
+        is_rewarded = graded.rewards[ACCURACY] >= 0.5
+        verdicts.num_rewarded += is_rewarded
+        if is_correct and not is_rewarded:
             verdicts.rejected.setdefault(form, []).append(index)
             verdicts.rejected_example = verdicts.rejected_example or example
-        elif logged and not says and prompt.kind == "math":
+        elif is_rewarded and not is_correct and prompt.kind == "math":
             verdicts.accepted.append(index)
-            verdicts.are_cut &= graded.is_truncated
+            verdicts.all_truncated &= graded.is_truncated
             verdicts.accepted_example = verdicts.accepted_example or example
     return verdicts
 
@@ -290,16 +295,16 @@ async def _grades(step: RecordedStep) -> dict[ResponseIndex, dict[str, Grade]]:
     return by_response
 
 
-def _order(step: RecordedStep, again: Grades) -> CheckedQuantity:
+def _order(step: RecordedStep, regraded: Grades) -> CheckedQuantity:
     """Check that no response has the accuracy of another one of its group.
 
     Args:
         step: the recorded step.
-        again: grades by response and term."""
+        regraded: grades by response and term."""
     name, by_shift = "order of the rewards", dict[int, list[ResponseIndex]]()
     accuracies = {
         index: grades[ACCURACY].reward
-        for index, grades in again.items()
+        for index, grades in regraded.items()
         if ACCURACY in grades and ACCURACY not in step.responses[index].ungraded_terms
     }
     groups = [
@@ -323,7 +328,7 @@ def _order(step: RecordedStep, again: Grades) -> CheckedQuantity:
         ]
     shift = min(by_shift, key=lambda offset: (len(by_shift[offset]), offset))
     is_other = shift and not by_shift[shift]
-    return fraction_comparison(
+    return fraction_quantity(
         FAMILY,
         name,
         f"the accuracies of {len(groups):,} groups with those of other responses of the group",
@@ -336,19 +341,19 @@ def _order(step: RecordedStep, again: Grades) -> CheckedQuantity:
     )
 
 
-def _graded_again(step: RecordedStep, again: Grades) -> CheckedQuantity:
+def _graded_again(step: RecordedStep, regraded: Grades) -> CheckedQuantity:
     """Check each term with the graders of this version and the run's settings.
 
     Args:
         step: the recorded step.
-        again: grades by response and term."""
+        regraded: grades by response and term."""
     name = "graded again"
-    if not again:
+    if not regraded:
         kinds = ", ".join((*IN_PROCESS, *FORM_REWARDS))
         why = step.prompts_missing or f"only {kinds} are graded here"
         return not_checked(FAMILY, name, why)
     departures: dict[str, list[ResponseIndex]] = {}
-    for index, grades in again.items():
+    for index, grades in regraded.items():
         for term, new_grade in grades.items():
             if _departs(step.responses[index], term, new_grade):
                 departures.setdefault(term, []).append(index)
@@ -356,7 +361,7 @@ def _graded_again(step: RecordedStep, again: Grades) -> CheckedQuantity:
     reason, remedy = "", ""
     if departures:
         term = max(departures, key=lambda each: (len(departures[each]), each == ACCURACY))
-        reason = _describe_departures(step, again, term, departures[term])
+        reason = _describe_departures(step, regraded, term, departures[term])
         others = [f"{len(departures[each]):,} of {each}" for each in departures if each != term]
         reason += f"; and {', '.join(others)}" if others else ""
         remedy = (
@@ -365,13 +370,13 @@ def _graded_again(step: RecordedStep, again: Grades) -> CheckedQuantity:
             if term == ACCURACY
             else f"the term {term}: rewards.options.{term}, or what changes it after the graders"
         )
-    terms = ", ".join(dict.fromkeys(chain.from_iterable(again.values())))
-    return fraction_comparison(
+    terms = ", ".join(dict.fromkeys(chain.from_iterable(regraded.values())))
+    return fraction_quantity(
         FAMILY,
         name,
-        f"{terms} of {len(again):,} responses with this version's",
+        f"{terms} of {len(regraded):,} responses with this version's",
         list(concerned),
-        len(again),
+        len(regraded),
         reason=reason,
         remedy=remedy,
         loss_fraction=step.loss_fraction,
@@ -386,17 +391,17 @@ def _departs(graded: GradedResponse, term: str, new_grade: Grade) -> bool:
 
 
 def _describe_departures(
-    step: RecordedStep, again: Grades, term: str, concerned: list[ResponseIndex]
+    step: RecordedStep, regraded: Grades, term: str, concerned: list[ResponseIndex]
 ) -> str:
     """Return in words how the grades of a term differ from those that were logged.
 
     Args:
         step: the step.
-        again: grades by response and term.
+        regraded: grades by response and term.
         term: the term.
         concerned: the responses whose grades differ."""
     first = concerned[0]
-    logged, new_grade = step.responses[first].rewards[term], again[first][term]
+    logged, new_grade = step.responses[first].rewards[term], regraded[first][term]
     ungraded = [index for index in concerned if term in step.responses[index].ungraded_terms]
     if len(ungraded) == len(concerned):
         return (

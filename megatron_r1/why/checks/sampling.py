@@ -11,7 +11,7 @@ import numpy as np
 from megatron_r1.why.checked_quantity import (
     CheckedQuantity,
     ResponseIndex,
-    fraction_comparison,
+    fraction_quantity,
     not_checked,
 )
 from megatron_r1.why.record.recorded_step import RecordedStep
@@ -68,7 +68,7 @@ def _settings(step: RecordedStep) -> CheckedQuantity:
         )
     reason = "; ".join(text for text, _ in different.most_common(3))
     key = reason.partition(" ")[0]
-    return fraction_comparison(
+    return fraction_quantity(
         FAMILY,
         name,
         f"temperature, cut, limit and stops of {logged:,} groups with the settings",
@@ -99,7 +99,7 @@ def _limits(step: RecordedStep) -> CheckedQuantity:
     reason = f"{len(shorter):,} responses are cut off at {longest:,} tokens at most, the limit is "
     if longer:
         reason = f"{len(longer):,} responses are longer than the limit, "
-    return fraction_comparison(
+    return fraction_quantity(
         FAMILY,
         "limit of the response",
         f"{len(cut):,} responses that are cut off with the limit of {limit:,} tokens",
@@ -131,7 +131,7 @@ def _versions(step: RecordedStep) -> CheckedQuantity:
         (version, _), *_ = wrong_versions.most_common(1)
         names = ", ".join(name for name, _ in engines.most_common(4))
         reason = f"{names} sampled with version {version}, the step trains version {newest}"
-    return fraction_comparison(
+    return fraction_quantity(
         FAMILY,
         "version of the weights",
         f"the versions of all tokens with {oldest} to {newest}",
@@ -169,7 +169,7 @@ def _draws(step: RecordedStep) -> CheckedQuantity:
                 concerned += copy_indices
                 logprob = sum(group.responses[copy_indices[0][1]].response.logprobs)
                 least, largest = min(least, logprob), max(largest, len(copy_indices))
-    return fraction_comparison(
+    return fraction_quantity(
         FAMILY,
         name,
         f"the responses of {len(groups):,} groups with one another",
@@ -195,7 +195,7 @@ def _kept_tokens(step: RecordedStep) -> CheckedQuantity:
         if not is_kept.all():
             concerned[sequence.response] = None
             num_tokens += int((~is_kept).sum())
-    return fraction_comparison(
+    return fraction_quantity(
         FAMILY,
         "tokens that the engines kept",
         "every sampled token with the ids that its engine drew it from",

@@ -136,7 +136,7 @@ class PolicyLogprobs:
         longest = max(
             (sum(len(self.rows[i].token_ids) for i in rows) for rows in packed), default=0
         )
-        is_long = longest * self.step.hf["vocab_size"] > 4 * token_logprobs.LOGITS_AT_ONCE
+        is_long = longest * self.step.hf_config["vocab_size"] > 4 * token_logprobs.LOGITS_AT_ONCE
         if is_long or not any(len(rows) > 1 for rows in packed):
             return None
         logprobs_by_row = list(self.old)

@@ -22,7 +22,7 @@ EPSILONS = (1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.1, 1.0)
 """Usual values of `rl.advantage_epsilon`, and those of another unit."""
 FACTORS = (0.5, 2.0)
 """Factors of the advantages that are tried whatever a checkpoint shows."""
-SAME = 1e-5
+SAME_ADVANTAGES = 1e-5
 """The largest difference of advantages that changes nothing which `why` would see."""
 
 
@@ -124,7 +124,7 @@ def _mapped(step: RecordedStep, change: Callable[[float], float]) -> Advantages:
 
 def _are_apart(first: Advantages, second: Advantages) -> bool:
     pairs = zip(sum(first, []), sum(second, []), strict=True)
-    return any(abs(a - b) > SAME for a, b in pairs)  # NaN is not above it
+    return any(abs(a - b) > SAME_ADVANTAGES for a, b in pairs)  # NaN is not above it
 
 
 def _rewarded_lengths(step: RecordedStep) -> Rewards:

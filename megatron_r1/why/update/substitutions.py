@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from megatron_r1.why.update.evidence import Evidence
     from megatron_r1.why.update.recomputation import Recomputation
 
-SAME = 0.01
+SAME_FACTOR = 0.01
 """Relative distance of a factor from 1 below which it is 1."""
-USUAL = {
+USUAL_SETTINGS = {
     "beta1": (0.0, 0.8, 0.9, 0.95),
     "beta2": (0.9, 0.95, 0.98, 0.99, 0.999),
     "epsilon": (1e-15, 1e-8, 1e-6, 1e-5),
@@ -30,7 +30,7 @@ USUAL = {
 """Values of `optimizer`: its defaults, and what is usual elsewhere."""
 MAX_SKIPPED = 4
 """Updates of a step of which each is tried as the one that was left out, the last apart."""
-OF_LOSS = (
+LOSS_SETTINGS = (
     *("clip_low", "clip_high", "dual_clip", "importance_cap", "kl_beta", "kl_estimator"),
     "entropy_coef",
 )
@@ -44,7 +44,7 @@ def substitutions(step: RecordedStep, recomputed: Recomputation) -> Iterator[Sub
         step: the step.
         recomputed: its updates as the settings say."""
     rl = step.config.rl
-    if rl.kl_beta and rl.algorithm not in formulas.OF_TOKENS:
+    if rl.kl_beta and rl.algorithm not in formulas.TOKEN_ADVANTAGE_ALGORITHMS:
         yield from _kl_substitutions(step)
     yield from _loss_substitutions(step)
     yield from advantage_substitutions(step, recomputed.evidence)
@@ -235,7 +235,7 @@ def _optimizer_substitutions(step: RecordedStep) -> Iterator[Substitution]:
             "optimizer.weight_decay",
             adam=(("decays_by_gradient", True),),
         )
-    for name, values in USUAL.items():
+    for name, values in USUAL_SETTINGS.items():
         for value in values:
             if not math.isclose(value, getattr(settings, name)):
                 is_default = value == getattr(OptimizerConfig(), name)
@@ -319,7 +319,7 @@ def _evidence_substitutions(step: RecordedStep, evidence: Evidence) -> Iterator[
             adam=(("without_gradient", evidence.parameters_without_gradient),),
         )
     yield from _weight_substitutions(step, evidence)
-    if evidence.update_factor is not None and abs(evidence.update_factor - 1) > SAME:
+    if evidence.update_factor is not None and abs(evidence.update_factor - 1) > SAME_FACTOR:
         rates = tuple(rate * evidence.update_factor for rate in step.learning_rates)
         yield Substitution(
             f"{evidence.update_factor:.3g} times the learning rate",
@@ -332,7 +332,7 @@ def _evidence_substitutions(step: RecordedStep, evidence: Evidence) -> Iterator[
     if isinstance(norm, int | float) and recomputed_norm:
         multiples.append(norm / recomputed_norm)
     for factor in multiples:
-        if factor is None or abs(factor - 1) <= SAME or factor <= 0:
+        if factor is None or abs(factor - 1) <= SAME_FACTOR or factor <= 0:
             continue
         yield Substitution(
             f"{factor:.4g} times the gradient{_ranks(step, factor)}",
@@ -371,7 +371,7 @@ def _ranks(step: RecordedStep, factor: float) -> str:
     ranks = parallel.data_parallel_size(parallel.processes)
     for number, noun in ((ranks, "data-parallel ranks"), (count, "micro-batches of an update")):
         for value, words in ((number, "the number"), (1 / number, "1 over the number")):
-            if number > 1 and math.isclose(factor, value, rel_tol=SAME):
+            if number > 1 and math.isclose(factor, value, rel_tol=SAME_FACTOR):
                 return f", {words} of {noun},"
     return ""
 
@@ -412,7 +412,7 @@ def _kl_substitutions(step: RecordedStep) -> Iterator[Substitution]:
 def _default_substitutions(step: RecordedStep) -> Iterator[Substitution]:
     """Yield settings of the loss without effect: their default in place of the recipe's."""
     rl, default = step.config.rl, RLConfig(algorithm=step.config.rl.algorithm)
-    for name in OF_LOSS:
+    for name in LOSS_SETTINGS:
         value = getattr(default, name)
         if value != getattr(rl, name):
             yield Substitution(

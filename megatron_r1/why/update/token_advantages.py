@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_r1.config.algorithms import EngineMask
-from megatron_r1.why.formulas import OF_TOKENS
+from megatron_r1.why.formulas import TOKEN_ADVANTAGE_ALGORITHMS
 from megatron_r1.why.policy.token_logprobs import TokenRow
 from megatron_r1.why.record.recorded_step import RecordedStep
 
@@ -37,7 +37,7 @@ def with_token_advantages(
         reference: those under the reference, or None."""
     rl = step.config.rl
     new_rows = list(rows)
-    if rl.algorithm in OF_TOKENS:
+    if rl.algorithm in TOKEN_ADVANTAGE_ALGORITHMS:
         values = [
             _rewards_to_go(row, old[index], None if reference is None else reference[index], step)
             for index, row in enumerate(rows)

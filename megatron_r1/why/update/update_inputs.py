@@ -29,9 +29,9 @@ from megatron_r1.why.update.substitution import Substitution
 
 UPDATE_FLOPS = 2e13
 """Floating-point operations of a step's updates: minutes on two cores. More are not made."""
-KNOWN = (*formulas.ALGORITHMS, *formulas.OF_TOKENS)
+RECOMPUTABLE_ALGORITHMS = (*formulas.ALGORITHMS, *formulas.TOKEN_ADVANTAGE_ALGORITHMS)
 """Algorithms whose updates are made again."""
-COPIES = 7
+PARAMETER_COPIES = 7
 """Copies of the parameters, fp32, that the updates need: model, gradients, moments, and others."""
 
 
@@ -68,8 +68,9 @@ class UpdateInputs(PolicyLogprobs):
         algorithm = config.rl.algorithm
         reasons = (
             (
-                algorithm not in KNOWN,
-                f"rl.algorithm: {algorithm} is none of {', '.join(sorted(KNOWN))}",
+                algorithm not in RECOMPUTABLE_ALGORITHMS,
+                f"rl.algorithm: {algorithm} is none of "
+                f"{', '.join(sorted(RECOMPUTABLE_ALGORITHMS))}",
             ),
             (
                 bool(config.rl.routing_replay and config.model.expert_bias_update_rate),
@@ -91,7 +92,7 @@ class UpdateInputs(PolicyLogprobs):
                 f"the updates take {cost / 1e12:,.0f} teraflops here, at most "
                 f"{UPDATE_FLOPS / 1e12:.0f} are spent"
             )
-        num_bytes = 4 * COPIES * self.num_parameters
+        num_bytes = 4 * PARAMETER_COPIES * self.num_parameters
         free_bytes = psutil.virtual_memory().available
         if num_bytes > free_bytes:
             raise CannotRecompute(
@@ -181,7 +182,7 @@ class UpdateInputs(PolicyLogprobs):
             is_sequence_ratio=rl.ratio_level == "sequence",
             is_cispo=rl.algorithm == "cispo",
             importance_cap=rl.importance_cap,
-            kl_beta=0.0 if rl.algorithm in formulas.OF_TOKENS else rl.kl_beta,
+            kl_beta=0.0 if rl.algorithm in formulas.TOKEN_ADVANTAGE_ALGORITHMS else rl.kl_beta,
             kl_estimator=rl.kl_estimator,
             entropy_coef=rl.entropy_coef,
             temperature=self.temperature,
