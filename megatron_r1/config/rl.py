@@ -180,7 +180,7 @@ class RLConfig(Section):
     group_size: int = Field(16, ge=1)
     """responses per prompt, G; 2 or more where a group is the baseline"""
     questions_per_rollout: int = Field(512, gt=0)
-    """prompts drawn per rollout (P); 512 x 16 = the paper's 8192 responses"""
+    """questions drawn per rollout (P); 512 x 16 = the paper's 8192 responses"""
     kind_weights: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = {}
     """how often prompts of a kind are drawn, relative to the largest weight, which draws all in
     each epoch; kinds left out have 1: {helpful: 0} draws none of the kind, {helpful: 0.5} half"""
