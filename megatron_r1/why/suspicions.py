@@ -26,7 +26,7 @@ def suspicions(step: RecordedStep) -> list[str]:
 
 
 def _equal_groups(step: RecordedStep) -> str:
-    groups = step.groups + step.passed_over
+    groups = step.groups + step.filtered_groups
     fraction = fmean(group.has_equal_rewards for group in groups)
     right = [graded.rewards.get("accuracy", 0.0) for graded in all_responses(groups)]
     if fraction < MAX_EQUAL:

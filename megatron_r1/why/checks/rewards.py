@@ -419,7 +419,7 @@ def _describe_departures(
 
 def _metrics(step: RecordedStep) -> list[CheckedQuantity]:
     """Compare means over the logged responses with metrics.jsonl."""
-    groups = step.groups + step.passed_over
+    groups = step.groups + step.filtered_groups
     responses = all_responses(groups)
     graded = [graded_response.reward for graded_response in responses if graded_response.is_graded]
     right = [

@@ -48,7 +48,7 @@ def _settings(step: RecordedStep) -> CheckedQuantity:
     different: Counter[str] = Counter()
     logged = 0
     for group_index, (group, record) in enumerate(
-        zip(step.groups + step.passed_over, step.sampling, strict=True)
+        zip(step.groups + step.filtered_groups, step.sampling, strict=True)
     ):
         if record is None:
             continue

@@ -69,7 +69,7 @@ class RecordedStep:
         step: the step, from 1.
         line: its line of metrics.jsonl.
         groups: those it was trained on, in the order in which the trainer got them.
-        passed_over: groups that dynamic sampling left out.
+        filtered_groups: groups that dynamic sampling left out.
         sampling: how each of both was sampled, first those that were trained on.
         prompts: the run's questions by id; those that could not be read are missing.
         prompts_missing: why they could not, or "".
@@ -81,7 +81,7 @@ class RecordedStep:
     step: int
     line: Mapping[str, Any]
     groups: list[Group]
-    passed_over: list[Group]
+    filtered_groups: list[Group]
     sampling: list[SamplingRecord | None]
     prompts: Mapping[str, Prompt]
     prompts_missing: str = ""

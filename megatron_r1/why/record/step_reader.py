@@ -191,17 +191,17 @@ def _read_step_log(
     ]
     sampling = {id(group): record.sampling for group, record in zip(groups, ordered, strict=True)}
     at_step = config.at(step)
-    passed_over: list[Group] = []
+    filtered_groups: list[Group] = []
     if at_step.rl.dynamic_sampling:
-        groups, passed_over = _trained_on(groups, at_step.rl.questions_per_rollout)
+        groups, filtered_groups = _trained_on(groups, at_step.rl.questions_per_rollout)
     return RecordedStep(
         folder,
         config,
         step,
         line,
         groups,
-        passed_over,
-        [sampling[id(group)] for group in groups + passed_over],
+        filtered_groups,
+        [sampling[id(group)] for group in groups + filtered_groups],
         prompts.by_id,
         prompts.missing,
         prompts.training,

@@ -69,11 +69,9 @@ class Recomputed(PolicyLogprobs):
             config=config,
             run_config=config,
             folder=None,
-            hf={"vocab_size": 23},
-            passed_over=[],
+            hf_config={"vocab_size": 23},
             line={},
             responses={(0, index): response for index in range(len(rows))},
-            loss_fraction=lambda concerned: 1.0,
         )
         self._logprobs_of_weights = {}
 
