@@ -75,6 +75,7 @@ def _digest(root: Path, covered: str) -> str:
 
 
 @cache
+@cache  # claims of many commits ask for the same texts
 def code_of(text: str) -> str:
     """Return a Python file without comments, docstrings and empty lines, which compute nothing.
 

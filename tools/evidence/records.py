@@ -210,12 +210,18 @@ def has_same_code(root: Path, commit: str, name: str) -> bool:
         name: the file, from the root."""
     if not name.endswith(".py") or not (root / name).is_file():
         return False
-    old_text = _git(root, "show", f"{commit}:{name}")
+    old_text = text_at(root, commit, name)
     try:
         new_text = (root / name).read_text(encoding="utf-8")
         return old_text is not None and code_of(old_text) == code_of(new_text)
     except (OSError, SyntaxError, tokenize.TokenError):
         return False
+
+
+@cache  # a commit's files stay, and every record asks for them again
+def text_at(root: Path, commit: str, name: str) -> str | None:
+    """Return a file's text at a commit; None where this clone lacks it."""
+    return _git(root, "show", f"{commit}:{name}")
 
 
 def covers(path: str, name: str) -> bool:
