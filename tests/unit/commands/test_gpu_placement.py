@@ -134,8 +134,8 @@ def test_engines_on_the_trainers_gpus_start_after_it(recipe, monkeypatch, has_gp
                 await engines_started.wait()  # both at once
             done.append("trainer")
 
-        async def call(self, operation, *, parameters):
-            assert parameters
+        async def call(self, operation, *, free_parameters):
+            assert free_parameters
             done.append(operation.__name__)
 
     class Fleet:

@@ -138,8 +138,8 @@ class SavedRun:
     def is_resumed(self):
         return self.checkpoint is not None
 
-    async def load(self, trainer, reference):
-        self.calls.append(("load", reference))
+    async def load(self, trainer, with_reference):
+        self.calls.append(("load", with_reference))
         vars(self.state).update(asdict(self.checkpoint))
 
     async def save(self, trainer):

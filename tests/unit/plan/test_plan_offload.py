@@ -4,11 +4,13 @@ optimizer state for each on one of 32 and 16 replicas (docs/plan.md); the first 
 """
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from planned_jobs import planned
 
 from megatron_r1.plan.estimate import JobEstimate
+from megatron_r1.plan.job import Calibration
 from megatron_r1.plan.memory import rank_memory
 from megatron_r1.plan.timing import narrowing_section, time_section
 
@@ -77,7 +79,8 @@ def test_its_seconds_have_a_range_until_the_link_is_measured(place, number, is_n
     assert ("offload" in narrowing_section(job, section)) == is_named
     without = time_section(JobEstimate(planned()).times)["step"]
     assert section["step"].high == pytest.approx(without.high + offload.high)
-    measured = time_section(JobEstimate(replace(job, measured={number: "measured.yaml"})).times)
+    calibration = Calibration(Path("measured.yaml"), frozenset({number}))
+    measured = time_section(JobEstimate(replace(job, calibration=calibration)).times)
     assert measured["offload"].limits == ""
 
 

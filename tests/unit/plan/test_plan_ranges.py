@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from planned_jobs import RECIPE, ROOT, planned
@@ -9,6 +10,7 @@ from planned_jobs import RECIPE, ROOT, planned
 from megatron_r1.commands.plan import main
 from megatron_r1.config.hardware import Assumptions
 from megatron_r1.plan.estimate import JobEstimate
+from megatron_r1.plan.job import Calibration
 from megatron_r1.plan.phase_overheads import OFFLOAD, ROUTED
 from megatron_r1.plan.quantity import Quantity
 from megatron_r1.plan.timing import (
@@ -43,10 +45,15 @@ def test_a_range_is_the_estimate_over_and_times_the_spread_and_at_most_a_factor_
         replace(Assumptions(), time_spread=2.01)
 
 
+def calibrated(job, names, num_gpus=None):
+    """The job with numbers measured on as many GPUs, by default its own."""
+    calibration = Calibration(Path("measured.yaml"), frozenset(names), num_gpus or job.num_gpus)
+    return replace(job, calibration=calibration)
+
+
 def test_what_is_measured_has_no_range_and_narrows_that_of_the_step():
     job = planned()
-    everywhere = {"gpus": str(job.num_gpus)}
-    measured = replace(job, measured={"decode_latency_per_layer": "measured.yaml"} | everywhere)
+    measured = calibrated(job, {"decode_latency_per_layer"})
     section, known = times(job), times(measured)
     assert known["rollout"].low is None
     exact = section["rollout"].number + section["routed experts"].number
@@ -56,7 +63,7 @@ def test_what_is_measured_has_no_range_and_narrows_that_of_the_step():
     named = [set(narrowing_section(each, times(each))) for each in (job, measured)]
     assert named[0] - named[1] == {"rollout"}
     names = {narrowing_number(job, name) for name in MEASUREMENTS}
-    everything = replace(job, measured=dict.fromkeys(names, "measured.yaml") | everywhere)
+    everything = calibrated(job, names)
     assert narrowing_section(everything, times(everything)) == {}
     assert times(everything)["step"].limits == ""
 
@@ -64,7 +71,7 @@ def test_what_is_measured_has_no_range_and_narrows_that_of_the_step():
 def test_what_one_gpu_measured_leaves_the_range_of_communication():
     job = planned()
     names = {narrowing_number(job, name) for name in MEASUREMENTS}
-    measured = replace(job, measured=dict.fromkeys(names, "measured.yaml") | {"gpus": "1"})
+    measured = calibrated(job, names, num_gpus=1)
     estimate = JobEstimate(measured).times
     section = times(measured)
     rank = estimate.busiest
@@ -90,10 +97,7 @@ def test_what_one_gpu_measured_leaves_the_range_of_communication():
 
 def test_with_rollouts_ahead_each_end_is_that_of_the_longest_of_three():
     alone = {"rollout_gpus": 2048, "rollout__colocated": False, "rl__importance_cap": 2.0}
-    job = replace(
-        planned(**alone, rl__staleness=1),
-        measured={"decode_latency_per_layer": "x", "gpus": "4096"},
-    )
+    job = calibrated(planned(**alone, rl__staleness=1), {"decode_latency_per_layer"})
     section = times(job)
     stop = [section["push"], section["load"]]
     trainer = [section[name] for name in ("scoring", "training", "saves")]
@@ -182,8 +186,7 @@ def test_a_response_that_may_outlast_its_time_limit_is_noted_where_its_range_doe
         notes = JobEstimate(planned(rollout__request_timeout_seconds=limit)).notes()
         assert len(notes) == noted, limit
     assert "rollout.request_timeout_seconds" in notes[0] and "32,768 tokens" in notes[0]
-    measured = {"decode_latency_per_layer": "measured.yaml", "gpus": "2048"}
-    known = replace(planned(), measured=measured)
+    known = calibrated(planned(), {"decode_latency_per_layer"})
     config = known.config.with_changes(rollout={"request_timeout_seconds": longest * 1.01})
     assert JobEstimate(replace(known, config=config)).notes() == []
     # 65,536 tokens, from step 513 on; the recipe's limit is above their range.
