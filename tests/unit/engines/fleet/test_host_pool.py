@@ -140,7 +140,8 @@ def test_a_report_of_another_version_is_refused_and_the_pool_goes_on(pool, host)
         wait_until(lambda: (order := link.receive(0.1)) and not orders.append(order))
     finally:
         link.close()
-    assert orders[0].refusal and pool.messages == [orders[0].refusal]
+    assert orders[0].refusal
+    wait_until(lambda: pool.messages == [orders[0].refusal])
     host("--folder", pool.folder)
     wait_until(lambda: pool.num_free == 1)
 
