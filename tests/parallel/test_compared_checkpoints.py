@@ -18,11 +18,10 @@ PHASE = {
     **{"weights": "update", "untrained": "weights", "main_grad": "gradient", "exp_avg": "gradient"},
     **{"exp_avg_sq": "gradient", "reference": "reference", "rng": "random streams"},
 }
-PREFIX = {
-    "weights": "param.",
-    "main_grad": "exp_avg.",
-    "exp_avg": "exp_avg.",
-    "exp_avg_sq": "exp_avg_sq.",
+STATES = {
+    # A gradient shows in both moments: the one that it changed more comes first.
+    **{"weights": ("param.",), "main_grad": ("exp_avg.", "exp_avg_sq.")},
+    **{"exp_avg": ("exp_avg.",), "exp_avg_sq": ("exp_avg_sq.",), "reference": ("reference.",)},
 }
 
 
@@ -49,8 +48,11 @@ def test_one_planted_change_is_found_at_its_step_phase_rank_and_tensor(runs, gri
             continue
         assert first.ranks == ([change.rank], [change.rank]), (name, first)
         tensor, expert = stored(change.name)
-        assert first.name == PREFIX.get(change.of, "") + tensor, (name, first)
-        assert expert is None or first.place.startswith(f"at [{expert}, "), (name, first)
+        names = [state + tensor for state in STATES.get(change.of, ("",))]
+        assert first.name in names, (name, first)
+        # The clip of a gradient's norm carries a changed gradient into all the others.
+        if expert is not None and change.of != "main_grad":
+            assert first.place.startswith(f"at [{expert}, "), (name, first)
 
 
 def test_two_layouts_are_equal_to_rounding(runs):
@@ -61,7 +63,7 @@ def test_two_layouts_are_equal_to_rounding(runs):
     planted = compare(runs["tp2xep2"] / "equal", runs["pp2"] / "gradient_tensor")
     apart = planted.first_beyond_rounding
     assert apart is not None and (apart.step, apart.phase) == (3, "gradient")
-    assert apart.name == f"exp_avg.{compared_runs.PROJECTION}"
+    assert apart.name in [state + compared_runs.PROJECTION for state in STATES["main_grad"]]
 
 
 def stored(name: str) -> tuple[str, str | None]:
