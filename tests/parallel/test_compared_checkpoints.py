@@ -57,7 +57,7 @@ def test_one_planted_change_is_found_at_its_step_phase_rank_and_tensor(runs, gri
 
 def test_two_layouts_are_equal_to_rounding(runs):
     found = compare(runs["tp2xep2"] / "equal", runs["pp2"] / "equal")
-    assert len(found.settings) == 2
+    assert len(found.settings) == 3  # tensor, pipeline, expert
     assert found.first_difference is not None and found.first_beyond_rounding is None
     # The same, and a changed tensor: rounding of everything does not hide it.
     planted = compare(runs["tp2xep2"] / "equal", runs["pp2"] / "gradient_tensor")
