@@ -217,6 +217,9 @@ def _counters(step: RecordedStep, when: str, path: Path) -> CheckedQuantity:
     num_updates = step.updates_after(step.step - (when == "before"))
     if counted is None:
         return not_checked(WHERE[when], name, f"{path.name} has none")
+    compared = f"{counted:,} of {path.name} with {num_updates:,} updates"
+    if counted == num_updates:
+        return CheckedQuantity(WHERE[when], name, EQUAL, compared, 0.0, 0.0, "exact")
     reason, remedy = _missing_updates(step) or (
         "Adam's state was lost on the way",
         "the checkpoint that the run went on from: it was loaded without its optimizer",
@@ -224,8 +227,8 @@ def _counters(step: RecordedStep, when: str, path: Path) -> CheckedQuantity:
     return CheckedQuantity(
         WHERE[when],
         name,
-        EQUAL if counted == num_updates else DEPARTS,
-        f"{counted:,} of {path.name} with {num_updates:,} updates",
+        DEPARTS,
+        compared,
         float(abs(counted - num_updates)),
         0.0,
         "exact",
