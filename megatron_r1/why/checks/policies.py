@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from megatron_r1.why.update.recomputation import Recomputation
 
 POLICIES = "log-probabilities"
+Candidate = tuple[str, str, Callable[[], Sequence[np.ndarray] | None]]
 
 
 def check_policies(step: RecordedStep, recomputed: Recomputation) -> list[CheckedQuantity]:
@@ -77,8 +78,32 @@ def _trainer(step: RecordedStep, recomputed: Recomputation) -> CheckedQuantity:
 
 def _explained(step: RecordedStep, recomputed: Recomputation) -> tuple[str, str] | None:
     """Return what gives the trainer's logged distances from the engine, and the remedy."""
+    for noun, remedy, make in _candidates(step, recomputed):
+        logprobs = make()
+        if logprobs is not None and _is_logged(step, recomputed, logprobs):
+            return f"the trainer's are as those of transformers {noun} are", remedy
+    all_logprobs = recomputed.all_token_logprobs()
+    # The engine has none of the prompt, for which the trainer then compares with 0.
+    engine_logprobs = [
+        np.concatenate(
+            [np.zeros(len(logprobs_of_all) - len(sequence.logprobs), np.float32), sequence.logprobs]
+        )
+        for logprobs_of_all, sequence in zip(all_logprobs, recomputed.sequences, strict=True)
+    ]
+    if _is_logged(step, recomputed, all_logprobs, engine_logprobs):
+        return (
+            "the trainer's are as those of transformers of all tokens, prompts too, are: the mask "
+            "of the response leaves prompt tokens in the loss",
+            "the mask of rl.algorithm's loss: prompts are not trained on",
+        )
+    return _parted_head(step)
+
+
+def _candidates(step: RecordedStep, recomputed: Recomputation) -> list[Candidate]:
+    """Return the log-probabilities that the trainer's may be: whose, what to change, and the
+    function that computes them."""
     newest, lora = step.step - 1, step.run_config.model.lora
-    tried: list[tuple[str, str, Callable[[], Sequence[np.ndarray] | None]]] = [
+    return [
         (
             "at temperature 1",
             "rollout.temperature: the trainer divides the logits by another",
@@ -128,26 +153,6 @@ def _explained(step: RecordedStep, recomputed: Recomputation) -> tuple[str, str]
             for restarts, noun in ((True, "begin anew"), (False, "go on"))
         ),
     ]
-    for noun, remedy, make in tried:
-        logprobs = make()
-        if logprobs is not None and _is_logged(step, recomputed, logprobs):
-            return f"the trainer's are as those of transformers {noun} are", remedy
-    # The engine has none of the prompt, for which the trainer then compares with 0.
-    engine_logprobs = [
-        np.concatenate(
-            [np.zeros(len(logprobs_of_all) - len(sequence.logprobs), np.float32), sequence.logprobs]
-        )
-        for logprobs_of_all, sequence in zip(
-            recomputed.all_token_logprobs(), recomputed.sequences, strict=True
-        )
-    ]
-    if _is_logged(step, recomputed, recomputed.all_token_logprobs(), engine_logprobs):
-        return (
-            "the trainer's are as those of transformers of all tokens, prompts too, are: the mask "
-            "of the response leaves prompt tokens in the loss",
-            "the mask of rl.algorithm's loss: prompts are not trained on",
-        )
-    return _parted_head(step)
 
 
 def _packed_logprobs(recomputed: Recomputation, *, restarts: bool) -> list[np.ndarray] | None:
