@@ -184,6 +184,14 @@ class RecordedStep:
     @cached_property
     def training_rewards(self) -> list[list[float | None]]:
         """The rewards that advantages are made of, by group; None for an ungraded response."""
+        return self.rewards_with_penalty(self.config.rl.overlong_penalty)
+
+    def rewards_with_penalty(self, overlong_penalty: float) -> list[list[float | None]]:
+        """Return the rewards by group, None for an ungraded response, less a penalty of long
+        responses.
+
+        Args:
+            overlong_penalty: its largest value, in place of `rl.overlong_penalty`."""
         rl, limit = self.config.rl, self.config.rollout.max_response_tokens
         return [
             [
@@ -192,7 +200,7 @@ class RecordedStep:
                     len(graded.response.token_ids),
                     limit,
                     rl.overlong_buffer,
-                    rl.overlong_penalty,
+                    overlong_penalty,
                 )
                 for graded in group.responses
             ]

@@ -4,6 +4,7 @@ model."""
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,7 @@ Advantages = list[list[float]]
 EPSILONS = (1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.1, 1.0)
 """Usual values of `rl.advantage_epsilon`, and those of another unit."""
 FACTORS = (0.5, 2.0)
-"""Factors of the advantages that are tried whatever a checkpoint shows."""
+"""Factors of the advantages that are tried for every step."""
 SAME_ADVANTAGES = 1e-5
 """The largest difference of advantages that changes nothing which `why` would see."""
 
@@ -32,40 +33,54 @@ def advantage_substitutions(step: RecordedStep, evidence: Evidence) -> Iterator[
     Args:
         step: the step.
         evidence: what the checkpoint after it says."""
-    rl, rewards = step.config.rl, step.training_rewards
-
-    def compute(
-        response_rewards: Rewards, std: str = rl.advantage_std, **options: Any
-    ) -> Advantages:
-        return formulas.advantages(
-            response_rewards, rl.algorithm, std, rl.advantage_epsilon, **options
-        )
-
+    rl = step.config.rl
     if rl.algorithm not in formulas.ALGORITHMS or rl.reward_normalization != "sum":
         return
+    yield from _rule_substitutions(step)
+    yield from _shifted_advantage_substitutions(step)
+    yield from _reward_substitutions(step)
+    yield from _epsilon_substitutions(step)
+    yield from _scaled_advantage_substitutions(step, evidence)
+
+
+def _computed(step: RecordedStep, rewards: Rewards, **options: Any) -> Advantages:
+    """Return the advantages of other rewards.
+
+    Args:
+        step: the step, whose settings are used.
+        rewards: those of each group.
+        options: arguments of `formulas.advantages` in place of the step's."""
+    rl = step.config.rl
+    arguments: dict[str, Any] = {"std": rl.advantage_std, "epsilon": rl.advantage_epsilon} | options
+    return formulas.advantages(rewards, rl.algorithm, **arguments)
+
+
+def _rule_substitutions(step: RecordedStep) -> Iterator[Substitution]:
+    """Yield advantages of the same rewards by other rules."""
+    rl, rewards = step.config.rl, step.training_rewards
     for std in others(("group", "batch", "none"), rl.advantage_std):
         yield Substitution(
             f"advantages divided by the deviation of: {std}",
             "rl.advantage_std",
-            advantages=compute(rewards, std),
+            advantages=_computed(step, rewards, std=std),
         )
     yield Substitution(
         "advantages that are not centred on the mean",
         "the mean of the rewards",
         "the advantages of rl.algorithm: the mean of the group is subtracted",
-        advantages=compute(rewards, is_centred=False),
+        advantages=_computed(step, rewards, is_centred=False),
     )
     yield Substitution(
         "a deviation over n - 1 rewards",
         "rl.advantage_std",
         "the advantages of rl.algorithm: the deviation is the population's, over n",
-        advantages=compute(rewards, ddof=1),
+        advantages=_computed(step, rewards, ddof=1),
     )
     yield Substitution(
         "advantages with the other sign",
         "the sign of the advantages",
         "the advantages or the loss of rl.algorithm: a better response becomes more likely",
-        advantages=[[-a for a in group_advantages] for group_advantages in step.advantages],
+        advantages=_mapped(step, operator.neg),
     )
     yield Substitution(
         "advantages clipped at 0",
@@ -73,7 +88,11 @@ def advantage_substitutions(step: RecordedStep, evidence: Evidence) -> Iterator[
         "the advantages of rl.algorithm: a response below the mean becomes less likely",
         advantages=_mapped(step, lambda advantage: max(0.0, advantage)),
     )
-    yield from _shifted_advantage_substitutions(step)
+
+
+def _reward_substitutions(step: RecordedStep) -> Iterator[Substitution]:
+    """Yield advantages of other rewards, and of more or fewer responses."""
+    rl = step.config.rl
     unpenalized_rewards = [
         [g.reward if g.is_graded else None for g in group.responses] for group in step.groups
     ]
@@ -81,13 +100,13 @@ def advantage_substitutions(step: RecordedStep, evidence: Evidence) -> Iterator[
         yield Substitution(
             "rewards without the penalty of long responses",
             "rl.overlong_buffer",
-            advantages=compute(unpenalized_rewards),
+            advantages=_computed(step, unpenalized_rewards),
         )
         yield Substitution(
             "a penalty of long responses that is added to their rewards, with the other sign,",
             "rl.overlong_buffer",
             "rl.overlong_penalty: it is subtracted from the rewards of long responses",
-            advantages=compute(_rewarded_lengths(step)),
+            advantages=_computed(step, step.rewards_with_penalty(-rl.overlong_penalty)),
         )
     accuracy = [
         [g.rewards.get("accuracy") if g.is_graded else None for g in group.responses]
@@ -95,12 +114,17 @@ def advantage_substitutions(step: RecordedStep, evidence: Evidence) -> Iterator[
     ]
     if accuracy != unpenalized_rewards:
         yield Substitution(
-            "rewards of accuracy alone", "rewards.weights", advantages=compute(accuracy)
+            "rewards of accuracy alone", "rewards.weights", advantages=_computed(step, accuracy)
         )
     if any(graded.is_truncated for graded in step.responses.values()):
-        yield _truncated_substitution(step, compute(rewards))
+        yield _truncated_substitution(step, _computed(step, step.training_rewards))
+
+
+def _epsilon_substitutions(step: RecordedStep) -> Iterator[Substitution]:
+    """Yield advantages with another `rl.advantage_epsilon`, where that makes a difference."""
+    rl = step.config.rl
     for epsilon in EPSILONS:
-        other_advantages = formulas.advantages(rewards, rl.algorithm, rl.advantage_std, epsilon)
+        other_advantages = _computed(step, step.training_rewards, epsilon=epsilon)
         if _are_apart(other_advantages, step.advantages):
             yield Substitution(
                 f"rl.advantage_epsilon {epsilon:g}",
@@ -108,7 +132,6 @@ def advantage_substitutions(step: RecordedStep, evidence: Evidence) -> Iterator[
                 f"rl.advantage_epsilon: {rl.advantage_epsilon:g} has no effect",
                 advantages=other_advantages,
             )
-    yield from _scaled_advantage_substitutions(step, evidence)
 
 
 def _mapped(step: RecordedStep, change: Callable[[float], float]) -> Advantages:
@@ -123,26 +146,8 @@ def _mapped(step: RecordedStep, change: Callable[[float], float]) -> Advantages:
 
 
 def _are_apart(first: Advantages, second: Advantages) -> bool:
-    pairs = zip(sum(first, []), sum(second, []), strict=True)
+    pairs = zip(*map(itertools.chain.from_iterable, (first, second)), strict=True)
     return any(abs(a - b) > SAME_ADVANTAGES for a, b in pairs)  # NaN is not above it
-
-
-def _rewarded_lengths(step: RecordedStep) -> Rewards:
-    """Return the training rewards with the length's penalty added in place of subtracted."""
-    rl, limit = step.config.rl, step.config.rollout.max_response_tokens
-    return [
-        [
-            formulas.training_reward(
-                graded.reward if graded.is_graded else None,
-                len(graded.response.token_ids),
-                limit,
-                rl.overlong_buffer,
-                -rl.overlong_penalty,
-            )
-            for graded in group.responses
-        ]
-        for group in step.groups
-    ]
 
 
 def _scaled_advantage_substitutions(
