@@ -29,7 +29,7 @@ USUAL_SETTINGS = {
 }
 """Values of `optimizer`: its defaults, and what is usual elsewhere."""
 MAX_SKIPPED = 4
-"""Updates of a step of which each is tried as the one that was left out, the last apart."""
+"""The most updates of a step that are tried as left out, one at a time; the last always is."""
 LOSS_SETTINGS = (
     *("clip_low", "clip_high", "dual_clip", "importance_cap", "kl_beta", "kl_estimator"),
     "entropy_coef",
@@ -55,7 +55,7 @@ def substitutions(step: RecordedStep, recomputed: Recomputation) -> Iterator[Sub
 
 
 def _loss_substitutions(step: RecordedStep) -> Iterator[Substitution]:
-    """Yield other averages, clips and weights."""
+    """Yield other averages, clips, masks, ratios and weights."""
     rl = step.config.rl
     yield Substitution(
         "a denominator that counts masked tokens (the prompt's)",
@@ -73,6 +73,22 @@ def _loss_substitutions(step: RecordedStep) -> Iterator[Substitution]:
             f"the mask of the response: it leaves out the {place} token of each",
             loss=(("leaves_out", place),),
         )
+    yield from _ratio_substitutions(rl)
+    if rl.entropy_coef:
+        yield Substitution(
+            "entropy with the wrong sign",
+            "rl.entropy_coef",
+            "the loss of rl.algorithm: the entropy is a bonus, subtracted from what is minimized",
+            loss=(("entropy_coef", -rl.entropy_coef),),
+        )
+    if step.config.rollout.temperature != 1:
+        yield Substitution(
+            "temperature 1 in the trainer", "rollout.temperature", loss=(("temperature", 1.0),)
+        )
+
+
+def _ratio_substitutions(rl: RLConfig) -> Iterator[Substitution]:
+    """Yield other ratios of policy and old policy, and other importance weights."""
     yield Substitution(
         "old log-probabilities that are the current ones, a ratio of 1,",
         "old log-probabilities",
@@ -112,17 +128,6 @@ def _loss_substitutions(step: RecordedStep) -> Iterator[Substitution]:
             "rl.importance_cap",
             "rl.importance_cap: the weight is old policy over engine",
             loss=(("inverts_importance", True),),
-        )
-    if rl.entropy_coef:
-        yield Substitution(
-            "entropy with the wrong sign",
-            "rl.entropy_coef",
-            "the loss of rl.algorithm: the entropy is a bonus, subtracted from what is minimized",
-            loss=(("entropy_coef", -rl.entropy_coef),),
-        )
-    if step.config.rollout.temperature != 1:
-        yield Substitution(
-            "temperature 1 in the trainer", "rollout.temperature", loss=(("temperature", 1.0),)
         )
 
 
