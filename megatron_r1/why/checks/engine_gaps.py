@@ -127,7 +127,7 @@ class EngineGaps:
         return {name or "not named": mean for name, mean in self.means_by_name().items()}
 
     def means_by_name(self) -> dict[str, float]:
-        """Return the same by the name that the log has; "" where it has none."""
+        """Return the mean |difference| by the engine's name in the log; "" where it has none."""
         return {
             name: mean_gap(self._engine_gaps(name, self.gaps)) for name in sorted(set(self.engines))
         }
@@ -165,8 +165,7 @@ class EngineGaps:
         Args:
             logprobs_of_sequences: (sampled tokens,) each."""
         other_gaps = self.gaps_from(logprobs_of_sequences)
-        for name in sorted(set(self.engines)):
-            mean = mean_gap(self._engine_gaps(name, self.gaps))
+        for name, mean in self.means_by_name().items():
             other_mean = mean_gap(self._engine_gaps(name, other_gaps))
             is_explained = other_mean <= self.tolerance and other_mean < EXPLAINED * mean
             if mean > self.tolerance / 16 and is_explained:

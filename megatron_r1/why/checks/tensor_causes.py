@@ -22,7 +22,7 @@ MAX_TRIED = 128
 MAX_NAMED = 4
 """Groups that are named where several explain a departure as well as one another."""
 ALL_PAIRS = 8
-"""Layers of which all pairs are tried as exchanged ones; of more, neighbours are."""
+"""The most layers of a model whose every pair is tried as exchanged; in larger ones, neighbours."""
 LAYER = re.compile(r"(.*\.layers)\.(\d+)\.(.*)")
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Modules that engines keep as one."""
@@ -64,8 +64,10 @@ class TensorSearch:
         newest = self._gaps.newest
         for version in sorted({max(0, newest - 1), 0} - {newest}, reverse=True):
             old_tensors = self._weights.of_version(version)
-            groups = self._stale_groups(old_tensors) if old_tensors else {}
-            if not groups or not old_tensors:
+            if not old_tensors:
+                continue
+            groups = self._stale_groups(old_tensors)
+            if not groups:
                 continue
             nouns = list(groups)
             engine = self._explained({name: old_tensors[name] for name in groups[nouns[0]]})
@@ -91,7 +93,7 @@ class TensorSearch:
 
     def _stale_groups(self, old_tensors: dict[str, Tensor]) -> dict[str, tuple[str, ...]]:
         """Return the groups of tensors that explain the departure when they are older ones, by
-        noun, the smallest first: all that cannot be told from the one that explains most.
+        noun, the smallest first: the one that explains most, and those that explain about as much.
 
         Parts of layers are tried in the order in which the older layers resemble the departure."""
         groups, layers = whole_groups(old_tensors)

@@ -127,8 +127,8 @@ class PolicyLogprobs:
     def packed_logprobs(
         self, packed: Sequence[Sequence[int]], *, restarts: bool
     ) -> list[np.ndarray] | None:
-        """Return those of rows that are one sequence in their micro-batch, each of which attends to
-        those before it; None where that changes nothing or a micro-batch is too long.
+        """Return the log-probabilities with a micro-batch's rows as one sequence, in which each row
+        attends to those before it; None where that changes nothing or one is too long.
 
         Args:
             packed: the rows of each micro-batch, in their order.
