@@ -2,7 +2,7 @@
 
 Per question first, then over questions. The questions are a random sample of all possible ones; the
 samples of one question are not independent. So every interval resamples whole questions (a cluster
-bootstrap), and all questions have the same weight, whatever their number of samples."""
+bootstrap), and a question's weight does not depend on its number of samples."""
 
 import itertools
 import math

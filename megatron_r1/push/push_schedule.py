@@ -42,7 +42,7 @@ class BucketOp:
         round: its number, from 0 (`plan.rounds`).
         is_send: a send, not a receive.
         peer: the other side's rank in the communicator.
-        payload_id: the payload of which the bucket is a part.
+        payload_id: the payload that the bucket is a part of.
         number: the bucket of the payload, counted from 0.
         count: the buckets of the payload."""
 

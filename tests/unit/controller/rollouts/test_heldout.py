@@ -13,9 +13,9 @@ from megatron_r1.engines.server.responses import Response
 
 
 def run(correct_counts, ungraded=0):
-    """Return the metrics of an evaluation with 4 responses a question, of which `correct_counts`
-    holds how many are right (the right answer is 1); the last `ungraded` of each could not be
-    graded."""
+    """Return the metrics of an evaluation with 4 responses per question. `correct_counts` has the
+    number of right ones (the right answer is 1) of each question; the last `ungraded` of each could
+    not be graded."""
 
     def group(question, num_correct):
         responses = []
