@@ -20,7 +20,7 @@ from megatron_r1.data.prompts import is_heldout
 TERMS = 3
 NUM_WORKED, NUM_MIXED = 17_600, 4_800
 HELDOUT_FRACTION = 0.1  # of r1_zero.yaml
-TEMPLATE = "User: {problem}\nAssistant: "
+TEMPLATE = "User: {question}\nAssistant: "
 
 GUESS, LEAP = 0.66, 0.16  # shares of the mixture; the rest is worked out
 GUESS_WRONG, LEAP_WRONG = 0.95, 0.60  # of guesses, and of leaps

@@ -25,9 +25,9 @@ def grade(
     response: str,
     truth: object,
     *,
-    opened: bool = False,
+    thought_opened: bool = False,
     reading: str = "strict",
-    plain_line: bool = True,
+    reads_last_line: bool = True,
     **entry: object,
 ) -> Grade:
     """Return 1 when the response's final answer equals the truth, or any of several, else 0.
@@ -37,9 +37,9 @@ def grade(
     Args:
         response: the text that ends with the answer.
         truth: text or a number, or several (`truths.accepted_answers`).
-        opened: the prompt ended with `<think>`.
+        thought_opened: the prompt ended with `<think>`.
         reading: where the answer is, as in `read_answer`.
-        plain_line: whether a last line is read, as in `read_answer`.
+        reads_last_line: whether a last line is read, as in `read_answer`.
         **entry: the prompt's other fields, which are not used.
 
     Raises:
@@ -47,7 +47,9 @@ def grade(
     expected = [math_truth(option) for option in accepted_answers(truth)]
     if not expected:
         raise ValueError("the truth is a list without an answer")
-    extraction = read_answer(response, reading, opened=opened, plain_line=plain_line)
+    extraction = read_answer(
+        response, reading, thought_opened=thought_opened, reads_last_line=reads_last_line
+    )
     if extraction.text is None:
         return Grade(0.0, extraction.reason)
     if (num_chars := len(extraction.text)) > MAX_ANSWER_CHARS:

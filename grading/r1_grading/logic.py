@@ -269,9 +269,9 @@ def grade(
     entry: dict,
     parameters: dict | None = None,
     exact: bool = True,
-    opened: bool = False,
+    thought_opened: bool = False,
     reading: str = "strict",
-    plain_line: bool = False,
+    reads_last_line: bool = False,
     **fields: object,
 ) -> Grade:
     """Return reasoning-gym's score of the response's final answer (see `reading.read_answer`).
@@ -284,9 +284,9 @@ def grade(
         parameters: the dataset's parameters, for scorers that read them.
         exact: 1 for a full score and 0 for anything less; otherwise the scorer's partial credit
             counts.
-        opened: the prompt ended with `<think>`.
+        thought_opened: the prompt ended with `<think>`.
         reading: where the answer is, as in `read_answer`.
-        plain_line: whether a last line is read, as in `read_answer`.
+        reads_last_line: whether a last line is read, as in `read_answer`.
         **fields: the prompt's other fields, which are not used.
 
     Raises:
@@ -295,7 +295,11 @@ def grade(
         raise ValueError(f"the entry of a {task} prompt needs 'answer' and 'metadata'")
     scorer = _scorer(task, json.dumps(parameters or {}, sort_keys=True))
     extraction = read_answer(
-        response, reading, opened=opened, plain_line=plain_line, numeric=is_number(entry["answer"])
+        response,
+        reading,
+        thought_opened=thought_opened,
+        reads_last_line=reads_last_line,
+        numeric=is_number(entry["answer"]),
     )
     if extraction.text is None:
         return Grade(0.0, extraction.reason)

@@ -16,7 +16,7 @@ PLACEHOLDERS = frozenset({"reasoning process here", "answer here", "…", "..."}
 
 
 def grade_format(
-    response: str, truth: object = None, *, opened: bool = False, **entry: object
+    response: str, truth: object = None, *, thought_opened: bool = False, **entry: object
 ) -> Grade:
     """Return 1 if the response is `<think>…</think><answer>…</answer>`, else 0.
 
@@ -26,10 +26,10 @@ def grade_format(
     Args:
         response: the text that the policy sampled.
         truth: not used.
-        opened: the prompt ended with `<think>`, so the response starts inside the thought and must
-            not open it again.
+        thought_opened: the prompt ended with `<think>`, so the response starts inside the thought
+            and must not open it again.
         **entry: the prompt's other fields, which are not used."""
-    text = (THINK + response if opened else response).strip()
+    text = (THINK + response if thought_opened else response).strip()
     for tag in TAGS:
         if (num_found := text.count(tag)) != 1:
             return Grade(0.0, f"bad format: {tag} occurs {num_found} times")
@@ -119,7 +119,12 @@ def _length(response: str, unit: str, num_tokens: object) -> int:
 
 
 def grade_language(
-    response: str, truth: object = None, *, target: str, opened: bool = False, **entry: object
+    response: str,
+    truth: object = None,
+    *,
+    target: str,
+    thought_opened: bool = False,
+    **entry: object,
 ) -> Grade:
     """Return the fraction of the thought's words that are in the language `target`.
 
@@ -133,7 +138,7 @@ def grade_language(
         response: the text that the policy sampled.
         truth: not used.
         target: "en" or "zh".
-        opened: the prompt ended with `<think>`, so the response starts inside the thought.
+        thought_opened: the prompt ended with `<think>`, so the response starts inside the thought.
         **entry: the prompt's other fields, which are not used.
 
     Returns:
@@ -144,7 +149,7 @@ def grade_language(
         ValueError: another target."""
     if not isinstance(target, str) or target not in LANGUAGES:
         raise ValueError(f"target must be one of {', '.join(LANGUAGES)}, got {target!r}")
-    thought = chain_of_thought(response, opened)
+    thought = chain_of_thought(response, thought_opened)
     if thought is None:
         return Grade(0.0, "no chain of thought")
     words = judged_words(thought)

@@ -30,8 +30,10 @@ their library, or both texts in one."""
 TRUTH_NAMES = ("answer", "ground_truth", "solution", "target", "truth")
 """Columns of TRL's data sets that hold the truth. Where the row has no column of the name, a
 function gets the truth by it."""
-NOT_COLUMNS = ("num_tokens", "opened")
+NOT_COLUMNS = ("num_tokens", "thought_opened")
 """Facts about a response, which are no columns of TRL's data sets."""
+FORMER_NAME = "opened"
+"""What `thought_opened` was called: a function that still takes it would never get it."""
 FORMS = ("text", "messages")
 """The values of the option `completions` of a function of TRL's signature."""
 POSITIONAL = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
@@ -92,13 +94,20 @@ def adapt_signature(function: Callable[..., Any], target: str) -> GradeFunction:
         target: its "module:function", for errors.
 
     Raises:
-        UserError: a signature of a library in `REFUSED`."""
+        UserError: a signature of a library in `REFUSED`, or a parameter's former name."""
     parameters = _parameters(function)
     names = parameters.keys()
     if names >= VERL_NAMES:
         return _VerlFunction(function, parameters)
     if TRL_NAME in names:
         return _TrlFunction(function, parameters)
+    if FORMER_NAME in names:
+        raise UserError(
+            f"{target} takes {FORMER_NAME!r}, which is called 'thought_opened': rename the "
+            "parameter",
+            key=target,
+            cause=Cause.UNSUPPORTED,
+        )
     for library, theirs in REFUSED.items():
         if names >= theirs:
             raise UserError(

@@ -153,7 +153,7 @@ def weights_at(weights: Weights, step: int) -> dict[str, float]:
 
 Options = Mapping[str, Mapping[str, Any]]
 """`rewards.options`."""
-FACTS = ("num_tokens", "opened", "question")
+FACTS = ("num_tokens", "thought_opened", "question")
 """Arguments that a run gives for each sample; neither an option nor a prompt's field overrides
 them."""
 
@@ -331,7 +331,7 @@ class RewardTerms:
         prompt: Gradable,
         text: str,
         num_tokens: int | None,
-        opened: bool,
+        thought_opened: bool,
     ) -> dict[str, Grade]:
         """Return the grade of a response by each term.
 
@@ -340,7 +340,7 @@ class RewardTerms:
             prompt: the prompt, with its question, kind, truth and fields.
             text: the response.
             num_tokens: the response's length in tokens; None if unknown.
-            opened: whether the prompt ended with `<think>`.
+            thought_opened: whether the prompt ended with `<think>`.
 
         Returns:
             term → grade.
@@ -351,13 +351,13 @@ class RewardTerms:
         facts: dict[str, object] = {"question": prompt.question}
         if num_tokens is not None:
             facts["num_tokens"] = num_tokens
-        if opened:
-            facts["opened"] = True
+        if thought_opened:
+            facts["thought_opened"] = True
         grades = await asyncio.gather(*(self._call(term, prompt, text, facts) for term in terms))
         return dict(zip(terms, grades, strict=True))
 
     async def check(
-        self, terms: Collection[str], prompts: Iterable[Gradable], opened: bool = False
+        self, terms: Collection[str], prompts: Iterable[Gradable], thought_opened: bool = False
     ) -> None:
         """Check the truth of every prompt, and that every reward can be called.
 
@@ -368,7 +368,7 @@ class RewardTerms:
         Args:
             terms: names of rewards; "accuracy" is always checked.
             prompts: the prompts of the run.
-            opened: whether the prompts end with `<think>`.
+            thought_opened: whether the prompts end with `<think>`.
 
         Raises:
             UserError: a reward that cannot be imported.
@@ -390,7 +390,7 @@ class RewardTerms:
                 kind = _kind(term, prompt)
                 if kind == ENVIRONMENT:
                     continue
-                trial = await self._try(term, prompt, opened)
+                trial = await self._try(term, prompt, thought_opened)
                 if not trial.is_graded:
                     name = f"rewards.weights.{term}: it"
                     if term == ACCURACY:
@@ -399,15 +399,15 @@ class RewardTerms:
                     key = "kind" if term == ACCURACY else f"rewards.weights.{term}"
                     raise RewardUnusable(f"{name} {trial.reason}{hint}", trial.missing, key=key)
 
-    async def _try(self, term: str, prompt: Gradable, opened: bool) -> Grade:
+    async def _try(self, term: str, prompt: Gradable, thought_opened: bool) -> Grade:
         """Return a grade, which is ungraded if the reward cannot be used.
 
         A user's own reward may raise where there is no answer; one that also raises on a
         well-formed answer is broken, or called wrongly."""
-        trial = (await self.grade([term], prompt, "", 0, opened))[term]
+        trial = (await self.grade([term], prompt, "", 0, thought_opened))[term]
         if not trial.is_graded and _kind(term, prompt) not in REGISTRY | REMOTE:
             text = f"<think>I think.</think>\n<answer>{prompt.truth}</answer>"
-            trial = (await self.grade([term], prompt, text, 0, opened))[term]
+            trial = (await self.grade([term], prompt, text, 0, thought_opened))[term]
         return trial
 
     async def _call(

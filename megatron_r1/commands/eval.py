@@ -101,7 +101,7 @@ async def _evaluate(config: Config, folder: RunFolder, sets: list[PromptSet]) ->
         await sampler.run()
         part = rewards.options.get("judge", {}).get("part", "summary")
         summaries = [
-            await summarize(pool, log, prompt_set, seed, part, rewards.answer)
+            await summarize(pool, log, prompt_set, seed, part, rewards.reading)
             for prompt_set in sets
         ]
     finally:

@@ -372,23 +372,23 @@ def _guess_answers(folder: Path, parameters: int) -> list[Guess]:
     template, reason = template_of_model(folder, MODEL)
     recipe = trained_recipe(folder)
     if recipe is not None and infer_verb(recipe) == "rl":
-        rewards = recipe.rewards.model_dump(include={"answer", "weights"})
+        rewards = recipe.rewards.model_dump(include={"reading", "weights"})
         return [
             Guess("data.template", template, reason),
-            Guess("rewards.answer", rewards["answer"], reason),
+            Guess("rewards.reading", rewards["reading"], reason),
             Guess("rewards.weights", to_jsonable_python(rewards["weights"]), reason),
         ]
     if parameters < SMALL:
         reason += (
             "; a model as small as this one often talks about the question instead of answering "
             "it: where the dry run shows that, write this template out, with one or two solved "
-            "questions before {problem} (docs/init.md, worked examples)"
+            "questions before {question} (docs/init.md, worked examples)"
         )
     weights = {name: weight for name, weight in DEFAULT_WEIGHTS.items() if name != "format"}
     return [
         Guess("data.template", template, reason),
         Guess(
-            "rewards.answer",
+            "rewards.reading",
             "auto",
             "<answer> tags, a box, or the last line, whichever is there; R1-Zero: strict, with "
             "data.template: r1_zero",

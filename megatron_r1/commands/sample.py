@@ -45,7 +45,7 @@ KIND_WITHOUT_TRUTH = "helpful"
 """The kind of rows that name none, if nothing is graded: it needs no truth."""
 REMEDIES = {
     "sft": "sample.keep or sample.filters, such as sample.keep.min_accuracy: 0",
-    "answers": "sample.keep or sample.filters, such as sample.keep.min_accuracy: 0",
+    "responses": "sample.keep or sample.filters, such as sample.keep.min_accuracy: 0",
     "pairs": "sample.judge, sample.pairs (margin, max_length_bias) or sample.filters",
     "labels": "sample.judge or sample.filters",
 }

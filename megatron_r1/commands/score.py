@@ -221,6 +221,8 @@ class _Scoring:
             if not isinstance(record.get(name), str):
                 actual = f"is {type(record[name]).__name__}" if name in record else "is missing"
                 return Grade.ungraded(f"{name!r} must be a string, it {actual}")
+        if isinstance(record.get("opened"), bool):  # it would count for nothing
+            return Grade.ungraded("'opened' is called 'thought_opened'")
         kind, truth = record["kind"], record.get("truth")
         fields = {name: value for name, value in record.items() if name not in RESERVED}
         facts = {name: fields.pop(name) for name in FACTS if name in fields}

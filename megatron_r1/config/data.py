@@ -41,4 +41,4 @@ class DataConfig(Section):
     seed: int = 0
     """seed that a task's prompts are made with"""
     template: str = "r1_zero"
-    """r1_zero, plain, chat, or a text with {problem}, and {system} for a system's message"""
+    """r1_zero, plain, chat, or a text with {question}, and {system} for a system's message"""

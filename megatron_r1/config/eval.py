@@ -25,7 +25,7 @@ class BenchmarkConfig(Section):
     limit: int | None = Field(None, ge=1)
     """prompts used, the first ones; default: eval.limit"""
     instruction: str | None = None
-    """the prompt around {problem}; default: the benchmark's"""
+    """the prompt around {question}; default: the benchmark's"""
     options: dict[str, Any] = Field(default_factory=dict)
     """options of the benchmark itself"""
 

@@ -95,7 +95,7 @@ ALIASES = (
     ),
     _alias(
         "answer extraction, boxed, last number, answer format, math_verify",
-        "rewards.answer",
+        "rewards.reading",
         page="rewards.md",
     ),
     _alias("kl_reward, use_kl_in_reward, apply_kl_to_reward", "rl.algorithm rl.kl_beta",

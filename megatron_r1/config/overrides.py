@@ -23,7 +23,7 @@ def parse_overrides(
 ) -> dict[str, Any]:
     """Parse `--rl.group_size 8 --data.task=sums` to {"rl.group_size": 8, "data.task": "sums"}.
 
-    Values are YAML; a template such as `{problem}` is text.
+    Values are YAML; a template such as `{question}` is text.
 
     Args:
         options: the words of the command line.
@@ -101,5 +101,5 @@ def _value(text: str) -> Any:
         value = parse_value(text) if text else ""
     except yaml.YAMLError:
         return text  # no YAML, such as a template
-    # `{problem}` is YAML, too: a mapping of a name to nothing, which no setting takes.
+    # `{question}` is YAML, too: a mapping of a name to nothing, which no setting takes.
     return text if value and isinstance(value, dict) and ":" not in text else value

@@ -21,7 +21,7 @@ class RewardsConfig(Section):
         dict[str, dict[str, Any]], ResumableMark(("helpful.url", "judge.url", "safety.url"))
     ] = {}
     """{reward: its options}, such as language: {target: zh}"""
-    answer: Reading = "strict"
+    reading: Reading = "strict"
     """where the final answer of mathematics and logic is read. strict: R1-Zero's, `<answer>`, else
     a box, else a last line that is the answer; tags, boxed, last: there alone; auto: the first of
     these three that is there, for models that were not taught tags. See docs/rewards.md"""
@@ -37,10 +37,10 @@ class RewardsConfig(Section):
 
     @property
     def call_options(self) -> dict[str, dict[str, Any]]:
-        """The `options`, with `answer` for the rewards that read a final answer."""
-        if self.answer == "strict":
+        """The `options`, with `reading` for the rewards that read a final answer."""
+        if self.reading == "strict":
             return self.options
-        read = {"reading": self.answer}
+        read = {"reading": self.reading}
         return self.options | {kind: read | self.options.get(kind, {}) for kind in READERS}
 
     @property

@@ -13,7 +13,7 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config.eval import ServerConfig
 from megatron_r1.config.section import Section
 
-Output = Literal["sft", "pairs", "labels", "answers"]
+Output = Literal["sft", "pairs", "labels", "responses"]
 SERVED_JUDGE = "judge"
 
 
@@ -115,7 +115,7 @@ class SampleConfig(Section):
     samples: int = Field(4, ge=1)
     """responses drawn for each prompt"""
     output: Output = "sft"
-    """sft: kept responses; pairs: preferences; labels: safe or unsafe; answers: responses, graded
+    """sft: kept responses; pairs: preferences; labels: safe or unsafe; responses: all, graded
     only"""
     server: ServerConfig | None = None
     """{url, model, …}: a served model that answers instead of model.path"""
@@ -175,7 +175,7 @@ class SampleConfig(Section):
     @property
     def keeps(self) -> bool:
         """Whether `keep` selects the responses; for pairs and labels a judge does."""
-        return self.output in ("sft", "answers")
+        return self.output in ("sft", "responses")
 
     @property
     def is_graded(self) -> bool:

@@ -47,7 +47,7 @@ class SFTConfig(Section):
     """rows of {prompt, response}, {messages} and other forms (docs/data.md), or a list of {path,
     share|count|repeat}; required by sft"""
     template: str | None = None
-    """how conversations are rendered: chat, or for one question plain or a text with {problem};
+    """how conversations are rendered: chat, or for one question plain or a text with {question};
     default: chat where the tokenizer has a chat template"""
     epochs: float | None = Field(None, gt=0)
     """instead of run.steps: passes over the data (the paper: 2)"""

@@ -32,6 +32,7 @@ REMOVED = {
         "fit beside the engine lower rollout.gpu_memory, give each engine more GPUs "
         "(rollout.tensor), or set push.transport: gloo, which receives in host memory",
     ),
+    "rewards.answer": RemovedKey("strict", "it is called rewards.reading"),
 }
 """Removed keys by dotted name."""
 

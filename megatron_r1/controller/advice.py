@@ -58,11 +58,11 @@ def _accuracy_advice(groups: list[Group], config: Config) -> str:
         for response in all_responses(ours)
         if response.episode is None and ACCURACY not in response.ungraded_terms
     )
-    if config.rewards.answer not in ("last", "auto") and 2 * num_plain > len(graded):
+    if config.rewards.reading not in ("last", "auto") and 2 * num_plain > len(graded):
         return (
-            f"{sentence}; {num_plain:,} have neither {ANSWER} nor a box, and rewards.answer: "
-            f"{config.rewards.answer} reads little else: set rewards.answer: auto, or show the "
-            "form by a solved question before {problem} in data.template, or teach it with "
+            f"{sentence}; {num_plain:,} have neither {ANSWER} nor a box, and rewards.reading: "
+            f"{config.rewards.reading} reads little else: set rewards.reading: auto, or show the "
+            "form by a solved question before {question} in data.template, or teach it with "
             "`megatron-r1 sft`"
         )
     # The terms' reasons are joined in the order of the terms.
@@ -74,7 +74,7 @@ def _accuracy_advice(groups: list[Group], config: Config) -> str:
     if reasons:
         (common, count), *_ = Counter(reason.split(":")[0] for reason in reasons).most_common(1)
         sentence += f"; the most frequent reason, of {count:,}: {common}"
-    examples = "Put one or two solved questions before {problem} in data.template"
+    examples = "Put one or two solved questions before {question} in data.template"
     if any(response.episode for response in graded):  # its conversation begins with agents.system
         examples = "Show one or two solved questions in agents.system"
     return (

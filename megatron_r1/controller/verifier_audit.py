@@ -167,7 +167,7 @@ def logged_answers(
         thought_opened: whether the prompts end with `<think>`."""
     for number, group in enumerate(groups):
         prompt = group.prompt
-        facts = {"question": prompt.question} | ({"opened": True} if thought_opened else {})
+        facts = {"question": prompt.question} | ({"thought_opened": True} if thought_opened else {})
         for index, graded in enumerate(group.responses):
             if ACCURACY not in graded.rewards or graded.episode is not None:
                 continue

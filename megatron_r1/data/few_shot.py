@@ -90,7 +90,7 @@ class FewShotExamples:
         """Return every example as if asked and answered in `template`, then the question.
 
         Args:
-            template: text with `{problem}`.
+            template: text with `{question}`.
             question: what the prompt asks.
             before: the messages before it, in which only a system's is allowed.
 

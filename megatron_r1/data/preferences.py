@@ -47,7 +47,7 @@ def read_preferences(path: str | Path, kind: Kind) -> Iterator[Preference]:
     """Yield the rows of a JSONL or Parquet file: {"question", "chosen", "rejected"} for pairwise,
     {"question", "response", "label"} for pointwise, label 1 or true for a good response, 0 or false
     for a bad one. "prompt" or "instruction" is read where "question" is missing, "completion" where
-    "response" is; "opened" is false by default. Question and responses may be chats, or
+    "response" is; "thought_opened" is false by default. Question and responses may be chats, or
     transcripts, of one question.
 
     Raises:
@@ -59,11 +59,17 @@ def read_preferences(path: str | Path, kind: Kind) -> Iterator[Preference]:
         row = _chat_texts(location, row, names)
         question_name = next((name for name in QUESTIONS if name in row), "prompt")
         question = require_text(location, row, question_name)
-        thought_opened = row.get("opened", False)
+        if "opened" in row:
+            raise UserError(
+                f"{location}: 'opened' is called 'thought_opened'",
+                key="opened",
+                cause=Cause.UNSUPPORTED,
+            )
+        thought_opened = row.get("thought_opened", False)
         if not isinstance(thought_opened, bool):
             raise UserError(
-                f"{location}: 'opened' must be true or false, it is {thought_opened!r}",
-                key="opened",
+                f"{location}: 'thought_opened' must be true or false, it is {thought_opened!r}",
+                key="thought_opened",
                 cause=Cause.MALFORMED,
             )
         responses = tuple(require_text(location, row, name) for name in names)

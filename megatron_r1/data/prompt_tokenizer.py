@@ -76,11 +76,11 @@ def _byte_alphabet() -> dict[str, int]:
     return letters | {chr(0x100 + index): byte for index, byte in enumerate(unprintable)}
 
 
-PLACEHOLDER = "{problem}"
+PLACEHOLDER = "{question}"
 SYSTEM = "{system}"
 """Where a text template has the system's message of a question, if it has a place for it."""
 
-PLACES = re.compile(r"\{problem\}|\{system\}")
+PLACES = re.compile(r"\{question\}|\{system\}")
 EMPTY_THOUGHT = re.compile(r"<think>\s*</think>\s*\Z")
 
 CHAT = "chat"
@@ -92,16 +92,16 @@ TEMPLATES: dict[str, str] = {
         "A conversation between User and Assistant. The User asks a question and the Assistant "
         "solves it. The Assistant first thinks about the reasoning process and then provides the "
         "answer, enclosed within <think> </think> and <answer> </answer> tags.\n"
-        "User: {problem}\n"
+        "User: {question}\n"
         "Assistant:"
     ),
     # For models too small to read instructions.
-    "plain": "User: {problem}\nAssistant:",
+    "plain": "User: {question}\nAssistant:",
 }
 
 
 def find_template(template: str, key: str = "data.template") -> str:
-    """Return the text of a template: a name in `TEMPLATES`, or a text with `{problem}` in it.
+    """Return the text of a template: a name in `TEMPLATES`, or a text with `{question}` in it.
 
     Args:
         template: the recipe's value.
@@ -114,9 +114,10 @@ def find_template(template: str, key: str = "data.template") -> str:
         raise ValueError("the chat template belongs to the tokenizer: use apply_chat_template")
     text = TEMPLATES.get(template, template)
     if PLACEHOLDER not in text:
+        former = "; {problem} is {question} now" if "{problem}" in text else ""
         raise UserError(
             f"prompt template {template!r} is neither one of {', '.join([*TEMPLATES, CHAT])} "
-            f"nor a text with {PLACEHOLDER} where the question goes",
+            f"nor a text with {PLACEHOLDER} where the question goes{former}",
             key=key,
             cause=Cause.UNKNOWN,
         )
@@ -127,7 +128,7 @@ def render_template(template: str, question: str, system: str = "") -> str:
     """Return the prompt text. Braces in the question or elsewhere in the template stay.
 
     Args:
-        template: text with `{problem}`.
+        template: text with `{question}`.
         question: what stands in its place.
         system: the text for `{system}`; without such a place it stands before the question, with a
             blank line.
@@ -148,7 +149,7 @@ def _closed_thought(prompt_text: str) -> str:
 
 
 def opens_thought(prompt_text: str) -> bool:
-    """Whether a rendered prompt ends inside the thought, which rewards call `opened`."""
+    """Whether a rendered prompt ends inside the thought, which rewards call `thought_opened`."""
     return prompt_text.rstrip().endswith("<think>")
 
 
@@ -191,7 +192,7 @@ class PromptTokenizer:
         if self._chat and not self.hf_tokenizer.chat_template:
             raise UserError(
                 f"{keys[1]}: chat is the tokenizer's own, and that of {model_path} has none; "
-                "use r1_zero, plain or a text with {problem}",
+                "use r1_zero, plain or a text with {question}",
                 key=keys[1],
                 cause=Cause.CONFLICT,
             )

@@ -32,7 +32,7 @@ class SFTTokenizer:
 
     Args:
         model_path: the folder.
-        template: "chat", or a text with {problem}, for conversations of one question;
+        template: "chat", or a text with {question}, for conversations of one question;
             None: chat where the tokenizer has a chat template.
 
     Raises:
@@ -113,7 +113,7 @@ class SFTTokenizer:
         return UserError(
             f"{prefix}a conversation is rendered by the tokenizer's chat template, and that of "
             f"{self._model_path} has none; add chat_template.jinja there, or set sft.template to "
-            "plain or a text with {problem}",
+            "plain or a text with {question}",
             key="sft.template",
             cause=Cause.MISSING,
         )

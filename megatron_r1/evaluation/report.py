@@ -31,7 +31,7 @@ from megatron_r1.evaluation.estimates import (
     subsets,
 )
 from megatron_r1.evaluation.prompt_sets import PromptSet
-from megatron_r1.evaluation.response import is_ungraded
+from megatron_r1.evaluation.response import is_thought_opened, is_ungraded
 from megatron_r1.evaluation.response_log import ResponseLog
 from megatron_r1.evaluation.voting import (
     Vote,
@@ -99,8 +99,8 @@ class GradedSample:
             line: a line of samples.jsonl.
             prompt: the prompt that it responds to.
             part: the part of a response that a judge compares.
-            reading: `rewards.answer`."""
-        text, thought_opened = line["response"], line["opened"]
+            reading: `rewards.reading`."""
+        text, thought_opened = line["response"], is_thought_opened(line)
         truth_is_number = expects_number(prompt)
         return cls(
             reward=float(line["reward"]),
@@ -130,7 +130,7 @@ async def summarize(
         prompt_set: the benchmark's prompts.
         seed: the seed of the resampling.
         part: the part of a response that a judge compares.
-        reading: `rewards.answer`, the place where answers are read.
+        reading: `rewards.reading`, the place where answers are read.
     """
     prompts = prompt_set.prompts
     lines_of = log.read(map(prompt_set.key, prompts), prompt_set.num_samples)

@@ -1,7 +1,7 @@
 """One sampled response as text, with its rewards once it is graded, and what it is sampled from."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, Self
 
 from r1_grading.reading import THINK, Part, chain_of_thought, response_part
@@ -10,14 +10,6 @@ from r1_grading.rewards import UNGRADED
 from megatron_r1.config import AgentsConfig, RolloutConfig
 from megatron_r1.data.chats import Message
 from megatron_r1.data.prompts import Prompt
-
-LINE_NAMES = {
-    "text": "response",
-    "num_tokens": "length",
-    "thought_opened": "opened",
-    "is_ungraded": "ungraded",
-}
-"""Fields of `TextResponse` that have another name in samples.jsonl."""
 
 
 @dataclass(frozen=True)
@@ -69,17 +61,39 @@ class TextResponse:
         return response_part(self.text, part, self.thought_opened).text
 
     def to_line(self) -> dict[str, Any]:
-        """Return the fields of a line of samples.jsonl."""
-        line = {LINE_NAMES.get(name, name): value for name, value in vars(self).items()}
-        return line | (line.pop("episode") or {})
+        """Return the fields of a line of samples.jsonl, an episode's last."""
+        return {
+            "response": self.text,
+            "length": self.num_tokens,
+            "truncated": self.truncated,
+            "thought_opened": self.thought_opened,
+            "refusal": self.refusal,
+            "index": self.index,
+            "rewards": self.rewards,
+            "reward": self.reward,
+            "reason": self.reason,
+            "ungraded": self.is_ungraded,
+            **(self.episode or {}),
+        }
 
     @classmethod
     def from_line(cls, line: Mapping[str, Any]) -> Self:
         """Return the response of a line of the response log, as `to_line` wrote it."""
-        line = {**line, "ungraded": is_ungraded(line)}
-        episode = {key: line[key] for key in ("status", "turns")} if "turns" in line else None
-        names = (f.name for f in fields(cls) if f.name != "episode")
-        return cls(**{name: line[LINE_NAMES.get(name, name)] for name in names}, episode=episode)
+        copied_keys = ("truncated", "refusal", "index", "rewards", "reward", "reason")
+        return cls(
+            text=line["response"],
+            num_tokens=line["length"],
+            thought_opened=is_thought_opened(line),
+            is_ungraded=is_ungraded(line),
+            episode={k: line[k] for k in ("status", "turns")} if "turns" in line else None,
+            **{name: line[name] for name in copied_keys},
+        )
+
+
+def is_thought_opened(line: Mapping[str, Any]) -> bool:
+    """Whether the prompt of a line of samples.jsonl ended with `<think>`; older lines have
+    `opened`."""
+    return line["thought_opened"] if "thought_opened" in line else line["opened"]
 
 
 def is_ungraded(line: Mapping[str, Any]) -> bool:

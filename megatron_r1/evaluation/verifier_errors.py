@@ -127,7 +127,7 @@ class SecondMethodJudge:
 
     Args:
         pool: the workers.
-        options: reward → its options, `rewards.options` with `rewards.answer`.
+        options: reward → its options, `rewards.options` with `rewards.reading`.
         repeats: runs of a program's tests; different verdicts leave it undecided."""
 
     def __init__(
@@ -148,7 +148,7 @@ class SecondMethodJudge:
         if answer.kind == "code":
             return await self._run_again(answer.is_accepted, content, arguments)
         reading_options = {
-            name: arguments[name] for name in ("opened", "reading") if name in arguments
+            name: arguments[name] for name in ("thought_opened", "reading") if name in arguments
         }
         grade = await self._pool.grade(READER, content.response, content.truth, **reading_options)
         if not grade.verdict:  # out of time or memory, or a malformed truth

@@ -61,7 +61,11 @@ def read_vote(
         kind: the question's reward.
         truth_is_number: whether the truth is one number."""
     answer = read_answer(
-        response, reading, opened=thought_opened, plain_line=kind == "math", numeric=truth_is_number
+        response,
+        reading,
+        thought_opened=thought_opened,
+        reads_last_line=kind == "math",
+        numeric=truth_is_number,
     ).text
     if answer is None:
         return None

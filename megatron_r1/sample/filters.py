@@ -69,7 +69,7 @@ def _broken_format(response: TextResponse, prompt: Prompt, *, form: str = "eithe
     if has_tags and form == "summary":
         return f"{ANSWER} in the summary"
     if has_tags or form == "answer_tags":
-        verdict = grade("format", response.text, opened=response.thought_opened)
+        verdict = grade("format", response.text, thought_opened=response.thought_opened)
         if not verdict.reward:
             return verdict.reason
         answer = answer.replace(ANSWER, "").replace(END_ANSWER, "")
@@ -235,7 +235,7 @@ DEFAULT_FILTERS: dict[str, tuple[str, ...]] = {
     # A reward model must have seen bad form to score it low.
     "pairs": ("truncated", DUPLICATE),
     "labels": ("truncated", DUPLICATE),
-    "answers": (),
+    "responses": (),
 }
 """The defaults of each `sample.output`."""
 

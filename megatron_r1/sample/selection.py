@@ -50,14 +50,14 @@ class DecisionCounts:
         self.decisions: Counter[str] = Counter()
         self.num_kept = self._num_kept_tokens = self._num_graded = 0
         self._accuracy = 0.0
-        self._kinds: dict[str, Counter[str]] = {}  # kind → number of "answers" and of "kept"
+        self._kinds: dict[str, Counter[str]] = {}  # kind → number of "responses" and of "kept"
         self._questions: dict[str, bool] = {}  # id → whether a response is kept
 
     def add(self, line: Mapping[str, Any], decision: Decision) -> None:
         """Count the decision about the response of a line."""
         self.decisions[decision.code] += 1
-        kind_counts = self._kinds.setdefault(line["kind"], Counter(answers=0, kept=0))
-        kind_counts.update(answers=1, kept=decision.is_kept)
+        kind_counts = self._kinds.setdefault(line["kind"], Counter(responses=0, kept=0))
+        kind_counts.update(responses=1, kept=decision.is_kept)
         self._questions[line["id"]] = decision.is_kept or self._questions.get(line["id"], False)
         if ACCURACY in line["rewards"]:
             self._accuracy += line["rewards"][ACCURACY]
@@ -76,7 +76,7 @@ class DecisionCounts:
         return {
             "questions": len(self._questions),
             "questions_with_kept": sum(self._questions.values()),
-            "answers": self.decisions.total(),
+            "responses": self.decisions.total(),
             "kept": self.num_kept,
             "kept_tokens": self._num_kept_tokens,
             "accuracy": self._accuracy / self._num_graded if self._num_graded else None,
@@ -147,7 +147,7 @@ class Selection:
             response: one response to it.
             question_drop: why all graded responses to this question are dropped."""
         if response.refusal:
-            return Decision("no_answer", response.refusal)
+            return Decision("no_response", response.refusal)
         if response.is_ungraded:
             return Decision(UNGRADED, response.reason)
         if not response.text.strip():

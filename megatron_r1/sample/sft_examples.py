@@ -40,7 +40,7 @@ def _summary(response: TextResponse) -> str | None:
 PARTS: dict[str, Callable[[TextResponse], str | None]] = {
     "thought": lambda response: response.thought,
     "summary": _summary,
-    "answer": lambda r: extract(r.text, thought_opened=r.thought_opened, plain_line=True).text,
+    "answer": lambda r: extract(r.text, thought_opened=r.thought_opened, reads_last_line=True).text,
     "response": lambda response: response.full_text,
 }
 PLACEHOLDERS = re.compile(r"\{(" + "|".join(PARTS) + r")\}")
@@ -68,7 +68,7 @@ class Rendering:
         elif not self._tokenizer_path:
             raise UserError(
                 "sample.render.template: chat needs a tokenizer; set sample.render.tokenizer to "
-                "the folder of the model that is to be trained, or give a text with {problem}",
+                "the folder of the model that is to be trained, or give a text with {question}",
                 key="sample.render.tokenizer",
                 cause=Cause.MISSING,
             )
@@ -110,7 +110,7 @@ class Rendering:
     def _chat_text(self) -> tuple[PromptTokenizer, PromptTokenizer]:
         path = self._tokenizer_path
         keys = ("sample.render.tokenizer", "sample.render.template")
-        return PromptTokenizer(path, CHAT, keys), PromptTokenizer(path, "{problem}", keys)
+        return PromptTokenizer(path, CHAT, keys), PromptTokenizer(path, "{question}", keys)
 
 
 Rewriter = Callable[[str, str], Awaitable[str | None]]

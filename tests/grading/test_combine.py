@@ -94,7 +94,8 @@ def test_a_schedule_survives_the_resolved_configuration(tmp_path):
         ({"options": {"language": "zh"}}, "options.language", Cause.MALFORMED, ["zh"]),
         ({"options": {"language": {"targt": "zh"}}}, "options.language.targt", Cause.UNKNOWN,
          ["target"]),
-        ({"options": {"format": {"opened": True}}}, "options.format.opened", Cause.UNKNOWN, []),
+        ({"options": {"format": {"thought_opened": True}}}, "options.format.thought_opened",
+         Cause.UNKNOWN, []),
     ],
 )  # fmt: skip
 def test_a_mistake_in_the_recipe_names_itself(rewards, key, cause, values):

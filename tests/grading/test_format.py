@@ -55,8 +55,8 @@ def test_the_reason_names_the_tag_at_fault(response, tag):
 
 
 def test_a_thought_opened_by_the_prompt_must_not_be_opened_again():
-    assert grade("2 + 11</think><answer>13</answer>", opened=True).reward == 1.0
-    assert grade(GOOD, opened=True).reward == 0.0
+    assert grade("2 + 11</think><answer>13</answer>", thought_opened=True).reward == 1.0
+    assert grade(GOOD, thought_opened=True).reward == 0.0
 
 
 @pytest.mark.parametrize(

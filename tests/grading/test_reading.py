@@ -29,7 +29,9 @@ LAST = "Adding both,\nthe sum of 2 and 11 is 13."
 )
 def test_each_reading_finds_what_is_its_own(response, found):
     graded = {
-        reading: math.grade(response, "13", reading=reading, opened="<think>" in response).reward
+        reading: math.grade(
+            response, "13", reading=reading, thought_opened="<think>" in response
+        ).reward
         for reading in READINGS
     }
     assert {reading for reading, reward in graded.items() if reward} == found
@@ -55,10 +57,10 @@ def test_logic_reads_words_and_numbers_as_its_scorer_spells_them():
 
 
 def test_a_recipe_sets_it_for_all_rewards_that_read_answers_and_an_option_wins():
-    options = {"math": {"plain_line": False}, "logic": {"reading": "tags"}}
-    rewards = Config.model_validate({"rewards": {"answer": "auto", "options": options}}).rewards
+    options = {"math": {"reads_last_line": False}, "logic": {"reading": "tags"}}
+    rewards = Config.model_validate({"rewards": {"reading": "auto", "options": options}}).rewards
     assert rewards.call_options == {
-        "math": {"plain_line": False, "reading": "auto"},
+        "math": {"reads_last_line": False, "reading": "auto"},
         "logic": {"reading": "tags"},
         "exact_match": {"reading": "auto"},
     }

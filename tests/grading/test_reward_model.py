@@ -40,9 +40,9 @@ def with_model(kind, answer, call, **settings):
     return asyncio.run(run())
 
 
-def grade(kind, answer, response=RESPONSE, opened=False, **settings):
+def grade(kind, answer, response=RESPONSE, thought_opened=False, **settings):
     def call(model):
-        return model.grade(response, None, question=QUESTION, opened=opened)
+        return model.grade(response, None, question=QUESTION, thought_opened=thought_opened)
 
     return with_model(kind, answer, call, **settings)
 
@@ -76,8 +76,8 @@ def test_with_a_threshold_a_score_is_good_or_not(score, expected):
     assert grade(Safety, scores(score), threshold=2.0)[0].reward == expected
 
 
-def shown_to(kind, response, opened=False):
-    _, requests = grade(kind, scores(0.0), response, opened)
+def shown_to(kind, response, thought_opened=False):
+    _, requests = grade(kind, scores(0.0), response, thought_opened)
     return [body["messages"] for _, _, body in requests]
 
 
@@ -88,14 +88,16 @@ def turns(response):
 def test_helpful_sees_the_summary_and_safety_everything():
     assert shown_to(Helpful, RESPONSE) == [turns("Well.")]
     assert shown_to(Safety, RESPONSE) == [turns(RESPONSE)]
-    assert shown_to(Safety, "Hm.</think>Well.", opened=True) == [turns("<think>Hm.</think>Well.")]
+    assert shown_to(Safety, "Hm.</think>Well.", thought_opened=True) == [
+        turns("<think>Hm.</think>Well.")
+    ]
     assert shown_to(Helpful, "no thought at all") == [turns("no thought at all")]
 
 
 def test_a_response_without_a_summary_is_0_for_helpful_and_still_seen_by_safety():
-    assert shown_to(Helpful, "and so on", opened=True) == []
-    assert shown_to(Safety, "and so on", opened=True) == [turns("<think>and so on")]
-    given, requests = grade(Helpful, scores(9.0), "Hm.", opened=True)
+    assert shown_to(Helpful, "and so on", thought_opened=True) == []
+    assert shown_to(Safety, "and so on", thought_opened=True) == [turns("<think>and so on")]
+    given, requests = grade(Helpful, scores(9.0), "Hm.", thought_opened=True)
     assert given.reward == 0.0 and given.is_graded and requests == []
 
 

@@ -89,7 +89,7 @@ def test_registered_rewards_work_through_the_pool():
         entry = {"question": "4 - 1 =", "answer": "3", "metadata": {}}
         return [
             await pool.grade("math", "<answer>1/2</answer>", 0.5),
-            await pool.grade("math", "2</think><answer>12</answer>", 10**30, opened=True),
+            await pool.grade("math", "2</think><answer>12</answer>", 10**30, thought_opened=True),
             await pool.grade("format", "<think></think><answer>3</answer>", None),
             await pool.grade("logic", "<answer>3</answer>", "3", task="chain_sum", entry=entry),
         ]

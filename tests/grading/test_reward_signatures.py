@@ -12,7 +12,7 @@ from refusals import refused
 
 from megatron_r1.base.errors import Cause
 
-ROW = {"question": "2 + 11 = ?", "level": 3, "num_tokens": 7, "opened": True}
+ROW = {"question": "2 + 11 = ?", "level": 3, "num_tokens": 7, "thought_opened": True}
 
 
 def as_verl_calls(function, row, text, truth):
@@ -155,6 +155,11 @@ def test_what_verl_would_not_accept_is_an_error(result):
 def test_a_signature_of_a_library_that_is_not_accepted_is_named(function, library):
     with refused("m:f", Cause.UNSUPPORTED, library, "response"):
         adapt_signature(function, "m:f")
+
+
+def test_a_parameter_by_its_former_name_is_refused():
+    with refused("m:f", Cause.UNSUPPORTED, "thought_opened"):
+        adapt_signature(lambda response, truth, opened=False, **entry: Grade(1.0), "m:f")
 
 
 def test_all_of_them_work_in_a_worker(tmp_path, monkeypatch):

@@ -120,7 +120,7 @@ def test_b20_every_listed_token_ends_a_response_and_counts_as_its_end(name, gene
     if not generation:  # as an older export may be
         wanted = [end for end in wanted if end not in MODELS[name].get("unlisted", ())]
     # With the tokenizer at hand and from the files alone.
-    tokenizer = PromptTokenizer(str(folder), "{problem}")
+    tokenizer = PromptTokenizer(str(folder), "{question}")
     # transformers gives every tokenizer of Qwen2 an <|endoftext|>, here with a number of no token.
     added = {} if "<|endoftext|>" in MODELS[name]["tokens"].values() else {"<|endoftext|>"}
     assert {end.id for end in tokenizer.end_tokens if end.text not in added} == set(wanted)
@@ -163,7 +163,7 @@ def test_b20_a_listed_token_of_any_kind_ends_a_response(listed, tmp_path):
     tokenizer_with(["<eos>"], "<eos>").save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama", "eos_token_id": 3}')
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": listed}))
-    tokenizer = PromptTokenizer(str(tmp_path), "{problem}")
+    tokenizer = PromptTokenizer(str(tmp_path), "{question}")
     # 3 in config.json is what transformers writes where nothing is given; here it is a word.
     assert tokenizer.stop_token_ids == [14, 7]
     got = collected(tokenizer, [1, 2, 7, 8, 8])
@@ -175,10 +175,10 @@ def test_b20_an_end_beyond_the_model_s_vocabulary_is_left_out(tmp_path):
     tokenizer_with(["<eos>", "<|im_end|>"], "<eos>").save_pretrained(tmp_path)
     config = {"model_type": "llama", "eos_token_id": [14, 15, 99], "vocab_size": 15}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert PromptTokenizer(str(tmp_path), "{problem}").stop_token_ids == [14]
+    assert PromptTokenizer(str(tmp_path), "{question}").stop_token_ids == [14]
     config["vocab_size"] = 16
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert PromptTokenizer(str(tmp_path), "{problem}").stop_token_ids == [14, 15]
+    assert PromptTokenizer(str(tmp_path), "{question}").stop_token_ids == [14, 15]
 
 
 @pytest.mark.parametrize("wrong", ["7", [1, None], True, -1, [2.5]])
@@ -187,7 +187,7 @@ def test_b20_an_end_that_is_no_token_is_refused_by_its_file(wrong, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": wrong}))
     with refused("model.path", Cause.MALFORMED, "generation_config.json", "eos_token_id"):
-        PromptTokenizer(str(tmp_path), "{problem}")
+        PromptTokenizer(str(tmp_path), "{question}")
 
 
 CALL = {"type": "function", "function": {"name": "f", "arguments": {}}}
@@ -259,7 +259,7 @@ def test_b18_a_stop_string_ends_a_response_with_the_token_that_completes_it(
     answer, stop, kept, tmp_path
 ):
     hf_tokenizer = folder_of("Qwen3-0.6B", tmp_path)
-    tokenizer = PromptTokenizer(str(tmp_path), "{problem}")
+    tokenizer = PromptTokenizer(str(tmp_path), "{question}")
     ids = hf_tokenizer.encode(answer, add_special_tokens=False)
     got = collected(tokenizer, ids, stop=tuple(stop))
     is_cut = stop != ["nothing"]
@@ -274,14 +274,14 @@ def test_b18_stop_token_ids_end_a_response_and_are_trained_on(tmp_path):
     hf_tokenizer.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     here = hf_tokenizer.convert_tokens_to_ids("here")
-    tokenizer = PromptTokenizer(str(tmp_path), "{problem}", stop_token_ids=[here])
+    tokenizer = PromptTokenizer(str(tmp_path), "{question}", stop_token_ids=[here])
     got = collected(
         tokenizer, hf_tokenizer.encode("stop here the answer", add_special_tokens=False)
     )
     assert got.response.token_ids[-1] == here and not got.is_truncated
     assert got.text == "stop here"  # a word, unlike a special token, is text
     with refused("rollout.stop_token_ids", Cause.OUT_OF_RANGE, len(hf_tokenizer)):
-        PromptTokenizer(str(tmp_path), "{problem}", stop_token_ids=[len(hf_tokenizer)])
+        PromptTokenizer(str(tmp_path), "{question}", stop_token_ids=[len(hf_tokenizer)])
 
 
 def test_b18_evaluations_and_servers_get_the_same_ends():

@@ -38,12 +38,12 @@ def beginning_folder(folder, chat="{{ bos_token }}{{ messages[0].content }}"):
 @pytest.mark.parametrize(
     ("template", "question"),
     [
-        ("{problem}", "find a"),
-        (BEGIN + "{problem}", "find a"),
-        (BEGIN + " find {problem} ?", "a"),
-        ("{problem}", BEGIN + " find a"),  # as sft's prompts may be written
+        ("{question}", "find a"),
+        (BEGIN + "{question}", "find a"),
+        (BEGIN + " find {question} ?", "a"),
+        ("{question}", BEGIN + " find a"),  # as sft's prompts may be written
         ("chat", "find a"),
-        ("{problem}", ""),
+        ("{question}", ""),
     ],
 )
 def test_b23_a_prompt_begins_once(template, question, tmp_path):
@@ -51,8 +51,8 @@ def test_b23_a_prompt_begins_once(template, question, tmp_path):
     tokenizer = PromptTokenizer(str(tmp_path), template)
     ids = tokenizer.encode(question)
     assert ids[0] == number and ids.count(number) == 1
-    bare = PromptTokenizer(str(tmp_path), "{problem}").encode(question.removeprefix(BEGIN))
-    if template in ("chat", "{problem}", BEGIN + "{problem}"):
+    bare = PromptTokenizer(str(tmp_path), "{question}").encode(question.removeprefix(BEGIN))
+    if template in ("chat", "{question}", BEGIN + "{question}"):
         assert ids == bare
 
 
@@ -60,14 +60,14 @@ def test_b23_so_do_prompts_with_worked_examples(tmp_path):
     number = beginning_folder(tmp_path)
     shots = tmp_path / "shots.jsonl"
     shots.write_text(json.dumps({"question": "the ?", "response": "answer"}) + "\n")
-    for template in (BEGIN + "{problem}", "{problem}"):
+    for template in (BEGIN + "{question}", "{question}"):
         text = FewShotTokenizer(str(tmp_path), template, FewShotExamples(shots, None, 0))
         ids = text.encode("find a")
         assert ids[0] == number and ids[1] != number
 
 
 @pytest.mark.parametrize(
-    "template", ["{problem}", BEGIN + "{problem}", BEGIN + " find {problem} ?"]
+    "template", ["{question}", BEGIN + "{question}", BEGIN + " find {question} ?"]
 )
 def test_b23_so_do_texts_at_a_completions_server(template, tmp_path):
     """Which encodes the text as vLLM does: with the tokenizer's tokens, unless told not to."""
@@ -97,8 +97,8 @@ def test_b23_a_tokenizer_that_adds_nothing_takes_the_text_as_it_is(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     number = tokenizer.convert_tokens_to_ids(BEGIN)
-    assert PromptTokenizer(str(tmp_path), BEGIN + "{problem}").encode("a")[0] == number
-    assert number not in PromptTokenizer(str(tmp_path), "{problem}").encode("a")
+    assert PromptTokenizer(str(tmp_path), BEGIN + "{question}").encode("a")[0] == number
+    assert number not in PromptTokenizer(str(tmp_path), "{question}").encode("a")
 
 
 class FormatAlone:
@@ -128,7 +128,7 @@ def test_b24_the_format_counts_the_thought_that_the_prompt_holds(
     tail, answer, wanted, is_chat, tmp_path
 ):
     beginning_folder(tmp_path, chat="{{ messages[0].content }}" + tail)
-    tokenizer = PromptTokenizer(str(tmp_path), "chat" if is_chat else "{problem}" + tail)
+    tokenizer = PromptTokenizer(str(tmp_path), "chat" if is_chat else "{question}" + tail)
     tokenizer.decode = lambda token_ids: answer
     grader = ResponseGrader(FormatAlone(), tokenizer, RewardsConfig().call_options)
     prompt = make_prompt("1 + 3?", "math", "4", {})
@@ -140,7 +140,7 @@ def test_b24_the_format_counts_the_thought_that_the_prompt_holds(
 def test_b27_ids_of_the_padded_vocabulary_have_no_text(padded, tmp_path):
     """A model's embedding is larger than its tokenizer: such an id is sampled, not refused."""
     beginning_folder(tmp_path)
-    tokenizer = PromptTokenizer(str(tmp_path), "{problem}")
+    tokenizer = PromptTokenizer(str(tmp_path), "{question}")
     got = collected(tokenizer, [1, *padded, tokenizer.end])
     assert not got.is_truncated and got.rewards["accuracy"] == 0.0
     assert got.text.startswith("the") and len(got.response.token_ids) == len(padded) + 2

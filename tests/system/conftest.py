@@ -48,7 +48,7 @@ optimizer: {{learning_rate: 1.0e-3, weight_decay: 0.0}}
         f"""
 run: {{folder: {folder}/rl, steps: 3}}
 model: {{path: {folder}/base/hf, dtype: float32}}
-data: {{path: {folder}/questions.jsonl, num_heldout: 4, template: "{{problem}}"}}
+data: {{path: {folder}/questions.jsonl, num_heldout: 4, template: "{{question}}"}}
 rollout: {{max_response_tokens: 24, dtype: float32, max_num_seqs: 64}}
 rl:
   questions_per_rollout: 4

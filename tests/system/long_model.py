@@ -74,7 +74,7 @@ def write(folder: Path) -> None:
 RECIPE = """
 run: {{folder: {folder}/rl, steps: 2}}
 model: {{path: {folder}/model, dtype: float32}}
-data: {{path: {folder}/questions.jsonl, num_heldout: 0, template: "{{problem}}"}}
+data: {{path: {folder}/questions.jsonl, num_heldout: 0, template: "{{question}}"}}
 rollout: {{max_response_tokens: 65536, dtype: float32, max_num_seqs: 8}}
 parallel: {{processes: 2, context: 2, tokens_per_microbatch: 67584, threads: 1}}
 rl:

@@ -154,7 +154,7 @@ def distilled(base):
         f"""
 run: {{folder: {base}/distilled, steps: 12}}
 model: {{path: {base}/base/hf, dtype: float32}}
-data: {{path: {base}/questions.jsonl, num_heldout: 10, template: "{{problem}}"}}
+data: {{path: {base}/questions.jsonl, num_heldout: 10, template: "{{question}}"}}
 rollout: {{max_response_tokens: 24, dtype: float32, max_num_seqs: 64}}
 rl:
   algorithm: on_policy_distillation

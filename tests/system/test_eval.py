@@ -20,13 +20,13 @@ def write_recipe(folder: Path, model: Path) -> Path:
         f"""
 run: {{folder: {folder}/out}}
 model: {{path: {model}, dtype: float32}}
-data: {{template: "{{problem}}"}}
+data: {{template: "{{question}}"}}
 rollout: {{max_response_tokens: 16, dtype: float32, max_num_seqs: 32}}
 eval:
   samples: 2
   benchmarks:
     - name: gym/chain_sum
-      instruction: "{{problem}}"
+      instruction: "{{question}}"
       options:
         questions: 6
         parameters: {{min_terms: 2, max_terms: 2, min_digits: 1, max_digits: 1}}

@@ -35,12 +35,12 @@ stages:
     serve:
       policy: {model: ${longer.hf}, arguments: [--dtype, float32, --max-model-len, 128]}
     settings:
-      data: {template: "{problem}"}
+      data: {template: "{question}"}
       eval:
         samples: 2
         server: {url: ${serve.policy.url}, model: policy, api: completions}
         benchmarks:
-          - {name: gym/chain_sum, instruction: "{problem}", options: {questions: 6}}
+          - {name: gym/chain_sum, instruction: "{question}", options: {questions: 6}}
 """
 pytestmark = pytest.mark.more  # the rules alone: tests/unit/pipeline; R1's graph: test_r1_recipe
 

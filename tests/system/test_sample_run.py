@@ -34,7 +34,7 @@ def recipe(base, tmp_path_factory) -> Path:
         f"""
 run: {{folder: {folder}/out}}
 model: {{path: {base}/base, dtype: float32}}
-data: {{path: {base}/questions.jsonl, heldout_fraction: 0, template: "Q {{problem}}"}}
+data: {{path: {base}/questions.jsonl, heldout_fraction: 0, template: "Q {{question}}"}}
 rollout: {{max_response_tokens: 24, dtype: float32, max_num_seqs: 4}}
 rewards: {{workers: 1}}
 sample:
@@ -42,7 +42,7 @@ sample:
   shots: {folder}/shots.jsonl
   # A model of four steps: nothing it says has a form.
   filters: {{format: false, truncated: false, language: false}}
-  render: {{template: "{{problem}}"}}
+  render: {{template: "{{question}}"}}
 """
     )
     return folder / "sample.yaml"
@@ -100,7 +100,7 @@ def test_what_is_kept_is_what_the_reward_calls_right(recipe, continued):
     question = {s["id"]: s["question"] for s in samples}
     assert all(row["prompt"] == question[row["id"]] for row in rows)
     result = json.loads((recipe.parent / "out/sample.json").read_text())
-    assert result["kept"] == len(rows) and result["answers"] == len(samples)
+    assert result["kept"] == len(rows) and result["responses"] == len(samples)
 
 
 def test_deciding_again_needs_no_engine(recipe, continued):

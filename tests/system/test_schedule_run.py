@@ -32,7 +32,7 @@ def crossed(base, tmp_path_factory):
         f"""
 run: {{folder: {folder}/run, steps: {STEPS}, seed: 3}}
 model: {{path: {base}/base/hf, dtype: float32}}
-data: {{path: {folder}/questions.jsonl, heldout_fraction: 0, template: "{{problem}}"}}
+data: {{path: {folder}/questions.jsonl, heldout_fraction: 0, template: "{{question}}"}}
 rollout: {{max_response_tokens: 12, dtype: float32, max_num_seqs: 64}}
 rl:
   questions_per_rollout: 8

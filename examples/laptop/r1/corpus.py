@@ -24,7 +24,7 @@ from megatron_r1.data.few_shot import BETWEEN
 from megatron_r1.data.prompt_tokenizer import render_template
 from megatron_r1.data.prompts import is_heldout
 
-TEMPLATE = "User: {problem}\nAssistant: "
+TEMPLATE = "User: {question}\nAssistant: "
 HELDOUT = 0.1
 SUBJECTS = {"math": 0.5, "logic": 0.15, "code": 0.15, "chat": 0.12, "risk": 0.08}
 """Shares of the text."""

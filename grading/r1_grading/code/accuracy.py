@@ -34,7 +34,7 @@ def grade(
     partial: bool | None = False,
     limits: dict | None = None,
     standard: str | None = "c++20",
-    opened: bool = False,
+    thought_opened: bool = False,
     **entry: object,
 ) -> Grade:
     """Return 1 when the response's program (`find_program`) passes every test of `truth`, else 0.
@@ -48,7 +48,7 @@ def grade(
             run.
         limits: overrides of `sandbox.limits.Limits`.
         standard: the C++ standard, one of `STANDARDS`.
-        opened: the prompt ended with `<think>`.
+        thought_opened: the prompt ended with `<think>`.
         **entry: the prompt's other fields, which are not used.
 
     Raises:
@@ -62,7 +62,7 @@ def grade(
         raise ValueError(f"standard must be one of {', '.join(STANDARDS)}, got {standard!r}")
     _check_output_limit(problem, parsed_limits)
     require_sandbox(language)
-    extraction = find_program(response, thought_opened=opened)
+    extraction = find_program(response, thought_opened=thought_opened)
     if extraction.text is None:
         return Grade(0.0, extraction.reason)
     deadline = time.monotonic() + parsed_limits.total_seconds

@@ -25,9 +25,9 @@ def grade(
     response: str,
     truth: object,
     *,
-    opened: bool = False,
+    thought_opened: bool = False,
     reading: str = "strict",
-    plain_line: bool = True,
+    reads_last_line: bool = True,
     **entry: object,
 ) -> Grade:
     r"""Return 1 when the response's final answer is mathematically `truth`, else 0.
@@ -39,10 +39,10 @@ def grade(
         truth: a number or a string: words, or LaTeX with or without dollar signs and `\boxed{}`; it
             may be a whole solution whose answer is in a box or after `####` (GSM8K); of several
             (`truths.accepted_answers`) the answer is any one.
-        opened: the prompt ended with `<think>`.
+        thought_opened: the prompt ended with `<think>`.
         reading: where the answer is, as in `read_answer`.
-        plain_line: whether a last line is read, as in `read_answer`; by default the last line is
-            the answer where there is no `<answer>` and no box.
+        reads_last_line: whether a last line is read, as in `read_answer`; by default the last line
+            is the answer where there is no `<answer>` and no box.
         **entry: the prompt's other fields, which are not used.
 
     Raises:
@@ -50,12 +50,14 @@ def grade(
     options = accepted_answers(truth)
     if not options:
         raise ValueError(f"the truth of a math answer must not be empty, got {truth!r}")
-    grades = [_grade(response, option, opened, reading, plain_line) for option in options]
+    grades = [
+        _grade(response, option, thought_opened, reading, reads_last_line) for option in options
+    ]
     return max(grades, key=lambda grade: grade.reward)
 
 
 def _grade(
-    response: str, truth: object, thought_opened: bool, reading: str, plain_line: bool
+    response: str, truth: object, thought_opened: bool, reading: str, reads_last_line: bool
 ) -> Grade:
     """Return the grade of a response against one truth; where a row has several, the best one
     counts.
@@ -65,12 +67,16 @@ def _grade(
         truth: the one truth, as a number or text.
         thought_opened: whether the prompt ended with `<think>`.
         reading: where the answer is, as in `read_answer`.
-        plain_line: whether "strict" also reads a last line that is the answer."""
+        reads_last_line: whether "strict" also reads a last line that is the answer."""
     expected = math_truth(truth)
     truth = answer_after_mark(str(truth))
     stated = _extract_truth_answer(truth)
     extraction = read_answer(
-        response, reading, opened=thought_opened, plain_line=plain_line, numeric=is_number(expected)
+        response,
+        reading,
+        thought_opened=thought_opened,
+        reads_last_line=reads_last_line,
+        numeric=is_number(expected),
     )
     if extraction.text is None:
         return Grade(0.0, extraction.reason)

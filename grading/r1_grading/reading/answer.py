@@ -102,18 +102,20 @@ class Extraction:
 OPEN_THOUGHT = Extraction(None, "no answer found: the thought is never closed")
 
 
-def extract(response: str, *, thought_opened: bool = False, plain_line: bool = False) -> Extraction:
+def extract(
+    response: str, *, thought_opened: bool = False, reads_last_line: bool = False
+) -> Extraction:
     r"""Return the final answer of a response, from the text after its chain of thought.
 
     Only text after the last `</think>` is searched; a thought that is never closed has none. The
     answer is, in this order: the one `<answer>` block (two, or an unclosed one, are no answer); the
-    last `\boxed{}`; with `plain_line`, the last line that is not blank, or the display formula that
-    ends there. Linear in the length of the response.
+    last `\boxed{}`; with `reads_last_line`, the last line that is not blank, or the display formula
+    that ends there. Linear in the length of the response.
 
     Args:
         response: the text that the policy sampled.
         thought_opened: the prompt ended with `<think>`.
-        plain_line: whether a last line without tags and boxes is read."""
+        reads_last_line: whether a last line without tags and boxes is read."""
     visible = after_thought(without_special_tokens(response), thought_opened)
     if visible is None:
         return OPEN_THOUGHT
@@ -121,7 +123,7 @@ def extract(response: str, *, thought_opened: bool = False, plain_line: bool = F
         return tagged
     if (boxed := last_boxed(visible)) is not None:
         return make_extraction(boxed, around=visible)
-    if plain_line:
+    if reads_last_line:
         return make_extraction(last_line(visible.rstrip()))
     return Extraction(None, "no answer found")
 

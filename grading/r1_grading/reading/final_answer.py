@@ -1,4 +1,4 @@
-"""Reads a response's final answer, at the place of `rewards.answer`.
+"""Reads a response's final answer, at the place of `rewards.reading`.
 
 `strict` is DeepSeek-R1-Zero's: a policy learns the form in which it answers. Models that were
 trained before, on forms of their own, are graded by where they put their answers: in a box, or in
@@ -33,7 +33,7 @@ from r1_grading.reading.marked_answer import marked_answer
 Reading = Literal["strict", "tags", "boxed", "last", "auto"]
 READINGS: tuple[str, ...] = get_args(Reading)
 READERS = ("math", "logic", "exact_match")
-"""The rewards whose option `reading` `rewards.answer` sets."""
+"""The rewards whose option `reading` `rewards.reading` sets."""
 NUMERIC_TRUTH = re.compile(r"\s*[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?\s*")
 """A truth that is one number in digits (`is_number`)."""
 EMPHASIS = "*_` "
@@ -52,8 +52,8 @@ def read_answer(
     response: str,
     reading: str = "strict",
     *,
-    opened: bool = False,
-    plain_line: bool = False,
+    thought_opened: bool = False,
+    reads_last_line: bool = False,
     numeric: bool = False,
 ) -> Extraction:
     r"""Return the final answer of a response, read as `reading` says, after its chain of thought.
@@ -64,12 +64,12 @@ def read_answer(
 
     Args:
         response: the text that the policy sampled.
-        reading: "strict" is `answer.extract`, with `plain_line`. "tags" is the one `<answer>`
+        reading: "strict" is `answer.extract`, with `reads_last_line`. "tags" is the one `<answer>`
             block. "boxed" is the last `\boxed{}`. "last" is the text after `####` or "answer is" in
             the last line that is not blank; if the truth is `numeric`, the last number of that
             text. "auto" is the first of tags, boxed and last that is present.
-        opened: whether the prompt ended with `<think>`.
-        plain_line: whether "strict" also reads a last line that is the answer.
+        thought_opened: whether the prompt ended with `<think>`.
+        reads_last_line: whether "strict" also reads a last line that is the answer.
         numeric: whether the truth is one number (`is_number`).
 
     Returns:
@@ -78,14 +78,17 @@ def read_answer(
     Raises:
         ValueError: another reading."""
     if reading not in READINGS:
-        raise ValueError(f"rewards.answer: {reading!r} is not one of {', '.join(READINGS)}")
-    visible = after_thought(without_special_tokens(response), opened)
+        raise ValueError(f"rewards.reading: {reading!r} is not one of {', '.join(READINGS)}")
+    visible = after_thought(without_special_tokens(response), thought_opened)
     if visible is None:
         return OPEN_THOUGHT
     if reading == "strict":
-        is_line = plain_line and tagged_answer(visible) is None and last_boxed(visible) is None
+        is_line = reads_last_line and tagged_answer(visible) is None and last_boxed(visible) is None
         marked = marked_answer(visible, numeric) if is_line else None
-        return _unchanged(marked or extract(response, thought_opened=opened, plain_line=plain_line))
+        return _unchanged(
+            marked
+            or extract(response, thought_opened=thought_opened, reads_last_line=reads_last_line)
+        )
     for name, find in FINDERS.items():
         if reading in (name, "auto") and (extraction := find(visible, numeric)) is not None:
             return _unchanged(extraction)

@@ -377,7 +377,7 @@ class Judge(JudgeClient):
         truth: object,
         *,
         question: str | None = None,
-        opened: bool = False,
+        thought_opened: bool = False,
         **entry: object,
     ) -> Grade:
         """Return the grade of a response by the judge's votes.
@@ -389,7 +389,7 @@ class Judge(JudgeClient):
             response: the text that the policy sampled.
             truth: to verify: the reference answer; to compare: another response to the question.
             question: what was asked.
-            opened: the prompt ended with `<think>`.
+            thought_opened: the prompt ended with `<think>`.
             **entry: the prompt's other fields, which are not used.
 
         Raises:
@@ -404,7 +404,7 @@ class Judge(JudgeClient):
                 key=missing,
                 cause=Cause.MISSING,
             )
-        part = response_part(response, self.settings.part, opened)
+        part = response_part(response, self.settings.part, thought_opened)
         if part.text is None:
             return Grade(0.0, part.reason)
         reference = truth if isinstance(truth, str) else json.dumps(truth, ensure_ascii=False)

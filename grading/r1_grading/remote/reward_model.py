@@ -103,7 +103,7 @@ class RewardModel:
         truth: object = None,
         *,
         question: str | None = None,
-        opened: bool = False,
+        thought_opened: bool = False,
         **entry: object,
     ) -> Grade:
         """Return the response's score as a reward in [0, 1].
@@ -112,7 +112,7 @@ class RewardModel:
             response: the text that the policy sampled.
             truth: not used.
             question: the prompt's question.
-            opened: the prompt ended with `<think>`.
+            thought_opened: the prompt ended with `<think>`.
             **entry: the prompt's other fields, which are not used.
 
         Raises:
@@ -126,7 +126,7 @@ class RewardModel:
                 cause=Cause.MISSING,
             )
         question_text, part = prepare_texts(
-            question, response, self.part, opened, self.settings.max_chars
+            question, response, self.part, thought_opened, self.settings.max_chars
         )
         if part.text is None:
             return Grade(0.0, part.reason)

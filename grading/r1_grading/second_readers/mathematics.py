@@ -49,7 +49,7 @@ def grade(
     response: str,
     truth: object,
     *,
-    opened: bool = False,
+    thought_opened: bool = False,
     reading: str = "strict",
     **entry: object,
 ) -> Grade:
@@ -58,8 +58,8 @@ def grade(
     Args:
         response: the text that the policy sampled.
         truth: as of the reward `math`.
-        opened: the prompt ended with `<think>`.
-        reading: `rewards.answer`.
+        thought_opened: the prompt ended with `<think>`.
+        reading: `rewards.reading`.
         **entry: the prompt's other fields, which are not used.
 
     Returns:
@@ -71,7 +71,7 @@ def grade(
     truths = [true_answer(str(truth_text)) for truth_text in accepted_answers(truth)]
     if not truths:
         raise ValueError(f"the truth of a math answer must not be empty, got {truth!r}")
-    visible = visible_text(response, opened)
+    visible = visible_text(response, thought_opened)
     try:
         answer = find_answer(visible, reading) if visible else None
     except Unsure as error:
@@ -135,7 +135,7 @@ def find_answer(visible: str, reading: str) -> str | None:
 
     Args:
         visible: the response after its thought.
-        reading: `rewards.answer`: with "tags" and "boxed" no other place counts.
+        reading: `rewards.reading`: with "tags" and "boxed" no other place counts.
 
     Raises:
         Unsure: the answer may be stated in a form that has no rule here."""

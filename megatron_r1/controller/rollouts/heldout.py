@@ -140,7 +140,9 @@ async def _estimates(
                 vote = partial(majority_reward, collector.pool, group.prompt.kind, texts, scores)
                 votes.append(
                     vote(
-                        thought_opened, rewards.answer, truth_is_number=expects_number(group.prompt)
+                        thought_opened,
+                        rewards.reading,
+                        truth_is_number=expects_number(group.prompt),
                     )
                 )
     accuracies = means.pop(ACCURACY, [])

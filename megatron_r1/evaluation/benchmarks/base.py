@@ -142,13 +142,13 @@ class Question:
 
     Attributes:
         id: the question's id in the data set, or "".
-        problem: the text without the instruction.
+        text: the question without the instruction.
         kind: the name of the reward that grades the answer, or "module:function".
         truth: what that reward compares with.
         fields: further arguments of the reward, as in `data.prompts.Prompt`."""
 
     id: str
-    problem: str
+    text: str
     kind: str
     truth: Any
     fields: dict[str, Any] = field(default_factory=dict)
@@ -160,7 +160,7 @@ class Benchmark:
 
     Attributes:
         questions: turns rows into questions, lazily; raises ValueError with the row's place.
-        instruction: the prompt, with {problem} where the problem goes.
+        instruction: the prompt, with {question} where the question goes.
         hubs: repositories on the Hugging Face hub that hold the benchmark, the usual one first,
             each with a function of the options that returns the files (glob patterns). A benchmark
             without repositories makes its own questions and reads no rows.
@@ -169,7 +169,7 @@ class Benchmark:
             the results are then win rates, and the questions are of the kind judge."""
 
     questions: Callable[[Rows, Options], Iterator[Question]]
-    instruction: str = "{problem}"
+    instruction: str = "{question}"
     hubs: Mapping[str, Callable[[Options], Sequence[str]]] = field(default_factory=dict)
     options: Options = field(default_factory=dict)
     is_pairwise: bool = False
@@ -200,19 +200,19 @@ def to_prompts(questions: Iterable[Question], instruction: str) -> Iterator[Prom
 
     Args:
         questions: the benchmark's questions.
-        instruction: the prompt, with {problem} where the problem goes.
+        instruction: the prompt, with {question} where the question goes.
 
     Raises:
-        UserError: an instruction without {problem}."""
+        UserError: an instruction without {question}."""
     if PLACEHOLDER not in instruction:
         raise UserError(
-            f"instruction {instruction!r} has no {PLACEHOLDER}: put the question's in",
+            f"instruction {instruction!r} has no {PLACEHOLDER}, in whose place the question goes",
             key="instruction",
             cause=Cause.MALFORMED,
         )
     name_counts: dict[str, int] = {}
     for question in questions:
-        text = instruction.replace(PLACEHOLDER, question.problem)
+        text = instruction.replace(PLACEHOLDER, question.text)
         prompt = make_prompt(text, question.kind, question.truth, question.fields)
         name = question.id or prompt.id
         name_counts[name] = name_counts.get(name, 0) + 1

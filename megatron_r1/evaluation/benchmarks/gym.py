@@ -117,7 +117,7 @@ def _task_questions(task: str, options: Options, exactly: bool) -> Iterator[Ques
 
 BENCHMARK = Benchmark(
     questions,
-    instruction="{problem}\n\nThink first, then give the final answer within <answer> </answer>.",
+    instruction="{question}\n\nThink first, then give the final answer within <answer> </answer>.",
     options={
         "suite": "mixed",
         "questions": 10,  # per task

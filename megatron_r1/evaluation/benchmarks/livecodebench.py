@@ -152,13 +152,13 @@ def _question(location: str, row: dict[str, Any]) -> Question:
     tests += decode_tests(row["private_test_cases"], location)
     if not tests:
         raise UserError(f"{location}: no test cases", key="private_test_cases", cause=Cause.EMPTY)
-    problem = require_text(location, row, "question_content").strip()
+    text = require_text(location, row, "question_content").strip()
     kinds = {test.get("testtype") for test in tests}
     if kinds == {"functional"}:
-        problem += "\n\n" + FUNCTION.format(row["starter_code"].rstrip())
+        text += "\n\n" + FUNCTION.format(row["starter_code"].rstrip())
         truth = _function_tests(location, row, tests)
     elif kinds == {"stdin"}:
-        problem += "\n\n" + STDIN
+        text += "\n\n" + STDIN
         truth = {"tests": [{"input": t["input"], "output": t["output"]} for t in tests]}
     else:
         raise UserError(
@@ -168,7 +168,7 @@ def _question(location: str, row: dict[str, Any]) -> Question:
         )
     limits = code_limits(CPU_SECONDS, MEMORY_MIB, len(tests))
     fields = {"language": "python", "limits": limits}
-    return Question(str(row["question_id"]), problem, "code", truth, fields)
+    return Question(str(row["question_id"]), text, "code", truth, fields)
 
 
 def _function_tests(location: str, row: dict[str, Any], tests: list[dict]) -> dict[str, Any]:

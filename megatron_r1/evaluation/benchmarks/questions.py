@@ -19,13 +19,13 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.data.rows import require_text
 from megatron_r1.evaluation.benchmarks.base import Benchmark, Options, Question, Rows, pick_columns
 
-BOXED = "{problem}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
+BOXED = "{question}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
 """The instruction that DeepSeek-R1's authors recommend for mathematics (the model's page)."""
 AIME_LAYOUTS = (
-    {"id": "id", "problem": "problem", "answer": "answer"},  # HuggingFaceH4/aime_2024
-    {"id": "ID", "problem": "Problem", "answer": "Answer"},  # Maxwell-Jia/AIME_2024
+    {"id": "id", "question": "problem", "answer": "answer"},  # HuggingFaceH4/aime_2024
+    {"id": "ID", "question": "Problem", "answer": "Answer"},  # Maxwell-Jia/AIME_2024
 )
-MATH_LAYOUT = {"id": "unique_id", "problem": "problem", "answer": "answer", "level": "level"}
+MATH_LAYOUT = {"id": "unique_id", "question": "problem", "answer": "answer", "level": "level"}
 
 
 def _aime_questions(rows: Rows, options: Options) -> Iterator[Question]:
@@ -36,7 +36,7 @@ def _aime_questions(rows: Rows, options: Options) -> Iterator[Question]:
     """
     for location, row in rows:
         columns = pick_columns(location, row, AIME_LAYOUTS)
-        problem = require_text(location, columns, "problem").strip()
+        question = require_text(location, columns, "question").strip()
         # One layout has text ("025"), the other an integer.
         try:
             answer = int(str(columns["answer"]))
@@ -53,7 +53,7 @@ def _aime_questions(rows: Rows, options: Options) -> Iterator[Question]:
                 key="answer",
                 cause=Cause.OUT_OF_RANGE,
             )
-        yield Question(str(columns["id"]), problem, "math", str(answer))
+        yield Question(str(columns["id"]), question, "math", str(answer))
 
 
 def _math_500_questions(rows: Rows, options: Options) -> Iterator[Question]:
@@ -62,9 +62,9 @@ def _math_500_questions(rows: Rows, options: Options) -> Iterator[Question]:
     for location, row in rows:
         columns = pick_columns(location, row, [MATH_LAYOUT])
         if not levels or int(columns["level"]) in levels:
-            problem = require_text(location, columns, "problem").strip()
+            question = require_text(location, columns, "question").strip()
             answer = require_text(location, columns, "answer").strip()
-            yield Question(str(columns["id"]), problem, "math", answer)
+            yield Question(str(columns["id"]), question, "math", answer)
 
 
 AIME_2024 = Benchmark(
@@ -86,7 +86,7 @@ MATH_500 = Benchmark(
 LETTERS = "ABCDEFGHIJ"
 INSTRUCTION = (
     "Answer the following multiple choice question. Please reason step by step, and put only "
-    "the letter of your final answer within \\boxed{}.\n\n{problem}"
+    "the letter of your final answer within \\boxed{}.\n\n{question}"
 )
 MMLU_LAYOUT = {name: name for name in ("question", "subject", "choices", "answer")}
 CHOICES = ("Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
@@ -112,9 +112,9 @@ def _mmlu_questions(rows: Rows, options: Options) -> Iterator[Question]:
                 key="choices",
                 cause=Cause.MALFORMED,
             )
-        problem = require_text(location, columns, "question").strip()
+        question = require_text(location, columns, "question").strip()
         letter = _letter(location, columns["answer"], len(choices))
-        yield Question("", _lettered(problem, choices), "math", letter)
+        yield Question("", _lettered(question, choices), "math", letter)
     if unknown := sorted(subjects - known_subjects):
         raise UserError(
             f"mmlu has no subject {unknown[0]!r}; it has {', '.join(sorted(known_subjects))}",
@@ -132,14 +132,14 @@ def _gpqa_questions(rows: Rows, options: Options) -> Iterator[Question]:
         order = list(range(len(choices)))
         random.Random(f"gpqa/{options['seed']}/{question_id}").shuffle(order)
         question = require_text(location, columns, "Question").strip()
-        problem = _lettered(question, [choices[index] for index in order])
-        yield Question(question_id, problem, "math", LETTERS[order.index(0)])
+        text = _lettered(question, [choices[index] for index in order])
+        yield Question(question_id, text, "math", LETTERS[order.index(0)])
 
 
-def _lettered(problem: str, choices: Sequence[str]) -> str:
-    """Return the problem with its choices as "A) …" lines."""
+def _lettered(question: str, choices: Sequence[str]) -> str:
+    """Return the question with its choices as "A) …" lines."""
     lines = [f"{letter}) {choice}" for letter, choice in zip(LETTERS, choices, strict=False)]
-    return "\n".join([problem, "", *lines])
+    return "\n".join([question, "", *lines])
 
 
 def _letter(location: str, answer: Any, num_choices: int) -> str:
@@ -177,8 +177,8 @@ def _alpaca_eval_questions(rows: Rows, options: Options) -> Iterator[Question]:
     """Yield the instructions; the truth of each is the response to beat."""
     for location, row in rows:
         columns = pick_columns(location, row, [ALPACA_EVAL_LAYOUT])
-        problem, reference = (require_text(location, columns, name) for name in ALPACA_EVAL_LAYOUT)
-        yield Question("", problem.strip(), "judge", reference.strip())
+        question, reference = (require_text(location, columns, name) for name in ALPACA_EVAL_LAYOUT)
+        yield Question("", question.strip(), "judge", reference.strip())
 
 
 ALPACA_EVAL_2 = Benchmark(

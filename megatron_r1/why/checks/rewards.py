@@ -105,7 +105,7 @@ def stated(text: str, reading: str) -> tuple[str, str] | None:
 
     Args:
         text: the response.
-        reading: `rewards.answer`."""
+        reading: `rewards.reading`."""
     answer = _stated(text, reading)
     return answer if answer and PLAIN.fullmatch(answer[0].strip()) else None
 
@@ -191,9 +191,9 @@ def _second_reader(step: RecordedStep) -> CheckedQuantity:
     if not verdicts.total:
         why = step.prompts_missing or "no response to mathematics states an answer"
         return not_checked(FAMILY, name, why)
-    remedy = "the rewards' reader: rewards.answer, or the truths of data.path"
+    remedy = "the rewards' reader: rewards.reading, or the truths of data.path"
     if verdicts.rejected.get(HASHES):
-        remedy = "rewards.answer: auto, or last: the reader misses ####"
+        remedy = "rewards.reading: auto, or last: the reader misses ####"
     return fraction_quantity(
         FAMILY,
         name,
@@ -221,7 +221,7 @@ def _verdicts(step: RecordedStep, accepts: Callable[[str, str], bool]) -> _Verdi
             continue
         if ACCURACY in graded.ungraded_terms or isinstance(prompt.truth, dict | list):
             continue
-        stated_answer = stated(graded.text, step.config.rewards.answer)
+        stated_answer = stated(graded.text, step.config.rewards.reading)
         if stated_answer is None:
             continue
         verdicts.total += 1
@@ -365,7 +365,7 @@ def _graded_again(step: RecordedStep, regraded: Grades) -> CheckedQuantity:
         others = [f"{len(departures[each]):,} of {each}" for each in departures if each != term]
         reason += f"; and {', '.join(others)}" if others else ""
         remedy = (
-            "rewards.options, rewards.answer, the truths of the data, or the grader's version: "
+            "rewards.options, rewards.reading, the truths of the data, or the grader's version: "
             "they are not those that graded"
             if term == ACCURACY
             else f"the term {term}: rewards.options.{term}, or what changes it after the graders"

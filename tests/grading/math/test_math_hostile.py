@@ -60,7 +60,7 @@ def graded(tmp_path_factory):
                 grades = await asyncio.gather(*(pool.grade("math", *job) for job in jobs))
                 results[name] = grades, await pool.grade("math", *HONEST)
             long = [
-                pool.grade("math", text, 13, reading=reading, plain_line=True)
+                pool.grade("math", text, 13, reading=reading, reads_last_line=True)
                 for text in LONG
                 for reading in READINGS
             ]

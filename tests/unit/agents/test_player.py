@@ -177,7 +177,7 @@ def test_rows_that_differ_in_their_fields_only_are_different_rows(tmp_path):
 class Terms:
     """Grades every term by the length of the text."""
 
-    async def grade(self, terms, prompt, text, num_tokens, opened):
+    async def grade(self, terms, prompt, text, num_tokens, thought_opened):
         return {term: Grade(len(text) / 100, term) for term in terms}
 
 

@@ -27,7 +27,7 @@ def run_folder(tmp_path):
     (run / "hf").mkdir(parents=True)
     (run / "hf/config.json").write_text("{}")
     settings = {
-        "data": {"template": "Q: {problem}\nA: ", "path": "q.jsonl"},
+        "data": {"template": "Q: {question}\nA: ", "path": "q.jsonl"},
         "rollout": {"engines": 4, "temperature": 0.7, "max_response_tokens": 99, "colocated": True},
     }
     (run / "config.yaml").write_text(json.dumps(settings))
@@ -39,7 +39,7 @@ def test_a_run_is_asked_as_it_sampled_on_one_engine(run_folder):
     assert model == run_folder / "hf"
     given = parse({"rollout": {"max_response_tokens": 7}})
     settings = chat._settings(given, model)
-    assert settings.data.template == "Q: {problem}\nA: "
+    assert settings.data.template == "Q: {question}\nA: "
     rollout = settings.rollout
     assert (rollout.engines, rollout.temperature, rollout.max_response_tokens) == (1, 0.7, 7)
     assert not rollout.colocated
@@ -115,7 +115,7 @@ def test_sample_takes_a_run_s_folder(run_folder, tmp_path):
     config = configuration.load(recipe, settings)
     assert config.model.path == str(run_folder) and config.model.checkpoint is None
     assert config.run.folder == str(run_folder / "sampled")
-    assert config.data.template == "Q: {problem}\nA: "
+    assert config.data.template == "Q: {question}\nA: "
     with refused("RECIPE", Cause.NOT_FOUND, tmp_path):
         sample.from_run(str(tmp_path))
 

@@ -48,7 +48,7 @@ def recipe(eight_gpus, tmp_path, monkeypatch):
     tree = {
         "run": {"folder": "run", "steps": 1},
         "model": {"path": "model"},
-        "data": {"path": "sums.csv", "template": "{problem}"},
+        "data": {"path": "sums.csv", "template": "{question}"},
         "rollout": {"max_response_tokens": 8},
         "rl": {"questions_per_rollout": 4, "group_size": 4, "minibatches": 2},
     }

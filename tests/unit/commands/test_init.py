@@ -58,7 +58,7 @@ def test_the_recipe_loads_and_says_why(here, capsys):
     assert (recipe.model.dtype, recipe.rollout.dtype) == ("float32", "float32")
     # 128 positions, of which the longest prompt takes some.
     assert 0 < recipe.rollout.max_response_tokens < 128 == recipe.rollout.max_model_len
-    assert recipe.rewards.answer == "auto" and recipe.rewards.weights == {"accuracy": 1.0}
+    assert recipe.rewards.reading == "auto" and recipe.rewards.weights == {"accuracy": 1.0}
     output = capsys.readouterr().out
     comments = " ".join(text.replace("\n  # ", " ").split())
     assert "30 rows" in output and "30 rows" in comments
@@ -115,18 +115,18 @@ def test_a_chat_model_and_a_run_keep_their_own_template(here):
     Path("model").rename("run/hf")
     Path("run/hf/tokenizer_config.json").write_text(json.dumps(plain))
     weights = {"accuracy": 1.0, "format": {"weight": 0.5, "from_step": 3, "to_step": None}}
-    trained = {"data": {"template": "Q: {problem}"}, "rewards": {"answer": "boxed"}}
+    trained = {"data": {"template": "Q: {question}"}, "rewards": {"reading": "boxed"}}
     trained["rewards"]["weights"] = weights
     Path("run/config.yaml").write_text(json.dumps(trained))
-    expected = {"data.template": "Q: {problem}", "rewards.answer": "boxed"}
+    expected = {"data.template": "Q: {question}", "rewards.reading": "boxed"}
     assert guessed("run/hf") == expected | {"rewards.weights": weights}
     Path("run/config.yaml").write_text(json.dumps({"sft": {"data": "sft.jsonl"}}))
     prompts = [{"prompt": f"Pupil: {q}\nTeacher: ", "response": "x"} for q, _ in SUMS]
     Path("sft.jsonl").write_text("\n".join(map(json.dumps, prompts)))
     template = guessed("run/hf")["data.template"]
-    assert template == "Pupil: {problem}\nTeacher: "
+    assert template == "Pupil: {question}\nTeacher: "
     text = recipe_text(["title"], [Guess("data.template", template, "reason")])
-    assert text == '# title\ndata:\n  # reason\n  template: "Pupil: {problem}\\nTeacher: "\n'
+    assert text == '# title\ndata:\n  # reason\n  template: "Pupil: {question}\\nTeacher: "\n'
 
 
 def test_a_small_model_is_said_to_need_worked_examples(here):
@@ -134,8 +134,8 @@ def test_a_small_model_is_said_to_need_worked_examples(here):
         guesses = init._guess_answers(Path("model"), parameters)
         return next(guess.reason for guess in guesses if guess.key == "data.template")
 
-    assert "{problem}" in reason(135_000_000)
-    assert "{problem}" not in reason(7_000_000_000)
+    assert "{question}" in reason(135_000_000)
+    assert "{question}" not in reason(7_000_000_000)
 
 
 def test_the_reward_of_the_run_that_made_the_model_is_taken_over(here):
@@ -146,7 +146,7 @@ def test_the_reward_of_the_run_that_made_the_model_is_taken_over(here):
         "def unit(response, truth, **entry):\n"
         "    return Grade(1.0, 'fine')\n"
     )
-    data = {"kind": "mine:unit", "template": "Q: {problem}"}
+    data = {"kind": "mine:unit", "template": "Q: {question}"}
     Path("run/config.yaml").write_text(json.dumps({"data": data}))
     assert cli.main(["init", "run", "my sums.csv", "--out", "again.yaml"]) == 0
     assert configuration.load("again.yaml").data.kind == "mine:unit"
@@ -204,7 +204,7 @@ def test_sizes_follow_the_machine():
 
 def test_a_template_is_found_in_supervised_prompts():
     assert guess_template([f"User: A {i} =\nAssistant: " for i in "12"]) == (
-        "User: {problem}\nAssistant: "
+        "User: {question}\nAssistant: "
     )
     assert guess_template(["User: x\nAssistant:", "User: y\nAssistant:"]) == "plain"
     assert guess_template(["x", "y"]) is None

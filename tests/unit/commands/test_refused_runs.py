@@ -29,7 +29,11 @@ def recipe(model, tmp_path):
     tree = {
         "run": {"folder": str(tmp_path / "run"), "steps": 1},
         "model": {"path": str(model), "dtype": "float32"},
-        "data": {"path": str(tmp_path / "q.jsonl"), "heldout_fraction": 0, "template": "{problem}"},
+        "data": {
+            "path": str(tmp_path / "q.jsonl"),
+            "heldout_fraction": 0,
+            "template": "{question}",
+        },
         "rollout": {"max_response_tokens": 8, "dtype": "float32"},
         "rl": {"questions_per_rollout": 4, "group_size": 4, "minibatches": 2},
     }

@@ -142,9 +142,21 @@ def test_a_grader_that_hangs_or_dies_costs_its_own_line(folder, capsys):
 
 
 def test_a_line_that_was_scored_before_is_scored_anew(folder):
-    line = {"kind": "graders:echo", "reward": 1.0, "reason": "old", "response": "x", "opened": True}
+    line = {
+        "kind": "graders:echo",
+        "reward": 1.0,
+        "reason": "old",
+        "response": "x",
+        "thought_opened": True,
+    }
     (graded,) = scored(folder, [line])
-    assert graded["reward"] == 0.5 and graded["reason"] == "('x', None, {'opened': True})"
+    assert graded["reward"] == 0.5 and graded["reason"] == "('x', None, {'thought_opened': True})"
+
+
+def test_a_former_name_of_a_field_is_refused(folder):
+    line = {"kind": "graders:echo", "response": "x"}
+    former, _ = scored(folder, [line | {"opened": False}, line])
+    assert former["reward"] == 0 and "thought_opened" in former["reason"]
 
 
 def test_options_reach_the_reward_and_the_line_wins(folder):

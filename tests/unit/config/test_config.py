@@ -67,7 +67,7 @@ def test_overrides_are_yaml_values_of_dotted_keys():
     for options in (["--rl.group_size"], ["--rl.group_size", "--rl.kl_beta", "0"]):
         with refused("--rl.group_size", Cause.MISSING):
             parse_overrides(options)
-    assert parse_overrides(["--data.template=--{problem}"]) == {"data.template": "--{problem}"}
+    assert parse_overrides(["--data.template=--{question}"]) == {"data.template": "--{question}"}
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_every_recipe_in_the_repository_is_valid():
 
 
 def test_a_template_is_text_and_a_switch_needs_no_value():
-    assert parse_overrides(["--data.template", "{problem}"]) == {"data.template": "{problem}"}
+    assert parse_overrides(["--data.template", "{question}"]) == {"data.template": "{question}"}
     assert parse_overrides(["--a.b", "{x: null}"]) == {"a.b": {"x": None}}
     options = ["--pipeline.dry", "--pipeline.only", "base", "--pipeline.status"]
     switches = {"pipeline.dry", "pipeline.status"}

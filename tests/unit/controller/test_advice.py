@@ -62,8 +62,8 @@ def test_a_start_token_that_template_and_tokenizer_both_have_is_seen():
 def test_a_reward_of_ones_own_is_not_blamed_on_the_form_of_answers():
     own = replace(PROMPT, kind="mine:unit")
     group = Group(own, [5, 6], [graded("7", reason="7, not 122"), graded("no number")])
-    found = find_advice(Rollout([group], 1.0, 1.0), config(rewards={"answer": "strict"}))
-    assert "rewards.answer" not in found["accuracy"]
+    found = find_advice(Rollout([group], 1.0, 1.0), config(rewards={"reading": "strict"}))
+    assert "rewards.reading" not in found["accuracy"]
 
 
 def test_ungraded_responses_are_not_called_wrong():

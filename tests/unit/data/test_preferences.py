@@ -17,7 +17,7 @@ def test_pairs_come_with_the_chosen_response_first(tmp_path):
     path = write(
         tmp_path,
         {"question": "q", "rejected": "b", "chosen": "a", "votes": 4},
-        {"prompt": "p", "chosen": "c", "rejected": "d", "opened": True},
+        {"prompt": "p", "chosen": "c", "rejected": "d", "thought_opened": True},
     )
     assert list(read_preferences(path, "pairwise")) == [
         Preference("q", ("a", "b"), (1.0, 0.0), False, f"{path}:1"),

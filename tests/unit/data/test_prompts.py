@@ -297,18 +297,20 @@ def test_weights_of_kinds_that_are_not_there_or_draw_nothing_are_refused():
 
 
 def test_templates_place_the_question_and_nothing_else():
-    assert render_template("plain", "{x} + {problem}?") == "User: {x} + {problem}?\nAssistant:"
-    assert render_template("Q {problem} {A}", "1") == "Q 1 {A}"
+    assert render_template("plain", "{x} + {question}?") == "User: {x} + {question}?\nAssistant:"
+    assert render_template("Q {question} {A}", "1") == "Q 1 {A}"
     zero = render_template("r1_zero", "1 + 1?")
     assert zero.endswith("tags.\nUser: 1 + 1?\nAssistant:") and "<answer> </answer>" in zero
     with refused("data.template", Cause.UNKNOWN, "r1_zer0", "r1_zero", "plain", "chat"):
         render_template("r1_zer0", "1 + 1?")
+    with refused("data.template", Cause.UNKNOWN, "{problem} is {question} now"):
+        find_template("User: {problem}")
     with pytest.raises(ValueError, match="apply_chat_template"):
         find_template("chat")
 
 
 def test_only_a_template_that_ends_in_a_thought_is_opened():
-    assert opens_thought(render_template("{problem}\nAssistant: <think>\n", "1 + 1?"))
+    assert opens_thought(render_template("{question}\nAssistant: <think>\n", "1 + 1?"))
     assert not opens_thought(render_template("r1_zero", "1 + 1?"))
 
 
@@ -343,7 +345,7 @@ def test_file_order_is_kept_epoch_after_epoch():
 def test_questions_longer_than_the_engines_room_are_left_out_and_told_of(capsys):
     """vLLM refuses a prompt as long as its context, which would end the run for good."""
     tokenizer = PromptTokenizer(
-        str(Path(__file__).parents[3] / "examples/laptop/model"), "{problem}"
+        str(Path(__file__).parents[3] / "examples/laptop/model"), "{question}"
     )
     short, long = (make_prompt("1 + 1 " * n, "math", "2", {}) for n in (2, 40))
     limit = len(tokenizer.encode(long.question))

@@ -179,7 +179,7 @@ def test_without_a_chat_template_the_setting_is_named(tmp_path):
         SFTTokenizer(str(tmp_path), None).encode(example)
     with refused("sft.template", Cause.MISSING):
         SFTTokenizer(str(tmp_path), "chat")
-    text = SFTTokenizer(str(tmp_path), "[{system}] Q: {problem} A:")
+    text = SFTTokenizer(str(tmp_path), "[{system}] Q: {question} A:")
     ids, learned = text.encode(example)
     assert text.decode(ids) == "[Be kind.] Q: one? A:1<|im_end|>"
     assert learned.count(True) == 2

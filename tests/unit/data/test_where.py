@@ -66,8 +66,8 @@ def test_a_system_s_message_reaches_the_prompt(tmp_path):
     )
     plain = PromptTokenizer(str(tmp_path), "plain")
     assert plain.render("one?", [SYSTEM]) == "User: Be kind.\n\none?\nAssistant:"
-    assert render_template("{system} Q: {problem}", "{system}?", "S") == "S Q: {system}?"
-    assert render_template("{system}Q: {problem}", "one?") == "Q: one?"
+    assert render_template("{system} Q: {question}", "{system}?", "S") == "S Q: {system}?"
+    assert render_template("{system}Q: {question}", "one?") == "Q: one?"
     with refused("data.template", Cause.CONFLICT, "one?"):
         plain.encode("two?", turns)
 

@@ -307,7 +307,7 @@ def test_difficulties_differ_and_parameters_are_one_tasks():
     assert longest["easy"] < longest["hard"]
     parameters = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
     options = {"parameters": parameters, "questions": 4, "heldout_fraction": 0.1}
-    few = load("gym/chain_sum", options=options, instruction="{problem}")
+    few = load("gym/chain_sum", options=options, instruction="{question}")
     assert len(few) == 4 and all(p.question.endswith("=") for p in few)
     with refused("options.parameters", Cause.CONFLICT, "gym/arithmetic"):
         load("gym/arithmetic", options=options)
@@ -323,7 +323,7 @@ def test_mistakes_in_the_recipe_name_themselves(tmp_path):
         load("aime")
     with refused("options.level", Cause.UNKNOWN, "'levels'"):
         load("math_500", path, options={"level": 3})
-    with refused("instruction", Cause.MALFORMED, "{problem}"):
+    with refused("instruction", Cause.MALFORMED, "{question}"):
         load("aime_2024", path, instruction="Solve it.")
     with refused("label", Cause.DUPLICATE, "aime_2024"):
         load_prompt_sets(parse({"eval": {"benchmarks": ["aime_2024"] * 2}}))

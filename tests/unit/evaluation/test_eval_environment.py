@@ -121,7 +121,7 @@ def test_rows_are_played_and_graded_by_their_environment(recipe, tmp_path):
     [
         ("environment", "r1_zero", "data.template", Cause.CONFLICT),
         (
-            {"name": "environment", "instruction": "{problem}"},
+            {"name": "environment", "instruction": "{question}"},
             *("chat", "eval.benchmarks", Cause.UNSUPPORTED),
         ),
         ("environment/nosuch", "chat", "agents.environment", Cause.UNKNOWN),

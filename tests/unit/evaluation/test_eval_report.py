@@ -6,7 +6,13 @@ from megatron_r1.evaluation.report import NUM_EXAMPLES, write_report
 def sample(question, reward, reason, ungraded=False):
     return {
         **{"benchmark": "sums", "id": question, "index": 0, "reward": reward, "reason": reason},
-        **{"ungraded": ungraded, "truncated": False, "length": 3, "truth": "2", "opened": False},
+        **{
+            "ungraded": ungraded,
+            "truncated": False,
+            "length": 3,
+            "truth": "2",
+            "thought_opened": False,
+        },
         "response": f"response to {question}",
     }
 

@@ -94,6 +94,7 @@ def test_a_line_says_whether_its_grader_failed_and_an_older_one_by_its_reason():
     assert TextResponse.from_line(wrong.to_line()) == wrong
     older = failed.to_line()
     del older["ungraded"]
+    older["opened"] = older.pop("thought_opened")
     assert TextResponse.from_line(older) == failed
 
 

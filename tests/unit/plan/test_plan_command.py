@@ -117,7 +117,7 @@ def test_what_cannot_be_planned_is_refused_by_name(recipe, options, key, cause):
 
 
 def test_settings_are_those_of_the_other_commands():
-    template, schedule = "Solve {problem} now", "[{from_step: 2, rl.group_size: 8}]"
+    template, schedule = "Solve {question} now", "[{from_step: 2, rl.group_size: 8}]"
     words = ["--data.template", template, "a.yaml", "--rl.schedule", schedule, "b.yaml"]
     words += ["--gpus=8", "--rollout.colocated", "--hardware", "H200", "--rl.kl_beta", "-1"]
     chosen, overrides = parse([*words, "--rl.sample_log"])

@@ -23,7 +23,7 @@ def answer(index, accuracy=1.0, text=None, num_tokens=10, reward=None, **more):
     )
 
 
-def selection(keep=None, output="answers", filters=None, seed=0):
+def selection(keep=None, output="responses", filters=None, seed=0):
     """keep: settings, None where nothing is graded. The filters run in this process."""
     chosen = active_filters(output, filters or {})
 

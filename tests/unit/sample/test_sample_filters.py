@@ -122,7 +122,7 @@ def test_the_first_filter_that_objects_gives_the_reason():
     assert (
         first_objection(bad, prompt(), active_filters("sft", {"truncated": False}))[0] == "language"
     )
-    only = active_filters("answers", {"repetition": {"min_new": 0.9}})
+    only = active_filters("responses", {"repetition": {"min_new": 0.9}})
     assert only == {"repetition": {"min_new": 0.9}}
     assert first_objection(bad, prompt(), only)[0] == "repetition"
     assert first_objection(TextResponse(think(EN)), prompt(), filters) == ("", "")

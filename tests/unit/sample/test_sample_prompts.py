@@ -70,7 +70,7 @@ def shots_file(tmp_path) -> Path:
 
 def test_shots_are_asked_and_answered_before_the_question(shots_file, tokenizers):
     shots = FewShotExamples(shots_file, None, seed=0)
-    text = FewShotTokenizer(tokenizers["plain"], "Q: {problem}\nA:", shots)
+    text = FewShotTokenizer(tokenizers["plain"], "Q: {question}\nA:", shots)
     prompt = text.decode(text.encode("9 + 9?"))
     first = "<bos>Q: 0 + 0?\nA:<think>0 twice.</think> 0\n\nQ: 1 + 1?\nA:"
     assert prompt.startswith(first) and prompt.endswith("\n\nQ: 9 + 9?\nA:")
@@ -78,7 +78,7 @@ def test_shots_are_asked_and_answered_before_the_question(shots_file, tokenizers
     # They leave no trace in what is kept.
     assert text.render("9 + 9?") == "Q: 9 + 9?\nA:"
     # A template that opens the thought opens the examples', too.
-    opened = shots.prompt_text("Q: {problem}\nA: <think>", "9 + 9?")
+    opened = shots.prompt_text("Q: {question}\nA: <think>", "9 + 9?")
     assert opened.startswith("Q: 0 + 0?\nA: <think>0 twice.</think> 0\n\n")
 
 
@@ -189,7 +189,7 @@ def test_files_of_questions_to_avoid(tmp_path):
 ZERO = answer(0, text=" <think>6 x 7: {summary}</think> <answer>42</answer>")
 
 
-def rendered(form, template="Q: {problem}", response=ZERO, tokenizer=""):
+def rendered(form, template="Q: {question}", response=ZERO, tokenizer=""):
     rendering = Rendering(RenderConfig(template=template, response=form), "plain", tokenizer)
     return rendering.prompt(PROMPT.question), rendering.response(response, PROMPT.question)
 
@@ -209,9 +209,9 @@ def test_an_answer_takes_another_form():
 
 def test_the_thought_is_opened_once():
     opened = answer(0, text="Hm.</think>42", thought_opened=True)
-    into_open = "Q: {problem}\nA: <think>"
+    into_open = "Q: {question}\nA: <think>"
     for form in ("{response}", "<think>{thought}</think>{summary}"):
-        assert rendered(form, "Q: {problem}", opened)[1] == "<think>Hm.</think>42"
+        assert rendered(form, "Q: {question}", opened)[1] == "<think>Hm.</think>42"
         assert rendered(form, into_open, opened)[1] == "Hm.</think>42"
     assert rendered("{response}", into_open)[1] == "6 x 7: {summary}</think> <answer>42</answer>"
     # Plain text after an opened <think> would be learned as a thought that never ends.
@@ -222,7 +222,7 @@ def test_the_thought_is_opened_once():
 def test_a_rendered_chat_has_the_tokens_that_the_chat_has(tokenizers, name):
     prompt, response = rendered("{response}", "chat", tokenizer=tokenizers[name])
     # As `sft` reads it: the tokenizer puts <bos> in front by itself.
-    as_sft_reads = PromptTokenizer(tokenizers[name], "{problem}").encode(prompt)
+    as_sft_reads = PromptTokenizer(tokenizers[name], "{question}").encode(prompt)
     assert as_sft_reads == PromptTokenizer(tokenizers[name], "chat").encode(PROMPT.question)
     assert as_sft_reads.count(0) == 1
     assert response.startswith("6 x 7" if name == "thinks" else " <think>6")

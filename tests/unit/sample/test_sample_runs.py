@@ -92,7 +92,7 @@ def recipe(tmp_path, monkeypatch):
 
 
 def test_right_answers_are_kept_and_every_answer_says_why(recipe, tmp_path, capsys):
-    render = {"template": "Q: {problem}", "response": "<think>{thought}</think>{summary}"}
+    render = {"template": "Q: {question}", "response": "<think>{thought}</think>{summary}"}
     with FakeServer(sums) as server:
         assert main(["sample", recipe(server.url, render=render)]) == 0
         assert len(server.requests) == 24 == len({r["seed"] for r in server.requests})
@@ -214,7 +214,7 @@ def test_shots_go_before_the_question_and_not_into_the_data(recipe, tmp_path):
     with FakeServer(sums) as server:
         url = {"url": server.url, "model": "m", "api": "completions"}
         path = recipe("", shots="shots.jsonl", samples=1, server=url)
-        arguments = ["--run.folder", str(tmp_path / "text"), "--data.template", "Q {problem} A"]
+        arguments = ["--run.folder", str(tmp_path / "text"), "--data.template", "Q {question} A"]
         assert main(["sample", path, *arguments]) == 0
         prompts = [r["prompt"] for r in server.requests]
     assert all(p.startswith("Q Shown? A<think>S</think>s\n\nQ What is") for p in prompts)
@@ -314,7 +314,7 @@ def test_where_nothing_is_kept_the_command_fails_and_says_why(recipe, tmp_path, 
 
 def test_answers_alone_are_graded_and_nothing_else(recipe, tmp_path):
     with FakeServer(sums) as server:
-        assert main(["sample", recipe(server.url, output="answers", samples=1)]) == 0
+        assert main(["sample", recipe(server.url, output="responses", samples=1)]) == 0
     assert {s["decision"] for s in lines(tmp_path / "out/samples.jsonl")} <= {"kept", "wrong"}
     assert not (tmp_path / "out/sft.jsonl").exists()
 

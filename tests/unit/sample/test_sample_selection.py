@@ -17,10 +17,10 @@ from megatron_r1.evaluation.sampling import TextResponseGrader
 from megatron_r1.sample.sft_examples import Rendering, SFTExamples
 
 ROOT = Path(__file__).parents[3]
-PLAIN = Rendering(RenderConfig(), "Q: {problem}\nA:", "")
+PLAIN = Rendering(RenderConfig(), "Q: {question}\nA:", "")
 
 
-def kept(responses, keep, filters=None, output="answers", seed=0, prompt=PROMPT):
+def kept(responses, keep, filters=None, output="responses", seed=0, prompt=PROMPT):
     decide = SFTExamples(selection(keep, output, filters, seed), PLAIN)
     return run_decide(decide, responses, prompt)
 
@@ -108,15 +108,15 @@ def test_random_depends_on_seed_and_question_alone():
     assert all(20 < count < 80 for count in counts), counts
 
 
-def test_no_answer_and_no_grade_are_no_opinion_of_the_question():
+def test_no_response_and_no_grade_are_no_opinion_of_the_question():
     refused = answer(0, None, text="", refusal="the prompt has 99 tokens")
     ungraded = answer(1, None, reason="cannot be graded: no sandbox", is_ungraded=True)
     correct, incorrect = answer(2), answer(3, 0.0)
     # Of the two that are graded one is right: 50 %.
     found, _ = kept([refused, ungraded, correct, incorrect], {"max_pass_rate": 0.5})
-    assert found == {0: "no_answer", 1: "ungraded", 2: "kept", 3: "wrong"}
+    assert found == {0: "no_response", 1: "ungraded", 2: "kept", 3: "wrong"}
     found, _ = kept([refused, ungraded, correct, incorrect], {"max_pass_rate": 0.49})
-    assert found == {0: "no_answer", 1: "ungraded", 2: "too_easy", 3: "too_easy"}
+    assert found == {0: "no_response", 1: "ungraded", 2: "too_easy", 3: "too_easy"}
 
 
 def test_what_spells_the_same_is_a_duplicate():

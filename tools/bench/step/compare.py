@@ -223,7 +223,7 @@ def write_prompts(folder: Path, template: str) -> Path:
     write(str(folder))
     rows = [
         {
-            "question": template.replace("{problem}", row["question"]),
+            "question": template.replace("{question}", row["question"]),
             "truth": row["truth"],
             "kind": "tools.bench.step.work:grade",
         }

@@ -40,7 +40,7 @@ def recipe(
     settings: dict[str, dict[str, Any]] = {
         "run": {"folder": str(folder), "steps": steps},
         "model": {"path": str(model), "dtype": "float32"},
-        "data": {"path": str(questions), "num_heldout": 0, "template": "{problem}"},
+        "data": {"path": str(questions), "num_heldout": 0, "template": "{question}"},
         "rollout": {
             "max_response_tokens": work.limit,
             "temperature": work.temperature,

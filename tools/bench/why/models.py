@@ -136,7 +136,7 @@ def base_model(folder: Path, name: str) -> Path:
             "init_std": 0.05,
             "dtype": "float32",
         },
-        "data": {"template": "{problem}"},
+        "data": {"template": "{question}"},
         "sft": {"data": str(folder / "sft.jsonl"), "batch_size": 32},
         "optimizer": {"learning_rate": 3e-3, "weight_decay": 0.0},
     }
