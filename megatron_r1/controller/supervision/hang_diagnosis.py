@@ -27,7 +27,7 @@ from megatron_r1.controller.rollouts.in_flight import InFlightGroup, InFlightGro
 from megatron_r1.controller.run_recorder import RunRecorder
 from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.engines.fleet.engine import Engine
-from megatron_r1.engines.server.responses import EngineError
+from megatron_r1.engines.server.errors import EngineError
 from megatron_r1.engines.server.server import EngineServer
 from megatron_r1.trainer.operations import RankStatus
 

@@ -13,7 +13,7 @@ from megatron_r1.controller.supervision.hang_diagnosis import RunHandles
 from megatron_r1.controller.supervision.health import HealthServer
 from megatron_r1.controller.supervision.watchdog import Watchdog
 from megatron_r1.controller.trainer_calls.client import TrainerClient
-from megatron_r1.engines.server.responses import EngineError
+from megatron_r1.engines.server.errors import EngineError
 
 
 class Supervisor:
