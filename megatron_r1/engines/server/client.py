@@ -11,6 +11,7 @@ from typing import Any, Literal, Self, TypeVar
 import aiohttp
 import msgspec
 
+from megatron_r1.engines.server.binary_replies import MEDIA_TYPE, read_responses
 from megatron_r1.engines.server.errors import (
     ConnectionBroken,
     EngineDied,
@@ -19,12 +20,7 @@ from megatron_r1.engines.server.errors import (
     EngineTimeout,
     PushIncomplete,
 )
-from megatron_r1.engines.server.replies import (
-    MEDIA_TYPE,
-    parse_prompt_logprobs,
-    parse_responses,
-    read_responses,
-)
+from megatron_r1.engines.server.json_replies import parse_prompt_logprobs, parse_responses
 from megatron_r1.engines.server.responses import Response
 from megatron_r1.models.experts import RoutingShape
 

@@ -30,7 +30,7 @@ class Response:
     """`stop`: a stop token. `length`: max_tokens or max_model_len. `abort`: ended by a pause."""
     routing: bytes | memoryview = b""
     """If requested: indices of the experts that processed prompt and response, without the last
-    token; see `replies.decode_routing`. A view of a file where they came as bytes."""
+    token; see `json_replies.decode_routing`. A view of a file where they came as bytes."""
     engine: str = ""
     """The name of the engine that sampled it; "" where that is not known, as of several turns."""
     sampling_mask: bytes = b""
