@@ -22,15 +22,15 @@ from r1_grading.truths import NO_TRUTH
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.data.data_report import DataReport
 from megatron_r1.data.gym_tasks import generate_items
-from megatron_r1.data.prompt_reader import (
+from megatron_r1.data.prompt import (
     Prompt,
-    RowReader,
     conversation_text,
     is_heldout,
     make_prompt,
     normalize_question,
     prompt_identity,
 )
+from megatron_r1.data.prompt_reader import RowReader
 from megatron_r1.data.row_filter import Conditions
 
 
