@@ -19,7 +19,8 @@ from r1_grading.base.workers import FramedProcess, WorkerLost, encode_frame
 from megatron_r1.agents.continuation import Continuation, read_arguments
 from megatron_r1.agents.parser_worker import ParseJob, ParseReply, ParserOptions, tool_call
 from megatron_r1.base.errors import RunError, UserError
-from megatron_r1.engines.server.responses import EngineError, Response
+from megatron_r1.engines.server.errors import EngineError
+from megatron_r1.engines.server.responses import Response
 
 if TYPE_CHECKING:
     from megatron_r1.config import AgentsConfig

@@ -30,7 +30,7 @@ from megatron_r1.engines.episodes import (
     EpisodeStatus,
     Generate,
 )
-from megatron_r1.engines.server.responses import EngineError
+from megatron_r1.engines.server.errors import EngineError
 
 
 class EpisodePlayer:

@@ -23,7 +23,7 @@ from r1_grading.truths import accepted_answers, is_missing, math_truth
 from megatron_r1 import config as configuration
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import atomic_write
-from megatron_r1.commands import first_recipe, reward_model, rl, sft
+from megatron_r1.commands import first_recipe, rl
 from megatron_r1.commands.first_recipe import (
     Guess,
     Machine,
@@ -34,122 +34,23 @@ from megatron_r1.commands.first_recipe import (
 )
 from megatron_r1.commands.rl_checks import detect_machine
 from megatron_r1.commands.rl_prompts import explain_renamed_columns, prepare
+from megatron_r1.commands.supervised_drafts import supervised_recipe
 from megatron_r1.commands.trained_model import find_exported, template_of_model, trained_recipe
 from megatron_r1.config import Config, infer_verb
 from megatron_r1.controller.cpu_memory import cpu_memory
 from megatron_r1.data.chats import Message
-from megatron_r1.data.columns import Columns, columns_by_name, guess_columns
-from megatron_r1.data.preference_tokenizer import PreferenceTokenizer
-from megatron_r1.data.preferences import Kind, kind_of_rows, read_preferences
+from megatron_r1.data.columns import Columns, guess_columns
 from megatron_r1.data.prompt_reader import parse_question
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.data.prompts import Prompt, is_heldout, normalize_question
-from megatron_r1.data.rows import ABSENT, lookup, read_canonical_rows
-from megatron_r1.data.sft import ALWAYS_LEARNED, find_form
-from megatron_r1.data.tokenizer import describe_end_tokens, load_tokenizer
+from megatron_r1.data.rows import read_canonical_rows
+from megatron_r1.data.tokenizer import describe_end_tokens
 from megatron_r1.engines.server import gpu
 from megatron_r1.engines.server.model_config import max_positions
 from megatron_r1.evaluation.model_folder import require_weights
 from megatron_r1.models import read_hf_config
 from megatron_r1.models.support_checks import check_supported
 from megatron_r1.models.weights import num_parameters
-
-SUPERVISED_SIZES = ("checkpoint.every", "optimizer.learning_rate")
-NO_CHAT = "the tokenizer has no chat template: User: …, Assistant:"
-SCORED_TEMPLATE = "User: {question}\nAssistant: {response}\n"
-HELDOUT_FRACTION = 0.1
-"""The default of `reward_model.heldout_fraction`."""
-MAX_JUDGED_ROWS = 20_000
-"""The most rows of a reward model's data that are read."""
-
-
-def _supervised_recipe(source: QuestionSource) -> RecipeDraft | None:
-    """Return a recipe for rows that are responses with judgements, or examples to learn from; None
-    for questions with truths."""
-    if (kind := kind_of_rows(source.rows)) is not None:
-        return _reward_model_recipe(source, kind)
-    return _sft_recipe(source) if are_examples(source.rows) else None
-
-
-def are_examples(rows: Sequence[dict[str, Any]]) -> bool:
-    """Return whether rows are examples to learn from by `sft` and no questions with truths."""
-    form = find_form(rows[0])
-    if form is None or form in ALWAYS_LEARNED:
-        return form is not None
-    truth = columns_by_name(rows, needs_truth=True).get("truth", "truth")
-    values = [lookup({**row}, truth) for row in rows]
-    has_truth = any(value is not ABSENT and not is_missing(value) for value in values)
-    return not has_truth and not any("kind" in row for row in rows)
-
-
-def _sft_recipe(source: QuestionSource) -> RecipeDraft:
-    def try_out(path: Path) -> None:
-        recipe = configuration.load(path, required=sft.REQUIRED)
-        sft.check_settings(recipe)
-        *_, lines = sft.read_examples(recipe)
-        print("\n".join(["", *lines]))
-
-    guesses = [
-        Guess("sft.data", source.data, f"rows of {find_form(source.rows[0])}"),
-        Guess("sft.epochs", 2, "passes over the data; the paper: 2"),
-        Guess("sft.batch_size", 8 if source.machine.is_cpu else 128, "examples per optimizer step"),
-        *_supervised_sizes(source),
-    ]
-    if not _has_chat(source):
-        guesses.append(Guess("sft.template", "plain", NO_CHAT))
-    return RecipeDraft("sft", guesses, try_out)
-
-
-def _reward_model_recipe(source: QuestionSource, kind: Kind) -> RecipeDraft:
-    """Return a recipe for `reward-model`.
-
-    Raises:
-        UserError: a row that `reward-model` would refuse.
-    """
-    rows = list(itertools.islice(read_preferences(source.data, kind), MAX_JUDGED_ROWS))
-    salt = reward_model.SPLIT_SALT
-    sides = {is_heldout(row.question, HELDOUT_FRACTION, salt) for row in rows}
-    form = "pairs of a chosen and a rejected response" if kind == "pairwise" else "labels"
-
-    def try_out(path: Path) -> None:
-        required_keys, implied_settings = reward_model.REQUIRED, reward_model.IMPLIED
-        settings = configuration.load(path, implied_settings, required=required_keys).reward_model
-        text = PreferenceTokenizer(
-            str(source.folder), settings.template, settings.scored_part, settings.max_chars
-        )
-        print(f"\n{len(rows):,} rows read; the first, as the reward model reads it:")
-        for response, label in zip(rows[0].responses, rows[0].labels, strict=True):
-            ids = text.encode(rows[0].question, response, rows[0].thought_opened)
-            part_text = "no part that is scored" if ids is None else repr(text.decode(ids))[:400]
-            print(f"  {'good' if label else 'bad'}: {part_text}")
-
-    guesses = [
-        Guess("reward_model.data", source.data, f"rows of {form}"),
-        Guess("reward_model.kind", kind, "pairwise: Bradley-Terry; pointwise: cross entropy"),
-        Guess("reward_model.epochs", 1, "passes over the data; the paper: 1"),
-        Guess("reward_model.batch_size", 8 if source.machine.is_cpu else 256, "the paper: 256"),
-        *_supervised_sizes(source),
-    ]
-    if len(sides) < 2:
-        reason = "too few questions to hold some out: nothing is evaluated"
-        guesses.append(Guess("reward_model.heldout_fraction", 0.0, reason))
-    if not _has_chat(source):
-        guesses.append(Guess("reward_model.template", SCORED_TEMPLATE, NO_CHAT))
-    return RecipeDraft("reward-model", guesses, try_out, has_dry_run=False)
-
-
-def _supervised_sizes(source: QuestionSource) -> list[Guess]:
-    layout = first_recipe.guess_layout(source.hf_config, source.parameters, source.machine)
-    batches = first_recipe.guess_batches(source.parameters, 1, source.machine)
-    return [
-        *(guess for guess in layout if not guess.key.startswith(("rollout.", "push."))),
-        *(guess for guess in batches if guess.key in SUPERVISED_SIZES),
-    ]
-
-
-def _has_chat(source: QuestionSource) -> bool:
-    return bool(load_tokenizer(str(source.folder), "MODEL_FOLDER").chat_template)
-
 
 ARGUMENTS = ("MODEL_FOLDER", "DATA")
 OPTIONS = {"out": "RECIPE.yaml", "question": "COLUMN", "truth": "COLUMN", "kind": "REWARD"}
@@ -198,7 +99,7 @@ def run(config: Config, model: str, data: str, out: str | None = None, **choices
     source = QuestionSource(
         folder, hf_config, num_parameters(hf_config), data, rows, detect_machine()
     )
-    draft = None if choices else _supervised_recipe(source)
+    draft = None if choices else supervised_recipe(source)
     options = [text for key, value in choices.items() for text in (f"--{key}", value)]
     _write(path, source, draft or _rl_recipe(source, choices), [model, data, *options])
 

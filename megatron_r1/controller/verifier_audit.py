@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from r1_grading.terms import ACCURACY
 
 from megatron_r1.controller.advantages import group_advantages
-from megatron_r1.data.prompt_reader import data_source
+from megatron_r1.data.prompt import data_source
 from megatron_r1.evaluation.estimates import Estimate, estimate
 from megatron_r1.evaluation.fraction_intervals import FractionEstimate, sampled_fraction
 from megatron_r1.evaluation.verifier_errors import (

@@ -16,7 +16,8 @@ from megatron_r1.config import AgentsConfig, Config
 from megatron_r1.config.eval import BenchmarkConfig, EvalConfig
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.evaluation.benchmarks import find_benchmark
-from megatron_r1.evaluation.benchmarks.base import Rows, read_rows, to_prompts
+from megatron_r1.evaluation.benchmarks.base import Rows, to_prompts
+from megatron_r1.evaluation.benchmarks.benchmark_files import read_rows
 from megatron_r1.evaluation.response_log import PromptKey
 
 OWN = "questions"

@@ -9,7 +9,7 @@ which needs them as well, the engines get their weights a second time.
 
 **Routing replay.**
 
-    engines -> controller    HTTP, with zeros for dense layers (engines/server/replies.py)
+    engines -> controller    HTTP, with zeros for dense layers (engines/server/response_checks.py)
     controller               files of TMPDIR, and the sample log (`rl.sample_log`)
     controller -> replicas   each sample once, to the first rank of its replica
     within a replica         to each other rank's host its layers of its tokens, by its first rank

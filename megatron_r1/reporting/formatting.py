@@ -138,6 +138,13 @@ def format_duration(seconds: float) -> str:
     return f"{total_seconds // 86400} d {total_seconds // 3600 % 24} h"
 
 
+def format_seconds(seconds: float) -> str:
+    """Format a duration in one unit: 12 s, 3 min, 2.5 h."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7_200 else f"{seconds / 3600:.1f} h"
+
+
 def printable(text: Any, keep_newlines: bool = False) -> str:
     """Replace control and bidirectional characters, so that text is safe for terminals and logs.
 

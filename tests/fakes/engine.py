@@ -8,7 +8,7 @@ import json
 from aiohttp import web
 
 from fakes.loopback import serving
-from megatron_r1.engines.server.responses import EngineError
+from megatron_r1.engines.server.errors import EngineError
 
 
 def choice(**wrong):

@@ -11,7 +11,7 @@ from torch.distributed import TCPStore
 from megatron_r1.config.push import PushConfig
 from megatron_r1.controller.push.engine_links import EngineLinks
 from megatron_r1.controller.push.pusher import WeightPusher
-from megatron_r1.engines.server.responses import EngineError
+from megatron_r1.engines.server.errors import EngineError
 from megatron_r1.models.weights.adapter_table import (
     PEFT_PREFIX,
     adapter_config,

@@ -38,8 +38,8 @@ from tiny_models import (
 
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.engines.server.client import GENERATE, EngineClient
-from megatron_r1.engines.server.replies import parse_responses
-from megatron_r1.engines.server.responses import EngineError, PushIncomplete
+from megatron_r1.engines.server.errors import EngineError, PushIncomplete
+from megatron_r1.engines.server.json_replies import parse_responses
 from megatron_r1.engines.server.server import EngineServer
 from megatron_r1.models.experts import routing_shape
 from megatron_r1.trainer.operations import PushOperations

@@ -16,7 +16,7 @@ from megatron_r1.base.processes.fork_server import SERVERS
 from megatron_r1.config import RolloutConfig
 from megatron_r1.engines.fleet.placement import accepting_hosts, open_pool, server_maker
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
-from megatron_r1.engines.server.responses import EngineError
+from megatron_r1.engines.server.errors import EngineError
 from megatron_r1.engines.server.settings import MODULE
 
 SMALL = {"dtype": "float32", "max_model_len": 128, "max_num_seqs": 8, "num_threads": 1}

@@ -19,7 +19,7 @@ from tiny_models import (
 
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.engines.server.client import GENERATE
-from megatron_r1.engines.server.replies import parse_responses
+from megatron_r1.engines.server.json_replies import parse_responses
 from megatron_r1.models.sampling_mask import decode_mask
 
 ENGINE = {"max_model_len": 256, "max_num_seqs": 64, "num_threads": 1, "return_sampling_mask": True}

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
-from megatron_r1.data.prompts import generate_items
+from megatron_r1.data.gym_tasks import generate_items
 
 LANGUAGES = ("en", "zh")
 NAMES = (

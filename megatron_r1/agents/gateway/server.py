@@ -28,7 +28,8 @@ from megatron_r1.agents.gateway.session import (
     TurnSampling,
 )
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
-from megatron_r1.engines.server.responses import EngineError, truncate_at_stop, truncate_response
+from megatron_r1.engines.server.errors import EngineError
+from megatron_r1.engines.server.responses import truncate_at_stop, truncate_response
 
 MAX_BODY_BYTES = 64 * 2**20
 BYTES_PER_TOKEN = 32

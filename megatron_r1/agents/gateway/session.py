@@ -14,7 +14,7 @@ from megatron_r1.agents.continuation import NextPrompt
 from megatron_r1.agents.gateway.request import Message, RequestError, TurnReply, TurnRequest
 from megatron_r1.agents.token_tree import TokenTree
 from megatron_r1.engines.episodes import Generate
-from megatron_r1.engines.server.responses import EngineError
+from megatron_r1.engines.server.errors import EngineError
 
 
 @dataclass(frozen=True)

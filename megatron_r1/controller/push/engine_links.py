@@ -12,7 +12,7 @@ import msgspec
 from megatron_r1.config.push import PushConfig
 from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.engines.fleet.engine import Engine
-from megatron_r1.engines.server.responses import EngineDied, EngineError
+from megatron_r1.engines.server.errors import EngineDied, EngineError
 from megatron_r1.push.plan.engine_sets import engine_sets
 from megatron_r1.push.plan.recipe_plan import max_engines
 from megatron_r1.push.results import SetFailure, StoreUnreachable

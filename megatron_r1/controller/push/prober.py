@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from megatron_r1.controller.push.engine_links import OnEngineLost
 from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.engines.fleet.engine import Engine, raise_dead_after
-from megatron_r1.engines.server.responses import EngineDied, EngineError, EngineFault
+from megatron_r1.engines.server.errors import EngineDied, EngineError, EngineFault
 
 T = TypeVar("T")
 PROBE_TOKENS = 8

@@ -22,7 +22,7 @@ from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.engines.fleet.engine import Engine, raise_dead_after
 from megatron_r1.engines.fleet.placement import hosts_address
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet, weight_update_calls
-from megatron_r1.engines.server.responses import EngineDied, EngineError, WeightsUnavailable
+from megatron_r1.engines.server.errors import EngineDied, EngineError, WeightsUnavailable
 from megatron_r1.models import read_hf_config
 from megatron_r1.push.plan.adapters import engine_adapter, pushed_adapter_table
 from megatron_r1.push.plan.recipe_plan import engine_layout

@@ -17,7 +17,7 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import atomic_write
 from megatron_r1.controller.rollouts.collector import RolloutCollector
 from megatron_r1.controller.rollouts.in_flight import PHASES
-from megatron_r1.controller.supervision.hang_diagnosis import RunHandles
+from megatron_r1.controller.supervision.run_handles import RunHandles
 from megatron_r1.controller.supervision.watchdog import Watchdog
 
 ADDRESS_FILE = "health_address"

@@ -9,11 +9,11 @@ from megatron_r1.base.errors import TrainerLost
 from megatron_r1.config import Config
 from megatron_r1.controller.rollouts.collector import RolloutCollector
 from megatron_r1.controller.run_recorder import RunRecorder
-from megatron_r1.controller.supervision.hang_diagnosis import RunHandles
 from megatron_r1.controller.supervision.health import HealthServer
+from megatron_r1.controller.supervision.run_handles import RunHandles
 from megatron_r1.controller.supervision.watchdog import Watchdog
 from megatron_r1.controller.trainer_calls.client import TrainerClient
-from megatron_r1.engines.server.responses import EngineError
+from megatron_r1.engines.server.errors import EngineError
 
 
 class Supervisor:

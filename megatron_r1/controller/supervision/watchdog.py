@@ -8,13 +8,9 @@ from collections.abc import Callable, Iterator
 
 from megatron_r1.base.errors import RunError
 from megatron_r1.base.files import atomic_write
-from megatron_r1.controller.supervision.hang_diagnosis import (
-    RunHandles,
-    count_tokens,
-    diagnose,
-    format_seconds,
-    report,
-)
+from megatron_r1.controller.supervision.hang_diagnosis import count_tokens, diagnose, report
+from megatron_r1.controller.supervision.run_handles import RunHandles
+from megatron_r1.reporting.formatting import format_seconds
 from megatron_r1.trainer.operations import CheckpointOperations, operation_names
 
 MAX_TICK_SECONDS = 5.0

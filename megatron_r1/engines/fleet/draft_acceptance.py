@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from megatron_r1.engines.fleet.engine import Engine
-from megatron_r1.engines.server.responses import EngineError
+from megatron_r1.engines.server.errors import EngineError
 
 COUNTERS_SECONDS = 5.0
 """The time limit of reading an engine's counters; a later reply counts at the next reading."""

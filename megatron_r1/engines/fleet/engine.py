@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from megatron_r1.engines.fleet.service_stats import STATS_SECONDS, ServiceStats
 from megatron_r1.engines.server.client import EngineClient
-from megatron_r1.engines.server.responses import (
+from megatron_r1.engines.server.errors import (
     ConnectionBroken,
     EngineDied,
     EngineError,

@@ -10,7 +10,7 @@ import msgspec
 from megatron_r1.engines.fleet.engine import Engine
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.engines.server.client import GENERATE, EngineClient
-from megatron_r1.engines.server.responses import EngineError
+from megatron_r1.engines.server.errors import EngineError
 from megatron_r1.engines.server.server import RunningServer
 
 EXTERNAL_ANSWER_SECONDS = 30.0

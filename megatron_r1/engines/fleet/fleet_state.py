@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from megatron_r1.engines.fleet.dispatch import Dispatcher
 from megatron_r1.engines.fleet.engine import Engine
-from megatron_r1.engines.server.responses import EngineError
+from megatron_r1.engines.server.errors import EngineError
 
 Notify = Callable[[str], None]
 """Called with a line for a person when an engine is replaced, joins or leaves."""

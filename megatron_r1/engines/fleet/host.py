@@ -44,8 +44,8 @@ from megatron_r1.engines.fleet.host_messages import (
     published_address,
     shared_memory_identity,
 )
+from megatron_r1.engines.server.errors import EngineError
 from megatron_r1.engines.server.gpu import gpus_of_slot, visible_gpus
-from megatron_r1.engines.server.responses import EngineError
 from megatron_r1.engines.server.server import EngineServer
 
 REFUSED = (

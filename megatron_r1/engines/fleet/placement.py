@@ -24,7 +24,7 @@ from megatron_r1.engines.fleet.host_pool import HostPool, RemoteEngine
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.engines.server import gpu
 from megatron_r1.engines.server.client import is_healthy
-from megatron_r1.engines.server.responses import EngineError
+from megatron_r1.engines.server.errors import EngineError
 from megatron_r1.engines.server.server import EngineServer, Server
 
 REMOTE_STOP_SECONDS = 15.0

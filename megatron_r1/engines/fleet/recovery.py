@@ -10,7 +10,7 @@ from typing import Any
 from megatron_r1.engines.fleet.engine import Engine
 from megatron_r1.engines.fleet.fleet_state import FleetState
 from megatron_r1.engines.fleet.service_stats import find_slow
-from megatron_r1.engines.server.responses import (
+from megatron_r1.engines.server.errors import (
     EngineDied,
     EngineError,
     EngineFault,

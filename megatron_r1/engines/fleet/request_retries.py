@@ -13,7 +13,7 @@ from megatron_r1.engines.fleet.engine import Engine
 from megatron_r1.engines.fleet.fleet_state import FleetState
 from megatron_r1.engines.fleet.service_stats import ServedGroup
 from megatron_r1.engines.server.client import EngineClient
-from megatron_r1.engines.server.responses import EngineDied, EngineError, EngineFault
+from megatron_r1.engines.server.errors import EngineDied, EngineError, EngineFault
 
 T = TypeVar("T")
 OnFailure = Callable[[Engine, EngineDied | EngineFault], None]

@@ -27,9 +27,10 @@ from megatron_r1.engines.fleet.fleet_state import FleetState, Notify
 from megatron_r1.engines.fleet.recovery import EngineReplacer
 from megatron_r1.engines.fleet.request_retries import RequestRetries
 from megatron_r1.engines.server.client import EngineClient, UpdateInfo
+from megatron_r1.engines.server.errors import EngineDied, EngineError, PushIncomplete
 from megatron_r1.engines.server.gpu import with_gpu_share
 from megatron_r1.engines.server.model_config import vocab_size
-from megatron_r1.engines.server.responses import EngineDied, EngineError, PushIncomplete, Response
+from megatron_r1.engines.server.responses import Response
 from megatron_r1.engines.server.server import EngineServer
 
 EngineCall = Callable[[EngineClient], Coroutine[Any, Any, None]]

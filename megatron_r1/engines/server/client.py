@@ -11,21 +11,17 @@ from typing import Any, Literal, Self, TypeVar
 import aiohttp
 import msgspec
 
-from megatron_r1.engines.server.replies import (
-    MEDIA_TYPE,
-    parse_prompt_logprobs,
-    parse_responses,
-    read_responses,
-)
-from megatron_r1.engines.server.responses import (
+from megatron_r1.engines.server.binary_replies import MEDIA_TYPE, read_responses
+from megatron_r1.engines.server.errors import (
     ConnectionBroken,
     EngineDied,
     EngineError,
     EngineFault,
     EngineTimeout,
     PushIncomplete,
-    Response,
 )
+from megatron_r1.engines.server.json_replies import parse_prompt_logprobs, parse_responses
+from megatron_r1.engines.server.responses import Response
 from megatron_r1.models.experts import RoutingShape
 
 BODY_EXCERPT_CHARS = 500

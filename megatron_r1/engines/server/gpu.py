@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_r1.engines.server.responses import EngineError
+from megatron_r1.engines.server.errors import EngineError
 
 DRIVER = "libcuda.so.1"
 

@@ -1,5 +1,4 @@
-"""What a request to an engine ends in: a sampled response in compact form, whole or up to a stop
-string, or an error.
+"""A sampled response in compact form, whole or up to a stop string.
 
 Stop strings truncate a response at the token that completes one. An engine has no tokenizer and
 cannot look for strings: it samples on to its end token or limit, and the controller, which decodes
@@ -13,7 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from megatron_r1.base.errors import RunError
 from megatron_r1.models import sampling_mask
 
 
@@ -32,7 +30,7 @@ class Response:
     """`stop`: a stop token. `length`: max_tokens or max_model_len. `abort`: ended by a pause."""
     routing: bytes | memoryview = b""
     """If requested: indices of the experts that processed prompt and response, without the last
-    token; see `replies.decode_routing`. A view of a file where they came as bytes."""
+    token; see `json_replies.decode_routing`. A view of a file where they came as bytes."""
     engine: str = ""
     """The name of the engine that sampled it; "" where that is not known, as of several turns."""
     sampling_mask: bytes = b""
@@ -97,46 +95,3 @@ def truncate_response(
             response.sampling_mask, len(response.token_ids), 0, count
         ),
     )
-
-
-class EngineError(RunError):
-    """An engine did not start, died, refused a call or gave an unusable reply. The message names
-    the engine and, where it helps, its log.
-
-    `status` is the HTTP status if there was a reply."""
-
-    def __init__(self, message: str, status: int | None = None) -> None:
-        super().__init__(message)
-        self.status = status
-
-
-class EngineDied(EngineError):
-    """The engine's process has ended or hangs: another engine may serve the request."""
-
-    KIND = "core_ended"
-    """"kind" of the reply of a server whose core has ended (`engines.plugin.weight_swap`)."""
-
-
-class WeightsUnavailable(EngineError):
-    """The trainer's ranks are gone, so that a new engine gets its weights only when they have
-    started again. No fault of the engine's."""
-
-
-class EngineTimeout(EngineError):
-    """No reply within `timeout_seconds`."""
-
-
-class EngineFault(EngineError):
-    """The engine lives, but its reply is unusable: a dropped connection, an internal error, or a
-    malformed response. The request is worth repeating."""
-
-
-class PushIncomplete(EngineFault):
-    """The engine did not get all of a push, and still has the weights before it."""
-
-    KIND = "incomplete_push"
-    """"kind" of the reply (`engines.plugin.weight_swap`)."""
-
-
-class ConnectionBroken(EngineFault):
-    """The connection broke before the reply: the engine may or may not have executed the call."""

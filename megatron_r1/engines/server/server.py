@@ -22,8 +22,8 @@ from megatron_r1.base.processes.exit_diagnosis import file_excerpt
 from megatron_r1.base.processes.fork_client import ForkedProcess
 from megatron_r1.base.processes.scratch import Scratch, shared_files
 from megatron_r1.engines.server.client import is_healthy
+from megatron_r1.engines.server.errors import EngineError
 from megatron_r1.engines.server.model_config import config_arguments
-from megatron_r1.engines.server.responses import EngineError
 from megatron_r1.engines.server.settings import MODULE, EngineSettings
 from megatron_r1.models.hf_config import load_config
 

@@ -16,7 +16,7 @@ from waiting import until
 from megatron_r1.agents.answer_parser import HermesParser
 from megatron_r1.agents.continuation import Continuation
 from megatron_r1.agents.gateway import SessionLimits, server
-from megatron_r1.engines.server.responses import EngineDied
+from megatron_r1.engines.server.errors import EngineDied
 from tests.chat_tokenizer import CHATML, chat_tokenizer
 
 USER = {"role": "user", "content": "What is 12 * 34?"}

@@ -18,7 +18,7 @@ from megatron_r1.commands.check_model import reference, verb
 from megatron_r1.commands.check_model import verb as check_model
 from megatron_r1.commands.check_model.results import NotCompared, ReferenceResult
 from megatron_r1.data.tokenizer import load_tokenizer
-from megatron_r1.engines.server.responses import EngineError
+from megatron_r1.engines.server.errors import EngineError
 from megatron_r1.models import transformers_model
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.models.support_checks import check_supported

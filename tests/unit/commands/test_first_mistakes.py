@@ -17,7 +17,7 @@ from megatron_r1.commands.rl_prompts import explain_renamed_columns, show_padded
 from megatron_r1.commands.training_run import training_run
 from megatron_r1.data.columns import guess_columns
 from megatron_r1.data.prompts import load_prompts
-from megatron_r1.engines.server.responses import EngineError
+from megatron_r1.engines.server.errors import EngineError
 from megatron_r1.engines.server.server import temporary_logs
 from megatron_r1.evaluation.prompt_sets import load_prompt_sets
 from megatron_r1.models.hf_config import hub_hint

@@ -16,7 +16,7 @@ from megatron_r1.controller.run_checkpoints import RunCheckpoints
 from megatron_r1.controller.run_recorder import RunState
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.data.sampler import PromptSampler
-from megatron_r1.engines.server.responses import EngineError
+from megatron_r1.engines.server.errors import EngineError
 from megatron_r1.trainer.checkpoints.checkpoint_folders import checkpoint_path, write_manifest
 
 

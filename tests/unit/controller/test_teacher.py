@@ -25,7 +25,8 @@ from megatron_r1.data.prompts import make_prompt
 from megatron_r1.engines.episodes import Branch, Episode, EpisodeResult
 from megatron_r1.engines.fleet.external_fleet import ExternalFleet
 from megatron_r1.engines.server.client import EngineClient
-from megatron_r1.engines.server.responses import EngineError, Response
+from megatron_r1.engines.server.errors import EngineError
+from megatron_r1.engines.server.responses import Response
 from megatron_r1.trainer.packed import pack_batch
 from megatron_r1.trainer.token_split import TokenSplit
 from megatron_r1.trainer.training_sample import Sample

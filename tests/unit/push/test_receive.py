@@ -20,7 +20,7 @@ from refusals import raised
 from torch.distributed import TCPStore
 from waiting import PATIENT, wait_until
 
-from megatron_r1.engines.server.responses import PushIncomplete
+from megatron_r1.engines.server.errors import PushIncomplete
 from megatron_r1.push.checksum import (
     MIXER,
     RowsWeightedSum,

@@ -14,7 +14,7 @@ from refusals import raised, refused
 from megatron_r1.base.errors import Cause
 from megatron_r1.commands import rl
 from megatron_r1.config import Config
-from megatron_r1.engines.server.replies import decode_routing
+from megatron_r1.engines.server.json_replies import decode_routing
 from megatron_r1.engines.server.server import EngineServer
 from megatron_r1.models.experts import RoutingShape, routing_shape
 from megatron_r1.trainer.packed import pack_batch

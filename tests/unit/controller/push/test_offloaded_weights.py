@@ -16,7 +16,7 @@ from megatron_r1.controller.push.engine_links import EngineLinks
 from megatron_r1.controller.push.prober import OffloadedProber
 from megatron_r1.controller.push.pusher import WeightPusher
 from megatron_r1.engines.fleet.engine import Engine
-from megatron_r1.engines.server.responses import EngineError
+from megatron_r1.engines.server.errors import EngineError
 from megatron_r1.trainer.operations import needs_parameters
 
 

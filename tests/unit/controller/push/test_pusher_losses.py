@@ -16,14 +16,14 @@ from megatron_r1.controller.push.prober import Prober
 from megatron_r1.controller.push.pusher import WeightPusher
 from megatron_r1.engines.fleet.engine import Engine
 from megatron_r1.engines.server.client import EngineClient
-from megatron_r1.engines.server.responses import (
+from megatron_r1.engines.server.errors import (
     ConnectionBroken,
     EngineDied,
     EngineError,
     EngineFault,
-    Response,
     WeightsUnavailable,
 )
+from megatron_r1.engines.server.responses import Response
 from megatron_r1.trainer.operations import PushOperations
 
 

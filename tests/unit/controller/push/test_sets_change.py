@@ -16,7 +16,7 @@ from megatron_r1.controller.push.engine_links import EngineLinks
 from megatron_r1.controller.push.pusher import WeightPusher
 from megatron_r1.engines.fleet.engine import Engine
 from megatron_r1.engines.plugin.backend import PushUpdateInfo
-from megatron_r1.engines.server.responses import ConnectionBroken, EngineDied, PushIncomplete
+from megatron_r1.engines.server.errors import ConnectionBroken, EngineDied, PushIncomplete
 from megatron_r1.push.plan import EngineLayout, TrainerGrid
 from megatron_r1.push.rendezvous import EngineRendezvous
 from megatron_r1.push.results import IncompletePush

@@ -9,7 +9,7 @@ import pytest
 from megatron_r1.base.errors import TrainerLost
 from megatron_r1.config import Config
 from megatron_r1.controller.supervision.supervisor import Supervisor
-from megatron_r1.engines.server.responses import EngineError
+from megatron_r1.engines.server.errors import EngineError
 
 
 class LosingTrainer(SimpleNamespace):

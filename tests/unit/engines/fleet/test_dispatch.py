@@ -15,7 +15,7 @@ from megatron_r1.engines.fleet.dispatch import (
 )
 from megatron_r1.engines.fleet.engine import Engine
 from megatron_r1.engines.fleet.service_stats import ServedGroup, ServiceStats, find_slow
-from megatron_r1.engines.server.responses import EngineError
+from megatron_r1.engines.server.errors import EngineError
 
 
 def request(n=1, mean=100.0, longest=100.0, step=0, prompt_tokens=0, known=8, avoid=()):

@@ -10,7 +10,7 @@ from fakes.engine import Peer
 from waiting import until
 
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
-from megatron_r1.engines.server.responses import (
+from megatron_r1.engines.server.errors import (
     EngineDied,
     EngineError,
     EngineTimeout,

@@ -30,8 +30,8 @@ from megatron_r1.engines.fleet.host import HostLink
 from megatron_r1.engines.fleet.host_messages import HostReport, publish_address, published_address
 from megatron_r1.engines.fleet.host_pool import HostPool
 from megatron_r1.engines.fleet.placement import RemoteServer, open_pool
+from megatron_r1.engines.server.errors import EngineError
 from megatron_r1.engines.server.gpu import gpus_of_slot, visible_gpus
-from megatron_r1.engines.server.responses import EngineError
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_r1.engines.fleet.recovery import EngineReplacer
-from megatron_r1.engines.server.responses import EngineDied, EngineError
+from megatron_r1.engines.server.errors import EngineDied, EngineError
 
 
 class OneEngine:

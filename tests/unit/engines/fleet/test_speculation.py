@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_r1.engines.fleet.draft_acceptance import AcceptanceMeter
-from megatron_r1.engines.server.responses import EngineTimeout
+from megatron_r1.engines.server.errors import EngineTimeout
 
 COUNTERS = """# HELP vllm:spec_decode_num_drafts_total Number of spec decoding drafts.
 vllm:spec_decode_num_drafts_total{{engine="0",model_name="policy"}} {0}.0

@@ -12,7 +12,7 @@ from fakes.loopback import serving
 from megatron_r1.base.processes.exit_diagnosis import excerpt
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.engines.server.client import EngineClient
-from megatron_r1.engines.server.responses import EngineDied, EngineError, EngineTimeout
+from megatron_r1.engines.server.errors import EngineDied, EngineError, EngineTimeout
 from megatron_r1.engines.server.server import EngineServer, read_model_config
 
 

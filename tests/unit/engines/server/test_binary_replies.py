@@ -16,9 +16,10 @@ from aiohttp import web
 from fakes.loopback import serving
 
 from megatron_r1.base.errors import RunError
+from megatron_r1.engines.server.binary_replies import MEDIA_TYPE
 from megatron_r1.engines.server.client import EngineClient
-from megatron_r1.engines.server.replies import MEDIA_TYPE
-from megatron_r1.engines.server.responses import EngineFault, truncate_response
+from megatron_r1.engines.server.errors import EngineFault
+from megatron_r1.engines.server.responses import truncate_response
 from megatron_r1.models.experts import RoutingShape
 
 SHAPE = RoutingShape(num_layers=4, moe_layers=(1, 3), topk=2, num_experts=8)
@@ -63,7 +64,7 @@ def as_json(choices) -> bytes:
 
 
 def as_bytes(choices) -> bytes:
-    """The format as `compact_reply` describes it, written with `struct`."""
+    """The format as `binary_replies` describes it, written with `struct`."""
     header = {"choices": []}
     tokens = experts = b""
     for ids, logprobs, spans, finish_reason, rows in choices:
