@@ -42,7 +42,7 @@ def max_model_len(config: Config) -> int:
             cause=Cause.TOO_LARGE,
         )
     # Engines are sized once, for the longest responses of rl.schedule.
-    longest = max(phase.rollout.max_response_tokens for _, phase in config.phases())
+    longest = max(part.rollout.max_response_tokens for _, part in config.schedule_parts())
     if longest >= length:
         raise UserError(
             f"rollout.max_response_tokens: {longest} leaves no room for "
