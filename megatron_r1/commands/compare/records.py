@@ -61,8 +61,8 @@ PHASE_OF = {
 
 
 @dataclass(frozen=True)
-class StepLog:
-    """The groups of a step's log.
+class LoggedGroups:
+    """The groups that were read of a step's log.
 
     Attributes:
         path: the file.
@@ -74,7 +74,7 @@ class StepLog:
     num_damaged_bytes: int
 
 
-def read_groups(path: Path) -> StepLog | None:
+def read_groups(path: Path) -> LoggedGroups | None:
     """Return the groups of a step's log; None where there is no file.
 
     Raises:
@@ -92,10 +92,10 @@ def read_groups(path: Path) -> StepLog | None:
             cause=Cause.CHANGED,
         ) from None
     groups = {record.prompt_index: record for record in records if isinstance(record, GroupRecord)}
-    return StepLog(path, groups, file.num_damaged_bytes)
+    return LoggedGroups(path, groups, file.num_damaged_bytes)
 
 
-def missing_groups(first: StepLog, second: StepLog) -> list[str]:
+def missing_groups(first: LoggedGroups, second: LoggedGroups) -> list[str]:
     """Return a line per log that lacks groups of the other and has damaged bytes.
 
     Damaged bytes alone are no loss: a run that continues samples a damaged group again."""
@@ -113,7 +113,7 @@ def missing_groups(first: StepLog, second: StepLog) -> list[str]:
 
 
 def compare_groups(
-    step: int, first: StepLog, second: StepLog, dtype: str, is_damaged: bool = False
+    step: int, first: LoggedGroups, second: LoggedGroups, dtype: str, is_damaged: bool = False
 ) -> list[RunDifference]:
     """Return the first difference of each phase of a step's rollout.
 
