@@ -119,7 +119,7 @@ def answer_after_mark(truth: str) -> str:
     return first.strip() if first and (is_answer or not other_lines) else truth
 
 
-def stated_answer(truth: Any) -> Any:
+def truth_answer(truth: Any) -> Any:
     """Return the final answer of a truth that is a solution, in its last box or behind `####`, for
     people to read; any other truth itself."""
     if not isinstance(truth, str):

@@ -11,7 +11,7 @@ from r1_grading import RewardPool
 from r1_grading.base.errors import shorten
 from r1_grading.rewards import ENVIRONMENT
 from r1_grading.terms import ACCURACY
-from r1_grading.truths import stated_answer
+from r1_grading.truths import truth_answer
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import atomic_write
@@ -115,7 +115,7 @@ def _audit_fields(prompt_set: PromptSet, prompt: Prompt, response: TextResponse)
         "reward": response.reward or 0.0,  # a refusal and a failed grader count as wrong
         "reason": response.reason or response.refusal,
         "refused": bool(response.refusal),
-        "truth": shorten(stated_answer(prompt.truth), MAX_TRUTH_CHARS),
+        "truth": shorten(truth_answer(prompt.truth), MAX_TRUTH_CHARS),
     }
 
 
@@ -128,7 +128,7 @@ def _question_lines(sets: Sequence[PromptSet]) -> Iterator[dict[str, Any]]:
                 "digest": prompt_digest(prompt),
                 "kind": prompt.kind,
                 "question": prompt.question,
-                "truth": shorten(stated_answer(prompt.truth), 10 * MAX_TRUTH_CHARS),
+                "truth": shorten(truth_answer(prompt.truth), 10 * MAX_TRUTH_CHARS),
             }
 
 

@@ -160,12 +160,12 @@ def check_settings(config: Config) -> None:
 def check_sampling(config: Config) -> None:
     """Raise UserError for samples of a part of the vocabulary that the trainer cannot follow: its
     softmax is over the tokens that the engine kept, whose ids come with each sampled one."""
-    first_phase, *_ = phases = config.phases()
-    for step, phase in phases:
-        rollout, prefix = phase.rollout, f"rl.schedule, from_step {step}: " if step > 1 else ""
+    first_part, *_ = parts = config.schedule_parts()
+    for step, part in parts:
+        rollout, prefix = part.rollout, f"rl.schedule, from_step {step}: " if step > 1 else ""
         name = "top_p" if rollout.top_p < 1 else "min_p" if rollout.min_p else "top_k"
         key, setting = f"rollout.{name}", f"{prefix}rollout.{name}: {getattr(rollout, name)}"
-        if rollout.truncates_sampling != first_phase[1].rollout.truncates_sampling:
+        if rollout.truncates_sampling != first_part[1].rollout.truncates_sampling:
             raise UserError(
                 f"{setting}: a batch may hold samples of both settings, and the trainer needs the "
                 "kept tokens of all of them or of none: cut from the first step on, with "

@@ -170,19 +170,19 @@ def describe_kind_weights(config: Config, prompts: list[Prompt]) -> list[str]:
     """
     lines = []
     counts = Counter(prompt.kind for prompt in prompts)
-    for step, phase in config.phases():
+    for step, part in config.schedule_parts():
         try:
-            fractions = drawn_fractions(prompts, phase.rl.kind_weights)
+            fractions = drawn_fractions(prompts, part.rl.kind_weights)
         except UserError as error:
             raise UserError(
                 f"{error}, from step {step}", key=error.key, cause=error.cause
             ) from None
         sizes = {kind: fractions[kind] * count for kind, count in counts.most_common()}
-        parts = (
+        shares = (
             f"{format_percent(size / sum(sizes.values()))} {kind}" for kind, size in sizes.items()
         )
-        lines.append(f"from step {step}: {', '.join(parts)}")
-    by_weight = any(phase.rl.kind_weights for _, phase in config.phases())
+        lines.append(f"from step {step}: {', '.join(shares)}")
+    by_weight = any(part.rl.kind_weights for _, part in config.schedule_parts())
     return lines if by_weight else []
 
 

@@ -44,9 +44,9 @@ class RolloutRoles:
     hosts: HostPool | None
 
     async def check(self, config: Config, prompts: PromptSplit) -> None:
-        """Raise UserError for questions that a reward of the run, or of a later phase of it, cannot
+        """Raise UserError for questions that a reward of the run, or of a later part of it, cannot
         grade."""
-        terms = {term: None for _, phase in config.phases() for term in phase.rewards.weights}
+        terms = {term: None for _, part in config.schedule_parts() for term in part.rewards.weights}
         with explain_renamed_columns(config.data.columns):
             await self.collector.check(terms, prompts.train + prompts.heldout)
 

@@ -24,7 +24,7 @@ from megatron_r1.controller.verifier_audit import (
     Advantages,
     Audit,
     audit,
-    logged_answers,
+    logged_responses,
     source_of,
 )
 from megatron_r1.data.table_files import describe_json_error
@@ -32,8 +32,8 @@ from megatron_r1.evaluation.fraction_intervals import FractionEstimate
 from megatron_r1.evaluation.verifier_errors import (
     AUDITED,
     AnswerContent,
+    AuditedResponse,
     ErrorRates,
-    GradedAnswer,
     SecondMethodJudge,
 )
 from megatron_r1.reporting.formatting import finite_metric
@@ -44,8 +44,8 @@ GROUP_FIELDS = ("group", "prompt_id", "question")
 """Fields that the responses to one question share, the first that is there."""
 NOT_READ = ("kind", "response", "truth", "reward", "reason", "group", "prompt_id", "index")
 """Fields that the second method does not get as arguments."""
-MAX_ANSWERS = 10_000
-"""Steps of a run are read until there are as many answers."""
+MAX_RESPONSES = 10_000
+"""Steps of a run are read until there are as many responses."""
 MAX_SHOWN = 20
 """As many of the responses concerned are printed; --json has all."""
 
@@ -77,19 +77,19 @@ def run(
     numbers = {name: _number(f"--{name}", text, minimums[name]) for name, text in sizes.items()}
     advantages = None
     if Path(path).is_dir():
-        config, answers = read_run(Path(path))
+        config, responses = read_run(Path(path))
         advantages = _advantages_of(config.rl)
     else:
-        answers = list(read_answers(Path(path), config.data.kind))
-    if not any(answer.can_be_audited for answer in answers):
-        kinds = sorted({answer.kind for answer in answers if answer.total is not None})
+        responses = list(read_responses(Path(path), config.data.kind))
+    if not any(response.can_be_audited for response in responses):
+        kinds = sorted({response.kind for response in responses if response.total is not None})
         raise UserError(
             f"{path}: nothing can be audited; it has {', '.join(kinds) or 'no grade'}, and a "
             f"second method is there for {' and '.join(AUDITED)}",
             key=OPTION,
             cause=Cause.EMPTY,
         )
-    result = asyncio.run(_audit(config, answers, advantages, **numbers))
+    result = asyncio.run(_audit(config, responses, advantages, **numbers))
     print("\n".join(describe(result, path)))
     if json is not None:
         text = json_format.dumps(result.as_json(), indent=1, ensure_ascii=True)
@@ -98,7 +98,7 @@ def run(
 
 async def _audit(
     config: Config,
-    answers: list[GradedAnswer],
+    responses: list[AuditedResponse],
     advantages: Advantages | None,
     size: int,
     groups: int,
@@ -110,7 +110,7 @@ async def _audit(
     async with RewardPool(workers, settings.timeout_seconds, settings.memory_bytes) as pool:
         methods = SecondMethodJudge(pool, settings.call_options)
         return await audit(
-            answers,
+            responses,
             methods.judge,
             size=size,
             seed=seed,
@@ -124,9 +124,9 @@ def _advantages_of(rl: RLConfig) -> Advantages:
     return lambda rewards: compute_advantages(rewards, rl)
 
 
-def read_run(path: Path) -> tuple[Config, list[GradedAnswer]]:
-    """Return a run's settings, and the graded answers of its newest logged steps: of as many as
-    have `MAX_ANSWERS`, whose texts are in memory.
+def read_run(path: Path) -> tuple[Config, list[AuditedResponse]]:
+    """Return a run's settings, and the graded responses of its newest logged steps: of as many as
+    have `MAX_RESPONSES`, whose texts are in memory.
 
     Args:
         path: the run's folder.
@@ -142,13 +142,13 @@ def read_run(path: Path) -> tuple[Config, list[GradedAnswer]]:
             key=OPTION,
             cause=Cause.EMPTY,
         )
-    answers: list[GradedAnswer] = []
+    responses: list[AuditedResponse] = []
     audited_steps: list[int] = []
     opens_thought: bool | None = None  # of all steps: the model and data.template are the run's
     for recorded_step in read_steps(folder, settings, reversed(steps)):
         if opens_thought is None:
             opens_thought = recorded_step.tokenizer.opens_thought
-        answers += logged_answers(
+        responses += logged_responses(
             recorded_step.groups,
             f"step {recorded_step.step}",
             recorded_step.weights,
@@ -156,16 +156,16 @@ def read_run(path: Path) -> tuple[Config, list[GradedAnswer]]:
             opens_thought,
         )
         audited_steps.append(recorded_step.step)
-        if len(answers) >= MAX_ANSWERS:
+        if len(responses) >= MAX_RESPONSES:
             break
     num_older = len(steps) - len(audited_steps)
     print(
         f"{path}: steps {audited_steps[-1]} to {audited_steps[0]}, {num_older} older ones left out"
     )
-    return settings, answers
+    return settings, responses
 
 
-def read_answers(path: Path, kind: str | None) -> Iterator[GradedAnswer]:
+def read_responses(path: Path, kind: str | None) -> Iterator[AuditedResponse]:
     """Yield the graded lines of a file; their texts stay on disk.
 
     Args:
@@ -180,13 +180,15 @@ def read_answers(path: Path, kind: str | None) -> Iterator[GradedAnswer]:
             offset = 0
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    yield _answer(path, number, offset, line, kind)
+                    yield _response(path, number, offset, line, kind)
                 offset += len(line)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}", key=OPTION, cause=Cause.UNREADABLE) from None
 
 
-def _answer(path: Path, number: int, offset: int, line: bytes, kind: str | None) -> GradedAnswer:
+def _response(
+    path: Path, number: int, offset: int, line: bytes, kind: str | None
+) -> AuditedResponse:
     record = _record(path, number, line)
     place = f"{path}:{number}"
     is_ungraded = str(record.get("reason", "")).startswith(UNGRADED)
@@ -211,7 +213,7 @@ def _answer(path: Path, number: int, offset: int, line: bytes, kind: str | None)
     group = next((str(record[name]) for name in GROUP_FIELDS if name in record), None)
     if group is None and {"id", "index"} <= record.keys():  # a line of eval's samples.jsonl
         group = f"{record.get('benchmark')} {record['id']}"
-    return GradedAnswer(
+    return AuditedResponse(
         id=place,
         source=source_of(record),
         kind=str(kind),
@@ -252,7 +254,9 @@ def _number(name: str, text: str, smallest: int) -> int:
 
 def describe(result: Audit, path: str) -> list[str]:
     """Return the lines that are printed."""
-    lines = [f"{path}: {result.num_answers:,} verdicts, {len(result.judged):,} read a second time"]
+    lines = [
+        f"{path}: {result.num_responses:,} verdicts, {len(result.judged):,} read a second time"
+    ]
     if result.num_ungraded:
         lines.append(f"not audited: {result.num_ungraded:,} that could not be graded")
     for kind, count in result.without_method.items():
@@ -271,10 +275,10 @@ def describe(result: Audit, path: str) -> list[str]:
         ]
     if result.concerned:
         lines += ["", f"verdicts that are wrong or undecided: {len(result.concerned):,}"]
-    for answer, finding in result.concerned[:MAX_SHOWN]:
-        verdict = "accepted" if answer.is_accepted else "rejected"
+    for response, finding in result.concerned[:MAX_SHOWN]:
+        verdict = "accepted" if response.is_accepted else "rejected"
         lines.append(
-            f"  {finding.outcome:9} {verdict:8} {answer.id}: {shorten(finding.reason, 160)}"
+            f"  {finding.outcome:9} {verdict:8} {response.id}: {shorten(finding.reason, 160)}"
         )
     if len(result.concerned) > MAX_SHOWN:
         lines.append("  … --json FILE has all")

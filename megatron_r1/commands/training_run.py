@@ -116,7 +116,7 @@ def check_trainer(config: Config, verb: str) -> None:
             check_exchange_overlap(
                 critic_recipe, read_hf_config(critic_recipe.model.path, "score", "critic.path")
             )
-    for _, settings in config.phases():
+    for _, settings in config.schedule_parts():
         check_batches(settings, verb, world_size)
 
 

@@ -19,7 +19,7 @@ from megatron_r1.base.errors import Cause, RunError, UserError
 from megatron_r1.base.files import atomic_write
 from megatron_r1.config import Config
 from megatron_r1.why import page
-from megatron_r1.why.checked_quantity import NOT_CHECKED, Report
+from megatron_r1.why.comparison import NOT_CHECKED, Report
 from megatron_r1.why.examination import examine
 from megatron_r1.why.record.step_reader import Examinable, choose, examinable, open_run, read_step
 
@@ -101,13 +101,14 @@ def _lines(report: Report) -> Iterator[str]:
         ]
         yield from (f"  then {departure}" for departure in other_comparisons)
     equal = sum(
-        not quantity.departs and quantity.status != NOT_CHECKED for quantity in report.comparisons
+        not comparison.departs and comparison.status != NOT_CHECKED
+        for comparison in report.comparisons
     )
     yield f"equal: {equal} quantities"
     yield from (
-        f"not checked: {quantity}"
-        for quantity in report.comparisons
-        if quantity.status == NOT_CHECKED
+        f"not checked: {comparison}"
+        for comparison in report.comparisons
+        if comparison.status == NOT_CHECKED
     )
 
 

@@ -164,7 +164,7 @@ class Config(Section):
             sections[name] = type(section).model_validate(section.model_dump() | values)
         return self.model_copy(update=sections)
 
-    def phases(self) -> list[tuple[int, Self]]:
+    def schedule_parts(self) -> list[tuple[int, Self]]:
         """Return (first step, settings) of each part of the run between changes of the schedule."""
         steps = [1, *(entry.from_step for entry in self.rl.schedule if entry.from_step > 1)]
         return [(step, self.at(step)) for step in steps]
@@ -173,15 +173,15 @@ class Config(Section):
     def uses_reference(self) -> bool:
         """Whether any step has a KL penalty: the reference is a policy of the past, which has to be
         copied when the run is there."""
-        return any(phase.rl.kl_beta > 0 for _, phase in self.phases())
+        return any(part.rl.kl_beta > 0 for _, part in self.schedule_parts())
 
     def updates_before(self, step: int) -> int:
         """Return the number of optimizer steps that the rollouts before `step` make."""
-        phases = self.phases()
-        ends = [*(start for start, _ in phases[1:]), step]
+        parts = self.schedule_parts()
+        ends = [*(start for start, _ in parts[1:]), step]
         return sum(
-            max(0, min(end, step) - start) * phase.rl.minibatches
-            for (start, phase), end in zip(phases, ends, strict=True)
+            max(0, min(end, step) - start) * part.rl.minibatches
+            for (start, part), end in zip(parts, ends, strict=True)
         )
 
     @property

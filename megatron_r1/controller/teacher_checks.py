@@ -62,8 +62,8 @@ def _check_positions(config: Config, path: str, key: str) -> None:
 def _check_sampling(config: Config) -> None:
     """Raise UserError where the student, at any step, samples another distribution than the one
     that the teacher scores."""
-    for step, phase in config.phases():
-        rollout = phase.rollout
+    for step, part in config.schedule_parts():
+        rollout = part.rollout
         if rollout.temperature == 1.0 and not rollout.truncates_sampling:
             continue
         when = f"rl.schedule, from_step {step}: " if step > 1 else ""

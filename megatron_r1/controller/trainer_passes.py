@@ -61,7 +61,8 @@ class TrainerPasses:
             await self.trainer.call(ModelOperations.compute_values)
 
     async def compute_token_advantages(self, config: Config) -> None:
-        """Replace the responses' advantages by one per token, if the algorithm defines that."""
+        """Let the ranks replace the responses' advantages by one per token, with the function of
+        the algorithm; without one nothing is called."""
         if (function := self.algorithm.token_advantages) is not None:
             await self.trainer.call(
                 ModelOperations.compute_token_advantages,
@@ -70,8 +71,10 @@ class TrainerPasses:
             )
 
     async def mask_advantages(self, config: Config) -> dict[str, float]:
-        """Leave out the policy gradient of tokens about which engine and trainer disagree, if
-        `rl.engine_mask` says so; the method divergence is a part of the loss."""
+        """Let the ranks leave out the policy gradient of tokens about which engine and trainer
+        disagree, by the method of the step's `rl.engine_mask`, and return the metrics of it.
+
+        Without a mask nothing is called; the method divergence is a part of the loss."""
         if (function := MASKS.get(config.rl.engine_mask)) is None:
             return {}
         return await self.trainer.call(
@@ -81,7 +84,8 @@ class TrainerPasses:
         )
 
     async def measure_logprob_diff(self) -> dict[str, float]:
-        """Compare the engines' log-probabilities with those under π_old."""
+        """Let the ranks compare the engines' log-probabilities with those under π_old, and return
+        the metrics of it."""
         return await self.trainer.call(ModelOperations.measure_logprob_diff)
 
     async def update_policy(self, config: Config, minibatch_index: int) -> dict[str, float]:

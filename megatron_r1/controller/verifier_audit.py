@@ -1,6 +1,6 @@
 """The audit of a verifier: its error rates, and what its errors do to advantages.
 
-`audit` is the core of `megatron-r1 score --audit`, which reads a file, or by `logged_answers` the
+`audit` is the core of `megatron-r1 score --audit`, which reads a file, or by `logged_responses` the
 sample logs of a run."""
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from megatron_r1.evaluation.estimates import Estimate, estimate
 from megatron_r1.evaluation.fraction_intervals import FractionEstimate, sampled_fraction
 from megatron_r1.evaluation.verifier_errors import (
     AnswerContent,
+    AuditedResponse,
     ErrorRates,
-    GradedAnswer,
     SecondMethod,
     SecondVerdict,
     draw_sample,
@@ -65,25 +65,25 @@ class Audit:
     """The result of an audit.
 
     Attributes:
-        num_answers: how many can be audited.
+        num_responses: how many can be audited.
         num_ungraded: how many could not be graded.
         without_method: kind → how many, of kinds without a second method.
         sources: data source → its errors.
         overall: those of all sources.
         effect: None where no group has two responses.
-        judged: every judged answer with its finding."""
+        judged: every judged response with its finding."""
 
-    num_answers: int
+    num_responses: int
     num_ungraded: int
     without_method: dict[str, int]
     sources: dict[str, ErrorRates]
     overall: ErrorRates
     effect: AdvantageEffect | None
-    judged: list[tuple[GradedAnswer, SecondVerdict]]
+    judged: list[tuple[AuditedResponse, SecondVerdict]]
 
     @property
-    def concerned(self) -> list[tuple[GradedAnswer, SecondVerdict]]:
-        """The answers whose verdict is not confirmed, the wrong ones first."""
+    def concerned(self) -> list[tuple[AuditedResponse, SecondVerdict]]:
+        """The responses whose verdict is not confirmed, the wrong ones first."""
         outcomes = ("wrong", "undecided")
         concerned_pairs = [pair for pair in self.judged if pair[1].outcome in outcomes]
         return sorted(concerned_pairs, key=lambda pair: outcomes.index(pair[1].outcome))
@@ -92,7 +92,7 @@ class Audit:
         """Return everything as JSON values, with the text of each response concerned."""
         sources = {name: asdict(rates) for name, rates in self.sources.items()}
         return {
-            "answers": self.num_answers,
+            "answers": self.num_responses,
             "ungraded": self.num_ungraded,
             "without_second_method": self.without_method,
             "overall": asdict(self.overall),
@@ -104,7 +104,7 @@ class Audit:
 
 
 async def audit(
-    answers: Sequence[GradedAnswer],
+    responses: Sequence[AuditedResponse],
     judge: SecondMethod,
     *,
     size: int = SIZE,
@@ -115,7 +115,7 @@ async def audit(
     """Estimate a verifier's errors by a second method on a stratified random sample.
 
     Args:
-        answers: what it graded; each has a place of its own.
+        responses: what it graded; each has a place of its own.
         judge: the second method (`SecondMethodJudge.judge`).
         size: how many responses to draw for the error rates.
         seed: the seed of the draws.
@@ -124,37 +124,41 @@ async def audit(
 
     Raises:
         UserError: a size below the number of strata."""
-    strata = group_by_stratum(answers)
+    strata = group_by_stratum(responses)
     drawn = draw_sample(strata, size, seed)
-    groups = _groups(answers)
+    groups = _groups(responses)
     drawn_groups = random.Random(f"{seed}:groups").sample(groups, min(num_groups, len(groups)))
     to_judge = [*chain.from_iterable(drawn.values())]
-    to_judge += [answer for group in drawn_groups for answer in group if answer.can_be_audited]
-    distinct = list({answer.id: answer for answer in to_judge}.values())
+    to_judge += [
+        response for group in drawn_groups for response in group if response.can_be_audited
+    ]
+    distinct = list({response.id: response for response in to_judge}.values())
     findings = await judge_all(distinct, judge)
     sources = sorted({stratum[0] for stratum in strata})
     kinds_without_method = Counter(
-        answer.kind for answer in answers if answer.total is not None and not answer.can_be_audited
+        response.kind
+        for response in responses
+        if response.total is not None and not response.can_be_audited
     )
     return Audit(
-        num_answers=sum(map(len, strata.values())),
-        num_ungraded=sum(answer.total is None for answer in answers),
+        num_responses=sum(map(len, strata.values())),
+        num_ungraded=sum(response.total is None for response in responses),
         without_method=dict(kinds_without_method.most_common()),
         sources={name: error_rates(strata, drawn, findings, name) for name in sources},
         overall=error_rates(strata, drawn, findings),
         effect=_effect(len(groups), drawn_groups, findings, advantages or _z_scores, seed),
-        judged=[(answer, findings[answer.id]) for answer in distinct],
+        judged=[(response, findings[response.id]) for response in distinct],
     )
 
 
-def logged_answers(
+def logged_responses(
     groups: Iterable[Group],
     prefix: str,
     weights: Mapping[str, float],
     reward_of: Callable[[GradedResponse], float | None] | None = None,
     thought_opened: bool = False,
-) -> Iterator[GradedAnswer]:
-    """Yield the answers of the finished groups of a sample log (`group_records.unpack`).
+) -> Iterator[AuditedResponse]:
+    """Yield the responses of the finished groups of a sample log (`group_records.unpack`).
 
     Responses that `rewards.weights` did not grade by their own kind are left out, and so are
     episodes, which an environment grades.
@@ -173,7 +177,7 @@ def logged_answers(
                 continue
             is_graded = graded.is_graded and ACCURACY not in graded.ungraded_terms
             total = graded.reward if reward_of is None else reward_of(graded)
-            yield GradedAnswer(
+            yield AuditedResponse(
                 id=f"{prefix}, group {number} ({prompt.id}), response {index}",
                 source=source_of(prompt.fields),
                 kind=prompt.kind,
@@ -190,34 +194,34 @@ def source_of(fields: Mapping[str, Any]) -> str:
     return data_source(fields) or "-"
 
 
-def _groups(answers: Iterable[GradedAnswer]) -> list[list[GradedAnswer]]:
+def _groups(responses: Iterable[AuditedResponse]) -> list[list[AuditedResponse]]:
     """Return the groups of at least two responses with one that can be audited."""
-    groups: dict[str, list[GradedAnswer]] = defaultdict(list)
-    for answer in answers:
-        if answer.group is not None:
-            groups[answer.group].append(answer)
+    groups: dict[str, list[AuditedResponse]] = defaultdict(list)
+    for response in responses:
+        if response.group is not None:
+            groups[response.group].append(response)
     return [
         group
         for group in groups.values()
-        if len(group) > 1 and any(answer.can_be_audited for answer in group)
+        if len(group) > 1 and any(response.can_be_audited for response in group)
     ]
 
 
 def _effect(
     num_groups: int,
-    drawn_groups: list[list[GradedAnswer]],
+    drawn_groups: list[list[AuditedResponse]],
     findings: Mapping[str, SecondVerdict],
     advantages: Advantages,
     seed: int,
 ) -> AdvantageEffect | None:
     if not drawn_groups:
         return None
-    logged = advantages([[answer.total for answer in group] for group in drawn_groups])
+    logged = advantages([[response.total for response in group] for group in drawn_groups])
     changes, signs = [], []
     for reversed_outcomes in (("wrong",), ("wrong", "undecided")):
         corrected = advantages(
             [
-                [_corrected(answer, findings, reversed_outcomes) for answer in group]
+                [_corrected(response, findings, reversed_outcomes) for response in group]
                 for group in drawn_groups
             ]
         )
@@ -243,14 +247,14 @@ def _effect(
 
 
 def _corrected(
-    answer: GradedAnswer, findings: Mapping[str, SecondVerdict], outcomes: Sequence[str]
+    response: AuditedResponse, findings: Mapping[str, SecondVerdict], outcomes: Sequence[str]
 ) -> float | None:
     """Return the total with the reward of the other verdict where the finding is one of these."""
-    finding = findings.get(answer.id)
-    if answer.total is None or finding is None or finding.outcome not in outcomes:
-        return answer.total
-    reward = 0.0 if answer.is_accepted else 1.0
-    return answer.total + answer.weight * (reward - answer.reward)
+    finding = findings.get(response.id)
+    if response.total is None or finding is None or finding.outcome not in outcomes:
+        return response.total
+    reward = 0.0 if response.is_accepted else 1.0
+    return response.total + response.weight * (reward - response.reward)
 
 
 def _z_scores(groups: Rewards) -> list[list[float]]:
@@ -261,13 +265,13 @@ def _sign(value: float) -> int:
     return (value > 0) - (value < 0)
 
 
-def _as_json(answer: GradedAnswer, finding: SecondVerdict) -> dict[str, Any]:
-    content = answer.load()
+def _as_json(response: AuditedResponse, finding: SecondVerdict) -> dict[str, Any]:
+    content = response.load()
     return {
-        "place": answer.id,
-        "source": answer.source,
-        "kind": answer.kind,
-        "verdict": "accepted" if answer.is_accepted else "rejected",
+        "place": response.id,
+        "source": response.source,
+        "kind": response.kind,
+        "verdict": "accepted" if response.is_accepted else "rejected",
         "outcome": finding.outcome,
         "reason": finding.reason,
         "response": content.response,

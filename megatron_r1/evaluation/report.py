@@ -81,8 +81,8 @@ class Summary:
 
 
 @dataclass(frozen=True)
-class GradedSample:
-    """The parts of a logged sample that metrics are computed from; its text stays on disk."""
+class LoggedResponse:
+    """The parts of a logged response that metrics are computed from; its text stays on disk."""
 
     reward: float
     length: int | None
@@ -93,7 +93,7 @@ class GradedSample:
 
     @classmethod
     def from_line(cls, line: Mapping[str, Any], prompt: Prompt, part: Part, reading: str) -> Self:
-        """Return the sample of a line of the log.
+        """Return the response of a line of the log.
 
         Args:
             line: a line of samples.jsonl.
@@ -122,7 +122,7 @@ async def summarize(
     part: Part = "summary",
     reading: str = "strict",
 ) -> Summary:
-    """Summarize a benchmark whose samples are all in the log.
+    """Summarize a benchmark whose responses are all in the log.
 
     Args:
         pool: the workers that compare answers.
@@ -135,12 +135,12 @@ async def summarize(
     prompts = prompt_set.prompts
     lines_of = log.read(map(prompt_set.key, prompts), prompt_set.num_samples)
     groups = [
-        [GradedSample.from_line(line, prompt, part, reading) for line in lines]
+        [LoggedResponse.from_line(line, prompt, part, reading) for line in lines]
         for prompt, lines in zip(prompts, lines_of, strict=True)
     ]
-    samples = [sample for group in groups for sample in group]
+    responses = [response for group in groups for response in group]
 
-    def mean(measure: Callable[[Sequence[GradedSample]], float]) -> Estimate:
+    def mean(measure: Callable[[Sequence[LoggedResponse]], float]) -> Estimate:
         return estimate([measure(group) for group in groups], seed)
 
     passes: dict[int, Estimate] = {}
@@ -162,14 +162,14 @@ async def summarize(
     metrics["truncated"] = mean(lambda group: fmean(s.is_truncated for s in group))
     counts = {
         "questions": len(groups),
-        "samples": len(samples),
-        "right": sum(s.reward == 1.0 for s in samples),
-        "truncated": sum(s.is_truncated for s in samples),
-        "ungraded": sum(s.is_ungraded for s in samples),
-        "without_length": sum(s.length is None for s in samples),
+        "samples": len(responses),
+        "right": sum(s.reward == 1.0 for s in responses),
+        "truncated": sum(s.is_truncated for s in responses),
+        "ungraded": sum(s.is_ungraded for s in responses),
+        "without_length": sum(s.length is None for s in responses),
     }
     if votes:
-        counts["without_answer"] = sum(s.vote is None for s in samples)
+        counts["without_answer"] = sum(s.vote is None for s in responses)
     return Summary(
         prompt_set.title,
         prompt_set.num_samples,
@@ -180,15 +180,15 @@ async def summarize(
     )
 
 
-def _pass(group: Sequence[GradedSample], k: int) -> float:
-    """Return pass@k of one question; a sample with partial credit has not passed."""
+def _pass(group: Sequence[LoggedResponse], k: int) -> float:
+    """Return pass@k of one question; a response with partial credit has not passed."""
     return pass_at_k(len(group), sum(s.reward == 1.0 for s in group), k)
 
 
 async def _votes(
     pool: RewardPool,
     prompts: Sequence[Prompt],
-    groups: Sequence[Sequence[GradedSample]],
+    groups: Sequence[Sequence[LoggedResponse]],
     sizes: Sequence[int],
     seed: int,
 ) -> dict[int, Estimate]:
@@ -197,15 +197,15 @@ async def _votes(
     Args:
         pool: compares answers.
         prompts: the questions.
-        groups: the graded samples of each question.
+        groups: the graded responses to each question.
         sizes: the values of k.
         seed: of the subsets, and of the intervals."""
     if not all(can_vote(prompt.kind) for prompt in prompts):
         return {}
-    rewards = [[sample.reward for sample in group] for group in groups]
+    rewards = [[response.reward for response in group] for group in groups]
     answer_groups = await asyncio.gather(
         *(
-            group_answers(pool, prompt.kind, [sample.vote for sample in group], scores)
+            group_answers(pool, prompt.kind, [response.vote for response in group], scores)
             for prompt, group, scores in zip(prompts, groups, rewards, strict=True)
         )
     )

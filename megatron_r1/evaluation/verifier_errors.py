@@ -54,7 +54,7 @@ class AnswerContent:
 
 
 @dataclass(frozen=True)
-class GradedAnswer:
+class AuditedResponse:
     """A response with the verdict that is audited.
 
     Attributes:
@@ -104,7 +104,7 @@ class SecondVerdict:
     reason: str
 
 
-SecondMethod = Callable[[GradedAnswer], Awaitable[SecondVerdict]]
+SecondMethod = Callable[[AuditedResponse], Awaitable[SecondVerdict]]
 
 
 @dataclass(frozen=True)
@@ -138,15 +138,15 @@ class SecondMethodJudge:
     ) -> None:
         self._pool, self._options, self._repeats = pool, options, repeats
 
-    async def judge(self, answer: GradedAnswer) -> SecondVerdict:
+    async def judge(self, response: AuditedResponse) -> SecondVerdict:
         """Return the finding of one verdict. A response that the second method cannot read within
         its limits is undecided."""
-        content = answer.load()
+        content = response.load()
         fields = dict(content.fields)
         facts = {name: fields.pop(name) for name in FACTS if name in fields}
-        arguments = call_fields(answer.kind, self._options, fields, facts)
-        if answer.kind == "code":
-            return await self._run_again(answer.is_accepted, content, arguments)
+        arguments = call_fields(response.kind, self._options, fields, facts)
+        if response.kind == "code":
+            return await self._run_again(response.is_accepted, content, arguments)
         reading_options = {
             name: arguments[name] for name in ("thought_opened", "reading") if name in arguments
         }
@@ -154,7 +154,7 @@ class SecondMethodJudge:
         if not grade.verdict:  # out of time or memory, or a malformed truth
             return SecondVerdict("undecided", grade.reason)
         upstream, points = grade.verdict.split(",")
-        return SecondVerdict(classify_verdict(answer.is_accepted, upstream, points), grade.reason)
+        return SecondVerdict(classify_verdict(response.is_accepted, upstream, points), grade.reason)
 
     async def _run_again(
         self, is_accepted: bool, content: AnswerContent, arguments: Mapping[str, Any]
@@ -192,24 +192,24 @@ def classify_verdict(is_accepted: bool, upstream: str, points: str) -> Outcome:
     return "wrong" if points == upstream == contrary else "undecided"
 
 
-def group_by_stratum(answers: Iterable[GradedAnswer]) -> dict[Stratum, list[GradedAnswer]]:
-    """Return the answers that can be audited by stratum, in the order of the strata."""
-    strata: dict[Stratum, list[GradedAnswer]] = defaultdict(list)
-    for answer in answers:
-        if answer.can_be_audited:
-            strata[answer.stratum].append(answer)
+def group_by_stratum(responses: Iterable[AuditedResponse]) -> dict[Stratum, list[AuditedResponse]]:
+    """Return the responses that can be audited by stratum, in the order of the strata."""
+    strata: dict[Stratum, list[AuditedResponse]] = defaultdict(list)
+    for response in responses:
+        if response.can_be_audited:
+            strata[response.stratum].append(response)
     return dict(sorted(strata.items()))
 
 
 def draw_sample(
-    strata: Mapping[Stratum, Sequence[GradedAnswer]], size: int, seed: int
-) -> dict[Stratum, list[GradedAnswer]]:
-    """Draw about as many answers of each stratum, without replacement; a small one is taken whole.
+    strata: Mapping[Stratum, Sequence[AuditedResponse]], size: int, seed: int
+) -> dict[Stratum, list[AuditedResponse]]:
+    """Draw about as many responses of each stratum, without replacement, and a small one whole.
 
     Args:
         strata: as `group_by_stratum` returns them.
         size: how many to draw of all together.
-        seed: the same seed draws the same answers.
+        seed: the same seed draws the same responses.
 
     Raises:
         UserError: fewer than one for each stratum."""
@@ -232,25 +232,25 @@ def draw_sample(
 
 
 def error_rates(
-    strata: Mapping[Stratum, Sequence[GradedAnswer]],
-    drawn: Mapping[Stratum, Sequence[GradedAnswer]],
+    strata: Mapping[Stratum, Sequence[AuditedResponse]],
+    drawn: Mapping[Stratum, Sequence[AuditedResponse]],
     findings: Mapping[str, SecondVerdict],
     source: str | None = None,
 ) -> ErrorRates:
     """Return the estimated errors.
 
     Args:
-        strata: all answers.
+        strata: all responses.
         drawn: those that were judged.
         findings: id → finding, of each drawn one.
         source: the data source; None: all."""
     fractions: dict[bool, list[FractionEstimate]] = {False: [], True: []}
-    for stratum, answers in drawn.items():
+    for stratum, responses in drawn.items():
         if source in (None, stratum[0]):
-            outcomes = [findings[answer.id].outcome for answer in answers]
+            outcomes = [findings[response.id].outcome for response in responses]
             counts = (outcomes.count(outcome) for outcome in ("wrong", "undecided"))
             fractions[stratum[2]].append(
-                sampled_fraction(len(strata[stratum]), len(answers), *counts)
+                sampled_fraction(len(strata[stratum]), len(responses), *counts)
             )
     rejected, accepted = (
         combined_fraction(stratum_fractions) if stratum_fractions else None
@@ -260,9 +260,9 @@ def error_rates(
 
 
 async def judge_all(
-    answers: Iterable[GradedAnswer], judge: SecondMethod
+    responses: Iterable[AuditedResponse], judge: SecondMethod
 ) -> dict[str, SecondVerdict]:
-    """Return id → finding of each answer; the pool limits how many are read at a time."""
-    answers = list(answers)
-    findings = await asyncio.gather(*(judge(answer) for answer in answers))
-    return {answer.id: finding for answer, finding in zip(answers, findings, strict=True)}
+    """Return id → finding of each response; the pool limits how many are read at a time."""
+    responses = list(responses)
+    findings = await asyncio.gather(*(judge(response) for response in responses))
+    return {response.id: finding for response, finding in zip(responses, findings, strict=True)}

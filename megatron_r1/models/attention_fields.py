@@ -94,7 +94,7 @@ def rope_scaling(hf_config: dict) -> dict[str, Any] | None:
 
 
 def yarn_scaling(hf_config: dict) -> dict[str, Any] | None:
-    """Return the arguments of `patches.set_yarn`, or None without YaRN; latent attention has it in
+    """Return what `build_model` scales angles by, or None without YaRN; latent attention has it in
     Megatron's own fields."""
     if (
         model_family(hf_config).latent_attention

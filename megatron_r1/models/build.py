@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from megatron.core.inference.contexts import BaseInferenceContext
+from megatron.core.models.common.embeddings import yarn_rotary_pos_embedding
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel.utils import (
@@ -54,7 +55,6 @@ from megatron_r1.models.attention_fields import model_arguments, rope_scaling, y
 from megatron_r1.models.gradients import correct_attributes, fp32_main_grad, mark_sequence_parallel
 from megatron_r1.models.hf_config import has_score_head
 from megatron_r1.models.layers import block_specs
-from megatron_r1.models.patches import set_yarn
 from megatron_r1.models.schedule_plan import OverlapSchedulePlan
 
 
@@ -395,7 +395,7 @@ def build_model(
         rotary = built.rotary_pos_emb
         rotary.inv_freq = rotary._apply_scaling(rotary.inv_freq, **scaling)
     if yarn := yarn_scaling(hf_config):
-        set_yarn(built, **yarn)
+        _set_yarn(built, **yarn)
     return built
 
 
@@ -426,3 +426,37 @@ def freeze_mtp(model: PolicyModel) -> None:
     model = unwrap_model(model)
     if getattr(model, "mtp", None) is not None:
         model.mtp.requires_grad_(False)
+
+
+def _set_yarn(
+    model: GPTModel,
+    *,
+    factor: float,
+    rope_theta: float,
+    original_max_position_embeddings: int,
+    beta_fast: float,
+    beta_slow: float,
+    truncate: bool,
+) -> None:
+    """Scale the angles and embeddings of a model by YaRN (arXiv 2309.00071), before its first use,
+    as transformers does.
+
+    Args:
+        model: changed in place.
+        factor: how many times longer the context becomes.
+        rope_theta: the base of the angles.
+        original_max_position_embeddings: the context before, in tokens.
+        beta_fast: rotations over that context from which a dimension stays as it is.
+        beta_slow: rotations up to which a dimension is divided by `factor`.
+        truncate: whether these limits are rounded to whole dimensions."""
+    rotary = model.rotary_pos_emb
+    size = 2 * len(rotary.inv_freq)
+    low, high = yarn_rotary_pos_embedding._yarn_find_correction_range(
+        beta_fast, beta_slow, size, rope_theta, original_max_position_embeddings, truncate
+    )
+    scaled = yarn_rotary_pos_embedding._yarn_linear_ramp_mask(
+        low, high, size // 2, rotary.inv_freq.device
+    )
+    rotary.inv_freq = rotary.inv_freq * (1 - scaled) + rotary.inv_freq / factor * scaled
+    # Megatron's attention multiplies by 1 + ln(factor) / 10 where its configuration has this.
+    model.config.yarn_rotary_scaling_factor = factor

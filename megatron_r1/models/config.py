@@ -362,7 +362,7 @@ def _pipeline_fields(parallel: ParallelConfig, num_layers: int, num_mtp: int) ->
                 cause=Cause.CONFLICT,
             )
         return {}
-    if any(stage.mtp for stage in stages[0][1:]):
+    if any(chunk.mtp for chunk in stages[0][1:]):
         raise UserError(
             f"parallel.pipeline_layout={layout!r}: MTP layers (m) cannot be on a later chunk of "
             "the first pipeline rank, whose two embeddings nothing would keep equal; use another",

@@ -27,8 +27,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.extensions import transformer_engine
-from megatron.core.models.common.embeddings import rope_utils, yarn_rotary_pos_embedding
-from megatron.core.models.gpt import GPTModel
+from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import layers
 from megatron.core.transformer import multi_token_prediction
@@ -120,40 +119,6 @@ def roll_packed(
 
 
 _MEGATRONS_ROLL = multi_token_prediction._roll_tensor_packed_seq
-
-
-def set_yarn(
-    model: GPTModel,
-    *,
-    factor: float,
-    rope_theta: float,
-    original_max_position_embeddings: int,
-    beta_fast: float,
-    beta_slow: float,
-    truncate: bool,
-) -> None:
-    """Scale the angles and embeddings of a model by YaRN (arXiv 2309.00071), before its first use,
-    as transformers does.
-
-    Args:
-        model: changed in place.
-        factor: how many times longer the context becomes.
-        rope_theta: the base of the angles.
-        original_max_position_embeddings: the context before, in tokens.
-        beta_fast: rotations over that context from which a dimension stays as it is.
-        beta_slow: rotations up to which a dimension is divided by `factor`.
-        truncate: whether these limits are rounded to whole dimensions."""
-    rotary = model.rotary_pos_emb
-    size = 2 * len(rotary.inv_freq)
-    low, high = yarn_rotary_pos_embedding._yarn_find_correction_range(
-        beta_fast, beta_slow, size, rope_theta, original_max_position_embeddings, truncate
-    )
-    scaled = yarn_rotary_pos_embedding._yarn_linear_ramp_mask(
-        low, high, size // 2, rotary.inv_freq.device
-    )
-    rotary.inv_freq = rotary.inv_freq * (1 - scaled) + rotary.inv_freq / factor * scaled
-    # Megatron's attention multiplies by 1 + ln(factor) / 10 where its configuration has this.
-    model.config.yarn_rotary_scaling_factor = factor
 
 
 def _route(

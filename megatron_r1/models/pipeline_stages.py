@@ -1,9 +1,9 @@
-"""The layers of each pipeline stage, spread evenly or spelled out. No torch.
+"""The model chunks of each pipeline stage, spread evenly or spelled out. No torch.
 
 The meaning is that of Megatron-Core 0.16.1 (transformer/pipeline_parallel_layer_layout.py and
-transformer_block.py), whose own classes need process groups. A *stage* here is one model chunk:
-pipeline rank p of P holds the chunks (0, p) … (V - 1, p) of V virtual stages, and micro-batches
-pass the chunks in the order (0, 0), (0, 1) … (0, P - 1), (1, 0) …"""
+transformer_block.py), whose own classes need process groups. Pipeline rank p of P holds the chunks
+(0, p) … (V - 1, p) of V virtual stages, and micro-batches pass the chunks in the order (0, 0), (0,
+1) … (0, P - 1), (1, 0) …"""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -16,8 +16,8 @@ _ITEM = re.compile(r"\(([^()]*)\)\*(\d+)|([EtmL|])(?:\*(\d+))?")
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One model chunk: its decoder layers by global index, and its other parts.
+class ModelChunk:
+    """A part of a model, on one pipeline rank: decoder layers by global index, and other parts.
 
     Attributes:
         layers: indices of the chunk's decoder layers in the model.
@@ -54,8 +54,8 @@ def pipeline_stages(
     *,
     num_mtp: int = 0,
     layout: str | None = None,
-) -> list[list[Stage]]:
-    """Return the stages as result[pipeline rank][virtual stage].
+) -> list[list[ModelChunk]]:
+    """Return the model chunks of each stage, result[pipeline rank][virtual stage].
 
     Args:
         num_layers: decoder layers of the model.
@@ -74,14 +74,14 @@ def pipeline_stages(
     layout = layout or _spread(num_layers, pipeline, virtual, num_mtp)
     groups = parse_layout(layout)
     _check(layout, groups, num_layers, pipeline, virtual, num_mtp)
-    stages: list[list[Stage]] = [[] for _ in range(pipeline)]
+    stages: list[list[ModelChunk]] = [[] for _ in range(pipeline)]
     start = 0
     for index, group in enumerate(groups):
         end = start + group.count("t")
         last_layer = start < end == num_layers
         head = "L" in group
         stages[index % pipeline].append(
-            Stage(
+            ModelChunk(
                 layers=tuple(range(start, end)),
                 embedding="E" in group,
                 mtp="m" in group,

@@ -50,7 +50,7 @@ STEPS, DIFFERENCE = 8, 0.02
 
 
 @dataclass(frozen=True)
-class Phase:
+class SchedulePart:
     """Steps of a run with the same settings.
 
     Attributes:
@@ -99,17 +99,17 @@ class PublishedRun:
         return Path(shlex.split(self.options)[0])
 
     @cached_property
-    def phases(self) -> list[Phase]:
-        """Return the phases of the recipe with the run's options."""
+    def schedule_parts(self) -> list[SchedulePart]:
+        """Return the parts of the recipe's schedule with the run's options."""
         args, overrides = parse(shlex.split(self.options))
-        return schedule_phases(self.recipe, args, overrides, all_phases=self.number == "run")
+        return planned_parts(self.recipe, args, overrides, all_parts=self.number == "run")
 
     def predicted(self, **values: float) -> float:
         """Return the plan's figure, with `values` in place of assumed numbers."""
         if self.number == "run":
-            parts = ((p.steps, p.times(values)) for p in self.phases)
+            parts = ((p.steps, p.times(values)) for p in self.schedule_parts)
             return sum(n * time_section(times)["step"].number for n, times in parts) / 3600
-        times = self.phases[0].times(values)
+        times = self.schedule_parts[0].times(values)
         if self.number == "MFU":
             return _mfu(times)
         return time_section(times)[self.number].number
@@ -129,25 +129,25 @@ def _mfu(times: StepTime) -> float:
     return flops / (times.optimizer_step_seconds() * job.world_size * job.hardware.bf16)
 
 
-def schedule_phases(
-    recipe: Path, args: argparse.Namespace, overrides: dict, *, all_phases: bool = True
-) -> list[Phase]:
-    """Return the phases of `rl.schedule`, or the first alone.
+def planned_parts(
+    recipe: Path, args: argparse.Namespace, overrides: dict, *, all_parts: bool = True
+) -> list[SchedulePart]:
+    """Return the parts of `rl.schedule`, or the first alone.
 
     Args:
         recipe: the recipe's file.
         args: the options of the command line.
         overrides: dotted settings in place of the recipe's.
-        all_phases: whether all phases are returned."""
+        all_parts: whether all parts are returned."""
     config = load_recipe(recipe, overrides)
-    starts = [step for step, _ in config.phases()] if all_phases else [1]
+    starts = [step for step, _ in config.schedule_parts()] if all_parts else [1]
     ends = [*starts[1:], config.run.steps + 1]
-    phases = []
+    parts = []
     for start, end in zip(starts, ends, strict=True):
         estimate = JobEstimate(planned_job(recipe, args, overrides, start))
         trainer_bytes = estimate.engines.trainer_bytes if estimate.job.generates else 0
-        phases.append(Phase(end - start, estimate.job, trainer_bytes))
-    return phases
+        parts.append(SchedulePart(end - start, estimate.job, trainer_bytes))
+    return parts
 
 
 def published_runs() -> list[PublishedRun]:

@@ -65,16 +65,18 @@ def nearest_sizes(job: PlannedJob) -> list[PlannedJob]:
 def _fits_always(job: PlannedJob) -> bool:
     """Return whether every part of `rl.schedule` fits; mean lengths grow with their limit."""
     limit = job.config.rollout.max_response_tokens
-    phases = [config for _, config in job.config.phases()] if job.verb == "rl" else [job.config]
-    for config in phases:
+    configs = [job.config]
+    if job.verb == "rl":
+        configs = [config for _, config in job.config.schedule_parts()]
+    for config in configs:
         response = job.response_tokens * config.rollout.max_response_tokens // limit
-        phase = replace(job, config=config, response_tokens=response)
+        part = replace(job, config=config, response_tokens=response)
         try:
-            if phase.generates:
-                check_engines_and_push(phase)
+            if part.generates:
+                check_engines_and_push(part)
         except ValueError:
             return False
-        if _fitting_estimate(phase) is None:
+        if _fitting_estimate(part) is None:
             return False
     return True
 

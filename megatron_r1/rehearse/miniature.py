@@ -158,7 +158,7 @@ def write(small: Miniature, verb: str) -> Path:
 
 def _other_kinds(config: Config) -> list[str]:
     """Return the kinds of questions that a miniature has besides `synthetic_data.KIND`."""
-    weights = [phase.rl.kind_weights for _, phase in config.phases()]
+    weights = [part.rl.kind_weights for _, part in config.schedule_parts()]
     has_named = any(synthetic_data.NAMED_KIND in kind_weights for kind_weights in weights)
     return [*model.reward_models(config.rewards.options), *[synthetic_data.NAMED_KIND] * has_named]
 
@@ -229,7 +229,7 @@ def _room(config: Config) -> int:
 
 def _response_tokens(config: Config, tokens: int) -> int:
     """Return the miniature of a limit: the longest of the schedule is `RESPONSE`."""
-    longest = max(phase.rollout.max_response_tokens for _, phase in config.phases())
+    longest = max(part.rollout.max_response_tokens for _, part in config.schedule_parts())
     return max(1, RESPONSE * tokens // longest)
 
 
@@ -255,7 +255,7 @@ def _schedule(config: Config) -> list[dict[str, Any]]:
 
 def _minibatches(config: Config, number: int) -> int:
     """Return the miniature of a number of mini-batches: the most of the schedule are two."""
-    max_minibatches = max(phase.rl.minibatches for _, phase in config.phases())
+    max_minibatches = max(part.rl.minibatches for _, part in config.schedule_parts())
     return max(1, min(max_minibatches, layout.PARTS) * number // max_minibatches)
 
 
@@ -355,7 +355,7 @@ def _rl(config: Config, data: int) -> dict[str, Any]:
     rl = config.rl
     group = min(rl.group_size, 4)
     max_minibatches = max(
-        _minibatches(config, phase.rl.minibatches) for _, phase in config.phases()
+        _minibatches(config, part.rl.minibatches) for _, part in config.schedule_parts()
     )
     # Every replica has a sample in every mini-batch.
     responses = max_minibatches * max(data, group) * (2 if rl.group_size == 1 else 1)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from r1_grading.truths import stated_answer
+from r1_grading.truths import truth_answer
 
 from megatron_r1.reporting.formatting import (
     finite_metric,
@@ -165,7 +165,7 @@ def _card(sample: SampleLine) -> Card:
     ]
     return Card(
         question=printable(last_line(sample.get("question", ""))),
-        truth=None if truth is None else printable(stated_answer(truth))[:200],
+        truth=None if truth is None else printable(truth_answer(truth))[:200],
         is_correct=is_correct(sample),
         details=[detail for detail in details if detail],
         response=list(_segments(str(sample.get("response", "")))),

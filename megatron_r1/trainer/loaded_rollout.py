@@ -137,13 +137,16 @@ class LoadedRollout:
         self.minibatches = []
 
     def compute_token_advantages(self, function: str, settings: TokenSettings) -> None:
-        """Replace the advantages as `Trainer.compute_token_advantages` says."""
+        """Call the `TokenAdvantages` at "module:function" with the whole responses, and store in
+        the micro-batches what it returns; on ranks before the last stage do nothing."""
         if self._grid_position.is_last_stage:
             rollout = self._with_whole_responses()
             rollout.store_targets(find_function(function)(rollout, settings))
 
     def mask_advantages(self, function: str, settings: EngineMask) -> dict[str, float]:
-        """Mask the advantages, and return metrics, as `Trainer.mask_advantages` says."""
+        """Call the `WithinBounds` at "module:function" with the whole responses, mask the tokens
+        that it does not find within bounds, and return the metrics over data and context
+        parallelism; on ranks before the last stage return none."""
         if not self._grid_position.is_last_stage:
             return {}
         rollout = self._with_whole_responses()
@@ -156,7 +159,9 @@ class LoadedRollout:
         return RolloutBatches(self.batches, groups.cp, groups.dp_cp)
 
     def measure_logprob_diff(self) -> dict[str, float]:
-        """Return the metrics of `Trainer.measure_logprob_diff`."""
+        """Return logprob_diff/mean and logprob_diff/max of the micro-batches' "old"
+        log-probabilities, and with a teacher teacher/kl, over data and context parallelism; on
+        ranks before the last stage return none."""
         if not self._grid_position.is_last_stage:
             return {}
         mean, largest = logprob_diff(self.batches, "old")

@@ -194,8 +194,8 @@ class ModelOperations(Protocol):
             from the engines' log-probabilities in nats; else nothing."""
 
     def measure_logprob_diff(self) -> MetricValues:
-        """Compare the policy's log-probabilities of the loaded response tokens with the engines';
-        `compute_logprobs` comes first.
+        """On all ranks, compare the policy's log-probabilities of the loaded response tokens with
+        the engines'; `compute_logprobs` comes first.
 
         Returns:
             logprob_diff/mean and logprob_diff/max, absolute differences in nats, and with a teacher
@@ -206,16 +206,16 @@ class ModelOperations(Protocol):
         """Compute the critic's value of each loaded response token; they stay with the ranks."""
 
     def compute_token_advantages(self, *, function: str, settings: TokenSettings) -> None:
-        """Replace the advantages of the loaded samples by one of each token; `compute_logprobs`
-        comes first.
+        """On all ranks, replace the advantages of the loaded samples by one of each token;
+        `compute_logprobs` comes first.
 
         Args:
             function: "module:function" of a `TokenAdvantages`.
             settings: the settings that it reads."""
 
     def mask_advantages(self, *, function: str, settings: EngineMask) -> MetricValues:
-        """Set advantages of the loaded samples to 0; `compute_logprobs` comes first, of all
-        mini-batches, and `compute_token_advantages` where the algorithm has it.
+        """On all ranks, set advantages of the loaded samples to 0; `compute_logprobs` comes first,
+        of all mini-batches, and `compute_token_advantages` where the algorithm has it.
 
         Args:
             function: "module:function" of a `WithinBounds`.

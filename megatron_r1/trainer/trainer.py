@@ -150,21 +150,23 @@ class Trainer:
         return metrics
 
     def compute_token_advantages(self, function: str, settings: TokenSettings) -> None:
-        """Replace the advantages of all loaded samples by those that the `TokenAdvantages` at
+        """Replace the advantages of this rank's samples by those that the `TokenAdvantages` at
         "module:function" computes per token; compute_logprobs() comes first."""
         self.rollout.compute_token_advantages(function, settings)
 
     def mask_advantages(self, function: str, settings: EngineMask) -> dict[str, float]:
-        """Set the advantages of the tokens outside the bounds of the `WithinBounds` at
+        """Set the advantages of this rank's tokens outside the bounds of the `WithinBounds` at
         "module:function" to 0; compute_logprobs() comes first.
 
         Returns:
-            The metrics of `RolloutBatches.mask_advantages`; none on ranks before the last stage."""
+            The shares of tokens and samples that are masked, over all ranks; none on ranks before
+            the last stage."""
         return self.rollout.mask_advantages(function, settings)
 
     def measure_logprob_diff(self) -> dict[str, float]:
-        """Return the mean and the largest absolute difference, over response tokens, of the
-        engine's log-probabilities and the trainer's "old" ones; compute_logprobs() comes first.
+        """Return the mean and the largest absolute difference, over the response tokens of all
+        ranks, of the engine's log-probabilities and the trainer's "old" ones; compute_logprobs()
+        comes first.
 
         With a teacher also teacher/kl, the sampled estimate of KL(π_old ‖ teacher) over the same
         tokens. Empty on ranks before the last stage."""

@@ -156,7 +156,7 @@ class RolloutBatches:
         return [torch.where(r.is_response, standardize(a, total, epsilon), 0.0) for r, a in pairs]
 
     def mask_advantages(self, within_bounds: list[Tensor]) -> Metrics:
-        """Set the advantages of response tokens that are not within bounds to 0.
+        """Set this rank's advantages of response tokens that are not within bounds to 0.
 
         Args:
             within_bounds: (T,) bool per micro-batch.

@@ -2,5 +2,5 @@
 
 `record` reads what a run keeps of a step. `examination` makes the checks, a module per family in
 `checks`: what was logged is compared with what transformers' model (`policy`), the updates by
-formula (`update`) and plain numbers (`formulas`) give. `checked_quantity` is what a check returns,
+formula (`update`) and plain numbers (`formulas`) give. `comparison` is what a check returns,
 `suspicions` is what is left where nothing departs, and `page` writes why.html."""

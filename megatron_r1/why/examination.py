@@ -5,7 +5,6 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from megatron_r1.base.errors import UserError
-from megatron_r1.why.checked_quantity import CannotRecompute, CheckedQuantity, Report, not_checked
 from megatron_r1.why.checks import (
     engine_logprobs,
     files,
@@ -18,6 +17,7 @@ from megatron_r1.why.checks import (
     routing,
     sampling,
 )
+from megatron_r1.why.comparison import CannotRecompute, Comparison, Report, not_checked
 from megatron_r1.why.record.recorded_step import RecordedStep
 from megatron_r1.why.suspicions import suspicions
 
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from megatron_r1.why.update.recomputation import Recomputation
 
 
-Check = Callable[[RecordedStep], list[CheckedQuantity]]
-WeightCheck = Callable[[RecordedStep, "Recomputation"], list[CheckedQuantity]]
+Check = Callable[[RecordedStep], list[Comparison]]
+WeightCheck = Callable[[RecordedStep, "Recomputation"], list[Comparison]]
 RECORD_CHECKS: tuple[tuple[str, str, Check], ...] = (
     ("files", "questions of the step", questions.check),
     ("files", "files", files.check),
@@ -65,9 +65,7 @@ def examine(step: RecordedStep) -> Report:
     return report
 
 
-def _comparisons(
-    family: str, name: str, check: Callable[[], list[CheckedQuantity]]
-) -> list[CheckedQuantity]:
+def _comparisons(family: str, name: str, check: Callable[[], list[Comparison]]) -> list[Comparison]:
     """Return what a check finds, or why it could not be made."""
     try:
         return check()

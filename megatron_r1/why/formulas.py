@@ -53,50 +53,48 @@ def advantages(
         epsilon: added to the deviation.
         is_centred: whether the mean is subtracted.
         ddof: what the deviation's number of rewards is less than their number by."""
-    values = [np.array([np.nan if r is None else r for r in group]) for group in groups]
+    rewards = [np.array([np.nan if r is None else r for r in group]) for group in groups]
     if algorithm == "reinforce_pp":
-        return [rewards_of_group.tolist() for rewards_of_group in values]
+        return [group_rewards.tolist() for group_rewards in rewards]
     if algorithm == "rloo":
         return [
             (
-                rewards_of_group * 0.0
-                if are_equal(rewards_of_group)
-                else _less_others(rewards_of_group)
+                group_rewards * 0.0 if are_equal(group_rewards) else _less_others(group_rewards)
             ).tolist()
-            for rewards_of_group in values
+            for group_rewards in rewards
         ]
-    all_rewards = np.concatenate(values)
+    all_rewards = np.concatenate(rewards)
     if not is_centred:
-        centred = [rewards_of_group.copy() for rewards_of_group in values]
+        centred = [group_rewards.copy() for group_rewards in rewards]
     elif algorithm == "reinforce":
         mean = np.nanmean(all_rewards) if not np.isnan(all_rewards).all() else 0.0
-        centred = [rewards_of_group - mean for rewards_of_group in values]
+        centred = [group_rewards - mean for group_rewards in rewards]
     else:
         centred = [
-            rewards_of_group - np.nanmean(rewards_of_group)
-            if not np.isnan(rewards_of_group).all()
-            else rewards_of_group
-            for rewards_of_group in values
+            group_rewards - np.nanmean(group_rewards)
+            if not np.isnan(group_rewards).all()
+            else group_rewards
+            for group_rewards in rewards
         ]
     if algorithm == "reinforce" and are_equal(all_rewards):
-        centred = [rewards_of_group * 0.0 for rewards_of_group in centred]
+        centred = [group_advantages * 0.0 for group_advantages in centred]
     elif algorithm != "reinforce":
-        pairs = zip(values, centred, strict=True)
+        pairs = zip(rewards, centred, strict=True)
         centred = [
-            rewards_of_group * 0.0 if are_equal(group_values) else rewards_of_group
-            for group_values, rewards_of_group in pairs
+            group_advantages * 0.0 if are_equal(group_rewards) else group_advantages
+            for group_rewards, group_advantages in pairs
         ]
     if std == "group" and algorithm != "reinforce":
         centred = [
-            rewards_of_group / (np.nanstd(rewards_of_group, ddof=ddof) + epsilon)
-            if np.nansum(np.abs(rewards_of_group))
-            else rewards_of_group
-            for rewards_of_group in centred
+            group_advantages / (np.nanstd(group_advantages, ddof=ddof) + epsilon)
+            if np.nansum(np.abs(group_advantages))
+            else group_advantages
+            for group_advantages in centred
         ]
     if std == "batch" and not are_equal(np.concatenate(centred)):
         scale = np.nanstd(np.concatenate(centred), ddof=ddof) + epsilon
-        centred = [rewards_of_group / scale for rewards_of_group in centred]
-    return [rewards_of_group.tolist() for rewards_of_group in centred]
+        centred = [group_advantages / scale for group_advantages in centred]
+    return [group_advantages.tolist() for group_advantages in centred]
 
 
 def _less_others(values: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ from megatron_r1.reporting.formatting import format_percent as percent
 from megatron_r1.reporting.formatting import shorten_middle
 from megatron_r1.reporting.plots import render_page
 from megatron_r1.reporting.report import Plot
-from megatron_r1.why.checked_quantity import NOT_CHECKED, CheckedQuantity, Report, ResponseIndex
+from megatron_r1.why.comparison import NOT_CHECKED, Comparison, Report, ResponseIndex
 from megatron_r1.why.record.recorded_step import RecordedStep
 
 SHOWN = 6
@@ -46,7 +46,7 @@ def write(report: Report, step: RecordedStep) -> Path:
     return atomic_write(step.folder.path / "why.html", html)
 
 
-def _row(comparison: CheckedQuantity) -> dict[str, str]:
+def _row(comparison: Comparison) -> dict[str, str]:
     """Return the cells of a check."""
     is_left_out = comparison.status == NOT_CHECKED
     text = comparison.reason if comparison.departs or is_left_out else comparison.compared

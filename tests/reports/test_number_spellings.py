@@ -184,7 +184,7 @@ def test_entries_of_a_schedule_are_read_alike(tmp_path, text):
         "rl:\n  schedule:\n"
         f'  - {{from_step: "3", optimizer.learning_rate: {text}, rl.group_size: "1e1"}}\n'
     )
-    ((_, first), (step, changed)) = load(path).phases()
+    ((_, first), (step, changed)) = load(path).schedule_parts()
     assert (step, changed.optimizer.learning_rate, changed.rl.group_size) == (3, 1e-6, 10)
     assert first.optimizer.learning_rate != 1e-6
 

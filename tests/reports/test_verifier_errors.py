@@ -10,7 +10,7 @@ from r1_grading import RewardPool
 
 from megatron_r1.base.files.json_lines import read_lines
 from megatron_r1.controller.verifier_audit import audit
-from megatron_r1.evaluation.verifier_errors import AnswerContent, GradedAnswer, SecondMethodJudge
+from megatron_r1.evaluation.verifier_errors import AnswerContent, AuditedResponse, SecondMethodJudge
 from tests.grading.code_answers import fenced, needs_sandbox
 from tests.reports.test_answers import FLOATS
 
@@ -20,7 +20,7 @@ EVERY = 10
 
 def graded(place, source, kind, response, truth, fields, reward):
     content = AnswerContent(response, truth, fields)
-    return GradedAnswer(place, source, kind, None, reward, reward, lambda: content)
+    return AuditedResponse(place, source, kind, None, reward, reward, lambda: content)
 
 
 def labelled_answers(every):
@@ -54,12 +54,12 @@ class Remembering:
         return self.known[key]
 
 
-def audited(answers, known=None, **options):
+def audited(responses, known=None, **options):
     async def run():
         async with RewardPool(2, timeout_seconds=20.0) as pool:
             graders = pool if known is None else Remembering(pool, known)
             methods = SecondMethodJudge(graders, {}, repeats=2)
-            return await audit(answers, methods.judge, num_groups=0, **options)
+            return await audit(responses, methods.judge, num_groups=0, **options)
 
     return asyncio.run(run())
 
@@ -78,15 +78,15 @@ FAULTS = {
 def test_intervals_of_our_verdicts_and_of_planted_faults_have_the_labelled_truth(every):
     rows, known = labelled_answers(every), {}
     for name, verdict in FAULTS.items():
-        answers, wrong = [], []
+        responses, wrong = [], []
         for number, (report, response, truth, reading, label) in enumerate(rows):
             reward = float(verdict(response, label))
             fields = {"reading": reading}
-            answers.append(graded(str(number), report, "math", response, truth, fields, reward))
+            responses.append(graded(str(number), report, "math", response, truth, fields, reward))
             if reward != label:
                 wrong.append(str(number))
-        result = audited(answers, known, size=len(rows))
-        found = {answer.id for answer, finding in result.judged if finding.outcome == "wrong"}
+        result = audited(responses, known, size=len(rows))
+        found = {each.id for each, finding in result.judged if finding.outcome == "wrong"}
         assert found <= set(wrong), (name, [rows[int(place)] for place in found - set(wrong)])
         for source, rates in (*result.sources.items(), (None, result.overall)):
             for is_accepted, fraction in (
@@ -95,11 +95,11 @@ def test_intervals_of_our_verdicts_and_of_planted_faults_have_the_labelled_truth
             ):
                 of = [
                     a
-                    for a in answers
+                    for a in responses
                     if a.is_accepted is is_accepted and source in (None, a.source)
                 ]
                 if of:
-                    truth = sum(answer.id in wrong for answer in of) / len(of)
+                    truth = sum(each.id in wrong for each in of) / len(of)
                     assert fraction.low - 1e-12 <= truth <= fraction.high + 1e-12, (name, source)
         plain = result.sources["plain"]
         if name == "fractions are rejected":
@@ -111,23 +111,25 @@ def test_intervals_of_our_verdicts_and_of_planted_faults_have_the_labelled_truth
 @needs_sandbox
 def test_intervals_of_programs_have_the_labelled_truth_and_a_missed_last_test_is_found():
     """A grader that skips the last test accepts a program that fails only there."""
-    answers, wrong = [], set()
+    responses, wrong = [], set()
     for number, (actual, expected, equal) in enumerate(FLOATS):
         response = fenced(f"input()\nprint({actual!r})")
         truth = {"tests": [{"stdin": "1", "stdout": expected}]}
-        answers.append(graded(f"report {number}", "B57", "code", response, truth, {}, float(equal)))
+        responses.append(
+            graded(f"report {number}", "B57", "code", response, truth, {}, float(equal))
+        )
     tests = [{"stdin": str(n), "stdout": str(n * n)} for n in (1, 2, 9)]
     for number, program in enumerate(("n * n", "n * n if n < 9 else 0", "n + n - 1", "0")):
         response = fenced(f"n = int(input())\nprint({program})")
         accepts = program.startswith("n * n")  # tests 1 and 2 pass
-        answers.append(
+        responses.append(
             graded(
                 f"plain {number}", "plain", "code", response, {"tests": tests}, {}, float(accepts)
             )
         )
     wrong.add("plain 1")
-    result = audited(answers, size=len(answers))
-    assert {answer.id for answer, _ in result.concerned} == wrong
+    result = audited(responses, size=len(responses))
+    assert {each.id for each, _ in result.concerned} == wrong
     ours, plain = result.sources["B57"], result.sources["plain"]
     assert (ours.wrongly_rejected.high, ours.wrongly_accepted.high) == (0.0, 0.0)
     assert (plain.wrongly_accepted.value, plain.wrongly_rejected.value) == (0.5, 0.0)
@@ -137,11 +139,11 @@ def test_intervals_of_programs_have_the_labelled_truth_and_a_missed_last_test_is
 def test_a_program_that_passes_by_chance_is_listed_as_flaky():
     response = fenced("import os\nprint(os.urandom(1)[0] % 2)")
     truth = {"tests": [{"stdin": "", "stdout": "1"}]}
-    answer = graded("1", "-", "code", response, truth, {}, 1.0)
+    flaky = graded("1", "-", "code", response, truth, {}, 1.0)
 
     async def judged():
         async with RewardPool(1, timeout_seconds=20.0) as pool:
-            return await SecondMethodJudge(pool, {}, repeats=60).judge(answer)
+            return await SecondMethodJudge(pool, {}, repeats=60).judge(flaky)
 
     finding = asyncio.run(judged())
     assert finding.outcome == "undecided"

@@ -14,11 +14,11 @@ def advantages(groups, rl):
     return [group_advantages(rewards, advantage_std="none") for rewards in groups]
 
 
-def token_advantages(scored, settings):
+def token_advantages(rollout, settings):
     from megatron_r1.trainer.whole_responses import TokenTargets, reward_to_go
 
-    made = reward_to_go(scored, replace(settings, discount=0.5))
-    for responses, whole in zip(scored.responses, made, strict=True):
+    made = reward_to_go(rollout, replace(settings, discount=0.5))
+    for responses, whole in zip(rollout.responses, made, strict=True):
         responses.batch.logprobs["own"] = responses.local_part(whole)
     return TokenTargets(made)
 

@@ -10,7 +10,7 @@ import pytest
 from command_line import command, environment, run
 from lookup_base import ROOT, lines
 
-from megatron_r1.why.checked_quantity import EQUAL
+from megatron_r1.why.comparison import EQUAL
 from megatron_r1.why.examination import examine
 from megatron_r1.why.record.step_reader import open_run, read_step
 

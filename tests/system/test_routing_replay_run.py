@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from command_line import run, write_model
 
-from megatron_r1.why.checked_quantity import EQUAL
 from megatron_r1.why.checks.policies import check_policies
+from megatron_r1.why.comparison import EQUAL
 from megatron_r1.why.examination import examine
 from megatron_r1.why.record.step_reader import open_run, read_step
 from megatron_r1.why.update.recomputation import Recomputation

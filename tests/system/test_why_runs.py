@@ -18,7 +18,7 @@ from command_line import run
 from megatron_r1.base.files.framed_records import FramedFile, append_frame
 from megatron_r1.controller.rollouts.sample_log import GroupRecord, decode, encode
 from megatron_r1.models.weights.formats.dcp import DistributedCheckpoint
-from megatron_r1.why.checked_quantity import EQUAL, Report
+from megatron_r1.why.comparison import EQUAL, Report
 from megatron_r1.why.examination import examine
 from megatron_r1.why.policy.checkpoint_model import STATE
 from megatron_r1.why.record.recorded_step import RecordedStep

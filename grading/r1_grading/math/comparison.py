@@ -122,21 +122,23 @@ def compare(truth: str, answer: str) -> Result:
     return equivalent(expected, answer), ""
 
 
-def equivalent(expected: str, answer: str, *, finished: bool = True) -> bool:
+def equivalent(expected: str, answer: str, *, must_be_evaluated: bool = True) -> bool:
     """Compare two spelled texts that are not refused; recursive over their structure.
 
     Args:
         expected: the truth, spelled.
         answer: the response's answer, spelled.
-        finished: whether a number has to be worked out. It need not be in a step, as in `2 + 11 =
-            13`."""
+        must_be_evaluated: whether a number has to be worked out. It need not be in a step, as in
+            `2 + 11 = 13`."""
     # First, as most answers are written numbers: these are compared some hundred times faster.
-    if (verdict := _compare_numbers(expected, answer, finished=finished)) is not None:
+    if (
+        verdict := _compare_numbers(expected, answer, must_be_evaluated=must_be_evaluated)
+    ) is not None:
         return verdict
     for rule in RULES:
         if (verdict := rule(expected, answer)) is not None:
             return verdict
-    if finished and is_unfinished(expected, answer):
+    if must_be_evaluated and is_unfinished(expected, answer):
         return False
     return same_expression(expected, answer)
 
@@ -151,13 +153,13 @@ def _same_labelled(expected: tuple[str, str], answer: str) -> Result:
     return compare(expected[1], choice[1]) if choice[1] else (True, "")
 
 
-def _compare_numbers(expected: str, answer: str, *, finished: bool = True) -> bool | None:
+def _compare_numbers(expected: str, answer: str, *, must_be_evaluated: bool = True) -> bool | None:
     """Compare two written numbers exactly; None where one of the texts is not a written number."""
     left = read_number(expected)
     right = read_number(answer) if left is not None else None
     if left is None or right is None:
         return None
-    if finished and is_division(expected, answer):
+    if must_be_evaluated and is_division(expected, answer):
         return False
     return same_number(left, right)
 
@@ -220,7 +222,7 @@ def _answer_is_relation(expected: str, answer: Chain) -> bool:
         if is_asked_quantity(value) and not is_name(answer.sides[0]) and len(answer.sides) == 2:
             return equivalent(expected, answer.sides[0])
         steps_before = [side for side in answer.sides[:-1] if not is_asked_quantity(side)]
-        steps = all(equivalent(expected, side, finished=False) for side in steps_before)
+        steps = all(equivalent(expected, side, must_be_evaluated=False) for side in steps_before)
         return steps and equivalent(expected, value)
     solution = solution_set(answer)
     return solution is not None and _same_set(read_expression(expected), solution)
@@ -234,7 +236,9 @@ def _both_are_relations(truth: Chain, answer: Chain) -> bool:
             value_sides = [side for side in answer.sides[1:] if not is_name(side)]
             if not value_sides or not equivalent(truth.sides[-1], value_sides[-1]):
                 return False
-            return all(equivalent(truth.sides[-1], s, finished=False) for s in value_sides[:-1])
+            return all(
+                equivalent(truth.sides[-1], s, must_be_evaluated=False) for s in value_sides[:-1]
+            )
     if MEMBER in truth.relations or MEMBER in answer.relations:
         member, relation = (truth, answer) if MEMBER in truth.relations else (answer, truth)
         if MEMBER in relation.relations or squeeze(member.sides[0]) not in squeeze(

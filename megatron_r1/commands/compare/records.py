@@ -5,7 +5,7 @@ of metrics.jsonl.
 their dtype (2^-24 in float32, 2^-8 in bfloat16) times the root of the number of terms, and more
 where terms cancel, as in gradients. The distance of two tensors is |a - b| / |a| in the Euclidean
 norm, that of two numbers |a - b| / max(|a|, |b|), that of two log-probabilities |a - b|. Up to
-`ROUNDING` (of `why.checked_quantity`) it counts as rounding, a choice for which docs/compare.md has
+`ROUNDING` (of `why.comparison`) it counts as rounding, a choice for which docs/compare.md has
 measurements. Texts, integers and missing values are never equal to rounding."""
 
 import math
@@ -23,7 +23,7 @@ from megatron_r1.base.files.framed_records import FramedFile
 from megatron_r1.commands.compare.difference import RunDifference
 from megatron_r1.controller.rollouts.group_records import GroupRecord, ResponseRecord, decode
 from megatron_r1.reporting.formatting import format_count
-from megatron_r1.why.checked_quantity import ROUNDING
+from megatron_r1.why.comparison import ROUNDING
 
 MAX_NAMED = 5
 """As many groups that cannot be compared are named."""
@@ -61,8 +61,8 @@ PHASE_OF = {
 
 
 @dataclass(frozen=True)
-class StepLog:
-    """The groups of a step's log.
+class LoggedGroups:
+    """The groups that were read of a step's log.
 
     Attributes:
         path: the file.
@@ -74,7 +74,7 @@ class StepLog:
     num_damaged_bytes: int
 
 
-def read_groups(path: Path) -> StepLog | None:
+def read_groups(path: Path) -> LoggedGroups | None:
     """Return the groups of a step's log; None where there is no file.
 
     Raises:
@@ -92,10 +92,10 @@ def read_groups(path: Path) -> StepLog | None:
             cause=Cause.CHANGED,
         ) from None
     groups = {record.prompt_index: record for record in records if isinstance(record, GroupRecord)}
-    return StepLog(path, groups, file.num_damaged_bytes)
+    return LoggedGroups(path, groups, file.num_damaged_bytes)
 
 
-def missing_groups(first: StepLog, second: StepLog) -> list[str]:
+def missing_groups(first: LoggedGroups, second: LoggedGroups) -> list[str]:
     """Return a line per log that lacks groups of the other and has damaged bytes.
 
     Damaged bytes alone are no loss: a run that continues samples a damaged group again."""
@@ -113,7 +113,7 @@ def missing_groups(first: StepLog, second: StepLog) -> list[str]:
 
 
 def compare_groups(
-    step: int, first: StepLog, second: StepLog, dtype: str, is_damaged: bool = False
+    step: int, first: LoggedGroups, second: LoggedGroups, dtype: str, is_damaged: bool = False
 ) -> list[RunDifference]:
     """Return the first difference of each phase of a step's rollout.
 

@@ -38,7 +38,7 @@ from megatron_r1.trainer.checkpoints.checkpoint_folders import (
     checkpoint_step,
     complete_checkpoints,
 )
-from megatron_r1.why.checked_quantity import ROUNDING
+from megatron_r1.why.comparison import ROUNDING
 
 ARGUMENTS = ("RUN", "OTHER_RUN")
 SETTINGS = ()

@@ -1,5 +1,5 @@
-"""Reads from a model's config.json what its engines need: the longest context, the size of the
-vocabulary, and the keys that vLLM gets in place of the file's."""
+"""Reads from a model's config.json what its engines need: whether vLLM can load it, the longest
+context, the size of the vocabulary, and the keys that vLLM gets in place of the file's."""
 
 import json
 from collections.abc import Mapping
@@ -8,7 +8,32 @@ from typing import Any
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import Config
+from megatron_r1.engines.server.errors import EngineError
 from megatron_r1.models.hf_config import implied_settings, language_settings, load_config
+
+
+def read_model_config(model: Path) -> dict:
+    """Return a model's `config.json`.
+
+    Raises:
+        EngineError: there is no folder, no such file, or one that names no architecture, which vLLM
+            would refuse only after importing everything.
+    """
+    config = model / "config.json"
+    if not config.is_file():
+        raise EngineError(
+            f"{model} is not a model folder: it has no config.json; name a folder in Hugging Face "
+            "format, such as the hf/ of a run"
+        )
+    try:
+        hf_config = load_config(model)
+    except UserError as error:
+        raise EngineError(str(error)) from error
+    if not hf_config.get("architectures"):
+        raise EngineError(
+            f'{config} has no "architectures": vLLM does not know which model this is'
+        )
+    return hf_config
 
 
 def config_arguments(hf_config: dict, overrides: Mapping[str, Any] | None) -> list[str]:
@@ -42,7 +67,7 @@ def max_model_len(config: Config) -> int:
             cause=Cause.TOO_LARGE,
         )
     # Engines are sized once, for the longest responses of rl.schedule.
-    longest = max(phase.rollout.max_response_tokens for _, phase in config.phases())
+    longest = max(part.rollout.max_response_tokens for _, part in config.schedule_parts())
     if longest >= length:
         raise UserError(
             f"rollout.max_response_tokens: {longest} leaves no room for "

@@ -16,16 +16,14 @@ from typing import Any
 
 from r1_grading.base.lifetime import owns_number
 
-from megatron_r1.base.errors import UserError
 from megatron_r1.base.processes import children, exit_diagnosis, fork_client
 from megatron_r1.base.processes.exit_diagnosis import file_excerpt
 from megatron_r1.base.processes.fork_client import ForkedProcess
 from megatron_r1.base.processes.scratch import Scratch, shared_files
 from megatron_r1.engines.server.client import is_healthy
 from megatron_r1.engines.server.errors import EngineError
-from megatron_r1.engines.server.model_config import config_arguments
+from megatron_r1.engines.server.model_config import config_arguments, read_model_config
 from megatron_r1.engines.server.settings import MODULE, EngineSettings
-from megatron_r1.models.hf_config import load_config
 
 STOP_SECONDS = 5.0
 REMEDY = "lower rollout.kv_cache_gib, rollout.max_num_seqs or rollout.engines"
@@ -249,30 +247,6 @@ class EngineServer(Server):
                 self.coordinator = f"{host}:{children.free_port(host)}"
         self._url = f"http://{settings.host}:{port}"
         return ["--port", str(port)]
-
-
-def read_model_config(model: Path) -> dict:
-    """Return a model's `config.json`.
-
-    Raises:
-        EngineError: there is no folder, no such file, or one that names no architecture, which vLLM
-            would refuse only after importing everything.
-    """
-    config = model / "config.json"
-    if not config.is_file():
-        raise EngineError(
-            f"{model} is not a model folder: it has no config.json; name a folder in Hugging Face "
-            "format, such as the hf/ of a run"
-        )
-    try:
-        hf_config = load_config(model)
-    except UserError as error:
-        raise EngineError(str(error)) from error
-    if not hf_config.get("architectures"):
-        raise EngineError(
-            f'{config} has no "architectures": vLLM does not know which model this is'
-        )
-    return hf_config
 
 
 @contextlib.contextmanager

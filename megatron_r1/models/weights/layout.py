@@ -122,7 +122,7 @@ def stage_shards(
     stages = pipeline_stages(
         hf_config["num_hidden_layers"], pipeline, virtual, num_mtp=num_mtp, layout=pipeline_layout
     )
-    return [[Shard(**vars(stage)) for stage in chunks] for chunks in stages]
+    return [[Shard(**vars(chunk)) for chunk in chunks] for chunks in stages]
 
 
 def recipe_stages(config: Config, hf_config: dict) -> list[list[Shard]]:

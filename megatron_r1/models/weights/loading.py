@@ -94,18 +94,18 @@ def merge_adapter(parameter: Tensor, rows: slice, columns: slice) -> Tensor:
 
 def chunk_shard(chunk: Module) -> Shard:
     """Return the shard of this rank's model chunk, from the chunk and its process groups."""
-    stage: GPTModel = unwrap_model(chunk)
+    model: GPTModel = unwrap_model(chunk)
     groups = process_groups([chunk])
     return Shard(
-        layers=tuple(layer.layer_number - 1 for layer in stage.decoder.layers),
-        embedding=stage.pre_process,
-        final_norm=stage.decoder.final_layernorm is not None,
-        head=stage.post_process,
-        mtp=bool(stage.mtp_process),
+        layers=tuple(layer.layer_number - 1 for layer in model.decoder.layers),
+        embedding=model.pre_process,
+        final_norm=model.decoder.final_layernorm is not None,
+        head=model.post_process,
+        mtp=bool(model.mtp_process),
         tp=(groups.tp.rank(), groups.tp.size()),
         ep=(groups.ep.rank(), groups.ep.size()),
         etp=(groups.expt_tp.rank(), groups.expt_tp.size()),
-        transformer_engine=stage.config.transformer_impl == "transformer_engine",
+        transformer_engine=model.config.transformer_impl == "transformer_engine",
     )
 
 

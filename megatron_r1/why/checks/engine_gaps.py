@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from megatron_r1.reporting.formatting import format_number as number
-from megatron_r1.why.checked_quantity import ROUNDING
+from megatron_r1.why.comparison import ROUNDING
 from megatron_r1.why.record.recorded_step import RecordedStep
 
 if TYPE_CHECKING:

@@ -9,13 +9,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megatron_r1.reporting.formatting import format_number as number
-from megatron_r1.why.checked_quantity import (
-    DEPARTS,
-    EQUAL,
-    CheckedQuantity,
-    DepartureCurve,
-    not_checked,
-)
 from megatron_r1.why.checks.engine_causes import (
     ExplainedDeparture,
     missing_router_bias,
@@ -30,6 +23,13 @@ from megatron_r1.why.checks.engine_gaps import EngineGaps, mean_gap
 from megatron_r1.why.checks.expert_causes import departing_expert
 from megatron_r1.why.checks.sampling import FAMILY
 from megatron_r1.why.checks.tensor_causes import departing_tensor
+from megatron_r1.why.comparison import (
+    DEPARTS,
+    EQUAL,
+    Comparison,
+    DepartureCurve,
+    not_checked,
+)
 from megatron_r1.why.formulas import kl_of_difference
 from megatron_r1.why.record.recorded_step import RecordedStep
 
@@ -52,7 +52,7 @@ CAUSES: tuple[Callable[[EngineGaps], ExplainedDeparture | None], ...] = (
 """In the order in which they are tried."""
 
 
-def check_logprobs(step: RecordedStep, recomputed: Recomputation) -> list[CheckedQuantity]:
+def check_logprobs(step: RecordedStep, recomputed: Recomputation) -> list[Comparison]:
     """Return the comparison of the engines' log-probabilities."""
     gaps = EngineGaps(step, recomputed)
     differences = np.concatenate(gaps.gaps) if gaps.gaps else np.empty(0)
@@ -68,16 +68,14 @@ def check_logprobs(step: RecordedStep, recomputed: Recomputation) -> list[Checke
     explained = _explanation(gaps)
     if explained is None and gaps.distance <= gaps.tolerance and not gaps.departing_engine():
         return [
-            CheckedQuantity(
+            Comparison(
                 FAMILY, NAME, EQUAL, compared, gaps.distance, gaps.tolerance, TOLERANCE_SOURCE
             )
         ]
     return [_departure(gaps, compared, explained)]
 
 
-def _departure(
-    gaps: EngineGaps, compared: str, explained: ExplainedDeparture | None
-) -> CheckedQuantity:
+def _departure(gaps: EngineGaps, compared: str, explained: ExplainedDeparture | None) -> Comparison:
     """Return the comparison that departs, with its cause where that is known."""
     explained = explained or ExplainedDeparture(
         f"mean |Δ| is {number(gaps.distance)}: the engine computes another function of these "
@@ -92,7 +90,7 @@ def _departure(
     )
     # NaN is not above the tolerance.
     num_tokens = int(sum((np.abs(gap) > gaps.tolerance).sum() for gap in gaps.gaps))
-    return CheckedQuantity(
+    return Comparison(
         FAMILY,
         NAME,
         DEPARTS,

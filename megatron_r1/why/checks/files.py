@@ -11,10 +11,10 @@ from megatron_r1.config import Config
 from megatron_r1.controller.rollouts.rollout import Group
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.data.tokenizer import describe_end_tokens
-from megatron_r1.why.checked_quantity import (
-    CheckedQuantity,
+from megatron_r1.why.comparison import (
+    Comparison,
     ResponseIndex,
-    fraction_quantity,
+    fraction_comparison,
     not_checked,
 )
 from megatron_r1.why.record.recorded_step import RecordedStep
@@ -29,7 +29,7 @@ SHOWN = 40
 """Characters of a text in a comparison."""
 
 
-def check(step: RecordedStep) -> list[CheckedQuantity]:
+def check(step: RecordedStep) -> list[Comparison]:
     """Return the comparisons of a step's files."""
     return [
         _starts(step),
@@ -60,7 +60,7 @@ def _has_own_prompts(config: Config) -> bool:
     return bool(config.agents.player_settings)
 
 
-def _starts(step: RecordedStep) -> CheckedQuantity:
+def _starts(step: RecordedStep) -> Comparison:
     """Check for a special token that begins a prompt twice."""
     special = _special(step.tokenizer)
     concerned = [
@@ -72,7 +72,7 @@ def _starts(step: RecordedStep) -> CheckedQuantity:
         for index in _indices(number, group)
     ]
     first = step.groups[concerned[0][0]].prompt_ids[0] if concerned else 0
-    return fraction_quantity(
+    return fraction_comparison(
         FAMILY,
         "start of the prompt",
         "the first two tokens of every prompt",
@@ -84,7 +84,7 @@ def _starts(step: RecordedStep) -> CheckedQuantity:
     )
 
 
-def _system(step: RecordedStep) -> CheckedQuantity:
+def _system(step: RecordedStep) -> Comparison:
     """Check that the text of a system's message is in the prompt."""
     name = "system message"
     concerned: list[ResponseIndex] = []
@@ -102,7 +102,7 @@ def _system(step: RecordedStep) -> CheckedQuantity:
             lost = lost or missing[0]
     if not total:
         return not_checked(FAMILY, name, "no question has one")
-    return fraction_quantity(
+    return fraction_comparison(
         FAMILY,
         name,
         f"the prompts of {total:,} responses whose question has one",
@@ -114,7 +114,7 @@ def _system(step: RecordedStep) -> CheckedQuantity:
     )
 
 
-def _prompt_tokens(step: RecordedStep) -> CheckedQuantity:
+def _prompt_tokens(step: RecordedStep) -> Comparison:
     name = "tokens of the prompt"
     if _has_own_prompts(step.run_config):
         return not_checked(FAMILY, name, "agents.environment or harness makes the prompts")
@@ -132,7 +132,7 @@ def _prompt_tokens(step: RecordedStep) -> CheckedQuantity:
             reason = reason or _difference(step.tokenizer, group.prompt_ids, expected)
     if not total:
         return not_checked(FAMILY, name, "no question is known")
-    return fraction_quantity(
+    return fraction_comparison(
         FAMILY,
         name,
         f"the prompts of {total:,} responses with data.template and the tokenizer of {step.model}",
@@ -179,7 +179,7 @@ def _single(step: RecordedStep) -> dict[ResponseIndex, np.ndarray]:
     }
 
 
-def _ends(step: RecordedStep) -> CheckedQuantity:
+def _ends(step: RecordedStep) -> Comparison:
     """Check that no response goes on after a token that ends it."""
     responses, ends = _single(step), step.tokenizer.stop_token_ids
     if not responses:
@@ -200,7 +200,7 @@ def _ends(step: RecordedStep) -> CheckedQuantity:
         )
         if engine_ends is not None and token not in engine_ends:
             reason += f"; the engines were told to stop at {', '.join(map(str, engine_ends))} only"
-    return fraction_quantity(
+    return fraction_comparison(
         FAMILY,
         "end of the response",
         f"{len(responses):,} responses with {describe_end_tokens(step.tokenizer.end_tokens)}",
@@ -213,7 +213,7 @@ def _ends(step: RecordedStep) -> CheckedQuantity:
     )
 
 
-def _unknown_ends(step: RecordedStep) -> CheckedQuantity:
+def _unknown_ends(step: RecordedStep) -> Comparison:
     """Check for ends that no setting names, and for special tokens that responses go on after."""
     responses, ends = _single(step), step.tokenizer.stop_token_ids
     name, remedy = "other end tokens", "rollout.stop_token_ids: add the token"
@@ -232,7 +232,7 @@ def _unknown_ends(step: RecordedStep) -> CheckedQuantity:
             responses_by_token.setdefault(token, []).append(index)
     worst = max(responses_by_token, key=lambda token: len(responses_by_token[token]), default=None)
     concerned = [] if worst is None else responses_by_token[worst]
-    return fraction_quantity(
+    return fraction_comparison(
         FAMILY,
         name,
         f"special tokens inside {len(responses):,} responses",
@@ -249,7 +249,7 @@ def _unknown_ends(step: RecordedStep) -> CheckedQuantity:
     )
 
 
-def _missing_ends(step: RecordedStep) -> CheckedQuantity:
+def _missing_ends(step: RecordedStep) -> Comparison:
     """Check that what ended by itself ends with an end token or a string of rollout.stop."""
     responses, ends = _single(step), step.tokenizer.stop_token_ids
     name, limit = "end token of finished responses", step.config.rollout.max_response_tokens
@@ -274,7 +274,7 @@ def _missing_ends(step: RecordedStep) -> CheckedQuantity:
         reason = f"{len(concerned):,} responses are as long as the limit of {limit:,} tokens, are "
         reason += "recorded as finished though they were cut off, and do not end with "
         remedy = "finish_reason of the engine's reply, or what changes it: length, not stop"
-    return fraction_quantity(
+    return fraction_comparison(
         FAMILY,
         name,
         f"the last tokens of {len(finished):,} responses that ended by themselves",
@@ -286,7 +286,7 @@ def _missing_ends(step: RecordedStep) -> CheckedQuantity:
     )
 
 
-def _vocabulary(step: RecordedStep) -> CheckedQuantity:
+def _vocabulary(step: RecordedStep) -> Comparison:
     rows, num_tokens = step.hf_config["vocab_size"], len(step.tokenizer.hf_tokenizer)
     concerned, largest = [], -1
     for sequence in step.sequences:
@@ -294,7 +294,7 @@ def _vocabulary(step: RecordedStep) -> CheckedQuantity:
         largest = max(largest, highest)
         if highest >= min(rows, num_tokens):
             concerned.append(sequence.response)
-    return fraction_quantity(
+    return fraction_comparison(
         FAMILY,
         "vocabulary",
         f"tokens up to {largest:,} with {num_tokens:,} of the tokenizer "
@@ -309,7 +309,7 @@ def _vocabulary(step: RecordedStep) -> CheckedQuantity:
     )
 
 
-def _texts(step: RecordedStep) -> CheckedQuantity:
+def _texts(step: RecordedStep) -> Comparison:
     """Check that the graded text is that of the tokens."""
     responses = _single(step)
     name = "text that was graded"
@@ -326,7 +326,7 @@ def _texts(step: RecordedStep) -> CheckedQuantity:
         logged = step.responses[concerned[0]].text[-SHOWN:]
         decoded = step.tokenizer.decode(responses[concerned[0]].tolist())[-SHOWN:]
         example = f"graders read …{logged!r}, the tokens say …{decoded!r}"
-    return fraction_quantity(
+    return fraction_comparison(
         FAMILY,
         name,
         f"{len(responses):,} texts with their tokens",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from megatron_r1.reporting.formatting import finite_metric as finite
 from megatron_r1.reporting.formatting import format_number as number
 from megatron_r1.reporting.formatting import format_percent as percent
-from megatron_r1.why.checked_quantity import DEPARTS, EQUAL, CheckedQuantity, not_checked
+from megatron_r1.why.comparison import DEPARTS, EQUAL, Comparison, not_checked
 from megatron_r1.why.record.recorded_step import RecordedStep
 from megatron_r1.why.update.substitutions import substitutions
 
@@ -48,7 +48,7 @@ SOURCE = {"float32": "measured (docs/why.md), with a margin", "bfloat16": "a cho
 METRICS = ("loss", "kl", "entropy", "clip_fraction", "ratio/max", "importance", "grad_norm")
 
 
-def check_loss(step: RecordedStep, recomputed: Recomputation) -> list[CheckedQuantity]:
+def check_loss(step: RecordedStep, recomputed: Recomputation) -> list[Comparison]:
     """Return the comparisons of the loss and its metrics.
 
     Args:
@@ -89,7 +89,7 @@ def check_loss(step: RecordedStep, recomputed: Recomputation) -> list[CheckedQua
         name, compared = "cause of the change of the weights", "updates with one thing substituted"
         size = base.update_distance or math.nan
         source = SOURCE[step.run_config.model.dtype]
-        cause = CheckedQuantity("optimizer", name, DEPARTS, compared, size, tolerance, source, text)
+        cause = Comparison("optimizer", name, DEPARTS, compared, size, tolerance, source, text)
         return [*comparisons, replace(cause, remedy=substitution.change)]
     explained_comparison = replace(departing, reason=text, remedy=substitution.change)
     return [
@@ -115,7 +115,7 @@ def _limit(step: RecordedStep, name: str, metrics: Mapping[str, float]) -> float
     return max(relative, ABSOLUTE[dtype].get(name, 0.0))
 
 
-def _metric(step: RecordedStep, name: str, updates: RecomputedUpdates) -> CheckedQuantity:
+def _metric(step: RecordedStep, name: str, updates: RecomputedUpdates) -> Comparison:
     recomputed, logged = updates.metrics[name], finite(step.line, name)
     limit = _limit(step, name, updates.metrics)
     distance = math.inf if logged is None else abs(logged - recomputed)
@@ -124,7 +124,7 @@ def _metric(step: RecordedStep, name: str, updates: RecomputedUpdates) -> Checke
     if logged is None:
         reason = f"{name} is not a number in metrics.jsonl, {_shown(recomputed)} recomputed"
         remedy = "what makes NaN in the trainer: the loss, model.dtype, model.fusions, fp8"
-    return CheckedQuantity(
+    return Comparison(
         LOSS,
         name,
         EQUAL if distance <= limit else DEPARTS,

@@ -17,7 +17,6 @@ from megatron_r1.trainer.checkpoints.checkpoint_folders import (
     SHOWN_FAULTS,
     manifest_faults,
 )
-from megatron_r1.why.checked_quantity import DEPARTS, EQUAL, CheckedQuantity, not_checked
 from megatron_r1.why.checks.loss import (
     METRICS,
     SOURCE,
@@ -25,6 +24,7 @@ from megatron_r1.why.checks.loss import (
     moments_limit,
     update_limit,
 )
+from megatron_r1.why.comparison import DEPARTS, EQUAL, Comparison, not_checked
 from megatron_r1.why.record.recorded_step import RecordedStep
 
 if TYPE_CHECKING:
@@ -42,12 +42,12 @@ MAX_STEP_FACTOR = 10.0
 β1 and β2, by Cauchy and Schwarz, and more where moments are lost."""
 
 
-def check_rates(step: RecordedStep) -> list[CheckedQuantity]:
+def check_rates(step: RecordedStep) -> list[Comparison]:
     """Return the comparisons of the schedule, from metrics.jsonl alone."""
     return [_rate(step), _count(step), _taken(step)]
 
 
-def _rate(step: RecordedStep) -> CheckedQuantity:
+def _rate(step: RecordedStep) -> Comparison:
     name, logged = "learning rate", finite(step.line, "learning_rate")
     if "learning_rate" not in step.line:
         return not_checked(SCHEDULE, name, "metrics.jsonl has no learning_rate")
@@ -61,7 +61,7 @@ def _rate(step: RecordedStep) -> CheckedQuantity:
     reason = f"learning_rate is {logged:g} in metrics.jsonl, the schedule says {mean_rate:g}"
     if settings.warmup and logged < mean_rate:
         reason += ": as if still in warm-up"
-    return CheckedQuantity(
+    return Comparison(
         SCHEDULE,
         name,
         EQUAL if distance <= RATE else DEPARTS,
@@ -75,14 +75,14 @@ def _rate(step: RecordedStep) -> CheckedQuantity:
     )
 
 
-def _count(step: RecordedStep) -> CheckedQuantity:
+def _count(step: RecordedStep) -> Comparison:
     name, logged = "number of updates", step.line.get("optimizer_step")
     if "optimizer_step" not in step.line:
         return not_checked(SCHEDULE, name, "metrics.jsonl has no optimizer_step")
     if not isinstance(logged, int):
         return _no_number(name, "optimizer_step")
     num_updates = step.updates_after(step.step)
-    return CheckedQuantity(
+    return Comparison(
         SCHEDULE,
         name,
         EQUAL if num_updates == logged else DEPARTS,
@@ -95,7 +95,7 @@ def _count(step: RecordedStep) -> CheckedQuantity:
     )
 
 
-def _taken(step: RecordedStep) -> CheckedQuantity:
+def _taken(step: RecordedStep) -> Comparison:
     name, logged = "updates taken", finite(step.line, "step_taken")
     if "step_taken" not in step.line:
         return not_checked(SCHEDULE, name, "metrics.jsonl has no step_taken")
@@ -105,7 +105,7 @@ def _taken(step: RecordedStep) -> CheckedQuantity:
     parts = ["a gradient is not finite: its update was left out"] if logged < 1 else []
     if lost := [key for key in (*METRICS, "grad_norm") if _is_no_number(step, key)]:
         parts.append(f"not a number in metrics.jsonl: {', '.join(dict.fromkeys(lost))}")
-    return CheckedQuantity(
+    return Comparison(
         SCHEDULE,
         name,
         EQUAL if logged == 1 and norm is not None else DEPARTS,
@@ -122,13 +122,13 @@ def _is_no_number(step: RecordedStep, key: str) -> bool:
     return key in step.line and finite(step.line, key) is None
 
 
-def _no_number(name: str, key: str) -> CheckedQuantity:
+def _no_number(name: str, key: str) -> Comparison:
     """Return the comparison of a metric that is null.
 
     Args:
         name: the quantity.
         key: the metric."""
-    return CheckedQuantity(
+    return Comparison(
         SCHEDULE,
         name,
         DEPARTS,
@@ -141,11 +141,11 @@ def _no_number(name: str, key: str) -> CheckedQuantity:
     )
 
 
-def check_states(step: RecordedStep) -> list[CheckedQuantity]:
+def check_states(step: RecordedStep) -> list[Comparison]:
     """Return the comparisons of the checkpoints' tensors and counters."""
     from megatron_r1.why.policy import checkpoint_tensors
 
-    comparisons: list[CheckedQuantity] = []
+    comparisons: list[Comparison] = []
     checkpoints = {
         moment: path
         for moment, path in (("before", step.before), ("after", step.after))
@@ -173,13 +173,13 @@ def check_states(step: RecordedStep) -> list[CheckedQuantity]:
     return comparisons
 
 
-def _files(step: RecordedStep, when: str, path: Path) -> CheckedQuantity:
+def _files(step: RecordedStep, when: str, path: Path) -> Comparison:
     """Check that a checkpoint's files have the sizes and checksums they were written with."""
     name = f"files of the checkpoint {when}"
     if path.parent != step.folder.checkpoints and not (path / MANIFEST).is_file():
         return not_checked(BEFORE, name, f"{path} has no {MANIFEST}: it was made elsewhere")
     faults = manifest_faults(path)
-    return CheckedQuantity(
+    return Comparison(
         BEFORE,
         name,
         DEPARTS if faults else EQUAL,
@@ -192,11 +192,11 @@ def _files(step: RecordedStep, when: str, path: Path) -> CheckedQuantity:
     )
 
 
-def _finite(when: str, path: Path) -> CheckedQuantity:
+def _finite(when: str, path: Path) -> Comparison:
     from megatron_r1.why.policy import checkpoint_tensors
 
     bad = checkpoint_tensors.not_finite(path)
-    return CheckedQuantity(
+    return Comparison(
         WHERE[when],
         f"numbers of the checkpoint {when}",
         DEPARTS if bad else EQUAL,
@@ -209,7 +209,7 @@ def _finite(when: str, path: Path) -> CheckedQuantity:
     )
 
 
-def _counters(step: RecordedStep, when: str, path: Path) -> CheckedQuantity:
+def _counters(step: RecordedStep, when: str, path: Path) -> Comparison:
     from megatron_r1.why.policy import checkpoint_model
 
     name = f"Adam's counter {when}"
@@ -219,12 +219,12 @@ def _counters(step: RecordedStep, when: str, path: Path) -> CheckedQuantity:
         return not_checked(WHERE[when], name, f"{path.name} has none")
     compared = f"{counted:,} of {path.name} with {num_updates:,} updates"
     if counted == num_updates:
-        return CheckedQuantity(WHERE[when], name, EQUAL, compared, 0.0, 0.0, "exact")
+        return Comparison(WHERE[when], name, EQUAL, compared, 0.0, 0.0, "exact")
     reason, remedy = _missing_updates(step) or (
         "Adam's state was lost on the way",
         "the checkpoint that the run went on from: it was loaded without its optimizer",
     )
-    return CheckedQuantity(
+    return Comparison(
         WHERE[when],
         name,
         DEPARTS,
@@ -267,7 +267,7 @@ def _missing_updates(step: RecordedStep) -> tuple[str, str] | None:
     return None
 
 
-def _moments(step: RecordedStep, when: str, path: Path) -> CheckedQuantity:
+def _moments(step: RecordedStep, when: str, path: Path) -> Comparison:
     from megatron_r1.why.policy import checkpoint_tensors
 
     name = f"Adam's moments {when}"
@@ -280,7 +280,7 @@ def _moments(step: RecordedStep, when: str, path: Path) -> CheckedQuantity:
     if not total:
         return not_checked(WHERE[when], name, f"{path.name} has no moments")
     fraction = len(empty) / total
-    return CheckedQuantity(
+    return Comparison(
         WHERE[when],
         name,
         DEPARTS if fraction > 0.5 else EQUAL,
@@ -295,7 +295,7 @@ def _moments(step: RecordedStep, when: str, path: Path) -> CheckedQuantity:
     )
 
 
-def _masters(step: RecordedStep, when: str, path: Path) -> CheckedQuantity:
+def _masters(step: RecordedStep, when: str, path: Path) -> Comparison:
     from megatron_r1.why.policy import checkpoint_tensors
 
     name = f"master weights {when}"
@@ -303,7 +303,7 @@ def _masters(step: RecordedStep, when: str, path: Path) -> CheckedQuantity:
     tolerance = 0.0 if step.run_config.model.dtype == "float32" else 2.0**-8
     if not worst:
         return not_checked(WHERE[when], name, f"{path.name} has none")
-    return CheckedQuantity(
+    return Comparison(
         WHERE[when],
         name,
         EQUAL if distance <= tolerance else DEPARTS,
@@ -316,7 +316,7 @@ def _masters(step: RecordedStep, when: str, path: Path) -> CheckedQuantity:
     )
 
 
-def _tied(step: RecordedStep) -> CheckedQuantity:
+def _tied(step: RecordedStep) -> Comparison:
     """Check that a tied head is the embedding in the checkpoints."""
     from megatron_r1.why.policy import checkpoint_tensors
 
@@ -327,7 +327,7 @@ def _tied(step: RecordedStep) -> CheckedQuantity:
     if path is None or not (path / ".metadata").is_file():
         return not_checked(BEFORE, name, "there is no checkpoint")
     distance = checkpoint_tensors.head_from_embedding(path)
-    return CheckedQuantity(
+    return Comparison(
         BEFORE,
         name,
         EQUAL if not distance else DEPARTS,
@@ -340,7 +340,7 @@ def _tied(step: RecordedStep) -> CheckedQuantity:
     )
 
 
-def _moved(step: RecordedStep, worst: str, largest: float, norm: float) -> CheckedQuantity:
+def _moved(step: RecordedStep, worst: str, largest: float, norm: float) -> Comparison:
     """Check that the weights moved, and not further than Adam can.
 
     Args:
@@ -352,7 +352,7 @@ def _moved(step: RecordedStep, worst: str, largest: float, norm: float) -> Check
     limit = MAX_STEP_FACTOR * sum(rates)
     rate = max(rates)
     is_still = largest == 0 and rate > 0 and bool(step.line.get("grad_norm"))
-    return CheckedQuantity(
+    return Comparison(
         FAMILY,
         "size of the change",
         DEPARTS if is_still or largest > limit else EQUAL,
@@ -371,7 +371,7 @@ def _moved(step: RecordedStep, worst: str, largest: float, norm: float) -> Check
     )
 
 
-def check_update(step: RecordedStep, recomputed: Recomputation) -> list[CheckedQuantity]:
+def check_update(step: RecordedStep, recomputed: Recomputation) -> list[Comparison]:
     """Return the comparisons of the change of the weights, and of Adam's moments, with those that
     were recomputed.
 
@@ -386,14 +386,14 @@ def check_update(step: RecordedStep, recomputed: Recomputation) -> list[CheckedQ
     ]
 
 
-def _change(step: RecordedStep, base: RecomputedUpdates) -> CheckedQuantity:
+def _change(step: RecordedStep, base: RecomputedUpdates) -> Comparison:
     name = "change of the weights"
     if base.update_distance is None:
         return not_checked(FAMILY, name, f"there is no checkpoint of step {step.step}")
     tolerance = update_limit(step)
     worst = ", ".join(f"{key} {percent(value)}" for key, value in base.by_parameter[:3])
     odd = [key for key, value in base.by_parameter if value > max(tolerance, ODD)]
-    return CheckedQuantity(
+    return Comparison(
         FAMILY,
         name,
         EQUAL if base.update_distance <= tolerance and not odd else DEPARTS,
@@ -407,11 +407,11 @@ def _change(step: RecordedStep, base: RecomputedUpdates) -> CheckedQuantity:
     )
 
 
-def _moments_made(step: RecordedStep, base: RecomputedUpdates) -> CheckedQuantity:
+def _moments_made(step: RecordedStep, base: RecomputedUpdates) -> Comparison:
     name = "change of Adam's moments"
     if base.moment_distance is None:
         return not_checked(FAMILY, name, f"no checkpoint of step {step.step} has them")
-    return CheckedQuantity(
+    return Comparison(
         FAMILY,
         name,
         DEPARTS if moments_depart(step, base) else EQUAL,

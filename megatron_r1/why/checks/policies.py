@@ -11,8 +11,8 @@ import numpy as np
 
 from megatron_r1.reporting.formatting import finite_metric as finite
 from megatron_r1.reporting.formatting import format_number as number
-from megatron_r1.why.checked_quantity import DEPARTS, EQUAL, ROUNDING, CheckedQuantity, not_checked
 from megatron_r1.why.checks.engine_causes import adapter_scales
+from megatron_r1.why.comparison import DEPARTS, EQUAL, ROUNDING, Comparison, not_checked
 from megatron_r1.why.record.recorded_step import RecordedStep, weights_after
 
 if TYPE_CHECKING:
@@ -22,12 +22,12 @@ POLICIES = "log-probabilities"
 Candidate = tuple[str, str, Callable[[], Sequence[np.ndarray] | None]]
 
 
-def check_policies(step: RecordedStep, recomputed: Recomputation) -> list[CheckedQuantity]:
+def check_policies(step: RecordedStep, recomputed: Recomputation) -> list[Comparison]:
     """Return the comparisons of the trainer's log-probabilities and of its reference."""
     return [_trainer(step, recomputed), _reference(step, recomputed)]
 
 
-def _trainer(step: RecordedStep, recomputed: Recomputation) -> CheckedQuantity:
+def _trainer(step: RecordedStep, recomputed: Recomputation) -> Comparison:
     """Compare logprob_diff/mean, engine's against trainer's, with engine's against transformers."""
     name = "old policy of the trainer"
     logged = finite(step.line, "logprob_diff/mean")
@@ -43,7 +43,7 @@ def _trainer(step: RecordedStep, recomputed: Recomputation) -> CheckedQuantity:
     mean_gap = float(np.concatenate(gaps).mean())
     tolerance = ROUNDING[step.run_config.model.dtype]
     if logged is None:
-        return CheckedQuantity(
+        return Comparison(
             POLICIES,
             name,
             DEPARTS,
@@ -62,7 +62,7 @@ def _trainer(step: RecordedStep, recomputed: Recomputation) -> CheckedQuantity:
         "rollout.temperature in rl.schedule, model.fusions, fp8, parallel; megatron-r1 "
         "check-model with this layout",
     )
-    return CheckedQuantity(
+    return Comparison(
         POLICIES,
         name,
         DEPARTS if departs else EQUAL,
@@ -226,7 +226,7 @@ def last_refresh(step: RecordedStep) -> int:
     return refreshed
 
 
-def _reference(step: RecordedStep, recomputed: Recomputation) -> CheckedQuantity:
+def _reference(step: RecordedStep, recomputed: Recomputation) -> Comparison:
     """Compare the checkpoint's reference with the weights that the settings make it."""
     name = "reference policy"
     if not step.config.rl.kl_beta:
@@ -249,7 +249,7 @@ def _reference(step: RecordedStep, recomputed: Recomputation) -> CheckedQuantity
     reference_model = recomputed.reference_model
     distance = _apart(reference_model, recomputed.model(expected))
     if distance <= tolerance:
-        return CheckedQuantity(
+        return Comparison(
             POLICIES,
             name,
             EQUAL,
@@ -268,7 +268,7 @@ def _reference(step: RecordedStep, recomputed: Recomputation) -> CheckedQuantity
             )
             reason += f": {text}, it is the weights after step {other_step}"
             break
-    return CheckedQuantity(
+    return Comparison(
         POLICIES,
         name,
         DEPARTS,

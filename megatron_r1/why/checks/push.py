@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from megatron_r1.reporting.formatting import finite_metric as finite
 from megatron_r1.reporting.formatting import format_number as number
-from megatron_r1.why.checked_quantity import DEPARTS, EQUAL, ROUNDING, CheckedQuantity, not_checked
+from megatron_r1.why.comparison import DEPARTS, EQUAL, ROUNDING, Comparison, not_checked
 from megatron_r1.why.record.recorded_step import RecordedStep
 
 if TYPE_CHECKING:
@@ -18,18 +18,18 @@ MERGED_ROUNDING = 2.0**-20
 """Relative: sums of weights and products of adapters in float32, in another order."""
 
 
-def check_push(step: RecordedStep, recomputed: Recomputation) -> list[CheckedQuantity]:
+def check_push(step: RecordedStep, recomputed: Recomputation) -> list[Comparison]:
     """Return the comparisons of the weights that left the trainer: to engines, and to hf/."""
     return [_probe(step), _export(step, recomputed)]
 
 
-def _probe(step: RecordedStep) -> CheckedQuantity:
+def _probe(step: RecordedStep) -> Comparison:
     name = "probes of the push"
     value = finite(step.line, "push/probe_diff")
     if "push/probe_diff" not in step.line:
         return not_checked(FAMILY, name, "metrics.jsonl has no push/probe_diff")
     tolerance = 4 * ROUNDING[step.run_config.rollout.dtype]
-    return CheckedQuantity(
+    return Comparison(
         FAMILY,
         name,
         EQUAL if value is not None and value <= tolerance else DEPARTS,
@@ -44,7 +44,7 @@ def _probe(step: RecordedStep) -> CheckedQuantity:
     )
 
 
-def _export(step: RecordedStep, recomputed: Recomputation) -> CheckedQuantity:
+def _export(step: RecordedStep, recomputed: Recomputation) -> Comparison:
     """Compare hf/ with the checkpoint of the last step."""
     name = "exported model"
     if not (step.folder.hf_folder / "config.json").is_file():
@@ -59,7 +59,7 @@ def _export(step: RecordedStep, recomputed: Recomputation) -> CheckedQuantity:
     if has_adapters and not is_fp32:
         return not_checked(FAMILY, name, "adapters are less than rounding of model.dtype")
     tolerance = MERGED_ROUNDING if has_adapters else 0.0 if is_fp32 else 2.0**-8
-    return CheckedQuantity(
+    return Comparison(
         FAMILY,
         name,
         EQUAL if distance <= tolerance else DEPARTS,

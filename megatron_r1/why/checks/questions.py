@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from megatron_r1.data.sampler import PromptSampler
 from megatron_r1.trainer.checkpoints.checkpoint_folders import STATE_FILE
-from megatron_r1.why.checked_quantity import CheckedQuantity, fraction_quantity, not_checked
+from megatron_r1.why.comparison import Comparison, fraction_comparison, not_checked
 from megatron_r1.why.formulas import question_order
 from megatron_r1.why.record.recorded_step import RecordedStep
 
@@ -13,7 +13,7 @@ FAMILY = "files"
 NAME = "questions of the step"
 
 
-def check(step: RecordedStep) -> list[CheckedQuantity]:
+def check(step: RecordedStep) -> list[Comparison]:
     """Return the comparison of a step's questions."""
     drawn = [group.prompt.id for group in step.groups]
     due = _due(step, step.step)
@@ -36,7 +36,7 @@ def check(step: RecordedStep) -> list[CheckedQuantity]:
     elif due is not None and sorted(drawn) == sorted(due):
         reason = f"the questions are those of the step in another order: {reason}"
     return [
-        fraction_quantity(
+        fraction_comparison(
             FAMILY,
             NAME,
             f"those of {len(drawn):,} groups with the order of run.seed",

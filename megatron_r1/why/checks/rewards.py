@@ -18,12 +18,12 @@ from r1_grading.terms import ACCURACY, FACTS, RewardTerms
 from megatron_r1.controller.rollouts.rollout import GradedResponse, all_responses
 from megatron_r1.reporting.formatting import finite_metric as finite
 from megatron_r1.reporting.formatting import format_number as number
-from megatron_r1.why.checked_quantity import (
+from megatron_r1.why.comparison import (
     DEPARTS,
     EQUAL,
-    CheckedQuantity,
+    Comparison,
     ResponseIndex,
-    fraction_quantity,
+    fraction_comparison,
     not_checked,
 )
 from megatron_r1.why.formulas import are_equal
@@ -47,7 +47,7 @@ ROUNDING = 1e-6
 """Sums of a few float64 numbers."""
 
 
-def check(step: RecordedStep) -> list[CheckedQuantity]:
+def check(step: RecordedStep) -> list[Comparison]:
     """Return the comparisons of a step's rewards."""
     regraded = _graded(step)
     return [
@@ -59,7 +59,7 @@ def check(step: RecordedStep) -> list[CheckedQuantity]:
     ]
 
 
-def _sums(step: RecordedStep) -> CheckedQuantity:
+def _sums(step: RecordedStep) -> Comparison:
     """Check that rewards are the weighted sums of their terms."""
     concerned: list[ResponseIndex] = []
     worst, reason = 0.0, ""
@@ -80,7 +80,7 @@ def _sums(step: RecordedStep) -> CheckedQuantity:
         for index in concerned
     ):
         reason = f"rewards are the sums of the terms without their weights: {reason}"
-    return fraction_quantity(
+    return fraction_comparison(
         FAMILY,
         "sum of the terms",
         f"{len(step.responses):,} rewards with rewards.weights "
@@ -169,7 +169,7 @@ class _Verdicts:
         return "; ".join(parts)
 
 
-def _second_reader(step: RecordedStep) -> CheckedQuantity:
+def _second_reader(step: RecordedStep) -> Comparison:
     """Compare accuracies with math-verify's, of answers that responses state plainly."""
     name = "math-verify's verdict"
     try:
@@ -194,7 +194,7 @@ def _second_reader(step: RecordedStep) -> CheckedQuantity:
     remedy = "the rewards' reader: rewards.reading, or the truths of data.path"
     if verdicts.rejected.get(HASHES):
         remedy = "rewards.reading: auto, or last: the reader misses ####"
-    return fraction_quantity(
+    return fraction_comparison(
         FAMILY,
         name,
         f"the accuracy of {verdicts.total:,} responses with math-verify's",
@@ -295,7 +295,7 @@ async def _grades(step: RecordedStep) -> dict[ResponseIndex, dict[str, Grade]]:
     return by_response
 
 
-def _order(step: RecordedStep, regraded: Grades) -> CheckedQuantity:
+def _order(step: RecordedStep, regraded: Grades) -> Comparison:
     """Check that no response has the accuracy of another one of its group.
 
     Args:
@@ -328,7 +328,7 @@ def _order(step: RecordedStep, regraded: Grades) -> CheckedQuantity:
         ]
     shift = min(by_shift, key=lambda offset: (len(by_shift[offset]), offset))
     is_other = shift and not by_shift[shift]
-    return fraction_quantity(
+    return fraction_comparison(
         FAMILY,
         name,
         f"the accuracies of {len(groups):,} groups with those of other responses of the group",
@@ -341,7 +341,7 @@ def _order(step: RecordedStep, regraded: Grades) -> CheckedQuantity:
     )
 
 
-def _graded_again(step: RecordedStep, regraded: Grades) -> CheckedQuantity:
+def _graded_again(step: RecordedStep, regraded: Grades) -> Comparison:
     """Check each term with the graders of this version and the run's settings.
 
     Args:
@@ -371,7 +371,7 @@ def _graded_again(step: RecordedStep, regraded: Grades) -> CheckedQuantity:
             else f"the term {term}: rewards.options.{term}, or what changes it after the graders"
         )
     terms = ", ".join(dict.fromkeys(chain.from_iterable(regraded.values())))
-    return fraction_quantity(
+    return fraction_comparison(
         FAMILY,
         name,
         f"{terms} of {len(regraded):,} responses with this version's",
@@ -417,7 +417,7 @@ def _describe_departures(
     return text
 
 
-def _metrics(step: RecordedStep) -> list[CheckedQuantity]:
+def _metrics(step: RecordedStep) -> list[Comparison]:
     """Compare means over the logged responses with metrics.jsonl."""
     groups = step.groups + step.filtered_groups
     responses = all_responses(groups)
@@ -450,7 +450,7 @@ def _metrics(step: RecordedStep) -> list[CheckedQuantity]:
     worst = max(gaps, key=lambda name: gaps[name])
     is_equal = gaps[worst] <= ROUNDING * max(1.0, abs(means[worst]))
     return [
-        CheckedQuantity(
+        Comparison(
             FAMILY,
             "metrics of the rollout",
             EQUAL if is_equal else DEPARTS,

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 from megatron_r1.reporting.formatting import finite_metric as finite
 from megatron_r1.reporting.formatting import format_percent as percent
-from megatron_r1.why.checked_quantity import (
+from megatron_r1.why.checks.sampling import FAMILY
+from megatron_r1.why.comparison import (
     DEPARTS,
     EQUAL,
     CannotRecompute,
-    CheckedQuantity,
+    Comparison,
     not_checked,
 )
-from megatron_r1.why.checks.sampling import FAMILY
 from megatron_r1.why.record.recorded_step import RecordedStep
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ SHIFTS = {"before": 1, "after": -1}
 """A token that experts may be of, in place of their own, with its shift (`shifted_experts`)."""
 
 
-def check_routing(step: RecordedStep, recomputed: Recomputation) -> list[CheckedQuantity]:
+def check_routing(step: RecordedStep, recomputed: Recomputation) -> list[Comparison]:
     """Check that engines choose the experts that the trainer's routers would: replay hides where
     they do not. Nothing is compared where experts are not replayed."""
     if not step.config.rl.routing_replay:
@@ -45,7 +45,7 @@ def check_routing(step: RecordedStep, recomputed: Recomputation) -> list[Checked
         reason = "routing/agreement is not a number in metrics.jsonl"
         remedy = "what makes NaN in the trainer's routers: model.dtype, fp8, its checkpoint"
         return [
-            CheckedQuantity(
+            Comparison(
                 *(FAMILY, NAME, DEPARTS, "routing/agreement of metrics.jsonl", math.inf, tolerance),
                 reason=reason,
                 remedy=remedy,
@@ -56,7 +56,7 @@ def check_routing(step: RecordedStep, recomputed: Recomputation) -> list[Checked
         _explained(recomputed, distance, tolerance) if distance > tolerance else ("", "")
     )
     return [
-        CheckedQuantity(
+        Comparison(
             FAMILY,
             NAME,
             EQUAL if distance <= tolerance else DEPARTS,

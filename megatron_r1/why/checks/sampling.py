@@ -8,10 +8,10 @@ from collections import Counter
 
 import numpy as np
 
-from megatron_r1.why.checked_quantity import (
-    CheckedQuantity,
+from megatron_r1.why.comparison import (
+    Comparison,
     ResponseIndex,
-    fraction_quantity,
+    fraction_comparison,
     not_checked,
 )
 from megatron_r1.why.record.recorded_step import RecordedStep
@@ -21,13 +21,13 @@ FALSE_ALARM = 1e-9
 """The probability of a departure of `draws of a group` in a step without a fault."""
 
 
-def check_settings(step: RecordedStep) -> list[CheckedQuantity]:
+def check_settings(step: RecordedStep) -> list[Comparison]:
     """Return the comparisons of what was logged of the sampling."""
     comparisons = [_kept_tokens(step)] if step.config.rollout.truncates_sampling else []
     return [_settings(step), _limits(step), _versions(step), _draws(step), *comparisons]
 
 
-def _settings(step: RecordedStep) -> CheckedQuantity:
+def _settings(step: RecordedStep) -> Comparison:
     """Check what the engines were asked for."""
     name = "settings of the engines"
     rollout = step.config.rollout
@@ -68,7 +68,7 @@ def _settings(step: RecordedStep) -> CheckedQuantity:
         )
     reason = "; ".join(text for text, _ in different.most_common(3))
     key = reason.partition(" ")[0]
-    return fraction_quantity(
+    return fraction_comparison(
         FAMILY,
         name,
         f"temperature, cut, limit and stops of {logged:,} groups with the settings",
@@ -80,7 +80,7 @@ def _settings(step: RecordedStep) -> CheckedQuantity:
     )
 
 
-def _limits(step: RecordedStep) -> CheckedQuantity:
+def _limits(step: RecordedStep) -> Comparison:
     """Check that responses that were cut off have as many tokens as the limit."""
     rollout = step.config.rollout
     limit = rollout.max_response_tokens
@@ -99,7 +99,7 @@ def _limits(step: RecordedStep) -> CheckedQuantity:
     reason = f"{len(shorter):,} responses are cut off at {longest:,} tokens at most, the limit is "
     if longer:
         reason = f"{len(longer):,} responses are longer than the limit, "
-    return fraction_quantity(
+    return fraction_comparison(
         FAMILY,
         "limit of the response",
         f"{len(cut):,} responses that are cut off with the limit of {limit:,} tokens",
@@ -111,7 +111,7 @@ def _limits(step: RecordedStep) -> CheckedQuantity:
     )
 
 
-def _versions(step: RecordedStep) -> CheckedQuantity:
+def _versions(step: RecordedStep) -> Comparison:
     """Check that the policy that sampled is not older than rl.staleness allows."""
     newest = step.step - 1
     oldest = newest - step.config.rl.staleness
@@ -131,7 +131,7 @@ def _versions(step: RecordedStep) -> CheckedQuantity:
         (version, _), *_ = wrong_versions.most_common(1)
         names = ", ".join(name for name, _ in engines.most_common(4))
         reason = f"{names} sampled with version {version}, the step trains version {newest}"
-    return fraction_quantity(
+    return fraction_comparison(
         FAMILY,
         "version of the weights",
         f"the versions of all tokens with {oldest} to {newest}",
@@ -145,7 +145,7 @@ def _versions(step: RecordedStep) -> CheckedQuantity:
     )
 
 
-def _draws(step: RecordedStep) -> CheckedQuantity:
+def _draws(step: RecordedStep) -> Comparison:
     """Check that responses of a group are not the same tokens beyond chance.
 
     That two of N pairs are the same response, whose probability is below p, has by independent
@@ -169,7 +169,7 @@ def _draws(step: RecordedStep) -> CheckedQuantity:
                 concerned += copy_indices
                 logprob = sum(group.responses[copy_indices[0][1]].response.logprobs)
                 least, largest = min(least, logprob), max(largest, len(copy_indices))
-    return fraction_quantity(
+    return fraction_comparison(
         FAMILY,
         name,
         f"the responses of {len(groups):,} groups with one another",
@@ -183,7 +183,7 @@ def _draws(step: RecordedStep) -> CheckedQuantity:
     )
 
 
-def _kept_tokens(step: RecordedStep) -> CheckedQuantity:
+def _kept_tokens(step: RecordedStep) -> Comparison:
     """Check that every token is among those that its engine kept of the vocabulary."""
     concerned: dict[ResponseIndex, None] = {}
     num_tokens = 0
@@ -195,7 +195,7 @@ def _kept_tokens(step: RecordedStep) -> CheckedQuantity:
         if not is_kept.all():
             concerned[sequence.response] = None
             num_tokens += int((~is_kept).sum())
-    return fraction_quantity(
+    return fraction_comparison(
         FAMILY,
         "tokens that the engines kept",
         "every sampled token with the ids that its engine drew it from",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_r1.models.experts import expert_fields
 from megatron_r1.models.hf_config import resolve_aliases
-from megatron_r1.why.checked_quantity import CannotRecompute
+from megatron_r1.why.comparison import CannotRecompute
 
 ROUTER_ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 2.0**-5}
 """The largest relative distance of a router's weights from `expert_weights` of its own choice."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_r1.models.sampling_mask import decode_mask
-from megatron_r1.why.checked_quantity import CannotRecompute
+from megatron_r1.why.comparison import CannotRecompute
 from megatron_r1.why.policy import adapters, checkpoint_model, routed_experts, token_logprobs
 from megatron_r1.why.policy.token_logprobs import TokenRow
 from megatron_r1.why.record.recorded_step import RecordedStep, TokenSequence, weights_after

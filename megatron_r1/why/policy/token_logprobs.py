@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parametrize
 
-from megatron_r1.why.checked_quantity import CannotRecompute
+from megatron_r1.why.comparison import CannotRecompute
 from megatron_r1.why.policy.expert_replay import replayed_experts
 
 TOKENS_AT_ONCE, LOGITS_AT_ONCE = 4096, 2**26

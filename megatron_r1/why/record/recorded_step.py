@@ -25,7 +25,7 @@ from megatron_r1.models.sampling_mask import DecodedMask, decode_mask
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.trainer.checkpoints import checkpoint_folders as checkpoints
 from megatron_r1.why import formulas
-from megatron_r1.why.checked_quantity import ResponseIndex
+from megatron_r1.why.comparison import ResponseIndex
 
 MAX_LONGER = 16
 """How many times longer or shorter a run may have been planned than it is now."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_r1.why.checked_quantity import CannotRecompute
+from megatron_r1.why.comparison import CannotRecompute
 from megatron_r1.why.policy import checkpoint_model, model_distance
 from megatron_r1.why.policy.adapters import trained_parameters
 from megatron_r1.why.record.recorded_step import RecordedStep

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_r1.controller.trainer_calls.packing import pack, sample_cost
 from megatron_r1.why import formulas
-from megatron_r1.why.checked_quantity import CannotRecompute
+from megatron_r1.why.comparison import CannotRecompute
 from megatron_r1.why.policy import checkpoint_model, token_logprobs
 from megatron_r1.why.policy.adapters import trained_parameters
 from megatron_r1.why.policy.policy_logprobs import PolicyLogprobs, own_experts

@@ -30,13 +30,13 @@ def test_a_step_has_all_changes_up_to_it():
     ]
     first, second, third = (32768, 3e-6, 1e-3), (65536, 1e-6, 1e-3), (65536, 5e-7, 0.0)
     assert seen == [first, first, second, second, third, third]
-    assert [step for step, _ in config.phases()] == [1, 3, 5]
+    assert [step for step, _ in config.schedule_parts()] == [1, 3, 5]
     assert config.at(2) == config.at(1)
 
 
 def test_a_change_at_the_first_step_is_no_phase_of_its_own():
     config = scheduled({"from_step": 1, "rl.kl_beta": 0.5})
-    assert [(step, c.rl.kl_beta) for step, c in config.phases()] == [(1, 0.5)]
+    assert [(step, c.rl.kl_beta) for step, c in config.schedule_parts()] == [(1, 0.5)]
 
 
 def test_kinds_of_questions_and_weights_of_rewards_change_as_a_whole():
@@ -84,7 +84,7 @@ def test_engines_have_room_for_the_longest_responses_of_the_run(monkeypatch):
 
 def test_r1_zero_has_the_papers_two_phases():
     config = load(R1_ZERO)
-    (_, before), (step, after) = config.phases()
+    (_, before), (step, after) = config.schedule_parts()
     lengths = before.rollout.max_response_tokens, after.rollout.max_response_tokens
     assert lengths == (32768, 65536)
     # arXiv 2501.12948 v2: from optimizer step 8,200 on; a rollout has 16.

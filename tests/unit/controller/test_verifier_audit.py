@@ -12,12 +12,12 @@ from refusals import refused
 from megatron_r1.base.errors import Cause
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group
 from megatron_r1.controller.rollouts.sample_log import decode, encode, pack, unpack
-from megatron_r1.controller.verifier_audit import audit, logged_answers
+from megatron_r1.controller.verifier_audit import audit, logged_responses
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.engines.server.responses import Response
 from megatron_r1.evaluation.verifier_errors import (
     AnswerContent,
-    GradedAnswer,
+    AuditedResponse,
     SecondMethodJudge,
     SecondVerdict,
     classify_verdict,
@@ -26,17 +26,17 @@ from megatron_r1.evaluation.verifier_errors import (
 )
 
 
-def answers_with(errors, *, num=900, group_size=6, source=lambda place: "a"):
-    """Graded answers and which of their verdicts are wrong: those of `errors(place, label)`."""
+def responses_with(errors, *, num=900, group_size=6, source=lambda place: "a"):
+    """Graded responses and which of their verdicts are wrong: those of `errors(place, label)`."""
     rng = random.Random(5)
-    answers, wrong = [], set()
+    responses, wrong = [], set()
     for number in range(num):
         place, label = f"line {number}", rng.random() < 0.4
         is_wrong = errors(number, label)
         reward = float(label != is_wrong)
         content = AnswerContent("", "13", {})
-        answers.append(
-            GradedAnswer(
+        responses.append(
+            AuditedResponse(
                 place,
                 source(number),
                 "math",
@@ -48,20 +48,20 @@ def answers_with(errors, *, num=900, group_size=6, source=lambda place: "a"):
         )
         if is_wrong:
             wrong.add(place)
-    return answers, wrong
+    return responses, wrong
 
 
 def judge_with(wrong, undecided=()):
-    async def judge(answer):
-        outcome = "wrong" if answer.id in wrong else "confirmed"
-        return SecondVerdict("undecided" if answer.id in undecided else outcome, "")
+    async def judge(response):
+        outcome = "wrong" if response.id in wrong else "confirmed"
+        return SecondVerdict("undecided" if response.id in undecided else outcome, "")
 
     return judge
 
 
-def true_fraction(answers, wrong, is_accepted, source=None):
-    of = [a for a in answers if a.is_accepted is is_accepted and source in (None, a.source)]
-    return sum(answer.id in wrong for answer in of) / len(of)
+def true_fraction(responses, wrong, is_accepted, source=None):
+    of = [a for a in responses if a.is_accepted is is_accepted and source in (None, a.source)]
+    return sum(response.id in wrong for response in of) / len(of)
 
 
 def least_covered(trials, rate=0.95, alpha=1e-3):
@@ -86,18 +86,18 @@ PLANTED = {
 @pytest.mark.parametrize("num_seeds", [60, pytest.param(400, marks=pytest.mark.more)])
 @pytest.mark.parametrize("errors", PLANTED.values(), ids=PLANTED)
 def test_intervals_cover_planted_rates_about_as_often_as_they_say(errors, num_seeds):
-    answers, wrong = answers_with(errors, source=lambda number: "ab"[number % 3 == 0])
+    responses, wrong = responses_with(errors, source=lambda number: "ab"[number % 3 == 0])
     # Some that the second method cannot decide.
-    undecided = {answer.id for answer in answers[::29]}
+    undecided = {response.id for response in responses[::29]}
     judge = judge_with(wrong, undecided)
     truths = {
-        (source, is_accepted): true_fraction(answers, wrong, is_accepted, source)
+        (source, is_accepted): true_fraction(responses, wrong, is_accepted, source)
         for source in ("a", "b", None)
         for is_accepted in (False, True)
     }
     covered = dict.fromkeys(truths, 0)
     for seed in range(num_seeds):
-        result = asyncio.run(audit(answers, judge, size=120, seed=seed, num_groups=0))
+        result = asyncio.run(audit(responses, judge, size=120, seed=seed, num_groups=0))
         for source, rates in (*result.sources.items(), (None, result.overall)):
             for is_accepted, fraction in (
                 (False, rates.wrongly_rejected),
@@ -114,9 +114,9 @@ def test_intervals_cover_planted_rates_about_as_often_as_they_say(errors, num_se
 
 def test_a_planted_fault_is_told_from_none():
     """A quarter of right answers rejected: the lower end is above 0 for every seed."""
-    answers, wrong = answers_with(PLANTED["all fractions rejected"])
+    responses, wrong = responses_with(PLANTED["all fractions rejected"])
     for seed in range(50):
-        result = asyncio.run(audit(answers, judge_with(wrong), size=100, seed=seed, num_groups=0))
+        result = asyncio.run(audit(responses, judge_with(wrong), size=100, seed=seed, num_groups=0))
         assert result.overall.wrongly_rejected.low > 0, seed
         assert result.overall.wrongly_accepted.low == 0, seed
 
@@ -145,8 +145,8 @@ def test_a_verdict_is_wrong_only_where_both_readings_contradict_it(
 
 
 def test_a_draw_takes_as_many_of_each_stratum_and_small_ones_whole():
-    answers, _ = answers_with(PLANTED["none"], source=lambda number: "ab"[number < 12])
-    strata = group_by_stratum(answers)
+    responses, _ = responses_with(PLANTED["none"], source=lambda number: "ab"[number < 12])
+    strata = group_by_stratum(responses)
     assert {key[0] for key in strata} == {"a", "b"}
     drawn = draw_sample(strata, 100, seed=1)
     sizes = {key: len(some) for key, some in drawn.items()}
@@ -156,7 +156,7 @@ def test_a_draw_takes_as_many_of_each_stratum_and_small_ones_whole():
     large = [sizes[key] for key in sizes if key[0] == "a"]
     assert max(large) - min(large) <= 1
     assert draw_sample(strata, 100, seed=1) == drawn != draw_sample(strata, 100, seed=2)
-    places = [answer.id for some in drawn.values() for answer in some]
+    places = [response.id for some in drawn.values() for response in some]
     assert len(set(places)) == 100
     with refused("--size", Cause.OUT_OF_RANGE, 3, 4):
         draw_sample(strata, 3, seed=1)
@@ -183,12 +183,12 @@ def test_advantages_of_a_logged_group_are_those_of_the_corrected_rewards():
         ],
     )
     group = unpack(decode(encode(pack(0, group))), prompt)
-    answers = list(logged_answers([group], "step 7", {"accuracy": 2.0, "format": 1.0}))
-    assert [answer.total for answer in answers] == [2.5, 0.5, 0.5, None]
-    assert {answer.source for answer in answers} == {"halves"}
-    assert answers[1].load().fields["question"] == "half?"
-    wrong = {answers[1].id}
-    result = asyncio.run(audit(answers, judge_with(wrong), size=10))
+    responses = list(logged_responses([group], "step 7", {"accuracy": 2.0, "format": 1.0}))
+    assert [response.total for response in responses] == [2.5, 0.5, 0.5, None]
+    assert {response.source for response in responses} == {"halves"}
+    assert responses[1].load().fields["question"] == "half?"
+    wrong = {responses[1].id}
+    result = asyncio.run(audit(responses, judge_with(wrong), size=10))
     # Of 2.5, 0.5, 0.5 and of 2.5, 2.5, 0.5.
     before = [sqrt(2), -1 / sqrt(2), -1 / sqrt(2), 0.0]
     after = [1 / sqrt(2), 1 / sqrt(2), -sqrt(2), 0.0]
@@ -196,7 +196,7 @@ def test_advantages_of_a_logged_group_are_those_of_the_corrected_rewards():
     assert result.effect.mean_change.value == pytest.approx(change, rel=1e-5)
     assert result.effect.sign_changes.value == 1.0
     assert result.num_ungraded == 1
-    assert [answer.id for answer, _ in result.concerned] == sorted(wrong)
+    assert [response.id for response, _ in result.concerned] == sorted(wrong)
     assert result.overall.wrongly_rejected.value == 0.5
     assert result.as_json()["concerned"][0]["response"] == "<answer>1/2</answer>"
 
@@ -204,9 +204,9 @@ def test_advantages_of_a_logged_group_are_those_of_the_corrected_rewards():
 def test_undecided_verdicts_widen_the_effect_to_both_sides():
     prompt = make_prompt("half?", "math", "1/2", {})
     groups = [Group(prompt, [], [logged(1.0), logged(0.0)]) for _ in range(4)]
-    answers = list(logged_answers(groups, "step 1", {"accuracy": 1.0}))
-    undecided = {answers[0].id, answers[2].id}
-    result = asyncio.run(audit(answers, judge_with((), undecided), size=8))
+    responses = list(logged_responses(groups, "step 1", {"accuracy": 1.0}))
+    undecided = {responses[0].id, responses[2].id}
+    result = asyncio.run(audit(responses, judge_with((), undecided), size=8))
     # Reversed, both of two groups' responses are rejected: advantages of 1 and -1 become 0.
     assert result.effect.mean_change.low == 0.0
     assert result.effect.mean_change.high >= 0.5
@@ -221,10 +221,10 @@ def test_kinds_without_a_second_method_are_counted_and_not_drawn():
     groups = [Group(prompt, [], [logged(1.0)])]
     groups += [Group(make_prompt("half?", "math", "1/2", {}), [], [logged(1.0)])]
     result = asyncio.run(
-        audit(list(logged_answers(groups, "step 1", {"accuracy": 1.0})), judge_with(()))
+        audit(list(logged_responses(groups, "step 1", {"accuracy": 1.0})), judge_with(()))
     )
     assert result.without_method == {"judge": 1}
-    assert result.num_answers == 1 and len(result.judged) == 1 and result.effect is None
+    assert result.num_responses == 1 and len(result.judged) == 1 and result.effect is None
 
 
 class Pool:
@@ -253,8 +253,8 @@ class Pool:
 def test_programs_whose_verdict_changes_are_flaky(rewards, outcome, left):
     pool = Pool(*rewards)
     content = AnswerContent("```python\nprint(1)\n```", {}, {})
-    answer = GradedAnswer("1", "-", "code", None, 1.0, 1.0, lambda: content)
-    finding = asyncio.run(SecondMethodJudge(pool, {}).judge(answer))
+    response = AuditedResponse("1", "-", "code", None, 1.0, 1.0, lambda: content)
+    finding = asyncio.run(SecondMethodJudge(pool, {}).judge(response))
     assert finding.outcome == outcome
     assert len(pool.rewards) == left
     assert finding.reason.startswith("flaky") == (outcome == "undecided" and rewards[0] is not None)

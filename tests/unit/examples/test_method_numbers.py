@@ -48,8 +48,8 @@ def test_grpo(name):
     assert not algorithms.find_rules(rl.algorithm).kl_in_reward  # but in the loss
     assert rl.questions_per_rollout / rl.minibatches == 32  # questions of an optimizer step
     assert rl.questions_per_rollout * rl.group_size == 8192  # outputs of a rollout
-    for _, phase in config.phases():
-        size = phase.rl.questions_per_rollout * phase.rl.group_size / phase.rl.minibatches
+    for _, part in config.schedule_parts():
+        size = part.rl.questions_per_rollout * part.rl.group_size / part.rl.minibatches
         assert size == 512  # sequences of an optimizer step, in every part of the run
 
 
@@ -57,7 +57,7 @@ def test_grpo(name):
 def test_r1_zero(name):
     config = recipe(name)
     assert num_updates(config) == 10_400 == num_updates(Config())
-    _, (step, after) = config.phases()
+    _, (step, after) = config.schedule_parts()
     assert after.rollout.max_response_tokens == 65536
     assert config.updates_before(step) < 8200 <= config.updates_before(step + 1)  # B.4.1
 
@@ -87,11 +87,11 @@ def test_the_800k_samples():
 def test_rl_for_all_scenarios_is_one_run_whose_last_400_steps_have_preference_rewards():
     config = recipe("all_scenarios_rl")
     assert num_updates(config) == 1_700
-    assert {phase.rollout.temperature for _, phase in config.phases()} == {0.7}
+    assert {part.rollout.temperature for _, part in config.schedule_parts()} == {0.7}
     general = {"helpful", "safety"}
     drawn = {
-        step: {kind for kind in general if phase.rl.kind_weights.get(kind, 1) > 0}
-        for step, phase in config.phases()
+        step: {kind for kind in general if part.rl.kind_weights.get(kind, 1) > 0}
+        for step, part in config.schedule_parts()
     }
     first = min(step for step, kinds in drawn.items() if kinds)
     assert all(kinds == (general if step >= first else set()) for step, kinds in drawn.items())

@@ -53,16 +53,16 @@ def test_a_layout_means_what_it_means_to_megatron(layout, pipeline, virtual, num
     assert [len(chunks) for chunks in ours] == [virtual] * pipeline
     # Without process groups their offsets are known by counting in the order of the pipeline.
     start = 0
-    for chunk in range(virtual):
+    for virtual_rank in range(virtual):
         for rank in range(pipeline):
-            stage, kinds = ours[rank][chunk], theirs.layout[rank][chunk]
+            chunk, kinds = ours[rank][virtual_rank], theirs.layout[rank][virtual_rank]
             length = kinds.count(LayerType.decoder)
-            assert stage.layers == tuple(range(start, start + length)), (rank, chunk)
-            assert stage.embedding == (LayerType.embedding in kinds)
-            assert stage.mtp == (LayerType.mtp in kinds)
-            assert stage.head == (LayerType.loss in kinds)
+            assert chunk.layers == tuple(range(start, start + length)), (rank, virtual_rank)
+            assert chunk.embedding == (LayerType.embedding in kinds)
+            assert chunk.mtp == (LayerType.mtp in kinds)
+            assert chunk.head == (LayerType.loss in kinds)
             # transformer_block.py, has_final_layernorm_in_this_stage
-            assert stage.final_norm == (num_layers - 1 in stage.layers if num_mtp else stage.head)
+            assert chunk.final_norm == (num_layers - 1 in chunk.layers if num_mtp else chunk.head)
             start += length
 
 
@@ -100,7 +100,7 @@ def test_repetitions_unroll():
 def test_virtual_stages_take_turns():
     # Megatron's interleaved schedule: 8 layers, 2 stages, 2 virtual stages.
     held = pipeline_stages(8, 2, 2)
-    assert [[s.layers for s in chunks] for chunks in held] == [[(0, 1), (4, 5)], [(2, 3), (6, 7)]]
+    assert [[c.layers for c in chunks] for chunks in held] == [[(0, 1), (4, 5)], [(2, 3), (6, 7)]]
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_uneven_stages_hold_every_parameter_once(layout, pipeline):
 
 def test_layers_that_do_not_divide_are_spread_with_the_ends_shorter():
     def lengths(*size, **mtp):
-        return [len(stage.layers) for chunks in pipeline_stages(*size, **mtp) for stage in chunks]
+        return [len(chunk.layers) for chunks in pipeline_stages(*size, **mtp) for chunk in chunks]
 
     assert lengths(61, 16, num_mtp=1) == [3] + [4] * 13 + [3, 3]
     assert lengths(30, 4) == [7, 8, 8, 7]

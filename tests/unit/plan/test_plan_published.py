@@ -57,12 +57,12 @@ def test_the_plan_s_numbers_are_those_of_least_error_on_the_calibrating_half(run
 
 def test_every_published_run_lies_in_its_range(runs):
     for run in runs:
-        section = time_section(run.phases[0].times({}))
+        section = time_section(run.schedule_parts[0].times({}))
         if run.number in section:
             part = section[run.number]
             inside = part.low <= run.published <= part.high
             assert part.high / part.low <= 4
-        else:  # hours of all phases, and the MFU, whose inverse is a time
+        else:  # hours of all parts, and the MFU, whose inverse is a time
             inside = 1 / 1.96 <= run.predicted() / run.published <= 1.96
         assert inside and is_in_range(run.ratio()), run.name
 
@@ -70,7 +70,7 @@ def test_every_published_run_lies_in_its_range(runs):
 def test_engines_have_a_gpu_s_memory_besides_the_plan_s_receive_buffer(runs):
     """The systems compared load weights piece by piece: each has what its own GPU has."""
     for run in runs:
-        job = run.phases[0].job
+        job = run.schedule_parts[0].job
         if job.rollout_gpus:
             spare = job.hardware.memory - EngineMemory(job, 0).receive_buffer_bytes
             assert 0 <= spare - HARDWARE[job.hardware.name].memory <= 1.5 * GIB, run.name
@@ -133,7 +133,7 @@ def test_outside_a_checkout_it_says_where_to_start(tmp_path, monkeypatch, capsys
 
 def test_a_run_s_hours_are_its_phases():
     chosen, overrides = parse([str(RECIPE)])
-    assert [step for step, _ in load_recipe(RECIPE, overrides).phases()] == [1, 513]
+    assert [step for step, _ in load_recipe(RECIPE, overrides).schedule_parts()] == [1, 513]
     first, second = (
         JobEstimate(planned_job(RECIPE, chosen, overrides, n)).step.number for n in (512, 650)
     )

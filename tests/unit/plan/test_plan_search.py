@@ -46,6 +46,6 @@ def test_suggested_layouts_hold_every_layer(chunks):
     layout = even_layout(61, 1, chunks)
     stages = weights.pipeline_stages(61, chunks, num_mtp=1, layout=layout)
     PipelineParallelLayerLayout(layout, chunks).validate_layer_layout(61, 1)
-    lengths = [len(stage.layers) for rank in stages for stage in rank]
+    lengths = [len(chunk.layers) for stage in stages for chunk in stage]
     assert sum(lengths) == 61 and max(lengths[:-1]) - min(lengths[:-1]) <= 1
     assert 1 <= lengths[-1] <= max(lengths)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from megatron_r1.why.checked_quantity import CannotRecompute
+from megatron_r1.why.comparison import CannotRecompute
 from megatron_r1.why.policy.expert_replay import replayed_experts
 from megatron_r1.why.policy.policy_logprobs import shifted_experts
 from megatron_r1.why.policy.routed_experts import chosen_experts

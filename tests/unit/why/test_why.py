@@ -31,8 +31,8 @@ from megatron_r1.models.sampling_mask import encode_mask
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.trainer.checkpoints.checkpoint_folders import checkpoint_path, write_manifest
 from megatron_r1.why import formulas
-from megatron_r1.why.checked_quantity import CheckedQuantity
 from megatron_r1.why.checks import files, loss, optimizer, questions, rewards, sampling
+from megatron_r1.why.comparison import Comparison
 from megatron_r1.why.examination import examine
 from megatron_r1.why.record.recorded_step import RecordedStep
 from megatron_r1.why.record.step_reader import choose, examinable, open_run, read_step
@@ -146,11 +146,11 @@ def planted(tmp_path) -> Planted:
     return Planted(tmp_path)
 
 
-def checks(step: RecordedStep) -> list[CheckedQuantity]:
+def checks(step: RecordedStep) -> list[Comparison]:
     return [*files.check(step), *sampling.check_settings(step), *rewards.check(step)]
 
 
-def named(step: RecordedStep) -> CheckedQuantity:
+def named(step: RecordedStep) -> Comparison:
     """The first departure, with all that departs in the message of a failure."""
     found = [each for each in checks(step) if each.departs]
     assert found, [str(each) for each in checks(step)]

@@ -8,8 +8,8 @@ import pytest
 import torch
 from test_expert_replay import random_model, random_row, with_experts
 
-from megatron_r1.why.checked_quantity import CannotRecompute
 from megatron_r1.why.checks.routing import check_routing
+from megatron_r1.why.comparison import CannotRecompute
 from megatron_r1.why.policy.policy_logprobs import PolicyLogprobs, own_experts
 from megatron_r1.why.policy.routed_experts import seen_experts
 from megatron_r1.why.policy.token_logprobs import token_logits
@@ -47,22 +47,22 @@ def recomputed_with(agreement_by_shift: dict[int, float] | None):
     ],
 )
 def test_other_experts_are_explained(agreement_by_shift, words):
-    (quantity,) = check_routing(step_with(0.6), recomputed_with(agreement_by_shift))
-    assert quantity.departs and quantity.distance == pytest.approx(0.4)
-    assert words in quantity.reason
+    (comparison,) = check_routing(step_with(0.6), recomputed_with(agreement_by_shift))
+    assert comparison.departs and comparison.distance == pytest.approx(0.4)
+    assert words in comparison.reason
     is_explained = agreement_by_shift is not None and 1.0 in agreement_by_shift.values()
-    assert ("e_score_correction_bias" in quantity.remedy) is not is_explained
+    assert ("e_score_correction_bias" in comparison.remedy) is not is_explained
 
 
 def test_equal_experts_are_not_recomputed():
-    (quantity,) = check_routing(step_with(0.9995), None)
-    assert quantity.status == "equal"
+    (comparison,) = check_routing(step_with(0.9995), None)
+    assert comparison.status == "equal"
 
 
 @pytest.mark.parametrize("step", [step_with(None), step_with(0.5, version=1)])
 def test_what_is_not_logged_or_of_earlier_weights_is_not_checked(step):
-    (quantity,) = check_routing(step, None)
-    assert quantity.status == "not checked"
+    (comparison,) = check_routing(step, None)
+    assert comparison.status == "not checked"
 
 
 def test_without_replay_nothing_is_compared():

@@ -16,7 +16,7 @@ from megatron_r1.trainer.token_advantages import (
     standardize,
     sums_for_standardization,
 )
-from megatron_r1.why.checked_quantity import CannotRecompute
+from megatron_r1.why.comparison import CannotRecompute
 from megatron_r1.why.policy.token_logprobs import TokenRow, logprobs
 from megatron_r1.why.update.adam import Adam, AdamRules
 from megatron_r1.why.update.loss_formulas import LossRules

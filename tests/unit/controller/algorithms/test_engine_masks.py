@@ -266,5 +266,5 @@ def test_bounds_and_methods_without_a_meaning_are_refused(rl, key, cause):
 
 def test_a_schedule_may_begin_a_mask():
     schedule = [{"from_step": 5, "rl.engine_mask": "token", "rl.engine_mask_high": 3.0}]
-    phases = dict(parse({"rl": {"schedule": schedule}}).phases())
-    assert phases[5].rl.engine_mask_settings == EngineMask("token", 0.5, 3.0)
+    parts = dict(parse({"rl": {"schedule": schedule}}).schedule_parts())
+    assert parts[5].rl.engine_mask_settings == EngineMask("token", 0.5, 3.0)

@@ -109,8 +109,8 @@ def test_options_of_its_own_have_defaults_and_reach_its_functions(folder):
     carried = msgspec.msgpack.decode(msgspec.msgpack.encode(rl.loss_settings(8)), type=LossSettings)
     assert carried.options == rl.token_settings.options == rl.options
     schedule = [{"from_step": 3, "rl.options": {"keep": 1}}]
-    phases = dict(parse({"rl": {**given, "schedule": schedule}}).phases())
-    assert [phase.rl.options["keep"] for phase in phases.values()] == [0.5, 1]
+    parts = dict(parse({"rl": {**given, "schedule": schedule}}).schedule_parts())
+    assert [part.rl.options["keep"] for part in parts.values()] == [0.5, 1]
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ def test_too_few_responses_that_are_not_cut_off_stop_the_run():
 
 def test_a_schedule_may_change_it():
     schedule = [{"from_step": 9, "rl.truncated": "mask"}]
-    phases = dict(parse({"rl": {"schedule": schedule}}).phases())
-    assert [phase.rl.truncated for phase in phases.values()] == ["train", "mask"]
+    parts = dict(parse({"rl": {"schedule": schedule}}).schedule_parts())
+    assert [part.rl.truncated for part in parts.values()] == ["train", "mask"]
     with refused("rl.truncated", Cause.UNKNOWN, "drop", "mask"):
         parse({"rl": {"truncated": "drop"}})

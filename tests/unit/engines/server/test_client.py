@@ -13,7 +13,8 @@ from megatron_r1.base.processes.exit_diagnosis import excerpt
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.engines.server.client import EngineClient
 from megatron_r1.engines.server.errors import EngineDied, EngineError, EngineTimeout
-from megatron_r1.engines.server.server import EngineServer, read_model_config
+from megatron_r1.engines.server.model_config import read_model_config
+from megatron_r1.engines.server.server import EngineServer
 
 
 def choice(token_ids, logprobs, spans, finish_reason="stop"):

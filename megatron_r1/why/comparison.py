@@ -28,7 +28,7 @@ class CannotRecompute(Exception):
 
 
 @dataclass(frozen=True)
-class CheckedQuantity:
+class Comparison:
     """The result of one check.
 
     Attributes:
@@ -125,11 +125,11 @@ class Report:
         curves: for the page."""
 
     step: int
-    comparisons: list[CheckedQuantity] = field(default_factory=list)
+    comparisons: list[Comparison] = field(default_factory=list)
     suspicions: list[str] = field(default_factory=list)
     curves: list[DepartureCurve] = field(default_factory=list)
 
-    def add(self, comparisons: Sequence[CheckedQuantity]) -> None:
+    def add(self, comparisons: Sequence[Comparison]) -> None:
         """Add comparisons, in the order of `FAMILIES`."""
         self.comparisons = sorted(
             [*self.comparisons, *comparisons],
@@ -137,7 +137,7 @@ class Report:
         )
 
     @property
-    def first_departure(self) -> CheckedQuantity | None:
+    def first_departure(self) -> Comparison | None:
         """The first quantity that departs."""
         return next((comparison for comparison in self.comparisons if comparison.departs), None)
 
@@ -172,18 +172,18 @@ class Report:
         }
 
 
-def not_checked(family: str, name: str, reason: str, compared: str = "") -> CheckedQuantity:
+def not_checked(family: str, name: str, reason: str, compared: str = "") -> Comparison:
     """Return the comparison of a check that could not be made.
 
     Args:
-        family: as in `CheckedQuantity`, like the others.
+        family: as in `Comparison`, like the others.
         name: the quantity.
         reason: why.
         compared: what would be compared."""
-    return CheckedQuantity(family, name, NOT_CHECKED, compared, reason=reason)
+    return Comparison(family, name, NOT_CHECKED, compared, reason=reason)
 
 
-def fraction_quantity(
+def fraction_comparison(
     family: str,
     name: str,
     compared: str,
@@ -196,11 +196,11 @@ def fraction_quantity(
     tolerance: float = 0.0,
     source: str = "exact",
     num_tokens: int = 0,
-) -> CheckedQuantity:
+) -> Comparison:
     """Return the comparison of a check whose distance is the fraction of responses that fail it.
 
     Args:
-        family: as in `CheckedQuantity`, like the arguments not named here.
+        family: as in `Comparison`, like the arguments not named here.
         name: the quantity.
         compared: what was compared.
         concerned: the responses that fail.
@@ -213,8 +213,8 @@ def fraction_quantity(
         num_tokens: the tokens concerned."""
     distance = len(concerned) / total if total else 0.0
     if distance <= tolerance:
-        return CheckedQuantity(family, name, EQUAL, compared, distance, tolerance, source)
-    return CheckedQuantity(
+        return Comparison(family, name, EQUAL, compared, distance, tolerance, source)
+    return Comparison(
         family,
         name,
         DEPARTS,
