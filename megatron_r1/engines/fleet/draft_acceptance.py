@@ -34,12 +34,17 @@ class AcceptanceMeter:
         sequence with a draft gained in a pass, the one that follows without a draft included."""
         up = [engine for engine in engines if engine.is_up and engine.client.url]
         counts = await asyncio.gather(*map(_draft_counts, up))
-        before, self._before = self._before, {}
+        # One that is down is kept: it may come back as the same process.
+        self._before = {e: self._before[e] for e in engines if e in self._before}
         increments: Counter[str] = Counter()
         for engine, draft_counts in zip(up, counts, strict=True):
-            counts_before = before.get(engine, Counter())
-            self._before[engine] = counts_before if draft_counts is None else draft_counts
-            increments += self._before[engine] - counts_before
+            if draft_counts is None:
+                continue
+            counts_before = self._before.get(engine, Counter())
+            if any(draft_counts[name] < count for name, count in counts_before.items()):
+                counts_before = Counter()  # its process is a new one
+            self._before[engine] = draft_counts
+            increments += draft_counts - counts_before
         if not increments["draft_tokens"]:
             return {}
         return {

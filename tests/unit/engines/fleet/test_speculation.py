@@ -62,6 +62,17 @@ def test_an_engine_that_does_not_answer_is_counted_later_and_a_new_one_from_its_
     assert read(meter, Engine(10, 10, 1))["speculative/acceptance"] == pytest.approx(0.1)
 
 
+def test_an_engine_that_was_down_counts_from_its_last_reading_or_from_its_new_start():
+    meter, engine = AcceptanceMeter(), Engine(10, 10, 5)
+    read(meter, engine)
+    engine.is_up = False
+    assert read(meter, engine) == {}
+    engine.is_up, engine.counts = True, (20, 20, 5)
+    assert read(meter, engine)["speculative/acceptance"] == 0.0, "10 more, and none accepted"
+    engine.counts = (4, 8, 6)
+    assert read(meter, engine)["speculative/acceptance"] == 0.75, "a new process counts from 0"
+
+
 def test_engines_that_are_down_or_have_no_address_yet_are_not_asked():
     down, starting, engine = Engine(50, 50, 50), Engine(50, 50, 50), Engine(10, 10, 5)
     down.is_up = False
