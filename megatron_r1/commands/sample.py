@@ -142,17 +142,17 @@ def _inputs(config: Config) -> SampleInputs:
     if not sample.is_graded and data["kind"] is None:
         data["kind"] = KIND_WITHOUT_TRUTH
     split = load_prompts(**data)
-    avoid = load_avoided(sample.avoid)
+    avoid = load_avoided(sample.decontaminate)
     if config.data.heldout_path:  # data.heldout_fraction makes a disjoint set by itself
         avoid += [prompt.question for prompt in split.heldout]
-    avoided = find_contaminated(split.train, avoid, sample.avoid_ngram) if avoid else {}
+    avoided = find_contaminated(split.train, avoid, sample.decontaminate_ngram) if avoid else {}
     prompts = [prompt for prompt in split.train if prompt.id not in avoided]
     if not prompts:
         raise UserError(
-            f"sample.avoid: all {len(split.train):,} questions are among those to be avoided, the "
-            f"first because of {avoided[split.train[0].id]}; give other questions, or set "
-            "sample.avoid_ngram: 0 for equality only",
-            key="sample.avoid",
+            f"sample.decontaminate: all {len(split.train):,} questions are among those to be "
+            f"avoided, the first because of {avoided[split.train[0].id]}; give other questions, or "
+            "set sample.decontaminate_ngram: 0 for equality only",
+            key="sample.decontaminate",
             cause=Cause.EMPTY,
         )
     shots = (
@@ -318,7 +318,10 @@ def _report(
     (folder / "curation.json").unlink(missing_ok=True)  # its name up to 0.2
     print(counts.table(), flush=True)
     if inputs.avoided:
-        print(f"  {len(inputs.avoided):,} questions were not sampled: sample.avoid", flush=True)
+        print(
+            f"  {len(inputs.avoided):,} questions were not sampled: sample.decontaminate",
+            flush=True,
+        )
     if facts:
         print(
             f"  {facts['pairs']:,} pairs; log(chosen / rejected length) {facts['length_bias']:+.3f}"

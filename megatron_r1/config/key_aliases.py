@@ -205,7 +205,7 @@ ALIASES = (
         "run.steps sft.epochs",
         "rl counts rollouts",
     ),
-    _alias("warmup_steps, warmup_ratio, lr_warmup_steps, lr_warmup", "optimizer.warmup",
+    _alias("warmup_steps, warmup_ratio, lr_warmup_steps, lr_warmup", "optimizer.warmup_updates",
            "a number of optimizer steps"),
     _alias("lr, actor_learning_rate, optim.lr", "optimizer.learning_rate"),
     _alias("lr_scheduler_type, lr_decay_style, cosine", "optimizer.decay"),

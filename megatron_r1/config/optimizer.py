@@ -15,7 +15,7 @@ class OptimizerConfig(Section):
     """after warm-up (the paper: 3e-6)"""
     min_learning_rate: float = Field(0.0, ge=0)
     """learning rate at the end of the decay"""
-    warmup: int = Field(0, ge=0)
+    warmup_updates: int = Field(0, ge=0)
     """linear warm-up, in updates (optimizer steps)"""
     decay: Literal["constant", "linear", "cosine"] = "constant"
     """how the learning rate falls after warm-up, to min_learning_rate at the end of the run"""
@@ -42,11 +42,11 @@ def learning_rate(settings: OptimizerConfig, step: int, total: int) -> float:
         step: from 1.
         total: optimizer steps of the run.
     """
-    if step <= settings.warmup:
-        return settings.learning_rate * step / settings.warmup
+    if step <= settings.warmup_updates:
+        return settings.learning_rate * step / settings.warmup_updates
     if settings.decay == "constant":
         return settings.learning_rate
-    progress = min(1.0, (step - settings.warmup) / max(1, total - settings.warmup))
+    progress = min(1.0, (step - settings.warmup_updates) / max(1, total - settings.warmup_updates))
     remaining = (
         1.0 - progress if settings.decay == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
     )
@@ -57,11 +57,11 @@ def learning_rate(settings: OptimizerConfig, step: int, total: int) -> float:
 def warmup_note(settings: OptimizerConfig, total: int) -> str:
     """Return a sentence where the warm-up takes all of `total` optimizer steps, "" where it does
     not: the rate would reach its value in the last of them, or never."""
-    if settings.warmup < max(1, total):
+    if settings.warmup_updates < max(1, total):
         return ""
     highest = learning_rate(settings, total, total)
     return (
-        f"optimizer.warmup: {settings.warmup:,} takes all {total:,} optimizer steps of the run, "
-        f"whose learning rate rises to {highest:.3g} of {settings.learning_rate:.3g}: lower it, or "
-        "raise run.steps"
+        f"optimizer.warmup_updates: {settings.warmup_updates:,} takes all {total:,} optimizer "
+        f"steps of the run, whose learning rate rises to {highest:.3g} of "
+        f"{settings.learning_rate:.3g}: lower it, or raise run.steps"
     )

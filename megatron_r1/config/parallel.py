@@ -65,7 +65,7 @@ class ParallelConfig(Section):
     training. Gradients are the same"""
     threads: int | None = None
     """CPU threads per rank; default: cores / ranks"""
-    wait_seconds: float = Field(7200.0, gt=0)
+    timeout_seconds: float = Field(7200.0, gt=0)
     """how long a rank waits for others in a collective operation, also while they load, save,
     verify or export; after that the ranks end with an error"""
 

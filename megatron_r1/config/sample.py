@@ -123,9 +123,9 @@ class SampleConfig(Section):
     """JSONL of {question, response}: worked examples in front of the question"""
     num_shots: int | None = Field(None, ge=1)
     """how many examples precede each question, drawn anew for each; default: all"""
-    avoid: list[str] = []
+    decontaminate: list[str] = []
     """files of questions that must not be sampled"""
-    avoid_ngram: int = Field(13, ge=0)
+    decontaminate_ngram: int = Field(13, ge=0)
     """words in a row that such a question must not share; 0: equality only"""
     keep: KeepConfig = KeepConfig()
     """which graded responses are kept"""

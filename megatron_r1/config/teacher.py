@@ -29,7 +29,7 @@ class TeacherEngines(EngineConfig):
     """vLLM servers on the controller's host"""
     max_num_seqs: Resumable[int] = Field(64, gt=0)
     """sequences an engine scores at once"""
-    tokens_at_once: Resumable[int] = Field(2048, gt=0)
+    max_num_batched_tokens: Resumable[int] = Field(2048, gt=0)
     """tokens that an engine scores in one pass; the logits of all of them exist together, in
     fp32"""
     start_timeout_seconds: float = Field(600.0, gt=0)
@@ -112,10 +112,11 @@ def _check_engines(engines: TeacherEngines, key: str) -> None:
                 key=f"{key}.url",
                 cause=Cause.MALFORMED,
             )
-    if engines.tokens_at_once < engines.max_num_seqs:
+    if engines.max_num_batched_tokens < engines.max_num_seqs:
         raise UserError(
-            f"{key}.tokens_at_once: {engines.tokens_at_once} is less than {key}.max_num_seqs: "
-            f"{engines.max_num_seqs}, and every sample has a token; raise it or lower the other",
-            key=f"{key}.tokens_at_once",
+            f"{key}.max_num_batched_tokens: {engines.max_num_batched_tokens} is less than "
+            f"{key}.max_num_seqs: {engines.max_num_seqs}, and every sample has a token; raise it "
+            "or lower the other",
+            key=f"{key}.max_num_batched_tokens",
             cause=Cause.CONFLICT,
         )

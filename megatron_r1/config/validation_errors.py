@@ -32,7 +32,12 @@ REMOVED = {
         "fit beside the engine lower rollout.gpu_memory, give each engine more GPUs "
         "(rollout.tensor), or set push.transport: gloo, which receives in host memory",
     ),
+    "optimizer.warmup": RemovedKey(0, "it is called optimizer.warmup_updates"),
+    "parallel.wait_seconds": RemovedKey(7200.0, "it is called parallel.timeout_seconds"),
     "rewards.answer": RemovedKey("strict", "it is called rewards.reading"),
+    "sample.avoid": RemovedKey([], "it is called sample.decontaminate"),
+    "sample.avoid_ngram": RemovedKey(13, "it is called sample.decontaminate_ngram"),
+    "teacher.tokens_at_once": RemovedKey(2048, "it is called teacher.max_num_batched_tokens"),
 }
 """Removed keys by dotted name."""
 

@@ -112,7 +112,7 @@ class RLRun:
             line |= await asyncio.to_thread(kl_by_source, rollout.groups)
         line |= self._meter.times(rollout)
         line["tokens_per_second"] = line.pop("response_tokens") / line["time/step"]
-        line["groups/replayed"] = self.engines.sampled_step.num_restored
+        line["groups/restored"] = self.engines.sampled_step.num_restored
         line |= await self.recorder.checkpoints.completed_metrics(self.passes.trainer)
         if not self.config.rl.keep_sample_log:
             await self.run_checkpoints.prune_samples(self.config.checkpoint.keep)

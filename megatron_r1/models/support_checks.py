@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import inf
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.models.attention_fields import (
@@ -27,9 +27,6 @@ from megatron_r1.models.hf_config import (
     num_mtp_layers,
     require,
 )
-
-if TYPE_CHECKING:
-    pass
 
 
 class KeyRecorder(dict):

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.pipeline import manifest
-from megatron_r1.pipeline import manifest as fingerprint
+from megatron_r1.pipeline import fingerprint, manifest
 from megatron_r1.pipeline.graph import Graph
 from megatron_r1.pipeline.results import headline, read_results
 from megatron_r1.pipeline.stages import PipelinePlan, PipelineStage

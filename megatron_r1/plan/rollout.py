@@ -329,9 +329,9 @@ def teacher_section(job: PlannedJob, key: str, teacher: TeacherEngines) -> Quant
             f"{total:,} x {value} B / {format_count(shards, 'GPU')} of an engine",
         ),
         "logits": byte_quantity(
-            2 * teacher.tokens_at_once * hf_config["vocab_size"] * LOGITS_BYTES,
-            f"2 x {key}.tokens_at_once={teacher.tokens_at_once} x {hf_config['vocab_size']} x "
-            f"{LOGITS_BYTES} B, whole on each GPU",
+            2 * teacher.max_num_batched_tokens * hf_config["vocab_size"] * LOGITS_BYTES,
+            f"2 x {key}.max_num_batched_tokens={teacher.max_num_batched_tokens} x "
+            f"{hf_config['vocab_size']} x {LOGITS_BYTES} B, whole on each GPU",
         ),
         "scoring a rollout": Quantity(seconds, "s", scoring),
     }

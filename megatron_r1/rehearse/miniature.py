@@ -111,7 +111,7 @@ def make_miniature(
         "optimizer": {
             "learning_rate": LEARNING_RATE,
             "min_learning_rate": min(config.optimizer.min_learning_rate, LEARNING_RATE),
-            "warmup": min(config.optimizer.warmup, 1),
+            "warmup_updates": min(config.optimizer.warmup_updates, 1),
         },
         "parallel": parallel.model_dump()
         | {

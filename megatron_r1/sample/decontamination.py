@@ -33,7 +33,7 @@ def load_avoided(paths: Iterable[str | Path]) -> list[str]:
     return [
         require_text(place, row, "question")
         for path in paths
-        for place, row in read_canonical_rows(path, key="sample.avoid")
+        for place, row in read_canonical_rows(path, key="sample.decontaminate")
     ]
 
 

@@ -22,7 +22,7 @@ class CheckpointManager:
     def __init__(self, trainer: Trainer):
         self._trainer = trainer
         asynchronous = trainer.config.checkpoint.asynchronous
-        straggler_timeout = timedelta(seconds=trainer.config.parallel.wait_seconds)
+        straggler_timeout = timedelta(seconds=trainer.config.parallel.timeout_seconds)
         self._writer = CheckpointWriter(
             trainer.process_groups.dp_cp, asynchronous, straggler_timeout
         )

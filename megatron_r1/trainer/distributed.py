@@ -69,7 +69,7 @@ def initialize(parallel: ParallelConfig, seed: int) -> GridPosition:
     from megatron_r1.models.gradients import embedding_ranks
 
     patches.install()
-    timeout = timedelta(seconds=parallel.wait_seconds)
+    timeout = timedelta(seconds=parallel.timeout_seconds)
     platform.join_process_group(timeout)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,

@@ -113,24 +113,24 @@ def serve(config: Config, address: str, grid_position: GridPosition | None = Non
         if isinstance(error, UserError):
             failure = RankReply(rank, None, str(error), True, error.key, error.cause)
         else:
-            late = _late_ranks(error, rank_monitor, config.parallel.wait_seconds)
+            late = _late_ranks(error, rank_monitor, config.parallel.timeout_seconds)
             failure = RankReply(rank, None, late + traceback.format_exc())
         socket.send(encode(failure))
         socket.close(linger=5_000)  # the process ends with `raise`: first the message has to leave
         raise
 
 
-def _late_ranks(error: Exception, monitor: RankMonitor, wait_seconds: float) -> str:
+def _late_ranks(error: Exception, monitor: RankMonitor, timeout_seconds: float) -> str:
     """Return a sentence on the collective that other ranks did not come to, if that is the error;
     else nothing."""
-    waited = exit_diagnosis.collective_wait(str(error), wait_seconds)
+    waited = exit_diagnosis.collective_wait(str(error), timeout_seconds)
     if waited is None:
         return ""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     place = describe_collective(frames[-1], monitor.groups) or waited
     return (
         f"trainer rank {os.environ['RANK']}, in {monitor.operation!r}, waited for other ranks in "
-        f"{place}; {exit_diagnosis.timeout_remedy(wait_seconds)}\n"
+        f"{place}; {exit_diagnosis.timeout_remedy(timeout_seconds)}\n"
     )
 
 
@@ -165,7 +165,7 @@ class Operations:
         from megatron_r1.trainer.routing import RoutingScatter
         from megatron_r1.trainer.trainer import Trainer
 
-        straggler_timeout = timedelta(seconds=config.parallel.wait_seconds)
+        straggler_timeout = timedelta(seconds=config.parallel.timeout_seconds)
         self.grid_position, self.replica = grid_position, Replica(grid_position, straggler_timeout)
         self.trainer = Trainer(config, grid_position)
         self._offload = self.trainer.offload

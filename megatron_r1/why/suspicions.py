@@ -73,11 +73,11 @@ def _entropy(step: RecordedStep) -> str:
 
 
 def _learning_rate(step: RecordedStep) -> str:
-    rate, warmup = max(step.learning_rates), step.config.optimizer.warmup
+    rate, warmup = max(step.learning_rates), step.config.optimizer.warmup_updates
     if warmup and step.updates_after(step.step) <= warmup:
         return (
             f"the learning rate is still warming up, {rate:.3g} of "
-            f"{step.config.optimizer.learning_rate:.3g}: optimizer.warmup: {warmup}"
+            f"{step.config.optimizer.learning_rate:.3g}: optimizer.warmup_updates: {warmup}"
         )
     rewards, kl = _ends(step, "reward/mean"), finite(step.line, "kl")
     if rewards is None or step.step < 10 or rewards[1] > rewards[0]:

@@ -75,7 +75,7 @@ def _example(draw: random.Random) -> dict[str, str]:
 
 
 NOT_OF_SAMPLES = (
-    *("time/", "rewards/", "tokens_per_second", "groups/replayed", "/restarts"),
+    *("time/", "rewards/", "tokens_per_second", "groups/restored", "/restarts"),
     *("engines/", "checkpoint/", "push/"),
 )
 """Parts of the names of metrics that differ when a step is repeated with the same samples."""
@@ -144,7 +144,7 @@ def nothing_lost(user: User) -> Iterator[str]:
     first: dict[int, dict[str, Any]] = {}
     for sighting in user.sightings:
         line, step = sighting.line, sighting.line["step"]
-        replayed = line["groups/replayed"]
+        replayed = line["groups/restored"]
         if sighting.start:
             kept = user.ends[sighting.start - 1].kept.get(step, 0)
             if replayed < kept:

@@ -18,7 +18,7 @@ from megatron_r1.models.weights.export import run_on_rank_zero
 from megatron_r1.trainer import distributed, rank_monitor, worker
 from megatron_r1.trainer.replica import Replica
 
-WAIT_SECONDS = 12_345.0
+TIMEOUT_SECONDS = 12_345.0
 LATE_SECONDS = 0.5
 
 
@@ -28,9 +28,9 @@ def limit(group: dist.ProcessGroup) -> float:
 
 def main() -> None:
     out = Path(sys.argv[1])
-    parallel = ParallelConfig(tensor=2, wait_seconds=WAIT_SECONDS)
+    parallel = ParallelConfig(tensor=2, timeout_seconds=TIMEOUT_SECONDS)
     grid_position = distributed.initialize(parallel, seed=0)
-    replica = Replica(grid_position, timedelta(seconds=parallel.wait_seconds))
+    replica = Replica(grid_position, timedelta(seconds=parallel.timeout_seconds))
     groups = [dist.group.WORLD, grid_position.groups.tp, grid_position.groups.dp_cp, replica._group]
     limits = [limit(group) for group in groups]
     store = dist.distributed_c10d._get_default_store()
@@ -46,7 +46,7 @@ def main() -> None:
         run_on_rank_zero(lambda: None)
     except RuntimeError as error:
         sentences = [
-            worker._late_ranks(error, monitor, limit) for limit in (LATE_SECONDS, WAIT_SECONDS)
+            worker._late_ranks(error, monitor, limit) for limit in (LATE_SECONDS, TIMEOUT_SECONDS)
         ]
         out.write_text(json.dumps({"limits": limits, "sentences": sentences}))
     store.set("has given up", "")

@@ -14,7 +14,7 @@ def test_a_late_rank_is_named_with_operation_place_and_key(tmp_path):
     assert out["limits"] == [12_345.0] * 4, "world, Megatron's, the replica's"
     sentence, of_another_limit = out["sentences"]
     for shown in (
-        *("trainer rank 0", "'export'", "parallel.wait_seconds: 0.5"),
+        *("trainer rank 0", "'export'", "parallel.timeout_seconds: 0.5"),
         *("broadcast_object_list among ranks 0, 1", "run_on_rank_zero (export.py:"),
     ):
         assert shown in sentence, sentence

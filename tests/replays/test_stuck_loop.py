@@ -29,4 +29,4 @@ def test_the_run_ends_with_who_waits_for_whom_and_goes_on_without_the_fault(repl
     again = replay.run(None, "finished", *STUCK)
     assert again.returncode == 0, again.printed
     assert [line["step"] for line in again.metrics] == [1, 2, 3, 4]
-    assert again.metrics[1]["groups/replayed"] == 3, "the groups that had come back"
+    assert again.metrics[1]["groups/restored"] == 3, "the groups that had come back"

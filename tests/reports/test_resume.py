@@ -15,7 +15,12 @@ from megatron_r1.reporting.trackers.services import EVALUATION, STEP, TrackedRun
 def test_b60_the_rate_depends_on_the_step_alone(decay):
     """So a run that continues after step 3 has the rates of one that was never interrupted."""
     settings = Config(
-        optimizer={"warmup": 4, "decay": decay, "learning_rate": 1e-5, "min_learning_rate": 1e-6}
+        optimizer={
+            "warmup_updates": 4,
+            "decay": decay,
+            "learning_rate": 1e-5,
+            "min_learning_rate": 1e-6,
+        }
     ).optimizer
     whole = [learning_rate(settings, step, 8) for step in range(1, 9)]
     assert whole[:4] == pytest.approx([2.5e-6, 5e-6, 7.5e-6, 1e-5])
@@ -30,14 +35,14 @@ def test_b60_the_rate_depends_on_the_step_alone(decay):
     [(100, 5, "5e-07 of 1e-05"), (5, 5, "1e-05 of 1e-05"), (100, 1, "1e-07"), (1, 1, "1e-05")],
 )
 def test_b62_a_warm_up_that_takes_the_whole_run_is_said(warmup, total, reached):
-    settings = Config(optimizer={"warmup": warmup, "learning_rate": 1e-5}).optimizer
+    settings = Config(optimizer={"warmup_updates": warmup, "learning_rate": 1e-5}).optimizer
     note = warmup_note(settings, total)
-    assert "optimizer.warmup" in note and reached in note and str(total) in note
+    assert "optimizer.warmup_updates" in note and reached in note and str(total) in note
 
 
 @pytest.mark.parametrize(("warmup", "total"), [(4, 5), (0, 1), (0, 100)])
 def test_b62_a_warm_up_that_ends_is_not(warmup, total):
-    assert warmup_note(Config(optimizer={"warmup": warmup}).optimizer, total) == ""
+    assert warmup_note(Config(optimizer={"warmup_updates": warmup}).optimizer, total) == ""
 
 
 @pytest.mark.parametrize(("algorithm", "updates"), [("grpo", 6), ("ppo", 4)])

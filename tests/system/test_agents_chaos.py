@@ -125,7 +125,7 @@ def test_what_is_killed_costs_only_what_was_unfinished(lookup_base, tmp_path):
     assert len(rewards) == 1 + (QUESTIONS - num_finished) * GROUP, "the first is the run's check"
     metrics = chaos.metrics()
     assert [line["step"] for line in metrics] == list(range(1, STEPS + 1))
-    assert metrics[1]["groups/replayed"] > 0 and metrics[2]["groups/replayed"] == num_finished
+    assert metrics[1]["groups/restored"] > 0 and metrics[2]["groups/restored"] == num_finished
     for line in metrics:
         assert line["episode/status/environment_error"] == 0, f"step {line['step']}: {output}"
         assert line["logprob_diff/max"] < 1e-4

@@ -62,7 +62,7 @@ def config(folder, longest=POSITIONS, **teacher):
 @pytest.mark.more
 def test_scores_in_pieces_equal_transformers(models, oracle, tmp_path):
     """16 tokens a pass: a sample is scored in up to 16 pieces, together with pieces of others."""
-    settings = config(models / "deepseek", tokens_at_once=16, max_num_seqs=8)
+    settings = config(models / "deepseek", max_num_batched_tokens=16, max_num_seqs=8)
 
     async def scored():
         async with teacher_fleet(settings, tmp_path, print) as fleet:

@@ -61,7 +61,7 @@ def finished(base, temporary) -> Path:
 
 def test_after_kill_9_the_same_command_continues(finished):
     first, *_ = lines(finished / "metrics.jsonl")
-    assert first["groups/replayed"] == 4, "what was sampled before is not sampled again"
+    assert first["groups/restored"] == 4, "what was sampled before is not sampled again"
     trained = [s["step"] for s in lines(finished / "samples.jsonl") if s["split"] == "train"]
     assert len(set(Counter(trained).values())) == 1, "a sample is there twice, or lost"
 
@@ -120,7 +120,7 @@ def test_terms_count_from_their_step_on_and_the_workers_are_measured(finished):
     # 16 answers: accuracy and format, then conciseness too; nothing of the evaluations, nor of the
     # groups that the killed run had graded.
     for line, terms in zip((first, *later), (2, 3, 3), strict=True):
-        assert line["rewards/graded"] == (4 - line["groups/replayed"]) * 4 * terms
+        assert line["rewards/graded"] == (4 - line["groups/restored"]) * 4 * terms
         assert (line["rewards/graded"] > 0) <= (0 < line["rewards/busy"] <= 1)
     assert all(line["rewards/timeouts"] == 0 for line in (first, *later))
 

@@ -17,7 +17,7 @@ from megatron_r1.base.files.framed_records import FramedFile
 from megatron_r1.controller.rollouts.group_records import CommitRecord, decode
 
 TWO = ["--parallel.processes", "2", "--parallel.tensor", "2"]
-NOT_OF_THE_SAMPLES = ("time/", "rewards/", "tokens_per_second", "groups/replayed", "/restarts")
+NOT_OF_THE_SAMPLES = ("time/", "rewards/", "tokens_per_second", "groups/restored", "/restarts")
 NOT_OF_THE_SAMPLES += ("engines/", "checkpoint/", "push/")
 
 
@@ -99,7 +99,7 @@ def test_no_finished_sample_is_lost_whoever_is_killed(base, tmp_path):
     process = start("rl", base / "rl.yaml", folder, *settings)
     wait_for(process, "past step 4", lambda: len(metrics_of(folder)) >= 4)
     replayed = metrics_of(folder)
-    assert [m["groups/replayed"] for m in replayed[:3]] == [24, 24, len(kept)]
+    assert [m["groups/restored"] for m in replayed[:3]] == [24, 24, len(kept)]
     assert [of_the_samples(m) for m in replayed[:2]] == [of_the_samples(m) for m in before]
 
     health = json.loads(get(folder, "/health"))

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.more
 STEP = 3
 KEPT = (
     *("--rl.keep_sample_log", "true", "--checkpoint.keep_every", "1", "--rl.schedule", "[]"),
-    *("--rl.kl_beta", "0.05", "--optimizer.warmup", "2"),
+    *("--rl.kl_beta", "0.05", "--optimizer.warmup_updates", "2"),
 )
 HEAD = "output_layer.weight"
 EXPERTS = "decoder.layers.1.mlp.experts.experts.linear_fc2.weight"

@@ -208,7 +208,7 @@ def run_figures(
         answers_per_step is the mean of all sampled responses, those of passed-over groups included.
     """
     by_step = sorted(evaluations, key=lambda line: line["step"])
-    passed_over = fmean(line["groups/passed_over"] for line in metrics)
+    filtered = fmean(line["groups/filtered"] for line in metrics)
     return {
         "steps": len(metrics),
         "steps_until_target": steps_until([line["accuracy"] for line in metrics]),
@@ -216,7 +216,7 @@ def run_figures(
         "heldout": by_step[-1]["eval/pass@1"],
         "heldout_interval": [by_step[-1][f"interval/pass@1/{end}"] for end in ("low", "high")],
         "seconds_per_step": median(line["time/step"] for line in metrics[1:]),
-        "answers_per_step": group_size * (questions + passed_over),
+        "answers_per_step": group_size * (questions + filtered),
         "accuracy": [line["accuracy"] for line in metrics],
     }
 

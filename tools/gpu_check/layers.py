@@ -75,7 +75,7 @@ def settings(case: str, folder: Path) -> tuple[Config, Config]:
     parallel = axes | {"processes": ranks, "pipeline_layout": layout, "threads": 1}
     parallel["tokens_per_microbatch"] = TOKENS
     # Smooth in the gradient: with a small epsilon Adam's first step is its sign.
-    optimizer = {"epsilon": 1.0, "warmup": 0, "weight_decay": 0.0}
+    optimizer = {"epsilon": 1.0, "warmup_updates": 0, "weight_decay": 0.0}
     shared_sections: dict[str, dict[str, Any]] = {
         # Samples have the CPU's log-probabilities: a weight by their ratio would be 1 there only.
         "rl": {"importance_cap": None},

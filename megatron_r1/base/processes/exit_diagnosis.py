@@ -93,7 +93,7 @@ def oom_explanation(kills_before: int, remedy: str) -> str:
     return f" (the kernel has killed a process for lack of memory since it started: {remedy})"
 
 
-TIMEOUT_KEY = "parallel.wait_seconds"
+TIMEOUT_KEY = "parallel.timeout_seconds"
 _TIMEOUT_LIMITS = (
     re.compile(r"Timed out waiting (?P<ms>\d+)ms for"),
     re.compile(
@@ -103,24 +103,24 @@ _TIMEOUT_LIMITS = (
 )
 
 
-def collective_wait(text: str, wait_seconds: float) -> str | None:
+def collective_wait(text: str, timeout_seconds: float) -> str | None:
     """Return the operation's name in NCCL, "a collective operation" for gloo, if `text` has such an
-    error, and None if not: also where the limit was another than `wait_seconds`, as of a push.
+    error, and None if not: also where the limit was another than `timeout_seconds`, as of a push.
 
     Args:
         text: the text of an error.
-        wait_seconds: the limit of the groups in question.
+        timeout_seconds: the limit of the groups in question.
     """
     for pattern in _TIMEOUT_LIMITS:
         match = pattern.search(text)
-        if match and int(match["ms"]) == int(wait_seconds * 1000):
+        if match and int(match["ms"]) == int(timeout_seconds * 1000):
             return match.groupdict().get("name") or "a collective operation"
     return None
 
 
-def timeout_remedy(wait_seconds: float) -> str:
+def timeout_remedy(timeout_seconds: float) -> str:
     """Return the limit's key and value, and when to raise it."""
     return (
-        f"{TIMEOUT_KEY}: {wait_seconds:g} is over; raise it where files or compilation take other "
-        "ranks longer, else see their logs"
+        f"{TIMEOUT_KEY}: {timeout_seconds:g} is over; raise it where files or compilation take "
+        "other ranks longer, else see their logs"
     )

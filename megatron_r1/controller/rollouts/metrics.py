@@ -49,7 +49,7 @@ def rollout_metrics(rollout: Rollout, policy_version: int) -> dict[str, float]:
         "response_length/max": max(lengths),
         "truncated": fmean(graded.is_truncated for graded in responses),
         "groups/zero_variance": fmean(group.has_equal_rewards for group in groups),
-        "groups/passed_over": len(rollout.filtered_groups),
+        "groups/filtered": len(rollout.filtered_groups),
         "policy_version": policy_version,
         "staleness": policy_version - versions / sum(lengths) if any(lengths) else 0.0,
         "response_tokens": sum(lengths),

@@ -113,7 +113,7 @@ def teacher_fleet(
         device=gpu.device(),
         max_model_len=max_model_len,
         prefix_caching=False,  # vLLM computes the whole prompt if it scores its tokens
-        extra_args=["--max-num-batched-tokens", str(teacher.tokens_at_once)],
+        extra_args=["--max-num-batched-tokens", str(teacher.max_num_batched_tokens)],
         extra_env={"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"},
         section=source_key(source),
         **supervision,

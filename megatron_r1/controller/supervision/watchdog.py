@@ -55,7 +55,7 @@ class Watchdog:
         waiting = self.run.trainer.pending_call
         if waiting is not None and waiting.operation in operation_names(CheckpointOperations):
             # Writing a model of a terabyte shows no progress before it is done.
-            limit = max(limit, self.run.config.parallel.wait_seconds)
+            limit = max(limit, self.run.config.parallel.timeout_seconds)
         return self.quiet_seconds >= limit
 
     async def watch(self) -> None:

@@ -43,7 +43,7 @@ class RankProcesses:
         self._log_folder = log_folder
         self._processes: list[ForkedProcess | subprocess.Popen[bytes]] = []
         self._kills_before = 0
-        self._wait_seconds = 0.0
+        self._timeout_seconds = 0.0
 
     @property
     def started_here(self) -> bool:
@@ -66,7 +66,7 @@ class RankProcesses:
         port = children.free_port("127.0.0.1")
         settings = config.model_dump_json()
         self._kills_before = exit_diagnosis.num_oom_kills()
-        self._wait_seconds = config.parallel.wait_seconds
+        self._timeout_seconds = config.parallel.timeout_seconds
         for rank in range(world_size):
             environment = {
                 **children.rank_variables(rank, world_size, port),
@@ -117,11 +117,11 @@ class RankProcesses:
         how = f"was killed by signal {-code}" if code and code < 0 else f"exited with code {code}"
         if code == -signal.SIGKILL:
             how += exit_diagnosis.oom_explanation(self._kills_before, REMEDY)
-        waited = exit_diagnosis.collective_wait(log_end(log), self._wait_seconds)
+        waited = exit_diagnosis.collective_wait(log_end(log), self._timeout_seconds)
         if waited is not None:
             how += (
                 f" in {operation!r} after it waited for other ranks in {waited}; "
-                f"{exit_diagnosis.timeout_remedy(self._wait_seconds)}"
+                f"{exit_diagnosis.timeout_remedy(self._timeout_seconds)}"
             )
         if code is None:  # its connection closed, and the process has not ended
             how = "is gone"

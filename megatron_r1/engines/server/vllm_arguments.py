@@ -48,7 +48,7 @@ RESERVED = {
 }
 """Arguments of vLLM that another setting of the recipe decides → that setting."""
 
-RESERVED_OF_TEACHER = {"max_num_batched_tokens": "teacher.tokens_at_once"}
+RESERVED_OF_TEACHER = {"max_num_batched_tokens": "teacher.max_num_batched_tokens"}
 """The same, of a teacher's engines."""
 
 FIXED = {

@@ -59,7 +59,7 @@ def _rate(step: RecordedStep) -> Comparison:
     settings, steps = step.config.optimizer, step.scheduled_steps
     total_steps = "" if steps == step.run_config.run.steps else f" over run.steps: {steps}"
     reason = f"learning_rate is {logged:g} in metrics.jsonl, the schedule says {mean_rate:g}"
-    if settings.warmup and logged < mean_rate:
+    if settings.warmup_updates and logged < mean_rate:
         reason += ": as if still in warm-up"
     return Comparison(
         SCHEDULE,
@@ -70,8 +70,8 @@ def _rate(step: RecordedStep) -> Comparison:
         RATE,
         "float64",
         reason,
-        remedy="optimizer.learning_rate, warmup, decay, min_learning_rate, or run.steps, which "
-        "the decay is over",
+        remedy="optimizer.learning_rate, warmup_updates, decay, min_learning_rate, or run.steps, "
+        "which the decay is over",
     )
 
 

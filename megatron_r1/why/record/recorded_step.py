@@ -159,7 +159,7 @@ class RecordedStep:
                 self.updates_after(num_steps),
                 highest=settings.learning_rate,
                 lowest=settings.min_learning_rate,
-                warmup=settings.warmup,
+                warmup=settings.warmup_updates,
                 decay=settings.decay,
             )
             for index in range(self.config.rl.minibatches)

@@ -257,7 +257,7 @@ def _optimizer_substitutions(step: RecordedStep) -> Iterator[Substitution]:
         yield Substitution(
             f"the logged learning rate, {rate:g}",
             "optimizer.learning_rate",
-            "optimizer.learning_rate, warmup and decay",
+            "optimizer.learning_rate, warmup_updates and decay",
             adam=(("learning_rates", (float(rate),) * step.config.rl.minibatches),),
         )
 

@@ -171,7 +171,7 @@ def test_a_recipe_that_is_no_file_and_a_missing_setting_are_named(tmp_path):
 
 def test_learning_rate_warms_up_and_decays_to_the_minimum():
     settings = configuration.OptimizerConfig(
-        learning_rate=1.0, min_learning_rate=0.1, warmup=4, decay="linear"
+        learning_rate=1.0, min_learning_rate=0.1, warmup_updates=4, decay="linear"
     )
     rates = [learning_rate(settings, step, 14) for step in (1, 4, 9, 14, 99)]
     assert rates == pytest.approx([0.25, 1.0, 0.55, 0.1, 0.1])
@@ -205,7 +205,9 @@ def test_what_is_no_yaml_is_named_by_its_file(tmp_path, text):
 
 def test_a_merge_may_bring_a_key_that_is_set_beside_it(tmp_path):
     path = tmp_path / "merged.yaml"
-    path.write_text("run:\n  <<: &one {steps: 3, seed: 1}\n  steps: 5\noptimizer: {warmup: 2}\n")
+    path.write_text(
+        "run:\n  <<: &one {steps: 3, seed: 1}\n  steps: 5\noptimizer: {warmup_updates: 2}\n"
+    )
     loaded = configuration.load(path)
     assert (loaded.run.steps, loaded.run.seed) == (5, 1)
 
@@ -224,7 +226,7 @@ def test_keys_that_may_change_when_a_run_continues():
         "hosts_per_engine tensor pipeline data expert_parallel colocated gpu_memory max_restarts "
         "unresponsive_seconds threads speculative kv_block_tokens redundant_experts vllm",
         "teacher": "url engines tensor pipeline data expert_parallel gpu_memory max_num_seqs "
-        "tokens_at_once threads max_restarts unresponsive_seconds vllm",
+        "max_num_batched_tokens threads max_restarts unresponsive_seconds vllm",
         "rewards": "options.helpful.url options.judge.url options.safety.url workers max_ungraded",
     }
     keys = [f"{section}.{key}" for section, names in expected.items() for key in names.split()]

@@ -69,7 +69,7 @@ def test_with_fewer_groups_more_responses_of_each_are_recorded():
 
 
 @pytest.mark.parametrize(("words", "is_avoided"), [(4, True), (5, False), (0, False)])
-def test_avoid_ngram_is_the_number_of_shared_words(tmp_path, words, is_avoided):
+def test_decontaminate_ngram_is_the_number_of_shared_words(tmp_path, words, is_avoided):
     rows = [{"question": "one two three four five", "truth": "1"}]
     (tmp_path / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "avoid.jsonl").write_text('{"question": "zero one two three four"}\n')
@@ -78,13 +78,15 @@ def test_avoid_ngram_is_the_number_of_shared_words(tmp_path, words, is_avoided):
             "run": {"folder": str(tmp_path / "run")},
             "data": {"path": str(tmp_path / "asked.jsonl"), "heldout_fraction": 0},
             "sample": {
-                "avoid": [str(tmp_path / "avoid.jsonl")],
-                "avoid_ngram": words,
+                "decontaminate": [str(tmp_path / "avoid.jsonl")],
+                "decontaminate_ngram": words,
                 "server": {"url": "http://127.0.0.1:9", "model": "m"},
                 "rewrite": "no_such_module:f",  # is read after the questions
             },
         }
     )
-    refusal = ("sample.avoid", Cause.EMPTY) if is_avoided else ("sample.rewrite", Cause.NOT_FOUND)
+    refusal = (
+        ("sample.decontaminate", Cause.EMPTY) if is_avoided else ("sample.rewrite", Cause.NOT_FOUND)
+    )
     with refused(*refusal):
         sample.run(config)

@@ -18,11 +18,11 @@ from tools.bench.algorithms import CHOICES, recipe
 ROOT = Path(__file__).parents[3]
 
 
-def metrics(accuracies, passed_over=()) -> list[dict]:
-    passed_over = list(passed_over) or [0] * len(accuracies)
+def metrics(accuracies, filtered=()) -> list[dict]:
+    filtered = list(filtered) or [0] * len(accuracies)
     return [
-        {"accuracy": value, "time/step": 9.0 if step == 0 else step, "groups/passed_over": over}
-        for step, (value, over) in enumerate(zip(accuracies, passed_over, strict=True))
+        {"accuracy": value, "time/step": 9.0 if step == 0 else step, "groups/filtered": over}
+        for step, (value, over) in enumerate(zip(accuracies, filtered, strict=True))
     ]
 
 
@@ -61,7 +61,7 @@ def test_a_lucky_step_alone_reaches_nothing():
 
 
 def test_a_runs_figures_are_those_of_its_lines():
-    lines = metrics([0.2, 0.8, 0.8, 0.9, 0.9], passed_over=[0, 0, 4, 8, 3])
+    lines = metrics([0.2, 0.8, 0.8, 0.9, 0.9], filtered=[0, 0, 4, 8, 3])
     found = algorithms.run_figures(lines, [evaluation(5, 0.85), evaluation(0, 0.25)], 16, 8)
     assert found["steps"] == 5 and found["steps_until_target"] == 4
     assert (found["heldout_before"], found["heldout"]) == (0.25, 0.85)

@@ -20,7 +20,7 @@ def line(step: int, **wrong) -> dict:
         "logprob_diff/max": 1e-6,
         "loss": 0.25 * step,
         "time/step": 1.0,
-        "groups/replayed": 0,
+        "groups/restored": 0,
     }
     return right | wrong
 
@@ -68,9 +68,9 @@ def user_who_saw(sightings: list[Sighting], kept: dict[int, int], tmp_path: Path
 @pytest.mark.parametrize(
     ("again", "found"),
     [
-        (line(2, **{"groups/replayed": 8, "time/step": 9.0}), []),
-        (line(2, **{"groups/replayed": 7}), ["step 2, done again: 1 groups were sampled again"]),
-        (line(2, **{"groups/replayed": 8, "loss": 0.51}), ["step 2, done again, differs in loss"]),
+        (line(2, **{"groups/restored": 8, "time/step": 9.0}), []),
+        (line(2, **{"groups/restored": 7}), ["step 2, done again: 1 groups were sampled again"]),
+        (line(2, **{"groups/restored": 8, "loss": 0.51}), ["step 2, done again, differs in loss"]),
     ],
 )
 def test_a_step_that_is_done_again_is_the_step_it_was(tmp_path, again, found):
@@ -79,7 +79,7 @@ def test_a_step_that_is_done_again_is_the_step_it_was(tmp_path, again, found):
 
 
 def test_groups_that_were_finished_when_the_command_ended_are_used_by_the_next(tmp_path):
-    used, lost = line(2, **{"groups/replayed": 3}), line(2, **{"groups/replayed": 2})
+    used, lost = line(2, **{"groups/restored": 3}), line(2, **{"groups/restored": 2})
     for then, found in (used, []), (lost, ["step 2: 3 groups were finished, 2 of them were used"]):
         seen = [Sighting(line(1), 1.0, 0), Sighting(then, 9.0, 1)]
         assert list(oracle.nothing_lost(user_who_saw(seen, {2: 3}, tmp_path))) == found

@@ -191,7 +191,7 @@ def test_a_run_of_other_settings_is_refused(options, monkeypatch):
 
 def test_the_figures_of_a_run_are_those_of_its_lines(tmp_path):
     lines = [
-        {"accuracy": a, "time/step": 1.0, "groups/passed_over": 0, "truncated": 0.5}
+        {"accuracy": a, "time/step": 1.0, "groups/filtered": 0, "truncated": 0.5}
         | {"logprob_diff/mean": d, "clip_fraction": 0.0}
         for a, d in ((0.8, 0.1), (0.8, 0.2), (0.9, 0.3))
     ]

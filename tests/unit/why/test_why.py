@@ -77,7 +77,7 @@ class Planted:
             "data": {"path": str(data), "template": "chat", "num_heldout": 0},
             "rollout": {"max_response_tokens": LIMIT, "dtype": "float32"},
             "rl": {"questions_per_rollout": 2, "group_size": 4, "minibatches": 2},
-            "optimizer": {"warmup": 2},
+            "optimizer": {"warmup_updates": 2},
         }
         self.tokenizer = PromptTokenizer(str(self.model), "chat")
         self.sampling = SamplingRecord(1.0, 1.0, LIMIT, tuple(self.tokenizer.stop_token_ids), ())
@@ -466,7 +466,7 @@ def test_the_responses_concerned_and_their_share_of_the_loss_are_counted(planted
 def test_the_learning_rate_may_have_been_planned_for_another_length(
     planted, logged, is_equal, words
 ):
-    planted.settings["optimizer"] = {"decay": "linear", "warmup": 0 if is_equal else 1}
+    planted.settings["optimizer"] = {"decay": "linear", "warmup_updates": 0 if is_equal else 1}
     planted.line["learning_rate"] = logged
     rate, *_ = optimizer.check_rates(planted.read())
     assert rate.name == "learning rate"

@@ -63,7 +63,7 @@ COMMON: Settings = {
     "optimizer": {
         "learning_rate": 2.0e-4,
         "min_learning_rate": 2.0e-5,
-        "warmup": 4,
+        "warmup_updates": 4,
     },
     "eval": {"every": 0, "samples": 4},
     "checkpoint": {"every": 1_000},

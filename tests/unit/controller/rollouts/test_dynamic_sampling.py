@@ -57,7 +57,7 @@ def test_metrics_are_of_everything_that_was_sampled():
     rollout, _ = collected(2, 3, lambda i: i >= 2)
     metrics = rollout_metrics(rollout, policy_version=0)
     assert metrics["accuracy"] == 6 / 8, "two groups all right, two half right"
-    assert metrics["groups/passed_over"] == 2 and metrics["groups/zero_variance"] == 0.5
+    assert metrics["groups/filtered"] == 2 and metrics["groups/zero_variance"] == 0.5
 
 
 def test_stale_samples_need_an_importance_weight():

@@ -259,7 +259,7 @@ def test_a_call_without_replies_names_the_ranks(tmp_path):
 def test_writing_files_may_take_as_long_as_ranks_wait_for_each_other(tmp_path, operation, limit):
     """A model of a terabyte shows no progress before it is written."""
     run = Run(tmp_path, hang_seconds=10.0)
-    run.config = run.config.with_changes(parallel={"wait_seconds": 5000.0})
+    run.config = run.config.with_changes(parallel={"timeout_seconds": 5000.0})
 
     async def body():
         async with run.supervised() as supervisor:

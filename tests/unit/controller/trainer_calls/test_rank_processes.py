@@ -35,10 +35,10 @@ Timeout(ms)=7200000) ran for 7200061 milliseconds before timing out.
 """
 
 
-@pytest.mark.parametrize(("wait_seconds", "is_named"), [(7200.0, True), (600.0, False)])
-def test_nccls_timeout_is_named_with_its_key(wait_seconds, is_named, tmp_path):
+@pytest.mark.parametrize(("timeout_seconds", "is_named"), [(7200.0, True), (600.0, False)])
+def test_nccls_timeout_is_named_with_its_key(timeout_seconds, is_named, tmp_path):
     ranks = RankProcesses(tmp_path)
-    ranks._wait_seconds = wait_seconds
+    ranks._timeout_seconds = timeout_seconds
     (tmp_path / "trainer_0.log").write_text(NCCL_LOG + "frame of C++\n" * 40)
     process = subprocess.Popen([sys.executable, "-c", "import os; os.abort()"])
     process.wait()
@@ -46,7 +46,7 @@ def test_nccls_timeout_is_named_with_its_key(wait_seconds, is_named, tmp_path):
     cause = ranks.cause_of_death(0, "export")
     assert cause.startswith("trainer rank 0 was killed by signal 6")
     assert (
-        "'export'" in cause and "BROADCAST" in cause and "parallel.wait_seconds: 7200" in cause
+        "'export'" in cause and "BROADCAST" in cause and "parallel.timeout_seconds: 7200" in cause
     ) == is_named
 
 

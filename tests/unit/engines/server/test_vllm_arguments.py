@@ -88,10 +88,12 @@ def test_what_the_recipe_or_the_fleet_sets_is_refused(name, setting):
 
 def test_a_teacher_has_a_setting_of_its_own():
     teacher = parse({"teacher": {"vllm": {"max_num_batched_tokens": 4}}}).teacher
-    with refused("teacher.vllm.max_num_batched_tokens", Cause.CONFLICT, "teacher.tokens_at_once"):
+    with refused(
+        "teacher.vllm.max_num_batched_tokens", Cause.CONFLICT, "teacher.max_num_batched_tokens"
+    ):
         check_reserved(teacher, "teacher")
     key = "teacher.by_source.code"
-    arguments = "vllm.max_num_batched_tokens", f"set {key}.tokens_at_once,"
+    arguments = "vllm.max_num_batched_tokens", f"set {key}.max_num_batched_tokens,"
     with refused(f"{key}.{arguments[0]}", Cause.CONFLICT, arguments[1]):
         check_reserved(teacher, key)
     teacher = parse({"teacher": {"vllm": {"dtype": "float16"}}}).teacher
