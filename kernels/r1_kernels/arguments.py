@@ -102,7 +102,7 @@ def check_targets(
         targets: (T,) integers in 0 … vocab_size - 1.
         num_tokens: T.
         vocab_size: the ids in the whole vocabulary.
-        unmasked: (T,) booleans, where the ids count; None: everywhere.
+        unmasked: the tokens whose ids count, int64 indices or (T,) booleans; None: all.
 
     Raises:
         ValueError: a wrong shape or dtype, or an id outside the vocabulary."""

@@ -101,7 +101,7 @@ def guess_layout(hf_config: dict[str, Any], parameters: int, machine: Machine) -
         load = f"{parameters / 1e9:.1f}B parameters in {machine.free_bytes / GIB:.0f} GiB a GPU"
         guesses += [
             Guess("parallel.tensor", tensor, f"{load}; megatron-r1 plan computes it"),
-            Guess("rollout.tensor", tensor, "as the trainer's"),
+            Guess("rollout.tensor_parallel", tensor, "as the trainer's"),
         ]
     return guesses
 

@@ -308,7 +308,7 @@ def _title(estimate: JobEstimate) -> str:
 def _not_colocated(job: PlannedJob) -> str:
     """Return the hint for a recipe with separate engines but no --rollout-gpus."""
     rollout = job.config.rollout
-    ranks = rollout.tensor * rollout.data
+    ranks = rollout.tensor_parallel * rollout.data_parallel
     gpus = str(rollout.engines * ranks)
     if ranks == 1:
         gpus = "N" if rollout.engines == 1 else f"N, a multiple of rollout.engines={gpus}"

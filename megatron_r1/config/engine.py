@@ -6,21 +6,21 @@ from pydantic import Field
 
 from megatron_r1.config.section import Resumable, Section
 
-LAYOUT = {"tensor", "pipeline", "data", "expert_parallel"}
+LAYOUT = {"tensor_parallel", "pipeline_parallel", "data_parallel", "expert_parallel"}
 """The keys that say how an engine's ranks divide the model."""
 
 
 class EngineConfig(Section):
     """Settings that the engines of rollouts and of a teacher share."""
 
-    tensor: Resumable[int] = Field(1, ge=1)
+    tensor_parallel: Resumable[int] = Field(1, ge=1)
     """ranks of an engine that share every layer"""
-    pipeline: Resumable[int] = Field(1, ge=1)
+    pipeline_parallel: Resumable[int] = Field(1, ge=1)
     """stages of layers in an engine"""
-    data: Resumable[int] = Field(1, ge=1)
-    """copies of tensor x pipeline ranks behind one engine's address"""
+    data_parallel: Resumable[int] = Field(1, ge=1)
+    """copies of tensor_parallel x pipeline_parallel ranks behind one engine's address"""
     expert_parallel: Resumable[bool] = False
-    """spread routed experts whole over tensor x data ranks; else each is split"""
+    """spread routed experts whole over tensor_parallel x data_parallel ranks; else each is split"""
     gpu_memory: Resumable[float | None] = Field(None, gt=0, le=1)
     """share of its GPU's memory that an engine takes; default: vLLM's own"""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"

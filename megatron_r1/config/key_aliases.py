@@ -56,7 +56,7 @@ ALIASES = (
     ),
     _alias(
         "vllm_tensor_parallel_size, tensor_model_parallel_size, rollout_num_gpus_per_engine, tp",
-        "rollout.tensor parallel.tensor",
+        "rollout.tensor_parallel parallel.tensor",
         "engines and trainer each have their own",
     ),
     _alias("vllm_num_engines, num_engines, replicas, rollout workers", "rollout.engines"),

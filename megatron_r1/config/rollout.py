@@ -35,8 +35,8 @@ class RolloutConfig(EngineConfig):
     host_silence_seconds: Resumable[float] = Field(30.0, gt=0)
     """a host that has not been heard from for so long has vanished"""
     hosts_per_engine: Resumable[int] = Field(1, ge=1)
-    """hosts that one engine's copies (data) are spread over, all taken at once; needs placement:
-    hosts"""
+    """hosts that one engine's copies (data_parallel) are spread over, all taken at once; needs
+    placement: hosts"""
     colocated: Resumable[bool] = False
     """engines sleep on the trainer's own GPUs while it computes; see docs/engines.md"""
     temperature: float = Field(1.0, gt=0)
@@ -92,9 +92,10 @@ class RolloutConfig(EngineConfig):
                 key="rollout.hosts_per_engine",
                 cause=Cause.CONFLICT,
             )
-        if self.data % hosts:
+        if self.data_parallel % hosts:
             raise UserError(
-                f"rollout.hosts_per_engine: {hosts} does not divide rollout.data: {self.data}, the "
+                f"rollout.hosts_per_engine: {hosts} does not divide rollout.data_parallel: "
+                f"{self.data_parallel}, the "
                 "copies that the hosts share out; choose a divisor",
                 key="rollout.hosts_per_engine",
                 cause=Cause.INDIVISIBLE,

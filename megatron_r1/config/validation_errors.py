@@ -30,7 +30,7 @@ REMOVED = {
         None,
         "an engine rank receives all of its weights at once; leave it out, and where they do not "
         "fit beside the engine lower rollout.gpu_memory, give each engine more GPUs "
-        "(rollout.tensor), or set push.transport: gloo, which receives in host memory",
+        "(rollout.tensor_parallel), or set push.transport: gloo, which receives in host memory",
     ),
     "optimizer.warmup": RemovedKey(0, "it is called optimizer.warmup_updates"),
     "parallel.wait_seconds": RemovedKey(7200.0, "it is called parallel.timeout_seconds"),
@@ -38,6 +38,10 @@ REMOVED = {
     "sample.avoid": RemovedKey([], "it is called sample.decontaminate"),
     "sample.avoid_ngram": RemovedKey(13, "it is called sample.decontaminate_ngram"),
     "teacher.tokens_at_once": RemovedKey(2048, "it is called teacher.max_num_batched_tokens"),
+} | {
+    f"{section}.{axis}": RemovedKey(1, f"it is called {section}.{axis}_parallel")
+    for section in ("rollout", "teacher")
+    for axis in ("tensor", "pipeline", "data")
 }
 """Removed keys by dotted name."""
 

@@ -140,13 +140,13 @@ def cpu_memory(config: Config, world_size: int, *, has_engines: bool) -> CPUMemo
         values = num_parameters(hf_config, with_mtp=rollout.drafts_by_mtp)
         receives = not config.push.adapter_only  # of adapters little compared with the model
         bytes_per_engine = engine_bytes(values, rollout.dtype, receives=receives)
-        engine_weights = round(rollout.engines * rollout.data * bytes_per_engine)
+        engine_weights = round(rollout.engines * rollout.data_parallel * bytes_per_engine)
         other_bytes += _engines_other_bytes(rollout)
     for key, teacher in config.teacher.sections.items():
         if has_engines and not teacher.url:
             values = _num_stored_parameters(teacher.path, f"{key}.path")
             stored = engine_bytes(values, teacher.dtype, receives=False)
-            engine_weights += round(teacher.engines * teacher.data * stored)
+            engine_weights += round(teacher.engines * teacher.data_parallel * stored)
             other_bytes += _engines_other_bytes(teacher)
     layers = {
         kind: layer_activations(hf_config, config, 1, sparse=kind, local=True) for kind in {*sparse}
@@ -165,7 +165,12 @@ def cpu_memory(config: Config, world_size: int, *, has_engines: bool) -> CPUMemo
 
 def _engines_other_bytes(engines: RolloutConfig | TeacherEngines) -> int:
     """Return bytes of KV caches and processes of all engines."""
-    ranks = engines.engines * engines.data * engines.tensor * engines.pipeline
+    ranks = (
+        engines.engines
+        * engines.data_parallel
+        * engines.tensor_parallel
+        * engines.pipeline_parallel
+    )
     return ranks * (ENGINE_BYTES + (engines.kv_cache_gib << 30))
 
 

@@ -80,7 +80,7 @@ class EnginePolicy:
         self._fleet: RolloutFleet | None = None
         self._resources = contextlib.AsyncExitStack()
         self._players: dict[str, EpisodePlayer] = {}
-        self.concurrency = rollout.engines * rollout.data * rollout.max_num_seqs
+        self.concurrency = rollout.engines * rollout.data_parallel * rollout.max_num_seqs
         self.identity: dict[str, Any] = {
             "weights": fingerprint(model),
             "rollout.dtype": rollout.dtype,

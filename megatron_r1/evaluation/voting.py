@@ -56,7 +56,7 @@ def read_vote(
 
     Args:
         response: the text that the policy sampled.
-        thought_opened: `opened` of `read_answer`.
+        thought_opened: as for `read_answer`.
         reading: as for `read_answer`.
         kind: the question's reward.
         truth_is_number: whether the truth is one number."""

@@ -119,7 +119,7 @@ def planned_job(
         hardware = replace(hardware, host_memory=args.host_memory_gib * GIB)
     rollout, gpus = config.rollout, config.parallel.processes
     if verb == "sample":  # no trainer: the engines' GPUs
-        gpus = rollout.engines * rollout.tensor * rollout.data
+        gpus = rollout.engines * rollout.tensor_parallel * rollout.data_parallel
     hf_config = read_hf_config(config.model.path, "score" if verb == "reward-model" else "language")
     prompt = _prompt_tokens(args, config, verb, hf_config, assumptions.prompt_tokens)
     job = PlannedJob(
@@ -150,7 +150,7 @@ def _gpus_of_hosts(config: configuration.Config, verb: Verb) -> int:
     """Return the GPUs of engine hosts that are not the trainer's, 0 where there are none or the
     recipe does not say how many."""
     rollout = config.rollout
-    ranks = rollout.tensor * rollout.data
+    ranks = rollout.tensor_parallel * rollout.data_parallel
     has_own_gpus = verb == "rl" and rollout.placement == "hosts" and not rollout.colocated
     return rollout.engines * ranks if has_own_gpus and ranks > 1 else 0
 

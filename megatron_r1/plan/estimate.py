@@ -276,10 +276,10 @@ class JobEstimate:
         rollout = self.job.config.rollout
         note = ", fewer engines" if rollout.engines > 1 else ""
         # Data-parallel copies of a dense model are whole: only tensor parallelism shrinks them.
-        axis = "data" if self.job.has_experts else "tensor"
+        axis = "data_parallel" if self.job.has_experts else "tensor_parallel"
         size = getattr(rollout, axis)
         remedies = [f"raise rollout.{axis}={size} (more GPUs for an engine{note})"]
-        if rollout.tensor * rollout.data == 1:
+        if rollout.tensor_parallel * rollout.data_parallel == 1:
             remedies = [f"lower rollout.engines={rollout.engines} (more GPUs each)"]
             remedies = remedies if rollout.engines > 1 else ["use more GPUs"]
         if self.engines.receive_buffer_bytes:

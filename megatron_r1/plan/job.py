@@ -89,7 +89,7 @@ class PlannedJob:
     def with_gpus(self, world_size: int) -> PlannedJob:
         """Return the same job on `world_size` GPUs; the number of multi-GPU engines is adapted."""
         rollout = self.config.rollout
-        ranks = rollout.tensor * rollout.data
+        ranks = rollout.tensor_parallel * rollout.data_parallel
         if self.rollout_gpus or ranks == 1:
             return replace(self, world_size=world_size)
         config = self.config.with_changes(rollout={"engines": world_size // ranks})
@@ -313,13 +313,14 @@ def check_engine_gpus(job: PlannedJob) -> None:
     """Raise ValueError for engines that are impossible, or impossible on these GPUs."""
     rollout, gpus = job.config.rollout, job.rollout_gpus or job.world_size
     check_engines(job.config, job.hf_config)
-    if rollout.pipeline > 1:
+    if rollout.pipeline_parallel > 1:
         raise UserError(
-            f"rollout.pipeline={rollout.pipeline}: engines with stages are not planned for; use 1",
-            key="rollout.pipeline",
+            f"rollout.pipeline_parallel={rollout.pipeline_parallel}: engines with stages are not "
+            "planned for; use 1",
+            key="rollout.pipeline_parallel",
             cause=Cause.UNSUPPORTED,
         )
-    ranks = rollout.tensor * rollout.data
+    ranks = rollout.tensor_parallel * rollout.data_parallel
     if ranks == 1 and gpus % rollout.engines:
         raise UserError(
             f"rollout.engines={rollout.engines} does not divide {gpus:,} GPUs; choose "
@@ -329,8 +330,9 @@ def check_engine_gpus(job: PlannedJob) -> None:
         )
     if ranks > 1 and ranks * rollout.engines != gpus:
         raise UserError(
-            f"rollout.engines={rollout.engines} of {ranks} GPUs (rollout.tensor="
-            f"{rollout.tensor} x rollout.data={rollout.data}) are {ranks * rollout.engines:,} "
+            f"rollout.engines={rollout.engines} of {ranks} GPUs (rollout.tensor_parallel="
+            f"{rollout.tensor_parallel} x rollout.data_parallel={rollout.data_parallel}) are "
+            f"{ranks * rollout.engines:,} "
             f"GPUs, not {gpus:,}; {_engines_that_match(job, ranks, gpus)}",
             key="rollout.engines",
             cause=Cause.CONFLICT,
@@ -345,7 +347,7 @@ def _engines_that_match(job: PlannedJob, ranks: int, gpus: int) -> str:
     lower_count = gpus // ranks
     counts = [count for count in (lower_count, lower_count + 1) if count]
     sizes = [f"{option} {count * ranks} --rollout.engines {count}" for count in counts]
-    or_lower = "" if lower_count else ", or lower rollout.data or .tensor"
+    or_lower = "" if lower_count else ", or lower rollout.data_parallel or .tensor_parallel"
     return f"{_alternatives(sizes)} would match{or_lower}"
 
 

@@ -30,9 +30,9 @@ ADAPTERS = "both factors of every adapter of its stage, whole (push.adapter_only
 def planned_engine_layout(job: PlannedJob) -> EngineLayout:
     """Return the recipe's layout of an engine, or if it gives none, vLLM's usual one.
 
-    A recipe gives none if rollout.tensor, .data and .pipeline are 1. Attention is then
-    tensor-parallel as far as heads and node allow and data-parallel beyond, and routed experts are
-    spread over all GPUs of an engine.
+    A recipe gives none if rollout.tensor_parallel, .data_parallel and .pipeline_parallel are 1.
+    Attention is then tensor-parallel as far as heads and node allow and data-parallel beyond, and
+    routed experts are spread over all GPUs of an engine.
     """
     recipe_layout = engine_layout(job.config)
     if recipe_layout.ranks_per_engine > 1:

@@ -313,9 +313,9 @@ def teacher_section(job: PlannedJob, key: str, teacher: TeacherEngines) -> Quant
     except ValueError as error:
         return {"weights": byte_quantity(None, f"cannot be counted: {error}")}
     has_others = bool(job.config.teacher.by_source)
-    ranks = teacher.tensor * teacher.pipeline * teacher.data
+    ranks = teacher.tensor_parallel * teacher.pipeline_parallel * teacher.data_parallel
     gpus = (len(teacher.url) or teacher.engines) * ranks
-    shards, value = teacher.tensor * teacher.pipeline, BYTES[teacher.dtype]
+    shards, value = teacher.tensor_parallel * teacher.pipeline_parallel, BYTES[teacher.dtype]
     total, tokens = ModelCounts(hf_config).total, job.num_responses * job.sample_tokens
     flops = forward_flops(hf_config, job.sample_tokens)
     seconds = tokens * flops / (gpus * job.hardware.bf16 * job.assumptions.compute_efficiency)

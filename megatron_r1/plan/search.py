@@ -49,7 +49,7 @@ def nearest_sizes(job: PlannedJob) -> list[PlannedJob]:
     smallest_size = math.lcm(replica, experts)
     largest_size = job.num_responses // job.minibatches * replica
     rollout = job.config.rollout
-    engine_gpus = 1 if job.rollout_gpus else rollout.tensor * rollout.data
+    engine_gpus = 1 if job.rollout_gpus else rollout.tensor_parallel * rollout.data_parallel
     sizes = [
         size for n in range(20) if engine_gpus <= (size := smallest_size * 2**n) <= largest_size
     ]

@@ -44,7 +44,14 @@ SIZES = {
     ),
     "fp8": ("recipe",),
     "rollout": (
-        *("engines", "tensor", "data", "pipeline", "expert_parallel", "redundant_experts"),
+        *(
+            "engines",
+            "tensor_parallel",
+            "data_parallel",
+            "pipeline_parallel",
+            "expert_parallel",
+            "redundant_experts",
+        ),
         *("placement", "hosts_per_engine", "colocated", "max_response_tokens"),
     ),
     "push": ("transport", "fp8"),

@@ -122,7 +122,12 @@ def gpu_environments(verb: str, config: Config) -> tuple[dict[str, str], list[di
     if not gpu.is_usable():
         return {}, [{}] * hosts
     visible = gpu.visible_gpus(os.environ)
-    ranks = rollout.tensor * rollout.pipeline * rollout.data // rollout.hosts_per_engine
+    ranks = (
+        rollout.tensor_parallel
+        * rollout.pipeline_parallel
+        * rollout.data_parallel
+        // rollout.hosts_per_engine
+    )
     shared = rollout.colocated or verb == "sample"
     first = 0 if shared else len(visible) - hosts * ranks
     gpus_by_host = [visible[first + i * ranks : first + (i + 1) * ranks] for i in range(hosts)]
@@ -219,9 +224,17 @@ def num_null_gpus(config: Config, verb: str) -> int:
     """Return how many GPUs a miniature needs: one for each trainer rank, also of the other layout
     that it is resumed in. Engines divide them where they are colocated, or else have others."""
     rollout = config.rollout
-    engines = rollout.engines * rollout.tensor * rollout.data * rollout.pipeline
+    engines = (
+        rollout.engines
+        * rollout.tensor_parallel
+        * rollout.data_parallel
+        * rollout.pipeline_parallel
+    )
     fewer = rollout.model_copy(update=layout.fewer_engine_ranks(rollout))
-    engines = max(engines, fewer.engines * fewer.tensor * fewer.data * fewer.pipeline)
+    engines = max(
+        engines,
+        fewer.engines * fewer.tensor_parallel * fewer.data_parallel * fewer.pipeline_parallel,
+    )
     resumed = layout.different_layout(config.parallel)
     trainer = max(config.parallel.processes, resumed.processes)
     if verb == "sample":

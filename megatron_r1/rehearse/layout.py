@@ -134,16 +134,16 @@ def fewer_engine_ranks(rollout: RolloutConfig) -> dict[str, int]:
     """Return the settings of the resumed run's engines: half as many, each with one copy of its
     layers on one host. Where vLLM balances experts, which takes several ranks, an engine keeps
     two of them, as a tensor group."""
-    fewer = {"engines": max(1, rollout.engines // 2), "data": 1, "hosts_per_engine": 1}
-    if rollout.redundant_experts and rollout.tensor == 1:
-        fewer["tensor"] = PARTS
+    fewer = {"engines": max(1, rollout.engines // 2), "data_parallel": 1, "hosts_per_engine": 1}
+    if rollout.redundant_experts and rollout.tensor_parallel == 1:
+        fewer["tensor_parallel"] = PARTS
     return {key: value for key, value in fewer.items() if value != getattr(rollout, key)}
 
 
 def redundant_experts(rollout: RolloutConfig, experts: int) -> int:
     """Return a number of copies of `experts` that the ranks of a miniature's engine can share: one
     on each rank or, with as many experts as do not divide, the least."""
-    ranks = rollout.tensor * rollout.data
+    ranks = rollout.tensor_parallel * rollout.data_parallel
     if not rollout.redundant_experts or ranks == 1:
         return 0
     return -experts % ranks or ranks

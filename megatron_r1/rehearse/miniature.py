@@ -14,6 +14,7 @@ from megatron_r1.rehearse import layout, model, synthetic_data
 from megatron_r1.rehearse.settings import RehearsalDevice
 from megatron_r1.sample.filters import NAMES
 
+ENGINE_AXES = ("tensor_parallel", "data_parallel", "pipeline_parallel")
 RESPONSE = 24
 """Most tokens of a miniature's response."""
 PROMPT = 208
@@ -203,9 +204,9 @@ def _rollout(config: Config) -> dict[str, Any]:
     hosts = min(rollout.hosts_per_engine, layout.PARTS)
     return {
         "engines": min(rollout.engines, layout.PARTS),
-        "tensor": min(rollout.tensor, layout.PARTS),
-        "data": min(rollout.data, layout.PARTS),
-        "pipeline": min(rollout.pipeline, layout.PARTS),
+        "tensor_parallel": min(rollout.tensor_parallel, layout.PARTS),
+        "data_parallel": min(rollout.data_parallel, layout.PARTS),
+        "pipeline_parallel": min(rollout.pipeline_parallel, layout.PARTS),
         "hosts_per_engine": hosts,
         "hosts_address": "127.0.0.1" if rollout.placement == "hosts" else None,
         "hosts_port": 0,
@@ -279,13 +280,21 @@ def _on_gpu(config: Config, num_gpus: int, experts: int, device: RehearsalDevice
         experts: the routed experts of a layer of its model.
         device: "gpu" or "null-gpu"."""
     small, sizes = _rollout(config), {}
-    while small["engines"] * small["tensor"] * small["data"] * small["pipeline"] > num_gpus:
+    while (
+        small["engines"]
+        * small["tensor_parallel"]
+        * small["data_parallel"]
+        * small["pipeline_parallel"]
+        > num_gpus
+    ):
         # Experts are spread by the data axis, too; several engines are what a push is most for.
-        axes = [axis for axis in ("tensor", "data", "pipeline", "engines") if small[axis] > 1]
-        kept_axis = "data" if config.rollout.expert_parallel and "data" in axes else ""
+        axes = [axis for axis in (*ENGINE_AXES, "engines") if small[axis] > 1]
+        kept_axis = (
+            "data_parallel" if config.rollout.expert_parallel and "data_parallel" in axes else ""
+        )
         left_out = next((axis for axis in axes if axis != kept_axis), axes[0])
         small[left_out] = sizes[left_out] = 1
-    hosts = min(small["hosts_per_engine"], small["data"])
+    hosts = min(small["hosts_per_engine"], small["data_parallel"])
     copies = layout.redundant_experts(config.rollout.model_copy(update=small), experts)
     return {
         "gpu_memory": config.rollout.gpu_memory,
@@ -386,7 +395,7 @@ def _teacher_engines(teacher: TeacherEngines, folder: Path) -> dict[str, Any]:
         "path": str(folder),
         "url": [],
         "engines": 1,
-        "tensor": min(teacher.tensor, layout.PARTS),
+        "tensor_parallel": min(teacher.tensor_parallel, layout.PARTS),
         "threads": 1,
         "start_timeout_seconds": 1200.0,
     }
@@ -429,7 +438,7 @@ def _sample(config: Config) -> dict[str, Any]:
         "server": None,
         "shots": None,
         "num_shots": None,
-        "avoid": [],
+        "decontaminate": [],
         "rewrite": None,
         # Random text has no form, so that nothing would be kept.
         "filters": dict.fromkeys(NAMES, False),

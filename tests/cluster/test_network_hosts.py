@@ -93,7 +93,11 @@ def test_trainer_and_engine_on_hosts_of_their_own(network, recipe, tmp_path, tra
 def test_an_engine_whose_experts_are_on_two_hosts(network, tmp_path):
     """Nobody says by which interface its ranks reach each other."""
     recipe = write_recipe(tmp_path, 3, "DEEPSEEK")
-    spread = {"rollout.hosts_per_engine": 2, "rollout.data": 2, "rollout.expert_parallel": "true"}
+    spread = {
+        "rollout.hosts_per_engine": 2,
+        "rollout.data_parallel": 2,
+        "rollout.expert_parallel": "true",
+    }
     settings = [f"--{key}={value}" for key, value in (spread | {"push.transport": "gloo"}).items()]
     run = Run(network, recipe, tmp_path, *settings)
     agents = [run.engines_on(network.host(), environment()) for _ in range(2)]

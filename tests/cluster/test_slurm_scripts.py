@@ -130,7 +130,7 @@ def test_every_node_trains_and_samples(cluster, submit, tmp_path):
 
 
 def test_an_engine_is_shared_by_all_nodes(cluster, submit, tmp_path):
-    job = submit("colocated.sbatch", "--rollout.data", "2", HOSTS_PER_ENGINE="2")
+    job = submit("colocated.sbatch", "--rollout.data_parallel", "2", HOSTS_PER_ENGINE="2")
     assert completed(cluster, job, tmp_path) == [1, 2, 3]
     logs = {log.name for log in (tmp_path / "run" / "logs").glob("engine-*.log")}
     assert logs == {"engine-0.log", "engine-0-part-1.log"}
@@ -257,7 +257,7 @@ def stage(cluster, recipe, tmp_path):
 def test_a_sampling_stage_has_its_engine_on_several_nodes(stage, tmp_path):
     anything = ("--sample.keep.min_accuracy", "0", "--sample.samples", "2")
     said = stage(
-        *("sample", "2", *anything, "--rollout.data", "2"),
+        *("sample", "2", *anything, "--rollout.data_parallel", "2"),
         *("--sample.filters", "{format: false, truncated: false, language: false}"),
         HOSTS_PER_ENGINE="2",
     )

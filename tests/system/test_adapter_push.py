@@ -10,7 +10,7 @@ from math import prod
 
 import pytest
 from engine_checksums import checksums
-from file_trainer import FilePusher
+from file_trainer import FilePusher, engine_arguments
 from sampled import (
     TOLERANCE,
     largest_by_version,
@@ -105,7 +105,7 @@ def test_an_engine_computes_with_the_adapter_of_the_last_push(
     config, targets, layout, adapted, oracle, tmp_path
 ):
     lora = LORA.model_copy(update={"targets": targets})
-    settings = {**ENGINE, **layout, "lora": adapted(config, lora)}
+    settings = {**ENGINE, **engine_arguments(layout), "lora": adapted(config, lora)}
 
     async def run():
         async with RolloutFleet(1, tmp_path / "logs", **settings) as fleet:

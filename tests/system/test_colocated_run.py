@@ -12,7 +12,7 @@ def test_engines_that_sleep_and_share_their_model_agree_with_the_trainer(base):
         "run.folder": base / "colocated",
         "run.steps": 2,
         "rollout.colocated": "true",
-        "rollout.tensor": 2,
+        "rollout.tensor_parallel": 2,
         "rollout.expert_parallel": "true",
     }
     options = [word for key, value in settings.items() for word in (f"--{key}", value)]

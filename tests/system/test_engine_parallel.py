@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from file_trainer import FilePusher
+from file_trainer import FilePusher, engine_arguments
 from liveness import is_alive
 from sampled import (
     PROMPTS,
@@ -51,7 +51,7 @@ def test_an_engine_of_two_ranks_samples_as_transformers_would(family, layout, or
 
     async def start_and_sample():
         settings = {"max_model_len": 256, "max_num_seqs": 64, "return_routing": replays}
-        async with RolloutFleet(1, tmp_path, **settings, **layout) as fleet:
+        async with RolloutFleet(1, tmp_path, **settings, **engine_arguments(layout)) as fleet:
             await fleet.start(model)
             [engine] = fleet.engines
             return await sample(fleet, n=8, **routing), shared_files(engine.server.process.pid)
@@ -72,7 +72,7 @@ def test_the_last_sequence_of_a_data_rank_is_sampled_as_transformers_would(oracl
 
     async def start_and_sample():
         settings = {"max_model_len": 256, "max_num_seqs": 64, "return_routing": True}
-        async with RolloutFleet(1, tmp_path, **settings, **layout) as fleet:
+        async with RolloutFleet(1, tmp_path, **settings, **engine_arguments(layout)) as fleet:
             await fleet.start(model)
             return await sample(fleet, n=1, routing=routing_shape(DEEPSEEK))
 
@@ -109,7 +109,7 @@ def test_a_push_amid_responses_stamps_each_token_with_its_policy(family, layout,
 
     async def start_and_push():
         settings = {"max_model_len": 256, "max_num_seqs": 64}
-        async with RolloutFleet(1, tmp_path, **settings, **layout) as fleet:
+        async with RolloutFleet(1, tmp_path, **settings, **engine_arguments(layout)) as fleet:
             await fleet.start(before)
             pusher = FilePusher(MODELS[family], fleet, layout=layout)
             return await sample_amid_a_push(fleet, pusher.push, before, after)

@@ -17,7 +17,14 @@ def test_gpt_oss_is_trained_by_rl_with_engines_of_two_ranks(base):
     (model / "config.json").write_text(json.dumps(GPT_OSS | ids))
     done = run("sft", base / "sft.yaml", "--model.path", model, "--run.folder", start)
     assert done.returncode == 0, done.stdout + done.stderr
-    layout = ["--parallel.processes", "2", "--parallel.expert", "2", "--rollout.tensor", "2"]
+    layout = [
+        "--parallel.processes",
+        "2",
+        "--parallel.expert",
+        "2",
+        "--rollout.tensor_parallel",
+        "2",
+    ]
     recipe = [base / "rl.yaml", "--model.path", start / "hf", "--run.folder", folder]
     done = run("rl", *recipe, "--run.steps", "2", *layout)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -8,7 +8,7 @@ import asyncio
 
 import pytest
 from engine_checksums import checksums
-from file_trainer import FilePusher
+from file_trainer import FilePusher, engine_arguments
 from sampled import PROMPTS, TOLERANCE, largest_difference, sample
 from tiny_models import (
     DEEPSEEK,
@@ -127,7 +127,9 @@ def test_after_a_push_an_engine_is_as_if_started_on_the_trainers_weights(
     before, trained = tmp_path / "a", tmp_path / "b"
 
     async def run():
-        async with RolloutFleet(1, tmp_path / "started", **ENGINE, **layout) as fleet:
+        async with RolloutFleet(
+            1, tmp_path / "started", **ENGINE, **engine_arguments(layout)
+        ) as fleet:
             await fleet.start(trained)
             expected = await checksums(fleet)
         backend = f"megatron_r1_{push['transport']}"

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 import pytest
-from file_trainer import FilePusher
+from file_trainer import FilePusher, engine_arguments
 from sampled import TOLERANCE, largest_difference, sample, stamped
 from tiny_models import DEEPSEEK, QWEN, write_model
 
@@ -44,7 +44,7 @@ class Hosts:
     async def run(self, scenario, model, layout, **settings):
         """`scenario(fleet)` with the engine started on `model`; then the agents' exit statuses."""
         rollout = RolloutConfig(
-            placement="hosts", hosts_address="127.0.0.1", hosts_per_engine=2, data=2
+            placement="hosts", hosts_address="127.0.0.1", hosts_per_engine=2, data_parallel=2
         )
         async with open_pool(rollout, self.folder, False, self.messages.append) as pool:
             fleet = RolloutFleet(
@@ -56,7 +56,7 @@ class Hosts:
                 start_timeout_seconds=START,
                 weight_transfer_backend="megatron_r1_gloo",
                 **ENGINE,
-                **layout,
+                **engine_arguments(layout),
                 **settings,
             )
             async with fleet:

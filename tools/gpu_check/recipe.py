@@ -193,7 +193,8 @@ def check(case: str, folder: Path) -> dict[str, Any]:
         "trainer": f"tensor {parallel.tensor}, context {parallel.context}, "
         f"expert {parallel.expert}, pipeline {parallel.pipeline} x {parallel.virtual_pipeline}, "
         f"{parallel.processes} ranks",
-        "engines": f"{rollout.engines} of tensor {rollout.tensor} x data {rollout.data}",
+        "engines": f"{rollout.engines} of tensor {rollout.tensor_parallel} x data "
+        f"{rollout.data_parallel}",
         "transport": small.config.push.transport,
     }
 

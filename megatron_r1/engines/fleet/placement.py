@@ -119,7 +119,12 @@ def check_room(rollout: RolloutConfig) -> None:
     where they have more processes than it has cores."""
     if rollout.placement != "local" or gpu.device() != "cpu":
         return
-    ranks = rollout.engines * rollout.tensor * rollout.pipeline * rollout.data
+    ranks = (
+        rollout.engines
+        * rollout.tensor_parallel
+        * rollout.pipeline_parallel
+        * rollout.data_parallel
+    )
     # Engines are started all at once: 100,000 of them took everything on a host down.
     needed_gib, host_gib = ranks * RANK_GIB, psutil.virtual_memory().total / 2**30
     if rollout.kv_cache_gib > host_gib:

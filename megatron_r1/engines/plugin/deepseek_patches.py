@@ -69,12 +69,13 @@ def gather_single_tokens(layer: Any) -> None:
     """Give whole hidden states on from a layer whose batch is one token.
 
     Upstream: model_executor/models/deepseek_v2.py: `DeepseekV2DecoderLayer.forward` and
-    `DeepseekV2Model.forward` (vllm-project/vllm #50154, pull request #50691). With rollout.tensor,
-    .data and .expert_parallel the ranks of a tensor group hold shares of the tokens behind such a
-    layer, which the next layer recognizes by their number. Without the patch: one token is padded
-    to the group's size, so that a share has one row, too, and counts as the whole: all ranks but
-    the first go on with padding, and the log-probabilities of a data rank's last sequence are off
-    by 0.1 to 2 wherever the model runs eagerly. Goes when: layers say what they return."""
+    `DeepseekV2Model.forward` (vllm-project/vllm #50154, pull request #50691). With
+    rollout.tensor_parallel, .data_parallel and .expert_parallel the ranks of a tensor group hold
+    shares of the tokens behind such a layer, which the next layer recognizes by their number.
+    Without the patch: one token is padded to the group's size, so that a share has one row, too,
+    and counts as the whole: all ranks but the first go on with padding, and the log-probabilities
+    of a data rank's last sequence are off by 0.1 to 2 wherever the model runs eagerly. Goes when:
+    layers say what they return."""
     from vllm.distributed import tensor_model_parallel_all_gather
 
     upstream = layer.forward

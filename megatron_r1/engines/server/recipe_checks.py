@@ -34,11 +34,12 @@ def check_engines(config: Config, hf_config: dict) -> None:
     """
     rollout = config.rollout
     check_ranks(rollout, hf_config, "rollout")
-    if config.rl.routing_replay and rollout.pipeline > 1:
+    if config.rl.routing_replay and rollout.pipeline_parallel > 1:
         raise UserError(
-            f"rollout.pipeline={rollout.pipeline}: vLLM returns the experts of one stage only; set "
-            "rl.routing_replay: false, or rollout.pipeline: 1",
-            key="rollout.pipeline",
+            f"rollout.pipeline_parallel={rollout.pipeline_parallel}: vLLM returns the experts of "
+            "one stage only; set "
+            "rl.routing_replay: false, or rollout.pipeline_parallel: 1",
+            key="rollout.pipeline_parallel",
             cause=Cause.CONFLICT,
         )
     _check_redundant_experts(rollout, hf_config)
@@ -48,21 +49,23 @@ def check_engines(config: Config, hf_config: dict) -> None:
 def _check_redundant_experts(rollout: RolloutConfig, hf_config: dict) -> None:
     """Raise UserError for copies of experts that engines cannot have."""
     copies, key = rollout.redundant_experts, "rollout.redundant_experts"
-    ranks = rollout.tensor * rollout.data
+    ranks = rollout.tensor_parallel * rollout.data_parallel
     if not copies:
         return
     if not rollout.expert_parallel or ranks == 1:
         raise UserError(
             f"{key}: {copies} copies are spread over the ranks of an engine, and "
             f"rollout.expert_parallel is {str(rollout.expert_parallel).lower()} on {ranks} of them "
-            "(rollout.tensor x rollout.data); set it to true on several, or the copies to 0",
+            "(rollout.tensor_parallel x rollout.data_parallel); set it to true on several, or "
+            "the copies to 0",
             key=key,
             cause=Cause.CONFLICT,
         )
     if (experts := num_experts(hf_config)) and (experts + copies) % ranks:
         raise UserError(
             f"{key}: {experts} experts and {copies} copies cannot be divided among {ranks} ranks "
-            f"(rollout.tensor x rollout.data); {-experts % ranks} or {-experts % ranks + ranks} "
+            f"(rollout.tensor_parallel x rollout.data_parallel); {-experts % ranks} or "
+            f"{-experts % ranks + ranks} "
             "copies can",
             key=key,
             cause=Cause.INDIVISIBLE,
@@ -137,10 +140,11 @@ def _check_speculation(rollout: RolloutConfig, hf_config: dict) -> None:
             key="rollout.speculative.method",
             cause=Cause.CONFLICT,
         )
-    if rollout.pipeline > 1:
+    if rollout.pipeline_parallel > 1:
         raise UserError(
-            f"rollout.speculative.method: mtp with rollout.pipeline={rollout.pipeline}: a drafter "
-            "behind stages has not been tried; set rollout.pipeline: 1, or method: ngram",
+            "rollout.speculative.method: mtp with "
+            f"rollout.pipeline_parallel={rollout.pipeline_parallel}: a drafter "
+            "behind stages has not been tried; set rollout.pipeline_parallel: 1, or method: ngram",
             key="rollout.speculative.method",
             cause=Cause.UNSUPPORTED,
         )
@@ -163,29 +167,32 @@ def check_ranks(engines: RolloutConfig | TeacherEngines, hf_config: dict, sectio
     """
     check_reserved(engines, section)
     language = language_settings(hf_config)
-    heads = language.get("num_attention_heads", engines.tensor)
+    heads = language.get("num_attention_heads", engines.tensor_parallel)
     kv_heads = language.get("num_key_value_heads") or heads
-    if heads % engines.tensor:
+    if heads % engines.tensor_parallel:
         raise UserError(
-            f"{section}.tensor={engines.tensor} does not divide num_attention_heads={heads}; "
+            f"{section}.tensor_parallel={engines.tensor_parallel} does not divide "
+            f"num_attention_heads={heads}; "
             "choose a divisor",
-            key=f"{section}.tensor",
+            key=f"{section}.tensor_parallel",
             cause=Cause.INDIVISIBLE,
         )
     latent = bool(language.get("kv_lora_rank"))
-    if not latent and kv_heads % engines.tensor and engines.tensor % kv_heads:
+    if not latent and kv_heads % engines.tensor_parallel and engines.tensor_parallel % kv_heads:
         raise UserError(
-            f"{section}.tensor={engines.tensor} neither divides num_key_value_heads={kv_heads} nor "
+            f"{section}.tensor_parallel={engines.tensor_parallel} neither divides "
+            f"num_key_value_heads={kv_heads} nor "
             "is a multiple of it; choose one that does",
-            key=f"{section}.tensor",
+            key=f"{section}.tensor_parallel",
             cause=Cause.INDIVISIBLE,
         )
     rows = padded_vocabulary(language.get("vocab_size", 0))
-    if rows % engines.tensor:
+    if rows % engines.tensor_parallel:
         raise UserError(
-            f"{section}.tensor={engines.tensor} does not divide the {rows} rows of vLLM's padded "
+            f"{section}.tensor_parallel={engines.tensor_parallel} does not divide the {rows} "
+            "rows of vLLM's padded "
             "vocabulary; choose a divisor",
-            key=f"{section}.tensor",
+            key=f"{section}.tensor_parallel",
             cause=Cause.INDIVISIBLE,
         )
     if "GptOssForCausalLM" in (language.get("architectures") or ()):
@@ -194,12 +201,13 @@ def check_ranks(engines: RolloutConfig | TeacherEngines, hf_config: dict, sectio
         # Where they are absent, the engine gets them (`EngineServer`).
         require(language, **FAMILIES["DeepseekV3"].implied_values)
     _check_sparse(hf_config)
-    layers = language.get("num_hidden_layers", engines.pipeline)
-    if engines.pipeline > layers:
+    layers = language.get("num_hidden_layers", engines.pipeline_parallel)
+    if engines.pipeline_parallel > layers:
         raise UserError(
-            f"{section}.pipeline={engines.pipeline} is more than the model's {layers} layers; "
+            f"{section}.pipeline_parallel={engines.pipeline_parallel} is more than the model's "
+            f"{layers} layers; "
             "lower it",
-            key=f"{section}.pipeline",
+            key=f"{section}.pipeline_parallel",
             cause=Cause.TOO_LARGE,
         )
     if engines.expert_parallel:
@@ -216,10 +224,11 @@ def _check_expert_ranks(
             key=f"{section}.expert_parallel",
             cause=Cause.CONFLICT,
         )
-    ranks = engines.tensor * engines.data
+    ranks = engines.tensor_parallel * engines.data_parallel
     if ranks > experts:
         raise UserError(
-            f"{section}.expert_parallel: {ranks} ranks ({section}.tensor x {section}.data) for "
+            f"{section}.expert_parallel: {ranks} ranks ({section}.tensor_parallel x "
+            f"{section}.data_parallel) for "
             f"{experts} experts leave some with none; use more {section}.engines of fewer ranks",
             key=f"{section}.expert_parallel",
             cause=Cause.TOO_LARGE,
@@ -246,17 +255,19 @@ def _check_gpt_oss(engines: RolloutConfig | TeacherEngines, hf_config: dict, sec
     """Raise UserError for ranks among which vLLM's class of gpt-oss cannot divide the model: a
     tensor rank needs key-value heads of its own, every rank an equal part of intermediate_size."""
     kv_heads, intermediate = hf_config["num_key_value_heads"], hf_config["intermediate_size"]
-    if kv_heads % engines.tensor:
+    if kv_heads % engines.tensor_parallel:
         raise UserError(
-            f"{section}.tensor={engines.tensor} does not divide num_key_value_heads={kv_heads}, "
+            f"{section}.tensor_parallel={engines.tensor_parallel} does not divide "
+            f"num_key_value_heads={kv_heads}, "
             "which vLLM's gpt-oss cannot share among ranks; choose a divisor",
-            key=f"{section}.tensor",
+            key=f"{section}.tensor_parallel",
             cause=Cause.INDIVISIBLE,
         )
-    ranks = engines.tensor * engines.pipeline * engines.data
+    ranks = engines.tensor_parallel * engines.pipeline_parallel * engines.data_parallel
     if intermediate % ranks:
         raise UserError(
-            f"{section}: {ranks} ranks (tensor x pipeline x data) do not divide intermediate_size="
+            f"{section}: {ranks} ranks (tensor_parallel x pipeline_parallel x data_parallel) do "
+            "not divide intermediate_size="
             f"{intermediate}, as vLLM's gpt-oss requires; choose a divisor",
             key=section,
             cause=Cause.INDIVISIBLE,
@@ -332,7 +343,7 @@ def _check_experts(rollout: RolloutConfig, hf_config: dict[str, Any]) -> None:
             key="n_shared_experts",
             cause=Cause.UNSUPPORTED,
         )
-    ranks = 1 if rollout.expert_parallel else rollout.tensor * rollout.data
+    ranks = 1 if rollout.expert_parallel else rollout.tensor_parallel * rollout.data_parallel
     if family.clamped_swiglu and (size := hf_config["intermediate_size"]) % (ALIGNMENT * ranks):
         shared = f" shared by {ranks} ranks" if ranks > 1 else ""
         raise UserError(

@@ -182,7 +182,7 @@ class EngineServer(Server):
         arguments += config_arguments(hf_config, self.settings.hf_overrides)
         part = self.settings.part
         if part is not None:
-            arguments += part.arguments(self.settings.data, self.coordinator)
+            arguments += part.arguments(self.settings.data_parallel, self.coordinator)
         self._scratch = Scratch()
         self._kills_before = exit_diagnosis.num_oom_kills()
         self._log_start = self.log_path.stat().st_size if self.log_path.exists() else 0

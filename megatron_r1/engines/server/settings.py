@@ -74,7 +74,7 @@ class EngineSettings:
         device: what the engine computes on.
         dtype: the dtype of weights, activations and KV cache.
         max_model_len: prompt plus response, tokens.
-        max_num_seqs: sequences decoded together, by each of `data` copies.
+        max_num_seqs: sequences decoded together, by each of `data_parallel` copies.
         seed: vLLM's seed of the engine; requests have their own.
         num_threads: OpenMP threads of all ranks together (CPU only).
         kv_cache_gib: memory of a rank for keys and values (CPU only).
@@ -89,10 +89,11 @@ class EngineSettings:
         return_sampling_mask: add the tokens that the sampler kept to responses with a top_k. On a
             GPU vLLM has this in its second model runner; on a CPU `engines.plugin.sampling_masks`
             adds it.
-        tensor: ranks that share every layer's matrices.
-        pipeline: stages of layers, each on ranks of its own.
-        data: copies of the model, as `RolloutConfig.data`.
-        expert_parallel: whether routed experts are spread whole over tensor x data ranks.
+        tensor_parallel: ranks that share every layer's matrices.
+        pipeline_parallel: stages of layers, each on ranks of its own.
+        data_parallel: copies of the model, as `RolloutConfig.data_parallel`.
+        expert_parallel: whether routed experts are spread whole over tensor_parallel x
+            data_parallel ranks.
         redundant_experts: copies of experts that vLLM's balancer places (GPU only).
         gpu_memory: share of each GPU's memory that the engine takes (GPU only); None for vLLM's
             default.
@@ -123,9 +124,9 @@ class EngineSettings:
     weight_transfer_backend: str = BACKEND_PREFIX + "shm"
     return_routing: bool = False
     return_sampling_mask: bool = False
-    tensor: int = 1
-    pipeline: int = 1
-    data: int = 1
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    data_parallel: int = 1
     expert_parallel: bool = False
     redundant_experts: int = 0
     gpu_memory: float | None = None
@@ -170,9 +171,9 @@ class EngineSettings:
             *(["--enable-sleep-mode"] if self.enable_sleep_mode and not is_cpu else []),
             *(["--gpu-memory-utilization", f"{fraction}"] if fraction else []),
             *(("--additional-config", '{"plain_matrices": true}') if self.plain_matrices else ()),
-            *("--tensor-parallel-size", str(self.tensor)),
-            *("--pipeline-parallel-size", str(self.pipeline)),
-            *("--data-parallel-size", str(self.data)),
+            *("--tensor-parallel-size", str(self.tensor_parallel)),
+            *("--pipeline-parallel-size", str(self.pipeline_parallel)),
+            *("--data-parallel-size", str(self.data_parallel)),
             *(["--enable-expert-parallel"] if self.expert_parallel else []),
             *(["--middleware", MIDDLEWARE] if self.secret else []),
             *argument_list(self.lora or {}),
@@ -195,8 +196,8 @@ class EngineSettings:
         Raises:
             OSError: `host` does not resolve.
         """
-        copies = self.part.copies(self.data) if self.part else self.data
-        ranks = self.tensor * self.pipeline * copies
+        copies = self.part.copies(self.data_parallel) if self.part else self.data_parallel
+        ranks = self.tensor_parallel * self.pipeline_parallel * copies
         threads = max(1, self.num_threads // ranks)
         environment = engine_environment(self.device, threads, self.kv_cache_gib)
         if (self.return_routing or self.return_sampling_mask) and self.device != "cpu":

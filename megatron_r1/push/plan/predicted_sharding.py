@@ -56,9 +56,10 @@ class PredictedSharding:
         heads = hf_config["num_attention_heads"]
         if heads % layout.tensor:
             raise UserError(
-                f"rollout.tensor={layout.tensor} does not divide num_attention_heads={heads}; "
+                f"rollout.tensor_parallel={layout.tensor} does not divide "
+                f"num_attention_heads={heads}; "
                 f"choose a divisor of {heads}",
-                key="rollout.tensor",
+                key="rollout.tensor_parallel",
                 cause=Cause.INDIVISIBLE,
             )
         self._stage_layers = stage_layers(len(self.table.layers), layout.pipeline)
@@ -145,15 +146,15 @@ class PredictedSharding:
         return _equal_part(shape, 0, rank * groups // num_ranks, groups)
 
     def _refuse(self, tensor: HFTensor, size: int, num_ranks: int) -> NoReturn:
-        keys, remedy = f"rollout.tensor={self.layout.tensor}", ""
+        keys, remedy = f"rollout.tensor_parallel={self.layout.tensor}", ""
         padded = "" if size in tensor.shape else " padded rows"
         if tensor.expert is not None:
-            keys += f" x rollout.data={self.layout.data}"
+            keys += f" x rollout.data_parallel={self.layout.data}"
             remedy = ", or set rollout.expert_parallel: true"
         raise UserError(
             f"{keys}: {num_ranks} engine ranks cannot share {tensor.name} {tensor.shape}, as size "
             f"{num_ranks} does not divide {size}{padded}; choose a divisor of {size}{remedy}",
-            key="rollout.tensor",
+            key="rollout.tensor_parallel",
             cause=Cause.INDIVISIBLE,
         )
 

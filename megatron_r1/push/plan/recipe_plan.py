@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.transports import TRANSPORTS
 from megatron_r1.config import Config
-from megatron_r1.config.engine import LAYOUT
 from megatron_r1.config.push import PushConfig
 from megatron_r1.models.hf_config import model_family
 from megatron_r1.models.weights.formats.published_layout import BLOCK, is_quantized
@@ -95,8 +94,15 @@ a block."""
 
 def engine_layout(config: Config) -> EngineLayout:
     """Return how the recipe's engines divide the model: engines, and ranks of each by axis."""
-    keys = LAYOUT | {"engines", "redundant_experts"}
-    return EngineLayout(**config.rollout.model_dump(include=keys))
+    rollout = config.rollout
+    return EngineLayout(
+        rollout.engines,
+        tensor=rollout.tensor_parallel,
+        pipeline=rollout.pipeline_parallel,
+        data=rollout.data_parallel,
+        expert_parallel=rollout.expert_parallel,
+        redundant_experts=rollout.redundant_experts,
+    )
 
 
 def check_pushes(config: Config, hf_config: dict, world_size: int) -> None:
@@ -198,9 +204,11 @@ def check_blocks(
         for item, region in predicted.regions_of(engines.coordinate(rank)):
             if not is_quantized(item.name):
                 continue
-            setting = f"rollout.tensor={engines.tensor}"
+            setting = f"rollout.tensor_parallel={engines.tensor}"
             if item.expert is not None and not engines.expert_parallel:
-                setting += f" x rollout.data={engines.data} (or rollout.expert_parallel: true)"
+                setting += (
+                    f" x rollout.data_parallel={engines.data} (or rollout.expert_parallel: true)"
+                )
             _check_aligned(item, region, setting)
             if _is_fused_first(item) and region.bottom % BLOCK:
                 raise UserError(

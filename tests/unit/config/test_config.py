@@ -223,10 +223,12 @@ def test_keys_that_may_change_when_a_run_continues():
         "agents": "environment_processes",
         "rl": "keep_sample_log sample_log schedule",
         "rollout": "engines placement hosts_port hosts_address host_silence_seconds "
-        "hosts_per_engine tensor pipeline data expert_parallel colocated gpu_memory max_restarts "
-        "unresponsive_seconds threads speculative kv_block_tokens redundant_experts vllm",
-        "teacher": "url engines tensor pipeline data expert_parallel gpu_memory max_num_seqs "
-        "max_num_batched_tokens threads max_restarts unresponsive_seconds vllm",
+        "hosts_per_engine tensor_parallel pipeline_parallel data_parallel expert_parallel "
+        "colocated gpu_memory max_restarts unresponsive_seconds threads speculative "
+        "kv_block_tokens redundant_experts vllm",
+        "teacher": "url engines tensor_parallel pipeline_parallel data_parallel expert_parallel "
+        "gpu_memory max_num_seqs max_num_batched_tokens threads max_restarts "
+        "unresponsive_seconds vllm",
         "rewards": "options.helpful.url options.judge.url options.safety.url workers max_ungraded",
     }
     keys = [f"{section}.{key}" for section, names in expected.items() for key in names.split()]

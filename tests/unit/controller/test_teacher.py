@@ -85,7 +85,12 @@ def test_a_teacher_of_another_architecture_with_more_tokens_of_its_own_is_accept
             *({"schedule": [{"from_step": 3, "rollout.top_p": 0.9}]}, "rollout.top_p"),
             *(Cause.CONFLICT, ("from_step 3", "0.9")),
         ),
-        ({"teacher": {"tensor": 3}}, "teacher.tensor", Cause.INDIVISIBLE, ("heads=4",)),
+        (
+            {"teacher": {"tensor_parallel": 3}},
+            "teacher.tensor_parallel",
+            Cause.INDIVISIBLE,
+            ("heads=4",),
+        ),
         ({"teacher": {"path": "nowhere"}}, "teacher.path", Cause.NOT_FOUND, ("nowhere",)),
         (
             {"teacher": {"by_source": {"math": {"path": "nowhere"}}}},

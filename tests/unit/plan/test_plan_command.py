@@ -16,7 +16,14 @@ from megatron_r1.commands.plan import main
 from megatron_r1.plan.arguments import parse, planned_job
 
 UNREPLAYED = ["--rl.routing_replay", "false"]
-ONE_GPU = ["--rollout.tensor", "1", "--rollout.data", "1", "--rollout.redundant_experts", "0"]
+ONE_GPU = [
+    "--rollout.tensor_parallel",
+    "1",
+    "--rollout.data_parallel",
+    "1",
+    "--rollout.redundant_experts",
+    "0",
+]
 
 
 @pytest.mark.parametrize(
@@ -28,9 +35,17 @@ ONE_GPU = ["--rollout.tensor", "1", "--rollout.data", "1", "--rollout.redundant_
         (["--parallel.pipeline_layout", "Et"], "parallel.pipeline_layout", ["Et"]),
         (["--rollout.engines", "2048", *ONE_GPU], "", ["1.19 TiB"]),
         (["--rollout.engines", "3", *ONE_GPU], "rollout.engines", ["2,048", "2 or 4"]),
-        (["--rollout.tensor", "3"], "rollout.tensor=3", ["num_attention_heads=128"]),
-        (["--rollout.pipeline", "2"], "rollout.pipeline=2", ["rl.routing_replay"]),
-        (["--rollout.pipeline", "2", *UNREPLAYED], "rollout.pipeline=2", ["mtp"]),
+        (
+            ["--rollout.tensor_parallel", "3"],
+            "rollout.tensor_parallel=3",
+            ["num_attention_heads=128"],
+        ),
+        (
+            ["--rollout.pipeline_parallel", "2"],
+            "rollout.pipeline_parallel=2",
+            ["rl.routing_replay"],
+        ),
+        (["--rollout.pipeline_parallel", "2", *UNREPLAYED], "rollout.pipeline_parallel=2", ["mtp"]),
         (["--rl.minibatches", "1024"], "rl.minibatches", ["8 samples", "16"]),
         (["--host-memory-gib", "1"], "parallel.reference_offload", []),
         (
@@ -153,7 +168,7 @@ def test_a_teacher_that_cannot_be_counted_is_planned_without(tmp_path, capsys):
 def test_each_of_several_teachers_is_planned(tmp_path):
     recipe = yaml.safe_load((ROOT / "examples/distill/qwen2.5-math-7b_on_policy.yaml").read_text())
     model = recipe["model"]["path"]
-    recipe["teacher"]["by_source"] = {"code": {"path": model, "tensor": 2, "engines": 3}}
+    recipe["teacher"]["by_source"] = {"code": {"path": model, "tensor_parallel": 2, "engines": 3}}
     file, plan = tmp_path / "recipe.yaml", tmp_path / "plan.json"
     file.write_text(yaml.safe_dump(recipe))
     assert main([str(file), "--json", str(plan)]) == 0

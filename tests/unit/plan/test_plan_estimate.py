@@ -35,7 +35,7 @@ def test_advice_is_not_what_the_recipe_does_or_its_model_cannot(capsys):
     assert main([dense, "--memory-gib", "20"]) == 1
     output = " ".join(capsys.readouterr().out.split())
     assert "recompute full" in output and "parallel.context" in output
-    assert "parallel.expert" not in output and "rollout.tensor=8" in output
+    assert "parallel.expert" not in output and "rollout.tensor_parallel=8" in output
     assert main([*LAPTOP, "--memory-gib", "6.1"]) == 1
     output = capsys.readouterr().out
     assert "1.04 GiB" in output and "parallel.recompute" in output

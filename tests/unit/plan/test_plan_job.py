@@ -11,7 +11,7 @@ from megatron_r1.plan.arguments import parse, planned_job
 
 def test_numbers_of_gpus_below_one_engine_are_not_tried(capsys):
     layout = ("--parallel.pipeline", "1", "--parallel.pipeline_layout", "null")
-    experts = ("--parallel.tensor", "4", "--parallel.expert", "64", "--rollout.data", "64")
+    experts = ("--parallel.tensor", "4", "--parallel.expert", "64", "--rollout.data_parallel", "64")
     assert main([str(RECIPE), *layout, *experts]) == 1
     assert "512 ranks" in capsys.readouterr().out
 
@@ -84,7 +84,12 @@ def test_too_few_samples_are_told_what_gives_more_of_them_and_how_many_gpus_they
 def test_engines_are_told_the_nearest_numbers_on_both_sides(capsys):
     assert main([str(RECIPE), "--gpus", "2047"]) == 1
     output = capsys.readouterr().out
-    for shown in ("rollout.engines=16", "rollout.tensor=8", "rollout.data=16", "2,047"):
+    for shown in (
+        "rollout.engines=16",
+        "rollout.tensor_parallel=8",
+        "rollout.data_parallel=16",
+        "2,047",
+    ):
         assert shown in output
     for remedy in ("--gpus 1920 --rollout.engines 15", "--gpus 2048 --rollout.engines 16"):
         assert remedy in output

@@ -18,12 +18,16 @@ def test_an_engine_is_laid_out_as_the_recipe_says_or_as_vllm_serves_such_models(
     config = configuration.load(RECIPE)
     given = planned_engine_layout(PlannedJob(V3, config, 2048, HARDWARE["H800"]))
     assert (given.tensor, given.data, given.expert_parallel) == (8, 16, True)
-    changed = {"rollout.tensor": 16, "rollout.data": 8}
+    changed = {"rollout.tensor_parallel": 16, "rollout.data_parallel": 8}
     wide = planned_engine_layout(
         PlannedJob(V3, configuration.load(RECIPE, changed), 2048, HARDWARE["H800"])
     )
     assert (wide.tensor, wide.data, wide.engines) == (16, 8, 16)
-    silent = {"rollout.tensor": 1, "rollout.data": 1, "rollout.expert_parallel": False}
+    silent = {
+        "rollout.tensor_parallel": 1,
+        "rollout.data_parallel": 1,
+        "rollout.expert_parallel": False,
+    }
     assumed = planned_engine_layout(
         PlannedJob(V3, configuration.load(RECIPE, silent), 2048, HARDWARE["H800"])
     )

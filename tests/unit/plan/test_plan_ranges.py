@@ -145,7 +145,9 @@ def test_the_plan_names_checks_that_exist():
 
 
 def test_engines_of_one_gpu_need_the_bandwidth_and_saves_that_block_the_storage():
-    small = replace(planned(rollout__engines=2048, rollout__tensor=1, rollout__data=1))
+    small = replace(
+        planned(rollout__engines=2048, rollout__tensor_parallel=1, rollout__data_parallel=1)
+    )
     assert [narrowing_number(job, "rollout") for job in (planned(), small)] == [
         "decode_latency_per_layer",
         "bandwidth_efficiency",

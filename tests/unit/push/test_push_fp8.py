@@ -208,12 +208,17 @@ def test_scales_of_a_region_of_blocks():
     [
         (DEEPSEEK, EngineLayout(), (4, 1), ["parallel.tensor=4", "o_proj", 64]),
         (DEEPSEEK, EngineLayout(), (1, 4), ["parallel.expert_tensor=4", "experts.0.gate"]),
-        (DEEPSEEK, EngineLayout(tensor=4), (1, 1), ["rollout.tensor=4", "o_proj", 64]),
+        (DEEPSEEK, EngineLayout(tensor=4), (1, 1), ["rollout.tensor_parallel=4", "o_proj", 64]),
         (
             DEEPSEEK,
             EngineLayout(tensor=2, data=2),
             (1, 1),
-            ["rollout.tensor=2", "rollout.data=2", "expert_parallel", "experts.0"],
+            [
+                "rollout.tensor_parallel=2",
+                "rollout.data_parallel=2",
+                "expert_parallel",
+                "experts.0",
+            ],
         ),
         (DEEPSEEK | {"q_lora_rank": 96}, EngineLayout(), (1, 1), ["q_a_proj"]),
         (QWEN | {"num_attention_heads": 8}, EngineLayout(), (1, 1), ["heads of 64"]),
@@ -231,8 +236,8 @@ def test_deepseek_v3_can_be_pushed_in_fp8_as_it_is_laid_out_in_the_example():
 
 
 def test_a_recipe_is_refused_before_anything_starts():
-    config = {"push": {"fp8": True}, "rollout": {"tensor": 4, "dtype": "bfloat16"}}
-    with refused("push.fp8", Cause.INDIVISIBLE, "rollout.tensor=4"):
+    config = {"push": {"fp8": True}, "rollout": {"tensor_parallel": 4, "dtype": "bfloat16"}}
+    with refused("push.fp8", Cause.INDIVISIBLE, "rollout.tensor_parallel=4"):
         check_pushes(Config.model_validate(config), DEEPSEEK, world_size=8)
     config["rollout"] = {"dtype": "float32"}
     with raised(ValueError, "push.fp8", "rollout.dtype: bfloat16"):

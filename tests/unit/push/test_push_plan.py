@@ -79,7 +79,7 @@ def test_vllm_s_pipeline_stages():
 def test_sizes_that_cannot_be_are_named():
     with raised(ValueError, "parallel", 8, 3):
         TrainerGrid.from_recipe(ParallelConfig(tensor=3), 8)
-    with refused("rollout.tensor", Cause.INDIVISIBLE, 3, "num_attention_heads=4"):
+    with refused("rollout.tensor_parallel", Cause.INDIVISIBLE, 3, "num_attention_heads=4"):
         Planner(DEEPSEEK_MTP, TrainerGrid(1), EngineLayout(tensor=3))
     with refused("parallel.expert", Cause.INDIVISIBLE, 3, 8):
         Planner(DEEPSEEK_MTP, TrainerGrid(3, expert=3), EngineLayout())
@@ -126,7 +126,7 @@ def test_a_vocabulary_that_vllm_cannot_split_is_refused(vocabulary, splits):
         heights = [sharding.region(embedding, layout.coordinate(rank)).bottom for rank in range(3)]
         assert heights == [384, 768, 1150]
         return
-    with refused("rollout.tensor", Cause.INDIVISIBLE, 3, "model.embed_tokens", 1024):
+    with refused("rollout.tensor_parallel", Cause.INDIVISIBLE, 3, "model.embed_tokens", 1024):
         sharding.region(embedding, layout.coordinate(0))
 
 

@@ -77,7 +77,7 @@ def test_every_axis_that_is_divided_stays_divided(path):
     config, small = shrunk(path)
     for section, axes in {
         "parallel": ("tensor", "context", "expert", "expert_tensor", "pipeline"),
-        "rollout": ("engines", "tensor", "data", "pipeline"),
+        "rollout": ("engines", "tensor_parallel", "data_parallel", "pipeline_parallel"),
     }.items():
         for axis in axes:
             before = getattr(getattr(config, section), axis)
@@ -205,7 +205,7 @@ def test_the_resumed_run_has_fewer_and_smaller_engines():
     _, small = shrunk(ROOT / "examples/deepseek_r1/r1_zero.yaml")
     spread = small.config.rollout.model_copy(update={"placement": "hosts", "hosts_per_engine": 2})
     fewer = layout.fewer_engine_ranks(spread)
-    assert fewer == {"engines": 1, "data": 1, "hosts_per_engine": 1}
+    assert fewer == {"engines": 1, "data_parallel": 1, "hosts_per_engine": 1}
     assert layout.fewer_engine_ranks(spread.model_copy(update=fewer)) == {}
 
 
@@ -317,6 +317,13 @@ def test_longer_responses_of_the_schedule_are_sampled():
     for wrong in (lines(12, 12, 12), lines(24, 24, 24)):
         with pytest.raises(RunError, match=r"rl\.schedule: .*\[12, 24, 24\]"):
             run._show_schedule(wrong)
+
+
+def test_files_that_sample_reads_are_left_out():
+    given = {"sample.decontaminate": ["none.jsonl"], "sample.shots": "none.jsonl"}
+    _, small = shrunk(ROOT / "examples/deepseek_r1/rejection_sampling.yaml", given)
+    sample = small.config.sample
+    assert sample.decontaminate == [] and sample.shots is None
 
 
 def test_every_teacher_has_a_small_model_and_questions(tmp_path):

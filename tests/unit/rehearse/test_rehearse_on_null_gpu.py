@@ -55,14 +55,18 @@ def test_experts_are_balanced_with_copies_that_both_runs_can_share(max_ranks, ra
         config, hf_config, Path("rehearsal"), max_ranks, device="null-gpu"
     )
     rollout = small.config.rollout
-    assert rollout.tensor * rollout.data == ranks
+    assert rollout.tensor_parallel * rollout.data_parallel == ranks
     assert rollout.redundant_experts == (ranks if ranks > 1 else 0)
     assert ("eplb_config" in rollout.vllm) == (ranks > 1)
     fewer = rollout.model_copy(update=layout.fewer_engine_ranks(rollout))
     for changed in ({}, layout.fewer_engine_ranks(rollout)):
         check_engines(small.config.with_changes(rollout=changed), small.hf_config)
     if ranks > 1:  # the resumed run balances as well
-        assert (fewer.tensor, fewer.data, fewer.redundant_experts) == (2, 1, ranks)
+        assert (fewer.tensor_parallel, fewer.data_parallel, fewer.redundant_experts) == (
+            2,
+            1,
+            ranks,
+        )
 
 
 def test_arguments_of_vllm_stay_where_a_null_gpu_imitates_their_kernels(monkeypatch):

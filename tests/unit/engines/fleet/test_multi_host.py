@@ -41,7 +41,9 @@ class World:
         return self.hosts[-1]
 
     def engine(self, name):
-        server = RemoteServer(self.pool, self.folder / "model", self.folder / f"{name}.log", data=4)
+        server = RemoteServer(
+            self.pool, self.folder / "model", self.folder / f"{name}.log", data_parallel=4
+        )
         server.start()
         return server
 
@@ -190,8 +192,8 @@ def test_gloo_is_told_the_interface_that_others_reach(monkeypatch):
 @pytest.mark.parametrize(
     ("rollout", "cause"),
     [
-        ({"data": 4, "hosts_per_engine": 2}, Cause.CONFLICT),
-        ({"data": 4, "hosts_per_engine": 3, "placement": "hosts"}, Cause.INDIVISIBLE),
+        ({"data_parallel": 4, "hosts_per_engine": 2}, Cause.CONFLICT),
+        ({"data_parallel": 4, "hosts_per_engine": 3, "placement": "hosts"}, Cause.INDIVISIBLE),
     ],
 )
 def test_what_cannot_be_spread_is_refused(rollout, cause):

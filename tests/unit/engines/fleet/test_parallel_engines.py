@@ -39,14 +39,38 @@ def config(rl=None, **rollout):
 @pytest.mark.parametrize(
     ("hf_config", "settings", "key", "cause", "shown"),
     [
-        (DENSE, {"tensor": 5}, "tensor", Cause.INDIVISIBLE, "num_attention_heads=12"),
-        (DENSE, {"tensor": 6}, "tensor", Cause.INDIVISIBLE, "num_key_value_heads=4"),
-        ({"text_config": DENSE}, {"tensor": 5}, "tensor", Cause.INDIVISIBLE, "tensor=5"),
-        (DENSE | {"vocab_size": 67}, {"tensor": 12}, "tensor", Cause.INDIVISIBLE, "128"),
-        (DENSE, {"pipeline": 4}, "pipeline", Cause.TOO_LARGE, "3 layers"),
+        (
+            DENSE,
+            {"tensor_parallel": 5},
+            "tensor_parallel",
+            Cause.INDIVISIBLE,
+            "num_attention_heads=12",
+        ),
+        (
+            DENSE,
+            {"tensor_parallel": 6},
+            "tensor_parallel",
+            Cause.INDIVISIBLE,
+            "num_key_value_heads=4",
+        ),
+        (
+            {"text_config": DENSE},
+            {"tensor_parallel": 5},
+            "tensor_parallel",
+            Cause.INDIVISIBLE,
+            "tensor_parallel=5",
+        ),
+        (
+            DENSE | {"vocab_size": 67},
+            {"tensor_parallel": 12},
+            "tensor_parallel",
+            Cause.INDIVISIBLE,
+            "128",
+        ),
+        (DENSE, {"pipeline_parallel": 4}, "pipeline_parallel", Cause.TOO_LARGE, "3 layers"),
         (DENSE, {"expert_parallel": True}, "expert_parallel", Cause.CONFLICT, "false"),
         (
-            *(EXPERTS, {"expert_parallel": True, "tensor": 4, "data": 4}),
+            *(EXPERTS, {"expert_parallel": True, "tensor_parallel": 4, "data_parallel": 4}),
             *("expert_parallel", Cause.TOO_LARGE, "16 ranks"),
         ),
         (EXPERTS, {"redundant_experts": 2}, "redundant_experts", Cause.CONFLICT, "false"),
@@ -55,13 +79,19 @@ def config(rl=None, **rollout):
             *("redundant_experts", Cause.CONFLICT, "on 1 of them"),
         ),
         (
-            *(EXPERTS, {"redundant_experts": 3, "expert_parallel": True, "data": 4}),
+            *(EXPERTS, {"redundant_experts": 3, "expert_parallel": True, "data_parallel": 4}),
             *("redundant_experts", Cause.INDIVISIBLE, "4 copies can"),
         ),
-        (GPT_OSS, {"tensor": 12}, "tensor", Cause.INDIVISIBLE, "num_key_value_heads=4"),
         (
-            *(EXPERTS, {"pipeline": 2, "rl": {"routing_replay": True}}),
-            *("pipeline", Cause.CONFLICT, "rl.routing_replay"),
+            GPT_OSS,
+            {"tensor_parallel": 12},
+            "tensor_parallel",
+            Cause.INDIVISIBLE,
+            "num_key_value_heads=4",
+        ),
+        (
+            *(EXPERTS, {"pipeline_parallel": 2, "rl": {"routing_replay": True}}),
+            *("pipeline_parallel", Cause.CONFLICT, "rl.routing_replay"),
         ),
     ],
 )
@@ -71,7 +101,7 @@ def test_what_no_engine_can_serve_is_refused(hf_config, settings, key, cause, sh
 
 
 def test_copies_of_experts_need_gpus_where_engines_run():
-    settings = {"redundant_experts": 4, "expert_parallel": True, "data": 4}
+    settings = {"redundant_experts": 4, "expert_parallel": True, "data_parallel": 4}
     check_engines(config(**settings), EXPERTS)  # a plan for GPUs needs none
     check_local_experts(config(**settings, placement="hosts").rollout)
     with refused("rollout.redundant_experts", Cause.UNSUPPORTED, "needs GPUs"):
@@ -93,15 +123,18 @@ def test_models_that_no_engine_computes_as_the_trainer_does_are_refused():
     with refused("scoring_func", Cause.UNSUPPORTED, "sigmoid"):
         check_engines(config(), deepseek | {"scoring_func": "softmax"})
     with refused("rollout", Cause.INDIVISIBLE, "5 ranks", "intermediate_size=96"):
-        check_engines(config(data=5), GPT_OSS)
+        check_engines(config(data_parallel=5), GPT_OSS)
 
 
 @pytest.mark.parametrize(
     ("hf_config", "settings"),
     [
-        (DENSE, {"tensor": 12, "pipeline": 3, "data": 4}),
-        (EXPERTS, {"tensor": 4, "data": 2, "expert_parallel": True}),
-        (LATENT, {"tensor": 6}),  # every rank holds the latents, so that heads need not divide
+        (DENSE, {"tensor_parallel": 12, "pipeline_parallel": 3, "data_parallel": 4}),
+        (EXPERTS, {"tensor_parallel": 4, "data_parallel": 2, "expert_parallel": True}),
+        (
+            LATENT,
+            {"tensor_parallel": 6},
+        ),  # every rank holds the latents, so that heads need not divide
     ],
 )
 def test_what_engines_can_serve_is_not(hf_config, settings):
@@ -109,13 +142,15 @@ def test_what_engines_can_serve_is_not(hf_config, settings):
 
 
 def test_what_cannot_be_pushed_to_is_refused_too():
-    check_pushes(config(tensor=4), DENSE, world_size=1)
-    with refused("rollout.tensor", Cause.INDIVISIBLE, 90):
-        check_pushes(config(tensor=4), DENSE | {"intermediate_size": 90}, world_size=1)
+    check_pushes(config(tensor_parallel=4), DENSE, world_size=1)
+    with refused("rollout.tensor_parallel", Cause.INDIVISIBLE, 90):
+        check_pushes(config(tensor_parallel=4), DENSE | {"intermediate_size": 90}, world_size=1)
 
 
 def test_the_layout_is_the_recipes():
-    recipe = config(engines=3, tensor=4, pipeline=2, data=5, expert_parallel=True)
+    recipe = config(
+        engines=3, tensor_parallel=4, pipeline_parallel=2, data_parallel=5, expert_parallel=True
+    )
     assert engine_layout(recipe) == EngineLayout(3, 4, 5, 2, True)
 
 
@@ -131,9 +166,9 @@ def test_vllm_gets_the_settings_as_arguments(tmp_path, device):
         tmp_path,
         tmp_path / "log",
         device=device,
-        tensor=2,
-        pipeline=3,
-        data=4,
+        tensor_parallel=2,
+        pipeline_parallel=3,
+        data_parallel=4,
         expert_parallel=True,
         enable_sleep_mode=True,
         gpu_memory=0.4,

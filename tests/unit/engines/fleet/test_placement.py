@@ -11,7 +11,7 @@ from megatron_r1.engines.server import gpu
 
 @pytest.mark.parametrize(
     ("rollout", "is_said"),
-    [({"engines": 2}, False), ({"engines": 3}, True), ({"engines": 1, "tensor": 4}, True)],
+    [({"engines": 2}, False), ({"engines": 3}, True), ({"engines": 1, "tensor_parallel": 4}, True)],
 )
 def test_more_engine_processes_than_cores_are_said_with_numbers(
     monkeypatch, capsys, rollout, is_said

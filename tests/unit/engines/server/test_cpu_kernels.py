@@ -64,10 +64,10 @@ def test_a_head_without_a_size_of_its_own_is_computed():
 
 
 def test_ranks_share_the_width_of_an_expert():
-    recipe_checks.check_cpu_kernels(RolloutConfig(tensor=2), OSS)
-    recipe_checks.check_cpu_kernels(RolloutConfig(tensor=4, expert_parallel=True), OSS)
+    recipe_checks.check_cpu_kernels(RolloutConfig(tensor_parallel=2), OSS)
+    recipe_checks.check_cpu_kernels(RolloutConfig(tensor_parallel=4, expert_parallel=True), OSS)
     with refused("intermediate_size", Cause.INDIVISIBLE, 64, "4 ranks"):
-        recipe_checks.check_cpu_kernels(RolloutConfig(tensor=4), OSS)
+        recipe_checks.check_cpu_kernels(RolloutConfig(tensor_parallel=4), OSS)
 
 
 @pytest.mark.parametrize(

@@ -45,8 +45,10 @@ def test_what_can_draft_is_not(method, tokens, layers):
 
 
 def test_a_drafter_behind_stages_is_refused():
-    staged = parse({"rollout": {"speculative": {"method": "mtp"}, "pipeline": 2}})
-    with refused("rollout.speculative.method", Cause.UNSUPPORTED, "rollout.pipeline=2", "ngram"):
+    staged = parse({"rollout": {"speculative": {"method": "mtp"}, "pipeline_parallel": 2}})
+    with refused(
+        "rollout.speculative.method", Cause.UNSUPPORTED, "rollout.pipeline_parallel=2", "ngram"
+    ):
         recipe_checks.check_engines(staged, MTP)
 
 

@@ -73,7 +73,7 @@ def test_one_key_is_set_on_the_command_line_too():
 @pytest.mark.parametrize(
     ("name", "setting"),
     [
-        ("tensor_parallel_size", "rollout.tensor"),
+        ("tensor_parallel_size", "rollout.tensor_parallel"),
         ("max-model-len", "rollout.max_model_len"),
         ("no_enable_prefix_caching", "shares its prompt"),
         ("data_parallel_rank", "the fleet chooses"),
