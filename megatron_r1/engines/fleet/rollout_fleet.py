@@ -84,7 +84,9 @@ class RolloutFleet:
         section: the key of their settings in the recipe.
         make_server: makes an engine's server, `EngineServer` for one on this host.
         notify: called with a line when an engine is replaced, joins or leaves.
-        **server_settings: fields of `EngineSettings`, the same for all engines.
+        max_num_seqs: sequences that each data-parallel copy of an engine decodes together.
+        data_parallel: data-parallel copies behind an engine's address.
+        **server_settings: further fields of `EngineSettings`, the same for all engines.
 
     Raises:
         ValueError: for num_engines < 1.
@@ -103,6 +105,8 @@ class RolloutFleet:
         section: str = "rollout",
         make_server: MakeServer = EngineServer,
         notify: Notify = lambda message: None,
+        max_num_seqs: int = 256,
+        data_parallel: int = 1,
         **server_settings: Any,
     ) -> None:
         if num_engines < 1:
@@ -111,16 +115,16 @@ class RolloutFleet:
         self.start_timeout_seconds = start_timeout_seconds
         self.request_timeout_seconds = request_timeout_seconds
         self.role, self.section, self.make_server = role, section, make_server
-        self.server_settings = server_settings
+        sizes = {"max_num_seqs": max_num_seqs, "data_parallel": data_parallel}
+        self.server_settings = server_settings | sizes
         self.policy_version = -1
         self.send_weights: SendWeights = contextlib.nullcontext
         """Sends the fleet's weights to an engine that joins (`controller.push.pusher`)."""
         self.awake = asyncio.Event()
         """Cleared while the trainer uses the engines' memory."""
         self.awake.set()
-        self._max_request_responses = server_settings.get("max_num_seqs", 256)
-        capacity = self._max_request_responses * server_settings.get("data", 1)
-        self.state = FleetState(Dispatcher(capacity), notify)
+        self._max_request_responses = max_num_seqs
+        self.state = FleetState(Dispatcher(max_num_seqs * data_parallel), notify)
         self.replacer = EngineReplacer(
             self.state,
             lambda dead: self._start_one(dead.index, instead_of=dead),
