@@ -39,7 +39,7 @@ class EngineMemory:
     @property
     def tensor(self) -> int:
         """Number of GPUs that share the attention of one sequence."""
-        return planned_engine_layout(self.job).tensor
+        return planned_engine_layout(self.job).tensor_parallel
 
     @property
     def mtp_layers(self) -> int:

@@ -41,8 +41,8 @@ def planned_engine_layout(job: PlannedJob) -> EngineLayout:
     tensor = max(size for size in range(1, max_tensor + 1) if _divides_attention(job, size))
     return EngineLayout(
         engines=job.config.rollout.engines,
-        tensor=tensor,
-        data=job.engine_gpus // tensor,
+        tensor_parallel=tensor,
+        data_parallel=job.engine_gpus // tensor,
         expert_parallel=job.has_experts and job.engine_gpus > 1,
         redundant_experts=recipe_layout.redundant_experts,
     )

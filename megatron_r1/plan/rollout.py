@@ -97,7 +97,7 @@ class RolloutTime:
     def experts(self) -> ExpertExchange:
         """The exchange of a layer's routed experts; within one rank where engines have none."""
         job, layout = self.job, planned_engine_layout(self.job)
-        spreads_experts = layout.expert_parallel and layout.data > 1 and job.has_experts
+        spreads_experts = layout.expert_parallel and layout.data_parallel > 1 and job.has_experts
         # Groups of experts are laid out node by node.
         max_nodes = job.hf_config.get("topk_group") or math.inf
         return ExpertExchange(

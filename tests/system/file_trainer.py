@@ -27,13 +27,6 @@ from megatron_r1.push.transports import shared_memory
 from megatron_r1.push.transports.base import gpu_uuid
 
 
-def engine_arguments(layout: dict) -> dict:
-    """The settings of an engine with the layout of these keys of `EngineLayout`."""
-    return {
-        name if name == "expert_parallel" else f"{name}_parallel": layout[name] for name in layout
-    }
-
-
 class FileTrainer:
     """Of the model that `config` describes; `load` puts a folder's weights in place. drafts: with
     its MTP layers. lora: of adapters alone."""

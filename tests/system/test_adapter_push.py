@@ -10,7 +10,7 @@ from math import prod
 
 import pytest
 from engine_checksums import checksums
-from file_trainer import FilePusher, engine_arguments
+from file_trainer import FilePusher
 from sampled import (
     TOLERANCE,
     largest_by_version,
@@ -90,13 +90,23 @@ IN_MORE = ("deepseek-tensor", "deepseek-data")
                 marks=pytest.mark.more if name in IN_MORE else pytest.mark.slow,
             )
             for name, config, targets, layout in [
-                ("qwen-some-tensor", QWEN, ["q_proj", "v_proj", "down_proj"], {"tensor": 2}),
-                ("qwen-pipeline", QWEN, None, {"pipeline": 2}),
+                (
+                    "qwen-some-tensor",
+                    QWEN,
+                    ["q_proj", "v_proj", "down_proj"],
+                    {"tensor_parallel": 2},
+                ),
+                ("qwen-pipeline", QWEN, None, {"pipeline_parallel": 2}),
                 ("gpt-oss", GPT_OSS, None, {}),
                 ("deepseek", DEEPSEEK, SERVED, {}),
-                ("deepseek-tensor", DEEPSEEK, SERVED, {"tensor": 2, "expert_parallel": True}),
+                (
+                    "deepseek-tensor",
+                    DEEPSEEK,
+                    SERVED,
+                    {"tensor_parallel": 2, "expert_parallel": True},
+                ),
                 # A rank without tokens removes all adapters meanwhile.
-                ("deepseek-data", DEEPSEEK, SERVED, {"data": 2, "expert_parallel": True}),
+                ("deepseek-data", DEEPSEEK, SERVED, {"data_parallel": 2, "expert_parallel": True}),
             ]
         ),
     ],
@@ -105,7 +115,7 @@ def test_an_engine_computes_with_the_adapter_of_the_last_push(
     config, targets, layout, adapted, oracle, tmp_path
 ):
     lora = LORA.model_copy(update={"targets": targets})
-    settings = {**ENGINE, **engine_arguments(layout), "lora": adapted(config, lora)}
+    settings = {**ENGINE, **layout, "lora": adapted(config, lora)}
 
     async def run():
         async with RolloutFleet(1, tmp_path / "logs", **settings) as fleet:
@@ -115,9 +125,11 @@ def test_an_engine_computes_with_the_adapter_of_the_last_push(
             for name in "aba":
                 metrics = await pusher.push(tmp_path / name)
                 shapes = pusher.trainer.shapes.values()
-                copies = layout.get("tensor", 1) * layout.get("data", 1)  # one over all stages
+                copies = layout.get("tensor_parallel", 1) * layout.get(
+                    "data_parallel", 1
+                )  # one over all stages
                 assert metrics["push/bytes"] == 4 * sum(map(prod, shapes)) * copies
-                if "data" in layout:
+                if "data_parallel" in layout:
                     await fleet.generate([5, 9], n=1, max_tokens=8)
                 groups = await sample(fleet, n=2)
                 assert largest_difference(oracle, tmp_path / name / "merged", groups) < TOLERANCE

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from file_trainer import FilePusher, engine_arguments
+from file_trainer import FilePusher
 from liveness import is_alive
 from sampled import (
     PROMPTS,
@@ -32,26 +32,28 @@ MODELS = {"deepseek": DEEPSEEK, "qwen": QWEN}
 @pytest.mark.parametrize(
     ("family", "layout"),
     [
-        ("deepseek", {"tensor": 2, "expert_parallel": True}),
-        pytest.param("deepseek", {"tensor": 2}, marks=pytest.mark.slow),
-        pytest.param("deepseek", {"pipeline": 2}, marks=pytest.mark.slow),
-        pytest.param("deepseek", {"data": 2}, marks=pytest.mark.slow),
-        pytest.param("deepseek", {"data": 2, "expert_parallel": True}, marks=pytest.mark.slow),
-        pytest.param("qwen", {"tensor": 2}, marks=pytest.mark.slow),
-        pytest.param("qwen", {"pipeline": 2}, marks=pytest.mark.slow),
-        pytest.param("qwen", {"data": 2}, marks=pytest.mark.slow),
+        ("deepseek", {"tensor_parallel": 2, "expert_parallel": True}),
+        pytest.param("deepseek", {"tensor_parallel": 2}, marks=pytest.mark.slow),
+        pytest.param("deepseek", {"pipeline_parallel": 2}, marks=pytest.mark.slow),
+        pytest.param("deepseek", {"data_parallel": 2}, marks=pytest.mark.slow),
+        pytest.param(
+            "deepseek", {"data_parallel": 2, "expert_parallel": True}, marks=pytest.mark.slow
+        ),
+        pytest.param("qwen", {"tensor_parallel": 2}, marks=pytest.mark.slow),
+        pytest.param("qwen", {"pipeline_parallel": 2}, marks=pytest.mark.slow),
+        pytest.param("qwen", {"data_parallel": 2}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
 def test_an_engine_of_two_ranks_samples_as_transformers_would(family, layout, oracle, tmp_path):
     model = tmp_path / "model"
     oracle(write_model, model, MODELS[family], 0)
-    replays = family == "deepseek" and "pipeline" not in layout
+    replays = family == "deepseek" and "pipeline_parallel" not in layout
     routing = {"routing": routing_shape(DEEPSEEK)} if replays else {}
 
     async def start_and_sample():
         settings = {"max_model_len": 256, "max_num_seqs": 64, "return_routing": replays}
-        async with RolloutFleet(1, tmp_path, **settings, **engine_arguments(layout)) as fleet:
+        async with RolloutFleet(1, tmp_path, **settings, **layout) as fleet:
             await fleet.start(model)
             [engine] = fleet.engines
             return await sample(fleet, n=8, **routing), shared_files(engine.server.process.pid)
@@ -68,11 +70,11 @@ def test_the_last_sequence_of_a_data_rank_is_sampled_as_transformers_would(oracl
     # One token in a batch, over tensor x data ranks with spread experts: a share of it looks whole.
     model = tmp_path / "model"
     oracle(write_model, model, DEEPSEEK, 0)
-    layout = {"tensor": 2, "data": 2, "expert_parallel": True}
+    layout = {"tensor_parallel": 2, "data_parallel": 2, "expert_parallel": True}
 
     async def start_and_sample():
         settings = {"max_model_len": 256, "max_num_seqs": 64, "return_routing": True}
-        async with RolloutFleet(1, tmp_path, **settings, **engine_arguments(layout)) as fleet:
+        async with RolloutFleet(1, tmp_path, **settings, **layout) as fleet:
             await fleet.start(model)
             return await sample(fleet, n=1, routing=routing_shape(DEEPSEEK))
 
@@ -97,7 +99,11 @@ def fraction_of_equal_experts(oracle, folder, groups, shape):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "layout"),
-    [("deepseek", {"tensor": 2}), ("qwen", {"data": 2}), ("qwen", {"pipeline": 2})],
+    [
+        ("deepseek", {"tensor_parallel": 2}),
+        ("qwen", {"data_parallel": 2}),
+        ("qwen", {"pipeline_parallel": 2}),
+    ],
     ids=str,
 )
 def test_a_push_amid_responses_stamps_each_token_with_its_policy(family, layout, oracle, tmp_path):
@@ -109,7 +115,7 @@ def test_a_push_amid_responses_stamps_each_token_with_its_policy(family, layout,
 
     async def start_and_push():
         settings = {"max_model_len": 256, "max_num_seqs": 64}
-        async with RolloutFleet(1, tmp_path, **settings, **engine_arguments(layout)) as fleet:
+        async with RolloutFleet(1, tmp_path, **settings, **layout) as fleet:
             await fleet.start(before)
             pusher = FilePusher(MODELS[family], fleet, layout=layout)
             return await sample_amid_a_push(fleet, pusher.push, before, after)
@@ -126,7 +132,7 @@ def test_a_rank_that_dies_or_hangs_takes_its_engine_with_it(how, oracle, tmp_pat
     oracle(write_model, model, QWEN, 0)
 
     async def stop_amid():
-        settings = {"max_model_len": 256, "tensor": 2, "max_restarts": 1}
+        settings = {"max_model_len": 256, "tensor_parallel": 2, "max_restarts": 1}
         async with RolloutFleet(1, tmp_path, unresponsive_seconds=5.0, **settings) as fleet:
             await fleet.start(model)
             first = processes_under(fleet.engines[0].server.process.pid)

@@ -8,7 +8,7 @@ import asyncio
 
 import pytest
 from engine_checksums import checksums
-from file_trainer import FilePusher, engine_arguments
+from file_trainer import FilePusher
 from sampled import PROMPTS, TOLERANCE, largest_difference, sample
 from tiny_models import (
     DEEPSEEK,
@@ -62,9 +62,9 @@ TRAINERS = {
     "deepseek-v2": [{"expert": 2}],
     "gpt-oss": [{"tensor": 2, "expert": 2}, {"pipeline": 2}],
 }
-BOTH_AXES = {"tensor": 2, "data": 2, "expert_parallel": True}
+BOTH_AXES = {"tensor_parallel": 2, "data_parallel": 2, "expert_parallel": True}
 """The axes of the 671B recipes' engines."""
-IN_MORE = (("gpt-oss", BOTH_AXES), ("deepseek-v2", {"pipeline": 2}))
+IN_MORE = (("gpt-oss", BOTH_AXES), ("deepseek-v2", {"pipeline_parallel": 2}))
 """Families with engines' layouts that `make test-more` pushes to."""
 
 
@@ -73,7 +73,7 @@ IN_MORE = (("gpt-oss", BOTH_AXES), ("deepseek-v2", {"pipeline": 2}))
     [
         pytest.param(
             "deepseek",
-            {"tensor": 2, "expert_parallel": True},
+            {"tensor_parallel": 2, "expert_parallel": True},
             [{"tensor": 2, "expert": 2, "expert_tensor": 1}],
             {"transport": "gloo"},
             id="deepseek-one",
@@ -89,29 +89,29 @@ IN_MORE = (("gpt-oss", BOTH_AXES), ("deepseek-v2", {"pipeline": 2}))
             )
             for family, layout, transport in [
                 ("deepseek", {}, "shm"),
-                ("deepseek", {"tensor": 2}, "gloo"),
-                ("deepseek", {"tensor": 2, "expert_parallel": True}, "shm"),
-                ("deepseek", {"data": 2, "expert_parallel": True}, "shm"),
+                ("deepseek", {"tensor_parallel": 2}, "gloo"),
+                ("deepseek", {"tensor_parallel": 2, "expert_parallel": True}, "shm"),
+                ("deepseek", {"data_parallel": 2, "expert_parallel": True}, "shm"),
                 ("deepseek", BOTH_AXES, "shm"),
-                ("deepseek", {"pipeline": 2}, "shm"),
+                ("deepseek", {"pipeline_parallel": 2}, "shm"),
                 ("qwen", {}, "gloo"),
-                ("qwen", {"tensor": 2}, "shm"),
-                ("qwen", {"pipeline": 2}, "shm"),
-                ("qwen3", {"tensor": 2}, "shm"),
-                ("qwen3-moe", {"tensor": 2, "expert_parallel": True}, "shm"),
+                ("qwen", {"tensor_parallel": 2}, "shm"),
+                ("qwen", {"pipeline_parallel": 2}, "shm"),
+                ("qwen3", {"tensor_parallel": 2}, "shm"),
+                ("qwen3-moe", {"tensor_parallel": 2, "expert_parallel": True}, "shm"),
                 ("qwen3-moe", BOTH_AXES, "shm"),
-                ("glm", {"tensor": 2}, "shm"),
+                ("glm", {"tensor_parallel": 2}, "shm"),
                 ("glm", BOTH_AXES, "shm"),
                 ("glm-lite", {}, "shm"),
                 ("glm-lite", BOTH_AXES, "shm"),
-                ("kimi", {"tensor": 2, "expert_parallel": True}, "shm"),
-                ("deepseek-v2", {"pipeline": 2}, "shm"),
+                ("kimi", {"tensor_parallel": 2, "expert_parallel": True}, "shm"),
+                ("deepseek-v2", {"pipeline_parallel": 2}, "shm"),
                 ("deepseek-v2", BOTH_AXES, "shm"),
                 ("gpt-oss", {}, "shm"),
-                ("gpt-oss", {"tensor": 2}, "gloo"),
-                ("gpt-oss", {"tensor": 2, "expert_parallel": True}, "shm"),
+                ("gpt-oss", {"tensor_parallel": 2}, "gloo"),
+                ("gpt-oss", {"tensor_parallel": 2, "expert_parallel": True}, "shm"),
                 ("gpt-oss", BOTH_AXES, "shm"),
-                ("gpt-oss", {"pipeline": 2}, "shm"),
+                ("gpt-oss", {"pipeline_parallel": 2}, "shm"),
             ]
         ),
     ],
@@ -127,9 +127,7 @@ def test_after_a_push_an_engine_is_as_if_started_on_the_trainers_weights(
     before, trained = tmp_path / "a", tmp_path / "b"
 
     async def run():
-        async with RolloutFleet(
-            1, tmp_path / "started", **ENGINE, **engine_arguments(layout)
-        ) as fleet:
+        async with RolloutFleet(1, tmp_path / "started", **ENGINE, **layout) as fleet:
             await fleet.start(trained)
             expected = await checksums(fleet)
         backend = f"megatron_r1_{push['transport']}"

@@ -10,7 +10,7 @@ import json
 import pytest
 import torch
 from engine_checksums import checksums
-from file_trainer import FilePusher, engine_arguments
+from file_trainer import FilePusher
 from safetensors.torch import load_file, save_file
 from sampled import PROMPTS, sample
 from tiny_models import DEEPSEEK, QWEN, reference_logprobs, write_model
@@ -70,7 +70,7 @@ def write_fp8(plain, folder, *, dequantized=False):
     (folder / "config.json").write_text(json.dumps(hf_config | form))
 
 
-SPLIT = {"tensor": 2, "expert_parallel": True}
+SPLIT = {"tensor_parallel": 2, "expert_parallel": True}
 
 
 @pytest.mark.parametrize(
@@ -96,9 +96,7 @@ def test_after_an_fp8_push_an_engine_is_as_if_started_on_the_fp8_checkpoint(
     }
 
     async def run():
-        async with RolloutFleet(
-            1, tmp_path / "started", **ENGINE, **engine_arguments(layout)
-        ) as fleet:
+        async with RolloutFleet(1, tmp_path / "started", **ENGINE, **layout) as fleet:
             await fleet.start(tmp_path / "stored")
             expected = await checksums(fleet)
         settings = ENGINE | layout | {"weight_transfer_backend": f"megatron_r1_{transport}"}

@@ -18,7 +18,7 @@ from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.push.transports.payloads import SlicesPayload
 
 pytestmark = pytest.mark.more  # in `make test` the rehearsal of r1_zero pushes through sets
-LAYOUT = {"tensor": 2, "expert_parallel": True}
+LAYOUT = {"tensor_parallel": 2, "expert_parallel": True}
 ENGINES = {"max_model_len": 64, "max_num_seqs": 8, "num_threads": 1, "max_restarts": 2}
 BACKEND = {"weight_transfer_backend": "megatron_r1_gloo"}
 

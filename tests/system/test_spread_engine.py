@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 import pytest
-from file_trainer import FilePusher, engine_arguments
+from file_trainer import FilePusher
 from sampled import TOLERANCE, largest_difference, sample, stamped
 from tiny_models import DEEPSEEK, QWEN, write_model
 
@@ -56,7 +56,7 @@ class Hosts:
                 start_timeout_seconds=START,
                 weight_transfer_backend="megatron_r1_gloo",
                 **ENGINE,
-                **engine_arguments(layout),
+                **layout,
                 **settings,
             )
             async with fleet:
@@ -84,7 +84,7 @@ def test_experts_on_two_hosts_get_their_weights_and_a_killed_host_is_reopen_pool
     before, trained = tmp_path / "a", tmp_path / "b"
     for seed, folder in enumerate((before, trained)):
         oracle(write_model, folder, DEEPSEEK, seed)
-    layout = {"data": 2, "expert_parallel": True}
+    layout = {"data_parallel": 2, "expert_parallel": True}
 
     async def scenario(fleet):
         server = fleet.engines[0].server
@@ -125,7 +125,7 @@ def test_every_call_reaches_copies_that_share_nothing_and_one_that_hangs_is_noti
 
     async def scenario(fleet):
         old = await checksums(fleet)
-        await FilePusher(QWEN, fleet, layout={"data": 2}, transport="gloo").push(trained)
+        await FilePusher(QWEN, fleet, layout={"data_parallel": 2}, transport="gloo").push(trained)
         new = await checksums(fleet)
         assert new["dp0"] == new["dp1"] != old["dp0"] == old["dp1"]
         serving = urlsplit(fleet.engines[0].server.url).hostname
@@ -137,7 +137,7 @@ def test_every_call_reaches_copies_that_share_nothing_and_one_that_hangs_is_noti
         assert any("has not answered for 10 seconds" in line for line in hosts.messages)
         assert largest_difference(oracle, trained, groups) < TOLERANCE
 
-    run = hosts.run(scenario, before, {"data": 2}, unresponsive_seconds=10)
+    run = hosts.run(scenario, before, {"data_parallel": 2}, unresponsive_seconds=10)
     assert asyncio.run(run) == [0, 0]
 
 

@@ -48,16 +48,16 @@ class EnginePart(msgspec.Struct, frozen=True):
         """Whether the part has the API server."""
         return self.index == 0
 
-    def copies(self, data: int) -> int:
-        """Return how many of an engine's `data` copies the part runs."""
-        assert data % self.count == 0, f"{data} copies on {self.count} hosts"
-        return data // self.count
+    def copies(self, data_parallel: int) -> int:
+        """Return how many of an engine's `data_parallel` copies the part runs."""
+        assert data_parallel % self.count == 0, f"{data_parallel} copies on {self.count} hosts"
+        return data_parallel // self.count
 
-    def arguments(self, data: int, coordinator: str) -> list[str]:
-        """Return vLLM's arguments for a part, which an engine of `data` copies on one host does not
-        need."""
+    def arguments(self, data_parallel: int, coordinator: str) -> list[str]:
+        """Return vLLM's arguments for a part, which an engine of `data_parallel` copies on one host
+        does not need."""
         host, _, port = coordinator.rpartition(":")
-        copies = self.copies(data)
+        copies = self.copies(data_parallel)
         return [
             *("--data-parallel-size-local", str(copies)),
             *("--data-parallel-address", host, "--data-parallel-rpc-port", port),

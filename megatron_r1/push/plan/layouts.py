@@ -104,24 +104,24 @@ class EngineLayout:
 
     Attributes:
         engines: the number of engines.
-        tensor: the tensor-parallel size of an engine.
-        data: the data-parallel size of an engine.
-        pipeline: the pipeline stages of an engine.
+        tensor_parallel: the tensor-parallel size of an engine.
+        data_parallel: the data-parallel size of an engine.
+        pipeline_parallel: the pipeline stages of an engine.
         expert_parallel: whether routed experts are spread whole over the data x tensor ranks of a
             stage (--enable-expert-parallel); otherwise each expert is split over them.
         redundant_experts: copies of experts of a stage, behind the model's own."""
 
     engines: int = 1
-    tensor: int = 1
-    data: int = 1
-    pipeline: int = 1
+    tensor_parallel: int = 1
+    data_parallel: int = 1
+    pipeline_parallel: int = 1
     expert_parallel: bool = False
     redundant_experts: int = 0
 
     @property
     def ranks_per_engine(self) -> int:
         """Ranks of one engine: tensor x data x pipeline."""
-        return self.tensor * self.data * self.pipeline
+        return self.tensor_parallel * self.data_parallel * self.pipeline_parallel
 
     @property
     def num_ranks(self) -> int:
@@ -130,6 +130,6 @@ class EngineLayout:
 
     def coordinate(self, rank: int) -> Coordinate:
         """Return the coordinate, within its engine, of global engine rank `rank`."""
-        within, tensor = divmod(rank % self.ranks_per_engine, self.tensor)
-        data, pipeline = divmod(within, self.pipeline)
+        within, tensor = divmod(rank % self.ranks_per_engine, self.tensor_parallel)
+        data, pipeline = divmod(within, self.pipeline_parallel)
         return Coordinate(pipeline, data, tensor)

@@ -54,28 +54,30 @@ class PredictedSharding:
     def __init__(self, hf_config: dict, layout: EngineLayout, *, drafts: bool = False):
         self.layout, self.table = layout, weight_table(hf_config)
         heads = hf_config["num_attention_heads"]
-        if heads % layout.tensor:
+        if heads % layout.tensor_parallel:
             raise UserError(
-                f"rollout.tensor_parallel={layout.tensor} does not divide "
+                f"rollout.tensor_parallel={layout.tensor_parallel} does not divide "
                 f"num_attention_heads={heads}; "
                 f"choose a divisor of {heads}",
                 key="rollout.tensor_parallel",
                 cause=Cause.INDIVISIBLE,
             )
-        self._stage_layers = stage_layers(len(self.table.layers), layout.pipeline)
+        self._stage_layers = stage_layers(len(self.table.layers), layout.pipeline_parallel)
         if drafts:
             start, end = self._stage_layers[-1].start, len(self.table.layers + self.table.mtp)
             self._stage_layers[-1] = range(start, end)
         on_last_stage = is_tied(self.table) or drafts
-        self._embedding_stages = sorted({0, layout.pipeline - 1} if on_last_stage else {0})
-        self._end_stages = [layout.pipeline - 1]
+        self._embedding_stages = sorted({0, layout.pipeline_parallel - 1} if on_last_stage else {0})
+        self._end_stages = [layout.pipeline_parallel - 1]
         family = model_family(hf_config)
         if family.stacked_experts:  # vLLM's class of gpt-oss has both ends on every stage
-            self._embedding_stages = self._end_stages = list(range(layout.pipeline))
+            self._embedding_stages = self._end_stages = list(range(layout.pipeline_parallel))
         # vllm/config/parallel.py, use_sequence_parallel_moe: each rank's tokens are its own there.
-        splits_tokens = layout.expert_parallel and layout.tensor > 1 and layout.data > 1
+        splits_tokens = (
+            layout.expert_parallel and layout.tensor_parallel > 1 and layout.data_parallel > 1
+        )
         self.replicates_shared_experts = splits_tokens and family.replicates_shared_experts
-        self._num_expert_ranks = layout.data * layout.tensor
+        self._num_expert_ranks = layout.data_parallel * layout.tensor_parallel
 
     def tensors(self, coordinate: Coordinate) -> Iterator[HFTensor]:
         """Yield the tensors that the rank at `coordinate` needs a part of, in checkpoint order."""
@@ -85,7 +87,7 @@ class PredictedSharding:
         if coordinate.pipeline in self._end_stages:
             parts |= {"final_norm", "head"}
         expert_parallel = self.layout.expert_parallel
-        rank = coordinate.data * self.layout.tensor + coordinate.tensor
+        rank = coordinate.data * self.layout.tensor_parallel + coordinate.tensor
         experts = self._experts_on(rank) if expert_parallel else range(self.table.num_experts)
         return checkpoint_tensors(
             self.table, parts, self._stage_layers[coordinate.pipeline], experts
@@ -110,7 +112,7 @@ class PredictedSharding:
     def region(self, tensor: HFTensor, coordinate: Coordinate) -> Region | None:
         """Return the region of `tensor` that the rank at `coordinate` needs, or None."""
         rule, shape = tensor.rule, tensor.shape
-        rank, num_ranks = coordinate.tensor, self.layout.tensor
+        rank, num_ranks = coordinate.tensor, self.layout.tensor_parallel
         if (
             rule.split is replicated
             and tensor.expert is not None
@@ -146,10 +148,10 @@ class PredictedSharding:
         return _equal_part(shape, 0, rank * groups // num_ranks, groups)
 
     def _refuse(self, tensor: HFTensor, size: int, num_ranks: int) -> NoReturn:
-        keys, remedy = f"rollout.tensor_parallel={self.layout.tensor}", ""
+        keys, remedy = f"rollout.tensor_parallel={self.layout.tensor_parallel}", ""
         padded = "" if size in tensor.shape else " padded rows"
         if tensor.expert is not None:
-            keys += f" x rollout.data_parallel={self.layout.data}"
+            keys += f" x rollout.data_parallel={self.layout.data_parallel}"
             remedy = ", or set rollout.expert_parallel: true"
         raise UserError(
             f"{keys}: {num_ranks} engine ranks cannot share {tensor.name} {tensor.shape}, as size "

@@ -97,9 +97,9 @@ def engine_layout(config: Config) -> EngineLayout:
     rollout = config.rollout
     return EngineLayout(
         rollout.engines,
-        tensor=rollout.tensor_parallel,
-        pipeline=rollout.pipeline_parallel,
-        data=rollout.data_parallel,
+        tensor_parallel=rollout.tensor_parallel,
+        pipeline_parallel=rollout.pipeline_parallel,
+        data_parallel=rollout.data_parallel,
         expert_parallel=rollout.expert_parallel,
         redundant_experts=rollout.redundant_experts,
     )
@@ -122,7 +122,9 @@ def check_pushes(config: Config, hf_config: dict, world_size: int) -> None:
     predicted = predicted_sharding(config, hf_config, layout)
     grid = TrainerGrid.from_recipe(config.parallel, world_size)
     _planner(config, hf_config, grid, layout)  # as every trainer rank does
-    for rank in range(0, layout.ranks_per_engine, layout.tensor):  # one of each stage and copy
+    for rank in range(
+        0, layout.ranks_per_engine, layout.tensor_parallel
+    ):  # one of each stage and copy
         for _ in predicted.regions_of(layout.coordinate(rank)):
             pass
     if config.push.fp8:
@@ -200,15 +202,14 @@ def check_blocks(
             )
         _check_aligned(item, region, f"parallel.{name}={size}")
     predicted = PredictedSharding(hf_config, engines)
-    for rank in range(0, engines.ranks_per_engine, engines.tensor):
+    for rank in range(0, engines.ranks_per_engine, engines.tensor_parallel):
         for item, region in predicted.regions_of(engines.coordinate(rank)):
             if not is_quantized(item.name):
                 continue
-            setting = f"rollout.tensor_parallel={engines.tensor}"
+            setting = f"rollout.tensor_parallel={engines.tensor_parallel}"
             if item.expert is not None and not engines.expert_parallel:
-                setting += (
-                    f" x rollout.data_parallel={engines.data} (or rollout.expert_parallel: true)"
-                )
+                setting += f" x rollout.data_parallel={engines.data_parallel}"
+                setting += " (or rollout.expert_parallel: true)"
             _check_aligned(item, region, setting)
             if _is_fused_first(item) and region.bottom % BLOCK:
                 raise UserError(

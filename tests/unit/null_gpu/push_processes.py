@@ -40,7 +40,7 @@ from tools.bench.push.small_model import rank_tensors
 
 CASES = {
     "qwen": (QWEN, TrainerGrid(2, tensor=2), EngineLayout()),
-    "deepseek": (DEEPSEEK, TrainerGrid(4, expert=4), EngineLayout(tensor=2)),
+    "deepseek": (DEEPSEEK, TrainerGrid(4, expert=4), EngineLayout(tensor_parallel=2)),
 }
 SCATTER_BUCKET_BYTES, RELAY_BUCKET_BYTES = 3001, 5003
 """Of a bucket; odd, so that buckets end within elements."""

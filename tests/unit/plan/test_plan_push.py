@@ -17,12 +17,12 @@ from megatron_r1.plan.push_links import traffic_of_sets
 def test_an_engine_is_laid_out_as_the_recipe_says_or_as_vllm_serves_such_models():
     config = configuration.load(RECIPE)
     given = planned_engine_layout(PlannedJob(V3, config, 2048, HARDWARE["H800"]))
-    assert (given.tensor, given.data, given.expert_parallel) == (8, 16, True)
+    assert (given.tensor_parallel, given.data_parallel, given.expert_parallel) == (8, 16, True)
     changed = {"rollout.tensor_parallel": 16, "rollout.data_parallel": 8}
     wide = planned_engine_layout(
         PlannedJob(V3, configuration.load(RECIPE, changed), 2048, HARDWARE["H800"])
     )
-    assert (wide.tensor, wide.data, wide.engines) == (16, 8, 16)
+    assert (wide.tensor_parallel, wide.data_parallel, wide.engines) == (16, 8, 16)
     silent = {
         "rollout.tensor_parallel": 1,
         "rollout.data_parallel": 1,
@@ -209,6 +209,6 @@ def test_an_assumed_engine_uses_all_its_gpus_and_divides_the_heads(gpus):
     hf_config = read_hf_config(ROOT / "examples/laptop/model")
     config = configuration.load(ROOT / "examples/laptop/r1_zero.yaml")
     layout = planned_engine_layout(PlannedJob(hf_config, config, gpus, HARDWARE["H800"]))
-    assert hf_config["num_attention_heads"] == 2 and layout.tensor in (1, 2)
-    assert layout.tensor * layout.data == gpus
-    assert layout.tensor == (2 if gpus % 2 == 0 else 1)
+    assert hf_config["num_attention_heads"] == 2 and layout.tensor_parallel in (1, 2)
+    assert layout.tensor_parallel * layout.data_parallel == gpus
+    assert layout.tensor_parallel == (2 if gpus % 2 == 0 else 1)

@@ -13,18 +13,34 @@ from tools.bench.push.small_model import rank_coordinate
 DEEPSEEK_V3 = read_hf_config("examples/deepseek_r1/model")
 WORLDS = [
     (DEEPSEEK_MTP, TrainerGrid(1), EngineLayout()),
-    (DEEPSEEK_MTP, TrainerGrid(4, tensor=2, expert=2), EngineLayout(2, tensor=2)),
-    (DEEPSEEK_MTP, TrainerGrid(8, pipeline=2, expert=4), EngineLayout(3, tensor=2, data=2)),
-    (DEEPSEEK_MTP, TrainerGrid(8, tensor=2, context=2, pipeline=2), EngineLayout(2, tensor=4)),
+    (DEEPSEEK_MTP, TrainerGrid(4, tensor=2, expert=2), EngineLayout(2, tensor_parallel=2)),
+    (
+        DEEPSEEK_MTP,
+        TrainerGrid(8, pipeline=2, expert=4),
+        EngineLayout(3, tensor_parallel=2, data_parallel=2),
+    ),
+    (
+        DEEPSEEK_MTP,
+        TrainerGrid(8, tensor=2, context=2, pipeline=2),
+        EngineLayout(2, tensor_parallel=4),
+    ),
     (
         DEEPSEEK_MTP,
         TrainerGrid(8, expert=2, expert_tensor=2),
-        EngineLayout(1, tensor=2, pipeline=3),
+        EngineLayout(1, tensor_parallel=2, pipeline_parallel=3),
     ),
     (DEEPSEEK_MTP, TrainerGrid(4, tensor=4), EngineLayout(2, 2, 2, 2, expert_parallel=True)),
-    (DEEPSEEK_MTP, TrainerGrid(8, expert=8), EngineLayout(2, data=3, expert_parallel=True)),
-    (QWEN, TrainerGrid(4, tensor=2, pipeline=2), EngineLayout(2, tensor=4, pipeline=2)),
-    (QWEN, TrainerGrid(2), EngineLayout(1, tensor=2)),
+    (
+        DEEPSEEK_MTP,
+        TrainerGrid(8, expert=8),
+        EngineLayout(2, data_parallel=3, expert_parallel=True),
+    ),
+    (
+        QWEN,
+        TrainerGrid(4, tensor=2, pipeline=2),
+        EngineLayout(2, tensor_parallel=4, pipeline_parallel=2),
+    ),
+    (QWEN, TrainerGrid(2), EngineLayout(1, tensor_parallel=2)),
 ]
 
 

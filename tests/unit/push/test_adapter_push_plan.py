@@ -30,11 +30,11 @@ SERVED = ["q_b_proj", "o_proj", "mlp.down_proj", "shared_experts.up_proj"]
 @pytest.mark.parametrize(
     ("hf_config", "targets", "grid", "layout"),
     [
-        (QWEN, None, TrainerGrid(2, tensor=2), EngineLayout(tensor=2)),
+        (QWEN, None, TrainerGrid(2, tensor=2), EngineLayout(tensor_parallel=2)),
         # Fewer key and value heads than ranks: their rows are on some of them only.
         (QWEN, None, TrainerGrid(4, tensor=4), EngineLayout()),
-        (QWEN, SOME, TrainerGrid(4, tensor=2, pipeline=2), EngineLayout(pipeline=2)),
-        (DEEPSEEK, SERVED, TrainerGrid(4, tensor=2, expert=2), EngineLayout(data=2)),
+        (QWEN, SOME, TrainerGrid(4, tensor=2, pipeline=2), EngineLayout(pipeline_parallel=2)),
+        (DEEPSEEK, SERVED, TrainerGrid(4, tensor=2, expert=2), EngineLayout(data_parallel=2)),
     ],
 )
 def test_every_engine_rank_has_all_factors_of_its_layers(hf_config, targets, grid, layout):
@@ -52,12 +52,12 @@ def test_every_engine_rank_has_all_factors_of_its_layers(hf_config, targets, gri
         # Each byte enters the set once, whichever of its replicas sends it.
         sent = sum(answer["num_bytes"][world.name] for answer in world.answers)
         once = 2 * sum(tensor.numel() for tensor in tensors.values())
-        assert sent == once * layout.tensor * layout.data
+        assert sent == once * layout.tensor_parallel * layout.data_parallel
         world.push(1)
         assert wrong_slots(world, tensors, 1) == []
         for rank in range(layout.ranks_per_engine):
             stage = layout.coordinate(rank).pipeline
-            half = hf_config["num_hidden_layers"] // layout.pipeline
+            half = hf_config["num_hidden_layers"] // layout.pipeline_parallel
             held = {int(slot.name.split(".")[2]) for slot in world.receivers[0, rank].table.slots}
             assert held == set(range(stage * half, (stage + 1) * half))
     finally:

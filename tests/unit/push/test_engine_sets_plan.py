@@ -49,7 +49,10 @@ def test_each_rank_s_needs_enter_one_engine_once_from_a_holder(hf_config, grid, 
 
 
 def test_everyone_computes_the_same_plan():
-    grid, layout = TrainerGrid(8, pipeline=2, expert=4), EngineLayout(tensor=2, data=2)
+    grid, layout = (
+        TrainerGrid(8, pipeline=2, expert=4),
+        EngineLayout(tensor_parallel=2, data_parallel=2),
+    )
     plans = [
         plan_sets(Planner(DEEPSEEK_MTP, grid, layout), BYTES, [range(2), range(2, 4)]) for _ in "ab"
     ]
@@ -58,7 +61,7 @@ def test_everyone_computes_the_same_plan():
 
 def test_engines_receive_equal_bytes_though_one_tensor_is_more_than_a_share():
     hf_config = DEEPSEEK_MTP | {"vocab_size": 1 << 15}
-    planner = Planner(hf_config, TrainerGrid(2, tensor=2), EngineLayout(1, tensor=2))
+    planner = Planner(hf_config, TrainerGrid(2, tensor=2), EngineLayout(1, tensor_parallel=2))
     (plan,) = plan_sets(planner, BYTES, [range(16)])
     for engine_rank in plan:
         received = Counter()
@@ -78,7 +81,7 @@ def test_sets_are_of_equal_size():
 @pytest.mark.parametrize(("count", "most"), [(BYTES, 1.13), (fp8_bytes, 1.18)])
 def test_the_recipe_for_2048_ranks_needs_few_links_and_sends_evenly(count, most):
     grid = TrainerGrid(2048, tensor=4, context=2, expert=8, pipeline=16)
-    layout = EngineLayout(16, tensor=8, data=16, expert_parallel=True)
+    layout = EngineLayout(16, tensor_parallel=8, data_parallel=16, expert_parallel=True)
     stages = stage_shards(DEEPSEEK_V3, 16, 2, pipeline_layout="Et|t|(tt|)*29tmL")
     planner = Planner(DEEPSEEK_V3, grid, layout, stages)
     (plan,) = plan_sets(planner, count, [range(16)])

@@ -110,15 +110,20 @@ def assert_received(world, expected):
     ("hf_config", "grid", "engine", "transport"),
     [
         (DEEPSEEK, TrainerGrid(1), EngineLayout(), "shm"),
-        (DEEPSEEK, TrainerGrid(2, tensor=2, expert_tensor=2), EngineLayout(tensor=2), "gloo"),
+        (
+            DEEPSEEK,
+            TrainerGrid(2, tensor=2, expert_tensor=2),
+            EngineLayout(tensor_parallel=2),
+            "gloo",
+        ),
         (
             DEEPSEEK,
             TrainerGrid(4, tensor=2, expert=2),
-            EngineLayout(tensor=2, expert_parallel=True),
+            EngineLayout(tensor_parallel=2, expert_parallel=True),
             "shm",
         ),
-        (DEEPSEEK, TrainerGrid(2, pipeline=2), EngineLayout(data=2), "gloo"),
-        (QWEN, TrainerGrid(2, tensor=2), EngineLayout(tensor=2), "gloo"),
+        (DEEPSEEK, TrainerGrid(2, pipeline=2), EngineLayout(data_parallel=2), "gloo"),
+        (QWEN, TrainerGrid(2, tensor=2), EngineLayout(tensor_parallel=2), "gloo"),
     ],
     ids=["one", "tensor", "experts", "stages", "qwen"],
 )
@@ -153,7 +158,10 @@ def test_a_model_whose_scales_are_powers_of_two_is_pushed_with_such():
             tensor[0, :3] = torch.tensor([448.0, 450.0, 446.0]) * 2.0**8
             tensor[-1, :1] = 450.0 * 2.0**8
     world = World(
-        hf_config, TrainerGrid(2, tensor=2, expert_tensor=2), EngineLayout(tensor=2), tensors
+        hf_config,
+        TrainerGrid(2, tensor=2, expert_tensor=2),
+        EngineLayout(tensor_parallel=2),
+        tensors,
     )
     try:
         world.push(1)
@@ -208,10 +216,15 @@ def test_scales_of_a_region_of_blocks():
     [
         (DEEPSEEK, EngineLayout(), (4, 1), ["parallel.tensor=4", "o_proj", 64]),
         (DEEPSEEK, EngineLayout(), (1, 4), ["parallel.expert_tensor=4", "experts.0.gate"]),
-        (DEEPSEEK, EngineLayout(tensor=4), (1, 1), ["rollout.tensor_parallel=4", "o_proj", 64]),
         (
             DEEPSEEK,
-            EngineLayout(tensor=2, data=2),
+            EngineLayout(tensor_parallel=4),
+            (1, 1),
+            ["rollout.tensor_parallel=4", "o_proj", 64],
+        ),
+        (
+            DEEPSEEK,
+            EngineLayout(tensor_parallel=2, data_parallel=2),
             (1, 1),
             [
                 "rollout.tensor_parallel=2",
@@ -231,7 +244,7 @@ def test_a_layout_that_cuts_blocks_is_refused(hf_config, engine, trainer, shows)
 
 def test_deepseek_v3_can_be_pushed_in_fp8_as_it_is_laid_out_in_the_example():
     hf_config = read_hf_config("examples/deepseek_r1/model")
-    engine = EngineLayout(64, tensor=8, data=2, expert_parallel=True)
+    engine = EngineLayout(64, tensor_parallel=8, data_parallel=2, expert_parallel=True)
     check_blocks(hf_config, engine, tensor=8, expert_tensor=1)
 
 

@@ -80,14 +80,14 @@ def test_sizes_that_cannot_be_are_named():
     with raised(ValueError, "parallel", 8, 3):
         TrainerGrid.from_recipe(ParallelConfig(tensor=3), 8)
     with refused("rollout.tensor_parallel", Cause.INDIVISIBLE, 3, "num_attention_heads=4"):
-        Planner(DEEPSEEK_MTP, TrainerGrid(1), EngineLayout(tensor=3))
+        Planner(DEEPSEEK_MTP, TrainerGrid(1), EngineLayout(tensor_parallel=3))
     with refused("parallel.expert", Cause.INDIVISIBLE, 3, 8):
         Planner(DEEPSEEK_MTP, TrainerGrid(3, expert=3), EngineLayout())
 
 
 def test_deepseek_v3_from_2048_ranks_to_64_engines_moves_the_least_and_evenly():
     grid = TrainerGrid(2048, pipeline=16, expert=64)
-    engines = EngineLayout(64, tensor=16, expert_parallel=True)
+    engines = EngineLayout(64, tensor_parallel=16, expert_parallel=True)
     stages = "Etttt|" + "tttt|" * 14 + "tL"
     chunks = stage_shards(DEEPSEEK_V3, 16, pipeline_layout=stages, with_mtp=False)
     planner = Planner(DEEPSEEK_V3, grid, engines, chunks)
@@ -117,7 +117,7 @@ def test_deepseek_v3_from_2048_ranks_to_64_engines_moves_the_least_and_evenly():
 @pytest.mark.parametrize(("vocabulary", "splits"), [(1000, False), (1150, True)])
 def test_a_vocabulary_that_vllm_cannot_split_is_refused(vocabulary, splits):
     """vLLM pads it to a multiple of 64, here 1024 and 1152, and asserts that ranks divide that."""
-    layout = EngineLayout(tensor=3)
+    layout = EngineLayout(tensor_parallel=3)
     changes = {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 96}
     hf_config = QWEN | changes | {"intermediate_size": 192, "vocab_size": vocabulary}
     sharding = PredictedSharding(hf_config, layout)
@@ -131,7 +131,9 @@ def test_a_vocabulary_that_vllm_cannot_split_is_refused(vocabulary, splits):
 
 
 def test_copies_of_experts_stand_behind_all_experts():
-    layout = EngineLayout(tensor=2, data=2, expert_parallel=True, redundant_experts=4)
+    layout = EngineLayout(
+        tensor_parallel=2, data_parallel=2, expert_parallel=True, redundant_experts=4
+    )
     predicted = PredictedSharding(DEEPSEEK_MTP, layout)
     experts = predicted.table.num_experts
     found = [expert for rank in range(4) for expert in predicted._experts_on(rank)]

@@ -15,7 +15,7 @@ from megatron_r1.push.transports.payloads import BufferPayload
 from tests.unit.push.push_models import DEEPSEEK, DEEPSEEK_MTP, QWEN
 from tests.unit.push.push_world import World, draw, plain_table, wrong_slots
 
-SPREAD = EngineLayout(tensor=2, data=2, expert_parallel=True)
+SPREAD = EngineLayout(tensor_parallel=2, data_parallel=2, expert_parallel=True)
 
 
 @pytest.mark.parametrize("engines", [1, 2, 3])
@@ -25,10 +25,14 @@ SPREAD = EngineLayout(tensor=2, data=2, expert_parallel=True)
         (
             DEEPSEEK,
             TrainerGrid(8, tensor=2, pipeline=2, expert=2),
-            EngineLayout(tensor=2, data=2, expert_parallel=True),
+            EngineLayout(tensor_parallel=2, data_parallel=2, expert_parallel=True),
         ),
-        (DEEPSEEK, TrainerGrid(4, expert=4), EngineLayout(tensor=2)),
-        (QWEN, TrainerGrid(4, tensor=2, pipeline=2), EngineLayout(tensor=2, pipeline=2)),
+        (DEEPSEEK, TrainerGrid(4, expert=4), EngineLayout(tensor_parallel=2)),
+        (
+            QWEN,
+            TrainerGrid(4, tensor=2, pipeline=2),
+            EngineLayout(tensor_parallel=2, pipeline_parallel=2),
+        ),
         (QWEN, TrainerGrid(1), EngineLayout()),
     ],
 )
@@ -50,7 +54,7 @@ def test_every_engine_has_every_slice_after_each_push(hf_config, grid, layout, e
         world.close()
 
 
-@pytest.mark.parametrize("layout", [SPREAD, EngineLayout(tensor=2)])
+@pytest.mark.parametrize("layout", [SPREAD, EngineLayout(tensor_parallel=2)])
 def test_drafters_have_every_slice_of_mtp_layers_too(make_world, layout):
     tensors = draw(DEEPSEEK_MTP, 1, with_mtp=True)
     grid, table = TrainerGrid(4, tensor=2, pipeline=2), partial(plain_table, drafts=True)
@@ -161,7 +165,7 @@ def test_an_engine_rank_that_ends_is_named_by_the_others(make_world):
 
 
 def test_engines_that_need_different_tensors_are_refused(make_world):
-    tensors, layouts = draw(QWEN, 1), iter([EngineLayout(), EngineLayout(tensor=2)])
+    tensors, layouts = draw(QWEN, 1), iter([EngineLayout(), EngineLayout(tensor_parallel=2)])
     with raised(SetFailed, "rank 0 of engine 1"):
         make_world(
             QWEN,

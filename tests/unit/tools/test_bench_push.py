@@ -102,7 +102,7 @@ def test_an_order_whose_streams_wait_for_each_other_sticks_unless_buffered():
 
 
 def small_case(**changes) -> ScaleCase:
-    grid, engines = TrainerGrid(16, pipeline=2, expert=4), EngineLayout(8, tensor=2)
+    grid, engines = TrainerGrid(16, pipeline=2, expert=4), EngineLayout(8, tensor_parallel=2)
     planner = Planner(DEEPSEEK_MTP, grid, engines)
     return ScaleCase("small", planner, **{"colocated": False, **changes})
 
@@ -122,7 +122,7 @@ def test_what_an_engine_rank_s_own_gpu_holds_is_counted(tensor, held):
     """Trainer and engine of two tensor ranks each, of which the ranks on a GPU hold the same half;
     or a trainer of two stages, of which each holds a part of what both engine ranks need."""
     grid = TrainerGrid(2, tensor=tensor, pipeline=2 // tensor)
-    planner = Planner(QWEN, grid, EngineLayout(1, tensor=2))
+    planner = Planner(QWEN, grid, EngineLayout(1, tensor_parallel=2))
     row = simulate_case(ScaleCase("two GPUs", planner, colocated=True), FREE)
     assert row["held on its own GPU"] == pytest.approx(held, abs=0.1)
 

@@ -28,7 +28,7 @@ def test_each_fault_is_named_by_the_ranks_it_stops(fault, tmp_path):
 
 def small_run(fault, folder):
     control.GRID = TrainerGrid(8, tensor=2, pipeline=2, expert=2)
-    control.ENGINE, control.ENGINES = EngineLayout(tensor=2, expert_parallel=True), 2
+    control.ENGINE, control.ENGINES = EngineLayout(tensor_parallel=2, expert_parallel=True), 2
     control.TRAINER, control.MEMBER, control.POSITION = 5, 1, 1
     control.PUSH_SECONDS = 3.0
     return control._run(fault, folder)

@@ -36,7 +36,7 @@ from tools.bench.push.small_model import SHAPE, rank_tensors, slot_table
 
 HF = SHAPE | {"num_hidden_layers": 8, "n_routed_experts": 32}
 GRID = TrainerGrid(128, tensor=2, pipeline=4, expert=8)
-ENGINE = EngineLayout(tensor=4, data=4, expert_parallel=True)
+ENGINE = EngineLayout(tensor_parallel=4, data_parallel=4, expert_parallel=True)
 ENGINES = 8
 NAME = "set.1"
 CONNECT_SECONDS, PUSH_SECONDS = 300.0, 20.0

@@ -232,7 +232,7 @@ def _many_engines() -> Planner:
     )
     layout = "Etttt|" + "tttt|" * 14 + "tL"
     stages = stage_shards(hf_config, grid.pipeline, pipeline_layout=layout, with_mtp=False)
-    engines = EngineLayout(64, tensor=8, data=2, expert_parallel=True)
+    engines = EngineLayout(64, tensor_parallel=8, data_parallel=2, expert_parallel=True)
     return Planner(hf_config, dataclasses.replace(grid, expert=64), engines, stages)
 
 

@@ -28,8 +28,8 @@ from tests.unit.push.push_models import DEEPSEEK
 from tests.unit.push.push_world import Shared, draw, plain_table, wrong_slots
 from tools.bench.push.small_model import rank_tensors
 
-GRID, LAYOUT = TrainerGrid(4, pipeline=2, expert=2), EngineLayout(tensor=2)
-SHAPE = {"tensor": 2, "data": 1, "pipeline": 1, "expert_parallel": False}
+GRID, LAYOUT = TrainerGrid(4, pipeline=2, expert=2), EngineLayout(tensor_parallel=2)
+SHAPE = {"tensor_parallel": 2, "data_parallel": 1, "pipeline_parallel": 1, "expert_parallel": False}
 
 
 class Trainer:

@@ -13,6 +13,7 @@ from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet, with_gpu_share
 from megatron_r1.engines.server.model_config import vocab_size
 from megatron_r1.engines.server.recipe_checks import check_engines, check_local_experts
 from megatron_r1.engines.server.server import EngineServer
+from megatron_r1.engines.server.settings import engine_settings
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.push.plan import EngineLayout
 from megatron_r1.push.plan.recipe_plan import check_pushes, engine_layout
@@ -215,6 +216,14 @@ def test_engines_on_other_hosts_get_none_of_this_hosts_gpus(tmp_path):
 
     asyncio.run(launch())
     assert settings[0]["device"] == "cuda" and "extra_env" not in settings[0]
+
+
+def test_an_engine_takes_as_many_sequences_as_all_its_copies(tmp_path):
+    limits = [
+        RolloutFleet(1, tmp_path, **engine_settings(recipe.rollout)).state.dispatcher.limit
+        for recipe in (config(max_num_seqs=8), config(max_num_seqs=8, data_parallel=4))
+    ]
+    assert limits[1] == 4 * limits[0]
 
 
 def test_the_vocabulary_is_the_language_models(tmp_path):
