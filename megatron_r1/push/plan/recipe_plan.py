@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.transports import TRANSPORTS
 from megatron_r1.config import Config
+from megatron_r1.config.engine import LAYOUT
 from megatron_r1.config.push import PushConfig
 from megatron_r1.models.hf_config import model_family
 from megatron_r1.models.weights.formats.published_layout import BLOCK, is_quantized
@@ -94,15 +95,8 @@ a block."""
 
 def engine_layout(config: Config) -> EngineLayout:
     """Return how the recipe's engines divide the model: engines, and ranks of each by axis."""
-    rollout = config.rollout
-    return EngineLayout(
-        rollout.engines,
-        tensor_parallel=rollout.tensor_parallel,
-        pipeline_parallel=rollout.pipeline_parallel,
-        data_parallel=rollout.data_parallel,
-        expert_parallel=rollout.expert_parallel,
-        redundant_experts=rollout.redundant_experts,
-    )
+    keys = LAYOUT | {"engines", "redundant_experts"}
+    return EngineLayout(**config.rollout.model_dump(include=keys))
 
 
 def check_pushes(config: Config, hf_config: dict, world_size: int) -> None:
@@ -122,9 +116,8 @@ def check_pushes(config: Config, hf_config: dict, world_size: int) -> None:
     predicted = predicted_sharding(config, hf_config, layout)
     grid = TrainerGrid.from_recipe(config.parallel, world_size)
     _planner(config, hf_config, grid, layout)  # as every trainer rank does
-    for rank in range(
-        0, layout.ranks_per_engine, layout.tensor_parallel
-    ):  # one of each stage and copy
+    # One rank of each stage and copy.
+    for rank in range(0, layout.ranks_per_engine, layout.tensor_parallel):
         for _ in predicted.regions_of(layout.coordinate(rank)):
             pass
     if config.push.fp8:
