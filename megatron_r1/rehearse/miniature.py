@@ -1,5 +1,6 @@
 """A recipe in miniature, and the list of what was changed and why."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,8 @@ from megatron_r1.rehearse import layout, model, synthetic_data
 from megatron_r1.rehearse.settings import RehearsalDevice
 from megatron_r1.sample.filters import NAMES
 
-ENGINE_AXES = ("tensor_parallel", "data_parallel", "pipeline_parallel")
+ENGINE_AXES = ("tensor_parallel", "data_parallel", "pipeline_parallel", "engines")
+"""Settings whose product is the ranks of all engines, in the order in which they become 1."""
 RESPONSE = 24
 """Most tokens of a miniature's response."""
 PROMPT = 208
@@ -280,15 +282,9 @@ def _on_gpu(config: Config, num_gpus: int, experts: int, device: RehearsalDevice
         experts: the routed experts of a layer of its model.
         device: "gpu" or "null-gpu"."""
     small, sizes = _rollout(config), {}
-    while (
-        small["engines"]
-        * small["tensor_parallel"]
-        * small["data_parallel"]
-        * small["pipeline_parallel"]
-        > num_gpus
-    ):
+    while math.prod(small[axis] for axis in ENGINE_AXES) > num_gpus:
         # Experts are spread by the data axis, too; several engines are what a push is most for.
-        axes = [axis for axis in (*ENGINE_AXES, "engines") if small[axis] > 1]
+        axes = [axis for axis in ENGINE_AXES if small[axis] > 1]
         kept_axis = (
             "data_parallel" if config.rollout.expert_parallel and "data_parallel" in axes else ""
         )
