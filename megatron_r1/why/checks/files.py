@@ -1,6 +1,7 @@
 """The model's files and the settings against what was logged: the prompt's tokens, the tokens that
 end a response, the vocabulary, and the text that graders read."""
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -22,7 +23,10 @@ from megatron_r1.why.record.recorded_step import RecordedStep
 FAMILY = "files"
 COMMON = 0.5
 """Share of the responses inside which a special token has to be, to be taken for one that the model
-ends with: a random model has some."""
+ends with."""
+LIKELY = math.log(0.25)
+"""The least log-probability of such a token: a random model draws special tokens too, each with
+about the probability of any other token."""
 TAG = re.compile("think|answer|tool")
 """Of special tokens that stand inside a response by right."""
 SHOWN = 40
@@ -226,9 +230,11 @@ def _unknown_ends(step: RecordedStep) -> Comparison:
     }
     responses_by_token: dict[int, list[ResponseIndex]] = {}
     for index, ids in responses.items():
-        stopped = step.responses[index].response.finish_reason == "stop"
-        inside = ids if stopped and not step.config.rollout.stop else ids[:-1]
-        for token in special.intersection(inside.tolist()):
+        response = step.responses[index].response
+        stopped = response.finish_reason == "stop"
+        count = len(ids) - (not stopped or bool(step.config.rollout.stop))
+        is_likely = np.asarray(response.logprobs[:count]) >= LIKELY
+        for token in special.intersection(ids[:count][is_likely].tolist()):
             responses_by_token.setdefault(token, []).append(index)
     worst = max(responses_by_token, key=lambda token: len(responses_by_token[token]), default=None)
     concerned = [] if worst is None else responses_by_token[worst]

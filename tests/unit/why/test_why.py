@@ -216,6 +216,28 @@ def past_the_end(planted):
     planted.sampling = replace_record(planted.sampling, stop_token_ids=(0,))
 
 
+def end_with_another_token(planted, logprob: float) -> None:
+    """Have a special token that is no end token stand in front of each response's end token."""
+    (other,) = planted.tokenizer.hf_tokenizer.convert_tokens_to_ids(["<|im_start|>"])
+
+    def with_other(graded):
+        response = graded.response
+        tokens = array("i", [*response.token_ids[:-1], other, response.token_ids[-1]])
+        response = replace(
+            response,
+            token_ids=tokens,
+            logprobs=array("f", [*response.logprobs[:-1], logprob, response.logprobs[-1]]),
+            policy_versions=array("i", [STEP - 1] * len(tokens)),
+        )
+        return replace(graded, response=response, text=planted.tokenizer.decode(tokens))
+
+    planted.change(with_other)
+
+
+def another_end(planted):
+    end_with_another_token(planted, -0.1)
+
+
 def replace_record(record, **changes):
     return SamplingRecord(
         **{name: changes.get(name, getattr(record, name)) for name in record.__struct_fields__}
@@ -357,6 +379,7 @@ PLANTS = {
     doubled_start: ("start of the prompt", "<|im_start|>", "data.template"),
     without_system: ("system message", SYSTEM, "data.template"),
     past_the_end: ("end of the response", "stop at 0 only", "rollout.stop_token_ids"),
+    another_end: ("other end tokens", "<|im_start|>", "rollout.stop_token_ids"),
     beyond_the_vocabulary: ("vocabulary", "vocab_size: 300", "vocab_size"),
     other_text: ("text that was graded", "…", "tokenizer"),
     other_temperature: ("settings of the engines", "temperature 0.6", "rollout.temperature"),
@@ -389,6 +412,11 @@ def test_a_planted_fault_is_the_first_that_departs(planted, plant):
     assert comparison.name == name, str(comparison)
     assert words in comparison.reason
     assert remedy in comparison.remedy
+
+
+def test_a_special_token_that_the_model_draws_at_random_is_no_end_token(planted):
+    end_with_another_token(planted, -3.0)
+    assert "other end tokens" not in [each.name for each in checks(planted.read()) if each.departs]
 
 
 def test_a_response_that_ends_with_a_string_of_the_settings_needs_no_end_token(planted):
