@@ -18,6 +18,7 @@ from command_line import run
 from megatron_r1.base.files.framed_records import FramedFile, append_frame
 from megatron_r1.controller.rollouts.sample_log import GroupRecord, decode, encode
 from megatron_r1.models.weights.formats.dcp import DistributedCheckpoint
+from megatron_r1.trainer.checkpoints.checkpoint_folders import write_manifest
 from megatron_r1.why.comparison import EQUAL, Report
 from megatron_r1.why.examination import examine
 from megatron_r1.why.policy.checkpoint_model import STATE
@@ -110,7 +111,8 @@ def set_logprobs(folder: Path, logprobs, engine: str | None = None) -> None:
 
 
 def overwrite(folder: Path, step: int, key: str, change) -> None:
-    """Change a tensor of a checkpoint in its file."""
+    """Change a tensor of a checkpoint as if the trainer had written it so, with the
+    checksums of the changed files."""
     checkpoint = folder / "checkpoints" / f"step_{step:08d}"
     if checkpoint.is_symlink():
         source = checkpoint.resolve()
@@ -127,6 +129,7 @@ def overwrite(folder: Path, step: int, key: str, change) -> None:
             with open(checkpoint / chunk.file, "r+b") as file:
                 file.seek(offset)
                 file.write(values.numpy().tobytes())
+    write_manifest(checkpoint)
 
 
 def test_nothing_departs_in_a_run_without_a_fault(kept):
