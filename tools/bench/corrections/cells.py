@@ -92,13 +92,16 @@ class Part:
         settings: what all cells of the part set.
         task: a name in `TASKS`.
         engine_temperature: planted: engines sample at this temperature, and the trainer knows
-            nothing of it; None: at the recipe's, as they should."""
+            nothing of it; None: at the recipe's, as they should.
+        without_kept_ids: planted in this cell: the trainer is not told which ids the engines' cut
+            kept, and computes over the whole vocabulary."""
 
     about: str
     cells: dict[str, Settings] = field(default_factory=lambda: MISMATCH)
     settings: Settings = field(default_factory=dict)
     task: str = "dense"
     engine_temperature: float | None = None
+    without_kept_ids: str | None = None
 
 
 def _pairs(section: str, key: str, *values: str) -> dict[str, Settings]:
@@ -141,6 +144,13 @@ PARTS = {
         "`kl_beta: 0.05`, `minibatches: 8`",
         cells={"k3": {}, **_pairs("rl", "kl_estimator", "k2", "unbiased")},
         settings={"rl": {"kl_beta": 0.05, "minibatches": 8}},
+    ),
+    "cut": Part(
+        "`rollout.top_p: 0.9`, `top_k: 20`; `without kept ids`, planted: the trainer computes over "
+        "the whole vocabulary",
+        cells={"kept ids": {}, "without kept ids": {}},
+        settings={"rollout": {"top_p": 0.9, "top_k": 20}},
+        without_kept_ids="without kept ids",
     ),
     "rewards": Part(
         "two rewards of one weight, accuracy and format",

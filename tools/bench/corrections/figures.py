@@ -17,7 +17,10 @@ from tools.bench.corrections.cells import COMMON, PARTS, TASKS
 PAGE = Path(__file__).with_name("page.md.in")
 COLLAPSED = TARGET / 2
 """A run with a lower held-out accuracy at its end has collapsed, or learned nothing."""
-HEADS = ("held-out, %", "difference", "steps to 80%", "difference", "collapsed", "masked")
+HEADS = (
+    *("held-out, %", "difference", "steps to 80%", "difference", "collapsed", "masked"),
+    "log-probabilities",
+)
 MANY = 1_000_000
 """Stands for infinitely many runs, of which those of the study are a sample."""
 
@@ -61,6 +64,7 @@ def table_row(cell: Seeds, first: Seeds) -> list[str]:
         difference(steps_to_target, 1, "+.1f"),
         f"{collapsed} of {len(runs)} [{100 * share.low:.0f}, {100 * share.high:.0f}]",
         format_percent(fmean(masked_fractions)) if masked_fractions else "",
+        f"{fmean(run['gap'] for run in runs):.2g}",
     ]
 
 
@@ -86,12 +90,11 @@ def tables(runs: Runs) -> str:
     sections = []
     for part, cells in runs.items():
         part_runs = [run for seeds in cells.values() for run in seeds.values()]
-        gap = fmean(run["gap"] for run in part_runs)
         truncated_fraction = fmean(run["truncated"] for run in part_runs)
         about, model = PARTS[part].about, PARTS[part].task
         sections.append(
-            f"## {part}\n{about[:1].upper()}{about[1:]}; model: {model}. `logprob_diff/mean` "
-            f"{gap:.1g}, {format_percent(truncated_fraction)} of the answers cut off.\n\n"
+            f"## {part}\n{about[:1].upper()}{about[1:]}; model: {model}; "
+            f"{format_percent(truncated_fraction)} of the answers cut off.\n\n"
             f"{table(cells)}\n"
         )
     return "\n".join(sections)

@@ -14,6 +14,7 @@ from functools import reduce
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+from unittest.mock import patch
 
 import yaml
 
@@ -21,6 +22,8 @@ from megatron_r1.base.files import atomic_write
 from megatron_r1.base.files.json_lines import read_lines
 from megatron_r1.commands import cli, rl
 from megatron_r1.config import Config
+from megatron_r1.controller.rollouts import step_sampler
+from megatron_r1.controller.rollouts.rollout import RolloutSampling
 from megatron_r1.controller.rollouts.step_sampler import StepSampler
 from megatron_r1.pipeline.stages import merge_settings
 from tools.bench import algorithms, host
@@ -113,7 +116,7 @@ class Study:
         recipe.write_text(yaml.safe_dump(settings["recipe"], sort_keys=False), encoding="utf-8")
         options = {"run.folder": run, "run.seed": seed, "model.path": model}
         start = _core_seconds()
-        with planted(PARTS[part]):
+        with planted(PARTS[part], cell):
             self._command("rl", recipe, options)
         seconds = _core_seconds() - start
         figures = run_figures(run, settings["recipe"]["rl"])
@@ -182,26 +185,32 @@ def cell_settings(part: str, cell: str) -> dict[str, Any]:
     demo = yaml.safe_load((LAPTOP / "r1_zero.yaml").read_text(encoding="utf-8"))
     recipe = reduce(merge_settings, (demo, COMMON, study_part.settings, study_part.cells[cell]))
     planted_temperature = study_part.engine_temperature
-    return {"recipe": recipe, "task": study_part.task, "engine_temperature": planted_temperature}
+    settings = {
+        "recipe": recipe,
+        "task": study_part.task,
+        "engine_temperature": planted_temperature,
+    }
+    return settings | ({"kept_ids": False} if cell == study_part.without_kept_ids else {})
 
 
 @contextlib.contextmanager
-def planted(part: Part) -> Iterator[None]:
-    """Plant a part's fault in the runs of the block: what samples the rollouts is given another
-    temperature than the trainer, as by an engine with settings of its own."""
-    if part.engine_temperature is None:
-        yield
-        return
+def planted(part: Part, cell: str) -> Iterator[None]:
+    """Plant the fault of a part, or of one of its cells, in the runs of the block: what samples the
+    rollouts is given another temperature than the trainer, or does not ask for the kept ids."""
     changes = {"temperature": part.engine_temperature}
 
     def sampler(config: Config, *arguments: Any) -> StepSampler:
         return StepSampler(config.with_changes(rollout=changes), *arguments)
 
-    upstream, rl.StepSampler = rl.StepSampler, sampler  # type: ignore[misc,assignment]
-    try:
+    def without_kept_ids(**settings: Any) -> RolloutSampling:
+        return RolloutSampling(**settings | {"sampling_mask": False})
+
+    with contextlib.ExitStack() as patches:
+        if part.engine_temperature is not None:
+            patches.enter_context(patch.object(rl, "StepSampler", sampler))
+        if cell == part.without_kept_ids:
+            patches.enter_context(patch.object(step_sampler, "RolloutSampling", without_kept_ids))
         yield
-    finally:
-        rl.StepSampler = upstream  # type: ignore[misc]
 
 
 def run_figures(run: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
