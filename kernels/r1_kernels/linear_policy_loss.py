@@ -153,13 +153,24 @@ def linear_policy_loss(
     Raises:
         ValueError: shapes, dtypes, devices, targets and settings that do not fit, by name."""
     settings = PolicySettings(
-        *(clip_low, clip_high, dual_clip, kl_beta, kl_estimator, importance_cap, objective),
-        entropy_coef,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        dual_clip=dual_clip,
+        kl_beta=kl_beta,
+        kl_estimator=kl_estimator,
+        importance_cap=importance_cap,
+        objective=objective,
+        entropy_coef=entropy_coef,
     )
     averaging = Averaging(ratio_level, average, denominator, cu_seqlens, sequence_group)
     tokens = TokenTensors(None, old_logprobs, ref_logprobs, rollout_logprobs, advantages, mask)
     return linear_policy_loss_from_settings(
-        *(hidden, weight, targets, tokens, settings, averaging),
+        hidden,
+        weight,
+        targets,
+        tokens,
+        settings,
+        averaging,
         temperature=temperature,
         group=group,
         vocab_size=vocab_size,
@@ -314,16 +325,16 @@ def _check_arguments(
         **on_one_device,
     )
     rows = tokens.weights.nonzero()[:, 0] if rows is None else rows
-    all_count = len(rows) == len(hidden)
-    counting = None if all_count else rows
-    check_targets(targets, len(hidden), head.shard.vocab_size, counting)
+    counts_all = len(rows) == len(hidden)
+    counted_rows = None if counts_all else rows
+    check_targets(targets, len(hidden), head.shard.vocab_size, counted_rows)
     return _LossArguments(
         head,
         targets,
-        check_sampling_mask(sampling_mask, targets, head.shard.vocab_size, counting),
+        check_sampling_mask(sampling_mask, targets, head.shard.vocab_size, counted_rows),
         tokens,
         # A slice gives views of the tensors, where indices would copy them.
-        slice(0, len(hidden)) if all_count else rows,
+        slice(0, len(hidden)) if counts_all else rows,
         sequences,
         settings,
         _gradient_scale(tokens.weights) if hidden.dtype == torch.float16 else None,
@@ -364,25 +375,25 @@ class _LinearPolicyLoss(torch.autograd.Function):
             d_buffer = head.buffer(num_tokens, hidden.dtype)
         metrics = [hidden.new_zeros(len(hidden), dtype=dtype) for _ in LinearPolicyLoss._fields[1:]]
         losses = [hidden.new_zeros(1, dtype=dtype)]
-        waiting: tuple[Rows, Tensor, Tensor] | None = None
+        previous_chunk: tuple[Rows, Tensor, Tensor] | None = None
         for rows in head.chunks(call.rows):
             states = hidden[rows]
             logits = head.logits(states, buffer)
             statistics = head.statistics(logits, call.targets[rows], call.kept_ids_of(rows))
-            if waiting:
-                gradients.add(*waiting)  # hides the all-gather of the statistics
+            if previous_chunk:
+                gradients.add(*previous_chunk)  # hides the all-gather of the statistics
             softmax = statistics.wait()
             terms = call.terms(rows, softmax)
             if gradients.needed:
-                waiting = rows, states, call.d_logits(rows, logits, softmax, terms, d_buffer)
+                previous_chunk = rows, states, call.d_logits(rows, logits, softmax, terms, d_buffer)
                 if is_unsharded:
-                    gradients.add(*waiting)
-                    waiting = None
+                    gradients.add(*previous_chunk)
+                    previous_chunk = None
             losses.append(terms.loss)
             for metric, part in zip(metrics, (*softmax[:2], *terms[3:]), strict=True):
                 metric[rows] = part
-        if waiting:
-            gradients.add(*waiting)
+        if previous_chunk:
+            gradients.add(*previous_chunk)
         ctx.save_for_backward(*gradients.finish())
         ctx.head, ctx.gradient_scale = head, call.gradient_scale
         ctx.mark_non_differentiable(*metrics)

@@ -58,7 +58,7 @@ def check_sampling_mask(
     mask: SamplingMask | None,
     targets: Tensor,
     vocab_size: int,
-    counting: Tensor | None = None,
+    counted_rows: Tensor | None = None,
 ) -> KeptIds | None:
     """Check a mask; return its rows, or None where it leaves out nothing.
 
@@ -66,7 +66,7 @@ def check_sampling_mask(
         mask: the caller's; None: every token keeps the whole vocabulary.
         targets: (T,) the sampled ids, checked.
         vocab_size: the ids in the whole vocabulary.
-        counting: (R,) int64 indices of the tokens that must have kept their target; None: all.
+        counted_rows: (R,) int64 indices of the tokens that must have kept their target; None: all.
 
     Raises:
         ValueError: other shapes or dtypes; unless `trusted_values`, also offsets out of order, ids
@@ -87,14 +87,14 @@ def check_sampling_mask(
         )
     rows = KeptIds(token_ids.contiguous(), offsets[:-1], offsets[1:])
     if not has_trusted_values():
-        _check_values(mask, targets, vocab_size, counting)
+        _check_values(mask, targets, vocab_size, counted_rows)
     # As many ids as there are at all: nothing was cut, and the dense kernels have the same bits
     # with and without such a mask.
     return None if len(token_ids) == len(targets) * vocab_size else rows
 
 
 def _check_values(
-    mask: SamplingMask, targets: Tensor, vocab_size: int, counting: Tensor | None
+    mask: SamplingMask, targets: Tensor, vocab_size: int, counted_rows: Tensor | None
 ) -> None:
     """Raise ValueError for values that do not fit; reads the device."""
     token_ids, offsets = mask
@@ -124,9 +124,9 @@ def _check_values(
             )
     has_target = torch.zeros(len(targets), dtype=torch.bool, device=targets.device)
     has_target[owner[token_ids == targets[owner]]] = True
-    lost = ~has_target if counting is None else ~has_target[counting]
+    lost = ~has_target if counted_rows is None else ~has_target[counted_rows]
     if bool(lost.any()):
-        index = int(lost.nonzero()[0, 0] if counting is None else counting[lost][0])
+        index = int(lost.nonzero()[0, 0] if counted_rows is None else counted_rows[lost][0])
         raise ValueError(
             f"sampling_mask has {int(lengths[index])} ids for token {index}, and its target "
             f"{int(targets[index])} is not among them ({int(lost.sum())} such tokens): a sampled "

@@ -120,7 +120,7 @@ async def _audit(
 
 
 def _advantages_of(rl: RLConfig) -> Advantages:
-    compute_advantages = algorithms.find(rl.algorithm).advantages
+    compute_advantages = algorithms.find(rl.algorithm).response_advantages
     return lambda rewards: compute_advantages(rewards, rl)
 
 

@@ -149,7 +149,7 @@ class Assumptions:
     """The fullest rank's tokens over the mean in an expert-parallel group; a guess."""
     prompt_tokens: Tokens = 512
     """Mean and longest length of a prompt, unless --prompt-tokens gives it; a guess."""
-    response_share: Fraction = 0.25
+    response_fraction: Fraction = 0.25
     """Mean length of a response over the limit, unless --response-tokens gives it; a guess."""
     questions: Count = 10_000
     """Questions of a `sample` run without data.num_train; a guess."""

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 from r1_grading.terms import rewards_equal
 
+from megatron_r1.base.errors import RunError
+
 if TYPE_CHECKING:
     from megatron_r1.config import RLConfig
 
@@ -79,12 +81,12 @@ def divide_by_batch_std(
 
 
 def response_rewards(groups: list[list[float | None]], rl: RLConfig) -> list[list[float]]:
-    """Return the rewards as they are, NaN for ungraded responses: the `advantages` of an algorithm
-    whose trainer ranks compute an advantage per token from them.
+    """Return the rewards as they are, NaN for ungraded responses: for an algorithm whose trainer
+    ranks compute the advantages of tokens from them.
 
     Args:
         groups: the rewards of each group; None: ungraded.
-        rl: not used; every algorithm's `advantages` has this parameter.
+        rl: not used; the parameters are those of an algorithm's `advantages`.
 
     Raises:
         ValueError: a group is empty, or a reward is not finite."""
@@ -94,11 +96,12 @@ def response_rewards(groups: list[list[float | None]], rl: RLConfig) -> list[lis
 
 
 def nan_where_ungraded(
+    name: str,
     advantages: Callable[[list[list[float | None]], RLConfig], list[list[float]]],
     groups: list[list[float | None]],
     rl: RLConfig,
 ) -> list[list[float]]:
-    """Return `advantages(groups, rl)` with NaN for every ungraded response.
+    """Return `advantages(groups, rl)` with NaN for every ungraded response, and for no other.
 
     The rule of every algorithm that learns from rewards: a response without a grade is left out of
     sums and denominators, of policy, KL, entropy and critic. `trainer.packed` takes no token of a
@@ -108,11 +111,24 @@ def nan_where_ungraded(
     own: it is graded and trained on.
 
     Args:
-        advantages: the `advantages` of an algorithm.
+        name: `rl.algorithm`, for the error.
+        advantages: the `advantages` or `response_rewards` of an algorithm.
         groups: the rewards of each group; None: ungraded.
-        rl: the settings of `rl`."""
-    numbers = advantages(groups, rl)
-    return [
+        rl: the settings of `rl`.
+
+    Raises:
+        RunError: what it returns for a graded response is not finite: it would be left out of
+            training without a word."""
+    by_group = [
         [math.nan if r is None else a for a, r in zip(*pair, strict=True)]
-        for pair in zip(numbers, groups, strict=True)
+        for pair in zip(advantages(groups, rl), groups, strict=True)
     ]
+    for index, (rewards, values) in enumerate(zip(groups, by_group, strict=True)):
+        for reward, advantage in zip(rewards, values, strict=True):
+            if reward is not None and not math.isfinite(advantage):
+                raise RunError(
+                    f"rl.algorithm: {name} returns the advantage {advantage} for a response with "
+                    f"reward {reward}, in group {index} with rewards {rewards}; return a finite "
+                    "number, 0 for a response that is not to be learned from"
+                )
+    return by_group

@@ -144,12 +144,14 @@ def response_advantages(
         A number per response, a list per group; NaN: not trained on."""
     if config.rl.reward_normalization == "each":
         weights = weights_at(config.rewards.weights, step)
-        advantages = reward_normalization.advantages(groups, algorithm.advantages, config, weights)
+        advantages = reward_normalization.advantages(
+            groups, algorithm.response_advantages, config, weights
+        )
     else:
         rewards = [
             [training_reward(graded, config) for graded in group.responses] for group in groups
         ]
-        advantages = algorithm.advantages(rewards, config.rl)
+        advantages = algorithm.response_advantages(rewards, config.rl)
     if config.rl.truncated == "mask":
         advantages = mask_truncated(advantages, groups)
     return advantages

@@ -39,7 +39,7 @@ def check_teachers(config: Config) -> None:
         _check_positions(config, teacher.path, f"{key}.path")
         _check_vocabulary(config, teacher.path, f"{key}.path", hf_config)
     if path:
-        _check_sampling(config)
+        _check_temperature(config)
 
 
 def _check_positions(config: Config, path: str, key: str) -> None:
@@ -59,21 +59,18 @@ def _check_positions(config: Config, path: str, key: str) -> None:
         )
 
 
-def _check_sampling(config: Config) -> None:
-    """Raise UserError where the student, at any step, samples another distribution than the one
-    that the teacher scores."""
+def _check_temperature(config: Config) -> None:
+    """Raise UserError where the student, at any step, samples at another temperature than 1, at
+    which the teacher scores. With a cut (`rollout.top_p`) the student is the truncated policy, and
+    the advantages are those of its KL from the teacher over the whole vocabulary."""
     for step, part in config.schedule_parts():
-        rollout = part.rollout
-        if rollout.temperature == 1.0 and not rollout.truncates_sampling:
+        if part.rollout.temperature == 1.0:
             continue
         when = f"rl.schedule, from_step {step}: " if step > 1 else ""
-        limit = "top_p" if rollout.top_p < 1 else "min_p" if rollout.min_p else "top_k"
-        name = "temperature" if rollout.temperature != 1.0 else limit
         raise UserError(
-            f"{when}rollout.{name}: {getattr(rollout, name)}: the teacher scores at temperature 1 "
-            "over the whole vocabulary, which has to be the student's distribution too; set "
-            "rollout.temperature: 1 and leave out rollout.top_p, top_k and min_p",
-            key=f"rollout.{name}",
+            f"{when}rollout.temperature: {part.rollout.temperature}: the teacher scores at "
+            "temperature 1, which has to be the student's too; set rollout.temperature: 1",
+            key="rollout.temperature",
             cause=Cause.CONFLICT,
         )
 

@@ -7,8 +7,8 @@ the padding behind it, and no query can see another sequence. Under context para
 values go round a ring of ranks (`models.ring_attention`). On a GPU Transformer Engine's attention
 takes this place.
 
-`_offset_attention` (gpt-oss) adds a learned softmax offset per head and a window. The offset z of a
-head, its attention sink, is one more logit of the softmax, with no value:
+`_sink_attention` (gpt-oss) adds a learned sink per head and a window. The sink z of a
+head (Megatron's `softmax_offset`) is one more logit of the softmax, with no value:
 
     out = Σ_k exp(scale q·k) v_k / (exp(z) + Σ_k exp(scale q·k))
 
@@ -43,12 +43,12 @@ from megatron_r1.models.ring_attention import ring_attention
 from megatron_r1.models.shared_prefixes import marked_prefixes, prefix_attention
 
 
-def _offset_attention(
+def _sink_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     scale: float,
-    offset: Tensor | None,
+    sink_logits: Tensor | None,
     window: int | None,
 ) -> Tensor:
     """Attend causally, with sinks and within a window.
@@ -58,19 +58,19 @@ def _offset_attention(
         key: (b, g, s, d).
         value: (b, g, s, d).
         scale: factor of the scores before the softmax.
-        offset: (h,), the logit of each head's sink; None: no sinks.
+        sink_logits: (h,), the logit of each head's sink; None: no sinks.
         window: tokens that a query sees, its own included; None: all.
 
     Returns:
         (b, h, s, d)."""
     heads, length = query.shape[1:3]
-    if offset is None:
-        offset = query.new_full((heads,), -torch.inf)
+    if sink_logits is None:
+        sink_logits = query.new_full((heads,), -torch.inf)
     key, value = (x.repeat_interleave(heads // x.shape[1], 1) for x in (key, value))
     if window is None or window >= length:
-        return _Offset.apply(query, key, value, offset, None, scale)
+        return _SinkAttention.apply(query, key, value, sink_logits, None, scale)
     first = (x[:, :, :window] for x in (query, key, value))
-    outs = [_Offset.apply(*first, offset, None, scale)]
+    outs = [_SinkAttention.apply(*first, sink_logits, None, scale)]
     # Behind the real tokens, whose queries do not see it.
     query, key, value = (pad(x, (0, 0, 0, -length % window)) for x in (query, key, value))
     queries = _window_blocks(query, window)[:, 1:]
@@ -81,7 +81,9 @@ def _offset_attention(
     rows, columns = torch.arange(window)[:, None], torch.arange(2 * window)
     hidden = (columns <= rows) | (columns > rows + window)
     mask = torch.zeros(hidden.shape, dtype=query.dtype).masked_fill_(hidden, -torch.inf)
-    out = _Offset.apply(*(x.flatten(0, 1) for x in (queries, keys, values)), offset, mask, scale)
+    out = _SinkAttention.apply(
+        *(x.flatten(0, 1) for x in (queries, keys, values)), sink_logits, mask, scale
+    )
     outs.append(out.unflatten(0, queries.shape[:2]).transpose(1, 2).flatten(2, 3))
     return torch.cat(outs, 2)[:, :, :length]
 
@@ -91,8 +93,8 @@ def _window_blocks(x: Tensor, size: int) -> Tensor:
     return x.unflatten(2, (-1, size)).transpose(1, 2)
 
 
-class _Offset(torch.autograd.Function):
-    """Attention with an offset (h,), causal or under a mask to add to the scores.
+class _SinkAttention(torch.autograd.Function):
+    """Attention with an sink_logits (h,), causal or under a mask to add to the scores.
 
     query (b, h, s, d), key and value (b, h, s', d) of one dtype; mask: (s, s') in it, or None."""
 
@@ -102,39 +104,39 @@ class _Offset(torch.autograd.Function):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        offset: Tensor,
+        sink_logits: Tensor,
         mask: Tensor | None,
         scale: float,
     ) -> Tensor:
         """Return out (b, h, s, d), the module's equation; lse is in fp32 or wider."""
         causal = mask is None
         out, lse = flash_forward(query, key, value, 0.0, causal, attn_mask=mask, scale=scale)
-        total_lse = torch.logaddexp(lse, offset.to(lse.dtype)[:, None])
+        total_lse = torch.logaddexp(lse, sink_logits.to(lse.dtype)[:, None])
         out = (out * (lse - total_lse).exp()[..., None]).to(query.dtype)
-        ctx.save_for_backward(query, key, value, offset, mask, out, total_lse)
+        ctx.save_for_backward(query, key, value, sink_logits, mask, out, total_lse)
         ctx.scale = scale
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        """Return the gradients of query, key, value and offset for that of out, grad (b, h, s, d).
+        """Return the gradients of query, key, value and sinks for that of out, grad (b, h, s, d).
 
         dz = -Σ exp(z - logaddexp(lse, z)) (grad·out), over sequences and queries
         """
-        query, key, value, offset, mask, out, total_lse = ctx.saved_tensors
+        query, key, value, sink_logits, mask, out, total_lse = ctx.saved_tensors
         row = grad, query, key, value, out, total_lse
         causal = mask is None
         parts = flash_backward(*row, 0.0, causal, attn_mask=mask, scale=ctx.scale)
-        share = (offset.to(total_lse.dtype)[:, None] - total_lse).exp()
-        d_offset = -(share * (grad * out).sum(-1)).sum((0, 2)).to(offset.dtype)
-        return *parts, d_offset, None, None
+        sink_weight = (sink_logits.to(total_lse.dtype)[:, None] - total_lse).exp()
+        d_sink_logits = -(sink_weight * (grad * out).sum(-1)).sum((0, 2)).to(sink_logits.dtype)
+        return *parts, d_sink_logits, None, None
 
 
 class CoreAttention(MegatronModule):
     """Causal attention with the interface of Megatron's DotProductAttention; no dropout.
 
     Args:
-        config: the model's; it says which layers have a window, and whether softmax has an offset.
+        config: the model's; it says which layers have a window, and whether heads have sinks.
         layer_number: the layer, from 1.
         *positional: further arguments of Megatron's; not used.
         softmax_scale: the factor of query times key; None: 1 / sqrt(`k_channels`).
@@ -210,7 +212,7 @@ class CoreAttention(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict:
-        """Return the softmax offsets for a checkpoint, as Megatron's DotProductAttention does.
+        """Return the attention sinks for a checkpoint, as Megatron's DotProductAttention does.
 
         Args:
             prefix: what precedes the names.
@@ -232,7 +234,7 @@ def attend_packed(
     value: Tensor,
     lengths: Tensor,
     scale: float,
-    offset: Tensor | None = None,
+    sink_logits: Tensor | None = None,
     window: int | None = None,
 ) -> Tensor:
     """Attend causally within each sequence of a packed batch.
@@ -243,7 +245,7 @@ def attend_packed(
         value: (t, g, e).
         lengths: int64, tokens per sequence, summing to t.
         scale: the factor of the products of queries and keys.
-        offset: (h,), a logit of each head with no value; None: no such logits.
+        sink_logits: (h,), a logit of each head with no value; None: no such logits.
         window: tokens that a query sees, its own included; None: all.
 
     Returns:
@@ -252,7 +254,7 @@ def attend_packed(
     buckets = LengthBuckets(lengths)
     queries, keys, values = (buckets.pad(x) for x in (query, key, value))
     batches = zip(queries, keys, values, strict=True)
-    return buckets.unpad([_attend(q, k, v, scale, offset, window) for q, k, v in batches])
+    return buckets.unpad([_attend(q, k, v, scale, sink_logits, window) for q, k, v in batches])
 
 
 def _attend(
@@ -260,12 +262,12 @@ def _attend(
     key: Tensor,
     value: Tensor,
     scale: float,
-    offset: Tensor | None,
+    sink_logits: Tensor | None,
     window: int | None,
 ) -> Tensor:
     """Attend causally: query (b, h, s, d), key (b, g, s, d), value (b, g, s, e) -> (b, h, s, e)."""
-    if offset is not None or window is not None:
-        return _offset_attention(query, key, value, scale, offset, window)
+    if sink_logits is not None or window is not None:
+        return _sink_attention(query, key, value, scale, sink_logits, window)
     size, value_size = key.shape[3], value.shape[3]
     if size != value_size:
         # Flash attention takes one size. Zeros change no product, and their outputs are cut off.

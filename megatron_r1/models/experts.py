@@ -39,7 +39,7 @@ def expert_fields(hf_config: dict) -> dict[str, Any]:
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
         **(CLAMPED_SWIGLU if model_family(hf_config).clamped_swiglu else {}),
-        **_groups(hf_config, GROUP_SCORES[function]),
+        **_group_fields(hf_config, GROUP_SCORES[function]),
     }
 
 
@@ -80,7 +80,7 @@ def _check_layer_types(hf_config: dict) -> None:
         )
 
 
-def _groups(hf_config: dict, best: int) -> dict[str, int]:
+def _group_fields(hf_config: dict, best: int) -> dict[str, int]:
     num_groups, group_topk = hf_config.get("n_group") or 1, hf_config.get("topk_group") or 1
     experts, topk = hf_config["n_routed_experts"], hf_config["num_experts_per_tok"]
     method = hf_config.get("topk_method") or "greedy"

@@ -114,8 +114,8 @@ def _correct_experts(model: Module, config: TransformerConfig) -> None:
 
 
 def _correct_sinks(model: Module) -> None:
-    """Have the norm count the softmax offsets of every tensor rank: the offsets are split over the
-    tensor ranks, and Megatron's attention does not mark them so."""
+    """Have the norm count the attention sinks of every tensor rank: they are split over the tensor
+    ranks, and Megatron's attention does not mark them so."""
     for name, parameter in model.named_parameters():
         if name.endswith(".softmax_offset"):
             set_tensor_model_parallel_attributes(parameter, True, 0, 1)

@@ -106,7 +106,7 @@ class _RingAttention(torch.autograd.Function):
         for owner, share in _ring_shares(torch.cat([key, value], 2), group):
             keys = halves.pad(share[..., : key.shape[2]], size)
             values = halves.pad(share[..., key.shape[2] :], size)
-            for half, key_half, causal in _visible(rank, owner, num_ranks):
+            for half, key_half, causal in _visible_chunk_pairs(rank, owner, num_ranks):
                 for index, q in enumerate(queries[half]):
                     k, v = (repeat_kv(x[key_half][index], q.shape[1]) for x in (keys, values))
                     mask = None if causal else masks[index]
@@ -144,7 +144,7 @@ class _RingAttention(torch.autograd.Function):
                 [[torch.zeros_like(x, dtype=wide) for x in half] for half in halves_of_share]
                 for halves_of_share in (keys, values)
             )
-            for half, key_half, causal in _visible(rank, owner, num_ranks):
+            for half, key_half, causal in _visible_chunk_pairs(rank, owner, num_ranks):
                 for index, q in enumerate(queries[half]):
                     k, v = (repeat_kv(x[key_half][index], q.shape[1]) for x in (keys, values))
                     row = (grads[half][index], q, k, v, outs[half][index], normalizers[half][index])
@@ -174,7 +174,7 @@ class _RingAttention(torch.autograd.Function):
         return d_query, d_key, d_value, None, None, None
 
 
-def _visible(rank: int, owner: int, num_ranks: int) -> Iterator[tuple[int, int, bool]]:
+def _visible_chunk_pairs(rank: int, owner: int, num_ranks: int) -> Iterator[tuple[int, int, bool]]:
     """Yield (half of the queries, half of the owner's keys, whether they are the same chunk) where
     queries see keys."""
     for half, query_chunk in enumerate((rank, 2 * num_ranks - 1 - rank)):

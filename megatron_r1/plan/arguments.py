@@ -135,7 +135,7 @@ def planned_job(
     )
     assert job.critic is None or job.critic.is_critic, "reading it checks it"
     limit = job.longest_response
-    mean = args.response_tokens or max(1, int(limit * job.assumptions.response_share))
+    mean = args.response_tokens or max(1, int(limit * job.assumptions.response_fraction))
     if mean > limit:
         key = "reward_model.max_tokens" if verb == "reward-model" else "rollout.max_response_tokens"
         raise UserError(

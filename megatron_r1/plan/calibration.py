@@ -120,7 +120,7 @@ class RunCalibration:
             )
         if mean and job.generates:
             response, longest = max(1, round(mean)), self._median("response_length/max") or mean
-            self.values["response_share"] = min(1.0, mean / job.longest_response)
+            self.values["response_fraction"] = min(1.0, mean / job.longest_response)
             changes = {"max_response_tokens": max(response, round(longest))}
             config = job.config.with_changes(rollout=changes)
             self.job = replace(job, config=config, response_tokens=response)

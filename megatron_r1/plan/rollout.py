@@ -132,7 +132,7 @@ class RolloutTime:
         return tensor_seconds + (sparse_layers + draft_layers) * expert_seconds
 
     @property
-    def exchange_share(self) -> float:
+    def exchange_fraction(self) -> float:
         """The share (0 to 1) of a pass's seconds in which ranks exchange tokens."""
         sequences = self.engines.mean_concurrency
         if not sequences:

@@ -79,15 +79,15 @@ def with_range(times: "StepTime", name: str, quantity: Quantity) -> Quantity:
     number = narrowing_number(job, name)
     if number is None or quantity.value is None:
         return quantity
-    assumed_share = 1.0
+    assumed_fraction = 1.0
     if number in job.calibration.names:
         if job.calibration.num_gpus >= job.num_gpus:
             return quantity
         # Fewer GPUs than are planned do not show their communication.
-        assumed_share = times.communication_share(name)
-    if not assumed_share:
+        assumed_fraction = times.communication_fraction(name)
+    if not assumed_fraction:
         return quantity
-    assumed, spread = quantity.value * assumed_share, job.assumptions.time_spread
+    assumed, spread = quantity.value * assumed_fraction, job.assumptions.time_spread
     return replace(
         quantity,
         low=quantity.value - assumed * (1 - 1 / spread),
@@ -182,8 +182,8 @@ class StepTime:
         parts = (self._layer_flops[1] - experts, experts)
         transfer_seconds = group.seconds(self.job, group.forward_bytes) / (2 * sparse)
         paired_seconds = sparse * exposed_seconds(transfer_seconds, *map(self._seconds, parts))
-        unpaired_share = unpaired_fraction(self.job, rank)
-        return unpaired_share * seconds + (1 - unpaired_share) * paired_seconds
+        unpaired = unpaired_fraction(self.job, rank)
+        return unpaired * seconds + (1 - unpaired) * paired_seconds
 
     @property
     def _speedup(self) -> float:
@@ -266,13 +266,13 @@ class StepTime:
         )
         return pass_seconds * (2 if job.computes_ref_logprobs else 1)
 
-    def communication_share(self, name: str) -> float:
+    def communication_fraction(self, name: str) -> float:
         """Return the share (0 to 1) of a part's seconds that is communication between GPUs.
 
         Args:
             name: the part of a step."""
         if name == "rollout":
-            return self.rollout.exchange_share
+            return self.rollout.exchange_fraction
         if name == "push":
             return float(not TRANSPORTS[self.job.config.push.transport].is_single_host)
         if name in ("scoring", "training", "critic"):
@@ -385,22 +385,22 @@ def _step(times: StepTime, parts: dict[str, Quantity]) -> Quantity:
     rollout = ends.pop("rollout")
     push_ends = [ends.pop(name) for name in PUSH_PARTS if name in ends]
     # Of the rollout's seconds, those that engines kept full would need.
-    full_share = times.rollout.throughput_seconds / rollout[0]
+    full_fraction = times.rollout.throughput_seconds / rollout[0]
     num_rollouts = engines.rollouts_in_flight
     steps = []
     for end in range(3):
         trainer_seconds = sum(part[end] for part in ends.values())
         longest_seconds = max(
             trainer_seconds,
-            full_share * rollout[end],
+            full_fraction * rollout[end],
             (rollout[end] + trainer_seconds) / num_rollouts,
         )
         steps.append(sum(part[end] for part in push_ends) + longest_seconds)
     value, low, high = steps
     push_names = " + ".join(name for name in PUSH_PARTS if name in parts)
     formula = (
-        f"{push_names} + the longest of {' + '.join(ends)}; {full_share * rollout[0]:,.0f} s for "
-        f"a rollout's tokens on full engines; (rollout + those of the trainer) / "
+        f"{push_names} + the longest of {' + '.join(ends)}; {full_fraction * rollout[0]:,.0f} s "
+        f"for a rollout's tokens on full engines; (rollout + those of the trainer) / "
         f"{num_rollouts}, with rl.staleness={job.config.rl.staleness}"
     )
     return Quantity(value, "s", formula, low, high)

@@ -80,11 +80,11 @@ def _mixed_languages(
     response: TextResponse,
     prompt: Prompt,
     *,
-    min_share: float = 0.95,
+    min_fraction: float = 0.95,
     target: str | None = None,
     part: str = "response",
 ) -> str:
-    """Drop a response with less than `min_share` of its words in one language.
+    """Drop a response with less than `min_fraction` of its words in one language.
 
     Words are counted as by the language reward, so code, formulae, names and numbers are in no
     language.
@@ -92,7 +92,7 @@ def _mixed_languages(
     Args:
         response: the response.
         prompt: its prompt.
-        min_share: a share of the counted words, above 0 and at most 1.
+        min_fraction: a fraction of the counted words, above 0 and at most 1.
         target: "en" or "zh"; None: the question's own `target`, as for the reward, or the language
             of most words.
         part: "response", or "thought" for questions whose answer is in another language than the
@@ -104,7 +104,7 @@ def _mixed_languages(
     Raises:
         ValueError: other values."""
     text = _judged_part(response, part)
-    _require_fraction("min_share", min_share)
+    _require_fraction("min_fraction", min_fraction)
     if target is not None and target not in LANGUAGES:
         raise ValueError(f"target must be one of {', '.join(LANGUAGES)}, got {target!r}")
     words = judged_words(text or "")
@@ -117,7 +117,7 @@ def _mixed_languages(
         if prompt_target in [*LANGUAGES]
         else max(fractions, key=lambda name: fractions[name])
     )
-    if fractions[language] >= min_share:
+    if fractions[language] >= min_fraction:
         return ""
     return f"{fractions[language]:.0%} of its words are {LANGUAGES[language]}"
 

@@ -55,10 +55,12 @@ class PackedBatch:
     """(T,) bool: whether the target is a response token that is trained on."""
     response_positions: Tensor
     """int64: the positions where it is."""
+    response_advantages: Tensor
+    """(T,) fp32: what the controller sent for the response (`Sample.advantage`) on each of its
+    tokens, 0 elsewhere."""
     advantages: Tensor
-    """(T,) fp32: the response's advantage on each of its tokens, 0 elsewhere. With an algorithm's
-    `token_advantages` it is what these are computed from (`Sample.advantage`), until
-    `RolloutBatches.store_targets` puts each token's own advantage here."""
+    """(T,) fp32: the advantage of each response token, 0 elsewhere: the response's, until
+    `RolloutBatches.store_targets` puts those of an algorithm's `token_advantages` here."""
     rollout_logprobs: Tensor
     """(T,) fp32: the engine's, 0 outside responses."""
     labels: Tensor

@@ -75,6 +75,7 @@ def pack_batch(
     has_branches = any(sample.weight != 1 for sample in samples)
     num_responses = sum(s.num_responses for s in samples if s.is_trained)
     mask_parts = _sampling_mask(samples, layout, local_positions)
+    response_advantages = on_device(advantages)
     return PackedBatch(
         input_ids=on_device(tokens[local_positions][None]),
         position_ids=positions[None],
@@ -84,7 +85,8 @@ def pack_batch(
         is_response=on_device(is_response),
         response_positions=on_device(is_response.nonzero()[:, 0]),
         num_responses=num_responses if split.context_rank == 0 else 0,
-        advantages=on_device(advantages),
+        response_advantages=response_advantages,
+        advantages=response_advantages,
         rollout_logprobs=on_device(rollout_logprobs),
         last_token_positions=on_device(_last_tokens(samples, layout, local_positions)),
         labels=on_device(torch.tensor([s.label for s in samples], dtype=torch.float32)),
@@ -210,8 +212,8 @@ def _sampling_mask(
         return None
     counts = torch.zeros(int(layout.cu_seqlens[-1]), dtype=torch.int64)
     parts = [torch.empty(0, dtype=torch.int32)]
-    for sample, start, counting in zip(samples, layout.starts, trained, strict=True):
-        if not counting:
+    for sample, start, is_trained in zip(samples, layout.starts, trained, strict=True):
+        if not is_trained:
             continue
         if not sample.sampling_mask:
             raise ValueError("a micro-batch has responses with sampling masks and others without")

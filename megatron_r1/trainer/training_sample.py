@@ -27,8 +27,9 @@ class Sample(msgspec.Struct, frozen=True):
         prompt_length: tokens of the prompt; the rest of `token_ids` is the response.
         rollout_logprobs: float32 bytes, the rollout engine's, one per response token; empty for
             SFT.
-        advantage: the same for every response token; with an algorithm's token_advantages, what
-            these are computed from (a reward or an advantage). NaN: the sample is not trained on.
+        advantage: the same for every response token; with an algorithm's token_advantages, the
+            reward less its baseline, if any, from which these are computed. NaN: the sample is not
+            trained on.
         routing: indices [rows, moe layers, topk] of the experts the engine chose, of 1 or 2 bytes
             each (`models.experts`), for the tokens before the last; empty without replay.
         teacher_logprobs: float32 bytes, the teacher's log-probabilities of the response, or None.

@@ -38,7 +38,8 @@ class WholeResponses:
 
     Attributes:
         is_response: (T,) bool, the tokens that are trained on.
-        rewards: (T,), the response's on each of its tokens.
+        rewards: (T,), on each token the `Sample.advantage` of its response: the reward, less the
+            baseline of an algorithm that has one.
         last: (T,) int64, the position of the last response token of each token's sample, or -1.
         counts_samples: whether this rank is the one of the group that counts whole samples."""
 
@@ -49,7 +50,7 @@ class WholeResponses:
         self.counts_samples = self._rank == 0
         self._cu_seqlens = batch.cu_seqlens.long() * self._ranks
         self.is_response = self.gather(batch.is_response.to(torch.uint8)).bool()
-        self.rewards = self.gather(batch.advantages)
+        self.rewards = self.gather(batch.response_advantages)
         lengths = self._cu_seqlens.diff()
         self._sample = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
         self.last = self._last_of_each()

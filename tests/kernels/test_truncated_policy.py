@@ -12,6 +12,7 @@ from r1_kernels import SamplingMask, linear_policy_loss, token_logprobs
 
 from megatron_r1.config import RLConfig
 from megatron_r1.controller.algorithms import grpo
+from megatron_r1.trainer.token_advantages import discounted_sums
 
 VOCABULARY, LENGTH, TEMPERATURE = 8, 3, 0.9
 EXACT = 1e-12
@@ -137,3 +138,46 @@ def test_grpo_over_every_group_has_the_truncated_policys_gradient(cut):
     torch.testing.assert_close(
         loss.logprobs.view(-1, LENGTH).sum(1).exp(), probability, atol=EXACT, rtol=0
     )
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_distillation_has_the_gradient_of_the_truncated_policys_divergence(cut):
+    """KL(truncated student ‖ teacher over the whole vocabulary), of whole responses."""
+    policy = TruncatedPolicy(cut)
+    possible = policy.possible()
+    sampled, rows = SEQUENCES[possible], prefixes(SEQUENCES)[possible]
+    g = torch.Generator().manual_seed(8)
+    table = torch.randn(policy.logits.shape, generator=g, dtype=torch.float64).log_softmax(-1)
+    teacher = table[rows, sampled]
+
+    leaf = policy.logits.clone().requires_grad_()
+    probability = policy.probabilities(leaf)[possible]
+    (probability * (probability.log() - teacher.sum(1))).sum().backward()
+
+    old, _ = token_logprobs(
+        policy.logits[rows.flatten()],
+        sampled.flatten(),
+        temperature=TEMPERATURE,
+        sampling_mask=policy.mask(rows.flatten()),
+        backend="torch",
+    )
+    is_response = torch.ones(len(old), dtype=torch.bool)
+    last = torch.arange(len(old)) // LENGTH * LENGTH + LENGTH - 1
+    advantages = discounted_sums(teacher.flatten() - old, 1.0, is_response, last)
+    weight = policy.logits.t().contiguous().requires_grad_()
+    loss = linear_policy_loss(
+        torch.eye(len(policy.logits), dtype=torch.float64)[rows.flatten()],
+        weight,
+        sampled.flatten(),
+        None,
+        None,
+        advantages,
+        probability.detach().repeat_interleave(LENGTH),
+        temperature=TEMPERATURE,
+        sampling_mask=policy.mask(rows.flatten()),
+        kl_beta=0.0,
+        denominator=1.0,
+        backend="torch",
+    )
+    loss.loss.backward()
+    torch.testing.assert_close(weight.grad.t(), leaf.grad, atol=EXACT, rtol=0)

@@ -17,61 +17,62 @@ def policy_terms(tokens: TokenTensors, settings: PolicySettings) -> PolicyTerms:
     unmasked = ~(tokens.weights <= 0)  # NaN is unmasked, and shows
     # Tokens that do not count may hold NaN: replace them before the arithmetic, not after.
     weight, advantage = (torch.where(unmasked, t, 0.0) for t in (tokens.weights, tokens.advantages))
-    x = tokens.log_ratio
-    if x is None:
-        x = logprobs - old_logprobs
-    x = torch.where(unmasked, x, 0.0)
-    ratio = x.clamp(max=MAX_LOG_RATIO).exp()
-    limited = ratio.clamp(1.0 - settings.clip_low, 1.0 + settings.clip_high)
+    log_ratio = tokens.log_ratio
+    if log_ratio is None:
+        log_ratio = logprobs - old_logprobs
+    log_ratio = torch.where(unmasked, log_ratio, 0.0)
+    ratio = log_ratio.clamp(max=MAX_LOG_RATIO).exp()
+    clipped_ratio = ratio.clamp(1.0 - settings.clip_low, 1.0 + settings.clip_high)
     if settings.objective == "cispo":
-        clipped = limited != ratio
-        by_log_ratio, by_logprob = torch.zeros_like(ratio), limited * advantage
-        surrogate = by_logprob * torch.where(unmasked, logprobs, 0.0)
+        is_clipped = clipped_ratio != ratio
+        surrogate = clipped_ratio * advantage * torch.where(unmasked, logprobs, 0.0)
+        d_log_ratio, d_logprob = torch.zeros_like(ratio), clipped_ratio * advantage
     else:
-        surrogate, clipped = _clipped_surrogate(ratio, limited, advantage, settings.dual_clip)
-        by_log_ratio = torch.where(clipped | (x > MAX_LOG_RATIO), 0.0, ratio * advantage)
-        by_logprob = torch.zeros_like(ratio)
+        surrogate, is_clipped = _ppo_surrogate(ratio, clipped_ratio, advantage, settings.dual_clip)
+        is_constant = is_clipped | (log_ratio > MAX_LOG_RATIO)
+        d_log_ratio = torch.where(is_constant, 0.0, ratio * advantage)
+        d_logprob = torch.zeros_like(ratio)
     importance = unmasked.to(dtype)
     if tokens.rollout_logprobs is not None:
         gap = torch.where(unmasked, old_logprobs - tokens.rollout_logprobs, 0.0)
-        trust = gap.clamp(max=MAX_LOG_RATIO).exp().clamp(max=settings.importance_cap)
-        importance = torch.where(unmasked, trust, 0.0)
-    total = -importance * surrogate
-    grad_logprob = -weight * importance * by_logprob
+        engine_ratio = gap.clamp(max=MAX_LOG_RATIO).exp()
+        importance = torch.where(unmasked, engine_ratio.clamp(max=settings.importance_cap), 0.0)
+    token_loss = -importance * surrogate
+    grad_logprob = -weight * importance * d_logprob
     kl = torch.zeros_like(ratio)
     if tokens.ref_logprobs is not None:
         g = torch.where(unmasked, tokens.ref_logprobs - logprobs, 0.0)
-        kl, slope = _kl(g, settings.kl_estimator)
-        total = total + settings.kl_beta * kl
-        grad_logprob = grad_logprob + weight * settings.kl_beta * slope
+        kl, d_kl = _kl(g, settings.kl_estimator)
+        token_loss = token_loss + settings.kl_beta * kl
+        grad_logprob = grad_logprob + weight * settings.kl_beta * d_kl
     return PolicyTerms(
-        loss=(weight * total).sum()[None],
-        grad_log_ratio=-weight * importance * by_log_ratio,
+        loss=(weight * token_loss).sum()[None],
+        grad_log_ratio=-weight * importance * d_log_ratio,
         grad_logprob=grad_logprob,
         ratio=ratio * unmasked,
-        clipped=clipped.to(dtype),
+        clipped=is_clipped.to(dtype),
         kl=kl,
         importance=importance,
     )
 
 
-def _clipped_surrogate(
-    ratio: Tensor, limited: Tensor, advantage: Tensor, dual_clip: float | None
+def _ppo_surrogate(
+    ratio: Tensor, clipped_ratio: Tensor, advantage: Tensor, dual_clip: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Return PPO's surrogate, and whether a clip is active."""
-    free, bounded = ratio * advantage, limited * advantage
-    clipped = bounded < free
-    surrogate = torch.where(clipped, bounded, free)
+    """Return min(ρ A, clip(ρ) A), at least dual_clip A where A < 0, and whether it is clipped."""
+    unclipped, clipped = ratio * advantage, clipped_ratio * advantage
+    is_clipped = clipped < unclipped
+    surrogate = torch.where(is_clipped, clipped, unclipped)
     if dual_clip is not None:
-        floor = dual_clip * advantage
-        is_below = (advantage < 0) & (surrogate < floor)
-        surrogate = torch.where(is_below, floor, surrogate)
-        clipped = clipped | is_below
-    return surrogate, clipped
+        lower_bound = dual_clip * advantage
+        is_below = (advantage < 0) & (surrogate < lower_bound)
+        surrogate = torch.where(is_below, lower_bound, surrogate)
+        is_clipped = is_clipped | is_below
+    return surrogate, is_clipped
 
 
 def _kl(g: Tensor, estimator: str) -> tuple[Tensor, Tensor]:
-    """Return the estimate from g = ref - logprob, and its derivative by the logprob."""
+    """Return the estimate from g = ref - logprob, and its derivative by the log-probability."""
     if estimator == "k1":
         return -g, torch.ones_like(g)
     if estimator == "k2":
@@ -79,8 +80,8 @@ def _kl(g: Tensor, estimator: str) -> tuple[Tensor, Tensor]:
     # In fp32 e^g - g - 1 is 0 for |g| < 1e-4, where policies differ least.
     capped = g.clamp(max=MAX_LOG_RATIO).double()
     rise = capped.expm1()
-    slope = torch.where(g > MAX_LOG_RATIO, 0.0, -rise)
-    return (rise - capped).to(g.dtype), slope.to(g.dtype)
+    d_kl = torch.where(g > MAX_LOG_RATIO, 0.0, -rise)
+    return (rise - capped).to(g.dtype), d_kl.to(g.dtype)
 
 
 def segment_sums(values: Tensor, cu_seqlens: Tensor) -> Tensor:

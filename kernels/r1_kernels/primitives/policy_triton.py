@@ -98,7 +98,7 @@ def _exp(x):
 
 @triton.jit
 def _surrogate(
-    x,
+    log_ratio,
     logprob,
     advantage,
     scale,
@@ -107,28 +107,28 @@ def _surrogate(
     IS_CISPO: tl.constexpr,
 ):
     """Return the surrogate, whether a clip is active, and `scale` times the surrogate's derivatives
-    by the log-ratio x and, cispo's, by the log-probability itself."""
-    ratio = _exp(x)
-    limited = tl.where(ratio < 1.0 - limits.clip_low, 1.0 - limits.clip_low, ratio)
-    limited = tl.where(ratio > 1.0 + limits.clip_high, 1.0 + limits.clip_high, limited)
-    bounded = limited * advantage
+    by the log-ratio and, cispo's, by the log-probability itself."""
+    ratio = _exp(log_ratio)
+    clipped_ratio = tl.where(ratio < 1.0 - limits.clip_low, 1.0 - limits.clip_low, ratio)
+    clipped_ratio = tl.where(ratio > 1.0 + limits.clip_high, 1.0 + limits.clip_high, clipped_ratio)
+    clipped = clipped_ratio * advantage
     if IS_CISPO:
-        clipped = limited != ratio
-        surrogate = bounded * logprob
-        by_log_ratio = tl.zeros(x.shape, tl.float32)
-        by_logprob = scale * bounded
+        is_clipped = clipped_ratio != ratio
+        surrogate = clipped * logprob
+        d_log_ratio = tl.zeros(log_ratio.shape, tl.float32)
+        d_logprob = scale * clipped
     else:
-        free = ratio * advantage
-        clipped = bounded < free
-        surrogate = tl.where(clipped, bounded, free)
+        unclipped = ratio * advantage
+        is_clipped = clipped < unclipped
+        surrogate = tl.where(is_clipped, clipped, unclipped)
         if HAS_DUAL_CLIP:
-            floor = limits.dual_clip * advantage
-            is_below = (advantage < 0.0) & (surrogate < floor)
-            surrogate = tl.where(is_below, floor, surrogate)
-            clipped = clipped | is_below
-        by_log_ratio = tl.where(clipped | (x > MAX_EXPONENT), 0.0, scale * free)
-        by_logprob = tl.zeros(x.shape, tl.float32)
-    return surrogate, clipped, by_log_ratio, by_logprob
+            lower_bound = limits.dual_clip * advantage
+            is_below = (advantage < 0.0) & (surrogate < lower_bound)
+            surrogate = tl.where(is_below, lower_bound, surrogate)
+            is_clipped = is_clipped | is_below
+        d_log_ratio = tl.where(is_clipped | (log_ratio > MAX_EXPONENT), 0.0, scale * unclipped)
+        d_logprob = tl.zeros(log_ratio.shape, tl.float32)
+    return surrogate, is_clipped, d_log_ratio, d_logprob
 
 
 @triton.jit
@@ -136,10 +136,10 @@ def _kl(g, ESTIMATOR: tl.constexpr):
     """Return estimate 1 to 3 of KL at g = ref_logprob - logprob, and its derivative by logprob."""
     if ESTIMATOR == 1:
         kl = -g
-        slope = tl.full(g.shape, 1.0, tl.float32)
+        d_kl = tl.full(g.shape, 1.0, tl.float32)
     elif ESTIMATOR == 2:
         kl = 0.5 * g * g
-        slope = -g
+        d_kl = -g
     else:
         capped = tl.where(g > MAX_EXPONENT, MAX_EXPONENT, g)
         e = tl.exp(capped)
@@ -150,9 +150,9 @@ def _kl(g, ESTIMATOR: tl.constexpr):
         series = 1.0 + capped * (1 / 3) * (1.0 + capped * (1 / 4) * series)
         is_small = tl.abs(capped) < 0.5
         kl = tl.where(is_small, 0.5 * capped * capped * series, e - capped - 1.0)
-        slope = tl.where(is_small, -(capped + kl), 1.0 - e)
-        slope = tl.where(g > MAX_EXPONENT, 0.0, slope)
-    return kl, slope
+        d_kl = tl.where(is_small, -(capped + kl), 1.0 - e)
+        d_kl = tl.where(g > MAX_EXPONENT, 0.0, d_kl)
+    return kl, d_kl
 
 
 @triton.jit
@@ -160,8 +160,8 @@ def _importance(gap, unmasked, cap, HAS_ROLLOUT: tl.constexpr):
     """Return min(e^gap, cap), 1 without the engine's log-probabilities, 0 where it is masked."""
     importance = tl.where(unmasked, 1.0, 0.0)
     if HAS_ROLLOUT:
-        trust = _exp(gap)
-        importance = tl.where(unmasked, tl.where(trust > cap, cap, trust), 0.0)
+        engine_ratio = _exp(gap)
+        importance = tl.where(unmasked, tl.where(engine_ratio > cap, cap, engine_ratio), 0.0)
     return importance
 
 
@@ -197,7 +197,9 @@ def policy_terms_kernel(
     logprob = _read(tokens.logprobs, token, in_bounds)
     old = _read(tokens.old_logprobs, token, in_bounds)
     advantage = _read(tokens.advantages, token, in_bounds)
-    x = _read(tokens.log_ratio, token, in_bounds) if HAS_LOG_RATIO else logprob - old
+    log_ratio = logprob - old
+    if HAS_LOG_RATIO:
+        log_ratio = _read(tokens.log_ratio, token, in_bounds)
     gap = old - _read(tokens.rollout_logprobs, token, in_bounds) if HAS_ROLLOUT else old
     g = _read(tokens.ref_logprobs, token, in_bounds) - logprob if HAS_REF else logprob
     # Tokens that do not count may hold NaN: replaced before the arithmetic, not after. A weight of
@@ -205,23 +207,28 @@ def policy_terms_kernel(
     unmasked = (weight > 0.0) | (weight != weight)
     weight = tl.where(unmasked, weight, 0.0)
     advantage = tl.where(unmasked, advantage, 0.0)
-    x = tl.where(unmasked, x, 0.0)
+    log_ratio = tl.where(unmasked, log_ratio, 0.0)
     importance = _importance(gap, unmasked, limits.importance_cap, HAS_ROLLOUT)
-    surrogate, clipped, grad_log_ratio, grad_logprob = _surrogate(
-        x, tl.where(unmasked, logprob, 0.0), advantage, -weight * importance, limits,
-        HAS_DUAL_CLIP, IS_CISPO,
-    )  # fmt: skip
-    total = -importance * surrogate
+    surrogate, is_clipped, grad_log_ratio, grad_logprob = _surrogate(
+        log_ratio,
+        tl.where(unmasked, logprob, 0.0),
+        advantage,
+        -weight * importance,
+        limits,
+        HAS_DUAL_CLIP,
+        IS_CISPO,
+    )
+    token_loss = -importance * surrogate
     kl = tl.zeros((BLOCK,), tl.float32)
     if HAS_REF:
-        kl, slope = _kl(tl.where(unmasked, g, 0.0), ESTIMATOR)
-        total += limits.kl_beta * kl
-        by_kl = weight * limits.kl_beta * slope  # 0 where the weight is
-        # Not 0 + by_kl: the compiler may not drop it, because of -0.
-        grad_logprob = grad_logprob + by_kl if IS_CISPO else by_kl
-    tl.store(loss + block, tl.sum(weight * total, 0))
-    ratio = tl.where(unmasked, _exp(x), 0.0)
-    clipped = tl.where(clipped, 1.0, 0.0)
+        kl, d_kl = _kl(tl.where(unmasked, g, 0.0), ESTIMATOR)
+        token_loss += limits.kl_beta * kl
+        grad_kl = weight * limits.kl_beta * d_kl  # 0 where the weight is
+        # Not 0 + grad_kl: the compiler may not drop it, because of -0.
+        grad_logprob = grad_logprob + grad_kl if IS_CISPO else grad_kl
+    tl.store(loss + block, tl.sum(weight * token_loss, 0))
+    ratio = tl.where(unmasked, _exp(log_ratio), 0.0)
+    clipped = tl.where(is_clipped, 1.0, 0.0)
     rows = (grad_log_ratio, grad_logprob, ratio, clipped, kl, importance)
     _store_rows(outputs, token, num_tokens, in_bounds, rows)
 

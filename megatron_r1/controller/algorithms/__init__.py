@@ -4,8 +4,9 @@ that are GRPO with other settings (`grpo.VARIANTS`).
 A module's docstring is its definition, with its source; `config/algorithms.py` has its defaults and
 the rules of its settings, which a user's own module, named "module:RULES", has itself. It defines
 `advantages` and `loss`, where they are not GRPO's, and `token_advantages` if each token has its
-own. The controller imports the modules too, to compute advantages: they import torch and Megatron
-inside functions only.
+own; where these are computed from rewards without a baseline, `response_rewards` in place of
+`advantages`. The controller imports the modules too, to compute advantages: they import torch and
+Megatron inside functions only.
 
 Notation: P prompts, G responses o_i to each, N responses in a mini-batch, |o_i| tokens of response
 i, ρ = π_θ / π_old of a token, "clip" = min(ρ A, clip(ρ, 1 - ε_low, 1 + ε_high) A). The loss is -J;
@@ -22,7 +23,7 @@ from megatron_r1.config.algorithms import AlgorithmRules, find_rules
 from megatron_r1.controller.advantages import nan_where_ungraded
 from megatron_r1.controller.algorithms import grpo
 
-PARTS = ("advantages", "loss", "token_advantages")
+PARTS = ("advantages", "response_rewards", "loss", "token_advantages")
 Advantages = Callable[[list[list[float | None]], RLConfig], list[list[float]]]
 
 
@@ -33,10 +34,10 @@ class Algorithm:
     Attributes:
         name: the value of `rl.algorithm`.
         rules: which settings it takes, and their defaults.
-        advantages: maps the rewards of a rollout's groups, None for an ungraded response, to a
-            number per response: the advantage of all its tokens or, with `token_advantages`, what
-            these are computed from, a reward or an advantage. NaN for a response that is not
-            trained on (`nan_where_ungraded`).
+        response_advantages: maps the rewards of a rollout's groups, None for an ungraded response,
+            to a number per response: the advantage of all its tokens or, with `token_advantages`,
+            what these are computed from, the module's `response_rewards` or `advantages`. NaN for
+            a response that is not trained on (`nan_where_ungraded`).
         loss: "module:function" of a `trainer.losses.Loss`, called on the trainer ranks.
         token_advantages: "module:function" of a `trainer.whole_responses.TokenAdvantages`, called
             there once the rollout is scored; None where all tokens of a response share one
@@ -45,7 +46,7 @@ class Algorithm:
 
     name: str
     rules: AlgorithmRules
-    advantages: Advantages
+    response_advantages: Advantages
     loss: str
     token_advantages: str | None = None
 
@@ -78,11 +79,12 @@ def find(name: str) -> Algorithm:
             key="rl.algorithm",
             cause=Cause.MISSING,
         )
-    advantages = getattr(module, "advantages", grpo.advantages)
+    advantages = getattr(module, "response_rewards", grpo.advantages)
+    advantages = getattr(module, "advantages", advantages)
     return Algorithm(
         name,
         rules,
-        advantages if rules.teacher else partial(nan_where_ungraded, advantages),
+        advantages if rules.teacher else partial(nan_where_ungraded, name, advantages),
         defined.get("loss", f"{grpo.__name__}:loss"),
         defined.get("token_advantages"),
     )

@@ -13,13 +13,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from megatron_r1.config.algorithms import TokenSettings
-from megatron_r1.controller.advantages import response_rewards
+from megatron_r1.controller.advantages import response_rewards  # noqa: F401  # a part of the module
 
 if TYPE_CHECKING:
     from megatron_r1.trainer.whole_responses import RolloutBatches, TokenTargets
-
-
-advantages = response_rewards  # what `token_advantages` starts from
 
 
 def token_advantages(rollout: RolloutBatches, settings: TokenSettings) -> TokenTargets:

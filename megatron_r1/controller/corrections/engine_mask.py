@@ -97,5 +97,5 @@ def divergence_loss(batch: PackedBatch, head: LossHead, settings: LossSettings) 
         masked = further & (advantages != 0) & batch.is_response
     corrected = replace(batch, advantages=torch.where(masked, 0.0, advantages))
     terms = call_inner_loss(corrected, replace(head, batch=corrected), settings)
-    share = Mean(masked.sum(), batch.is_response.sum())
-    return terms._replace(metrics={**terms.metrics, "engine_mask/tokens": share})
+    masked_fraction = Mean(masked.sum(), batch.is_response.sum())
+    return terms._replace(metrics={**terms.metrics, "engine_mask/tokens": masked_fraction})

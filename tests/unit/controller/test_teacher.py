@@ -82,7 +82,7 @@ def test_a_teacher_of_another_architecture_with_more_tokens_of_its_own_is_accept
         ({"positions": 48}, "teacher.path", Cause.TOO_LARGE, ("48", "64", "rollout.max_model_len")),
         ({"rollout": {"temperature": 0.7}}, "rollout.temperature", Cause.CONFLICT, ("0.7",)),
         (
-            *({"schedule": [{"from_step": 3, "rollout.top_p": 0.9}]}, "rollout.top_p"),
+            *({"schedule": [{"from_step": 3, "rollout.temperature": 0.9}]}, "rollout.temperature"),
             *(Cause.CONFLICT, ("from_step 3", "0.9")),
         ),
         (
@@ -103,6 +103,10 @@ def test_a_teacher_of_another_architecture_with_more_tokens_of_its_own_is_accept
 def test_a_teacher_that_cannot_score_the_student_is_refused(tmp_path, wrong, key, cause, shown):
     with refused(key, cause, *shown):
         check(tmp_path, **wrong)
+
+
+def test_a_student_may_sample_with_a_cut(tmp_path):
+    check(tmp_path, rollout={"top_p": 0.9, "top_k": 4})
 
 
 def test_a_teacher_goes_with_the_algorithm_that_asks_it():

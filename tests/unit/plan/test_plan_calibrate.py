@@ -134,7 +134,7 @@ def test_values_derived_from_a_run_are_those_it_ran_with(tmp_path, capsys, gpus,
     assert main(["--calibrate-from", str(folder), str(file), *MODEL, "--gpus", gpus]) == 0
     derived = yaml.safe_load(file.read_text())
     assert derived.pop("hardware") == "H800" and derived.pop("prompt_tokens") == 20
-    assert derived.pop("response_share") == 0.6 and derived.pop("gpus") == int(gpus)
+    assert derived.pop("response_fraction") == 0.6 and derived.pop("gpus") == int(gpus)
     assert derived == pytest.approx(truth, rel=1e-6)
     left = capsys.readouterr().out.rpartition("not derived:")[2]
     names = {line.split()[0] for line in left.strip().splitlines()}

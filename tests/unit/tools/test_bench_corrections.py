@@ -3,6 +3,7 @@ are made."""
 
 import argparse
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ import yaml
 
 from megatron_r1 import config as configuration
 from megatron_r1.commands import rl
+from megatron_r1.controller.rollouts import step_sampler
+from megatron_r1.controller.rollouts.rollout import RolloutSampling
 from tools.bench.corrections import comparison, figures, runs
 from tools.bench.corrections.cells import MISMATCH, NONE, PARTS, TASKS, Part
 
@@ -110,13 +113,24 @@ def test_a_cell_is_a_recipe_that_differs_from_its_parts_first_in_corrections_alo
 def test_what_is_planted_reaches_the_sampler_alone(monkeypatch):
     monkeypatch.setattr(runs, "StepSampler", lambda config, *more: (config, *more))
     upstream, config = rl.StepSampler, configuration.Config()
-    with runs.planted(Part("", engine_temperature=1.25)):
+    with runs.planted(Part("", engine_temperature=1.25), ""):
         sampled, more = rl.StepSampler(config, "more")
         assert sampled.rollout.temperature == 1.25 and config.rollout.temperature == 1.0
         assert sampled == config.with_changes(rollout={"temperature": 1.25}) and more == "more"
     assert rl.StepSampler is upstream
-    with runs.planted(Part("")):
+    with runs.planted(Part(""), ""):
         assert rl.StepSampler is upstream
+
+
+def test_the_kept_ids_are_not_asked_for_in_the_cell_that_lacks_them():
+    part, asked = PARTS["cut"], []
+    settings = dict.fromkeys(field.name for field in fields(RolloutSampling)) | {
+        "sampling_mask": True
+    }
+    for cell in part.cells:
+        with runs.planted(part, cell):
+            asked.append(step_sampler.RolloutSampling(**settings).sampling_mask)
+    assert asked == [True, False] and step_sampler.RolloutSampling is RolloutSampling
 
 
 class Recorded(runs.Study):

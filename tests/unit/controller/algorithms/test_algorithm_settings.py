@@ -110,7 +110,7 @@ def test_long_responses_are_penalized_before_advantages_are_computed():
     config = Config(rl=rl, rollout={"max_response_tokens": 40})
     # The last 20 of 40 tokens: 1, 1 - 2, 0 - 2 x 0.75; mean -0.5
     rewards = [training_reward(each, config) for each in responses]
-    advantages = algorithms.find("dr_grpo").advantages([rewards], config.rl)
+    advantages = algorithms.find("dr_grpo").response_advantages([rewards], config.rl)
     samples = training_samples([group], advantages)
     assert [sample.advantage for [sample] in samples] == pytest.approx(
         [1.5, -0.5, -1.0, math.nan], nan_ok=True

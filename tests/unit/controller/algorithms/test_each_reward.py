@@ -117,7 +117,7 @@ def test_the_default_changes_no_bit():
     groups = groups_of(ROLLOUT)
     sums = [[r.reward if r.is_graded else None for r in group.responses] for group in groups]
     made = response_advantages(groups, grpo, config, 1)
-    assert repr(made) == repr(grpo.advantages(sums, config.rl))
+    assert repr(made) == repr(grpo.response_advantages(sums, config.rl))
 
 
 @pytest.mark.parametrize(

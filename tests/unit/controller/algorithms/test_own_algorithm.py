@@ -1,5 +1,6 @@
 """An algorithm outside the package: the one that docs/algorithms.md shows, and its mistakes."""
 
+import math
 import re
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from algorithm_problem import check
 from refusals import refused
 
-from megatron_r1.base.errors import Cause
+from megatron_r1.base.errors import Cause, RunError
 from megatron_r1.config import RLConfig, dump, load, parse
 from megatron_r1.config.algorithms import LossSettings
 from megatron_r1.controller import algorithms
@@ -89,9 +90,9 @@ def test_losses_and_token_advantages_reach_the_trainer_as_names(folder):
     assert plain.token_advantages == "several:token_advantages"
     assert (plain.rules.critic, critic.rules.critic) == (False, True)
     rewards = [[1.0, 0.0, 0.5]]
-    assert plain.advantages(rewards, RLConfig()) == algorithms.find("grpo").advantages(
-        rewards, RLConfig()
-    )
+    assert plain.response_advantages(rewards, RLConfig()) == algorithms.find(
+        "grpo"
+    ).response_advantages(rewards, RLConfig())
 
 
 def test_options_of_its_own_have_defaults_and_reach_its_functions(folder):
@@ -105,7 +106,9 @@ def test_options_of_its_own_have_defaults_and_reach_its_functions(folder):
     given = {"algorithm": "top:RULES", "options": {"keep": 0.5}}
     rl = RLConfig(**given)
     assert rl.options == {"keep": 0.5, "ties": False}
-    assert algorithms.find("top:RULES").advantages([[1.0, 4.0, 3.0, 2.0]], rl) == [[0, 1, 1, 0]]
+    assert algorithms.find("top:RULES").response_advantages([[1.0, 4.0, 3.0, 2.0]], rl) == [
+        [0, 1, 1, 0]
+    ]
     carried = msgspec.msgpack.decode(msgspec.msgpack.encode(rl.loss_settings(8)), type=LossSettings)
     assert carried.options == rl.token_settings.options == rl.options
     schedule = [{"from_step": 3, "rl.options": {"keep": 1}}]
@@ -161,3 +164,29 @@ def test_a_module_without_an_algorithm_is_refused(folder):
     assert RLConfig(algorithm="bare:RULES").group_size == 16
     with refused("rl.algorithm", Cause.EMPTY, "bare.py"):
         algorithms.find("bare:RULES")
+
+
+@pytest.mark.parametrize("value", ["float('nan')", "float('inf')"])
+def test_an_advantage_that_is_not_finite_is_refused(folder, value):
+    (folder / "divided.py").write_text(
+        "from megatron_r1.config.algorithms import AlgorithmRules\n"
+        "RULES = AlgorithmRules()\n"
+        "def advantages(groups, rl):\n"
+        f"    return [[{value} if r == 1.0 else 0.0 for r in g] for g in groups]\n"
+    )
+    find = algorithms.find("divided:RULES").response_advantages
+    with pytest.raises(RunError, match=r"divided:RULES .* (nan|inf) .* reward 1.0, in group 1"):
+        find([[0.0, None], [0.5, 1.0]], RLConfig())
+    ungraded = find([[0.0, None]], RLConfig())[0][1]
+    assert math.isnan(ungraded)
+
+
+def test_token_advantages_may_start_from_rewards(folder):
+    (folder / "to_go.py").write_text(
+        "from megatron_r1.config.algorithms import AlgorithmRules\n"
+        "from megatron_r1.controller.advantages import response_rewards\n"
+        "RULES = AlgorithmRules()\n"
+        "def token_advantages(rollout, settings): ...\n"
+    )
+    algorithm = algorithms.find("to_go:RULES")
+    assert algorithm.response_advantages([[1.0, 0.25]], RLConfig()) == [[1.0, 0.25]]

@@ -69,7 +69,7 @@ def test_the_setting_leaves_them_out_of_what_the_trainer_gets():
     config, third = parse({"rl": rl}), 1 / 3
     trained = response_advantages(groups, algorithm, config, 1)
     assert trained[0] == pytest.approx([1 - third, -third, -third, math.nan], nan_ok=True)
-    plain_ones = algorithm.advantages([[1.0, 0.0, 0.0, None]], config.rl)
+    plain_ones = algorithm.response_advantages([[1.0, 0.0, 0.0, None]], config.rl)
     assert repr(trained) == repr(plain_ones), "the default changes no bit"
     masked = response_advantages(groups, algorithm, parse({"rl": {**rl, "truncated": "mask"}}), 1)
     assert masked[0] == pytest.approx([1 - third, math.nan, -third, math.nan], nan_ok=True)
