@@ -41,7 +41,7 @@ def advantages(
     std: str,
     epsilon: float,
     *,
-    is_centred: bool = True,
+    is_centered: bool = True,
     ddof: int = 0,
 ) -> list[list[float]]:
     """Return an advantage per response; NaN for an ungraded one.
@@ -51,7 +51,7 @@ def advantages(
         algorithm: one of `ALGORITHMS` or `TOKEN_ADVANTAGE_ALGORITHMS`.
         std: what is divided by: "group", "batch" or "none".
         epsilon: added to the deviation.
-        is_centred: whether the mean is subtracted.
+        is_centered: whether the mean is subtracted.
         ddof: what the deviation's number of rewards is less than their number by."""
     rewards = [np.array([np.nan if r is None else r for r in group]) for group in groups]
     if algorithm == "reinforce_pp":
@@ -64,7 +64,7 @@ def advantages(
             for group_rewards in rewards
         ]
     all_rewards = np.concatenate(rewards)
-    if not is_centred:
+    if not is_centered:
         centred = [group_rewards.copy() for group_rewards in rewards]
     elif algorithm == "reinforce":
         mean = np.nanmean(all_rewards) if not np.isnan(all_rewards).all() else 0.0

@@ -82,7 +82,7 @@ def rotary_embedding(
         key: as `query`.
         head_size: the size of a head.
         cosines_and_sines: (positions, rotated size).
-        is_neox: whether a pair is a feature of either half, not two neighbours.
+        is_neox: whether a pair is a feature of either half, not two neighbors.
         offset: the first feature of a head that is rotated.
         inverse: whether to rotate back."""
     angles = cosines_and_sines[positions.flatten()].float()

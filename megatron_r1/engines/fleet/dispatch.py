@@ -57,36 +57,36 @@ class LengthEstimator:
     def __init__(self) -> None:
         self._averages: dict[tuple[str, int] | None, ExpectedLength] = {}
 
-    def estimate(self, kind: str, prompt_tokens: int, max_tokens: int) -> ExpectedLength:
+    def estimate(self, kind: str, num_prompt_tokens: int, max_tokens: int) -> ExpectedLength:
         """Return the expected length of a group's responses; before any group is known, a mean of
         half of max_tokens and a longest of max_tokens.
 
         Args:
             kind: the prompt's kind.
-            prompt_tokens: tokens of the prompt.
+            num_prompt_tokens: tokens of the prompt.
             max_tokens: the longest response that may be sampled."""
-        for key in (_length_key(kind, prompt_tokens), None):
+        for key in (_length_key(kind, num_prompt_tokens), None):
             average = self._averages.get(key)
             if average is not None and (key is None or average.num_groups >= ENOUGH_GROUPS):
                 longest = min(average.longest, max_tokens)
                 return ExpectedLength(min(average.mean, longest), longest, average.num_groups)
         return ExpectedLength(max_tokens / 2, max_tokens)
 
-    def add(self, kind: str, prompt_tokens: int, lengths: Sequence[int]) -> None:
+    def add(self, kind: str, num_prompt_tokens: int, lengths: Sequence[int]) -> None:
         """Add the response lengths (tokens) of one complete group.
 
         Args:
             kind: the prompt's kind.
-            prompt_tokens: tokens of the prompt.
+            num_prompt_tokens: tokens of the prompt.
             lengths: tokens of each response."""
-        for key in (_length_key(kind, prompt_tokens), None):
+        for key in (_length_key(kind, num_prompt_tokens), None):
             average = self._averages.setdefault(key, ExpectedLength(0.0, 0.0))
             average.update(sum(lengths) / len(lengths), max(lengths))
 
 
-def _length_key(kind: str, prompt_tokens: int) -> tuple[str, int]:
+def _length_key(kind: str, num_prompt_tokens: int) -> tuple[str, int]:
     """Return the bucket of a prompt: its kind and the power of two of its length."""
-    return kind, prompt_tokens.bit_length()
+    return kind, num_prompt_tokens.bit_length()
 
 
 QUEUED_FRACTION = 0.25
@@ -131,7 +131,7 @@ class DispatchedRequest:
 
     Attributes:
         num_sequences: the responses of the group; 1 for a sequence to score.
-        prompt_tokens: tokens of the prompt, or of the sequence to score.
+        num_prompt_tokens: tokens of the prompt, or of the sequence to score.
         expected: how long its responses will be.
         step: the training step; requests of an earlier one go first.
         avoid: engines that failed at this request.
@@ -139,7 +139,7 @@ class DispatchedRequest:
     """
 
     num_sequences: int
-    prompt_tokens: int
+    num_prompt_tokens: int
     expected: ExpectedLength
     step: int = 0
     avoid: set[Engine] = field(default_factory=set)
@@ -148,7 +148,7 @@ class DispatchedRequest:
     @property
     def cost_tokens(self) -> float:
         """Expected cost, in tokens of response."""
-        return PROMPT_TOKEN_COST * self.prompt_tokens + self.num_sequences * self.expected.mean
+        return PROMPT_TOKEN_COST * self.num_prompt_tokens + self.num_sequences * self.expected.mean
 
     @property
     def mean_occupied_slots(self) -> float:
@@ -252,7 +252,7 @@ class Dispatcher:
         not_failed = [engine for engine in self.engines if engine not in request.avoid]
         free = [engine for engine in not_failed or self.engines if self._has_room(engine)]
         preferred = request.affinity.preferred if request.affinity else None
-        saved = PROMPT_TOKEN_COST * request.prompt_tokens
+        saved = PROMPT_TOKEN_COST * request.num_prompt_tokens
         return min(
             free,
             key=lambda e: (e.tokens_expected - saved * (e is preferred), e is not preferred),

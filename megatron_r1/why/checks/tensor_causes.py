@@ -22,7 +22,7 @@ MAX_TRIED = 128
 MAX_NAMED = 4
 """Groups that are named where several explain a departure as well as one another."""
 ALL_PAIRS = 8
-"""The most layers of a model whose every pair is tried as exchanged; in larger ones, neighbours."""
+"""The most layers of a model whose every pair is tried as exchanged; in larger ones, neighbors."""
 LAYER = re.compile(r"(.*\.layers)\.(\d+)\.(.*)")
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Modules that engines keep as one."""

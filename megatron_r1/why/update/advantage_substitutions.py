@@ -68,7 +68,7 @@ def _rule_substitutions(step: RecordedStep) -> Iterator[Substitution]:
         "advantages that are not centred on the mean",
         "the mean of the rewards",
         "the advantages of rl.algorithm: the mean of the group is subtracted",
-        advantages=_computed(step, rewards, is_centred=False),
+        advantages=_computed(step, rewards, is_centered=False),
     )
     yield Substitution(
         "a deviation over n - 1 rewards",

@@ -18,14 +18,14 @@ from megatron_r1.engines.fleet.service_stats import ServedGroup, ServiceStats, f
 from megatron_r1.engines.server.errors import EngineError
 
 
-def request(n=1, mean=100.0, longest=100.0, step=0, prompt_tokens=0, known=8, avoid=()):
+def request(n=1, mean=100.0, longest=100.0, step=0, num_prompt_tokens=0, known=8, avoid=()):
     return DispatchedRequest(
-        n, prompt_tokens, ExpectedLength(mean, longest, known), step, set(avoid)
+        n, num_prompt_tokens, ExpectedLength(mean, longest, known), step, set(avoid)
     )
 
 
-def turn(affinity, prompt_tokens=1000):
-    return DispatchedRequest(1, prompt_tokens, ExpectedLength(10.0, 10.0, 8), affinity=affinity)
+def turn(affinity, num_prompt_tokens=1000):
+    return DispatchedRequest(1, num_prompt_tokens, ExpectedLength(10.0, 10.0, 8), affinity=affinity)
 
 
 class Scene:
@@ -88,7 +88,7 @@ def test_engines_get_equal_work_not_equal_numbers_of_groups():
 
 
 def test_prompts_count_for_less_than_responses_and_once_for_a_group():
-    assert request(n=4, prompt_tokens=1000, mean=50).cost_tokens == 100 + 4 * 50
+    assert request(n=4, num_prompt_tokens=1000, mean=50).cost_tokens == 100 + 4 * 50
 
 
 def test_an_engine_gets_a_little_more_than_it_can_decode_and_the_rest_waits():
@@ -295,7 +295,7 @@ def test_turns_go_where_their_beginning_is_unless_that_engine_has_much_more_to_d
         first, second, stranger = Affinity(origin=origin), Affinity(origin=origin), Affinity()
         scene.request("first", turn(first))
         scene.request("stranger", turn(stranger))
-        scene.request("second", turn(second, prompt_tokens=3000))
+        scene.request("second", turn(second, num_prompt_tokens=3000))
         await settle()
         assert scene.engines_of("first", "stranger", "second") == [0, 1, 0]
         scene.dispatcher.release(scene.engines[1], turn(stranger))
