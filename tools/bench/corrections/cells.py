@@ -146,10 +146,10 @@ PARTS = {
         settings={"rl": {"kl_beta": 0.05, "minibatches": 8}},
     ),
     "cut": Part(
-        "`rollout.top_p: 0.9`, `top_k: 20`; `without kept ids`, planted: the trainer computes over "
+        "`rollout.top_p: 0.8`, `top_k: 20`; `without kept ids`, planted: the trainer computes over "
         "the whole vocabulary",
         cells={"kept ids": {}, "without kept ids": {}},
-        settings={"rollout": {"top_p": 0.9, "top_k": 20}},
+        settings={"rollout": {"top_p": 0.8, "top_k": 20}},
         without_kept_ids="without kept ids",
     ),
     "rewards": Part(
