@@ -16,7 +16,7 @@ from r1_kernels.registry import KERNELS, Kernel, load_primitives
 from r1_kernels_bench import eager
 from r1_kernels_bench import implementations as calls
 from r1_kernels_bench import implementations as peers
-from r1_kernels_bench.implementations import OURS, Implementation, with_gradients
+from r1_kernels_bench.implementations import OURS, Implementation, Results, with_gradients
 from r1_kernels_bench.inputs import (
     KEPT_IDS,
     ExampleInputs,
@@ -79,7 +79,10 @@ def _token_logprobs(logits: Any, targets: Any, inplace: bool = False) -> Any:
 
 
 def _rows(
-    call: Callable, ours: Callable, eager: Callable, computes: str = ""
+    call: Callable[..., Results],
+    ours: Callable[..., Any],
+    eager: Callable[..., Any],
+    computes: str = "",
 ) -> tuple[Implementation, ...]:
     """Return ours and the baselines.
 
@@ -97,7 +100,7 @@ def _rows(
     )
 
 
-def _on_kept_ids(call: Callable, ours: Callable) -> Implementation:
+def _on_kept_ids(call: Callable[..., Results], ours: Callable[..., Any]) -> Implementation:
     """Return ours where a sampler has kept few ids.
 
     Args:

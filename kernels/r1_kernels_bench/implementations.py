@@ -62,7 +62,10 @@ def with_gradients(row: Implementation, adds: str = "", **options: bool) -> Impl
 
 
 def on_hidden(
-    logprobs_of: Callable, inputs: HiddenInputs, gradients: bool = False, policy: bool = False
+    logprobs_of: Callable[..., Any],
+    inputs: HiddenInputs,
+    gradients: bool = False,
+    policy: bool = False,
 ) -> Results:
     """Linear log-probabilities.
 
@@ -82,7 +85,9 @@ def on_hidden(
     return results
 
 
-def on_logits(logprobs_of: Callable, inputs: LogitsInputs, gradients: bool = False) -> Results:
+def on_logits(
+    logprobs_of: Callable[..., Any], inputs: LogitsInputs, gradients: bool = False
+) -> Results:
     """Log-probabilities from logits, and the gradient in the logits.
 
     Args:
@@ -98,14 +103,16 @@ def on_logits(logprobs_of: Callable, inputs: LogitsInputs, gradients: bool = Fal
     return results
 
 
-def linear_policy_loss(function: Callable, inputs: HiddenInputs) -> Results:
+def linear_policy_loss(function: Callable[..., Any], inputs: HiddenInputs) -> Results:
     leaves, tokens = inputs.leaves(True), inputs.tokens
     loss, logprobs, *_ = function(*leaves, tokens.targets, *tokens.loss_inputs)
     hidden, weight = torch.autograd.grad(loss, leaves)
     return {"logprobs": logprobs.detach(), "hidden": hidden, "weight": weight}
 
 
-def on_kept_ids(call: Callable[..., Results], function: Callable, inputs: HiddenInputs) -> Results:
+def on_kept_ids(
+    call: Callable[..., Results], function: Callable[..., Any], inputs: HiddenInputs
+) -> Results:
     """Make a call of our function with the ids that a sampler kept. Its results are not returned,
     as the exact ones are those of the whole vocabulary.
 
@@ -117,21 +124,21 @@ def on_kept_ids(call: Callable[..., Results], function: Callable, inputs: Hidden
     return {}
 
 
-def policy_loss(function: Callable, inputs: PolicyInputs) -> Results:
+def policy_loss(function: Callable[..., Any], inputs: PolicyInputs) -> Results:
     loss = function(inputs.logprobs, *inputs.tokens.loss_inputs)
     (logprobs,) = torch.autograd.grad(loss, inputs.logprobs)
     return {"loss": loss.detach(), "logprobs": logprobs}
 
 
-def quantize(function: Callable, inputs: MatrixInputs) -> Results:
+def quantize(function: Callable[..., Any], inputs: MatrixInputs) -> Results:
     return dict(zip(("quantized", "scale"), function(inputs.x), strict=True))
 
 
-def dequantize(function: Callable, inputs: MatrixInputs) -> Results:
+def dequantize(function: Callable[..., Any], inputs: MatrixInputs) -> Results:
     return {"values": function(inputs.quantized, inputs.scale, dtype=inputs.x.dtype)}
 
 
-def primitive(function: Callable, inputs: Any) -> Results:
+def primitive(function: Callable[..., Any], inputs: Any) -> Results:
     """Call with `inputs.ExampleInputs` of a registered kernel."""
     return inputs.results(function(*inputs.arguments))
 
@@ -158,7 +165,7 @@ def _imported(name: str) -> Callable[[], Any]:
 LIGER_CROSS_ENTROPY = _imported("liger_kernel.ops:LigerFusedLinearCrossEntropyFunction.apply")
 
 
-def _cce(**overrides: None) -> Callable:
+def _cce(**overrides: None) -> Callable[..., Any]:
     from cut_cross_entropy import linear_cross_entropy
 
     options = {"reduction": "none", "impl": "cce", **overrides}
@@ -176,7 +183,7 @@ CCE_EXACT = replace(
 CCE_FORWARD = replace(CCE_EXACT, name=CCE.name)
 
 
-def _megatron() -> Callable:
+def _megatron() -> Callable[..., Any]:
     """The vocabulary-parallel cross entropy that Megatron-Core fuses, on a group of one."""
     import torch.distributed as dist
     from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
@@ -201,7 +208,7 @@ MEGATRON = Implementation(
 )
 
 
-def _trl_chunked() -> Callable:
+def _trl_chunked() -> Callable[..., Any]:
     from trl.kernels import ChunkedLogProbFunction
 
     # After the targets: temperature, chunk, soft cap, scale of the logits, further results.
@@ -220,20 +227,20 @@ TRL_LOGITS = Implementation(
 )
 
 
-def _liger_token_cross_entropy() -> Callable:
+def _liger_token_cross_entropy() -> Callable[..., Any]:
     loss_of = LIGER_CROSS_ENTROPY()
     # After the targets: bias, class weights, ignored id, z-loss, label smoothing, reduction.
     options = None, None, -100, 0.0, 0.0, "none"
     return lambda *inputs: (-loss_of(*inputs, *options)[0],)
 
 
-def _liger_scaled_cross_entropy() -> Callable:
+def _liger_scaled_cross_entropy() -> Callable[..., Any]:
     from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction as Function
 
     return lambda *inputs: (-Function.apply(*inputs, return_entropy=True)[0],)
 
 
-def _liger_linear_grpo() -> Callable:
+def _liger_linear_grpo() -> Callable[..., Any]:
     from liger_kernel.chunked_loss.grpo_loss import LigerFusedLinearGRPOLoss
 
     # "bnpo" is the average over all masked tokens.
@@ -242,7 +249,7 @@ def _liger_linear_grpo() -> Callable:
     )
 
 
-def _linear_grpo(loss_of: Callable, inputs: HiddenInputs) -> Results:
+def _linear_grpo(loss_of: Callable[..., Any], inputs: HiddenInputs) -> Results:
     tokens = inputs.tokens
     loss, _ = loss_of(
         tokens.rows(inputs.hidden),
@@ -257,20 +264,20 @@ def _linear_grpo(loss_of: Callable, inputs: HiddenInputs) -> Results:
     return {"hidden": hidden, "weight": weight}
 
 
-def _mean_cross_entropy(loss_of: Callable, inputs: HiddenInputs) -> Results:
+def _mean_cross_entropy(loss_of: Callable[..., Any], inputs: HiddenInputs) -> Results:
     loss = loss_of(inputs.hidden, inputs.weight, inputs.tokens.targets)[0]
     torch.autograd.grad(loss, (inputs.hidden, inputs.weight))
     return {}
 
 
-def _selective_log_softmax(function: Callable, inputs: LogitsInputs) -> Results:
+def _selective_log_softmax(function: Callable[..., Any], inputs: LogitsInputs) -> Results:
     targets, *_ = inputs.tokens.without_last
     logprobs = function(inputs.tokens.rows(inputs.logits.detach()), targets, temperature=1.0)
     # (S, L - 1) -> (S * L,): the last position of a sequence is masked and gets 0.
     return {"logprobs": torch.nn.functional.pad(logprobs, (0, 1)).flatten()}
 
 
-def _triton_grpo(loss_of: Callable, inputs: LogitsInputs) -> Results:
+def _triton_grpo(loss_of: Callable[..., Any], inputs: LogitsInputs) -> Results:
     targets, mask, old, ref = inputs.tokens.without_last
     loss, _ = loss_of(
         inputs.tokens.rows(inputs.logits),

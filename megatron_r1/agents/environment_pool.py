@@ -266,7 +266,9 @@ class EnvironmentProcess:
             raise _fault(reply)
         return reply["value"]
 
-    async def _send(self, method: str, arguments: Sequence[object], seconds: float) -> dict:
+    async def _send(
+        self, method: str, arguments: Sequence[object], seconds: float
+    ) -> dict[str, Any]:
         started_at = asyncio.get_running_loop().time()
         try:
             message = {"method": method, "arguments": arguments, "seconds": seconds}

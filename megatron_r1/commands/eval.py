@@ -133,7 +133,11 @@ def _question_lines(sets: Sequence[PromptSet]) -> Iterator[dict[str, Any]]:
 
 
 def _write_results(
-    config: Config, folder: RunFolder, settings: dict, summaries: list[Summary], seconds: float
+    config: Config,
+    folder: RunFolder,
+    settings: dict[str, Any],
+    summaries: list[Summary],
+    seconds: float,
 ) -> None:
     result = {
         "benchmarks": {summary.title: summary.as_json() for summary in summaries},

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_r1.config.yaml_text import format_value
-from megatron_r1.models.hf_config import key_value_heads
+from megatron_r1.models.hf_config import HFConfig, key_value_heads
 from megatron_r1.models.memory import engine_bytes, parameter_bytes
 
 GIB = 2**30
@@ -75,7 +75,7 @@ def guess_lengths(longest_prompt: int, positions: int, machine: Machine) -> list
     ]
 
 
-def guess_layout(hf_config: dict[str, Any], parameters: int, machine: Machine) -> list[Guess]:
+def guess_layout(hf_config: HFConfig, parameters: int, machine: Machine) -> list[Guess]:
     """Return dtypes and the parallel layout; micro-batches fit themselves to a CPU's memory.
 
     Args:
@@ -117,7 +117,7 @@ def _engine_fraction(parameters: int, tensor: int, machine: Machine) -> float:
     return max(5, int(20 * (1 - OVERHEAD - trainer_bytes / machine.free_bytes)) * 5) / 100
 
 
-def tensor_parallel_size(hf_config: dict[str, Any], parameters: int, machine: Machine) -> int:
+def tensor_parallel_size(hf_config: HFConfig, parameters: int, machine: Machine) -> int:
     """Return the least tensor-parallel size at which the trainer's state fits, or the largest that
     divides heads and GPUs.
 
@@ -212,7 +212,7 @@ class QuestionSource:
         machine: the machine of the run."""
 
     folder: Path
-    hf_config: dict[str, Any]
+    hf_config: HFConfig
     parameters: int
     data: str
     rows: Sequence[dict[str, Any]]

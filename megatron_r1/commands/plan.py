@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
     return max(statuses.values())
 
 
-def _plan(recipe: Path, args: argparse.Namespace, overrides: dict) -> int:
+def _plan(recipe: Path, args: argparse.Namespace, overrides: dict[str, Any]) -> int:
     """Print the estimate of one recipe; return its exit status."""
     try:
         job = planned_job(recipe, args, overrides)
@@ -96,7 +96,7 @@ def _plan(recipe: Path, args: argparse.Namespace, overrides: dict) -> int:
         return _refused(error)
 
 
-def _later_phases(recipe: Path, args: argparse.Namespace, overrides: dict) -> int:
+def _later_phases(recipe: Path, args: argparse.Namespace, overrides: dict[str, Any]) -> int:
     """Print a line for each later change of `rl.schedule`, which only rl follows, unless --step
     chose one; return the exit status."""
     status = FITS

@@ -24,7 +24,7 @@ from megatron_r1.engines.server import gpu
 from megatron_r1.engines.server.model_config import max_model_len
 from megatron_r1.engines.server.recipe_checks import check_engines
 from megatron_r1.engines.server.vllm_arguments import check_arguments
-from megatron_r1.models.hf_config import read_hf_config
+from megatron_r1.models.hf_config import HFConfig, read_hf_config
 from megatron_r1.pipeline import pipeline_recipe
 from megatron_r1.pipeline.graph import check_plan
 from megatron_r1.pipeline.pipeline_recipe import REFERENCE
@@ -152,7 +152,7 @@ MAX_REQUESTS = 1_000_000
 """Most requests of all pairs. One store answers about 25,000 a second (`config.hardware`)."""
 
 
-def check_connections(config: Config, hf_config: dict) -> None:
+def check_connections(config: Config, hf_config: HFConfig) -> None:
     """Refuse a push whose full size connects too many ranks, with UserError."""
     if not config.push.on_one_host:  # in shared memory a link costs nothing
         links = links_per_rank(planned_push(config, hf_config), config.parallel.processes)
@@ -203,7 +203,7 @@ def rehearsal_jobs(
     path: str,
     overrides: Mapping[str, Any],
     verbs: Mapping[str, str],
-    implied: Mapping[str, dict],
+    implied: Mapping[str, dict[str, Any]],
     only: Collection[str] = (),
 ) -> list[RehearsalJob]:
     """Return the runs of the recipe at `path`.

@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.processes.stopping import run_until_stopped
@@ -25,6 +24,7 @@ from megatron_r1.data.prompts import is_heldout, normalize_question
 from megatron_r1.data.sampler import EpochSampler
 from megatron_r1.evaluation.score_reliability import label_measures, pair_measures
 from megatron_r1.models import read_hf_config
+from megatron_r1.models.hf_config import HFConfig
 from megatron_r1.trainer.training_sample import Sample
 
 REQUIRED = ("run.folder", "model.path", "reward_model.data")
@@ -113,9 +113,7 @@ def run(config: Config) -> None:
     )
 
 
-def load_rows(
-    config: Config, text: PreferenceTokenizer, hf_config: dict[str, Any]
-) -> RewardModelData:
+def load_rows(config: Config, text: PreferenceTokenizer, hf_config: HFConfig) -> RewardModelData:
     """Read the rows of `reward_model.data`, tokenize them and split them by their questions.
 
     Args:
@@ -154,7 +152,7 @@ def load_rows(
 
 
 def _tokenize(
-    row: Preference, text: PreferenceTokenizer, hf_config: dict[str, Any]
+    row: Preference, text: PreferenceTokenizer, hf_config: HFConfig
 ) -> tuple[Sample, ...]:
     """Return a sample for each response of `row` that has a part to score."""
     samples = []

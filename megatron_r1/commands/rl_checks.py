@@ -8,8 +8,6 @@ placement that `init` writes, and that a recipe without one is refused with."""
 import math
 import os
 import subprocess
-from collections.abc import Mapping
-from typing import Any
 
 import psutil
 
@@ -31,6 +29,7 @@ from megatron_r1.engines.server.recipe_checks import (
 from megatron_r1.engines.server.vllm_arguments import check_arguments
 from megatron_r1.models import read_hf_config
 from megatron_r1.models.experts import routing_shape
+from megatron_r1.models.hf_config import HFConfig
 from megatron_r1.models.parallel_checks import check_divisions
 from megatron_r1.models.weights import num_parameters
 from megatron_r1.push.plan.recipe_plan import check_pushes
@@ -60,7 +59,7 @@ def engines_share_gpus(config: Config) -> bool:
     return gpu.is_usable() and (is_local or config.rollout.colocated)
 
 
-def check_gpu_memory(config: Config, hf_config: Mapping[str, Any]) -> None:
+def check_gpu_memory(config: Config, hf_config: HFConfig) -> None:
     """Refuse engines that take vLLM's share of GPUs, nearly all, where trainer ranks are on them.
 
     Args:
@@ -89,7 +88,7 @@ def check_gpu_memory(config: Config, hf_config: Mapping[str, Any]) -> None:
             )
 
 
-def _placement(config: Config, hf_config: Mapping[str, Any]) -> str:
+def _placement(config: Config, hf_config: HFConfig) -> str:
     """Return the settings that `init` writes for this model on this host, as text."""
     if config.rollout.placement == "hosts":
         return "it to the share that the trainer leaves"
@@ -104,7 +103,7 @@ def _placement(config: Config, hf_config: Mapping[str, Any]) -> str:
         return general_hint
     if not machine.num_gpus:  # the driver has some, but they have no files in /dev
         return general_hint
-    guesses = guess_layout(dict(hf_config), num_parameters(dict(hf_config)), machine)
+    guesses = guess_layout(hf_config, num_parameters(hf_config), machine)
     keys = ", ".join(f"{guess.key}: {value_text(guess.value)}" for guess in guesses)
     return f"{keys}, as megatron-r1 init does on this host, or rollout.placement: hosts"
 

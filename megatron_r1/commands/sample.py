@@ -309,8 +309,8 @@ def _report(
     inputs: SampleInputs,
     counts: DecisionCounts,
     file: str | None,
-    facts: dict,
-    settings: dict,
+    facts: dict[str, Any],
+    settings: dict[str, Any],
 ) -> None:
     result = counts.as_json() | facts
     result |= {"avoided": len(inputs.avoided), "settings": settings, "versions": versions()}

@@ -117,7 +117,7 @@ async def _score(config: Config, lines: BinaryIO, output: BinaryIO) -> _Scoring:
     settings = config.rewards
     cores = len(os.sched_getaffinity(0))
     workers = settings.workers if "workers" in settings.model_fields_set else cores
-    tasks: deque[tuple[asyncio.Task, int]] = deque()  # each with the size of its line
+    tasks: deque[tuple[asyncio.Task[Any], int]] = deque()  # each with the size of its line
     num_bytes, numbers = 0, itertools.count(1)
     try:
         async with RewardPool(workers, settings.timeout_seconds, settings.memory_bytes) as pool:

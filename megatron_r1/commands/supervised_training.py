@@ -74,7 +74,7 @@ def resolve_steps(
 
 
 async def train(
-    task: SupervisedTask, title: str, facts: Sequence[str], next_commands: Commands = ()
+    task: SupervisedTask[Item], title: str, facts: Sequence[str], next_commands: Commands = ()
 ) -> None:
     """Train for `run.steps` batches; after the loss of trainer ranks again, from the newest
     checkpoint.
@@ -112,7 +112,7 @@ async def train(
 
 
 async def _steps(
-    task: SupervisedTask, recorder: RunRecorder, trainer: TrainerClient, stop: StopRequest
+    task: SupervisedTask[Item], recorder: RunRecorder, trainer: TrainerClient, stop: StopRequest
 ) -> None:
     """Take the steps that are left, or those until a stop is requested."""
     state, steps = recorder.state, task.config.run.steps
@@ -132,7 +132,7 @@ async def _steps(
             return
 
 
-async def _step(task: SupervisedTask, recorder: RunRecorder, trainer: TrainerClient) -> None:
+async def _step(task: SupervisedTask[Item], recorder: RunRecorder, trainer: TrainerClient) -> None:
     """Take one optimizer step on the next batch, and record it."""
     state, config = recorder.state, task.config
     batch = task.to_samples(task.sampler.next(task.batch_size))

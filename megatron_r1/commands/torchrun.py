@@ -43,7 +43,7 @@ def world_size(config: Config) -> int:
 
 def start_controller(
     arguments: list[str], inherited: Mapping[str, str]
-) -> tuple[subprocess.Popen, str]:
+) -> tuple[subprocess.Popen[bytes], str]:
     """Start the controller next to rank 0; return it and the address for all ranks.
 
     Args:
@@ -64,7 +64,7 @@ def start_controller(
     return controller, f"tcp://{os.environ['MASTER_ADDR']}:{port}"
 
 
-def await_listening(controller: subprocess.Popen, address: str) -> str | None:
+def await_listening(controller: subprocess.Popen[bytes], address: str) -> str | None:
     """Wait until the controller listens at `address` and return it; None if it has ended before, as
     it does for a mistake, and for a run that is finished."""
     host, _, port = address.removeprefix("tcp://").rpartition(":")

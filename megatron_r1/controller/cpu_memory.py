@@ -15,7 +15,7 @@ from megatron_r1.config.parallel import DEFAULT_TOKENS
 from megatron_r1.config.rollout import RolloutConfig
 from megatron_r1.config.teacher import TeacherEngines
 from megatron_r1.models import read_hf_config
-from megatron_r1.models.hf_config import load_config, sparse_layers
+from megatron_r1.models.hf_config import HFConfig, load_config, sparse_layers
 from megatron_r1.models.memory import (
     BYTES,
     checkpoint_bytes,
@@ -174,7 +174,9 @@ def _engines_other_bytes(engines: RolloutConfig | TeacherEngines) -> int:
     return ranks * (ENGINE_BYTES + (engines.kv_cache_gib << 30))
 
 
-def _state_bytes(config: Config, hf_config: dict, world_size: int, *, with_reference: bool) -> int:
+def _state_bytes(
+    config: Config, hf_config: HFConfig, world_size: int, *, with_reference: bool
+) -> int:
     """Return the bytes on all ranks of a model: parameters, gradients, optimizer state, reference,
     and buffers for a checkpoint, if they are kept. Moments are fp32 on a CPU
     (`trainer.construction`)."""

@@ -8,7 +8,7 @@ from megatron_r1.config.algorithms import find_rules
 from megatron_r1.data.tokenizer import load_tokenizer
 from megatron_r1.engines.server import model_config, recipe_checks
 from megatron_r1.engines.server.vllm_arguments import check_arguments
-from megatron_r1.models.hf_config import language_settings, load_config
+from megatron_r1.models.hf_config import HFConfig, language_settings, load_config
 
 NUM_SHOWN = 5
 """Differing tokens that an error names."""
@@ -75,7 +75,7 @@ def _check_temperature(config: Config) -> None:
         )
 
 
-def _check_vocabulary(config: Config, path: str, key: str, hf_config: dict) -> None:
+def _check_vocabulary(config: Config, path: str, key: str, hf_config: HFConfig) -> None:
     """Raise UserError where a token of the student is none, or another one, to the teacher.
 
     Args:

@@ -210,8 +210,11 @@ class CoreAttention(MegatronModule):
         return attend_packed(query, key, value, cu_seqlens.diff(), *settings).flatten(1)
 
     def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
-    ) -> dict:
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[Any, ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
         """Return the attention sinks for a checkpoint, as Megatron's DotProductAttention does.
 
         Args:

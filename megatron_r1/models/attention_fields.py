@@ -4,7 +4,7 @@ Megatron."""
 from typing import Any
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.models.hf_config import is_number, model_family, need, require
+from megatron_r1.models.hf_config import HFConfig, is_number, model_family, need, require
 
 _ROPE_KEYS = {
     "default": (),
@@ -24,7 +24,7 @@ _ROPE_KEYS = {
 KEY_VALUE_HEADS = "num_key_value_heads"
 
 
-def attention_fields(hf_config: dict) -> dict[str, Any]:
+def attention_fields(hf_config: HFConfig) -> dict[str, Any]:
     """Return Megatron's fields of the attention; UserError if it is not supported."""
     family, layers = model_family(hf_config), hf_config.get("layer_types")
     kinds = ("sliding_attention", "full_attention")
@@ -50,7 +50,7 @@ def attention_fields(hf_config: dict) -> dict[str, Any]:
     return fields
 
 
-def model_arguments(hf_config: dict) -> dict[str, Any]:
+def model_arguments(hf_config: HFConfig) -> dict[str, Any]:
     """Return the arguments of GPTModel besides the configuration."""
     if model_family(hf_config).latent_attention:
         return {"position_embedding_type": "rope"}
@@ -64,7 +64,7 @@ def model_arguments(hf_config: dict) -> dict[str, Any]:
     }
 
 
-def _linear_factor(rope: dict) -> float | None:
+def _linear_factor(rope: dict[str, Any]) -> float | None:
     """Return the number that positions are divided by, or None without such scaling."""
     if rope["rope_type"] != "linear":
         return None
@@ -79,7 +79,7 @@ def _linear_factor(rope: dict) -> float | None:
     return rope["factor"]
 
 
-def rope_scaling(hf_config: dict) -> dict[str, Any] | None:
+def rope_scaling(hf_config: HFConfig) -> dict[str, Any] | None:
     """Return the arguments of RotaryEmbedding._apply_scaling, or None without such scaling.
 
     GPTModel takes the factor only and fixes the other three at Llama 3.1's values; config.json may
@@ -93,7 +93,7 @@ def rope_scaling(hf_config: dict) -> dict[str, Any] | None:
     return {name: rope[name] for name in _ROPE_KEYS["llama3"]}
 
 
-def yarn_scaling(hf_config: dict) -> dict[str, Any] | None:
+def yarn_scaling(hf_config: HFConfig) -> dict[str, Any] | None:
     """Return what `build_model` scales angles by, or None without YaRN; latent attention has it in
     Megatron's own fields."""
     if (
@@ -116,17 +116,19 @@ def yarn_scaling(hf_config: dict) -> dict[str, Any] | None:
     }
 
 
-def has_qkv_bias(hf_config: dict) -> bool:
+def has_qkv_bias(hf_config: HFConfig) -> bool:
     """Return whether query, key and value have biases."""
     return _flag(hf_config, model_family(hf_config).qkv_bias)
 
 
-def has_qk_norm(hf_config: dict) -> bool:
+def has_qk_norm(hf_config: HFConfig) -> bool:
     """Return whether each head's query and key are normalized."""
     return _flag(hf_config, model_family(hf_config).qk_norm)
 
 
-def attention_divisions(hf_config: dict, transformer_engine: bool) -> list[tuple[str, int, str]]:
+def attention_divisions(
+    hf_config: HFConfig, transformer_engine: bool
+) -> list[tuple[str, int, str]]:
     """Return (field, its value, the key of `parallel` that must divide it) triples; of key-value
     heads it may be a multiple, too (`parallel_checks`)."""
     heads = hf_config["num_attention_heads"]
@@ -149,11 +151,11 @@ def attention_divisions(hf_config: dict, transformer_engine: bool) -> list[tuple
     return rules
 
 
-def _flag(hf_config: dict, value: bool | str) -> bool:
+def _flag(hf_config: HFConfig, value: bool | str) -> bool:
     return bool(hf_config.get(value)) if isinstance(value, str) else value
 
 
-def _grouped_query(hf_config: dict) -> dict[str, Any]:
+def _grouped_query(hf_config: HFConfig) -> dict[str, Any]:
     num_heads = hf_config["num_attention_heads"]
     groups = hf_config.get(KEY_VALUE_HEADS) or num_heads
     size = hf_config.get("head_dim") or hf_config["hidden_size"] // num_heads
@@ -179,7 +181,7 @@ def _grouped_query(hf_config: dict) -> dict[str, Any]:
     }
 
 
-def _latent(hf_config: dict) -> dict[str, Any]:
+def _latent(hf_config: HFConfig) -> dict[str, Any]:
     need(hf_config, "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
     need(hf_config, KEY_VALUE_HEADS)  # transformers' default is DeepSeek-V3's 128
     if "q_lora_rank" not in hf_config:
@@ -212,7 +214,7 @@ def _latent(hf_config: dict) -> dict[str, Any]:
     }
 
 
-def rope_parameters(hf_config: dict) -> dict:
+def rope_parameters(hf_config: HFConfig) -> dict[str, Any]:
     """Return the rotary settings as one flat dict with `rope_type` and `rope_theta`, and
     `partial_rotary_factor` where `hf_config` has it.
 
@@ -253,7 +255,7 @@ def rope_parameters(hf_config: dict) -> dict:
     return rope
 
 
-def _rope(hf_config: dict) -> dict[str, Any]:
+def _rope(hf_config: HFConfig) -> dict[str, Any]:
     """Return the rotary settings, all of them known.
 
     Raises:
@@ -294,7 +296,7 @@ def _rope(hf_config: dict) -> dict[str, Any]:
     return rope
 
 
-def _latent_rope(hf_config: dict) -> dict[str, Any]:
+def _latent_rope(hf_config: HFConfig) -> dict[str, Any]:
     """Return Megatron's fields of latent attention's rotary embedding, plain or YaRN."""
     rope = _rope(hf_config)
     fields = {"rotary_base": rope["rope_theta"]}

@@ -53,7 +53,7 @@ from torch.nn import Module
 from megatron_r1.models import patches
 from megatron_r1.models.attention_fields import model_arguments, rope_scaling, yarn_scaling
 from megatron_r1.models.gradients import correct_attributes, fp32_main_grad, mark_sequence_parallel
-from megatron_r1.models.hf_config import has_score_head
+from megatron_r1.models.hf_config import HFConfig, has_score_head
 from megatron_r1.models.layers import block_specs
 from megatron_r1.models.schedule_plan import OverlapSchedulePlan
 
@@ -148,7 +148,7 @@ class PolicyModel(ChunkModel):
         runtime_gather_output: bool | None = None,
         decoder_input: Tensor | None = None,
         inference_context: BaseInferenceContext | None = None,
-        extra_block_kwargs: dict | None = None,
+        extra_block_kwargs: dict[str, Any] | None = None,
         **context: Any,
     ) -> Tensor:
         """Return hidden states in place of Megatron's logits: (s, b, h) before the last stage,
@@ -168,7 +168,7 @@ class PolicyModel(ChunkModel):
         hidden_states, _ = self.output_layer(hidden_states, weight=lm_head_weight(self))
         return hidden_states.transpose(0, 1).contiguous()
 
-    def _with_predictions(self, hidden_states: Tensor, arguments: dict) -> Tensor:
+    def _with_predictions(self, hidden_states: Tensor, arguments: dict[str, Any]) -> Tensor:
         """Return hidden states with those of the MTP layers behind them."""
         if self.mtp_only_divisor is None:
             return self.mtp(hidden_states=hidden_states, embedding=self.embedding, **arguments)
@@ -343,7 +343,7 @@ LATENT_EPSILON = 1e-6
 
 
 def build_model(
-    hf_config: dict,
+    hf_config: HFConfig,
     config: TransformerConfig,
     groups: ProcessGroupCollection | None = None,
     *,
@@ -399,7 +399,7 @@ def build_model(
     return built
 
 
-def process_groups(chunks: Sequence) -> ProcessGroupCollection:
+def process_groups(chunks: Sequence[torch.nn.Module]) -> ProcessGroupCollection:
     """Return the process groups that a model's chunks, bare or wrapped, were built with."""
     return unwrap_model(chunks[0]).pg_collection
 

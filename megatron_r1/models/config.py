@@ -24,7 +24,7 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import Config, FP8Config, ParallelConfig
 from megatron_r1.config.model import Fusion
 from megatron_r1.models import platform
-from megatron_r1.models.hf_config import model_family
+from megatron_r1.models.hf_config import HFConfig, model_family
 from megatron_r1.models.parallel_checks import check_divisions, check_exchange_overlap
 from megatron_r1.models.pipeline_stages import pipeline_stages, uneven_layout
 from megatron_r1.models.support_checks import model_fields
@@ -249,7 +249,7 @@ def _fp8_fields(fp8: FP8Config) -> dict[str, Any]:
 RECOMPUTABLE = ("core_attn", "layernorm", "mla_up_proj", "mlp", "moe", "moe_act", "shared_experts")
 
 
-def transformer_config(hf_config: dict, config: Config) -> TransformerConfig:
+def transformer_config(hf_config: HFConfig, config: Config) -> TransformerConfig:
     """Return Megatron's configuration of the model `hf_config` (MLATransformerConfig for latent
     attention) by the sections model, parallel and fp8 of a recipe.
 
@@ -298,7 +298,9 @@ def transformer_config(hf_config: dict, config: Config) -> TransformerConfig:
         ) from error
 
 
-def _shared_fields(hf_config: dict, dtype: torch.dtype, transformer_engine: bool) -> dict[str, Any]:
+def _shared_fields(
+    hf_config: HFConfig, dtype: torch.dtype, transformer_engine: bool
+) -> dict[str, Any]:
     """Return the fields that need torch, and those that all architectures have alike."""
     family = model_family(hf_config)
     return {

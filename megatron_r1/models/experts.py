@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.models.families import SWIGLU_LIMIT
-from megatron_r1.models.hf_config import model_family, need, sparse_layers
+from megatron_r1.models.hf_config import HFConfig, model_family, need, sparse_layers
 
 GROUP_SCORES = {"sigmoid": 2, "softmax": 1}
 """The number of a group's best experts whose scores are summed to the score of the group: two in
@@ -15,7 +15,7 @@ DeepSeek-V3 (and its descendants), one in DeepSeek-V2."""
 CLAMPED_SWIGLU = {"glu_linear_offset": 1.0, "activation_func_clamp_value": SWIGLU_LIMIT}
 
 
-def expert_fields(hf_config: dict) -> dict[str, Any]:
+def expert_fields(hf_config: HFConfig) -> dict[str, Any]:
     """Return Megatron's fields of the experts; {} without any. UserError if not supported."""
     function = model_family(hf_config).router_score
     if not function:
@@ -43,13 +43,13 @@ def expert_fields(hf_config: dict) -> dict[str, Any]:
     }
 
 
-def _normalizes(hf_config: dict) -> bool:
+def _normalizes(hf_config: HFConfig) -> bool:
     """Return whether the weights of a token's experts sum to 1, before they are scaled."""
     setting = hf_config.get("norm_topk_prob")
     return model_family(hf_config).normalizes_topk if setting is None else setting
 
 
-def expert_divisions(hf_config: dict) -> list[tuple[str, int, str]]:
+def expert_divisions(hf_config: HFConfig) -> list[tuple[str, int, str]]:
     """Return (field, its value, the key of `parallel` that must divide it) triples."""
     if not hf_config.get("n_routed_experts"):
         return []
@@ -63,7 +63,7 @@ def expert_divisions(hf_config: dict) -> list[tuple[str, int, str]]:
     ]
 
 
-def _check_layer_types(hf_config: dict) -> None:
+def _check_layer_types(hf_config: HFConfig) -> None:
     """Raise UserError where `mlp_layer_types`, which transformers reads, disagrees with
     first_k_dense_replace, which vLLM and this project read."""
     if not model_family(hf_config).reads_mlp_layer_types:
@@ -80,7 +80,7 @@ def _check_layer_types(hf_config: dict) -> None:
         )
 
 
-def _group_fields(hf_config: dict, best: int) -> dict[str, int]:
+def _group_fields(hf_config: HFConfig, best: int) -> dict[str, int]:
     num_groups, group_topk = hf_config.get("n_group") or 1, hf_config.get("topk_group") or 1
     experts, topk = hf_config["n_routed_experts"], hf_config["num_experts_per_tok"]
     method = hf_config.get("topk_method") or "greedy"
@@ -155,7 +155,7 @@ class RoutingShape:
         return len(self.moe_layers) * self.topk * self.index_bytes
 
 
-def routing_shape(hf_config: dict) -> RoutingShape:
+def routing_shape(hf_config: HFConfig) -> RoutingShape:
     """Return the routing shape of the model `hf_config`; UserError for one without experts."""
     if not hf_config.get("n_routed_experts"):
         architecture = (hf_config.get("architectures") or ["this model"])[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +12,12 @@ from megatron_r1.base.files.untrusted_files import read_json, require_files_insi
 from megatron_r1.base.files.weight_files import tensor_names
 from megatron_r1.models.families import FAMILIES, Family
 
+HFConfig = Mapping[str, Any]
+"""The content of a Hugging Face model's `config.json`; nothing that is given one changes it.
+`read_hf_config` returns it checked, with one name for each setting, `load_config` as the file is.
+A multimodal model has its language model's settings one level down: `language_settings` returns
+them. What files say in several ways has a function here: `model_family`, `sparse_layers`,
+`key_value_heads`, `head_sizes`, `num_mtp_layers`."""
 HeadKind = Literal["language", "score"]
 """language: logits over the vocabulary. score: one number per token, for reward models and critics.
 """
@@ -55,7 +62,7 @@ EXPERT_SIZE_KEY = "moe_intermediate_size"
 """The key of an expert's inner features here, whatever the family's own key is."""
 
 
-def load_config(path: str | Path, key: str = "model.path") -> dict:
+def load_config(path: str | Path, key: str = "model.path") -> HFConfig:
     """Return `config.json` of a model folder as it is, of any architecture.
 
     Args:
@@ -152,7 +159,7 @@ def _check_kinds(file: Path, hf_config: Any) -> None:
     _check_most(file, settings)
 
 
-def _check_most(file: Path, settings: dict) -> None:
+def _check_most(file: Path, settings: HFConfig) -> None:
     """Raise UserError for a negative size, and for one that no model has."""
     limits = {name: limit for name, limit in _MOST.items() if type(settings.get(name)) is int}
     layers = settings.get("num_hidden_layers")
@@ -169,14 +176,14 @@ def _check_most(file: Path, settings: dict) -> None:
             )
 
 
-def language_settings(hf_config: dict) -> dict:
+def language_settings(hf_config: HFConfig) -> HFConfig:
     """Return the language model's settings, which multimodal models keep one level down."""
     return hf_config.get("text_config") or hf_config
 
 
 def read_hf_config(
     path: str | Path, head: HeadKind | None = "language", key: str = "model.path"
-) -> dict:
+) -> HFConfig:
     """Return the contents of `config.json` in the folder `path`, aliases resolved.
 
     MTP layers that the file names, but of which the folder's weights have no tensor, are left out,
@@ -213,7 +220,7 @@ def read_hf_config(
     )
 
 
-def implied_settings(hf_config: dict) -> dict[str, Any]:
+def implied_settings(hf_config: HFConfig) -> dict[str, Any]:
     """Return the keys that `hf_config`, of any architecture, lacks and vLLM needs, with the values
     that all models of its class have."""
     names = [
@@ -251,7 +258,7 @@ def describe_config_changes(path: str | Path, key: str = "model.path") -> list[s
     return sentences
 
 
-def _lacks_mtp(path: str | Path, hf_config: dict) -> bool:
+def _lacks_mtp(path: str | Path, hf_config: HFConfig) -> bool:
     """Whether the folder has weights, and none of the MTP layers that `hf_config` names."""
     layers = hf_config.get("num_hidden_layers")
     if not num_mtp_layers(hf_config) or not isinstance(layers, int):
@@ -260,7 +267,7 @@ def _lacks_mtp(path: str | Path, hf_config: dict) -> bool:
     return bool(names) and not any(name.startswith(f"model.layers.{layers}.") for name in names)
 
 
-def resolve_aliases(hf_config: dict) -> dict:
+def resolve_aliases(hf_config: HFConfig) -> dict[str, Any]:
     """Return `hf_config` with one name for each setting; UserError where two names have two
     values."""
     hf_config = dict(hf_config)
@@ -285,7 +292,7 @@ def resolve_aliases(hf_config: dict) -> dict:
     return hf_config
 
 
-def published_names(hf_config: dict) -> dict:
+def published_names(hf_config: HFConfig) -> HFConfig:
     """Return `hf_config` with the names that transformers' and vLLM's classes of its architecture
     read."""
     name, family = "n_routed_experts", model_family(hf_config)
@@ -297,12 +304,12 @@ def published_names(hf_config: dict) -> dict:
     return hf_config
 
 
-def has_score_head(hf_config: dict) -> bool:
+def has_score_head(hf_config: HFConfig) -> bool:
     """Whether the model returns one number per token instead of logits."""
     return any(name.endswith(_SUFFIXES["score"]) for name in hf_config.get("architectures") or [])
 
 
-def score_model_config(hf_config: dict) -> dict:
+def score_model_config(hf_config: HFConfig) -> HFConfig:
     """Return the configuration of the score model with the body of `hf_config`, as transformers and
     vLLM read it: without LM head and multi-token-prediction layers.
 
@@ -328,7 +335,7 @@ def score_model_config(hf_config: dict) -> dict:
     return scored | {name: 0 for name in _MTP_COUNTS if name in hf_config}
 
 
-def _check_labels(file: Path, hf_config: dict) -> None:
+def _check_labels(file: Path, hf_config: HFConfig) -> None:
     # transformers counts id2label, which without an entry has two labels.
     count = hf_config.get("num_labels") or len(hf_config.get("id2label") or "ab")
     if count != 1:
@@ -340,7 +347,7 @@ def _check_labels(file: Path, hf_config: dict) -> None:
         )
 
 
-def architecture(hf_config: dict) -> str:
+def architecture(hf_config: HFConfig) -> str:
     """Return the key of this configuration in FAMILIES; UserError if it has none."""
     names = hf_config.get("architectures") or []
     for name in names:
@@ -356,12 +363,12 @@ def architecture(hf_config: dict) -> str:
     )
 
 
-def model_family(hf_config: dict) -> Family:
+def model_family(hf_config: HFConfig) -> Family:
     """Return the entry of FAMILIES for this `config.json`; UserError for an unknown one."""
     return FAMILIES[architecture(hf_config)]
 
 
-def sparse_layers(hf_config: dict) -> list[bool]:
+def sparse_layers(hf_config: HFConfig) -> list[bool]:
     """Return for each decoder layer whether it has routed experts instead of a dense MLP."""
     layers = range(hf_config["num_hidden_layers"])
     if not hf_config.get("n_routed_experts"):
@@ -374,13 +381,13 @@ def sparse_layers(hf_config: dict) -> list[bool]:
     return [i >= first and i not in dense and (i + 1) % step == 0 for i in layers]
 
 
-def key_value_heads(hf_config: dict) -> int:
+def key_value_heads(hf_config: HFConfig) -> int:
     """Return the heads of keys and values of a layer: as many as query heads where config.json does
     not say."""
     return hf_config.get("num_key_value_heads") or hf_config["num_attention_heads"]
 
 
-def head_sizes(hf_config: dict) -> tuple[int, int]:
+def head_sizes(hf_config: HFConfig) -> tuple[int, int]:
     """Return the features of a query head and of a value head."""
     if hf_config.get("kv_lora_rank"):
         return hf_config["qk_nope_head_dim"] + hf_config["qk_rope_head_dim"], hf_config[
@@ -390,7 +397,7 @@ def head_sizes(hf_config: dict) -> tuple[int, int]:
     return size, size
 
 
-def num_mtp_layers(hf_config: dict) -> int:
+def num_mtp_layers(hf_config: HFConfig) -> int:
     """Return the number of multi-token-prediction layers; 0 for architectures without any."""
     return hf_config.get("num_nextn_predict_layers") or 0
 
@@ -400,7 +407,7 @@ def is_number(value: Any) -> bool:
     return type(value) in (int, float) and -LARGEST < value < LARGEST
 
 
-def require(hf_config: dict, **allowed: Any) -> None:
+def require(hf_config: HFConfig, **allowed: Any) -> None:
     """Raise UserError for a field of `hf_config` that is set to another value than the one
     allowed."""
     for name, value in allowed.items():
@@ -414,7 +421,7 @@ def require(hf_config: dict, **allowed: Any) -> None:
             )
 
 
-def need(hf_config: dict, *names: str) -> None:
+def need(hf_config: HFConfig, *names: str) -> None:
     """Raise UserError naming every field of `names` that `hf_config` lacks."""
     missing = [name for name in names if hf_config.get(name) is None]
     if missing:

@@ -17,7 +17,7 @@ from operator import add
 from typing import TYPE_CHECKING
 
 from megatron_r1.config import Config, ParallelConfig
-from megatron_r1.models.hf_config import head_sizes, key_value_heads
+from megatron_r1.models.hf_config import HFConfig, head_sizes, key_value_heads
 
 if TYPE_CHECKING:
     from megatron_r1.models.weights.layout import LayoutEntry
@@ -66,7 +66,7 @@ def engine_bytes(values: float, dtype: str, *, receives: bool = True) -> float:
     return values * BYTES[dtype] * (1 + receives)
 
 
-def cache_bytes_per_token(hf_config: dict, value: int = 2, mtp_layers: int = 0) -> int:
+def cache_bytes_per_token(hf_config: HFConfig, value: int = 2, mtp_layers: int = 0) -> int:
     """Return KV cache bytes of one token in all layers, with those that draft.
 
     Latent attention caches the latent and the rotary key once for all heads (70,272 B for
@@ -253,7 +253,7 @@ class LayerActivations:
 
 
 def layer_activations(
-    hf_config: dict,
+    hf_config: HFConfig,
     config: Config,
     tokens: float,
     *,

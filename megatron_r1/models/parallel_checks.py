@@ -14,7 +14,7 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import Config
 from megatron_r1.models.attention_fields import KEY_VALUE_HEADS, attention_divisions
 from megatron_r1.models.experts import expert_divisions
-from megatron_r1.models.hf_config import model_family, num_mtp_layers
+from megatron_r1.models.hf_config import HFConfig, model_family, num_mtp_layers
 from megatron_r1.models.pipeline_stages import num_chunks
 
 if TYPE_CHECKING:
@@ -26,7 +26,9 @@ _REFUSED = {
 }
 
 
-def check_divisions(hf_config: dict, parallel: ParallelConfig, transformer_engine: bool) -> None:
+def check_divisions(
+    hf_config: HFConfig, parallel: ParallelConfig, transformer_engine: bool
+) -> None:
     """Raise UserError for sizes of `parallel` that do not divide the model, or that only experts
     could have.
 
@@ -88,7 +90,7 @@ class OverlapConflict(NamedTuple):
     remedy: str
 
 
-def check_exchange_overlap(config: Config, hf_config: dict) -> None:
+def check_exchange_overlap(config: Config, hf_config: HFConfig) -> None:
     """Raise UserError where `parallel.overlap_expert_exchange` is set and cannot be done.
 
     Args:
@@ -105,7 +107,7 @@ def check_exchange_overlap(config: Config, hf_config: dict) -> None:
         )
 
 
-def overlap_conflicts(config: Config, hf_config: dict) -> Iterator[OverlapConflict]:
+def overlap_conflicts(config: Config, hf_config: HFConfig) -> Iterator[OverlapConflict]:
     """Yield what prevents the overlap of `config`, whether or not it is asked for.
 
     Args:

@@ -125,7 +125,7 @@ class _UnsplitLayer:
         self.mlp: Any = _UnsplitNode(function, stream, event, name="whole part")
         self.attn = self.moe_dispatch = self.moe_combine = self.mtp_post_process = _EmptyNode()
 
-    def get_fp8_context(self) -> contextlib.AbstractContextManager:
+    def get_fp8_context(self) -> contextlib.AbstractContextManager[None]:
         """Return no context: FP8 layers inside have their own."""
         return contextlib.nullcontext()
 

@@ -21,6 +21,7 @@ from megatron_r1.models.attention_fields import (
 )
 from megatron_r1.models.experts import expert_fields
 from megatron_r1.models.hf_config import (
+    HFConfig,
     is_number,
     model_family,
     need,
@@ -29,10 +30,10 @@ from megatron_r1.models.hf_config import (
 )
 
 
-class KeyRecorder(dict):
+class KeyRecorder(dict[str, Any]):
     """A configuration that records which of its keys were read."""
 
-    def __init__(self, hf_config: dict):
+    def __init__(self, hf_config: HFConfig):
         super().__init__(hf_config)
         self.keys_read: set[str] = set()
 
@@ -102,7 +103,7 @@ FP8_BLOCKS = {
 (`models.weights.formats.published_layout`)."""
 
 
-def _check_quantization(hf_config: dict) -> None:
+def _check_quantization(hf_config: HFConfig) -> None:
     """Raise UserError for weights that are stored in another form than the one that can be read:
     blocks of FP8, or for models with stacked experts MXFP4."""
     quantization = hf_config.get("quantization_config")
@@ -139,13 +140,13 @@ _FACTORS = ("routed_scaling_factor", "initializer_range")
 _DTYPES = ("auto", "float64", "float32", "bfloat16", "float16", "float8_e4m3fn")
 
 
-def check_supported(hf_config: dict) -> None:
+def check_supported(hf_config: HFConfig) -> None:
     """Raise UserError for a model that this stack would compute differently from transformers,
     naming the key of `config.json`; unknown keys are refused too."""
     model_fields(hf_config)
 
 
-def model_fields(hf_config: dict) -> dict[str, Any]:
+def model_fields(hf_config: HFConfig) -> dict[str, Any]:
     """Return the fields of Megatron's TransformerConfig in which architectures differ. Errors as
     `check_supported`."""
     _check_sizes(hf_config)
@@ -167,7 +168,7 @@ def model_fields(hf_config: dict) -> dict[str, Any]:
     return fields
 
 
-def _check_sizes(hf_config: dict) -> None:
+def _check_sizes(hf_config: HFConfig) -> None:
     """Raise UserError for a size that is no whole number, or zero, or a value of another type."""
     windows = ("sliding_window",) if model_family(hf_config).sliding_windows else ()
     for key in (*_SIZES, *windows):

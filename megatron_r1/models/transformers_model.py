@@ -13,13 +13,14 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.models.hf_config import HFConfig
 from megatron_r1.models.weights.formats.hf_folder import HFWeights
 from megatron_r1.models.weights.formats.hf_writer import copy_model_files
 from megatron_r1.models.weights.formats.published_layout import published_tensors
 
 
 def load_with_transformers(
-    folder: str | Path, hf_config: dict, dtype: torch.dtype, **options: Any
+    folder: str | Path, hf_config: HFConfig, dtype: torch.dtype, **options: Any
 ) -> Any:
     """Return what transformers loads from `folder`, whose `config.json` is `hf_config`.
 

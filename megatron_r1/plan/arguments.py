@@ -13,7 +13,7 @@ from megatron_r1.config.hardware import GIB, HARDWARE, Assumptions
 from megatron_r1.config.keys import boolean_keys
 from megatron_r1.config.overrides import parse_overrides
 from megatron_r1.engines.server.model_config import max_model_len
-from megatron_r1.models.hf_config import read_hf_config
+from megatron_r1.models.hf_config import HFConfig, read_hf_config
 from megatron_r1.plan.job import Calibration, PlannedJob, text_limit
 from megatron_r1.plan.quantity import apply_calibration
 from megatron_r1.plan.rollout import check_teachers
@@ -91,7 +91,7 @@ def _parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def planned_job(
-    recipe: Path, args: argparse.Namespace, overrides: dict, step: int | None = None
+    recipe: Path, args: argparse.Namespace, overrides: dict[str, Any], step: int | None = None
 ) -> PlannedJob:
     """Return the job of a recipe with the settings of one step.
 
@@ -155,7 +155,7 @@ def _gpus_of_hosts(config: configuration.Config, verb: Verb) -> int:
     return rollout.engines * ranks if has_own_gpus and ranks > 1 else 0
 
 
-def load_recipe(recipe: Path, overrides: dict) -> configuration.Config:
+def load_recipe(recipe: Path, overrides: dict[str, Any]) -> configuration.Config:
     """Load the recipe of one run.
 
     Raises:
@@ -187,7 +187,7 @@ def _prompt_tokens(
     args: argparse.Namespace,
     config: configuration.Config,
     verb: Verb,
-    hf_config: dict,
+    hf_config: HFConfig,
     assumed_tokens: int,
 ) -> int:
     """Return the option, or the assumed ones if the context has room for them next to the longest

@@ -11,10 +11,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from math import prod
+from typing import Any
 
 from megatron_r1.config import Config
 from megatron_r1.models import platform
 from megatron_r1.models.weights.layout import LayoutEntry, Shard, layout
+from megatron_r1.models.weights.table import Shape
 from megatron_r1.plan.counts import ModelCounts, RankCounts
 from megatron_r1.plan.job import PlannedJob
 
@@ -128,10 +130,12 @@ def _on_meta_device() -> Iterator[None]:
         yield
 
 
-def _compare_ranks(job: PlannedJob, shapes_by_rank: dict[int, list[dict]]) -> tuple[int, int, int]:
+def _compare_ranks(
+    job: PlannedJob, shapes_by_rank: dict[int, list[dict[str, Shape]]]
+) -> tuple[int, int, int]:
     """Return (ranks compared, distinct ranks, values that they own together)."""
     parallel = job.parallel
-    entries: dict[tuple, tuple[int, int]] = {}
+    entries: dict[tuple[int, ...], tuple[int, int]] = {}
     num_ranks = num_owned = 0
     sizes = (parallel.tensor, parallel.expert, parallel.expert_tensor)
     for *key, dense_replica, expert_replica in _rank_coordinates(job):
@@ -150,7 +154,10 @@ def _compare_ranks(job: PlannedJob, shapes_by_rank: dict[int, list[dict]]) -> tu
 
 
 def _compare(
-    job: PlannedJob, pipeline_rank: int, chunk_shapes: list[dict], place: dict
+    job: PlannedJob,
+    pipeline_rank: int,
+    chunk_shapes: list[dict[str, Shape]],
+    place: dict[str, Any],
 ) -> tuple[int, int]:
     """Return how many dense and how many expert values a rank owns, as (dense, expert).
 

@@ -30,7 +30,9 @@ LIMITS = (1e-12, 1.0)
 """The limits between which a value is sought: a share, or seconds of a layer."""
 
 
-def calibrate_from(folder: Path, file: Path, args: argparse.Namespace, overrides: dict) -> str:
+def calibrate_from(
+    folder: Path, file: Path, args: argparse.Namespace, overrides: dict[str, Any]
+) -> str:
     """Write the values that a run determines; return what was derived and what not.
 
     Args:

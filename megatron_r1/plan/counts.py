@@ -13,7 +13,7 @@ from collections.abc import Hashable
 from dataclasses import replace
 from math import prod
 
-from megatron_r1.models.hf_config import head_sizes
+from megatron_r1.models.hf_config import HFConfig, head_sizes
 from megatron_r1.models.memory import ParameterCounts, count_parameters
 from megatron_r1.models.weights.layout import Shard, layout, layout_from_table
 from megatron_r1.models.weights.table import WeightRule, weight_table
@@ -35,7 +35,9 @@ class RankCounts:
             transformer_engine=True,
         )
         sizes = (parallel.tensor, parallel.expert, parallel.expert_tensor)
-        self._counts_by_key: dict = job.shared.setdefault(("counts", *sizes), {})
+        self._counts_by_key: dict[Hashable, ParameterCounts] = job.shared.setdefault(
+            ("counts", *sizes), {}
+        )
 
     def rank_counts(self, pipeline_rank: int) -> ParameterCounts:
         """Return the counts of one rank of this pipeline rank: the sum over its virtual stages."""
@@ -71,7 +73,7 @@ class ModelCounts:
     Args:
         hf_config: the model's config.json."""
 
-    def __init__(self, hf_config: dict):
+    def __init__(self, hf_config: HFConfig):
         table = weight_table(hf_config)
         experts, topk = table.num_experts, hf_config.get("num_experts_per_tok", 0)
         # All layers of one kind share one list of the table.
@@ -133,12 +135,12 @@ def parameter_section(job: PlannedJob) -> QuantityTable:
     return {name: Quantity(n, "parameters", formula) for name, (n, formula) in section.items()}
 
 
-def attention_flops(hf_config: dict, length: float) -> float:
+def attention_flops(hf_config: HFConfig, length: float) -> float:
     """Return forward FLOP of one token and layer, averaged over a causal sequence of `length`."""
     return 2 * hf_config["num_attention_heads"] * sum(head_sizes(hf_config)) * length / 2
 
 
-def forward_flops(hf_config: dict, length: float, speedup: float = 1.0) -> float:
+def forward_flops(hf_config: HFConfig, length: float, speedup: float = 1.0) -> float:
     """Return forward FLOP of one token through the main model; products with weights count
     1 / `speedup`, for a time at the rate of the others.
 
@@ -152,7 +154,7 @@ def forward_flops(hf_config: dict, length: float, speedup: float = 1.0) -> float
     )
 
 
-def decode_flops(hf_config: dict, length: float, speedup: float = 1.0) -> float:
+def decode_flops(hf_config: HFConfig, length: float, speedup: float = 1.0) -> float:
     """Return FLOP of one new token that attends to `length` cached ones; `speedup` as in
     `forward_flops`.
 
@@ -190,7 +192,7 @@ def layer_flops(job: PlannedJob, layer: int, length: float, speedup: float = 1.0
     return 2 * num_products + attention_flops(job.hf_config, length)
 
 
-def head_flops(hf_config: dict) -> float:
+def head_flops(hf_config: HFConfig) -> float:
     """Return forward FLOP of one token through the LM or score head."""
     return 2 * prod(weight_table(hf_config).head[0].sources[0].shape)
 

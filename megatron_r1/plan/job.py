@@ -3,6 +3,7 @@ whose trainer or engines are impossible for the model, or on their GPUs."""
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +15,7 @@ from megatron_r1.config.algorithms import find_rules
 from megatron_r1.config.hardware import Assumptions, Hardware
 from megatron_r1.controller.trainer_calls.packing import check_batches
 from megatron_r1.engines.server.recipe_checks import check_engines
-from megatron_r1.models.hf_config import read_hf_config, sparse_layers
+from megatron_r1.models.hf_config import HFConfig, read_hf_config, sparse_layers
 from megatron_r1.models.memory import BYTES
 from megatron_r1.models.parallel_checks import check_divisions, check_exchange_overlap
 from megatron_r1.models.weights.adapter_table import adapter_table
@@ -22,7 +23,7 @@ from megatron_r1.models.weights.layout import Shard, recipe_stages
 from megatron_r1.models.weights.table import WeightTable, weight_table
 
 
-def text_limit(config: Config, hf_config: dict) -> int:
+def text_limit(config: Config, hf_config: HFConfig) -> int:
     """Return the most tokens of a reward model's training text."""
     return config.reward_model.max_tokens or hf_config["max_position_embeddings"]
 
@@ -60,7 +61,7 @@ class PlannedJob:
         shared: cache of counts that are slow to compute and equal for all layouts of one job.
     """
 
-    hf_config: dict
+    hf_config: HFConfig
     config: Config
     world_size: int
     hardware: Hardware
@@ -70,7 +71,7 @@ class PlannedJob:
     verb: Verb = "rl"
     keeps_reference: bool = False
     calibration: Calibration = field(default_factory=Calibration, compare=False)
-    shared: dict = field(default_factory=dict, repr=False, compare=False)
+    shared: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def parallel(self) -> ParallelConfig:
@@ -358,6 +359,6 @@ def _nearest_divisors(target: int, dividend: int) -> list[int]:
     return [*divisors_below[-1:], *divisors_above[:1]]
 
 
-def _alternatives(choices: list) -> str:
+def _alternatives(choices: list[int] | list[str]) -> str:
     """Return the choices as "A or B or C"."""
     return " or ".join(map(str, choices))

@@ -130,7 +130,7 @@ def _mfu(times: StepTime) -> float:
 
 
 def planned_parts(
-    recipe: Path, args: argparse.Namespace, overrides: dict, *, all_parts: bool = True
+    recipe: Path, args: argparse.Namespace, overrides: dict[str, Any], *, all_parts: bool = True
 ) -> list[SchedulePart]:
     """Return the parts of `rl.schedule`, or the first alone.
 

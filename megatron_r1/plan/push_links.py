@@ -14,6 +14,7 @@ import numpy as np
 from megatron_r1.base.transports import RELAY_BUCKET_BYTES
 from megatron_r1.config.hardware import Assumptions
 from megatron_r1.config.model import LoraConfig
+from megatron_r1.models.hf_config import HFConfig
 from megatron_r1.models.weights.adapter_table import adapter_table
 from megatron_r1.models.weights.layout import Shard
 from megatron_r1.models.weights.table import WeightTable
@@ -130,7 +131,7 @@ def round_seconds(schedule: RoundSchedule, rate: float, assumptions: Assumptions
 
 
 def traffic_of_sets(
-    hf_config: dict,
+    hf_config: HFConfig,
     grid: TrainerGrid,
     engines: EngineLayout,
     stages: list[list[Shard]],
@@ -180,7 +181,7 @@ def traffic_of_sets(
 
 
 def set_plans(
-    hf_config: dict,
+    hf_config: HFConfig,
     grid: TrainerGrid,
     engines: EngineLayout,
     stages: list[list[Shard]],
@@ -216,7 +217,7 @@ class PushedWeights(NamedTuple):
     lora: str | None
 
     @classmethod
-    def from_config(cls, hf_config: dict, lora: LoraConfig | None, *, drafts: bool) -> Self:
+    def from_config(cls, hf_config: HFConfig, lora: LoraConfig | None, *, drafts: bool) -> Self:
         """Return the key of these settings, which are kept as JSON to be hashable.
 
         Args:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby, islice, product
 from operator import attrgetter, itemgetter
+from typing import Any
 
 from megatron_r1.plan.estimate import JobEstimate
 from megatron_r1.plan.job import PlannedJob, check_trainer
@@ -21,7 +22,7 @@ class FittingLayout:
         peak: bytes of the fullest rank.
         seconds: the duration of a step."""
 
-    changes: dict
+    changes: dict[str, Any]
     distance: float
     peak: int
     seconds: float
@@ -116,7 +117,7 @@ def _layers(count: int) -> str:
     return "t" if count == 1 else f"t*{count}"
 
 
-def _candidates(job: PlannedJob) -> Iterator[tuple[float, dict]]:
+def _candidates(job: PlannedJob) -> Iterator[tuple[float, dict[str, Any]]]:
     """Yield (distance, changes of parallel) of every candidate layout."""
     powers = [2**n for n in range(11)]
     layers = job.hf_config["num_hidden_layers"]
@@ -146,14 +147,14 @@ def _cheap_modules(job: PlannedJob) -> list[str]:
     return ["layernorm", *latent, *experts]
 
 
-def _distance(job: PlannedJob, changes: dict) -> float:
+def _distance(job: PlannedJob, changes: dict[str, Any]) -> float:
     """Return the number of doublings and halvings of sizes; a change of recompute counts as 1."""
     sizes = {key: size for key, size in changes.items() if key != "recompute"}
     doublings = (abs(math.log2(size / getattr(job.parallel, key))) for key, size in sizes.items())
     return sum(doublings) + (changes["recompute"] != job.parallel.recompute)
 
 
-def _fitting(job: PlannedJob, distance: float, changes: dict) -> FittingLayout | None:
+def _fitting(job: PlannedJob, distance: float, changes: dict[str, Any]) -> FittingLayout | None:
     chunks = changes["pipeline"] * changes["virtual_pipeline"]
     keeps_stages = all(
         getattr(job.parallel, k) == changes[k] for k in ("pipeline", "virtual_pipeline")

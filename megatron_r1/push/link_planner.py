@@ -13,6 +13,7 @@ import msgspec
 from torch import Tensor
 
 from megatron_r1.base.transports import TRANSPORTS
+from megatron_r1.models.hf_config import HFConfig
 from megatron_r1.models.weights.formats.published_layout import BLOCK, FP8_DTYPE, scale_name
 from megatron_r1.models.weights.layout import Shard
 from megatron_r1.models.weights.table import Piece, Shape, WeightTable
@@ -248,7 +249,7 @@ class LinkPlanner:
 
     def __init__(
         self,
-        hf_config: dict,
+        hf_config: HFConfig,
         grid: TrainerGrid,
         pieces: HeldPieces,
         *,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from megatron_r1.push.plan.engine_sets import EngineRankId, SetPlan
 from megatron_r1.push.plan.rounds import NO_BUCKET, receiving_processes, schedule_rounds
@@ -168,7 +168,7 @@ class PushSchedule:
         ]
 
     def _rank_rounds(self, index: int, process: int, names: list[str]) -> RankRounds:
-        phases: tuple[dict, dict] = ({}, {})
+        phases: tuple[dict[int, list[Any]], dict[int, list[Any]]] = ({}, {})
         for op in self.bucket_ops(process):
             trainer_rank, member = op.payload_id.trainer_rank, op.payload_id.member
             source = -1 - member if trainer_rank is None else trainer_rank

@@ -5,7 +5,7 @@ Imports no torch, because the controller imports it, and no llvmlite: where vLLM
 that before it forks its engine core, vLLM 0.32 does not start. triton_utils/dispatcher.py:143 looks
 into `__dict__` of every module's attributes, and that of llvmlite's library is no dictionary."""
 
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import msgspec
 
@@ -16,7 +16,7 @@ class OpenedPush(TypedDict):
     Attributes:
         store: [host, port] of the store that rank 0 hosts for trainer and engines."""
 
-    store: list
+    store: list[Any]
 
 
 class ConnectedSets(TypedDict):
@@ -52,7 +52,7 @@ class SentWeights(TypedDict):
     Attributes:
         problems: set -> the fields of its `SetFailure`."""
 
-    problems: dict[str, dict]
+    problems: dict[str, dict[str, Any]]
 
 
 class PushError(ValueError):

@@ -12,6 +12,7 @@ import msgspec
 import torch
 from torch.distributed import Store
 
+from megatron_r1.models.hf_config import HFConfig
 from megatron_r1.models.weights.formats.published_layout import has_power_of_two_scales
 from megatron_r1.models.weights.layout import Shard
 from megatron_r1.models.weights.table import WeightTable
@@ -67,7 +68,7 @@ class WeightSender:
 
     def __init__(
         self,
-        hf_config: dict,
+        hf_config: HFConfig,
         grid: TrainerGrid,
         pieces: HeldPieces,
         store: Store,

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from megatron_r1.base.transports import TRANSPORTS
 from megatron_r1.config import Config, RolloutConfig
 from megatron_r1.models import platform
+from megatron_r1.models.hf_config import HFConfig
 from megatron_r1.models.platform import LOOPBACK, create_store, ranks_share_host
 from megatron_r1.models.weights.adapters import adapter_pieces
 from megatron_r1.models.weights.layout import recipe_stages
@@ -38,7 +39,9 @@ class PushWorker:
         config: the recipe.
     """
 
-    def __init__(self, model_chunks: Sequence, hf_config: dict, config: Config):
+    def __init__(
+        self, model_chunks: Sequence[torch.nn.Module], hf_config: HFConfig, config: Config
+    ):
         self._model_chunks, self._hf_config, self._config = model_chunks, hf_config, config
         self._sender: WeightSender | None = None
 
@@ -104,7 +107,7 @@ def _gpus() -> list[str]:
     return uuids
 
 
-def open_store(rollout: RolloutConfig) -> tuple[dist.TCPStore, list]:
+def open_store(rollout: RolloutConfig) -> tuple[dist.TCPStore, list[Any]]:
     """Return a client of the store that rank 0 hosts for pushes, and the [host, port] at which
     ranks and engines of this host reach it.
 

@@ -11,6 +11,7 @@ from rich.table import Table
 from megatron_r1.base.files import atomic_write
 from megatron_r1.config import Config
 from megatron_r1.controller.rollouts.players import find_player
+from megatron_r1.models.hf_config import HFConfig
 from megatron_r1.rehearse import launch
 from megatron_r1.rehearse.miniature import Change
 from megatron_r1.rehearse.model import reward_models
@@ -81,7 +82,12 @@ ON_NULL_GPU = ON_GPU | {"fp8.recipe": "yes, by operators of the host"}
 
 
 def structure_rows(
-    recipe: Config, hf_config: dict, small: Config, verb: str, *, device: RehearsalDevice = "cpu"
+    recipe: Config,
+    hf_config: HFConfig,
+    small: Config,
+    verb: str,
+    *,
+    device: RehearsalDevice = "cpu",
 ) -> list[StructureRow]:
     """Return a row for each part of the recipe's structure that its verb uses.
 
@@ -125,7 +131,7 @@ def _engine_rows(recipe: Config, small: Config) -> list[StructureRow]:
 
 
 def _trainer_rows(
-    recipe: Config, hf_config: dict, small: Config, verb: str, device: RehearsalDevice
+    recipe: Config, hf_config: HFConfig, small: Config, verb: str, device: RehearsalDevice
 ) -> list[StructureRow]:
     """Return rows for the trainer: replicas, what is trained, its offloading, layers, memory.
 

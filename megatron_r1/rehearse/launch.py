@@ -54,7 +54,7 @@ def rehearsal_command(
 @contextlib.contextmanager
 def running_command(
     verb: str, recipe: Path, config: Config, settings: Sequence[str], log: Path
-) -> Iterator[subprocess.Popen]:
+) -> Iterator[subprocess.Popen[bytes]]:
     """Run a verb for the block, with engine hosts if its recipe has them; kill all its processes at
     the end, by SIGKILL, with those that they have started.
 
@@ -94,7 +94,7 @@ def cpu_seconds() -> float:
     return total
 
 
-def _kill_all(process: subprocess.Popen) -> None:
+def _kill_all(process: subprocess.Popen[bytes]) -> None:
     """Kill a process with its descendants, torchrun's ranks in sessions of their own among them,
     and wait until they are gone and have released the run folder."""
     descendants = []
@@ -141,7 +141,7 @@ def _visible(gpus: Sequence[str]) -> dict[str, str]:
 
 def _host(
     config: Config, number: int, log: Path, gpu_variables: dict[str, str]
-) -> subprocess.Popen:
+) -> subprocess.Popen[bytes]:
     options = ["--folder", config.run.folder, "--engines", "1", "--patience", "900"]
     # Every host has an address of its own, as on a network.
     address = ["--address", f"127.0.0.{2 + number}"]

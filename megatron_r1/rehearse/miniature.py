@@ -11,6 +11,7 @@ from megatron_r1.config import Config, dump, parse
 from megatron_r1.config.teacher import TeacherEngines
 from megatron_r1.data.prompt_tokenizer import TEMPLATES
 from megatron_r1.engines.server.recipe_checks import num_experts
+from megatron_r1.models.hf_config import HFConfig
 from megatron_r1.rehearse import layout, model, synthetic_data
 from megatron_r1.rehearse.settings import RehearsalDevice
 from megatron_r1.sample.filters import NAMES
@@ -71,13 +72,13 @@ class Miniature:
         changes: everything that is not as in the recipe."""
 
     config: Config
-    hf_config: dict
+    hf_config: HFConfig
     changes: list[Change]
 
 
 def make_miniature(
     config: Config,
-    hf_config: dict,
+    hf_config: HFConfig,
     folder: Path,
     max_ranks: int,
     *,
@@ -449,7 +450,9 @@ def _sample(config: Config) -> dict[str, Any]:
     return changed
 
 
-def _changes(config: Config, small: Config, hf_config: dict, small_hf_config: dict) -> list[Change]:
+def _changes(
+    config: Config, small: Config, hf_config: HFConfig, small_hf_config: HFConfig
+) -> list[Change]:
     """Return every setting and size that differs, with the reason where it is not size alone.
 
     Args:

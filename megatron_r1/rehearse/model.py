@@ -14,7 +14,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from megatron_r1.config import Config
 from megatron_r1.data.prompt_tokenizer import TEMPLATES
-from megatron_r1.models.hf_config import has_score_head, published_names, score_model_config
+from megatron_r1.models.hf_config import (
+    HFConfig,
+    has_score_head,
+    published_names,
+    score_model_config,
+)
 from megatron_r1.models.weights.formats.published_layout import published_tensors
 from megatron_r1.models.weights.table import weight_table
 from megatron_r1.pipeline.pipeline_recipe import ServeConfig
@@ -41,7 +46,7 @@ CHAT = (
 )
 
 
-def shrink_config(hf_config: dict, num_layers: int, fp8: bool) -> dict:
+def shrink_config(hf_config: HFConfig, num_layers: int, fp8: bool) -> HFConfig:
     """Return config.json with its sizes divided; kinds of layers, experts and attention stay.
 
     Args:
@@ -87,7 +92,7 @@ def shrink_config(hf_config: dict, num_layers: int, fp8: bool) -> dict:
     return small
 
 
-def write_folder(folder: Path, hf_config: dict, seed: int) -> None:
+def write_folder(folder: Path, hf_config: HFConfig, seed: int) -> None:
     """Write a Hugging Face model folder: config.json, tokenizer and random weights in fp32.
 
     Args:
@@ -158,7 +163,7 @@ def reward_models(options: dict[str, dict[str, Any]]) -> dict[str, str]:
 
 @contextlib.contextmanager
 def serve_reward_models(
-    config: Config, hf_config: dict, folder: Path, verb: str
+    config: Config, hf_config: HFConfig, folder: Path, verb: str
 ) -> Iterator[list[str]]:
     """Serve one model with random weights in the place of every reward model that a miniature's
     `rl` has; yield the settings that name its address, as on a cluster

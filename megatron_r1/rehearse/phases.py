@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from megatron_r1.base.errors import RunError
 from megatron_r1.base.processes.exit_diagnosis import last_lines
@@ -152,7 +153,7 @@ class PhaseRunner:
         )
         self.shown.append(PhaseResult("links", evidence, 0.0))
 
-    def _show_pushes(self, lines: Sequence[dict]) -> None:
+    def _show_pushes(self, lines: Sequence[dict[str, Any]]) -> None:
         probes = [line.get("push/probe_diff") for line in lines]
         diffs = [line["logprob_diff/mean"] for line in lines]
         norms = [line.get("grad_norm") for line in lines]  # none while a critic warms up
@@ -178,7 +179,7 @@ class PhaseRunner:
             ),
         ]
 
-    def _show_schedule(self, lines: Sequence[dict]) -> None:
+    def _show_schedule(self, lines: Sequence[dict[str, Any]]) -> None:
         """Show that longer responses of `rl.schedule` were sampled: random weights rarely end."""
         limits = [self.config.at(line["step"]).rollout.max_response_tokens for line in lines]
         if len(set(limits)) == 1:
@@ -252,7 +253,7 @@ class _Phase:
     """A started command. blocked: the stacks of a controller that does not answer."""
 
     title: str
-    process: subprocess.Popen
+    process: subprocess.Popen[bytes]
     log: Path
     blocked: Path
     timeout_seconds: float

@@ -27,7 +27,7 @@ from megatron_r1.config import Config
 from megatron_r1.models import fp8, platform, weights
 from megatron_r1.models.build import PolicyModel, ScoreModel, process_groups
 from megatron_r1.models.gradients import fp32_main_grad, skip_zero_gradients
-from megatron_r1.models.hf_config import has_score_head
+from megatron_r1.models.hf_config import HFConfig, has_score_head
 from megatron_r1.models.weights.adapters import attach_adapters
 from megatron_r1.models.weights.formats.dcp import DistributedCheckpoint
 from megatron_r1.models.weights.table import SCORE
@@ -141,7 +141,7 @@ def _round(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
 
 def build_network(
     config: Config,
-    hf_config: dict,
+    hf_config: HFConfig,
     transformer: TransformerConfig,
     groups: ProcessGroupCollection,
     score_std: float | None = None,
@@ -169,7 +169,7 @@ def build_network(
 
 def build_chunks(
     config: Config,
-    hf_config: dict,
+    hf_config: HFConfig,
     transformer: TransformerConfig,
     groups: ProcessGroupCollection,
     score_std: float | None = None,
@@ -213,7 +213,7 @@ def build_chunks(
     return chunks
 
 
-def language_body(config: Config, hf_config: dict) -> dict | None:
+def language_body(config: Config, hf_config: HFConfig) -> HFConfig | None:
     """Return the configuration of the language model whose body the score model `hf_config` starts
     from, with a new head; None for a model that is loaded as it is, or starts from random
     weights."""

@@ -3,12 +3,12 @@ their tensors without the model."""
 
 from functools import partial
 from itertools import islice
-from typing import Any
 
 from megatron_r1.base.user_code import find_function
 from megatron_r1.config import Config
 from megatron_r1.config.algorithms import EngineMask, TokenSettings
 from megatron_r1.models import fp8, platform
+from megatron_r1.models.hf_config import HFConfig
 from megatron_r1.models.routing_replay import RoutingReplay
 from megatron_r1.trainer.batch import PackedBatch
 from megatron_r1.trainer.distributed import GridPosition
@@ -38,7 +38,7 @@ class LoadedRollout:
         self,
         config: Config,
         grid_position: GridPosition,
-        hf_config: dict[str, Any],
+        hf_config: HFConfig,
         replay: RoutingReplay,
         *,
         num_chunks: int,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from megatron_r1 import models
 from megatron_r1.config.algorithms import LossSettings
 from megatron_r1.models.gradients import fp32_main_grad
-from megatron_r1.models.hf_config import has_score_head
+from megatron_r1.models.hf_config import HFConfig, has_score_head
 from megatron_r1.trainer.batch import LossHead, PackedBatch
 from megatron_r1.trainer.losses import Loss, LossTerms
 from megatron_r1.trainer.reward_losses import ScoreHeadOutput
@@ -24,7 +24,7 @@ class OutputHeads:
     def __init__(
         self,
         model_chunks: Sequence[nn.Module],
-        hf_config: dict[str, Any],
+        hf_config: HFConfig,
         groups: ProcessGroupCollection,
     ):
         """Take the model whose output layer is used.

@@ -80,12 +80,12 @@ def run_passes(
 
 def _forward_step(
     compute: OutputFunction, inputs: ModelInputs | None, forward_only: bool
-) -> Callable[..., tuple]:
+) -> Callable[..., tuple[Any, Callable[[Tensor], Any]]]:
     """Return the function that Megatron's schedule calls for one forward pass."""
 
     def forward_step(
         iterator: Iterator[PackedBatch], model: torch.nn.Module, return_schedule_plan: bool = False
-    ) -> tuple:
+    ) -> tuple[Any, Callable[[Tensor], Any]]:
         batch = next(iterator)
         arguments = inputs(model, batch) if inputs else {}
         # Asked for with parallel.overlap_expert_exchange; `model` is then bare.

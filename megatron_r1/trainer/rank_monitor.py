@@ -172,7 +172,7 @@ GRACE_SECONDS = 10.0
 class RankMonitor:
     """Created on the main thread, whose stack it reports first."""
 
-    def __init__(self, connect: Callable[[], zmq.Socket]) -> None:
+    def __init__(self, connect: Callable[[], zmq.Socket[bytes]]) -> None:
         """Start the monitor's thread.
 
         Args:

@@ -134,8 +134,8 @@ def _late_ranks(error: Exception, monitor: RankMonitor, timeout_seconds: float) 
     )
 
 
-def _dealer(name: bytes) -> zmq.Socket:
-    socket: zmq.Socket = zmq.Context.instance().socket(zmq.DEALER)
+def _dealer(name: bytes) -> zmq.Socket[bytes]:
+    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
     socket.setsockopt(zmq.IDENTITY, name)
     protect_client(socket, os.environ[RANKS_TOKEN_VARIABLE])
     # A controller whose host vanished without closing the connection is noticed within a minute.
@@ -144,7 +144,7 @@ def _dealer(name: bytes) -> zmq.Socket:
     return socket
 
 
-def _connected(name: bytes, address: str) -> zmq.Socket:
+def _connected(name: bytes, address: str) -> zmq.Socket[bytes]:
     socket = _dealer(name)
     socket.connect(address)
     return socket

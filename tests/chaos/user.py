@@ -73,7 +73,7 @@ class User:
         self._seen: dict[int, str] = {}
         self._mark: tuple[int, int] | None = None
         self._best_at_start = [-1] * PATIENCE
-        self.process: subprocess.Popen | None = None
+        self.process: subprocess.Popen[bytes] | None = None
 
     @property
     def seconds(self) -> float:

@@ -163,7 +163,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def _collected(folder: Path, report: dict[str, Any]) -> dict[str, Any]:
     """Return {"runs": {algorithm: {seed: figures}}, "responses": number that a step trains on}."""
-    runs: dict[str, dict[str, dict]] = {}
+    runs: dict[str, dict[str, dict[str, Any]]] = {}
     counts: set[int] = set()
     for name in CHOICES:
         for seed, stage in report["stages"][name]["by_seed"].items():
@@ -243,7 +243,7 @@ def _steps(counts: Sequence[int | None]) -> str:
     return f"{spread.mean:.1f} ± {spread.deviation:.1f}"
 
 
-def table(runs: dict[str, dict[str, dict]]) -> str:
+def table(runs: dict[str, dict[str, dict[str, Any]]]) -> str:
     """Return {algorithm: {seed: `run_figures`}} as a Markdown table."""
     lines = [f"| algorithm | {' | '.join(HEADS)} |", "|---|" + "---:|" * len(HEADS)]
     for name, by_seed in runs.items():

@@ -170,7 +170,7 @@ def run(root: Path, claim: Claim, limit: float) -> tuple[int | None, str]:
     return status, log.read_text(encoding="utf-8", errors="replace")
 
 
-def end_process(process: subprocess.Popen) -> None:
+def end_process(process: subprocess.Popen[bytes]) -> None:
     """End what is left of a command and of the processes that it started."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         deadline = time.monotonic() + END_SECONDS

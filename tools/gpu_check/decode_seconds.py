@@ -19,7 +19,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from megatron_r1.config.hardware import HARDWARE, Hardware
-from megatron_r1.models.hf_config import published_names, read_hf_config
+from megatron_r1.models.hf_config import HFConfig, published_names, read_hf_config
 from megatron_r1.models.memory import BYTES
 from megatron_r1.plan.counts import ModelCounts
 from tools.bench.host import ROOT
@@ -45,7 +45,7 @@ TOKENS = {"gpu": 128, "null-gpu": 8, "cpu": 8}
 """Decoded by each sequence, and twice as many in a second run, by where it runs."""
 
 
-def model(variant: Variant, small: dict) -> dict:
+def model(variant: Variant, small: HFConfig) -> HFConfig:
     """Return the config.json of an engine's model.
 
     Args:
@@ -60,13 +60,13 @@ def model(variant: Variant, small: dict) -> dict:
     return widen_config(hf_config, small, **sizes)
 
 
-def layer_bytes(hf_config: dict) -> int:
+def layer_bytes(hf_config: HFConfig) -> int:
     """Return the bytes of the weights of a layer with experts, all of which are read."""
-    deeper_hf_config = hf_config | {"num_hidden_layers": hf_config["num_hidden_layers"] + 1}
+    deeper_hf_config = {**hf_config, "num_hidden_layers": hf_config["num_hidden_layers"] + 1}
     return (ModelCounts(deeper_hf_config).total - ModelCounts(hf_config).total) * BYTES["bfloat16"]
 
 
-def pass_bytes(hf_config: dict) -> int:
+def pass_bytes(hf_config: HFConfig) -> int:
     """Return the bytes of the weights that a pass reads: all but the embedding, of which it reads
     a row for each sequence."""
     embedding = hf_config["vocab_size"] * hf_config["hidden_size"]

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_r1.base.processes.children import free_port, rank_variables
 from megatron_r1.config import Config, dump
+from megatron_r1.models.hf_config import HFConfig
 from megatron_r1.rehearse import model
 from tools.gpu_check import verdict
 from tools.gpu_check.miniatures import (
@@ -93,7 +94,7 @@ def settings(case: str, folder: Path) -> tuple[Config, Config]:
     )
 
 
-def _write_model(folder: Path, hf_config: dict) -> None:
+def _write_model(folder: Path, hf_config: HFConfig) -> None:
     """Write random weights that bf16 holds exactly, so that both sides start from the same ones."""
     model.write_folder(folder, hf_config, seed=0)
     file = folder / "model.safetensors"

@@ -12,7 +12,7 @@ import yaml
 from megatron_r1.base.files import atomic_write
 from megatron_r1.config import Config, load
 from megatron_r1.config.hardware import HARDWARE
-from megatron_r1.models.hf_config import read_hf_config
+from megatron_r1.models.hf_config import HFConfig, read_hf_config
 from megatron_r1.plan.quantity import RELATIVE_TO
 from megatron_r1.rehearse import miniature
 from megatron_r1.rehearse.settings import RehearsalDevice
@@ -57,7 +57,7 @@ def recipe_miniature(
     return miniature.make_miniature(config, hf_config, folder, max_ranks, device=device)
 
 
-def widen_config(hf_config: dict, small: dict, **sizes: int) -> dict:
+def widen_config(hf_config: HFConfig, small: HFConfig, **sizes: int) -> HFConfig:
     """Return a model of few layers and experts with the widths of a large one.
 
     Args:

@@ -47,7 +47,7 @@ def settings(case: str, folder: Path) -> miniature.Miniature:
     without_drafter = {"model.mtp": "none", "rollout.speculative.method": "none"}
     config = load(recipe, without_drafter | {"run.steps": STEPS, "push.transport": _transport()})
     path = ROOT / config.model.path
-    hf_config = read_hf_config(str(path)) | {"num_nextn_predict_layers": 0}
+    hf_config = {**read_hf_config(str(path)), "num_nextn_predict_layers": 0}
     small = miniature.make_miniature(
         config, hf_config, folder, 1, device="gpu" if device_kind() == "cpu" else device_kind()
     )

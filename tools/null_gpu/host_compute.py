@@ -15,6 +15,7 @@ import inspect
 import sys
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -40,7 +41,7 @@ def _sum_with_product(c, a, b, dtype, *, beta=1, alpha=1, out=None):
     return result if out is None else out.copy_(result)
 
 
-KERNELS: dict[str, Callable] = {
+KERNELS: dict[str, Callable[..., Any]] = {
     **{f"aten::{name}.dtype{end}": _product for name in ("mm", "bmm") for end in ("", "_out")},
     **{
         f"aten::{name}.dtype{end}": _sum_with_product
@@ -52,7 +53,7 @@ KERNELS: dict[str, Callable] = {
 of CPU tensors."""
 KERNEL_NAMESPACES = ("_C", "_C_cache_ops", "_moe_C", "_vllm_fa2_C", "_vllm_fa3_C")
 """Those of vLLM's compiled operators: what is not in `KERNELS` does nothing, with a warning."""
-PYTHON_OPERATORS: dict[str, Callable] = {}
+PYTHON_OPERATORS: dict[str, Callable[..., Any]] = {}
 """Operator that is written in Python → its function (`record_python_operators`)."""
 
 
@@ -81,7 +82,9 @@ READS = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
 """Tags of operators whose result's shape, or whose Python number, depends on a tensor's numbers."""
 
 
-def waits_on_a_gpu(func: torch._ops.OpOverload, args: tuple, kwargs: dict) -> bool:
+def waits_on_a_gpu(
+    func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> bool:
     """Whether the host waits in CUDA's operator: for a number of the result's shape, for a mask's
     count, or for a copy between CPU and GPU that is not `non_blocking`."""
     name = func._schema.name.removeprefix("aten::")
@@ -101,7 +104,7 @@ def waits_on_a_gpu(func: torch._ops.OpOverload, args: tuple, kwargs: dict) -> bo
     return bool(READS & set(func.tags))
 
 
-def is_transfer(name: str, args: tuple, kwargs: dict) -> bool:
+def is_transfer(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether an operator copies bytes between CPU and GPU as they are."""
     if name == "copy_":
         target, source = args[:2]

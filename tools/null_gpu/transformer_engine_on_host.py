@@ -11,11 +11,12 @@ import importlib
 import sys
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import torch
 from host_compute import KERNELS
 
-ORIGINALS: dict[str, Callable] = {}
+ORIGINALS: dict[str, Callable[..., Any]] = {}
 """The functions of the extension, by name: of other kinds of FP8, which do nothing."""
 BLOCK = 128
 

@@ -15,12 +15,12 @@ import torch
 from host_compute import drain, on_host
 
 BATCHED_TOKENS = 512
-KERNELS: dict[str, Callable] = {}
+KERNELS: dict[str, Callable[..., Any]] = {}
 """Name of an operator → the function on CPU tensors that takes its place."""
 
 
-def _kernel(name: str) -> Callable[[Callable], Callable]:
-    def add(function: Callable) -> Callable:
+def _kernel(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def add(function: Callable[..., Any]) -> Callable[..., Any]:
         KERNELS[name] = function
         return function
 

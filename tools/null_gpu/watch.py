@@ -179,7 +179,7 @@ def born(pid: int) -> int:
     return 0 if fields[0] in "ZX" else int(fields[19])
 
 
-def _used(calls: ctypes.Array) -> list[CallRecord]:
+def _used(calls: ctypes.Array[CallRecord]) -> list[CallRecord]:
     """Return the records of calls that are not ended: few of thousands."""
     numbers = np.frombuffer(memoryview(calls), np.int32).reshape(CALLS, -1)
     states = numbers[:, CallRecord.state.offset // 4]

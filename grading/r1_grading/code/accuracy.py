@@ -7,6 +7,7 @@ import functools
 import marshal
 import time
 from collections.abc import Iterator
+from typing import Any
 
 from r1_grading.base.errors import shorten
 from r1_grading.code.checker import run_checker
@@ -32,7 +33,7 @@ def grade(
     *,
     language: str | None = None,
     partial: bool | None = False,
-    limits: dict | None = None,
+    limits: dict[str, Any] | None = None,
     standard: str | None = "c++20",
     thought_opened: bool = False,
     **entry: object,

@@ -222,7 +222,7 @@ def _check_keys(value: dict[str, Any], subject: str, keys: tuple[str, ...]) -> N
         raise ValueError(f"{subject} has {unknown[0]!r}{hint} (known: {', '.join(keys)})")
 
 
-def _text_or_none(truth: dict, key: str) -> str | None:
+def _text_or_none(truth: dict[str, Any], key: str) -> str | None:
     value = truth.get(key)
     if value is not None and (not isinstance(value, str) or not value.strip()):
         raise ValueError(f"{WHAT}: {key} must be text, got {value!r}")

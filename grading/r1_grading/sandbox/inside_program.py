@@ -51,7 +51,7 @@ def run(source: bytes, path: str, files: "list[str]") -> None:
     if files:
         import os
 
-        def watch(event: str, arguments: tuple) -> None:
+        def watch(event: str, arguments: tuple[object, ...]) -> None:
             if event == "open" and os.path.basename(str(arguments[0])) == files[-1]:
                 os.write(2, b"\0actual\n")
 
@@ -96,7 +96,9 @@ def call(name: str, source: bytes, path: str) -> None:
     posix._exit(0)
 
 
-def provide_names(code: "CodeType", namespace: dict, names: "dict[str, str]") -> None:
+def provide_names(
+    code: "CodeType", namespace: "dict[str, object]", names: "dict[str, str]"
+) -> None:
     """Import those of `names` that `code` uses, into its `namespace`.
 
     Args:

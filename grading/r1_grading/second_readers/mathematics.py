@@ -10,6 +10,7 @@ come from the same patterns."""
 
 import logging
 import re
+from typing import Any
 
 from math_verify import parse, verify
 
@@ -100,7 +101,7 @@ def _upstream(truth: str, answer: str) -> str:
     return CORRECT if verify(expected, _parsed(answer), timeout_seconds=None) else INCORRECT
 
 
-def _parsed(text: str) -> list:
+def _parsed(text: str) -> list[Any]:
     marked = text if "$" in text or r"\(" in text or r"\[" in text else f"${text}$"
     return parse(marked, parsing_timeout=None) or parse(text, parsing_timeout=None)
 

@@ -22,6 +22,8 @@ To have the same bits as the plain definition:
   so newer devices use their own instruction. Both give the same code for all values of a scaled
   block, within ±448 and NaN; beyond, one of them saturates."""
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -209,7 +211,7 @@ def dequantize_blocks(
     return out
 
 
-def _launch(kernel, arguments: tuple, *, TILE_ROWS: int, **settings) -> None:
+def _launch(kernel, arguments: tuple[Any, ...], *, TILE_ROWS: int, **settings) -> None:
     """Launch one program per tile.
 
     Args:

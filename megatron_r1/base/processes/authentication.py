@@ -8,6 +8,7 @@ import os
 import secrets
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 import zmq
 from zmq.utils import z85
@@ -67,13 +68,13 @@ def known_token(path: str | os.PathLike[str] | None) -> str:
     return token
 
 
-def protect_server(socket: zmq.Socket, token: str) -> None:
+def protect_server(socket: zmq.Socket[Any], token: str) -> None:
     """Let only holders of `token` connect; call before `bind`."""
     socket.curve_secretkey = _server_secret(token)
     socket.curve_server = True
 
 
-def protect_client(socket: zmq.Socket, token: str) -> None:
+def protect_client(socket: zmq.Socket[Any], token: str) -> None:
     """Connect as a holder of `token`; call before `connect`."""
     socket.curve_publickey, socket.curve_secretkey = zmq.curve_keypair()
     socket.curve_serverkey = zmq.curve_public(_server_secret(token))

@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -206,7 +207,7 @@ def close() -> None:
     _importers.clear()
 
 
-def _options(environment: Mapping[str, str]) -> dict:
+def _options(environment: Mapping[str, str]) -> dict[str, Any]:
     # Of NumPy's threads, which would make a fork unsafe, there is none.
     return children.popen_options({"OPENBLAS_NUM_THREADS": "1", **environment})
 

@@ -18,7 +18,7 @@ OWNER = ".r1_owner"
 in shared memory that are deleted with the folder."""
 
 
-class Scratch(tempfile.TemporaryDirectory):
+class Scratch(tempfile.TemporaryDirectory[str]):
     """A temporary folder for one process and those under it, until `cleanup`. That of a killed
     process is deleted when the next one is made.
 

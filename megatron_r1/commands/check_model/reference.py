@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.commands.check_model.results import ReferenceResult, Refusal
 from megatron_r1.data.tokenizer import load_tokenizer
-from megatron_r1.models.hf_config import read_hf_config
+from megatron_r1.models.hf_config import HFConfig, read_hf_config
 from megatron_r1.models.transformers_model import load_with_transformers, write_dequantized
 from megatron_r1.models.weights.formats.hf_folder import HFWeights
 
@@ -159,7 +159,7 @@ def _check_template(folder: Path, tokenizer: Any) -> None:
 
 
 def _logprobs(
-    folder: Path, hf_config: dict, dtype: torch.dtype, sequences: list[list[int]]
+    folder: Path, hf_config: HFConfig, dtype: torch.dtype, sequences: list[list[int]]
 ) -> list[torch.Tensor]:
     """Return transformers' log-probability of each token but the first, (n - 1,) fp32, for each
     sequence of n.

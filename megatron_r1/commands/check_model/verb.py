@@ -18,6 +18,7 @@ import sys
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import psutil
@@ -168,7 +169,7 @@ def run(config: Config, folder: str, json: str | None = None) -> None:
         raise RunError(f"{folder}: {result.problem}")
 
 
-def _write(path: str | None, result: ModelCheckResult | dict) -> None:
+def _write(path: str | None, result: ModelCheckResult | dict[str, Any]) -> None:
     """Write what was found as JSON, if asked to: also a failure, so that no older file stays."""
     if path is not None:
         atomic_write(path, msgspec.json.format(msgspec.json.encode(result)).decode() + "\n")

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from megatron_r1.models.hf_config import has_score_head, read_hf_config
+from megatron_r1.models.hf_config import HFConfig, has_score_head, read_hf_config
 
 
 def _fixed_tokens(vocabulary: int) -> torch.Tensor:
@@ -68,7 +68,7 @@ def megatron_logits(checkpoint: Path, folder: Path, dtype: str) -> torch.Tensor:
     return logits.view(*tokens.shape, -1)[..., : hf_config["vocab_size"]].cpu()
 
 
-def _load_checkpoint(model: Any, hf_config: dict, checkpoint: Path) -> None:
+def _load_checkpoint(model: Any, hf_config: HFConfig, checkpoint: Path) -> None:
     from megatron.core import dist_checkpointing, parallel_state
 
     from megatron_r1.models import weights

@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.models.hf_config import read_hf_config
+from megatron_r1.models.hf_config import HFConfig, read_hf_config
 from megatron_r1.models.support_checks import check_supported
 from megatron_r1.models.weights.formats.dcp import DistributedCheckpoint
 from megatron_r1.models.weights.formats.hf_folder import HFWeights
@@ -137,7 +137,7 @@ def check_manifest(checkpoint: FoundCheckpoint, verify: Verify, args: Namespace)
     )
 
 
-def read_supported_config(folder: Path, checkpoint: Path | None = None) -> dict:
+def read_supported_config(folder: Path, checkpoint: Path | None = None) -> HFConfig:
     """Return the config.json in `folder`.
 
     Args:
@@ -157,7 +157,7 @@ def read_supported_config(folder: Path, checkpoint: Path | None = None) -> dict:
     return hf_config
 
 
-def read_config(folder: Path, checkpoint: Path | None = None) -> dict:
+def read_config(folder: Path, checkpoint: Path | None = None) -> HFConfig:
     """Return the config.json as `read_supported_config` does, of any model."""
     scores = checkpoint is not None and SCORE in DistributedCheckpoint(checkpoint).shapes
     return read_hf_config(folder, "score" if scores else None)

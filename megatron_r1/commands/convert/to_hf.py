@@ -33,18 +33,19 @@ from megatron_r1.commands.convert.sources import (
 )
 from megatron_r1.commands.convert.verify import ModelPair, compare
 from megatron_r1.commands.convert.work_folder import WorkFolder
-from megatron_r1.models.hf_config import has_score_head
+from megatron_r1.models.hf_config import HFConfig, has_score_head
 from megatron_r1.models.weights import num_parameters
 from megatron_r1.models.weights.formats import published_layout, quantized_blocks
 from megatron_r1.models.weights.formats.hf_folder import KnownScales
 from megatron_r1.models.weights.formats.hf_writer import (
+    Tensors,
     copy_model_files,
     split_into_files,
     write_config,
     write_index,
 )
 from megatron_r1.models.weights.formats.megatron_weights import MegatronWeights
-from megatron_r1.models.weights.formats.published_layout import stacked_part
+from megatron_r1.models.weights.formats.published_layout import StackedPart, stacked_part
 from megatron_r1.models.weights.formats.tensor_files import (
     PlannedTensor,
     plan_file,
@@ -225,7 +226,7 @@ def run(args: Namespace) -> int:
     return 0
 
 
-def _hf_tensors_on_disk(hf_config: dict, dtype: torch.dtype, with_mtp: bool) -> dict:
+def _hf_tensors_on_disk(hf_config: HFConfig, dtype: torch.dtype, with_mtp: bool) -> Tensors:
     """Return {name: (shape, dtype)}; FP8 as published: projections with scales, others in bf16."""
     if dtype != FP8:
         return stored_tensors(hf_config, dtype, with_mtp=with_mtp)
@@ -241,7 +242,7 @@ def _hf_tensors_on_disk(hf_config: dict, dtype: torch.dtype, with_mtp: bool) -> 
     return tensors
 
 
-def _write_file(job: ExportJob, part: tuple[str, dict]) -> None:
+def _write_file(job: ExportJob, part: tuple[str, Tensors]) -> None:
     """Write one safetensors file atomically, unless it exists."""
     name, tensors = part
     path = job.folder / name
@@ -290,12 +291,14 @@ def _write_tensor(
 
 
 @cache
-def _inputs(job: ExportJob) -> tuple[MegatronWeights, KnownScales, dict[str, list]]:
+def _inputs(
+    job: ExportJob,
+) -> tuple[MegatronWeights, KnownScales, dict[str, list[list[tuple[str, StackedPart]]]]]:
     """Open the inputs, once per process; with them the (tensor, part) pairs of each expert in every
     tensor that has all experts of a layer."""
     hf_config = read_config(job.hf_files, job.checkpoint)
     weights = MegatronWeights(job.checkpoint, hf_config)
-    stacked: dict[str, list] = {}
+    stacked: dict[str, list[list[tuple[str, StackedPart]]]] = {}
     for tensor in weights.tensors:
         if part := stacked_part(hf_config, tensor):
             experts = stacked.setdefault(

@@ -91,7 +91,7 @@ class WorkFolder:
     Raises:
         UserError: OUT exists, the folder has another plan, or another process holds it."""
 
-    def __init__(self, out: Path, plan: dict):
+    def __init__(self, out: Path, plan: dict[str, Any]):
         if out.exists():
             raise UserError(
                 f"{out} exists already; remove it or give another OUT",
@@ -147,7 +147,7 @@ class WorkFolder:
         fsync(self.out.parent)
         self._plan_beside.unlink()
 
-    def _check(self, plan: dict) -> None:
+    def _check(self, plan: dict[str, Any]) -> None:
         if self._plan_beside.exists():
             self._plan_beside.rename(self._plan)
         if not self._plan.exists():

@@ -7,6 +7,7 @@ texts may hold lone surrogates, which strings of msgpack must not."""
 from __future__ import annotations
 
 from array import array
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -283,7 +284,7 @@ def _shortened(versions: array[int]) -> memoryview:
     return memoryview(versions[:1] if is_uniform else versions)
 
 
-def _array(typecode: str, content: memoryview) -> array:
-    values: array = array(typecode)
+def _array(typecode: str, content: memoryview) -> array[Any]:
+    values: array[Any] = array(typecode)
     values.frombytes(content)
     return values

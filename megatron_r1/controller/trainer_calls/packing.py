@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import Config
-from megatron_r1.models.hf_config import head_sizes
+from megatron_r1.models.hf_config import HFConfig, head_sizes
 from megatron_r1.models.weights import hf_tensors
 from megatron_r1.reporting.formatting import format_count
 from megatron_r1.trainer.prefix_matching import PrefixMatcher, group_by_first_prompt
@@ -215,20 +215,20 @@ def check_batches(config: Config, verb: str, world_size: int, rank: str = "train
         )
 
 
-def sample_cost(hf_config: dict) -> Callable[[int], float]:
+def sample_cost(hf_config: HFConfig) -> Callable[[int], float]:
     """Return the function length in tokens -> cost, in tokens without attention, for model
     `hf_config`."""
     balance = balance_length(hf_config)
     return lambda length: length * (1 + length / balance)
 
 
-def balance_length(hf_config: dict) -> float:
+def balance_length(hf_config: HFConfig) -> float:
     """Return s_0: the number of tokens at which attention costs as much as everything else."""
     width = hf_config["num_attention_heads"] * sum(head_sizes(hf_config))
     return 2 * active_parameters(hf_config) / (hf_config["num_hidden_layers"] * width)
 
 
-def active_parameters(hf_config: dict) -> float:
+def active_parameters(hf_config: HFConfig) -> float:
     """Return the number of weights that one token is multiplied with: its routed experts and the
     head count, the embedding and the multi-token-prediction layers do not."""
     num_experts, num_active = (

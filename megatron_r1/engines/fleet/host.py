@@ -75,7 +75,7 @@ class HostLink:
                 cause=Cause.MALFORMED,
             )
         self.address, self._peer = address, (parts.hostname, parts.port)
-        self._socket: zmq.Socket = zmq.Context.instance().socket(zmq.DEALER)
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         self._socket.setsockopt(zmq.IDENTITY, uuid.uuid4().hex.encode())
         self._socket.setsockopt(zmq.IMMEDIATE, 1)  # nothing queues for a connection that is down
         self._socket.setsockopt(zmq.LINGER, 1000)
@@ -83,7 +83,7 @@ class HostLink:
         self._socket.setsockopt(zmq.HEARTBEAT_IVL, 2_000)
         self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 10_000)
         protect_client(self._socket, token)
-        self._monitor: zmq.Socket = self._socket.get_monitor_socket(REFUSED)
+        self._monitor: zmq.Socket[bytes] = self._socket.get_monitor_socket(REFUSED)
         self._socket.connect(address)
         self._decode = msgspec.msgpack.Decoder(HostOrders).decode
 

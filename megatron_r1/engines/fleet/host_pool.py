@@ -190,7 +190,7 @@ class HostPool:
         self.hosts_per_engine = hosts_per_engine
         self.silence_seconds, self.notify = silence_seconds, notify
         self._memory = shared_memory_identity() if needs_shared_memory else None
-        self._socket: zmq.Socket = zmq.Context.instance().socket(zmq.ROUTER)
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # an error if the connection is closed
         # A host that reconnects replaces its old connection, which may still look open. Without
         # this it is refused: a network down for 11 s cost a host's engines, although 30 s are

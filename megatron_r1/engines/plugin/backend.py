@@ -8,6 +8,7 @@ error. `load_check` verifies that it computes with what arrived."""
 import datetime
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.distributed import TCPStore
@@ -40,11 +41,11 @@ from megatron_r1.push.transports.base import Receiver
 class PushInitInfo(WeightTransferInitInfo):
     """The arguments with which an engine connects to the trainer's ranks."""
 
-    store: list
+    store: list[Any]
     """[host, port] of the trainer's store."""
     name: str
     """Name of the set of equal engines that are connected together, unique to this connection."""
-    tensors: list
+    tensors: list[tuple[str, list[int]]]
     """[name, shape] of every tensor of the checkpoint."""
     member_index: int = 0
     """This engine's number in the set."""
@@ -56,7 +57,7 @@ class PushInitInfo(WeightTransferInitInfo):
     """Time limit of a push."""
     allocates_per_push: bool = False
     """Whether the memory of weights in transit has another use between pushes."""
-    adapter: dict | None = None
+    adapter: dict[str, Any] | None = None
     """Where the tensors are an adapter's: its settings (`pushed_adapter.PushedAdapter`)."""
 
 
@@ -83,8 +84,8 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
     lora: WorkerLoRAManager | None = None
     """vLLM's manager of adapters (`engines.plugin.drafter_patches`)."""
     _receiver: Receiver | None = None
-    _store: list | None = None
-    _recorded: tuple[list, SlotTable] | None = None
+    _store: list[Any] | None = None
+    _recorded: tuple[list[tuple[str, list[int]]], SlotTable] | None = None
     _adapter: PushedAdapter | None = None
 
     def init_transfer_engine(self, init_info: PushInitInfo) -> None:
@@ -139,7 +140,9 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
             self._recorded = init_info.tensors, table
         return self._recorded[1]
 
-    def _adapter_table(self, settings: dict, tensors: list) -> SlotTable:
+    def _adapter_table(
+        self, settings: dict[str, Any], tensors: list[tuple[str, list[int]]]
+    ) -> SlotTable:
         if self.lora is None:
             raise ValueError("an adapter is pushed, and the engine was started without LoRA")
         if self._adapter is None:

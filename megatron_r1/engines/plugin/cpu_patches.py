@@ -354,7 +354,7 @@ class RowCollector:
         # Of each prompt that is computed in parts: its first position, and the rows so far.
         self._parts: dict[str, tuple[int, np.ndarray]] = {}
 
-    def collect(self, runner: Any, scheduled: Any, sampled: list) -> dict:
+    def collect(self, runner: Any, scheduled: Any, sampled: list[list[int]]) -> dict[str, Any]:
         """Return, by request in which a token was sampled, the rows from the position that the
         scheduler asks for.
 

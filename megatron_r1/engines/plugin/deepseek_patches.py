@@ -80,7 +80,9 @@ def gather_single_tokens(layer: Any) -> None:
 
     upstream = layer.forward
 
-    def forward(self: Any, positions: torch.Tensor, *states: Any, **kwargs: Any) -> tuple:
+    def forward(
+        self: Any, positions: torch.Tensor, *states: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         hidden_states, residual = upstream(self, positions, *states, **kwargs)  # drafters name them
         if self.use_sequence_parallel_moe and positions.shape[0] == 1:
             # Over the tensor group: its first rank holds the token, the others the padding.

@@ -27,7 +27,7 @@ def expose_drafter() -> None:
 
     upstream = Worker.init_weight_transfer_engine
 
-    def init_weight_transfer_engine(self: Any, init_info: dict) -> None:
+    def init_weight_transfer_engine(self: Any, init_info: dict[str, Any]) -> None:
         if self.weight_transfer_engine is not None:
             self.weight_transfer_engine.drafter = self.get_draft_model()
             # None without `--enable-eplb`; runners on a CPU have none.
@@ -82,7 +82,7 @@ def _configure_as_the_model() -> None:
     SpeculativeConfig.compose_draft_hf_overrides = staticmethod(compose_draft_hf_overrides)
 
 
-def _with_target_settings(settings: dict, hf_config: Any) -> Any:
+def _with_target_settings(settings: dict[str, Any], hf_config: Any) -> Any:
     """Return the drafter's configuration with these keys."""
     from vllm.config.speculative import SpeculativeConfig
 

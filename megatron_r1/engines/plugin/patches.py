@@ -66,8 +66,8 @@ def read_every_reply() -> None:
         self: Any,
         method: Any,
         timeout: float | None = None,
-        args: tuple = (),
-        kwargs: dict | None = None,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
         non_block: bool = False,
         unique_reply_rank: int | None = None,
         **aggregators: Any,
@@ -111,7 +111,7 @@ def end_unfinished_updates() -> None:
 
     upstream = Worker.init_weight_transfer_engine
 
-    def init_weight_transfer_engine(self: Any, init_info: dict) -> None:
+    def init_weight_transfer_engine(self: Any, init_info: dict[str, Any]) -> None:
         self._weight_update_active = False
         upstream(self, init_info)
 

@@ -9,10 +9,10 @@ from typing import Any
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import Config
 from megatron_r1.engines.server.errors import EngineError
-from megatron_r1.models.hf_config import implied_settings, language_settings, load_config
+from megatron_r1.models.hf_config import HFConfig, implied_settings, language_settings, load_config
 
 
-def read_model_config(model: Path) -> dict:
+def read_model_config(model: Path) -> HFConfig:
     """Return a model's `config.json`.
 
     Raises:
@@ -36,7 +36,7 @@ def read_model_config(model: Path) -> dict:
     return hf_config
 
 
-def config_arguments(hf_config: dict, overrides: Mapping[str, Any] | None) -> list[str]:
+def config_arguments(hf_config: HFConfig, overrides: Mapping[str, Any] | None) -> list[str]:
     """Return vLLM's arguments for a model of config.json `hf_config` read with `overrides`, and
     with what its class needs and transformers does not write.
 

@@ -6,7 +6,6 @@ key of `config.json`. Lines are of vLLM 0.32."""
 
 import os
 from importlib.util import find_spec
-from typing import Any
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import Config, RolloutConfig
@@ -16,6 +15,7 @@ from megatron_r1.engines.server.vllm_arguments import check_reserved
 from megatron_r1.models.families import FAMILIES
 from megatron_r1.models.hf_config import (
     ARCHITECTURES,
+    HFConfig,
     language_settings,
     model_family,
     padded_vocabulary,
@@ -25,7 +25,7 @@ from megatron_r1.models.hf_config import (
 )
 
 
-def check_engines(config: Config, hf_config: dict) -> None:
+def check_engines(config: Config, hf_config: HFConfig) -> None:
     """Raise UserError for settings with which no rollout engine can serve the model.
 
     Args:
@@ -46,7 +46,7 @@ def check_engines(config: Config, hf_config: dict) -> None:
     _check_speculation(rollout, hf_config)
 
 
-def _check_redundant_experts(rollout: RolloutConfig, hf_config: dict) -> None:
+def _check_redundant_experts(rollout: RolloutConfig, hf_config: HFConfig) -> None:
     """Raise UserError for copies of experts that engines cannot have."""
     copies, key = rollout.redundant_experts, "rollout.redundant_experts"
     ranks = rollout.tensor_parallel * rollout.data_parallel
@@ -103,14 +103,14 @@ def check_local_experts(rollout: RolloutConfig) -> None:
         )
 
 
-def num_experts(hf_config: dict) -> int:
+def num_experts(hf_config: HFConfig) -> int:
     """Return the routed experts of a layer of the model of config.json `hf_config`, 0 without
     any."""
     names = ("n_routed_experts", "num_local_experts", "num_experts")  # by architecture
     return next((count for name in names if (count := language_settings(hf_config).get(name))), 0)
 
 
-def _check_speculation(rollout: RolloutConfig, hf_config: dict) -> None:
+def _check_speculation(rollout: RolloutConfig, hf_config: HFConfig) -> None:
     """Check that vLLM can draft for the model.
 
     Args:
@@ -157,7 +157,7 @@ def _check_speculation(rollout: RolloutConfig, hf_config: dict) -> None:
         )
 
 
-def check_ranks(engines: RolloutConfig | TeacherEngines, hf_config: dict, section: str) -> None:
+def check_ranks(engines: RolloutConfig | TeacherEngines, hf_config: HFConfig, section: str) -> None:
     """Raise UserError for engines whose ranks cannot share the model.
 
     Args:
@@ -215,7 +215,7 @@ def check_ranks(engines: RolloutConfig | TeacherEngines, hf_config: dict, sectio
 
 
 def _check_expert_ranks(
-    engines: RolloutConfig | TeacherEngines, language: dict, section: str
+    engines: RolloutConfig | TeacherEngines, language: HFConfig, section: str
 ) -> None:
     experts = num_experts(language)
     if not experts:
@@ -235,7 +235,7 @@ def _check_expert_ranks(
         )
 
 
-def _check_sparse(hf_config: dict) -> None:
+def _check_sparse(hf_config: HFConfig) -> None:
     """Raise UserError for a mixture of experts whose layers are all dense: vLLM's class needs one
     layer with experts (models/glm4_moe.py:509, models/qwen3_moe.py:607, vLLM 0.32)."""
     classes = {"Glm4MoeForCausalLM", "Qwen3MoeForCausalLM"}
@@ -251,7 +251,9 @@ def _check_sparse(hf_config: dict) -> None:
         )
 
 
-def _check_gpt_oss(engines: RolloutConfig | TeacherEngines, hf_config: dict, section: str) -> None:
+def _check_gpt_oss(
+    engines: RolloutConfig | TeacherEngines, hf_config: HFConfig, section: str
+) -> None:
     """Raise UserError for ranks among which vLLM's class of gpt-oss cannot divide the model: a
     tensor rank needs key-value heads of its own, every rank an equal part of intermediate_size."""
     kv_heads, intermediate = hf_config["num_key_value_heads"], hf_config["intermediate_size"]
@@ -285,7 +287,7 @@ size and, where it is not padded, of a rank's part of an expert."""
 REMEDY = "use a machine with a GPU, or a model of another size"
 
 
-def check_cpu_kernels(rollout: RolloutConfig, hf_config: dict[str, Any]) -> None:
+def check_cpu_kernels(rollout: RolloutConfig, hf_config: HFConfig) -> None:
     """Raise UserError for a model that engines on this host, which has no GPU, cannot compute.
 
     Args:
@@ -325,7 +327,7 @@ def check_cpu_kernels(rollout: RolloutConfig, hf_config: dict[str, Any]) -> None
         _check_experts(rollout, hf_config)
 
 
-def _check_experts(rollout: RolloutConfig, hf_config: dict[str, Any]) -> None:
+def _check_experts(rollout: RolloutConfig, hf_config: HFConfig) -> None:
     family, multiples = (
         model_family(hf_config),
         _only(f"multiples of {ALIGNMENT} in a model with experts"),

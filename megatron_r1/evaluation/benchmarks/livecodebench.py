@@ -171,7 +171,9 @@ def _question(location: str, row: dict[str, Any]) -> Question:
     return Question(str(row["question_id"]), text, "code", truth, fields)
 
 
-def _function_tests(location: str, row: dict[str, Any], tests: list[dict]) -> dict[str, Any]:
+def _function_tests(
+    location: str, row: dict[str, Any], tests: list[dict[str, Any]]
+) -> dict[str, Any]:
     """Return tests of a function: one JSON value per argument, one per line; the result is JSON."""
     try:
         name = json.loads(row["metadata"])["func_name"]

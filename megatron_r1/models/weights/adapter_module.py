@@ -121,7 +121,7 @@ def _factor_communication(
     return reduce_from_tensor_model_parallel_region
 
 
-def add_product(layer: Any, inputs: tuple, out: tuple) -> tuple:
+def add_product(layer: Any, inputs: tuple[Any, ...], out: tuple[Any, ...]) -> tuple[Any, ...]:
     """Return the output of a linear layer, (values, bias), with its adapter's product added to the
     values.
 
@@ -136,7 +136,7 @@ def add_product(layer: Any, inputs: tuple, out: tuple) -> tuple:
     return out[0] + layer.lora(x), *out[1:]
 
 
-def add_products(layer: Any, inputs: tuple, out: tuple) -> tuple:
+def add_products(layer: Any, inputs: tuple[Any, ...], out: tuple[Any, ...]) -> tuple[Any, ...]:
     """Return the output of a layer of all experts, (values, bias), with the adapters' products
     added to the values.
 

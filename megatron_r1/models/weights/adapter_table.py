@@ -9,7 +9,7 @@ from typing import Any
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
 from megatron_r1.config import Config
 from megatron_r1.config.model import LoraConfig
-from megatron_r1.models.hf_config import model_family
+from megatron_r1.models.hf_config import HFConfig, model_family
 from megatron_r1.models.weights.layout import Shape, recipe_stages
 from megatron_r1.models.weights.table import (
     Piece,
@@ -27,7 +27,7 @@ A, B = ".lora_A.weight", ".lora_B.weight"
 """Endings of the factors' names, PEFT's, in place of a weight's `.weight`."""
 
 
-def adapter_table(hf_config: dict, lora: LoraConfig) -> WeightTable:
+def adapter_table(hf_config: HFConfig, lora: LoraConfig) -> WeightTable:
     """Return the rules of all adapters; names of tensors as in PEFT, without its prefix.
 
     Raises:
@@ -57,7 +57,7 @@ def adapter_table(hf_config: dict, lora: LoraConfig) -> WeightTable:
     return WeightTable([], layers, [], [], num_experts=base.num_experts)
 
 
-def check_adapters(config: Config, hf_config: dict) -> None:
+def check_adapters(config: Config, hf_config: HFConfig) -> None:
     """Raise UserError for a target that the model does not have, and for a pipeline rank without
     any, which could neither train nor save."""
     assert config.model.lora is not None, "the recipe has no adapters"
@@ -86,7 +86,7 @@ def adapter_shapes(weight_table: WeightTable) -> dict[str, Shape]:
     return shapes
 
 
-def num_adapter_parameters(hf_config: dict, lora: LoraConfig) -> int:
+def num_adapter_parameters(hf_config: HFConfig, lora: LoraConfig) -> int:
     """Return the number of values of all factors together."""
     return sum(map(prod, adapter_shapes(adapter_table(hf_config, lora)).values()))
 

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,7 @@ from torch import Tensor
 from megatron_r1.base.files import atomic_write
 from megatron_r1.config.model import LoraConfig
 from megatron_r1.models.build import process_groups
+from megatron_r1.models.hf_config import HFConfig
 from megatron_r1.models.weights.adapter_module import Adapter, add_product, add_products
 from megatron_r1.models.weights.adapter_table import (
     PEFT_PREFIX,
@@ -38,7 +40,9 @@ from megatron_r1.models.weights.table import Piece, Shape
 _BITS = {2: torch.int16, 4: torch.int32}
 
 
-def attach_adapters(chunks: Sequence, hf_config: dict, lora: LoraConfig, seed: int) -> None:
+def attach_adapters(
+    chunks: Sequence[GPTModel], hf_config: HFConfig, lora: LoraConfig, seed: int
+) -> None:
     """Freeze the loaded model and give its target layers adapters; call before DDP.
 
     A is drawn as in PEFT, uniformly with the variance 1 / (3 in) of Kaiming's rule for a = sqrt(5),
@@ -76,12 +80,14 @@ def attach_adapters(chunks: Sequence, hf_config: dict, lora: LoraConfig, seed: i
             chunk.embedding.register_forward_hook(_needs_gradient)
 
 
-def has_adapters(chunks: Sequence) -> bool:
+def has_adapters(chunks: Sequence[torch.nn.Module]) -> bool:
     """Return whether adapters alone are trained."""
     return hasattr(unwrap_model(chunks[0]), "base_fingerprint")
 
 
-def adapter_factors(chunks: Sequence) -> Iterator[tuple[str, torch.nn.Parameter, LayoutEntry]]:
+def adapter_factors(
+    chunks: Sequence[torch.nn.Module],
+) -> Iterator[tuple[str, torch.nn.Parameter, LayoutEntry]]:
     """Yield (Megatron name, factor, layout entry) of all adapters on this rank."""
     for chunk in chunks:
         for path, module in unwrap_model(chunk).named_modules():
@@ -91,7 +97,9 @@ def adapter_factors(chunks: Sequence) -> Iterator[tuple[str, torch.nn.Parameter,
                 yield f"{path}.b", module.b, b_entry
 
 
-def adapter_pieces(chunks: Sequence) -> Iterator[tuple[Tensor, tuple[Piece, ...], bool]]:
+def adapter_pieces(
+    chunks: Sequence[torch.nn.Module],
+) -> Iterator[tuple[Tensor, tuple[Piece, ...], bool]]:
     """Yield (factor, pieces, owner) of all adapters on this rank, as `local_pieces`."""
     groups = process_groups(chunks)
     for _, factor, entry in adapter_factors(chunks):
@@ -130,11 +138,11 @@ def _initialize(adapter: Adapter, shapes: dict[str, Shape], seed: int) -> None:
         target.copy_(values.narrow(piece.dim, piece.hf_start, piece.length))
 
 
-def _needs_gradient(module: torch.nn.Module, inputs: tuple, out: Tensor) -> Tensor:
+def _needs_gradient(module: torch.nn.Module, inputs: tuple[Any, ...], out: Tensor) -> Tensor:
     return out.requires_grad_() if torch.is_grad_enabled() and not out.requires_grad else out
 
 
-def _fingerprint(chunks: Sequence, hf_config: dict) -> int:
+def _fingerprint(chunks: Sequence[torch.nn.Module], hf_config: HFConfig) -> int:
     """Return a number that depends on every bit of the whole model's weights, not on the layout.
 
     It is the sum of all elements' bits, each tensor's times a number made of its name, modulo 2^64.
@@ -153,7 +161,12 @@ def _fingerprint(chunks: Sequence, hf_config: dict) -> int:
 
 
 def save_adapter(
-    chunks: Sequence, hf_config: dict, lora: LoraConfig, base: str, out: Path, dtype: torch.dtype
+    chunks: Sequence[torch.nn.Module],
+    hf_config: HFConfig,
+    lora: LoraConfig,
+    base: str,
+    out: Path,
+    dtype: torch.dtype,
 ) -> None:
     """Write `out`, which peft.PeftModel.from_pretrained loads; call on every rank.
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import fsync, make_folder
-from megatron_r1.models.hf_config import has_score_head
+from megatron_r1.models.hf_config import HFConfig, has_score_head
 from megatron_r1.models.weights.formats import hf_writer
 from megatron_r1.models.weights.formats.published_layout import StackedPart, stacked_part
 from megatron_r1.models.weights.formats.tensor_files import (
@@ -36,8 +36,8 @@ BLOCK_BYTES = 256 << 20
 
 
 def save_hf(
-    model_chunks: Sequence,
-    hf_config: dict,
+    model_chunks: Sequence[torch.nn.Module],
+    hf_config: HFConfig,
     source_folder: str | Path,
     out_folder: str | Path,
     dtype: torch.dtype,
@@ -75,8 +75,8 @@ def save_hf(
 
 
 def write_hf(
-    model_chunks: Sequence,
-    hf_config: dict,
+    model_chunks: Sequence[torch.nn.Module],
+    hf_config: HFConfig,
     path: str | Path,
     *,
     dtype: torch.dtype,
@@ -103,7 +103,11 @@ def write_hf(
 
 
 def _write_files(
-    model_chunks: Sequence, hf_config: dict, plans: Mapping[Path, FilePlan], *, durable: bool
+    model_chunks: Sequence[torch.nn.Module],
+    hf_config: HFConfig,
+    plans: Mapping[Path, FilePlan],
+    *,
+    durable: bool,
 ) -> None:
     """Write several planned files at once; call on every rank with the same plans. Adapters are
     merged into the weights.

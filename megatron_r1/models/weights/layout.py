@@ -8,6 +8,7 @@ from math import prod
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import Config
+from megatron_r1.models.hf_config import HFConfig
 from megatron_r1.models.pipeline_stages import pipeline_stages
 from megatron_r1.models.weights.table import (
     Piece,
@@ -71,7 +72,7 @@ class LayoutEntry:
     dtype: str | None
 
 
-def hf_tensors(hf_config: dict, *, with_mtp: bool = True) -> dict[str, tuple[Shape, str]]:
+def hf_tensors(hf_config: HFConfig, *, with_mtp: bool = True) -> dict[str, tuple[Shape, str]]:
     """Return name -> (shape, dtype) of every tensor of the full HF checkpoint, in its order.
 
     The dtype is config.json's (default "bfloat16"), except for tensors that have their own.
@@ -95,13 +96,13 @@ def hf_tensors(hf_config: dict, *, with_mtp: bool = True) -> dict[str, tuple[Sha
     return tensors
 
 
-def num_parameters(hf_config: dict, *, with_mtp: bool = True) -> int:
+def num_parameters(hf_config: HFConfig, *, with_mtp: bool = True) -> int:
     """Return the number of elements of all tensors that `hf_tensors` lists."""
     return sum(prod(shape) for shape, _ in hf_tensors(hf_config, with_mtp=with_mtp).values())
 
 
 def stage_shards(
-    hf_config: dict,
+    hf_config: HFConfig,
     pipeline: int = 1,
     virtual: int = 1,
     *,
@@ -125,7 +126,7 @@ def stage_shards(
     return [[Shard(**vars(chunk)) for chunk in chunks] for chunks in stages]
 
 
-def recipe_stages(config: Config, hf_config: dict) -> list[list[Shard]]:
+def recipe_stages(config: Config, hf_config: HFConfig) -> list[list[Shard]]:
     """Return `stage_shards` of the model that a recipe trains: what runs, pushes and plans use."""
     parallel = config.parallel
     return stage_shards(
@@ -137,7 +138,7 @@ def recipe_stages(config: Config, hf_config: dict) -> list[list[Shard]]:
     )
 
 
-def layout(hf_config: dict, shard: Shard) -> dict[str, LayoutEntry]:
+def layout(hf_config: HFConfig, shard: Shard) -> dict[str, LayoutEntry]:
     """Return Megatron parameter name -> LayoutEntry, for all parameters of the shard."""
     return layout_from_table(weight_table(hf_config), shard)
 

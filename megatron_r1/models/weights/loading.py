@@ -15,7 +15,7 @@ from torch.nn import Module
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.models.build import process_groups
-from megatron_r1.models.hf_config import has_score_head
+from megatron_r1.models.hf_config import HFConfig, has_score_head
 from megatron_r1.models.weights.formats.hf_folder import HFWeights
 from megatron_r1.models.weights.formats.megatron_weights import MegatronWeights
 from megatron_r1.models.weights.layout import LayoutEntry, Shard, hf_tensors, layout
@@ -23,7 +23,7 @@ from megatron_r1.models.weights.table import SCORE, Piece, Shape
 
 
 def local_pieces(
-    model_chunks: Sequence, hf_config: dict
+    model_chunks: Sequence[torch.nn.Module], hf_config: HFConfig
 ) -> Iterator[tuple[Tensor, tuple[Piece, ...], bool]]:
     """Yield (parameter, pieces, owner) for all parameters and router bias buffers of this rank.
 
@@ -43,13 +43,15 @@ def local_pieces(
         yield tensor, entry.pieces, entry.is_owner and first
 
 
-def _replicas(model_chunks: Sequence, entry: LayoutEntry) -> dist.ProcessGroup:
+def _replicas(model_chunks: Sequence[torch.nn.Module], entry: LayoutEntry) -> dist.ProcessGroup:
     """Return the ranks that hold the same values of a tensor."""
     groups = process_groups(model_chunks)
     return groups.expt_dp if entry.is_expert else groups.dp_cp
 
 
-def local_entries(model_chunks: Sequence, hf_config: dict) -> Iterator[tuple[Tensor, LayoutEntry]]:
+def local_entries(
+    model_chunks: Sequence[torch.nn.Module], hf_config: HFConfig
+) -> Iterator[tuple[Tensor, LayoutEntry]]:
     """Yield (parameter, layout entry); order and errors as `local_pieces`."""
     for chunk in model_chunks:
         chunk = unwrap_model(chunk)
@@ -109,13 +111,16 @@ def chunk_shard(chunk: Module) -> Shard:
     )
 
 
-def has_mtp(model_chunks: Sequence) -> bool:
+def has_mtp(model_chunks: Sequence[torch.nn.Module]) -> bool:
     """Whether the whole model, over all stages, was built with its MTP layers."""
     return bool(unwrap_model(model_chunks[0]).config.mtp_num_layers)
 
 
 def load_hf(
-    model_chunks: Sequence, hf_config: dict, path: str | Path, stored: dict | None = None
+    model_chunks: Sequence[torch.nn.Module],
+    hf_config: HFConfig,
+    path: str | Path,
+    stored: HFConfig | None = None,
 ) -> None:
     """Fill this rank's parameters, in their dtype, from the safetensors checkpoint in `path`; call
     on every rank.
@@ -137,7 +142,10 @@ def load_hf(
 
 
 def load_megatron(
-    model_chunks: Sequence, hf_config: dict, path: str | Path, stored: dict | None = None
+    model_chunks: Sequence[torch.nn.Module],
+    hf_config: HFConfig,
+    path: str | Path,
+    stored: HFConfig | None = None,
 ) -> None:
     """Fill this rank's parameters from the weights in the Megatron checkpoint `path`.
 
@@ -156,7 +164,7 @@ def load_megatron(
 
 
 def initialize_score_head(
-    model_chunks: Sequence, hf_config: dict, *, std: float, seed: int
+    model_chunks: Sequence[torch.nn.Module], hf_config: HFConfig, *, std: float, seed: int
 ) -> None:
     """Draw the head of a score model from N(0, std^2), the same for every parallel layout.
 
@@ -171,7 +179,11 @@ def initialize_score_head(
                 parameter.copy_(_draw(SCORE, tuple(parameter.shape), std, seed))
 
 
-def _load(model_chunks: Sequence, hf_config: dict, weights: HFWeights | MegatronWeights) -> None:
+def _load(
+    model_chunks: Sequence[torch.nn.Module],
+    hf_config: HFConfig,
+    weights: HFWeights | MegatronWeights,
+) -> None:
     headless = has_score_head(hf_config) and not has_score_head(weights.hf_config)
     with weights, torch.no_grad():
         weights.check(has_mtp(model_chunks))
@@ -221,7 +233,9 @@ def _on_every_rank(action: Callable[[], None]) -> None:
             raise UserError(text, key=key, cause=cause)
 
 
-def initialize(model_chunks: Sequence, hf_config: dict, *, std: float, seed: int) -> None:
+def initialize(
+    model_chunks: Sequence[torch.nn.Module], hf_config: HFConfig, *, std: float, seed: int
+) -> None:
     """Fill this rank's parameters with random weights, the same for every parallel layout.
 
     Matrices are drawn from N(0, std^2), each HF tensor from a generator seeded by `seed` and its

@@ -13,7 +13,13 @@ from dataclasses import dataclass, field, replace
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.models.attention_fields import has_qk_norm, has_qkv_bias
-from megatron_r1.models.hf_config import has_score_head, model_family, num_mtp_layers, sparse_layers
+from megatron_r1.models.hf_config import (
+    HFConfig,
+    has_score_head,
+    model_family,
+    num_mtp_layers,
+    sparse_layers,
+)
 
 SCORE = "score.weight"
 """Name of a score model's head, in Hugging Face and in Megatron."""
@@ -320,7 +326,7 @@ def _divide(size: int, num_parts: int, source: Source) -> int:
     return size // num_parts
 
 
-def weight_table(hf_config: dict) -> WeightTable:
+def weight_table(hf_config: HFConfig) -> WeightTable:
     """Return the rules for this `config.json`, MTP layers included; UserError for an unknown
     architecture."""
     dense = [*_attention(hf_config), *_dense_mlp(hf_config)]
@@ -352,7 +358,7 @@ def weight_table(hf_config: dict) -> WeightTable:
     )
 
 
-def _attention(hf_config: dict) -> list[WeightRule]:
+def _attention(hf_config: HFConfig) -> list[WeightRule]:
     return (
         _latent(hf_config)
         if model_family(hf_config).latent_attention
@@ -360,7 +366,7 @@ def _attention(hf_config: dict) -> list[WeightRule]:
     )
 
 
-def _grouped_query(hf_config: dict) -> list[WeightRule]:
+def _grouped_query(hf_config: HFConfig) -> list[WeightRule]:
     hidden, heads = hf_config["hidden_size"], hf_config["num_attention_heads"]
     groups = hf_config.get("num_key_value_heads") or heads
     size = hf_config.get("head_dim") or hidden // heads
@@ -404,7 +410,7 @@ def _bias_rule(
     )
 
 
-def _latent(hf_config: dict) -> list[WeightRule]:
+def _latent(hf_config: HFConfig) -> list[WeightRule]:
     """Return the rules of latent attention: queries and keys with values, each down and up
     projected."""
     hidden, heads, latent = (
@@ -443,7 +449,7 @@ def _latent(hf_config: dict) -> list[WeightRule]:
     ]
 
 
-def _dense_mlp(hf_config: dict) -> list[WeightRule]:
+def _dense_mlp(hf_config: HFConfig) -> list[WeightRule]:
     """Return the rules of a SwiGLU and the norm before it."""
     hidden, norm = hf_config["hidden_size"], "mlp.linear_fc1.layer_norm_weight"
     return [
@@ -452,7 +458,7 @@ def _dense_mlp(hf_config: dict) -> list[WeightRule]:
     ]
 
 
-def _experts(hf_config: dict) -> list[WeightRule]:
+def _experts(hf_config: HFConfig) -> list[WeightRule]:
     hidden, intermediate, experts = (
         hf_config["hidden_size"],
         hf_config["moe_intermediate_size"],
@@ -480,7 +486,7 @@ def _experts(hf_config: dict) -> list[WeightRule]:
     ]
 
 
-def _expert_biases(hf_config: dict, local: str, router: str) -> list[WeightRule]:
+def _expert_biases(hf_config: HFConfig, local: str, router: str) -> list[WeightRule]:
     hidden, intermediate, name = (
         hf_config["hidden_size"],
         hf_config["moe_intermediate_size"],
@@ -495,7 +501,7 @@ def _expert_biases(hf_config: dict, local: str, router: str) -> list[WeightRule]
     ]
 
 
-def _mtp(hf_config: dict, decoder_layer: list[WeightRule]) -> list[WeightRule]:
+def _mtp(hf_config: HFConfig, decoder_layer: list[WeightRule]) -> list[WeightRule]:
     hidden, prefix = hf_config["hidden_size"], "transformer_layer."
     return [
         weight_rule("enorm", "enorm", (hidden,), replicated),

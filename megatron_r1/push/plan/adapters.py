@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import Config
-from megatron_r1.models.hf_config import model_family
+from megatron_r1.models.hf_config import HFConfig, model_family
 from megatron_r1.models.weights.adapter_table import (
     PEFT_PREFIX,
     adapter_config,
@@ -46,7 +46,7 @@ class PredictedAdapterSharding(PredictedSharding):
         UserError: where vLLM cannot split the model so.
     """
 
-    def __init__(self, hf_config: dict, layout: EngineLayout, weight_table: WeightTable):
+    def __init__(self, hf_config: HFConfig, layout: EngineLayout, weight_table: WeightTable):
         super().__init__(hf_config, layout)
         self.table, self._names = weight_table, adapter_shapes(weight_table).keys()
 
@@ -62,7 +62,7 @@ class PredictedAdapterSharding(PredictedSharding):
         return Region.full(tensor.shape)
 
 
-def pushed_adapter_table(config: Config, hf_config: dict) -> WeightTable | None:
+def pushed_adapter_table(config: Config, hf_config: HFConfig) -> WeightTable | None:
     """Return the weight table of the adapters where these alone are pushed, else None."""
     if not config.push.adapter_only:
         return None
@@ -70,7 +70,7 @@ def pushed_adapter_table(config: Config, hf_config: dict) -> WeightTable | None:
     return adapter_table(hf_config, config.model.lora)
 
 
-def engine_adapter(config: Config, hf_config: dict) -> dict[str, Any] | None:
+def engine_adapter(config: Config, hf_config: HFConfig) -> dict[str, Any] | None:
     """Return what engines need to serve pushed factors as an adapter: PEFT's `adapter_config.json`
     ("config") and what precedes the names of its files ("prefix"); None where whole weights are
     pushed."""
@@ -97,7 +97,7 @@ def max_lora_rank(rank: int) -> int:
     return next(max_rank for max_rank in MAX_RANKS if rank <= max_rank)
 
 
-def lora_arguments(config: Config, hf_config: dict) -> dict[str, Any] | None:
+def lora_arguments(config: Config, hf_config: HFConfig) -> dict[str, Any] | None:
     """Return vLLM's arguments for engines to which adapters are pushed, None for others. Of layers
     it takes the last parts of their names, and finds the fused ones itself."""
     if (table := pushed_adapter_table(config, hf_config)) is None:
@@ -111,7 +111,7 @@ def lora_arguments(config: Config, hf_config: dict) -> dict[str, Any] | None:
     }
 
 
-def check_adapter_push(config: Config, hf_config: dict) -> None:
+def check_adapter_push(config: Config, hf_config: HFConfig) -> None:
     """Refuse recipes whose adapters vLLM cannot serve next to the weights in `model.path`.
 
     Args:
@@ -149,7 +149,7 @@ def check_adapter_push(config: Config, hf_config: dict) -> None:
         )
 
 
-def _conflicts(config: Config, hf_config: dict) -> Iterator[tuple[str, str]]:
+def _conflicts(config: Config, hf_config: HFConfig) -> Iterator[tuple[str, str]]:
     """Yield (setting, reason) for what excludes a push of adapters alone."""
     rollout = config.rollout
     if config.push.fp8:
@@ -188,7 +188,7 @@ def _module(name: str) -> str:
     return ".".join(part for part in name.split(".")[3:-2] if not part.isdigit())
 
 
-def _is_unserved(module: str, hf_config: dict) -> bool:
+def _is_unserved(module: str, hf_config: HFConfig) -> bool:
     is_latent = (
         model_family(hf_config).latent_attention and module.rpartition(".")[2] in LATENT_CACHE
     )

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.models.hf_config import HFConfig
 from megatron_r1.models.weights import table
 from megatron_r1.models.weights.layout import Shard, stage_shards
 from megatron_r1.models.weights.table import (
@@ -43,7 +44,7 @@ class Planner:
 
     def __init__(
         self,
-        hf_config: dict,
+        hf_config: HFConfig,
         grid: TrainerGrid,
         engines: EngineLayout,
         stages: Sequence[Sequence[Shard]] | None = None,

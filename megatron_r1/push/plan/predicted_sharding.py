@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import NoReturn
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.models.hf_config import model_family, padded_vocabulary
+from megatron_r1.models.hf_config import HFConfig, model_family, padded_vocabulary
 from megatron_r1.models.weights.table import (
     QueryGroups,
     Shape,
@@ -51,7 +51,7 @@ class PredictedSharding:
         UserError: where vLLM cannot split the model so.
     """
 
-    def __init__(self, hf_config: dict, layout: EngineLayout, *, drafts: bool = False):
+    def __init__(self, hf_config: HFConfig, layout: EngineLayout, *, drafts: bool = False):
         self.layout, self.table = layout, weight_table(hf_config)
         heads = hf_config["num_attention_heads"]
         if heads % layout.tensor_parallel:

@@ -8,7 +8,7 @@ from megatron_r1.base.transports import TRANSPORTS
 from megatron_r1.config import Config
 from megatron_r1.config.engine import LAYOUT
 from megatron_r1.config.push import PushConfig
-from megatron_r1.models.hf_config import model_family
+from megatron_r1.models.hf_config import HFConfig, model_family
 from megatron_r1.models.weights.formats.published_layout import BLOCK, is_quantized
 from megatron_r1.models.weights.layout import recipe_stages
 from megatron_r1.models.weights.table import replicated, weight_table
@@ -43,7 +43,7 @@ def max_engines(push: PushConfig) -> int:
     return 1 if push.on_one_host else MAX_SET_ENGINES
 
 
-def engine_rank_bytes(config: Config, hf_config: dict) -> int:
+def engine_rank_bytes(config: Config, hf_config: HFConfig) -> int:
     """Return the pushed bytes of an engine's first rank, which has the most; its receive buffer has
     as many, twice that on a CPU, where weights are used there."""
     layout, push = engine_layout(config), config.push
@@ -61,7 +61,7 @@ def _bytes_of_first_rank(
     )
 
 
-def engine_weight_bytes(config: Config, hf_config: dict) -> int:
+def engine_weight_bytes(config: Config, hf_config: HFConfig) -> int:
     """Return the bytes of the model's weights on an engine's first rank, pushed or read."""
     layout = engine_layout(config)
     sharding = PredictedSharding(hf_config, layout, drafts=config.rollout.drafts_by_mtp)
@@ -75,7 +75,7 @@ def shares_gpus_over_nccl(config: Config) -> bool:
     return config.rollout.colocated and TRANSPORTS[config.push.transport].sends_in_rounds
 
 
-def planned_push(config: Config, hf_config: dict) -> list[SetPlan]:
+def planned_push(config: Config, hf_config: HFConfig) -> list[SetPlan]:
     """Return the plans of the sets of a recipe's push from `parallel.processes` trainer ranks."""
     layout, push = engine_layout(config), config.push
     grid = TrainerGrid.from_recipe(config.parallel, config.parallel.processes)
@@ -99,7 +99,7 @@ def engine_layout(config: Config) -> EngineLayout:
     return EngineLayout(**config.rollout.model_dump(include=keys))
 
 
-def check_pushes(config: Config, hf_config: dict, world_size: int) -> None:
+def check_pushes(config: Config, hf_config: HFConfig, world_size: int) -> None:
     """Refuse layouts over which the trainer's weights, or their FP8 blocks, cannot be divided.
 
     Args:
@@ -127,7 +127,9 @@ def check_pushes(config: Config, hf_config: dict, world_size: int) -> None:
         )
 
 
-def predicted_sharding(config: Config, hf_config: dict, layout: EngineLayout) -> PredictedSharding:
+def predicted_sharding(
+    config: Config, hf_config: HFConfig, layout: EngineLayout
+) -> PredictedSharding:
     """Return what the ranks of a recipe's engines need of a push, in engines of `layout`.
 
     Args:
@@ -142,7 +144,9 @@ def predicted_sharding(config: Config, hf_config: dict, layout: EngineLayout) ->
     return PredictedSharding(hf_config, layout, drafts=config.rollout.drafts_by_mtp)
 
 
-def _planner(config: Config, hf_config: dict, grid: TrainerGrid, layout: EngineLayout) -> Planner:
+def _planner(
+    config: Config, hf_config: HFConfig, grid: TrainerGrid, layout: EngineLayout
+) -> Planner:
     sharding, table = (
         predicted_sharding(config, hf_config, layout),
         pushed_adapter_table(config, hf_config),
@@ -163,7 +167,7 @@ def check_drafter(config: Config) -> None:
 
 
 def check_blocks(
-    hf_config: dict, engines: EngineLayout, *, tensor: int, expert_tensor: int
+    hf_config: HFConfig, engines: EngineLayout, *, tensor: int, expert_tensor: int
 ) -> None:
     """Refuse layouts that cut blocks, and models without them.
 
@@ -226,7 +230,7 @@ def _check_aligned(item: HFTensor, region: Region, setting: str) -> None:
 
 
 def _trainer_regions(
-    hf_config: dict, tensor: int, expert_tensor: int
+    hf_config: HFConfig, tensor: int, expert_tensor: int
 ) -> Iterator[tuple[HFTensor, Region]]:
     """Yield every region of a quantized tensor that a trainer rank holds, of one expert only."""
     table = weight_table(hf_config)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 
+from megatron_r1.models.hf_config import HFConfig
 from megatron_r1.models.weights.adapter_table import adapter_shapes
 from megatron_r1.models.weights.formats.published_layout import (
     BLOCK,
@@ -162,7 +163,7 @@ def fp8_bytes(name: str, own_dtype: str | None, region: Region) -> int:
 
 
 def pushed_tensors(
-    hf_config: dict, *, fp8: bool, drafts: bool = False, adapters: WeightTable | None = None
+    hf_config: HFConfig, *, fp8: bool, drafts: bool = False, adapters: WeightTable | None = None
 ) -> list[tuple[str, Shape]]:
     """Return the names and shapes of the tensors in a checkpoint of the model, plain or in FP8.
 

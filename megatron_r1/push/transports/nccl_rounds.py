@@ -18,7 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.distributed import DistStoreError
@@ -283,7 +283,7 @@ class PushStreams:
         # Of high priority: others take theirs from torch's pool of the ordinary ones.
         self._copies, self._transfers = (torch.cuda.Stream(device, priority=-1) for _ in range(2))
 
-    def copy_stream(self) -> contextlib.AbstractContextManager:
+    def copy_stream(self) -> contextlib.AbstractContextManager[Any]:
         """Return the context in which copies are enqueued, on their stream."""
         return torch.cuda.stream(self._copies)
 

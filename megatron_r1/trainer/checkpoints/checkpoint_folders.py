@@ -21,7 +21,7 @@ from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from blake3 import blake3
 
@@ -161,7 +161,7 @@ def _file_fault(path: Path, entry: FileEntry, verify: Verify) -> str | None:
     return None
 
 
-def _digest(files: Mapping) -> str:
+def _digest(files: Mapping[str, Any]) -> str:
     return blake3(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 

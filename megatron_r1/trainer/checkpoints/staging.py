@@ -120,8 +120,8 @@ class HostMemory:
         filled: what of the gathered buffers this save writes."""
 
     def __init__(self) -> None:
-        self._copies: dict[tuple, list[Tensor]] = {}
-        self._num_used: dict[tuple, int] = {}
+        self._copies: dict[tuple[Any, ...], list[Tensor]] = {}
+        self._num_used: dict[tuple[Any, ...], int] = {}
         self._gathered: dict[Hashable, Tensor] = {}
         self._storages: set[int] = set()
         self._planned: dict[Hashable, Gathering] = {}
@@ -231,7 +231,7 @@ def _gather(part: Any, index: int, memory: HostMemory | None, **_: Any) -> dict[
 def _gather_buffer(
     part: Any,
     buffer: Any,
-    shards: list[dict],
+    shards: list[dict[str, Any]],
     full_tensors: dict[str, Tensor],
     to_save: AddressRanges,
 ) -> None:
@@ -244,7 +244,7 @@ def _gather_buffer(
 
 
 def _gather_bucket(
-    part: Any, param_map: dict, pieces: dict[str, Tensor], to_save: AddressRanges
+    part: Any, param_map: dict[Tensor, Any], pieces: dict[str, Tensor], to_save: AddressRanges
 ) -> None:
     """Fill `pieces`, host buffers of one bucket, where they are `to_save`, from all data-parallel
     ranks' shards of it."""

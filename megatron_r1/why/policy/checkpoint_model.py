@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config.model import LoraConfig
-from megatron_r1.models.hf_config import read_hf_config
+from megatron_r1.models.hf_config import HFConfig, read_hf_config
 from megatron_r1.models.transformers_model import load_with_transformers
 from megatron_r1.models.weights.formats.dcp import Box, DistributedCheckpoint
 from megatron_r1.models.weights.formats.hf_folder import HFWeights
@@ -195,7 +195,9 @@ def _trainable(model: torch.nn.Module) -> torch.nn.Module:
     return model.eval()
 
 
-def _tensors(weights: MegatronWeights | HFWeights, hf_config: dict) -> Iterator[tuple[str, Tensor]]:
+def _tensors(
+    weights: MegatronWeights | HFWeights, hf_config: HFConfig
+) -> Iterator[tuple[str, Tensor]]:
     """Yield each tensor of the weights, fp32, under its published name."""
     stacked: dict[str, Tensor] = {}
     for name, (shape, _) in weights.tensors.items():

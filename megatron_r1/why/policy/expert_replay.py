@@ -35,7 +35,10 @@ def replayed_experts(model: Any, experts: Tensor) -> Iterator[None]:
     for layer, router in enumerate(_routers(model)):
 
         def replay(
-            module: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor], layer: int = layer
+            module: Any,
+            inputs: tuple[Any, ...],
+            output: tuple[Tensor, Tensor, Tensor],
+            layer: int = layer,
         ) -> tuple[Tensor, Tensor, Tensor]:
             logits, weights, own_choice = output
             gap = (expert_weights(logits, own_choice, fields) - weights).abs()

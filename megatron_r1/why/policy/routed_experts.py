@@ -25,7 +25,9 @@ def seen_experts(model: Any) -> Iterator[dict[str, Tensor]]:
     for name, module in model.named_modules():
         if name.endswith(".experts"):
 
-            def note(module: Any, inputs: tuple, options: dict, name: str = name) -> None:
+            def note(
+                module: Any, inputs: tuple[Any, ...], options: dict[str, Any], name: str = name
+            ) -> None:
                 for value in (*inputs, *options.values()):
                     if isinstance(value, Tensor) and value.dtype == torch.int64:
                         experts_by_layer[name] = value.detach()

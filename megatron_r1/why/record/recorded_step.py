@@ -20,7 +20,7 @@ from megatron_r1.controller.rollouts.sample_log import (
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.models.experts import RoutingShape, routing_shape
-from megatron_r1.models.hf_config import read_hf_config
+from megatron_r1.models.hf_config import HFConfig, read_hf_config
 from megatron_r1.models.sampling_mask import DecodedMask, decode_mask
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.trainer.checkpoints import checkpoint_folders as checkpoints
@@ -98,7 +98,7 @@ class RecordedStep:
         return _model_folder(self.folder, self.run_config)
 
     @cached_property
-    def hf_config(self) -> dict[str, Any]:
+    def hf_config(self) -> HFConfig:
         """The model's config.json."""
         return read_hf_config(str(self.model))
 

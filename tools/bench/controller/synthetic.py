@@ -256,7 +256,7 @@ def describe(rank: int, world_size: int, data_parallel_size: int) -> dict[str, A
     }
 
 
-def receive(socket: zmq.Socket) -> dict[str, Any]:
+def receive(socket: zmq.Socket[bytes]) -> dict[str, Any]:
     """Receive a call; return the numbers of samples and tokens that came with it."""
     message, *parts = socket.recv_multipart(copy=False)
     msgspec.msgpack.decode(message.buffer, type=RankCall)

@@ -126,9 +126,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return {**sizes, "entropy": ENTROPY, "model": MODEL, "summary": summary, "runs": runs}
 
 
-def _runs(names: list[str], args: argparse.Namespace, folder: str) -> dict[str, list[dict]]:
+def _runs(
+    names: list[str], args: argparse.Namespace, folder: str
+) -> dict[str, list[dict[str, Any]]]:
     """Return the report of every seed, by variant; exit if a run fails."""
-    runs: dict[str, list[dict]] = {name: [] for name in names}
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     tasks = [(name, seed) for seed in range(args.seeds) for name in names]
     with ThreadPoolExecutor(args.jobs) as threads:
         try:
@@ -151,7 +153,9 @@ def _train(args: argparse.Namespace, folder: str, name: str, seed: int) -> dict[
     return json.loads(output.splitlines()[-1])
 
 
-def _summary(names: list[str], runs: dict[str, list[dict]], num_seeds: int) -> dict[str, dict]:
+def _summary(
+    names: list[str], runs: dict[str, list[dict[str, Any]]], num_seeds: int
+) -> dict[str, dict[str, Any]]:
     summary = {}
     for name in names:
         pairs = list(zip(runs[name], runs[BASELINE], strict=True))

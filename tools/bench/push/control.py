@@ -41,6 +41,8 @@ ENGINES = 8
 NAME = "set.1"
 CONNECT_SECONDS, PUSH_SECONDS = 300.0, 20.0
 TRAINER, MEMBER, POSITION = 77, 3, 5
+Place = tuple[str, int, int]
+"""("trainer", rank, 0), or ("engine", number of the engine, rank in it)."""
 """The trainer rank, the engine and the position of the faults."""
 FAULTS = ("none", "trainer rank killed", "engine rank killed", "engine killed", "engine rank hangs")
 
@@ -106,7 +108,9 @@ def _run(fault: str, folder: Path) -> dict[str, Any]:
     }
 
 
-def _judge(fault: str, ends: dict[tuple, dict], processes: dict[tuple, Any]) -> dict[str, Any]:
+def _judge(
+    fault: str, ends: dict[Place, dict[str, Any]], processes: dict[Place, Any]
+) -> dict[str, Any]:
     killed = {place for place, p in processes.items() if p.exitcode == -signal.SIGKILL}
     victims = _victims(fault)
     left = {place: end for place, end in ends.items() if place not in victims}
@@ -141,7 +145,7 @@ def _judge(fault: str, ends: dict[tuple, dict], processes: dict[tuple, Any]) -> 
     }
 
 
-def _victims(fault: str) -> set[tuple[str, int, int]]:
+def _victims(fault: str) -> set[Place]:
     if fault == "trainer rank killed":
         return {("trainer", TRAINER, 0)}
     if fault == "engine killed":
@@ -157,14 +161,14 @@ def _until(store: TCPStore, key: str, count: int, seconds: float) -> None:
         time.sleep(0.02)
 
 
-def _last(folder: Path, place: tuple) -> dict[str, Any]:
+def _last(folder: Path, place: Place) -> dict[str, Any]:
     record: dict[str, Any] = {}
     for line in read_lines(folder / str(place)):
         record |= line
     return record
 
 
-def _rank(place: tuple, port: int, folder: Path, fault: str, tensors: dict) -> None:
+def _rank(place: Place, port: int, folder: Path, fault: str, tensors: dict[str, Any]) -> None:
     """Be one rank, and write what happens to a file."""
     gloo.BUCKET_BYTES = gloo.RELAY_BUCKET_BYTES = 1 << 11
     gloo.CLOSE_SECONDS = 0.1
@@ -185,7 +189,7 @@ def _client(port: int) -> TCPStore:
         time.sleep(0.2)
 
 
-def _trainer(place: tuple, port: int, fault: str, tensors: dict, note: Any) -> None:
+def _trainer(place: Place, port: int, fault: str, tensors: dict[str, Any], note: Any) -> None:
     rank, store = place[1], _client(port)
 
     def share(value: bytes | None) -> bytes:
@@ -215,7 +219,7 @@ def _trainer(place: tuple, port: int, fault: str, tensors: dict, note: Any) -> N
     _stay(store, fault)
 
 
-def _engine(place: tuple, port: int, fault: str, tensors: dict, note: Any) -> None:
+def _engine(place: Place, port: int, fault: str, tensors: dict[str, Any], note: Any) -> None:
     _, member, rank = place
     store = _client(port)
     store.add("ready", 1)
@@ -265,7 +269,7 @@ def _die_in(of: type, method: str, after: int, hangs: bool = False) -> None:
     setattr(of, method, dying)
 
 
-def _is_correct(receiver: Any, tensors: dict) -> bool:
+def _is_correct(receiver: Any, tensors: dict[str, Any]) -> bool:
     for slot in receiver.table.slots:
         tensor = tensors[slot.name]
         tensor = tensor if tensor.dim() > 1 else tensor[:, None]

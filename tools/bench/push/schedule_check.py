@@ -21,7 +21,7 @@ import random
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from enum import Enum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -103,7 +103,7 @@ def operations_of_steps(steps: Mapping[int, Sequence[Step]]) -> np.ndarray:
     """Return the operations of processes whose hosts enqueue these steps."""
     rows = []
     for process, enqueued in steps.items():
-        running: dict[Call, list] = {}
+        running: dict[Call, list[Any]] = {}
         for place, step in enumerate(enqueued):
             for call in step.starts:
                 row = [process, place, place, call.peer, call.bucket, call.sends]

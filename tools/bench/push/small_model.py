@@ -4,9 +4,10 @@ from typing import NamedTuple
 
 import torch
 
+from megatron_r1.models.hf_config import HFConfig
 from megatron_r1.models.weights import table
 from megatron_r1.models.weights.layout import Shard, layout_from_table, stage_shards
-from megatron_r1.models.weights.table import WeightTable
+from megatron_r1.models.weights.table import Piece, WeightTable
 from megatron_r1.push.plan import TrainerGrid
 from megatron_r1.push.plan.layouts import Coordinate
 from megatron_r1.push.plan.predicted_sharding import PredictedSharding
@@ -48,14 +49,14 @@ def rank_coordinate(grid: TrainerGrid, rank: int) -> RankCoordinate:
 
 
 def rank_tensors(
-    hf_config: dict,
+    hf_config: HFConfig,
     grid: TrainerGrid,
     rank: int,
     tensors: dict[str, torch.Tensor],
     *,
     with_mtp: bool = False,
     weight_table: WeightTable | None = None,
-) -> dict:
+) -> dict[str, list[tuple[torch.Tensor, Piece]]]:
     """Return a trainer rank's parameters, in bfloat16, and their pieces, by HF name; those that
     `weight_table` lists, default the model's.
 
@@ -73,7 +74,7 @@ def rank_tensors(
         "ep": (coordinate.expert, grid.expert),
         "etp": (coordinate.expert_tensor, grid.expert_tensor),
     }
-    held: dict[str, list] = {}
+    held: dict[str, list[tuple[torch.Tensor, Piece]]] = {}
     for entry in layout_from_table(
         weight_table or table.weight_table(hf_config), Shard(**{**vars(chunk), **axes})
     ).values():

@@ -70,7 +70,7 @@ def overlap_ratio(in_turns: Steps, at_once: Steps) -> dict[str, float]:
     }
 
 
-def table(comparisons: dict[str, dict], overlap: dict[str, float] | None) -> str:
+def table(comparisons: dict[str, dict[str, Any]], overlap: dict[str, float] | None) -> str:
     """Return the comparisons with TRL and the overlapped steps as a table of plain text. The ratio
     of each of TRL's rows is ours to it."""
     row = "{:12}{:18}{:>10}{:>14}{:>10}{:>12}{:>8}"
@@ -95,7 +95,7 @@ def table(comparisons: dict[str, dict], overlap: dict[str, float] | None) -> str
     return "\n".join(lines)
 
 
-def summary(processor: str, comparisons: dict[str, dict]) -> str:
+def summary(processor: str, comparisons: dict[str, dict[str, Any]]) -> str:
     """Return the ratios to TRL's tokens per second, on the clock and by processor time, each to the
     better of TRL's runs, one line for each of `comparisons`. Behind it the least and the greatest
     ratio of the rounds, each of one run of every system."""
@@ -144,7 +144,7 @@ SYSTEMS = ("ours", "trl")
 
 def run_pretrained(args: argparse.Namespace) -> dict[str, Any]:
     """Return medians of each system, with every step they come from."""
-    steps: dict[str, list[dict]] = {system: [] for system in SYSTEMS}
+    steps: dict[str, list[dict[str, Any]]] = {system: [] for system in SYSTEMS}
     peaks: dict[str, list[float]] = {system: [] for system in steps}
     loads, worth = [], []
     with tempfile.TemporaryDirectory() as name:
@@ -186,7 +186,7 @@ def run_pretrained(args: argparse.Namespace) -> dict[str, Any]:
 
 def pretrained_settings(
     args: argparse.Namespace, folder: Path
-) -> tuple[StepWork, Path, dict[str, dict]]:
+) -> tuple[StepWork, Path, dict[str, dict[str, Any]]]:
     """Return the work, the file of its questions, below `folder`, and our settings."""
     recipe = configuration.load(PRETRAINED_RECIPE)
     options = {"limit": args.limit, "questions": args.questions}
@@ -236,13 +236,17 @@ WORKS = {"short": StepWork(limit=32), "long tail": StepWork(limit=256)}
 # One core per role, so that rollout and training can hide behind each other.
 APART = {"parallel": {"threads": 1, "share_prompts": True}, "rollout": {"threads": 1}}
 AHEAD = {"rl": {"staleness": 1, "importance_cap": 2.0}}
-FASTER: dict[str, dict] = {
+FASTER: dict[str, dict[str, Any]] = {
     "parallel": {"processes": 2, "share_prompts": True},
     "rollout": {"engines": 2},
 }
 """Settings that change only how fast a step is: of small models an engine and a trainer rank use a
 core each better than one uses two."""
-SETTINGS: dict[str, dict] = {"ours": FASTER, "in turns": APART, "overlapped": APART | AHEAD}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "ours": FASTER,
+    "in turns": APART,
+    "overlapped": APART | AHEAD,
+}
 PEERS = {"trl": 1, "trl, 2 processes": 2}
 """TRL's processes, which share the cores."""
 PEER_MICROBATCH = 32
@@ -269,7 +273,7 @@ class Case:
     model: Path
     questions: Path
     steps: int
-    settings: dict[str, dict]
+    settings: dict[str, dict[str, Any]]
     peer_steps: int = 0
     peers: dict[str, int] = field(default_factory=dict)
 

@@ -218,7 +218,7 @@ def table(profile: dict[str, Any], min_seconds: float = 0.002) -> str:
         f"mean of {profile['steps']} steps, {1000 * seconds:.0f} ms each: "
         "who is busy, and so what the others wait for (sums to the step)"
     ]
-    phases: dict[str, list[dict]] = defaultdict(list)
+    phases: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for part in profile["path"]:
         phases[part["phase"]].append(part)
     sums = {phase: sum(part["seconds"] for part in parts) for phase, parts in phases.items()}

@@ -162,7 +162,7 @@ def _written(folder: Path) -> tuple[Path, Path]:
 
 
 def _against(
-    args: argparse.Namespace, runs: dict[str, tuple[StepWork, dict[str, dict]]]
+    args: argparse.Namespace, runs: dict[str, tuple[StepWork, dict[str, dict[str, Any]]]]
 ) -> dict[str, Any]:
     """Run this checkout and another one, in turns.
 

@@ -23,7 +23,7 @@ def recipe(
     questions: Path,
     folder: Path,
     steps: int,
-    overrides: dict[str, dict],
+    overrides: dict[str, dict[str, Any]],
 ) -> dict[str, dict[str, Any]]:
     """Return the recipe, with `overrides` of its settings by section.
 
@@ -70,7 +70,7 @@ def run_ours(
     questions: Path,
     folder: Path,
     steps: int,
-    overrides: dict[str, dict],
+    overrides: dict[str, dict[str, Any]],
     root: Path | None = None,
 ) -> list[dict[str, Any]]:
     """Run the recipe, with the code of another checkout if `root` names one; return the metrics of
@@ -121,7 +121,7 @@ def run_ours(
     return lines[1:]
 
 
-def _watch(path: Path, process: subprocess.Popen) -> list[np.ndarray]:
+def _watch(path: Path, process: subprocess.Popen[bytes]) -> list[np.ndarray]:
     """Return (wall clock, core seconds of all processes of the run so far) for each line of `path`,
     taken when it appears, until the process ends."""
     marks: list[np.ndarray] = []

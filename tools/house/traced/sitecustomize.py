@@ -23,7 +23,7 @@ QUIET_NS = 1_000_000
 SHARED = (type(None), bool, int, type)  # Python, or the program, has one of these for many uses
 
 
-def parts(value) -> list:
+def parts(value) -> list[object]:
     """Return what a list, tuple, dict, dataclass or msgspec struct holds."""
     if isinstance(value, (list, tuple)):
         return list(value[:WIDTH])
@@ -42,7 +42,7 @@ class Carriers:
         self._kept = {}  # kept alive, so that no other object gets the same identity
         self._awaited = {}
 
-    def add(self, value, depth=DEPTH) -> list | None:
+    def add(self, value, depth=DEPTH) -> list[int] | None:
         """Add a value and its parts, and return the identities of those that are new; None for a
         value that is shared by many uses."""
         if isinstance(value, SHARED) or callable(value) or not depth:
@@ -176,7 +176,7 @@ class Walk:
             frame = frame.f_back
 
 
-def arguments(frame) -> list:
+def arguments(frame) -> list[object]:
     code = frame.f_code
     count = code.co_argcount + code.co_kwonlyargcount
     count += bool(code.co_flags & 4) + bool(code.co_flags & 8)
@@ -194,8 +194,9 @@ if FOLDER:
     settings = json.loads(os.environ["HOUSE_WALKS"])
     armed = {"is": False, "by": settings["after"]}
     marks = tuple(walk[key] for walk in settings["walks"] for key in ("begin", "end"))
-    titles: dict = {}  # of code objects: "file name", or None outside the project
-    last: dict = {}  # of walk and title: when it was noted
+    # Of code objects: "file name", or None outside the project.
+    titles: dict[object, str | None] = {}
+    last: dict[object, int] = {}  # of walk and title: when it was noted
     busy = threading.local()
     notes = {"file": -1}
 

@@ -8,6 +8,7 @@ import importlib.machinery
 import os
 import sys
 from collections.abc import Callable
+from typing import Any
 
 
 class NullRuntime(ctypes.CDLL):
@@ -89,7 +90,7 @@ def _no_triton(module) -> None:
     module.HAS_TRITON = False
 
 
-CHANGES: dict[str, Callable] = {
+CHANGES: dict[str, Callable[..., Any]] = {
     "torch": _torch,
     "triton.runtime.interpreter": _interpreter,
     "transformer_engine.pytorch": _transformer_engine,

@@ -21,6 +21,7 @@ from megatron_r1.base.files.weight_files import (
     require_as_indexed,
     weight_files,
 )
+from megatron_r1.models.hf_config import HFConfig
 from megatron_r1.models.weights.formats import published_layout, quantized_blocks
 from megatron_r1.models.weights.formats.published_layout import (
     StackedPart,
@@ -56,7 +57,7 @@ class HFWeights:
         UserError: a file is missing or damaged.
     """
 
-    def __init__(self, folder: str | Path, hf_config: dict):
+    def __init__(self, folder: str | Path, hf_config: HFConfig):
         self.path, self.hf_config = Path(folder), hf_config
         self.files = [SafetensorsFile(file) for file in weight_files(self.path)]
         self._home: dict[str, SafetensorsFile] = {}
@@ -303,7 +304,7 @@ class HFWeights:
         ]
 
 
-def _hint(missing: list[str], extra: list[str], is_unreadable: bool, hf_config: dict) -> str:
+def _hint(missing: list[str], extra: list[str], is_unreadable: bool, hf_config: HFConfig) -> str:
     """Return what to do about tensors that do not fit."""
     mtp = str(hf_config["num_hidden_layers"])
     if is_unreadable:
@@ -345,7 +346,7 @@ def _some(names: list[str], limit: int = 8) -> str:
 class KnownScales:
     """The `weight_scale_inv` tensors of a published FP8 checkpoint, or of a SCALES_FILE."""
 
-    def __init__(self, folder: str | Path, hf_config: dict):
+    def __init__(self, folder: str | Path, hf_config: HFConfig):
         self._home: dict[str, SafetensorsFile] = {}
         for path in _files_with_scales(Path(folder)):
             file = SafetensorsFile(path)

@@ -30,7 +30,7 @@ _CARRIED = (
 _DESCRIBE_WEIGHTS = ("config.json", "adapter_config.json", "*.index.json", "*quant*_config.json")
 
 
-def split_into_files(tensors: Tensors, max_bytes: int) -> dict[str, dict]:
+def split_into_files(tensors: Tensors, max_bytes: int) -> dict[str, Tensors]:
     """Return file name -> its tensors, at most max_bytes, except for larger single tensors.
 
     The scales of an FP8 weight are in the same file, because they are computed together.
@@ -39,7 +39,7 @@ def split_into_files(tensors: Tensors, max_bytes: int) -> dict[str, dict]:
         tensors: name -> shape and dtype.
         max_bytes: the most bytes of a file.
     """
-    shards: list[dict] = [{}]
+    shards: list[dict[str, tuple[Shape, torch.dtype]]] = [{}]
     size = 0
     for name, (shape, dtype) in tensors.items():
         num_bytes = prod(shape) * dtype.itemsize

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.models.hf_config import HFConfig
 from megatron_r1.models.weights.formats.dcp import DistributedCheckpoint
 from megatron_r1.models.weights.layout import Shape, hf_tensors, layout, stage_shards
 from megatron_r1.models.weights.table import Piece, weight_table
@@ -77,7 +78,7 @@ class StoredLayout:
 
 
 def stored_layout(
-    hf_config: dict,
+    hf_config: HFConfig,
     *,
     with_mtp: bool = True,
     transformer_engine: bool = False,
@@ -146,7 +147,7 @@ class MegatronWeights:
         UserError: the folder is not a complete checkpoint of this model.
     """
 
-    def __init__(self, folder: str | Path, hf_config: dict):
+    def __init__(self, folder: str | Path, hf_config: HFConfig):
         self.path, self.hf_config = Path(folder), hf_config
         self.checkpoint = DistributedCheckpoint(folder)
         self.with_mtp = any(key.startswith("mtp.") for key in self.checkpoint.shapes)

@@ -21,7 +21,7 @@ from typing import Any
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.models import support_checks
-from megatron_r1.models.hf_config import model_family
+from megatron_r1.models.hf_config import HFConfig, model_family
 from megatron_r1.models.weights.layout import hf_tensors
 from megatron_r1.models.weights.table import Shape
 
@@ -36,7 +36,7 @@ _SCALE = "_scale_inv"
 _PROJECTION = re.compile(r"\.(self_attn|mlp)\.(.*\.)?\w+_proj(_with_mqa)?\.weight$")
 
 
-def fp8_config(hf_config: dict) -> dict:
+def fp8_config(hf_config: HFConfig) -> dict[str, Any]:
     """Return the `quantization_config` of FP8 weights of the model `hf_config`: DeepSeek's, with
     the format of scales that its own names ("ue8m0", of DeepSeek-V3.1: powers of two).
 
@@ -46,7 +46,7 @@ def fp8_config(hf_config: dict) -> dict:
     return {**FP8_CONFIG, **({"scale_fmt": "ue8m0"} if has_power_of_two_scales(hf_config) else {})}
 
 
-def has_power_of_two_scales(hf_config: dict) -> bool:
+def has_power_of_two_scales(hf_config: HFConfig) -> bool:
     """Return whether scales of FP8 weights of the model `hf_config`, its `config.json`, are rounded
     up to powers of two."""
     return (hf_config.get("quantization_config") or {}).get("scale_fmt") == "ue8m0"
@@ -73,7 +73,7 @@ def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(-(-size // BLOCK) for size in shape)
 
 
-def check_fp8_layout(hf_config: dict) -> None:
+def check_fp8_layout(hf_config: HFConfig) -> None:
     """Raise UserError for a model without this layout."""
     if model_family(hf_config).stacked_experts:
         raise UserError(
@@ -137,7 +137,7 @@ class StackedPart:
         return (num_experts, *leading, self.step * columns)
 
 
-def stacked_part(hf_config: dict, name: str) -> StackedPart | None:
+def stacked_part(hf_config: HFConfig, name: str) -> StackedPart | None:
     """Return the part of a stored tensor that is the tensor `name` of the weight table, or None if
     files have that tensor under its own name."""
     if not model_family(hf_config).stacked_experts or not (match := _EXPERT.fullmatch(name)):
@@ -148,7 +148,7 @@ def stacked_part(hf_config: dict, name: str) -> StackedPart | None:
     return StackedPart(f"{prefix}.{stored}_proj{bias}", int(expert), int(kind == "up"), step)
 
 
-def published_tensors(hf_config: dict, with_mtp: bool = True) -> dict[str, tuple[Shape, str]]:
+def published_tensors(hf_config: HFConfig, with_mtp: bool = True) -> dict[str, tuple[Shape, str]]:
     """Return name -> (shape, dtype) of every tensor of a checkpoint's files; see `hf_tensors`."""
     tensors = {}
     for name, (shape, dtype) in hf_tensors(hf_config, with_mtp=with_mtp).items():

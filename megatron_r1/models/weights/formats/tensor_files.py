@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from megatron_r1.base.files.weight_files import open_safetensors
+from megatron_r1.models.hf_config import HFConfig
 from megatron_r1.models.weights.formats.published_layout import published_tensors
 from megatron_r1.models.weights.layout import Shape
 
@@ -212,7 +213,7 @@ class FilePlan:
 
 
 def stored_tensors(
-    hf_config: dict, dtype: torch.dtype, *, with_mtp: bool, names: Collection[str] | None = None
+    hf_config: HFConfig, dtype: torch.dtype, *, with_mtp: bool, names: Collection[str] | None = None
 ) -> dict[str, tuple[Shape, torch.dtype]]:
     """Return name -> (shape, dtype on disk) of the tensors of an export.
 
