@@ -5,21 +5,19 @@ Imports no torch, because the controller imports it, and no llvmlite: where vLLM
 that before it forks its engine core, vLLM 0.32 does not start. triton_utils/dispatcher.py:143 looks
 into `__dict__` of every module's attributes, and that of llvmlite's library is no dictionary."""
 
-from typing import Any, TypedDict
-
 import msgspec
 
 
-class OpenedPush(TypedDict):
+class OpenedPush(msgspec.Struct, frozen=True):
     """What every rank returns from "open_push": where the ranks meet.
 
     Attributes:
-        store: [host, port] of the store that rank 0 hosts for trainer and engines."""
+        store: host and port of the store that rank 0 hosts for trainer and engines."""
 
-    store: list[Any]
+    store: tuple[str, int]
 
 
-class ConnectedSets(TypedDict):
+class ConnectedSets(msgspec.Struct, frozen=True):
     """What a rank returns from "connect_sets": its part in pushes to each set of engines.
 
     Attributes:
@@ -46,13 +44,13 @@ class SetFailure(msgspec.Struct, frozen=True):
     is_damaged: bool = False
 
 
-class SentWeights(TypedDict):
+class SentWeights(msgspec.Struct, frozen=True):
     """The result of "send_weights".
 
     Attributes:
-        problems: set -> the fields of its `SetFailure`."""
+        problems: set -> why it can push no more."""
 
-    problems: dict[str, dict[str, Any]]
+    problems: dict[str, SetFailure]
 
 
 class PushError(ValueError):

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import msgspec
 import torch
@@ -94,7 +94,7 @@ class WeightSender:
     def connect(
         self,
         sets: Sequence[tuple[str, int]],
-        layout: dict[str, Any],
+        layout: EngineLayout,
         transport: str,
         timeout_seconds: float,
         push_timeout_seconds: float | None = None,
@@ -104,14 +104,13 @@ class WeightSender:
 
         Args:
             sets: name, unique to every call, and number of engines of each set.
-            layout: the fields of `EngineLayout`, of one engine.
+            layout: that of one engine.
             transport: the name of the transport.
             timeout_seconds: limit for connecting.
             push_timeout_seconds: limit for a push, default `timeout_seconds`.
             closed_sets: sets to disconnect."""
         for name in closed_sets:
             self.disconnect(name)
-        engine_layout = EngineLayout(**{**layout, "engines": 1})
         rendezvous = {
             name: [
                 TrainerRendezvous(
@@ -127,27 +126,25 @@ class WeightSender:
             ]
             for name, num_engines in sets
         }
-        receivers = self._read_receivers(rendezvous, engine_layout.num_ranks)
-        created, failed = self._planner.create_links(
-            rendezvous, receivers, engine_layout, transport
-        )
+        receivers = self._read_receivers(rendezvous, layout.num_ranks)
+        created, failed = self._planner.create_links(rendezvous, receivers, layout, transport)
         self._sets |= created
         present = {name: created[name] for name in receivers.sets if name not in failed}
         for name, problem in failed.items():  # first, so that no other rank waits for this one
             rendezvous[name][0].report_error(f"trainer rank {self.rank}: {problem}")
         # Before any wait, which would block this rank's only client of the store.
         for set_links in present.values():
-            num_ranks = len(set_links.rendezvous) * engine_layout.num_ranks
+            num_ranks = len(set_links.rendezvous) * layout.num_ranks
             set_links.rendezvous[0].publish_prepared(self.grid.world_size, num_ranks)
         failed |= self._connect_links(present)
         for name in failed:
             self.disconnect(name)
         connected = {name: present[name] for name in present.keys() - failed.keys()}
-        return {
-            "problems": receivers.problems | failed,
-            "num_links": {name: len(set_links.links) for name, set_links in connected.items()},
-            "num_bytes": {name: set_links.num_bytes for name, set_links in connected.items()},
-        }
+        return ConnectedSets(
+            problems=receivers.problems | failed,
+            num_links={name: len(set_links.links) for name, set_links in connected.items()},
+            num_bytes={name: set_links.num_bytes for name, set_links in connected.items()},
+        )
 
     def _connect_links(self, sets: Mapping[str, SetLinks]) -> dict[str, str]:
         """Connect to all sets at once, and return the problems by set."""
@@ -202,7 +199,7 @@ class WeightSender:
                 except RuntimeError as error:
                     late = f"an engine has not relayed all of push {push_number}: {error}"
                     problems[name] = rendezvous.report_error(late)
-        return {"problems": {name: msgspec.to_builtins(f) for name, f in problems.items()}}
+        return SentWeights(problems)
 
     def _send_over_links(
         self, push_number: int, sets: Mapping[str, SetLinks]

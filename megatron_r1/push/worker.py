@@ -23,7 +23,7 @@ from megatron_r1.models.weights.layout import recipe_stages
 from megatron_r1.models.weights.loading import local_entries
 from megatron_r1.models.weights.table import Piece
 from megatron_r1.push.plan.adapters import pushed_adapter_table
-from megatron_r1.push.plan.layouts import TrainerGrid
+from megatron_r1.push.plan.layouts import EngineLayout, TrainerGrid
 from megatron_r1.push.results import ConnectedSets, OpenedPush, SentWeights
 from megatron_r1.push.sender import WeightSender
 from megatron_r1.push.transports.base import gpu_uuid
@@ -68,7 +68,7 @@ class PushWorker:
             gpus=_gpus() if TRANSPORTS[self._config.push.transport].sends_in_rounds else (),
             adapters=adapters,
         )
-        return {"store": address}
+        return OpenedPush(address)
 
     def _pushed_pieces(
         self, has_adapters: bool
@@ -81,10 +81,28 @@ class PushWorker:
             for parameter, entry in local_entries(self._model_chunks, self._hf_config):
                 yield parameter, entry.pieces
 
-    def connect_sets(self, **arguments: Any) -> ConnectedSets:
-        """Connect this rank with sets of engines, as `WeightSender.connect` does."""
+    def connect_sets(
+        self,
+        sets: Sequence[tuple[str, int]],
+        layout: EngineLayout,
+        transport: str,
+        timeout_seconds: float,
+        push_timeout_seconds: float,
+        closed_sets: Sequence[str] = (),
+    ) -> ConnectedSets:
+        """Connect this rank with sets of engines, as `WeightSender.connect` does.
+
+        Args:
+            sets: name and number of engines of each set.
+            layout: that of one engine.
+            transport: the name of the transport.
+            timeout_seconds: limit for connecting.
+            push_timeout_seconds: limit for a push.
+            closed_sets: the names of sets to disconnect."""
         assert self._sender is not None, "open_push() comes first"
-        return self._sender.connect(**arguments)
+        return self._sender.connect(
+            sets, layout, transport, timeout_seconds, push_timeout_seconds, closed_sets
+        )
 
     def send_weights(
         self, push_number: int, sets: list[str], closed_sets: Sequence[str] = ()
@@ -107,8 +125,8 @@ def _gpus() -> list[str]:
     return uuids
 
 
-def open_store(rollout: RolloutConfig) -> tuple[dist.TCPStore, list[Any]]:
-    """Return a client of the store that rank 0 hosts for pushes, and the [host, port] at which
+def open_store(rollout: RolloutConfig) -> tuple[dist.TCPStore, tuple[str, int]]:
+    """Return a client of the store that rank 0 hosts for pushes, and the host and port at which
     ranks and engines of this host reach it.
 
     It listens where all of its clients come from: at the loopback interface, at MASTER_ADDR where
@@ -129,7 +147,7 @@ def open_store(rollout: RolloutConfig) -> tuple[dist.TCPStore, list[Any]]:
         store = create_store(host, everywhere=everywhere)
     # Only rank 0 has chosen a port, and knows its host's own name.
     host, port = platform.broadcast_from_rank_zero(store and [host, store.port])
-    return store or dist.TCPStore(host, port, is_master=False), [host, port]
+    return store or dist.TCPStore(host, port, is_master=False), (host, port)
 
 
 def _resolved(name: str) -> Any:

@@ -8,15 +8,19 @@ controller imports it."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol, TypedDict
+from collections.abc import Callable
+from functools import cache
+from typing import Any, Protocol, TypedDict, TypeVar, cast, get_type_hints
 
 import msgspec
 
-from megatron_r1.base.errors import Cause
+from megatron_r1.base.errors import Cause, TrainerError
 from megatron_r1.config.algorithms import EngineMask, LossSettings, TokenSettings
+from megatron_r1.push.plan.layouts import EngineLayout
 from megatron_r1.push.results import ConnectedSets, OpenedPush, SentWeights
 from megatron_r1.trainer.training_sample import Sample
 
+R = TypeVar("R")
 MONITOR = b"monitor-"
 SUPERVISED = "megatron_r1.trainer.losses:supervised"
 """The loss of sft in `Trainer.update`."""
@@ -392,7 +396,7 @@ class PushOperations(Protocol):
         self,
         *,
         sets: list[tuple[str, int]],
-        layout: dict[str, Any],
+        layout: EngineLayout,
         transport: str,
         timeout_seconds: float,
         push_timeout_seconds: float,
@@ -402,7 +406,7 @@ class PushOperations(Protocol):
 
         Args:
             sets: name, unique to every call, and number of engines of each set.
-            layout: the fields of `EngineLayout`, of one engine.
+            layout: that of one engine.
             transport: a name in `TRANSPORTS`.
             timeout_seconds: limit for connecting.
             push_timeout_seconds: limit for a push.
@@ -444,6 +448,33 @@ def needs_parameters(operation: str) -> bool:
 def needs_optimizer(operation: str) -> bool:
     """Return whether an operation uses the optimizer's state."""
     return operation in OPTIMIZER_OPERATIONS
+
+
+def decode_result(operation: Callable[..., R], rank: int, result: dict[str, Any]) -> R:
+    """Return the result of an operation with the class that the operation returns; one that returns
+    a dict is not checked.
+
+    Args:
+        operation: a method of the protocols.
+        rank: the rank that replied.
+        result: `RankReply.result`.
+
+    Raises:
+        TrainerError: a field is missing or of another type."""
+    kind = _returned_type(operation)
+    if not (isinstance(kind, type) and issubclass(kind, msgspec.Struct)):
+        return cast(R, result)
+    try:
+        return cast(R, msgspec.convert(result, kind))
+    except msgspec.ValidationError as error:
+        raise TrainerError(
+            f"trainer rank {rank}: its reply to {operation.__name__} is no {kind.__name__}: {error}"
+        ) from error
+
+
+@cache
+def _returned_type(operation: Callable[..., Any]) -> Any:
+    return get_type_hints(operation)["return"]
 
 
 def operation_names(protocol: type) -> set[str]:

@@ -206,7 +206,7 @@ class Operations:
                 `training_sample.encode_samples`.
 
         Raises:
-            ValueError: for an unknown operation."""
+            ValueError: for an unknown operation, or an argument of another type."""
         if self._offload is not None:
             self._offload.prepare(call.operation)
         if call.operation == LOAD:
@@ -218,11 +218,14 @@ class Operations:
             names = ", ".join(self._methods)
             raise ValueError(f"unknown operation {call.operation!r}: use {names}")
         types = self._types[call.operation]
-        arguments = {
-            name: msgspec.convert(value, types.get(name, Any))
-            for name, value in call.arguments.items()
-        }
-        return self._methods[call.operation](**arguments) or {}
+        arguments = {}
+        for name, value in call.arguments.items():
+            try:
+                arguments[name] = msgspec.convert(value, types.get(name, Any))
+            except msgspec.ValidationError as error:
+                raise ValueError(f"{call.operation}, argument {name}: {error}") from error
+        result = self._methods[call.operation](**arguments)
+        return msgspec.to_builtins(result) if isinstance(result, msgspec.Struct) else result or {}
 
 
 def methods(

@@ -20,8 +20,10 @@ from megatron_r1.models.weights.adapter_table import (
 from megatron_r1.models.weights.layout import stage_shards
 from megatron_r1.models.weights.table import Piece
 from megatron_r1.push.checksum import copy_with_checksum
-from megatron_r1.push.plan import TrainerGrid
+from megatron_r1.push.messages import AdapterSettings, PushUpdateInfo
+from megatron_r1.push.plan import EngineLayout, TrainerGrid
 from megatron_r1.push.plan.tensors import pushed_tensors
+from megatron_r1.push.results import OpenedPush
 from megatron_r1.push.sender import WeightSender
 from megatron_r1.push.transports import shared_memory
 from megatron_r1.push.transports.base import gpu_uuid
@@ -64,7 +66,7 @@ class FileTrainer:
 
     async def call(self, operation, **arguments):
         operations = {
-            "open_push": lambda: {"store": ["127.0.0.1", self.store.port]},
+            "open_push": lambda: OpenedPush(("127.0.0.1", self.store.port)),
             "connect_sets": self.sender.connect,
             "send_weights": self.sender.send,
         }
@@ -98,9 +100,10 @@ class FilePusher:
         adapter = None
         if lora is not None:
             known = adapter_config(adapter_table(config, lora), lora, "")
-            adapter = {"prefix": PEFT_PREFIX, "config": known}
+            adapter = AdapterSettings(PEFT_PREFIX, known)
+        shape = EngineLayout(**layout or {})
         links = EngineLinks(
-            self.trainer, push, tensors, layout or {}, colocated=colocated, adapter=adapter
+            self.trainer, push, tensors, shape, colocated=colocated, adapter=adapter
         )
         self.pusher = WeightPusher(fleet, links)
         self._is_open = False
@@ -130,5 +133,5 @@ class FilePusher:
             patch.setattr(shared_memory, "copy_with_checksum", damaged)
             self.trainer.sender.send(number, [name_of_set])
         with pytest.raises(EngineError, match=rf"1 tensors arrived otherwise.*{tensor}"):
-            await client.swap_weights({"push_number": number}, 1000)
+            await client.swap_weights(PushUpdateInfo(number), 1000)
         await client.resume()

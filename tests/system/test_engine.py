@@ -42,6 +42,8 @@ from megatron_r1.engines.server.errors import EngineError, PushIncomplete
 from megatron_r1.engines.server.json_replies import parse_responses
 from megatron_r1.engines.server.server import EngineServer
 from megatron_r1.models.experts import routing_shape
+from megatron_r1.push.messages import PushInitInfo, PushUpdateInfo
+from megatron_r1.push.plan import EngineLayout
 from megatron_r1.trainer.operations import PushOperations
 
 ENGINE = {"max_model_len": 256, "max_num_seqs": 64}
@@ -203,7 +205,7 @@ def test_a_push_that_does_not_come_to_its_end_changes_nothing(models, oracle, lo
 
     async def update():
         with pytest.raises(PushIncomplete, match="trainer ranks 0 have not sent all of it"):
-            await client.swap_weights({"push_number": 2000, "timeout_seconds": 0.5}, 2000)
+            await client.swap_weights(PushUpdateInfo(2000, timeout_seconds=0.5), 2000)
         await client.resume()
 
     loop(update())
@@ -212,9 +214,9 @@ def test_a_push_that_does_not_come_to_its_end_changes_nothing(models, oracle, lo
 
 def test_a_model_without_one_of_the_engines_tensors_is_refused(loop, fleet, pusher):
     name = "model.layers.2.self_attn.o_proj.weight"
-    tensors = [[n, list(shape)] for n, shape in pusher.trainer.shapes.items() if n != name]
-    store = ["127.0.0.1", pusher.trainer.store.port]
-    init = {"store": store, "name": "other", "tensors": tensors, "timeout_seconds": 5}
+    tensors = [item for item in pusher.trainer.shapes.items() if item[0] != name]
+    store = "127.0.0.1", pusher.trainer.store.port
+    init = PushInitInfo(store, "other", tensors, timeout_seconds=5)
     with pytest.raises(EngineError, match=r"o_proj.*0 of its"):
         loop(fleet.engines[0].client.init_weight_transfer(init))
 
@@ -326,7 +328,7 @@ def test_other_models_and_no_orphans(family, models, oracle, tmp_path):
                 await connect(client, trainer)
                 running = asyncio.ensure_future(client.generate(CACHED, n=2, max_tokens=50))
                 await trainer.call(PushOperations.send_weights, push_number=1, sets=["alone"])
-                await client.swap_weights({"push_number": 1}, 1)
+                await client.swap_weights(PushUpdateInfo(1), 1)
                 after = await sample(client)
                 cached.append(await client.generate(CACHED, n=2, max_tokens=8))
                 await running
@@ -362,10 +364,9 @@ async def seeded(client):
 
 
 async def connect(client, trainer):
-    store = (await trainer.call(PushOperations.open_push))["store"]
-    tensors = [[name, list(shape)] for name, shape in trainer.shapes.items()]
-    init = {"store": store, "name": "alone", "tensors": tensors}
-    sets = {"sets": [("alone", 1)], "layout": {}, "transport": "shm", "timeout_seconds": 60}
-    agreeing = trainer.call(PushOperations.connect_sets, **sets)
+    store = (await trainer.call(PushOperations.open_push)).store
+    init = PushInitInfo(store, "alone", list(trainer.shapes.items()))
+    sets = {"sets": [("alone", 1)], "transport": "shm", "timeout_seconds": 60}
+    agreeing = trainer.call(PushOperations.connect_sets, layout=EngineLayout(), **sets)
     _, answer = await asyncio.gather(client.init_weight_transfer(init), agreeing)
-    assert answer["problems"] == {}
+    assert answer.problems == {}

@@ -117,7 +117,7 @@ def test_a_rank_that_has_loaded_a_push_which_another_has_not_takes_it_again(monk
 
 def test_a_store_that_cannot_be_reached_is_named_with_the_setting():
     port = free_port("127.0.0.1")
-    init = backend.PushInitInfo(["127.0.0.1", port], "engine", [], timeout_seconds=0.2)
+    init = backend.PushInitInfo(("127.0.0.1", port), "engine", [], timeout_seconds=0.2)
     rank = object.__new__(backend.PushTransferEngine)
     expected = f"store_unreachable: .*127.0.0.1:{port} .*within 0.2 s.*rollout.hosts_address"
     with pytest.raises(StoreUnreachable, match=expected):

@@ -162,7 +162,7 @@ def test_after_a_push_an_engine_is_as_if_started_on_the_trainers_weights(
             assert any(line.startswith("rank 1 (tensor ") for line in details), details
             shapes = hf_tensors(hf_config, with_mtp=False)
             tensors = [(name, shape) for name, (shape, _) in shapes.items()]
-            links = EngineLinks(trainer, recipe.push, tensors, layout)
+            links = EngineLinks(trainer, recipe.push, tensors, EngineLayout(**layout))
             pusher = WeightPusher(fleet, links, Prober(trainer, PROMPTS, TOLERANCE, 600))
             async with pusher.updating_weights():
                 await pusher.open()

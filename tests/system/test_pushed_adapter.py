@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from megatron_r1.engines.plugin.pushed_adapter import REQUEST, PushedAdapter
+from megatron_r1.push.messages import AdapterSettings
 from megatron_r1.push.protocol import slot_view
 from megatron_r1.push.results import UndeliveredPush
 
@@ -62,7 +63,7 @@ class Engine:
 
 def pushed_to(engine, seed=0):
     """Return the engine's adapter after a push of random factors, and these."""
-    adapter = PushedAdapter(engine, {"prefix": "base_model.model.", "config": CONFIG}, TENSORS)
+    adapter = PushedAdapter(engine, AdapterSettings("base_model.model.", CONFIG), TENSORS)
     draw = torch.Generator().manual_seed(seed)
     memory = torch.zeros(adapter.table.num_bytes, dtype=torch.uint8)
     factors = {}
@@ -103,14 +104,14 @@ def test_an_adapter_that_is_not_active_is_noticed():
 def test_layers_of_other_stages_get_no_slots():
     engine = Engine()
     del engine._adapter_manager.modules[f"{PREFIX}o_proj"]
-    adapter = PushedAdapter(engine, {"prefix": "base_model.model.", "config": CONFIG}, TENSORS)
+    adapter = PushedAdapter(engine, AdapterSettings("base_model.model.", CONFIG), TENSORS)
     assert not [slot.name for slot in adapter.table.slots if "o_proj" in slot.name]
     assert len(adapter.table.slots) == 4
 
 
 def test_a_rank_above_the_engine_s_and_an_adapter_before_any_push_are_errors():
     with pytest.raises(ValueError, match="rank 5 is greater"):
-        PushedAdapter(Engine(), {"prefix": "", "config": CONFIG | {"r": 5}}, TENSORS)
-    adapter = PushedAdapter(Engine(), {"prefix": "", "config": CONFIG}, TENSORS)
+        PushedAdapter(Engine(), AdapterSettings("", CONFIG | {"r": 5}), TENSORS)
+    adapter = PushedAdapter(Engine(), AdapterSettings("", CONFIG), TENSORS)
     with pytest.raises(RuntimeError, match="no push"):
         adapter.model()

@@ -3,17 +3,16 @@ and sends to them; engines at fault are lost, the others regrouped."""
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
-
-import msgspec
 
 from megatron_r1.config.push import PushConfig
 from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.engines.fleet.engine import Engine
 from megatron_r1.engines.server.errors import EngineDied, EngineError
+from megatron_r1.push.messages import AdapterSettings, PushInitInfo
 from megatron_r1.push.plan.engine_sets import engine_sets
+from megatron_r1.push.plan.layouts import EngineLayout
 from megatron_r1.push.plan.recipe_plan import max_engines
 from megatron_r1.push.results import SetFailure, StoreUnreachable
 from megatron_r1.trainer.operations import PushOperations
@@ -56,12 +55,11 @@ class EngineLinks:
 
     Attributes:
         tensors: name and shape of every tensor that a push sends.
-        layout: the fields of `push.plan.layouts.EngineLayout`, of one engine.
+        layout: that of one engine.
         store_host: the address of trainer rank 0's host for engines; None: the one that the
             trainer's ranks use.
         colocated: the engines share the trainer's GPUs, in turn.
-        adapter: what engines need to serve the tensors as an adapter, if they are one
-            (`engines.plugin.backend.PushInitInfo`).
+        adapter: what engines need to serve the tensors as an adapter, if they are one.
         notify: gets a line for the user."""
 
     def __init__(
@@ -69,16 +67,16 @@ class EngineLinks:
         trainer: TrainerClient,
         settings: PushConfig,
         tensors: Sequence[tuple[str, Sequence[int]]],
-        layout: dict[str, Any],
+        layout: EngineLayout,
         store_host: str | None = None,
         *,
         colocated: bool = False,
-        adapter: Mapping[str, Any] | None = None,
+        adapter: AdapterSettings | None = None,
         notify: Callable[[str], None] = print,
     ):
         self.trainer, self.settings, self.colocated = trainer, settings, colocated
         self.adapter = adapter
-        self.tensors = [[name, list(shape)] for name, shape in tensors]
+        self.tensors = [(name, tuple(shape)) for name, shape in tensors]
         self.layout, self.store_host, self.notify = layout, store_host, notify
         self.store: tuple[str, int] = ("", 0)
         """Address of the trainer's store."""
@@ -95,7 +93,7 @@ class EngineLinks:
     async def open(self) -> None:
         """Let the trainer's ranks prepare to send."""
         (first, *_) = await self.trainer.call_all(PushOperations.open_push)
-        host, port = first["store"]
+        host, port = first.store
         self.store = self.store_host or host, port
 
     @property
@@ -191,8 +189,8 @@ class EngineLinks:
         )
         failures: dict[str, list[SetFailure]] = {}
         for result in replies:
-            for name, problem in result["problems"].items():
-                failures.setdefault(name, []).append(msgspec.convert(problem, SetFailure))
+            for name, failure in result.problems.items():
+                failures.setdefault(name, []).append(failure)
         incomplete: list[Engine] = []
         for engine_set in sets:
             if engine_set.name in failures:
@@ -252,13 +250,13 @@ class EngineLinks:
             )
             problems: dict[str, str] = {}
             for rank, result in enumerate(results):
-                for name, problem in result["problems"].items():
+                for name, problem in result.problems.items():
                     text = f"trainer rank {rank} cannot connect to it: {problem}"
                     problems.setdefault(name, text)
             for engine_set in sets:
                 name = engine_set.name
-                engine_set.num_links = [result["num_links"].get(name, 0) for result in results]
-                engine_set.num_bytes = sum(result["num_bytes"].get(name, 0) for result in results)
+                engine_set.num_links = [result.num_links.get(name, 0) for result in results]
+                engine_set.num_bytes = sum(result.num_bytes.get(name, 0) for result in results)
             patience = ANSWER_SECONDS if problems else self.settings.timeout_seconds
             if calls:
                 await asyncio.wait(calls.values(), timeout=patience)
@@ -281,17 +279,17 @@ class EngineLinks:
     async def _connect_engine(self, engine_set: EngineSet, member: int, resume: bool) -> None:
         """Let an engine of a set connect with the trainer."""
         engine = engine_set.engines[member]
-        init_info = {
-            "store": list(self.store),
-            "name": engine_set.name,
-            "member_index": member,
-            "num_members": len(engine_set.engines),
-            "tensors": self.tensors,
-            "timeout_seconds": self.connect_seconds,
-            "push_timeout_seconds": self.settings.timeout_seconds,
-            "allocates_per_push": self.colocated,
-            "adapter": self.adapter,
-        }
+        init_info = PushInitInfo(
+            store=self.store,
+            name=engine_set.name,
+            tensors=self.tensors,
+            member_index=member,
+            num_members=len(engine_set.engines),
+            timeout_seconds=self.connect_seconds,
+            push_timeout_seconds=self.settings.timeout_seconds,
+            allocates_per_push=self.colocated,
+            adapter=self.adapter,
+        )
         try:
             await engine.await_unrepeatable_call(
                 engine.client.init_weight_transfer(init_info, resume=resume)

@@ -11,8 +11,8 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import asdict, replace
-from typing import Any
+
+from msgspec.structs import replace
 
 from megatron_r1.base.errors import TrainerError, TrainerLost
 from megatron_r1.config import Config
@@ -24,6 +24,7 @@ from megatron_r1.engines.fleet.placement import hosts_address
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet, weight_update_calls
 from megatron_r1.engines.server.errors import EngineDied, EngineError, WeightsUnavailable
 from megatron_r1.models import read_hf_config
+from megatron_r1.push.messages import PushUpdateInfo
 from megatron_r1.push.plan.adapters import engine_adapter, pushed_adapter_table
 from megatron_r1.push.plan.recipe_plan import engine_layout
 from megatron_r1.push.plan.tensors import pushed_tensors
@@ -49,7 +50,7 @@ def create_pusher(
         trainer,
         push,
         pushed_tensors(hf_config, fp8=fp8, drafts=config.rollout.drafts_by_mtp, adapters=adapters),
-        asdict(replace(engine_layout(config), engines=1)),
+        replace(engine_layout(config), engines=1),
         # Ranks that the controller has started meet at 127.0.0.1, unreachable from other hosts.
         store_host=hosts_address(config.rollout) if elsewhere else None,
         colocated=config.rollout.colocated,
@@ -261,8 +262,8 @@ class WeightPusher:
             ):
                 await call(engine.client)
 
-    def _update_info(self) -> dict[str, Any]:
-        return {"push_number": self._push_number, "timeout_seconds": self._timeout_seconds}
+    def _update_info(self) -> PushUpdateInfo:
+        return PushUpdateInfo(self._push_number, self._timeout_seconds)
 
 
 def _raise_error(engine: Engine, error: EngineError) -> None:

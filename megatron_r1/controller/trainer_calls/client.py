@@ -34,6 +34,7 @@ from megatron_r1.trainer.operations import (
     RankCall,
     RankDescription,
     RankReply,
+    decode_result,
     needs_parameters,
 )
 from megatron_r1.trainer.training_sample import Buffer, ReplicaSamples, Sample, encode_samples
@@ -166,7 +167,7 @@ class TrainerClient:
             `packing/waste` and `packing/fill` (`packing.Packing`), `packing/microbatches` per rank
             and update, and `packing/padding`, the share of padding tokens."""
         packings, shares = await asyncio.to_thread(self._shares, minibatches, samples_per_unit)
-        loaded = self._last_stage_reply(await self._call_ranks(LOAD, shares=shares))
+        loaded = (await self._call_ranks(LOAD, shares=shares))[self._last_stage_rank]
         self._packings = packings
         return {
             "packing/waste": fmean(p.waste_fraction for p in packings),
@@ -265,7 +266,8 @@ class TrainerClient:
             operation: the method of the ranks' operations.
             **arguments: the operation's arguments."""
         results = await self._call_ranks(operation.__name__, arguments)
-        return cast(R, self._last_stage_reply(results))
+        rank = self._last_stage_rank
+        return decode_result(operation, rank, results[rank])
 
     async def call_all(
         self,
@@ -280,9 +282,8 @@ class TrainerClient:
             operation: the method of the ranks' operations.
             on_start: called when earlier calls are done and this one starts.
             **arguments: the operation's arguments."""
-        return cast(
-            list[R], await self._call_ranks(operation.__name__, arguments, on_start=on_start)
-        )
+        results = await self._call_ranks(operation.__name__, arguments, on_start=on_start)
+        return [decode_result(operation, rank, result) for rank, result in enumerate(results)]
 
     async def probe(
         self, sequences: Sequence[tuple[Sequence[int], Sequence[int], Sequence[float]]]
@@ -390,8 +391,9 @@ class TrainerClient:
         self.is_usable = True
         return replies
 
-    def _last_stage_reply(self, replies: list[dict[str, Any]]) -> dict[str, Any]:
-        return next(replies[r["rank"]] for r in self.ranks if r["is_last_stage"])
+    @property
+    def _last_stage_rank(self) -> int:
+        return next(r["rank"] for r in self.ranks if r["is_last_stage"])
 
     async def _gather(self, operation: str, count: int) -> list[dict[str, Any]]:
         """Return the results by rank.

@@ -26,18 +26,19 @@ from megatron_r1.engines.fleet.engine import Engine, MakeServer
 from megatron_r1.engines.fleet.fleet_state import FleetState, Notify
 from megatron_r1.engines.fleet.recovery import EngineReplacer
 from megatron_r1.engines.fleet.request_retries import RequestRetries
-from megatron_r1.engines.server.client import EngineClient, UpdateInfo
+from megatron_r1.engines.server.client import EngineClient
 from megatron_r1.engines.server.errors import EngineDied, EngineError, PushIncomplete
 from megatron_r1.engines.server.gpu import with_gpu_share
 from megatron_r1.engines.server.model_config import vocab_size
 from megatron_r1.engines.server.responses import Response
 from megatron_r1.engines.server.server import EngineServer
+from megatron_r1.push.messages import PushUpdateInfo
 
 EngineCall = Callable[[EngineClient], Coroutine[Any, Any, None]]
 
 
 def weight_update_calls(
-    update_info: UpdateInfo, policy_version: int, *, asleep: bool
+    update_info: PushUpdateInfo, policy_version: int, *, asleep: bool
 ) -> list[EngineCall]:
     """Return, in order, the calls after which an engine has loaded a push and samples again.
 
@@ -264,7 +265,7 @@ class RolloutFleet:
         finally:
             self.replacer.silence_seconds = 0.0
 
-    async def push(self, update_info: UpdateInfo, policy_version: int) -> None:
+    async def push(self, update_info: PushUpdateInfo, policy_version: int) -> None:
         """Let the engines load the weights that they have received; then the fleet holds
         `policy_version` and is awake.
 

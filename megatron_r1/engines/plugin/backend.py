@@ -7,18 +7,14 @@ error. `load_check` verifies that it computes with what arrived."""
 
 import datetime
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
+import msgspec
 import torch
 from torch.distributed import TCPStore
 from vllm.distributed import get_ep_group
 from vllm.distributed.eplb.eplb_state import EplbState
-from vllm.distributed.weight_transfer.base import (
-    WeightTransferEngine,
-    WeightTransferInitInfo,
-    WeightTransferUpdateInfo,
-)
+from vllm.distributed.weight_transfer.base import WeightTransferEngine
 from vllm.lora.worker_manager import WorkerLoRAManager
 from vllm.platforms import current_platform
 
@@ -30,45 +26,15 @@ from megatron_r1.engines.plugin.load_check import LoadCheck
 from megatron_r1.engines.plugin.loader_copies import CheckpointParameter, LoaderCopy, record_copies
 from megatron_r1.engines.plugin.memory_layout import lay_out, with_gaps
 from megatron_r1.engines.plugin.pushed_adapter import PushedAdapter
+from megatron_r1.push.messages import AdapterSettings, PushInitInfo, PushUpdateInfo
 from megatron_r1.push.protocol import SlotTable
 from megatron_r1.push.rendezvous import EngineRendezvous
 from megatron_r1.push.results import StoreUnreachable
 from megatron_r1.push.transports import receiver_class
 from megatron_r1.push.transports.base import Receiver
 
-
-@dataclass
-class PushInitInfo(WeightTransferInitInfo):
-    """The arguments with which an engine connects to the trainer's ranks."""
-
-    store: list[Any]
-    """[host, port] of the trainer's store."""
-    name: str
-    """Name of the set of equal engines that are connected together, unique to this connection."""
-    tensors: list[tuple[str, list[int]]]
-    """[name, shape] of every tensor of the checkpoint."""
-    member_index: int = 0
-    """This engine's number in the set."""
-    num_members: int = 1
-    """Engines of the set."""
-    timeout_seconds: float = 600.0
-    """Time limit for the trainer to connect."""
-    push_timeout_seconds: float = 600.0
-    """Time limit of a push."""
-    allocates_per_push: bool = False
-    """Whether the memory of weights in transit has another use between pushes."""
-    adapter: dict[str, Any] | None = None
-    """Where the tensors are an adapter's: its settings (`pushed_adapter.PushedAdapter`)."""
-
-
-@dataclass
-class PushUpdateInfo(WeightTransferUpdateInfo):
-    """The push that the engine is to load."""
-
-    push_number: int
-    """Its number: one more than that of the engine's last push."""
-    timeout_seconds: float = 600.0
-    """Time limit for all of the push to arrive."""
+Message = TypeVar("Message", PushInitInfo, PushUpdateInfo)
+TensorShapes = list[tuple[str, tuple[int, ...]]]
 
 
 class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
@@ -84,9 +50,25 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
     lora: WorkerLoRAManager | None = None
     """vLLM's manager of adapters (`engines.plugin.drafter_patches`)."""
     _receiver: Receiver | None = None
-    _store: list[Any] | None = None
-    _recorded: tuple[list[tuple[str, list[int]]], SlotTable] | None = None
+    _store: tuple[str, int] | None = None
+    _recorded: tuple[TensorShapes, SlotTable] | None = None
     _adapter: PushedAdapter | None = None
+
+    def parse_init_info(self, init_dict: dict[str, Any]) -> PushInitInfo:
+        """Return the message that vLLM hands over as a dict.
+
+        Raises:
+            ValueError: a field is missing, unknown or of another type.
+        """
+        return _decode(init_dict, PushInitInfo)
+
+    def parse_update_info(self, update_dict: dict[str, Any]) -> PushUpdateInfo:
+        """Return the message that vLLM hands over as a dict.
+
+        Raises:
+            ValueError: a field is missing, unknown or of another type.
+        """
+        return _decode(update_dict, PushUpdateInfo)
 
     def init_transfer_engine(self, init_info: PushInitInfo) -> None:
         """Record what this rank needs, publish it, and begin to receive. Called again when another
@@ -140,9 +122,7 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
             self._recorded = init_info.tensors, table
         return self._recorded[1]
 
-    def _adapter_table(
-        self, settings: dict[str, Any], tensors: list[tuple[str, list[int]]]
-    ) -> SlotTable:
+    def _adapter_table(self, settings: AdapterSettings, tensors: TensorShapes) -> SlotTable:
         if self.lora is None:
             raise ValueError("an adapter is pushed, and the engine was started without LoRA")
         if self._adapter is None:
@@ -195,6 +175,15 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
         if self._receiver is not None:
             self._receiver.close()
             self._receiver = None
+
+
+def _decode(fields: dict[str, Any], kind: type[Message]) -> Message:
+    try:
+        return msgspec.convert(fields, kind)
+    except msgspec.ValidationError as error:
+        raise ValueError(
+            f"the trainer's {kind.__name__} is of another form than this engine reads: {error}"
+        ) from error
 
 
 def _connect_to_store(host: str, port: int, timeout_seconds: float) -> TCPStore:

@@ -7,7 +7,7 @@ vLLM gets its factors from here whenever it loads it: at every push, and where i
 (an idle data rank removes all adapters after a pass without tokens)."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from vllm.lora.request import LoRARequest
 from vllm.lora.utils import parse_fine_tuned_lora_name
 
 from megatron_r1.engines.plugin.memory_layout import ALIGNMENT
+from megatron_r1.push.messages import AdapterSettings
 from megatron_r1.push.protocol import Slot, SlotTable, slot_view
 from megatron_r1.push.results import UndeliveredPush
 
@@ -29,8 +30,7 @@ class PushedAdapter:
 
     Args:
         lora: vLLM's `WorkerLoRAManager` of this rank.
-        settings: PEFT's `adapter_config.json` ("config"), and what precedes the names of its files
-            ("prefix").
+        settings: its settings at PEFT.
         tensors: the name and the shape of every factor of the adapter, without that prefix.
 
     Raises:
@@ -43,12 +43,12 @@ class PushedAdapter:
     def __init__(
         self,
         lora: Any,
-        settings: Mapping[str, Any],
+        settings: AdapterSettings,
         tensors: Sequence[tuple[str, Sequence[int]]],
     ):
         self._lora, self._manager = lora, lora._adapter_manager
-        self._prefix = settings["prefix"]
-        self._config = PEFTHelper.from_dict(settings["config"])
+        self._prefix = settings.prefix
+        self._config = PEFTHelper.from_dict(settings.config)
         self._config.validate_legal(lora.lora_config)
         mapper = getattr(self._manager.model, "hf_to_vllm_mapper", None)
         self._renames = mapper and mapper.get_rename_mapper()

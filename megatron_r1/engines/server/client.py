@@ -23,6 +23,7 @@ from megatron_r1.engines.server.errors import (
 from megatron_r1.engines.server.json_replies import parse_prompt_logprobs, parse_responses
 from megatron_r1.engines.server.responses import Response
 from megatron_r1.models.experts import RoutingShape
+from megatron_r1.push.messages import PushInitInfo, PushUpdateInfo
 
 BODY_EXCERPT_CHARS = 500
 HEALTH_SECONDS = 5.0
@@ -30,8 +31,6 @@ GENERATE = "/inference/v1/generate"
 ROUTING_SLOTS = 2
 """Choices per engine whose routed experts are in memory at once: 14 MB each, of 30,000 tokens."""
 T = TypeVar("T")
-UpdateInfo = Mapping[str, Any] | Sequence[Mapping[str, Any]]
-"""The fields of `engines.plugin.backend.PushUpdateInfo`, for all workers or of one worker each."""
 
 
 class ErrorReply(msgspec.Struct):
@@ -189,24 +188,22 @@ class EngineClient:
         """Let the engine go on with the requests that `pause` has held."""
         await self.request("POST", "/resume")
 
-    async def init_weight_transfer(
-        self, init_info: Mapping[str, Any], *, resume: bool = True
-    ) -> None:
+    async def init_weight_transfer(self, init_info: PushInitInfo, *, resume: bool = True) -> None:
         """Pause the engine, connect it to a trainer, and resume it.
 
         Paused because every rank waits for the trainer, and data-parallel ranks that still compute
         would wait for it. After an error the engine stays paused.
 
         Args:
-            init_info: the fields of `engines.plugin.backend.PushInitInfo`.
+            init_info: the trainer's address, and what it sends.
             resume: whether to resume it."""
         await self.pause()
-        await self.request("POST", "/init_weight_transfer_engine", {"init_info": dict(init_info)})
+        await self.request("POST", "/init_weight_transfer_engine", {"init_info": init_info})
         if resume:
             await self.resume()
 
     async def swap_weights(
-        self, update_info: UpdateInfo, policy_version: int, *, resume: bool = True
+        self, update_info: PushUpdateInfo, policy_version: int, *, resume: bool = True
     ) -> None:
         """Pause the engine, load the received weights, name them `policy_version`, and `resume`.
 

@@ -19,6 +19,7 @@ from megatron_r1.models.weights.adapter_table import (
     adapter_table,
 )
 from megatron_r1.models.weights.table import WeightTable
+from megatron_r1.push.messages import AdapterSettings
 from megatron_r1.push.plan.layouts import Coordinate, EngineLayout
 from megatron_r1.push.plan.predicted_sharding import PredictedSharding
 from megatron_r1.push.plan.tensors import HFTensor, Region, checkpoint_tensors
@@ -70,15 +71,14 @@ def pushed_adapter_table(config: Config, hf_config: HFConfig) -> WeightTable | N
     return adapter_table(hf_config, config.model.lora)
 
 
-def engine_adapter(config: Config, hf_config: HFConfig) -> dict[str, Any] | None:
-    """Return what engines need to serve pushed factors as an adapter: PEFT's `adapter_config.json`
-    ("config") and what precedes the names of its files ("prefix"); None where whole weights are
+def engine_adapter(config: Config, hf_config: HFConfig) -> AdapterSettings | None:
+    """Return what engines need to serve pushed factors as an adapter; None where whole weights are
     pushed."""
     if (table := pushed_adapter_table(config, hf_config)) is None:
         return None
     assert config.model.lora is not None
     settings = adapter_config(table, config.model.lora, config.model.path)
-    return {"prefix": PEFT_PREFIX, "config": settings}
+    return AdapterSettings(PEFT_PREFIX, settings)
 
 
 def max_lora_rank(rank: int) -> int:

@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+import msgspec
+
 if TYPE_CHECKING:
     from megatron_r1.config.parallel import ParallelConfig
 
@@ -94,8 +96,7 @@ class Coordinate(NamedTuple):
     tensor: int
 
 
-@dataclass(frozen=True)
-class EngineLayout:
+class EngineLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The layout of `engines` engines of pipeline x data x tensor ranks each. The fields have the
     names of the recipe's keys in `rollout`, and of the argument `layout` of "connect_sets".
 

@@ -16,7 +16,6 @@ import sys
 import threading
 import time
 import traceback
-from dataclasses import asdict
 from functools import partial
 from types import SimpleNamespace
 
@@ -30,7 +29,7 @@ from megatron_r1.engines.fleet.engine import Engine
 from megatron_r1.engines.server.errors import ConnectionBroken, EngineDied, PushIncomplete
 from megatron_r1.push.plan import EngineLayout, TrainerGrid, rounds
 from megatron_r1.push.rendezvous import EngineRendezvous
-from megatron_r1.push.results import IncompletePush
+from megatron_r1.push.results import IncompletePush, OpenedPush
 from megatron_r1.push.sender import WeightSender, run_in_threads
 from megatron_r1.push.transports import nccl, nccl_rounds
 from tests.unit.controller.push.small_fleet import SmallFleet
@@ -153,7 +152,7 @@ class TrainerRank(Rank):
         return self.sender.send(**arguments)
 
     def open_push(self):
-        return {"store": ["127.0.0.1", self.port]}
+        return OpenedPush(("127.0.0.1", self.port))
 
 
 class EngineRanks(Rank):
@@ -172,11 +171,11 @@ class EngineRanks(Rank):
             self.use_gpu(self.gpu + rank)
             table = plain_table(self.hf_config, self.layout, rank)
             memory = before[rank].reusable_memory(table) if before else None
-            store = TCPStore(*info["store"], is_master=False)
-            seconds = info["timeout_seconds"], info["push_timeout_seconds"]
-            place = {"member": info["member_index"], "num_members": info["num_members"]}
-            met = EngineRendezvous(store, info["name"], *seconds, **place)
-            return self.receiver_class(met, rank, table, memory, info["allocates_per_push"])
+            store = TCPStore(*info.store, is_master=False)
+            seconds = info.timeout_seconds, info.push_timeout_seconds
+            place = {"member": info.member_index, "num_members": info.num_members}
+            met = EngineRendezvous(store, info.name, *seconds, **place)
+            return self.receiver_class(met, rank, table, memory, info.allocates_per_push)
 
         ranks = range(self.layout.ranks_per_engine)
         self.receivers = run_in_threads([partial(receiver, rank) for rank in ranks])
@@ -283,7 +282,7 @@ class Client:
         await self.process.call("init_weight_transfer", info)
 
     async def swap_weights(self, update, version, resume=True):
-        await self.process.call("swap_weights", update["push_number"], version)
+        await self.process.call("swap_weights", update.push_number, version)
         self.version, self.swaps = version, self.swaps + 1
 
     async def sleep(self):
@@ -332,10 +331,8 @@ async def story(case, engines, *, is_colocated, on_host, killed_at):
 
     fleet = Fleet(make_engine(index) for index in range(engines))
     settings = PushConfig(transport="nccl", timeout_seconds=PUSH_SECONDS)
-    shape = asdict(layout)
-    shape.pop("engines")
     quiet = {"notify": lambda line: None}
-    links = EngineLinks(trainer, settings, [], shape, colocated=is_colocated, **quiet)
+    links = EngineLinks(trainer, settings, [], layout, colocated=is_colocated, **quiet)
     pusher = WeightPusher(fleet, links)
 
     async def push(version):

@@ -1,6 +1,5 @@
 """All ranks of a sharded trainer and of equal engines, in threads of one process."""
 
-from dataclasses import asdict
 from functools import partial
 from queue import SimpleQueue
 
@@ -15,6 +14,7 @@ from megatron_r1.push.plan.predicted_sharding import PredictedSharding
 from megatron_r1.push.plan.tensors import scale_region
 from megatron_r1.push.protocol import Slot, SlotTable, slot_view
 from megatron_r1.push.rendezvous import EngineRendezvous
+from megatron_r1.push.results import SentWeights
 from megatron_r1.push.sender import WeightSender, run_in_threads
 from megatron_r1.push.transports import receiver_class
 from tools.bench.push.small_model import rank_tensors
@@ -111,7 +111,7 @@ class World:
 
         def connect(sender):
             sets = [(self.name, engines)]
-            return sender.connect(sets, asdict(engine), transport, PATIENT, seconds)
+            return sender.connect(sets, engine, transport, PATIENT, seconds)
 
         ends = run_in_threads([partial(receiver, *at) for at in places] + self.each(connect))
         self.receivers = dict(zip(places, ends[: len(places)], strict=True))
@@ -131,7 +131,7 @@ class World:
         return run_in_threads(self.each(lambda sender: sender.send(number, [self.name]), ranks))
 
     def push(self, number):
-        assert all(answer == {"problems": {}} for answer in self.send(number))
+        assert all(answer == SentWeights({}) for answer in self.send(number))
         for receiver in self.receivers.values():
             receiver.received_chunks.wait(number, PATIENT)
 

@@ -48,9 +48,9 @@ def test_every_engine_rank_has_all_factors_of_its_layers(hf_config, targets, gri
 
     world = World(hf_config, grid, layout, tensors, engines=2, table=table, adapters=weights)
     try:
-        assert all(answer["problems"] == {} for answer in world.answers), world.answers
+        assert all(answer.problems == {} for answer in world.answers), world.answers
         # Each byte enters the set once, whichever of its replicas sends it.
-        sent = sum(answer["num_bytes"][world.name] for answer in world.answers)
+        sent = sum(answer.num_bytes[world.name] for answer in world.answers)
         once = 2 * sum(tensor.numel() for tensor in tensors.values())
         assert sent == once * layout.tensor_parallel * layout.data_parallel
         world.push(1)

@@ -145,7 +145,7 @@ def test_an_engine_receives_the_fp8_checkpoint_of_the_same_weights(
         assert_received(world, checkpoint(second))
     finally:
         world.close()
-    sent = sum(sum(answer["num_bytes"].values()) for answer in world.answers)
+    sent = sum(sum(answer.num_bytes.values()) for answer in world.answers)
     slots = [slot for receiver in world.receivers.values() for slot in receiver.table.slots]
     assert sent == sum(s.height * s.width * dtype_of(s).itemsize for s in slots)
 
@@ -267,5 +267,5 @@ def test_an_engine_with_fp8_of_another_kind_is_refused():
     rendezvous.publish_receiver(0, ReceiverInfo(without_scales(DEEPSEEK, EngineLayout(), 0)))
     held = rank_tensors(DEEPSEEK, TrainerGrid(1), 0, draw(DEEPSEEK, 1))
     sender = WeightSender(DEEPSEEK, TrainerGrid(1), held, store)
-    answer = sender.connect([("other", 1)], {}, "gloo", 5)
-    assert "float8_e4m3fn without model.layers.0" in answer["problems"]["other"]
+    answer = sender.connect([("other", 1)], EngineLayout(), "gloo", 5)
+    assert "float8_e4m3fn without model.layers.0" in answer.problems["other"]

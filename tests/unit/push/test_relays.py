@@ -11,6 +11,7 @@ from megatron_r1.models.weights.formats.quantized_blocks import quantize_fp8
 from megatron_r1.push.plan import EngineLayout, TrainerGrid
 from megatron_r1.push.protocol import slot_view
 from megatron_r1.push.rendezvous import SetFailed
+from megatron_r1.push.results import SentWeights
 from megatron_r1.push.transports.payloads import BufferPayload
 from tests.unit.push.push_models import DEEPSEEK, DEEPSEEK_MTP, QWEN
 from tests.unit.push.push_world import World, draw, plain_table, wrong_slots
@@ -40,9 +41,9 @@ def test_every_engine_has_every_slice_after_each_push(hf_config, grid, layout, e
     tensors = draw(hf_config, 1)
     world = World(hf_config, grid, layout, tensors, engines=engines, table=plain_table)
     try:
-        assert all(answer["problems"] == {} for answer in world.answers), world.answers
+        assert all(answer.problems == {} for answer in world.answers), world.answers
         for number in (1, 2):
-            assert all(answer == {"problems": {}} for answer in world.send(number))
+            assert all(answer == SentWeights({}) for answer in world.send(number))
             for receiver in world.receivers.values():
                 receiver.received_chunks.wait(number, PATIENT)
             assert wrong_slots(world, tensors, number) == []
@@ -98,7 +99,7 @@ def test_an_fp8_push_gives_all_engines_the_same_codes_and_scales(make_world):
     hf_config |= {"qk_rope_head_dim": 64}
     tensors = draw(hf_config, 1)
     world = make_world(hf_config, TrainerGrid(2, expert=2), EngineLayout(), tensors, engines=2)
-    assert world.send(1) == [{"problems": {}}] * 2
+    assert world.send(1) == [SentWeights({})] * 2
     first, second = world.receivers.values()
     for receiver in (first, second):
         receiver.received_chunks.wait(1, PATIENT)

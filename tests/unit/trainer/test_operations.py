@@ -4,22 +4,26 @@ import msgspec
 import pytest
 
 from megatron_r1.config.algorithms import EngineMask, TokenSettings
+from megatron_r1.push.plan import EngineLayout
+from megatron_r1.push.results import SentWeights, SetFailure
 from megatron_r1.trainer.operations import (
     CheckpointOperations,
     ModelOperations,
     ProbingOperations,
     PushOperations,
     RankCall,
+    decode_result,
     operation_names,
 )
 from megatron_r1.trainer.training_sample import Sample
 from megatron_r1.trainer.worker import Operations, argument_types, methods
 
 PROTOCOLS = (ModelOperations, ProbingOperations, CheckpointOperations, PushOperations)
+FAILED = SentWeights({"one": SetFailure("cut", [1])})
 
 
 class Rank(*PROTOCOLS):
-    """A rank whose methods return their arguments."""
+    """A rank whose methods return their arguments, but `send_weights`."""
 
     def probe(self, **arguments):
         return arguments
@@ -32,6 +36,9 @@ class Rank(*PROTOCOLS):
 
     def connect_sets(self, **arguments):
         return arguments
+
+    def send_weights(self):
+        return FAILED
 
 
 def run_at_rank(operation, arguments):
@@ -63,7 +70,10 @@ def test_a_rank_runs_every_operation_of_the_protocols():
             ModelOperations.mask_advantages,
             {"function": "module:function", "settings": EngineMask("sequence", 0.999, 1.001)},
         ),
-        (PushOperations.connect_sets, {"sets": [("one", 2)], "closed_sets": ["two"]}),
+        (
+            PushOperations.connect_sets,
+            {"sets": [("one", 2)], "layout": EngineLayout(tensor_parallel=2)},
+        ),
     ],
 )
 def test_arguments_arrive_with_their_types(operation, arguments):
@@ -73,3 +83,15 @@ def test_arguments_arrive_with_their_types(operation, arguments):
 def test_an_operation_that_no_protocol_has_is_refused():
     with pytest.raises(ValueError, match="refresh_reference"):
         run_at_rank("describe", {})
+
+
+def test_an_argument_of_another_form_is_refused_by_its_name():
+    layout = {"tensor_parallel": 2, "engine_parallel": 2}
+    with pytest.raises(ValueError, match="connect_sets, argument layout: .*`engine_parallel`"):
+        run_at_rank("connect_sets", {"layout": layout})
+
+
+def test_the_controller_gets_a_result_as_it_left_the_rank():
+    sent = run_at_rank("send_weights", {})
+    assert sent == {"problems": {"one": {"error": "cut", "members": [1], "is_damaged": False}}}
+    assert decode_result(PushOperations.send_weights, 0, sent) == FAILED

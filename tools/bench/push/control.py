@@ -15,10 +15,10 @@ import signal
 import tempfile
 import time
 from collections import Counter
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from torch.distributed import TCPStore
 
@@ -202,18 +202,19 @@ def _trainer(place: Place, port: int, fault: str, tensors: dict[str, Any], note:
     store.add("ready", 1)
     store.get("connect")
     sets, seconds = [(NAME, ENGINES)], CONNECT_SECONDS
-    note(**ends.connect(sets, asdict(ENGINE), "gloo", seconds, push_timeout_seconds=PUSH_SECONDS))
+    connected = ends.connect(sets, ENGINE, "gloo", seconds, push_timeout_seconds=PUSH_SECONDS)
+    note(**msgspec.to_builtins(connected))
     store.add("connected", 1)
     store.wait(["push1"])
-    problems = ends.send(1, [NAME])["problems"]
-    note(**{"push 1": problems or "right"})
+    problems = ends.send(1, [NAME]).problems
+    note(**{"push 1": msgspec.to_builtins(problems) or "right"})
     store.add("complete", 1)
     store.wait(["push2"])
     if place in _victims(fault):
         _die_in(SlicesPayload, "pack", after=2)
     began = time.monotonic()
-    problems = ends.send(2, [NAME])["problems"]
-    error = "; ".join(problem["error"] for problem in problems.values())
+    problems = ends.send(2, [NAME]).problems
+    error = "; ".join(failure.error for failure in problems.values())
     note(**{"push 2": "right", "error": error, "seconds": time.monotonic() - began})
     store.set(f"trainer{rank}", "1")
     _stay(store, fault)

@@ -36,6 +36,7 @@ from megatron_r1.controller.push.pusher import WeightPusher
 from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.models.weights import hf_tensors
+from megatron_r1.push.plan import EngineLayout
 from megatron_r1.trainer.operations import CheckpointOperations
 from tools.bench import host
 from tools.bench.push.control import control_path
@@ -102,7 +103,7 @@ async def _measure(
     tensors = [(name, size) for name, (size, _) in shapes.items()]
     width = 4 if config.rollout.dtype == "float32" else 2
     num_bytes = width * sum(torch.Size(size).numel() for _, size in tensors)
-    links = EngineLinks(trainer, config.push, tensors, {})
+    links = EngineLinks(trainer, config.push, tensors, EngineLayout())
     pusher = WeightPusher(fleet, links)
     buffers = [torch.ones(num_bytes, dtype=torch.uint8) for _ in range(2)]
     pushes, reloads = [], []

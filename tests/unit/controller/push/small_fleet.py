@@ -3,6 +3,18 @@
 import asyncio
 from contextlib import nullcontext
 
+from megatron_r1.push.results import ConnectedSets, OpenedPush, SentWeights
+from megatron_r1.trainer.operations import PushOperations
+
+
+def push_result(operation, port=1, failures=None):
+    """What a trainer rank with links to no engine returns. failures: of each set."""
+    return {
+        PushOperations.open_push: OpenedPush(("127.0.0.1", port)),
+        PushOperations.connect_sets: ConnectedSets({}, {}, {}),
+        PushOperations.send_weights: SentWeights(failures or {}),
+    }[operation]
+
 
 class SmallFleet:
     def __init__(self, engines=()):

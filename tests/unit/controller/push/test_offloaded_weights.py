@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from refusals import refused
-from small_fleet import SmallFleet
+from small_fleet import SmallFleet, push_result
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.config import parse
@@ -17,6 +17,7 @@ from megatron_r1.controller.push.prober import OffloadedProber
 from megatron_r1.controller.push.pusher import WeightPusher
 from megatron_r1.engines.fleet.engine import Engine
 from megatron_r1.engines.server.errors import EngineError
+from megatron_r1.push.plan import EngineLayout
 from megatron_r1.trainer.operations import needs_parameters
 
 
@@ -41,8 +42,7 @@ class OffloadedTrainer:
         self.did(operation.__name__)
         if on_start:
             on_start()
-        answer = {"problems": {}, "num_links": {}, "num_bytes": {}}
-        return [{"store": ["127.0.0.1", 1], **answer}]
+        return [push_result(operation)]
 
     async def prepare_probe(self, token_sequences):
         self.did("prepare_probe")
@@ -98,7 +98,7 @@ class Fleet(SmallFleet):
 
 
 def offloading(trainer, fleet):
-    links = EngineLinks(trainer, PushConfig(transport="nccl"), [], {}, colocated=True)
+    links = EngineLinks(trainer, PushConfig(transport="nccl"), [], EngineLayout(), colocated=True)
     prober = OffloadedProber(trainer, [[1, 2, 3], [9]], 1e-3, 600)
     return WeightPusher(fleet, links, prober, offloads=True)
 

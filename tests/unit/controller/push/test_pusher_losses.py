@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from refusals import raised
-from small_fleet import SmallFleet
+from small_fleet import SmallFleet, push_result
 from torch.distributed import TCPStore
 
 from megatron_r1.base.errors import TrainerLost
@@ -24,11 +24,13 @@ from megatron_r1.engines.server.errors import (
     WeightsUnavailable,
 )
 from megatron_r1.engines.server.responses import Response
+from megatron_r1.push.plan import EngineLayout
+from megatron_r1.push.results import SetFailure
 from megatron_r1.trainer.operations import PushOperations
 
 
 def make_pusher(trainer, fleet, probes=()):
-    links = EngineLinks(trainer, PushConfig(), [], {})
+    links = EngineLinks(trainer, PushConfig(), [], EngineLayout())
     return WeightPusher(fleet, links, Prober(trainer, probes, 1e-3, 600))
 
 
@@ -43,7 +45,7 @@ class TrainerThatIsLost:
             self.is_connecting.set()
             await self.goes.wait()
             raise TrainerLost("trainer rank 0 was killed by signal 9")
-        return [{"store": ["127.0.0.1", 1], "problems": {}}]
+        return [push_result(operation)]
 
 
 @pytest.mark.parametrize("is_closed_first", [True, False])
@@ -115,14 +117,12 @@ class SmallTrainer:
         self.calls.append((operation, arguments))
         if on_start:
             on_start()
-        problems = {}
+        failures = {}
         if operation == PushOperations.send_weights and self.failures:
             members = self.failures.pop(0)
             if members is not None:
-                failure = {"error": "Connection reset", "members": members, "is_damaged": False}
-                problems = {arguments["sets"][0]: failure}
-        answer = {"problems": problems, "num_links": {}, "num_bytes": {}}
-        return [{"store": ["127.0.0.1", self.port], **answer}]
+                failures = {arguments["sets"][0]: SetFailure("Connection reset", members)}
+        return [push_result(operation, self.port, failures)]
 
     def sets(self):
         """Return the engines' numbers in the sets of each call that connects some."""
@@ -188,7 +188,7 @@ class RecordingClient(SmallClient):
         self.called = []
 
     async def init_weight_transfer(self, init, resume):
-        self.called.append(("connect", init["allocates_per_push"]))
+        self.called.append(("connect", init.allocates_per_push))
 
     async def swap_weights(self, update, version, resume):
         self.called.append(("swap", resume))
@@ -208,7 +208,7 @@ def test_an_engine_on_the_trainer_s_gpu_has_no_cache_while_its_first_weights_arr
     async def story():
         trainer, client = SmallTrainer(), RecordingClient()
         settings = PushConfig(transport="nccl")
-        links = EngineLinks(trainer, settings, [], {}, colocated=colocated)
+        links = EngineLinks(trainer, settings, [], EngineLayout(), colocated=colocated)
         pusher = WeightPusher(SmallFleet(), links)
         async with pusher.updating_weights():
             await pusher.open()
@@ -259,7 +259,7 @@ def engines(count):
 
 def sharing_pusher(trainer, fleet):
     settings = PushConfig(transport="gloo")
-    links = EngineLinks(trainer, settings, [], {}, notify=lambda line: None)
+    links = EngineLinks(trainer, settings, [], EngineLayout(), notify=lambda line: None)
     return WeightPusher(fleet, links)
 
 
@@ -294,7 +294,7 @@ class TrainerThatConnectsNone(SmallTrainer):
         if operation == PushOperations.connect_sets:
             problem = "the engine takes no pushes", "receiver/3 is not there"
             for name, size in arguments["sets"]:
-                answer["problems"][name] = problem[size == 1]
+                answer.problems[name] = problem[size == 1]
         return [answer]
 
 

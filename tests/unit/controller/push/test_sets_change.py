@@ -15,11 +15,10 @@ from megatron_r1.config.push import PushConfig
 from megatron_r1.controller.push.engine_links import EngineLinks
 from megatron_r1.controller.push.pusher import WeightPusher
 from megatron_r1.engines.fleet.engine import Engine
-from megatron_r1.engines.plugin.backend import PushUpdateInfo
 from megatron_r1.engines.server.errors import ConnectionBroken, EngineDied, PushIncomplete
 from megatron_r1.push.plan import EngineLayout, TrainerGrid
 from megatron_r1.push.rendezvous import EngineRendezvous
-from megatron_r1.push.results import IncompletePush
+from megatron_r1.push.results import IncompletePush, OpenedPush
 from megatron_r1.push.sender import WeightSender, run_in_threads
 from megatron_r1.push.transports import gloo, receiver_class
 from megatron_r1.push.transports.payloads import SlicesPayload
@@ -29,7 +28,6 @@ from tests.unit.push.push_world import Shared, draw, plain_table, wrong_slots
 from tools.bench.push.small_model import rank_tensors
 
 GRID, LAYOUT = TrainerGrid(4, pipeline=2, expert=2), EngineLayout(tensor_parallel=2)
-SHAPE = {"tensor_parallel": 2, "data_parallel": 1, "pipeline_parallel": 1, "expert_parallel": False}
 
 
 class Trainer:
@@ -46,7 +44,7 @@ class Trainer:
 
     async def call_all(self, operation, on_start=None, **arguments):
         if operation == PushOperations.open_push:
-            return [{"store": ["127.0.0.1", self.store.port]}]
+            return [OpenedPush(("127.0.0.1", self.store.port))]
         if on_start:
             on_start()
         name = {"connect_sets": "connect", "send_weights": "send"}[operation.__name__]
@@ -80,17 +78,17 @@ class Client:
             table = plain_table(DEEPSEEK, LAYOUT, rank)
             memory = before[rank].reusable_memory(table) if before else None
             self.num_reused += memory is not None
-            store = TCPStore(*info["store"], is_master=False)
-            seconds = info["timeout_seconds"], info["push_timeout_seconds"]
-            place = {"member": info["member_index"], "num_members": info["num_members"]}
-            met = EngineRendezvous(store, info["name"], *seconds, **place)
+            store = TCPStore(*info.store, is_master=False)
+            seconds = info.timeout_seconds, info.push_timeout_seconds
+            place = {"member": info.member_index, "num_members": info.num_members}
+            met = EngineRendezvous(store, info.name, *seconds, **place)
             return receiver_class("gloo")(met, rank, table, memory)
 
         self.receivers = run_in_threads([partial(receiver, rank) for rank in range(2)])
         self.num_connections += 1
 
     async def swap_weights(self, update, version, resume=True):
-        await asyncio.to_thread(self._swap, PushUpdateInfo(**update).push_number)
+        await asyncio.to_thread(self._swap, update.push_number)
 
     def _swap(self, push):
         def load(rank, receiver):
@@ -152,7 +150,7 @@ def make(monkeypatch):
         trainers.append(Trainer(tensors))
         fleet = Fleet(engine(index) for index in range(count))
         settings = PushConfig(transport="gloo", timeout_seconds=PATIENT)
-        links = EngineLinks(trainers[-1], settings, [], SHAPE, notify=lambda line: None)
+        links = EngineLinks(trainers[-1], settings, [], LAYOUT, notify=lambda line: None)
         return fleet, WeightPusher(fleet, links), engine
 
     yield make

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 from waiting import until
 
-from megatron_r1.base.errors import TrainerLost
+from megatron_r1.base.errors import TrainerError, TrainerLost
 from megatron_r1.config import Config
 from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.trainer.operations import (
@@ -76,13 +76,13 @@ def test_begun_is_called_when_the_call_is_sent_to_the_ranks(client):
         await until(client.socket.calls.qsize)
         second = asyncio.create_task(
             client.call_all(
-                PushOperations.connect_sets, on_start=lambda: waiting.append(client.pending_call)
+                ModelOperations.compute_values, on_start=lambda: waiting.append(client.pending_call)
             )
         )
         await asyncio.sleep(0.05)
         assert not waiting
         client.socket.answers.set()
-        assert await second == [{"operation": "connect_sets"}]
+        assert await second == [{"operation": "compute_values"}]
         await first
         return waiting
 
@@ -96,3 +96,9 @@ def test_a_call_while_the_ranks_start_again_is_a_loss_and_not_an_empty_reply(cli
     client.ranks = [{"rank": 0, "is_last_stage": True, "is_replica_leader": False}]
     client.socket.answers.set()
     assert asyncio.run(client.call(ModelOperations.update)) == {"operation": "update"}
+
+
+def test_a_reply_of_another_form_is_refused_by_rank_operation_and_field(client):
+    client.socket.answers.set()
+    with pytest.raises(TrainerError, match="rank 0: its reply to send_weights .*`problems`"):
+        asyncio.run(client.call_all(PushOperations.send_weights))

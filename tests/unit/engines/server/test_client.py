@@ -15,6 +15,7 @@ from megatron_r1.engines.server.client import EngineClient
 from megatron_r1.engines.server.errors import EngineDied, EngineError, EngineTimeout
 from megatron_r1.engines.server.model_config import read_model_config
 from megatron_r1.engines.server.server import EngineServer
+from megatron_r1.push.messages import PushUpdateInfo
 
 
 def choice(token_ids, logprobs, spans, finish_reason="stop"):
@@ -126,9 +127,10 @@ def test_a_silent_engine_is_an_error_after_the_timeout():
 
 
 def test_a_swap_is_one_call():
-    update = {"push": 8}
-    _, seen = answer_to({"weight_version": "12"}, lambda client: client.swap_weights(update, 12))
+    push = PushUpdateInfo(8, timeout_seconds=30.0)
+    _, seen = answer_to({"weight_version": "12"}, lambda client: client.swap_weights(push, 12))
     assert [path for _, path, _ in seen] == ["/swap_weights"]
+    update = {"push_number": 8, "timeout_seconds": 30.0}
     call = {"update_info": update, "weight_version": "12", "resume": True}
     assert json.loads(seen[0][2]) == call
 
