@@ -143,10 +143,8 @@ def predicted_sharding(config: Config, hf_config: dict, layout: EngineLayout) ->
 
 
 def _planner(config: Config, hf_config: dict, grid: TrainerGrid, layout: EngineLayout) -> Planner:
-    sharding, table = (
-        predicted_sharding(config, hf_config, layout),
-        pushed_adapter_table(config, hf_config),
-    )
+    sharding = predicted_sharding(config, hf_config, layout)
+    table = pushed_adapter_table(config, hf_config)
     return Planner(hf_config, grid, layout, recipe_stages(config, hf_config), sharding, table)
 
 

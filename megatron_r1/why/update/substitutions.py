@@ -416,7 +416,8 @@ def _kl_substitutions(step: RecordedStep) -> Iterator[Substitution]:
 
 def _default_substitutions(step: RecordedStep) -> Iterator[Substitution]:
     """Yield settings of the loss without effect: their default in place of the recipe's."""
-    rl, default = step.config.rl, RLConfig(algorithm=step.config.rl.algorithm)
+    rl = step.config.rl
+    default = RLConfig(algorithm=step.config.rl.algorithm)
     for name in LOSS_SETTINGS:
         value = getattr(default, name)
         if value != getattr(rl, name):
