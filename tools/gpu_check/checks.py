@@ -81,7 +81,8 @@ def _layers(name: str, case: str, seconds: float, num_gpus: int, settles: str) -
 
 
 FP8_AND_IPC = (
-    *("tests/gpu/test_fp8_engine.py", "tests/gpu/test_push_fp8_gpu.py"),
+    "tests/gpu/test_fp8_engine.py",
+    "tests/gpu/test_push_fp8_gpu.py",
     "tests/gpu/test_push_cuda_ipc.py",
 )
 BENCH = "`pip install -r requirements/bench.txt && python tools/bench kernels"

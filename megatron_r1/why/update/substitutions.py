@@ -31,7 +31,12 @@ USUAL_SETTINGS = {
 MAX_SKIPPED = 4
 """The most updates of a step that are tried as left out, one at a time; the last always is."""
 LOSS_SETTINGS = (
-    *("clip_low", "clip_high", "dual_clip", "importance_cap", "kl_beta", "kl_estimator"),
+    "clip_low",
+    "clip_high",
+    "dual_clip",
+    "importance_cap",
+    "kl_beta",
+    "kl_estimator",
     "entropy_coef",
 )
 """Settings of `rl` whose default is tried."""
