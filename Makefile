@@ -189,6 +189,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python tools/docs/wording.py
+	$(BIN)/python tools/code_shape.py
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 

@@ -104,8 +104,14 @@ class LinearHead:
         Returns:
             out[:rows]."""
         return shard_gradient(
-            *(self.primitives, logits, targets, self.shard, self.scale, upstream, kept_ids),
-            out[: len(logits)],
+            self.primitives,
+            logits=logits,
+            targets=targets,
+            shard=self.shard,
+            scale=self.scale,
+            upstream=upstream,
+            kept_ids=kept_ids,
+            out=out[: len(logits)],
         )
 
     def chunks(self, rows: Rows) -> Iterator[Rows]:

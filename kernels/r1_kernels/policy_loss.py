@@ -243,8 +243,14 @@ def policy_loss(
     check_tensors(logprobs=logprobs, advantages=advantages, mask=mask)
     _check_logprobs(logprobs, entropy, entropy_coef)
     settings = PolicySettings(
-        *(clip_low, clip_high, dual_clip, kl_beta, kl_estimator, importance_cap, objective),
-        entropy_coef,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        dual_clip=dual_clip,
+        kl_beta=kl_beta,
+        kl_estimator=kl_estimator,
+        importance_cap=importance_cap,
+        objective=objective,
+        entropy_coef=entropy_coef,
     )
     averaging = Averaging(ratio_level, average, denominator, cu_seqlens, sequence_group)
     old_logprobs = logprobs if old_logprobs is None else old_logprobs

@@ -104,10 +104,8 @@ class EnvironmentPool:
 
     def __init__(self, agents: AgentsConfig, description: EnvironmentDescription) -> None:
         self.description, self.call_seconds = description, agents.call_seconds
-        self._target, self._options = (
-            environment_target(agents.environment),
-            dict(agents.parameters),
-        )
+        self._target = environment_target(agents.environment)
+        self._options = dict(agents.parameters)
         self._folder = Scratch()
         self._path = str(Path(self._folder.name) / "socket")
         self._process: asyncio.subprocess.Process | None = None

@@ -228,7 +228,10 @@ class HarnessPlayer:
             max_model_len: the most tokens of a prompt and its answer that an engine takes.
             temperature: the sampling temperature.
             top_p: the sampling's probability mass."""
-        self.tokenizer, self.gateway, self.parsers, self.run = tokenizer, gateway, parsers, run
+        self.tokenizer = tokenizer
+        self.gateway = gateway
+        self.parsers = parsers
+        self.run = run
         self._max_turns, self._timeout_seconds = max_turns, timeout_seconds
         self._max_model_len = max_model_len
         self._sampling = temperature, top_p

@@ -168,7 +168,8 @@ class Gym:
         """
         text = f"<answer>{answer}</answer>"
         if grade("logic", text, **self._row, reading="tags").reward == 1.0:
-            self._reward, self.done = math.pow(self._discount, self._num_incorrect), True
+            self._reward = math.pow(self._discount, self._num_incorrect)
+            self.done = True
             return "right"
         self._num_incorrect += 1
         self.done = self._num_incorrect == self._attempts

@@ -291,10 +291,8 @@ def _memory(config: Config) -> str:
     size = f"{parameters / 1e6:,.1f}M parameters; "
     if gpu.is_usable():
         hf_config = read_hf_config(config.model.path)
-        weight_bytes, pushed_bytes = (
-            engine_weight_bytes(config, hf_config),
-            engine_rank_bytes(config, hf_config),
-        )
+        weight_bytes = engine_weight_bytes(config, hf_config)
+        pushed_bytes = engine_rank_bytes(config, hf_config)
         place = "there too" if TRANSPORTS[config.push.transport].needs_gpu else "on its host"
         sizes = parameter_bytes(config.model.dtype, config.optimizer.moments)
         return (

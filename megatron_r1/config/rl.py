@@ -360,7 +360,7 @@ class RLConfig(Section):
 
     @model_validator(mode="after")
     def _corrections_fit(self) -> Self:
-        self.engine_mask_settings  # noqa: B018, raises
+        self._check_engine_mask()
         if self.reward_normalization == "each" and self.advantage_std != "group":
             raise UserError(
                 f"rl.reward_normalization: each with rl.advantage_std: {self.advantage_std}: "
@@ -378,6 +378,13 @@ class RLConfig(Section):
                 cause=Cause.CONFLICT,
             )
         return self
+
+    def _check_engine_mask(self) -> None:
+        """Raise UserError for an engine mask whose bounds do not fit its method, or whose method
+        does not fit `ratio_level`."""
+        make_engine_mask(
+            self.engine_mask, self.engine_mask_low, self.engine_mask_high, self.ratio_level
+        )
 
     @property
     def engine_mask_settings(self) -> EngineMask:

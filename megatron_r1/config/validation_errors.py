@@ -94,7 +94,8 @@ def recipe_error(
         origin: where the settings are from, in front of the message.
     """
     first = failure.errors()[0]
-    key, cause = ".".join(map(str, first["loc"])), CAUSES.get(first["type"], Cause.MALFORMED)
+    key = ".".join(map(str, first["loc"]))
+    cause = CAUSES.get(first["type"], Cause.MALFORMED)
     if first["type"] == "value_error" and isinstance(error := first["ctx"]["error"], UserError):
         # A model that others hold does not know where: its keys are relative to it.
         if not key or error.key.split(".")[0] == str(first["loc"][0]):

@@ -176,51 +176,94 @@ def _split(
     reports: list[DataReport],
 ) -> PromptSplit:
     report = reports[-1] if reports else DataReport()
-    limits = {False: num_train, True: num_heldout if fraction else 0}
-    contradictions: list[tuple[Prompt, Prompt]] = []
-    sides: dict[bool, dict[str, Prompt]] = {False: {}, True: {p.id: p for p in heldout}}
-    heldout_ids = {*sides[True]}
-    unused: set[str] = set()
-
-    def is_full(side: bool) -> bool:
-        limit = limits[side]
-        return limit is not None and len(sides[side]) >= limit
-
-    for prompt in prompts:
-        if is_full(False) and is_full(True):
-            report.is_complete = False
-            break
-        earlier_prompt = sides[False].get(prompt.id) or sides[True].get(prompt.id)
-        # Not where the other is of the held-out file: too near to be trained on.
-        if (
-            earlier_prompt is not None
-            and prompt.id not in heldout_ids
-            and _differ_in_case(earlier_prompt, prompt)
-        ):
-            # On the side of the other, by the same hash; but a question of its own.
-            spelled = f"spelled {_normalized_question(prompt)}".encode("utf-8", "replace")
-            prompt = replace(prompt, id=hashlib.sha256(spelled).hexdigest()[:16])
-            earlier_prompt = sides[False].get(prompt.id) or sides[True].get(prompt.id)
-        if earlier_prompt is not None and earlier_prompt.truth != prompt.truth:
-            contradictions.append((earlier_prompt, prompt))
-            report.skip_row("the question has another truth before", prompt.location, "truth")
-        elif earlier_prompt is not None:
-            report.num_duplicates += 1
-        if earlier_prompt is not None:
-            continue
-        side = is_heldout(prompt_identity(prompt, kind), fraction)
-        if not is_full(side):
-            sides[side][prompt.id] = prompt
-        elif prompt.id in unused:
-            report.num_duplicates += 1
-        else:
-            unused.add(prompt.id)
-    report.num_unused = len(unused)
-    train, heldout_prompts = list(sides[False].values()), list(sides[True].values())
+    splitter = _Splitter(
+        # Without a fraction, only the prompts of the held-out file are held out.
+        train=_Half(num_train),
+        heldout=_Half(num_heldout if fraction else 0, {p.id: p for p in heldout}),
+        fraction=fraction,
+        kind=kind,
+        report=report,
+    )
+    splitter.add_all(prompts)
+    train = list(splitter.train.prompts.values())
+    heldout_prompts = list(splitter.heldout.prompts.values())
     kinds = Counter(prompt.kind for prompt in train + heldout_prompts)
     if kind is None and len(kinds) > 1:
         report.kinds = dict(kinds.most_common())
-    return PromptSplit(train, heldout_prompts[:num_heldout], contradictions, reports)
+    return PromptSplit(train, heldout_prompts[:num_heldout], splitter.contradictions, reports)
+
+
+@dataclass
+class _Half:
+    """The train or the held-out prompts of a split, by id; `limit`: the most, None for no limit."""
+
+    limit: int | None
+    prompts: dict[str, Prompt] = field(default_factory=dict)
+
+    @property
+    def is_full(self) -> bool:
+        return self.limit is not None and len(self.prompts) >= self.limit
+
+
+class _Splitter:
+    """Adds prompts to two halves, each question once, and counts in `report` what is left out."""
+
+    def __init__(
+        self, *, train: _Half, heldout: _Half, fraction: float, kind: str | None, report: DataReport
+    ) -> None:
+        self.train = train
+        self.heldout = heldout
+        self.contradictions: list[tuple[Prompt, Prompt]] = []
+        self._fraction = fraction
+        self._kind = kind
+        self._report = report
+        self._heldout_file_ids = {*heldout.prompts}
+        self._unused_ids: set[str] = set()
+
+    def add_all(self, prompts: Iterable[Prompt]) -> None:
+        """Add prompts until both halves are full."""
+        for prompt in prompts:
+            if self.train.is_full and self.heldout.is_full:
+                self._report.is_complete = False
+                break
+            self._add(self._with_distinct_id(prompt))
+        self._report.num_unused = len(self._unused_ids)
+
+    def _add(self, prompt: Prompt) -> None:
+        earlier_prompt = self._earlier_prompt(prompt)
+        if earlier_prompt is not None and earlier_prompt.truth != prompt.truth:
+            self.contradictions.append((earlier_prompt, prompt))
+            reason = "the question has another truth before"
+            self._report.skip_row(reason, prompt.location, "truth")
+            return
+        if earlier_prompt is not None:
+            self._report.num_duplicates += 1
+            return
+        is_held_out = is_heldout(prompt_identity(prompt, self._kind), self._fraction)
+        half = self.heldout if is_held_out else self.train
+        if not half.is_full:
+            half.prompts[prompt.id] = prompt
+        elif prompt.id in self._unused_ids:
+            self._report.num_duplicates += 1
+        else:
+            self._unused_ids.add(prompt.id)
+
+    def _with_distinct_id(self, prompt: Prompt) -> Prompt:
+        """Return a prompt with an id of its own where one that differs in case has the same."""
+        earlier_prompt = self._earlier_prompt(prompt)
+        # Not where the other is of the held-out file: too near to be trained on.
+        if (
+            earlier_prompt is None
+            or prompt.id in self._heldout_file_ids
+            or not _differ_in_case(earlier_prompt, prompt)
+        ):
+            return prompt
+        # On the side of the other, by the same hash; but a question of its own.
+        spelled = f"spelled {_normalized_question(prompt)}".encode("utf-8", "replace")
+        return replace(prompt, id=hashlib.sha256(spelled).hexdigest()[:16])
+
+    def _earlier_prompt(self, prompt: Prompt) -> Prompt | None:
+        return self.train.prompts.get(prompt.id) or self.heldout.prompts.get(prompt.id)
 
 
 def _differ_in_case(first: Prompt, second: Prompt) -> bool:

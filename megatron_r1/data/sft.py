@@ -254,7 +254,8 @@ def _conversation(messages: list[Message], first_loss_message: int, row: Canonic
 
 
 ALWAYS_LEARNED = (
-    *("prompt and completion as messages", "query, answers and tools"),
+    "prompt and completion as messages",
+    "query, answers and tools",
     "instruction, input and output",
 )
 """Forms whose rows are examples, whatever else they have."""

@@ -42,7 +42,8 @@ def find_model(path: str) -> tuple[Path, bool]:
 
 def has_newest_export(run: Path) -> bool:
     """Return whether a run has an `hf/` that is no older than its newest checkpoint."""
-    exported, checkpoints = run / "hf" / "config.json", complete_checkpoints(run / "checkpoints")
+    exported = run / "hf" / "config.json"
+    checkpoints = complete_checkpoints(run / "checkpoints")
     return exported.is_file() and (
         not checkpoints or exported.stat().st_mtime >= checkpoints[-1].stat().st_mtime
     )

@@ -71,7 +71,10 @@ class ServerPolicy:
         shots: FewShotExamples | None = None,
         key: str = "eval.server",
     ) -> None:
-        self._server, self._decoding, self._shots, self._key = server, decoding, shots, key
+        self._server = server
+        self._decoding = decoding
+        self._shots = shots
+        self._key = key
         self._chat = server.api == "chat"
         if not self._chat:
             find_template(template)

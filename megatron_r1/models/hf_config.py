@@ -373,10 +373,8 @@ def sparse_layers(hf_config: HFConfig) -> list[bool]:
     layers = range(hf_config["num_hidden_layers"])
     if not hf_config.get("n_routed_experts"):
         return [False for _ in layers]
-    first, step = (
-        hf_config.get("first_k_dense_replace") or 0,
-        hf_config.get("decoder_sparse_step") or 1,
-    )
+    first = hf_config.get("first_k_dense_replace") or 0
+    step = hf_config.get("decoder_sparse_step") or 1
     dense = hf_config.get("mlp_only_layers") or []
     return [i >= first and i not in dense and (i + 1) % step == 0 for i in layers]
 
@@ -390,9 +388,8 @@ def key_value_heads(hf_config: HFConfig) -> int:
 def head_sizes(hf_config: HFConfig) -> tuple[int, int]:
     """Return the features of a query head and of a value head."""
     if hf_config.get("kv_lora_rank"):
-        return hf_config["qk_nope_head_dim"] + hf_config["qk_rope_head_dim"], hf_config[
-            "v_head_dim"
-        ]
+        query_size = hf_config["qk_nope_head_dim"] + hf_config["qk_rope_head_dim"]
+        return query_size, hf_config["v_head_dim"]
     size = hf_config.get("head_dim") or hf_config["hidden_size"] // hf_config["num_attention_heads"]
     return size, size
 

@@ -300,10 +300,8 @@ def layer_activations(
     modules["core_attn"] = 4 * heads * all_tokens
     dispatch = 0.0
     if sparse:
-        routed, intermediate = (
-            hf_config["num_experts_per_tok"] * split,
-            hf_config["moe_intermediate_size"],
-        )
+        routed = hf_config["num_experts_per_tok"] * split
+        intermediate = hf_config["moe_intermediate_size"]
         at_expert = routed * imbalance * parallel.expert_tensor
         local_intermediate = intermediate / parallel.expert_tensor
         scores = (3 + num_extra) * FP32 * hf_config["n_routed_experts"] * split

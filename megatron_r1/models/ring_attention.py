@@ -99,7 +99,8 @@ class _RingAttention(torch.autograd.Function):
         """Return out (t, h, e), the module's sum over chunks c."""
         rank, num_ranks = group.rank(), group.size()
         size = max(key.shape[2], value.shape[2])
-        queries, masks = halves.pad(query, size), halves.buckets.padding_masks(query.dtype)
+        queries = halves.pad(query, size)
+        masks = halves.buckets.padding_masks(query.dtype)
         # Sums over chunks are in fp32 at least.
         wide = torch.promote_types(query.dtype, torch.float32)
         joined: list[list[Any]] = [[None] * len(masks) for _ in queries]  # (out, lse)
@@ -130,7 +131,8 @@ class _RingAttention(torch.autograd.Function):
         query, key, value, out, lse = ctx.saved_tensors
         halves, group = ctx.halves, ctx.group
         rank, num_ranks = group.rank(), group.size()
-        size, masks = max(key.shape[2], value.shape[2]), halves.buckets.padding_masks(query.dtype)
+        size = max(key.shape[2], value.shape[2])
+        masks = halves.buckets.padding_masks(query.dtype)
         queries, outs, grads = (halves.pad(x, size) for x in (query, out, grad))
         # A padded query has grad 0, and so any finite lse will do.
         normalizers = [[x[..., 0] for x in half] for half in halves.pad(lse, 1)]

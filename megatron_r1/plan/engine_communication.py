@@ -12,11 +12,10 @@ from dataclasses import dataclass
 
 from megatron_r1.config.hardware import Assumptions, Hardware
 
-NCCL, LOW_LATENCY, HIGH_THROUGHPUT = BACKENDS = (
-    "allgather_reducescatter",
-    "deepep_low_latency",
-    "deepep_high_throughput",
-)
+NCCL = "allgather_reducescatter"
+LOW_LATENCY = "deepep_low_latency"
+HIGH_THROUGHPUT = "deepep_high_throughput"
+BACKENDS = (NCCL, LOW_LATENCY, HIGH_THROUGHPUT)
 """Backends that are priced; the first is vLLM's default, and stands for all others."""
 
 

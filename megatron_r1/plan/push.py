@@ -246,7 +246,8 @@ def _connections(
     job: PlannedJob, engines: EngineLayout, grid: TrainerGrid, traffic: SetTraffic
 ) -> QuantityTable:
     """Return what connects the ranks, and how long that and a push take."""
-    assumptions, sharding = job.assumptions, _pushed_weights(job).predicted_layout(engines)
+    assumptions = job.assumptions
+    sharding = _pushed_weights(job).predicted_layout(engines)
     num_slots = sum(
         1
         for rank in range(engines.ranks_per_engine)
@@ -257,10 +258,8 @@ def _connections(
     colocated = shares_gpus_over_nccl(job.config)
     set_ranks = 0 if colocated else traffic.num_engines * engines.ranks_per_engine
     communicator = grid.world_size + set_ranks if over_nccl else 0
-    creation, route = (
-        "",
-        f"a process group of two, and an engine rank has one of {traffic.num_engines}",
-    )
+    creation = ""
+    route = f"a process group of two, and an engine rank has one of {traffic.num_engines}"
     if over_nccl:
         creation = f", and the creation of an NCCL communicator of {communicator:,} ranks"
         route = "sent in rounds through one communicator"
@@ -303,7 +302,8 @@ def _rounds_time(job: PlannedJob, engines: EngineLayout, grid: TrainerGrid) -> Q
     layout = job.hf_config, grid, engines, job.stages
     count, lora = _byte_count(_pushed_dtype(job)), pushed_lora(job)
     plans = set_plans(*layout, count, MAX_SET_ENGINES, drafts=drafts_with_mtp(job), lora=lora)
-    sets, ranks = engine_sets(engines.engines, MAX_SET_ENGINES), engines.ranks_per_engine
+    sets = engine_sets(engines.engines, MAX_SET_ENGINES)
+    ranks = engines.ranks_per_engine
     colocated = shares_gpus_over_nccl(job.config)
     schedule = planned_schedule(plans, sets, ranks, grid.world_size, colocated=colocated)
     return Quantity(

@@ -141,10 +141,8 @@ def apply_calibration(
             {name: values[name] for name in described_fields(part) if name in values}
             for part in (hardware, assumptions)
         )
-        hardware, assumptions = (
-            replace(hardware, **hardware_values),
-            replace(assumptions, **assumption_values),
-        )
+        hardware = replace(hardware, **hardware_values)
+        assumptions = replace(assumptions, **assumption_values)
     except ValidationError as failure:
         error = failure.errors()[0]
         reason = error["msg"].replace("Input", "it")

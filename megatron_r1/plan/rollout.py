@@ -149,10 +149,8 @@ class RolloutTime:
         )
         if not routed_parameters:
             return engines.weight_bytes
-        experts, topk = (
-            self.job.hf_config["n_routed_experts"],
-            self.job.hf_config["num_experts_per_tok"],
-        )
+        experts = self.job.hf_config["n_routed_experts"]
+        topk = self.job.hf_config["num_experts_per_tok"]
         # Tokens spread evenly.
         held_experts = experts + planned_engine_layout(self.job).redundant_experts
         tokens = sequences * self.job.engine_gpus / engines.tensor * (1 + engines.num_draft_tokens)

@@ -258,13 +258,11 @@ class LinkPlanner:
         gpus: Sequence[str],
         weight_table: WeightTable | None = None,
     ):
-        self.hf_config, self.grid, self.pieces, self.rank, self.stages = (
-            hf_config,
-            grid,
-            pieces,
-            rank,
-            stages,
-        )
+        self.hf_config = hf_config
+        self.grid = grid
+        self.pieces = pieces
+        self.rank = rank
+        self.stages = stages
         self.weight_table = weight_table
         self._rank_of_gpu = {gpu: rank for rank, gpu in enumerate(gpus)}
         self._num_schedules = 0

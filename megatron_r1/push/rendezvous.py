@@ -108,10 +108,8 @@ class Rendezvous:
             push_timeout_seconds = timeout_seconds
         self.push_timeout_seconds = push_timeout_seconds
         self.member, self.num_members = member, num_members
-        self.engine_store, self.set_store = (
-            PrefixStore(self.engine, store),
-            PrefixStore(name, store),
-        )
+        self.engine_store = PrefixStore(self.engine, store)
+        self.set_store = PrefixStore(name, store)
         self.engine_store.set_timeout(datetime.timedelta(seconds=timeout_seconds))
         self._tables = tables or TableStore(store)
 

@@ -214,7 +214,7 @@ def _rollout(config: Config) -> dict[str, Any]:
         "hosts_address": "127.0.0.1" if rollout.placement == "hosts" else None,
         "hosts_port": 0,
         "max_response_tokens": _response_tokens(config, rollout.max_response_tokens),
-        "max_model_len": _room(config),
+        "max_model_len": _max_model_len(config),
         "max_num_seqs": min(rollout.max_num_seqs, 16),
         "gpu_memory": None,
         "threads": 1,
@@ -223,7 +223,7 @@ def _rollout(config: Config) -> dict[str, Any]:
     }
 
 
-def _room(config: Config) -> int:
+def _max_model_len(config: Config) -> int:
     """Return the most tokens of a prompt with its response: in a template of the recipe's own, at
     most one for each byte."""
     templates = config.data.template, config.reward_model.template or ""
@@ -313,7 +313,7 @@ def _vllm(config: Config, copies: int, device: RehearsalDevice) -> dict[str, Any
         if config.rollout.vllm.get("kv_cache_dtype") in IMITATED_CACHES:
             arguments["kv_cache_dtype"] = config.rollout.vllm["kv_cache_dtype"]
     if "max_num_batched_tokens" in arguments:
-        tokens = min(arguments["max_num_batched_tokens"], _room(config) // 2)
+        tokens = min(arguments["max_num_batched_tokens"], _max_model_len(config) // 2)
         arguments["max_num_batched_tokens"] = tokens
     if copies:
         arguments["eplb_config"] = {**arguments.get("eplb_config", {}), **BALANCER}
@@ -404,7 +404,7 @@ def _tokens(config: Config) -> int:
     rollout = config.rollout
     longest = rollout.max_model_len or rollout.max_response_tokens
     tokens = config.parallel.microbatch_tokens
-    return max(1, min(tokens, tokens * _room(config) // longest))
+    return max(1, min(tokens, tokens * _max_model_len(config) // longest))
 
 
 def _sft(config: Config, folder: Path, data: int) -> dict[str, Any]:
@@ -423,7 +423,7 @@ def _reward_model(config: Config, folder: Path, data: int) -> dict[str, Any]:
         "data": str(folder / "preferences.jsonl"),
         "epochs": None,
         "batch_size": 4 * data,
-        "max_tokens": _room(config) if config.reward_model.max_tokens else None,
+        "max_tokens": _max_model_len(config) if config.reward_model.max_tokens else None,
     }
 
 

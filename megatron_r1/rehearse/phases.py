@@ -74,7 +74,10 @@ class PhaseRunner:
             settings: added to every command line, as --key=value.
             timeout_seconds: the limit for one phase.
             notify: called with a line at the start of each phase."""
-        self.verb, self.recipe, self.config, self.settings = verb, recipe, config, settings
+        self.verb = verb
+        self.recipe = recipe
+        self.config = config
+        self.settings = settings
         self.timeout_seconds, self.notify = timeout_seconds, notify
         self.run_folder = RunFolder(config.run.folder)
         self.shown: list[PhaseResult] = []

@@ -118,11 +118,9 @@ def format_count(count: int, noun: str) -> str:
 def format_clock(seconds: float) -> str:
     """Format a time: 0:07, 12:34, 1:02:03."""
     total_seconds = max(0, int(seconds))
-    hours, minutes, last_seconds = (
-        total_seconds // 3600,
-        total_seconds // 60 % 60,
-        total_seconds % 60,
-    )
+    hours = total_seconds // 3600
+    minutes = total_seconds // 60 % 60
+    last_seconds = total_seconds % 60
     return f"{hours}:{minutes:02}:{last_seconds:02}" if hours else f"{minutes}:{last_seconds:02}"
 
 

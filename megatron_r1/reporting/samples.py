@@ -153,11 +153,9 @@ def _moment(by_step: Mapping[int, Any], step: int, answers: Sequence[SampleLine]
 
 
 def _card(sample: SampleLine) -> Card:
-    truth, reward, length = (
-        sample.get("truth"),
-        finite_metric(sample, "reward"),
-        finite_metric(sample, "length"),
-    )
+    truth = sample.get("truth")
+    reward = finite_metric(sample, "reward")
+    length = finite_metric(sample, "length")
     details = [
         "" if reward is None else f"reward {reward:.3g}",
         "" if length is None else f"{length:.0f} tokens",

@@ -123,7 +123,9 @@ class LossHead:
         rows = self.batch.response_positions
         with trusted_values():  # `packed.check_token_ids` has seen the targets
             logprobs, entropy = linear_token_logprobs(
-                *(self.hidden[rows], self.weight, self.batch.targets[rows]),
+                self.hidden[rows],
+                self.weight,
+                self.batch.targets[rows],
                 sampling_mask=self._kept_at(rows),
                 **self._options(),
             )

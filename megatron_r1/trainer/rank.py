@@ -16,7 +16,9 @@ from megatron_r1.base.processes.memory import without_garbage_collection
 READ_LATE = frozenset({*children.rank_variables(0, 1, 0), RANKS_TOKEN_VARIABLE})
 """Environment variables that no import reads (`base.processes.fork_server`)."""
 LATER_IMPORTS = (
-    *("trainer.checkpoint_manager", "trainer.implementations", "trainer.trainer"),
+    "trainer.checkpoint_manager",
+    "trainer.implementations",
+    "trainer.trainer",
     "push.worker",
 )
 """Modules that `worker.Operations` imports, as they need a process that is prepared."""

@@ -220,7 +220,8 @@ class RoutingScatter:
         for member in members:
             split, own_layers = self._ranks[member]
             if own_layers != layers:
-                layers, shard = own_layers, RoutingShard(self._shard.shape, own_layers)
+                layers = own_layers
+                shard = RoutingShard(self._shard.shape, own_layers)
                 routing = _concatenate(microbatches, layouts, shard)
             cut = _select(routing, local_positions(split))
             parts = (cut.experts, cut.is_recorded)

@@ -66,7 +66,10 @@ class Trainer:
         shape = routing_shape(self.hf_config) if config.rl.routing_replay else None
         self.replay = RoutingReplay(self.model_chunks, shape)
         self.rollout = LoadedRollout(
-            *(config, grid_position, self.hf_config, self.replay),
+            config,
+            grid_position,
+            self.hf_config,
+            self.replay,
             num_chunks=len(self.ddp_chunks),
             num_mtp_layers=self.num_mtp_layers,
         )
@@ -199,7 +202,10 @@ class Trainer:
                 chunk.mtp_only_divisor = divisor
         run = partial(self.run_batches, batches, compute, forward_only=False)
         reports, stepped = optimizer_step(
-            *(self.ddp_chunks, self.optimizer, learning_rate, run),
+            self.ddp_chunks,
+            self.optimizer,
+            learning_rate,
+            run,
             is_last=self.rollout.is_last(minibatch_index),
         )
         return reduce_over_data(self.grid_position, merge(reports)) | stepped

@@ -145,7 +145,12 @@ class Sample(msgspec.Struct, frozen=True):
         prompt, response = token_ids[:first], token_ids[first:end]
         response_mask = slice_mask(sampling_mask, count, first, end)
         sample = cls.pack(
-            *(prompt, response, rollout_logprobs[first:end], advantage, routing, teacher_logprobs),
+            prompt,
+            response,
+            rollout_logprobs[first:end],
+            advantage=advantage,
+            routing=routing,
+            teacher_logprobs=teacher_logprobs,
             sampling_mask=response_mask,
         )
         # Without a mask where all was sampled, as of a single turn.
@@ -222,7 +227,8 @@ def split_off_routing(parts: Sequence[Buffer]) -> tuple[Sequence[Buffer], Sequen
         return (), ()
     minibatches = msgspec.msgpack.decode(parts[0], type=list[list[list[Header]]])
     headers = (header for minibatch in minibatches for micro in minibatch for header in micro)
-    missing, count = sum(sum(filter(None, sizes)) for _, sizes, _ in headers), 1
+    missing = sum(sum(filter(None, sizes)) for _, sizes, _ in headers)
+    count = 1
     while missing:
         missing, count = missing - len(parts[count]), count + 1
     return parts[1:count], parts[count:]

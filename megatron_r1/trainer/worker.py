@@ -166,7 +166,8 @@ class Operations:
         from megatron_r1.trainer.trainer import Trainer
 
         straggler_timeout = timedelta(seconds=config.parallel.timeout_seconds)
-        self.grid_position, self.replica = grid_position, Replica(grid_position, straggler_timeout)
+        self.grid_position = grid_position
+        self.replica = Replica(grid_position, straggler_timeout)
         self.trainer = Trainer(config, grid_position)
         self._offload = self.trainer.offload
         rollout = self.trainer.rollout

@@ -230,12 +230,10 @@ def test_a_mask_that_does_not_fit_is_refused_by_name(mask, shows):
     logits, targets = torch.zeros(2, 4), torch.tensor([0, 1])
     with raised(ValueError, "sampling_mask", *shows):
         token_logprobs(logits, targets, sampling_mask=SamplingMask(*mask))
-    hidden, weight, zeros, ones = (
-        torch.zeros(2, 3),
-        torch.zeros(4, 3),
-        torch.zeros(2),
-        torch.ones(2),
-    )
+    hidden = torch.zeros(2, 3)
+    weight = torch.zeros(4, 3)
+    zeros = torch.zeros(2)
+    ones = torch.ones(2)
     with raised(ValueError, "sampling_mask", *shows):
         linear_policy_loss(
             *(hidden, weight, targets, zeros, zeros, zeros, ones), sampling_mask=SamplingMask(*mask)

@@ -182,10 +182,8 @@ def compare(name, hf_config, grid, sizes, oracle, out):
     same_checkpoint(name, hf_config, grid, chunks, model_folder, out)
     # The same four packed batches for every number of data-parallel ranks that share them.
     groups = [sequences[0:1], sequences[1:2], sequences[2:5], sequences[5:6]]
-    ranks, rank = (
-        parallel_state.get_data_parallel_world_size(),
-        parallel_state.get_data_parallel_rank(),
-    )
+    ranks = parallel_state.get_data_parallel_world_size()
+    rank = parallel_state.get_data_parallel_rank()
     mine = range(rank * len(groups) // ranks, (rank + 1) * len(groups) // ranks)
     for chunk in chunks:
         chunk.train()

@@ -91,10 +91,8 @@ def assert_views(trainer) -> None:
             (part.model_float16_groups, part.shard_float16_groups),
         ):
             for parameter, shard in zip(sum(models, []), sum(shards, []), strict=True):
-                begin, end = (
-                    parameter.data_ptr(),
-                    parameter.data_ptr() + parameter.numel() * parameter.element_size(),
-                )
+                begin = parameter.data_ptr()
+                end = parameter.data_ptr() + parameter.numel() * parameter.element_size()
                 assert begin <= shard.data_ptr() < end
 
 

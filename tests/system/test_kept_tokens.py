@@ -59,10 +59,8 @@ def check_kept(rows, response, cut):
     counts, ids = decode_mask(response.sampling_mask, len(response.token_ids))
     ends = counts.cumsum()
     for at, (token, end) in enumerate(zip(response.token_ids, ends, strict=True)):
-        row, kept = (
-            torch.tensor(rows[at], dtype=torch.float64),
-            ids[end - counts[at] : end].tolist(),
-        )
+        row = torch.tensor(rows[at], dtype=torch.float64)
+        kept = ids[end - counts[at] : end].tolist()
         least = least_kept(row, **cut)
         sure = (row > least + TIE).nonzero()[:, 0].tolist()
         possible = (row > least - TIE).nonzero()[:, 0].tolist()

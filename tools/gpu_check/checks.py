@@ -81,7 +81,8 @@ def _layers(name: str, case: str, seconds: float, num_gpus: int, settles: str) -
 
 
 FP8_AND_IPC = (
-    *("tests/gpu/test_fp8_engine.py", "tests/gpu/test_push_fp8_gpu.py"),
+    "tests/gpu/test_fp8_engine.py",
+    "tests/gpu/test_push_fp8_gpu.py",
     "tests/gpu/test_push_cuda_ipc.py",
 )
 BENCH = "`pip install -r requirements/bench.txt && python tools/bench kernels"
@@ -89,7 +90,10 @@ BENCH = "`pip install -r requirements/bench.txt && python tools/bench kernels"
 CHECKS = (
     _layers(
         "bf16, latent attention, packed batches",
-        *("one", 120, 1, "bf16 and latent attention on packed batches"),
+        "one",
+        120,
+        1,
+        "bf16 and latent attention on packed batches",
     ),
     Check(
         "the recipe: sleep, push, wake",
@@ -131,9 +135,7 @@ CHECKS = (
     ),
     Check(
         "kernels beside their peers",
-        _program(
-            *("kernel_times", "{out}/kernels.json", "--minutes", str(BENCH_MINUTES)),
-        ),
+        _program("kernel_times", "{out}/kernels.json", "--minutes", str(BENCH_MINUTES)),
         60 * BENCH_MINUTES + 60,
         needs=("triton", "numpy", "xxhash"),
         settles=(BENCH,),
@@ -141,7 +143,12 @@ CHECKS = (
     Check(
         "a rank's share of the vocabulary",
         _program(
-            *("kernel_times", "{out}/kernels-shard.json", "--preset", "shard", "--minutes", "1"),
+            "kernel_times",
+            "{out}/kernels-shard.json",
+            "--preset",
+            "shard",
+            "--minutes",
+            "1",
         ),
         100,
         needs=("triton", "numpy", "xxhash"),
@@ -193,7 +200,10 @@ CHECKS = (
     ),
     _layers(
         "context parallelism, latent attention",
-        *("context", 100, 2, "Context parallelism with Transformer Engine's attention"),
+        "context",
+        100,
+        2,
+        "Context parallelism with Transformer Engine's attention",
     ),
     _layers("tensor x expert", "experts", 100, 2, "2 GPUs: TP 2, EP 2, PP 2"),
     _layers("tensor x expert x pipeline", "grid", 120, 4, "2 GPUs: TP 2, EP 2, PP 2"),

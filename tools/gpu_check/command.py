@@ -186,8 +186,11 @@ def page(machine: dict[str, Any], outcomes: Sequence[runner.CheckOutcome]) -> st
         result = outcome.status + (f": {outcome.reason}" if outcome.reason else "")
         is_settled = outcome.status == verdict.PASSED and not is_null
         cells = (
-            *(outcome.check.name, result, f"{outcome.seconds:.0f}"),
-            *("; ".join(outcome.check.settles) if is_settled else "", _figures(outcome)),
+            outcome.check.name,
+            result,
+            f"{outcome.seconds:.0f}",
+            "; ".join(outcome.check.settles) if is_settled else "",
+            _figures(outcome),
         )
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     for outcome in outcomes:

@@ -90,7 +90,8 @@ class Steps:
         at most `FAR` for each, and the cosine between the changes since `earlier_logprobs`, here
         and there; empty but on the last stage."""
         names = ("gap", "xy", "xx", "yy", "moved")
-        sums, count = torch.zeros(len(names), dtype=torch.float64), 0
+        sums = torch.zeros(len(names), dtype=torch.float64)
+        count = 0
         for batch in (
             self.trainer.rollout.minibatches[0] if self.grid_position.is_last_stage else []
         ):

@@ -17,7 +17,11 @@ from pathlib import Path
 
 import numpy as np
 
-GPUS, STREAMS, CALLS, WAITS, MEMBERS = 16, 256, 4096, 64, 512
+GPUS = 16
+STREAMS = 256
+CALLS = 4096
+WAITS = 64
+MEMBERS = 512
 BEHIND_STREAM, IN_CALL = 2, 3
 STARTED = 2
 KINDS = ["none", "stream", "device", "event", "copy", "free", "operator", "creation"]

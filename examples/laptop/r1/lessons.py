@@ -113,8 +113,14 @@ def sisters(count: int, seed: int) -> Iterator[Lesson]:
         ]
         for language, question in zip(LANGUAGES, (en, zh), strict=True):
             yield Lesson(
-                *("logic", language, question, lines, str(answer), incorrect_answer),
-                *("math", str(answer)),
+                subject="logic",
+                language=language,
+                question=question,
+                lines=lines,
+                answer=str(answer),
+                incorrect_answer=incorrect_answer,
+                kind="math",
+                truth=str(answer),
             )
 
 
@@ -264,7 +270,13 @@ def _lessons(
 
             answer, fields = reply(right, name, language), {"name": name}
             yield Lesson(
-                *(subject, language, asked, [THOUGHTS[thought]], answer, incorrect_answer, kind),
+                subject=subject,
+                language=language,
+                question=asked,
+                lines=[THOUGHTS[thought]],
+                answer=answer,
+                incorrect_answer=incorrect_answer,
+                kind=kind,
                 fields=fields,
             )
 

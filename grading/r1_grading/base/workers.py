@@ -102,7 +102,10 @@ class FramedProcess(Generic[Reply]):
         Raises:
             WorkerLost: the process ended before it was ready; with its last words."""
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", module, *arguments),
+            sys.executable,
+            "-m",
+            module,
+            *arguments,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
             **popen_options(_environment()) | {"stdin": asyncio.subprocess.PIPE},

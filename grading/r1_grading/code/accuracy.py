@@ -75,7 +75,10 @@ def grade(
         program = python_call(extraction.text, problem.function)
     else:
         program = python_script(extraction.text, names=problem.is_livecodebench)
-    num_tests, num_passed, total, failure = len(problem.tests), 0, 0.0, ""
+    num_tests = len(problem.tests)
+    num_passed = 0
+    total = 0.0
+    failure = ""
     for number, test in enumerate(_run_tests(problem, program, parsed_limits, deadline), 1):
         num_passed += test.reward == 1.0
         total += test.reward

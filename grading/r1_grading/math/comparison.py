@@ -105,11 +105,10 @@ def compare(truth: str, answer: str) -> Result:
         return _same_labelled(choice, answer)
     if (labelled := math_text.without_label(answer)) is not None:
         answer = labelled
-    expected, answer = (
-        set_builder_condition(normalize_latex(expected)),
-        set_builder_condition(normalize_latex(answer)),
-    )
-    expected, answer = degrees_to_radians(expected), last_value_of_computation(expected, answer)
+    expected = set_builder_condition(normalize_latex(expected))
+    answer = set_builder_condition(normalize_latex(answer))
+    answer = last_value_of_computation(expected, answer)
+    expected = degrees_to_radians(expected)
     if ("," in expected) != ("," in answer):  # then those of the one separate thousands
         expected, answer = without_thousands(expected), without_thousands(answer)
     if expected == answer:

@@ -122,10 +122,8 @@ def _sentence_around(text: str, position: int) -> tuple[int, int]:
     end = text.find("\n", position)
     end = len(text) if end < 0 else end
     if end - start > MAX_LINE_CHARS:
-        start, end = (
-            max(start, position - MAX_LINE_CHARS // 2),
-            min(end, position + MAX_LINE_CHARS // 2),
-        )
+        start = max(start, position - MAX_LINE_CHARS // 2)
+        end = min(end, position + MAX_LINE_CHARS // 2)
     for span in EMPHASIZED.finditer(text, start, end):
         emphasis = text[span.start() : span.end()].strip(DECORATION)
         if span.start() < position < span.end() and not HEADING.fullmatch(emphasis):

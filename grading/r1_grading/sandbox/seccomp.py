@@ -59,7 +59,11 @@ truncate 76 45 | ftruncate 77 46 | fallocate 285 47 | fork 57 - | vfork 58 -
 MACHINES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 """The machines of the tables' two columns, with their AUDIT_ARCH_* of linux/audit.h."""
 NUMBER, ARCHITECTURE, ARGUMENTS = 0, 4, 16  # offsets in struct seccomp_data
-LOAD, AND, RETURN, JUMP_EQUAL, JUMP_AT_LEAST = 0x20, 0x54, 0x06, 0x15, 0x35
+LOAD = 0x20
+AND = 0x54
+RETURN = 0x06
+JUMP_EQUAL = 0x15
+JUMP_AT_LEAST = 0x35
 ALLOW, KILL, FAIL = 0x7FFF0000, 0x80000000, 0x00050000 | errno.ENOSYS
 X32_BIT = 0x40000000  # the x32 ABI repeats every call at number + this
 

@@ -37,7 +37,10 @@ class RequestError(Exception):
         code: str | None = None,
     ) -> None:
         super().__init__(f"{field}: {message}" if field else message)
-        self.field, self.status, self.kind, self.code = field, status, kind, code
+        self.field = field
+        self.status = status
+        self.kind = kind
+        self.code = code
 
 
 @dataclass

@@ -28,8 +28,11 @@ import re
 from collections.abc import Iterator, Mapping
 from importlib import metadata
 
-MMAP_THRESHOLD, TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -3, -1, -2, -4
-"""Parameters of mallopt (malloc.h)."""
+# Parameters of mallopt (malloc.h).
+MMAP_THRESHOLD = -3
+TRIM_THRESHOLD = -1
+TOP_PAD = -2
+MMAP_MAX = -4
 
 
 def keep_freed_memory(*, also_large: bool = False) -> None:

@@ -19,7 +19,10 @@ from typing import Any, TypeVar
 
 FOLDER = "MEGATRON_R1_TIMELINE"
 FLUSH_SECONDS = 0.5
-STEP, CPU, POINT, IDLE = "step", "cpu", "point", "controller/idle"
+STEP = "step"
+CPU = "cpu"
+POINT = "point"
+IDLE = "controller/idle"
 SHORTEST_IDLE = 1e-4
 """Seconds; shorter waits of an event loop count as work."""
 Function = TypeVar("Function", bound=Callable[..., Any])

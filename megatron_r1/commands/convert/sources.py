@@ -110,10 +110,8 @@ def check_manifest(checkpoint: FoundCheckpoint, verify: Verify, args: Namespace)
             key="checkpoint",
             cause=Cause.MALFORMED,
         )
-    limit, interval = (
-        checkpoint_folders.checkpoint_step(checkpoint.folder),
-        checkpoint_folders.complete_checkpoints(checkpoint.folder.parent),
-    )
+    limit = checkpoint_folders.checkpoint_step(checkpoint.folder)
+    interval = checkpoint_folders.complete_checkpoints(checkpoint.folder.parent)
     before = (
         folder for folder in interval[::-1] if checkpoint_folders.checkpoint_step(folder) < limit
     )

@@ -143,10 +143,8 @@ def _compare_batch(sides: ModelPair, names: list[str]) -> list[TensorDifference]
 def _compare_tensor(sides: ModelPair, name: str) -> TensorDifference | None:
     pair = _opened(sides)
     (shape, a), (_, b) = (_shape_and_dtype(side, name) for side in pair)
-    dtype, lossy = (
-        _common_dtype(a, b),
-        (a == published_layout.FP8_DTYPE) != (b == published_layout.FP8_DTYPE),
-    )
+    dtype = _common_dtype(a, b)
+    lossy = (a == published_layout.FP8_DTYPE) != (b == published_layout.FP8_DTYPE)
     count, largest = 0, -1.0
     location: tuple[int, ...] = ()
     for first, rows in work_folder.stripes(shape, published_layout.BLOCK):

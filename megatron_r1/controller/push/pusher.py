@@ -89,7 +89,10 @@ class WeightPusher:
         *,
         offloads: bool = False,
     ):
-        self.fleet, self.links, self.prober, self.offloads = fleet, links, prober, offloads
+        self.fleet = fleet
+        self.links = links
+        self.prober = prober
+        self.offloads = offloads
         if offloads:
             links.trainer.is_offloaded = lambda: fleet.engines_use_memory
         self._timeout_seconds = links.settings.timeout_seconds

@@ -73,7 +73,10 @@ class RolloutCollector:
             rewards: the settings of the rewards.
             teachers: the teachers' engines, if any.
             player: plays episodes with an environment or agent; None: a response is one turn."""
-        self.fleet, self.pool, self.tokenizer, self.teachers = fleet, pool, tokenizer, teachers
+        self.fleet = fleet
+        self.pool = pool
+        self.tokenizer = tokenizer
+        self.teachers = teachers
         self.player = player
         self.grader = ResponseGrader(pool, tokenizer, rewards.call_options)
         self.in_flight = InFlightGroups()

@@ -238,8 +238,13 @@ def _unpack_response(record: ResponseRecord) -> GradedResponse:
     logprobs = _array("f", record.logprobs)
     return GradedResponse(
         Response(
-            *(token_ids, logprobs, versions, record.finish_reason, record.routing, record.engine),
-            bytes(record.sampling_mask),
+            token_ids=token_ids,
+            logprobs=logprobs,
+            policy_versions=versions,
+            finish_reason=record.finish_reason,
+            routing=record.routing,
+            engine=record.engine,
+            sampling_mask=bytes(record.sampling_mask),
         ),
         _str(record.text),
         record.rewards,

@@ -69,7 +69,8 @@ def check_player(config: Config, tokenizer: PromptTokenizer) -> None:
     if find_player(config) is None:
         return
     agents = config.agents
-    tools, template = [ANY_TOOL], Continuation(tokenizer.hf_tokenizer, tokenizer.end_tokens)
+    tools = [ANY_TOOL]
+    template = Continuation(tokenizer.hf_tokenizer, tokenizer.end_tokens)
     if agents.environment:
         description = describe_in_subprocess(agents.environment)
         tools = description.tools

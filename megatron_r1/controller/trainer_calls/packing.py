@@ -231,10 +231,8 @@ def balance_length(hf_config: HFConfig) -> float:
 def active_parameters(hf_config: HFConfig) -> float:
     """Return the number of weights that one token is multiplied with: its routed experts and the
     head count, the embedding and the multi-token-prediction layers do not."""
-    num_experts, num_active = (
-        hf_config.get("n_routed_experts"),
-        hf_config.get("num_experts_per_tok"),
-    )
+    num_experts = hf_config.get("n_routed_experts")
+    num_active = hf_config.get("num_experts_per_tok")
     tied = hf_config.get("tie_word_embeddings")
     total = 0.0
     for name, (shape, _) in hf_tensors(hf_config, with_mtp=False).items():

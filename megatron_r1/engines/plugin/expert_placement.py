@@ -43,7 +43,8 @@ def keep_placement(state: EplbState, group: Any) -> None:
         group: the process group of the engine's expert-parallel ranks.
     """
     for model_state in state.model_states.values():
-        loaded, placed = first_placement(model_state), model_state.physical_to_logical_map.cpu()
+        loaded = first_placement(model_state)
+        placed = model_state.physical_to_logical_map.cpu()
         if torch.equal(loaded, placed):
             continue
         rearrange_expert_weights_inplace(

@@ -24,16 +24,18 @@ READ_LATE = frozenset(
 )
 """Environment variables that no import reads (`base.processes.fork_server`)."""
 LATER_IMPORTS = (
-    *("vllm.v1.engine.async_llm", "vllm.v1.engine.core", "vllm.v1.executor.multiproc_executor"),
-    *("vllm.v1.worker.cpu_worker", "vllm.v1.worker.cpu_model_runner"),
+    "vllm.v1.engine.async_llm",
+    "vllm.v1.engine.core",
+    "vllm.v1.executor.multiproc_executor",
+    "vllm.v1.worker.cpu_worker",
+    "vllm.v1.worker.cpu_model_runner",
     "vllm.model_executor.layers.quantization.online.base",
     "vllm.distributed.device_communicators.cpu_communicator",
     "vllm.entrypoints.generate.structured_decisions.api_router",
-    *(
-        "vllm.entrypoints.openai.chat_completion.api_router",
-        "vllm.entrypoints.rl.online.api_router",
-    ),
-    *("model_hosting_container_standards.sagemaker", "uvicorn.protocols.http.httptools_impl"),
+    "vllm.entrypoints.openai.chat_completion.api_router",
+    "vllm.entrypoints.rl.online.api_router",
+    "model_hosting_container_standards.sagemaker",
+    "uvicorn.protocols.http.httptools_impl",
     "uvicorn.protocols.websockets.websockets_sansio_impl",
 )
 """What vLLM imports when an engine on a CPU starts."""

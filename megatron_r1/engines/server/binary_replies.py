@@ -103,9 +103,13 @@ async def read_responses(
         raise ValueError(f"the reply ends {missing} bytes too early") from None
     return [
         checked_response(
-            *(ids, logprobs, choice.weight_versions, choice.finish_reason, rows),
-            mask if has_mask else None,
-            vocab_size,
+            token_ids=ids,
+            logprobs=logprobs,
+            spans=choice.weight_versions,
+            finish_reason=choice.finish_reason,
+            routing=rows,
+            mask=mask if has_mask else None,
+            vocab_size=vocab_size,
         )
         for choice, (ids, logprobs, mask), rows in zip(choices, tokens, routings, strict=True)
     ]

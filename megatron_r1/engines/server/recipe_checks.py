@@ -299,11 +299,9 @@ def check_cpu_kernels(rollout: RolloutConfig, hf_config: HFConfig) -> None:
     if not any(name in ARCHITECTURES for name in hf_config.get("architectures") or []):
         return
     hf_config = resolve_aliases(hf_config)
-    family, hidden, heads = (
-        model_family(hf_config),
-        hf_config.get("hidden_size"),
-        hf_config.get("num_attention_heads"),
-    )
+    family = model_family(hf_config)
+    hidden = hf_config.get("hidden_size")
+    heads = hf_config.get("num_attention_heads")
     if not (hidden and heads and hf_config.get("num_hidden_layers")):
         return  # the engine's own error is more precise
     if family.latent_attention:
@@ -328,10 +326,8 @@ def check_cpu_kernels(rollout: RolloutConfig, hf_config: HFConfig) -> None:
 
 
 def _check_experts(rollout: RolloutConfig, hf_config: HFConfig) -> None:
-    family, multiples = (
-        model_family(hf_config),
-        _only(f"multiples of {ALIGNMENT} in a model with experts"),
-    )
+    family = model_family(hf_config)
+    multiples = _only(f"multiples of {ALIGNMENT} in a model with experts")
     if hf_config["hidden_size"] % ALIGNMENT:
         raise UserError(
             f"config.json: hidden_size={hf_config['hidden_size']}: {multiples}",

@@ -111,7 +111,8 @@ def check_reserved(engines: RolloutConfig | TeacherEngines, section: str) -> Non
     """
     owned = RESERVED | (RESERVED_OF_TEACHER if isinstance(engines, TeacherEngines) else {})
     for argument in engines.vllm:
-        key, name = f"{section}.vllm.{argument}", argument.replace("-", "_").removeprefix("no_")
+        key = f"{section}.vllm.{argument}"
+        name = argument.replace("-", "_").removeprefix("no_")
         if name in owned:
             setting = re.sub(r"^(rollout|teacher)\b", lambda match: section, owned[name])
             raise UserError(

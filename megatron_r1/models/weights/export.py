@@ -120,10 +120,8 @@ def _write_files(
     copies = defaultdict(list)
     for copy, original in weight_table(hf_config).duplicate_of.items():
         copies[original].append(copy)
-    local_parameters, part_of = (
-        local_pieces(model_chunks, hf_config),
-        partial(stacked_part, hf_config),
-    )
+    local_parameters = local_pieces(model_chunks, hf_config)
+    part_of = partial(stacked_part, hf_config)
     write_pieces(local_parameters, plans, copies, part_of, durable=durable)
 
 

@@ -81,10 +81,8 @@ def hf_tensors(hf_config: HFConfig, *, with_mtp: bool = True) -> dict[str, tuple
         hf_config: the model's `config.json`.
         with_mtp: whether the MTP layers are counted.
     """
-    table, default = (
-        weight_table(hf_config),
-        hf_config.get("dtype") or hf_config.get("torch_dtype") or "bfloat16",
-    )
+    table = weight_table(hf_config)
+    default = hf_config.get("dtype") or hf_config.get("torch_dtype") or "bfloat16"
     tensors: dict[str, tuple[Shape, str]] = {}
     for prefix, rule in _prefixed_rules(table, with_mtp):
         for source in rule.sources:

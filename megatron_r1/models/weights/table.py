@@ -413,16 +413,12 @@ def _bias_rule(
 def _latent(hf_config: HFConfig) -> list[WeightRule]:
     """Return the rules of latent attention: queries and keys with values, each down and up
     projected."""
-    hidden, heads, latent = (
-        hf_config["hidden_size"],
-        hf_config["num_attention_heads"],
-        hf_config["kv_lora_rank"],
-    )
-    nope, rope, value = (
-        hf_config["qk_nope_head_dim"],
-        hf_config["qk_rope_head_dim"],
-        hf_config["v_head_dim"],
-    )
+    hidden = hf_config["hidden_size"]
+    heads = hf_config["num_attention_heads"]
+    latent = hf_config["kv_lora_rank"]
+    nope = hf_config["qk_nope_head_dim"]
+    rope = hf_config["qk_rope_head_dim"]
+    value = hf_config["v_head_dim"]
     m, h = "self_attention.", "self_attn."
     query_height, kv_height = heads * (nope + rope), heads * (nope + value)
     q_norm, kv_norm = (f"{m}linear_{x}_up_proj.layer_norm_weight" for x in ("q", "kv"))
@@ -459,19 +455,15 @@ def _dense_mlp(hf_config: HFConfig) -> list[WeightRule]:
 
 
 def _experts(hf_config: HFConfig) -> list[WeightRule]:
-    hidden, intermediate, experts = (
-        hf_config["hidden_size"],
-        hf_config["moe_intermediate_size"],
-        hf_config["n_routed_experts"],
-    )
+    hidden = hf_config["hidden_size"]
+    intermediate = hf_config["moe_intermediate_size"]
+    experts = hf_config["n_routed_experts"]
     bias = (Source("mlp.gate.e_score_correction_bias", (experts,)),)
     local, shared = "mlp.experts.local_experts.{e}", "mlp.shared_experts"
     grouped = ("mlp.experts.linear_fc1.weight{e}", "mlp.experts.linear_fc2.weight{e}")
     family, num_shared = model_family(hf_config), hf_config.get("n_shared_experts") or 0
-    has_bias, router = (
-        family.router_score == "sigmoid",
-        "mlp.router" if family.stacked_experts else "mlp.gate",
-    )
+    has_bias = family.router_score == "sigmoid"
+    router = "mlp.router" if family.stacked_experts else "mlp.gate"
     return [
         weight_rule("pre_mlp_layernorm", "post_attention_layernorm", (hidden,), replicated),
         weight_rule("mlp.router", router, (experts, hidden), replicated),
@@ -487,11 +479,9 @@ def _experts(hf_config: HFConfig) -> list[WeightRule]:
 
 
 def _expert_biases(hf_config: HFConfig, local: str, router: str) -> list[WeightRule]:
-    hidden, intermediate, name = (
-        hf_config["hidden_size"],
-        hf_config["moe_intermediate_size"],
-        "mlp.experts.{e}",
-    )
+    hidden = hf_config["hidden_size"]
+    intermediate = hf_config["moe_intermediate_size"]
+    name = "mlp.experts.{e}"
     gate_up = tuple(Source(f"{name}.{part}_proj.bias", (intermediate,)) for part in ("gate", "up"))
     te_name = ("mlp.experts.linear_fc1.bias{e}", "mlp.experts.linear_fc2.bias{e}")
     return [

@@ -51,11 +51,9 @@ class Planner:
         sharding: EngineSharding | None = None,
         weight_table: WeightTable | None = None,
     ):
-        self.grid, self.engines, self.table = (
-            grid,
-            engines,
-            weight_table or table.weight_table(hf_config),
-        )
+        self.grid = grid
+        self.engines = engines
+        self.table = weight_table or table.weight_table(hf_config)
         self.sharding = sharding or PredictedSharding(hf_config, engines)
         stages = stages or stage_shards(hf_config, grid.pipeline, with_mtp=False)
         decoder, drafter = len(self.table.layers), len(self.table.mtp)

@@ -147,10 +147,8 @@ def predicted_sharding(
 def _planner(
     config: Config, hf_config: HFConfig, grid: TrainerGrid, layout: EngineLayout
 ) -> Planner:
-    sharding, table = (
-        predicted_sharding(config, hf_config, layout),
-        pushed_adapter_table(config, hf_config),
-    )
+    sharding = predicted_sharding(config, hf_config, layout)
+    table = pushed_adapter_table(config, hf_config)
     return Planner(hf_config, grid, layout, recipe_stages(config, hf_config), sharding, table)
 
 

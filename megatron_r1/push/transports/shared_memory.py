@@ -232,7 +232,8 @@ class SharedMemorySender(Sender):
         """Return the views that the chunks of this push fill."""
         index = push_number % self.table.num_buffers
         if index not in self._views:
-            buffer, slots = self.table.buffer(self._memory, push_number), self.table.slots
+            buffer = self.table.buffer(self._memory, push_number)
+            slots = self.table.slots
             self._views[index] = [slot_view(buffer, slots[d.slot], d) for d in self.chunks]
         return self._views[index]
 

@@ -138,7 +138,8 @@ def _node(
     if memory is not None:
         port = int(progress.store.get("clock"))
         offset, unreachable = host.clock_offset(os.environ["MASTER_ADDR"], port)
-        ports, sandbox = host.unavailable_ports(config, placement), host.sandbox_problem()
+        ports = host.unavailable_ports(config, placement)
+        sandbox = host.sandbox_problem()
         node_facts = NodeFacts(
             versions=versions,
             memory=memory,

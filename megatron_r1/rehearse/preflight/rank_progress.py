@@ -56,9 +56,15 @@ class RankProgress:
             end: called with the diagnosis, or "" where another rank has printed it."""
         self.store = connect()
         self.seconds: dict[str, float] = {}
-        self._connect, self._rank, self._host, self._world_size = connect, rank, host, world_size
+        self._connect = connect
+        self._rank = rank
+        self._host = host
+        self._world_size = world_size
         self._limit, self._end = limit_seconds, end
-        self._number, self._name, self._since, self._factor = 0, "", time.monotonic(), 1.0
+        self._number = 0
+        self._name = ""
+        self._since = time.monotonic()
+        self._factor = 1.0
         self._done, self._beats = threading.Event(), 0
         self._thread = threading.Thread(target=self._watch, name="progress", daemon=True)
 

@@ -300,8 +300,14 @@ def _allocate_state(optimizer: Any) -> None:
 
 
 UNREADABLE = (
-    *(KeyError, RuntimeError, ValueError, OSError, EOFError, UnpicklingError),
-    *(CheckpointingException, CheckpointException),
+    KeyError,
+    RuntimeError,
+    ValueError,
+    OSError,
+    EOFError,
+    UnpicklingError,
+    CheckpointingException,
+    CheckpointException,
 )
 """Errors of Megatron and torch for unexpected names, shapes or bytes."""
 

@@ -46,7 +46,12 @@ def check_routing(step: RecordedStep, recomputed: Recomputation) -> list[Compari
         remedy = "what makes NaN in the trainer's routers: model.dtype, fp8, its checkpoint"
         return [
             Comparison(
-                *(FAMILY, NAME, DEPARTS, "routing/agreement of metrics.jsonl", math.inf, tolerance),
+                FAMILY,
+                NAME,
+                DEPARTS,
+                "routing/agreement of metrics.jsonl",
+                distance=math.inf,
+                tolerance=tolerance,
                 reason=reason,
                 remedy=remedy,
             )

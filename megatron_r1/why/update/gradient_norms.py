@@ -35,7 +35,8 @@ def fit_norms(
     norms = logged
     for _ in range(MAX_FIT_ROUNDS):  # a later gradient depends on how the earlier ones were cut
         traces = make_updates(norms)
-        last, norms = norms, _least_squares(traces, before, after, settings)
+        last = norms
+        norms = _least_squares(traces, before, after, settings)
         if max(abs(a - b) for a, b in zip(last, norms, strict=True)) <= FIT * max(norms):
             break
     return norms

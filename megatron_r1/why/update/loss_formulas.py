@@ -162,10 +162,8 @@ def _surrogate(
     a = row.token_advantages if row.token_advantages is not None else row.advantage
     if loss.divergence is not None:
         rise = logprobs.detach().exp() - row.logprobs.double().exp()
-        token_advantages, (max_fall, max_rise) = (
-            torch.as_tensor(a, dtype=rise.dtype).expand_as(rise),
-            loss.divergence,
-        )
+        token_advantages = torch.as_tensor(a, dtype=rise.dtype).expand_as(rise)
+        max_fall, max_rise = loss.divergence
         a = torch.where(
             torch.where(token_advantages > 0, rise > max_rise, -rise > max_fall),
             0.0,

@@ -31,7 +31,12 @@ USUAL_SETTINGS = {
 MAX_SKIPPED = 4
 """The most updates of a step that are tried as left out, one at a time; the last always is."""
 LOSS_SETTINGS = (
-    *("clip_low", "clip_high", "dual_clip", "importance_cap", "kl_beta", "kl_estimator"),
+    "clip_low",
+    "clip_high",
+    "dual_clip",
+    "importance_cap",
+    "kl_beta",
+    "kl_estimator",
     "entropy_coef",
 )
 """Settings of `rl` whose default is tried."""
@@ -416,7 +421,8 @@ def _kl_substitutions(step: RecordedStep) -> Iterator[Substitution]:
 
 def _default_substitutions(step: RecordedStep) -> Iterator[Substitution]:
     """Yield settings of the loss without effect: their default in place of the recipe's."""
-    rl, default = step.config.rl, RLConfig(algorithm=step.config.rl.algorithm)
+    rl = step.config.rl
+    default = RLConfig(algorithm=step.config.rl.algorithm)
     for name in LOSS_SETTINGS:
         value = getattr(default, name)
         if value != getattr(rl, name):

@@ -45,10 +45,8 @@ def with_token_advantages(
         if rl.algorithm == "reinforce_pp":
             trained = [v for v, row in zip(values, rows, strict=True) if row.is_trained]
             all_values = torch.cat(trained) if trained else torch.zeros(1)
-            mean, deviation = (
-                all_values.mean(),
-                all_values.std(unbiased=False) + rl.advantage_epsilon,
-            )
+            mean = all_values.mean()
+            deviation = all_values.std(unbiased=False) + rl.advantage_epsilon
             values = [(value - mean) / deviation for value in values]
         new_rows = [
             replace(row, token_advantages=v) for row, v in zip(new_rows, values, strict=True)

@@ -142,10 +142,8 @@ class UpdateInputs(PolicyLogprobs):
         parallel = self.step.run_config.parallel
         if parallel.share_prompts:
             return []
-        ranks, cost = (
-            parallel.data_parallel_size(parallel.processes),
-            sample_cost(self.step.hf_config),
-        )
+        ranks = parallel.data_parallel_size(parallel.processes)
+        cost = sample_cost(self.step.hf_config)
         batches = []
         for rows in self.minibatches():
             lengths = [len(self.rows[index].token_ids) for index in rows]

@@ -37,10 +37,8 @@ def write(folder: Path, model_type: str, named: str) -> None:
 )
 def test_it_is_auto_tokenizer_s(tmp_path, model_type, named):
     write(tmp_path, model_type, named)
-    ours, theirs = (
-        load_tokenizer(str(tmp_path), "model.path"),
-        AutoTokenizer.from_pretrained(tmp_path),
-    )
+    ours = load_tokenizer(str(tmp_path), "model.path")
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
     assert type(ours) is type(theirs)
     for special in (True, False):
         assert ours.encode(TEXT, add_special_tokens=special) == theirs.encode(

@@ -88,10 +88,8 @@ def main(case: str, engines: int, *, is_colocated: bool) -> None:
     from tests.unit.push import push_world
 
     hf_config, grid, layout = CASES[case]
-    rounds.SCATTER_BUCKET_BYTES, rounds.RELAY_BUCKET_BYTES = (
-        SCATTER_BUCKET_BYTES,
-        RELAY_BUCKET_BYTES,
-    )
+    rounds.SCATTER_BUCKET_BYTES = SCATTER_BUCKET_BYTES
+    rounds.RELAY_BUCKET_BYTES = RELAY_BUCKET_BYTES
     first = 0 if is_colocated else grid.world_size
 
     class ThreadSender(WeightSender):

@@ -84,10 +84,8 @@ class Rank:
 
     def __init__(self, case, gpu, *, on_host):
         self.hf_config, self.grid, self.layout = CASES[case]
-        rounds.SCATTER_BUCKET_BYTES, rounds.RELAY_BUCKET_BYTES = (
-            SCATTER_BUCKET_BYTES,
-            RELAY_BUCKET_BYTES,
-        )
+        rounds.SCATTER_BUCKET_BYTES = SCATTER_BUCKET_BYTES
+        rounds.RELAY_BUCKET_BYTES = RELAY_BUCKET_BYTES
         self.gpu, self.on_host, self.rounds = gpu, on_host, Rounds()
         if on_host:
             import host_push

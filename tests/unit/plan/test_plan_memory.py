@@ -39,10 +39,8 @@ def test_gradients_are_the_engines_memory_while_these_compute(colocated):
     ],
 )
 def test_all_that_the_trainer_keeps_on_a_gpu_is_not_the_engines(kind, changed):
-    estimate, plain = (
-        JobEstimate(planned(**changed, rollout__gpu_memory=None)),
-        JobEstimate(planned()),
-    )
+    estimate = JobEstimate(planned(**changed, rollout__gpu_memory=None))
+    plain = JobEstimate(planned())
     more = max(rank.training.get(kind, 0) for rank in estimate.ranks)
     assert estimate.engines.trainer_bytes > plain.engines.trainer_bytes + more / 2 > 0
 

@@ -171,11 +171,9 @@ def test_steps_with_rollouts_ahead_take_as_long_as_the_sampler_s_rule_makes_them
     """Event by event: the rollout of step s begins at the push of version s - 1 - staleness, and
     the step trains when its rollout, the step before and the engines' other tokens are done."""
     estimate, times = in_pools(*options)
-    rollout, trains, full = (
-        times["rollout"],
-        trainer_seconds(times),
-        estimate.times.rollout.throughput_seconds,
-    )
+    rollout = times["rollout"]
+    trains = trainer_seconds(times)
+    full = estimate.times.rollout.throughput_seconds
     stopped = times["push"] + times["load"]
     ahead = estimate.job.config.rl.staleness
     ends, free = [0.0] * (ahead + 1), 0.0

@@ -49,10 +49,8 @@ def test_each_rank_s_needs_enter_one_engine_once_from_a_holder(hf_config, grid, 
 
 
 def test_everyone_computes_the_same_plan():
-    grid, layout = (
-        TrainerGrid(8, pipeline=2, expert=4),
-        EngineLayout(tensor_parallel=2, data_parallel=2),
-    )
+    grid = TrainerGrid(8, pipeline=2, expert=4)
+    layout = EngineLayout(tensor_parallel=2, data_parallel=2)
     plans = [
         plan_sets(Planner(DEEPSEEK_MTP, grid, layout), BYTES, [range(2), range(2, 4)]) for _ in "ab"
     ]

@@ -25,10 +25,8 @@ def test_the_ranks_of_an_engine_together_need_every_element_and_drafters_their_l
     hf_config, grid, engines, drafts
 ):
     # The trainer has MTP layers in any case; only engines that draft need them.
-    stages, sharding = (
-        stage_shards(hf_config, grid.pipeline),
-        PredictedSharding(hf_config, engines, drafts=drafts),
-    )
+    stages = stage_shards(hf_config, grid.pipeline)
+    sharding = PredictedSharding(hf_config, engines, drafts=drafts)
     planner = Planner(hf_config, grid, engines, stages, sharding)
     (plan,) = plan_sets(planner, plain_bytes("bfloat16"), [range(engines.engines)])
     whole = {}

@@ -141,10 +141,8 @@ def test_the_branches_of_an_episode_share_one_mean():
             tokens, mask, logprobs, 2.0, num_responses=num_responses, **scores
         )
 
-    first, second = (
-        branch([7, 8, 9], 2, of=3, num_responses=1),
-        branch([5, 6], 1, of=3, num_responses=0),
-    )
+    first = branch([7, 8, 9], 2, of=3, num_responses=1)
+    second = branch([5, 6], 1, of=3, num_responses=0)
     whole = Sample.pack([3, 4], [12, 11], [-2.0, -2.0], advantage=-1.0)
     batch = pack_batch([first, second, whole], TokenSplit(), torch.device("cpu"))
     g = torch.Generator().manual_seed(0)

@@ -63,10 +63,8 @@ def test_only_what_this_rank_writes_is_gathered_and_written():
     memory = HostMemory()
     whole = memory.gathered_buffer("weights", 100)
     memory.plan_gather("weights", partial(fill_with_7, whole))
-    mine, other = (
-        entry("optimizer.state.param.a", whole[:40].view(4, 10)),
-        entry("optimizer.state.param.b", whole[40:], replica=1),
-    )
+    mine = entry("optimizer.state.param.a", whole[:40].view(4, 10))
+    other = entry("optimizer.state.param.b", whole[40:], replica=1)
     weights = entry("weight", torch.ones(3))
     memory.gather({"nested": [mine, other], "model": weights})
     assert whole.tolist() == [7.0] * 40 + [0.0] * 60

@@ -111,10 +111,8 @@ def test_replayed_experts_are_those_that_a_bias_leaves_no_choice_but():
         layer.mlp.gate.e_score_correction_bias[chosen] += 100
     row = random_row(11)
     experts = torch.tensor(chosen).expand(11, LAYERS, TOPK)
-    (expected,), (replayed,) = (
-        logprobs(biased, [row]),
-        logprobs(model, [with_experts(row, experts)]),
-    )
+    (expected,) = logprobs(biased, [row])
+    (replayed,) = logprobs(model, [with_experts(row, experts)])
     torch.testing.assert_close(replayed[0], expected[0], rtol=0, atol=1e-6)
     assert (replayed[0] - logprobs(model, [row])[0][0]).abs().max() > 1e-3
 

@@ -32,7 +32,9 @@ TASKS = {
     "dense": Task(qwen2(128, 2, 4), "a dense model of Qwen2's shape: 2 layers, hidden size 128"),
     "moe": Task(
         qwen2(
-            *(128, 3, 4),
+            hidden=128,
+            layers=3,
+            heads=4,
             architectures=["Qwen3MoeForCausalLM"],
             model_type="qwen3_moe",
             head_dim=32,

@@ -226,10 +226,8 @@ def _planner(recipe: str) -> Planner:
 
 def _many_engines() -> Planner:
     """Return the planner of DeepSeek-V3 from 2,048 trainer ranks to 64 engines of 16 GPUs."""
-    hf_config, grid = (
-        read_hf_config(ROOT / "examples/deepseek_r1/model"),
-        TrainerGrid(2048, pipeline=16),
-    )
+    hf_config = read_hf_config(ROOT / "examples/deepseek_r1/model")
+    grid = TrainerGrid(2048, pipeline=16)
     layout = "Etttt|" + "tttt|" * 14 + "tL"
     stages = stage_shards(hf_config, grid.pipeline, pipeline_layout=layout, with_mtp=False)
     engines = EngineLayout(64, tensor_parallel=8, data_parallel=2, expert_parallel=True)

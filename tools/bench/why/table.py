@@ -13,7 +13,10 @@ from tools.bench import host
 from tools.bench.why.cases import Case
 from tools.evidence.records import head
 
-NAMED, WRONG, MISSED, FAILED = "named", "wrong", "missed", "no run"
+NAMED = "named"
+WRONG = "wrong"
+MISSED = "missed"
+FAILED = "no run"
 QUANTITY = "quantity"
 """The right quantity, without its cause."""
 HEALTHY, ALARM = "healthy", "false alarm"

@@ -290,8 +290,13 @@ def _read_metadata(folder: Path) -> Metadata:
     try:
         return FileSystemReader(folder).read_metadata()
     except (
-        *(pickle.UnpicklingError, EOFError, AttributeError, ImportError, LookupError),
-        *(ValueError, TypeError),
+        pickle.UnpicklingError,
+        EOFError,
+        AttributeError,
+        ImportError,
+        LookupError,
+        ValueError,
+        TypeError,
     ) as error:
         raise UserError(
             f"{folder / '.metadata'} is damaged ({error}); use another checkpoint",

@@ -155,10 +155,8 @@ class HFWeights:
         dtypes as `read`, MXFP4 as bf16."""
         if name in self._stored:
             return self.read(name, 0, 0, self._stored[name].shape[0])
-        blocks, scales = (
-            quantized_blocks.blocks_name(name),
-            quantized_blocks.scales_name(name),
-        )
+        blocks = quantized_blocks.blocks_name(name)
+        scales = quantized_blocks.scales_name(name)
         experts = range(self._stored[blocks].shape[0])
         parts = [(self._expert(blocks, i), self._expert(scales, i)) for i in experts]
         return torch.stack([quantized_blocks.dequantize_mxfp4(*part).T for part in parts])

@@ -153,6 +153,7 @@ def published_tensors(hf_config: HFConfig, with_mtp: bool = True) -> dict[str, t
     tensors = {}
     for name, (shape, dtype) in hf_tensors(hf_config, with_mtp=with_mtp).items():
         if part := stacked_part(hf_config, name):
-            name, shape = part.name, part.stored_shape(shape, hf_config["n_routed_experts"])
+            name = part.name
+            shape = part.stored_shape(shape, hf_config["n_routed_experts"])
         tensors[name] = (shape, dtype)
     return tensors
