@@ -35,6 +35,7 @@ from megatron_r1.push.transports.base import Receiver
 
 Message = TypeVar("Message", PushInitInfo, PushUpdateInfo)
 TensorShapes = list[tuple[str, tuple[int, ...]]]
+"""Name and shape of every tensor of a push (`PushInitInfo`)."""
 
 
 class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):

@@ -30,7 +30,7 @@ class PushedAdapter:
 
     Args:
         lora: vLLM's `WorkerLoRAManager` of this rank.
-        settings: its settings at PEFT.
+        settings: what PEFT's files say of it.
         tensors: the name and the shape of every factor of the adapter, without that prefix.
 
     Raises:

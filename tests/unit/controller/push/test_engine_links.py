@@ -57,7 +57,7 @@ def parse(kind, fields):
 
 
 def test_an_engine_reads_what_it_is_sent():
-    """In the same form as ever: engines of other hosts may be older."""
+    """The JSON is the contract between the controller and a server with our plugin."""
     sent = []
 
     class Client:
