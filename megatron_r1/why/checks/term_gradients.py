@@ -1,0 +1,114 @@
+"""The gradient of each term of the loss in the run's: how often the run has added it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from megatron_r1.reporting.formatting import format_number as number
+from megatron_r1.reporting.formatting import format_percent as percent
+from megatron_r1.why.comparison import DEPARTS, EQUAL, CannotRecompute, Comparison, not_checked
+from megatron_r1.why.record.recorded_step import RecordedStep
+from megatron_r1.why.update.loss_terms import can_leave_out, num_left_out
+
+if TYPE_CHECKING:
+    from megatron_r1.why.update.recomputation import Recomputation
+    from megatron_r1.why.update.term_coefficients import Coefficient, TermFit
+
+FAMILY, NAME = "optimizer", "gradient of each term"
+COEFFICIENT = {"float32": 2.0**-8, "bfloat16": 2.0**-3}
+"""Largest distance of a coefficient from what it should be."""
+SOURCE = {
+    "float32": "measured, with a margin; rounding over the term's size",
+    "bfloat16": "a choice",
+}
+GRADIENT_REMEDY = (
+    "the sum of gradients over micro-batches and ranks, the loss's denominator, optimizer.clip_grad"
+)
+"""Where all terms have one coefficient, which is then not of the terms."""
+
+
+def check_terms(step: RecordedStep, recomputed: Recomputation) -> Comparison:
+    """Return the comparison of the terms' gradients with the run's.
+
+    Args:
+        step: the step.
+        recomputed: its updates."""
+    try:
+        fit = recomputed.term_fit
+    except CannotRecompute as reason:
+        return not_checked(FAMILY, NAME, str(reason))
+    dtype = step.run_config.model.dtype
+    text = "; ".join([*map(_shown, fit.coefficients), *_not_computed(step, recomputed)])
+    known = [coefficient for coefficient in fit.coefficients if coefficient.is_identifiable]
+    if not known:
+        residual = f"{percent(fit.residual)} of the run's gradient is no combination of the terms"
+        return not_checked(FAMILY, NAME, f"{residual}; {text}")
+    departing = fit.departing(COEFFICIENT[dtype])
+    worst = max(departing or known, key=lambda each: _distance(each) / _limit(each, dtype))
+    return Comparison(
+        FAMILY,
+        NAME,
+        DEPARTS if departing else EQUAL,
+        f"norm of each term's gradient and its coefficient in Adam's first moments: {text}",
+        _distance(worst),
+        _limit(worst, dtype),
+        SOURCE[dtype],
+        f"{_reason(departing)} ({text})",
+        remedy=_remedy(fit, departing),
+    )
+
+
+def _distance(coefficient: Coefficient) -> float:
+    return abs(coefficient.value - coefficient.term.expected)
+
+
+def _limit(coefficient: Coefficient, dtype: str) -> float:
+    return max(COEFFICIENT[dtype], coefficient.uncertainty)
+
+
+def _shown(coefficient: Coefficient) -> str:
+    """Return a term with its norm and coefficient, as text."""
+    text = f"{coefficient.term.name} {number(coefficient.norm)}"
+    if coefficient.is_identifiable:
+        return f"{text} x {coefficient.value:.4f}"
+    if not coefficient.norm:
+        return f"{text}, not identifiable: it has no gradient"
+    return (
+        f"{text}, not identifiable: its coefficient is uncertain by "
+        f"{number(coefficient.uncertainty)}, as its gradient is small or that of other terms"
+    )
+
+
+def _not_computed(step: RecordedStep, recomputed: Recomputation) -> list[str]:
+    """Return what has a gradient that is not computed, as text."""
+    texts = []
+    if recomputed.trains_more:
+        texts.append("the MTP layers' loss, not checked: it is not recomputed")
+    if num_left_out(step) and not can_leave_out(step):
+        texts.append(
+            "responses left out of the loss, not checked: the advantages that they would have are "
+            f"not known for rl.algorithm: {step.config.rl.algorithm}, rl.reward_normalization: "
+            f"{step.config.rl.reward_normalization}"
+        )
+    return texts
+
+
+def _reason(departing: list[Coefficient]) -> str:
+    parts = []
+    for coefficient in departing:
+        value = f"{coefficient.value:.2f}".replace("-0.00", "0.00")
+        is_out = ", though it is left out of the loss" if not coefficient.term.expected else ""
+        parts.append(f"{coefficient.term.name} entered with {value} times its gradient{is_out}")
+    return ", ".join(parts)
+
+
+def _remedy(fit: TermFit, departing: list[Coefficient]) -> str:
+    """Return what to change: of one factor of all terms it is none of them."""
+    values = [each.value for each in fit.coefficients if each.is_identifiable]
+    expected = [each.term for each in fit.coefficients if each.term.expected]
+    is_common = len(departing) == len(expected) > 1
+    is_common &= all(each.term.expected > 0 for each in departing)
+    limit = max((each.uncertainty for each in departing), default=0.0)
+    if is_common and max(values) - min(values) <= max(limit, COEFFICIENT["float32"]):
+        return GRADIENT_REMEDY
+    return "; ".join(dict.fromkeys(each.term.remedy for each in departing))
