@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from megatron_r1.reporting.formatting import format_number as number
 from megatron_r1.reporting.formatting import format_percent as percent
 from megatron_r1.why.comparison import DEPARTS, EQUAL, CannotRecompute, Comparison, not_checked
 from megatron_r1.why.record.recorded_step import RecordedStep
@@ -38,11 +38,13 @@ def check_terms(step: RecordedStep, recomputed: Recomputation) -> Comparison:
     except CannotRecompute as reason:
         return not_checked(FAMILY, NAME, str(reason))
     dtype = step.run_config.model.dtype
-    text = "; ".join([*map(_shown, fit.coefficients), *_not_computed(step, recomputed)])
+    parts = [*map(_shown, fit.coefficients), *_not_computed(step, recomputed)]
+    if fit.residual > fit.error:
+        parts.append(f"{percent(fit.residual)} of the run's gradient is no combination of these")
+    text = "; ".join(parts)
     known = [coefficient for coefficient in fit.coefficients if coefficient.is_identifiable]
     if not known:
-        residual = f"{percent(fit.residual)} of the run's gradient is no combination of the terms"
-        return not_checked(FAMILY, NAME, f"{residual}; {text}")
+        return not_checked(FAMILY, NAME, text)
     departing = fit.departing(COEFFICIENT[dtype])
     worst = max(departing or known, key=lambda each: _distance(each) / _limit(each, dtype))
     return Comparison(
@@ -53,8 +55,8 @@ def check_terms(step: RecordedStep, recomputed: Recomputation) -> Comparison:
         _distance(worst),
         _limit(worst, dtype),
         SOURCE[dtype],
-        f"{_reason(departing)} ({text})",
-        remedy=_remedy(fit, departing),
+        f"{_reason(departing)} ({text})" if departing else "",
+        remedy=_remedy(fit, departing) if departing else "",
     )
 
 
@@ -68,14 +70,14 @@ def _limit(coefficient: Coefficient, dtype: str) -> float:
 
 def _shown(coefficient: Coefficient) -> str:
     """Return a term with its norm and coefficient, as text."""
-    text = f"{coefficient.term.name} {number(coefficient.norm)}"
+    text = f"{coefficient.term.name} {coefficient.norm:.3g}"
     if coefficient.is_identifiable:
-        return f"{text} x {coefficient.value:.4f}"
+        return f"{text} x {coefficient.value:.4f} ± {coefficient.uncertainty:.1g}"
     if not coefficient.norm:
         return f"{text}, not identifiable: it has no gradient"
     return (
         f"{text}, not identifiable: its coefficient is uncertain by "
-        f"{number(coefficient.uncertainty)}, as its gradient is small or that of other terms"
+        f"{coefficient.uncertainty:.1g}, as its gradient is small or that of other terms"
     )
 
 
@@ -93,7 +95,7 @@ def _not_computed(step: RecordedStep, recomputed: Recomputation) -> list[str]:
     return texts
 
 
-def _reason(departing: list[Coefficient]) -> str:
+def _reason(departing: Sequence[Coefficient]) -> str:
     parts = []
     for coefficient in departing:
         value = f"{coefficient.value:.2f}".replace("-0.00", "0.00")
@@ -102,13 +104,13 @@ def _reason(departing: list[Coefficient]) -> str:
     return ", ".join(parts)
 
 
-def _remedy(fit: TermFit, departing: list[Coefficient]) -> str:
-    """Return what to change: of one factor of all terms it is none of them."""
-    values = [each.value for each in fit.coefficients if each.is_identifiable]
-    expected = [each.term for each in fit.coefficients if each.term.expected]
-    is_common = len(departing) == len(expected) > 1
-    is_common &= all(each.term.expected > 0 for each in departing)
-    limit = max((each.uncertainty for each in departing), default=0.0)
-    if is_common and max(values) - min(values) <= max(limit, COEFFICIENT["float32"]):
-        return GRADIENT_REMEDY
-    return "; ".join(dict.fromkeys(each.term.remedy for each in departing))
+def _remedy(fit: TermFit, departing: Sequence[Coefficient]) -> str:
+    """Return what to change: where all terms have one factor, what they have in common."""
+    known = [each for each in fit.coefficients if each.is_identifiable and each.term.expected]
+    remedies = [each.term.remedy for each in departing]
+    if departing == known:
+        values = [each.value for each in known]
+        if max(values) - min(values) <= max(each.uncertainty for each in known):
+            is_of_policy = {each.term.part for each in known} == {"policy"}
+            remedies = [GRADIENT_REMEDY, *(remedies if is_of_policy else ())]
+    return "; ".join(dict.fromkeys(remedies))

@@ -140,6 +140,8 @@ class Recomputation(UpdateInputs):
             return f"no checkpoint of step {self.step.step} has Adam's moments"
         if moments != "float32":
             return f"optimizer.moments: {moments}, from which no gradient can be taken back"
+        if not self._loss_terms:
+            return "no response is trained on"
         num_values = sum(values.numel() for values in self._first_after.values())
         num_bytes = 4 * (2 * len(self._loss_terms) + 1) * num_values
         free_bytes = psutil.virtual_memory().available

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_r1.why.comparison import CannotRecompute
 from megatron_r1.why.update.adam import Moments
 from megatron_r1.why.update.term_gradients import LossTerm, TermGradients
 
@@ -109,12 +110,15 @@ def fit_coefficients(gradients: TermGradients, moments: FirstMoments, rounding: 
     Args:
         gradients: those of the terms, of all updates.
         moments: the run's.
-        rounding: the relative error of the run's gradient, and of the recomputed ones."""
+        rounding: the relative error of the run's gradient, and of the recomputed ones.
+
+    Raises:
+        CannotRecompute: the gradients are not finite."""
     gram, products, square, moments_norm = _inner_products(gradients, moments)
     sizes = gram.diagonal().sqrt()
     size = math.sqrt(square)
-    if not len(sizes):
-        return TermFit((), math.inf, math.inf)
+    if not bool(torch.isfinite(gram).all()) or not math.isfinite(size):
+        raise CannotRecompute("gradients, or Adam's moments, are not finite")
     nonzero = torch.where(sizes > 0, sizes, 1.0)
     correlations = gram / torch.outer(nonzero, nonzero)
     correlations.diagonal().fill_(1.0)
@@ -190,7 +194,7 @@ def fit_run(
         if all(abs(used[name] - old) <= SAME for name, old in gradients.coefficients.items()):
             break
         weights = torch.tensor(list(used.values()), dtype=torch.float64)
-        norms = [math.sqrt(max(0.0, weights @ p @ weights)) for p in gradients.products]
+        norms = [math.sqrt(max(0.0, float(weights @ p @ weights))) for p in gradients.products]
         mean_norm = sum(norms) / len(norms)
         factor = grad_norm / mean_norm if mean_norm else 1.0
         gradients = make_updates(used, tuple(norm * factor for norm in norms))
