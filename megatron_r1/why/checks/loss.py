@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from megatron_r1.reporting.formatting import finite_metric as finite
 from megatron_r1.reporting.formatting import format_number as number
 from megatron_r1.reporting.formatting import format_percent as percent
-from megatron_r1.why.checks.term_gradients import check_terms
+from megatron_r1.why.checks.term_gradients import term_departure
 from megatron_r1.why.comparison import DEPARTS, EQUAL, Comparison, not_checked
 from megatron_r1.why.record.recorded_step import RecordedStep
 from megatron_r1.why.update.substitutions import substitutions
@@ -105,12 +105,12 @@ def _with_terms(
         recomputed: its updates."""
     if not any(comparison.departs for comparison in comparisons):
         return list(comparisons)
-    terms = check_terms(step, recomputed)
+    reason, remedy = term_departure(step, recomputed)
     return [
         replace(
             comparison,
-            reason=f"{comparison.reason}; {terms.reason}" if terms.departs else comparison.reason,
-            remedy=f"{(terms if terms.departs else comparison).remedy}{recomputed.left_out}",
+            reason=f"{comparison.reason}; {reason}" if reason else comparison.reason,
+            remedy=f"{remedy or comparison.remedy}{recomputed.left_out}",
         )
         if comparison.departs
         else comparison

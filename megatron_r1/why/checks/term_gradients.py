@@ -35,8 +35,8 @@ def check_terms(step: RecordedStep, recomputed: Recomputation) -> Comparison:
         recomputed: its updates."""
     try:
         fit = recomputed.term_fit
-    except CannotRecompute as reason:
-        return not_checked(FAMILY, NAME, str(reason))
+    except CannotRecompute as missing:
+        return not_checked(FAMILY, NAME, str(missing))
     dtype = step.run_config.model.dtype
     parts = [*map(_shown, fit.coefficients), *_not_computed(step, recomputed)]
     if fit.residual > fit.error:
@@ -46,6 +46,7 @@ def check_terms(step: RecordedStep, recomputed: Recomputation) -> Comparison:
     if not known:
         return not_checked(FAMILY, NAME, text)
     departing = fit.departing(COEFFICIENT[dtype])
+    reason, remedy = term_departure(step, recomputed)
     worst = max(departing or known, key=lambda each: _distance(each) / _limit(each, dtype))
     return Comparison(
         FAMILY,
@@ -55,9 +56,23 @@ def check_terms(step: RecordedStep, recomputed: Recomputation) -> Comparison:
         _distance(worst),
         _limit(worst, dtype),
         SOURCE[dtype],
-        f"{_reason(departing)} ({text})" if departing else "",
-        remedy=_remedy(fit, departing) if departing else "",
+        f"{reason} ({text})",
+        remedy=remedy,
     )
+
+
+def term_departure(step: RecordedStep, recomputed: Recomputation) -> tuple[str, str]:
+    """Return which terms depart and what to change, "" where none is known to.
+
+    Args:
+        step: the step.
+        recomputed: its updates."""
+    try:
+        fit = recomputed.term_fit
+    except CannotRecompute:  # `check_terms` reports it
+        return "", ""
+    departing = fit.departing(COEFFICIENT[step.run_config.model.dtype])
+    return (_reason(departing), _remedy(fit, departing)) if departing else ("", "")
 
 
 def _distance(coefficient: Coefficient) -> float:
