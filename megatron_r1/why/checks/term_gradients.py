@@ -87,13 +87,18 @@ def _shown(coefficient: Coefficient) -> str:
     """Return a term with its norm and coefficient, as text."""
     text = f"{coefficient.term.name} {coefficient.norm:.3g}"
     if coefficient.is_identifiable:
-        return f"{text} x {coefficient.value:.4f} ± {coefficient.uncertainty:.1g}"
+        return f"{text} x {_rounded(coefficient.value, 4)} ± {coefficient.uncertainty:.1g}"
     if not coefficient.norm:
         return f"{text}, not identifiable: it has no gradient"
     return (
         f"{text}, not identifiable: its coefficient is uncertain by "
         f"{coefficient.uncertainty:.1g}, as its gradient is small or that of other terms"
     )
+
+
+def _rounded(value: float, digits: int) -> str:
+    """Return a number as text, 0 without a sign."""
+    return f"{round(value, digits) + 0.0:.{digits}f}"
 
 
 def _not_computed(step: RecordedStep, recomputed: Recomputation) -> list[str]:
@@ -113,7 +118,7 @@ def _not_computed(step: RecordedStep, recomputed: Recomputation) -> list[str]:
 def _reason(departing: Sequence[Coefficient]) -> str:
     parts = []
     for coefficient in departing:
-        value = f"{coefficient.value:.2f}".replace("-0.00", "0.00")
+        value = _rounded(coefficient.value, 2)
         is_out = ", though it is left out of the loss" if not coefficient.term.expected else ""
         parts.append(f"{coefficient.term.name} entered with {value} times its gradient{is_out}")
     return ", ".join(parts)

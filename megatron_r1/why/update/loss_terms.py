@@ -32,7 +32,7 @@ def loss_terms(step: RecordedStep, rows: Sequence[TokenRow], loss: LossRules) ->
         LossTerm(
             "the truncated responses' policy term",
             "policy",
-            f"{POLICY_REMEDY}; {TRUNCATED_REMEDY}",
+            f"{TRUNCATED_REMEDY}; {POLICY_REMEDY}",
             truncated,
         ),
     ]

@@ -7,13 +7,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from test_why import marked_ungraded, planted  # noqa: F401
 from test_why_updates import ADAM, RULES, Model, apart, rows
 
 from megatron_r1.config import parse
 from megatron_r1.why.checks.term_gradients import GRADIENT_REMEDY, check_terms
 from megatron_r1.why.comparison import ROUNDING, CannotRecompute
 from megatron_r1.why.policy.token_logprobs import logprobs
-from megatron_r1.why.update.loss_terms import loss_terms
+from megatron_r1.why.update.loss_terms import left_out_terms, loss_terms
+from megatron_r1.why.update.recomputation import Recomputation
 from megatron_r1.why.update.step_updates import StepUpdates
 from megatron_r1.why.update.term_coefficients import FirstMoments, fit_coefficients, fit_run
 from megatron_r1.why.update.term_gradients import LossTerm, TermGradients
@@ -70,12 +72,12 @@ class Run:
             total = total + (value.mean() if at in term.rows else 0.0) / len(indices)
         return total
 
-    def step(self, order, planted: dict[str, float]) -> float:
+    def step(self, order, coefficients: dict[str, float]) -> float:
         """Make the updates with some coefficients; the mean norm of the gradients."""
         norms = []
         for indices, rate in zip(order, ADAM.learning_rates, strict=False):
             self.inner.zero_grad()
-            sum(planted.get(t.name, 1.0) * self.loss(indices, t) for t in TERMS).backward()
+            sum(coefficients.get(t.name, 1.0) * self.loss(indices, t) for t in TERMS).backward()
             norms.append(float(torch.nn.utils.clip_grad_norm_(self.twin.parameters(), self.clip)))
             self.inner.param_groups[0]["lr"] = rate
             self.inner.step()
@@ -106,19 +108,19 @@ class Run:
 @pytest.mark.parametrize("clip", [0.05, 1e9])
 @pytest.mark.parametrize("count", ORDERS)
 @pytest.mark.parametrize(
-    "planted",
+    "coefficients",
     [{}, {KL.name: -1.0}, {ENTROPY.name: 0.0}, {TRUNCATED.name: 2.0}, {POLICY.name: 0.0}],
     ids=["healthy", "KL -1", "entropy 0", "truncated 2", "policy 0"],
 )
-def test_planted_coefficients_are_found(planted, count, clip):
+def test_planted_coefficients_are_found(coefficients, count, clip):
     run, order = Run(clip), ORDERS[count]
-    norm = run.step(order, planted)
+    norm = run.step(order, coefficients)
     assert (norm > 2 * clip) == (clip < 1), "the gradient is clipped where it should be"
     fit = run.fit(order, norm)
     for found in fit.coefficients:
-        assert found.value == pytest.approx(planted.get(found.term.name, 1.0), abs=1e-3)
+        assert found.value == pytest.approx(coefficients.get(found.term.name, 1.0), abs=1e-3)
         assert found.is_identifiable
-    assert [found.term.name for found in fit.departing(2**-8)] == list(planted)
+    assert [found.term.name for found in fit.departing(2**-8)] == list(coefficients)
     assert fit.residual < 1e-3
 
 
@@ -206,11 +208,31 @@ def test_the_terms_of_a_step_are_those_of_its_settings():
     assert {term.part for term in loss_terms(step, left_out, without)} == {"policy"}
 
 
-def compared(planted: dict[str, float], terms=TERMS, trains_more: bool = False):
+def test_responses_that_are_left_out_have_the_advantages_that_they_would_have(planted):  # noqa: F811
+    """Of a group with rewards 1.1, 0 (no grade), 1.1 and 0.1, the last of them cut off."""
+    marked_ungraded(planted)
+    last = planted.groups[0].responses[3]
+    cut = replace(last, response=replace(last.response, finish_reason="length"))
+    planted.groups[0].responses[3] = cut
+    planted.settings["rl"] |= {"truncated": "mask", "algorithm": "grpo"}
+    step = planted.read()
+    made = Recomputation(step)
+    masked, ungraded = left_out_terms(step, list, made.minibatches, made.rows)
+    rewards = torch.tensor([1.1, 0.0, 1.1, 0.1], dtype=torch.float64)
+    deviation = rewards.std(unbiased=False) + step.config.rl.advantage_epsilon
+    expected = ((rewards - rewards.mean()) / deviation).tolist()
+    for term, index in ((ungraded, 1), (masked, 3)):
+        assert term.rows == {index} and term.expected == 0.0
+        (row,) = [row for update in term.left_out for row in update.values()]
+        assert row.advantage == pytest.approx(expected[index])
+    assert "rl.truncated" in masked.remedy and "grade" in ungraded.remedy
+
+
+def compared(coefficients: dict[str, float], trains_more: bool = False):
     """What the check says of a run with some coefficients."""
     run, order = Run(clip=1e9), ORDERS[1]
     config = parse({"model": {"dtype": "float32"}})
-    fit = run.fit(order, run.step(order, planted), terms)
+    fit = run.fit(order, run.step(order, coefficients))
     step = SimpleNamespace(config=config, run_config=config, advantages=[[1.0, math.nan]])
     return check_terms(step, SimpleNamespace(term_fit=fit, trains_more=trains_more))
 
