@@ -42,12 +42,14 @@ def check_terms(step: RecordedStep, recomputed: Recomputation) -> Comparison:
     if fit.residual > fit.error:
         parts.append(f"{percent(fit.residual)} of the run's gradient is no combination of these")
     text = "; ".join(parts)
-    known = [coefficient for coefficient in fit.coefficients if coefficient.is_identifiable]
-    if not known:
+    known_coefficients = [each for each in fit.coefficients if each.is_identifiable]
+    if not known_coefficients:
         return not_checked(FAMILY, NAME, text)
     departing = fit.departing(COEFFICIENT[dtype])
     reason, remedy = term_departure(step, recomputed)
-    worst = max(departing or known, key=lambda each: _distance(each) / _limit(each, dtype))
+    worst = max(
+        departing or known_coefficients, key=lambda each: _distance(each) / _limit(each, dtype)
+    )
     return Comparison(
         FAMILY,
         NAME,
@@ -126,11 +128,13 @@ def _reason(departing: Sequence[Coefficient]) -> str:
 
 def _remedy(fit: TermFit, departing: Sequence[Coefficient]) -> str:
     """Return what to change: where all terms have one factor, what they have in common."""
-    known = [each for each in fit.coefficients if each.is_identifiable and each.term.expected]
+    known_coefficients = [
+        each for each in fit.coefficients if each.is_identifiable and each.term.expected
+    ]
     remedies = [each.term.remedy for each in departing]
-    if departing == known:
-        values = [each.value for each in known]
-        if max(values) - min(values) <= max(each.uncertainty for each in known):
-            is_of_policy = {each.term.part for each in known} == {"policy"}
+    if departing == known_coefficients:
+        values = [each.value for each in known_coefficients]
+        if max(values) - min(values) <= max(each.uncertainty for each in known_coefficients):
+            is_of_policy = {each.term.part for each in known_coefficients} == {"policy"}
             remedies = [GRADIENT_REMEDY, *(remedies if is_of_policy else ())]
     return "; ".join(dict.fromkeys(remedies))

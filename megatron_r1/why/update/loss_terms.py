@@ -59,17 +59,19 @@ def left_out_terms(
         with_advantages: returns rows with the advantages of their tokens.
         minibatches: returns the rows of each mini-batch.
         rows: those of `step.sequences`."""
-    if not can_leave_out(step):
+    if not can_leave_out(step) or all(row.is_trained for row in rows):
         return []
     rl = step.config.rl
     rewards = [[reward or 0.0 for reward in group] for group in step.training_rewards]
     advantages = formulas.advantages(rewards, rl.algorithm, rl.advantage_std, rl.advantage_epsilon)
-    used = list(rows)
+    all_rows = list(rows)
     for index, sequence in enumerate(step.sequences):
         if not rows[index].is_trained and rows[index].num_sampled:
             group_index, response_index = sequence.response
-            used[index] = replace(rows[index], advantage=advantages[group_index][response_index])
-    used, order = with_advantages(used), minibatches(used)
+            all_rows[index] = replace(
+                rows[index], advantage=advantages[group_index][response_index]
+            )
+    all_rows, order = with_advantages(all_rows), minibatches(all_rows)
     terms = []
     for name, remedy, is_ungraded in (
         ("the masked truncated responses' policy term", TRUNCATED_REMEDY, False),
@@ -77,12 +79,14 @@ def left_out_terms(
     ):
         members = frozenset(
             index
-            for index, row in enumerate(used)
+            for index, row in enumerate(all_rows)
             if row.is_trained
             and not rows[index].is_trained
             and _is_ungraded(step, index) == is_ungraded
         )
-        by_update = [{index: used[index] for index in batch if index in members} for batch in order]
+        by_update = [
+            {index: all_rows[index] for index in batch if index in members} for batch in order
+        ]
         if members:
             terms.append(LossTerm(name, "policy", remedy, members, 0.0, by_update))
     return terms

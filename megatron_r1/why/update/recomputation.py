@@ -21,11 +21,10 @@ from megatron_r1.why.update.adam import Adam, Moments
 from megatron_r1.why.update.evidence import Evidence, nearest_multiple, without_gradient
 from megatron_r1.why.update.gradient_norms import fit_norms
 from megatron_r1.why.update.loss_formulas import Totals, Update, denominator, row_loss
-from megatron_r1.why.update.loss_terms import left_out_terms, loss_terms
 from megatron_r1.why.update.step_updates import StepUpdates
 from megatron_r1.why.update.substitution import Substitution
 from megatron_r1.why.update.term_coefficients import FirstMoments, TermFit, fit_run
-from megatron_r1.why.update.term_gradients import LossTerm, TermGradients
+from megatron_r1.why.update.term_gradients import TermGradients
 from megatron_r1.why.update.token_advantages import with_token_advantages
 from megatron_r1.why.update.update_inputs import UpdateInputs
 
@@ -140,35 +139,21 @@ class Recomputation(UpdateInputs):
             return f"no checkpoint of step {self.step.step} has Adam's moments"
         if moments != "float32":
             return f"optimizer.moments: {moments}, from which no gradient can be taken back"
-        if not self._loss_terms:
+        if not self.loss_terms:
             return "no response is trained on"
         num_values = sum(values.numel() for values in self._first_after.values())
-        num_bytes = 4 * (2 * len(self._loss_terms) + 1) * num_values
+        num_bytes = 4 * (2 * len(self.loss_terms) + 1) * num_values
         free_bytes = psutil.virtual_memory().available
         if num_bytes > free_bytes:
             return (
-                f"the gradients of {len(self._loss_terms)} terms need {num_bytes / 1e9:.0f} GB, "
+                f"the gradients of {len(self.loss_terms)} terms need {num_bytes / 1e9:.0f} GB, "
                 f"{free_bytes / 1e9:.0f} GB are free"
             )
         return ""
 
     @cached_property
-    def _loss_terms(self) -> list[LossTerm]:
-        return [
-            *loss_terms(self.step, self.rows, self.loss_rules()),
-            *left_out_terms(
-                self.step,
-                lambda rows: with_token_advantages(
-                    self.step, rows, self._old_of_all, self.reference
-                ),
-                self.minibatches,
-                self.rows,
-            ),
-        ]
-
-    @cached_property
     def _term_gradients(self) -> TermGradients:
-        return TermGradients(self._loss_terms)
+        return TermGradients(self.loss_terms)
 
     @cached_property
     def term_fit(self) -> TermFit:
@@ -202,7 +187,7 @@ class Recomputation(UpdateInputs):
         Args:
             coefficients: how often each term is added.
             norms: the norm of each update's gradient, unless a part of it is not computed here."""
-        gradients = TermGradients(self._loss_terms, coefficients)
+        gradients = TermGradients(self.loss_terms, coefficients)
         self._make_updates(Substitution(""), None if self.trains_more else norms, gradients)
         return gradients
 

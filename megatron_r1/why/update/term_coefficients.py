@@ -40,7 +40,7 @@ class Coefficient:
 
     Attributes:
         term: the term.
-        norm: of its gradient before clipping, mean over the updates.
+        norm: the norm of its gradient before clipping, mean over the updates.
         value: the coefficient; NaN where the term has no gradient.
         rounding: how far rounding may have moved it.
         uncertainty: how far rounding, and what the terms do not explain, may have moved it."""
@@ -62,7 +62,7 @@ class TermFit:
     """The run's gradient as a combination of the terms'.
 
     Attributes:
-        coefficients: of each term.
+        coefficients: how often each term is in it.
         residual: what no combination of the terms gives, of the run's gradient; infinite where that
             is 0.
         error: the uncertainty of the run's gradient, of its size."""
@@ -90,8 +90,8 @@ class FirstMoments:
     """Adam's first moments around a step.
 
     Attributes:
-        before: of each parameter; one that is missing has zeros.
-        after: likewise.
+        before: the moments before it, by parameter; one that is missing has zeros.
+        after: those after it.
         decay: β1^n of the step's n updates."""
 
     before: Moments
@@ -180,24 +180,22 @@ def fit_run(
             update's gradient.
         moments: the run's.
         rounding: as of `fit_coefficients`.
-        grad_norm: the logged norm, mean over the updates.
-        makes_updates: whether updates are made again; else the coefficients are those of `first`.
-    """
+        grad_norm: the logged norm, mean over the updates."""
     gradients, fit = first, fit_coefficients(first, moments, rounding)
     for _ in range(MAX_ROUNDS):
-        used = {
-            coefficient.term.name: coefficient.value
-            if coefficient.rounding <= IDENTIFIABLE
-            else coefficient.term.expected
-            for coefficient in fit.coefficients
-        }
-        if all(abs(used[name] - old) <= SAME for name, old in gradients.coefficients.items()):
+        known_coefficients = [each for each in fit.coefficients if each.rounding <= IDENTIFIABLE]
+        if all(
+            abs(each.value - gradients.coefficients[each.term.name]) <= max(SAME, each.rounding)
+            for each in known_coefficients
+        ):
             break
-        weights = torch.tensor(list(used.values()), dtype=torch.float64)
+        coefficients = {term.name: term.expected for term in gradients.terms}
+        coefficients |= {each.term.name: each.value for each in known_coefficients}
+        weights = torch.tensor(list(coefficients.values()), dtype=torch.float64)
         norms = [math.sqrt(max(0.0, float(weights @ p @ weights))) for p in gradients.products]
         mean_norm = sum(norms) / len(norms)
         factor = grad_norm / mean_norm if mean_norm else 1.0
-        gradients = make_updates(used, tuple(norm * factor for norm in norms))
+        gradients = make_updates(coefficients, tuple(norm * factor for norm in norms))
         last, fit = fit, fit_coefficients(gradients, moments, rounding)
         if fit.residual > max(fit.error, last.residual * NEARER):
             break

@@ -23,8 +23,8 @@ class LossTerm:
         remedy: the settings that it depends on.
         rows: the numbers of the rows whose terms it is the sum of.
         expected: how often its gradient is in that of the loss: 1, or 0 of what is left out.
-        left_out: of what is left out, its rows with the advantage that they would have, by
-            update."""
+        left_out: the rows that are left out of the loss, with the advantage that they would have,
+            by update."""
 
     name: str
     part: str
@@ -45,7 +45,7 @@ class TermGradients:
     Attributes:
         columns: by term, what the first moments of each parameter have of its gradient after the
             updates: (1 - β1) Σ β1^(n-1-i) s_i g_i, where clipping multiplies by s_i.
-        products: of each update, (terms, terms) float64, the inner products of the terms'
+        products: (terms, terms) float64 of each update: the inner products of the terms'
             gradients before clipping."""
 
     def __init__(
