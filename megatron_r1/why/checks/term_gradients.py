@@ -58,7 +58,7 @@ def check_terms(step: RecordedStep, recomputed: Recomputation) -> Comparison:
         _distance(worst),
         _limit(worst, dtype),
         SOURCE[dtype],
-        f"{reason} ({text})",
+        f"{reason} ({text})" if departing else "",
         remedy=remedy,
     )
 
