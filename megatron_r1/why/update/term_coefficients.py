@@ -27,9 +27,9 @@ CHUNK = 2**22
 """Values of a tensor that are in float64 at once."""
 SINGULAR = 1e-14
 """The smallest eigenvalue of a matrix of correlations; those below it are rounding."""
-MAX_ROUNDS, SAME = 6, 1e-3
+MAX_ROUNDS, SAME, SAME_AS_ROUNDING = 6, 1e-3, 0.125
 """Rounds in which updates are made with the coefficients of the round before, and the change of
-these that ends them."""
+these that ends them, absolute and of what rounding may be."""
 NEARER = 0.7
 """Of what the terms do not explain, the share above which another round would not help."""
 
@@ -185,7 +185,8 @@ def fit_run(
     for _ in range(MAX_ROUNDS):
         known_coefficients = [each for each in fit.coefficients if each.rounding <= IDENTIFIABLE]
         if all(
-            abs(each.value - gradients.coefficients[each.term.name]) <= max(SAME, each.rounding)
+            abs(each.value - gradients.coefficients[each.term.name])
+            <= max(SAME, each.rounding * SAME_AS_ROUNDING)
             for each in known_coefficients
         ):
             break
