@@ -142,6 +142,7 @@ def test_nothing_departs_in_a_run_without_a_fault(kept):
         *("tokens of the prompt", "settings of the engines", "engines' log-probabilities"),
         *("reference policy", "loss", "kl", "grad_norm", "change of the weights"),
         *("Adam's counter before", "exported model", "sum of the terms"),
+        "gradient of each term",
     }
 
 
@@ -314,6 +315,21 @@ def test_a_fault_in_the_loss_of_a_real_run(base, tmp_path, fault, words):
     assert name == "loss" and words in text
 
 
+def test_a_term_whose_gradient_has_the_wrong_sign(base, tmp_path):
+    """The loss and its metrics are those of the settings; the gradient of KL is not."""
+    folder = base / "wrong_slope"
+    own = ("--rl.algorithm", "wrong_loss:RULES", "--rl.options.fault", "kl_slope")
+    done = run("rl", base / "rl.yaml", "--run.folder", str(folder), *KEPT, *own, "--run.steps", "2")
+    assert done.returncode == 0, done.stderr + done.stdout
+    found = copied(folder, tmp_path / "run")
+    set_settings(found, rl__algorithm="grpo", rl__options={})
+    _, text, report = first(found, 2)
+    assert "the KL term entered with -1.00 times its gradient" in text
+    assert "rl.kl_beta" in report.first_departure.remedy
+    (terms,) = (each for each in report.comparisons if each.name == "gradient of each term")
+    assert terms.departs and "the policy term entered" not in terms.reason
+
+
 def test_a_run_with_adapters(base):
     """Of every linear layer, experts too, with a reference that is replaced on the way."""
     folder, alpha = base / "why_lora", 64.0
@@ -327,9 +343,8 @@ def test_a_run_with_adapters(base):
     assert report.first_departure is None, str(report.first_departure)
     equal = {quantity.name for quantity in report.comparisons if quantity.status == EQUAL}
     needed = {"engines' log-probabilities", "old policy of the trainer", "reference policy"}
-    assert (
-        needed | {"loss", "grad_norm", "change of the weights", "change of Adam's moments"} <= equal
-    )
+    needed |= {"loss", "grad_norm", "gradient of each term"}
+    assert needed | {"change of the weights", "change of Adam's moments"} <= equal
     other_scale = step.run_config.model.lora.model_copy(update={"alpha": alpha / 2})
     model = step.run_config.model.model_copy(update={"lora": other_scale})
     config = step.run_config.model_copy(update={"model": model})

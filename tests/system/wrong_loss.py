@@ -7,7 +7,7 @@ import torch
 from megatron_r1.config.algorithms import AlgorithmRules
 
 RULES = AlgorithmRules(options={"fault": "none"})
-FAULTS = ("kl_sign", "counts_prompts")
+FAULTS = ("kl_sign", "kl_slope", "counts_prompts")
 
 
 def loss(batch, head, settings):
@@ -20,6 +20,8 @@ def loss(batch, head, settings):
     ratio = torch.where(mask, logprobs - batch.logprobs["old"], 0.0).exp()
     g = torch.where(mask, batch.logprobs["ref"] - logprobs, 0.0).double()
     kl = (g.expm1() - g).float()
+    if fault == "kl_slope":  # the value is right, its gradient has the other sign
+        kl = 2 * kl.detach() - kl
     sign = -1.0 if fault == "kl_sign" else 1.0
     terms = -ratio * batch.advantages + sign * settings.kl_beta * kl
     lengths = torch.ones_like(ratio)

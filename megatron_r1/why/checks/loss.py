@@ -4,13 +4,14 @@ thing substituted at a time, until one explains the metrics."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from megatron_r1.reporting.formatting import finite_metric as finite
 from megatron_r1.reporting.formatting import format_number as number
 from megatron_r1.reporting.formatting import format_percent as percent
+from megatron_r1.why.checks.term_gradients import term_departure
 from megatron_r1.why.comparison import DEPARTS, EQUAL, Comparison, not_checked
 from megatron_r1.why.record.recorded_step import RecordedStep
 from megatron_r1.why.update.substitutions import substitutions
@@ -70,12 +71,7 @@ def check_loss(step: RecordedStep, recomputed: Recomputation) -> list[Comparison
     if not recomputed.searches_causes or any(math.isinf(each.distance) for each in comparisons):
         return comparisons
     if (explained := explanation(step, recomputed)) is None:
-        return [
-            replace(comparison, remedy=f"{comparison.remedy}{recomputed.left_out}")
-            if comparison.departs
-            else comparison
-            for comparison in comparisons
-        ]
+        return _with_terms(comparisons, step, recomputed)
     substitution, updates = explained
     text = (
         f"{substitution.name} explains it: loss {_shown(updates.metrics['loss'])}, recorded "
@@ -94,6 +90,30 @@ def check_loss(step: RecordedStep, recomputed: Recomputation) -> list[Comparison
     explained_comparison = replace(departing, reason=text, remedy=substitution.change)
     return [
         explained_comparison if comparison is departing else comparison
+        for comparison in comparisons
+    ]
+
+
+def _with_terms(
+    comparisons: Sequence[Comparison], step: RecordedStep, recomputed: Recomputation
+) -> list[Comparison]:
+    """Return the comparisons with the terms whose gradient departs, in those that depart.
+
+    Args:
+        comparisons: those of the loss, which nothing explains.
+        step: the step.
+        recomputed: its updates."""
+    if not any(comparison.departs for comparison in comparisons):
+        return list(comparisons)
+    reason, remedy = term_departure(step, recomputed)
+    return [
+        replace(
+            comparison,
+            reason=f"{comparison.reason}; {reason}" if reason else comparison.reason,
+            remedy=f"{remedy or comparison.remedy}{recomputed.left_out}",
+        )
+        if comparison.departs
+        else comparison
         for comparison in comparisons
     ]
 

@@ -24,6 +24,7 @@ from megatron_r1.why.checks.loss import (
     moments_limit,
     update_limit,
 )
+from megatron_r1.why.checks.term_gradients import check_terms
 from megatron_r1.why.comparison import DEPARTS, EQUAL, Comparison, not_checked
 from megatron_r1.why.record.recorded_step import RecordedStep
 
@@ -372,17 +373,21 @@ def _moved(step: RecordedStep, worst: str, largest: float, norm: float) -> Compa
 
 
 def check_update(step: RecordedStep, recomputed: Recomputation) -> list[Comparison]:
-    """Return the comparisons of the change of the weights, and of Adam's moments, with those that
-    were recomputed.
+    """Return the comparisons of the gradient of each term, of the change of the weights, and of
+    Adam's moments, with those that were recomputed.
 
     Args:
         step: the step.
         recomputed: its updates."""
     base = recomputed.base
     comparisons = [_change(step, base), _moments_made(step, base)]
+    terms = check_terms(step, recomputed)
     return [
-        replace(comparison, remedy=f"{comparison.remedy}{recomputed.left_out}")
-        for comparison in comparisons
+        terms,
+        *(
+            replace(comparison, remedy=f"{comparison.remedy}{recomputed.left_out}")
+            for comparison in comparisons
+        ),
     ]
 
 

@@ -54,6 +54,13 @@ class AdamRules:
     bias_count: float | None = None
     norms: tuple[float, ...] | None = None
 
+    def clip_scale(self, norm: float) -> float:
+        """Return what clipping multiplies a gradient by.
+
+        Args:
+            norm: the norm of the whole gradient."""
+        return min(1.0, self.clip_grad / (norm + 1e-6))
+
 
 class Adam:
     """AdamW on the CPU, as its formula says.
@@ -103,7 +110,7 @@ class Adam:
         )
         if rules.norms is not None:
             norm = rules.norms[index]
-        scale = min(1.0, rules.clip_grad / (norm + 1e-6))
+        scale = rules.clip_scale(norm)
         if rules.accumulates:
             self._clipped = {name: values * scale for name, values in used_gradients.items()}
         if index in rules.skipped:

@@ -211,6 +211,30 @@ def row_loss(
     """Return a row's part of the loss, differentiable, and add to the sums.
 
     Args:
+        row: as of `row_terms`, like the others.
+        logprobs: the policy's log-probabilities.
+        entropy: its entropies.
+        old: the old policy's log-probabilities.
+        reference: the reference's.
+        loss: the loss.
+        totals: the sums of the update."""
+    terms = row_terms(row, logprobs, entropy, old, reference, loss, totals)
+    return terms["policy"] + terms["kl"] + terms["entropy"]
+
+
+def row_terms(
+    row: TokenRow,
+    logprobs: Tensor,
+    entropy: Tensor,
+    old: Tensor,
+    reference: Tensor | None,
+    loss: LossRules,
+    totals: Totals,
+) -> dict[str, Tensor]:
+    """Return the terms of a row's part of the loss, "policy", "kl" and "entropy", differentiable,
+    and add to the sums.
+
+    Args:
         row: the sequence.
         logprobs: the policy's log-probabilities of its sampled tokens, float64.
         entropy: likewise.
@@ -259,4 +283,5 @@ def row_loss(
     totals.importance += float(v.sum())
     if len(logprobs):
         totals.largest_ratio = max(totals.largest_ratio, float(ratio.detach().max()))
-    return (parts[0] + parts[1] + parts[2]) / totals.denominator
+    names = ("policy", "kl", "entropy")
+    return {name: part / totals.denominator for name, part in zip(names, parts, strict=True)}

@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
-from megatron_r1.why.comparison import CannotRecompute
+from megatron_r1.why.comparison import ROUNDING, CannotRecompute
 from megatron_r1.why.policy import checkpoint_model, model_distance
 from megatron_r1.why.policy.adapters import trained_parameters
 from megatron_r1.why.record.recorded_step import RecordedStep
@@ -22,6 +23,8 @@ from megatron_r1.why.update.gradient_norms import fit_norms
 from megatron_r1.why.update.loss_formulas import Totals, Update, denominator, row_loss
 from megatron_r1.why.update.step_updates import StepUpdates
 from megatron_r1.why.update.substitution import Substitution
+from megatron_r1.why.update.term_coefficients import FirstMoments, TermFit, fit_run
+from megatron_r1.why.update.term_gradients import TermGradients
 from megatron_r1.why.update.token_advantages import with_token_advantages
 from megatron_r1.why.update.update_inputs import UpdateInputs
 
@@ -79,10 +82,13 @@ class Recomputation(UpdateInputs):
         return self._make_updates(substitution or Substitution(""))[1]
 
     def _make_updates(
-        self, substitution: Substitution, norms: tuple[float, ...] | None = None
+        self,
+        substitution: Substitution,
+        norms: tuple[float, ...] | None = None,
+        gradients: TermGradients | None = None,
     ) -> tuple[StepUpdates, RecomputedUpdates]:
         """Make the updates with one thing substituted, with `norms` of the whole gradients or those
-        that fit the run."""
+        that fit the run, and collect the `gradients` of the terms."""
         self.check_updates()
         rows = self._rows(substitution)
         loss = replace(self.loss_rules(), **dict(substitution.loss))
@@ -104,7 +110,7 @@ class Recomputation(UpdateInputs):
             self.adam_rules(self._norms if norms is None else norms), **dict(substitution.adam)
         )
         order, lost = self._order(substitution, rows), frozenset(substitution.lost)
-        measured = updates.run(order, loss, adam, lost)
+        measured = updates.run(order, loss, adam, lost, gradients)
         metrics, terms = _means(measured)
         signed = {
             name: sum(update.terms[name] for update in measured) / len(measured)
@@ -121,7 +127,69 @@ class Recomputation(UpdateInputs):
 
     @cached_property
     def _unsubstituted_updates(self) -> tuple[StepUpdates, RecomputedUpdates]:
-        return self._make_updates(Substitution(""))
+        self.check_updates()
+        gradients = None if self._terms_reason else self._term_gradients
+        return self._make_updates(Substitution(""), gradients=gradients)
+
+    @cached_property
+    def _terms_reason(self) -> str:
+        """Why the gradient of each term is not computed; "" where it is."""
+        moments = self.step.config.optimizer.moments
+        if self._first_after is None:
+            return f"no checkpoint of step {self.step.step} has Adam's moments"
+        if moments != "float32":
+            return f"optimizer.moments: {moments}, from which no gradient can be taken back"
+        if not self.loss_terms:
+            return "no response is trained on"
+        num_values = sum(values.numel() for values in self._first_after.values())
+        num_bytes = 4 * (2 * len(self.loss_terms) + 1) * num_values
+        free_bytes = psutil.virtual_memory().available
+        if num_bytes > free_bytes:
+            return (
+                f"the gradients of {len(self.loss_terms)} terms need {num_bytes / 1e9:.0f} GB, "
+                f"{free_bytes / 1e9:.0f} GB are free"
+            )
+        return ""
+
+    @cached_property
+    def _term_gradients(self) -> TermGradients:
+        return TermGradients(self.loss_terms)
+
+    @cached_property
+    def term_fit(self) -> TermFit:
+        """The run's gradient as a combination of the terms' of its loss.
+
+        Raises:
+            CannotRecompute: the gradients are not known."""
+        self.check_updates()
+        if self._terms_reason or self._first_after is None:
+            raise CannotRecompute(self._terms_reason)
+        base, settings = self.base, self.step.config.optimizer
+        logged = self.step.line.get("grad_norm")
+        norm = logged if isinstance(logged, int | float) else base.metrics.get("grad_norm", 0.0)
+        return fit_run(
+            self._term_gradients,
+            self._remade_terms,
+            FirstMoments(
+                self._moments[0] if self._moments else {},
+                self._first_after,
+                settings.beta1**self.step.config.rl.minibatches,
+            ),
+            ROUNDING[self.step.run_config.model.dtype],
+            float(norm),
+        )
+
+    def _remade_terms(
+        self, coefficients: Mapping[str, float], norms: tuple[float, ...]
+    ) -> TermGradients:
+        """Return the terms' gradients in updates that are made with them.
+
+        Args:
+            coefficients: how often each term is added.
+            norms: the norm of each update's gradient, unless a part of it is not computed here."""
+        gradients = TermGradients(self.loss_terms, coefficients)
+        self._make_updates(Substitution(""), None if self.trains_more else norms, gradients)
+        return gradients
 
     @property
     def base(self) -> RecomputedUpdates:

@@ -3,7 +3,7 @@ transformers' model in fp32, and AdamW by its formula (`adam`)."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +24,9 @@ from megatron_r1.why.update.loss_formulas import (
     Totals,
     Update,
     denominator,
-    row_loss,
+    row_terms,
 )
+from megatron_r1.why.update.term_gradients import TermGradients
 
 
 @dataclass
@@ -77,6 +78,7 @@ class StepUpdates:
         loss: LossRules,
         adam: AdamRules,
         lost: Collection[int] = (),
+        terms: TermGradients | None = None,
     ) -> list[Update]:
         """Make one update on each mini-batch and return what it measures.
 
@@ -84,14 +86,16 @@ class StepUpdates:
             minibatches: the rows of each.
             loss: the loss.
             adam: the optimizer; a learning rate for each mini-batch.
-            lost: rows whose gradient is lost; they count in metrics and denominators."""
+            lost: rows whose gradient is lost; they count in metrics and denominators.
+            terms: where the gradient of each term of the loss is collected, and how often it is
+                added; None: the gradients are those of their sum."""
         if adam.moment_reset:
             self.adam.forget()
         updates = []
         for index, rows in enumerate(minibatches):
             if adam.moment_reset == "update":
                 self.adam.forget()
-            updates.append(self._update(index, rows, loss, adam, lost))
+            updates.append(self._update(index, rows, loss, adam, lost, terms))
         return updates
 
     def _update(
@@ -101,6 +105,7 @@ class StepUpdates:
         loss: LossRules,
         adam: AdamRules,
         lost: Collection[int],
+        terms: TermGradients | None,
     ) -> Update:
         trained = [row_index for row_index in indices if self.rows[row_index].is_trained]
         totals = Totals()
@@ -109,34 +114,73 @@ class StepUpdates:
         self.model.zero_grad()
         vocabulary = self.model.config.vocab_size
         for batch in batches([self.rows[row_index] for row_index in trained], vocabulary):
-            members = [trained[i] for i in batch]
-            terms = torch.zeros((), dtype=torch.float64)
-            rows = [self.rows[row_index] for row_index in members]
+            rows = {trained[i]: self.rows[trained[i]] for i in batch}
             with seen_experts(self.model) as pass_experts:
-                computed = token_logits(self.model, rows)
+                terms_by_row = self._terms(rows, loss, totals, trace)
             if self._biases is not None:
-                self._biases.count(pass_experts, rows)
-            for row_index, logits in zip(members, computed, strict=True):
-                logprobs, entropy = token_logprobs_and_entropies(
-                    logits, self.rows[row_index], loss.temperature
-                )
-                trace.tokens[row_index] = logprobs.detach(), entropy.detach()
-                reference = None if self._reference is None else self._reference[row_index]
-                row = self.rows[row_index]
-                term = row_loss(
-                    row, logprobs, entropy, self._old[row_index], reference, loss, totals
-                )
-                terms = terms + (term.detach() if row_index in lost else term)
-            if terms.requires_grad:
-                terms.backward()
-        trace.gradients = {
-            name: parameter.grad.clone()
-            for name, parameter in self._parameters.items()
-            if parameter.grad is not None
-        }
+                self._biases.count(pass_experts, list(rows.values()))
+            if terms is not None:
+                terms.backward(terms_by_row, self._parameters)
+                continue
+            total = torch.zeros((), dtype=torch.float64)
+            for row_index, row_parts in terms_by_row.items():
+                part = sum(row_parts.values(), torch.zeros((), dtype=torch.float64))
+                total = total + (part.detach() if row_index in lost else part)
+            if total.requires_grad:
+                total.backward()
+        if terms is None:
+            trace.gradients = {
+                name: parameter.grad.clone()
+                for name, parameter in self._parameters.items()
+                if parameter.grad is not None
+            }
+        else:
+            self._add_left_out(index, loss, totals, terms)
+            trace.gradients = terms.total()
         self.traces.append(trace)
         update = totals.update(loss)
         if self._biases is not None:
             self._biases.update()
-        update.metrics["grad_norm"] = self.adam.step(trace.gradients, adam, index)
+        norm = update.metrics["grad_norm"] = self.adam.step(trace.gradients, adam, index)
+        if terms is not None:
+            terms.end_update(adam.clip_scale(norm), adam.beta1)
         return update
+
+    def _terms(
+        self, rows: Mapping[int, TokenRow], loss: LossRules, totals: Totals, trace: Trace | None
+    ) -> dict[int, dict[str, Tensor]]:
+        """Return the terms of the loss of each row, in one pass.
+
+        Args:
+            rows: by number.
+            loss: the loss.
+            totals: the sums that they are added to.
+            trace: where their log-probabilities are kept; None: nowhere."""
+        terms_by_row = {}
+        computed = token_logits(self.model, list(rows.values()))
+        for (row_index, row), logits in zip(rows.items(), computed, strict=True):
+            logprobs, entropy = token_logprobs_and_entropies(logits, row, loss.temperature)
+            if trace is not None:
+                trace.tokens[row_index] = logprobs.detach(), entropy.detach()
+            reference = None if self._reference is None else self._reference[row_index]
+            terms_by_row[row_index] = row_terms(
+                row, logprobs, entropy, self._old[row_index], reference, loss, totals
+            )
+        return terms_by_row
+
+    def _add_left_out(
+        self, index: int, loss: LossRules, totals: Totals, terms: TermGradients
+    ) -> None:
+        """Add the gradients of rows that are left out of the loss, at the same weights.
+
+        Args:
+            index: the number of the update.
+            loss: the loss.
+            totals: the sums of the rows that are not left out; they stay.
+            terms: where they are added."""
+        left_out = terms.left_out(index)
+        indices, rows = list(left_out), list(left_out.values())
+        for batch in batches(rows, self.model.config.vocab_size):
+            others = Totals(denominator=totals.denominator)
+            members = {indices[i]: rows[i] for i in batch}
+            terms.backward(self._terms(members, loss, others, None), self._parameters)

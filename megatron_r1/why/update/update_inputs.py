@@ -25,7 +25,10 @@ from megatron_r1.why.policy.token_logprobs import TokenRow
 from megatron_r1.why.record.recorded_step import weights_after
 from megatron_r1.why.update.adam import AdamRules, Moments
 from megatron_r1.why.update.loss_formulas import LossRules
+from megatron_r1.why.update.loss_terms import left_out_terms, loss_terms
 from megatron_r1.why.update.substitution import Substitution
+from megatron_r1.why.update.term_gradients import LossTerm
+from megatron_r1.why.update.token_advantages import with_token_advantages
 
 UPDATE_FLOPS = 2e13
 """Floating-point operations of a step's updates: minutes on two cores. More are not made."""
@@ -186,6 +189,21 @@ class UpdateInputs(PolicyLogprobs):
             temperature=self.temperature,
             divergence=(mask.low, mask.high) if mask.method == "divergence" else None,
         )
+
+    @cached_property
+    def loss_terms(self) -> list[LossTerm]:
+        """The terms of the loss whose gradients are computed one by one."""
+        return [
+            *loss_terms(self.step, self.rows, self.loss_rules()),
+            *left_out_terms(
+                self.step,
+                lambda rows: with_token_advantages(
+                    self.step, rows, self._old_of_all, self.reference
+                ),
+                self.minibatches,
+                self.rows,
+            ),
+        ]
 
     def adam_rules(self, norms: tuple[float, ...] | None) -> AdamRules:
         """Return the optimizer of the step's settings.

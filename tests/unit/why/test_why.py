@@ -38,6 +38,7 @@ from megatron_r1.why.record.recorded_step import RecordedStep
 from megatron_r1.why.record.step_reader import choose, examinable, open_run, read_step
 from megatron_r1.why.update.evidence import Evidence
 from megatron_r1.why.update.recomputation import RecomputedUpdates
+from megatron_r1.why.update.term_coefficients import TermFit
 
 STEP = 2
 SYSTEM = "Answer with one number."
@@ -545,6 +546,8 @@ def test_a_loss_of_kl_alone_has_the_rounding_of_kl(planted, logged, departs):
         shares=list,
         left_out="",
         estimate=lambda substitution, line: 1.0,
+        term_fit=TermFit((), math.inf, math.inf),
+        trains_more=False,
     )
     of_loss, of_kl = loss.check_loss(planted.read(), recomputed)
     assert of_loss.departs is departs and not of_kl.departs

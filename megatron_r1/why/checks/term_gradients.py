@@ -1,0 +1,140 @@
+"""The gradient of each term of the loss in the run's: how often the run has added it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from megatron_r1.reporting.formatting import format_percent as percent
+from megatron_r1.why.comparison import DEPARTS, EQUAL, CannotRecompute, Comparison, not_checked
+from megatron_r1.why.record.recorded_step import RecordedStep
+from megatron_r1.why.update.loss_terms import can_leave_out, num_left_out
+
+if TYPE_CHECKING:
+    from megatron_r1.why.update.recomputation import Recomputation
+    from megatron_r1.why.update.term_coefficients import Coefficient, TermFit
+
+FAMILY, NAME = "optimizer", "gradient of each term"
+COEFFICIENT = {"float32": 2.0**-8, "bfloat16": 2.0**-3}
+"""Largest distance of a coefficient from what it should be."""
+SOURCE = {
+    "float32": "measured, with a margin; rounding over the term's size",
+    "bfloat16": "a choice",
+}
+GRADIENT_REMEDY = (
+    "the sum of gradients over micro-batches and ranks, the loss's denominator, optimizer.clip_grad"
+)
+"""Where all terms have one coefficient, which is then not of the terms."""
+
+
+def check_terms(step: RecordedStep, recomputed: Recomputation) -> Comparison:
+    """Return the comparison of the terms' gradients with the run's.
+
+    Args:
+        step: the step.
+        recomputed: its updates."""
+    try:
+        fit = recomputed.term_fit
+    except CannotRecompute as missing:
+        return not_checked(FAMILY, NAME, str(missing))
+    dtype = step.run_config.model.dtype
+    parts = [*map(_shown, fit.coefficients), *_not_computed(step, recomputed)]
+    if fit.residual > fit.error:
+        parts.append(f"{percent(fit.residual)} of the run's gradient is no combination of these")
+    text = "; ".join(parts)
+    known_coefficients = [each for each in fit.coefficients if each.is_identifiable]
+    if not known_coefficients:
+        return not_checked(FAMILY, NAME, text)
+    departing = fit.departing(COEFFICIENT[dtype])
+    reason, remedy = term_departure(step, recomputed)
+    worst = max(
+        departing or known_coefficients, key=lambda each: _distance(each) / _limit(each, dtype)
+    )
+    return Comparison(
+        FAMILY,
+        NAME,
+        DEPARTS if departing else EQUAL,
+        f"norm of each term's gradient and its coefficient in Adam's first moments: {text}",
+        _distance(worst),
+        _limit(worst, dtype),
+        SOURCE[dtype],
+        f"{reason} ({text})" if departing else "",
+        remedy=remedy,
+    )
+
+
+def term_departure(step: RecordedStep, recomputed: Recomputation) -> tuple[str, str]:
+    """Return which terms depart and what to change, "" where none is known to.
+
+    Args:
+        step: the step.
+        recomputed: its updates."""
+    try:
+        fit = recomputed.term_fit
+    except CannotRecompute:  # `check_terms` reports it
+        return "", ""
+    departing = fit.departing(COEFFICIENT[step.run_config.model.dtype])
+    return (_reason(departing), _remedy(fit, departing)) if departing else ("", "")
+
+
+def _distance(coefficient: Coefficient) -> float:
+    return abs(coefficient.value - coefficient.term.expected)
+
+
+def _limit(coefficient: Coefficient, dtype: str) -> float:
+    return max(COEFFICIENT[dtype], coefficient.uncertainty)
+
+
+def _shown(coefficient: Coefficient) -> str:
+    """Return a term with its norm and coefficient, as text."""
+    text = f"{coefficient.term.name} {coefficient.norm:.3g}"
+    if coefficient.is_identifiable:
+        return f"{text} x {_rounded(coefficient.value, 4)} ± {coefficient.uncertainty:.1g}"
+    if not coefficient.norm:
+        return f"{text}, not identifiable: it has no gradient"
+    return (
+        f"{text}, not identifiable: its coefficient is uncertain by "
+        f"{coefficient.uncertainty:.1g}, as its gradient is small or that of other terms"
+    )
+
+
+def _rounded(value: float, digits: int) -> str:
+    """Return a number as text, 0 without a sign."""
+    return f"{round(value, digits) + 0.0:.{digits}f}"
+
+
+def _not_computed(step: RecordedStep, recomputed: Recomputation) -> list[str]:
+    """Return what has a gradient that is not computed, as text."""
+    texts = []
+    if recomputed.trains_more:
+        texts.append("the MTP layers' loss, not checked: it is not recomputed")
+    if num_left_out(step) and not can_leave_out(step):
+        texts.append(
+            "responses left out of the loss, not checked: the advantages that they would have are "
+            f"not known for rl.algorithm: {step.config.rl.algorithm}, rl.reward_normalization: "
+            f"{step.config.rl.reward_normalization}"
+        )
+    return texts
+
+
+def _reason(departing: Sequence[Coefficient]) -> str:
+    parts = []
+    for coefficient in departing:
+        value = _rounded(coefficient.value, 2)
+        is_out = ", though it is left out of the loss" if not coefficient.term.expected else ""
+        parts.append(f"{coefficient.term.name} entered with {value} times its gradient{is_out}")
+    return ", ".join(parts)
+
+
+def _remedy(fit: TermFit, departing: Sequence[Coefficient]) -> str:
+    """Return what to change: where all terms have one factor, what they have in common."""
+    known_coefficients = [
+        each for each in fit.coefficients if each.is_identifiable and each.term.expected
+    ]
+    remedies = [each.term.remedy for each in departing]
+    if departing == known_coefficients:
+        values = [each.value for each in known_coefficients]
+        if max(values) - min(values) <= max(each.uncertainty for each in known_coefficients):
+            is_of_policy = {each.term.part for each in known_coefficients} == {"policy"}
+            remedies = [GRADIENT_REMEDY, *(remedies if is_of_policy else ())]
+    return "; ".join(dict.fromkeys(remedies))

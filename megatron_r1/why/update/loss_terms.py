@@ -1,0 +1,111 @@
+"""The terms of a step's loss whose gradients are computed one by one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from megatron_r1.why import formulas
+from megatron_r1.why.policy.token_logprobs import TokenRow
+from megatron_r1.why.record.recorded_step import RecordedStep
+from megatron_r1.why.update.loss_formulas import LossRules
+from megatron_r1.why.update.term_gradients import LossTerm
+
+POLICY_REMEDY = "the loss of rl.algorithm: its policy term, and the advantages"
+TRUNCATED_REMEDY = "rl.truncated, and the mask of the loss"
+UNGRADED_REMEDY = "the mask of the loss: a response without a grade is not trained on"
+
+
+def loss_terms(step: RecordedStep, rows: Sequence[TokenRow], loss: LossRules) -> list[LossTerm]:
+    """Return the terms of the loss whose weight is not 0; the policy's term of responses that are
+    cut off is one of them.
+
+    Args:
+        step: the step.
+        rows: those of `step.sequences`.
+        loss: the loss of the step's settings."""
+    trained = frozenset(index for index, row in enumerate(rows) if row.is_trained)
+    truncated = frozenset(index for index in trained if _is_truncated(step, index))
+    terms = [
+        LossTerm("the policy term", "policy", POLICY_REMEDY, trained - truncated),
+        LossTerm(
+            "the truncated responses' policy term",
+            "policy",
+            f"{TRUNCATED_REMEDY}; {POLICY_REMEDY}",
+            truncated,
+        ),
+    ]
+    if loss.kl_beta:
+        remedy = "rl.kl_beta, and the KL term in the loss of rl.algorithm"
+        terms.append(LossTerm("the KL term", "kl", remedy, trained))
+    if loss.entropy_coef:
+        remedy = "rl.entropy_coef, and the entropy term in the loss of rl.algorithm"
+        terms.append(LossTerm("the entropy term", "entropy", remedy, trained))
+    return [term for term in terms if term.rows]
+
+
+def left_out_terms(
+    step: RecordedStep,
+    with_advantages: Callable[[list[TokenRow]], list[TokenRow]],
+    minibatches: Callable[[Sequence[TokenRow]], list[list[int]]],
+    rows: Sequence[TokenRow],
+) -> list[LossTerm]:
+    """Return the policy's terms that responses would have which are left out of the loss: those cut
+    off under `rl.truncated: mask`, and, as if their reward were 0, those without a grade.
+
+    Args:
+        step: the step.
+        with_advantages: returns rows with the advantages of their tokens.
+        minibatches: returns the rows of each mini-batch.
+        rows: those of `step.sequences`."""
+    if not can_leave_out(step) or all(row.is_trained for row in rows):
+        return []
+    rl = step.config.rl
+    rewards = [[reward or 0.0 for reward in group] for group in step.training_rewards]
+    advantages = formulas.advantages(rewards, rl.algorithm, rl.advantage_std, rl.advantage_epsilon)
+    all_rows = list(rows)
+    for index, sequence in enumerate(step.sequences):
+        if not rows[index].is_trained and rows[index].num_sampled:
+            group_index, response_index = sequence.response
+            all_rows[index] = replace(
+                rows[index], advantage=advantages[group_index][response_index]
+            )
+    all_rows, order = with_advantages(all_rows), minibatches(all_rows)
+    terms = []
+    for name, remedy, is_ungraded in (
+        ("the masked truncated responses' policy term", TRUNCATED_REMEDY, False),
+        ("the ungraded responses' policy term", UNGRADED_REMEDY, True),
+    ):
+        members = frozenset(
+            index
+            for index, row in enumerate(all_rows)
+            if row.is_trained
+            and not rows[index].is_trained
+            and _is_ungraded(step, index) == is_ungraded
+        )
+        by_update = [
+            {index: all_rows[index] for index in batch if index in members} for batch in order
+        ]
+        if members:
+            terms.append(LossTerm(name, "policy", remedy, members, 0.0, by_update))
+    return terms
+
+
+def can_leave_out(step: RecordedStep) -> bool:
+    """Return whether the advantages are known that responses left out of the loss would have."""
+    rl = step.config.rl
+    return rl.algorithm in formulas.ALGORITHMS and rl.reward_normalization == "sum"
+
+
+def num_left_out(step: RecordedStep) -> int:
+    """Return how many responses of a step are left out of its loss."""
+    return sum(math.isnan(advantage) for group in step.advantages for advantage in group)
+
+
+def _is_truncated(step: RecordedStep, row_index: int) -> bool:
+    return step.responses[step.sequences[row_index].response].is_truncated
+
+
+def _is_ungraded(step: RecordedStep, row_index: int) -> bool:
+    return not step.responses[step.sequences[row_index].response].is_graded

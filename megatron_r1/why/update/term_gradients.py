@@ -1,0 +1,138 @@
+"""The gradient of each term of the loss by itself: of the policy's term, of KL's and the entropy's,
+and of the responses that are cut off or left out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from megatron_r1.why.policy.token_logprobs import TokenRow
+from megatron_r1.why.update.adam import Moments
+
+
+@dataclass(frozen=True)
+class LossTerm:
+    """A part of the loss whose gradient is computed by itself.
+
+    Attributes:
+        name: what it is, in words.
+        part: the term of `loss_formulas.row_terms` that it is of.
+        remedy: the settings that it depends on.
+        rows: the numbers of the rows whose terms it is the sum of.
+        expected: how often its gradient is in that of the loss: 1, or 0 of what is left out.
+        left_out: the rows that are left out of the loss, with the advantage that they would have,
+            by update."""
+
+    name: str
+    part: str
+    remedy: str
+    rows: frozenset[int]
+    expected: float = 1.0
+    left_out: Sequence[Mapping[int, TokenRow]] = field(default=(), repr=False)
+
+
+class TermGradients:
+    """Collects the gradient of each term over the updates of a step, as Adam's first moments do.
+
+    Args:
+        terms: the terms.
+        coefficients: how often the gradient of each is added, by name; one that is missing: as
+            `LossTerm.expected` says.
+
+    Attributes:
+        columns: by term, what the first moments of each parameter have of its gradient after the
+            updates: (1 - β1) Σ β1^(n-1-i) s_i g_i, where clipping multiplies by s_i.
+        products: (terms, terms) float64 of each update: the inner products of the terms'
+            gradients before clipping."""
+
+    def __init__(
+        self, terms: Sequence[LossTerm], coefficients: Mapping[str, float] | None = None
+    ) -> None:
+        self.terms = tuple(terms)
+        self.coefficients = {term.name: term.expected for term in terms} | dict(coefficients or {})
+        self.columns: dict[str, Moments] = {term.name: {} for term in terms}
+        self.products: list[Tensor] = []
+        self._gradients: dict[str, Moments] = {term.name: {} for term in terms}
+
+    def left_out(self, index: int) -> dict[int, TokenRow]:
+        """Return the rows that are left out of the loss and would be in an update.
+
+        Args:
+            index: the number of the update."""
+        return {
+            row_index: row
+            for term in self.terms
+            if term.left_out
+            for row_index, row in term.left_out[index].items()
+        }
+
+    def backward(
+        self, terms_by_row: Mapping[int, Mapping[str, Tensor]], parameters: Moments
+    ) -> None:
+        """Add the gradients of some rows.
+
+        Args:
+            terms_by_row: the terms of each, of one pass.
+            parameters: those that have gradients, by name."""
+        sums: dict[str, Tensor] = {}
+        for row_index, row_parts in terms_by_row.items():
+            for term in self.terms:
+                if row_index in term.rows and row_parts[term.part].requires_grad:
+                    value = row_parts[term.part]
+                    sums[term.name] = sums[term.name] + value if term.name in sums else value
+        for number, (name, total) in enumerate(sums.items(), 1):
+            is_last = number == len(sums)
+            values = torch.autograd.grad(
+                total, list(parameters.values()), retain_graph=not is_last, allow_unused=True
+            )
+            gradients = self._gradients[name]
+            for key, value in zip(parameters, values, strict=True):
+                if value is not None:
+                    gradients[key] = (
+                        gradients[key].add_(value) if key in gradients else value.clone()
+                    )
+
+    def total(self) -> Moments:
+        """Return the gradient of the loss in this update."""
+        sums: Moments = {}
+        for term_name, gradients in self._gradients.items():
+            coefficient = self.coefficients[term_name]
+            for name, values in gradients.items():
+                if coefficient:
+                    scaled = values * coefficient
+                    sums[name] = sums[name].add_(scaled) if name in sums else scaled
+        return sums
+
+    @torch.no_grad()
+    def end_update(self, scale: float, beta1: float) -> None:
+        """Add the gradients of an update to the columns.
+
+        Args:
+            scale: what clipping multiplied the gradient by.
+            beta1: Adam's decay of the first moments."""
+        by_term = list(self._gradients.values())
+        products = torch.zeros(len(by_term), len(by_term), dtype=torch.float64)
+        for row, first in enumerate(by_term):
+            for column, second in enumerate(by_term[: row + 1]):
+                shared = first.keys() & second.keys()
+                product = sum(float((first[k].double() * second[k].double()).sum()) for k in shared)
+                products[row, column] = products[column, row] = product
+        self.products.append(products)
+        for name, gradients in self._gradients.items():
+            columns = self.columns[name]
+            for values in columns.values():
+                values.mul_(beta1)
+            for key, values in gradients.items():
+                added = values.mul_((1 - beta1) * scale)
+                columns[key] = columns[key].add_(added) if key in columns else added
+        self._gradients = {term.name: {} for term in self.terms}
+
+    @property
+    def norms(self) -> dict[str, float]:
+        """The norm of each term's gradient before clipping, mean over the updates."""
+        by_update = torch.stack([products.diagonal().sqrt() for products in self.products])
+        means = by_update.mean(0).tolist()
+        return {term.name: norm for term, norm in zip(self.terms, means, strict=True)}
