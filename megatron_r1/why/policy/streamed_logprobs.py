@@ -1,0 +1,79 @@
+"""What logged tokens get from a model whose layers are read one by one: log-probabilities and
+experts, as `token_logprobs` and `routed_experts` have them of a whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from megatron_r1.why.policy.routed_experts import add_chosen
+from megatron_r1.why.policy.streamed_model import StreamedModel
+from megatron_r1.why.policy.token_logprobs import TokenRow, token_logprobs_and_entropies
+
+
+@torch.no_grad()
+def logprobs(
+    model: StreamedModel, rows: Sequence[TokenRow], temperatures: Sequence[float]
+) -> list[list[Tensor]]:
+    """Return the log-probability of every sampled token, float64, by temperature and row.
+
+    Args:
+        model: the model.
+        rows: the sequences.
+        temperatures: the logits are divided by each."""
+    hidden_by_row = dict(model.hidden_states(rows))
+    by_temperature: list[list[Tensor]] = [[] for _ in temperatures]
+    with model.head() as head:
+        for index, row in enumerate(rows):
+            hidden = hidden_by_row.pop(index)
+            pieces: list[list[Tensor]] = [
+                [torch.empty(0, dtype=torch.float64)] for _ in temperatures
+            ]
+            for tokens, part in _parts(row, model.memory.logit_tokens):
+                logits = head(hidden[tokens])
+                for temperature_pieces, temperature in zip(pieces, temperatures, strict=True):
+                    temperature_pieces.append(
+                        token_logprobs_and_entropies(logits, part, temperature)[0]
+                    )
+            for row_logprobs, temperature_pieces in zip(by_temperature, pieces, strict=True):
+                row_logprobs.append(torch.cat(temperature_pieces))
+    return by_temperature
+
+
+@torch.no_grad()
+def chosen_experts(model: StreamedModel, rows: Sequence[TokenRow]) -> dict[str, list[Tensor]]:
+    """Return what `routed_experts.chosen_experts` returns.
+
+    Args:
+        model: the model.
+        rows: the sequences."""
+    experts_by_layer: dict[str, list[Tensor]] = {}
+
+    def note(indices: list[int], experts: Mapping[str, Tensor]) -> None:
+        add_chosen(experts_by_layer, experts, rows, indices)
+
+    for _ in model.hidden_states(rows, note):
+        pass
+    return experts_by_layer
+
+
+def _parts(row: TokenRow, num_tokens: int) -> Iterator[tuple[slice, TokenRow]]:
+    """Yield ranges of a row's sampled tokens, with the row of which only they are sampled.
+
+    Args:
+        row: the sequence.
+        num_tokens: the most tokens of a range."""
+    places = row.is_sampled.nonzero()[:, 0]
+    for start in range(0, len(places), num_tokens):
+        tokens = slice(start, start + num_tokens)
+        is_sampled = torch.zeros_like(row.is_sampled)
+        is_sampled[places[tokens]] = True
+        kept = row.kept
+        if kept is not None:
+            counts, ids = kept
+            first, end = int(counts[:start].sum()), int(counts[: start + num_tokens].sum())
+            kept = counts[tokens], ids[first:end]
+        yield tokens, replace(row, is_sampled=is_sampled, kept=kept)
