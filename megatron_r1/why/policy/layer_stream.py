@@ -45,14 +45,14 @@ def stream_memory(skeleton: Any, free_bytes: int, longest: int) -> StreamMemory:
     activations = 4 * ACTIVATIONS * max(widths) * tokens
     least = 4 * config.hidden_size * tokens + BYTES_PER_LOGIT * config.vocab_size
     for layer, reads_experts in ((largest_layer, False), (without_experts, True)):
-        needed = max(LAYER_BYTES * layer, OUTER_BYTES * outer) + activations
-        if needed + 2 * least <= free_bytes:
-            half = (free_bytes - needed) // 2
+        num_bytes = max(LAYER_BYTES * layer, OUTER_BYTES * outer) + activations
+        if num_bytes + 2 * least <= free_bytes:
+            half = (free_bytes - num_bytes) // 2
             return StreamMemory(half, half // (BYTES_PER_LOGIT * config.vocab_size), reads_experts)
     raise CannotRecompute(
-        "the largest layer without its experts, embedding or head, and the activations of "
-        f"{tokens:,} tokens need {(needed + 2 * least) / 1e9:,.1f} GB, {free_bytes / 1e9:,.1f} GB "
-        "are free"
+        "the largest layer without its experts, or embedding or head, and the activations of "
+        f"{tokens:,} tokens need {(num_bytes + 2 * least) / 1e9:,.1f} GB, "
+        f"{free_bytes / 1e9:,.1f} GB are free"
     )
 
 

@@ -75,27 +75,36 @@ class StreamedModel:
     @torch.no_grad()
     def hidden_states(
         self, rows: Sequence[TokenRow], note: Note | None = None
-    ) -> Iterator[tuple[int, Tensor]]:
-        """Yield each row's index with the outputs of the last layer that predict its sampled
-        tokens, (sampled tokens, hidden size).
+    ) -> Iterator[dict[int, Tensor]]:
+        """Yield the outputs of the last layer that predict the sampled tokens of rows, by the rows'
+        indices, (sampled tokens, hidden size): of as many rows as are kept at once.
 
         Args:
             rows: the sequences.
             note: called after each layer and batch with the indices of the batch's rows and the
                 experts that were chosen, by the name of the layer's experts."""
-        for kept in self._passes(rows):
-            for index in range(len(self._layers)):
-                self._run_layer(index, kept, note)
-            for batch in kept:
-                for row_index, row, hidden in zip(
-                    batch.indices, batch.rows, batch.hidden, strict=True
-                ):
-                    yield row_index, hidden[: len(row.token_ids) - 1][row.is_sampled[1:]]
+        waiting = list(batches(rows, self.config.vocab_size))
+        while waiting:
+            num_batches, outputs = self._run(waiting, rows, note)
+            del waiting[:num_batches]
+            yield outputs
 
-    @contextlib.contextmanager
-    def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
-        """Yield the function of final norm and head: outputs of the last layer, (tokens, hidden
-        size) → logits, (tokens, vocabulary)."""
+    def _run(
+        self, waiting: Sequence[list[int]], rows: Sequence[TokenRow], note: Note | None
+    ) -> tuple[int, dict[int, Tensor]]:
+        """Run all layers on the first batches, and return how many and the outputs by row."""
+        pass_batches = self._embedded(waiting, rows)
+        for index in range(len(self._layers)):
+            self._run_layer(index, pass_batches, note)
+        return len(pass_batches), {
+            row_index: hidden[: len(row.token_ids) - 1][row.is_sampled[1:]]
+            for batch in pass_batches
+            for row_index, row, hidden in zip(batch.indices, batch.rows, batch.hidden, strict=True)
+        }
+
+    def head(self) -> Callable[[Tensor], Tensor]:
+        """Return the function of final norm and head, which keeps their weights: outputs of the
+        last layer, (tokens, hidden size) → logits, (tokens, vocabulary)."""
         names = [name for name in self._outer_names if not name.endswith("embed_tokens.weight")]
         state = self._read(self.skeleton, "", names)
 
@@ -105,7 +114,7 @@ class StreamedModel:
                 options = {"inputs_embeds": hidden[None], "use_cache": False}
                 return cast(Tensor, functional_call(self.skeleton, state, (), options).logits[0])
 
-        yield logits
+        return logits
 
     @property
     def _layers(self) -> Sequence[torch.nn.Module]:
@@ -116,38 +125,30 @@ class StreamedModel:
         """The weights outside of the layers."""
         return [name for name in self.skeleton.state_dict() if ".layers." not in name]
 
-    def _passes(self, rows: Sequence[TokenRow]) -> Iterator[list[_Batch]]:
-        """Yield batches before their first layer, as many as are kept at once."""
-        waiting = list(batches(rows, self.config.vocab_size))
-        while waiting:
-            kept = self._embedded(waiting, rows)
-            del waiting[: len(kept)]
-            yield kept
-
     def _embedded(self, waiting: Sequence[list[int]], rows: Sequence[TokenRow]) -> list[_Batch]:
         """Return the first batches with what the model's forward calls its layers with."""
         base, prefix = self.skeleton.base_model, f"{self.skeleton.base_model_prefix}."
         names = [name for name in self._outer_names if name.startswith(prefix)]
         state = self._read(base, prefix, [name.removeprefix(prefix) for name in names])
-        kept: list[_Batch] = []
+        pass_batches: list[_Batch] = []
         free_bytes = self.memory.kept_bytes
         for indices in waiting:
             batch = _Batch(indices, [rows[index] for index in indices])
             with self._idle_layers(batch.record):
                 functional_call(base, state, (), {**forward_inputs(batch.rows), "use_cache": False})
             free_bytes -= batch.num_bytes
-            if kept and free_bytes < 0:
+            if pass_batches and free_bytes < 0:
                 break
-            kept.append(batch)
-        return kept
+            pass_batches.append(batch)
+        return pass_batches
 
-    def _run_layer(self, index: int, kept: Sequence[_Batch], note: Note | None) -> None:
+    def _run_layer(self, index: int, pass_batches: Sequence[_Batch], note: Note | None) -> None:
         """Read a layer, run it on batches, and free it."""
         layer = cast(Any, self._layers[index])
         prefix = f"{self.skeleton.base_model_prefix}.layers.{index}."
         state = self._read(layer, prefix, list(layer.state_dict()))
         with seen_experts(self.skeleton) as experts:
-            for batch in kept:
+            for batch in pass_batches:
                 args, options = batch.calls[index]
                 with row_replay(self.skeleton, batch.rows):
                     out = functional_call(layer, state, (batch.hidden, *args), options)

@@ -102,11 +102,16 @@ class TensorSource:
 
     def read(self, name: str) -> Tensor:
         """Return a tensor, fp32, by its published name, with its adapter; of a tied head, which is
-        not among `shapes`, the embedding."""
+        not among `shapes`, the embedding.
+
+        Raises:
+            CannotRecompute: there is no such tensor."""
         if name in self._replaced:
             return self._replaced[name]()
         if name == HEAD and name not in self.shapes and self._hf_config.get("tie_word_embeddings"):
             return self.read(EMBEDDING)
+        if name not in self.shapes:
+            raise CannotRecompute(f"{self.folder} has no {name}")
         values = self._weights.read(name, 0, 0, self.shapes[name][0]).float()
         layer = name.removesuffix(".weight")
         if self._adapters is None or layer + A not in self._adapters.names:
@@ -131,8 +136,8 @@ class TensorSource:
         out = torch.empty(shape if expert is None else shape[1:])
         num_filled = 0
         for row in places if expert is None else [expert]:
-            for published, found in places.get(row, ()):
-                target = found.select(out[row] if expert is None else out)
+            for published, part in places.get(row, ()):
+                target = part.select(out[row] if expert is None else out)
                 values = self._checked(self.read(published), target.shape, published, name)
                 target.copy_(values)
                 num_filled += values.numel()
@@ -160,9 +165,9 @@ class TensorSource:
         """The published tensors of each parameter, by expert."""
         places: dict[str, dict[int | None, list[tuple[str, Place]]]] = {}
         for name in self.shapes:
-            found = place(name, self._hf_config)
-            by_expert = places.setdefault(found.parameter, {})
-            by_expert.setdefault(found.expert, []).append((name, found))
+            part = place(name, self._hf_config)
+            by_expert = places.setdefault(part.parameter, {})
+            by_expert.setdefault(part.expert, []).append((name, part))
         return places
 
 
