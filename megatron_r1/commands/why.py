@@ -1,4 +1,4 @@
-"""Says why a run does not learn: `megatron-r1 why RUN [--step N] [--json FILE]`.
+"""Says why a run does not learn: `megatron-r1 why RUN [--step N] [--json FILE] [--memory GB]`.
 
 The verb recomputes a finished step from the run's folder and names the first quantity that departs:
 its size, the tokens or responses concerned, their share of the loss, and the setting or file to
@@ -6,12 +6,14 @@ change. It compares the model's files, how the step was sampled, rewards, log-pr
 and metrics, the optimizer's step, and what was pushed, with transformers in float32, math-verify
 and formulas of its own. What could not be checked is listed with the reason. "Nothing departs" is
 an answer, too, with the families of quantities that could be checked where those are not all; what
-it leaves is printed as suspicions. To keep what it reads of every step:
-`--rl.keep_sample_log true --checkpoint.keep_every 1`. RUN/why.html has the whole table, the worst
+it leaves is printed as suspicions. To keep what it reads of every step: `--rl.keep_sample_log true
+--checkpoint.keep_every 1`. A model that does not fit into the free memory, or into --memory, is
+read layer by layer; its updates are not made again. RUN/why.html has the whole table, the worst
 responses and departures over position; nothing else is written there. Exit status 0: nothing
 departs; 1: something does."""
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,10 +27,16 @@ from megatron_r1.why.record.step_reader import Examinable, choose, examinable, o
 
 ARGUMENTS = ("RUN",)
 SETTINGS = ()
-OPTIONS = {"step": "N", "json": "FILE"}
+OPTIONS = {"step": "N", "json": "FILE", "memory": "GB"}
 
 
-def run(config: Config, run: str, step: str | None = None, json: str | None = None) -> None:
+def run(
+    config: Config,
+    run: str,
+    step: str | None = None,
+    json: str | None = None,
+    memory: str | None = None,
+) -> None:
     """Examine a step of a run, print what departs and write RUN/why.html.
 
     Args:
@@ -36,15 +44,17 @@ def run(config: Config, run: str, step: str | None = None, json: str | None = No
         run: the run's folder.
         step: the step, as text; None: the newest with most left of it.
         json: a file for the comparisons.
+        memory: the memory that models may take, in GB as text; None: what is free.
 
     Raises:
         UserError: no run, or no step that can be examined.
         RunError: a quantity departs."""
+    num_bytes = _num_bytes(memory)
     folder, settings = open_run(Path(run))
     steps = examinable(folder, settings)
     chosen_step = choose(steps, _number(step), folder.path)
     recorded = read_step(folder, settings, chosen_step.step)
-    report = examine(recorded)
+    report = examine(recorded, num_bytes)
     if json is not None:
         atomic_write(Path(json), _as_json(report, steps))
     written = page.write(report, recorded)
@@ -63,6 +73,22 @@ def _number(step: str | None) -> int | None:
             cause=Cause.MALFORMED,
         )
     return int(step)
+
+
+def _num_bytes(memory: str | None) -> int | None:
+    if memory is None:
+        return None
+    try:
+        num_bytes = float(memory) * 1e9
+    except ValueError:
+        num_bytes = math.nan
+    if not 1 <= num_bytes < math.inf:
+        raise UserError(
+            f"--memory {memory}: give a number of GB, above 0",
+            key="--memory",
+            cause=Cause.MALFORMED,
+        )
+    return int(num_bytes)
 
 
 def _steps(steps: list[Examinable], chosen_step: Examinable) -> Iterator[str]:

@@ -38,6 +38,40 @@ def load_with_transformers(
     Raises:
         UserError: for a `config.json` that transformers refuses.
     """
+    kind, config = _class_and_config(folder, hf_config)
+    options = {"experts_implementation": "eager"} | options
+    return kind.from_pretrained(folder, config=config, dtype=dtype, **options)
+
+
+def build_without_weights(folder: str | Path, hf_config: dict) -> Any:
+    """Return the model that `load_with_transformers` loads, fp32 in eval mode, with its weights on
+    the meta device: they take no memory. Buffers that no file has, as rotary frequencies, have
+    their values.
+
+    Args:
+        folder: the folder of the model's `config.json`.
+        hf_config: that file.
+
+    Raises:
+        UserError: for a `config.json` that transformers refuses.
+    """
+    kind, config = _class_and_config(folder, hf_config)
+    config._experts_implementation = "eager"
+    with torch.device("meta"):
+        model = kind(config)
+    stored = model.state_dict().keys()
+    rotary = {name.rpartition(".")[0] for name, _ in model.named_buffers() if name not in stored}
+    for name in rotary:
+        module = model.get_submodule(name)
+        model.set_submodule(name, type(module)(module.config))
+    return model.eval()
+
+
+def _class_and_config(folder: str | Path, hf_config: dict) -> tuple[Any, Any]:
+    """Return transformers' class of a model, and its configuration of the model's type.
+
+    Raises:
+        UserError: for a `config.json` that transformers refuses."""
     import transformers
 
     kind = getattr(transformers, hf_config["architectures"][0])
@@ -51,8 +85,7 @@ def load_with_transformers(
             cause=Cause.MALFORMED,
         ) from error
     config.model_type = kind.config_class.model_type
-    options = {"experts_implementation": "eager"} | options
-    return kind.from_pretrained(folder, config=config, dtype=dtype, **options)
+    return kind, config
 
 
 def write_dequantized(weights: HFWeights, folder: Path) -> None:

@@ -183,6 +183,17 @@ def not_checked(family: str, name: str, reason: str, compared: str = "") -> Comp
     return Comparison(family, name, NOT_CHECKED, compared, reason=reason)
 
 
+def with_untried(reason: str, untried: Sequence[str]) -> str:
+    """Return a reason with the causes that were not tried.
+
+    Args:
+        reason: what departs.
+        untried: causes that need a whole model, which does not fit into memory."""
+    if not untried:
+        return reason
+    return f"{reason} (not tried, as the model does not fit into memory: {', '.join(untried)})"
+
+
 def fraction_comparison(
     family: str,
     name: str,

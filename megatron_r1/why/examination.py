@@ -47,14 +47,15 @@ WEIGHT_CHECKS: tuple[tuple[str, str, WeightCheck], ...] = (
 """Checks that recompute with the model's weights, likewise."""
 
 
-def examine(step: RecordedStep) -> Report:
+def examine(step: RecordedStep, memory: int | None = None) -> Report:
     """Make all checks of a step.
 
     Args:
-        step: the step, as `read_step` returns it."""
+        step: the step, as `read_step` returns it.
+        memory: bytes that models may take; None: what is free."""
     from megatron_r1.why.update.recomputation import Recomputation
 
-    report, recomputed = Report(step.step), Recomputation(step)
+    report, recomputed = Report(step.step), Recomputation(step, memory)
     for family, name, check in RECORD_CHECKS:
         report.add(_comparisons(family, name, partial(check, step)))
     for family, name, recompute in WEIGHT_CHECKS:

@@ -29,6 +29,8 @@ from megatron_r1.why.update.recomputation import Recomputation
 pytestmark = pytest.mark.more
 
 STEP = 3
+LITTLE = 10**9
+"""Bytes that no whole model fits into: 2^26 logits alone take more."""
 KEPT = (
     *("--rl.keep_sample_log", "true", "--checkpoint.keep_every", "1", "--rl.schedule", "[]"),
     *("--rl.kl_beta", "0.05", "--optimizer.warmup_updates", "2"),
@@ -70,9 +72,9 @@ def read(folder: Path, step: int = STEP) -> RecordedStep:
     return read_step(*open_run(folder), step)
 
 
-def first(folder: Path, step: int = STEP) -> tuple[str, str, Report]:
+def first(folder: Path, step: int = STEP, memory: int | None = None) -> tuple[str, str, Report]:
     """The first departure's quantity and its text, and all comparisons."""
-    report = examine(read(folder, step))
+    report = examine(read(folder, step), memory)
     assert report.first_departure is not None, [str(each) for each in report.comparisons]
     return report.first_departure.name, str(report.first_departure), report
 
@@ -168,6 +170,50 @@ def test_an_engine_with_the_weights_of_the_version_before(copy):
     concerned = report.first_departure.concerned
     assert concerned
     assert {read(copy).responses[which].response.engine for which in concerned} == {"engine-1"}
+
+
+def test_nothing_departs_in_a_run_whose_layers_are_read_one_by_one(kept):
+    for step in (1, 4):
+        report = examine(read(kept, step), LITTLE)
+        assert report.first_departure is None, str(report.first_departure)
+        by_name = {each.name: each for each in report.comparisons}
+        names = ["engines' log-probabilities", "old policy of the trainer"]
+        names += ["reference policy", "exported model"] if step == 4 else []
+        whole = {each.name: each for each in examine(read(kept, step)).comparisons}
+        for name in names:
+            assert by_name[name].status == "equal"
+            assert by_name[name].distance == pytest.approx(whole[name].distance, abs=1e-6)
+        for name in ("loss", "change of the weights"):
+            assert whole[name].status == "equal"
+            assert by_name[name].status == "not checked"
+            assert "the updates need 1.9 GB, 28 bytes a parameter" in by_name[name].reason
+            assert "1.0 GB are free" in by_name[name].reason
+
+
+def test_a_stale_engine_of_a_model_whose_layers_are_read_one_by_one(copy):
+    stale = Recomputation(read(copy)).logprobs_after(STEP - 2)
+    set_logprobs(copy, stale, engine="engine-1")
+    name, text, _ = first(copy, memory=LITTLE)
+    assert name == "engines' log-probabilities"
+    assert "engine-1" in text and f"version {STEP - 2}" in text and "push" in text
+    done = run("why", str(copy), "--step", str(STEP), "--memory", str(LITTLE / 1e9))
+    assert done.returncode == 1 and f"version {STEP - 2}" in done.stdout
+    comparisons = examine(read(copy), LITTLE // 100).comparisons
+    (unread,) = (each for each in comparisons if each.name == name)
+    assert unread.status == "not checked" and "0.0 GB are free" in unread.reason
+    assert unread.reason.startswith("the largest layer without its experts")
+
+
+def test_an_expert_of_a_model_whose_layers_are_read_one_by_one(copy):
+    made = Recomputation(read(copy))
+    other = made.model(read(copy).before)
+    experts = next(m for n, m in other.named_modules() if n.endswith("layers.1.mlp.experts"))
+    with torch.no_grad():
+        experts.down_proj[2] *= -3.0
+    set_logprobs(copy, made.logprobs_under(other))
+    name, text, _ = first(copy, memory=LITTLE)
+    assert name == "engines' log-probabilities" and "expert 2 of model.layers.1" in text
+    assert "not tried, as the model does not fit into memory: exchanged experts" in text
 
 
 @pytest.mark.slow
@@ -348,5 +394,11 @@ def test_a_run_with_adapters(base):
     other_scale = step.run_config.model.lora.model_copy(update={"alpha": alpha / 2})
     model = step.run_config.model.model_copy(update={"lora": other_scale})
     config = step.run_config.model_copy(update={"model": model})
-    report = examine(replace(step, run_config=config))
-    assert report.first_departure.name == "engines' log-probabilities"
+    for memory in (None, LITTLE):
+        report = examine(replace(step, run_config=config), memory)
+        assert report.first_departure.name == "engines' log-probabilities"
+        assert "adapters times 16 (alpha / √rank), not 8" in report.first_departure.reason
+    report = examine(step, LITTLE)
+    assert report.first_departure is None, str(report.first_departure)
+    equal = {quantity.name for quantity in report.comparisons if quantity.status == EQUAL}
+    assert needed <= equal and "loss" not in equal

@@ -55,7 +55,8 @@ class EngineGaps:
         engines: the engine of each.
         gaps: (sampled tokens,) each: the engine's log-probability less transformers', under the
             weights of the version that the engine had; NaN where these are not kept.
-        tolerance: the largest mean |difference| that is rounding."""
+        tolerance: the largest mean |difference| that is rounding.
+        untried: causes that were not tried, as they need the whole model in memory."""
 
     def __init__(self, step: RecordedStep, recomputed: Recomputation) -> None:
         self.step, self.recomputed = step, recomputed
@@ -72,6 +73,7 @@ class EngineGaps:
             if logprobs is not None:
                 self._fill_version_gaps(version, logprobs)
         self.tolerance = ROUNDING[step.run_config.rollout.dtype]
+        self.untried: list[str] = []
 
     @property
     def newest(self) -> int:

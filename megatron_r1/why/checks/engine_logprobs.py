@@ -29,6 +29,7 @@ from megatron_r1.why.comparison import (
     Comparison,
     DepartureCurve,
     not_checked,
+    with_untried,
 )
 from megatron_r1.why.formulas import kl_of_difference
 from megatron_r1.why.record.recorded_step import RecordedStep
@@ -98,7 +99,7 @@ def _departure(gaps: EngineGaps, compared: str, explained: ExplainedDeparture | 
         gaps.distance,
         gaps.tolerance,
         TOLERANCE_SOURCE,
-        explained.reason,
+        with_untried(explained.reason, gaps.untried),
         list(concerned),
         num_tokens,
         gaps.step.loss_fraction(list(concerned)),
@@ -110,8 +111,17 @@ def _explanation(gaps: EngineGaps) -> ExplainedDeparture | None:
     """Return what explains the distance; None where nothing does."""
     if gaps.distance <= gaps.tolerance / 16 and not gaps.departing_engine():
         return None
-    explanations = (find_cause(gaps) for find_cause in CAUSES)
-    return next((explained for explained in explanations if explained is not None), None)
+    from megatron_r1.why.policy.policy_models import NotInMemory
+
+    for find_cause in CAUSES:
+        try:
+            explained = find_cause(gaps)
+        except NotInMemory:
+            gaps.untried.append(find_cause.__name__.replace("_", " "))
+            continue
+        if explained is not None:
+            return explained
+    return None
 
 
 def departures(recomputed: Recomputation) -> list[DepartureCurve]:

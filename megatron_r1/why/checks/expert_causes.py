@@ -38,6 +38,9 @@ def departing_expert(gaps: EngineGaps) -> ExplainedDeparture | None:
     for suspect in suspects:
         if (explanation := _stale_expert(gaps, suspect.layer, suspect.expert)) is not None:
             return explanation
+    if suspects and gaps.recomputed.is_streamed:  # each would read the whole checkpoint
+        gaps.untried.append("exchanged experts")
+        suspects = []
     for layer, expert, other_expert in _pairs(gaps, suspects):
         sources = {expert: other_expert, other_expert: expert}
         engine = gaps.explained_engine(gaps.recomputed.with_experts(layer, sources))

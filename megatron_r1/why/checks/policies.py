@@ -12,7 +12,14 @@ import numpy as np
 from megatron_r1.reporting.formatting import finite_metric as finite
 from megatron_r1.reporting.formatting import format_number as number
 from megatron_r1.why.checks.engine_causes import adapter_scales
-from megatron_r1.why.comparison import DEPARTS, EQUAL, ROUNDING, Comparison, not_checked
+from megatron_r1.why.comparison import (
+    DEPARTS,
+    EQUAL,
+    ROUNDING,
+    Comparison,
+    not_checked,
+    with_untried,
+)
 from megatron_r1.why.record.recorded_step import RecordedStep, weights_after
 
 if TYPE_CHECKING:
@@ -56,7 +63,8 @@ def _trainer(step: RecordedStep, recomputed: Recomputation) -> Comparison:
         )
     distance = abs(mean_gap - logged)
     departs = distance > tolerance
-    reason, remedy = (_explained(step, recomputed) if departs else None) or (
+    untried: list[str] = []
+    reason, remedy = (_explained(step, recomputed, untried) if departs else None) or (
         f"the trainer is {number(logged)} from the engine, transformers {number(mean_gap)}: the "
         "trainer computes old log-probabilities of other weights, or at another temperature",
         "rollout.temperature in rl.schedule, model.fusions, fp8, parallel; megatron-r1 "
@@ -71,15 +79,24 @@ def _trainer(step: RecordedStep, recomputed: Recomputation) -> Comparison:
         distance,
         tolerance,
         "rounding of model.dtype (docs/compare.md)",
-        reason,
+        with_untried(reason, untried),
         remedy=remedy,
     )
 
 
-def _explained(step: RecordedStep, recomputed: Recomputation) -> tuple[str, str] | None:
-    """Return what gives the trainer's logged distances from the engine, and the remedy."""
+def _explained(
+    step: RecordedStep, recomputed: Recomputation, untried: list[str]
+) -> tuple[str, str] | None:
+    """Return what gives the trainer's logged distances from the engine, and the remedy; add to
+    `untried` what could not be tried."""
+    from megatron_r1.why.policy.policy_models import NotInMemory
+
     for noun, remedy, make in _candidates(step, recomputed):
-        logprobs = make()
+        try:
+            logprobs = make()
+        except NotInMemory:
+            untried.append(noun.rstrip(","))
+            continue
         if logprobs is not None and _is_logged(step, recomputed, logprobs):
             return f"the trainer's are as those of transformers {noun} are", remedy
     all_logprobs = recomputed.all_token_logprobs()
@@ -246,8 +263,8 @@ def _reference(step: RecordedStep, recomputed: Recomputation) -> Comparison:
         return not_checked(POLICIES, name, f"{before} has none")
     if expected is None:
         return not_checked(POLICIES, name, f"there is no checkpoint of step {refreshed}")
-    reference_model = recomputed.reference_model
-    distance = _apart(reference_model, recomputed.model(expected))
+    reference = before, checkpoint_model.REFERENCE
+    distance = recomputed.distance(reference, (expected, ""))
     if distance <= tolerance:
         return Comparison(
             POLICIES,
@@ -262,7 +279,7 @@ def _reference(step: RecordedStep, recomputed: Recomputation) -> Comparison:
     other_steps = {0, step.step - 1, *range(max(0, step.step - 4), step.step)} - {refreshed}
     for other_step in sorted(other_steps):
         path = weights_after(step.folder, step.run_config, other_step)
-        if path and _apart(reference_model, recomputed.model(path)) <= tolerance:
+        if path and recomputed.distance(reference, (path, "")) <= tolerance:
             text = (
                 "it was not refreshed" if other_step < refreshed else "it was refreshed too often"
             )
@@ -279,10 +296,3 @@ def _reference(step: RecordedStep, recomputed: Recomputation) -> Comparison:
         reason,
         remedy=f"rl.reference_refresh: {step.config.rl.reference_refresh}",
     )
-
-
-def _apart(a: object, b: object) -> float:
-    """Return |a - b| / |b| over all parameters of two models."""
-    from megatron_r1.why.policy import model_distance
-
-    return model_distance.relative_distance(a, b)

@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 from megatron_r1.why.policy import token_logprobs
 from megatron_r1.why.policy.adapters import merged_weights
 from megatron_r1.why.policy.policy_logprobs import PolicyLogprobs
+from megatron_r1.why.policy.policy_models import whole
 from megatron_r1.why.record.recorded_step import weights_after
 
 
@@ -24,11 +25,14 @@ class ChangedWeights:
     merged, and a tied head is a tensor of its own, as an engine may have it.
 
     Args:
-        recomputed: the step's log-probabilities."""
+        recomputed: the step's log-probabilities.
+
+    Raises:
+        NotInMemory: the model does not fit into memory."""
 
     def __init__(self, recomputed: PolicyLogprobs) -> None:
         self._recomputed = recomputed
-        self._model = merged_copy(recomputed.policy)
+        self._model = merged_copy(whole(recomputed.policy))
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
@@ -48,7 +52,7 @@ class ChangedWeights:
         path = weights_after(recomputed.step.folder, recomputed.step.run_config, step)
         if path is None:
             return None
-        old_weights = merged_weights(recomputed.model(path))
+        old_weights = merged_weights(whole(recomputed.model(path)))
         return {
             name: old_weights[name]
             for name, tensor in self.tensors.items()

@@ -9,7 +9,7 @@ import json
 import pickle
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
@@ -100,9 +100,7 @@ def read_model(source: Path, hf_files: Path, prefix: str = "") -> torch.nn.Modul
         return _trainable(load_with_transformers(source, hf_config, torch.float32))
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        with MegatronWeights(source, hf_config) as weights:
-            weights.checkpoint.close()
-            weights.checkpoint = cast(Any, _Part(opened(source), prefix))
+        with weights_of_part(source, hf_config, prefix) as weights:
             tensors = dict(_tensors(weights, hf_config))
         if (loaded := _from_template(hf_files, tensors)) is not None:
             return loaded
@@ -125,6 +123,22 @@ def read_model(source: Path, hf_files: Path, prefix: str = "") -> torch.nn.Modul
     return loaded
 
 
+def weights_of_part(checkpoint: Path, hf_config: dict, prefix: str) -> MegatronWeights:
+    """Return the weights of a checkpoint, or the tensors of their names that it has besides.
+
+    Args:
+        checkpoint: the checkpoint.
+        hf_config: the model's `config.json`.
+        prefix: as of `read_model`.
+
+    Raises:
+        UserError: it is incomplete, or another model's."""
+    weights = MegatronWeights(checkpoint, hf_config)
+    weights.checkpoint.close()
+    weights.checkpoint = cast(Any, _Part(opened(checkpoint), prefix))
+    return weights
+
+
 def read_adapted_model(
     checkpoint: Path, base: Path, hf_files: Path, lora: LoraConfig, prefix: str = ""
 ) -> torch.nn.Module:
@@ -139,16 +153,30 @@ def read_adapted_model(
 
     Raises:
         UserError: the checkpoint is damaged, or the folder another model's."""
-    model, stored = read_model(base, hf_files), opened(checkpoint)
-    beginning = f"{prefix}{ADAPTERS}"
+    model = read_model(base, hf_files)
+    names, read = adapter_factors(checkpoint, prefix)
+    attach_adapters(model, names, read, lora.alpha / lora.rank)
+    return model
+
+
+def adapter_factors(checkpoint: Path, prefix: str) -> tuple[list[str], Callable[[str], Tensor]]:
+    """Return the names of the adapters' factors in a checkpoint, and the function that reads one,
+    fp32.
+
+    Args:
+        checkpoint: the checkpoint of a run with `model.lora`.
+        prefix: as of `read_model`.
+
+    Raises:
+        UserError: the checkpoint is damaged."""
+    stored, beginning = opened(checkpoint), f"{prefix}{ADAPTERS}"
 
     def read(name: str) -> Tensor:
         shape = stored.shapes[beginning + name]
         return stored.read(beginning + name, (0,) * len(shape), shape).float()
 
     names = [key.removeprefix(beginning) for key in stored.shapes if key.startswith(beginning)]
-    attach_adapters(model, names, read, lora.alpha / lora.rank)
-    return model
+    return names, read
 
 
 _templates: dict[Path, torch.nn.Module] = {}

@@ -7,9 +7,11 @@ from pathlib import Path
 
 from torch import Tensor
 
+from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.models.weights.formats.dcp import DistributedCheckpoint
-from megatron_r1.why.policy.checkpoint_model import MOMENTS, STATE, opened, read_model
+from megatron_r1.why.policy.checkpoint_model import MOMENTS, STATE, opened
 from megatron_r1.why.policy.routed_experts import ROUTER_BIAS
+from megatron_r1.why.policy.tensor_source import TensorSource
 
 MASTER = f"{STATE}param."
 NOT_WEIGHTS = ("optimizer.", "critic_optimizer.", "critic.", "reference.")
@@ -110,10 +112,10 @@ def change(before: Path, after: Path, hf_files: Path, moves_bias: bool) -> tuple
 def _changes(before: Path, after: Path, hf_files: Path) -> Iterator[tuple[str, Tensor]]:
     """Yield the changes of each tensor, float64, in parts."""
     if not (before / ".metadata").is_file():
-        first, last = (read_model(path, hf_files).state_dict() for path in (before, after))
-        for name, values in first.items():
-            if values.is_floating_point():
-                yield name, last[name].double() - values.double()
+        hf_config = read_hf_config(str(hf_files))
+        first, last = (TensorSource(path, hf_config) for path in (before, after))
+        for name in first.shapes:
+            yield name, last.read(name).double() - first.read(name).double()
         return
     stored, checkpoint_after = opened(before), opened(after)
     for key in sorted(stored.shapes.keys() & checkpoint_after.shapes.keys()):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_r1.why.policy.adapters import merged_weights
+from megatron_r1.why.policy.tensor_source import TensorSource
 
 TINY = 1e-3
 """Of the root mean square of a tensor's gradients: what rounding of sums in float32 reaches."""
@@ -53,5 +54,20 @@ def relative_distance(a: Any, b: Any) -> float:
             continue
         other_values = other_state[name].double()
         gap_square += float((tensor.double() - other_values).square().sum())
+        square += float(other_values.square().sum())
+    return math.sqrt(gap_square / square) if square else math.sqrt(gap_square)
+
+
+@torch.no_grad()
+def source_distance(a: TensorSource, b: TensorSource) -> float:
+    """Return |a - b| / |b| over all weights, of which two tensors are in memory at a time.
+
+    Args:
+        a: weights.
+        b: others of the same model."""
+    gap_square = square = 0.0
+    for name in b.shapes:
+        other_values = b.read(name).double()
+        gap_square += float((a.read(name) - other_values).square().sum())
         square += float(other_values.square().sum())
     return math.sqrt(gap_square / square) if square else math.sqrt(gap_square)

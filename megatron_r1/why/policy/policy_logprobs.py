@@ -4,44 +4,49 @@ policy before the step, earlier ones and the reference, and under changed ones."
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 
-from megatron_r1.models.sampling_mask import decode_mask
 from megatron_r1.why.comparison import CannotRecompute
-from megatron_r1.why.policy import adapters, checkpoint_model, routed_experts, token_logprobs
+from megatron_r1.why.policy import (
+    adapters,
+    checkpoint_model,
+    routed_experts,
+    streamed_logprobs,
+    token_logprobs,
+)
+from megatron_r1.why.policy.policy_models import PolicyModels, whole
+from megatron_r1.why.policy.streamed_model import StreamedModel
+from megatron_r1.why.policy.tensor_source import HEAD
 from megatron_r1.why.policy.token_logprobs import TokenRow
-from megatron_r1.why.record.recorded_step import RecordedStep, TokenSequence, weights_after
+from megatron_r1.why.record.recorded_step import RecordedStep, weights_after
 
 LOGPROB_FLOPS = 1e13
 """Floating-point operations of a pass over logged tokens: minutes on two cores. Of more tokens a
 part is computed."""
-KEPT_MODELS = 40
-"""Models are kept where so many fit into the free memory."""
 
 
-class PolicyLogprobs:
+class PolicyLogprobs(PolicyModels):
     """Log-probabilities of a step's tokens under the policies that it used, and under others.
+
+    Args:
+        step: the step.
+        memory: bytes that models may take; None: what is free.
 
     Raises:
         CannotRecompute: weights are missing, or too large for this machine.
     """
 
-    def __init__(self, step: RecordedStep) -> None:
-        self.step = step
-        self.sequences = step.sequences
-        is_cut = step.config.rollout.truncates_sampling
-        self.rows = [_row(sequence, is_cut) for sequence in self.sequences]
+    def __init__(self, step: RecordedStep, memory: int | None = None) -> None:
+        super().__init__(step, memory)
         self._logprobs_of_weights: dict[Path, list[np.ndarray]] = {}
-        self._models: dict[tuple[Path, str], Any] = {}
 
     @property
     def temperature(self) -> float:
@@ -55,68 +60,6 @@ class PolicyLogprobs:
         cost = 2.0 * self.num_parameters * sum(len(row.token_ids) for row in self.rows)
         stride = max(1, int(np.ceil(cost / LOGPROB_FLOPS)))
         return list(range(0, len(self.rows), stride))
-
-    @cached_property
-    def num_parameters(self) -> int:
-        """How many values the policy's weights have, on which the operations of a pass depend."""
-        from megatron_r1.models.weights import num_parameters
-
-        return num_parameters(self.step.hf_config)
-
-    @cached_property
-    def policy(self) -> Any:
-        """The model before the step."""
-        return self.model(self._before)
-
-    @property
-    def _before(self) -> Path:
-        before = self.step.before
-        if before is None:
-            raise CannotRecompute(
-                f"there is no checkpoint of step {self.step.step - 1}: keep them with "
-                "checkpoint.keep_every: 1, or a larger N"
-            )
-        return before
-
-    def model(self, source: Path, prefix: str = "") -> Any:
-        """Return the model in a checkpoint or folder; it is cached, so callers must not change it.
-
-        Args:
-            source: the checkpoint or folder.
-            prefix: as of `read_model`.
-
-        Raises:
-            CannotRecompute: it does not fit into memory, or is not there."""
-        longest = max((len(row.token_ids) for row in self.rows), default=0)
-        logits = max(token_logprobs.LOGITS_AT_ONCE, longest * self.step.hf_config["vocab_size"])
-        num_bytes = 6 * self.num_parameters + token_logprobs.BYTES_PER_LOGIT * logits
-        free_bytes = psutil.virtual_memory().available
-        if num_bytes > free_bytes:
-            raise CannotRecompute(
-                f"the model and the logits of its longest response need {num_bytes / 1e9:.0f} GB, "
-                f"{free_bytes / 1e9:.0f} GB are free"
-            )
-        key = source, prefix
-        if key not in self._models:
-            loaded = self._read_model(source, prefix)
-            if 4 * self.num_parameters * KEPT_MODELS > free_bytes:
-                return loaded
-            self._models[key] = loaded
-        return self._models[key]
-
-    def _read_model(self, source: Path, prefix: str) -> Any:
-        lora, hf_files = self.step.run_config.model.lora, self.step.model
-        base = weights_after(self.step.folder, self.step.run_config, 0)
-        if lora is None or source in (base, self.step.folder.hf_folder):
-            return checkpoint_model.read_model(source, hf_files, prefix)
-        if base is None:
-            raise CannotRecompute(
-                f"model.path: {self.step.run_config.model.path}, which the adapters of "
-                f"{source} belong to, is not here (relative to {Path.cwd()})"
-            )
-        if "quantization_config" in self.step.hf_config:
-            raise CannotRecompute("model.lora: the weights in model.path are quantized")
-        return checkpoint_model.read_adapted_model(source, base, hf_files, lora, prefix)
 
     @cached_property
     def old(self) -> list[np.ndarray]:
@@ -140,12 +83,17 @@ class PolicyLogprobs:
         if is_long or not any(len(rows) > 1 for rows in packed):
             return None
         logprobs_by_row = list(self.old)
-        for rows in packed:
-            members = [self.rows[index] for index in rows]
-            (of_all,) = self._logprobs_of(
-                [one_row(members, restarts)], self.policy, self.temperature
-            )
-            ends = np.cumsum([int(row.is_sampled.sum()) for row in members])
+        members = [[self.rows[index] for index in rows] for rows in packed]
+        joined = [one_row(microbatch, restarts) for microbatch in members]
+        # The layers of a streamed model are read once for all.
+        passes = [joined] if self.is_streamed else [[row] for row in joined]
+        of_packed = [
+            of_row
+            for rows in passes
+            for of_row in self._logprobs_of(rows, self.policy, self.temperature)
+        ]
+        for rows, microbatch, of_all in zip(packed, members, of_packed, strict=True):
+            ends = np.cumsum([int(row.is_sampled.sum()) for row in microbatch])
             for index, part in zip(rows, np.split(of_all, ends[:-1]), strict=True):
                 logprobs_by_row[index] = part
         return logprobs_by_row
@@ -157,7 +105,7 @@ class PolicyLogprobs:
     def _logprobs_of(
         self, rows: Sequence[TokenRow], model: Any, temperature: float
     ) -> list[np.ndarray]:
-        (logprobs_by_row,) = token_logprobs.logprobs(model, rows, [temperature])
+        (logprobs_by_row,) = logprobs_by_temperature(model, rows, [temperature])
         return [row_logprobs.numpy() for row_logprobs in logprobs_by_row]
 
     @property
@@ -166,7 +114,7 @@ class PolicyLogprobs:
 
     def logprobs_at_temperatures(self, temperatures: Sequence[float]) -> list[list[np.ndarray]]:
         """Return those under the policy before the step, by temperature."""
-        by_temperature = token_logprobs.logprobs(self.policy, self._scored_rows, temperatures)
+        by_temperature = logprobs_by_temperature(self.policy, self._scored_rows, temperatures)
         return [
             [row_logprobs.numpy() for row_logprobs in logprobs_by_row]
             for logprobs_by_row in by_temperature
@@ -184,6 +132,8 @@ class PolicyLogprobs:
     def without_router_bias(self) -> list[np.ndarray] | None:
         """Return those under the policy before the step with routers that have no correction bias;
         None for a model without such a bias."""
+        if self.is_streamed:
+            return self._without_router_bias_streamed()
         names = [
             name for name in self.policy.state_dict() if name.endswith(routed_experts.ROUTER_BIAS)
         ]
@@ -201,6 +151,12 @@ class PolicyLogprobs:
 
         Args:
             scale: in place of alpha / rank."""
+        if self.is_streamed:
+            source = self.policy.source
+            if source.adapters is None:
+                return None
+            rescaled = source.with_adapters(source.adapters._replace(scale=scale))
+            return self.logprobs_under(self.policy.with_source(rescaled))
         changed = adapters.with_scale(self.policy, scale)
         return None if changed is None else self.logprobs_under(changed)
 
@@ -228,7 +184,12 @@ class PolicyLogprobs:
 
     @cached_property
     def _experts_without_replay(self) -> dict[str, list[Tensor]]:
-        return routed_experts.chosen_experts(self.policy, own_experts(self._scored_rows))
+        return self._chosen_experts(own_experts(self._scored_rows))
+
+    def _chosen_experts(self, rows: Sequence[TokenRow]) -> dict[str, list[Tensor]]:
+        if self.is_streamed:
+            return streamed_logprobs.chosen_experts(self.policy, rows)
+        return routed_experts.chosen_experts(self.policy, rows)
 
     def without_replay(self) -> list[np.ndarray] | None:
         """Return those under the policy before the step with the experts that it chooses itself;
@@ -239,11 +200,12 @@ class PolicyLogprobs:
 
     def bfloat16_logprobs(self) -> list[np.ndarray]:
         """Return those under the policy before the step computed in bfloat16."""
-        return self.logprobs_under(copy.deepcopy(self.policy).to(torch.bfloat16))
+        return self.logprobs_under(copy.deepcopy(whole(self.policy)).to(torch.bfloat16))
 
     def num_experts(self, layer: str) -> int:
         """Return how many experts a module of routed experts has."""
-        return len(next(self.policy.get_submodule(layer).parameters()))
+        model = self.policy.skeleton if self.is_streamed else self.policy
+        return len(next(model.get_submodule(layer).parameters()))
 
     def with_experts(self, layer: str, sources: Mapping[int, int]) -> list[np.ndarray]:
         """Return those under the policy before the step with some experts' weights exchanged.
@@ -251,7 +213,7 @@ class PolicyLogprobs:
         Args:
             layer: the module of routed experts.
             sources: expert → the one whose weights it has."""
-        changed = copy.deepcopy(self.policy)
+        changed = copy.deepcopy(whole(self.policy))
         with torch.no_grad():
             for parameter in changed.get_submodule(layer).parameters():
                 values = parameter.detach().clone()
@@ -270,7 +232,12 @@ class PolicyLogprobs:
         path = weights_after(self.step.folder, self.step.run_config, step)
         if path is None:
             return None
-        old_weights = dict(self.model(path).get_submodule(layer).named_parameters())
+        if self.is_streamed:
+            old, beginning = self.tensors(path), f"{layer}.{expert}."
+            return self._logprobs_with(
+                {name: partial(old.read, name) for name in old.shapes if name.startswith(beginning)}
+            )
+        old_weights = dict(whole(self.model(path)).get_submodule(layer).named_parameters())
         changed = copy.deepcopy(self.policy)
         with torch.no_grad():
             for name, parameter in changed.get_submodule(layer).named_parameters():
@@ -287,9 +254,27 @@ class PolicyLogprobs:
         has_adapters = self.step.run_config.model.lora is not None  # the head is frozen
         if begin is None or has_adapters or not self.step.hf_config.get("tie_word_embeddings"):
             return None
+        if self.is_streamed:
+            return self._logprobs_with({HEAD: partial(self.tensors(begin).read, HEAD)})
         changed = copy.deepcopy(self.policy)
-        changed.lm_head.weight = torch.nn.Parameter(self.model(begin).lm_head.weight.detach())
+        head = whole(self.model(begin)).lm_head.weight.detach()
+        changed.lm_head.weight = torch.nn.Parameter(head)
         return self.logprobs_under(changed)
+
+    def _without_router_bias_streamed(self) -> list[np.ndarray] | None:
+        shapes = self.policy.source.shapes
+        names = [name for name in shapes if name.endswith(routed_experts.ROUTER_BIAS)]
+        if not names:
+            return None
+        return self._logprobs_with({name: partial(torch.zeros, shapes[name]) for name in names})
+
+    def _logprobs_with(self, values: Mapping[str, Callable[[], Tensor]]) -> list[np.ndarray]:
+        """Return those under the streamed policy before the step with some other tensors.
+
+        Args:
+            values: functions that return the others, by published name."""
+        source = self.policy.source.with_replaced(values)
+        return self.logprobs_under(self.policy.with_source(source))
 
     def all_token_logprobs(self) -> list[np.ndarray]:
         """Return the log-probabilities of all tokens but the first, those of the prompt too."""
@@ -307,7 +292,7 @@ class PolicyLogprobs:
     def experts(self) -> dict[str, list[np.ndarray]]:
         """Return the experts that the policy before the step chooses for the tokens of
         `scored_sequences`, by layer: (tokens, experts per token) each."""
-        by_layer = routed_experts.chosen_experts(self.policy, self._scored_rows)
+        by_layer = self._chosen_experts(self._scored_rows)
         return {
             name: [row_experts.numpy() for row_experts in experts_by_row]
             for name, experts_by_row in by_layer.items()
@@ -321,7 +306,7 @@ class PolicyLogprobs:
         if self._is_begin and not self.step.config.rl.routing_replay:
             return self._old_of_all
         rows, model = own_experts(self.rows), self.reference_model
-        return token_logprobs.logprobs(model, rows, [self.temperature])[0]
+        return logprobs_by_temperature(model, rows, [self.temperature])[0]
 
     @property
     def reference_model(self) -> Any:
@@ -334,12 +319,21 @@ class PolicyLogprobs:
     def _old_of_all(self) -> list[Tensor]:
         if len(self.scored_sequences) == len(self.rows):
             return [torch.from_numpy(row_logprobs) for row_logprobs in self.old]
-        return token_logprobs.logprobs(self.policy, self.rows, [self.temperature])[0]
+        return logprobs_by_temperature(self.policy, self.rows, [self.temperature])[0]
 
     @property
     def _is_begin(self) -> bool:
         """Whether the step is the run's first."""
         return self.step.step == 1
+
+
+def logprobs_by_temperature(
+    model: Any, rows: Sequence[TokenRow], temperatures: Sequence[float]
+) -> list[list[Tensor]]:
+    """Return what `token_logprobs.logprobs` returns, of a whole or of a streamed model."""
+    if isinstance(model, StreamedModel):
+        return streamed_logprobs.logprobs(model, rows, temperatures)
+    return token_logprobs.logprobs(model, rows, temperatures)
 
 
 def shifted_experts(rows: Sequence[TokenRow], shift: int) -> list[TokenRow]:
@@ -388,20 +382,3 @@ def one_row(rows: Sequence[TokenRow], restarts: bool) -> TokenRow:
 def own_experts(rows: Sequence[TokenRow]) -> list[TokenRow]:
     """Return rows whose experts the model chooses, as the trainer's reference does."""
     return [replace(row, experts=None) for row in rows]
-
-
-def _row(sequence: TokenSequence, is_cut: bool) -> TokenRow:
-    kept_ids = sequence.kept
-    if kept_ids is None and is_cut:  # no ids for any token, which `token_logprobs` refuses
-        kept_ids = decode_mask(b"", int(sequence.is_sampled.sum()))
-    return TokenRow(
-        torch.from_numpy(sequence.token_ids.astype(np.int64)),
-        torch.from_numpy(sequence.is_sampled.copy()),
-        torch.from_numpy(sequence.logprobs.copy()),
-        sequence.response[0] * 1_000_000 + sequence.response[1],
-        sequence.advantage,
-        sequence.num_sampled,
-        kept_ids
-        and (torch.tensor(kept_ids.counts), torch.from_numpy(kept_ids.ids.astype(np.int64))),
-        experts=None if sequence.experts is None else torch.from_numpy(sequence.experts),
-    )

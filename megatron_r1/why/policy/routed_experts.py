@@ -48,16 +48,31 @@ def chosen_experts(model: Any, rows: Sequence[TokenRow]) -> dict[str, list[Tenso
     with seen_experts(model) as pass_experts:
         for batch in batches(rows, model.config.vocab_size):
             pass_experts.clear()
-            members = [rows[index] for index in batch]
-            token_logits(model, members)
-            longest = max(len(row.token_ids) for row in members)
-            for name, experts in pass_experts.items():
-                by_row = experts.reshape(len(batch), longest, -1)
-                layer_experts = experts_by_layer.setdefault(name, [torch.empty(0)] * len(rows))
-                for i, index in enumerate(batch):
-                    row = rows[index]
-                    layer_experts[index] = by_row[i, : len(row.token_ids) - 1][row.is_sampled[1:]]
+            token_logits(model, [rows[index] for index in batch])
+            add_chosen(experts_by_layer, pass_experts, rows, batch)
     return experts_by_layer
+
+
+def add_chosen(
+    experts_by_layer: dict[str, list[Tensor]],
+    pass_experts: Mapping[str, Tensor],
+    rows: Sequence[TokenRow],
+    batch: Sequence[int],
+) -> None:
+    """Add the experts of a batch to those that `chosen_experts` returns.
+
+    Args:
+        experts_by_layer: what is returned.
+        pass_experts: what `seen_experts` noted of the batch.
+        rows: all rows.
+        batch: the indices of those in the batch."""
+    longest = max(len(rows[index].token_ids) for index in batch)
+    for name, experts in pass_experts.items():
+        by_row = experts.reshape(len(batch), longest, -1)
+        layer_experts = experts_by_layer.setdefault(name, [torch.empty(0)] * len(rows))
+        for i, index in enumerate(batch):
+            row = rows[index]
+            layer_experts[index] = by_row[i, : len(row.token_ids) - 1][row.is_sampled[1:]]
 
 
 class RouterBiases:

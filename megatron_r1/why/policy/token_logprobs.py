@@ -80,15 +80,21 @@ def batches(rows: Sequence[TokenRow], vocabulary: int) -> Iterator[list[int]]:
 def token_logits(model: Any, rows: Sequence[TokenRow]) -> list[Tensor]:
     """Return of each row the logits that predict its sampled tokens, (sampled tokens, vocabulary)
     float32."""
+    with parametrize.cached(), row_replay(model, rows):  # adapters are merged once
+        out = model(use_cache=False, **forward_inputs(rows)).logits
+    return [
+        out[index, : len(row.token_ids) - 1][row.is_sampled[1:]] for index, row in enumerate(rows)
+    ]
+
+
+def forward_inputs(rows: Sequence[TokenRow]) -> dict[str, Tensor]:
+    """Return the inputs of a model for rows, padded on the right to the longest, (rows, tokens)
+    each."""
     longest = max(len(row.token_ids) for row in rows)
     ids = torch.zeros((len(rows), longest), dtype=torch.int64)
     for index, row in enumerate(rows):
         ids[index, : len(row.token_ids)] = row.token_ids
-    with parametrize.cached(), _replay(model, rows, longest):  # adapters are merged once
-        out = model(input_ids=ids, use_cache=False, **_positions(rows, longest)).logits
-    return [
-        out[index, : len(row.token_ids) - 1][row.is_sampled[1:]] for index, row in enumerate(rows)
-    ]
+    return {"input_ids": ids, **_positions(rows, longest)}
 
 
 def _positions(rows: Sequence[TokenRow], longest: int) -> dict[str, Tensor]:
@@ -103,10 +109,10 @@ def _positions(rows: Sequence[TokenRow], longest: int) -> dict[str, Tensor]:
     return {"position_ids": positions, "attention_mask": torch.ones_like(positions)}
 
 
-def _replay(
-    model: Any, rows: Sequence[TokenRow], longest: int
-) -> contextlib.AbstractContextManager[None]:
-    """Return the block in which the model chooses the experts of the rows, if they have any."""
+def row_replay(model: Any, rows: Sequence[TokenRow]) -> contextlib.AbstractContextManager[None]:
+    """Return the block in which a model chooses the experts of the rows of a batch, if they have
+    any."""
+    longest = max(len(row.token_ids) for row in rows)
     shapes = [row.experts.shape[1:] for row in rows if row.experts is not None]
     if not shapes:
         return contextlib.nullcontext()

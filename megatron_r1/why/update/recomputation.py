@@ -59,6 +59,10 @@ class RecomputedUpdates:
 class Recomputation(UpdateInputs):
     """Recomputes a recorded step: log-probabilities under the policies that it used, and updates.
 
+    Args:
+        step: the step.
+        memory: as of `PolicyLogprobs`.
+
     Attributes:
         searches_causes: whether updates that depart are made again with substitutions: not where
             something before them departs, which may be why.
@@ -67,8 +71,8 @@ class Recomputation(UpdateInputs):
         CannotRecompute: weights are missing, or too large for this machine.
     """
 
-    def __init__(self, step: RecordedStep) -> None:
-        super().__init__(step)
+    def __init__(self, step: RecordedStep, memory: int | None = None) -> None:
+        super().__init__(step, memory)
         self.searches_causes = True
 
     def run(self, substitution: Substitution | None = None) -> RecomputedUpdates:

@@ -11,7 +11,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -95,11 +94,12 @@ class UpdateInputs(PolicyLogprobs):
                 f"the updates take {cost / 1e12:,.0f} teraflops here, at most "
                 f"{UPDATE_FLOPS / 1e12:.0f} are spent"
             )
-        num_bytes = 4 * PARAMETER_COPIES * self.num_parameters
-        free_bytes = psutil.virtual_memory().available
-        if num_bytes > free_bytes:
+        num_bytes = max(4 * PARAMETER_COPIES * self.num_parameters, self.model_bytes)
+        if num_bytes > self.free_bytes or self.is_streamed:
             raise CannotRecompute(
-                f"the updates need {num_bytes / 1e9:.0f} GB, {free_bytes / 1e9:.0f} GB are free"
+                f"the updates need {num_bytes / 1e9:,.1f} GB, {4 * PARAMETER_COPIES} bytes a "
+                f"parameter or a whole model with its logits, {self.free_bytes / 1e9:,.1f} GB are "
+                "free"
             )
         if (
             config.rl.kl_beta

@@ -658,6 +658,9 @@ def test_a_step_that_has_no_log_is_refused(planted):
     for text in ("x", "0", "\uff12"):  # a digit two of full width
         with refused("--step", Cause.MALFORMED, text):
             run(Config(), str(folder.path), step=text)
+    for text in ("x", "0", "-1", "nan", "inf"):
+        with refused("--memory", Cause.MALFORMED, text):
+            run(Config(), str(folder.path), memory=text)
     with refused("RUN", Cause.NOT_FOUND):
         run(Config(), str(planted.folder))
 

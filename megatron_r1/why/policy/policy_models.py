@@ -1,0 +1,195 @@
+"""The models of a step: the policy before it and those of other checkpoints, whole where they fit
+into memory, else with their layers read one by one."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+
+from megatron_r1.models.sampling_mask import decode_mask
+from megatron_r1.models.transformers_model import build_without_weights
+from megatron_r1.why.comparison import CannotRecompute
+from megatron_r1.why.policy import checkpoint_model, model_distance, token_logprobs
+from megatron_r1.why.policy.layer_stream import stream_memory
+from megatron_r1.why.policy.streamed_model import StreamedModel
+from megatron_r1.why.policy.tensor_source import Adapters, TensorSource
+from megatron_r1.why.policy.token_logprobs import TokenRow
+from megatron_r1.why.record.recorded_step import RecordedStep, TokenSequence, weights_after
+
+KEPT_MODELS = 40
+"""Models are kept where so many fit into the free memory."""
+
+
+class NotInMemory(CannotRecompute):
+    """Something needs a whole model, which does not fit into memory."""
+
+
+class PolicyModels:
+    """The models of a step, with the rows of tokens that they are for.
+
+    A model that does not fit into memory is a `StreamedModel`, whose layers are read for each pass.
+
+    Args:
+        step: the step.
+        memory: bytes that models may take; None: what is free."""
+
+    def __init__(self, step: RecordedStep, memory: int | None = None) -> None:
+        self.step, self._memory = step, memory
+        self.sequences = step.sequences
+        is_cut = step.config.rollout.truncates_sampling
+        self.rows = [_row(sequence, is_cut) for sequence in self.sequences]
+        self._models: dict[tuple[Path, str], Any] = {}
+        self._sources: dict[tuple[Path, str], TensorSource] = {}
+
+    @cached_property
+    def num_parameters(self) -> int:
+        """How many values the policy's weights have, on which the operations of a pass depend."""
+        from megatron_r1.models.weights import num_parameters
+
+        return num_parameters(self.step.hf_config)
+
+    @cached_property
+    def policy(self) -> Any:
+        """The model before the step."""
+        return self.model(self._before)
+
+    @property
+    def _before(self) -> Path:
+        before = self.step.before
+        if before is None:
+            raise CannotRecompute(
+                f"there is no checkpoint of step {self.step.step - 1}: keep them with "
+                "checkpoint.keep_every: 1, or a larger N"
+            )
+        return before
+
+    @property
+    def free_bytes(self) -> int:
+        """The memory that models may take."""
+        return psutil.virtual_memory().available if self._memory is None else self._memory
+
+    @property
+    def model_bytes(self) -> int:
+        """The memory that a whole model takes, with the logits of its longest response."""
+        logits = max(
+            token_logprobs.LOGITS_AT_ONCE, self._longest * self.step.hf_config["vocab_size"]
+        )
+        return 6 * self.num_parameters + token_logprobs.BYTES_PER_LOGIT * logits
+
+    @property
+    def _longest(self) -> int:
+        return max((len(row.token_ids) for row in self.rows), default=0)
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether the policy before the step is read layer by layer."""
+        return isinstance(self.policy, StreamedModel)
+
+    def model(self, source: Path, prefix: str = "") -> Any:
+        """Return the model in a checkpoint or folder; it is cached, so callers must not change it.
+        One that does not fit into memory is a `StreamedModel`.
+
+        Args:
+            source: the checkpoint or folder.
+            prefix: as of `read_model`.
+
+        Raises:
+            CannotRecompute: not even one of its layers fits, or it is not there."""
+        free_bytes = self.free_bytes
+        key = source, prefix
+        if self.model_bytes > free_bytes:
+            memory = stream_memory(self._skeleton, free_bytes, self._longest)
+            return StreamedModel(self._skeleton, self.tensors(*key), memory)
+        if key not in self._models:
+            loaded = self._read_model(source, prefix)
+            if 4 * self.num_parameters * KEPT_MODELS > free_bytes:
+                return loaded
+            self._models[key] = loaded
+        return self._models[key]
+
+    @cached_property
+    def _skeleton(self) -> Any:
+        return build_without_weights(self.step.model, self.step.hf_config)
+
+    def _read_model(self, source: Path, prefix: str) -> Any:
+        lora, hf_files = self.step.run_config.model.lora, self.step.model
+        base = self._adapted_base(source)
+        if lora is None or base is None:
+            return checkpoint_model.read_model(source, hf_files, prefix)
+        return checkpoint_model.read_adapted_model(source, base, hf_files, lora, prefix)
+
+    def tensors(self, source: Path, prefix: str = "") -> TensorSource:
+        """Return the tensors of a model, which are read one at a time.
+
+        Args:
+            source: the checkpoint or folder.
+            prefix: as of `read_model`."""
+        key = source, prefix
+        if key not in self._sources:
+            lora, hf_config = self.step.run_config.model.lora, self.step.hf_config
+            base = self._adapted_base(source)
+            if lora is None or base is None:
+                self._sources[key] = TensorSource(source, hf_config, prefix)
+            else:
+                names, read = checkpoint_model.adapter_factors(source, prefix)
+                adapters = Adapters(frozenset(names), read, lora.scale)
+                self._sources[key] = TensorSource(base, hf_config).with_adapters(adapters)
+        return self._sources[key]
+
+    def _adapted_base(self, source: Path) -> Path | None:
+        """Return the weights that the adapters of a checkpoint belong to; None where a checkpoint
+        or folder has weights of its own."""
+        base = weights_after(self.step.folder, self.step.run_config, 0)
+        if self.step.run_config.model.lora is None or source in (base, self.step.folder.hf_folder):
+            return None
+        if base is None:
+            raise CannotRecompute(
+                f"model.path: {self.step.run_config.model.path}, which the adapters of "
+                f"{source} belong to, is not here (relative to {Path.cwd()})"
+            )
+        if "quantization_config" in self.step.hf_config:
+            raise CannotRecompute("model.lora: the weights in model.path are quantized")
+        return base
+
+    def distance(self, a: tuple[Path, str], b: tuple[Path, str]) -> float:
+        """Return |a - b| / |b| over all weights of two models.
+
+        Args:
+            a: a checkpoint or folder, and the prefix of its tensors (`read_model`).
+            b: another."""
+        models = self.model(*a), self.model(*b)
+        if any(isinstance(model, StreamedModel) for model in models):
+            return model_distance.source_distance(self.tensors(*a), self.tensors(*b))
+        return model_distance.relative_distance(*models)
+
+
+def whole(model: Any) -> Any:
+    """Return a model that is in memory.
+
+    Raises:
+        NotInMemory: it is streamed."""
+    if isinstance(model, StreamedModel):
+        raise NotInMemory("the model does not fit into memory as a whole")
+    return model
+
+
+def _row(sequence: TokenSequence, is_cut: bool) -> TokenRow:
+    kept_ids = sequence.kept
+    if kept_ids is None and is_cut:  # no ids for any token, which `token_logprobs` refuses
+        kept_ids = decode_mask(b"", int(sequence.is_sampled.sum()))
+    return TokenRow(
+        torch.from_numpy(sequence.token_ids.astype(np.int64)),
+        torch.from_numpy(sequence.is_sampled.copy()),
+        torch.from_numpy(sequence.logprobs.copy()),
+        sequence.response[0] * 1_000_000 + sequence.response[1],
+        sequence.advantage,
+        sequence.num_sampled,
+        kept_ids
+        and (torch.tensor(kept_ids.counts), torch.from_numpy(kept_ids.ids.astype(np.int64))),
+        experts=None if sequence.experts is None else torch.from_numpy(sequence.experts),
+    )

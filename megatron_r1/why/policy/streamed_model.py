@@ -1,0 +1,220 @@
+"""Transformers' model of which one decoder layer is in memory at a time.
+
+A pass goes through all rows layer by layer: the model's own forward is run once for each batch with
+layers that do nothing, which gives what each layer is called with (embeddings, masks, positions);
+then each layer is read and run on every batch; then final norm and head follow, a few tokens at a
+time. So the checkpoint is read once for a pass, again only where the hidden states of all rows do
+not fit."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from megatron_r1.why.policy.layer_stream import StreamMemory
+from megatron_r1.why.policy.routed_experts import seen_experts
+from megatron_r1.why.policy.tensor_source import TensorSource
+from megatron_r1.why.policy.token_logprobs import TokenRow, batches, forward_inputs, row_replay
+
+Note = Callable[[list[int], Mapping[str, Tensor]], None]
+
+
+@dataclass
+class _Batch:
+    """A batch of rows on its way through the layers.
+
+    Attributes:
+        indices: the rows.
+        rows: these rows.
+        hidden: (rows, tokens, hidden size), the input of the next layer.
+        calls: the other arguments of each layer."""
+
+    indices: list[int]
+    rows: list[TokenRow]
+    hidden: Tensor = field(default_factory=lambda: torch.empty(0))
+    calls: list[tuple[tuple, dict[str, Any]]] = field(default_factory=list)
+
+    def record(self, args: tuple, options: dict[str, Any]) -> None:
+        """Keep what a layer is called with."""
+        self.hidden = args[0]
+        self.calls.append((args[1:], options))
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the tensors that are kept."""
+        tensors = {id(tensor): tensor for tensor in _tensors_in([self.hidden, self.calls])}
+        return sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
+
+
+class StreamedModel:
+    """A model whose layers are read just before they are run.
+
+    Args:
+        skeleton: transformers' model without weights, as `build_without_weights` returns it.
+        source: its weights.
+        memory: what a pass may take."""
+
+    def __init__(self, skeleton: Any, source: TensorSource, memory: StreamMemory) -> None:
+        self.skeleton, self.source, self.memory = skeleton, source, memory
+
+    @property
+    def config(self) -> Any:
+        """Transformers' configuration."""
+        return self.skeleton.config
+
+    def with_source(self, source: TensorSource) -> StreamedModel:
+        """Return the model with other weights."""
+        return StreamedModel(self.skeleton, source, self.memory)
+
+    @torch.no_grad()
+    def hidden_states(
+        self, rows: Sequence[TokenRow], note: Note | None = None
+    ) -> Iterator[dict[int, Tensor]]:
+        """Yield the outputs of the last layer that predict the sampled tokens of rows, by the rows'
+        indices, (sampled tokens, hidden size): of as many rows as are kept at once.
+
+        Args:
+            rows: the sequences.
+            note: called after each layer and batch with the indices of the batch's rows and the
+                experts that were chosen, by the name of the layer's experts."""
+        waiting = list(batches(rows, self.config.vocab_size))
+        while waiting:
+            num_batches, outputs = self._run(waiting, rows, note)
+            del waiting[:num_batches]
+            yield outputs
+
+    def _run(
+        self, waiting: Sequence[list[int]], rows: Sequence[TokenRow], note: Note | None
+    ) -> tuple[int, dict[int, Tensor]]:
+        """Run all layers on the first batches, and return how many and the outputs by row."""
+        pass_batches = self._embedded(waiting, rows)
+        for index in range(len(self._layers)):
+            self._run_layer(index, pass_batches, note)
+        return len(pass_batches), {
+            row_index: hidden[: len(row.token_ids) - 1][row.is_sampled[1:]]
+            for batch in pass_batches
+            for row_index, row, hidden in zip(batch.indices, batch.rows, batch.hidden, strict=True)
+        }
+
+    def head(self) -> Callable[[Tensor], Tensor]:
+        """Return the function of final norm and head, which keeps their weights: outputs of the
+        last layer, (tokens, hidden size) → logits, (tokens, vocabulary)."""
+        names = [name for name in self._outer_names if not name.endswith("embed_tokens.weight")]
+        state = self._read(self.skeleton, "", names)
+
+        @torch.no_grad()
+        def logits(hidden: Tensor) -> Tensor:
+            with self._idle_layers(lambda args, options: None):
+                options = {"inputs_embeds": hidden[None], "use_cache": False}
+                return cast(Tensor, functional_call(self.skeleton, state, (), options).logits[0])
+
+        return logits
+
+    @property
+    def _layers(self) -> Sequence[torch.nn.Module]:
+        return cast(Any, self.skeleton.base_model.layers)[: self.config.num_hidden_layers]
+
+    @property
+    def _outer_names(self) -> list[str]:
+        """The weights outside of the layers."""
+        return [name for name in self.skeleton.state_dict() if ".layers." not in name]
+
+    def _embedded(self, waiting: Sequence[list[int]], rows: Sequence[TokenRow]) -> list[_Batch]:
+        """Return the first batches with what the model's forward calls its layers with."""
+        base, prefix = self.skeleton.base_model, f"{self.skeleton.base_model_prefix}."
+        names = [name for name in self._outer_names if name.startswith(prefix)]
+        state = self._read(base, prefix, [name.removeprefix(prefix) for name in names])
+        pass_batches: list[_Batch] = []
+        free_bytes = self.memory.kept_bytes
+        for indices in waiting:
+            batch = _Batch(indices, [rows[index] for index in indices])
+            with self._idle_layers(batch.record):
+                functional_call(base, state, (), {**forward_inputs(batch.rows), "use_cache": False})
+            free_bytes -= batch.num_bytes
+            if pass_batches and free_bytes < 0:
+                break
+            pass_batches.append(batch)
+        return pass_batches
+
+    def _run_layer(self, index: int, pass_batches: Sequence[_Batch], note: Note | None) -> None:
+        """Read a layer, run it on batches, and free it."""
+        layer = cast(Any, self._layers[index])
+        prefix = f"{self.skeleton.base_model_prefix}.layers.{index}."
+        state = self._read(layer, prefix, list(layer.state_dict()))
+        with seen_experts(self.skeleton) as experts:
+            for batch in pass_batches:
+                args, options = batch.calls[index]
+                with row_replay(self.skeleton, batch.rows):
+                    out = functional_call(layer, state, (batch.hidden, *args), options)
+                batch.hidden = out if isinstance(out, Tensor) else out[0]
+                if note is not None:
+                    note(batch.indices, experts)
+                experts.clear()
+
+    def _read(self, module: Any, prefix: str, names: Sequence[str]) -> dict[str, Tensor]:
+        """Return weights of a module: experts that are read one by one as `ExpertStack`."""
+        shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
+        return {
+            name: ExpertStack.of(self.source, prefix + name, shapes[name])
+            if self.memory.reads_experts and ".experts." in name
+            else self.source.parameter(prefix + name, shapes[name])
+            for name in names
+        }
+
+    @contextlib.contextmanager
+    def _idle_layers(self, record: Callable[[tuple, dict[str, Any]], None]) -> Iterator[None]:
+        """Let the layers return their input in the block.
+
+        Args:
+            record: called with each layer's arguments, in the order of the layers."""
+
+        def idle(*args: Any, **options: Any) -> Any:
+            record(args, options)
+            return args[0]
+
+        try:
+            for layer in self._layers:
+                layer.forward = idle
+            yield
+        finally:
+            for layer in self._layers:
+                vars(layer).pop("forward", None)
+
+
+class ExpertStack(Tensor):
+    """A layer's weights of all experts, of which `stack[expert]` is read when it is asked for."""
+
+    _row: Callable[[int], Tensor]
+
+    @staticmethod
+    def of(source: TensorSource, name: str, shape: tuple[int, ...]) -> ExpertStack:
+        """Return the weights of a parameter of transformers' classes, without reading them.
+
+        Args:
+            source: the weights.
+            name: the parameter's name in the whole model.
+            shape: its shape, experts first."""
+        stack = torch.empty(shape, device="meta").as_subclass(ExpertStack)
+        stack._row = lambda expert: source.parameter(name, shape, expert)
+        return stack
+
+    def __getitem__(self, expert: Any) -> Tensor:
+        return self._row(int(expert))
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in nested lists, tuples and dicts."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors_in(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors_in(item)
