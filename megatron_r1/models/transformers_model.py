@@ -43,7 +43,7 @@ def load_with_transformers(
     return kind.from_pretrained(folder, config=config, dtype=dtype, **options)
 
 
-def build_without_weights(folder: str | Path, hf_config: dict) -> Any:
+def build_without_weights(folder: str | Path, hf_config: HFConfig) -> Any:
     """Return the model that `load_with_transformers` loads, fp32 in eval mode, with its weights on
     the meta device: they take no memory. Buffers that no file has, as rotary frequencies, have
     their values.
@@ -67,7 +67,7 @@ def build_without_weights(folder: str | Path, hf_config: dict) -> Any:
     return model.eval()
 
 
-def _class_and_config(folder: str | Path, hf_config: dict) -> tuple[Any, Any]:
+def _class_and_config(folder: str | Path, hf_config: HFConfig) -> tuple[Any, Any]:
     """Return transformers' class of a model, and its configuration of the model's type.
 
     Raises:

@@ -123,7 +123,7 @@ def read_model(source: Path, hf_files: Path, prefix: str = "") -> torch.nn.Modul
     return loaded
 
 
-def weights_of_part(checkpoint: Path, hf_config: dict, prefix: str) -> MegatronWeights:
+def weights_of_part(checkpoint: Path, hf_config: HFConfig, prefix: str) -> MegatronWeights:
     """Return the weights of a checkpoint, or the tensors of their names that it has besides.
 
     Args:

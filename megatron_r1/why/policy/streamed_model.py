@@ -38,9 +38,9 @@ class _Batch:
     indices: list[int]
     rows: list[TokenRow]
     hidden: Tensor = field(default_factory=lambda: torch.empty(0))
-    calls: list[tuple[tuple, dict[str, Any]]] = field(default_factory=list)
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
 
-    def record(self, args: tuple, options: dict[str, Any]) -> None:
+    def record(self, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         """Keep what a layer is called with."""
         self.hidden = args[0]
         self.calls.append((args[1:], options))
@@ -168,7 +168,9 @@ class StreamedModel:
         }
 
     @contextlib.contextmanager
-    def _idle_layers(self, record: Callable[[tuple, dict[str, Any]], None]) -> Iterator[None]:
+    def _idle_layers(
+        self, record: Callable[[tuple[Any, ...], dict[str, Any]], None]
+    ) -> Iterator[None]:
         """Let the layers return their input in the block.
 
         Args:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_r1.models.hf_config import HFConfig
 from megatron_r1.models.weights.adapter_table import A, B
 from megatron_r1.models.weights.formats.hf_folder import HFWeights
 from megatron_r1.models.weights.formats.megatron_weights import MegatronWeights
@@ -60,7 +61,7 @@ class TensorSource:
     Raises:
         UserError: the folder is incomplete, or another model's."""
 
-    def __init__(self, folder: Path, hf_config: dict, prefix: str = "") -> None:
+    def __init__(self, folder: Path, hf_config: HFConfig, prefix: str = "") -> None:
         self.folder, self._hf_config = folder, hf_config
         self._weights: MegatronWeights | HFWeights = (
             HFWeights(folder, hf_config)
@@ -171,7 +172,7 @@ class TensorSource:
         return places
 
 
-def place(name: str, hf_config: dict) -> Place:
+def place(name: str, hf_config: HFConfig) -> Place:
     """Return where a published tensor is in transformers' classes, which have the experts of a
     layer in one tensor, gate and up together.
 
