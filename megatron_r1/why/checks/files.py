@@ -36,18 +36,18 @@ SHOWN = 40
 def check(step: RecordedStep) -> list[Comparison]:
     """Return the comparisons of a step's files."""
     return [
-        _starts(step),
-        _system(step),
-        _prompt_tokens(step),
-        _ends(step),
-        _unknown_ends(step),
-        _missing_ends(step),
-        _vocabulary(step),
-        _texts(step),
+        _compare_starts(step),
+        _compare_system_message(step),
+        _compare_prompt_tokens(step),
+        _compare_ends(step),
+        _find_unknown_ends(step),
+        _find_missing_ends(step),
+        _compare_vocabulary(step),
+        _compare_texts(step),
     ]
 
 
-def _special(tokenizer: PromptTokenizer) -> set[int]:
+def _special_tokens(tokenizer: PromptTokenizer) -> set[int]:
     added = tokenizer.hf_tokenizer.added_tokens_decoder.items()
     return {
         *tokenizer.hf_tokenizer.all_special_ids,
@@ -64,9 +64,9 @@ def _has_own_prompts(config: Config) -> bool:
     return bool(config.agents.player_settings)
 
 
-def _starts(step: RecordedStep) -> Comparison:
+def _compare_starts(step: RecordedStep) -> Comparison:
     """Check for a special token that begins a prompt twice."""
-    special = _special(step.tokenizer)
+    special = _special_tokens(step.tokenizer)
     concerned = [
         index
         for number, group in enumerate(step.groups)
@@ -82,13 +82,13 @@ def _starts(step: RecordedStep) -> Comparison:
         "the first two tokens of every prompt",
         concerned,
         len(step.responses),
-        reason=f"prompts begin with {_token(step.tokenizer, first)} twice",
+        reason=f"prompts begin with {_describe_token(step.tokenizer, first)} twice",
         remedy="data.template: leave the token out, the tokenizer puts it in front",
         loss_fraction=step.loss_fraction,
     )
 
 
-def _system(step: RecordedStep) -> Comparison:
+def _compare_system_message(step: RecordedStep) -> Comparison:
     """Check that the text of a system's message is in the prompt."""
     name = "system message"
     concerned: list[ResponseIndex] = []
@@ -118,7 +118,7 @@ def _system(step: RecordedStep) -> Comparison:
     )
 
 
-def _prompt_tokens(step: RecordedStep) -> Comparison:
+def _compare_prompt_tokens(step: RecordedStep) -> Comparison:
     name = "tokens of the prompt"
     if _has_own_prompts(step.run_config):
         return not_checked(FAMILY, name, "agents.environment or harness makes the prompts")
@@ -133,7 +133,7 @@ def _prompt_tokens(step: RecordedStep) -> Comparison:
         expected = step.tokenizer.encode(group.prompt.question, group.prompt.messages_before)
         if expected != group.prompt_ids:
             concerned += _indices(number, group)
-            reason = reason or _difference(step.tokenizer, group.prompt_ids, expected)
+            reason = reason or _describe_difference(step.tokenizer, group.prompt_ids, expected)
     if not total:
         return not_checked(FAMILY, name, "no question is known")
     return fraction_comparison(
@@ -148,16 +148,17 @@ def _prompt_tokens(step: RecordedStep) -> Comparison:
     )
 
 
-def _difference(tokenizer: PromptTokenizer, logged: Sequence[int], expected: Sequence[int]) -> str:
+def _describe_difference(
+    tokenizer: PromptTokenizer, logged: Sequence[int], expected: Sequence[int]
+) -> str:
     """Return in words where two prompts part."""
     shared = min(len(logged), len(expected))
     position = next((i for i in range(shared) if logged[i] != expected[i]), shared)
     if list(logged[1:]) == list(expected):
-        return (
-            f"prompts have {_token(tokenizer, logged[0])} in front, the tokenizer puts none there"
-        )
+        first = _describe_token(tokenizer, logged[0])
+        return f"prompts have {first} in front, the tokenizer puts none there"
     if list(expected[1:]) == list(logged):
-        first = _token(tokenizer, expected[0])
+        first = _describe_token(tokenizer, expected[0])
         return f"prompts lack {first} in front, which the tokenizer puts there"
     parts = (
         tokenizer.hf_tokenizer.decode(list(ids[position : position + 12]))
@@ -170,11 +171,11 @@ def _difference(tokenizer: PromptTokenizer, logged: Sequence[int], expected: Seq
     )
 
 
-def _token(tokenizer: PromptTokenizer, number: int) -> str:
+def _describe_token(tokenizer: PromptTokenizer, number: int) -> str:
     return f"{tokenizer.hf_tokenizer.convert_ids_to_tokens(int(number))} (token {number})"
 
 
-def _single(step: RecordedStep) -> dict[ResponseIndex, np.ndarray]:
+def _single_turn_tokens(step: RecordedStep) -> dict[ResponseIndex, np.ndarray]:
     """Return the tokens of the responses of one turn."""
     return {
         index: np.asarray(graded.response.token_ids)
@@ -183,9 +184,9 @@ def _single(step: RecordedStep) -> dict[ResponseIndex, np.ndarray]:
     }
 
 
-def _ends(step: RecordedStep) -> Comparison:
+def _compare_ends(step: RecordedStep) -> Comparison:
     """Check that no response goes on after a token that ends it."""
-    responses, ends = _single(step), step.tokenizer.stop_token_ids
+    responses, ends = _single_turn_tokens(step), step.tokenizer.stop_token_ids
     if not responses:
         return not_checked(FAMILY, "end of the response", "all responses have several turns")
     concerned, tokens, num_after = [], Counter[int](), 0
@@ -198,7 +199,8 @@ def _ends(step: RecordedStep) -> Comparison:
     reason = ""
     if concerned:
         (token, count), *_ = tokens.most_common(1)
-        reason = f"{count:,} responses go on after {_token(step.tokenizer, token)}, which ends one"
+        end_token = _describe_token(step.tokenizer, token)
+        reason = f"{count:,} responses go on after {end_token}, which ends one"
         engine_ends = next(
             (settings.stop_token_ids for settings in step.sampling if settings), None
         )
@@ -217,15 +219,15 @@ def _ends(step: RecordedStep) -> Comparison:
     )
 
 
-def _unknown_ends(step: RecordedStep) -> Comparison:
+def _find_unknown_ends(step: RecordedStep) -> Comparison:
     """Check for ends that no setting names, and for special tokens that responses go on after."""
-    responses, ends = _single(step), step.tokenizer.stop_token_ids
+    responses, ends = _single_turn_tokens(step), step.tokenizer.stop_token_ids
     name, remedy = "other end tokens", "rollout.stop_token_ids: add the token"
     if not responses:
         return not_checked(FAMILY, name, "all responses have several turns")
     special = {
         token
-        for token in _special(step.tokenizer) - set(ends)
+        for token in _special_tokens(step.tokenizer) - set(ends)
         if not TAG.search(step.tokenizer.hf_tokenizer.convert_ids_to_tokens(token))
     }
     responses_by_token: dict[int, list[ResponseIndex]] = {}
@@ -246,7 +248,7 @@ def _unknown_ends(step: RecordedStep) -> Comparison:
         len(responses),
         reason=""
         if worst is None
-        else f"{_token(step.tokenizer, worst)} is inside responses, or ends them, "
+        else f"{_describe_token(step.tokenizer, worst)} is inside responses, or ends them, "
         "and is no end token",
         remedy=remedy,
         loss_fraction=step.loss_fraction,
@@ -255,9 +257,9 @@ def _unknown_ends(step: RecordedStep) -> Comparison:
     )
 
 
-def _missing_ends(step: RecordedStep) -> Comparison:
+def _find_missing_ends(step: RecordedStep) -> Comparison:
     """Check that what ended by itself ends with an end token or a string of rollout.stop."""
-    responses, ends = _single(step), step.tokenizer.stop_token_ids
+    responses, ends = _single_turn_tokens(step), step.tokenizer.stop_token_ids
     name, limit = "end token of finished responses", step.config.rollout.max_response_tokens
     finished = {
         index: ids
@@ -292,7 +294,7 @@ def _missing_ends(step: RecordedStep) -> Comparison:
     )
 
 
-def _vocabulary(step: RecordedStep) -> Comparison:
+def _compare_vocabulary(step: RecordedStep) -> Comparison:
     rows, num_tokens = step.hf_config["vocab_size"], len(step.tokenizer.hf_tokenizer)
     concerned, largest = [], -1
     for sequence in step.sequences:
@@ -315,9 +317,9 @@ def _vocabulary(step: RecordedStep) -> Comparison:
     )
 
 
-def _texts(step: RecordedStep) -> Comparison:
+def _compare_texts(step: RecordedStep) -> Comparison:
     """Check that the graded text is that of the tokens."""
-    responses = _single(step)
+    responses = _single_turn_tokens(step)
     name = "text that was graded"
     if not responses or step.config.rollout.stop:
         why = "rollout.stop cuts texts" if responses else "all responses have several turns"

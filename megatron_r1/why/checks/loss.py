@@ -57,7 +57,9 @@ def check_loss(step: RecordedStep, recomputed: Recomputation) -> list[Comparison
         recomputed: its updates."""
     base = recomputed.base
     comparisons = [
-        _metric(step, name, base) for name in METRICS if name in base.metrics and name in step.line
+        _compare_metric(step, name, base)
+        for name in METRICS
+        if name in base.metrics and name in step.line
     ]
     terms = ", ".join(f"{name} {number(value)}" for name, value in base.terms.items())
     if not comparisons:
@@ -74,8 +76,8 @@ def check_loss(step: RecordedStep, recomputed: Recomputation) -> list[Comparison
         return _with_terms(comparisons, step, recomputed)
     substitution, updates = explained
     text = (
-        f"{substitution.name} explains it: loss {_shown(updates.metrics['loss'])}, recorded "
-        f"{_shown(step.line.get('loss'))}, by the settings {_shown(base.metrics['loss'])}"
+        f"{substitution.name} explains it: loss {_format(updates.metrics['loss'])}, recorded "
+        f"{_format(step.line.get('loss'))}, by the settings {_format(base.metrics['loss'])}"
     )
     size = abs(updates.metrics["loss"] - base.metrics["loss"]) / _scale(step)
     text += f"; {percent(size)} of the loss by weight of advantages"
@@ -135,20 +137,20 @@ def _limit(step: RecordedStep, name: str, metrics: Mapping[str, float]) -> float
     return max(relative, ABSOLUTE[dtype].get(name, 0.0))
 
 
-def _metric(step: RecordedStep, name: str, updates: RecomputedUpdates) -> Comparison:
+def _compare_metric(step: RecordedStep, name: str, updates: RecomputedUpdates) -> Comparison:
     recomputed, logged = updates.metrics[name], finite(step.line, name)
     limit = _limit(step, name, updates.metrics)
     distance = math.inf if logged is None else abs(logged - recomputed)
-    reason = f"{name} is {_shown(logged)} in metrics.jsonl, {_shown(recomputed)} recomputed"
+    reason = f"{name} is {_format(logged)} in metrics.jsonl, {_format(recomputed)} recomputed"
     remedy = "the loss: rl.algorithm and its settings, or the trainer"
     if logged is None:
-        reason = f"{name} is not a number in metrics.jsonl, {_shown(recomputed)} recomputed"
+        reason = f"{name} is not a number in metrics.jsonl, {_format(recomputed)} recomputed"
         remedy = "what makes NaN in the trainer: the loss, model.dtype, model.fusions, fp8"
     return Comparison(
         LOSS,
         name,
         EQUAL if distance <= limit else DEPARTS,
-        f"{_shown(logged)} of metrics.jsonl with {_shown(recomputed)} recomputed, over "
+        f"{_format(logged)} of metrics.jsonl with {_format(recomputed)} recomputed, over "
         f"{step.config.rl.minibatches} updates",
         distance,
         limit,
@@ -158,7 +160,7 @@ def _metric(step: RecordedStep, name: str, updates: RecomputedUpdates) -> Compar
     )
 
 
-def _shown(value: object) -> str:
+def _format(value: object) -> str:
     return f"{value:.6g}" if isinstance(value, int | float) else "no number"
 
 

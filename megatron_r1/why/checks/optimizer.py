@@ -45,15 +45,15 @@ MAX_STEP_FACTOR = 10.0
 
 def check_rates(step: RecordedStep) -> list[Comparison]:
     """Return the comparisons of the schedule, from metrics.jsonl alone."""
-    return [_rate(step), _count(step), _taken(step)]
+    return [_compare_rate(step), _compare_count(step), _compare_taken_updates(step)]
 
 
-def _rate(step: RecordedStep) -> Comparison:
+def _compare_rate(step: RecordedStep) -> Comparison:
     name, logged = "learning rate", finite(step.line, "learning_rate")
     if "learning_rate" not in step.line:
         return not_checked(SCHEDULE, name, "metrics.jsonl has no learning_rate")
     if logged is None:
-        return _no_number(name, "learning_rate")
+        return _not_a_number(name, "learning_rate")
     rates = step.learning_rates
     mean_rate = sum(rates) / len(rates)
     distance = abs(mean_rate - logged) / mean_rate if mean_rate else abs(logged)
@@ -76,12 +76,12 @@ def _rate(step: RecordedStep) -> Comparison:
     )
 
 
-def _count(step: RecordedStep) -> Comparison:
+def _compare_count(step: RecordedStep) -> Comparison:
     name, logged = "number of updates", step.line.get("optimizer_step")
     if "optimizer_step" not in step.line:
         return not_checked(SCHEDULE, name, "metrics.jsonl has no optimizer_step")
     if not isinstance(logged, int):
-        return _no_number(name, "optimizer_step")
+        return _not_a_number(name, "optimizer_step")
     num_updates = step.updates_after(step.step)
     return Comparison(
         SCHEDULE,
@@ -96,12 +96,12 @@ def _count(step: RecordedStep) -> Comparison:
     )
 
 
-def _taken(step: RecordedStep) -> Comparison:
+def _compare_taken_updates(step: RecordedStep) -> Comparison:
     name, logged = "updates taken", finite(step.line, "step_taken")
     if "step_taken" not in step.line:
         return not_checked(SCHEDULE, name, "metrics.jsonl has no step_taken")
     if logged is None:
-        return _no_number(name, "step_taken")
+        return _not_a_number(name, "step_taken")
     norm = finite(step.line, "grad_norm")
     parts = ["a gradient is not finite: its update was left out"] if logged < 1 else []
     if lost := [key for key in (*METRICS, "grad_norm") if _is_no_number(step, key)]:
@@ -123,7 +123,7 @@ def _is_no_number(step: RecordedStep, key: str) -> bool:
     return key in step.line and finite(step.line, key) is None
 
 
-def _no_number(name: str, key: str) -> Comparison:
+def _not_a_number(name: str, key: str) -> Comparison:
     """Return the comparison of a metric that is null.
 
     Args:
@@ -152,11 +152,11 @@ def check_states(step: RecordedStep) -> list[Comparison]:
         for moment, path in (("before", step.before), ("after", step.after))
         if path is not None and not (path / "config.json").is_file()
     }
-    files = {moment: _files(step, moment, path) for moment, path in checkpoints.items()}
+    files = {moment: _check_files(step, moment, path) for moment, path in checkpoints.items()}
     comparisons += files.values()
     if any(comparison.departs for comparison in files.values()):
         return comparisons
-    comparisons.append(_tied(step))
+    comparisons.append(_compare_tied_head(step))
     for moment in ("before", "after"):
         if moment not in checkpoints:
             is_first = moment == "before" and step.step == 1
@@ -164,17 +164,17 @@ def check_states(step: RecordedStep) -> list[Comparison]:
             comparisons.append(not_checked(WHERE[moment], f"checkpoint {moment} the step", why))
             continue
         path = checkpoints[moment]
-        comparisons += [_finite(moment, path), _counters(step, moment, path)]
-        comparisons += [_moments(step, moment, path), _masters(step, moment, path)]
+        comparisons += [_check_finite(moment, path), _compare_counters(step, moment, path)]
+        comparisons += [_compare_moments(step, moment, path), _compare_masters(step, moment, path)]
     is_adapted = step.run_config.model.lora is not None and step.step == 1
     if step.before is not None and step.after is not None and not is_adapted:
         moves_bias = step.config.model.expert_bias_update_rate > 0
         largest_change = checkpoint_tensors.change(step.before, step.after, step.model, moves_bias)
-        comparisons.append(_moved(step, *largest_change))
+        comparisons.append(_compare_size_of_change(step, *largest_change))
     return comparisons
 
 
-def _files(step: RecordedStep, when: str, path: Path) -> Comparison:
+def _check_files(step: RecordedStep, when: str, path: Path) -> Comparison:
     """Check that a checkpoint's files have the sizes and checksums they were written with."""
     name = f"files of the checkpoint {when}"
     if path.parent != step.folder.checkpoints and not (path / MANIFEST).is_file():
@@ -193,7 +193,7 @@ def _files(step: RecordedStep, when: str, path: Path) -> Comparison:
     )
 
 
-def _finite(when: str, path: Path) -> Comparison:
+def _check_finite(when: str, path: Path) -> Comparison:
     from megatron_r1.why.policy import checkpoint_tensors
 
     bad = checkpoint_tensors.not_finite(path)
@@ -210,7 +210,7 @@ def _finite(when: str, path: Path) -> Comparison:
     )
 
 
-def _counters(step: RecordedStep, when: str, path: Path) -> Comparison:
+def _compare_counters(step: RecordedStep, when: str, path: Path) -> Comparison:
     from megatron_r1.why.policy import checkpoint_model
 
     name = f"Adam's counter {when}"
@@ -268,7 +268,7 @@ def _missing_updates(step: RecordedStep) -> tuple[str, str] | None:
     return None
 
 
-def _moments(step: RecordedStep, when: str, path: Path) -> Comparison:
+def _compare_moments(step: RecordedStep, when: str, path: Path) -> Comparison:
     from megatron_r1.why.policy import checkpoint_tensors
 
     name = f"Adam's moments {when}"
@@ -296,7 +296,7 @@ def _moments(step: RecordedStep, when: str, path: Path) -> Comparison:
     )
 
 
-def _masters(step: RecordedStep, when: str, path: Path) -> Comparison:
+def _compare_masters(step: RecordedStep, when: str, path: Path) -> Comparison:
     from megatron_r1.why.policy import checkpoint_tensors
 
     name = f"master weights {when}"
@@ -317,7 +317,7 @@ def _masters(step: RecordedStep, when: str, path: Path) -> Comparison:
     )
 
 
-def _tied(step: RecordedStep) -> Comparison:
+def _compare_tied_head(step: RecordedStep) -> Comparison:
     """Check that a tied head is the embedding in the checkpoints."""
     from megatron_r1.why.policy import checkpoint_tensors
 
@@ -341,7 +341,9 @@ def _tied(step: RecordedStep) -> Comparison:
     )
 
 
-def _moved(step: RecordedStep, worst: str, largest: float, norm: float) -> Comparison:
+def _compare_size_of_change(
+    step: RecordedStep, worst: str, largest: float, norm: float
+) -> Comparison:
     """Check that the weights moved, and not further than Adam can.
 
     Args:
@@ -380,7 +382,7 @@ def check_update(step: RecordedStep, recomputed: Recomputation) -> list[Comparis
         step: the step.
         recomputed: its updates."""
     base = recomputed.base
-    comparisons = [_change(step, base), _moments_made(step, base)]
+    comparisons = [_compare_change(step, base), _compare_recomputed_moments(step, base)]
     terms = check_terms(step, recomputed)
     return [
         terms,
@@ -391,7 +393,7 @@ def check_update(step: RecordedStep, recomputed: Recomputation) -> list[Comparis
     ]
 
 
-def _change(step: RecordedStep, base: RecomputedUpdates) -> Comparison:
+def _compare_change(step: RecordedStep, base: RecomputedUpdates) -> Comparison:
     name = "change of the weights"
     if base.update_distance is None:
         return not_checked(FAMILY, name, f"there is no checkpoint of step {step.step}")
@@ -412,7 +414,7 @@ def _change(step: RecordedStep, base: RecomputedUpdates) -> Comparison:
     )
 
 
-def _moments_made(step: RecordedStep, base: RecomputedUpdates) -> Comparison:
+def _compare_recomputed_moments(step: RecordedStep, base: RecomputedUpdates) -> Comparison:
     name = "change of Adam's moments"
     if base.moment_distance is None:
         return not_checked(FAMILY, name, f"no checkpoint of step {step.step} has them")

@@ -31,10 +31,10 @@ Candidate = tuple[str, str, Callable[[], Sequence[np.ndarray] | None]]
 
 def check_policies(step: RecordedStep, recomputed: Recomputation) -> list[Comparison]:
     """Return the comparisons of the trainer's log-probabilities and of its reference."""
-    return [_trainer(step, recomputed), _reference(step, recomputed)]
+    return [_compare_trainer(step, recomputed), _compare_reference(step, recomputed)]
 
 
-def _trainer(step: RecordedStep, recomputed: Recomputation) -> Comparison:
+def _compare_trainer(step: RecordedStep, recomputed: Recomputation) -> Comparison:
     """Compare logprob_diff/mean, engine's against trainer's, with engine's against transformers."""
     name = "old policy of the trainer"
     logged = finite(step.line, "logprob_diff/mean")
@@ -64,7 +64,7 @@ def _trainer(step: RecordedStep, recomputed: Recomputation) -> Comparison:
     distance = abs(mean_gap - logged)
     departs = distance > tolerance
     untried: list[str] = []
-    reason, remedy = (_explained(step, recomputed, untried) if departs else None) or (
+    reason, remedy = (_find_explanation(step, recomputed, untried) if departs else None) or (
         f"the trainer is {number(logged)} from the engine, transformers {number(mean_gap)}: the "
         "trainer computes old log-probabilities of other weights, or at another temperature",
         "rollout.temperature in rl.schedule, model.fusions, fp8, parallel; megatron-r1 "
@@ -84,7 +84,7 @@ def _trainer(step: RecordedStep, recomputed: Recomputation) -> Comparison:
     )
 
 
-def _explained(
+def _find_explanation(
     step: RecordedStep, recomputed: Recomputation, untried: list[str]
 ) -> tuple[str, str] | None:
     """Return what gives the trainer's logged distances from the engine, and the remedy; add to
@@ -243,7 +243,7 @@ def last_refresh(step: RecordedStep) -> int:
     return refreshed
 
 
-def _reference(step: RecordedStep, recomputed: Recomputation) -> Comparison:
+def _compare_reference(step: RecordedStep, recomputed: Recomputation) -> Comparison:
     """Compare the checkpoint's reference with the weights that the settings make it."""
     name = "reference policy"
     if not step.config.rl.kl_beta:

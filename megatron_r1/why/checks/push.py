@@ -20,10 +20,10 @@ MERGED_ROUNDING = 2.0**-20
 
 def check_push(step: RecordedStep, recomputed: Recomputation) -> list[Comparison]:
     """Return the comparisons of the weights that left the trainer: to engines, and to hf/."""
-    return [_probe(step), _export(step, recomputed)]
+    return [_compare_probe(step), _compare_export(step, recomputed)]
 
 
-def _probe(step: RecordedStep) -> Comparison:
+def _compare_probe(step: RecordedStep) -> Comparison:
     name = "probes of the push"
     value = finite(step.line, "push/probe_diff")
     if "push/probe_diff" not in step.line:
@@ -44,7 +44,7 @@ def _probe(step: RecordedStep) -> Comparison:
     )
 
 
-def _export(step: RecordedStep, recomputed: Recomputation) -> Comparison:
+def _compare_export(step: RecordedStep, recomputed: Recomputation) -> Comparison:
     """Compare hf/ with the checkpoint of the last step."""
     name = "exported model"
     if not (step.folder.hf_folder / "config.json").is_file():

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from r1_grading import grade
 from r1_grading.rewards import FORM_REWARDS, Grade
-from r1_grading.terms import ACCURACY, FACTS, RewardTerms
+from r1_grading.terms import ACCURACY, RewardTerms
 
 from megatron_r1.controller.rollouts.rollout import GradedResponse, all_responses
 from megatron_r1.reporting.formatting import finite_metric as finite
@@ -49,17 +49,17 @@ ROUNDING = 1e-6
 
 def check(step: RecordedStep) -> list[Comparison]:
     """Return the comparisons of a step's rewards."""
-    regraded = _graded(step)
+    regraded = _grade_again(step)
     return [
-        _sums(step),
-        _order(step, regraded),
-        _second_reader(step),
-        _graded_again(step, regraded),
-        *_metrics(step),
+        _compare_sums(step),
+        _compare_order(step, regraded),
+        _compare_with_math_verify(step),
+        _compare_grades(step, regraded),
+        *_compare_metrics(step),
     ]
 
 
-def _sums(step: RecordedStep) -> Comparison:
+def _compare_sums(step: RecordedStep) -> Comparison:
     """Check that rewards are the weighted sums of their terms."""
     concerned: list[ResponseIndex] = []
     worst, reason = 0.0, ""
@@ -98,7 +98,7 @@ def _plain_sum(step: RecordedStep, index: ResponseIndex) -> float:
     return sum(value for term, value in terms.items() if step.weights.get(term))
 
 
-def stated(text: str, reading: str) -> tuple[str, str] | None:
+def read_stated_answer(text: str, reading: str) -> tuple[str, str] | None:
     """Return an answer and the form it is in, found without the run's reader: the tag, the last box
     or ####, else with the readings that take it the last number; None where there is none, or
     several tags, and for an answer that is neither a number nor LaTeX: readers differ about those.
@@ -106,11 +106,11 @@ def stated(text: str, reading: str) -> tuple[str, str] | None:
     Args:
         text: the response.
         reading: `rewards.reading`."""
-    answer = _stated(text, reading)
+    answer = _read_stated_answer(text, reading)
     return answer if answer and PLAIN.fullmatch(answer[0].strip()) else None
 
 
-def _stated(text: str, reading: str) -> tuple[str, str] | None:
+def _read_stated_answer(text: str, reading: str) -> tuple[str, str] | None:
     if TAG in text:
         answer, end, tail = text.rpartition(TAG)[2].partition(END_TAG)
         is_one = text.count(TAG) == text.count(END_TAG) == 1 and not tail.strip()
@@ -169,7 +169,7 @@ class _Verdicts:
         return "; ".join(parts)
 
 
-def _second_reader(step: RecordedStep) -> Comparison:
+def _compare_with_math_verify(step: RecordedStep) -> Comparison:
     """Compare accuracies with math-verify's, of answers that responses state plainly."""
     name = "math-verify's verdict"
     try:
@@ -181,13 +181,13 @@ def _second_reader(step: RecordedStep) -> Comparison:
     def accepts(answer: str, truth: str) -> bool:
         key = answer.strip(), truth.strip()
         if key not in verdict_by_texts:
-            gold, response_answer = (_parsed(parse, text) for text in (key[1], key[0]))
+            gold, response_answer = (_parse(parse, text) for text in (key[1], key[0]))
             verdict_by_texts[key] = key[0] == key[1] or bool(
                 gold and response_answer and verify(gold, response_answer)
             )
         return verdict_by_texts[key]
 
-    verdicts = _verdicts(step, accepts)
+    verdicts = _collect_verdicts(step, accepts)
     if not verdicts.total:
         why = step.prompts_missing or "no response to mathematics states an answer"
         return not_checked(FAMILY, name, why)
@@ -208,7 +208,7 @@ def _second_reader(step: RecordedStep) -> Comparison:
     )
 
 
-def _verdicts(step: RecordedStep, accepts: Callable[[str, str], bool]) -> _Verdicts:
+def _collect_verdicts(step: RecordedStep, accepts: Callable[[str, str], bool]) -> _Verdicts:
     """Return what a reader says of the responses to mathematics."""
     verdicts = _Verdicts()
     for index, graded in list(step.responses.items())[:MAX_READ]:
@@ -221,7 +221,7 @@ def _verdicts(step: RecordedStep, accepts: Callable[[str, str], bool]) -> _Verdi
             continue
         if ACCURACY in graded.ungraded_terms or isinstance(prompt.truth, dict | list):
             continue
-        stated_answer = stated(graded.text, step.config.rewards.reading)
+        stated_answer = read_stated_answer(graded.text, step.config.rewards.reading)
         if stated_answer is None:
             continue
         verdicts.total += 1
@@ -240,7 +240,7 @@ def _verdicts(step: RecordedStep, accepts: Callable[[str, str], bool]) -> _Verdi
     return verdicts
 
 
-def _parsed(parse: Callable[..., list[Any]], text: str) -> list[Any]:
+def _parse(parse: Callable[..., list[Any]], text: str) -> list[Any]:
     return parse(f"${text.strip().strip('$')}$") or parse(text)
 
 
@@ -254,14 +254,9 @@ class _Graders:
             kind: the reward's name.
             response: the text.
             truth: the question's truth.
-            **fields: the row's other columns, options, and facts of the response, which not every
-                reward takes."""
+            **fields: the row's other columns, options, and facts of the response."""
         try:
-            try:
-                return grade(kind, response, truth, **fields)
-            except TypeError:
-                without_facts = {name: value for name, value in fields.items() if name not in FACTS}
-                return grade(kind, response, truth, **without_facts)
+            return grade(kind, response, truth, **fields)
         except Exception as error:  # noqa: BLE001 - a reward may raise anything
             return Grade.ungraded(error)
 
@@ -269,12 +264,12 @@ class _Graders:
 Grades = Mapping[ResponseIndex, Mapping[str, Grade]]
 
 
-def _graded(step: RecordedStep) -> dict[ResponseIndex, dict[str, Grade]]:
+def _grade_again(step: RecordedStep) -> dict[ResponseIndex, dict[str, Grade]]:
     """Return the grades of this version's graders with the run's settings, by response and term."""
-    return asyncio.run(_grades(step))
+    return asyncio.run(_grade_responses(step))
 
 
-async def _grades(step: RecordedStep) -> dict[ResponseIndex, dict[str, Grade]]:
+async def _grade_responses(step: RecordedStep) -> dict[ResponseIndex, dict[str, Grade]]:
     graders = RewardTerms(_Graders(), step.run_config.rewards.call_options)
     # Without the data, columns that rewards of the form read are missing.
     names = IN_PROCESS if step.prompts_missing else (*IN_PROCESS, *FORM_REWARDS)
@@ -295,7 +290,7 @@ async def _grades(step: RecordedStep) -> dict[ResponseIndex, dict[str, Grade]]:
     return by_response
 
 
-def _order(step: RecordedStep, regraded: Grades) -> Comparison:
+def _compare_order(step: RecordedStep, regraded: Grades) -> Comparison:
     """Check that no response has the accuracy of another one of its group.
 
     Args:
@@ -341,7 +336,7 @@ def _order(step: RecordedStep, regraded: Grades) -> Comparison:
     )
 
 
-def _graded_again(step: RecordedStep, regraded: Grades) -> Comparison:
+def _compare_grades(step: RecordedStep, regraded: Grades) -> Comparison:
     """Check each term with the graders of this version and the run's settings.
 
     Args:
@@ -417,7 +412,7 @@ def _describe_departures(
     return text
 
 
-def _metrics(step: RecordedStep) -> list[Comparison]:
+def _compare_metrics(step: RecordedStep) -> list[Comparison]:
     """Compare means over the logged responses with metrics.jsonl."""
     groups = step.groups + step.filtered_groups
     responses = all_responses(groups)
@@ -458,14 +453,14 @@ def _metrics(step: RecordedStep) -> list[Comparison]:
             gaps[worst],
             ROUNDING * max(1.0, abs(means[worst])),
             "sums in float64",
-            f"{worst} is {_logged(step, worst)} in metrics.jsonl and {number(means[worst])} in "
-            "the sample log: they are not of the same responses",
+            f"{worst} is {_describe_logged(step, worst)} in metrics.jsonl and "
+            f"{number(means[worst])} in the sample log: they are not of the same responses",
             remedy="metrics.jsonl or sample_log/: one of them was changed, or belongs to a run "
             "that went on from an earlier checkpoint",
         )
     ]
 
 
-def _logged(step: RecordedStep, name: str) -> str:
+def _describe_logged(step: RecordedStep, name: str) -> str:
     value = finite(step.line, name)
     return "not a number" if value is None else number(value)

@@ -58,7 +58,7 @@ def check_routing(step: RecordedStep, recomputed: Recomputation) -> list[Compari
         ]
     distance = 1 - agreement
     reason, remedy = (
-        _explained(recomputed, distance, tolerance) if distance > tolerance else ("", "")
+        _find_explanation(recomputed, distance, tolerance) if distance > tolerance else ("", "")
     )
     return [
         Comparison(
@@ -75,7 +75,9 @@ def check_routing(step: RecordedStep, recomputed: Recomputation) -> list[Compari
     ]
 
 
-def _explained(recomputed: Recomputation, distance: float, tolerance: float) -> tuple[str, str]:
+def _find_explanation(
+    recomputed: Recomputation, distance: float, tolerance: float
+) -> tuple[str, str]:
     """Return why the trainer's routers would choose otherwise, and the remedy."""
     reason = f"the trainer's routers would choose {percent(distance)} of the experts otherwise"
     try:

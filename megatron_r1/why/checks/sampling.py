@@ -23,11 +23,17 @@ FALSE_ALARM = 1e-9
 
 def check_settings(step: RecordedStep) -> list[Comparison]:
     """Return the comparisons of what was logged of the sampling."""
-    comparisons = [_kept_tokens(step)] if step.config.rollout.truncates_sampling else []
-    return [_settings(step), _limits(step), _versions(step), _draws(step), *comparisons]
+    comparisons = [_compare_kept_tokens(step)] if step.config.rollout.truncates_sampling else []
+    return [
+        _compare_settings(step),
+        _compare_limits(step),
+        _compare_versions(step),
+        _compare_draws(step),
+        *comparisons,
+    ]
 
 
-def _settings(step: RecordedStep) -> Comparison:
+def _compare_settings(step: RecordedStep) -> Comparison:
     """Check what the engines were asked for."""
     name = "settings of the engines"
     rollout = step.config.rollout
@@ -80,7 +86,7 @@ def _settings(step: RecordedStep) -> Comparison:
     )
 
 
-def _limits(step: RecordedStep) -> Comparison:
+def _compare_limits(step: RecordedStep) -> Comparison:
     """Check that responses that were cut off have as many tokens as the limit."""
     rollout = step.config.rollout
     limit = rollout.max_response_tokens
@@ -111,7 +117,7 @@ def _limits(step: RecordedStep) -> Comparison:
     )
 
 
-def _versions(step: RecordedStep) -> Comparison:
+def _compare_versions(step: RecordedStep) -> Comparison:
     """Check that the policy that sampled is not older than rl.staleness allows."""
     newest = step.step - 1
     oldest = newest - step.config.rl.staleness
@@ -145,7 +151,7 @@ def _versions(step: RecordedStep) -> Comparison:
     )
 
 
-def _draws(step: RecordedStep) -> Comparison:
+def _compare_draws(step: RecordedStep) -> Comparison:
     """Check that responses of a group are not the same tokens beyond chance.
 
     That two of N pairs are the same response, whose probability is below p, has by independent
@@ -183,7 +189,7 @@ def _draws(step: RecordedStep) -> Comparison:
     )
 
 
-def _kept_tokens(step: RecordedStep) -> Comparison:
+def _compare_kept_tokens(step: RecordedStep) -> Comparison:
     """Check that every token is among those that its engine kept of the vocabulary."""
     concerned: dict[ResponseIndex, None] = {}
     num_tokens = 0
