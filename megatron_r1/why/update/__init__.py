@@ -4,4 +4,5 @@
 `step_updates` makes the updates, and `recomputation` compares them with the run's. `substitutions`
 is what may have been computed otherwise, `advantage_substitutions` of it what is of advantages;
 `evidence` is what the checkpoint after the step says of that, and `gradient_norms` what clipping
-says of gradients that are not recomputed."""
+says of gradients that are not recomputed. `loss_terms` are the terms of the loss, `term_gradients`
+their gradients, and `term_coefficients` how often the run has added each."""

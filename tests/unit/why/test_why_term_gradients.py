@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_why import marked_ungraded, planted  # noqa: F401
-from test_why_updates import ADAM, RULES, Model, apart, rows
+from test_why_updates import ADAM, RULES, Model, apart, rows, step_of
 
 from megatron_r1.config import parse
 from megatron_r1.why.checks.term_gradients import GRADIENT_REMEDY, check_terms
@@ -261,3 +261,16 @@ def test_what_is_not_known_is_said():
         "not checked",
         "no checkpoint of step 3 has Adam's moments",
     )
+
+
+def test_of_moments_in_16_bits_no_gradient_is_taken_back():
+    step = step_of({"kl_beta": 0.0}, optimizer={"moments": "bfloat16"})
+    made = Recomputation(SimpleNamespace(**vars(step), step=3, after=None))
+    made.check_updates = lambda: None
+    with pytest.raises(CannotRecompute, match="no checkpoint of step 3"):
+        _ = made.term_fit
+    made = Recomputation(step)
+    made.check_updates = lambda: None
+    made._both_after = {}, {}
+    with pytest.raises(CannotRecompute, match=r"optimizer.moments: bfloat16"):
+        _ = made.term_fit
