@@ -7,7 +7,6 @@ is trained on a chat whose assistant thinks, then writes a summary."""
 import re
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
-from functools import cached_property
 from typing import Any
 
 from r1_grading.reading import ANSWER, END_ANSWER, END_THINK, THINK, extract
@@ -62,10 +61,11 @@ class Rendering:
             ValueError: an invalid template, or a chat without a tokenizer."""
         self._response = settings.response
         self._template = settings.template or template
-        self._tokenizer_path = settings.tokenizer or model_path
+        self._chat_text: tuple[PromptTokenizer, PromptTokenizer] | None = None
+        tokenizer_path = settings.tokenizer or model_path
         if self._template != CHAT:
             find_template(self._template, "sample.render.template")
-        elif not self._tokenizer_path:
+        elif not tokenizer_path:
             raise UserError(
                 "sample.render.template: chat needs a tokenizer; set sample.render.tokenizer to "
                 "the folder of the model that is to be trained, or give a text with {question}",
@@ -73,13 +73,17 @@ class Rendering:
                 cause=Cause.MISSING,
             )
         else:
-            self._chat_text  # noqa: B018 - report a folder without a chat template now
+            keys = ("sample.render.tokenizer", "sample.render.template")
+            self._chat_text = (
+                PromptTokenizer(tokenizer_path, CHAT, keys),
+                PromptTokenizer(tokenizer_path, "{question}", keys),
+            )
 
     def prompt(self, question: str, before: Sequence[Message] = ()) -> str:
         """Return the prompt without the tokens that the tokenizer puts in front by itself. `sft`
         adds them when it encodes the prompt; a chat template that writes them too would otherwise
         have them twice."""
-        if self._template != CHAT:
+        if self._chat_text is None:
             return render_template(self._template, question, system_text(before, "data.template"))
         chat, tokenizer = self._chat_text
         return chat.render(question, before).removeprefix(tokenizer.decode(tokenizer.encode("")))
@@ -105,12 +109,6 @@ class Rendering:
         if not opens_thought(self.prompt(question, before)):
             return text
         return text.lstrip().removeprefix(THINK) if END_THINK in text else None
-
-    @cached_property
-    def _chat_text(self) -> tuple[PromptTokenizer, PromptTokenizer]:
-        path = self._tokenizer_path
-        keys = ("sample.render.tokenizer", "sample.render.template")
-        return PromptTokenizer(path, CHAT, keys), PromptTokenizer(path, "{question}", keys)
 
 
 Rewriter = Callable[[str, str], Awaitable[str | None]]

@@ -37,7 +37,10 @@ MAX_DISPUTED_FRACTION = 0.01
 PLAIN_NUMBER = re.compile(r"[-+]?[$€£]?\d[\d,]*(?:\.\d+)?%?")
 PLAIN = re.compile(r"\$?(?:[-+]?[$€£]?[\d.,]+(?:\s?/\s?\d+)?\s?%?|[ -;=?-~]*\\[ -;=?-~]*)\$?")
 """A number or a fraction, or one line of ASCII with a LaTeX command."""
-TAG, END_TAG, BOX, HASHES = "<answer>", "</answer>", r"\boxed", "####"
+TAG = "<answer>"
+END_TAG = "</answer>"
+BOX = r"\boxed"
+HASHES = "####"
 IN_PROCESS = ("math", "exact_match", "logic")
 """Kinds of rewards that are called here; programs run in a sandbox, and services are not asked."""
 SECOND_READER_KINDS = ("math", "logic")
@@ -70,7 +73,8 @@ def _compare_sums(step: RecordedStep) -> Comparison:
         if (gap := abs(total - graded.reward)) > ROUNDING:
             concerned.append(index)
             if gap > worst:
-                worst, terms = gap, ", ".join(f"{k} {v:g}" for k, v in graded.rewards.items())
+                worst = gap
+                terms = ", ".join(f"{k} {v:g}" for k, v in graded.rewards.items())
                 cut = ", of a response that is cut off" if graded.is_truncated else ""
                 reason = f"reward {graded.reward:g}{cut} is not {total:g}, the sum of {terms}"
     if concerned and all(step.responses[index].is_truncated for index in concerned):
