@@ -98,19 +98,12 @@ def read_model(source: Path, hf_files: Path, prefix: str = "") -> torch.nn.Modul
     hf_config = read_hf_config(str(hf_files))
     if (source / "config.json").is_file():
         return _trainable(load_with_transformers(source, hf_config, torch.float32))
+    tensors = read_tensors(source, hf_config, prefix)
+    if (loaded := _from_template(hf_files, tensors)) is not None:
+        return loaded
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        with MegatronWeights(source, hf_config) as weights:
-            weights.checkpoint.close()
-            weights.checkpoint = cast(Any, _Part(opened(source), prefix))
-            tensors = dict(_tensors(weights, hf_config))
-        if (loaded := _from_template(hf_files, tensors)) is not None:
-            return loaded
-        copy_model_files(hf_files, folder)
-        config = json.loads((hf_files / "config.json").read_text(encoding="utf-8"))
-        config.pop("quantization_config", None)
-        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        write_folder(tensors, hf_files, folder)
         loaded = _trainable(load_with_transformers(folder, hf_config, torch.float32))
     state = loaded.state_dict()
     stacked = _stacked_experts(tensors)
@@ -123,6 +116,53 @@ def read_model(source: Path, hf_files: Path, prefix: str = "") -> torch.nn.Modul
         _templates.clear()
         _templates[hf_files] = loaded
     return loaded
+
+
+def read_tensors(source: Path, hf_config: dict, prefix: str = "") -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint or of a model's folder by published name, fp32.
+
+    Args:
+        source: a checkpoint of the run, or a Hugging Face folder.
+        hf_config: the model's config.json.
+        prefix: as of `read_model`, of a checkpoint.
+
+    Raises:
+        UserError: the source is incomplete, or another model's."""
+    if (source / "config.json").is_file():
+        with HFWeights(source, hf_config) as hf_weights:
+            return dict(_tensors(hf_weights, hf_config))
+    with MegatronWeights(source, hf_config) as weights:
+        weights.checkpoint.close()
+        weights.checkpoint = cast(Any, _Part(opened(source), prefix))
+        return dict(_tensors(weights, hf_config))
+
+
+def write_folder(tensors: Mapping[str, Tensor], hf_files: Path, folder: Path) -> None:
+    """Write a Hugging Face folder of tensors that are not quantized.
+
+    Args:
+        tensors: the weights by published name.
+        hf_files: the folder of the model's other files.
+        folder: an empty folder."""
+    copy_model_files(hf_files, folder)
+    config = json.loads((hf_files / "config.json").read_text(encoding="utf-8"))
+    config.pop("quantization_config", None)
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    save_file(dict(tensors), folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def read_adapters(checkpoint: Path, prefix: str = "") -> dict[str, Tensor]:
+    """Return the factors of a checkpoint's adapters by their layers' Hugging Face names, fp32.
+
+    Args:
+        checkpoint: the checkpoint of a run with `model.lora`.
+        prefix: as of `read_model`."""
+    stored, beginning = opened(checkpoint), f"{prefix}{ADAPTERS}"
+    return {
+        key.removeprefix(beginning): stored.read(key, (0,) * len(shape), shape).float()
+        for key, shape in stored.shapes.items()
+        if key.startswith(beginning)
+    }
 
 
 def read_adapted_model(
@@ -139,15 +179,8 @@ def read_adapted_model(
 
     Raises:
         UserError: the checkpoint is damaged, or the folder another model's."""
-    model, stored = read_model(base, hf_files), opened(checkpoint)
-    beginning = f"{prefix}{ADAPTERS}"
-
-    def read(name: str) -> Tensor:
-        shape = stored.shapes[beginning + name]
-        return stored.read(beginning + name, (0,) * len(shape), shape).float()
-
-    names = [key.removeprefix(beginning) for key in stored.shapes if key.startswith(beginning)]
-    attach_adapters(model, names, read, lora.alpha / lora.rank)
+    model, factors = read_model(base, hf_files), read_adapters(checkpoint, prefix)
+    attach_adapters(model, list(factors), factors.__getitem__, lora.alpha / lora.rank)
     return model
 
 
