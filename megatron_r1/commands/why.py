@@ -28,7 +28,7 @@ from megatron_r1.base.files import atomic_write
 from megatron_r1.config import Config
 from megatron_r1.why import page
 from megatron_r1.why.checks.reruns import RERUNS
-from megatron_r1.why.comparison import NOT_CHECKED, Report
+from megatron_r1.why.comparison import EQUAL, NOT_CHECKED, Report
 from megatron_r1.why.examination import examine
 from megatron_r1.why.record.step_reader import Examinable, choose, examinable, open_run, read_step
 
@@ -141,6 +141,12 @@ def _lines(report: Report) -> Iterator[str]:
         for comparison in report.comparisons
     )
     yield f"equal: {equal} quantities"
+    names = {rerun.name for rerun in RERUNS.values()}
+    yield from (
+        f"rerun: {comparison}"
+        for comparison in report.comparisons
+        if comparison.status == EQUAL and comparison.name in names
+    )
     yield from (
         f"not checked: {comparison}"
         for comparison in report.comparisons
