@@ -4,6 +4,7 @@ named; a run without one has none."""
 import json
 import math
 import shutil
+import tempfile
 from array import array
 from dataclasses import replace
 from pathlib import Path
@@ -169,17 +170,17 @@ def test_an_engine_with_the_weights_of_the_version_before(copy):
     assert {read(copy).responses[which].response.engine for which in concerned} == {"engine-1"}
 
 
-def rerun(folder: Path, tmp_path: Path, expected_status: int) -> dict[tuple[str, str], dict]:
+def rerun(folder: Path, expected_status: int) -> dict[tuple[str, str], dict]:
     """What `why --rerun engine,trainer` compares, by family and name."""
-    scratch, found = tmp_path / "scratch", tmp_path / "why.json"
-    scratch.mkdir()
-    done = run(
-        *("why", str(folder), "--step", str(STEP), "--rerun", "engine,trainer"),
-        *("--json", str(found)),
-        more={"TMPDIR": str(scratch)},
-    )
-    assert done.returncode == expected_status, done.stdout + done.stderr
-    assert not list(scratch.glob("megatron-r1-why-*"))  # the export is removed
+    found = folder.parent / "why.json"
+    with tempfile.TemporaryDirectory() as scratch:  # short: an engine has its sockets there
+        done = run(
+            *("why", str(folder), "--step", str(STEP), "--rerun", "engine,trainer"),
+            *("--json", str(found)),
+            more={"TMPDIR": scratch},
+        )
+        assert done.returncode == expected_status, done.stdout + done.stderr
+        assert not list(Path(scratch).glob("megatron-r1-why-*"))  # the export is removed
     report = json.loads(found.read_text())
     return {(each["family"], each["name"]): each for each in report["comparisons"]}
 
@@ -187,9 +188,8 @@ def rerun(folder: Path, tmp_path: Path, expected_status: int) -> dict[tuple[str,
 FRESH, LOGGED = "a fresh engine's log-probabilities", "engines' log-probabilities"
 
 
-def test_a_fresh_engine_and_one_rank_tell_the_sides_of_a_departure_apart(copy, tmp_path):
-    (tmp_path / "healthy").mkdir()
-    healthy = rerun(copy, tmp_path / "healthy", 0)
+def test_a_fresh_engine_and_one_rank_tell_the_sides_of_a_departure_apart(copy):
+    healthy = rerun(copy, 0)
     one_rank = healthy["log-probabilities", "one rank's log-probabilities"]
     for each in (healthy["sampling", FRESH], one_rank):
         assert each["status"] == EQUAL, each
@@ -199,8 +199,7 @@ def test_a_fresh_engine_and_one_rank_tell_the_sides_of_a_departure_apart(copy, t
     assert names[names.index("old policy of the trainer") + 1] == one_rank["name"]
 
     set_logprobs(copy, Recomputation(read(copy)).logprobs_after(STEP - 2), engine="engine-1")
-    (tmp_path / "stale").mkdir()
-    stale = rerun(copy, tmp_path / "stale", 1)
+    stale = rerun(copy, 1)
     logged, fresh = stale["sampling", LOGGED], stale["sampling", FRESH]
     assert logged["status"] == "departs" and fresh["status"] == EQUAL
     assert fresh["distance"] < 1e-5 < 1e-4 < logged["distance"]

@@ -171,7 +171,7 @@ def trainer_reading(distances: Distances, tolerance: float, departs: bool, layou
             "one rank without parallelism agrees with transformers: the run's layout is the cause "
             f"({layout}), or a state of its ranks that no checkpoint has"
         )
-        return Reading(near, False, conclusion, f"parallel: {layout} (docs/parallelism.md)")
+        return Reading(near, False, conclusion, f"{layout} (docs/parallelism.md)")
     if near is Near.TRANSFORMERS:
         conclusion = (
             "one rank agrees with transformers, and the run had one rank too: its weights or state "
@@ -180,13 +180,15 @@ def trainer_reading(distances: Distances, tolerance: float, departs: bool, layou
         return Reading(near, False, conclusion, TRAINER_REMEDY)
     if near is Near.RECORDED:
         conclusion = (
-            "one rank without parallelism departs likewise: the model's code in the trainer is the "
-            "cause, not the layout"
+            "one rank without parallelism departs likewise: the trainer's function differs from "
+            "transformers' (the model's code, fusions, fp8, temperature), and the layout is "
+            "not the cause"
         )
     else:
         conclusion = (
             "one rank without parallelism departs from transformers, and otherwise than the run's "
-            "trainer: the model's code in the trainer departs, and the layout or state changes more"
+            "trainer: the trainer's function differs (the model's code, fusions, fp8, "
+            "temperature), and its layout or state changes more"
         )
     return Reading(near, True, conclusion, TRAINER_REMEDY)
 

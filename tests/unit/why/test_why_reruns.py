@@ -67,12 +67,12 @@ def test_a_fresh_engine_names_the_side(distances, departs, near, words, remedy):
     [
         (AGREES, True, "parallel.tensor: 2", Near.TRANSFORMERS, "the cause (parallel.tensor: 2)"),
         (AGREES, True, "", Near.TRANSFORMERS, "the run had one rank too"),
-        (REPRODUCED, True, "parallel.tensor: 2", Near.RECORDED, "not the layout"),
+        (REPRODUCED, True, "parallel.tensor: 2", Near.RECORDED, "the layout is not the cause"),
         (NEITHER, True, "parallel.tensor: 2", Near.NEITHER, "otherwise than the run's"),
         (ALL_EQUAL, False, "parallel.tensor: 2", Near.TRANSFORMERS, "as the run's trainer did"),
         (Distances(CLOSE, FAR, FAR), False, "", Near.NEITHER, "did not"),
         (Distances(math.inf, math.inf, CLOSE), True, "", Near.TRANSFORMERS, "one rank too"),
-        (Distances(math.inf, 0.0, NAN), True, "", Near.RECORDED, "not the layout"),
+        (Distances(math.inf, 0.0, NAN), True, "", Near.RECORDED, "is not the cause"),
     ],
 )
 def test_one_rank_names_the_side(distances, departs, layout, near, words):
