@@ -116,6 +116,7 @@ def _check_engine(
 
     A rerun scores tokens as parts of a prompt, which vLLM does at temperature 1 over the whole
     vocabulary. Where the run sampled otherwise, it is compared with transformers alone."""
+    from megatron_r1.why.policy.policy_export import write_policy
     from megatron_r1.why.rerun import fresh_engine
 
     fresh_engine.check_engine(step, recomputed.num_parameters)
@@ -124,7 +125,7 @@ def _check_engine(
     async def score(scratch: Path) -> list[np.ndarray]:
         folder = scratch / "hf"
         folder.mkdir()
-        recomputed.write_policy(folder)
+        write_policy(step, recomputed.num_parameters, folder)
         return await fresh_engine.score(step.run_config, folder, gaps.sequences, scratch)
 
     rerun = _in_scratch(score)
@@ -133,7 +134,7 @@ def _check_engine(
     old = recomputed.old if is_scored_alike else recomputed.plain_logprobs()
     distances = _engine_distances(gaps, rerun, old, refined, is_scored_alike)
     reading = engine_reading(distances, gaps.tolerance, refined.departs)
-    compared = "a fresh engine's of the same tokens; mean |Δ|: " + distances.text("fresh engine")
+    compared = f"of the same tokens; mean |Δ|: {distances.text('fresh engine')}"
     if not is_scored_alike:
         compared += (
             f" (an engine scores given tokens at temperature 1 from the whole vocabulary, the run "
@@ -209,7 +210,7 @@ def _check_trainer(
     layout = single_rank.layout_text(step.run_config.parallel)
     reading = trainer_reading(distances, tolerance, refined.departs, layout)
     compared = (
-        "those of one trainer rank without parallelism; |Δ|: "
+        "of the same tokens; |Δ|: "
         f"{distances.text('one rank')}; {layout or 'the run had one rank too'}"
     )
     return _comparison(TRAINER, compared, distances, tolerance, reading), reading

@@ -4,7 +4,6 @@ policy before the step, earlier ones and the reference, and under changed ones."
 from __future__ import annotations
 
 import copy
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -104,29 +103,6 @@ class PolicyLogprobs:
                 return loaded
             self._models[key] = loaded
         return self._models[key]
-
-    def write_policy(self, folder: Path) -> None:
-        """Write the policy before the step as a Hugging Face folder, fp32, adapters merged.
-
-        Args:
-            folder: an empty folder.
-
-        Raises:
-            CannotRecompute: there is no checkpoint, or no room for the folder."""
-        num_bytes, free_bytes = 4 * self.num_parameters, shutil.disk_usage(folder).free
-        if num_bytes > free_bytes:
-            raise CannotRecompute(
-                f"the weights take {num_bytes / 1e9:.0f} GB in {folder.parent}, "
-                f"{free_bytes / 1e9:.0f} GB are free; set TMPDIR"
-            )
-        before, lora, hf_files = self._before, self.step.run_config.model.lora, self.step.model
-        base = weights_after(self.step.folder, self.step.run_config, 0)
-        source = before if lora is None or base is None else base
-        tensors = checkpoint_model.read_tensors(source, self.step.hf_config)
-        if lora is not None and source != before:
-            factors = checkpoint_model.read_adapters(before)
-            adapters.merge_adapters(tensors, factors, lora.scale)
-        checkpoint_model.write_folder(tensors, hf_files, folder)
 
     def _read_model(self, source: Path, prefix: str) -> Any:
         lora, hf_files = self.step.run_config.model.lora, self.step.model

@@ -45,9 +45,9 @@ class Distances(NamedTuple):
     """Distances between what the run recorded, transformers and a rerun, in nats.
 
     Attributes:
-        recorded: of what the run recorded from transformers.
-        reproduced: of what the run recorded from the rerun; NaN: not compared.
-        rerun: of the rerun from transformers."""
+        recorded: the distance of what the run recorded from transformers.
+        reproduced: the distance of what the run recorded from the rerun; NaN: not compared.
+        rerun: the distance of the rerun from transformers."""
 
     recorded: float
     reproduced: float

@@ -14,7 +14,7 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.commands import why
 from megatron_r1.config import Config, ParallelConfig
 from megatron_r1.trainer.training_sample import Sample
-from megatron_r1.why.checks import reruns
+from megatron_r1.why.checks import engine_logprobs, reruns
 from megatron_r1.why.comparison import (
     DEPARTS,
     EQUAL,
@@ -24,6 +24,7 @@ from megatron_r1.why.comparison import (
     Report,
     not_checked,
 )
+from megatron_r1.why.policy import policy_export
 from megatron_r1.why.rerun import fresh_engine, single_rank
 from megatron_r1.why.rerun.readings import (
     ENGINE_REMEDY,
@@ -209,6 +210,24 @@ def test_a_model_larger_than_the_memory_is_not_started(monkeypatch, check):
     monkeypatch.setattr(fresh_engine, "find_spec", lambda name: name)
     with pytest.raises(CannotRecompute, match="GB are free"):
         check(SimpleNamespace(run_config=Config(), hf_config={}), 10**15)
+
+
+def test_weights_that_do_not_fit_on_the_disk_are_not_written(tmp_path):
+    with pytest.raises(CannotRecompute, match="set TMPDIR"):
+        policy_export.write_policy(STEP, 10**18, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_departure_without_a_cause_names_the_command_to_type_next():
+    gaps = SimpleNamespace(
+        step=SimpleNamespace(**vars(STEP), loss_fraction=lambda concerned: 1.0),
+        distance=FAR,
+        tolerance=TOLERANCE,
+        sequences=[SimpleNamespace(response=(0, 0))],
+        gaps=[np.array([FAR])],
+    )
+    departure = engine_logprobs._departure(gaps, "", None)
+    assert departure.remedy.endswith("; next: megatron-r1 why runs/a --step 3 --rerun engine")
 
 
 def test_a_layout_is_what_one_rank_has_not():
