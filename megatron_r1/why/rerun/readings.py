@@ -13,7 +13,11 @@ from megatron_r1.why.record.recorded_step import RecordedStep
 NEARER = 0.5
 """A rerun is on a side if it is nearer to it, by this factor or more, than the sides are to each
 other."""
+TOO_SMALL = (
+    "is within rounding of transformers, and the departure is too small to tell on which side it is"
+)
 HINT = "; next: "
+"""Between a remedy and the command that makes a rerun."""
 ENGINE_REMEDY = (
     "rollout.dtype, rollout.vllm (quantization, kernels), or megatron-r1 check-model on the model"
 )
@@ -121,6 +125,8 @@ def engine_reading(distances: Distances, tolerance: float, departs: bool) -> Rea
             "or the machine are not those of the run",
             ENGINE_REMEDY,
         )
+    if near is Near.NEITHER and distances.rerun <= tolerance:
+        return Reading(near, False, f"a fresh engine {TOO_SMALL}", ENGINE_REMEDY)
     if near is Near.TRANSFORMERS:
         return Reading(
             near,
@@ -166,6 +172,8 @@ def trainer_reading(distances: Distances, tolerance: float, departs: bool, layou
             "not: software or machine are not those of the run",
             TRAINER_REMEDY,
         )
+    if near is Near.NEITHER and distances.rerun <= tolerance:
+        return Reading(near, False, f"one rank without parallelism {TOO_SMALL}", TRAINER_REMEDY)
     if near is Near.TRANSFORMERS and layout:
         conclusion = (
             "one rank without parallelism agrees with transformers: the run's layout is the cause "

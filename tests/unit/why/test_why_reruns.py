@@ -99,7 +99,13 @@ def test_a_departure_of_about_the_tolerance_is_told_apart(small):
     near, far = 0.2 * small, 0.9 * small
     assert nearest(Distances(small, near, far), TOLERANCE, True) == Near.RECORDED
     assert nearest(Distances(small, far, near), TOLERANCE, True) == Near.TRANSFORMERS
-    assert nearest(Distances(small, far, far), TOLERANCE, True) == Near.NEITHER
+    undecided = Distances(small, far, far)
+    for reading in (
+        engine_reading(undecided, TOLERANCE, True),
+        trainer_reading(undecided, TOLERANCE, True, "parallel.tensor: 2"),
+    ):
+        assert reading.near == Near.NEITHER and not reading.departs
+        assert "too small to tell" in reading.conclusion
 
 
 def test_numbers_that_are_not_finite_have_a_distance():
