@@ -81,8 +81,8 @@ def _kinds(rerun: str | None) -> list[str]:
     for kind in kinds:
         if kind not in RERUNS:
             raise UserError(
-                f"--rerun {rerun}: {kind!r} is not one of {', '.join(RERUNS)}"
-                f"{did_you_mean(kind, RERUNS, '{}')}; several have a comma between them",
+                f"--rerun {rerun}: {kind!r} is not one of {', '.join(RERUNS)}; several have a "
+                f"comma between them{did_you_mean(kind, RERUNS, '{}')}",
                 key="--rerun",
                 cause=Cause.UNKNOWN,
             )
