@@ -67,7 +67,7 @@ verbs: {", ".join(RECIPE_VERBS)}
        megatron-r1 score IN.jsonl OUT.jsonl [--rewards.key value …]   (- is a pipe)
        megatron-r1 score --audit GRADED.jsonl [--json FILE]   how often its grades are wrong
        megatron-r1 compare RUN OTHER_RUN [--json FILE]   the first step and tensor that differ
-       megatron-r1 why RUN [--step N] [--json FILE] [--memory GB]   why it does not learn
+       megatron-r1 why RUN [--step N] [--memory GB] [--rerun engine,trainer]   why it fails to learn
        megatron-r1 check-model HF_FOLDER [--parallel.key value …] [--json FILE]   a new model, first
        megatron-r1 pipeline RECIPE.yaml [--pipeline.key value …]   several of them, as a graph
        megatron-r1 rehearse RECIPE.yaml [--on null-gpu] [--rehearsal.key value …]   in miniature

@@ -1,4 +1,5 @@
-"""Says why a run does not learn: `megatron-r1 why RUN [--step N] [--json FILE] [--memory GB]`.
+"""Says why a run does not learn: `megatron-r1 why RUN [--step N] [--rerun engine,trainer]
+[--memory GB] [--json FILE]`.
 
 The verb recomputes a finished step from the run's folder and names the first quantity that departs:
 its size, the tokens or responses concerned, their share of the loss, and the setting or file to
@@ -10,32 +11,46 @@ it leaves is printed as suspicions. To keep what it reads of every step: `--rl.k
 --checkpoint.keep_every 1`. A model that does not fit into the free memory, or into --memory, is
 read layer by layer; its updates are not made again. RUN/why.html has the whole table, the worst
 responses and departures over position; nothing else is written there. Exit status 0: nothing
-departs; 1: something does."""
+departs; 1: something does.
+
+`--rerun engine` also starts an engine with the run's settings on the weights before the step, which
+scores the same tokens: if it gives the logged values, the engine's function differs from
+transformers', and if it agrees with transformers, the run's engine had other weights or state.
+`--rerun trainer` has one trainer rank without parallelism score them: if it agrees with
+transformers where the run's trainer does not, the run's layout is the cause."""
 
 import json
 import math
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
-from megatron_r1.base.errors import Cause, RunError, UserError
+from megatron_r1.base.errors import Cause, RunError, UserError, did_you_mean
 from megatron_r1.base.files import atomic_write
 from megatron_r1.config import Config
 from megatron_r1.why import page
-from megatron_r1.why.comparison import NOT_CHECKED, Report
+from megatron_r1.why.checks.reruns import RERUNS
+from megatron_r1.why.comparison import EQUAL, NOT_CHECKED, Report
 from megatron_r1.why.examination import examine
 from megatron_r1.why.record.step_reader import Examinable, choose, examinable, open_run, read_step
 
 ARGUMENTS = ("RUN",)
 SETTINGS = ()
-OPTIONS = {"step": "N", "json": "FILE", "memory": "GB"}
+OPTIONS = {
+    "step": "N",
+    "rerun": "engine|trainer|engine,trainer",
+    "memory": "GB",
+    "json": "FILE",
+}
 
 
 def run(
     config: Config,
     run: str,
     step: str | None = None,
-    json: str | None = None,
+    rerun: str | None = None,
     memory: str | None = None,
+    json: str | None = None,
 ) -> None:
     """Examine a step of a run, print what departs and write RUN/why.html.
 
@@ -43,24 +58,45 @@ def run(
         config: no setting of it is read.
         run: the run's folder.
         step: the step, as text; None: the newest with most left of it.
+        rerun: what computes the log-probabilities again, with commas between; None: nothing.
         json: a file for the comparisons.
         memory: the memory that models may take, in GB as text; None: what is free.
 
     Raises:
         UserError: no run, or no step that can be examined.
         RunError: a quantity departs."""
+    kinds = _kinds(rerun)
     num_bytes = _num_bytes(memory)
     folder, settings = open_run(Path(run))
     steps = examinable(folder, settings)
     chosen_step = choose(steps, _number(step), folder.path)
     recorded = read_step(folder, settings, chosen_step.step)
-    report = examine(recorded, num_bytes)
+    report = examine(recorded, num_bytes, kinds, partial(print, flush=True))
     if json is not None:
         atomic_write(Path(json), _as_json(report, steps))
     written = page.write(report, recorded)
     print("\n".join([*_steps(steps, chosen_step), *_lines(report), f"page: {written}"]))
     if report.first_departure is not None:
         raise RunError(f"{run}: {report.first_departure.name} departs at step {report.step}")
+
+
+def _kinds(rerun: str | None) -> list[str]:
+    """Return the reruns that --rerun names, each once.
+
+    Raises:
+        UserError: it names another."""
+    if rerun is None:
+        return []
+    kinds = [kind.strip() for kind in rerun.split(",")]
+    for kind in kinds:
+        if kind not in RERUNS:
+            raise UserError(
+                f"--rerun {rerun}: {kind!r} is not one of {', '.join(RERUNS)}; several have a "
+                f"comma between them{did_you_mean(kind, RERUNS, '{}')}",
+                key="--rerun",
+                cause=Cause.UNKNOWN,
+            )
+    return list(dict.fromkeys(kinds))
 
 
 def _number(step: str | None) -> int | None:
@@ -131,6 +167,12 @@ def _lines(report: Report) -> Iterator[str]:
         for comparison in report.comparisons
     )
     yield f"equal: {equal} quantities"
+    names = {rerun.name for rerun in RERUNS.values()}
+    yield from (
+        f"rerun: {comparison}"
+        for comparison in report.comparisons
+        if comparison.status == EQUAL and comparison.name in names
+    )
     yield from (
         f"not checked: {comparison}"
         for comparison in report.comparisons

@@ -136,6 +136,28 @@ class Report:
             key=lambda comparison: FAMILIES.index(comparison.family),
         )
 
+    def comparison(self, family: str, name: str) -> Comparison | None:
+        """Return the comparison of a quantity; None where there is none."""
+        for comparison in self.comparisons:
+            if (comparison.family, comparison.name) == (family, name):
+                return comparison
+        return None
+
+    def insert(self, comparison: Comparison, after: str) -> None:
+        """Insert a comparison behind another of its family, or at the end of its family.
+
+        Args:
+            comparison: what is inserted.
+            after: the other's name."""
+        if (other := self.comparison(comparison.family, after)) is None:
+            self.add([comparison])
+        else:
+            self.comparisons.insert(self.comparisons.index(other) + 1, comparison)
+
+    def replace(self, old: Comparison, new: Comparison) -> None:
+        """Replace a comparison by another."""
+        self.comparisons[self.comparisons.index(old)] = new
+
     @property
     def first_departure(self) -> Comparison | None:
         """The first quantity that departs."""

@@ -1,6 +1,6 @@
 """Makes all checks of a recorded step, in the order in which data flows through it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ from megatron_r1.why.checks import (
     policies,
     push,
     questions,
+    reruns,
     rewards,
     routing,
     sampling,
@@ -47,12 +48,19 @@ WEIGHT_CHECKS: tuple[tuple[str, str, WeightCheck], ...] = (
 """Checks that recompute with the model's weights, likewise."""
 
 
-def examine(step: RecordedStep, memory: int | None = None) -> Report:
+def examine(
+    step: RecordedStep,
+    memory: int | None = None,
+    kinds: Sequence[str] = (),
+    notify: Callable[[str], None] = print,
+) -> Report:
     """Make all checks of a step.
 
     Args:
         step: the step, as `read_step` returns it.
-        memory: bytes that models may take; None: what is free."""
+        memory: bytes that models may take; None: what is free.
+        kinds: the reruns to make, keys of `reruns.RERUNS`.
+        notify: called with a line before a rerun."""
     from megatron_r1.why.update.recomputation import Recomputation
 
     report, recomputed = Report(step.step), Recomputation(step, memory)
@@ -61,6 +69,7 @@ def examine(step: RecordedStep, memory: int | None = None) -> Report:
     for family, name, recompute in WEIGHT_CHECKS:
         recomputed.searches_causes = not report.departs_before("loss")
         report.add(_comparisons(family, name, partial(recompute, step, recomputed)))
+    reruns.refine(report, step, recomputed, kinds, notify)
     report.curves = engine_logprobs.departures(recomputed)
     report.suspicions = suspicions(step) if report.first_departure is None else []
     return report

@@ -4,6 +4,7 @@ named; a run without one has none."""
 import json
 import math
 import shutil
+import tempfile
 from array import array
 from dataclasses import replace
 from pathlib import Path
@@ -214,6 +215,43 @@ def test_an_expert_of_a_model_whose_layers_are_read_one_by_one(copy):
     name, text, _ = first(copy, memory=LITTLE)
     assert name == "engines' log-probabilities" and "expert 2 of model.layers.1" in text
     assert "not tried, as the model does not fit into memory: exchanged experts" in text
+
+
+def rerun(folder: Path, expected_status: int) -> dict[tuple[str, str], dict]:
+    """What `why --rerun engine,trainer` compares, by family and name."""
+    found = folder.parent / "why.json"
+    with tempfile.TemporaryDirectory() as scratch:  # short: an engine has its sockets there
+        done = run(
+            *("why", str(folder), "--step", str(STEP), "--rerun", "engine,trainer"),
+            *("--json", str(found)),
+            more={"TMPDIR": scratch},
+        )
+        assert done.returncode == expected_status, done.stdout + done.stderr
+        assert not list(Path(scratch).glob("megatron-r1-why-*"))  # the export is removed
+    report = json.loads(found.read_text())
+    return {(each["family"], each["name"]): each for each in report["comparisons"]}
+
+
+FRESH, LOGGED = "a fresh engine's log-probabilities", "engines' log-probabilities"
+
+
+def test_a_fresh_engine_and_one_rank_tell_the_sides_of_a_departure_apart(copy):
+    healthy = rerun(copy, 0)
+    one_rank = healthy["log-probabilities", "one rank's log-probabilities"]
+    for each in (healthy["sampling", FRESH], one_rank):
+        assert each["status"] == EQUAL, each
+        assert each["distance"] < 1e-5 and each["tolerance"] < 1e-4
+    names = [name for _, name in healthy]
+    assert names[names.index(LOGGED) + 1] == FRESH
+    assert names[names.index("old policy of the trainer") + 1] == one_rank["name"]
+
+    set_logprobs(copy, Recomputation(read(copy)).logprobs_after(STEP - 2), engine="engine-1")
+    stale = rerun(copy, 1)
+    logged, fresh = stale["sampling", LOGGED], stale["sampling", FRESH]
+    assert logged["status"] == "departs" and fresh["status"] == EQUAL
+    assert fresh["distance"] < 1e-5 < 1e-4 < logged["distance"]
+    assert "a fresh engine agrees with transformers" in logged["reason"]
+    assert "(the push)" in logged["reason"] and "the push to engine-1" in logged["remedy"]
 
 
 @pytest.mark.slow

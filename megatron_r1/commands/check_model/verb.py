@@ -26,7 +26,6 @@ import psutil
 from megatron_r1.base.errors import RunError, UserError
 from megatron_r1.base.files import atomic_write
 from megatron_r1.base.processes.children import die_with_parent
-from megatron_r1.base.processes.exit_diagnosis import file_excerpt
 from megatron_r1.commands.check_model.results import (
     ModelCheckResult,
     NotCompared,
@@ -37,7 +36,7 @@ from megatron_r1.config import Config, ParallelConfig
 from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.data.tokenizer import describe_end_tokens, end_tokens
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
-from megatron_r1.engines.server.errors import EngineError
+from megatron_r1.engines.server.errors import EngineError, describe_failure
 from megatron_r1.engines.server.model_config import max_positions
 from megatron_r1.engines.server.recipe_checks import (
     check_cpu_kernels,
@@ -118,11 +117,7 @@ async def compare_with_vllm(
             client = fleet.engines[0].client
             replies = [await client.compute_logprobs(ids, 1) for ids in reference.sequences]
         except EngineError as error:
-            log = scratch / f"{ENGINE}.log"
-            reason = str(error).replace(f"{scratch}{os.sep}", "")  # which is removed in a moment
-            if log.name not in reason and log.is_file():
-                reason += f"; from {log.name}:\n{file_excerpt(log)}"
-            return NotCompared(reason)
+            return NotCompared(describe_failure(error, scratch, ENGINE))
     pairs = zip(replies, reference.logprobs, strict=True)
     return max(abs(a - b) for ours, theirs in pairs for a, b in zip(ours, theirs, strict=True))
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 from megatron_r1.base.errors import RunError
+from megatron_r1.base.processes.exit_diagnosis import file_excerpt
 
 
 class EngineError(RunError):
@@ -46,3 +50,17 @@ class PushIncomplete(EngineFault):
 
 class ConnectionBroken(EngineFault):
     """The connection broke before the reply: the engine may or may not have executed the call."""
+
+
+def describe_failure(error: EngineError, log_folder: Path, engine: str) -> str:
+    """Return an error with an excerpt of the engine's log, for where the log is removed next.
+
+    Args:
+        error: the error.
+        log_folder: the folder of the log; its path is left out.
+        engine: the engine's name."""
+    log = log_folder / f"{engine}.log"
+    reason = str(error).replace(f"{log_folder}{os.sep}", "")
+    if log.name not in reason and log.is_file():
+        reason += f"; from {log.name}:\n{file_excerpt(log)}"
+    return reason

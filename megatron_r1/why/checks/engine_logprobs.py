@@ -33,6 +33,7 @@ from megatron_r1.why.comparison import (
 )
 from megatron_r1.why.formulas import kl_of_difference
 from megatron_r1.why.record.recorded_step import RecordedStep
+from megatron_r1.why.rerun.readings import ENGINE_REMEDY, hint
 
 if TYPE_CHECKING:
     from megatron_r1.why.update.recomputation import Recomputation
@@ -81,8 +82,7 @@ def _departure(gaps: EngineGaps, compared: str, explained: ExplainedDeparture | 
     explained = explained or ExplainedDeparture(
         f"mean |Δ| is {number(gaps.distance)}: the engine computes another function of these "
         "weights than transformers",
-        "rollout.dtype, rollout.vllm (quantization, kernels), or megatron-r1 check-model on "
-        "the model",
+        ENGINE_REMEDY + hint(gaps.step, "engine"),
     )
     concerned = dict.fromkeys(
         sequence.response

@@ -21,11 +21,13 @@ from megatron_r1.why.comparison import (
     with_untried,
 )
 from megatron_r1.why.record.recorded_step import RecordedStep, weights_after
+from megatron_r1.why.rerun.readings import TRAINER_REMEDY, hint
 
 if TYPE_CHECKING:
     from megatron_r1.why.update.recomputation import Recomputation
 
 POLICIES = "log-probabilities"
+TRAINER = "old policy of the trainer"
 Candidate = tuple[str, str, Callable[[], Sequence[np.ndarray] | None]]
 
 
@@ -36,12 +38,11 @@ def check_policies(step: RecordedStep, recomputed: Recomputation) -> list[Compar
 
 def _compare_trainer(step: RecordedStep, recomputed: Recomputation) -> Comparison:
     """Compare logprob_diff/mean, engine's against trainer's, with engine's against transformers."""
-    name = "old policy of the trainer"
     logged = finite(step.line, "logprob_diff/mean")
     if "logprob_diff/mean" not in step.line:
-        return not_checked(POLICIES, name, "metrics.jsonl has no logprob_diff/mean")
+        return not_checked(POLICIES, TRAINER, "metrics.jsonl has no logprob_diff/mean")
     if len(recomputed.scored_sequences) < len(recomputed.rows):
-        return not_checked(POLICIES, name, "only a part of the responses is recomputed here")
+        return not_checked(POLICIES, TRAINER, "only a part of the responses is recomputed here")
     gaps = [
         np.abs(sequence.logprobs - logprobs)
         for sequence, logprobs in zip(recomputed.sequences, recomputed.old, strict=True)
@@ -52,14 +53,15 @@ def _compare_trainer(step: RecordedStep, recomputed: Recomputation) -> Compariso
     if logged is None:
         return Comparison(
             POLICIES,
-            name,
+            TRAINER,
             DEPARTS,
             f"logprob_diff/mean with mean |engine - transformers| {number(mean_gap)}",
             math.inf,
             tolerance,
             reason=f"logprob_diff/mean is not a number in metrics.jsonl, {number(mean_gap)} "
             "recomputed",
-            remedy="what makes NaN in the trainer: model.dtype, model.fusions, fp8, its checkpoint",
+            remedy="what makes NaN in the trainer: model.dtype, model.fusions, fp8, its checkpoint"
+            + hint(step, "trainer"),
         )
     distance = abs(mean_gap - logged)
     departs = distance > tolerance
@@ -67,12 +69,11 @@ def _compare_trainer(step: RecordedStep, recomputed: Recomputation) -> Compariso
     reason, remedy = (_find_explanation(step, recomputed, untried) if departs else None) or (
         f"the trainer is {number(logged)} from the engine, transformers {number(mean_gap)}: the "
         "trainer computes old log-probabilities of other weights, or at another temperature",
-        "rollout.temperature in rl.schedule, model.fusions, fp8, parallel; megatron-r1 "
-        "check-model with this layout",
+        TRAINER_REMEDY + hint(step, "trainer"),
     )
     return Comparison(
         POLICIES,
-        name,
+        TRAINER,
         DEPARTS if departs else EQUAL,
         f"mean |engine - trainer| {number(logged)} with mean |engine - transformers| "
         f"{number(mean_gap)}",

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -86,6 +86,20 @@ def _attach_to_experts(
             rows = [weight.shape[1] // len(parts)] * len(parts)
             products = LowRankProducts(factors, rows, scale)
             parametrize.register_parametrization(experts, weight_name, products)
+
+
+def merge_adapters(tensors: dict[str, Tensor], factors: Mapping[str, Tensor], scale: float) -> None:
+    """Add the products of adapters to the weights of their layers.
+
+    Args:
+        tensors: the weights by published name, which are changed.
+        factors: the factors A and B, by their layers' names.
+        scale: alpha / rank."""
+    for name in factors:
+        if name.endswith(A):
+            layer = name.removesuffix(A)
+            product = scale * factors[layer + B] @ factors[name]
+            tensors[f"{layer}.weight"] = tensors[f"{layer}.weight"] + product
 
 
 def with_scale(model: Any, scale: float) -> Any | None:

@@ -98,17 +98,12 @@ def read_model(source: Path, hf_files: Path, prefix: str = "") -> torch.nn.Modul
     hf_config = read_hf_config(str(hf_files))
     if (source / "config.json").is_file():
         return _trainable(load_with_transformers(source, hf_config, torch.float32))
+    tensors = read_tensors(source, hf_config, prefix)
+    if (loaded := _from_template(hf_files, tensors)) is not None:
+        return loaded
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        with weights_of_part(source, hf_config, prefix) as weights:
-            tensors = dict(_tensors(weights, hf_config))
-        if (loaded := _from_template(hf_files, tensors)) is not None:
-            return loaded
-        copy_model_files(hf_files, folder)
-        config = json.loads((hf_files / "config.json").read_text(encoding="utf-8"))
-        config.pop("quantization_config", None)
-        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        write_folder(tensors, hf_files, folder)
         loaded = _trainable(load_with_transformers(folder, hf_config, torch.float32))
     state = loaded.state_dict()
     stacked = _stacked_experts(tensors)
@@ -137,6 +132,37 @@ def weights_of_part(checkpoint: Path, hf_config: HFConfig, prefix: str) -> Megat
     weights.checkpoint.close()
     weights.checkpoint = cast(Any, _Part(opened(checkpoint), prefix))
     return weights
+
+
+def read_tensors(source: Path, hf_config: HFConfig, prefix: str = "") -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint or of a model's folder by published name, fp32.
+
+    Args:
+        source: a checkpoint of the run, or a Hugging Face folder.
+        hf_config: the model's config.json.
+        prefix: as of `read_model`, of a checkpoint.
+
+    Raises:
+        UserError: the source is incomplete, or another model's."""
+    if (source / "config.json").is_file():
+        with HFWeights(source, hf_config) as hf_weights:
+            return dict(_tensors(hf_weights, hf_config))
+    with weights_of_part(source, hf_config, prefix) as weights:
+        return dict(_tensors(weights, hf_config))
+
+
+def write_folder(tensors: Mapping[str, Tensor], hf_files: Path, folder: Path) -> None:
+    """Write a Hugging Face folder of tensors that are not quantized.
+
+    Args:
+        tensors: the weights by published name.
+        hf_files: the folder of the model's other files.
+        folder: an empty folder."""
+    copy_model_files(hf_files, folder)
+    config = json.loads((hf_files / "config.json").read_text(encoding="utf-8"))
+    config.pop("quantization_config", None)
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    save_file(dict(tensors), folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def read_adapted_model(

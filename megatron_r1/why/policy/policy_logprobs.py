@@ -284,6 +284,12 @@ class PolicyLogprobs(PolicyModels):
         ]
         return self._logprobs_of(rows, self.policy, self.temperature)
 
+    def plain_logprobs(self) -> list[np.ndarray]:
+        """Return those under the policy before the step at temperature 1, over the whole
+        vocabulary."""
+        rows = [replace(row, kept=None) for row in self._scored_rows]
+        return self._logprobs_of(rows, self.policy, 1.0)
+
     def shifted_logprobs(self) -> list[np.ndarray]:
         """Return, in place of each sampled token's, the log-probability of the token before it."""
         rows = [replace(row, targets=row.token_ids.roll(1)) for row in self._scored_rows]

@@ -8,6 +8,7 @@ from megatron_r1.models.weights.adapter_table import A, B
 from megatron_r1.why.policy.adapters import (
     LowRankProducts,
     attach_adapters,
+    merge_adapters,
     merged_weights,
     trained_parameters,
     with_scale,
@@ -123,3 +124,16 @@ def test_only_the_factors_are_trained_with_the_gradients_of_the_product():
         }
         for name, gradient in expected.items():
             torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-3)
+
+
+def test_weights_that_are_exported_have_the_products():
+    model, expected = random_model("DeepseekV3"), random_model("DeepseekV3")
+    layers = ATTENTION + SHARED
+    factors = factors_of(model, layers)
+    add_products(expected, factors)
+    tensors = dict(model.state_dict())
+    merge_adapters(tensors, factors, SCALE)
+    for layer in layers:
+        assert not torch.equal(tensors[f"{layer}.weight"], model.state_dict()[f"{layer}.weight"])
+    for name, tensor in tensors.items():
+        torch.testing.assert_close(tensor, expected.state_dict()[name], rtol=0, atol=1e-6)

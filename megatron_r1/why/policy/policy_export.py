@@ -1,0 +1,37 @@
+"""Writes the policy before a step as a Hugging Face folder, which an engine can load."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from megatron_r1.why.comparison import CannotRecompute
+from megatron_r1.why.policy import adapters, checkpoint_model
+from megatron_r1.why.record.recorded_step import RecordedStep, weights_after
+
+
+def write_policy(step: RecordedStep, num_parameters: int, folder: Path) -> None:
+    """Write the policy before a step, fp32, with its adapters merged.
+
+    Args:
+        step: the step.
+        num_parameters: the number of the policy's weights.
+        folder: an empty folder.
+
+    Raises:
+        CannotRecompute: there are no weights, or no room for the folder."""
+    num_bytes, free_bytes = 4 * num_parameters, shutil.disk_usage(folder).free
+    if num_bytes > free_bytes:
+        raise CannotRecompute(
+            f"the weights take {num_bytes / 1e9:.0f} GB in {folder.parent}, "
+            f"{free_bytes / 1e9:.0f} GB are free; set TMPDIR"
+        )
+    before, lora = step.before, step.run_config.model.lora
+    source = before if lora is None else weights_after(step.folder, step.run_config, 0)
+    if before is None or source is None:
+        raise CannotRecompute(f"the weights after step {step.step - 1} are not here")
+    tensors = checkpoint_model.read_tensors(source, step.hf_config)
+    if lora is not None and source != before:
+        names, read = checkpoint_model.adapter_factors(before, "")
+        adapters.merge_adapters(tensors, {name: read(name) for name in names}, lora.scale)
+    checkpoint_model.write_folder(tensors, step.model, folder)

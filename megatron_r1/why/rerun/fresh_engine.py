@@ -1,0 +1,138 @@
+"""Log-probabilities of a step's tokens by an engine that is started for them, with the settings of
+the run's engines, on the weights before the step."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from array import array
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+from megatron_r1.base.transports import BACKEND_PREFIX
+from megatron_r1.config import Config
+from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
+from megatron_r1.engines.server import gpu
+from megatron_r1.engines.server.errors import EngineError, describe_failure
+from megatron_r1.engines.server.model_config import max_positions
+from megatron_r1.engines.server.recipe_checks import (
+    check_cpu_kernels,
+    check_engines,
+    check_local_experts,
+)
+from megatron_r1.engines.server.settings import engine_settings, fleet_settings
+from megatron_r1.engines.server.vllm_arguments import check_arguments
+from megatron_r1.models.hf_config import load_config
+from megatron_r1.models.memory import engine_bytes
+from megatron_r1.why.comparison import CannotRecompute
+from megatron_r1.why.record.recorded_step import RecordedStep, TokenSequence
+
+ROLE = "rerun"
+
+
+def check_engine(step: RecordedStep, num_parameters: int) -> None:
+    """Raise CannotRecompute where no fresh engine can compute what the run's engines did.
+
+    Args:
+        step: the step.
+        num_parameters: the number of the policy's weights."""
+    config = step.run_config
+    reasons = (
+        (find_spec("vllm") is None, "vllm is not installed in this environment"),
+        ("quantization_config" in step.hf_config, "the weights in model.path are quantized"),
+        (config.push.fp8, "push.fp8: the engines' weights are quantized on their way"),
+        (
+            config.push.adapter_only,
+            "push.adapter_only: vLLM adds the adapters itself, and a fresh engine has them merged",
+        ),
+    )
+    for applies, reason in reasons:
+        if applies:
+            raise CannotRecompute(reason)
+    if gpu.is_usable():
+        return
+    num_bytes = engine_bytes(num_parameters, config.rollout.dtype, receives=False)
+    num_bytes += config.rollout.kv_cache_gib * 2**30
+    free_bytes = psutil.virtual_memory().available
+    if num_bytes > free_bytes:
+        raise CannotRecompute(
+            f"an engine needs {num_bytes / 1e9:.0f} GB, {free_bytes / 1e9:.0f} GB are free"
+        )
+
+
+async def score(
+    config: Config, folder: Path, sequences: Sequence[TokenSequence], logs: Path
+) -> list[np.ndarray]:
+    """Return a fresh engine's log-probabilities of the sampled tokens of each sequence, float32, at
+    temperature 1 over the whole vocabulary; NaN of those beyond the engine's positions.
+
+    Args:
+        config: the run's settings.
+        folder: the Hugging Face folder with the weights.
+        sequences: the sequences.
+        logs: the folder of the engine's log.
+
+    Raises:
+        CannotRecompute: the engine does not start, or fails.
+        UserError: settings with which no engine can serve the model."""
+    _check_settings(config, folder)
+    length = min(config.rollout.max_model_len or max_positions(folder), max_positions(folder))
+    # The engines of the run on one host, one engine of them; drafts change nothing of given tokens.
+    settings = engine_settings(config.rollout) | {"speculative": None}
+    async with contextlib.AsyncExitStack() as stack:
+        fleet = await stack.enter_async_context(
+            RolloutFleet(
+                1,
+                logs,
+                role=ROLE,
+                device=gpu.device(),
+                weight_transfer_backend=BACKEND_PREFIX + config.push.transport,
+                return_routing=config.rl.routing_replay,
+                return_sampling_mask=config.rollout.truncates_sampling,
+                # vLLM samples one token after those that it scores.
+                max_model_len=length + 1,
+                extra_env={"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"},
+                **fleet_settings(config.rollout) | {"max_restarts": 0},
+                **settings,
+            )
+        )
+        try:
+            await fleet.start(folder)
+            replies = await asyncio.gather(
+                *(fleet.compute_logprobs(_ids(each, length), 1) for each in sequences)
+            )
+        except EngineError as error:
+            reason = describe_failure(error, logs, f"{ROLE}-0")
+            raise CannotRecompute(f"the fresh engine: {reason}") from error
+    return [
+        _of_sampled(sequence, reply) for sequence, reply in zip(sequences, replies, strict=True)
+    ]
+
+
+def _check_settings(config: Config, folder: Path) -> None:
+    """Raise UserError for settings with which no engine on this host can serve the model."""
+    hf_config = load_config(folder)
+    check_engines(config, hf_config)
+    check_local_experts(config.rollout)
+    check_cpu_kernels(config.rollout, hf_config)
+    check_arguments(config.rollout, "rollout")
+
+
+def _ids(sequence: TokenSequence, length: int) -> list[int]:
+    """Return the tokens of a sequence that fit into the engine's positions."""
+    return sequence.token_ids[:length].tolist()
+
+
+def _of_sampled(sequence: TokenSequence, reply: array[float]) -> np.ndarray:
+    """Return the log-probabilities of a sequence's sampled tokens.
+
+    Args:
+        sequence: the sequence.
+        reply: the log-probability of each token but the first, as far as it was scored."""
+    logprobs = np.full(len(sequence.token_ids), np.nan, np.float32)
+    logprobs[1 : 1 + len(reply)] = reply
+    return logprobs[sequence.is_sampled]

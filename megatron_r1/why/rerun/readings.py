@@ -1,0 +1,208 @@
+"""What log-probabilities that are computed again say of a departure: they are those that the run
+recorded, those of transformers, or neither."""
+
+from __future__ import annotations
+
+import math
+from enum import Enum
+from typing import NamedTuple
+
+from megatron_r1.reporting.formatting import format_number as number
+from megatron_r1.why.record.recorded_step import RecordedStep
+
+NEARER = 0.5
+"""A rerun is on a side if it is nearer to it, by this factor or more, than the sides are to each
+other."""
+TOO_SMALL = (
+    "is within rounding of transformers, and the departure is too small to tell on which side it is"
+)
+HINT = "; next: "
+"""Between a remedy and the command that makes a rerun."""
+ENGINE_REMEDY = (
+    "rollout.dtype, rollout.vllm (quantization, kernels), or megatron-r1 check-model on the model"
+)
+PUSH_REMEDY = "the push: logs/engine-*.log, push/* in metrics.jsonl, push.transport (docs/push.md)"
+TRAINER_REMEDY = (
+    "rollout.temperature in rl.schedule, model.fusions, fp8, parallel; megatron-r1 check-model "
+    "with this layout"
+)
+
+
+def hint(step: RecordedStep, kind: str) -> str:
+    """Return the command that makes a rerun, to be put behind a remedy.
+
+    Args:
+        step: the step.
+        kind: what --rerun takes."""
+    return f"{HINT}megatron-r1 why {step.folder.path} --step {step.step} --rerun {kind}"
+
+
+class Near(Enum):
+    """Which side the log-probabilities of a rerun are on."""
+
+    RECORDED = "what the run recorded"
+    TRANSFORMERS = "transformers"
+    NEITHER = "neither"
+
+
+class Distances(NamedTuple):
+    """Distances between what the run recorded, transformers and a rerun, in nats.
+
+    Attributes:
+        recorded: the distance of what the run recorded from transformers.
+        reproduced: the distance of what the run recorded from the rerun; NaN: not compared.
+        rerun: the distance of the rerun from transformers."""
+
+    recorded: float
+    reproduced: float
+    rerun: float
+
+    def text(self, rerun: str) -> str:
+        """Return the distances as text.
+
+        Args:
+            rerun: what the rerun is called."""
+        reproduced = "not compared" if math.isnan(self.reproduced) else number(self.reproduced)
+        return (
+            f"recorded from transformers {number(self.recorded)}, recorded from {rerun} "
+            f"{reproduced}, {rerun} from transformers {number(self.rerun)}"
+        )
+
+
+class Reading(NamedTuple):
+    """What a rerun says.
+
+    Attributes:
+        near: the side that it is on.
+        departs: whether the rerun itself departs from transformers.
+        conclusion: a sentence, which names the side at fault where something departs.
+        remedy: what to change; "" where nothing departs."""
+
+    near: Near
+    departs: bool
+    conclusion: str
+    remedy: str = ""
+
+
+def distance(a: float, b: float) -> float:
+    """Return |a - b|: 0 where neither is finite, infinite where one of them is not."""
+    if math.isfinite(a) and math.isfinite(b):
+        return abs(a - b)
+    return math.inf if math.isfinite(a) or math.isfinite(b) else 0.0
+
+
+def nearest(distances: Distances, tolerance: float, departs: bool) -> Near:
+    """Return the side that a rerun is on.
+
+    Of a departure of little more than the tolerance both sides may be within it of the rerun, and
+    a cause that is smaller than the tolerance may be known: hence `NEARER`.
+
+    Args:
+        distances: the distances.
+        tolerance: the largest distance that is rounding.
+        departs: whether what the run recorded departs from transformers."""
+    limit = tolerance
+    if departs and math.isfinite(distances.recorded):
+        limit = min(tolerance, NEARER * distances.recorded)
+    if distances.rerun <= limit:  # NaN is not
+        return Near.TRANSFORMERS
+    return Near.RECORDED if distances.reproduced <= limit else Near.NEITHER
+
+
+def engine_reading(distances: Distances, tolerance: float, departs: bool) -> Reading:
+    """Return what a fresh engine on the weights before the step says.
+
+    Args:
+        distances: the distances; `reproduced` NaN: the run's sampling cannot be scored.
+        tolerance: the largest distance that is rounding.
+        departs: whether the logged log-probabilities depart from transformers'."""
+    near = nearest(distances, tolerance, departs)
+    if not departs:
+        return _unasked(
+            near,
+            "a fresh engine agrees with transformers, as the run's did",
+            "a fresh engine departs from transformers, and the run's did not: vLLM, its settings "
+            "or the machine are not those of the run",
+            ENGINE_REMEDY,
+        )
+    if near is Near.NEITHER and distances.rerun <= tolerance:
+        return Reading(near, False, f"a fresh engine {TOO_SMALL}", ENGINE_REMEDY)
+    if near is Near.TRANSFORMERS:
+        return Reading(
+            near,
+            False,
+            "a fresh engine agrees with transformers on the weights before the step: the run's "
+            "engine had other weights or another state (the push), or another setting of its "
+            "sampler, which scoring does not use",
+            PUSH_REMEDY,
+        )
+    if near is Near.RECORDED:
+        conclusion = (
+            "a fresh engine gives the logged values on the weights before the step: the engine's "
+            "function differs from transformers' (dtype, kernel, settings), the push is right"
+        )
+    elif math.isnan(distances.reproduced):
+        conclusion = (
+            "a fresh engine departs from transformers at temperature 1 too: the engine's function "
+            "differs (dtype, kernel, settings); whether it gives the logged values was not compared"
+        )
+    else:
+        conclusion = (
+            "a fresh engine gives neither the logged values nor transformers': the engine's "
+            "function differs (dtype, kernel, settings), and the run's engine had other weights, "
+            "another state or other settings besides"
+        )
+    return Reading(near, True, conclusion, ENGINE_REMEDY)
+
+
+def trainer_reading(distances: Distances, tolerance: float, departs: bool, layout: str) -> Reading:
+    """Return what one rank without parallelism says of the trainer's recorded distance.
+
+    Args:
+        distances: the distances.
+        tolerance: the largest distance that is rounding.
+        departs: whether the trainer's recorded distance departs from transformers'.
+        layout: the run's layout as text; "" for one rank."""
+    near = nearest(distances, tolerance, departs)
+    if not departs:
+        return _unasked(
+            near,
+            "one rank without parallelism agrees with transformers, as the run's trainer did",
+            "one rank without parallelism departs from transformers, and the run's trainer did "
+            "not: software or machine are not those of the run",
+            TRAINER_REMEDY,
+        )
+    if near is Near.NEITHER and distances.rerun <= tolerance:
+        return Reading(near, False, f"one rank without parallelism {TOO_SMALL}", TRAINER_REMEDY)
+    if near is Near.TRANSFORMERS and layout:
+        conclusion = (
+            "one rank without parallelism agrees with transformers: the run's layout is the cause "
+            f"({layout}), or a state of its ranks that no checkpoint has"
+        )
+        return Reading(near, False, conclusion, f"{layout} (docs/parallelism.md)")
+    if near is Near.TRANSFORMERS:
+        conclusion = (
+            "one rank agrees with transformers, and the run had one rank too: its weights or state "
+            "were not those of the checkpoint"
+        )
+        return Reading(near, False, conclusion, TRAINER_REMEDY)
+    if near is Near.RECORDED:
+        conclusion = (
+            "one rank without parallelism departs likewise: the trainer's function differs from "
+            "transformers' (the model's code, fusions, fp8, temperature), and the layout is "
+            "not the cause"
+        )
+    else:
+        conclusion = (
+            "one rank without parallelism departs from transformers, and otherwise than the run's "
+            "trainer: the trainer's function differs (the model's code, fusions, fp8, "
+            "temperature), and its layout or state changes more"
+        )
+    return Reading(near, True, conclusion, TRAINER_REMEDY)
+
+
+def _unasked(near: Near, agrees: str, departs: str, remedy: str) -> Reading:
+    """Return the reading of a rerun where what the run recorded does not depart."""
+    if near is Near.TRANSFORMERS:
+        return Reading(near, False, agrees)
+    return Reading(near, True, departs, remedy)
