@@ -29,7 +29,7 @@ TE_BUILT := $(CUDA_VENV)/.transformer-engine-$(TE)-torch-$(TORCH)
 
 help:
 	@echo "make demo      a small model learns to reason: minutes on two CPU cores"
-	@echo "make demo-pretrained  GRPO on SmolLM2-135M-Instruct (93 MB to download): 12 to 26 minutes on two cores"
+	@echo "make demo-pretrained  GRPO on SmolLM2-135M-Instruct (93 MB to download): 12 to 55 minutes on two cores"
 	@echo "make smollm2   that model alone, for recipes of your own: $(SMOLLM2)/model"
 	@echo "make demo-agents  a tiny model learns to use a tool: minutes on two CPU cores"
 	@echo "make setup     install everything into $(VENV) (3.9 GB; the others do it, too)"

@@ -108,8 +108,8 @@ def adapt_signature(function: Callable[..., Any], target: str) -> GradeFunction:
             key=target,
             cause=Cause.UNSUPPORTED,
         )
-    for library, theirs in REFUSED.items():
-        if names >= theirs:
+    for library, parameter_names in REFUSED.items():
+        if names >= parameter_names:
             raise UserError(
                 f"{target} has the signature of {library}'s reward functions "
                 f"({', '.join(names)}), which is not accepted; write {OWN}, or verl's or TRL's "

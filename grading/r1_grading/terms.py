@@ -60,8 +60,13 @@ def read_weights(weights: Mapping[str, Any]) -> dict[str, float | ScheduledWeigh
         UserError: a term that is no reward, an unknown key, a value of the wrong type, a schedule
             that never counts, or no weight above 0; it names the term and the
             key."""
-    read = {name: _read_weight(f"rewards.weights.{name}", name, w) for name, w in weights.items()}
-    numbers = {name: w.weight if isinstance(w, ScheduledWeight) else w for name, w in read.items()}
+    parsed_weights = {
+        name: _read_weight(f"rewards.weights.{name}", name, w) for name, w in weights.items()
+    }
+    numbers = {
+        name: w.weight if isinstance(w, ScheduledWeight) else w
+        for name, w in parsed_weights.items()
+    }
     if not any(number > 0 for number in numbers.values()):
         raise UserError(
             f"rewards.weights: no weight is above 0 (got {numbers}), so no response would be "
@@ -69,7 +74,7 @@ def read_weights(weights: Mapping[str, Any]) -> dict[str, float | ScheduledWeigh
             key="rewards.weights",
             cause=Cause.EMPTY,
         )
-    return read
+    return parsed_weights
 
 
 def _read_weight(path: str, name: str, value: Any) -> float | ScheduledWeight:
@@ -196,20 +201,20 @@ def read_options(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _read_numbers(kind: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of a reward with numbers and truth values read.
+    """Return the options of a reward with numbers and truth values parsed_options.
 
-    Only a registered reward's are read, whose defaults have these types."""
-    read = dict(values)
+    Only a registered reward's are parsed_options, whose defaults have these types."""
+    parsed_options = dict(values)
     defaults = _defaults(kind) if kind in REGISTRY else {}
     for name, value in values.items():
         number_type = type(defaults.get(name))
         if number_type in (bool, int, float):
             try:
-                read[name] = read_scalar(value, [number_type])
+                parsed_options[name] = read_scalar(value, [number_type])
             except ValueError as error:
                 key = f"rewards.options.{kind}.{name}"
                 raise UserError(f"{key}: {error}", key=key, cause=Cause.MALFORMED) from None
-    return read
+    return parsed_options
 
 
 @functools.cache

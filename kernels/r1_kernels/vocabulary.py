@@ -82,12 +82,12 @@ def _check_equal(
     checked_sizes = _known_equal.setdefault(group, set())
     if (num_columns, vocab_size) in checked_sizes:
         return
-    mine = torch.tensor([num_columns, vocab_size], dtype=torch.int64, device=local.device)
-    everyone = mine.new_empty(2 * num_ranks)
+    local_sizes = torch.tensor([num_columns, vocab_size], dtype=torch.int64, device=local.device)
+    all_sizes = local_sizes.new_empty(2 * num_ranks)
     # Over the vocabulary group: every rank sees all shards, so that all raise together, or none.
     # The host waits for it, which is why a head that was found equal is not asked about again.
-    all_gather(everyone, mine, group=group)
-    shards = {tuple(shard) for shard in everyone.view(num_ranks, 2).tolist()}
+    all_gather(all_sizes, local_sizes, group=group)
+    shards = {tuple(shard) for shard in all_sizes.view(num_ranks, 2).tolist()}
     if len(shards) > 1:
         raise ValueError(
             f"every rank of the group needs the same columns and vocab_size, got {sorted(shards)}"

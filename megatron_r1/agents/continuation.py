@@ -249,8 +249,10 @@ def _deepest_match(
         number, start = open_nodes.pop()
         node = tree.nodes[number]
         end = start + len(node.messages)
-        theirs = messages[start:end]
-        if len(theirs) < len(node.messages) or not all(map(_is_same, node.messages, theirs)):
+        request_messages = messages[start:end]
+        if len(request_messages) < len(node.messages) or not all(
+            map(_is_same, node.messages, request_messages)
+        ):
             continue
         if node.is_sampled and end < len(messages) and (end, number) > (best[1], best[0] or 0):
             best = number, end
@@ -258,18 +260,21 @@ def _deepest_match(
     return best
 
 
-def _is_same(ours: Message, theirs: Message) -> bool:
+def _is_same(recorded: Message, requested: Message) -> bool:
     """Whether a request's message stands for one of the tree's."""
-    if ours == theirs:
+    if recorded == requested:
         return True
-    mine, theirs_rendered = _renderable(ours), _renderable(theirs)
-    if mine["role"] != "assistant" or theirs_rendered["role"] != "assistant":
-        return mine == theirs_rendered
-    thought = theirs_rendered.get("reasoning_content")
+    rendered_recorded, rendered_requested = _renderable(recorded), _renderable(requested)
+    if rendered_recorded["role"] != "assistant" or rendered_requested["role"] != "assistant":
+        return rendered_recorded == rendered_requested
+    thought = rendered_requested.get("reasoning_content")
     return (
-        mine["content"].strip() == theirs_rendered["content"].strip()
-        and _calls(mine) == _calls(theirs_rendered)
-        and (not thought or thought.strip() == (mine.get("reasoning_content") or "").strip())
+        rendered_recorded["content"].strip() == rendered_requested["content"].strip()
+        and _calls(rendered_recorded) == _calls(rendered_requested)
+        and (
+            not thought
+            or thought.strip() == (rendered_recorded.get("reasoning_content") or "").strip()
+        )
     )
 
 

@@ -357,13 +357,15 @@ def _compare(outcome: AgentOutcome, session: GatewaySession) -> None:
     """End the episode as protocol_error where the agent's record has other tokens than the tree."""
     if outcome.sequences is None:
         return
-    theirs = {tuple(ids) for ids in outcome.sequences if ids}
-    ours = {tuple(branch.token_ids) for branch in session.tree.branches()}
-    if theirs != ours:
+    recorded_sequences = {tuple(ids) for ids in outcome.sequences if ids}
+    sampled_sequences = {tuple(branch.token_ids) for branch in session.tree.branches()}
+    if recorded_sequences != sampled_sequences:
+        num_unknown = len(recorded_sequences - sampled_sequences)
+        num_missing = len(sampled_sequences - recorded_sequences)
         session.end(
             "protocol_error",
-            f"the agent's record has {len(theirs - ours)} sequences that were not sampled so, and "
-            f"lacks {len(ours - theirs)} of {len(ours)}",
+            f"the agent's record has {num_unknown} sequences that were not sampled so, and "
+            f"lacks {num_missing} of {len(sampled_sequences)}",
         )
 
 

@@ -81,7 +81,7 @@ def show_batch(config: Config, tokenizer: PromptTokenizer, prompts: PromptSplit)
     memory = _memory(config)
     first_config = config.at(1)
     group_size = min(first_config.rl.group_size, MAX_RESPONSES)
-    num_groups = min(first_config.rl.questions_per_rollout, MAX_RESPONSES // group_size)
+    num_groups = min(first_config.rl.prompts_per_rollout, MAX_RESPONSES // group_size)
     sampler = PromptSampler(prompts.train, config.run.seed)
     first_prompts = sampler.next_by_kind(num_groups, weights=first_config.rl.kind_weights)
     with temporary_logs() as logs:
@@ -222,7 +222,7 @@ def _summary(
     means = rollout_metrics(rollout, policy_version=0)
     responses = sum(len(group.responses) for group in rollout.groups)
     rate = means["response_tokens"] / seconds
-    step_responses = first_config.rl.questions_per_rollout * first_config.rl.group_size
+    step_responses = first_config.rl.prompts_per_rollout * first_config.rl.group_size
     sampling_seconds = step_responses * means["response_length/mean"] / rate * config.run.steps
     lines = [
         "---",

@@ -153,7 +153,7 @@ def guess_batches(parameters: int, num_questions: int, machine: Machine) -> list
     return [
         Guess("run.steps", 50, f"rollouts of {responses} responses; {epochs}"),
         Guess("checkpoint.every", 10, "steps that a kill loses at most"),
-        Guess("rl.questions_per_rollout", num_rollout_questions, "R1-Zero has 512"),
+        Guess("rl.prompts_per_rollout", num_rollout_questions, "R1-Zero has 512"),
         Guess("rl.group_size", group_size, "responses to each question, which are compared"),
         Guess("rl.minibatches", minibatches, "updates per rollout"),
         Guess(

@@ -53,10 +53,10 @@ def _load_prompts(config: Config, tokenizer: PromptTokenizer) -> PromptSplit:
     prompts = drop_long_prompts(prompts, tokenizer, max_model_len(config))
     for line in _describe_rows(prompts, tokenizer):
         print(line)
-    per_rollout = config.rl.questions_per_rollout
+    per_rollout = config.rl.prompts_per_rollout
     if per_rollout > len(prompts.train):
         print(
-            f"rl.questions_per_rollout: {per_rollout} is more than the {len(prompts.train):,} "
+            f"rl.prompts_per_rollout: {per_rollout} is more than the {len(prompts.train):,} "
             "questions to train on: a rollout has some of them several times",
             file=sys.stderr,
         )
@@ -268,12 +268,12 @@ def explain_renamed_columns(columns: Mapping[str, str] | None) -> Iterator[None]
     try:
         yield
     except RewardUnusable as error:
-        for ours, theirs in (columns or {}).items():
-            if theirs in error.missing and ours != theirs:
+        for name, source_column in (columns or {}).items():
+            if source_column in error.missing and name != source_column:
                 raise UserError(
-                    f"{error}; the file's column {theirs!r} is read as {ours} (data.columns), "
-                    f"which a reward gets by that name: call its parameter {ours}",
-                    key=f"data.columns.{ours}",
+                    f"{error}; the file's column {source_column!r} is read as {name} "
+                    f"(data.columns), which a reward gets by that name: call its parameter {name}",
+                    key=f"data.columns.{name}",
                     cause=Cause.CONFLICT,
                 ) from None
         raise

@@ -37,8 +37,8 @@ ALIASES = (
     _alias(
         "rollout_batch_size, train_batch_size, data.train_batch_size, generation_batch_size, "
         "prompts per step, batch size",
-        "rl.questions_per_rollout rl.group_size rl.minibatches",
-        "a rollout has questions_per_rollout x group_size responses, and minibatches updates",
+        "rl.prompts_per_rollout rl.group_size rl.minibatches",
+        "a rollout has prompts_per_rollout x group_size responses, and minibatches updates",
     ),
     _alias(
         "max_new_tokens, max_tokens, max_completion_length, max_response_length, generate_max_len, "

@@ -64,11 +64,11 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _across_sections(self) -> Self:
-        num_responses = self.rl.questions_per_rollout * self.rl.group_size
+        num_responses = self.rl.prompts_per_rollout * self.rl.group_size
         if num_responses % self.rl.minibatches:
             raise UserError(
                 f"rl.minibatches: {self.rl.minibatches} does not divide the {num_responses} "
-                f"responses of a rollout ({self.rl.questions_per_rollout} questions x "
+                f"responses of a rollout ({self.rl.prompts_per_rollout} questions x "
                 f"{self.rl.group_size}); choose a divisor",
                 key="rl.minibatches",
                 cause=Cause.INDIVISIBLE,

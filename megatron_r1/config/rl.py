@@ -44,7 +44,7 @@ SCHEDULED = {
         *("reference_refresh", "advantage_epsilon", "discount", "gae_lambda"),
         *("reward_normalization",),
         *("overlong_buffer", "overlong_penalty", "truncated", "dynamic_sampling_rounds"),
-        *("group_size", "questions_per_rollout", "minibatches", "kind_weights", "options"),
+        *("group_size", "prompts_per_rollout", "minibatches", "kind_weights", "options"),
     ),
     "rewards": ("weights",),
     "optimizer": ("learning_rate", "min_learning_rate"),
@@ -179,8 +179,8 @@ class RLConfig(Section):
     """settings of an algorithm of your own, by the names in its rules"""
     group_size: int = Field(16, ge=1)
     """responses per prompt, G; 2 or more where a group is the baseline"""
-    questions_per_rollout: int = Field(512, gt=0)
-    """questions drawn per rollout (P); 512 x 16 = the paper's 8192 responses"""
+    prompts_per_rollout: int = Field(512, gt=0)
+    """prompts drawn per rollout (P); 512 x 16 = the paper's 8192 responses"""
     kind_weights: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = {}
     """how often prompts of a kind are drawn, relative to the largest weight, which draws all in
     each epoch; kinds left out have 1: {helpful: 0} draws none of the kind, {helpful: 0.5} half"""

@@ -34,6 +34,7 @@ REMOVED = {
     ),
     "optimizer.warmup": RemovedKey(0, "it is called optimizer.warmup_updates"),
     "parallel.wait_seconds": RemovedKey(7200.0, "it is called parallel.timeout_seconds"),
+    "rl.questions_per_rollout": RemovedKey(512, "it is called rl.prompts_per_rollout"),
     "rewards.answer": RemovedKey("strict", "it is called rewards.reading"),
     "sample.avoid": RemovedKey([], "it is called sample.decontaminate"),
     "sample.avoid_ngram": RemovedKey(13, "it is called sample.decontaminate_ngram"),

@@ -52,10 +52,10 @@ def _accuracy_advice(groups: list[Group], config: Config) -> str:
         return ""
     sentence = f"{num_correct} of {format_count(len(graded), 'response')} are right"
     # Environments and rewards of the user's own read responses as they like.
-    ours = [group for group in groups if group.prompt.kind in REGISTRY | REMOTE]
+    built_in_groups = [group for group in groups if group.prompt.kind in REGISTRY | REMOTE]
     num_plain = sum(
         not any(form in response.text for form in (ANSWER, *BOXES))
-        for response in all_responses(ours)
+        for response in all_responses(built_in_groups)
         if response.episode is None and ACCURACY not in response.ungraded_terms
     )
     if config.rewards.reading not in ("last", "auto") and 2 * num_plain > len(graded):

@@ -237,12 +237,12 @@ def _effect(
     intervals = ((change.low, change.high) for change in (certain_change, possible_change))
     # A single group has no interval.
     ends = [end for interval in intervals for end in interval if end is not None]
-    certain, possible = min(signs), max(signs)
+    num_certain, num_possible = min(signs), max(signs)
     return AdvantageEffect(
         num_groups,
         len(drawn_groups),
         Estimate(certain_change.value, min(ends, default=None), max(ends, default=None)),
-        sampled_fraction(num_groups, len(drawn_groups), certain, possible - certain),
+        sampled_fraction(num_groups, len(drawn_groups), num_certain, num_possible - num_certain),
     )
 
 

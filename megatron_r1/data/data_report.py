@@ -62,7 +62,9 @@ class DataReport:
         remark = "" if self.is_complete else " (more are not needed)"
         lines = [f"{self.source}: {self.num_read:,} {read} read{remark}, {num_kept:,} usable"]
         if self.columns:
-            column_pairs = ", ".join(f"{ours} = {theirs}" for ours, theirs in self.columns.items())
+            column_pairs = ", ".join(
+                f"{name} = {source_column}" for name, source_column in self.columns.items()
+            )
             lines.append(f"  columns, by their names: {column_pairs}")
         if self.kinds:
             counts = ", ".join(f"{kind} {count:,}" for kind, count in self.kinds.items())

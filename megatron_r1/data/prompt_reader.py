@@ -134,11 +134,13 @@ class RowReader:
     def _renamed(self, row: CanonicalRow, column_names: Mapping[str, str]) -> CanonicalRow:
         """Return the row with the columns that were found by their names. A reward of the user's
         own gets them under both names."""
-        values = {ours: lookup(row, theirs) for ours, theirs in column_names.items()}
+        values = {name: lookup(row, column) for name, column in column_names.items()}
         if self.kind is None or self.kind in REGISTRY:
-            present = {o: column_names[o] for o, value in values.items() if value is not ABSENT}
+            present = {
+                name: column_names[name] for name, value in values.items() if value is not ABSENT
+            }
             row = rename_columns("", row, present)
-        return row | {ours: None if v is ABSENT else v for ours, v in values.items()}
+        return row | {name: None if value is ABSENT else value for name, value in values.items()}
 
 
 def _is_solution(truth: Any) -> bool:

@@ -41,13 +41,13 @@ def read_canonical_rows(
     """
     columns = columns or {}
     rows = _read_all_rows(path, key)
-    for ours in columns:
-        # Rewards may read columns of any name, but hardly of one so close to ours.
-        matches = [] if ours in names else get_close_matches(ours, names, n=1, cutoff=0.8)
+    for name in columns:
+        # Rewards may read columns of any name, but hardly of one so close to one of these.
+        matches = [] if name in names else get_close_matches(name, names, n=1, cutoff=0.8)
         if matches and matches[0] not in columns:
             raise UserError(
-                f"{path}: columns.{ours}: did you mean columns.{matches[0]}?",
-                key=f"columns.{ours}",
+                f"{path}: columns.{name}: did you mean columns.{matches[0]}?",
+                key=f"columns.{name}",
                 cause=Cause.UNKNOWN,
             )
     for location, row in rows:
@@ -76,7 +76,7 @@ def require_text(location: str, row: CanonicalRow, name: str, renaming: str = ""
     Args:
         location: "file:line", for errors.
         row: the row.
-        name: ours.
+        name: the canonical name.
         renaming: as in `missing`.
 
     Raises:
@@ -105,26 +105,26 @@ def describe_missing(row: CanonicalRow, name: str, renaming: str = "") -> str:
 
 
 def rename_columns(location: str, row: CanonicalRow, columns: Mapping[str, str]) -> CanonicalRow:
-    """Return the row with the columns under our names.
+    """Return the row with the columns under their canonical names.
 
     Args:
         location: "file:line", for errors.
         row: the row as the file has it.
-        columns: our name → the file's.
+        columns: canonical name → the file's.
 
     Raises:
         UserError: a column that the row lacks."""
-    values = {ours: lookup(row, theirs) for ours, theirs in columns.items()}
-    for ours, theirs in columns.items():
-        if values[ours] is ABSENT:
-            suggestion = did_you_mean(theirs, row, "{}")
+    values = {name: lookup(row, source_column) for name, source_column in columns.items()}
+    for name, source_column in columns.items():
+        if values[name] is ABSENT:
+            suggestion = did_you_mean(source_column, row, "{}")
             raise UserError(
-                f"{location}: no column {theirs!r}, as columns.{ours} says{suggestion}; it has "
-                f"{', '.join(row)}",
-                key=f"columns.{ours}",
+                f"{location}: no column {source_column!r}, as columns.{name} says{suggestion}; "
+                f"it has {', '.join(row)}",
+                key=f"columns.{name}",
                 cause=Cause.NOT_FOUND,
             )
-    source_columns = {part for theirs in columns.values() for part in (theirs, *theirs.split("+"))}
+    source_columns = {part for column in columns.values() for part in (column, *column.split("+"))}
     kept_columns = {name: value for name, value in row.items() if name not in source_columns}
     return kept_columns | values
 

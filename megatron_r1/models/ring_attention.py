@@ -102,8 +102,8 @@ class _RingAttention(torch.autograd.Function):
         queries = halves.pad(query, size)
         masks = halves.buckets.padding_masks(query.dtype)
         # Sums over chunks are in fp32 at least.
-        wide = torch.promote_types(query.dtype, torch.float32)
-        joined: list[list[Any]] = [[None] * len(masks) for _ in queries]  # (out, lse)
+        sum_dtype = torch.promote_types(query.dtype, torch.float32)
+        merged: list[list[Any]] = [[None] * len(masks) for _ in queries]  # (out, lse)
         for owner, share in _ring_shares(torch.cat([key, value], 2), group):
             keys = halves.pad(share[..., : key.shape[2]], size)
             values = halves.pad(share[..., key.shape[2] :], size)
@@ -112,9 +112,9 @@ class _RingAttention(torch.autograd.Function):
                     k, v = (repeat_kv(x[key_half][index], q.shape[1]) for x in (keys, values))
                     mask = None if causal else masks[index]
                     out, lse = flash_forward(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
-                    joined[half][index] = _merge_chunks(joined[half][index], out.to(wide), lse)
+                    merged[half][index] = _merge_chunks(merged[half][index], out.to(sum_dtype), lse)
         out, lse = (
-            halves.unpad([[part[n] for part in half] for half in joined], count)
+            halves.unpad([[part[n] for part in half] for half in merged], count)
             for n, count in enumerate((value.shape[2], 1))
         )
         ctx.save_for_backward(query, key, value, out := out.to(query.dtype), lse)

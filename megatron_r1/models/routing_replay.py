@@ -137,13 +137,13 @@ class LayerReplay:
         micro-batches; by then another micro-batch is the current one."""
         if torch.is_grad_enabled() and self.waiting:
             return self.waiting.popleft()
-        new = LayerPass(self.current)
+        layer_pass = LayerPass(self.current)
         if self.current is not None and self.current.counts is not None:
             assert self.moe_index is not None, "its choices are not replayed"
-            new.counts = self.current.counts[self.moe_index]
+            layer_pass.counts = self.current.counts[self.moe_index]
         if self._is_recomputed():
-            self.waiting.append(new)
-        return new
+            self.waiting.append(layer_pass)
+        return layer_pass
 
     def _is_recomputed(self) -> bool:
         return self.router.training and not torch.is_grad_enabled()

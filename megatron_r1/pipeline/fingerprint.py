@@ -124,9 +124,9 @@ def list_changes(
         after: those of now.
         defaults: values of keys that `before`, written by an earlier version, may lack."""
     before = {key: value for key, value in (defaults or {}).items() if key in after} | before
-    none = "not there"
+    missing = "not there"
     return [
-        f"{key}: {value_text(before, key, none)} then, {value_text(after, key, none)} now"
+        f"{key}: {value_text(before, key, missing)} then, {value_text(after, key, missing)} now"
         for key in changed_keys(before, after)
     ]
 

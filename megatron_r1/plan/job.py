@@ -229,7 +229,7 @@ class PlannedJob:
             return config.reward_model.batch_size * (2 if pairwise else 1)
         if self.verb == "sample":
             return (config.data.num_train or self.assumptions.questions) * config.sample.samples
-        return config.rl.questions_per_rollout * config.rl.group_size
+        return config.rl.prompts_per_rollout * config.rl.group_size
 
     @property
     def num_steps(self) -> int | None:

@@ -197,8 +197,8 @@ class WeightSender:
                 except SetFailed as error:
                     problems[name] = error.failure
                 except RuntimeError as error:
-                    late = f"an engine has not relayed all of push {push_number}: {error}"
-                    problems[name] = rendezvous.report_error(late)
+                    failure_text = f"an engine has not relayed all of push {push_number}: {error}"
+                    problems[name] = rendezvous.report_error(failure_text)
         return SentWeights(problems)
 
     def _send_over_links(

@@ -250,7 +250,7 @@ def _schedule(config: Config) -> list[dict[str, Any]]:
         changes = {
             key: shrunk[key](config, value) if key in shrunk else value
             for key, value in entry.changes.items()
-            if key not in ("rl.questions_per_rollout", "rl.group_size")
+            if key not in ("rl.prompts_per_rollout", "rl.group_size")
         }
         if changes:
             entries.append({"from_step": step, **changes})
@@ -368,7 +368,7 @@ def _rl(config: Config, data: int) -> dict[str, Any]:
     return {
         "group_size": group,
         "minibatches": _minibatches(config, rl.minibatches),
-        "questions_per_rollout": -(-responses // group),
+        "prompts_per_rollout": -(-responses // group),
         "kind_weights": _kind_weights(config, rl.kind_weights),
         "reference_refresh": min(rl.reference_refresh, 2),
         "staleness": min(rl.staleness, 2),

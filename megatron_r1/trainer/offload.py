@@ -258,7 +258,7 @@ class Offload:
         pointers: set[int] = set()
         networks = self._networks()
 
-        def new(tensors: Iterator[Tensor]) -> list[torch.UntypedStorage]:
+        def unseen_storages(tensors: Iterator[Tensor]) -> list[torch.UntypedStorage]:
             storages = []
             for tensor in tensors:
                 storage = tensor.untyped_storage()
@@ -268,10 +268,12 @@ class Offload:
             return [storage for storage in storages if storage.nbytes()]
 
         return {
-            "parameters": new(
+            "parameters": unseen_storages(
                 p for n in networks for chunk in n.model_chunks for p in chunk.parameters()
             ),
-            "optimizer": new(t for n in networks for t in _optimizer_tensors(n.optimizer)),
+            "optimizer": unseen_storages(
+                t for n in networks for t in _optimizer_tensors(n.optimizer)
+            ),
         }
 
 

@@ -113,8 +113,8 @@ def serve(config: Config, address: str, grid_position: GridPosition | None = Non
         if isinstance(error, UserError):
             failure = RankReply(rank, None, str(error), True, error.key, error.cause)
         else:
-            late = _late_ranks(error, rank_monitor, config.parallel.timeout_seconds)
-            failure = RankReply(rank, None, late + traceback.format_exc())
+            late_text = _late_ranks(error, rank_monitor, config.parallel.timeout_seconds)
+            failure = RankReply(rank, None, late_text + traceback.format_exc())
         socket.send(encode(failure))
         socket.close(linger=5_000)  # the process ends with `raise`: first the message has to leave
         raise

@@ -167,7 +167,9 @@ class Report:
     def all_clear(self) -> str:
         """That nothing departs, with the families in which nothing could be checked."""
         families = dict.fromkeys(comparison.family for comparison in self.comparisons)
-        checked = {each.family for each in self.comparisons if each.status != NOT_CHECKED}
+        checked = {
+            comparison.family for comparison in self.comparisons if comparison.status != NOT_CHECKED
+        }
         if not (left_out := [family for family in families if family not in checked]):
             return "nothing departs"
         return (

@@ -23,7 +23,7 @@ HERE = Path(__file__).parent
 THINKS = 0.2
 """Share of the base model's examples with a thought."""
 RL_RECIPE = yaml.safe_load((HERE / "run.yaml").read_text())["rl"]
-QUESTIONS, MINIBATCHES = RL_RECIPE["questions_per_rollout"], RL_RECIPE["minibatches"]
+QUESTIONS, MINIBATCHES = RL_RECIPE["prompts_per_rollout"], RL_RECIPE["minibatches"]
 NUMBERS = range(100, 1000)
 
 

@@ -45,7 +45,7 @@ run: {{folder: {folder}/run, steps: {steps}}}
 model: {{path: {folder}/model, dtype: float32}}
 data: {{path: {folder}/questions.jsonl, heldout_fraction: 0.0, template: "{{question}}"}}
 rollout: {{max_response_tokens: 16, dtype: float32, max_num_seqs: 16, start_timeout_seconds: 240}}
-rl: {{questions_per_rollout: 2, group_size: 2, minibatches: 1, reference_refresh: 0}}
+rl: {{prompts_per_rollout: 2, group_size: 2, minibatches: 1, reference_refresh: 0}}
 optimizer: {{learning_rate: 1.0e-4}}
 rewards: {{workers: 1}}
 parallel: {{threads: 1}}

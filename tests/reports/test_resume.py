@@ -49,7 +49,7 @@ def test_b62_a_warm_up_that_ends_is_not(warmup, total):
 def test_b62_the_steps_are_updates_of_the_policy(algorithm, updates):
     config = Config(
         run={"steps": 3},
-        rl={"algorithm": algorithm, "minibatches": 2, "questions_per_rollout": 2},
+        rl={"algorithm": algorithm, "minibatches": 2, "prompts_per_rollout": 2},
         critic={"warmup_steps": 1},
     )
     assert config.num_policy_updates == updates

@@ -51,7 +51,7 @@ model: {{path: {folder}/base/hf, dtype: float32}}
 data: {{path: {folder}/questions.jsonl, num_heldout: 4, template: "{{question}}"}}
 rollout: {{max_response_tokens: 24, dtype: float32, max_num_seqs: 64}}
 rl:
-  questions_per_rollout: 4
+  prompts_per_rollout: 4
   group_size: 4
   minibatches: 2
   reference_refresh: 0

@@ -80,7 +80,7 @@ parallel: {{processes: 2, context: 2, tokens_per_microbatch: 67584, threads: 1}}
 rl:
   algorithm: reinforce_pp  # of one response to a question, as one of 65,536 tokens is enough
   group_size: 1
-  questions_per_rollout: 8
+  prompts_per_rollout: 8
   minibatches: 1
   kl_beta: 0.0
   schedule: [{{from_step: 2, rollout.max_response_tokens: 64}}]

@@ -36,7 +36,7 @@ class Chaos:
             *("--agents.environment", "sandboxed_lookup:SandboxedLookup"),
             *("--agents.parameters", options, "--agents.call_seconds", 60),
             *("--run.steps", STEPS),
-            *("--rl.questions_per_rollout", QUESTIONS, "--rl.group_size", GROUP),
+            *("--rl.prompts_per_rollout", QUESTIONS, "--rl.group_size", GROUP),
             *("--rollout.max_num_seqs", 32, "--data.num_heldout", 0, "--checkpoint.every", 1),
         )
         self.process: subprocess.Popen | None = None

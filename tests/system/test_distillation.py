@@ -158,7 +158,7 @@ data: {{path: {base}/questions.jsonl, num_heldout: 10, template: "{{question}}"}
 rollout: {{max_response_tokens: 24, dtype: float32, max_num_seqs: 64}}
 rl:
   algorithm: on_policy_distillation
-  questions_per_rollout: 16
+  prompts_per_rollout: 16
   group_size: 4
   minibatches: 2
 teacher: {{path: {base}/teacher/hf, dtype: float32}}

@@ -23,7 +23,7 @@ SETTINGS = {
     "run.steps": len(STEPS),
     "rollout.colocated": "true",
     "rl.group_size": GROUP,
-    "rl.questions_per_rollout": 2,
+    "rl.prompts_per_rollout": 2,
     "rl.kl_beta": 0.02,
     "parallel.share_prompts": "true",
     "checkpoint.keep": len(STEPS),

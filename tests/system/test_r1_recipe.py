@@ -39,7 +39,7 @@ SETTINGS = {
     "r1.rl.schedule": "[{from_step: 2, rl.kind_weights: {}}]",
     **{f"{name}.eval.every": 0 for name in RL},
     **{f"{name}.data.num_heldout": 4 for name in RL[:2]},
-    **{f"{name}.rl.questions_per_rollout": 8 for name in RL},
+    **{f"{name}.rl.prompts_per_rollout": 8 for name in RL},
     **{f"{name}.rl.group_size": 4 for name in RL},
     **{f"{name}.rewards.workers": 1 for name in (*RL, *SAMPLED, "preferences", "judged")},
     **{f"{name}.data.num_train": 24 for name in SAMPLED},

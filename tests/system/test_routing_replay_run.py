@@ -48,7 +48,7 @@ run: {{folder: {folder}/rl, steps: 2}}
 model: {{path: {folder}/base/hf, dtype: float32}}
 data: {{path: {folder}/questions.jsonl, num_heldout: 0, template: "{{question}}"}}
 rollout: {{max_response_tokens: 32, max_num_seqs: 64}}
-rl: {{questions_per_rollout: 8, group_size: 8, minibatches: 1, routing_replay: true}}
+rl: {{prompts_per_rollout: 8, group_size: 8, minibatches: 1, routing_replay: true}}
 push: {{probe_tolerance: 1.0}}  # a probe of few tokens, without replay, has had 0.41 in bf16
 optimizer: {{learning_rate: 1.0e-3}}
 """

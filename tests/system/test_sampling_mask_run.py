@@ -50,7 +50,7 @@ run: {{folder: {folder}/rl, steps: 2}}
 model: {{path: {folder}/base/hf, dtype: float32}}
 data: {{path: {folder}/questions.jsonl, num_heldout: 1, template: "{{question}}"}}
 rollout: {{max_response_tokens: 24, max_num_seqs: 64, dtype: float32}}
-rl: {{questions_per_rollout: 4, group_size: 8, minibatches: 2, kl_beta: 0.01,
+rl: {{prompts_per_rollout: 4, group_size: 8, minibatches: 2, kl_beta: 0.01,
   keep_sample_log: true}}
 eval: {{every: 1, samples: 1}}
 checkpoint: {{keep_every: 1}}

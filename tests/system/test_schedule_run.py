@@ -35,16 +35,16 @@ model: {{path: {base}/base/hf, dtype: float32}}
 data: {{path: {folder}/questions.jsonl, heldout_fraction: 0, template: "{{question}}"}}
 rollout: {{max_response_tokens: 12, dtype: float32, max_num_seqs: 64}}
 rl:
-  questions_per_rollout: 8
+  prompts_per_rollout: 8
   group_size: 2
   minibatches: 2
   reference_refresh: 0
   kind_weights: {{"{GENERAL}": 0}}
   schedule:
-    - {{from_step: 3, rl.minibatches: 1, rl.questions_per_rollout: 4}}
+    - {{from_step: 3, rl.minibatches: 1, rl.prompts_per_rollout: 4}}
     - from_step: 4
       rl.minibatches: 2
-      rl.questions_per_rollout: 8
+      rl.prompts_per_rollout: 8
       rl.kind_weights: {{}}
       rewards.weights: {{accuracy: 0.5, conciseness: 0.25}}
 optimizer: {{learning_rate: 9.0e-4, decay: linear}}

@@ -21,7 +21,7 @@ SMALL = {
     **{"parallel.processes": 1},
 }
 ROLLOUT = {
-    **{"rl.questions_per_rollout": 2, "rl.group_size": 2, "rl.minibatches": 1},
+    **{"rl.prompts_per_rollout": 2, "rl.group_size": 2, "rl.minibatches": 1},
     **{"rollout.max_response_tokens": 12, "rollout.max_num_seqs": 16, "eval.every": 0},
     # The model writes noise; a third of it ends in no program, which is a grade of 0.
     **{"rewards.weights": "{accuracy: 1.0}"},

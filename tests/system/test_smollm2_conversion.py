@@ -101,7 +101,7 @@ def test_the_chain_runs_in_miniature(model, tmp_path):
         **{f"{name}.sft.batch_size": 4 for name in ("sft", "student")},
         "rl.run.steps": 2,
         "rl.data.num_heldout": 4,
-        "rl.rl.questions_per_rollout": 4,
+        "rl.rl.prompts_per_rollout": 4,
         "rl.rl.group_size": 4,
         "answers.data.num_train": 8,
         "answers.sample.keep.min_accuracy": 0,

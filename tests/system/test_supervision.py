@@ -83,7 +83,7 @@ def test_no_finished_sample_is_lost_whoever_is_killed(base, tmp_path):
     folder = tmp_path / "run"
     settings = ["--run.steps", 6, "--checkpoint.every", 4, "--eval.every", 0]
     # An engine that makes one group at a time, so that a rollout has a middle.
-    settings += ["--rl.questions_per_rollout", 24, "--rollout.max_num_seqs", 4]
+    settings += ["--rl.prompts_per_rollout", 24, "--rollout.max_num_seqs", 4]
     process = start("rl", base / "rl.yaml", folder, *settings)
     third = folder / "sample_log/step_00000003.log"
     wait_for(process, "in the third rollout", lambda: third.exists() and third.stat().st_size > 4e3)

@@ -26,7 +26,7 @@ agents:
     harness_options: {{seconds: {seconds}, journal: {folder}/journal}}
 rollout: {{max_response_tokens: 64, max_model_len: 256, dtype: float32, max_num_seqs: 64}}
 rewards: {{weights: {{accuracy: 1.0}}}}
-rl: {{questions_per_rollout: 8, group_size: 8, minibatches: 1, reference_refresh: 20}}
+rl: {{prompts_per_rollout: 8, group_size: 8, minibatches: 1, reference_refresh: 20}}
 optimizer: {{learning_rate: 2.0e-4, warmup_updates: 5, weight_decay: 0.0}}
 eval: {{samples: 1, temperature: 1.0}}
 checkpoint: {{every: 1}}

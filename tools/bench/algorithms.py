@@ -174,9 +174,9 @@ def _collected(folder: Path, report: dict[str, Any]) -> dict[str, Any]:
             metrics, evaluations = (
                 list(read_lines(place / file)) for file in ("metrics.jsonl", "evaluations.jsonl")
             )
-            figures = run_figures(metrics, evaluations, rl.questions_per_rollout, rl.group_size)
+            figures = run_figures(metrics, evaluations, rl.prompts_per_rollout, rl.group_size)
             runs.setdefault(name, {})[seed] = figures
-            counts.add(rl.questions_per_rollout * rl.group_size)
+            counts.add(rl.prompts_per_rollout * rl.group_size)
     assert len(counts) == 1, (
         f"a step trains on {counts} answers, but the number must be the same in all runs"
     )

@@ -73,9 +73,9 @@ def format_reply(turn: TurnReply, request: TurnRequest) -> dict[str, Any]:
 
 def format_events(turn: TurnReply, request: TurnRequest) -> Iterator[bytes]:
     """Yield the reply as server-sent events."""
-    none = {"stop_reason": None, "stop_sequence": None}
+    not_stopped = {"stop_reason": None, "stop_sequence": None}
     usage = _usage(turn)
-    message = _head(turn) | {"content": [], **none, "usage": usage | {"output_tokens": 0}}
+    message = _head(turn) | {"content": [], **not_stopped, "usage": usage | {"output_tokens": 0}}
     yield event({"type": "message_start", "message": message})
     for index, block in enumerate(_blocks(turn)):
         yield from map(event, _block_events(index, block))

@@ -36,19 +36,19 @@ async def serve(options: dict[str, Any], output: TextIO) -> None:
 
     context = multiprocessing.get_context("spawn")
     addresses = context.Queue()
-    ours, theirs = context.Pipe()
+    parent_end, server_end = context.Pipe()
     server = context.Process(
         target=serve_env,
         kwargs={
             "max_workers": options["workers"],
             "address": "tcp://127.0.0.1:0",
             "address_queue": addresses,
-            "death_pipe": theirs,  # the server ends when this process does
+            "death_pipe": server_end,  # the server ends when this process does
             "config_data": options["environment"],
         },
     )
     server.start()
-    theirs.close()
+    server_end.close()
     # The harness starts this script again where it ends: without its server no episode would.
     asyncio.get_running_loop().add_reader(server.sentinel, os._exit, 1)
     address = await asyncio.to_thread(addresses.get, True, START_SECONDS)
@@ -66,7 +66,7 @@ async def serve(options: dict[str, Any], output: TextIO) -> None:
         running[job["id"]] = task
         task.add_done_callback(partial(_forget, running, job["id"]))
     asyncio.get_running_loop().remove_reader(server.sentinel)
-    ours.close()
+    parent_end.close()
     server.terminate()
 
 
@@ -122,7 +122,7 @@ def _outcome(episode: Any) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    # Prints of environments go to stderr; sys.path without this folder, whose names are ours.
+    # Prints of environments go to stderr; sys.path without this folder, whose names are parent_end.
     lines = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     sys.path[0] = os.getcwd()

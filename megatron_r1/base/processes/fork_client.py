@@ -108,13 +108,13 @@ class ForkServerProcess:
         self._output = tempfile.TemporaryFile()  # noqa: SIM115
         # Some packages make temporary folders when they are imported, W&B for example.
         self._scratch = Scratch()
-        self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
+        self._channel, server_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with server_end:
             self._process = subprocess.Popen(
-                [*_SERVER, module, str(theirs.fileno())],
+                [*_SERVER, module, str(server_end.fileno())],
                 stdout=self._output,
                 stderr=subprocess.STDOUT,
-                pass_fds=[theirs.fileno()],
+                pass_fds=[server_end.fileno()],
                 **_options({**environment, "TMPDIR": self._scratch.name}),
             )
 
@@ -129,10 +129,10 @@ class ForkServerProcess:
         Raises:
             OSError: the server has ended.
         """
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            socket.send_fds(self._channel, [b"."], [theirs.fileno()])
-        return ours
+        client_end, server_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with server_end:
+            socket.send_fds(self._channel, [b"."], [server_end.fileno()])
+        return client_end
 
     def describe_end(self, log: Path) -> int:
         """Append what the ended server has printed to `log`; return its exit code, never 0."""

@@ -210,8 +210,8 @@ class ForkServer:
         with contextlib.suppress(OSError):  # what the imports have printed, if it is in a file
             os.write(log, os.pread(1, os.fstat(1).st_size, 0))
         null = os.open(os.devnull, os.O_RDONLY)
-        for ours, standard in ((null, 0), (log, 1), (log, 2)):
-            os.dup2(ours, standard)
+        for descriptor, standard in ((null, 0), (log, 1), (log, 2)):
+            os.dup2(descriptor, standard)
         os.close(null)
         os.close(log)
         os.chdir(request.folder)

@@ -119,7 +119,9 @@ async def compare_with_vllm(
         except EngineError as error:
             return NotCompared(describe_failure(error, scratch, ENGINE))
     pairs = zip(replies, reference.logprobs, strict=True)
-    return max(abs(a - b) for ours, theirs in pairs for a, b in zip(ours, theirs, strict=True))
+    return max(
+        abs(a - b) for scored, expected in pairs for a, b in zip(scored, expected, strict=True)
+    )
 
 
 ARGUMENTS = ("HF_FOLDER",)

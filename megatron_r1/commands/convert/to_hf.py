@@ -119,10 +119,13 @@ def _rounding(stored: torch.dtype, dtype: torch.dtype) -> str:
 def _same_logits(checkpoint: Path, folder: Path, dtype: torch.dtype, rounded: str) -> None:
     name = str(dtype).removeprefix("torch.")
     with tempfile.TemporaryDirectory() as scratch:
-        ours, theirs = Path(scratch) / "megatron.pt", Path(scratch) / "transformers.pt"
-        _write_logits("megatron", checkpoint, folder, name, ours)
-        _write_logits("transformers", folder, theirs)
-        expected, exported = torch.load(ours), torch.load(theirs)
+        megatron_logits, transformers_logits = (
+            Path(scratch) / "megatron.pt",
+            Path(scratch) / "transformers.pt",
+        )
+        _write_logits("megatron", checkpoint, folder, name, megatron_logits)
+        _write_logits("transformers", folder, transformers_logits)
+        expected, exported = torch.load(megatron_logits), torch.load(transformers_logits)
     gap = float((expected - exported).abs().max() / expected.std())
     if not gap <= TOLERANCE:
         raise UserError(

@@ -112,13 +112,13 @@ class EngineLinks:
         set has lost one or sets became smaller (`MAX_UNEXPLAINED_FAILURES`), all engines not in
         full sets, otherwise none. Sets with engines that are not among `engines` are dropped."""
         self._drop([s for s in self.sets if not set(s.engines) <= set(engines)])
-        full = [s for s in self.sets if len(s.engines) == self._max_engines]
-        partial = [s for s in self.sets if s not in full]
-        in_full_set = {engine for engine_set in full for engine in engine_set.engines}
+        full_sets = [s for s in self.sets if len(s.engines) == self._max_engines]
+        partial_sets = [s for s in self.sets if s not in full_sets]
+        in_full_set = {engine for engine_set in full_sets for engine in engine_set.engines}
         remaining_engines = [engine for engine in engines if engine not in in_full_set]
-        has_joined = sum(len(s.engines) for s in partial) < len(remaining_engines)
+        has_joined = sum(len(s.engines) for s in partial_sets) < len(remaining_engines)
         num_sets = len(self._divide(remaining_engines))
-        return remaining_engines if has_joined or len(partial) != num_sets else []
+        return remaining_engines if has_joined or len(partial_sets) != num_sets else []
 
     async def form_sets(
         self, engines: Sequence[Engine], on_engine_lost: OnEngineLost, *, resume: bool

@@ -129,7 +129,7 @@ class StepSampler:
             with_teacher=self.collector.teachers is not None,
             stop=tuple(rollout_config.stop),
         )
-        num_groups = rl.questions_per_rollout
+        num_groups = rl.prompts_per_rollout
         # Drawn before the first await: the next batch may draw while this one is being sampled.
         draw = partial(self.prompt_sampler.next_by_kind, weights=rl.kind_weights)
         prompts = [] if rl.dynamic_sampling else draw(num_groups)

@@ -194,8 +194,8 @@ def check_batches(config: Config, verb: str, world_size: int, rank: str = "train
     rl, item = config.rl, "sample"
     data_parallel_size = config.parallel.data_parallel_size(world_size)
     if verb == "rl":
-        num_samples = rl.questions_per_rollout * rl.group_size // rl.minibatches
-        key, remedy = "rl.questions_per_rollout", "raise rl.questions_per_rollout"
+        num_samples = rl.prompts_per_rollout * rl.group_size // rl.minibatches
+        key, remedy = "rl.prompts_per_rollout", "raise rl.prompts_per_rollout"
         if rl.minibatches > 1:
             key, remedy = "rl.minibatches", f"lower rl.minibatches={rl.minibatches}"
     else:

@@ -130,11 +130,11 @@ def _gather_uneven_shares() -> None:
         if isinstance(input_, list):
             return [cast(torch.Tensor, all_gatherv(self, tensor, dim, sizes)) for tensor in input_]
         sizes = sizes or [len(input_)] * self.world_size
-        mine = input_.new_zeros(max(sizes), *input_.shape[1:])
-        mine[: len(input_)] = input_
-        shares = [torch.empty_like(mine) for _ in sizes]
+        padded = input_.new_zeros(max(sizes), *input_.shape[1:])
+        padded[: len(input_)] = input_
+        shares = [torch.empty_like(padded) for _ in sizes]
         # Over the communicator's own group: the ranks whose tokens are exchanged.
-        dist.all_gather(shares, mine, group=self.device_group)
+        dist.all_gather(shares, padded, group=self.device_group)
         return torch.cat([share[:size] for share, size in zip(shares, sizes, strict=True)])
 
     def reduce_scatterv(

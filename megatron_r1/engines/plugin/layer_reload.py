@@ -135,13 +135,13 @@ def _changed_tensors(
     visited_ids.add(id(new))
     either = {**old_parts, **new_parts}
     # Kernels compute some values when they are first asked for, and keep them.
-    late = {
+    computed_late = {
         name for name in old_parts.keys() ^ new_parts.keys() if isinstance(either[name], VALUES)
     }
-    if old_parts.keys() - late != new_parts.keys() - late:
+    if old_parts.keys() - computed_late != new_parts.keys() - computed_late:
         raise ValueError(f"{path}: {[*old_parts]} became {[*new_parts]}")
     for name, part in new_parts.items():
-        if name not in late:
+        if name not in computed_late:
             yield from _changed_tensors(old_parts[name], part, f"{path}.{name}", visited_ids)
 
 
@@ -220,7 +220,7 @@ def _load_layer(
         layer: one of its layers.
         received: the received tensors of the layer, by name.
         in_place: whether the engine computes in the memory of `received`, as in `load`."""
-    before = SavedKernelState(layer)
+    saved_state = SavedKernelState(layer)
     info = to_checkpoint_form(layer)
     in_use = info.kernel_tensors
     in_checkpoint = get_layer_tensors(layer)
@@ -239,7 +239,7 @@ def _load_layer(
             else:
                 tensor.data.copy_(new)
     if not in_place:
-        before.restore([*in_use[0].values(), *in_use[1].values()])
+        saved_state.restore([*in_use[0].values(), *in_use[1].values()])
     to_kernel_form(layer, info)
 
 

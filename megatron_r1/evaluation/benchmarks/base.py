@@ -29,7 +29,7 @@ def pick_columns(
         UserError: no layout fits; it names the missing and the present columns."""
     for layout in layouts:
         if all(column in row for column in layout.values()):
-            return {ours: row[column] for ours, column in layout.items()}
+            return {name: row[column] for name, column in layout.items()}
     nearest = max(layouts, key=lambda layout: sum(column in row for column in layout.values()))
     missing = [column for column in nearest.values() if column not in row]
     raise UserError(

@@ -112,14 +112,14 @@ class ReceivedChunks:
         """
         deadline = time.monotonic() + timeout_seconds
         with self._changed:
-            while late := self._late_sources(push_number, sources):
+            while late_ranks := self._late_sources(push_number, sources):
                 seconds_left = deadline - time.monotonic()
                 if self._failure is not None:
                     raise IncompletePush(f"push {push_number} broke off: {self._failure}")
                 if seconds_left <= 0 or not self._changed.wait(seconds_left):
                     raise IncompletePush(
                         f"push {push_number}: after {timeout_seconds:g} s trainer ranks "
-                        f"{', '.join(map(str, late))} have not sent all of it"
+                        f"{', '.join(map(str, late_ranks))} have not sent all of it"
                     )
             damaged = list(self._damaged.get(push_number, ()))
         if damaged:

@@ -332,17 +332,19 @@ def _controller(
         hosts=_hosts(cut_off),
     )
     offsets = {rank_facts.host: node.clock_offset for rank_facts, node in nodes}
-    late = [rank_facts for rank_facts, node in nodes if abs(node.clock_offset) > CLOCK_SECONDS]
+    late_ranks = [
+        rank_facts for rank_facts, node in nodes if abs(node.clock_offset) > CLOCK_SECONDS
+    ]
     yield CheckResult(
         check="clocks",
         measured=f"at most {max(map(abs, offsets.values())) * 1e3:.1f} ms from rank 0's",
         expected=f"{CLOCK_SECONDS:g} s",
-        level="note" if late else "ok",
+        level="note" if late_ranks else "ok",
         problem=", ".join(
             f"{rank_facts.host}: {offsets[rank_facts.host]:+.1f} s"
-            for rank_facts in late[:MAX_LISTED]
+            for rank_facts in late_ranks[:MAX_LISTED]
         ),
-        hosts=_hosts(late),
+        hosts=_hosts(late_ranks),
     )
     waiting = [rank_facts for rank_facts, node in nodes if node.lookup_seconds > LOOKUP_SECONDS]
     yield CheckResult(

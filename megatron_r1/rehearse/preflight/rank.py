@@ -85,10 +85,10 @@ def run(config: Config, settings: PreflightConfig) -> list[RankFacts]:
         seconds=progress.seconds,
         gloo=gloo,
     )
-    everyone = _gather(facts, placement, progress)
+    all_facts = _gather(facts, placement, progress)
     distributed.leave_process_groups()
     progress.close()
-    return everyone
+    return all_facts
 
 
 def product_rate() -> float:
@@ -159,13 +159,13 @@ def _gather(facts: RankFacts, placement: RankPlacement, progress: RankProgress) 
     """Return the facts of all ranks on rank 0, elsewhere none."""
     progress.begin_step("results")
     progress.store.set(f"facts/{placement.rank}", msgspec.json.encode(facts).decode())
-    everyone = []
+    all_facts = []
     if placement.rank == 0:
         for rank in range(placement.world_size):
             # Waits for the rank.
             content = progress.store.get(f"facts/{rank}")
-            everyone.append(msgspec.json.decode(content, type=RankFacts))
+            all_facts.append(msgspec.json.decode(content, type=RankFacts))
     progress.barrier(
         "results read"
     )  # until then rank 0 may need the store, and a rank's connection
-    return everyone
+    return all_facts

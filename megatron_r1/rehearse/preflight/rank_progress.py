@@ -131,8 +131,10 @@ class RankProgress:
                 self._beat(store)
                 if store.check([FAILED]):
                     return self._end("")
-                late = self._limit * self._factor + STAGGER_SECONDS * min(self._rank, LIMIT_RANKS)
-                if time.monotonic() - self._since > late:
+                late_seconds = self._limit * self._factor + STAGGER_SECONDS * min(
+                    self._rank, LIMIT_RANKS
+                )
+                if time.monotonic() - self._since > late_seconds:
                     message = self.diagnose(store)
                     return self._end(message if store.add(FAILED, 1) == 1 else "")
         except DistError:

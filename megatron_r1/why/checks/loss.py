@@ -70,7 +70,9 @@ def check_loss(step: RecordedStep, recomputed: Recomputation) -> list[Comparison
     departs = any(comparison.departs for comparison in comparisons)
     if not departs and not update_departs(step, base):
         return comparisons
-    if not recomputed.searches_causes or any(math.isinf(each.distance) for each in comparisons):
+    if not recomputed.searches_causes or any(
+        math.isinf(comparison.distance) for comparison in comparisons
+    ):
         return comparisons
     if (explained := explanation(step, recomputed)) is None:
         return _with_terms(comparisons, step, recomputed)

@@ -213,8 +213,8 @@ def _is_logged(
     engine_logprobs = engine or [sequence.logprobs for sequence in recomputed.sequences]
     gaps = np.concatenate(
         [
-            np.abs(theirs - recomputed_logprobs)
-            for sequence, theirs, recomputed_logprobs in zip(
+            np.abs(logged_logprobs - recomputed_logprobs)
+            for sequence, logged_logprobs, recomputed_logprobs in zip(
                 recomputed.sequences, engine_logprobs, logprobs, strict=True
             )
             if not math.isnan(sequence.advantage)

@@ -52,10 +52,10 @@ def check(step: RecordedStep) -> list[Comparison]:
 
 def _due(step: RecordedStep, number: int) -> list[str] | None:
     """Return the ids of a step's questions by the settings; None where they do not say."""
-    settings = [step.run_config.at(each).rl for each in range(1, number + 1)]
+    settings = [step.run_config.at(earlier).rl for earlier in range(1, number + 1)]
     if any(rl.dynamic_sampling or rl.kind_weights for rl in settings) or not _is_known(step):
         return None
-    *before, count = (rl.questions_per_rollout for rl in settings)
+    *before, count = (rl.prompts_per_rollout for rl in settings)
     order = question_order(len(step.training), step.run_config.run.seed, sum(before), count)
     return [step.training[index].id for index in order]
 

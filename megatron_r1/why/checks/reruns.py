@@ -176,8 +176,8 @@ def _engine_distances(
 
     logged = gaps.gaps_from(gaps.recomputed.old)
     fresh = [
-        np.where(np.isnan(gap), np.nan, ours - theirs)
-        for gap, ours, theirs in zip(logged, rerun, plain, strict=True)
+        np.where(np.isnan(gap), np.nan, rerun_logprobs - plain_logprobs)
+        for gap, rerun_logprobs, plain_logprobs in zip(logged, rerun, plain, strict=True)
     ]
     distances = Distances(
         mean(logged), mean(gaps.gaps_from(rerun)) if is_scored_alike else math.nan, mean(fresh)

@@ -359,10 +359,12 @@ def _compare_grades(step: RecordedStep, regraded: Grades) -> Comparison:
     concerned = dict.fromkeys(chain.from_iterable(departures.values()))
     reason, remedy = "", ""
     if departures:
-        term = max(departures, key=lambda each: (len(departures[each]), each == ACCURACY))
+        term = max(departures, key=lambda name: (len(departures[name]), name == ACCURACY))
         reason = _describe_departures(step, regraded, term, departures[term])
-        others = [f"{len(departures[each]):,} of {each}" for each in departures if each != term]
-        reason += f"; and {', '.join(others)}" if others else ""
+        other_terms = [
+            f"{len(departures[name]):,} of {name}" for name in departures if name != term
+        ]
+        reason += f"; and {', '.join(other_terms)}" if other_terms else ""
         remedy = (
             "rewards.options, rewards.reading, the truths of the data, or the grader's version: "
             "they are not those that graded"

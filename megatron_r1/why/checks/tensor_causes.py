@@ -72,10 +72,10 @@ class TensorSearch:
             nouns = list(groups)
             engine = self._explained({name: old_tensors[name] for name in groups[nouns[0]]})
             if engine is not None:
-                others = "".join(f", or {noun}" for noun in nouns[1:MAX_NAMED])
+                alternatives = "".join(f", or {noun}" for noun in nouns[1:MAX_NAMED])
                 return ExplainedDeparture(
-                    f"{nouns[0]}{others} in {engine.name} is of version {version}, not {newest}: "
-                    f"{engine.gap_sizes}",
+                    f"{nouns[0]}{alternatives} in {engine.name} is of version {version}, "
+                    f"not {newest}: {engine.gap_sizes}",
                     REMEDY,
                 )
         return None
@@ -214,7 +214,9 @@ def exchanges(tensors: dict[str, Tensor]) -> Iterator[tuple[str, dict[str, Tenso
         }
         if len(by_number) > 1:
             all_sources = {
-                name: value for each in by_number.values() for name, value in each.items()
+                name: value
+                for layer_sources in by_number.values()
+                for name, value in layer_sources.items()
             }
             yield f"{pair[0]} and {pair[1]} of all layers", all_sources
         for layer, sources in by_number.items():

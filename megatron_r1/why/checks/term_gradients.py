@@ -42,19 +42,22 @@ def check_terms(step: RecordedStep, recomputed: Recomputation) -> Comparison:
     if fit.residual > fit.error:
         parts.append(f"{percent(fit.residual)} of the run's gradient is no combination of these")
     text = "; ".join(parts)
-    known_coefficients = [each for each in fit.coefficients if each.is_identifiable]
+    known_coefficients = [
+        coefficient for coefficient in fit.coefficients if coefficient.is_identifiable
+    ]
     if not known_coefficients:
         return not_checked(FAMILY, NAME, text)
     departing = fit.departing(COEFFICIENT[dtype])
     reason, remedy = term_departure(step, recomputed)
     worst = max(
-        departing or known_coefficients, key=lambda each: _distance(each) / _limit(each, dtype)
+        departing or known_coefficients,
+        key=lambda coefficient: _distance(coefficient) / _limit(coefficient, dtype),
     )
     return Comparison(
         FAMILY,
         NAME,
         DEPARTS if departing else EQUAL,
-        f"norm of each term's gradient and its coefficient in Adam's first moments: {text}",
+        f"norm of coefficient term's gradient and its coefficient in Adam's first moments: {text}",
         _distance(worst),
         _limit(worst, dtype),
         SOURCE[dtype],
@@ -129,12 +132,18 @@ def _reason(departing: Sequence[Coefficient]) -> str:
 def _remedy(fit: TermFit, departing: Sequence[Coefficient]) -> str:
     """Return what to change: where all terms have one factor, what they have in common."""
     known_coefficients = [
-        each for each in fit.coefficients if each.is_identifiable and each.term.expected
+        coefficient
+        for coefficient in fit.coefficients
+        if coefficient.is_identifiable and coefficient.term.expected
     ]
-    remedies = [each.term.remedy for each in departing]
+    remedies = [coefficient.term.remedy for coefficient in departing]
     if departing == known_coefficients:
-        values = [each.value for each in known_coefficients]
-        if max(values) - min(values) <= max(each.uncertainty for each in known_coefficients):
-            is_of_policy = {each.term.part for each in known_coefficients} == {"policy"}
+        values = [coefficient.value for coefficient in known_coefficients]
+        if max(values) - min(values) <= max(
+            coefficient.uncertainty for coefficient in known_coefficients
+        ):
+            is_of_policy = {coefficient.term.part for coefficient in known_coefficients} == {
+                "policy"
+            }
             remedies = [GRADIENT_REMEDY, *(remedies if is_of_policy else ())]
     return "; ".join(dict.fromkeys(remedies))

@@ -75,7 +75,7 @@ def examinable(folder: RunFolder, config: Config) -> list[Examinable]:
     steps = []
     for step in sorted(_lines_by_step(folder)):
         if step_log_path(folder.sample_log, step).is_file():
-            before, after = (weights_after(folder, config, each) for each in (step - 1, step))
+            before, after = (weights_after(folder, config, version) for version in (step - 1, step))
             has_before, has_after = (
                 path is not None and not damage(path) for path in (before, after)
             )
@@ -193,7 +193,7 @@ def _read_step_log(
     at_step = config.at(step)
     filtered_groups: list[Group] = []
     if at_step.rl.dynamic_sampling:
-        groups, filtered_groups = _trained_on(groups, at_step.rl.questions_per_rollout)
+        groups, filtered_groups = _trained_on(groups, at_step.rl.prompts_per_rollout)
     return RecordedStep(
         folder,
         config,

@@ -103,7 +103,7 @@ async def score(
         try:
             await fleet.start(folder)
             replies = await asyncio.gather(
-                *(fleet.compute_logprobs(_ids(each, length), 1) for each in sequences)
+                *(fleet.compute_logprobs(_ids(sequence, length), 1) for sequence in sequences)
             )
         except EngineError as error:
             reason = describe_failure(error, logs, f"{ROLE}-0")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_r1.why import formulas
 from megatron_r1.why.record.recorded_step import RecordedStep
-from megatron_r1.why.update.substitution import Substitution, others
+from megatron_r1.why.update.substitution import Substitution, other_values
 
 if TYPE_CHECKING:
     from megatron_r1.why.update.evidence import Evidence
@@ -58,7 +58,7 @@ def _computed(step: RecordedStep, rewards: Rewards, **options: Any) -> Advantage
 def _rule_substitutions(step: RecordedStep) -> Iterator[Substitution]:
     """Yield advantages of the same rewards by other rules."""
     rl, rewards = step.config.rl, step.training_rewards
-    for std in others(("group", "batch", "none"), rl.advantage_std):
+    for std in other_values(("group", "batch", "none"), rl.advantage_std):
         yield Substitution(
             f"advantages divided by the deviation of: {std}",
             "rl.advantage_std",

@@ -181,6 +181,6 @@ class StepUpdates:
         left_out = terms.left_out(index)
         indices, rows = list(left_out), list(left_out.values())
         for batch in batches(rows, self.model.config.vocab_size):
-            others = Totals(denominator=totals.denominator)
+            left_out_totals = Totals(denominator=totals.denominator)
             members = {indices[i]: rows[i] for i in batch}
-            terms.backward(self._terms(members, loss, others, None), self._parameters)
+            terms.backward(self._terms(members, loss, left_out_totals, None), self._parameters)

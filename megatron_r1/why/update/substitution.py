@@ -45,6 +45,6 @@ class Substitution:
         return self.remedy or self.setting
 
 
-def others(values: Sequence[str], present_value: str) -> list[str]:
+def other_values(values: Sequence[str], present_value: str) -> list[str]:
     """Return the values that a setting does not have."""
     return [value for value in values if value != present_value]

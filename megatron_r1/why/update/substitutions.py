@@ -12,7 +12,7 @@ from megatron_r1.config.optimizer import OptimizerConfig
 from megatron_r1.why import formulas
 from megatron_r1.why.record.recorded_step import RecordedStep, weights_after
 from megatron_r1.why.update.advantage_substitutions import advantage_substitutions
-from megatron_r1.why.update.substitution import Substitution, others
+from megatron_r1.why.update.substitution import Substitution, other_values
 
 if TYPE_CHECKING:
     from megatron_r1.why.update.evidence import Evidence
@@ -68,7 +68,7 @@ def _loss_substitutions(step: RecordedStep) -> Iterator[Substitution]:
         "the loss of rl.algorithm: sums and denominators are over response tokens",
         loss=(("counts_prompts", True),),
     )
-    for average in others(("sequence", "token", "constant"), rl.loss_average):
+    for average in other_values(("sequence", "token", "constant"), rl.loss_average):
         yield Substitution(f"average {average}", "rl.loss_average", loss=(("average", average),))
     yield from _clip_substitutions(rl)
     for place in ("last", "first"):
@@ -396,7 +396,7 @@ def _kl_substitutions(step: RecordedStep) -> Iterator[Substitution]:
         loss=(("kl_beta", -rl.kl_beta),),
     )
     yield Substitution("no KL term", "rl.kl_beta", loss=(("kl_beta", 0.0),))
-    for estimator in others(("k1", "k2", "k3"), rl.kl_estimator):
+    for estimator in other_values(("k1", "k2", "k3"), rl.kl_estimator):
         yield Substitution(
             f"KL by {estimator}", "rl.kl_estimator", loss=(("kl_estimator", estimator),)
         )

@@ -183,15 +183,19 @@ def fit_run(
         grad_norm: the logged norm, mean over the updates."""
     gradients, fit = first, fit_coefficients(first, moments, rounding)
     for _ in range(MAX_ROUNDS):
-        known_coefficients = [each for each in fit.coefficients if each.rounding <= IDENTIFIABLE]
+        known_coefficients = [
+            coefficient for coefficient in fit.coefficients if coefficient.rounding <= IDENTIFIABLE
+        ]
         if all(
-            abs(each.value - gradients.coefficients[each.term.name])
-            <= max(SAME, each.rounding * SAME_AS_ROUNDING)
-            for each in known_coefficients
+            abs(coefficient.value - gradients.coefficients[coefficient.term.name])
+            <= max(SAME, coefficient.rounding * SAME_AS_ROUNDING)
+            for coefficient in known_coefficients
         ):
             break
         coefficients = {term.name: term.expected for term in gradients.terms}
-        coefficients |= {each.term.name: each.value for each in known_coefficients}
+        coefficients |= {
+            coefficient.term.name: coefficient.value for coefficient in known_coefficients
+        }
         weights = torch.tensor(list(coefficients.values()), dtype=torch.float64)
         norms = [math.sqrt(max(0.0, float(weights @ p @ weights))) for p in gradients.products]
         mean_norm = sum(norms) / len(norms)

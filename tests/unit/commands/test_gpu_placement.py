@@ -50,7 +50,7 @@ def recipe(eight_gpus, tmp_path, monkeypatch):
         "model": {"path": "model"},
         "data": {"path": "sums.csv", "template": "{question}"},
         "rollout": {"max_response_tokens": 8},
-        "rl": {"questions_per_rollout": 4, "group_size": 4, "minibatches": 2},
+        "rl": {"prompts_per_rollout": 4, "group_size": 4, "minibatches": 2},
     }
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(tree))
     return tmp_path / "mine.yaml"

@@ -35,7 +35,7 @@ def recipe(model, tmp_path):
             "template": "{question}",
         },
         "rollout": {"max_response_tokens": 8, "dtype": "float32"},
-        "rl": {"questions_per_rollout": 4, "group_size": 4, "minibatches": 2},
+        "rl": {"prompts_per_rollout": 4, "group_size": 4, "minibatches": 2},
     }
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(tree))

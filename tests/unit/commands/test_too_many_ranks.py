@@ -8,7 +8,7 @@ from megatron_r1.commands import reward_model, rl, sft
 from megatron_r1.config import Config
 from megatron_r1.controller.trainer_calls.packing import check_batches
 
-RL = {"questions_per_rollout": 4, "group_size": 4, "minibatches": 2}
+RL = {"prompts_per_rollout": 4, "group_size": 4, "minibatches": 2}
 
 
 @pytest.mark.parametrize(
@@ -40,6 +40,6 @@ def test_too_few_samples_are_refused_first(
 def test_a_sample_for_every_rank_is_enough():
     config = Config.model_validate({"rl": RL, "parallel": {"tensor": 2}})
     check_batches(config, "rl", 16)
-    one = RL | {"minibatches": 1, "questions_per_rollout": 1}
-    with refused("rl.questions_per_rollout", Cause.OUT_OF_RANGE, 4, 8):
+    one = RL | {"minibatches": 1, "prompts_per_rollout": 1}
+    with refused("rl.prompts_per_rollout", Cause.OUT_OF_RANGE, 4, 8):
         check_batches(Config.model_validate({"rl": one, "parallel": {"tensor": 2}}), "rl", 16)

@@ -30,8 +30,8 @@ def recipe(tmp_path, tree):
 def test_defaults_are_the_papers_r1_zero():
     c = configuration.Config()
     assert (c.optimizer.learning_rate, c.rl.clip_high, c.rl.kl_beta) == (3e-6, 10.0, 0.001)
-    assert c.rl.questions_per_rollout * c.rl.group_size == 8_192
-    assert c.rl.questions_per_rollout * c.rl.group_size / c.rl.minibatches == 512
+    assert c.rl.prompts_per_rollout * c.rl.group_size == 8_192
+    assert c.rl.prompts_per_rollout * c.rl.group_size / c.rl.minibatches == 512
     assert c.run.steps * c.rl.minibatches == 10_400
     assert (c.rl.reference_refresh, c.rollout.max_response_tokens) == (400, 32_768)
     assert (c.rewards.weights["accuracy"], c.rewards.weights["format"]) == (1.0, 0.1)

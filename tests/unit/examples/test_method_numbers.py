@@ -46,10 +46,10 @@ def test_grpo(name):
     config = recipe(name)
     rl = config.rl
     assert not algorithms.find_rules(rl.algorithm).kl_in_reward  # but in the loss
-    assert rl.questions_per_rollout / rl.minibatches == 32  # questions of an optimizer step
-    assert rl.questions_per_rollout * rl.group_size == 8192  # outputs of a rollout
+    assert rl.prompts_per_rollout / rl.minibatches == 32  # questions of an optimizer step
+    assert rl.prompts_per_rollout * rl.group_size == 8192  # outputs of a rollout
     for _, part in config.schedule_parts():
-        size = part.rl.questions_per_rollout * part.rl.group_size / part.rl.minibatches
+        size = part.rl.prompts_per_rollout * part.rl.group_size / part.rl.minibatches
         assert size == 512  # sequences of an optimizer step, in every part of the run
 
 

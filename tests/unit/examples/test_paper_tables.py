@@ -181,7 +181,7 @@ def test_every_stages_settings_are_valid(capsys):
         different = {key for key in zero if zero[key] != other[key]} - {"run"}
         assert different == sections, name
         assert configs[name].run.steps == configs["r1_zero"].run.steps
-        same = ("questions_per_rollout", "group_size", "minibatches")
+        same = ("prompts_per_rollout", "group_size", "minibatches")
         assert all(getattr(configs[name].rl, key) == zero["rl"][key] for key in same), name
     assert configs["ppo_095"].rl.gae_lambda == 0.95 and configs["ppo_100"].rl.gae_lambda == 1.0
     # `rl` evaluates as `sample` draws.

@@ -106,7 +106,7 @@ def a_run(folder: Path, tmp_path: Path, truth: dict, gpus: str) -> None:
     seconds = {name: quantity["value"] for name, quantity in time.items()}
     rl, parallel = recipe["rl"], recipe["parallel"]
     # All samples of an optimizer step, 80 tokens each, in one micro-batch of each rank.
-    samples = rl["questions_per_rollout"] * rl["group_size"] / rl["minibatches"]
+    samples = rl["prompts_per_rollout"] * rl["group_size"] / rl["minibatches"]
     step = {
         "response_length/mean": 60.0,
         "response_length/max": 100,

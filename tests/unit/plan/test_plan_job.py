@@ -74,10 +74,10 @@ def test_engines_that_do_not_make_up_the_gpus_are_told_how_many_would(
 
 
 def test_too_few_samples_are_told_what_gives_more_of_them_and_how_many_gpus_they_feed(capsys):
-    few = ["--rl.questions_per_rollout", "1", "--rl.group_size", "8", "--rl.minibatches", "1"]
+    few = ["--rl.prompts_per_rollout", "1", "--rl.group_size", "8", "--rl.minibatches", "1"]
     assert main([str(RECIPE), *few]) == 1
     output = capsys.readouterr().out
-    for shown in ("8 samples", "16 data-parallel", "rl.questions_per_rollout", "1,024 GPUs"):
+    for shown in ("8 samples", "16 data-parallel", "rl.prompts_per_rollout", "1,024 GPUs"):
         assert shown in output
 
 

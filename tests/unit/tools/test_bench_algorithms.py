@@ -120,7 +120,7 @@ def test_every_algorithm_runs_from_one_base_model_on_as_many_answers_and_updates
         assert "base" in graph.upstream[name]
         config = plan.config(plan.stages[name])
         assert config.rl.algorithm == name and config.run.steps == 7
-        for key in ("questions_per_rollout", "group_size", "minibatches"):
+        for key in ("prompts_per_rollout", "group_size", "minibatches"):
             assert getattr(config.rl, key) == getattr(demo.rl, key), (name, key)
         for section in ("data", "rollout", "rewards", "optimizer"):
             assert getattr(config, section) == getattr(demo, section), (name, section)

@@ -214,7 +214,7 @@ def test_the_figures_of_a_run_are_those_of_its_lines(tmp_path):
     for name, written in {"metrics": lines, "evaluations": evaluations}.items():
         text = "".join(json.dumps(line) + "\n" for line in written)
         (tmp_path / f"{name}.jsonl").write_text(text)
-    found = runs.run_figures(tmp_path, {"questions_per_rollout": 8, "group_size": 8})
+    found = runs.run_figures(tmp_path, {"prompts_per_rollout": 8, "group_size": 8})
     assert (found["heldout_before"], found["heldout"]) == (0.2, 0.6)
     assert found["steps_until_target"] == 3 and found["gap"] == pytest.approx(0.2)
     assert found["truncated"] == 0.5 and "masked" not in found

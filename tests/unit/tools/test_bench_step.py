@@ -126,9 +126,7 @@ def test_every_recipe_of_ours_is_one_the_command_takes(tmp_path):
         config = parse(made, name)
         assert config.rollout.max_response_tokens == 32
         assert config.rl.staleness == (1 if name == "overlapped" else 0)
-        assert (
-            config.rl.questions_per_rollout * config.rl.group_size == WORKS["short"].num_responses
-        )
+        assert config.rl.prompts_per_rollout * config.rl.group_size == WORKS["short"].num_responses
 
 
 def test_the_work_travels_to_the_other_process_whole():
@@ -151,7 +149,7 @@ def test_both_systems_get_the_pretrained_models_prompts_as_its_recipe_writes_the
     question = json.loads((tmp_path / "train.jsonl").read_text().splitlines()[0])["question"]
     assert first["question"].endswith(f"user\n{question}<|im_end|>\n<|im_start|>assistant\n")
     assert compare.pretrained_work(recipe).num_responses == (
-        recipe.rl.questions_per_rollout * recipe.rl.group_size
+        recipe.rl.prompts_per_rollout * recipe.rl.group_size
     )
     more = compare.faster_than_trl(recipe)
     made = parse(

@@ -77,7 +77,7 @@ class Planted:
             "model": {"path": str(self.model), "dtype": "float32"},
             "data": {"path": str(data), "template": "chat", "num_heldout": 0},
             "rollout": {"max_response_tokens": LIMIT, "dtype": "float32"},
-            "rl": {"questions_per_rollout": 2, "group_size": 4, "minibatches": 2},
+            "rl": {"prompts_per_rollout": 2, "group_size": 4, "minibatches": 2},
             "optimizer": {"warmup_updates": 2},
         }
         self.tokenizer = PromptTokenizer(str(self.model), "chat")

@@ -169,7 +169,7 @@ async def _train(
     folder: Path,
 ) -> dict[str, Any]:
     """Train on one synthetic rollout; return seconds, blocks of the event loop and memory."""
-    num_groups = config.rl.questions_per_rollout
+    num_groups = config.rl.prompts_per_rollout
     trainer = TrainerClient(config, folder, world_size=world_size)
     began = time.perf_counter()
     context, per_process = multiprocessing.get_context("fork"), world_size // RANK_PROCESSES
@@ -309,7 +309,7 @@ def _config(model: Path, groups: int, tokens: int, world_size: int, routed: bool
             "rollout": {"max_response_tokens": tokens},
             "rewards": {"workers": 2, "weights": {"accuracy": 1.0, "format": 0.1}},
             "rl": {
-                "questions_per_rollout": groups,
+                "prompts_per_rollout": groups,
                 "group_size": GROUP,
                 "minibatches": MINIBATCHES,
                 "routing_replay": routed,

@@ -56,7 +56,7 @@ COMMON: Settings = {
     "data": {"num_train": 400, "num_heldout": 100},
     "rollout": {"max_response_tokens": 40},
     "rl": {
-        "questions_per_rollout": 8,
+        "prompts_per_rollout": 8,
         "group_size": 8,
         "minibatches": 4,
         "reference_refresh": 0,

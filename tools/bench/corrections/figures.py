@@ -126,7 +126,7 @@ def as_page(runs: Runs, packages: Mapping[str, str], cores: int) -> str:
             f"- `{name}`: {TASKS[name].about}." for name in TASKS if name in task_names
         ),
         steps=COMMON["run"]["steps"],
-        responses=rl["questions_per_rollout"] * rl["group_size"],
+        responses=rl["prompts_per_rollout"] * rl["group_size"],
         minibatches=rl["minibatches"],
         rate=f"{COMMON['optimizer']['learning_rate']:g}",
         questions=COMMON["data"]["num_heldout"],

@@ -222,7 +222,7 @@ def run_figures(run: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     metrics, evaluations = (
         list(read_lines(run / name)) for name in ("metrics.jsonl", "evaluations.jsonl")
     )
-    size = settings["questions_per_rollout"], settings["group_size"]
+    size = settings["prompts_per_rollout"], settings["group_size"]
     figures = algorithms.run_figures(metrics, evaluations, *size)
     for name, metric in MEANS.items():
         if values := [line[metric] for line in metrics if metric in line]:

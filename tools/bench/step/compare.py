@@ -202,7 +202,7 @@ def pretrained_work(recipe: Config) -> StepWork:
     """Return the recipe's part of the work that both systems share."""
     return StepWork(
         limit=recipe.rollout.max_response_tokens,
-        questions=recipe.rl.questions_per_rollout,
+        questions=recipe.rl.prompts_per_rollout,
         group=recipe.rl.group_size,
         minibatches=recipe.rl.minibatches,
         kl_beta=recipe.rl.kl_beta,

@@ -49,7 +49,7 @@ def recipe(
         },
         "rewards": {"weights": {"accuracy": 1.0}},
         "rl": {
-            "questions_per_rollout": work.questions,
+            "prompts_per_rollout": work.questions,
             "group_size": work.group,
             "minibatches": work.minibatches,
             "kl_beta": work.kl_beta,

@@ -43,7 +43,7 @@ def groups_of(rollout):
 def recipe(**rl):
     return parse(
         {
-            "rl": {"group_size": 4, "questions_per_rollout": 4, "minibatches": 2, **rl},
+            "rl": {"group_size": 4, "prompts_per_rollout": 4, "minibatches": 2, **rl},
             "rewards": {"weights": WEIGHTS},
             "rollout": {"max_response_tokens": LIMIT},
         }

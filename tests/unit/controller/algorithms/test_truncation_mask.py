@@ -64,7 +64,7 @@ def test_they_are_in_no_sum_and_no_denominator_and_count_in_the_baseline():
 
 def test_the_setting_leaves_them_out_of_what_the_trainer_gets():
     rows = [[(1.0, False), (0.0, True), (0.0, False), (1.0, True, False)]]
-    rl = {"algorithm": "dr_grpo", "group_size": 4, "questions_per_rollout": 1, "minibatches": 2}
+    rl = {"algorithm": "dr_grpo", "group_size": 4, "prompts_per_rollout": 1, "minibatches": 2}
     groups, algorithm = groups_of(rows), algorithms.find("dr_grpo")
     config, third = parse({"rl": rl}), 1 / 3
     trained = response_advantages(groups, algorithm, config, 1)
