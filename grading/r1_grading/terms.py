@@ -201,9 +201,9 @@ def read_options(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _read_numbers(kind: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of a reward with numbers and truth values parsed_options.
+    """Return the options of a reward with numbers and truth values read.
 
-    Only a registered reward's are parsed_options, whose defaults have these types."""
+    Only a registered reward's are read, whose defaults have these types."""
     parsed_options = dict(values)
     defaults = _defaults(kind) if kind in REGISTRY else {}
     for name, value in values.items():

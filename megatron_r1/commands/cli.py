@@ -280,9 +280,9 @@ def _refuse_unknown(verb: str, module: VerbModule, options: list[str]) -> None:
             and "." not in name
             and name[2:] not in configuration.Config.model_fields
         ):
-            known = f"; {verb} known {', '.join(known_options)}" if known_options else ""
+            known_text = f"; {verb} has {', '.join(known_options)}" if known_options else ""
             raise UserError(
-                f"unknown option {name}{did_you_mean(name, known_options, '{}') or known}",
+                f"unknown option {name}{did_you_mean(name, known_options, '{}') or known_text}",
                 key=name,
                 cause=Cause.UNKNOWN,
             )
@@ -292,7 +292,7 @@ def _take_options(name: str, options: list[str]) -> list[str]:
     """Remove each `--name VALUE` or `--name=VALUE` from `options` and return the values.
 
     Raises:
-        UserError: an option known no value.
+        UserError: an option has no value.
     """
     values = []
     while positions := [

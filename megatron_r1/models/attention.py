@@ -94,7 +94,7 @@ def _window_blocks(x: Tensor, size: int) -> Tensor:
 
 
 class _SinkAttention(torch.autograd.Function):
-    """Attention with an sink_logits (h,), causal or under a mask to add to the scores.
+    """Attention with the logits of sinks (h,), causal or under a mask to add to the scores.
 
     query (b, h, s, d), key and value (b, h, s', d) of one dtype; mask: (s, s') in it, or None."""
 

@@ -122,7 +122,8 @@ def _outcome(episode: Any) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    # Prints of environments go to stderr; sys.path without this folder, whose names are parent_end.
+    # Prints of environments go to stderr; sys.path without this folder, whose names are the
+    # project's.
     lines = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     sys.path[0] = os.getcwd()

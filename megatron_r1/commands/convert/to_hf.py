@@ -119,10 +119,8 @@ def _rounding(stored: torch.dtype, dtype: torch.dtype) -> str:
 def _same_logits(checkpoint: Path, folder: Path, dtype: torch.dtype, rounded: str) -> None:
     name = str(dtype).removeprefix("torch.")
     with tempfile.TemporaryDirectory() as scratch:
-        megatron_logits, transformers_logits = (
-            Path(scratch) / "megatron.pt",
-            Path(scratch) / "transformers.pt",
-        )
+        megatron_logits = Path(scratch) / "megatron.pt"
+        transformers_logits = Path(scratch) / "transformers.pt"
         _write_logits("megatron", checkpoint, folder, name, megatron_logits)
         _write_logits("transformers", folder, transformers_logits)
         expected, exported = torch.load(megatron_logits), torch.load(transformers_logits)

@@ -267,8 +267,8 @@ def _values(parameter: torch.Tensor, piece: Piece) -> torch.Tensor:
     span = slice(piece.local_start, piece.local_start + piece.length)
     if parameter.dim() == 1:
         return parameter[span]
-    whole = slice(None)
-    return merge_adapter(parameter, *((span, whole) if piece.dim == 0 else (whole, span)))
+    whole_span = slice(None)
+    return merge_adapter(parameter, *((span, whole_span) if piece.dim == 0 else (whole_span, span)))
 
 
 def run_on_rank_zero(action: Callable[[], object], group: dist.ProcessGroup | None = None) -> None:

@@ -119,13 +119,13 @@ def _check_engine(
     from megatron_r1.why.policy.policy_export import write_policy
     from megatron_r1.why.rerun import fresh_engine
 
-    fresh_engine.check_engine(step, recomputed.num_parameters)
+    fresh_engine.check_engine(step, recomputed.num_parameters, recomputed.free_bytes)
     gaps = EngineGaps(step, recomputed)
 
     async def score(scratch: Path) -> list[np.ndarray]:
         folder = scratch / "hf"
         folder.mkdir()
-        write_policy(step, recomputed.num_parameters, folder)
+        write_policy(step, recomputed.num_parameters, folder, recomputed.free_bytes)
         return await fresh_engine.score(step.run_config, folder, gaps.sequences, scratch)
 
     rerun = _in_scratch(score)
@@ -194,7 +194,7 @@ def _check_trainer(
     with transformers."""
     from megatron_r1.why.rerun import single_rank
 
-    single_rank.check_rank(step, recomputed.num_parameters)
+    single_rank.check_rank(step, recomputed.num_parameters, recomputed.free_bytes)
 
     async def measure(scratch: Path) -> single_rank.RankDistances:
         return await single_rank.measure(step, recomputed.old, scratch)

@@ -57,7 +57,7 @@ def check_terms(step: RecordedStep, recomputed: Recomputation) -> Comparison:
         FAMILY,
         NAME,
         DEPARTS if departing else EQUAL,
-        f"norm of coefficient term's gradient and its coefficient in Adam's first moments: {text}",
+        f"norm of each term's gradient and its coefficient in Adam's first moments: {text}",
         _distance(worst),
         _limit(worst, dtype),
         SOURCE[dtype],

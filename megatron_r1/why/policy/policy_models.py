@@ -90,6 +90,12 @@ class PolicyModels:
         """Whether the policy before the step is read layer by layer."""
         return isinstance(self.policy, StreamedModel)
 
+    @cached_property
+    def _exceeds_memory(self) -> bool:
+        """Whether the step's models are streamed: all or none, by the memory that was free for the
+        first."""
+        return self.model_bytes > self.free_bytes
+
     def model(self, source: Path, prefix: str = "") -> Any:
         """Return the model in a checkpoint or folder; it is cached, so callers must not change it.
         One that does not fit into memory is a `StreamedModel`.
@@ -99,18 +105,24 @@ class PolicyModels:
             prefix: as of `read_model`.
 
         Raises:
-            CannotRecompute: not even one of its layers fits, or it is not there."""
-        free_bytes = self.free_bytes
+            CannotRecompute: not even one of its layers fits, or it is not there.
+            NotInMemory: the models before it fitted into memory, and it does not."""
         key = source, prefix
-        if self.model_bytes > free_bytes:
+        if key in self._models:
+            return self._models[key]
+        exceeds_memory, free_bytes = self._exceeds_memory, self.free_bytes
+        if exceeds_memory:
             memory = stream_memory(self._skeleton, free_bytes, self._longest)
             return StreamedModel(self._skeleton, self.tensors(*key), memory)
-        if key not in self._models:
-            loaded = self._read_model(source, prefix)
-            if 4 * self.num_parameters * KEPT_MODELS > free_bytes:
-                return loaded
+        if self.model_bytes > free_bytes:
+            raise NotInMemory(
+                f"another model takes {self.model_bytes / 1e9:.1f} GB, {free_bytes / 1e9:.1f} GB "
+                "are free"
+            )
+        loaded = self._read_model(source, prefix)
+        if 4 * self.num_parameters * KEPT_MODELS <= free_bytes:
             self._models[key] = loaded
-        return self._models[key]
+        return loaded
 
     @cached_property
     def _skeleton(self) -> Any:

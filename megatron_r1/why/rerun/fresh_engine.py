@@ -11,7 +11,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-import psutil
 
 from megatron_r1.base.transports import BACKEND_PREFIX
 from megatron_r1.config import Config
@@ -34,12 +33,13 @@ from megatron_r1.why.record.recorded_step import RecordedStep, TokenSequence
 ROLE = "rerun"
 
 
-def check_engine(step: RecordedStep, num_parameters: int) -> None:
+def check_engine(step: RecordedStep, num_parameters: int, free_bytes: int) -> None:
     """Raise CannotRecompute where no fresh engine can compute what the run's engines did.
 
     Args:
         step: the step.
-        num_parameters: the number of the policy's weights."""
+        num_parameters: the number of the policy's weights.
+        free_bytes: the memory of the host that an engine on CPUs may take."""
     config = step.run_config
     reasons = (
         (find_spec("vllm") is None, "vllm is not installed in this environment"),
@@ -57,7 +57,6 @@ def check_engine(step: RecordedStep, num_parameters: int) -> None:
         return
     num_bytes = engine_bytes(num_parameters, config.rollout.dtype, receives=False)
     num_bytes += config.rollout.kv_cache_gib * 2**30
-    free_bytes = psutil.virtual_memory().available
     if num_bytes > free_bytes:
         raise CannotRecompute(
             f"an engine needs {num_bytes / 1e9:.0f} GB, {free_bytes / 1e9:.0f} GB are free"

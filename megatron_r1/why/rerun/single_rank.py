@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import msgspec
 import numpy as np
-import psutil
 
 from megatron_r1.base.errors import TrainerError
 from megatron_r1.config import Config, ParallelConfig
@@ -26,7 +25,7 @@ from megatron_r1.why.record.recorded_step import RecordedStep
 LAYOUT = (
     *("processes", "tensor", "pipeline", "expert", "context", "sequence", "expert_tensor"),
     *("virtual_pipeline", "pipeline_layout", "dispatcher", "overlap_expert_exchange"),
-    *("overlap_param_gather", "offload_between_phases"),
+    *("overlap_param_gather", "offload_between_phases", "offload_folder"),
 )
 """The settings of `parallel` that the rank has at their defaults; the others are the run's."""
 METRIC = "logprob_diff/mean"
@@ -45,20 +44,20 @@ class RankDistances(NamedTuple):
 
 def layout_text(parallel: ParallelConfig) -> str:
     """Return the settings of a run's layout that one rank does not have; "" for one rank."""
-    changed = parallel.model_dump(include=set(LAYOUT), exclude_defaults=True)
+    changed = parallel.model_dump(include={*LAYOUT} - {"offload_folder"}, exclude_defaults=True)
     return ", ".join(f"parallel.{key}: {value}" for key, value in changed.items())
 
 
-def check_rank(step: RecordedStep, num_parameters: int) -> None:
+def check_rank(step: RecordedStep, num_parameters: int, free_bytes: int) -> None:
     """Raise CannotRecompute where one rank cannot hold the trainer's state.
 
     Args:
         step: the step.
-        num_parameters: the number of the policy's weights."""
+        num_parameters: the number of the policy's weights.
+        free_bytes: the memory of the host that a rank on a CPU may take."""
     if gpu.is_usable():  # whose memory the rank finds short itself
         return
     num_bytes = num_parameters * parameter_bytes(step.run_config.model.dtype).total
-    free_bytes = psutil.virtual_memory().available
     if num_bytes > free_bytes:
         raise CannotRecompute(
             f"one trainer rank needs {num_bytes / 1e9:.0f} GB for weights, gradients and "

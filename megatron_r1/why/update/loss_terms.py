@@ -62,12 +62,17 @@ def left_out_terms(
     if not can_leave_out(step) or all(row.is_trained for row in rows):
         return []
     rl = step.config.rl
-    rewards = [[reward or 0.0 for reward in group] for group in step.training_rewards]
-    advantages = formulas.advantages(rewards, rl.algorithm, rl.advantage_std, rl.advantage_epsilon)
+    rewards = step.training_rewards
+    rewards_with_zeros = [[reward or 0.0 for reward in group] for group in rewards]
+    graded_advantages, all_advantages = (
+        formulas.advantages(values, rl.algorithm, rl.advantage_std, rl.advantage_epsilon)
+        for values in (rewards, rewards_with_zeros)
+    )
     all_rows = list(rows)
     for index, sequence in enumerate(step.sequences):
         if not rows[index].is_trained and rows[index].num_sampled:
             group_index, response_index = sequence.response
+            advantages = all_advantages if _is_ungraded(step, index) else graded_advantages
             all_rows[index] = replace(
                 rows[index], advantage=advantages[group_index][response_index]
             )

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -23,7 +22,7 @@ from megatron_r1.why.update.gradient_norms import fit_norms
 from megatron_r1.why.update.loss_formulas import Totals, Update, denominator, row_loss
 from megatron_r1.why.update.step_updates import StepUpdates
 from megatron_r1.why.update.substitution import Substitution
-from megatron_r1.why.update.term_coefficients import FirstMoments, TermFit, fit_run
+from megatron_r1.why.update.term_coefficients import MAX_ROUNDS, FirstMoments, TermFit, fit_run
 from megatron_r1.why.update.term_gradients import TermGradients
 from megatron_r1.why.update.token_advantages import with_token_advantages
 from megatron_r1.why.update.update_inputs import UpdateInputs
@@ -146,8 +145,8 @@ class Recomputation(UpdateInputs):
         if not self.loss_terms:
             return "no response is trained on"
         num_values = sum(values.numel() for values in self._first_after.values())
-        num_bytes = 4 * (2 * len(self.loss_terms) + 1) * num_values
-        free_bytes = psutil.virtual_memory().available
+        num_bytes = 4 * (4 * len(self.loss_terms) + 1) * num_values
+        free_bytes = self.free_bytes
         if num_bytes > free_bytes:
             return (
                 f"the gradients of {len(self.loss_terms)} terms need {num_bytes / 1e9:.0f} GB, "
@@ -181,6 +180,7 @@ class Recomputation(UpdateInputs):
             ),
             ROUNDING[self.step.run_config.model.dtype],
             float(norm),
+            MAX_ROUNDS if self.searches_causes else 0,
         )
 
     def _remade_terms(

@@ -170,6 +170,7 @@ def fit_run(
     moments: FirstMoments,
     rounding: float,
     grad_norm: float,
+    max_rounds: int = MAX_ROUNDS,
 ) -> TermFit:
     """Return the coefficients of the run's gradient, where they are not what they should be from
     updates that are made with them: a later gradient, and how each was clipped, depend on them.
@@ -180,9 +181,10 @@ def fit_run(
             update's gradient.
         moments: the run's.
         rounding: as of `fit_coefficients`.
-        grad_norm: the logged norm, mean over the updates."""
+        grad_norm: the logged norm, mean over the updates.
+        max_rounds: how often updates are made again at most."""
     gradients, fit = first, fit_coefficients(first, moments, rounding)
-    for _ in range(MAX_ROUNDS):
+    for _ in range(max_rounds):
         known_coefficients = [
             coefficient for coefficient in fit.coefficients if coefficient.rounding <= IDENTIFIABLE
         ]
@@ -201,7 +203,9 @@ def fit_run(
         mean_norm = sum(norms) / len(norms)
         factor = grad_norm / mean_norm if mean_norm else 1.0
         gradients = make_updates(coefficients, tuple(norm * factor for norm in norms))
-        last, fit = fit, fit_coefficients(gradients, moments, rounding)
-        if fit.residual > max(fit.error, last.residual * NEARER):
-            break
+        next_fit = fit_coefficients(gradients, moments, rounding)
+        is_nearer = next_fit.residual <= max(next_fit.error, fit.residual * NEARER)
+        if not is_nearer:
+            return fit if fit.residual < next_fit.residual * NEARER else next_fit
+        fit = next_fit
     return fit

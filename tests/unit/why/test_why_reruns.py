@@ -206,7 +206,9 @@ def test_engines_that_cannot_be_started_again_are_named(monkeypatch, push, hf_co
     monkeypatch.setattr(fresh_engine, "find_spec", lambda name: name)
     config = Config().with_changes(push=push)
     with pytest.raises(CannotRecompute, match=words):
-        fresh_engine.check_engine(SimpleNamespace(run_config=config, hf_config=hf_config), 1)
+        fresh_engine.check_engine(
+            SimpleNamespace(run_config=config, hf_config=hf_config), 1, 10**12
+        )
 
 
 @pytest.mark.parametrize("check", [fresh_engine.check_engine, single_rank.check_rank])
@@ -215,7 +217,7 @@ def test_a_model_larger_than_the_memory_is_not_started(monkeypatch, check):
         monkeypatch.setattr(module.gpu, "is_usable", lambda: False)
     monkeypatch.setattr(fresh_engine, "find_spec", lambda name: name)
     with pytest.raises(CannotRecompute, match="GB are free"):
-        check(SimpleNamespace(run_config=Config(), hf_config={}), 10**15)
+        check(SimpleNamespace(run_config=Config(), hf_config={}), 10**15, 10**12)
 
 
 def test_weights_that_do_not_fit_on_the_disk_are_not_written(tmp_path):

@@ -218,13 +218,16 @@ def test_responses_that_are_left_out_have_the_advantages_that_they_would_have(pl
     step = planted.read()
     made = Recomputation(step)
     masked, ungraded = left_out_terms(step, list, made.minibatches, made.rows)
-    rewards = torch.tensor([1.1, 0.0, 1.1, 0.1], dtype=torch.float64)
-    deviation = rewards.std(unbiased=False) + step.config.rl.advantage_epsilon
-    expected = ((rewards - rewards.mean()) / deviation).tolist()
-    for term, index in ((ungraded, 1), (masked, 3)):
+    for term, index, group in (
+        (ungraded, 1, [1.1, 0.0, 1.1, 0.1]),
+        (masked, 3, [1.1, 1.1, 0.1]),  # what has no grade is in no group's mean
+    ):
+        rewards = torch.tensor(group, dtype=torch.float64)
+        deviation = rewards.std(unbiased=False) + step.config.rl.advantage_epsilon
+        advantages = ((rewards - rewards.mean()) / deviation).tolist()
         assert term.rows == {index} and term.expected == 0.0
         (row,) = [row for update in term.left_out for row in update.values()]
-        assert row.advantage == pytest.approx(expected[index])
+        assert row.advantage == pytest.approx(advantages[1 if index == 1 else -1])
     assert "rl.truncated" in masked.remedy and "grade" in ungraded.remedy
 
 

@@ -41,9 +41,9 @@ ENGINES = 8
 NAME = "set.1"
 CONNECT_SECONDS, PUSH_SECONDS = 300.0, 20.0
 TRAINER, MEMBER, POSITION = 77, 3, 5
+"""The trainer rank, the engine and the position of the faults."""
 Place = tuple[str, int, int]
 """("trainer", rank, 0), or ("engine", number of the engine, rank in it)."""
-"""The trainer rank, the engine and the position of the faults."""
 FAULTS = ("none", "trainer rank killed", "engine rank killed", "engine killed", "engine rank hangs")
 
 
