@@ -24,7 +24,7 @@ class ModelPass:
     """A forward pass of a batch.
 
     Attributes:
-        logits: of each row those that predict its sampled tokens, (sampled tokens, vocabulary)
+        logits: those that predict the sampled tokens of each row, (sampled tokens, vocabulary)
             float32.
         experts: what `seen_experts` noted of it."""
 
@@ -109,7 +109,7 @@ def first_update(
         model: the policy before the step.
         rows: the rows of the step.
         minibatch: the rows of its first mini-batch.
-        num_parameters: of the model."""
+        num_parameters: the size of the model."""
     trained = {index: rows[index] for index in minibatch if rows[index].is_trained}
     vocabulary = model.config.vocab_size
     trained_rows = list(trained.values())

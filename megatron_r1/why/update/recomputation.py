@@ -141,7 +141,7 @@ class Recomputation(UpdateInputs):
             lost,
             gradients,
             is_known=substitution.has_loss_of_settings,
-            is_possible=is_recorded and (lambda made: is_recorded(_means(made)[0])),
+            is_possible=is_recorded and (lambda partly: is_recorded(_means(partly)[0])),
         )
         if len(measured) < len(order):
             return updates, None
@@ -200,7 +200,8 @@ class Recomputation(UpdateInputs):
         if not self.loss_terms:
             return "no response is trained on"
         num_values = sum(values.numel() for values in self._first_after.values())
-        num_bytes = 4 * (3 * len(self.loss_terms) + 1) * num_values
+        copies_by_term = 2 if self._first_update is None else 3
+        num_bytes = 4 * (copies_by_term * len(self.loss_terms) + 1) * num_values
         free_bytes = psutil.virtual_memory().available
         if num_bytes > free_bytes:
             return (

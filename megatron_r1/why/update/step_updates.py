@@ -109,14 +109,13 @@ class StepUpdates:
         for index, rows in enumerate(minibatches):
             if adam.moment_reset == "update":
                 self.adam.forget()
-            is_last = index == len(minibatches) - 1
-            may_be = is_possible if is_last else None
+            last_check = is_possible if index == len(minibatches) - 1 else None
             computed = self._first_known(rows, terms) if is_known and not index else None
             if computed is None:
-                computed = self._compute(index, rows, loss, lost, terms, updates, may_be)
+                computed = self._compute(index, rows, loss, lost, terms, updates, last_check)
                 if is_known and not index:
                     self._keep_first(rows, computed, terms)
-            elif may_be is not None and not may_be([computed]):
+            elif last_check is not None and not last_check([computed]):
                 break
             if computed is None:
                 break
@@ -139,18 +138,19 @@ class StepUpdates:
         first, rows = self._first, self._trained(minibatch)
         if first is None or first.known is None or not first.has_inputs(rows):
             return None
-        known = first.known
-        if terms is not None and not known.by_term:
+        known_gradients = first.known
+        if terms is not None and not known_gradients.by_term:
             return None
         if self._biases is not None:
             for batch in self._batches(rows):
                 self._biases.count(first.of_batch(batch).experts, list(batch.values()))
-        gradients = known.gradients
+        gradients = known_gradients.gradients
         if terms is not None:
-            terms.add(known.by_term)
+            terms.add(known_gradients.by_term)
             gradients = terms.total()
-        self.traces.append(Trace(list(rows), known.tokens, gradients))
-        return Update(dict(known.update.metrics), known.update.terms)
+        self.traces.append(Trace(list(rows), known_gradients.tokens, gradients))
+        update = known_gradients.update
+        return Update(dict(update.metrics), update.terms)
 
     def _keep_first(
         self, minibatch: Sequence[int], update: Update | None, terms: TermGradients | None
