@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from megatron_r1.reporting.formatting import finite_metric as finite
@@ -168,13 +169,20 @@ def _format(value: object) -> str:
 
 def explains(step: RecordedStep, updates: RecomputedUpdates) -> bool:
     """Return whether updates have the recorded metrics, and the checkpoint after the step."""
-    compared = ((finite(step.line, name), name) for name in updates.metrics if name in step.line)
-    are_recorded = all(
-        logged is not None
-        and abs(logged - updates.metrics[name]) <= _limit(step, name, updates.metrics)
+    return are_recorded(step, updates.metrics) and not update_departs(step, updates)
+
+
+def are_recorded(step: RecordedStep, metrics: Mapping[str, float]) -> bool:
+    """Return whether metrics are those of metrics.jsonl.
+
+    Args:
+        step: the step.
+        metrics: recomputed ones, by name."""
+    compared = ((finite(step.line, name), name) for name in metrics if name in step.line)
+    return all(
+        logged is not None and abs(logged - metrics[name]) <= _limit(step, name, metrics)
         for logged, name in compared
     )
-    return are_recorded and not update_departs(step, updates)
 
 
 def update_limit(step: RecordedStep) -> float:
@@ -223,9 +231,10 @@ def explanation(
     candidates = list(substitutions(step, recomputed))
     estimates = [recomputed.estimate(substitution, step.line) for substitution in candidates]
     order = sorted(range(len(candidates)), key=lambda index: (estimates[index], index))
+    is_recorded = partial(are_recorded, step)
     for index in order:
-        first, updates = candidates[index], recomputed.run(candidates[index])
-        if not explains(step, updates):
+        first, updates = candidates[index], recomputed.run(candidates[index], is_recorded)
+        if updates is None or not explains(step, updates):
             continue
         explained = [(first, updates)]
         if (
@@ -238,10 +247,14 @@ def explanation(
                 if substitution.setting == first.setting and substitution != first
             ]
             other_values = [
-                (substitution, recomputed.run(substitution))
+                (substitution, recomputed.run(substitution, is_recorded))
                 for substitution in other_candidates[:MAX_OTHER_VALUES]
             ]
-            explained += [pair for pair in other_values if explains(step, pair[1])]
+            explained += [
+                (substitution, other_updates)
+                for substitution, other_updates in other_values
+                if other_updates is not None and explains(step, other_updates)
+            ]
         return min(
             explained,
             key=lambda pair: (pair[1].update_distance or 0.0) + (pair[1].moment_distance or 0.0),

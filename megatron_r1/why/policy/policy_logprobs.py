@@ -57,8 +57,7 @@ class PolicyLogprobs(PolicyModels):
     def scored_sequences(self) -> list[int]:
         """The sequences whose log-probabilities are computed: all, or every n-th where all would
         take too long."""
-        cost = 2.0 * self.num_parameters * sum(len(row.token_ids) for row in self.rows)
-        stride = max(1, int(np.ceil(cost / LOGPROB_FLOPS)))
+        stride = max(1, int(np.ceil(self.pass_flops / LOGPROB_FLOPS)))
         return list(range(0, len(self.rows), stride))
 
     @cached_property

@@ -53,6 +53,11 @@ class PolicyModels:
 
         return num_parameters(self.step.hf_config)
 
+    @property
+    def pass_flops(self) -> float:
+        """The floating-point operations of a forward pass over all rows."""
+        return 2.0 * self.num_parameters * sum(len(row.token_ids) for row in self.rows)
+
     @cached_property
     def policy(self) -> Any:
         """The model before the step."""

@@ -4,7 +4,8 @@ thing substituted, and how far they are from the run's."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -18,6 +19,7 @@ from megatron_r1.why.policy.adapters import trained_parameters
 from megatron_r1.why.record.recorded_step import RecordedStep
 from megatron_r1.why.update.adam import Adam, Moments
 from megatron_r1.why.update.evidence import Evidence, nearest_multiple, without_gradient
+from megatron_r1.why.update.first_update import FirstUpdate, first_update
 from megatron_r1.why.update.gradient_norms import fit_norms
 from megatron_r1.why.update.loss_formulas import Totals, Update, denominator, row_loss
 from megatron_r1.why.update.step_updates import StepUpdates
@@ -74,30 +76,47 @@ class Recomputation(UpdateInputs):
         super().__init__(step, memory)
         self.searches_causes = True
 
-    def run(self, substitution: Substitution | None = None) -> RecomputedUpdates:
-        """Make the step's updates, with one thing substituted.
+    def run(
+        self, substitution: Substitution, is_recorded: Callable[[Mapping[str, float]], bool]
+    ) -> RecomputedUpdates | None:
+        """Make the step's updates with one thing substituted; return None where their metrics are
+        not those that were recorded, which is known before the last gradient.
 
         Args:
-            substitution: what is substituted; None: nothing.
+            substitution: what is substituted.
+            is_recorded: whether metrics, without the gradient's norm, may be the recorded ones.
 
         Raises:
             CannotRecompute: the step's updates cannot be made here."""
-        return self._make_updates(substitution or Substitution(""))[1]
+        return self._make_updates(
+            substitution,
+            model=None if substitution.head_is_apart else self._scratch_model(),
+            is_recorded=is_recorded,
+        )[1]
 
     def _make_updates(
         self,
         substitution: Substitution,
         norms: tuple[float, ...] | None = None,
         gradients: TermGradients | None = None,
-    ) -> tuple[StepUpdates, RecomputedUpdates]:
-        """Make the updates with one thing substituted, with `norms` of the whole gradients or those
-        that fit the run, and collect the `gradients` of the terms."""
+        model: Any = None,
+        is_recorded: Callable[[Mapping[str, float]], bool] | None = None,
+    ) -> tuple[StepUpdates, RecomputedUpdates | None]:
+        """Make the updates with one thing substituted.
+
+        Args:
+            substitution: what is substituted.
+            norms: the norms of the whole gradients; None: those that fit the run.
+            gradients: where the gradients of the terms are collected; None: nowhere.
+            model: the policy before the step, which is changed; None: a copy that stays.
+            is_recorded: as of `run`; None: all updates are made."""
         self.check_updates()
         rows = self._rows(substitution)
         loss = replace(self.loss_rules(), **dict(substitution.loss))
         old, reference = self._old_and_reference_logprobs(substitution, rows, loss)
         rows = with_token_advantages(self.step, rows, old, reference)
-        model = copy.deepcopy(self._trained_model)
+        if model is None:
+            model = copy.deepcopy(self._trained_model)
         if substitution.head_is_apart:
             model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
         updates = StepUpdates(
@@ -108,12 +127,23 @@ class Recomputation(UpdateInputs):
             old,
             reference,
             self.step.run_config.model.expert_bias_update_rate,
+            None if substitution.head_is_apart else self._first_update,
         )
         adam = replace(
             self.adam_rules(self._norms if norms is None else norms), **dict(substitution.adam)
         )
         order, lost = self._order(substitution, rows), frozenset(substitution.lost)
-        measured = updates.run(order, loss, adam, lost, gradients)
+        measured = updates.run(
+            order,
+            loss,
+            adam,
+            lost,
+            gradients,
+            is_known=substitution.has_loss_of_settings,
+            is_possible=is_recorded and (lambda partly: is_recorded(_means(partly)[0])),
+        )
+        if len(measured) < len(order):
+            return updates, None
         metrics, terms = _means(measured)
         signed = {
             name: sum(update.terms[name] for update in measured) / len(measured)
@@ -129,10 +159,34 @@ class Recomputation(UpdateInputs):
         )
 
     @cached_property
+    def _first_update(self) -> FirstUpdate | None:
+        return first_update(
+            self._trained_model, self.rows, self.minibatches()[0], self.num_parameters
+        )
+
+    def _scratch_model(self) -> Any:
+        """Return a copy of the trained model, the same one each time, with the values of before."""
+        scratch = self._scratch
+        with torch.no_grad():
+            for value, before in zip(
+                itertools.chain(scratch.parameters(), scratch.buffers()),
+                itertools.chain(self._trained_model.parameters(), self._trained_model.buffers()),
+                strict=True,
+            ):
+                value.copy_(before)
+        return scratch
+
+    @cached_property
+    def _scratch(self) -> Any:
+        return copy.deepcopy(self._trained_model)
+
+    @cached_property
     def _unsubstituted_updates(self) -> tuple[StepUpdates, RecomputedUpdates]:
         self.check_updates()
         gradients = None if self._terms_reason else self._term_gradients
-        return self._make_updates(Substitution(""), gradients=gradients)
+        updates, recomputed = self._make_updates(Substitution(""), gradients=gradients)
+        assert recomputed is not None, "all updates are made"
+        return updates, recomputed
 
     @cached_property
     def _terms_reason(self) -> str:
@@ -145,7 +199,8 @@ class Recomputation(UpdateInputs):
         if not self.loss_terms:
             return "no response is trained on"
         num_values = sum(values.numel() for values in self._first_after.values())
-        num_bytes = 4 * (4 * len(self.loss_terms) + 1) * num_values
+        copies_by_term = 4 if self._first_update is None else 5
+        num_bytes = 4 * (copies_by_term * len(self.loss_terms) + 1) * num_values
         free_bytes = self.free_bytes
         if num_bytes > free_bytes:
             return (
@@ -192,7 +247,12 @@ class Recomputation(UpdateInputs):
             coefficients: how often each term is added.
             norms: the norm of each update's gradient, unless a part of it is not computed here."""
         gradients = TermGradients(self.loss_terms, coefficients)
-        self._make_updates(Substitution(""), None if self.trains_more else norms, gradients)
+        self._make_updates(
+            Substitution(""),
+            None if self.trains_more else norms,
+            gradients,
+            self._scratch_model(),
+        )
         return gradients
 
     @property
@@ -213,7 +273,9 @@ class Recomputation(UpdateInputs):
         if self._first_after is None or not isinstance(logged, int | float):
             raise CannotRecompute("model.mtp: train, and no checkpoint says how gradients were cut")
         return fit_norms(
-            lambda norms: self._make_updates(Substitution(""), norms)[0].traces,
+            lambda norms: (
+                self._make_updates(Substitution(""), norms, model=self._scratch_model())[0].traces
+            ),
             (float(logged),) * self.step.config.rl.minibatches,
             self._moments[0] if self._moments else {},
             self._first_after,
@@ -302,7 +364,7 @@ class Recomputation(UpdateInputs):
 
     def _estimated_change(self, updates: StepUpdates, substitution: Substitution) -> float:
         """Return the distance of the change that Adam makes of the gradients of `base`."""
-        model = copy.deepcopy(self._trained_model)
+        model = self._scratch_model()
         parameters = trained_parameters(model)
         lost = substitution.without_moments
         adam = Adam(parameters, None if lost else self._moments, 0 if lost else self.num_updates)
@@ -373,6 +435,7 @@ def _means(updates: Sequence[Update]) -> tuple[dict[str, float], dict[str, float
         if name.endswith("/max")
         else sum(update.metrics[name] for update in updates) / len(updates)
         for name in updates[0].metrics
+        if all(name in update.metrics for update in updates)  # the last may have no gradient yet
     }
     terms = {
         name: sum(abs(update.terms[name]) for update in updates) / len(updates)

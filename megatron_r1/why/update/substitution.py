@@ -40,6 +40,19 @@ class Substitution:
     head_is_apart: bool = False
 
     @property
+    def has_loss_of_settings(self) -> bool:
+        """Whether the optimizer alone is another: the first gradient is that of the settings."""
+        return not (
+            self.loss
+            or self.advantages is not None
+            or self.reference
+            or self.lost
+            or self.trains_prompts
+            or self.routes_itself
+            or self.head_is_apart
+        )
+
+    @property
     def change(self) -> str:
         """What to change where this explains a departure."""
         return self.remedy or self.setting

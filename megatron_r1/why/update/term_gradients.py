@@ -70,13 +70,18 @@ class TermGradients:
         }
 
     def backward(
-        self, terms_by_row: Mapping[int, Mapping[str, Tensor]], parameters: Moments
+        self,
+        terms_by_row: Mapping[int, Mapping[str, Tensor]],
+        parameters: Moments,
+        *,
+        keeps_graph: bool = False,
     ) -> None:
         """Add the gradients of some rows.
 
         Args:
             terms_by_row: the terms of each, of one pass.
-            parameters: those that have gradients, by name."""
+            parameters: those that have gradients, by name.
+            keeps_graph: whether the graph of the pass is used again."""
         sums: dict[str, Tensor] = {}
         for row_index, row_parts in terms_by_row.items():
             for term in self.terms:
@@ -84,16 +89,23 @@ class TermGradients:
                     value = row_parts[term.part]
                     sums[term.name] = sums[term.name] + value if term.name in sums else value
         for number, (name, total) in enumerate(sums.items(), 1):
-            is_last = number == len(sums)
-            values = torch.autograd.grad(
-                total, list(parameters.values()), retain_graph=not is_last, allow_unused=True
-            )
-            gradients = self._gradients[name]
-            for key, value in zip(parameters, values, strict=True):
-                if value is not None:
-                    gradients[key] = (
-                        gradients[key].add_(value) if key in gradients else value.clone()
-                    )
+            is_used_again = keeps_graph or number < len(sums)
+            add_gradients(self._gradients[name], total, parameters, keeps_graph=is_used_again)
+
+    def add(self, by_term: Mapping[str, Moments]) -> None:
+        """Add the gradients of an update as they were computed before.
+
+        Args:
+            by_term: what `copied` returned."""
+        for name, gradients in by_term.items():
+            self._gradients[name] = {key: values.clone() for key, values in gradients.items()}
+
+    def copied(self) -> dict[str, Moments]:
+        """Return a copy of the gradients of the present update, by term."""
+        return {
+            name: {key: values.clone() for key, values in gradients.items()}
+            for name, gradients in self._gradients.items()
+        }
 
     def total(self) -> Moments:
         """Return the gradient of the loss in this update."""
@@ -136,3 +148,21 @@ class TermGradients:
         by_update = torch.stack([products.diagonal().sqrt() for products in self.products])
         means = by_update.mean(0).tolist()
         return {term.name: norm for term, norm in zip(self.terms, means, strict=True)}
+
+
+def add_gradients(
+    gradients: Moments, total: Tensor, parameters: Moments, *, keeps_graph: bool
+) -> None:
+    """Add the gradient of a sum to gradients.
+
+    Args:
+        gradients: by parameter, which are changed.
+        total: the sum.
+        parameters: those that it is of, by name.
+        keeps_graph: whether the graph of the sum is used again."""
+    computed = torch.autograd.grad(
+        total, list(parameters.values()), retain_graph=keeps_graph, allow_unused=True
+    )
+    for name, values in zip(parameters, computed, strict=True):
+        if values is not None:
+            gradients[name] = gradients[name].add_(values) if name in gradients else values.clone()

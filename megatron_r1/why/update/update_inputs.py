@@ -88,7 +88,7 @@ class UpdateInputs(PolicyLogprobs):
         for applies, reason in reasons:
             if applies:
                 raise CannotRecompute(reason)
-        cost = 8.0 * self.num_parameters * sum(len(row.token_ids) for row in self.rows)
+        cost = 4.0 * self.pass_flops
         if cost > UPDATE_FLOPS:
             raise CannotRecompute(
                 f"the updates take {cost / 1e12:,.0f} teraflops here, at most "

@@ -539,7 +539,7 @@ def test_a_loss_of_kl_alone_has_the_rounding_of_kl(planted, logged, departs):
     )
     recomputed = SimpleNamespace(
         base=made,
-        run=lambda substitution: made,
+        run=lambda substitution, is_recorded: made,
         evidence=Evidence(),
         packed=[],
         searches_causes=True,
