@@ -21,6 +21,7 @@ from megatron_r1.why.checks.engine_causes import (
 )
 from megatron_r1.why.checks.engine_gaps import EngineGaps, mean_gap
 from megatron_r1.why.checks.expert_causes import departing_expert
+from megatron_r1.why.checks.fp8_causes import other_fp8_weights
 from megatron_r1.why.checks.sampling import FAMILY
 from megatron_r1.why.checks.tensor_causes import departing_tensor
 from megatron_r1.why.comparison import (
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 NAME = "engines' log-probabilities"
 TOLERANCE_SOURCE = "rounding of the engine's dtype (docs/compare.md), mean over tokens"
 CAUSES: tuple[Callable[[EngineGaps], ExplainedDeparture | None], ...] = (
+    other_fp8_weights,
     other_adapter_scale,
     stale_weights,
     missing_router_bias,
@@ -56,7 +58,7 @@ CAUSES: tuple[Callable[[EngineGaps], ExplainedDeparture | None], ...] = (
 
 def check_logprobs(step: RecordedStep, recomputed: Recomputation) -> list[Comparison]:
     """Return the comparison of the engines' log-probabilities."""
-    gaps = EngineGaps(step, recomputed)
+    gaps = EngineGaps(step, recomputed.engine_policy)
     differences = np.concatenate(gaps.gaps) if gaps.gaps else np.empty(0)
     differences = differences[~np.isnan(differences)]
     if not len(differences):
@@ -127,7 +129,7 @@ def _explanation(gaps: EngineGaps) -> ExplainedDeparture | None:
 def departures(recomputed: Recomputation) -> list[DepartureCurve]:
     """Return how far engines are from transformers over the position in the response; nothing where
     that could not be recomputed."""
-    if "old" not in vars(recomputed):
+    if "old" not in vars(recomputed.engine_policy):
         return []
-    gaps = EngineGaps(recomputed.step, recomputed)
+    gaps = EngineGaps(recomputed.step, recomputed.engine_policy)
     return [DepartureCurve("engine against the checkpoint", *gaps.position_means())]
