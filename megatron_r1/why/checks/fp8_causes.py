@@ -34,7 +34,7 @@ MIN_ERRORS, LARGEST_MISS, MOST_LEFT = 8.0, 0.25, 0.85
 """A coefficient is as many standard errors from 0 and at most so far from 1, and the effect leaves
 at most this part of the differences, by root mean square."""
 WORTH_PARTS = 2.0
-"""Standard errors of a coefficient, of any hypothesis of all weights, from which parts are tried."""
+"""Standard errors of the coefficient of all weights from which parts of them are tried."""
 FAULT = "FP8 scales of the push before"
 REMEDY = (
     "push.fp8: the push of the block scales (*_scale_inv) to {engine}, which engines convert apart "
@@ -73,7 +73,7 @@ class Fit(NamedTuple):
     @property
     def evidence(self) -> float:
         """The coefficient in standard errors."""
-        return self.coefficient / self.error if self.error else math.copysign(math.inf, self.coefficient)
+        return self.coefficient / max(self.error, 1e-12)
 
     @property
     def holds(self) -> bool:
@@ -188,7 +188,7 @@ class FP8Search:
         fits = {}
         for version in sorted({max(0, newest - 1), 0} - {newest}, reverse=True):
             scaled = self._recomputed.with_scales_of(version)
-            values_by_kind = {
+            values_by_kind: dict[Kind, dict[str, Tensor] | None] = {
                 "scales": None if scaled is None else weights.other_tensors(scaled),
                 "weights": weights.of_version(version),
             }

@@ -1,5 +1,6 @@
-"""Log-probabilities under the weights that engines have after a push with `push.fp8`: projections in
-e4m3 with a scale for each block of 128 x 128, the rest in bfloat16, a router's bias in float32."""
+"""Log-probabilities under the weights that engines have after a push with `push.fp8`: projections
+in e4m3 with a scale for each block of 128 x 128, the rest in bfloat16, a router's bias in float32.
+"""
 
 from __future__ import annotations
 
@@ -104,8 +105,6 @@ class FP8EngineLogprobs(PolicyLogprobs):
 
         def encode(name: str, values: Tensor) -> Tensor:
             scales_of = older.read(name) if is_quantized(name) else None
-            return pushed_values(
-                name, values, power_of_two=self._power_of_two, scales_of=scales_of
-            )
+            return pushed_values(name, values, power_of_two=self._power_of_two, scales_of=scales_of)
 
         return self._model_of(super().tensors(self._before).encoded(encode))

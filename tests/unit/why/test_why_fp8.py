@@ -1,7 +1,6 @@
 """`why` on engines with FP8 weights, against quantization in float64, block by block."""
 
 import copy
-import json
 import math
 from types import SimpleNamespace
 
@@ -28,9 +27,13 @@ QUANTIZED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "do
 SIZES = {
     **{"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2, "head_dim": 128},
     **{"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": VOCABULARY},
-    **{"tie_word_embeddings": False, "moe_intermediate_size": 128, "num_experts": 4},
-    **{"num_experts_per_tok": 2, "decoder_sparse_step": 1, "mlp_only_layers": [0]},
+    "tie_word_embeddings": False,
 }
+ROUTED = {
+    **{"moe_intermediate_size": 128, "num_experts": 4, "num_experts_per_tok": 2},
+    **{"decoder_sparse_step": 1, "mlp_only_layers": [0]},
+}
+FAMILIES = {"Qwen2": SIZES, "Qwen3Moe": SIZES | ROUTED}
 
 
 def blocks(w):
@@ -109,12 +112,12 @@ def test_a_coefficient_is_that_of_least_squares():
 def first_weights(family):
     torch.manual_seed(3)
     config = getattr(transformers, f"{family}Config")(
-        architectures=[f"{family}ForCausalLM"], **SIZES
+        architectures=[f"{family}ForCausalLM"], **FAMILIES[family]
     )
     return getattr(transformers, f"{family}ForCausalLM")(config).eval()
 
 
-@pytest.fixture(scope="module", params=["Qwen2", "Qwen3Moe"])
+@pytest.fixture(scope="module", params=FAMILIES)
 def folders(request, tmp_path_factory):
     """The folders of three versions, each some updates after the one before."""
     model, made = first_weights(request.param), []
@@ -138,11 +141,13 @@ def kept_versions(monkeypatch, request):
         monkeypatch.setattr(module, "weights_after", lambda folder, config, step: made[step])
 
 
-def engine_model(folder, values):
-    """Transformers in bfloat16 with other tensors than a folder's."""
-    tensors = load_file(folder / "model.safetensors")
-    tensors |= {name: value.float() for name, value in values.items()}
-    return tensors
+def in_bfloat16(model):
+    """Let every module's output be rounded to bfloat16; weights stay as they are."""
+    for module in model.modules():
+        module.register_forward_hook(
+            lambda module, args, out: out.bfloat16().float() if torch.is_tensor(out) else None
+        )
+    return model.eval()
 
 
 def rows(count=24, length=26):
@@ -161,18 +166,17 @@ def rows(count=24, length=26):
 
 
 def logged_step(folder, values, scratch, scale_format=None):
-    """A step whose engine computed in bfloat16 with some tensors."""
+    """A step whose engine computed in bfloat16, with some tensors in place of a folder's."""
     for path in folder.iterdir():
         if path.name != "model.safetensors":
             (scratch / path.name).write_bytes(path.read_bytes())
-    tensors = load_file(folder / "model.safetensors")
-    save_file(
-        tensors | {name: value.float().contiguous() for name, value in values.items()},
-        scratch / "model.safetensors",
-        {"format": "pt"},
-    )
-    engine = transformers.AutoModelForCausalLM.from_pretrained(scratch, dtype=torch.bfloat16)
-    (made,) = logprobs(engine.eval(), rows(), [1.0])
+    tensors = {
+        name: values.get(name, value.bfloat16()).float().contiguous()
+        for name, value in load_file(folder / "model.safetensors").items()
+    }
+    save_file(tensors, scratch / "model.safetensors", {"format": "pt"})
+    engine = transformers.AutoModelForCausalLM.from_pretrained(scratch, dtype=torch.float32)
+    (made,) = logprobs(in_bfloat16(engine), rows(), [1.0])
     hf_config = copy.deepcopy(read_hf_config(str(folder)))
     if scale_format:
         hf_config["quantization_config"] = FP8_CONFIG | {"scale_fmt": scale_format}
@@ -241,14 +245,44 @@ def test_an_engine_with_the_pushed_weights_is_equal(folders, tmp_path, scale_for
     values = pushed(folders, power_of_two=scale_format is not None)
     comparison = checked(logged_step(folders[NEWEST], values, tmp_path, scale_format))
     assert comparison.status == EQUAL, str(comparison)
+    assert comparison.distance < 0.02
 
 
-def test_scales_of_the_push_before_are_named(folders, tmp_path):
+@pytest.mark.parametrize("folders", ["Qwen2"], indirect=True)
+@pytest.mark.parametrize("memory", [None, 10**9], ids=["whole", "streamed"])
+def test_scales_of_the_push_before_are_named(folders, tmp_path, memory):
     values = pushed(folders, stale_scales=weights(folders[NEWEST]))
-    comparison = checked(logged_step(folders[NEWEST], values, tmp_path))
+    comparison = checked(logged_step(folders[NEWEST], values, tmp_path), memory)
     assert comparison.departs, str(comparison)
     assert comparison.reason.startswith(
         "FP8 scales of the push before: engine-0 computes with the 8-bit values of version 2 and "
         "the block scales of version 1"
     )
     assert comparison.remedy.startswith("push.fp8: ") and "engine-0" in comparison.remedy
+    assert ("FP8 scales of one tensor" in comparison.reason) == (memory is not None)
+
+
+def test_scales_of_a_part_are_named(folders, tmp_path):
+    is_dense = "Qwen2" in (folders[0] / "config.json").read_text()
+    part = "layers.1.mlp.down_proj." if is_dense else "layers.1.mlp.experts.2."
+    names = [name for name in weights(folders[NEWEST]) if part in name]
+    values = pushed(folders, stale_scales=names)
+    comparison = checked(logged_step(folders[NEWEST], values, tmp_path))
+    noun = "model.layers.1.mlp.down_proj.weight" if is_dense else "expert 2 of model.layers.1"
+    words = f"FP8 scales of the push before in {noun}: engine-0 computes"
+    assert comparison.reason.startswith(words), str(comparison)
+
+
+@pytest.mark.parametrize("folders", ["Qwen2"], indirect=True)
+@pytest.mark.parametrize("version", [NEWEST, NEWEST - 1])
+def test_weights_of_another_push_are_not_taken_for_scales(folders, tmp_path, version):
+    """The newest without quantization, and those of the version before."""
+    values = weights(folders[version])
+    words = "engine-0 computes with weights that are not quantized"
+    if version != NEWEST:
+        values = {name: quantized(value) for name, value in values.items()}
+        words = "engine-0 computed with the weights of version 1, not 2"
+        others = load_file(folders[version] / "model.safetensors")
+        values |= {n: v.bfloat16() for n, v in others.items() if n not in values}
+    comparison = checked(logged_step(folders[NEWEST], values, tmp_path))
+    assert comparison.reason.startswith(words), str(comparison)
