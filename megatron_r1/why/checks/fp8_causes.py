@@ -5,8 +5,8 @@ The engine's bfloat16 moves log-probabilities as much as such weights do, but ot
 hypothesis has an effect e on every token's log-probability, on which the engine's differences d are
 regressed: c = (d · e) / (e · e), with the standard error |d - c e| / (|e| √tokens). It is near 1
 for the right hypothesis, and near 0 for an engine with the newest weights. Of those near 1 the one
-that leaves the smallest |d - e| is named, where that is a good deal smaller than |d|: rounding of
-weights is the same for all tokens, and standard errors do not count it."""
+that leaves the smallest mean |d - e| is named, where that is a good deal smaller than |d|: what
+is the same in all tokens, as rounding of weights, is not in the standard error."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
-from megatron_r1.reporting.formatting import format_number as number
 from megatron_r1.why.checks.engine_causes import ExplainedDeparture, older_weights
 from megatron_r1.why.checks.engine_gaps import EngineGaps, ExplainedEngine, mean_gap
 from megatron_r1.why.checks.expert_causes import MAX_SUSPECTS, experts_by_gap
@@ -32,7 +31,7 @@ TRIED_TOKENS = 2048
 """Sampled tokens of an engine that differences are regressed over."""
 MIN_ERRORS, LARGEST_MISS, MOST_LEFT = 8.0, 0.25, 0.85
 """A coefficient is as many standard errors from 0 and at most so far from 1, and the effect leaves
-at most this part of the differences, by root mean square."""
+at most this part of the mean |difference|."""
 WORTH_PARTS = 2.0
 """Standard errors of the coefficient of all weights from which parts of them are tried."""
 FAULT = "FP8 scales of the push before"
@@ -62,8 +61,8 @@ class Fit(NamedTuple):
     Attributes:
         coefficient: times the effect.
         error: the coefficient's standard error.
-        left: root mean square of the differences less the effect.
-        size: root mean square of the differences."""
+        left: mean |difference| less the effect.
+        size: mean |difference|."""
 
     coefficient: float
     error: float
@@ -89,14 +88,13 @@ def fit_effect(effect: np.ndarray, differences: np.ndarray) -> Fit:
     Args:
         effect: (tokens,).
         differences: (tokens,)."""
-    square, root = float(effect @ effect), math.sqrt(len(effect))
-    size = float(np.linalg.norm(differences)) / root
-    left = float(np.linalg.norm(differences - effect)) / root
+    size, left = mean_gap([differences]), mean_gap([differences - effect])
+    square = float(effect @ effect)
     if not square:
         return Fit(0.0, math.inf, left, size)
     coefficient = float(differences @ effect) / square
-    rest = np.linalg.norm(differences - coefficient * effect)
-    return Fit(coefficient, float(rest) / (root * math.sqrt(square)), left, size)
+    rest = float(np.linalg.norm(differences - coefficient * effect))
+    return Fit(coefficient, rest / math.sqrt(square * len(effect)), left, size)
 
 
 def other_fp8_weights(gaps: EngineGaps) -> ExplainedDeparture | None:
@@ -105,8 +103,7 @@ def other_fp8_weights(gaps: EngineGaps) -> ExplainedDeparture | None:
 
     if not isinstance(gaps.recomputed, FP8EngineLogprobs):
         return None
-    search = FP8Search(gaps, gaps.recomputed)
-    return search.explanation()
+    return FP8Search(gaps, gaps.recomputed).explanation()
 
 
 class FP8Search:
@@ -224,11 +221,11 @@ class FP8Search:
 
     def _explained(self, engine: str, hypothesis: Hypothesis, fit: Fit) -> ExplainedDeparture:
         kind, version, noun = hypothesis
-        differences, name = self._differences, engine or "engine"
-        newest = self._gaps.newest
+        newest, name = self._gaps.newest, engine or "engine"
+        explained = ExplainedEngine(fit.left, fit.size, name)
         fitted = (
-            f"its differences, mean |Δ| {number(mean_gap([differences]))}, are "
-            f"{fit.coefficient:.2f} ± {fit.error:.2f} times what that makes"
+            f"{explained.gap_sizes}, the differences are {fit.coefficient:.2f} ± {fit.error:.2f} "
+            "times those that it makes"
         )
         remedy = REMEDY.format(engine=name)
         if kind == "plain":
@@ -249,5 +246,4 @@ class FP8Search:
             return ExplainedDeparture(
                 f"{noun} in {name} is of version {version}, not {newest}; {fitted}", remedy
             )
-        left = ExplainedEngine(fit.left, mean_gap([differences]), name)
-        return older_weights(self._gaps, version, left)
+        return older_weights(self._gaps, version, explained)

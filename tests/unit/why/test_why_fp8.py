@@ -92,9 +92,15 @@ def test_pushed_values_are_those_of_blocks_in_float64(shape, power_of_two):
         "model.layers.0.self_attn.kv_a_layernorm.weight",
     ],
 )
-def test_other_tensors_are_pushed_as_they_are(name):
+def test_other_tensors_are_pushed_in_bfloat16(name):
     values = torch.randn(130, 130)
-    assert torch.equal(pushed_values(name, values, power_of_two=False, scales_of=-values), values)
+    pushed = pushed_values(name, values, power_of_two=False, scales_of=-values)
+    assert torch.equal(pushed, values.bfloat16().float())
+
+
+def test_the_bias_of_a_router_is_pushed_in_float32():
+    name, values = "model.layers.1.mlp.gate.e_score_correction_bias", torch.randn(8)
+    assert torch.equal(pushed_values(name, values, power_of_two=False), values)
 
 
 def test_a_coefficient_is_that_of_least_squares():
@@ -125,8 +131,10 @@ def folders(request, tmp_path_factory):
         torch.manual_seed(version)
         with torch.no_grad():
             for parameter in model.parameters():
-                step = 0.1 if version == 0 else 0.004
-                parameter += step * torch.randn_like(parameter)
+                parameter += (0.004 if version else 0.1) * torch.randn_like(parameter)
+                if version and parameter.dim() > 1:  # other scales; of experts, each its own
+                    sizes = parameter.shape[:-2]
+                    parameter *= 1 + 0.05 * torch.randn(*sizes, 1, 1)
         made.append(tmp_path_factory.mktemp(f"version-{version}-"))
         model.save_pretrained(made[-1])
     return made
