@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.models.weights.formats.published_layout import FP8_CONFIG
-from megatron_r1.why.checks import engine_logprobs
+from megatron_r1.why.checks import engine_logprobs, policies
 from megatron_r1.why.checks.fp8_causes import fit_effect
-from megatron_r1.why.comparison import EQUAL
+from megatron_r1.why.comparison import EQUAL, NOT_CHECKED
 from megatron_r1.why.policy import changed_weights, fp8_engines, policy_logprobs, policy_models
 from megatron_r1.why.policy.fp8_engines import FP8EngineLogprobs, pushed_values
 from megatron_r1.why.policy.policy_logprobs import PolicyLogprobs
@@ -294,3 +294,10 @@ def test_weights_of_another_push_are_not_taken_for_scales(folders, tmp_path, ver
         values |= {n: v.bfloat16() for n, v in others.items() if n not in values}
     comparison = checked(logged_step(folders[NEWEST], values, tmp_path))
     assert comparison.reason.startswith(words), str(comparison)
+
+
+def test_a_trainer_with_8_bit_products_is_not_checked():
+    config = SimpleNamespace(fp8=SimpleNamespace(recipe="blockwise"))
+    step = SimpleNamespace(line={"logprob_diff/mean": 0.5}, run_config=config)
+    comparison = policies._compare_trainer(step, None)
+    assert comparison.status == NOT_CHECKED and "fp8.recipe: blockwise" in comparison.reason
