@@ -41,6 +41,10 @@ if TYPE_CHECKING:
 
 NAME = "engines' log-probabilities"
 TOLERANCE_SOURCE = "rounding of the engine's dtype (docs/compare.md), mean over tokens"
+FP8_TOLERANCE_SOURCE = (
+    "rounding of the engine's bfloat16, on a GPU also of 8-bit activations; at most 0.0034 was "
+    "measured in five steps of three dense runs on a CPU"
+)
 CAUSES: tuple[Callable[[EngineGaps], ExplainedDeparture | None], ...] = (
     other_fp8_weights,
     other_adapter_scale,
@@ -74,9 +78,7 @@ def check_logprobs(step: RecordedStep, recomputed: Recomputation) -> list[Compar
     explained = _explanation(gaps)
     if explained is None and gaps.distance <= gaps.tolerance and not gaps.departing_engine():
         return [
-            Comparison(
-                FAMILY, NAME, EQUAL, compared, gaps.distance, gaps.tolerance, TOLERANCE_SOURCE
-            )
+            Comparison(FAMILY, NAME, EQUAL, compared, gaps.distance, gaps.tolerance, _source(step))
         ]
     return [_departure(gaps, compared, explained)]
 
@@ -86,6 +88,11 @@ def _encoding(step: RecordedStep) -> str:
     if not step.run_config.push.fp8:
         return ""
     return ", quantized as the push quantizes them, with activations in float32"
+
+
+def _source(step: RecordedStep) -> str:
+    """Return where the tolerance comes from."""
+    return FP8_TOLERANCE_SOURCE if step.run_config.push.fp8 else TOLERANCE_SOURCE
 
 
 def _departure(gaps: EngineGaps, compared: str, explained: ExplainedDeparture | None) -> Comparison:
@@ -109,7 +116,7 @@ def _departure(gaps: EngineGaps, compared: str, explained: ExplainedDeparture | 
         compared,
         gaps.distance,
         gaps.tolerance,
-        TOLERANCE_SOURCE,
+        _source(gaps.step),
         with_untried(explained.reason, gaps.untried),
         list(concerned),
         num_tokens,

@@ -141,7 +141,8 @@ class FP8Search:
         """Yield hypotheses of all weights, with their log-probabilities by sequence."""
         recomputed, newest = self._recomputed, self._gaps.newest
         yield Hypothesis("plain", newest), recomputed.trainer.old
-        for version in self._gaps.earlier_versions:
+        versions = self._gaps.earlier_versions
+        for version in versions[:1] if recomputed.is_streamed else versions:
             if (model := recomputed.with_scales_of(version)) is not None:
                 yield Hypothesis("scales", version), recomputed.logprobs_under(model)
             if (logprobs := recomputed.logprobs_after(version)) is not None:
