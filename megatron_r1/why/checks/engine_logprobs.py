@@ -42,8 +42,8 @@ if TYPE_CHECKING:
 NAME = "engines' log-probabilities"
 TOLERANCE_SOURCE = "rounding of the engine's dtype (docs/compare.md), mean over tokens"
 FP8_TOLERANCE_SOURCE = (
-    "rounding of the engine's bfloat16, on a GPU also of 8-bit activations; on a CPU at most 0.0034 "
-    "was measured in five steps of three dense runs, and 0.0048 in a step with experts"
+    "rounding of the engine's bfloat16, on a GPU also of 8-bit activations; on a CPU at most "
+    "0.0034 was measured in five steps of three dense runs, and 0.0048 in a step with experts"
 )
 CAUSES: tuple[Callable[[EngineGaps], ExplainedDeparture | None], ...] = (
     other_fp8_weights,
