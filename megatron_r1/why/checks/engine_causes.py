@@ -13,7 +13,12 @@ import numpy as np
 from megatron_r1.config.model import LoraConfig
 from megatron_r1.reporting.formatting import format_number as number
 from megatron_r1.reporting.formatting import format_percent as percent
-from megatron_r1.why.checks.engine_gaps import EXPLAINED, EngineGaps, mean_gap
+from megatron_r1.why.checks.engine_gaps import (
+    EXPLAINED,
+    EngineGaps,
+    ExplainedEngine,
+    mean_gap,
+)
 
 TEMPERATURES = (0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.25, 1.5, 2.0, 4.0)
 """Times the run's temperature: which of them explains a departure."""
@@ -38,7 +43,16 @@ def stale_weights(gaps: EngineGaps) -> ExplainedDeparture | None:
     """Try the weights of earlier versions, engine by engine."""
     if (stale := gaps.stale_version(gaps.recomputed.logprobs_after)) is None:
         return None
-    version, engine = stale
+    return older_weights(gaps, *stale)
+
+
+def older_weights(gaps: EngineGaps, version: int, engine: ExplainedEngine) -> ExplainedDeparture:
+    """Return that an engine has the weights of an earlier version, as the trainer may too.
+
+    Args:
+        gaps: the differences.
+        version: the version.
+        engine: the engine."""
     if _trainer_agrees(gaps):
         return ExplainedDeparture(
             f"engines and trainer computed with the weights of version {version}, not "

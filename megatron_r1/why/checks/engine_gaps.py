@@ -15,7 +15,7 @@ from megatron_r1.why.comparison import ROUNDING
 from megatron_r1.why.record.recorded_step import RecordedStep
 
 if TYPE_CHECKING:
-    from megatron_r1.why.update.recomputation import Recomputation
+    from megatron_r1.why.policy.policy_logprobs import PolicyLogprobs
 
 EXPLAINED = 0.5
 """Other log-probabilities explain a difference that they make smaller by this factor, or more, and
@@ -48,7 +48,7 @@ class EngineGaps:
 
     Args:
         step: the step.
-        recomputed: its log-probabilities by transformers.
+        recomputed: its log-probabilities by transformers, under the weights that engines have.
 
     Attributes:
         sequences: those that are compared.
@@ -58,7 +58,7 @@ class EngineGaps:
         tolerance: the largest mean |difference| that is rounding.
         untried: causes that were not tried, as they need the whole model in memory."""
 
-    def __init__(self, step: RecordedStep, recomputed: Recomputation) -> None:
+    def __init__(self, step: RecordedStep, recomputed: PolicyLogprobs) -> None:
         self.step, self.recomputed = step, recomputed
         self.sequences = [recomputed.sequences[index] for index in recomputed.scored_sequences]
         self._is_newest = [sequence.versions == self.newest for sequence in self.sequences]

@@ -33,7 +33,7 @@ class ExpertGap(NamedTuple):
 
 def departing_expert(gaps: EngineGaps) -> ExplainedDeparture | None:
     """Look for experts whose tokens differ more than others."""
-    ranked = _experts_by_gap(gaps)
+    ranked = experts_by_gap(gaps)
     suspects = ranked[:MAX_SUSPECTS]
     for suspect in suspects:
         if (explanation := _stale_expert(gaps, suspect.layer, suspect.expert)) is not None:
@@ -61,7 +61,7 @@ def departing_expert(gaps: EngineGaps) -> ExplainedDeparture | None:
     )
 
 
-def _experts_by_gap(gaps: EngineGaps) -> list[ExpertGap]:
+def experts_by_gap(gaps: EngineGaps) -> list[ExpertGap]:
     """Return the experts of all layers, those first whose tokens differ most from the others'."""
     differences, ranked = np.abs(np.concatenate(gaps.gaps)), []
     for layer, experts_of_sequences in gaps.recomputed.experts().items():

@@ -41,6 +41,8 @@ def _compare_trainer(step: RecordedStep, recomputed: Recomputation) -> Compariso
     logged = finite(step.line, "logprob_diff/mean")
     if "logprob_diff/mean" not in step.line:
         return not_checked(POLICIES, TRAINER, "metrics.jsonl has no logprob_diff/mean")
+    if (recipe := step.run_config.fp8.recipe) != "none":
+        return not_checked(POLICIES, TRAINER, f"fp8.recipe: {recipe}: its products are not made")
     if len(recomputed.scored_sequences) < len(recomputed.rows):
         return not_checked(POLICIES, TRAINER, "only a part of the responses is recomputed here")
     gaps = [

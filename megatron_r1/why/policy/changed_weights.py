@@ -50,13 +50,18 @@ class ChangedWeights:
             step: the other step; 0: the model that the run began with."""
         recomputed = self._recomputed
         path = weights_after(recomputed.step.folder, recomputed.step.run_config, step)
-        if path is None:
-            return None
-        old_weights = merged_weights(whole(recomputed.model(path)))
+        return None if path is None else self.other_tensors(recomputed.model(path))
+
+    def other_tensors(self, model: Any) -> dict[str, Tensor]:
+        """Return the tensors of another model that differ from the policy's.
+
+        Args:
+            model: the other model, as `PolicyModels.model` returns it."""
+        other_weights = merged_weights(whole(model))
         return {
-            name: old_weights[name]
+            name: other_weights[name]
             for name, tensor in self.tensors.items()
-            if name in old_weights and not torch.equal(tensor, old_weights[name])
+            if name in other_weights and not torch.equal(tensor, other_weights[name])
         }
 
     @torch.no_grad()

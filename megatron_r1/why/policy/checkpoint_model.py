@@ -98,9 +98,18 @@ def read_model(source: Path, hf_files: Path, prefix: str = "") -> torch.nn.Modul
     hf_config = read_hf_config(str(hf_files))
     if (source / "config.json").is_file():
         return _trainable(load_with_transformers(source, hf_config, torch.float32))
-    tensors = read_tensors(source, hf_config, prefix)
+    return model_of(read_tensors(source, hf_config, prefix), hf_files)
+
+
+def model_of(tensors: Mapping[str, Tensor], hf_files: Path) -> torch.nn.Module:
+    """Return transformers' model, fp32, with some tensors.
+
+    Args:
+        tensors: the weights by published name.
+        hf_files: the folder of the model's config.json."""
     if (loaded := _from_template(hf_files, tensors)) is not None:
         return loaded
+    hf_config = read_hf_config(str(hf_files))
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         write_folder(tensors, hf_files, folder)

@@ -39,7 +39,7 @@ class PolicyModels:
         memory: bytes that models may take; None: what is free."""
 
     def __init__(self, step: RecordedStep, memory: int | None = None) -> None:
-        self.step, self._memory = step, memory
+        self.step, self.memory = step, memory
         self.sequences = step.sequences
         is_cut = step.config.rollout.truncates_sampling
         self.rows = [_row(sequence, is_cut) for sequence in self.sequences]
@@ -76,7 +76,7 @@ class PolicyModels:
     @property
     def free_bytes(self) -> int:
         """The memory that models may take."""
-        return psutil.virtual_memory().available if self._memory is None else self._memory
+        return psutil.virtual_memory().available if self.memory is None else self.memory
 
     @property
     def model_bytes(self) -> int:

@@ -70,6 +70,7 @@ class TensorSource:
         )
         self._adapters: Adapters | None = None
         self._replaced: dict[str, Callable[[], Tensor]] = {}
+        self._encode: Callable[[str, Tensor], Tensor] | None = None
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -101,9 +102,19 @@ class TensorSource:
         replaced._replaced = {**self._replaced, **values}
         return replaced
 
+    def encoded(self, encode: Callable[[str, Tensor], Tensor]) -> TensorSource:
+        """Return these weights, adapters added, as an encoding changes them.
+
+        Args:
+            encode: returns a tensor in place of the one that it is called with, after its published
+                name; both fp32."""
+        changed = copy.copy(self)
+        changed._encode = encode
+        return changed
+
     def read(self, name: str) -> Tensor:
-        """Return a tensor, fp32, by its published name, with its adapter; of a tied head, which is
-        not among `shapes`, the embedding.
+        """Return a tensor, fp32, by its published name, with its adapter and encoded; of a tied
+        head, which is not among `shapes`, the embedding.
 
         Raises:
             CannotRecompute: there is no such tensor."""
@@ -115,10 +126,10 @@ class TensorSource:
             raise CannotRecompute(f"{self.folder} has no {name}")
         values = self._weights.read(name, 0, 0, self.shapes[name][0]).float()
         layer = name.removesuffix(".weight")
-        if self._adapters is None or layer + A not in self._adapters.names:
-            return values
-        a, b = self._adapters.read(layer + A), self._adapters.read(layer + B)
-        return values + self._adapters.scale * b @ a
+        if self._adapters is not None and layer + A in self._adapters.names:
+            a, b = self._adapters.read(layer + A), self._adapters.read(layer + B)
+            values = values + self._adapters.scale * b @ a
+        return values if self._encode is None else self._encode(name, values)
 
     def parameter(self, name: str, shape: tuple[int, ...], expert: int | None = None) -> Tensor:
         """Return a parameter or buffer of transformers' classes, fp32.

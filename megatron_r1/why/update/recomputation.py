@@ -16,6 +16,8 @@ from torch import Tensor
 from megatron_r1.why.comparison import ROUNDING, CannotRecompute
 from megatron_r1.why.policy import checkpoint_model, model_distance
 from megatron_r1.why.policy.adapters import trained_parameters
+from megatron_r1.why.policy.fp8_engines import FP8EngineLogprobs
+from megatron_r1.why.policy.policy_logprobs import PolicyLogprobs
 from megatron_r1.why.record.recorded_step import RecordedStep
 from megatron_r1.why.update.adam import Adam, Moments
 from megatron_r1.why.update.evidence import Evidence, nearest_multiple, without_gradient
@@ -75,6 +77,11 @@ class Recomputation(UpdateInputs):
     def __init__(self, step: RecordedStep, memory: int | None = None) -> None:
         super().__init__(step, memory)
         self.searches_causes = True
+
+    @cached_property
+    def engine_policy(self) -> PolicyLogprobs:
+        """Log-probabilities under the weights as engines have them, which `push.fp8` quantizes."""
+        return FP8EngineLogprobs(self) if self.step.run_config.push.fp8 else self
 
     def run(
         self, substitution: Substitution, is_recorded: Callable[[Mapping[str, float]], bool]

@@ -229,7 +229,11 @@ def test_weights_that_do_not_fit_on_the_disk_are_not_written(tmp_path):
 def test_a_departure_without_a_cause_names_the_command_to_type_next():
     gaps = SimpleNamespace(
         untried=[],
-        step=SimpleNamespace(**vars(STEP), loss_fraction=lambda concerned: 1.0),
+        step=SimpleNamespace(
+            **vars(STEP),
+            loss_fraction=lambda concerned: 1.0,
+            run_config=SimpleNamespace(push=SimpleNamespace(fp8=False)),
+        ),
         distance=FAR,
         tolerance=TOLERANCE,
         sequences=[SimpleNamespace(response=(0, 0))],

@@ -67,6 +67,17 @@ MODELS = {
     "mtp": MOE | {"num_nextn_predict_layers": 1},
     # Tokens next to each other choose different experts.
     "routed": MOE | {"num_hidden_layers": 3, "n_routed_experts": 8, "n_group": 1, "topk_group": 1},
+    # Sizes at which FP8's blocks of 128 are within heads, fused projections and experts.
+    "blocks": DENSE | {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 2},
+    "blocks_moe": MOE
+    | {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "moe_intermediate_size": 128,
+        "q_lora_rank": 128,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+    },
 }
 SFT_STEPS = 300
 BIAS = 0.2

@@ -1,0 +1,250 @@
+"""What an engine with `push.fp8` has in place of the newest weights: their 8-bit values with the
+block scales of an earlier push, weights of an earlier version, or weights that are not quantized.
+
+The engine's bfloat16 moves log-probabilities as much as such weights do, but otherwise. Each
+hypothesis has an effect e on every token's log-probability, on which the engine's differences d are
+regressed: c = (d · e) / (e · e), with the standard error |d - c e| / (|e| √tokens). It is near 1
+for the right hypothesis, and near 0 for an engine with the newest weights. Of those near 1 the one
+that leaves the smallest mean |d - e| is named, where that is a good deal smaller than |d|: what
+is the same in all tokens, as rounding of weights, is not in the standard error."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import numpy as np
+
+from megatron_r1.why.checks.engine_causes import ExplainedDeparture, older_weights
+from megatron_r1.why.checks.engine_gaps import EngineGaps, ExplainedEngine, mean_gap
+from megatron_r1.why.checks.expert_causes import MAX_SUSPECTS, experts_by_gap
+from megatron_r1.why.checks.tensor_causes import MAX_TRIED, layer_parts, whole_groups
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from megatron_r1.why.policy.fp8_engines import FP8EngineLogprobs
+
+TRIED_TOKENS = 2048
+"""Sampled tokens of an engine that differences are regressed over."""
+MIN_ERRORS, LARGEST_MISS, MOST_LEFT = 8.0, 0.25, 0.85
+"""A coefficient is as many standard errors from 0 and at most so far from 1, and the effect leaves
+at most this part of the mean |difference|."""
+WORTH_PARTS = 2.0
+"""Standard errors of the coefficient of all weights from which parts of them are tried."""
+FAULT = "FP8 scales of the push before"
+REMEDY = (
+    "push.fp8: the push of the block scales (*_scale_inv) to {engine}, which engines convert apart "
+    "from the values: logs/{engine}*.log, push/* in metrics.jsonl (docs/push.md)"
+)
+Kind = Literal["scales", "weights", "plain"]
+
+
+class Hypothesis(NamedTuple):
+    """What an engine may have in place of the newest weights.
+
+    Attributes:
+        kind: scales of a version, weights of one, or the newest weights without quantization.
+        version: the version.
+        noun: the tensors; "": all."""
+
+    kind: Kind
+    version: int
+    noun: str = ""
+
+
+class Fit(NamedTuple):
+    """An effect in an engine's differences.
+
+    Attributes:
+        coefficient: times the effect.
+        error: the coefficient's standard error.
+        left: mean |difference| less the effect.
+        size: mean |difference|."""
+
+    coefficient: float
+    error: float
+    left: float
+    size: float
+
+    @property
+    def evidence(self) -> float:
+        """The coefficient in standard errors."""
+        return self.coefficient / max(self.error, 1e-12)
+
+    @property
+    def holds(self) -> bool:
+        """Whether the differences have the effect, once."""
+        is_sure = self.coefficient > MIN_ERRORS * self.error
+        is_once = abs(self.coefficient - 1) <= LARGEST_MISS
+        return is_sure and is_once and self.left <= MOST_LEFT * self.size
+
+
+def fit_effect(effect: np.ndarray, differences: np.ndarray) -> Fit:
+    """Return how much of an effect is in differences.
+
+    Args:
+        effect: (tokens,).
+        differences: (tokens,)."""
+    size, left = mean_gap([differences]), mean_gap([differences - effect])
+    square = float(effect @ effect)
+    if not square:
+        return Fit(0.0, math.inf, left, size)
+    coefficient = float(differences @ effect) / square
+    rest = float(np.linalg.norm(differences - coefficient * effect))
+    return Fit(coefficient, rest / math.sqrt(square * len(effect)), left, size)
+
+
+def other_fp8_weights(gaps: EngineGaps) -> ExplainedDeparture | None:
+    """Try what engines with `push.fp8` may have in place of the newest weights."""
+    from megatron_r1.why.policy.fp8_engines import FP8EngineLogprobs
+
+    if not isinstance(gaps.recomputed, FP8EngineLogprobs):
+        return None
+    return FP8Search(gaps, gaps.recomputed).explanation()
+
+
+class FP8Search:
+    """Looks for what an engine has in place of the newest weights.
+
+    Args:
+        gaps: the differences.
+        recomputed: log-probabilities under weights as engines have them."""
+
+    def __init__(self, gaps: EngineGaps, recomputed: FP8EngineLogprobs) -> None:
+        self._gaps, self._recomputed = gaps, recomputed
+        self._tried: list[int] = []
+
+    def explanation(self) -> ExplainedDeparture | None:
+        """Return the best hypothesis that holds; None where none does."""
+        of_all = dict(self._of_all_weights())
+        engines = [
+            (max(fit.evidence for fit in fits.values()), engine)
+            for engine in self._gaps.means_by_name()
+            if (fits := self._fits(engine, of_all))
+        ]
+        if not engines:
+            return None
+        evidence, engine = max(engines)
+        fits = self._fits(engine, of_all)
+        if evidence > WORTH_PARTS:
+            fits |= self._fits_of_parts()
+        held = {hypothesis: fit for hypothesis, fit in fits.items() if fit.holds}
+        if not held:
+            return None
+        best = min(held, key=lambda hypothesis: held[hypothesis].left)
+        return self._explained(engine, best, held[best])
+
+    def _of_all_weights(self) -> Iterator[tuple[Hypothesis, list[np.ndarray]]]:
+        """Yield hypotheses of all weights, with their log-probabilities by sequence."""
+        recomputed, newest = self._recomputed, self._gaps.newest
+        yield Hypothesis("plain", newest), recomputed.trainer.old
+        versions = self._gaps.earlier_versions
+        for version in versions[:1] if recomputed.is_streamed else versions:
+            if (model := recomputed.with_scales_of(version)) is not None:
+                yield Hypothesis("scales", version), recomputed.logprobs_under(model)
+            if (logprobs := recomputed.logprobs_after(version)) is not None:
+                yield Hypothesis("weights", version), logprobs
+
+    def _fits(
+        self, engine: str, of_all: Mapping[Hypothesis, Sequence[np.ndarray]]
+    ) -> dict[Hypothesis, Fit]:
+        """Return how well each hypothesis fits an engine, whose sequences are then the tried ones;
+        nothing without any."""
+        self._tried = self._gaps.largest_gaps(engine, TRIED_TOKENS)
+        if not self._tried:
+            return {}
+        return {
+            hypothesis: self._fit([logprobs[index] for index in self._tried])
+            for hypothesis, logprobs in of_all.items()
+        }
+
+    def _fit(self, logprobs: Sequence[np.ndarray]) -> Fit:
+        """Return how well log-probabilities of the tried sequences fit."""
+        old = [self._recomputed.old[index] for index in self._tried]
+        effect = np.concatenate(logprobs) - np.concatenate(old)
+        return fit_effect(effect, self._differences)
+
+    @property
+    def _differences(self) -> np.ndarray:
+        return np.concatenate([self._gaps.gaps[index] for index in self._tried])
+
+    def _fits_of_parts(self) -> dict[Hypothesis, Fit]:
+        """Return how well hypotheses of a part of the weights fit the tried sequences."""
+        from megatron_r1.why.policy.changed_weights import ChangedWeights
+        from megatron_r1.why.policy.policy_models import NotInMemory
+
+        try:
+            weights = ChangedWeights(self._recomputed)
+        except NotInMemory:
+            self._gaps.untried.append("FP8 scales of one tensor")
+            return {}
+        newest = self._gaps.newest
+        sequences = [self._recomputed.scored_sequences[index] for index in self._tried]
+        fits = {}
+        for version in sorted({max(0, newest - 1), 0} - {newest}, reverse=True):
+            scaled = self._recomputed.with_scales_of(version)
+            values_by_kind: dict[Kind, dict[str, Tensor] | None] = {
+                "scales": None if scaled is None else weights.other_tensors(scaled),
+                "weights": weights.of_version(version),
+            }
+            for kind, values in values_by_kind.items():
+                parts = self._parts(values or {}, weights.tensors)
+                for noun, part_values in islice(parts, MAX_TRIED):
+                    logprobs = weights.logprobs(part_values, sequences)
+                    fits[Hypothesis(kind, version, noun)] = self._fit(logprobs)
+        return fits
+
+    def _parts(
+        self, values: Mapping[str, Tensor], newest: Mapping[str, Tensor]
+    ) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Yield parts of the weights with their other values: experts, then groups of tensors.
+
+        Args:
+            values: tensors that differ from the newest.
+            newest: the newest, all of them."""
+        for gap in experts_by_gap(self._gaps)[:MAX_SUSPECTS] if values else ():
+            of_expert = {}
+            for name in values:
+                if name.startswith(f"{gap.layer}."):
+                    of_expert[name] = newest[name].clone()
+                    of_expert[name][gap.expert] = values[name][gap.expert]
+            if of_expert:
+                yield f"expert {gap.expert} of {gap.layer.removesuffix('.mlp.experts')}", of_expert
+        groups, layers = whole_groups(values)
+        for layer, names in layers.items():
+            groups |= layer_parts(layer, names) | {layer: names}
+        for noun, names in groups.items():
+            if len(names) < len(values):
+                yield noun, {name: values[name] for name in names}
+
+    def _explained(self, engine: str, hypothesis: Hypothesis, fit: Fit) -> ExplainedDeparture:
+        kind, version, noun = hypothesis
+        newest, name = self._gaps.newest, engine or "engine"
+        explained = ExplainedEngine(fit.left, fit.size, name)
+        fitted = (
+            f"{explained.gap_sizes}, the differences are {fit.coefficient:.2f} ± {fit.error:.2f} "
+            "times those that it makes"
+        )
+        remedy = REMEDY.format(engine=name)
+        if kind == "plain":
+            return ExplainedDeparture(
+                f"{name} computes with weights that are not quantized: {fitted}",
+                "push.fp8: true has no effect on the engine: its quantization_config "
+                "(rollout.vllm)",
+            )
+        if kind == "scales":
+            fault = FAULT if version == newest - 1 else f"FP8 scales of version {version}"
+            place = f" in {noun}" if noun else ""
+            return ExplainedDeparture(
+                f"{fault}{place}: {name} computes with the 8-bit values of version {newest} and "
+                f"the block scales of version {version}; {fitted}",
+                remedy,
+            )
+        if noun:
+            return ExplainedDeparture(
+                f"{noun} in {name} is of version {version}, not {newest}; {fitted}", remedy
+            )
+        return older_weights(self._gaps, version, explained)
