@@ -1,7 +1,6 @@
 """Makes all checks of a recorded step, in the order in which data flows through it."""
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -48,10 +47,6 @@ WEIGHT_CHECKS: tuple[tuple[str, str, WeightCheck], ...] = (
 )
 """Checks that recompute with the model's weights, likewise."""
 
-FEW_FLOPS = 2.0**32
-"""Floating-point operations of a pass over a step's tokens, a fraction of a second of one core, up
-to which threads wait for each other longer than they compute."""
-
 
 def examine(
     step: RecordedStep,
@@ -66,12 +61,13 @@ def examine(
         memory: bytes that models may take; None: what is free.
         kinds: the reruns to make, keys of `reruns.RERUNS`.
         notify: called with a line before a rerun."""
+    from megatron_r1.why.policy.threads import threads_for
     from megatron_r1.why.update.recomputation import Recomputation
 
     report, recomputed = Report(step.step), Recomputation(step, memory)
     for family, name, check in RECORD_CHECKS:
         report.add(_comparisons(family, name, partial(check, step)))
-    with _threads_for(recomputed):
+    with threads_for(recomputed):
         for family, name, recompute in WEIGHT_CHECKS:
             recomputed.searches_causes = not report.departs_before("loss")
             report.add(_comparisons(family, name, partial(recompute, step, recomputed)))
@@ -79,25 +75,6 @@ def examine(
         report.curves = engine_logprobs.departures(recomputed)
     report.suspicions = suspicions(step) if report.first_departure is None else []
     return report
-
-
-@contextlib.contextmanager
-def _threads_for(recomputed: "Recomputation") -> Iterator[None]:
-    """Compute in the block with one thread where a step is small.
-
-    Args:
-        recomputed: the step's model and rows."""
-    import torch
-
-    num_threads, is_small = torch.get_num_threads(), False
-    with contextlib.suppress(CannotRecompute, UserError):  # the checks say why not
-        is_small = recomputed.pass_flops <= FEW_FLOPS
-    try:
-        if is_small:
-            torch.set_num_threads(1)
-        yield
-    finally:
-        torch.set_num_threads(num_threads)
 
 
 def _comparisons(family: str, name: str, check: Callable[[], list[Comparison]]) -> list[Comparison]:

@@ -8,9 +8,9 @@ import torch
 from test_why_term_gradients import LOSS, ORDERS, TERMS, Run
 from test_why_updates import ADAM, Model
 
-from megatron_r1.why import examination
 from megatron_r1.why.comparison import CannotRecompute
 from megatron_r1.why.policy import token_logprobs
+from megatron_r1.why.policy.threads import threads_for
 from megatron_r1.why.update import first_update as first_updates
 from megatron_r1.why.update.first_update import FirstUpdate, first_update
 from megatron_r1.why.update.step_updates import StepUpdates
@@ -123,7 +123,7 @@ def test_a_small_step_has_one_thread(flops, expected):
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        with examination._threads_for(Small()):
+        with threads_for(Small()):
             assert torch.get_num_threads() == expected
         assert torch.get_num_threads() == 2
     finally:
@@ -137,5 +137,5 @@ def test_the_threads_stay_where_the_size_is_not_known():
             raise CannotRecompute("no such model")
 
     before = torch.get_num_threads()
-    with examination._threads_for(Unknown()):
+    with threads_for(Unknown()):
         assert torch.get_num_threads() == before
