@@ -205,13 +205,18 @@ def test_a_stale_engine_of_a_model_whose_layers_are_read_one_by_one(copy):
     assert unread.reason.startswith("the largest layer without its experts")
 
 
-def test_an_expert_of_a_model_whose_layers_are_read_one_by_one(copy):
-    made = Recomputation(read(copy))
-    other = made.model(read(copy).before)
+def plant_another_expert(folder: Path) -> None:
+    """Have the log hold what engines compute with another expert 2 in layer 1."""
+    made = Recomputation(read(folder))
+    other = made.model(read(folder).before)
     experts = next(m for n, m in other.named_modules() if n.endswith("layers.1.mlp.experts"))
     with torch.no_grad():
         experts.down_proj[2] *= -3.0
-    set_logprobs(copy, made.logprobs_under(other))
+    set_logprobs(folder, made.logprobs_under(other))
+
+
+def test_an_expert_of_a_model_whose_layers_are_read_one_by_one(copy):
+    plant_another_expert(copy)
     name, text, _ = first(copy, memory=LITTLE)
     assert name == "engines' log-probabilities" and "expert 2 of model.layers.1" in text
     assert "not tried, as the model does not fit into memory: exchanged experts" in text
@@ -273,12 +278,7 @@ def test_a_distribution_over_a_part_of_the_vocabulary(copy):
 
 @pytest.mark.slow
 def test_an_expert_that_an_engine_has_not(copy):
-    made = Recomputation(read(copy))
-    other = made.model(read(copy).before)
-    experts = next(m for n, m in other.named_modules() if n.endswith("layers.1.mlp.experts"))
-    with torch.no_grad():
-        experts.down_proj[2] *= -3.0
-    set_logprobs(copy, made.logprobs_under(other))
+    plant_another_expert(copy)
     name, text, _ = first(copy)
     assert name == "engines' log-probabilities"
     assert "expert 2 of model.layers.1" in text
