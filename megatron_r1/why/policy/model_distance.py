@@ -60,7 +60,7 @@ def relative_distance(a: Any, b: Any) -> float:
 
 @torch.no_grad()
 def source_distance(a: TensorSource, b: TensorSource) -> float:
-    """Return |a - b| / |b| over all weights, of which two tensors are in memory at a time.
+    """Return |a - b| / |b| over all weights, with one tensor of each in memory at a time.
 
     Args:
         a: weights.

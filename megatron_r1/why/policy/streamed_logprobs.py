@@ -77,7 +77,7 @@ def chosen_experts(model: StreamedModel, rows: Sequence[TokenRow]) -> dict[str, 
 
 
 def _parts(row: TokenRow, num_tokens: int) -> Iterator[tuple[slice, TokenRow]]:
-    """Yield ranges of a row's sampled tokens, with the row of which only they are sampled.
+    """Yield ranges of a row's sampled tokens, each with a copy of the row that samples these alone.
 
     Args:
         row: the sequence.

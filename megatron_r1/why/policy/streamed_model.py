@@ -1,4 +1,4 @@
-"""Transformers' model of which one decoder layer is in memory at a time.
+"""Runs a transformers model with one decoder layer in memory at a time.
 
 A pass goes through all rows layer by layer: the model's own forward is run once for each batch with
 layers that do nothing, which gives what each layer is called with (embeddings, masks, positions);
@@ -190,7 +190,7 @@ class StreamedModel:
 
 
 class ExpertStack(Tensor):
-    """A layer's weights of all experts, of which `stack[expert]` is read when it is asked for."""
+    """The experts' weights of a layer: `stack[expert]` reads one expert's."""
 
     _row: Callable[[int], Tensor]
 

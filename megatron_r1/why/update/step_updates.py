@@ -101,8 +101,8 @@ class StepUpdates:
             terms: where the gradient of each term of the loss is collected, and how often it is
                 added; None: the gradients are those of their sum.
             is_known: whether the first update's loss is that of the settings.
-            is_possible: whether updates may be what was recorded, of which the last one has no
-                gradient yet, nor its norm; None: any may."""
+            is_possible: whether updates may be what was recorded; the last of them has neither
+                gradient nor norm yet; None: any may."""
         if adam.moment_reset:
             self.adam.forget()
         updates: list[Update] = []

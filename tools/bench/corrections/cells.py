@@ -95,8 +95,8 @@ class Part:
         task: a name in `TASKS`.
         engine_temperature: planted: engines sample at this temperature, and the trainer knows
             nothing of it; None: at the recipe's, as they should.
-        without_kept_ids: planted in this cell: the trainer is not told which ids the engines' cut
-            kept, and computes over the whole vocabulary."""
+        without_kept_ids: planted in this cell: the trainer gets no sampling mask from the engines
+            and computes over the whole vocabulary; None: in no cell."""
 
     about: str
     cells: dict[str, Settings] = field(default_factory=lambda: MISMATCH)
