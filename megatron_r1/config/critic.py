@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from megatron_r1.config.section import Section
+from megatron_r1.config.section import Scheduled, Section
 
 
 class CriticConfig(Section):
@@ -11,7 +11,7 @@ class CriticConfig(Section):
     path: str | None = None
     """Hugging Face folder that the critic starts from: a language or a reward model with the
     policy's tokenizer; default: the policy's first weights"""
-    learning_rate: float = Field(1e-5, gt=0)
+    learning_rate: Scheduled[float] = Field(1e-5, gt=0)
     """the critic's own, which decays as the policy's does"""
     value_clip: float | None = Field(0.2, gt=0)
     """how far a value may move from the rollout's before it is no longer pushed (arXiv 2005.12729,

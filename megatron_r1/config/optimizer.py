@@ -5,15 +5,15 @@ from typing import Literal
 
 from pydantic import Field
 
-from megatron_r1.config.section import Section
+from megatron_r1.config.section import Scheduled, Section
 
 
 class OptimizerConfig(Section):
     """Adam, its learning rate over the run, and the memory of its state."""
 
-    learning_rate: float = Field(3e-6, gt=0)
+    learning_rate: Scheduled[float] = Field(3e-6, gt=0)
     """after warm-up (the paper: 3e-6)"""
-    min_learning_rate: float = Field(0.0, ge=0)
+    min_learning_rate: Scheduled[float] = Field(0.0, ge=0)
     """learning rate at the end of the decay"""
     warmup_updates: int = Field(0, ge=0)
     """linear warm-up, in updates (optimizer steps)"""

@@ -28,12 +28,18 @@ from megatron_r1.config.rl import (
     RLConfig,
     changes_at,
     check_schedule_keys,
-    require_scheduled_settings,
 )
 from megatron_r1.config.rollout import RolloutConfig
 from megatron_r1.config.run import RunConfig
 from megatron_r1.config.sample import SampleConfig
-from megatron_r1.config.section import Resumable, Section, is_within, resumable_keys
+from megatron_r1.config.section import (
+    Resumable,
+    ResumableMark,
+    ScheduledMark,
+    Section,
+    is_within,
+    marked_keys,
+)
 from megatron_r1.config.sft import SFTConfig
 from megatron_r1.config.teacher import TeacherConfig
 from megatron_r1.config.validation_errors import drop_removed_keys, recipe_error
@@ -141,7 +147,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _schedule_is_valid(self) -> Self:
         if self.rl.schedule:
-            check_schedule_keys(self.rl.schedule, known_keys())
+            check_schedule_keys(self.rl.schedule, SCHEDULED, known_keys())
         for entry in self.rl.schedule:
             tree = self.model_dump()
             tree["rl"]["schedule"] = []
@@ -208,8 +214,10 @@ class Config(Section):
         return self.with_changes(model=model, optimizer=rate, parallel=parallel)
 
 
-RESUMABLE = tuple(resumable_keys(Config))
+RESUMABLE = tuple(marked_keys(Config, ResumableMark))
 """Keys and sections that may differ when a run continues (`section.Resumable`)."""
+SCHEDULED = tuple(marked_keys(Config, ScheduledMark))
+"""Keys that `rl.schedule` can change during a run (`section.Scheduled`)."""
 
 
 Verb = Literal["rl", "sft", "reward-model", "sample"]
@@ -228,8 +236,6 @@ def known_keys() -> list[str]:
     """Return every `section.key`."""
     return [f"{name}.{key}" for name, section in Config() for key in type(section).model_fields]
 
-
-require_scheduled_settings(known_keys())
 
 STAGES = re.compile(rb"^stages:", re.MULTILINE)
 

@@ -8,13 +8,13 @@ from pydantic import Field, field_validator
 from r1_grading.reading import READERS, Reading
 from r1_grading.terms import DEFAULT_WEIGHTS, ScheduledWeight, read_options, read_weights
 
-from megatron_r1.config.section import Resumable, ResumableMark, Section
+from megatron_r1.config.section import Resumable, ResumableMark, Scheduled, Section
 
 
 class RewardsConfig(Section):
     """The terms of the reward with their weights, and the workers that grade."""
 
-    weights: dict[str, float | ScheduledWeight] = dict(DEFAULT_WEIGHTS)
+    weights: Scheduled[dict[str, float | ScheduledWeight]] = dict(DEFAULT_WEIGHTS)
     """reward = sum of weight x term: a number, or {weight, from_step, to_step}"""
     # The addresses of served models may change, for where they run decides nothing.
     options: Annotated[

@@ -23,6 +23,7 @@ from r1_grading.base.values import read_field
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
 from megatron_r1.config import algorithms
 from megatron_r1.config.algorithms import (
+    BOUNDS,
     AdvantageStd,
     EngineMask,
     EngineMaskMethod,
@@ -33,26 +34,8 @@ from megatron_r1.config.algorithms import (
     TokenSettings,
     make_engine_mask,
 )
-from megatron_r1.config.section import Resumable, Section
+from megatron_r1.config.section import Resumable, Scheduled, Section
 from megatron_r1.config.yaml_text import nest_keys
-
-SCHEDULED = {
-    "rollout": ("temperature", "top_p", "top_k", "min_p", "max_response_tokens"),
-    "rl": (
-        *("clip_low", "clip_high", "dual_clip", "importance_cap", "kl_beta", "entropy_coef"),
-        *("engine_mask", "engine_mask_low", "engine_mask_high"),
-        *("reference_refresh", "advantage_epsilon", "discount", "gae_lambda"),
-        *("reward_normalization",),
-        *("overlong_buffer", "overlong_penalty", "truncated", "dynamic_sampling_rounds"),
-        *("group_size", "prompts_per_rollout", "minibatches", "kind_weights", "options"),
-    ),
-    "rewards": ("weights",),
-    "optimizer": ("learning_rate", "min_learning_rate"),
-    "critic": ("learning_rate",),
-}
-"""Settings that the controller reads anew at every step, by section. Others are built into ranks
-and engines when they start."""
-SCHEDULED_KEYS = [f"{section}.{key}" for section, keys in SCHEDULED.items() for key in keys]
 
 
 class ScheduleEntry(BaseModel):
@@ -112,36 +95,27 @@ def digest_until(schedule: list[ScheduleEntry], step: int) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16] if entries else ""
 
 
-def check_schedule_keys(schedule: list[ScheduleEntry], known_keys: Collection[str]) -> None:
+def check_schedule_keys(
+    schedule: list[ScheduleEntry], scheduled_keys: Collection[str], known_keys: Collection[str]
+) -> None:
     """Refuse settings of a schedule that cannot change during a run.
 
     Args:
         schedule: the entries.
+        scheduled_keys: the keys that can.
         known_keys: all keys of a recipe, which are not misspelt.
 
     Raises:
         UserError: for a setting that cannot change."""
     for key in (key for entry in schedule for key in entry.changes):
-        if key not in SCHEDULED_KEYS:
-            suggestion = "" if key in known_keys else did_you_mean(key, SCHEDULED_KEYS, "{}")
-            suggestion = suggestion or f"; these can: {', '.join(SCHEDULED_KEYS)}"
+        if key not in scheduled_keys:
+            suggestion = "" if key in known_keys else did_you_mean(key, scheduled_keys, "{}")
+            suggestion = suggestion or f"; these can: {', '.join(scheduled_keys)}"
             raise UserError(
                 f"rl.schedule: {key} cannot change during a run{suggestion}",
                 key="rl.schedule",
                 cause=Cause.UNSUPPORTED,
             )
-
-
-def require_scheduled_settings(known_keys: Collection[str]) -> None:
-    """Check that `SCHEDULED` names settings of a recipe only, so that it follows a field's rename.
-
-    Args:
-        known_keys: all keys of a recipe.
-
-    Raises:
-        ValueError: a name in it is no setting."""
-    if unknown_keys := [key for key in SCHEDULED_KEYS if key not in known_keys]:
-        raise ValueError(f"SCHEDULED: no setting of a recipe is called {', '.join(unknown_keys)}")
 
 
 def _check_schedule_order(schedule: list[ScheduleEntry]) -> list[ScheduleEntry]:
@@ -170,82 +144,88 @@ class RLConfig(Section):
     """where the values come from that a recipe leaves out"""
     algorithm: str = Field(
         "grpo",
-        # No docstring below, as all others have: the list of names is computed.
+        # No docstring below, as others have: the list of names is computed.
         description="the policy-gradient algorithm, with its own defaults for what recipe and "
         f"preset leave out: {', '.join(algorithms.NAMES)}, or your own as module:RULES. See "
         "docs/algorithms.md",
     )
-    options: dict[str, algorithms.Option] = {}
+    options: Scheduled[dict[str, algorithms.Option]] = {}
     """settings of an algorithm of your own, by the names in its rules"""
-    group_size: int = Field(16, ge=1)
+    group_size: Scheduled[int] = Field(16, ge=1)
     """responses per prompt, G; 2 or more where a group is the baseline"""
-    prompts_per_rollout: int = Field(512, gt=0)
+    prompts_per_rollout: Scheduled[int] = Field(512, gt=0)
     """prompts drawn per rollout (P); 512 x 16 = the paper's 8192 responses"""
-    kind_weights: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = {}
+    kind_weights: Scheduled[dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]]] = {}
     """how often prompts of a kind are drawn, relative to the largest weight, which draws all in
     each epoch; kinds left out have 1: {helpful: 0} draws none of the kind, {helpful: 0.5} half"""
-    minibatches: int = Field(16, gt=0)
+    minibatches: Scheduled[int] = Field(16, gt=0)
     """optimizer steps per rollout, one inner epoch"""
-    clip_low: float = Field(10.0, gt=0)
+    clip_low: Scheduled[float] = Field(10.0, gt=0)
     """the ratio is clipped below 1 - clip_low"""
-    clip_high: float = Field(10.0, gt=0)
+    clip_high: Scheduled[float] = Field(10.0, gt=0)
     """the ratio is clipped above 1 + clip_high"""
-    dual_clip: float | None = Field(None, gt=1)
+    dual_clip: Scheduled[float | None] = Field(None, gt=1)
     """a negative advantage's ratio counts at most this; null: no limit"""
     ratio_level: RatioLevel = "token"
     """sequence: one ratio per response, the mean of its logarithm (GSPO)"""
-    importance_cap: float | None = Field(None, gt=0)
+    importance_cap: Scheduled[float | None] = Field(None, gt=0)
     """upper limit of each token's importance weight π_old / π_engine; null: no such weights"""
-    engine_mask: EngineMaskMethod = "none"
+    engine_mask: Scheduled[EngineMaskMethod] = "none"
     """tokens without a policy gradient, because engine and trainer disagree: token: those with a
     ratio π_old / π_engine out of bounds (IcePop); sequence: all of a response whose geometric mean
     of it is; divergence: those whose probability has moved too far from the engine's (DPPO). See
     docs/algorithms.md"""
-    engine_mask_low: float | None = Field(None, ge=0)
-    """smallest ratio that is kept, of divergence the largest fall of a probability; null: 0.5 of
-    token, 0.999 of sequence, 0.15 of divergence"""
-    engine_mask_high: float | None = Field(None, gt=0)
-    """largest ratio that is kept, of divergence the largest rise of a probability; null: 5, 1.001,
-    0.15"""
-    kl_beta: float = Field(0.001, ge=0)
+    engine_mask_low: Scheduled[float | None] = Field(
+        None,
+        ge=0,
+        description="smallest ratio that is kept, of divergence the largest fall of a probability; "
+        f"null: {', '.join(f'{low:g} of {name}' for name, (low, _) in BOUNDS.items())}",
+    )
+    engine_mask_high: Scheduled[float | None] = Field(
+        None,
+        gt=0,
+        description="largest ratio that is kept, of divergence the largest rise of a probability; "
+        f"null: {', '.join(f'{high:g} of {name}' for name, (_, high) in BOUNDS.items())}",
+    )
+    kl_beta: Scheduled[float] = Field(0.001, ge=0)
     """weight of the estimate of KL to the reference, in the loss; of rloo, reinforce_pp and ppo in
     the reward"""
     kl_estimator: KLEstimator = "k3"
     """estimate of KL in loss and metrics (in a reward it is k1); k3: the paper's; unbiased:
     DeepSeek-V3.2's, k3 times the ratio of the policies. k1 is a metric only: in a loss its
     expected gradient is 0"""
-    entropy_coef: float = Field(0.0, ge=0)
+    entropy_coef: Scheduled[float] = Field(0.0, ge=0)
     """weight of an entropy bonus"""
-    reference_refresh: int = Field(400, ge=0)
+    reference_refresh: Scheduled[int] = Field(400, ge=0)
     """optimizer steps between replacing the reference; 0: never"""
     staleness: int = Field(0, ge=0)
     """versions a sampled token may be behind the policy that trains on it; 0: rollout and training
     take turns, 1: one step off, more: further ahead"""
     dynamic_sampling: bool = False
     """replace groups whose responses all have the same reward (DAPO)"""
-    dynamic_sampling_rounds: int = Field(4, ge=1)
+    dynamic_sampling_rounds: Scheduled[int] = Field(4, ge=1)
     """how often prompts are drawn for one rollout, before it is filled up"""
     advantage_std: AdvantageStd = "group"
     """divide by the standard deviation of the group, of the rollout, or not"""
-    reward_normalization: Literal["sum", "each"] = "sum"
+    reward_normalization: Scheduled[Literal["sum", "each"]] = "sum"
     """what an advantage is made of: the sum of the rewards; each: every reward of rewards.weights
     is normalized alone, then they are weighed, added and normalized over the rollout (GDPO)"""
-    advantage_epsilon: float = Field(1e-6, ge=0)
+    advantage_epsilon: Scheduled[float] = Field(1e-6, ge=0)
     """added to the standard deviation"""
     loss_average: LossAverage = "sequence"
     """sequence: each response weighs the same (GRPO, eq. 1); token: each token (DAPO); constant:
     each token, over max_response_tokens per response (Dr. GRPO)"""
-    discount: float = Field(1.0, ge=0, le=1)
+    discount: Scheduled[float] = Field(1.0, ge=0, le=1)
     """gamma, the discount of what follows a token (rloo, reinforce_pp, ppo,
     on_policy_distillation)"""
-    gae_lambda: float = Field(1.0, ge=0, le=1)
+    gae_lambda: Scheduled[float] = Field(1.0, ge=0, le=1)
     """lambda of ppo's generalized advantages"""
-    overlong_buffer: float = Field(0.0, ge=0, le=1)
+    overlong_buffer: Scheduled[float] = Field(0.0, ge=0, le=1)
     """share of max_response_tokens, at its end, over which a growing penalty is taken from the
     reward (DAPO: 0.2); 0: none"""
-    overlong_penalty: float = Field(1.0, ge=0)
+    overlong_penalty: Scheduled[float] = Field(1.0, ge=0)
     """how large that penalty is at max_response_tokens (DAPO, eq. 13: 1)"""
-    truncated: Literal["train", "mask"] = "train"
+    truncated: Scheduled[Literal["train", "mask"]] = "train"
     """responses that are cut off at max_response_tokens: train: they are trained on with their
     reward; mask: they are left out of loss and denominators, and count in baselines (DAPO's
     overlong filtering)"""

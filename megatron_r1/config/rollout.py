@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config.engine import EngineConfig
-from megatron_r1.config.section import Resumable, Section
+from megatron_r1.config.section import Resumable, Scheduled, Section
 
 
 class SpeculativeConfig(Section):
@@ -39,15 +39,15 @@ class RolloutConfig(EngineConfig):
     placement: hosts"""
     colocated: Resumable[bool] = False
     """engines sleep on the trainer's own GPUs while it computes; see docs/engines.md"""
-    temperature: float = Field(1.0, gt=0)
+    temperature: Scheduled[float] = Field(1.0, gt=0)
     """of sampling, and of the trainer's softmax"""
-    top_p: float = Field(1.0, gt=0, le=1)
+    top_p: Scheduled[float] = Field(1.0, gt=0, le=1)
     """sample from this share of the probability; below 1, rl needs top_k too, and its trainer's
     softmax is over the same tokens"""
-    top_k: int | None = Field(None, ge=1)
+    top_k: Scheduled[int | None] = Field(None, ge=1)
     """sample from so many of the likeliest tokens; default: from all. rl gets the ids that a cut
     keeps with each token, 4 bytes each (docs/engines.md)"""
-    min_p: float = Field(0.0, ge=0, lt=1)
+    min_p: Scheduled[float] = Field(0.0, ge=0, lt=1)
     """leave out tokens less likely than this share of the likeliest one's probability; in rl with
     top_k"""
     stop: list[Annotated[str, Field(min_length=1)]] = []
@@ -55,7 +55,7 @@ class RolloutConfig(EngineConfig):
     completes one is the last, and is trained on"""
     stop_token_ids: list[Annotated[int, Field(ge=0)]] = []
     """tokens that end a response, besides the model's end tokens; the last, and trained on"""
-    max_response_tokens: int = Field(32_768, gt=0)
+    max_response_tokens: Scheduled[int] = Field(32_768, gt=0)
     """a longer response is cut off here"""
     max_model_len: int | None = None
     """most tokens of prompt and response together; default: the model's own limit"""

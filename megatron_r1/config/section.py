@@ -1,5 +1,5 @@
-"""The base of every section of a recipe, its mark of settings that a resumed run may change, and
-settings by their dotted keys, with how two sets of them differ."""
+"""The base of every section of a recipe, its marks of settings that may change during a run or when
+it is resumed, and settings by their dotted keys, with how two sets of them differ."""
 
 import re
 from collections.abc import Collection, Iterator, Mapping
@@ -29,13 +29,17 @@ class Section(BaseModel):
 
 
 @dataclass(frozen=True)
-class ResumableMark:
-    """Marks a field that may differ when a run continues.
+class Mark:
+    """Marks a field for `marked_keys`.
 
     Attributes:
-        within: dotted keys of a mapping that may; default: the whole field."""
+        within: dotted keys of a mapping that are meant; default: the whole field."""
 
     within: tuple[str, ...] = ()
+
+
+class ResumableMark(Mark):
+    """Marks a field that may differ when a run continues."""
 
 
 Resumable = Annotated[T, ResumableMark()]
@@ -43,20 +47,34 @@ Resumable = Annotated[T, ResumableMark()]
 learns: it may differ when the run continues."""
 
 
-def resumable_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Yield the dotted keys of `model` that are marked as resumable, also those of its sections; of
-    a mapping of sections as `teacher.by_source.*.engines`."""
+class ScheduledMark(Mark):
+    """Marks a field that `rl.schedule` can change during a run."""
+
+
+Scheduled = Annotated[T, ScheduledMark()]
+"""The type of a setting that the controller reads anew at every step; others are built into ranks
+and engines when they start."""
+
+
+def marked_keys(model: type[BaseModel], mark_type: type[Mark], prefix: str = "") -> Iterator[str]:
+    """Yield the dotted keys of the fields that have a mark, also those of sections; of a mapping of
+    sections as `teacher.by_source.*.engines`.
+
+    Args:
+        model: a section, or the recipe of sections.
+        mark_type: the class of the mark.
+        prefix: what stands before each key."""
     for name, field in model.model_fields.items():
         key = f"{prefix}{name}"
-        marks = [mark for mark in field.metadata if isinstance(mark, ResumableMark)]
+        marks = [mark for mark in field.metadata if isinstance(mark, mark_type)]
         if marks:
             yield from [f"{key}.{part}" for part in marks[0].within] or [key]
         elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from resumable_keys(field.annotation, f"{key}.")
+            yield from marked_keys(field.annotation, mark_type, f"{key}.")
         elif get_origin(field.annotation) is dict:
             entry = get_args(field.annotation)[1]
             if isinstance(entry, type) and issubclass(entry, BaseModel):
-                yield from resumable_keys(entry, f"{key}.*.")
+                yield from marked_keys(entry, mark_type, f"{key}.*.")
 
 
 _ABSENT = object()

@@ -17,7 +17,7 @@ from megatron_r1.base import files as access
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import READ_ONLY, atomic_write
 from megatron_r1.base.files.json_lines import append_lines, filter_lines, read_lines
-from megatron_r1.config.rl import SCHEDULED_KEYS
+from megatron_r1.config.recipe import SCHEDULED
 from megatron_r1.config.section import changed_keys, flatten, is_within, value_text
 from megatron_r1.config.validation_errors import REMOVED
 from megatron_r1.config.yaml_text import dump_yaml, format_value, parse_value
@@ -278,9 +278,9 @@ class RunFolder:
             "To continue that run, give it the settings it has; to start another one, choose "
             "another folder or remove this one."
         )
-        if scheduled := [key for key in keys if is_within(key, SCHEDULED_KEYS)]:
+        if scheduled := [key for key in keys if is_within(key, SCHEDULED)]:
             step = 1 + self.last_step()
-            schedulable = [key for key in scheduled if key in SCHEDULED_KEYS and key in after]
+            schedulable = [key for key in scheduled if key in SCHEDULED and key in after]
             values = ", ".join(f"{key}: {format_value(after[key])}" for key in schedulable) or "…"
             lines.append(
                 f"To change {', '.join(scheduled)} on the way of an RL run, add an entry to "

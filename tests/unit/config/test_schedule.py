@@ -2,13 +2,12 @@
 
 from pathlib import Path
 
-import pytest
 from r1_grading.terms import weights_at
 from refusals import refused
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.config import RESUMABLE, dump, known_keys, load, parse
-from megatron_r1.config.rl import require_scheduled_settings
+from megatron_r1.config.recipe import SCHEDULED
 from megatron_r1.controller.trainer_passes import TrainerPasses
 from megatron_r1.engines.server.model_config import max_model_len
 
@@ -91,9 +90,7 @@ def test_r1_zero_has_the_papers_two_phases():
     assert (step - 1) * config.rl.minibatches <= 8200 < step * config.rl.minibatches
 
 
-def test_a_scheduled_setting_that_no_section_has_is_found():
-    keys = known_keys()
-    require_scheduled_settings(keys)
-    keys.remove("rl.kl_beta")
-    with pytest.raises(ValueError, match=r"rl\.kl_beta"):
-        require_scheduled_settings(keys)
+def test_the_settings_that_can_change_are_those_that_a_step_reads():
+    assert set(known_keys()) > set(SCHEDULED) > {"rl.kl_beta", "rewards.weights"}
+    # Ranks and engines are built with these.
+    assert not {"rl.algorithm", "rl.staleness", "critic.path"} & set(SCHEDULED)
