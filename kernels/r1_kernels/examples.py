@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from r1_kernels.policy_terms import PolicySettings, TokenTensors
+from r1_kernels.policy_terms import Objective, PolicySettings, TokenTensors
 from r1_kernels.registry import Kernel
 from r1_kernels.sampling_mask import KeptIds
 from r1_kernels.vocabulary import RowUpstream, VocabShard
@@ -140,7 +140,7 @@ def policy_terms(sizes: ExampleSizes, device: str) -> Iterator[ExampleLaunch]:
         tensors = [torch.rand(tokens, device=device) if w in present else None for w in words]
         read = sum(word in present for word in words)
         dual_clip = 3.0 if "dual clip" in present else None
-        objective = "cispo" if "cispo" in present else "ppo"
+        objective: Objective = "cispo" if "cispo" in present else "ppo"
         settings = PolicySettings(0.2, 0.2, dual_clip, 0.001, "k3", 2.0, objective)
         arguments = TokenTensors._make(tensors), settings
         name = f"policy_terms {present}".strip()

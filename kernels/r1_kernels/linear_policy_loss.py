@@ -35,8 +35,15 @@ from torch.distributed import ProcessGroup
 
 from r1_kernels.arguments import check_targets, check_tensors, check_tokens
 from r1_kernels.linear_head import HeadGradients, LinearHead, Rows, num_rows
-from r1_kernels.policy_loss import Averaging, Sequences, prepare_tokens, tokens_loss
-from r1_kernels.policy_terms import PolicySettings, PolicyTerms, TokenTensors
+from r1_kernels.policy_loss import Averaging, Level, Sequences, prepare_tokens, tokens_loss
+from r1_kernels.policy_terms import (
+    DEFAULTS,
+    KLEstimator,
+    Objective,
+    PolicySettings,
+    PolicyTerms,
+    TokenTensors,
+)
 from r1_kernels.precision import accumulation_dtype, without_autocast
 from r1_kernels.sampling_mask import KeptIds, SamplingMask, check_sampling_mask
 from r1_kernels.token_logprobs import LinearTokenLogprobs, make_head
@@ -83,18 +90,18 @@ def linear_policy_loss(
     reduce_hidden_grad: bool = True,
     main_grad: Tensor | None = None,
     # The loss of a token: `PolicySettings`, and what its terms read.
-    clip_low: float = 10.0,
-    clip_high: float = 10.0,
-    dual_clip: float | None = None,
-    kl_beta: float = 0.001,
-    kl_estimator: str = "k3",
+    clip_low: float = DEFAULTS.clip_low,
+    clip_high: float = DEFAULTS.clip_high,
+    dual_clip: float | None = DEFAULTS.dual_clip,
+    kl_beta: float = DEFAULTS.kl_beta,
+    kl_estimator: KLEstimator = DEFAULTS.kl_estimator,
     rollout_logprobs: Tensor | None = None,
-    importance_cap: float | None = 2.0,
-    objective: str = "ppo",
-    entropy_coef: float = 0.0,
+    importance_cap: float | None = DEFAULTS.importance_cap,
+    objective: Objective = DEFAULTS.objective,
+    entropy_coef: float = DEFAULTS.entropy_coef,
     # Sequences, and the average over tokens: `Averaging`.
-    ratio_level: str = "token",
-    average: str = "token",
+    ratio_level: Level = "token",
+    average: Level = "token",
     denominator: float | Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     sequence_group: ProcessGroup | None = None,

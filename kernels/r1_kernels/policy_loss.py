@@ -7,7 +7,7 @@ One pass over the tokens computes the loss, its derivative and every metric (for
 (GSPO, arXiv 2507.18071 eq. 7), x is its mean over the unmasked tokens of the sequence, and its
 derivative is the mean over the sequence."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
@@ -22,11 +22,18 @@ from r1_kernels.arguments import (
     check_tensors,
     check_tokens,
 )
-from r1_kernels.policy_terms import PolicySettings, PolicyTerms, TokenTensors
+from r1_kernels.policy_terms import (
+    DEFAULTS,
+    KLEstimator,
+    Objective,
+    PolicySettings,
+    PolicyTerms,
+    TokenTensors,
+)
 from r1_kernels.precision import accumulation_dtype
 from r1_kernels.registry import Primitives, choose_primitives
 
-LEVELS = ("token", "sequence")
+Level = Literal["token", "sequence"]
 
 
 class Sequences:
@@ -110,7 +117,7 @@ class Averaging(NamedTuple):
                 "sum"
             )
         for name in ("average", "ratio_level"):
-            if getattr(self, name) not in LEVELS:
+            if getattr(self, name) not in get_args(Level):
                 raise ValueError(f"{name} is {getattr(self, name)!r}: use token or sequence")
         if "sequence" not in (self.average, self.ratio_level):
             return None
@@ -182,19 +189,19 @@ def policy_loss(
     mask: Tensor,
     *,
     # The loss of a token: `PolicySettings`, and what its terms read.
-    clip_low: float = 10.0,
-    clip_high: float = 10.0,
-    dual_clip: float | None = None,
-    kl_beta: float = 0.001,
-    kl_estimator: str = "k3",
+    clip_low: float = DEFAULTS.clip_low,
+    clip_high: float = DEFAULTS.clip_high,
+    dual_clip: float | None = DEFAULTS.dual_clip,
+    kl_beta: float = DEFAULTS.kl_beta,
+    kl_estimator: KLEstimator = DEFAULTS.kl_estimator,
     rollout_logprobs: Tensor | None = None,
-    importance_cap: float | None = 2.0,
-    objective: str = "ppo",
+    importance_cap: float | None = DEFAULTS.importance_cap,
+    objective: Objective = DEFAULTS.objective,
     entropy: Tensor | None = None,
-    entropy_coef: float = 0.0,
+    entropy_coef: float = DEFAULTS.entropy_coef,
     # Sequences, and the average over tokens: `Averaging`.
-    ratio_level: str = "token",
-    average: str = "token",
+    ratio_level: Level = "token",
+    average: Level = "token",
     denominator: float | Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     sequence_group: ProcessGroup | None = None,
@@ -343,9 +350,9 @@ def _with_sequence_ratios(
     unmasked = ~(tokens.weights <= 0)
     logprobs, old_logprobs = tokens.both_logprobs()
     dtype = accumulation_dtype(logprobs.dtype)
-    gap = logprobs.to(dtype) - old_logprobs.to(dtype)
+    log_ratio = logprobs.to(dtype) - old_logprobs.to(dtype)
     terms = primitives.policy_terms(
-        tokens._replace(log_ratio=sequences.means(gap, unmasked)), settings
+        tokens._replace(log_ratio=sequences.means(log_ratio, unmasked)), settings
     )
     # All tokens of a sequence have the same x, a mean to which each unmasked token adds 1 / |o|.
     total = sequences.sums(terms.grad_log_ratio)

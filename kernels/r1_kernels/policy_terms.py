@@ -21,7 +21,7 @@ Exponents are capped at MAX_LOG_RATIO; beyond it the derivative is 0, as that of
 token with weight w = 0 is masked: it does not count, even if its tensors hold NaN. A token is
 unmasked where its weight is above 0, or NaN."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from torch import Tensor
 
@@ -30,12 +30,16 @@ from r1_kernels.arguments import check_finite, check_number
 MAX_LOG_RATIO = 20.0
 """e^20 ≈ 5e8 is far beyond any clip, and its square still fits in fp32."""
 
-KL_ESTIMATORS = ("k1", "k2", "k3")
-OBJECTIVES = ("ppo", "cispo")
+KLEstimator = Literal["k1", "k2", "k3"]
+Objective = Literal["ppo", "cispo"]
+KL_ESTIMATORS = get_args(KLEstimator)
+OBJECTIVES = get_args(Objective)
 
 
 class PolicySettings(NamedTuple):
     """Settings of the module's formulae, with DeepSeek-R1's as defaults; None disables a term.
+
+    The losses' keywords have these defaults.
 
     Attributes:
         clip_low: ε below 1.
@@ -51,9 +55,9 @@ class PolicySettings(NamedTuple):
     clip_high: float = 10.0
     dual_clip: float | None = None
     kl_beta: float = 0.001
-    kl_estimator: str = "k3"
-    importance_cap: float | None = 2.0
-    objective: str = "ppo"
+    kl_estimator: KLEstimator = "k3"
+    importance_cap: float | None = None
+    objective: Objective = "ppo"
     entropy_coef: float = 0.0
 
     def check(self, ref_logprobs: Tensor | None, rollout_logprobs: Tensor | None) -> None:
@@ -78,7 +82,7 @@ class PolicySettings(NamedTuple):
         if self.importance_cap is None and rollout_logprobs is not None:
             raise ValueError(
                 "importance_cap is None, which leaves tokens unweighed, but there are "
-                "rollout_logprobs: give inf for weights without a limit"
+                "rollout_logprobs: give the largest weight, such as 2, or inf for no limit"
             )
         if self.kl_estimator not in KL_ESTIMATORS:
             raise ValueError(f"kl_estimator is {self.kl_estimator!r}: use k1, k2 or k3")
@@ -91,6 +95,9 @@ class PolicySettings(NamedTuple):
             )
         if ref_logprobs is None and self.kl_beta:
             raise ValueError(f"kl_beta is {self.kl_beta}, but there are no ref_logprobs")
+
+
+DEFAULTS = PolicySettings()
 
 
 class TokenTensors(NamedTuple):

@@ -5,7 +5,13 @@ Formulae: `r1_kernels.policy_terms`."""
 import torch
 from torch import Tensor
 
-from r1_kernels.policy_terms import MAX_LOG_RATIO, PolicySettings, PolicyTerms, TokenTensors
+from r1_kernels.policy_terms import (
+    MAX_LOG_RATIO,
+    KLEstimator,
+    PolicySettings,
+    PolicyTerms,
+    TokenTensors,
+)
 from r1_kernels.precision import accumulation_dtype
 
 
@@ -34,9 +40,9 @@ def policy_terms(tokens: TokenTensors, settings: PolicySettings) -> PolicyTerms:
         d_logprob = torch.zeros_like(ratio)
     importance = unmasked.to(dtype)
     if tokens.rollout_logprobs is not None:
-        gap = torch.where(unmasked, old_logprobs - tokens.rollout_logprobs, 0.0)
-        engine_ratio = gap.clamp(max=MAX_LOG_RATIO).exp()
-        importance = torch.where(unmasked, engine_ratio.clamp(max=settings.importance_cap), 0.0)
+        rollout_log_ratio = torch.where(unmasked, old_logprobs - tokens.rollout_logprobs, 0.0)
+        rollout_ratio = rollout_log_ratio.clamp(max=MAX_LOG_RATIO).exp()
+        importance = torch.where(unmasked, rollout_ratio.clamp(max=settings.importance_cap), 0.0)
     token_loss = -importance * surrogate
     grad_logprob = -weight * importance * d_logprob
     kl = torch.zeros_like(ratio)
@@ -71,7 +77,7 @@ def _ppo_surrogate(
     return surrogate, is_clipped
 
 
-def _kl(g: Tensor, estimator: str) -> tuple[Tensor, Tensor]:
+def _kl(g: Tensor, estimator: KLEstimator) -> tuple[Tensor, Tensor]:
     """Return the estimate from g = ref - logprob, and its derivative by the log-probability."""
     if estimator == "k1":
         return -g, torch.ones_like(g)

@@ -81,7 +81,7 @@ class _Limits(NamedTuple):
         return cls(settings.clip_low, settings.clip_high, dual_clip, settings.kl_beta, cap)
 
 
-MAX_EXPONENT = tl.constexpr(MAX_LOG_RATIO)
+_MAX_LOG_RATIO = tl.constexpr(MAX_LOG_RATIO)
 
 
 @triton.jit
@@ -93,7 +93,7 @@ def _read(tensor, token, in_bounds):
 @triton.jit
 def _exp(x):
     """Return e^x, its exponent capped; NaN stays NaN, which `tl.minimum` would drop."""
-    return tl.exp(tl.where(x > MAX_EXPONENT, MAX_EXPONENT, x))
+    return tl.exp(tl.where(x > _MAX_LOG_RATIO, _MAX_LOG_RATIO, x))
 
 
 @triton.jit
@@ -126,7 +126,7 @@ def _surrogate(
             is_below = (advantage < 0.0) & (surrogate < lower_bound)
             surrogate = tl.where(is_below, lower_bound, surrogate)
             is_clipped = is_clipped | is_below
-        d_log_ratio = tl.where(is_clipped | (log_ratio > MAX_EXPONENT), 0.0, scale * unclipped)
+        d_log_ratio = tl.where(is_clipped | (log_ratio > _MAX_LOG_RATIO), 0.0, scale * unclipped)
         d_logprob = tl.zeros(log_ratio.shape, tl.float32)
     return surrogate, is_clipped, d_log_ratio, d_logprob
 
@@ -141,7 +141,7 @@ def _kl(g, ESTIMATOR: tl.constexpr):
         kl = 0.5 * g * g
         d_kl = -g
     else:
-        capped = tl.where(g > MAX_EXPONENT, MAX_EXPONENT, g)
+        capped = tl.where(g > _MAX_LOG_RATIO, _MAX_LOG_RATIO, g)
         e = tl.exp(capped)
         # e^g - g - 1 loses all digits near 0, so its series there: g^2/2 + … + g^8/8!, whose error
         # is below 5e-8 of the sum for |g| < 0.5.
@@ -151,17 +151,17 @@ def _kl(g, ESTIMATOR: tl.constexpr):
         is_small = tl.abs(capped) < 0.5
         kl = tl.where(is_small, 0.5 * capped * capped * series, e - capped - 1.0)
         d_kl = tl.where(is_small, -(capped + kl), 1.0 - e)
-        d_kl = tl.where(g > MAX_EXPONENT, 0.0, d_kl)
+        d_kl = tl.where(g > _MAX_LOG_RATIO, 0.0, d_kl)
     return kl, d_kl
 
 
 @triton.jit
-def _importance(gap, unmasked, cap, HAS_ROLLOUT: tl.constexpr):
-    """Return min(e^gap, cap), 1 without the engine's log-probabilities, 0 where it is masked."""
+def _importance(rollout_log_ratio, unmasked, cap, HAS_ROLLOUT: tl.constexpr):
+    """Return min(e^rollout_log_ratio, cap), 1 without rollout_logprobs, 0 where masked."""
     importance = tl.where(unmasked, 1.0, 0.0)
     if HAS_ROLLOUT:
-        engine_ratio = _exp(gap)
-        importance = tl.where(unmasked, tl.where(engine_ratio > cap, cap, engine_ratio), 0.0)
+        rollout_ratio = _exp(rollout_log_ratio)
+        importance = tl.where(unmasked, tl.where(rollout_ratio > cap, cap, rollout_ratio), 0.0)
     return importance
 
 
@@ -200,7 +200,9 @@ def policy_terms_kernel(
     log_ratio = logprob - old
     if HAS_LOG_RATIO:
         log_ratio = _read(tokens.log_ratio, token, in_bounds)
-    gap = old - _read(tokens.rollout_logprobs, token, in_bounds) if HAS_ROLLOUT else old
+    rollout_log_ratio = old
+    if HAS_ROLLOUT:
+        rollout_log_ratio = old - _read(tokens.rollout_logprobs, token, in_bounds)
     g = _read(tokens.ref_logprobs, token, in_bounds) - logprob if HAS_REF else logprob
     # Tokens that do not count may hold NaN: replaced before the arithmetic, not after. A weight of
     # NaN counts, so that it shows in the loss.
@@ -208,7 +210,7 @@ def policy_terms_kernel(
     weight = tl.where(unmasked, weight, 0.0)
     advantage = tl.where(unmasked, advantage, 0.0)
     log_ratio = tl.where(unmasked, log_ratio, 0.0)
-    importance = _importance(gap, unmasked, limits.importance_cap, HAS_ROLLOUT)
+    importance = _importance(rollout_log_ratio, unmasked, limits.importance_cap, HAS_ROLLOUT)
     surrogate, is_clipped, grad_log_ratio, grad_logprob = _surrogate(
         log_ratio,
         tl.where(unmasked, logprob, 0.0),
