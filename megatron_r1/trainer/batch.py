@@ -9,18 +9,23 @@ without."""
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from r1_kernels import (
+    Averaging,
     LinearPolicyLoss,
+    PolicySettings,
     SamplingMask,
-    linear_policy_loss,
+    TokenTensors,
+    linear_policy_loss_from_settings,
     linear_token_logprobs,
 )
 from r1_kernels.arguments import trusted_values
 from torch import Tensor
 from torch.distributed import ProcessGroup
+
+from megatron_r1.config.algorithms import RatioLevel
 
 if TYPE_CHECKING:
     from megatron.core.packed_seq_params import PackedSeqParams
@@ -87,6 +92,19 @@ class PackedBatch:
     """(T,) fp32: the targets of the values, computed with the token advantages."""
 
 
+class TokenWeights(NamedTuple):
+    """What a response token weighs in a micro-batch's sum (`losses.token_weights`).
+
+    Attributes:
+        mask: (T,) bool or fp32, the response tokens or their weights.
+        average: "token", or "sequence" for a mask that is divided by its sum over each sequence.
+        denominator: what the sum is divided by."""
+
+    mask: Tensor
+    average: Literal["token", "sequence"] = "token"
+    denominator: int = 1
+
+
 @dataclass(frozen=True)
 class LossHead:
     """The hidden states of one micro-batch, and the head's weight.
@@ -135,32 +153,45 @@ class LossHead:
             self.batch.logprobs.setdefault("old", logprobs.detach())
         return logprobs, entropy
 
-    def policy_loss(self, mask: Tensor, **settings: Any) -> LinearPolicyLoss:
+    def policy_loss(
+        self, settings: PolicySettings, weights: TokenWeights, ratio_level: RatioLevel = "token"
+    ) -> LinearPolicyLoss:
         """Return the policy loss of the response tokens for `batch.advantages`.
 
         Uses batch.logprobs["old"] and, if there, ["ref"]. Without "old" the current policy is the
-        old one (ratio 1), and its log-probabilities are stored as "old". For mask, average and
-        denominator see `losses.token_weights`.
+        old one (ratio 1), and its log-probabilities are stored as "old".
 
         Args:
-            mask: (T,), the response tokens or their weights.
-            **settings: those of r1_kernels' policy_loss; with a context_group a denominator must be
-                among them."""
+            settings: those of a token's loss; with an `importance_cap` the difference between the
+                engine's and the trainer's log-probabilities is corrected.
+            weights: what each token weighs.
+            ratio_level: "sequence" for one ratio per response."""
         batch = self.batch
+        tokens = TokenTensors(
+            logprobs=None,
+            old_logprobs=batch.logprobs.get("old"),
+            ref_logprobs=batch.logprobs.get("ref"),
+            rollout_logprobs=None if settings.importance_cap is None else batch.rollout_logprobs,
+            advantages=batch.advantages,
+            weights=weights.mask,
+        )
+        averaging = Averaging(
+            ratio_level=ratio_level,
+            average=weights.average,
+            denominator=weights.denominator,
+            cu_seqlens=batch.cu_seqlens,
+            sequence_group=self.context_group,
+        )
         with trusted_values():  # and `pack_batch` makes cu_seqlens
-            terms = linear_policy_loss(
+            terms = linear_policy_loss_from_settings(
                 self.hidden,
                 self.weight,
                 batch.targets,
-                batch.logprobs.get("old"),
-                batch.logprobs.get("ref"),
-                batch.advantages,
-                mask,
-                cu_seqlens=batch.cu_seqlens,
-                sequence_group=self.context_group,
+                tokens,
+                settings,
+                averaging,
                 rows=batch.response_positions,
                 sampling_mask=batch.sampling_mask,
-                **settings,
                 **self._options(),
             )
         batch.logprobs.setdefault("old", terms.logprobs)

@@ -13,13 +13,13 @@ Averaging happens in two places. Within a micro-batch r1_kernels weighs the toke
 `rl.loss_average` selects both in `controller.algorithms.grpo.loss`."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from megatron_r1.config.algorithms import LossAverage, LossSettings
-from megatron_r1.trainer.batch import LossHead, PackedBatch
+from megatron_r1.trainer.batch import LossHead, PackedBatch, TokenWeights
 from megatron_r1.trainer.metrics import Mean, Metrics
 from megatron_r1.trainer.operations import SUPERVISED
 
@@ -64,10 +64,10 @@ def denominator(batch: PackedBatch, average: LossAverage) -> Tensor:
 
 def token_weights(
     batch: PackedBatch, average: LossAverage, max_response_tokens: int | None = None
-) -> dict[str, Any]:
-    """Return the arguments mask, average and denominator of `LossHead.policy_loss`.
+) -> TokenWeights:
+    """Return the weights of tokens in `LossHead.policy_loss`.
 
-    They give a response token the weight 1 ("token"), 1 / |o_i| ("sequence"), or 1 / L
+    A response token has the weight 1 ("token"), 1 / |o_i| ("sequence"), or 1 / L
     ("constant"). |o_i| counts an episode with all its branches: r1_kernels takes each branch for
     a sequence of its own, so there batch.sequence_weights are the weights.
 
@@ -77,12 +77,12 @@ def token_weights(
         max_response_tokens: L, tokens."""
     if average == "sequence":
         if batch.sequence_weights is None:
-            return {"mask": batch.is_response, "average": "sequence", "denominator": 1}
-        return {"mask": batch.sequence_weights, "average": "token", "denominator": 1}
+            return TokenWeights(batch.is_response, average="sequence")
+        return TokenWeights(batch.sequence_weights)
     if average == "constant":
         assert max_response_tokens, "a constant average is over max_response_tokens"
-        return {"mask": batch.is_response, "average": "token", "denominator": max_response_tokens}
-    return {"mask": batch.is_response, "average": "token", "denominator": 1}
+        return TokenWeights(batch.is_response, denominator=max_response_tokens)
+    return TokenWeights(batch.is_response)
 
 
 def mtp_divisor(loss: str, max_response_tokens: int) -> int | None:

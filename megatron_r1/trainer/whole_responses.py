@@ -62,11 +62,11 @@ class WholeResponses:
         return ends.scatter_reduce(0, self._sample, response_positions, "amax")[self._sample]
 
     @property
-    def engine_log_ratios(self) -> Tensor:
+    def rollout_log_ratios(self) -> Tensor:
         """(T,) fp64, nats: log(π_old / π_engine) of response tokens, 0 elsewhere."""
-        batch = self.batch
-        gaps = self.gather(batch.logprobs["old"]).double() - self.gather(batch.rollout_logprobs)
-        return torch.where(self.is_response, gaps, 0.0)
+        old_logprobs = self.gather(self.batch.logprobs["old"]).double()
+        log_ratios = old_logprobs - self.gather(self.batch.rollout_logprobs)
+        return torch.where(self.is_response, log_ratios, 0.0)
 
     def sample_sums(self, values: Tensor) -> Tensor:
         """Return (S,) fp64, the sum of `values` (T,) over the response tokens of each sample."""

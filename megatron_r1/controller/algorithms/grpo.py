@@ -99,24 +99,25 @@ def loss(batch: PackedBatch, head: LossHead, settings: LossSettings) -> LossTerm
         head: the hidden states of the batch.
         settings: with importance_cap None the difference between the engine's and the trainer's
             log-probabilities is not corrected."""
+    from r1_kernels import PolicySettings
+
     from megatron_r1.trainer.losses import LossTerms, denominator, token_weights
     from megatron_r1.trainer.metrics import Maximum, Mean
 
     settings = LossSettings.of(settings)
-    is_corrected = settings.importance_cap is not None
-    terms = head.policy_loss(
-        objective=settings.objective,
+    assert settings.kl_estimator != "unbiased", "corrections.unbiased_kl adds that term itself"
+    policy_settings = PolicySettings(
         clip_low=settings.clip_low,
         clip_high=settings.clip_high,
         dual_clip=settings.dual_clip,
-        ratio_level=settings.ratio_level,
-        rollout_logprobs=batch.rollout_logprobs if is_corrected else None,
-        importance_cap=settings.importance_cap,
         kl_beta=settings.kl_beta,
         kl_estimator=settings.kl_estimator,
+        importance_cap=settings.importance_cap,
+        objective=settings.objective,
         entropy_coef=settings.entropy_coef,
-        **token_weights(batch, settings.loss_average, settings.max_response_tokens),
     )
+    weights = token_weights(batch, settings.loss_average, settings.max_response_tokens)
+    terms = head.policy_loss(policy_settings, weights, settings.ratio_level)
     count = denominator(batch, settings.loss_average)
     num_tokens = batch.is_response.sum()
     metrics: dict[str, Mean | Maximum] = {
@@ -126,6 +127,6 @@ def loss(batch: PackedBatch, head: LossHead, settings: LossSettings) -> LossTerm
         "clip_fraction": Mean(terms.clipped.sum(), num_tokens),
         "entropy": Mean(terms.entropy.sum(), num_tokens),
     }
-    if is_corrected:
+    if settings.importance_cap is not None:
         metrics["importance"] = Mean(terms.importance.sum(), num_tokens)
     return LossTerms(terms.loss, count, metrics)

@@ -58,7 +58,7 @@ def token_mask(rollout: RolloutBatches, settings: EngineMask) -> list[Tensor]:
         settings: the bounds of k."""
     masks = []
     for responses in rollout.responses:
-        ratios = responses.engine_log_ratios.exp()
+        ratios = responses.rollout_log_ratios.exp()
         masks.append((ratios >= settings.low) & (ratios <= settings.high))
     return masks
 
@@ -71,7 +71,7 @@ def sequence_mask(rollout: RolloutBatches, settings: EngineMask) -> list[Tensor]
         settings: the bounds of the geometric mean."""
     masks = []
     for responses in rollout.responses:
-        means = responses.sample_means(responses.engine_log_ratios).exp()
+        means = responses.sample_means(responses.rollout_log_ratios).exp()
         masks.append((means >= settings.low) & (means <= settings.high))
     return masks
 

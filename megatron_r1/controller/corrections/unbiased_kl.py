@@ -60,15 +60,12 @@ def loss(batch: PackedBatch, head: LossHead, settings: LossSettings) -> LossTerm
 
 
 def _weights(batch: PackedBatch, head: LossHead, settings: LossSettings) -> Tensor:
-    """Return (T,), what a response token weighs in the sum, as `trainer.losses.token_weights` has
-    it."""
+    """Return (T,) fp64, what a response token weighs in the sum."""
+    from megatron_r1.trainer.losses import token_weights
     from megatron_r1.trainer.whole_responses import WholeResponses
 
-    if settings.loss_average != "sequence":
-        length = settings.max_response_tokens if settings.loss_average == "constant" else 1
-        assert length, "a constant average is over max_response_tokens"
-        return batch.is_response.double() / length
-    if batch.sequence_weights is not None:
-        return batch.sequence_weights.double()
+    weights = token_weights(batch, settings.loss_average, settings.max_response_tokens)
+    if weights.average == "token":
+        return weights.mask.double() / weights.denominator
     responses = WholeResponses(batch, head.context_group)
     return responses.local_part(1 / responses.response_lengths.clamp(min=1))

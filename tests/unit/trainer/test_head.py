@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from r1_kernels import PolicySettings
 
 from megatron_r1.config.algorithms import LossSettings
 from megatron_r1.controller.algorithms.grpo import loss as grpo_loss
 from megatron_r1.models.sampling_mask import encode_mask
-from megatron_r1.trainer.batch import LossHead
+from megatron_r1.trainer.batch import LossHead, TokenWeights
 from megatron_r1.trainer.losses import supervised
 from megatron_r1.trainer.packed import pack_batch
 from megatron_r1.trainer.token_split import TokenSplit
@@ -70,8 +71,10 @@ def test_log_probabilities_and_loss_are_of_the_tokens_that_the_sampler_kept():
     sets = [[[2, 10], [11]], [[0, 6, 9], [1, 2, 3, 4], [2, 12]], [[0, 3, 5, 12]]]
     batch, head = micro_batch(kept=[encode_mask(each) for each in sets])
     got, entropy = head.logprobs()
-    no_clip = {"clip_low": 1e6, "clip_high": 1e6, "kl_beta": 0.0}
-    loss = head.policy_loss(batch.is_response, average="token", **no_clip)
+    no_clip = PolicySettings(clip_low=1e6, clip_high=1e6, kl_beta=0.0)
+    loss = head.policy_loss(
+        no_clip, TokenWeights(batch.is_response, denominator=int(batch.is_response.sum()))
+    )
     expected = torch.zeros(len(got), dtype=torch.float64)
     of_entropy = torch.zeros_like(expected)
     logits = head.hidden.double() @ head.weight[:VOCABULARY].double().t() / 0.8
