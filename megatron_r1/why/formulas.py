@@ -54,63 +54,97 @@ def advantages(
         is_centered: whether the mean is subtracted.
         ddof: what the deviation's number of rewards is less than their number by."""
     rewards = [np.array([np.nan if r is None else r for r in group]) for group in groups]
+    if algorithm in TOKEN_ADVANTAGE_ALGORITHMS or (algorithm == "reinforce" and std == "group"):
+        std = "none"
+    scaled = scale_advantages(_centered(rewards, algorithm, is_centered), std, epsilon, ddof)
+    return [group_advantages.tolist() for group_advantages in scaled]
+
+
+def _centered(
+    rewards: Sequence[np.ndarray], algorithm: str, is_centered: bool
+) -> Sequence[np.ndarray]:
+    """Return rewards less the algorithm's baseline, with zeros where those that it compares are
+    equal."""
     if algorithm == "reinforce_pp":
-        return [group_rewards.tolist() for group_rewards in rewards]
+        return rewards
     if algorithm == "rloo":
-        return [
-            (
-                group_rewards * 0.0 if are_equal(group_rewards) else _less_others(group_rewards)
-            ).tolist()
-            for group_rewards in rewards
-        ]
-    all_rewards = np.concatenate(rewards)
-    if not is_centered:
-        centred = [group_rewards.copy() for group_rewards in rewards]
+        centered = subtract_other_mean(rewards)
+    elif not is_centered:
+        centered = list(rewards)
     elif algorithm == "reinforce":
-        mean = np.nanmean(all_rewards) if not np.isnan(all_rewards).all() else 0.0
-        centred = [group_rewards - mean for group_rewards in rewards]
+        centered = subtract_rollout_mean(rewards)
     else:
-        centred = [
-            group_rewards - np.nanmean(group_rewards)
-            if not np.isnan(group_rewards).all()
-            else group_rewards
-            for group_rewards in rewards
-        ]
-    if algorithm == "reinforce" and are_equal(all_rewards):
-        centred = [group_advantages * 0.0 for group_advantages in centred]
-    elif algorithm != "reinforce":
-        pairs = zip(rewards, centred, strict=True)
-        centred = [
-            group_advantages * 0.0 if are_equal(group_rewards) else group_advantages
-            for group_rewards, group_advantages in pairs
-        ]
-    if std == "group" and algorithm != "reinforce":
-        centred = [
+        centered = subtract_group_mean(rewards)
+    if algorithm == "reinforce":
+        is_equal = [are_equal(np.concatenate(rewards))] * len(rewards)
+    else:
+        is_equal = [are_equal(group_rewards) for group_rewards in rewards]
+    return [
+        group_advantages * 0.0 if is_zero else group_advantages
+        for is_zero, group_advantages in zip(is_equal, centered, strict=True)
+    ]
+
+
+def subtract_group_mean(rewards: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Return r_i - mean(r) over each group (arXiv 2402.03300, section 4.1); NaN is none."""
+    return [
+        group_rewards
+        if np.isnan(group_rewards).all()
+        else group_rewards - np.nanmean(group_rewards)
+        for group_rewards in rewards
+    ]
+
+
+def subtract_rollout_mean(rewards: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Return r_i - mean(r) over the responses of all groups; NaN is none."""
+    all_rewards = np.concatenate(rewards)
+    mean = 0.0 if np.isnan(all_rewards).all() else np.nanmean(all_rewards)
+    return [group_rewards - mean for group_rewards in rewards]
+
+
+def subtract_other_mean(rewards: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Return r_i - Σ_{j≠i} r_j / (n - 1) over each group of n, the leave-one-out baseline of RLOO
+    (arXiv 2402.14740, section 3); NaN is none."""
+    centered = []
+    for group_rewards in rewards:
+        num_others = np.sum(~np.isnan(group_rewards)) - 1
+        other_sums = np.nansum(group_rewards) - group_rewards
+        centered.append(group_rewards - other_sums / max(1, num_others))
+    return centered
+
+
+def scale_advantages(
+    centered: Sequence[np.ndarray], std: str, epsilon: float, ddof: int
+) -> Sequence[np.ndarray]:
+    """Return A_i / (std(A) + ε) over each group or the batch; advantages that are all 0, and a
+    batch of equal ones, stay.
+
+    Args:
+        centered: rewards less their baseline, by group.
+        std: as of `advantages`, like the next two.
+        epsilon: added to the deviation.
+        ddof: what the deviation's number of rewards is less than their number by."""
+    if std == "group":
+        return [
             group_advantages / (np.nanstd(group_advantages, ddof=ddof) + epsilon)
             if np.nansum(np.abs(group_advantages))
             else group_advantages
-            for group_advantages in centred
+            for group_advantages in centered
         ]
-    if std == "batch" and not are_equal(np.concatenate(centred)):
-        scale = np.nanstd(np.concatenate(centred), ddof=ddof) + epsilon
-        centred = [group_advantages / scale for group_advantages in centred]
-    return [group_advantages.tolist() for group_advantages in centred]
+    if std == "batch" and not are_equal(np.concatenate(centered)):
+        scale = np.nanstd(np.concatenate(centered), ddof=ddof) + epsilon
+        return [group_advantages / scale for group_advantages in centered]
+    return centered
 
 
-def _less_others(values: np.ndarray) -> np.ndarray:
-    """Return each reward less the mean of the others; NaN is none."""
-    num_others = np.sum(~np.isnan(values)) - 1
-    return values - (np.nansum(values) - values) / max(1, num_others)
-
-
-def each_advantages(
+def reward_term_advantages(
     rewards: Mapping[str, Sequence[Sequence[float | None]]],
     weights: Mapping[str, float],
     algorithm: str,
     std: str,
     epsilon: float,
 ) -> list[list[float]]:
-    """Return advantages of rewards that are normalized alone (GDPO, arXiv 2601.05242).
+    """Return advantages of rewards that are each normalized alone (GDPO, arXiv 2601.05242).
 
     Args:
         rewards: by reward and group; None: ungraded.

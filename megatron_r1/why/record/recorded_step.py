@@ -215,7 +215,7 @@ class RecordedStep:
         if rl.algorithm not in (*formulas.ALGORITHMS, *formulas.TOKEN_ADVANTAGE_ALGORITHMS):
             by_group = [[0.0] * len(rewards) for rewards in self.training_rewards]
         elif rl.reward_normalization == "each":
-            by_group = formulas.each_advantages(
+            by_group = formulas.reward_term_advantages(
                 *self._each_reward, rl.algorithm, rl.advantage_std, rl.advantage_epsilon
             )
         else:
