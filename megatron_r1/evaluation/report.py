@@ -133,10 +133,10 @@ async def summarize(
         reading: `rewards.reading`, the place where answers are read.
     """
     prompts = prompt_set.prompts
-    lines_of = log.read(map(prompt_set.key, prompts), prompt_set.num_samples)
+    lines_by_prompt = log.read(map(prompt_set.key, prompts), prompt_set.num_samples)
     groups = [
         [LoggedResponse.from_line(line, prompt, part, reading) for line in lines]
-        for prompt, lines in zip(prompts, lines_of, strict=True)
+        for prompt, lines in zip(prompts, lines_by_prompt, strict=True)
     ]
     responses = [response for group in groups for response in group]
 

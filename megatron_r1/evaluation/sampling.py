@@ -199,10 +199,10 @@ class ResponseSampler:
         keys = {key for key, _ in ungraded}
         for prompt_set in self._sets:
             prompts = [prompt for prompt in prompt_set.prompts if prompt_set.key(prompt) in keys]
-            lines_of = self._log.read(map(prompt_set.key, prompts), prompt_set.num_samples)
+            lines_by_prompt = self._log.read(map(prompt_set.key, prompts), prompt_set.num_samples)
             lines = (
                 (p, line)
-                for p, prompt_lines in zip(prompts, lines_of, strict=True)
+                for p, prompt_lines in zip(prompts, lines_by_prompt, strict=True)
                 for line in prompt_lines
             )
             for prompt, line in lines:

@@ -54,9 +54,9 @@ async def decide_all(
         prompt_set: the prompts and the number of their samples.
         decide: decides about the responses of one prompt."""
     pending: deque[tuple[list[dict[str, Any]], asyncio.Future[PromptResult]]] = deque()
-    lines_of = log.read(map(prompt_set.key, prompt_set.prompts), prompt_set.num_samples)
+    lines_by_prompt = log.read(map(prompt_set.key, prompt_set.prompts), prompt_set.num_samples)
     try:
-        for prompt, lines in zip(prompt_set.prompts, lines_of, strict=True):
+        for prompt, lines in zip(prompt_set.prompts, lines_by_prompt, strict=True):
             responses = [TextResponse.from_line(line) for line in lines]
             pending.append((lines, asyncio.ensure_future(decide(prompt, responses))))
             if len(pending) == WINDOW:

@@ -14,8 +14,9 @@ ALGORITHMS = ("grpo", "dapo", "dr_grpo", "gspo", "cispo", "reinforce")
 """Whose tokens all have their response's advantage."""
 TOKEN_ADVANTAGE_ALGORITHMS = ("rloo", "reinforce_pp")
 """Whose tokens have advantages of their own, made of their response's (`token_advantages`)."""
-EQUAL_REWARDS = 1e-9
-"""Relative: two sums of the same terms in another order are further apart than their rounding."""
+REWARD_ROUNDING = 1e-9
+"""The largest relative distance of equal rewards: sums of the same terms in another order differ by
+rounding, which is smaller."""
 
 
 def training_reward(
@@ -173,7 +174,7 @@ def are_equal(values: np.ndarray) -> bool:
     numbers = values[~np.isnan(values)]
     if len(numbers) < 2:
         return True
-    return float(numbers.max() - numbers.min()) <= EQUAL_REWARDS * max(
+    return float(numbers.max() - numbers.min()) <= REWARD_ROUNDING * max(
         1.0, float(np.abs(numbers).max())
     )
 

@@ -17,10 +17,10 @@ from megatron_r1.reporting.report import Plot
 from megatron_r1.why.comparison import NOT_CHECKED, Comparison, Report, ResponseIndex
 from megatron_r1.why.record.recorded_step import RecordedStep
 
-SHOWN = 6
-"""Responses on the page."""
-CHARACTERS = 3000
-SIZE = (5.2, 2.7)
+MAX_SHOWN_RESPONSES = 6
+"""The most responses on the page."""
+MAX_TEXT_CHARACTERS = 3000
+FIGURE_SIZE = (5.2, 2.7)
 
 
 def write(report: Report, step: RecordedStep) -> Path:
@@ -75,7 +75,7 @@ def _plots(report: Report) -> list[Plot]:
             plots.curve_plot(
                 f"position-{index}",
                 [plots.Curve("mean |Δ|", np.array(curve.positions), np.array(curve.values))],
-                SIZE,
+                FIGURE_SIZE,
                 from_zero=True,
             ),
         )
@@ -107,7 +107,7 @@ def _worst(report: Report, step: RecordedStep) -> list[ResponseIndex]:
         advantage = step.advantages[index[0]][index[1]]
         return 0.0 if math.isnan(advantage) else abs(advantage)
 
-    return sorted(comparison.concerned, key=size, reverse=True)[:SHOWN]
+    return sorted(comparison.concerned, key=size, reverse=True)[:MAX_SHOWN_RESPONSES]
 
 
 def _response(step: RecordedStep, index: ResponseIndex) -> dict[str, Any]:
@@ -124,9 +124,9 @@ def _response(step: RecordedStep, index: ResponseIndex) -> dict[str, Any]:
     ]
     truth = group.prompt.truth
     return {
-        "prompt": shorten_middle(prompt, CHARACTERS),
+        "prompt": shorten_middle(prompt, MAX_TEXT_CHARACTERS),
         "truth": "" if truth is None else str(truth)[:200],
         "details": [detail for detail in details if detail],
-        "text": shorten_middle(graded.text, CHARACTERS),
+        "text": shorten_middle(graded.text, MAX_TEXT_CHARACTERS),
         "reason": graded.reason,
     }

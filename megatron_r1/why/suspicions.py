@@ -10,10 +10,10 @@ from megatron_r1.reporting.formatting import format_number as number
 from megatron_r1.reporting.formatting import format_percent as percent
 from megatron_r1.why.record.recorded_step import RecordedStep
 
-MAX_EQUAL, MAX_CUT = 0.5, 0.25
-ENDS = 0.1
+MAX_EQUAL_FRACTION, MAX_CUT_FRACTION = 0.5, 0.25
+END_FRACTION = 0.1
 """Share of a run's steps whose mean stands for its beginning, and for its end."""
-FALLEN = 0.2
+MIN_ENTROPY_FRACTION = 0.2
 """An entropy that has fallen below this fraction of what it was at first."""
 SMALL_KL = 1e-4
 
@@ -29,7 +29,7 @@ def _equal_groups(step: RecordedStep) -> str:
     groups = step.groups + step.filtered_groups
     fraction = fmean(group.has_equal_rewards for group in groups)
     right = [graded.rewards.get("accuracy", 0.0) for graded in all_responses(groups)]
-    if fraction < MAX_EQUAL:
+    if fraction < MAX_EQUAL_FRACTION:
         return ""
     accuracy = fmean(right)
     text = "too hard" if accuracy < 0.5 else "learned already"
@@ -43,7 +43,7 @@ def _equal_groups(step: RecordedStep) -> str:
 def _cut(step: RecordedStep) -> str:
     cut = [index for index, graded in step.responses.items() if graded.is_truncated]
     fraction = len(cut) / len(step.responses)
-    if fraction < MAX_CUT:
+    if fraction < MAX_CUT_FRACTION:
         return ""
     weight = step.loss_fraction(cut)
     loss_text = "" if math.isnan(weight) else f", and have {percent(weight)} of the loss"
@@ -57,13 +57,13 @@ def _ends(step: RecordedStep, key: str) -> tuple[float, float] | None:
     """Return the mean of a metric over the first and the last steps up to this one."""
     lines = [line for line in step.folder.read_metrics() if line["step"] <= step.step]
     values = [value for line in lines if (value := finite(line, key)) is not None]
-    count = max(1, int(ENDS * len(values)))
+    count = max(1, int(END_FRACTION * len(values)))
     return (fmean(values[:count]), fmean(values[-count:])) if values else None
 
 
 def _entropy(step: RecordedStep) -> str:
     ends = _ends(step, "entropy")
-    if ends is None or ends[1] >= FALLEN * ends[0]:
+    if ends is None or ends[1] >= MIN_ENTROPY_FRACTION * ends[0]:
         return ""
     return (
         f"the policy has little left to try: its entropy fell from {number(ends[0])} to "

@@ -14,7 +14,7 @@ from megatron_r1.config.model import LoraConfig
 from megatron_r1.reporting.formatting import format_number as number
 from megatron_r1.reporting.formatting import format_percent as percent
 from megatron_r1.why.checks.engine_gaps import (
-    EXPLAINED,
+    MAX_UNEXPLAINED_FRACTION,
     EngineGaps,
     ExplainedEngine,
     mean_gap,
@@ -22,13 +22,14 @@ from megatron_r1.why.checks.engine_gaps import (
 
 TEMPERATURES = (0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.25, 1.5, 2.0, 4.0)
 """Times the run's temperature: which of them explains a departure."""
-EXPLAINED_BY_TEMPERATURE = 0.15
-"""`EXPLAINED` of a temperature, which makes many departures a little smaller."""
-ONE_SIDED = 0.95
-"""Share of the tokens that a renormalized distribution has more likely than the whole one."""
-FEW_TOKENS = 20
-"""Tokens of an engine or expert that are too few to compare."""
-SAME_SIZE = 4.0
+MAX_UNEXPLAINED_BY_TEMPERATURE = 0.15
+"""A temperature explains a departure of which it leaves at most this fraction: many make one
+a little smaller."""
+MIN_ONE_SIDED_FRACTION = 0.95
+"""The least share of tokens that a renormalized distribution has more likely than the whole one."""
+MIN_TOKENS = 20
+"""The fewest tokens of an engine or expert that are compared."""
+MAX_SIZE_FACTOR = 4.0
 """Two mean differences within this factor have the same size."""
 
 
@@ -131,7 +132,7 @@ def other_temperature(gaps: EngineGaps) -> ExplainedDeparture | None:
     index = TEMPERATURES.index(coarse)
     neighbors = TEMPERATURES[max(0, index - 1) : index + 2]
     scale, mean = _best_scale(gaps, np.linspace(neighbors[0], neighbors[-1], 41).tolist())
-    if not mean <= EXPLAINED_BY_TEMPERATURE * gaps.distance or abs(scale - 1) < 0.01:
+    if not mean <= MAX_UNEXPLAINED_BY_TEMPERATURE * gaps.distance or abs(scale - 1) < 0.01:
         return None
     return ExplainedDeparture(
         f"temperature {scale * temperature:.3g} explains them, the settings say "
@@ -159,7 +160,7 @@ def shifted_by_a_token(gaps: EngineGaps) -> ExplainedDeparture | None:
         for gap in shifted_gaps:  # the token that was rolled around
             gap[-1 if shift > 0 else 0 : None if shift > 0 else 1] = np.nan
         mean = mean_gap(shifted_gaps)
-        if mean <= EXPLAINED * gaps.distance:
+        if mean <= MAX_UNEXPLAINED_FRACTION * gaps.distance:
             return ExplainedDeparture(
                 f"they are shifted by a token, each is that of the token {side}: mean |Δ| "
                 f"{number(mean)} against {number(gaps.distance)}",
@@ -175,7 +176,7 @@ def renormalized_cut(gaps: EngineGaps) -> ExplainedDeparture | None:
         return None
     differences = np.concatenate(gaps.gaps)
     large = differences[np.abs(differences) > max(gaps.tolerance / 4, 1e-5)]
-    if len(large) < FEW_TOKENS or (large > 0).mean() < ONE_SIDED:
+    if len(large) < MIN_TOKENS or (large > 0).mean() < MIN_ONE_SIDED_FRACTION:
         return None
     kept_share = math.exp(-float(large.max()))
     return ExplainedDeparture(
@@ -200,7 +201,7 @@ def rounding_of_bfloat16(gaps: EngineGaps) -> ExplainedDeparture | None:
             )
         ]
     )
-    if not size / SAME_SIZE <= gaps.distance <= size * SAME_SIZE:
+    if not size / MAX_SIZE_FACTOR <= gaps.distance <= size * MAX_SIZE_FACTOR:
         return None
     return ExplainedDeparture(
         f"mean |Δ| is {number(gaps.distance)}, and {number(size)} between transformers in bfloat16 "

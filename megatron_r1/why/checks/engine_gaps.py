@@ -17,9 +17,9 @@ from megatron_r1.why.record.recorded_step import RecordedStep
 if TYPE_CHECKING:
     from megatron_r1.why.policy.policy_logprobs import PolicyLogprobs
 
-EXPLAINED = 0.5
-"""Other log-probabilities explain a difference that they make smaller by this factor, or more, and
-no more than rounding."""
+MAX_UNEXPLAINED_FRACTION = 0.5
+"""Other log-probabilities explain a difference of which they leave at most this fraction, and no
+more than rounding."""
 MAX_VERSIONS_BEFORE = 4
 """Versions before the newest whose weights are tried, where their checkpoints are kept."""
 POSITION_BINS = 40
@@ -169,7 +169,9 @@ class EngineGaps:
         other_gaps = self.gaps_from(logprobs_of_sequences)
         for name, mean in self.means_by_name().items():
             other_mean = mean_gap(self._engine_gaps(name, other_gaps))
-            is_explained = other_mean <= self.tolerance and other_mean < EXPLAINED * mean
+            is_explained = (
+                other_mean <= self.tolerance and other_mean < MAX_UNEXPLAINED_FRACTION * mean
+            )
             if mean > self.tolerance / 16 and is_explained:
                 return ExplainedEngine(other_mean, mean, name or "engine")
         return None

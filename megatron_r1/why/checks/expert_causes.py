@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from megatron_r1.reporting.formatting import format_number as number
-from megatron_r1.why.checks.engine_causes import FEW_TOKENS, ExplainedDeparture
+from megatron_r1.why.checks.engine_causes import MIN_TOKENS, ExplainedDeparture
 from megatron_r1.why.checks.engine_gaps import EngineGaps
 
 MAX_PAIRS = 64
@@ -68,10 +68,10 @@ def experts_by_gap(gaps: EngineGaps) -> list[ExpertGap]:
         experts = np.concatenate(experts_of_sequences)
         for expert in range(int(experts.max()) + 1):
             is_routed = (experts == expert).any(1)
-            if is_routed.sum() < FEW_TOKENS:
+            if is_routed.sum() < MIN_TOKENS:
                 continue
             routed = float(np.nanmean(differences[is_routed]))
-            is_few = (~is_routed).sum() < FEW_TOKENS  # all tokens go through it
+            is_few = (~is_routed).sum() < MIN_TOKENS  # all tokens go through it
             others = routed if is_few else float(np.nanmean(differences[~is_routed]))
             ranked.append(ExpertGap(layer, expert, routed, others))
     return sorted(ranked, key=lambda gap: -gap.routed / max(gap.others, 1e-12))

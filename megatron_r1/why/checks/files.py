@@ -21,16 +21,16 @@ from megatron_r1.why.comparison import (
 from megatron_r1.why.record.recorded_step import RecordedStep
 
 FAMILY = "files"
-COMMON = 0.5
-"""Share of the responses inside which a special token has to be, to be taken for one that the model
-ends with."""
-LIKELY = math.log(0.25)
+MIN_END_TOKEN_FRACTION = 0.5
+"""The least share of the responses inside which a special token is, to be taken for one that the
+model ends with."""
+MIN_END_TOKEN_LOGPROB = math.log(0.25)
 """The least log-probability of such a token: a random model draws special tokens too, each with
 about the probability of any other token."""
 TAG = re.compile("think|answer|tool")
 """Of special tokens that stand inside a response by right."""
-SHOWN = 40
-"""Characters of a text in a comparison."""
+MAX_SHOWN_CHARACTERS = 40
+"""The most characters of a text that a comparison shows."""
 
 
 def check(step: RecordedStep) -> list[Comparison]:
@@ -112,7 +112,7 @@ def _compare_system_message(step: RecordedStep) -> Comparison:
         f"the prompts of {total:,} responses whose question has one",
         concerned,
         total,
-        reason=f"the prompt lacks {lost[:SHOWN]!r}",
+        reason=f"the prompt lacks {lost[:MAX_SHOWN_CHARACTERS]!r}",
         remedy="data.template: give it {system}, or chat with a template that shows it",
         loss_fraction=step.loss_fraction,
     )
@@ -164,7 +164,7 @@ def _describe_difference(
         tokenizer.hf_tokenizer.decode(list(ids[position : position + 12]))
         for ids in (logged, expected)
     )
-    sampled_text, expected_text = (repr(part[:SHOWN]) for part in parts)
+    sampled_text, expected_text = (repr(part[:MAX_SHOWN_CHARACTERS]) for part in parts)
     return (
         f"from token {position} on {sampled_text} was sampled from, "
         f"{expected_text} is what the settings say"
@@ -235,7 +235,7 @@ def _find_unknown_ends(step: RecordedStep) -> Comparison:
         response = step.responses[index].response
         stopped = response.finish_reason == "stop"
         count = len(ids) - (not stopped or bool(step.config.rollout.stop))
-        is_likely = np.asarray(response.logprobs[:count]) >= LIKELY
+        is_likely = np.asarray(response.logprobs[:count]) >= MIN_END_TOKEN_LOGPROB
         for token in special.intersection(ids[:count][is_likely].tolist()):
             responses_by_token.setdefault(token, []).append(index)
     worst = max(responses_by_token, key=lambda token: len(responses_by_token[token]), default=None)
@@ -252,7 +252,7 @@ def _find_unknown_ends(step: RecordedStep) -> Comparison:
         "and is no end token",
         remedy=remedy,
         loss_fraction=step.loss_fraction,
-        tolerance=COMMON,
+        tolerance=MIN_END_TOKEN_FRACTION,
         source="a model that ends with a token does so in most responses",
     )
 
@@ -331,8 +331,8 @@ def _compare_texts(step: RecordedStep) -> Comparison:
     ]
     example = ""
     if concerned:
-        logged = step.responses[concerned[0]].text[-SHOWN:]
-        decoded = step.tokenizer.decode(responses[concerned[0]].tolist())[-SHOWN:]
+        logged = step.responses[concerned[0]].text[-MAX_SHOWN_CHARACTERS:]
+        decoded = step.tokenizer.decode(responses[concerned[0]].tolist())[-MAX_SHOWN_CHARACTERS:]
         example = f"graders read …{logged!r}, the tokens say …{decoded!r}"
     return fraction_comparison(
         FAMILY,

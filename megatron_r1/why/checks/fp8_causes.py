@@ -29,11 +29,12 @@ if TYPE_CHECKING:
 
 TRIED_TOKENS = 2048
 """Sampled tokens of an engine that differences are regressed over."""
-MIN_ERRORS, LARGEST_MISS, MOST_LEFT = 8.0, 0.25, 0.85
-"""A coefficient is as many standard errors from 0 and at most so far from 1, and the effect leaves
-at most this part of the mean |difference|."""
-WORTH_PARTS = 2.0
-"""Standard errors of the coefficient of all weights from which parts of them are tried."""
+MIN_STANDARD_ERRORS, MAX_COEFFICIENT_ERROR, MAX_RESIDUAL_FRACTION = 8.0, 0.25, 0.85
+"""An effect is there if its coefficient is this many standard errors from 0 and at most this far
+from 1, and if without it the mean |difference| is at most this fraction of what it is."""
+MIN_STANDARD_ERRORS_FOR_PARTS = 2.0
+"""Parts of the weights are tried where the coefficient of all weights is this many standard errors
+from 0."""
 FAULT = "FP8 scales of the push before"
 REMEDY = (
     "push.fp8: the push of the block scales (*_scale_inv) to {engine}, which engines convert apart "
@@ -59,14 +60,14 @@ class Fit(NamedTuple):
     """An effect in an engine's differences.
 
     Attributes:
-        coefficient: times the effect.
-        error: the coefficient's standard error.
-        left: mean |difference| less the effect.
-        size: mean |difference|."""
+        coefficient: c of the regression: the differences are c times the effect and noise.
+        error: the standard error of c.
+        residual: the mean |difference - effect| over the tokens.
+        size: the mean |difference| over the tokens."""
 
     coefficient: float
     error: float
-    left: float
+    residual: float
     size: float
 
     @property
@@ -77,9 +78,9 @@ class Fit(NamedTuple):
     @property
     def holds(self) -> bool:
         """Whether the differences have the effect, once."""
-        is_sure = self.coefficient > MIN_ERRORS * self.error
-        is_once = abs(self.coefficient - 1) <= LARGEST_MISS
-        return is_sure and is_once and self.left <= MOST_LEFT * self.size
+        is_sure = self.coefficient > MIN_STANDARD_ERRORS * self.error
+        is_once = abs(self.coefficient - 1) <= MAX_COEFFICIENT_ERROR
+        return is_sure and is_once and self.residual <= MAX_RESIDUAL_FRACTION * self.size
 
 
 def fit_effect(effect: np.ndarray, differences: np.ndarray) -> Fit:
@@ -88,13 +89,13 @@ def fit_effect(effect: np.ndarray, differences: np.ndarray) -> Fit:
     Args:
         effect: (tokens,).
         differences: (tokens,)."""
-    size, left = mean_gap([differences]), mean_gap([differences - effect])
+    size, residual = mean_gap([differences]), mean_gap([differences - effect])
     square = float(effect @ effect)
     if not square:
-        return Fit(0.0, math.inf, left, size)
+        return Fit(0.0, math.inf, residual, size)
     coefficient = float(differences @ effect) / square
-    rest = float(np.linalg.norm(differences - coefficient * effect))
-    return Fit(coefficient, rest / math.sqrt(square * len(effect)), left, size)
+    residual_norm = float(np.linalg.norm(differences - coefficient * effect))
+    return Fit(coefficient, residual_norm / math.sqrt(square * len(effect)), residual, size)
 
 
 def other_fp8_weights(gaps: EngineGaps) -> ExplainedDeparture | None:
@@ -119,25 +120,25 @@ class FP8Search:
 
     def explanation(self) -> ExplainedDeparture | None:
         """Return the best hypothesis that holds; None where none does."""
-        of_all = dict(self._of_all_weights())
+        logprobs_by_hypothesis = dict(self._hypotheses_of_all_weights())
         engines = [
             (max(fit.evidence for fit in fits.values()), engine)
             for engine in self._gaps.means_by_name()
-            if (fits := self._fits(engine, of_all))
+            if (fits := self._fits(engine, logprobs_by_hypothesis))
         ]
         if not engines:
             return None
         evidence, engine = max(engines)
-        fits = self._fits(engine, of_all)
-        if evidence > WORTH_PARTS:
+        fits = self._fits(engine, logprobs_by_hypothesis)
+        if evidence > MIN_STANDARD_ERRORS_FOR_PARTS:
             fits |= self._fits_of_parts()
-        held = {hypothesis: fit for hypothesis, fit in fits.items() if fit.holds}
-        if not held:
+        holding_fits = {hypothesis: fit for hypothesis, fit in fits.items() if fit.holds}
+        if not holding_fits:
             return None
-        best = min(held, key=lambda hypothesis: held[hypothesis].left)
-        return self._explained(engine, best, held[best])
+        best = min(holding_fits, key=lambda hypothesis: holding_fits[hypothesis].residual)
+        return self._explained(engine, best, holding_fits[best])
 
-    def _of_all_weights(self) -> Iterator[tuple[Hypothesis, list[np.ndarray]]]:
+    def _hypotheses_of_all_weights(self) -> Iterator[tuple[Hypothesis, list[np.ndarray]]]:
         """Yield hypotheses of all weights, with their log-probabilities by sequence."""
         recomputed, newest = self._recomputed, self._gaps.newest
         yield Hypothesis("plain", newest), recomputed.trainer.old
@@ -149,7 +150,7 @@ class FP8Search:
                 yield Hypothesis("weights", version), logprobs
 
     def _fits(
-        self, engine: str, of_all: Mapping[Hypothesis, Sequence[np.ndarray]]
+        self, engine: str, logprobs_by_hypothesis: Mapping[Hypothesis, Sequence[np.ndarray]]
     ) -> dict[Hypothesis, Fit]:
         """Return how well each hypothesis fits an engine, whose sequences are then the tried ones;
         nothing without any."""
@@ -158,7 +159,7 @@ class FP8Search:
             return {}
         return {
             hypothesis: self._fit([logprobs[index] for index in self._tried])
-            for hypothesis, logprobs in of_all.items()
+            for hypothesis, logprobs in logprobs_by_hypothesis.items()
         }
 
     def _fit(self, logprobs: Sequence[np.ndarray]) -> Fit:
@@ -188,7 +189,7 @@ class FP8Search:
             scaled = self._recomputed.with_scales_of(version)
             values_by_kind: dict[Kind, dict[str, Tensor] | None] = {
                 "scales": None if scaled is None else weights.other_tensors(scaled),
-                "weights": weights.of_version(version),
+                "weights": weights.version_tensors(version),
             }
             for kind, values in values_by_kind.items():
                 parts = self._parts(values or {}, weights.tensors)
@@ -206,13 +207,16 @@ class FP8Search:
             values: tensors that differ from the newest.
             newest: the newest, all of them."""
         for gap in experts_by_gap(self._gaps)[:MAX_SUSPECTS] if values else ():
-            of_expert = {}
+            expert_values = {}
             for name in values:
                 if name.startswith(f"{gap.layer}."):
-                    of_expert[name] = newest[name].clone()
-                    of_expert[name][gap.expert] = values[name][gap.expert]
-            if of_expert:
-                yield f"expert {gap.expert} of {gap.layer.removesuffix('.mlp.experts')}", of_expert
+                    expert_values[name] = newest[name].clone()
+                    expert_values[name][gap.expert] = values[name][gap.expert]
+            if expert_values:
+                yield (
+                    f"expert {gap.expert} of {gap.layer.removesuffix('.mlp.experts')}",
+                    expert_values,
+                )
         groups, layers = whole_groups(values)
         for layer, names in layers.items():
             groups |= layer_parts(layer, names) | {layer: names}
@@ -223,7 +227,7 @@ class FP8Search:
     def _explained(self, engine: str, hypothesis: Hypothesis, fit: Fit) -> ExplainedDeparture:
         kind, version, noun = hypothesis
         newest, name = self._gaps.newest, engine or "engine"
-        explained = ExplainedEngine(fit.left, fit.size, name)
+        explained = ExplainedEngine(fit.residual, fit.size, name)
         fitted = (
             f"{explained.gap_sizes}, the differences are {fit.coefficient:.2f} ± {fit.error:.2f} "
             "times those that it makes"

@@ -25,28 +25,30 @@ LOSS = "loss"
 LOSS_ROUNDING = {"float32": 2.0**-19, "bfloat16": 2.0**-7}
 """Largest distance of a loss, over the mean |advantage|: the terms of a loss cancel, so that its
 own size says nothing."""
-RELATIVE = {
+RELATIVE_TOLERANCES = {
     "float32": {"ratio/max": 2.0**-10},
     "bfloat16": {"kl": 0.25, "entropy": 0.05, "grad_norm": 0.15, "importance": 0.05},
 }
-"""Largest relative distance of other metrics; of those not named `OTHERS`."""
-OTHERS = {"float32": 2.0**-12, "bfloat16": 0.5}
-ABSOLUTE = {
+"""The largest relative distance of the other metrics that are named here."""
+DEFAULT_RELATIVE_TOLERANCE = {"float32": 2.0**-12, "bfloat16": 0.5}
+"""The largest relative distance of the metrics that are not."""
+ABSOLUTE_TOLERANCES = {
     "float32": {"kl": 2.0**-24, "entropy": 2.0**-16, "clip_fraction": 0.002},
     "bfloat16": {"kl": 2e-3, "entropy": 0.01, "clip_fraction": 0.05},
 }
 """Largest absolute distance, where that is larger: a small KL is a difference of larger numbers,
 and tokens at the edge of a clip fall on either side."""
-UPDATE = {"float32": 2.0**-8, "bfloat16": 0.5}
+UPDATE_TOLERANCE = {"float32": 2.0**-8, "bfloat16": 0.5}
 """Largest distance of the change of the weights, relative to it, where gradients are more than
 rounding (`model_distance.distances`)."""
-MOMENTS, MOMENTS_IN_16_BITS = {"float32": 2.0**-9, "bfloat16": 0.5}, 2.0**-6
+MOMENT_TOLERANCE, MOMENT_TOLERANCE_16_BITS = {"float32": 2.0**-9, "bfloat16": 0.5}, 2.0**-6
 """Likewise of Adam's moments; the second where `optimizer.moments` has 16 bits."""
-EXACT = 64
-"""An explanation that is so many times nearer than the tolerance needs no comparison."""
+CLEAR_EXPLANATION_FACTOR = 64
+"""An explanation whose distance is the tolerance over this, or less, is clear: other values of its
+setting are not tried."""
 MAX_OTHER_VALUES = 3
 """Other values of one setting that are tried where one explains a departure."""
-SOURCE = {"float32": "measured (docs/why.md), with a margin", "bfloat16": "a choice"}
+TOLERANCE_SOURCES = {"float32": "measured (docs/why.md), with a margin", "bfloat16": "a choice"}
 METRICS = ("loss", "kl", "entropy", "clip_fraction", "ratio/max", "importance", "grad_norm")
 
 
@@ -89,7 +91,7 @@ def check_loss(step: RecordedStep, recomputed: Recomputation) -> list[Comparison
         tolerance = update_limit(step)
         name, compared = "cause of the change of the weights", "updates with one thing substituted"
         size = base.update_distance or math.nan
-        source = SOURCE[step.run_config.model.dtype]
+        source = TOLERANCE_SOURCES[step.run_config.model.dtype]
         cause = Comparison("optimizer", name, DEPARTS, compared, size, tolerance, source, text)
         return [*comparisons, replace(cause, remedy=substitution.change)]
     explained_comparison = replace(departing, reason=text, remedy=substitution.change)
@@ -136,8 +138,10 @@ def _limit(step: RecordedStep, name: str, metrics: Mapping[str, float]) -> float
         weights = {"kl": abs(rl.kl_beta), "entropy": abs(rl.entropy_coef)}
         rounding = sum(weight * _limit(step, term, metrics) for term, weight in weights.items())
         return max(LOSS_ROUNDING[dtype] * _scale(step), rounding)
-    relative = RELATIVE[dtype].get(name, OTHERS[dtype]) * abs(metrics[name])
-    return max(relative, ABSOLUTE[dtype].get(name, 0.0))
+    relative = RELATIVE_TOLERANCES[dtype].get(name, DEFAULT_RELATIVE_TOLERANCE[dtype]) * abs(
+        metrics[name]
+    )
+    return max(relative, ABSOLUTE_TOLERANCES[dtype].get(name, 0.0))
 
 
 def _compare_metric(step: RecordedStep, name: str, updates: RecomputedUpdates) -> Comparison:
@@ -157,7 +161,7 @@ def _compare_metric(step: RecordedStep, name: str, updates: RecomputedUpdates) -
         f"{step.config.rl.minibatches} updates",
         distance,
         limit,
-        SOURCE[step.run_config.model.dtype],
+        TOLERANCE_SOURCES[step.run_config.model.dtype],
         reason,
         remedy=remedy,
     )
@@ -187,7 +191,7 @@ def are_recorded(step: RecordedStep, metrics: Mapping[str, float]) -> bool:
 
 def update_limit(step: RecordedStep) -> float:
     """Return the largest distance of the change of the weights."""
-    return UPDATE[step.run_config.model.dtype]
+    return UPDATE_TOLERANCE[step.run_config.model.dtype]
 
 
 def update_departs(step: RecordedStep, updates: RecomputedUpdates) -> bool:
@@ -213,7 +217,8 @@ def moments_limit(step: RecordedStep) -> float:
     """Return the largest distance of Adam's moments, relative to them."""
     config = step.run_config
     return max(
-        MOMENTS[config.model.dtype], MOMENTS_IN_16_BITS * (config.optimizer.moments != "float32")
+        MOMENT_TOLERANCE[config.model.dtype],
+        MOMENT_TOLERANCE_16_BITS * (config.optimizer.moments != "float32"),
     )
 
 
@@ -239,7 +244,7 @@ def explanation(
         explained = [(first, updates)]
         if (
             updates.update_distance is not None
-            and updates.update_distance > update_limit(step) / EXACT
+            and updates.update_distance > update_limit(step) / CLEAR_EXPLANATION_FACTOR
         ):
             other_candidates = [
                 substitution

@@ -19,7 +19,7 @@ from megatron_r1.trainer.checkpoints.checkpoint_folders import (
 )
 from megatron_r1.why.checks.loss import (
     METRICS,
-    SOURCE,
+    TOLERANCE_SOURCES,
     moments_depart,
     moments_limit,
     update_limit,
@@ -32,12 +32,12 @@ if TYPE_CHECKING:
     from megatron_r1.why.update.recomputation import Recomputation, RecomputedUpdates
 
 FAMILY, BEFORE, SCHEDULE = "optimizer", "checkpoint", "schedule"
-WHERE = {"before": BEFORE, "after": FAMILY}
+FAMILY_BY_CHECKPOINT = {"before": BEFORE, "after": FAMILY}
 """The families of a checkpoint's comparisons: what is in the one before a step is its input."""
-RATE = 1e-6
-"""Relative: learning rates are a few products of float64."""
-ODD = 0.5
-"""Relative distance of the change of one tensor, which may have small gradients alone."""
+LEARNING_RATE_TOLERANCE = 1e-6
+"""The largest relative distance of learning rates, which are a few products of float64."""
+MAX_TENSOR_DISTANCE = 0.5
+"""The largest relative distance of the change of one tensor: all its gradients may be small."""
 MAX_STEP_FACTOR = 10.0
 """Times the learning rate that Adam may move a number by: |m| / √v is at most 1.2 with the default
 β1 and β2, by Cauchy and Schwarz, and more where moments are lost."""
@@ -65,10 +65,10 @@ def _compare_rate(step: RecordedStep) -> Comparison:
     return Comparison(
         SCHEDULE,
         name,
-        EQUAL if distance <= RATE else DEPARTS,
+        EQUAL if distance <= LEARNING_RATE_TOLERANCE else DEPARTS,
         f"{logged:g} of metrics.jsonl with {mean_rate:g} by the schedule{total_steps}",
         distance,
-        RATE,
+        LEARNING_RATE_TOLERANCE,
         "float64",
         reason,
         remedy="optimizer.learning_rate, warmup_updates, decay, min_learning_rate, or run.steps, "
@@ -161,7 +161,9 @@ def check_states(step: RecordedStep) -> list[Comparison]:
         if moment not in checkpoints:
             is_first = moment == "before" and step.step == 1
             why = "the run begins with a model" if is_first else "it is not kept"
-            comparisons.append(not_checked(WHERE[moment], f"checkpoint {moment} the step", why))
+            comparisons.append(
+                not_checked(FAMILY_BY_CHECKPOINT[moment], f"checkpoint {moment} the step", why)
+            )
             continue
         path = checkpoints[moment]
         comparisons += [_check_finite(moment, path), _compare_counters(step, moment, path)]
@@ -198,7 +200,7 @@ def _check_finite(when: str, path: Path) -> Comparison:
 
     bad = checkpoint_tensors.not_finite(path)
     return Comparison(
-        WHERE[when],
+        FAMILY_BY_CHECKPOINT[when],
         f"numbers of the checkpoint {when}",
         DEPARTS if bad else EQUAL,
         f"every tensor of {path.name} is finite",
@@ -217,16 +219,16 @@ def _compare_counters(step: RecordedStep, when: str, path: Path) -> Comparison:
     counted = checkpoint_model.read_state(path)
     num_updates = step.updates_after(step.step - (when == "before"))
     if counted is None:
-        return not_checked(WHERE[when], name, f"{path.name} has none")
+        return not_checked(FAMILY_BY_CHECKPOINT[when], name, f"{path.name} has none")
     compared = f"{counted:,} of {path.name} with {num_updates:,} updates"
     if counted == num_updates:
-        return Comparison(WHERE[when], name, EQUAL, compared, 0.0, 0.0, "exact")
+        return Comparison(FAMILY_BY_CHECKPOINT[when], name, EQUAL, compared, 0.0, 0.0, "exact")
     reason, remedy = _missing_updates(step) or (
         "Adam's state was lost on the way",
         "the checkpoint that the run went on from: it was loaded without its optimizer",
     )
     return Comparison(
-        WHERE[when],
+        FAMILY_BY_CHECKPOINT[when],
         name,
         DEPARTS,
         compared,
@@ -274,15 +276,15 @@ def _compare_moments(step: RecordedStep, when: str, path: Path) -> Comparison:
     name = f"Adam's moments {when}"
     num_updates = step.updates_after(step.step - (when == "before"))
     if not num_updates:
-        return not_checked(WHERE[when], name, "no update was made before")
+        return not_checked(FAMILY_BY_CHECKPOINT[when], name, "no update was made before")
     # The first gradient of A is 0, as B is.
     is_first = num_updates == 1 and step.run_config.model.lora is not None
     empty, total = checkpoint_tensors.empty_moments(path, A if is_first else "")
     if not total:
-        return not_checked(WHERE[when], name, f"{path.name} has no moments")
+        return not_checked(FAMILY_BY_CHECKPOINT[when], name, f"{path.name} has no moments")
     fraction = len(empty) / total
     return Comparison(
-        WHERE[when],
+        FAMILY_BY_CHECKPOINT[when],
         name,
         DEPARTS if fraction > 0.5 else EQUAL,
         f"{total - len(empty):,} of {total:,} second moments of {path.name} are not all zero",
@@ -303,9 +305,9 @@ def _compare_masters(step: RecordedStep, when: str, path: Path) -> Comparison:
     worst, distance = checkpoint_tensors.masters_apart(path)
     tolerance = 0.0 if step.run_config.model.dtype == "float32" else 2.0**-8
     if not worst:
-        return not_checked(WHERE[when], name, f"{path.name} has none")
+        return not_checked(FAMILY_BY_CHECKPOINT[when], name, f"{path.name} has none")
     return Comparison(
-        WHERE[when],
+        FAMILY_BY_CHECKPOINT[when],
         name,
         EQUAL if distance <= tolerance else DEPARTS,
         f"weights of {path.name} with the optimizer's",
@@ -399,16 +401,18 @@ def _compare_change(step: RecordedStep, base: RecomputedUpdates) -> Comparison:
         return not_checked(FAMILY, name, f"there is no checkpoint of step {step.step}")
     tolerance = update_limit(step)
     worst = ", ".join(f"{key} {percent(value)}" for key, value in base.by_parameter[:3])
-    odd = [key for key, value in base.by_parameter if value > max(tolerance, ODD)]
+    departing = [
+        key for key, value in base.by_parameter if value > max(tolerance, MAX_TENSOR_DISTANCE)
+    ]
     return Comparison(
         FAMILY,
         name,
-        EQUAL if base.update_distance <= tolerance and not odd else DEPARTS,
+        EQUAL if base.update_distance <= tolerance and not departing else DEPARTS,
         f"|run's - recomputed| over |run's|, all parameters; the largest: {worst}",
         base.update_distance,
         tolerance,
-        SOURCE[step.run_config.model.dtype],
-        f"the step changed other weights than its gradient: {', '.join(odd[:3]) or worst}",
+        TOLERANCE_SOURCES[step.run_config.model.dtype],
+        f"the step changed other weights than its gradient: {', '.join(departing[:3]) or worst}",
         remedy="the optimizer's settings and state; the tensors named (megatron-r1 compare "
         "with a run without the fault)",
     )
@@ -425,7 +429,7 @@ def _compare_recomputed_moments(step: RecordedStep, base: RecomputedUpdates) -> 
         "|run's - recomputed| over |run's|, all parameters, of the first or the second moments",
         base.moment_distance,
         moments_limit(step),
-        SOURCE[step.run_config.model.dtype],
+        TOLERANCE_SOURCES[step.run_config.model.dtype],
         "Adam's moments are of other gradients than the step's loss has",
         remedy="the sum of gradients over micro-batches and ranks, optimizer.clip_grad, beta1, "
         "beta2",

@@ -128,7 +128,7 @@ def _check_engine(
         write_policy(step, recomputed.num_parameters, folder, recomputed.free_bytes)
         return await fresh_engine.score(step.run_config, folder, gaps.sequences, scratch)
 
-    rerun = _in_scratch(score)
+    rerun = _run_in_scratch_folder(score)
     rollout = step.config.rollout
     is_scored_alike = rollout.temperature == 1.0 and not rollout.truncates_sampling
     old = recomputed.old if is_scored_alike else recomputed.plain_logprobs()
@@ -199,7 +199,7 @@ def _check_trainer(
     async def measure(scratch: Path) -> single_rank.RankDistances:
         return await single_rank.measure(step, recomputed.old, scratch)
 
-    measured = _in_scratch(measure)
+    measured = _run_in_scratch_folder(measure)
     recorded = finite(step.line, single_rank.METRIC)
     distances = Distances(
         refined.distance,
@@ -233,7 +233,7 @@ def _comparison(
     )
 
 
-def _in_scratch(work: Callable[[Path], Coroutine[Any, Any, T]]) -> T:
+def _run_in_scratch_folder(work: Callable[[Path], Coroutine[Any, Any, T]]) -> T:
     """Run what starts processes, in a temporary folder that is removed; SIGTERM and Ctrl-C end it
     after it has stopped them.
 

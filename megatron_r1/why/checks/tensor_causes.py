@@ -21,7 +21,7 @@ MAX_TRIED = 128
 """Groups of tensors of a version, and exchanges, that are tried."""
 MAX_NAMED = 4
 """Groups that are named where several explain a departure as well as one another."""
-ALL_PAIRS = 8
+MAX_LAYERS_FOR_ALL_PAIRS = 8
 """The most layers of a model whose every pair is tried as exchanged; in larger ones, neighbors."""
 LAYER = re.compile(r"(.*\.layers)\.(\d+)\.(.*)")
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -63,7 +63,7 @@ class TensorSearch:
         """Try the tensors of the version before, and of the first."""
         newest = self._gaps.newest
         for version in sorted({max(0, newest - 1), 0} - {newest}, reverse=True):
-            old_tensors = self._weights.of_version(version)
+            old_tensors = self._weights.version_tensors(version)
             if not old_tensors:
                 continue
             groups = self._stale_groups(old_tensors)
@@ -83,7 +83,7 @@ class TensorSearch:
     def exchanged_tensors(self) -> ExplainedDeparture | None:
         """Try exchanges of tensors."""
         for noun, sources in islice(exchanges(self._weights.tensors), MAX_TRIED):
-            if self._left(self._effect(sources)) > self._gaps.tolerance:
+            if self._residual(self._effect(sources)) > self._gaps.tolerance:
                 continue
             if (engine := self._explained(sources)) is not None:
                 return ExplainedDeparture(
@@ -101,16 +101,18 @@ class TensorSearch:
             noun: self._effect({name: old_tensors[name] for name in names})
             for noun, names in (groups | layers).items()
         }
-        left = {noun: self._left(effect) for noun, effect in effects.items()}
+        residuals = {noun: self._residual(effect) for noun, effect in effects.items()}
         for layer in sorted(layers, key=lambda noun: -self._resemblance(effects[noun])):
             parts = layer_parts(layer, layers[layer])
             groups |= parts
-            for noun, names in islice(parts.items(), max(0, MAX_TRIED - len(left))):
-                left[noun] = self._left(self._effect({name: old_tensors[name] for name in names}))
+            for noun, names in islice(parts.items(), max(0, MAX_TRIED - len(residuals))):
+                residuals[noun] = self._residual(
+                    self._effect({name: old_tensors[name] for name in names})
+                )
         groups |= layers
-        best = min(left.values())
+        best = min(residuals.values())
         limit = min(self._gaps.tolerance, max(2 * best, self._gaps.tolerance / 16))
-        explaining = [noun for noun in left if left[noun] <= limit]
+        explaining = [noun for noun in residuals if residuals[noun] <= limit]
         return {
             noun: groups[noun] for noun in sorted(explaining, key=lambda noun: len(groups[noun]))
         }
@@ -124,7 +126,7 @@ class TensorSearch:
         """Return how much changed tensors move the log-probabilities of the tried tokens."""
         return np.concatenate(self._weights.logprobs(values, self._sequences)) - self._old
 
-    def _left(self, effect: np.ndarray) -> float:
+    def _residual(self, effect: np.ndarray) -> float:
         """Return the mean |difference| that an effect leaves of the departure."""
         return mean_gap([self._departure - effect])
 
@@ -144,7 +146,7 @@ def whole_groups(
         names: the tensors."""
     outside: list[str] = []
     layers: dict[str, list[str]] = {}
-    of_all_layers: dict[str, list[str]] = {}
+    names_by_noun: dict[str, list[str]] = {}
     for name in names:
         if match := LAYER.fullmatch(name):
             layers.setdefault(f"layer {match[2]}", []).append(name)
@@ -152,12 +154,12 @@ def whole_groups(
             outside.append(name)
     for layer_names in layers.values():
         for noun, part_names in module_groups(layer_names).items():
-            of_all_layers.setdefault(f"{noun} of all layers", []).extend(part_names)
+            names_by_noun.setdefault(f"{noun} of all layers", []).extend(part_names)
     groups: dict[str, tuple[str, ...]] = {name: (name,) for name in outside}
     if len(outside) > 1:
         groups[" and ".join(outside)] = tuple(outside)
     if len(layers) > 1:
-        groups |= {noun: tuple(part_names) for noun, part_names in of_all_layers.items()}
+        groups |= {noun: tuple(part_names) for noun, part_names in names_by_noun.items()}
     return groups, {noun: tuple(layer_names) for noun, layer_names in layers.items()}
 
 
@@ -210,7 +212,7 @@ def exchanges(tensors: dict[str, Tensor]) -> Iterator[tuple[str, dict[str, Tenso
         by_number = {
             layer: sources
             for layer, names in by_layer.items()
-            if (sources := _in_layer(tensors, names, pair))
+            if (sources := _exchanged_modules(tensors, names, pair))
         }
         if len(by_number) > 1:
             all_sources = {
@@ -222,7 +224,9 @@ def exchanges(tensors: dict[str, Tensor]) -> Iterator[tuple[str, dict[str, Tenso
         for layer, sources in by_number.items():
             yield f"{pair[0]} and {pair[1]} of layer {layer}", sources
     layers = sorted(by_layer)
-    for a, b in combinations(layers, 2) if len(layers) <= ALL_PAIRS else pairwise(layers):
+    for a, b in (
+        combinations(layers, 2) if len(layers) <= MAX_LAYERS_FOR_ALL_PAIRS else pairwise(layers)
+    ):
         names, other_names = by_layer[a], by_layer[b]
         if names.keys() == other_names.keys() and all(
             tensors[names[part]].shape == tensors[other_names[part]].shape for part in names
@@ -234,7 +238,7 @@ def exchanges(tensors: dict[str, Tensor]) -> Iterator[tuple[str, dict[str, Tenso
             )
 
 
-def _in_layer(
+def _exchanged_modules(
     tensors: dict[str, Tensor], names: dict[str, str], pair: tuple[str, str]
 ) -> dict[str, Tensor]:
     """Return the values of a layer's tensors with two modules exchanged; empty where they are not

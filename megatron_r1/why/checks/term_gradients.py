@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from megatron_r1.why.update.term_coefficients import Coefficient, TermFit
 
 FAMILY, NAME = "optimizer", "gradient of each term"
-COEFFICIENT = {"float32": 2.0**-8, "bfloat16": 2.0**-3}
+COEFFICIENT_TOLERANCE = {"float32": 2.0**-8, "bfloat16": 2.0**-3}
 """Largest distance of a coefficient from what it should be."""
-SOURCE = {
+TOLERANCE_SOURCES = {
     "float32": "measured, with a margin; rounding over the term's size",
     "bfloat16": "a choice",
 }
@@ -47,7 +47,7 @@ def check_terms(step: RecordedStep, recomputed: Recomputation) -> Comparison:
     ]
     if not known_coefficients:
         return not_checked(FAMILY, NAME, text)
-    departing = fit.departing(COEFFICIENT[dtype])
+    departing = fit.departing(COEFFICIENT_TOLERANCE[dtype])
     reason, remedy = term_departure(step, recomputed)
     worst = max(
         departing or known_coefficients,
@@ -60,7 +60,7 @@ def check_terms(step: RecordedStep, recomputed: Recomputation) -> Comparison:
         f"norm of each term's gradient and its coefficient in Adam's first moments: {text}",
         _distance(worst),
         _limit(worst, dtype),
-        SOURCE[dtype],
+        TOLERANCE_SOURCES[dtype],
         f"{reason} ({text})" if departing else "",
         remedy=remedy,
     )
@@ -76,7 +76,7 @@ def term_departure(step: RecordedStep, recomputed: Recomputation) -> tuple[str, 
         fit = recomputed.term_fit
     except CannotRecompute:  # `check_terms` reports it
         return "", ""
-    departing = fit.departing(COEFFICIENT[step.run_config.model.dtype])
+    departing = fit.departing(COEFFICIENT_TOLERANCE[step.run_config.model.dtype])
     return (_reason(departing), _remedy(fit, departing)) if departing else ("", "")
 
 
@@ -85,7 +85,7 @@ def _distance(coefficient: Coefficient) -> float:
 
 
 def _limit(coefficient: Coefficient, dtype: str) -> float:
-    return max(COEFFICIENT[dtype], coefficient.uncertainty)
+    return max(COEFFICIENT_TOLERANCE[dtype], coefficient.uncertainty)
 
 
 def _shown(coefficient: Coefficient) -> str:

@@ -43,7 +43,7 @@ class ChangedWeights:
             if tensor.is_floating_point()
         }
 
-    def of_version(self, step: int) -> dict[str, Tensor] | None:
+    def version_tensors(self, step: int) -> dict[str, Tensor] | None:
         """Return the tensors that were others after another step; None where they are not kept.
 
         Args:

@@ -107,7 +107,7 @@ def model_of(tensors: Mapping[str, Tensor], hf_files: Path) -> torch.nn.Module:
     Args:
         tensors: the weights by published name.
         hf_files: the folder of the model's config.json."""
-    if (loaded := _from_template(hf_files, tensors)) is not None:
+    if (loaded := _copy_template(hf_files, tensors)) is not None:
         return loaded
     hf_config = read_hf_config(str(hf_files))
     with tempfile.TemporaryDirectory() as scratch:
@@ -219,7 +219,7 @@ _templates: dict[Path, torch.nn.Module] = {}
 of them, so that others of its shape need not go through files."""
 
 
-def _from_template(hf_files: Path, tensors: Mapping[str, Tensor]) -> torch.nn.Module | None:
+def _copy_template(hf_files: Path, tensors: Mapping[str, Tensor]) -> torch.nn.Module | None:
     """Return a model with these tensors; None where transformers has to convert them."""
     if hf_files not in _templates:
         return None
@@ -228,7 +228,7 @@ def _from_template(hf_files: Path, tensors: Mapping[str, Tensor]) -> torch.nn.Mo
     return copied
 
 
-OF_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
+EXPERT_TENSOR_NAME = re.compile(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
 
 
 def _stacked_experts(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -237,7 +237,7 @@ def _stacked_experts(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     stacked: dict[str, Tensor] = {}
     parts: dict[str, dict[tuple[str, int], Tensor]] = {}
     for name, tensor in tensors.items():
-        if (match := OF_EXPERT.fullmatch(name)) is None:
+        if (match := EXPERT_TENSOR_NAME.fullmatch(name)) is None:
             stacked[name] = tensor
         else:
             parts.setdefault(match[1], {})[match[3], int(match[2])] = tensor

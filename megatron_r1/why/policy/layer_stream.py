@@ -10,8 +10,8 @@ from megatron_r1.why.policy.token_logprobs import BYTES_PER_LOGIT, LOGITS_AT_ONC
 LAYER_BYTES, OUTER_BYTES = 6, 8
 """Bytes a parameter while it is read, of a layer and of embedding and head: fp32, and the newest
 tensor as it is stored, of a layer a part of it."""
-ACTIVATIONS = 12
-"""Activations of a layer at once, fp32, each as wide as its widest."""
+NUM_ACTIVATIONS = 12
+"""Activations of a layer that are in memory at once, fp32, each as wide as its widest."""
 
 
 class StreamMemory(NamedTuple):
@@ -38,13 +38,13 @@ def stream_memory(skeleton: Any, free_bytes: int, longest: int) -> StreamMemory:
     Raises:
         CannotRecompute: not even one layer fits, or its experts one by one."""
     config = skeleton.config
-    largest_layer, without_experts = _layer_sizes(skeleton)
+    largest_layer, layer_with_one_expert = _layer_sizes(skeleton)
     outer = config.vocab_size * config.hidden_size
     tokens = max(longest, min(TOKENS_AT_ONCE, LOGITS_AT_ONCE // config.vocab_size))
     widths = [getattr(config, name, None) or 0 for name in ("intermediate_size", "hidden_size")]
-    activations = 4 * ACTIVATIONS * max(widths) * tokens
+    activations = 4 * NUM_ACTIVATIONS * max(widths) * tokens
     least = 4 * config.hidden_size * tokens + BYTES_PER_LOGIT * config.vocab_size
-    for layer, reads_experts in ((largest_layer, False), (without_experts, True)):
+    for layer, reads_experts in ((largest_layer, False), (layer_with_one_expert, True)):
         num_bytes = max(LAYER_BYTES * layer, OUTER_BYTES * outer) + activations
         if num_bytes + 2 * least <= free_bytes:
             half = (free_bytes - num_bytes) // 2
@@ -63,7 +63,7 @@ def _layer_sizes(skeleton: Any) -> tuple[int, int]:
         tensors = dict(layer.named_parameters())
         experts = {name: tensors[name] for name in tensors if ".experts." in name}
         sizes.append(sum(tensor.numel() for tensor in tensors.values()))
-        of_experts = sum(tensor.numel() for tensor in experts.values())
-        of_one = sum(tensor.numel() // len(tensor) for tensor in experts.values())
-        single.append(sizes[-1] - of_experts + of_one)
+        num_expert_values = sum(tensor.numel() for tensor in experts.values())
+        num_single_values = sum(tensor.numel() // len(tensor) for tensor in experts.values())
+        single.append(sizes[-1] - num_expert_values + num_single_values)
     return max(sizes), max(single)

@@ -12,8 +12,9 @@ from torch import Tensor
 from megatron_r1.why.policy.adapters import merged_weights
 from megatron_r1.why.policy.tensor_source import TensorSource
 
-TINY = 1e-3
-"""Of the root mean square of a tensor's gradients: what rounding of sums in float32 reaches."""
+MIN_GRADIENT_FRACTION = 1e-3
+"""The least gradient that is more than rounding of sums in float32, over the root mean square of
+its tensor's gradients."""
 
 
 @torch.no_grad()
@@ -23,7 +24,7 @@ def distances(
     """Return of every parameter and buffer the norm of a - b, and that of b - base, float64.
 
     Adam divides by the root of the second moment: of numbers whose gradient is rounding alone
-    (`TINY` of the tensor's) the change is that rounding, grown to a step. They are left out.
+    (below `MIN_GRADIENT_FRACTION`) the change is that rounding, grown to a step. They are left out.
 
     Args:
         a: a model.
@@ -38,7 +39,7 @@ def distances(
         gap = tensor.double() - other_state[name].double()
         change = other_state[name].double() - bases[name].double()
         if (moment := second.get(name)) is not None:
-            is_known = (moment == 0) | (moment >= TINY**2 * moment.mean())
+            is_known = (moment == 0) | (moment >= MIN_GRADIENT_FRACTION**2 * moment.mean())
             gap, change = gap * is_known, change * is_known
         by_name[name] = float(gap.norm()), float(change.norm())
     return by_name

@@ -86,14 +86,16 @@ class PolicyLogprobs(PolicyModels):
         joined = [one_row(microbatch, restarts) for microbatch in members]
         # The layers of a streamed model are read once for all.
         passes = [joined] if self.is_streamed else [[row] for row in joined]
-        of_packed = [
-            of_row
+        logprobs_by_microbatch = [
+            row_logprobs
             for rows in passes
-            for of_row in self._logprobs_of(rows, self.policy, self.temperature)
+            for row_logprobs in self._logprobs_of(rows, self.policy, self.temperature)
         ]
-        for rows, microbatch, of_all in zip(packed, members, of_packed, strict=True):
+        for rows, microbatch, joined_logprobs in zip(
+            packed, members, logprobs_by_microbatch, strict=True
+        ):
             ends = np.cumsum([int(row.is_sampled.sum()) for row in microbatch])
-            for index, part in zip(rows, np.split(of_all, ends[:-1]), strict=True):
+            for index, part in zip(rows, np.split(joined_logprobs, ends[:-1]), strict=True):
                 logprobs_by_row[index] = part
         return logprobs_by_row
 

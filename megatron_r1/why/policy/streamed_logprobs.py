@@ -29,8 +29,12 @@ def logprobs(
     for outputs in model.hidden_states(rows):
         head = model.head()
         for index, hidden in outputs.items():
-            of_row = _row_logprobs(head, hidden, rows[index], temperatures, model.memory)
-            for logprobs_by_row, row_logprobs in zip(by_temperature, of_row, strict=True):
+            row_by_temperature = _row_logprobs(
+                head, hidden, rows[index], temperatures, model.memory
+            )
+            for logprobs_by_row, row_logprobs in zip(
+                by_temperature, row_by_temperature, strict=True
+            ):
                 logprobs_by_row[index] = row_logprobs
         del head  # its weights, before the next layer is read
     return by_temperature
@@ -54,9 +58,9 @@ def _row_logprobs(
     pieces = [[torch.empty(0, dtype=torch.float64)] for _ in temperatures]
     for tokens, part in _parts(row, memory.logit_tokens):
         logits = head(hidden[tokens])
-        for of_temperature, temperature in zip(pieces, temperatures, strict=True):
-            of_temperature.append(token_logprobs_and_entropies(logits, part, temperature)[0])
-    return [torch.cat(of_temperature) for of_temperature in pieces]
+        for temperature_pieces, temperature in zip(pieces, temperatures, strict=True):
+            temperature_pieces.append(token_logprobs_and_entropies(logits, part, temperature)[0])
+    return [torch.cat(temperature_pieces) for temperature_pieces in pieces]
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from megatron_r1.models.weights.formats.megatron_weights import MegatronWeights
 from megatron_r1.models.weights.formats.published_layout import stacked_part
 from megatron_r1.models.weights.layout import hf_tensors
 from megatron_r1.why.comparison import CannotRecompute
-from megatron_r1.why.policy.checkpoint_model import OF_EXPERT, weights_of_part
+from megatron_r1.why.policy.checkpoint_model import EXPERT_TENSOR_NAME, weights_of_part
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -192,7 +192,7 @@ def place(name: str, hf_config: HFConfig) -> Place:
         hf_config: the model's `config.json`."""
     if part := stacked_part(hf_config, name):
         return Place(part.name, part.expert, part.select)
-    if (match := OF_EXPERT.fullmatch(name)) is None:
+    if (match := EXPERT_TENSOR_NAME.fullmatch(name)) is None:
         return Place(name, None, _whole)
     stack, expert, kind = match.groups()
     if kind == "down":

@@ -14,7 +14,7 @@ from megatron_r1.why.comparison import CannotRecompute
 if TYPE_CHECKING:
     from megatron_r1.why.policy.policy_models import PolicyModels
 
-FEW_FLOPS = 2.0**32
+MAX_SINGLE_THREAD_FLOPS = 2.0**32
 """Floating-point operations of a pass over a step's tokens, a fraction of a second of one core, up
 to which threads wait for each other longer than they compute."""
 
@@ -27,7 +27,7 @@ def threads_for(models: PolicyModels) -> Iterator[None]:
         models: the step's models and rows."""
     num_threads, is_small = torch.get_num_threads(), False
     with contextlib.suppress(CannotRecompute, UserError):  # the checks say why not
-        is_small = models.pass_flops <= FEW_FLOPS
+        is_small = models.pass_flops <= MAX_SINGLE_THREAD_FLOPS
     try:
         if is_small:
             torch.set_num_threads(1)

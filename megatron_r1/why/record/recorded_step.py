@@ -29,7 +29,7 @@ from megatron_r1.why.comparison import ResponseIndex
 
 MAX_LONGER = 16
 """How many times longer or shorter a run may have been planned than it is now."""
-SAME_RATE = 1e-9
+RATE_TOLERANCE = 1e-9
 """Relative: a product of a few float64."""
 
 
@@ -142,7 +142,7 @@ class RecordedStep:
             return steps
         for tried in (steps, *range(self.step, MAX_LONGER * steps + 1)):
             rates = self._rates(tried)
-            if math.isclose(sum(rates) / len(rates), logged, rel_tol=SAME_RATE):
+            if math.isclose(sum(rates) / len(rates), logged, rel_tol=RATE_TOLERANCE):
                 return tried
         return steps
 
@@ -216,7 +216,7 @@ class RecordedStep:
             by_group = [[0.0] * len(rewards) for rewards in self.training_rewards]
         elif rl.reward_normalization == "each":
             by_group = formulas.reward_term_advantages(
-                *self._each_reward, rl.algorithm, rl.advantage_std, rl.advantage_epsilon
+                *self._reward_terms, rl.algorithm, rl.advantage_std, rl.advantage_epsilon
             )
         else:
             by_group = formulas.advantages(
@@ -231,7 +231,7 @@ class RecordedStep:
         return by_group
 
     @property
-    def _each_reward(self) -> tuple[dict[str, list[list[float | None]]], dict[str, float]]:
+    def _reward_terms(self) -> tuple[dict[str, list[list[float | None]]], dict[str, float]]:
         """The rewards by name and group, with that of the length, and their weights."""
         rl, limit, weights = self.config.rl, self.config.rollout.max_response_tokens, self.weights
         rewards = {

@@ -108,7 +108,8 @@ async def score(
             reason = describe_failure(error, logs, f"{ROLE}-0")
             raise CannotRecompute(f"the fresh engine: {reason}") from error
     return [
-        _of_sampled(sequence, reply) for sequence, reply in zip(sequences, replies, strict=True)
+        _sampled_logprobs(sequence, reply)
+        for sequence, reply in zip(sequences, replies, strict=True)
     ]
 
 
@@ -126,7 +127,7 @@ def _ids(sequence: TokenSequence, length: int) -> list[int]:
     return sequence.token_ids[:length].tolist()
 
 
-def _of_sampled(sequence: TokenSequence, reply: array[float]) -> np.ndarray:
+def _sampled_logprobs(sequence: TokenSequence, reply: array[float]) -> np.ndarray:
     """Return the log-probabilities of a sequence's sampled tokens.
 
     Args:

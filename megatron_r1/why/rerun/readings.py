@@ -10,7 +10,7 @@ from typing import NamedTuple
 from megatron_r1.reporting.formatting import format_number as number
 from megatron_r1.why.record.recorded_step import RecordedStep
 
-NEARER = 0.5
+MAX_SIDE_FRACTION = 0.5
 """A rerun is on a side if it is nearer to it, by this factor or more, than the sides are to each
 other."""
 TOO_SMALL = (
@@ -95,7 +95,7 @@ def nearest(distances: Distances, tolerance: float, departs: bool) -> Near:
     """Return the side that a rerun is on.
 
     Of a departure of little more than the tolerance both sides may be within it of the rerun, and
-    a cause that is smaller than the tolerance may be known: hence `NEARER`.
+    a cause that is smaller than the tolerance may be known: hence `MAX_SIDE_FRACTION`.
 
     Args:
         distances: the distances.
@@ -103,7 +103,7 @@ def nearest(distances: Distances, tolerance: float, departs: bool) -> Near:
         departs: whether what the run recorded departs from transformers."""
     limit = tolerance
     if departs and math.isfinite(distances.recorded):
-        limit = min(tolerance, NEARER * distances.recorded)
+        limit = min(tolerance, MAX_SIDE_FRACTION * distances.recorded)
     if distances.rerun <= limit:  # NaN is not
         return Near.TRANSFORMERS
     return Near.RECORDED if distances.reproduced <= limit else Near.NEITHER

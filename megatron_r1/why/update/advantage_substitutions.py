@@ -23,7 +23,7 @@ EPSILONS = (1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.1, 1.0)
 """Usual values of `rl.advantage_epsilon`, and those of another unit."""
 FACTORS = (0.5, 2.0)
 """Factors of the advantages that are tried for every step."""
-SAME_ADVANTAGES = 1e-5
+ADVANTAGE_TOLERANCE = 1e-5
 """The largest difference of advantages that changes nothing which `why` would see."""
 
 
@@ -147,7 +147,7 @@ def _mapped(step: RecordedStep, change: Callable[[float], float]) -> Advantages:
 
 def _are_apart(first: Advantages, second: Advantages) -> bool:
     pairs = zip(*map(itertools.chain.from_iterable, (first, second)), strict=True)
-    return any(abs(a - b) > SAME_ADVANTAGES for a, b in pairs)  # NaN is not above it
+    return any(abs(a - b) > ADVANTAGE_TOLERANCE for a, b in pairs)  # NaN is not above it
 
 
 def _scaled_advantage_substitutions(

@@ -11,8 +11,8 @@ from torch import Tensor
 
 ZERO_GRADIENT_TOLERANCE = 1e-3
 """Relative size of a gradient below which there is no gradient."""
-NEAR = 0.2
-"""Relative distance of a change from a multiple of another, for the multiple to mean something."""
+MAX_MULTIPLE_RESIDUAL = 0.2
+"""The largest relative distance of a change from a multiple of another that is named."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Evidence:
 
 @torch.no_grad()
 def nearest_multiple(pairs: Sequence[Sequence[Tensor]]) -> float | None:
-    """Return the f for which Σ |run - f own|² is least; None where that leaves more than `NEAR` of
-    it.
+    """Return the f for which Σ |run - f own|² is least; None where that leaves more of it
+    than `MAX_MULTIPLE_RESIDUAL`.
 
     Args:
         pairs: (run, own) of each parameter."""
@@ -56,7 +56,8 @@ def nearest_multiple(pairs: Sequence[Sequence[Tensor]]) -> float | None:
     distance = max(0.0, run - factor * products) ** 0.5
     return (
         factor
-        if distance <= NEAR * max(run, own_square * 1e-6) ** 0.5 or run < 1e-12 * own_square
+        if distance <= MAX_MULTIPLE_RESIDUAL * max(run, own_square * 1e-6) ** 0.5
+        or run < 1e-12 * own_square
         else None
     )
 

@@ -84,7 +84,7 @@ class FirstUpdate:
             _inputs(row) == _inputs(self._rows[index]) for index, row in rows.items()
         )
 
-    def of_batch(self, rows: Mapping[int, TokenRow]) -> ModelPass:
+    def batch_pass(self, rows: Mapping[int, TokenRow]) -> ModelPass:
         """Return the forward pass of a batch, which is made once.
 
         Args:

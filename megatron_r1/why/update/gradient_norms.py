@@ -12,7 +12,7 @@ from megatron_r1.config.optimizer import OptimizerConfig
 from megatron_r1.why.update.adam import Moments
 from megatron_r1.why.update.step_updates import Trace
 
-MAX_FIT_ROUNDS, FIT = 6, 1e-5
+MAX_FIT_ROUNDS, FIT_TOLERANCE = 6, 1e-5
 """Rounds in which the norms of gradients are fitted, and the relative change that ends them."""
 
 
@@ -37,7 +37,7 @@ def fit_norms(
         traces = make_updates(norms)
         last = norms
         norms = _least_squares(traces, before, after, settings)
-        if max(abs(a - b) for a, b in zip(last, norms, strict=True)) <= FIT * max(norms):
+        if max(abs(a - b) for a, b in zip(last, norms, strict=True)) <= FIT_TOLERANCE * max(norms):
             break
     return norms
 

@@ -189,7 +189,7 @@ def _negated(value: Tensor, loss: LossRules) -> Tensor:
     return value - 2 * value.detach() if loss.keeps_slope else -value
 
 
-def _of_tokens(row: TokenRow, sampled_range: slice) -> TokenRow:
+def _select_tokens(row: TokenRow, sampled_range: slice) -> TokenRow:
     """Return a row with the values of some of its sampled tokens alone."""
     advantages = row.token_advantages
     return replace(
@@ -246,7 +246,7 @@ def row_terms(
     if loss.leaves_out and len(logprobs):
         num_sampled *= 1 - 1 / len(logprobs)  # of a branch, its share of the response
         sampled_range = slice(1, None) if loss.leaves_out == "first" else slice(-1)
-        row = _of_tokens(row, sampled_range)
+        row = _select_tokens(row, sampled_range)
         logprobs, entropy, old = logprobs[sampled_range], entropy[sampled_range], old[sampled_range]
         reference = None if reference is None else reference[sampled_range]
     if loss.uses_engine_as_old:

@@ -143,7 +143,7 @@ class StepUpdates:
             return None
         if self._biases is not None:
             for batch in self._batches(rows):
-                self._biases.count(first.of_batch(batch).experts, list(batch.values()))
+                self._biases.count(first.batch_pass(batch).experts, list(batch.values()))
         gradients = known_gradients.gradients
         if terms is not None:
             terms.add(known_gradients.by_term)
@@ -236,7 +236,7 @@ class StepUpdates:
     def _pass(self, rows: Mapping[int, TokenRow], first: FirstUpdate | None) -> ModelPass:
         """Return the forward pass of a batch, that of the first update where it is given."""
         if first is not None:
-            return first.of_batch(rows)
+            return first.batch_pass(rows)
         return model_pass(self.model, list(rows.values()))
 
     def _terms(

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from megatron_r1.why.update.evidence import Evidence
     from megatron_r1.why.update.recomputation import Recomputation
 
-SAME_FACTOR = 0.01
+FACTOR_TOLERANCE = 0.01
 """Relative distance of a factor from 1 below which it is 1."""
 USUAL_SETTINGS = {
     "beta1": (0.0, 0.8, 0.9, 0.95),
@@ -329,7 +329,7 @@ def _evidence_substitutions(step: RecordedStep, evidence: Evidence) -> Iterator[
             adam=(("without_gradient", evidence.parameters_without_gradient),),
         )
     yield from _weight_substitutions(step, evidence)
-    if evidence.update_factor is not None and abs(evidence.update_factor - 1) > SAME_FACTOR:
+    if evidence.update_factor is not None and abs(evidence.update_factor - 1) > FACTOR_TOLERANCE:
         rates = tuple(rate * evidence.update_factor for rate in step.learning_rates)
         yield Substitution(
             f"{evidence.update_factor:.3g} times the learning rate",
@@ -342,7 +342,7 @@ def _evidence_substitutions(step: RecordedStep, evidence: Evidence) -> Iterator[
     if isinstance(norm, int | float) and recomputed_norm:
         multiples.append(norm / recomputed_norm)
     for factor in multiples:
-        if factor is None or abs(factor - 1) <= SAME_FACTOR or factor <= 0:
+        if factor is None or abs(factor - 1) <= FACTOR_TOLERANCE or factor <= 0:
             continue
         yield Substitution(
             f"{factor:.4g} times the gradient{_ranks(step, factor)}",
@@ -381,7 +381,7 @@ def _ranks(step: RecordedStep, factor: float) -> str:
     ranks = parallel.data_parallel_size(parallel.processes)
     for number, noun in ((ranks, "data-parallel ranks"), (count, "micro-batches of an update")):
         for value, words in ((number, "the number"), (1 / number, "1 over the number")):
-            if number > 1 and math.isclose(factor, value, rel_tol=SAME_FACTOR):
+            if number > 1 and math.isclose(factor, value, rel_tol=FACTOR_TOLERANCE):
                 return f", {words} of {noun},"
     return ""
 

@@ -19,18 +19,18 @@ from megatron_r1.why.comparison import CannotRecompute
 from megatron_r1.why.update.adam import Moments
 from megatron_r1.why.update.term_gradients import LossTerm, TermGradients
 
-IDENTIFIABLE = 0.25
+MAX_UNCERTAINTY = 0.25
 """The largest uncertainty of a coefficient that tells 0, 1 and 2 apart."""
 MOMENT_ROUNDING = 2.0**-20
 """Relative to the moments: what is left of their rounding in fp32, of a few updates."""
-CHUNK = 2**22
+CHUNK_VALUES = 2**22
 """Values of a tensor that are in float64 at once."""
-SINGULAR = 1e-14
+MIN_EIGENVALUE = 1e-14
 """The smallest eigenvalue of a matrix of correlations; those below it are rounding."""
-MAX_ROUNDS, SAME, SAME_AS_ROUNDING = 6, 1e-3, 0.125
+MAX_ROUNDS, MIN_CHANGE, MIN_CHANGE_OF_ROUNDING = 6, 1e-3, 0.125
 """Rounds in which updates are made with the coefficients of the round before, and the change of
 these that ends them, absolute and of what rounding may be."""
-NEARER = 0.7
+MAX_RESIDUAL_RATIO = 0.7
 """Of what the terms do not explain, the share above which another round would not help."""
 
 
@@ -54,7 +54,7 @@ class Coefficient:
     @property
     def is_identifiable(self) -> bool:
         """Whether the gradients say what the coefficient is."""
-        return self.uncertainty <= IDENTIFIABLE
+        return self.uncertainty <= MAX_UNCERTAINTY
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def fit_coefficients(gradients: TermGradients, moments: FirstMoments, rounding: 
     correlations = gram / torch.outer(nonzero, nonzero)
     correlations.diagonal().fill_(1.0)
     eigenvalues, vectors = torch.linalg.eigh(correlations)
-    inverse = (vectors / eigenvalues.clamp(min=SINGULAR)) @ vectors.T
+    inverse = (vectors / eigenvalues.clamp(min=MIN_EIGENVALUE)) @ vectors.T
     values = inverse @ (products / nonzero) / nonzero
     lengths = sizes / inverse.diagonal().sqrt()
     residual = math.sqrt(max(0.0, square + float(values @ (gram @ values - 2 * products))))
@@ -153,7 +153,7 @@ def _inner_products(
         columns = [
             column.get(name, torch.zeros_like(after)) for column in gradients.columns.values()
         ]
-        parts = [values.flatten().split(CHUNK) for values in (after, before, *columns)]
+        parts = [values.flatten().split(CHUNK_VALUES) for values in (after, before, *columns)]
         for chunk in zip(*parts, strict=True):
             last, first, *terms = (values.double() for values in chunk)
             target, matrix = last - moments.decay * first, torch.stack(terms)
@@ -186,11 +186,13 @@ def fit_run(
     gradients, fit = first, fit_coefficients(first, moments, rounding)
     for _ in range(max_rounds):
         known_coefficients = [
-            coefficient for coefficient in fit.coefficients if coefficient.rounding <= IDENTIFIABLE
+            coefficient
+            for coefficient in fit.coefficients
+            if coefficient.rounding <= MAX_UNCERTAINTY
         ]
         if all(
             abs(coefficient.value - gradients.coefficients[coefficient.term.name])
-            <= max(SAME, coefficient.rounding * SAME_AS_ROUNDING)
+            <= max(MIN_CHANGE, coefficient.rounding * MIN_CHANGE_OF_ROUNDING)
             for coefficient in known_coefficients
         ):
             break
@@ -204,8 +206,8 @@ def fit_run(
         factor = grad_norm / mean_norm if mean_norm else 1.0
         gradients = make_updates(coefficients, tuple(norm * factor for norm in norms))
         next_fit = fit_coefficients(gradients, moments, rounding)
-        is_nearer = next_fit.residual <= max(next_fit.error, fit.residual * NEARER)
+        is_nearer = next_fit.residual <= max(next_fit.error, fit.residual * MAX_RESIDUAL_RATIO)
         if not is_nearer:
-            return fit if fit.residual < next_fit.residual * NEARER else next_fit
+            return fit if fit.residual < next_fit.residual * MAX_RESIDUAL_RATIO else next_fit
         fit = next_fit
     return fit

@@ -254,7 +254,7 @@ def test_scores_of_a_prompt_are_those_of_the_sampled_tokens():
     sequence = SimpleNamespace(token_ids=np.arange(6), is_sampled=is_sampled)
     reply = array("f", [-1.0, -2.0, -3.0, -4.0])  # of tokens 1 to 4: the last did not fit
     assert fresh_engine._ids(sequence, 5) == [0, 1, 2, 3, 4]
-    scored = fresh_engine._of_sampled(sequence, reply)
+    scored = fresh_engine._sampled_logprobs(sequence, reply)
     assert scored[:2].tolist() == [-2.0, -3.0] and np.isnan(scored[2])
 
 
