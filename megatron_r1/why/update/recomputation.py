@@ -7,7 +7,7 @@ import copy
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -18,12 +18,13 @@ from megatron_r1.why.policy import checkpoint_model, model_distance
 from megatron_r1.why.policy.adapters import trained_parameters
 from megatron_r1.why.policy.fp8_engines import FP8EngineLogprobs
 from megatron_r1.why.policy.policy_logprobs import PolicyLogprobs
+from megatron_r1.why.policy.token_logprobs import TokenRow
 from megatron_r1.why.record.recorded_step import RecordedStep
 from megatron_r1.why.update.adam import Adam, Moments
 from megatron_r1.why.update.evidence import Evidence, nearest_multiple, without_gradient
 from megatron_r1.why.update.first_update import FirstUpdate, first_update
 from megatron_r1.why.update.gradient_norms import fit_norms
-from megatron_r1.why.update.loss_formulas import Totals, Update, denominator, row_loss
+from megatron_r1.why.update.loss_formulas import LossRules, Totals, Update, denominator, row_loss
 from megatron_r1.why.update.step_updates import StepUpdates
 from megatron_r1.why.update.substitution import Substitution
 from megatron_r1.why.update.term_coefficients import MAX_ROUNDS, FirstMoments, TermFit, fit_run
@@ -31,10 +32,12 @@ from megatron_r1.why.update.term_gradients import TermGradients
 from megatron_r1.why.update.token_advantages import with_token_advantages
 from megatron_r1.why.update.update_inputs import UpdateInputs
 
-CLIPPED = 1.001
-"""Times the largest norm, above which a gradient was clipped by more than rounding."""
-NO_ESTIMATE = 1.05
-"""Of what needs a model: tried behind what seems to explain everything."""
+MIN_CLIPPED_NORM_FACTOR = 1.001
+"""A gradient was clipped by more than rounding where its norm is above this times
+`optimizer.clip_grad`."""
+UNKNOWN_DISTANCE = 1.05
+"""The distance of a substitution that cannot be estimated, which is tried after those that seem to
+explain the whole departure (nearly 1) and before all others."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +150,7 @@ class Recomputation(UpdateInputs):
             lost,
             gradients,
             is_known=substitution.has_loss_of_settings,
-            is_possible=is_recorded and (lambda partly: is_recorded(_means(partly)[0])),
+            is_possible=None if is_recorded is None else partial(_means_satisfy, is_recorded),
         )
         if len(measured) < len(order):
             return updates, None
@@ -157,7 +160,9 @@ class Recomputation(UpdateInputs):
             for name in measured[0].terms
         }
         # The norm of a gradient is not known that was not clipped, or whose update was not made.
-        is_unclipped = adam.norms is not None and min(adam.norms) < CLIPPED * adam.clip_grad
+        is_unclipped = (
+            adam.norms is not None and min(adam.norms) < MIN_CLIPPED_NORM_FACTOR * adam.clip_grad
+        )
         if is_unclipped or adam.skipped:
             del metrics["grad_norm"]
         change, by_parameter = self._compare(model, updates.adam)
@@ -199,13 +204,13 @@ class Recomputation(UpdateInputs):
     def _terms_reason(self) -> str:
         """Why the gradient of each term is not computed; "" where it is."""
         moments = self.step.config.optimizer.moments
-        if self._first_after is None:
+        if self._first_moments_after is None:
             return f"no checkpoint of step {self.step.step} has Adam's moments"
         if moments != "float32":
             return f"optimizer.moments: {moments}, from which no gradient can be taken back"
         if not self.loss_terms:
             return "no response is trained on"
-        num_values = sum(values.numel() for values in self._first_after.values())
+        num_values = sum(values.numel() for values in self._first_moments_after.values())
         copies_by_term = 4 if self._first_update is None else 5
         num_bytes = 4 * (copies_by_term * len(self.loss_terms) + 1) * num_values
         free_bytes = self.free_bytes
@@ -227,7 +232,7 @@ class Recomputation(UpdateInputs):
         Raises:
             CannotRecompute: the gradients are not known."""
         self.check_updates()
-        if self._terms_reason or self._first_after is None:
+        if self._terms_reason or self._first_moments_after is None:
             raise CannotRecompute(self._terms_reason)
         base, settings = self.base, self.step.config.optimizer
         logged = self.step.line.get("grad_norm")
@@ -237,7 +242,7 @@ class Recomputation(UpdateInputs):
             self._remade_terms,
             FirstMoments(
                 self._moments[0] if self._moments else {},
-                self._first_after,
+                self._first_moments_after,
                 settings.beta1**self.step.config.rl.minibatches,
             ),
             ROUNDING[self.step.run_config.model.dtype],
@@ -277,7 +282,7 @@ class Recomputation(UpdateInputs):
         if not self.trains_more:
             return None
         logged = self.step.line.get("grad_norm")
-        if self._first_after is None or not isinstance(logged, int | float):
+        if self._first_moments_after is None or not isinstance(logged, int | float):
             raise CannotRecompute("model.mtp: train, and no checkpoint says how gradients were cut")
         return fit_norms(
             lambda norms: (
@@ -285,7 +290,7 @@ class Recomputation(UpdateInputs):
             ),
             (float(logged),) * self.step.config.rl.minibatches,
             self._moments[0] if self._moments else {},
-            self._first_after,
+            self._first_moments_after,
             self.step.config.optimizer,
         )
 
@@ -293,23 +298,26 @@ class Recomputation(UpdateInputs):
     def evidence(self) -> Evidence:
         """What the checkpoint after the step says of how the run's updates differ from `base`."""
         after = self._model_after
-        about: dict[str, Any] = {
+        base_evidence: dict[str, Any] = {
             "norm": self.base.metrics.get("grad_norm", 0.0),
             "terms": self.base.signed_terms,
         }
         if after is None:
-            return Evidence(**about)
+            return Evidence(**base_evidence)
         begin, last = trained_parameters(self._trained_model), trained_parameters(after)
         updated = trained_parameters(self._unsubstituted_updates[0].model)
         changes = [(last[name] - value, updated[name] - value) for name, value in begin.items()]
-        if self._first_after is None:
-            return Evidence(nearest_multiple(changes), **about)
+        if self._first_moments_after is None:
+            return Evidence(nearest_multiple(changes), **base_evidence)
         decay = self.step.config.optimizer.beta1**self.step.config.rl.minibatches
         before = self._moments[0] if self._moments else {}
         gradients = {
             name: tuple(
                 moments[name] - decay * before.get(name, torch.zeros(()))
-                for moments in (self._first_after, self._unsubstituted_updates[0].adam.first)
+                for moments in (
+                    self._first_moments_after,
+                    self._unsubstituted_updates[0].adam.first,
+                )
             )
             for name in begin
         }
@@ -317,66 +325,78 @@ class Recomputation(UpdateInputs):
             nearest_multiple(changes),
             nearest_multiple(list(gradients.values())),
             without_gradient(gradients),
-            **about,
+            **base_evidence,
         )
 
     def estimate(self, substitution: Substitution, logged: Mapping[str, Any]) -> float:
         """Return an estimate of how far the updates with a substitution would be from what was
-        recorded: 0 near, 2 far. It takes log-probabilities and gradients from `base`.
+        recorded: 1 near, 2 far. It takes log-probabilities and gradients from `base`.
 
         Args:
             substitution: what is substituted.
             logged: the step's line of metrics.jsonl."""
-        updates, base = self._unsubstituted_updates
-        is_of_loss = bool(substitution.loss or substitution.advantages is not None)
-        is_of_adam = bool(substitution.adam or substitution.without_moments)
-        sampled = {
-            name: float(logged[name])
-            for name in base.metrics
-            if name != "grad_norm" and isinstance(logged.get(name), int | float)
-        }
-        if not (is_of_loss or is_of_adam) or "temperature" in dict(substitution.loss):
-            return NO_ESTIMATE
-        distance = 1.0
-        if is_of_loss:
-            rules = replace(self.loss_rules(), **dict(substitution.loss))
-            rows, reference = self._rows(substitution), self._reference_of(substitution)
-            rows = with_token_advantages(self.step, rows, self._old_of_all, reference)
-            if [row.is_trained for row in rows] != [row.is_trained for row in self.rows]:
-                return NO_ESTIMATE
-            estimated = []
-            for trace in updates.traces:
-                trained = [index for index in trace.rows if rows[index].is_trained]
-                totals = Totals(denominator=denominator([rows[index] for index in trained], rules))
-                for index in trained:
-                    logprobs, entropy = trace.tokens[index]
-                    ref = None if reference is None else reference[index]
-                    row_loss(
-                        rows[index], logprobs, entropy, self._old_of_all[index], ref, rules, totals
-                    )
-                estimated.append(totals.update(rules))
-            metrics, _ = _means(estimated)
-            gaps = [
-                min(1.0, abs(metrics[name] - value) / max(1e-9, abs(base.metrics[name] - value)))
-                for name, value in sampled.items()
-                if name in metrics
-            ]
-            distance = sum(gaps) / max(1, len(gaps))
-        if is_of_adam and not is_of_loss and self._model_after is not None:
-            return 1.0 + min(1.0, self._estimated_change(updates, substitution))
-        return distance + 1.0
+        if "temperature" in dict(substitution.loss):
+            return UNKNOWN_DISTANCE
+        if substitution.loss or substitution.advantages is not None:
+            return self._estimated_loss_distance(substitution, logged)
+        if not (substitution.adam or substitution.without_moments):
+            return UNKNOWN_DISTANCE
+        if self._model_after is None:
+            return 2.0
+        return 1.0 + min(1.0, self._estimated_change_distance(substitution))
 
-    def _reference_of(self, substitution: Substitution) -> list[Tensor] | None:
+    def _estimated_loss_distance(
+        self, substitution: Substitution, logged: Mapping[str, Any]
+    ) -> float:
+        """Return 1 plus how far the metrics of another loss or other advantages would be from the
+        logged ones, relative to those of `base`; each metric counts with at most 1."""
+        rows, reference = self._rows(substitution), self._substituted_reference(substitution)
+        rows = with_token_advantages(self.step, rows, self._old_of_all, reference)
+        if [row.is_trained for row in rows] != [row.is_trained for row in self.rows]:
+            return UNKNOWN_DISTANCE
+        rules = replace(self.loss_rules(), **dict(substitution.loss))
+        metrics = self._estimated_metrics(rows, reference, rules)
+        gaps = []
+        for name, base_value in self.base.metrics.items():
+            value = logged.get(name)
+            if name == "grad_norm" or name not in metrics or not isinstance(value, int | float):
+                continue
+            gap = abs(metrics[name] - float(value))
+            gaps.append(min(1.0, gap / max(1e-9, abs(base_value - float(value)))))
+        return 1.0 + sum(gaps) / max(1, len(gaps))
+
+    def _estimated_metrics(
+        self, rows: Sequence[TokenRow], reference: Sequence[Tensor] | None, rules: LossRules
+    ) -> dict[str, float]:
+        """Return the metrics of a loss of the log-probabilities and entropies of `base`.
+
+        Args:
+            rows: the rows, with their advantages.
+            reference: their log-probabilities under the reference.
+            rules: the loss."""
+        updates = []
+        for trace in self._unsubstituted_updates[0].traces:
+            trained = [index for index in trace.rows if rows[index].is_trained]
+            totals = Totals(denominator=denominator([rows[index] for index in trained], rules))
+            for index in trained:
+                logprobs, entropy = trace.tokens[index]
+                ref = None if reference is None else reference[index]
+                old = self._old_of_all[index]
+                row_loss(rows[index], logprobs, entropy, old, ref, rules, totals)
+            updates.append(totals.update(rules))
+        return _means(updates)[0]
+
+    def _substituted_reference(self, substitution: Substitution) -> list[Tensor] | None:
         return self._old_of_all if substitution.reference == "policy" else self.reference
 
-    def _estimated_change(self, updates: StepUpdates, substitution: Substitution) -> float:
+    def _estimated_change_distance(self, substitution: Substitution) -> float:
         """Return the distance of the change that Adam makes of the gradients of `base`."""
         model = self._scratch_model()
         parameters = trained_parameters(model)
         lost = substitution.without_moments
         adam = Adam(parameters, None if lost else self._moments, 0 if lost else self.num_updates)
         rules = replace(self.adam_rules(self._norms), **dict(substitution.adam))
-        for index, trace in enumerate(updates.traces):
+        for index, trace in enumerate(self._unsubstituted_updates[0].traces):
             if rules.moment_reset:
                 adam.forget()
             adam.step(trace.gradients, rules, index)
@@ -392,7 +412,7 @@ class Recomputation(UpdateInputs):
         return self.model(after, "" if dtype == "float32" else f"{checkpoint_model.STATE}param.")
 
     @cached_property
-    def _both_after(self) -> tuple[Moments, Moments] | None:
+    def _moments_after(self) -> tuple[Moments, Moments] | None:
         """Adam's moments after the step; None where no checkpoint has them."""
         after = self.step.after
         if after is None or not checkpoint_model.has_part(after, checkpoint_model.STATE):
@@ -400,15 +420,15 @@ class Recomputation(UpdateInputs):
         return self._moments_of(after)
 
     @property
-    def _first_after(self) -> Moments | None:
-        return None if self._both_after is None else self._both_after[0]
+    def _first_moments_after(self) -> Moments | None:
+        return None if self._moments_after is None else self._moments_after[0]
 
     @torch.no_grad()
     def _moment_distance(self, adam: Adam) -> float | None:
-        if self._both_after is None:
+        if self._moments_after is None:
             return None
         ratios = []
-        for moment, run in zip((adam.first, adam.second), self._both_after, strict=True):
+        for moment, run in zip((adam.first, adam.second), self._moments_after, strict=True):
             gap_square = sum(
                 float((moment[name] - values).double().square().sum())
                 for name, values in run.items()
@@ -434,6 +454,12 @@ class Recomputation(UpdateInputs):
 
 def _ratio(gap: float, change: float) -> float:
     return gap / change if change else (0.0 if gap == 0 else float("inf"))
+
+
+def _means_satisfy(
+    is_recorded: Callable[[Mapping[str, float]], bool], updates: Sequence[Update]
+) -> bool:
+    return is_recorded(_means(updates)[0])
 
 
 def _means(updates: Sequence[Update]) -> tuple[dict[str, float], dict[str, float]]:

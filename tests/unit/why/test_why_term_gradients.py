@@ -274,6 +274,6 @@ def test_of_moments_in_16_bits_no_gradient_is_taken_back():
         _ = made.term_fit
     made = Recomputation(step)
     made.check_updates = lambda: None
-    made._both_after = {}, {}
+    made._moments_after = {}, {}
     with pytest.raises(CannotRecompute, match=r"optimizer.moments: bfloat16"):
         _ = made.term_fit
