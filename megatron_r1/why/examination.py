@@ -67,7 +67,7 @@ def examine(
     report, recomputed = Report(step.step), Recomputation(step, memory)
     for family, name, check in RECORD_CHECKS:
         report.add(_comparisons(family, name, partial(check, step)))
-    with threads_for(recomputed):
+    with threads_for(recomputed.policies):
         for family, name, recompute in WEIGHT_CHECKS:
             recomputed.searches_causes = not report.departs_before("loss")
             report.add(_comparisons(family, name, partial(recompute, step, recomputed)))

@@ -163,7 +163,7 @@ def test_the_command_prints_its_steps_and_writes_its_page(copy, tmp_path):
 
 
 def test_an_engine_with_the_weights_of_the_version_before(copy):
-    stale = Recomputation(read(copy)).logprobs_after(STEP - 2)
+    stale = Recomputation(read(copy)).policies.logprobs_after(STEP - 2)
     set_logprobs(copy, stale, engine="engine-1")
     name, text, report = first(copy)
     assert name == "engines' log-probabilities"
@@ -192,7 +192,7 @@ def test_nothing_departs_in_a_run_whose_layers_are_read_one_by_one(kept):
 
 
 def test_a_stale_engine_of_a_model_whose_layers_are_read_one_by_one(copy):
-    stale = Recomputation(read(copy)).logprobs_after(STEP - 2)
+    stale = Recomputation(read(copy)).policies.logprobs_after(STEP - 2)
     set_logprobs(copy, stale, engine="engine-1")
     name, text, _ = first(copy, memory=LITTLE)
     assert name == "engines' log-probabilities"
@@ -207,7 +207,7 @@ def test_a_stale_engine_of_a_model_whose_layers_are_read_one_by_one(copy):
 
 def plant_another_expert(folder: Path) -> None:
     """Have the log hold what engines compute with another expert 2 in layer 1."""
-    made = Recomputation(read(folder))
+    made = Recomputation(read(folder)).policies
     other = made.model(read(folder).before)
     experts = next(m for n, m in other.named_modules() if n.endswith("layers.1.mlp.experts"))
     with torch.no_grad():
@@ -250,7 +250,9 @@ def test_a_fresh_engine_and_one_rank_tell_the_sides_of_a_departure_apart(copy):
     assert names[names.index(LOGGED) + 1] == FRESH
     assert names[names.index("old policy of the trainer") + 1] == one_rank["name"]
 
-    set_logprobs(copy, Recomputation(read(copy)).logprobs_after(STEP - 2), engine="engine-1")
+    set_logprobs(
+        copy, Recomputation(read(copy)).policies.logprobs_after(STEP - 2), engine="engine-1"
+    )
     stale = rerun(copy, 1)
     logged, fresh = stale["sampling", LOGGED], stale["sampling", FRESH]
     assert logged["status"] == "departs" and fresh["status"] == EQUAL
@@ -261,7 +263,7 @@ def test_a_fresh_engine_and_one_rank_tell_the_sides_of_a_departure_apart(copy):
 
 @pytest.mark.slow
 def test_another_temperature(copy):
-    made = Recomputation(read(copy))
+    made = Recomputation(read(copy)).policies
     set_logprobs(copy, made.logprobs_at_temperatures([1.3])[0])
     name, text, _ = first(copy)
     assert name == "engines' log-probabilities" and "temperature 1.3" in text
@@ -270,7 +272,7 @@ def test_another_temperature(copy):
 @pytest.mark.slow
 def test_a_distribution_over_a_part_of_the_vocabulary(copy):
     draw = np.random.default_rng(0)
-    own = Recomputation(read(copy)).old
+    own = Recomputation(read(copy)).policies.old
     set_logprobs(copy, [each + draw.uniform(0.02, 0.1, len(each)) for each in own])
     name, text, _ = first(copy)
     assert name == "engines' log-probabilities" and "rollout.top_p" in text

@@ -117,7 +117,7 @@ def _with_terms(
         replace(
             comparison,
             reason=f"{comparison.reason}; {reason}" if reason else comparison.reason,
-            remedy=f"{remedy or comparison.remedy}{recomputed.left_out}",
+            remedy=f"{remedy or comparison.remedy}{recomputed.inputs.left_out}",
         )
         if comparison.departs
         else comparison

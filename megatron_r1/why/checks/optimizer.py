@@ -389,7 +389,7 @@ def check_update(step: RecordedStep, recomputed: Recomputation) -> list[Comparis
     return [
         terms,
         *(
-            replace(comparison, remedy=f"{comparison.remedy}{recomputed.left_out}")
+            replace(comparison, remedy=f"{comparison.remedy}{recomputed.inputs.left_out}")
             for comparison in comparisons
         ),
     ]

@@ -43,11 +43,13 @@ def _compare_trainer(step: RecordedStep, recomputed: Recomputation) -> Compariso
         return not_checked(POLICIES, TRAINER, "metrics.jsonl has no logprob_diff/mean")
     if (recipe := step.run_config.fp8.recipe) != "none":
         return not_checked(POLICIES, TRAINER, f"fp8.recipe: {recipe}: its products are not made")
-    if len(recomputed.scored_sequences) < len(recomputed.rows):
+    if len(recomputed.policies.scored_sequences) < len(recomputed.policies.rows):
         return not_checked(POLICIES, TRAINER, "only a part of the responses is recomputed here")
     gaps = [
         np.abs(sequence.logprobs - logprobs)
-        for sequence, logprobs in zip(recomputed.sequences, recomputed.old, strict=True)
+        for sequence, logprobs in zip(
+            recomputed.policies.sequences, recomputed.policies.old, strict=True
+        )
         if not math.isnan(sequence.advantage)
     ]
     mean_gap = float(np.concatenate(gaps).mean())
@@ -102,13 +104,15 @@ def _find_explanation(
             continue
         if logprobs is not None and _is_logged(step, recomputed, logprobs):
             return f"the trainer's are as those of transformers {noun} are", remedy
-    all_logprobs = recomputed.all_token_logprobs()
+    all_logprobs = recomputed.policies.all_token_logprobs()
     # The engine has none of the prompt, for which the trainer then compares with 0.
     engine_logprobs = [
         np.concatenate(
             [np.zeros(len(logprobs_of_all) - len(sequence.logprobs), np.float32), sequence.logprobs]
         )
-        for logprobs_of_all, sequence in zip(all_logprobs, recomputed.sequences, strict=True)
+        for logprobs_of_all, sequence in zip(
+            all_logprobs, recomputed.policies.sequences, strict=True
+        )
     ]
     if _is_logged(step, recomputed, all_logprobs, engine_logprobs):
         return (
@@ -127,18 +131,18 @@ def _candidates(step: RecordedStep, recomputed: Recomputation) -> list[Candidate
         (
             "at temperature 1",
             "rollout.temperature: the trainer divides the logits by another",
-            lambda: recomputed.logprobs_under(recomputed.policy, 1.0),
+            lambda: recomputed.policies.logprobs_under(recomputed.policies.policy, 1.0),
         ),
         (
             "of the token before, shifted by one,",
             "the trainer's targets: a position predicts the token after it",
-            recomputed.shifted_logprobs,
+            recomputed.policies.shifted_logprobs,
         ),
         *(
             (
                 f"with the weights of version {version}",
                 f"the checkpoint of step {newest}, or the trainer: it computes with others",
-                partial(recomputed.logprobs_after, version),
+                partial(recomputed.policies.logprobs_after, version),
             )
             for version in {newest - 1, 0} - {newest, -1}
         ),
@@ -147,20 +151,20 @@ def _candidates(step: RecordedStep, recomputed: Recomputation) -> list[Candidate
                 f"with adapters times {scale:g} ({noun})",
                 "model.lora: the trainer adds the product of adapters with a scale other than "
                 "alpha / rank",
-                partial(recomputed.with_adapter_scale, scale),
+                partial(recomputed.policies.with_adapter_scale, scale),
             )
             for scale, noun in (adapter_scales(lora).items() if lora else ())
         ),
         (
             "that chooses the experts itself",
             "rl.routing_replay: the engine's experts are not replayed",
-            recomputed.without_replay,
+            recomputed.policies.without_replay,
         ),
         (
             "with the tied head as the run began with it",
             "parallel.pipeline: first and last stage hold copies of the embedding, the tied head's "
             "is not trained with it",
-            recomputed.with_head_apart,
+            recomputed.policies.with_head_apart,
         ),
         *(
             (
@@ -178,8 +182,10 @@ def _candidates(step: RecordedStep, recomputed: Recomputation) -> list[Candidate
 def _packed_logprobs(recomputed: Recomputation, *, restarts: bool) -> list[np.ndarray] | None:
     """Return those of samples that attend to others of their micro-batch; None where micro-batches
     share prompts or are of one sample each."""
-    microbatches = [rows for update in recomputed.packed for share in update for rows in share]
-    return recomputed.packed_logprobs(microbatches, restarts=restarts)
+    microbatches = [
+        rows for update in recomputed.inputs.packed for share in update for rows in share
+    ]
+    return recomputed.policies.packed_logprobs(microbatches, restarts=restarts)
 
 
 def _parted_head(step: RecordedStep) -> tuple[str, str] | None:
@@ -212,12 +218,12 @@ def _is_logged(
         recomputed: its sequences.
         logprobs: log-probabilities of the sequences' tokens.
         engine: log-probabilities that the engine would have; None: those that it recorded."""
-    engine_logprobs = engine or [sequence.logprobs for sequence in recomputed.sequences]
+    engine_logprobs = engine or [sequence.logprobs for sequence in recomputed.policies.sequences]
     gaps = np.concatenate(
         [
             np.abs(logged_logprobs - recomputed_logprobs)
             for sequence, logged_logprobs, recomputed_logprobs in zip(
-                recomputed.sequences, engine_logprobs, logprobs, strict=True
+                recomputed.policies.sequences, engine_logprobs, logprobs, strict=True
             )
             if not math.isnan(sequence.advantage)
         ]
@@ -267,7 +273,7 @@ def _compare_reference(step: RecordedStep, recomputed: Recomputation) -> Compari
     if expected is None:
         return not_checked(POLICIES, name, f"there is no checkpoint of step {refreshed}")
     reference = before, checkpoint_model.REFERENCE
-    distance = recomputed.distance(reference, (expected, ""))
+    distance = recomputed.policies.distance(reference, (expected, ""))
     if distance <= tolerance:
         return Comparison(
             POLICIES,
@@ -282,7 +288,7 @@ def _compare_reference(step: RecordedStep, recomputed: Recomputation) -> Compari
     other_steps = {0, step.step - 1, *range(max(0, step.step - 4), step.step)} - {refreshed}
     for other_step in sorted(other_steps):
         path = weights_after(step.folder, step.run_config, other_step)
-        if path and recomputed.distance(reference, (path, "")) <= tolerance:
+        if path and recomputed.policies.distance(reference, (path, "")) <= tolerance:
             text = (
                 "it was not refreshed" if other_step < refreshed else "it was refreshed too often"
             )

@@ -51,7 +51,7 @@ def _compare_export(step: RecordedStep, recomputed: Recomputation) -> Comparison
         return not_checked(FAMILY, name, "there is no hf/ yet")
     if step.step != step.run_config.run.steps or step.after is None:
         return not_checked(FAMILY, name, "hf/ is of the run's last step")
-    distance = recomputed.distance((step.folder.hf_folder, ""), (step.after, ""))
+    distance = recomputed.policies.distance((step.folder.hf_folder, ""), (step.after, ""))
     has_adapters, is_fp32 = step.run_config.model.lora, step.run_config.model.dtype == "float32"
     if has_adapters and not is_fp32:
         return not_checked(FAMILY, name, "adapters are less than rounding of model.dtype")

@@ -119,19 +119,23 @@ def _check_engine(
     from megatron_r1.why.policy.policy_export import write_policy
     from megatron_r1.why.rerun import fresh_engine
 
-    fresh_engine.check_engine(step, recomputed.num_parameters, recomputed.free_bytes)
-    gaps = EngineGaps(step, recomputed)
+    fresh_engine.check_engine(
+        step, recomputed.policies.num_parameters, recomputed.policies.free_bytes
+    )
+    gaps = EngineGaps(step, recomputed.policies)
 
     async def score(scratch: Path) -> list[np.ndarray]:
         folder = scratch / "hf"
         folder.mkdir()
-        write_policy(step, recomputed.num_parameters, folder, recomputed.free_bytes)
+        write_policy(
+            step, recomputed.policies.num_parameters, folder, recomputed.policies.free_bytes
+        )
         return await fresh_engine.score(step.run_config, folder, gaps.sequences, scratch)
 
     rerun = _run_in_scratch_folder(score)
     rollout = step.config.rollout
     is_scored_alike = rollout.temperature == 1.0 and not rollout.truncates_sampling
-    old = recomputed.old if is_scored_alike else recomputed.plain_logprobs()
+    old = recomputed.policies.old if is_scored_alike else recomputed.policies.plain_logprobs()
     distances = _engine_distances(gaps, rerun, old, refined, is_scored_alike)
     reading = engine_reading(distances, gaps.tolerance, refined.departs)
     compared = f"of the same tokens; mean |Δ|: {distances.text('fresh engine')}"
@@ -194,10 +198,10 @@ def _check_trainer(
     with transformers."""
     from megatron_r1.why.rerun import single_rank
 
-    single_rank.check_rank(step, recomputed.num_parameters, recomputed.free_bytes)
+    single_rank.check_rank(step, recomputed.policies.num_parameters, recomputed.policies.free_bytes)
 
     async def measure(scratch: Path) -> single_rank.RankDistances:
-        return await single_rank.measure(step, recomputed.old, scratch)
+        return await single_rank.measure(step, recomputed.policies.old, scratch)
 
     measured = _run_in_scratch_folder(measure)
     recorded = finite(step.line, single_rank.METRIC)

@@ -81,8 +81,10 @@ def _find_explanation(
     """Return why the trainer's routers would choose otherwise, and the remedy."""
     reason = f"the trainer's routers would choose {percent(distance)} of the experts otherwise"
     try:
-        other_fraction = 1 - recomputed.routing_agreement()
-        by_side = {side: 1 - recomputed.routing_agreement(shift) for side, shift in SHIFTS.items()}
+        other_fraction = 1 - recomputed.policies.routing_agreement()
+        by_side = {
+            side: 1 - recomputed.policies.routing_agreement(shift) for side, shift in SHIFTS.items()
+        }
     except CannotRecompute:
         other_fraction, by_side = distance, {}
     if other_fraction <= tolerance:

@@ -109,7 +109,7 @@ def _rounded(value: float, digits: int) -> str:
 def _not_computed(step: RecordedStep, recomputed: Recomputation) -> list[str]:
     """Return what has a gradient that is not computed, as text."""
     texts = []
-    if recomputed.trains_more:
+    if recomputed.inputs.trains_more:
         texts.append("the MTP layers' loss, not checked: it is not recomputed")
     if num_left_out(step) and not can_leave_out(step):
         texts.append(

@@ -86,7 +86,7 @@ class FP8EngineLogprobs(PolicyLogprobs):
 
         Args:
             scale: in place of alpha / rank."""
-        source = self.tensors(self._before)
+        source = self.tensors(self.before)
         if source.adapters is None:
             return None
         rescaled = source.with_adapters(source.adapters._replace(scale=scale))
@@ -107,4 +107,4 @@ class FP8EngineLogprobs(PolicyLogprobs):
             scales_of = older.read(name) if is_quantized(name) else None
             return pushed_values(name, values, power_of_two=self._power_of_two, scales_of=scales_of)
 
-        return self._model_of(super().tensors(self._before).encoded(encode))
+        return self._model_of(super().tensors(self.before).encoded(encode))

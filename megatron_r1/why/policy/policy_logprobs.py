@@ -310,26 +310,27 @@ class PolicyLogprobs(PolicyModels):
         """Log-probabilities of all rows under the reference of the checkpoint; None without KL."""
         if not self.step.config.rl.kl_beta:
             return None
-        if self._is_begin and not self.step.config.rl.routing_replay:
-            return self._old_of_all
+        if self.is_first_step and not self.step.config.rl.routing_replay:
+            return self.all_old_logprobs
         rows, model = own_experts(self.rows), self.reference_model
         return logprobs_by_temperature(model, rows, [self.temperature])[0]
 
     @property
     def reference_model(self) -> Any:
         """The reference of the checkpoint, in the first step the policy."""
-        if self._is_begin:
+        if self.is_first_step:
             return self.policy
-        return self.model(self._before, checkpoint_model.REFERENCE)
+        return self.model(self.before, checkpoint_model.REFERENCE)
 
     @cached_property
-    def _old_of_all(self) -> list[Tensor]:
+    def all_old_logprobs(self) -> list[Tensor]:
+        """Log-probabilities of all rows under the policy before the step."""
         if len(self.scored_sequences) == len(self.rows):
             return [torch.from_numpy(row_logprobs) for row_logprobs in self.old]
         return logprobs_by_temperature(self.policy, self.rows, [self.temperature])[0]
 
     @property
-    def _is_begin(self) -> bool:
+    def is_first_step(self) -> bool:
         """Whether the step is the run's first."""
         return self.step.step == 1
 

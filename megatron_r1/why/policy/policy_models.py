@@ -61,10 +61,14 @@ class PolicyModels:
     @cached_property
     def policy(self) -> Any:
         """The model before the step."""
-        return self.model(self._before)
+        return self.model(self.before)
 
     @property
-    def _before(self) -> Path:
+    def before(self) -> Path:
+        """The checkpoint before the step.
+
+        Raises:
+            CannotRecompute: it is not kept."""
         before = self.step.before
         if before is None:
             raise CannotRecompute(

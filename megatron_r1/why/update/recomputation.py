@@ -62,14 +62,16 @@ class RecomputedUpdates:
     moment_distance: float | None = None
 
 
-class Recomputation(UpdateInputs):
-    """Recomputes a recorded step: log-probabilities under the policies that it used, and updates.
+class Recomputation:
+    """Recomputes a recorded step: its updates, from its policies and their log-probabilities.
 
     Args:
         step: the step.
         memory: as of `PolicyLogprobs`.
 
     Attributes:
+        policies: log-probabilities under the policies of the step.
+        inputs: what the updates are made of.
         searches_causes: whether updates that depart are made again with substitutions: not where
             something before them departs, which may be why.
 
@@ -78,13 +80,16 @@ class Recomputation(UpdateInputs):
     """
 
     def __init__(self, step: RecordedStep, memory: int | None = None) -> None:
-        super().__init__(step, memory)
+        self.step = step
+        self.policies = PolicyLogprobs(step, memory)
+        self.inputs = UpdateInputs(self.policies)
         self.searches_causes = True
 
     @cached_property
     def engine_policy(self) -> PolicyLogprobs:
         """Log-probabilities under the weights as engines have them, which `push.fp8` quantizes."""
-        return FP8EngineLogprobs(self) if self.step.run_config.push.fp8 else self
+        fp8 = self.step.run_config.push.fp8
+        return FP8EngineLogprobs(self.policies) if fp8 else self.policies
 
     def run(
         self, substitution: Substitution, is_recorded: Callable[[Mapping[str, float]], bool]
@@ -120,19 +125,19 @@ class Recomputation(UpdateInputs):
             gradients: where the gradients of the terms are collected; None: nowhere.
             model: the policy before the step, which is changed; None: a copy that stays.
             is_recorded: as of `run`; None: all updates are made."""
-        self.check_updates()
-        rows = self._rows(substitution)
-        loss = replace(self.loss_rules(), **dict(substitution.loss))
-        old, reference = self._old_and_reference_logprobs(substitution, rows, loss)
+        self.inputs.check_updates()
+        rows = self.inputs.substituted_rows(substitution)
+        loss = replace(self.inputs.loss_rules(), **dict(substitution.loss))
+        old, reference = self.inputs.old_and_reference_logprobs(substitution, rows, loss)
         rows = with_token_advantages(self.step, rows, old, reference)
         if model is None:
-            model = copy.deepcopy(self._trained_model)
+            model = copy.deepcopy(self.inputs.trained_model)
         if substitution.head_is_apart:
             model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
         updates = StepUpdates(
             model,
-            None if substitution.without_moments else self._substituted_moments(substitution),
-            0 if substitution.without_moments else self.num_updates,
+            None if substitution.without_moments else self.inputs.substituted_moments(substitution),
+            0 if substitution.without_moments else self.inputs.num_updates,
             rows,
             old,
             reference,
@@ -140,9 +145,10 @@ class Recomputation(UpdateInputs):
             None if substitution.head_is_apart else self._first_update,
         )
         adam = replace(
-            self.adam_rules(self._norms if norms is None else norms), **dict(substitution.adam)
+            self.inputs.adam_rules(self._norms if norms is None else norms),
+            **dict(substitution.adam),
         )
-        order, lost = self._order(substitution, rows), frozenset(substitution.lost)
+        order, lost = self.inputs.update_rows(substitution, rows), frozenset(substitution.lost)
         measured = updates.run(
             order,
             loss,
@@ -173,7 +179,10 @@ class Recomputation(UpdateInputs):
     @cached_property
     def _first_update(self) -> FirstUpdate | None:
         return first_update(
-            self._trained_model, self.rows, self.minibatches()[0], self.num_parameters
+            self.inputs.trained_model,
+            self.policies.rows,
+            self.inputs.minibatches()[0],
+            self.policies.num_parameters,
         )
 
     def _scratch_model(self) -> Any:
@@ -182,7 +191,9 @@ class Recomputation(UpdateInputs):
         with torch.no_grad():
             for value, before in zip(
                 itertools.chain(scratch.parameters(), scratch.buffers()),
-                itertools.chain(self._trained_model.parameters(), self._trained_model.buffers()),
+                itertools.chain(
+                    self.inputs.trained_model.parameters(), self.inputs.trained_model.buffers()
+                ),
                 strict=True,
             ):
                 value.copy_(before)
@@ -190,11 +201,11 @@ class Recomputation(UpdateInputs):
 
     @cached_property
     def _scratch(self) -> Any:
-        return copy.deepcopy(self._trained_model)
+        return copy.deepcopy(self.inputs.trained_model)
 
     @cached_property
     def _unsubstituted_updates(self) -> tuple[StepUpdates, RecomputedUpdates]:
-        self.check_updates()
+        self.inputs.check_updates()
         gradients = None if self._terms_reason else self._term_gradients
         updates, recomputed = self._make_updates(Substitution(""), gradients=gradients)
         assert recomputed is not None, "all updates are made"
@@ -208,22 +219,23 @@ class Recomputation(UpdateInputs):
             return f"no checkpoint of step {self.step.step} has Adam's moments"
         if moments != "float32":
             return f"optimizer.moments: {moments}, from which no gradient can be taken back"
-        if not self.loss_terms:
+        num_terms = len(self.inputs.loss_terms)
+        if not num_terms:
             return "no response is trained on"
         num_values = sum(values.numel() for values in self._first_moments_after.values())
         copies_by_term = 4 if self._first_update is None else 5
-        num_bytes = 4 * (copies_by_term * len(self.loss_terms) + 1) * num_values
-        free_bytes = self.free_bytes
+        num_bytes = 4 * (copies_by_term * num_terms + 1) * num_values
+        free_bytes = self.policies.free_bytes
         if num_bytes > free_bytes:
             return (
-                f"the gradients of {len(self.loss_terms)} terms need {num_bytes / 1e9:.0f} GB, "
+                f"the gradients of {num_terms} terms need {num_bytes / 1e9:.0f} GB, "
                 f"{free_bytes / 1e9:.0f} GB are free"
             )
         return ""
 
     @cached_property
     def _term_gradients(self) -> TermGradients:
-        return TermGradients(self.loss_terms)
+        return TermGradients(self.inputs.loss_terms)
 
     @cached_property
     def term_fit(self) -> TermFit:
@@ -231,7 +243,7 @@ class Recomputation(UpdateInputs):
 
         Raises:
             CannotRecompute: the gradients are not known."""
-        self.check_updates()
+        self.inputs.check_updates()
         if self._terms_reason or self._first_moments_after is None:
             raise CannotRecompute(self._terms_reason)
         base, settings = self.base, self.step.config.optimizer
@@ -241,7 +253,7 @@ class Recomputation(UpdateInputs):
             self._term_gradients,
             self._remade_terms,
             FirstMoments(
-                self._moments[0] if self._moments else {},
+                self.inputs.moments[0] if self.inputs.moments else {},
                 self._first_moments_after,
                 settings.beta1**self.step.config.rl.minibatches,
             ),
@@ -258,10 +270,10 @@ class Recomputation(UpdateInputs):
         Args:
             coefficients: how often each term is added.
             norms: the norm of each update's gradient, unless a part of it is not computed here."""
-        gradients = TermGradients(self.loss_terms, coefficients)
+        gradients = TermGradients(self.inputs.loss_terms, coefficients)
         self._make_updates(
             Substitution(""),
-            None if self.trains_more else norms,
+            None if self.inputs.trains_more else norms,
             gradients,
             self._scratch_model(),
         )
@@ -279,7 +291,7 @@ class Recomputation(UpdateInputs):
 
         Raises:
             CannotRecompute: there is no checkpoint after the step."""
-        if not self.trains_more:
+        if not self.inputs.trains_more:
             return None
         logged = self.step.line.get("grad_norm")
         if self._first_moments_after is None or not isinstance(logged, int | float):
@@ -289,7 +301,7 @@ class Recomputation(UpdateInputs):
                 self._make_updates(Substitution(""), norms, model=self._scratch_model())[0].traces
             ),
             (float(logged),) * self.step.config.rl.minibatches,
-            self._moments[0] if self._moments else {},
+            self.inputs.moments[0] if self.inputs.moments else {},
             self._first_moments_after,
             self.step.config.optimizer,
         )
@@ -304,13 +316,13 @@ class Recomputation(UpdateInputs):
         }
         if after is None:
             return Evidence(**base_evidence)
-        begin, last = trained_parameters(self._trained_model), trained_parameters(after)
+        begin, last = trained_parameters(self.inputs.trained_model), trained_parameters(after)
         updated = trained_parameters(self._unsubstituted_updates[0].model)
         changes = [(last[name] - value, updated[name] - value) for name, value in begin.items()]
         if self._first_moments_after is None:
             return Evidence(nearest_multiple(changes), **base_evidence)
         decay = self.step.config.optimizer.beta1**self.step.config.rl.minibatches
-        before = self._moments[0] if self._moments else {}
+        before = self.inputs.moments[0] if self.inputs.moments else {}
         gradients = {
             name: tuple(
                 moments[name] - decay * before.get(name, torch.zeros(()))
@@ -350,11 +362,12 @@ class Recomputation(UpdateInputs):
     ) -> float:
         """Return 1 plus how far the metrics of another loss or other advantages would be from the
         logged ones, relative to those of `base`; each metric counts with at most 1."""
-        rows, reference = self._rows(substitution), self._substituted_reference(substitution)
-        rows = with_token_advantages(self.step, rows, self._old_of_all, reference)
-        if [row.is_trained for row in rows] != [row.is_trained for row in self.rows]:
+        rows = self.inputs.substituted_rows(substitution)
+        reference = self._substituted_reference(substitution)
+        rows = with_token_advantages(self.step, rows, self.policies.all_old_logprobs, reference)
+        if [row.is_trained for row in rows] != [row.is_trained for row in self.policies.rows]:
             return UNKNOWN_DISTANCE
-        rules = replace(self.loss_rules(), **dict(substitution.loss))
+        rules = replace(self.inputs.loss_rules(), **dict(substitution.loss))
         metrics = self._estimated_metrics(rows, reference, rules)
         gaps = []
         for name, base_value in self.base.metrics.items():
@@ -381,21 +394,27 @@ class Recomputation(UpdateInputs):
             for index in trained:
                 logprobs, entropy = trace.tokens[index]
                 ref = None if reference is None else reference[index]
-                old = self._old_of_all[index]
+                old = self.policies.all_old_logprobs[index]
                 row_loss(rows[index], logprobs, entropy, old, ref, rules, totals)
             updates.append(totals.update(rules))
         return _means(updates)[0]
 
     def _substituted_reference(self, substitution: Substitution) -> list[Tensor] | None:
-        return self._old_of_all if substitution.reference == "policy" else self.reference
+        if substitution.reference == "policy":
+            return self.policies.all_old_logprobs
+        return self.policies.reference
 
     def _estimated_change_distance(self, substitution: Substitution) -> float:
         """Return the distance of the change that Adam makes of the gradients of `base`."""
         model = self._scratch_model()
         parameters = trained_parameters(model)
         lost = substitution.without_moments
-        adam = Adam(parameters, None if lost else self._moments, 0 if lost else self.num_updates)
-        rules = replace(self.adam_rules(self._norms), **dict(substitution.adam))
+        adam = Adam(
+            parameters,
+            None if lost else self.inputs.moments,
+            0 if lost else self.inputs.num_updates,
+        )
+        rules = replace(self.inputs.adam_rules(self._norms), **dict(substitution.adam))
         for index, trace in enumerate(self._unsubstituted_updates[0].traces):
             if rules.moment_reset:
                 adam.forget()
@@ -409,7 +428,9 @@ class Recomputation(UpdateInputs):
         after, dtype = self.step.after, self.step.run_config.model.dtype
         if after is None:
             return None
-        return self.model(after, "" if dtype == "float32" else f"{checkpoint_model.STATE}param.")
+        return self.policies.model(
+            after, "" if dtype == "float32" else f"{checkpoint_model.STATE}param."
+        )
 
     @cached_property
     def _moments_after(self) -> tuple[Moments, Moments] | None:
@@ -417,7 +438,7 @@ class Recomputation(UpdateInputs):
         after = self.step.after
         if after is None or not checkpoint_model.has_part(after, checkpoint_model.STATE):
             return None
-        return self._moments_of(after)
+        return self.inputs.moments_in(after)
 
     @property
     def _first_moments_after(self) -> Moments | None:
@@ -441,7 +462,7 @@ class Recomputation(UpdateInputs):
         if self._model_after is None:
             return None, []
         distance = model_distance.distances(
-            model, self._model_after, self._trained_model, adam.second
+            model, self._model_after, self.inputs.trained_model, adam.second
         )
         total_gap = sum(gap**2 for gap, _ in distance.values()) ** 0.5
         total_change = sum(change**2 for _, change in distance.values()) ** 0.5

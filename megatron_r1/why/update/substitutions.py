@@ -196,7 +196,7 @@ def _sample_substitutions(step: RecordedStep, recomputed: Recomputation) -> Iter
             "rl.minibatches: an update trains on its own mini-batch",
             repeats_first=True,
         )
-    counts = [len(update[0]) for update in recomputed.packed]
+    counts = [len(update[0]) for update in recomputed.inputs.packed]
     if any(count > 1 for count in counts):
         yield Substitution(
             "gradients averaged over the micro-batches of an update",
@@ -205,7 +205,7 @@ def _sample_substitutions(step: RecordedStep, recomputed: Recomputation) -> Iter
             "denominator alone",
             adam=(("gradient_factors", tuple(1 / count for count in counts)),),
         )
-    for name, rows in recomputed.shares():
+    for name, rows in recomputed.inputs.shares():
         yield Substitution(
             f"the gradient of {name} lost",
             "parallel",

@@ -37,21 +37,28 @@ PARAMETER_COPIES = 7
 """Copies of the parameters, fp32, that the updates need: model, gradients, moments, and others."""
 
 
-class UpdateInputs(PolicyLogprobs):
+class UpdateInputs:
     """What the updates of a recorded step are made of.
+
+    Args:
+        policies: the step's policies, with the log-probabilities of its tokens.
 
     Raises:
         CannotRecompute: weights are missing, or too large for this machine.
     """
 
-    @cached_property
-    def _moments(self) -> tuple[Moments, Moments] | None:
-        return None if self._is_begin else self._moments_of(self._before)
+    def __init__(self, policies: PolicyLogprobs) -> None:
+        self.step, self.policies = policies.step, policies
 
-    def _moments_of(self, checkpoint: Path) -> tuple[Moments, Moments]:
+    @cached_property
+    def moments(self) -> tuple[Moments, Moments] | None:
+        """Adam's first and second moments before the step; None before the run's first."""
+        return None if self.policies.is_first_step else self.moments_in(self.policies.before)
+
+    def moments_in(self, checkpoint: Path) -> tuple[Moments, Moments]:
         """Return the first and second moments in a checkpoint, by parameter."""
         first, second = (
-            trained_parameters(self.model(checkpoint, f"{checkpoint_model.STATE}{name}."))
+            trained_parameters(self.policies.model(checkpoint, f"{checkpoint_model.STATE}{name}."))
             for name in checkpoint_model.MOMENTS
         )
         return {k: moment.detach() for k, moment in first.items()}, {
@@ -61,12 +68,14 @@ class UpdateInputs(PolicyLogprobs):
     @cached_property
     def num_updates(self) -> int:
         """Updates before the step, as the checkpoint's optimizer has counted them."""
-        return 0 if self._is_begin else checkpoint_model.read_state(self._before) or 0
+        if self.policies.is_first_step:
+            return 0
+        return checkpoint_model.read_state(self.policies.before) or 0
 
     def check_updates(self) -> None:
         """Raise CannotRecompute where the step's updates cannot be made here."""
         config = self.step.config
-        before = self._before
+        before = self.policies.before
         algorithm = config.rl.algorithm
         reasons = (
             (
@@ -80,7 +89,7 @@ class UpdateInputs(PolicyLogprobs):
                 "are counted for depends on the packing",
             ),
             (
-                bool(config.model.lora and self._is_begin),
+                bool(config.model.lora and self.policies.is_first_step),
                 "model.lora: the factors that the first step begins with are not read",
             ),
             (config.fp8.recipe != "none", f"fp8.recipe: {config.fp8.recipe}"),
@@ -88,22 +97,25 @@ class UpdateInputs(PolicyLogprobs):
         for applies, reason in reasons:
             if applies:
                 raise CannotRecompute(reason)
-        cost = 4.0 * self.pass_flops
+        cost = 4.0 * self.policies.pass_flops
         if cost > UPDATE_FLOPS:
             raise CannotRecompute(
                 f"the updates take {cost / 1e12:,.0f} teraflops here, at most "
                 f"{UPDATE_FLOPS / 1e12:.0f} are spent"
             )
-        num_bytes = max(4 * PARAMETER_COPIES * self.num_parameters, self.model_bytes)
-        if num_bytes > self.free_bytes or self.is_streamed:
+        num_bytes = max(
+            4 * PARAMETER_COPIES * self.policies.num_parameters, self.policies.model_bytes
+        )
+        free_bytes = self.policies.free_bytes
+        if num_bytes > free_bytes or self.policies.is_streamed:
             raise CannotRecompute(
                 f"the updates need {num_bytes / 1e9:,.1f} GB, {4 * PARAMETER_COPIES} bytes a "
-                f"parameter or a whole model with its logits, {self.free_bytes / 1e9:,.1f} GB are "
+                f"parameter or a whole model with its logits, {free_bytes / 1e9:,.1f} GB are "
                 "free"
             )
         if (
             config.rl.kl_beta
-            and not self._is_begin
+            and not self.policies.is_first_step
             and not checkpoint_model.has_part(before, checkpoint_model.REFERENCE)
         ):
             raise CannotRecompute(f"{before} has no reference policy")
@@ -114,9 +126,9 @@ class UpdateInputs(PolicyLogprobs):
 
         Args:
             token_rows: the rows; None: the step's."""
-        token_rows = token_rows or self.rows
+        token_rows = token_rows or self.policies.rows
         by_response: dict[Any, list[int]] = {}
-        for index, sequence in enumerate(self.sequences):
+        for index, sequence in enumerate(self.policies.sequences):
             by_response.setdefault(sequence.response, []).append(index)
         shuffled = list(by_response.values())
         random.Random(f"{self.step.run_config.run.seed}:{self.step.step}").shuffle(shuffled)
@@ -132,11 +144,11 @@ class UpdateInputs(PolicyLogprobs):
         ]
 
     @cached_property
-    def _trained_model(self) -> Any:
+    def trained_model(self) -> Any:
         """What the optimizer changes: the policy, of 16 bits its master weights."""
-        if self.step.run_config.model.dtype == "float32" or self._is_begin:
-            return self.policy
-        return self.model(self._before, f"{checkpoint_model.STATE}param.")
+        if self.step.run_config.model.dtype == "float32" or self.policies.is_first_step:
+            return self.policies.policy
+        return self.policies.model(self.policies.before, f"{checkpoint_model.STATE}param.")
 
     @cached_property
     def packed(self) -> list[list[list[list[int]]]]:
@@ -149,7 +161,7 @@ class UpdateInputs(PolicyLogprobs):
         cost = sample_cost(self.step.hf_config)
         batches = []
         for rows in self.minibatches():
-            lengths = [len(self.rows[index].token_ids) for index in rows]
+            lengths = [len(self.policies.rows[index].token_ids) for index in rows]
             packing = pack(lengths, ranks, parallel.microbatch_tokens, cost=cost)
             batches.append(
                 [[[rows[index] for index in m] for m in share] for share in packing.shares]
@@ -186,7 +198,7 @@ class UpdateInputs(PolicyLogprobs):
             kl_beta=0.0 if rl.algorithm in formulas.TOKEN_ADVANTAGE_ALGORITHMS else rl.kl_beta,
             kl_estimator=rl.kl_estimator,
             entropy_coef=rl.entropy_coef,
-            temperature=self.temperature,
+            temperature=self.policies.temperature,
             divergence=(mask.low, mask.high) if mask.method == "divergence" else None,
         )
 
@@ -194,14 +206,14 @@ class UpdateInputs(PolicyLogprobs):
     def loss_terms(self) -> list[LossTerm]:
         """The terms of the loss whose gradients are computed one by one."""
         return [
-            *loss_terms(self.step, self.rows, self.loss_rules()),
+            *loss_terms(self.step, self.policies.rows, self.loss_rules()),
             *left_out_terms(
                 self.step,
                 lambda rows: with_token_advantages(
-                    self.step, rows, self._old_of_all, self.reference
+                    self.step, rows, self.policies.all_old_logprobs, self.policies.reference
                 ),
                 self.minibatches,
-                self.rows,
+                self.policies.rows,
             ),
         ]
 
@@ -236,53 +248,51 @@ class UpdateInputs(PolicyLogprobs):
             "must not reach the others (model.mtp)"
         )
 
-    def _rows(self, substitution: Substitution) -> list[TokenRow]:
+    def substituted_rows(self, substitution: Substitution) -> list[TokenRow]:
         """Return the rows with what is substituted of them."""
-        rows = self.rows
+        rows = self.policies.rows
         if substitution.advantages is not None:
             rows = [
                 replace(row, advantage=substitution.advantages[index[0]][index[1]])
                 for row, index in zip(
-                    rows, (sequence.response for sequence in self.sequences), strict=True
+                    rows, (sequence.response for sequence in self.policies.sequences), strict=True
                 )
             ]
         if substitution.trains_prompts:
             rows = [_with_prompt(row) for row in rows]
         return own_experts(rows) if substitution.routes_itself else rows
 
-    def _old_and_reference_logprobs(
+    def old_and_reference_logprobs(
         self, substitution: Substitution, rows: Sequence[TokenRow], loss: LossRules
     ) -> tuple[list[Tensor], list[Tensor] | None]:
         """Return log-probabilities of the rows under old policy and reference."""
-        is_own = loss.temperature == self.temperature and not substitution.trains_prompts
-        old = self._old_of_all
+        is_own = loss.temperature == self.policies.temperature and not substitution.trains_prompts
+        old = self.policies.all_old_logprobs
         if not is_own or substitution.routes_itself:
-            old = token_logprobs.logprobs(self.policy, rows, [loss.temperature])[0]
-        if not substitution.reference and (is_own or self.reference is None):
-            return old, self.reference
+            old = token_logprobs.logprobs(self.policies.policy, rows, [loss.temperature])[0]
+        if not substitution.reference and (is_own or self.policies.reference is None):
+            return old, self.policies.reference
         if substitution.reference == "begin":
             begin = weights_after(self.step.folder, self.step.run_config, 0)
             assert begin is not None, "the substitution is offered where the model is there"
-            model = self.model(begin)
-        elif substitution.reference == "policy" or self._is_begin:
+            model = self.policies.model(begin)
+        elif substitution.reference == "policy" or self.policies.is_first_step:
             if not self.step.config.rl.routing_replay:
                 return old, old
-            model = self.policy
+            model = self.policies.policy
         else:
-            model = self.reference_model
+            model = self.policies.reference_model
         return old, token_logprobs.logprobs(model, own_experts(rows), [loss.temperature])[0]
 
-    def _substituted_moments(self, substitution: Substitution) -> tuple[Moments, Moments] | None:
+    def substituted_moments(self, substitution: Substitution) -> tuple[Moments, Moments] | None:
         """Return the moments, those of the embedding for a head that is a tensor of its own."""
-        if not substitution.head_is_apart or self._moments is None:
-            return self._moments
+        if not substitution.head_is_apart or self.moments is None:
+            return self.moments
         embedding = "model.embed_tokens.weight"
-        first, second = (
-            {**moment, "lm_head.weight": moment[embedding]} for moment in self._moments
-        )
+        first, second = ({**moment, "lm_head.weight": moment[embedding]} for moment in self.moments)
         return first, second
 
-    def _order(self, substitution: Substitution, rows: Sequence[TokenRow]) -> list[list[int]]:
+    def update_rows(self, substitution: Substitution, rows: Sequence[TokenRow]) -> list[list[int]]:
         """Return the rows of each update."""
         minibatches = self.minibatches(rows)
         return [minibatches[0]] * len(minibatches) if substitution.repeats_first else minibatches

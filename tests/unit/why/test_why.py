@@ -541,13 +541,10 @@ def test_a_loss_of_kl_alone_has_the_rounding_of_kl(planted, logged, departs):
         base=made,
         run=lambda substitution, is_recorded: made,
         evidence=Evidence(),
-        packed=[],
+        inputs=SimpleNamespace(packed=[], shares=list, left_out="", trains_more=False),
         searches_causes=True,
-        shares=list,
-        left_out="",
         estimate=lambda substitution, line: 1.0,
         term_fit=TermFit((), math.inf, math.inf),
-        trains_more=False,
     )
     of_loss, of_kl = loss.check_loss(planted.read(), recomputed)
     assert of_loss.departs is departs and not of_kl.departs
@@ -562,7 +559,10 @@ def test_a_metric_that_is_no_number_departs_and_nothing_explains_it(planted, log
         raise AssertionError("no cause is searched")
 
     recomputed = SimpleNamespace(
-        base=made, run=searched, shares=searched, searches_causes=True, left_out=""
+        base=made,
+        run=searched,
+        inputs=SimpleNamespace(shares=searched, left_out=""),
+        searches_causes=True,
     )
     step = planted.read()
     of_loss, of_kl = loss.check_loss(step, recomputed)

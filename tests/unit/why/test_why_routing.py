@@ -33,7 +33,7 @@ def recomputed_with(agreement_by_shift: dict[int, float] | None):
             raise CannotRecompute("no checkpoint")
         return agreement_by_shift[shift]
 
-    return SimpleNamespace(routing_agreement=routing_agreement)
+    return SimpleNamespace(policies=SimpleNamespace(routing_agreement=routing_agreement))
 
 
 @pytest.mark.parametrize(

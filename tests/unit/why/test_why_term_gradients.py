@@ -217,7 +217,7 @@ def test_responses_that_are_left_out_have_the_advantages_that_they_would_have(pl
     planted.settings["rl"] |= {"truncated": "mask", "algorithm": "grpo"}
     step = planted.read()
     made = Recomputation(step)
-    masked, ungraded = left_out_terms(step, list, made.minibatches, made.rows)
+    masked, ungraded = left_out_terms(step, list, made.inputs.minibatches, made.policies.rows)
     for term, index, group in (
         (ungraded, 1, [1.1, 0.0, 1.1, 0.1]),
         (masked, 3, [1.1, 1.1, 0.1]),  # what has no grade is in no group's mean
@@ -237,7 +237,9 @@ def compared(coefficients: dict[str, float], trains_more: bool = False):
     config = parse({"model": {"dtype": "float32"}})
     fit = run.fit(order, run.step(order, coefficients))
     step = SimpleNamespace(config=config, run_config=config, advantages=[[1.0, math.nan]])
-    return check_terms(step, SimpleNamespace(term_fit=fit, trains_more=trains_more))
+    return check_terms(
+        step, SimpleNamespace(term_fit=fit, inputs=SimpleNamespace(trains_more=trains_more))
+    )
 
 
 def test_the_check_names_the_term_and_its_setting():
@@ -269,11 +271,11 @@ def test_what_is_not_known_is_said():
 def test_of_moments_in_16_bits_no_gradient_is_taken_back():
     step = step_of({"kl_beta": 0.0}, optimizer={"moments": "bfloat16"})
     made = Recomputation(SimpleNamespace(**vars(step), step=3, after=None))
-    made.check_updates = lambda: None
+    made.inputs.check_updates = lambda: None
     with pytest.raises(CannotRecompute, match="no checkpoint of step 3"):
         _ = made.term_fit
     made = Recomputation(step)
-    made.check_updates = lambda: None
+    made.inputs.check_updates = lambda: None
     made._moments_after = {}, {}
     with pytest.raises(CannotRecompute, match=r"optimizer.moments: bfloat16"):
         _ = made.term_fit

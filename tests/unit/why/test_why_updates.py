@@ -314,4 +314,4 @@ def test_masked_tokens_have_no_advantage(mask):
 def test_updates_without_an_own_formula_are_not_made_again():
     step = step_of({"routing_replay": True}, model={"expert_bias_update_rate": 1e-3})
     with pytest.raises(CannotRecompute, match=r"rl.routing_replay with model"):
-        Recomputation(step).check_updates()
+        Recomputation(step).inputs.check_updates()
