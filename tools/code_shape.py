@@ -1,8 +1,9 @@
 """Find statements bent to save lines: `python tools/code_shape.py [PATH …]`, in `make lint`.
 
-A tuple or list that is only starred into a call hides which argument is which, and a parallel
-assignment over several lines separates each name from its value. Calls are read in all folders but
-tests, where command lines are grouped by option; assignments everywhere."""
+A tuple or list that is only starred into a call hides which argument is which, one starred into
+another tuple or list is there to fill lines, and a parallel assignment over several lines separates
+each name from its value. Starred literals are found in all folders but tests, where command lines
+are grouped by option; assignments everywhere."""
 
 import ast
 import subprocess
@@ -12,17 +13,27 @@ from pathlib import Path
 
 Finding = tuple[int, str]
 """A line, from 1, and what to write there."""
+Display = ast.Tuple | ast.List | ast.Set
+"""A literal of several values."""
 
 
 def find_starred_literals(tree: ast.Module) -> Iterator[Finding]:
-    """Yield the tuples, lists and sets that are written in a call only to be unpacked."""
+    """Yield the tuples, lists and sets that are written in a call, or in another tuple, list or
+    set, only to be unpacked."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
-            for argument in node.args:
-                if isinstance(argument, ast.Starred) and isinstance(
-                    argument.value, ast.Tuple | ast.List | ast.Set
-                ):
-                    yield argument.lineno, "a starred literal in a call: name or list its arguments"
+            for line in _starred_literals(node.args):
+                yield line, "a starred literal in a call: name or list its arguments"
+        elif isinstance(node, Display):
+            for line in _starred_literals(node.elts):
+                yield line, "a starred literal in another literal: list its values there"
+
+
+def _starred_literals(values: list[ast.expr]) -> Iterator[int]:
+    """Yield the lines of the starred literals among these values."""
+    for value in values:
+        if isinstance(value, ast.Starred) and isinstance(value.value, Display):
+            yield value.lineno
 
 
 def find_parallel_assignments(tree: ast.Module) -> Iterator[Finding]:

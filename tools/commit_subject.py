@@ -32,8 +32,23 @@ SCISSORS = "# ------------------------ >8"
 """Below it `git commit -v` shows the changes."""
 NO_VERBS = ("A", "An", "No", "One", "The", "This", "What")
 IMPERATIVES = (
-    *("Embed", "Exceed", "Feed", "Need", "Proceed", "Seed", "Shed", "Shred", "Speed", "Succeed"),
-    *("Bring", "Ping", "Ring", "Spring", "String", "Swing", "Wring"),
+    "Embed",
+    "Exceed",
+    "Feed",
+    "Need",
+    "Proceed",
+    "Seed",
+    "Shed",
+    "Shred",
+    "Speed",
+    "Succeed",
+    "Bring",
+    "Ping",
+    "Ring",
+    "Spring",
+    "String",
+    "Swing",
+    "Wring",
 )
 """Verbs that end as participles do."""
 RENAME = re.compile(r"(?<!\S)`?[A-Za-z_.][\w./:*-]*`? (?:→|->) `?[A-Za-z_.]")

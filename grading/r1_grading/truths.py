@@ -15,16 +15,52 @@ from r1_grading.reading.answer import MARKER, last_boxed, unwrap
 from r1_grading.rewards import find_non_finite
 
 NO_TRUTH = (
-    *("proof", "notfound", "not found", "n/a", "n.a.", "none", "null", "nil", "nan", "<na>"),
-    *("unknown", "undefined", "no answer", "noanswer", "invalid", "missing", "empty", "error"),
-    *("todo", "tbd", "fixme", "xxx", "-", "--", "---", "–", "—", "?", "??", "???", "...", "…"),
+    "proof",
+    "notfound",
+    "not found",
+    "n/a",
+    "n.a.",
+    "none",
+    "null",
+    "nil",
+    "nan",
+    "<na>",
+    "unknown",
+    "undefined",
+    "no answer",
+    "noanswer",
+    "invalid",
+    "missing",
+    "empty",
+    "error",
+    "todo",
+    "tbd",
+    "fixme",
+    "xxx",
+    "-",
+    "--",
+    "---",
+    "–",
+    "—",
+    "?",
+    "??",
+    "???",
+    "...",
+    "…",
 )
 """Words that data sets write where there is no answer: NuminaMath-1.5 has "proof" and "notfound".
 """
 WRAPPING = "[](){}<>\"'`*_ \t\r\n.:!"
 ANSWER_KEYS = (
-    *("target", "golden_answers", "answers", "answer", "ground_truth", "value", "aliases"),
-    *("text", "spans"),
+    "target",
+    "golden_answers",
+    "answers",
+    "answer",
+    "ground_truth",
+    "value",
+    "aliases",
+    "text",
+    "spans",
 )
 """The keys of a mapping that is a truth of any kind but code."""
 MAX_NONE_CHARS = 200
@@ -60,8 +96,13 @@ def accepted_answers(truth: Any) -> list[Any]:
 
 
 IGNORED_KEYS = {
-    *("normalized_aliases", "normalized_value", "matched_wiki_entity_name", "type"),
-    *("normalized_matched_wiki_entity_name", "answer_start", "types"),
+    "normalized_aliases",
+    "normalized_value",
+    "matched_wiki_entity_name",
+    "type",
+    "normalized_matched_wiki_entity_name",
+    "answer_start",
+    "types",
 }
 """Keys of TriviaQA's answers that repeat others, and of places in a text (SQuAD, DROP)."""
 

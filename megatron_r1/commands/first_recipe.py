@@ -166,8 +166,19 @@ def guess_batches(parameters: int, num_questions: int, machine: Machine) -> list
 
 WIDTH = 100
 SECTIONS = (
-    *("run", "model", "data", "sft", "reward_model", "rollout", "rewards", "rl", "optimizer"),
-    *("parallel", "push", "checkpoint", "eval"),
+    "run",
+    "model",
+    "data",
+    "sft",
+    "reward_model",
+    "rollout",
+    "rewards",
+    "rl",
+    "optimizer",
+    "parallel",
+    "push",
+    "checkpoint",
+    "eval",
 )
 
 

@@ -32,16 +32,38 @@ from megatron_r1.data.sampler import EpochSampler
 
 COLUMNS = "in sft.data, beside path, columns"
 CHATS = (
-    *("messages", "conversations", "conversation", "chat", "dialog", "dialogue", "turns"),
+    "messages",
+    "conversations",
+    "conversation",
+    "chat",
+    "dialog",
+    "dialogue",
+    "turns",
     "contents",
 )
 QUESTIONS = (
-    *("question", "problem", "query", "instruction", "prompt", "input", "user", "human"),
+    "question",
+    "problem",
+    "query",
+    "instruction",
+    "prompt",
+    "input",
+    "user",
+    "human",
     "user_prompt",
 )
 RESPONSES = (
-    *("response", "completion", "generated_solution", "output", "answer", "solution"),
-    *("generation", "reasoning", "assistant", "bot", "gpt"),
+    "response",
+    "completion",
+    "generated_solution",
+    "output",
+    "answer",
+    "solution",
+    "generation",
+    "reasoning",
+    "assistant",
+    "bot",
+    "gpt",
 )
 
 

@@ -101,9 +101,20 @@ def _is_code(folder: Path) -> bool:
 
 
 TURN_ENDS = (
-    *("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|eot|>"),
-    *("<|eom|>", "<end_of_turn>", "<|return|>", "<|call|>", "<|end_of_turn|>", "<|eos|>"),
-    *("<｜end▁of▁sentence｜>", "<|END_OF_TURN_TOKEN|>"),
+    "<|im_end|>",
+    "<|endoftext|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|end_of_text|>",
+    "<|eot|>",
+    "<|eom|>",
+    "<end_of_turn>",
+    "<|return|>",
+    "<|call|>",
+    "<|end_of_turn|>",
+    "<|eos|>",
+    "<｜end▁of▁sentence｜>",
+    "<|END_OF_TURN_TOKEN|>",
 )
 """Added tokens that end a turn in every vocabulary that has them."""
 GLM = ("<|user|>", "<|observation|>")

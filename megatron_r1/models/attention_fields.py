@@ -10,11 +10,20 @@ _ROPE_KEYS = {
     "default": (),
     "linear": ("factor",),
     "llama3": (
-        *("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
     ),
     "yarn": (
-        *("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale"),
-        *("mscale_all_dim", "attention_factor", "truncate"),
+        "factor",
+        "original_max_position_embeddings",
+        "beta_fast",
+        "beta_slow",
+        "mscale",
+        "mscale_all_dim",
+        "attention_factor",
+        "truncate",
         "attn_factor",  # of DeepSeek-R1-0528-Qwen3-8B; transformers and vLLM do not read it
     ),
 }

@@ -103,7 +103,10 @@ _PLAIN_EXPERTS = {
 _NOAUX = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
 _SIGMOID = {**_ROUTED, **_NOAUX}
 _SIGMOID_NEEDS = (
-    *("first_k_dense_replace", "n_shared_experts", "n_group", "topk_group"),
+    "first_k_dense_replace",
+    "n_shared_experts",
+    "n_group",
+    "topk_group",
     "routed_scaling_factor",
 )
 

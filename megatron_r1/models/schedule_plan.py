@@ -75,8 +75,14 @@ class OverlapSchedulePlan(TransformerModelChunkSchedulePlan):
         context = {
             name: getattr(state, name)
             for name in (
-                *("input_ids", "position_ids", "attention_mask", "packed_seq_params"),
-                *("rotary_pos_emb", "rotary_pos_cos", "rotary_pos_sin", "sequence_len_offset"),
+                "input_ids",
+                "position_ids",
+                "attention_mask",
+                "packed_seq_params",
+                "rotary_pos_emb",
+                "rotary_pos_cos",
+                "rotary_pos_sin",
+                "sequence_len_offset",
             )
         }
         return state.model._with_predictions(hidden, context)

@@ -126,14 +126,30 @@ def _check_quantization(hf_config: HFConfig) -> None:
 
 
 _SIZES = (
-    *("num_hidden_layers", "hidden_size", "intermediate_size", "moe_intermediate_size"),
-    *("num_attention_heads", KEY_VALUE_HEADS, "head_dim", "vocab_size", "max_position_embeddings"),
-    *("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
-    *("num_experts_per_tok", "decoder_sparse_step"),
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "num_attention_heads",
+    KEY_VALUE_HEADS,
+    "head_dim",
+    "vocab_size",
+    "max_position_embeddings",
+    "q_lora_rank",
+    "kv_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+    "num_experts_per_tok",
+    "decoder_sparse_step",
 )
 _COUNTS = (
-    *("num_nextn_predict_layers", "n_routed_experts", "n_shared_experts", "first_k_dense_replace"),
-    *("n_group", "topk_group"),
+    "num_nextn_predict_layers",
+    "n_routed_experts",
+    "n_shared_experts",
+    "first_k_dense_replace",
+    "n_group",
+    "topk_group",
 )
 _FLAGS = ("norm_topk_prob", "tie_word_embeddings", "attention_bias", "mlp_bias", "use_qk_norm")
 _FACTORS = ("routed_scaling_factor", "initializer_range")

@@ -126,8 +126,17 @@ def server_command(name: str, config: ServeConfig, port: int) -> list[str]:
             for word in config.command
         ]
     return [
-        *(sys.executable, "-m", VLLM, "--model", config.model, "--served-model-name", name),
-        *("--host", config.host, "--port", str(port)),
+        sys.executable,
+        "-m",
+        VLLM,
+        "--model",
+        config.model,
+        "--served-model-name",
+        name,
+        "--host",
+        config.host,
+        "--port",
+        str(port),
         *(["--runner", "pooling"] if config.task == "classify" else []),
         *(["--enforce-eager"] if gpu.device() == "cpu" else []),
         *_config_arguments(Path(config.model)),

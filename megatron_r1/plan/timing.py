@@ -338,8 +338,16 @@ def time_section(times: StepTime) -> QuantityTable:
 
 
 PARTS = (
-    *("rollout", ROUTED, "scoring", "training", "critic", OFFLOAD),
-    *("push", "load", "sleep and wake", "saves"),
+    "rollout",
+    ROUTED,
+    "scoring",
+    "training",
+    "critic",
+    OFFLOAD,
+    "push",
+    "load",
+    "sleep and wake",
+    "saves",
 )
 """The parts of a step, in order."""
 PUSH_PARTS = (OFFLOAD, "push", "load", "sleep and wake")

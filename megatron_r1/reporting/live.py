@@ -27,8 +27,15 @@ REFRESHES_PER_SECOND = 2
 # Samples stay this long on the screen, however fast the steps: long enough to read one.
 SAMPLE_HOLD_SECONDS = 5.0
 PLAIN_METRICS = (
-    *("accuracy", "reward/mean", "response_length/mean", "loss", "kl", "entropy"),
-    *("logprob_diff/mean", "grad_norm", "tokens_per_second"),
+    "accuracy",
+    "reward/mean",
+    "response_length/mean",
+    "loss",
+    "kl",
+    "entropy",
+    "logprob_diff/mean",
+    "grad_norm",
+    "tokens_per_second",
 )
 
 

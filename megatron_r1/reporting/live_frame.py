@@ -80,10 +80,24 @@ PHASE_STYLES = {
     "other": "bright_black",
 }
 NUMBERS = (
-    *("reward/mean", "kl", "entropy", "logprob_diff/mean", "clip_fraction", "grad_norm"),
-    *("tokens_per_second", "loss", "learning_rate", "format/mean", "language/mean"),
-    *("groups/zero_variance", "truncated", "staleness", "routing/agreement"),
-    *("rewards/busy", "rewards/timeouts", "speculative/acceptance"),
+    "reward/mean",
+    "kl",
+    "entropy",
+    "logprob_diff/mean",
+    "clip_fraction",
+    "grad_norm",
+    "tokens_per_second",
+    "loss",
+    "learning_rate",
+    "format/mean",
+    "language/mean",
+    "groups/zero_variance",
+    "truncated",
+    "staleness",
+    "routing/agreement",
+    "rewards/busy",
+    "rewards/timeouts",
+    "speculative/acceptance",
 )
 RL_CHARTS = ("accuracy", "response_length/mean")
 SFT_CHARTS = ("loss", "grad_norm")

@@ -19,8 +19,17 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from megatron_r1.reporting.formatting import printable
 
 INK_NAMES = (
-    *("ink", "muted", "grid", "page", "accent", "second"),
-    *("rollout", "reward", "train", "push", "other"),
+    "ink",
+    "muted",
+    "grid",
+    "page",
+    "accent",
+    "second",
+    "rollout",
+    "reward",
+    "train",
+    "push",
+    "other",
 )
 # Placeholder colors for matplotlib (#010101, …); in the SVG they become var(--name).
 INKS = {name: "#" + 3 * f"{number:02x}" for number, name in enumerate(INK_NAMES, 1)}

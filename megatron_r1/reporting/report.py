@@ -35,9 +35,19 @@ from megatron_r1.reporting.samples import choose_samples
 
 HERO_SIZE = (5.2, 2.7)
 SMALL = (
-    *("reward/mean", "kl", "entropy", "logprob_diff/mean", "routing/agreement", "clip_fraction"),
-    *("grad_norm", "loss", "learning_rate", "tokens_per_second", "format/mean"),
-    *("groups/zero_variance", "truncated"),
+    "reward/mean",
+    "kl",
+    "entropy",
+    "logprob_diff/mean",
+    "routing/agreement",
+    "clip_fraction",
+    "grad_norm",
+    "loss",
+    "learning_rate",
+    "tokens_per_second",
+    "format/mean",
+    "groups/zero_variance",
+    "truncated",
 )
 # These mean something only against zero; the others are read by their shape.
 FROM_ZERO = {"kl", "clip_fraction", "grad_norm", "tokens_per_second", "response_length/mean"}

@@ -432,8 +432,15 @@ class PushOperations(Protocol):
 OPTIMIZER_OPERATIONS = {"update", "update_critic", "save_checkpoint", "load_checkpoint"}
 """Operations that use the optimizer's state."""
 WEIGHTLESS_OPERATIONS = {
-    *(LOAD, STOP, "free_memory", "measure_logprob_diff", "compute_token_advantages"),
-    *("mask_advantages", "compare_probe", "checkpoint_progress", "verify_checkpoint"),
+    LOAD,
+    STOP,
+    "free_memory",
+    "measure_logprob_diff",
+    "compute_token_advantages",
+    "mask_advantages",
+    "compare_probe",
+    "checkpoint_progress",
+    "verify_checkpoint",
 }
 """Operations that use no weights: they may be called while the weights are offloaded
 (`parallel.offload_between_phases`)."""

@@ -47,8 +47,21 @@ IN_FOLDERS = {
 }
 """Benches of several files: the module, in the bench's folder, that runs."""
 NAMES = (
-    *("agents", "algorithms", "answers", "chaos", "controller", "corrections", "fp8"),
-    *("kernels", "prompts", "push", "resources", "rewards", "speculative", "start", "step"),
+    "agents",
+    "algorithms",
+    "answers",
+    "chaos",
+    "controller",
+    "corrections",
+    "fp8",
+    "kernels",
+    "prompts",
+    "push",
+    "resources",
+    "rewards",
+    "speculative",
+    "start",
+    "step",
     "why",
 )
 """Modules of this package, or those of ELSEWHERE and IN_FOLDERS. Each has `add_options(parser)`,

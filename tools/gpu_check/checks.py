@@ -18,9 +18,15 @@ from tools.bench.host import ROOT, environment
 from tools.gpu_check import verdict
 
 PYTEST = (
-    *("-m", "pytest", "-q", "-p", "no:cacheprovider"),
+    "-m",
+    "pytest",
+    "-q",
+    "-p",
+    "no:cacheprovider",
     # The page shows the end of a check's output, which names what failed.
-    *("-rfEs", "--tb=short", "--disable-warnings"),
+    "-rfEs",
+    "--tb=short",
+    "--disable-warnings",
 )
 # Where only torch and Triton are installed, the conftest files do not import.
 ALONE = (*PYTEST, "--noconftest", "-c", "/dev/null", "--rootdir", ".")

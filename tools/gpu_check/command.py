@@ -26,8 +26,16 @@ from tools.gpu_check import verdict
 from tools.gpu_check.checks import CHECKS, PARTS, Check
 
 PACKAGES = (
-    *("torch", "triton", "transformer-engine", "megatron-core", "vllm", "flash-attn", "numpy"),
-    *("liger-kernel", "trl", "quack-kernels"),
+    "torch",
+    "triton",
+    "transformer-engine",
+    "megatron-core",
+    "vllm",
+    "flash-attn",
+    "numpy",
+    "liger-kernel",
+    "trl",
+    "quack-kernels",
 )
 QUERY = "name,driver_version,memory.total,clocks.max.sm,mig.mode.current"
 NULL_GPU = "(null)"

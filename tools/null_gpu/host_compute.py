@@ -22,9 +22,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 ALLOCATES = {
-    *("empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "resize_", "set_"),
-    *("record_stream", "is_pinned", "_pin_memory", "_local_scalar_dense", "detach", "alias"),
-    *("_unsafe_view", "lift_fresh", "is_same_size"),
+    "empty",
+    "empty_strided",
+    "empty_like",
+    "new_empty",
+    "new_empty_strided",
+    "resize_",
+    "set_",
+    "record_stream",
+    "is_pinned",
+    "_pin_memory",
+    "_local_scalar_dense",
+    "detach",
+    "alias",
+    "_unsafe_view",
+    "lift_fresh",
+    "is_same_size",
 }
 """Operators that make, describe or read memory: CUDA's own work on the null GPU."""
 

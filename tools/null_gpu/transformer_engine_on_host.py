@@ -26,10 +26,18 @@ def install() -> None:
     importlib.import_module("transformer_engine.pytorch")
     theirs = [m for name, m in sys.modules.items() if name.startswith("transformer_engine")]
     for kernel in (
-        *(generic_gemm, te_general_grouped_gemm, rmsnorm_fwd, rmsnorm_bwd),
-        *(multi_tensor_adam, multi_tensor_scale, multi_tensor_l2norm),
-        *(quantize, split_quantize, fp8_transpose),
-        *(fused_multi_row_padding, fused_multi_row_unpadding),
+        generic_gemm,
+        te_general_grouped_gemm,
+        rmsnorm_fwd,
+        rmsnorm_bwd,
+        multi_tensor_adam,
+        multi_tensor_scale,
+        multi_tensor_l2norm,
+        quantize,
+        split_quantize,
+        fp8_transpose,
+        fused_multi_row_padding,
+        fused_multi_row_unpadding,
     ):
         original = getattr(sys.modules["transformer_engine_torch"], kernel.__name__)
         ORIGINALS[kernel.__name__] = original

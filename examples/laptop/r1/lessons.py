@@ -17,9 +17,28 @@ from megatron_r1.data.gym_tasks import generate_items
 
 LANGUAGES = ("en", "zh")
 NAMES = (
-    *("Mary", "Patricia", "Jennifer", "Linda", "Elizabeth", "Barbara", "Susan", "Jessica"),
-    *("Sarah", "Margaret", "Alice", "James", "John", "Robert", "Michael", "William"),
-    *("David", "Richard", "Joseph", "Thomas", "Charles", "Bob"),
+    "Mary",
+    "Patricia",
+    "Jennifer",
+    "Linda",
+    "Elizabeth",
+    "Barbara",
+    "Susan",
+    "Jessica",
+    "Sarah",
+    "Margaret",
+    "Alice",
+    "James",
+    "John",
+    "Robert",
+    "Michael",
+    "William",
+    "David",
+    "Richard",
+    "Joseph",
+    "Thomas",
+    "Charles",
+    "Bob",
 )
 """The names of reasoning-gym's `aiw`."""
 

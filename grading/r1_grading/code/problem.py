@@ -247,8 +247,14 @@ ASSERT_KEYS = ("test_list", "asserts", "assert_list")
 FUNCTION_KEYS = ("fn_name", "func_name", "function_name", "entry_point")
 CHECK_KEYS = ("functional", "test")
 TEST_KEYS = (
-    *("tests", "inputs", "outputs", "test_cases", "public_test_cases"),
-    *(*CODECONTESTS, *ASSERT_KEYS, "functional"),
+    "tests",
+    "inputs",
+    "outputs",
+    "test_cases",
+    "public_test_cases",
+    *CODECONTESTS,
+    *ASSERT_KEYS,
+    "functional",
 )
 HEAD = re.compile(
     rf"""\s*(?:\{{.{{0,200}}?["'](?:{"|".join(TEST_KEYS)})["']\s*:"""

@@ -82,7 +82,7 @@ SINGLE_NUMBER = re.compile(r"[-+]?[\d.,/]+\s*\\?%?")
 NAMING = frozenset(["time", "two", "three", "four", "five", "six"])
 """Words of names that change a value elsewhere: `the two numbers are`."""
 VALUE_WORDS = frozenset(
-    [*("and", "or", "pi", "sqrt", "sin", "cos", "tan", "ln", "log", "infinity", "am", "pm")]
+    ["and", "or", "pi", "sqrt", "sin", "cos", "tan", "ln", "log", "infinity", "am", "pm"]
 )
 TWO_LETTERS = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 UNIT_AT_END = re.compile(r"\s+((?:square |cubic )?[A-Za-z]{1,20})([²³]?)$")
@@ -116,9 +116,19 @@ PHRASES = {
     r"\infty": ("infinity", "positive infinity"),
     r"\mathbb{R}": ("all real numbers", "all reals", "every real number", "the real numbers"),
     "does not exist": (
-        *("dne", "d.n.e", "doesn't exist", "do not exist", "undefined", "is undefined"),
-        *("not defined", "is not defined", "the limit does not exist", "limit does not exist"),
-        *("it does not exist", "nonexistent", "non-existent"),
+        "dne",
+        "d.n.e",
+        "doesn't exist",
+        "do not exist",
+        "undefined",
+        "is undefined",
+        "not defined",
+        "is not defined",
+        "the limit does not exist",
+        "limit does not exist",
+        "it does not exist",
+        "nonexistent",
+        "non-existent",
     ),
 }
 MEANINGS = {phrase: meaning for meaning, phrases in PHRASES.items() for phrase in phrases}

@@ -48,8 +48,17 @@ TRIMMED = "".join(filter(str.isspace, map(chr, range(0x3001)))) + "\ufeff\u200b\
 """Spaces and invisible characters (a byte-order mark, a zero-width space) around an answer."""
 BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
 DELIMITERS = (
-    *(("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("`", "`")),
-    *(("__", "__"), ("_", "_"), ('"', '"'), ("'", "'"), ("“", "”")),
+    ("$$", "$$"),
+    ("$", "$"),
+    (r"\(", r"\)"),
+    (r"\[", r"\]"),
+    ("**", "**"),
+    ("`", "`"),
+    ("__", "__"),
+    ("_", "_"),
+    ('"', '"'),
+    ("'", "'"),
+    ("“", "”"),
     *((rf"\{font}{{", "}") for font in ("text", "textbf", "textit", "mathbf", "mathrm")),
     (r"\underline{", "}"),
     *((box + "{", "}") for box in BOXES),

@@ -19,8 +19,23 @@ from r1_grading.sandbox.limits import Budget, Limits
 from r1_grading.sandbox.run import SandboxError, run
 
 MODULES = (
-    *("string", "re", "datetime", "collections", "heapq", "bisect", "copy", "math", "random"),
-    *("statistics", "itertools", "functools", "operator", "io", "sys", "json", "typing"),
+    "string",
+    "re",
+    "datetime",
+    "collections",
+    "heapq",
+    "bisect",
+    "copy",
+    "math",
+    "random",
+    "statistics",
+    "itertools",
+    "functools",
+    "operator",
+    "io",
+    "sys",
+    "json",
+    "typing",
 )
 """In the harness's order: `from … import *` of each, builtins again, then `import …` of each."""
 IDENTIFIER = re.compile(r"[^\W\d]\w*")

@@ -230,9 +230,17 @@ ENVIRONMENT = {
     "PYTHONHASHSEED": "0",
 }
 NAMESPACES = (
-    *("--unshare-all", "--unshare-user", "--uid", str(host.NOBODY), "--gid", str(host.NOBODY)),
+    "--unshare-all",
+    "--unshare-user",
+    "--uid",
+    str(host.NOBODY),
+    "--gid",
+    str(host.NOBODY),
+    "--hostname",
+    "sandbox",
+    "--die-with-parent",
     # A session of its own: otherwise TIOCSTI could type into the grader's terminal (CVE-2017-5226).
-    *("--hostname", "sandbox", "--die-with-parent", "--new-session"),
+    "--new-session",
     # The program is process 1 itself: bwrap then waits for it and reaps it. Otherwise every run
     # leaves a zombie in containers whose first process reaps nothing.
     "--as-pid-1",

@@ -27,8 +27,21 @@ MAX_CHARS = 400
 MAX_DEPTH = 40
 MAX_MEMBERS = 20
 GREEK = (
-    *("alpha", "beta", "gamma", "delta", "theta", "lambda", "mu", "rho", "sigma", "tau", "phi"),
-    *("omega", "psi", "xi", "eta"),
+    "alpha",
+    "beta",
+    "gamma",
+    "delta",
+    "theta",
+    "lambda",
+    "mu",
+    "rho",
+    "sigma",
+    "tau",
+    "phi",
+    "omega",
+    "psi",
+    "xi",
+    "eta",
 )
 SPELLINGS = (
     (re.compile(r"\\(?:left|right|bigl?|bigr|Bigl?|Bigr|displaystyle|limits)(?![A-Za-z])"), " "),

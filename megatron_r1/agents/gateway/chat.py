@@ -14,8 +14,15 @@ from megatron_r1.agents.gateway.request import Message, RequestError, TurnReply,
 
 NEUTRAL = SAMPLING | {"reasoning_effort": None, "verbosity": None}
 IGNORED = (
-    *("metadata", "moderation", "prompt_cache_key", "prompt_cache_options", "store", "user"),
-    *("prompt_cache_retention", "safety_identifier", "service_tier"),
+    "metadata",
+    "moderation",
+    "prompt_cache_key",
+    "prompt_cache_options",
+    "store",
+    "user",
+    "prompt_cache_retention",
+    "safety_identifier",
+    "service_tier",
 )
 END = b"data: [DONE]\n\n"
 """The end of a stream: OpenAI's client reads until this event, not until the connection closes."""

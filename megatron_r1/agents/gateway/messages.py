@@ -21,8 +21,13 @@ NEUTRAL = {
     "speed": "standard",
 }
 IGNORED = (
-    *("metadata", "cache_control", "service_tier", "inference_geo", "diagnostics"),
-    *("user_profile_id", "workspace_id"),
+    "metadata",
+    "cache_control",
+    "service_tier",
+    "inference_geo",
+    "diagnostics",
+    "user_profile_id",
+    "workspace_id",
 )
 ATTRIBUTION = "x-anthropic-billing-header"
 """The beginning of a system block of Claude Code that differs in every request; vLLM also drops

@@ -14,8 +14,12 @@ from megatron_r1.agents.gateway.request import RequestError, TurnReply, TurnRequ
 
 NEUTRAL = SAMPLING | {"stop_token_ids": None, "min_tokens": 0, "ignore_eos": None}
 IGNORED = (
-    *("skip_special_tokens", "spaces_between_special_tokens", "routed_experts_prompt_start"),
-    *("detokenize", "include_stop_str_in_output", "output_kind"),
+    "skip_special_tokens",
+    "spaces_between_special_tokens",
+    "routed_experts_prompt_start",
+    "detokenize",
+    "include_stop_str_in_output",
+    "output_kind",
 )
 
 

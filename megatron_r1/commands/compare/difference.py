@@ -6,8 +6,16 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 PHASES = (
-    *("questions", "responses", "engine log-probabilities", "rewards", "training"),
-    *("gradient", "update", "weights", "reference", "random streams"),
+    "questions",
+    "responses",
+    "engine log-probabilities",
+    "rewards",
+    "training",
+    "gradient",
+    "update",
+    "weights",
+    "reference",
+    "random streams",
 )
 """The parts of a step that a difference can begin in, in their order."""
 

@@ -48,8 +48,18 @@ def is_rounding(distance: float, dtype: str) -> bool:
 
 
 NOT_COMPARED = (
-    *("time/", "tokens_per_second", "checkpoint/", "engines/", "trainer/", "packing/", "memory/"),
-    *("push/", "groups/restored", "rewards/busy", "rewards/most_outstanding", "nonfinite"),
+    "time/",
+    "tokens_per_second",
+    "checkpoint/",
+    "engines/",
+    "trainer/",
+    "packing/",
+    "memory/",
+    "push/",
+    "groups/restored",
+    "rewards/busy",
+    "rewards/most_outstanding",
+    "nonfinite",
 )
 """Beginnings of the names of metrics that equal runs need not share: times, what a restart leaves,
 and what depends on the layout."""

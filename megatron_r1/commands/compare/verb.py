@@ -50,7 +50,10 @@ MAX_SHOWN = 5
 """As many differences of one step are printed; --json has all."""
 IGNORED_SETTINGS = (
     *(key for key in RESUMABLE if key.startswith("run.")),
-    *("checkpoint", "rl.sample_log", "rl.keep_sample_log", "eval"),
+    "checkpoint",
+    "rl.sample_log",
+    "rl.keep_sample_log",
+    "eval",
 )
 """Settings that change nothing of what is compared."""
 

@@ -13,8 +13,13 @@ import numpy as np
 MOST_TOKENS = 64
 """Tokens of a sequence after which they are sent all the same."""
 OTHER_FIELDS = (
-    *("finish_reason", "new_prompt_logprobs_tensors", "pooling_output", "events"),
-    *("kv_transfer_params", "ec_transfer_params", "routed_experts"),
+    "finish_reason",
+    "new_prompt_logprobs_tensors",
+    "pooling_output",
+    "events",
+    "kv_transfer_params",
+    "ec_transfer_params",
+    "routed_experts",
 )
 """Fields of an output that is sent at once where one is set."""
 

@@ -20,9 +20,21 @@ from megatron_r1.evaluation.benchmarks.base import (
 )
 
 NAMES = (
-    *("id", "title", "description", "input_format", "output_format", "interaction_format"),
-    *("note", "examples", "official_tests", "official_tests_complete", "input_mode"),
-    *("generated_checker", "time_limit", "memory_limit", "rating"),
+    "id",
+    "title",
+    "description",
+    "input_format",
+    "output_format",
+    "interaction_format",
+    "note",
+    "examples",
+    "official_tests",
+    "official_tests_complete",
+    "input_mode",
+    "generated_checker",
+    "time_limit",
+    "memory_limit",
+    "rating",
 )
 LAYOUT = {name: name for name in NAMES}
 CPU_SECONDS, MEMORY_MIB = 2.0, 256

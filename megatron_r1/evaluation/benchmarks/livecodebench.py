@@ -101,8 +101,14 @@ def _unpack(packed: str) -> Any:
 
 
 NAMES = (
-    *("question_id", "question_content", "contest_date", "difficulty", "starter_code"),
-    *("public_test_cases", "private_test_cases", "metadata"),
+    "question_id",
+    "question_content",
+    "contest_date",
+    "difficulty",
+    "starter_code",
+    "public_test_cases",
+    "private_test_cases",
+    "metadata",
 )
 LAYOUT = {name: name for name in NAMES}
 RELEASES = ("v1", "v2", "v3", "v4", "v5", "v6")

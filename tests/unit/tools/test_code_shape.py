@@ -12,6 +12,9 @@ from tools.code_shape import find_bent_statements, main
     [
         ("f(*(a, b), c)", [1]),
         ("f(\n    *[a, *rest],\n    *(b,),\n)", [2, 3]),
+        ("NAMES = (\n    *('a', 'b'),\n    *other,\n    *['c'],\n)", [2, 4]),
+        ("names = [*('a', *('b', 'c'))]", [1, 1]),
+        ("names = {*{a, b}}", [1]),
         ("a, b = (\n    x,\n    y,\n)", [1]),
         ("def g():\n    first, (low, high) = (\n        x,\n        bounds,\n    )", [2]),
         ("A, B = BOTH = (\n    1,\n    2,\n)", [1]),
@@ -26,7 +29,8 @@ def test_statements_bent_to_save_lines_are_found(source, lines):
     [
         "f(*rows, *shape())",
         "f(*(row for row in rows))",
-        "names = (*('a', 'b'), *other)",
+        "names = (*other, *(name for name in names), *([] if a else [b]))",
+        "names = ('a', ('b', 'c'))",
         "a, b = b, a",
         "a, b = make(\n    x,\n    y,\n)",
         "pair = (\n    x,\n    y,\n)",

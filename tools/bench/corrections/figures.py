@@ -18,7 +18,12 @@ PAGE = Path(__file__).with_name("page.md.in")
 COLLAPSED = TARGET / 2
 """A run with a lower held-out accuracy at its end has collapsed, or learned nothing."""
 HEADS = (
-    *("held-out, %", "difference", "steps to 80%", "difference", "collapsed", "masked"),
+    "held-out, %",
+    "difference",
+    "steps to 80%",
+    "difference",
+    "collapsed",
+    "masked",
     "log-probabilities",
 )
 MANY = 1_000_000

@@ -24,8 +24,16 @@ PACKAGES = Path(_TORCH.origin).parents[1] if _TORCH and _TORCH.origin else Path(
 INCLUDE = [PACKAGES / "nvidia/cu13/include", PACKAGES / "nvidia/nccl/include"]
 HEADERS_OF_TRITON = PACKAGES / "triton/backends/nvidia/include"
 ALONE = [
-    *("runtime.c", "streams.c", "events.c", "memory.c", "copies.c", "segment.c", "counters.c"),
-    *("communicators.c", "calls.c", "numbers.c"),
+    "runtime.c",
+    "streams.c",
+    "events.c",
+    "memory.c",
+    "copies.c",
+    "segment.c",
+    "counters.c",
+    "communicators.c",
+    "calls.c",
+    "numbers.c",
 ]
 # A preloaded library's own functions must not take the places of others' of the same name.
 EXPORTS = "{ global: cu*; __cuda*; nccl*; nvrtc*; nvml*; null_gpu_*; local: *; };"

@@ -23,8 +23,18 @@ Tensors = Mapping[str, tuple[Shape, torch.dtype]]
 # Small files next to the weights: configuration, tokenizer, chat templates, the license. The
 # folder's Python files are also copied: other loaders may want them, here nothing runs them.
 _CARRIED = (
-    *("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.bpe", "*.spm", "*.vocab", "*.py"),
-    *("LICENSE*", "NOTICE*", "additional_chat_templates/*.jinja"),
+    "*.json",
+    "*.jinja",
+    "*.txt",
+    "*.model",
+    "*.tiktoken",
+    "*.bpe",
+    "*.spm",
+    "*.vocab",
+    "*.py",
+    "LICENSE*",
+    "NOTICE*",
+    "additional_chat_templates/*.jinja",
 )
 # Files that describe the weights of `source`, by whichever tool wrote them.
 _DESCRIBE_WEIGHTS = ("config.json", "adapter_config.json", "*.index.json", "*quant*_config.json")
