@@ -14,8 +14,8 @@ import random
 from pathlib import Path
 
 from megatron_r1.base.files.json_lines import write_lines
+from megatron_r1.data.prompt import is_heldout
 from megatron_r1.data.prompt_tokenizer import render_template
-from megatron_r1.data.prompts import is_heldout
 
 TERMS = 3
 NUM_WORKED, NUM_MIXED = 17_600, 4_800

@@ -288,7 +288,7 @@ class RewardUnusable(UserError):
 
 
 class Gradable(Protocol):
-    """The parts of a prompt that grading reads (`data.prompts.Prompt`)."""
+    """The parts of a prompt that grading reads (`data.prompt.Prompt`)."""
 
     @property
     def question(self) -> str:

@@ -37,8 +37,8 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.processes.children import kill_group, popen_options
 from megatron_r1.base.user_code import find_function
 from megatron_r1.config import AgentsConfig
+from megatron_r1.data.prompt import Prompt
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
-from megatron_r1.data.prompts import Prompt
 from megatron_r1.engines.episodes import REWARDED_STATUSES, Episode, EpisodeResult, Generate
 
 AgentFunction = Callable[[str, str, dict[str, Any]], Awaitable[Any]]

@@ -21,8 +21,8 @@ from megatron_r1.agents.token_tree import Message, TokenTree, tree_turns
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import AgentsConfig
 from megatron_r1.data.chats import without_nulls
+from megatron_r1.data.prompt import Prompt
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
-from megatron_r1.data.prompts import Prompt
 from megatron_r1.engines.episodes import (
     REWARDED_STATUSES,
     Episode,

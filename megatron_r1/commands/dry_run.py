@@ -30,8 +30,9 @@ from megatron_r1.controller.rollouts.rollout import (
     check_grades,
 )
 from megatron_r1.controller.rollouts.sample_log import encode, pack
+from megatron_r1.data.prompt import Prompt
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
-from megatron_r1.data.prompts import Prompt, PromptSplit
+from megatron_r1.data.prompts import PromptSplit
 from megatron_r1.data.sampler import PromptSampler
 from megatron_r1.engines.episodes import Episode
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet

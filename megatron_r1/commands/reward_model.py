@@ -20,7 +20,7 @@ from megatron_r1.controller.run_recorder import RunRecorder
 from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.data.preference_tokenizer import PreferenceTokenizer
 from megatron_r1.data.preferences import Preference, read_preferences
-from megatron_r1.data.prompts import is_heldout, normalize_question
+from megatron_r1.data.prompt import is_heldout, normalize_question
 from megatron_r1.data.sampler import EpochSampler
 from megatron_r1.evaluation.score_reliability import label_measures, pair_measures
 from megatron_r1.models import read_hf_config

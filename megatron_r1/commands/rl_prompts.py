@@ -16,8 +16,9 @@ from megatron_r1.commands.rl_checks import check_settings
 from megatron_r1.config import Config
 from megatron_r1.config.teacher import OTHERS
 from megatron_r1.controller.rollouts.teacher_fleets import check_sources
+from megatron_r1.data.prompt import Prompt
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
-from megatron_r1.data.prompts import Prompt, PromptSplit, load_prompts
+from megatron_r1.data.prompts import PromptSplit, load_prompts
 from megatron_r1.data.sampler import drawn_fractions
 from megatron_r1.data.tokenizer import describe_end_tokens
 from megatron_r1.engines.server.model_config import max_model_len

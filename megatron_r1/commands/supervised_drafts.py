@@ -14,7 +14,7 @@ from megatron_r1.commands.first_recipe import Guess, QuestionSource, RecipeDraft
 from megatron_r1.data.columns import columns_by_name
 from megatron_r1.data.preference_tokenizer import PreferenceTokenizer
 from megatron_r1.data.preferences import Kind, kind_of_rows, read_preferences
-from megatron_r1.data.prompts import is_heldout
+from megatron_r1.data.prompt import is_heldout
 from megatron_r1.data.rows import ABSENT, lookup
 from megatron_r1.data.sft import ALWAYS_LEARNED, find_form
 from megatron_r1.data.tokenizer import load_tokenizer

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
-from megatron_r1.data.prompts import Prompt
+from megatron_r1.data.prompt import Prompt
 
 Item = TypeVar("Item")
 

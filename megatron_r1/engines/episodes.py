@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 
-from megatron_r1.data.prompts import Prompt
+from megatron_r1.data.prompt import Prompt
 from megatron_r1.engines.server.responses import Response
 
 RewardedStatus = Literal["done", "max_turns", "max_tokens", "agent_timeout"]

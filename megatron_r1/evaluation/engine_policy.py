@@ -15,8 +15,8 @@ from megatron_r1.base.errors import Cause, RunError, UserError
 from megatron_r1.config import AgentsConfig, Config
 from megatron_r1.data.chats import Message
 from megatron_r1.data.few_shot import FewShotExamples, FewShotTokenizer
+from megatron_r1.data.prompt import Prompt
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
-from megatron_r1.data.prompts import Prompt
 from megatron_r1.engines.fleet.placement import accepting_hosts, check_room, open_pool, server_maker
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.engines.server import gpu

@@ -14,7 +14,7 @@ from megatron_r1.agents.environment_prompts import load_environment_prompts
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import AgentsConfig, Config
 from megatron_r1.config.eval import BenchmarkConfig, EvalConfig
-from megatron_r1.data.prompts import Prompt
+from megatron_r1.data.prompt import Prompt
 from megatron_r1.evaluation.benchmarks import find_benchmark
 from megatron_r1.evaluation.benchmarks.base import Rows, to_prompts
 from megatron_r1.evaluation.benchmarks.benchmark_files import read_rows

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_r1.base.files import atomic_write, atomic_writer
-from megatron_r1.data.prompts import Prompt
+from megatron_r1.data.prompt import Prompt
 from megatron_r1.evaluation.estimates import (
     Estimate,
     estimate,

@@ -9,7 +9,7 @@ from r1_grading.rewards import UNGRADED
 
 from megatron_r1.config import AgentsConfig, RolloutConfig
 from megatron_r1.data.chats import Message
-from megatron_r1.data.prompts import Prompt
+from megatron_r1.data.prompt import Prompt
 
 
 @dataclass(frozen=True)

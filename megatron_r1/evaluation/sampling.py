@@ -14,7 +14,7 @@ from r1_grading import RewardPool, RewardTerms
 from r1_grading.terms import ACCURACY, Options, combine
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.data.prompts import Prompt
+from megatron_r1.data.prompt import Prompt
 from megatron_r1.evaluation.prompt_sets import PromptSet, prompt_digest
 from megatron_r1.evaluation.response import Policy, TextResponse
 from megatron_r1.evaluation.response_log import PromptKey, ResponseLog

@@ -22,13 +22,13 @@ from megatron_r1.config import AgentsConfig
 from megatron_r1.config.eval import ServerConfig
 from megatron_r1.data.chats import Message
 from megatron_r1.data.few_shot import FewShotExamples
+from megatron_r1.data.prompt import Prompt
 from megatron_r1.data.prompt_tokenizer import (
     find_template,
     opens_thought,
     render_template,
     system_text,
 )
-from megatron_r1.data.prompts import Prompt
 from megatron_r1.evaluation.response import SamplingSettings, TextResponse
 
 TINY_QUESTION = "1 + 1 ="

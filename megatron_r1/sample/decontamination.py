@@ -12,7 +12,7 @@ from pathlib import Path
 
 from r1_grading.reading import HAN
 
-from megatron_r1.data.prompts import Prompt, normalize_question
+from megatron_r1.data.prompt import Prompt, normalize_question
 from megatron_r1.data.rows import read_canonical_rows, require_text
 
 NUM_BOILERPLATE = 10

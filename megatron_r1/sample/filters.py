@@ -23,7 +23,7 @@ from r1_grading.reading import (
 )
 
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
-from megatron_r1.data.prompts import Prompt, make_prompt
+from megatron_r1.data.prompt import Prompt, make_prompt
 from megatron_r1.evaluation.response import TextResponse
 from megatron_r1.sample.selection import DUPLICATE, Decision
 

@@ -26,7 +26,7 @@ from r1_grading.remote.judge import Comparison
 from r1_grading.remote.service import Ungradable
 
 from megatron_r1.config.sample import PairsConfig
-from megatron_r1.data.prompts import Prompt
+from megatron_r1.data.prompt import Prompt
 from megatron_r1.evaluation.response import TextResponse
 from megatron_r1.sample.judge import ResponseJudge
 from megatron_r1.sample.second_pass import PromptResult

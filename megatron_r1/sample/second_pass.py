@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_r1.base.files import atomic_writer
 from megatron_r1.base.files.json_lines import to_strict_json
-from megatron_r1.data.prompts import Prompt
+from megatron_r1.data.prompt import Prompt
 from megatron_r1.evaluation.prompt_sets import PromptSet
 from megatron_r1.evaluation.response import TextResponse
 from megatron_r1.evaluation.response_log import ResponseLog

@@ -16,7 +16,7 @@ from typing import Any
 from r1_grading.terms import ACCURACY, compare_rewards
 
 from megatron_r1.config.sample import KeepConfig
-from megatron_r1.data.prompts import Prompt, normalize_question
+from megatron_r1.data.prompt import Prompt, normalize_question
 from megatron_r1.evaluation.response import TextResponse
 
 KEPT, NOT_CHOSEN = "kept", "not_chosen"

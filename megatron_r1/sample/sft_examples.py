@@ -14,6 +14,7 @@ from r1_grading.reading import ANSWER, END_ANSWER, END_THINK, THINK, extract
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config.sample import RenderConfig
 from megatron_r1.data.chats import Message
+from megatron_r1.data.prompt import Prompt
 from megatron_r1.data.prompt_tokenizer import (
     CHAT,
     PromptTokenizer,
@@ -22,7 +23,6 @@ from megatron_r1.data.prompt_tokenizer import (
     render_template,
     system_text,
 )
-from megatron_r1.data.prompts import Prompt
 from megatron_r1.evaluation.response import TextResponse
 from megatron_r1.evaluation.sampling import TextResponseGrader
 from megatron_r1.sample.cached_calls import ResultCache, UserFunction

@@ -15,7 +15,7 @@ from megatron_r1.base.errors import Cause
 from megatron_r1.config import RewardsConfig
 from megatron_r1.controller.rollouts.response_grader import ResponseGrader
 from megatron_r1.controller.rollouts.rollout import Group, check_grades
-from megatron_r1.data.prompts import make_prompt
+from megatron_r1.data.prompt import make_prompt
 from megatron_r1.engines.server.responses import Response
 
 PREFERENCE_IN_THE_LAST_400 = {

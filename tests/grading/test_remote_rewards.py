@@ -19,7 +19,8 @@ from megatron_r1.base.errors import Cause
 from megatron_r1.config import RewardsConfig
 from megatron_r1.controller.rollouts.collector import RolloutCollector
 from megatron_r1.controller.rollouts.rollout import RolloutSampling
-from megatron_r1.data.prompts import load_prompts, make_prompt
+from megatron_r1.data.prompt import make_prompt
+from megatron_r1.data.prompts import load_prompts
 from megatron_r1.engines.server.responses import Response
 
 ROW = {"question": "Name the capital of France.", "model": "m", "votes": 1}

@@ -32,7 +32,7 @@ from megatron_r1.config.algorithms import LossSettings
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group
 from megatron_r1.controller.rollouts.training_samples import training_samples
 from megatron_r1.controller.trainer_calls.packing import pack, pack_by_prompt
-from megatron_r1.data.prompts import make_prompt
+from megatron_r1.data.prompt import make_prompt
 from megatron_r1.engines.episodes import Episode
 from megatron_r1.engines.server.responses import Response
 from megatron_r1.models import weights

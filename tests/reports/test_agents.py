@@ -11,7 +11,7 @@ from megatron_r1.base.errors import RunError
 from megatron_r1.controller.rollouts.metrics import rollout_metrics
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group, Rollout, check_grades
 from megatron_r1.controller.rollouts.training_samples import training_samples
-from megatron_r1.data.prompts import make_prompt
+from megatron_r1.data.prompt import make_prompt
 from megatron_r1.engines.episodes import Episode
 from megatron_r1.engines.server.responses import Response
 from tests.chat_tokenizer import QWEN3, chat_tokenizer

@@ -14,7 +14,8 @@ from refusals import refused
 from megatron_r1.agents.player import reset_arguments
 from megatron_r1.base.errors import Cause
 from megatron_r1.data.chats import read_chat, tool_calls
-from megatron_r1.data.prompts import Prompt, load_prompts
+from megatron_r1.data.prompt import Prompt
+from megatron_r1.data.prompts import load_prompts
 from megatron_r1.data.sft import read_example
 from tests.grading.code_answers import needs_sandbox
 

@@ -16,7 +16,7 @@ from megatron_r1.controller.loop import split_into_minibatches
 from megatron_r1.controller.rollouts.dynamic_sampling import collect_informative
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group, Rollout
 from megatron_r1.controller.rollouts.training_samples import training_samples
-from megatron_r1.data.prompts import make_prompt
+from megatron_r1.data.prompt import make_prompt
 from megatron_r1.engines.server.responses import Response
 from megatron_r1.trainer.batch import LossHead
 from megatron_r1.trainer.packed import pack_batch

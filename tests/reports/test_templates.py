@@ -14,8 +14,8 @@ from megatron_r1.config import RewardsConfig
 from megatron_r1.config.eval import ServerConfig
 from megatron_r1.controller.rollouts.response_grader import ResponseGrader
 from megatron_r1.data.few_shot import FewShotExamples, FewShotTokenizer
+from megatron_r1.data.prompt import make_prompt
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
-from megatron_r1.data.prompts import make_prompt
 from megatron_r1.evaluation.response import SamplingSettings
 from megatron_r1.evaluation.server_policy import ServerPolicy
 

@@ -15,7 +15,7 @@ from tiny_models import DEEPSEEK, QWEN, reference_logprobs, write_model
 
 from megatron_r1.config import Config
 from megatron_r1.controller.rollouts.teacher_fleets import open_teachers, teacher_fleet
-from megatron_r1.data.prompts import make_prompt
+from megatron_r1.data.prompt import make_prompt
 from megatron_r1.engines.server.server import EngineServer
 
 POSITIONS, VOCABULARY = 256, 67

@@ -13,7 +13,7 @@ from fakes.gateway import WrittenFleet, WrittenParsers, gateway_of, text_of
 from megatron_r1.agents.harness import HarnessPlayer
 from megatron_r1.agents.verifiers import VerifiersHarness, list_tasks
 from megatron_r1.config import VerifiersConfig
-from megatron_r1.data.prompts import Prompt
+from megatron_r1.data.prompt import Prompt
 
 HERE = Path(__file__).parent
 pytestmark = [

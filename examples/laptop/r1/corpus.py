@@ -21,8 +21,8 @@ from examples.laptop.r1.lessons import (
 )
 from megatron_r1.base.files.json_lines import write_lines
 from megatron_r1.data.few_shot import BETWEEN
+from megatron_r1.data.prompt import is_heldout
 from megatron_r1.data.prompt_tokenizer import render_template
-from megatron_r1.data.prompts import is_heldout
 
 TEMPLATE = "User: {question}\nAssistant: "
 HELDOUT = 0.1

@@ -24,8 +24,8 @@ from megatron_r1.controller.rollouts.rollout import (
 )
 from megatron_r1.controller.rollouts.sample_log import StepLog
 from megatron_r1.controller.rollouts.teacher_fleets import Teachers
+from megatron_r1.data.prompt import Prompt
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
-from megatron_r1.data.prompts import Prompt
 from megatron_r1.engines.episodes import Episode, EpisodeResult, Generate, Player
 from megatron_r1.engines.fleet.dispatch import Affinity
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
 from megatron_r1.controller.rollouts.rollout import Group, Rollout
-from megatron_r1.data.prompts import Prompt
+from megatron_r1.data.prompt import Prompt
 
 
 async def collect_informative(

@@ -14,7 +14,7 @@ import numpy as np
 from msgspec.structs import asdict
 
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group
-from megatron_r1.data.prompts import Prompt
+from megatron_r1.data.prompt import Prompt
 from megatron_r1.engines.episodes import Branch, Episode, EpisodeStatus, Turn
 from megatron_r1.engines.server.responses import Response
 

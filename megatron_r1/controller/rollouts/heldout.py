@@ -15,7 +15,7 @@ from megatron_r1.controller.rollouts.collector import RolloutCollector
 from megatron_r1.controller.rollouts.metrics import episode_metrics, sample_records
 from megatron_r1.controller.rollouts.rollout import Group, RolloutSampling, all_responses
 from megatron_r1.controller.run_recorder import RunRecorder
-from megatron_r1.data.prompts import Prompt
+from megatron_r1.data.prompt import Prompt
 from megatron_r1.evaluation.estimates import Estimate, estimate
 from megatron_r1.evaluation.voting import expects_number, majority_reward
 from megatron_r1.evaluation.win_rates import length_difference, win_rates

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Literal, get_args
 
-from megatron_r1.data.prompts import Prompt
+from megatron_r1.data.prompt import Prompt
 from megatron_r1.engines.server.responses import Response
 
 Phase = Literal["sampling", "grading", "scoring"]

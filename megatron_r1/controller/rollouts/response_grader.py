@@ -12,8 +12,8 @@ from r1_grading.terms import ACCURACY, Options, Reward, combine
 
 from megatron_r1.base.processes import timeline
 from megatron_r1.controller.rollouts.rollout import GradedResponse
+from megatron_r1.data.prompt import Prompt
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
-from megatron_r1.data.prompts import Prompt
 from megatron_r1.engines.episodes import Episode, EpisodeResult
 from megatron_r1.engines.server.responses import Response
 

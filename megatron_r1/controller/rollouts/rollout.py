@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from r1_grading.terms import ACCURACY, DEFAULT_WEIGHTS, rewards_equal
 
 from megatron_r1.base.errors import Cause, RunError, UserError
-from megatron_r1.data.prompts import Prompt
+from megatron_r1.data.prompt import Prompt
 from megatron_r1.engines.episodes import Episode
 from megatron_r1.engines.server.responses import Response
 from megatron_r1.models.experts import RoutingShape

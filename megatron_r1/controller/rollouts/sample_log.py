@@ -35,7 +35,7 @@ from megatron_r1.controller.rollouts.group_records import (
     unpack,
 )
 from megatron_r1.controller.rollouts.rollout import Group
-from megatron_r1.data.prompts import Prompt
+from megatron_r1.data.prompt import Prompt
 
 
 def step_log_path(folder: Path, step: int) -> Path:

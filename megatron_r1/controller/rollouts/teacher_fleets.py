@@ -17,7 +17,7 @@ from megatron_r1.base.errors import Cause, UserError, did_you_mean
 from megatron_r1.config import Config
 from megatron_r1.config.teacher import DEFAULT, OTHERS, TeacherConfig, source_key
 from megatron_r1.controller.rollouts.rollout import Group
-from megatron_r1.data.prompts import Prompt
+from megatron_r1.data.prompt import Prompt
 from megatron_r1.engines.fleet.external_fleet import ExternalFleet
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.engines.server import gpu, model_config, settings

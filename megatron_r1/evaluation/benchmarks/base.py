@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
+from megatron_r1.data.prompt import Prompt, make_prompt
 from megatron_r1.data.prompt_tokenizer import PLACEHOLDER
-from megatron_r1.data.prompts import Prompt, make_prompt
 from megatron_r1.data.table_files import LocatedRow
 
 __all__ = ["Benchmark", "Options", "Question", "Rows", "code_limits", "pick_columns", "to_prompts"]
@@ -54,7 +54,7 @@ class Question:
         text: the question without the instruction.
         kind: the name of the reward that grades the answer, or "module:function".
         truth: what that reward compares with.
-        fields: further arguments of the reward, as in `data.prompts.Prompt`."""
+        fields: further arguments of the reward, as in `data.prompt.Prompt`."""
 
     id: str
     text: str

@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
 from megatron_r1.data.gym_tasks import generate_items, level_parameters
-from megatron_r1.data.prompts import is_heldout, normalize_question
+from megatron_r1.data.prompt import is_heldout, normalize_question
 from megatron_r1.evaluation.benchmarks.base import Benchmark, Options, Question, Rows
 
 _NAMES = {

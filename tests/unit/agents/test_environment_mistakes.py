@@ -15,8 +15,8 @@ from megatron_r1.agents.player import EpisodePlayer
 from megatron_r1.base.errors import Cause
 from megatron_r1.config import AgentsConfig, Config
 from megatron_r1.controller.rollouts import players as of_run
+from megatron_r1.data.prompt import Prompt
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
-from megatron_r1.data.prompts import Prompt
 from tests.chat_tokenizer import CHATML, chat_tokenizer
 from tests.unit.agents import mistaken_environments as own
 

@@ -20,7 +20,7 @@ from megatron_r1.base.errors import Cause
 from megatron_r1.config import Config
 from megatron_r1.controller.rollouts import players
 from megatron_r1.controller.rollouts.players import check_player, make_player
-from megatron_r1.data.prompts import Prompt
+from megatron_r1.data.prompt import Prompt
 from megatron_r1.engines.server.errors import EngineDied
 
 PROMPT = Prompt("p", "What is 12 * 34?", "math", "408", {"level": 2})

@@ -20,8 +20,8 @@ from megatron_r1.controller.rollouts.group_records import decode, encode, pack, 
 from megatron_r1.controller.rollouts.metrics import rollout_metrics, sample_records
 from megatron_r1.controller.rollouts.response_grader import ResponseGrader
 from megatron_r1.controller.rollouts.rollout import Group, Rollout, check_grades
+from megatron_r1.data.prompt import make_prompt
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
-from megatron_r1.data.prompts import make_prompt
 from megatron_r1.engines.server.errors import EngineError
 from megatron_r1.engines.server.responses import Response
 from tests.chat_tokenizer import chat_tokenizer

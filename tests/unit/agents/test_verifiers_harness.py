@@ -15,7 +15,7 @@ from megatron_r1.agents.harness import HarnessPlayer
 from megatron_r1.agents.verifiers import verifiers_harness
 from megatron_r1.base.errors import Cause
 from megatron_r1.config import AgentsConfig, VerifiersConfig
-from megatron_r1.data.prompts import Prompt
+from megatron_r1.data.prompt import Prompt
 
 STAND_IN = Path(__file__).with_name("verifiers_stand_in.py")
 

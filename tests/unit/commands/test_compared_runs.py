@@ -17,7 +17,7 @@ from megatron_r1.commands.compare.verb import MAX_IN_ORDER, compare, run
 from megatron_r1.config import Config
 from megatron_r1.controller.rollouts.group_records import encode, pack
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group
-from megatron_r1.data.prompts import make_prompt
+from megatron_r1.data.prompt import make_prompt
 from megatron_r1.engines.server.responses import Response
 from megatron_r1.models.weights.formats.dcp_writer import Chunk, write_chunks, write_metadata
 from megatron_r1.reporting.run_folder import RunFolder

@@ -11,7 +11,7 @@ from megatron_r1.commands import dry_run
 from megatron_r1.config import Config, load
 from megatron_r1.controller import cpu_memory
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group, Rollout
-from megatron_r1.data.prompts import Prompt
+from megatron_r1.data.prompt import Prompt
 from megatron_r1.engines.episodes import Episode, Turn
 from megatron_r1.engines.server.responses import Response
 

@@ -13,7 +13,7 @@ from megatron_r1.config import Config, parse
 from megatron_r1.controller.push.pusher import create_pusher
 from megatron_r1.controller.rollouts.metrics import sample_records
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group
-from megatron_r1.data.prompts import make_prompt
+from megatron_r1.data.prompt import make_prompt
 from megatron_r1.engines.server.responses import Response
 from megatron_r1.engines.server.settings import fleet_settings
 

@@ -10,7 +10,7 @@ import yaml
 from megatron_r1.config import Config
 from megatron_r1.controller.advice import find_advice
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group, Rollout
-from megatron_r1.data.prompts import Prompt
+from megatron_r1.data.prompt import Prompt
 from megatron_r1.engines.server.responses import Response
 from megatron_r1.reporting.report import write_report
 from megatron_r1.reporting.run_folder import RunFolder

@@ -14,7 +14,7 @@ from megatron_r1.controller.policy_engines import PolicyEngines
 from megatron_r1.controller.rl_run import RLRun
 from megatron_r1.controller.run_checkpoints import RunCheckpoints
 from megatron_r1.controller.run_recorder import RunState
-from megatron_r1.data.prompts import make_prompt
+from megatron_r1.data.prompt import make_prompt
 from megatron_r1.data.sampler import PromptSampler
 from megatron_r1.engines.server.errors import EngineError
 from megatron_r1.trainer.checkpoints.checkpoint_folders import checkpoint_path, write_manifest

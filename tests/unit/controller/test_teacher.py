@@ -21,7 +21,7 @@ from megatron_r1.controller.rollouts.collector import RolloutCollector
 from megatron_r1.controller.rollouts.group_records import decode, encode, pack, unpack
 from megatron_r1.controller.rollouts.rollout import RolloutSampling
 from megatron_r1.controller.teacher_checks import check_teachers, differing_tokens
-from megatron_r1.data.prompts import make_prompt
+from megatron_r1.data.prompt import make_prompt
 from megatron_r1.engines.episodes import Branch, Episode, EpisodeResult
 from megatron_r1.engines.fleet.external_fleet import ExternalFleet
 from megatron_r1.engines.server.client import EngineClient

@@ -13,20 +13,14 @@ from refusals import raised, refused
 from megatron_r1.base.errors import Cause
 from megatron_r1.commands.rl_prompts import describe_kind_weights, drop_long_prompts
 from megatron_r1.config import parse
+from megatron_r1.data.prompt import Prompt, is_heldout, make_prompt, normalize_question
 from megatron_r1.data.prompt_tokenizer import (
     PromptTokenizer,
     find_template,
     opens_thought,
     render_template,
 )
-from megatron_r1.data.prompts import (
-    Prompt,
-    PromptSplit,
-    is_heldout,
-    load_prompts,
-    make_prompt,
-    normalize_question,
-)
+from megatron_r1.data.prompts import PromptSplit, load_prompts
 from megatron_r1.data.sampler import PromptSampler, drawn_fractions
 from megatron_r1.data.sft import ExampleSampler, SFTExample, load_examples
 

@@ -8,7 +8,7 @@ from refusals import refused
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.base.files.json_lines import read_lines
-from megatron_r1.data.prompts import make_prompt
+from megatron_r1.data.prompt import make_prompt
 from megatron_r1.evaluation.prompt_sets import PromptSet
 from megatron_r1.evaluation.response import TextResponse
 from megatron_r1.evaluation.response_log import ResponseLog

@@ -1,7 +1,7 @@
 import pytest
 from r1_grading import math
 
-from megatron_r1.data.prompts import make_prompt
+from megatron_r1.data.prompt import make_prompt
 from megatron_r1.evaluation.voting import expects_number, majority_index, read_vote
 
 

@@ -3,7 +3,7 @@
 import asyncio
 
 from megatron_r1.config.sample import KeepConfig
-from megatron_r1.data.prompts import make_prompt
+from megatron_r1.data.prompt import make_prompt
 from megatron_r1.evaluation.response import TextResponse
 from megatron_r1.sample.filters import active_filters, first_objection
 from megatron_r1.sample.selection import DUPLICATE, Decision, Selection

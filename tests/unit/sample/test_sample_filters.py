@@ -10,7 +10,7 @@ from r1_grading import RewardPool
 from refusals import refused
 
 from megatron_r1.base.errors import Cause
-from megatron_r1.data.prompts import make_prompt
+from megatron_r1.data.prompt import make_prompt
 from megatron_r1.evaluation.response import TextResponse
 from megatron_r1.sample.filters import (
     NAMES,

@@ -17,7 +17,7 @@ from sample_answers import PROMPT, answer, run_decide, selection
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.config.sample import PairsConfig, SampleConfig
-from megatron_r1.data.prompts import make_prompt
+from megatron_r1.data.prompt import make_prompt
 from megatron_r1.sample.cached_calls import ResultCache, UserFunction, load_function
 from megatron_r1.sample.judge import FunctionJudge, make_judge
 from megatron_r1.sample.judged_rows import (

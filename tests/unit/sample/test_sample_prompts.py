@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerFast
 from megatron_r1.base.errors import Cause
 from megatron_r1.config.sample import RenderConfig
 from megatron_r1.data.few_shot import FewShotExamples, FewShotTokenizer
+from megatron_r1.data.prompt import make_prompt
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
-from megatron_r1.data.prompts import make_prompt
 from megatron_r1.sample.decontamination import find_contaminated, load_avoided, ngrams
 from megatron_r1.sample.sft_examples import Rendering
 

@@ -17,7 +17,7 @@ from megatron_r1.base.files.json_lines import append_lines
 from megatron_r1.commands import cli
 from megatron_r1.commands.cli import main
 from megatron_r1.commands.sample import from_run
-from megatron_r1.data.prompts import make_prompt, normalize_question
+from megatron_r1.data.prompt import make_prompt, normalize_question
 from megatron_r1.evaluation.prompt_sets import PromptSet
 from megatron_r1.evaluation.response import TextResponse
 from megatron_r1.evaluation.response_log import ResponseLog

@@ -21,7 +21,7 @@ from megatron_r1.controller.rollouts.rollout import GradedResponse, Group
 from megatron_r1.controller.rollouts.training_samples import training_samples
 from megatron_r1.controller.run_recorder import RunState
 from megatron_r1.controller.trainer_passes import TrainerPasses
-from megatron_r1.data.prompts import make_prompt
+from megatron_r1.data.prompt import make_prompt
 from megatron_r1.engines.episodes import Branch, Episode
 from megatron_r1.engines.server.responses import Response
 from megatron_r1.trainer.operations import ModelOperations

@@ -11,7 +11,7 @@ from megatron_r1.config import parse
 from megatron_r1.controller import algorithms
 from megatron_r1.controller.loop import response_advantages
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group
-from megatron_r1.data.prompts import make_prompt
+from megatron_r1.data.prompt import make_prompt
 from megatron_r1.engines.server.responses import Response
 
 # accuracy, format and tokens of each response; None: it could not be graded.

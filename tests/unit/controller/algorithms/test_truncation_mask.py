@@ -14,7 +14,7 @@ from megatron_r1.controller.corrections.truncation_mask import mask_truncated
 from megatron_r1.controller.loop import response_advantages, split_into_minibatches
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group
 from megatron_r1.controller.rollouts.training_samples import training_samples
-from megatron_r1.data.prompts import make_prompt
+from megatron_r1.data.prompt import make_prompt
 from megatron_r1.engines.server.responses import Response
 
 # Of each group of four: which are cut off. Of the third no graded one is left.

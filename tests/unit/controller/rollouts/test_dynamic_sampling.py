@@ -7,7 +7,7 @@ from megatron_r1.config import parse
 from megatron_r1.controller.rollouts.dynamic_sampling import collect_informative
 from megatron_r1.controller.rollouts.metrics import rollout_metrics
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group, Rollout
-from megatron_r1.data.prompts import make_prompt
+from megatron_r1.data.prompt import make_prompt
 from megatron_r1.engines.server.responses import Response
 
 PROMPTS = [make_prompt(f"question {i}", "math", str(i), {}) for i in range(20)]

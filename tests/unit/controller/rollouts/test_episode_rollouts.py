@@ -12,7 +12,7 @@ from megatron_r1.controller.rollouts.collector import RolloutCollector
 from megatron_r1.controller.rollouts.rollout import RolloutSampling
 from megatron_r1.controller.rollouts.sample_log import SampleLog
 from megatron_r1.controller.rollouts.training_samples import training_samples
-from megatron_r1.data.prompts import make_prompt
+from megatron_r1.data.prompt import make_prompt
 from megatron_r1.engines.episodes import Branch, Episode, EpisodeResult, Turn
 from megatron_r1.engines.server.responses import Response
 from megatron_r1.models.sampling_mask import encode_mask

@@ -8,7 +8,7 @@ import pytest
 from megatron_r1.config import RewardsConfig
 from megatron_r1.controller.rollouts.heldout import evaluate
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group, Rollout, RolloutSampling
-from megatron_r1.data.prompts import make_prompt
+from megatron_r1.data.prompt import make_prompt
 from megatron_r1.engines.server.responses import Response
 
 

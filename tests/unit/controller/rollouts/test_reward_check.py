@@ -9,7 +9,7 @@ from refusals import refused
 from megatron_r1.base.errors import Cause
 from megatron_r1.config import RewardsConfig
 from megatron_r1.controller.rollouts.response_grader import ResponseGrader
-from megatron_r1.data.prompts import make_prompt
+from megatron_r1.data.prompt import make_prompt
 
 
 class Text:

@@ -21,7 +21,7 @@ from megatron_r1.controller.rollouts.sample_log import (
     pack,
     unpack,
 )
-from megatron_r1.data.prompts import make_prompt
+from megatron_r1.data.prompt import make_prompt
 from megatron_r1.engines.server.responses import Response
 from megatron_r1.models.sampling_mask import encode_mask
 

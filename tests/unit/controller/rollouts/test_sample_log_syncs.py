@@ -8,7 +8,7 @@ from syncs import recorded_syncs
 from megatron_r1.controller.rollouts import sample_log
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group
 from megatron_r1.controller.rollouts.sample_log import SampleLog
-from megatron_r1.data.prompts import make_prompt
+from megatron_r1.data.prompt import make_prompt
 from megatron_r1.engines.server.responses import Response
 
 PROMPT = make_prompt("question", "math", "1", {})

@@ -12,7 +12,7 @@ from megatron_r1.commands.rl_prompts import describe_teachers
 from megatron_r1.config import Config
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group
 from megatron_r1.controller.rollouts.teacher_fleets import Teachers, teacher_source
-from megatron_r1.data.prompts import make_prompt
+from megatron_r1.data.prompt import make_prompt
 from megatron_r1.engines.server.responses import Response
 
 MATH = make_prompt("1 + 1", "math", "2", {"data_source": "gsm8k"})

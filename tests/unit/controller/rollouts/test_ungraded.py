@@ -21,7 +21,7 @@ from megatron_r1.controller.rollouts.rollout import (
     RolloutSampling,
     check_grades,
 )
-from megatron_r1.data.prompts import make_prompt
+from megatron_r1.data.prompt import make_prompt
 from megatron_r1.engines.server.responses import Response
 
 

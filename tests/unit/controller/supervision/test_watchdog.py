@@ -29,7 +29,7 @@ from megatron_r1.controller.supervision.hang_diagnosis import coordinates
 from megatron_r1.controller.supervision.supervisor import Supervisor
 from megatron_r1.controller.supervision.watchdog import HangError, Watchdog
 from megatron_r1.controller.trainer_calls.client import PendingCall, TrainerClient
-from megatron_r1.data.prompts import make_prompt
+from megatron_r1.data.prompt import make_prompt
 from megatron_r1.engines.fleet.engine import Engine
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.engines.server.client import EngineClient
