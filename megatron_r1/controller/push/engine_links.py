@@ -3,7 +3,7 @@ and sends to them; engines at fault are lost, the others regrouped."""
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from megatron_r1.config.push import PushConfig
@@ -14,7 +14,7 @@ from megatron_r1.push.messages import AdapterSettings, PushInitInfo
 from megatron_r1.push.plan.engine_sets import engine_sets
 from megatron_r1.push.plan.layouts import EngineLayout
 from megatron_r1.push.plan.recipe_plan import max_engines
-from megatron_r1.push.results import SetFailure, StoreUnreachable
+from megatron_r1.push.results import ConnectedSets, SetFailure, StoreUnreachable
 from megatron_r1.trainer.operations import PushOperations
 
 CONNECT_SECONDS = 120.0
@@ -227,7 +227,6 @@ class EngineLinks:
         Args:
             sets: new sets; neither engines nor trainer ranks have links for them yet.
             resume: engines may compute afterwards."""
-        closed, self._closed_sets = self._closed_sets, []
         calls: dict[Engine, asyncio.Task[None]] = {}
 
         def call_engines() -> None:
@@ -237,44 +236,41 @@ class EngineLinks:
                     calls[engine] = asyncio.create_task(call)
 
         try:
-            # The engines' timeout begins with the trainer's turn, which may be computing for long.
-            results = await self.trainer.call_all(
-                PushOperations.connect_sets,
-                call_engines,
-                sets=[(engine_set.name, len(engine_set.engines)) for engine_set in sets],
-                layout=self.layout,
-                transport=self.settings.transport,
-                timeout_seconds=self.connect_seconds,
-                push_timeout_seconds=self.settings.timeout_seconds,
-                closed_sets=closed,
-            )
-            problems: dict[str, str] = {}
-            for rank, result in enumerate(results):
-                for name, problem in result.problems.items():
-                    text = f"trainer rank {rank} cannot connect to it: {problem}"
-                    problems.setdefault(name, text)
-            for engine_set in sets:
-                name = engine_set.name
-                engine_set.num_links = [result.num_links.get(name, 0) for result in results]
-                engine_set.num_bytes = sum(result.num_bytes.get(name, 0) for result in results)
+            results = await self._connect_ranks(sets, call_engines)
+            _record_sizes(sets, results)
+            problems = _problems_of_ranks(results)
             patience = ANSWER_SECONDS if problems else self.settings.timeout_seconds
             if calls:
                 await asyncio.wait(calls.values(), timeout=patience)
             errors = _errors(calls)
-            for engine_set in sets:
-                for engine in engine_set.engines:
-                    if engine in errors:
-                        error = str(errors[engine])
-                        if StoreUnreachable.CODE in error:
-                            # The trainer's ranks know only that they heard nothing from it.
-                            problems[engine_set.name] = error
-                        problems.setdefault(engine_set.name, error)
+            problems = _with_problems_of_engines(problems, sets, errors)
             deaths = {e: error for e, error in errors.items() if isinstance(error, EngineDied)}
             return problems, deaths
         finally:
             for call in calls.values():
                 call.cancel()
             await asyncio.gather(*calls.values(), return_exceptions=True)
+
+    async def _connect_ranks(
+        self, sets: Sequence[EngineSet], call_engines: Callable[[], None]
+    ) -> list[ConnectedSets]:
+        """Let all trainer ranks connect with these sets, and return their results.
+
+        Args:
+            sets: new sets.
+            call_engines: lets the engines connect. It is called when the trainer's turn begins,
+                which may be computing for long: the engines' timeout begins with it."""
+        closed, self._closed_sets = self._closed_sets, []
+        return await self.trainer.call_all(
+            PushOperations.connect_sets,
+            call_engines,
+            sets=[(engine_set.name, len(engine_set.engines)) for engine_set in sets],
+            layout=self.layout,
+            transport=self.settings.transport,
+            timeout_seconds=self.connect_seconds,
+            push_timeout_seconds=self.settings.timeout_seconds,
+            closed_sets=closed,
+        )
 
     async def _connect_engine(self, engine_set: EngineSet, member: int, resume: bool) -> None:
         """Let an engine of a set connect with the trainer."""
@@ -349,6 +345,40 @@ class EngineLinks:
     def _drop(self, sets: Sequence[EngineSet]) -> None:
         self._closed_sets += [engine_set.name for engine_set in sets]
         self.sets = [engine_set for engine_set in self.sets if engine_set not in sets]
+
+
+def _record_sizes(sets: Sequence[EngineSet], results: Sequence[ConnectedSets]) -> None:
+    """Record in the sets the links and bytes that the trainer's ranks report."""
+    for engine_set in sets:
+        name = engine_set.name
+        engine_set.num_links = [result.num_links.get(name, 0) for result in results]
+        engine_set.num_bytes = sum(result.num_bytes.get(name, 0) for result in results)
+
+
+def _problems_of_ranks(results: Sequence[ConnectedSets]) -> dict[str, str]:
+    """Return by set the first problem that a trainer rank has with it."""
+    problems: dict[str, str] = {}
+    for rank, result in enumerate(results):
+        for name, problem in result.problems.items():
+            problems.setdefault(name, f"trainer rank {rank} cannot connect to it: {problem}")
+    return problems
+
+
+def _with_problems_of_engines(
+    problems: dict[str, str], sets: Sequence[EngineSet], errors: Mapping[Engine, EngineError]
+) -> dict[str, str]:
+    """Return by set the problems of the trainer's ranks, and of the engines where these have none
+    or know less."""
+    problems = dict(problems)
+    set_names = {engine: engine_set.name for engine_set in sets for engine in engine_set.engines}
+    for engine, name in set_names.items():
+        if engine not in errors:
+            continue
+        error = str(errors[engine])
+        # The trainer's ranks know only that they heard nothing from such an engine.
+        if name not in problems or StoreUnreachable.CODE in error:
+            problems[name] = error
+    return problems
 
 
 def _errors(calls: dict[Engine, asyncio.Task[None]]) -> dict[Engine, EngineError]:
