@@ -209,7 +209,8 @@ class Config(Section):
             model |= {"path": critic.path, "checkpoint": None}
         # A model with a score head has no MTP layers (m), wherever the policy's are placed.
         layout = self.parallel.pipeline_layout
-        layout = layout and re.sub(r"m(\*\d+)?", "", layout)
+        if layout is not None:
+            layout = re.sub(r"m(\*\d+)?", "", layout)
         rate, parallel = {"learning_rate": critic.learning_rate}, {"pipeline_layout": layout}
         return self.with_changes(model=model, optimizer=rate, parallel=parallel)
 

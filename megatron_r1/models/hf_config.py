@@ -272,10 +272,10 @@ def resolve_aliases(hf_config: HFConfig) -> dict[str, Any]:
     values."""
     hf_config = dict(hf_config)
     for alias, name in _ALIASES.items():
-        if (
-            alias in hf_config
-            and hf_config.setdefault(name, value := hf_config.pop(alias)) != value
-        ):
+        if alias not in hf_config:
+            continue
+        value = hf_config.pop(alias)
+        if hf_config.setdefault(name, value) != value:
             raise UserError(
                 f"config.json: {alias}={value!r} and {name}={hf_config[name]!r} mean the same; "
                 "leave one",

@@ -146,7 +146,8 @@ def open_store(rollout: RolloutConfig) -> tuple[dist.TCPStore, tuple[str, int]]:
             host = host if everywhere else engines
         store = create_store(host, everywhere=everywhere)
     # Only rank 0 has chosen a port, and knows its host's own name.
-    host, port = platform.broadcast_from_rank_zero(store and [host, store.port])
+    address = [host, store.port] if store is not None else None
+    host, port = platform.broadcast_from_rank_zero(address)
     return store or dist.TCPStore(host, port, is_master=False), (host, port)
 
 

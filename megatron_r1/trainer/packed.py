@@ -75,6 +75,11 @@ def pack_batch(
     has_branches = any(sample.weight != 1 for sample in samples)
     num_responses = sum(s.num_responses for s in samples if s.is_trained)
     mask_parts = _sampling_mask(samples, layout, local_positions)
+    sampling_mask = SamplingMask(*map(on_device, mask_parts)) if mask_parts is not None else None
+    if routing is not None:
+        routing = routing._replace(
+            experts=on_device(routing.experts), is_recorded=on_device(routing.is_recorded)
+        )
     response_advantages = on_device(advantages)
     return PackedBatch(
         input_ids=on_device(tokens[local_positions][None]),
@@ -92,12 +97,9 @@ def pack_batch(
         labels=on_device(torch.tensor([s.label for s in samples], dtype=torch.float32)),
         logprobs={"teacher": on_device(teacher)} if has_teacher else {},
         sequence_weights=on_device(weights) if has_branches else None,
-        sampling_mask=mask_parts and SamplingMask(*(on_device(part) for part in mask_parts)),
+        sampling_mask=sampling_mask,
         num_shared_tokens=sum(layout.skipped),
-        routing=routing
-        and routing._replace(
-            experts=on_device(routing.experts), is_recorded=on_device(routing.is_recorded)
-        ),
+        routing=routing,
     )
 
 

@@ -121,7 +121,9 @@ def _unchanged(extraction: Extraction) -> Extraction:
 
 def _tagged(visible: str, truth_is_number: bool) -> Extraction | None:
     extraction = tagged_answer(visible)
-    return extraction and Extraction(extraction.text, extraction.reason, "in its tags")
+    if extraction is None:
+        return None
+    return Extraction(extraction.text, extraction.reason, "in its tags")
 
 
 def _boxed(visible: str, truth_is_number: bool) -> Extraction | None:

@@ -334,8 +334,10 @@ def _as_json(comparison: RunComparison) -> str:
         "checkpoints": comparison.checkpoints,
         "read_checkpoints": comparison.read_checkpoints,
         "damaged": comparison.damaged,
-        "first": first and first.as_json(),
-        "first_beyond_rounding": larger_difference and larger_difference.as_json(),
+        "first": first.as_json() if first is not None else None,
+        "first_beyond_rounding": (
+            larger_difference.as_json() if larger_difference is not None else None
+        ),
         "differences": [difference.as_json() for difference in comparison.differences],
     }
     return json.dumps(content, indent=1)

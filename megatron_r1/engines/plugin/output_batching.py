@@ -145,7 +145,7 @@ def apply() -> None:
 
         def wants_whole(request_id: str) -> bool:
             request = requests.get(request_id)
-            sampling = request and request.sampling_params
+            sampling = request.sampling_params if request is not None else None
             # Stop strings are found by the server, in the text so far.
             return bool(
                 sampling

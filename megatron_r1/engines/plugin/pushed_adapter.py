@@ -51,7 +51,7 @@ class PushedAdapter:
         self._config = PEFTHelper.from_dict(settings.config)
         self._config.validate_legal(lora.lora_config)
         mapper = getattr(self._manager.model, "hf_to_vllm_mapper", None)
-        self._renames = mapper and mapper.get_rename_mapper()
+        self._renames = mapper.get_rename_mapper() if mapper is not None else None
         # vLLM has several layers of PEFT's as one: its module, and which of them.
         self._layers = {
             layer: (module, index)

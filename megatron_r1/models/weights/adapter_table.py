@@ -174,7 +174,7 @@ def _adapter(rule: WeightRule, lora: LoraConfig) -> Iterator[WeightRule]:
         return
     by_rows = rule.split is row_parallel
     # Transformer Engine has the experts of a layer in one module, with weight0, weight1, …
-    te_name = rule.te_name and rule.te_name.replace(".weight{e}", ".lora.{e}")
+    te_name = rule.te_name.replace(".weight{e}", ".lora.{e}") if rule.te_name else None
     megatron = rule.megatron_name.replace(".weight", ".lora")
     factors_a = tuple(_factor(source, A, (lora.rank, source.shape[1])) for source in targets)
     factors_b = tuple(_factor(source, B, (source.shape[0], lora.rank)) for source in rule.sources)
@@ -186,7 +186,8 @@ def _adapter(rule: WeightRule, lora: LoraConfig) -> Iterator[WeightRule]:
         "b": (factors_b, split_b),
     }
     for name, (sources, split) in by_name.items():
-        yield WeightRule(f"{megatron}.{name}", sources, split, te_name and f"{te_name}.{name}")
+        te_factor = f"{te_name}.{name}" if te_name else None
+        yield WeightRule(f"{megatron}.{name}", sources, split, te_factor)
 
 
 def _factor(source: Source, ending: str, shape: Shape) -> Source:

@@ -499,9 +499,11 @@ def _mtp(hf_config: HFConfig, decoder_layer: list[WeightRule]) -> list[WeightRul
         weight_rule("eh_proj", "eh_proj", (hidden, 2 * hidden), column_parallel),
         *(
             replace(
-                r, megatron_name=prefix + r.megatron_name, te_name=r.te_name and prefix + r.te_name
+                rule,
+                megatron_name=prefix + rule.megatron_name,
+                te_name=prefix + rule.te_name if rule.te_name else None,
             )
-            for r in decoder_layer
+            for rule in decoder_layer
         ),
         weight_rule("final_layernorm", "shared_head.norm", (hidden,), replicated),
     ]

@@ -180,7 +180,7 @@ def simulate_case(case: ScaleCase, rates: PushAssumptions) -> dict[str, Any]:
         "links out of a rank": int(np.bincount(sides[0]).max()),
         "links into a rank": int(np.bincount(sides[1]).max()),
         "peers of a process": _most_peers(operations),
-        "circle": refusal and str(refusal),
+        "circle": str(refusal) if refusal is not None else None,
         "runs": len(runs),
         "processes that stick": sum(run.num_stuck for run in runs),
         "held on its own GPU": _held_on_own_gpu(case) if case.colocated else None,
@@ -198,7 +198,7 @@ def without_order(case: ScaleCase) -> dict[str, Any]:
     return {
         "processes": order.num_processes,
         "processes that stick with 0 to 4 buffered buckets": stuck,
-        "circle": refusal and str(refusal),
+        "circle": str(refusal) if refusal is not None else None,
     }
 
 

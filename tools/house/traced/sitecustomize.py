@@ -121,7 +121,7 @@ class Walk:
             self.num_within.set(self.num_within.get(0) + 1)
         elif not self.num_within.get(0) and not self.carriers.are_in(arguments(frame), self._note):
             return
-        caller = frame.f_back and title_of(frame.f_back.f_code)
+        caller = title_of(frame.f_back.f_code) if frame.f_back is not None else None
         entries = [(time_ns, each) for each in (caller, title) if each is not None]
         if not self.follows:  # every call counts, whatever it returns
             self._note(entries)
