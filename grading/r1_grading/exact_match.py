@@ -9,7 +9,7 @@ import string
 import unicodedata
 
 from r1_grading.base.errors import shorten
-from r1_grading.reading import read_answer
+from r1_grading.reading import Reading, read_answer
 from r1_grading.reading.answer import describe
 from r1_grading.rewards import Grade
 from r1_grading.truths import accepted_answers, math_truth
@@ -26,7 +26,7 @@ def grade(
     truth: object,
     *,
     thought_opened: bool = False,
-    reading: str = "strict",
+    reading: Reading = "strict",
     reads_last_line: bool = True,
     **entry: object,
 ) -> Grade:

@@ -22,7 +22,7 @@ import reasoning_gym
 from reasoning_gym.factory import DATASETS
 
 from r1_grading.base.errors import shorten
-from r1_grading.reading import is_number, read_answer
+from r1_grading.reading import Reading, is_number, read_answer
 from r1_grading.reading.answer import BOXES, describe, encloses
 from r1_grading.rewards import Grade
 
@@ -270,7 +270,7 @@ def grade(
     parameters: dict[str, Any] | None = None,
     exact: bool = True,
     thought_opened: bool = False,
-    reading: str = "strict",
+    reading: Reading = "strict",
     reads_last_line: bool = False,
     **fields: object,
 ) -> Grade:

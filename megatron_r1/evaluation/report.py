@@ -17,7 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from r1_grading import RewardPool
-from r1_grading.reading import Part
+from r1_grading.reading import Part, Reading
 from rich.console import Console
 from rich.table import Table
 
@@ -92,7 +92,9 @@ class LoggedResponse:
     difference: int
 
     @classmethod
-    def from_line(cls, line: Mapping[str, Any], prompt: Prompt, part: Part, reading: str) -> Self:
+    def from_line(
+        cls, line: Mapping[str, Any], prompt: Prompt, part: Part, reading: Reading
+    ) -> Self:
         """Return the response of a line of the log.
 
         Args:
@@ -120,7 +122,7 @@ async def summarize(
     prompt_set: PromptSet,
     seed: int,
     part: Part = "summary",
-    reading: str = "strict",
+    reading: Reading = "strict",
 ) -> Summary:
     """Summarize a benchmark whose responses are all in the log.
 

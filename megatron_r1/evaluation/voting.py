@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from r1_grading import RewardPool, read_answer
-from r1_grading.reading import is_number, unwrap
+from r1_grading.reading import Reading, is_number, unwrap
 from r1_grading.rewards import ENVIRONMENT
 from r1_grading.terms import Gradable
 
@@ -45,7 +45,7 @@ def can_vote(kind: str) -> bool:
 def read_vote(
     response: str,
     thought_opened: bool = False,
-    reading: str = "strict",
+    reading: Reading = "strict",
     *,
     kind: str = "",
     truth_is_number: bool = False,
@@ -142,7 +142,7 @@ async def majority_reward(
     responses: Sequence[str],
     rewards: Sequence[float],
     thought_opened: bool = False,
-    reading: str = "strict",
+    reading: Reading = "strict",
     *,
     truth_is_number: bool = False,
 ) -> float:

@@ -9,7 +9,7 @@ import functools
 from r1_grading.base.errors import shorten
 from r1_grading.math.comparison import compare
 from r1_grading.math.text import same_words, stated_answer, without_rounding
-from r1_grading.reading import is_number, read_answer
+from r1_grading.reading import Reading, is_number, read_answer
 from r1_grading.reading.answer import describe, final_answers, stated_numbers, trim, unwrap
 from r1_grading.reading.context import changes_box, without_conclusion
 from r1_grading.rewards import Grade
@@ -26,7 +26,7 @@ def grade(
     truth: object,
     *,
     thought_opened: bool = False,
-    reading: str = "strict",
+    reading: Reading = "strict",
     reads_last_line: bool = True,
     **entry: object,
 ) -> Grade:
@@ -57,7 +57,7 @@ def grade(
 
 
 def _grade(
-    response: str, truth: object, thought_opened: bool, reading: str, reads_last_line: bool
+    response: str, truth: object, thought_opened: bool, reading: Reading, reads_last_line: bool
 ) -> Grade:
     """Return the grade of a response against one truth; where a row has several, the best one
     counts.

@@ -50,7 +50,7 @@ MAX_CLOSING_LINES = 3
 
 def read_answer(
     response: str,
-    reading: str = "strict",
+    reading: Reading = "strict",
     *,
     thought_opened: bool = False,
     reads_last_line: bool = False,

@@ -15,6 +15,7 @@ from typing import Any
 from math_verify import parse, verify
 
 from r1_grading.base.errors import shorten
+from r1_grading.reading import Reading
 from r1_grading.rewards import Grade
 from r1_grading.second_readers.answer_texts import Unsure, parse_answer, same_answer
 from r1_grading.truths import accepted_answers
@@ -51,7 +52,7 @@ def grade(
     truth: object,
     *,
     thought_opened: bool = False,
-    reading: str = "strict",
+    reading: Reading = "strict",
     **entry: object,
 ) -> Grade:
     """Return what two methods say of a response.
@@ -131,7 +132,7 @@ def visible_text(response: str, thought_opened: bool) -> str | None:
     return None if thought_opened or "<think>" in text else after.strip()
 
 
-def find_answer(visible: str, reading: str) -> str | None:
+def find_answer(visible: str, reading: Reading) -> str | None:
     r"""Return the text of the answer, or None where there surely is none.
 
     Args:
