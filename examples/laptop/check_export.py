@@ -18,7 +18,7 @@ from r1_grading import Grade, logic, math
 
 from megatron_r1 import config as configuration
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
-from megatron_r1.data.prompts import load_prompts
+from megatron_r1.data.prompts import load_prompts, prompt_options
 
 QUESTIONS = 100
 GRADERS: dict[str, Callable[..., Grade]] = {"math": math.grade, "logic": logic.grade}
@@ -105,7 +105,7 @@ def main() -> None:
         return
     run = Path(sys.argv[1])
     config = configuration.load(run / "config.yaml")
-    questions = load_prompts(**config.data.model_dump(exclude={"template"})).heldout[:QUESTIONS]
+    questions = load_prompts(**prompt_options(config.data)).heldout[:QUESTIONS]
     tokenizer = PromptTokenizer(str(run / "hf"), config.data.template)
     prompts = [tokenizer.encode(q.question) for q in questions]
     limit, options = config.rollout.max_response_tokens, config.rewards.call_options

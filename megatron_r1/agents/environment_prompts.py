@@ -3,7 +3,7 @@
 import json
 import tempfile
 from dataclasses import replace
-from typing import Any
+from typing import Unpack
 
 from r1_grading.rewards import ENVIRONMENT
 
@@ -12,10 +12,10 @@ from megatron_r1.agents.verifiers import list_tasks
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import AgentsConfig
 from megatron_r1.data.prompt_reader import MissingTruth
-from megatron_r1.data.prompts import PromptSplit, load_prompts
+from megatron_r1.data.prompts import PromptOptions, PromptSplit, load_prompts
 
 
-def load_environment_prompts(environment: str, **arguments: Any) -> PromptSplit:
+def load_environment_prompts(environment: str, **options: Unpack[PromptOptions]) -> PromptSplit:
     """Load the prompts of a recipe; where `agents.environment` grades, rows need no truth.
 
     Raises:
@@ -23,11 +23,11 @@ def load_environment_prompts(environment: str, **arguments: Any) -> PromptSplit:
             is missing where the environment does not grade.
     """
     if not environment:
-        return load_prompts(**arguments)
+        return load_prompts(**options)
     description = describe_in_subprocess(environment)
     if not description.has_reward:
         try:
-            return load_prompts(**arguments)
+            return load_prompts(**options)
         except MissingTruth as error:
             tools = {method: tool for tool, method in description.misspelt.items()}
             tool = tools.get("get_reward")
@@ -40,8 +40,8 @@ def load_environment_prompts(environment: str, **arguments: Any) -> PromptSplit:
                 cause=Cause.MISSING,
             ) from None
     # The rows of a task have what its scorer needs; as questions of an environment they would not.
-    kind = None if arguments.get("task") else ENVIRONMENT
-    split = load_prompts(**arguments | {"kind": kind})
+    options["kind"] = None if options.get("task") else ENVIRONMENT
+    split = load_prompts(**options)
     train, heldout = (
         [replace(prompt, kind=ENVIRONMENT) for prompt in side]
         for side in (split.train, split.heldout)
@@ -49,7 +49,7 @@ def load_environment_prompts(environment: str, **arguments: Any) -> PromptSplit:
     return PromptSplit(train, heldout)
 
 
-def load_run_prompts(agents: AgentsConfig, **arguments: Any) -> PromptSplit:
+def load_run_prompts(agents: AgentsConfig, **options: Unpack[PromptOptions]) -> PromptSplit:
     """Return the questions of a run: the tasks of `agents.verifiers.taskset`, each whole in the
     field `task`, or `load_environment_prompts`.
 
@@ -58,8 +58,8 @@ def load_run_prompts(agents: AgentsConfig, **arguments: Any) -> PromptSplit:
             `load_environment_prompts`.
     """
     if not agents.verifiers.taskset:
-        return load_environment_prompts(agents.environment, **arguments)
-    if arguments["path"] or arguments["task"]:
+        return load_environment_prompts(agents.environment, **options)
+    if options.get("path") or options.get("task"):
         raise UserError(
             "data.path: the questions are the taskset's; leave out data.path and task",
             key="data.path",
@@ -71,4 +71,6 @@ def load_run_prompts(agents: AgentsConfig, **arguments: Any) -> PromptSplit:
             question = prompt if isinstance(prompt, str) else json.dumps(task)
             print(json.dumps({"question": question, "task": task}), file=file)
         file.flush()
-        return load_prompts(**arguments | {"path": file.name, "kind": ENVIRONMENT})
+        options["path"] = file.name
+        options["kind"] = ENVIRONMENT
+        return load_prompts(**options)

@@ -18,7 +18,7 @@ from megatron_r1.config.teacher import OTHERS
 from megatron_r1.controller.rollouts.teacher_fleets import check_sources
 from megatron_r1.data.prompt import Prompt
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
-from megatron_r1.data.prompts import PromptSplit, load_prompts
+from megatron_r1.data.prompts import PromptSplit, load_prompts, prompt_options
 from megatron_r1.data.sampler import drawn_fractions
 from megatron_r1.data.tokenizer import describe_end_tokens
 from megatron_r1.engines.server.model_config import max_model_len
@@ -35,13 +35,13 @@ def _load_prompts(config: Config, tokenizer: PromptTokenizer) -> PromptSplit:
     Raises:
         UserError: the data cannot be read, or no prompt is left.
     """
-    rows = config.data.model_dump(exclude={"template"})
+    options = prompt_options(config.data)
     if config.agents.player_settings:
         from megatron_r1.agents.environment_prompts import load_run_prompts
 
-        prompts = load_run_prompts(config.agents, **rows)
+        prompts = load_run_prompts(config.agents, **options)
     else:
-        prompts = load_prompts(**rows)
+        prompts = load_prompts(**options)
     if prompts.contradictions and config.data.task is None:
         earlier, later = prompts.contradictions[0]
         print(

@@ -23,7 +23,7 @@ from megatron_r1.config import Config
 from megatron_r1.config.sample import KeepConfig
 from megatron_r1.data.few_shot import FewShotExamples
 from megatron_r1.data.prompt_tokenizer import TEMPLATES
-from megatron_r1.data.prompts import load_prompts
+from megatron_r1.data.prompts import load_prompts, prompt_options
 from megatron_r1.evaluation.identity import versions
 from megatron_r1.evaluation.prompt_sets import PromptSet
 from megatron_r1.evaluation.response import Policy, SamplingSettings
@@ -138,10 +138,10 @@ def _inputs(config: Config) -> SampleInputs:
         UserError: no question is left.
     """
     sample = config.sample
-    data = config.data.model_dump(exclude={"template"})
-    if not sample.is_graded and data["kind"] is None:
-        data["kind"] = KIND_WITHOUT_TRUTH
-    split = load_prompts(**data)
+    options = prompt_options(config.data)
+    if not sample.is_graded and config.data.kind is None:
+        options["kind"] = KIND_WITHOUT_TRUTH
+    split = load_prompts(**options)
     avoid = load_avoided(sample.decontaminate)
     if config.data.heldout_path:  # data.heldout_fraction makes a disjoint set by itself
         avoid += [prompt.question for prompt in split.heldout]

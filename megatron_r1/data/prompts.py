@@ -14,12 +14,13 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from r1_grading.rewards import resolve
 from r1_grading.truths import NO_TRUTH
 
 from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.config.data import DataConfig
 from megatron_r1.data.data_report import DataReport
 from megatron_r1.data.gym_tasks import generate_items
 from megatron_r1.data.prompt import (
@@ -50,6 +51,43 @@ class PromptSplit:
     heldout: list[Prompt]
     contradictions: list[tuple[Prompt, Prompt]] = field(default_factory=list)
     reports: list[DataReport] = field(default_factory=list)
+
+
+class PromptOptions(TypedDict, total=False):
+    """The arguments of `load_prompts`, for those who pass them on."""
+
+    path: str | Path | None
+    heldout_path: str | Path | None
+    task: str | None
+    parameters: Mapping[str, Any] | None
+    seed: int
+    kind: str | None
+    columns: Mapping[str, str] | None
+    num_train: int | None
+    num_heldout: int | None
+    heldout_fraction: float
+    where: Conditions | None
+    no_truth: Collection[str]
+    bad_rows: Literal["refuse", "leave_out"]
+
+
+def prompt_options(data: DataConfig) -> PromptOptions:
+    """Return the arguments of `load_prompts` that a recipe's section `data` sets."""
+    return {
+        "path": data.path,
+        "heldout_path": data.heldout_path,
+        "task": data.task,
+        "parameters": data.parameters,
+        "seed": data.seed,
+        "kind": data.kind,
+        "columns": data.columns,
+        "num_train": data.num_train,
+        "num_heldout": data.num_heldout,
+        "heldout_fraction": data.heldout_fraction,
+        "where": data.where,
+        "no_truth": data.no_truth,
+        "bad_rows": data.bad_rows,
+    }
 
 
 def load_prompts(

@@ -15,6 +15,7 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import AgentsConfig, Config
 from megatron_r1.config.eval import BenchmarkConfig, EvalConfig
 from megatron_r1.data.prompt import Prompt
+from megatron_r1.data.prompts import prompt_options
 from megatron_r1.evaluation.benchmarks import find_benchmark
 from megatron_r1.evaluation.benchmarks.base import Rows, to_prompts
 from megatron_r1.evaluation.benchmarks.benchmark_files import read_rows
@@ -105,13 +106,16 @@ def _load_questions(entry: BenchmarkConfig, config: Config) -> PromptSet:
 
 
 def _environment_prompts(environment: str, entry: BenchmarkConfig, config: Config) -> list[Prompt]:
-    data = config.data.model_dump(exclude={"template"})
+    data = config.data
     if entry.path is None:
-        prompts = load_environment_prompts(environment, **data).heldout
+        prompts = load_environment_prompts(environment, **prompt_options(data)).heldout
     else:
-        data_options = {name: data[name] for name in ("columns", "kind")}
         prompts = load_environment_prompts(
-            environment, path=entry.path, heldout_fraction=0.0, **data_options
+            environment,
+            path=entry.path,
+            heldout_fraction=0.0,
+            columns=data.columns,
+            kind=data.kind,
         ).train
     return prompts[: entry.limit or config.eval.limit]
 

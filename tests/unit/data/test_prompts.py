@@ -1,5 +1,6 @@
 """Prompts, templates, SFT examples and the samplers over them."""
 
+import inspect
 import json
 import re
 from collections import Counter
@@ -13,6 +14,7 @@ from refusals import raised, refused
 from megatron_r1.base.errors import Cause
 from megatron_r1.commands.rl_prompts import describe_kind_weights, drop_long_prompts
 from megatron_r1.config import parse
+from megatron_r1.config.data import DataConfig
 from megatron_r1.data.prompt import Prompt, is_heldout, make_prompt, normalize_question
 from megatron_r1.data.prompt_tokenizer import (
     PromptTokenizer,
@@ -20,7 +22,7 @@ from megatron_r1.data.prompt_tokenizer import (
     opens_thought,
     render_template,
 )
-from megatron_r1.data.prompts import PromptSplit, load_prompts
+from megatron_r1.data.prompts import PromptSplit, load_prompts, prompt_options
 from megatron_r1.data.sampler import PromptSampler, drawn_fractions
 from megatron_r1.data.sft import ExampleSampler, SFTExample, load_examples
 
@@ -34,6 +36,14 @@ def write_lines(path, lines):
 
 def questions(prompts):
     return [prompt.question for prompt in prompts]
+
+
+def test_every_setting_of_the_recipe_reaches_the_loader():
+    settings = {"path": "p.jsonl", "no_truth": ["?"], "bad_rows": "leave_out", "seed": 3}
+    data = DataConfig(**settings, heldout_fraction=0.3, where={"level": 2}, columns={"truth": "a"})
+    options = prompt_options(data)
+    assert options == data.model_dump(exclude={"template"})
+    assert options.keys() == inspect.signature(load_prompts).parameters.keys()
 
 
 def test_a_file_becomes_prompts_with_their_fields(tmp_path):

@@ -4,7 +4,7 @@ import re
 
 from examples.laptop import make_corpus
 from megatron_r1 import config as configuration
-from megatron_r1.data.prompts import load_prompts
+from megatron_r1.data.prompts import load_prompts, prompt_options
 
 STEP = re.compile(r"(-?\d+) ([+-]) (\d) = (-?\d+)")
 
@@ -24,7 +24,7 @@ def test_worked_examples_are_right_in_every_step_and_in_the_answer():
 
 def test_questions_are_worded_as_the_recipe_asks_them_and_none_is_held_out(tmp_path, monkeypatch):
     recipe = configuration.load("examples/laptop/r1_zero.yaml")
-    prompts = load_prompts(**recipe.data.model_dump(exclude={"template"}))
+    prompts = load_prompts(**prompt_options(recipe.data))
     monkeypatch.setattr(make_corpus, "NUM_WORKED", 3_000)
     monkeypatch.setattr(make_corpus, "NUM_MIXED", 3_000)
     monkeypatch.setattr("sys.argv", ["make_corpus", str(tmp_path / "out.jsonl"), "--seed", "5"])
