@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,8 @@ from megatron_r1.evaluation.response_log import PromptKey
 
 OWN = "questions"
 """The benchmark of the user's own questions."""
+UNSET: tuple[object, ...] = (None, [], {})
+"""Values of an entry that is not set."""
 
 
 @dataclass(frozen=True)
@@ -89,20 +92,28 @@ def _load_entry(entry: BenchmarkConfig, config: Config) -> PromptSet:
 def _load_questions(entry: BenchmarkConfig, config: Config) -> PromptSet:
     """Load the user's own questions: all questions of `path`, or the questions that the recipe's
     `data` holds out. The columns and the kind are those of `data`."""
-    if entry.files or entry.instruction is not None or entry.options:
+    if refused := _set_entries(entry, ("instruction", "files", "options")):
         raise UserError(
-            f"benchmark {entry.title}: it has no instruction, files or options",
+            f"benchmark {entry.title}: your own questions take none of these: {refused}; leave "
+            "them out",
             key="eval.benchmarks",
             cause=Cause.UNSUPPORTED,
         )
     prompts = _environment_prompts("", entry, config)
     if not prompts:
         raise UserError(
-            f"benchmark {entry.title}: data holds no questions out; give it a path",
+            f"benchmark {entry.title}: data holds no questions out; give the benchmark a path, or "
+            "raise data.heldout_fraction",
             key="path",
             cause=Cause.MISSING,
         )
     return PromptSet(entry.title, prompts, entry.samples or config.eval.samples)
+
+
+def _set_entries(entry: BenchmarkConfig, names: Sequence[str]) -> str:
+    """Return the entries of these names that are set, with their values; "" where none is."""
+    values = {name: getattr(entry, name) for name in names}
+    return ", ".join(f"{name}: {value!r}" for name, value in values.items() if value not in UNSET)
 
 
 def _environment_prompts(environment: str, entry: BenchmarkConfig, config: Config) -> list[Prompt]:
@@ -158,9 +169,10 @@ def _load_rows(entry: BenchmarkConfig, config: Config) -> PromptSet:
             key="agents.environment",
             cause=Cause.MISSING,
         )
-    if entry.files or entry.instruction is not None:
+    if refused := _set_entries(entry, ("instruction", "files")):
         raise UserError(
-            f"benchmark {entry.title}: rows of an environment have no instruction or files",
+            f"benchmark {entry.title}: rows of an environment take none of these: {refused}; "
+            "leave them out",
             key="eval.benchmarks",
             cause=Cause.UNSUPPORTED,
         )

@@ -116,13 +116,20 @@ def parse_problem(truth: object, language: str | None = None) -> Problem:
     tests, function = truth.get("tests"), _text_or_none(truth, "function")
     checker, tolerance = _text_or_none(truth, "checker"), truth.get("tolerance")
     if not isinstance(tests, list) or not tests:
-        raise ValueError(f"{WHAT} needs a list of at least one test, got {tests!r}")
+        raise ValueError(
+            f"{WHAT} needs a list of at least one test, got {shorten(repr(tests))}; give it tests, "
+            'such as {"tests": [{"stdin": "1 2", "stdout": "3"}]}, or leave the row out'
+        )
     if isinstance(tolerance, bool) or not isinstance(tolerance, int | float | None):
         raise ValueError(f"{WHAT}: tolerance must be a number, got {tolerance!r}")
     if tolerance is not None and not 0 <= tolerance < 1:
         raise ValueError(f"{WHAT}: tolerance must be at least 0 and below 1, got {tolerance!r}")
     if function is not None and (language != "python" or checker is not None):
-        raise ValueError(f"{WHAT}: function-call tests are for python, and without a checker")
+        conflict = "the checker" if checker is not None else f"language {language!r}"
+        raise ValueError(
+            f"{WHAT}: function-call tests are for python, and without a checker; leave out "
+            f"function {function!r}, or {conflict}"
+        )
     if checker is not None and tolerance is not None:
         raise ValueError(f"{WHAT} has a checker, which decides alone: leave out the tolerance")
     parse = _call_test if function is not None else _program_test

@@ -31,7 +31,8 @@ def read_model_config(model: Path) -> HFConfig:
         raise EngineError(str(error)) from error
     if not hf_config.get("architectures"):
         raise EngineError(
-            f'{config} has no "architectures": vLLM does not know which model this is'
+            f'{config} has no "architectures": vLLM does not know which model this is; add it, '
+            'such as ["Qwen2ForCausalLM"]'
         )
     return hf_config
 
@@ -94,7 +95,8 @@ def max_positions(folder: str | Path, key: str = "model.path") -> int:
         return int(language_settings(hf_config)["max_position_embeddings"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{folder}/config.json: no max_position_embeddings can be read ({error!r})",
+            f"{folder}/config.json: no max_position_embeddings can be read ({error!r}); write the "
+            "model's longest context there, in tokens",
             key="max_position_embeddings",
             cause=Cause.MISSING,
         ) from error

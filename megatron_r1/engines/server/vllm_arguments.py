@@ -171,7 +171,7 @@ def check_arguments(engines: RolloutConfig | TeacherEngines, section: str) -> No
             f"{section}.vllm",
         )
         raise UserError(
-            f"{setting}: vLLM does not accept it: {parsed.error}",
+            f"{setting}: vLLM does not accept it: {parsed.error}; correct it, or leave it out",
             key=setting,
             cause=Cause.MALFORMED,
         )

@@ -115,7 +115,7 @@ def to_prompts(questions: Iterable[Question], instruction: str) -> Iterator[Prom
         UserError: an instruction without {question}."""
     if PLACEHOLDER not in instruction:
         raise UserError(
-            f"instruction {instruction!r} has no {PLACEHOLDER}, in whose place the question goes",
+            f"instruction {instruction!r} has no {PLACEHOLDER}; write it where the question goes",
             key="instruction",
             cause=Cause.MALFORMED,
         )

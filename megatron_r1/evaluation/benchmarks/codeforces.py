@@ -8,6 +8,8 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from r1_grading.base.errors import shorten
+
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.data.rows import require_text
 from megatron_r1.evaluation.benchmarks.base import (
@@ -92,7 +94,8 @@ def _question(location: str, row: dict[str, Any], language: str) -> Question:
         tests = [{"stdin": t["input"], "stdout": t["output"]} for t in row["official_tests"]]
     except (KeyError, TypeError) as error:
         raise UserError(
-            f"{location}: 'official_tests' must have input and output",
+            f"{location}: 'official_tests' must be a list of tests with 'input' and 'output', got "
+            f"{shorten(repr(row['official_tests']))}; correct or remove the row",
             key="official_tests",
             cause=Cause.MALFORMED,
         ) from error

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from datetime import date, datetime
 from typing import Any
 
+from r1_grading.base.errors import shorten
 from r1_grading.base.values import load_json
 
 from megatron_r1.base.errors import Cause, UserError
@@ -43,6 +44,7 @@ PLAIN_OPCODES = frozenset(
     + ("EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3")
 )
 MEMO_OPCODES = ("PUT", "BINPUT", "LONG_BINPUT")
+REMEDY = "download the file again, or remove the row"
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -67,19 +69,20 @@ def decode_tests(packed: str, location: str) -> list[dict[str, Any]]:
             tests = json.loads(tests)
     except (ValueError, TypeError, binascii.Error, zlib.error, pickle.UnpicklingError) as error:
         raise UserError(
-            f"{location}: its private tests cannot be read: {error}",
+            f"{location}: its tests cannot be read: {error}; they begin {packed[:40]!r}: {REMEDY}",
             key="private_test_cases",
             cause=Cause.MALFORMED,
         ) from error
     except (EOFError, KeyError, IndexError, AttributeError, RecursionError) as error:
         raise UserError(
-            f"{location}: its private tests are damaged: {error}",
+            f"{location}: its tests are damaged: {error!r}; they begin {packed[:40]!r}: {REMEDY}",
             key="private_test_cases",
             cause=Cause.MALFORMED,
         ) from error
     if not isinstance(tests, list) or not all(isinstance(test, dict) for test in tests):
         raise UserError(
-            f"{location}: its private tests are not a list of test cases",
+            f"{location}: its tests must be a list of objects, got {shorten(repr(tests))}; "
+            f"{REMEDY}",
             key="private_test_cases",
             cause=Cause.MALFORMED,
         )
@@ -157,7 +160,11 @@ def _question(location: str, row: dict[str, Any]) -> Question:
     tests = decode_tests(row["public_test_cases"], location)
     tests += decode_tests(row["private_test_cases"], location)
     if not tests:
-        raise UserError(f"{location}: no test cases", key="private_test_cases", cause=Cause.EMPTY)
+        raise UserError(
+            f"{location}: public_test_cases and private_test_cases are both empty; remove the row",
+            key="private_test_cases",
+            cause=Cause.EMPTY,
+        )
     text = require_text(location, row, "question_content").strip()
     kinds = {test.get("testtype") for test in tests}
     if kinds == {"functional"}:
@@ -168,7 +175,8 @@ def _question(location: str, row: dict[str, Any]) -> Question:
         truth = {"tests": [{"input": t["input"], "output": t["output"]} for t in tests]}
     else:
         raise UserError(
-            f"{location}: 'testtype' must be stdin or functional throughout, got {kinds}",
+            f"{location}: 'testtype' must be stdin or functional in all tests of a row, got "
+            f"{', '.join(sorted(map(repr, kinds)))}; {REMEDY}",
             key="testtype",
             cause=Cause.MALFORMED,
         )
@@ -192,7 +200,8 @@ def _function_tests(
         ]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{location}: a functional test is not as it should be: {error!r}",
+            f"{location}: a functional test needs 'input' and 'output' as JSON text, and "
+            f"'func_name' in the row's metadata: {error!r}; {REMEDY}",
             key="private_test_cases",
             cause=Cause.MALFORMED,
         ) from error
