@@ -10,8 +10,15 @@ from megatron_r1.reporting.formatting import format_number as number
 from megatron_r1.reporting.formatting import format_percent as percent
 
 FAMILIES = (
-    *("files", "checkpoint", "sampling", "rewards", "log-probabilities"),
-    *("schedule", "loss", "optimizer", "push"),
+    "files",
+    "checkpoint",
+    "sampling",
+    "rewards",
+    "log-probabilities",
+    "schedule",
+    "loss",
+    "optimizer",
+    "push",
 )
 """In the order in which data flows through a step: the first departure is the earliest of these."""
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from r1_grading import grade
+from r1_grading.reading import Reading
 from r1_grading.rewards import FORM_REWARDS, Grade
 from r1_grading.terms import ACCURACY, RewardTerms
 
@@ -102,7 +103,7 @@ def _plain_sum(step: RecordedStep, index: ResponseIndex) -> float:
     return sum(value for term, value in terms.items() if step.weights.get(term))
 
 
-def read_stated_answer(text: str, reading: str) -> tuple[str, str] | None:
+def read_stated_answer(text: str, reading: Reading) -> tuple[str, str] | None:
     """Return an answer and the form it is in, found without the run's reader: the tag, the last box
     or ####, else with the readings that take it the last number; None where there is none, or
     several tags, and for an answer that is neither a number nor LaTeX: readers differ about those.
@@ -114,7 +115,7 @@ def read_stated_answer(text: str, reading: str) -> tuple[str, str] | None:
     return answer if answer and PLAIN.fullmatch(answer[0].strip()) else None
 
 
-def _read_stated_answer(text: str, reading: str) -> tuple[str, str] | None:
+def _read_stated_answer(text: str, reading: Reading) -> tuple[str, str] | None:
     if TAG in text:
         answer, end, tail = text.rpartition(TAG)[2].partition(END_TAG)
         is_one = text.count(TAG) == text.count(END_TAG) == 1 and not tail.strip()

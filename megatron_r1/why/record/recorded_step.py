@@ -17,8 +17,8 @@ from megatron_r1.controller.rollouts.rollout import GradedResponse, Group
 from megatron_r1.controller.rollouts.sample_log import (
     SamplingRecord,
 )
+from megatron_r1.data.prompt import Prompt
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
-from megatron_r1.data.prompts import Prompt
 from megatron_r1.models.experts import RoutingShape, routing_shape
 from megatron_r1.models.hf_config import HFConfig, read_hf_config
 from megatron_r1.models.sampling_mask import DecodedMask, decode_mask

@@ -18,7 +18,8 @@ from megatron_r1.controller.rollouts.sample_log import (
     step_log_path,
     unpack,
 )
-from megatron_r1.data.prompts import Prompt, load_prompts
+from megatron_r1.data.prompt import Prompt
+from megatron_r1.data.prompts import load_prompts, prompt_options
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.trainer.checkpoints.checkpoint_folders import SHOWN_FAULTS, manifest_faults
 from megatron_r1.why.record.recorded_step import RecordedStep, weights_after
@@ -221,21 +222,7 @@ def _prompts(folder: RunFolder, config: Config) -> _Prompts:
     """Return the questions of the run; where the data is not here, those of samples.jsonl."""
     data = config.data
     try:
-        split = load_prompts(
-            path=data.path,
-            heldout_path=data.heldout_path,
-            task=data.task,
-            parameters=data.parameters,
-            seed=data.seed,
-            kind=data.kind,
-            columns=data.columns,
-            num_train=data.num_train,
-            num_heldout=data.num_heldout,
-            heldout_fraction=data.heldout_fraction,
-            where=data.where,
-            no_truth=data.no_truth,
-            bad_rows=data.bad_rows,
-        )
+        split = load_prompts(**prompt_options(data))
     except UserError as error:
         lines = (line for line in read_lines(folder.samples_path) if line.get("split") == "train")
         known_prompts = {

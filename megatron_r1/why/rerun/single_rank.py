@@ -23,9 +23,20 @@ from megatron_r1.why.comparison import CannotRecompute
 from megatron_r1.why.record.recorded_step import RecordedStep
 
 LAYOUT = (
-    *("processes", "tensor", "pipeline", "expert", "context", "sequence", "expert_tensor"),
-    *("virtual_pipeline", "pipeline_layout", "dispatcher", "overlap_expert_exchange"),
-    *("overlap_param_gather", "offload_between_phases", "offload_folder"),
+    "processes",
+    "tensor",
+    "pipeline",
+    "expert",
+    "context",
+    "sequence",
+    "expert_tensor",
+    "virtual_pipeline",
+    "pipeline_layout",
+    "dispatcher",
+    "overlap_expert_exchange",
+    "overlap_param_gather",
+    "offload_between_phases",
+    "offload_folder",
 )
 """The settings of `parallel` that the rank has at their defaults; the others are the run's."""
 METRIC = "logprob_diff/mean"
