@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-MOST = 72
+MAX_CHARS = 72
 MAX_FILES = 20
 """Of a commit without a body."""
 MADE_BY_GIT = (
@@ -98,8 +98,8 @@ def message_faults(
             f"{renames}: a line `Command:` has the command that made them, "
             "or `By hand:` says what no command could do, and why"
         )
-    if len(subject) > MOST:
-        faults.append(f"it has {len(subject)} characters, at most {MOST}; its body says why")
+    if len(subject) > MAX_CHARS:
+        faults.append(f"it has {len(subject)} characters, at most {MAX_CHARS}; its body says why")
     if subject.endswith("."):
         faults.append("it ends with a full stop")
     is_list = re.search(r", (.* )?(and|or) ", subject) and not subject.startswith("Merge ")

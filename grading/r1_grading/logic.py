@@ -31,7 +31,7 @@ FORMULA_NAMES = frozenset(
     ("Abs", "acos", "asin", "atan", "cos", "cosh", "cot", "csc", "exp")
     + ("ln", "log", "pi", "sec", "sin", "sinh", "sqrt", "tan", "tanh")
 )
-GROWING = frozenset(("exp", "sinh", "cosh"))
+GROWING_FUNCTIONS = frozenset(("exp", "sinh", "cosh"))
 MAX_FORMULA_CHARS = 2_000
 MAX_BITS = 4_096
 """The size of any intermediate number: 1,200 digits."""
@@ -88,7 +88,7 @@ def _size(node: ast.expr) -> tuple[float, int]:
                 size = bits + more_bits, degree + more_degree
         case ast.Call(func=ast.Name(id=name), args=[argument], keywords=[]):
             bits, degree = _size(argument)
-            growth = 2.0 ** min(bits + 1, 64) if name in GROWING else 64.0
+            growth = 2.0 ** min(bits + 1, 64) if name in GROWING_FUNCTIONS else 64.0
             size = growth, degree
         case _:
             raise SyntaxError(type(node).__name__)
@@ -134,7 +134,7 @@ def _truth_value(answer: str, entry: dict[str, Any]) -> str:
     return "" if is_same else "it is not True or False, as the question has it"
 
 
-def _near(answer: str, entry: dict[str, Any]) -> str:
+def _refuse_coarse_probability(answer: str, entry: dict[str, Any]) -> str:
     """Refuse probabilities that are off by more than a thousandth: the scorer's error is absolute,
     and 0 is near every probability below 1e-4."""
     try:
@@ -209,7 +209,7 @@ GUARDS: dict[str, Callable[[str, dict[str, Any]], str]] = {
         rf"{NUMBER}\s*°?|\(?\s*{NUMBER}\s*,\s*{NUMBER}\s*\)?", "one value"
     ),
     "boxnet": _flat_actions,
-    "coin_flip": _near,
+    "coin_flip": _refuse_coarse_probability,
     "complex_arithmetic": _finite,
     "fraction_simplification": _matching(
         r"\$?\s*(?:\\[dt]?frac\s*\{\s*-?\d+\s*\}\s*\{\s*-?\d+\s*\}|-?\d+\s*/\s*-?\d+)\s*\$?\.?",

@@ -7,7 +7,7 @@ import numpy as np
 
 from r1_grading.reading import chain_of_thought
 from r1_grading.reading.answer import ANSWER, END_ANSWER, END_THINK, THINK
-from r1_grading.reading.languages import INVISIBLE, LANGUAGES, judged_words
+from r1_grading.reading.languages import INVISIBLE_CHARS, LANGUAGES, judged_words
 from r1_grading.rewards import Grade
 
 TAGS = (THINK, END_THINK, ANSWER, END_ANSWER)
@@ -36,8 +36,8 @@ def grade_format(
     positions = [text.find(tag) for tag in TAGS]
     if positions != sorted(positions):
         return Grade(0.0, "bad format: the tags are out of order")
-    between = text[positions[1] + len(END_THINK) : positions[2]]
-    if positions[0] != 0 or between.strip() or not text.endswith(END_ANSWER):
+    separator = text[positions[1] + len(END_THINK) : positions[2]]
+    if positions[0] != 0 or separator.strip() or not text.endswith(END_ANSWER):
         return Grade(0.0, "bad format: text outside the tags")
     thought = text[len(THINK) : positions[1]]
     answer = text[positions[2] + len(ANSWER) : positions[3]]
@@ -202,7 +202,7 @@ def grade_repetition(
         raise ValueError(f"window must be a positive number of characters, got {window!r}")
     # Once more for the accents of whole characters; millions of accents in a row, which decomposing
     # sorts in quadratic time, are gone by then.
-    text = INVISIBLE.sub("", unicodedata.normalize("NFKD", INVISIBLE.sub("", response)))
+    text = INVISIBLE_CHARS.sub("", unicodedata.normalize("NFKD", INVISIBLE_CHARS.sub("", response)))
     text = WHITE_SPACE.sub(" ", text).strip().casefold()
     if mask_numbers:
         text = NUMBER.sub("0", text)

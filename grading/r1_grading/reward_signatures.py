@@ -17,10 +17,10 @@ from r1_grading.reading.answer import without_special_tokens
 from r1_grading.rewards import REGISTRY, REMOTE, FiniteGrade, Grade, resolve
 
 GradeFunction = Callable[..., Grade]
-OWN = "(response, truth, **entry) -> Grade"
+OWN_SIGNATURE = "(response, truth, **entry) -> Grade"
 VERL_NAMES = frozenset({"solution_str", "ground_truth"})
 TRL_NAME = "completions"
-REFUSED = {
+FOREIGN_SIGNATURES = {
     "OpenRLHF": frozenset({"queries", "labels"}),
     "slime": frozenset({"args", "sample"}),
     "verifiers": frozenset({"completion", "answer"}),
@@ -38,7 +38,7 @@ FORMS = ("text", "messages")
 """The values of the option `completions` of a function of TRL's signature."""
 POSITIONAL = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 VARIADIC = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
-MAX_OTHERS = 4
+MAX_SHOWN_ENTRIES = 4
 """The most further entries of verl's mapping that a reason shows."""
 
 
@@ -94,7 +94,7 @@ def adapt_signature(function: Callable[..., Any], target: str) -> GradeFunction:
         target: its "module:function", for errors.
 
     Raises:
-        UserError: a signature of a library in `REFUSED`, or a parameter's former name."""
+        UserError: a signature in `FOREIGN_SIGNATURES`, or a parameter's former name."""
     parameters = _parameters(function)
     names = parameters.keys()
     if names >= VERL_NAMES:
@@ -108,11 +108,12 @@ def adapt_signature(function: Callable[..., Any], target: str) -> GradeFunction:
             key=target,
             cause=Cause.UNSUPPORTED,
         )
-    for library, parameter_names in REFUSED.items():
+    for library, parameter_names in FOREIGN_SIGNATURES.items():
         if names >= parameter_names:
             raise UserError(
                 f"{target} has the signature of {library}'s reward functions "
-                f"({', '.join(names)}), which is not accepted; write {OWN}, or verl's or TRL's "
+                f"({', '.join(names)}), which is not accepted; write {OWN_SIGNATURE}, or verl's "
+                "or TRL's "
                 "(docs/rewards.md)",
                 key=target,
                 cause=Cause.UNSUPPORTED,
@@ -176,8 +177,12 @@ class _VerlFunction(AdaptedFunction):
                 raise TypeError(f"it returned a mapping without 'score': {shorten(result)}")
             details = {name: value for name, value in result.items() if name != "score"}
             result = result["score"]
-        said = [f"{name} {shorten(value)}" for name, value in list(details.items())[:MAX_OTHERS]]
-        return FiniteGrade(number := _number(result), ", ".join([f"score {number:g}", *said]))
+        descriptions = [
+            f"{name} {shorten(value)}" for name, value in list(details.items())[:MAX_SHOWN_ENTRIES]
+        ]
+        return FiniteGrade(
+            number := _number(result), ", ".join([f"score {number:g}", *descriptions])
+        )
 
 
 class _TrlFunction(AdaptedFunction):

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from r1_grading.base.errors import FORMER, Cause, UserError, did_you_mean, shorten
+from r1_grading.base.errors import FORMER_PACKAGE, Cause, UserError, did_you_mean, shorten
 
 MAX_REASON_CHARS = 500
 UNGRADED = "cannot be graded"
@@ -124,10 +124,10 @@ def resolve(kind: str) -> str:
     if kind in paths:
         return paths[kind]
     module, _, function = kind.partition(":")
-    if f"{module}.".startswith(f"{FORMER}."):
-        name = module.removeprefix(FORMER).strip(".").partition(".")[0]
+    if f"{module}.".startswith(f"{FORMER_PACKAGE}."):
+        name = module.removeprefix(FORMER_PACKAGE).strip(".").partition(".")[0]
         raise UserError(
-            f"reward kind {kind!r}: {FORMER} is the package r1_grading now; write "
+            f"reward kind {kind!r}: {FORMER_PACKAGE} is the package r1_grading now; write "
             + (repr(name) if name in paths else "the reward's new name"),
             key="kind",
             cause=Cause.UNKNOWN,

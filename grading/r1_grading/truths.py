@@ -76,7 +76,7 @@ WORD = re.compile(r"[^\W\d_]{3,}")
 MAX_MARKED_CHARS = 40
 """Longer lines behind `####` are headings of Markdown where further lines follow: a choice."""
 NO_NUMBER = re.compile(r"[-+]?(?:nan|inf)\s*\\?%?", re.IGNORECASE)
-COMPARED = ("exact_match", "math")
+COMPARING_REWARDS = ("exact_match", "math")
 """The rewards that compare an answer with one or any of several truths."""
 
 
@@ -229,7 +229,7 @@ def check_choice(kind: str, question: str, truth: Any, fields: Mapping[str, Any]
         question: the question's text.
         truth: its truth.
         fields: the row's other columns."""
-    for name, choices in _choices(fields) if kind in COMPARED else ():
+    for name, choices in _choices(fields) if kind in COMPARING_REWARDS else ():
         if not isinstance(choices, list) or len(choices) < 2 or not _is_place(truth, len(choices)):
             continue
         question_letters = _letters(question)
@@ -285,7 +285,7 @@ def _check_code(truth: Any, fields: Mapping[str, Any]) -> None:
 
 
 CHECKS: dict[str, Callable[[Any, Mapping[str, Any]], None]] = {
-    **dict.fromkeys(COMPARED, _check_alternatives),
+    **dict.fromkeys(COMPARING_REWARDS, _check_alternatives),
     "code": _check_code,
 }
 """Kind → its check."""

@@ -104,8 +104,10 @@ def kept_statistics(sizes: ExampleSizes, device: str) -> Iterator[ExampleLaunch]
     for name, dtype in (("bf16", BF16), ("fp32", FP32)):
         logits, targets, shard, kept_ids = _make_kept_arguments(sizes, dtype, device)
         arguments = logits, targets, shard, 1.0, kept_ids
-        least = 4 + dtype.itemsize
-        yield ExampleLaunch(f"kept_statistics {name}", arguments, least, len(kept_ids.token_ids))
+        min_bytes = 4 + dtype.itemsize
+        yield ExampleLaunch(
+            f"kept_statistics {name}", arguments, min_bytes, len(kept_ids.token_ids)
+        )
 
 
 def kept_gradient(sizes: ExampleSizes, device: str) -> Iterator[ExampleLaunch]:
@@ -116,9 +118,9 @@ def kept_gradient(sizes: ExampleSizes, device: str) -> Iterator[ExampleLaunch]:
             rows = torch.randn(5, sizes.num_tokens, device=device).unbind()
             upstream = RowUpstream._make([*rows[:4], rows[4] if variant else None])
             arguments = logits, targets, shard, 1.0, upstream, kept_ids
-            least = 8 + dtype.itemsize
+            min_bytes = 8 + dtype.itemsize
             yield ExampleLaunch(
-                f"kept_gradient {name}{variant}", arguments, least, len(kept_ids.token_ids)
+                f"kept_gradient {name}{variant}", arguments, min_bytes, len(kept_ids.token_ids)
             )
 
 
@@ -159,8 +161,8 @@ def quantize_blocks(sizes: ExampleSizes, device: str) -> Iterator[ExampleLaunch]
     """Yield a weight's quantization in blocks of 128x128, and an activation's of 1x128."""
     for block in ((128, 128), (1, 128)):
         x = torch.randn(sizes.weight, dtype=BF16, device=device)
-        least = 2 + 1 + 4 / (block[0] * 128)
-        yield ExampleLaunch(f"quantize {block[0]}x128 bf16", (x, block), least, x.numel())
+        min_bytes = 2 + 1 + 4 / (block[0] * 128)
+        yield ExampleLaunch(f"quantize {block[0]}x128 bf16", (x, block), min_bytes, x.numel())
 
 
 def dequantize_blocks(sizes: ExampleSizes, device: str) -> Iterator[ExampleLaunch]:
@@ -169,8 +171,8 @@ def dequantize_blocks(sizes: ExampleSizes, device: str) -> Iterator[ExampleLaunc
         q = torch.randn(sizes.weight, device=device).to(torch.float8_e4m3fn)
         blocks = [-(-size // along) for size, along in zip(sizes.weight, block, strict=True)]
         arguments = q, torch.rand(blocks, device=device), block, BF16
-        least = 1 + 2 + 4 / (block[0] * 128)
-        yield ExampleLaunch(f"dequantize {block[0]}x128 bf16", arguments, least, q.numel())
+        min_bytes = 1 + 2 + 4 / (block[0] * 128)
+        yield ExampleLaunch(f"dequantize {block[0]}x128 bf16", arguments, min_bytes, q.numel())
 
 
 def _make_kept_arguments(

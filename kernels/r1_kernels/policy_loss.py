@@ -92,8 +92,8 @@ class Averaging(NamedTuple):
         cu_seqlens: (S + 1,) borders of the sequences; None: they are not needed.
         sequence_group: the ranks that share the sequences; None: this one alone."""
 
-    ratio_level: str = "token"
-    average: str = "token"
+    ratio_level: Level = "token"
+    average: Level = "token"
     denominator: float | Tensor | None = None
     cu_seqlens: Tensor | None = None
     sequence_group: ProcessGroup | None = None

@@ -27,7 +27,7 @@ def without_autocast(function: Callable[Parameters, Result]) -> Callable[Paramet
     return run
 
 
-REDUCED = (torch.bfloat16, torch.float16)
+REDUCED_DTYPES = (torch.bfloat16, torch.float16)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -45,7 +45,7 @@ def matmul_into(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
         out: (M, N) of `accumulation_dtype(a.dtype)`.
         a: (M, K).
         b: (K, N), of a's dtype."""
-    if a.dtype not in REDUCED:
+    if a.dtype not in REDUCED_DTYPES:
         return torch.mm(a, b, out=out)
     if a.is_cuda:
         return torch.mm(a, b, out_dtype=out.dtype, out=out)
@@ -61,7 +61,7 @@ def accumulate(out: Tensor, a: Tensor, b: Tensor) -> None:
         out: (M, N) of `accumulation_dtype(a.dtype)`.
         a: (M, K).
         b: (K, N), of a's dtype."""
-    if a.dtype in REDUCED and a.is_cuda:
+    if a.dtype in REDUCED_DTYPES and a.is_cuda:
         torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
     else:
         out.addmm_(a.to(out.dtype), b.to(out.dtype))

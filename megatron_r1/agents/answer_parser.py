@@ -162,7 +162,7 @@ class ParserPool:
         return f"agents.tool_parser {tool or 'none'}, agents.reasoning_parser {reasoning or 'none'}"
 
 
-OPEN, CLOSE, END_THINK = "<tool_call>", "</tool_call>", "</think>"
+OPEN_TAG, CLOSE_TAG, END_THINK = "<tool_call>", "</tool_call>", "</think>"
 ARGUMENTS = ("arguments", "parameters")
 """Names of a call's arguments: Hermes', and Llama 3's."""
 OTHER_KEYS = ("name", "id", "type")
@@ -206,7 +206,7 @@ def parse_hermes(text: str) -> ParsedAnswer:
         return ParsedAnswer(reasoning, answer, failure=str(error))
     pieces.append(answer[start:])
     content = "\n".join(filter(None, map(str.strip, pieces))) if calls else answer
-    failure = f"a {OPEN} without a call stays text" if OPEN in content else ""
+    failure = f"a {OPEN_TAG} without a call stays text" if OPEN_TAG in content else ""
     return ParsedAnswer(reasoning, content, calls, failure)
 
 
@@ -215,8 +215,8 @@ def _split_thought(text: str) -> tuple[str | None, str]:
     follows; None and the text where there is none."""
     thought_end, json_end = -1, 0
     while (thought_end := text.find(END_THINK, thought_end + 1)) >= 0:
-        while 0 <= (begin := text.find(OPEN, json_end)) < thought_end:
-            json_end = _end_of_json(text, begin + len(OPEN)) or begin + len(OPEN)
+        while 0 <= (begin := text.find(OPEN_TAG, json_end)) < thought_end:
+            json_end = _end_of_json(text, begin + len(OPEN_TAG)) or begin + len(OPEN_TAG)
         if json_end <= thought_end:
             thought = text[:thought_end].strip().removeprefix("<think>").strip()
             return thought, text[thought_end + len(END_THINK) :].lstrip()
@@ -230,8 +230,8 @@ def _calls(text: str) -> Iterator[tuple[int, int, dict[str, Any]]]:
         MalformedCall: a call is not JSON in a form that is known, or text follows its JSON.
     """
     position = 0
-    while (begin := text.find(OPEN, position)) >= 0:
-        position = begin + len(OPEN)
+    while (begin := text.find(OPEN_TAG, position)) >= 0:
+        position = begin + len(OPEN_TAG)
         first = _skip_space(text, position)
         if not text.startswith("{", first):
             continue  # prose about the tag
@@ -239,12 +239,14 @@ def _calls(text: str) -> Iterator[tuple[int, int, dict[str, Any]]]:
             body, end = _DECODER.raw_decode(text, first)
             call = _call(body)
         except (ValueError, RecursionError) as error:
-            raise MalformedCall(f"the {OPEN} at character {begin} is malformed: {error}") from None
+            raise MalformedCall(
+                f"the {OPEN_TAG} at character {begin} is malformed: {error}"
+            ) from None
         position = _skip_space(text, end)
         if position < len(text):
-            if not text.startswith(CLOSE, position):
-                raise MalformedCall(f"text follows the JSON of the {OPEN} at character {begin}")
-            position += len(CLOSE)
+            if not text.startswith(CLOSE_TAG, position):
+                raise MalformedCall(f"text follows the JSON of the {OPEN_TAG} at character {begin}")
+            position += len(CLOSE_TAG)
         yield begin, position, call
 
 
@@ -390,9 +392,9 @@ class AnswerReader:
         functions = [call["function"] for call in message.get("tool_calls", ())]
         # Parsers of vLLM keep a text or a list as arguments. No protocol has a place for these:
         # clients fail on them, or send back a call that the gateway has to refuse.
-        why = "the arguments of a call are no JSON object"
+        reason = "the arguments of a call are no JSON object"
         if all(isinstance(read_arguments(function), dict) for function in functions):
             if self._continuation.can_render(message, tools):
                 return message
-            why = "the chat template refuses the calls"
-        return {"role": "assistant", "content": text, PARSE_ERROR: why}
+            reason = "the chat template refuses the calls"
+        return {"role": "assistant", "content": text, PARSE_ERROR: reason}

@@ -180,7 +180,7 @@ class Continuation:
             text_behind if last is None else text_behind.removeprefix(self._ends.get(last, ""))
         )
 
-    def _behind(self, answer: str) -> str:
+    def _text_after_answer(self, answer: str) -> str:
         """Return what the template writes behind an answer, of the text of the whole answer."""
         start = max((answer.rfind(end) for end in self._ends.values()), default=-1)
         return self._written if start < 0 else answer[start:]
@@ -203,7 +203,7 @@ class Continuation:
             except RenderError:
                 return None
             if after.startswith(before) and after.startswith(prompt):
-                return self._behind(before[len(prompt) :]), after[len(before) :]
+                return self._text_after_answer(before[len(prompt) :]), after[len(before) :]
         return None
 
     def _text(

@@ -134,7 +134,7 @@ def missing_arguments(reset: Callable[..., Any], values: Mapping[str, Any]) -> l
     return [p.name for p in parameters if p.default is p.empty and p.name not in values]
 
 
-SHIPPED = {
+SHIPPED_ENVIRONMENTS = {
     "calculator": "megatron_r1.agents.shipped_environments:Calculator",
     "gym": "megatron_r1.agents.shipped_environments:Gym",
     "lookup": "megatron_r1.agents.shipped_environments:Lookup",
@@ -142,7 +142,7 @@ SHIPPED = {
     "retrieval": "megatron_r1.agents.shipped_environments:Retrieval",
 }
 """Environments that come with this package: the short name of each with its class."""
-RESERVED = ("reset", "get_reward", "final_answer", "close")
+RESERVED_METHODS = ("reset", "get_reward", "final_answer", "close")
 """Public methods that are not tools."""
 
 
@@ -182,17 +182,17 @@ def environment_target(name: str) -> str:
     Raises:
         UserError: an unknown name.
     """
-    if name in SHIPPED:
-        return SHIPPED[name]
+    if name in SHIPPED_ENVIRONMENTS:
+        return SHIPPED_ENVIRONMENTS[name]
     module, _, attribute = name.partition(":")
     if module and attribute.isidentifier() and not module.endswith(".py"):
         return name
-    suggestion = did_you_mean(name, SHIPPED)
+    suggestion = did_you_mean(name, SHIPPED_ENVIRONMENTS)
     if file_name := re.fullmatch(r"(\w[\w.]*?)(?:\.py)?[.:](\w+)", name):
         suggestion = f"; did you mean {file_name[1]}:{file_name[2]}?"
     raise UserError(
         f"agents.environment: unknown environment {name!r}{suggestion} (known: "
-        f"{', '.join(SHIPPED)}; your own is written 'module:Class')",
+        f"{', '.join(SHIPPED_ENVIRONMENTS)}; your own is written 'module:Class')",
         key="agents.environment",
         cause=Cause.UNKNOWN,
     )
@@ -216,7 +216,9 @@ def describe(environment: type) -> EnvironmentDescription:
     """
     name = environment.__name__
     public = _public_methods(environment)
-    tools = [_tool_schema(*method) for method in public.items() if method[0] not in RESERVED]
+    tools = [
+        _tool_schema(*method) for method in public.items() if method[0] not in RESERVED_METHODS
+    ]
     if "reset" not in public:
         raise UserError(
             f"agents.environment: {name} has no method reset(self, **row), which begins an episode",
@@ -232,15 +234,16 @@ def describe(environment: type) -> EnvironmentDescription:
         )
     if not tools:
         raise UserError(
-            f"agents.environment: {name} has no public method besides {', '.join(RESERVED)}, so "
+            f"agents.environment: {name} has no public method besides "
+            f"{', '.join(RESERVED_METHODS)}, so "
             "the model would have no tool; add one, or leave agents out",
             key="agents.environment",
             cause=Cause.EMPTY,
         )
-    lacking = [method for method in RESERVED if method not in public]
+    lacking = [method for method in RESERVED_METHODS if method not in public]
     matches = {
         method: difflib.get_close_matches(method, lacking, n=1, cutoff=0.85)
-        for method in public.keys() - set(RESERVED)
+        for method in public.keys() - set(RESERVED_METHODS)
     }
     misspelt = {method: names[0] for method, names in matches.items() if names}
     return EnvironmentDescription(tools, "get_reward" in public, _parameters(environment), misspelt)

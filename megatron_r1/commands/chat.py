@@ -31,7 +31,7 @@ from megatron_r1.trainer.checkpoints.checkpoint_folders import complete_checkpoi
 
 ARGUMENTS = ("RUN_OR_FOLDER",)
 OPTIONS = {"question": "TEXT"}
-REPEATED = ("question",)
+REPEATED_OPTIONS = ("question",)
 SETTINGS = ("data.template", "rollout", "run.seed")
 
 SEQUENCE_TOKENS, RESPONSE_TOKENS = 4096, 512

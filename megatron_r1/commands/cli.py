@@ -109,8 +109,10 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return 1
     except KeyboardInterrupt:
-        again = "starts over" if arguments[0] in {*PLAIN_VERBS, "plan"} else "continues from here"
-        print(f"megatron-r1: stopped; the same command {again}", file=sys.stderr)
+        continuation = (
+            "starts over" if arguments[0] in {*PLAIN_VERBS, "plan"} else "continues from here"
+        )
+        print(f"megatron-r1: stopped; the same command {continuation}", file=sys.stderr)
         return 130
 
 
@@ -149,7 +151,7 @@ def _dispatch(arguments: list[str]) -> int:
         from megatron_r1.pipeline.pipeline_recipe import PipelineRecipe
 
         runner = importlib.import_module(RUNNING_VERBS[verb])
-        for name, key in getattr(runner, "SHORT", {}).items():
+        for name, key in getattr(runner, "SHORT_OPTIONS", {}).items():
             options = [re.sub(rf"^--{name}(?=$|=)", f"--{key}", option) for option in options]
         switches = boolean_keys(PipelineRecipe if verb == "pipeline" else configuration.Config)
         runner.run(recipe, parse_overrides(options, switches), RECIPE_VERBS)

@@ -33,7 +33,7 @@ from megatron_r1.evaluation.response_log import ResponseLog
 from megatron_r1.evaluation.sampling import ResponseSampler, TextResponseGrader
 from megatron_r1.reporting.run_folder import RunFolder
 
-REQUIRED = ("run.folder", "eval.benchmarks")
+REQUIRED_KEYS = ("run.folder", "eval.benchmarks")
 MAX_TRUTH_CHARS = 200
 
 

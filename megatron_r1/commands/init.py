@@ -64,13 +64,13 @@ COLUMN_ROWS = 100
 TRIED_TRUTHS = 20
 """The first truths that the math reward is tried on: a choice, enough to show a column that the
 reward cannot read at all."""
-SMALL = 1e9
+SMALL_MODEL_PARAMETERS = 1e9
 """Below so many parameters, a template is said to need worked examples."""
 MIN_QUESTIONS_TO_SPLIT = 20
 """With fewer questions none is held out: a choice. A fifth of 20 are four."""
 MAX_HELDOUT_ON_CPU, MAX_HELDOUT_ON_GPU = 64, 500
 """The most questions of an evaluation: a choice. With four responses to each, 256 and 2,000."""
-OWN = ":"
+MODULE_SEPARATOR = ":"
 """It is in the name of a reward function of the user's own, module:function."""
 
 
@@ -192,9 +192,9 @@ def _check_recipe(path: Path, columns: Columns) -> None:
     Raises:
         UserError: `rl` would refuse the recipe.
     """
-    recipe = configuration.load(path, required=rl.REQUIRED)
+    recipe = configuration.load(path, required=rl.REQUIRED_KEYS)
     _, prompts = prepare(recipe)
-    if OWN in (columns.kind or ""):
+    if MODULE_SEPARATOR in (columns.kind or ""):
         with explain_renamed_columns(recipe.data.columns):
             asyncio.run(_check_user_reward(prompts.train))
     if not gpu.is_usable():
@@ -279,7 +279,7 @@ def _guess_answers(folder: Path, parameters: int) -> list[Guess]:
             Guess("rewards.reading", rewards["reading"], reason),
             Guess("rewards.weights", to_jsonable_python(rewards["weights"]), reason),
         ]
-    if parameters < SMALL:
+    if parameters < SMALL_MODEL_PARAMETERS:
         reason += (
             "; a model as small as this one often talks about the question instead of answering "
             "it: where the dry run shows that, write this template out, with one or two solved "

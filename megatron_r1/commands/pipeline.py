@@ -146,7 +146,7 @@ def _print_commands(plans: list[PipelinePlan], graph: Graph, stage_names: list[s
         for name in stage_names:
             stage = plan.stages[name]
             configs = {n: plan.server(server) for n, server in stage.config.serve.items()}
-            begun_stage = manifest.read(plan.folder_of(name), manifest.BEGUN) or {}
+            begun_stage = manifest.read(plan.folder_of(name), manifest.BEGUN_FILE) or {}
             begun_ports = begun_stage.get("ports", {})
             new_servers = {n: server for n, server in configs.items() if n not in begun_ports}
             ports = {**begun_ports, **serving.choose_ports(new_servers, {})}

@@ -31,8 +31,8 @@ from megatron_r1.plan.search import FittingLayout, fastest_layouts, nearest_layo
 from megatron_r1.plan.timing import sum_quantities, total_hours
 from megatron_r1.reporting.formatting import format_count
 
-FITS, UNFIT, REFUSED = range(3)
-VERDICTS = {FITS: "fits", UNFIT: "does not fit", REFUSED: "refused"}
+EXIT_FITS, EXIT_UNFIT, EXIT_BAD_RECIPE = range(3)
+VERDICTS = {EXIT_FITS: "fits", EXIT_UNFIT: "does not fit", EXIT_BAD_RECIPE: "refused"}
 """The verdict of each exit status; for several recipes the highest is returned."""
 
 
@@ -42,11 +42,11 @@ def main(arguments: list[str] | None = None) -> int:
         args, overrides = parse(sys.argv[1:] if arguments is None else arguments, __doc__)
         if args.published:
             print(published_table())
-            return FITS
+            return EXIT_FITS
         if args.calibrate_from:
             folder, file = args.calibrate_from
             print(calibrate_from(folder, file, args, overrides))
-            return FITS
+            return EXIT_FITS
     except ValueError as error:
         return _refused(error)
     if len(args.recipes) == 1:
@@ -67,7 +67,7 @@ def _plan(recipe: Path, args: argparse.Namespace, overrides: dict[str, Any]) -> 
     except ValueError as error:
         return _refused(error)
     if not _can_work(job):
-        return UNFIT
+        return EXIT_UNFIT
     estimate = JobEstimate(job)
     problems = estimate.problems()
     print(as_text(estimate))
@@ -91,7 +91,7 @@ def _plan(recipe: Path, args: argparse.Namespace, overrides: dict[str, Any]) -> 
         except OSError as error:
             return _refused(f"--json: {args.json} cannot be written: {error.strerror}")
     try:
-        return UNFIT if problems else _later_phases(recipe, args, overrides)
+        return EXIT_UNFIT if problems else _later_phases(recipe, args, overrides)
     except ValueError as error:
         return _refused(error)
 
@@ -99,7 +99,7 @@ def _plan(recipe: Path, args: argparse.Namespace, overrides: dict[str, Any]) -> 
 def _later_phases(recipe: Path, args: argparse.Namespace, overrides: dict[str, Any]) -> int:
     """Print a line for each later change of `rl.schedule`, which only rl follows, unless --step
     chose one; return the exit status."""
-    status = FITS
+    status = EXIT_FITS
     config = load_recipe(recipe, overrides)
     # The estimate above is of step 1.
     later_entries = [entry for entry in config.rl.schedule if entry.from_step > 1]
@@ -112,7 +112,7 @@ def _later_phases(recipe: Path, args: argparse.Namespace, overrides: dict[str, A
         changes = ", ".join(f"{key}={value}" for key, value in entry.changes.items())
         print(f"\nfrom step {entry.from_step} ({changes}; --step {entry.from_step} shows all):")
         if not _can_work(job):
-            status = UNFIT
+            status = EXIT_UNFIT
             continue
         estimate = JobEstimate(job)
         step_times.append(estimate.step)
@@ -122,7 +122,7 @@ def _later_phases(recipe: Path, args: argparse.Namespace, overrides: dict[str, A
         print(f"  {peak:.0f} GiB on the fullest GPU, {estimate.step} a step{limits}")
         print("\n".join(f"  does not fit: {problem}" for problem in problems) or "  fits")
         print("".join(f"  note: {note}\n" for note in estimate.notes()), end="")
-        status = UNFIT if problems else status
+        status = EXIT_UNFIT if problems else status
     ends = [*steps[1:], config.run.steps + 1]
     if len(step_times) == len(steps) and all(
         step_time.value is not None for step_time in step_times
@@ -139,7 +139,7 @@ def _later_phases(recipe: Path, args: argparse.Namespace, overrides: dict[str, A
 
 def _refused(error: object) -> int:
     print(f"megatron-r1 plan: {error}", file=sys.stderr)
-    return REFUSED
+    return EXIT_BAD_RECIPE
 
 
 def _print_nearest(job: PlannedJob) -> list[FittingLayout]:

@@ -17,9 +17,9 @@ from megatron_r1.commands import torchrun
 from megatron_r1.config.overrides import take_section
 from megatron_r1.rehearse.settings import PreflightSettings
 
-REQUIRED = ("run.folder",)
+REQUIRED_KEYS = ("run.folder",)
 SETTINGS = ("preflight",)
-SHORT = {"json": "preflight.output"}
+SHORT_OPTIONS = {"json": "preflight.output"}
 
 
 def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> None:
@@ -35,7 +35,7 @@ def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> No
         RunError: on rank 0, for nodes that are not fit for the run.
         SystemExit: with the status of the ranks that it started, if they failed."""
     settings, recipe_overrides = take_section(overrides, PreflightSettings)
-    config = configuration.load(path, recipe_overrides, required=REQUIRED)
+    config = configuration.load(path, recipe_overrides, required=REQUIRED_KEYS)
     files.allow_readers(config.run.readable_by)
     world_size = torchrun.world_size(config)
     if not torchrun.is_rank():

@@ -37,8 +37,8 @@ from megatron_r1.rehearse.settings import RehearsalConfig, RehearsalSettings
 from megatron_r1.reporting.run_folder import RunFolder
 
 SETTINGS = ("rehearsal",)
-SHORT = {"on": "rehearsal.on"}
-IMPLIED_SETTINGS = {"reward-model": reward_model.IMPLIED}
+SHORT_OPTIONS = {"on": "rehearsal.on"}
+IMPLIED_BY_VERB = {"reward-model": reward_model.IMPLIED_SETTINGS}
 
 
 def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> None:
@@ -55,7 +55,7 @@ def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> No
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that all processes are stopped
     rehearsal_settings, recipe_overrides = take_section(overrides, RehearsalSettings)
     settings = rehearsal_settings.rehearsal
-    jobs = rehearsal_jobs(path, recipe_overrides, verbs, IMPLIED_SETTINGS, settings.stages)
+    jobs = rehearsal_jobs(path, recipe_overrides, verbs, IMPLIED_BY_VERB, settings.stages)
     for job in jobs:
         _check(job.config, job.verb)
     if settings.on == "gpu" and not gpu.is_usable():
@@ -211,7 +211,7 @@ def rehearsal_jobs(
     Args:
         path: the recipe's.
         overrides: settings of the recipe.
-        verbs: name → module, whose REQUIRED are the keys that a recipe must set.
+        verbs: name → module, whose REQUIRED_KEYS are the keys that a recipe must set.
         implied: verb → settings that it adds by itself.
         only: names of stages; none: all.
 
@@ -227,7 +227,7 @@ def rehearsal_jobs(
                 key="eval.benchmarks",
                 cause=Cause.UNSUPPORTED,
             )
-        added, required = implied.get(verb, {}), importlib.import_module(verbs[verb]).REQUIRED
+        added, required = implied.get(verb, {}), importlib.import_module(verbs[verb]).REQUIRED_KEYS
         config = configuration.load(path, {**added, **overrides}, required)
         return [RehearsalJob(Path(path).stem, verb, config)]
     recipe = pipeline_recipe.load(path, dict(overrides))

@@ -27,8 +27,8 @@ from megatron_r1.models import read_hf_config
 from megatron_r1.models.hf_config import HFConfig
 from megatron_r1.trainer.training_sample import Sample
 
-REQUIRED = ("run.folder", "model.path", "reward_model.data")
-IMPLIED = {"model.head": "score"}
+REQUIRED_KEYS = ("run.folder", "model.path", "reward_model.data")
+IMPLIED_SETTINGS = {"model.head": "score"}
 SPLIT_SALT = "a reward model's "
 """Makes the split into training and held-out questions independent of a policy's: rows that are all
 a policy's training questions would leave nothing held out."""
@@ -141,9 +141,9 @@ def load_rows(config: Config, text: PreferenceTokenizer, hf_config: HFConfig) ->
             sides[heldout].append(RewardModelRow(normalize_question(row.question), samples))
     if not sides[False] or (settings.heldout_fraction and not sides[True]):
         side = "held-out" if sides[False] else "training"
-        why = "".join(f"; {count:,} left out: {reason}" for reason, count in dropped.items())
+        reasons = "".join(f"; {count:,} left out: {reason}" for reason, count in dropped.items())
         raise UserError(
-            f"{settings.data}: no {side} row{why}; give more rows or change "
+            f"{settings.data}: no {side} row{reasons}; give more rows or change "
             f"reward_model.heldout_fraction={settings.heldout_fraction:g}",
             key="reward_model.data",
             cause=Cause.EMPTY,

@@ -47,7 +47,7 @@ from megatron_r1.engines.server.model_config import max_model_len
 from megatron_r1.evaluation.model_folder import require_weights
 from megatron_r1.trainer.operations import ModelOperations
 
-REQUIRED = ("run.folder", "model.path")
+REQUIRED_KEYS = ("run.folder", "model.path")
 
 
 def run(config: Config) -> None:

@@ -14,7 +14,7 @@ from r1_grading.terms import RewardUnusable
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.commands.rl_checks import check_settings
 from megatron_r1.config import Config
-from megatron_r1.config.teacher import OTHERS
+from megatron_r1.config.teacher import OTHER_SOURCES
 from megatron_r1.controller.rollouts.teacher_fleets import check_sources
 from megatron_r1.data.prompt import Prompt
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
@@ -196,7 +196,7 @@ def describe_teachers(config: Config, prompts: list[Prompt]) -> list[str]:
     if not config.teacher.by_source:
         return []
     counts = check_sources(config.teacher, prompts)
-    parts = (f"{count:,} of {source or OTHERS}" for source, count in counts.items())
+    parts = (f"{count:,} of {source or OTHER_SOURCES}" for source, count in counts.items())
     return [f"teachers: {', '.join(parts)}"]
 
 

@@ -40,7 +40,7 @@ from megatron_r1.sample.second_pass import FILES, Decide, decide_all, write_outp
 from megatron_r1.sample.selection import DUPLICATE, DecisionCounts, Selection
 from megatron_r1.sample.sft_examples import Rendering, SFTExamples, cached_rewriter
 
-REQUIRED = ("run.folder",)
+REQUIRED_KEYS = ("run.folder",)
 KIND_WITHOUT_TRUTH = "helpful"
 """The kind of rows that name none, if nothing is graded: it needs no truth."""
 REMEDIES = {

@@ -41,9 +41,9 @@ from megatron_r1.reporting.formatting import format_duration
 ARGUMENTS = ("IN.jsonl", "OUT.jsonl")
 SETTINGS = ("rewards", "data.kind")
 OPTIONS = {"audit": "GRADED.jsonl|RUN", "size": "N", "groups": "N", "seed": "N", "json": "FILE"}
-INSTEAD = ("audit",)
+ALTERNATIVE_OPTIONS = ("audit",)
 PIPE = "-"
-RESERVED = ("kind", "response", "truth", "reward", "reason")
+RESERVED_KEYS = ("kind", "response", "truth", "reward", "reason")
 
 MAX_OUTSTANDING_LINES = 4096
 MAX_OUTSTANDING_BYTES = 64 * 2**20
@@ -224,7 +224,7 @@ class _Scoring:
         if isinstance(record.get("opened"), bool):  # it would count for nothing
             return Grade.ungraded("'opened' is called 'thought_opened'")
         kind, truth = record["kind"], record.get("truth")
-        fields = {name: value for name, value in record.items() if name not in RESERVED}
+        fields = {name: value for name, value in record.items() if name not in RESERVED_KEYS}
         facts = {name: fields.pop(name) for name in FACTS if name in fields}
         try:
             arguments = call_fields(kind, self._options, fields, facts)

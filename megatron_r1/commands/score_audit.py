@@ -30,7 +30,7 @@ from megatron_r1.controller.verifier_audit import (
 from megatron_r1.data.table_files import describe_json_error
 from megatron_r1.evaluation.fraction_intervals import FractionEstimate
 from megatron_r1.evaluation.verifier_errors import (
-    AUDITED,
+    AUDITED_REWARDS,
     AnswerContent,
     AuditedResponse,
     ErrorRates,
@@ -85,7 +85,7 @@ def run(
         kinds = sorted({response.kind for response in responses if response.total is not None})
         raise UserError(
             f"{path}: nothing can be audited; it has {', '.join(kinds) or 'no grade'}, and a "
-            f"second method is there for {' and '.join(AUDITED)}",
+            f"second method is there for {' and '.join(AUDITED_REWARDS)}",
             key=OPTION,
             cause=Cause.EMPTY,
         )
@@ -198,7 +198,7 @@ def _response(
         "kind": isinstance(kind, str),
         "response": isinstance(record.get("response"), str),
         "reward": finite_metric(record, "reward") is not None,
-        "truth": kind not in AUDITED or is_ungraded or record.get("truth") is not None,
+        "truth": kind not in AUDITED_REWARDS or is_ungraded or record.get("truth") is not None,
     }
     wrong_fields = [name for name, is_valid in validity.items() if not is_valid]
     if not is_ungraded and wrong_fields:

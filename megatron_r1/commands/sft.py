@@ -22,7 +22,7 @@ from megatron_r1.trainer.operations import SUPERVISED
 from megatron_r1.trainer.training_sample import Sample
 
 MAX_SHOWN_CHARS = 800
-REQUIRED = ("run.folder", "model.path", "sft.data")
+REQUIRED_KEYS = ("run.folder", "model.path", "sft.data")
 
 
 def run(config: Config) -> None:

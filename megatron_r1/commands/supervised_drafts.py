@@ -15,7 +15,7 @@ from megatron_r1.data.columns import columns_by_name
 from megatron_r1.data.preference_tokenizer import PreferenceTokenizer
 from megatron_r1.data.preferences import Kind, kind_of_rows, read_preferences
 from megatron_r1.data.prompt import is_heldout
-from megatron_r1.data.rows import ABSENT, lookup
+from megatron_r1.data.rows import ABSENT_VALUE, lookup
 from megatron_r1.data.sft import ALWAYS_LEARNED, find_form
 from megatron_r1.data.tokenizer import load_tokenizer
 
@@ -43,13 +43,13 @@ def are_examples(rows: Sequence[dict[str, Any]]) -> bool:
         return form is not None
     truth = columns_by_name(rows, needs_truth=True).get("truth", "truth")
     values = [lookup({**row}, truth) for row in rows]
-    has_truth = any(value is not ABSENT and not is_missing(value) for value in values)
+    has_truth = any(value is not ABSENT_VALUE and not is_missing(value) for value in values)
     return not has_truth and not any("kind" in row for row in rows)
 
 
 def _sft_recipe(source: QuestionSource) -> RecipeDraft:
     def try_out(path: Path) -> None:
-        recipe = configuration.load(path, required=sft.REQUIRED)
+        recipe = configuration.load(path, required=sft.REQUIRED_KEYS)
         sft.check_settings(recipe)
         *_, lines = sft.read_examples(recipe)
         print("\n".join(["", *lines]))
@@ -77,7 +77,7 @@ def _reward_model_recipe(source: QuestionSource, kind: Kind) -> RecipeDraft:
     form = "pairs of a chosen and a rejected response" if kind == "pairwise" else "labels"
 
     def try_out(path: Path) -> None:
-        required_keys, implied_settings = reward_model.REQUIRED, reward_model.IMPLIED
+        required_keys, implied_settings = reward_model.REQUIRED_KEYS, reward_model.IMPLIED_SETTINGS
         settings = configuration.load(path, implied_settings, required=required_keys).reward_model
         text = PreferenceTokenizer(
             str(source.folder), settings.template, settings.scored_part, settings.max_chars

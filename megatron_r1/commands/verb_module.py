@@ -11,7 +11,15 @@ from typing import Any
 
 from megatron_r1.config import Config
 
-HEADER = {"ARGUMENTS", "REQUIRED", "SETTINGS", "OPTIONS", "REPEATED", "INSTEAD", "IMPLIED"}
+HEADER = {
+    "ARGUMENTS",
+    "REQUIRED_KEYS",
+    "SETTINGS",
+    "OPTIONS",
+    "REPEATED_OPTIONS",
+    "ALTERNATIVE_OPTIONS",
+    "IMPLIED_SETTINGS",
+}
 
 
 def accept_any_settings(config: Config) -> None:
@@ -27,7 +35,7 @@ class VerbHeader:
     arguments: Sequence[str]
     """ARGUMENTS, the names of the arguments behind the verb; default: a recipe"""
     required: tuple[str, ...]
-    """REQUIRED, the keys that a recipe must set"""
+    """REQUIRED_KEYS, the keys that a recipe must set"""
     settings: Sequence[str]
     """SETTINGS, the sections and keys that --help describes, and the only ones that a verb without
     a recipe accepts; default: the section that is called as the verb"""
@@ -35,11 +43,11 @@ class VerbHeader:
     """OPTIONS, name → what its value is, of options outside the recipe, which `run` takes as
     keywords"""
     repeated: Sequence[str]
-    """REPEATED, those of them that may be given several times, and are lists of text"""
+    """REPEATED_OPTIONS, those of them that may be given several times, and are lists of text"""
     instead: Sequence[str]
-    """INSTEAD, those of them with which the verb takes no arguments"""
+    """ALTERNATIVE_OPTIONS, those of them with which the verb takes no arguments"""
     implied: Mapping[str, Any]
-    """IMPLIED, the settings that the verb adds to a recipe"""
+    """IMPLIED_SETTINGS, the settings that the verb adds to a recipe"""
 
 
 @dataclass(frozen=True)
@@ -90,10 +98,10 @@ def _header(name: str, docstring: str | None, constants: Mapping[str, Any]) -> d
     return {
         "about": inspect.cleandoc(docstring) if docstring else None,
         "arguments": constants.get("ARGUMENTS", ("RECIPE.yaml",)),
-        "required": constants.get("REQUIRED", ()),
+        "required": constants.get("REQUIRED_KEYS", ()),
         "settings": constants.get("SETTINGS", (name.replace("-", "_"),)),
         "options": constants.get("OPTIONS", {}),
-        "repeated": constants.get("REPEATED", ()),
-        "instead": constants.get("INSTEAD", ()),
-        "implied": constants.get("IMPLIED", {}),
+        "repeated": constants.get("REPEATED_OPTIONS", ()),
+        "instead": constants.get("ALTERNATIVE_OPTIONS", ()),
+        "implied": constants.get("IMPLIED_SETTINGS", {}),
     }

@@ -78,16 +78,16 @@ def make_engine_mask(
     )
     if method == "divergence":
         allowed = ((0.0, 1.0), (0.0, 1.0))
-        why = "a difference of two probabilities, above 0 and at most 1"
+        meaning = "a difference of two probabilities, above 0 and at most 1"
     else:
         allowed = ((-inf, 1.0), (1.0 - 2**-30, inf))
-        why = "ratios on either side of 1, at which engine and trainer agree"
+        meaning = "ratios on either side of 1, at which engine and trainer agree"
     for (key, value), bound, (minimum, maximum) in zip(
         given_bounds.items(), bounds, allowed, strict=True
     ):
         if not minimum < bound <= maximum:
             raise UserError(
-                f"{key}: {value:g}: the bounds of rl.engine_mask: {method} are {why}",
+                f"{key}: {value:g}: the bounds of rl.engine_mask: {method} are {meaning}",
                 key=key,
                 cause=Cause.OUT_OF_RANGE,
             )

@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 
 GIB = 1024**3
 
-CHECKED = ConfigDict(strict=True, use_attribute_docstrings=True)
+STRICT_CONFIG = ConfigDict(strict=True, use_attribute_docstrings=True)
 FINITE = Field(gt=0, allow_inf_nan=False)
 
 # The text is the unit, as `Quantity` has it.
@@ -29,7 +29,7 @@ Count = Annotated[int, Field(gt=0), ""]
 Tokens = Annotated[int, Field(gt=0), "tokens"]
 
 
-@dataclass(frozen=True, config=CHECKED)
+@dataclass(frozen=True, config=STRICT_CONFIG)
 class Hardware:
     """One GPU and its share of a node; links in one direction."""
 
@@ -74,7 +74,7 @@ HARDWARE = {
 }
 
 
-@dataclass(frozen=True, config=CHECKED)
+@dataclass(frozen=True, config=STRICT_CONFIG)
 class Assumptions:
     """Numbers of the estimate that no table gives."""
 

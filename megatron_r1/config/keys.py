@@ -25,10 +25,10 @@ def dotted_keys(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str,
     An entry of a list is `key[].name`, one of a mapping `key.NAME.name`."""
     for name, field in model.model_fields.items():
         key = f"{prefix}{name}"
-        within = list(nested_models(field.annotation))
-        if not within or not isinstance(field.get_default(call_default_factory=True), BaseModel):
+        nested = list(nested_models(field.annotation))
+        if not nested or not isinstance(field.get_default(call_default_factory=True), BaseModel):
             yield key, model
-        for part, entry in within:
+        for part, entry in nested:
             yield from dotted_keys(part, f"{key}{entry}.")
 
 

@@ -325,14 +325,14 @@ class RLConfig(Section):
                 cause=Cause.CONFLICT,
             )
         if self.dynamic_sampling and (self.group_size == 1 or algorithm.teacher):
-            why = (
+            reason = (
                 "learns from its teacher, not from rewards that differ"
                 if algorithm.teacher
                 else "with rl.group_size: 1 has no groups whose rewards could differ"
             )
             raise UserError(
-                f"rl.dynamic_sampling: {self.algorithm} {why}, so that nearly all that is sampled "
-                "would be thrown away; set it to false",
+                f"rl.dynamic_sampling: {self.algorithm} {reason}, so that nearly all that is "
+                "sampled would be thrown away; set it to false",
                 key="rl.dynamic_sampling",
                 cause=Cause.CONFLICT,
             )

@@ -10,7 +10,7 @@ from megatron_r1.config.section import Resumable
 
 DEFAULT = ""
 """The name of the teacher of all sources that have none of their own."""
-OTHERS = "others"
+OTHER_SOURCES = "others"
 """That teacher in metrics."""
 SOURCE_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*")
 """A name that every tracker accepts as a part of a metric's name."""
@@ -66,10 +66,11 @@ class TeacherConfig(TeacherEngines):
             )
         _check_engines(self, "teacher")
         for name, engines in self.by_source.items():
-            if not SOURCE_NAME.fullmatch(name) or name == OTHERS:
+            if not SOURCE_NAME.fullmatch(name) or name == OTHER_SOURCES:
                 raise UserError(
                     f"teacher.by_source: {name!r} cannot be the name of a source, which metrics "
-                    f"have: letters, digits, _, -, . and single slashes, and not {OTHERS!r}, which "
+                    "have: letters, digits, _, -, . and single slashes, and not "
+                    f"{OTHER_SOURCES!r}, which "
                     "is path's teacher there; rename it in the data, or name its reward's kind",
                     key="teacher.by_source",
                     cause=Cause.MALFORMED,

@@ -23,7 +23,7 @@ class RemovedKey(NamedTuple):
 
 WHOLE_PUSHES = "a push always sends all weights; leave it out"
 
-REMOVED = {
+REMOVED_KEYS = {
     "push.delta": RemovedKey(False, WHOLE_PUSHES),
     "push.full_every": RemovedKey(50, WHOLE_PUSHES),
     "push.memory_gib": RemovedKey(
@@ -58,7 +58,7 @@ def drop_removed_keys(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_void(section: str, key: str, value: Any) -> bool:
-    removed_key = REMOVED.get(f"{section}.{key}")
+    removed_key = REMOVED_KEYS.get(f"{section}.{key}")
     return removed_key is not None and value == removed_key.default
 
 
@@ -125,8 +125,8 @@ def _describe_mistake(
 ) -> str:
     location = error["loc"]
     key = ".".join(map(str, location))
-    if error["type"] == "extra_forbidden" and key in REMOVED:
-        return f"{key} was removed (it is {error.get('input')!r}): {REMOVED[key].remedy}"
+    if error["type"] == "extra_forbidden" and key in REMOVED_KEYS:
+        return f"{key} was removed (it is {error.get('input')!r}): {REMOVED_KEYS[key].remedy}"
     if error["type"] == "extra_forbidden":
         return f"unknown key {key}{_hint(location, root, known_keys)}"
     if error["type"] == "missing":

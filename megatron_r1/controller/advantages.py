@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from itertools import chain
 from statistics import fmean, pstdev
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from r1_grading.terms import rewards_equal
 
@@ -33,7 +33,10 @@ def graded(rewards: list[float | None]) -> list[float]:
 
 
 def group_advantages(
-    rewards: list[float | None], *, advantage_std: str = "group", epsilon: float = 1e-6
+    rewards: list[float | None],
+    *,
+    advantage_std: Literal["group", "none"] = "group",
+    epsilon: float = 1e-6,
 ) -> list[float]:
     """Return the group-relative advantages of the G responses to one prompt; 0 for ungraded ones.
 

@@ -81,8 +81,8 @@ class CheckpointSeries:
             if not answer["faults"]:
                 break
             damaged.append(DamagedCheckpoint(candidate, tuple(answer["faults"])))
-            candidate, between = self._newest(bound=candidate)
-            damaged += between
+            candidate, passed_over = self._newest(bound=candidate)
+            damaged += passed_over
         self._choose(candidate, damaged)
 
     async def load(self, trainer: TrainerClient, with_reference: bool) -> None:

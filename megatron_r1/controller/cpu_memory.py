@@ -38,7 +38,7 @@ MAX_ACTIVATION_BYTES, MIN_TOKENS = 3 << 29, 512
 """Limits of a default micro-batch: its activations and its tokens. Larger ones are not faster.
 SmolLM2-135M cut to 6 layers, 4,096 tokens, one core: 7.0 to 7.5 CPU seconds in micro-batches of
 4,096, 2,048 or 1,024 tokens, 8.3 in micro-batches of 512, 9.3 in micro-batches of 256."""
-USED = 0.9
+MAX_MEMORY_FRACTION = 0.9
 """The part of the free memory that a default micro-batch may fill."""
 
 
@@ -70,7 +70,10 @@ class CPUMemory:
     @property
     def largest_microbatch(self) -> int:
         """Tokens of a micro-batch that fit next to the fixed part."""
-        return max(0, int(USED * self.free_bytes) - self.fixed_bytes) // self.bytes_per_token
+        return (
+            max(0, int(MAX_MEMORY_FRACTION * self.free_bytes) - self.fixed_bytes)
+            // self.bytes_per_token
+        )
 
     def microbatch_tokens(self, requested: int | None) -> int:
         """Return the limit of a micro-batch in tokens.

@@ -214,8 +214,8 @@ def _continuation(config: Config, saved_step: int, recorded: int, steps_before: 
     else:
         parts = [f"starting over: no checkpoint was written yet (checkpoint.every: {interval})"]
     if recorded > saved_step:
-        why = "newer than the checkpoint" if saved_step else "lost with the trainer"
-        parts.append(f"{_steps(saved_step + 1, recorded)} done again: {why}")
+        reason = "newer than the checkpoint" if saved_step else "lost with the trainer"
+        parts.append(f"{_steps(saved_step + 1, recorded)} done again: {reason}")
     if steps_before not in (None, steps):
         parts.append(f"run.steps was {steps_before} and is {steps}")
     if saved_step >= steps:

@@ -66,9 +66,9 @@ def _check_temperature(config: Config) -> None:
     for step, part in config.schedule_parts():
         if part.rollout.temperature == 1.0:
             continue
-        when = f"rl.schedule, from_step {step}: " if step > 1 else ""
+        prefix = f"rl.schedule, from_step {step}: " if step > 1 else ""
         raise UserError(
-            f"{when}rollout.temperature: {part.rollout.temperature}: the teacher scores at "
+            f"{prefix}rollout.temperature: {part.rollout.temperature}: the teacher scores at "
             "temperature 1, which has to be the student's too; set rollout.temperature: 1",
             key="rollout.temperature",
             cause=Cause.CONFLICT,
@@ -118,5 +118,5 @@ def differing_tokens(student: Mapping[str, int], teacher: Mapping[str, int]) -> 
         f"{number} is {token!r}, to the teacher {by_id.get(number, 'nothing')!r}"
         for number, token in wrong[:NUM_SHOWN]
     ]
-    rest = f" and {len(wrong) - NUM_SHOWN:,} more" if len(wrong) > NUM_SHOWN else ""
-    return "; ".join(differences) + rest
+    remainder = f" and {len(wrong) - NUM_SHOWN:,} more" if len(wrong) > NUM_SHOWN else ""
+    return "; ".join(differences) + remainder

@@ -36,7 +36,7 @@ CALLS = ("function_call", "tool_call")
 """Roles of ShareGPT whose text is a tool call as JSON."""
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 """Keys of a message's thought: each template reads one of them."""
-KEPT = ("tool_calls", "tool_call_id", "name", *THOUGHTS, "weight")
+KEPT_KEYS = ("tool_calls", "tool_call_id", "name", *THOUGHTS, "weight")
 """Keys of a message that templates read besides role and content."""
 
 
@@ -164,7 +164,7 @@ def _message(number: int, message: Mapping[str, Any]) -> Message:
         next((message_fields[key] for key in CONTENT_KEYS if key in message_fields), ""), number
     )
     read: Message = {"role": role, "content": content}
-    read |= {key: message_fields[key] for key in KEPT if key in message_fields}
+    read |= {key: message_fields[key] for key in KEPT_KEYS if key in message_fields}
     if role_name in CALLS:
         read |= {"content": "", "tool_calls": content}
     if legacy := message_fields.get("function_call"):  # OpenAI's form before tool_calls

@@ -13,7 +13,7 @@ from r1_grading.truths import guess_reward_kind, is_missing
 
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
 from megatron_r1.data.chats import is_chat, read_question
-from megatron_r1.data.rows import ABSENT, as_mapping, lookup
+from megatron_r1.data.rows import ABSENT_VALUE, as_mapping, lookup
 
 QUESTION_NAMES = (
     "question",
@@ -77,7 +77,7 @@ TRUTH_NAMES = (
     "output",
 )
 """Usual names, the likelier first."""
-COMPOSED = (
+JOINED_COLUMNS = (
     ("public_tests", "private_tests", "generated_tests"),
     ("inputs", "outputs", "fn_name"),
     ("public_test_cases", "metadata"),
@@ -268,7 +268,7 @@ def _fitting_columns(
 
 def _joined_columns(rows: Sequence[Row]) -> str | None:
     """Return `a+b` for columns that are a truth together, if the rows have at least two of them."""
-    for names in COMPOSED:
+    for names in JOINED_COLUMNS:
         if len(present := [name for name in names if any(row.get(name) for row in rows)]) >= 2:
             return "+".join(present)
     return None
@@ -387,7 +387,7 @@ def _guess_kind(truth: str, rows: Sequence[Row]) -> tuple[str | None, str]:
     kinds = {
         guess_reward_kind(value)
         for value in truths
-        if value is not ABSENT and not is_missing(value)
+        if value is not ABSENT_VALUE and not is_missing(value)
     }
     if len(kinds) > 1:
         return None, f"each row's own, by its {truth!r}: {', '.join(sorted(kinds))}"

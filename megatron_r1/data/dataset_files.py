@@ -21,7 +21,7 @@ HUB = "hub:"
 NAME = re.compile(r"(?P<name>[^:]+)(?::(?P<config>[^:\[]*))?(?::(?P<split>.+))?")
 SPLIT = re.compile(r"(train|test|validation)(\[.*\])?")
 SLICE = re.compile(r"(?P<split>[^\[]+)(?:\[(?P<start>\d*)(?P<p1>%?):(?P<stop>\d*)(?P<p2>%?)\])?")
-SAVED = ("dataset_dict.json", "state.json")
+SAVED_DATASET_FILES = ("dataset_dict.json", "state.json")
 """Files that mark a folder as one of `save_to_disk`."""
 SPLITS = {
     **{"train": "train", "training": "train", "test": "test", "testing": "test"},
@@ -82,7 +82,7 @@ def read_data_set(path: str, key: str) -> Iterator[LocatedRow]:
     name, config, split = parse_name(path, key)
     folder = Path(name)
     if folder.is_dir():
-        if any((folder / file).is_file() for file in SAVED):
+        if any((folder / file).is_file() for file in SAVED_DATASET_FILES):
             yield from _read_saved(path, folder, split, key)
             return
         names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())

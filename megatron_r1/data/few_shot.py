@@ -19,7 +19,7 @@ from megatron_r1.data.prompt_tokenizer import (
 )
 from megatron_r1.data.rows import read_canonical_rows, require_text
 
-BETWEEN = "\n\n"
+SEPARATOR = "\n\n"
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class FewShotExamples:
             for shot in self.choose(question)
         ]
         system = system_text(before, "data.template")
-        return BETWEEN.join([*examples, render_template(template, question, system)])
+        return SEPARATOR.join([*examples, render_template(template, question, system)])
 
 
 class FewShotTokenizer(PromptTokenizer):

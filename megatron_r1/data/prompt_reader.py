@@ -24,7 +24,7 @@ from megatron_r1.data.data_report import DataReport
 from megatron_r1.data.prompt import Prompt, prompt_identity, question_digest
 from megatron_r1.data.row_filter import Conditions, RowFilter
 from megatron_r1.data.rows import (
-    ABSENT,
+    ABSENT_VALUE,
     CanonicalRow,
     describe_missing,
     lookup,
@@ -137,10 +137,14 @@ class RowReader:
         values = {name: lookup(row, column) for name, column in column_names.items()}
         if self.kind is None or self.kind in REGISTRY:
             present = {
-                name: column_names[name] for name, value in values.items() if value is not ABSENT
+                name: column_names[name]
+                for name, value in values.items()
+                if value is not ABSENT_VALUE
             }
             row = rename_columns("", row, present)
-        return row | {name: None if value is ABSENT else value for name, value in values.items()}
+        return row | {
+            name: None if value is ABSENT_VALUE else value for name, value in values.items()
+        }
 
 
 def _is_solution(truth: Any) -> bool:

@@ -9,10 +9,10 @@ from typing import Any
 
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
 from megatron_r1.data.data_report import DataReport
-from megatron_r1.data.rows import ABSENT, CanonicalRow, lookup
+from megatron_r1.data.rows import ABSENT_VALUE, CanonicalRow, lookup
 
 CONDITION_KEYS = ("min", "max", "not", "or")
-TRUE, FALSE = ("true", "yes"), ("false", "no")
+TRUE_WORDS, FALSE_WORDS = ("true", "yes"), ("false", "no")
 MAX_UNSEEN = 1_000
 """Rows after which a column that none had is refused."""
 Conditions = Mapping[str, Any]
@@ -77,12 +77,12 @@ class RowFilter:
         self._report.num_read += 1
         if self._unseen:
             self._columns |= dict.fromkeys(row)
-            self._unseen = {name for name in self._unseen if lookup(row, name) is ABSENT}
+            self._unseen = {name for name in self._unseen if lookup(row, name) is ABSENT_VALUE}
             if self._report.num_read >= MAX_UNSEEN:
                 self.finish()
         for column, condition in self._where.items():
             value = lookup(row, column)
-            if not meets(None if value is ABSENT else value, condition):
+            if not meets(None if value is ABSENT_VALUE else value, condition):
                 key = f"{self._key}.{column}"
                 self._report.skip_row(f"{key}: {condition}", location, key)
                 return False
@@ -149,7 +149,7 @@ def _equals(value: Any, condition_value: Any) -> bool:
         return value is condition_value
     for first, second in ((value, condition_value), (condition_value, value)):
         if isinstance(first, bool) and isinstance(second, str):
-            return second.strip().casefold() in (TRUE if first else FALSE)
+            return second.strip().casefold() in (TRUE_WORDS if first else FALSE_WORDS)
     if isinstance(value, str) and isinstance(condition_value, str):
         return value.strip() == condition_value.strip()
     left, right = _as_number(value), _as_number(condition_value)

@@ -13,7 +13,7 @@ from megatron_r1.data.dataset_files import HUB, read_data_set
 from megatron_r1.data.table_files import LocatedRow, read_rows
 
 CanonicalRow = dict[str, Any]
-ABSENT = object()
+ABSENT_VALUE = object()
 
 
 def read_canonical_rows(
@@ -116,7 +116,7 @@ def rename_columns(location: str, row: CanonicalRow, columns: Mapping[str, str])
         UserError: a column that the row lacks."""
     values = {name: lookup(row, source_column) for name, source_column in columns.items()}
     for name, source_column in columns.items():
-        if values[name] is ABSENT:
+        if values[name] is ABSENT_VALUE:
             suggestion = did_you_mean(source_column, row, "{}")
             raise UserError(
                 f"{location}: no column {source_column!r}, as columns.{name} says{suggestion}; "
@@ -136,12 +136,12 @@ def lookup(row: CanonicalRow, name: str) -> Any:
         return row[name]
     if "+" in name:
         joined = {part: row[part] for part in name.split("+") if part in row}
-        return joined or ABSENT
+        return joined or ABSENT_VALUE
     if "." not in name:
-        return ABSENT
+        return ABSENT_VALUE
     first, _, entry_path = name.partition(".")
     mapping = as_mapping(row.get(first))
-    return ABSENT if mapping is None else lookup(mapping, entry_path)
+    return ABSENT_VALUE if mapping is None else lookup(mapping, entry_path)
 
 
 def as_mapping(value: Any) -> CanonicalRow | None:

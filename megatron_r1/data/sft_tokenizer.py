@@ -138,7 +138,7 @@ class SFTTokenizer:
                 for number in range(max(0, example.first_loss_message + shift), len(messages))
                 if has_loss(messages[number])
             ]
-            learned = self._within(ids, offsets, spans)
+            learned = self._learned_tokens(ids, offsets, spans)
         if ids:
             learned[0] = False
         if not any(learned):
@@ -199,7 +199,7 @@ class SFTTokenizer:
         ends = [token for token in self._tokenizer.all_special_tokens if stripped.startswith(token)]
         return tail[: len(tail) - len(stripped)] + max(ends, key=len) if ends else ""
 
-    def _within(
+    def _learned_tokens(
         self, ids: list[int], offsets: Sequence[tuple[int, int]], spans: list[tuple[int, int]]
     ) -> list[bool]:
         """Return which tokens lie in the spans; of white space behind a turn's end token none."""

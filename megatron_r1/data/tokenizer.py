@@ -14,7 +14,7 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files.untrusted_files import read_json, require_files_inside
 
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-PLAIN = ("TokenizersBackend", "PreTrainedTokenizerFast")
+PLAIN_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")
 GENERATION, CONFIG = "generation_config.json", "config.json"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 
@@ -87,7 +87,7 @@ def _known_class(model_type: str | None, settings: dict[str, Any]) -> Any:
         from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
 
         return Qwen2Tokenizer
-    is_plain = model_type == "llama" and settings.get("tokenizer_class") in PLAIN
+    is_plain = model_type == "llama" and settings.get("tokenizer_class") in PLAIN_CLASSES
     if model_type in ("deepseek_v3", "kimi_k2") or is_plain:
         from transformers import PreTrainedTokenizerFast
 

@@ -69,8 +69,8 @@ def sampled_fraction(
         num_found,
         undecided,
         num_found / decided if decided else None,
-        _least(population, sampled, num_found) / population,
-        _most(population, sampled, num_found + undecided) / population,
+        _min_with_property(population, sampled, num_found) / population,
+        _max_with_property(population, sampled, num_found + undecided) / population,
     )
 
 
@@ -118,7 +118,7 @@ def combined_fraction(fractions: Sequence[FractionEstimate]) -> FractionEstimate
 
 
 @functools.lru_cache(maxsize=4_096)
-def _least(population: int, sampled: int, num_found: int) -> int:
+def _min_with_property(population: int, sampled: int, num_found: int) -> int:
     """Return the smallest count M in the interval: P(X >= num_found) grows with M."""
     low, high = num_found, population - (sampled - num_found)
     while low < high:
@@ -130,9 +130,9 @@ def _least(population: int, sampled: int, num_found: int) -> int:
     return low
 
 
-def _most(population: int, sampled: int, num_found: int) -> int:
+def _max_with_property(population: int, sampled: int, num_found: int) -> int:
     """Return the largest count M in the interval: P(X <= num_found) falls with M."""
-    return population - _least(population, sampled, sampled - num_found)
+    return population - _min_with_property(population, sampled, sampled - num_found)
 
 
 def _cumulative_probability(count: int, population: int, marked: int, sampled: int) -> float:

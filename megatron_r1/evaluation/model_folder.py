@@ -5,7 +5,12 @@ from pathlib import Path
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import sample_blocks
-from megatron_r1.base.files.weight_files import INDEX, SINGLE, require_complete, weight_files
+from megatron_r1.base.files.weight_files import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    require_complete,
+    weight_files,
+)
 from megatron_r1.trainer.checkpoints.checkpoint_folders import STATE_FILE, complete_checkpoints
 
 NUM_BLOCKS = 16
@@ -56,7 +61,7 @@ def require_weights(folder: Path, key: str = "model.path") -> None:
         folder: the model's folder.
         key: the key that names it, for errors.
     """
-    has_safetensors = any((folder / name).exists() for name in (SINGLE, INDEX))
+    has_safetensors = any((folder / name).exists() for name in (SINGLE_FILE, INDEX_FILE))
     if not has_safetensors and any(folder.glob("*.bin")):
         return  # the format before safetensors, which engines still read
     try:

@@ -22,7 +22,7 @@ from megatron_r1.evaluation.benchmarks.base import Rows, to_prompts
 from megatron_r1.evaluation.benchmarks.benchmark_files import read_rows
 from megatron_r1.evaluation.response_log import PromptKey
 
-OWN = "questions"
+OWN_QUESTIONS = "questions"
 """The benchmark of the user's own questions."""
 UNSET: tuple[object, ...] = (None, [], {})
 """Values of an entry that is not set."""
@@ -86,7 +86,9 @@ def prompt_digest(prompt: Prompt) -> str:
 def _load_entry(entry: BenchmarkConfig, config: Config) -> PromptSet:
     if entry.name.partition("/")[0] == ENVIRONMENT:
         return _load_rows(entry, config)
-    return _load_questions(entry, config) if entry.name == OWN else _load(entry, config.eval)
+    return (
+        _load_questions(entry, config) if entry.name == OWN_QUESTIONS else _load(entry, config.eval)
+    )
 
 
 def _load_questions(entry: BenchmarkConfig, config: Config) -> PromptSet:

@@ -266,8 +266,11 @@ async def _report_waiting(name: str, reason: Callable[[], str]) -> AsyncIterator
     async def report() -> None:
         while True:
             await asyncio.sleep(REPORT_SECONDS)
-            why = f": {reason()}" if reason() else ""
-            print(f"waiting for {name}, {time.monotonic() - started_at:.0f} s{why}", flush=True)
+            explanation = f": {reason()}" if reason() else ""
+            print(
+                f"waiting for {name}, {time.monotonic() - started_at:.0f} s{explanation}",
+                flush=True,
+            )
 
     reporting = asyncio.create_task(report())
     try:

@@ -34,9 +34,9 @@ Outcome = Literal["confirmed", "wrong", "undecided"]
 READER = "r1_grading.second_readers.mathematics:grade"
 REPEATS = 3
 """Runs of a program's tests: one verdict may be chance."""
-AUDITED = ("math", "code")
+AUDITED_REWARDS = ("math", "code")
 """The kinds that have a second method."""
-ACCEPTED = 1.0
+ACCEPTED_REWARD = 1.0
 
 
 @dataclass(frozen=True)
@@ -79,12 +79,12 @@ class AuditedResponse:
     @property
     def is_accepted(self) -> bool:
         """Whether its reward is that of a right answer."""
-        return self.reward >= ACCEPTED
+        return self.reward >= ACCEPTED_REWARD
 
     @property
     def can_be_audited(self) -> bool:
         """Whether it was graded, by a reward with a second method."""
-        return self.total is not None and self.kind in AUDITED
+        return self.total is not None and self.kind in AUDITED_REWARDS
 
     @property
     def stratum(self) -> Stratum:
@@ -164,7 +164,7 @@ class SecondMethodJudge:
             grade = await self._pool.grade("code", content.response, content.truth, **arguments)
             if not grade.is_graded:
                 return SecondVerdict("undecided", grade.reason)
-            passed.append(grade.reward >= ACCEPTED)
+            passed.append(grade.reward >= ACCEPTED_REWARD)
             if passed[-1] != passed[0]:
                 reason = f"passes in {sum(passed)} of {len(passed)} runs; {grade.reason}"
                 return SecondVerdict("undecided", f"flaky: {reason}")

@@ -67,8 +67,8 @@ def _acceleration_fields(config: Config, has_experts: bool) -> dict[str, Any]:
         fusions = ON_GPUS if platform.has_gpu() else []
     for fusion in fusions:
         _check_fusion(fusion)
-    on = {FIELDS[fusion] for fusion in fusions if has_experts or fusion != "permute"}
-    fields: dict[str, Any] = {field: field in on for field in FIELDS.values()}
+    enabled_fields = {FIELDS[fusion] for fusion in fusions if has_experts or fusion != "permute"}
+    fields: dict[str, Any] = {field: field in enabled_fields for field in FIELDS.values()}
     return fields | {
         "attention_backend": AttnBackend[backend],
         # Megatron requires this of dense models too when lengths vary.

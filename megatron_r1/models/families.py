@@ -87,7 +87,7 @@ _LLAMA = {**_NO_MTP, "attention_bias": False}
 _WINDOW = {"use_sliding_window": False, "use_mrope": False}
 _UNUSED_WINDOW = ("sliding_window", "max_window_layers")
 _LATENT = {"attention_bias": False, "rope_interleave": True, "mlp_bias": False}
-_ROUTED = {
+_ROUTED_EXPERT_FIELDS = {
     "moe_layer_freq": 1,
     "decoder_sparse_step": 1,
     "mlp_only_layers": [],
@@ -101,7 +101,7 @@ _PLAIN_EXPERTS = {
     "routed_scaling_factor": 1.0,
 }
 _NOAUX = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
-_SIGMOID = {**_ROUTED, **_NOAUX}
+_SIGMOID = {**_ROUTED_EXPERT_FIELDS, **_NOAUX}
 _SIGMOID_NEEDS = (
     "first_k_dense_replace",
     "n_shared_experts",
@@ -150,7 +150,7 @@ FAMILIES = {
         # The released code either normalizes or scales, transformers does not normalize.
         fixed_values={
             **_LATENT,
-            **_ROUTED,
+            **_ROUTED_EXPERT_FIELDS,
             **_NO_MTP,
             "scoring_func": "softmax",
             "norm_topk_prob": False,

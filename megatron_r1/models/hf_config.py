@@ -44,7 +44,7 @@ _ALIASES = {
     "experts_per_token": "num_experts_per_tok",
 }
 _LISTS = ("layer_types", "mlp_layer_types", "mlp_only_layers")
-_MOST = {
+_MAX_SIZES = {
     **dict.fromkeys(("num_hidden_layers", *_MTP_COUNTS), 10_000),
     **dict.fromkeys((*_EXPERT_COUNTS, "n_shared_experts"), 10_000),
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "n_group"), 1 << 16),
@@ -54,9 +54,9 @@ _MOST = {
     "max_position_embeddings": 1 << 32,
 }
 """Sizes beyond those of any model: code that counts layers or rows would not finish."""
-LARGEST = 1e300
+MAX_NUMBER = 1e300
 """Beyond it a number of config.json is infinite, or overflows where it is multiplied."""
-_MOST_EXPERTS = 200_000
+_MAX_EXPERTS = 200_000
 """Of all layers together; Kimi-K2 has 23,040."""
 EXPERT_SIZE_KEY = "moe_intermediate_size"
 """The key of an expert's inner features here, whatever the family's own key is."""
@@ -161,11 +161,11 @@ def _check_kinds(file: Path, hf_config: Any) -> None:
 
 def _check_most(file: Path, settings: HFConfig) -> None:
     """Raise UserError for a negative size, and for one that no model has."""
-    limits = {name: limit for name, limit in _MOST.items() if type(settings.get(name)) is int}
+    limits = {name: limit for name, limit in _MAX_SIZES.items() if type(settings.get(name)) is int}
     layers = settings.get("num_hidden_layers")
     if type(layers) is int and layers > 0:
         for name in limits.keys() & set(_EXPERT_COUNTS):
-            limits[name] = min(limits[name], _MOST_EXPERTS // layers)
+            limits[name] = min(limits[name], _MAX_EXPERTS // layers)
     for name, limit in limits.items():
         if not 0 <= settings[name] <= limit:
             raise UserError(
@@ -401,7 +401,7 @@ def num_mtp_layers(hf_config: HFConfig) -> int:
 
 def is_number(value: Any) -> bool:
     """Whether a setting is a finite number; true and false are none."""
-    return type(value) in (int, float) and -LARGEST < value < LARGEST
+    return type(value) in (int, float) and -MAX_NUMBER < value < MAX_NUMBER
 
 
 def require(hf_config: HFConfig, **allowed: Any) -> None:

@@ -69,9 +69,9 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.float()
-        scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-        normalized = (wide * scale).to(x.dtype)
+        x_fp32 = x.float()
+        scale = x_fp32.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        normalized = (x_fp32 * scale).to(x.dtype)
         ctx.save_for_backward(normalized, scale, weight)
         return weight * normalized
 

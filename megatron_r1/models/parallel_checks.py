@@ -20,7 +20,7 @@ from megatron_r1.models.pipeline_stages import num_chunks
 if TYPE_CHECKING:
     from megatron_r1.config import ParallelConfig
 
-_REFUSED = {
+_UNSUPPORTED_AXIS_REASONS = {
     "context": "the ring of ranks has neither windows nor learned softmax offsets",
     "expert_tensor": "each of the ranks that share an expert would add its bias",
 }
@@ -53,7 +53,7 @@ def check_divisions(
         if is_refused and (ranks := getattr(parallel, key)) > 1:
             raise UserError(
                 f"parallel.{key}={ranks} is not supported for {hf_config['architectures'][0]}"
-                f" ({_REFUSED[key]}); use 1",
+                f" ({_UNSUPPORTED_AXIS_REASONS[key]}); use 1",
                 key=f"parallel.{key}",
                 cause=Cause.UNSUPPORTED,
             )
@@ -74,7 +74,7 @@ def check_divisions(
             )
 
 
-KEY = "parallel.overlap_expert_exchange"
+OVERLAP_KEY = "parallel.overlap_expert_exchange"
 
 
 class OverlapConflict(NamedTuple):
@@ -100,9 +100,9 @@ def check_exchange_overlap(config: Config, hf_config: HFConfig) -> None:
         return
     for conflict in overlap_conflicts(config, hf_config):
         raise UserError(
-            f"{KEY}: true is not possible with {conflict.setting}: {conflict.reason}; "
-            f"{conflict.remedy}, or set {KEY}: false",
-            key=KEY,
+            f"{OVERLAP_KEY}: true is not possible with {conflict.setting}: {conflict.reason}; "
+            f"{conflict.remedy}, or set {OVERLAP_KEY}: false",
+            key=OVERLAP_KEY,
             cause=Cause.CONFLICT,
         )
 

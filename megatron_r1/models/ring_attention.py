@@ -136,14 +136,19 @@ class _RingAttention(torch.autograd.Function):
         queries, outs, grads = (halves.pad(x, size) for x in (query, out, grad))
         # A padded query has grad 0, and so any finite lse will do.
         normalizers = [[x[..., 0] for x in half] for half in halves.pad(lse, 1)]
-        wide = torch.promote_types(query.dtype, torch.float32)
-        d_queries = [[torch.zeros_like(q, dtype=wide) for q in half] for half in queries]
+        accumulation_dtype = torch.promote_types(query.dtype, torch.float32)
+        d_queries = [
+            [torch.zeros_like(q, dtype=accumulation_dtype) for q in half] for half in queries
+        ]
         arriving: Callable[[], Tensor] | None = None
         for owner, share in _ring_shares(torch.cat([key, value], 2), group):
             keys = halves.pad(share[..., : key.shape[2]], size)
             values = halves.pad(share[..., key.shape[2] :], size)
             d_keys, d_values = (
-                [[torch.zeros_like(x, dtype=wide) for x in half] for half in halves_of_share]
+                [
+                    [torch.zeros_like(x, dtype=accumulation_dtype) for x in half]
+                    for half in halves_of_share
+                ]
                 for halves_of_share in (keys, values)
             )
             for half, key_half, causal in _visible_chunk_pairs(rank, owner, num_ranks):

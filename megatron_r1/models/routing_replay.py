@@ -216,7 +216,7 @@ class RoutingReplay:
         """Return the choices with the counts of tokens that this rank's dispatchers need.
 
         Every rank calls it with as many micro-batches, and waits for the device once."""
-        layers = [replay for replay in self._all() if replay.moe_index is not None]
+        layers = [replay for replay in self._layer_replays() if replay.moe_index is not None]
         dispatcher = layers[0].dispatcher if layers else None
         if dispatcher is None or dispatcher.config.moe_router_padding_for_quantization:
             return list(recorded)
@@ -231,7 +231,7 @@ class RoutingReplay:
 
     def end(self) -> None:
         """Finish after all passes over all micro-batches."""
-        for replay in self._all():
+        for replay in self._layer_replays():
             assert not replay.waiting, f"{len(replay.waiting)} passes were never recomputed"
             replay.current = None
 
@@ -248,12 +248,12 @@ class RoutingReplay:
     def measure_agreement(self) -> Iterator[None]:
         """Count, inside the block, how many of the engine's choices the routers would make
         themselves, each given the replayed choices of the layers below."""
-        for replay in self._all():
+        for replay in self._layer_replays():
             replay.is_measured, replay.num_agreed, replay.num_compared = True, 0, 0
         try:
             yield
         finally:
-            for replay in self._all():
+            for replay in self._layer_replays():
                 replay.is_measured = False
 
     def agreement(self, device: torch.device) -> dict[str, float]:
@@ -262,7 +262,7 @@ class RoutingReplay:
         if not self.is_on:
             return {}
         total = torch.zeros(2, dtype=torch.int64, device=device)
-        for replay in self._all():
+        for replay in self._layer_replays():
             if isinstance(replay.num_compared, Tensor):
                 total += torch.stack([torch.as_tensor(replay.num_agreed), replay.num_compared])
         # Over all ranks: every router of every rank has other tokens or is another layer.
@@ -270,7 +270,7 @@ class RoutingReplay:
         agreed, compared = total.tolist()
         return {"routing/agreement": agreed / compared} if compared else {}
 
-    def _all(self) -> Iterator[LayerReplay]:
+    def _layer_replays(self) -> Iterator[LayerReplay]:
         for replays in self._chunks.values():
             yield from replays
 

@@ -40,8 +40,8 @@ class DecodedMask(NamedTuple):
 
     def slice(self, first: int, end: int) -> DecodedMask:
         """Return the kept ids of the tokens from `first` until `end`."""
-        before, within = int(self.counts[:first].sum()), int(self.counts[first:end].sum())
-        return DecodedMask(self.counts[first:end], self.ids[before : before + within])
+        first_id, num_ids = int(self.counts[:first].sum()), int(self.counts[first:end].sum())
+        return DecodedMask(self.counts[first:end], self.ids[first_id : first_id + num_ids])
 
     @property
     def token_of_id(self) -> np.ndarray:

@@ -1,9 +1,9 @@
 """Checks of a model's `config.json`, refused before anything starts. No torch or Megatron.
 
-Every key is read, is known to change nothing (INERT), or is refused. A key that no code reads may
-change what a model computes: a window, a bias, a scale. So a configuration is checked by reading
-it with `KeyRecorder`. `_check_quantization` says which quantized checkpoints can be read, by
-`quantization_config`. `parallel_checks` has what a model refuses of the recipe."""
+Every key is read, is known to change nothing (`INERT_KEYS`), or is refused. A key that no code
+reads may change what a model computes: a window, a bias, a scale. So a configuration is checked by
+reading it with `KeyRecorder`. `_check_quantization` says which quantized checkpoints can be read,
+by `quantization_config`. `parallel_checks` has what a model refuses of the recipe."""
 
 from __future__ import annotations
 
@@ -65,13 +65,13 @@ _OUTPUT = """torch_dtype dtype return_dict output_hidden_states
     add_cross_attention cross_attention_hidden_size attn_implementation"""
 _TRAINING = """initializer_range router_aux_loss_coef aux_loss_alpha seq_aux ep_size pretraining_tp
     classifier_dropout hidden_dropout_prob"""
-INERT = frozenset(" ".join((_NAMES, _GENERATION, _OUTPUT, _TRAINING)).split())
+INERT_KEYS = frozenset(" ".join((_NAMES, _GENERATION, _OUTPUT, _TRAINING)).split())
 """Keys without an influence on a model's logits."""
 
 
 def _is_inert(key: str) -> bool:
     # A leading underscore marks transformers' own notes, such as _name_or_path.
-    return key in INERT or key.startswith("_") or key.endswith("_token_id")
+    return key in INERT_KEYS or key.startswith("_") or key.endswith("_token_id")
 
 
 def _refuse_unread(hf_config: KeyRecorder) -> None:

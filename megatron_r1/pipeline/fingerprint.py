@@ -30,7 +30,7 @@ START_FILES = frozenset(
 """Files of a stage that are written before its verb reads any input."""
 NOT_OUTPUT = START_FILES | {"checkpoints", "report.html", "sample_log", "sampled", "stage.json"}
 """Files of a stage that no other stage reads: resuming, logs, reports, what `sample` of it adds."""
-FINAL = ("run.steps", "rl.schedule", "eval")
+FINAL_SETTINGS = ("run.steps", "rl.schedule", "eval")
 """Resumable settings that decide the result of a finished run."""
 FILE_OF_STAGE = re.compile(r"\$\{([^{}\n.]+)\}/([^$\n]+)")
 """`${stage}/file`: that file alone is an input."""
@@ -58,7 +58,7 @@ def deciding_settings(plan: PipelinePlan, stage: PipelineStage, finished: bool) 
         arguments = substitute(stage.settings, plan.unresolved)
         deciding = flatten({"function": stage.config.function, "arguments": arguments})
     else:
-        free = [name for name in RESUMABLE if not (finished and name in FINAL)]
+        free = [name for name in RESUMABLE if not (finished and name in FINAL_SETTINGS)]
         for verb, sections in SECTIONS_OF_VERB.items():
             if verb != stage.config.verb:
                 free += sections

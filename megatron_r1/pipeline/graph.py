@@ -15,13 +15,13 @@ from megatron_r1.data.dataset_files import HUB
 from megatron_r1.pipeline.pipeline_recipe import MAKE, REFERENCE, iter_texts
 from megatron_r1.pipeline.stages import PipelinePlan, PipelineStage, names_a_file
 
-TRAINED = ("hf", "checkpoints", "metrics.jsonl", "evaluations.jsonl", "samples.jsonl")
+TRAINING_OUTPUTS = ("hf", "checkpoints", "metrics.jsonl", "evaluations.jsonl", "samples.jsonl")
 ADAPTER = "adapter"
 """What a verb that trains leaves besides, with model.lora."""
 OUTPUTS = {
-    "sft": TRAINED,
-    "rl": TRAINED,
-    "reward-model": TRAINED,
+    "sft": TRAINING_OUTPUTS,
+    "rl": TRAINING_OUTPUTS,
+    "reward-model": TRAINING_OUTPUTS,
     "eval": ("eval.json", "samples.jsonl", "questions.jsonl"),
     "sample": ("sft.jsonl", "pairs.jsonl", "labels.jsonl", "samples.jsonl", "sample.json"),
 }
@@ -137,7 +137,7 @@ def _check_output(
         raise UserError(message, key=key, cause=Cause.UNKNOWN)
     outputs = OUTPUTS.get(stages[head].config.verb)
     model = stages[head].settings.get("model")
-    if outputs is TRAINED and isinstance(model, Mapping) and model.get("lora") is not None:
+    if outputs is TRAINING_OUTPUTS and isinstance(model, Mapping) and model.get("lora") is not None:
         outputs = (*outputs, ADAPTER)
     if output and outputs and output.partition("/")[0] not in outputs:
         suggestion = did_you_mean(output, outputs, "{}") or f"; it has {', '.join(outputs)}"
@@ -176,7 +176,7 @@ def check_plan(plan: PipelinePlan, verbs: Mapping[str, str], files: bool = True)
 
     Args:
         plan: the pipeline.
-        verbs: name → module, whose REQUIRED are the keys that a recipe must set.
+        verbs: name → module, whose REQUIRED_KEYS are the keys that a recipe must set.
         files: whether files named in settings must exist."""
     mistakes = list(plan.stage_errors.values())
     for name, stage in plan.stages.items():
@@ -232,7 +232,7 @@ def _check_stage(plan: PipelinePlan, stage: PipelineStage, verbs: Mapping[str, s
         _check_function(source, config.function, config.arguments)
     elif config.verb in verbs:
         command = importlib.import_module(verbs[config.verb])
-        settings = plan.config(stage, command.REQUIRED)
+        settings = plan.config(stage, command.REQUIRED_KEYS)
         if check := getattr(command, "check", None):
             check(settings)
     else:

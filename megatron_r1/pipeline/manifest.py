@@ -24,7 +24,7 @@ from megatron_r1.pipeline.fingerprint import (
 )
 from megatron_r1.pipeline.stages import PipelinePlan, PipelineStage
 
-DONE, BEGUN = "stage.json", "begun.json"
+STAGE_FILE, BEGUN_FILE = "stage.json", "begun.json"
 
 
 def read(folder: Path, name: str) -> dict[str, Any] | None:
@@ -57,7 +57,7 @@ def begin(
         upstream: the names of the stages that it needs.
         last_output: when an attempt that was killed wrote its last line, in seconds since 1970."""
     folder = plan.folder_of(stage.name)
-    before = read(folder, BEGUN) or {}
+    before = read(folder, BEGUN_FILE) or {}
     attempts = before.get("attempts", [])
     if attempts and attempts[-1]["seconds"] is None:
         attempts[-1]["seconds"] = max(0.0, (last_output or 0.0) - attempts[-1]["began"])
@@ -68,12 +68,12 @@ def begin(
         "attempts": [*attempts, {"began": time.time(), "seconds": None, "pid": os.getpid()}],
         "failed": None,
     }
-    _write(folder / BEGUN, record)
+    _write(folder / BEGUN_FILE, record)
 
 
 def keep_ports(folder: Path, ports: dict[str, int]) -> None:
     """Record the ports of served models, which an attempt that continues uses again."""
-    _write(folder / BEGUN, {**(read(folder, BEGUN) or {}), "ports": ports})
+    _write(folder / BEGUN_FILE, {**(read(folder, BEGUN_FILE) or {}), "ports": ports})
 
 
 def end_attempt(folder: Path, failed: str | None) -> None:
@@ -82,10 +82,10 @@ def end_attempt(folder: Path, failed: str | None) -> None:
     Args:
         folder: the stage's folder.
         failed: why the attempt failed; None if it did not."""
-    record = read(folder, BEGUN) or {}
+    record = read(folder, BEGUN_FILE) or {}
     last = record["attempts"][-1]
     last["seconds"] = time.time() - last["began"]
-    _write(folder / BEGUN, {**record, "failed": failed})
+    _write(folder / BEGUN_FILE, {**record, "failed": failed})
 
 
 def finish(
@@ -100,7 +100,7 @@ def finish(
         command: the command that ran it, in words."""
     folder = plan.folder_of(stage.name)
     end_attempt(folder, None)
-    begun_record = read(folder, BEGUN) or {}
+    begun_record = read(folder, BEGUN_FILE) or {}
     outputs = output_digests(folder)
     settings = deciding_settings(plan, stage, finished=True)
     attempts = begun_record["attempts"]
@@ -128,8 +128,8 @@ def finish(
         "attempts": attempts,
         "seconds": round(sum(attempt["seconds"] for attempt in attempts), 3),
     }
-    _write(folder / DONE, record)
-    (folder / BEGUN).unlink()
+    _write(folder / STAGE_FILE, record)
+    (folder / BEGUN_FILE).unlink()
     fsync(folder)
 
 

@@ -17,18 +17,18 @@ from megatron_r1.config.yaml_text import read_sections, set_nested
 REFERENCE = re.compile(r"\$\{([^{}\n]*)\}")
 # Private-use characters stand for `${` and `}` while YAML is parsed: within a flow mapping {…} it
 # would take the braces for its own.
-OPEN, CLOSE = "\ue000", "\ue001"
+OPEN_MARK, CLOSE_MARK = "\ue000", "\ue001"
 
 
 def escape_references(text: str) -> str:
     """Replace the braces of references in YAML text by plain characters."""
-    return REFERENCE.sub(rf"{OPEN}\1{CLOSE}", text)
+    return REFERENCE.sub(rf"{OPEN_MARK}\1{CLOSE_MARK}", text)
 
 
 def unescape_references(value: Any) -> Any:
     """Undo `escape_references` in every text of nested lists and mappings."""
     if isinstance(value, str):
-        return value.replace(OPEN, "${").replace(CLOSE, "}")
+        return value.replace(OPEN_MARK, "${").replace(CLOSE_MARK, "}")
     if isinstance(value, dict):
         return {unescape_references(key): unescape_references(item) for key, item in value.items()}
     return [unescape_references(item) for item in value] if isinstance(value, list) else value
@@ -69,7 +69,7 @@ def substitute(value: Any, lookup: Callable[[str], Any]) -> Any:
 
 MAKE = "make"
 """The verb of a stage that calls a Python function."""
-RESERVED = ("here", "logs", "pipeline", "recipes", "serve")
+RESERVED_STAGE_NAMES = ("here", "logs", "pipeline", "recipes", "serve")
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 
 
@@ -234,10 +234,14 @@ def load(path: str | Path, overrides: dict[str, Any] | None = None) -> PipelineR
             f"{path}: pipeline.folder must be set", key="pipeline.folder", cause=Cause.MISSING
         )
     for name in recipe.stages:
-        if not NAME.fullmatch(name) or name in RESERVED or re.fullmatch(r"seed_\d+", name):
+        if (
+            not NAME.fullmatch(name)
+            or name in RESERVED_STAGE_NAMES
+            or re.fullmatch(r"seed_\d+", name)
+        ):
             raise UserError(
                 f"{path}: stages.{name}: a stage cannot be called so; use letters, digits, _ "
-                f"and -, and none of {', '.join(RESERVED)}, seed_N",
+                f"and -, and none of {', '.join(RESERVED_STAGE_NAMES)}, seed_N",
                 key=f"stages.{name}",
                 cause=Cause.MALFORMED,
             )

@@ -37,9 +37,9 @@ from megatron_r1.reporting.run_folder import is_locked
 POLL_SECONDS = 0.1
 LOCK_SECONDS = 30.0
 """Time that processes of a killed pipeline have to leave a stage's folder: a choice."""
-STOPPED = 130
+STOP_STATUS = 130
 """The exit status of a verb that was asked to stop (`commands.cli.main`)."""
-COMPLETE = {
+LAST_OUTPUTS = {
     "sft": "hf",
     "rl": "hf",
     "reward-model": "hf",
@@ -135,7 +135,7 @@ class Runner:
         (folder / stopping.STOP_FILE).unlink(missing_ok=True)
         if stage.is_function or not manifest.has_outputs(folder):
             for path in folder.iterdir():
-                if path.name == manifest.BEGUN:
+                if path.name == manifest.BEGUN_FILE:
                     continue
                 if path.is_dir() and not path.is_symlink():
                     shutil.rmtree(path)
@@ -145,7 +145,7 @@ class Runner:
     def _run_command(self, stage: PipelineStage, folder: Path) -> list[str]:
         """Serve the stage's models, run its command, and return that."""
         configs = {name: self.plan.server(server) for name, server in stage.config.serve.items()}
-        before = (manifest.read(folder, manifest.BEGUN) or {})["ports"]
+        before = (manifest.read(folder, manifest.BEGUN_FILE) or {})["ports"]
         ports = serving.choose_ports(configs, before)
         manifest.keep_ports(folder, ports)
         logs = {name: self.plan.log_of(stage.name, name) for name in configs}
@@ -180,7 +180,7 @@ class Runner:
         (folder / stopping.STOP_FILE).unlink(missing_ok=True)
         if status == 0:
             return
-        if num_signals or status == STOPPED:
+        if num_signals or status == STOP_STATUS:
             raise KeyboardInterrupt
         raise RunError(f"{describe_status(status)}; from {child.log}:\n{excerpt(child.output())}")
 
@@ -215,7 +215,7 @@ def write_recipe(plan: PipelinePlan, stage: PipelineStage, urls: dict[str, str])
 
 
 def _check_outputs(stage: PipelineStage, folder: Path, referenced: set[str]) -> None:
-    complete = COMPLETE.get(stage.config.verb)
+    complete = LAST_OUTPUTS.get(stage.config.verb)
     for name in sorted(referenced | ({complete} if complete else set())):
         if (folder / name).exists():
             continue
@@ -308,7 +308,7 @@ class Executor:
                     cause=Cause.CHANGED,
                 )
             _print(f"{title}: what it was is now in {_move_aside(plan.folder_of(name))}")
-        continues = manifest.read(plan.folder_of(name), manifest.BEGUN) is not None
+        continues = manifest.read(plan.folder_of(name), manifest.BEGUN_FILE) is not None
         begins = "continues" if continues else "begins"
         _print(f"{title} ({stage.config.verb}) {begins}; log {plan.log_of(name)}")
         prefix = f"{title}: " if self._config.jobs > 1 else ""

@@ -24,7 +24,7 @@ from megatron_r1.pipeline.pipeline_recipe import (
 
 FILES = ("path", "data", "checkpoint")
 """Last parts of the names of settings that hold a file or folder."""
-FIXED = ("here", "pipeline.seed")
+FIXED_REFERENCES = ("here", "pipeline.seed")
 """References that mean the same before and after a stage runs."""
 INDEX = re.compile(r"\[\d+\]")
 """The number of an entry of a list in a key path such as sft.data[0].path."""
@@ -174,7 +174,9 @@ class PipelinePlan:
         """Return a text with `${here}` and `${pipeline.seed}` replaced; others stay as they are."""
         return REFERENCE.sub(
             lambda match: (
-                str(self.reference_value(match[1], {})) if match[1] in FIXED else match[0]
+                str(self.reference_value(match[1], {}))
+                if match[1] in FIXED_REFERENCES
+                else match[0]
             ),
             text,
         )

@@ -95,13 +95,14 @@ def stage_status(
         UserError: the stage's folder has files of something else.
     """
     folder = plan.folder_of(stage.name)
-    finished_record = manifest.read(folder, manifest.DONE)
-    begun_record = None if finished_record else manifest.read(folder, manifest.BEGUN)
+    finished_record = manifest.read(folder, manifest.STAGE_FILE)
+    begun_record = None if finished_record else manifest.read(folder, manifest.BEGUN_FILE)
     record = finished_record or begun_record
     if record is None:
         if manifest.has_outputs(folder):
             raise UserError(
-                f"{folder} is not empty, and was not made by this pipeline (no {manifest.DONE}): "
+                f"{folder} is not empty, and was not made by this pipeline (no "
+                f"{manifest.STAGE_FILE}): "
                 "move it away, or choose another pipeline.folder",
                 key="pipeline.folder",
                 cause=Cause.EXISTS,

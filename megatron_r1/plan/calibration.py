@@ -128,19 +128,19 @@ class RunCalibration:
             self.job = replace(job, config=config, response_tokens=response)
             if sample and sample > mean:
                 self.values["prompt_tokens"] = prompt = max(1, round(sample - mean))
-                self.job = self._with(prompt_tokens=prompt)
+                self.job = self._changed_job(prompt_tokens=prompt)
         elif sample and sample >= 2:
             prompt = min(job.assumptions.prompt_tokens, round(sample) - 1)
             self.job = replace(
-                self._with(prompt_tokens=prompt), response_tokens=round(sample) - prompt
+                self._changed_job(prompt_tokens=prompt), response_tokens=round(sample) - prompt
             )
 
-    def _with(self, **values: Any) -> PlannedJob:
+    def _changed_job(self, **values: Any) -> PlannedJob:
         return replace(self.job, assumptions=replace(self.job.assumptions, **values))
 
     def _seconds(self, parts: tuple[str, ...], **values: float) -> float | None:
         """Return the sum of the planned seconds of `parts` with these values."""
-        section = time_section(JobEstimate(self._with(**values)).times)
+        section = time_section(JobEstimate(self._changed_job(**values)).times)
         part_seconds = [section[name].value for name in parts if name in section]
         return None if not part_seconds or None in part_seconds else sum(filter(None, part_seconds))
 
@@ -182,4 +182,4 @@ class RunCalibration:
             too_long = (self._seconds(parts, **{name: middle}) or 0.0) > measured_seconds
             low, high = (middle, high) if too_long == is_falling else (low, middle)
         self.values[name] = low
-        self.job = self._with(**{name: low})
+        self.job = self._changed_job(**{name: low})

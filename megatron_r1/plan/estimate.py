@@ -17,7 +17,7 @@ from megatron_r1.plan.rollout import exchange_section, samples_section, teacher_
 from megatron_r1.plan.timing import StepTime, narrowing_section, time_section, with_range
 from megatron_r1.reporting.formatting import format_count
 
-WHAT = {
+KIND_MEANINGS = {
     RECEIVE_BUFFER: ", weights on their way into an engine",
     ROUTED: ", of the longest responses, while samples are loaded",
 }
@@ -142,10 +142,10 @@ class JobEstimate:
         return (
             f"pipeline rank {rank.rank} needs {_size(rank.peak_bytes)} of {_size(memory)} while "
             f"it {'trains' if is_training else 'scores'}, {_size(parts[largest_kind])} of it "
-            f"{largest_kind}: {self._less(largest_kind)}"
+            f"{largest_kind}: {self._memory_remedy(largest_kind)}"
         )
 
-    def _less(self, kind: str) -> str:
+    def _memory_remedy(self, kind: str) -> str:
         """Return the remedy that lowers a kind of a rank's memory."""
         recomputes_all = self.job.parallel.recompute == "full"
         return {
@@ -189,7 +189,8 @@ class JobEstimate:
         return {
             kind: byte_quantity(
                 num_bytes * per_node,
-                f"{format_count(per_node, 'rank')} x {_size(num_bytes)}{WHAT.get(kind, '')}",
+                f"{format_count(per_node, 'rank')} x "
+                f"{_size(num_bytes)}{KIND_MEANINGS.get(kind, '')}",
             )
             for kind, num_bytes in kinds.items()
         }

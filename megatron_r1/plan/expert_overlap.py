@@ -21,7 +21,7 @@ from megatron_r1.models.parallel_checks import overlap_conflicts
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.quantity import Quantity, QuantityTable, byte_quantity
 
-OVERLAPPED, FULL_RECOMPUTE = "overlap, selective", "none, full"
+OVERLAPPED_EXCHANGE, FULL_RECOMPUTE = "overlap, selective", "none, full"
 BACKWARD = 2
 """A backward pass in forward passes; what is recomputed selectively is not counted."""
 
@@ -93,16 +93,18 @@ def exchange_choice(
     if not job.has_experts or job.parallel.expert == 1:
         return {}
     recomputing_job = job.with_parallel(overlap_expert_exchange=False, recompute="full")
-    jobs = {OVERLAPPED: _overlapped(job), FULL_RECOMPUTE: recomputing_job}
-    if conflicts := list(islice(overlap_conflicts(jobs[OVERLAPPED].config, job.hf_config), 1)):
+    jobs = {OVERLAPPED_EXCHANGE: _overlapped(job), FULL_RECOMPUTE: recomputing_job}
+    if conflicts := list(
+        islice(overlap_conflicts(jobs[OVERLAPPED_EXCHANGE].config, job.hf_config), 1)
+    ):
         reason = f"not possible with {conflicts[0].setting}: {conflicts[0].reason}"
         return {
-            OVERLAPPED: Quantity(None, "s", reason),
+            OVERLAPPED_EXCHANGE: Quantity(None, "s", reason),
             FULL_RECOMPUTE: _row(recomputing_job, estimate_step(recomputing_job)),
         }
     estimates = {name: estimate_step(alternative) for name, alternative in jobs.items()}
     section = {name: _row(jobs[name], estimate) for name, estimate in estimates.items()}
-    ratio = estimates[FULL_RECOMPUTE].step / estimates[OVERLAPPED].step
+    ratio = estimates[FULL_RECOMPUTE].step / estimates[OVERLAPPED_EXCHANGE].step
     fitting_names = [
         name for name, estimate in estimates.items() if estimate.peak <= job.hardware.memory
     ]
@@ -111,7 +113,7 @@ def exchange_choice(
         1: f"only '{fitting_names[0]}' fits" if fitting_names else "",
         2: "both fit",
     }
-    formula = f"{FULL_RECOMPUTE} / {OVERLAPPED}; {verdict[len(fitting_names)]}"
+    formula = f"{FULL_RECOMPUTE} / {OVERLAPPED_EXCHANGE}; {verdict[len(fitting_names)]}"
     return section | {"saved time": Quantity(ratio, "x", formula)}
 
 

@@ -54,10 +54,10 @@ class RankMemory:
         return max(sum(self.training.values()), sum(self.scoring.values()))
 
 
-PERSISTENT = ("parameters", "gradients", "optimizer")
+PERSISTENT_KINDS = ("parameters", "gradients", "optimizer")
 CRITIC = "critic"
 """The three kinds of PPO's critic, in addition to the policy's."""
-RESIDENT = (*PERSISTENT, "fp8 copies", "reference", CRITIC)
+RESIDENT = (*PERSISTENT_KINDS, "fp8 copies", "reference", CRITIC)
 """Kinds that stay on the GPU between updates; the reference only where it is kept there."""
 RECEIVE_BUFFER = "receive buffer"
 """The receive buffer of the engine rank on the same GPU, which it keeps while it sleeps."""
@@ -90,7 +90,7 @@ def _rank_memory(
     persistent = _persistent_bytes(job, counts)
     kept_bytes, layer_bytes = _activations(job, rank, layers)
     # Without a graph nothing is kept: one layer's tensors at most.
-    forward_bytes = max(x.total + x.dispatch for x in _held(job, rank, layers))
+    forward_bytes = max(x.total + x.dispatch for x in _kinds_of_layers(job, rank, layers))
     is_last_stage = any(chunk.head for chunk in job.stages[rank])
     head = _head_bytes(job)[0] if is_last_stage else 0
     reference_size = reference_bytes(job.config, counts)
@@ -160,7 +160,8 @@ def _activations(
         * (layers[False].input + sum(saved_bytes[job.is_sparse_layer[n]] for n in chunk.layers))
         for chunk, count in zip(stages, microbatches_per_chunk, strict=True)
     )
-    return kept_bytes, max(working_bytes(layer, parallel) for layer in _held(job, rank, layers))
+    kinds = _kinds_of_layers(job, rank, layers)
+    return kept_bytes, max(working_bytes(layer, parallel) for layer in kinds)
 
 
 def _microbatches_held(job: PlannedJob, rank: int) -> list[int]:
@@ -171,7 +172,7 @@ def _microbatches_held(job: PlannedJob, rank: int) -> list[int]:
     return [min(count, job.num_microbatches) for count in microbatches_per_chunk]
 
 
-def _held(
+def _kinds_of_layers(
     job: PlannedJob, rank: int, layers: dict[bool, LayerActivations]
 ) -> list[LayerActivations]:
     """Return one of each kind of layer on a pipeline rank."""

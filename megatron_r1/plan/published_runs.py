@@ -1,10 +1,10 @@
 """Published runs: half of them calibrates the plan's free efficiencies, the other half shows its
 error (`--published`, from published.yaml).
 
-The free numbers are those of `FREE`. Their values minimize the sum of squares of ln(predicted /
-published) over the calibrating rows, plus a quarter of the squares of ln(value / first guess): a
-number at twice its guess costs as much as a row that is off by 1.4. The defaults of `Assumptions`
-are these values, in two digits."""
+The free numbers are those of `FIRST_GUESSES`. Their values minimize the sum of squares of
+ln(predicted / published) over the calibrating rows, plus a quarter of the squares of ln(value /
+first guess): a number at twice its guess costs as much as a row that is off by 1.4. The defaults of
+`Assumptions` are these values, in two digits."""
 
 import argparse
 import math
@@ -32,7 +32,7 @@ from megatron_r1.plan.timing import StepTime, time_section
 RUNS_FILE = Path(__file__).with_name("published.yaml")
 TABLE_WIDTH = 120
 
-FREE = {
+FIRST_GUESSES = {
     "compute_efficiency": 0.45,
     "link_efficiency": 0.75,
     "bandwidth_efficiency": 0.6,
@@ -41,7 +41,7 @@ FREE = {
 """The calibrated numbers with their first guesses, which the plan had before the calibration."""
 GUESS_WEIGHT = 0.25
 """What the square of ln(value / guess) costs, where that of ln(predicted / published) costs 1."""
-BEYOND = 1.645
+SPREAD_DEVIATIONS = 1.645
 """Standard deviations of the calibrating rows' ln(predicted / published) within `time_spread`:
 those of a normal distribution's middle 90%."""
 
@@ -169,9 +169,9 @@ def published_runs() -> list[PublishedRun]:
 
 
 def calibrate(runs: Sequence[PublishedRun]) -> dict[str, float]:
-    """Return the values of `FREE` that `runs` determine, to two digits: Gauss-Newton steps in the
-    logarithms, halved until they help."""
-    guesses = np.log(list(FREE.values()))
+    """Return the values of `FIRST_GUESSES` that `runs` determine, to two digits: Gauss-Newton
+    steps in the logarithms, halved until they help."""
+    guesses = np.log(list(FIRST_GUESSES.values()))
     logs, (residuals, cost) = guesses, _residuals(runs, guesses, guesses)
     for _ in range(STEPS):
         slopes = [
@@ -191,7 +191,7 @@ def calibrate(runs: Sequence[PublishedRun]) -> dict[str, float]:
 
 
 def _values(logs: np.ndarray) -> dict[str, float]:
-    return dict(zip(FREE, np.exp(logs).tolist(), strict=True))
+    return dict(zip(FIRST_GUESSES, np.exp(logs).tolist(), strict=True))
 
 
 def _residuals(
@@ -205,9 +205,10 @@ def _residuals(
 
 def range_factor(runs: Sequence[PublishedRun], values: dict[str, float]) -> float:
     """Return the factor above and below an estimate within which nine of ten runs like these lie:
-    e to the power of `BEYOND` standard deviations, of as many rows as exceed the free numbers."""
+    e to the power of `SPREAD_DEVIATIONS` standard deviations, of as many rows as exceed the free
+    numbers."""
     squares = sum(math.log(run.ratio(**values)) ** 2 for run in runs)
-    return math.exp(BEYOND * math.sqrt(squares / (len(runs) - len(FREE))))
+    return math.exp(SPREAD_DEVIATIONS * math.sqrt(squares / (len(runs) - len(FIRST_GUESSES))))
 
 
 def mean_factor(ratios: Sequence[float]) -> float:
@@ -272,7 +273,7 @@ def published_table() -> str:
     width = Assumptions().time_spread
     lines = ["| number | first guess | calibrated | the plan's |", "|---|---|---|---|"]
     lines += [
-        f"| {name} | {FREE[name]:.2g} | {value:.2g} | {getattr(Assumptions(), name):.2g} |"
+        f"| {name} | {FIRST_GUESSES[name]:.2g} | {value:.2g} | {getattr(Assumptions(), name):.2g} |"
         for name, value in values.items()
     ]
     spread = range_factor(calibrating_runs, values)

@@ -64,7 +64,7 @@ def narrowing_number(job: PlannedJob, name: str) -> str | None:
     return numbers.get(name)
 
 
-WIDE = 2.0
+WIDE_RANGE_RATIO = 2.0
 """A range whose ends differ by more names the measurement that would close it."""
 
 
@@ -96,7 +96,8 @@ def with_range(times: "StepTime", name: str, quantity: Quantity) -> Quantity:
 
 
 def narrowing_section(job: PlannedJob, time: QuantityTable) -> QuantityTable:
-    """Return the width of each part's range beyond `WIDE`, with the measurement that closes it."""
+    """Return the width of each part's range beyond `WIDE_RANGE_RATIO`, with the measurement
+    that closes it."""
     section: QuantityTable = {}
     for name, check in MEASUREMENTS.items():
         part, number = time.get(name), narrowing_number(job, name)
@@ -104,7 +105,7 @@ def narrowing_section(job: PlannedJob, time: QuantityTable) -> QuantityTable:
             continue
         if part is None or part.low is None or not part.low or part.high is None:
             continue
-        if (width := part.high / part.low) > WIDE:
+        if (width := part.high / part.low) > WIDE_RANGE_RATIO:
             command = (
                 f"tools/gpu_check --only {check!r}, then --calibrate with the file that it writes"
             )
@@ -317,7 +318,7 @@ def time_section(times: StepTime) -> QuantityTable:
     if job.trains:
         section["saves"] = checkpoint_time(job)
     section = {name: with_range(times, name, quantity) for name, quantity in section.items()}
-    parts = [name for name in PARTS if name in section]
+    parts = [name for name in TIME_PARTS if name in section]
     if missing := [name for name in parts if section[name].value is None]:
         reason = f"none without {missing[0]}: {section[missing[0]].formula}"
         return section | {"step": Quantity(None, "s", reason)}
@@ -337,7 +338,7 @@ def time_section(times: StepTime) -> QuantityTable:
     return section
 
 
-PARTS = (
+TIME_PARTS = (
     "rollout",
     ROUTED,
     "scoring",

@@ -81,7 +81,7 @@ SECTIONS = {
     "reward-model": ("parallel", "fp8"),
     "sample": ("rollout",),
 }
-NOT_HERE = {
+LIMITATIONS = {
     "rollout.colocated": "in turns, but no GPU memory is freed",
     "rollout.max_response_tokens": "no: short responses",
     "parallel.processes": "no: the size of the world",
@@ -90,7 +90,7 @@ NOT_HERE = {
 }
 
 
-ON_GPU = {key: NOT_HERE[key] for key in ("rollout.max_response_tokens", "parallel.processes")}
+ON_GPU = {key: LIMITATIONS[key] for key in ("rollout.max_response_tokens", "parallel.processes")}
 ON_NULL_GPU = ON_GPU | {"fp8.recipe": "yes, by operators of the host"}
 
 
@@ -110,7 +110,7 @@ def structure_rows(
         small: the miniature.
         verb: the recipe's verb.
         device: where the miniature runs."""
-    not_here = {"cpu": NOT_HERE, "gpu": ON_GPU, "null-gpu": ON_NULL_GPU}[device]
+    not_here = {"cpu": LIMITATIONS, "gpu": ON_GPU, "null-gpu": ON_NULL_GPU}[device]
     rows: list[StructureRow] = []
     for section in SECTIONS[verb]:
         before, after = getattr(recipe, section), getattr(small, section)

@@ -23,7 +23,11 @@ from megatron_r1.config import Config
 from megatron_r1.engines.server import gpu
 from megatron_r1.rehearse import layout
 
-QUIET = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "PYTHONWARNINGS": "ignore"}
+QUIET_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "passive",
+    "PYTHONWARNINGS": "ignore",
+}
 """More processes than cores: threads that spin would take the cores of those that compute."""
 
 
@@ -74,7 +78,7 @@ def running_command(
             processes.append(
                 _host(config, number, log.with_name(f"host-{number}.log"), gpu_variables)
             )
-        environment = QUIET | trainer_variables
+        environment = QUIET_ENVIRONMENT | trainer_variables
         main = children.start(rehearsal_command(verb, recipe, config, settings), log, environment)
         processes.insert(0, main)
         yield main
@@ -148,7 +152,7 @@ def _host(
     return children.start(
         [sys.executable, "-m", "megatron_r1.engines.fleet.host", *options, *address],
         log,
-        QUIET | gpu_variables,
+        QUIET_ENVIRONMENT | gpu_variables,
     )
 
 
@@ -163,7 +167,7 @@ PARTS_OF_GPU = 40
 """A GPU of a miniature has 2 GiB, a fortieth of an H100's memory; what CUDA contexts, communicators
 and graphs take is divided by as much."""
 GIB = 80 / PARTS_OF_GPU
-TAKEN_MIB = {"CONTEXT": 512, "NCCL": 128, "GRAPH": 64}
+RUNTIME_MIB = {"CONTEXT": 512, "NCCL": 128, "GRAPH": 64}
 """What they take of a GPU of 80 GiB: guesses (docs/gpu.md)."""
 
 
@@ -180,7 +184,7 @@ def run_on_null_gpu(arguments: Sequence[str], num_gpus: int) -> int:
     """
     _check_installed(arguments)
     reserved_bytes = {
-        f"NULL_GPU_{name}_BYTES": (mib << 20) // PARTS_OF_GPU for name, mib in TAKEN_MIB.items()
+        f"NULL_GPU_{name}_BYTES": (mib << 20) // PARTS_OF_GPU for name, mib in RUNTIME_MIB.items()
     }
     environment = os.environ | {name: str(size) for name, size in reserved_bytes.items()}
     options = ["--gpus", str(num_gpus), "--gib", f"{GIB:g}"]
@@ -190,11 +194,11 @@ def run_on_null_gpu(arguments: Sequence[str], num_gpus: int) -> int:
 
 def _check_installed(arguments: Sequence[str]) -> None:
     premise = f"rehearsal.on: null-gpu runs the CUDA builds of torch, {' and '.join(PACKAGES)}"
-    again = f"make setup-cuda && {PYTHON} -m megatron_r1 {' '.join(arguments)}"
+    command = f"make setup-cuda && {PYTHON} -m megatron_r1 {' '.join(arguments)}"
     if not TOOL.is_dir():
         raise UserError(
             f"{premise} with tools/null_gpu of a checkout, which {CHECKOUT} is not; in a clone of "
-            f"the repository: {again}",
+            f"the repository: {command}",
             key="rehearsal.on",
             cause=Cause.NOT_INSTALLED,
         )
@@ -202,7 +206,7 @@ def _check_installed(arguments: Sequence[str]) -> None:
     if missing or not gpu.torch_has_cuda():
         lacks = ", ".join(["torch for CUDA", *missing] if not gpu.torch_has_cuda() else missing)
         raise UserError(
-            f"{premise}, and {sys.executable} has no {lacks}: {again}",
+            f"{premise}, and {sys.executable} has no {lacks}: {command}",
             key="rehearsal.on",
             cause=Cause.NOT_INSTALLED,
         )

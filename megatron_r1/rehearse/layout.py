@@ -9,7 +9,7 @@ from megatron_r1.config.rollout import RolloutConfig
 from megatron_r1.models.pipeline_stages import parse_layout
 
 AXES = ("tensor", "context", "expert", "expert_tensor", "pipeline", "virtual_pipeline")
-PARTS = 2
+MAX_PARTS = 2
 """Size of a divided axis: the least at which every exchange along it takes place."""
 OVERLAP_NEEDS = ("expert", "pipeline")
 """Axes that `parallel.overlap_expert_exchange` needs: MTP layers need the second with it."""
@@ -24,9 +24,9 @@ OMITTED_AXES = ("context", "expert_tensor", "expert", "tensor", "pipeline")
 def shrink_layout(
     parallel: ParallelConfig, max_ranks: int, *, leaves_out: bool = False
 ) -> ParallelConfig:
-    """Return the layout with each axis at most `PARTS`, and replicas of the model dropped if there
-    would be more than `max_ranks` ranks otherwise. If that is not enough, axes are left out with
-    `leaves_out`.
+    """Return the layout with each axis at most `MAX_PARTS`, and replicas of the model dropped if
+    there would be more than `max_ranks` ranks otherwise. If that is not enough, axes are left out
+    with `leaves_out`.
 
     Args:
         parallel: the recipe's layout.
@@ -45,7 +45,9 @@ def shrink_layout(
 
 
 def _shrink(parallel: ParallelConfig, max_ranks: int, without: Sequence[str]) -> ParallelConfig:
-    sizes = {axis: 1 if axis in without else min(getattr(parallel, axis), PARTS) for axis in AXES}
+    sizes = {
+        axis: 1 if axis in without else min(getattr(parallel, axis), MAX_PARTS) for axis in AXES
+    }
     if sizes["pipeline"] == 1:  # one rank cannot interleave chunks
         sizes["virtual_pipeline"] = 1
     layout = None
@@ -55,7 +57,7 @@ def _shrink(parallel: ParallelConfig, max_ranks: int, without: Sequence[str]) ->
         )
         sizes["virtual_pipeline"] = len(groups) // sizes["pipeline"]
         layout = "|".join(groups)
-    data_parallel_size = min(parallel.data_parallel_size(parallel.processes), PARTS)
+    data_parallel_size = min(parallel.data_parallel_size(parallel.processes), MAX_PARTS)
     dense = sizes["tensor"] * sizes["context"]
     # Experts are spread over the ranks of all replicas of a stage.
     experts = sizes["expert"] * sizes["expert_tensor"]
@@ -91,20 +93,23 @@ def _short_stages(groups: list[str], pipeline: int, original: int) -> list[str]:
             passes them.
         pipeline: pipeline-parallel ranks of the miniature.
         original: pipeline-parallel ranks of the recipe."""
-    virtual = min(len(groups) // original, PARTS) if pipeline > 1 else 1
+    virtual = min(len(groups) // original, MAX_PARTS) if pipeline > 1 else 1
     count = pipeline * virtual
-    between = groups[1:-1]
-    kinds = list(dict.fromkeys(between)) or ["t"]
+    inner_groups = groups[1:-1]
+    kinds = list(dict.fromkeys(inner_groups)) or ["t"]
     middle = [kinds[i % len(kinds)] for i in range(max(0, count - 2))]
     single_stage = "E" + "t" * MAX_LAYERS + "m" * ("m" in "".join(groups)) + "L"
     stages = [groups[0], *middle, groups[-1]] if count > 1 else [single_stage]
     layers = [group.count("t") for group in stages]
-    short = [min(number, MAX_LAYERS) for number in layers]
-    if len(set(layers)) > len(set(short)) == 1:
-        short = [size - (number == min(layers)) for size, number in zip(short, layers, strict=True)]
+    small_layer_counts = [min(number, MAX_LAYERS) for number in layers]
+    if len(set(layers)) > len(set(small_layer_counts)) == 1:
+        small_layer_counts = [
+            size - (number == min(layers))
+            for size, number in zip(small_layer_counts, layers, strict=True)
+        ]
     return [
         group.replace("t" * number, "t" * size)
-        for group, number, size in zip(stages, layers, short, strict=True)
+        for group, number, size in zip(stages, layers, small_layer_counts, strict=True)
     ]
 
 
@@ -136,7 +141,7 @@ def fewer_engine_ranks(rollout: RolloutConfig) -> dict[str, int]:
     two of them, as a tensor group."""
     fewer = {"engines": max(1, rollout.engines // 2), "data_parallel": 1, "hosts_per_engine": 1}
     if rollout.redundant_experts and rollout.tensor_parallel == 1:
-        fewer["tensor_parallel"] = PARTS
+        fewer["tensor_parallel"] = MAX_PARTS
     return {key: value for key, value in fewer.items() if value != getattr(rollout, key)}
 
 

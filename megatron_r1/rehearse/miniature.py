@@ -204,12 +204,12 @@ def _data(folder: Path) -> dict[str, Any]:
 
 def _rollout(config: Config) -> dict[str, Any]:
     rollout = config.rollout
-    hosts = min(rollout.hosts_per_engine, layout.PARTS)
+    hosts = min(rollout.hosts_per_engine, layout.MAX_PARTS)
     return {
-        "engines": min(rollout.engines, layout.PARTS),
-        "tensor_parallel": min(rollout.tensor_parallel, layout.PARTS),
-        "data_parallel": min(rollout.data_parallel, layout.PARTS),
-        "pipeline_parallel": min(rollout.pipeline_parallel, layout.PARTS),
+        "engines": min(rollout.engines, layout.MAX_PARTS),
+        "tensor_parallel": min(rollout.tensor_parallel, layout.MAX_PARTS),
+        "data_parallel": min(rollout.data_parallel, layout.MAX_PARTS),
+        "pipeline_parallel": min(rollout.pipeline_parallel, layout.MAX_PARTS),
         "hosts_per_engine": hosts,
         "hosts_address": "127.0.0.1" if rollout.placement == "hosts" else None,
         "hosts_port": 0,
@@ -260,7 +260,7 @@ def _schedule(config: Config) -> list[dict[str, Any]]:
 def _minibatches(config: Config, number: int) -> int:
     """Return the miniature of a number of mini-batches: the most of the schedule are two."""
     max_minibatches = max(part.rl.minibatches for _, part in config.schedule_parts())
-    return max(1, min(max_minibatches, layout.PARTS) * number // max_minibatches)
+    return max(1, min(max_minibatches, layout.MAX_PARTS) * number // max_minibatches)
 
 
 def _kind_weights(config: Config, weights: dict[str, float]) -> dict[str, float]:
@@ -392,7 +392,7 @@ def _teacher_engines(teacher: TeacherEngines, folder: Path) -> dict[str, Any]:
         "path": str(folder),
         "url": [],
         "engines": 1,
-        "tensor_parallel": min(teacher.tensor_parallel, layout.PARTS),
+        "tensor_parallel": min(teacher.tensor_parallel, layout.MAX_PARTS),
         "threads": 1,
         "start_timeout_seconds": 1200.0,
     }

@@ -28,10 +28,10 @@ from megatron_r1.pipeline.serving import choose_ports, serve_models
 VOCABULARY = 512
 SPECIAL = ("<bos>", "<eos>", "<pad>")
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-FORMED = [f"<think>step {i}</think><answer>{i}</answer>" for i in range(8)]
+WELL_FORMED_RESPONSES = [f"<think>step {i}</think><answer>{i}</answer>" for i in range(8)]
 """Tokens that are a whole response in form: a third of the random ones have a thought and
 an answer, without which `sample` would keep none."""
-HEAD = 64
+HEAD_WIDTH = 64
 """Width of an attention head; vLLM's attention on CPUs takes multiples of 32."""
 WIDTH = 256
 EXPERT_WIDTH = 512
@@ -71,7 +71,7 @@ def shrink_config(hf_config: HFConfig, num_layers: int, fp8: bool) -> HFConfig:
         small |= {"hidden_size": WIDTH, "num_key_value_heads": heads}
         small |= {"q_lora_rank": WIDTH // 2} if hf_config.get("q_lora_rank") else {}
     else:
-        width = 128 if fp8 else HEAD
+        width = 128 if fp8 else HEAD_WIDTH
         small |= {
             "hidden_size": heads * width,
             "num_key_value_heads": min(hf_config.get("num_key_value_heads") or heads, heads // 2),
@@ -135,13 +135,13 @@ def _tokenizer() -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY - len(TAGS) - len(FORMED),
+        vocab_size=VOCABULARY - len(TAGS) - len(WELL_FORMED_RESPONSES),
         special_tokens=list(SPECIAL),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator([*TEMPLATES.values()] * 3, trainer)
-    tokenizer.add_tokens([*TAGS, *FORMED])
+    tokenizer.add_tokens([*TAGS, *WELL_FORMED_RESPONSES])
     filler = [f"<unused_{i}>" for i in range(VOCABULARY - tokenizer.get_vocab_size())]
     tokenizer.add_tokens(filler)
     return tokenizer

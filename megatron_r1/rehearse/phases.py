@@ -25,7 +25,7 @@ from megatron_r1.trainer.checkpoints.checkpoint_folders import complete_checkpoi
 
 POLL_SECONDS = 0.05
 """Short: three steps of a small model take two seconds, and the kill should follow the first."""
-UNPLANNED = 0.01
+MAX_UNPLANNED_FRACTION = 0.01
 """Largest share of a push's bytes that its plan may miss. vLLM keeps the routers of GLM-4 in fp32,
 which are planned in the push's dtype: 0.2% of a miniature."""
 ERROR = re.compile(r"megatron-r1: .*(?:\n(?:\[\w+\]:)?  .*)*")
@@ -138,7 +138,7 @@ class PhaseRunner:
         planned_bytes = sum(
             link.num_bytes for set_plan in plan for link in chain.from_iterable(set_plan)
         )
-        if abs(num_bytes - planned_bytes) > UNPLANNED * planned_bytes:
+        if abs(num_bytes - planned_bytes) > MAX_UNPLANNED_FRACTION * planned_bytes:
             raise RunError(
                 f"rehearse: push: trainer ranks send {num_bytes:,.0f} bytes, where their plan, by "
                 f"which megatron-r1 plan counts, has {planned_bytes:,.0f}: engines need other "
@@ -203,7 +203,7 @@ class PhaseRunner:
         process = subprocess.run(
             [sys.executable, "-m", "megatron_r1.rehearse.check_export"]
             + [str(self.run_folder.hf_folder), self.config.model.path, self.config.model.mtp],
-            env=os.environ | launch.QUIET,
+            env=os.environ | launch.QUIET_ENVIRONMENT,
             capture_output=True,
             text=True,
         )

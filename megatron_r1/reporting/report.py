@@ -34,7 +34,7 @@ from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.reporting.samples import choose_samples
 
 HERO_SIZE = (5.2, 2.7)
-SMALL = (
+SMALL_PLOT_METRICS = (
     "reward/mean",
     "kl",
     "entropy",
@@ -218,7 +218,7 @@ def _two_curves(metrics: MetricLines, evaluations: Sequence[Evaluation]) -> list
 def _small_plots(metrics: MetricLines) -> list[Plot]:
     """Return one small plot per recorded quantity, in a fixed order."""
     figures = []
-    for key in SMALL:
+    for key in SMALL_PLOT_METRICS:
         metric = METRICS[key]
         curves = _trained(metrics, key, "mean", "accent")
         if not curves:

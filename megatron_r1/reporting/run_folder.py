@@ -19,7 +19,7 @@ from megatron_r1.base.files import READ_ONLY, atomic_write
 from megatron_r1.base.files.json_lines import append_lines, filter_lines, read_lines
 from megatron_r1.config.recipe import SCHEDULED
 from megatron_r1.config.section import changed_keys, flatten, is_within, value_text
-from megatron_r1.config.validation_errors import REMOVED
+from megatron_r1.config.validation_errors import REMOVED_KEYS
 from megatron_r1.config.yaml_text import dump_yaml, format_value, parse_value
 
 LOCK = ".lock"
@@ -143,7 +143,7 @@ class RunFolder:
             before = unknown_then | flatten(self.read_config())
             changed = sorted(changed_keys(before, after))
             # None of the removed keys changed what a run learns.
-            may_change = {*may_change, *REMOVED}
+            may_change = {*may_change, *REMOVED_KEYS}
             refused = [key for key in changed if not is_within(key, may_change)]
             if refused:
                 raise UserError(
@@ -301,13 +301,13 @@ class FolderLock:
 
     A POSIX lock (lockf) rather than flock: forked workers inherit a flock, and would keep the
     folder locked when they outlive a killed parent. A POSIX lock does not exclude its own process,
-    hence `_held`."""
+    hence `_locked_folders`."""
 
-    _held: set[str] = set()
+    _locked_folders: set[str] = set()
 
     def __init__(self, path: Path):
         self.key = str(path.resolve())
-        if self.key in self._held:
+        if self.key in self._locked_folders:
             raise UserError(
                 f"{path.parent} is already in use by this process; close that run first",
                 key="run.folder",
@@ -337,11 +337,11 @@ class FolderLock:
         self.file.truncate(0)
         self.file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
         self.file.flush()
-        self._held.add(self.key)
+        self._locked_folders.add(self.key)
 
     def release(self) -> None:
         """Give the folder free."""
-        self._held.discard(self.key)
+        self._locked_folders.discard(self.key)
         self.file.close()
 
 

@@ -28,7 +28,7 @@ from megatron_r1.evaluation.response import TextResponse
 from megatron_r1.sample.selection import DUPLICATE, Decision
 
 FORMS = ("either", "answer_tags", "summary")
-PARTS = ("thought", "response")
+FILTERED_TEXTS = ("thought", "response")
 HAN_CHARACTER = re.compile(f"[{HAN}]")
 FENCE = re.compile(r"^\s*(?:```|~~~)", re.MULTILINE)
 FENCED = re.compile(r"```(?:[^`]|`(?!``))*+```")
@@ -205,7 +205,7 @@ def _judged_part(response: TextResponse, part: object) -> str | None:
     if part == "thought":
         return response.thought
     if part != "response":
-        raise ValueError(f"part must be one of {', '.join(PARTS)}, got {part!r}")
+        raise ValueError(f"part must be one of {', '.join(FILTERED_TEXTS)}, got {part!r}")
     text = response.text
     for tag in (THINK, END_THINK, ANSWER, END_ANSWER):
         text = text.replace(tag, "\n")
@@ -356,5 +356,5 @@ def grade_by_filters(
         prompt: the other fields of the `Prompt`.
         filters: the filters, in order."""
     filtered = TextResponse(response, **facts)
-    name, why = first_objection(filtered, Prompt("", truth=truth, **prompt), filters)
-    return Grade(0.0, why, verdict=name) if name else Grade(1.0, "")
+    name, reason = first_objection(filtered, Prompt("", truth=truth, **prompt), filters)
+    return Grade(0.0, reason, verdict=name) if name else Grade(1.0, "")

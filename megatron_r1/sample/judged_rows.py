@@ -134,14 +134,14 @@ class PreferencePairs:
         winner = outcome.winner(self._settings.margin)
         if winner is None:
             code = "tie" if outcome.preference == 0.5 else "near_tie"
-            why = f"response {first.index} against {second.index}: {votes}"
-            return dict.fromkeys(indices, Decision(code, why)), []
+            reason = f"response {first.index} against {second.index}: {votes}"
+            return dict.fromkeys(indices, Decision(code, reason)), []
         chosen, rejected = (first, second) if winner == 0 else (second, first)
         pair = (prompt.id, *indices)
         self.log_ratios[pair] = log_ratio(texts[chosen.index], texts[rejected.index])
-        why = f"response {chosen.index} over {rejected.index}: {votes}"
+        reason = f"response {chosen.index} over {rejected.index}: {votes}"
         if pair in self.dropped:
-            return dict.fromkeys(indices, Decision("length_balance", why)), []
+            return dict.fromkeys(indices, Decision("length_balance", reason)), []
         lost, won = sorted((outcome.wins, outcome.losses))
         row = {
             "question": prompt.question,
@@ -150,7 +150,10 @@ class PreferencePairs:
             "votes": {"chosen": won, "rejected": lost, "ties": outcome.ties},
             "id": prompt.id,
         }
-        return {chosen.index: Decision(CHOSEN, why), rejected.index: Decision(REJECTED, why)}, [row]
+        return {
+            chosen.index: Decision(CHOSEN, reason),
+            rejected.index: Decision(REJECTED, reason),
+        }, [row]
 
 
 def make_pairs(lengths: dict[int, int], num_pairs: int) -> list[tuple[int, int]]:

@@ -182,11 +182,11 @@ class Selection:
         keep = self.keep
         if keep.min_accuracy is None or (rate := _pass_rate(responses, keep.min_accuracy)) is None:
             return None
-        why = f"{rate:.0%} of its responses are right"
+        reason = f"{rate:.0%} of its responses are right"
         if keep.max_pass_rate is not None and rate > keep.max_pass_rate:
-            return Decision("too_easy", why)
+            return Decision("too_easy", reason)
         if keep.min_pass_rate is not None and rate < keep.min_pass_rate:
-            return Decision("too_hard", why)
+            return Decision("too_hard", reason)
         return None
 
 

@@ -36,13 +36,13 @@ def _summary(response: TextResponse) -> str | None:
     return summary.replace(ANSWER, "").replace(END_ANSWER, "").strip() or None
 
 
-PARTS: dict[str, Callable[[TextResponse], str | None]] = {
+EXAMPLE_TEXTS: dict[str, Callable[[TextResponse], str | None]] = {
     "thought": lambda response: response.thought,
     "summary": _summary,
     "answer": lambda r: extract(r.text, thought_opened=r.thought_opened, reads_last_line=True).text,
     "response": lambda response: response.full_text,
 }
-PLACEHOLDERS = re.compile(r"\{(" + "|".join(PARTS) + r")\}")
+PLACEHOLDERS = re.compile(r"\{(" + "|".join(EXAMPLE_TEXTS) + r")\}")
 
 
 class Rendering:
@@ -100,7 +100,7 @@ class Rendering:
             before: the messages before the question."""
         parts: dict[str, str] = {}
         for name in PLACEHOLDERS.findall(self._response):
-            part = PARTS[name](response)
+            part = EXAMPLE_TEXTS[name](response)
             if part is None:
                 return None
             parts[name] = part

@@ -99,8 +99,8 @@ def sums_for_standardization(values: Tensor) -> Tensor:
     """Return (3,) fp64: the sum of `values` (N,), the sum of their squares, and N.
 
     The sums of the parts of a rollout add up to those of the whole."""
-    wide = values.double()
-    return torch.stack([wide.sum(), wide.square().sum(), wide.new_tensor(len(wide))])
+    values = values.double()
+    return torch.stack([values.sum(), values.square().sum(), values.new_tensor(len(values))])
 
 
 def standardize(values: Tensor, total: Tensor, epsilon: float) -> Tensor:

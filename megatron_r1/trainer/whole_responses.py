@@ -167,8 +167,8 @@ class RolloutBatches:
             engine_mask/responses, the share of samples with one that is."""
         tokens, samples = "engine_mask/tokens", "engine_mask/responses"
         reports: list[Metrics] = [{tokens: Mean(0.0, 0), samples: Mean(0.0, 0)}]
-        for responses, within in zip(self.responses, within_bounds, strict=True):
-            batch, masked = responses.batch, responses.is_response & ~within
+        for responses, is_within_bounds in zip(self.responses, within_bounds, strict=True):
+            batch, masked = responses.batch, responses.is_response & ~is_within_bounds
             local_mask = responses.local_part(masked)
             batch.advantages = torch.where(local_mask, 0.0, batch.advantages)
             reports.append({tokens: Mean(local_mask.sum(), batch.is_response.sum())})

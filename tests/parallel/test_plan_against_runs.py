@@ -10,7 +10,7 @@ from small_models import DEEPSEEK
 
 from megatron_r1.config.hardware import HARDWARE
 from megatron_r1.plan.job import PlannedJob
-from megatron_r1.plan.memory import CRITIC, PERSISTENT, rank_memory
+from megatron_r1.plan.memory import CRITIC, PERSISTENT_KINDS, rank_memory
 
 pytestmark = pytest.mark.more
 
@@ -60,7 +60,7 @@ def test_persistent_memory_is_within_five_percent_of_the_plan(tmp_path, world_si
         for rank in range(world_size):
             measured = json.loads((tmp_path / f"{grid}_{rank}.json").read_text())
             plan = planned[measured["pipeline_rank"]].training
-            for kind in (*PERSISTENT, CRITIC) if "ppo" in grid else PERSISTENT:
+            for kind in (*PERSISTENT_KINDS, CRITIC) if "ppo" in grid else PERSISTENT_KINDS:
                 assert plan[kind] == pytest.approx(measured[kind], rel=0.05), (grid, rank, kind)
 
 

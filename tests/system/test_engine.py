@@ -37,7 +37,7 @@ from tiny_models import (
 )
 
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
-from megatron_r1.engines.server.client import GENERATE, EngineClient
+from megatron_r1.engines.server.client import GENERATE_PATH, EngineClient
 from megatron_r1.engines.server.errors import EngineError, PushIncomplete
 from megatron_r1.engines.server.json_replies import parse_responses
 from megatron_r1.engines.server.server import EngineServer
@@ -107,7 +107,7 @@ def test_samples_as_bytes_equal_the_samples_that_vllm_sends_as_json(loop, fleet)
     client, prompt = fleet.engines[0].client, PROMPTS[2]
     sampling = {"n": 3, "max_tokens": 12, "temperature": 1.0, "logprobs": 0, "ignore_eos": True}
     call = {"token_ids": prompt, "sampling_params": sampling | {"detokenize": False, "seed": 5}}
-    as_json = loop(client.request("POST", GENERATE, call))
+    as_json = loop(client.request("POST", GENERATE_PATH, call))
     expected = parse_responses(as_json, len(prompt), ROUTING, client.vocab_size)
     found = loop(client.generate(prompt, n=3, max_tokens=12, seed=5, routing=ROUTING))
     for one, other in zip(found, expected, strict=True):

@@ -18,7 +18,7 @@ from tiny_models import (
 )
 
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
-from megatron_r1.engines.server.client import GENERATE
+from megatron_r1.engines.server.client import GENERATE_PATH
 from megatron_r1.engines.server.json_replies import parse_responses
 from megatron_r1.models.sampling_mask import decode_mask
 
@@ -103,7 +103,7 @@ def test_bytes_equal_vllms_json(loop, fleet):
     cut = {"temperature": 1.0, "top_p": 0.7, "top_k": 12, "seed": 5}
     sampling = {"n": 2, "max_tokens": 12, "logprobs": 0, "ignore_eos": True, "detokenize": False}
     call = {"token_ids": prompt, "sampling_params": sampling | cut}
-    as_json = loop(client.request("POST", GENERATE, call))
+    as_json = loop(client.request("POST", GENERATE_PATH, call))
     expected = parse_responses(as_json, len(prompt), None, client.vocab_size, has_mask=True)
     found = loop(client.generate(prompt, n=2, max_tokens=12, sampling_mask=True, **cut))
     for one, other in zip(found, expected, strict=True):

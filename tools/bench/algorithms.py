@@ -144,8 +144,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     file = atomic_write(folder.parent / f"{folder.name}.yaml", text)
     options = [str(file), "--pipeline.folder", str(folder), "--pipeline.seeds", args.seeds]
     with contextlib.chdir(ROOT):
-        for only in args.only or [None]:
-            stage_options = ["--pipeline.until", only] if only else []
+        for name in args.only or [None]:
+            stage_options = ["--pipeline.until", name] if name else []
             if status := cli.main(["pipeline", *options, *stage_options]):
                 raise SystemExit(status)
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))

@@ -204,7 +204,7 @@ def find_vague_names(source: str) -> Iterator[tuple[int, str, str]]:
             if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)
         }
         names = parameters.keys() | {name for _, name in variables}
-        sides = {name for name, other in SIDES.items() if other in names}
+        sides = {name for name, opposite in SIDES.items() if opposite in names}
         findings |= {
             (line, name) for name, line in parameters.items() if name in VAGUE_PARAMETERS - sides
         }

@@ -31,28 +31,33 @@ def evaluate(cases: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     for case in cases:
         name, rows = case["kernel"], {row["name"]: row for row in case["rows"]}
-        ours = rows.get(OURS)
+        kernel_row = rows.get(OURS)
         if case["failed"] == TOO_LATE:
             figures[name] = "no time"
-        elif case["failed"] or ours is None or not ours["median_seconds"]:
-            reason = case["failed"] or (ours and ours["not_run"]) or "no time was measured"
+        elif case["failed"] or kernel_row is None or not kernel_row["median_seconds"]:
+            reason = (
+                case["failed"] or (kernel_row and kernel_row["not_run"]) or "no time was measured"
+            )
             raise Failed(f"{name}: {reason}", **figures)
         else:
-            fraction = ours["share_of_bound"]
+            fraction = kernel_row["share_of_bound"]
             bound_text = f", {fraction:.0%} of the bound" if fraction else ""
-            figures[name] = f"{1e6 * ours['median_seconds']:.0f} µs{bound_text}"
-            _compare(name, ours["errors"], rows.get(EAGER, {}).get("errors", {}), figures)
+            figures[name] = f"{1e6 * kernel_row['median_seconds']:.0f} µs{bound_text}"
+            _compare(name, kernel_row["errors"], rows.get(EAGER, {}).get("errors", {}), figures)
     if not set(figures.values()) - {"no time"}:
         raise Failed("no kernel was measured")
     return figures
 
 
 def _compare(
-    name: str, ours: Mapping[str, float], eager: Mapping[str, float], figures: Mapping[str, Any]
+    name: str,
+    kernel_row: Mapping[str, float],
+    eager: Mapping[str, float],
+    figures: Mapping[str, Any],
 ) -> None:
-    for quantity in ours.keys() & eager.keys():
-        if not ours[quantity] <= WORSE * eager[quantity] + ROUNDING:
-            errors = f"{ours[quantity]:.3g}, of {EAGER} {eager[quantity]:.3g}"
+    for quantity in kernel_row.keys() & eager.keys():
+        if not kernel_row[quantity] <= WORSE * eager[quantity] + ROUNDING:
+            errors = f"{kernel_row[quantity]:.3g}, of {EAGER} {eager[quantity]:.3g}"
             raise Failed(f"{name}: the error of {quantity} is {errors}", **figures)
 
 

@@ -74,8 +74,8 @@ def _stop(number: int, frame: object) -> None:
 
 def read(lines: list[str]) -> Verdict | None:
     """Return the verdict among the lines of an output; None where there is none."""
-    said = [line for line in lines if line.startswith(MARK)]
-    return Verdict(**json.loads(said[-1].removeprefix(MARK))) if said else None
+    marked_lines = [line for line in lines if line.startswith(MARK)]
+    return Verdict(**json.loads(marked_lines[-1].removeprefix(MARK))) if marked_lines else None
 
 
 def error_in(output: str) -> str:

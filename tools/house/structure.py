@@ -71,9 +71,9 @@ def package_imports(modules: dict[str, Path]) -> Counter[tuple[str, str]]:
     counts: Counter[tuple[str, str]] = Counter()
     for name, path in modules.items():
         if name.startswith("megatron_r1."):
-            for other in imports(path, modules):
-                if other.startswith("megatron_r1."):
-                    counts[name.split(".")[1], other.split(".")[1]] += 1
+            for imported in imports(path, modules):
+                if imported.startswith("megatron_r1."):
+                    counts[name.split(".")[1], imported.split(".")[1]] += 1
     return Counter({pair: n for pair, n in counts.items() if pair[0] != pair[1]})
 
 

@@ -45,7 +45,7 @@ class Walk:
     """Calls that are another walk's: what they call does not count."""
 
 
-AFTER = "StepSampler.start"
+SAMPLER_START = "StepSampler.start"
 """The walks begin after this call: held-out questions of the untrained model come before."""
 WALKS = [
     Walk(
@@ -94,10 +94,10 @@ def walks(root: Path, settings: list[str]) -> str:
     walk, and the files in the order in which they are entered."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = ["-m", "megatron_r1", *RUN, "--run.folder", f"{folder}/run", *settings]
-        entries = trace_run(root, Path(folder), arguments, WALKS, AFTER)
+        entries = trace_run(root, Path(folder), arguments, WALKS, SAMPLER_START)
     lines = []
     for walk in WALKS:
-        files = walk_files(entries, walk, AFTER)
+        files = walk_files(entries, walk, SAMPLER_START)
         lines += ["", f"{walk.name}: {len(files)} files", *(f"  {file}" for file in files)]
     return "\n".join(lines)
 

@@ -91,7 +91,7 @@ def read(devices: set[int]) -> None:
             raise RuntimeError(f"the null GPU {device} failed")
 
 
-READS = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
+DATA_DEPENDENT_TAGS = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
 """Tags of operators whose result's shape, or whose Python number, depends on a tensor's numbers."""
 
 
@@ -114,7 +114,7 @@ def waits_on_a_gpu(
     if name == "_to_copy" and kwargs.get("device") is not None:
         crosses = torch.device(kwargs["device"]).type != args[0].device.type
         return crosses and not kwargs.get("non_blocking")
-    return bool(READS & set(func.tags))
+    return bool(DATA_DEPENDENT_TAGS & set(func.tags))
 
 
 def is_transfer(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

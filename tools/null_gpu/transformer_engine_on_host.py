@@ -24,7 +24,7 @@ BLOCK = 128
 def install() -> None:
     """Replace them: before anything imports Megatron."""
     importlib.import_module("transformer_engine.pytorch")
-    theirs = [m for name, m in sys.modules.items() if name.startswith("transformer_engine")]
+    te_modules = [m for name, m in sys.modules.items() if name.startswith("transformer_engine")]
     for kernel in (
         generic_gemm,
         te_general_grouped_gemm,
@@ -41,7 +41,7 @@ def install() -> None:
     ):
         original = getattr(sys.modules["transformer_engine_torch"], kernel.__name__)
         ORIGINALS[kernel.__name__] = original
-        for module in theirs:
+        for module in te_modules:
             if getattr(module, kernel.__name__, None) is original:
                 setattr(module, kernel.__name__, kernel)
 
@@ -173,7 +173,7 @@ def split_quantize(tensor, sizes, quantizers, **options):
     if type(quantizers[0]).__name__ != "Float8BlockQuantizer":
         return ORIGINALS["split_quantize"](tensor, sizes, quantizers, **options)
     rows = tensor.flatten(0, -2).split(list(sizes))
-    return [quantize(part, own) for part, own in zip(rows, quantizers, strict=True)]
+    return [quantize(part, quantizer) for part, quantizer in zip(rows, quantizers, strict=True)]
 
 
 def fp8_transpose(data, dtype, *, out=None):

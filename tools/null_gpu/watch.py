@@ -128,8 +128,8 @@ class Wait:
     comm: int
 
     def __str__(self) -> str:
-        what = f"of {self.comm:016x}" if self.kind == "creation" else f"stream {self.stream}"
-        return f"host of pid {self.pid}, thread {self.thread}: waits ({self.kind}, {what})"
+        subject = f"of {self.comm:016x}" if self.kind == "creation" else f"stream {self.stream}"
+        return f"host of pid {self.pid}, thread {self.thread}: waits ({self.kind}, {subject})"
 
 
 @dataclass
@@ -224,8 +224,8 @@ def read(segment: Path) -> list[Process]:
     """Return what the processes wait for at one moment: no call has changed while it was read."""
     while True:
         processes = [parse(record) for record in records(segment)]
-        again = {record.pid: record.changes for record in records(segment)}
-        if {process.pid: process.changes for process in processes} == again:
+        changes_by_pid = {record.pid: record.changes for record in records(segment)}
+        if {process.pid: process.changes for process in processes} == changes_by_pid:
             return processes
 
 
@@ -285,10 +285,10 @@ class Graph:
         if node in finished_nodes:
             return None
         places[node] = len(labels)
-        for label, other in self.edges(node):
-            if other[1] >= 0 or with_hosts:
+        for label, neighbour in self.edges(node):
+            if neighbour[1] >= 0 or with_hosts:
                 cycle = self._from(
-                    other, [*labels, label], places, finished_nodes, with_hosts=with_hosts
+                    neighbour, [*labels, label], places, finished_nodes, with_hosts=with_hosts
                 )
                 if cycle:
                     return cycle

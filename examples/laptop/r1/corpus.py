@@ -20,7 +20,7 @@ from examples.laptop.r1.lessons import (
     sums,
 )
 from megatron_r1.base.files.json_lines import write_lines
-from megatron_r1.data.few_shot import BETWEEN
+from megatron_r1.data.few_shot import SEPARATOR
 from megatron_r1.data.prompt import is_heldout
 from megatron_r1.data.prompt_tokenizer import render_template
 
@@ -82,7 +82,7 @@ def of_mixture(lesson: Lesson, drawn: Callable[[], Lesson], draw: random.Random)
     if draw.random() < AFTER_EXAMPLES:
         shown = worked_out(drawn(), draw)
         own = worked_out(lesson, draw)
-        return own | {"prompt": shown["prompt"] + shown["response"] + BETWEEN + own["prompt"]}
+        return own | {"prompt": shown["prompt"] + shown["response"] + SEPARATOR + own["prompt"]}
     if draw.random() >= GUESS:
         return worked_out(lesson, draw)
     is_incorrect = draw.random() < GUESS_WRONG

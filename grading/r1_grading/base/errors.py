@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from enum import StrEnum
 from typing import Any
 
-FORMER = "megatron_r1.rewards"
+FORMER_PACKAGE = "megatron_r1.rewards"
 """The name of this package until 0.3.0, which recipes and users' modules may still have."""
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from r1_grading.base.errors import FORMER, Cause, UserError, did_you_mean
+from r1_grading.base.errors import FORMER_PACKAGE, Cause, UserError, did_you_mean
 
 _LIBRARIES = (str(Path(__file__).parents[1]), *sysconfig.get_paths().values(), "<")
 """The beginnings of the names of files that are not the user's."""
@@ -43,9 +43,9 @@ def find_value(path: str, kind: str, is_one: Callable[[Any], bool]) -> Any:
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        if f"{error.name}.".startswith(f"{FORMER}."):
+        if f"{error.name}.".startswith(f"{FORMER_PACKAGE}."):
             raise UserError(
-                f"{FORMER} is the package r1_grading now: from r1_grading import Grade",
+                f"{FORMER_PACKAGE} is the package r1_grading now: from r1_grading import Grade",
                 key=path,
                 cause=Cause.NOT_FOUND,
             ) from None

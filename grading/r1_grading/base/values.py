@@ -56,8 +56,8 @@ class _EntryError(ValueError):
 
     def __init__(self, key: object, error: ValueError) -> None:
         super().__init__(str(error))
-        within = f".{error.key}" if isinstance(error, _EntryError) else ""
-        self.key: str = f"{key}{within}"
+        inner_key = f".{error.key}" if isinstance(error, _EntryError) else ""
+        self.key: str = f"{key}{inner_key}"
 
 
 def read_as(value: Any, annotation: Any) -> Any:

@@ -29,7 +29,7 @@ from r1_grading.code.asserts import (
     split_asserts,
 )
 
-WHAT = "the truth of a code prompt"
+TRUTH_SUBJECT = "the truth of a code prompt"
 KEYS = ("tests", "function", "checker", "tolerance")
 LIVECODEBENCH_KEYS = {"input", "output"}
 # LiveCodeBench's rows have a "testtype"; here the key "function" decides, and it is ignored.
@@ -98,46 +98,54 @@ def parse_problem(truth: object, language: str | None = None) -> Problem:
     try:
         published = convert_public_format(truth)
     except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{WHAT}: {error}") from None
+        raise ValueError(f"{TRUTH_SUBJECT}: {error}") from None
     is_published = published is not None
     if published is not None:
         published_language = parse_language(published.pop("language", None))
         if prompt_language and published_language and prompt_language != published_language:
             raise ValueError(
-                f"{WHAT} is for {published_language}, and the prompt's language is "
+                f"{TRUTH_SUBJECT} is for {published_language}, and the prompt's language is "
                 f"{prompt_language}"
             )
         prompt_language = prompt_language or published_language
         truth = published
     if not isinstance(truth, dict):
-        raise ValueError(f'{WHAT} must be {{"tests": […]}}, got {type(truth).__name__}')
+        raise ValueError(f'{TRUTH_SUBJECT} must be {{"tests": […]}}, got {type(truth).__name__}')
     language = prompt_language or "python"
-    _check_keys(truth, WHAT, KEYS)
+    _check_keys(truth, TRUTH_SUBJECT, KEYS)
     tests, function = truth.get("tests"), _text_or_none(truth, "function")
     checker, tolerance = _text_or_none(truth, "checker"), truth.get("tolerance")
     if not isinstance(tests, list) or not tests:
         raise ValueError(
-            f"{WHAT} needs a list of at least one test, got {shorten(repr(tests))}; give it tests, "
+            f"{TRUTH_SUBJECT} needs a list of at least one test, got {shorten(repr(tests))}; give "
+            "it tests, "
             'such as {"tests": [{"stdin": "1 2", "stdout": "3"}]}, or leave the row out'
         )
     if isinstance(tolerance, bool) or not isinstance(tolerance, int | float | None):
-        raise ValueError(f"{WHAT}: tolerance must be a number, got {tolerance!r}")
+        raise ValueError(f"{TRUTH_SUBJECT}: tolerance must be a number, got {tolerance!r}")
     if tolerance is not None and not 0 <= tolerance < 1:
-        raise ValueError(f"{WHAT}: tolerance must be at least 0 and below 1, got {tolerance!r}")
+        raise ValueError(
+            f"{TRUTH_SUBJECT}: tolerance must be at least 0 and below 1, got {tolerance!r}"
+        )
     if function is not None and (language != "python" or checker is not None):
         conflict = "the checker" if checker is not None else f"language {language!r}"
         raise ValueError(
-            f"{WHAT}: function-call tests are for python, and without a checker; leave out "
+            f"{TRUTH_SUBJECT}: function-call tests are for python, and without a checker; leave "
+            "out "
             f"function {function!r}, or {conflict}"
         )
     if checker is not None and tolerance is not None:
-        raise ValueError(f"{WHAT} has a checker, which decides alone: leave out the tolerance")
+        raise ValueError(
+            f"{TRUTH_SUBJECT} has a checker, which decides alone: leave out the tolerance"
+        )
     parse = _call_test if function is not None else _program_test
     is_livecodebench = is_published or all(
         isinstance(t, dict) and t.keys() >= LIVECODEBENCH_KEYS for t in tests
     )
     return Problem(
-        tuple(parse(test, f"{WHAT}: test {i}", checker) for i, test in enumerate(tests, 1)),
+        tuple(
+            parse(test, f"{TRUTH_SUBJECT}: test {i}", checker) for i, test in enumerate(tests, 1)
+        ),
         function,
         checker,
         tolerance,
@@ -156,7 +164,7 @@ def _read(truth: str) -> Any:
         return load_json(truth)
     except (ValueError, RecursionError):
         value = decode_literal(truth)
-        return value if value is not truth else _json(truth, WHAT)
+        return value if value is not truth else _json(truth, TRUTH_SUBJECT)
 
 
 def _without_nulls(truth: dict[str, Any]) -> dict[str, Any]:
@@ -184,7 +192,7 @@ def _without_nulls(truth: dict[str, Any]) -> dict[str, Any]:
 def _program_test(test: object, subject: str, checker: str | None) -> Test:
     """Parse {"stdin", "stdout"}, or LiveCodeBench's {"input", "output"}; with a checker, the
     expected output may be missing."""
-    test = _known(test, subject, PROGRAM_KEYS)
+    test = _require_known_keys(test, subject, PROGRAM_KEYS)
     stdin = test.get("stdin", test.get("input", ""))
     stdout = test.get("stdout", test.get("output", "" if checker else None))
     for name, value in (("stdin", stdin), ("stdout", stdout)):
@@ -196,7 +204,7 @@ def _program_test(test: object, subject: str, checker: str | None) -> Test:
 def _call_test(test: object, subject: str, checker: str | None) -> Test:
     """Parse {"args", "kwargs", "result"}, or LiveCodeBench's {"input", "output"}, whose input has
     one JSON argument per line."""
-    test = _known(test, subject, CALL_KEYS)
+    test = _require_known_keys(test, subject, CALL_KEYS)
     if "result" in test:
         args, kwargs, expected = test.get("args", []), test.get("kwargs", {}), test["result"]
     elif isinstance(test.get("input"), str) and isinstance(test.get("output"), str):
@@ -214,7 +222,7 @@ def _call_test(test: object, subject: str, checker: str | None) -> Test:
     return Test(expected=expected, args=tuple(args), kwargs=kwargs, alternatives=also)
 
 
-def _known(test: object, subject: str, keys: tuple[str, ...]) -> dict[str, Any]:
+def _require_known_keys(test: object, subject: str, keys: tuple[str, ...]) -> dict[str, Any]:
     """Return `test` if all its keys are known: a misspelt "stdin" would be an empty input, which
     no correct program passes."""
     if not isinstance(test, dict):
@@ -232,7 +240,7 @@ def _check_keys(value: dict[str, Any], subject: str, keys: tuple[str, ...]) -> N
 def _text_or_none(truth: dict[str, Any], key: str) -> str | None:
     value = truth.get(key)
     if value is not None and (not isinstance(value, str) or not value.strip()):
-        raise ValueError(f"{WHAT}: {key} must be text, got {value!r}")
+        raise ValueError(f"{TRUTH_SUBJECT}: {key} must be text, got {value!r}")
     return value
 
 
@@ -263,7 +271,7 @@ TEST_KEYS = (
     *ASSERT_KEYS,
     "functional",
 )
-HEAD = re.compile(
+TESTS_START = re.compile(
     rf"""\s*(?:\{{.{{0,200}}?["'](?:{"|".join(TEST_KEYS)})["']\s*:"""
     r"""|\[\s*\{[^{}]{0,200}?["'](?:input|output|stdin)["']\s*:|\[\s*["']assert )""",
     re.DOTALL,
@@ -319,7 +327,7 @@ def is_tests(truth: Any) -> bool:
     if isinstance(truth, str):
         if is_asserts(truth[:MAX_HEAD]) or is_check_code(truth[:MAX_HEAD]):
             return True
-        return HEAD.match(truth) is not None
+        return TESTS_START.match(truth) is not None
     if isinstance(truth, list):
         texts = bool(truth) and all(isinstance(test, str) for test in truth)
         return _is_list_of_cases(truth) if not texts else all(map(is_asserts, truth))

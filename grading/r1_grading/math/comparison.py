@@ -66,7 +66,7 @@ from r1_grading.math.units import (
 )
 from r1_grading.reading.answer import unwrap
 
-ABOUT = re.compile(r"~\s*\d")
+TILDE_NUMBER = re.compile(r"~\s*\d")
 """An answer that is only near a number, `~204`; elsewhere a tilde is one of LaTeX's spaces."""
 INEQUALITY = re.compile(r"[<>]|\\[lg]eq(?![A-Za-z])")
 APPROXIMATION = 0.01
@@ -85,7 +85,7 @@ def compare(truth: str, answer: str) -> Result:
     answer, answer_unit = split_han_unit(unwrap(strip_styling(answer)))
     if not same_unit(expected_unit, answer_unit):
         return False, ""
-    if ABOUT.match(answer):
+    if TILDE_NUMBER.match(answer):
         return False, "not committed"
     expected, answer = words_to_number(expected), words_to_number(answer)
     if (moment := math_text.read_moment(expected)) is not None:

@@ -195,7 +195,7 @@ def _round_to_curly(text: str) -> str:
     return text
 
 
-END = r"(?![A-Za-z])"
+COMMAND_END = r"(?![A-Za-z])"
 FONTS = r"(?:math|text)(?:bf|it|rm|sf|tt|normal)|boldsymbol|bold|bm|pmb|emph|underline|ensuremath"
 SIZES = (
     "tiny|scriptsize|footnotesize|small|normalsize|large|Large|LARGE|huge|Huge|displaystyle"
@@ -207,12 +207,12 @@ REMOVED = [
     for pattern, replacement in (
         (r"\\(?:text)?color\s*(?:\[\w*\])?\s*\{[^{}]*\}\s*", ""),
         (r"\\colorbox\s*(?:\[\w*\])?\s*\{[^{}]*\}\s*(?=\{)", r"\\framebox"),
-        (r"\\[hv]space\*?\s*\{[^{}]*\}|\\(?:thin|med|thick|en)space" + END, " "),
-        (rf"\\(?:nonumber|notag|strut|hfill|null){END}", " "),
+        (r"\\[hv]space\*?\s*\{[^{}]*\}|\\(?:thin|med|thick|en)space" + COMMAND_END, " "),
+        (rf"\\(?:nonumber|notag|strut|hfill|null){COMMAND_END}", " "),
         (rf"\\(?:{SIZES})\s*\{{([^{{}}]*)\}}", r"\1"),
-        (rf"\\(?:{SWITCHES}){END}\s*", ""),
+        (rf"\\(?:{SWITCHES}){COMMAND_END}\s*", ""),
         # A font without a group, `\mathbf 204`, and an empty group at the end.
-        (rf"\\(?:{FONTS}){END}(?!\s*\{{)\s*", ""),
+        (rf"\\(?:{FONTS}){COMMAND_END}(?!\s*\{{)\s*", ""),
         (r"(?<=[\d)\]])\{\s*\}\s*$", ""),
     )
 ]

@@ -11,21 +11,24 @@ import re
 
 from r1_grading.math.number import SEPARATORS, nesting, read_number, split
 
-END = r"(?![A-Za-z])"
-TRIGONOMETRY = rf"\\(?:arc|a)?(?:sin|cos|tan|cot|sec|csc){END}|(?<![A-Za-z])arc(?:sin|cos|tan)"
-LOGARITHM = rf"\\(?:log|ln|lg){END}"
+COMMAND_END = r"(?![A-Za-z])"
+TRIGONOMETRY = (
+    rf"\\(?:arc|a)?(?:sin|cos|tan|cot|sec|csc){COMMAND_END}|(?<![A-Za-z])arc(?:sin|cos|tan)"
+)
+LOGARITHM = rf"\\(?:log|ln|lg){COMMAND_END}"
 HYPERBOLIC = "sinh|cosh|tanh|coth"
 ROOT = r"\\sqrt|\^\s*\{[^{}]*(?:/|\\frac|\.\d)"
 EXPONENTIAL = r"(?<![A-Za-z])e\s*\^|\\exp"
 COUNT = (
-    rf"(?<=[\w)}}])\s*!|\\(?:[dt]?binom|choose|Gamma){END}"
+    rf"(?<=[\w)}}])\s*!|\\(?:[dt]?binom|choose|Gamma){COMMAND_END}"
     r"|_\s*\{?\s*\w+\s*\}?\s*[CP](?![A-Za-z])"
 )
-ROUNDING = rf"\\(?:l|r)?(?:floor|ceil){END}|\\l(?:floor|ceil)"
+ROUNDING = rf"\\(?:l|r)?(?:floor|ceil){COMMAND_END}|\\l(?:floor|ceil)"
 BARS = r"\||\\mid"
 VARIABLE = (
     r"(?<![\\A-Za-z])[A-Za-df-hj-z](?![A-Za-z])|(?<![\\A-Za-z])[A-Za-z]{2,3}(?![A-Za-z])"
-    r"|\\(?:alpha|beta|gamma|delta|theta|lambda|mu|rho|sigma|tau|phi|omega|psi|xi|eta)" + END
+    r"|\\(?:alpha|beta|gamma|delta|theta|lambda|mu|rho|sigma|tau|phi|omega|psi|xi|eta)"
+    + COMMAND_END
 )
 # Operators that an answer must not leave open, unless the truth matches the second pattern.
 OPERATORS = [
@@ -45,7 +48,9 @@ POWER = re.compile(r"(?<=[\d)])(?<!(?<!\d)10)\s*\^")
 ARITHMETIC = re.compile(
     r"(?<=[\d)}!])\s*(?:[+-]|\\times|\\cdot|\\div)\s*(?=[\d({\\-])(?!\s*10\s*\^)"
 )
-RELATION = re.compile(rf"[=<>,;]|\\(?:approx|[lg]eq|neq|in|pm){END}|(?<![A-Za-z])(?:or|and){END}")
+RELATION = re.compile(
+    rf"[=<>,;]|\\(?:approx|[lg]eq|neq|in|pm){COMMAND_END}|(?<![A-Za-z])(?:or|and){COMMAND_END}"
+)
 # Left open, these let a response copy the question: the integral to solve equals its solution.
 COMPUTATIONS = re.compile(
     r"\\(?:o?i*int|sum|prod|coprod|lim(?:sup|inf)?|det|gcd|lcm|max|min|mod|pmod|bmod|operatorname)"

@@ -182,9 +182,9 @@ def _power(base: Any, exponent: Any) -> Any:
 
 
 CONVERSION = ConversionConfig(lowercase_symbols=False)
-NEAR = (1.0, 4.0)
+POINT_MAGNITUDES = (1.0, 4.0)
 """Magnitudes of the symbols at a point."""
-FAR = ((4.0, 40.0), (40.0, 4_000.0), (0.01, 1.0))
+BRANCH_POINT_MAGNITUDES = ((4.0, 40.0), (40.0, 4_000.0), (0.01, 1.0))
 """Further ones for expressions with branches, so that |x - 5| is not 5 - x."""
 BRANCHES = (sympy.Abs, sympy.Max, sympy.Min, sympy.sign)
 CACHE_SIZE = 2_048
@@ -305,12 +305,16 @@ def _points(names: list[str], rng: random.Random, has_far_points: bool) -> Itera
         bits = range((count - 1).bit_length())
         codes = [[(-1) ** (index >> bit & 1) for index in range(count)] for bit in bits]
         patterns = [[1] * count, *codes, *([-sign for sign in code] for code in codes)]
-    for scale in range(1 + len(FAR) if has_far_points else 1):
+    for scale in range(1 + len(BRANCH_POINT_MAGNITUDES) if has_far_points else 1):
         for signs in patterns if names else [[]]:
             values: dict[str, Any] = {}
             for index, (name, sign) in enumerate(zip(names, signs, strict=True)):
                 # The decades change from symbol to symbol, too.
-                low, high = FAR[(scale + index) % len(FAR)] if scale else NEAR
+                low, high = (
+                    BRANCH_POINT_MAGNITUDES[(scale + index) % len(BRANCH_POINT_MAGNITUDES)]
+                    if scale
+                    else POINT_MAGNITUDES
+                )
                 values[name] = mpmath.mpf(sign * rng.uniform(low, high))
             if "i" in values:
                 values["i"] = mpmath.mpc(0, 1)

@@ -25,7 +25,7 @@ LABEL = re.compile(
     re.DOTALL,
 )
 # In the text after a label: another label, or the rest of a list of letters.
-OTHER_LABEL = re.compile(
+FURTHER_LABEL = re.compile(
     r"\([A-Ja-j]\)|\[[A-J]\]|(?:^|[^A-Za-z]|\\[a-z]+)[A-J][).:]"
     r"|^(?:or|and|[,/&])\s*[A-J](?![A-Za-z])|[,/&]\s*[A-J]$|^[^A-Za-z0-9]*[A-J][^A-Za-z0-9]*$"
 )
@@ -48,16 +48,16 @@ STATED_ELSEWHERE = re.compile(
     re.IGNORECASE,
 )
 # One number, and words around it that name its meaning.
-THERE_ARE = re.compile(
+EXISTENCE_SENTENCE = re.compile(
     r"there (?:is|are|were|was|will be) (?P<number>\d[\d.,]*(?: [a-z]+){0,3})[.\s]*", re.IGNORECASE
 )
-THE_IS = re.compile(
+EQUALITY_SENTENCE = re.compile(
     r"(?:the )?(?P<name>[a-z][a-z' ]{0,80}) (?:is|equals) "
     r"(?P<number>[-+]?(?:\d[\d.,/]*(?: [a-z/]+){0,3}|\\[dt]?frac\{\d+\}\{\d+\}))[.\s]*",
     re.IGNORECASE,
 )
 DECIMAL = re.compile(r"\.\d")
-ROUNDED = re.compile(
+ROUNDED_DECIMAL = re.compile(
     r"\$?\s*(?:(?:about|around|approximately|approx\.?|roughly|nearly|almost)\s+|[≈~]\s*"
     r"|\\(?:approx|sim)(?![A-Za-z])\s*)(?=[\s$]*[-−]?\d*\.\d)",
     re.IGNORECASE,
@@ -96,8 +96,10 @@ ENDING_FORMULA = re.compile(
 OPENING_WORDS = re.compile(
     r"\\(?:text|mathrm|mathbf)(?:rm|bf|it)?\s*\{([^{}]*[A-Za-z][^{}]*)\}(?=[\s\\,;:$]*[^\s=<>\\^_]|\\)"
 )
-IN_TEXT = re.compile(r"\\text(?:rm|bf|it)?\s*\{([^{}]*(?:\banswer\b|答案)[^{}]*)\}", re.IGNORECASE)
-IS_ANSWER = re.compile(
+TEXT_COMMAND = re.compile(
+    r"\\text(?:rm|bf|it)?\s*\{([^{}]*(?:\banswer\b|答案)[^{}]*)\}", re.IGNORECASE
+)
+ANSWER_SENTENCE = re.compile(
     r"(?P<value>.*\S)\s+is (?:the|our|my) (?:final |correct )?answer[\s.]*"
     r"|(?P<letter>\(?[A-J]\)?)\s+is (?:the )?(?:correct|right)(?: (?:choice|option|one))?[\s.]*",
     re.IGNORECASE,
@@ -154,7 +156,7 @@ def stated_answer(text: str) -> str:
 
     Any other text is returned whole; so is a sentence with a number before its formula."""
     text = EMPHASIS.sub(r"\1", CLOSING_WORDS.sub("", text)).strip()
-    text = IN_TEXT.sub(r"\1", text)
+    text = TEXT_COMMAND.sub(r"\1", text)
     if (match := OPENING_WORDS.match(text)) is not None and not LABEL.fullmatch(match[1].strip()):
         text = match[1].strip() + " " + re.sub(r"^(?:\\[ ,;:]|\s)+", "", text[match.end() :])
     text = without_conclusion(text.strip())
@@ -164,7 +166,7 @@ def stated_answer(text: str) -> str:
     statement = after_answer_is(text) or (text[phrases[-1].end() :] if phrases else "")
     if statement.strip("* \n.$"):
         text = statement.strip("* \n")
-    elif (match := IS_ANSWER.fullmatch(text)) is not None:
+    elif (match := ANSWER_SENTENCE.fullmatch(text)) is not None:
         text = match["value"] or match["letter"]
     if (match := ENDING_FORMULA.fullmatch(text)) is not None:
         return match["formula"] if leads_to_answer(text[: match.start("formula")]) else text
@@ -199,10 +201,10 @@ def _sentence_value(text: str) -> str | None:
     """Return the number, with its unit, of `There are 13 apples` and `The value of x is 13`; the
     value of `Total: 13`."""
     text = text.strip()
-    if (match := THERE_ARE.fullmatch(text.replace("$", ""))) is not None:
+    if (match := EXISTENCE_SENTENCE.fullmatch(text.replace("$", ""))) is not None:
         return match["number"]
     if (match := LABELLED.fullmatch(text)) is None:
-        match = THE_IS.fullmatch(re.sub(r"\\?\$", "", text))
+        match = EQUALITY_SENTENCE.fullmatch(re.sub(r"\\?\$", "", text))
     # `The previous answer is 13`: where the words before it state the answer, they are gone here.
     if match is None or DENIAL.search(match["name"]) or "answer" in match["name"].lower():
         return None
@@ -229,7 +231,7 @@ def read_choice(text: str) -> tuple[str, str] | None:
     if (match := LABEL.fullmatch(text)) is None:
         return None
     choice_text = (match["rest0"] or match["rest1"] or match["rest2"] or "").strip()
-    if OTHER_LABEL.search(choice_text):
+    if FURTHER_LABEL.search(choice_text):
         return None
     return (match["round"] or match["square"] or match["bare"]).upper(), choice_text
 
@@ -329,5 +331,5 @@ def read_moment(text: str) -> tuple[str, ...] | None:
 def without_rounding(text: str, truth: str) -> str:
     r"""Return `3.14` of `\approx 3.14` where the truth is a decimal as well, to which the answer is
     rounded; any other text as it is: `about 13` leaves a whole number open."""
-    rounded = ROUNDED.match(text) if DECIMAL.search(truth) else None
+    rounded = ROUNDED_DECIMAL.match(text) if DECIMAL.search(truth) else None
     return text[rounded.end() :].replace("$", "").strip() if rounded else text

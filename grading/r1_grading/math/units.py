@@ -13,7 +13,7 @@ import re
 from r1_grading.reading.context import CENTS, DENIAL, DENYING, NUMBER, SCALE, apply_scale
 
 # Spellings of one unit, the canonical one first.
-_KNOWN = """
+_UNIT_SPELLINGS = """
     m meter metre | cm centimeter centimetre | mm millimeter millimetre | km kilometer kilometre |
     in inch inche | ft foot feet | yd yard | mi mile | g gram gramme | kg kilogram | mg milligram |
     lb pound | l L liter litre | ml mL milliliter millilitre | s sec second | min minute |
@@ -21,7 +21,9 @@ _KNOWN = """
     N | W | kW | V | A | K | Pa | kPa | mol | eV | $ dollar USD US$ | € euro EUR | £ GBP | ¢ cent |
     ¥ yuan | yen | ₹ | rupee
 """
-KNOWN = {word: words[0] for words in map(str.split, _KNOWN.split("|")) for word in words}
+CANONICAL_UNITS = {
+    word: words[0] for words in map(str.split, _UNIT_SPELLINGS.split("|")) for word in words
+}
 # Words that change the value, or name another one: `13 million`, `13 or less`, `13 squared`.
 _NO_UNITS = """
     hundred thousand million billion trillion lakh crore dozen score half halves third quarter
@@ -75,7 +77,7 @@ SYMBOL_UNIT = re.compile(r"(?P<value>.*?)\s*(?P<unit>°\s*[CFK]?|\\?\$|[€£¥�
 MONEY_FIRST = re.compile(
     r"(?P<sign>-?)\s*(?P<unit>(?:US)?\\?\$|[€£¥₹]|USD|EUR|GBP)\s*(?P<value>[\d.].*)"
 )
-SCALED = re.compile(
+SCALED_NUMBER = re.compile(
     r"(?P<number>[\d.,]*\d)\s*(?:\\text\s*\{\s*)?(?P<scale>[kKmMbBtT][mMnN]?)\s*\}?"
 )
 r"""An amount in thousands, millions or billions, the `13 K` of `\$13 K`."""
@@ -108,7 +110,7 @@ def split_unit(text: str) -> tuple[str, str | None]:
     """Split a spelled answer into its value and its canonical unit (None if it has none)."""
     if (match := MONEY_FIRST.fullmatch(text)) is not None:
         value = match["value"]
-        if (scaled := SCALED.fullmatch(value)) is not None:  # 13 K, and not 13 kelvin
+        if (scaled := SCALED_NUMBER.fullmatch(value)) is not None:  # 13 K, and not 13 kelvin
             value = rf"{scaled['number']} \cdot {scaled['scale']}"
         return match["sign"] + value, _canonical(match["unit"].replace("\\", ""))
     match = SYMBOL_UNIT.fullmatch(text)
@@ -139,11 +141,11 @@ def same_unit(left: str | None, right: str | None) -> bool:
 
 def is_unit(word: str) -> bool:
     """Return whether a word is a known unit, in the singular or plural."""
-    return any(form in KNOWN for form in _forms(word))
+    return any(form in CANONICAL_UNITS for form in _forms(word))
 
 
 def _unit(words: str, power: str) -> str | None:
-    is_one = any(form in KNOWN for form in _forms(words)[:2])
+    is_one = any(form in CANONICAL_UNITS for form in _forms(words)[:2])
     parts = [words] if is_one else [part for part in re.split(r"[ /.-]+", words) if part]
     if any(not NO_UNITS.isdisjoint(_forms(part)[1:]) for part in parts):
         return None
@@ -154,7 +156,9 @@ def _unit(words: str, power: str) -> str | None:
         if parts[0].lower() == prefix and len(parts) > 1:
             parts, exponent = parts[1:], number
     names = [_canonical(part) for part in parts]
-    is_known = all(part.lower() == "per" or any(f in KNOWN for f in _forms(part)) for part in parts)
+    is_known = all(
+        part.lower() == "per" or any(f in CANONICAL_UNITS for f in _forms(part)) for part in parts
+    )
     if not is_known and any(len(part) < 3 for part in parts if part.lower() not in ("of", "per")):
         return None  # `5 ab` may be five times a times b
     return "/".join(name for name in names if name != "per") + exponent
@@ -162,7 +166,9 @@ def _unit(words: str, power: str) -> str | None:
 
 def _canonical(word: str) -> str:
     default = word.lower().removesuffix("s") if len(word) > 3 else word
-    return next((KNOWN[form] for form in _forms(word) if form in KNOWN), default)
+    return next(
+        (CANONICAL_UNITS[form] for form in _forms(word) if form in CANONICAL_UNITS), default
+    )
 
 
 def _forms(word: str) -> tuple[str, str, str]:
@@ -190,7 +196,7 @@ EXPLAINED = re.compile(
 IN_BRACKETS = re.compile(
     rf"(?P<value>[-−]?(?:{NUMBER}))\s+\((?P<unit>[a-z]{{2,20}}(?: [a-z]{{2,20}}){{0,2}})\)"
 )
-PARTS = {
+TIME_UNITS = {
     **dict.fromkeys(("day", "days"), "day"),
     **dict.fromkeys(("hour", "hours", "hr", "hrs", "h"), "hour"),
     **dict.fromkeys(("minute", "minutes", "min", "mins"), "minute"),
@@ -201,7 +207,7 @@ PARTS = {
     **dict.fromkeys(("ounce", "ounces", "oz"), "ounce"),
 }
 """Units of amounts in two or three parts, `5 feet 6 inches`."""
-PART = rf"\d{{1,9}}\s*(?:{'|'.join(sorted(PARTS, key=len, reverse=True))})\.?"
+PART = rf"\d{{1,9}}\s*(?:{'|'.join(sorted(TIME_UNITS, key=len, reverse=True))})\.?"
 COMPOUND = re.compile(rf"{PART}(?:\s*(?:,|,?\s*\band\b)?\s*{PART}){{1,2}}", re.IGNORECASE)
 UNITS = """
     zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen
@@ -230,7 +236,7 @@ def words_to_number(text: str) -> str:
         return f"{match['value']} {match['unit']}"
     if COMPOUND.fullmatch(text):
         parts = re.findall(r"(\d+)\s*([A-Za-z]+|['\"])", text)
-        return " ".join(f"{int(number)} {PARTS[unit.lower()]}" for number, unit in parts)
+        return " ".join(f"{int(number)} {TIME_UNITS[unit.lower()]}" for number, unit in parts)
     if (match := RATIO.fullmatch(text)) is not None:
         return rf"\frac{{{match['part']}}}{{{match['whole']}}}"
     if (match := SCALED_AMOUNT.fullmatch(text)) is not None:

@@ -44,7 +44,9 @@ SPECIAL_TOKEN = re.compile(
 """A special token of chat templates at the end: a model may write one as text, or a rollout end
 with one."""
 MAX_TOKEN_CHARS = 44
-TRIMMED = "".join(filter(str.isspace, map(chr, range(0x3001)))) + "\ufeff\u200b\u200c\u200d\u2060"
+TRIMMED_CHARS = (
+    "".join(filter(str.isspace, map(chr, range(0x3001)))) + "\ufeff\u200b\u200c\u200d\u2060"
+)
 """Spaces and invisible characters (a byte-order mark, a zero-width space) around an answer."""
 BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
 DELIMITERS = (
@@ -198,7 +200,7 @@ def unwrap(answer: str) -> str:
 
 def trim(text: str) -> str:
     """Return `text` without spaces and invisible characters at both ends."""
-    return text.strip(TRIMMED)
+    return text.strip(TRIMMED_CHARS)
 
 
 def after_thought(response: str, thought_opened: bool) -> str | None:

@@ -28,7 +28,7 @@ DENYING = """
 DENIAL = re.compile(
     rf"\b(?:{'|'.join(DENYING.split())}|at (?:least|most|best|worst))\b|n['’]t\b", re.IGNORECASE
 )
-CHANGED = re.compile(
+CHANGE_AFTER = re.compile(
     r"[\s$*)]{0,9}(?:[!?]*\?|\+(?=[\s$*.]*$)|-?ish\b"
     r"|(?:hundred|thousand|million|billion|trillion|dozen|squared|cubed)\b"
     r"|(?:less|fewer)(?=[\s$*.!]*$)"
@@ -108,7 +108,7 @@ SCALES = {
     **{"万": 4, "亿": 8},
 }
 SCALE = r"(?P<scale>(?:hundred|thousand|million|billion|trillion)(?![A-Za-z-])|万|亿)"
-SCALED = re.compile(rf"(?<![\w.,])(?P<number>{NUMBER})\s*{SCALE}", re.IGNORECASE)
+SCALED_NUMBER = re.compile(rf"(?<![\w.,])(?P<number>{NUMBER})\s*{SCALE}", re.IGNORECASE)
 CENTS = re.compile(
     r"(?<![\w.,$])\\?\$?\s*(?P<whole>\d{1,9})\s*(?:dollars?|euros?)?\s+and\s+(?P<cents>\d{1,2})"
     r"\s*cents?\b",
@@ -125,7 +125,7 @@ def apply_scale(number: str, scale: str) -> int | None:
 def with_scales(text: str) -> str:
     """Return a text with such numbers in digits: `it costs 4.50`."""
     text = CENTS.sub(lambda match: f"{match['whole']}.{int(match['cents']):02}", text)
-    return SCALED.sub(_digits, text)
+    return SCALED_NUMBER.sub(_digits, text)
 
 
 def _digits(match: re.Match[str]) -> str:
@@ -140,7 +140,7 @@ LAST_NUMBER = re.compile(
     r"(?:\\?%)?(?![\w^{√∛∜⁻]|[.,:/]\d)"
 )
 """A number that no letter, formula or longer number goes on from: not the 2 of x^2 or of 3.14.2."""
-SPACED = re.compile(
+SPACED_THOUSANDS = re.compile(
     r"((?:^|[=:]|\b(?:is|are|equals)\b)[\s$*]{0,9}[-+]?\$?)(\d{1,3}(?: \d{3})+)"
     r"(?=(?:\.\d+)?[\s$*.!)]{0,9}$)|(?<![\d.,])(\d{1,3}(?: \d{3}){2,})(?![\d/])"
 )
@@ -155,7 +155,7 @@ DASH = re.compile(
 SIGN_APART = re.compile(r"([=(])([\s$]{0,9}-)\s{1,9}(?=\$?\d)")
 """A minus sign with a space after it, `x = - 13`. One that begins a line is the mark of a list, and
 one after words is a dash: `Final answer: - 13`."""
-JOINED = re.compile(
+JOINED_NUMBERS = re.compile(
     r"\d[\s$)]{0,9}[,;(.]?[\s$]{0,9}(?:[,;&|~^/]|(?:or|and|to|vs\.?|versus|maybe|perhaps|possibly"
     r"|(?:or|but) (?:maybe|perhaps|possibly)|times|plus|minus)\b|[-+*×÷·⋅]"
     r"|\\(?:times|cdot|div)\b)[\s$(.]{0,9}$"
@@ -213,7 +213,7 @@ TERM_AFTER = re.compile(
 FORMULA_TERM_AFTER = re.compile(r"[\s$)]{0,9}[-*/^][\s$(]{0,9}[B-HJ-Z](?![A-Za-z])")
 """The same within a formula, `x = 13 - B`. `The answer is 13 - B` names a choice."""
 HAN = "[\u4e00-\u9fff]"
-BESIDE_HAN = re.compile(rf"(?<={HAN})(?=[-+]?[$¥￥]?\d)|(?<=\d)(?={HAN})")
+HAN_BORDER = re.compile(rf"(?<={HAN})(?=[-+]?[$¥￥]?\d)|(?<=\d)(?={HAN})")
 HAN_BEFORE = re.compile(
     r"(?:不|非|未|到|于|过|约|近|负|第|之|多|少|几|[加减乘除或和与])\s{0,9}$|(?:至少|最多|可能|也许)(?:是|有)?\s{0,9}$"
     r"|(?:不是|没有|不等于)\s{0,9}$"
@@ -223,7 +223,7 @@ HAN_AFTER = re.compile(r"\s{0,9}(?:[多余几半倍折成或加减乘除]|左右
 LABEL = re.compile(r"\s*(?:\(?[A-Ha-h]\)|[A-H])\s+-")
 """The letter of a choice and a dash, `B - 13`, is no formula either."""
 WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
-DENIED = re.compile(
+DENIAL_BEFORE = re.compile(
     rf"(?:(?:{DENIAL.pattern}"
     r"|\b(?:thought|guessed|claimed)\b"
     r"|\b(?:up to|by one|square|cube|root|sqrt|log|ln|before|after|times)\b)[\s$*(]{0,9}"
@@ -236,7 +236,7 @@ DENIED = re.compile(
 122`, `half of 122`, `x < 122`."""
 
 
-ROUNDED = re.compile(
+ROUNDING_WORDS = re.compile(
     r"(?:\b(?:about|around|approx(?:imate(?:ly)?)?\.?|roughly|nearly|almost|circa|close to)(?!\w)"
     r"|[≈~]|\\(?:approx|sim)(?![A-Za-z]))"
     r"\s*=?[\s$*(]{0,9}(?:(?:be|is|are|equal|equals|to)\b[\s$*:]{0,9}){0,3}$",
@@ -249,7 +249,7 @@ def with_plain_signs(line: str) -> str:
     """Return a line with ASCII minus signs, right before their numbers, ASCII fractions, and spaces
     between Chinese words and numbers."""
     line = SIGN_APART.sub(r"\1\2", DASH.sub(" - ", line).translate(SIGNS))
-    return BESIDE_HAN.sub(" ", line)
+    return HAN_BORDER.sub(" ", line)
 
 
 def last_number(text: str) -> Extraction | None:
@@ -257,26 +257,26 @@ def last_number(text: str) -> Extraction | None:
 
     Args:
         text: a part of a line, after `with_plain_signs`."""
-    text = SPACED.sub(_without_spaces, text)
+    text = SPACED_THOUSANDS.sub(_without_spaces, text)
     numbers = list(LAST_NUMBER.finditer(text))
     if not numbers:
         return None
     last = numbers[-1]
     before = text[: last.start()]
     if HAN_BEFORE.search(before) or HAN_AFTER.match(text, last.end()):
-        said = shorten(text[max(0, last.start() - 9) : last.end() + 9])
-        return Extraction(None, f"no answer found: the last line changes {last[0]}: {said}")
-    rounded = ROUNDED.search(before)
+        quotation = shorten(text[max(0, last.start() - 9) : last.end() + 9])
+        return Extraction(None, f"no answer found: the last line changes {last[0]}: {quotation}")
+    rounded = ROUNDING_WORDS.search(before)
     if rounded and "." not in last["number"]:
-        said = shorten(text[rounded.start() : last.end()])
-        return Extraction(None, f"no answer found: {said!r} leaves a whole number open")
-    if denied := DENIED.search(before[: rounded.start()] if rounded else before):
-        said = shorten(text[denied.start() : last.end()])
-        return Extraction(None, f"no answer found: the last line denies {last[0]}: {said}")
-    if changed := CHANGED.match(text, last.end()):
-        said = shorten(text[last.start() : changed.end()])
+        quotation = shorten(text[rounded.start() : last.end()])
+        return Extraction(None, f"no answer found: {quotation!r} leaves a whole number open")
+    if denied := DENIAL_BEFORE.search(before[: rounded.start()] if rounded else before):
+        quotation = shorten(text[denied.start() : last.end()])
+        return Extraction(None, f"no answer found: the last line denies {last[0]}: {quotation}")
+    if changed := CHANGE_AFTER.match(text, last.end()):
+        quotation = shorten(text[last.start() : changed.end()])
         return Extraction(
-            None, f"no answer found: the last line denies or changes {last[0]}: {said}"
+            None, f"no answer found: the last line denies or changes {last[0]}: {quotation}"
         )
     if len(numbers) > 1 and _is_joined(before, text[last.end() :]):
         pair = shorten(text[numbers[-2].start() : last.end()])
@@ -295,7 +295,7 @@ def _is_joined(before: str, after: str) -> bool:
     a calculation or quantity."""
     if NUMBERED.search(before):
         return False
-    if JOINED.search(before):
+    if JOINED_NUMBERS.search(before):
         return True
     return any(unit.search(before) and smaller.match(after) for unit, smaller in QUANTITIES)
 
@@ -317,7 +317,7 @@ def _is_term(before: str, number: str, after: str) -> bool:
 
 MAX_BESIDE_CHARS = 200
 LINKS = r"[\s$*]{0,9}(?:(?:be|is|equal|equals|exactly|to)\b[\s$*]{0,9}){0,3}$"
-BEFORE = re.compile(
+OPERATION_BEFORE_BOX = re.compile(
     # A sign: right before the box, after `=` or a bracket, or at the beginning of a formula. With a
     # space or a dollar sign after it, it may also be a dash: `Final answer: - $\boxed{13}$`.
     r"(?:(?:^|[\s$({\[=:,*])[-−]$|[=({\[]\s{0,9}[-−–][\s$]{0,9}$|(?:^|(?<=[\s(*$]))\$\s?[-−–]\s{0,9}$"
@@ -332,7 +332,7 @@ BEFORE = re.compile(
 )
 NO_SUM = "(?<!add )(?<!adds )(?<!adding )(?<!sum )(?<!sums )"
 """`adds up to \\boxed{13}` states a sum."""
-UNCOMMITTED = re.compile(
+BOUND_BEFORE_BOX = re.compile(
     rf"(?:^\s*[-−–][\s$]{{0,9}}$|\\[lg]eq?\s*\{{?[\s$]{{0,9}}$|\b(?:at (?:least|most)|{NO_SUM}up to"
     rf"|not? (?:less|more|fewer|greater) than)\b{LINKS})",
     re.IGNORECASE,
@@ -348,7 +348,7 @@ DECIMAL = re.compile(r"\.\d")
 LINE_MARK = re.compile(r"^\s{0,9}(?:(?:>|[-*+](?=\s)|\d{1,2}[.)](?=\s))\s{0,9}){0,4}")
 """Marks of quotes and lists at the beginning of a line: `> \\boxed{13}`, `- \\boxed{13}`."""
 HTML_TAG = re.compile(r"</?[A-Za-z][^<>]{0,80}>")
-AFTER = re.compile(
+OPERATION_AFTER_BOX = re.compile(
     # A power, but not a degree or an ordinal (`^\circ`, `^{th}`, `^\text{th}`).
     r"\s{0,9}(?:\^\s*\{?\s*(?:[-+]?\d|[a-np-z](?![a-z])|\\(?:[dt]?frac|sqrt|pi)(?![a-z]))"
     # `\boxed{13} - 1`; after a formula that ends, it is a dash: `$\boxed{13}$ - 5 and 8 added`.
@@ -381,11 +381,11 @@ def changes_box(text: str, *, alone: bool = False) -> bool:
     if before.endswith("*"):
         after = after.lstrip("*")  # it ends an emphasis, and is no product
     is_choice = CHOICE.fullmatch(text, start, end) is not None
-    if BEFORE.search(before) or (not is_choice and AFTER.match(after)):
+    if OPERATION_BEFORE_BOX.search(before) or (not is_choice and OPERATION_AFTER_BOX.match(after)):
         return True
     is_open = ROUNDED_BOX.search(before) and not DECIMAL.search(text, start, end)
-    if alone and (is_open or UNCOMMITTED.search(before)):
+    if alone and (is_open or BOUND_BEFORE_BOX.search(before)):
         return True
     # A question may ask for the choice that is wrong: `\boxed{B} is false`.
     is_number = re.search(r"\d", text[start:end]) is not None
-    return (alone or is_number) and CHANGED.match(after) is not None
+    return (alone or is_number) and CHANGE_AFTER.match(after) is not None

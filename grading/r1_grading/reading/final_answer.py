@@ -92,7 +92,9 @@ def read_answer(
     for name, find in FINDERS.items():
         if reading in (name, "auto") and (extraction := find(visible, numeric)) is not None:
             return _unchanged(extraction)
-    return Extraction(None, f"no answer found: {ABSENT.get(reading, 'the response is empty')}")
+    return Extraction(
+        None, f"no answer found: {ABSENCE_REASONS.get(reading, 'the response is empty')}"
+    )
 
 
 def without_closing(text: str) -> str:
@@ -162,4 +164,4 @@ FINDERS: dict[str, Callable[[str, bool], Extraction | None]] = {
     "boxed": _boxed,
     "last": _last_number,
 }
-ABSENT = {"tags": "there is no <answer> block", "boxed": r"there is no \boxed{}"}
+ABSENCE_REASONS = {"tags": "there is no <answer> block", "boxed": r"there is no \boxed{}"}

@@ -35,9 +35,9 @@ GLUED_WORD_LETTERS = 5
 # A few symbols and single letters are mathematics, punctuation or emoji. But a language can be
 # spelled in any of them (Morse, Braille, `f,i,r,s,t`), so none may be free without bound.
 SYMBOL = r"(?:[^\w\s]|_)"
-STRETCH = re.compile(rf"{SYMBOL}(?:\s*+{SYMBOL})*+")
+SYMBOL_RUN = re.compile(rf"{SYMBOL}(?:\s*+{SYMBOL})*+")
 """Symbols of any kind with only white space between them."""
-FREE_PER_STRETCH = 4
+FREE_PER_RUN = 4
 """Symbols that may stand between two operands or words: `)) = (` has four."""
 RARE_RUN = re.compile(
     r"[^\w\s!-~\u00a1-\u00bf×÷\u2010-\u205e\u2190-\u22ff\u27c0-\u27ff\u2900-\u2aff\u3000-\u303f]+"
@@ -116,15 +116,15 @@ def count_marks(text: str) -> float:
 def count_symbols(text: str) -> float:
     """Return `count_marks` without letters, for a formula, where they are variables."""
     total = 0.0
-    for stretch in STRETCH.finditer(text):
+    for stretch in SYMBOL_RUN.finditer(text):
         rare = RARE_RUN.findall(stretch[0])
         total += sum(max(1.0, len(run) / GLUED_WORD_LETTERS) for run in rare)
         num_common = len(stretch[0]) - len("".join(rare)) - sum(map(str.isspace, stretch[0]))
-        total += max(0, num_common - FREE_PER_STRETCH) / GLUED_WORD_LETTERS
+        total += max(0, num_common - FREE_PER_RUN) / GLUED_WORD_LETTERS
     return total
 
 
-INVISIBLE = re.compile(
+INVISIBLE_CHARS = re.compile(
     "[\u00ad\u034f\u0300-\u036f\u061c\u180e\u1ab0-\u1aff\u1dc0-\u1dff\u200b-\u200f\u202a-\u202e"
     "\u2060-\u206f\u20d0-\u20ff\ufe00-\ufe0f\ufe20-\ufe2f\ufeff\U000e0000-\U000e01ef]+"
 )
@@ -168,7 +168,7 @@ def fold(text: str) -> tuple[str, int]:
     if text.isascii():
         return text, 0
     text = text.translate(FOLDING)
-    visible = INVISIBLE.sub("", text)
+    visible = INVISIBLE_CHARS.sub("", text)
     return visible, len(text) - len(visible)
 
 
@@ -231,7 +231,7 @@ FORMULA_WORD = re.compile(r"(?<![A-Za-z])[A-Za-z][a-z]{2,}(?![A-Za-z])|[^\x00-\x
 """In formulae, two letters are a product (`ab`, `dx`) and capitals are points (`ABC`)."""
 LETTER_ROW = re.compile(r"(?<![A-Za-z])[A-Za-z](?:[\s,;.~]++[A-Za-z](?![A-Za-z])){3,}+")
 # The commands that occur in mathematics of chains of thought. Any other one counts as a word.
-_KNOWN = """
+_LANGUAGE_WORDS = """
     alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi
     pi rho sigma tau upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma
     Upsilon Phi Psi Omega frac dfrac tfrac cfrac sqrt sum prod int iint iiint oint lim limsup
@@ -250,7 +250,7 @@ _KNOWN = """
     hline quad qquad ldots cdots vdots ddots dots displaystyle textstyle limits nolimits
     substack tag label because therefore ell hbar Re Im aleph checkmark
 """
-KNOWN = frozenset(_KNOWN.split())
+LANGUAGE_WORDS = frozenset(_LANGUAGE_WORDS.split())
 
 
 @dataclass(frozen=True)
@@ -331,7 +331,7 @@ def formula_words(formula: str) -> list[str]:
     words: list[str] = []
 
     def command(match: re.Match[str]) -> str:
-        if match[1] not in KNOWN and len(match[1]) > 1:
+        if match[1] not in LANGUAGE_WORDS and len(match[1]) > 1:
             words.append(match[1])
         return " "
 

@@ -9,7 +9,7 @@ import re
 
 from r1_grading.reading.answer import MARKER, Extraction, make_extraction
 from r1_grading.reading.context import (
-    CHANGED,
+    CHANGE_AFTER,
     DENIAL,
     DIGITS,
     after_answer_is,
@@ -49,7 +49,7 @@ TITLE = re.compile(
 """The beginning of a heading of a solution, in Markdown's `#### Step 2`."""
 NUMBERED_TITLE = re.compile(r"[ \t*_]{0,9}\d{1,2}[.)]\s[^\n]*[^\s.!?*_]\s*(?:\n|$)")
 """Another: `#### 2. Add them`. `#### 2. I added them.` is an answer and a sentence."""
-QUOTING = re.compile(
+QUOTATION_WORDS = re.compile(
     r"\b(?:said|says?|wrote|writes?|claim(?:s|ed)?|thinks?|thought|believes?|answered|replied"
     r"|students?|someone|somebody|people|guess(?:es|ed)?|attempts?|tempting|mistaken|example"
     r"|format|template|like|instead|first|initial(?:ly)?|previous(?:ly)?|earlier|naive(?:ly)?"
@@ -57,7 +57,7 @@ QUOTING = re.compile(
     re.IGNORECASE,
 )
 """Words of a text that introduces somebody else's answer, an example of one, or a rejected one."""
-TAKEN_BACK = re.compile(
+RETRACTION_WORDS = re.compile(
     r"\b(?:wait|actually|oops|whoops|sorry|hold on|hmm+|on second thought|scratch that"
     r"|mistakes?n?|wrong(?:ly)?|incorrect(?:ly)?|false|miscalculated|miscounted|misread|overlooked"
     r"|forgets?|forgot(?:ten)?|missed|misses"
@@ -168,8 +168,8 @@ def _stated(text: str, start: int, end: int, truth_is_number: bool) -> tuple[str
 
 def _stated_below(text: str, end: int, truth_is_number: bool) -> tuple[str, bool, int] | None:
     """Return what `_stated` does, of the first line after a heading that is not blank."""
-    rest = text[end:]
-    start = end + len(rest) - len(rest.lstrip())
+    tail = text[end:]
+    start = end + len(tail) - len(tail.lstrip())
     _, stop = _sentence_around(text, start)
     value = _value(text[start:stop], truth_is_number, words=True) if start < len(text) else None
     return (value, False, stop) if value else None
@@ -186,7 +186,7 @@ def _value(stated: str, truth_is_number: bool, words: bool) -> str | None:
     stated = stated.rstrip(".。!！").strip().strip("*_`").strip()
     signed = with_plain_signs(stated)
     if number := NUMBER.fullmatch(signed):
-        if CHANGED.match(signed, number.end("number")):
+        if CHANGE_AFTER.match(signed, number.end("number")):
             return None
         extraction = last_number(signed)
         return extraction.text if extraction is not None else None
@@ -206,10 +206,13 @@ def _is_quoted(text: str, start: int, end: int) -> bool:
     before = (prefix + sentence)[: len(prefix) + _mark_at(sentence)]
     if before.count('"') % 2 == 1 or before.count("“") > before.count("”"):
         return True
-    if QUOTING.search(sentence[: _mark_at(sentence)]):
+    if QUOTATION_WORDS.search(sentence[: _mark_at(sentence)]):
         return True
     introduction = prefix.rstrip() or text[:line_start].rstrip().rpartition("\n")[2]
-    return introduction.rstrip("*_ ").endswith(":") and QUOTING.search(introduction) is not None
+    return (
+        introduction.rstrip("*_ ").endswith(":")
+        and QUOTATION_WORDS.search(introduction) is not None
+    )
 
 
 def _mark_at(sentence: str) -> int:
@@ -220,7 +223,7 @@ def _mark_at(sentence: str) -> int:
 def _is_taken_back(value: str, after: str, is_prose: bool) -> bool:
     """Return whether the text after a marked answer takes it back, or, after a sentence that states
     one, concludes something else."""
-    if TAKEN_BACK.search(NO_MISTAKE.sub(" ", after)):
+    if RETRACTION_WORDS.search(NO_MISTAKE.sub(" ", after)):
         return True
     last = after.rpartition("\n")[2]
     if not is_prose or not CONCLUDING.search(last):

@@ -68,9 +68,9 @@ class Completion(msgspec.Struct, Generic[ChoiceType]):
 
 
 # Caused by this request: its length, a character the tokenizer refuses, a content filter.
-REFUSED = frozenset({400, 413, 422})
+REFUSED_STATUSES = frozenset({400, 413, 422})
 # Temporary: too many requests, starting up, overloaded.
-BUSY = frozenset({408, 409, 425, 429, 503, 504, 529})
+BUSY_STATUSES = frozenset({408, 409, 425, 429, 503, 504, 529})
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.5, 30.0
 TRIES_BEFORE_PROBE = 3
 EXCERPT_CHARS = 300
@@ -213,9 +213,9 @@ class Service:
                 return self._decoder.decode(content)
             except msgspec.MsgspecError as error:
                 raise _TryAgain(f"an answer of another kind ({error})", is_fault=True) from None
-        if status in REFUSED:
+        if status in REFUSED_STATUSES:
             raise Ungradable(message)
-        if status in BUSY:
+        if status in BUSY_STATUSES:
             raise _TryAgain(message, is_fault=False, wait_seconds=_retry_after(response))
         if status >= 500:
             raise _TryAgain(message, is_fault=True)

@@ -58,7 +58,7 @@ def names_in(source: str) -> dict[str, str]:
     return {name: provided[name] for name in IDENTIFIER.findall(source) if name in provided}
 
 
-INSIDE = (Path(__file__).parent / "inside_program.py").read_text(encoding="utf-8")
+PROGRAM_SOURCE = (Path(__file__).parent / "inside_program.py").read_text(encoding="utf-8")
 STANDARDS = ("c++17", "c++20", "c++23")
 COMPILER_OPTIONS = "-O2 -w -fmax-errors=1 -fdiagnostics-color=never -fno-diagnostics-show-caret"
 """The GNU dialects, as contest sites use them. One error is enough for a grade's reason."""
@@ -161,6 +161,6 @@ def require_sandbox(language: str) -> None:
 
 def _python(function: str, names: dict[str, str], source: str, *arguments: str) -> Program:
     # -s -S: no site-packages; -B: no .pyc files. Not -I, which would drop PYTHONHASHSEED.
-    starter = f"FUNCTION, NAMES = {function!r}, {names!r}\n{INSIDE}"
+    starter = f"FUNCTION, NAMES = {function!r}, {names!r}\n{PROGRAM_SOURCE}"
     command = (host.interpreter()[0], "-s", "-S", "-B", "-c", starter, "main.py", *arguments)
     return Program(command, {"main.py": source.encode("utf-8", "replace")})

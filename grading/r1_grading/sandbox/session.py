@@ -12,7 +12,7 @@ from r1_grading.sandbox import host
 from r1_grading.sandbox.limits import Limits
 from r1_grading.sandbox.run import SETUP_SECONDS, SandboxError, SandboxProcess, launch
 
-INSIDE = (Path(__file__).parent / "inside_session.py").read_text(encoding="utf-8")
+SESSION_SOURCE = (Path(__file__).parent / "inside_session.py").read_text(encoding="utf-8")
 GRACE_SECONDS = 0.5
 """The time between the interruption of a cell whose time is over and its end by force."""
 MAX_SOURCE_BYTES = 32 * 1024
@@ -37,7 +37,7 @@ class PythonSession:
     def __init__(self, limits: Limits) -> None:
         self._stack = contextlib.ExitStack()
         self._output_bytes = int(limits.output_mib * 2**20)
-        command = (host.interpreter()[0], "-s", "-S", "-B", "-u", "-c", INSIDE)
+        command = (host.interpreter()[0], "-s", "-S", "-B", "-u", "-c", SESSION_SOURCE)
         with contextlib.ExitStack() as stack:
             budget = limits.program()
             self._sandbox = launch(stack, command, budget, subprocess.PIPE, {})

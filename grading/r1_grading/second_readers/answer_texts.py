@@ -143,7 +143,7 @@ def same_answer(expected: Answer, answer: Answer, seed: str) -> bool | None:
     if len(expected.members) != len(answer.members):
         return None if _has_repeated(expected, seed) or _has_repeated(answer, seed) else False
     if expected.form not in ("list", "set"):
-        return _all(
+        return _all_true(
             same_value(*pair, seed) for pair in zip(expected.members, answer.members, strict=True)
         )
     unmatched = list(answer.members)
@@ -163,7 +163,7 @@ def _has_repeated(answer: Answer, seed: str) -> bool:
     return any(same_value(*pair, seed) is not False for pair in pairs)
 
 
-def _all(verdicts: Iterable[bool | None]) -> bool | None:
+def _all_true(verdicts: Iterable[bool | None]) -> bool | None:
     all_verdicts = list(verdicts)
     return False if False in all_verdicts else None if None in all_verdicts else True
 

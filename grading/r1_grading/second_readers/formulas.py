@@ -20,7 +20,7 @@ MAX_FACTORIAL = 500
 DIGITS = 100
 EQUAL = mpmath.mpf("1e-60")
 """Largest relative difference of equal values, of 100 digits."""
-ROUNDED = Fraction(1, 100)
+ROUNDING_TOLERANCE = Fraction(1, 100)
 """Where a side has a decimal, smaller relative differences may be a rounding."""
 NUM_POINTS = 12
 DECADES = -1.0, 3.5
@@ -123,7 +123,7 @@ def _compare(expected: Node, answer: Node, point: Mapping[str, Any]) -> bool | N
         if isinstance(left, Fraction) and isinstance(right, Fraction):
             if left == right:
                 return True
-            is_near = abs(left - right) <= ROUNDED * max(abs(left), abs(right))
+            is_near = abs(left - right) <= ROUNDING_TOLERANCE * max(abs(left), abs(right))
         else:
             left, right = _mp(left), _mp(right)
             if not (mpmath.isfinite(left) and mpmath.isfinite(right)):
@@ -131,7 +131,7 @@ def _compare(expected: Node, answer: Node, point: Mapping[str, Any]) -> bool | N
             size = max(abs(left), abs(right))
             if abs(left - right) <= EQUAL * size:
                 return True
-            is_near = abs(left - right) <= _mp(ROUNDED) * size
+            is_near = abs(left - right) <= _mp(ROUNDING_TOLERANCE) * size
     return None if is_near and (expected.has_decimal or answer.has_decimal) else False
 
 

@@ -84,9 +84,11 @@ def grade(
     upstream = _best([_upstream(truth_text, answer) for truth_text in truths])
     point_verdicts = [_point_verdict(truth_text, answer) for truth_text in truths]
     points = _best([verdict for verdict, _ in point_verdicts])
-    why = next((reason for verdict, reason in point_verdicts if verdict == points), "")
+    explanation = next((reason for verdict, reason in point_verdicts if verdict == points), "")
     reason = f"{shorten(answer)}: math-verify says {upstream}, values at points {points}"
-    return Grade(0.0, f"{reason} ({why})" if why else reason, verdict=f"{upstream},{points}")
+    return Grade(
+        0.0, f"{reason} ({explanation})" if explanation else reason, verdict=f"{upstream},{points}"
+    )
 
 
 def _best(verdicts: list[str]) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_r1.agents.gateway.request import RequestError
 
-REQUIRED: Any = object()
+NO_DEFAULT: Any = object()
 SAMPLING = {
     "temperature": None,
     "top_p": None,
@@ -42,7 +42,7 @@ class Body:
         """Return the path of a field, `messages.0.role`."""
         return f"{self._path}.{name}" if self._path else name
 
-    def take(self, name: str, kinds: type | tuple[type, ...], default: Any = REQUIRED) -> Any:
+    def take(self, name: str, kinds: type | tuple[type, ...], default: Any = NO_DEFAULT) -> Any:
         """Return a field of one of `kinds`.
 
         Args:
@@ -54,7 +54,7 @@ class Body:
             RequestError: the field has another type, or is absent and there is no default.
         """
         if name not in self._fields_left:
-            if default is REQUIRED:
+            if default is NO_DEFAULT:
                 raise RequestError("is required", self.path(name))
             return default
         value = self._fields_left.pop(name)
@@ -65,7 +65,7 @@ class Body:
             raise RequestError(f"must be {names}, got {_shorten(value)}", self.path(name))
         return value
 
-    def take_objects(self, name: str, default: Any = REQUIRED) -> list[Body]:
+    def take_objects(self, name: str, default: Any = NO_DEFAULT) -> list[Body]:
         """Return a field that is a list of objects.
 
         Raises:

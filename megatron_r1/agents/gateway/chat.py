@@ -9,11 +9,11 @@ from typing import Any
 import msgspec
 
 from megatron_r1.agents.answer_parser import PARSE_ERROR, tool_call
-from megatron_r1.agents.gateway.body import REQUIRED, SAMPLING, Body, content_text, stop_strings
+from megatron_r1.agents.gateway.body import NO_DEFAULT, SAMPLING, Body, content_text, stop_strings
 from megatron_r1.agents.gateway.request import Message, RequestError, TurnReply, TurnRequest
 
 NEUTRAL = SAMPLING | {"reasoning_effort": None, "verbosity": None}
-IGNORED = (
+IGNORED_FIELDS = (
     "metadata",
     "moderation",
     "prompt_cache_key",
@@ -24,7 +24,7 @@ IGNORED = (
     "safety_identifier",
     "service_tier",
 )
-END = b"data: [DONE]\n\n"
+END_EVENT = b"data: [DONE]\n\n"
 """The end of a stream: OpenAI's client reads until this event, not until the connection closes."""
 KEEP_ALIVE = b": sampling\n\n"
 """A comment of server-sent events, which clients skip."""
@@ -39,7 +39,7 @@ def parse_request(body: Body, stored: object) -> TurnRequest:
 
     Raises:
         RequestError: for a body that cannot be served."""
-    body.ignore(*IGNORED)
+    body.ignore(*IGNORED_FIELDS)
     model = body.take("model", str, "")
     messages = [_message(message) for message in body.take_objects("messages")]
     require_turn(messages, "messages")
@@ -121,7 +121,7 @@ def format_events(turn: TurnReply, request: TurnRequest) -> Iterator[bytes]:
     yield _event(head | {"choices": [last]})
     if request.include_usage:  # OpenAI sends it in a last chunk, whose choices are empty
         yield _event(head | {"choices": [], "usage": _usage(turn)})
-    yield END
+    yield END_EVENT
 
 
 def format_error(refused: RequestError) -> dict[str, Any]:
@@ -132,7 +132,7 @@ def format_error(refused: RequestError) -> dict[str, Any]:
 
 def format_error_event(refused: RequestError) -> bytes:
     """Return an error that ends a stream which has begun."""
-    return _event(format_error(refused)) + END
+    return _event(format_error(refused)) + END_EVENT
 
 
 def as_arguments(value: Any, path: str) -> str:
@@ -154,7 +154,7 @@ def _message(body: Body) -> Message:
     role = body.take_choice("role", ("system", "developer", "user", "assistant", "tool"), None)
     body.ignore("name", "refusal", "annotations", "cache_control", "provider_specific_fields", "id")
     body.ignore(PARSE_ERROR)
-    content = body.take("content", (str, list), None if role == "assistant" else REQUIRED)
+    content = body.take("content", (str, list), None if role == "assistant" else NO_DEFAULT)
     text = content_text(content, body.path("content"))
     # `developer` is OpenAI's newer name of the role that chat templates call `system`.
     message = {"role": "system" if role == "developer" else role, "content": text}

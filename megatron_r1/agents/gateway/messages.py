@@ -20,7 +20,7 @@ NEUTRAL = {
     "output_config": {},
     "speed": "standard",
 }
-IGNORED = (
+IGNORED_FIELDS = (
     "metadata",
     "cache_control",
     "service_tier",
@@ -44,7 +44,7 @@ def parse_request(body: Body, stored: object) -> TurnRequest:
 
     Raises:
         RequestError: for a body that cannot be served."""
-    body.ignore(*IGNORED)
+    body.ignore(*IGNORED_FIELDS)
     model = body.take("model", str, "")
     system = _system(body.take("system", (str, list), None))
     sent = [message for entry in body.take_objects("messages") for message in _messages(entry)]

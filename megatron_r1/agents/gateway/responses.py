@@ -10,10 +10,10 @@ from megatron_r1.agents.gateway import chat
 from megatron_r1.agents.gateway.body import Body, content_text
 from megatron_r1.agents.gateway.request import Message, RequestError, TurnReply, TurnRequest, event
 
-PARTS = ("input_text", "output_text", "text")
+CONTENT_TYPES = ("input_text", "output_text", "text")
 NEUTRAL = {"temperature": None, "top_p": None, "top_k": -1, "reasoning": None}
 # max_tool_calls limits OpenAI's built-in tools, which this gateway does not have.
-IGNORED = (*chat.IGNORED, "include", "stream_options", "max_tool_calls")
+IGNORED_FIELDS = (*chat.IGNORED_FIELDS, "include", "stream_options", "max_tool_calls")
 
 
 def parse_request(body: Body, stored: Mapping[str, list[Message]]) -> TurnRequest:
@@ -25,7 +25,7 @@ def parse_request(body: Body, stored: Mapping[str, list[Message]]) -> TurnReques
 
     Raises:
         RequestError: for a body that cannot be served."""
-    body.ignore(*IGNORED)
+    body.ignore(*IGNORED_FIELDS)
     model = body.take("model", str, "")
     history: list[Message] = []
     previous = body.take("previous_response_id", str, None)
@@ -126,7 +126,9 @@ def _item(body: Body) -> Message:
         body.ignore("phase", "name")
         roles = ("user", "assistant", "system", "developer")
         role = body.take_choice("role", roles, None)
-        content = content_text(body.take("content", (str, list)), body.path("content"), PARTS)
+        content = content_text(
+            body.take("content", (str, list)), body.path("content"), CONTENT_TYPES
+        )
         message = {"role": "system" if role == "developer" else role, "content": content}
     elif kind == "function_call":
         body.ignore("caller", "namespace")
@@ -134,7 +136,7 @@ def _item(body: Body) -> Message:
         call = tool_call(body.take("name", str), arguments, body.take("call_id", str))
         message = {"role": "assistant", "content": "", "tool_calls": [call]}
     elif kind == "function_call_output":
-        output = content_text(body.take("output", (str, list)), body.path("output"), PARTS)
+        output = content_text(body.take("output", (str, list)), body.path("output"), CONTENT_TYPES)
         call_id = body.take("call_id", str)
         message = {"role": "tool", "content": output, "tool_call_id": call_id}
     else:

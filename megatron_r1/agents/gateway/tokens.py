@@ -13,7 +13,7 @@ from megatron_r1.agents.gateway.body import SAMPLING, Body
 from megatron_r1.agents.gateway.request import RequestError, TurnReply, TurnRequest
 
 NEUTRAL = SAMPLING | {"stop_token_ids": None, "min_tokens": 0, "ignore_eos": None}
-IGNORED = (
+IGNORED_FIELDS = (
     "skip_special_tokens",
     "spaces_between_special_tokens",
     "routed_experts_prompt_start",
@@ -39,7 +39,7 @@ def parse_request(body: Body, stored: object) -> TurnRequest:
         raise RequestError("must be a list of at least one token id", "token_ids")
     body.take_fixed(stream=False, output_mode="tokens")
     sampling = Body(body.take("sampling_params", dict, {}), "sampling_params")
-    sampling.ignore(*IGNORED)
+    sampling.ignore(*IGNORED_FIELDS)
     sampling.take_choice("logprobs", (0, 1), 0)  # the sampled token's own is sent
     sampling.take_fixed(n=1, prompt_logprobs=0)
     request = TurnRequest(

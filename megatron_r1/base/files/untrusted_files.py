@@ -10,12 +10,12 @@ from typing import Any
 
 from megatron_r1.base.errors import Cause, UserError
 
-MOST_LEVELS = 64
+MAX_LEVELS = 64
 """Levels of a JSON document. Released configurations have 6 at most."""
-MOST_BYTES = 256 << 20
+MAX_BYTES = 256 << 20
 """Size of a JSON document: the index of 100,000 tensors has 10 MB, the largest tokenizers 40."""
 
-READ = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".safetensors", ".bin")
+READABLE_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".safetensors", ".bin")
 """Suffixes of the files of a model folder that this project, transformers or vLLM read."""
 
 
@@ -31,14 +31,14 @@ def read_json(path: Path, key: str) -> Any:
             MOST_LEVELS levels, or more than MOST_BYTES bytes.
     """
     try:
-        if (size := path.stat().st_size) > MOST_BYTES:
-            raise ValueError(f"it has {size:,} bytes, and at most {MOST_BYTES:,} are read")
+        if (size := path.stat().st_size) > MAX_BYTES:
+            raise ValueError(f"it has {size:,} bytes, and at most {MAX_BYTES:,} are read")
         content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)
         _check_levels(content)
         return content
     except (ValueError, RecursionError) as error:
         too_deep = isinstance(error, RecursionError)
-        reason = f"it has more than {MOST_LEVELS} levels" if too_deep else str(error)
+        reason = f"it has more than {MAX_LEVELS} levels" if too_deep else str(error)
         raise UserError(
             f"{path} is not valid JSON: {reason}; fetch it again", key=key, cause=Cause.MALFORMED
         ) from error
@@ -55,7 +55,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _check_levels(content: Any) -> None:
     level = [content]
-    for _ in range(MOST_LEVELS):
+    for _ in range(MAX_LEVELS):
         level = [
             item
             for value in level
@@ -71,7 +71,7 @@ def require_files_inside(folder: Path, key: str) -> None:
     """Raise UserError for a file of a model folder, of those that anything reads, that lies
     elsewhere (`require_inside`)."""
     for path in sorted(folder.iterdir()):
-        if path.suffix in READ:
+        if path.suffix in READABLE_SUFFIXES:
             require_inside(path, folder, key)
 
 

@@ -87,10 +87,10 @@ def _read_header(file: int) -> dict[str, StoredTensor]:
     return tensors
 
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
 """What a folder without these two may hold instead."""
-IGNORED = (".rotary_emb.inv_freq",)
+IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
 """Endings of names: buffers of older transformers, which no model reads."""
 
 
@@ -101,7 +101,7 @@ def weight_files(folder: Path) -> list[Path]:
         UserError: there are none, the index lists files that are missing or outside of the folder,
             or the folder has two models.
     """
-    single, index = folder / SINGLE, folder / INDEX
+    single, index = folder / SINGLE_FILE, folder / INDEX_FILE
     if (weight_map := read_index(folder)) is not None:
         files = [folder / name for name in sorted(set(weight_map.values()))]
         for file in files:
@@ -114,7 +114,8 @@ def weight_files(folder: Path) -> list[Path]:
             )
         if single.is_file() and single not in files:
             raise UserError(
-                f"{folder} has {SINGLE} and {INDEX}, which names other files: transformers reads "
+                f"{folder} has {SINGLE_FILE} and {INDEX_FILE}, which names other files: "
+                "transformers reads "
                 "the former, vLLM and this project the latter; remove what is old",
                 key="weights",
                 cause=Cause.DUPLICATE,
@@ -148,7 +149,7 @@ def read_index(folder: Path) -> dict[str, str] | None:
     Raises:
         UserError: the index is damaged.
     """
-    index = folder / INDEX
+    index = folder / INDEX_FILE
     if not index.is_file():
         return None
     require_inside(index, folder, "weights")
@@ -209,7 +210,7 @@ def require_as_indexed(folder: Path, tensors_of_files: Mapping[Path, Collection[
     wrong = {
         name: file
         for name, file in (read_index(folder) or {}).items()
-        if home.get(name) != folder / file and not name.endswith(IGNORED)
+        if home.get(name) != folder / file and not name.endswith(IGNORED_SUFFIXES)
     }
     if wrong:
         listed = [
@@ -217,7 +218,8 @@ def require_as_indexed(folder: Path, tensors_of_files: Mapping[Path, Collection[
             for name, file in sorted(wrong.items())[:8]
         ]
         raise UserError(
-            f"{folder / INDEX} and the files differ in {len(wrong)} tensors: {'; '.join(listed)}; "
+            f"{folder / INDEX_FILE} and the files differ in {len(wrong)} tensors: "
+            f"{'; '.join(listed)}; "
             "fetch the index and these files again",
             key="weights",
             cause=Cause.CONFLICT,

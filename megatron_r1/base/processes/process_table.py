@@ -70,10 +70,11 @@ class PeakMemory:
 
     def _measure(self, every_seconds: float) -> None:
         while not self._end.wait(every_seconds):
-            self.gib = max(self.gib, sum(map(_held, descendants(os.getpid()))) / 2**30)
+            num_bytes = sum(map(_proportional_bytes, descendants(os.getpid())))
+            self.gib = max(self.gib, num_bytes / 2**30)
 
 
-def _held(pid: int) -> int:
+def _proportional_bytes(pid: int) -> int:
     with contextlib.suppress(psutil.Error, OSError):
         return psutil.Process(pid).memory_full_info().pss
     return 0

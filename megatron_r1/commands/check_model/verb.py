@@ -126,7 +126,7 @@ async def compare_with_vllm(
 
 ARGUMENTS = ("HF_FOLDER",)
 SETTINGS = ("parallel", "rollout", "model.dtype", "model.mtp")
-IMPLIED = {"model.dtype": "float32"}
+IMPLIED_SETTINGS = {"model.dtype": "float32"}
 OPTIONS = {"json": "FILE"}
 
 

@@ -110,9 +110,9 @@ def missing_groups(first: LoggedGroups, second: LoggedGroups) -> list[str]:
 
     Damaged bytes alone are no loss: a run that continues samples a damaged group again."""
     lines = []
-    for log, other in ((first, second), (second, first)):
-        missing = sorted(other.groups.keys() - log.groups.keys())
-        is_empty = not (log.groups or other.groups)
+    for log, other_log in ((first, second), (second, first)):
+        missing = sorted(other_log.groups.keys() - log.groups.keys())
+        is_empty = not (log.groups or other_log.groups)
         if log.num_damaged_bytes and (missing or is_empty):
             missing_positions = ", ".join(map(str, missing[:MAX_NAMED])) or "any"
             lines.append(

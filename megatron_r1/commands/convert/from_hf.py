@@ -92,7 +92,7 @@ class WrittenFile:
     entry: checkpoint_folders.FileEntry
 
 
-DONE = TypeAdapter(WrittenFile)
+WRITTEN_FILE_ADAPTER = TypeAdapter(WrittenFile)
 
 
 def run(args: Namespace) -> int:
@@ -175,12 +175,12 @@ def _write_file(job: ImportJob, part: tuple[int, list[PlannedChunk]]) -> Written
     path = job.folder / f"__{number}_0.distcp"
     contents = _contents(job.folder, number)
     if path.exists() and contents.exists():
-        return DONE.validate_json(contents.read_bytes())
+        return WRITTEN_FILE_ADAPTER.validate_json(contents.read_bytes())
     unnamed = path.with_name(f".{path.name}.tmp")
     chunks = write_chunks(unnamed, _values(job, pieces))
     chunks = [WrittenChunk(w.chunk, path.name, w.offset, w.length) for w in chunks]
     output = WrittenFile(chunks, checkpoint_folders.file_entry(unnamed))
-    atomic_write(contents, DONE.dump_json(output).decode())
+    atomic_write(contents, WRITTEN_FILE_ADAPTER.dump_json(output).decode())
     unnamed.rename(path)
     return output
 

@@ -111,10 +111,10 @@ def _explain(a: Weights, b: Weights, names: list[str]) -> list[str]:
         if first == second:
             continue
         coarser = str(_common_dtype(first, second)).removeprefix("torch.")
-        how = f"compared after rounding to {coarser}"
+        method = f"compared after rounding to {coarser}"
         if published_layout.FP8_DTYPE in (first, second):
-            how = "compared within FP8's rounding (half a step)"
-        lines.append(f"{count} tensors are {first} in A and {second} in B: {how}")
+            method = "compared within FP8's rounding (half a step)"
+        lines.append(f"{count} tensors are {first} in A and {second} in B: {method}")
     return lines
 
 

@@ -23,7 +23,7 @@ from megatron_r1.config.algorithms import AlgorithmRules, find_rules
 from megatron_r1.controller.advantages import nan_where_ungraded
 from megatron_r1.controller.algorithms import grpo
 
-PARTS = ("advantages", "response_rewards", "loss", "token_advantages")
+MODULE_FUNCTIONS = ("advantages", "response_rewards", "loss", "token_advantages")
 Advantages = Callable[[list[list[float | None]], RLConfig], list[list[float]]]
 
 
@@ -59,15 +59,16 @@ def find(name: str) -> Algorithm:
             rules are for.
     """
     rules = find_rules(name)
-    home, is_own, _ = name.partition(":")
-    if not is_own:
-        home = f"{__name__}.{'grpo' if name in grpo.VARIANTS else name}"
-    module = importlib.import_module(home)
-    defined = {part: f"{home}:{part}" for part in PARTS if hasattr(module, part)}
+    module_name, separator, _ = name.partition(":")
+    if not separator:
+        module_name = f"{__name__}.{'grpo' if name in grpo.VARIANTS else name}"
+    module = importlib.import_module(module_name)
+    defined = {part: f"{module_name}:{part}" for part in MODULE_FUNCTIONS if hasattr(module, part)}
     if not defined:
         raise UserError(
-            f"rl.algorithm: {name}: {module.__file__} defines none of {', '.join(PARTS)}; define "
-            "one, or use grpo and put the settings in the recipe",
+            f"rl.algorithm: {name}: {module.__file__} defines none of "
+            f"{', '.join(MODULE_FUNCTIONS)}; define one, or use grpo and put the settings "
+            "in the recipe",
             key="rl.algorithm",
             cause=Cause.EMPTY,
         )

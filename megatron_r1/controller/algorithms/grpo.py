@@ -18,7 +18,7 @@ The paragraphs below `VARIANTS` have DAPO, Dr. GRPO and GSPO."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from megatron_r1.config import RLConfig
 from megatron_r1.config.algorithms import LossSettings
@@ -77,7 +77,7 @@ def advantages(groups: list[list[float | None]], rl: RLConfig) -> list[list[floa
     Returns:
         A list per group; 0 for an ungraded response, and for a whole group whose rewards are
         equal."""
-    advantage_std = "group" if rl.advantage_std == "group" else "none"
+    advantage_std: Literal["group", "none"] = "group" if rl.advantage_std == "group" else "none"
     by_group = [
         group_advantages(g, advantage_std=advantage_std, epsilon=rl.advantage_epsilon)
         for g in groups

@@ -91,10 +91,12 @@ def divergence_loss(batch: PackedBatch, head: LossHead, settings: LossSettings) 
     with torch.no_grad():
         # Not as "old": what the update computes itself is the ratio's other side.
         logprobs, _ = replace(head, stores_old_logprobs=False).logprobs()
-        rise = logprobs.exp() - batch.rollout_logprobs.exp()
+        probability_rise = logprobs.exp() - batch.rollout_logprobs.exp()
         advantages, mask = batch.advantages, settings.engine_mask
-        further = torch.where(advantages > 0, rise > mask.high, -rise > mask.low)
-        masked = further & (advantages != 0) & batch.is_response
+        is_outside = torch.where(
+            advantages > 0, probability_rise > mask.high, -probability_rise > mask.low
+        )
+        masked = is_outside & (advantages != 0) & batch.is_response
     corrected = replace(batch, advantages=torch.where(masked, 0.0, advantages))
     terms = call_inner_loss(corrected, replace(head, batch=corrected), settings)
     masked_fraction = Mean(masked.sum(), batch.is_response.sum())

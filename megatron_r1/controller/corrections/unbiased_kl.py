@@ -41,14 +41,14 @@ def loss(batch: PackedBatch, head: LossHead, settings: LossSettings) -> LossTerm
     from megatron_r1.trainer.metrics import Mean
 
     settings = LossSettings.of(settings)
-    without = replace(settings, kl_beta=0.0, kl_estimator="k3")
-    terms = call_inner_loss(batch, head, without)
-    logprobs, _ = head.logprobs()
+    settings_without_kl = replace(settings, kl_beta=0.0, kl_estimator="k3")
+    terms = call_inner_loss(batch, head, settings_without_kl)
     rows = batch.response_positions
-    logprobs_by_policy = logprobs, batch.logprobs["old"], batch.logprobs["ref"]
-    new, old, ref = (values[rows].double() for values in logprobs_by_policy)
-    ratio = (new - old).clamp(max=MAX_LOG_RATIO).exp()
-    g = (ref - new).clamp(max=MAX_LOG_RATIO)
+    logprobs = head.logprobs()[0][rows].double()
+    old_logprobs = batch.logprobs["old"][rows].double()
+    ref_logprobs = batch.logprobs["ref"][rows].double()
+    ratio = (logprobs - old_logprobs).clamp(max=MAX_LOG_RATIO).exp()
+    g = (ref_logprobs - logprobs).clamp(max=MAX_LOG_RATIO)
     kl = ratio * (g.expm1() - g)
     weights = _weights(batch, head, settings)[rows]
     total = terms.loss + (settings.kl_beta * (weights * kl).sum()).to(terms.loss.dtype)

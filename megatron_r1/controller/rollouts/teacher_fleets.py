@@ -15,7 +15,7 @@ import numpy as np
 
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
 from megatron_r1.config import Config
-from megatron_r1.config.teacher import DEFAULT, OTHERS, TeacherConfig, source_key
+from megatron_r1.config.teacher import DEFAULT, OTHER_SOURCES, TeacherConfig, source_key
 from megatron_r1.controller.rollouts.rollout import Group
 from megatron_r1.data.prompt import Prompt
 from megatron_r1.engines.fleet.external_fleet import ExternalFleet
@@ -63,8 +63,9 @@ class Teachers:
         return await fleet.compute_logprobs(token_ids, first, step=step)
 
     def kl_by_source(self, groups: Iterable[Group]) -> dict[str, float]:
-        """Return "teacher/kl/SOURCE" of each of several teachers, `OTHERS` of the default one: the
-        mean over response tokens of log π_engine - log π_teacher, in nats; empty for one teacher.
+        """Return "teacher/kl/SOURCE" of each of several teachers, `OTHER_SOURCES` of the default
+        one: the mean over response tokens of log π_engine - log π_teacher, in nats; empty for one
+        teacher.
 
         Args:
             groups: a rollout's, with the teachers' log-probabilities."""
@@ -73,7 +74,7 @@ class Teachers:
         sums: Counter[str] = Counter()
         num_tokens: Counter[str] = Counter()
         for group in groups:
-            source = teacher_source(group.prompt, self.fleets) or OTHERS
+            source = teacher_source(group.prompt, self.fleets) or OTHER_SOURCES
             for graded in group.responses:
                 if graded.teacher_logprobs is not None:
                     logprobs = np.asarray(graded.response.logprobs, np.float64)

@@ -145,8 +145,8 @@ def _process_state(process: int) -> str:
 
 def _ranks(ranks: list[int], limit: int = 16) -> str:
     numbers = ", ".join(map(str, ranks[:limit]))
-    rest = f" and {len(ranks) - limit} more" if len(ranks) > limit else ""
-    return f"rank{'s' if len(ranks) > 1 else ''} {numbers}{rest}"
+    remainder = f" and {len(ranks) - limit} more" if len(ranks) > limit else ""
+    return f"rank{'s' if len(ranks) > 1 else ''} {numbers}{remainder}"
 
 
 async def _inspect_engines(rollouts: RolloutCollector, pushing: bool = False) -> RoleDiagnosis:

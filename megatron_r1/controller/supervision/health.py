@@ -22,7 +22,7 @@ from megatron_r1.controller.supervision.watchdog import Watchdog
 
 ADDRESS_FILE = "health_address"
 PREFIX = "megatron_r1_"
-COUNTED = ("trainer/restarts", "engines/restarts")
+COUNTED_METRICS = ("trainer/restarts", "engines/restarts")
 """Keys of a metrics line that have counters of their own in /metrics."""
 
 
@@ -156,7 +156,7 @@ def _step_metrics(run: RunHandles) -> Iterator[Metric]:
     yield _gauge("step", "last finished step", latest.pop("step", run.recorder.state.step))
     seconds = {}
     for name, value in latest.items():
-        if isinstance(value, int | float) and math.isfinite(value) and name not in COUNTED:
+        if isinstance(value, int | float) and math.isfinite(value) and name not in COUNTED_METRICS:
             if name.startswith("time/"):
                 seconds[name.removeprefix("time/")] = value
             else:

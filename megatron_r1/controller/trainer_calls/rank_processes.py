@@ -114,18 +114,20 @@ class RankProcesses:
         code, log = None, self._log(rank)
         with contextlib.suppress(subprocess.TimeoutExpired):
             code = self._processes[rank].wait(timeout=EXIT_SECONDS)
-        how = f"was killed by signal {-code}" if code and code < 0 else f"exited with code {code}"
+        ending = (
+            f"was killed by signal {-code}" if code and code < 0 else f"exited with code {code}"
+        )
         if code == -signal.SIGKILL:
-            how += exit_diagnosis.oom_explanation(self._kills_before, REMEDY)
+            ending += exit_diagnosis.oom_explanation(self._kills_before, REMEDY)
         waited = exit_diagnosis.collective_wait(log_end(log), self._timeout_seconds)
         if waited is not None:
-            how += (
+            ending += (
                 f" in {operation!r} after it waited for other ranks in {waited}; "
                 f"{exit_diagnosis.timeout_remedy(self._timeout_seconds)}"
             )
         if code is None:  # its connection closed, and the process has not ended
-            how = "is gone"
-        return f"trainer rank {rank} {how}; the end of {log}:\n{last_lines(log)}"
+            ending = "is gone"
+        return f"trainer rank {rank} {ending}; the end of {log}:\n{last_lines(log)}"
 
     def _log(self, rank: int) -> Path:
         return self._log_folder / f"trainer_{rank}.log"

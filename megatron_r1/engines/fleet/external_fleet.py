@@ -9,7 +9,7 @@ import msgspec
 
 from megatron_r1.engines.fleet.engine import Engine
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
-from megatron_r1.engines.server.client import GENERATE, EngineClient
+from megatron_r1.engines.server.client import GENERATE_PATH, EngineClient
 from megatron_r1.engines.server.errors import EngineError
 from megatron_r1.engines.server.server import RunningServer
 
@@ -70,7 +70,7 @@ class ExternalServer(RunningServer):
             sampling = {"max_tokens": 1, "prompt_logprobs": 0, "detokenize": False}
             call = {"token_ids": [0, 0], "sampling_params": sampling}
             try:
-                await client.request("POST", GENERATE, call)
+                await client.request("POST", GENERATE_PATH, call)
             except EngineError as error:
                 raise EngineError(
                     f"{error}: start the server with --enable-scale-out, which adds this address"

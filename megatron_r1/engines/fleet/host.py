@@ -48,7 +48,7 @@ from megatron_r1.engines.server.errors import EngineError
 from megatron_r1.engines.server.gpu import gpus_of_slot, visible_gpus
 from megatron_r1.engines.server.server import EngineServer
 
-REFUSED = (
+HANDSHAKE_FAILURE_EVENTS = (
     zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
     | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
     | zmq.EVENT_HANDSHAKE_FAILED_AUTH
@@ -83,7 +83,7 @@ class HostLink:
         self._socket.setsockopt(zmq.HEARTBEAT_IVL, 2_000)
         self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 10_000)
         protect_client(self._socket, token)
-        self._monitor: zmq.Socket[bytes] = self._socket.get_monitor_socket(REFUSED)
+        self._monitor: zmq.Socket[bytes] = self._socket.get_monitor_socket(HANDSHAKE_FAILURE_EVENTS)
         self._socket.connect(address)
         self._decode = msgspec.msgpack.Decoder(HostOrders).decode
 
@@ -244,7 +244,7 @@ class LocalEngines:
 POLL_SECONDS = 0.1
 FIRST_ANSWER_SECONDS = 10.0
 """Time for a controller at a known address to answer, before the address is read again."""
-LEFT, GAVE_UP = 128 + signal.SIGTERM, 1
+EXIT_BY_SIGNAL, EXIT_WITHOUT_CONTROLLER = 128 + signal.SIGTERM, 1
 
 
 class StopReason(Enum):
@@ -283,9 +283,9 @@ class EngineHost:
                 if reason is StopReason.SILENT:
                     waiting_since = time.monotonic()
             if self.is_signalled:
-                return LEFT
+                return EXIT_BY_SIGNAL
         self._print(f"no controller for {self.options.patience:g} seconds: leaving")
-        return GAVE_UP
+        return EXIT_WITHOUT_CONTROLLER
 
     def _serve(self, address: str) -> StopReason:
         """Follow the controller at `address` until it is gone, then stop all engines.

@@ -360,10 +360,10 @@ class HostPool:
             ended = [(part.ended, part.index) for part in engine.parts if part.ended is not None]
             if not ended:
                 continue
-            when, index = min(ended)
+            ended_at, index = min(ended)
             first = engine.parts[index]
             hosts = (part.host for part in engine.parts if part is not first)
-            if all(host is not None and host.last_report_at > when for host in hosts):
+            if all(host is not None and host.last_report_at > ended_at for host in hosts):
                 engine.first_ended = first
                 if first.host is not None:
                     first.host.num_deaths += 1

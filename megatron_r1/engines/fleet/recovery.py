@@ -177,5 +177,5 @@ class EngineReplacer:
             stats_by_engine = {
                 engine: engine.stats for engine in self.state.engines if engine.is_open
             }
-            for engine, how in find_slow(stats_by_engine, time.monotonic()).items():
-                self.retire(engine, EngineError(f"{engine.name} {how}"))
+            for engine, slowness in find_slow(stats_by_engine, time.monotonic()).items():
+                self.retire(engine, EngineError(f"{engine.name} {slowness}"))

@@ -25,16 +25,16 @@ def parse(words: list[str]) -> dict[str, Any]:
     parser = make_arg_parser(FlexibleArgumentParser())
     options = [option for action in parser._actions for option in action.option_strings]
     names = sorted({option[2:].replace("-", "_") for option in options if option[:2] == "--"})
-    said = io.StringIO()
+    stderr = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(stderr):
             parsed_args = parser.parse_args(["--model", ".", *words])
             validate_parsed_serve_args(parsed_args)
             AsyncEngineArgs.from_cli_args(parsed_args)
         error = ""
     except SystemExit:
         # After the usage; pydantic's own messages have several lines.
-        error = " ".join(said.getvalue().rpartition(": error: ")[2].split())
+        error = " ".join(stderr.getvalue().rpartition(": error: ")[2].split())
     except (ValueError, TypeError) as failure:  # pydantic's ValidationError is a ValueError
         error = " ".join(str(failure).split())
     return {"names": names, "error": error}

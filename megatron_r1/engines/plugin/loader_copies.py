@@ -322,11 +322,11 @@ def _rectangle(view: torch.Tensor, tensor: torch.Tensor) -> tuple[int, int, int,
         flat = flat.reshape(-1, columns)
     if flat.dim() != 2:
         return None
-    top, left = divmod(int(view.storage_offset()), columns)
+    top, column = divmod(int(view.storage_offset()), columns)
     height, width = flat.shape
     if (height > 1 and flat.stride(0) != columns) or (width > 1 and flat.stride(1) != 1):
         return None
-    return top, top + height, left, left + width
+    return top, top + height, column, column + width
 
 
 def _pitch(view: torch.Tensor) -> int | None:

@@ -27,7 +27,7 @@ from megatron_r1.push.messages import PushInitInfo, PushUpdateInfo
 
 BODY_EXCERPT_CHARS = 500
 HEALTH_SECONDS = 5.0
-GENERATE = "/inference/v1/generate"
+GENERATE_PATH = "/inference/v1/generate"
 ROUTING_SLOTS = 2
 """Choices per engine whose routed experts are in memory at once: 14 MB each, of 30,000 tokens."""
 T = TypeVar("T")
@@ -140,7 +140,7 @@ class EngineClient:
                 try:
                     return await read_responses(reply.content, *expected, self._routing_slots)
                 except ValueError as error:
-                    raise EngineFault(f"{self.url}{GENERATE}: {error}") from error
+                    raise EngineFault(f"{self.url}{GENERATE_PATH}: {error}") from error
             body = await reply.read()
             try:
                 return parse_responses(body, *expected)
@@ -150,7 +150,7 @@ class EngineClient:
         # vLLM without our plugin sends JSON all the same.
         accept = {"Accept": f"{MEDIA_TYPE}, application/json"}
         call = {"token_ids": list(prompt_token_ids), "sampling_params": sampling}
-        responses = await self._exchange("POST", GENERATE, call, read, accept)
+        responses = await self._exchange("POST", GENERATE_PATH, call, read, accept)
         if len(responses) != n:
             raise EngineFault(f"{self.url}: asked for {n} responses, got {len(responses)}")
         return [replace(response, engine=self.name) for response in responses]
@@ -173,7 +173,7 @@ class EngineClient:
             "detokenize": False,
         }
         call = {"token_ids": list(token_ids), "sampling_params": sampling}
-        body = await self.request("POST", GENERATE, call)
+        body = await self.request("POST", GENERATE_PATH, call)
         try:
             return parse_prompt_logprobs(body, token_ids, first)
         except ValueError as error:
@@ -301,7 +301,7 @@ class EngineClient:
         raise _refusal(self.url + path, reply.status, body)
 
     def _unusable(self, body: bytes, error: ValueError) -> EngineFault:
-        return EngineFault(f"{self.url}{GENERATE}: {error}: {_shorten(body)}")
+        return EngineFault(f"{self.url}{GENERATE_PATH}: {error}: {_shorten(body)}")
 
 
 async def is_healthy(url: str, path: str = "/health") -> bool:

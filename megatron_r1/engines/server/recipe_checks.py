@@ -310,14 +310,14 @@ def check_cpu_kernels(rollout: RolloutConfig, hf_config: HFConfig) -> None:
         for key, size in LATENT_SIZES.items():
             if hf_config.get(key, size) != size and not is_disabled:
                 raise UserError(
-                    f"config.json: {key}={hf_config[key]}: {_only(str(size))}",
+                    f"config.json: {key}={hf_config[key]}: {_cpu_sizes_remedy(str(size))}",
                     key=key,
                     cause=Cause.UNSUPPORTED,
                 )
     elif (size := hf_config.get("head_dim") or hidden // heads) not in HEAD_SIZES:
         name = "head_dim" if hf_config.get("head_dim") else "hidden_size / num_attention_heads"
         raise UserError(
-            f"config.json: {name}={size}: {_only(', '.join(map(str, HEAD_SIZES)))}",
+            f"config.json: {name}={size}: {_cpu_sizes_remedy(', '.join(map(str, HEAD_SIZES)))}",
             key=name,
             cause=Cause.UNSUPPORTED,
         )
@@ -327,7 +327,7 @@ def check_cpu_kernels(rollout: RolloutConfig, hf_config: HFConfig) -> None:
 
 def _check_experts(rollout: RolloutConfig, hf_config: HFConfig) -> None:
     family = model_family(hf_config)
-    multiples = _only(f"multiples of {ALIGNMENT} in a model with experts")
+    multiples = _cpu_sizes_remedy(f"multiples of {ALIGNMENT} in a model with experts")
     if hf_config["hidden_size"] % ALIGNMENT:
         raise UserError(
             f"config.json: hidden_size={hf_config['hidden_size']}: {multiples}",
@@ -351,5 +351,5 @@ def _check_experts(rollout: RolloutConfig, hf_config: HFConfig) -> None:
         )
 
 
-def _only(sizes: str) -> str:
+def _cpu_sizes_remedy(sizes: str) -> str:
     return f"on a CPU, vLLM computes only {sizes}; {REMEDY}"

@@ -87,9 +87,9 @@ class Server(ABC):
             if await self._is_ready():
                 return
             await asyncio.sleep(self.poll_seconds)
-        why = self._why_not_ready()
+        reason = self._why_not_ready()
         await asyncio.to_thread(self.stop)
-        raise EngineError(f"the engine was not ready after {timeout_seconds:.0f} seconds: {why}")
+        raise EngineError(f"the engine was not ready after {timeout_seconds:.0f} seconds: {reason}")
 
     async def _is_ready(self) -> bool:
         return await is_healthy(self.url)
@@ -217,12 +217,12 @@ class EngineServer(Server):
     def describe_end(self) -> str:
         """Return how the process ended and an excerpt of its log, root cause first."""
         code = self.process.poll() if self.process else None
-        how = f"exit code {code}"
+        ending = f"exit code {code}"
         if code is not None and code < 0:
-            how = f"signal {signal.Signals(-code).name}"
+            ending = f"signal {signal.Signals(-code).name}"
         if code == -signal.SIGKILL:
-            how += exit_diagnosis.oom_explanation(self._kills_before, REMEDY)
-        return f"{how}; from {self.log_path}:\n{self.log_excerpt()}"
+            ending += exit_diagnosis.oom_explanation(self._kills_before, REMEDY)
+        return f"{ending}; from {self.log_path}:\n{self.log_excerpt()}"
 
     def log_excerpt(self) -> str:
         """Return the root cause and the last lines of this process's output."""

@@ -21,7 +21,7 @@ from megatron_r1.config.teacher import TeacherEngines
 CHECKER = "megatron_r1.engines.plugin.argument_check"
 """What parses the arguments: a process of its own, as this one imports no vLLM."""
 
-RESERVED = {
+RESERVED_ARGUMENTS = {
     "model": "model.path",
     "dtype": "rollout.dtype",
     "max_model_len": "rollout.max_model_len",
@@ -51,7 +51,7 @@ RESERVED = {
 RESERVED_OF_TEACHER = {"max_num_batched_tokens": "teacher.max_num_batched_tokens"}
 """The same, of a teacher's engines."""
 
-FIXED = {
+FIXED_ARGUMENTS = {
     "enable_prefix_caching": "a group shares its prompt, except with rl.routing_replay on a CPU",
     "logprobs_mode": "the trainer compares the log-probabilities of the sampled distribution",
     "generation_config": "the recipe's sampling settings are the only ones",
@@ -109,7 +109,9 @@ def check_reserved(engines: RolloutConfig | TeacherEngines, section: str) -> Non
         engines: the recipe's section.
         section: its key, such as "rollout" or "teacher".
     """
-    owned = RESERVED | (RESERVED_OF_TEACHER if isinstance(engines, TeacherEngines) else {})
+    owned = RESERVED_ARGUMENTS | (
+        RESERVED_OF_TEACHER if isinstance(engines, TeacherEngines) else {}
+    )
     for argument in engines.vllm:
         key = f"{section}.vllm.{argument}"
         name = argument.replace("-", "_").removeprefix("no_")
@@ -118,9 +120,9 @@ def check_reserved(engines: RolloutConfig | TeacherEngines, section: str) -> Non
             raise UserError(
                 f"{key}: set {setting}, which decides it", key=key, cause=Cause.CONFLICT
             )
-        if name in FIXED:
+        if name in FIXED_ARGUMENTS:
             raise UserError(
-                f"{key}: it cannot be changed: {FIXED[name]}; leave it out",
+                f"{key}: it cannot be changed: {FIXED_ARGUMENTS[name]}; leave it out",
                 key=key,
                 cause=Cause.CONFLICT,
             )

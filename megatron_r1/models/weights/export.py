@@ -245,8 +245,8 @@ class _StackedBoxes:
     def add(self, part: StackedPart, piece: Piece, values: torch.Tensor) -> None:
         """Add an expert's part to its rectangle; write the rectangle when it is whole."""
         tensor = self._files.planned(part.name)
-        within, sizes = part.stored_box(tensor.shape[1:], piece.dim, piece.hf_start, piece.length)
-        key = part.name, (part.expert, *within)
+        offsets, sizes = part.stored_box(tensor.shape[1:], piece.dim, piece.hf_start, piece.length)
+        key = part.name, (part.expert, *offsets)
         if key not in self._boxes:
             self._boxes[key] = torch.empty(sizes, dtype=tensor.dtype), set()
         box, filled = self._boxes[key]

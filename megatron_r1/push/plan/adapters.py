@@ -27,7 +27,7 @@ from megatron_r1.push.plan.tensors import HFTensor, Region, checkpoint_tensors
 MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """vLLM's `--max-lora-rank` (vllm/config/lora.py: MaxLoRARanks)."""
 
-LATENT_CACHE = ("q_a_proj", "kv_a_proj_with_mqa", "kv_b_proj")
+UNADAPTED_LATENT_MODULES = ("q_a_proj", "kv_a_proj_with_mqa", "kv_b_proj")
 """Layers of latent attention without an adapter in vLLM. It has the first two as one layer, of a
 class that LoRA's layers take on one tensor rank only (lora/layers/column_parallel_linear.py:
 `MergedColumnParallelLinearWithLoRA.can_replace_layer`), and multiplies the third into queries and
@@ -190,6 +190,7 @@ def _module(name: str) -> str:
 
 def _is_unserved(module: str, hf_config: HFConfig) -> bool:
     is_latent = (
-        model_family(hf_config).latent_attention and module.rpartition(".")[2] in LATENT_CACHE
+        model_family(hf_config).latent_attention
+        and module.rpartition(".")[2] in UNADAPTED_LATENT_MODULES
     )
     return is_latent or ".experts." in module

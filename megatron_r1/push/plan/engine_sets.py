@@ -301,13 +301,13 @@ def _split_at_engine_ends(
         count_bytes: counts the bytes of a region on the wire."""
     tensor, region, size = tensor_region
     per_row = size / (region.bottom - region.top)
-    least = MIN_SPLIT_FRACTION * per_engine / per_row
+    min_rows = MIN_SPLIT_FRACTION * per_engine / per_row
     step = BLOCK if is_quantized(tensor.name) else 1
     edges = [region.top]
     for number in range(int(start / per_engine) + 1, int((start + size) / per_engine) + 1):
         row = region.top + (number * per_engine - start) / per_row
         row = round(row / step) * step
-        if row - edges[-1] > least and region.bottom - row > least:
+        if row - edges[-1] > min_rows and region.bottom - row > min_rows:
             edges.append(row)
     if len(edges) == 1:
         yield tensor_region

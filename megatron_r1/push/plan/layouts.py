@@ -131,6 +131,6 @@ class EngineLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def coordinate(self, rank: int) -> Coordinate:
         """Return the coordinate, within its engine, of global engine rank `rank`."""
-        within, tensor = divmod(rank % self.ranks_per_engine, self.tensor_parallel)
-        data, pipeline = divmod(within, self.pipeline_parallel)
+        group_index, tensor = divmod(rank % self.ranks_per_engine, self.tensor_parallel)
+        data, pipeline = divmod(group_index, self.pipeline_parallel)
         return Coordinate(pipeline, data, tensor)

@@ -29,7 +29,7 @@ from megatron_r1.push.transports.payloads import Payload
 
 SUCCESS, IN_PROGRESS = 0, 7
 BYTE = 1
-MAGIC, CONFIG_VERSION = 0xCAFEBEEF, 21400
+CONFIG_MAGIC, CONFIG_VERSION = 0xCAFEBEEF, 21400
 """Of `ncclConfig_t`: of its fields NCCL reads those that this version had."""
 
 
@@ -88,7 +88,7 @@ def _create_communicator(identifier: bytes, rank: int, num_ranks: int) -> ctypes
         rank: this rank in it.
         num_ranks: the number of its ranks."""
     handle = ctypes.c_void_p()
-    config = NCCLConfig(ctypes.sizeof(NCCLConfig), MAGIC, CONFIG_VERSION, 0)
+    config = NCCLConfig(ctypes.sizeof(NCCLConfig), CONFIG_MAGIC, CONFIG_VERSION, 0)
     unique_id = UniqueId.from_buffer_copy(identifier)
     code = _nccl_library().ncclCommInitRankConfig(
         ctypes.byref(handle),

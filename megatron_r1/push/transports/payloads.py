@@ -202,9 +202,9 @@ class BufferPayload(Payload):
             first = slot.storage_offset() * slot.itemsize + top * pitch
             first -= self._buffer.storage_offset()
             if skipped:
-                left = min(row_bytes - skipped, num_bytes)
-                yield self._buffer[first + skipped :][None, :left]
-                top, num_bytes, first = top + 1, num_bytes - left, first + pitch
+                remaining_bytes = min(row_bytes - skipped, num_bytes)
+                yield self._buffer[first + skipped :][None, :remaining_bytes]
+                top, num_bytes, first = top + 1, num_bytes - remaining_bytes, first + pitch
             rows, last_bytes = divmod(num_bytes, row_bytes)
             if rows:
                 memory = self._buffer[first:]

@@ -40,7 +40,7 @@ FOLLOW_SECONDS = 0.0001
 to 500 us make no difference (docs/learned.md)."""
 CLOSE_SECONDS = 60.0
 """How long `close` waits for the thread that follows, which looks after each part of a push."""
-PUSH_AT, WRITTEN_AT, CHECKSUMS_AT = 0, 1, 2
+PUSH_INDEX, WRITTEN_INDEX, CHECKSUMS_INDEX = 0, 1, 2
 """Indices into a progress array (uint64): the push's number, its bytes written so far, and the
 checksum of its first chunk."""
 
@@ -166,18 +166,18 @@ class _SenderProgress:
 
     def check(self) -> bool:
         """Check the rows written since the last call; return whether there were any."""
-        push, num_written = int(self.progress[PUSH_AT]), int(self.progress[WRITTEN_AT])
+        push, num_written = int(self.progress[PUSH_INDEX]), int(self.progress[WRITTEN_INDEX])
         if push != self.push:
             # A sender sets its count to 0 before it begins another push.
             self.push, self.index, self.seen = push, 0, 0
             num_written = (
-                int(self.progress[WRITTEN_AT]) if int(self.progress[PUSH_AT]) == push else 0
+                int(self.progress[WRITTEN_INDEX]) if int(self.progress[PUSH_INDEX]) == push else 0
             )
         if num_written <= self.seen:
             return False
         memory_fence()
         while self.index < len(self.ends) and self.ends[self.index] <= num_written:
-            sent = int(self.progress[CHECKSUMS_AT + self.index])
+            sent = int(self.progress[CHECKSUMS_INDEX + self.index])
             self.received_chunks.chunk_received(self.trainer_rank, push, self.index, sent)
             self.index += 1
         if self.index < len(self.ends) and num_written > self.starts[self.index]:
@@ -196,7 +196,7 @@ class SharedMemorySender(Sender):
     def plan(self, chunks: Sequence[TensorChunk]) -> None:
         """Map the engine's buffers and make the file in which progress is shown."""
         path = _progress_path(self, self.trainer_rank)
-        self._file = SharedMemoryFile(path, 8 * (CHECKSUMS_AT + len(chunks)))
+        self._file = SharedMemoryFile(path, 8 * (CHECKSUMS_INDEX + len(chunks)))
         self._progress = np.memmap(path, np.uint64, "r+")
         self._memory = self.map_memory()
         self._views: dict[int, list[torch.Tensor]] = {}
@@ -212,21 +212,21 @@ class SharedMemorySender(Sender):
         progress = self._progress
         assert progress is not None, "plan() comes first, and close() last"
         # In this order: `_SenderProgress.check` must not take the count of the last push for this.
-        progress[WRITTEN_AT] = 0
-        progress[PUSH_AT] = push_number
+        progress[WRITTEN_INDEX] = 0
+        progress[PUSH_INDEX] = push_number
         targets, offset = self._targets(push_number), 0
         for index, chunk in enumerate(self.chunks):
             row_bytes = chunk.row_bytes(self.table)
 
             def report_rows(row: int, start: int = offset, row_bytes: int = row_bytes) -> None:
                 memory_fence()
-                progress[WRITTEN_AT] = start + row * row_bytes
+                progress[WRITTEN_INDEX] = start + row * row_bytes
 
-            progress[CHECKSUMS_AT + index] = copy_with_checksum(
+            progress[CHECKSUMS_INDEX + index] = copy_with_checksum(
                 targets[index], slices[index], report_rows
             )
             memory_fence()
-            progress[WRITTEN_AT] = offset = offset + chunk.num_bytes(self.table)
+            progress[WRITTEN_INDEX] = offset = offset + chunk.num_bytes(self.table)
 
     def _targets(self, push_number: int) -> list[torch.Tensor]:
         """Return the views that the chunks of this push fill."""

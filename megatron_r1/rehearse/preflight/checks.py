@@ -14,7 +14,7 @@ from megatron_r1.rehearse.settings import PreflightConfig
 
 MAY_DIFFER = ("kernel",)
 """Versions whose difference does not block."""
-OTHERS_BYTES = 3 * GIB
+RESERVED_BYTES = 3 * GIB
 """GPU memory that may be in use: a CUDA context, a display, a monitoring agent."""
 HOST_FRACTION = 0.8
 """The share of a host's memory below which what is available is shown: a choice. It blocks nothing;
@@ -128,7 +128,7 @@ def _memory(
     full = [
         (rank_facts, memory)
         for rank_facts, memory in gpu_memories
-        if memory.total - memory.free > OTHERS_BYTES
+        if memory.total - memory.free > RESERVED_BYTES
     ]
     if gpu_memories:
         max_bytes = max(memory.total - memory.free for _, memory in gpu_memories)
@@ -140,7 +140,7 @@ def _memory(
         yield CheckResult(
             check="GPU memory",
             measured=f"at most {max_bytes / GIB:.1f} GiB in use",
-            expected=f"at most {OTHERS_BYTES / GIB:.0f} GiB",
+            expected=f"at most {RESERVED_BYTES / GIB:.0f} GiB",
             level="block" if full else "ok",
             problem=problem,
             hosts=_hosts(rank_facts for rank_facts, _ in full),
@@ -168,11 +168,11 @@ def _products(facts: Sequence[RankFacts], settings: PreflightConfig) -> CheckRes
     median = median_high(rank_facts.products for rank_facts in facts)
     slow = [rank_facts for rank_facts in facts if rank_facts.products < settings.slowest * median]
     ranks = [f"rank {rank_facts.rank} on {rank_facts.host}" for rank_facts in slow]
-    least = min(facts, key=lambda rank_facts: rank_facts.products)
+    slowest = min(facts, key=lambda rank_facts: rank_facts.products)
     return CheckResult(
         check="matrix products",
-        measured=f"median {median / 1e12:.3g} TFLOP/s, slowest {least.products / 1e12:.3g} (rank "
-        f"{least.rank} on {least.host})",
+        measured=f"median {median / 1e12:.3g} TFLOP/s, slowest {slowest.products / 1e12:.3g} (rank "
+        f"{slowest.rank} on {slowest.host})",
         expected=f"{settings.slowest:.0%} of the median",
         level="block" if slow else "ok",
         problem=f"slow: {_listed(ranks)}" if slow else "",
@@ -290,13 +290,13 @@ def _folder(config: Config, facts: Sequence[RankFacts]) -> Iterable[CheckResult]
     }.items():
         if wrong:
             summary = f"{path} {problem} on {_listed(_hosts(wrong))}"
-            why = f": {wrong[0].folder.error}" if wrong[0].folder.error else ""
+            reason = f": {wrong[0].folder.error}" if wrong[0].folder.error else ""
             yield CheckResult(
                 check="run folder",
                 measured=path,
                 expected="one, writable",
                 level="block",
-                problem=summary + why,
+                problem=summary + reason,
                 hosts=_hosts(wrong),
             )
             return
@@ -362,18 +362,18 @@ def _controller(
 
 
 def _sandbox(config: Config, nodes: Sequence[tuple[RankFacts, NodeFacts]]) -> CheckResult:
-    without = [(rank_facts, node.sandbox) for rank_facts, node in nodes if node.sandbox]
+    missing = [(rank_facts, node.sandbox) for rank_facts, node in nodes if node.sandbox]
     is_needed = config.data.kind == "code"
     level: Literal["note", "block"] = "block" if is_needed else "note"
     return CheckResult(
         check="sandbox",
-        measured=f"works on {len(nodes) - len(without)} of {len(nodes)} nodes",
+        measured=f"works on {len(nodes) - len(missing)} of {len(nodes)} nodes",
         expected="all" if is_needed else "all, where questions are code",
-        level=level if without else "ok",
-        problem=f"not on {_listed(_hosts(e for e, _ in without))}: {without[0][1]}"
-        if without
+        level=level if missing else "ok",
+        problem=f"not on {_listed(_hosts(e for e, _ in missing))}: {missing[0][1]}"
+        if missing
         else "",
-        hosts=_hosts(rank_facts for rank_facts, _ in without),
+        hosts=_hosts(rank_facts for rank_facts, _ in missing),
     )
 
 
@@ -408,8 +408,8 @@ def _hosts(facts: Iterable[RankFacts]) -> tuple[str, ...]:
 
 def _listed(values: Sequence[object]) -> str:
     """Return the first values, separated by commas, and how many more there are."""
-    rest = f" and {len(values) - MAX_LISTED} more" if len(values) > MAX_LISTED else ""
-    return ", ".join(map(str, values[:MAX_LISTED])) + rest
+    remainder = f" and {len(values) - MAX_LISTED} more" if len(values) > MAX_LISTED else ""
+    return ", ".join(map(str, values[:MAX_LISTED])) + remainder
 
 
 def _describe_holders(holders: Sequence[str]) -> str:

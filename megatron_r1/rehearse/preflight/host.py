@@ -163,9 +163,9 @@ def clock_offset(address: str, port: int) -> tuple[float, str]:
             for _ in range(CLOCK_PROBES):
                 sent = time.time()
                 connection.sendall(b"?")
-                (there,) = struct.unpack("!d", connection.recv(8, socket.MSG_WAITALL))
+                (remote_time,) = struct.unpack("!d", connection.recv(8, socket.MSG_WAITALL))
                 arrival = time.time()
-                probes.append((arrival - sent, (sent + arrival) / 2 - there))
+                probes.append((arrival - sent, (sent + arrival) / 2 - remote_time))
     except (OSError, struct.error) as error:
         return 0.0, f"{address}:{port}: {error}"
     return min(probes)[1], ""

@@ -107,14 +107,15 @@ class RankProgress:
         steps = {rank: _read(store, f"step/{rank}") for rank in ranks}
         numbers = {rank: int(step.split("\t")[0]) if step else 0 for rank, step in steps.items()}
         last = max(numbers, key=lambda rank: numbers[rank])
-        behind = [rank for rank in ranks if numbers[rank] == min(numbers.values())]
+        slowest_ranks = [rank for rank in ranks if numbers[rank] == min(numbers.values())]
         waiting = steps[last].split("\t")[2] or "start"
-        culprits = silent or behind
+        culprits = silent or slowest_ranks
         if len(culprits) == self._world_size:
             return f"all ranks hang in {waiting!r}: look at the network between the nodes"
         listing = "; ".join(_describe(rank, steps[rank], rank in silent) for rank in culprits[:8])
-        rest = f"; {len(culprits) - 8} more" if len(culprits) > 8 else ""
-        return f"{listing}{rest}. The others wait in {waiting!r}. Replace that host, or look at it"
+        remainder = f"; {len(culprits) - 8} more" if len(culprits) > 8 else ""
+        remedy = f"The others wait in {waiting!r}. Replace that host, or look at it"
+        return f"{listing}{remainder}. {remedy}"
 
     def _finish(self) -> None:
         if self._name:
@@ -150,5 +151,5 @@ def _describe(rank: int, step: str, is_silent: bool) -> str:
     if not step:
         return f"rank {rank} has not started"
     _, host, name = step.split("\t")
-    how = "has stopped" if is_silent else "is still"
-    return f"rank {rank} on {host} {how} in {name!r}"
+    state = "has stopped" if is_silent else "is still"
+    return f"rank {rank} on {host} {state} in {name!r}"

@@ -322,9 +322,9 @@ def check_initial_checkpoint(folder: Path) -> str | None:
             key="model.checkpoint",
             cause=Cause.CONFLICT,
         )
-    what = "has no metadata.json" if folder.exists() else "does not exist"
+    fault = "has no metadata.json" if folder.exists() else "does not exist"
     raise UserError(
-        f"model.checkpoint: {folder} {what}; give the folder of a Megatron checkpoint, such as "
+        f"model.checkpoint: {folder} {fault}; give the folder of a Megatron checkpoint, such as "
         "RUN/checkpoints/step_00000012 or what megatron-r1 convert from-hf makes",
         key="model.checkpoint",
         cause=Cause.NOT_FOUND,

@@ -175,12 +175,16 @@ def renormalized_cut(gaps: EngineGaps) -> ExplainedDeparture | None:
     if gaps.step.config.rollout.truncates_sampling:  # both are over the kept tokens already
         return None
     differences = np.concatenate(gaps.gaps)
-    large = differences[np.abs(differences) > max(gaps.tolerance / 4, 1e-5)]
-    if len(large) < MIN_TOKENS or (large > 0).mean() < MIN_ONE_SIDED_FRACTION:
+    large_differences = differences[np.abs(differences) > max(gaps.tolerance / 4, 1e-5)]
+    if (
+        len(large_differences) < MIN_TOKENS
+        or (large_differences > 0).mean() < MIN_ONE_SIDED_FRACTION
+    ):
         return None
-    kept_share = math.exp(-float(large.max()))
+    likelier_fraction = float((large_differences > 0).mean())
+    kept_share = math.exp(-float(large_differences.max()))
     return ExplainedDeparture(
-        f"{percent(float((large > 0).mean()))} of the tokens that differ are more likely to "
+        f"{percent(likelier_fraction)} of the tokens that differ are more likely to "
         f"the engine, by up to 1/{kept_share:.3g}: it sampled from a part of the vocabulary "
         "and renormalized (top-p, top-k or min-p), the trainer does not",
         "the cut of rollout.vllm or the model's generation_config.json: set it as "

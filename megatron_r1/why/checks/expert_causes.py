@@ -28,7 +28,7 @@ class ExpertGap(NamedTuple):
     layer: str
     expert: int
     routed: float
-    others: float
+    other_difference: float
 
 
 def departing_expert(gaps: EngineGaps) -> ExplainedDeparture | None:
@@ -50,13 +50,15 @@ def departing_expert(gaps: EngineGaps) -> ExplainedDeparture | None:
                 f"{engine.name}: {engine.gap_sizes}",
                 REMEDY,
             )
-    if not ranked or ranked[0].routed < 4 * ranked[0].others or gaps.distance <= gaps.tolerance:
+    if not ranked or gaps.distance <= gaps.tolerance:
         return None
     worst = ranked[0]
+    if worst.routed < 4 * worst.other_difference:
+        return None
     return ExplainedDeparture(
         f"tokens of expert {worst.expert} of {_layer(worst.layer)} differ by "
-        f"{number(worst.routed)}, others by {number(worst.others)}: the engine has another expert "
-        "there",
+        f"{number(worst.routed)}, others by {number(worst.other_difference)}: the engine has "
+        "another expert there",
         REMEDY,
     )
 
@@ -72,9 +74,9 @@ def experts_by_gap(gaps: EngineGaps) -> list[ExpertGap]:
                 continue
             routed = float(np.nanmean(differences[is_routed]))
             is_few = (~is_routed).sum() < MIN_TOKENS  # all tokens go through it
-            others = routed if is_few else float(np.nanmean(differences[~is_routed]))
-            ranked.append(ExpertGap(layer, expert, routed, others))
-    return sorted(ranked, key=lambda gap: -gap.routed / max(gap.others, 1e-12))
+            other_difference = routed if is_few else float(np.nanmean(differences[~is_routed]))
+            ranked.append(ExpertGap(layer, expert, routed, other_difference))
+    return sorted(ranked, key=lambda gap: -gap.routed / max(gap.other_difference, 1e-12))
 
 
 def _stale_expert(gaps: EngineGaps, layer: str, expert: int) -> ExplainedDeparture | None:

@@ -322,8 +322,8 @@ def _compare_texts(step: RecordedStep) -> Comparison:
     responses = _single_turn_tokens(step)
     name = "text that was graded"
     if not responses or step.config.rollout.stop:
-        why = "rollout.stop cuts texts" if responses else "all responses have several turns"
-        return not_checked(FAMILY, name, why)
+        reason = "rollout.stop cuts texts" if responses else "all responses have several turns"
+        return not_checked(FAMILY, name, reason)
     concerned = [
         index
         for index, ids in responses.items()

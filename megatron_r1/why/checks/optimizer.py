@@ -31,8 +31,8 @@ from megatron_r1.why.record.recorded_step import RecordedStep
 if TYPE_CHECKING:
     from megatron_r1.why.update.recomputation import Recomputation, RecomputedUpdates
 
-FAMILY, BEFORE, SCHEDULE = "optimizer", "checkpoint", "schedule"
-FAMILY_BY_CHECKPOINT = {"before": BEFORE, "after": FAMILY}
+FAMILY, CHECKPOINT, SCHEDULE = "optimizer", "checkpoint", "schedule"
+FAMILY_BY_CHECKPOINT = {"before": CHECKPOINT, "after": FAMILY}
 """The families of a checkpoint's comparisons: what is in the one before a step is its input."""
 LEARNING_RATE_TOLERANCE = 1e-6
 """The largest relative distance of learning rates, which are a few products of float64."""
@@ -160,9 +160,9 @@ def check_states(step: RecordedStep) -> list[Comparison]:
     for moment in ("before", "after"):
         if moment not in checkpoints:
             is_first = moment == "before" and step.step == 1
-            why = "the run begins with a model" if is_first else "it is not kept"
+            reason = "the run begins with a model" if is_first else "it is not kept"
             comparisons.append(
-                not_checked(FAMILY_BY_CHECKPOINT[moment], f"checkpoint {moment} the step", why)
+                not_checked(FAMILY_BY_CHECKPOINT[moment], f"checkpoint {moment} the step", reason)
             )
             continue
         path = checkpoints[moment]
@@ -176,14 +176,14 @@ def check_states(step: RecordedStep) -> list[Comparison]:
     return comparisons
 
 
-def _check_files(step: RecordedStep, when: str, path: Path) -> Comparison:
+def _check_files(step: RecordedStep, moment: str, path: Path) -> Comparison:
     """Check that a checkpoint's files have the sizes and checksums they were written with."""
-    name = f"files of the checkpoint {when}"
+    name = f"files of the checkpoint {moment}"
     if path.parent != step.folder.checkpoints and not (path / MANIFEST).is_file():
-        return not_checked(BEFORE, name, f"{path} has no {MANIFEST}: it was made elsewhere")
+        return not_checked(CHECKPOINT, name, f"{path} has no {MANIFEST}: it was made elsewhere")
     faults = manifest_faults(path)
     return Comparison(
-        BEFORE,
+        CHECKPOINT,
         name,
         DEPARTS if faults else EQUAL,
         f"sizes and checksums of {path.name} with its {MANIFEST}",
@@ -195,13 +195,13 @@ def _check_files(step: RecordedStep, when: str, path: Path) -> Comparison:
     )
 
 
-def _check_finite(when: str, path: Path) -> Comparison:
+def _check_finite(moment: str, path: Path) -> Comparison:
     from megatron_r1.why.policy import checkpoint_tensors
 
     bad = checkpoint_tensors.not_finite(path)
     return Comparison(
-        FAMILY_BY_CHECKPOINT[when],
-        f"numbers of the checkpoint {when}",
+        FAMILY_BY_CHECKPOINT[moment],
+        f"numbers of the checkpoint {moment}",
         DEPARTS if bad else EQUAL,
         f"every tensor of {path.name} is finite",
         float(len(bad)),
@@ -212,23 +212,23 @@ def _check_finite(when: str, path: Path) -> Comparison:
     )
 
 
-def _compare_counters(step: RecordedStep, when: str, path: Path) -> Comparison:
+def _compare_counters(step: RecordedStep, moment: str, path: Path) -> Comparison:
     from megatron_r1.why.policy import checkpoint_model
 
-    name = f"Adam's counter {when}"
+    name = f"Adam's counter {moment}"
     counted = checkpoint_model.read_state(path)
-    num_updates = step.updates_after(step.step - (when == "before"))
+    num_updates = step.updates_after(step.step - (moment == "before"))
     if counted is None:
-        return not_checked(FAMILY_BY_CHECKPOINT[when], name, f"{path.name} has none")
+        return not_checked(FAMILY_BY_CHECKPOINT[moment], name, f"{path.name} has none")
     compared = f"{counted:,} of {path.name} with {num_updates:,} updates"
     if counted == num_updates:
-        return Comparison(FAMILY_BY_CHECKPOINT[when], name, EQUAL, compared, 0.0, 0.0, "exact")
+        return Comparison(FAMILY_BY_CHECKPOINT[moment], name, EQUAL, compared, 0.0, 0.0, "exact")
     reason, remedy = _missing_updates(step) or (
         "Adam's state was lost on the way",
         "the checkpoint that the run went on from: it was loaded without its optimizer",
     )
     return Comparison(
-        FAMILY_BY_CHECKPOINT[when],
+        FAMILY_BY_CHECKPOINT[moment],
         name,
         DEPARTS,
         compared,
@@ -270,21 +270,21 @@ def _missing_updates(step: RecordedStep) -> tuple[str, str] | None:
     return None
 
 
-def _compare_moments(step: RecordedStep, when: str, path: Path) -> Comparison:
+def _compare_moments(step: RecordedStep, moment: str, path: Path) -> Comparison:
     from megatron_r1.why.policy import checkpoint_tensors
 
-    name = f"Adam's moments {when}"
-    num_updates = step.updates_after(step.step - (when == "before"))
+    name = f"Adam's moments {moment}"
+    num_updates = step.updates_after(step.step - (moment == "before"))
     if not num_updates:
-        return not_checked(FAMILY_BY_CHECKPOINT[when], name, "no update was made before")
+        return not_checked(FAMILY_BY_CHECKPOINT[moment], name, "no update was made before")
     # The first gradient of A is 0, as B is.
     is_first = num_updates == 1 and step.run_config.model.lora is not None
     empty, total = checkpoint_tensors.empty_moments(path, A if is_first else "")
     if not total:
-        return not_checked(FAMILY_BY_CHECKPOINT[when], name, f"{path.name} has no moments")
+        return not_checked(FAMILY_BY_CHECKPOINT[moment], name, f"{path.name} has no moments")
     fraction = len(empty) / total
     return Comparison(
-        FAMILY_BY_CHECKPOINT[when],
+        FAMILY_BY_CHECKPOINT[moment],
         name,
         DEPARTS if fraction > 0.5 else EQUAL,
         f"{total - len(empty):,} of {total:,} second moments of {path.name} are not all zero",
@@ -298,16 +298,16 @@ def _compare_moments(step: RecordedStep, when: str, path: Path) -> Comparison:
     )
 
 
-def _compare_masters(step: RecordedStep, when: str, path: Path) -> Comparison:
+def _compare_masters(step: RecordedStep, moment: str, path: Path) -> Comparison:
     from megatron_r1.why.policy import checkpoint_tensors
 
-    name = f"master weights {when}"
+    name = f"master weights {moment}"
     worst, distance = checkpoint_tensors.masters_apart(path)
     tolerance = 0.0 if step.run_config.model.dtype == "float32" else 2.0**-8
     if not worst:
-        return not_checked(FAMILY_BY_CHECKPOINT[when], name, f"{path.name} has none")
+        return not_checked(FAMILY_BY_CHECKPOINT[moment], name, f"{path.name} has none")
     return Comparison(
-        FAMILY_BY_CHECKPOINT[when],
+        FAMILY_BY_CHECKPOINT[moment],
         name,
         EQUAL if distance <= tolerance else DEPARTS,
         f"weights of {path.name} with the optimizer's",
@@ -326,12 +326,12 @@ def _compare_tied_head(step: RecordedStep) -> Comparison:
     name = "tied head"
     path = step.before
     if not step.hf_config.get("tie_word_embeddings"):
-        return not_checked(BEFORE, name, "tie_word_embeddings: false")
+        return not_checked(CHECKPOINT, name, "tie_word_embeddings: false")
     if path is None or not (path / ".metadata").is_file():
-        return not_checked(BEFORE, name, "there is no checkpoint")
+        return not_checked(CHECKPOINT, name, "there is no checkpoint")
     distance = checkpoint_tensors.head_from_embedding(path)
     return Comparison(
-        BEFORE,
+        CHECKPOINT,
         name,
         EQUAL if not distance else DEPARTS,
         f"output_layer of {path.name}, if there is one, with its embedding",

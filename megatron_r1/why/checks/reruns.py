@@ -151,7 +151,7 @@ def _check_engine(
 def _engine_distances(
     gaps: EngineGaps,
     rerun: Sequence[np.ndarray],
-    plain: Sequence[np.ndarray],
+    transformers_logprobs: Sequence[np.ndarray],
     refined: Comparison,
     is_scored_alike: bool,
 ) -> Distances:
@@ -161,7 +161,7 @@ def _engine_distances(
     Args:
         gaps: the logged log-probabilities' differences from transformers'.
         rerun: the fresh engine's log-probabilities.
-        plain: transformers', at temperature 1 over the whole vocabulary.
+        transformers_logprobs: transformers', at temperature 1 over the whole vocabulary.
         refined: the comparison of the logged ones.
         is_scored_alike: whether the run sampled at temperature 1 from the whole vocabulary.
 
@@ -181,7 +181,9 @@ def _engine_distances(
     logged = gaps.gaps_from(gaps.recomputed.old)
     fresh = [
         np.where(np.isnan(gap), np.nan, rerun_logprobs - plain_logprobs)
-        for gap, rerun_logprobs, plain_logprobs in zip(logged, rerun, plain, strict=True)
+        for gap, rerun_logprobs, plain_logprobs in zip(
+            logged, rerun, transformers_logprobs, strict=True
+        )
     ]
     distances = Distances(
         mean(logged), mean(gaps.gaps_from(rerun)) if is_scored_alike else math.nan, mean(fresh)

@@ -36,7 +36,9 @@ MAX_READ = 1024
 MAX_DISPUTED_FRACTION = 0.01
 """Share of the responses about which two readers of mathematics may differ."""
 PLAIN_NUMBER = re.compile(r"[-+]?[$€£]?\d[\d,]*(?:\.\d+)?%?")
-PLAIN = re.compile(r"\$?(?:[-+]?[$€£]?[\d.,]+(?:\s?/\s?\d+)?\s?%?|[ -;=?-~]*\\[ -;=?-~]*)\$?")
+PLAIN_ANSWER = re.compile(
+    r"\$?(?:[-+]?[$€£]?[\d.,]+(?:\s?/\s?\d+)?\s?%?|[ -;=?-~]*\\[ -;=?-~]*)\$?"
+)
 """A number or a fraction, or one line of ASCII with a LaTeX command."""
 TAG = "<answer>"
 END_TAG = "</answer>"
@@ -112,7 +114,7 @@ def read_stated_answer(text: str, reading: Reading) -> tuple[str, str] | None:
         text: the response.
         reading: `rewards.reading`."""
     answer = _read_stated_answer(text, reading)
-    return answer if answer and PLAIN.fullmatch(answer[0].strip()) else None
+    return answer if answer and PLAIN_ANSWER.fullmatch(answer[0].strip()) else None
 
 
 def _read_stated_answer(text: str, reading: Reading) -> tuple[str, str] | None:
@@ -194,8 +196,8 @@ def _compare_with_math_verify(step: RecordedStep) -> Comparison:
 
     verdicts = _collect_verdicts(step, accepts)
     if not verdicts.total:
-        why = step.prompts_missing or "no response to mathematics states an answer"
-        return not_checked(FAMILY, name, why)
+        reason = step.prompts_missing or "no response to mathematics states an answer"
+        return not_checked(FAMILY, name, reason)
     remedy = "the rewards' reader: rewards.reading, or the truths of data.path"
     if verdicts.rejected.get(HASHES):
         remedy = "rewards.reading: auto, or last: the reader misses ####"

@@ -93,11 +93,11 @@ def _find_explanation(
             "experts of other tokens or layers",
             "rl.routing_replay: the tokens and layers that the trainer replays recorded experts at",
         )
-    for side, other in by_side.items():
-        if other <= tolerance:
+    for side, opposite in by_side.items():
+        if opposite <= tolerance:
             return (
                 f"{reason}: the engine reported experts of another token, those of the token "
-                f"{side} are the routers' ({percent(1 - other)})",
+                f"{side} are the routers' ({percent(1 - opposite)})",
                 "the reply of the engine: its experts begin at another token than its tokens",
             )
     return (

@@ -163,7 +163,7 @@ def _compare_draws(step: RecordedStep) -> Comparison:
         return not_checked(FAMILY, name, "no group has several responses of one turn")
     limit = math.log(FALSE_ALARM / num_pairs)
     concerned: list[ResponseIndex] = []
-    least, largest = 0.0, 0
+    lowest_logprob, largest = 0.0, 0
     for group_index, group in enumerate(step.groups):
         copies: dict[bytes, list[ResponseIndex]] = {}
         for index, graded in enumerate(group.responses):
@@ -174,7 +174,8 @@ def _compare_draws(step: RecordedStep) -> Comparison:
             if len(copy_indices) > 1:
                 concerned += copy_indices
                 logprob = sum(group.responses[copy_indices[0][1]].response.logprobs)
-                least, largest = min(least, logprob), max(largest, len(copy_indices))
+                lowest_logprob = min(lowest_logprob, logprob)
+                largest = max(largest, len(copy_indices))
     return fraction_comparison(
         FAMILY,
         name,
@@ -182,7 +183,7 @@ def _compare_draws(step: RecordedStep) -> Comparison:
         concerned,
         len(step.responses),
         reason=f"up to {largest:,} responses of a group are the same tokens, of a probability of "
-        f"e^{least:.0f}: they are not drawn one by one",
+        f"e^{lowest_logprob:.0f}: they are not drawn one by one",
         remedy="the seed of each response in the engine (rollout.vllm), or what copies responses",
         loss_fraction=step.loss_fraction,
         source=f"a probability below {FALSE_ALARM:g} by chance",

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 from megatron_r1.models.weights.adapter_table import A, B
 
 EXPERT = re.compile(r"(.*\.experts)\.\d+\.(gate|up|down)_proj")
-STACKED = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
+STACKED_PROJECTIONS = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
 """The weights of all routed experts of a layer in transformers, and the layers in each."""
 
 
@@ -72,7 +72,7 @@ def attach_adapters(
 def _attach_to_experts(
     experts: Any, stack: str, layers: set[str], read: Callable[[str], Tensor], scale: float
 ) -> None:
-    for weight_name, parts in STACKED.items():
+    for weight_name, parts in STACKED_PROJECTIONS.items():
         weight = getattr(experts, weight_name)
         factors: list[tuple[Tensor, Tensor] | None] = []
         for part in parts:

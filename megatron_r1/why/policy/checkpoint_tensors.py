@@ -17,7 +17,7 @@ MASTER = f"{STATE}param."
 NOT_WEIGHTS = ("optimizer.", "critic_optimizer.", "critic.", "reference.")
 ROUTER_BIASES = ("expert_bias", ROUTER_BIAS)
 EXPERT_NUMBER = re.compile(r"\.experts\.\d+\.")
-EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
+EMBEDDING, HEAD_NAME = "embedding.word_embeddings.weight", "output_layer.weight"
 
 
 def _parts(checkpoint: DistributedCheckpoint, key: str) -> Iterator[tuple[list[int], Tensor]]:
@@ -66,7 +66,7 @@ def masters_apart(path: Path) -> tuple[str, float]:
             continue
         gap_square = square = 0.0
         for starts, master_values in _parts(stored, key):
-            if name in (EMBEDDING, HEAD) and starts:
+            if name in (EMBEDDING, HEAD_NAME) and starts:
                 rows = min(master_values.shape[0], stored.shapes[name][0] - starts[0])
                 master_values = master_values[: max(0, rows)]
             weight = stored.read(name, starts, master_values.shape).double()
@@ -81,12 +81,12 @@ def masters_apart(path: Path) -> tuple[str, float]:
 def head_from_embedding(path: Path) -> float | None:
     """Return the relative distance of a head of its own from the embedding; None without one."""
     stored = opened(path)
-    if HEAD not in stored.shapes:
+    if HEAD_NAME not in stored.shapes:
         return None
-    rows = min(stored.shapes[HEAD][0], stored.shapes[EMBEDDING][0])
-    sizes = (rows, *stored.shapes[HEAD][1:])
+    rows = min(stored.shapes[HEAD_NAME][0], stored.shapes[EMBEDDING][0])
+    sizes = (rows, *stored.shapes[HEAD_NAME][1:])
     zeros = (0,) * len(sizes)
-    head, embedding = (stored.read(key, zeros, sizes).double() for key in (HEAD, EMBEDDING))
+    head, embedding = (stored.read(key, zeros, sizes).double() for key in (HEAD_NAME, EMBEDDING))
     return float((head - embedding).norm() / embedding.norm())
 
 

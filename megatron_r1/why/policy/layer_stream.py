@@ -43,15 +43,15 @@ def stream_memory(skeleton: Any, free_bytes: int, longest: int) -> StreamMemory:
     tokens = max(longest, min(TOKENS_AT_ONCE, LOGITS_AT_ONCE // config.vocab_size))
     widths = [getattr(config, name, None) or 0 for name in ("intermediate_size", "hidden_size")]
     activations = 4 * NUM_ACTIVATIONS * max(widths) * tokens
-    least = 4 * config.hidden_size * tokens + BYTES_PER_LOGIT * config.vocab_size
+    min_bytes = 4 * config.hidden_size * tokens + BYTES_PER_LOGIT * config.vocab_size
     for layer, reads_experts in ((largest_layer, False), (layer_with_one_expert, True)):
         num_bytes = max(LAYER_BYTES * layer, OUTER_BYTES * outer) + activations
-        if num_bytes + 2 * least <= free_bytes:
+        if num_bytes + 2 * min_bytes <= free_bytes:
             half = (free_bytes - num_bytes) // 2
             return StreamMemory(half, half // (BYTES_PER_LOGIT * config.vocab_size), reads_experts)
     raise CannotRecompute(
         "the largest layer without its experts, or embedding or head, and the activations of "
-        f"{tokens:,} tokens need {(num_bytes + 2 * least) / 1e9:,.1f} GB, "
+        f"{tokens:,} tokens need {(num_bytes + 2 * min_bytes) / 1e9:,.1f} GB, "
         f"{free_bytes / 1e9:,.1f} GB are free"
     )
 

@@ -24,7 +24,7 @@ from megatron_r1.why.policy import (
 )
 from megatron_r1.why.policy.policy_models import PolicyModels, whole
 from megatron_r1.why.policy.streamed_model import StreamedModel
-from megatron_r1.why.policy.tensor_source import HEAD
+from megatron_r1.why.policy.tensor_source import HEAD_NAME
 from megatron_r1.why.policy.token_logprobs import TokenRow
 from megatron_r1.why.record.recorded_step import RecordedStep, weights_after
 
@@ -256,7 +256,7 @@ class PolicyLogprobs(PolicyModels):
         if begin is None or has_adapters or not self.step.hf_config.get("tie_word_embeddings"):
             return None
         if self.is_streamed:
-            return self._logprobs_with({HEAD: partial(self.tensors(begin).read, HEAD)})
+            return self._logprobs_with({HEAD_NAME: partial(self.tensors(begin).read, HEAD_NAME)})
         changed = copy.deepcopy(self.policy)
         head = whole(self.model(begin)).lm_head.weight.detach()
         changed.lm_head.weight = torch.nn.Parameter(head)

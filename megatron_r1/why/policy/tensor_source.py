@@ -21,7 +21,7 @@ from megatron_r1.models.weights.layout import hf_tensors
 from megatron_r1.why.comparison import CannotRecompute
 from megatron_r1.why.policy.checkpoint_model import EXPERT_TENSOR_NAME, weights_of_part
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDING, HEAD_NAME = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class Adapters(NamedTuple):
@@ -120,7 +120,11 @@ class TensorSource:
             CannotRecompute: there is no such tensor."""
         if name in self._replaced:
             return self._replaced[name]()
-        if name == HEAD and name not in self.shapes and self._hf_config.get("tie_word_embeddings"):
+        if (
+            name == HEAD_NAME
+            and name not in self.shapes
+            and self._hf_config.get("tie_word_embeddings")
+        ):
             return self.read(EMBEDDING)
         if name not in self.shapes:
             raise CannotRecompute(f"{self.folder} has no {name}")
@@ -142,8 +146,8 @@ class TensorSource:
         Raises:
             CannotRecompute: it is made otherwise of published tensors than `place` says."""
         places = self._places.get(name, {})
-        if None in places or (not places and name == HEAD):
-            published = places[None][0][0] if places else HEAD
+        if None in places or (not places and name == HEAD_NAME):
+            published = places[None][0][0] if places else HEAD_NAME
             return self._checked(self.read(published), shape, published, name)
         out = torch.empty(shape if expert is None else shape[1:])
         num_filled = 0

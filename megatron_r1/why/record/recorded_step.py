@@ -321,7 +321,7 @@ def _sequences(
         logprobs = np.asarray(response.logprobs, np.float32)
         versions, count = np.asarray(response.policy_versions), len(response.token_ids)
         trained_advantage = advantage if count else math.nan
-        kept_ids = _kept(response.sampling_mask, np.ones(count, bool))
+        kept_ids = _decode_kept_ids(response.sampling_mask, np.ones(count, bool))
         experts = _experts(response.routing, len(ids), shape)
         yield TokenSequence(
             index, ids, sampled, logprobs, versions, trained_advantage, count, kept_ids, experts
@@ -339,12 +339,12 @@ def _sequences(
             np.asarray(branch.policy_versions)[sampled],
             advantage,
             total,
-            _kept(branch.sampling_mask, np.frombuffer(branch.is_sampled, bool)),
+            _decode_kept_ids(branch.sampling_mask, np.frombuffer(branch.is_sampled, bool)),
             _experts(branch.routing, len(branch.token_ids), shape, end),
         )
 
 
-def _kept(mask: bytes, is_sampled: np.ndarray) -> DecodedMask | None:
+def _decode_kept_ids(mask: bytes, is_sampled: np.ndarray) -> DecodedMask | None:
     """Return the kept ids of the sampled tokens.
 
     Args:

@@ -125,9 +125,10 @@ def choose(steps: Sequence[Examinable], step: int | None, folder: Path) -> Exami
         (examinable_step for examinable_step in steps if examinable_step.step == step), None
     )
     if chosen_step is None:
-        there = ", ".join(str(examinable_step.step) for examinable_step in steps)
+        logged_steps = ", ".join(str(examinable_step.step) for examinable_step in steps)
         raise UserError(
-            f"--step {step}: {folder} has no sample log of that step; it has those of {there}",
+            f"--step {step}: {folder} has no sample log of that step; it has those of "
+            f"{logged_steps}",
             key="--step",
             cause=Cause.NOT_FOUND,
         )

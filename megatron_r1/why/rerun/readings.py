@@ -37,7 +37,7 @@ def hint(step: RecordedStep, kind: str) -> str:
     return f"{HINT}megatron-r1 why {step.folder.path} --step {step.step} --rerun {kind}"
 
 
-class Near(Enum):
+class NearestSide(Enum):
     """Which side the log-probabilities of a rerun are on."""
 
     RECORDED = "what the run recorded"
@@ -73,12 +73,12 @@ class Reading(NamedTuple):
     """What a rerun says.
 
     Attributes:
-        near: the side that it is on.
+        side: the side that it is on.
         departs: whether the rerun itself departs from transformers.
         conclusion: a sentence, which names the side at fault where something departs.
         remedy: what to change; "" where nothing departs."""
 
-    near: Near
+    side: NearestSide
     departs: bool
     conclusion: str
     remedy: str = ""
@@ -91,7 +91,7 @@ def distance(a: float, b: float) -> float:
     return math.inf if math.isfinite(a) or math.isfinite(b) else 0.0
 
 
-def nearest(distances: Distances, tolerance: float, departs: bool) -> Near:
+def nearest(distances: Distances, tolerance: float, departs: bool) -> NearestSide:
     """Return the side that a rerun is on.
 
     Of a departure of little more than the tolerance both sides may be within it of the rerun, and
@@ -105,8 +105,8 @@ def nearest(distances: Distances, tolerance: float, departs: bool) -> Near:
     if departs and math.isfinite(distances.recorded):
         limit = min(tolerance, MAX_SIDE_FRACTION * distances.recorded)
     if distances.rerun <= limit:  # NaN is not
-        return Near.TRANSFORMERS
-    return Near.RECORDED if distances.reproduced <= limit else Near.NEITHER
+        return NearestSide.TRANSFORMERS
+    return NearestSide.RECORDED if distances.reproduced <= limit else NearestSide.NEITHER
 
 
 def engine_reading(distances: Distances, tolerance: float, departs: bool) -> Reading:
@@ -116,27 +116,27 @@ def engine_reading(distances: Distances, tolerance: float, departs: bool) -> Rea
         distances: the distances; `reproduced` NaN: the run's sampling cannot be scored.
         tolerance: the largest distance that is rounding.
         departs: whether the logged log-probabilities depart from transformers'."""
-    near = nearest(distances, tolerance, departs)
+    side = nearest(distances, tolerance, departs)
     if not departs:
         return _unasked(
-            near,
+            side,
             "a fresh engine agrees with transformers, as the run's did",
             "a fresh engine departs from transformers, and the run's did not: vLLM, its settings "
             "or the machine are not those of the run",
             ENGINE_REMEDY,
         )
-    if near is Near.NEITHER and distances.rerun <= tolerance:
-        return Reading(near, False, f"a fresh engine {TOO_SMALL}", ENGINE_REMEDY)
-    if near is Near.TRANSFORMERS:
+    if side is NearestSide.NEITHER and distances.rerun <= tolerance:
+        return Reading(side, False, f"a fresh engine {TOO_SMALL}", ENGINE_REMEDY)
+    if side is NearestSide.TRANSFORMERS:
         return Reading(
-            near,
+            side,
             False,
             "a fresh engine agrees with transformers on the weights before the step: the run's "
             "engine had other weights or another state (the push), or another setting of its "
             "sampler, which scoring does not use",
             PUSH_REMEDY,
         )
-    if near is Near.RECORDED:
+    if side is NearestSide.RECORDED:
         conclusion = (
             "a fresh engine gives the logged values on the weights before the step: the engine's "
             "function differs from transformers' (dtype, kernel, settings), the push is right"
@@ -152,7 +152,7 @@ def engine_reading(distances: Distances, tolerance: float, departs: bool) -> Rea
             "function differs (dtype, kernel, settings), and the run's engine had other weights, "
             "another state or other settings besides"
         )
-    return Reading(near, True, conclusion, ENGINE_REMEDY)
+    return Reading(side, True, conclusion, ENGINE_REMEDY)
 
 
 def trainer_reading(distances: Distances, tolerance: float, departs: bool, layout: str) -> Reading:
@@ -163,30 +163,30 @@ def trainer_reading(distances: Distances, tolerance: float, departs: bool, layou
         tolerance: the largest distance that is rounding.
         departs: whether the trainer's recorded distance departs from transformers'.
         layout: the run's layout as text; "" for one rank."""
-    near = nearest(distances, tolerance, departs)
+    side = nearest(distances, tolerance, departs)
     if not departs:
         return _unasked(
-            near,
+            side,
             "one rank without parallelism agrees with transformers, as the run's trainer did",
             "one rank without parallelism departs from transformers, and the run's trainer did "
             "not: software or machine are not those of the run",
             TRAINER_REMEDY,
         )
-    if near is Near.NEITHER and distances.rerun <= tolerance:
-        return Reading(near, False, f"one rank without parallelism {TOO_SMALL}", TRAINER_REMEDY)
-    if near is Near.TRANSFORMERS and layout:
+    if side is NearestSide.NEITHER and distances.rerun <= tolerance:
+        return Reading(side, False, f"one rank without parallelism {TOO_SMALL}", TRAINER_REMEDY)
+    if side is NearestSide.TRANSFORMERS and layout:
         conclusion = (
             "one rank without parallelism agrees with transformers: the run's layout is the cause "
             f"({layout}), or a state of its ranks that no checkpoint has"
         )
-        return Reading(near, False, conclusion, f"{layout} (docs/parallelism.md)")
-    if near is Near.TRANSFORMERS:
+        return Reading(side, False, conclusion, f"{layout} (docs/parallelism.md)")
+    if side is NearestSide.TRANSFORMERS:
         conclusion = (
             "one rank agrees with transformers, and the run had one rank too: its weights or state "
             "were not those of the checkpoint"
         )
-        return Reading(near, False, conclusion, TRAINER_REMEDY)
-    if near is Near.RECORDED:
+        return Reading(side, False, conclusion, TRAINER_REMEDY)
+    if side is NearestSide.RECORDED:
         conclusion = (
             "one rank without parallelism departs likewise: the trainer's function differs from "
             "transformers' (the model's code, fusions, fp8, temperature), and the layout is "
@@ -198,11 +198,11 @@ def trainer_reading(distances: Distances, tolerance: float, departs: bool, layou
             "trainer: the trainer's function differs (the model's code, fusions, fp8, "
             "temperature), and its layout or state changes more"
         )
-    return Reading(near, True, conclusion, TRAINER_REMEDY)
+    return Reading(side, True, conclusion, TRAINER_REMEDY)
 
 
-def _unasked(near: Near, agrees: str, departs: str, remedy: str) -> Reading:
+def _unasked(side: NearestSide, agrees: str, departs: str, remedy: str) -> Reading:
     """Return the reading of a rerun where what the run recorded does not depart."""
-    if near is Near.TRANSFORMERS:
-        return Reading(near, False, agrees)
-    return Reading(near, True, departs, remedy)
+    if side is NearestSide.TRANSFORMERS:
+        return Reading(side, False, agrees)
+    return Reading(side, True, departs, remedy)

@@ -143,16 +143,16 @@ def denominator(rows: Sequence[TokenRow], loss: LossRules) -> float:
 
 
 def _surrogate(
-    row: TokenRow, logprobs: Tensor, old: Tensor, loss: LossRules
+    row: TokenRow, logprobs: Tensor, old_logprobs: Tensor, loss: LossRules
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the policy's term of each token, the ratio, and whether a clip is active.
 
     Args:
         row: the sequence.
         logprobs: the policy's log-probabilities of its sampled tokens.
-        old: those of the policy before the step.
+        old_logprobs: those of the policy before the step.
         loss: the rules of the loss."""
-    x = logprobs - (logprobs.detach() if loss.is_on_policy else old)
+    x = logprobs - (logprobs.detach() if loss.is_on_policy else old_logprobs)
     if loss.inverts_ratio:
         x = _negated(x, loss)
     if loss.is_sequence_ratio:
@@ -203,8 +203,8 @@ def row_loss(
     row: TokenRow,
     logprobs: Tensor,
     entropy: Tensor,
-    old: Tensor,
-    reference: Tensor | None,
+    old_logprobs: Tensor,
+    ref_logprobs: Tensor | None,
     loss: LossRules,
     totals: Totals,
 ) -> Tensor:
@@ -214,11 +214,11 @@ def row_loss(
         row: as of `row_terms`, like the others.
         logprobs: the policy's log-probabilities.
         entropy: its entropies.
-        old: the old policy's log-probabilities.
-        reference: the reference's.
+        old_logprobs: the old policy's log-probabilities.
+        ref_logprobs: the reference's.
         loss: the loss.
         totals: the sums of the update."""
-    terms = row_terms(row, logprobs, entropy, old, reference, loss, totals)
+    terms = row_terms(row, logprobs, entropy, old_logprobs, ref_logprobs, loss, totals)
     return terms["policy"] + terms["kl"] + terms["entropy"]
 
 
@@ -226,8 +226,8 @@ def row_terms(
     row: TokenRow,
     logprobs: Tensor,
     entropy: Tensor,
-    old: Tensor,
-    reference: Tensor | None,
+    old_logprobs: Tensor,
+    ref_logprobs: Tensor | None,
     loss: LossRules,
     totals: Totals,
 ) -> dict[str, Tensor]:
@@ -238,8 +238,8 @@ def row_terms(
         row: the sequence.
         logprobs: the policy's log-probabilities of its sampled tokens, float64.
         entropy: likewise.
-        old: those under the policy before the step.
-        reference: those under the reference, or None.
+        old_logprobs: those under the policy before the step.
+        ref_logprobs: those under the reference, or None.
         loss: the loss.
         totals: the sums of the update, with the denominator."""
     num_sampled: float = row.num_sampled
@@ -247,23 +247,28 @@ def row_terms(
         num_sampled *= 1 - 1 / len(logprobs)  # of a branch, its share of the response
         sampled_range = slice(1, None) if loss.leaves_out == "first" else slice(-1)
         row = _select_tokens(row, sampled_range)
-        logprobs, entropy, old = logprobs[sampled_range], entropy[sampled_range], old[sampled_range]
-        reference = None if reference is None else reference[sampled_range]
+        logprobs, entropy = logprobs[sampled_range], entropy[sampled_range]
+        old_logprobs = old_logprobs[sampled_range]
+        ref_logprobs = None if ref_logprobs is None else ref_logprobs[sampled_range]
     if loss.uses_engine_as_old:
-        old = row.logprobs.double()
+        old_logprobs = row.logprobs.double()
     # An update on the first mini-batch begins at the old policy.
-    surrogate, ratio, is_clipped = _surrogate(row, logprobs, old, loss)
+    surrogate, ratio, is_clipped = _surrogate(row, logprobs, old_logprobs, loss)
     v = torch.ones_like(logprobs)
     if loss.importance_cap is not None:
-        gap = old - row.logprobs.double()
-        v = (-gap if loss.inverts_importance else gap).exp().clamp(max=loss.importance_cap)
+        log_ratio = old_logprobs - row.logprobs.double()
+        v = (
+            (-log_ratio if loss.inverts_importance else log_ratio)
+            .exp()
+            .clamp(max=loss.importance_cap)
+        )
     kl = torch.zeros_like(logprobs)
-    if reference is not None:
-        g = reference - logprobs
+    if ref_logprobs is not None:
+        g = ref_logprobs - logprobs
         if loss.reverses_kl:
             g = _negated(g, loss)
         k3 = g.expm1() - g
-        unbiased = (logprobs - old).exp() * k3
+        unbiased = (logprobs - old_logprobs).exp() * k3
         kl = {"k1": -g, "k2": g * g / 2, "k3": k3, "unbiased": unbiased}[loss.kl_estimator]
     length = len(row.token_ids) if loss.counts_prompts else num_sampled
     weight = {"token": 1.0, "sequence": 1 / max(1, length), "constant": 1 / loss.constant}

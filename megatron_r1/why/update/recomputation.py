@@ -128,8 +128,8 @@ class Recomputation:
         self.inputs.check_updates()
         rows = self.inputs.substituted_rows(substitution)
         loss = replace(self.inputs.loss_rules(), **dict(substitution.loss))
-        old, reference = self.inputs.old_and_reference_logprobs(substitution, rows, loss)
-        rows = with_token_advantages(self.step, rows, old, reference)
+        old_logprobs, ref_logprobs = self.inputs.old_and_ref_logprobs(substitution, rows, loss)
+        rows = with_token_advantages(self.step, rows, old_logprobs, ref_logprobs)
         if model is None:
             model = copy.deepcopy(self.inputs.trained_model)
         if substitution.head_is_apart:
@@ -139,8 +139,8 @@ class Recomputation:
             None if substitution.without_moments else self.inputs.substituted_moments(substitution),
             0 if substitution.without_moments else self.inputs.num_updates,
             rows,
-            old,
-            reference,
+            old_logprobs,
+            ref_logprobs,
             self.step.run_config.model.expert_bias_update_rate,
             None if substitution.head_is_apart else self._first_update,
         )
@@ -379,13 +379,13 @@ class Recomputation:
         return 1.0 + sum(gaps) / max(1, len(gaps))
 
     def _estimated_metrics(
-        self, rows: Sequence[TokenRow], reference: Sequence[Tensor] | None, rules: LossRules
+        self, rows: Sequence[TokenRow], ref_logprobs: Sequence[Tensor] | None, rules: LossRules
     ) -> dict[str, float]:
         """Return the metrics of a loss of the log-probabilities and entropies of `base`.
 
         Args:
             rows: the rows, with their advantages.
-            reference: their log-probabilities under the reference.
+            ref_logprobs: their log-probabilities under the reference.
             rules: the loss."""
         updates = []
         for trace in self._unsubstituted_updates[0].traces:
@@ -393,7 +393,7 @@ class Recomputation:
             totals = Totals(denominator=denominator([rows[index] for index in trained], rules))
             for index in trained:
                 logprobs, entropy = trace.tokens[index]
-                ref = None if reference is None else reference[index]
+                ref = None if ref_logprobs is None else ref_logprobs[index]
                 old = self.policies.all_old_logprobs[index]
                 row_loss(rows[index], logprobs, entropy, old, ref, rules, totals)
             updates.append(totals.update(rules))

@@ -56,8 +56,8 @@ class StepUpdates:
         moments: first and second moments by parameter; None: zeros.
         num_updates: updates that Adam has counted.
         rows: the sequences of the step.
-        old: log-probabilities under the policy before the step, by row.
-        reference: those under the reference, by row, or None.
+        old_logprobs: log-probabilities under the policy before the step, by row.
+        ref_logprobs: those under the reference, by row, or None.
         bias_rate: how far a router's bias moves after each update; 0: it stays.
         first: the first update's forward passes, where they are kept."""
 
@@ -67,14 +67,14 @@ class StepUpdates:
         moments: tuple[Moments, Moments] | None,
         num_updates: int,
         rows: Sequence[TokenRow],
-        old: Sequence[Tensor],
-        reference: Sequence[Tensor] | None,
+        old_logprobs: Sequence[Tensor],
+        ref_logprobs: Sequence[Tensor] | None,
         bias_rate: float = 0.0,
         first: FirstUpdate | None = None,
     ) -> None:
         self.model, self.rows, self._first = model, rows, first
         self._biases = RouterBiases(model, bias_rate) if bias_rate else None
-        self._old, self._reference = old, reference
+        self._old_logprobs, self._ref_logprobs = old_logprobs, ref_logprobs
         self._parameters = trained_parameters(model)
         self.adam = Adam(self._parameters, moments, num_updates)
         self.traces: list[Trace] = []
@@ -84,7 +84,7 @@ class StepUpdates:
         minibatches: Sequence[Sequence[int]],
         loss: LossRules,
         adam: AdamRules,
-        lost: Collection[int] = (),
+        rows_without_gradient: Collection[int] = (),
         terms: TermGradients | None = None,
         *,
         is_known: bool = False,
@@ -97,7 +97,8 @@ class StepUpdates:
             minibatches: the rows of each.
             loss: the loss.
             adam: the optimizer; a learning rate for each mini-batch.
-            lost: rows whose gradient is lost; they count in metrics and denominators.
+            rows_without_gradient: those whose gradient is lost: they count in metrics and
+                denominators.
             terms: where the gradient of each term of the loss is collected, and how often it is
                 added; None: the gradients are those of their sum.
             is_known: whether the first update's loss is that of the settings.
@@ -112,7 +113,9 @@ class StepUpdates:
             last_check = is_possible if index == len(minibatches) - 1 else None
             computed = self._first_known(rows, terms) if is_known and not index else None
             if computed is None:
-                computed = self._compute(index, rows, loss, lost, terms, updates, last_check)
+                computed = self._compute(
+                    index, rows, loss, rows_without_gradient, terms, updates, last_check
+                )
                 if is_known and not index:
                     self._keep_first(rows, computed, terms)
             elif last_check is not None and not last_check([computed]):
@@ -185,7 +188,7 @@ class StepUpdates:
         index: int,
         minibatch: Sequence[int],
         loss: LossRules,
-        lost: Collection[int],
+        rows_without_gradient: Collection[int],
         terms: TermGradients | None,
         earlier: Sequence[Update],
         is_possible: Callable[[Sequence[Update]], bool] | None,
@@ -197,7 +200,7 @@ class StepUpdates:
             index: its number.
             minibatch: its rows.
             loss: as of `run`, like the next two.
-            lost: rows whose gradient is lost.
+            rows_without_gradient: those whose gradient is lost.
             terms: where the gradients of the terms are added.
             earlier: the updates before it.
             is_possible: as of `run`; it is asked before the last backward pass."""
@@ -224,7 +227,7 @@ class StepUpdates:
             total = torch.zeros((), dtype=torch.float64)
             for row_index, row_parts in terms_by_row.items():
                 part = sum(row_parts.values(), torch.zeros((), dtype=torch.float64))
-                total = total + (part.detach() if row_index in lost else part)
+                total = total + (part.detach() if row_index in rows_without_gradient else part)
             if total.requires_grad:
                 add_gradients(trace.gradients, total, parameters, keeps_graph=keeps_graph)
         if terms is not None:
@@ -260,9 +263,9 @@ class StepUpdates:
             logprobs, entropy = token_logprobs_and_entropies(logits, row, loss.temperature)
             if trace is not None:
                 trace.tokens[row_index] = logprobs.detach(), entropy.detach()
-            reference = None if self._reference is None else self._reference[row_index]
+            ref_logprobs = None if self._ref_logprobs is None else self._ref_logprobs[row_index]
             terms_by_row[row_index] = row_terms(
-                row, logprobs, entropy, self._old[row_index], reference, loss, totals
+                row, logprobs, entropy, self._old_logprobs[row_index], ref_logprobs, loss, totals
             )
         return terms_by_row
 

@@ -25,21 +25,27 @@ MASKS = ("token", "sequence")
 def with_token_advantages(
     step: RecordedStep,
     rows: Sequence[TokenRow],
-    old: Sequence[Tensor],
-    reference: Sequence[Tensor] | None,
+    old_logprobs: Sequence[Tensor],
+    ref_logprobs: Sequence[Tensor] | None,
 ) -> list[TokenRow]:
     """Return the rows with an advantage for each token, where the step's settings have them.
 
     Args:
         step: the step.
         rows: its sequences, with an advantage each.
-        old: log-probabilities of the sampled tokens under the policy before the step, by row.
-        reference: those under the reference, or None."""
+        old_logprobs: log-probabilities of the sampled tokens under the policy before the step, by
+            row.
+        ref_logprobs: those under the reference, or None."""
     rl = step.config.rl
     new_rows = list(rows)
     if rl.algorithm in TOKEN_ADVANTAGE_ALGORITHMS:
         values = [
-            _rewards_to_go(row, old[index], None if reference is None else reference[index], step)
+            _rewards_to_go(
+                row,
+                old_logprobs[index],
+                None if ref_logprobs is None else ref_logprobs[index],
+                step,
+            )
             for index, row in enumerate(rows)
         ]
         if rl.algorithm == "reinforce_pp":
@@ -53,24 +59,24 @@ def with_token_advantages(
         ]
     if rl.engine_mask in MASKS:
         bounds = rl.engine_mask_settings
-        new_rows = [_masked(row, old[index], bounds) for index, row in enumerate(new_rows)]
+        new_rows = [_masked(row, old_logprobs[index], bounds) for index, row in enumerate(new_rows)]
     return new_rows
 
 
 def _rewards_to_go(
-    row: TokenRow, old: Tensor, reference: Tensor | None, step: RecordedStep
+    row: TokenRow, old_logprobs: Tensor, ref_logprobs: Tensor | None, step: RecordedStep
 ) -> Tensor:
     """Return the discounted sums of what follows each token, itself included.
 
     Args:
         row: the sequence.
-        old: log-probabilities of the policy before the step.
-        reference: those of the reference, or None.
+        old_logprobs: log-probabilities of the policy before the step.
+        ref_logprobs: those of the reference, or None.
         step: the step."""
     rl = step.config.rl
-    rewards = torch.zeros_like(old)
-    if reference is not None and rl.kl_beta:
-        rewards = rewards - rl.kl_beta * (old - reference)
+    rewards = torch.zeros_like(old_logprobs)
+    if ref_logprobs is not None and rl.kl_beta:
+        rewards = rewards - rl.kl_beta * (old_logprobs - ref_logprobs)
     if len(rewards):
         rewards[-1] += row.advantage
     sums, total = torch.zeros_like(rewards), torch.zeros((), dtype=rewards.dtype)
@@ -80,12 +86,12 @@ def _rewards_to_go(
     return sums
 
 
-def _masked(row: TokenRow, old: Tensor, bounds: EngineMask) -> TokenRow:
-    gap = old - row.logprobs.double()
+def _masked(row: TokenRow, old_logprobs: Tensor, bounds: EngineMask) -> TokenRow:
+    log_ratios = old_logprobs - row.logprobs.double()
     if bounds.method == "sequence":
-        gap = gap.mean().expand_as(gap)
-    is_kept = (gap.exp() >= bounds.low) & (gap.exp() <= bounds.high)
+        log_ratios = log_ratios.mean().expand_as(log_ratios)
+    is_kept = (log_ratios.exp() >= bounds.low) & (log_ratios.exp() <= bounds.high)
     advantages = row.token_advantages
     if advantages is None:
-        advantages = torch.full_like(gap, row.advantage)
+        advantages = torch.full_like(log_ratios, row.advantage)
     return replace(row, token_advantages=advantages * is_kept)

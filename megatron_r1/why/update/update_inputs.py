@@ -262,7 +262,7 @@ class UpdateInputs:
             rows = [_with_prompt(row) for row in rows]
         return own_experts(rows) if substitution.routes_itself else rows
 
-    def old_and_reference_logprobs(
+    def old_and_ref_logprobs(
         self, substitution: Substitution, rows: Sequence[TokenRow], loss: LossRules
     ) -> tuple[list[Tensor], list[Tensor] | None]:
         """Return log-probabilities of the rows under old policy and reference."""

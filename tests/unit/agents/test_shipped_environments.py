@@ -8,7 +8,12 @@ import pytest
 from r1_grading.sandbox.host import SandboxUnavailable
 from r1_grading.sandbox.programs import require_sandbox
 
-from megatron_r1.agents.environment import SHIPPED, describe, find_environment, row_arguments
+from megatron_r1.agents.environment import (
+    SHIPPED_ENVIRONMENTS,
+    describe,
+    find_environment,
+    row_arguments,
+)
 from megatron_r1.agents.environment_prompts import load_environment_prompts
 from megatron_r1.agents.shipped_environments import Calculator, Gym, Lookup, Python, Retrieval
 
@@ -17,7 +22,7 @@ LONG = 10_000.0
 
 
 def test_all_have_documented_tools():
-    for path in SHIPPED.values():
+    for path in SHIPPED_ENVIRONMENTS.values():
         for tool in describe(find_environment(path)).tools:
             function = tool["function"]
             assert function["description"], path

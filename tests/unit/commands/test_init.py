@@ -86,7 +86,7 @@ JUDGED = {
 def test_judged_responses_get_a_recipe_for_a_reward_model(here, capsys, kind):
     Path("judged.jsonl").write_text("\n".join(map(json.dumps, JUDGED[kind])))
     assert cli.main(["init", "model", "judged.jsonl"]) == 0
-    recipe = configuration.load("judged.yaml", reward_model.IMPLIED)
+    recipe = configuration.load("judged.yaml", reward_model.IMPLIED_SETTINGS)
     settings = recipe.reward_model
     assert (settings.data, settings.kind) == ("judged.jsonl", kind)
     text = PreferenceTokenizer("model", settings.template, settings.scored_part, settings.max_chars)

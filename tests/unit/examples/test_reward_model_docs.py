@@ -6,7 +6,7 @@ from pathlib import Path
 import yaml
 
 from megatron_r1 import config as configuration
-from megatron_r1.commands.reward_model import IMPLIED, REQUIRED
+from megatron_r1.commands.reward_model import IMPLIED_SETTINGS, REQUIRED_KEYS
 from megatron_r1.data.preferences import read_preferences
 
 PAGE = (Path(__file__).parents[3] / "docs/reward_models.md").read_text(encoding="utf-8")
@@ -20,7 +20,7 @@ def blocks(language: str) -> list[str]:
 def test_the_recipe_is_one(tmp_path):
     recipe, rewards = blocks("yaml")
     (tmp_path / "helpful.yaml").write_text(recipe)
-    config = configuration.load(tmp_path / "helpful.yaml", IMPLIED, required=REQUIRED)
+    config = configuration.load(tmp_path / "helpful.yaml", IMPLIED_SETTINGS, required=REQUIRED_KEYS)
     assert config.reward_model.scored_part == "summary" and config.model.head == "score"
     assert "<|im_end|>" in config.reward_model.template
     settings = yaml.safe_load(rewards)["rewards"]

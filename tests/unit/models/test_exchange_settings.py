@@ -9,7 +9,7 @@ from small_configs import DEEPSEEK, QWEN
 from megatron_r1.base.errors import Cause
 from megatron_r1.config import Config
 from megatron_r1.models import parallel_checks, transformer_config
-from megatron_r1.models.parallel_checks import KEY, check_exchange_overlap
+from megatron_r1.models.parallel_checks import OVERLAP_KEY, check_exchange_overlap
 
 MTP = {**DEEPSEEK, "num_nextn_predict_layers": 1}
 TWO_MTP = {**DEEPSEEK, "num_nextn_predict_layers": 2}
@@ -62,7 +62,7 @@ CASES = [
 
 @pytest.mark.parametrize(("settings", "hf_config", "says", "_"), CASES)
 def test_what_prevents_it_is_refused_with_the_setting_and_the_fix(settings, hf_config, says, _):
-    with refused(KEY, Cause.CONFLICT, says, f"{KEY}: false"):
+    with refused(OVERLAP_KEY, Cause.CONFLICT, says, f"{OVERLAP_KEY}: false"):
         check_exchange_overlap(recipe(**settings), hf_config)
     check_exchange_overlap(recipe(**settings, overlap_expert_exchange=False), hf_config)
 

@@ -9,7 +9,7 @@ from megatron_r1.commands.plan import main
 from megatron_r1.plan.estimate import estimate_step
 from megatron_r1.plan.expert_overlap import (
     FULL_RECOMPUTE,
-    OVERLAPPED,
+    OVERLAPPED_EXCHANGE,
     exchange_choice,
     expert_flops,
     exposed_seconds,
@@ -84,14 +84,14 @@ def test_a_row_compares_it_with_full_recomputation_and_says_which_fits():
     job = real_job()  # recompute: full
     section = exchange_choice(job, estimate_step)
     # 16 micro-batches of two chunks: on rank 3 of 16 all 32 passes are the warm-up's.
-    assert section[OVERLAPPED].formula.endswith("0% of its passes combined with another's")
+    assert section[OVERLAPPED_EXCHANGE].formula.endswith("0% of its passes combined with another's")
     assert section[FULL_RECOMPUTE].number == StepTime(job, None).optimizer_step_seconds()
     assert (
-        "does not fit" in section[OVERLAPPED].formula
+        "does not fit" in section[OVERLAPPED_EXCHANGE].formula
         and ": fits" in section[FULL_RECOMPUTE].formula
     )
     assert f"only '{FULL_RECOMPUTE}' fits" in section["saved time"].formula
-    ratio = section[FULL_RECOMPUTE].number / section[OVERLAPPED].number
+    ratio = section[FULL_RECOMPUTE].number / section[OVERLAPPED_EXCHANGE].number
     assert section["saved time"].number == ratio > 1
     wide = real_job(expert=64, tensor=8, context=4, pipeline=8, pipeline_layout=None)
     assert "both fit" in exchange_choice(wide, estimate_step)["saved time"].formula
@@ -103,7 +103,8 @@ def test_what_prevents_the_overlap_is_in_its_row_and_ends_the_plan(capsys):
     job = real_job(virtual_pipeline=1, pipeline_layout=None)
     section = exchange_choice(job, estimate_step)
     assert (
-        section[OVERLAPPED].value is None and "parallel.pipeline: 16" in section[OVERLAPPED].formula
+        section[OVERLAPPED_EXCHANGE].value is None
+        and "parallel.pipeline: 16" in section[OVERLAPPED_EXCHANGE].formula
     )
     assert main([str(RECIPE), "--parallel.overlap_expert_exchange", "true"]) == 1
     assert "parallel.recompute: full" in capsys.readouterr().out

@@ -15,7 +15,7 @@ from megatron_r1.plan.phase_overheads import OFFLOAD, ROUTED
 from megatron_r1.plan.quantity import Quantity
 from megatron_r1.plan.timing import (
     MEASUREMENTS,
-    PARTS,
+    TIME_PARTS,
     narrowing_number,
     narrowing_section,
     time_section,
@@ -36,7 +36,7 @@ def test_a_range_is_the_estimate_over_and_times_the_spread_and_at_most_a_factor_
         assert part.high == pytest.approx(part.number * 1.96), name
         assert part.high / part.low <= 4
     for end in ("low", "high"):  # a step's, with the part that has no range
-        parts = sum(getattr(section[n], end) for n in PARTS if n != ROUTED and n in section)
+        parts = sum(getattr(section[n], end) for n in TIME_PARTS if n != ROUTED and n in section)
         total = parts + section[ROUTED].number
         assert getattr(section["step"], end) == pytest.approx(total)
         assert getattr(section["run"], end) == pytest.approx(total * 650 / 3600)

@@ -7,7 +7,7 @@ from refusals import refused
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.commands.cli import RECIPE_VERBS
-from megatron_r1.commands.rehearse import IMPLIED_SETTINGS, _check, _identity, rehearsal_jobs
+from megatron_r1.commands.rehearse import IMPLIED_BY_VERB, _check, _identity, rehearsal_jobs
 from megatron_r1.rehearse.settings import RehearsalConfig
 
 R1 = Path("examples/deepseek_r1")
@@ -25,7 +25,7 @@ def in_the_repository(monkeypatch):
 
 
 def read(path, overrides=None, only=()):
-    return rehearsal_jobs(str(path), overrides or {}, RECIPE_VERBS, IMPLIED_SETTINGS, only)
+    return rehearsal_jobs(str(path), overrides or {}, RECIPE_VERBS, IMPLIED_BY_VERB, only)
 
 
 def test_every_stage_of_the_pipeline_has_its_verb_and_a_model():

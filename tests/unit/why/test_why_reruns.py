@@ -30,7 +30,7 @@ from megatron_r1.why.rerun.readings import (
     ENGINE_REMEDY,
     PUSH_REMEDY,
     Distances,
-    Near,
+    NearestSide,
     distance,
     engine_reading,
     hint,
@@ -47,46 +47,70 @@ NEITHER, ALL_EQUAL = Distances(FAR, FAR, FAR), Distances(CLOSE, CLOSE, CLOSE)
 @pytest.mark.parametrize(
     ("distances", "departs", "near", "words", "remedy"),
     [
-        (REPRODUCED, True, Near.RECORDED, "gives the logged values", ENGINE_REMEDY),
-        (AGREES, True, Near.TRANSFORMERS, "(the push)", PUSH_REMEDY),
-        (NEITHER, True, Near.NEITHER, "neither the logged values", ENGINE_REMEDY),
-        (ALL_EQUAL, False, Near.TRANSFORMERS, "as the run's did", ""),
-        (Distances(CLOSE, FAR, FAR), False, Near.NEITHER, "the run's did not", ENGINE_REMEDY),
-        (Distances(FAR, NAN, CLOSE), True, Near.TRANSFORMERS, "(the push)", PUSH_REMEDY),
-        (Distances(FAR, NAN, FAR), True, Near.NEITHER, "was not compared", ENGINE_REMEDY),
+        (REPRODUCED, True, NearestSide.RECORDED, "gives the logged values", ENGINE_REMEDY),
+        (AGREES, True, NearestSide.TRANSFORMERS, "(the push)", PUSH_REMEDY),
+        (NEITHER, True, NearestSide.NEITHER, "neither the logged values", ENGINE_REMEDY),
+        (ALL_EQUAL, False, NearestSide.TRANSFORMERS, "as the run's did", ""),
+        (
+            Distances(CLOSE, FAR, FAR),
+            False,
+            NearestSide.NEITHER,
+            "the run's did not",
+            ENGINE_REMEDY,
+        ),
+        (Distances(FAR, NAN, CLOSE), True, NearestSide.TRANSFORMERS, "(the push)", PUSH_REMEDY),
+        (Distances(FAR, NAN, FAR), True, NearestSide.NEITHER, "was not compared", ENGINE_REMEDY),
     ],
 )
 def test_a_fresh_engine_names_the_side(distances, departs, near, words, remedy):
     reading = engine_reading(distances, TOLERANCE, departs)
-    assert (reading.near, reading.remedy) == (near, remedy)
+    assert (reading.side, reading.remedy) == (near, remedy)
     assert words in reading.conclusion
-    assert reading.departs == (near is not Near.TRANSFORMERS)
+    assert reading.departs == (near is not NearestSide.TRANSFORMERS)
 
 
 @pytest.mark.parametrize(
     ("distances", "departs", "layout", "near", "words"),
     [
-        (AGREES, True, "parallel.tensor: 2", Near.TRANSFORMERS, "the cause (parallel.tensor: 2)"),
-        (AGREES, True, "", Near.TRANSFORMERS, "the run had one rank too"),
-        (REPRODUCED, True, "parallel.tensor: 2", Near.RECORDED, "the layout is not the cause"),
-        (NEITHER, True, "parallel.tensor: 2", Near.NEITHER, "otherwise than the run's"),
-        (ALL_EQUAL, False, "parallel.tensor: 2", Near.TRANSFORMERS, "as the run's trainer did"),
-        (Distances(CLOSE, FAR, FAR), False, "", Near.NEITHER, "did not"),
-        (Distances(math.inf, math.inf, CLOSE), True, "", Near.TRANSFORMERS, "one rank too"),
-        (Distances(math.inf, 0.0, NAN), True, "", Near.RECORDED, "is not the cause"),
+        (
+            AGREES,
+            True,
+            "parallel.tensor: 2",
+            NearestSide.TRANSFORMERS,
+            "the cause (parallel.tensor: 2)",
+        ),
+        (AGREES, True, "", NearestSide.TRANSFORMERS, "the run had one rank too"),
+        (
+            REPRODUCED,
+            True,
+            "parallel.tensor: 2",
+            NearestSide.RECORDED,
+            "the layout is not the cause",
+        ),
+        (NEITHER, True, "parallel.tensor: 2", NearestSide.NEITHER, "otherwise than the run's"),
+        (
+            ALL_EQUAL,
+            False,
+            "parallel.tensor: 2",
+            NearestSide.TRANSFORMERS,
+            "as the run's trainer did",
+        ),
+        (Distances(CLOSE, FAR, FAR), False, "", NearestSide.NEITHER, "did not"),
+        (Distances(math.inf, math.inf, CLOSE), True, "", NearestSide.TRANSFORMERS, "one rank too"),
+        (Distances(math.inf, 0.0, NAN), True, "", NearestSide.RECORDED, "is not the cause"),
     ],
 )
 def test_one_rank_names_the_side(distances, departs, layout, near, words):
     reading = trainer_reading(distances, TOLERANCE, departs, layout)
-    assert reading.near == near and words in reading.conclusion
-    assert reading.departs == (near is not Near.TRANSFORMERS)
+    assert reading.side == near and words in reading.conclusion
+    assert reading.departs == (near is not NearestSide.TRANSFORMERS)
 
 
 @pytest.mark.parametrize(
     ("recorded", "reproduced", "rerun", "near"),
     [
-        (TOLERANCE, CLOSE, TOLERANCE, Near.TRANSFORMERS),
-        (CLOSE, CLOSE, TOLERANCE * 1.01, Near.RECORDED),
+        (TOLERANCE, CLOSE, TOLERANCE, NearestSide.TRANSFORMERS),
+        (CLOSE, CLOSE, TOLERANCE * 1.01, NearestSide.RECORDED),
     ],
 )
 def test_without_a_departure_the_tolerance_decides(recorded, reproduced, rerun, near):
@@ -97,14 +121,14 @@ def test_without_a_departure_the_tolerance_decides(recorded, reproduced, rerun, 
 def test_a_departure_of_about_the_tolerance_is_told_apart(small):
     """All three distances are within it, or nearly: the nearer side counts."""
     near, far = 0.2 * small, 0.9 * small
-    assert nearest(Distances(small, near, far), TOLERANCE, True) == Near.RECORDED
-    assert nearest(Distances(small, far, near), TOLERANCE, True) == Near.TRANSFORMERS
+    assert nearest(Distances(small, near, far), TOLERANCE, True) == NearestSide.RECORDED
+    assert nearest(Distances(small, far, near), TOLERANCE, True) == NearestSide.TRANSFORMERS
     undecided = Distances(small, far, far)
     for reading in (
         engine_reading(undecided, TOLERANCE, True),
         trainer_reading(undecided, TOLERANCE, True, "parallel.tensor: 2"),
     ):
-        assert reading.near == Near.NEITHER and not reading.departs
+        assert reading.side == NearestSide.NEITHER and not reading.departs
         assert "too small to tell" in reading.conclusion
 
 

@@ -137,13 +137,13 @@ def measure(
         bodies = {synthetic.JSON: folder / "reply.json", MEDIA_TYPE: folder / "reply.bytes"}
         bodies[synthetic.JSON].write_bytes(as_json(reply))
         bodies[MEDIA_TYPE].write_bytes(as_bytes(reply))
-        own, theirs = context.Pipe()
-        args = ENGINES, bodies, theirs, sampling / groups
+        parent_end, child_end = context.Pipe()
+        args = ENGINES, bodies, child_end, sampling / groups
         server = context.Process(target=synthetic.serve_engines, args=args, daemon=True)
         server.start()
         try:
             result = asyncio.run(
-                _train(config, tokenizer, own.recv(), world_size, data_parallel_size, folder)
+                _train(config, tokenizer, parent_end.recv(), world_size, data_parallel_size, folder)
             )
         finally:
             for process in multiprocessing.active_children():
@@ -174,8 +174,14 @@ async def _train(
     began = time.perf_counter()
     context, per_process = multiprocessing.get_context("fork"), world_size // RANK_PROCESSES
     for index in range(RANK_PROCESSES):
-        own = range(index * per_process, (index + 1) * per_process)
-        args = own, trainer.socket.address, trainer._token, world_size, data_parallel_size
+        prompt_indices = range(index * per_process, (index + 1) * per_process)
+        args = (
+            prompt_indices,
+            trainer.socket.address,
+            trainer._token,
+            world_size,
+            data_parallel_size,
+        )
         context.Process(target=synthetic.serve_ranks, args=args, daemon=True).start()
     await asyncio.wait_for(trainer.connect(), CONNECT_SECONDS)
     connected = time.perf_counter() - began
@@ -197,7 +203,11 @@ async def _train(
             session: Any = _OneStep(passes, sampler, watch)
             before = _cpu_seconds()
             await train(session)
-        cpu = {who: s - before[who] for who, s in passes.used.items() if s > before[who]}
+        cpu = {
+            process: s - before[process]
+            for process, s in passes.used.items()
+            if s > before[process]
+        }
     finally:
         await asyncio.gather(fleet.close(), pool.close(), log.close())
         trainer.socket.close()
@@ -378,11 +388,11 @@ def _line(size: dict[str, Any]) -> str:
         ", ".join(f"{name} {ms:.0f}" for name, ms in size[key].items())
         for key in ("longest block, ms", "longest computation, ms")
     )
-    each = 1e9 * seconds["added"] / size["response tokens"]
+    nanoseconds_per_token = 1e9 * seconds["added"] / size["response tokens"]
     return (
         f"{size['groups']} x {GROUP} x {size['tokens']:,} tokens: {seconds['added']:.2f} s added "
-        f"({phases}), {each:.0f} ns a token; longest block, ms: {blocks} (of its own "
-        f"computing: {computed}); "
+        f"({phases}), {nanoseconds_per_token:.0f} ns a token; longest block, ms: {blocks} (of its "
+        f"own computing: {computed}); "
         f"{size['blocks over 100 ms']} over 100 ms; peak {peak['RssAnon'] / GIB:.2f} GiB of "
         f"{peak['VmRSS'] / GIB:.2f} with files; CPU s: {cpu}; call_all "
         f"{min(size['call_all, seconds']):.2f} to {max(size['call_all, seconds']):.2f} s"

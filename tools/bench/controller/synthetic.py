@@ -26,7 +26,7 @@ import zmq
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from megatron_r1.base.processes.authentication import protect_client
-from megatron_r1.engines.server.client import GENERATE
+from megatron_r1.engines.server.client import GENERATE_PATH
 from megatron_r1.engines.server.server import RunningServer
 from megatron_r1.trainer.operations import RankCall, RankReply, rank_identity
 from megatron_r1.trainer.training_sample import decode_samples
@@ -174,7 +174,7 @@ def serve_engines(count: int, bodies: dict[str, Path], urls: Connection, interva
         head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
         length = next((x for x in head.split("\r\n") if x.startswith("content-length:")), ":0")
         await reader.readexactly(int(length.split(":")[1]))
-        is_generate = GENERATE in head.partition("\r\n")[0]
+        is_generate = GENERATE_PATH in head.partition("\r\n")[0]
         accepted = next((t for t in bodies if t != JSON and f"accept: {t}" in head), JSON)
         body = bodies[accepted] if is_generate else None
         if is_generate:
@@ -219,7 +219,7 @@ def serve_ranks(
         data_parallel_size: replicas."""
     context = zmq.Context(io_threads=1)
     context.max_sockets = len(ranks) + 1
-    poller, own = zmq.Poller(), {}
+    poller, own_sockets = zmq.Poller(), {}
     for rank in ranks:
         socket = context.socket(zmq.DEALER)
         socket.setsockopt(zmq.IDENTITY, rank_identity(rank))
@@ -229,11 +229,11 @@ def serve_ranks(
             msgspec.msgpack.encode(RankReply(rank, describe(rank, world_size, data_parallel_size)))
         )
         poller.register(socket, zmq.POLLIN)
-        own[socket] = rank
+        own_sockets[socket] = rank
     while True:
         for socket, _ in poller.poll():
             result = receive(socket)
-            socket.send(msgspec.msgpack.encode(RankReply(own[socket], METRICS | result)))
+            socket.send(msgspec.msgpack.encode(RankReply(own_sockets[socket], METRICS | result)))
 
 
 def describe(rank: int, world_size: int, data_parallel_size: int) -> dict[str, Any]:

@@ -160,9 +160,12 @@ def _summary(
     for name in names:
         pairs = list(zip(runs[name], runs[BASELINE], strict=True))
         errors = [
-            relative_error_summary(ours["losses"], theirs["losses"]) for ours, theirs in pairs
+            relative_error_summary(tested["losses"], reference["losses"])
+            for tested, reference in pairs
         ]
-        heldout = [ours["heldout_loss"] / theirs["heldout_loss"] - 1 for ours, theirs in pairs]
+        heldout = [
+            tested["heldout_loss"] / reference["heldout_loss"] - 1 for tested, reference in pairs
+        ]
         summary[name] = {
             "heldout_loss": mean(r["heldout_loss"] for r in runs[name]),
             "heldout_error": heldout,
@@ -199,7 +202,9 @@ def exponential_average(losses: list[float]) -> list[float]:
 def relative_errors(losses: list[float], baseline: list[float]) -> list[float]:
     """Return (smoothed loss - smoothed baseline) / smoothed baseline of every step."""
     pairs = zip(exponential_average(losses), exponential_average(baseline), strict=True)
-    return [(ours - theirs) / theirs for ours, theirs in pairs]
+    return [
+        (tested_loss - reference_loss) / reference_loss for tested_loss, reference_loss in pairs
+    ]
 
 
 def relative_error_summary(losses: list[float], baseline: list[float]) -> dict[str, float]:

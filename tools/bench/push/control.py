@@ -86,14 +86,14 @@ def _run(fault: str, folder: Path) -> dict[str, Any]:
     for process in processes.values():
         process.start()
     store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
-    _until(store, "ready", len(places), CONNECT_SECONDS)
+    _wait_for_count(store, "ready", len(places), CONNECT_SECONDS)
     began = time.monotonic()
     store.set("connect", "1")
-    _until(store, "connected", len(places), CONNECT_SECONDS)
+    _wait_for_count(store, "connected", len(places), CONNECT_SECONDS)
     connected, keys = time.monotonic() - began, store.num_keys()
     began = time.monotonic()
     store.set("push1", "1")
-    _until(store, "complete", len(places), CONNECT_SECONDS)
+    _wait_for_count(store, "complete", len(places), CONNECT_SECONDS)
     pushed = time.monotonic() - began
     store.set("push2", "1")
     for process in processes.values():
@@ -113,9 +113,9 @@ def _judge(
 ) -> dict[str, Any]:
     killed = {place for place, p in processes.items() if p.exitcode == -signal.SIGKILL}
     victims = _victims(fault)
-    left = {place: end for place, end in ends.items() if place not in victims}
-    wrong = [str(place) for place, end in left.items() if end.get("push 1") != "right"]
-    texts = {place: end["error"] for place, end in left.items() if end.get("error")}
+    surviving_ends = {place: end for place, end in ends.items() if place not in victims}
+    wrong = [str(place) for place, end in surviving_ends.items() if end.get("push 1") != "right"]
+    texts = {place: end["error"] for place, end in surviving_ends.items() if end.get("error")}
     engines = {place: text for place, text in texts.items() if place[0] == "engine"}
     names = {
         "trainer rank killed": f"trainer rank {TRAINER}:",
@@ -124,19 +124,21 @@ def _judge(
         "engine rank hangs": f"engine {MEMBER} ",
     }
     num_named = sum(names.get(fault, "?") in text for text in engines.values())
-    no_end = [str(place) for place, end in left.items() if "push 2" not in end]
+    no_end = [str(place) for place, end in surviving_ends.items() if "push 2" not in end]
     right = not wrong and not no_end and num_named == len(engines)
     right &= bool(engines) == bool(texts) == (fault != "none")
     return {
         "killed": len(killed & victims),
         "engine ranks that ended push 2": sum(
-            place[0] == "engine" and end.get("push 2") == "right" for place, end in left.items()
+            place[0] == "engine" and end.get("push 2") == "right"
+            for place, end in surviving_ends.items()
         ),
         "engine ranks that report an error": len(engines),
         "of these name the rank at fault": num_named,
         "trainer ranks that report an error": len(texts) - len(engines),
         "longest until an error, seconds": max(
-            (end["seconds"] for place, end in left.items() if end.get("error")), default=0.0
+            (end["seconds"] for place, end in surviving_ends.items() if end.get("error")),
+            default=0.0,
         ),
         "an error": next(iter(engines.values()), ""),
         "ranks without an end": no_end,
@@ -153,7 +155,7 @@ def _victims(fault: str) -> set[Place]:
     return set() if fault == "none" else {("engine", MEMBER, POSITION)}
 
 
-def _until(store: TCPStore, key: str, count: int, seconds: float) -> None:
+def _wait_for_count(store: TCPStore, key: str, count: int, seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while (num_arrived := store.add(key, 0)) < count:
         if time.monotonic() > deadline:
@@ -175,7 +177,7 @@ def _rank(place: Place, port: int, folder: Path, fault: str, tensors: dict[str, 
     try:
         with (folder / str(place)).open("w", buffering=1) as out:
             role = _trainer if place[0] == "trainer" else _engine
-            role(place, port, fault, tensors, lambda **what: out.write(json.dumps(what) + "\n"))
+            role(place, port, fault, tensors, lambda **report: out.write(json.dumps(report) + "\n"))
     finally:
         os._exit(0)
 
@@ -197,8 +199,8 @@ def _trainer(place: Place, port: int, fault: str, tensors: dict[str, Any], note:
             store.set("tables", value)  # type: ignore[arg-type]
         return store.get("tables")
 
-    held = rank_tensors(HF, GRID, rank, tensors)
-    ends = WeightSender(HF, GRID, held, store, share, rank=rank)
+    tensors_of_rank = rank_tensors(HF, GRID, rank, tensors)
+    ends = WeightSender(HF, GRID, tensors_of_rank, store, share, rank=rank)
     store.add("ready", 1)
     store.get("connect")
     sets, seconds = [(NAME, ENGINES)], CONNECT_SECONDS

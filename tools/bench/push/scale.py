@@ -267,9 +267,9 @@ def transfer_seconds(
         rates: the assumed rates of the links."""
     sides = operations["process"], operations["peer"]
     is_near = np.equal(*(side // rates.gpus_per_node for side in sides))
-    within = min(rates.nvlink * rates.nvlink_efficiency, rates.device_pack)
-    between = min(rates.nic * rates.nic_efficiency, rates.device_pack)
-    rate = np.where(is_near, within, between)
+    intranode_rate = min(rates.nvlink * rates.nvlink_efficiency, rates.device_pack)
+    internode_rate = min(rates.nic * rates.nic_efficiency, rates.device_pack)
+    rate = np.where(is_near, intranode_rate, internode_rate)
     return rates.message_seconds + order.num_bytes[operations["bucket"]] / rate
 
 

@@ -162,10 +162,10 @@ def _find_unmatched(operations: np.ndarray) -> Refusal | None:
 def _find_mismatch(
     operations: np.ndarray, sends: np.ndarray, receives: np.ndarray
 ) -> Refusal | None:
-    other = operations["bucket"][sends] != operations["bucket"][receives]
-    if not other.any():
+    is_mismatch = operations["bucket"][sends] != operations["bucket"][receives]
+    if not is_mismatch.any():
         return None
-    first = np.argmax(other)
+    first = np.argmax(is_mismatch)
     waits = [_wait(operations[side[first]]) for side in (receives, sends)]
     return Refusal(Fault.MISMATCHED, tuple(waits))
 
@@ -221,8 +221,8 @@ class _Queues:
         first = self.first[self.head[streams]]
         counts = self.first[self.head[streams] + 1] - first
         owner = np.repeat(np.arange(len(streams)), counts)
-        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        return self.awaited[first[owner] + within], owner
+        position_in_list = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        return self.awaited[first[owner] + position_in_list], owner
 
     def _started(self, rows: np.ndarray) -> np.ndarray:
         return self.head[self.stream[rows]] >= self.start[rows]
@@ -314,7 +314,7 @@ class StreamQueues:
             np.maximum.at(clocks, turn[owner[goes_on[owner]]], ends)
             movers = turn[goes_on]
             head[movers] += 1
-            movers, left = (some[head[some] < self._ends[some]] for some in (movers, left))
+            movers, left = (heads[head[heads] < self._ends[heads]] for heads in (movers, left))
         return PushOutcome(len(left), float(clocks.max(initial=0.0)))
 
 
@@ -330,8 +330,8 @@ class _ByPlace:
         first = self._first[places]
         counts = self._first[places + 1] - first
         owner = np.repeat(np.arange(len(places)), counts)
-        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        return self._order[first[owner] + within], owner
+        position_in_list = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        return self._order[first[owner] + position_in_list], owner
 
 
 def link_threads(order: RoundSchedule, seed: int, interleaved: int = 0) -> dict[int, list[Step]]:

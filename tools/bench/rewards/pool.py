@@ -196,8 +196,8 @@ async def soak(pool: RewardPool, batch: list[LabelledResponse]) -> dict[str, Any
         "errors": counts["errors"],
     }
     print("soak: " + ", ".join(f"{name} {value}" for name, value in report.items()))
-    for what, number in incorrect.most_common(20):
-        print(f"  wrong, {number} times: {what}")
+    for mistake, number in incorrect.most_common(20):
+        print(f"  wrong, {number} times: {mistake}")
     return report
 
 

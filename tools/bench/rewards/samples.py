@@ -144,12 +144,12 @@ def _set(rng: random.Random) -> Question:
 
 
 def _text(rng: random.Random) -> Question:
-    letter, other = rng.sample("ABCDE", 2)
+    letter, wrong_letter = rng.sample("ABCDE", 2)
     if rng.random() < 0.5:
         return (
             letter,
             [letter, f"({letter})", rf"\textbf{{({letter})}}", f"{letter}) 12"],
-            [other, f"{letter} or {other}"],
+            [wrong_letter, f"{letter} or {wrong_letter}"],
         )
     word, incorrect = rng.sample(["north", "south", "east", "right angle", "Evelyn", "even"], 2)
     return word, [word, rf"\text{{{word}}}", word.title()], [incorrect, f"{word} or {incorrect}"]

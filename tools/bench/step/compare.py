@@ -40,8 +40,8 @@ def compare_systems(**systems: Steps) -> dict[str, Any]:
     """Return the medians of systems by name, and the ratio of the first's tokens per second to
     those of the best of the others."""
     system_medians = {name: medians(steps) for name, steps in systems.items()}
-    first, *others = (figures["tokens_per_second"] for figures in system_medians.values())
-    return {**system_medians, "ratio": first / max(others)}
+    first, *peers = (figures["tokens_per_second"] for figures in system_medians.values())
+    return {**system_medians, "ratio": first / max(peers)}
 
 
 def medians(steps: Steps) -> dict[str, float]:
@@ -101,7 +101,7 @@ def summary(processor: str, comparisons: dict[str, dict[str, Any]]) -> str:
     ratio of the rounds, each of one run of every system."""
     lines = [f"{processor}: tokens a second beside TRL's, medians of all runs"]
     for name, comparison in comparisons.items():
-        ours, *peers = (
+        own_system, *peers = (
             figures["response_tokens"] / figures["core_seconds"]
             for system, figures in comparison.items()
             if system not in RATIOS
@@ -110,7 +110,7 @@ def summary(processor: str, comparisons: dict[str, dict[str, Any]]) -> str:
         lines.append(
             f"{name:12}{comparison['ratio']:6.2f} x on the clock ({min(ratios):.2f} to "
             f"{max(ratios):.2f} in {len(ratios)} rounds)"
-            f"{ours / max(peers):7.2f} x by processor time"
+            f"{own_system / max(peers):7.2f} x by processor time"
         )
     return "\n".join(lines)
 
@@ -400,4 +400,4 @@ def compare_runs(runs: Runs, name: str) -> dict[str, Any]:
     ]
     steps = steps_of(runs)[name]
     compared = compare_systems(**{system: steps[system] for system in systems})
-    return {**compared, "ratios": [each["ratio"] for each in ratios]}
+    return {**compared, "ratios": [ratio["ratio"] for ratio in ratios]}

@@ -148,8 +148,8 @@ class _Line:
         self._starts = [span.start for span in self._spans]
         self._longest = max((span.end - span.start for span in spans), default=0.0)
         self._is_controller = any(span.name == IDLE for span in process.spans)
-        own = (time for span in spans for time in (span.start, span.end))
-        self.times = {time for time in own if begin < time < end}
+        times = (time for span in spans for time in (span.start, span.end))
+        self.times = {time for time in times if begin < time < end}
 
     def at(self, time: float) -> tuple[str, str]:
         """Return (the innermost span of work, the phase), each "" where there is none."""
@@ -185,7 +185,7 @@ def profile(folder: Path) -> dict[str, Any]:
     for begin, end in measured:
         for part, value in divide_time(processes, begin, end).items():
             total[part] += value / count
-    for process in (each for each in processes if each.role in WORKERS):
+    for process in (candidate for candidate in processes if candidate.role in WORKERS):
         of = roles[process.role]
         of["number"] += 1
         of["busy"] += sum(busy_seconds(process, *step) for step in measured) / count

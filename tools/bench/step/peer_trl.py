@@ -64,11 +64,11 @@ def main() -> None:
         )
         trainer.train()
     ends = clock.marks[work.minibatches - 1 :: work.minibatches]
-    own = [
+    own_arguments = [
         [*(end - start), tokens]
         for start, end, tokens in zip(ends[:-1], ends[1:], lengths[1:], strict=True)
     ]
-    measured = torch.tensor(own, dtype=torch.float64)
+    measured = torch.tensor(own_arguments, dtype=torch.float64)
     if dist.is_initialized():
         dist.all_reduce(measured)
         measured[:, 0] /= dist.get_world_size()

@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.against:
         runs = {name: (work, SETTINGS["ours"]) for name, work in WORKS.items()}
         runs["long tail, overlapped"] = WORKS["long tail"], SETTINGS["overlapped"]
-        return {"packages": host.versions(PACKAGES), **_against(args, runs)}
+        return {"packages": host.versions(PACKAGES), **_compare_with_peer(args, runs)}
     versions = host.versions(PACKAGES) | {"trl": trl_version(args.peer_python)}
     if args.model:
         from tools.bench.step import compare  # here, as TRL's interpreter lacks what it imports
@@ -133,7 +133,7 @@ def _shown(
     overlap = None
     if steps[OVERLAP].keys() >= {"in turns", "overlapped"}:
         overlap = overlap_ratio(steps[OVERLAP]["in turns"], steps[OVERLAP]["overlapped"])
-    records = [record for each in runs.values() for record in each]
+    records = [record for system_records in runs.values() for record in system_records]
     if not comparisons:
         raise SystemExit("no case has a run of each system yet")
     print(table(comparisons, overlap))
@@ -143,8 +143,12 @@ def _shown(
         "processor": processor,
         "load": (min(r["load"] for r in records), max(r["load"] for r in records)),
         "cores are worth": (min(r["worth"] for r in records), max(r["worth"] for r in records)),
-        "repeats": min(len(each) for each in runs.values() if each),
-        "gib": {", ".join(key): max(r["gib"] for r in each) for key, each in runs.items() if each},
+        "repeats": min(len(system_records) for system_records in runs.values() if system_records),
+        "gib": {
+            ", ".join(key): max(r["gib"] for r in system_records)
+            for key, system_records in runs.items()
+            if system_records
+        },
         "work": {name: vars(work) for name, work in WORKS.items()},
         "comparisons": comparisons,
         "overlap": overlap,
@@ -161,7 +165,7 @@ def _written(folder: Path) -> tuple[Path, Path]:
     return write_model(folder / "model", Tail()), questions
 
 
-def _against(
+def _compare_with_peer(
     args: argparse.Namespace, runs: dict[str, tuple[StepWork, dict[str, dict[str, Any]]]]
 ) -> dict[str, Any]:
     """Run this checkout and another one, in turns.
@@ -185,12 +189,12 @@ def _against(
     for name, sides in steps.items():
         comparisons[name] = comparison = compare_systems(**sides)
         # Of sums, which other work on the cores moves least.
-        this, other = (
+        own_speeds, peer_speeds = (
             sum(step["core_seconds"] for step in lines)
             / sum(step["response_tokens"] for step in lines)
             for lines in sides.values()
         )
-        comparison["core_ratio"] = this / other
+        comparison["core_ratio"] = own_speeds / peer_speeds
         print(
             f"{name}: this has {comparison['ratio']:.3f} x the tokens/s of the other, and takes "
             f"{comparison['core_ratio']:.3f} x its processor time a token"

@@ -115,7 +115,7 @@ def read_table(path: Path = TABLE) -> Table:
 
 def _flat(names: list[Any]) -> list[str]:
     """Return names, of which a list may be one."""
-    return [each for name in names for each in (name if isinstance(name, list) else [name])]
+    return [entry for name in names for entry in (name if isinstance(name, list) else [name])]
 
 
 def changed(case: Case) -> dict[str, str]:
@@ -126,8 +126,10 @@ def changed(case: Case) -> dict[str, str]:
             the same; it names the case and the file."""
     texts: dict[str, str] = {}
     for edit in case.edits:
-        package, _, rest = edit.file.partition("/")
-        old_text = texts.get(edit.file) or (PACKAGES[package] / rest).read_text(encoding="utf-8")
+        package, _, inner_path = edit.file.partition("/")
+        old_text = texts.get(edit.file) or (PACKAGES[package] / inner_path).read_text(
+            encoding="utf-8"
+        )
         if (count := old_text.count(edit.replace)) != 1:
             raise ValueError(f"{case.name}: {edit.file} has {edit.replace!r} {count} times")
         new_text = old_text.replace(edit.replace, edit.by)

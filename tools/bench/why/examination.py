@@ -14,7 +14,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-OTHERS = (
+PRELOADED_MODULES = (
     "math_verify",
     "transformers",
     "transformers.models.qwen2.modeling_qwen2",
@@ -29,7 +29,7 @@ OTHERS = (
 def prepare() -> None:
     """Make the imports of `why`, and the tables that its packages make when they are first used; no
     thread is left, which a fork would lose."""
-    for name in OTHERS:
+    for name in PRELOADED_MODULES:
         with contextlib.suppress(ModuleNotFoundError):
             importlib.import_module(name)
     package = importlib.import_module("megatron_r1.why")

@@ -34,10 +34,10 @@ def verdict(case: Case, result: Result) -> str:
     Args:
         case: the case.
         result: its result."""
-    why = result.get("why")
-    if why is None or why["status"] not in (0, 1) or "first" not in why:
+    explanation = result.get("why")
+    if explanation is None or explanation["status"] not in (0, 1) or "first" not in explanation:
         return FAILED
-    first = why["first"]
+    first = explanation["first"]
     if case.is_healthy:
         return ALARM if first else HEALTHY
     if first is None:
@@ -71,12 +71,12 @@ def as_lines(results: Sequence[Result]) -> str:
         # Of several, the one that is not as it should be.
         example = min(case_results, key=lambda result: result["verdict"] in (NAMED, HEALTHY))
         lines.append(f"{verdicts:22} {name}")
-        if departure := _said(example):
+        if departure := _describe_departure(example):
             lines.append(f"{'':22}   {departure}")
     return "\n".join(lines)
 
 
-def _said(result: Result) -> str:
+def _describe_departure(result: Result) -> str:
     """Return the first departure of a result in at most `SHOWN` characters."""
     if result["run"]["status"]:
         return " ".join(result["run"]["error"].split())[-SHOWN:]
@@ -149,8 +149,8 @@ def between_markers(text: str, results: Sequence[Result]) -> str:
 
     Raises:
         ValueError: it has no such markers."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    before, begin, remainder = text.partition(BEGIN)
+    _, end, after = remainder.partition(END)
     if not (begin and end):
         raise ValueError(f"the page has no {BEGIN} and {END}")
     return f"{before}{BEGIN}\n{summary(results)}\n{END}{after}"

@@ -122,14 +122,14 @@ class Walk:
         elif not self.num_within.get(0) and not self.carriers.are_in(arguments(frame), self._note):
             return
         caller = title_of(frame.f_back.f_code) if frame.f_back is not None else None
-        entries = [(time_ns, each) for each in (caller, title) if each is not None]
+        entries = [(time_ns, entry) for entry in (caller, title) if entry is not None]
         if not self.follows:  # every call counts, whatever it returns
             self._note(entries)
             entries = []
         self.running[id(frame)] = Running(entries, starts and title.endswith(self.within))
         if title.endswith(self.kept_at):
-            for each in self._around(frame):
-                each.is_kept = True
+            for entry in self._around(frame):
+                entry.is_kept = True
 
     def returned(self, title, frame, value, time_ns) -> None:
         if title.endswith(self.outside):

@@ -23,7 +23,7 @@ _TORCH = importlib.util.find_spec("torch")
 PACKAGES = Path(_TORCH.origin).parents[1] if _TORCH and _TORCH.origin else Path()
 INCLUDE = [PACKAGES / "nvidia/cu13/include", PACKAGES / "nvidia/nccl/include"]
 HEADERS_OF_TRITON = PACKAGES / "triton/backends/nvidia/include"
-ALONE = [
+STANDALONE_FUNCTIONS = [
     "runtime.c",
     "streams.c",
     "events.c",
@@ -57,7 +57,7 @@ def build(folder: Path) -> None:
     imported = _imported()
     runtime = {name for name in imported if re.fullmatch(RUNTIME, name)} | BY_NAME
     driver = {name for name in imported if re.fullmatch(DRIVER, name)} | _declared_by_the_driver()
-    _compile(folder / "libnullgpu.so", [*ALONE, "libraries.c"], runtime, INCLUDE)
+    _compile(folder / "libnullgpu.so", [*STANDALONE_FUNCTIONS, "libraries.c"], runtime, INCLUDE)
     _compile(folder / "libcuda.so.1", ["driver.c"], driver, INCLUDE)
     _compile(folder / "libnvidia-ml.so.1", ["nvml.c"], (), INCLUDE)
 
@@ -65,7 +65,7 @@ def build(folder: Path) -> None:
 def build_alone(folder: Path) -> None:
     """Write the runtime with NCCL, and the driver, from the headers that Triton brings."""
     folder.mkdir(parents=True, exist_ok=True)
-    _compile(folder / "libnullgpu.so", ALONE, (), [HEADERS_OF_TRITON])
+    _compile(folder / "libnullgpu.so", STANDALONE_FUNCTIONS, (), [HEADERS_OF_TRITON])
     _compile(folder / "libcuda.so.1", ["driver.c"], (), [HEADERS_OF_TRITON])
 
 

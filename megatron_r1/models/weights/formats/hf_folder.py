@@ -14,8 +14,8 @@ from torch import Tensor
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files.untrusted_files import require_inside
 from megatron_r1.base.files.weight_files import (
-    IGNORED,
-    SINGLE,
+    IGNORED_SUFFIXES,
+    SINGLE_FILE,
     StoredTensor,
     read_index,
     require_as_indexed,
@@ -234,13 +234,13 @@ class HFWeights:
         extra = sorted(
             name
             for name in self._stored.keys() - published.keys() - expected.keys() - repeated
-            if not name.endswith(IGNORED)
+            if not name.endswith(IGNORED_SUFFIXES)
             and name.removesuffix("_scale_inv") not in is_fp8
             # transformers writes shared experts of 0 features where n_shared_experts is 0.
             and 0 not in self._stored[name].shape
         )
         problems = [
-            f"{label} ({len(names)}): {_some(names)}"
+            f"{label} ({len(names)}): {_shorten_names(names)}"
             for label, names in (("missing", missing), ("unexpected", extra), ("wrong", wrong))
             if names
         ]
@@ -336,7 +336,7 @@ def _prefix(missing: list[str], extra: list[str]) -> str:
     return prefix if prefix and {prefix + name for name in lack} <= have else ""
 
 
-def _some(names: list[str], limit: int = 8) -> str:
+def _shorten_names(names: list[str], limit: int = 8) -> str:
     ending = f" … and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + ending
 
@@ -387,4 +387,4 @@ def _files_with_scales(folder: Path) -> list[Path]:
         for path in paths:
             require_inside(path, folder, "weights")
         return paths
-    return [path for path in [folder / SINGLE] if path.is_file()]
+    return [path for path in [folder / SINGLE_FILE] if path.is_file()]

@@ -12,7 +12,7 @@ import torch
 
 from megatron_r1.base.files import atomic_write, fsync, make_folder
 from megatron_r1.base.files.untrusted_files import read_json, require_inside
-from megatron_r1.base.files.weight_files import INDEX, SINGLE
+from megatron_r1.base.files.weight_files import INDEX_FILE, SINGLE_FILE
 from megatron_r1.data.tokenizer import GENERATION, end_tokens
 from megatron_r1.models.hf_config import has_score_head, implied_settings, score_model_config
 from megatron_r1.models.weights.formats import published_layout
@@ -22,7 +22,7 @@ Tensors = Mapping[str, tuple[Shape, torch.dtype]]
 
 # Small files next to the weights: configuration, tokenizer, chat templates, the license. The
 # folder's Python files are also copied: other loaders may want them, here nothing runs them.
-_CARRIED = (
+_COPIED_PATTERNS = (
     "*.json",
     "*.jinja",
     "*.txt",
@@ -37,7 +37,12 @@ _CARRIED = (
     "additional_chat_templates/*.jinja",
 )
 # Files that describe the weights of `source`, by whichever tool wrote them.
-_DESCRIBE_WEIGHTS = ("config.json", "adapter_config.json", "*.index.json", "*quant*_config.json")
+_WEIGHT_METADATA_PATTERNS = (
+    "config.json",
+    "adapter_config.json",
+    "*.index.json",
+    "*quant*_config.json",
+)
 
 
 def split_into_files(tensors: Tensors, max_bytes: int) -> dict[str, Tensors]:
@@ -59,7 +64,7 @@ def split_into_files(tensors: Tensors, max_bytes: int) -> dict[str, Tensors]:
         shards[-1][name] = (shape, dtype)
         size += num_bytes
     if len(shards) == 1:
-        return {SINGLE: shards[0]}
+        return {SINGLE_FILE: shards[0]}
     count = len(shards)
     return {
         f"model-{number:05d}-of-{count:05d}.safetensors": shard
@@ -76,7 +81,7 @@ def write_index(folder: Path, files: Mapping[str, Tensors]) -> None:
         "metadata": {"total_size": total},
         "weight_map": {name: file for file, tensors in files.items() for name in tensors},
     }
-    atomic_write(folder / INDEX, json.dumps(index, indent=2) + "\n")
+    atomic_write(folder / INDEX_FILE, json.dumps(index, indent=2) + "\n")
 
 
 def copy_model_files(source: Path, folder: Path) -> None:
@@ -90,8 +95,8 @@ def copy_model_files(source: Path, folder: Path) -> None:
     Raises:
         UserError: for a file that is a link elsewhere.
     """
-    for file in sorted(path for pattern in _CARRIED for path in source.glob(pattern)):
-        describes_weights = any(file.match(pattern) for pattern in _DESCRIBE_WEIGHTS)
+    for file in sorted(path for pattern in _COPIED_PATTERNS for path in source.glob(pattern)):
+        describes_weights = any(file.match(pattern) for pattern in _WEIGHT_METADATA_PATTERNS)
         if file.is_file() and not describes_weights:
             require_inside(file, source, "model.path")
             copy = folder / file.relative_to(source)

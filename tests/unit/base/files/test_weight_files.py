@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.base.files.weight_files import (
-    INDEX,
-    SINGLE,
+    INDEX_FILE,
+    SINGLE_FILE,
     read_index,
     require_complete,
     weight_files,
@@ -26,7 +26,7 @@ def write(folder, files, index=None):
     for file, names in files.items():
         save_file({name: torch.zeros(2) for name in names}, folder / file)
     own = {name: file for file, names in files.items() for name in names}
-    (folder / INDEX).write_text(json.dumps({"weight_map": own if index is None else index}))
+    (folder / INDEX_FILE).write_text(json.dumps({"weight_map": own if index is None else index}))
     return folder
 
 
@@ -47,11 +47,11 @@ def test_files_that_fit_their_index_are_whole(tmp_path):
         ({A: ["x"], B: ["x", "z"]}, {"x": A, "z": B}, Cause.DUPLICATE, "x: in"),
         ({A: ["x"], B: ["z"]}, {"x": A, "z": "gone.safetensors"}, Cause.NOT_FOUND, "gone"),
         ({A: ["x"]}, {"x": A, "y": "tokenizer.json"}, Cause.MALFORMED, "tokenizer.json"),
-        ({A: ["x"]}, {"x": A, "y": ""}, Cause.MALFORMED, INDEX),
-        ({A: ["x"]}, {"x": A, "y": 7}, Cause.MALFORMED, INDEX),
-        ({A: ["x"]}, {"x": A, "y": "a" * 5000}, Cause.MALFORMED, INDEX),
-        ({A: ["x"]}, {}, Cause.MALFORMED, INDEX),
-        ({A: ["x"]}, [], Cause.MALFORMED, INDEX),
+        ({A: ["x"]}, {"x": A, "y": ""}, Cause.MALFORMED, INDEX_FILE),
+        ({A: ["x"]}, {"x": A, "y": 7}, Cause.MALFORMED, INDEX_FILE),
+        ({A: ["x"]}, {"x": A, "y": "a" * 5000}, Cause.MALFORMED, INDEX_FILE),
+        ({A: ["x"]}, {}, Cause.MALFORMED, INDEX_FILE),
+        ({A: ["x"]}, [], Cause.MALFORMED, INDEX_FILE),
     ],
 )
 def test_an_index_that_does_not_fit_is_named_with_the_tensor(tmp_path, files, index, cause, shown):
@@ -76,8 +76,8 @@ def test_buffers_that_no_model_reads_may_be_missing(tmp_path):
     ],
 )
 def test_an_index_that_is_no_plain_json_is_refused(tmp_path, text):
-    (tmp_path / INDEX).write_text(text)
-    with refused("weights", Cause.MALFORMED, INDEX):
+    (tmp_path / INDEX_FILE).write_text(text)
+    with refused("weights", Cause.MALFORMED, INDEX_FILE):
         read_index(tmp_path)
 
 
@@ -105,16 +105,16 @@ def refuses_to_open(folder, outside, monkeypatch):
 def test_a_file_elsewhere_that_an_index_names_is_not_opened(tmp_path, outside, form, monkeypatch):
     name = form.format(outside.name, absolute=outside)
     (tmp_path / "model" / "a").mkdir()
-    (tmp_path / "model" / INDEX).write_text(json.dumps({"weight_map": {"x": name}}))
+    (tmp_path / "model" / INDEX_FILE).write_text(json.dumps({"weight_map": {"x": name}}))
     refuses_to_open(tmp_path / "model", outside, monkeypatch)
 
 
 @pytest.mark.parametrize("is_indexed", [True, False])
 def test_a_link_that_leads_elsewhere_is_not_opened(tmp_path, outside, is_indexed, monkeypatch):
     folder = tmp_path / "model"
-    (folder / (A if is_indexed else SINGLE)).symlink_to(outside)
+    (folder / (A if is_indexed else SINGLE_FILE)).symlink_to(outside)
     if is_indexed:
-        (folder / INDEX).write_text(json.dumps({"weight_map": {"x": A}}))
+        (folder / INDEX_FILE).write_text(json.dumps({"weight_map": {"x": A}}))
     refuses_to_open(folder, outside, monkeypatch)
 
 
@@ -123,7 +123,7 @@ def test_links_of_a_hub_cache_and_within_a_folder_are_read(tmp_path):
     blobs.mkdir(parents=True)
     snapshot = tmp_path / "hub/models--org--name/snapshots/0123abcd"
     write(snapshot, {A: ["x"], B: ["z"]})
-    for number, file in enumerate((A, B, INDEX)):
+    for number, file in enumerate((A, B, INDEX_FILE)):
         (snapshot / file).rename(blobs / f"{number}")
         (snapshot / file).symlink_to(f"../../blobs/{number}")
     require_complete(snapshot)
@@ -131,7 +131,7 @@ def test_links_of_a_hub_cache_and_within_a_folder_are_read(tmp_path):
     require_complete(tmp_path / "chosen")
     plain = tmp_path / "plain"
     save_file({"x": torch.zeros(2)}, (plain.mkdir() or plain) / "weights.safetensors")
-    (plain / SINGLE).symlink_to("weights.safetensors")
+    (plain / SINGLE_FILE).symlink_to("weights.safetensors")
     require_complete(plain)
 
 
@@ -141,7 +141,7 @@ def test_links_from_a_snapshot_to_another_model_are_refused(tmp_path, outside, m
     outside = outside.rename(other / outside.name)
     snapshot = tmp_path / "hub/models--a--a/snapshots/0123"
     snapshot.mkdir(parents=True)
-    (snapshot / SINGLE).symlink_to(outside)
+    (snapshot / SINGLE_FILE).symlink_to(outside)
     refuses_to_open(snapshot, outside, monkeypatch)
 
 
@@ -160,6 +160,6 @@ def test_a_header_that_describes_no_file_is_refused(tmp_path, entries, shown):
         for name, (shape, offsets) in entries.items()
     }
     text = json.dumps(header).encode()
-    (tmp_path / SINGLE).write_bytes(len(text).to_bytes(8, "little") + text + bytes(20))
-    with refused("weights", Cause.MALFORMED, SINGLE, shown):
+    (tmp_path / SINGLE_FILE).write_bytes(len(text).to_bytes(8, "little") + text + bytes(20))
+    with refused("weights", Cause.MALFORMED, SINGLE_FILE, shown):
         require_complete(tmp_path)

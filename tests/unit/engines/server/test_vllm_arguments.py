@@ -13,8 +13,8 @@ from megatron_r1.engines.server import vllm_arguments
 from megatron_r1.engines.server.recipe_checks import check_engines
 from megatron_r1.engines.server.settings import EngineSettings, engine_settings
 from megatron_r1.engines.server.vllm_arguments import (
-    FIXED,
-    RESERVED,
+    FIXED_ARGUMENTS,
+    RESERVED_ARGUMENTS,
     SERVER,
     argument_list,
     check_arguments,
@@ -155,4 +155,4 @@ def test_vllm_reads_what_recipes_of_clusters_set():
     )
     parsed = vllm_arguments._parse(words)
     assert parsed.error == ""
-    assert {*RESERVED, *FIXED, *SERVER} - set(parsed.names) == set()
+    assert {*RESERVED_ARGUMENTS, *FIXED_ARGUMENTS, *SERVER} - set(parsed.names) == set()
