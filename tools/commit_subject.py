@@ -4,9 +4,9 @@
 A subject is one imperative sentence of at most 72 characters without a full stop, as "Refuse
 subjects that are too long". It has one idea, so neither a semicolon nor, unless it merges, a list
 with commas, and does not name a branch. The mood is judged by the ending of the first word, so that
-many a noun passes. A commit of more than 20 files, and a merge under git's own subject, need a body
-that says why and how. A commit that renames Python files, or whose body lists renames, old → new,
-has in its body the command that made them, or why none could.
+many a noun passes. A commit of more than five files, and a merge under git's own subject, need a
+body that says why and how. A commit that renames Python files, or whose body lists renames, old →
+new, has in its body a line with the command that made them, or one that says why none could.
 .githooks/commit-msg calls this; `git commit --no-verify` leaves it out."""
 
 import math
@@ -16,8 +16,12 @@ import sys
 from pathlib import Path
 
 MAX_CHARS = 72
-MAX_FILES = 20
+MAX_FILES = 5
 """Of a commit without a body."""
+FORMER_MAX_FILES = 20
+BODIES_SINCE = 1795892400
+"""Commits whose author date is earlier (2026-11-28 19:00 UTC) may have `FORMER_MAX_FILES`, and any
+text as their command."""
 MADE_BY_GIT = (
     "Merge branch ",
     "Merge pull request ",
@@ -54,6 +58,10 @@ IMPERATIVES = (
 RENAME = re.compile(r"(?<!\S)`?[A-Za-z_.][\w./:*-]*`? (?:→|->) `?[A-Za-z_.]")
 """A name, an arrow and another name; `94.6% → 95%` is none, nor is the type of a function."""
 RENAMED_BY = re.compile(r"^(?:Command|By hand):\s*\S", re.MULTILINE)
+COMMAND = re.compile(r"^Command:[ \t]*(\S.*)$", re.MULTILINE)
+PROGRAM = re.compile(r"[`$ ]*[a-z./][\w./+-]* +\S")
+"""A program and an argument, as a shell reads them: `git mv a b`, not "a script moved them"."""
+PROSE = re.compile(r"(?:a|an|the|this|each|every|one) ")
 RENAMES_SINCE = 1795802400
 """Commits whose author date is earlier (2026-11-27 18:00 UTC) may list renames alone."""
 MOVED_FILE = re.compile(r'^R\d+\t.*\.py"?$')
@@ -84,7 +92,8 @@ def message_faults(
     if not subject or subject.startswith(MADE_BY_GIT):
         return []
     faults = []
-    if num_files > MAX_FILES and not body.strip():
+    is_former = date < BODIES_SINCE
+    if num_files > (FORMER_MAX_FILES if is_former else MAX_FILES) and not body.strip():
         faults.append(
             f"it stands alone for {num_files} files: a body says why, and how it was done"
         )
@@ -98,6 +107,12 @@ def message_faults(
             f"{renames}: a line `Command:` has the command that made them, "
             "or `By hand:` says what no command could do, and why"
         )
+    for command in COMMAND.findall(body) if not is_former else ():
+        if not PROGRAM.match(command) or PROSE.match(command) or "By hand:" in command:
+            faults.append(
+                f"`Command: {command[:40]}` is no command: give one that a reader can run, or say "
+                "`By hand:` on a line of its own"
+            )
     if len(subject) > MAX_CHARS:
         faults.append(f"it has {len(subject)} characters, at most {MAX_CHARS}; its body says why")
     if subject.endswith("."):

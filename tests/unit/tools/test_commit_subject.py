@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.commit_subject import MOVES_SINCE, RENAMES_SINCE, message_faults
+from tools.commit_subject import BODIES_SINCE, MOVES_SINCE, RENAMES_SINCE, message_faults
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -68,8 +68,10 @@ def test_subjects_that_are_refused(subject, fault):
 
 
 def test_a_commit_of_many_files_needs_a_body():
-    assert message_faults("Rename two packages", 20) == []
-    assert "21 files" in message_faults("Rename two packages", 21)[0]
+    assert message_faults("Rename two packages", 5) == []
+    assert "6 files" in message_faults("Rename two packages", 6)[0]
+    assert message_faults("Rename two packages", 20, BODIES_SINCE - 1) == []
+    assert "21 files" in message_faults("Rename two packages", 21, BODIES_SINCE - 1)[0]
     assert message_faults("Rename two packages\n\nBy sed, as the map says.", 816) == []
 
 
@@ -232,3 +234,20 @@ def test_hooks_that_a_clone_has_stay(clone):
 def test_outside_a_repository_nothing_is_installed(clone):
     shutil.rmtree(clone / ".git")
     subprocess.run(["make", "-s", "hooks"], cwd=clone, check=True, capture_output=True)
+
+
+@pytest.mark.parametrize(
+    ("line", "passes"),
+    [
+        ("Command: git mv tools/a.py tools/b.py", True),
+        ("Command: `sed -i s/old/new/ a.py`", True),
+        ("Command: a script put the values into the list", False),
+        ("Command: the same as before", False),
+        ("Command: sed -i s/a/b/ c.py. By hand: the docstrings", False),
+        ("Command: sed", False),
+    ],
+)
+def test_a_command_is_one_that_can_be_run(line, passes):
+    faults = message_faults(f"Rename a file\n\nWhy.\n\n{line}\n", num_moved=1)
+    assert passes == (not faults), faults
+    assert message_faults(f"Rename a file\n\nWhy.\n\n{line}\n", 1, BODIES_SINCE - 1) == []
