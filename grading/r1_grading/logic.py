@@ -108,8 +108,8 @@ def _power(base: ast.expr, exponent: ast.expr) -> tuple[float, int]:
 
 ONE_NUMBER = re.compile(r"\s*\$?(-?\d[\d,]{0,99}(?:\.\d{1,100})?)\s*%?[\s.]*")
 """A number of bounded length: Fraction raises ValueError for more than 4,300 digits."""
-NUMBER = r"[-+]?\d+(?:\.\d*)?(?:[eE][-+]?\d+)?"
-STATEMENT = r"\w+ is an? \w+"
+NUMBER_PATTERN = r"[-+]?\d+(?:\.\d*)?(?:[eE][-+]?\d+)?"
+ROLE_STATEMENT = r"\w+ is an? \w+"
 COMPLEX = re.compile(r"[\d.eE+\-*ij()\s\u2212]*")
 MOVES_PER_NEEDED = 10
 RELATIVE_ERROR = Fraction(1, 1000)
@@ -176,10 +176,10 @@ def _refuse_longer(answer: str, entry: dict[str, Any]) -> str:
 def _statements(answer: str, entry: dict[str, Any]) -> str:
     """Refuse all but one statement for each person: the scorer looks for such statements within any
     text, and also within a denial."""
-    count = len(re.findall(STATEMENT, str(entry["answer"])))
+    count = len(re.findall(ROLE_STATEMENT, str(entry["answer"])))
     parts = [part.strip() for part in re.split(r"[.,;\n]|\band\b", answer)]
     parts = [part for part in parts if part]
-    is_plain = len(parts) == count and all(re.fullmatch(STATEMENT, part) for part in parts)
+    is_plain = len(parts) == count and all(re.fullmatch(ROLE_STATEMENT, part) for part in parts)
     return "" if is_plain else f"it is not {count} statements, each <name> is a <role>"
 
 
@@ -206,7 +206,7 @@ def _few_moves(answer: str, entry: dict[str, Any]) -> str:
 
 GUARDS: dict[str, Callable[[str, dict[str, Any]], str]] = {
     "advanced_geometry": _matching(
-        rf"{NUMBER}\s*°?|\(?\s*{NUMBER}\s*,\s*{NUMBER}\s*\)?", "one value"
+        rf"{NUMBER_PATTERN}\s*°?|\(?\s*{NUMBER_PATTERN}\s*,\s*{NUMBER_PATTERN}\s*\)?", "one value"
     ),
     "boxnet": _flat_actions,
     "coin_flip": _refuse_coarse_probability,
@@ -220,7 +220,9 @@ GUARDS: dict[str, Callable[[str, dict[str, Any]], str]] = {
     "kakurasu": _matching(r"[01\s]*", "rows of 0 and 1"),
     "knights_knaves": _statements,
     "letter_jumble": _as_many_words,
-    "polynomial_equations": _matching(rf"{NUMBER}(?:\s*,\s*{NUMBER})*|", "numbers between commas"),
+    "polynomial_equations": _matching(
+        rf"{NUMBER_PATTERN}(?:\s*,\s*{NUMBER_PATTERN})*|", "numbers between commas"
+    ),
     "puzzle24": _numbers_given,
     "quantum_lock": _matching(r"[A-Ca-c\s,→>-]*", "buttons between arrows"),
     "rush_hour": _few_moves,
@@ -256,7 +258,7 @@ FORMULA_TASKS = {
 TUPLE_TASKS = {"arc_agi", "rearc"}
 # What the tasks below are kept from would pass through it.
 UNGUARDED = {"composite": "name the tasks that it is made of"}
-DECORATION = (("$$", "$$"), ("$", "$"), *((box + "{", "}") for box in BOXES))
+WRAPPERS = (("$$", "$$"), ("$", "$"), *((box + "{", "}") for box in BOXES))
 MAX_DECORATIONS = 3
 MAX_ANSWER_CHARS = 20_000
 
@@ -339,7 +341,7 @@ def _cannot_score(scorer: Callable[[str, Any], float], entry: Any) -> bool:
 def _undecorated(answer: str, expected: object) -> str:
     """Return `answer` without the box and dollar signs around it, unless the truth has them."""
     for _ in range(MAX_DECORATIONS):
-        for left, right in DECORATION:
+        for left, right in WRAPPERS:
             if encloses(left, right, answer) and not str(expected).startswith(left):
                 answer = answer[len(left) : len(answer) - len(right)].strip()
                 break

@@ -7,12 +7,12 @@ import numpy as np
 
 from r1_grading.reading import chain_of_thought
 from r1_grading.reading.answer import ANSWER, END_ANSWER, END_THINK, THINK
-from r1_grading.reading.languages import INVISIBLE_CHARS, LANGUAGES, judged_words
+from r1_grading.reading.languages import INVISIBLE_CHARS, LANGUAGE_NAMES, judged_words
 from r1_grading.rewards import Grade
 
-TAGS = (THINK, END_THINK, ANSWER, END_ANSWER)
+FORMAT_TAGS = (THINK, END_THINK, ANSWER, END_ANSWER)
 # The text between the tags in DeepSeek-R1-Zero's template, and in papers that quote it.
-PLACEHOLDERS = frozenset({"reasoning process here", "answer here", "…", "..."})
+PLACEHOLDER_TEXTS = frozenset({"reasoning process here", "answer here", "…", "..."})
 
 
 def grade_format(
@@ -30,10 +30,10 @@ def grade_format(
             and must not open it again.
         **entry: the prompt's other fields, which are not used."""
     text = (THINK + response if thought_opened else response).strip()
-    for tag in TAGS:
+    for tag in FORMAT_TAGS:
         if (num_found := text.count(tag)) != 1:
             return Grade(0.0, f"bad format: {tag} occurs {num_found} times")
-    positions = [text.find(tag) for tag in TAGS]
+    positions = [text.find(tag) for tag in FORMAT_TAGS]
     if positions != sorted(positions):
         return Grade(0.0, "bad format: the tags are out of order")
     separator = text[positions[1] + len(END_THINK) : positions[2]]
@@ -50,10 +50,10 @@ def _is_placeholder(part: str) -> bool:
     if len(part) > 200:
         return False
     words = " ".join(part.casefold().split())
-    return words in PLACEHOLDERS or words.rstrip(".!… ") in PLACEHOLDERS
+    return words in PLACEHOLDER_TEXTS or words.rstrip(".!… ") in PLACEHOLDER_TEXTS
 
 
-UNITS = ("tokens", "characters")
+LENGTH_UNITS = ("tokens", "characters")
 
 
 def grade_conciseness(
@@ -109,7 +109,7 @@ def _length(response: str, unit: str, num_tokens: object) -> int:
     if unit == "characters":
         return len(response)
     if unit != "tokens":
-        raise ValueError(f"unit must be one of {', '.join(UNITS)}, got {unit!r}")
+        raise ValueError(f"unit must be one of {', '.join(LENGTH_UNITS)}, got {unit!r}")
     if isinstance(num_tokens, bool) or not isinstance(num_tokens, int) or num_tokens < 0:
         raise ValueError(
             f"num_tokens must be the response's length in tokens, got {num_tokens!r}; "
@@ -147,8 +147,8 @@ def grade_language(
 
     Raises:
         ValueError: another target."""
-    if not isinstance(target, str) or target not in LANGUAGES:
-        raise ValueError(f"target must be one of {', '.join(LANGUAGES)}, got {target!r}")
+    if not isinstance(target, str) or target not in LANGUAGE_NAMES:
+        raise ValueError(f"target must be one of {', '.join(LANGUAGE_NAMES)}, got {target!r}")
     thought = chain_of_thought(response, thought_opened)
     if thought is None:
         return Grade(0.0, "no chain of thought")
@@ -157,14 +157,14 @@ def grade_language(
         return Grade(0.0, "no words in the chain of thought")
     fraction = getattr(words, target) / words.total
     counts = f"English {words.en:.0f}, Chinese {words.zh:.0f}, other {words.other_scripts:.0f}"
-    return Grade(fraction, f"{fraction:.1%} of its words are {LANGUAGES[target]} ({counts})")
+    return Grade(fraction, f"{fraction:.1%} of its words are {LANGUAGE_NAMES[target]} ({counts})")
 
 
-NUMBER = re.compile(r"\d+")
+DIGIT_RUN = re.compile(r"\d+")
 WHITE_SPACE = re.compile(r"\s+")
 # Any odd number has an inverse modulo 2**64; this one has its bits spread (the golden ratio).
-BASE = 0x9E3779B97F4A7C15
-INVERSE = pow(BASE, -1, 2**64)
+HASH_BASE = 0x9E3779B97F4A7C15
+INVERSE = pow(HASH_BASE, -1, 2**64)
 
 
 def grade_repetition(
@@ -205,7 +205,7 @@ def grade_repetition(
     text = INVISIBLE_CHARS.sub("", unicodedata.normalize("NFKD", INVISIBLE_CHARS.sub("", response)))
     text = WHITE_SPACE.sub(" ", text).strip().casefold()
     if mask_numbers:
-        text = NUMBER.sub("0", text)
+        text = DIGIT_RUN.sub("0", text)
     num_windows = len(text) - window + 1
     if num_windows < 1:
         return Grade(1.0, f"shorter than {window} characters: nothing to repeat")
@@ -225,7 +225,9 @@ def window_hashes(text: str, window: int) -> np.ndarray:
     give each hash, so the cost does not depend on the window's length."""
     codes = np.frombuffer(text.encode("utf-32-le", "replace"), dtype=np.uint32)
     sums = np.zeros(len(codes) + 1, dtype=np.uint64)
-    np.cumsum((codes.astype(np.uint64) + np.uint64(1)) * _powers(BASE, len(codes)), out=sums[1:])
+    np.cumsum(
+        (codes.astype(np.uint64) + np.uint64(1)) * _powers(HASH_BASE, len(codes)), out=sums[1:]
+    )
     windows = sums[window:] - sums[:-window]
     return windows * _powers(INVERSE, len(windows))
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from r1_grading.base.errors import Cause, UserError, shorten
 from r1_grading.base.user_code import find_function
 from r1_grading.reading.answer import without_special_tokens
-from r1_grading.rewards import REGISTRY, REMOTE, FiniteGrade, Grade, resolve
+from r1_grading.rewards import GRADERS, REMOTE, FiniteGrade, Grade, resolve
 
 GradeFunction = Callable[..., Grade]
 OWN_SIGNATURE = "(response, truth, **entry) -> Grade"
@@ -34,7 +34,7 @@ NOT_COLUMNS = ("num_tokens", "thought_opened")
 """Facts about a response, which are no columns of TRL's data sets."""
 FORMER_NAME = "opened"
 """What `thought_opened` was called: a function that still takes it would never get it."""
-FORMS = ("text", "messages")
+COMPLETION_FORMS = ("text", "messages")
 """The values of the option `completions` of a function of TRL's signature."""
 POSITIONAL = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 VARIADIC = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
@@ -191,9 +191,11 @@ class _TrlFunction(AdaptedFunction):
         self._reads_messages = _mentions("content", function)
 
     def __call__(self, response: str, truth: Any, /, **fields: Any) -> Grade:
-        form = fields.pop(TRL_NAME, FORMS[self._reads_messages])
-        if form not in FORMS:
-            raise ValueError(f"option {TRL_NAME} must be {' or '.join(FORMS)}, got {form!r}")
+        form = fields.pop(TRL_NAME, COMPLETION_FORMS[self._reads_messages])
+        if form not in COMPLETION_FORMS:
+            raise ValueError(
+                f"option {TRL_NAME} must be {' or '.join(COMPLETION_FORMS)}, got {form!r}"
+            )
         text = without_special_tokens(response)
         texts = {"prompts": ("user", fields.get("question")), TRL_NAME: ("assistant", text)}
         row = dict.fromkeys(TRUTH_NAMES, truth) | fields
@@ -205,7 +207,7 @@ class _TrlFunction(AdaptedFunction):
         except (TypeError, AttributeError) as error:
             if isinstance(error, MissingArguments):
                 raise
-            other_form = FORMS[form == FORMS[0]]
+            other_form = COMPLETION_FORMS[form == COMPLETION_FORMS[0]]
             hint = f"it got completions as {form}; its option {TRL_NAME}: {other_form} changes that"
             raise TypeError(f"{error}; {hint}").with_traceback(error.__traceback__) from None
         rewards = result.tolist() if hasattr(result, "tolist") else result  # of numpy and torch
@@ -311,7 +313,7 @@ def _missing_fields(kind: str, names: tuple[str, ...]) -> CallFault:
 
 
 def _describe_kind(target: str) -> str:
-    return next((name for name, path in REGISTRY.items() if path == target), target)
+    return next((name for name, path in GRADERS.items() if path == target), target)
 
 
 async def _await(awaitable: Any) -> Any:

@@ -91,7 +91,7 @@ FORM_REWARDS: dict[str, str] = {
 }
 """Rewards that read the response alone. As a term they get no truth, and of the prompt's fields
 only those of their signature: a code prompt's megabytes of tests are not sent to the workers."""
-REGISTRY: dict[str, str] = {
+GRADERS: dict[str, str] = {
     **FORM_REWARDS,
     "code": "r1_grading.code:grade",
     "exact_match": "r1_grading.exact_match:grade",
@@ -120,7 +120,7 @@ def resolve(kind: str) -> str:
     Raises:
         UserError: an unknown kind, naming the known ones, and a path into Python's own library: a
             row of a data set could otherwise name `builtins:exec` and contain its program."""
-    paths = REGISTRY | REMOTE | {ENVIRONMENT: f"{__name__}:refuse_environment"}
+    paths = GRADERS | REMOTE | {ENVIRONMENT: f"{__name__}:refuse_environment"}
     if kind in paths:
         return paths[kind]
     module, _, function = kind.partition(":")

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from r1_grading.base.errors import Cause, UserError, did_you_mean, shorten
 from r1_grading.base.user_code import find_function
 from r1_grading.base.values import read_scalar
-from r1_grading.rewards import ENVIRONMENT, FORM_REWARDS, REGISTRY, REMOTE, Grade, resolve
+from r1_grading.rewards import ENVIRONMENT, FORM_REWARDS, GRADERS, REMOTE, Grade, resolve
 from r1_grading.truths import check_truth
 
 ACCURACY = "accuracy"
@@ -158,7 +158,7 @@ def weights_at(weights: Weights, step: int) -> dict[str, float]:
 
 Options = Mapping[str, Mapping[str, Any]]
 """`rewards.options`."""
-FACTS = ("num_tokens", "thought_opened", "question")
+RESPONSE_FACTS = ("num_tokens", "thought_opened", "question")
 """Arguments that a run gives for each sample; neither an option nor a prompt's field overrides
 them."""
 
@@ -188,7 +188,7 @@ def read_options(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             from r1_grading.remote.remote_rewards import check_options
 
             check_options(kind, values)
-        elif kind in REGISTRY and (unknown := [v for v in values if v not in option_names(kind)]):
+        elif kind in GRADERS and (unknown := [v for v in values if v not in option_names(kind)]):
             names = sorted(option_names(kind))
             hint = did_you_mean(unknown[0], names, "{}")
             hint = hint or f"; it has {', '.join(names) or 'none'}"
@@ -205,7 +205,7 @@ def _read_numbers(kind: str, values: Mapping[str, Any]) -> dict[str, Any]:
 
     Only a registered reward's are read, whose defaults have these types."""
     parsed_options = dict(values)
-    defaults = _defaults(kind) if kind in REGISTRY else {}
+    defaults = _defaults(kind) if kind in GRADERS else {}
     for name, value in values.items():
         number_type = type(defaults.get(name))
         if number_type in (bool, int, float):
@@ -227,11 +227,11 @@ def option_names(kind: str) -> frozenset[str]:
 
 @functools.cache
 def _defaults(kind: str) -> dict[str, Any]:
-    parameters = inspect.signature(find_function(REGISTRY[kind])).parameters.values()
+    parameters = inspect.signature(find_function(GRADERS[kind])).parameters.values()
     return {
         parameter.name: parameter.default
         for parameter in parameters
-        if parameter.kind is parameter.KEYWORD_ONLY and parameter.name not in FACTS
+        if parameter.kind is parameter.KEYWORD_ONLY and parameter.name not in RESPONSE_FACTS
     }
 
 
@@ -400,7 +400,7 @@ class RewardTerms:
                     name = f"rewards.weights.{term}: it"
                     if term == ACCURACY:
                         name = f"question {shorten(prompt.question)!r}: its {kind} answer"
-                    hint = f"; see rewards.options.{kind}" if kind in REGISTRY | REMOTE else ""
+                    hint = f"; see rewards.options.{kind}" if kind in GRADERS | REMOTE else ""
                     key = "kind" if term == ACCURACY else f"rewards.weights.{term}"
                     raise RewardUnusable(f"{name} {trial.reason}{hint}", trial.missing, key=key)
 
@@ -410,7 +410,7 @@ class RewardTerms:
         A user's own reward may raise where there is no answer; one that also raises on a
         well-formed answer is broken, or called wrongly."""
         trial = (await self.grade([term], prompt, "", 0, thought_opened))[term]
-        if not trial.is_graded and _kind(term, prompt) not in REGISTRY | REMOTE:
+        if not trial.is_graded and _kind(term, prompt) not in GRADERS | REMOTE:
             text = f"<think>I think.</think>\n<answer>{prompt.truth}</answer>"
             trial = (await self.grade([term], prompt, text, 0, thought_opened))[term]
         return trial

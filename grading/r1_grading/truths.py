@@ -71,8 +71,8 @@ PROGRAM = re.compile(
     r"\s*(?:```|def \w|class \w+[(:]|import \w|from \w+ import |#include|return |print\("
     r"|[\w, ]+= ?(?:int|list|map|input)\()"
 )
-THOUGHTS = ("</think>", "<|end_of_thought|>")
-WORD = re.compile(r"[^\W\d_]{3,}")
+THOUGHT_ENDS = ("</think>", "<|end_of_thought|>")
+LONG_WORD = re.compile(r"[^\W\d_]{3,}")
 MAX_MARKED_CHARS = 40
 """Longer lines behind `####` are headings of Markdown where further lines follow: a choice."""
 NO_NUMBER = re.compile(r"[-+]?(?:nan|inf)\s*\\?%?", re.IGNORECASE)
@@ -132,7 +132,7 @@ def is_missing(truth: Any, words: Collection[str] = NO_TRUTH) -> bool:
 def states_no_answer(text: str) -> bool:
     """Return whether a text is a program, a response with its thought, or a whole solution that
     marks no answer by a box or `####`: a proof. No answer can be compared with these."""
-    if (PROGRAM.match(text) and not is_tests(text)) or any(mark in text for mark in THOUGHTS):
+    if (PROGRAM.match(text) and not is_tests(text)) or any(mark in text for mark in THOUGHT_ENDS):
         return True
     is_long = len(text.split()) > MAX_WORDS and any(mark in text for mark in (". ", ".\n"))
     return is_long and MARKER not in text and last_boxed(text) is None and not is_tests(text)
@@ -145,7 +145,7 @@ def guess_reward_kind(truth: Any) -> str:
         return "code"
     answers = accepted_answers(truth)
     is_several = answers != [truth]
-    words = [t for t in answers if isinstance(t, str) and WORD.search(t) and "\\" not in t]
+    words = [t for t in answers if isinstance(t, str) and LONG_WORD.search(t) and "\\" not in t]
     return "exact_match" if is_several and words else "math"
 
 

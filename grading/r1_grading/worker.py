@@ -16,7 +16,13 @@ import msgspec
 from r1_grading.base.errors import RunError, UserError, shorten
 from r1_grading.base.lifetime import end_without_parent
 from r1_grading.base.user_code import find_function, location_of
-from r1_grading.base.workers import LENGTH, FramedProcess, WorkerLost, encode_frame, private_streams
+from r1_grading.base.workers import (
+    LENGTH_HEADER,
+    FramedProcess,
+    WorkerLost,
+    encode_frame,
+    private_streams,
+)
 from r1_grading.reward_signatures import adapt_signature, explain_failure
 from r1_grading.rewards import MAX_REASON_CHARS, FiniteGrade, Grade
 
@@ -117,8 +123,8 @@ def main(memory_limit_bytes: int) -> None:
         replies.flush()
 
     send(JobStatus("ready"))
-    while header := jobs.read(LENGTH.size):
-        job = decoder.decode(jobs.read(LENGTH.unpack(header)[0]))
+    while header := jobs.read(LENGTH_HEADER.size):
+        job = decoder.decode(jobs.read(LENGTH_HEADER.unpack(header)[0]))
         if job.target not in functions:
             try:
                 functions[job.target] = adapt_signature(find_function(job.target), job.target)

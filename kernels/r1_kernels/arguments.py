@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 _is_trusted = ContextVar("values are trusted", default=False)
@@ -40,7 +40,7 @@ def has_trusted_values() -> bool:
 def check_floats(**tensors: Tensor | None) -> None:
     """Require each to be None, or floating point."""
     for name, tensor in tensors.items():
-        if tensor is not None and tensor.dtype not in FLOATS:
+        if tensor is not None and tensor.dtype not in FLOAT_DTYPES:
             raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
 
 

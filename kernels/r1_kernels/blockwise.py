@@ -23,7 +23,7 @@ from r1_kernels.arguments import check_same_device
 from r1_kernels.registry import choose_primitives
 
 BLOCKS = ((128, 128), (1, 128))
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @torch.no_grad()
@@ -108,5 +108,5 @@ def _check_matrix(name: str, tensor: Tensor) -> None:
 
 
 def _check_dtype(name: str, dtype: torch.dtype) -> None:
-    if dtype not in DTYPES:
+    if dtype not in INPUT_DTYPES:
         raise ValueError(f"{name} must be float32, bfloat16 or float16, got {dtype}")

@@ -18,7 +18,7 @@ from r1_kernels.sampling_mask import KeptIds
 from r1_kernels.vocabulary import RowUpstream, VocabShard
 
 BF16, FP32 = torch.bfloat16, torch.float32
-POLICIES = (
+POLICY_VARIANTS = (
     "",
     "reference",
     "reference, rollout",
@@ -134,9 +134,9 @@ def kept_scatter(sizes: ExampleSizes, device: str) -> Iterator[ExampleLaunch]:
 
 
 def policy_terms(sizes: ExampleSizes, device: str) -> Iterator[ExampleLaunch]:
-    """Yield losses with the optional tensors and settings that `POLICIES` names."""
+    """Yield losses with the optional tensors and settings that `POLICY_VARIANTS` names."""
     tokens = sizes.num_tokens
-    for present in POLICIES:
+    for present in POLICY_VARIANTS:
         # For each of the TokenTensors, the word with which it is given; "" is in every name.
         words = ("", "", "reference", "rollout", "", "", "sequence")
         tensors = [torch.rand(tokens, device=device) if w in present else None for w in words]

@@ -27,7 +27,7 @@ from r1_kernels_bench.inputs import (
 )
 
 CLIP = eager.CLIP
-SETTINGS: dict[str, Any] = {"clip_low": CLIP, "clip_high": CLIP, "kl_beta": eager.KL_BETA}
+LOSS_SETTINGS: dict[str, Any] = {"clip_low": CLIP, "clip_high": CLIP, "kl_beta": eager.KL_BETA}
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,14 @@ class KernelCase:
 
 
 def _linear_policy_loss(*inputs, sampling_mask=None):
-    out = r1_kernels.linear_policy_loss(*inputs, **(SETTINGS | {"sampling_mask": sampling_mask}))
+    out = r1_kernels.linear_policy_loss(
+        *inputs, **(LOSS_SETTINGS | {"sampling_mask": sampling_mask})
+    )
     return out.loss, out.logprobs
 
 
 def _policy_loss(*inputs):
-    return r1_kernels.policy_loss(*inputs, **SETTINGS).loss
+    return r1_kernels.policy_loss(*inputs, **LOSS_SETTINGS).loss
 
 
 class _AsComputed(torch.autograd.Function):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from r1_kernels_bench import eager, measure, reference
 
-DTYPES = ("bfloat16", "float16", "float32")
+DTYPE_NAMES = ("bfloat16", "float16", "float32")
 LONGEST_SEQUENCE = 4_096
 
 

@@ -27,7 +27,7 @@ upper bounds in 1e12 elements/s for an H200. A kernel without a loop: all of it.
 # Limits of a multiprocessor (SM). Sources: CUDA C++ Programming Guide, "Technical Specifications
 # per Compute Capability" and "Arithmetic Instructions"; NVIDIA's data sheet of the H200 (4.8 TB/s).
 # Not modelled: latency, and the half rate of integer, minimum and conversion instructions.
-ARCHITECTURES = (80, 90, 100)
+COMPUTE_CAPABILITIES = (80, 90, 100)
 SHARED_KIB = {80: 164, 90: 228, 100: 228}  # of an SM
 RESERVED_SHARED = 1024  # bytes per program that CUDA itself uses
 REGISTERS = 65_536  # of an SM
@@ -72,7 +72,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     for kernel in kernels:
         variants = alternatives(kernel) if options.alternatives else _real_launches(kernel)
         for name, example in variants:
-            for arch in ARCHITECTURES:
+            for arch in COMPUTE_CAPABILITIES:
                 for launch in compiled.compile_launches(kernel, example, arch):
                     entry = measure(example, launch, arch)
                     entries[f"{name}, sm_{arch}"] = entry

@@ -137,7 +137,7 @@ def _stop_worker(worker: subprocess.Popen[str]) -> None:
         worker.wait()
 
 
-PACKAGES = ("torch", "triton", "liger-kernel", "trl", "cut-cross-entropy", "megatron-core")
+MEASURED_PACKAGES = ("torch", "triton", "liger-kernel", "trl", "cut-cross-entropy", "megatron-core")
 LEGEND = """\
 time: median of rounds that take every implementation in turn. extra memory: the peak of a call over
 what was there before it, its results and gradients included. of bound: the least work the kernel
@@ -157,7 +157,7 @@ def add_options(options: argparse.ArgumentParser) -> None:
     options.add_argument("--tokens", type=int)
     options.add_argument("--vocab", type=int)
     options.add_argument("--hidden", type=int)
-    options.add_argument("--dtype", choices=inputs.DTYPES)
+    options.add_argument("--dtype", choices=inputs.DTYPE_NAMES)
     options.add_argument("--tp", type=int, help="measure one rank's share of the vocabulary")
     options.add_argument("--only", action="append", metavar="KERNEL", help="repeatable")
     options.add_argument("--repeats", type=int, help="rounds; default: 5 on a GPU, else 3")
@@ -254,7 +254,7 @@ def _environment(on_gpu: bool) -> dict[str, Any]:
     return {
         "device": device,
         "date": datetime.date.today().isoformat(),
-        "versions": host.versions(PACKAGES),
+        "versions": host.versions(MEASURED_PACKAGES),
         "cores": host.num_cores(),
         "load": os.getloadavg()[0],
     }

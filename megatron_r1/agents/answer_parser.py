@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from megatron_r1.config import AgentsConfig
 
 
-MODULE = "megatron_r1.agents.parser_worker"
+WORKER_MODULE = "megatron_r1.agents.parser_worker"
 PARSE_ERROR = "tool_call_error"
 """The field of an assistant's message that says why a call stays text."""
 MAX_REPLY_BYTES = 2**28
@@ -143,7 +143,7 @@ class ParserPool:
         arguments = [msgspec.json.encode(self._options).decode()]
         try:
             worker = await FramedProcess[ParseReply].launch(
-                MODULE, arguments, ParseReply, MAX_REPLY_BYTES
+                WORKER_MODULE, arguments, ParseReply, MAX_REPLY_BYTES
             )
         except WorkerLost as error:
             raise RunError(f"a parser worker did not start: {error}") from None
@@ -163,7 +163,7 @@ class ParserPool:
 
 
 OPEN_TAG, CLOSE_TAG, END_THINK = "<tool_call>", "</tool_call>", "</think>"
-ARGUMENTS = ("arguments", "parameters")
+ARGUMENT_KEYS = ("arguments", "parameters")
 """Names of a call's arguments: Hermes', and Llama 3's."""
 OTHER_KEYS = ("name", "id", "type")
 
@@ -258,14 +258,14 @@ def _call(body: dict[str, Any]) -> dict[str, Any]:
     """
     if isinstance(body.get("function"), dict) and not body.keys() - {"function", "id", "type"}:
         body = body["function"]  # OpenAI's own form
-    if unknown := sorted(body.keys() - {*OTHER_KEYS, *ARGUMENTS}):
+    if unknown := sorted(body.keys() - {*OTHER_KEYS, *ARGUMENT_KEYS}):
         raise ValueError(f"it has {unknown[0]!r} besides name and arguments")
     name = body.get("name")
     if not isinstance(name, str) or not name:
         raise ValueError(f"its name is {name!r}")
-    argument_values = [body[key] for key in ARGUMENTS if body.get(key) not in (None, "")]
+    argument_values = [body[key] for key in ARGUMENT_KEYS if body.get(key) not in (None, "")]
     if len(argument_values) > 1 and argument_values[0] != argument_values[1]:
-        raise ValueError(f"it has both {' and '.join(ARGUMENTS)}")
+        raise ValueError(f"it has both {' and '.join(ARGUMENT_KEYS)}")
     arguments = argument_values[0] if argument_values else {}
     if isinstance(arguments, str):
         arguments = _DECODER.decode(arguments)

@@ -31,7 +31,7 @@ from jinja2 import TemplateError
 from megatron_r1.agents.token_tree import Message, TokenTree
 from megatron_r1.data.tokenizer import EndToken
 
-MARK = "answer-7c1e"
+PROBE_TEXT = "answer-7c1e"
 """The answer of a probe conversation, which shows what a template writes after an answer."""
 WORD_JOINER = "\u2060"
 
@@ -67,8 +67,9 @@ class Continuation:
         self.vocabulary_size = len(tokenizer)
         special = [re.escape(str(t)) for t in tokenizer.added_tokens_decoder.values() if t.special]
         self._special = re.compile("|".join(sorted(special, reverse=True)) or r"(?!)")
-        user, answer = {"role": "user", "content": "u"}, {"role": "assistant", "content": MARK}
-        self._written = self._text([user, answer]).rpartition(MARK)[2]
+        user = {"role": "user", "content": "u"}
+        answer = {"role": "assistant", "content": PROBE_TEXT}
+        self._written = self._text([user, answer]).rpartition(PROBE_TEXT)[2]
         self._ends = {end.id: end.text for end in ends if end.text}
         self._ends.setdefault(tokenizer.eos_token_id, tokenizer.eos_token)
 

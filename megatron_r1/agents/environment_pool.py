@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from r1_grading.base.workers import LENGTH, last_line
+from r1_grading.base.workers import LENGTH_HEADER, last_line
 
 from megatron_r1.agents.environment import EnvironmentDescription, environment_target
 from megatron_r1.agents.environment_server import CLOSE_SECONDS, GRACE_SECONDS, encode_frame
@@ -23,7 +23,7 @@ from megatron_r1.base.processes.children import kill_group, popen_options
 from megatron_r1.base.processes.scratch import Scratch
 from megatron_r1.config import AgentsConfig
 
-SERVER = "megatron_r1.agents.environment_server"
+SERVER_MODULE = "megatron_r1.agents.environment_server"
 START_SECONDS = 120.0
 LATE_SECONDS = 10.0
 """The time that a reply may take beyond its limit and grace, on a busy machine."""
@@ -74,7 +74,7 @@ def describe_in_subprocess(name: str) -> EnvironmentDescription:
     target = environment_target(name)
     try:
         process = subprocess.run(
-            [sys.executable, "-m", SERVER, "describe", target],
+            [sys.executable, "-m", SERVER_MODULE, "describe", target],
             capture_output=True,
             timeout=START_SECONDS,
             check=False,
@@ -166,7 +166,7 @@ class EnvironmentPool:
 
     async def _start(self) -> None:
         Path(self._path).unlink(missing_ok=True)
-        command = [sys.executable, "-m", SERVER, "serve", self._target, self._path]
+        command = [sys.executable, "-m", SERVER_MODULE, "serve", self._target, self._path]
         self._process = await asyncio.create_subprocess_exec(
             *command,
             json.dumps(self._options),
@@ -272,7 +272,7 @@ class EnvironmentProcess:
             message = {"method": method, "arguments": arguments, "seconds": seconds}
             self._writer.write(encode_frame(message))
             async with asyncio.timeout(seconds + GRACE_SECONDS + LATE_SECONDS):
-                (size,) = LENGTH.unpack(await self._reader.readexactly(LENGTH.size))
+                (size,) = LENGTH_HEADER.unpack(await self._reader.readexactly(LENGTH_HEADER.size))
                 reply = json.loads(await self._reader.readexactly(size))
                 self.is_reusable &= "timeout" not in reply
                 return reply

@@ -24,7 +24,7 @@ from dataclasses import asdict
 from typing import Any
 
 from pydantic_core import to_jsonable_python
-from r1_grading.base.workers import LENGTH, frame_payload
+from r1_grading.base.workers import LENGTH_HEADER, frame_payload
 
 from megatron_r1.agents.environment import (
     call_arguments,
@@ -137,8 +137,8 @@ class _Episode:
         """Reply to calls until the connection ends; then close the environment."""
         self._null = os.open(os.devnull, os.O_WRONLY)
         try:
-            while header := self._stream.read(LENGTH.size):
-                request = json.loads(self._stream.read(LENGTH.unpack(header)[0]))
+            while header := self._stream.read(LENGTH_HEADER.size):
+                request = json.loads(self._stream.read(LENGTH_HEADER.unpack(header)[0]))
                 self._stream.write(encode_frame(self._answer(request)))
                 self._stream.flush()
         finally:

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import msgspec
-from r1_grading.base.workers import LENGTH, encode_frame, private_streams
+from r1_grading.base.workers import LENGTH_HEADER, encode_frame, private_streams
 
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
 from megatron_r1.base.processes.children import end_without_parent
@@ -238,8 +238,8 @@ def main(options: ParserOptions) -> None:
         return
     send(ParseReply("ready"))
     decoder = msgspec.json.Decoder(ParseJob)
-    while header := jobs.read(LENGTH.size):
-        job = decoder.decode(jobs.read(LENGTH.unpack(header)[0]))
+    while header := jobs.read(LENGTH_HEADER.size):
+        job = decoder.decode(jobs.read(LENGTH_HEADER.unpack(header)[0]))
         try:
             send(parser.parse(job))
         except Exception as error:  # noqa: BLE001 - a parser may raise anything on wild text

@@ -37,7 +37,7 @@ from typing import Any
 from r1_grading import grade
 from r1_grading.sandbox import Limits, PythonSession, SessionEnded, require_sandbox
 
-OPERATORS: dict[type, Callable[..., Any]] = {
+PYTHON_OPERATORS: dict[type, Callable[..., Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
@@ -79,14 +79,14 @@ def _evaluate_node(node: ast.expr) -> Fraction:
     match node:
         case ast.Constant(value=int() | float() as number) if not isinstance(number, bool):
             return Fraction(number)
-        case ast.UnaryOp(op=op, operand=operand) if type(op) in OPERATORS:
-            return OPERATORS[type(op)](_evaluate_node(operand))
-        case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS:
-            return OPERATORS[type(op)](_evaluate_node(left), _evaluate_node(right))
+        case ast.UnaryOp(op=op, operand=operand) if type(op) in PYTHON_OPERATORS:
+            return PYTHON_OPERATORS[type(op)](_evaluate_node(operand))
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in PYTHON_OPERATORS:
+            return PYTHON_OPERATORS[type(op)](_evaluate_node(left), _evaluate_node(right))
     raise ValueError("only numbers, + - * / and brackets")
 
 
-DIGITS = 2
+SHOWN_DIGITS = 2
 
 
 class Lookup:
@@ -113,7 +113,7 @@ class Lookup:
         Args:
             key: two digits.
         """
-        if not re.fullmatch(rf"\d{{{DIGITS}}}", key):
+        if not re.fullmatch(rf"\d{{{SHOWN_DIGITS}}}", key):
             raise KeyError(key)
         return self._draw(key)
 
@@ -126,8 +126,8 @@ class Lookup:
         return float(self._answer == self._truth)
 
     def _draw(self, name: str) -> str:
-        number = random.Random(f"{self._seed}:{name}").randrange(10**DIGITS)
-        return f"{number:0{DIGITS}d}"
+        number = random.Random(f"{self._seed}:{name}").randrange(10**SHOWN_DIGITS)
+        return f"{number:0{SHOWN_DIGITS}d}"
 
 
 class Gym:

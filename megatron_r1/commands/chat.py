@@ -37,7 +37,7 @@ SETTINGS = ("data.template", "rollout", "run.seed")
 SEQUENCE_TOKENS, RESPONSE_TOKENS = 4096, 512
 """Limits of prompt and response together, and of the response, for a folder that no RL run made: a
 KV cache on a CPU does not hold a sequence of 131,072 tokens, which some models allow."""
-PROMPT = "> "
+INPUT_PROMPT = "> "
 
 
 def run(config: Config, folder: str, question: list[str] | None = None) -> None:
@@ -137,7 +137,7 @@ async def _typed_lines() -> AsyncIterator[str]:
     watch over the engine."""
     remainder = b""
     while True:
-        print(PROMPT, end="", file=sys.stderr, flush=True)
+        print(INPUT_PROMPT, end="", file=sys.stderr, flush=True)
         if not (chunk := await read_when_ready(sys.stdin.fileno(), 65_536)):
             return
         *lines, remainder = (remainder + chunk).split(b"\n")

@@ -46,7 +46,7 @@ RUNNING_VERBS = {
 }
 """Verbs that read a recipe and run other verbs, or check the nodes before: modules with
 `run(recipe, overrides, RECIPE_VERBS)`, and with `SHORT`, option → the key that it is short for."""
-MODULES = RECIPE_VERBS | PLAIN_VERBS | RUNNING_VERBS
+VERB_MODULES = RECIPE_VERBS | PLAIN_VERBS | RUNNING_VERBS
 OWN_VERBS = {
     "plan": "megatron_r1.commands.plan",
     "convert": "megatron_r1.commands.convert.verb",
@@ -125,7 +125,7 @@ def _dispatch(arguments: list[str]) -> int:
         return importlib.import_module(OWN_VERBS[arguments[0]]).main(arguments[1:])
     if not arguments or arguments[0] == "help" or HELP & set(arguments):
         topics = [argument for argument in arguments if argument not in {"help", *HELP}]
-        print(_help(topics[0]) if topics and topics[0] in MODULES else USAGE)
+        print(_help(topics[0]) if topics and topics[0] in VERB_MODULES else USAGE)
         return 0 if arguments else 2
     if arguments[0] in ("version", "--version"):
         print(f"megatron-r1 {metadata.version('megatron-r1')}")
@@ -136,8 +136,8 @@ def _dispatch(arguments: list[str]) -> int:
     verb, *words = arguments
     if verb in PLAIN_VERBS:
         return _run_plain_verb(verb, words)
-    if verb not in MODULES:
-        known_verbs = [*MODULES, *OWN_VERBS]
+    if verb not in VERB_MODULES:
+        known_verbs = [*VERB_MODULES, *OWN_VERBS]
         hint = did_you_mean(verb, known_verbs, "{}") or f"; use one of {', '.join(known_verbs)}"
         raise UserError(f"unknown verb {verb}{hint}", key="verb", cause=Cause.UNKNOWN)
     if not words or words[0].startswith("--"):
@@ -193,7 +193,7 @@ def _run_recipe(verb: str, recipe: str, options: list[str], arguments: list[str]
 
 def _help(name: str) -> str:
     """Return the help of a verb: its purpose, required settings, and own settings."""
-    verb = read_verb(name, MODULES[name])
+    verb = read_verb(name, VERB_MODULES[name])
     options = "".join(
         f" [--{option} {value}]" + (" …" if option in verb.repeated else "")
         for option, value in verb.options.items()

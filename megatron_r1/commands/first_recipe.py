@@ -164,8 +164,8 @@ def guess_batches(parameters: int, num_questions: int, machine: Machine) -> list
     ]
 
 
-WIDTH = 100
-SECTIONS = (
+LINE_WIDTH = 100
+SECTION_ORDER = (
     "run",
     "model",
     "data",
@@ -189,7 +189,7 @@ def recipe_text(title: Sequence[str], guesses: Sequence[Guess]) -> str:
         title: the first lines.
         guesses: the keys with their values and reasons."""
     lines = [f"# {line}" for line in title]
-    by_section: dict[str, list[Guess]] = {name: [] for name in SECTIONS}
+    by_section: dict[str, list[Guess]] = {name: [] for name in SECTION_ORDER}
     for guess in guesses:
         by_section[guess.key.partition(".")[0]].append(guess)
     for section, section_guesses in by_section.items():
@@ -197,7 +197,7 @@ def recipe_text(title: Sequence[str], guesses: Sequence[Guess]) -> str:
             lines.append(f"{section}:")
         for guess in section_guesses:
             lines += textwrap.wrap(
-                guess.reason, WIDTH, initial_indent="  # ", subsequent_indent="  # "
+                guess.reason, LINE_WIDTH, initial_indent="  # ", subsequent_indent="  # "
             )
             lines.append(f"  {guess.key.partition('.')[2]}: {value_text(guess.value)}")
     return "\n".join(lines) + "\n"

@@ -56,7 +56,7 @@ ARGUMENTS = ("MODEL_FOLDER", "DATA")
 OPTIONS = {"out": "RECIPE.yaml", "question": "COLUMN", "truth": "COLUMN", "kind": "REWARD"}
 SETTINGS = ()
 
-MODEL = "MODEL_FOLDER"
+MODEL_ARGUMENT = "MODEL_FOLDER"
 MAX_ROWS = 20_000
 """The most rows that are read for lengths and counts."""
 COLUMN_ROWS = 100
@@ -89,10 +89,10 @@ def run(config: Config, model: str, data: str, out: str | None = None, **choices
             verb would refuse."""
     path = Path(out or f"{Path(data.removeprefix('hub:').split(':')[0]).stem}.yaml")
     _check_arguments(model, path)
-    folder = find_exported(model, MODEL)
-    hf_config = read_hf_config(folder, key=MODEL)
+    folder = find_exported(model, MODEL_ARGUMENT)
+    hf_config = read_hf_config(folder, key=MODEL_ARGUMENT)
     check_supported(hf_config)
-    require_weights(folder, MODEL)
+    require_weights(folder, MODEL_ARGUMENT)
     rows = [row for _, row in itertools.islice(read_canonical_rows(data), MAX_ROWS)]
     if not rows:
         raise UserError(f"{data}: it holds no rows", key=ARGUMENTS[1], cause=Cause.EMPTY)
@@ -119,7 +119,7 @@ def _rl_recipe(source: QuestionSource, choices: Mapping[str, str]) -> RecipeDraf
         *_guess_answers(source.folder, source.parameters),
     ]
     template = next(guess.value for guess in guesses if guess.key == "data.template")
-    tokenizer = PromptTokenizer(str(source.folder), template, (MODEL, template))
+    tokenizer = PromptTokenizer(str(source.folder), template, (MODEL_ARGUMENT, template))
 
     def try_out(path: Path) -> None:
         print(f"a response ends with: {describe_end_tokens(tokenizer.end_tokens)}")
@@ -174,8 +174,9 @@ def _write(
 def _check_arguments(model: str, path: Path) -> None:
     if Path(model).is_file():
         raise UserError(
-            f"{MODEL} {model}: it is a file; the order is megatron-r1 init {' '.join(ARGUMENTS)}",
-            key=MODEL,
+            f"{MODEL_ARGUMENT} {model}: it is a file; the order is megatron-r1 init "
+            f"{' '.join(ARGUMENTS)}",
+            key=MODEL_ARGUMENT,
             cause=Cause.MALFORMED,
         )
     if path.exists():
@@ -270,7 +271,7 @@ def _guess_answers(folder: Path, parameters: int) -> list[Guess]:
     Args:
         folder: the model's Hugging Face folder.
         parameters: number of parameters of the model."""
-    template, reason = template_of_model(folder, MODEL)
+    template, reason = template_of_model(folder, MODEL_ARGUMENT)
     recipe = trained_recipe(folder)
     if recipe is not None and infer_verb(recipe) == "rl":
         rewards = recipe.rewards.model_dump(include={"reading", "weights"})

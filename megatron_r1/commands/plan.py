@@ -32,7 +32,7 @@ from megatron_r1.plan.timing import sum_quantities, total_hours
 from megatron_r1.reporting.formatting import format_count
 
 EXIT_FITS, EXIT_UNFIT, EXIT_BAD_RECIPE = range(3)
-VERDICTS = {EXIT_FITS: "fits", EXIT_UNFIT: "does not fit", EXIT_BAD_RECIPE: "refused"}
+VERDICT_TEXTS = {EXIT_FITS: "fits", EXIT_UNFIT: "does not fit", EXIT_BAD_RECIPE: "refused"}
 """The verdict of each exit status; for several recipes the highest is returned."""
 
 
@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"== {recipe} ==", flush=True)
         statuses[recipe] = _plan(recipe, args, overrides)
         print()
-    print("\n".join(f"{VERDICTS[status]:12}  {recipe}" for recipe, status in statuses.items()))
+    print("\n".join(f"{VERDICT_TEXTS[status]:12}  {recipe}" for recipe, status in statuses.items()))
     return max(statuses.values())
 
 
@@ -168,8 +168,8 @@ def _can_work(job: PlannedJob) -> bool:
     return True
 
 
-WIDTH = 110
-_NAME, _VALUE = 24, 14
+LINE_WIDTH = 110
+_NAME_WIDTH, _VALUE_WIDTH = 24, 14
 
 
 def as_text(estimate: JobEstimate) -> str:
@@ -180,11 +180,11 @@ def as_text(estimate: JobEstimate) -> str:
             continue
         lines += ["", title]
         for name, quantity in section.items():
-            head = f"  {name:{_NAME}} {quantity!s:>{_VALUE}}  "
+            head = f"  {name:{_NAME_WIDTH}} {quantity!s:>{_VALUE_WIDTH}}  "
             limits = f"{quantity.limits}: " if quantity.limits else ""
             wrapped = textwrap.wrap(
                 limits + quantity.formula,
-                WIDTH,
+                LINE_WIDTH,
                 initial_indent=head,
                 subsequent_indent=" " * len(head),
             )
@@ -315,6 +315,6 @@ def _not_colocated(job: PlannedJob) -> str:
     return textwrap.fill(
         "rollout.colocated is false, but without --rollout-gpus the engines are counted on the "
         f"trainer's GPUs: for GPUs of their own pass --rollout-gpus {gpus}",
-        WIDTH,
+        LINE_WIDTH,
         break_on_hyphens=False,
     )

@@ -27,7 +27,7 @@ from megatron_r1.engines.server.vllm_arguments import check_arguments
 from megatron_r1.models.hf_config import HFConfig, read_hf_config
 from megatron_r1.pipeline import pipeline_recipe
 from megatron_r1.pipeline.graph import check_plan
-from megatron_r1.pipeline.pipeline_recipe import REFERENCE
+from megatron_r1.pipeline.pipeline_recipe import REFERENCE_PATTERN
 from megatron_r1.pipeline.stages import PipelinePlan
 from megatron_r1.push.plan.engine_sets import links_per_rank
 from megatron_r1.push.plan.recipe_plan import check_pushes, engine_layout, planned_push
@@ -261,7 +261,7 @@ def rehearsal_jobs(
 def _model_path(plan: PipelinePlan, name: str, config: Config) -> str:
     """Return the model that the stage, or the stages before it, start from."""
     path = plan.resolve_here(config.model.path)
-    if match := REFERENCE.match(path):  # a stage, or a file of its folder
+    if match := REFERENCE_PATTERN.match(path):  # a stage, or a file of its folder
         name_of_earlier = match[1].partition(".")[0]
         earlier = plan.stages.get(name_of_earlier)
         if earlier is not None and earlier.config.verb in VERBS:

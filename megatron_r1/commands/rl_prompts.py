@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from r1_grading.base.errors import shorten
-from r1_grading.rewards import REGISTRY, REMOTE
+from r1_grading.rewards import GRADERS, REMOTE
 from r1_grading.terms import RewardUnusable
 
 from megatron_r1.base.errors import Cause, UserError
@@ -112,7 +112,7 @@ def show_padded_truths(source: str, prompts: PromptSplit) -> None:
     padded = [
         prompt
         for prompt in prompts.train + prompts.heldout
-        if prompt.kind not in REGISTRY | REMOTE
+        if prompt.kind not in GRADERS | REMOTE
         and isinstance(prompt.truth, str)
         and prompt.truth != prompt.truth.strip()
     ]

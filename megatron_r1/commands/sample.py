@@ -33,17 +33,17 @@ from megatron_r1.reporting.formatting import format_count
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.sample.cached_calls import ResultCache, UserFunction, load_function
 from megatron_r1.sample.decontamination import find_contaminated, load_avoided
-from megatron_r1.sample.filters import NAMES, PooledFilters, active_filters, check_filters
+from megatron_r1.sample.filters import FILTER_NAMES, PooledFilters, active_filters, check_filters
 from megatron_r1.sample.judge import ResponseJudge, make_judge
 from megatron_r1.sample.judged_rows import PreferencePairs, SafetyLabels
-from megatron_r1.sample.second_pass import FILES, Decide, decide_all, write_outputs
+from megatron_r1.sample.second_pass import OUTPUT_FILES, Decide, decide_all, write_outputs
 from megatron_r1.sample.selection import DUPLICATE, DecisionCounts, Selection
 from megatron_r1.sample.sft_examples import Rendering, SFTExamples, cached_rewriter
 
 REQUIRED_KEYS = ("run.folder",)
 KIND_WITHOUT_TRUTH = "helpful"
 """The kind of rows that name none, if nothing is graded: it needs no truth."""
-REMEDIES = {
+EMPTY_OUTPUT_REMEDIES = {
     "sft": "sample.keep or sample.filters, such as sample.keep.min_accuracy: 0",
     "responses": "sample.keep or sample.filters, such as sample.keep.min_accuracy: 0",
     "pairs": "sample.judge, sample.pairs (margin, max_length_bias) or sample.filters",
@@ -281,21 +281,22 @@ async def _decide(
         rewriter = cached_rewriter(inputs.rewrite, cache) if inputs.rewrite else None
         decide = SFTExamples(selection, inputs.rendering, rewriter, grader)
     counts = DecisionCounts()
-    file = FILES.get(sample.output)
+    file = OUTPUT_FILES.get(sample.output)
     await write_outputs(log, inputs.prompt_set, decide, folder / file if file else None, counts.add)
     _report(folder, inputs, counts, file, facts, {"filters": filters, **settings})
     if not counts.num_kept:
         raise RunError(
             f"{folder}: no response is kept; most are {counts.decisions.most_common(1)[0][0]} "
             f"(samples.jsonl has the reason of each). {_filtered(counts)}Change "
-            f"{REMEDIES[sample.output]}: the same command then decides again without sampling"
+            f"{EMPTY_OUTPUT_REMEDIES[sample.output]}: the same command then decides again without "
+            "sampling"
         )
 
 
 def _filtered(counts: DecisionCounts) -> str:
     """Return which filter drops the most responses that would be kept without it, and its switch;
     "" if none does."""
-    name = next((name for name, _ in counts.decisions.most_common() if name in NAMES), None)
+    name = next((name for name, _ in counts.decisions.most_common() if name in FILTER_NAMES), None)
     if name is None:
         return ""
     return (

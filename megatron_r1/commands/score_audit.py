@@ -20,7 +20,7 @@ from megatron_r1.controller import algorithms
 from megatron_r1.controller.loop import training_reward
 from megatron_r1.controller.verifier_audit import (
     NUM_GROUPS,
-    SIZE,
+    SAMPLE_SIZE,
     Advantages,
     Audit,
     audit,
@@ -53,7 +53,7 @@ MAX_SHOWN = 20
 def run(
     config: Config,
     path: str,
-    size: str = str(SIZE),
+    size: str = str(SAMPLE_SIZE),
     groups: str = str(NUM_GROUPS),
     seed: str = "0",
     json: str | None = None,

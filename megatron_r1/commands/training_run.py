@@ -27,10 +27,10 @@ from megatron_r1.controller.run_recorder import RunRecorder
 from megatron_r1.controller.supervision.supervisor import Supervisor
 from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.controller.trainer_calls.packing import check_batches
-from megatron_r1.controller.trainer_calls.rank_processes import MODULE as RANK
+from megatron_r1.controller.trainer_calls.rank_processes import RANK_MODULE as RANK
 from megatron_r1.controller.trainer_calls.rank_processes import import_environment
 from megatron_r1.engines.server import gpu
-from megatron_r1.engines.server.settings import MODULE as ENGINE
+from megatron_r1.engines.server.settings import SERVER_MODULE as ENGINE
 from megatron_r1.engines.server.settings import EngineSettings, engine_settings
 from megatron_r1.evaluation.model_folder import has_newest_export
 from megatron_r1.models.hf_config import describe_config_changes, num_mtp_layers, read_hf_config

@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_r1.config import Config
 
-HEADER = {
+HEADER_CONSTANTS = {
     "ARGUMENTS",
     "REQUIRED_KEYS",
     "SETTINGS",
@@ -89,7 +89,7 @@ def read_verb(name: str, module_name: str) -> VerbHeader:
         for line in source.body
         if isinstance(line, ast.Assign)
         for target in line.targets
-        if isinstance(target, ast.Name) and target.id in HEADER
+        if isinstance(target, ast.Name) and target.id in HEADER_CONSTANTS
     }
     return VerbHeader(**_header(name, ast.get_docstring(source, clean=False), literals))
 

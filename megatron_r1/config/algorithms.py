@@ -194,7 +194,7 @@ ALGORITHMS: dict[str, AlgorithmRules] = {
         teacher=True,
     ),
 }
-NAMES = tuple(ALGORITHMS)
+ALGORITHM_NAMES = tuple(ALGORITHMS)
 
 
 def find_rules(name: str) -> AlgorithmRules:
@@ -214,8 +214,8 @@ def find_rules(name: str) -> AlgorithmRules:
             raise UserError(
                 f"rl.algorithm: {name}: {error}", key="rl.algorithm", cause=error.cause
             ) from None
-    meant = did_you_mean(name.replace("+", "p"), NAMES, "{}")
-    meant = meant or f"; use {', '.join(NAMES)}, or your own as module:RULES"
+    meant = did_you_mean(name.replace("+", "p"), ALGORITHM_NAMES, "{}")
+    meant = meant or f"; use {', '.join(ALGORITHM_NAMES)}, or your own as module:RULES"
     raise UserError(
         f"rl.algorithm: there is no {name!r}{meant}", key="rl.algorithm", cause=Cause.UNKNOWN
     )

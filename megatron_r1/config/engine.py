@@ -6,7 +6,7 @@ from pydantic import Field
 
 from megatron_r1.config.section import Resumable, Section
 
-LAYOUT = {"tensor_parallel", "pipeline_parallel", "data_parallel", "expert_parallel"}
+LAYOUT_KEYS = {"tensor_parallel", "pipeline_parallel", "data_parallel", "expert_parallel"}
 """The keys that say how an engine's ranks divide the model."""
 
 

@@ -240,7 +240,7 @@ def known_keys() -> list[str]:
 
 STAGES = re.compile(rb"^stages:", re.MULTILINE)
 
-REMEDIES = {
+MISSING_KEY_REMEDIES = {
     "eval.benchmarks": ", such as [gym/arithmetic]; your own: [{name: questions, path: FILE}]",
 }
 """What to give for a key that is missing."""
@@ -294,7 +294,7 @@ def from_tree(
     config = parse(tree, origin, overrides)
     missing = [key for key in required if not attrgetter(key)(config)]
     if missing:
-        remedy = "".join(REMEDIES.get(key, "") for key in missing)
+        remedy = "".join(MISSING_KEY_REMEDIES.get(key, "") for key in missing)
         raise UserError(
             f"recipe {origin}: {', '.join(missing)} must be set{remedy}",
             key=missing[0],

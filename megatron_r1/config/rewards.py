@@ -5,7 +5,7 @@ The default weights are R1-Zero's (arXiv 2501.12948 v2, section 2)."""
 from typing import Annotated, Any
 
 from pydantic import Field, field_validator
-from r1_grading.reading import READERS, Reading
+from r1_grading.reading import READING_REWARDS, Reading
 from r1_grading.terms import DEFAULT_WEIGHTS, ScheduledWeight, read_options, read_weights
 
 from megatron_r1.config.section import Resumable, ResumableMark, Scheduled, Section
@@ -41,7 +41,7 @@ class RewardsConfig(Section):
         if self.reading == "strict":
             return self.options
         read = {"reading": self.reading}
-        return self.options | {kind: read | self.options.get(kind, {}) for kind in READERS}
+        return self.options | {kind: read | self.options.get(kind, {}) for kind in READING_REWARDS}
 
     @property
     def memory_bytes(self) -> int:

@@ -146,7 +146,8 @@ class RLConfig(Section):
         "grpo",
         # No docstring below, as others have: the list of names is computed.
         description="the policy-gradient algorithm, with its own defaults for what recipe and "
-        f"preset leave out: {', '.join(algorithms.NAMES)}, or your own as module:RULES. See "
+        f"preset leave out: {', '.join(algorithms.ALGORITHM_NAMES)}, or your own as module:RULES. "
+        "See "
         "docs/algorithms.md",
     )
     options: Scheduled[dict[str, algorithms.Option]] = {}

@@ -67,7 +67,7 @@ MIN_WORD_LENGTH = 5
 """Characters of a part of a key that is searched for in others: `max` and `num` are in many."""
 
 
-CAUSES = {
+CAUSE_BY_TYPE = {
     "missing": Cause.MISSING,
     **dict.fromkeys(("extra_forbidden", "literal_error", "enum"), Cause.UNKNOWN),
     **dict.fromkeys(("too_short", "string_too_short"), Cause.EMPTY),
@@ -96,7 +96,7 @@ def recipe_error(
     """
     first = failure.errors()[0]
     key = ".".join(map(str, first["loc"]))
-    cause = CAUSES.get(first["type"], Cause.MALFORMED)
+    cause = CAUSE_BY_TYPE.get(first["type"], Cause.MALFORMED)
     if first["type"] == "value_error" and isinstance(error := first["ctx"]["error"], UserError):
         # A model that others hold does not know where: its keys are relative to it.
         if not key or error.key.split(".")[0] == str(first["loc"][0]):

@@ -131,7 +131,7 @@ def dump_yaml(value: Any, **layout: Any) -> str:
     return str(yaml.dump(value, Dumper=_Dumper, **layout))
 
 
-NUMBERS = {
+NUMBER_TAGS = {
     "tag:yaml.org,2002:int": scalars.INTEGER,
     "tag:yaml.org,2002:float": f"{scalars.FRACTION}|{scalars.INFINITE}",
 }
@@ -149,7 +149,7 @@ class _Loader(yaml.SafeLoader):
         first: [
             (tag, pattern)
             for tag, pattern in resolvers
-            if tag not in NUMBERS and not tag.endswith(":timestamp")
+            if tag not in NUMBER_TAGS and not tag.endswith(":timestamp")
         ]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
@@ -172,7 +172,7 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-for _tag, _text in NUMBERS.items():
+for _tag, _text in NUMBER_TAGS.items():
     _pattern = re.compile(f"^(?:{_text})$")
     _Loader.add_implicit_resolver(_tag, _pattern, list(_FIRST))
     _Dumper.add_implicit_resolver(_tag, _pattern, list(_FIRST))

@@ -7,7 +7,7 @@ from functools import cached_property
 from megatron_r1.config import Config
 from megatron_r1.config.optimizer import learning_rate
 from megatron_r1.controller import algorithms
-from megatron_r1.controller.corrections import MASKS, wrap_loss
+from megatron_r1.controller.corrections import MASK_FUNCTIONS, wrap_loss
 from megatron_r1.controller.run_recorder import RunState
 from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.trainer.operations import ModelOperations
@@ -45,7 +45,7 @@ class TrainerPasses:
         rl = config.rl
         needs_first_minibatch = (
             self.algorithm.token_advantages is not None
-            or rl.engine_mask in MASKS
+            or rl.engine_mask in MASK_FUNCTIONS
             or rl.routing_replay
         )
         return await self.trainer.call(
@@ -75,7 +75,7 @@ class TrainerPasses:
         disagree, by the method of the step's `rl.engine_mask`, and return the metrics of it.
 
         Without a mask nothing is called; the method divergence is a part of the loss."""
-        if (function := MASKS.get(config.rl.engine_mask)) is None:
+        if (function := MASK_FUNCTIONS.get(config.rl.engine_mask)) is None:
             return {}
         return await self.trainer.call(
             ModelOperations.mask_advantages,

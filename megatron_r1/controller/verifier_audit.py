@@ -36,7 +36,7 @@ from megatron_r1.evaluation.verifier_errors import (
 if TYPE_CHECKING:
     from megatron_r1.controller.rollouts.rollout import GradedResponse, Group
 
-SIZE = 200
+SAMPLE_SIZE = 200
 NUM_GROUPS = 25
 Rewards = list[list[float | None]]
 Advantages = Callable[[Rewards], list[list[float]]]
@@ -107,7 +107,7 @@ async def audit(
     responses: Sequence[AuditedResponse],
     judge: SecondMethod,
     *,
-    size: int = SIZE,
+    size: int = SAMPLE_SIZE,
     seed: int = 0,
     num_groups: int = NUM_GROUPS,
     advantages: Advantages | None = None,

@@ -20,7 +20,7 @@ from typing import Any
 from r1_grading.base.values import decode_literal
 
 Message = dict[str, Any]
-ROLES = {
+ROLE_BY_NAME = {
     **dict.fromkeys(("user", "human", "instruction", "prompter"), "user"),
     **dict.fromkeys(("assistant", "gpt", "bot", "model", "chatbot"), "assistant"),
     **dict.fromkeys(("chatgpt", "bard", "bing"), "assistant"),
@@ -34,9 +34,9 @@ SYSTEMS = ("system", "system_prompt", "systemInstruction", "system_instruction")
 ROLE_KEYS, CONTENT_KEYS = ("role", "from", "speaker"), ("content", "value", "text", "parts")
 CALLS = ("function_call", "tool_call")
 """Roles of ShareGPT whose text is a tool call as JSON."""
-THOUGHTS = ("reasoning_content", "thinking", "reasoning")
+THOUGHT_KEYS = ("reasoning_content", "thinking", "reasoning")
 """Keys of a message's thought: each template reads one of them."""
-KEPT_KEYS = ("tool_calls", "tool_call_id", "name", *THOUGHTS, "weight")
+KEPT_KEYS = ("tool_calls", "tool_call_id", "name", *THOUGHT_KEYS, "weight")
 """Keys of a message that templates read besides role and content."""
 
 
@@ -73,7 +73,7 @@ def read_transcript(value: Any) -> list[Message] | None:
     ends = [mark.start() for mark in marks[1:]] + [len(value)]
     texts = [value[mark.end() : end] for mark, end in zip(marks, ends, strict=True)]
     return [
-        {"role": ROLES[role], "content": text.strip().removesuffix(END_OF_TEXT).strip()}
+        {"role": ROLE_BY_NAME[role], "content": text.strip().removesuffix(END_OF_TEXT).strip()}
         for role, text in zip(roles, texts, strict=True)
     ]
 
@@ -157,9 +157,11 @@ def tool_calls(value: Any) -> list[Message]:
 def _message(number: int, message: Mapping[str, Any]) -> Message:
     message_fields = without_nulls(message)
     role_name = next((message_fields[key] for key in ROLE_KEYS if key in message_fields), None)
-    role = ROLES.get(role_name.strip().casefold()) if isinstance(role_name, str) else None
+    role = ROLE_BY_NAME.get(role_name.strip().casefold()) if isinstance(role_name, str) else None
     if role is None:
-        raise ValueError(f"message {number} has role {role_name!r} (known: {', '.join(ROLES)})")
+        raise ValueError(
+            f"message {number} has role {role_name!r} (known: {', '.join(ROLE_BY_NAME)})"
+        )
     content = _text(
         next((message_fields[key] for key in CONTENT_KEYS if key in message_fields), ""), number
     )

@@ -18,7 +18,7 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.data.table_files import LocatedRow, data_suffix, read_rows
 
 HUB = "hub:"
-NAME = re.compile(r"(?P<name>[^:]+)(?::(?P<config>[^:\[]*))?(?::(?P<split>.+))?")
+DATASET_NAME = re.compile(r"(?P<name>[^:]+)(?::(?P<config>[^:\[]*))?(?::(?P<split>.+))?")
 SPLIT = re.compile(r"(train|test|validation)(\[.*\])?")
 SLICE = re.compile(r"(?P<split>[^\[]+)(?:\[(?P<start>\d*)(?P<p1>%?):(?P<stop>\d*)(?P<p2>%?)\])?")
 SAVED_DATASET_FILES = ("dataset_dict.json", "state.json")
@@ -57,7 +57,7 @@ def parse_name(path: str, key: str = "data.path") -> tuple[str, str | None, str 
     """
     if not path.startswith(HUB):
         return path, None, None
-    match = NAME.fullmatch(path.removeprefix(HUB))
+    match = DATASET_NAME.fullmatch(path.removeprefix(HUB))
     if not match:
         raise UserError(
             f"data.path: {path} has no name; write hub:NAME[:CONFIG][:SPLIT]",

@@ -10,8 +10,8 @@ from megatron_r1.data.chats import Message, is_chat, read_chat, read_transcript
 from megatron_r1.data.rows import CanonicalRow, read_canonical_rows, require_text
 
 Kind = Literal["pairwise", "pointwise"]
-QUESTIONS = ("question", "prompt", "instruction")
-RESPONSES = ("response", "completion")
+QUESTION_COLUMNS = ("question", "prompt", "instruction")
+RESPONSE_COLUMNS = ("response", "completion")
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def kind_of_rows(rows: Sequence[CanonicalRow]) -> Kind | None:
     if all(row.get("chosen") and row.get("rejected") for row in rows):
         return "pairwise"
     has_labels = all(_is_label(row.get("label")) for row in rows)
-    has_responses = all(any(row.get(name) for name in RESPONSES) for row in rows)
+    has_responses = all(any(row.get(name) for name in RESPONSE_COLUMNS) for row in rows)
     return "pointwise" if has_labels and has_responses else None
 
 
@@ -54,10 +54,12 @@ def read_preferences(path: str | Path, kind: Kind) -> Iterator[Preference]:
         UserError: a bad row, with file and line.
     """
     for location, row in read_canonical_rows(path):
-        response_name = next((name for name in RESPONSES if name in row), RESPONSES[0])
+        response_name = next(
+            (name for name in RESPONSE_COLUMNS if name in row), RESPONSE_COLUMNS[0]
+        )
         names = ("chosen", "rejected") if kind == "pairwise" else (response_name,)
         row = _chat_texts(location, row, names)
-        question_name = next((name for name in QUESTIONS if name in row), "prompt")
+        question_name = next((name for name in QUESTION_COLUMNS if name in row), "prompt")
         question = require_text(location, row, question_name)
         if "opened" in row:
             raise UserError(
@@ -96,7 +98,7 @@ def _chat_texts(location: str, row: CanonicalRow, names: Sequence[str]) -> Canon
     Raises:
         UserError: responses to different questions, or several turns."""
     prompt_value = next(
-        (row[name] for name in (*QUESTIONS, "conversations") if row.get(name)), None
+        (row[name] for name in (*QUESTION_COLUMNS, "conversations") if row.get(name)), None
     )
     question_chat, chats = _chat(prompt_value), [_chat(row.get(name)) for name in names]
     if question_chat is None and not any(chats):

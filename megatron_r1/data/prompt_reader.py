@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from r1_grading.base.errors import shorten
-from r1_grading.rewards import REGISTRY, WITHOUT_TRUTH, resolve
+from r1_grading.rewards import GRADERS, WITHOUT_TRUTH, resolve
 from r1_grading.truths import (
     CHECKS,
     check_choice,
@@ -34,7 +34,7 @@ from megatron_r1.data.rows import (
 )
 
 RESERVED_FIELDS = ("response", "truth", "kind")
-COLUMNS = "data.columns"
+COLUMNS_KEY = "data.columns"
 FIRST_ROWS = 100
 """Rows by which columns are found."""
 
@@ -82,7 +82,7 @@ class RowReader:
         rows = read_canonical_rows(path, self.columns, names, key, row_filter.keeps)
         first = list(itertools.islice(rows, FIRST_ROWS))
         needs_truth = self.kind not in WITHOUT_TRUTH
-        mapped = self.columns if self.kind is None or self.kind in REGISTRY else ("question",)
+        mapped = self.columns if self.kind is None or self.kind in GRADERS else ("question",)
         report.columns = columns_by_name([row for _, row in first], needs_truth, mapped)
         for location, row in itertools.chain(first, rows):
             try:
@@ -104,7 +104,7 @@ class RowReader:
         before, question = parse_question(location, row)
         kind = row.get("kind") or self.kind or guess_reward_kind(row.get("truth"))
         if "truth" not in row and kind not in WITHOUT_TRUTH:
-            fault = f"{location}: 'truth' {describe_missing(row, 'truth', COLUMNS)}"
+            fault = f"{location}: 'truth' {describe_missing(row, 'truth', COLUMNS_KEY)}"
             raise MissingTruth(fault, kind)
         try:
             resolve(kind)
@@ -135,7 +135,7 @@ class RowReader:
         """Return the row with the columns that were found by their names. A reward of the user's
         own gets them under both names."""
         values = {name: lookup(row, column) for name, column in column_names.items()}
-        if self.kind is None or self.kind in REGISTRY:
+        if self.kind is None or self.kind in GRADERS:
             present = {
                 name: column_names[name]
                 for name, value in values.items()
@@ -185,7 +185,7 @@ def parse_question(location: str, row: CanonicalRow) -> tuple[list[Message], str
             key="question",
             cause=Cause.MALFORMED,
         )
-    before, question = chat or ([], require_text(location, row, "question", COLUMNS))
+    before, question = chat or ([], require_text(location, row, "question", COLUMNS_KEY))
     if not before and (system := read_system_prompt(row)):
         before = [{"role": "system", "content": system}]
     return before, question

@@ -80,10 +80,10 @@ PLACEHOLDER = "{question}"
 SYSTEM = "{system}"
 """Where a text template has the system's message of a question, if it has a place for it."""
 
-PLACES = re.compile(r"\{question\}|\{system\}")
+TEMPLATE_PLACEHOLDERS = re.compile(r"\{question\}|\{system\}")
 EMPTY_THOUGHT = re.compile(r"<think>\s*</think>\s*\Z")
 
-CHAT = "chat"
+CHAT_TEMPLATE_NAME = "chat"
 """Stands for the tokenizer's own chat template (`prompt_tokenizer.PromptTokenizer`)."""
 
 TEMPLATES: dict[str, str] = {
@@ -110,13 +110,14 @@ def find_template(template: str, key: str = "data.template") -> str:
     Raises:
         UserError: a text without the placeholder.
         ValueError: "chat"."""
-    if template == CHAT:
+    if template == CHAT_TEMPLATE_NAME:
         raise ValueError("the chat template belongs to the tokenizer: use apply_chat_template")
     text = TEMPLATES.get(template, template)
     if PLACEHOLDER not in text:
         former = "; {problem} is {question} now" if "{problem}" in text else ""
         raise UserError(
-            f"prompt template {template!r} is neither one of {', '.join([*TEMPLATES, CHAT])} "
+            f"prompt template {template!r} is neither one of "
+            f"{', '.join([*TEMPLATES, CHAT_TEMPLATE_NAME])} "
             f"nor a text with {PLACEHOLDER} where the question goes{former}",
             key=key,
             cause=Cause.UNKNOWN,
@@ -138,7 +139,7 @@ def render_template(template: str, question: str, system: str = "") -> str:
         question = f"{system}\n\n{question}"
     texts = {PLACEHOLDER: question, SYSTEM: system}
     # One pass: a question that contains "{system}" keeps it.
-    return PLACES.sub(lambda match: texts[match[0]], text)
+    return TEMPLATE_PLACEHOLDERS.sub(lambda match: texts[match[0]], text)
 
 
 def _closed_thought(prompt_text: str) -> str:

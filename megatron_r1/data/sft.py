@@ -30,7 +30,7 @@ from megatron_r1.data.row_filter import Conditions, RowFilter
 from megatron_r1.data.rows import CanonicalRow, read_canonical_rows, require_text
 from megatron_r1.data.sampler import EpochSampler
 
-COLUMNS = "in sft.data, beside path, columns"
+COLUMNS_PLACE = "in sft.data, beside path, columns"
 CHATS = (
     "messages",
     "conversations",
@@ -41,7 +41,7 @@ CHATS = (
     "turns",
     "contents",
 )
-QUESTIONS = (
+QUESTION_COLUMNS = (
     "question",
     "problem",
     "query",
@@ -52,7 +52,7 @@ QUESTIONS = (
     "human",
     "user_prompt",
 )
-RESPONSES = (
+RESPONSE_COLUMNS = (
     "response",
     "completion",
     "generated_solution",
@@ -134,7 +134,7 @@ def read_example(location: str, row: CanonicalRow, report: DataReport | None = N
 
     Raises:
         UserError: the row has no known form."""
-    for form, read in FORMS:
+    for form, read in ROW_FORMS:
         try:
             example = read(row)
         except ValueError as error:
@@ -146,15 +146,15 @@ def read_example(location: str, row: CanonicalRow, report: DataReport | None = N
                 report.kinds[form] = report.kinds.get(form, 0) + 1
             return SFTExample(*example, location=location)
     prompt, response = (
-        require_text(location, row, name, COLUMNS) for name in ("prompt", "response")
+        require_text(location, row, name, COLUMNS_PLACE) for name in ("prompt", "response")
     )
     return SFTExample(prompt, response, location=location)
 
 
 def find_form(row: CanonicalRow) -> str | None:
-    """Return which form of `FORMS` a row has; None for none, and for one that is malformed."""
+    """Return which form of `ROW_FORMS` a row has; None for none, and for one that is malformed."""
     try:
-        return next((form for form, read in FORMS if read(row) is not None), None)
+        return next((form for form, read in ROW_FORMS if read(row) is not None), None)
     except ValueError:
         return None
 
@@ -226,8 +226,8 @@ def _calls(row: CanonicalRow) -> Parts | None:
 
 
 def _question_and_response(row: CanonicalRow) -> Parts | None:
-    question = next((row[n] for n in QUESTIONS if isinstance(row.get(n), str)), None)
-    response = next((row[n] for n in RESPONSES if isinstance(row.get(n), str)), None)
+    question = next((row[n] for n in QUESTION_COLUMNS if isinstance(row.get(n), str)), None)
+    response = next((row[n] for n in RESPONSE_COLUMNS if isinstance(row.get(n), str)), None)
     if not question or not response or ("prompt" in row and "response" in row):
         return None
     if not question.strip() or not response.strip() or row.get("prompt") == question:
@@ -281,7 +281,7 @@ ALWAYS_LEARNED = (
     "instruction, input and output",
 )
 """Forms whose rows are examples, whatever else they have."""
-FORMS: tuple[tuple[str, Callable[[CanonicalRow], Parts | None]], ...] = (
+ROW_FORMS: tuple[tuple[str, Callable[[CanonicalRow], Parts | None]], ...] = (
     ("prompt and response as text", _texts),
     ("prompt and completion as messages", _prompt_and_completion),
     ("messages", _chat),

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.data.chats import THOUGHTS, Message
+from megatron_r1.data.chats import THOUGHT_KEYS, Message
 from megatron_r1.data.prompt_tokenizer import (
-    CHAT,
+    CHAT_TEMPLATE_NAME,
     PLACEHOLDER,
     PromptTokenizer,
     find_template,
@@ -22,8 +22,8 @@ from megatron_r1.data.prompt_tokenizer import (
 )
 from megatron_r1.data.sft import SFTExample, has_loss
 
-GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-MARK = "\ue000\ue001"
+GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+TURN_MARK = "\ue000\ue001"
 """Text that no conversation has, in place of a message to see where that is rendered."""
 
 
@@ -45,14 +45,16 @@ class SFTTokenizer:
         has_chat = bool(self._tokenizer.chat_template)
         self._template = template if template != "chat" else None
         is_chat = template == "chat" or (template is None and has_chat)
-        self._chat = PromptTokenizer(model_path, CHAT) if is_chat and has_chat else None
+        self._chat = (
+            PromptTokenizer(model_path, CHAT_TEMPLATE_NAME) if is_chat and has_chat else None
+        )
         if template == "chat" and not has_chat:
             raise self._no_template()
         if self._template is not None:
             find_template(self._template, "sft.template")
         read = str(self._tokenizer.chat_template)
-        self._thoughts = [key for key in THOUGHTS if re.search(rf"[.'\"]{key}\b", read)]
-        self._marks = has_chat and bool(GENERATION.search(str(self._tokenizer.chat_template)))
+        self._thoughts = [key for key in THOUGHT_KEYS if re.search(rf"[.'\"]{key}\b", read)]
+        self._marks = has_chat and bool(GENERATION_BLOCK.search(str(self._tokenizer.chat_template)))
 
     def encode(self, example: SFTExample) -> tuple[list[int], list[bool]]:
         """Return (token ids, whether each is learned) of an example; the first is not.
@@ -76,10 +78,10 @@ class SFTTokenizer:
     def _with_thought(self, message: Message) -> Message:
         """Return a message with its thought under the key that the chat template reads; where it
         reads none, the thought stands before the text, as DeepSeek-R1 writes it."""
-        thought = next((message[key] for key in THOUGHTS if message.get(key)), None)
+        thought = next((message[key] for key in THOUGHT_KEYS if message.get(key)), None)
         if not isinstance(thought, str) or any(key in self._thoughts for key in message):
             return message
-        message_fields = {key: value for key, value in message.items() if key not in THOUGHTS}
+        message_fields = {key: value for key, value in message.items() if key not in THOUGHT_KEYS}
         if self._thoughts:
             return {**message_fields, self._thoughts[0]: thought}
         return {
@@ -180,9 +182,9 @@ class SFTTokenizer:
         if prompt and text.startswith(prompt) and text.startswith(conversation):
             return len(prompt), len(conversation)
         # The template writes earlier turns in another form than the last: without their thoughts.
-        marked = {"role": "assistant", "content": MARK}
+        marked = {"role": "assistant", "content": TURN_MARK}
         marked_text = self._render(example, [*messages[:number], marked, *messages[number + 1 :]])
-        if MARK not in marked_text:
+        if TURN_MARK not in marked_text:
             raise self._hidden(example)
         begin = len(os.path.commonprefix([text, marked_text]))
         if prompt and text.startswith(prompt):

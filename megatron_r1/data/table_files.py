@@ -20,9 +20,9 @@ MAX_ROW_BYTES = 64 << 20
 memory is up to who wrote it, and no prompt has so many."""
 MAX_JSON_BYTES = 1 << 30
 """Bytes of a .json file, which is read whole."""
-NUMBER = re.compile(r"[-+]?\d+(?:[.,]\d+)*")
+NUMBER_CELL = re.compile(r"[-+]?\d+(?:[.,]\d+)*")
 GZIP = ".gz"
-LISTS = ("data", "rows", "train", "test", "examples", "instances")
+LIST_KEYS = ("data", "rows", "train", "test", "examples", "instances")
 """Keys under which a JSON file that is one object has its rows."""
 LocatedRow = tuple[str, dict[str, Any]]
 """("file:line", columns)"""
@@ -45,14 +45,14 @@ def read_rows(path: Path, key: str = "data") -> Iterator[LocatedRow]:
     suffix = data_suffix(path)
     if suffix is None:
         raise UserError(
-            f"{path}: expected a {' or '.join(READERS)} file, the texts also as .gz",
+            f"{path}: expected a {' or '.join(READER_BY_SUFFIX)} file, the texts also as .gz",
             key=key,
             cause=Cause.UNSUPPORTED,
         )
     if not path.stat().st_size:
         raise UserError(f"{path}: the file is empty", key=key, cause=Cause.EMPTY)
     try:
-        for location, row in READERS[suffix](path, key):
+        for location, row in READER_BY_SUFFIX[suffix](path, key):
             if sum(len(value) for value in row.values() if isinstance(value, str)) > MAX_ROW_BYTES:
                 raise _too_long(location, key)
             yield location, row
@@ -84,10 +84,10 @@ def _lines(file: IO[AnyStr], path: Path, key: str) -> Iterator[AnyStr]:
 
 
 def data_suffix(path: Path) -> str | None:
-    """Return the format of a file by its name, a key of `READERS`; None for another."""
+    """Return the format of a file by its name, a key of `READER_BY_SUFFIX`; None for another."""
     *_, before, last = ["", "", *(suffix.lower() for suffix in path.suffixes)]
     suffix = before if last == GZIP and before != ".parquet" else last
-    return suffix if suffix in READERS else None
+    return suffix if suffix in READER_BY_SUFFIX else None
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -170,8 +170,8 @@ def _read_parquet(path: Path, key: str) -> Iterator[LocatedRow]:
 
 
 def _read_json(path: Path, key: str) -> Iterator[LocatedRow]:
-    """Yield the rows of a list, of the list that an object has under one of `LISTS`, of a table of
-    pandas, or of lines of objects, as many data sets name them .json."""
+    """Yield the rows of a list, of the list that an object has under one of `LIST_KEYS`, of a table
+    of pandas, or of lines of objects, as many data sets name them .json."""
     with _open(path) as file:
         first = next(_lines(file, path, key)).removeprefix(codecs.BOM_UTF8)
         second = next(filter(bytes.strip, _lines(file, path, key)), b"")
@@ -207,7 +207,7 @@ def _read_list(path: Path, key: str) -> Iterator[LocatedRow]:
             cause=Cause.MALFORMED,
         ) from error
     if isinstance(content, dict):
-        lists = [content[k] for k in LISTS if isinstance(content.get(k), list)]
+        lists = [content[k] for k in LIST_KEYS if isinstance(content.get(k), list)]
         rows = _only_list(content) or _table(content) or ([content] if content else None)
         content = lists[0] if lists else rows
     if is_chat(content):
@@ -264,7 +264,7 @@ def _read_csv(path: Path, key: str) -> Iterator[LocatedRow]:
                     key=key,
                     cause=Cause.DUPLICATE,
                 )
-            if name := next(filter(NUMBER.fullmatch, names), None):
+            if name := next(filter(NUMBER_CELL.fullmatch, names), None):
                 raise UserError(
                     f"{path}:1: the first line has to name the columns, and one is {name}: put a "
                     "line such as question,truth before it",
@@ -292,7 +292,7 @@ def _read_csv(path: Path, key: str) -> Iterator[LocatedRow]:
         ) from None
 
 
-READERS: dict[str, Callable[[Path, str], Iterator[LocatedRow]]] = {
+READER_BY_SUFFIX: dict[str, Callable[[Path, str], Iterator[LocatedRow]]] = {
     ".jsonl": _read_jsonl,
     ".ndjson": _read_jsonl,
     ".parquet": _read_parquet,

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files.untrusted_files import read_json, require_files_inside
 
-FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 PLAIN_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")
-GENERATION, CONFIG = "generation_config.json", "config.json"
+END_TOKEN_FILES, CONFIG = "generation_config.json", "config.json"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 
 
@@ -39,7 +39,7 @@ def load_tokenizer(folder: str, key: str) -> Any:
         )
     require_files_inside(path, key)
     # Without these, transformers may return an empty tokenizer.
-    if not any((path / name).is_file() for name in FILES):
+    if not any((path / name).is_file() for name in TOKENIZER_FILES):
         if _is_code(path):
             raise UserError(
                 f"{key}: the tokenizer of {folder} is Python code of its own (auto_map in "
@@ -49,7 +49,8 @@ def load_tokenizer(folder: str, key: str) -> Any:
                 cause=Cause.UNSUPPORTED,
             )
         raise UserError(
-            f"{key}: {folder} has no tokenizer ({FILES[0]}); give a folder with one, next to "
+            f"{key}: {folder} has no tokenizer ({TOKENIZER_FILES[0]}); give a folder with one, "
+            "next to "
             "config.json and the weights",
             key=key,
             cause=Cause.NOT_FOUND,
@@ -170,8 +171,8 @@ def end_tokens(
         eos = next((number for number, text in added.items() if text == name), None)
     by_text = {text: number for number, text in added.items()}
     file_by_id: dict[int, str] = {} if eos is None else {eos: TOKENIZER_CONFIG}
-    for number in _ids(_read_if_there(path / GENERATION), path / GENERATION, key):
-        file_by_id.setdefault(number, GENERATION)
+    for number in _ids(_read_if_there(path / END_TOKEN_FILES), path / END_TOKEN_FILES, key):
+        file_by_id.setdefault(number, END_TOKEN_FILES)
     config = _read_if_there(path / CONFIG)
     for part in (config, config.get("text_config")):
         if isinstance(part, dict):

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from megatron_r1.evaluation.estimates import CONFIDENCE
 
-TAIL = (1 - CONFIDENCE) / 2
+TAIL_PROBABILITY = (1 - CONFIDENCE) / 2
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,10 @@ def _min_with_property(population: int, sampled: int, num_found: int) -> int:
     low, high = num_found, population - (sampled - num_found)
     while low < high:
         middle = (low + high) // 2
-        if 1 - _cumulative_probability(num_found - 1, population, middle, sampled) > TAIL:
+        if (
+            1 - _cumulative_probability(num_found - 1, population, middle, sampled)
+            > TAIL_PROBABILITY
+        ):
             high = middle
         else:
             low = middle + 1

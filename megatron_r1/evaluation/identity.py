@@ -80,7 +80,7 @@ def _deciding_part(name: str, value: Any) -> Any:
     }
 
 
-PACKAGES = (
+RECORDED_PACKAGES = (
     "megatron-r1",
     "megatron-core",
     "vllm",
@@ -97,7 +97,7 @@ PACKAGES = (
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the installed packages that results can depend on."""
     installed = {"python": platform.python_version()}
-    for package in PACKAGES:
+    for package in RECORDED_PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             installed[package] = metadata.version(package)
     return installed

@@ -24,7 +24,7 @@ from megatron_r1.evaluation.response_log import PromptKey
 
 OWN_QUESTIONS = "questions"
 """The benchmark of the user's own questions."""
-UNSET: tuple[object, ...] = (None, [], {})
+UNSET_VALUES: tuple[object, ...] = (None, [], {})
 """Values of an entry that is not set."""
 
 
@@ -115,7 +115,9 @@ def _load_questions(entry: BenchmarkConfig, config: Config) -> PromptSet:
 def _set_entries(entry: BenchmarkConfig, names: Sequence[str]) -> str:
     """Return the entries of these names that are set, with their values; "" where none is."""
     values = {name: getattr(entry, name) for name in names}
-    return ", ".join(f"{name}: {value!r}" for name, value in values.items() if value not in UNSET)
+    return ", ".join(
+        f"{name}: {value!r}" for name, value in values.items() if value not in UNSET_VALUES
+    )
 
 
 def _environment_prompts(environment: str, entry: BenchmarkConfig, config: Config) -> list[Prompt]:

@@ -222,13 +222,13 @@ async def _votes(
     return curve
 
 
-COLUMNS = 3
+NUM_COLUMNS = 3
 PASS_COLOR, VOTE_COLOR = "#2b66d9", "#c2760c"
 
 
 def write_figure(path: Path, summaries: Sequence[Summary]) -> Path:
     """Write a PNG with a panel per benchmark: points are estimates, bands their 95% intervals."""
-    columns = min(COLUMNS, len(summaries))
+    columns = min(NUM_COLUMNS, len(summaries))
     rows = -(-len(summaries) // columns)
     figure = Figure(figsize=(4.2 * columns, 3.0 * rows), layout="constrained")
     FigureCanvasAgg(figure)

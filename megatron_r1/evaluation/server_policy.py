@@ -50,7 +50,7 @@ PAUSE_SECONDS = 1.0
 REPORT_SECONDS = 5.0
 
 
-UNSET = {"stop": (), "stop_token_ids": (), "top_k": None, "min_p": 0.0}
+UNSET_OPTIONS = {"stop": (), "stop_token_ids": (), "top_k": None, "min_p": 0.0}
 """Sampling parameters that are no part of OpenAI's API, by the value that changes nothing."""
 
 
@@ -190,7 +190,9 @@ class ServerPolicy:
             content = {"prompt": render_template(self._template, question, system)}
         if content.get("prompt", "").startswith(FIRST_TOKENS):
             content["add_special_tokens"] = False
-        decoding = {k: v for k, v in asdict(self._decoding).items() if v != UNSET.get(k, ...)}
+        decoding = {
+            k: v for k, v in asdict(self._decoding).items() if v != UNSET_OPTIONS.get(k, ...)
+        }
         if self._decoding.stop:  # vLLM's; the reward reads the string
             decoding["include_stop_str_in_output"] = True
         return {"model": self._server.model, **content, **decoding, "seed": seed}

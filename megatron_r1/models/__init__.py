@@ -17,7 +17,7 @@ from r1_grading.base import import_lazily
 
 from megatron_r1.models.hf_config import read_hf_config
 
-_HOME = {
+_MODULE_BY_NAME = {
     "transformer_config": "config",
     "build_model": "build",
     "freeze_mtp": "build",
@@ -26,8 +26,8 @@ _HOME = {
     "vocab_shard": "build",
 }
 
-__all__ = ["read_hf_config", *_HOME]
+__all__ = ["read_hf_config", *_MODULE_BY_NAME]
 
 
 def __getattr__(name: str) -> Any:
-    return import_lazily(__name__, _HOME, name)
+    return import_lazily(__name__, _MODULE_BY_NAME, name)

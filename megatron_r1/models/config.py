@@ -29,7 +29,7 @@ from megatron_r1.models.parallel_checks import check_divisions, check_exchange_o
 from megatron_r1.models.pipeline_stages import pipeline_stages, uneven_layout
 from megatron_r1.models.support_checks import model_fields
 
-FIELDS = {
+FUSION_FIELDS = {
     "gradient_accumulation": "gradient_accumulation_fusion",
     "activation": "bias_activation_fusion",
     "permute": "moe_permute_fusion",
@@ -39,7 +39,7 @@ ON_GPUS: list[Fusion] = ["gradient_accumulation", "permute"]
 """Fusions of Transformer Engine itself, the default on a GPU."""
 FLASH_ATTENTION = ("flash_attn", "flash_attn_3", "flash_attn_interface")
 """Modules that Transformer Engine uses for flash attention, if they are installed."""
-ENVIRONMENT = {
+BACKEND_VARIABLES = {
     "flash": "NVTE_FLASH_ATTN",
     "fused": "NVTE_FUSED_ATTN",
     "unfused": "NVTE_UNFUSED_ATTN",
@@ -67,8 +67,10 @@ def _acceleration_fields(config: Config, has_experts: bool) -> dict[str, Any]:
         fusions = ON_GPUS if platform.has_gpu() else []
     for fusion in fusions:
         _check_fusion(fusion)
-    enabled_fields = {FIELDS[fusion] for fusion in fusions if has_experts or fusion != "permute"}
-    fields: dict[str, Any] = {field: field in enabled_fields for field in FIELDS.values()}
+    enabled_fields = {
+        FUSION_FIELDS[fusion] for fusion in fusions if has_experts or fusion != "permute"
+    }
+    fields: dict[str, Any] = {field: field in enabled_fields for field in FUSION_FIELDS.values()}
     return fields | {
         "attention_backend": AttnBackend[backend],
         # Megatron requires this of dense models too when lengths vary.
@@ -94,7 +96,7 @@ def _check_attention(backend: str) -> None:
             key="model.attention_backend",
             cause=Cause.NOT_INSTALLED,
         )
-    for name, variable in ENVIRONMENT.items():
+    for name, variable in BACKEND_VARIABLES.items():
         expected_value = str(int(backend in ("auto", name)))
         if (current_value := os.environ.get(variable, expected_value)) != expected_value:
             raise UserError(

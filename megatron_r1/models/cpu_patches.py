@@ -16,7 +16,7 @@ from torch.utils._device import _device_constructors
 
 from megatron_r1.models.patching import Patch, register_in
 
-CPU = torch.device("cpu")
+CPU_DEVICE = torch.device("cpu")
 PATCHES: list[Patch] = []
 _patch = register_in(PATCHES)
 
@@ -70,7 +70,7 @@ def _hide_transformer_engine() -> None:
     "device=torch.cuda.current_device()",
 )
 def _patch_current_device() -> None:
-    torch.cuda.current_device = lambda: CPU
+    torch.cuda.current_device = lambda: CPU_DEVICE
     torch.cuda.set_device = lambda device: None
 
 
@@ -132,7 +132,7 @@ def _patch_factories() -> None:
 
         def on_cpu(*args, make=make, **kwargs):
             if _names_cuda(kwargs.get("device")):
-                kwargs["device"] = CPU
+                kwargs["device"] = CPU_DEVICE
             if kwargs.get("pin_memory"):
                 kwargs["pin_memory"] = False
             return make(*args, **kwargs)
@@ -147,9 +147,9 @@ def _patch_moves() -> None:
     original_to = torch.Tensor.to
 
     def to_cpu(self, *args, **kwargs):
-        args = tuple(CPU if _names_cuda(a) else a for a in args)
+        args = tuple(CPU_DEVICE if _names_cuda(a) else a for a in args)
         if _names_cuda(kwargs.get("device")):
-            kwargs["device"] = CPU
+            kwargs["device"] = CPU_DEVICE
         return original_to(self, *args, **kwargs)
 
     torch.Tensor.to = to_cpu

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from megatron_r1.models.weights.layout import LayoutEntry
 
 BYTES = {"float32": 4, "bfloat16": 2}
-FP32 = 4
+FP32_BYTES = 4
 # Of r1_kernels.linear_head; not imported, as that would import torch.
 GPU_CHUNK_TOKENS = 8192
 GPU_CHUNK_ELEMENTS = 1 << 27
@@ -42,7 +42,7 @@ class ParameterBytes:
 
     value: int
     optimizer: int
-    gradient: int = FP32
+    gradient: int = FP32_BYTES
 
     @property
     def total(self) -> int:
@@ -52,7 +52,7 @@ class ParameterBytes:
 
 def parameter_bytes(dtype: str, moments: str = "float32") -> ParameterBytes:
     """Return the bytes of one trained parameter: two moments, and an fp32 copy of a bf16 one."""
-    master = FP32 if dtype == "bfloat16" else 0
+    master = FP32_BYTES if dtype == "bfloat16" else 0
     return ParameterBytes(BYTES[dtype], master + 2 * BYTES[moments])
 
 
@@ -168,7 +168,7 @@ def persistent_bytes(
     shared = dense / optimizer_shards[0] + expert / optimizer_shards[1]
     values = dense + expert + counts.frozen
     return {
-        "parameters": values * per_parameter.value + FP32 * counts.buffers,
+        "parameters": values * per_parameter.value + FP32_BYTES * counts.buffers,
         "gradients": (dense + expert) * per_parameter.gradient,
         "optimizer": round(shared * per_parameter.optimizer),
     }
@@ -196,14 +196,14 @@ def checkpoint_bytes(
     if config.model.lora is None:  # frozen MTP layers; next to adapters nothing frozen is written
         written += counts.frozen / optimizer_shards[0]
     num_bytes = (1 + with_reference) * written * BYTES[config.model.dtype]
-    return round(3 * FP32 * trained + num_bytes)
+    return round(3 * FP32_BYTES * trained + num_bytes)
 
 
 def reference_bytes(config: Config, counts: ParameterCounts) -> int:
     """Return bytes of a rank's reference: of all that may change, so not of frozen weights under
     adapters."""
     changing = counts.parameters if config.model.lora is None else counts.trained
-    return changing * BYTES[config.model.dtype] + FP32 * counts.buffers
+    return changing * BYTES[config.model.dtype] + FP32_BYTES * counts.buffers
 
 
 def _padded(counts: ParameterCounts, optimizer_shards: tuple[int, int]) -> tuple[int, int]:
@@ -304,7 +304,7 @@ def layer_activations(
         intermediate = hf_config["moe_intermediate_size"]
         at_expert = routed * imbalance * parallel.expert_tensor
         local_intermediate = intermediate / parallel.expert_tensor
-        scores = (3 + num_extra) * FP32 * hf_config["n_routed_experts"] * split
+        scores = (3 + num_extra) * FP32_BYTES * hf_config["n_routed_experts"] * split
         values_per_token = (1 + num_extra) * hidden + (2 + num_extra) * local_intermediate
         modules["moe"] = at_expert * values_per_token * value + scores
         modules["moe_act"] = at_expert * local_intermediate * value
@@ -348,12 +348,12 @@ def head_bytes(
     max_rows = max(GPU_CHUNK_TOKENS, GPU_CHUNK_ELEMENTS // columns)
     chunk = min(rows, max_rows if on_gpu else max(16, CPU_CHUNK_ELEMENTS // columns))
     # In fp32, the gradient overwrites the logits where no other rank has a part of them.
-    width = FP32 if value == FP32 and parallel.tensor == 1 else FP32 + value
+    width = FP32_BYTES if value == FP32_BYTES and parallel.tensor == 1 else FP32_BYTES + value
     num_bytes = chunk * columns * width + rows * hidden * 2 * value
     formula = f"{chunk} x {columns} logits x {width} B + {rows} x {hidden} states x {2 * value} B"
-    if not on_gpu and value != FP32:
-        num_bytes += columns * hidden * FP32
+    if not on_gpu and value != FP32_BYTES:
+        num_bytes += columns * hidden * FP32_BYTES
     if config.model.lora is not None:
         return num_bytes, formula  # the head is frozen
-    formula += f" + {columns} x {hidden} weight gradient x {FP32 + value} B"
-    return num_bytes + columns * hidden * (FP32 + value), formula
+    formula += f" + {columns} x {hidden} weight gradient x {FP32_BYTES + value} B"
+    return num_bytes + columns * hidden * (FP32_BYTES + value), formula

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.processes.memory import keep_freed_memory, without_garbage_collection
-from megatron_r1.models.cpu_patches import CPU, PATCHES
+from megatron_r1.models.cpu_patches import CPU_DEVICE, PATCHES
 
 MEGATRON_VERSION = "0.16.1"
 """The version whose lines are patched (`models.cpu_patches`, `models.patches`)."""
@@ -158,7 +158,7 @@ def has_gpu() -> bool:
 
 def device() -> torch.device:
     """Return the device of this process's parameters and batches."""
-    return torch.device("cuda", torch.cuda.current_device()) if _REAL_CUDA else CPU
+    return torch.device("cuda", torch.cuda.current_device()) if _REAL_CUDA else CPU_DEVICE
 
 
 def distributed_backend() -> str:
@@ -282,7 +282,7 @@ def empty_on_host(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         UserError: where the host has no memory left to pin: torch takes the next power of two.
     """
     try:
-        return torch.empty(shape, dtype=dtype, device=CPU, pin_memory=_REAL_CUDA)
+        return torch.empty(shape, dtype=dtype, device=CPU_DEVICE, pin_memory=_REAL_CUDA)
     except RuntimeError as error:  # of the CUDA runtime: "CUDA error: out of memory"
         if not _REAL_CUDA or "out of memory" not in str(error):
             raise

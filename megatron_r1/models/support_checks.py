@@ -48,7 +48,7 @@ class KeyRecorder(dict[str, Any]):
 
 
 # What a model is called, which software wrote it, and how text is generated.
-_NAMES = """architectures model_type auto_map transformers_version
+_NAMING_KEYS = """architectures model_type auto_map transformers_version
     unsloth_fixed unsloth_version is_llama_config transformers.js_config tokenizer_class
     finetuning_task task_specific_params prefix problem_type id2label label2id num_labels"""
 _GENERATION = """use_cache max_length min_length do_sample early_stopping num_beams
@@ -65,7 +65,7 @@ _OUTPUT = """torch_dtype dtype return_dict output_hidden_states
     add_cross_attention cross_attention_hidden_size attn_implementation"""
 _TRAINING = """initializer_range router_aux_loss_coef aux_loss_alpha seq_aux ep_size pretraining_tp
     classifier_dropout hidden_dropout_prob"""
-INERT_KEYS = frozenset(" ".join((_NAMES, _GENERATION, _OUTPUT, _TRAINING)).split())
+INERT_KEYS = frozenset(" ".join((_NAMING_KEYS, _GENERATION, _OUTPUT, _TRAINING)).split())
 """Keys without an influence on a model's logits."""
 
 
@@ -92,12 +92,12 @@ def _refuse_unread(hf_config: KeyRecorder) -> None:
         )
 
 
-BLOCK = 128
+FP8_BLOCK_SIZE = 128
 FP8_BLOCKS = {
     "activation_scheme": "dynamic",
     "fmt": "e4m3",
     "quant_method": "fp8",
-    "weight_block_size": [BLOCK, BLOCK],
+    "weight_block_size": [FP8_BLOCK_SIZE, FP8_BLOCK_SIZE],
 }
 """`quantization_config` of DeepSeek's published FP8 checkpoints
 (`models.weights.formats.published_layout`)."""

@@ -27,7 +27,7 @@ from megatron_r1.base.processes.children import (
 from megatron_r1.base.processes.process_table import descendants
 
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
-KILL = signal.SIGUSR1
+KILL_SIGNAL = signal.SIGUSR1
 """Sent by the kernel when the parent is gone, or by the parent: kill everything now."""
 END_SECONDS = 10.0
 """Time between SIGTERM and SIGKILL."""
@@ -36,8 +36,8 @@ END_SECONDS = 10.0
 def main(command: list[str]) -> int:
     """Return the command's exit status; 128 + N where signal N ended it."""
     prctl(PR_SET_CHILD_SUBREAPER, 1)
-    signal.signal(KILL, lambda *_: _kill_all())
-    end_without_parent(KILL)
+    signal.signal(KILL_SIGNAL, lambda *_: _kill_all())
+    end_without_parent(KILL_SIGNAL)
     try:
         child = subprocess.Popen(command, preexec_fn=die_with_parent)
     except OSError as error:
@@ -140,7 +140,7 @@ class StageProcess:
     def kill(self) -> None:
         """Kill the stage if it still runs, and wait for its end."""
         if self.poll() is None:
-            self.process.send_signal(KILL)
+            self.process.send_signal(KILL_SIGNAL)
         self.wait(END_SECONDS)
 
     def output(self) -> str:

@@ -22,7 +22,7 @@ terabyte's model takes seconds."""
 NUM_BLOCKS = 64
 """Blocks of a larger file that count (`sample_blocks`)."""
 MISSING = "missing"
-LENGTH = 16
+DIGEST_CHARS = 16
 """Hexadecimal digits of a SHA-256 that are kept: 64 bits."""
 START_FILES = frozenset(
     ("begun.json", "config.yaml", "logs", "stop", "tensorboard", "wandb", "mlflow", "trackers.json")
@@ -34,7 +34,7 @@ FINAL_SETTINGS = ("run.steps", "rl.schedule", "eval")
 """Resumable settings that decide the result of a finished run."""
 FILE_OF_STAGE = re.compile(r"\$\{([^{}\n.]+)\}/([^$\n]+)")
 """`${stage}/file`: that file alone is an input."""
-FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+USER_FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 SECTIONS_OF_VERB = {
     "sft": ("sft",),
     "rl": ("rl", "push", "critic", "teacher"),
@@ -145,11 +145,11 @@ def digest(path: Path) -> str:
     size = path.stat().st_size
     if size <= WHOLE_BYTES:
         with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()[:LENGTH]
+            return hashlib.file_digest(file, "sha256").hexdigest()[:DIGEST_CHARS]
     content = hashlib.sha256(str(size).encode())
     for block in sample_blocks(path, NUM_BLOCKS):
         content.update(block)
-    return content.hexdigest()[:LENGTH]
+    return content.hexdigest()[:DIGEST_CHARS]
 
 
 def digest_of_outputs(digests: dict[str, str]) -> str:
@@ -160,14 +160,14 @@ def digest_of_outputs(digests: dict[str, str]) -> str:
 def digest_of_value(value: Any) -> str:
     """Return LENGTH hexadecimal digits of the SHA-256 of a JSON value, its keys sorted."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:LENGTH]
+    return hashlib.sha256(text.encode()).hexdigest()[:DIGEST_CHARS]
 
 
 def _joined(pairs: Iterable[tuple[str, str]]) -> str:
     digest = hashlib.sha256()
     for name, part in pairs:
         digest.update(f"{name}\0{part}\0".encode())
-    return digest.hexdigest()[:LENGTH]
+    return digest.hexdigest()[:DIGEST_CHARS]
 
 
 def _is_hidden(path: Path) -> bool:
@@ -180,7 +180,7 @@ def _functions(stage: PipelineStage) -> dict[str, str]:
     if stage.is_function:
         return {stage.config.function: module_syntax(stage.config.function)}
     functions = {}
-    for text in filter(FUNCTION.fullmatch, _texts_and_keys(stage.settings)):
+    for text in filter(USER_FUNCTION.fullmatch, _texts_and_keys(stage.settings)):
         with contextlib.suppress(ValueError):  # it only has the form of a function's name
             functions[text] = module_syntax(text)
     return functions

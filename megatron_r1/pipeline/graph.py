@@ -12,7 +12,7 @@ from typing import Any
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
 from megatron_r1.base.user_code import module_source
 from megatron_r1.data.dataset_files import HUB
-from megatron_r1.pipeline.pipeline_recipe import MAKE, REFERENCE, iter_texts
+from megatron_r1.pipeline.pipeline_recipe import MAKE, REFERENCE_PATTERN, iter_texts
 from megatron_r1.pipeline.stages import PipelinePlan, PipelineStage, names_a_file
 
 TRAINING_OUTPUTS = ("hf", "checkpoints", "metrics.jsonl", "evaluations.jsonl", "samples.jsonl")
@@ -26,7 +26,7 @@ OUTPUTS = {
     "sample": ("sft.jsonl", "pairs.jsonl", "labels.jsonl", "samples.jsonl", "sample.json"),
 }
 """The outputs of each verb. Outputs of a function are checked after it ran."""
-VALUES = {"pipeline": ("folder", "seed"), "here": ("",)}
+REFERENCE_VALUES = {"pipeline": ("folder", "seed"), "here": ("",)}
 
 
 def _join_mistakes(mistakes: Sequence[UserError]) -> UserError:
@@ -86,9 +86,11 @@ def _upstream(stage: PipelineStage, stages: Mapping[str, PipelineStage]) -> tupl
         head, _, value_name = reference.partition(".")
         key = f"stages.{stage.name}.{key_path}"
         source = f"stages.{stage.name}: {key_path}: ${{{reference}}}"
-        if head in VALUES:
-            if value_name not in VALUES[head]:
-                names = ", ".join(".".join(filter(None, (head, name))) for name in VALUES[head])
+        if head in REFERENCE_VALUES:
+            if value_name not in REFERENCE_VALUES[head]:
+                names = ", ".join(
+                    ".".join(filter(None, (head, name))) for name in REFERENCE_VALUES[head]
+                )
                 raise UserError(
                     f"{source} is unknown; there is {names}",
                     key=key,
@@ -222,7 +224,7 @@ def missing_files(plan: PipelinePlan) -> list[tuple[str, str]]:
             f"{Path.cwd()})",
         )
         for name, key_path, path in located
-        if path and not REFERENCE.search(path) and not Path(path).exists()
+        if path and not REFERENCE_PATTERN.search(path) and not Path(path).exists()
     ]
 
 

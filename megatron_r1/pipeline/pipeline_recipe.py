@@ -14,7 +14,7 @@ from megatron_r1.config.section import Section
 from megatron_r1.config.validation_errors import recipe_error
 from megatron_r1.config.yaml_text import read_sections, set_nested
 
-REFERENCE = re.compile(r"\$\{([^{}\n]*)\}")
+REFERENCE_PATTERN = re.compile(r"\$\{([^{}\n]*)\}")
 # Private-use characters stand for `${` and `}` while YAML is parsed: within a flow mapping {…} it
 # would take the braces for its own.
 OPEN_MARK, CLOSE_MARK = "\ue000", "\ue001"
@@ -22,7 +22,7 @@ OPEN_MARK, CLOSE_MARK = "\ue000", "\ue001"
 
 def escape_references(text: str) -> str:
     """Replace the braces of references in YAML text by plain characters."""
-    return REFERENCE.sub(rf"{OPEN_MARK}\1{CLOSE_MARK}", text)
+    return REFERENCE_PATTERN.sub(rf"{OPEN_MARK}\1{CLOSE_MARK}", text)
 
 
 def unescape_references(value: Any) -> Any:
@@ -49,7 +49,7 @@ def iter_texts(value: Any, key_path: str = "") -> Iterator[tuple[str, str]]:
 def iter_references(value: Any) -> Iterator[tuple[str, str]]:
     """Yield (key path, name) of every reference, such as ("model.path", "base.hf")."""
     for key_path, text in iter_texts(value):
-        for match in REFERENCE.finditer(text):
+        for match in REFERENCE_PATTERN.finditer(text):
             yield key_path, match[1]
 
 
@@ -62,15 +62,15 @@ def substitute(value: Any, lookup: Callable[[str], Any]) -> Any:
         return [substitute(item, lookup) for item in value]
     if not isinstance(value, str):
         return value
-    if full_match := REFERENCE.fullmatch(value):
+    if full_match := REFERENCE_PATTERN.fullmatch(value):
         return lookup(full_match[1])
-    return REFERENCE.sub(lambda match: str(lookup(match[1])), value)
+    return REFERENCE_PATTERN.sub(lambda match: str(lookup(match[1])), value)
 
 
 MAKE = "make"
 """The verb of a stage that calls a Python function."""
 RESERVED_STAGE_NAMES = ("here", "logs", "pipeline", "recipes", "serve")
-NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
+STAGE_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 
 
 class PipelineConfig(Section):
@@ -235,7 +235,7 @@ def load(path: str | Path, overrides: dict[str, Any] | None = None) -> PipelineR
         )
     for name in recipe.stages:
         if (
-            not NAME.fullmatch(name)
+            not STAGE_NAME.fullmatch(name)
             or name in RESERVED_STAGE_NAMES
             or re.fullmatch(r"seed_\d+", name)
         ):

@@ -32,8 +32,8 @@ BY_PROGRESS = [
 ]
 
 CURVE_INKS = ("accent", "second", "reward", "push", "train", "other", "muted", "ink")
-SIZE = (5.2, 2.9)
-QUANTITIES = (
+PLOT_SIZE = (5.2, 2.9)
+PLOTTED_QUANTITIES = (
     ("accuracy", "eval/pass@1", "Accuracy", "training samples; points: held-out", True),
     ("response_length/mean", "eval/response_length", "Response length", "tokens, mean", False),
     ("language/mean", "eval/language", "Language purity", "words in the target language", True),
@@ -246,7 +246,7 @@ def _rl_plots(plans: Sequence[PipelinePlan], graph: Graph) -> list[Plot]:
     ]
     heldout = _read(plans, graph, "evaluations.jsonl")
     plots = []
-    for key, heldout_key, label, meaning, is_fraction in QUANTITIES:
+    for key, heldout_key, label, meaning, is_fraction in PLOTTED_QUANTITIES:
         curves = []
         for index, name in enumerate(stages):
             ink = CURVE_INKS[index % len(CURVE_INKS)]
@@ -255,7 +255,7 @@ def _rl_plots(plans: Sequence[PipelinePlan], graph: Graph) -> list[Plot]:
             curves += heldout_points(heldout[name], heldout_key, ink)
         if curves:
             svg = curve_plot(
-                key.replace("/", "-"), curves, SIZE, is_fraction, from_zero=not is_fraction
+                key.replace("/", "-"), curves, PLOT_SIZE, is_fraction, from_zero=not is_fraction
             )
             plots.append(Plot(label, meaning, svg))
     return plots

@@ -12,7 +12,7 @@ from megatron_r1.base.errors import UserError
 from megatron_r1.config import Config
 from megatron_r1.pipeline.pipeline_recipe import (
     MAKE,
-    REFERENCE,
+    REFERENCE_PATTERN,
     PipelineRecipe,
     ServeConfig,
     StageConfig,
@@ -22,7 +22,7 @@ from megatron_r1.pipeline.pipeline_recipe import (
     substitute,
 )
 
-FILES = ("path", "data", "checkpoint")
+FILE_SETTINGS = ("path", "data", "checkpoint")
 """Last parts of the names of settings that hold a file or folder."""
 FIXED_REFERENCES = ("here", "pipeline.seed")
 """References that mean the same before and after a stage runs."""
@@ -172,7 +172,7 @@ class PipelinePlan:
 
     def resolve_here(self, text: str) -> str:
         """Return a text with `${here}` and `${pipeline.seed}` replaced; others stay as they are."""
-        return REFERENCE.sub(
+        return REFERENCE_PATTERN.sub(
             lambda match: (
                 str(self.reference_value(match[1], {}))
                 if match[1] in FIXED_REFERENCES
@@ -193,7 +193,7 @@ class PipelinePlan:
         for key_path, text in iter_texts({**stage.settings, **served}):
             path = self.resolve_here(text)
             is_path = "/" in path or Path(path).suffix or names_a_file(key_path)
-            if key_path == "run.folder" or not is_path or REFERENCE.search(path):
+            if key_path == "run.folder" or not is_path or REFERENCE_PATTERN.search(path):
                 continue
             if _exists(path) and not self.folder.resolve().is_relative_to(Path(path).resolve()):
                 file_settings.append((key_path, text))
@@ -213,7 +213,7 @@ def names_a_file(key_path: str) -> bool:
     file or folder."""
     section, *keys = INDEX.sub("", key_path).split(".")
     # A benchmark's path may be its name on the hub.
-    is_named = bool(keys) and all(key.rpartition("_")[2] in FILES for key in keys)
+    is_named = bool(keys) and all(key.rpartition("_")[2] in FILE_SETTINGS for key in keys)
     return is_named and section != "eval"
 
 

@@ -26,7 +26,7 @@ from megatron_r1.plan.timing import time_section
 from megatron_r1.reporting.formatting import finite_metric, format_count
 
 BISECTIONS = 60
-LIMITS = (1e-12, 1.0)
+EFFICIENCY_LIMITS = (1e-12, 1.0)
 """The limits between which a value is sought: a share, or seconds of a layer."""
 
 
@@ -162,9 +162,9 @@ class RunCalibration:
         if not measured_seconds:
             self.reasons[name] = f"the metrics have no {key}"
             return
-        low, high = LIMITS
+        low, high = EFFICIENCY_LIMITS
         seconds_at_low, seconds_at_high = (
-            self._seconds(parts, **{name: value}) for value in LIMITS
+            self._seconds(parts, **{name: value}) for value in EFFICIENCY_LIMITS
         )
         if seconds_at_low is None or seconds_at_high is None:
             self.reasons[name] = "the run does not fit on this hardware as planned"

@@ -38,7 +38,7 @@ OFFLOADED = "offloaded while engines sample"
 """The kind of host memory."""
 OFFLOAD = "offload"
 """The part of a step."""
-KINDS = ("parameters", "optimizer")
+OFFLOADED_KINDS = ("parameters", "optimizer")
 
 
 def offloads_state(job: PlannedJob) -> bool:
@@ -53,7 +53,7 @@ def offloaded_bytes(job: PlannedJob, counts: ParameterCounts) -> int:
         return 0
     parts = persistent_bytes(job.config, counts, job.optimizer_shards, job.config.optimizer.moments)
     # What is no parameter, such as the routers' bias, stays.
-    return sum(parts[kind] for kind in KINDS) - 4 * counts.buffers
+    return sum(parts[kind] for kind in OFFLOADED_KINDS) - 4 * counts.buffers
 
 
 def offloaded_host_bytes(job: PlannedJob, counts: ParameterCounts) -> dict[str, int]:

@@ -45,7 +45,7 @@ SPREAD_DEVIATIONS = 1.645
 """Standard deviations of the calibrating rows' ln(predicted / published) within `time_spread`:
 those of a normal distribution's middle 90%."""
 
-STEPS, DIFFERENCE = 8, 0.02
+MAX_STEPS, SLOPE_STEP = 8, 0.02
 """Most steps of the calibration, and the change of a logarithm that shows its slope."""
 
 
@@ -173,10 +173,10 @@ def calibrate(runs: Sequence[PublishedRun]) -> dict[str, float]:
     steps in the logarithms, halved until they help."""
     guesses = np.log(list(FIRST_GUESSES.values()))
     logs, (residuals, cost) = guesses, _residuals(runs, guesses, guesses)
-    for _ in range(STEPS):
+    for _ in range(MAX_STEPS):
         slopes = [
-            (_residuals(runs, logs + change, guesses)[0] - residuals) / DIFFERENCE
-            for change in DIFFERENCE * np.eye(len(logs))
+            (_residuals(runs, logs + change, guesses)[0] - residuals) / SLOPE_STEP
+            for change in SLOPE_STEP * np.eye(len(logs))
         ]
         step = np.linalg.lstsq(np.transpose(slopes), -residuals, rcond=None)[0]
         for part in (1.0, 0.5, 0.25):

@@ -24,7 +24,7 @@ from megatron_r1.push.plan.rounds import SCATTER_BUCKET_BYTES, planned_schedule
 from megatron_r1.push.plan.tensors import CountBytes, fp8_bytes, plain_bytes
 from megatron_r1.reporting.formatting import format_count
 
-ADAPTERS = "both factors of every adapter of its stage, whole (push.adapter_only)"
+ADAPTERS_NOTE = "both factors of every adapter of its stage, whole (push.adapter_only)"
 
 
 def planned_engine_layout(job: PlannedJob) -> EngineLayout:
@@ -211,7 +211,8 @@ def push_section(job: PlannedJob) -> QuantityTable:
     section = {
         "into an engine GPU": byte_quantity(
             engine_bytes,
-            f"{'its part of every tensor' if lora is None else ADAPTERS}, once, in {dtype_text}; "
+            f"{'its part of every tensor' if lora is None else ADAPTERS_NOTE}, once, in "
+            f"{dtype_text}; "
             f"{engine_bytes / rate:.2g} s through its {link_name}",
         ),
         "into all engines": byte_quantity(total, f"{gpus}, each what it needs and no more"),
@@ -319,7 +320,7 @@ def _receive_buffer_formula(job: PlannedJob) -> str:
     push = job.config.push
     reuse_text = ", in the place of its KV cache" if reuses_kv_cache(job) else ""
     place = f"{_receive_buffer_place(job)}{reuse_text}"
-    content = "all its weights" if pushed_lora(job) is None else ADAPTERS
+    content = "all its weights" if pushed_lora(job) is None else ADAPTERS_NOTE
     text = f"of an engine rank, on its {place} ({push.transport}); {content}"
     if push.on_one_host and not _is_one_node(job):
         text += f"; {push.transport} is for one host, set push.transport to gloo or nccl"

@@ -35,7 +35,7 @@ STRIPE_BYTES = 8 * NUM_LANES
 """One 64-bit word per lane; rows that are whole stripes can be summed."""
 ROTATION = 29
 """Bits, to the left; odd, so that 64 words pass before two have the same weight."""
-ALIGNMENT = 64
+ALIGNMENT_BYTES = 64
 """Bytes; of rows that are written with stores past the cache."""
 
 _LOOP = """
@@ -156,7 +156,7 @@ def _can_copy(target: torch.Tensor, source: torch.Tensor) -> bool:
         and not (target.is_cuda or source.is_cuda)
         and target.stride(1) == source.stride(1) == 1
         and _is_whole_stripes(target.shape[1] * target.itemsize)
-        and target.data_ptr() % ALIGNMENT == _pitch(target) % ALIGNMENT == 0
+        and target.data_ptr() % ALIGNMENT_BYTES == _pitch(target) % ALIGNMENT_BYTES == 0
     )
 
 

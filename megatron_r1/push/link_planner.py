@@ -14,7 +14,11 @@ from torch import Tensor
 
 from megatron_r1.base.transports import TRANSPORTS
 from megatron_r1.models.hf_config import HFConfig
-from megatron_r1.models.weights.formats.published_layout import BLOCK, FP8_DTYPE, scale_name
+from megatron_r1.models.weights.formats.published_layout import (
+    FP8_BLOCK_SIZE,
+    FP8_DTYPE,
+    scale_name,
+)
 from megatron_r1.models.weights.layout import Shard
 from megatron_r1.models.weights.table import Piece, Shape, WeightTable
 from megatron_r1.push.plan.engine_sets import (
@@ -169,12 +173,14 @@ class PublishedSharding:
         if slot.dtype != FP8_DTYPE or (rank, scales) not in self._slots:
             raise ValueError(
                 f"engine rank {rank} needs {name} as {slot.dtype} without {scales}: weights can be "
-                f"quantized during a push to FP8 in blocks of {BLOCK} x {BLOCK} only"
+                f"quantized during a push to FP8 in blocks of {FP8_BLOCK_SIZE} x {FP8_BLOCK_SIZE} "
+                "only"
             )
         edge = first_unaligned_edge(region, shape)
         if edge is not None:
             raise ValueError(
-                f"{name} {shape} is cut at {edge}, within a block of {BLOCK} x {BLOCK}, "
+                f"{name} {shape} is cut at {edge}, within a block of {FP8_BLOCK_SIZE} x "
+                f"{FP8_BLOCK_SIZE}, "
                 "which has one scale; set push.fp8: false, or fewer tensor parallel ranks"
             )
         return [

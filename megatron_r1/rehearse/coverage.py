@@ -37,7 +37,7 @@ class StructureRow(NamedTuple):
 YES = "yes"
 
 
-SIZES = {
+SIZE_SETTINGS = {
     "parallel": (
         "processes",
         "tensor",
@@ -75,7 +75,7 @@ SIZES = {
     ),
 }
 """Settings that give a run its structure; those at 1, none or false have nothing to exercise."""
-SECTIONS = {
+SECTIONS_BY_VERB = {
     "rl": ("parallel", "fp8", "rollout", "push", "rl"),
     "sft": ("parallel", "fp8"),
     "reward-model": ("parallel", "fp8"),
@@ -112,9 +112,9 @@ def structure_rows(
         device: where the miniature runs."""
     not_here = {"cpu": LIMITATIONS, "gpu": ON_GPU, "null-gpu": ON_NULL_GPU}[device]
     rows: list[StructureRow] = []
-    for section in SECTIONS[verb]:
+    for section in SECTIONS_BY_VERB[verb]:
         before, after = getattr(recipe, section), getattr(small, section)
-        for key in SIZES[section]:
+        for key in SIZE_SETTINGS[section]:
             old, new = getattr(before, key), getattr(after, key)
             if _is_used(old):
                 exercised = not_here.get(f"{section}.{key}") or _exercised(old, new)
@@ -179,7 +179,7 @@ def _trainer_rows(
         "gpu": (("the same", YES), ("the whole GPU", "no: of a small model")),
         "null-gpu": (
             ("the same, by operators of the host", YES),
-            (f"{launch.GIB:g} GiB of a null GPU", YES),
+            (f"{launch.NULL_GPU_GIB:g} GiB of a null GPU", YES),
         ),
     }[device]
     rows.append(StructureRow("layers", "Transformer Engine", *layers))

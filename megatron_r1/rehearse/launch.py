@@ -158,15 +158,15 @@ def _host(
 
 CHECKOUT = Path(megatron_r1.__file__).resolve().parents[1]
 TOOL = CHECKOUT / "tools" / "null_gpu"
-PACKAGES = ("transformer-engine-torch", "vllm")
-PYTHON = ".venv-cuda/bin/python"
+CUDA_PACKAGES = ("transformer-engine-torch", "vllm")
+CUDA_PYTHON = ".venv-cuda/bin/python"
 """What `make setup-cuda` installs into."""
 IS_ON_NULL_GPU = "NULL_GPUS"
 """The environment variable of a process on null GPUs: their number."""
 PARTS_OF_GPU = 40
 """A GPU of a miniature has 2 GiB, a fortieth of an H100's memory; what CUDA contexts, communicators
 and graphs take is divided by as much."""
-GIB = 80 / PARTS_OF_GPU
+NULL_GPU_GIB = 80 / PARTS_OF_GPU
 RUNTIME_MIB = {"CONTEXT": 512, "NCCL": 128, "GRAPH": 64}
 """What they take of a GPU of 80 GiB: guesses (docs/gpu.md)."""
 
@@ -187,14 +187,14 @@ def run_on_null_gpu(arguments: Sequence[str], num_gpus: int) -> int:
         f"NULL_GPU_{name}_BYTES": (mib << 20) // PARTS_OF_GPU for name, mib in RUNTIME_MIB.items()
     }
     environment = os.environ | {name: str(size) for name, size in reserved_bytes.items()}
-    options = ["--gpus", str(num_gpus), "--gib", f"{GIB:g}"]
+    options = ["--gpus", str(num_gpus), "--gib", f"{NULL_GPU_GIB:g}"]
     command = [sys.executable, str(TOOL), *options, "-m", "megatron_r1", *arguments]
     return subprocess.run(command, env=environment, check=False).returncode
 
 
 def _check_installed(arguments: Sequence[str]) -> None:
-    premise = f"rehearsal.on: null-gpu runs the CUDA builds of torch, {' and '.join(PACKAGES)}"
-    command = f"make setup-cuda && {PYTHON} -m megatron_r1 {' '.join(arguments)}"
+    premise = f"rehearsal.on: null-gpu runs the CUDA builds of torch, {' and '.join(CUDA_PACKAGES)}"
+    command = f"make setup-cuda && {CUDA_PYTHON} -m megatron_r1 {' '.join(arguments)}"
     if not TOOL.is_dir():
         raise UserError(
             f"{premise} with tools/null_gpu of a checkout, which {CHECKOUT} is not; in a clone of "
@@ -202,7 +202,7 @@ def _check_installed(arguments: Sequence[str]) -> None:
             key="rehearsal.on",
             cause=Cause.NOT_INSTALLED,
         )
-    missing = [name for name in PACKAGES if not _is_installed(name)]
+    missing = [name for name in CUDA_PACKAGES if not _is_installed(name)]
     if missing or not gpu.torch_has_cuda():
         lacks = ", ".join(["torch for CUDA", *missing] if not gpu.torch_has_cuda() else missing)
         raise UserError(

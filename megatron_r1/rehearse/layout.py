@@ -8,7 +8,7 @@ from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.config.rollout import RolloutConfig
 from megatron_r1.models.pipeline_stages import parse_layout
 
-AXES = ("tensor", "context", "expert", "expert_tensor", "pipeline", "virtual_pipeline")
+SHRUNK_AXES = ("tensor", "context", "expert", "expert_tensor", "pipeline", "virtual_pipeline")
 MAX_PARTS = 2
 """Size of a divided axis: the least at which every exchange along it takes place."""
 OVERLAP_NEEDS = ("expert", "pipeline")
@@ -46,7 +46,8 @@ def shrink_layout(
 
 def _shrink(parallel: ParallelConfig, max_ranks: int, without: Sequence[str]) -> ParallelConfig:
     sizes = {
-        axis: 1 if axis in without else min(getattr(parallel, axis), MAX_PARTS) for axis in AXES
+        axis: 1 if axis in without else min(getattr(parallel, axis), MAX_PARTS)
+        for axis in SHRUNK_AXES
     }
     if sizes["pipeline"] == 1:  # one rank cannot interleave chunks
         sizes["virtual_pipeline"] = 1

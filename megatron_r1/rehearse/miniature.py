@@ -14,24 +14,24 @@ from megatron_r1.engines.server.recipe_checks import num_experts
 from megatron_r1.models.hf_config import HFConfig
 from megatron_r1.rehearse import layout, model, synthetic_data
 from megatron_r1.rehearse.settings import RehearsalDevice
-from megatron_r1.sample.filters import NAMES
+from megatron_r1.sample.filters import FILTER_NAMES
 
 ENGINE_AXES = ("tensor_parallel", "data_parallel", "pipeline_parallel", "engines")
 """Settings whose product is the ranks of all engines, in the order in which they become 1."""
-RESPONSE = 24
+RESPONSE_TOKENS = 24
 """Most tokens of a miniature's response."""
-PROMPT = 208
+PROMPT_TOKENS = 208
 """Room for a prompt in the longest of our templates."""
-QUESTION = 32
+QUESTION_TOKENS = 32
 """Room for a question."""
-STEPS = 3
+NUM_STEPS = 3
 """Fewest steps of a rehearsal: it is killed after the first, and continues to the last."""
 LEARNING_RATE = 1e-3
 """Changes bf16 weights of 0.1 in one step, so that a push which delivers nothing is noticed."""
 HANG_SECONDS = 600.0
 """The most of `run.hang_seconds`: a third of the default limit of a phase, so that the run's own
 supervision says what hangs before the phase is ended."""
-QUESTIONS = 16
+NUM_QUESTIONS = 16
 """Number of synthetic questions, two of which are held out: a choice. A rollout of more questions
 draws some of them several times."""
 PROBE_TOLERANCE = 0.1
@@ -149,12 +149,14 @@ def write(small: Miniature, verb: str) -> Path:
         model.write_folder(Path(teacher.path), hf_config, seed=1)
     kinds = _other_kinds(config) if verb == "rl" else []
     sources = list(config.teacher.by_source)
-    count = max(QUESTIONS, 4 * (len(sources) + 1))  # some of each are held out
+    count = max(NUM_QUESTIONS, 4 * (len(sources) + 1))  # some of each are held out
     synthetic_data.write_questions(folder / "questions.jsonl", count, kinds, sources)
-    synthetic_data.write_examples(folder / "examples.jsonl", 4 * QUESTIONS, RESPONSE // 2)
+    synthetic_data.write_examples(
+        folder / "examples.jsonl", 4 * NUM_QUESTIONS, RESPONSE_TOKENS // 2
+    )
     if verb == "reward-model":
         kind = config.reward_model.kind
-        synthetic_data.write_preferences(folder / "preferences.jsonl", 4 * QUESTIONS, kind)
+        synthetic_data.write_preferences(folder / "preferences.jsonl", 4 * NUM_QUESTIONS, kind)
     recipe = folder / "recipe.yaml"
     recipe.write_text(dump(config))
     return recipe
@@ -170,7 +172,7 @@ def _other_kinds(config: Config) -> list[str]:
 def _run(config: Config, folder: Path) -> dict[str, Any]:
     return {
         "folder": str(folder / "run"),
-        "steps": max(STEPS, 1 + len(config.rl.schedule)),
+        "steps": max(NUM_STEPS, 1 + len(config.rl.schedule)),
         "hang_seconds": min(config.run.hang_seconds, HANG_SECONDS) or HANG_SECONDS,
         "on_hang": "stop",
         "trackers": ["tensorboard"],
@@ -228,13 +230,13 @@ def _max_model_len(config: Config) -> int:
     most one for each byte."""
     templates = config.data.template, config.reward_model.template or ""
     template_bytes = max(len(text.encode()) for text in templates if text not in TEMPLATES)
-    return max(PROMPT, template_bytes + QUESTION) + RESPONSE
+    return max(PROMPT_TOKENS, template_bytes + QUESTION_TOKENS) + RESPONSE_TOKENS
 
 
 def _response_tokens(config: Config, tokens: int) -> int:
-    """Return the miniature of a limit: the longest of the schedule is `RESPONSE`."""
+    """Return the miniature of a limit: the longest of the schedule is `RESPONSE_TOKENS`."""
     longest = max(part.rollout.max_response_tokens for _, part in config.schedule_parts())
-    return max(1, RESPONSE * tokens // longest)
+    return max(1, RESPONSE_TOKENS * tokens // longest)
 
 
 def _schedule(config: Config) -> list[dict[str, Any]]:
@@ -412,7 +414,7 @@ def _sft(config: Config, folder: Path, data: int) -> dict[str, Any]:
         return {}
     parts: Any = str(folder / "examples.jsonl")
     if isinstance(config.sft.data, list):
-        parts = [{"path": parts, "count": 2 * QUESTIONS} for _ in config.sft.data]
+        parts = [{"path": parts, "count": 2 * NUM_QUESTIONS} for _ in config.sft.data]
     return {"data": parts, "epochs": None, "batch_size": 4 * data}
 
 
@@ -438,7 +440,7 @@ def _sample(config: Config) -> dict[str, Any]:
         "decontaminate": [],
         "rewrite": None,
         # Random text has no form, so that nothing would be kept.
-        "filters": dict.fromkeys(NAMES, False),
+        "filters": dict.fromkeys(FILTER_NAMES, False),
         "pairs": sample.pairs.model_dump() | {"max_length_bias": None},
     }
     if sample.is_graded:

@@ -25,22 +25,22 @@ from megatron_r1.models.weights.table import weight_table
 from megatron_r1.pipeline.pipeline_recipe import ServeConfig
 from megatron_r1.pipeline.serving import choose_ports, serve_models
 
-VOCABULARY = 512
-SPECIAL = ("<bos>", "<eos>", "<pad>")
-TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+VOCABULARY_SIZE = 512
+SPECIAL_TOKENS = ("<bos>", "<eos>", "<pad>")
+TAG_TOKENS = ("<think>", "</think>", "<answer>", "</answer>")
 WELL_FORMED_RESPONSES = [f"<think>step {i}</think><answer>{i}</answer>" for i in range(8)]
 """Tokens that are a whole response in form: a third of the random ones have a thought and
 an answer, without which `sample` would keep none."""
 HEAD_WIDTH = 64
 """Width of an attention head; vLLM's attention on CPUs takes multiples of 32."""
-WIDTH = 256
+HIDDEN_SIZE = 256
 EXPERT_WIDTH = 512
 """Features of one expert: a multiple of FP8's blocks of 128, also where four ranks share it."""
 STD = 0.05
 """The standard deviation of random weights. With 0.1 five layers amplify bf16's rounding until
 engine and trainer differ by 0.4 to 1.0; with less than 0.03 all log-probabilities are nearly
 equal."""
-CHAT = (
+CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
@@ -57,9 +57,9 @@ def shrink_config(hf_config: HFConfig, num_layers: int, fp8: bool) -> HFConfig:
     small = {
         **hf_config,
         "num_hidden_layers": num_layers,
-        "vocab_size": VOCABULARY,
+        "vocab_size": VOCABULARY_SIZE,
         "num_attention_heads": heads,
-        "intermediate_size": 2 * WIDTH,
+        "intermediate_size": 2 * HIDDEN_SIZE,
         "bos_token_id": 0,
         "eos_token_id": 1,
         "pad_token_id": 2,
@@ -68,8 +68,8 @@ def shrink_config(hf_config: HFConfig, num_layers: int, fp8: bool) -> HFConfig:
     small.pop("auto_map", None)
     if hf_config.get("kv_lora_rank"):
         # vLLM's latent attention on CPUs takes the ranks and head sizes of DeepSeek-V3 only.
-        small |= {"hidden_size": WIDTH, "num_key_value_heads": heads}
-        small |= {"q_lora_rank": WIDTH // 2} if hf_config.get("q_lora_rank") else {}
+        small |= {"hidden_size": HIDDEN_SIZE, "num_key_value_heads": heads}
+        small |= {"q_lora_rank": HIDDEN_SIZE // 2} if hf_config.get("q_lora_rank") else {}
     else:
         width = 128 if fp8 else HEAD_WIDTH
         small |= {
@@ -104,9 +104,9 @@ def write_folder(folder: Path, hf_config: HFConfig, seed: int) -> None:
     _tokenizer().save(str(folder / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        **dict(zip(("bos_token", "eos_token", "pad_token"), SPECIAL, strict=True)),
+        **dict(zip(("bos_token", "eos_token", "pad_token"), SPECIAL_TOKENS, strict=True)),
         "clean_up_tokenization_spaces": False,
-        "chat_template": CHAT,
+        "chat_template": CHAT_TEMPLATE,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
     generator = np.random.default_rng(seed)
@@ -135,14 +135,14 @@ def _tokenizer() -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY - len(TAGS) - len(WELL_FORMED_RESPONSES),
-        special_tokens=list(SPECIAL),
+        vocab_size=VOCABULARY_SIZE - len(TAG_TOKENS) - len(WELL_FORMED_RESPONSES),
+        special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator([*TEMPLATES.values()] * 3, trainer)
-    tokenizer.add_tokens([*TAGS, *WELL_FORMED_RESPONSES])
-    filler = [f"<unused_{i}>" for i in range(VOCABULARY - tokenizer.get_vocab_size())]
+    tokenizer.add_tokens([*TAG_TOKENS, *WELL_FORMED_RESPONSES])
+    filler = [f"<unused_{i}>" for i in range(VOCABULARY_SIZE - tokenizer.get_vocab_size())]
     tokenizer.add_tokens(filler)
     return tokenizer
 

@@ -20,7 +20,7 @@ from megatron_r1.push.plan.engine_sets import links_per_rank
 from megatron_r1.push.plan.recipe_plan import planned_push
 from megatron_r1.rehearse import launch, layout
 from megatron_r1.reporting.run_folder import RunFolder
-from megatron_r1.sample.second_pass import FILES
+from megatron_r1.sample.second_pass import OUTPUT_FILES
 from megatron_r1.trainer.checkpoints.checkpoint_folders import complete_checkpoints
 
 POLL_SECONDS = 0.05
@@ -222,7 +222,7 @@ class PhaseRunner:
         with self._phase(title) as phase:
             phase.wait_for_end()
         responses = _num_lines(samples)
-        file = FILES.get(self.config.sample.output)
+        file = OUTPUT_FILES.get(self.config.sample.output)
         written = self.run_folder.path / file if file else samples
         num_kept = _num_lines(written) if written.exists() else 0
         self._show(title, phase, f"{responses} responses; {num_kept} lines in {written.name}")

@@ -34,7 +34,7 @@ class Metric:
         return format_number(value) + (" s" if self.unit == "s" else "")
 
 
-METRICS = {
+KNOWN_METRICS = {
     metric.key: metric
     for metric in [
         Metric("accuracy", "accuracy", "right answers among the step's samples", "%"),
@@ -67,7 +67,7 @@ METRICS = {
         Metric("rewards/timeouts", "grader timeouts", "responses whose grader was killed"),
     ]
 }
-PHASES = ("rollout", "reward", "train", "push")
+TIMED_PHASES = ("rollout", "reward", "train", "push")
 
 
 def shown_metrics(metrics: Mapping[str, Any], weights: Collection[str] | None) -> dict[str, Any]:

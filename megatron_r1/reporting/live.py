@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.text import Text
 
 from megatron_r1.reporting.formatting import (
-    METRICS,
+    KNOWN_METRICS,
     finite_metric,
     format_clock,
     format_duration,
@@ -216,7 +216,8 @@ class LiveView:
         for key in PLAIN_METRICS:
             if key in metrics:
                 parts.append(
-                    f"{METRICS[key].label} {METRICS[key].format(finite_metric(metrics, key))}"
+                    f"{KNOWN_METRICS[key].label} "
+                    f"{KNOWN_METRICS[key].format(finite_metric(metrics, key))}"
                 )
         if state.seconds_per_step is not None:
             parts.append(f"{format_number(state.seconds_per_step)} s a step")

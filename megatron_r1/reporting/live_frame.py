@@ -9,8 +9,8 @@ from rich.console import Console, Group
 from rich.text import Text
 
 from megatron_r1.reporting.formatting import (
-    METRICS,
-    PHASES,
+    KNOWN_METRICS,
+    TIMED_PHASES,
     finite_metric,
     format_clock,
     format_percent,
@@ -19,7 +19,7 @@ from megatron_r1.reporting.formatting import (
     printable,
 )
 
-BLOCKS = " ▁▂▃▄▅▆▇█"
+BAR_GLYPHS = " ▁▂▃▄▅▆▇█"
 
 
 def bar_columns(values: Sequence[float | None], width: int, height: int, top: float) -> list[str]:
@@ -40,7 +40,7 @@ def bar_columns(values: Sequence[float | None], width: int, height: int, top: fl
         cells = []
         for value in bars:
             eighths = 0 if value is None else max(1, round(8 * height * min(value / top, 1.0)))
-            cells.append(BLOCKS[min(8, max(0, eighths - 8 * row))])
+            cells.append(BAR_GLYPHS[min(8, max(0, eighths - 8 * row))])
         rows.append("".join(cells))
     return rows
 
@@ -79,7 +79,7 @@ PHASE_STYLES = {
     "push": "magenta",
     "other": "bright_black",
 }
-NUMBERS = (
+SHOWN_METRICS = (
     "reward/mean",
     "kl",
     "entropy",
@@ -212,7 +212,7 @@ def _curves(state: LiveState, width: int, rows: int) -> list[Text]:
     chart_width = (width - gap) // 2
     lines = [Text() for _ in range(rows + 1)]
     for position, key in enumerate(state.charts):
-        metric, style = METRICS[key], "cyan" if key in ("accuracy", "loss") else "yellow"
+        metric, style = KNOWN_METRICS[key], "cyan" if key in ("accuracy", "loss") else "yellow"
         values = state.history.get(key, [])
         numbers = [value for value in values if value is not None]
         maximum = max(numbers, default=0.0)
@@ -235,7 +235,7 @@ def _curves(state: LiveState, width: int, rows: int) -> list[Text]:
 def _numbers(state: LiveState, width: int) -> list[Text]:
     labels, values = Text(style="bright_black"), Text(style="bold")
     room = width
-    for metric in map(METRICS.__getitem__, NUMBERS):
+    for metric in map(KNOWN_METRICS.__getitem__, SHOWN_METRICS):
         is_shown = metric.key not in state.charts and metric.key in state.metrics
         cell_width = max(len(metric.label), 7) + 3
         if not is_shown or cell_width > room:
@@ -249,7 +249,8 @@ def _numbers(state: LiveState, width: int) -> list[Text]:
 
 def _time_split(state: LiveState, width: int) -> list[Text]:
     seconds = {
-        phase: max(0.0, finite_metric(state.metrics, f"time/{phase}") or 0.0) for phase in PHASES
+        phase: max(0.0, finite_metric(state.metrics, f"time/{phase}") or 0.0)
+        for phase in TIMED_PHASES
     }
     step = finite_metric(state.metrics, "time/step")
     if step is not None:

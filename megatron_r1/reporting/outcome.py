@@ -14,7 +14,7 @@ from megatron_r1.reporting.formatting import finite_metric, format_number, forma
 SCORES, INTERVALS = "eval/", "interval/"
 FEW_QUESTIONS = 100
 """With fewer held-out questions the sentence has their number, and intervals."""
-TAIL = 0.025
+TAIL_PROBABILITY = 0.025
 """The probability beyond each end of an interval of 95%."""
 LEARNED, NOT_SHOWN, WORSE = "Learned", "Not shown", "Worse"
 
@@ -179,7 +179,7 @@ def score_verdict(first: Score, last: Score, num_questions: int | None) -> tuple
 def _widened(score: Score, num_questions: int | None) -> tuple[float | None, float | None]:
     if score.low is None or score.high is None or score.low < score.high or not num_questions:
         return score.low, score.high
-    width = 1 - TAIL ** (1 / num_questions)
+    width = 1 - TAIL_PROBABILITY ** (1 / num_questions)
     return max(0.0, score.low - width), min(1.0, score.high + width)
 
 

@@ -10,8 +10,8 @@ import numpy as np
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import atomic_write
 from megatron_r1.reporting.formatting import (
-    METRICS,
-    PHASES,
+    KNOWN_METRICS,
+    TIMED_PHASES,
     finite_metric,
     format_duration,
     format_number,
@@ -219,7 +219,7 @@ def _small_plots(metrics: MetricLines) -> list[Plot]:
     """Return one small plot per recorded quantity, in a fixed order."""
     figures = []
     for key in SMALL_PLOT_METRICS:
-        metric = METRICS[key]
+        metric = KNOWN_METRICS[key]
         curves = _trained(metrics, key, "mean", "accent")
         if not curves:
             continue
@@ -241,12 +241,14 @@ def _small_plots(metrics: MetricLines) -> list[Plot]:
 
 def _time_split(metrics: MetricLines) -> list[Plot]:
     """Plot the seconds of each step by phase, stacked; time in no phase is "other"."""
-    timed_steps = [m for m in metrics if any(finite_metric(m, f"time/{phase}") for phase in PHASES)]
+    timed_steps = [
+        m for m in metrics if any(finite_metric(m, f"time/{phase}") for phase in TIMED_PHASES)
+    ]
     if not timed_steps:
         return []
     parts = {
         phase: np.array([max(0.0, finite_metric(m, f"time/{phase}") or 0.0) for m in timed_steps])
-        for phase in PHASES
+        for phase in TIMED_PHASES
     }
     parts = {phase: values for phase, values in parts.items() if values.any()}
     phase_seconds = np.sum(list(parts.values()), axis=0)

@@ -10,14 +10,14 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from r1_grading.reading import HAN
+from r1_grading.reading import HAN_RANGES
 
 from megatron_r1.data.prompt import Prompt, normalize_question
 from megatron_r1.data.rows import read_canonical_rows, require_text
 
 NUM_BOILERPLATE = 10
 # Each Chinese character and each sign is a word: `4 + 9` and `4 - 9` are different questions.
-WORD = re.compile(rf"[{HAN}]|[^\W{HAN}]+|[^\w\s]")
+NGRAM_WORD = re.compile(rf"[{HAN_RANGES}]|[^\W{HAN_RANGES}]+|[^\w\s]")
 
 Ngram = tuple[str, ...]
 
@@ -60,5 +60,5 @@ def find_contaminated(prompts: Sequence[Prompt], avoided: Sequence[str], n: int)
 
 def ngrams(question: str, n: int) -> set[Ngram]:
     """Return the n-grams of words; no n-grams for n = 0."""
-    words = WORD.findall(normalize_question(question))
+    words = NGRAM_WORD.findall(normalize_question(question))
     return {tuple(words[i : i + n]) for i in range(len(words) - n + 1)} if n else set()

@@ -1,7 +1,7 @@
 """Filters: reasons not to train on a response, even a right one.
 
 A filter is a pure function `(response, prompt, **options) -> str`: why the response is dropped, ""
-to keep it. One function and one line in `REGISTRY` each. DeepSeek-R1 drops chains of thought with
+to keep it. One function and one line in `FILTERS` each. DeepSeek-R1 drops chains of thought with
 mixed languages, long paragraphs and code blocks (arXiv 2501.12948, section 2.3.3 of v1), and
 repetition where it collects its cold start (v2, supplement B.3)."""
 
@@ -15,9 +15,9 @@ from r1_grading.reading import (
     ANSWER,
     END_ANSWER,
     END_THINK,
-    HAN,
     HAN_PER_WORD,
-    LANGUAGES,
+    HAN_RANGES,
+    LANGUAGE_NAMES,
     THINK,
     judged_words,
 )
@@ -27,10 +27,10 @@ from megatron_r1.data.prompt import Prompt, make_prompt
 from megatron_r1.evaluation.response import TextResponse
 from megatron_r1.sample.selection import DUPLICATE, Decision
 
-FORMS = ("either", "answer_tags", "summary")
+RESPONSE_FORMS = ("either", "answer_tags", "summary")
 FILTERED_TEXTS = ("thought", "response")
-HAN_CHARACTER = re.compile(f"[{HAN}]")
-FENCE = re.compile(r"^\s*(?:```|~~~)", re.MULTILINE)
+HAN_CHARACTER = re.compile(f"[{HAN_RANGES}]")
+CODE_FENCE = re.compile(r"^\s*(?:```|~~~)", re.MULTILINE)
 FENCED = re.compile(r"```(?:[^`]|`(?!``))*+```")
 
 
@@ -54,8 +54,8 @@ def _broken_format(response: TextResponse, prompt: Prompt, *, form: str = "eithe
 
     Raises:
         ValueError: another form."""
-    if form not in FORMS:
-        raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
+    if form not in RESPONSE_FORMS:
+        raise ValueError(f"form must be one of {', '.join(RESPONSE_FORMS)}, got {form!r}")
     text = response.full_text.strip()
     for tag in (THINK, END_THINK):
         if (num_found := text.count(tag)) != 1:
@@ -105,21 +105,21 @@ def _mixed_languages(
         ValueError: other values."""
     text = _judged_part(response, part)
     _require_fraction("min_fraction", min_fraction)
-    if target is not None and target not in LANGUAGES:
-        raise ValueError(f"target must be one of {', '.join(LANGUAGES)}, got {target!r}")
+    if target is not None and target not in LANGUAGE_NAMES:
+        raise ValueError(f"target must be one of {', '.join(LANGUAGE_NAMES)}, got {target!r}")
     words = judged_words(text or "")
     if not words.total:
         return ""
-    fractions = {name: getattr(words, name) / words.total for name in LANGUAGES}
+    fractions = {name: getattr(words, name) / words.total for name in LANGUAGE_NAMES}
     prompt_target = prompt.fields.get("target")
     language = target or (
         prompt_target
-        if prompt_target in [*LANGUAGES]
+        if prompt_target in [*LANGUAGE_NAMES]
         else max(fractions, key=lambda name: fractions[name])
     )
     if fractions[language] >= min_fraction:
         return ""
-    return f"{fractions[language]:.0%} of its words are {LANGUAGES[language]}"
+    return f"{fractions[language]:.0%} of its words are {LANGUAGE_NAMES[language]}"
 
 
 def _long_paragraphs(
@@ -174,7 +174,7 @@ def code_blocks(
     text = _judged_part(response, part)
     if prompt.kind in kinds or text is None:
         return ""
-    return "a code block" if FENCE.search(text) else ""
+    return "a code block" if CODE_FENCE.search(text) else ""
 
 
 def repetition(
@@ -218,7 +218,7 @@ def _require_fraction(name: str, value: object) -> None:
 
 
 Filter = Callable[..., str]
-REGISTRY: dict[str, Filter] = {
+FILTERS: dict[str, Filter] = {
     "truncated": truncated,
     "format": _broken_format,
     "language": _mixed_languages,
@@ -227,11 +227,11 @@ REGISTRY: dict[str, Filter] = {
     "repetition": repetition,
 }
 """The filters, in the order in which they run; the first that objects gives the reason."""
-NAMES = (*REGISTRY, DUPLICATE)
+FILTER_NAMES = (*FILTERS, DUPLICATE)
 """The filters and `duplicate`, which no response shows alone: where that name is switched on,
 `selection` drops duplicates."""
 DEFAULT_FILTERS: dict[str, tuple[str, ...]] = {
-    "sft": NAMES,
+    "sft": FILTER_NAMES,
     # A reward model must have seen bad form to score it low.
     "pairs": ("truncated", DUPLICATE),
     "labels": ("truncated", DUPLICATE),
@@ -239,7 +239,7 @@ DEFAULT_FILTERS: dict[str, tuple[str, ...]] = {
 }
 """The defaults of each `sample.output`."""
 
-FACTS, FIELDS = ("num_tokens", "truncated", "thought_opened"), ("target",)
+FILTER_FACTS, ROW_FIELDS = ("num_tokens", "truncated", "thought_opened"), ("target",)
 """The parts of a response and of a prompt's fields that filters get; tests of programs are not
 sent."""
 EXAMPLE = TextResponse("<think>Two and two.</think> It is 4.", num_tokens=9)
@@ -256,10 +256,10 @@ def check_filters(settings: Mapping[str, Any]) -> None:
     """
     for name, options in settings.items():
         place = f"sample.filters.{name}"
-        if name not in NAMES:
+        if name not in FILTER_NAMES:
             raise UserError(
-                f"{place}: there is no such filter{did_you_mean(name, NAMES, '{}')} (known: "
-                f"{', '.join(NAMES)})",
+                f"{place}: there is no such filter{did_you_mean(name, FILTER_NAMES, '{}')} (known: "
+                f"{', '.join(FILTER_NAMES)})",
                 key=place,
                 cause=Cause.UNKNOWN,
             )
@@ -268,7 +268,7 @@ def check_filters(settings: Mapping[str, Any]) -> None:
         if not isinstance(options, Mapping):
             message = f"must be true, false or a mapping of options, got {options!r}"
             raise UserError(f"{place}: {message}", key=place, cause=Cause.MALFORMED)
-        run = REGISTRY.get(name)
+        run = FILTERS.get(name)
         parameters = list(inspect.signature(run).parameters)[2:] if run else []
         for option in options:
             if option not in parameters:
@@ -292,7 +292,7 @@ def active_filters(output: str, settings: Mapping[str, Mapping[str, Any] | bool]
         output: `sample.output`, for its defaults.
         settings: `sample.filters`."""
     filters: dict[str, Mapping[str, Any]] = {}
-    for name in NAMES:
+    for name in FILTER_NAMES:
         options = settings.get(name, name in DEFAULT_FILTERS[output])
         if options is not False:
             filters[name] = {} if options is True else options
@@ -307,7 +307,7 @@ def first_objection(response: TextResponse, prompt: Prompt, filters: Filters) ->
         prompt: the prompt that it responds to.
         filters: the filters with their options, in order."""
     for name, options in filters.items():
-        if name in REGISTRY and (reason := REGISTRY[name](response, prompt, **options)):
+        if name in FILTERS and (reason := FILTERS[name](response, prompt, **options)):
             return name, reason
     return "", ""
 
@@ -318,7 +318,7 @@ class PooledFilters:
 
     def __init__(self, pool: RewardPool, filters: Filters) -> None:
         self._pool = pool
-        self._filters = {name: dict(o) for name, o in filters.items() if name in REGISTRY}
+        self._filters = {name: dict(o) for name, o in filters.items() if name in FILTERS}
 
     async def __call__(self, prompt: Prompt, response: TextResponse) -> Decision | None:
         """Return why the response is dropped, None to keep it.
@@ -329,12 +329,12 @@ class PooledFilters:
         """
         if not self._filters:
             return None
-        fields = {name: prompt.fields[name] for name in FIELDS if name in prompt.fields}
+        fields = {name: prompt.fields[name] for name in ROW_FIELDS if name in prompt.fields}
         result = await self._pool.grade(
             f"{__name__}:grade_by_filters",
             response.text,
             None,
-            facts={name: getattr(response, name) for name in FACTS},
+            facts={name: getattr(response, name) for name in FILTER_FACTS},
             prompt={"question": prompt.question, "kind": prompt.kind, "fields": fields},
             filters=self._filters,
         )

@@ -14,7 +14,7 @@ from megatron_r1.sample.cached_calls import ResultCache, UserFunction, load_func
 
 NO_VOTE = {"url", "api_key_env", "timeout_seconds", "retry_seconds", "concurrency", "cache"}
 """Settings of a served judge that change none of its votes."""
-ARGUMENTS = {"pairs": "question, first, second", "labels": "question, response"}
+JUDGE_ARGUMENTS = {"pairs": "question, first, second", "labels": "question, response"}
 
 
 class ResponseJudge(ABC):
@@ -148,7 +148,7 @@ def make_judge(
     Raises:
         UserError: a judge without an address, and a function that cannot be called."""
     if config.judge != SERVED_JUDGE:
-        function = load_function(config.judge, "sample.judge", ARGUMENTS[config.output])
+        function = load_function(config.judge, "sample.judge", JUDGE_ARGUMENTS[config.output])
         return FunctionJudge(function, config.pairs.votes, cache)
     mode = "compare" if config.output == "pairs" else "verify"
     try:
@@ -156,7 +156,7 @@ def make_judge(
     except UserError as error:
         raise UserError(
             f"sample.output: {config.output} needs a judge: {error}; or name a function of yours, "
-            f"sample.judge: module:function({ARGUMENTS[config.output]})",
+            f"sample.judge: module:function({JUDGE_ARGUMENTS[config.output]})",
             key=error.key,
             cause=error.cause,
         ) from None

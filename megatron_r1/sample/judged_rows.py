@@ -34,7 +34,7 @@ from megatron_r1.sample.selection import (
     CHOSEN,
     REJECTED,
     SAFE,
-    UNGRADED,
+    UNGRADED_CODE,
     UNSAFE,
     Decision,
     Selection,
@@ -129,7 +129,7 @@ class PreferencePairs:
             outcome: the votes, or why there are none."""
         indices = (first.index, second.index)
         if isinstance(outcome, Ungradable):
-            return dict.fromkeys(indices, Decision(UNGRADED, str(outcome))), []
+            return dict.fromkeys(indices, Decision(UNGRADED_CODE, str(outcome))), []
         votes = f"{outcome.wins} : {outcome.losses}, {outcome.ties} ties"
         winner = outcome.winner(self._settings.margin)
         if winner is None:
@@ -235,7 +235,7 @@ class SafetyLabels:
         try:
             fraction = await self._judge.safety(question, response.full_text)
         except Ungradable as error:
-            return Decision(UNGRADED, str(error)), 0.5
+            return Decision(UNGRADED_CODE, str(error)), 0.5
         if fraction == 0.5:
             return Decision("tie", "as many votes for safe as for unsafe"), fraction
         decision = SAFE if fraction > 0.5 else UNSAFE

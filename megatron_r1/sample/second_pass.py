@@ -25,7 +25,7 @@ WINDOW = 64
 NOT_ASKED = "not_asked"
 """The decision about responses to prompts that the recipe no longer has, or beyond `samples`."""
 
-FILES = {"sft": "sft.jsonl", "pairs": "pairs.jsonl", "labels": "labels.jsonl"}
+OUTPUT_FILES = {"sft": "sft.jsonl", "pairs": "pairs.jsonl", "labels": "labels.jsonl"}
 """The file of each `sample.output` that has one."""
 
 

@@ -22,7 +22,7 @@ from megatron_r1.evaluation.response import TextResponse
 KEPT, NOT_CHOSEN = "kept", "not_chosen"
 CHOSEN, REJECTED = "chosen", "rejected"
 SAFE, UNSAFE = "safe", "unsafe"
-UNGRADED = "ungraded"
+UNGRADED_CODE = "ungraded"
 DUPLICATE = "duplicate"
 
 
@@ -149,7 +149,7 @@ class Selection:
         if response.refusal:
             return Decision("no_response", response.refusal)
         if response.is_ungraded:
-            return Decision(UNGRADED, response.reason)
+            return Decision(UNGRADED_CODE, response.reason)
         if not response.text.strip():
             return Decision("empty", "there is nothing to learn")
         if question_drop is not None:

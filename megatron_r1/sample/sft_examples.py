@@ -16,7 +16,7 @@ from megatron_r1.config.sample import RenderConfig
 from megatron_r1.data.chats import Message
 from megatron_r1.data.prompt import Prompt
 from megatron_r1.data.prompt_tokenizer import (
-    CHAT,
+    CHAT_TEMPLATE_NAME,
     PromptTokenizer,
     find_template,
     opens_thought,
@@ -42,7 +42,7 @@ EXAMPLE_TEXTS: dict[str, Callable[[TextResponse], str | None]] = {
     "answer": lambda r: extract(r.text, thought_opened=r.thought_opened, reads_last_line=True).text,
     "response": lambda response: response.full_text,
 }
-PLACEHOLDERS = re.compile(r"\{(" + "|".join(EXAMPLE_TEXTS) + r")\}")
+TEMPLATE_PLACEHOLDERS = re.compile(r"\{(" + "|".join(EXAMPLE_TEXTS) + r")\}")
 
 
 class Rendering:
@@ -63,7 +63,7 @@ class Rendering:
         self._template = settings.template or template
         self._chat_text: tuple[PromptTokenizer, PromptTokenizer] | None = None
         tokenizer_path = settings.tokenizer or model_path
-        if self._template != CHAT:
+        if self._template != CHAT_TEMPLATE_NAME:
             find_template(self._template, "sample.render.template")
         elif not tokenizer_path:
             raise UserError(
@@ -75,7 +75,7 @@ class Rendering:
         else:
             keys = ("sample.render.tokenizer", "sample.render.template")
             self._chat_text = (
-                PromptTokenizer(tokenizer_path, CHAT, keys),
+                PromptTokenizer(tokenizer_path, CHAT_TEMPLATE_NAME, keys),
                 PromptTokenizer(tokenizer_path, "{question}", keys),
             )
 
@@ -99,13 +99,13 @@ class Rendering:
             question: the user's last message.
             before: the messages before the question."""
         parts: dict[str, str] = {}
-        for name in PLACEHOLDERS.findall(self._response):
+        for name in TEMPLATE_PLACEHOLDERS.findall(self._response):
             part = EXAMPLE_TEXTS[name](response)
             if part is None:
                 return None
             parts[name] = part
         # One pass: a response that contains "{thought}" keeps it.
-        text = PLACEHOLDERS.sub(lambda match: parts[match[1]], self._response)
+        text = TEMPLATE_PLACEHOLDERS.sub(lambda match: parts[match[1]], self._response)
         if not opens_thought(self.prompt(question, before)):
             return text
         return text.lstrip().removeprefix(THINK) if END_THINK in text else None

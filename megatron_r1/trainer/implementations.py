@@ -10,20 +10,20 @@ import torch
 from megatron.core.transformer.identity_op import IdentityOp
 
 from megatron_r1.models import platform
-from megatron_r1.models.config import FIELDS
+from megatron_r1.models.config import FUSION_FIELDS
 from megatron_r1.models.weights.adapter_table import num_adapter_parameters
 
 if TYPE_CHECKING:
     from megatron_r1.trainer.trainer import Trainer
 
-ROLES = {
+MODULE_ROLES = {
     "attention": r"core_attention",
     "norm": r"\w*norm",
     "linear layers": r"linear_\w+|eh_proj",
     "experts": r"experts",
 }
 """Part → the names of its modules, as a regular expression."""
-PACKAGES = {
+PACKAGE_LABELS = {
     "megatron_r1": "ours",
     "megatron": "Megatron-Core",
     "transformer_engine": "Transformer Engine",
@@ -47,7 +47,7 @@ def describe_implementations(trainer: Trainer) -> dict[str, str]:
         parts["attention"] += f": {config.attention_backend.name}{_flash_version()}"
     if config.overlap_moe_expert_parallel_comm:
         parts["dispatcher"] += ", behind another micro-batch's computation"
-    fusions = [name for name, field in FIELDS.items() if getattr(config, field)]
+    fusions = [name for name, field in FUSION_FIELDS.items() if getattr(config, field)]
     parts["fusions"] = ", ".join(fusions) or "none"
     if (lora := trainer.config.model.lora) is not None:
         count = num_adapter_parameters(trainer.hf_config, lora)
@@ -60,13 +60,13 @@ def describe_implementations(trainer: Trainer) -> dict[str, str]:
 
 def _role(name: str) -> str | None:
     last = name.rpartition(".")[2]
-    return next((role for role, names in ROLES.items() if re.fullmatch(names, last)), None)
+    return next((role for role, names in MODULE_ROLES.items() if re.fullmatch(names, last)), None)
 
 
 def _origin(kind: type) -> str:
     module = kind.__module__
     package = "transformer_engine" if ".transformer_engine" in module else module.split(".")[0]
-    return f"{kind.__name__} ({PACKAGES.get(package, package)})"
+    return f"{kind.__name__} ({PACKAGE_LABELS.get(package, package)})"
 
 
 def _optimizer(optimizer: Any) -> str:

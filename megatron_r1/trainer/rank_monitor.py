@@ -37,11 +37,11 @@ if TYPE_CHECKING:
 
 C10D = ("torch/distributed/distributed_c10d.py", "torch/distributed/c10d_logger.py")
 # Files in which Megatron waits for earlier requests, outside of torch's functions.
-MEGATRON = (
+MEGATRON_FILES = (
     "megatron/core/pipeline_parallel/p2p_communication.py",
     "megatron/core/distributed/param_and_grad_buffer.py",
 )
-AXES = {
+AXIS_GROUPS = {
     "tensor": "tp",
     "pipeline": "pp",
     "data": "dp",
@@ -66,7 +66,7 @@ def describe_collective(
         groups: the process groups whose axes are named; None before they exist."""
     frame: FrameType | None = innermost
     while frame is not None:
-        for files in (C10D, MEGATRON):
+        for files in (C10D, MEGATRON_FILES):
             if _is_in(frame, files):
                 return _describe(_outermost(frame, files), groups)
         frame = frame.f_back
@@ -147,7 +147,7 @@ def _group_axes(group: ProcessGroup, groups: ProcessGroupCollection | None) -> l
     """Return the parallel axes whose group this is, or else those whose groups have its ranks."""
     import torch.distributed as dist
 
-    axes = {axis: getattr(groups, field, None) for axis, field in AXES.items()}
+    axes = {axis: getattr(groups, field, None) for axis, field in AXIS_GROUPS.items()}
     # A rank outside an axis has None, or Megatron's placeholder, instead of a group.
     axes = {
         axis: axis_group
@@ -164,7 +164,7 @@ def _group_axes(group: ProcessGroup, groups: ProcessGroupCollection | None) -> l
 
 
 MAX_FRAMES = 40
-IDLE = "waiting for the controller"
+IDLE_STATE = "waiting for the controller"
 GRACE_SECONDS = 10.0
 """Time for a rank to end by itself after the controller is gone."""
 

@@ -34,7 +34,7 @@ from megatron_r1.trainer.operations import (
     operation_names,
     rank_identity,
 )
-from megatron_r1.trainer.rank_monitor import IDLE, RankMonitor, describe_collective
+from megatron_r1.trainer.rank_monitor import IDLE_STATE, RankMonitor, describe_collective
 from megatron_r1.trainer.replica import Replica
 from megatron_r1.trainer.training_sample import decode_samples, split_off_routing
 
@@ -95,7 +95,7 @@ def serve(config: Config, address: str, grid_position: GridPosition | None = Non
         poller.register(socket, zmq.POLLIN)
         poller.register(monitor, zmq.POLLIN)
         while True:
-            rank_monitor.enter(IDLE)
+            rank_monitor.enter(IDLE_STATE)
             ready = dict(poller.poll())
             if socket not in ready:
                 sys.exit(f"trainer rank {rank}: the controller at {address} is gone")

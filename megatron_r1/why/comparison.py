@@ -23,7 +23,7 @@ FAMILIES = (
 """In the order in which data flows through a step: the first departure is the earliest of these."""
 
 EQUAL, DEPARTS, NOT_CHECKED = "equal", "departs", "not checked"
-ROUNDING = {"float32": 2.0**-14, "bfloat16": 2.0**-4}
+ROUNDING_BY_DTYPE = {"float32": 2.0**-14, "bfloat16": 2.0**-4}
 """The largest distance that is rounding, by the dtype that a run computes in: 1,024 and 16 unit
 roundoffs, a choice for which docs/compare.md has measurements."""
 ResponseIndex = tuple[int, int]

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-ALGORITHMS = ("grpo", "dapo", "dr_grpo", "gspo", "cispo", "reinforce")
+RESPONSE_ADVANTAGE_ALGORITHMS = ("grpo", "dapo", "dr_grpo", "gspo", "cispo", "reinforce")
 """Whose tokens all have their response's advantage."""
 TOKEN_ADVANTAGE_ALGORITHMS = ("rloo", "reinforce_pp")
 """Whose tokens have advantages of their own, made of their response's (`token_advantages`)."""
@@ -49,7 +49,7 @@ def advantages(
 
     Args:
         groups: training rewards; None: ungraded.
-        algorithm: one of `ALGORITHMS` or `TOKEN_ADVANTAGE_ALGORITHMS`.
+        algorithm: one of `RESPONSE_ADVANTAGE_ALGORITHMS` or `TOKEN_ADVANTAGE_ALGORITHMS`.
         std: what is divided by: "group", "batch" or "none".
         epsilon: added to the deviation.
         is_centered: whether the mean is subtracted.

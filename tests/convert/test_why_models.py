@@ -8,7 +8,7 @@ from random_folder import write_folder
 from small_models import MODELS
 
 from megatron_r1.models.transformers_model import load_with_transformers
-from megatron_r1.why.policy.checkpoint_model import MOMENTS, STATE, read_model
+from megatron_r1.why.policy.checkpoint_model import MOMENT_NAMES, STATE_PREFIX, read_model
 from megatron_r1.why.policy.routed_experts import chosen_experts
 from megatron_r1.why.policy.token_logprobs import TokenRow as Sequence
 
@@ -28,7 +28,9 @@ def test_a_checkpoint_is_read_as_transformers_reads_the_folder(name, convert, tm
     assert own.keys() == theirs.keys()
     assert [key for key in own if not torch.equal(bits(own[key]), bits(theirs[key]))] == []
     # The checkpoint has no moments: what a part lacks is the weights'.
-    part = read_model(tmp_path / "checkpoint", folder, f"{STATE}{MOMENTS[0]}.").state_dict()
+    part = read_model(
+        tmp_path / "checkpoint", folder, f"{STATE_PREFIX}{MOMENT_NAMES[0]}."
+    ).state_dict()
     assert all(torch.equal(bits(part[key]), bits(own[key])) for key in own)
 
 

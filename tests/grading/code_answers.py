@@ -49,7 +49,7 @@ def named_sandboxes(name: str):
     try:
         yield
     finally:
-        run.NAMESPACES, run.ENVIRONMENT["NAME"] = before
+        run.NAMESPACES, run.PROGRAM_ENVIRONMENT["NAME"] = before
         left = processes_of(name)
         assert not left, left
 
@@ -73,7 +73,7 @@ def grade_in_named_sandbox(response: str, truth: object, *, name: str, **entry: 
 
 
 def set_name(old: str, new: str) -> tuple:
-    before = run.NAMESPACES, run.ENVIRONMENT.get("NAME", "")
+    before = run.NAMESPACES, run.PROGRAM_ENVIRONMENT.get("NAME", "")
     run.NAMESPACES = tuple(new if part == old else part for part in run.NAMESPACES)
-    run.ENVIRONMENT["NAME"] = new
+    run.PROGRAM_ENVIRONMENT["NAME"] = new
     return before

@@ -4,16 +4,28 @@ import random
 import re
 
 import pytest
-from r1_grading.response_rewards import TAGS
+from r1_grading.response_rewards import FORMAT_TAGS
 from r1_grading.response_rewards import grade_format as grade
 
-TEXT = rf"(?:(?!{'|'.join(TAGS)}).)*"
+TEXT = rf"(?:(?!{'|'.join(FORMAT_TAGS)}).)*"
 EXPECTED = re.compile(rf"\s*<think>{TEXT}</think>\s*<answer>{TEXT}</answer>\s*", re.DOTALL)
 
 
 def test_it_is_one_regular_expression_said_with_reasons():
     rng = random.Random(0)
-    pieces = [*TAGS, *TAGS, "2 + 11", "13", " ", "\n", "<", ">", "/think>", "\\boxed{13}", "</"]
+    pieces = [
+        *FORMAT_TAGS,
+        *FORMAT_TAGS,
+        "2 + 11",
+        "13",
+        " ",
+        "\n",
+        "<",
+        ">",
+        "/think>",
+        "\\boxed{13}",
+        "</",
+    ]
     num_good = 0
     for _ in range(20_000):
         if rng.random() < 0.5:

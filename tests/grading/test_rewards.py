@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from r1_grading import Grade
 from r1_grading.reading.answer import extract, final_answers, last_boxed, unwrap
-from r1_grading.rewards import FORM_REWARDS, REGISTRY, resolve
+from r1_grading.rewards import FORM_REWARDS, GRADERS, resolve
 from r1_grading.terms import combine
 from refusals import refused
 
@@ -30,7 +30,7 @@ def test_a_reason_is_one_short_line():
 
 
 def test_a_registered_name_and_a_path_are_kinds():
-    assert resolve("math") == REGISTRY["math"]
+    assert resolve("math") == GRADERS["math"]
     assert resolve("mine.rewards:brevity") == "mine.rewards:brevity"
 
 
@@ -46,7 +46,7 @@ def test_a_registered_name_and_a_path_are_kinds():
     ],
 )
 def test_an_unknown_kind_names_the_nearest_if_one_is_near(kind, near):
-    with refused("kind", Cause.UNKNOWN, repr(kind), near, *REGISTRY) as caught:
+    with refused("kind", Cause.UNKNOWN, repr(kind), near, *GRADERS) as caught:
         resolve(kind)
     assert bool(near) == ("did you mean" in str(caught.value))
 

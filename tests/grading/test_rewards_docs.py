@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from r1_grading.rewards import REGISTRY
+from r1_grading.rewards import GRADERS
 
 from megatron_r1 import config as configuration
 from megatron_r1.commands.cli import main
@@ -36,7 +36,7 @@ def rows():
 
 @pytest.mark.parametrize(("term", "response", "settings", "reward"), list(rows()))
 def test_every_row_of_the_tables_holds(term, response, settings, reward):
-    module, _, function = REGISTRY[term].partition(":")
+    module, _, function = GRADERS[term].partition(":")
     grade = getattr(importlib.import_module(module), function)(response, None, **settings)
     assert grade.reward == pytest.approx(reward, abs=0.005), grade.reason
 

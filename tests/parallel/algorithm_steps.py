@@ -19,7 +19,7 @@ from trainer_steps import config
 
 from megatron_r1.config import Config
 from megatron_r1.controller import algorithms
-from megatron_r1.controller.corrections import MASKS, wrap_loss
+from megatron_r1.controller.corrections import MASK_FUNCTIONS, wrap_loss
 from megatron_r1.controller.trainer_calls.packing import pack
 from megatron_r1.models import weights
 from megatron_r1.trainer import distributed
@@ -100,7 +100,7 @@ def advantages_of(trainer, grid_position, name: str, rl, names):
         batch.values = torch.where(batch.is_response, guess, 0.0)
     trainer.compute_token_advantages(algorithms.find(name).token_advantages, rl.token_settings)
     metrics = {}
-    if function := MASKS.get(rl.engine_mask):
+    if function := MASK_FUNCTIONS.get(rl.engine_mask):
         metrics = trainer.mask_advantages(function, rl.engine_mask_settings)
     found: dict[str, list[float]] = {}
     if grid_position.is_last_stage:

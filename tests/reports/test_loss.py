@@ -10,7 +10,7 @@ from refusals import refused
 from megatron_r1.base.errors import Cause, RunError
 from megatron_r1.base.user_code import find_function
 from megatron_r1.config import Config, parse
-from megatron_r1.config.algorithms import NAMES, TokenSettings
+from megatron_r1.config.algorithms import ALGORITHM_NAMES, TokenSettings
 from megatron_r1.controller import algorithms
 from megatron_r1.controller.loop import split_into_minibatches
 from megatron_r1.controller.rollouts.dynamic_sampling import collect_informative
@@ -88,7 +88,7 @@ LOST = [([5, 5, 1], None), ([2, 3, 4, 6, 1], None)]
 
 
 @pytest.mark.parametrize("average", ["token", "sequence", "constant"])
-@pytest.mark.parametrize("name", sorted({*NAMES} - {"on_policy_distillation"}))
+@pytest.mark.parametrize("name", sorted({*ALGORITHM_NAMES} - {"on_policy_distillation"}))
 def test_b01_an_ungraded_response_is_in_no_sum_and_no_denominator(name, average):
     rl = {"kl_beta": 0.001, "entropy_coef": 0.01, "loss_average": average}
     alone, wanted, alone_terms, alone_count = terms_of(name, [[CORRECT, INCORRECT]], rl)

@@ -8,7 +8,7 @@ from megatron_r1.config import Config
 from megatron_r1.config.optimizer import learning_rate, warmup_note
 from megatron_r1.data.sampler import EpochSampler
 from megatron_r1.reporting.trackers import TrackerSet, background_tracker, tracker_set
-from megatron_r1.reporting.trackers.services import EVALUATION, STEP, TrackedRun
+from megatron_r1.reporting.trackers.services import EVALUATION, STEP_METRIC, TrackedRun
 
 
 @pytest.mark.parametrize("decay", ["constant", "linear", "cosine"])
@@ -79,7 +79,8 @@ class Kept:
         self.notes = []
         steps = [numbers for _, numbers in self._own]
         self.last_tracked = {
-            key: max((n[key] for n in steps if key in n), default=-1) for key in (STEP, EVALUATION)
+            key: max((n[key] for n in steps if key in n), default=-1)
+            for key in (STEP_METRIC, EVALUATION)
         }
 
     def send(self, step, numbers):
@@ -116,7 +117,7 @@ def test_b65_each_step_and_evaluation_is_tracked_once_at_its_own_step(
             second.send_evaluation(evaluations[line["step"] // 2])
     second.close(True)
     tracked = Kept.lines[tmp_path]
-    assert [n[STEP] for _, n in tracked if STEP in n] == [1, 2, 3, 4, 5, 6]
+    assert [n[STEP_METRIC] for _, n in tracked if STEP_METRIC in n] == [1, 2, 3, 4, 5, 6]
     found = {n[EVALUATION]: n["eval/accuracy"] for _, n in tracked if EVALUATION in n}
     assert found == {e["step"]: e["eval/accuracy"] for e in evaluations}
     assert len([n for _, n in tracked if EVALUATION in n]) == 4

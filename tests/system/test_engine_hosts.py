@@ -17,7 +17,7 @@ from megatron_r1.config import RolloutConfig
 from megatron_r1.engines.fleet.placement import accepting_hosts, open_pool, server_maker
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.engines.server.errors import EngineError
-from megatron_r1.engines.server.settings import MODULE
+from megatron_r1.engines.server.settings import SERVER_MODULE
 
 SMALL = {"dtype": "float32", "max_model_len": 128, "max_num_seqs": 8, "num_threads": 1}
 
@@ -31,7 +31,7 @@ def agent(folder, *options):
 
 def engine_processes(agent):
     """Return the process of the engine that an agent has started."""
-    return [pid for pid in members(agent.pid) if f"-m {MODULE} " in command_of(pid)][:1]
+    return [pid for pid in members(agent.pid) if f"-m {SERVER_MODULE} " in command_of(pid)][:1]
 
 
 def gone(process):

@@ -22,7 +22,7 @@ from megatron_r1.models.weights.formats.dcp import DistributedCheckpoint
 from megatron_r1.trainer.checkpoints.checkpoint_folders import write_manifest
 from megatron_r1.why.comparison import EQUAL, Report
 from megatron_r1.why.examination import examine
-from megatron_r1.why.policy.checkpoint_model import STATE
+from megatron_r1.why.policy.checkpoint_model import STATE_PREFIX
 from megatron_r1.why.record.recorded_step import RecordedStep
 from megatron_r1.why.record.step_reader import open_run, read_step
 from megatron_r1.why.update.recomputation import Recomputation
@@ -334,7 +334,7 @@ def test_a_changed_tensor(copy, step, key, change, quantity, words):
 def test_moments_that_were_lost(copy):
     stored = DistributedCheckpoint(copy / "checkpoints" / f"step_{STEP - 1:08d}")
     for key in stored.shapes:
-        if key.startswith((f"{STATE}exp_avg.", f"{STATE}exp_avg_sq.")):
+        if key.startswith((f"{STATE_PREFIX}exp_avg.", f"{STATE_PREFIX}exp_avg_sq.")):
             overwrite(copy, STEP - 1, key, torch.zeros_like)
     name, text, _ = first(copy)
     assert name == "Adam's moments before" and "are zero" in text

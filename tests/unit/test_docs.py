@@ -170,11 +170,11 @@ def test_verbs_and_sections_share_a_name_with_package_and_page_or_are_exceptions
     }
     settings = [Config, PipelineRecipe, RehearsalSettings, PreflightSettings]
     sections = {name for model in settings for name in model.model_fields}
-    verbs = {"keys", *cli.MODULES, *cli.OWN_VERBS}
+    verbs = {"keys", *cli.VERB_MODULES, *cli.OWN_VERBS}
     for verb in verbs - {"keys"}:
         name = verb.replace("-", "_")
         assert any((ROOT / "megatron_r1/commands").glob(f"{name}*"))
-        assert (cli.MODULES | cli.OWN_VERBS)[verb].split(".")[2] == name
+        assert (cli.VERB_MODULES | cli.OWN_VERBS)[verb].split(".")[2] == name
     packages = {path.name for path in (ROOT / "megatron_r1").iterdir() if path.is_dir()}
     pages = {path.stem for path in (ROOT / "docs").glob("*.md")}
     same = packages & pages

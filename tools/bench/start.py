@@ -139,7 +139,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     with subprocess.Popen(
         command,
         cwd=host.ROOT,
-        env=host.environment(**{timeline.FOLDER: str(folder / "timeline")}),
+        env=host.environment(**{timeline.FOLDER_VARIABLE: str(folder / "timeline")}),
         stdout=subprocess.PIPE,
         stderr=open(folder / "stderr", "w"),
         text=True,

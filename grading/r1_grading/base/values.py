@@ -23,10 +23,17 @@ FRACTION = r"[-+]?(?:(?:0|[1-9][0-9_]*)(?:\.[0-9_]*)?|\.[0-9][0-9_]*)(?:[eE][-+]
 INFINITE = r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
 """Regular expressions of numbers, as they are written; the last one is refused wherever it is
 read."""
-WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+TRUTH_VALUE_WORDS = {
+    "true": True,
+    "yes": True,
+    "on": True,
+    "false": False,
+    "no": False,
+    "off": False,
+}
 _BASES = {"0x": 16, "0o": 8, "0b": 2}
 _NUMBER = re.compile(FRACTION)
-_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+_TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
 def read_field(model: type[BaseModel], value: Any, info: ValidationInfo) -> Any:
@@ -119,13 +126,15 @@ def read_scalar(value: Any, kinds: Collection[type]) -> Any:
     if isinstance(value, str) and str not in kinds:
         return _read_text(value.strip(), kinds)
     if type(value) not in kinds:
-        raise ValueError(f"must be {' or '.join(_NAMES[kind] for kind in kinds)}, got {value!r}")
+        raise ValueError(
+            f"must be {' or '.join(_TYPE_NAMES[kind] for kind in kinds)}, got {value!r}"
+        )
     return value
 
 
 def _read_text(text: str, kinds: Collection[type]) -> Any:
-    if bool in kinds and text.lower() in WORDS:
-        return WORDS[text.lower()]
+    if bool in kinds and text.lower() in TRUTH_VALUE_WORDS:
+        return TRUTH_VALUE_WORDS[text.lower()]
     if not {int, float} & set(kinds):
         raise ValueError(f"must be true or false, got {text!r}")
     if _NUMBER.fullmatch(text):
@@ -168,7 +177,7 @@ def _members(annotation: Any) -> Any:
 MAX_DIGITS = 100_000
 MAX_LITERAL_CHARS = 1_000_000
 """A longer text that is no JSON is not read as Python, whose parser takes many times its size."""
-PYTHON = ("{'", "['", "[{'", "[['", "[('", '[("')
+PYTHON_STARTS = ("{'", "['", "[{'", "[['", "[('", '[("')
 """How the text of a Python value begins that is no JSON."""
 
 
@@ -196,7 +205,7 @@ def _integer(digits: str) -> int:
 
 
 def _literal(text: str) -> Any:
-    if len(text) > MAX_LITERAL_CHARS or not text.lstrip().startswith(PYTHON):
+    if len(text) > MAX_LITERAL_CHARS or not text.lstrip().startswith(PYTHON_STARTS):
         return text
     try:
         literal = ast.literal_eval(text.strip())

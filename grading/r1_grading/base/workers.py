@@ -13,7 +13,7 @@ import msgspec
 
 from r1_grading.base.lifetime import kill_group, popen_options
 
-LENGTH = struct.Struct("<I")
+LENGTH_HEADER = struct.Struct("<I")
 
 
 def encode_frame(message: msgspec.Struct) -> bytes:
@@ -23,7 +23,7 @@ def encode_frame(message: msgspec.Struct) -> bytes:
 
 def frame_payload(payload: bytes) -> bytes:
     """Return a payload as it is sent: its length (uint32, little-endian), then itself."""
-    return LENGTH.pack(len(payload)) + payload
+    return LENGTH_HEADER.pack(len(payload)) + payload
 
 
 def private_streams() -> tuple[BinaryIO, BinaryIO]:
@@ -134,7 +134,7 @@ class FramedProcess(Generic[Reply]):
             WorkerLost: the process ended, or its reply is malformed or longer than the limit.
         """
         try:
-            (num_bytes,) = LENGTH.unpack(await self._stdout.readexactly(LENGTH.size))
+            (num_bytes,) = LENGTH_HEADER.unpack(await self._stdout.readexactly(LENGTH_HEADER.size))
             if num_bytes > self._max_bytes:
                 raise WorkerLost(f"a reply of {num_bytes} bytes")
             return self._decoder.decode(await self._stdout.readexactly(num_bytes))

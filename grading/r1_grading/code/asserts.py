@@ -9,7 +9,7 @@ from typing import Any
 
 from r1_grading.base.errors import shorten
 
-CHECK = re.compile(r"^[ \t]*def (?:check\(|test_?\w*\()", re.MULTILINE)
+CHECK_FUNCTION = re.compile(r"^[ \t]*def (?:check\(|test_?\w*\()", re.MULTILINE)
 """HumanEval's function, pytest's functions."""
 CANDIDATE = "candidate"
 """What HumanEval's function calls its argument, the function under test."""
@@ -22,7 +22,7 @@ def is_asserts(text: str) -> bool:
 
 def is_check_code(text: str) -> bool:
     """Return whether a text is Python code of a function that has the asserts in it."""
-    return CHECK.search(text) is not None and "assert" in text
+    return CHECK_FUNCTION.search(text) is not None and "assert" in text
 
 
 def split_asserts(text: str) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from r1_grading.base.values import load_json
 
-NUMBER = re.compile(rb"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d{1,4})?")
+NUMBER_BYTES = re.compile(rb"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d{1,4})?")
 MAX_NUMBER_BYTES = 4_000
 FLOAT = re.compile(rb"\.|[eE]-")
 """What a number has that is no integer: a point, or a negative exponent."""
@@ -68,7 +68,7 @@ def _equal_tokens(
         tolerance = FLOAT_TOLERANCE if is_float else 0.0
     if max(len(actual), len(expected)) > MAX_NUMBER_BYTES:
         return False
-    if not (NUMBER.fullmatch(actual) and NUMBER.fullmatch(expected)):
+    if not (NUMBER_BYTES.fullmatch(actual) and NUMBER_BYTES.fullmatch(expected)):
         return False
     # Exactly: as floats, 2**53 and 2**53 + 1 would be equal, and 1e999 infinite.
     value, target = Fraction(actual.decode()), Fraction(expected.decode())

@@ -30,7 +30,7 @@ from r1_grading.code.asserts import (
 )
 
 TRUTH_SUBJECT = "the truth of a code prompt"
-KEYS = ("tests", "function", "checker", "tolerance")
+TRUTH_KEYS = ("tests", "function", "checker", "tolerance")
 LIVECODEBENCH_KEYS = {"input", "output"}
 # LiveCodeBench's rows have a "testtype"; here the key "function" decides, and it is ignored.
 PROGRAM_KEYS = ("stdin", "stdout", "input", "output", "testtype")
@@ -112,7 +112,7 @@ def parse_problem(truth: object, language: str | None = None) -> Problem:
     if not isinstance(truth, dict):
         raise ValueError(f'{TRUTH_SUBJECT} must be {{"tests": […]}}, got {type(truth).__name__}')
     language = prompt_language or "python"
-    _check_keys(truth, TRUTH_SUBJECT, KEYS)
+    _check_keys(truth, TRUTH_SUBJECT, TRUTH_KEYS)
     tests, function = truth.get("tests"), _text_or_none(truth, "function")
     checker, tolerance = _text_or_none(truth, "checker"), truth.get("tolerance")
     if not isinstance(tests, list) or not tests:
@@ -251,7 +251,7 @@ def _json(text: str, subject: str) -> Any:
         raise ValueError(f"{subject} is not JSON ({error}): {text[:80]!r}") from None
 
 
-LANGUAGES = {
+LANGUAGE_ALIASES = {
     **dict.fromkeys(("python", "python3", "py", "py3", "pypy", "pypy3", "cpython"), "python"),
     **dict.fromkeys(("cpp", "c++", "cc", "cxx", "g++", "gnu c++"), "cpp"),
 }
@@ -290,7 +290,9 @@ def parse_language(name: object) -> str | None:
     if name is None or (isinstance(name, str) and not name.strip()):
         return None
     folded_name = name.strip().casefold() if isinstance(name, str) else ""
-    language = LANGUAGES.get(folded_name) or LANGUAGES.get(folded_name.rstrip("0123456789. "))
+    language = LANGUAGE_ALIASES.get(folded_name) or LANGUAGE_ALIASES.get(
+        folded_name.rstrip("0123456789. ")
+    )
     if language is None:
         raise ValueError(f"language must be one of python, cpp, got {name!r}")
     return language

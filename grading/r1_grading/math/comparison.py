@@ -34,7 +34,7 @@ from r1_grading.math.refusal import (
 )
 from r1_grading.math.relation import (
     APPROX,
-    EQUAL,
+    EQUALS_SIGN,
     MEMBER,
     SET_WORDS,
     Chain,
@@ -206,7 +206,7 @@ def _compare_relations(expected: str, answer: str) -> bool | None:
 
 def _truth_is_relation(truth: Chain, answer: str) -> bool:
     """Compare where the answer leaves the name out: 3 for x = 3, (1, 2) for 1 < x < 2."""
-    if set(truth.relations) <= {EQUAL, MEMBER}:
+    if set(truth.relations) <= {EQUALS_SIGN, MEMBER}:
         names = [is_name(side) for side in truth.sides]
         if all(names[:-1]):
             return equivalent(truth.sides[-1], answer)
@@ -216,7 +216,7 @@ def _truth_is_relation(truth: Chain, answer: str) -> bool:
 
 def _answer_is_relation(expected: str, answer: Chain) -> bool:
     """Each side of the answer must be a name or equal the truth: x = 3 for 3."""
-    if set(answer.relations) <= {EQUAL, MEMBER}:
+    if set(answer.relations) <= {EQUALS_SIGN, MEMBER}:
         value = answer.sides[-1]
         if is_asked_quantity(value) and not is_name(answer.sides[0]) and len(answer.sides) == 2:
             return equivalent(expected, answer.sides[0])
@@ -228,7 +228,7 @@ def _answer_is_relation(expected: str, answer: Chain) -> bool:
 
 
 def _both_are_relations(truth: Chain, answer: Chain) -> bool:
-    if set(truth.relations) | set(answer.relations) <= {EQUAL, MEMBER}:
+    if set(truth.relations) | set(answer.relations) <= {EQUALS_SIGN, MEMBER}:
         truth, answer = _name_first(truth), _name_first(answer)
         names = truth.sides[0], answer.sides[0]
         if all(map(is_name, names)) and squeeze(names[0]) == squeeze(names[1]):
@@ -251,7 +251,7 @@ def _both_are_relations(truth: Chain, answer: Chain) -> bool:
 
 def _answer_is_approximated(expected: str, answer: Chain) -> bool:
     r"""`x = 2/3 \approx 0.67`: the exact side counts, and the numbers must be near it."""
-    if not set(answer.relations) <= {EQUAL, APPROX}:
+    if not set(answer.relations) <= {EQUALS_SIGN, APPROX}:
         return False
     cut = answer.relations.index(APPROX)
     cut += cut == 0 and is_asked_quantity(answer.sides[0])
@@ -400,7 +400,7 @@ def _truth_set(chain: Chain) -> sympy.Set | None:
 
 
 def _name_first(chain: Chain) -> Chain:
-    if chain.relations != (EQUAL,) or is_name(chain.sides[0]) or not is_name(chain.sides[1]):
+    if chain.relations != (EQUALS_SIGN,) or is_name(chain.sides[0]) or not is_name(chain.sides[1]):
         return chain
     return Chain(chain.sides[::-1], chain.relations)
 

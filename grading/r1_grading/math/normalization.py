@@ -67,7 +67,7 @@ BASES: list[tuple[str, Replacement]] = [
 ]
 
 # Applied in this order. `\\` ends a row of a matrix: it is matched first and kept.
-SPELLINGS: tuple[tuple[str, Replacement], ...] = (
+LATEX_SPELLINGS: tuple[tuple[str, Replacement], ...] = (
     (
         r"\\\\\s*\[\s*-?[\d.]+\s*[a-z]{2}\s*\]|\\\\\*|\\(?:cr|tabularnewline|newline)(?![A-Za-z])",
         r"\\\\",
@@ -144,7 +144,7 @@ SPELLINGS: tuple[tuple[str, Replacement], ...] = (
     (r"(?<![A-Za-z\\])infinity(?![A-Za-z])", r"\\infty "),
     (r"\s+", " "),
 )
-REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in SPELLINGS]
+REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in LATEX_SPELLINGS]
 PLAIN_NUMBER = re.compile(r"[-+]?[0-9]+(?:\.[0-9]+)?")
 OPENING_ROUND = re.compile(r"(\\sqrt|\^)\s*\(")
 
@@ -197,11 +197,13 @@ def _round_to_curly(text: str) -> str:
 
 COMMAND_END = r"(?![A-Za-z])"
 FONTS = r"(?:math|text)(?:bf|it|rm|sf|tt|normal)|boldsymbol|bold|bm|pmb|emph|underline|ensuremath"
-SIZES = (
+SIZE_COMMANDS = (
     "tiny|scriptsize|footnotesize|small|normalsize|large|Large|LARGE|huge|Huge|displaystyle"
     "|textstyle|scriptstyle|limits"
 )
-SWITCHES = f"bf|rm|it|sf|tt|em|bfseries|itshape|boldmath|left|right|middle|[bB]igg?[lrm]?|{SIZES}"
+SWITCHES = (
+    f"bf|rm|it|sf|tt|em|bfseries|itshape|boldmath|left|right|middle|[bB]igg?[lrm]?|{SIZE_COMMANDS}"
+)
 REMOVED = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
@@ -209,7 +211,7 @@ REMOVED = [
         (r"\\colorbox\s*(?:\[\w*\])?\s*\{[^{}]*\}\s*(?=\{)", r"\\framebox"),
         (r"\\[hv]space\*?\s*\{[^{}]*\}|\\(?:thin|med|thick|en)space" + COMMAND_END, " "),
         (rf"\\(?:nonumber|notag|strut|hfill|null){COMMAND_END}", " "),
-        (rf"\\(?:{SIZES})\s*\{{([^{{}}]*)\}}", r"\1"),
+        (rf"\\(?:{SIZE_COMMANDS})\s*\{{([^{{}}]*)\}}", r"\1"),
         (rf"\\(?:{SWITCHES}){COMMAND_END}\s*", ""),
         # A font without a group, `\mathbf 204`, and an empty group at the end.
         (rf"\\(?:{FONTS}){COMMAND_END}(?!\s*\{{)\s*", ""),
@@ -217,7 +219,7 @@ REMOVED = [
     )
 ]
 GROUP = re.compile(rf"\\(?:{FONTS}|framebox|mbox|hbox|text)\s*\{{")
-WORDS = re.compile(r"[^\d\\+=()]*")
+LEADING_WORDS = re.compile(r"[^\d\\+=()]*")
 
 
 def strip_styling(text: str) -> str:
@@ -232,6 +234,6 @@ def strip_styling(text: str) -> str:
         if end is None or text[: match.start()].rstrip()[-1:] in ("^", "_"):
             continue
         content = text[match.end() : end].strip("$")
-        if not WORDS.fullmatch(content):
+        if not LEADING_WORDS.fullmatch(content):
             text = text[: match.start()] + content + text[end + 1 :]
     return text

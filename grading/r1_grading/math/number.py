@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-TOKEN = re.compile(
+LATEX_TOKEN = re.compile(
     r"\\\\|\\[{}]|\\[A-Za-z]+|[()\[\]{}]|[,;&=<>|]|\b(?:or|and)\b|[^\\,;&=<>|()\[\]{}oa]+|.",
     re.DOTALL,
 )
@@ -57,7 +57,7 @@ def without_thousands(text: str) -> str:
 
 def nesting(text: str) -> int | None:
     """Return how deep brackets are nested in `text`; None where they do not close."""
-    depths = [0, *_depths(TOKEN.findall(text))]
+    depths = [0, *_depths(LATEX_TOKEN.findall(text))]
     return max(depths) if depths[-1] == 0 and min(depths) == 0 else None
 
 
@@ -65,7 +65,7 @@ def split(text: str, separators: frozenset[str]) -> list[tuple[str, str]]:
     """Split `text` at separators outside all brackets into (part, separator after it)."""
     parts: list[tuple[str, str]] = []
     current: list[str] = []
-    tokens = TOKEN.findall(text)
+    tokens = LATEX_TOKEN.findall(text)
     for token, depth in zip(tokens, _depths(tokens), strict=True):
         if depth == 0 and token in separators:
             parts.append(("".join(current).strip(), token))
@@ -136,7 +136,7 @@ def _both_signs(member: str) -> tuple[str, ...]:
 
 def _enclosing(text: str) -> tuple[str, str]:
     """Return the brackets around all of `text` ("" if there are none) and the text inside."""
-    tokens = TOKEN.findall(text.strip())
+    tokens = LATEX_TOKEN.findall(text.strip())
     if len(tokens) < 2 or tokens[0] not in OPENING or tokens[-1] not in CLOSING:
         return "", text.strip()
     if 0 in _depths(tokens)[:-1]:
@@ -150,26 +150,26 @@ def _depths(tokens: list[str]) -> list[int]:
 
 
 INTEGER = r"(?:\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+|\d{1,400})"
-DECIMAL = rf"(?:{INTEGER}(?:\.\d{{0,400}})?|\.\d{{1,400}})"
-SCALE = (
+DECIMAL_PATTERN = rf"(?:{INTEGER}(?:\.\d{{0,400}})?|\.\d{{1,400}})"
+POWER_OF_TEN = (
     r"(?:\s*(?:\\times|\\cdot)\s*10\s*\^\s*\{\s*(?P<power>[+-]?\d{1,3})\s*\}"
     r"|[eE](?P<e>[+-]?\d{1,3}))"
 )
 SIGN = r"(?P<sign>[+-]?)\s*"
-FORMS = [
+NUMBER_FORMS = [
     re.compile(pattern)
     for pattern in (
-        rf"{SIGN}(?P<decimal>{DECIMAL}){SCALE}?",
+        rf"{SIGN}(?P<decimal>{DECIMAL_PATTERN}){POWER_OF_TEN}?",
         rf"{SIGN}10\s*\^\s*\{{\s*(?P<power>[+-]?\d{{1,3}})\s*\}}",
         rf"{SIGN}(?P<whole>\d{{1,20}})\s*\\frac\s*\{{\s*(?P<top>\d{{1,20}})\s*\}}\s*\{{\s*(?P<bottom>\d{{1,20}})\s*\}}",
         rf"{SIGN}(?P<whole>\d{{1,20}})\s+(?P<top>\d{{1,20}})\s*/\s*(?P<bottom>\d{{1,20}})",
-        rf"{SIGN}\\frac\s*\{{\s*(?P<top>[+-]?\s*{DECIMAL})\s*\}}\s*\{{\s*(?P<bottom>[+-]?\s*{DECIMAL})\s*\}}",
-        rf"{SIGN}(?P<top>{DECIMAL})\s*/\s*(?P<bottom>[+-]?{DECIMAL})",
+        rf"{SIGN}\\frac\s*\{{\s*(?P<top>[+-]?\s*{DECIMAL_PATTERN})\s*\}}\s*\{{\s*(?P<bottom>[+-]?\s*{DECIMAL_PATTERN})\s*\}}",
+        rf"{SIGN}(?P<top>{DECIMAL_PATTERN})\s*/\s*(?P<bottom>[+-]?{DECIMAL_PATTERN})",
         rf"{SIGN}(?P<decimal>\d{{1,20}}\.\d{{0,20}})\\overline\s*\{{(?P<period>\d{{1,20}})\}}",
     )
 ]
 PERCENT = re.compile(r"\s*(?:\\?%|\\text\s*\{\s*(?:percent|per cent)\s*\}|percent|per cent|pct)$")
-WRAPPED = re.compile(r"([+-]?)\s*(?:\(([^()]*)\)|\[([^\[\]]*)\])")
+BRACKETED_NUMBER = re.compile(r"([+-]?)\s*(?:\(([^()]*)\)|\[([^\[\]]*)\])")
 """Brackets that do not change the value: `-(1/2)` and `(-3)/4`."""
 WRAPPED_TWICE = re.compile(r"\(\s*(\([^()]*\))\s*\)")
 MAX_WRAPS = 4
@@ -209,10 +209,10 @@ def read_number(text: str) -> WrittenNumber | None:
         bare = WRAPPED_TWICE.sub(r"\1", bare)
     if PAIR.search(bare):  # its comma may separate two numbers, not thousands
         return None
-    while (match := WRAPPED.fullmatch(bare)) is not None:
+    while (match := BRACKETED_NUMBER.fullmatch(bare)) is not None:
         bare = match[1] + (match[2] or match[3] or "").strip()
     bare = WRAPPED_PART.sub(r"\1", bare)
-    for form in FORMS:
+    for form in NUMBER_FORMS:
         if (match := form.fullmatch(bare)) is not None:
             break
     else:

@@ -17,13 +17,13 @@ TRIGONOMETRY = (
 )
 LOGARITHM = rf"\\(?:log|ln|lg){COMMAND_END}"
 HYPERBOLIC = "sinh|cosh|tanh|coth"
-ROOT = r"\\sqrt|\^\s*\{[^{}]*(?:/|\\frac|\.\d)"
+ROOT_PATTERN = r"\\sqrt|\^\s*\{[^{}]*(?:/|\\frac|\.\d)"
 EXPONENTIAL = r"(?<![A-Za-z])e\s*\^|\\exp"
 COUNT = (
     rf"(?<=[\w)}}])\s*!|\\(?:[dt]?binom|choose|Gamma){COMMAND_END}"
     r"|_\s*\{?\s*\w+\s*\}?\s*[CP](?![A-Za-z])"
 )
-ROUNDING = rf"\\(?:l|r)?(?:floor|ceil){COMMAND_END}|\\l(?:floor|ceil)"
+ROUNDING_COMMAND = rf"\\(?:l|r)?(?:floor|ceil){COMMAND_END}|\\l(?:floor|ceil)"
 BARS = r"\||\\mid"
 VARIABLE = (
     r"(?<![\\A-Za-z])[A-Za-df-hj-z](?![A-Za-z])|(?<![\\A-Za-z])[A-Za-z]{2,3}(?![A-Za-z])"
@@ -31,20 +31,20 @@ VARIABLE = (
     + COMMAND_END
 )
 # Operators that an answer must not leave open, unless the truth matches the second pattern.
-OPERATORS = [
+OPERATOR_PATTERNS = [
     (name, re.compile(operator), re.compile(excuse))
     for name, operator, excuse in (
         ("a trigonometric function", TRIGONOMETRY, f"{TRIGONOMETRY}|{EXPONENTIAL}"),
         ("a logarithm", LOGARITHM, f"{LOGARITHM}|{HYPERBOLIC}"),
-        ("a root", ROOT, rf"\\sqrt|\^|\\exp|{TRIGONOMETRY}|{LOGARITHM}|{HYPERBOLIC}"),
+        ("a root", ROOT_PATTERN, rf"\\sqrt|\^|\\exp|{TRIGONOMETRY}|{LOGARITHM}|{HYPERBOLIC}"),
         ("a factorial or binomial", COUNT, f"{COUNT}|{VARIABLE}"),
-        ("rounding", ROUNDING, ROUNDING),
+        ("rounding", ROUNDING_COMMAND, ROUNDING_COMMAND),
         ("an absolute value", BARS, f"{BARS}|{VARIABLE}"),
     )
 ]
 NO_OPERATOR = re.compile(r"\\text\s*\{[^{}]*\}|\\begin\s*\{array\}\s*\{[^{}]*\}")
 # A number that is raised to a power; not a unit (`5 \text{ cm}^{2}`), and not a power of ten.
-POWER = re.compile(r"(?<=[\d)])(?<!(?<!\d)10)\s*\^")
+POWER_PATTERN = re.compile(r"(?<=[\d)])(?<!(?<!\d)10)\s*\^")
 ARITHMETIC = re.compile(
     r"(?<=[\d)}!])\s*(?:[+-]|\\times|\\cdot|\\div)\s*(?=[\d({\\-])(?!\s*10\s*\^)"
 )
@@ -57,7 +57,7 @@ COMPUTATIONS = re.compile(
     r"(?![A-Za-z])|\\frac\s*\{\s*(?:d|\\partial)\s*\}|\\begin\{[vV]matrix\}|(?<![A-Za-z])(?:gcd|lcm)(?![A-Za-z])"
 )
 # An operator may stand on the way to a value, as in `\log_2 8 = 3`.
-STEPS = re.compile(r"=|\\approx(?![A-Za-z])")
+STEP_SIGN = re.compile(r"=|\\approx(?![A-Za-z])")
 
 # The parser takes exponential time on nesting: seconds at eight powers within each other.
 MAX_NESTING, MAX_NESTED_POWERS = 8, 4
@@ -106,17 +106,17 @@ def refusal_reason(expected: str, answer: str) -> str | None:
     is_sum_or_product = ARITHMETIC.search(answer) and not RELATION.search(answer)
     if is_sum_or_product and read_number(expected) is not None:
         return "a computation is left open"
-    if (operator := open_operator(expected, answer)) is not None and not STEPS.search(answer):
+    if (operator := open_operator(expected, answer)) is not None and not STEP_SIGN.search(answer):
         return f"a computation is left open: {operator}"
     return None
 
 
 def open_operator(expected: str, answer: str) -> str | None:
     """Return the name of an operator that `answer` leaves open, if the truth does not excuse it."""
-    if read_number(expected) is not None and POWER.search(answer):
+    if read_number(expected) is not None and POWER_PATTERN.search(answer):
         return "a power"
     expected, answer = NO_OPERATOR.sub("", expected), NO_OPERATOR.sub("", answer)
-    for name, operator, excuse in OPERATORS:
+    for name, operator, excuse in OPERATOR_PATTERNS:
         if operator.search(answer) and not excuse.search(expected):
             return name
     return None

@@ -16,10 +16,10 @@ from r1_grading.math.number import SEPARATORS, Structure, match_all, read_struct
 from r1_grading.math.symbolic import read_expression, same_value
 from r1_grading.reading.context import DENIAL
 
-EQUAL, APPROX, MEMBER = "=", r"\approx", r"\in"
+EQUALS_SIGN, APPROX, MEMBER = "=", r"\approx", r"\in"
 INEQUALITIES = {"<": (-1, True), r"\leq": (-1, False), ">": (1, True), r"\geq": (1, False)}
 RELATIONS = frozenset(
-    (EQUAL, APPROX, MEMBER, r"\neq", r"\ne", r"\equiv", r"\sim", r"\simeq", *INEQUALITIES)
+    (EQUALS_SIGN, APPROX, MEMBER, r"\neq", r"\ne", r"\equiv", r"\sim", r"\simeq", *INEQUALITIES)
 )
 SET_WORDS = re.compile(r"\\(?:cup|cap|setminus|mathbb|emptyset|varnothing|backslash)(?![A-Za-z])")
 # Possessive (++): otherwise each command would match in several ways, 2^n for n commands.
@@ -27,13 +27,13 @@ LETTER = (
     r"(?:[A-Za-z]|\\(?!frac|sqrt|int|sum|pm|mp|[lr]floor|[lr]ceil|pi(?![a-z])|infty)[A-Za-z]++)"
 )
 SUBSCRIPT = r"(?:\s*_\s*(?:\{[^{}]*\}|\w))?'*"
-ARGUMENTS = r"(?:\s*(?:\([^()=<>]{1,20}\)|\[[^][=<>]{1,20}\]))?"
-ITEM = rf"{LETTER}{SUBSCRIPT}{ARGUMENTS}"
-WORD = rf"{ITEM}(?:\s*{ITEM}){{0,3}}"
-NAME = re.compile(
-    rf"\|?\s*{WORD}\s*\|?(?:\s*[:/]\s*{WORD})?"
+CALL_ARGUMENTS = r"(?:\s*(?:\([^()=<>]{1,20}\)|\[[^][=<>]{1,20}\]))?"
+ITEM = rf"{LETTER}{SUBSCRIPT}{CALL_ARGUMENTS}"
+NAME_WORDS = rf"{ITEM}(?:\s*{ITEM}){{0,3}}"
+VARIABLE_NAME = re.compile(
+    rf"\|?\s*{NAME_WORDS}\s*\|?(?:\s*[:/]\s*{NAME_WORDS})?"
     rf"|\({ITEM}(?:\s*,\s*{ITEM})+\)"
-    rf"|\\frac\s*\{{\s*{WORD}\s*\}}\s*\{{\s*{WORD}\s*\}}"
+    rf"|\\frac\s*\{{\s*{NAME_WORDS}\s*\}}\s*\{{\s*{NAME_WORDS}\s*\}}"
     r"|\\text\{[A-Za-z .'-]*\}|\\overline\{\w+\}|\\angle\s*\w+"
 )
 VECTOR = re.compile(
@@ -66,7 +66,7 @@ def read_chain(text: str) -> Chain | None:
 def is_name(text: str) -> bool:
     r"""Whether `text` is a name: `x`, `x_1`, `f(x)`, `|AB|`, `(a, b)`, `\vec{v}`."""
     text = VECTOR.sub(lambda match: match[1] or match[2], text)
-    return NAME.fullmatch(text.strip()) is not None and not _opens_clause(text)
+    return VARIABLE_NAME.fullmatch(text.strip()) is not None and not _opens_clause(text)
 
 
 def is_asked_quantity(text: str) -> bool:
@@ -199,8 +199,8 @@ def _constraints(chain: Chain) -> list[tuple[str, sympy.Expr]] | None:
             if right in (sympy.oo, -sympy.oo) or left in (sympy.oo, -sympy.oo):
                 continue  # x < oo is no constraint
             constraints.append(("<" if strict else "<=", direction * (left - right)))
-        elif relation in (EQUAL, r"\neq", r"\ne"):
-            constraints.append(("=" if relation == EQUAL else "!=", left - right))
+        elif relation in (EQUALS_SIGN, r"\neq", r"\ne"):
+            constraints.append(("=" if relation == EQUALS_SIGN else "!=", left - right))
         else:
             return None
     return constraints
@@ -278,14 +278,18 @@ def same_congruence(
 
 
 DOMAIN = re.compile(r"(?P<name>[A-Za-z])\s*\\in\s*\\mathbb\{[A-Z]\}")
-SYMBOL = re.compile(r"\\[A-Za-z]+|[A-Za-z]")
+LATEX_SYMBOL = re.compile(r"\\[A-Za-z]+|[A-Za-z]")
 
 
 def read_list(text: str) -> Structure | None:
     r"""Read a list, set, tuple or interval, which may follow `(x, y) = ` or `x \in `; None for any
     other text."""
     chain = read_chain(text) if len(split(text, SEPARATORS)) == 1 else None
-    if chain is not None and set(chain.relations) <= {EQUAL, MEMBER} and is_name(chain.sides[0]):
+    if (
+        chain is not None
+        and set(chain.relations) <= {EQUALS_SIGN, MEMBER}
+        and is_name(chain.sides[0])
+    ):
         text = chain.sides[-1]
     return read_structure(text)
 
@@ -307,7 +311,7 @@ def _values(side: Structure) -> tuple[tuple[str, ...], list[str]]:
     values: list[str] = []
     for member in side.members:
         chain = read_chain(member)
-        if chain is not None and chain.relations == (EQUAL,) and is_name(chain.sides[0]):
+        if chain is not None and chain.relations == (EQUALS_SIGN,) and is_name(chain.sides[0]):
             names.append(squeeze(chain.sides[0]))
             values.append(chain.sides[1])
         else:
@@ -329,11 +333,13 @@ def rename_parameter(truth: Structure, answer: Structure) -> Structure:
     r"""Return `answer` with its parameter named as in `truth`: with k where the truth is
     `x = k\pi, k \in \mathbb{Z}` and the answer `x = n\pi, n \in \mathbb{Z}`."""
     name, answer_name = _parameter(truth), _parameter(answer)
-    tokens = {token for member in answer.members for token in SYMBOL.findall(member)}
+    tokens = {token for member in answer.members for token in LATEX_SYMBOL.findall(member)}
     if name is None or answer_name is None or name in tokens:
         return answer
     rename = {answer_name: name}
-    members = (SYMBOL.sub(lambda t: rename.get(t[0], t[0]), member) for member in answer.members)
+    members = (
+        LATEX_SYMBOL.sub(lambda t: rename.get(t[0], t[0]), member) for member in answer.members
+    )
     return Structure(answer.brackets, tuple(members))
 
 
@@ -341,11 +347,13 @@ def _parameter(side: Structure) -> str | None:
     """Return the name whose domain one member gives and whose value none gives, or None."""
     domains = [match["name"] for member in side.members if (match := DOMAIN.match(member))]
     chains = [chain for member in side.members if (chain := read_chain(member)) is not None]
-    names_with_value = {squeeze(chain.sides[0]) for chain in chains if EQUAL in chain.relations}
+    names_with_value = {
+        squeeze(chain.sides[0]) for chain in chains if EQUALS_SIGN in chain.relations
+    }
     if len(domains) != 1 or domains[0] in names_with_value:
         return None
     values = [member for member in side.members if read_chain(member) is None]
-    is_used = any(domains[0] in SYMBOL.findall(value) for value in values)
+    is_used = any(domains[0] in LATEX_SYMBOL.findall(value) for value in values)
     return domains[0] if names_with_value or is_used else None
 
 

@@ -26,7 +26,7 @@ from sympy.core.function import AppliedUndef
 
 from r1_grading.math.number import rounds_to_same
 
-DIGITS = 120
+PRECISION_DIGITS = 120
 MAX_BITS = 1_000_000
 """Values beyond 2^±1,000,000 are not computed."""
 MAX_EXACT_BITS = 100_000
@@ -39,7 +39,7 @@ CONSTANTS = {
     sympy.I: lambda: mpmath.mpc(0, 1),
 }
 PERIODIC = ("sin", "cos", "tan", "cot", "sec", "csc")
-FUNCTIONS: dict[str, Callable[..., Any]] = {
+MPMATH_FUNCTIONS: dict[str, Callable[..., Any]] = {
     **{name: getattr(mpmath, name) for name in PERIODIC},
     **{name: getattr(mpmath, name) for name in ("asin", "acos", "atan", "acot", "asec", "acsc")},
     **{name: getattr(mpmath, name) for name in ("asinh", "acosh", "atanh", "tanh", "coth")},
@@ -68,7 +68,7 @@ def evaluate(expression: sympy.Basic, values: Mapping[str, Any] | None = None) -
         NotNumeric: the tree has a part without a number as its value.
         OutOfRange: the value is undefined, or exceeds the limits of time or size.
     """
-    with mpmath.workdps(DIGITS):
+    with mpmath.workdps(PRECISION_DIGITS):
         try:
             return mpmath.mpc(_value(expression, values or {}))
         except (ZeroDivisionError, OverflowError, ValueError) as error:
@@ -164,11 +164,11 @@ def _operation(node: sympy.Expr, parts: list[Any]) -> Any:
         return mpmath.mpf(random.Random(seed).uniform(1, 2))
     if name == "UnevaluatedExpr":
         return parts[0]
-    if name not in FUNCTIONS or len(parts) != 1:
+    if name not in MPMATH_FUNCTIONS or len(parts) != 1:
         raise NotNumeric(name)
     if name in PERIODIC and mpmath.mag(parts[0]) > MAX_ANGLE_BITS:
         raise OutOfRange(name)
-    return FUNCTIONS[name](parts[0])
+    return MPMATH_FUNCTIONS[name](parts[0])
 
 
 def _power(base: Any, exponent: Any) -> Any:
@@ -188,13 +188,13 @@ BRANCH_POINT_MAGNITUDES = ((4.0, 40.0), (40.0, 4_000.0), (0.01, 1.0))
 """Further ones for expressions with branches, so that |x - 5| is not 5 - x."""
 BRANCHES = (sympy.Abs, sympy.Max, sympy.Min, sympy.sign)
 CACHE_SIZE = 2_048
-KINDS = (sympy.Set, sympy.MatrixBase, sympy.Expr, sympy.Basic)
+VALUE_KINDS = (sympy.Set, sympy.MatrixBase, sympy.Expr, sympy.Basic)
 # Of 120 digits. When fifteen decided, `20! + 1` was taken for `20!`.
 EXACT_ERROR = mpmath.mpf("1e-80")
 # As `number.ROUNDING_PLACES`: a decimal may be rounded.
 FLOAT_ERROR = 1e-6
 VAGUE = re.compile(r"\\(?:approx|sim|simeq|cong|equiv|neq?|to|mid)(?![A-Za-z])")
-BASE = re.compile(r"\d\s*_")
+NUMBER_BASE = re.compile(r"\d\s*_")
 # `13 13` is parsed as 26 and `1 000` as 0.
 SPLIT_NUMBER = re.compile(r"[\d.]\s+[\d.]|\d\.\s|\.\d+\.")
 
@@ -208,7 +208,9 @@ def same_expression(expected: str, answer: str) -> bool:
     A text that cannot be parsed equals nothing. Time and memory are limited by the worker only."""
     if expected.count("'") != answer.count("'"):
         return False
-    if BASE.search(expected) or BASE.search(answer):  # the parser drops the base of 12_7
+    if NUMBER_BASE.search(expected) or NUMBER_BASE.search(
+        answer
+    ):  # the parser drops the base of 12_7
         return re.sub(r"[\s{}]", "", expected) == re.sub(r"[\s{}]", "", answer)
     left, right = read_expression(expected), read_expression(answer)
     if left is None or right is None or VAGUE.search(answer):
@@ -239,7 +241,7 @@ def same_value(left: sympy.Basic, right: sympy.Basic, *, seed: str) -> bool:
         if (verdict := _same_at_points(left, right, seed)) is not None:
             return verdict
     # verify would compare a set with a number, and an equation with its right side.
-    if any(isinstance(left, kind) != isinstance(right, kind) for kind in KINDS):
+    if any(isinstance(left, kind) != isinstance(right, kind) for kind in VALUE_KINDS):
         return False
     # The truth comes first: verify is not symmetric, and accepts 1 as the truth of `2x + z = 1`.
     return verify(left, right, timeout_seconds=None)

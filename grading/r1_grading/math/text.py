@@ -10,10 +10,10 @@ from r1_grading.math.units import NO_UNITS, is_unit
 from r1_grading.reading.context import DENIAL, after_answer_is, leads_to_answer, without_conclusion
 
 LETTER = r"[A-J]"
-WRAPPED = re.compile(
+TEXT_WRAPPER = re.compile(
     r"\\(?:text|textbf|textit|mathrm|mathbf|textrm|mathit|textsf|mathsf|boldsymbol|mbox|emph)\s*\{([^{}]*)\}"
 )
-PREFIX = re.compile(
+ANSWER_PREFIX = re.compile(
     r"(?:(?:i|we) (?:would |will |)(?:choose|pick|select|go with) (?:(?:option|choice|answer) )?"
     r"|(?:the )?(?:correct )?(?:option|choice|answer)(?: is)?\s*:?\s+)",
     re.IGNORECASE,
@@ -37,7 +37,7 @@ CAPITALS = re.compile(r"[A-Z]{2,3}")
 SHORT_WORDS = frozenset(
     ["yes", "no", "odd", "even", "all", "any", "one", "two", "six", "ten", "tie"]
 )
-WORD = re.compile(r"[A-Za-z]+(?:['-][A-Za-z]+)*")
+LATIN_WORD = re.compile(r"[A-Za-z]+(?:['-][A-Za-z]+)*")
 STATED_IN_CHINESE = re.compile(r"(?<!错误)(?<!错误的)(?<!错)答案?(?:是|为|等于|[:：])[\s:：*=]*")
 # The words that state an answer in other languages, at the beginning: `Ответ: 13`, `答えは13`.
 STATED_ELSEWHERE = re.compile(
@@ -110,7 +110,7 @@ LABELLED = re.compile(
     re.DOTALL,
 )
 # `**13** apples`, but not the powers of `2**3**2`.
-EMPHASIS = re.compile(r"(?<![\w)}\].])\*\*(?=[^\s*])([^*\n]*[^\s*])\*\*(?![\w({\[])")
+EMPHASIS_MARK = re.compile(r"(?<![\w)}\].])\*\*(?=[^\s*])([^*\n]*[^\s*])\*\*(?![\w({\[])")
 
 MAX_PHRASE_CHARS = 80
 PHRASES = {
@@ -155,7 +155,7 @@ def stated_answer(text: str) -> str:
     r"""Return the answer of a sentence that ends with it: 13 of `The answer is 13.`.
 
     Any other text is returned whole; so is a sentence with a number before its formula."""
-    text = EMPHASIS.sub(r"\1", CLOSING_WORDS.sub("", text)).strip()
+    text = EMPHASIS_MARK.sub(r"\1", CLOSING_WORDS.sub("", text)).strip()
     text = TEXT_COMMAND.sub(r"\1", text)
     if (match := OPENING_WORDS.match(text)) is not None and not LABEL.fullmatch(match[1].strip()):
         text = match[1].strip() + " " + re.sub(r"^(?:\\[ ,;:]|\s)+", "", text[match.end() :])
@@ -188,7 +188,7 @@ def _stated_value(text: str) -> str | None:
     value = match["value"].replace("$", "").strip()
     if SINGLE_NUMBER.fullmatch(value):  # of `_sentence_value`
         return None
-    words = TWO_LETTERS.findall(WRAPPED.sub(" ", value))
+    words = TWO_LETTERS.findall(TEXT_WRAPPER.sub(" ", value))
     *words_before, last = words or [""]
     if last not in VALUE_WORDS and is_unit(last):
         words = [word for word in words_before if word not in ("square", "cubic")]
@@ -219,7 +219,7 @@ def plain(text: str) -> str:
     text = unicodedata.normalize("NFC", text)
     before = None
     while text != before:
-        before, text = text, WRAPPED.sub(r" \1 ", text)
+        before, text = text, TEXT_WRAPPER.sub(r" \1 ", text)
     text = re.sub(r"\\[,;:!]|\\ |~|\\q?quad(?![A-Za-z])|[$*]", " ", text)
     return " ".join(text.split()).removesuffix(".").rstrip()
 
@@ -227,7 +227,7 @@ def plain(text: str) -> str:
 def read_choice(text: str) -> tuple[str, str] | None:
     """Read the letter of a choice and the text after it: `C`, `(C)`, `C. 12`, `option C`. None for
     any other text, and where a second letter is named."""
-    text = PREFIX.sub("", plain(text), count=1)
+    text = ANSWER_PREFIX.sub("", plain(text), count=1)
     if (match := LABEL.fullmatch(text)) is None:
         return None
     choice_text = (match["rest0"] or match["rest1"] or match["rest2"] or "").strip()
@@ -277,7 +277,7 @@ def is_words(text: str, original: str) -> bool:
 
     Without `\text{}`, up to three letters may be a product: `xy` is not a word, `yes` is."""
     words = plain(text).split()
-    if not words or not all(WORD.fullmatch(word.strip(",;:!?()")) for word in words):
+    if not words or not all(LATIN_WORD.fullmatch(word.strip(",;:!?()")) for word in words):
         return False
     if original.lstrip("$ ").startswith((r"\text", r"\mathrm", r"\mathbf", r"\boxed{\text")):
         return len(words) > 1 or len(words[0]) > 1

@@ -10,7 +10,7 @@ amount as a whole is rewritten, truth and answer alike, so that each has one mea
 
 import re
 
-from r1_grading.reading.context import CENTS, DENIAL, DENYING, NUMBER, SCALE, apply_scale
+from r1_grading.reading.context import CENTS, DENIAL, DENYING, NUMBER, SCALE_WORD, apply_scale
 
 # Spellings of one unit, the canonical one first.
 _UNIT_SPELLINGS = """
@@ -62,17 +62,19 @@ CHANGES_VALUE = re.compile(
     "[〇零一二两三四五六七八九十百千万亿兆半倍成折多余来几或和与及且以上下左右不非无点之负正约"
     "大小除乘加减方对双打组错否若如是到至等另]|分之|可能"
 )
-HAN = r"[\u4e00-\u9fff]"
+HAN_CHAR = r"[\u4e00-\u9fff]"
 HAN_UNIT = re.compile(
     rf"(?P<value>\$?\s*(?:[-+]?\s*[¥￥]?\s*\d[\d.,/ ]*|[-+]?\\d?frac\{{\d+\}}\{{\d+\}})\s*\$?)\s*"
-    rf"(?:\\text\s*\{{\s*)?(?P<unit>{HAN}{{1,6}})\s*\}}?"
+    rf"(?:\\text\s*\{{\s*)?(?P<unit>{HAN_CHAR}{{1,6}})\s*\}}?"
 )
 POWER = r"(?:\s*\^\s*\{\s*[23]\s*\})?"
-WORDS = r"[A-Za-z]+(?:\.)?(?:[ /-]+[A-Za-z]+){0,3}"
+UNIT_WORDS = r"[A-Za-z]+(?:\.)?(?:[ /-]+[A-Za-z]+){0,3}"
 TEXT_UNIT = re.compile(
-    rf"(?P<value>.*?)\s*\\text\s*\{{\s*(?P<unit>{WORDS}|[€£¥₹¢])\s*(?:\^\s*\{{?([23])\}}?)?\s*\}}(?P<power>{POWER})"
+    rf"(?P<value>.*?)\s*\\text\s*\{{\s*(?P<unit>{UNIT_WORDS}|[€£¥₹¢])\s*(?:\^\s*\{{?([23])\}}?)?\s*\}}(?P<power>{POWER})"
 )
-PLAIN_UNIT = re.compile(rf"(?P<value>.*?[\d)}}])(?P<space>\s*)(?P<unit>{WORDS})(?P<power>{POWER})")
+PLAIN_UNIT = re.compile(
+    rf"(?P<value>.*?[\d)}}])(?P<space>\s*)(?P<unit>{UNIT_WORDS})(?P<power>{POWER})"
+)
 SYMBOL_UNIT = re.compile(r"(?P<value>.*?)\s*(?P<unit>°\s*[CFK]?|\\?\$|[€£¥₹¢])")
 MONEY_FIRST = re.compile(
     r"(?P<sign>-?)\s*(?P<unit>(?:US)?\\?\$|[€£¥₹]|USD|EUR|GBP)\s*(?P<value>[\d.].*)"
@@ -179,7 +181,7 @@ def _forms(word: str) -> tuple[str, str, str]:
 
 MAX_CHARS = 200
 SCALED_AMOUNT = re.compile(
-    rf"(?P<sign>[-−]?\s*\\?\$?\s*)(?P<number>{NUMBER})\s*(?:\\text\s*\{{\s*)?{SCALE}\s*"
+    rf"(?P<sign>[-−]?\s*\\?\$?\s*)(?P<number>{NUMBER})\s*(?:\\text\s*\{{\s*)?{SCALE_WORD}\s*"
     r"(?P<unit>[A-Za-z ]*)\}?",
     re.IGNORECASE,
 )

@@ -10,7 +10,13 @@ from r1_grading.reading.answer import (
     extract,
     unwrap,
 )
-from r1_grading.reading.final_answer import READERS, READINGS, Reading, is_number, read_answer
+from r1_grading.reading.final_answer import (
+    READING_REWARDS,
+    READINGS,
+    Reading,
+    is_number,
+    read_answer,
+)
 from r1_grading.reading.judge_texts import (
     Part,
     break_control_tokens,
@@ -22,4 +28,4 @@ from r1_grading.reading.judge_texts import (
     prepare_texts,
     response_part,
 )
-from r1_grading.reading.languages import HAN, HAN_PER_WORD, LANGUAGES, judged_words
+from r1_grading.reading.languages import HAN_PER_WORD, HAN_RANGES, LANGUAGE_NAMES, judged_words

@@ -83,7 +83,7 @@ BARE_AFTER = re.compile(
 )
 """Only a number after a box: `\\boxed{13}, 12.`"""
 MAX_BARE_CHARS = 120
-STATEMENT = re.compile(
+ANSWER_STATEMENT = re.compile(
     r"(?:(?<!\w)answer\b[\s:*]{0,9}(?:is\b|=)?|答案(?:是|为|等于|[:：]))[\s:*=$]{0,9}"
     # The number ends here, and is not part of a term, a list or a time.
     rf"(?P<number>{NUMBER_PATTERN})(?![\d.,/]*\d|[A-Za-z^_({{\\:])"
@@ -351,4 +351,4 @@ def adjacent_numbers(before: str, after: str = "") -> list[str]:
 
 def stated_numbers(text: str) -> list[str]:
     """Return the numbers called the answer: two in "The answer is 12. … answer: 13"."""
-    return [match["number"] for match in STATEMENT.finditer(text)]
+    return [match["number"] for match in ANSWER_STATEMENT.finditer(text)]

@@ -107,8 +107,8 @@ SCALES = {
     **{"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12},
     **{"万": 4, "亿": 8},
 }
-SCALE = r"(?P<scale>(?:hundred|thousand|million|billion|trillion)(?![A-Za-z-])|万|亿)"
-SCALED_NUMBER = re.compile(rf"(?<![\w.,])(?P<number>{NUMBER})\s*{SCALE}", re.IGNORECASE)
+SCALE_WORD = r"(?P<scale>(?:hundred|thousand|million|billion|trillion)(?![A-Za-z-])|万|亿)"
+SCALED_NUMBER = re.compile(rf"(?<![\w.,])(?P<number>{NUMBER})\s*{SCALE_WORD}", re.IGNORECASE)
 CENTS = re.compile(
     r"(?<![\w.,$])\\?\$?\s*(?P<whole>\d{1,9})\s*(?:dollars?|euros?)?\s+and\s+(?P<cents>\d{1,2})"
     r"\s*cents?\b",
@@ -134,9 +134,9 @@ def _digits(match: re.Match[str]) -> str:
 
 
 # A number with commas between its thousands, or with a fraction after the whole.
-DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+(?: \d+(?=/\d))?)(?:\.\d+)?(?:/\d+)?"
+DIGIT_GROUPS = r"(?:\d{1,3}(?:,\d{3})+|\d+(?: \d+(?=/\d))?)(?:\.\d+)?(?:/\d+)?"
 LAST_NUMBER = re.compile(
-    rf"(?<![\w.,:/^{{\\+*√∛∜-])[-+]?\$?(?P<number>[-+]?{DIGITS})"
+    rf"(?<![\w.,:/^{{\\+*√∛∜-])[-+]?\$?(?P<number>[-+]?{DIGIT_GROUPS})"
     r"(?:\\?%)?(?![\w^{√∛∜⁻]|[.,:/]\d)"
 )
 """A number that no letter, formula or longer number goes on from: not the 2 of x^2 or of 3.14.2."""
@@ -146,7 +146,7 @@ SPACED_THOUSANDS = re.compile(
 )
 """Spaces between the thousands of a number that is all that is stated, `The answer is 1 500.`, or
 has several. In `On day 7 140 eggs hatch` there are two numbers."""
-SIGNS = str.maketrans({**dict.fromkeys("−–‐－", "-"), **dict.fromkeys("⁄∕", "/")})
+SIGN_TRANSLATION = str.maketrans({**dict.fromkeys("−–‐－", "-"), **dict.fromkeys("⁄∕", "/")})
 """Characters that are a minus sign or a fraction's bar."""
 DASH = re.compile(
     r"(?:(?<=[A-Za-z]{2})(?<!\bis)(?<!equals)|(?<=[:)]))\s{0,9}–(?=\s{0,9}\$?\d)", re.IGNORECASE
@@ -175,7 +175,7 @@ NUMBERED = re.compile(
 )
 """A number that tells which one, and joins no other: `On day 7, 140 eggs`, `In 2024, 140 eggs`."""
 # Units from large to small: after a number of the first, one of a later is part of one quantity.
-UNITS = (
+UNIT_NAMES = (
     "years? months? weeks? days? h|hrs?|hours? m|mins?|minutes? s|secs?|seconds?",
     "miles? yards?|yd feet|foot|ft|['′’] inch(?:es)?|in(?![\\s-]*[A-Za-z])|[\"″”]",
     "km|kilomet(?:er|re)s? m|met(?:er|re)s? cm|centimet(?:er|re)s? mm|millimet(?:er|re)s?",
@@ -185,12 +185,12 @@ UNITS = (
     "gallons? quarts? pints? cups?",
     "degrees?|° minutes?|['′’]",
 )
-QUANTITIES = tuple(
+QUANTITY_PATTERNS = tuple(
     (
         re.compile(rf"\d\s{{0,9}}(?:{unit})\.?,?\s{{0,9}}(?:and\s{{1,9}})?$", re.IGNORECASE),
         re.compile(rf"[\s-]{{0,9}}(?:{'|'.join(smaller)})(?![A-Za-z])", re.IGNORECASE),
     )
-    for units in map(str.split, UNITS)
+    for units in map(str.split, UNIT_NAMES)
     for unit, *smaller in (units[i:] for i in range(len(units) - 1))
 )
 """Text around the last number that makes it a part of a quantity: `3 hours 20 minutes`; not in `In
@@ -212,8 +212,8 @@ TERM_AFTER = re.compile(
 """A number before it is the first term of an expression: `13 - x`, `12-13`, `2 ⅝`."""
 FORMULA_TERM_AFTER = re.compile(r"[\s$)]{0,9}[-*/^][\s$(]{0,9}[B-HJ-Z](?![A-Za-z])")
 """The same within a formula, `x = 13 - B`. `The answer is 13 - B` names a choice."""
-HAN = "[\u4e00-\u9fff]"
-HAN_BORDER = re.compile(rf"(?<={HAN})(?=[-+]?[$¥￥]?\d)|(?<=\d)(?={HAN})")
+HAN_CHAR = "[\u4e00-\u9fff]"
+HAN_BORDER = re.compile(rf"(?<={HAN_CHAR})(?=[-+]?[$¥￥]?\d)|(?<=\d)(?={HAN_CHAR})")
 HAN_BEFORE = re.compile(
     r"(?:不|非|未|到|于|过|约|近|负|第|之|多|少|几|[加减乘除或和与])\s{0,9}$|(?:至少|最多|可能|也许)(?:是|有)?\s{0,9}$"
     r"|(?:不是|没有|不等于)\s{0,9}$"
@@ -222,7 +222,7 @@ HAN_AFTER = re.compile(r"\s{0,9}(?:[多余几半倍折成或加减乘除]|左右
 """Chinese words next to a number that change or deny it: `约 15`, `15 多`."""
 LABEL = re.compile(r"\s*(?:\(?[A-Ha-h]\)|[A-H])\s+-")
 """The letter of a choice and a dash, `B - 13`, is no formula either."""
-WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
+SENTENCE_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 DENIAL_BEFORE = re.compile(
     rf"(?:(?:{DENIAL.pattern}"
     r"|\b(?:thought|guessed|claimed)\b"
@@ -248,7 +248,7 @@ ROUNDING_WORDS = re.compile(
 def with_plain_signs(line: str) -> str:
     """Return a line with ASCII minus signs, right before their numbers, ASCII fractions, and spaces
     between Chinese words and numbers."""
-    line = SIGN_APART.sub(r"\1\2", DASH.sub(" - ", line).translate(SIGNS))
+    line = SIGN_APART.sub(r"\1\2", DASH.sub(" - ", line).translate(SIGN_TRANSLATION))
     return HAN_BORDER.sub(" ", line)
 
 
@@ -297,14 +297,14 @@ def _is_joined(before: str, after: str) -> bool:
         return False
     if JOINED_NUMBERS.search(before):
         return True
-    return any(unit.search(before) and smaller.match(after) for unit, smaller in QUANTITIES)
+    return any(unit.search(before) and smaller.match(after) for unit, smaller in QUANTITY_PATTERNS)
 
 
 def _is_term(before: str, number: str, after: str) -> bool:
     """Return whether `number`, between the texts, is a term of an expression."""
     if TERM_BEFORE.search(before) or TERM_AFTER.match(after):
         return True
-    tail = WORD.split(before)[-1]
+    tail = SENTENCE_WORD.split(before)[-1]
     is_open = before.replace("$$", "$").count("$") % 2 == 1
     in_formula = "=" in tail or r"\(" in tail or r"\[" in tail or ("$" in tail and is_open)
     if in_formula and FORMULA_TERM_AFTER.match(after):
@@ -316,7 +316,7 @@ def _is_term(before: str, number: str, after: str) -> bool:
 
 
 MAX_BESIDE_CHARS = 200
-LINKS = r"[\s$*]{0,9}(?:(?:be|is|equal|equals|exactly|to)\b[\s$*]{0,9}){0,3}$"
+LINK_WORDS = r"[\s$*]{0,9}(?:(?:be|is|equal|equals|exactly|to)\b[\s$*]{0,9}){0,3}$"
 OPERATION_BEFORE_BOX = re.compile(
     # A sign: right before the box, after `=` or a bracket, or at the beginning of a formula. With a
     # space or a dollar sign after it, it may also be a dash: `Final answer: - $\boxed{13}$`.
@@ -327,20 +327,20 @@ OPERATION_BEFORE_BOX = re.compile(
     r"|(?:log|ln)\s*(?:_\s*(?:\w|\{[^{}]{0,20}\}))?|not|neg|pm|mp|neq?|[lg]t)\s*\{?[\s$]{0,9}$"
     r"|(?:[<≠√∛]|(?<!^)(?<![-=<>|｜])>)[\s$]{0,9}$"
     r"|(?:\b(?:not|never|cannot|(?<!no )(?<!not )(?:less|more|fewer|greater|other) than|half of"
-    rf"|twice|negative|minus)|n['’]t)\b{LINKS})",
+    rf"|twice|negative|minus)|n['’]t)\b{LINK_WORDS})",
     re.IGNORECASE,
 )
 NO_SUM = "(?<!add )(?<!adds )(?<!adding )(?<!sum )(?<!sums )"
 """`adds up to \\boxed{13}` states a sum."""
 BOUND_BEFORE_BOX = re.compile(
     rf"(?:^\s*[-−–][\s$]{{0,9}}$|\\[lg]eq?\s*\{{?[\s$]{{0,9}}$|\b(?:at (?:least|most)|{NO_SUM}up to"
-    rf"|not? (?:less|more|fewer|greater) than)\b{LINKS})",
+    rf"|not? (?:less|more|fewer|greater) than)\b{LINK_WORDS})",
     re.IGNORECASE,
 )
 """A dash that may be a sign, and bounds, which a question may ask for. They change the box only
 where an answer is alone, in tags."""
 ROUNDED_BOX = re.compile(
-    rf"\b(?:about|approximately|roughly|nearly|almost)\b{LINKS}", re.IGNORECASE
+    rf"\b(?:about|approximately|roughly|nearly|almost)\b{LINK_WORDS}", re.IGNORECASE
 )
 """Words that leave a whole number open, in tags. A decimal is what they round to: `about
 \\boxed{3.14}`."""

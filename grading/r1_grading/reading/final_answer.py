@@ -32,11 +32,11 @@ from r1_grading.reading.marked_answer import marked_answer
 
 Reading = Literal["strict", "tags", "boxed", "last", "auto"]
 READINGS: tuple[str, ...] = get_args(Reading)
-READERS = ("math", "logic", "exact_match")
+READING_REWARDS = ("math", "logic", "exact_match")
 """The rewards whose option `reading` `rewards.reading` sets."""
 NUMERIC_TRUTH = re.compile(r"\s*[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?\s*")
 """A truth that is one number in digits (`is_number`)."""
-EMPHASIS = "*_` "
+EMPHASIS_CHARS = "*_` "
 EMPHASIZED = re.compile(r"(?<![\w)*])\*\*([^*\n]+)\*\*(?![\w(*])")
 MAX_LINE_CHARS = 2_000
 CLOSING_LINE = re.compile(
@@ -155,8 +155,10 @@ def _last_number(visible: str, truth_is_number: bool) -> Extraction | None:
     stated = after_answer_is(line) or line
     if truth_is_number:
         return last_number(stated) or make_extraction(stated, "in the last line")
-    words = stated.strip(EMPHASIS)
-    return make_extraction(words.removesuffix(".").rstrip(EMPHASIS) or words, "in the last line")
+    words = stated.strip(EMPHASIS_CHARS)
+    return make_extraction(
+        words.removesuffix(".").rstrip(EMPHASIS_CHARS) or words, "in the last line"
+    )
 
 
 FINDERS: dict[str, Callable[[str, bool], Extraction | None]] = {

@@ -17,7 +17,7 @@ CONTROL_TOKEN = re.compile(
     r"<(?=/?(?:s|bos|eos|pad|unk)>)|<(?=(?:start|end)_of_turn>)",
     re.IGNORECASE,
 )
-PLACEHOLDERS = re.compile(r"\{(question|response)\}")
+TEMPLATE_PLACEHOLDERS = re.compile(r"\{(question|response)\}")
 
 
 def chain_of_thought(response: str, thought_opened: bool = False) -> str | None:
@@ -66,7 +66,7 @@ def fill_template(template: str, question: str, response: str) -> str:
         response: the part of the response that is read."""
     texts = {"question": question, "response": response}
     # One pass: a question that contains "{response}" keeps it.
-    return PLACEHOLDERS.sub(lambda match: texts[match[1]], template)
+    return TEMPLATE_PLACEHOLDERS.sub(lambda match: texts[match[1]], template)
 
 
 def chat_messages(question: str, response: str) -> list[dict[str, str]]:

@@ -14,9 +14,11 @@ from dataclasses import dataclass
 
 import regex as re  # not Python's: see rewards.py
 
-HAN = "々〆〇\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"
+HAN_RANGES = "々〆〇\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"
 KANA = "\u3041-\u309f\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff\uff66-\uff9d"
-RUNS = re.compile(f"([{HAN}{KANA}]+)|([^\\W\\d_{HAN}{KANA}]+(?:['’][^\\W\\d_{HAN}{KANA}]+)*)")
+RUNS = re.compile(
+    f"([{HAN_RANGES}{KANA}]+)|([^\\W\\d_{HAN_RANGES}{KANA}]+(?:['’][^\\W\\d_{HAN_RANGES}{KANA}]+)*)"
+)
 """A clause in these two scripts, or a word of any other letters ("don't" is one)."""
 HAS_KANA = re.compile(f"[{KANA}]")
 LATIN = re.compile("[A-Za-zªºÀ-ÖØ-öø-\u024f\u1e00-\u1eff\ufb00-\ufb06'’]+")
@@ -34,8 +36,8 @@ GLUED_WORD_LETTERS = 5
 
 # A few symbols and single letters are mathematics, punctuation or emoji. But a language can be
 # spelled in any of them (Morse, Braille, `f,i,r,s,t`), so none may be free without bound.
-SYMBOL = r"(?:[^\w\s]|_)"
-SYMBOL_RUN = re.compile(rf"{SYMBOL}(?:\s*+{SYMBOL})*+")
+SYMBOL_CHAR = r"(?:[^\w\s]|_)"
+SYMBOL_RUN = re.compile(rf"{SYMBOL_CHAR}(?:\s*+{SYMBOL_CHAR})*+")
 """Symbols of any kind with only white space between them."""
 FREE_PER_RUN = 4
 """Symbols that may stand between two operands or words: `)) = (` has four."""
@@ -44,7 +46,7 @@ RARE_RUN = re.compile(
 )
 """A run of symbols outside punctuation and mathematics, which are ASCII, Latin-1, general and CJK
 punctuation, arrows and operators."""
-LANGUAGES = {"en": "English", "zh": "Chinese"}
+LANGUAGE_NAMES = {"en": "English", "zh": "Chinese"}
 FREE_WORDS, FREE_FRACTION = 8, 1 / 2
 """Words of inline code, formulae and identifiers that do not count: FREE_WORDS, and FREE_FRACTION
 of the words of the prose. An explanation of a program may name an identifier in every third
@@ -186,22 +188,22 @@ SPANS = re.compile(
     """,
     re.VERBOSE,
 )
-FUNCTIONS = (
+FUNCTION_NAMES = (
     "arccos|arcsin|arctan|arg|cosh|cos|cot|csc|deg|det|dim|exp|gcd|inf|ker|lcm|lg|lim|ln|log|max|"
     "min|mod|sec|sinh|sin|sup|tanh|tan"
 )
-UNITS = (
+UNIT_SYMBOLS = (
     "GB|GHz|Hz|KB|MB|MHz|MeV|Nm|Pa|TB|cm|dm|eV|ft|hrs?|kB|kHz|kJ|kPa|kV|kW|kWh|keV|kg|km|lbs?|mA|"
     "mL|mV|mg|min|ml|mm|mol|mph|ms|nm|ns|ohm|rad|rpm|secs?|us"
 )
-TOKENS = re.compile(
+TOKEN_PATTERN = re.compile(
     rf"""
     (?<![A-Za-z0-9_])(?:
         https?://[!-~]++
         | www\.[!-~]++
-        | (?:{FUNCTIONS})(?=[\u0370-\u03ff(0-9²³])[\u0370-\u03ff]?      # sinθ, log(x), cos²
-        | (?:{FUNCTIONS})(?![A-Za-z_])
-        | [A-Za-z]{{0,3}}[0-9][0-9.,]*+(?:[ ]?(?:{UNITS})|[A-Za-z]{{1,3}})?(?![A-Za-z])
+        | (?:{FUNCTION_NAMES})(?=[\u0370-\u03ff(0-9²³])[\u0370-\u03ff]?      # sinθ, log(x), cos²
+        | (?:{FUNCTION_NAMES})(?![A-Za-z_])
+        | [A-Za-z]{{0,3}}[0-9][0-9.,]*+(?:[ ]?(?:{UNIT_SYMBOLS})|[A-Za-z]{{1,3}})?(?![A-Za-z])
         | [A-Za-z][a-z]*+(?:[A-Z][a-z]++){{1,3}}(?![A-Za-z])            # camelCase, at most 4 parts
         | [A-Za-z]++(?:[_.][A-Za-z0-9]++){{1,3}}(?![A-Za-z0-9_])        # snake_case, np.array, e.g.
         | [A-Za-z]++\(\)                                                # a call
@@ -219,8 +221,8 @@ FENCED_WEIGHT = 1 / 8
 """The weight of a word in a code block: a program is longer than the text about it."""
 MIN_PROSE_WORDS = 8
 MAX_PROSE_SYMBOLS = 0.04
-NO_WORDS = re.compile(rf"[0-9]|(?:{FUNCTIONS})(?![A-Za-z])")
-AFTER_NUMBER = re.compile(rf"(?<=[0-9.,])(?!(?:{UNITS}|st|nd|rd|th)$)[A-Za-z]{{2,3}}$")
+NO_WORDS = re.compile(rf"[0-9]|(?:{FUNCTION_NAMES})(?![A-Za-z])")
+AFTER_NUMBER = re.compile(rf"(?<=[0-9.,])(?!(?:{UNIT_SYMBOLS}|st|nd|rd|th)$)[A-Za-z]{{2,3}}$")
 """`1the`: the letters are no unit, no ordinal ending and no variable."""
 OPERAND = " 0 "
 """Replaces a removed span, so that the symbols on its two sides stay apart."""
@@ -303,7 +305,7 @@ def prose(text: str) -> Prose:
             inline.extend(AFTER_NUMBER.findall(match[0]))
         return OPERAND
 
-    text = TOKENS.sub(token, SPANS.sub(span, text))
+    text = TOKEN_PATTERN.sub(token, SPANS.sub(span, text))
     text = SPACED_LETTERS.sub(lambda letters: letters[0].replace(" ", ""), text)
     marks += count_marks(text)
     return Prose(text, " ".join(inline), " ".join(fenced), marks)

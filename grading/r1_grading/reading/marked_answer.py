@@ -11,13 +11,13 @@ from r1_grading.reading.answer import MARKER, Extraction, make_extraction
 from r1_grading.reading.context import (
     CHANGE_AFTER,
     DENIAL,
-    DIGITS,
+    DIGIT_GROUPS,
     after_answer_is,
     last_number,
     with_plain_signs,
 )
 
-MARK = re.compile(r"####|answer|答案", re.IGNORECASE)
+ANSWER_MARK = re.compile(r"####|answer|答案", re.IGNORECASE)
 MAX_MARKS = 20
 """Marks that are tried, from the end: each may search the text after it."""
 MAX_LINE_CHARS = 2_000
@@ -29,17 +29,17 @@ EMPHASIZED = re.compile(r"\*\*[^*\n]{1,400}\*\*")
 CHINESE = re.compile(r"答案(?:是|为|等于|[:：])\s*[:：]?")
 HEADING = re.compile(r"(?:the )?(?:final )?answer\s*[:.]?", re.IGNORECASE)
 """A line that announces the answer in the next one."""
-DECORATION = "*_`#>-•:= \t"
+DECORATION_CHARS = "*_`#>-•:= \t"
 UNIT = r"(?:\s(?!(?:so|for|if|or|and|but|plus|minus|times|when|not|is|was|only)\b)[a-z°²³/]{1,20})"
-NUMBER = re.compile(
-    rf"(?:[A-Za-z]\s?=\s?)?(?P<number>[-+]?[\s$€£¥]{{0,2}}[-+]?{DIGITS}\$?(?:\\?%)?){UNIT}{{0,3}}"
+ASSIGNED_NUMBER = re.compile(
+    rf"(?:[A-Za-z]\s?=\s?)?(?P<number>[-+]?[\s$€£¥]{{0,2}}[-+]?{DIGIT_GROUPS}\$?(?:\\?%)?){UNIT}{{0,3}}"
 )
 """One number, with at most its name (`x = 42`) and its unit (`42 miles per hour`)."""
 FORMULA = re.compile(
     r"\$\$?(?P<dollars>[^$\n]{1,400})\$\$?|\\\((?P<round>[^\n]{1,400}?)\\\)"
     r"|\\\[(?P<square>[^\n]{1,400}?)\\\]"
 )
-WORDS = re.compile(r"[^\s.,:;!?]{1,40}(?: [^\s.,:;!?]{1,40}){0,2}")
+TITLE_WORDS = re.compile(r"[^\s.,:;!?]{1,40}(?: [^\s.,:;!?]{1,40}){0,2}")
 """An answer in words: at most three."""
 TITLE = re.compile(
     r"(?:step|case|part|question|problem|section|solution|approach|method|check|verif|explan"
@@ -93,7 +93,7 @@ def marked_answer(visible: str, truth_is_number: bool) -> Extraction | None:
         visible: the text after the thought.
         truth_is_number: whether the truth is a number; other truths may be formulae and words."""
     visible = visible.rstrip()
-    marks = [match.start() for match in MARK.finditer(visible)][-MAX_MARKS:]
+    marks = [match.start() for match in ANSWER_MARK.finditer(visible)][-MAX_MARKS:]
     spans: set[tuple[int, int]] = set()
     for position in reversed(marks):
         start, end = _sentence_around(visible, position)
@@ -104,7 +104,7 @@ def marked_answer(visible: str, truth_is_number: bool) -> Extraction | None:
         if statement is None:
             continue
         value, is_prose, end = statement
-        after = visible[end:].strip(DECORATION + "\n\"”')$")
+        after = visible[end:].strip(DECORATION_CHARS + "\n\"”')$")
         if not after:
             return None
         if _is_quoted(visible, start, end):
@@ -125,7 +125,7 @@ def _sentence_around(text: str, position: int) -> tuple[int, int]:
         start = max(start, position - MAX_LINE_CHARS // 2)
         end = min(end, position + MAX_LINE_CHARS // 2)
     for span in EMPHASIZED.finditer(text, start, end):
-        emphasis = text[span.start() : span.end()].strip(DECORATION)
+        emphasis = text[span.start() : span.end()].strip(DECORATION_CHARS)
         if span.start() < position < span.end() and not HEADING.fullmatch(emphasis):
             return span.span()
     for border in SENTENCE_END.finditer(text, start, end):
@@ -147,13 +147,15 @@ def _stated(text: str, start: int, end: int, truth_is_number: bool) -> tuple[str
     sentence = text[start:end]
     _, marker, marked = sentence.rpartition(MARKER)
     if marker and not marked.startswith("#"):
-        if HEADING.fullmatch(marked.strip(DECORATION)):
+        if HEADING.fullmatch(marked.strip(DECORATION_CHARS)):
             return _stated_below(text, end, truth_is_number)
-        if TITLE.match(marked.strip(DECORATION)) or NUMBERED_TITLE.match(text, end - len(marked)):
+        if TITLE.match(marked.strip(DECORATION_CHARS)) or NUMBERED_TITLE.match(
+            text, end - len(marked)
+        ):
             return None
         value = _value(marked, truth_is_number, words=True)
         return (value, False, end) if value else None
-    if HEADING.fullmatch(sentence.strip(DECORATION)):
+    if HEADING.fullmatch(sentence.strip(DECORATION_CHARS)):
         return _stated_below(text, end, truth_is_number)
     if chinese := CHINESE.search(sentence):
         stated: str | None = sentence[chinese.end() :]
@@ -185,14 +187,14 @@ def _value(stated: str, truth_is_number: bool, words: bool) -> str | None:
     stated = stated.strip().strip("*_`").strip()
     stated = stated.rstrip(".。!！").strip().strip("*_`").strip()
     signed = with_plain_signs(stated)
-    if number := NUMBER.fullmatch(signed):
+    if number := ASSIGNED_NUMBER.fullmatch(signed):
         if CHANGE_AFTER.match(signed, number.end("number")):
             return None
         extraction = last_number(signed)
         return extraction.text if extraction is not None else None
     if formula := FORMULA.fullmatch(stated):
         return next(filter(None, formula.groups()))
-    if truth_is_number or not words or DENIAL.search(stated) or not WORDS.fullmatch(stated):
+    if truth_is_number or not words or DENIAL.search(stated) or not TITLE_WORDS.fullmatch(stated):
         return None
     return stated
 
@@ -216,7 +218,7 @@ def _is_quoted(text: str, start: int, end: int) -> bool:
 
 
 def _mark_at(sentence: str) -> int:
-    match = MARK.search(sentence)
+    match = ANSWER_MARK.search(sentence)
     return match.start() if match else 0
 
 
@@ -228,5 +230,5 @@ def _is_taken_back(value: str, after: str, is_prose: bool) -> bool:
     last = after.rpartition("\n")[2]
     if not is_prose or not CONCLUDING.search(last):
         return False
-    numbers = re.findall(DIGITS, last.rpartition("=")[2])
+    numbers = re.findall(DIGIT_GROUPS, last.rpartition("=")[2])
     return re.sub("[$,%+]", "", value).lstrip("-") not in {n.replace(",", "") for n in numbers}

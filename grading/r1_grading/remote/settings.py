@@ -53,7 +53,7 @@ class ServiceSettings(BaseModel):
         return self.url if urlsplit(self.url).path else f"{self.url}/v1"
 
 
-CAUSES = {
+CAUSE_BY_TYPE = {
     "extra_forbidden": Cause.UNKNOWN,
     "missing": Cause.MISSING,
     "string_too_short": Cause.EMPTY,
@@ -91,7 +91,7 @@ def _fault(error: Mapping[str, Any]) -> tuple[str, Cause]:
     raised = error.get("ctx", {}).get("error")
     if isinstance(raised, UserError):
         return raised.key, raised.cause
-    return ".".join(map(str, error["loc"])), CAUSES.get(error["type"], Cause.MALFORMED)
+    return ".".join(map(str, error["loc"])), CAUSE_BY_TYPE.get(error["type"], Cause.MALFORMED)
 
 
 def _explain(error: Mapping[str, Any], settings_type: type[ServiceSettings]) -> str:

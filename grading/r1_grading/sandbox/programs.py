@@ -18,7 +18,7 @@ from r1_grading.sandbox import host
 from r1_grading.sandbox.limits import Budget, Limits
 from r1_grading.sandbox.run import SandboxError, run
 
-MODULES = (
+PRELOADED_MODULES = (
     "string",
     "re",
     "datetime",
@@ -45,11 +45,11 @@ IDENTIFIER = re.compile(r"[^\W\d]\w*")
 def standard_names() -> dict[str, str]:
     """Return name → the module that provides it."""
     modules: dict[str, str] = {}
-    for module in map(importlib.import_module, MODULES):
+    for module in map(importlib.import_module, PRELOADED_MODULES):
         names = getattr(module, "__all__", None) or vars(module)
         modules |= {name: module.__name__ for name in names if not name.startswith("_")}
     modules = {name: module for name, module in modules.items() if not hasattr(builtins, name)}
-    return modules | {module: module for module in MODULES}
+    return modules | {module: module for module in PRELOADED_MODULES}
 
 
 def names_in(source: str) -> dict[str, str]:

@@ -224,7 +224,7 @@ NUM_OPEN_FILES = 64
 WORK = "/work"
 """The working folder. A program cannot write even there: files in memory do not count against the
 limit on address space, and their number cannot be limited."""
-ENVIRONMENT = {
+PROGRAM_ENVIRONMENT = {
     **{"PATH": "/usr/bin", "HOME": WORK, "TMPDIR": WORK, "LANG": "C.UTF-8", "PYTHONUTF8": "1"},
     # The same answer gets the same reward, even if it depends on the order of a set.
     "PYTHONHASHSEED": "0",
@@ -246,7 +246,7 @@ NAMESPACES = (
     "--as-pid-1",
 )
 LIBRARIES = ("/usr/lib", "/usr/lib32", "/usr/lib64")
-LINKS = ("/lib", "/lib32", "/lib64")
+LIBRARY_LINKS = ("/lib", "/lib32", "/lib64")
 COMPILER_FOLDERS = ("/usr/bin", "/usr/include", "/usr/libexec")
 
 
@@ -326,7 +326,7 @@ def launch(
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             pass_fds=[status_write, filter_read, *fds],
-            env=ENVIRONMENT,
+            env=PROGRAM_ENVIRONMENT,
         )
     finally:
         os.close(status_write)
@@ -360,7 +360,7 @@ def _view(compiler: bool, disk_bytes: int) -> tuple[str, ...]:
     for folder in LIBRARIES + (COMPILER_FOLDERS if compiler else ()):
         if os.path.isdir(folder) and not os.path.islink(folder):
             arguments += ["--ro-bind", folder, folder]
-    for link in LINKS:
+    for link in LIBRARY_LINKS:
         if os.path.islink(link):
             arguments += ["--symlink", str(Path(link).resolve()), link]
         elif os.path.isdir(link):

@@ -58,7 +58,7 @@ truncate 76 45 | ftruncate 77 46 | fallocate 285 47 | fork 57 - | vfork 58 -
 
 MACHINES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 """The machines of the tables' two columns, with their AUDIT_ARCH_* of linux/audit.h."""
-NUMBER, ARCHITECTURE, ARGUMENTS = 0, 4, 16  # offsets in struct seccomp_data
+NUMBER, ARCHITECTURE, ARGUMENT_OFFSETS = 0, 4, 16  # offsets in struct seccomp_data
 LOAD = 0x20
 AND = 0x54
 RETURN = 0x06
@@ -106,10 +106,10 @@ def build_filter(*, compiler: bool) -> bytes:
     ]
     for number in allowed.values():
         program += _if_equal(number, [_instruction(RETURN, ALLOW)])
-    clone_check = [_instruction(LOAD, ARGUMENTS), _instruction(AND, clone_mask)]
+    clone_check = [_instruction(LOAD, ARGUMENT_OFFSETS), _instruction(AND, clone_mask)]
     clone_check += _if_equal(0 if compiler else CLONE_THREAD, [_instruction(RETURN, ALLOW)])
     program += _if_equal(filtered["clone"], [*clone_check, _instruction(RETURN, FAIL)])
-    ioctl_check = [_instruction(LOAD, ARGUMENTS + 8)]
+    ioctl_check = [_instruction(LOAD, ARGUMENT_OFFSETS + 8)]
     for request in (*TERMINAL_QUERIES, *DESCRIPTOR_SETTINGS):
         ioctl_check += _if_equal(request, [_instruction(RETURN, ALLOW)])
     program += _if_equal(filtered["ioctl"], [*ioctl_check, _instruction(RETURN, FAIL)])

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from r1_grading.second_readers.formulas import (
-    FUNCTIONS,
+    MPMATH_FUNCTIONS,
     PI,
     E,
     I,
@@ -43,7 +43,7 @@ GREEK = (
     "xi",
     "eta",
 )
-SPELLINGS = (
+ANSWER_SPELLINGS = (
     (re.compile(r"\\(?:left|right|bigl?|bigr|Bigl?|Bigr|displaystyle|limits)(?![A-Za-z])"), " "),
     (re.compile(r"\\(?:qquad|quad)(?![A-Za-z])|\\[,;:! ]"), " "),
     (re.compile(r"\\[dtc]frac(?![A-Za-z])"), r"\\frac"),
@@ -98,7 +98,7 @@ def parse_answer(text: str) -> Answer:
     """
     if len(text) > MAX_CHARS:
         raise Unsure("a long answer")
-    for pattern, replacement in SPELLINGS:
+    for pattern, replacement in ANSWER_SPELLINGS:
         text = pattern.sub(replacement, text)
     text = text.strip().rstrip(".,; ")
     while match := WRAPPED.match(text):
@@ -323,7 +323,7 @@ class _Parser:
         raise Unsure(f"the sign {text!r}" if kind else "a formula that breaks off")
 
     def _word(self, text: str) -> Node:
-        if text in FUNCTIONS or text in ("log", "sqrt", "pi"):
+        if text in MPMATH_FUNCTIONS or text in ("log", "sqrt", "pi"):
             return self._command(text)
         if len(text) > 1:
             raise Unsure(f"the word {text!r}")
@@ -364,7 +364,7 @@ class _Parser:
             if not self._take("_"):
                 raise Unsure("a logarithm without its base")
             return Node("log", (self._argument(), self._function_argument()))
-        if name in FUNCTIONS:
+        if name in MPMATH_FUNCTIONS:
             power = self._exponent() if self._take("^") else None
             node = Node(name, (self._function_argument(),))
             return node if power is None else Node("power", (node, power))

@@ -1,7 +1,8 @@
 """Formulas as the second reader knows them, and whether two have equal values at random points.
 
-Values of rational operations on numbers are exact (`Fraction`); all others have `DIGITS` digits, so
-that two formulas which agree at all points to `EQUAL` are taken as the same."""
+Values of rational operations on numbers are exact (`Fraction`); all others have `PRECISION_DIGITS`
+digits, so that two formulas which agree at all points to `EQUALITY_TOLERANCE` are taken as the
+same."""
 
 from __future__ import annotations
 
@@ -17,21 +18,21 @@ import mpmath
 
 MAX_BITS = 50_000
 MAX_FACTORIAL = 500
-DIGITS = 100
-EQUAL = mpmath.mpf("1e-60")
+PRECISION_DIGITS = 100
+EQUALITY_TOLERANCE = mpmath.mpf("1e-60")
 """Largest relative difference of equal values, of 100 digits."""
 ROUNDING_TOLERANCE = Fraction(1, 100)
 """Where a side has a decimal, smaller relative differences may be a rounding."""
 NUM_POINTS = 12
 DECADES = -1.0, 3.5
 """Between these powers of ten are the letters' magnitudes, so that |x - 5| is not 5 - x."""
-FUNCTIONS: dict[str, Callable[[Any], Any]] = {
+MPMATH_FUNCTIONS: dict[str, Callable[[Any], Any]] = {
     **{name: getattr(mpmath, name) for name in ("sin", "cos", "tan", "cot", "sec", "csc", "exp")},
     **{"ln": mpmath.log, "asin": mpmath.asin, "acos": mpmath.acos, "atan": mpmath.atan},
     **{"arcsin": mpmath.asin, "arccos": mpmath.acos, "arctan": mpmath.atan},
 }
-SIGNS = {"negative", "plus", "minus", "times", "divided", "power"}
-ARITHMETIC = {"number", "letter", "constant", *SIGNS}
+SIGN_NODES = {"negative", "plus", "minus", "times", "divided", "power"}
+ARITHMETIC = {"number", "letter", "constant", *SIGN_NODES}
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def same_value(expected: Node, answer: Node, seed: str) -> bool | None:
 
 
 def _compare(expected: Node, answer: Node, point: Mapping[str, Any]) -> bool | None:
-    with mpmath.workdps(DIGITS):
+    with mpmath.workdps(PRECISION_DIGITS):
         try:
             left, right = (_value(node, point) for node in (expected, answer))
         except (ZeroDivisionError, OverflowError, ValueError):
@@ -129,7 +130,7 @@ def _compare(expected: Node, answer: Node, point: Mapping[str, Any]) -> bool | N
             if not (mpmath.isfinite(left) and mpmath.isfinite(right)):
                 return None
             size = max(abs(left), abs(right))
-            if abs(left - right) <= EQUAL * size:
+            if abs(left - right) <= EQUALITY_TOLERANCE * size:
                 return True
             is_near = abs(left - right) <= _mp(ROUNDING_TOLERANCE) * size
     return None if is_near and (expected.has_decimal or answer.has_decimal) else False
@@ -199,7 +200,7 @@ def _value(node: Node, point: Mapping[str, Any]) -> Any:
             return _root(_mp(parts[1]), int(parts[0]))
         case "log":
             return mpmath.log(_mp(parts[1])) / mpmath.log(_mp(parts[0]))
-    return FUNCTIONS[node.name](_mp(parts[0]))
+    return MPMATH_FUNCTIONS[node.name](_mp(parts[0]))
 
 
 def _root(base: Any, index: int) -> Any:

@@ -21,8 +21,10 @@ from r1_grading.second_readers.answer_texts import Unsure, parse_answer, same_an
 from r1_grading.truths import accepted_answers
 
 THOUGHT_END = "</think>"
-TAGS = re.compile(r"</?answer>")
-SPECIAL = re.compile(r"\s*(?:<\|[^|<>]{1,40}\|>|<｜[^｜<>]{1,40}｜>|</s>|<eos>|<end_of_turn>)\s*\Z")
+ANSWER_TAG = re.compile(r"</?answer>")
+SPECIAL_TOKEN = re.compile(
+    r"\s*(?:<\|[^|<>]{1,40}\|>|<｜[^｜<>]{1,40}｜>|</s>|<eos>|<end_of_turn>)\s*\Z"
+)
 BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 DELIMITERS = re.compile(r"\\[()\[\]]|[$*`_#]")
 HARMLESS_AFTER = re.compile(r"[\s.,;!]*\Z")
@@ -36,7 +38,7 @@ CHANGES = re.compile(
     re.IGNORECASE,
 )
 """Words that may deny or change a value in their line."""
-STATES = re.compile(
+CONCLUSION_WORDS = re.compile(
     r"(?:(?:so|thus|hence|therefore|then|and)\b,?\s*)?"
     r"(?:(?:the|my|our)\s+)?(?:final\s+|correct\s+)?answer\s*(?:is|:|=|is:)\s*",
     re.IGNORECASE,
@@ -126,7 +128,7 @@ def _plain(text: str) -> str:
 def visible_text(response: str, thought_opened: bool) -> str | None:
     """Return what follows the chain of thought, stripped; None where it never ends."""
     text = response
-    while (shorter := SPECIAL.sub("", text)) != text:
+    while (shorter := SPECIAL_TOKEN.sub("", text)) != text:
         text = shorter
     _, mark, after = text.rpartition(THOUGHT_END)
     if mark:
@@ -145,7 +147,7 @@ def find_answer(visible: str, reading: Reading) -> str | None:
         Unsure: the answer may be stated in a form that has no rule here."""
     if not visible:
         return None
-    tags = list(TAGS.finditer(visible))
+    tags = list(ANSWER_TAG.finditer(visible))
     if reading in ("strict", "tags", "auto") and tags:
         if [tag[0] for tag in tags] != ["<answer>", "</answer>"]:
             raise Unsure("several or unclosed answer tags")
@@ -213,7 +215,7 @@ def _last_line(visible: str) -> str:
     stating = [
         number
         for number, line in enumerate(lines)
-        if "####" in line or STATES.match(line) is not None
+        if "####" in line or CONCLUSION_WORDS.match(line) is not None
     ]
     if len(stating) > 1:
         raise Unsure("several marks")
@@ -225,4 +227,4 @@ def _last_line(visible: str) -> str:
     line = lines[number].rpartition("####")[2]
     if CHANGES.search(line) or re.search(r"(?:\A|\s)[-–]\s", line):
         raise Unsure("a sentence, or an item of a list")
-    return STATES.sub("", line.strip(), count=1).strip()
+    return CONCLUSION_WORDS.sub("", line.strip(), count=1).strip()

@@ -44,7 +44,7 @@ from r1_kernels.policy_terms import (
 # 3.4 MB are moved, so the time is that of one program; with 64 programs half the SMs would idle.
 # Nothing in the code decides between 256 / 2 and 512 / 4: the same threads in other programs.
 # The series of k3 near 0 came later: 18 instructions per token and 5 registers more in each.
-BLOCK = 512
+TOKENS_PER_BLOCK = 512
 NUM_WARPS = 4
 # 8 floats per thread in loads of 4 bytes, because a sequence may start at any element; adjacent
 # threads load adjacent elements, so that a warp's 128 bytes are still one line of memory. 29 KiB
@@ -191,7 +191,7 @@ def policy_terms_kernel(
 ):
     """Compute the terms of BLOCK tokens and their part of the loss; grid (ceil(T / BLOCK),)."""
     block = tl.program_id(0).to(tl.int64)
-    token = block * BLOCK + tl.arange(0, BLOCK)
+    token = block * TOKENS_PER_BLOCK + tl.arange(0, TOKENS_PER_BLOCK)
     in_bounds = token < num_tokens
     weight = _read(tokens.weights, token, in_bounds)
     logprob = _read(tokens.logprobs, token, in_bounds)
@@ -221,7 +221,7 @@ def policy_terms_kernel(
         IS_CISPO,
     )
     token_loss = -importance * surrogate
-    kl = tl.zeros((BLOCK,), tl.float32)
+    kl = tl.zeros((TOKENS_PER_BLOCK,), tl.float32)
     if HAS_REF:
         kl, d_kl = _kl(tl.where(unmasked, g, 0.0), ESTIMATOR)
         token_loss += limits.kl_beta * kl
@@ -247,10 +247,10 @@ def segment_sums_kernel(
     start = tl.load(cu_seqlens + sequence).to(tl.int64)
     end = tl.load(cu_seqlens + sequence + 1).to(tl.int64)
     first = values + start
-    running = tl.zeros((BLOCK,), tl.float32)
+    running = tl.zeros((TOKENS_PER_BLOCK,), tl.float32)
     length = (end - start).to(tl.int32)
-    for offset in range(0, length, BLOCK):
-        token = offset + tl.arange(0, BLOCK)
+    for offset in range(0, length, TOKENS_PER_BLOCK):
+        token = offset + tl.arange(0, TOKENS_PER_BLOCK)
         running += tl.load(first + token, mask=token < length, other=0.0).to(tl.float32)
     tl.store(sums + sequence, tl.sum(running, 0))
 
@@ -262,7 +262,7 @@ def policy_terms(tokens: TokenTensors, settings: PolicySettings) -> PolicyTerms:
     count = len(logprobs)
     shapes = {name: t.shape for name, t in tensors._asdict().items() if t is not None}
     assert set(shapes.values()) == {(count,)}, shapes
-    blocks = triton.cdiv(count, BLOCK)
+    blocks = triton.cdiv(count, TOKENS_PER_BLOCK)
     device = logprobs.device
     loss = torch.empty(blocks, dtype=torch.float32, device=device)
     outputs = torch.empty(6, count, dtype=torch.float32, device=device)
@@ -280,7 +280,7 @@ def policy_terms(tokens: TokenTensors, settings: PolicySettings) -> PolicyTerms:
                 HAS_LOG_RATIO=tensors.log_ratio is not None,
                 HAS_DUAL_CLIP=settings.dual_clip is not None,
                 IS_CISPO=settings.objective == "cispo",
-                BLOCK=BLOCK,
+                BLOCK=TOKENS_PER_BLOCK,
                 num_warps=NUM_WARPS,
                 enable_fp_fusion=True,
             )

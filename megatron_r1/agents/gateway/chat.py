@@ -12,7 +12,7 @@ from megatron_r1.agents.answer_parser import PARSE_ERROR, tool_call
 from megatron_r1.agents.gateway.body import NO_DEFAULT, SAMPLING, Body, content_text, stop_strings
 from megatron_r1.agents.gateway.request import Message, RequestError, TurnReply, TurnRequest
 
-NEUTRAL = SAMPLING | {"reasoning_effort": None, "verbosity": None}
+NEUTRAL_VALUES = SAMPLING | {"reasoning_effort": None, "verbosity": None}
 IGNORED_FIELDS = (
     "metadata",
     "moderation",
@@ -44,7 +44,7 @@ def parse_request(body: Body, stored: object) -> TurnRequest:
     messages = [_message(message) for message in body.take_objects("messages")]
     require_turn(messages, "messages")
     tools = [_tool(tool) for tool in body.take_objects("tools", [])]
-    options = body.options(NEUTRAL)
+    options = body.options(NEUTRAL_VALUES)
     choice = body.take("tool_choice", (str, dict), "auto")
     if choice == "none":
         # Left out of the prompt: to forbid the calls while sampling would change the distribution.

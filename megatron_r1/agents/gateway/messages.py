@@ -12,7 +12,7 @@ from megatron_r1.agents.gateway import chat
 from megatron_r1.agents.gateway.body import Body, content_text, stop_strings
 from megatron_r1.agents.gateway.request import Message, RequestError, TurnReply, TurnRequest, event
 
-NEUTRAL = {
+NEUTRAL_VALUES = {
     "temperature": None,
     "top_p": None,
     "top_k": None,
@@ -50,7 +50,7 @@ def parse_request(body: Body, stored: object) -> TurnRequest:
     sent = [message for entry in body.take_objects("messages") for message in _messages(entry)]
     chat.require_turn(sent, "messages")
     tools = [_tool(tool) for tool in body.take_objects("tools", [])]
-    options = body.options(NEUTRAL)
+    options = body.options(NEUTRAL_VALUES)
     choice = Body(body.take("tool_choice", dict, {"type": "auto"}), "tool_choice")
     is_single = choice.take("disable_parallel_tool_use", bool, False)
     kind = choice.take_choice("type", ("auto", "any", "tool", "none"), "auto")

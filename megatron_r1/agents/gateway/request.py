@@ -11,7 +11,7 @@ import msgspec
 
 from megatron_r1.engines.server.responses import Response
 
-MODEL = "policy"
+SERVED_MODEL = "policy"
 """The model's name in /v1/models; a request may have any other."""
 Message = dict[str, Any]
 """A chat message in OpenAI's form; content is text, arguments of tool calls are JSON text."""

@@ -11,7 +11,7 @@ from megatron_r1.agents.gateway.body import Body, content_text
 from megatron_r1.agents.gateway.request import Message, RequestError, TurnReply, TurnRequest, event
 
 CONTENT_TYPES = ("input_text", "output_text", "text")
-NEUTRAL = {"temperature": None, "top_p": None, "top_k": -1, "reasoning": None}
+NEUTRAL_VALUES = {"temperature": None, "top_p": None, "top_k": -1, "reasoning": None}
 # max_tool_calls limits OpenAI's built-in tools, which this gateway does not have.
 IGNORED_FIELDS = (*chat.IGNORED_FIELDS, "include", "stream_options", "max_tool_calls")
 
@@ -40,7 +40,7 @@ def parse_request(body: Body, stored: Mapping[str, list[Message]]) -> TurnReques
     instructions = body.take("instructions", str, None)
     system = [] if instructions is None else [{"role": "system", "content": instructions}]
     tools = [_tool(tool) for tool in body.take_objects("tools", [])]
-    options = body.options(NEUTRAL)
+    options = body.options(NEUTRAL_VALUES)
     text = Body(body.take("text", dict, {}), "text")
     options |= {f"text.{name}": value for name, value in text.options({"verbosity": None}).items()}
     text.take_fixed(format={"type": "text"})

@@ -20,7 +20,13 @@ from megatron_r1.agents.answer_parser import AnswerReader, Parser, require_finis
 from megatron_r1.agents.continuation import Continuation, NextPrompt, RenderError, continue_tokens
 from megatron_r1.agents.gateway import chat, messages, responses, tokens
 from megatron_r1.agents.gateway.body import Body
-from megatron_r1.agents.gateway.request import MODEL, Message, RequestError, TurnReply, TurnRequest
+from megatron_r1.agents.gateway.request import (
+    SERVED_MODEL,
+    Message,
+    RequestError,
+    TurnReply,
+    TurnRequest,
+)
 from megatron_r1.agents.gateway.session import (
     GatewaySession,
     SampledTurn,
@@ -273,7 +279,7 @@ class Gateway:
             message = await self._reader.read(
                 text, response.token_ids, prompt_ids, request.tools, request.max_calls
             )
-        model = request.model or MODEL
+        model = request.model or SERVED_MODEL
         reply = TurnReply(model, num_prompt, response, message, stop_string)
         return SampledTurn(prompt, request, reply)
 
@@ -325,10 +331,10 @@ class Gateway:
         self, wire_format: WireFormat, session: GatewaySession, http_request: web.Request
     ) -> web.StreamResponse:
         """Reply with the one model that there is, in the forms of OpenAI, vLLM and Anthropic."""
-        model = {"id": MODEL, "object": "model", "created": 0, "owned_by": "megatron-r1"}
+        model = {"id": SERVED_MODEL, "object": "model", "created": 0, "owned_by": "megatron-r1"}
         model |= {"max_model_len": session.sampling.max_model_len}  # as vLLM
         date = "1970-01-01T00:00:00Z"
-        model |= {"type": "model", "display_name": MODEL, "created_at": date}  # Anthropic
+        model |= {"type": "model", "display_name": SERVED_MODEL, "created_at": date}  # Anthropic
         return _json({"object": "list", "data": [model], "has_more": False})
 
     async def _refuse_path(

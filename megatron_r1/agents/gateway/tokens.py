@@ -12,7 +12,7 @@ from megatron_r1.agents.gateway import chat
 from megatron_r1.agents.gateway.body import SAMPLING, Body
 from megatron_r1.agents.gateway.request import RequestError, TurnReply, TurnRequest
 
-NEUTRAL = SAMPLING | {"stop_token_ids": None, "min_tokens": 0, "ignore_eos": None}
+NEUTRAL_VALUES = SAMPLING | {"stop_token_ids": None, "min_tokens": 0, "ignore_eos": None}
 IGNORED_FIELDS = (
     "skip_special_tokens",
     "spaces_between_special_tokens",
@@ -47,7 +47,7 @@ def parse_request(body: Body, stored: object) -> TurnRequest:
         [],
         model,
         max_tokens=sampling.take_positive("max_tokens"),
-        options=sampling.options(NEUTRAL),
+        options=sampling.options(NEUTRAL_VALUES),
         token_ids=token_ids,
     )
     sampling.finish()

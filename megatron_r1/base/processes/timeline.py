@@ -17,12 +17,12 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
-FOLDER = "MEGATRON_R1_TIMELINE"
+FOLDER_VARIABLE = "MEGATRON_R1_TIMELINE"
 FLUSH_SECONDS = 0.5
-STEP = "step"
-CPU = "cpu"
+STEP_KIND = "step"
+CPU_KIND = "cpu"
 POINT = "point"
-IDLE = "controller/idle"
+IDLE_SPAN = "controller/idle"
 SHORTEST_IDLE = 1e-4
 """Seconds; shorter waits of an event loop count as work."""
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -47,7 +47,7 @@ class _Writer:
         with self._lock:
             self._next = now + FLUSH_SECONDS
             lines, self._lines = self._lines, []
-            lines.append((CPU, now, time.process_time()))
+            lines.append((CPU_KIND, now, time.process_time()))
             with self._path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(line) + "\n" for line in lines)
 
@@ -69,7 +69,7 @@ class _Span:
 
 @functools.cache
 def _writer() -> _Writer | None:
-    folder = os.environ.get(FOLDER)
+    folder = os.environ.get(FOLDER_VARIABLE)
     return _Writer(Path(folder)) if folder else None
 
 
@@ -91,7 +91,7 @@ def begin_step(number: int) -> None:
     """Record that the controller begins step `number`."""
     if writer := _writer():
         now = time.monotonic()
-        writer.add(f"{STEP}/{number}", now, now)
+        writer.add(f"{STEP_KIND}/{number}", now, now)
 
 
 def mark(name: str) -> None:
@@ -139,7 +139,7 @@ def watch_waiting(loop: asyncio.AbstractEventLoop) -> None:
         ready = select(timeout)
         end = time.monotonic()
         if end - start >= SHORTEST_IDLE:
-            writer.add(IDLE, start, end)
+            writer.add(IDLE_SPAN, start, end)
         return ready
 
     selector.select = timed_select

@@ -31,7 +31,7 @@ TEXTS = (
     "Ä ü ß 漢字 \u2200x \U0001f600",
 )
 RANDOM_LENGTHS = (48, 17)
-QUESTION = "What is 2 + 3?"
+PROBE_QUESTION = "What is 2 + 3?"
 
 
 def main(folder: Path, dtype: str, with_mtp: bool, plain_folder: Path) -> ReferenceResult:
@@ -132,7 +132,7 @@ def _remedy(folder: Path, tokenizer: Any, last: int) -> str:
 def _check_template(folder: Path, tokenizer: Any) -> None:
     """Raise UserError unless the chat template has the question in it, and its text has the same
     tokens as the template itself."""
-    messages = [{"role": "user", "content": QUESTION}]
+    messages = [{"role": "user", "content": PROBE_QUESTION}]
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         ids = tokenizer.apply_chat_template(
@@ -144,7 +144,7 @@ def _check_template(folder: Path, tokenizer: Any) -> None:
             key="chat_template",
             cause=Cause.FAILED,
         ) from error
-    if QUESTION not in text:
+    if PROBE_QUESTION not in text:
         raise UserError(
             f"{folder}: the chat template leaves out the question: {text!r}",
             key="chat_template",

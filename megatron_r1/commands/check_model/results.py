@@ -6,7 +6,7 @@ import msgspec
 
 from megatron_r1.base.errors import Cause
 
-TOLERANCE = 1e-4
+LOGPROB_TOLERANCE = 1e-4
 """The largest difference in float32; about 1e-5 is seen, of sums in another order."""
 
 
@@ -33,7 +33,7 @@ class ReferenceResult(msgspec.Struct):
     def tolerance(self) -> float:
         """The largest difference that counts as agreement: both sides have rounding of their
         own."""
-        return max(TOLERANCE, 2 * self.noise)
+        return max(LOGPROB_TOLERANCE, 2 * self.noise)
 
 
 class Refusal(msgspec.Struct):

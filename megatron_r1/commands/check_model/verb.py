@@ -54,7 +54,7 @@ from megatron_r1.models.weights.layout import num_parameters, recipe_stages
 from megatron_r1.trainer.operations import ProbingOperations
 from megatron_r1.trainer.training_sample import Sample
 
-ENGINE = "engine-0"
+ENGINE_NAME = "engine-0"
 MAX_LENGTH = 256
 """The most tokens of a sequence and its one new token; the sequences of the reference are
 shorter."""
@@ -117,7 +117,7 @@ async def compare_with_vllm(
             client = fleet.engines[0].client
             replies = [await client.compute_logprobs(ids, 1) for ids in reference.sequences]
         except EngineError as error:
-            return NotCompared(describe_failure(error, scratch, ENGINE))
+            return NotCompared(describe_failure(error, scratch, ENGINE_NAME))
     pairs = zip(replies, reference.logprobs, strict=True)
     return max(
         abs(a - b) for scored, expected in pairs for a, b in zip(scored, expected, strict=True)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-PHASES = (
+COMPARED_PHASES = (
     "questions",
     "responses",
     "engine log-probabilities",
@@ -26,7 +26,7 @@ class RunDifference:
 
     Attributes:
         step: the training step.
-        phase: one of `PHASES`.
+        phase: one of `COMPARED_PHASES`.
         name: what differs: a metric, a tensor, or a response and its token.
         values: the two values, as text.
         distance: the relative distance; infinite where it has no meaning.
@@ -48,7 +48,7 @@ class RunDifference:
     def order(self) -> tuple[int, int, bool, float]:
         """The key that sorts by the time at which a difference can begin; in a phase tensors come
         before the metrics of them, and the largest first."""
-        return self.step, PHASES.index(self.phase), not self.place, -self.distance
+        return self.step, COMPARED_PHASES.index(self.phase), not self.place, -self.distance
 
     def as_json(self) -> dict[str, Any]:
         """Return the fields; a distance without meaning is null."""

@@ -5,8 +5,8 @@ of metrics.jsonl.
 their dtype (2^-24 in float32, 2^-8 in bfloat16) times the root of the number of terms, and more
 where terms cancel, as in gradients. The distance of two tensors is |a - b| / |a| in the Euclidean
 norm, that of two numbers |a - b| / max(|a|, |b|), that of two log-probabilities |a - b|. Up to
-`ROUNDING` (of `why.comparison`) it counts as rounding, a choice for which docs/compare.md has
-measurements. Texts, integers and missing values are never equal to rounding."""
+`ROUNDING_BY_DTYPE` (of `why.comparison`) it counts as rounding, a choice for which docs/compare.md
+has measurements. Texts, integers and missing values are never equal to rounding."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -23,7 +23,7 @@ from megatron_r1.base.files.framed_records import FramedFile
 from megatron_r1.commands.compare.difference import RunDifference
 from megatron_r1.controller.rollouts.group_records import GroupRecord, ResponseRecord, decode
 from megatron_r1.reporting.formatting import format_count
-from megatron_r1.why.comparison import ROUNDING
+from megatron_r1.why.comparison import ROUNDING_BY_DTYPE
 
 MAX_NAMED = 5
 """As many groups that cannot be compared are named."""
@@ -44,7 +44,7 @@ def is_rounding(distance: float, dtype: str) -> bool:
     Args:
         distance: as `RunDifference.distance`.
         dtype: "float32" or "bfloat16"."""
-    return distance <= ROUNDING[dtype]
+    return distance <= ROUNDING_BY_DTYPE[dtype]
 
 
 NOT_COMPARED = (

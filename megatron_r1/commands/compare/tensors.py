@@ -23,11 +23,11 @@ from megatron_r1.trainer.checkpoints.checkpoint_folders import (
     read_manifest,
 )
 
-VOCABULARY = ("word_embeddings.weight", "output_layer.weight")
+VOCABULARY_TENSORS = ("word_embeddings.weight", "output_layer.weight")
 """Ends of the names of tensors with a row for each token."""
 PIECE_BYTES = 64 * 2**20
 """About as much of a tensor is read at a time, from each of the two."""
-MOMENTS = ("exp_avg.", "exp_avg_sq.")
+MOMENT_PREFIXES = ("exp_avg.", "exp_avg_sq.")
 NOT_LAYOUT = ("run_state.json", "metadata.json")
 """Files whose bytes say nothing of tensors."""
 
@@ -109,7 +109,7 @@ def _are_alike(name: str, first: tuple[int, ...] | None, second: tuple[int, ...]
     which a layout pads to a multiple of its tensor ranks."""
     if first is None or second is None:
         return False
-    is_padded = name.endswith(VOCABULARY) and len(first) == len(second)
+    is_padded = name.endswith(VOCABULARY_TENSORS) and len(first) == len(second)
     return first == second or (is_padded and first[1:] == second[1:])
 
 
@@ -121,7 +121,7 @@ def phase_and_name(key: str) -> tuple[str, str]:
     for optimizer in ("optimizer.state.", "critic_optimizer.state."):
         if key.startswith(optimizer):
             name = key.removeprefix(optimizer)
-            if name.startswith(MOMENTS):
+            if name.startswith(MOMENT_PREFIXES):
                 return "gradient", name
             return "update", name
     if key.startswith("reference."):
@@ -235,12 +235,12 @@ def _pieces(chunks: Iterable[Piece], itemsize: int, rows: int) -> Iterator[Piece
             yield rank, [first, *starts[1:]], [min(size, end - first), *sizes[1:]]
 
 
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_BITS_DTYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _differing_bits(first: Tensor, second: Tensor) -> Tensor:
     """Return where two tensors of one dtype differ in any bit, of their shape."""
-    bits = _BITS[first.dtype.itemsize]
+    bits = _BITS_DTYPES[first.dtype.itemsize]
     return first.contiguous().view(bits) != second.contiguous().view(bits)
 
 

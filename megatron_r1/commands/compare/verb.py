@@ -38,7 +38,7 @@ from megatron_r1.trainer.checkpoints.checkpoint_folders import (
     checkpoint_step,
     complete_checkpoints,
 )
-from megatron_r1.why.comparison import ROUNDING
+from megatron_r1.why.comparison import ROUNDING_BY_DTYPE
 
 ARGUMENTS = ("RUN", "OTHER_RUN")
 SETTINGS = ()
@@ -141,7 +141,7 @@ def compare(first: Path, second: Path) -> RunComparison:
             cause=Cause.EMPTY,
         )
     # The coarser of the two bounds what can be expected.
-    dtype = max(map(_dtype, folders, settings), key=ROUNDING.__getitem__)
+    dtype = max(map(_dtype, folders, settings), key=ROUNDING_BY_DTYPE.__getitem__)
     differences: list[RunDifference] = []
     damaged: list[str] = []
     num_logs = 0
@@ -198,10 +198,10 @@ def _dtype(folder: RunFolder, settings: dict[str, Any]) -> str:
         UserError: its config.yaml does not say so.
     """
     dtype = settings.get("model.dtype")
-    if dtype not in ROUNDING:
+    if dtype not in ROUNDING_BY_DTYPE:
         raise UserError(
             f"{folder.config_path}: model.dtype is {value_text(settings, 'model.dtype')}, not one "
-            f"of {', '.join(ROUNDING)}; restore the file",
+            f"of {', '.join(ROUNDING_BY_DTYPE)}; restore the file",
             key="RUN",
             cause=Cause.MALFORMED,
         )

@@ -55,8 +55,8 @@ from megatron_r1.models.weights.formats.tensor_files import (
 from megatron_r1.reporting.formatting import format_count
 from megatron_r1.trainer.checkpoints import checkpoint_folders
 
-ROOT = Path(__file__).resolve().parents[3]
-TOLERANCE = 1e-3
+REPOSITORY = Path(__file__).resolve().parents[3]
+LOGIT_TOLERANCE = 1e-3
 """Relative to the logits' standard deviation; fp32 sums in another order usually give 1e-5."""
 
 _BYTES_PER_PARAMETER = 6  # fp32, and half as much again while loading
@@ -125,10 +125,11 @@ def _same_logits(checkpoint: Path, folder: Path, dtype: torch.dtype, rounded: st
         _write_logits("transformers", folder, transformers_logits)
         expected, exported = torch.load(megatron_logits), torch.load(transformers_logits)
     gap = float((expected - exported).abs().max() / expected.std())
-    if not gap <= TOLERANCE:
+    if not gap <= LOGIT_TOLERANCE:
         raise UserError(
             f"transformers' logits of {folder} differ from Megatron's of {checkpoint} by {gap:.2g} "
-            f"of their standard deviation (at most {TOLERANCE:g}): do not use it; compare the "
+            f"of their standard deviation (at most {LOGIT_TOLERANCE:g}): do not use it; compare "
+            "the "
             "tensors with megatron-r1 convert verify",
             key="out",
             cause=Cause.CONFLICT,
@@ -137,7 +138,7 @@ def _same_logits(checkpoint: Path, folder: Path, dtype: torch.dtype, rounded: st
 
 
 def _write_logits(library: str, *arguments: str | Path) -> None:
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
     process = subprocess.run(
         [
             sys.executable,
@@ -279,7 +280,9 @@ def _write_tensor(
     if name in stacked:
         return
     scale_row = scales.shape[1] * scales.dtype.itemsize if scales else 0
-    for first, count in work_folder.stripes(placed.shape, published_layout.BLOCK if scales else 1):
+    for first, count in work_folder.stripes(
+        placed.shape, published_layout.FP8_BLOCK_SIZE if scales else 1
+    ):
         values = weights.read(name, 0, first, count)
         if scales:
             values, inverse = quantized_blocks.quantize_fp8(
@@ -287,7 +290,9 @@ def _write_tensor(
                 known_scales.rows(name, first, count),
                 power_of_two=known_scales.power_of_two,
             )
-            write_at(file, scales.offset + first // published_layout.BLOCK * scale_row, inverse)
+            write_at(
+                file, scales.offset + first // published_layout.FP8_BLOCK_SIZE * scale_row, inverse
+            )
         write_at(file, placed.offset + first * row, values.to(placed.dtype))
 
 

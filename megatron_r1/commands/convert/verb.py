@@ -14,7 +14,7 @@ from pathlib import Path
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.commands.convert import from_hf, to_hf, verify
 
-DTYPES = ("bfloat16", "float32", "float16", "fp8")
+EXPORT_DTYPES = ("bfloat16", "float32", "float16", "fp8")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -30,7 +30,7 @@ def _parser() -> argparse.ArgumentParser:
     exporter.add_argument("checkpoint", type=Path, help="a checkpoint folder, or a run's folder")
     exporter.add_argument("out", type=Path, help="the folder to create")
     exporter.add_argument(
-        "--dtype", choices=DTYPES, help="of the weights; default: the checkpoint's"
+        "--dtype", choices=EXPORT_DTYPES, help="of the weights; default: the checkpoint's"
     )
     exporter.add_argument("--max-file-bytes", type=int, default=5 * 10**9, help="of a weight file")
     exporter.add_argument(
@@ -48,7 +48,9 @@ def _parser() -> argparse.ArgumentParser:
     importer.add_argument("hf", type=Path, metavar="HF_DIR", help="config.json and safetensors")
     importer.add_argument("out", type=Path, help="the folder to create")
     importer.add_argument(
-        "--dtype", choices=DTYPES[:3], help="of the weights; default: the folder's, of FP8 bfloat16"
+        "--dtype",
+        choices=EXPORT_DTYPES[:3],
+        help="of the weights; default: the folder's, of FP8 bfloat16",
     )
     importer.add_argument(
         "--names",

@@ -147,7 +147,7 @@ def _compare_tensor(sides: ModelPair, name: str) -> TensorDifference | None:
     lossy = (a == published_layout.FP8_DTYPE) != (b == published_layout.FP8_DTYPE)
     count, largest = 0, -1.0
     location: tuple[int, ...] = ()
-    for first, rows in work_folder.stripes(shape, published_layout.BLOCK):
+    for first, rows in work_folder.stripes(shape, published_layout.FP8_BLOCK_SIZE):
         x, y = (side.read(name, 0, first, rows) for side in pair)
         if lossy:
             unequal = _beyond_rounding(pair, name, first, x.float(), y.float())
@@ -205,7 +205,10 @@ def _beyond_rounding(
     scales = quantized_side.scales(name) if isinstance(quantized_side, HFWeights) else None
     assert scales is not None, f"{quantized_side.path}: {name} is FP8 without scales"
     plain_values = x if quantized_side is pair[1] else y
-    rows = slice(first // published_layout.BLOCK, -(-(first + len(x)) // published_layout.BLOCK))
+    rows = slice(
+        first // published_layout.FP8_BLOCK_SIZE,
+        -(-(first + len(x)) // published_layout.FP8_BLOCK_SIZE),
+    )
     scale = quantized_blocks.spread_scales(scales[rows], x.shape)
     allowed = torch.maximum(plain_values.abs() * 2**-4, scale * 2**-10)
     # The scale itself is rounded, and the plain values may have been rounded to bf16.

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from megatron_r1.trainer.batch import LossHead, PackedBatch
     from megatron_r1.trainer.losses import LossTerms
 
-MASKS = {method: f"{__name__}.engine_mask:{method}_mask" for method in ("token", "sequence")}
+MASK_FUNCTIONS = {
+    method: f"{__name__}.engine_mask:{method}_mask" for method in ("token", "sequence")
+}
 """By `rl.engine_mask`, the "module:function" of a `trainer.whole_responses.WithinBounds`, which
 compares the engine with π_old."""
 

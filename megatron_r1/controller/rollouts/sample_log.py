@@ -44,7 +44,7 @@ def step_log_path(folder: Path, step: int) -> Path:
 
 
 SYNC_SECONDS = 1.0
-_NAME = re.compile(r"step_(\d{8,})\.log")
+_FILE_NAME = re.compile(r"step_(\d{8,})\.log")
 
 
 class SampleLog:
@@ -166,7 +166,7 @@ class SampleLog:
 
     def _remove(self, last_step: float) -> None:
         for path in self.folder.glob("step_*.log"):
-            match = _NAME.fullmatch(path.name)
+            match = _FILE_NAME.fullmatch(path.name)
             if match and int(match[1]) <= last_step:
                 path.unlink()
                 self._close(path)

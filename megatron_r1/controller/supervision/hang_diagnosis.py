@@ -37,8 +37,8 @@ STACK_LINES = 150
 """The most lines of stacks that a report has of one engine."""
 STACK_SIGNAL = signal.SIGUSR2
 """The signal on which a process of an engine writes its stacks to its log (`engines.plugin`)."""
-TOKENS = re.compile(r"^vllm:generation_tokens_total(?:\{.*\})? (\S+)$", re.MULTILINE)
-STATES = {
+TOKEN_COUNTER = re.compile(r"^vllm:generation_tokens_total(?:\{.*\})? (\S+)$", re.MULTILINE)
+PROCESS_STATES = {
     "tracing-stop": "stopped by a debugger",
     "disk-sleep": "in the kernel, on a disk or a device",
 }
@@ -140,7 +140,7 @@ def _process_state(process: int) -> str:
     state = process_table.process_state(process)
     if state is None:
         return f"process {process} has ended"
-    return f"process {process} is {STATES.get(state, state)}"
+    return f"process {process} is {PROCESS_STATES.get(state, state)}"
 
 
 def _ranks(ranks: list[int], limit: int = 16) -> str:
@@ -196,7 +196,7 @@ async def count_tokens(rollouts: RolloutCollector) -> int:
         with contextlib.suppress(EngineError, TimeoutError):
             async with asyncio.timeout(ANSWER_SECONDS):
                 body = await engine.client.request("GET", "/metrics")
-            return sum(float(count) for count in TOKENS.findall(body.decode()))
+            return sum(float(count) for count in TOKEN_COUNTER.findall(body.decode()))
         return 0.0
 
     up = [engine for engine in rollouts.fleet.engines if engine.is_up and engine.client.url]

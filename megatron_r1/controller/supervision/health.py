@@ -21,7 +21,7 @@ from megatron_r1.controller.supervision.run_handles import RunHandles
 from megatron_r1.controller.supervision.watchdog import Watchdog
 
 ADDRESS_FILE = "health_address"
-PREFIX = "megatron_r1_"
+METRIC_PREFIX = "megatron_r1_"
 COUNTED_METRICS = ("trainer/restarts", "engines/restarts")
 """Keys of a metrics line that have counters of their own in /metrics."""
 
@@ -180,10 +180,10 @@ def _rollout_metrics(rollouts: RolloutCollector) -> Iterator[Metric]:
     open_groups: dict[str, float] = {phase: in_flight.count(phase) for phase in PHASES}
     yield _gauges("groups_open", "groups that are not finished", "doing", open_groups)
     grades = CounterMetricFamily(
-        f"{PREFIX}grader_results", "results of reward workers", labels=["result"]
+        f"{METRIC_PREFIX}grader_results", "results of reward workers", labels=["result"]
     )
     levels = GaugeMetricFamily(
-        f"{PREFIX}grader_jobs", "grading jobs that are not done", labels=["state"]
+        f"{METRIC_PREFIX}grader_jobs", "grading jobs that are not done", labels=["state"]
     )
     for name, count in rollouts.pool.snapshot().items():
         (levels if name in LEVELS else grades).add_metric([name], count)
@@ -191,15 +191,15 @@ def _rollout_metrics(rollouts: RolloutCollector) -> Iterator[Metric]:
 
 
 def _gauge(name: str, meaning: str, value: float) -> Metric:
-    return GaugeMetricFamily(PREFIX + name, meaning, value=float(value))
+    return GaugeMetricFamily(METRIC_PREFIX + name, meaning, value=float(value))
 
 
 def _gauges(name: str, meaning: str, label: str, values: Mapping[str, float]) -> Metric:
-    family = GaugeMetricFamily(PREFIX + name, meaning, labels=[label])
+    family = GaugeMetricFamily(METRIC_PREFIX + name, meaning, labels=[label])
     for key, value in values.items():
         family.add_metric([key], value)
     return family
 
 
 def _counter(name: str, meaning: str, value: float) -> Metric:
-    return CounterMetricFamily(PREFIX + name, meaning, value=float(value))
+    return CounterMetricFamily(METRIC_PREFIX + name, meaning, value=float(value))

@@ -15,13 +15,13 @@ from megatron_r1.base.processes.fork_client import ForkedProcess
 from megatron_r1.config import Config
 from megatron_r1.engines.server import gpu
 
-REMEDY = (
+MEMORY_REMEDY = (
     "lower parallel.tokens_per_microbatch, parallel.processes, rollout.engines or "
     "rollout.kv_cache_gib, or set parallel.recompute"
 )
 EXIT_SECONDS = 5.0
 """How long a rank may take to end after its connection has closed, on a busy machine."""
-MODULE = "megatron_r1.trainer.rank"
+RANK_MODULE = "megatron_r1.trainer.rank"
 """What a rank's process runs."""
 
 
@@ -118,7 +118,7 @@ class RankProcesses:
             f"was killed by signal {-code}" if code and code < 0 else f"exited with code {code}"
         )
         if code == -signal.SIGKILL:
-            ending += exit_diagnosis.oom_explanation(self._kills_before, REMEDY)
+            ending += exit_diagnosis.oom_explanation(self._kills_before, MEMORY_REMEDY)
         waited = exit_diagnosis.collective_wait(log_end(log), self._timeout_seconds)
         if waited is not None:
             ending += (
@@ -137,5 +137,5 @@ def _start(
     arguments: list[str], log: Path, environment: dict[str, str]
 ) -> ForkedProcess | subprocess.Popen[bytes]:
     if gpu.is_usable():  # the import of Megatron-Core initializes CUDA: no process can be forked
-        return children.start([sys.executable, "-m", MODULE, *arguments], log, environment)
-    return fork_client.start(MODULE, arguments, log, environment)
+        return children.start([sys.executable, "-m", RANK_MODULE, *arguments], log, environment)
+    return fork_client.start(RANK_MODULE, arguments, log, environment)

@@ -37,7 +37,7 @@ from megatron_r1.engines.plugin.memory_layout import PlacedParameter
 
 NO_STATE = (torch.Stream, torch.Event)
 """Types of objects that any other of the type may replace."""
-VALUES = (bool, int, float, str, type(None))
+VALUE_TYPES = (bool, int, float, str, type(None))
 """Types of attributes that hold no weights: where only one state has such an attribute, the other
 has not been asked for it (of FP8 experts `FusedMoEQuantConfig.ocp_mx_scheme`)."""
 CONFIGURATION = "vllm.config"
@@ -136,7 +136,9 @@ def _changed_tensors(
     either = {**old_parts, **new_parts}
     # Kernels compute some values when they are first asked for, and keep them.
     computed_late = {
-        name for name in old_parts.keys() ^ new_parts.keys() if isinstance(either[name], VALUES)
+        name
+        for name in old_parts.keys() ^ new_parts.keys()
+        if isinstance(either[name], VALUE_TYPES)
     }
     if old_parts.keys() - computed_late != new_parts.keys() - computed_late:
         raise ValueError(f"{path}: {[*old_parts]} became {[*new_parts]}")

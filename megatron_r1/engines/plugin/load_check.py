@@ -27,7 +27,7 @@ from megatron_r1.engines.plugin.memory_layout import PlacedParameter
 from megatron_r1.push.checksum import checksum
 from megatron_r1.push.results import UndeliveredPush
 
-SCALE = "scale"
+SCALE_NAME = "scale"
 """In the name of a parameter with the scales of FP8 blocks, by vLLM's names (`weight_scale_inv`).
 They are a 16,384th of the weights, so all are compared in every push."""
 SMALL_BYTES = 1 << 16
@@ -53,7 +53,10 @@ class LoadCheck:
         self._before: list[tuple[list[PlacedParameter], PlacedParameter, list[int]]] = []
         """Each layer compared in this load: its parameters, a new one of them, and checksums."""
         self._scales = [
-            placed for layer in self._turns for placed in layer if SCALE in placed.parameter.name
+            placed
+            for layer in self._turns
+            for placed in layer
+            if SCALE_NAME in placed.parameter.name
         ]
         self._kept_scales: set[PlacedParameter] = set()
         """Scales that the kernels keep as they arrive."""

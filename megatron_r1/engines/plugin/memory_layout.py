@@ -8,7 +8,7 @@ import torch
 from megatron_r1.engines.plugin.loader_copies import CheckpointParameter, LoaderCopy
 from megatron_r1.push.protocol import Slot, SlotTable
 
-ALIGNMENT = 64
+ALIGNMENT_BYTES = 64
 """Bytes; parameters begin at multiples of these: they are views of the memory while their layers
 load."""
 GAP_BYTES = 128
@@ -83,7 +83,7 @@ def lay_out(
     placed, end = [], 0
     for parameter, own_copies in copies.items():
         placed.append(PlacedParameter(parameter, end, _num_rows(parameter, own_copies)))
-        end += -(-parameter.num_bytes // ALIGNMENT) * ALIGNMENT
+        end += -(-parameter.num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
     slots = [_slot(placement, copy) for placement in placed for copy in copies[placement.parameter]]
     return placed, SlotTable(end, slots, num_buffers=2 if in_place else 1)
 

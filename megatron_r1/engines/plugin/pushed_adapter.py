@@ -16,7 +16,7 @@ from vllm.lora.peft_helper import PEFTHelper
 from vllm.lora.request import LoRARequest
 from vllm.lora.utils import parse_fine_tuned_lora_name
 
-from megatron_r1.engines.plugin.memory_layout import ALIGNMENT
+from megatron_r1.engines.plugin.memory_layout import ALIGNMENT_BYTES
 from megatron_r1.push.messages import AdapterSettings
 from megatron_r1.push.protocol import Slot, SlotTable, slot_view
 from megatron_r1.push.results import UndeliveredPush
@@ -112,7 +112,7 @@ class PushedAdapter:
                 pitch = columns * dtype.itemsize
                 form = str(dtype).removeprefix("torch.")
                 slots.append(Slot(name, 0, rows, 0, columns, end, pitch, form))
-                end += -(-rows * pitch // ALIGNMENT) * ALIGNMENT
+                end += -(-rows * pitch // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
         return SlotTable(end, slots)
 
     def _layer(self, name: str) -> tuple[str, bool]:

@@ -39,7 +39,7 @@ LATER_IMPORTS = (
     "uvicorn.protocols.websockets.websockets_sansio_impl",
 )
 """What vLLM imports when an engine on a CPU starts."""
-SECRET = "VLLM_API_KEY"
+SECRET_VARIABLE = "VLLM_API_KEY"
 """Environment variable. vLLM's own, so that both checks use one secret."""
 OPEN_PATHS = ("/health",)
 
@@ -53,7 +53,7 @@ class SecretMiddleware:
 
     def __init__(self, app: Any) -> None:
         self.app = app
-        self.expected = f"Bearer {os.environ[SECRET]}".encode()
+        self.expected = f"Bearer {os.environ[SECRET_VARIABLE]}".encode()
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         """Pass an authorized request on; answer 401 to others, 1008 to a websocket."""

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from megatron_r1.engines.server.errors import EngineError
 
-DRIVER = "libcuda.so.1"
+DRIVER_LIBRARY = "libcuda.so.1"
 
 
 @functools.cache
@@ -90,7 +90,7 @@ def torch_has_cuda() -> bool:
 def _count_devices() -> int:
     """Call the CUDA driver's cuInit and cuDeviceGetCount; 0 where there is no driver."""
     try:
-        driver = ctypes.CDLL(DRIVER)
+        driver = ctypes.CDLL(DRIVER_LIBRARY)
     except OSError:
         return 0
     count = ctypes.c_int(0)

@@ -281,10 +281,10 @@ HEAD_SIZES = (32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 log-probabilities equal transformers'; 16, 24, 40, 144, 176 and 288 end the engine."""
 LATENT_SIZES = {"kv_lora_rank": 512, "qk_rope_head_dim": 64}
 """v1/attention/backends/mla/cpu_mla.py:24."""
-ALIGNMENT = 32
+CPU_EXPERT_ALIGNMENT = 32
 """model_executor/layers/fused_moe/experts/cpu_moe.py:112 (`_supports_grouped_gemm`): of the hidden
 size and, where it is not padded, of a rank's part of an expert."""
-REMEDY = "use a machine with a GPU, or a model of another size"
+SIZE_REMEDY = "use a machine with a GPU, or a model of another size"
 
 
 def check_cpu_kernels(rollout: RolloutConfig, hf_config: HFConfig) -> None:
@@ -327,8 +327,8 @@ def check_cpu_kernels(rollout: RolloutConfig, hf_config: HFConfig) -> None:
 
 def _check_experts(rollout: RolloutConfig, hf_config: HFConfig) -> None:
     family = model_family(hf_config)
-    multiples = _cpu_sizes_remedy(f"multiples of {ALIGNMENT} in a model with experts")
-    if hf_config["hidden_size"] % ALIGNMENT:
+    multiples = _cpu_sizes_remedy(f"multiples of {CPU_EXPERT_ALIGNMENT} in a model with experts")
+    if hf_config["hidden_size"] % CPU_EXPERT_ALIGNMENT:
         raise UserError(
             f"config.json: hidden_size={hf_config['hidden_size']}: {multiples}",
             key="hidden_size",
@@ -337,12 +337,14 @@ def _check_experts(rollout: RolloutConfig, hf_config: HFConfig) -> None:
     if "n_shared_experts" in family.required_keys and hf_config.get("n_shared_experts") == 0:
         raise UserError(
             "config.json: n_shared_experts=0: on a CPU, vLLM's engine ends without a message at "
-            f"matrices of no width; {REMEDY}",
+            f"matrices of no width; {SIZE_REMEDY}",
             key="n_shared_experts",
             cause=Cause.UNSUPPORTED,
         )
     ranks = 1 if rollout.expert_parallel else rollout.tensor_parallel * rollout.data_parallel
-    if family.clamped_swiglu and (size := hf_config["intermediate_size"]) % (ALIGNMENT * ranks):
+    if family.clamped_swiglu and (size := hf_config["intermediate_size"]) % (
+        CPU_EXPERT_ALIGNMENT * ranks
+    ):
         shared = f" shared by {ranks} ranks" if ranks > 1 else ""
         raise UserError(
             f"config.json: intermediate_size={size}{shared}: {multiples}",
@@ -352,4 +354,4 @@ def _check_experts(rollout: RolloutConfig, hf_config: HFConfig) -> None:
 
 
 def _cpu_sizes_remedy(sizes: str) -> str:
-    return f"on a CPU, vLLM computes only {sizes}; {REMEDY}"
+    return f"on a CPU, vLLM computes only {sizes}; {SIZE_REMEDY}"

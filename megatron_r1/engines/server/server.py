@@ -23,10 +23,10 @@ from megatron_r1.base.processes.scratch import Scratch, shared_files
 from megatron_r1.engines.server.client import is_healthy
 from megatron_r1.engines.server.errors import EngineError
 from megatron_r1.engines.server.model_config import config_arguments, read_model_config
-from megatron_r1.engines.server.settings import MODULE, EngineSettings
+from megatron_r1.engines.server.settings import SERVER_MODULE, EngineSettings
 
 STOP_SECONDS = 5.0
-REMEDY = "lower rollout.kv_cache_gib, rollout.max_num_seqs or rollout.engines"
+MEMORY_REMEDY = "lower rollout.kv_cache_gib, rollout.max_num_seqs or rollout.engines"
 KILL_SECONDS = 30.0
 
 
@@ -187,7 +187,7 @@ class EngineServer(Server):
         self._kills_before = exit_diagnosis.num_oom_kills()
         self._log_start = self.log_path.stat().st_size if self.log_path.exists() else 0
         environment = self._scratch.environment() | self.environment
-        self.process = fork_client.start(MODULE, arguments, self.log_path, environment)
+        self.process = fork_client.start(SERVER_MODULE, arguments, self.log_path, environment)
 
     async def wait_ready(self, timeout_seconds: float = 300.0) -> None:
         """Wait as `Server.wait_ready`, and note the files in shared memory that `stop` deletes: if
@@ -221,7 +221,7 @@ class EngineServer(Server):
         if code is not None and code < 0:
             ending = f"signal {signal.Signals(-code).name}"
         if code == -signal.SIGKILL:
-            ending += exit_diagnosis.oom_explanation(self._kills_before, REMEDY)
+            ending += exit_diagnosis.oom_explanation(self._kills_before, MEMORY_REMEDY)
         return f"{ending}; from {self.log_path}:\n{self.log_excerpt()}"
 
     def log_excerpt(self) -> str:

@@ -13,16 +13,16 @@ import msgspec
 from megatron_r1.base.processes import memory
 from megatron_r1.base.transports import BACKEND_PREFIX, TRANSPORTS
 from megatron_r1.config import RolloutConfig
-from megatron_r1.config.engine import LAYOUT
+from megatron_r1.config.engine import LAYOUT_KEYS
 from megatron_r1.config.rollout import SpeculativeConfig
 from megatron_r1.config.teacher import TeacherEngines
 from megatron_r1.engines.server.environment import engine_environment, network_environment
 from megatron_r1.engines.server.vllm_arguments import argument_list
 
-MODULE = "megatron_r1.engines.plugin.serve"
+SERVER_MODULE = "megatron_r1.engines.plugin.serve"
 """What an engine's process runs."""
 MIDDLEWARE = "megatron_r1.engines.plugin.serve.SecretMiddleware"
-SECRET = "VLLM_API_KEY"
+SECRET_VARIABLE = "VLLM_API_KEY"
 """Environment variable from which vLLM, and `SecretMiddleware`, read an engine's secret."""
 
 
@@ -231,11 +231,11 @@ class EngineSettings:
         if self.part is not None:
             environment |= network_environment(self.host)
         # SECRET also where it is empty: the user's own VLLM_API_KEY is not for our engines.
-        return environment | {SECRET: self.secret} | dict(self.extra_env or {})
+        return environment | {SECRET_VARIABLE: self.secret} | dict(self.extra_env or {})
 
 
 MEMORY_KEYS = {"kv_cache_gib", "kv_block_tokens", "gpu_memory", "plain_matrices"}
-ENGINE_KEYS = LAYOUT | MEMORY_KEYS | {"dtype", "max_num_seqs", "vllm"}
+ENGINE_KEYS = LAYOUT_KEYS | MEMORY_KEYS | {"dtype", "max_num_seqs", "vllm"}
 SUPERVISION_KEYS = {
     "start_timeout_seconds",
     "request_timeout_seconds",

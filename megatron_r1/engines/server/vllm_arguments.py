@@ -68,7 +68,7 @@ FIXED_ARGUMENTS = {
 }
 """Arguments of vLLM that no setting changes → the reason."""
 
-SERVER = ("host", "port", "uds", "headless", "nnodes", "node_rank", "grpc", "root_path")
+SERVER_ARGUMENTS = ("host", "port", "uds", "headless", "nnodes", "node_rank", "grpc", "root_path")
 SERVER_PREFIXES = ("data_parallel_", "master_", "ssl_", "enable_ssl")
 """Arguments of addresses and hosts, which the fleet chooses for every engine."""
 
@@ -133,7 +133,7 @@ def check_reserved(engines: RolloutConfig | TeacherEngines, section: str) -> Non
                 key=key,
                 cause=Cause.CONFLICT,
             )
-        if name in SERVER or name.startswith(SERVER_PREFIXES):
+        if name in SERVER_ARGUMENTS or name.startswith(SERVER_PREFIXES):
             raise UserError(
                 f"{key}: the fleet chooses the addresses and hosts of every engine; leave it out",
                 key=key,

@@ -1,4 +1,4 @@
-"""Benchmarks, one line each in `REGISTRY`.
+"""Benchmarks, one line each in `BENCHMARKS`.
 
 A benchmark maps the rows of its public data set to prompts (`base.Benchmark`); the same rewards as
 in training grade the responses."""
@@ -8,7 +8,7 @@ from megatron_r1.base.user_code import find_value
 from megatron_r1.evaluation.benchmarks.base import Benchmark
 
 PACKAGE = "megatron_r1.evaluation.benchmarks"
-REGISTRY: dict[str, str] = {
+BENCHMARKS: dict[str, str] = {
     "aime_2024": f"{PACKAGE}.questions:AIME_2024",
     "alpaca_eval_2": f"{PACKAGE}.questions:ALPACA_EVAL_2",
     "codeforces": f"{PACKAGE}.codeforces:BENCHMARK",
@@ -24,16 +24,17 @@ def find_benchmark(name: str) -> tuple[Benchmark, str]:
     """Return the benchmark and what follows its slash: "gym/logic" gives gym and "logic".
 
     Args:
-        name: a name of `REGISTRY`, or "package.module:NAME" of a user's.
+        name: a name of `BENCHMARKS`, or "package.module:NAME" of a user's.
 
     Raises:
         UserError: an unknown name."""
     base, _, part = name.partition("/")
-    module, _, attribute = REGISTRY.get(base, base).partition(":")
+    module, _, attribute = BENCHMARKS.get(base, base).partition(":")
     if not attribute:
         raise UserError(
-            f"unknown benchmark {name!r}{did_you_mean(base, REGISTRY)} (known: "
-            f"{', '.join(sorted(REGISTRY))}; your own questions: {{name: questions, path: FILE}}; "
+            f"unknown benchmark {name!r}{did_you_mean(base, BENCHMARKS)} (known: "
+            f"{', '.join(sorted(BENCHMARKS))}; your own questions: "
+            f"{{name: questions, path: FILE}}; "
             "your own layout is written 'package.module:NAME')",
             key="eval.benchmarks",
             cause=Cause.UNKNOWN,

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.data.table_files import READERS, LocatedRow
+from megatron_r1.data.table_files import READER_BY_SUFFIX, LocatedRow
 from megatron_r1.data.table_files import read_rows as read_file
 from megatron_r1.evaluation.benchmarks.base import Options
 
@@ -80,7 +80,9 @@ def _download(name: str, hub: str, patterns: Sequence[str]) -> Path:
 
 
 def _read_folder(name: str, folder: Path, patterns: Sequence[str]) -> Iterator[LocatedRow]:
-    data_files = sorted(p for p in folder.rglob("*") if p.suffix in READERS and p.is_file())
+    data_files = sorted(
+        p for p in folder.rglob("*") if p.suffix in READER_BY_SUFFIX and p.is_file()
+    )
     names = {path: path.relative_to(folder).as_posix() for path in data_files}
     matching_files = [
         p for p in data_files if any(fnmatch.fnmatch(names[p], glob) for glob in patterns)

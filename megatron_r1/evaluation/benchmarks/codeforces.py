@@ -21,7 +21,7 @@ from megatron_r1.evaluation.benchmarks.base import (
     pick_columns,
 )
 
-NAMES = (
+ROW_KEYS = (
     "id",
     "title",
     "description",
@@ -38,11 +38,11 @@ NAMES = (
     "memory_limit",
     "rating",
 )
-LAYOUT = {name: name for name in NAMES}
+COLUMN_NAMES = {name: name for name in ROW_KEYS}
 CPU_SECONDS, MEMORY_MIB = 2.0, 256
 """Codeforces' usual limits, for problems that name none."""
 PYTHON_MEMORY_MIB, CPP_EXTRA_MIB = 1_024, 64
-LANGUAGES = {"cpp": "C++17", "python": "Python 3"}
+LANGUAGE_LABELS = {"cpp": "C++17", "python": "Python 3"}
 
 
 def questions(rows: Rows, options: Options) -> Iterator[Question]:
@@ -52,15 +52,15 @@ def questions(rows: Rows, options: Options) -> Iterator[Question]:
         UserError: an unknown language.
     """
     language = options["language"]
-    if language not in LANGUAGES:
+    if language not in LANGUAGE_LABELS:
         raise UserError(
-            f"codeforces: language {language!r} is not one of {', '.join(LANGUAGES)}",
+            f"codeforces: language {language!r} is not one of {', '.join(LANGUAGE_LABELS)}",
             key="options.language",
             cause=Cause.UNKNOWN,
         )
     lowest, highest = options["min_rating"] or 0, options["max_rating"] or math.inf
     for location, row in rows:
-        columns = pick_columns(location, row, [LAYOUT])
+        columns = pick_columns(location, row, [COLUMN_NAMES])
         is_batch = not columns["interaction_format"] and columns["input_mode"] in (None, "stdio")
         has_tests = columns["official_tests_complete"] and columns["official_tests"]
         if is_batch and has_tests and lowest <= (columns["rating"] or 0) <= highest:
@@ -87,7 +87,7 @@ def _question(location: str, row: dict[str, Any], language: str) -> Question:
         )
     sections.append(
         f"Time limit: {row['time_limit']} s. Memory limit: {row['memory_limit']} MB. "
-        f"Write a {LANGUAGES[language]} program that reads from standard input and writes to "
+        f"Write a {LANGUAGE_LABELS[language]} program that reads from standard input and writes to "
         f"standard output. Give the whole program in one ```{language} block."
     )
     try:

@@ -14,7 +14,7 @@ from megatron_r1.data.gym_tasks import generate_items, level_parameters
 from megatron_r1.data.prompt import is_heldout, normalize_question
 from megatron_r1.evaluation.benchmarks.base import Benchmark, Options, Question, Rows
 
-_NAMES = {
+_TASK_NAMES = {
     "arithmetic": (
         "basic_arithmetic chain_sum products gcd lcm fraction_simplification "
         "decimal_arithmetic prime_factorization number_format time_intervals"
@@ -36,7 +36,7 @@ _NAMES = {
         "knights_knaves largest_island puzzle24 simple_geometry"
     ),
 }
-SUITES = {suite: tuple(tasks.split()) for suite, tasks in _NAMES.items()}
+SUITES = {suite: tuple(tasks.split()) for suite, tasks in _TASK_NAMES.items()}
 DIFFICULTIES = {"easy": 0, "medium": 1, "hard": 2}
 """Levels of reasoning-gym's curricula; "default" is each task's own default settings."""
 ATTEMPTS_PER_QUESTION = 50

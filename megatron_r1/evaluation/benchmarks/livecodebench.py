@@ -44,7 +44,7 @@ PLAIN_OPCODES = frozenset(
     + ("EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3")
 )
 MEMO_OPCODES = ("PUT", "BINPUT", "LONG_BINPUT")
-REMEDY = "download the file again, or remove the row"
+FILE_REMEDY = "download the file again, or remove the row"
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -69,20 +69,22 @@ def decode_tests(packed: str, location: str) -> list[dict[str, Any]]:
             tests = json.loads(tests)
     except (ValueError, TypeError, binascii.Error, zlib.error, pickle.UnpicklingError) as error:
         raise UserError(
-            f"{location}: its tests cannot be read: {error}; they begin {packed[:40]!r}: {REMEDY}",
+            f"{location}: its tests cannot be read: {error}; they begin {packed[:40]!r}: "
+            f"{FILE_REMEDY}",
             key="private_test_cases",
             cause=Cause.MALFORMED,
         ) from error
     except (EOFError, KeyError, IndexError, AttributeError, RecursionError) as error:
         raise UserError(
-            f"{location}: its tests are damaged: {error!r}; they begin {packed[:40]!r}: {REMEDY}",
+            f"{location}: its tests are damaged: {error!r}; they begin {packed[:40]!r}: "
+            f"{FILE_REMEDY}",
             key="private_test_cases",
             cause=Cause.MALFORMED,
         ) from error
     if not isinstance(tests, list) or not all(isinstance(test, dict) for test in tests):
         raise UserError(
             f"{location}: its tests must be a list of objects, got {shorten(repr(tests))}; "
-            f"{REMEDY}",
+            f"{FILE_REMEDY}",
             key="private_test_cases",
             cause=Cause.MALFORMED,
         )
@@ -103,7 +105,7 @@ def _unpack(packed: str) -> Any:
     return _PlainUnpickler(io.BytesIO(content)).load()
 
 
-NAMES = (
+ROW_KEYS = (
     "question_id",
     "question_content",
     "contest_date",
@@ -113,16 +115,16 @@ NAMES = (
     "private_test_cases",
     "metadata",
 )
-LAYOUT = {name: name for name in NAMES}
+COLUMN_NAMES = {name: name for name in ROW_KEYS}
 RELEASES = ("v1", "v2", "v3", "v4", "v5", "v6")
 """Each adds a file to the previous one: test.jsonl, test2.jsonl, …"""
 CPU_SECONDS, MEMORY_MIB = 6.0, 4_096
 """Per test, as in LiveCodeBench's own runner."""
-STDIN = (
+STDIN_INSTRUCTION = (
     "Write a Python program that solves the problem: it reads the input from standard input and "
     "writes the answer to standard output. Give the whole program in one ```python block."
 )
-FUNCTION = (
+FUNCTION_INSTRUCTION = (
     "Complete the starter code with a solution of the problem. Give the whole code, with the class "
     "and the method as they are named here, in one ```python block.\n\n```python\n{}\n```"
 )
@@ -133,7 +135,7 @@ def questions(rows: Rows, options: Options) -> Iterator[Question]:
     first = _day("from", options["from"] or date.min)
     last = _day("to", options["to"] or date.max)
     for location, row in rows:
-        columns = pick_columns(location, row, [LAYOUT])
+        columns = pick_columns(location, row, [COLUMN_NAMES])
         day = _day(f"{location}: contest_date", columns["contest_date"])
         if first <= day <= last and options["difficulty"] in (None, columns["difficulty"]):
             yield _question(location, columns)
@@ -168,15 +170,15 @@ def _question(location: str, row: dict[str, Any]) -> Question:
     text = require_text(location, row, "question_content").strip()
     kinds = {test.get("testtype") for test in tests}
     if kinds == {"functional"}:
-        text += "\n\n" + FUNCTION.format(row["starter_code"].rstrip())
+        text += "\n\n" + FUNCTION_INSTRUCTION.format(row["starter_code"].rstrip())
         truth = _function_tests(location, row, tests)
     elif kinds == {"stdin"}:
-        text += "\n\n" + STDIN
+        text += "\n\n" + STDIN_INSTRUCTION
         truth = {"tests": [{"input": t["input"], "output": t["output"]} for t in tests]}
     else:
         raise UserError(
             f"{location}: 'testtype' must be stdin or functional in all tests of a row, got "
-            f"{', '.join(sorted(map(repr, kinds)))}; {REMEDY}",
+            f"{', '.join(sorted(map(repr, kinds)))}; {FILE_REMEDY}",
             key="testtype",
             cause=Cause.MALFORMED,
         )
@@ -201,7 +203,7 @@ def _function_tests(
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{location}: a functional test needs 'input' and 'output' as JSON text, and "
-            f"'func_name' in the row's metadata: {error!r}; {REMEDY}",
+            f"'func_name' in the row's metadata: {error!r}; {FILE_REMEDY}",
             key="private_test_cases",
             cause=Cause.MALFORMED,
         ) from error

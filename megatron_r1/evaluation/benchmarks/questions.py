@@ -83,8 +83,8 @@ MATH_500 = Benchmark(
 )
 
 
-LETTERS = "ABCDEFGHIJ"
-INSTRUCTION = (
+CHOICE_LETTERS = "ABCDEFGHIJ"
+CHOICE_INSTRUCTION = (
     "Answer the following multiple choice question. Please reason step by step, and put only "
     "the letter of your final answer within \\boxed{}.\n\n{question}"
 )
@@ -106,7 +106,7 @@ def _mmlu_questions(rows: Rows, options: Options) -> Iterator[Question]:
         if subjects and columns["subject"] not in subjects:
             continue
         choices = columns["choices"]
-        if not isinstance(choices, list) or not 2 <= len(choices) <= len(LETTERS):
+        if not isinstance(choices, list) or not 2 <= len(choices) <= len(CHOICE_LETTERS):
             raise UserError(
                 f"{location}: 'choices' must be a list of texts, got {choices!r}",
                 key="choices",
@@ -133,18 +133,18 @@ def _gpqa_questions(rows: Rows, options: Options) -> Iterator[Question]:
         random.Random(f"gpqa/{options['seed']}/{question_id}").shuffle(order)
         question = require_text(location, columns, "Question").strip()
         text = _lettered(question, [choices[index] for index in order])
-        yield Question(question_id, text, "math", LETTERS[order.index(0)])
+        yield Question(question_id, text, "math", CHOICE_LETTERS[order.index(0)])
 
 
 def _lettered(question: str, choices: Sequence[str]) -> str:
     """Return the question with its choices as "A) …" lines."""
-    lines = [f"{letter}) {choice}" for letter, choice in zip(LETTERS, choices, strict=False)]
+    lines = [f"{letter}) {choice}" for letter, choice in zip(CHOICE_LETTERS, choices, strict=False)]
     return "\n".join([question, "", *lines])
 
 
 def _letter(location: str, answer: Any, num_choices: int) -> str:
     """Return the letter of an answer: the data set has 0 to 3, exports of it the letter."""
-    letters = list(LETTERS[:num_choices])
+    letters = list(CHOICE_LETTERS[:num_choices])
     if isinstance(answer, str) and answer.strip().upper() in letters:
         return answer.strip().upper()
     if isinstance(answer, int) and 0 <= answer < num_choices:
@@ -158,13 +158,13 @@ def _letter(location: str, answer: Any, num_choices: int) -> str:
 
 MMLU = Benchmark(
     _mmlu_questions,
-    INSTRUCTION,
+    CHOICE_INSTRUCTION,
     hubs={"cais/mmlu": lambda options: ["all/test-*.parquet"]},
     options={"subjects": []},  # such as [abstract_algebra]; [] for all
 )
 GPQA_DIAMOND = Benchmark(
     _gpqa_questions,
-    INSTRUCTION,
+    CHOICE_INSTRUCTION,
     hubs={"Idavidrein/gpqa": lambda options: ["gpqa_diamond.csv"]},
     options={"seed": 0},
 )

@@ -21,7 +21,7 @@ from megatron_r1.models.weights.layout import (
 )
 from megatron_r1.models.weights.table import Piece
 
-_HOME = {
+_MODULE_BY_NAME = {
     "initialize": "loading",
     "initialize_score_head": "loading",
     "load_hf": "loading",
@@ -40,9 +40,9 @@ __all__ = [
     "num_parameters",
     "pipeline_stages",
     "stage_shards",
-    *_HOME,
+    *_MODULE_BY_NAME,
 ]
 
 
 def __getattr__(name: str) -> Any:
-    return import_lazily(__name__, _HOME, name)
+    return import_lazily(__name__, _MODULE_BY_NAME, name)

@@ -37,7 +37,7 @@ from megatron_r1.models.weights.layout import LayoutEntry, layout_from_table
 from megatron_r1.models.weights.loading import chunk_shard, local_pieces
 from megatron_r1.models.weights.table import Piece, Shape
 
-_BITS = {2: torch.int16, 4: torch.int32}
+_BITS_DTYPES = {2: torch.int16, 4: torch.int32}
 
 
 def attach_adapters(
@@ -152,7 +152,7 @@ def _fingerprint(chunks: Sequence[torch.nn.Module], hf_config: HFConfig) -> int:
         for parameter, pieces, owner in local_pieces(chunks, hf_config):
             for piece in pieces if owner else ():
                 values = parameter.narrow(piece.dim, piece.local_start, piece.length)
-                bits = values.view(_BITS[values.itemsize]).sum(dtype=torch.int64)
+                bits = values.view(_BITS_DTYPES[values.itemsize]).sum(dtype=torch.int64)
                 total += bits.cpu() * zlib.crc32(piece.hf_name.encode())
     device = next(chunks[0].parameters()).device
     total = total.to(device)

@@ -16,7 +16,7 @@ from itertools import chain, pairwise
 from typing import NamedTuple
 
 from megatron_r1.base.transports import TRANSPORTS
-from megatron_r1.models.weights.formats.published_layout import BLOCK, is_quantized
+from megatron_r1.models.weights.formats.published_layout import FP8_BLOCK_SIZE, is_quantized
 from megatron_r1.push.plan.planner import Planner
 from megatron_r1.push.plan.tensors import CountBytes, HFTensor, Region
 
@@ -302,7 +302,7 @@ def _split_at_engine_ends(
     tensor, region, size = tensor_region
     per_row = size / (region.bottom - region.top)
     min_rows = MIN_SPLIT_FRACTION * per_engine / per_row
-    step = BLOCK if is_quantized(tensor.name) else 1
+    step = FP8_BLOCK_SIZE if is_quantized(tensor.name) else 1
     edges = [region.top]
     for number in range(int(start / per_engine) + 1, int((start + size) / per_engine) + 1):
         row = region.top + (number * per_engine - start) / per_row

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.transports import TRANSPORTS
 from megatron_r1.config import Config
-from megatron_r1.config.engine import LAYOUT
+from megatron_r1.config.engine import LAYOUT_KEYS
 from megatron_r1.config.push import PushConfig
 from megatron_r1.models.hf_config import HFConfig, model_family
-from megatron_r1.models.weights.formats.published_layout import BLOCK, is_quantized
+from megatron_r1.models.weights.formats.published_layout import FP8_BLOCK_SIZE, is_quantized
 from megatron_r1.models.weights.layout import recipe_stages
 from megatron_r1.models.weights.table import replicated, weight_table
 from megatron_r1.push.plan.adapters import (
@@ -95,7 +95,7 @@ a block."""
 
 def engine_layout(config: Config) -> EngineLayout:
     """Return how the recipe's engines divide the model: engines, and ranks of each by axis."""
-    keys = LAYOUT | {"engines", "redundant_experts"}
+    keys = LAYOUT_KEYS | {"engines", "redundant_experts"}
     return EngineLayout(**config.rollout.model_dump(include=keys))
 
 
@@ -190,7 +190,8 @@ def check_blocks(
         if cut is not None and size == 1:
             raise UserError(
                 f"push.fp8: Megatron keeps {item.name} {item.shape} in parts that end at {cut}, "
-                f"within a block of {BLOCK}: a model with heads of {cut} cannot be pushed in FP8; "
+                f"within a block of {FP8_BLOCK_SIZE}: a model with heads of {cut} cannot be "
+                "pushed in FP8; "
                 "set push.fp8: false",
                 key="push.fp8",
                 cause=Cause.INDIVISIBLE,
@@ -206,9 +207,10 @@ def check_blocks(
                 setting += f" x rollout.data_parallel={engines.data_parallel}"
                 setting += " (or rollout.expert_parallel: true)"
             _check_aligned(item, region, setting)
-            if _is_fused_first(item) and region.bottom % BLOCK:
+            if _is_fused_first(item) and region.bottom % FP8_BLOCK_SIZE:
                 raise UserError(
-                    f"push.fp8: {item.name} {item.shape} does not end with a block of {BLOCK}, and "
+                    f"push.fp8: {item.name} {item.shape} does not end with a block of "
+                    f"{FP8_BLOCK_SIZE}, and "
                     "vLLM stores the next projection behind it in the same matrix: set push.fp8: "
                     "false",
                     key="push.fp8",
@@ -221,7 +223,8 @@ def _check_aligned(item: HFTensor, region: Region, setting: str) -> None:
     if cut is not None:
         raise UserError(
             f"push.fp8: {setting} cuts {item.name} {item.shape} at {cut}, within a block of "
-            f"{BLOCK} x {BLOCK}, which has one scale: lower it, or set push.fp8: false",
+            f"{FP8_BLOCK_SIZE} x {FP8_BLOCK_SIZE}, which has one scale: lower it, or set "
+            "push.fp8: false",
             key="push.fp8",
             cause=Cause.INDIVISIBLE,
         )

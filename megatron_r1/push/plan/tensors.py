@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from megatron_r1.models.hf_config import HFConfig
 from megatron_r1.models.weights.adapter_table import adapter_shapes
 from megatron_r1.models.weights.formats.published_layout import (
-    BLOCK,
+    FP8_BLOCK_SIZE,
     is_quantized,
     scale_name,
     scale_shape,
@@ -159,7 +159,7 @@ def fp8_bytes(name: str, own_dtype: str | None, region: Region) -> int:
     if not is_quantized(name):
         return region.num_elements * _WIDTH[own_dtype or "bfloat16"]
     height, width = region.bottom - region.top, region.right - region.left
-    return region.num_elements + 4 * -(-height // BLOCK) * -(-width // BLOCK)
+    return region.num_elements + 4 * -(-height // FP8_BLOCK_SIZE) * -(-width // FP8_BLOCK_SIZE)
 
 
 def pushed_tensors(
@@ -190,12 +190,12 @@ def pushed_tensors(
 def scale_region(region: Region) -> Region:
     """Return the region of the tensor of scales that belongs to these whole blocks."""
     return Region(
-        region.top // BLOCK, -(-region.bottom // BLOCK),
-        region.left // BLOCK, -(-region.right // BLOCK),
+        region.top // FP8_BLOCK_SIZE, -(-region.bottom // FP8_BLOCK_SIZE),
+        region.left // FP8_BLOCK_SIZE, -(-region.right // FP8_BLOCK_SIZE),
     )  # fmt: skip
 
 
 def first_unaligned_edge(region: Region, shape: Shape) -> int | None:
     """Return the first row or column at which `region` cuts a block of a tensor of `shape`."""
     edges = ((region.top, 0), (region.bottom, 0), (region.left, 1), (region.right, 1))
-    return next((edge for edge, dim in edges if edge % BLOCK and edge != shape[dim]), None)
+    return next((edge for edge, dim in edges if edge % FP8_BLOCK_SIZE and edge != shape[dim]), None)

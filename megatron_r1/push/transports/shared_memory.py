@@ -31,8 +31,8 @@ from megatron_r1.push.protocol import TensorChunk, slot_view
 from megatron_r1.push.transports.base import ChunkTensors, Receiver, Sender, gpu_uuid
 from megatron_r1.push.transports.received_chunks import ReceivedChunks
 
-FOLDER = Path("/dev/shm")
-PREFIX = "megatron_r1_"
+SHM_FOLDER = Path("/dev/shm")
+FILE_PREFIX = "megatron_r1_"
 STALE_AGE_SECONDS = 60.0
 POLL_SECONDS = 0.002
 FOLLOW_SECONDS = 0.0001
@@ -75,7 +75,7 @@ class SharedMemoryFile:
 
 def remove_stale_files() -> None:
     """Remove the files that killed processes have left in /dev/shm."""
-    for path in FOLDER.glob(f"{PREFIX}*"):
+    for path in SHM_FOLDER.glob(f"{FILE_PREFIX}*"):
         with contextlib.suppress(OSError), open(path, "rb") as file:
             # A new file may not be locked yet.
             if time.time() - os.fstat(file.fileno()).st_mtime > STALE_AGE_SECONDS:
@@ -101,7 +101,7 @@ class SharedMemoryReceiver(Receiver):
     def allocate(self) -> torch.Tensor:
         """Return the memory and set `address`, with which senders open it."""
         remove_stale_files()
-        path = FOLDER / _file_name(self.rendezvous.engine, self.engine_rank)
+        path = SHM_FOLDER / _file_name(self.rendezvous.engine, self.engine_rank)
         try:
             self._file = SharedMemoryFile(path, self.num_bytes)
         except OSError as error:
@@ -110,7 +110,7 @@ class SharedMemoryReceiver(Receiver):
                 remedy = "the engine's user must be able to create and map files there"
             raise ValueError(
                 f"{path}: {error.strerror}: {self.num_bytes / 2**30:.3g} GiB are needed in "
-                f"{FOLDER}; {remedy}"
+                f"{SHM_FOLDER}; {remedy}"
             ) from error
         self.address = str(path)
         return map_file(path, self.num_bytes)
@@ -245,11 +245,11 @@ class SharedMemorySender(Sender):
 
 
 def _progress_path(end: Receiver | Sender, trainer_rank: int) -> Path:
-    return FOLDER / f"{_file_name(end.rendezvous.engine, end.engine_rank)}_from_{trainer_rank}"
+    return SHM_FOLDER / f"{_file_name(end.rendezvous.engine, end.engine_rank)}_from_{trainer_rank}"
 
 
 def _file_name(engine: str, rank: int) -> str:
-    return f"{PREFIX}{engine.replace('/', '-')}_{rank}"
+    return f"{FILE_PREFIX}{engine.replace('/', '-')}_{rank}"
 
 
 class DeviceReceiver(SharedMemoryReceiver):

@@ -9,7 +9,7 @@ from typing import Literal
 from megatron_r1.config import Config
 from megatron_r1.config.hardware import GIB, HARDWARE, Assumptions, Hardware, link_rate
 from megatron_r1.rehearse.preflight.facts import NodeFacts, RankFacts
-from megatron_r1.rehearse.preflight.links import AXES
+from megatron_r1.rehearse.preflight.links import AXIS_COLLECTIVES
 from megatron_r1.rehearse.settings import PreflightConfig
 
 MAY_DIFFER = ("kernel",)
@@ -183,7 +183,7 @@ def _products(facts: Sequence[RankFacts], settings: PreflightConfig) -> CheckRes
 def _links(facts: Sequence[RankFacts], settings: PreflightConfig) -> Iterable[CheckResult]:
     hardware = hardware_of(settings, facts)
     is_gpu = facts[0].device == "cuda"
-    for axis, (_, operation) in AXES.items():
+    for axis, (_, operation) in AXIS_COLLECTIVES.items():
         groups = group_rates(facts, axis)
         if not groups:
             continue

@@ -33,7 +33,7 @@ from megatron_r1.rehearse.preflight.rank_progress import RankProgress
 from megatron_r1.reporting.run_folder import LOCK, FolderLock, is_locked
 
 GPU_PACKAGES = ("transformer-engine", "flash-attn", "triton", "deep-ep", "apex")
-DRIVER = Path("/proc/driver/nvidia/version")
+DRIVER_VERSION_FILE = Path("/proc/driver/nvidia/version")
 CLOCK_PROBES = 8
 """Round trips to rank 0's clock. The fastest counts: the error is at most half of its time."""
 CONNECT_SECONDS = 10.0
@@ -54,8 +54,10 @@ def versions() -> dict[str, str]:
         version_by_name["CUDA"] = str(torch.version.cuda)
         version_by_name["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
         version_by_name["GPU"] = torch.cuda.get_device_name()
-        if DRIVER.exists():
-            version_by_name["driver"] = DRIVER.read_text().splitlines()[0].split("  ")[1].strip()
+        if DRIVER_VERSION_FILE.exists():
+            version_by_name["driver"] = (
+                DRIVER_VERSION_FILE.read_text().splitlines()[0].split("  ")[1].strip()
+            )
     return version_by_name
 
 
@@ -196,7 +198,7 @@ SMALL_FILES = 8
 APPEAR_SECONDS = 10.0
 """The time limit for a file to appear on another node: network file systems keep old listings for
 seconds."""
-NAME = ".preflight"
+SCRATCH_PREFIX = ".preflight"
 
 
 def check_folder(folder: Path, placement: RankPlacement, progress: RankProgress) -> FolderFacts:
@@ -211,7 +213,7 @@ def check_folder(folder: Path, placement: RankPlacement, progress: RankProgress)
         folder: the run's folder.
         placement: this rank and its node.
         progress: the steps of all ranks."""
-    work, folder_facts = folder / NAME, FolderFacts()
+    work, folder_facts = folder / SCRATCH_PREFIX, FolderFacts()
     existed, lock = folder.exists(), None
     with _faults(folder_facts):
         if placement.rank == 0:

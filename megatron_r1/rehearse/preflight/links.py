@@ -22,7 +22,7 @@ from megatron_r1.rehearse.preflight.rank_progress import RankProgress
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-AXES = {
+AXIS_COLLECTIVES = {
     "tensor": ("tp", "all-reduce"),
     "context": ("cp", "send/recv"),
     "expert": ("ep", "all-to-all"),
@@ -32,7 +32,7 @@ AXES = {
 """Axis → the field of Megatron's ProcessGroupCollection, and what travels on it most."""
 NUM_BYTES = {"cuda": 64 << 20, "cpu": 1 << 20}
 """Bytes of the buffer that an operation moves."""
-SECONDS = 0.5
+MEASURE_SECONDS = 0.5
 """About how long the timed operations of an axis take together."""
 MAX_REPEATS = 50
 PAIR_REPEATS = 8
@@ -44,7 +44,7 @@ GLOO_TIMEOUT = timedelta(hours=1)
 
 def measure_axis(groups: "ProcessGroupCollection", axis: str) -> LinkRate | None:
     """Return the rate of this rank's group of an axis; None where it has one rank."""
-    field, operation = AXES[axis]
+    field, operation = AXIS_COLLECTIVES[axis]
     group = getattr(groups, field)
     size = dist.get_world_size(group)
     if size == 1:
@@ -55,7 +55,7 @@ def measure_axis(groups: "ProcessGroupCollection", axis: str) -> LinkRate | None
     # The slowest rank's time, so that all ranks of the group choose the same number of repeats:
     # each must take part in every collective.
     once = _slowest(_timed(run, 1), group)
-    repeats = max(1, min(MAX_REPEATS, int(SECONDS / once)))
+    repeats = max(1, min(MAX_REPEATS, int(MEASURE_SECONDS / once)))
     seconds = _slowest(_timed(run, repeats), group) / repeats
     rate = buffer.nbytes * fraction / seconds
     return LinkRate(operation, dist.get_process_group_ranks(group), rate)

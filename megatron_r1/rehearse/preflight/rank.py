@@ -57,7 +57,7 @@ def run(config: Config, settings: PreflightConfig) -> list[RankFacts]:
     progress.begin_step("matrix products")
     products = product_rate()
     axis_links: dict[str, LinkRate] = {}
-    for axis, (_, operation) in links.AXES.items():
+    for axis, (_, operation) in links.AXIS_COLLECTIVES.items():
         progress.begin_step(f"{operation} over {axis}", START_TIMES)
         if link := links.measure_axis(groups, axis):
             axis_links[axis] = link

@@ -21,10 +21,10 @@ from megatron_r1.rehearse.preflight.checks import (
     node_rates,
 )
 from megatron_r1.rehearse.preflight.facts import RankFacts
-from megatron_r1.rehearse.preflight.links import AXES
+from megatron_r1.rehearse.preflight.links import AXIS_COLLECTIVES
 from megatron_r1.rehearse.settings import PreflightConfig
 
-WORDS = {"ok": "", "note": "out of line", "block": "blocks"}
+LEVEL_LABELS = {"ok": "", "note": "out of line", "block": "blocks"}
 
 
 def measured_rates(hardware: Hardware, facts: Sequence[RankFacts]) -> dict[str, object]:
@@ -35,7 +35,7 @@ def measured_rates(hardware: Hardware, facts: Sequence[RankFacts]) -> dict[str, 
     efficiency, gpus = Assumptions().link_efficiency, hardware.gpus_per_node
     intra_node: list[float] = []
     inter_node: list[float] = []
-    for axis in AXES:
+    for axis in AXIS_COLLECTIVES:
         if groups := group_rates(facts, axis):
             span = max(max(ranks) - min(ranks) + 1 for ranks in groups)
             fraction = intra_node_fraction(gpus, span)
@@ -71,7 +71,7 @@ def write_report(
         RunError: a finding blocks the run."""
     table = Table("check", "measured", "expected", "", title=f"preflight of {title}")
     for result in results:
-        table.add_row(result.check, result.measured, result.expected, WORDS[result.level])
+        table.add_row(result.check, result.measured, result.expected, LEVEL_LABELS[result.level])
     console = Console(width=140, highlight=False)
     console.print(table)
     for result in results:

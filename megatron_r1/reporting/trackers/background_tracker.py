@@ -10,7 +10,7 @@ from typing import Any
 from r1_grading.base.errors import shorten
 
 from megatron_r1.reporting.formatting import finite_metric
-from megatron_r1.reporting.trackers.services import STEP, Tracker
+from megatron_r1.reporting.trackers.services import STEP_METRIC, Tracker
 
 CLOSE_SECONDS = 60.0
 MAX_REASON_CHARS = 200
@@ -39,7 +39,7 @@ class BackgroundTracker:
         """Send a line soon.
 
         Args:
-            key: `STEP` or `EVALUATION`.
+            key: `STEP_METRIC` or `EVALUATION`.
             line: the figures."""
         self._lines.put((key, line))
 
@@ -79,9 +79,9 @@ class BackgroundTracker:
                 self._notes.put(note)
         while pending:
             key, line = pending[0]
-            if line[STEP] > self._newest.get(key, -1):
-                self._tracker.send(line[STEP], _numbers(key, line))
-                self._newest[key] = line[STEP]
+            if line[STEP_METRIC] > self._newest.get(key, -1):
+                self._tracker.send(line[STEP_METRIC], _numbers(key, line))
+                self._newest[key] = line[STEP_METRIC]
             pending.popleft()
         self._failed = False
 

@@ -23,7 +23,7 @@ from megatron_r1.base.files import atomic_write
 from megatron_r1.config.section import flatten
 from megatron_r1.reporting.formatting import finite_metric
 
-STEP, EVALUATION = "step", "eval/step"
+STEP_METRIC, EVALUATION = "step", "eval/step"
 """Metrics with the number of a line's step; a tracked run has the newest of each."""
 
 
@@ -59,7 +59,7 @@ class Tracker(Protocol):
 
     @property
     def last_tracked(self) -> Mapping[str, float]:
-        """The newest step that was tracked when it was opened, of `STEP` and `EVALUATION`."""
+        """The newest step of `STEP_METRIC` and `EVALUATION` that was tracked when it was opened."""
 
     @property
     def notes(self) -> list[str]:
@@ -129,7 +129,7 @@ class MlflowTracker:
         self._client.update_run(identity, status="RUNNING")
         tracked_metrics = self._client.get_run(identity).data.metrics
         self.last_tracked = {
-            key: tracked_metrics[key] for key in (STEP, EVALUATION) if key in tracked_metrics
+            key: tracked_metrics[key] for key in (STEP_METRIC, EVALUATION) if key in tracked_metrics
         }
 
     def send(self, step: int, numbers: Mapping[str, float]) -> None:
@@ -212,11 +212,11 @@ class WandbTracker:
                 f"wandb: the server cannot be reached ({reason}); recorded offline: wandb sync "
                 f"{run.folder}/wandb/latest-run"
             )
-        self._run.define_metric("*", step_metric=STEP)
+        self._run.define_metric("*", step_metric=STEP_METRIC)
         self._run.define_metric("eval/*", step_metric=EVALUATION)
         summary: dict[str, Any] = dict(self._run.summary)
         self.last_tracked = {
-            key: float(summary[key]) for key in (STEP, EVALUATION) if key in summary
+            key: float(summary[key]) for key in (STEP_METRIC, EVALUATION) if key in summary
         }
 
     def send(self, step: int, numbers: Mapping[str, float]) -> None:

@@ -10,7 +10,7 @@ from megatron_r1.reporting.trackers.background_tracker import BackgroundTracker
 from megatron_r1.reporting.trackers.services import (
     EVALUATION,
     MLFLOW,
-    STEP,
+    STEP_METRIC,
     WANDB,
     MlflowTracker,
     TrackedRun,
@@ -23,7 +23,7 @@ OPENERS: dict[str, Callable[[TrackedRun], Tracker]] = {
     WANDB: WandbTracker,
     MLFLOW: MlflowTracker,
 }
-PACKAGES = {"wandb": "wandb", "mlflow": "mlflow-skinny"}
+TRACKER_PACKAGES = {"wandb": "wandb", "mlflow": "mlflow-skinny"}
 
 
 def check_trackers(names: Iterable[str]) -> None:
@@ -32,7 +32,7 @@ def check_trackers(names: Iterable[str]) -> None:
         if name in OPENERS and find_spec(name) is None:
             raise UserError(
                 f"run.trackers: {name} needs a package that is not installed: pip install "
-                f"{PACKAGES[name]}, or leave {name} out",
+                f"{TRACKER_PACKAGES[name]}, or leave {name} out",
                 key="run.trackers",
                 cause=Cause.NOT_INSTALLED,
             )
@@ -67,13 +67,13 @@ class TrackerSet:
         """Send the lines that earlier starts of the run have written and that are not tracked
         yet."""
         for line in steps:
-            self._add(STEP, line)
+            self._add(STEP_METRIC, line)
         for line in evaluations:
             self._add(EVALUATION, line)
 
     def send_step(self, metrics: Mapping[str, Any]) -> None:
         """Send the line of a step."""
-        self._add(STEP, metrics)
+        self._add(STEP_METRIC, metrics)
 
     def send_evaluation(self, metrics: Mapping[str, Any]) -> None:
         """Send the line of an evaluation."""

@@ -19,7 +19,7 @@ from megatron_r1.models.weights.adapters import adapter_factors
 from megatron_r1.models.weights.layout import LayoutEntry
 from megatron_r1.models.weights.table import Shape
 
-BASE = "base_fingerprint"
+BASE_FINGERPRINT_KEY = "base_fingerprint"
 """The fingerprint of the model without adapters: entry of a checkpoint, attribute of a chunk."""
 
 
@@ -62,7 +62,7 @@ def check_base(folder: Path, written: int | None, chunks: Any) -> None:
         folder: the checkpoint's folder.
         written: the checkpoint's entry BASE, None for a checkpoint of whole weights.
         chunks: this rank's chunks of the loaded model."""
-    fingerprint = getattr(unwrap_model(chunks[0]), BASE, None)
+    fingerprint = getattr(unwrap_model(chunks[0]), BASE_FINGERPRINT_KEY, None)
     if written == fingerprint:
         return
     if written is None or fingerprint is None:

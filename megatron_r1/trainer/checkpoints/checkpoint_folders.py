@@ -32,7 +32,7 @@ MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
 Verify = Literal["full", "size", "none"]
 CHUNK_BYTES = 8 * 1024**2
-THREADS = 2  # per process: hashing releases the interpreter lock
+NUM_THREADS = 2  # per process: hashing releases the interpreter lock
 
 
 class FileEntry(NamedTuple):
@@ -57,7 +57,7 @@ def write_manifest(folder: Path, known_entries: Mapping[str, FileEntry] | None =
     paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
     names = [path.relative_to(folder).as_posix() for path in paths]
     names_to_read = [name for name in names if name not in known_entries and name != MANIFEST]
-    with ThreadPoolExecutor(THREADS) as pool:
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
         read = dict(
             zip(
                 names_to_read,
@@ -115,7 +115,7 @@ def manifest_faults(
     except ManifestError as error:
         return [str(error)]
     names = [name for name in entries if only is None or name in only]
-    with ThreadPoolExecutor(THREADS) as pool:
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
         faults = pool.map(lambda name: _file_fault(folder / name, entries[name], verify), names)
         return [f"{name} {fault}" for name, fault in zip(names, faults, strict=True) if fault]
 

@@ -37,7 +37,7 @@ from megatron_r1.models import platform
 from megatron_r1.models.build import process_groups
 from megatron_r1.models.weights.adapters import has_adapters
 from megatron_r1.trainer.checkpoints import adapters, checkpoint_folders
-from megatron_r1.trainer.checkpoints.adapters import BASE, check_base
+from megatron_r1.trainer.checkpoints.adapters import BASE_FINGERPRINT_KEY, check_base
 from megatron_r1.trainer.checkpoints.checkpoint_folders import ManifestError, Verify
 from megatron_r1.trainer.checkpoints.staging import HostMemory, gather_on_host
 from megatron_r1.trainer.reference import ReferencePolicy
@@ -45,7 +45,7 @@ from megatron_r1.trainer.reference import ReferencePolicy
 FORMAT = "fully_reshardable"
 """Format of the distributed optimizer's state: whole moments per parameter, for any layout."""
 
-REFERENCE, CRITIC = "reference.", "critic."
+REFERENCE_PREFIX, CRITIC_PREFIX = "reference.", "critic."
 """Prefixes of their tensors' names."""
 
 Chunks = Sequence[MegatronModule]
@@ -83,15 +83,15 @@ def sharded_tree(networks: Networks, memory: HostMemory | None = None) -> dict[s
     states, step = _optimizer(optimizer, weights, memory)
     tree = {"model": weights, "optimizer": states, "optimizer_step": step}
     if critic is not None:
-        weights = [_weights(chunk, CRITIC) for chunk in critic.chunks]
+        weights = [_weights(chunk, CRITIC_PREFIX) for chunk in critic.chunks]
         states, step = _optimizer(critic.optimizer, weights, memory, len(_parts(optimizer)))
         tree |= {"critic": weights, "critic_optimizer": states, "critic_step": step}
     if memory is not None:
         tree |= {"layout": parallel_layout(chunks), "rng": _rng_entry(loading=False)}
         if has_adapters(chunks):
-            tree[adapters.BASE] = unwrap_model(chunks[0]).base_fingerprint
+            tree[adapters.BASE_FINGERPRINT_KEY] = unwrap_model(chunks[0]).base_fingerprint
     if reference is not None:
-        tree["reference"] = [_weights(chunk, REFERENCE) for chunk in chunks]
+        tree["reference"] = [_weights(chunk, REFERENCE_PREFIX) for chunk in chunks]
         for entry in (entry for entries in tree["reference"] for entry in entries.values()):
             # From where it is kept: next to engines, the GPU may have no room for a second set of
             # weights.
@@ -152,11 +152,11 @@ def _restore(loaded: dict[str, Any], networks: Networks) -> None:
     _load_weights(policy.chunks, loaded["model"], "")
     _load_optimizer(policy.optimizer, loaded["optimizer"], loaded["optimizer_step"])
     if critic is not None:
-        _load_weights(critic.chunks, loaded["critic"], CRITIC)
+        _load_weights(critic.chunks, loaded["critic"], CRITIC_PREFIX)
         _load_optimizer(critic.optimizer, loaded["critic_optimizer"], loaded["critic_step"])
     if reference is not None:
         with reference.swapped_in():
-            _load_weights(policy.chunks, loaded["reference"], REFERENCE)
+            _load_weights(policy.chunks, loaded["reference"], REFERENCE_PREFIX)
             reference.refresh()
 
 
@@ -343,7 +343,7 @@ def load(folder: Path, networks: Networks) -> bool:
     own_layout = parallel_layout(networks.policy.chunks)
     try:
         common = dist_checkpointing.load_common_state_dict(str(folder))
-        check_base(folder, common.get(BASE), networks.policy.chunks)
+        check_base(folder, common.get(BASE_FINGERPRINT_KEY), networks.policy.chunks)
         written_by = common.get("layout")
         if written_by == own_layout:
             tree["rng"] = _rng_entry(loading=True)
@@ -371,10 +371,12 @@ def load(folder: Path, networks: Networks) -> bool:
 
 def _check_reference(folder: Path, networks: Networks) -> None:
     """Raise UserError where a reference is wanted that the checkpoint does not have."""
-    names: Iterable[str] = (REFERENCE,)
+    names: Iterable[str] = (REFERENCE_PREFIX,)
     with contextlib.suppress(*UNREADABLE):
         names = dist_checkpointing.load_tensors_metadata(str(folder))
-    if networks.reference is not None and not any(name.startswith(REFERENCE) for name in names):
+    if networks.reference is not None and not any(
+        name.startswith(REFERENCE_PREFIX) for name in names
+    ):
         raise UserError(
             f"checkpoint {folder} has no reference policy: rl.kl_beta was 0 when the run began, "
             "and rl.schedule cannot add a KL penalty; leave it out, or start a new run with "

@@ -56,7 +56,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 
 from megatron_r1.models import platform
 
-KEYS = ("param", "exp_avg", "exp_avg_sq")
+STATE_KEYS = ("param", "exp_avg", "exp_avg_sq")
 GATHERED_ELEMENTS = 1 << 24
 """Elements that ranks gather at a time: 64 MiB of the device's memory."""
 
@@ -217,10 +217,13 @@ def _gather(part: Any, index: int, memory: HostMemory | None, **_: Any) -> dict[
     for number, (buffer, ranges) in enumerate(zip(part.buffers, part.gbuf_ranges, strict=True)):
         ((dtype, shards),) = ranges.items()
         if memory is None:
-            full_tensors = {key: torch.zeros(buffer.numel, dtype=torch.float32) for key in KEYS}
+            full_tensors = {
+                key: torch.zeros(buffer.numel, dtype=torch.float32) for key in STATE_KEYS
+            }
         else:
             full_tensors = {
-                key: memory.gathered_buffer((index, number, key), buffer.numel) for key in KEYS
+                key: memory.gathered_buffer((index, number, key), buffer.numel)
+                for key in STATE_KEYS
             }
             gathering = partial(_gather_buffer, part, buffer, shards, full_tensors)
             memory.plan_gather((index, number), gathering)

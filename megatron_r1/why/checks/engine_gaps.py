@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from megatron_r1.reporting.formatting import format_number as number
-from megatron_r1.why.comparison import ROUNDING
+from megatron_r1.why.comparison import ROUNDING_BY_DTYPE
 from megatron_r1.why.record.recorded_step import RecordedStep
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class EngineGaps:
             logprobs = recomputed.logprobs_after(version)
             if logprobs is not None:
                 self._fill_version_gaps(version, logprobs)
-        self.tolerance = ROUNDING[step.run_config.rollout.dtype]
+        self.tolerance = ROUNDING_BY_DTYPE[step.run_config.rollout.dtype]
         self.untried: list[str] = []
 
     @property

@@ -45,7 +45,7 @@ FP8_TOLERANCE_SOURCE = (
     "rounding of the engine's bfloat16, on a GPU also of 8-bit activations; on a CPU at most "
     "0.0034 was measured in five steps of three dense runs, and 0.0048 in a step with experts"
 )
-CAUSES: tuple[Callable[[EngineGaps], ExplainedDeparture | None], ...] = (
+SEARCHED_CAUSES: tuple[Callable[[EngineGaps], ExplainedDeparture | None], ...] = (
     other_fp8_weights,
     other_adapter_scale,
     stale_weights,
@@ -130,7 +130,7 @@ def _explanation(gaps: EngineGaps) -> ExplainedDeparture | None:
     is_small = gaps.distance <= gaps.tolerance / 16 and not gaps.departing_engine()
     from megatron_r1.why.policy.policy_models import NotInMemory
 
-    for find_cause in SENSITIVE_CAUSES if is_small else CAUSES:
+    for find_cause in SENSITIVE_CAUSES if is_small else SEARCHED_CAUSES:
         try:
             explained = find_cause(gaps)
         except NotInMemory:

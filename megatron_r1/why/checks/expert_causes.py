@@ -17,7 +17,7 @@ MAX_PAIRS = 64
 """Pairs of experts that are tried as exchanged ones."""
 MAX_SUSPECTS = 4
 """Experts that are tried as the one, or two, that differ."""
-REMEDY = (
+EXPERT_REMEDY = (
     "the push of that expert (docs/push.md), rollout.expert_parallel, rollout.redundant_experts"
 )
 
@@ -48,7 +48,7 @@ def departing_expert(gaps: EngineGaps) -> ExplainedDeparture | None:
             return ExplainedDeparture(
                 f"experts {min(sources)} and {max(sources)} of {_layer(layer)} are exchanged in "
                 f"{engine.name}: {engine.gap_sizes}",
-                REMEDY,
+                EXPERT_REMEDY,
             )
     if not ranked or gaps.distance <= gaps.tolerance:
         return None
@@ -59,7 +59,7 @@ def departing_expert(gaps: EngineGaps) -> ExplainedDeparture | None:
         f"tokens of expert {worst.expert} of {_layer(worst.layer)} differ by "
         f"{number(worst.routed)}, others by {number(worst.other_difference)}: the engine has "
         "another expert there",
-        REMEDY,
+        EXPERT_REMEDY,
     )
 
 
@@ -88,7 +88,7 @@ def _stale_expert(gaps: EngineGaps, layer: str, expert: int) -> ExplainedDepartu
     return ExplainedDeparture(
         f"expert {expert} of {_layer(layer)} has the weights of version {version} in "
         f"{engine.name}, not {gaps.newest}: {engine.gap_sizes}",
-        REMEDY,
+        EXPERT_REMEDY,
     )
 
 

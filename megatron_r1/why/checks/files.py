@@ -27,7 +27,7 @@ model ends with."""
 MIN_END_TOKEN_LOGPROB = math.log(0.25)
 """The least log-probability of such a token: a random model draws special tokens too, each with
 about the probability of any other token."""
-TAG = re.compile("think|answer|tool")
+TAG_WORDS = re.compile("think|answer|tool")
 """Of special tokens that stand inside a response by right."""
 MAX_SHOWN_CHARACTERS = 40
 """The most characters of a text that a comparison shows."""
@@ -228,7 +228,7 @@ def _find_unknown_ends(step: RecordedStep) -> Comparison:
     special = {
         token
         for token in _special_tokens(step.tokenizer) - set(ends)
-        if not TAG.search(step.tokenizer.hf_tokenizer.convert_ids_to_tokens(token))
+        if not TAG_WORDS.search(step.tokenizer.hf_tokenizer.convert_ids_to_tokens(token))
     }
     responses_by_token: dict[int, list[ResponseIndex]] = {}
     for index, ids in responses.items():

@@ -36,7 +36,7 @@ MIN_STANDARD_ERRORS_FOR_PARTS = 2.0
 """Parts of the weights are tried where the coefficient of all weights is this many standard errors
 from 0."""
 FAULT = "FP8 scales of the push before"
-REMEDY = (
+SCALE_REMEDY = (
     "push.fp8: the push of the block scales (*_scale_inv) to {engine}, which engines convert apart "
     "from the values: logs/{engine}*.log, push/* in metrics.jsonl (docs/push.md)"
 )
@@ -232,7 +232,7 @@ class FP8Search:
             f"{explained.gap_sizes}, the differences are {fit.coefficient:.2f} ± {fit.error:.2f} "
             "times those that it makes"
         )
-        remedy = REMEDY.format(engine=name)
+        remedy = SCALE_REMEDY.format(engine=name)
         if kind == "plain":
             return ExplainedDeparture(
                 f"{name} computes with weights that are not quantized: {fitted}",

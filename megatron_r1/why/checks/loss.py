@@ -49,7 +49,15 @@ setting are not tried."""
 MAX_OTHER_VALUES = 3
 """Other values of one setting that are tried where one explains a departure."""
 TOLERANCE_SOURCES = {"float32": "measured (docs/why.md), with a margin", "bfloat16": "a choice"}
-METRICS = ("loss", "kl", "entropy", "clip_fraction", "ratio/max", "importance", "grad_norm")
+COMPARED_METRICS = (
+    "loss",
+    "kl",
+    "entropy",
+    "clip_fraction",
+    "ratio/max",
+    "importance",
+    "grad_norm",
+)
 
 
 def check_loss(step: RecordedStep, recomputed: Recomputation) -> list[Comparison]:
@@ -61,7 +69,7 @@ def check_loss(step: RecordedStep, recomputed: Recomputation) -> list[Comparison
     base = recomputed.base
     comparisons = [
         _compare_metric(step, name, base)
-        for name in METRICS
+        for name in COMPARED_METRICS
         if name in base.metrics and name in step.line
     ]
     terms = ", ".join(f"{name} {number(value)}" for name, value in base.terms.items())

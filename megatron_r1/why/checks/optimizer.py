@@ -18,7 +18,7 @@ from megatron_r1.trainer.checkpoints.checkpoint_folders import (
     manifest_faults,
 )
 from megatron_r1.why.checks.loss import (
-    METRICS,
+    COMPARED_METRICS,
     TOLERANCE_SOURCES,
     moments_depart,
     moments_limit,
@@ -104,7 +104,7 @@ def _compare_taken_updates(step: RecordedStep) -> Comparison:
         return _not_a_number(name, "step_taken")
     norm = finite(step.line, "grad_norm")
     parts = ["a gradient is not finite: its update was left out"] if logged < 1 else []
-    if lost := [key for key in (*METRICS, "grad_norm") if _is_no_number(step, key)]:
+    if lost := [key for key in (*COMPARED_METRICS, "grad_norm") if _is_no_number(step, key)]:
         parts.append(f"not a number in metrics.jsonl: {', '.join(dict.fromkeys(lost))}")
     return Comparison(
         SCHEDULE,

@@ -15,7 +15,7 @@ from megatron_r1.why.checks.engine_causes import adapter_scales
 from megatron_r1.why.comparison import (
     DEPARTS,
     EQUAL,
-    ROUNDING,
+    ROUNDING_BY_DTYPE,
     Comparison,
     not_checked,
     with_untried,
@@ -26,7 +26,7 @@ from megatron_r1.why.rerun.readings import TRAINER_REMEDY, hint
 if TYPE_CHECKING:
     from megatron_r1.why.update.recomputation import Recomputation
 
-POLICIES = "log-probabilities"
+POLICIES_FAMILY = "log-probabilities"
 TRAINER = "old policy of the trainer"
 Candidate = tuple[str, str, Callable[[], Sequence[np.ndarray] | None]]
 
@@ -40,11 +40,15 @@ def _compare_trainer(step: RecordedStep, recomputed: Recomputation) -> Compariso
     """Compare logprob_diff/mean, engine's against trainer's, with engine's against transformers."""
     logged = finite(step.line, "logprob_diff/mean")
     if "logprob_diff/mean" not in step.line:
-        return not_checked(POLICIES, TRAINER, "metrics.jsonl has no logprob_diff/mean")
+        return not_checked(POLICIES_FAMILY, TRAINER, "metrics.jsonl has no logprob_diff/mean")
     if (recipe := step.run_config.fp8.recipe) != "none":
-        return not_checked(POLICIES, TRAINER, f"fp8.recipe: {recipe}: its products are not made")
+        return not_checked(
+            POLICIES_FAMILY, TRAINER, f"fp8.recipe: {recipe}: its products are not made"
+        )
     if len(recomputed.policies.scored_sequences) < len(recomputed.policies.rows):
-        return not_checked(POLICIES, TRAINER, "only a part of the responses is recomputed here")
+        return not_checked(
+            POLICIES_FAMILY, TRAINER, "only a part of the responses is recomputed here"
+        )
     gaps = [
         np.abs(sequence.logprobs - logprobs)
         for sequence, logprobs in zip(
@@ -53,10 +57,10 @@ def _compare_trainer(step: RecordedStep, recomputed: Recomputation) -> Compariso
         if not math.isnan(sequence.advantage)
     ]
     mean_gap = float(np.concatenate(gaps).mean())
-    tolerance = ROUNDING[step.run_config.model.dtype]
+    tolerance = ROUNDING_BY_DTYPE[step.run_config.model.dtype]
     if logged is None:
         return Comparison(
-            POLICIES,
+            POLICIES_FAMILY,
             TRAINER,
             DEPARTS,
             f"logprob_diff/mean with mean |engine - transformers| {number(mean_gap)}",
@@ -76,7 +80,7 @@ def _compare_trainer(step: RecordedStep, recomputed: Recomputation) -> Compariso
         TRAINER_REMEDY + hint(step, "trainer"),
     )
     return Comparison(
-        POLICIES,
+        POLICIES_FAMILY,
         TRAINER,
         DEPARTS if departs else EQUAL,
         f"mean |engine - trainer| {number(logged)} with mean |engine - transformers| "
@@ -195,7 +199,7 @@ def _parted_head(step: RecordedStep) -> tuple[str, str] | None:
     if step.run_config.parallel.pipeline == 1 or not is_trained:
         return None
     began = next(iter(step.folder.read_metrics()), {}).get("logprob_diff/mean")
-    if not isinstance(began, int | float) or began > ROUNDING[step.run_config.model.dtype]:
+    if not isinstance(began, int | float) or began > ROUNDING_BY_DTYPE[step.run_config.model.dtype]:
         return None
     return (
         f"the trainer was {number(began)} from the engine in the first step, and is "
@@ -228,7 +232,7 @@ def _is_logged(
             if not math.isnan(sequence.advantage)
         ]
     )
-    tolerance = ROUNDING[step.run_config.model.dtype]
+    tolerance = ROUNDING_BY_DTYPE[step.run_config.model.dtype]
     distances = {"logprob_diff/mean": float(gaps.mean()), "logprob_diff/max": float(gaps.max())}
     return all(
         (logged := finite(step.line, name)) is not None
@@ -256,27 +260,27 @@ def _compare_reference(step: RecordedStep, recomputed: Recomputation) -> Compari
     """Compare the checkpoint's reference with the weights that the settings make it."""
     name = "reference policy"
     if not step.config.rl.kl_beta:
-        return not_checked(POLICIES, name, "rl.kl_beta: 0, there is none")
+        return not_checked(POLICIES_FAMILY, name, "rl.kl_beta: 0, there is none")
     if step.step == 1:
-        return not_checked(POLICIES, name, "it is the policy in the first step")
+        return not_checked(POLICIES_FAMILY, name, "it is the policy in the first step")
     from megatron_r1.why.policy import checkpoint_model
 
     # Adapters are small compared with the weights, and copies are exact.
-    tolerance = ROUNDING["float32"] if step.run_config.model.lora is None else 0.0
+    tolerance = ROUNDING_BY_DTYPE["float32"] if step.run_config.model.lora is None else 0.0
     refreshed = last_refresh(step)
     expected = weights_after(step.folder, step.run_config, refreshed)
     before = step.before
     if before is None:
-        return not_checked(POLICIES, name, f"there is no checkpoint of step {step.step - 1}")
-    if not checkpoint_model.has_part(before, checkpoint_model.REFERENCE):
-        return not_checked(POLICIES, name, f"{before} has none")
+        return not_checked(POLICIES_FAMILY, name, f"there is no checkpoint of step {step.step - 1}")
+    if not checkpoint_model.has_part(before, checkpoint_model.REFERENCE_PREFIX):
+        return not_checked(POLICIES_FAMILY, name, f"{before} has none")
     if expected is None:
-        return not_checked(POLICIES, name, f"there is no checkpoint of step {refreshed}")
-    reference = before, checkpoint_model.REFERENCE
+        return not_checked(POLICIES_FAMILY, name, f"there is no checkpoint of step {refreshed}")
+    reference = before, checkpoint_model.REFERENCE_PREFIX
     distance = recomputed.policies.distance(reference, (expected, ""))
     if distance <= tolerance:
         return Comparison(
-            POLICIES,
+            POLICIES_FAMILY,
             name,
             EQUAL,
             f"that of {before} with the weights after step {refreshed}",
@@ -295,7 +299,7 @@ def _compare_reference(step: RecordedStep, recomputed: Recomputation) -> Compari
             reason += f": {text}, it is the weights after step {other_step}"
             break
     return Comparison(
-        POLICIES,
+        POLICIES_FAMILY,
         name,
         DEPARTS,
         f"that of {before} with the weights after step {refreshed}",

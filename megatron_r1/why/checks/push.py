@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from megatron_r1.reporting.formatting import finite_metric as finite
 from megatron_r1.reporting.formatting import format_number as number
-from megatron_r1.why.comparison import DEPARTS, EQUAL, ROUNDING, Comparison, not_checked
+from megatron_r1.why.comparison import DEPARTS, EQUAL, ROUNDING_BY_DTYPE, Comparison, not_checked
 from megatron_r1.why.record.recorded_step import RecordedStep
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def _compare_probe(step: RecordedStep) -> Comparison:
     value = finite(step.line, "push/probe_diff")
     if "push/probe_diff" not in step.line:
         return not_checked(FAMILY, name, "metrics.jsonl has no push/probe_diff")
-    tolerance = 4 * ROUNDING[step.run_config.rollout.dtype]
+    tolerance = 4 * ROUNDING_BY_DTYPE[step.run_config.rollout.dtype]
     return Comparison(
         FAMILY,
         name,

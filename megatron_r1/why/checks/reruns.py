@@ -23,7 +23,7 @@ from megatron_r1.why.comparison import (
     DEPARTS,
     EQUAL,
     NOT_CHECKED,
-    ROUNDING,
+    ROUNDING_BY_DTYPE,
     CannotRecompute,
     Comparison,
     Report,
@@ -212,7 +212,7 @@ def _check_trainer(
         distance(math.nan if recorded is None else recorded, measured.engine),
         measured.transformers,
     )
-    tolerance = ROUNDING[step.run_config.model.dtype]
+    tolerance = ROUNDING_BY_DTYPE[step.run_config.model.dtype]
     layout = single_rank.layout_text(step.run_config.parallel)
     reading = trainer_reading(distances, tolerance, refined.departs, layout)
     compared = (
@@ -267,7 +267,7 @@ ENGINE = Rerun(
     _check_engine,
 )
 TRAINER = Rerun(
-    policies.POLICIES,
+    policies.POLICIES_FAMILY,
     "one rank's log-probabilities",
     policies.TRAINER,
     "starting one trainer rank",

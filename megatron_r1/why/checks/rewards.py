@@ -40,16 +40,16 @@ PLAIN_ANSWER = re.compile(
     r"\$?(?:[-+]?[$€£]?[\d.,]+(?:\s?/\s?\d+)?\s?%?|[ -;=?-~]*\\[ -;=?-~]*)\$?"
 )
 """A number or a fraction, or one line of ASCII with a LaTeX command."""
-TAG = "<answer>"
+ANSWER_TAG = "<answer>"
 END_TAG = "</answer>"
-BOX = r"\boxed"
+BOX_COMMAND = r"\boxed"
 HASHES = "####"
 IN_PROCESS = ("math", "exact_match", "logic")
 """Kinds of rewards that are called here; programs run in a sandbox, and services are not asked."""
 SECOND_READER_KINDS = ("math", "logic")
 """Kinds whose answers the second reader reads; of logic, which may have other right answers, only
 those that it takes for right."""
-ROUNDING = 1e-6
+REWARD_TOLERANCE = 1e-6
 """Sums of a few float64 numbers."""
 
 
@@ -73,7 +73,7 @@ def _compare_sums(step: RecordedStep) -> Comparison:
         if not graded.is_graded:
             continue
         total = sum(step.weights.get(term, 0.0) * value for term, value in graded.rewards.items())
-        if (gap := abs(total - graded.reward)) > ROUNDING:
+        if (gap := abs(total - graded.reward)) > REWARD_TOLERANCE:
             concerned.append(index)
             if gap > worst:
                 worst = gap
@@ -83,7 +83,7 @@ def _compare_sums(step: RecordedStep) -> Comparison:
     if concerned and all(step.responses[index].is_truncated for index in concerned):
         reason = f"{len(concerned):,} truncated answers are punished: {reason}"
     elif concerned and all(
-        abs(_plain_sum(step, index) - step.responses[index].reward) <= ROUNDING
+        abs(_plain_sum(step, index) - step.responses[index].reward) <= REWARD_TOLERANCE
         for index in concerned
     ):
         reason = f"rewards are the sums of the terms without their weights: {reason}"
@@ -118,16 +118,16 @@ def read_stated_answer(text: str, reading: Reading) -> tuple[str, str] | None:
 
 
 def _read_stated_answer(text: str, reading: Reading) -> tuple[str, str] | None:
-    if TAG in text:
-        answer, end, tail = text.rpartition(TAG)[2].partition(END_TAG)
-        is_one = text.count(TAG) == text.count(END_TAG) == 1 and not tail.strip()
-        return (answer, TAG) if is_one and end else None
-    if BOX in text:
-        tail, depth = text.rpartition(BOX)[2], 0
+    if ANSWER_TAG in text:
+        answer, end, tail = text.rpartition(ANSWER_TAG)[2].partition(END_TAG)
+        is_one = text.count(ANSWER_TAG) == text.count(END_TAG) == 1 and not tail.strip()
+        return (answer, ANSWER_TAG) if is_one and end else None
+    if BOX_COMMAND in text:
+        tail, depth = text.rpartition(BOX_COMMAND)[2], 0
         for position, character in enumerate(tail):
             depth += (character == "{") - (character == "}")
             if character == "}" and depth == 0:
-                return tail[1:position], BOX
+                return tail[1:position], BOX_COMMAND
         return None
     if HASHES in text:
         lines = text.rpartition(HASHES)[2].strip().splitlines()
@@ -326,7 +326,7 @@ def _compare_order(step: RecordedStep, regraded: Grades) -> Comparison:
                 step.responses[group_index, index].rewards[ACCURACY]
                 - accuracies[group_index, (index + shift) % size]
             )
-            > ROUNDING
+            > REWARD_TOLERANCE
         ]
     shift = min(by_shift, key=lambda offset: (len(by_shift[offset]), offset))
     is_other = shift and not by_shift[shift]
@@ -391,7 +391,9 @@ def _departs(graded: GradedResponse, term: str, new_grade: Grade) -> bool:
     """Return whether a term is another than was logged, or can be graded and was not."""
     if term in graded.ungraded_terms:
         return new_grade.is_graded
-    return not new_grade.is_graded or abs(new_grade.reward - graded.rewards[term]) > ROUNDING
+    return (
+        not new_grade.is_graded or abs(new_grade.reward - graded.rewards[term]) > REWARD_TOLERANCE
+    )
 
 
 def _describe_departures(
@@ -452,7 +454,7 @@ def _compare_metrics(step: RecordedStep) -> list[Comparison]:
     if not gaps:
         return [not_checked(FAMILY, "metrics of the rollout", "metrics.jsonl has none")]
     worst = max(gaps, key=lambda name: gaps[name])
-    is_equal = gaps[worst] <= ROUNDING * max(1.0, abs(means[worst]))
+    is_equal = gaps[worst] <= REWARD_TOLERANCE * max(1.0, abs(means[worst]))
     return [
         Comparison(
             FAMILY,
@@ -460,7 +462,7 @@ def _compare_metrics(step: RecordedStep) -> list[Comparison]:
             EQUAL if is_equal else DEPARTS,
             compared,
             gaps[worst],
-            ROUNDING * max(1.0, abs(means[worst])),
+            REWARD_TOLERANCE * max(1.0, abs(means[worst])),
             "sums in float64",
             f"{worst} is {_describe_logged(step, worst)} in metrics.jsonl and "
             f"{number(means[worst])} in the sample log: they are not of the same responses",

@@ -28,7 +28,7 @@ FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Modules that engines keep as one."""
 EXCHANGED = (("gate_proj", "up_proj"), ("k_proj", "v_proj"))
 """Modules of a layer whose tensors may be taken for each other's."""
-REMEDY = "the push of that tensor (docs/push.md): its name and place in the engine's model"
+TENSOR_REMEDY = "the push of that tensor (docs/push.md): its name and place in the engine's model"
 
 
 def departing_tensor(gaps: EngineGaps) -> ExplainedDeparture | None:
@@ -76,7 +76,7 @@ class TensorSearch:
                 return ExplainedDeparture(
                     f"{nouns[0]}{alternatives} in {engine.name} is of version {version}, "
                     f"not {newest}: {engine.gap_sizes}",
-                    REMEDY,
+                    TENSOR_REMEDY,
                 )
         return None
 
@@ -87,7 +87,7 @@ class TensorSearch:
                 continue
             if (engine := self._explained(sources)) is not None:
                 return ExplainedDeparture(
-                    f"{noun} are exchanged in {engine.name}: {engine.gap_sizes}", REMEDY
+                    f"{noun} are exchanged in {engine.name}: {engine.gap_sizes}", TENSOR_REMEDY
                 )
         return None
 

@@ -30,9 +30,9 @@ from megatron_r1.models.weights.formats.megatron_weights import MegatronWeights
 from megatron_r1.models.weights.formats.published_layout import stacked_part
 from megatron_r1.why.policy.adapters import attach_adapters
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-STATE, REFERENCE = "optimizer.state.", "reference."
-ADAPTERS = "adapters."
+MOMENT_NAMES = ("exp_avg", "exp_avg_sq")
+STATE_PREFIX, REFERENCE_PREFIX = "optimizer.state.", "reference."
+ADAPTERS_PREFIX = "adapters."
 
 
 def opened(checkpoint: Path) -> DistributedCheckpoint:
@@ -204,7 +204,7 @@ def adapter_factors(checkpoint: Path, prefix: str) -> tuple[list[str], Callable[
 
     Raises:
         UserError: the checkpoint is damaged."""
-    stored, beginning = opened(checkpoint), f"{prefix}{ADAPTERS}"
+    stored, beginning = opened(checkpoint), f"{prefix}{ADAPTERS_PREFIX}"
 
     def read(name: str) -> Tensor:
         shape = stored.shapes[beginning + name]

@@ -9,15 +9,15 @@ from torch import Tensor
 
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.models.weights.formats.dcp import DistributedCheckpoint
-from megatron_r1.why.policy.checkpoint_model import MOMENTS, STATE, opened
+from megatron_r1.why.policy.checkpoint_model import MOMENT_NAMES, STATE_PREFIX, opened
 from megatron_r1.why.policy.routed_experts import ROUTER_BIAS
 from megatron_r1.why.policy.tensor_source import TensorSource
 
-MASTER = f"{STATE}param."
+MASTER = f"{STATE_PREFIX}param."
 NOT_WEIGHTS = ("optimizer.", "critic_optimizer.", "critic.", "reference.")
 ROUTER_BIASES = ("expert_bias", ROUTER_BIAS)
 EXPERT_NUMBER = re.compile(r"\.experts\.\d+\.")
-EMBEDDING, HEAD_NAME = "embedding.word_embeddings.weight", "output_layer.weight"
+EMBEDDING_NAME, HEAD_NAME = "embedding.word_embeddings.weight", "output_layer.weight"
 
 
 def _parts(checkpoint: DistributedCheckpoint, key: str) -> Iterator[tuple[list[int], Tensor]]:
@@ -44,7 +44,7 @@ def empty_moments(path: Path, ignored_ending: str) -> tuple[list[str], int]:
     Args:
         path: the checkpoint.
         ignored_ending: parameters whose names end so do not count; "": all count."""
-    stored, prefix = opened(path), f"{STATE}{MOMENTS[1]}."
+    stored, prefix = opened(path), f"{STATE_PREFIX}{MOMENT_NAMES[1]}."
     is_empty: dict[str, bool] = {}
     for key in sorted(key for key in stored.shapes if key.startswith(prefix)):
         if ignored_ending and key.endswith(ignored_ending):
@@ -66,7 +66,7 @@ def masters_apart(path: Path) -> tuple[str, float]:
             continue
         gap_square = square = 0.0
         for starts, master_values in _parts(stored, key):
-            if name in (EMBEDDING, HEAD_NAME) and starts:
+            if name in (EMBEDDING_NAME, HEAD_NAME) and starts:
                 rows = min(master_values.shape[0], stored.shapes[name][0] - starts[0])
                 master_values = master_values[: max(0, rows)]
             weight = stored.read(name, starts, master_values.shape).double()
@@ -83,10 +83,12 @@ def head_from_embedding(path: Path) -> float | None:
     stored = opened(path)
     if HEAD_NAME not in stored.shapes:
         return None
-    rows = min(stored.shapes[HEAD_NAME][0], stored.shapes[EMBEDDING][0])
+    rows = min(stored.shapes[HEAD_NAME][0], stored.shapes[EMBEDDING_NAME][0])
     sizes = (rows, *stored.shapes[HEAD_NAME][1:])
     zeros = (0,) * len(sizes)
-    head, embedding = (stored.read(key, zeros, sizes).double() for key in (HEAD_NAME, EMBEDDING))
+    head, embedding = (
+        stored.read(key, zeros, sizes).double() for key in (HEAD_NAME, EMBEDDING_NAME)
+    )
     return float((head - embedding).norm() / embedding.norm())
 
 

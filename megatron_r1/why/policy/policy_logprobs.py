@@ -320,7 +320,7 @@ class PolicyLogprobs(PolicyModels):
         """The reference of the checkpoint, in the first step the policy."""
         if self.is_first_step:
             return self.policy
-        return self.model(self.before, checkpoint_model.REFERENCE)
+        return self.model(self.before, checkpoint_model.REFERENCE_PREFIX)
 
     @cached_property
     def all_old_logprobs(self) -> list[Tensor]:

@@ -21,7 +21,7 @@ from megatron_r1.models.weights.layout import hf_tensors
 from megatron_r1.why.comparison import CannotRecompute
 from megatron_r1.why.policy.checkpoint_model import EXPERT_TENSOR_NAME, weights_of_part
 
-EMBEDDING, HEAD_NAME = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDING_NAME, HEAD_NAME = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class Adapters(NamedTuple):
@@ -125,7 +125,7 @@ class TensorSource:
             and name not in self.shapes
             and self._hf_config.get("tie_word_embeddings")
         ):
-            return self.read(EMBEDDING)
+            return self.read(EMBEDDING_NAME)
         if name not in self.shapes:
             raise CannotRecompute(f"{self.folder} has no {name}")
         values = self._weights.read(name, 0, 0, self.shapes[name][0]).float()

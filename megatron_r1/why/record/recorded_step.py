@@ -212,7 +212,10 @@ class RecordedStep:
         """Advantages by this command's own formulas; NaN: not trained on. Zeros for algorithms
         that `formulas` does not have."""
         rl = self.config.rl
-        if rl.algorithm not in (*formulas.ALGORITHMS, *formulas.TOKEN_ADVANTAGE_ALGORITHMS):
+        if rl.algorithm not in (
+            *formulas.RESPONSE_ADVANTAGE_ALGORITHMS,
+            *formulas.TOKEN_ADVANTAGE_ALGORITHMS,
+        ):
             by_group = [[0.0] * len(rewards) for rewards in self.training_rewards]
         elif rl.reward_normalization == "each":
             by_group = formulas.reward_term_advantages(

@@ -22,7 +22,7 @@ from megatron_r1.trainer.training_sample import Sample
 from megatron_r1.why.comparison import CannotRecompute
 from megatron_r1.why.record.recorded_step import RecordedStep
 
-LAYOUT = (
+LAYOUT_KEYS = (
     "processes",
     "tensor",
     "pipeline",
@@ -55,7 +55,9 @@ class RankDistances(NamedTuple):
 
 def layout_text(parallel: ParallelConfig) -> str:
     """Return the settings of a run's layout that one rank does not have; "" for one rank."""
-    changed = parallel.model_dump(include={*LAYOUT} - {"offload_folder"}, exclude_defaults=True)
+    changed = parallel.model_dump(
+        include={*LAYOUT_KEYS} - {"offload_folder"}, exclude_defaults=True
+    )
     return ", ".join(f"parallel.{key}: {value}" for key, value in changed.items())
 
 
@@ -116,7 +118,8 @@ def _config(step: RecordedStep) -> Config:
     """Return the settings of the rank."""
     defaults = ParallelConfig()
     return step.run_config.with_changes(
-        parallel={key: getattr(defaults, key) for key in LAYOUT}, model={"path": str(step.model)}
+        parallel={key: getattr(defaults, key) for key in LAYOUT_KEYS},
+        model={"path": str(step.model)},
     )
 
 

@@ -34,7 +34,10 @@ def advantage_substitutions(step: RecordedStep, evidence: Evidence) -> Iterator[
         step: the step.
         evidence: what the checkpoint after it says."""
     rl = step.config.rl
-    if rl.algorithm not in formulas.ALGORITHMS or rl.reward_normalization != "sum":
+    if (
+        rl.algorithm not in formulas.RESPONSE_ADVANTAGE_ALGORITHMS
+        or rl.reward_normalization != "sum"
+    ):
         return
     yield from _rule_substitutions(step)
     yield from _shifted_advantage_substitutions(step)

@@ -100,7 +100,9 @@ def left_out_terms(
 def can_leave_out(step: RecordedStep) -> bool:
     """Return whether the advantages are known that responses left out of the loss would have."""
     rl = step.config.rl
-    return rl.algorithm in formulas.ALGORITHMS and rl.reward_normalization == "sum"
+    return (
+        rl.algorithm in formulas.RESPONSE_ADVANTAGE_ALGORITHMS and rl.reward_normalization == "sum"
+    )
 
 
 def num_left_out(step: RecordedStep) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_r1.why.comparison import ROUNDING, CannotRecompute
+from megatron_r1.why.comparison import ROUNDING_BY_DTYPE, CannotRecompute
 from megatron_r1.why.policy import checkpoint_model, model_distance
 from megatron_r1.why.policy.adapters import trained_parameters
 from megatron_r1.why.policy.fp8_engines import FP8EngineLogprobs
@@ -257,7 +257,7 @@ class Recomputation:
                 self._first_moments_after,
                 settings.beta1**self.step.config.rl.minibatches,
             ),
-            ROUNDING[self.step.run_config.model.dtype],
+            ROUNDING_BY_DTYPE[self.step.run_config.model.dtype],
             float(norm),
             MAX_ROUNDS if self.searches_causes else 0,
         )
@@ -429,14 +429,14 @@ class Recomputation:
         if after is None:
             return None
         return self.policies.model(
-            after, "" if dtype == "float32" else f"{checkpoint_model.STATE}param."
+            after, "" if dtype == "float32" else f"{checkpoint_model.STATE_PREFIX}param."
         )
 
     @cached_property
     def _moments_after(self) -> tuple[Moments, Moments] | None:
         """Adam's moments after the step; None where no checkpoint has them."""
         after = self.step.after
-        if after is None or not checkpoint_model.has_part(after, checkpoint_model.STATE):
+        if after is None or not checkpoint_model.has_part(after, checkpoint_model.STATE_PREFIX):
             return None
         return self.inputs.moments_in(after)
 

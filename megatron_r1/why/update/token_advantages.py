@@ -18,7 +18,7 @@ from megatron_r1.why.formulas import TOKEN_ADVANTAGE_ALGORITHMS
 from megatron_r1.why.policy.token_logprobs import TokenRow
 from megatron_r1.why.record.recorded_step import RecordedStep
 
-MASKS = ("token", "sequence")
+ADVANTAGE_MASKS = ("token", "sequence")
 """Masks that are known before the updates; of the others "divergence" is a part of the loss."""
 
 
@@ -57,7 +57,7 @@ def with_token_advantages(
         new_rows = [
             replace(row, token_advantages=v) for row, v in zip(new_rows, values, strict=True)
         ]
-    if rl.engine_mask in MASKS:
+    if rl.engine_mask in ADVANTAGE_MASKS:
         bounds = rl.engine_mask_settings
         new_rows = [_masked(row, old_logprobs[index], bounds) for index, row in enumerate(new_rows)]
     return new_rows

@@ -31,7 +31,10 @@ from megatron_r1.why.update.token_advantages import with_token_advantages
 
 UPDATE_FLOPS = 2e13
 """Floating-point operations of a step's updates: minutes on two cores. More are not made."""
-RECOMPUTABLE_ALGORITHMS = (*formulas.ALGORITHMS, *formulas.TOKEN_ADVANTAGE_ALGORITHMS)
+RECOMPUTABLE_ALGORITHMS = (
+    *formulas.RESPONSE_ADVANTAGE_ALGORITHMS,
+    *formulas.TOKEN_ADVANTAGE_ALGORITHMS,
+)
 """Algorithms whose updates are made again."""
 PARAMETER_COPIES = 7
 """Copies of the parameters, fp32, that the updates need: model, gradients, moments, and others."""
@@ -58,8 +61,10 @@ class UpdateInputs:
     def moments_in(self, checkpoint: Path) -> tuple[Moments, Moments]:
         """Return the first and second moments in a checkpoint, by parameter."""
         first, second = (
-            trained_parameters(self.policies.model(checkpoint, f"{checkpoint_model.STATE}{name}."))
-            for name in checkpoint_model.MOMENTS
+            trained_parameters(
+                self.policies.model(checkpoint, f"{checkpoint_model.STATE_PREFIX}{name}.")
+            )
+            for name in checkpoint_model.MOMENT_NAMES
         )
         return {k: moment.detach() for k, moment in first.items()}, {
             k: moment.detach() for k, moment in second.items()
@@ -116,7 +121,7 @@ class UpdateInputs:
         if (
             config.rl.kl_beta
             and not self.policies.is_first_step
-            and not checkpoint_model.has_part(before, checkpoint_model.REFERENCE)
+            and not checkpoint_model.has_part(before, checkpoint_model.REFERENCE_PREFIX)
         ):
             raise CannotRecompute(f"{before} has no reference policy")
 
@@ -148,7 +153,7 @@ class UpdateInputs:
         """What the optimizer changes: the policy, of 16 bits its master weights."""
         if self.step.run_config.model.dtype == "float32" or self.policies.is_first_step:
             return self.policies.policy
-        return self.policies.model(self.policies.before, f"{checkpoint_model.STATE}param.")
+        return self.policies.model(self.policies.before, f"{checkpoint_model.STATE_PREFIX}param.")
 
     @cached_property
     def packed(self) -> list[list[list[list[int]]]]:

@@ -11,7 +11,7 @@ from code_answers import PATIENT, attack, fenced, needs_compiler, needs_sandbox
 from r1_grading import code
 from r1_grading.code.problem import parse_problem
 from r1_grading.code.program_text import find_program
-from r1_grading.sandbox.programs import MODULES, standard_names
+from r1_grading.sandbox.programs import PRELOADED_MODULES, standard_names
 
 from megatron_r1.base.files.json_lines import read_lines
 
@@ -178,10 +178,10 @@ def test_livecodebench_tests_are_judged_as_by_its_harness():
 
 def test_the_harness_s_names_are_those_of_its_imports():
     namespace = {}
-    for module in MODULES:
+    for module in PRELOADED_MODULES:
         exec(f"from {module} import *", namespace)
     exec("from builtins import *", namespace)
-    for module in MODULES:
+    for module in PRELOADED_MODULES:
         exec(f"import {module}", namespace)
     for name, module in standard_names().items():
         provider = importlib.import_module(module)

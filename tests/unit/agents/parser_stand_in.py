@@ -5,7 +5,7 @@ import sys
 import time
 
 import msgspec
-from r1_grading.base.workers import LENGTH, encode_frame
+from r1_grading.base.workers import LENGTH_HEADER, encode_frame
 
 from megatron_r1.agents.parser_worker import ParseJob, ParseReply
 from megatron_r1.base.errors import Cause
@@ -20,8 +20,8 @@ if "unknown" in sys.argv[1]:
     send(ParseReply("unusable", "no", key="agents.tool_parser", cause=Cause.UNKNOWN))
     sys.exit()
 send(ParseReply("ready"))
-while header := sys.stdin.buffer.read(LENGTH.size):
-    job = msgspec.json.decode(sys.stdin.buffer.read(LENGTH.unpack(header)[0]), type=ParseJob)
+while header := sys.stdin.buffer.read(LENGTH_HEADER.size):
+    job = msgspec.json.decode(sys.stdin.buffer.read(LENGTH_HEADER.unpack(header)[0]), type=ParseJob)
     if job.text == "hang":
         time.sleep(100_000)
     if job.text == "die":

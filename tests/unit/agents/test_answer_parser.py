@@ -48,7 +48,7 @@ def test_a_parser_that_hangs_dies_or_raises_costs_its_turn_only(monkeypatch):
             with refused("agents.tool_parser", Cause.UNKNOWN, "unknown"):
                 await parsers.check()
 
-    monkeypatch.setattr(answer_parser, "MODULE", "tests.unit.agents.parser_stand_in")
+    monkeypatch.setattr(answer_parser, "WORKER_MODULE", "tests.unit.agents.parser_stand_in")
     asyncio.run(run())
 
 

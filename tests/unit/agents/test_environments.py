@@ -10,7 +10,7 @@ import socket
 import pytest
 from liveness import wait_until_dead
 from pydantic import TypeAdapter
-from r1_grading.base.workers import LENGTH
+from r1_grading.base.workers import LENGTH_HEADER
 from refusals import refused
 from transformers.utils import get_json_schema
 from waiting import until
@@ -185,7 +185,7 @@ def test_a_method_that_hangs_is_interrupted_and_its_environment_goes_on(monkeypa
             environment_server._Episode(own.Counter, {}, theirs).serve()
         finally:
             signal.signal(signal.SIGALRM, before)
-        sizes = (LENGTH.unpack(stream.read(LENGTH.size))[0] for _ in calls)
+        sizes = (LENGTH_HEADER.unpack(stream.read(LENGTH_HEADER.size))[0] for _ in calls)
         replies = [json.loads(stream.read(size)) for size in sizes]
     assert [reply.get("timeout", False) for reply in replies] == [False, True, True, False]
     assert json.loads(replies[-1]["value"])["total"] == 1

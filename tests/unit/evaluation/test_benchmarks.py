@@ -16,7 +16,7 @@ from refusals import refused
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import parse
-from megatron_r1.data.table_files import READERS
+from megatron_r1.data.table_files import READER_BY_SUFFIX
 from megatron_r1.evaluation.benchmarks import find_benchmark
 from megatron_r1.evaluation.benchmarks.gym import SUITES
 from megatron_r1.evaluation.benchmarks.livecodebench import decode_tests
@@ -374,7 +374,7 @@ def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
 
 def test_sources_knows_every_suffix_it_names(tmp_path):
     (tmp_path / "x.txt").write_text("")
-    with refused("path", Cause.UNSUPPORTED, "x.txt", *READERS):
+    with refused("path", Cause.UNSUPPORTED, "x.txt", *READER_BY_SUFFIX):
         load("aime_2024", tmp_path / "x.txt")
 
 

@@ -46,7 +46,7 @@ def gpu(monkeypatch):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     for name in FUSED:
         monkeypatch.setattr(moe_utils, name, object(), raising=False)
-    for variable in acceleration.ENVIRONMENT.values():
+    for variable in acceleration.BACKEND_VARIABLES.values():
         monkeypatch.delenv(variable, raising=False)
 
 

@@ -202,7 +202,10 @@ def test_a_plan_that_leaves_out_or_doubles_elements_is_refused(broken, named):
 def test_memory_of_a_process_that_was_killed_is_swept_away(monkeypatch):
     """And not that of one that lives: it is locked."""
     monkeypatch.setattr(shared_memory, "STALE_AGE_SECONDS", -1.0)
-    paths = [shared_memory.FOLDER / f"{shared_memory.PREFIX}test.{os.getpid()}_{i}" for i in (0, 1)]
+    paths = [
+        shared_memory.SHM_FOLDER / f"{shared_memory.FILE_PREFIX}test.{os.getpid()}_{i}"
+        for i in (0, 1)
+    ]
     code = (
         "import sys, signal, pathlib\n"
         "from megatron_r1.push.transports.shared_memory import SharedMemoryFile\n"

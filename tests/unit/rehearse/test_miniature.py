@@ -236,7 +236,9 @@ def test_random_text_often_has_the_form_of_a_response(tmp_path):
     model.write_folder(tmp_path, model.shrink_config(hf_config, num_layers=2, fp8=False), seed=0)
     tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     texts = [
-        tokenizer.decode([draw.randrange(model.VOCABULARY) for _ in range(miniature.RESPONSE)])
+        tokenizer.decode(
+            [draw.randrange(model.VOCABULARY_SIZE) for _ in range(miniature.RESPONSE_TOKENS)]
+        )
         for _ in range(200)
     ]
     formed = [bool(chain_of_thought(text)) and "<answer>" in text for text in texts]
@@ -298,10 +300,10 @@ def test_a_long_template_has_room():
     _, small = shrunk(ROOT / "examples/distill/qwen2.5-32b_rl.yaml", {"data.template": template})
     tokens = len(model._tokenizer().encode(template.replace("{question}", "15 + 16 =")).ids)
     rollout = small.config.rollout
-    assert tokens > miniature.PROMPT
+    assert tokens > miniature.PROMPT_TOKENS
     assert rollout.max_model_len >= tokens + rollout.max_response_tokens
     _, ours = shrunk(ROOT / "examples/distill/qwen2.5-32b_rl.yaml")
-    assert ours.config.rollout.max_model_len == miniature.PROMPT + miniature.RESPONSE
+    assert ours.config.rollout.max_model_len == miniature.PROMPT_TOKENS + miniature.RESPONSE_TOKENS
 
 
 def test_longer_responses_of_the_schedule_are_sampled():

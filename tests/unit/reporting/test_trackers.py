@@ -15,7 +15,7 @@ from megatron_r1.reporting.trackers import (
     services,
     tracker_set,
 )
-from megatron_r1.reporting.trackers.services import EVALUATION, STEP, TrackedRun
+from megatron_r1.reporting.trackers.services import EVALUATION, STEP_METRIC, TrackedRun
 
 
 @pytest.fixture(autouse=True)
@@ -115,7 +115,7 @@ def test_mlflow_has_every_step_once_in_one_run(tmp_path, monkeypatch):
 class Server:
     """A tracker whose server fails for the first calls."""
 
-    last_tracked = {STEP: 1.0}
+    last_tracked = {STEP_METRIC: 1.0}
     notes = []
 
     def __init__(self, failures):

@@ -13,15 +13,15 @@ from megatron_r1.base.errors import Cause
 from megatron_r1.data.prompt import make_prompt
 from megatron_r1.evaluation.response import TextResponse
 from megatron_r1.sample.filters import (
-    NAMES,
-    REGISTRY,
+    FILTER_NAMES,
+    FILTERS,
     PooledFilters,
     active_filters,
     check_filters,
     first_objection,
 )
 
-FILTERS = yaml.safe_load(Path(__file__).with_name("filters.yaml").read_text(encoding="utf-8"))
+CASES = yaml.safe_load(Path(__file__).with_name("filters.yaml").read_text(encoding="utf-8"))
 EN = (
     "We need the sum of the first ten odd numbers. The sum of the first n odd numbers is a square, "
     "so the answer should be one hundred. Let me check with a smaller case to be sure."
@@ -42,7 +42,7 @@ def prompt(kind="math", **fields):
 
 def reason_for(name, text, asked=None, opened=False, truncated=False, **options):
     response = TextResponse(text, 10, truncated, opened)
-    return REGISTRY[name](response, asked or prompt(), **options)
+    return FILTERS[name](response, asked or prompt(), **options)
 
 
 def think(thought, summary="It is 100."):
@@ -58,14 +58,14 @@ def dropped_for(case):
     return reason_for(case["filter"], text_of(case), **case.get("options", {}))
 
 
-@pytest.mark.parametrize("name", FILTERS["kept"])
+@pytest.mark.parametrize("name", CASES["kept"])
 def test_a_good_answer_is_kept(name):
-    assert dropped_for(FILTERS["kept"][name]) == ""
+    assert dropped_for(CASES["kept"][name]) == ""
 
 
-@pytest.mark.parametrize("name", FILTERS["dropped"])
+@pytest.mark.parametrize("name", CASES["dropped"])
 def test_a_bad_answer_is_dropped_with_a_reason(name):
-    case = FILTERS["dropped"][name]
+    case = CASES["dropped"][name]
     assert re.search(case.get("shows", "."), dropped_for(case))
 
 
@@ -94,7 +94,7 @@ def test_what_was_cut_is_dropped():
 
 def test_workers_give_the_same_reasons_as_the_filters():
     """As in a run: in another process, with responses and questions as JSON."""
-    texts = map(text_of, [*FILTERS["kept"].values(), *FILTERS["dropped"].values()])
+    texts = map(text_of, [*CASES["kept"].values(), *CASES["dropped"].values()])
     cases = [(TextResponse(text), prompt()) for text in texts]
     cases += [
         (TextResponse(think(EN), 9, True), prompt()),
@@ -116,7 +116,7 @@ def test_workers_give_the_same_reasons_as_the_filters():
 
 def test_the_first_filter_that_objects_gives_the_reason():
     filters = active_filters("sft", {})
-    assert tuple(filters) == NAMES
+    assert tuple(filters) == FILTER_NAMES
     bad = TextResponse(think(EN + ZH * 3), truncated=True)
     assert first_objection(bad, prompt(), filters)[0] == "truncated"
     assert (
@@ -128,7 +128,7 @@ def test_the_first_filter_that_objects_gives_the_reason():
     assert first_objection(TextResponse(think(EN)), prompt(), filters) == ("", "")
 
 
-@pytest.mark.parametrize("case", FILTERS["refused"], ids=lambda case: case["key"])
+@pytest.mark.parametrize("case", CASES["refused"], ids=lambda case: case["key"])
 def test_a_mistake_is_named_when_the_recipe_is_read(case):
     with refused(case["key"], Cause(case["cause"]), *case.get("shows", ())):
         check_filters(case["filters"])

@@ -12,7 +12,7 @@ from test_why_updates import ADAM, RULES, Model, apart, rows, step_of
 
 from megatron_r1.config import parse
 from megatron_r1.why.checks.term_gradients import GRADIENT_REMEDY, check_terms
-from megatron_r1.why.comparison import ROUNDING, CannotRecompute
+from megatron_r1.why.comparison import ROUNDING_BY_DTYPE, CannotRecompute
 from megatron_r1.why.policy.token_logprobs import logprobs
 from megatron_r1.why.update.loss_terms import left_out_terms, loss_terms
 from megatron_r1.why.update.recomputation import Recomputation
@@ -100,7 +100,7 @@ class Run:
             self.recomputed(order, terms),
             lambda coefficients, norms: self.recomputed(order, terms, coefficients, norms),
             self.first_moments(order),
-            ROUNDING["float32"],
+            ROUNDING_BY_DTYPE["float32"],
             norm,
         )
 
@@ -161,7 +161,7 @@ def test_terms_that_are_alike_or_small_are_not_identifiable():
     gradients = run.recomputed(order, TERMS)
     for values in gradients.columns[KL.name].values():
         values.mul_(1e-6)
-    fit = fit_coefficients(gradients, run.first_moments(order), ROUNDING["float32"])
+    fit = fit_coefficients(gradients, run.first_moments(order), ROUNDING_BY_DTYPE["float32"])
     assert not fit.coefficients[2].is_identifiable
 
 

@@ -15,7 +15,7 @@ from collections import Counter
 from typing import Any
 
 from r1_grading import Grade, RewardPool
-from r1_grading.rewards import REGISTRY, resolve
+from r1_grading.rewards import GRADERS, resolve
 
 from tools.bench import host
 from tools.bench.rewards import samples
@@ -151,7 +151,7 @@ def soak_samples(num: int, seed: int = 0) -> list[LabelledResponse]:
     num_hostile, num_faults = int(num * HOSTILE_FRACTION), int(num * FAULT_FRACTION)
     batch = [_hostile(index, rng) for index in range(num_hostile)]
     batch += [_fault(FAULTS[index % len(FAULTS)]) for index in range(num_faults)]
-    if "code" in REGISTRY:
+    if "code" in GRADERS:
         batch += samples.code_samples(int(num * CODE_FRACTION))
     batch += samples.format_samples(num // 20) + samples.language_samples(num // 20)
     missing = num - len(batch)

@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from megatron_r1.base.processes.timeline import CPU, IDLE, STEP
+from megatron_r1.base.processes.timeline import CPU_KIND, IDLE_SPAN, STEP_KIND
 
 NOBODY = "nobody is busy: messages on their way, or cores taken by others"
 WORKERS = ("core", "server", "trainer", "controller")
@@ -61,7 +61,7 @@ def read(folder: Path) -> list[Process]:
         process = Process()
         for line in path.read_text(encoding="utf-8").splitlines():
             name, *values = json.loads(line)
-            if name == CPU:
+            if name == CPU_KIND:
                 process.cpu.append((values[0], values[1]))
             else:
                 process.spans.append(Span(name, *values))
@@ -76,7 +76,7 @@ def read(folder: Path) -> list[Process]:
 def steps(processes: Iterable[Process]) -> list[tuple[float, float]]:
     """Return (begin, end) of every step but the first, which includes warming up, and the last,
     whose end is not marked."""
-    marks = sorted(s.start for p in processes for s in p.spans if s.role == STEP)
+    marks = sorted(s.start for p in processes for s in p.spans if s.role == STEP_KIND)
     return list(pairwise(marks[1:]))
 
 
@@ -147,7 +147,7 @@ class _Line:
         self._spans = sorted(spans, key=lambda span: span.start)
         self._starts = [span.start for span in self._spans]
         self._longest = max((span.end - span.start for span in spans), default=0.0)
-        self._is_controller = any(span.name == IDLE for span in process.spans)
+        self._is_controller = any(span.name == IDLE_SPAN for span in process.spans)
         times = (time for span in spans for time in (span.start, span.end))
         self.times = {time for time in times if begin < time < end}
 
@@ -163,7 +163,7 @@ class _Line:
                 continue
             if span.role == "phase":
                 phase = phase or span.name.partition("/")[2]
-            elif span.name == IDLE:  # of the event loop; a thread may work meanwhile
+            elif span.name == IDLE_SPAN:  # of the event loop; a thread may work meanwhile
                 waits = True
             else:
                 doing = doing or span.name

@@ -61,7 +61,7 @@ def add_options(options: argparse.ArgumentParser) -> None:
         const="",
         metavar="FOLDER",
         help="where a step's time goes: in a run of the short work, of --recipe, or in the FOLDER "
-        f"that a run with the environment variable {timeline.FOLDER}=FOLDER has filled",
+        f"that a run with the environment variable {timeline.FOLDER_VARIABLE}=FOLDER has filled",
     )
     options.add_argument("--against", type=Path, help="the root of another checkout, without TRL")
     options.add_argument(
@@ -214,7 +214,7 @@ def _profile(args: argparse.Namespace) -> dict[str, Any]:
         profile = critical_path.profile(Path(args.profile))
     else:
         with tempfile.TemporaryDirectory() as name:
-            os.environ[timeline.FOLDER] = f"{name}/timeline"
+            os.environ[timeline.FOLDER_VARIABLE] = f"{name}/timeline"
             if args.recipe:
                 args.model = args.model or str(TOKENIZER)
                 _phases(args)

@@ -32,7 +32,7 @@ from megatron_r1.models.weights.formats.tensor_files import SafetensorsFile
 from megatron_r1.models.weights.layout import Shape, hf_tensors
 from megatron_r1.models.weights.table import weight_table
 
-FLOATS = {
+FLOAT_DTYPES = {
     "F32": "float32",
     "BF16": "bfloat16",
     "F16": "float16",
@@ -86,7 +86,7 @@ class HFWeights:
             if home in self._stored:
                 stored = self._stored[home]
                 tensor_shape = shape if part else stored.shape
-                tensors[name] = (tensor_shape, FLOATS.get(stored.dtype, stored.dtype))
+                tensors[name] = (tensor_shape, FLOAT_DTYPES.get(stored.dtype, stored.dtype))
             elif quantized_blocks.blocks_name(home) in self._stored:
                 tensors[name] = (shape, "bfloat16")
         return tensors
@@ -121,13 +121,15 @@ class HFWeights:
         if not self._is_fp8(name):
             return self.read_stored(name, starts, sizes)
         # Whole blocks around the rectangle, which may begin and end inside a block.
-        first = tuple(s // published_layout.BLOCK for s in starts)
+        first = tuple(s // published_layout.FP8_BLOCK_SIZE for s in starts)
         last = tuple(
-            -(-(s + n) // published_layout.BLOCK) for s, n in zip(starts, sizes, strict=True)
+            -(-(s + n) // published_layout.FP8_BLOCK_SIZE)
+            for s, n in zip(starts, sizes, strict=True)
         )
-        block_starts = tuple(f * published_layout.BLOCK for f in first)
+        block_starts = tuple(f * published_layout.FP8_BLOCK_SIZE for f in first)
         ends = tuple(
-            min(x * published_layout.BLOCK, full) for x, full in zip(last, shape, strict=True)
+            min(x * published_layout.FP8_BLOCK_SIZE, full)
+            for x, full in zip(last, shape, strict=True)
         )
         q = self.read_stored(
             name, block_starts, tuple(e - o for e, o in zip(ends, block_starts, strict=True))
@@ -215,12 +217,14 @@ class HFWeights:
         wrong, unreadable, scales = [], False, set()
         for name in sorted(expected.keys() & self._stored.keys()):
             stored = self._stored[name]
-            is_float = name not in published or stored.dtype in FLOATS
+            is_float = name not in published or stored.dtype in FLOAT_DTYPES
             unreadable |= not is_float
             if stored.shape != expected[name]:
                 wrong.append(f"{name} is {stored.shape}, config.json says {expected[name]}")
             elif not is_float:
-                wrong.append(f"{name} is {stored.dtype}, only {', '.join(FLOATS)} can be read")
+                wrong.append(
+                    f"{name} is {stored.dtype}, only {', '.join(FLOAT_DTYPES)} can be read"
+                )
             elif stored.dtype == "F8_E4M3":
                 scales.add(published_layout.scale_name(name))
                 wrong += self._wrong_scales(name, stored.shape)
@@ -362,7 +366,8 @@ class KnownScales:
         scale = published_layout.scale_name(name)
         if scale not in self._home:
             return None
-        start, end = first // published_layout.BLOCK, -(-(first + count) // published_layout.BLOCK)
+        start = first // published_layout.FP8_BLOCK_SIZE
+        end = -(-(first + count) // published_layout.FP8_BLOCK_SIZE)
         columns = self._home[scale].tensors[scale].shape[1]
         return _scales(self._home[scale], scale, (start, 0), (end - start, columns))
 

@@ -13,7 +13,7 @@ import torch
 from megatron_r1.base.files import atomic_write, fsync, make_folder
 from megatron_r1.base.files.untrusted_files import read_json, require_inside
 from megatron_r1.base.files.weight_files import INDEX_FILE, SINGLE_FILE
-from megatron_r1.data.tokenizer import GENERATION, end_tokens
+from megatron_r1.data.tokenizer import END_TOKEN_FILES, end_tokens
 from megatron_r1.models.hf_config import has_score_head, implied_settings, score_model_config
 from megatron_r1.models.weights.formats import published_layout
 from megatron_r1.models.weights.layout import Shape
@@ -112,8 +112,8 @@ def _write_end_tokens(source: Path, folder: Path) -> None:
     nothing is written."""
     if not (ends := [end.id for end in end_tokens(source)]):
         return
-    path = folder / GENERATION
-    settings = read_json(path, GENERATION) if path.is_file() else {}
+    path = folder / END_TOKEN_FILES
+    settings = read_json(path, END_TOKEN_FILES) if path.is_file() else {}
     if settings.get("eos_token_id") not in (ends, *ends[: len(ends) == 1]):
         settings["eos_token_id"] = ends if len(ends) > 1 else ends[0]
         atomic_write(path, json.dumps(settings, indent=2) + "\n")

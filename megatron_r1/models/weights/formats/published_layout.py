@@ -25,7 +25,7 @@ from megatron_r1.models.hf_config import HFConfig, model_family
 from megatron_r1.models.weights.layout import hf_tensors
 from megatron_r1.models.weights.table import Shape
 
-BLOCK = support_checks.BLOCK
+FP8_BLOCK_SIZE = support_checks.FP8_BLOCK_SIZE
 FP8_CONFIG = support_checks.FP8_BLOCKS
 FP8_DTYPE = "float8_e4m3fn"
 SCALE_TYPES = ("F32", "BF16", "F16", "F8_E8M0", "U8")
@@ -70,7 +70,7 @@ def is_scale(name: str) -> bool:
 def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return the shape of an FP8 weight's scales: one for each block of BLOCK x BLOCK, those at the
     edges included."""
-    return tuple(-(-size // BLOCK) for size in shape)
+    return tuple(-(-size // FP8_BLOCK_SIZE) for size in shape)
 
 
 def check_fp8_layout(hf_config: HFConfig) -> None:

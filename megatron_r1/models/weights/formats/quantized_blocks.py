@@ -10,7 +10,7 @@ import torch
 from r1_kernels import dequantize_blockwise, quantize_blockwise
 from torch import Tensor
 
-from megatron_r1.models.weights.formats.published_layout import BLOCK, scale_shape
+from megatron_r1.models.weights.formats.published_layout import FP8_BLOCK_SIZE, scale_shape
 from megatron_r1.models.weights.table import Shape
 
 
@@ -56,16 +56,18 @@ def _codes(x: Tensor, scale: Tensor) -> Tensor:
 
 def spread_scales(per_block: Tensor, shape: torch.Size) -> Tensor:
     """Expand (⌈M/128⌉, ⌈N/128⌉) to (M, N): every element gets its block's entry."""
-    tall = per_block.repeat_interleave(BLOCK, 0)[: shape[0]]
-    return tall.repeat_interleave(BLOCK, 1)[:, : shape[1]]
+    tall = per_block.repeat_interleave(FP8_BLOCK_SIZE, 0)[: shape[0]]
+    return tall.repeat_interleave(FP8_BLOCK_SIZE, 1)[:, : shape[1]]
 
 
 def _whole_blocks(equal: Tensor) -> Tensor:
     """Reduce (M, N) bool to (⌈M/128⌉, ⌈N/128⌉): whether all of a block is True."""
     rows, columns = equal.shape
-    padded = torch.nn.functional.pad(equal, (0, -columns % BLOCK, 0, -rows % BLOCK), value=True)
+    padded = torch.nn.functional.pad(
+        equal, (0, -columns % FP8_BLOCK_SIZE, 0, -rows % FP8_BLOCK_SIZE), value=True
+    )
     down, across = scale_shape(equal.shape)
-    return padded.view(down, BLOCK, across, BLOCK).all(3).all(1)
+    return padded.view(down, FP8_BLOCK_SIZE, across, FP8_BLOCK_SIZE).all(3).all(1)
 
 
 def _next_power_of_two(scale: Tensor) -> Tensor:

@@ -134,7 +134,7 @@ def as_bytes(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1).view(torch.uint8)
 
 
-_TYPES = {
+_TORCH_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -150,7 +150,7 @@ _TYPES = {
     "BOOL": torch.bool,
 }
 """The format's names of dtypes, those that weights have."""
-_NAMES = {dtype: name for name, dtype in _TYPES.items()}
+_DTYPE_NAMES = {dtype: name for name, dtype in _TORCH_DTYPES.items()}
 
 
 class SafetensorsFile:
@@ -176,7 +176,9 @@ class SafetensorsFile:
             starts: first index along each dimension.
             sizes: the shape of the rectangle."""
         tensor = self.tensors[name]
-        return read_box(self.file, tensor.offset, tensor.shape, _TYPES[tensor.dtype], starts, sizes)
+        return read_box(
+            self.file, tensor.offset, tensor.shape, _TORCH_DTYPES[tensor.dtype], starts, sizes
+        )
 
 
 @dataclass(frozen=True)
@@ -246,7 +248,11 @@ def plan_file(tensors: Mapping[str, tuple[Shape, torch.dtype]]) -> FilePlan:
     for name, (shape, dtype) in order:
         starts[name], end = end, end + prod(shape) * dtype.itemsize
         offsets = [starts[name], end]
-        entries[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": offsets}
+        entries[name] = {
+            "dtype": _DTYPE_NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": offsets,
+        }
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     header = len(text).to_bytes(8, "little") + text

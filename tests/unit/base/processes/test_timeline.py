@@ -11,7 +11,7 @@ from megatron_r1.base.processes import timeline
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    monkeypatch.setenv(timeline.FOLDER, str(tmp_path))
+    monkeypatch.setenv(timeline.FOLDER_VARIABLE, str(tmp_path))
     monkeypatch.setattr(timeline, "FLUSH_SECONDS", 0.0)
     timeline._writer.cache_clear()
     yield tmp_path
@@ -24,7 +24,7 @@ def _names(folder, pid=None):
 
 
 def test_nothing_is_recorded_by_default(tmp_path, monkeypatch):
-    monkeypatch.delenv(timeline.FOLDER, raising=False)
+    monkeypatch.delenv(timeline.FOLDER_VARIABLE, raising=False)
     timeline._writer.cache_clear()
     with timeline.span("controller/work"):
         pass
@@ -40,7 +40,7 @@ def test_spans_and_steps_are_lines_with_their_times(folder):
     lines = [
         json.loads(line) for line in (folder / f"{os.getpid()}.jsonl").read_text().splitlines()
     ]
-    spans = [line for line in lines if line[0] != timeline.CPU]
+    spans = [line for line in lines if line[0] != timeline.CPU_KIND]
     assert [line[0] for line in spans] == ["step/3", "controller/work", "controller/call"]
     times = [time for line in spans for time in line[1:]]
     assert times == sorted(times)
@@ -67,4 +67,4 @@ def test_waiting_of_an_event_loop_is_recorded(folder, monkeypatch):
         await asyncio.sleep(0.001)
 
     asyncio.run(wait())
-    assert timeline.IDLE in _names(folder)
+    assert timeline.IDLE_SPAN in _names(folder)

@@ -9,7 +9,7 @@ import torch
 from megatron_r1.base.user_code import find_function
 from megatron_r1.config import Config
 from megatron_r1.controller import algorithms
-from megatron_r1.controller.corrections import MASKS, wrap_loss
+from megatron_r1.controller.corrections import MASK_FUNCTIONS, wrap_loss
 from megatron_r1.trainer.batch import LossHead
 from megatron_r1.trainer.packed import pack_batch
 from megatron_r1.trainer.token_split import TokenSplit
@@ -124,7 +124,7 @@ def ours(problem, name, settings, form=unchanged, corrected=unchanged, metrics=N
     algorithm = algorithms.find(name)
     by_group = corrected(algorithm.response_advantages(REWARDS, config.rl))
     numbers = [number for group in by_group for number in group]
-    mask = MASKS.get(config.rl.engine_mask)
+    mask = MASK_FUNCTIONS.get(config.rl.engine_mask)
     first_old = algorithm.token_advantages is not None or mask is not None
     steps = [
         [problem.batch(members[a : a + 4], numbers, first_old) for a in (0, 4)]

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from megatron_r1.config import Config, RLConfig, dump, load, parse
-from megatron_r1.config.algorithms import NAMES
+from megatron_r1.config.algorithms import ALGORITHM_NAMES
 from megatron_r1.controller import algorithms
 from megatron_r1.controller.corrections.overlong_penalty import overlong_penalty
 from megatron_r1.controller.loop import split_into_minibatches, training_reward, update
@@ -47,13 +47,13 @@ def test_the_recipe_comes_before_the_preset_before_the_algorithm_before_the_fiel
 
 def test_what_is_written_down_is_what_is_read_again(tmp_path):
     path = tmp_path / "config.yaml"
-    for name in NAMES:
+    for name in ALGORITHM_NAMES:
         config = Config(rl={"algorithm": name})
         path.write_text(dump(config))
         assert load(path) == config == parse(config.model_dump())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALGORITHM_NAMES)
 def test_an_algorithm_s_defaults_are_settings_that_fit_it(name):
     algorithm = algorithms.find(name)
     assert algorithm.name == name
@@ -65,7 +65,7 @@ def test_an_algorithm_s_defaults_are_settings_that_fit_it(name):
 
 def test_the_penalty_of_kl_is_in_the_reward_or_in_the_loss_but_not_in_both():
     in_reward = {"rloo", "reinforce_pp", "ppo"}
-    for name in NAMES:
+    for name in ALGORITHM_NAMES:
         settings = RLConfig(algorithm=name, kl_beta=0.5)
         assert settings.token_settings.kl_beta == 0.5
         assert settings.loss_settings(8).kl_beta == (0.0 if name in in_reward else 0.5)
@@ -80,7 +80,7 @@ def test_the_controller_needs_neither_torch_nor_agents_for_single_turns():
     code = (
         "import sys; from megatron_r1.commands import dry_run, rl, rollout_run; "
         "from megatron_r1.config import Config; from megatron_r1.controller import algorithms; "
-        f"[algorithms.find(name) for name in {NAMES!r}]; "
+        f"[algorithms.find(name) for name in {ALGORITHM_NAMES!r}]; "
         "assert rollout_run.open_player(Config(), None) is None; "
         "agents = [m for m in sys.modules if m.startswith('megatron_r1.agents')]; "
         "print({m for m in sys.modules} & {'torch', 'megatron', 'vllm'}, agents)"

@@ -12,7 +12,7 @@ from algorithm_problem import EXACT, Problem, check, ours, plain, weighted_by_th
 
 from megatron_r1.base.user_code import find_function
 from megatron_r1.config import Config
-from megatron_r1.config.algorithms import NAMES, TokenSettings
+from megatron_r1.config.algorithms import ALGORITHM_NAMES, TokenSettings
 from megatron_r1.controller import algorithms
 from megatron_r1.trainer.packed import pack_batch
 from megatron_r1.trainer.token_advantages import discounted_sums
@@ -208,7 +208,7 @@ def test_a_micro_batch_without_samples_is_left_as_it_is():
     assert batch.advantages.tolist() == [0.0, 0.0]
 
 
-@pytest.mark.parametrize("name", sorted({*NAMES} - {"on_policy_distillation"}))
+@pytest.mark.parametrize("name", sorted({*ALGORITHM_NAMES} - {"on_policy_distillation"}))
 def test_rewards_that_are_no_numbers_are_refused(name):
     rl = Config(rl={"algorithm": name}).rl
     with pytest.raises(ValueError, match="inf"):
@@ -217,7 +217,7 @@ def test_rewards_that_are_no_numbers_are_refused(name):
         algorithms.find(name).response_advantages([[]], rl)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALGORITHM_NAMES)
 def test_settings_may_come_as_a_mapping(name):
     """As from a user's function that calls ours with {**settings, …}."""
     problem = Problem()
@@ -227,4 +227,4 @@ def test_settings_may_come_as_a_mapping(name):
 
 def test_every_algorithm_is_compared_with_its_formula_here():
     calls = re.findall(r'\bcheck\(\s*"(\w+)"', Path(__file__).read_text(encoding="utf-8"))
-    assert set(calls) == set(NAMES)
+    assert set(calls) == set(ALGORITHM_NAMES)

@@ -26,9 +26,9 @@ from refusals import refused
 from megatron_r1.base.errors import Cause
 from megatron_r1.base.user_code import find_function
 from megatron_r1.config import Config, parse
-from megatron_r1.config.algorithms import NAMES, EngineMask, LossSettings
+from megatron_r1.config.algorithms import ALGORITHM_NAMES, EngineMask, LossSettings
 from megatron_r1.controller import algorithms
-from megatron_r1.controller.corrections import MASKS, wrap_loss
+from megatron_r1.controller.corrections import MASK_FUNCTIONS, wrap_loss
 from megatron_r1.controller.run_recorder import RunState
 from megatron_r1.controller.trainer_passes import TrainerPasses
 from megatron_r1.trainer.batch import LossHead
@@ -165,14 +165,14 @@ def test_shares_of_what_is_masked_are_counted(method, name):
     assert float(metrics[f"engine_mask/{name}"].total) > 0
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALGORITHM_NAMES)
 def test_without_a_mask_no_bit_changes(name):
     """The loss that a rank calls is the algorithm's own, and a mask of all is none."""
     algorithm = algorithms.find(name)
     rl = Config(rl={"algorithm": name, "group_size": 4}).rl
     settings = rl.loss_settings(LIMIT)
     assert wrap_loss(algorithm.loss, settings) == (algorithm.loss, settings)
-    assert rl.engine_mask not in MASKS
+    assert rl.engine_mask not in MASK_FUNCTIONS
     if name == "gspo":
         return
     wide = {"engine_mask": "divergence", "engine_mask_low": 1.0, "engine_mask_high": 1.0}
@@ -187,10 +187,10 @@ def test_a_micro_batch_without_responses_has_nothing_to_mask(method):
     empty.logprobs |= {"old": torch.zeros(2), "ref": torch.zeros(2)}
     rl = {"engine_mask": method, "kl_estimator": "unbiased", "kl_beta": 0.1}
     settings = parse({"rl": rl}).rl
-    if method in MASKS:
+    if method in MASK_FUNCTIONS:
         rollout = RolloutBatches([empty])
         bounds = settings.engine_mask_settings
-        metrics = rollout.mask_advantages(find_function(MASKS[method])(rollout, bounds))
+        metrics = rollout.mask_advantages(find_function(MASK_FUNCTIONS[method])(rollout, bounds))
         assert [float(each.count) for each in metrics.values()] == [0.0, 0.0]
     hidden = torch.ones(2, HIDDEN, requires_grad=True)
     weight = torch.ones(VOCABULARY, HIDDEN, requires_grad=True)

@@ -4,12 +4,12 @@ import asyncio
 
 import pytest
 
-from megatron_r1.engines.plugin.serve import SECRET, SecretMiddleware
+from megatron_r1.engines.plugin.serve import SECRET_VARIABLE, SecretMiddleware
 
 
 def answered(monkeypatch, kind, path, *authorization):
     """Whether the application was called, and what was sent instead."""
-    monkeypatch.setenv(SECRET, "secret")
+    monkeypatch.setenv(SECRET_VARIABLE, "secret")
     called, sent = [], []
 
     async def application(scope, receive, send):

@@ -94,7 +94,7 @@ def test_the_sizes_are_those_of_the_installed_vllm():
     listed = [size for size in recipe_checks.HEAD_SIZES if size != 48]
     assert f"return {listed}" in attention
     experts = (package / "model_executor/layers/fused_moe/experts/cpu_moe.py").read_text()
-    assert f"output_alignment = {recipe_checks.ALIGNMENT}" in experts
+    assert f"output_alignment = {recipe_checks.CPU_EXPERT_ALIGNMENT}" in experts
 
 
 @pytest.mark.parametrize(

@@ -53,5 +53,5 @@ def test_torch_is_built_for_it_and_the_driver_shows_one(
 
 
 def test_no_driver_is_no_gpu(monkeypatch):
-    monkeypatch.setattr(gpu, "DRIVER", "libnosuchdriver.so.9")
+    monkeypatch.setattr(gpu, "DRIVER_LIBRARY", "libnosuchdriver.so.9")
     assert gpu._count_devices() == 0

@@ -15,7 +15,7 @@ from megatron_r1.engines.server.settings import EngineSettings, engine_settings
 from megatron_r1.engines.server.vllm_arguments import (
     FIXED_ARGUMENTS,
     RESERVED_ARGUMENTS,
-    SERVER,
+    SERVER_ARGUMENTS,
     argument_list,
     check_arguments,
     check_reserved,
@@ -155,4 +155,4 @@ def test_vllm_reads_what_recipes_of_clusters_set():
     )
     parsed = vllm_arguments._parse(words)
     assert parsed.error == ""
-    assert {*RESERVED_ARGUMENTS, *FIXED_ARGUMENTS, *SERVER} - set(parsed.names) == set()
+    assert {*RESERVED_ARGUMENTS, *FIXED_ARGUMENTS, *SERVER_ARGUMENTS} - set(parsed.names) == set()
