@@ -1,4 +1,4 @@
-"""Environments that come with this package (`agents.environment.SHIPPED`).
+"""Environments that come with this package (`agents.environment.SHIPPED_ENVIRONMENTS`).
 
 `Calculator`: arithmetic with a calculator, sums that are too long to do in the head. A row's truth
 is the result; the last integer of the last answer must equal it.

@@ -26,7 +26,7 @@ before = (torch.zeros, torch.Tensor.to, torch.cuda.current_device, torch.Tensor.
 from megatron_r1.models import platform
 assert before == (torch.zeros, torch.Tensor.to, torch.cuda.current_device, torch.Tensor.type)
 platform.prepare()
-assert torch.zeros(2, device="cuda").device == platform.CPU
+assert torch.zeros(2, device="cuda").device == platform.CPU_DEVICE
 assert torch.ones(2).cuda().to("cuda").type() == "torch.cuda.FloatTensor"
 torch.cuda.manual_seed(3); state = torch.cuda.get_rng_state(); a = torch.rand(4)
 torch.cuda.set_rng_state(state); assert torch.equal(a, torch.rand(4))

@@ -44,7 +44,7 @@ def test_torch_is_built_for_it_and_the_driver_shows_one(
         [
             f"import sys; sys.path.insert(0, {str(tmp_path)!r})",
             "from megatron_r1.engines.server import gpu",
-            f"gpu.DRIVER = {str(library)!r}",
+            f"gpu.DRIVER_LIBRARY = {str(library)!r}",
             "print(gpu.is_usable())",
         ]
     )
