@@ -39,7 +39,7 @@ def test_no_label_is_contradicted_by_both_readings(every):
         upstream, points = found.verdict.split(",")
         decided += points != "unsure"
         if points == upstream == ("wrong" if label else "right"):
-            wrong.append(f"{response!r} for {truth!r} ({reading}): {grade.reason}")
+            wrong.append(f"{response!r} for {truth!r} ({reading}): {found.reason}")
     assert not wrong, "\n".join(wrong)
     # It must not hide: these rows are the hard ones, in plain ones all are decided.
     assert decided >= 0.12 * len(rows), (decided, len(rows))
