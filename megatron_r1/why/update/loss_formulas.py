@@ -10,6 +10,9 @@ from torch import Tensor
 
 from megatron_r1.why.policy.token_logprobs import TokenRow
 
+MAX_LOG_RATIO = 20.0
+"""Where exponents are capped, as in the kernels: those of a policy that has collapsed."""
+
 
 @dataclass(frozen=True)
 class LossRules:
@@ -157,7 +160,7 @@ def _surrogate(
         x = _negated(x, loss)
     if loss.is_sequence_ratio:
         x = x.mean().expand_as(x)
-    ratio = x.exp()
+    ratio = x.clamp(max=MAX_LOG_RATIO).exp()
     clipped = ratio.clamp(1 - loss.clip_low, 1 + loss.clip_high)
     a = row.token_advantages if row.token_advantages is not None else row.advantage
     if loss.divergence is not None:
@@ -257,18 +260,17 @@ def row_terms(
     v = torch.ones_like(logprobs)
     if loss.importance_cap is not None:
         log_ratio = old_logprobs - row.logprobs.double()
-        v = (
-            (-log_ratio if loss.inverts_importance else log_ratio)
-            .exp()
-            .clamp(max=loss.importance_cap)
-        )
+        if loss.inverts_importance:
+            log_ratio = -log_ratio
+        v = log_ratio.clamp(max=MAX_LOG_RATIO).exp().clamp(max=loss.importance_cap)
     kl = torch.zeros_like(logprobs)
     if ref_logprobs is not None:
         g = ref_logprobs - logprobs
         if loss.reverses_kl:
             g = _negated(g, loss)
-        k3 = g.expm1() - g
-        unbiased = (logprobs - old_logprobs).exp() * k3
+        capped_g = g.clamp(max=MAX_LOG_RATIO)
+        k3 = capped_g.expm1() - capped_g
+        unbiased = (logprobs - old_logprobs).clamp(max=MAX_LOG_RATIO).exp() * k3
         kl = {"k1": -g, "k2": g * g / 2, "k3": k3, "unbiased": unbiased}[loss.kl_estimator]
     length = len(row.token_ids) if loss.counts_prompts else num_sampled
     weight = {"token": 1.0, "sequence": 1 / max(1, length), "constant": 1 / loss.constant}

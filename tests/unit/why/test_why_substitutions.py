@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from r1_kernels.reference import policy_loss
 from test_why import planted  # noqa: F401
 from test_why_updates import ADAM, RULES, Model, rows
 
@@ -63,6 +64,39 @@ def loss_and_slope(loss, gap: float):
     term = row_loss(row, own, torch.zeros(1).double(), old, reference, loss, totals)
     term.backward()
     return float(term.detach()), float(own.grad)
+
+
+@pytest.mark.parametrize(
+    ("new", "old", "ref", "engine"),
+    [(-1.0, -27.0, -2.0, -27.0), (-30.0, -30.0, -1.0, -30.0), (-1.0, -1.0, -1.5, -26.0)],
+    ids=["ratio", "KL", "importance"],
+)
+def test_exponents_are_capped_where_the_kernels_cap_them(new, old, ref, engine):
+    settings = {"clip_low": 1.0, "clip_high": 1e12, "kl_beta": 0.5, "importance_cap": math.inf}
+    loss = replace(RULES, kl_estimator="k3", average="token", entropy_coef=0.0, **settings)
+    values = [torch.tensor([value], dtype=torch.float64) for value in (new, old, ref, engine)]
+    row = replace(rows()[0], logprobs=values[3], num_sampled=1, advantage=0.7)
+    gradients = []
+    for compute in (
+        lambda own: row_loss(
+            row, own, torch.zeros(1).double(), *values[1:3], loss, Totals(denominator=1.0)
+        ),
+        lambda own: (
+            policy_loss(
+                own,
+                *values[1:3],
+                torch.tensor([0.7], dtype=torch.float64),
+                torch.ones(1),
+                rollout_logprobs=values[3],
+                **settings,
+            ).loss
+        ),
+    ):
+        own = values[0].clone().requires_grad_()
+        term = compute(own)
+        term.backward()
+        gradients.append((float(term.detach()), float(own.grad)))
+    assert gradients[0] == pytest.approx(gradients[1], rel=1e-9)
 
 
 def test_an_inverted_ratio_is_that_of_old_over_policy():
