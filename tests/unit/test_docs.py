@@ -161,6 +161,19 @@ def test_functions_that_a_response_passes_exist():
     assert wrong_rows(ast.get_docstring(ast.parse(loop)), roots) == []
 
 
+def test_the_tables_that_a_contributor_adds_a_line_to_exist():
+    """Each `NAME` in `file.py` of CONTRIBUTING.md, the path relative to some folder."""
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    pairs = re.findall(r"`([A-Z][A-Z_]+)`[^|`]*(?: or `[A-Z_]+` )?(?:in|of) `([\w/]+\.py)`", page)
+    assert len(pairs) >= 6, "the pattern is wrong"
+    for name, path in pairs:
+        files = [file for file in ROOT.glob(f"*/**/{path}") if ".venv" not in str(file)]
+        texts = [
+            file.read_text(encoding="utf-8") for file in [ROOT / path, *files] if file.exists()
+        ]
+        assert any(re.search(rf"^{name}\b", text, re.M) for text in texts), (name, path)
+
+
 def test_verbs_and_sections_share_a_name_with_package_and_page_or_are_exceptions():
     """The exceptions are the first column of a table of docs/design.md."""
     page = (ROOT / "docs/design.md").read_text(encoding="utf-8")
