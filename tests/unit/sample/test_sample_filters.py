@@ -21,7 +21,7 @@ from megatron_r1.sample.filters import (
     first_objection,
 )
 
-CASES = yaml.safe_load(Path(__file__).with_name("filters.yaml").read_text(encoding="utf-8"))
+TABLE = yaml.safe_load(Path(__file__).with_name("filters.yaml").read_text(encoding="utf-8"))
 EN = (
     "We need the sum of the first ten odd numbers. The sum of the first n odd numbers is a square, "
     "so the answer should be one hundred. Let me check with a smaller case to be sure."
@@ -58,14 +58,14 @@ def dropped_for(case):
     return reason_for(case["filter"], text_of(case), **case.get("options", {}))
 
 
-@pytest.mark.parametrize("name", CASES["kept"])
+@pytest.mark.parametrize("name", TABLE["kept"])
 def test_a_good_answer_is_kept(name):
-    assert dropped_for(CASES["kept"][name]) == ""
+    assert dropped_for(TABLE["kept"][name]) == ""
 
 
-@pytest.mark.parametrize("name", CASES["dropped"])
+@pytest.mark.parametrize("name", TABLE["dropped"])
 def test_a_bad_answer_is_dropped_with_a_reason(name):
-    case = CASES["dropped"][name]
+    case = TABLE["dropped"][name]
     assert re.search(case.get("shows", "."), dropped_for(case))
 
 
@@ -94,7 +94,7 @@ def test_what_was_cut_is_dropped():
 
 def test_workers_give_the_same_reasons_as_the_filters():
     """As in a run: in another process, with responses and questions as JSON."""
-    texts = map(text_of, [*CASES["kept"].values(), *CASES["dropped"].values()])
+    texts = map(text_of, [*TABLE["kept"].values(), *TABLE["dropped"].values()])
     cases = [(TextResponse(text), prompt()) for text in texts]
     cases += [
         (TextResponse(think(EN), 9, True), prompt()),
@@ -128,7 +128,7 @@ def test_the_first_filter_that_objects_gives_the_reason():
     assert first_objection(TextResponse(think(EN)), prompt(), filters) == ("", "")
 
 
-@pytest.mark.parametrize("case", CASES["refused"], ids=lambda case: case["key"])
+@pytest.mark.parametrize("case", TABLE["refused"], ids=lambda case: case["key"])
 def test_a_mistake_is_named_when_the_recipe_is_read(case):
     with refused(case["key"], Cause(case["cause"]), *case.get("shows", ())):
         check_filters(case["filters"])
