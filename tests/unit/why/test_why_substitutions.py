@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from r1_kernels.reference import policy_loss
 from test_why import planted  # noqa: F401
 from test_why_updates import ADAM, RULES, Model, rows
 
