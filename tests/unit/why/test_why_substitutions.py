@@ -5,6 +5,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import r1_kernels
 import torch
 from test_why import planted  # noqa: F401
 from test_why_updates import ADAM, RULES, Model, rows
@@ -81,7 +82,7 @@ def test_exponents_are_capped_where_the_kernels_cap_them(new, old, ref, engine):
             row, own, torch.zeros(1).double(), *values[1:3], loss, Totals(denominator=1.0)
         ),
         lambda own: (
-            policy_loss(
+            r1_kernels.policy_loss(
                 own,
                 *values[1:3],
                 torch.tensor([0.7], dtype=torch.float64),
