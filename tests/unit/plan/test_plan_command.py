@@ -33,7 +33,9 @@ ONE_GPU = [
         (["--parallel.expert", "3"], "parallel", ["2048"]),
         (["--parallel.sequence", "false"], "parallel.sequence", []),
         (["--parallel.pipeline_layout", "Et"], "parallel.pipeline_layout", ["Et"]),
-        (["--rollout.engines", "2048", *ONE_GPU], "", ["1.19 TiB"]),
+        pytest.param(
+            ["--rollout.engines", "2048", *ONE_GPU], "", ["1.19 TiB"], marks=pytest.mark.more
+        ),
         (["--rollout.engines", "3", *ONE_GPU], "rollout.engines", ["2,048", "2 or 4"]),
         (
             ["--rollout.tensor_parallel", "3"],

@@ -175,6 +175,7 @@ def test_what_a_push_moves_beyond_need_and_how_evenly_is_counted(monkeypatch):
     assert push["busiest engine GPU"].value == pytest.approx(1.5 / (128.5 / 128))
 
 
+@pytest.mark.more  # half a minute: the schedule of 2,048 engine ranks, twice
 def test_a_push_is_priced_as_sets_of_engines_execute_it(monkeypatch):
     """By hand: 2,048 positions' shares, from the plan's largest; requests by kind of rank; rounds
     of 32 and 64 MiB."""
