@@ -125,7 +125,7 @@ PLAN = (
     ),
     Choices(
         "policy_terms",
-        {"BLOCK": (256, 512, 1024), "NUM_WARPS": (2, 4, 8)},
+        {"TOKENS_PER_BLOCK": (256, 512, 1024), "NUM_WARPS": (2, 4, 8)},
         ("policy_terms reference", "policy_terms reference, rollout"),
     ),
     Choices(

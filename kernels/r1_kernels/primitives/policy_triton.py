@@ -191,7 +191,7 @@ def policy_terms_kernel(
 ):
     """Compute the terms of BLOCK tokens and their part of the loss; grid (ceil(T / BLOCK),)."""
     block = tl.program_id(0).to(tl.int64)
-    token = block * TOKENS_PER_BLOCK + tl.arange(0, TOKENS_PER_BLOCK)
+    token = block * BLOCK + tl.arange(0, BLOCK)
     in_bounds = token < num_tokens
     weight = _read(tokens.weights, token, in_bounds)
     logprob = _read(tokens.logprobs, token, in_bounds)
@@ -221,7 +221,7 @@ def policy_terms_kernel(
         IS_CISPO,
     )
     token_loss = -importance * surrogate
-    kl = tl.zeros((TOKENS_PER_BLOCK,), tl.float32)
+    kl = tl.zeros((BLOCK,), tl.float32)
     if HAS_REF:
         kl, d_kl = _kl(tl.where(unmasked, g, 0.0), ESTIMATOR)
         token_loss += limits.kl_beta * kl
@@ -247,10 +247,10 @@ def segment_sums_kernel(
     start = tl.load(cu_seqlens + sequence).to(tl.int64)
     end = tl.load(cu_seqlens + sequence + 1).to(tl.int64)
     first = values + start
-    running = tl.zeros((TOKENS_PER_BLOCK,), tl.float32)
+    running = tl.zeros((BLOCK,), tl.float32)
     length = (end - start).to(tl.int32)
-    for offset in range(0, length, TOKENS_PER_BLOCK):
-        token = offset + tl.arange(0, TOKENS_PER_BLOCK)
+    for offset in range(0, length, BLOCK):
+        token = offset + tl.arange(0, BLOCK)
         running += tl.load(first + token, mask=token < length, other=0.0).to(tl.float32)
     tl.store(sums + sequence, tl.sum(running, 0))
 
