@@ -69,21 +69,21 @@ def decode_tests(packed: str, location: str) -> list[dict[str, Any]]:
             tests = json.loads(tests)
     except (ValueError, TypeError, binascii.Error, zlib.error, pickle.UnpicklingError) as error:
         raise UserError(
-            f"{location}: its tests cannot be read: {error}; they begin {packed[:40]!r}: "
+            f"{location}: its tests cannot be read: {error}; they begin {shorten(packed, 40)}: "
             f"{FILE_REMEDY}",
             key="private_test_cases",
             cause=Cause.MALFORMED,
         ) from error
     except (EOFError, KeyError, IndexError, AttributeError, RecursionError) as error:
         raise UserError(
-            f"{location}: its tests are damaged: {error!r}; they begin {packed[:40]!r}: "
+            f"{location}: its tests are damaged: {error!r}; they begin {shorten(packed, 40)}: "
             f"{FILE_REMEDY}",
             key="private_test_cases",
             cause=Cause.MALFORMED,
         ) from error
     if not isinstance(tests, list) or not all(isinstance(test, dict) for test in tests):
         raise UserError(
-            f"{location}: its tests must be a list of objects, got {shorten(repr(tests))}; "
+            f"{location}: its tests must be a list of objects, got {type(tests).__name__}; "
             f"{FILE_REMEDY}",
             key="private_test_cases",
             cause=Cause.MALFORMED,
