@@ -219,7 +219,8 @@ def grade_repetition(
 
 
 def window_hashes(text: str, window: int) -> np.ndarray:
-    """Return, for each i, the polynomial Σ text[i + k] · BASE^k modulo 2**64 over the window at i.
+    """Return, for each i, the polynomial Σ text[i + k] · HASH_BASE^k modulo 2**64 over the
+    window at i.
 
     uint64, (len(text) - window + 1,). Equal windows have equal hashes. Two prefix sums and a factor
     give each hash, so the cost does not depend on the window's length."""

@@ -45,7 +45,8 @@ RUNNING_VERBS = {
     "preflight": "megatron_r1.commands.preflight",
 }
 """Verbs that read a recipe and run other verbs, or check the nodes before: modules with
-`run(recipe, overrides, RECIPE_VERBS)`, and with `SHORT`, option → the key that it is short for."""
+`run(recipe, overrides, RECIPE_VERBS)`, and with `SHORT_OPTIONS`, option → the
+key that it is short for."""
 VERB_MODULES = RECIPE_VERBS | PLAIN_VERBS | RUNNING_VERBS
 OWN_VERBS = {
     "plan": "megatron_r1.commands.plan",

@@ -131,7 +131,7 @@ def rename_columns(location: str, row: CanonicalRow, columns: Mapping[str, str])
 
 def lookup(row: CanonicalRow, name: str) -> Any:
     """Return row[name], or row[a][b] for a name `a.b` and {"a": row[a], "b": row[b]} for `a+b` that
-    are no columns themselves; else ABSENT."""
+    are no columns themselves; else `ABSENT_VALUE`."""
     if name in row:
         return row[name]
     if "+" in name:

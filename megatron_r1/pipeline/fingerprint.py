@@ -158,7 +158,7 @@ def digest_of_outputs(digests: dict[str, str]) -> str:
 
 
 def digest_of_value(value: Any) -> str:
-    """Return LENGTH hexadecimal digits of the SHA-256 of a JSON value, its keys sorted."""
+    """Return `DIGEST_CHARS` hexadecimal digits of the SHA-256 of a JSON value, its keys sorted."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:DIGEST_CHARS]
 

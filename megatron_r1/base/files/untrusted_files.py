@@ -28,7 +28,7 @@ def read_json(path: Path, key: str) -> Any:
 
     Raises:
         UserError: naming the file where it is no JSON, has a key twice with two values, more than
-            MOST_LEVELS levels, or more than MOST_BYTES bytes.
+            MAX_LEVELS levels, or more than MAX_BYTES bytes.
     """
     try:
         if (size := path.stat().st_size) > MAX_BYTES:

@@ -230,7 +230,7 @@ class EngineSettings:
             environment |= memory.exporting_engine_allocator(os.environ)
         if self.part is not None:
             environment |= network_environment(self.host)
-        # SECRET also where it is empty: the user's own VLLM_API_KEY is not for our engines.
+        # The secret also where it is empty: the user's own VLLM_API_KEY is not for our engines.
         return environment | {SECRET_VARIABLE: self.secret} | dict(self.extra_env or {})
 
 

@@ -60,7 +60,7 @@ def check_base(folder: Path, written: int | None, chunks: Any) -> None:
 
     Args:
         folder: the checkpoint's folder.
-        written: the checkpoint's entry BASE, None for a checkpoint of whole weights.
+        written: the checkpoint's `BASE_FINGERPRINT_KEY`, None for a checkpoint of whole weights.
         chunks: this rank's chunks of the loaded model."""
     fingerprint = getattr(unwrap_model(chunks[0]), BASE_FINGERPRINT_KEY, None)
     if written == fingerprint:

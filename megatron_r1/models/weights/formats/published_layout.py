@@ -68,8 +68,8 @@ def is_scale(name: str) -> bool:
 
 
 def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the shape of an FP8 weight's scales: one for each block of BLOCK x BLOCK, those at the
-    edges included."""
+    """Return the shape of an FP8 weight's scales: one for each block of `FP8_BLOCK_SIZE` in both
+    dimensions, those at the edges included."""
     return tuple(-(-size // FP8_BLOCK_SIZE) for size in shape)
 
 
