@@ -15,6 +15,7 @@ from megatron_r1.base.files import atomic_write
 from tools.cuda_record import code_of
 
 FOLDER = "docs/evidence"
+PRIMITIVES = "kernels/r1_kernels/primitives/"
 TOPICS = {
     "numbers": "Numbers that agree",
     "learning": "Models that learn",
@@ -225,7 +226,10 @@ def text_at(root: Path, commit: str, name: str) -> str | None:
 
 
 def covers(path: str, name: str) -> bool:
-    """Return whether a file is, is in or matches `path`."""
+    """Return whether a file is, is in or matches `path`; a kernel of GPUs only where `path` is in
+    `PRIMITIVES`, since no other command runs it on a CPU."""
+    if name.startswith(PRIMITIVES) and name.endswith("_triton.py") and PRIMITIVES not in path:
+        return False
     return name.startswith(path) if path.endswith("/") else fnmatchcase(name, path)
 
 

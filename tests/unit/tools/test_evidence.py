@@ -171,6 +171,14 @@ def test_what_moves_into_and_out_of_the_paths():
     assert changed_files(changes, ["part/"]) == ["part/a.py"]
 
 
+def test_kernels_of_gpus_concern_the_claims_that_name_their_folder():
+    changes = [("kernels/r1_kernels/primitives/policy_triton.py",)]
+    assert changed_files(changes, ["kernels/r1_kernels/"]) == []
+    assert changed_files(changes, ["kernels/r1_kernels/primitives/"]) == [*changes[0]]
+    plain = [("kernels/r1_kernels/primitives/policy_torch.py",)]
+    assert changed_files(plain, ["kernels/r1_kernels/"]) == [*plain[0]]
+
+
 def test_measuring_writes_figure_commit_day_and_machine_and_renders_the_page(repository, capsys):
     commit = repository.commit(part__a="1")
     repository.claim(command="echo total 1; echo total 1,234 and more")
