@@ -23,8 +23,8 @@ from megatron_r1.why.checks.engine_gaps import (
 TEMPERATURES = (0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.25, 1.5, 2.0, 4.0)
 """Times the run's temperature: which of them explains a departure."""
 MAX_UNEXPLAINED_BY_TEMPERATURE = 0.15
-"""A temperature explains a departure of which it leaves at most this fraction: many make one
-a little smaller."""
+"""The largest ratio of the distance with a temperature to the distance without it, at which the
+temperature is named as the cause. Many temperatures make a distance a little smaller."""
 MIN_ONE_SIDED_FRACTION = 0.95
 """The least share of tokens that a renormalized distribution has more likely than the whole one."""
 MIN_TOKENS = 20

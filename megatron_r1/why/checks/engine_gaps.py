@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from megatron_r1.why.policy.policy_logprobs import PolicyLogprobs
 
 MAX_UNEXPLAINED_FRACTION = 0.5
-"""Other log-probabilities explain a difference of which they leave at most this fraction, and no
-more than rounding."""
+"""The largest ratio of the distance with other log-probabilities to the distance without them, at
+which they explain a difference. What is left has to be within rounding as well."""
 MAX_VERSIONS_BEFORE = 4
 """Versions before the newest whose weights are tried, where their checkpoints are kept."""
 POSITION_BINS = 40
