@@ -51,14 +51,14 @@ def evaluate(cases: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _compare(
     name: str,
-    kernel_row: Mapping[str, float],
-    eager: Mapping[str, float],
+    kernel_errors: Mapping[str, float],
+    eager_errors: Mapping[str, float],
     figures: Mapping[str, Any],
 ) -> None:
-    for quantity in kernel_row.keys() & eager.keys():
-        if not kernel_row[quantity] <= WORSE * eager[quantity] + ROUNDING:
-            errors = f"{kernel_row[quantity]:.3g}, of {EAGER} {eager[quantity]:.3g}"
-            raise Failed(f"{name}: the error of {quantity} is {errors}", **figures)
+    for quantity in kernel_errors.keys() & eager_errors.keys():
+        if not kernel_errors[quantity] <= WORSE * eager_errors[quantity] + ROUNDING:
+            values = f"{kernel_errors[quantity]:.3g}, of {EAGER} {eager_errors[quantity]:.3g}"
+            raise Failed(f"{name}: the error of {quantity} is {values}", **figures)
 
 
 def check(file: Path, options: Sequence[str]) -> dict[str, Any]:
