@@ -288,8 +288,8 @@ async def _decide(
         raise RunError(
             f"{folder}: no response is kept; most are {counts.decisions.most_common(1)[0][0]} "
             f"(samples.jsonl has the reason of each). {_filtered(counts)}Change "
-            f"{EMPTY_OUTPUT_REMEDIES[sample.output]}: the same command then decides again without "
-            "sampling"
+            f"{EMPTY_OUTPUT_REMEDIES[sample.output]}: the same command then decides again "
+            "without sampling"
         )
 
 
