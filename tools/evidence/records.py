@@ -4,7 +4,6 @@ is the code that was measured."""
 import json
 import os
 import subprocess
-import tokenize
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
@@ -12,7 +11,7 @@ from functools import cache
 from pathlib import Path
 
 from megatron_r1.base.files import atomic_write
-from tools.cuda_record import code_of
+from tools.evidence.instructions import instructions_of
 
 FOLDER = "docs/evidence"
 PRIMITIVES = "kernels/r1_kernels/primitives/"
@@ -139,7 +138,8 @@ class State:
 def states(root: Path, claims: Iterable[Claim]) -> dict[str, State]:
     """Return the state of each claim by its name, of the tracked files as they are in `root`.
 
-    Of Python files only code counts: comments, docstrings and formatting compute nothing.
+    Of Python files only instructions count: comments, docstrings, formatting and names of local
+    variables compute nothing.
     """
     changes = cache(lambda commit: changes_since(root, commit))
     is_same = cache(lambda commit, name: has_same_code(root, commit, name))
@@ -214,8 +214,8 @@ def has_same_code(root: Path, commit: str, name: str) -> bool:
     old_text = text_at(root, commit, name)
     try:
         new_text = (root / name).read_text(encoding="utf-8")
-        return old_text is not None and code_of(old_text) == code_of(new_text)
-    except (OSError, SyntaxError, tokenize.TokenError):
+        return old_text is not None and instructions_of(old_text) == instructions_of(new_text)
+    except (OSError, SyntaxError):
         return False
 
 

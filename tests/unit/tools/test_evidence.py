@@ -81,23 +81,23 @@ def repository(tmp_path, monkeypatch):
 
 
 def test_a_claim_is_fresh_until_a_tracked_file_of_its_paths_changes(repository):
-    claim = repository.measured(repository.commit(part__a="1", one="1", other="1"))
+    claim = repository.measured(repository.commit(part__a="n = 1", one="n = 1", other="1"))
     repository.commit(other="2", tests__helper="2")
     assert repository.state(claim) == State("fresh")
     (repository.root / "part/not_tracked.py").write_text("1")
     assert repository.state(claim).name == "fresh"
-    (repository.root / "one.py").write_text("2")
+    (repository.root / "one.py").write_text("n = 2")
     assert repository.state(claim) == State("stale", ("one.py",)), "not committed yet"
-    repository.commit(part__new="1", tests__test_x="1")
+    repository.commit(part__new="n = 1", tests__test_x="1")
     changed = ("one.py", "part/new.py", "part/not_tracked.py", "tests/test_x.py")
     assert repository.state(claim) == State("stale", changed)
     assert repository.state(claim).text == "stale, 4 files"
 
 
 def test_a_file_that_is_taken_back_to_what_was_measured_makes_the_claim_fresh_again(repository):
-    claim = repository.measured(repository.commit(part__a="1"))
-    repository.commit(part__a="2")
-    repository.commit(part__a="1")
+    claim = repository.measured(repository.commit(part__a="n = 1"))
+    repository.commit(part__a="n = 2")
+    repository.commit(part__a="n = 1")
     assert repository.state(claim).name == "fresh"
 
 
@@ -105,31 +105,38 @@ def test_a_file_that_is_taken_back_to_what_was_measured_makes_the_claim_fresh_ag
     ("text", "state"),
     [
         (
-            '"""Docs."""\n\n\ndef f(x):  # why\n    """Return twice x."""\n    return 2 * x\n',
+            '"""Docs."""\n\n\ndef f(x):  # why\n    """Return twice x."""\n'
+            "    double = 2 * x\n    return double\n",
             "fresh",
         ),
-        ("def f(x):\n    return 3 * x\n", "stale"),
-        ("def f(x, y=1):\n    return 2 * x\n", "stale"),
-        ('def f(x):\n    return 2 * x\n\n\nNAME = "a"\n', "stale"),
+        ("def f(x):\n    twice = (\n        2 * x\n    )\n    return twice\n", "fresh"),
+        ("def f(x):\n    double = 3 * x\n    return double\n", "stale"),
+        ("def f(x):\n    double = 2.0 * x\n    return double\n", "stale"),
+        ("def f(x):\n    double = 2 * x\n    return x\n", "stale"),
+        ("def f(z):\n    double = 2 * z\n    return double\n", "stale"),
+        ("def f(x, y=1):\n    double = 2 * x\n    return double\n", "stale"),
+        ("def f(*x):\n    double = 2 * x\n    return double\n", "stale"),
+        ("def g(x):\n    double = 2 * x\n    return double\n", "stale"),
+        ('def f(x):\n    double = 2 * x\n    return double\n\n\nNAME = "a"\n', "stale"),
         ("def f(x:\n", "stale"),
     ],
 )
-def test_comments_and_docstrings_of_python_files_change_nothing(repository, text, state):
-    first = "def f(x):\n    return 2 * x\n"
+def test_of_python_files_only_instructions_count(repository, text, state):
+    first = "def f(x):\n    double = 2 * x\n    return double\n"
     claim = repository.measured(repository.commit(part__a=first))
     repository.commit(part__a=text)
     assert repository.state(claim).name == state
 
 
 def test_a_removed_file_makes_a_claim_stale(repository):
-    claim = repository.measured(repository.commit(part__a="1", part__b="2"))
+    claim = repository.measured(repository.commit(part__a="n = 1", part__b="n = 2"))
     repository.git("rm", "-q", "part/a.py")
     assert repository.state(claim) == State("stale", ("part/a.py",))
 
 
 def test_a_renamed_file_is_followed_where_its_content_is_the_same_and_the_paths_have_it(repository):
     text = "".join(f"line {n}\n" for n in range(50))
-    commit = repository.commit(part__a=text, part__keep="0")
+    commit = repository.commit(part__a=text, part__keep="n = 0")
     repository.git("mv", "part/a.py", "part/b.py")
     assert repository.state(repository.measured(commit)).name == "fresh"
     repository.commit(part__b=text.replace("line 7\n", "import other\n"))
@@ -146,8 +153,8 @@ def test_a_folder_that_is_renamed_with_the_records_paths_is_followed(repository)
 
 
 def test_a_commit_that_the_clone_does_not_have_is_unknown(repository, tmp_path_factory):
-    first = repository.commit(part__a="1")
-    repository.commit(part__a="2")
+    first = repository.commit(part__a="n = 1")
+    repository.commit(part__a="n = 2")
     assert repository.state(repository.measured("0" * 40)).name == "unknown"
     assert repository.state(repository.measured("no commit")).name == "unknown"
     shallow = tmp_path_factory.mktemp("shallow")
@@ -180,7 +187,7 @@ def test_kernels_of_gpus_concern_the_claims_that_name_their_folder():
 
 
 def test_measuring_writes_figure_commit_day_and_machine_and_renders_the_page(repository, capsys):
-    commit = repository.commit(part__a="1")
+    commit = repository.commit(part__a="n = 1")
     repository.claim(command="echo total 1; echo total 1,234 and more")
     assert main(["measure"], repository.root) == 0
     record = repository.record()
@@ -206,8 +213,8 @@ def test_measuring_writes_figure_commit_day_and_machine_and_renders_the_page(rep
     ],
 )
 def test_a_failure_is_kept_beside_the_earlier_figure_and_said(repository, capsys, command, reason):
-    commit = repository.commit(part__a="1")
-    repository.commit(part__a="3")
+    commit = repository.commit(part__a="n = 1")
+    repository.commit(part__a="n = 3")
     before = repository.measured(commit, command=command, bounds={"total": [2, 10]})
     seconds = "1" if "sleep" in command else "10000"
     assert main(["measure", "sum", "--limit", seconds], repository.root) == 1
@@ -221,7 +228,7 @@ def test_a_failure_is_kept_beside_the_earlier_figure_and_said(repository, capsys
 
 
 def test_of_a_failures_output_the_end_is_kept_and_a_success_removes_it(repository):
-    repository.commit(part__a="1")
+    repository.commit(part__a="n = 1")
     repository.claim(command="for i in $(seq 99); do echo line $i; done; pwd; exit 7")
     assert main(["measure"], repository.root) == 1
     failed = repository.record()["failed"]
@@ -237,7 +244,7 @@ def test_of_a_failures_output_the_end_is_kept_and_a_success_removes_it(repositor
 
 
 def test_what_is_not_committed_is_not_measured(repository, capsys):
-    repository.commit(part__a="1")
+    repository.commit(part__a="n = 1")
     repository.claim()
     (repository.root / "part/a.py").write_text("2")
     assert main(["measure"], repository.root) == 1
@@ -246,14 +253,14 @@ def test_what_is_not_committed_is_not_measured(repository, capsys):
 
 
 def test_a_speed_is_measured_beside_other_work_only_where_it_is_named(repository, monkeypatch):
-    repository.commit(part__a="1")
+    repository.commit(part__a="n = 1")
     repository.claim(topic="speed")
     assert main(["measure"], repository.root) == 1
     assert "measured" not in repository.record()
     assert main(["measure", "sum"], repository.root) == 0
     assert "1.5 busy" in repository.record()["measured"]["machine"]
     assert "1.5 busy" in (repository.root / PAGE).read_text()
-    repository.commit(part__a="2")
+    repository.commit(part__a="n = 2")
     monkeypatch.setattr(measure, "busy_cores", lambda: 0.1)
     assert main(["measure"], repository.root) == 0
     assert "0.1 busy" in repository.record()["measured"]["machine"]
@@ -273,8 +280,8 @@ def test_cores_that_work_are_counted():
 def test_the_shortest_comes_first_what_has_failed_on_these_files_last_and_fresh_ones_never(
     repository,
 ):
-    old = repository.commit(part__a="1")
-    new = repository.commit(part__a="2")
+    old = repository.commit(part__a="n = 1")
+    new = repository.commit(part__a="n = 2")
     failed = Failed("exit status 1", new, "2026-01-02", "a machine", "")
     repository.measured(new, id="fresh", seconds=1)
     repository.measured(old, id="failed", seconds=2, failed=failed)
@@ -288,7 +295,7 @@ def test_the_shortest_comes_first_what_has_failed_on_these_files_last_and_fresh_
 
 def test_a_second_start_goes_on_where_the_first_was_stopped(repository):
     """The third command stops the whole of the first start, as a kill does."""
-    repository.commit(part__a="1")
+    repository.commit(part__a="n = 1")
     for number in (1, 2, 4):
         command = f"echo x >> runs_of_{number}; echo total {number}"
         repository.claim(id=f"n{number}", seconds=number, command=command)
@@ -307,7 +314,7 @@ def test_a_second_start_goes_on_where_the_first_was_stopped(repository):
 
 
 def test_processes_that_a_command_leaves_are_ended(repository):
-    repository.commit(part__a="1")
+    repository.commit(part__a="n = 1")
     repository.claim(command="sleep 1000 & echo $! > pid; echo total 1")
     assert main(["measure"], repository.root) == 0
     pid = (repository.root / "pid").read_text().strip()
@@ -329,8 +336,8 @@ def test_a_claim_that_does_not_exist_is_named(repository, capsys):
 
 
 def test_status_prints_state_and_changed_files(repository, capsys):
-    repository.measured(repository.commit(part__a="1"))
-    repository.commit(part__a="2")
+    repository.measured(repository.commit(part__a="n = 1"))
+    repository.commit(part__a="n = 2")
     assert main(["status"], repository.root) == 0
     line, last = capsys.readouterr().out.splitlines()
     assert line.split() == ["sum", "stale", "1", "s", "part/a.py"]
