@@ -1,9 +1,12 @@
 """The documents name files, packages and commands that exist."""
 
 import ast
+import json
 import re
 import tomllib
 from pathlib import Path
+
+import pytest
 
 from megatron_r1.commands import cli
 from megatron_r1.config import Config
@@ -105,6 +108,25 @@ def test_import_contracts_name_every_package():
             if path.name[0] != "_" and (path.is_dir() or path.suffix == ".py")
         }
         assert names - named <= {"megatron_r1.base.processes", "megatron_r1.base.transports"}
+
+
+def test_the_design_names_the_parts_of_push_that_the_plugin_imports():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    contracts = settings["tool"]["importlinter"]["contracts"]
+    plugin = next(each for each in contracts if "vLLM plugin" in each["name"])
+    parts = {name.rpartition(".")[2] for name in plugin["source_modules"] if ".push." in name}
+    design = (ROOT / "docs/design.md").read_text(encoding="utf-8")
+    in_table = re.search(r"of `push`: (`\w+`(?:, `\w+`)*)", design)
+    in_text = re.search(r"`push\.{([\w,]+)}`", design)
+    assert in_table and set(re.findall(r"\w+", in_table[1])) == parts
+    assert in_text and set(in_text[1].split(",")) == parts
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/benchmarks/laptop-demo.md"])
+def test_pages_show_the_figures_of_the_demos_record(page):
+    text = (ROOT / "docs/evidence/demo.json").read_text(encoding="utf-8")
+    base, trained = re.findall(r"[\d.]+%", json.loads(text)["measured"]["figure"])
+    assert re.search(rf"{base}\W+{trained}", (ROOT / page).read_text(encoding="utf-8"))
 
 
 def test_every_module_of_grading_is_public_or_protected():
