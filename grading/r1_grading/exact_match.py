@@ -55,10 +55,10 @@ def grade(
     if (num_chars := len(extraction.text)) > MAX_ANSWER_CHARS:
         return Grade(0.0, f"answer too long: {num_chars} characters, at most {MAX_ANSWER_CHARS}")
     answer = normalize_answer(extraction.text)
-    correct = bool(answer) and answer in {normalize_answer(option) for option in expected}
+    is_correct = bool(answer) and answer in {normalize_answer(option) for option in expected}
     expected_text = " or ".join(map(shorten, expected[:3]))
     return Grade(
-        float(correct), describe(extraction.text, expected_text, correct, extraction.source)
+        float(is_correct), describe(extraction.text, expected_text, is_correct, extraction.source)
     )
 
 

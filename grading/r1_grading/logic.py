@@ -322,8 +322,8 @@ def grade(
         return Grade(0.0, f"the scorer cannot read {shorten(answer)}: {type(error).__name__}")
     if exact or score in (0.0, 1.0):
         expected = "another" if entry["answer"] is None else entry["answer"]
-        correct = score == 1.0
-        return Grade(float(correct), describe(answer, expected, correct, extraction.source))
+        is_correct = score == 1.0
+        return Grade(float(is_correct), describe(answer, expected, is_correct, extraction.source))
     return Grade(score, f"partly right ({score:.2f}): {shorten(answer)}")
 
 

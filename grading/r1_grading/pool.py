@@ -157,23 +157,23 @@ class RewardPool:
         job_id = next(self._ids)
         job = EncodedJob(job_id, target, truth, fields, EMPTY)
         try:
-            encoded = msgspec.json.encode(job)
+            encoded_job = msgspec.json.encode(job)
         except (TypeError, UnicodeEncodeError):
             _check_json(kind, {"truth": truth, **fields})
             raise
-        if b"null" in encoded:  # what NaN and infinity become
+        if b"null" in encoded_job:  # what NaN and infinity become
             _check_json(kind, {"truth": truth, **fields})
         job.response = self._as_json(response)
         limit = time_limit(kind, fields, self.timeout_seconds)
         result = asyncio.get_running_loop().create_future()
-        pending = OutstandingJob(job, limit, result)
-        self._queue.append(pending)
-        outstanding = len(self._queue) + len(self._running)
-        self.most_outstanding = max(self.most_outstanding, outstanding)
+        outstanding_job = OutstandingJob(job, limit, result)
+        self._queue.append(outstanding_job)
+        num_outstanding = len(self._queue) + len(self._running)
+        self.most_outstanding = max(self.most_outstanding, num_outstanding)
         self._work.set()
         if not self._tasks:
             self._tasks = [asyncio.create_task(self._run_worker()) for _ in range(self.num_workers)]
-        return await pending.result
+        return await outstanding_job.result
 
     def _as_json(self, response: str) -> msgspec.Raw:
         """Return `response` as JSON, which `encode_frame` copies.
@@ -182,10 +182,12 @@ class RewardPool:
         encoding 30,000 tokens takes 0.2 ms."""
         if response is not self._encoded[0]:
             try:
-                encoded = msgspec.json.encode(response)
+                response_json = msgspec.json.encode(response)
             except UnicodeEncodeError:  # a lone surrogate, which JSON allows, has no UTF-8 form
-                encoded = msgspec.json.encode(response.encode("utf-8", "replace").decode("utf-8"))
-            self._encoded = response, msgspec.Raw(encoded)
+                response_json = msgspec.json.encode(
+                    response.encode("utf-8", "replace").decode("utf-8")
+                )
+            self._encoded = response, msgspec.Raw(response_json)
         return self._encoded[1]
 
     def snapshot(self) -> dict[str, int]:
@@ -199,9 +201,9 @@ class RewardPool:
 
     def jobs(self, limit: int = 20) -> list[OutstandingJob]:
         """Return running and then queued jobs, each the oldest first, at most `limit`."""
-        outstanding = [*self._running.values(), *self._queue]
-        outstanding.sort(key=lambda pending: (pending.worker_pid is None, pending.since))
-        return outstanding[:limit]
+        outstanding_jobs = [*self._running.values(), *self._queue]
+        outstanding_jobs.sort(key=lambda pending: (pending.worker_pid is None, pending.since))
+        return outstanding_jobs[:limit]
 
     async def close(self) -> None:
         """Kill the workers; a `grade` still waiting raises RunError. Safe to call again."""
@@ -228,36 +230,36 @@ class RewardPool:
 
     async def _serve(self, worker: WorkerProcess) -> None:
         """Send jobs to one worker until it is lost or must be replaced."""
-        sent: deque[OutstandingJob] = deque()
+        sent_jobs: deque[OutstandingJob] = deque()
         try:
             while True:
-                self._send_jobs(worker, sent)
-                if not sent:
+                self._send_jobs(worker, sent_jobs)
+                if not sent_jobs:
                     if not self._queue:
                         self._work.clear()
                     await self._work.wait()
-                elif not await self._finish_first(worker, sent):
+                elif not await self._finish_first(worker, sent_jobs):
                     return
         finally:
-            for pending in sent:
-                self._running.pop(pending.job.id, None)
-                pending.worker_pid = None
-            self._queue.extendleft(reversed(sent))
+            for sent_job in sent_jobs:
+                self._running.pop(sent_job.job.id, None)
+                sent_job.worker_pid = None
+            self._queue.extendleft(reversed(sent_jobs))
             self._work.set()
 
     def _send_jobs(self, worker: WorkerProcess, sent: deque[OutstandingJob]) -> None:
-        ahead = min(MAX_AHEAD, max(1, int(AHEAD_SECONDS / worker.seconds_per_job)))
+        num_ahead = min(MAX_AHEAD, max(1, int(AHEAD_SECONDS / worker.seconds_per_job)))
         share = math.ceil(len(self._queue) / self.num_workers)
-        for _ in range(min(share, ahead - len(sent))):
+        for _ in range(min(share, num_ahead - len(sent))):
             if sent and sent[-1].timeout_seconds > self.timeout_seconds:
                 break  # a program may take a minute: no job waits behind it
-            pending = self._queue.popleft()
-            if pending.result.done():  # its caller was cancelled
+            outstanding_job = self._queue.popleft()
+            if outstanding_job.result.done():  # its caller was cancelled
                 continue
-            sent.append(pending)
-            pending.worker_pid, pending.since = worker.process.pid, time.monotonic()
-            self._running[pending.job.id] = pending
-            worker.send(encode_frame(pending.job))
+            sent.append(outstanding_job)
+            outstanding_job.worker_pid, outstanding_job.since = worker.process.pid, time.monotonic()
+            self._running[outstanding_job.job.id] = outstanding_job
+            worker.send(encode_frame(outstanding_job.job))
 
     async def _finish_first(self, worker: WorkerProcess, sent: deque[OutstandingJob]) -> bool:
         """Wait for the first of the sent jobs. Return False when the worker must be replaced."""
@@ -289,8 +291,8 @@ class RewardPool:
             return True
         self._running.pop(sent.popleft().job.id, None)
         self._handle_reply(first, reply)
-        elapsed = time.perf_counter() - started_at
-        worker.seconds_per_job += 0.2 * (elapsed - worker.seconds_per_job)
+        elapsed_seconds = time.perf_counter() - started_at
+        worker.seconds_per_job += 0.2 * (elapsed_seconds - worker.seconds_per_job)
         return reply.status != "memory"
 
     async def _handle_crash(self, worker: WorkerProcess, sent: deque[OutstandingJob]) -> None:
@@ -352,11 +354,11 @@ class RewardPool:
 
     def _fail(self, error: Exception) -> None:
         self._failure = self._failure or error
-        outstanding = [*self._running.values(), *self._queue]
+        outstanding_jobs = [*self._running.values(), *self._queue]
         self._queue.clear()
-        for pending in outstanding:
-            if not pending.result.done():
-                pending.result.set_exception(error)
+        for outstanding_job in outstanding_jobs:
+            if not outstanding_job.result.done():
+                outstanding_job.result.set_exception(error)
 
 
 class RewardMeter:
@@ -381,9 +383,11 @@ class RewardMeter:
             for name, count in self._pool.snapshot().items()
             if name not in LEVELS
         }
-        busy = (self._pool.busy_seconds - self._busy_seconds) / (seconds * self._pool.num_workers)
+        busy_fraction = (self._pool.busy_seconds - self._busy_seconds) / (
+            seconds * self._pool.num_workers
+        )
         return {
             **counts,
             "rewards/most_outstanding": self._pool.most_outstanding,
-            "rewards/busy": min(busy, 1.0),
+            "rewards/busy": min(busy_fraction, 1.0),
         }

@@ -156,14 +156,14 @@ class AdaptedFunction:
         Raises:
             MissingArguments: `arguments` lacks an argument without a default.
         """
-        if missing := tuple(name for name in self._needed if name not in arguments):
-            raise MissingArguments(missing)
-        accepted = (
+        if missing_names := tuple(name for name in self._needed if name not in arguments):
+            raise MissingArguments(missing_names)
+        accepted_arguments = (
             arguments
             if self._takes_all
             else {n: v for n, v in arguments.items() if n in self._names}
         )
-        return self._call(**accepted)
+        return self._call(**accepted_arguments)
 
 
 class _VerlFunction(AdaptedFunction):
@@ -291,13 +291,13 @@ def explain_failure(
             "parameters of verl's or TRL's (docs/rewards.md)"
         )
     keywords = [p for p in parameters if p not in positional[:2] and p.kind not in VARIADIC]
-    missing = tuple(p.name for p in keywords if p.default is p.empty and p.name not in fields)
-    if missing:
-        return _missing_fields(kind, missing)
-    refused = sorted(fields.keys() - {parameter.name for parameter in keywords})
-    if refused and Parameter.VAR_KEYWORD not in kinds:
+    missing_names = tuple(p.name for p in keywords if p.default is p.empty and p.name not in fields)
+    if missing_names:
+        return _missing_fields(kind, missing_names)
+    refused_names = sorted(fields.keys() - {parameter.name for parameter in keywords})
+    if refused_names and Parameter.VAR_KEYWORD not in kinds:
         return CallFault(
-            f"reward {kind!r} is called with {refused[0]!r} and does not take it: end its "
+            f"reward {kind!r} is called with {refused_names[0]!r} and does not take it: end its "
             f"parameters with **entry, {signature}"
         )
     return NO_FAULT

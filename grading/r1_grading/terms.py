@@ -105,11 +105,11 @@ def _read_weight(path: str, name: str, value: Any) -> float | ScheduledWeight:
             key=f"{path}.weight",
             cause=Cause.MISSING,
         )
-    last = value.get("to_step")
+    last_step = value.get("to_step")
     weight = ScheduledWeight(
         _finite(f"{path}.weight", value["weight"]),
         _step(f"{path}.from_step", value.get("from_step", 1)),
-        None if last is None else _step(f"{path}.to_step", last),
+        None if last_step is None else _step(f"{path}.to_step", last_step),
     )
     if weight.to_step is not None and weight.to_step < weight.from_step:
         raise UserError(
@@ -149,11 +149,11 @@ def _finite(path: str, value: Any) -> float:
 
 def weights_at(weights: Weights, step: int) -> dict[str, float]:
     """Return the terms that count at `step` with their weights; a weight of 0 is graded too."""
-    constant = {
+    scheduled_weights = {
         name: w if isinstance(w, ScheduledWeight) else ScheduledWeight(w)
         for name, w in weights.items()
     }
-    return {name: w.weight for name, w in constant.items() if w.counts_at(step)}
+    return {name: w.weight for name, w in scheduled_weights.items() if w.counts_at(step)}
 
 
 Options = Mapping[str, Mapping[str, Any]]
@@ -188,13 +188,15 @@ def read_options(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             from r1_grading.remote.remote_rewards import check_options
 
             check_options(kind, values)
-        elif kind in GRADERS and (unknown := [v for v in values if v not in option_names(kind)]):
+        elif kind in GRADERS and (
+            unknown_options := [v for v in values if v not in option_names(kind)]
+        ):
             names = sorted(option_names(kind))
-            hint = did_you_mean(unknown[0], names, "{}")
+            hint = did_you_mean(unknown_options[0], names, "{}")
             hint = hint or f"; it has {', '.join(names) or 'none'}"
             raise UserError(
-                f"{path}: unknown option {unknown[0]}{hint}",
-                key=f"{path}.{unknown[0]}",
+                f"{path}: unknown option {unknown_options[0]}{hint}",
+                key=f"{path}.{unknown_options[0]}",
                 cause=Cause.UNKNOWN,
             )
     return {kind: _read_numbers(kind, values) for kind, values in options.items()}
@@ -257,8 +259,8 @@ def call_fields(
     if kind in REMOTE:
         from r1_grading.remote.remote_rewards import settings_names
 
-        refused = settings_names(kind) if reward_options else {"api_key_env"}
-        fields = {name: value for name, value in fields.items() if name not in refused}
+        refused_names = settings_names(kind) if reward_options else {"api_key_env"}
+        fields = {name: value for name, value in fields.items() if name not in refused_names}
         return {**fields, **reward_options, **facts}
     if kind in FORM_REWARDS:
         names = option_names(kind)
@@ -460,19 +462,19 @@ def combine(grades: Mapping[str, Grade], weights: Mapping[str, float] = DEFAULT_
 
     Raises:
         ValueError: a weight whose term was not graded."""
-    if missing := sorted(weights.keys() - grades.keys()):
+    if missing_terms := sorted(weights.keys() - grades.keys()):
         raise ValueError(
-            f"rewards.weights names {missing[0]!r}, which was not graded; "
+            f"rewards.weights names {missing_terms[0]!r}, which was not graded; "
             f"graded: {', '.join(sorted(grades)) or 'nothing'}"
         )
-    ungraded = tuple(term for term, grade in grades.items() if not grade.is_graded)
-    counted = {ACCURACY, *weights, *ungraded}
+    ungraded_terms = tuple(term for term, grade in grades.items() if not grade.is_graded)
+    counted_terms = {ACCURACY, *weights, *ungraded_terms}
     return Reward(
         total=sum(weight * grades[term].reward for term, weight in weights.items()),
         terms={term: grade.reward for term, grade in grades.items()},
-        reason="; ".join(grades[term].reason for term in grades if term in counted),
-        ungraded=ungraded,
-        is_graded=not any(weights.get(term) for term in ungraded),
+        reason="; ".join(grades[term].reason for term in grades if term in counted_terms),
+        ungraded=ungraded_terms,
+        is_graded=not any(weights.get(term) for term in ungraded_terms),
     )
 
 

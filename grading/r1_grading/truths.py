@@ -124,9 +124,13 @@ def is_missing(truth: Any, words: Collection[str] = NO_TRUTH) -> bool:
     answers = accepted_answers(truth)
     if answers != [truth]:
         return is_missing(answers, words)
-    bare = unwrap(truth).casefold()
+    bare_truth = unwrap(truth).casefold()
     none_words = {word.casefold() for word in words}
-    return not bare or bare in none_words or (bare.strip(WRAPPING) in none_words and bool(words))
+    return (
+        not bare_truth
+        or bare_truth in none_words
+        or (bare_truth.strip(WRAPPING) in none_words and bool(words))
+    )
 
 
 def states_no_answer(text: str) -> bool:
@@ -293,12 +297,12 @@ CHECKS: dict[str, Callable[[Any, Mapping[str, Any]], None]] = {
 
 def _flatten_answers(entries: Any) -> list[Any]:
     """Return the entries of a list, those of lists and of mappings of answers in it too."""
-    flat: list[Any] = []
+    flat_answers: list[Any] = []
     for entry in entries:
         is_nested = isinstance(entry, list | tuple | Mapping)
         answers = accepted_answers(entry) if is_nested else [entry]
-        flat += _flatten_answers(answers) if is_nested and answers != [entry] else answers
-    return [entry for entry in flat if entry is not None]
+        flat_answers += _flatten_answers(answers) if is_nested and answers != [entry] else answers
+    return [entry for entry in flat_answers if entry is not None]
 
 
 def _decode_answers(text: str) -> Any:

@@ -167,9 +167,9 @@ def check_cu_seqlens(cu_seqlens: Tensor, num_tokens: int) -> None:
         )
     if _is_trusted.get():
         return
-    ends = cu_seqlens.tolist()
-    if ends[0] != 0 or ends[-1] != num_tokens or sorted(ends) != ends:
-        excerpt = ends if len(ends) <= 6 else [*ends[:3], "…", *ends[-2:]]
+    borders = cu_seqlens.tolist()
+    if borders[0] != 0 or borders[-1] != num_tokens or sorted(borders) != borders:
+        excerpt = borders if len(borders) <= 6 else [*borders[:3], "…", *borders[-2:]]
         raise ValueError(
             f"cu_seqlens must rise from 0 to the number of tokens, {num_tokens}; got {excerpt}"
         )

@@ -81,10 +81,10 @@ def dequantize_blockwise(
             f"q must be torch.float8_e4m3fn, got {q.dtype}: .view(torch.float8_e4m3fn) reads "
             "uint8 codes"
         )
-    expected = tuple(-(-size // along) for size, along in zip(q.shape, block, strict=True))
-    if scale_inv.dtype != torch.float32 or tuple(scale_inv.shape) != expected:
+    expected_shape = tuple(-(-size // along) for size, along in zip(q.shape, block, strict=True))
+    if scale_inv.dtype != torch.float32 or tuple(scale_inv.shape) != expected_shape:
         raise ValueError(
-            f"scale_inv must be {expected} torch.float32 for q {tuple(q.shape)} in blocks of "
+            f"scale_inv must be {expected_shape} torch.float32 for q {tuple(q.shape)} in blocks of "
             f"{block}, got {tuple(scale_inv.shape)} {scale_inv.dtype}"
         )
     check_same_device(q=q, scale_inv=scale_inv)

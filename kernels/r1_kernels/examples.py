@@ -71,7 +71,7 @@ def launches(kernel: Kernel, sizes: ExampleSizes, device: str) -> Iterator[Examp
 def row_statistics(sizes: ExampleSizes, device: str) -> Iterator[ExampleLaunch]:
     """Yield passes over a whole vocabulary, an eighth of it, and one whose end is padding."""
     tokens, vocab = sizes.num_tokens, sizes.vocab_size
-    for name, dtype, columns, real in (
+    for name, dtype, columns, num_real in (
         ("bf16", BF16, vocab, vocab),
         ("fp32", FP32, vocab, vocab),
         ("bf16, an eighth", BF16, vocab // 8, vocab // 8),
@@ -79,7 +79,7 @@ def row_statistics(sizes: ExampleSizes, device: str) -> Iterator[ExampleLaunch]:
         ("bf16, padded", BF16, vocab, vocab - 1),
     ):
         logits = torch.randn(tokens, columns, dtype=dtype, device=device)
-        arguments = logits, _targets(sizes, device), _shard(columns, real, vocab), 1.0
+        arguments = logits, _targets(sizes, device), _shard(columns, num_real, vocab), 1.0
         yield ExampleLaunch(f"row_statistics {name}", arguments, dtype.itemsize, logits.numel())
 
 
@@ -87,16 +87,18 @@ def logits_gradient(sizes: ExampleSizes, device: str) -> Iterator[ExampleLaunch]
     """Yield gradients over the logits and in a buffer of their own, with and without entropy."""
     names = {BF16: "bf16", FP32: "fp32"}
     vocab = sizes.vocab_size
-    for dtype, out in ((BF16, BF16), (FP32, BF16), (FP32, FP32)):
-        for variant in ("", ", entropy", *([", padded"] if out == dtype == BF16 else [])):
+    for dtype, out_dtype in ((BF16, BF16), (FP32, BF16), (FP32, FP32)):
+        for variant in ("", ", entropy", *([", padded"] if out_dtype == dtype == BF16 else [])):
             logits = torch.randn(sizes.num_tokens, vocab, dtype=dtype, device=device)
             rows = torch.randn(5, sizes.num_tokens, device=device).unbind()
             upstream = RowUpstream._make([*rows[:4], rows[4] if "entropy" in variant else None])
             shard = _shard(vocab, vocab - ("padded" in variant), vocab)
-            target = logits if out == dtype else torch.empty_like(logits, dtype=out)
+            target = logits if out_dtype == dtype else torch.empty_like(logits, dtype=out_dtype)
             arguments = logits, _targets(sizes, device), shard, 1.0, upstream, target
-            name = f"logits_gradient {names[dtype]} to {names[out]}{variant}"
-            yield ExampleLaunch(name, arguments, dtype.itemsize + out.itemsize, logits.numel())
+            name = f"logits_gradient {names[dtype]} to {names[out_dtype]}{variant}"
+            yield ExampleLaunch(
+                name, arguments, dtype.itemsize + out_dtype.itemsize, logits.numel()
+            )
 
 
 def kept_statistics(sizes: ExampleSizes, device: str) -> Iterator[ExampleLaunch]:
@@ -136,17 +138,19 @@ def kept_scatter(sizes: ExampleSizes, device: str) -> Iterator[ExampleLaunch]:
 def policy_terms(sizes: ExampleSizes, device: str) -> Iterator[ExampleLaunch]:
     """Yield losses with the optional tensors and settings that `POLICY_VARIANTS` names."""
     tokens = sizes.num_tokens
-    for present in POLICY_VARIANTS:
+    for policy_variant in POLICY_VARIANTS:
         # For each of the TokenTensors, the word with which it is given; "" is in every name.
         words = ("", "", "reference", "rollout", "", "", "sequence")
-        tensors = [torch.rand(tokens, device=device) if w in present else None for w in words]
-        read = sum(word in present for word in words)
-        dual_clip = 3.0 if "dual clip" in present else None
-        objective: Objective = "cispo" if "cispo" in present else "ppo"
+        tensors = [
+            torch.rand(tokens, device=device) if w in policy_variant else None for w in words
+        ]
+        num_read = sum(word in policy_variant for word in words)
+        dual_clip = 3.0 if "dual clip" in policy_variant else None
+        objective: Objective = "cispo" if "cispo" in policy_variant else "ppo"
         settings = PolicySettings(0.2, 0.2, dual_clip, 0.001, "k3", 2.0, objective)
         arguments = TokenTensors._make(tensors), settings
-        name = f"policy_terms {present}".strip()
-        yield ExampleLaunch(name, arguments, 4 * read + 24, tokens)
+        name = f"policy_terms {policy_variant}".strip()
+        yield ExampleLaunch(name, arguments, 4 * num_read + 24, tokens)
 
 
 def segment_sums(sizes: ExampleSizes, device: str) -> Iterator[ExampleLaunch]:

@@ -81,8 +81,10 @@ class LinearHead:
             logits: (rows, V_local), unscaled.
             targets: (rows,) ids of the whole vocabulary.
             kept_ids: the kept ids of these rows; None: all."""
-        local = shard_statistics(self.primitives, logits, targets, self.shard, self.scale, kept_ids)
-        return PendingStatistics(local, self.scale, self.shard.group)
+        local_statistics = shard_statistics(
+            self.primitives, logits, targets, self.shard, self.scale, kept_ids
+        )
+        return PendingStatistics(local_statistics, self.scale, self.shard.group)
 
     def gradient(
         self,
@@ -211,17 +213,17 @@ def head_softmax(
         )
     )
     buffer = head.buffer(len(hidden), accumulation_dtype(hidden.dtype))
-    pending: tuple[Rows, PendingStatistics] | None = None
+    pending_store: tuple[Rows, PendingStatistics] | None = None
     for rows in head.chunks(slice(0, len(hidden))):
         chunk_kept_ids = None if kept_ids is None else kept_ids.select(rows)
         statistics = head.statistics(
             head.logits(hidden[rows], buffer), targets[rows], chunk_kept_ids
         )
-        if pending:
-            _store(out, *pending)
-        pending = rows, statistics
-    if pending:
-        _store(out, *pending)
+        if pending_store:
+            _store(out, *pending_store)
+        pending_store = rows, statistics
+    if pending_store:
+        _store(out, *pending_store)
     return out
 
 

@@ -353,8 +353,8 @@ def _gradient_scale(weights: Tensor) -> Tensor:
 
     Gradients in fp16 below 6e-8 are 0, and a caller's loss scale comes only with the backward pass:
     with weights of 1 / 65,536 and 32,768 logits, two thirds of the weight's gradient would be 0."""
-    largest = torch.cat([weights.float(), weights.new_zeros(1, dtype=torch.float32)]).amax()
-    return torch.ldexp(torch.ones_like(largest), -torch.frexp(largest).exponent)
+    max_weight = torch.cat([weights.float(), weights.new_zeros(1, dtype=torch.float32)]).amax()
+    return torch.ldexp(torch.ones_like(max_weight), -torch.frexp(max_weight).exponent)
 
 
 def _with_token_ratios(

@@ -309,8 +309,8 @@ def prepare_tokens(
     settings.check(inputs.ref_logprobs, inputs.rollout_logprobs)
     sequences = averaging.sequences(num_tokens, primitives)
     weights = averaging.weights(mask, sequences, dtype)
-    detached = [None if tensor is None else tensor.detach() for tensor in inputs]
-    return TokenTensors._make(detached)._replace(weights=weights), sequences
+    detached_inputs = [None if tensor is None else tensor.detach() for tensor in inputs]
+    return TokenTensors._make(detached_inputs)._replace(weights=weights), sequences
 
 
 def tokens_loss(
@@ -357,8 +357,8 @@ def _with_sequence_ratios(
     # All tokens of a sequence have the same x, a mean to which each unmasked token adds 1 / |o|.
     total = sequences.sums(terms.grad_log_ratio)
     count = sequences.sums(unmasked.to(total.dtype)).clamp(min=1)
-    shared = torch.where(unmasked, sequences.spread(total / count), 0.0)
-    return terms, shared + terms.grad_logprob
+    shared_gradient = torch.where(unmasked, sequences.spread(total / count), 0.0)
+    return terms, shared_gradient + terms.grad_logprob
 
 
 class _Loss(torch.autograd.Function):

@@ -99,11 +99,11 @@ def _check_values(
     """Raise ValueError for values that do not fit; reads the device."""
     token_ids, offsets = mask
     lengths = offsets.diff()
-    ends = torch.stack([offsets[0], offsets[-1]]).tolist()
-    if ends != [0, len(token_ids)] or bool((lengths < 0).any()):
+    end_offsets = torch.stack([offsets[0], offsets[-1]]).tolist()
+    if end_offsets != [0, len(token_ids)] or bool((lengths < 0).any()):
         raise ValueError(
             f"sampling_mask.offsets must rise from 0 to the number of ids, {len(token_ids)}; they "
-            f"run from {ends[0]} to {ends[1]}"
+            f"run from {end_offsets[0]} to {end_offsets[1]}"
             + (", and fall in between" if bool((lengths < 0).any()) else "")
         )
     owner = torch.arange(len(targets), device=offsets.device).repeat_interleave(lengths)
@@ -114,9 +114,9 @@ def _check_values(
                 f"sampling_mask.token_ids hold {low if low < 0 else high}, the vocabulary has ids "
                 f"0 to {vocab_size - 1}"
             )
-        falls = (token_ids.diff() <= 0) & (owner.diff() == 0)
-        if bool(falls.any()):
-            index = int(falls.nonzero()[0, 0])
+        is_falling = (token_ids.diff() <= 0) & (owner.diff() == 0)
+        if bool(is_falling.any()):
+            index = int(is_falling.nonzero()[0, 0])
             raise ValueError(
                 f"sampling_mask.token_ids of token {int(owner[index])} hold "
                 f"{int(token_ids[index + 1])} after {int(token_ids[index])}: sort the ids of a "
@@ -124,11 +124,13 @@ def _check_values(
             )
     has_target = torch.zeros(len(targets), dtype=torch.bool, device=targets.device)
     has_target[owner[token_ids == targets[owner]]] = True
-    lost = ~has_target if counted_rows is None else ~has_target[counted_rows]
-    if bool(lost.any()):
-        index = int(lost.nonzero()[0, 0] if counted_rows is None else counted_rows[lost][0])
+    lacks_target = ~has_target if counted_rows is None else ~has_target[counted_rows]
+    if bool(lacks_target.any()):
+        index = int(
+            lacks_target.nonzero()[0, 0] if counted_rows is None else counted_rows[lacks_target][0]
+        )
         raise ValueError(
             f"sampling_mask has {int(lengths[index])} ids for token {index}, and its target "
-            f"{int(targets[index])} is not among them ({int(lost.sum())} such tokens): a sampled "
-            "token is one of those that its sampler kept; mask or leave out the others"
+            f"{int(targets[index])} is not among them ({int(lacks_target.sum())} such tokens): a "
+            "sampled token is one of those that its sampler kept; mask or leave out the others"
         )

@@ -111,8 +111,10 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, targets, shard, scale, kept_ids, inplace, primitives):
         ctx.set_materialize_grads(False)
-        local = shard_statistics(primitives, _logits_rows(logits), targets, shard, scale, kept_ids)
-        softmax = PendingStatistics(local, scale, shard.group).wait()
+        local_statistics = shard_statistics(
+            primitives, _logits_rows(logits), targets, shard, scale, kept_ids
+        )
+        softmax = PendingStatistics(local_statistics, scale, shard.group).wait()
         # The version counter would refuse a backward pass that writes over its own input.
         ctx.logits = logits if inplace else None
         ctx.save_for_backward(None if inplace else logits, targets, *softmax[1:])
@@ -123,15 +125,15 @@ class _TokenLogprobs(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_logprobs, grad_entropy):
         logits, targets, entropy, peak, log_total = ctx.saved_tensors
-        shard, scale, kept_ids, inplace, primitives = ctx.settings
-        if inplace:
+        shard, scale, kept_ids, is_inplace, primitives = ctx.settings
+        if is_inplace:
             logits, ctx.logits = ctx.logits, None
             if logits is None:
                 raise RuntimeError("inplace_backward: a backward pass has overwritten the logits")
         if grad_logprobs is None:
             grad_logprobs = torch.zeros_like(entropy)
         rows = _logits_rows(logits)
-        out = rows if inplace else torch.empty_like(rows)
+        out = rows if is_inplace else torch.empty_like(rows)
         upstream = RowUpstream(entropy, peak, log_total, grad_logprobs, grad_entropy)
         shard_gradient(primitives, rows, targets, shard, scale, upstream, kept_ids, out)
         return out, *(None,) * 6

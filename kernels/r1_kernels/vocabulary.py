@@ -155,10 +155,10 @@ class PendingStatistics:
         peak = peaks.amax(0)
         # A rank with only padding, or only -inf, has peak -inf and total 0: it adds 0.
         shifts = torch.where(torch.isneginf(peaks), 0.0, (peaks - peak) * self.scale)
-        fades = shifts.exp()
-        total = (fades * totals).sum(0)
+        decay_factors = shifts.exp()
+        total = (decay_factors * totals).sum(0)
         # The floor avoids 0 · -inf for a shard of banned tokens (logits at the lowest fp32).
-        moment = (fades * (moments + shifts.clamp(min=-1000.0) * totals)).sum(0)
+        moment = (decay_factors * (moments + shifts.clamp(min=-1000.0) * totals)).sum(0)
         return self._softmax(peak, total, moment, target_logits.sum(0))
 
     def _softmax(

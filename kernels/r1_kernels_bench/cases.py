@@ -94,11 +94,11 @@ def _rows(
         eager: the function of `eager`.
         computes: what the baselines do more or less, in words."""
     # One specialized graph for this call, as a training step would have.
-    compiled = partial(torch.compile, eager, dynamic=False)
+    compile_eager = partial(torch.compile, eager, dynamic=False)
     return (
         Implementation(OURS, call, lambda: ours),
         Implementation("eager PyTorch", call, lambda: eager, computes),
-        Implementation("torch.compile", call, compiled, computes),
+        Implementation("torch.compile", call, compile_eager, computes),
     )
 
 
@@ -215,9 +215,13 @@ _FUNCTIONS = (
 def alone(kernel: Kernel) -> KernelCase:
     """Return the table of a kernel by itself, on its first example."""
     backend = "triton" if torch.cuda.is_available() else "torch"
-    ours, eager = (getattr(load_primitives(b), kernel.name) for b in (backend, "torch"))
+    own_function, eager_function = (
+        getattr(load_primitives(b), kernel.name) for b in (backend, "torch")
+    )
     inputs = partial(ExampleInputs, kernel)
-    return KernelCase(kernel.name, kernel.computes, inputs, _rows(calls.primitive, ours, eager))
+    return KernelCase(
+        kernel.name, kernel.computes, inputs, _rows(calls.primitive, own_function, eager_function)
+    )
 
 
 CASES = (

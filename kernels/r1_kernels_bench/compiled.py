@@ -51,8 +51,8 @@ def compile_launches(kernel: Kernel, example: ExampleLaunch, arch: int) -> list[
     compile_and_run = JITFunction.run
 
     def compile_only(self, *args, grid, warmup, **options):
-        compiled = compile_and_run(self, *args, grid=grid, warmup=True, **options)
-        launches.append(Launch(self.__name__, grid[0], compiled))
+        compiled_kernel = compile_and_run(self, *args, grid=grid, warmup=True, **options)
+        launches.append(Launch(self.__name__, grid[0], compiled_kernel))
 
     # The architecture is also the device number, because Triton keeps one target per device.
     absent_gpu = SimpleNamespace(
@@ -76,8 +76,10 @@ def kernels() -> set[str]:
     for stem in {kernel.stem for kernel in KERNELS}:
         names = vars(importlib.import_module(f"r1_kernels.primitives.{stem}_triton"))
         functions |= {k: v for k, v in names.items() if isinstance(v, JITFunction)}
-    called = {name for f in functions.values() for name in inspect.unwrap(f.fn).__code__.co_names}
-    return set(functions) - called
+    called_names = {
+        name for f in functions.values() for name in inspect.unwrap(f.fn).__code__.co_names
+    }
+    return set(functions) - called_names
 
 
 INSTRUCTION = re.compile(
@@ -123,11 +125,11 @@ def traffic(ttir: str) -> Traffic:
             continue
         indent = line[: -len(line.lstrip(" "))]
         end = next(i for i in range(number, len(lines)) if lines[i].startswith(indent + "}"))
-        loaded, stored = _moved(lines[number:end])
-        if loaded:
+        loaded_bytes, stored_bytes = _moved(lines[number:end])
+        if loaded_bytes:
             step = re.search(r"step %c(\d+)_i(?:32|64)", line)
             assert step, f"a loop whose step is no constant: {line}"
-            return Traffic(int(step[1]), loaded, stored)
+            return Traffic(int(step[1]), loaded_bytes, stored_bytes)
     return Traffic(None, *_moved(lines))
 
 
@@ -202,8 +204,8 @@ def _innermost_loop(code: list[Instruction], has_loop: bool) -> list[Instruction
         target = re.search(r"0x([0-9a-f]+)", jump.operands) if jump.is_a("BRA") else None
         if target and int(target[1], 16) < jump.address:
             body = [i for i in code[: end + 1] if i.address >= int(target[1], 16)]
-            loaded = sum(i.num_bytes for i in body if i.is_a("LDG"))
-            if loaded:
-                loops.append((len(body) / loaded, body))
+            loaded_bytes = sum(i.num_bytes for i in body if i.is_a("LDG"))
+            if loaded_bytes:
+                loops.append((len(body) / loaded_bytes, body))
     assert loops, "the source has a loop that loads, the machine code none"
     return min(loops, key=lambda loop: loop[0])[1]

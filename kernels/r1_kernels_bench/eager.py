@@ -48,8 +48,8 @@ def eager_policy_loss(
     Returns:
         A scalar."""
     ratio = (logprobs - old).exp()
-    clipped = ratio.clamp(1 - CLIP, 1 + CLIP)
-    surrogate = torch.minimum(ratio * advantages, clipped * advantages)
+    clipped_ratio = ratio.clamp(1 - CLIP, 1 + CLIP)
+    surrogate = torch.minimum(ratio * advantages, clipped_ratio * advantages)
     kl = (ref - logprobs).exp() - (ref - logprobs) - 1
     return ((KL_BETA * kl - surrogate) * mask).sum() / mask.sum()
 
@@ -77,8 +77,8 @@ def eager_quantize(x: Tensor, block: int = 128) -> tuple[Tensor, Tensor]:
     tiles = torch.nn.functional.pad(x.float(), (0, -columns % block, 0, -rows % block))
     tiles = tiles.unflatten(1, (-1, block)).unflatten(0, (-1, block))  # (M/b, b, N/b, b)
     scale = tiles.abs().amax(dim=(1, 3), keepdim=True).clamp(min=SMALLEST_AMAX) / FP8_MAX
-    quantized = (tiles / scale).flatten(2, 3).flatten(0, 1)[:rows, :columns]
-    return quantized.to(torch.float8_e4m3fn).contiguous(), scale[:, 0, :, 0].contiguous()
+    quantized_values = (tiles / scale).flatten(2, 3).flatten(0, 1)[:rows, :columns]
+    return quantized_values.to(torch.float8_e4m3fn).contiguous(), scale[:, 0, :, 0].contiguous()
 
 
 def eager_dequantize(
@@ -95,5 +95,5 @@ def eager_dequantize(
     Returns:
         (M, N)."""
     rows, columns = quantized.shape
-    spread = scale.repeat_interleave(block, 0)[:rows].repeat_interleave(block, 1)[:, :columns]
-    return (quantized.float() * spread).to(dtype)
+    spread_scale = scale.repeat_interleave(block, 0)[:rows].repeat_interleave(block, 1)[:, :columns]
+    return (quantized.float() * spread_scale).to(dtype)

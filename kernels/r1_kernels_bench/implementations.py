@@ -80,8 +80,8 @@ def on_hidden(
     results = {"logprobs": logprobs.detach()}
     if gradients:
         loss = eager.eager_policy_loss(logprobs, *tokens.loss_inputs) if policy else None
-        total, upstream = (logprobs, inputs.upstream) if loss is None else (loss, None)
-        results["hidden"], results["weight"] = torch.autograd.grad(total, leaves, upstream)
+        output, upstream = (logprobs, inputs.upstream) if loss is None else (loss, None)
+        results["hidden"], results["weight"] = torch.autograd.grad(output, leaves, upstream)
     return results
 
 
@@ -278,11 +278,11 @@ def _selective_log_softmax(function: Callable[..., Any], inputs: LogitsInputs) -
 
 
 def _triton_grpo(loss_of: Callable[..., Any], inputs: LogitsInputs) -> Results:
-    targets, mask, old, ref = inputs.tokens.without_last
+    targets, mask, old_logprobs, ref_logprobs = inputs.tokens.without_last
     loss, _ = loss_of(
         inputs.tokens.rows(inputs.logits),
-        old,
-        ref,
+        old_logprobs,
+        ref_logprobs,
         targets,
         inputs.tokens.sequence_advantages,
         completion_mask=mask,

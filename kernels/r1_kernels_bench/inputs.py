@@ -150,8 +150,10 @@ def make_tokens(
     ends = torch.randint(length * 7 // 8, length, column, **random)
     mask = (torch.arange(length, device=targets.device) < ends).float().flatten()
     advantages = torch.randn(column, **random).expand(-1, length).flatten()
-    old, ref = logprobs.float() + torch.randn(2, sizes.tokens, **random) * POLICY_DRIFT
-    return Tokens(targets, mask, advantages, old, ref, sizes.sequences)
+    old_logprobs, ref_logprobs = (
+        logprobs.float() + torch.randn(2, sizes.tokens, **random) * POLICY_DRIFT
+    )
+    return Tokens(targets, mask, advantages, old_logprobs, ref_logprobs, sizes.sequences)
 
 
 class Inputs:
@@ -171,24 +173,28 @@ class Inputs:
         return {label: error(outputs[name]) for name, (label, error) in checks.items()}
 
     def check_logprobs(self) -> tuple[str, Callable[[Tensor], float]]:
-        real = self.tokens.mask > 0
-        return "log-probs", lambda got: reference.largest_error(got[real], self.logprobs[real])
+        is_real = self.tokens.mask > 0
+        return "log-probs", lambda got: reference.largest_error(
+            got[is_real], self.logprobs[is_real]
+        )
 
 
 class HiddenInputs(Inputs):
     """hidden (T, H) and weight (V, H), both leaves; upstream (T,): the policy loss's gradient."""
 
     def __init__(self, sizes: ProblemSizes, device: torch.device) -> None:
-        random = seeded_generator(device)
-        targets = torch.randint(sizes.shard, (sizes.tokens,), **random)
-        weight = torch.randn(sizes.shard, sizes.hidden, **random) * (SPREAD / sizes.hidden**0.5)
-        hidden = torch.randn(sizes.tokens, sizes.hidden, **random)
-        lift = torch.rand(sizes.tokens, 1, **random) * (LARGEST_LIFT / SPREAD**2)
+        random_options = seeded_generator(device)
+        targets = torch.randint(sizes.shard, (sizes.tokens,), **random_options)
+        weight = torch.randn(sizes.shard, sizes.hidden, **random_options) * (
+            SPREAD / sizes.hidden**0.5
+        )
+        hidden = torch.randn(sizes.tokens, sizes.hidden, **random_options)
+        lift = torch.rand(sizes.tokens, 1, **random_options) * (LARGEST_LIFT / SPREAD**2)
         hidden += lift * weight[targets]
         self.hidden = hidden.to(sizes.torch_dtype).requires_grad_()
         self.weight = weight.to(sizes.torch_dtype).requires_grad_()
         del hidden, weight
-        self._solve(sizes, targets, random)
+        self._solve(sizes, targets, random_options)
 
     @torch.no_grad()
     def _solve(self, sizes: ProblemSizes, targets: Tensor, random: dict[str, Any]) -> None:
@@ -254,19 +260,19 @@ class LogitsInputs(Inputs):
     """logits (T, V), a leaf; upstream (T,): the policy loss's gradient."""
 
     def __init__(self, sizes: ProblemSizes, device: torch.device) -> None:
-        random = seeded_generator(device)
-        targets = torch.randint(sizes.shard, (sizes.tokens,), **random)
+        random_options = seeded_generator(device)
+        targets = torch.randint(sizes.shard, (sizes.tokens,), **random_options)
         self.logits = torch.empty(sizes.tokens, sizes.shard, dtype=sizes.torch_dtype, device=device)
         for part in reference.row_chunks(sizes.tokens, sizes.shard, device):
-            rows = torch.randn(part.stop - part.start, sizes.shard, **random).mul_(SPREAD)
-            lift = torch.rand(len(rows), 1, **random) * LARGEST_LIFT
+            rows = torch.randn(part.stop - part.start, sizes.shard, **random_options).mul_(SPREAD)
+            lift = torch.rand(len(rows), 1, **random_options) * LARGEST_LIFT
             self.logits[part] = rows.scatter_add_(1, targets[part, None], lift)
         self.pristine = self.logits.clone()
         self.logits.requires_grad_()
         lse, self.logprobs = reference.normalizers(
             lambda part: self.pristine[part].double(), targets, sizes.shard
         )
-        self.tokens = make_tokens(sizes, targets, self.logprobs, random)
+        self.tokens = make_tokens(sizes, targets, self.logprobs, random_options)
         _, upstream = reference.policy_gradient(self.logprobs, *self.tokens.loss_inputs)
         self.upstream = upstream.float()
         self.rows = sample = reference.sample_rows(sizes.tokens, device)
@@ -293,11 +299,11 @@ class PolicyInputs(Inputs):
     """logprobs (T,) fp32, a leaf, and the tokens' other inputs."""
 
     def __init__(self, sizes: ProblemSizes, device: torch.device) -> None:
-        random = seeded_generator(device)
+        random_options = seeded_generator(device)
         targets = torch.zeros(sizes.tokens, dtype=torch.long, device=device)
-        logprobs = -LARGEST_LIFT * torch.rand(sizes.tokens, **random)
+        logprobs = -LARGEST_LIFT * torch.rand(sizes.tokens, **random_options)
         self.logprobs = logprobs.requires_grad_()
-        self.tokens = make_tokens(sizes, targets, logprobs.detach(), random)
+        self.tokens = make_tokens(sizes, targets, logprobs.detach(), random_options)
         self.exact_loss, self.exact = reference.policy_gradient(logprobs, *self.tokens.loss_inputs)
         self.checks = {
             "loss": ("loss", partial(reference.largest_error, exact=self.exact_loss)),
@@ -319,8 +325,8 @@ class MatrixInputs(Inputs):
         self.quantized, self.scale = eager.eager_quantize(self.x)
         self.rows = reference.sample_rows(sizes.shard, device)
         self.exact_scale = self._scales_in_fp64(self.rows)
-        scaled = self.x[self.rows].double() / self.exact_scale
-        codes = scaled.float().to(torch.float8_e4m3fn).float()
+        scaled_rows = self.x[self.rows].double() / self.exact_scale
+        codes = scaled_rows.float().to(torch.float8_e4m3fn).float()
         values = self.quantized[self.rows].double() * self._spread_scale(self.scale.double())
 
         def codes_off(output: Tensor) -> float:
@@ -346,8 +352,8 @@ class MatrixInputs(Inputs):
         return torch.cat(blocks, 1).clamp(min=eager.SMALLEST_AMAX) / eager.FP8_MAX
 
     def _spread_scale(self, scale: Tensor) -> Tensor:
-        spread = scale[self.rows // 128].repeat_interleave(128, 1)
-        return spread[:, : self.x.shape[1]]
+        spread_scale = scale[self.rows // 128].repeat_interleave(128, 1)
+        return spread_scale[:, : self.x.shape[1]]
 
     def bound(self, gradients: bool, masked: bool) -> measure.Bound:
         """The matrix is read and its fp8 codes are written, or the other way around."""
@@ -371,10 +377,12 @@ class ExampleInputs(Inputs):
         self.arguments = example.arguments
         self.num_bytes = int(example.least_bytes * example.num_elements)
         self.device = device
-        exact = getattr(registry.load_primitives("torch"), kernel.name)(*_to_fp64(self.arguments))
+        exact_results = getattr(registry.load_primitives("torch"), kernel.name)(
+            *_to_fp64(self.arguments)
+        )
         self.checks = {
             name: (name, partial(reference.relative_error, exact=value))
-            for name, value in self.results(exact).items()
+            for name, value in self.results(exact_results).items()
         }
 
     @staticmethod

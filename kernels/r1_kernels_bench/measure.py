@@ -35,13 +35,15 @@ class CPUMeter:
     def __call__(self, call: Callable[[], Any]) -> CallCost:
         gc.collect()
         self._trim(0)
-        before = self._reset_peak()
-        started = time.perf_counter()
+        bytes_before = self._reset_peak()
+        started_at = time.perf_counter()
         results = call()  # kept, as its memory counts
-        seconds = time.perf_counter() - started
-        peak = None if before is None else _status("VmHWM")
+        seconds = time.perf_counter() - started_at
+        peak = None if bytes_before is None else _status("VmHWM")
         del results
-        return CallCost(seconds, None if before is None or peak is None else max(0, peak - before))
+        return CallCost(
+            seconds, None if bytes_before is None or peak is None else max(0, peak - bytes_before)
+        )
 
     def settle(self) -> None:
         gc.collect()
@@ -65,14 +67,14 @@ class CUDAMeter:
         torch.cuda.synchronize(self._device)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.reset_peak_memory_stats(self._device)
-        before = torch.cuda.memory_allocated(self._device)
+        bytes_before = torch.cuda.memory_allocated(self._device)
         self._flush.zero_()
         start.record()
         results = call()
         end.record()
         torch.cuda.synchronize(self._device)
         del results
-        extra_bytes = torch.cuda.max_memory_allocated(self._device) - before
+        extra_bytes = torch.cuda.max_memory_allocated(self._device) - bytes_before
         return CallCost(start.elapsed_time(end) / 1e3, extra_bytes)
 
     def settle(self) -> None:

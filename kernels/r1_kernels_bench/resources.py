@@ -64,8 +64,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     from r1_kernels_bench import compiled
 
     kernel_names = [kernel.name for kernel in KERNELS]
-    if unknown := set(options.only or ()) - set(kernel_names):
-        sys.exit(f"--only {', '.join(sorted(unknown))}: the kernels are {', '.join(kernel_names)}")
+    if unknown_names := set(options.only or ()) - set(kernel_names):
+        sys.exit(
+            f"--only {', '.join(sorted(unknown_names))}: the kernels are {', '.join(kernel_names)}"
+        )
     kernels = [kernel for kernel in KERNELS if kernel.name in (options.only or kernel_names)]
     entries: dict[str, dict[str, Any]] = {}
     print(HEADER)
@@ -78,9 +80,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                     entries[f"{name}, sm_{arch}"] = entry
                     print(_line(name, arch, entry), flush=True)
     print(LEGEND)
-    missing = compiled.kernels() - {entry["kernel"] for entry in entries.values()}
-    if missing and len(kernels) == len(KERNELS):
-        sys.exit(f"no example in r1_kernels/examples.py launches {', '.join(sorted(missing))}")
+    missing_kernels = compiled.kernels() - {entry["kernel"] for entry in entries.values()}
+    if missing_kernels and len(kernels) == len(KERNELS):
+        sys.exit(
+            f"no example in r1_kernels/examples.py launches {', '.join(sorted(missing_kernels))}"
+        )
     return {"triton": triton.__version__, "kernels": entries}
 
 
@@ -129,11 +133,11 @@ def measure(example: Any, launch: Any, arch: int) -> dict[str, Any]:
     kernel, warps = launch.kernel, launch.kernel.metadata.num_warps
     threads = 32 * warps
     traffic = compiled.traffic(kernel.asm["ttir"])
-    handled = traffic.elements or example.num_elements / launch.programs
+    elements_per_program = traffic.elements or example.num_elements / launch.programs
     resources = compiled.resources(kernel)
-    loop = compiled.main_loop(kernel, traffic, handled / threads)
+    loop = compiled.main_loop(kernel, traffic, elements_per_program / threads)
     programs = programs_per_sm(arch, resources["registers"], resources["shared_bytes"], warps)
-    num_bytes = (traffic.loaded + traffic.stored) / handled
+    num_bytes = (traffic.loaded + traffic.stored) / elements_per_program
     entry = {
         "kernel": launch.name,
         **resources,

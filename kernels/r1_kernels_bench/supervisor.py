@@ -55,24 +55,24 @@ def worker_results(
         if time.time() > task["deadline"]:
             yield from ((case, {"failed": TOO_LATE}) for case in task["cases"])
             return
-        doing, reason = "", ""
+        activity, reason = "", ""
         for message in _messages(task, silence, worker):
             if "result" in message:
                 yield message["case"], message["result"]
                 task["cases"] = task["cases"][1:]
-                doing = ""
+                activity = ""
             elif "doing" in message:
-                doing = message["doing"]
-                progress(f"{message['case']}: {doing}")
+                activity = message["doing"]
+                progress(f"{message['case']}: {activity}")
             else:
                 reason = reason or message.get("broken") or message["ended"]
         if task["cases"]:
             case, *remaining_cases = task["cases"]
-            if doing in ("", "inputs", "bound") or doing in task["skip"][case]:
+            if activity in ("", "inputs", "bound") or activity in task["skip"][case]:
                 yield case, {"failed": reason or "the measuring process ended"}
                 task["cases"] = remaining_cases
             else:
-                task["skip"][case][doing] = reason
+                task["skip"][case][activity] = reason
 
 
 def _messages(
@@ -111,8 +111,8 @@ def _messages(
             _stop_worker(worker)
         if worker.returncode > 0:
             log.seek(0)
-            last = [line.strip() for line in log if line.strip()][-1:]
-            yield {"ended": f"ended the process: {last[0][:110] if last else 'without a word'}"}
+            tail = [line.strip() for line in log if line.strip()][-1:]
+            yield {"ended": f"ended the process: {tail[0][:110] if tail else 'without a word'}"}
         elif worker.returncode < 0:
             yield {"ended": f"ended the process: {signal.Signals(-worker.returncode).name}"}
 
@@ -185,12 +185,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         names = _names(options.only, list(BY_NAME))
     except ValueError as error:
         sys.exit(str(error))
-    about = _environment(on_gpu)
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    print(f"{about['device']}, {about['date']}\n{size}\n{versions}")
+    environment = _environment(on_gpu)
+    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+    print(f"{environment['device']}, {environment['date']}\n{size}\n{versions}")
     print(LEGEND if on_gpu else LEGEND + CPU_NOTE)
-    if about["load"] > 0.5 * about["cores"]:
-        load = f"load {about['load']:.1f} on {about['cores']} cores"
+    if environment["load"] > 0.5 * environment["cores"]:
+        load = f"load {environment['load']:.1f} on {environment['cores']} cores"
         print(f"Other work is running here ({load}): the times will suffer from it.")
     task = {
         "cases": names,
@@ -205,19 +205,19 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         cases.append(table.summarize(name, BY_NAME[name].about, result))
         print("\n" + "\n".join(table.lines(cases[-1])), flush=True)
     if options.plot:
-        table.draw(cases, f"{about['device']}, {size}, {about['date']}", options.plot)
-    return {**about, "sizes": task["sizes"], "repeats": task["repeats"], "cases": cases}
+        table.draw(cases, f"{environment['device']}, {size}, {environment['date']}", options.plot)
+    return {**environment, "sizes": task["sizes"], "repeats": task["repeats"], "cases": cases}
 
 
 def _swept(options: argparse.Namespace) -> dict[str, Any]:
     """Return the machine and the entries of `sweep.run`, or exit where no sweep is possible."""
     from r1_kernels_bench import sweep
 
-    if why := sweep.refusal(options):
-        sys.exit(why)
-    about = _environment(on_gpu=True)
-    print(f"{about['device']}, {about['date']}; {sweep.SUMMARY}")
-    return {**about, "sweep": sweep.run(options)}
+    if refusal_reason := sweep.refusal(options):
+        sys.exit(refusal_reason)
+    environment = _environment(on_gpu=True)
+    print(f"{environment['device']}, {environment['date']}; {sweep.SUMMARY}")
+    return {**environment, "sweep": sweep.run(options)}
 
 
 def _sizes(options: argparse.Namespace, on_gpu: bool) -> inputs.ProblemSizes:

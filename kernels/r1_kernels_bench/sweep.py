@@ -50,8 +50,8 @@ class Choices(NamedTuple):
     @property
     def candidates(self) -> list[dict[str, int]]:
         """Every combination of the values."""
-        combined = itertools.product(*self.values.values())
-        return [dict(zip(self.values, combination, strict=True)) for combination in combined]
+        combinations = itertools.product(*self.values.values())
+        return [dict(zip(self.values, combination, strict=True)) for combination in combinations]
 
     @property
     def module(self) -> Any:
@@ -66,9 +66,9 @@ class Choices(NamedTuple):
     @property
     def place(self) -> str:
         """Where the constants are, for a reader who wants to change them."""
-        within = "{}[{}] in ".format(*self.table) if len(self.table) == 2 else ""
-        within = f"{self.table[0]} in " if len(self.table) == 1 else within
-        return f"{within}kernels/r1_kernels/primitives/{self.stem}_triton.py"
+        location = "{}[{}] in ".format(*self.table) if len(self.table) == 2 else ""
+        location = f"{self.table[0]} in " if len(self.table) == 1 else location
+        return f"{location}kernels/r1_kernels/primitives/{self.stem}_triton.py"
 
     @property
     def present_values(self) -> dict[str, int]:
@@ -85,9 +85,9 @@ class Choices(NamedTuple):
     @contextlib.contextmanager
     def apply(self, values: Values) -> Iterator[None]:
         """Launch with these values within the block."""
-        changed: dict[str, Any] = dict(values)
-        patched = mock.patch.dict(self._constants(), values) if self.table else None
-        with patched or mock.patch.multiple(self.module, **changed):
+        new_values: dict[str, Any] = dict(values)
+        table_patch = mock.patch.dict(self._constants(), values) if self.table else None
+        with table_patch or mock.patch.multiple(self.module, **new_values):
             yield
 
 
@@ -212,13 +212,13 @@ def measure(
     sizes = sizes._replace(vocab_size=sizes.vocab_size + choices.more_columns)
     kernel = next(kernel for kernel in KERNELS if kernel.name == choices.kernel)
     rows: list[dict[str, Any]] = [{"values": v, "seconds": {}} for v in choices.candidates]
-    failed: dict[str, str] = {}
+    failures: dict[str, str] = {}
     examples = launches(kernel, sizes, device)
     while True:
         try:
             example = next(examples, None)
         except torch.OutOfMemoryError as error:  # a generator that raised is at its end
-            failed["the other launches"] = str(error).splitlines()[0]
+            failures["the other launches"] = str(error).splitlines()[0]
             break
         if example is None:
             break
@@ -233,7 +233,7 @@ def measure(
         "columns": sizes.vocab_size,
         "in_use": choices.present_values,
         "rows": rows,
-        "failed": failed,
+        "failed": failures,
         **best(rows, choices.present_values),
     }
 
@@ -261,21 +261,21 @@ def best(rows: Sequence[Mapping[str, Any]], in_use: Values) -> dict[str, Any]:
     def relative(row: Mapping[str, Any]) -> float:
         return math.prod(row["seconds"][n] / base[n] for n in base) ** (1 / len(base))
 
-    least = min(rows, key=relative)
-    return {"best": least["values"], "best_time": relative(least)}
+    best_row = min(rows, key=relative)
+    return {"best": best_row["values"], "best_time": relative(best_row)}
 
 
 def lines(entry: Mapping[str, Any]) -> list[str]:
     """Return one part of the plan as a table: microseconds of each candidate and launch."""
-    timed = list(entry["rows"][0]["seconds"])
+    timed_names = list(entry["rows"][0]["seconds"])
     table = [f"\n{entry['kernel']}, {entry['columns']} columns: {entry['constants_in']}"]
     table += [f"  not timed: {name}: {reason}" for name, reason in entry["failed"].items()]
-    if not timed:
+    if not timed_names:
         return table
-    table.append(f"  {'microseconds':34}" + "".join(f" {name:>30}" for name in timed))
+    table.append(f"  {'microseconds':34}" + "".join(f" {name:>30}" for name in timed_names))
     for row in entry["rows"]:
         mark = " *" if row["values"] == entry["in_use"] else ""
-        cells = "".join(f" {row['seconds'][name] * 1e6:30.1f}" for name in timed)
+        cells = "".join(f" {row['seconds'][name] * 1e6:30.1f}" for name in timed_names)
         table.append(f"  {_words(row['values']) + mark:34}{cells}")
     table.append(
         f"  best: {_words(entry['best'])}, {entry['best_time']:.2f} of the time of those in use (*)"

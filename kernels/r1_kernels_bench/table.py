@@ -21,14 +21,14 @@ def summarize(name: str, about: str, result: dict[str, Any]) -> dict[str, Any]:
     rows, bound = result.get("rows", []), result.get("bound")
     for row in rows:
         row["median_seconds"] = median(row["seconds"]) if row["seconds"] else None
-    ours: dict[str, Any] = next((row for row in rows if row["name"] == OURS), {})
-    least = bound["needed"] / bound["rate"] if bound else None
+    own_row: dict[str, Any] = next((row for row in rows if row["name"] == OURS), {})
+    min_seconds = bound["needed"] / bound["rate"] if bound else None
     for row in rows:
-        row["time_ratio"] = _ratio(row["median_seconds"], ours["median_seconds"])
-        row["memory_ratio"] = _ratio(row["extra_bytes"], ours["extra_bytes"])
-        row["share_of_bound"] = _ratio(least, row["median_seconds"])
-    failed = result.get("failed", "")
-    return {"kernel": name, "about": about, "failed": failed, "bound": bound, "rows": rows}
+        row["time_ratio"] = _ratio(row["median_seconds"], own_row["median_seconds"])
+        row["memory_ratio"] = _ratio(row["extra_bytes"], own_row["extra_bytes"])
+        row["share_of_bound"] = _ratio(min_seconds, row["median_seconds"])
+    failure = result.get("failed", "")
+    return {"kernel": name, "about": about, "failed": failure, "bound": bound, "rows": rows}
 
 
 def _ratio(value: float | None, base: float | None) -> float | None:
@@ -42,12 +42,12 @@ def lines(case: dict[str, Any]) -> list[str]:
         return [*head, f"  not measured: {case['failed']}"]
     bound, rows = case["bound"], case["rows"]
     head.append(f"  bound: {bound['name']}, {quantity(bound['rate'], bound['unit'] + '/s')}")
-    ran = [row for row in rows if not row["not_run"]]
-    errors = list(dict.fromkeys(name for row in ran for name in row["errors"]))
+    run_rows = [row for row in rows if not row["not_run"]]
+    errors = list(dict.fromkeys(name for row in run_rows for name in row["errors"]))
     width = max(len(row["name"]) for row in rows)
     columns = [" " * width, "time", "x ours", "extra memory", "x ours", "of bound"]
     columns += [f"err {name}" for name in errors] + ["computes"]
-    cells = [_cells(row, errors) for row in ran]
+    cells = [_cells(row, errors) for row in run_rows]
     reasons = [f"  {r['name']:{width}}  not run: {r['not_run']}" for r in rows if r["not_run"]]
     return [*head, *(align([columns, *cells]) if cells else []), *reasons]
 
@@ -70,10 +70,10 @@ def align(rows: list[list[str]]) -> list[str]:
     """Align numbers to the right under their headings, the first and last columns to the left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
-    for first, *numbers, last in rows:
+    for first, *numbers, last_cell in rows:
         cells = [first.ljust(widths[0])]
         cells += [cell.rjust(width) for cell, width in zip(numbers, widths[1:], strict=False)]
-        lines.append("  " + "  ".join([*cells, last]).rstrip())
+        lines.append("  " + "  ".join([*cells, last_cell]).rstrip())
     return lines
 
 

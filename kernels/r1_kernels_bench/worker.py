@@ -133,7 +133,7 @@ def run_case(
         deadline: time.time() by which it should end.
         skip: implementations that ended an earlier process, each with the reason.
         report: see `Calls`."""
-    device, started = torch.device(task["device"]), time.time()
+    device, started_at = torch.device(task["device"]), time.time()
     report(doing="inputs")
     inputs = make_inputs(case.inputs, ProblemSizes(**task["sizes"]), device)
     bound = inputs.bound(case.gradients, case.masked)
@@ -145,7 +145,9 @@ def run_case(
     ]
     pairs = list(zip(case.implementations, rows, strict=True))
     for implementation, row in pairs:
-        if not row["not_run"] and time.time() > started + WARM_FRACTION * (deadline - started):
+        if not row["not_run"] and time.time() > started_at + WARM_FRACTION * (
+            deadline - started_at
+        ):
             row["not_run"] = TOO_LATE
         if not row["not_run"]:
             calls.warm_up(implementation, row)
@@ -155,12 +157,12 @@ def run_case(
         report(doing="bound")
         bound_seconds.append(measure(bound.call).seconds)
         for implementation, row in pairs:
-            enough = time.time() > deadline or sum(row["seconds"]) > ENOUGH_SECONDS[device.type]
-            if implementation.name in calls.working and not (row["seconds"] and enough):
+            is_enough = time.time() > deadline or sum(row["seconds"]) > ENOUGH_SECONDS[device.type]
+            if implementation.name in calls.working and not (row["seconds"] and is_enough):
                 calls.time_once(implementation, row)
     rate = bound.done / median(bound_seconds)
-    about = {"name": bound.name, "unit": bound.unit, "rate": rate, "needed": bound.needed}
-    return {"bound": about, "rows": rows}
+    bound_entry = {"name": bound.name, "unit": bound.unit, "rate": rate, "needed": bound.needed}
+    return {"bound": bound_entry, "rows": rows}
 
 
 def main() -> None:

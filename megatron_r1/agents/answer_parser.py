@@ -258,8 +258,8 @@ def _call(body: dict[str, Any]) -> dict[str, Any]:
     """
     if isinstance(body.get("function"), dict) and not body.keys() - {"function", "id", "type"}:
         body = body["function"]  # OpenAI's own form
-    if unknown := sorted(body.keys() - {*OTHER_KEYS, *ARGUMENT_KEYS}):
-        raise ValueError(f"it has {unknown[0]!r} besides name and arguments")
+    if unknown_keys := sorted(body.keys() - {*OTHER_KEYS, *ARGUMENT_KEYS}):
+        raise ValueError(f"it has {unknown_keys[0]!r} besides name and arguments")
     name = body.get("name")
     if not isinstance(name, str) or not name:
         raise ValueError(f"its name is {name!r}")

@@ -65,8 +65,10 @@ class Continuation:
             ends: the tokens that end an answer; by default the tokenizer's eos_token."""
         self._tokenizer = tokenizer
         self.vocabulary_size = len(tokenizer)
-        special = [re.escape(str(t)) for t in tokenizer.added_tokens_decoder.values() if t.special]
-        self._special = re.compile("|".join(sorted(special, reverse=True)) or r"(?!)")
+        special_patterns = [
+            re.escape(str(t)) for t in tokenizer.added_tokens_decoder.values() if t.special
+        ]
+        self._special = re.compile("|".join(sorted(special_patterns, reverse=True)) or r"(?!)")
         user = {"role": "user", "content": "u"}
         answer = {"role": "assistant", "content": PROBE_TEXT}
         self._written = self._text([user, answer]).rpartition(PROBE_TEXT)[2]
@@ -88,12 +90,12 @@ class Continuation:
         """
         node, count = _deepest_match(tree, messages, tools)
         if node is not None:
-            new = messages[count:]
-            suffix = self._suffix(tree.messages(node), new, tools)
+            new_messages = messages[count:]
+            suffix = self._suffix(tree.messages(node), new_messages, tools)
             if suffix is not None:
-                sampled = tree.nodes[node].token_ids
-                tokens = self._appended(sampled[-1] if sampled else None, *suffix)
-                return NextPrompt(node, tokens, tuple(new))
+                sampled_ids = tree.nodes[node].token_ids
+                tokens = self._appended(sampled_ids[-1] if sampled_ids else None, *suffix)
+                return NextPrompt(node, tokens, tuple(new_messages))
         return NextPrompt(None, self.render(messages, tools), tuple(messages))
 
     def render(self, messages: Sequence[Message], tools: Sequence[Message] = ()) -> list[int]:
@@ -142,24 +144,24 @@ class Continuation:
         it `exact`, in a `new branch`, or `refuses` it."""
         name = tools[0]["function"]["name"] if tools else ""
         call = {"type": "function", "function": {"name": name, "arguments": {}}}
-        calling, thinking = {"tool_calls": [call]}, {"reasoning_content": "r"}
+        call_fields, thought_fields = {"tool_calls": [call]}, {"reasoning_content": "r"}
         cases: dict[str, tuple[str, dict[str, Any]]] = {
             "a question after an answer": ("user", {}),
-            "a question after thinking": ("user", thinking),
+            "a question after thinking": ("user", thought_fields),
         }
         if tools:
-            cases["a result after a call"] = ("tool", calling)
-            cases["a result after thinking"] = ("tool", calling | thinking)
+            cases["a result after a call"] = ("tool", call_fields)
+            cases["a result after thinking"] = ("tool", call_fields | thought_fields)
         return {name: self._verdict(*case, tools) for name, case in cases.items()}
 
     def _verdict(self, role: str, answer: dict[str, Any], tools: Sequence[Message]) -> str:
-        new = {"role": role, "content": "n"}
+        new_message = {"role": role, "content": "n"}
         turn = {"role": "assistant", "content": "", **answer}
-        history = [{"role": "user", "content": "u"}, turn, new, turn]
-        if self._suffix(history, [new], tools) is not None:
+        history = [{"role": "user", "content": "u"}, turn, new_message, turn]
+        if self._suffix(history, [new_message], tools) is not None:
             return "exact"
         try:
-            self.render([*history, new], tools)
+            self.render([*history, new_message], tools)
         except RenderError:
             return "refused"
         return "new branch"
@@ -171,10 +173,10 @@ class Continuation:
             last: the last sampled token of the answer; None: it has none.
             written: what the template writes behind such an answer.
             new: what the template writes for the messages that follow."""
-        for close, text in self._ends.items():
+        for closing_id, text in self._ends.items():
             if written.startswith(text):
-                closing = [] if last == close else [close]
-                return closing + self._encode(written[len(text) :] + new)
+                missing_ids = [] if last == closing_id else [closing_id]
+                return missing_ids + self._encode(written[len(text) :] + new)
         text_behind = written + new
         # Without a closing token the answer may have ended with what begins the next message.
         return self._encode(
@@ -197,14 +199,19 @@ class Continuation:
         # Some templates write an empty thought into a last answer without reasoning, and drop it
         # once another message follows: such an answer may be continued from either form.
         for thinks in (True,) if _has_reasoning(history[-1]) else (True, False):
-            begin = _sample_conversation(history, thinks)
+            conversation = _sample_conversation(history, thinks)
             try:
-                prompt, before = self._text(begin[:-1], tools), self._text(begin, tools)
-                after = self._text([*begin, *new], tools, add_generation_prompt=True)
+                prompt, history_text = (
+                    self._text(conversation[:-1], tools),
+                    self._text(conversation, tools),
+                )
+                full_text = self._text([*conversation, *new], tools, add_generation_prompt=True)
             except RenderError:
                 return None
-            if after.startswith(before) and after.startswith(prompt):
-                return self._text_after_answer(before[len(prompt) :]), after[len(before) :]
+            if full_text.startswith(history_text) and full_text.startswith(prompt):
+                return self._text_after_answer(history_text[len(prompt) :]), full_text[
+                    len(history_text) :
+                ]
         return None
 
     def _text(
@@ -242,7 +249,7 @@ def _deepest_match(
 ) -> tuple[int | None, int]:
     """Return the sampled node whose conversation is the longest beginning of `messages`, the newest
     of several, and the number of its messages; (None, 0) if there is none."""
-    best: tuple[int | None, int] = None, 0
+    best_match: tuple[int | None, int] = None, 0
     open_nodes = [
         (root, 0) for root in tree.children(None) if tree.nodes[root].tools == tuple(tools)
     ]
@@ -255,10 +262,14 @@ def _deepest_match(
             map(_is_same, node.messages, request_messages)
         ):
             continue
-        if node.is_sampled and end < len(messages) and (end, number) > (best[1], best[0] or 0):
-            best = number, end
+        if (
+            node.is_sampled
+            and end < len(messages)
+            and (end, number) > (best_match[1], best_match[0] or 0)
+        ):
+            best_match = number, end
         open_nodes += [(child, end) for child in tree.children(number)]
-    return best
+    return best_match
 
 
 def _is_same(recorded: Message, requested: Message) -> bool:
@@ -286,22 +297,22 @@ def _calls(message: Message) -> list[tuple[str, Any]]:
 
 def _renderable(message: Message) -> dict[str, Any]:
     """Return a message as templates expect it: content as text, a call's arguments as an object."""
-    rendered = {key: value for key, value in message.items() if value is not None}
-    content = rendered.get("content", "")
+    rendered_message = {key: value for key, value in message.items() if value is not None}
+    content = rendered_message.get("content", "")
     if not isinstance(content, str):
         content = "".join(part.get("text", "") for part in content)
-    rendered["content"] = content
-    if "reasoning" in rendered:
-        rendered["reasoning_content"] = rendered.pop("reasoning")
-    if calls := rendered.get("tool_calls"):
-        rendered["tool_calls"] = [
+    rendered_message["content"] = content
+    if "reasoning" in rendered_message:
+        rendered_message["reasoning_content"] = rendered_message.pop("reasoning")
+    if calls := rendered_message.get("tool_calls"):
+        rendered_message["tool_calls"] = [
             {
                 **call,
                 "function": {**call["function"], "arguments": read_arguments(call["function"])},
             }
             for call in calls
         ]
-    return rendered
+    return rendered_message
 
 
 def read_arguments(function: Mapping[str, Any]) -> Any:
@@ -327,23 +338,26 @@ def _sample_conversation(history: Sequence[Message], thinks: bool) -> list[Messa
     Args:
         history: messages whose last is an answer.
         thinks: whether that answer has reasoning."""
-    begin: list[Message] = [{"role": "user", "content": "u"}]
+    conversation: list[Message] = [{"role": "user", "content": "u"}]
     if history[0]["role"] in ("system", "developer"):
-        begin.insert(0, {"role": history[0]["role"], "content": "s"})
-    earlier = [message for message in history[:-1] if message["role"] == "assistant"]
-    if earlier:
-        thought = thinks or any(map(_has_reasoning, earlier))
-        begin += [_sample_answer(earlier[-1], thought), {**history[-2], "content": "m"}]
-    return [*begin, _sample_answer(history[-1], thinks)]
+        conversation.insert(0, {"role": history[0]["role"], "content": "s"})
+    earlier_answers = [message for message in history[:-1] if message["role"] == "assistant"]
+    if earlier_answers:
+        thought = thinks or any(map(_has_reasoning, earlier_answers))
+        conversation += [
+            _sample_answer(earlier_answers[-1], thought),
+            {**history[-2], "content": "m"},
+        ]
+    return [*conversation, _sample_answer(history[-1], thinks)]
 
 
 def _sample_answer(answer: Message, thinks: bool) -> Message:
-    dummy: dict[str, Any] = {"role": "assistant", "content": "x"}
+    sample: dict[str, Any] = {"role": "assistant", "content": "x"}
     if thinks:
-        dummy["reasoning_content"] = "r"
+        sample["reasoning_content"] = "r"
     if answer.get("tool_calls"):
-        dummy["tool_calls"] = answer["tool_calls"]
-    return dummy
+        sample["tool_calls"] = answer["tool_calls"]
+    return sample
 
 
 def continue_tokens(tree: TokenTree, token_ids: list[int]) -> NextPrompt:
@@ -351,7 +365,7 @@ def continue_tokens(tree: TokenTree, token_ids: list[int]) -> NextPrompt:
     longest sampled sequence with which the prompt begins, or else the whole prompt, as a new
     branch."""
     prompt = array("i", token_ids)
-    best: int | None = None
+    best_node: int | None = None
     length = 0
     open_nodes = [(root, 0) for root in tree.children(None)]
     while open_nodes:
@@ -361,6 +375,6 @@ def continue_tokens(tree: TokenTree, token_ids: list[int]) -> NextPrompt:
         if prompt[start:end] != node.token_ids:
             continue
         if node.is_sampled and end >= length:
-            best, length = number, end
+            best_node, length = number, end
         open_nodes += [(child, end) for child in tree.children(number)]
-    return NextPrompt(best, token_ids[length:], ())
+    return NextPrompt(best_node, token_ids[length:], ())

@@ -215,17 +215,19 @@ def describe(environment: type) -> EnvironmentDescription:
         UserError: the class is not an environment.
     """
     name = environment.__name__
-    public = _public_methods(environment)
+    public_methods = _public_methods(environment)
     tools = [
-        _tool_schema(*method) for method in public.items() if method[0] not in RESERVED_METHODS
+        _tool_schema(*method)
+        for method in public_methods.items()
+        if method[0] not in RESERVED_METHODS
     ]
-    if "reset" not in public:
+    if "reset" not in public_methods:
         raise UserError(
             f"agents.environment: {name} has no method reset(self, **row), which begins an episode",
             key="agents.environment",
             cause=Cause.MISSING,
         )
-    if "done" in public:
+    if "done" in public_methods:
         raise UserError(
             f"agents.environment: {name}.done is a method; it is reserved for an attribute that "
             "ends the episode: rename the method, or set self.done",
@@ -240,13 +242,15 @@ def describe(environment: type) -> EnvironmentDescription:
             key="agents.environment",
             cause=Cause.EMPTY,
         )
-    lacking = [method for method in RESERVED_METHODS if method not in public]
+    absent_methods = [method for method in RESERVED_METHODS if method not in public_methods]
     matches = {
-        method: difflib.get_close_matches(method, lacking, n=1, cutoff=0.85)
-        for method in public.keys() - set(RESERVED_METHODS)
+        method: difflib.get_close_matches(method, absent_methods, n=1, cutoff=0.85)
+        for method in public_methods.keys() - set(RESERVED_METHODS)
     }
-    misspelt = {method: names[0] for method, names in matches.items() if names}
-    return EnvironmentDescription(tools, "get_reward" in public, _parameters(environment), misspelt)
+    misspelt_names = {method: names[0] for method, names in matches.items() if names}
+    return EnvironmentDescription(
+        tools, "get_reward" in public_methods, _parameters(environment), misspelt_names
+    )
 
 
 def check_parameters(
@@ -270,13 +274,13 @@ def check_parameters(
                 key=f"agents.parameters.{key}",
                 cause=Cause.UNKNOWN,
             )
-    if missing := [
+    if missing_parameters := [
         key for key, is_required in parameters.items() if is_required and key not in values
     ]:
         raise UserError(
-            f"agents.parameters: {title} needs {', '.join(missing)}; set agents.parameters: "
-            f"{{{missing[0]}: …}}",
-            key=f"agents.parameters.{missing[0]}",
+            f"agents.parameters: {title} needs {', '.join(missing_parameters)}; set "
+            f"agents.parameters: {{{missing_parameters[0]}: …}}",
+            key=f"agents.parameters.{missing_parameters[0]}",
             cause=Cause.MISSING,
         )
 
@@ -295,12 +299,12 @@ def _public_methods(environment: type) -> dict[str, Callable[..., Any]]:
     """Return the public methods of a class by name, as an instance has them: without `self`."""
     methods = {}
     for name, value in inspect.getmembers(environment, inspect.isroutine):
-        static = inspect.getattr_static(environment, name, None)
-        if name.startswith("_") or isinstance(static, functools.cached_property):
+        static_value = inspect.getattr_static(environment, name, None)
+        if name.startswith("_") or isinstance(static_value, functools.cached_property):
             continue
-        if isinstance(static, types.FunctionType):
-            _require_self(f"{environment.__name__}.{name}", static)
-        is_bound = isinstance(static, staticmethod | classmethod | types.MethodDescriptorType)
+        if isinstance(static_value, types.FunctionType):
+            _require_self(f"{environment.__name__}.{name}", static_value)
+        is_bound = isinstance(static_value, staticmethod | classmethod | types.MethodDescriptorType)
         bound = value if is_bound or not hasattr(value, "__get__") else value.__get__(object())
         methods[name] = bound
     return methods
@@ -350,12 +354,12 @@ def _tool_schema(name: str, bound: Callable[..., Any]) -> dict[str, Any]:
 def _plain_schema(method: Callable[..., Any]) -> dict[str, Any]:
     parameters = named_parameters(method)
     properties: dict[str, Any] = {parameter.name: {} for parameter in parameters}
-    required = [p.name for p in parameters if p.default is p.empty]
+    required_names = [p.name for p in parameters if p.default is p.empty]
     return {
         "type": "function",
         "function": {
             "description": inspect.getdoc(method) or "",
-            "parameters": {"type": "object", "properties": properties, "required": required},
+            "parameters": {"type": "object", "properties": properties, "required": required_names},
         },
     }
 
@@ -365,11 +369,11 @@ def _complete(schema: dict[str, Any], adapters: Mapping[str, TypeAdapter[Any]]) 
     enumerations, dataclasses and dates as plain objects."""
     properties = schema["properties"]
     for name in properties.keys() & adapters.keys():
-        described = {key: text for key, text in properties[name].items() if key == "description"}
-        if properties[name].items() <= {"type": "object", "nullable": True, **described}.items():
+        description = {key: text for key, text in properties[name].items() if key == "description"}
+        if properties[name].items() <= {"type": "object", "nullable": True, **description}.items():
             with contextlib.suppress(PydanticUserError):  # no JSON stands for this type
                 argument_schema = adapters[name].json_schema()
                 argument_schema.pop("title", None)
                 if definitions := argument_schema.pop("$defs", None):
                     schema.setdefault("$defs", {}).update(definitions)
-                properties[name] = {**argument_schema, **described}
+                properties[name] = {**argument_schema, **description}

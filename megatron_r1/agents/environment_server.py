@@ -182,11 +182,12 @@ class _Episode:
         self._environment = self._class(**self._options)
         self._running, reset = "reset", self._environment.reset
         arguments = row_arguments(reset, row)
-        if missing := missing_arguments(reset, arguments):
+        if missing_names := missing_arguments(reset, arguments):
             columns = [name for name in row if name != "truth" or row[name] is not None]
             raise InvalidMethod(
-                f"needs {', '.join(missing)}",
-                f"the row has {', '.join(columns)}; add the column, or give {missing[0]} a default",
+                f"needs {', '.join(missing_names)}",
+                f"the row has {', '.join(columns)}; add the column, "
+                f"or give {missing_names[0]} a default",
             )
         positional, keywords = call_arguments(reset, arguments)
         question = self._result(reset(*positional, **keywords))

@@ -172,10 +172,10 @@ class CommandHarness:
 
 async def _last_bytes(stream: asyncio.StreamReader) -> bytes:
     """Return the last `OUTPUT_BYTES` of a program's output, which may be gigabytes."""
-    last = b""
+    last_output = b""
     while content := await stream.read(OUTPUT_BYTES):
-        last = (last + content)[-OUTPUT_BYTES:]
-    return last
+        last_output = (last_output + content)[-OUTPUT_BYTES:]
+    return last_output
 
 
 async def _write(stream: asyncio.StreamWriter, content: bytes) -> None:
@@ -300,8 +300,8 @@ class HarnessPlayer:
             session.end("environment_error", str(fault))
         except Exception as error:  # noqa: BLE001 - an agent may raise anything
             refusals = [note for note in session.notes if note.startswith("refused: ")]
-            last = f"; the gateway {refusals[-1]}" if refusals else ""
-            session.end("harness_error", f"{type(error).__name__}: {error}{last}")
+            refusal_note = f"; the gateway {refusals[-1]}" if refusals else ""
+            session.end("harness_error", f"{type(error).__name__}: {error}{refusal_note}")
         finally:
             await self.gateway.end(session)
             await _end(agent)

@@ -120,14 +120,14 @@ def _value(arguments: Any) -> Any:
 
 def _leaves(value: Any) -> Iterator[Any]:
     """Yield the keys and the values that hold no others."""
-    pending = [value]
-    while pending:
-        value = pending.pop()
+    pending_values = [value]
+    while pending_values:
+        value = pending_values.pop()
         if isinstance(value, dict):
             yield from value
-            pending += value.values()
+            pending_values += value.values()
         elif isinstance(value, list):
-            pending += value
+            pending_values += value
         else:
             yield value
 
@@ -286,8 +286,8 @@ class TurnParser:
             job.text, request, enable_auto_tools=True, model_output_token_ids=job.token_ids
         )
         tool_calls = [tool_call(call.name, call.arguments, call.id) for call in calls or []]
-        if lost := find_dropped_text(job.text, reasoning, content, tool_calls):
-            return ParseReply("parsed", reason=lost, content=job.text)
+        if lost_text := find_dropped_text(job.text, reasoning, content, tool_calls):
+            return ParseReply("parsed", reason=lost_text, content=job.text)
         return ParseReply("parsed", reasoning=reasoning, content=content, tool_calls=tool_calls)
 
 

@@ -64,14 +64,14 @@ class EpisodePlayer:
             generate: samples the policy's answers.
             max_tokens: the most tokens after the first prompt.
         """
-        running = _RunningEpisode(self, generate, max_tokens)
+        running_episode = _RunningEpisode(self, generate, max_tokens)
         status: EpisodeStatus
         reward, reason = None, ""
         try:
             async with self.environments.open() as environment:
-                status = await running.play(prompt, environment)
-                if self.environments.description.has_reward and not running.is_lost:
-                    answer = running.answer if status == "done" else ""
+                status = await running_episode.play(prompt, environment)
+                if self.environments.description.has_reward and not running_episode.is_lost:
+                    answer = running_episode.answer if status == "done" else ""
                     reward = await environment.reward(answer)
         except EnvironmentFailed as fault:
             status, reason = "environment_error", str(fault)
@@ -83,9 +83,11 @@ class EpisodePlayer:
             status, reason = "protocol_error", f"{type(error).__name__}: {error}"
         if status not in REWARDED_STATUSES:
             reward = None
-        elif running.is_lost:
+        elif running_episode.is_lost:
             reward = 0.0
-        return EpisodeResult(running.episode(status, shorten(reason, 400)), running.text, reward)
+        return EpisodeResult(
+            running_episode.episode(status, shorten(reason, 400)), running_episode.text, reward
+        )
 
     async def check(self, prompts: Sequence[Prompt]) -> None:
         """Start a parser, and begin an episode for one row of each set of fields.
@@ -144,11 +146,13 @@ class _RunningEpisode:
     async def play(self, prompt: Prompt, environment: EnvironmentProcess) -> EpisodeStatus:
         """Play the episode to its end, and return how it ended."""
         question = await environment.reset(reset_arguments(prompt))
-        before = prompt.messages_before
+        messages_before = prompt.messages_before
         if self._settings.system:
             self._messages.append({"role": "system", "content": self._settings.system})
-            before = [message for message in before if message["role"] != "system"]
-        self._messages += before
+            messages_before = [
+                message for message in messages_before if message["role"] != "system"
+            ]
+        self._messages += messages_before
         content = prompt.question if question is None else question
         self._messages.append({"role": "user", "content": content})
         for _ in range(self._settings.max_turns):
@@ -156,8 +160,8 @@ class _RunningEpisode:
             if message is None:
                 return "max_tokens"
             for call in message.get("tool_calls") or ():
-                if (ended := await self._call(call, environment)) is not None:
-                    return ended
+                if (end_status := await self._call(call, environment)) is not None:
+                    return end_status
             if not message.get("tool_calls"):
                 self.answer = message["content"]
                 return "done"
@@ -179,8 +183,8 @@ class _RunningEpisode:
                     f"the first prompt has {num_tokens} tokens, and an engine takes "
                     f"{player.max_model_len} (rollout.max_model_len)"
                 )
-        longest = min(self._first_prompt + self._max_tokens, player.max_model_len)
-        max_tokens = longest - num_tokens
+        max_length = min(self._first_prompt + self._max_tokens, player.max_model_len)
+        max_tokens = max_length - num_tokens
         if max_tokens <= 0:
             return None
         started_at = time.monotonic()

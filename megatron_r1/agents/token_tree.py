@@ -135,16 +135,18 @@ class TokenTree:
     def branches(self) -> list[Branch]:
         """Return a branch for every sampled node that no other sampled node follows, in the order
         of the nodes. A sampled turn that several branches share is trained in the first only."""
-        sampled = [number for number, node in enumerate(self.nodes) if node.is_sampled]
-        followed = {number for last in sampled for number in self.path(last)[:-1]}
-        trained: set[int] = set()
+        sampled_nodes = [number for number, node in enumerate(self.nodes) if node.is_sampled]
+        followed_nodes = {
+            number for last_node in sampled_nodes for number in self.path(last_node)[:-1]
+        }
+        trained_nodes: set[int] = set()
         branches = []
-        for last in sampled:
-            if last not in followed:
-                branch = self._branch(last, trained)
+        for last_node in sampled_nodes:
+            if last_node not in followed_nodes:
+                branch = self._branch(last_node, trained_nodes)
                 if branch.num_sampled:  # an aborted turn may be empty
                     branches.append(branch)
-                trained.update(self.path(last))
+                trained_nodes.update(self.path(last_node))
         return branches
 
     def _add(self, node: TreeNode) -> int:
@@ -204,14 +206,16 @@ def tree_turns(tree: TokenTree, decode: Callable[[Sequence[int]], str]) -> list[
         decode: returns the text of tokens."""
     turns = []
     for node in tree.nodes:
-        count, last = len(node.token_ids), len(node.messages) - 1
+        count, last_index = len(node.token_ids), len(node.messages) - 1
         if node.policy_versions is not None:
             version = node.policy_versions[-1] if node.policy_versions else None
             text = decode(node.token_ids)
             turns.append(Turn("assistant", text, count, trained=True, policy_version=version))
             continue
         turns += [
-            Turn(message["role"], _text(message), count if index == last else 0, trained=False)
+            Turn(
+                message["role"], _text(message), count if index == last_index else 0, trained=False
+            )
             for index, message in enumerate(node.messages)
         ]
     return turns
@@ -226,7 +230,7 @@ def _text(message: Message) -> str:
 
 
 def _concatenate(typecode: str, arrays: Iterable[array[Any]]) -> array[Any]:
-    joined: array[Any] = array(typecode)
+    concatenation: array[Any] = array(typecode)
     for part in arrays:
-        joined += part
-    return joined
+        concatenation += part
+    return concatenation

@@ -55,8 +55,8 @@ def module_source(function: str) -> str:
 def _find_below(folder: str, module: str) -> ModuleSpec | None:
     """Find a module in `folder` without importing its parent packages, which may be plain folders:
     `find_spec` with the dotted name would import them."""
-    *packages, last = module.split(".")
-    spec = PathFinder.find_spec(last, [str(Path(folder, *packages))])
+    *packages, last_name = module.split(".")
+    spec = PathFinder.find_spec(last_name, [str(Path(folder, *packages))])
     return spec if spec and spec.origin else None  # a plain folder may have a package's name
 
 

@@ -55,8 +55,8 @@ async def export_checkpoint(
             key="checkpoint",
             cause=Cause.NOT_FOUND,
         )
-    trained: Config = configuration.load(recipe)
-    trainer = TrainerClient(trained.model_copy(update={"parallel": parallel}), log_folder)
+    trained_config: Config = configuration.load(recipe)
+    trainer = TrainerClient(trained_config.model_copy(update={"parallel": parallel}), log_folder)
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:

@@ -77,13 +77,13 @@ def make_engine_mask(
         for default, value in zip(BOUNDS[method], (low, high), strict=True)
     )
     if method == "divergence":
-        allowed = ((0.0, 1.0), (0.0, 1.0))
+        allowed_ranges = ((0.0, 1.0), (0.0, 1.0))
         meaning = "a difference of two probabilities, above 0 and at most 1"
     else:
-        allowed = ((-inf, 1.0), (1.0 - 2**-30, inf))
+        allowed_ranges = ((-inf, 1.0), (1.0 - 2**-30, inf))
         meaning = "ratios on either side of 1, at which engine and trainer agree"
     for (key, value), bound, (minimum, maximum) in zip(
-        given_bounds.items(), bounds, allowed, strict=True
+        given_bounds.items(), bounds, allowed_ranges, strict=True
     ):
         if not minimum < bound <= maximum:
             raise UserError(
@@ -144,8 +144,8 @@ class AlgorithmRules:
                     cause=Cause.UNKNOWN,
                 )
             try:
-                read = values[name] = read_scalar(value, [type(self.options[name])])
-                if isinstance(read, float) and not isfinite(read):
+                option = values[name] = read_scalar(value, [type(self.options[name])])
+                if isinstance(option, float) and not isfinite(option):
                     raise ValueError(f"must be finite, got {value}")
             except ValueError as error:
                 raise UserError(f"{key}: {error}", key=key, cause=Cause.MALFORMED) from None
@@ -214,10 +214,10 @@ def find_rules(name: str) -> AlgorithmRules:
             raise UserError(
                 f"rl.algorithm: {name}: {error}", key="rl.algorithm", cause=error.cause
             ) from None
-    meant = did_you_mean(name.replace("+", "p"), ALGORITHM_NAMES, "{}")
-    meant = meant or f"; use {', '.join(ALGORITHM_NAMES)}, or your own as module:RULES"
+    suggestion = did_you_mean(name.replace("+", "p"), ALGORITHM_NAMES, "{}")
+    suggestion = suggestion or f"; use {', '.join(ALGORITHM_NAMES)}, or your own as module:RULES"
     raise UserError(
-        f"rl.algorithm: there is no {name!r}{meant}", key="rl.algorithm", cause=Cause.UNKNOWN
+        f"rl.algorithm: there is no {name!r}{suggestion}", key="rl.algorithm", cause=Cause.UNKNOWN
     )
 
 

@@ -173,8 +173,8 @@ def link_rate(hardware: Hardware, assumptions: Assumptions, span: int) -> float:
         span: ranks from the first to the last of the group.
     """
     node_fraction = intra_node_fraction(hardware.gpus_per_node, span)
-    slowest = max(node_fraction / hardware.nvlink, (1 - node_fraction) / hardware.network)
-    return assumptions.link_efficiency / slowest
+    time_per_byte = max(node_fraction / hardware.nvlink, (1 - node_fraction) / hardware.network)
+    return assumptions.link_efficiency / time_per_byte
 
 
 def intra_node_fraction(gpus_per_node: int, span: int) -> float:

@@ -25,10 +25,12 @@ def dotted_keys(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str,
     An entry of a list is `key[].name`, one of a mapping `key.NAME.name`."""
     for name, field in model.model_fields.items():
         key = f"{prefix}{name}"
-        nested = list(nested_models(field.annotation))
-        if not nested or not isinstance(field.get_default(call_default_factory=True), BaseModel):
+        nested_entries = list(nested_models(field.annotation))
+        if not nested_entries or not isinstance(
+            field.get_default(call_default_factory=True), BaseModel
+        ):
             yield key, model
-        for part, entry in nested:
+        for part, entry in nested_entries:
             yield from dotted_keys(part, f"{key}{entry}.")
 
 
@@ -58,12 +60,12 @@ def describe_keys(models: Sequence[type[BaseModel]], names: Sequence[str] = ()) 
     rows: list[KeyAlias] = []
     selection: set[str] = set()
     for name in names:
-        matching = [key for key in lines if is_within(key, [name])]
-        if not matching:
+        matching_keys = [key for key in lines if is_within(key, [name])]
+        if not matching_keys:
             aliases = find_aliases(name)
             rows += [row for row in aliases if row not in rows]
-            matching = [key for row in aliases for key in lines if key in row.keys]
-        selection.update(matching or _search(name, lines))
+            matching_keys = [key for row in aliases for key in lines if key in row.keys]
+        selection.update(matching_keys or _search(name, lines))
         if not selection:
             known_keys = {key.rpartition(".")[0] for key in fields} | fields.keys()
             suggestion = did_you_mean(name, known_keys, "{}")
@@ -108,8 +110,8 @@ def _docstrings(model: type[BaseModel]) -> dict[str, str]:
         if issubclass(base, BaseModel) and base is not BaseModel:
             (definition,) = ast.parse(inspect.getsource(base)).body
             assert isinstance(definition, ast.ClassDef)
-            for statement, following in pairwise(definition.body):
-                match statement, following:
+            for statement, next_statement in pairwise(definition.body):
+                match statement, next_statement:
                     case (
                         ast.AnnAssign(target=ast.Name(id=name)),
                         ast.Expr(value=ast.Constant(value=str(text))),

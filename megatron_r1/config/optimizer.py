@@ -47,11 +47,11 @@ def learning_rate(settings: OptimizerConfig, step: int, total: int) -> float:
     if settings.decay == "constant":
         return settings.learning_rate
     progress = min(1.0, (step - settings.warmup_updates) / max(1, total - settings.warmup_updates))
-    remaining = (
+    remaining_fraction = (
         1.0 - progress if settings.decay == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
     )
-    low = settings.min_learning_rate
-    return low + (settings.learning_rate - low) * remaining
+    lowest_rate = settings.min_learning_rate
+    return lowest_rate + (settings.learning_rate - lowest_rate) * remaining_fraction
 
 
 def warmup_note(settings: OptimizerConfig, total: int) -> str:
@@ -59,9 +59,9 @@ def warmup_note(settings: OptimizerConfig, total: int) -> str:
     not: the rate would reach its value in the last of them, or never."""
     if settings.warmup_updates < max(1, total):
         return ""
-    highest = learning_rate(settings, total, total)
+    highest_rate = learning_rate(settings, total, total)
     return (
         f"optimizer.warmup_updates: {settings.warmup_updates:,} takes all {total:,} optimizer "
-        f"steps of the run, whose learning rate rises to {highest:.3g} of "
+        f"steps of the run, whose learning rate rises to {highest_rate:.3g} of "
         f"{settings.learning_rate:.3g}: lower it, or raise run.steps"
     )

@@ -198,8 +198,10 @@ class Config(Section):
 
     def with_changes(self, **sections: dict[str, Any]) -> Self:
         """Return a copy with other values, which are not checked, of some settings by section."""
-        changed = {name: getattr(self, name).model_copy(update=sections[name]) for name in sections}
-        return self.model_copy(update=changed)
+        changed_sections = {
+            name: getattr(self, name).model_copy(update=sections[name]) for name in sections
+        }
+        return self.model_copy(update=changed_sections)
 
     def critic_recipe(self) -> Self:
         """Return the recipe of the critic: the same run with it as the model, trained whole."""
@@ -292,12 +294,12 @@ def from_tree(
     Raises:
         UserError: the tree has mistakes; every one is named."""
     config = parse(tree, origin, overrides)
-    missing = [key for key in required if not attrgetter(key)(config)]
-    if missing:
-        remedy = "".join(MISSING_KEY_REMEDIES.get(key, "") for key in missing)
+    missing_keys = [key for key in required if not attrgetter(key)(config)]
+    if missing_keys:
+        remedy = "".join(MISSING_KEY_REMEDIES.get(key, "") for key in missing_keys)
         raise UserError(
-            f"recipe {origin}: {', '.join(missing)} must be set{remedy}",
-            key=missing[0],
+            f"recipe {origin}: {', '.join(missing_keys)} must be set{remedy}",
+            key=missing_keys[0],
             cause=Cause.MISSING,
         )
     return config
@@ -327,8 +329,8 @@ def parse(tree: dict[str, Any], origin: str = "config", overrides: Collection[st
     try:
         return Config.model_validate(drop_removed_keys(tree))
     except ValidationError as failure:
-        wrong = [".".join(map(str, error["loc"])) for error in failure.errors()]
-        if all(key and is_within(key, overrides) for key in wrong):
+        wrong_keys = [".".join(map(str, error["loc"])) for error in failure.errors()]
+        if all(key and is_within(key, overrides) for key in wrong_keys):
             origin = "command line"
         raise recipe_error(failure, Config, known_keys(), origin) from None
 
@@ -339,6 +341,6 @@ def dump(config: Config) -> str:
 
 
 def _with_overrides(tree: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-    for dotted, value in overrides.items():
-        set_nested(tree, dotted.split("."), value, dotted)
+    for dotted_key, value in overrides.items():
+        set_nested(tree, dotted_key.split("."), value, dotted_key)
     return tree

@@ -40,8 +40,10 @@ class RewardsConfig(Section):
         """The `options`, with `reading` for the rewards that read a final answer."""
         if self.reading == "strict":
             return self.options
-        read = {"reading": self.reading}
-        return self.options | {kind: read | self.options.get(kind, {}) for kind in READING_REWARDS}
+        reading_option = {"reading": self.reading}
+        return self.options | {
+            kind: reading_option | self.options.get(kind, {}) for kind in READING_REWARDS
+        }
 
     @property
     def memory_bytes(self) -> int:

@@ -36,13 +36,13 @@ class KeepConfig(Section):
     @model_validator(mode="after")
     def _has_the_grades_it_needs(self) -> Self:
         limits = ("min_reward", "min_pass_rate", "max_pass_rate")
-        needing = [name for name in limits if getattr(self, name) is not None]
-        needing += ["choose: best"] if self.choose == "best" else []
-        if self.min_accuracy is None and needing:
+        grade_settings = [name for name in limits if getattr(self, name) is not None]
+        grade_settings += ["choose: best"] if self.choose == "best" else []
+        if self.min_accuracy is None and grade_settings:
             raise UserError(
-                f"sample.keep.{needing[0]} needs grades, and sample.keep.min_accuracy: null is not "
-                "to grade; set min_accuracy, 0 for any grade",
-                key=f"sample.keep.{needing[0].partition(':')[0]}",
+                f"sample.keep.{grade_settings[0]} needs grades, and sample.keep.min_accuracy: null "
+                "is not to grade; set min_accuracy, 0 for any grade",
+                key=f"sample.keep.{grade_settings[0].partition(':')[0]}",
                 cause=Cause.CONFLICT,
             )
         low, high = self.min_pass_rate, self.max_pass_rate
@@ -156,12 +156,12 @@ class SampleConfig(Section):
                 key="sample.rewrite",
                 cause=Cause.CONFLICT,
             )
-        changed = [name for name, value in self.keep if value != getattr(KeepConfig(), name)]
-        if changed and not self.keeps:
+        changed_names = [name for name, value in self.keep if value != getattr(KeepConfig(), name)]
+        if changed_names and not self.keeps:
             raise UserError(
-                f"sample.keep.{changed[0]}: only graded responses are kept or not; the judge "
+                f"sample.keep.{changed_names[0]}: only graded responses are kept or not; the judge "
                 f"decides on sample.output: {self.output}. Leave it out",
-                key=f"sample.keep.{changed[0]}",
+                key=f"sample.keep.{changed_names[0]}",
                 cause=Cause.CONFLICT,
             )
         if self.num_shots is not None and self.shots is None:

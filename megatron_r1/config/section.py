@@ -82,13 +82,13 @@ _ABSENT = object()
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested sections as one mapping of dotted keys, in order; lists stay values."""
-    flat: dict[str, Any] = {}
+    flat_settings: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, Mapping) and value:
-            flat.update(flatten(value, f"{prefix}{key}."))
+            flat_settings.update(flatten(value, f"{prefix}{key}."))
         else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+            flat_settings[f"{prefix}{key}"] = value
+    return flat_settings
 
 
 def changed_keys(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:

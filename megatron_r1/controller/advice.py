@@ -44,13 +44,17 @@ def find_advice(rollout: Rollout, config: Config) -> dict[str, str]:
 def _accuracy_advice(groups: list[Group], config: Config) -> str:
     """Advise where no graded response is right, or so few that most groups have equal rewards."""
     responses = all_responses(groups)
-    graded = [response for response in responses if ACCURACY not in response.ungraded_terms]
-    num_correct = sum(response.rewards.get(ACCURACY, 1.0) > 0 for response in graded)
+    graded_responses = [
+        response for response in responses if ACCURACY not in response.ungraded_terms
+    ]
+    num_correct = sum(response.rewards.get(ACCURACY, 1.0) > 0 for response in graded_responses)
     num_equal = sum(group.has_equal_rewards for group in groups)
-    is_rare = num_correct <= FEW_CORRECT * len(graded) and num_equal >= MAX_EQUAL * len(groups)
-    if not graded or (num_correct and not is_rare):
+    is_rare = num_correct <= FEW_CORRECT * len(graded_responses) and num_equal >= MAX_EQUAL * len(
+        groups
+    )
+    if not graded_responses or (num_correct and not is_rare):
         return ""
-    sentence = f"{num_correct} of {format_count(len(graded), 'response')} are right"
+    sentence = f"{num_correct} of {format_count(len(graded_responses), 'response')} are right"
     # Environments and rewards of the user's own read responses as they like.
     built_in_groups = [group for group in groups if group.prompt.kind in GRADERS | REMOTE]
     num_plain = sum(
@@ -58,7 +62,7 @@ def _accuracy_advice(groups: list[Group], config: Config) -> str:
         for response in all_responses(built_in_groups)
         if response.episode is None and ACCURACY not in response.ungraded_terms
     )
-    if config.rewards.reading not in ("last", "auto") and 2 * num_plain > len(graded):
+    if config.rewards.reading not in ("last", "auto") and 2 * num_plain > len(graded_responses):
         return (
             f"{sentence}; {num_plain:,} have neither {ANSWER} nor a box, and rewards.reading: "
             f"{config.rewards.reading} reads little else: set rewards.reading: auto, or show the "
@@ -68,14 +72,18 @@ def _accuracy_advice(groups: list[Group], config: Config) -> str:
     # The terms' reasons are joined in the order of the terms.
     reasons = [
         response.reason.split("; ")[0]
-        for response in graded
+        for response in graded_responses
         if next(iter(response.rewards)) == ACCURACY
     ]
     if reasons:
-        (common, count), *_ = Counter(reason.split(":")[0] for reason in reasons).most_common(1)
-        sentence += f"; the most frequent reason, of {count:,}: {common}"
+        (common_reason, count), *_ = Counter(
+            reason.split(":")[0] for reason in reasons
+        ).most_common(1)
+        sentence += f"; the most frequent reason, of {count:,}: {common_reason}"
     examples = "Put one or two solved questions before {question} in data.template"
-    if any(response.episode for response in graded):  # its conversation begins with agents.system
+    if any(
+        response.episode for response in graded_responses
+    ):  # its conversation begins with agents.system
         examples = "Show one or two solved questions in agents.system"
     return (
         f"{sentence}. {examples}, as turns of the model's own chat format if it has one "

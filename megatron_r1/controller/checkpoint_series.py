@@ -72,7 +72,7 @@ class CheckpointSeries:
         Raises:
             UserError: no checkpoint is as it was written.
         """
-        damaged: list[DamagedCheckpoint] = []
+        damaged_checkpoints: list[DamagedCheckpoint] = []
         candidate = self.latest
         while candidate is not None:
             answer = await trainer.call(
@@ -80,10 +80,10 @@ class CheckpointSeries:
             )
             if not answer["faults"]:
                 break
-            damaged.append(DamagedCheckpoint(candidate, tuple(answer["faults"])))
+            damaged_checkpoints.append(DamagedCheckpoint(candidate, tuple(answer["faults"])))
             candidate, passed_over = self._newest(bound=candidate)
-            damaged += passed_over
-        self._choose(candidate, damaged)
+            damaged_checkpoints += passed_over
+        self._choose(candidate, damaged_checkpoints)
 
     async def load(self, trainer: TrainerClient, with_reference: bool) -> None:
         """Have the ranks load `latest`, after `verify`."""
@@ -143,17 +143,17 @@ class CheckpointSeries:
         progress = await trainer.call(CheckpointOperations.checkpoint_progress, wait=wait)
         if not progress["is_done"]:
             return
-        saving, self._saving = self._saving, None
+        pending_save, self._saving = self._saving, None
         if progress["error"] is not None:
             raise TrainerError(progress["error"])
         if wait:
-            saving.seconds_blocked += time.perf_counter() - started_at
+            pending_save.seconds_blocked += time.perf_counter() - started_at
         self._completed = {
-            "checkpoint/step": saving.step,
-            "checkpoint/seconds_blocked": saving.seconds_blocked,
+            "checkpoint/step": pending_save.step,
+            "checkpoint/seconds_blocked": pending_save.seconds_blocked,
             "checkpoint/seconds": progress["seconds"],
         }
-        self.latest = saving.folder
+        self.latest = pending_save.folder
         # In a thread: deleting a large folder must not hold up the sampling.
         settings = self._settings
         await asyncio.to_thread(

@@ -102,7 +102,7 @@ class CPUMemory:
 
     def describe(self, tokens: int) -> str:
         """Return a sentence on the run's memory with micro-batches of `tokens`."""
-        total = self.fixed_bytes + tokens * self.bytes_per_token
+        total_bytes = self.fixed_bytes + tokens * self.bytes_per_token
         parts = (
             f"weights with optimizer {_gib(self.weight_bytes)}",
             *([f"engines' {_gib(self.engine_weight_bytes)}"] if self.engine_weight_bytes else []),
@@ -110,7 +110,7 @@ class CPUMemory:
             f"caches and processes {_gib(self.other_bytes)}",
         )
         return (
-            f"the run takes about {_gib(total)} GiB of memory ({', '.join(parts)}), and "
+            f"the run takes about {_gib(total_bytes)} GiB of memory ({', '.join(parts)}), and "
             f"{_gib(self.free_bytes)} are free"
         )
 
@@ -124,44 +124,45 @@ def cpu_memory(config: Config, world_size: int, *, has_engines: bool) -> CPUMemo
         has_engines: whether engines of the recipe run at the same time as them."""
     hf_config = read_hf_config(config.model.path, config.model.head)
     parallel, rollout = config.parallel, config.rollout
-    weights = _state_bytes(config, hf_config, world_size, with_reference=has_engines)
+    weight_bytes = _state_bytes(config, hf_config, world_size, with_reference=has_engines)
     if has_engines and find_rules(config.rl.algorithm).critic:
         critic = config.critic_recipe()
-        score = read_hf_config(critic.model.path, "score", "critic.path")
-        weights += _state_bytes(critic, score, world_size, with_reference=False)
+        score_config = read_hf_config(critic.model.path, "score", "critic.path")
+        weight_bytes += _state_bytes(critic, score_config, world_size, with_reference=False)
     shape = weight_table(hf_config).head[0].sources[0].shape
-    has_experts, sparse = bool(hf_config.get("n_routed_experts")), sparse_layers(hf_config)
+    has_experts, are_sparse = bool(hf_config.get("n_routed_experts")), sparse_layers(hf_config)
 
     def head(tokens: int) -> int:
         return head_bytes(shape, config, tokens, on_gpu=False, has_experts=has_experts)[0]
 
     # A chunk's part is that of any long micro-batch; hidden states grow with the tokens.
-    states = (head(2 * DEFAULT_TOKENS) - head(DEFAULT_TOKENS)) // DEFAULT_TOKENS
-    chunk = head(DEFAULT_TOKENS) - DEFAULT_TOKENS * states
-    other_bytes, engine_weights = OTHER_BYTES + world_size * (RANK_BYTES + chunk), 0
+    state_bytes = (head(2 * DEFAULT_TOKENS) - head(DEFAULT_TOKENS)) // DEFAULT_TOKENS
+    chunk_bytes = head(DEFAULT_TOKENS) - DEFAULT_TOKENS * state_bytes
+    other_bytes, engine_weight_bytes = OTHER_BYTES + world_size * (RANK_BYTES + chunk_bytes), 0
     if has_engines and rollout.placement == "local":
-        values = num_parameters(hf_config, with_mtp=rollout.drafts_by_mtp)
+        num_values = num_parameters(hf_config, with_mtp=rollout.drafts_by_mtp)
         receives = not config.push.adapter_only  # of adapters little compared with the model
-        bytes_per_engine = engine_bytes(values, rollout.dtype, receives=receives)
-        engine_weights = round(rollout.engines * rollout.data_parallel * bytes_per_engine)
+        bytes_per_engine = engine_bytes(num_values, rollout.dtype, receives=receives)
+        engine_weight_bytes = round(rollout.engines * rollout.data_parallel * bytes_per_engine)
         other_bytes += _engines_other_bytes(rollout)
     for key, teacher in config.teacher.sections.items():
         if has_engines and not teacher.url:
-            values = _num_stored_parameters(teacher.path, f"{key}.path")
-            stored = engine_bytes(values, teacher.dtype, receives=False)
-            engine_weights += round(teacher.engines * teacher.data_parallel * stored)
+            num_values = _num_stored_parameters(teacher.path, f"{key}.path")
+            teacher_bytes = engine_bytes(num_values, teacher.dtype, receives=False)
+            engine_weight_bytes += round(teacher.engines * teacher.data_parallel * teacher_bytes)
             other_bytes += _engines_other_bytes(teacher)
     layers = {
-        kind: layer_activations(hf_config, config, 1, sparse=kind, local=True) for kind in {*sparse}
+        kind: layer_activations(hf_config, config, 1, sparse=kind, local=True)
+        for kind in {*are_sparse}
     }
-    saved_bytes = sum(layers[kind].saved_bytes(parallel) for kind in sparse)
-    working = max(layer.total - layer.saved_bytes(parallel) for layer in layers.values())
-    per_token = world_size * (saved_bytes + working + states)
+    saved_bytes = sum(layers[kind].saved_bytes(parallel) for kind in are_sparse)
+    working_bytes = max(layer.total - layer.saved_bytes(parallel) for layer in layers.values())
+    bytes_per_token = world_size * (saved_bytes + working_bytes + state_bytes)
     return CPUMemory(
-        weight_bytes=weights,
-        engine_weight_bytes=engine_weights,
+        weight_bytes=weight_bytes,
+        engine_weight_bytes=engine_weight_bytes,
         other_bytes=other_bytes,
-        bytes_per_token=per_token,
+        bytes_per_token=bytes_per_token,
         free_bytes=free_bytes(),
     )
 
@@ -222,17 +223,17 @@ def _num_stored_parameters(folder: str, key: str) -> int:
 
 def free_bytes() -> int:
     """Return the memory that this host, or the container, has left."""
-    free = psutil.virtual_memory().available
+    available_bytes = psutil.virtual_memory().available
     try:
         limit, usage = (
             int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current")
         )
         stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):  # another system, or no limit ("max")
-        return free
+        return available_bytes
     # The kernel drops cached files before it kills a process.
-    cached = int(stat["active_file"]) + int(stat["inactive_file"])
-    return min(free, limit - usage + cached)
+    cached_bytes = int(stat["active_file"]) + int(stat["inactive_file"])
+    return min(available_bytes, limit - usage + cached_bytes)
 
 
 CGROUP = Path("/sys/fs/cgroup")

@@ -163,8 +163,8 @@ def training_reward(graded: GradedResponse, config: Config) -> float | None:
     if not graded.is_graded:
         return None
     num_tokens, limit = len(graded.response.token_ids), config.rollout.max_response_tokens
-    buffer, largest = config.rl.overlong_buffer, config.rl.overlong_penalty
-    return graded.reward + overlong_penalty(num_tokens, limit, buffer, largest)
+    buffer, max_penalty = config.rl.overlong_buffer, config.rl.overlong_penalty
+    return graded.reward + overlong_penalty(num_tokens, limit, buffer, max_penalty)
 
 
 def split_into_minibatches(
@@ -182,20 +182,22 @@ def split_into_minibatches(
         RunError: fewer responses are trained on than there are mini-batches: an update without any
             would move the weights all the same, by the optimizer's momentum.
     """
-    trained = [samples for samples in samples_by_response if samples[0].is_trained]
-    untrained = iter([samples for samples in samples_by_response if not samples[0].is_trained])
-    if len(trained) < num_minibatches:
+    trained_samples = [samples for samples in samples_by_response if samples[0].is_trained]
+    untrained_samples = iter(
+        [samples for samples in samples_by_response if not samples[0].is_trained]
+    )
+    if len(trained_samples) < num_minibatches:
         raise RunError(
-            f"{len(trained)} of {len(samples_by_response)} responses are trained on, too few for "
-            f"rl.minibatches: {num_minibatches}; the others are ungraded, or cut off with "
+            f"{len(trained_samples)} of {len(samples_by_response)} responses are trained on, too "
+            f"few for rl.minibatches: {num_minibatches}; the others are ungraded, or cut off with "
             "rl.truncated: mask. Repair the reward or environment, whose reasons are in "
             "samples.jsonl, or raise rollout.max_response_tokens; the same command continues"
         )
     minibatch_size = len(samples_by_response) // num_minibatches
-    bounds = [i * len(trained) // num_minibatches for i in range(num_minibatches + 1)]
+    bounds = [i * len(trained_samples) // num_minibatches for i in range(num_minibatches + 1)]
     minibatches = []
     for start, end in pairwise(bounds):
-        minibatch = trained[start:end]
-        minibatch += islice(untrained, minibatch_size - len(minibatch))
+        minibatch = trained_samples[start:end]
+        minibatch += islice(untrained_samples, minibatch_size - len(minibatch))
         minibatches.append(list(chain.from_iterable(minibatch)))
     return minibatches

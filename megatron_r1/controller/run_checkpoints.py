@@ -61,9 +61,9 @@ class RunCheckpoints:
 
         Args:
             keep: how many of the newest checkpoints count."""
-        newest = complete_checkpoints(self.recorder.folder.checkpoints)[-keep:]
-        if self.sampler.sample_log and newest:
-            await self.sampler.sample_log.prune(checkpoint_step(newest[0]))
+        newest_checkpoints = complete_checkpoints(self.recorder.folder.checkpoints)[-keep:]
+        if self.sampler.sample_log and newest_checkpoints:
+            await self.sampler.sample_log.prune(checkpoint_step(newest_checkpoints[0]))
 
     def _num_rewards(self) -> dict[str, int]:
         snapshot = self.sampler.collector.pool.snapshot()

@@ -79,10 +79,10 @@ class RunRecorder:
         """The metrics line of the newest step of this process."""
         notes = [note] if note else []
         self.checkpoints = CheckpointSeries(folder.checkpoints, config.checkpoint, notes.append)
-        recorded = folder.last_step()
+        last_step = folder.last_step()
         self._restore_state()
-        if recorded or self.is_resumed:
-            notes.append(_continuation(config, self.state.step, recorded, steps_before))
+        if last_step or self.is_resumed:
+            notes.append(_continuation(config, self.state.step, last_step, steps_before))
         history = map(self._shown, folder.read_metrics())
         self.view = LiveView(title, config.run.steps, facts=facts, history=history)
         for line in folder.read_evaluations():
@@ -90,8 +90,8 @@ class RunRecorder:
         for note in notes:
             self.view.show_message(note)
         self.checkpoints.notify = self.view.show_message
-        tracked = TrackedRun(folder.path, config.run.project, config.model_dump(mode="json"))
-        self._trackers = TrackerSet(config.run.trackers, tracked, self.view.show_message)
+        tracked_run = TrackedRun(folder.path, config.run.project, config.model_dump(mode="json"))
+        self._trackers = TrackerSet(config.run.trackers, tracked_run, self.view.show_message)
         self._trackers.send_history(folder.read_metrics(), folder.read_evaluations())
 
     @property
@@ -108,9 +108,9 @@ class RunRecorder:
 
         Raises:
             UserError: no checkpoint is good."""
-        newest = self.checkpoints.latest
+        newest_checkpoint = self.checkpoints.latest
         await self.checkpoints.verify(trainer)
-        if self.checkpoints.latest != newest:
+        if self.checkpoints.latest != newest_checkpoint:
             self._rewind_view()
         await self.checkpoints.load(trainer, with_reference)
 
@@ -173,8 +173,8 @@ class RunRecorder:
 
     def _restore_state(self) -> None:
         """Take the state of the newest checkpoint and cut every file back to its step."""
-        saved = self.checkpoints.state()
-        vars(self.state).update(vars(RunState(**saved or {})))
+        saved_state = self.checkpoints.state()
+        vars(self.state).update(vars(RunState(**saved_state or {})))
         self.folder.truncate_after(self.state.step if self.is_resumed else -1)
         self._advised = {line["topic"] for line in self.folder.read_advice()}
         purge = self.state.step + 1 if self.is_resumed else None
@@ -185,15 +185,15 @@ class RunRecorder:
 def _keep_finished_steps(folder: RunFolder, config: Config) -> None:
     """Raise UserError where `run.steps` is less than the steps that a run has finished, and those
     beyond it would be lost: they are newer than the newest checkpoint, and not done again."""
-    newest, _ = checkpoint_folders.newest_usable(folder.checkpoints, "none")
-    saved_step = checkpoint_folders.checkpoint_step(newest) if newest else 0
-    recorded, steps = folder.last_step(), config.run.steps
-    if recorded > max(saved_step, steps):
+    newest_checkpoint, _ = checkpoint_folders.newest_usable(folder.checkpoints, "none")
+    saved_step = checkpoint_folders.checkpoint_step(newest_checkpoint) if newest_checkpoint else 0
+    last_step, steps = folder.last_step(), config.run.steps
+    if last_step > max(saved_step, steps):
         raise UserError(
-            f"run.steps: {steps} is less than the {recorded} steps that {folder.path} has "
+            f"run.steps: {steps} is less than the {last_step} steps that {folder.path} has "
             f"finished, and its newest checkpoint is of step {saved_step}: the run would lose "
-            f"{_steps(max(saved_step, steps) + 1, recorded)}. Set run.steps to {recorded} or more, "
-            "or give another run.folder",
+            f"{_steps(max(saved_step, steps) + 1, last_step)}. Set run.steps to {last_step} or "
+            "more, or give another run.folder",
             key="run.steps",
             cause=Cause.CONFLICT,
         )

@@ -111,12 +111,14 @@ def differing_tokens(student: Mapping[str, int], teacher: Mapping[str, int]) -> 
     """Describe the student's tokens (token → id) that have another id with the teacher; "" if none
     has."""
     by_id = {number: token for token, number in teacher.items()}
-    wrong = sorted(
+    wrong_tokens = sorted(
         (number, token) for token, number in student.items() if by_id.get(number) != token
     )
     differences = [
         f"{number} is {token!r}, to the teacher {by_id.get(number, 'nothing')!r}"
-        for number, token in wrong[:NUM_SHOWN]
+        for number, token in wrong_tokens[:NUM_SHOWN]
     ]
-    remainder = f" and {len(wrong) - NUM_SHOWN:,} more" if len(wrong) > NUM_SHOWN else ""
+    remainder = (
+        f" and {len(wrong_tokens) - NUM_SHOWN:,} more" if len(wrong_tokens) > NUM_SHOWN else ""
+    )
     return "; ".join(differences) + remainder

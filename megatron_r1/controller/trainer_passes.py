@@ -112,8 +112,8 @@ class TrainerPasses:
             update={"learning_rate": config.critic.learning_rate}
         )
         update = self.run_config.updates_before(step) + minibatch_index + 1
-        total = self.run_config.updates_before(self.run_config.run.steps + 1)
-        rate = learning_rate(settings, update, total)
+        num_updates = self.run_config.updates_before(self.run_config.run.steps + 1)
+        rate = learning_rate(settings, update, num_updates)
         return await self.trainer.update_critic(minibatch_index, rate)
 
     @cached_property

@@ -125,15 +125,15 @@ async def audit(
     Raises:
         UserError: a size below the number of strata."""
     strata = group_by_stratum(responses)
-    drawn = draw_sample(strata, size, seed)
+    drawn_responses = draw_sample(strata, size, seed)
     groups = _groups(responses)
     drawn_groups = random.Random(f"{seed}:groups").sample(groups, min(num_groups, len(groups)))
-    to_judge = [*chain.from_iterable(drawn.values())]
+    to_judge = [*chain.from_iterable(drawn_responses.values())]
     to_judge += [
         response for group in drawn_groups for response in group if response.can_be_audited
     ]
-    distinct = list({response.id: response for response in to_judge}.values())
-    findings = await judge_all(distinct, judge)
+    distinct_responses = list({response.id: response for response in to_judge}.values())
+    findings = await judge_all(distinct_responses, judge)
     sources = sorted({stratum[0] for stratum in strata})
     kinds_without_method = Counter(
         response.kind
@@ -144,10 +144,10 @@ async def audit(
         num_responses=sum(map(len, strata.values())),
         num_ungraded=sum(response.total is None for response in responses),
         without_method=dict(kinds_without_method.most_common()),
-        sources={name: error_rates(strata, drawn, findings, name) for name in sources},
-        overall=error_rates(strata, drawn, findings),
+        sources={name: error_rates(strata, drawn_responses, findings, name) for name in sources},
+        overall=error_rates(strata, drawn_responses, findings),
         effect=_effect(len(groups), drawn_groups, findings, advantages or _z_scores, seed),
-        judged=[(response, findings[response.id]) for response in distinct],
+        judged=[(response, findings[response.id]) for response in distinct_responses],
     )
 
 
@@ -172,20 +172,22 @@ def logged_responses(
     for number, group in enumerate(groups):
         prompt = group.prompt
         facts = {"question": prompt.question} | ({"thought_opened": True} if thought_opened else {})
-        for index, graded in enumerate(group.responses):
-            if ACCURACY not in graded.rewards or graded.episode is not None:
+        for index, graded_response in enumerate(group.responses):
+            if ACCURACY not in graded_response.rewards or graded_response.episode is not None:
                 continue
-            is_graded = graded.is_graded and ACCURACY not in graded.ungraded_terms
-            total = graded.reward if reward_of is None else reward_of(graded)
+            is_graded = graded_response.is_graded and ACCURACY not in graded_response.ungraded_terms
+            reward = graded_response.reward if reward_of is None else reward_of(graded_response)
             yield AuditedResponse(
                 id=f"{prefix}, group {number} ({prompt.id}), response {index}",
                 source=source_of(prompt.fields),
                 kind=prompt.kind,
                 group=f"{prefix}, group {number}",
-                reward=graded.rewards[ACCURACY],
-                total=total if is_graded else None,
+                reward=graded_response.rewards[ACCURACY],
+                total=reward if is_graded else None,
                 weight=weights.get(ACCURACY, 0.0),
-                load=partial(AnswerContent, graded.text, prompt.truth, prompt.fields | facts),
+                load=partial(
+                    AnswerContent, graded_response.text, prompt.truth, prompt.fields | facts
+                ),
             )
 
 
@@ -216,17 +218,20 @@ def _effect(
 ) -> AdvantageEffect | None:
     if not drawn_groups:
         return None
-    logged = advantages([[response.total for response in group] for group in drawn_groups])
+    logged_advantages = advantages(
+        [[response.total for response in group] for group in drawn_groups]
+    )
     changes, signs = [], []
     for reversed_outcomes in (("wrong",), ("wrong", "undecided")):
-        corrected = advantages(
+        corrected_advantages = advantages(
             [
                 [_corrected(response, findings, reversed_outcomes) for response in group]
                 for group in drawn_groups
             ]
         )
         pairs = [
-            list(zip(*columns, strict=True)) for columns in zip(logged, corrected, strict=True)
+            list(zip(*columns, strict=True))
+            for columns in zip(logged_advantages, corrected_advantages, strict=True)
         ]
         # Algorithms with an advantage per token have NaN for ungraded responses, before and after.
         changes.append(

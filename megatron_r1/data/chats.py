@@ -99,10 +99,10 @@ def read_question(value: Any) -> tuple[list[Message], str] | None:
     chat = read_chat(value)
     if chat is None:
         return ([], value) if isinstance(value, str) and value.strip() else None
-    *before, last = chat
-    if last["role"] != "user" or not last["content"].strip():
+    *messages_before, last_message = chat
+    if last_message["role"] != "user" or not last_message["content"].strip():
         return None
-    return before, last["content"]
+    return messages_before, last_message["content"]
 
 
 def read_system_prompt(row: Mapping[str, Any]) -> str:
@@ -165,18 +165,18 @@ def _message(number: int, message: Mapping[str, Any]) -> Message:
     content = _text(
         next((message_fields[key] for key in CONTENT_KEYS if key in message_fields), ""), number
     )
-    read: Message = {"role": role, "content": content}
-    read |= {key: message_fields[key] for key in KEPT_KEYS if key in message_fields}
+    chat_message: Message = {"role": role, "content": content}
+    chat_message |= {key: message_fields[key] for key in KEPT_KEYS if key in message_fields}
     if role_name in CALLS:
-        read |= {"content": "", "tool_calls": content}
-    if legacy := message_fields.get("function_call"):  # OpenAI's form before tool_calls
-        read["tool_calls"] = [*read.get("tool_calls", ()), legacy]
-    if calls := read.pop("tool_calls", None):
+        chat_message |= {"content": "", "tool_calls": content}
+    if legacy_call := message_fields.get("function_call"):  # OpenAI's form before tool_calls
+        chat_message["tool_calls"] = [*chat_message.get("tool_calls", ()), legacy_call]
+    if calls := chat_message.pop("tool_calls", None):
         try:
-            read["tool_calls"] = tool_calls(calls)
+            chat_message["tool_calls"] = tool_calls(calls)
         except ValueError as error:
             raise ValueError(f"message {number}: {error}") from None
-    return read
+    return chat_message
 
 
 def _text(content: Any, number: int) -> str:
@@ -205,14 +205,14 @@ def _tool(tool: Any) -> Any:
         return tool
     parameters = decode_literal(tool.get("parameters", {}))
     if isinstance(parameters, Mapping) and "properties" not in parameters:
-        described = {n: p if isinstance(p, Mapping) else {} for n, p in parameters.items()}
-        required = [
+        schemas = {n: p if isinstance(p, Mapping) else {} for n, p in parameters.items()}
+        required_names = [
             n
-            for n, p in described.items()
+            for n, p in schemas.items()
             if "optional" not in str(p.get("type", "")) and "default" not in p
         ]
-        properties = {n: {**p, "type": _json_type(p.get("type"))} for n, p in described.items()}
-        parameters = {"type": "object", "properties": properties, "required": required}
+        properties = {n: {**p, "type": _json_type(p.get("type"))} for n, p in schemas.items()}
+        parameters = {"type": "object", "properties": properties, "required": required_names}
     return {"type": "function", "function": {**tool, "parameters": parameters}}
 
 

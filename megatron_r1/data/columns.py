@@ -125,34 +125,36 @@ def guess_columns(
 
     Raises:
         UserError: one is not found; the columns are named."""
-    flat = [_flatten_row(row) for row in rows]
+    flat_rows = [_flatten_row(row) for row in rows]
     reasons = {}
-    _require_columns(source, flat, {"question": question, "truth": truth})
+    _require_columns(source, flat_rows, {"question": question, "truth": truth})
     if question is None:
-        question, reasons["question"] = _find(source, QUESTION_NAMES, flat, _is_question, truth)
+        question, reasons["question"] = _find(
+            source, QUESTION_NAMES, flat_rows, _is_question, truth
+        )
     if question is None:
-        raise _no_question(source, flat)
-    if "question" in reasons and (context := _context(flat, question)):
+        raise _no_question(source, flat_rows)
+    if "question" in reasons and (context := _context(flat_rows, question)):
         question, reasons["question"] = f"{context}+{question}", "with the text that it is about"
-    kinds = _kinds_of_rows(flat) if kind is None else set()
+    kinds = _kinds_of_rows(flat_rows) if kind is None else set()
     needs_truth = not kinds or not kinds.issubset(WITHOUT_TRUTH)
     if truth is None and needs_truth:
-        truth = _joined_columns(flat)
+        truth = _joined_columns(flat_rows)
         reasons["truth"] = "by their names"
     if truth is None and needs_truth:
         question_column = question.rpartition("+")[2]
-        truth, reasons["truth"] = _find(source, TRUTH_NAMES, flat, _is_truth, question_column)
+        truth, reasons["truth"] = _find(source, TRUTH_NAMES, flat_rows, _is_truth, question_column)
     if truth is None and needs_truth:
         raise UserError(
             f"{source}: no column looks like the answer to {question!r}; name it: --truth COLUMN. "
-            f"{_list_columns(flat)}",
+            f"{_list_columns(flat_rows)}",
             key="--truth",
             cause=Cause.MISSING,
         )
     if kind is not None:
         resolve(kind)
     elif not kinds and truth is not None:
-        kind, reasons["kind"] = _guess_kind(truth, flat)
+        kind, reasons["kind"] = _guess_kind(truth, flat_rows)
     return Columns(question, truth, kind, reasons)
 
 
@@ -196,19 +198,19 @@ def columns_by_name(
         needs_truth: whether a truth is looked for, too.
         mapped: our names of the columns that the recipe maps.
     """
-    flat = [_flatten_row(row) for row in rows]
+    flat_rows = [_flatten_row(row) for row in rows]
     columns: dict[str, str] = {}
     has_question = any("question" in row for row in rows)
-    if not has_question and (name := _usual_column(QUESTION_NAMES, flat, _is_question, None)):
+    if not has_question and (name := _usual_column(QUESTION_NAMES, flat_rows, _is_question, None)):
         columns["question"] = name
     if needs_truth and not any("truth" in row for row in rows):
         question_column = columns.get("question", "question")
-        if truth := _joined_columns(flat) or _usual_column(
-            TRUTH_NAMES, flat, _is_truth, question_column
+        if truth := _joined_columns(flat_rows) or _usual_column(
+            TRUTH_NAMES, flat_rows, _is_truth, question_column
         ):
             columns["truth"] = truth
     question = columns.get("question", "question" if has_question else "")
-    if "question" not in mapped and question and (context := _context(flat, question)):
+    if "question" not in mapped and question and (context := _context(flat_rows, question)):
         columns["question"] = f"{context}+{question}"
     return columns
 
@@ -238,10 +240,13 @@ def _usual_column(
         fits: whether a value is of the column's kind.
         taken_column: the column that is already taken; None: none is."""
     all_columns = dict.fromkeys(name for row in rows for name in row)
-    empty = [
+    empty_columns = [
         n for n in all_columns if n != taken_column and all(is_missing(row.get(n)) for row in rows)
     ]
-    for columns in (_fitting_columns(rows, fits, taken_column), empty if fits is _is_truth else []):
+    for columns in (
+        _fitting_columns(rows, fits, taken_column),
+        empty_columns if fits is _is_truth else [],
+    ):
         by_name = {_plain(column): column for column in reversed(columns)}
         if column_name := next((by_name[usual] for usual in names if usual in by_name), None):
             return column_name
@@ -252,7 +257,7 @@ def _fitting_columns(
     rows: Sequence[Row], fits: Callable[[Any], bool], taken_column: str | None
 ) -> list[str]:
     """Return the columns whose values fit, in at least one row, and are none in the others."""
-    fitting = []
+    fitting_columns = []
     for name in dict.fromkeys(name for row in rows for name in row):
         values = [row.get(name) for row in rows]
         present_values = [
@@ -262,15 +267,18 @@ def _fitting_columns(
         if name == taken_column or not present_values or is_system:
             continue
         if all(fits(value) and not _is_single_entry(value) for value in present_values):
-            fitting.append(name)
-    return fitting
+            fitting_columns.append(name)
+    return fitting_columns
 
 
 def _joined_columns(rows: Sequence[Row]) -> str | None:
     """Return `a+b` for columns that are a truth together, if the rows have at least two of them."""
     for names in JOINED_COLUMNS:
-        if len(present := [name for name in names if any(row.get(name) for row in rows)]) >= 2:
-            return "+".join(present)
+        if (
+            len(present_names := [name for name in names if any(row.get(name) for row in rows)])
+            >= 2
+        ):
+            return "+".join(present_names)
     return None
 
 
@@ -304,35 +312,37 @@ def _find(
 
     Raises:
         UserError: a column of a usual name has rows without a value."""
-    fitting = _fitting_columns(rows, fits, taken_column)
-    for usual in names:
-        for column in fitting:
-            if _plain(column) == usual:
+    fitting_columns = _fitting_columns(rows, fits, taken_column)
+    for usual_name in names:
+        for column in fitting_columns:
+            if _plain(column) == usual_name:
                 return column, "by its name"
-    fitting = [name for name in fitting if not _counts(name, rows)]
-    for usual in names:
-        for column in fitting:
-            if usual in re.split("[_.]", _plain(column)):
-                return column, f"its name has {usual!r} in it"
-    if blank := _why_no_value(names, rows, fits):
+    fitting_columns = [name for name in fitting_columns if not _counts(name, rows)]
+    for usual_name in names:
+        for column in fitting_columns:
+            if usual_name in re.split("[_.]", _plain(column)):
+                return column, f"its name has {usual_name!r} in it"
+    if blank_reason := _why_no_value(names, rows, fits):
         raise UserError(
-            f"{source}: {blank}",
+            f"{source}: {blank_reason}",
             key="--question" if names is QUESTION_NAMES else "--truth",
             cause=Cause.EMPTY,
         )
-    if taken_column is None and len(fitting) == 2:
-        longer = max(fitting, key=lambda name: sum(len(str(row.get(name))) for row in rows))
-        return longer, "the longer of two columns"
-    if len(fitting) == 1:
-        return fitting[0], "the only column left that could be it"
+    if taken_column is None and len(fitting_columns) == 2:
+        longer_column = max(
+            fitting_columns, key=lambda name: sum(len(str(row.get(name))) for row in rows)
+        )
+        return longer_column, "the longer of two columns"
+    if len(fitting_columns) == 1:
+        return fitting_columns[0], "the only column left that could be it"
     return None, ""
 
 
 def _why_no_value(names: Sequence[str], rows: Sequence[Row], fits: Callable[[Any], bool]) -> str:
     """Return why a column with a usual name has no value: "row 6: 'answer' is 7; …", or ""."""
-    for usual in names:
+    for usual_name in names:
         for column in rows[0]:
-            if _plain(column) == usual:
+            if _plain(column) == usual_name:
                 for number, row in enumerate(rows, start=1):
                     if not fits(value := row.get(column)):
                         shown_value = f"{column!r} is {shorten(repr(value))}"

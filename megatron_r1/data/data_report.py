@@ -56,11 +56,11 @@ class DataReport:
     def lines(self) -> list[str]:
         """Return what became of the source's rows as lines for the terminal: read, left out and
         why, kinds, columns."""
-        read = "row" if self.num_read == 1 else "rows"
+        row_word = "row" if self.num_read == 1 else "rows"
         num_kept = self.num_read - self.num_duplicates
         num_kept -= sum(rows.count for rows in self.left_out.values())
         remark = "" if self.is_complete else " (more are not needed)"
-        lines = [f"{self.source}: {self.num_read:,} {read} read{remark}, {num_kept:,} usable"]
+        lines = [f"{self.source}: {self.num_read:,} {row_word} read{remark}, {num_kept:,} usable"]
         if self.columns:
             column_pairs = ", ".join(
                 f"{name} = {source_column}" for name, source_column in self.columns.items()

@@ -87,16 +87,18 @@ def read_data_set(path: str, key: str) -> Iterator[LocatedRow]:
             return
         names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
         readme = folder / README
-        described = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
-        files, split_name = _choose(path, names, described, config, split, key)
+        readme_text = (
+            readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
+        )
+        files, split_name = _choose(path, names, readme_text, config, split, key)
         sources = [(folder / file, str(folder / file)) for file in files]
     elif not path.startswith(HUB):
         raise UserError(f"{path}: no such file or folder", key=key, cause=Cause.NOT_FOUND)
     else:
-        names, described = _list_hub(path, name, key)
-        files, split_name = _choose(path, names, described, config, split, key)
-        downloaded = _download(path, name, files, key)
-        sources = [(downloaded / file, f"{HUB}{name}/{file}") for file in files]
+        names, readme_text = _list_hub(path, name, key)
+        files, split_name = _choose(path, names, readme_text, config, split, key)
+        download_folder = _download(path, name, files, key)
+        sources = [(download_folder / file, f"{HUB}{name}/{file}") for file in files]
     yield from _sliced(_rows(sources, key), sources, split_name, key)
 
 
@@ -142,8 +144,10 @@ def _choose(
             cause=Cause.EMPTY,
         )
     if config is not None and config not in configs and split is None:
-        shared = [splits for splits in configs.values() if config.partition("[")[0] in splits]
-        if shared:
+        matching_configs = [
+            splits for splits in configs.values() if config.partition("[")[0] in splits
+        ]
+        if matching_configs:
             config, split = None, config
     files = configs[_choose_name("configuration", path, configs, config, ("default", "main"), key)]
     split_name = _parse_split(split, path, key)
@@ -212,9 +216,9 @@ def _described(readme: str, names: Sequence[str]) -> dict[str, dict[str, list[st
         head = yaml.safe_load(readme.split("---", 2)[1])
     except (yaml.YAMLError, IndexError):
         return {}
-    listed = head.get("configs") if isinstance(head, dict) else None
-    described: dict[str, dict[str, list[str]]] = {}
-    for entry in listed if isinstance(listed, list) else ():
+    listed_configs = head.get("configs") if isinstance(head, dict) else None
+    splits_by_config: dict[str, dict[str, list[str]]] = {}
+    for entry in listed_configs if isinstance(listed_configs, list) else ():
         files = entry.get("data_files") if isinstance(entry, dict) else None
         parts = files if isinstance(files, list) else [files]
         splits: dict[str, list[str]] = {}
@@ -222,12 +226,12 @@ def _described(readme: str, names: Sequence[str]) -> dict[str, dict[str, list[st
             data_file = part if isinstance(part, dict) else {"split": "train", "path": part}
             patterns = data_file.get("path")
             patterns = patterns if isinstance(patterns, list) else [patterns]
-            matching = [n for n in names if any(_matches(n, p) for p in patterns if p)]
-            if matching:
-                splits.setdefault(str(data_file.get("split", "train")), []).extend(matching)
+            matching_names = [n for n in names if any(_matches(n, p) for p in patterns if p)]
+            if matching_names:
+                splits.setdefault(str(data_file.get("split", "train")), []).extend(matching_names)
         if splits:
-            described[str(entry.get("config_name", "default"))] = splits
-    return described
+            splits_by_config[str(entry.get("config_name", "default"))] = splits
+    return splits_by_config
 
 
 def _matches(name: str, pattern: str) -> bool:
@@ -299,12 +303,14 @@ class _hub_errors:  # noqa: N801 - a context manager, named like a function
             return
         from huggingface_hub import errors
 
-        unknown = (
+        unknown_errors = (
             errors.RepositoryNotFoundError,
             errors.EntryNotFoundError,
             errors.HFValidationError,
         )
-        if isinstance(error, unknown) and not isinstance(error, errors.LocalEntryNotFoundError):
+        if isinstance(error, unknown_errors) and not isinstance(
+            error, errors.LocalEntryNotFoundError
+        ):
             raise UserError(
                 f"{self.path}: {_first_line(error)}; correct the name, or log in: hf auth login",
                 key=self.key,
@@ -337,19 +343,19 @@ def _read_saved(path: str, folder: Path, split: str | None, key: str) -> Iterato
             cause=Cause.NOT_INSTALLED,
         ) from None
     try:
-        loaded = datasets.load_from_disk(str(folder))
+        dataset = datasets.load_from_disk(str(folder))
     except Exception as error:  # noqa: BLE001 - of many kinds, all about the data set
         raise UserError(f"{path}: {_first_line(error)}", key=key, cause=Cause.MALFORMED) from None
     split_name = _parse_split(split, path, key)
-    if isinstance(loaded, dict):
-        loaded = loaded[
-            _choose_name("split", path, loaded, split_name.name or None, ("train",), key)
+    if isinstance(dataset, dict):
+        dataset = dataset[
+            _choose_name("split", path, dataset, split_name.name or None, ("train",), key)
         ]
     start, stop = split_name.start, split_name.stop
     if split_name.is_percent:
-        start, stop = (None if n is None else round(len(loaded) * n / 100) for n in (start, stop))
-    numbered = enumerate(itertools.islice(loaded, start, stop), start=1 + (start or 0))
-    yield from ((f"{path}, row {number}", row) for number, row in numbered)
+        start, stop = (None if n is None else round(len(dataset) * n / 100) for n in (start, stop))
+    numbered_rows = enumerate(itertools.islice(dataset, start, stop), start=1 + (start or 0))
+    yield from ((f"{path}, row {number}", row) for number, row in numbered_rows)
 
 
 def _first_line(error: Exception) -> str:

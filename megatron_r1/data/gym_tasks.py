@@ -68,11 +68,11 @@ def _make_dataset(task: str, settings: dict[str, Any]) -> Any:
             f"reasoning-gym has no task {task!r}{hint}", key="data.task", cause=Cause.UNKNOWN
         )
     known_fields = {field.name for field in dataclasses.fields(DATASETS[task][1])}
-    if unknown := sorted(settings.keys() - known_fields):
+    if unknown_fields := sorted(settings.keys() - known_fields):
         raise UserError(
-            f"task {task!r} has no parameter {unknown[0]!r}; it has "
+            f"task {task!r} has no parameter {unknown_fields[0]!r}; it has "
             f"{', '.join(sorted(known_fields))}",
-            key=f"data.parameters.{unknown[0]}",
+            key=f"data.parameters.{unknown_fields[0]}",
             cause=Cause.UNKNOWN,
         )
     try:

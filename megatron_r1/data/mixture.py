@@ -38,13 +38,15 @@ def load_mixture(parts: Sequence[MixturePart]) -> list[LoadedPart]:
         UserError: a bad file, or a file too small for its share.
     """
     reports = [DataReport(part.path) for part in parts]
-    loaded = [
+    examples_by_part = [
         load_examples(part.path, part.columns, part.where, report)
         for part, report in zip(parts, reports, strict=True)
     ]
-    counts = epoch_counts(parts, [len(examples) for examples in loaded])
+    counts = epoch_counts(parts, [len(examples) for examples in examples_by_part])
     files = (part.path for part in parts)
-    return [LoadedPart(*part) for part in zip(files, loaded, counts, reports, strict=True)]
+    return [
+        LoadedPart(*part) for part in zip(files, examples_by_part, counts, reports, strict=True)
+    ]
 
 
 def epoch_counts(parts: Sequence[MixturePart], sizes: Sequence[int]) -> list[int]:
@@ -60,25 +62,25 @@ def epoch_counts(parts: Sequence[MixturePart], sizes: Sequence[int]) -> list[int
 
     Raises:
         UserError: a share that would need repeats."""
-    fixed = [_fixed_count(part, size) for part, size in zip(parts, sizes, strict=True)]
+    fixed_counts = [_fixed_count(part, size) for part, size in zip(parts, sizes, strict=True)]
     shares = [part.share or 0.0 for part in parts]
     if not any(shares):
-        return [count or 0 for count in fixed]
-    num_fixed = sum(count or 0 for count in fixed)
+        return [count or 0 for count in fixed_counts]
+    num_fixed = sum(count or 0 for count in fixed_counts)
     if num_fixed:
-        total = round(num_fixed / (1 - sum(shares)))
+        epoch_size = round(num_fixed / (1 - sum(shares)))
     else:
         # The epsilon: 600 / 0.6 must not become 999.
-        total = min(
+        epoch_size = min(
             math.floor(size / share + 1e-6) for size, share in zip(sizes, shares, strict=True)
         )
-    by_share = _round_to(total - num_fixed, [share * total for share in shares])
-    counts = [n if f is None else f for n, f in zip(by_share, fixed, strict=True)]
+    by_share = _round_to(epoch_size - num_fixed, [share * epoch_size for share in shares])
+    counts = [n if f is None else f for n, f in zip(by_share, fixed_counts, strict=True)]
     for part, size, count in zip(parts, sizes, counts, strict=True):
         if part.share is not None and count > size:
             raise UserError(
                 f"sft.data: {part.path} has {size:,} examples, its share {part.share:g} of an "
-                f"epoch of {total:,} are {count:,}; lower the share, or set "
+                f"epoch of {epoch_size:,} are {count:,}; lower the share, or set "
                 f"repeat: {count / size:.2f}",
                 key="sft.data",
                 cause=Cause.TOO_LARGE,

@@ -105,16 +105,18 @@ def _chat_texts(location: str, row: CanonicalRow, names: Sequence[str]) -> Canon
         return row
     if question_chat is None and isinstance(prompt_value, str):
         question_chat = [{"role": "user", "content": prompt_value}]
-    before: list[Message] = []
+    messages_before: list[Message] = []
     texts = {}
     is_read = True
     for name, chat in zip(names, chats, strict=True):
         text = row.get(name)
-        *chat_messages, last = chat or [{"role": "assistant", "content": text}]
+        *chat_messages, last_message = chat or [{"role": "assistant", "content": text}]
         chat_messages = chat_messages or question_chat or []
-        is_read &= last["role"] == "assistant" and chat_messages == (before or chat_messages)
-        before, texts[name] = chat_messages, last["content"]
-    users = [message["role"] for message in before if message["role"] != "system"]
+        is_read &= last_message["role"] == "assistant" and chat_messages == (
+            messages_before or chat_messages
+        )
+        messages_before, texts[name] = chat_messages, last_message["content"]
+    users = [message["role"] for message in messages_before if message["role"] != "system"]
     if not is_read or users != ["user"]:
         raise UserError(
             f"{location}: {' and '.join(map(repr, names))} must answer the same one question: "
@@ -123,7 +125,11 @@ def _chat_texts(location: str, row: CanonicalRow, names: Sequence[str]) -> Canon
             key=names[0],
             cause=Cause.MALFORMED,
         )
-    return {**row, "question": "\n\n".join(message["content"] for message in before), **texts}
+    return {
+        **row,
+        "question": "\n\n".join(message["content"] for message in messages_before),
+        **texts,
+    }
 
 
 def _chat(value: Any) -> list[Message] | None:
@@ -144,9 +150,9 @@ def _label(location: str, row: CanonicalRow) -> float:
     label: Any = row.get("label")
     if _is_label(label):
         return float(label)
-    actual = f"is {label!r}" if "label" in row else f"is missing (has {', '.join(row)})"
+    actual_text = f"is {label!r}" if "label" in row else f"is missing (has {', '.join(row)})"
     raise UserError(
-        f"{location}: 'label' must be 1 or true for a good response, else 0; it {actual}",
+        f"{location}: 'label' must be 1 or true for a good response, else 0; it {actual_text}",
         key="label",
         cause=Cause.MALFORMED if "label" in row else Cause.MISSING,
     )

@@ -78,8 +78,8 @@ def make_prompt(question: str, kind: str, truth: Any, fields: dict[str, Any]) ->
 def normalize_question(question: str, fold_case: bool = True) -> str:
     """Return the text that spellings of one question share: NFKC, folded case, single spaces.
     Superscripts and subscripts are kept apart from plain characters: `2³` becomes `2^3`."""
-    normalized = unicodedata.normalize("NFKC", question.translate(SCRIPTS))
-    return " ".join((normalized.casefold() if fold_case else normalized).split())
+    normalized_text = unicodedata.normalize("NFKC", question.translate(SCRIPTS))
+    return " ".join((normalized_text.casefold() if fold_case else normalized_text).split())
 
 
 def is_heldout(question: str, fraction: float, salt: str = "") -> bool:

@@ -82,8 +82,8 @@ class RowReader:
         rows = read_canonical_rows(path, self.columns, names, key, row_filter.keeps)
         first = list(itertools.islice(rows, FIRST_ROWS))
         needs_truth = self.kind not in WITHOUT_TRUTH
-        mapped = self.columns if self.kind is None or self.kind in GRADERS else ("question",)
-        report.columns = columns_by_name([row for _, row in first], needs_truth, mapped)
+        mapped_names = self.columns if self.kind is None or self.kind in GRADERS else ("question",)
+        report.columns = columns_by_name([row for _, row in first], needs_truth, mapped_names)
         for location, row in itertools.chain(first, rows):
             try:
                 prompt = self._prompt(location, row, report)
@@ -101,7 +101,7 @@ class RowReader:
     def _prompt(self, location: str, row: CanonicalRow, report: DataReport) -> Prompt | None:
         """Return the prompt of a row, None for one that is left out for want of a truth."""
         row = self._renamed(row, report.columns)
-        before, question = parse_question(location, row)
+        messages_before, question = parse_question(location, row)
         kind = row.get("kind") or self.kind or guess_reward_kind(row.get("truth"))
         if "truth" not in row and kind not in WITHOUT_TRUTH:
             fault = f"{location}: 'truth' {describe_missing(row, 'truth', COLUMNS_KEY)}"
@@ -128,7 +128,7 @@ class RowReader:
                     key=name,
                     cause=Cause.MALFORMED,
                 ) from None
-        prompt = Prompt("", question, kind, truth, fields, location, before)
+        prompt = Prompt("", question, kind, truth, fields, location, messages_before)
         return replace(prompt, id=question_digest(prompt_identity(prompt, self.kind)).hex()[:16])
 
     def _renamed(self, row: CanonicalRow, column_names: Mapping[str, str]) -> CanonicalRow:
@@ -136,12 +136,12 @@ class RowReader:
         own gets them under both names."""
         values = {name: lookup(row, column) for name, column in column_names.items()}
         if self.kind is None or self.kind in GRADERS:
-            present = {
+            present_columns = {
                 name: column_names[name]
                 for name, value in values.items()
                 if value is not ABSENT_VALUE
             }
-            row = rename_columns("", row, present)
+            row = rename_columns("", row, present_columns)
         return row | {
             name: None if value is ABSENT_VALUE else value for name, value in values.items()
         }
@@ -185,7 +185,7 @@ def parse_question(location: str, row: CanonicalRow) -> tuple[list[Message], str
             key="question",
             cause=Cause.MALFORMED,
         )
-    before, question = chat or ([], require_text(location, row, "question", COLUMNS_KEY))
-    if not before and (system := read_system_prompt(row)):
-        before = [{"role": "system", "content": system}]
-    return before, question
+    messages_before, question = chat or ([], require_text(location, row, "question", COLUMNS_KEY))
+    if not messages_before and (system := read_system_prompt(row)):
+        messages_before = [{"role": "system", "content": system}]
+    return messages_before, question

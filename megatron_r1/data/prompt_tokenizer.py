@@ -70,10 +70,10 @@ def _token_bytes(token: str, alphabet: dict[str, int]) -> bytes:
 def _byte_alphabet() -> dict[str, int]:
     """Return GPT-2's byte of each letter: printable bytes are themselves, the others the letters
     from U+0100."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    unprintable = [byte for byte in range(256) if byte not in printable]
-    letters = {chr(byte): byte for byte in printable}
-    return letters | {chr(0x100 + index): byte for index, byte in enumerate(unprintable)}
+    printable_bytes = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    unprintable_bytes = [byte for byte in range(256) if byte not in printable_bytes]
+    letters = {chr(byte): byte for byte in printable_bytes}
+    return letters | {chr(0x100 + index): byte for index, byte in enumerate(unprintable_bytes)}
 
 
 PLACEHOLDER = "{question}"
@@ -114,11 +114,11 @@ def find_template(template: str, key: str = "data.template") -> str:
         raise ValueError("the chat template belongs to the tokenizer: use apply_chat_template")
     text = TEMPLATES.get(template, template)
     if PLACEHOLDER not in text:
-        former = "; {problem} is {question} now" if "{problem}" in text else ""
+        former_hint = "; {problem} is {question} now" if "{problem}" in text else ""
         raise UserError(
             f"prompt template {template!r} is neither one of "
             f"{', '.join([*TEMPLATES, CHAT_TEMPLATE_NAME])} "
-            f"nor a text with {PLACEHOLDER} where the question goes{former}",
+            f"nor a text with {PLACEHOLDER} where the question goes{former_hint}",
             key=key,
             cause=Cause.UNKNOWN,
         )
@@ -205,7 +205,7 @@ class PromptTokenizer:
             )
         self.end: int = self.hf_tokenizer.eos_token_id
         self.end_tokens = end_tokens(model_path, keys[0], self.hf_tokenizer)
-        ends = [end_token.id for end_token in self.end_tokens]
+        end_ids = [end_token.id for end_token in self.end_tokens]
         for token in stop_token_ids:
             if token >= (size := len(self.hf_tokenizer)):
                 raise UserError(
@@ -214,13 +214,16 @@ class PromptTokenizer:
                     key="rollout.stop_token_ids",
                     cause=Cause.OUT_OF_RANGE,
                 )
-        self.stop_token_ids = [*dict.fromkeys([*ends, *stop_token_ids])]
-        special = self.hf_tokenizer.all_special_ids
-        self._silent = {*ends, *(token for token in stop_token_ids if token in special)}
+        self.stop_token_ids = [*dict.fromkeys([*end_ids, *stop_token_ids])]
+        special_ids = self.hf_tokenizer.all_special_ids
+        self._silent = {*end_ids, *(token for token in stop_token_ids if token in special_ids)}
         self._byte_decoder = ByteDecoder.from_tokenizer(self.hf_tokenizer)
         self._start = self._text_in_front()
-        rendered = self.render("?")
-        self.opens_thought, self.closed_thought = opens_thought(rendered), _closed_thought(rendered)
+        rendered_prompt = self.render("?")
+        self.opens_thought, self.closed_thought = (
+            opens_thought(rendered_prompt),
+            _closed_thought(rendered_prompt),
+        )
 
     def render(self, question: str, before: Sequence[Message] = ()) -> str:
         """Return the prompt's text.
@@ -272,8 +275,8 @@ class PromptTokenizer:
         # A token is a byte at least, so most need not be encoded; normalization may double some.
         texts = [question, *(str(value) for message in before for value in message.values())]
         num_bytes = sum(len(text.encode("utf-8", "replace")) for text in texts)
-        spare = limit - len(self.encode("")) - 2 * num_bytes - 32 * len(before)
-        return spare > 0 or len(self.encode(question, before)) < limit
+        num_spare = limit - len(self.encode("")) - 2 * num_bytes - 32 * len(before)
+        return num_spare > 0 or len(self.encode(question, before)) < limit
 
     @cached_property
     def shows_system(self) -> bool:
@@ -338,10 +341,11 @@ def system_text(before: Sequence[Message], key: str) -> str:
     Raises:
         UserError: for any other turn.
     """
-    if misplaced := next((m for m in before if m["role"] != "system"), None):
+    if misplaced_message := next((m for m in before if m["role"] != "system"), None):
         raise UserError(
             f"{key}: a text has a place for one question, and a question of the data has turns "
-            f"before it ({misplaced['role']}: {misplaced['content'][:40]!r}); use chat",
+            f"before it ({misplaced_message['role']}: {misplaced_message['content'][:40]!r}); "
+            "use chat",
             key=key,
             cause=Cause.CONFLICT,
         )

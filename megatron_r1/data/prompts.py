@@ -278,9 +278,9 @@ class _Splitter:
             self._report.num_duplicates += 1
             return
         is_held_out = is_heldout(prompt_identity(prompt, self._kind), self._fraction)
-        half = self.heldout if is_held_out else self.train
-        if not half.is_full:
-            half.prompts[prompt.id] = prompt
+        side = self.heldout if is_held_out else self.train
+        if not side.is_full:
+            side.prompts[prompt.id] = prompt
         elif prompt.id in self._unused_ids:
             self._report.num_duplicates += 1
         else:
@@ -297,8 +297,8 @@ class _Splitter:
         ):
             return prompt
         # On the side of the other, by the same hash; but a question of its own.
-        spelled = f"spelled {_normalized_question(prompt)}".encode("utf-8", "replace")
-        return replace(prompt, id=hashlib.sha256(spelled).hexdigest()[:16])
+        spelling = f"spelled {_normalized_question(prompt)}".encode("utf-8", "replace")
+        return replace(prompt, id=hashlib.sha256(spelling).hexdigest()[:16])
 
     def _earlier_prompt(self, prompt: Prompt) -> Prompt | None:
         return self.train.prompts.get(prompt.id) or self.heldout.prompts.get(prompt.id)

@@ -84,9 +84,9 @@ def require_text(location: str, row: CanonicalRow, name: str, renaming: str = ""
     """
     value = row.get(name)
     if not isinstance(value, str) or not value.strip():
-        actual = f"is {value!r}" if name in row else describe_missing(row, name, renaming)
+        actual_text = f"is {value!r}" if name in row else describe_missing(row, name, renaming)
         raise UserError(
-            f"{location}: {name!r} must be a string that is not blank, it {actual}",
+            f"{location}: {name!r} must be a string that is not blank, it {actual_text}",
             key=name,
             cause=Cause.MALFORMED if name in row else Cause.MISSING,
         )
@@ -135,8 +135,8 @@ def lookup(row: CanonicalRow, name: str) -> Any:
     if name in row:
         return row[name]
     if "+" in name:
-        joined = {part: row[part] for part in name.split("+") if part in row}
-        return joined or ABSENT_VALUE
+        part_values = {part: row[part] for part in name.split("+") if part in row}
+        return part_values or ABSENT_VALUE
     if "." not in name:
         return ABSENT_VALUE
     first, _, entry_path = name.partition(".")

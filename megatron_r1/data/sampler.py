@@ -37,15 +37,15 @@ class EpochSampler(Generic[Item]):
 
     def next(self, n: int) -> list[Item]:
         """Return the next `n` items; may run over the end of an epoch into the next."""
-        drawn: list[Item] = []
-        while len(drawn) < n:
+        drawn_items: list[Item] = []
+        while len(drawn_items) < n:
             if self.position == len(self._order):
                 self.epoch, self.position = self.epoch + 1, 0
                 self._order = self._shuffle()
-            end = min(len(self._order), self.position + n - len(drawn))
-            drawn += [self.items[index] for index in self._order[self.position : end]]
+            end = min(len(self._order), self.position + n - len(drawn_items))
+            drawn_items += [self.items[index] for index in self._order[self.position : end]]
             self.position = end
-        return drawn
+        return drawn_items
 
     @property
     def epoch_size(self) -> int:
@@ -100,13 +100,13 @@ class PromptSampler(EpochSampler[Prompt]):
             weights: by kind.
         """
         fractions = drawn_fractions(self.items, weights)
-        drawn: list[Prompt] = []
-        while len(drawn) < n:
+        drawn_prompts: list[Prompt] = []
+        while len(drawn_prompts) < n:
             [prompt] = self.next(1)
             number = random.Random(f"{self.seed}/{self.epoch}/{prompt.id}").random()
             if number < fractions[prompt.kind]:
-                drawn.append(prompt)
-        return drawn
+                drawn_prompts.append(prompt)
+        return drawn_prompts
 
 
 def drawn_fractions(prompts: Sequence[Prompt], weights: Mapping[str, float]) -> dict[str, float]:
@@ -129,11 +129,11 @@ def drawn_fractions(prompts: Sequence[Prompt], weights: Mapping[str, float]) -> 
                 key=f"rl.kind_weights.{name}",
                 cause=Cause.UNKNOWN,
             )
-    largest = max(weights.get(kind, 1.0) for kind in kinds)
-    if not largest:
+    max_weight = max(weights.get(kind, 1.0) for kind in kinds)
+    if not max_weight:
         raise UserError(
             f"rl.kind_weights: all kinds of questions have weight 0 ({kinds})",
             key="rl.kind_weights",
             cause=Cause.EMPTY,
         )
-    return {kind: weights.get(kind, 1.0) / largest for kind in kinds}
+    return {kind: weights.get(kind, 1.0) / max_weight for kind in kinds}

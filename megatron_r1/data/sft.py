@@ -134,9 +134,9 @@ def read_example(location: str, row: CanonicalRow, report: DataReport | None = N
 
     Raises:
         UserError: the row has no known form."""
-    for form, read in ROW_FORMS:
+    for form, read_form in ROW_FORMS:
         try:
-            example = read(row)
+            example = read_form(row)
         except ValueError as error:
             raise UserError(
                 f"{location}: {form}: {error}", key=form, cause=Cause.MALFORMED
@@ -154,7 +154,7 @@ def read_example(location: str, row: CanonicalRow, report: DataReport | None = N
 def find_form(row: CanonicalRow) -> str | None:
     """Return which form of `ROW_FORMS` a row has; None for none, and for one that is malformed."""
     try:
-        return next((form for form, read in ROW_FORMS if read(row) is not None), None)
+        return next((form for form, read_form in ROW_FORMS if read_form(row) is not None), None)
     except ValueError:
         return None
 
@@ -187,17 +187,17 @@ def _prompt_and_completion(row: CanonicalRow) -> Parts | None:
     """Read {prompt or input, completion} as lists of messages; a text next to a list is one
     message."""
     prompt = row["prompt"] if row.get("prompt") is not None else row.get("input")
-    learned = row.get("completion") or row.get("response") or row.get("output")
-    before, after = read_chat(prompt), read_chat(learned)
-    if before is None and after is None:
+    completion = row.get("completion") or row.get("response") or row.get("output")
+    prompt_messages, completion_messages = read_chat(prompt), read_chat(completion)
+    if prompt_messages is None and completion_messages is None:
         return None
-    if before is None and isinstance(prompt, str):
-        before = [{"role": "user", "content": prompt}]
-    if after is None and isinstance(learned, str):
-        after = [{"role": "assistant", "content": learned}]
-    if not before or not after:
+    if prompt_messages is None and isinstance(prompt, str):
+        prompt_messages = [{"role": "user", "content": prompt}]
+    if completion_messages is None and isinstance(completion, str):
+        completion_messages = [{"role": "assistant", "content": completion}]
+    if not prompt_messages or not completion_messages:
         return None
-    return _conversation([*before, *after], len(before), row)
+    return _conversation([*prompt_messages, *completion_messages], len(prompt_messages), row)
 
 
 def _chat(row: CanonicalRow) -> Parts | None:
@@ -264,10 +264,10 @@ def _conversation(messages: list[Message], first_loss_message: int, row: Canonic
     if system and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system}, *messages]
         first_loss_message += 1
-    learned = [message for message in messages[first_loss_message:] if has_loss(message)]
-    if not learned:
+    learned_messages = [message for message in messages[first_loss_message:] if has_loss(message)]
+    if not learned_messages:
         raise ValueError("no message of the assistant, from whose messages is learned")
-    if not any(m["content"].strip() or "tool_calls" in m for m in learned):
+    if not any(m["content"].strip() or "tool_calls" in m for m in learned_messages):
         raise ValueError("the assistant's messages are empty")
     if messages[0]["role"] == "assistant" and len(messages) == 1:
         raise ValueError("the only message is the assistant's; it has no prompt")

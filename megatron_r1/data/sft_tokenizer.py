@@ -52,8 +52,10 @@ class SFTTokenizer:
             raise self._no_template()
         if self._template is not None:
             find_template(self._template, "sft.template")
-        read = str(self._tokenizer.chat_template)
-        self._thoughts = [key for key in THOUGHT_KEYS if re.search(rf"[.'\"]{key}\b", read)]
+        template_text = str(self._tokenizer.chat_template)
+        self._thoughts = [
+            key for key in THOUGHT_KEYS if re.search(rf"[.'\"]{key}\b", template_text)
+        ]
         self._marks = has_chat and bool(GENERATION_BLOCK.search(str(self._tokenizer.chat_template)))
 
     def encode(self, example: SFTExample) -> tuple[list[int], list[bool]]:
@@ -69,11 +71,11 @@ class SFTTokenizer:
         prompt, response = example.prompt, example.response
         if example.messages:
             prompt, response = self._exchange(example)
-        before = self._text.encode(prompt)
-        after = self._text.encode_response(response)
-        if not before:  # a text without a prompt, of a tokenizer that puts nothing in front
-            before, after = after[:1], after[1:]
-        return [*before, *after], [False] * len(before) + [True] * len(after)
+        prompt_ids = self._text.encode(prompt)
+        response_ids = self._text.encode_response(response)
+        if not prompt_ids:  # a text without a prompt, of a tokenizer that puts nothing in front
+            prompt_ids, response_ids = response_ids[:1], response_ids[1:]
+        return [*prompt_ids, *response_ids], [False] * len(prompt_ids) + [True] * len(response_ids)
 
     def _with_thought(self, message: Message) -> Message:
         """Return a message with its thought under the key that the chat template reads; where it
@@ -97,8 +99,14 @@ class SFTTokenizer:
         """Return prompt and response of a conversation in a text template."""
         if self._template is None:
             raise self._no_template(example.location)
-        *before, question, answer = example.messages if len(example.messages) > 1 else ({}, {})
-        roles = {m["role"] for m in before} - {"system"}, question.get("role"), answer.get("role")
+        *messages_before, question, answer = (
+            example.messages if len(example.messages) > 1 else ({}, {})
+        )
+        roles = (
+            {m["role"] for m in messages_before} - {"system"},
+            question.get("role"),
+            answer.get("role"),
+        )
         is_one = roles == (set(), "user", "assistant")
         if not is_one or example.tools or "tool_calls" in answer:
             raise UserError(
@@ -107,7 +115,7 @@ class SFTTokenizer:
                 key="sft.template",
                 cause=Cause.CONFLICT,
             )
-        system = system_text(before, "sft.template")
+        system = system_text(messages_before, "sft.template")
         return render_template(self._template, question["content"], system), answer["content"]
 
     def _no_template(self, location: str = "") -> UserError:
@@ -129,10 +137,10 @@ class SFTTokenizer:
             example: the example that it belongs to.
             messages: the messages as the template gets them."""
         text = self._render(example, messages)
-        encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
+        encoding = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, offsets = list(encoding["input_ids"]), encoding["offset_mapping"]
         if self._marks and all(has_loss(m) for m in messages if m["role"] == "assistant"):
-            learned = self._marked(example, messages)
+            are_learned = self._marked(example, messages)
         else:
             shift = len(messages) - len(example.messages)
             spans = [
@@ -140,22 +148,22 @@ class SFTTokenizer:
                 for number in range(max(0, example.first_loss_message + shift), len(messages))
                 if has_loss(messages[number])
             ]
-            learned = self._learned_tokens(ids, offsets, spans)
+            are_learned = self._learned_tokens(ids, offsets, spans)
         if ids:
-            learned[0] = False
-        if not any(learned):
+            are_learned[0] = False
+        if not any(are_learned):
             raise self._hidden(example)
-        return ids, learned
+        return ids, are_learned
 
     def _marked(self, example: SFTExample, messages: list[Message]) -> list[bool]:
         """Return what the template marks as generated."""
-        encoded = self._tokenizer.apply_chat_template(
+        encoding = self._tokenizer.apply_chat_template(
             messages,
             tools=example.tools,
             return_dict=True,
             return_assistant_tokens_mask=True,
         )
-        learned = [bool(mark) for mark in encoded["assistant_masks"]]
+        are_learned = [bool(mark) for mark in encoding["assistant_masks"]]
         if example.first_loss_message:
             first = len(messages) - len(example.messages) + example.first_loss_message
             start = len(
@@ -163,8 +171,8 @@ class SFTTokenizer:
                     self._render(example, messages[:first], prompt=True), add_special_tokens=False
                 )["input_ids"]
             )
-            learned = [mark and index >= start for index, mark in enumerate(learned)]
-        return learned
+            are_learned = [mark and index >= start for index, mark in enumerate(are_learned)]
+        return are_learned
 
     def _span(
         self, example: SFTExample, messages: list[Message], number: int, text: str
@@ -182,8 +190,10 @@ class SFTTokenizer:
         if prompt and text.startswith(prompt) and text.startswith(conversation):
             return len(prompt), len(conversation)
         # The template writes earlier turns in another form than the last: without their thoughts.
-        marked = {"role": "assistant", "content": TURN_MARK}
-        marked_text = self._render(example, [*messages[:number], marked, *messages[number + 1 :]])
+        marked_message = {"role": "assistant", "content": TURN_MARK}
+        marked_text = self._render(
+            example, [*messages[:number], marked_message, *messages[number + 1 :]]
+        )
         if TURN_MARK not in marked_text:
             raise self._hidden(example)
         begin = len(os.path.commonprefix([text, marked_text]))
@@ -194,33 +204,41 @@ class SFTTokenizer:
 
     def _ending(self, tail: str) -> str:
         """Return the start of what follows a message, through the token that ends the turn."""
-        ends = [token for token in self._tokenizer.all_special_tokens if tail.startswith(token)]
-        if ends:
-            return max(ends, key=len)
-        stripped = tail.lstrip()
-        ends = [token for token in self._tokenizer.all_special_tokens if stripped.startswith(token)]
-        return tail[: len(tail) - len(stripped)] + max(ends, key=len) if ends else ""
+        end_tokens = [
+            token for token in self._tokenizer.all_special_tokens if tail.startswith(token)
+        ]
+        if end_tokens:
+            return max(end_tokens, key=len)
+        stripped_tail = tail.lstrip()
+        end_tokens = [
+            token for token in self._tokenizer.all_special_tokens if stripped_tail.startswith(token)
+        ]
+        return (
+            tail[: len(tail) - len(stripped_tail)] + max(end_tokens, key=len) if end_tokens else ""
+        )
 
     def _learned_tokens(
         self, ids: list[int], offsets: Sequence[tuple[int, int]], spans: list[tuple[int, int]]
     ) -> list[bool]:
         """Return which tokens lie in the spans; of white space behind a turn's end token none."""
-        special = set(self._tokenizer.all_special_ids)
-        learned = [False] * len(ids)
+        special_ids = set(self._tokenizer.all_special_ids)
+        are_learned = [False] * len(ids)
         for begin, end in spans:
             indices = [index for index, (start, stop) in enumerate(offsets) if begin <= start < end]
             indices = [index for index in indices if offsets[index][1] <= end]
-            last = max((index for index in indices if ids[index] in special), default=None)
+            last_index = max(
+                (index for index in indices if ids[index] in special_ids), default=None
+            )
             if (
-                last is not None
+                last_index is not None
                 and not self._tokenizer.decode(
-                    [ids[index] for index in indices if index > last]
+                    [ids[index] for index in indices if index > last_index]
                 ).strip()
             ):
-                indices = [index for index in indices if index <= last]
+                indices = [index for index in indices if index <= last_index]
             for index in indices:
-                learned[index] = True
-        return learned
+                are_learned[index] = True
+        return are_learned
 
     def _render(
         self, example: SFTExample, messages: Sequence[Message], prompt: bool = False

@@ -85,8 +85,8 @@ def _lines(file: IO[AnyStr], path: Path, key: str) -> Iterator[AnyStr]:
 
 def data_suffix(path: Path) -> str | None:
     """Return the format of a file by its name, a key of `READER_BY_SUFFIX`; None for another."""
-    *_, before, last = ["", "", *(suffix.lower() for suffix in path.suffixes)]
-    suffix = before if last == GZIP and before != ".parquet" else last
+    *_, suffix_before, last_suffix = ["", "", *(suffix.lower() for suffix in path.suffixes)]
+    suffix = suffix_before if last_suffix == GZIP and suffix_before != ".parquet" else last_suffix
     return suffix if suffix in READER_BY_SUFFIX else None
 
 
@@ -174,8 +174,8 @@ def _read_json(path: Path, key: str) -> Iterator[LocatedRow]:
     of pandas, or of lines of objects, as many data sets name them .json."""
     with _open(path) as file:
         first = next(_lines(file, path, key)).removeprefix(codecs.BOM_UTF8)
-        second = next(filter(bytes.strip, _lines(file, path, key)), b"")
-    if _is_object(first) and second.lstrip().startswith(b"{"):
+        second_line = next(filter(bytes.strip, _lines(file, path, key)), b"")
+    if _is_object(first) and second_line.lstrip().startswith(b"{"):
         yield from _read_jsonl(path, key)
     else:
         yield from _read_list(path, key)
@@ -253,14 +253,15 @@ def _read_csv(path: Path, key: str) -> Iterator[LocatedRow]:
     last."""
     csv.field_size_limit(MAX_ROW_BYTES)
     try:
-        with _open(path) as raw, io.TextIOWrapper(raw, "utf-8-sig", newline="") as file:
+        with _open(path) as raw_file, io.TextIOWrapper(raw_file, "utf-8-sig", newline="") as file:
             delimiter = max(",;\t|", key=next(_lines(file, path, key)).count)
             file.seek(0)
             reader = csv.DictReader(_lines(file, path, key), delimiter=delimiter)
             names = list(reader.fieldnames or ())
-            if twice := next((n for n in names if n.strip() and names.count(n) > 1), None):
+            if repeated_name := next((n for n in names if n.strip() and names.count(n) > 1), None):
                 raise UserError(
-                    f"{path}:1: two columns have the name {twice!r}; give each one of its own",
+                    f"{path}:1: two columns have the name {repeated_name!r}; give each one of "
+                    "its own",
                     key=key,
                     cause=Cause.DUPLICATE,
                 )

@@ -161,15 +161,17 @@ def end_tokens(
     """
     path = Path(folder)
     if tokenizer is not None:
-        added = {number: str(token) for number, token in tokenizer.added_tokens_decoder.items()}
+        added_tokens = {
+            number: str(token) for number, token in tokenizer.added_tokens_decoder.items()
+        }
         eos = tokenizer.eos_token_id
     else:
         settings = _read_if_there(path / TOKENIZER_CONFIG)
-        added = _added_tokens(path, settings)
+        added_tokens = _added_tokens(path, settings)
         name = settings.get("eos_token")
         name = name.get("content") if isinstance(name, dict) else name
-        eos = next((number for number, text in added.items() if text == name), None)
-    by_text = {text: number for number, text in added.items()}
+        eos = next((number for number, text in added_tokens.items() if text == name), None)
+    by_text = {text: number for number, text in added_tokens.items()}
     file_by_id: dict[int, str] = {} if eos is None else {eos: TOKENIZER_CONFIG}
     for number in _ids(_read_if_there(path / END_TOKEN_FILES), path / END_TOKEN_FILES, key):
         file_by_id.setdefault(number, END_TOKEN_FILES)
@@ -178,7 +180,7 @@ def end_tokens(
         if isinstance(part, dict):
             is_list = isinstance(part.get("eos_token_id"), list)
             for number in _ids(part, path / CONFIG, key):
-                if is_list or number in added:
+                if is_list or number in added_tokens:
                     file_by_id.setdefault(number, CONFIG)
     end_texts = [text for text in TURN_ENDS if text in by_text]
     end_texts += GLM if all(text in by_text for text in GLM) else ()
@@ -187,7 +189,7 @@ def end_tokens(
         file_by_id.setdefault(by_text[text], TOKENIZER)
     size = _vocab_size(config)
     return [
-        EndToken(number, added.get(number, ""), source)
+        EndToken(number, added_tokens.get(number, ""), source)
         for number, source in file_by_id.items()
         if size is None or number < size
     ]
@@ -227,14 +229,14 @@ def _vocab_size(config: Mapping[str, Any]) -> int | None:
 
 def _added_tokens(path: Path, settings: Mapping[str, Any]) -> dict[int, str]:
     """Return id → text of the tokens that are no pieces of text."""
-    added = {}
+    added_tokens = {}
     decoder = settings.get("added_tokens_decoder")
     for number, token in decoder.items() if isinstance(decoder, dict) else ():
         if isinstance(token, dict) and str(number).isdigit():
-            added[int(number)] = str(token.get("content", ""))
-    if added:
-        return added
+            added_tokens[int(number)] = str(token.get("content", ""))
+    if added_tokens:
+        return added_tokens
     for token in _read_if_there(path / TOKENIZER).get("added_tokens") or ():
         if isinstance(token, dict) and isinstance(token.get("id"), int):
-            added[token["id"]] = str(token.get("content", ""))
-    return added
+            added_tokens[token["id"]] = str(token.get("content", ""))
+    return added_tokens

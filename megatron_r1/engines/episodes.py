@@ -123,10 +123,10 @@ class Episode:
         """Return the sampled tokens of all turns, end to end, as one response."""
         token_ids, logprobs, versions = array("i"), array("f"), array("i")
         for branch in self.branches:
-            sampled = np.frombuffer(branch.is_sampled, bool)
-            token_ids.frombytes(np.asarray(branch.token_ids)[sampled].tobytes())
-            logprobs.frombytes(np.asarray(branch.logprobs)[sampled].tobytes())
-            versions.frombytes(np.asarray(branch.policy_versions)[sampled].tobytes())
+            is_sampled = np.frombuffer(branch.is_sampled, bool)
+            token_ids.frombytes(np.asarray(branch.token_ids)[is_sampled].tobytes())
+            logprobs.frombytes(np.asarray(branch.logprobs)[is_sampled].tobytes())
+            versions.frombytes(np.asarray(branch.policy_versions)[is_sampled].tobytes())
         reason = "length" if self.status == "max_tokens" else "stop"
         return Response(token_ids, logprobs, versions, reason)
 

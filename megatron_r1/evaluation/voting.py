@@ -176,7 +176,7 @@ async def _meaning_groups(pool: RewardPool, votes: Sequence[Vote]) -> dict[str |
     """Return key → group of distinct answers: each joins the first earlier one of equal meaning.
     Answers whose comparison runs out of time or memory count as different."""
     representatives: list[Vote] = []
-    numbers: dict[str | Fraction, int] = {}
+    groups: dict[str | Fraction, int] = {}
     for vote in votes:
         candidates = [candidate for candidate in representatives if _may_be_same(candidate, vote)]
         grades = await asyncio.gather(
@@ -186,15 +186,15 @@ async def _meaning_groups(pool: RewardPool, votes: Sequence[Vote]) -> dict[str |
             o for o, grade in zip(candidates, grades, strict=True) if grade.reward == 1.0
         ]
         if equal_answers:
-            numbers[vote.key] = numbers[equal_answers[0].key]
+            groups[vote.key] = groups[equal_answers[0].key]
         else:
-            numbers[vote.key] = len(representatives)
+            groups[vote.key] = len(representatives)
             representatives.append(vote)
-    return numbers
+    return groups
 
 
 def _may_be_same(left: Vote, right: Vote) -> bool:
-    numbers = isinstance(left.key, Fraction) and isinstance(right.key, Fraction)
-    if numbers and "." not in left.text + right.text:
+    are_numbers = isinstance(left.key, Fraction) and isinstance(right.key, Fraction)
+    if are_numbers and "." not in left.text + right.text:
         return False  # exact and different; decimals may be the same to six places
     return bool(left.text and right.text)

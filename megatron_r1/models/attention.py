@@ -109,8 +109,8 @@ class _SinkAttention(torch.autograd.Function):
         scale: float,
     ) -> Tensor:
         """Return out (b, h, s, d), the module's equation; lse is in fp32 or wider."""
-        causal = mask is None
-        out, lse = flash_forward(query, key, value, 0.0, causal, attn_mask=mask, scale=scale)
+        is_causal = mask is None
+        out, lse = flash_forward(query, key, value, 0.0, is_causal, attn_mask=mask, scale=scale)
         total_lse = torch.logaddexp(lse, sink_logits.to(lse.dtype)[:, None])
         out = (out * (lse - total_lse).exp()[..., None]).to(query.dtype)
         ctx.save_for_backward(query, key, value, sink_logits, mask, out, total_lse)
@@ -125,8 +125,8 @@ class _SinkAttention(torch.autograd.Function):
         """
         query, key, value, sink_logits, mask, out, total_lse = ctx.saved_tensors
         row = grad, query, key, value, out, total_lse
-        causal = mask is None
-        parts = flash_backward(*row, 0.0, causal, attn_mask=mask, scale=ctx.scale)
+        is_causal = mask is None
+        parts = flash_backward(*row, 0.0, is_causal, attn_mask=mask, scale=ctx.scale)
         sink_weight = (sink_logits.to(total_lse.dtype)[:, None] - total_lse).exp()
         d_sink_logits = -(sink_weight * (grad * out).sum(-1)).sum((0, 2)).to(sink_logits.dtype)
         return *parts, d_sink_logits, None, None
@@ -157,10 +157,10 @@ class CoreAttention(MegatronModule):
         super().__init__(config=config)
         self.softmax_scale = softmax_scale or (k_channels or config.kv_channels) ** -0.5
         self.group, self.tensor_group = pg_collection.cp, pg_collection.tp
-        windowed = is_layer_window_attention(
+        has_window = is_layer_window_attention(
             config.window_size, config.window_attn_skip_freq, layer_number
         )
-        self.window: int | None = config.window_size[0] + 1 if windowed else None
+        self.window: int | None = config.window_size[0] + 1 if has_window else None
         self.softmax_offset: torch.nn.Parameter | None = None
         if config.softmax_type == "learnable":
             heads = config.num_attention_heads // self.tensor_group.size()
@@ -201,8 +201,8 @@ class CoreAttention(MegatronModule):
         if prefixes is not None:
             assert self.softmax_offset is None and self.window is None, "see check_shared_prompts"
             parts = query, key, value, cu_seqlens
-            joined = prefix_attention(*parts, prefixes, self.softmax_scale)
-            return joined.flatten(1)
+            joined_output = prefix_attention(*parts, prefixes, self.softmax_scale)
+            return joined_output.flatten(1)
         if self.group.size() > 1:
             parts = query, key, value, cu_seqlens
             return ring_attention(*parts, self.softmax_scale, self.group).flatten(1)
@@ -274,10 +274,10 @@ def _attend(
     size, value_size = key.shape[3], value.shape[3]
     if size != value_size:
         # Flash attention takes one size. Zeros change no product, and their outputs are cut off.
-        widest = max(size, value_size)
-        query, key, value = (pad(x, (0, widest - x.shape[3])) for x in (query, key, value))
-    grouped = query.shape[1] != key.shape[1]
+        max_size = max(size, value_size)
+        query, key, value = (pad(x, (0, max_size - x.shape[3])) for x in (query, key, value))
+    is_grouped = query.shape[1] != key.shape[1]
     out = scaled_dot_product_attention(
-        query, key, value, is_causal=True, scale=scale, enable_gqa=grouped
+        query, key, value, is_causal=True, scale=scale, enable_gqa=is_grouped
     )
     return out[..., :value_size]

@@ -153,8 +153,8 @@ def attention_divisions(
         ]
     if not transformer_engine:
         # MLASelfAttention creates column-parallel down-projections, which LatentAttention replaces.
-        latent = hf_config["kv_lora_rank"] + hf_config["qk_rope_head_dim"]
-        rules.append(("kv_lora_rank + qk_rope_head_dim", latent, "tensor"))
+        latent_size = hf_config["kv_lora_rank"] + hf_config["qk_rope_head_dim"]
+        rules.append(("kv_lora_rank + qk_rope_head_dim", latent_size, "tensor"))
         if hf_config.get("q_lora_rank"):
             rules.append(("q_lora_rank", hf_config["q_lora_rank"], "tensor"))
     return rules
@@ -175,9 +175,11 @@ def _grouped_query(hf_config: HFConfig) -> dict[str, Any]:
             key="num_attention_heads",
             cause=Cause.INDIVISIBLE,
         )
-    if (rotated := int(size * _rope(hf_config)["partial_rotary_factor"])) % 2 or not rotated:
+    if (
+        num_rotated := int(size * _rope(hf_config)["partial_rotary_factor"])
+    ) % 2 or not num_rotated:
         raise UserError(
-            f"config.json: {rotated} numbers of a head are rotated (head_dim, or hidden_size / "
+            f"config.json: {num_rotated} numbers of a head are rotated (head_dim, or hidden_size / "
             "num_attention_heads, x partial_rotary_factor), which must be pairs",
             key="partial_rotary_factor",
             cause=Cause.OUT_OF_RANGE,
@@ -233,13 +235,16 @@ def rope_parameters(hf_config: HFConfig) -> dict[str, Any]:
     Raises:
         UserError: two of these disagree.
     """
-    new, old = hf_config.get("rope_parameters") or {}, hf_config.get("rope_scaling") or {}
-    rope = {**old, **new}
-    outside = {name: hf_config.get(name) for name in ("rope_theta", "partial_rotary_factor")}
-    for name, value in [*old.items(), *outside.items()]:
+    new_settings, old_settings = (
+        hf_config.get("rope_parameters") or {},
+        hf_config.get("rope_scaling") or {},
+    )
+    rope = {**old_settings, **new_settings}
+    outer_settings = {name: hf_config.get(name) for name in ("rope_theta", "partial_rotary_factor")}
+    for name, value in [*old_settings.items(), *outer_settings.items()]:
         if value is not None and rope.setdefault(name, value) not in (value,):
             remedy = "leave one"
-            if name in outside and name in new:
+            if name in outer_settings and name in new_settings:
                 remedy = "transformers and vLLM read the latter: remove the former, if so meant"
             raise UserError(
                 f"config.json: {name}={value!r} next to rope_parameters with "
@@ -280,11 +285,11 @@ def _rope(hf_config: HFConfig) -> dict[str, Any]:
             cause=Cause.UNSUPPORTED,
         )
     known_keys = {"rope_type", "rope_theta", "partial_rotary_factor", *_ROPE_KEYS[kind]}
-    if unknown := {k: v for k, v in rope.items() if k not in known_keys and v is not None}:
+    if unknown_settings := {k: v for k, v in rope.items() if k not in known_keys and v is not None}:
         raise UserError(
-            f"config.json: {unknown} of the rotary settings is not supported with rope_type="
-            f"{kind!r}; remove it if it changes nothing",
-            key=min(unknown),
+            f"config.json: {unknown_settings} of the rotary settings is not supported with "
+            f"rope_type={kind!r}; remove it if it changes nothing",
+            key=min(unknown_settings),
             cause=Cause.UNSUPPORTED,
         )
     if kind != "default" and (rope.get("factor") or 1.0) < 1.0:

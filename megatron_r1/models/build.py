@@ -161,9 +161,9 @@ class PolicyModel(ChunkModel):
             return hidden_states
         if runs_mtp:
             assert labels is not None, "MTP layers predict labels"
-            hidden_states, *predicted = hidden_states.chunk(1 + self.config.mtp_num_layers)
+            hidden_states, *predicted_states = hidden_states.chunk(1 + self.config.mtp_num_layers)
             hidden_states = self._with_mtp_loss(
-                hidden_states, predicted, labels, loss_mask, context["packed_seq_params"]
+                hidden_states, predicted_states, labels, loss_mask, context["packed_seq_params"]
             )
         hidden_states, _ = self.output_layer(hidden_states, weight=lm_head_weight(self))
         return hidden_states.transpose(0, 1).contiguous()
@@ -173,10 +173,12 @@ class PolicyModel(ChunkModel):
         if self.mtp_only_divisor is None:
             return self.mtp(hidden_states=hidden_states, embedding=self.embedding, **arguments)
         # Needs a gradient: a recomputed layer whose inputs need none would get none itself.
-        constant = hidden_states.detach().requires_grad_()
-        states = self.mtp(hidden_states=constant, embedding=self._constant_embedding, **arguments)
-        predicted = states[len(hidden_states) :]
-        return torch.cat([hidden_states, predicted])
+        constant_states = hidden_states.detach().requires_grad_()
+        states = self.mtp(
+            hidden_states=constant_states, embedding=self._constant_embedding, **arguments
+        )
+        predicted_states = states[len(hidden_states) :]
+        return torch.cat([hidden_states, predicted_states])
 
     def _constant_embedding(self, **tokens: Tensor) -> Tensor:
         return self.embedding(**tokens).detach()
@@ -216,9 +218,9 @@ class PolicyModel(ChunkModel):
                     avg_group=self.pg_collection.dp_cp,
                 )
             # With per-token losses the schedule divides by the number of tokens of the whole step.
-            share = 1 if self.config.calculate_per_token_loss else num_tokens.clamp(min=1)
-            share *= self.mtp_only_divisor or 1
-            hidden = MTPLossAutoScaler.apply(hidden, scale * losses / share)
+            divisor = 1 if self.config.calculate_per_token_loss else num_tokens.clamp(min=1)
+            divisor *= self.mtp_only_divisor or 1
+            hidden = MTPLossAutoScaler.apply(hidden, scale * losses / divisor)
         return hidden
 
     def _cross_entropy(
@@ -235,11 +237,11 @@ class PolicyModel(ChunkModel):
                 them."""
         hidden, _ = self.output_layer(states)
         hidden = hidden.transpose(0, 1).reshape(-1, hidden.shape[-1])
-        trusted = contextlib.nullcontext() if rows is None else trusted_values()
+        trust = contextlib.nullcontext() if rows is None else trusted_values()
         if rows is None:
             rows = mask.reshape(-1).nonzero()[:, 0]
         weight = lm_head_weight(self)
-        with trusted:
+        with trust:
             logprobs, _ = linear_token_logprobs(
                 hidden[rows],
                 weight if self.mtp_only_divisor is None else weight.detach(),
@@ -373,7 +375,7 @@ def build_model(
     tensor_parallel = config.tensor_model_parallel_size
     num_virtual = config.virtual_pipeline_model_parallel_size
     kind = ScoreModel if has_score_head(hf_config) else PolicyModel
-    built = kind(
+    built_model = kind(
         config=config,
         transformer_layer_spec=block,
         mtp_block_spec=mtp,
@@ -386,17 +388,17 @@ def build_model(
         vp_stage=vp_stage,
         **model_arguments(hf_config),
     )
-    built.unpadded_vocab_size = hf_config["vocab_size"]
-    correct_attributes(built, config)
+    built_model.unpadded_vocab_size = hf_config["vocab_size"]
+    correct_attributes(built_model, config)
     if config.multi_latent_attention:
-        _set_latent_epsilon(built)
+        _set_latent_epsilon(built_model)
     scaling = rope_scaling(hf_config)
     if scaling:
-        rotary = built.rotary_pos_emb
+        rotary = built_model.rotary_pos_emb
         rotary.inv_freq = rotary._apply_scaling(rotary.inv_freq, **scaling)
     if yarn := yarn_scaling(hf_config):
-        _set_yarn(built, **yarn)
-    return built
+        _set_yarn(built_model, **yarn)
+    return built_model
 
 
 def process_groups(chunks: Sequence[torch.nn.Module]) -> ProcessGroupCollection:
@@ -454,9 +456,9 @@ def _set_yarn(
     low, high = yarn_rotary_pos_embedding._yarn_find_correction_range(
         beta_fast, beta_slow, size, rope_theta, original_max_position_embeddings, truncate
     )
-    scaled = yarn_rotary_pos_embedding._yarn_linear_ramp_mask(
+    ramp = yarn_rotary_pos_embedding._yarn_linear_ramp_mask(
         low, high, size // 2, rotary.inv_freq.device
     )
-    rotary.inv_freq = rotary.inv_freq * (1 - scaled) + rotary.inv_freq / factor * scaled
+    rotary.inv_freq = rotary.inv_freq * (1 - ramp) + rotary.inv_freq / factor * ramp
     # Megatron's attention multiplies by 1 + ln(factor) / 10 where its configuration has this.
     model.config.yarn_rotary_scaling_factor = factor

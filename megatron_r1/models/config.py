@@ -354,9 +354,13 @@ def _pipeline_fields(parallel: ParallelConfig, num_layers: int, num_mtp: int) ->
     Raises:
         UserError: Megatron cannot run the layout.
     """
-    ranks, virtual, layout = parallel.pipeline, parallel.virtual_pipeline, parallel.pipeline_layout
-    layout = layout or uneven_layout(num_layers, ranks, virtual, num_mtp=num_mtp)
-    stages = pipeline_stages(num_layers, ranks, virtual, num_mtp=num_mtp, layout=layout)
+    ranks, virtual_stages, layout = (
+        parallel.pipeline,
+        parallel.virtual_pipeline,
+        parallel.pipeline_layout,
+    )
+    layout = layout or uneven_layout(num_layers, ranks, virtual_stages, num_mtp=num_mtp)
+    stages = pipeline_stages(num_layers, ranks, virtual_stages, num_mtp=num_mtp, layout=layout)
     if ranks == 1:
         if len(stages[0]) > 1:
             raise UserError(
@@ -373,14 +377,14 @@ def _pipeline_fields(parallel: ParallelConfig, num_layers: int, num_mtp: int) ->
             key="parallel.pipeline_layout",
             cause=Cause.UNSUPPORTED,
         )
-    interleaved = len(stages[0]) > 1
+    is_interleaved = len(stages[0]) > 1
     return {
         "pipeline_model_parallel_layout": layout,
-        "virtual_pipeline_model_parallel_size": len(stages[0]) if interleaved else None,
+        "virtual_pipeline_model_parallel_size": len(stages[0]) if is_interleaved else None,
         # Each direction is a message of its own, on its way while a chunk computes. Shapes, which
         # Megatron would swap between two ranks (p2p_communication.py:221, Megatron-Core 0.16.1),
         # are not sent: `trainer.stage_communication` knows them.
-        "overlap_p2p_comm": interleaved,
+        "overlap_p2p_comm": is_interleaved,
     }
 
 
@@ -394,9 +398,9 @@ def _recompute_fields(parallel: ParallelConfig, fields: Mapping[str, Any]) -> di
             "recompute_method": "uniform",
             "recompute_num_layers": 1,
         }
-    lacking = set() if "kv_lora_rank" in fields else {"mla_up_proj"}
+    lacking_modules = set() if "kv_lora_rank" in fields else {"mla_up_proj"}
     if not fields.get("num_moe_experts"):
-        lacking |= {"moe", "moe_act", "shared_experts"}
+        lacking_modules |= {"moe", "moe_act", "shared_experts"}
     modules = parallel.recompute_modules
     for module in modules:
         if module not in RECOMPUTABLE:
@@ -405,7 +409,7 @@ def _recompute_fields(parallel: ParallelConfig, fields: Mapping[str, Any]) -> di
                 key="parallel.recompute_modules",
                 cause=Cause.UNKNOWN,
             )
-        if module in lacking:
+        if module in lacking_modules:
             raise UserError(
                 f"parallel.recompute_modules: this model has no {module!r}; leave it",
                 key="parallel.recompute_modules",

@@ -45,11 +45,13 @@ def gathered_order(cu_seqlens: Tensor, num_ranks: int) -> Tensor:
         cu_seqlens: (S + 1,) integers from 0 to T.
         num_ranks: the number of ranks of the context-parallel group.
     """
-    gathered = torch.cat(
+    gathered_positions = torch.cat(
         [positions_of_rank(cu_seqlens, rank, num_ranks) for rank in range(num_ranks)]
     )
-    order = torch.empty_like(gathered)
-    order[gathered] = torch.arange(len(gathered), device=gathered.device)
+    order = torch.empty_like(gathered_positions)
+    order[gathered_positions] = torch.arange(
+        len(gathered_positions), device=gathered_positions.device
+    )
     return order
 
 

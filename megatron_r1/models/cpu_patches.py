@@ -80,9 +80,9 @@ def _patch_current_device() -> None:
     "torch.cuda.Stream()",
 )
 def _patch_streams() -> None:
-    only = _Stream()
+    only_stream = _Stream()
     torch.cuda.Stream, torch.cuda.Event = _Stream, _Event
-    torch.cuda.current_stream = torch.cuda.default_stream = lambda device=None: only
+    torch.cuda.current_stream = torch.cuda.default_stream = lambda device=None: only_stream
     torch.cuda.stream = lambda stream: contextlib.nullcontext()
     torch.cuda.synchronize = lambda device=None: None
     torch.cuda.empty_cache = lambda: None
@@ -242,10 +242,10 @@ def _patch_uneven_gathers() -> None:
     gather, scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
 
     def padded(parts: list[torch.Tensor], length: int) -> torch.Tensor:
-        stacked = parts[0].new_zeros(len(parts), length, *parts[0].shape[1:])
-        for row, part in zip(stacked, parts, strict=True):
+        stacked_parts = parts[0].new_zeros(len(parts), length, *parts[0].shape[1:])
+        for row, part in zip(stacked_parts, parts, strict=True):
             row[: len(part)] = part
-        return stacked.flatten(0, 1)
+        return stacked_parts.flatten(0, 1)
 
     def gather_uneven(input_, group, output_split_sizes=None, use_global_buffer=False):
         if output_split_sizes is None or group.size() == 1:

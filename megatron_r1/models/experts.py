@@ -22,12 +22,12 @@ def expert_fields(hf_config: HFConfig) -> dict[str, Any]:
         return {}
     need(hf_config, "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size")
     _check_layer_types(hf_config)
-    size, shared = hf_config["moe_intermediate_size"], hf_config.get("n_shared_experts") or 0
+    size, num_shared = hf_config["moe_intermediate_size"], hf_config.get("n_shared_experts") or 0
     return {
         "num_moe_experts": hf_config["n_routed_experts"],
         "moe_layer_freq": [int(sparse) for sparse in sparse_layers(hf_config)],
         "moe_ffn_hidden_size": size,
-        "moe_shared_expert_intermediate_size": size * shared or None,
+        "moe_shared_expert_intermediate_size": size * num_shared or None,
         "moe_router_topk": hf_config["num_experts_per_tok"],
         "moe_router_score_function": function,
         "moe_router_enable_expert_bias": function == "sigmoid",
@@ -54,9 +54,13 @@ def expert_divisions(hf_config: HFConfig) -> list[tuple[str, int, str]]:
     if not hf_config.get("n_routed_experts"):
         return []
     size = hf_config["moe_intermediate_size"]
-    shared = size * (hf_config.get("n_shared_experts") or 0)
+    shared_size = size * (hf_config.get("n_shared_experts") or 0)
     return [
-        *([("moe_intermediate_size * n_shared_experts", shared, "tensor")] if shared else []),
+        *(
+            [("moe_intermediate_size * n_shared_experts", shared_size, "tensor")]
+            if shared_size
+            else []
+        ),
         ("hidden_size", hf_config["hidden_size"], "tensor"),
         ("n_routed_experts", hf_config["n_routed_experts"], "expert"),
         ("moe_intermediate_size", size, "expert_tensor"),

@@ -196,24 +196,24 @@ def round_to_fp8(x: Tensor, tile: Tile, dtype: torch.dtype, power_of_two: bool) 
     if x.numel() == 0:
         return x.float()
     rows, columns = (size or length for size, length in zip(tile, x.shape, strict=True))
-    down, across = -(-x.shape[0] // rows), -(-x.shape[1] // columns)
+    blocks_down, blocks_across = -(-x.shape[0] // rows), -(-x.shape[1] // columns)
     values = x.float()
-    cut_off = (down * rows, across * columns) != x.shape
+    cut_off = (blocks_down * rows, blocks_across * columns) != x.shape
     if cut_off:
-        values = values.new_zeros(down * rows, across * columns)
+        values = values.new_zeros(blocks_down * rows, blocks_across * columns)
         values[: x.shape[0], : x.shape[1]] = x
-    values = values.view(down, rows, across, columns)
+    values = values.view(blocks_down, rows, blocks_across, columns)
     scale = _scale(values.abs().amax(dim=(1, 3), keepdim=True), dtype, power_of_two)
-    rounded = (values * scale).to(dtype).float().mul_(1.0 / scale)
-    rounded = rounded.view(down * rows, across * columns)
-    return rounded[: x.shape[0], : x.shape[1]] if cut_off else rounded
+    rounded_values = (values * scale).to(dtype).float().mul_(1.0 / scale)
+    rounded_values = rounded_values.view(blocks_down * rows, blocks_across * columns)
+    return rounded_values[: x.shape[0], : x.shape[1]] if cut_off else rounded_values
 
 
 def _scale(amax: Tensor, dtype: torch.dtype, power_of_two: bool) -> Tensor:
     """Return the fp32 factor of each tile; NaN where `amax` is not finite."""
     # A tensor, not a number: dividing a number by a CUDA tensor computes a reciprocal first.
-    largest = amax.new_tensor(torch.finfo(dtype).max)
-    scale = (largest / amax).clamp_(max=torch.finfo(torch.float32).max)
+    max_value = amax.new_tensor(torch.finfo(dtype).max)
+    scale = (max_value / amax).clamp_(max=torch.finfo(torch.float32).max)
     if power_of_two:
         scale = (scale.view(torch.int32) & _EXPONENT_BITS).view(torch.float32)
     scale = torch.where(amax == 0, 1.0, scale)

@@ -65,10 +65,12 @@ def fp32_main_grad(weight: Tensor) -> Tensor | None:
 
     Args:
         weight: the head's, which may be the embedding's too."""
-    total = getattr(weight, "main_grad", None)
-    if total is None or not (torch.is_grad_enabled() and weight.requires_grad):
+    main_grad = getattr(weight, "main_grad", None)
+    if main_grad is None or not (torch.is_grad_enabled() and weight.requires_grad):
         return None
-    return total if total.dtype == torch.promote_types(weight.dtype, torch.float32) else None
+    return (
+        main_grad if main_grad.dtype == torch.promote_types(weight.dtype, torch.float32) else None
+    )
 
 
 def skip_zero_gradients(weight: Tensor) -> None:

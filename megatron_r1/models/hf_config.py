@@ -244,11 +244,11 @@ def describe_config_changes(path: str | Path, key: str = "model.path") -> list[s
     sentences: list[str] = []
     if not any(name in ARCHITECTURES for name in hf_config.get("architectures") or ()):
         return sentences
-    if added := implied_settings(hf_config):
-        listed = ", ".join(f"{name}={value!r}" for name, value in added.items())
+    if added_settings := implied_settings(hf_config):
+        settings_text = ", ".join(f"{name}={value!r}" for name, value in added_settings.items())
         sentences.append(
-            f"config.json lacks {listed}, which every {hf_config['architectures'][0]} has; they "
-            "are added for vLLM and in exports"
+            f"config.json lacks {settings_text}, which every {hf_config['architectures'][0]} has; "
+            "they are added for vLLM and in exports"
         )
     if _lacks_mtp(path, hf_config):
         sentences.append(
@@ -324,7 +324,7 @@ def score_model_config(hf_config: HFConfig) -> HFConfig:
             cause=Cause.UNSUPPORTED,
         )
     names = [n.removesuffix(_SUFFIXES["language"]) for n in hf_config["architectures"]]
-    scored = {
+    score_fields = {
         **hf_config,
         "architectures": [n.removesuffix(_SUFFIXES["score"]) + _SUFFIXES["score"] for n in names],
         "num_labels": 1,
@@ -332,7 +332,7 @@ def score_model_config(hf_config: HFConfig) -> HFConfig:
         "label2id": {"score": 0},
         "tie_word_embeddings": False,
     }
-    return scored | {name: 0 for name in _MTP_COUNTS if name in hf_config}
+    return score_fields | {name: 0 for name in _MTP_COUNTS if name in hf_config}
 
 
 def _check_labels(file: Path, hf_config: HFConfig) -> None:
@@ -375,8 +375,8 @@ def sparse_layers(hf_config: HFConfig) -> list[bool]:
         return [False for _ in layers]
     first = hf_config.get("first_k_dense_replace") or 0
     step = hf_config.get("decoder_sparse_step") or 1
-    dense = hf_config.get("mlp_only_layers") or []
-    return [i >= first and i not in dense and (i + 1) % step == 0 for i in layers]
+    dense_layers = hf_config.get("mlp_only_layers") or []
+    return [i >= first and i not in dense_layers and (i + 1) % step == 0 for i in layers]
 
 
 def key_value_heads(hf_config: HFConfig) -> int:
@@ -408,11 +408,11 @@ def require(hf_config: HFConfig, **allowed: Any) -> None:
     """Raise UserError for a field of `hf_config` that is set to another value than the one
     allowed."""
     for name, value in allowed.items():
-        actual = hf_config.get(name)
-        if actual is not None and actual != value:
+        actual_value = hf_config.get(name)
+        if actual_value is not None and actual_value != value:
             remedy = "leave it out" if value is None else f"only {value!r} is"
             raise UserError(
-                f"{name}={actual!r} in config.json is not supported, {remedy}",
+                f"{name}={actual_value!r} in config.json is not supported, {remedy}",
                 key=name,
                 cause=Cause.UNSUPPORTED,
             )
@@ -420,11 +420,11 @@ def require(hf_config: HFConfig, **allowed: Any) -> None:
 
 def need(hf_config: HFConfig, *names: str) -> None:
     """Raise UserError naming every field of `names` that `hf_config` lacks."""
-    missing = [name for name in names if hf_config.get(name) is None]
-    if missing:
+    missing_names = [name for name in names if hf_config.get(name) is None]
+    if missing_names:
         raise UserError(
-            f"config.json lacks {', '.join(missing)}; add the model's own value",
-            key=missing[0],
+            f"config.json lacks {', '.join(missing_names)}; add the model's own value",
+            key=missing_names[0],
             cause=Cause.MISSING,
         )
 

@@ -71,17 +71,17 @@ class _Normalize(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x_fp32 = x.float()
         scale = x_fp32.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-        normalized = (x_fp32 * scale).to(x.dtype)
-        ctx.save_for_backward(normalized, scale, weight)
-        return weight * normalized
+        normalized_x = (x_fp32 * scale).to(x.dtype)
+        ctx.save_for_backward(normalized_x, scale, weight)
+        return weight * normalized_x
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        normalized, scale, weight = ctx.saved_tensors
-        product = grad.float() * normalized
+        normalized_x, scale, weight = ctx.saved_tensors
+        product = grad.float() * normalized_x
         d_weight = product.flatten(0, -2).sum(0).to(weight.dtype)
         mean = product.mul_(weight).mean(-1, keepdim=True)
-        d_x = torch.addcmul(grad.float() * weight, normalized.float(), mean, value=-1)
+        d_x = torch.addcmul(grad.float() * weight, normalized_x.float(), mean, value=-1)
         return d_x.mul_(scale).to(grad.dtype), d_weight, None
 
 
@@ -129,8 +129,8 @@ class LatentAttention(MLASelfAttention):
 
     def __init__(self, config: MLATransformerConfig, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)
-        latent = config.kv_lora_rank + config.qk_pos_emb_head_dim
-        self.linear_kv_down_proj = ReplicatedLinear(config.hidden_size, latent, config)
+        latent_size = config.kv_lora_rank + config.qk_pos_emb_head_dim
+        self.linear_kv_down_proj = ReplicatedLinear(config.hidden_size, latent_size, config)
         if config.q_lora_rank is not None:
             self.linear_q_down_proj = ReplicatedLinear(
                 config.hidden_size, config.q_lora_rank, config

@@ -32,12 +32,12 @@ class LengthBuckets:
 
         Args:
             lengths: (S,) int64, tokens per sequence."""
-        padded = (lengths + BUCKET_TOKENS - 1) // BUCKET_TOKENS * BUCKET_TOKENS
-        order = padded.argsort(stable=True)
-        starts = torch.empty_like(padded)
-        starts[order] = padded[order].cumsum(0) - padded[order]
+        padded_lengths = (lengths + BUCKET_TOKENS - 1) // BUCKET_TOKENS * BUCKET_TOKENS
+        order = padded_lengths.argsort(stable=True)
+        starts = torch.empty_like(padded_lengths)
+        starts[order] = padded_lengths[order].cumsum(0) - padded_lengths[order]
         self._slots = concat_ranges(starts, lengths)
-        widths, rows = padded.unique(return_counts=True)
+        widths, rows = padded_lengths.unique(return_counts=True)
         # Sequences without tokens have width 0, and so no bucket.
         shapes = zip(rows.tolist(), widths.tolist(), strict=True)
         self._shapes = [(count, width) for count, width in shapes if width]
@@ -53,15 +53,15 @@ class LengthBuckets:
             size: the size of the last dimension of the batches, at least d; None: d."""
         sizes = [count * width for count, width in self._shapes]
         size = x.shape[2] if size is None else size
-        padded = x.new_zeros(sum(sizes), x.shape[1], size)
-        padded[self._slots, :, : x.shape[2]] = x
-        parts = zip(padded.split(sizes), self._shapes, strict=True)
+        padded_x = x.new_zeros(sum(sizes), x.shape[1], size)
+        padded_x[self._slots, :, : x.shape[2]] = x
+        parts = zip(padded_x.split(sizes), self._shapes, strict=True)
         return [part.unflatten(0, shape).transpose(1, 2) for part, shape in parts]
 
     def unpad(self, batches: Sequence[Tensor]) -> Tensor:
         """Return packed (t, h, d): the reverse of `pad`."""
-        flat = [batch.transpose(1, 2).flatten(0, 1) for batch in batches]
-        return torch.cat(flat).index_select(0, self._slots)
+        flat_batches = [batch.transpose(1, 2).flatten(0, 1) for batch in batches]
+        return torch.cat(flat_batches).index_select(0, self._slots)
 
     def padding_masks(self, dtype: torch.dtype) -> list[Tensor | None]:
         """Return, per bucket, what to add to scores so that no query sees padding: -inf there, 0

@@ -138,16 +138,16 @@ def count_parameters(
             return ParameterCounts(buffers=values)
         if name.startswith("mtp.") and mtp == "frozen":
             return ParameterCounts(frozen=values)
-        padded = -(-values // 64) * 64
+        num_padded = -(-values // 64) * 64
         if entry.is_expert:
-            return ParameterCounts(expert=values, expert_padded=padded)
-        return ParameterCounts(dense=values, dense_padded=padded)
+            return ParameterCounts(expert=values, expert_padded=num_padded)
+        return ParameterCounts(dense=values, dense_padded=num_padded)
 
     counts = sum((count(*item) for item in entries.items()), ParameterCounts())
     if adapters is None:
         return counts
-    frozen = ParameterCounts(frozen=counts.parameters, buffers=counts.buffers)
-    return frozen + count_parameters(adapters, mtp)
+    frozen_counts = ParameterCounts(frozen=counts.parameters, buffers=counts.buffers)
+    return frozen_counts + count_parameters(adapters, mtp)
 
 
 def persistent_bytes(
@@ -164,13 +164,13 @@ def persistent_bytes(
         optimizer_shards: the ranks that share dense parameters, and those that share experts.
         moments: the dtype of the moments on this device."""
     per_parameter = parameter_bytes(config.model.dtype, moments)
-    dense, expert = _padded(counts, optimizer_shards)
-    shared = dense / optimizer_shards[0] + expert / optimizer_shards[1]
-    values = dense + expert + counts.frozen
+    num_dense, num_expert = _padded(counts, optimizer_shards)
+    num_sharded = num_dense / optimizer_shards[0] + num_expert / optimizer_shards[1]
+    values = num_dense + num_expert + counts.frozen
     return {
         "parameters": values * per_parameter.value + FP32_BYTES * counts.buffers,
-        "gradients": (dense + expert) * per_parameter.gradient,
-        "optimizer": round(shared * per_parameter.optimizer),
+        "gradients": (num_dense + num_expert) * per_parameter.gradient,
+        "optimizer": round(num_sharded * per_parameter.optimizer),
     }
 
 
@@ -191,27 +191,27 @@ def checkpoint_bytes(
         counts: the rank's parameters.
         optimizer_shards: the ranks that share dense parameters, and those that share experts.
         with_reference: whether a reference is kept."""
-    trained = counts.dense / optimizer_shards[0] + counts.expert / optimizer_shards[1]
-    written = trained
+    num_trained = counts.dense / optimizer_shards[0] + counts.expert / optimizer_shards[1]
+    num_written = num_trained
     if config.model.lora is None:  # frozen MTP layers; next to adapters nothing frozen is written
-        written += counts.frozen / optimizer_shards[0]
-    num_bytes = (1 + with_reference) * written * BYTES[config.model.dtype]
-    return round(3 * FP32_BYTES * trained + num_bytes)
+        num_written += counts.frozen / optimizer_shards[0]
+    num_bytes = (1 + with_reference) * num_written * BYTES[config.model.dtype]
+    return round(3 * FP32_BYTES * num_trained + num_bytes)
 
 
 def reference_bytes(config: Config, counts: ParameterCounts) -> int:
     """Return bytes of a rank's reference: of all that may change, so not of frozen weights under
     adapters."""
-    changing = counts.parameters if config.model.lora is None else counts.trained
-    return changing * BYTES[config.model.dtype] + FP32_BYTES * counts.buffers
+    num_changing = counts.parameters if config.model.lora is None else counts.trained
+    return num_changing * BYTES[config.model.dtype] + FP32_BYTES * counts.buffers
 
 
 def _padded(counts: ParameterCounts, optimizer_shards: tuple[int, int]) -> tuple[int, int]:
     """Return the values in the gradient buffers of dense and of expert parameters."""
     multiples = (math.lcm(num_shards, 128) for num_shards in optimizer_shards)
     sizes = (counts.dense_padded, counts.expert_padded)
-    dense, expert = (-(-n // m) * m for n, m in zip(sizes, multiples, strict=True))
-    return dense, expert
+    num_dense, num_expert = (-(-n // m) * m for n, m in zip(sizes, multiples, strict=True))
+    return num_dense, num_expert
 
 
 @dataclass(frozen=True)
@@ -241,10 +241,12 @@ class LayerActivations:
         """Return the bytes kept from the forward pass to the backward pass."""
         if parallel.recompute == "full":
             return self.input
-        dropped = set(parallel.recompute_modules if parallel.recompute == "selective" else ())
-        if "moe" in dropped:
-            dropped |= _INSIDE_MOE
-        saved_sizes = (size for name, size in self.modules.items() if name not in dropped)
+        dropped_modules = set(
+            parallel.recompute_modules if parallel.recompute == "selective" else ()
+        )
+        if "moe" in dropped_modules:
+            dropped_modules |= _INSIDE_MOE
+        saved_sizes = (size for name, size in self.modules.items() if name not in dropped_modules)
         return self.input + self.always + sum(saved_sizes)
 
     def backward_bytes(self, parallel: ParallelConfig) -> int:
@@ -282,42 +284,44 @@ def layer_activations(
     divides = parallel.splits_sequences(bool(hf_config.get("n_routed_experts")))
     split = all_tokens / tensor if divides else all_tokens
     hidden, heads = hf_config["hidden_size"], hf_config["num_attention_heads"] / tensor
-    head, out = head_sizes(hf_config)
+    head_size, out_size = head_sizes(hf_config)
     modules = {"layernorm": 2 * hidden * split * value}
-    always = hidden * split * value  # the residual between attention and MLP
+    always_bytes = hidden * split * value  # the residual between attention and MLP
     if key := hf_config.get("kv_lora_rank"):
         query = hf_config.get("q_lora_rank") or 0
         latents = ((2 + num_extra) * (query + key) + hf_config["qk_rope_head_dim"]) * split
-        always += (latents + heads * out * all_tokens) * value
+        always_bytes += (latents + heads * out_size * all_tokens) * value
         # Local layers: the heads' rotary part; q, k and v in batches of one head size.
-        copies = num_extra * (2 * head + out + 3 * max(head, out))
-        modules["mla_up_proj"] = heads * (2 * head + out + copies) * all_tokens * value
+        copies = num_extra * (2 * head_size + out_size + 3 * max(head_size, out_size))
+        modules["mla_up_proj"] = heads * (2 * head_size + out_size + copies) * all_tokens * value
     else:
         # With fewer key and value heads than ranks, several ranks have the same one.
         groups = max(key_value_heads(hf_config), tensor) / tensor
         # Local layers: q and k before and after their positions; q, k and v in batches.
-        always += (2 + 3 * num_extra) * (heads + groups) * head * all_tokens * value
+        always_bytes += (2 + 3 * num_extra) * (heads + groups) * head_size * all_tokens * value
     modules["core_attn"] = 4 * heads * all_tokens
     dispatch = 0.0
     if sparse:
-        routed = hf_config["num_experts_per_tok"] * split
-        intermediate = hf_config["moe_intermediate_size"]
-        at_expert = routed * imbalance * parallel.expert_tensor
-        local_intermediate = intermediate / parallel.expert_tensor
+        num_routed = hf_config["num_experts_per_tok"] * split
+        intermediate_size = hf_config["moe_intermediate_size"]
+        at_expert = num_routed * imbalance * parallel.expert_tensor
+        local_intermediate = intermediate_size / parallel.expert_tensor
         scores = (3 + num_extra) * FP32_BYTES * hf_config["n_routed_experts"] * split
         values_per_token = (1 + num_extra) * hidden + (2 + num_extra) * local_intermediate
         modules["moe"] = at_expert * values_per_token * value + scores
         modules["moe_act"] = at_expert * local_intermediate * value
-        shared = intermediate * (hf_config.get("n_shared_experts") or 0)
-        modules["shared_experts"] = (3 + num_extra) * shared / tensor * all_tokens * value
+        shared_size = intermediate_size * (hf_config.get("n_shared_experts") or 0)
+        modules["shared_experts"] = (3 + num_extra) * shared_size / tensor * all_tokens * value
         # The sent and the received tokens, sorted by expert, exist at once.
         dispatch = 2 * at_expert * hidden * value
     else:
         modules["mlp"] = (
             (3 + num_extra) * hf_config["intermediate_size"] / tensor * all_tokens * value
         )
-    rounded = {name: round(num_bytes) for name, num_bytes in modules.items()}
-    return LayerActivations(round(hidden * split * value), round(always), rounded, round(dispatch))
+    module_bytes = {name: round(num_bytes) for name, num_bytes in modules.items()}
+    return LayerActivations(
+        round(hidden * split * value), round(always_bytes), module_bytes, round(dispatch)
+    )
 
 
 def head_bytes(

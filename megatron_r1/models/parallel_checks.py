@@ -45,11 +45,11 @@ def check_divisions(
                 cause=Cause.CONFLICT,
             )
     family = model_family(hf_config)
-    refused = {
+    is_refused_by_key = {
         "context": family.attention_sinks or family.sliding_windows,
         "expert_tensor": family.linear_biases,
     }
-    for key, is_refused in refused.items():
+    for key, is_refused in is_refused_by_key.items():
         if is_refused and (ranks := getattr(parallel, key)) > 1:
             raise UserError(
                 f"parallel.{key}={ranks} is not supported for {hf_config['architectures'][0]}"

@@ -111,11 +111,13 @@ def roll_packed(
     all_tokens = tensor
     if cp_group is not None and cp_group.size() > 1:
         # Over context parallelism: the token behind a chunk's last one is on another rank.
-        gathered = tensor.new_empty(cp_group.size() * len(tensor), *tensor.shape[1:])
-        dist.all_gather_into_tensor(gathered, tensor.contiguous(), group=cp_group)
-        all_tokens = gathered.unflatten(0, (cp_group.size(), -1)).movedim(0, -2).flatten(-2)
-    rolled = all_tokens.index_select(-1, next_token_index.clamp(min=0)) * (next_token_index >= 0)
-    return rolled, rolled.sum()
+        gathered_tensor = tensor.new_empty(cp_group.size() * len(tensor), *tensor.shape[1:])
+        dist.all_gather_into_tensor(gathered_tensor, tensor.contiguous(), group=cp_group)
+        all_tokens = gathered_tensor.unflatten(0, (cp_group.size(), -1)).movedim(0, -2).flatten(-2)
+    rolled_tensor = all_tokens.index_select(-1, next_token_index.clamp(min=0)) * (
+        next_token_index >= 0
+    )
+    return rolled_tensor, rolled_tensor.sum()
 
 
 _MEGATRONS_ROLL = multi_token_prediction._roll_tensor_packed_seq
@@ -140,16 +142,16 @@ def _route(
     experts). With `use_pre_softmax` the weights are the scores as they are, instead of normalized
     over the chosen experts. `expert_bias`, (experts,), counts in the choice only."""
     assert not fused, "no model here sets moe_router_fusion"
-    wide = logits.float()
-    scores = wide.softmax(-1) if score_function == "softmax" else wide.sigmoid()
-    best = GROUP_SCORES[score_function]
+    fp32_logits = logits.float()
+    scores = fp32_logits.softmax(-1) if score_function == "softmax" else fp32_logits.sigmoid()
+    num_best = GROUP_SCORES[score_function]
 
     def choose(
         scores: Tensor, topk: int, num_groups: int | None = None, group_topk: int | None = None
     ) -> tuple[Tensor, Tensor]:
         if group_topk:
             assert num_groups, "topk of groups without groups"
-            scores = _within_groups(scores, num_groups, group_topk, best)
+            scores = _within_groups(scores, num_groups, group_topk, num_best)
         return scores.topk(topk, dim=-1)
 
     basis = scores if expert_bias is None else scores + expert_bias
@@ -162,17 +164,19 @@ def _route(
     if not use_pre_softmax:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
     weights = (weights * (scaling_factor or 1.0)).to(logits.dtype)
-    routed = torch.zeros_like(logits, dtype=torch.bool).scatter(1, experts, True)
-    return torch.zeros_like(logits).scatter(1, experts, weights), routed
+    is_routed = torch.zeros_like(logits, dtype=torch.bool).scatter(1, experts, True)
+    return torch.zeros_like(logits).scatter(1, experts, weights), is_routed
 
 
 def _within_groups(scores: Tensor, num_groups: int, group_topk: int, best: int) -> Tensor:
     """Return scores (T, experts), -inf outside the `group_topk` groups with the highest sums of
     their `best` highest scores."""
-    grouped = scores.unflatten(-1, (num_groups, -1))
-    groups = grouped.topk(best, dim=-1).values.sum(-1).topk(group_topk, dim=-1).indices
-    left_out = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter(1, groups, False)
-    return grouped.masked_fill(left_out[..., None], -torch.inf).flatten(1)
+    grouped_scores = scores.unflatten(-1, (num_groups, -1))
+    groups = grouped_scores.topk(best, dim=-1).values.sum(-1).topk(group_topk, dim=-1).indices
+    is_left_out = torch.ones_like(grouped_scores[..., 0], dtype=torch.bool).scatter(
+        1, groups, False
+    )
+    return grouped_scores.masked_fill(is_left_out[..., None], -torch.inf).flatten(1)
 
 
 PATCHES: list[Patch] = []

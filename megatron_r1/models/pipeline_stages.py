@@ -117,7 +117,7 @@ def uneven_layout(
 
 def _spread(num_layers: int, pipeline: int, virtual: int, num_mtp: int) -> str:
     chunks = pipeline * virtual
-    length, extra = divmod(num_layers, chunks)
+    length, num_extra = divmod(num_layers, chunks)
     if not length:
         raise UserError(
             f"parallel.pipeline={pipeline} x parallel.virtual_pipeline={virtual} are {chunks} "
@@ -127,8 +127,8 @@ def _spread(num_layers: int, pipeline: int, virtual: int, num_mtp: int) -> str:
             cause=Cause.TOO_LARGE,
         )
     costliest_last = [*range(1, chunks - 1), 0]
-    longer = costliest_last[:extra]
-    groups = ["t" * (length + (chunk in longer)) for chunk in range(chunks)]
+    longer_chunks = costliest_last[:num_extra]
+    groups = ["t" * (length + (chunk in longer_chunks)) for chunk in range(chunks)]
     return "E" + "|".join(groups) + "m" * num_mtp + "L"
 
 
@@ -149,11 +149,11 @@ def _unrolled(text: str, layout: str) -> Iterator[str]:
                 key="parallel.pipeline_layout",
                 cause=Cause.MALFORMED,
             )
-        group, times, item, repeats = match.groups()
+        group, num_times, item, repeats = match.groups()
         if item:
             yield item * int(repeats or 1)
         else:
-            yield "".join(_unrolled(group, layout)) * int(times)
+            yield "".join(_unrolled(group, layout)) * int(num_times)
         position = match.end()
 
 
@@ -180,21 +180,22 @@ def _check(
             f"virtual stages, parallel.virtual_pipeline is {virtual}",
             Cause.CONFLICT,
         )
-    flat = "".join(groups)
+    flat_layout = "".join(groups)
     for kind, name, expected_count in (
         ("E", "the embedding", 1),
         ("L", "the loss", 1),
         ("t", "decoder layers", num_layers),
         ("m", "MTP layers", num_mtp),
     ):
-        if flat.count(kind) != expected_count:
+        if flat_layout.count(kind) != expected_count:
             refuse(
-                f"{name} ({kind}) must stand there {expected_count} times, not {flat.count(kind)}",
+                f"{name} ({kind}) must stand there {expected_count} times, not "
+                f"{flat_layout.count(kind)}",
                 Cause.CONFLICT,
             )
-    if flat[0] != "E" or flat[-1] != "L":
+    if flat_layout[0] != "E" or flat_layout[-1] != "L":
         refuse("it must begin with E and end with L")
-    if "m" in flat and flat.rindex("t") > flat.index("m"):
+    if "m" in flat_layout and flat_layout.rindex("t") > flat_layout.index("m"):
         refuse("MTP layers (m) come after all decoder layers (t)")
     with_mtp = [index for index, group in enumerate(groups) if "m" in group]
     if len(with_mtp) > 1 or (with_mtp and with_mtp[0] < len(groups) - pipeline):

@@ -43,10 +43,10 @@ TRANSFORMER_ENGINE_VERSION = "2.20.2"
 def _check_megatron() -> None:
     """Raise UserError for another Megatron-Core than the tested one: lines of it are patched, and
     the weight tables have its names."""
-    installed = metadata.version("megatron-core")
-    if installed != MEGATRON_VERSION:
+    installed_version = metadata.version("megatron-core")
+    if installed_version != MEGATRON_VERSION:
         raise UserError(
-            f"megatron-core {installed} is installed, and this code is written against "
+            f"megatron-core {installed_version} is installed, and this code is written against "
             f"{MEGATRON_VERSION}: pip install --no-deps megatron-core=={MEGATRON_VERSION}",
             key="megatron-core",
             cause=Cause.CONFLICT,
@@ -56,14 +56,15 @@ def _check_megatron() -> None:
 def warn_of_transformer_engine() -> None:
     """Warn of another Transformer Engine than the tested one: images bring their own."""
     try:
-        installed = metadata.version("transformer-engine")
+        installed_version = metadata.version("transformer-engine")
     except metadata.PackageNotFoundError:  # built from a source folder without metadata
         return
     # An image's own build has the commit behind a plus sign.
-    if installed.partition("+")[0] != TRANSFORMER_ENGINE_VERSION:
+    if installed_version.partition("+")[0] != TRANSFORMER_ENGINE_VERSION:
         warnings.warn(
-            f"transformer-engine {installed} is installed, and {TRANSFORMER_ENGINE_VERSION} is "
-            "tested (requirements/cuda.lock); names and checkpoints of its layers may differ",
+            f"transformer-engine {installed_version} is installed, and "
+            f"{TRANSFORMER_ENGINE_VERSION} is tested (requirements/cuda.lock); names and "
+            "checkpoints of its layers may differ",
             stacklevel=2,
         )
 
@@ -116,15 +117,15 @@ def create_store(
     Raises:
         OSError: where the port is taken.
     """
-    listening = _listen("" if everywhere else address, port)
-    port = listening.getsockname()[1]
+    listener = _listen("" if everywhere else address, port)
+    port = listener.getsockname()[1]
     store = dist.TCPStore(
         address,
         port,
         is_master=True,
         timeout=timeout or dist.default_pg_timeout,
         wait_for_workers=False,
-        master_listen_fd=listening.detach(),  # the store closes it
+        master_listen_fd=listener.detach(),  # the store closes it
     )
     _hosted.add((address, port))
     return store
@@ -287,12 +288,12 @@ def empty_on_host(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         if not _REAL_CUDA or "out of memory" not in str(error):
             raise
         size = torch.Size(shape).numel() * dtype.itemsize
-        allocated = 1 << (size - 1).bit_length()
+        allocated_bytes = 1 << (size - 1).bit_length()
         raise UserError(
             f"this node has not enough memory to pin {size / 2**30:.3g} GiB for a trainer rank's "
-            f"checkpoint, reference or offload, for which torch takes {allocated / 2**30:.3g} GiB, "
-            "the next power of two; give the node more memory, or spread the model over more ranks "
-            "(parallel.tensor, .pipeline, .expert)",
+            "checkpoint, reference or offload, for which torch takes "
+            f"{allocated_bytes / 2**30:.3g} GiB, the next power of two; give the node more memory, "
+            "or spread the model over more ranks (parallel.tensor, .pipeline, .expert)",
             key="host_memory",
             cause=Cause.TOO_LARGE,
         ) from error

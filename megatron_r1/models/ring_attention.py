@@ -103,18 +103,20 @@ class _RingAttention(torch.autograd.Function):
         masks = halves.buckets.padding_masks(query.dtype)
         # Sums over chunks are in fp32 at least.
         sum_dtype = torch.promote_types(query.dtype, torch.float32)
-        merged: list[list[Any]] = [[None] * len(masks) for _ in queries]  # (out, lse)
+        merged_chunks: list[list[Any]] = [[None] * len(masks) for _ in queries]  # (out, lse)
         for owner, share in _ring_shares(torch.cat([key, value], 2), group):
             keys = halves.pad(share[..., : key.shape[2]], size)
             values = halves.pad(share[..., key.shape[2] :], size)
-            for half, key_half, causal in _visible_chunk_pairs(rank, owner, num_ranks):
+            for half, key_half, is_causal in _visible_chunk_pairs(rank, owner, num_ranks):
                 for index, q in enumerate(queries[half]):
                     k, v = (repeat_kv(x[key_half][index], q.shape[1]) for x in (keys, values))
-                    mask = None if causal else masks[index]
-                    out, lse = flash_forward(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
-                    merged[half][index] = _merge_chunks(merged[half][index], out.to(sum_dtype), lse)
+                    mask = None if is_causal else masks[index]
+                    out, lse = flash_forward(q, k, v, 0.0, is_causal, attn_mask=mask, scale=scale)
+                    merged_chunks[half][index] = _merge_chunks(
+                        merged_chunks[half][index], out.to(sum_dtype), lse
+                    )
         out, lse = (
-            halves.unpad([[part[n] for part in half] for half in merged], count)
+            halves.unpad([[part[n] for part in half] for half in merged_chunks], count)
             for n, count in enumerate((value.shape[2], 1))
         )
         ctx.save_for_backward(query, key, value, out := out.to(query.dtype), lse)
@@ -140,7 +142,7 @@ class _RingAttention(torch.autograd.Function):
         d_queries = [
             [torch.zeros_like(q, dtype=accumulation_dtype) for q in half] for half in queries
         ]
-        arriving: Callable[[], Tensor] | None = None
+        wait_for_share: Callable[[], Tensor] | None = None
         for owner, share in _ring_shares(torch.cat([key, value], 2), group):
             keys = halves.pad(share[..., : key.shape[2]], size)
             values = halves.pad(share[..., key.shape[2] :], size)
@@ -151,12 +153,12 @@ class _RingAttention(torch.autograd.Function):
                 ]
                 for halves_of_share in (keys, values)
             )
-            for half, key_half, causal in _visible_chunk_pairs(rank, owner, num_ranks):
+            for half, key_half, is_causal in _visible_chunk_pairs(rank, owner, num_ranks):
                 for index, q in enumerate(queries[half]):
                     k, v = (repeat_kv(x[key_half][index], q.shape[1]) for x in (keys, values))
                     row = (grads[half][index], q, k, v, outs[half][index], normalizers[half][index])
-                    mask = None if causal else masks[index]
-                    parts = flash_backward(*row, 0.0, causal, attn_mask=mask, scale=ctx.scale)
+                    mask = None if is_causal else masks[index]
+                    parts = flash_backward(*row, 0.0, is_causal, attn_mask=mask, scale=ctx.scale)
                     sums = (
                         d_queries[half][index],
                         d_keys[key_half][index],
@@ -171,12 +173,12 @@ class _RingAttention(torch.autograd.Function):
                 ],
                 2,
             )
-            if arriving is not None:
-                d_share += arriving()
+            if wait_for_share is not None:
+                d_share += wait_for_share()
             # The gradients follow their share, and so come home after one round.
-            arriving = _send_to_next(d_share, group)
-        assert arriving is not None, "a group has at least one rank"
-        d_key, d_value = arriving().to(key.dtype).split([key.shape[2], value.shape[2]], 2)
+            wait_for_share = _send_to_next(d_share, group)
+        assert wait_for_share is not None, "a group has at least one rank"
+        d_key, d_value = wait_for_share().to(key.dtype).split([key.shape[2], value.shape[2]], 2)
         d_query = halves.unpad(d_queries, query.shape[2]).to(query.dtype)
         return d_query, d_key, d_value, None, None, None
 
@@ -194,16 +196,16 @@ def _ring_shares(share: Tensor, group: ProcessGroup) -> Iterator[tuple[int, Tens
     """Yield (rank, its share), this rank's first. The next share arrives while one is in use."""
     rank, num_ranks = group.rank(), group.size()
     for step in range(num_ranks):
-        arriving = _send_to_next(share, group) if step < num_ranks - 1 else None
+        wait_for_share = _send_to_next(share, group) if step < num_ranks - 1 else None
         yield (rank - step) % num_ranks, share
-        if arriving is not None:
-            share = arriving()
+        if wait_for_share is not None:
+            share = wait_for_share()
 
 
 def _send_to_next(x: Tensor, group: ProcessGroup) -> Callable[[], Tensor]:
     """Start sending x, contiguous, to the next rank of the ring, and receiving what the previous
     rank sends; return a function that waits for both and returns what was received."""
-    arriving = torch.empty_like(x)
+    received_x = torch.empty_like(x)
     # Point to point between neighbors in `group`, the context-parallel ranks: an all-gather would
     # hold the keys and values of all ranks at once, here a rank holds two shares next to its own.
     destination, source = (
@@ -212,14 +214,14 @@ def _send_to_next(x: Tensor, group: ProcessGroup) -> Callable[[], Tensor]:
     # Together: over NCCL a send that stands alone blocks the stream until it is received.
     operations = [
         dist.P2POp(dist.isend, x, destination, group),
-        dist.P2POp(dist.irecv, arriving, source, group),
+        dist.P2POp(dist.irecv, received_x, source, group),
     ]
     works = dist.batch_isend_irecv(operations)
 
     def wait() -> Tensor:
         for work in works:
             work.wait()
-        return arriving
+        return received_x
 
     return wait
 

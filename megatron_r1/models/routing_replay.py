@@ -103,17 +103,17 @@ class LayerReplay:
             num_groups: the number of groups of experts, for `default_compute_topk`.
             group_topk: the number of groups of a token, for `default_compute_topk`.
             default_compute_topk: the router's own choice."""
-        self._pass = current = self._current_pass()
-        if current.chosen is not None:
-            experts = current.chosen.long()
+        self._pass = current_pass = self._current_pass()
+        if current_pass.chosen is not None:
+            experts = current_pass.chosen.long()
             return scores.gather(1, experts), experts
         _, experts = default_compute_topk(
             scores, topk, num_groups=num_groups, group_topk=group_topk
         )
-        if current.recorded is not None:
-            experts = self._replay_experts(current.recorded, experts)
+        if current_pass.recorded is not None:
+            experts = self._replay_experts(current_pass.recorded, experts)
         if self._is_recomputed():
-            current.chosen = experts.short()
+            current_pass.chosen = experts.short()
         return scores.gather(1, experts), experts
 
     def _replay_experts(self, recorded: RecordedRouting, router_choice: Tensor) -> Tensor:
@@ -195,8 +195,8 @@ class RoutingReplay:
                     replays.append(_attach(layer.mlp, moe_index))
                     if shape is not None:
                         self.layers.append(shape.moe_layers.index(layer.layer_number - 1))
-            predicting = getattr(model, "mtp", None)
-            for mtp_layer in predicting.layers if predicting is not None and recomputes else ():
+            mtp_block = getattr(model, "mtp", None)
+            for mtp_layer in mtp_block.layers if mtp_block is not None and recomputes else ():
                 if hasattr(mtp_layer.transformer_layer.mlp, "router"):
                     replays.append(_attach(mtp_layer.transformer_layer.mlp, None))
 
@@ -261,14 +261,14 @@ class RoutingReplay:
         nothing was replayed."""
         if not self.is_on:
             return {}
-        total = torch.zeros(2, dtype=torch.int64, device=device)
+        counts = torch.zeros(2, dtype=torch.int64, device=device)
         for replay in self._layer_replays():
             if isinstance(replay.num_compared, Tensor):
-                total += torch.stack([torch.as_tensor(replay.num_agreed), replay.num_compared])
+                counts += torch.stack([torch.as_tensor(replay.num_agreed), replay.num_compared])
         # Over all ranks: every router of every rank has other tokens or is another layer.
-        dist.all_reduce(total)
-        agreed, compared = total.tolist()
-        return {"routing/agreement": agreed / compared} if compared else {}
+        dist.all_reduce(counts)
+        num_agreed, num_compared = counts.tolist()
+        return {"routing/agreement": num_agreed / num_compared} if num_compared else {}
 
     def _layer_replays(self) -> Iterator[LayerReplay]:
         for replays in self._chunks.values():

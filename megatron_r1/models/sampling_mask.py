@@ -112,14 +112,14 @@ def check_mask(mask: Buffer, token_ids: Sequence[int], vocab_size: int | None) -
         mask: the bytes.
         token_ids: the sampled tokens.
         vocab_size: the size of the vocabulary; None: unknown."""
-    decoded = decode_mask(mask, len(token_ids))
-    counts, ids = decoded
+    decoded_mask = decode_mask(mask, len(token_ids))
+    counts, ids = decoded_mask
     if len(ids):
         if ids.min() < 0 or (vocab_size and ids.max() >= vocab_size):
             raise ValueError(f"kept tokens {ids.min()} to {ids.max()} of {vocab_size}")
-        if ((np.diff(ids) <= 0) & (np.diff(decoded.token_of_id) == 0)).any():
+        if ((np.diff(ids) <= 0) & (np.diff(decoded_mask.token_of_id) == 0)).any():
             raise ValueError("the kept tokens of a position do not rise")
-    is_kept = decoded.contains(token_ids)
+    is_kept = decoded_mask.contains(token_ids)
     if not is_kept.all():
         first = int((~is_kept).argmax())
         raise ValueError(

@@ -73,8 +73,10 @@ def whole_sequences(cu_seqlens: Tensor, prefixes: SharedPrefixes) -> WholeSequen
     borders = pairwise(cu_seqlens.tolist())
     parents, starts = prefixes.parent.tolist(), prefixes.start.tolist()
     for (first, end), parent, start in zip(borders, parents, starts, strict=True):
-        before = sequences[parent][:start] if parent >= 0 else torch.empty(0, dtype=torch.int64)
-        sequences.append(torch.cat([before, torch.arange(first, end)]))
+        prefix_rows = (
+            sequences[parent][:start] if parent >= 0 else torch.empty(0, dtype=torch.int64)
+        )
+        sequences.append(torch.cat([prefix_rows, torch.arange(first, end)]))
     lengths = torch.tensor([0, *map(len, sequences)])
     return WholeSequences(torch.cat(sequences), lengths.cumsum(0).int(), int(lengths.max()))
 
@@ -138,14 +140,14 @@ class _Segments:
         self.buckets = LengthBuckets(lengths)
         parent, start = prefixes.parent.tolist(), prefixes.start.tolist()
         starts = cu_seqlens.tolist()
-        seeing: dict[tuple[int, int], list[int]] = defaultdict(list)
+        segments_by_prefix: dict[tuple[int, int], list[int]] = defaultdict(list)
         for segment in range(len(parent)):
             ancestor = segment
             while parent[ancestor] >= 0:
-                seeing[parent[ancestor], start[ancestor]].append(segment)
+                segments_by_prefix[parent[ancestor], start[ancestor]].append(segment)
                 ancestor = parent[ancestor]
         self.links = []
-        for (prefix, end), members in seeing.items():
+        for (prefix, end), members in segments_by_prefix.items():
             rows = concat_ranges(cu_seqlens[members], lengths[members])
             prefix_rows = slice(starts[prefix], starts[prefix] + end - start[prefix])
             self.links.append((rows, prefix_rows))
@@ -166,18 +168,23 @@ class _PrefixAttention(torch.autograd.Function):
 
             out = exp(lse_o - lse) out_o + exp(lse_p - lse) out_p,  lse = log(exp lse_o + exp lse_p)
         """
-        size, wide = _sizes(query, key, value)
+        size, wide_dtype = _sizes(query, key, value)
         batches = zip(*(segments.buckets.pad(x, size) for x in (query, key, value)), strict=True)
         segment_results = [
             flash_forward(*_heads(*batch), 0.0, True, attn_mask=None, scale=scale)
             for batch in batches
         ]
-        out = segments.buckets.unpad([part.to(wide) for part, _ in segment_results])
-        lse = segments.buckets.unpad([part.to(wide)[..., None] for _, part in segment_results])
+        out = segments.buckets.unpad([part.to(wide_dtype) for part, _ in segment_results])
+        lse = segments.buckets.unpad(
+            [part.to(wide_dtype)[..., None] for _, part in segment_results]
+        )
         for rows, prefix in segments.links:
             part = _heads(*(_row(x, size) for x in (query[rows], key[prefix], value[prefix])))
             out_p, norm = flash_forward(*part, 0.0, False, attn_mask=None, scale=scale)
-            out_p, norm = out_p[0].transpose(0, 1).to(wide), norm[0].t()[..., None].to(wide)
+            out_p, norm = (
+                out_p[0].transpose(0, 1).to(wide_dtype),
+                norm[0].t()[..., None].to(wide_dtype),
+            )
             total_lse = torch.logaddexp(lse[rows], norm)
             out[rows] = out[rows] * (lse[rows] - total_lse).exp() + out_p * (norm - total_lse).exp()
             lse[rows] = total_lse
@@ -196,7 +203,7 @@ class _PrefixAttention(torch.autograd.Function):
         segments."""
         query, key, value, out, lse = ctx.saved_tensors
         segments, buckets = ctx.segments, ctx.segments.buckets
-        size, wide = _sizes(query, key, value)
+        size, wide_dtype = _sizes(query, key, value)
         tensors = [buckets.pad(x, size) for x in (grad, query, key, value, out)]
         norms = [x[..., 0] for x in buckets.pad(lse, 1)]
         segment_gradients: list[list[Tensor]] = [[], [], []]
@@ -204,14 +211,14 @@ class _PrefixAttention(torch.autograd.Function):
             # A padded query has grad 0, and so any finite normalizer will do.
             parts = _gradients((g, q, k, v, o), norm, True, ctx.scale)
             for gradients, part in zip(segment_gradients, parts, strict=True):
-                gradients.append(part.to(wide))
+                gradients.append(part.to(wide_dtype))
         d_query, d_key, d_value = (buckets.unpad(parts) for parts in segment_gradients)
         for rows, prefix in segments.links:
             operands = grad[rows], query[rows], key[prefix], value[prefix], out[rows]
             norm = lse[rows][..., 0].t()[None]
             parts = _gradients([_row(x, size) for x in operands], norm, False, ctx.scale)
             d_rows, d_prefix_key, d_prefix_value = (
-                part[0].transpose(0, 1).to(wide) for part in parts
+                part[0].transpose(0, 1).to(wide_dtype) for part in parts
             )
             d_query[rows] += d_rows
             d_key[prefix] += d_prefix_key

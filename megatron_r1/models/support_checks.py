@@ -76,18 +76,20 @@ def _is_inert(key: str) -> bool:
 
 def _refuse_unread(hf_config: KeyRecorder) -> None:
     """Raise UserError naming the keys with a value that were not read and are not inert."""
-    unknown = {
+    unknown_settings = {
         key: value
         for key, value in hf_config.items()
         if value is not None and key not in hf_config.keys_read and not _is_inert(key)
     }
-    if unknown:
-        listed = ", ".join(f"{key}={value!r}" for key, value in sorted(unknown.items()))
+    if unknown_settings:
+        settings_text = ", ".join(
+            f"{key}={value!r}" for key, value in sorted(unknown_settings.items())
+        )
         raise UserError(
-            f"config.json of {' '.join(hf_config.get('architectures') or [])}: {listed} is not "
-            "supported and could change what the model computes; remove it from config.json if you "
-            "know that it does not",
-            key=min(unknown),
+            f"config.json of {' '.join(hf_config.get('architectures') or [])}: {settings_text} is "
+            "not supported and could change what the model computes; remove it from config.json if "
+            "you know that it does not",
+            key=min(unknown_settings),
             cause=Cause.UNSUPPORTED,
         )
 

@@ -126,13 +126,13 @@ def exchange_token_counts(
             local_counts[batch] = batch_counts
     on_device = platform.to_device(torch.from_numpy(local_counts), platform.device())
     group = dispatcher.tp_ep_group
-    gathered = on_device.new_empty(group.size() * len(counts), *shape[1:])
+    gathered_counts = on_device.new_empty(group.size() * len(counts), *shape[1:])
     # Over the ranks that share the experts, which send tokens to each other: all have the same
     # layers, and each has other tokens.
-    dist.all_gather_into_tensor(gathered, on_device, group=group)
+    dist.all_gather_into_tensor(gathered_counts, on_device, group=group)
     # (micro-batches, layers, t, e, E), as the dispatcher orders its ranks
     ranks = (dispatcher.ep_size, dispatcher.tp_size, len(counts))
-    by_rank = gathered.unflatten(0, ranks).permute(2, 3, 1, 0, 4)
+    by_rank = gathered_counts.unflatten(0, ranks).permute(2, 3, 1, 0, 4)
     first = dispatcher.local_expert_indices[0]
     local_experts = by_rank[..., first : first + num_local]
     chunks = local_experts.flatten(2, 3).contiguous()
@@ -140,7 +140,7 @@ def exchange_token_counts(
     is_known = (host >= 0).all((1, 2, 3, 4))
     on_host = host[..., first : first + num_local]
     tokens = on_host.sum(-1)  # (micro-batches, layers, t, e)
-    sent = local_counts.reshape(*shape[:2], dispatcher.ep_size, num_local).sum(-1)
+    sent_counts = local_counts.reshape(*shape[:2], dispatcher.ep_size, num_local).sum(-1)
     if not dispatcher.config.moe_permute_fusion:
         chunks = torch.from_numpy(on_host.reshape(chunks.shape))
     is_single_rank = group.size() == 1
@@ -148,7 +148,7 @@ def exchange_token_counts(
     def layer_counts(batch: int, layer: int) -> TokenCounts:
         rank_tokens = tokens[batch, layer]
         return TokenCounts(
-            None if is_single_rank else sent[batch, layer],
+            None if is_single_rank else sent_counts[batch, layer],
             None if is_single_rank else rank_tokens[dispatcher.tp_rank],
             None if is_single_rank else rank_tokens.sum(-1),
             torch.from_numpy(on_host[batch, layer].sum((0, 1))),

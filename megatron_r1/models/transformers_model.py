@@ -59,8 +59,10 @@ def build_without_weights(folder: str | Path, hf_config: HFConfig) -> Any:
     config._experts_implementation = "eager"
     with torch.device("meta"):
         model = kind(config)
-    stored = model.state_dict().keys()
-    rotary = {name.rpartition(".")[0] for name, _ in model.named_buffers() if name not in stored}
+    stored_names = model.state_dict().keys()
+    rotary = {
+        name.rpartition(".")[0] for name, _ in model.named_buffers() if name not in stored_names
+    }
     for name in rotary:
         module = model.get_submodule(name)
         model.set_submodule(name, type(module)(module.config))

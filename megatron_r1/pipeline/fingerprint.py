@@ -56,18 +56,22 @@ def deciding_settings(plan: PipelinePlan, stage: PipelineStage, finished: bool) 
             steps."""
     if stage.is_function:
         arguments = substitute(stage.settings, plan.unresolved)
-        deciding = flatten({"function": stage.config.function, "arguments": arguments})
+        settings = flatten({"function": stage.config.function, "arguments": arguments})
     else:
-        free = [name for name in RESUMABLE if not (finished and name in FINAL_SETTINGS)]
+        free_keys = [name for name in RESUMABLE if not (finished and name in FINAL_SETTINGS)]
         for verb, sections in SECTIONS_OF_VERB.items():
             if verb != stage.config.verb:
-                free += sections
-        flat = flatten(plan.config(stage).model_dump())
-        deciding = {key: value for key, value in flat.items() if not is_within(key, free)}
+                free_keys += sections
+        flat_config = flatten(plan.config(stage).model_dump())
+        settings = {
+            key: value for key, value in flat_config.items() if not is_within(key, free_keys)
+        }
     for name, server in stage.config.serve.items():
-        served = {key: getattr(server, key) for key in ("model", "task", "arguments", "command")}
-        deciding |= flatten({f"serve.{name}": served})
-    return json.loads(json.dumps(deciding, default=str))
+        server_settings = {
+            key: getattr(server, key) for key in ("model", "task", "arguments", "command")
+        }
+        settings |= flatten({f"serve.{name}": server_settings})
+    return json.loads(json.dumps(settings, default=str))
 
 
 def default_settings() -> dict[str, Any]:
@@ -124,9 +128,10 @@ def list_changes(
         after: those of now.
         defaults: values of keys that `before`, written by an earlier version, may lack."""
     before = {key: value for key, value in (defaults or {}).items() if key in after} | before
-    missing = "not there"
+    missing_text = "not there"
     return [
-        f"{key}: {value_text(before, key, missing)} then, {value_text(after, key, missing)} now"
+        f"{key}: {value_text(before, key, missing_text)} then, "
+        f"{value_text(after, key, missing_text)} now"
         for key in changed_keys(before, after)
     ]
 

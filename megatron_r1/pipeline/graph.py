@@ -64,8 +64,8 @@ class Graph:
 
     def needs(self, stage: str) -> set[str]:
         """Return all stages that must be done before `stage`."""
-        direct = self.upstream[stage]
-        return set(direct).union(*map(self.needs, direct))
+        direct_stages = self.upstream[stage]
+        return set(direct_stages).union(*map(self.needs, direct_stages))
 
     def sorted(self, stages: Collection[str]) -> list[str]:
         """Return the stages in an order in which each comes after those it needs."""
@@ -110,9 +110,9 @@ def _upstream(stage: PipelineStage, stages: Mapping[str, PipelineStage]) -> tupl
             )
         upstream[name] = None
     if stage.config.evaluates and stage.config.evaluates not in stages:
-        unknown = unknown_stage(stage.config.evaluates, stages)
+        unknown_message = unknown_stage(stage.config.evaluates, stages)
         raise UserError(
-            f"stages.{stage.name}: evaluates: {unknown}",
+            f"stages.{stage.name}: evaluates: {unknown_message}",
             key=f"stages.{stage.name}.evaluates",
             cause=Cause.UNKNOWN,
         )
@@ -165,10 +165,10 @@ def _ordered(upstream: Mapping[str, tuple[str, ...]]) -> list[str]:
             cause=Cause.CONFLICT,
         ) from None
     order: list[str] = []
-    ready: list[str] = []
+    ready_stages: list[str] = []
     while sorter.is_active():
-        ready = sorted([*ready, *sorter.get_ready()], key=list(upstream).index)
-        order.append(ready.pop(0))
+        ready_stages = sorted([*ready_stages, *sorter.get_ready()], key=list(upstream).index)
+        order.append(ready_stages.pop(0))
         sorter.done(order[-1])
     return order
 
@@ -216,14 +216,16 @@ def missing_files(plan: PipelinePlan) -> list[tuple[str, str]]:
         for key_path, text in iter_texts({} if stage.is_function else stage.settings):
             if names_a_file(key_path) and not text.startswith(HUB):
                 file_settings.append((stage.name, key_path, text))
-    located = [(name, key_path, plan.resolve_here(text)) for name, key_path, text in file_settings]
+    located_files = [
+        (name, key_path, plan.resolve_here(text)) for name, key_path, text in file_settings
+    ]
     return [
         (
             f"stages.{name}.{key_path}",
             f"{plan.path}: stages.{name}: {key_path}: {path}: no such file or folder (relative to "
             f"{Path.cwd()})",
         )
-        for name, key_path, path in located
+        for name, key_path, path in located_files
         if path and not REFERENCE_PATTERN.search(path) and not Path(path).exists()
     ]
 
@@ -261,16 +263,18 @@ def _check_function(source: str, function: str, arguments: Mapping[str, Any]) ->
     except (ValueError, SyntaxError) as error:
         message = f"{source}: {error}"
         raise UserError(message, key="function", cause=Cause.MALFORMED) from None
-    defined = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
-    if name not in defined:
+    definitions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+    if name not in definitions:
         imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
         if {name, "*"} & {alias.asname or alias.name for node in imports for alias in node.names}:
             return  # its arguments stand in another module, and are checked by the call
-        suggestion = did_you_mean(name, defined, "{}") or f"; it has {', '.join(defined) or 'none'}"
+        suggestion = (
+            did_you_mean(name, definitions, "{}") or f"; it has {', '.join(definitions) or 'none'}"
+        )
         message = f"{source}: function {function}: the module has no function {name}{suggestion}"
         raise UserError(message, key="function", cause=Cause.NOT_FOUND)
     # The first parameter is the folder; the others are passed by name.
-    parameters, source = defined[name].args, f"{source}: arguments of {function}"
+    parameters, source = definitions[name].args, f"{source}: arguments of {function}"
     positional = [p.arg for p in (*parameters.posonlyargs, *parameters.args)][1:]
     names = positional + [p.arg for p in parameters.kwonlyargs]
     for name in arguments:
@@ -281,10 +285,10 @@ def _check_function(source: str, function: str, arguments: Mapping[str, Any]) ->
             message = f"{source}: unknown argument {name}{suggestion}"
             raise UserError(message, key=f"arguments.{name}", cause=Cause.UNKNOWN)
     num_needed = len(positional) - len(parameters.defaults)
-    required = positional[: max(0, num_needed)]
+    required_names = positional[: max(0, num_needed)]
     defaults = zip(parameters.kwonlyargs, parameters.kw_defaults, strict=True)
-    required += [p.arg for p, default in defaults if default is None]
-    missing = [name for name in required if name not in arguments]
-    if missing:
-        message = f"{source}: {', '.join(missing)} must be given"
-        raise UserError(message, key=f"arguments.{missing[0]}", cause=Cause.MISSING)
+    required_names += [p.arg for p, default in defaults if default is None]
+    missing_names = [name for name in required_names if name not in arguments]
+    if missing_names:
+        message = f"{source}: {', '.join(missing_names)} must be given"
+        raise UserError(message, key=f"arguments.{missing_names[0]}", cause=Cause.MISSING)

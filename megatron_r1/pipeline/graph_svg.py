@@ -93,9 +93,9 @@ def _layers(
     paths = []
     for name, parents in upstream.items():
         for start in parents:
-            passed = range(depths[start] + 1, depths[name])
-            passes = [GraphNode(str(layer), (start, name)) for layer in passed]
-            for layer, node in zip(passed, passes, strict=True):
+            passed_layers = range(depths[start] + 1, depths[name])
+            passes = [GraphNode(str(layer), (start, name)) for layer in passed_layers]
+            for layer, node in zip(passed_layers, passes, strict=True):
                 layers[layer].append(node)
             paths.append([GraphNode(start), *passes, GraphNode(name)])
     return layers, paths
@@ -136,12 +136,12 @@ def _centres(layers: Sequence[Sequence[GraphNode]]) -> dict[GraphNode, tuple[flo
 def _edge(points: Sequence[tuple[float, float]]) -> tuple[str, tuple[float, float]]:
     """Return the path of an edge and its end: from the bottom of the first node to the top of the
     last, straight through the layers between."""
-    half = BOX_HEIGHT / 2
+    half_height = BOX_HEIGHT / 2
     path = ""
     for (x0, y0), (x1, y1) in pairwise(points):
-        start, end = y0 + half, y1 - half
-        middle = (start + end) / 2
+        start, end = y0 + half_height, y1 - half_height
+        middle_y = (start + end) / 2
         path += f"{'L' if path else 'M'}{x0:.1f},{start:.1f}"
-        path += f"C{x0:.1f},{middle:.1f} {x1:.1f},{middle:.1f} {x1:.1f},{end:.1f}"
+        path += f"C{x0:.1f},{middle_y:.1f} {x1:.1f},{middle_y:.1f} {x1:.1f},{end:.1f}"
     x, y = points[-1]
-    return path, (x, y - half)
+    return path, (x, y - half_height)

@@ -57,14 +57,14 @@ def begin(
         upstream: the names of the stages that it needs.
         last_output: when an attempt that was killed wrote its last line, in seconds since 1970."""
     folder = plan.folder_of(stage.name)
-    before = read(folder, BEGUN_FILE) or {}
-    attempts = before.get("attempts", [])
+    earlier_record = read(folder, BEGUN_FILE) or {}
+    attempts = earlier_record.get("attempts", [])
     if attempts and attempts[-1]["seconds"] is None:
         attempts[-1]["seconds"] = max(0.0, (last_output or 0.0) - attempts[-1]["began"])
     record = {
         "settings": deciding_settings(plan, stage, finished=False),
         "inputs": input_digests(plan, stage, upstream),
-        "ports": before.get("ports", {}),
+        "ports": earlier_record.get("ports", {}),
         "attempts": [*attempts, {"began": time.time(), "seconds": None, "pid": os.getpid()}],
         "failed": None,
     }
@@ -83,8 +83,8 @@ def end_attempt(folder: Path, failed: str | None) -> None:
         folder: the stage's folder.
         failed: why the attempt failed; None if it did not."""
     record = read(folder, BEGUN_FILE) or {}
-    last = record["attempts"][-1]
-    last["seconds"] = time.time() - last["began"]
+    last_attempt = record["attempts"][-1]
+    last_attempt["seconds"] = time.time() - last_attempt["began"]
     _write(folder / BEGUN_FILE, {**record, "failed": failed})
 
 
@@ -152,8 +152,8 @@ def _git_commit() -> dict[str, Any] | None:
 
 
 def _git(*arguments: str) -> str:
-    command, silent = ["git", *arguments], subprocess.DEVNULL
-    return subprocess.check_output(command, stderr=silent, text=True, timeout=30).strip()
+    command, devnull = ["git", *arguments], subprocess.DEVNULL
+    return subprocess.check_output(command, stderr=devnull, text=True, timeout=30).strip()
 
 
 def _date(seconds: float) -> str:

@@ -175,13 +175,13 @@ class StageConfig(Section):
 
     @model_validator(mode="after")
     def _fits_its_verb(self):
-        wrong = ("recipe", "settings") if self.verb == MAKE else ("function", "arguments")
-        for name in wrong:
+        wrong_names = ("recipe", "settings") if self.verb == MAKE else ("function", "arguments")
+        for name in wrong_names:
             if getattr(self, name):
-                right = "arguments" if self.verb == MAKE else "settings"
+                right_name = "arguments" if self.verb == MAKE else "settings"
                 suggestion = "" if self.verb == MAKE else did_you_mean(self.verb, [MAKE], "{}")
                 raise UserError(
-                    f"{name} is not for verb {self.verb}{suggestion or f'; it has {right}'}",
+                    f"{name} is not for verb {self.verb}{suggestion or f'; it has {right_name}'}",
                     key=name,
                     cause=Cause.CONFLICT,
                 )
@@ -223,8 +223,8 @@ def load(path: str | Path, overrides: dict[str, Any] | None = None) -> PipelineR
             key="stages",
             cause=Cause.MISSING,
         )
-    for dotted, value in (overrides or {}).items():
-        set_nested(tree, _nested_keys(tree, dotted), value, dotted)
+    for dotted_key, value in (overrides or {}).items():
+        set_nested(tree, _nested_keys(tree, dotted_key), value, dotted_key)
     try:
         recipe = PipelineRecipe.model_validate(tree)
     except ValidationError as failure:

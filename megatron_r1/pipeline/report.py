@@ -79,15 +79,19 @@ def write_report(
     runs = [run for stage in report["stages"].values() for run in stage["by_seed"].values()]
     stages_done = f"{sum(run['state'] == StageState.DONE for run in runs)} of {len(runs)}"
     time_spent = format_duration(sum(run["seconds"] or 0.0 for run in runs))
-    shared = {"title": printable(report["title"]), "table": _table(report)}
+    shared_values = {"title": printable(report["title"]), "table": _table(report)}
     markdown = render_page(
         "pipeline/templates/report.md.jinja",
-        **(report | shared | {"stages_done": f"{stages_done} stages done", "time": time_spent}),
+        **(
+            report
+            | shared_values
+            | {"stages_done": f"{stages_done} stages done", "time": time_spent}
+        ),
     )
     atomic_write(root / "report.md", markdown)
     html = render_page(
         "pipeline/templates/pipeline.html.jinja",
-        **shared,
+        **shared_values,
         pipeline_facts={
             "command": command,
             "stages": f"{stages_done} done",
@@ -198,8 +202,8 @@ def _drawing(report: Mapping[str, Any], graph: Graph) -> str:
         state = next((str(s) for s in BY_PROGRESS if str(s) in states), str(StageState.DONE))
         seconds = [run["seconds"] for run in runs if run["seconds"] is not None]
         mean = format_duration(sum(seconds) / len(seconds)) if seconds else ""
-        second = " · ".join(filter(None, [stage["verb"], state, mean]))
-        boxes[name] = Box(state, stage["title"], second)
+        second_line = " · ".join(filter(None, [stage["verb"], state, mean]))
+        boxes[name] = Box(state, stage["title"], second_line)
     return graph_svg(boxes, graph.upstream, graph.depths())
 
 
@@ -209,15 +213,15 @@ def _table(report: Mapping[str, Any]) -> dict[str, Any]:
     reported_stages = [s for s in report["stages"].values() if s["figures"] and not s["evaluates"]]
     names = {name: None for stage in reported_stages for name in stage["figures"]}
     columns = [n for n in LABELS if n in names] + [n for n in names if n not in LABELS]
-    spread = "In brackets 95% intervals, where an evaluation gave them."
+    spread_note = "In brackets 95% intervals, where an evaluation gave them."
     if len(report["seeds"]) > 1:
-        spread = "Means over seeds ± their standard deviation."
+        spread_note = "Means over seeds ± their standard deviation."
     rows = [
         [Cell(printable(s["title"])), *(_cell(s, name) for name in columns)]
         for s in reported_stages
     ]
     heads = [printable(LABELS.get(name, name)) for name in columns]
-    return {"heads": heads, "rows": rows, "spread": spread}
+    return {"heads": heads, "rows": rows, "spread": spread_note}
 
 
 def _cell(stage: Mapping[str, Any], name: str) -> Cell:
@@ -240,9 +244,11 @@ def _cell(stage: Mapping[str, Any], name: str) -> Cell:
 def _rl_plots(plans: Sequence[PipelinePlan], graph: Graph) -> list[Plot]:
     """Return a plot per quantity, with a curve per RL stage over its own steps: the mean of the
     seeds. Held-out points have their 95% interval, or the range of several seeds."""
-    trained = _read(plans, graph, "metrics.jsonl")
+    runs_by_stage = _read(plans, graph, "metrics.jsonl")
     stages = [
-        name for name, runs in trained.items() if any("reward/mean" in r[-1] for r in runs if r)
+        name
+        for name, runs in runs_by_stage.items()
+        if any("reward/mean" in r[-1] for r in runs if r)
     ]
     heldout = _read(plans, graph, "evaluations.jsonl")
     plots = []
@@ -250,7 +256,7 @@ def _rl_plots(plans: Sequence[PipelinePlan], graph: Graph) -> list[Plot]:
         curves = []
         for index, name in enumerate(stages):
             ink = CURVE_INKS[index % len(CURVE_INKS)]
-            if by_step := _values_by_step(trained[name], key):
+            if by_step := _values_by_step(runs_by_stage[name], key):
                 curves.append(Curve(plans[0].stages[name].title, *_means(by_step), ink))
             curves += heldout_points(heldout[name], heldout_key, ink)
         if curves:

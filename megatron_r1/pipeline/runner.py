@@ -145,8 +145,8 @@ class Runner:
     def _run_command(self, stage: PipelineStage, folder: Path) -> list[str]:
         """Serve the stage's models, run its command, and return that."""
         configs = {name: self.plan.server(server) for name, server in stage.config.serve.items()}
-        before = (manifest.read(folder, manifest.BEGUN_FILE) or {})["ports"]
-        ports = serving.choose_ports(configs, before)
+        earlier_ports = (manifest.read(folder, manifest.BEGUN_FILE) or {})["ports"]
+        ports = serving.choose_ports(configs, earlier_ports)
         manifest.keep_ports(folder, ports)
         logs = {name: self.plan.log_of(stage.name, name) for name in configs}
         if configs:
@@ -215,15 +215,15 @@ def write_recipe(plan: PipelinePlan, stage: PipelineStage, urls: dict[str, str])
 
 
 def _check_outputs(stage: PipelineStage, folder: Path, referenced: set[str]) -> None:
-    complete = LAST_OUTPUTS.get(stage.config.verb)
-    for name in sorted(referenced | ({complete} if complete else set())):
+    last_output = LAST_OUTPUTS.get(stage.config.verb)
+    for name in sorted(referenced | ({last_output} if last_output else set())):
         if (folder / name).exists():
             continue
-        if name == complete:
-            detached = "; its launch must wait for its end, as sbatch --wait does"
+        if name == last_output:
+            launch_note = "; its launch must wait for its end, as sbatch --wait does"
             raise RunError(
                 f"the command ended well but left no {folder / name}"
-                + (detached if stage.config.launch else "")
+                + (launch_note if stage.config.launch else "")
             )
         raise RunError(
             f"it left no {name}, which another stage refers to as ${{{stage.name}.{name}}}; "
@@ -309,8 +309,8 @@ class Executor:
                 )
             _print(f"{title}: what it was is now in {_move_aside(plan.folder_of(name))}")
         continues = manifest.read(plan.folder_of(name), manifest.BEGUN_FILE) is not None
-        begins = "continues" if continues else "begins"
-        _print(f"{title} ({stage.config.verb}) {begins}; log {plan.log_of(name)}")
+        action = "continues" if continues else "begins"
+        _print(f"{title} ({stage.config.verb}) {action}; log {plan.log_of(name)}")
         prefix = f"{title}: " if self._config.jobs > 1 else ""
         try:
             Runner(plan, self._signals, _print, prefix).run(
@@ -322,8 +322,10 @@ class Executor:
             ) from None
         statuses[name] = stage_status(plan, stage, upstream_statuses)
         result = headline(read_results(plan.folder_of(name)))
-        took = format_duration(statuses[name].seconds or 0.0)
-        _print(f"{title} is {statuses[name].state} after {took}{f': {result}' if result else ''}")
+        duration = format_duration(statuses[name].seconds or 0.0)
+        _print(
+            f"{title} is {statuses[name].state} after {duration}{f': {result}' if result else ''}"
+        )
 
     def _name(self, task: SeedStage) -> str:
         seeds = self._config.seeds
@@ -354,25 +356,25 @@ def run_all(
         Exception: the first one that a task raised."""
     sorter = TopologicalSorter({task: [n for n in needs(task) if n in tasks] for task in tasks})
     sorter.prepare()
-    ready: list[Task] = []
-    running: dict[Future[None], Task] = {}
+    ready_tasks: list[Task] = []
+    running_tasks: dict[Future[None], Task] = {}
     first: BaseException | None = None
     with ThreadPoolExecutor(jobs, thread_name_prefix="stage") as threads:
         while True:
             if first is None:
-                ready = sorted([*ready, *sorter.get_ready()], key=tasks.index)
-                while ready and len(running) < jobs:
-                    task = ready.pop(0)
-                    running[threads.submit(work, task)] = task
-            if not running:
+                ready_tasks = sorted([*ready_tasks, *sorter.get_ready()], key=tasks.index)
+                while ready_tasks and len(running_tasks) < jobs:
+                    task = ready_tasks.pop(0)
+                    running_tasks[threads.submit(work, task)] = task
+            if not running_tasks:
                 break
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                task = running.pop(future)
+            for future in wait(running_tasks, return_when=FIRST_COMPLETED).done:
+                task = running_tasks.pop(future)
                 if (error := future.exception()) is None:
                     sorter.done(task)
                     continue
-                if isinstance(error, Exception) and (running or first is not None):
-                    on_failure(error, list(running.values()))
+                if isinstance(error, Exception) and (running_tasks or first is not None):
+                    on_failure(error, list(running_tasks.values()))
                 first = first or error
     if first is not None:
         raise first
@@ -381,9 +383,9 @@ def run_all(
 def _move_aside(folder: Path) -> Path:
     """Rename a stage's folder to the first free one of `STAGE.old-1`, `.old-2` and so on."""
     number = 1
-    while (old := folder.with_name(f"{folder.name}.old-{number}")).exists():
+    while (old_folder := folder.with_name(f"{folder.name}.old-{number}")).exists():
         number += 1
-    return folder.rename(old)
+    return folder.rename(old_folder)
 
 
 def _referenced_outputs(plan: PipelinePlan, name: str) -> set[str]:

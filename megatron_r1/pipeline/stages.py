@@ -57,8 +57,8 @@ class PipelineStage:
     @cached_property
     def all_settings(self) -> dict[str, Any]:
         """The settings of the stage, of its servers and of its launcher."""
-        served = {name: server.model_dump() for name, server in self.config.serve.items()}
-        return {**self.settings, "serve": served, "launch": self.config.launch}
+        server_settings = {name: server.model_dump() for name, server in self.config.serve.items()}
+        return {**self.settings, "serve": server_settings, "launch": self.config.launch}
 
     @cached_property
     def references(self) -> list[tuple[str, str]]:
@@ -185,12 +185,12 @@ class PipelinePlan:
         """Return (key path, text) of every text of a stage that names an existing file or folder
         which no stage makes. A folder that the pipeline itself lies in is left out: every stage
         changes it."""
-        served = {
+        server_settings = {
             f"serve.{name}.model": served_model.model
             for name, served_model in stage.config.serve.items()
         }
         file_settings = []
-        for key_path, text in iter_texts({**stage.settings, **served}):
+        for key_path, text in iter_texts({**stage.settings, **server_settings}):
             path = self.resolve_here(text)
             is_path = "/" in path or Path(path).suffix or names_a_file(key_path)
             if key_path == "run.folder" or not is_path or REFERENCE_PATTERN.search(path):
@@ -219,12 +219,12 @@ def names_a_file(key_path: str) -> bool:
 
 def merge_settings(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:
     """Merge nested mappings key by key; `override` has precedence."""
-    joined = dict(base)
+    settings = dict(base)
     for key, value in override.items():
-        base_value = joined.get(key)
+        base_value = settings.get(key)
         is_section = isinstance(value, Mapping) and isinstance(base_value, Mapping)
-        joined[key] = merge_settings(base_value or {}, value) if is_section else value
-    return joined
+        settings[key] = merge_settings(base_value or {}, value) if is_section else value
+    return settings
 
 
 def _exists(text: str) -> bool:

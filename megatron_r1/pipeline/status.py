@@ -45,10 +45,10 @@ class StageStatus:
     def seconds(self) -> float | None:
         """Time of all attempts; None if the stage has not begun, or no attempt was measured."""
         attempts = self.manifest.get("attempts", [])
-        measured = [a["seconds"] for a in attempts if a["seconds"] is not None]
+        durations = [a["seconds"] for a in attempts if a["seconds"] is not None]
         if self.state is StageState.RUNNING:
-            measured.append(time.time() - attempts[-1]["began"])
-        return sum(measured) if measured else None
+            durations.append(time.time() - attempts[-1]["began"])
+        return sum(durations) if durations else None
 
     @property
     def reason_lines(self) -> list[str]:
@@ -148,8 +148,8 @@ def status_lines(
     for name in stage_names:
         stage, status = plan.stages[name], statuses[name]
         seconds = format_duration(status.seconds) if status.seconds is not None else ""
-        failed = status.state is StageState.FAILED
-        result = "" if failed else headline(read_results(plan.folder_of(name)))
+        has_failed = status.state is StageState.FAILED
+        result = "" if has_failed else headline(read_results(plan.folder_of(name)))
         rows.append([str(status.state), name, stage.config.verb, seconds, result])
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
     lines = []
@@ -178,8 +178,8 @@ def _unfinished(begun_record: Mapping[str, Any], is_running: bool) -> StageStatu
     if begun_record["failed"]:
         return StageStatus(StageState.FAILED, [begun_record["failed"]], begun_record)
     is_over = begun_record["attempts"][-1]["seconds"] is not None
-    running = is_running and not is_over
-    return StageStatus(StageState.RUNNING if running else StageState.UNFINISHED, [], begun_record)
+    is_active = is_running and not is_over
+    return StageStatus(StageState.RUNNING if is_active else StageState.UNFINISHED, [], begun_record)
 
 
 def _changed_inputs(before: dict[str, str], after: dict[str, str]) -> list[str]:

@@ -300,21 +300,21 @@ def copy_with_checksum(
         target.copy_(source)
         return weighted_sum(target)
     if _can_copy(target, source):
-        copied = LaneChecksum()
+        lane_checksum = LaneChecksum()
         for rows in _row_ranges(target, PASS_BYTES, report):
-            copied.copy(target[rows], source[rows])
-        return copied.digest()
+            lane_checksum.copy(target[rows], source[rows])
+        return lane_checksum.digest()
     is_converted = target.dtype != source.dtype or source.is_cuda
-    running = RunningChecksum(target if is_converted else source)
+    running_checksum = RunningChecksum(target if is_converted else source)
     for rows in _row_ranges(target, CACHE_BYTES, report):
         if is_converted:
             target[rows].copy_(source[rows])
-        running.update_to(rows.stop)
+        running_checksum.update_to(rows.stop)
         if not is_converted:
             # After its checksum, and so from the cache. By NumPy, in this thread: PyTorch would
             # wake other threads for every chunk.
             np.copyto(_words(target[rows]), _words(source[rows]))
-    return running.digest()
+    return running_checksum.digest()
 
 
 def weighted_sum(values: torch.Tensor) -> int:

@@ -123,10 +123,10 @@ def _check_all_taken(tables: Sequence[SlotTable], pushed: Sequence[str]) -> None
     """Raise ValueError where no rank of an engine takes one of the pushed tensors: the engine would
     go on with the values it started with."""
     taken_names = {slot.name for table in tables for slot in table.slots}
-    missing = [name for name in pushed if name not in taken_names]
-    if missing:
-        names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-        raise ValueError(f"the engine takes no pushes of {len(missing)} tensors: {names}")
+    missing_names = [name for name in pushed if name not in taken_names]
+    if missing_names:
+        names = ", ".join(missing_names[:3]) + (", ..." if len(missing_names) > 3 else "")
+        raise ValueError(f"the engine takes no pushes of {len(missing_names)} tensors: {names}")
 
 
 class PublishedSharding:
@@ -288,7 +288,7 @@ class LinkPlanner:
             receivers: what the engine ranks receive.
             engine_layout: the layout of one engine.
             transport: the name of the transport."""
-        created: dict[str, SetLinks] = {}
+        links_by_set: dict[str, SetLinks] = {}
         problems: dict[str, str] = {}
         sender_type = sender_class(transport)
         for index, tables in enumerate(receivers.tables):
@@ -313,7 +313,7 @@ class LinkPlanner:
                     set_links.set_rounds = SetRounds(
                         rendezvous[name], schedule, set_index, self.rank
                     )
-                created[name] = set_links
+                links_by_set[name] = set_links
                 try:
                     for engine_rank, rank_links in enumerate(plan):
                         infos = [
@@ -327,7 +327,7 @@ class LinkPlanner:
                         )
                 except EXPECTED_ERRORS as error:
                     problems[name] = f"{type(error).__name__}: {error}"
-        return created, problems
+        return links_by_set, problems
 
     def _schedule(
         self, plans: Sequence[SetPlan], sets: Sequence[range], addresses: Sequence[list[list[str]]]
@@ -374,20 +374,20 @@ class LinkPlanner:
         for link in rank_links:
             if not (publishes or receives) and link.trainer_rank != self.rank:
                 continue
-            sent = [
+            sent_chunks = [
                 (chunk, encoding, (item.name, region))
                 for item, region, _ in link.regions
                 for chunk, encoding in sharding.chunks(engine_rank, item.name, item.shape, region)
             ]
-            sent.sort(key=lambda sent_chunk: sent_chunk[0].slot)
-            chunks = [chunk for chunk, _, _ in sent]
+            sent_chunks.sort(key=lambda sent_chunk: sent_chunk[0].slot)
+            chunks = [chunk for chunk, _, _ in sent_chunks]
             plan[link.member].append((link.trainer_rank, chunks))
             if link.trainer_rank == self.rank:
                 rendezvous, receiver = set_links.rendezvous[link.member], receivers[link.member]
                 sender = sender_type(rendezvous, self.rank, engine_rank, receiver)
                 # Codes and scales of a region come from one slice, which is quantized once.
-                slice_of = {source: self._slice(*source) for _, _, source in sent}
-                slices = [(slice_of[source], encoding) for _, encoding, source in sent]
+                slice_of = {source: self._slice(*source) for _, _, source in sent_chunks}
+                slices = [(slice_of[source], encoding) for _, encoding, source in sent_chunks]
                 set_links.links.append(ConnectedLink(link.member, sender, slices))
                 sender.plan(chunks)
         if set_rounds is not None and receives:

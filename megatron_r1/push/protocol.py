@@ -206,9 +206,9 @@ def chunks_to(plan: EngineRankChunks, member: int) -> dict[int | RelaySource, li
     """Return the chunks to one member's rank by source: from trainer ranks, then those that other
     members relay."""
     chunks: dict[int | RelaySource, list[TensorChunk]] = dict(plan[member])
-    for engine_rank, senders in enumerate(plan):
-        relayed = [chunk for _, sent in senders for chunk in sent]
-        if engine_rank != member and relayed:
+    for relay, senders in enumerate(plan):
+        relayed_chunks = [chunk for _, sent in senders for chunk in sent]
+        if relay != member and relayed_chunks:
             # By slot: all members list what one relays in the same order.
-            chunks[RelaySource(engine_rank)] = sorted(relayed, key=lambda chunk: chunk.slot)
+            chunks[RelaySource(relay)] = sorted(relayed_chunks, key=lambda chunk: chunk.slot)
     return chunks

@@ -177,19 +177,27 @@ class Rendezvous:
             error: the error that this rank has seen.
             is_closing: ends the wait for answers when it returns True."""
         self.set_store.set(f"asked/{push_number_in_set}", "")
-        key, answered, checks = f"answers/{push_number_in_set}", set[str](), 0
-        while not answered.issuperset(names) and checks < ANSWER_CHECKS and not is_closing():
+        key, answered_names, checks = f"answers/{push_number_in_set}", set[str](), 0
+        while not answered_names.issuperset(names) and checks < ANSWER_CHECKS and not is_closing():
             if self.has_failed():
                 return self._failure()
-            alive = self.set_store.get(key).decode().split() if self.set_store.check([key]) else []
-            checks = checks + 1 if answered.issuperset(alive) else 0
-            answered = answered.union(alive)
+            names_alive = (
+                self.set_store.get(key).decode().split() if self.set_store.check([key]) else []
+            )
+            checks = checks + 1 if answered_names.issuperset(names_alive) else 0
+            answered_names = answered_names.union(names_alive)
             time.sleep(ANSWER_PAUSE)
-        silent = sorted(tuple(map(int, name.split("/"))) for name in set(names) - answered)
-        if silent:
-            dead = ", ".join(f"rank {rank} of engine {member}" for member, rank in silent)
-            error = f"{dead} of the set died or hangs: {error}"
-        return self.publish_failure(SetFailure(error, sorted({member for member, _ in silent})))
+        silent_ranks = sorted(
+            tuple(map(int, name.split("/"))) for name in set(names) - answered_names
+        )
+        if silent_ranks:
+            ranks_text = ", ".join(
+                f"rank {rank} of engine {member}" for member, rank in silent_ranks
+            )
+            error = f"{ranks_text} of the set died or hangs: {error}"
+        return self.publish_failure(
+            SetFailure(error, sorted({member for member, _ in silent_ranks}))
+        )
 
     def _failure(self) -> SetFailure:
         return msgspec.json.decode(self.set_store.get("failed"), type=SetFailure)

@@ -161,9 +161,9 @@ class SetRounds:
             target = self.buffer_payload(payload_id)
             for start in range(0, source.num_bytes, SCATTER_BUCKET_BYTES):
                 end = min(start + SCATTER_BUCKET_BYTES, source.num_bytes)
-                packed = torch.empty(end - start, dtype=torch.uint8, device=device)
-                source.pack(start, end, packed)
-                target.unpack(start, end, packed)
+                packed_bytes = torch.empty(end - start, dtype=torch.uint8, device=device)
+                source.pack(start, end, packed_bytes)
+                target.unpack(start, end, packed_bytes)
 
     def write_push_number(self) -> None:
         """Write the push's number behind the checksums of the engine rank's memory."""
@@ -226,20 +226,20 @@ class RoundSender:
         self, push_number: int, sets: Mapping[str, tuple[SetRounds, LinkPayloads]]
     ) -> dict[str, SetFailure]:
         """Send a push to these sets, and return the failures by set."""
-        sending, failures = dict(sets), dict[str, SetFailure]()
+        sending_sets, failures = dict(sets), dict[str, SetFailure]()
         try:
             for name in self._map_and_agree(
                 {name: set_rounds for name, (set_rounds, _) in sets.items()}
             ):
-                sending.pop(name)
+                sending_sets.pop(name)
                 failures[name] = sets[name][0].report_failure(RuntimeError("an engine is gone"))
-            self._send(push_number, sending)
+            self._send(push_number, sending_sets)
         except EXPECTED_ERRORS as error:
-            for set_rounds, _ in sending.values():
+            for set_rounds, _ in sending_sets.values():
                 self._communicator(set_rounds).abort(error)
-        for name, (set_rounds, _) in sending.items():
-            if (failed := self._communicator(set_rounds).error) is not None:
-                failures[name] = set_rounds.report_failure(failed)
+        for name, (set_rounds, _) in sending_sets.items():
+            if (failure := self._communicator(set_rounds).error) is not None:
+                failures[name] = set_rounds.report_failure(failure)
         for set_rounds, _ in sets.values():
             set_rounds.unmap_memory()
         return failures
@@ -258,32 +258,34 @@ class RoundSender:
         """Map the memory of the engine ranks for which trainer ranks receive, and create the
         trainer's own communicator where it is needed and missing. Return the sets whose engines
         have not published their memory, the same on all ranks."""
-        shared = {
+        shared_sets = {
             name: set_rounds
             for name, set_rounds in sets.items()
             if set_rounds.schedule.has_shared_gpus(set_rounds.set_index)
         }
-        if not shared:
+        if not shared_sets:
             return []
-        for set_rounds in shared.values():
+        for set_rounds in shared_sets.values():
             try:
                 set_rounds.map_memory()
             except EXPECTED_ERRORS as error:
                 set_rounds.report_failure(error)
-        seconds = next(iter(shared.values())).rendezvous[0].push_timeout_seconds
+        seconds = next(iter(shared_sets.values())).rendezvous[0].push_timeout_seconds
         self._num_agreements += 1
         number, trainer_store = self._num_agreements, self._trainer_store
         if self._trainer_communicator is None or self._trainer_communicator.error is not None:
             trainer_store.set(f"new/{number}", "1")
         if trainer_store.add(f"ready/{number}", 1) == self._world_size:  # the last decides for all
-            failed = [
-                name for name, set_rounds in shared.items() if set_rounds.rendezvous[0].has_failed()
+            failed_names = [
+                name
+                for name, set_rounds in shared_sets.items()
+                if set_rounds.rendezvous[0].has_failed()
             ]
-            decided = failed, trainer_store.check([f"new/{number}"])
-            trainer_store.set(f"agreed/{number}", msgspec.msgpack.encode(decided))  # type: ignore[arg-type]
+            decision = failed_names, trainer_store.check([f"new/{number}"])
+            trainer_store.set(f"agreed/{number}", msgspec.msgpack.encode(decision))  # type: ignore[arg-type]
         wait_for_keys(trainer_store, [f"agreed/{number}"], seconds)
-        encoded = trainer_store.get(f"agreed/{number}")
-        left_out, is_new = msgspec.msgpack.decode(encoded, type=tuple[list[str], bool])
+        encoded_decision = trainer_store.get(f"agreed/{number}")
+        left_out, is_new = msgspec.msgpack.decode(encoded_decision, type=tuple[list[str], bool])
         if is_new:
             self.close()
             trainer_rendezvous = TrainerRendezvous(self._store, f"trainers.{number}", seconds)

@@ -43,8 +43,8 @@ def run_in_threads(calls: Sequence[Callable[[], T]]) -> list[T]:
     device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
     use_device = partial(torch.cuda.set_device, device) if device is not None else None
     with ThreadPoolExecutor(len(calls), initializer=use_device) as threads:
-        running = [threads.submit(call) for call in calls]
-    return [call.result() for call in running]
+        futures = [threads.submit(call) for call in calls]
+    return [call.result() for call in futures]
 
 
 BroadcastFromRankZero = Callable[[bytes | None], bytes]
@@ -127,23 +127,29 @@ class WeightSender:
             for name, num_engines in sets
         }
         receivers = self._read_receivers(rendezvous, layout.num_ranks)
-        created, failed = self._planner.create_links(rendezvous, receivers, layout, transport)
-        self._sets |= created
-        present = {name: created[name] for name in receivers.sets if name not in failed}
-        for name, problem in failed.items():  # first, so that no other rank waits for this one
+        created_links, failures = self._planner.create_links(
+            rendezvous, receivers, layout, transport
+        )
+        self._sets |= created_links
+        present_links = {
+            name: created_links[name] for name in receivers.sets if name not in failures
+        }
+        for name, problem in failures.items():  # first, so that no other rank waits for this one
             rendezvous[name][0].report_error(f"trainer rank {self.rank}: {problem}")
         # Before any wait, which would block this rank's only client of the store.
-        for set_links in present.values():
+        for set_links in present_links.values():
             num_ranks = len(set_links.rendezvous) * layout.num_ranks
             set_links.rendezvous[0].publish_prepared(self.grid.world_size, num_ranks)
-        failed |= self._connect_links(present)
-        for name in failed:
+        failures |= self._connect_links(present_links)
+        for name in failures:
             self.disconnect(name)
-        connected = {name: present[name] for name in present.keys() - failed.keys()}
+        connected_links = {
+            name: present_links[name] for name in present_links.keys() - failures.keys()
+        }
         return ConnectedSets(
-            problems=receivers.problems | failed,
-            num_links={name: len(set_links.links) for name, set_links in connected.items()},
-            num_bytes={name: set_links.num_bytes for name, set_links in connected.items()},
+            problems=receivers.problems | failures,
+            num_links={name: len(set_links.links) for name, set_links in connected_links.items()},
+            num_bytes={name: set_links.num_bytes for name, set_links in connected_links.items()},
         )
 
     def _connect_links(self, sets: Mapping[str, SetLinks]) -> dict[str, str]:
@@ -151,15 +157,15 @@ class WeightSender:
         outcomes = run_in_threads(
             [partial(self._connect_set, set_links) for set_links in sets.values()]
         )
-        failed = {name: text for name, text in zip(sets, outcomes, strict=True) if text}
+        failures = {name: text for name, text in zip(sets, outcomes, strict=True) if text}
         in_rounds = {
             name: set_links.set_rounds
             for name, set_links in sets.items()
-            if set_links.set_rounds is not None and name not in failed
+            if set_links.set_rounds is not None and name not in failures
         }
         for name, error in self._round_sender.connect(in_rounds).items():
-            failed[name] = self._report(sets[name], error)
-        return failed
+            failures[name] = self._report(sets[name], error)
+        return failures
 
     def disconnect(self, name: str) -> None:
         """Close the links to a set of engines; an unknown name is ignored."""
@@ -179,17 +185,17 @@ class WeightSender:
             closed_sets: sets to disconnect."""
         for name in closed_sets:
             self.disconnect(name)
-        present = {name: self._sets[name] for name in sets if name in self._sets}
-        for set_links in present.values():
+        present_links = {name: self._sets[name] for name in sets if name in self._sets}
+        for set_links in present_links.values():
             set_links.push_number_in_set += 1
             if self.rank == 0:
                 set_links.rendezvous[0].publish_push_begun(
                     set_links.push_number_in_set, push_number
                 )
-        problems = self._send_in_rounds(push_number, present) | self._send_over_links(
-            push_number, present
+        problems = self._send_in_rounds(push_number, present_links) | self._send_over_links(
+            push_number, present_links
         )
-        for name, set_links in present.items():
+        for name, set_links in present_links.items():
             if self.rank == 0 and len(set_links.rendezvous) > 1 and name not in problems:
                 rendezvous = set_links.rendezvous[0]
                 try:
@@ -255,9 +261,9 @@ class WeightSender:
         if self.rank:
             return msgspec.msgpack.decode(self.broadcast(None), type=SetReceivers)
         by_set = [set_links.sent_bytes for set_links in self._sets.values()]
-        sent = [sum(bytes_of_rank) for bytes_of_rank in zip(*by_set, strict=True)]
-        pushed = [name for name, _ in self._tensors]
-        receivers = read_receivers(rendezvous, ranks_per_engine, pushed, sent)
+        sent_bytes = [sum(bytes_of_rank) for bytes_of_rank in zip(*by_set, strict=True)]
+        tensor_names = [name for name, _ in self._tensors]
+        receivers = read_receivers(rendezvous, ranks_per_engine, tensor_names, sent_bytes)
         self.broadcast(msgspec.msgpack.encode(receivers))
         return receivers
 

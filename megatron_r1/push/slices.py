@@ -45,9 +45,9 @@ class ParameterSlice(NamedTuple):
         """Return the values (height, width): a view, or those of a weight with its adapter."""
         region, piece = self.region, self.piece
         move = piece.local_start - piece.hf_start
-        down, right = (move, 0) if piece.dim == 0 else (0, move)
-        rows = slice(region.top + down, region.bottom + down)
-        columns = slice(region.left + right, region.right + right)
+        row_move, column_move = (move, 0) if piece.dim == 0 else (0, move)
+        rows = slice(region.top + row_move, region.bottom + row_move)
+        columns = slice(region.left + column_move, region.right + column_move)
         if self.is_merged:
             return merge_adapter(self.parameter, rows, columns)
         matrix = self.parameter.detach()

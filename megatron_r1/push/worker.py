@@ -139,12 +139,12 @@ def open_store(rollout: RolloutConfig) -> tuple[dist.TCPStore, tuple[str, int]]:
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
         host = LOOPBACK if ranks_share_host() else os.environ["MASTER_ADDR"]
-        everywhere = False
+        is_everywhere = False
         if rollout.placement == "hosts":
             engines = rollout.hosts_address or socket.gethostname()
-            everywhere = not ranks_share_host() and _resolved(host) != _resolved(engines)
-            host = host if everywhere else engines
-        store = create_store(host, everywhere=everywhere)
+            is_everywhere = not ranks_share_host() and _resolved(host) != _resolved(engines)
+            host = host if is_everywhere else engines
+        store = create_store(host, everywhere=is_everywhere)
     # Only rank 0 has chosen a port, and knows its host's own name.
     address = [host, store.port] if store is not None else None
     host, port = platform.broadcast_from_rank_zero(address)

@@ -229,8 +229,8 @@ class RunFolder:
 
         Returns the number of removed lines. A run that starts over passes -1."""
         self._last_step = None
-        steps = (self.metrics_path, self.samples_path, self.evaluations_path)
-        paths = (*steps, self.advice_path)
+        step_files = (self.metrics_path, self.samples_path, self.evaluations_path)
+        paths = (*step_files, self.advice_path)
         return sum(filter_lines(path, lambda line: line["step"] <= step) for path in paths)
 
     def read_metrics(self) -> list[dict[str, Any]]:

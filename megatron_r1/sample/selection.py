@@ -127,10 +127,12 @@ class Selection:
             *(self.drop_reason(prompt, r, question_drop) for r in responses)
         )
         drops: dict[int, Decision] = {}
-        first: dict[str, int] = {}
+        index_by_text: dict[str, int] = {}
         for response, reason in zip(responses, reasons, strict=True):
             if reason is None and self._drops_duplicates:
-                first_index = first.setdefault(normalize_question(response.text), response.index)
+                first_index = index_by_text.setdefault(
+                    normalize_question(response.text), response.index
+                )
                 if first_index != response.index:
                     reason = Decision(DUPLICATE, f"the same as response {first_index}")
             if reason is not None:

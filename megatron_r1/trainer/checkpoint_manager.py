@@ -21,10 +21,10 @@ class CheckpointManager:
 
     def __init__(self, trainer: Trainer):
         self._trainer = trainer
-        asynchronous = trainer.config.checkpoint.asynchronous
+        is_asynchronous = trainer.config.checkpoint.asynchronous
         straggler_timeout = timedelta(seconds=trainer.config.parallel.timeout_seconds)
         self._writer = CheckpointWriter(
-            trainer.process_groups.dp_cp, asynchronous, straggler_timeout
+            trainer.process_groups.dp_cp, is_asynchronous, straggler_timeout
         )
         self._verified: str | None = None
 

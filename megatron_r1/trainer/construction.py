@@ -161,10 +161,10 @@ def build_network(
     """
     chunks = build_chunks(config, hf_config, transformer, groups, score_std)
     overlap = config.parallel.overlap_param_gather
-    wrapped = _with_gradients(transformer, chunks, groups, overlap)
-    optimizer = _new_optimizer(config, wrapped)
+    wrapped_chunks = _with_gradients(transformer, chunks, groups, overlap)
+    optimizer = _new_optimizer(config, wrapped_chunks)
     transformer.grad_scale_func = optimizer.scale_loss  # read by Megatron's schedule
-    return chunks, wrapped, optimizer
+    return chunks, wrapped_chunks, optimizer
 
 
 def build_chunks(
@@ -256,18 +256,18 @@ def _with_gradients(
         overlap_grad_reduce=platform.has_gpu() or overlap_param_gather,
         overlap_param_gather=overlap_param_gather,
     )
-    wrapped = [
+    wrapped_chunks = [
         DistributedDataParallel(transformer, settings, chunk, pg_collection=groups)
         for chunk in chunks
     ]
-    for chunk in wrapped:
+    for chunk in wrapped_chunks:
         model = unwrap_model(chunk)
         if isinstance(model, PolicyModel) and model.post_process:
             weight = models.lm_head_weight(model)
             if fp32_main_grad(weight) is not None:
                 skip_zero_gradients(weight)
         chunk.broadcast_params()  # over data parallelism: replicas start from the same bits
-    no_sync = [chunk.no_sync for chunk in wrapped]
+    no_sync = [chunk.no_sync for chunk in wrapped_chunks]
     transformer.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
     transformer.finalize_model_grads_func = finalize_model_grads
-    return wrapped
+    return wrapped_chunks

@@ -82,13 +82,13 @@ class Critic:
         """
         compute = partial(value_loss, clip=self.value_clip)
         run = partial(run_passes, self.ddp_chunks, batches, compute, forward_only=False)
-        reports, stepped = optimizer_step(
+        reports, step_metrics = optimizer_step(
             self.ddp_chunks, self.optimizer, learning_rate, run, is_last=is_last
         )
         metrics = reduce_over_data(self.grid_position, merge(reports))
         if metrics:
             metrics["value/explained_variance"] = explained_variance(metrics)
-        return metrics | {f"value/{name}": value for name, value in stepped.items()}
+        return metrics | {f"value/{name}": value for name, value in step_metrics.items()}
 
 
 def _store_values(batch: PackedBatch, scores: Tensor) -> None:
@@ -108,24 +108,26 @@ def value_loss(batch: PackedBatch, scores: Tensor, clip: float | None) -> LossTe
         clip: ε; None for ∞."""
     assert batch.values is not None and batch.returns is not None, "values and returns come first"
     rows, values = batch.response_positions, scores.view(-1)
-    new, old, returns = values[rows], batch.values[rows], batch.returns[rows]
+    new_values, old_values, returns = values[rows], batch.values[rows], batch.returns[rows]
     # V_old + (V - V_old) differs from V by rounding and would be counted as clipped, so without a
     # limit V itself is taken.
-    clipped_values = new if clip is None else old + (new - old).clamp(-clip, clip)
-    losses, clipped = (new - returns).square(), (clipped_values - returns).square()
+    clipped_values = (
+        new_values if clip is None else old_values + (new_values - old_values).clamp(-clip, clip)
+    )
+    losses, clipped_losses = (new_values - returns).square(), (clipped_values - returns).square()
     count = torch.full((), len(rows), dtype=torch.int, device=values.device)
-    measured = {
-        "value/loss": 0.5 * torch.maximum(losses, clipped),
-        "value/clip_fraction": clipped > losses,
-        "value/mean": new,
+    token_values = {
+        "value/loss": 0.5 * torch.maximum(losses, clipped_losses),
+        "value/clip_fraction": clipped_losses > losses,
+        "value/mean": new_values,
         "return": returns,
         "return_squared": returns.double().square(),
-        "error": returns - old,
-        "error_squared": (returns - old).double().square(),
+        "error": returns - old_values,
+        "error_squared": (returns - old_values).double().square(),
     }
     # fp64: the explained variance is a difference of mean squares and squared means.
-    means = {name: Mean(x.detach().double().sum(), count) for name, x in measured.items()}
-    return LossTerms(measured["value/loss"].sum(), count, means)
+    means = {name: Mean(x.detach().double().sum(), count) for name, x in token_values.items()}
+    return LossTerms(token_values["value/loss"].sum(), count, means)
 
 
 def explained_variance(metrics: dict[str, float]) -> float:
@@ -134,8 +136,8 @@ def explained_variance(metrics: dict[str, float]) -> float:
     Args:
         metrics: the metrics of the value loss, reduced over all ranks; the moments among them are
             removed."""
-    smallest = EQUAL_RETURNS**2 * metrics["return_squared"]
+    min_returns = EQUAL_RETURNS**2 * metrics["return_squared"]
     returns, errors = (
         metrics.pop(f"{name}_squared") - metrics.pop(name) ** 2 for name in ("return", "error")
     )
-    return 1 - errors / returns if returns > smallest else 0.0
+    return 1 - errors / returns if returns > min_returns else 0.0

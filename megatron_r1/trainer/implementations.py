@@ -59,8 +59,10 @@ def describe_implementations(trainer: Trainer) -> dict[str, str]:
 
 
 def _role(name: str) -> str | None:
-    last = name.rpartition(".")[2]
-    return next((role for role, names in MODULE_ROLES.items() if re.fullmatch(names, last)), None)
+    last_name = name.rpartition(".")[2]
+    return next(
+        (role for role, names in MODULE_ROLES.items() if re.fullmatch(names, last_name)), None
+    )
 
 
 def _origin(kind: type) -> str:
@@ -81,8 +83,10 @@ def _reduction(settings: Any) -> str:
         "reduction": settings.overlap_grad_reduce,
         "gather of parameters": settings.overlap_param_gather,
     }
-    overlapped = " and ".join(name for name, is_on in is_overlapped.items() if is_on)
-    return f"{platform.distributed_backend()} in {dtype}, {overlapped or 'nothing'} overlapped"
+    overlapped_names = " and ".join(name for name, is_on in is_overlapped.items() if is_on)
+    return (
+        f"{platform.distributed_backend()} in {dtype}, {overlapped_names or 'nothing'} overlapped"
+    )
 
 
 def _flash_version() -> str:

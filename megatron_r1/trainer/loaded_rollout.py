@@ -83,18 +83,20 @@ class LoadedRollout:
             share_prompts=shares_prompts,
             num_mtp_layers=self._num_mtp_layers,
         )
-        padded = [self._pad_to_schedule(minibatch) for minibatch in minibatches]
-        microbatches = [microbatch for minibatch in padded for microbatch in minibatch]
+        padded_minibatches = [self._pad_to_schedule(minibatch) for minibatch in minibatches]
+        microbatches = [microbatch for minibatch in padded_minibatches for microbatch in minibatch]
         routings = scatter.scatter(microbatches) if scatter else [self.routing] * len(microbatches)
-        packed = (
+        packed_batches = (
             pack(microbatch, routing=routing)
             for microbatch, routing in zip(microbatches, routings, strict=True)
         )
-        self.minibatches = [list(islice(packed, len(minibatch))) for minibatch in padded]
+        self.minibatches = [
+            list(islice(packed_batches, len(minibatch))) for minibatch in padded_minibatches
+        ]
         batches = self.batches
         if self._replay.is_on:
-            counted = self._replay.exchange_counts([batch.routing for batch in batches])
-            for batch, routing in zip(batches, counted, strict=True):
+            counted_routings = self._replay.exchange_counts([batch.routing for batch in batches])
+            for batch, routing in zip(batches, counted_routings, strict=True):
                 batch.routing = routing
         # The sum also runs over context ranks, which hold parts of the same samples.
         num_tokens = sum(len(s) for s in samples)
@@ -115,14 +117,16 @@ class LoadedRollout:
         Raises:
             UserError: a sample has a token outside the vocabulary."""
         check_token_ids(samples, self._vocab_size)
-        padded = self._pad_to_schedule([samples])
-        return [pack_batch(s, self.split, platform.device()) for s in padded]
+        padded_microbatches = self._pad_to_schedule([samples])
+        return [pack_batch(s, self.split, platform.device()) for s in padded_microbatches]
 
     def _pad_to_schedule(self, microbatches: list[list[Sample]]) -> list[list[Sample]]:
         """Append empty micro-batches where chunks are interleaved: that schedule runs in rounds of
         as many micro-batches as there are pipeline ranks."""
-        missing = -len(microbatches) % self._config.parallel.pipeline if self._num_chunks > 1 else 0
-        return microbatches + [[]] * missing
+        num_missing = (
+            -len(microbatches) % self._config.parallel.pipeline if self._num_chunks > 1 else 0
+        )
+        return microbatches + [[]] * num_missing
 
     def first_batches(self) -> list[PackedBatch]:
         """Return the first micro-batches, as few as the schedule runs."""
@@ -164,9 +168,9 @@ class LoadedRollout:
         ranks before the last stage return none."""
         if not self._grid_position.is_last_stage:
             return {}
-        mean, largest = logprob_diff(self.batches, "old")
+        mean, max_gap = logprob_diff(self.batches, "old")
         metrics: dict[str, Mean | Maximum]
-        metrics = {"logprob_diff/max": largest, "logprob_diff/mean": mean}
+        metrics = {"logprob_diff/max": max_gap, "logprob_diff/mean": mean}
         if self._config.teacher.path:
             metrics["teacher/kl"] = teacher_kl(self.batches)
         return reduce_over_data(self._grid_position, metrics)

@@ -43,12 +43,12 @@ class ProbeRunner:
         batches = self.trainer.rollout.pack_probe(samples)
         if not self.trainer.grid_position.is_last_stage:
             return {}
-        for batch, probed in zip(batches, self._probed, strict=True):
-            assert torch.equal(batch.targets, probed.targets), "these are other tokens"
-            batch.logprobs["old"] = probed.logprobs["old"]
-        mean, largest = logprob_diff(batches, "old")
+        for batch, probed_batch in zip(batches, self._probed, strict=True):
+            assert torch.equal(batch.targets, probed_batch.targets), "these are other tokens"
+            batch.logprobs["old"] = probed_batch.logprobs["old"]
+        mean, max_gap = logprob_diff(batches, "old")
         return reduce_over_data(
-            self.trainer.grid_position, {"probe/max": largest, "probe/mean": mean}
+            self.trainer.grid_position, {"probe/max": max_gap, "probe/mean": mean}
         )
 
     def sample_scores(self) -> SampleScores:

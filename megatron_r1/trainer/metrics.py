@@ -51,11 +51,11 @@ def merge(reports: Iterable[Metrics]) -> dict[str, Mean | Maximum]:
     """Return one report for those of several micro-batches; sums are in fp64.
 
     The host waits for the device once, whatever the number of micro-batches."""
-    merged: dict[str, Mean | Maximum] = {}
+    merged_metrics: dict[str, Mean | Maximum] = {}
     for report in _on_host(reports):
         for name, metric in report.items():
-            merged[name] = _joined(merged.get(name), metric)
-    return merged
+            merged_metrics[name] = _joined(merged_metrics.get(name), metric)
+    return merged_metrics
 
 
 def _on_host(reports: Iterable[Metrics]) -> list[Metrics]:
@@ -78,8 +78,8 @@ def read_scalars(scalars: Sequence[Tensor | float]) -> list[float]:
     Args:
         scalars: tensors () of any dtype, on one device, and numbers."""
     tensors = [x.detach().double().reshape(()) for x in scalars if isinstance(x, Tensor)]
-    read = iter(torch.stack(tensors).tolist() if tensors else [])
-    return [next(read) if isinstance(x, Tensor) else float(x) for x in scalars]
+    numbers = iter(torch.stack(tensors).tolist() if tensors else [])
+    return [next(numbers) if isinstance(x, Tensor) else float(x) for x in scalars]
 
 
 def nan_max(a: float, b: float) -> float:
@@ -116,16 +116,16 @@ def reduce_over_data(grid_position: GridPosition, metrics: Metrics) -> dict[str,
     device, fp64 = platform.device(), torch.float64
     totals = [float(mean.total) for mean in means.values()]
     counts = [float(mean.count) for mean in means.values()]
-    added = torch.tensor([totals, counts], dtype=fp64, device=device)  # (2, number of means)
-    largest = torch.tensor([float(m.value) for m in maxima.values()], dtype=fp64, device=device)
+    sums = torch.tensor([totals, counts], dtype=fp64, device=device)  # (2, number of means)
+    max_values = torch.tensor([float(m.value) for m in maxima.values()], dtype=fp64, device=device)
     # A maximum of several ranks may lose a NaN, so it becomes infinity; infinities stay.
-    largest = largest.nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)
+    max_values = max_values.nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)
     # Over data and context parallelism: each of these ranks has other samples, or other tokens of
     # the same samples. Ranks of one tensor group have equal numbers and are not added up.
-    dist.all_reduce(added, group=grid_position.groups.dp_cp)
-    dist.all_reduce(largest, dist.ReduceOp.MAX, group=grid_position.groups.dp_cp)
-    numbers = dict(zip(maxima, largest.tolist(), strict=True))
-    for name, total, count in zip(means, *added.tolist(), strict=True):
+    dist.all_reduce(sums, group=grid_position.groups.dp_cp)
+    dist.all_reduce(max_values, dist.ReduceOp.MAX, group=grid_position.groups.dp_cp)
+    numbers = dict(zip(maxima, max_values.tolist(), strict=True))
+    for name, total, count in zip(means, *sums.tolist(), strict=True):
         numbers[name] = total / count if count else 0.0
     return numbers
 
@@ -144,10 +144,10 @@ def logprob_diff(batches: Sequence[PackedBatch], name: str) -> tuple[Mean, Maxim
             gaps = (batch.logprobs[name] - batch.rollout_logprobs)[rows].abs()
             total = Mean(gaps.double().sum(), gaps.numel())
             reports.append({"mean": total, "largest": Maximum(gaps.max())})
-    merged = merge(reports)
-    mean, largest = merged["mean"], merged["largest"]
-    assert isinstance(mean, Mean) and isinstance(largest, Maximum)
-    return mean, largest
+    merged_metrics = merge(reports)
+    mean, max_gap = merged_metrics["mean"], merged_metrics["largest"]
+    assert isinstance(mean, Mean) and isinstance(max_gap, Maximum)
+    return mean, max_gap
 
 
 def teacher_kl(batches: Sequence[PackedBatch]) -> Mean:

@@ -65,8 +65,8 @@ class HostStore:
 
     def write(self, parts: Sequence[Tensor]) -> None:
         """Copy the parts into host memory."""
-        missing = _num_chunks(parts) - len(self._chunks)
-        self._chunks += [_chunk() for _ in range(missing)]
+        num_missing = _num_chunks(parts) - len(self._chunks)
+        self._chunks += [_chunk() for _ in range(num_missing)]
         for piece, offset in _pieces(parts):
             self._chunk_slice(piece, offset).copy_(piece, non_blocking=True)
         platform.synchronize()
@@ -103,9 +103,9 @@ class DiskStore:
         try:
             file = self._reserve_file(num_bytes)
             self._digests = []
-            passing = _chunk()
+            passing_chunk = _chunk()
             for piece, offset in _pieces(parts):
-                buffer = passing[: len(piece)]
+                buffer = passing_chunk[: len(piece)]
                 buffer.copy_(piece)
                 self._digests.append(xxh3_64_intdigest(buffer.numpy().data))
                 _write(file.fileno(), buffer.numpy().data, offset)
@@ -126,9 +126,9 @@ class DiskStore:
             RuntimeError: the file is short, or a piece has another digest.
         """
         assert self._file is not None, "write() comes first"
-        passing, digests = _chunk(), iter(self._digests)
+        passing_chunk, digests = _chunk(), iter(self._digests)
         for piece, offset in _pieces(parts):
-            buffer = passing[: len(piece)]
+            buffer = passing_chunk[: len(piece)]
             if not _read(self._file.fileno(), buffer.numpy().data, offset):
                 raise RuntimeError(f"{self._folder}: the trainer's file ends before byte {offset}")
             if xxh3_64_intdigest(buffer.numpy().data) != next(digests):

@@ -118,8 +118,8 @@ def _positions(
     if layout.continued is not None:
         sequences = None
         if attention_cu_seqlens.device.type != "cpu":
-            places, borders, longest = whole_sequences(cu_seqlens, layout.continued)
-            sequences = WholeSequences(on_device(places), on_device(borders), longest)
+            places, borders, max_length = whole_sequences(cu_seqlens, layout.continued)
+            sequences = WholeSequences(on_device(places), on_device(borders), max_length)
         mark_prefixes(attention_cu_seqlens, layout.continued, sequences)
         position += layout.continued.start.repeat_interleave(cu_seqlens.diff())
     positions = on_device(position[local_positions])
@@ -153,14 +153,14 @@ def _mtp_targets(
         num_mtp_layers: the number of MTP layers."""
     next_token_index = torch.arange(1, int(cu_seqlens[-1]) + 1)
     next_token_index[cu_seqlens[1:] - 1] = -1
-    rows, ahead = [], is_response
+    rows, is_target = [], is_response
     for _ in range(num_mtp_layers):
-        ahead = ahead[next_token_index] & (next_token_index >= 0)
-        rows.append(ahead[local_positions].nonzero()[:, 0])
+        is_target = is_target[next_token_index] & (next_token_index >= 0)
+        rows.append(is_target[local_positions].nonzero()[:, 0])
     # Where each position is when the context ranks' parts are gathered rank after rank.
-    gathered = gathered_order(cu_seqlens, split.context_size)
+    gathered_indices = gathered_order(cu_seqlens, split.context_size)
     next_positions = next_token_index[local_positions]
-    return torch.where(next_positions >= 0, gathered[next_positions], -1), rows
+    return torch.where(next_positions >= 0, gathered_indices[next_positions], -1), rows
 
 
 def _tokens(samples: list[Sample], layout: PackedLayout) -> Tensor:
@@ -189,12 +189,12 @@ def _response_values(samples: list[Sample], layout: PackedLayout) -> tuple[Tenso
             is_response[response] = mask.bool()
         advantages[response] = sample.advantage
         weights[response] = sample.weight / max(1, int(is_response[response].sum()))
-        for values, encoded in (
+        for values, encoded_values in (
             (rollout_logprobs, sample.rollout_logprobs),
             (teacher, sample.teacher_logprobs),
         ):
-            if encoded:
-                values[response] = torch.frombuffer(bytearray(encoded), dtype=torch.float32)
+            if encoded_values:
+                values[response] = torch.frombuffer(bytearray(encoded_values), dtype=torch.float32)
     if any(sample.mask for sample in samples):
         per_token[:, ~is_response] = 0.0
     return is_response, *per_token
@@ -209,12 +209,12 @@ def _sampling_mask(
     Raises:
         ValueError: ids that do not fit their sample, or samples with and without ids in one
             micro-batch: these would need the whole vocabulary at each token."""
-    trained = [s.is_trained and len(s) > s.prompt_length for s in samples]
+    are_trained = [s.is_trained and len(s) > s.prompt_length for s in samples]
     if not any(sample.sampling_mask for sample in samples):
         return None
     counts = torch.zeros(int(layout.cu_seqlens[-1]), dtype=torch.int64)
     parts = [torch.empty(0, dtype=torch.int32)]
-    for sample, start, is_trained in zip(samples, layout.starts, trained, strict=True):
+    for sample, start, is_trained in zip(samples, layout.starts, are_trained, strict=True):
         if not is_trained:
             continue
         if not sample.sampling_mask:
@@ -240,11 +240,11 @@ def check_token_ids(samples: Iterable[Sample], vocab_size: int) -> None:
     from: the loss head need not wait for the device to look at its targets."""
     for sample in samples:
         ids = np.frombuffer(sample.token_ids, np.int32)
-        wrong = ids[(ids < 0) | (ids >= vocab_size)]
-        if len(wrong):
+        wrong_ids = ids[(ids < 0) | (ids >= vocab_size)]
+        if len(wrong_ids):
             raise UserError(
-                f"a sample has token {wrong[0]}, and the model's vocab_size is {vocab_size}: give "
-                "model.path the tokenizer that belongs to its config.json",
+                f"a sample has token {wrong_ids[0]}, and the model's vocab_size is {vocab_size}: "
+                "give model.path the tokenizer that belongs to its config.json",
                 key="model.path",
                 cause=Cause.CONFLICT,
             )

@@ -49,8 +49,8 @@ def run_passes(
     # Routing replay recognizes a pass that will be recomputed by the training mode.
     for chunk in chunks if forward_only else ():
         chunk.eval()
-    interleaved, groups = len(chunks) > 1, process_groups(chunks)
-    schedule = get_forward_backward_func(groups.pp.size(), len(chunks) if interleaved else None)
+    is_interleaved, groups = len(chunks) > 1, process_groups(chunks)
+    schedule = get_forward_backward_func(groups.pp.size(), len(chunks) if is_interleaved else None)
     lengths = [batch.input_ids.shape[1] for batch in batches]
     communicator = KnownShapesCommunicator(
         groups.pp,
@@ -64,7 +64,7 @@ def run_passes(
     with torch.set_grad_enabled(not forward_only):
         reports = schedule(
             forward_step_func=_forward_step(compute, inputs, forward_only),
-            data_iterator=[iter(batches) for _ in chunks] if interleaved else iter(batches),
+            data_iterator=[iter(batches) for _ in chunks] if is_interleaved else iter(batches),
             model=chunks,
             num_microbatches=len(batches),
             # Ignored: `variable_seq_lengths` has Megatron ask the communicator for every shape.
@@ -139,11 +139,11 @@ def optimizer_step(
     with timeline.span("trainer/forward and backward"):
         reports = run()
     with timeline.span("trainer/optimizer"):
-        succeeded, grad_norm, _ = optimizer.step()
+        has_succeeded, grad_norm, _ = optimizer.step()
     for chunk in chunks:
         if is_last and chunk.ddp_config.overlap_param_gather:
             chunk.start_param_sync(force_sync=True)
-    return reports, {"grad_norm": float(grad_norm), "step_taken": float(succeeded)}
+    return reports, {"grad_norm": float(grad_norm), "step_taken": float(has_succeeded)}
 
 
 def free_gradients(chunks: Sequence[DistributedDataParallel]) -> None:

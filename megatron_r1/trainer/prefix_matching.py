@@ -63,24 +63,24 @@ class PrefixMatcher:
         tokens, max_length = bytes(sample.token_ids), sample.prompt_length - 1
         position = bisect(self._sorted, (tokens, len(self.parents)))
         neighbors = self._sorted[max(0, position - 1) : position + 1]
-        common, parent = max(
+        num_common, parent = max(
             ((_common_tokens(tokens, neighbor), number) for neighbor, number in neighbors),
             default=(0, -1),
         )
-        skipped = min(common, max_length)
-        if skipped < min(max_length, MIN_SHARED_TOKENS) or not skipped:
+        num_skipped = min(num_common, max_length)
+        if num_skipped < min(max_length, MIN_SHARED_TOKENS) or not num_skipped:
             return -1, 0
-        while parent >= 0 and skipped <= self.prefix_lengths[parent]:
+        while parent >= 0 and num_skipped <= self.prefix_lengths[parent]:
             parent = self.parents[parent]
-        return parent, skipped
+        return parent, num_skipped
 
     def add(self, sample: Sample) -> int:
         """Add a sample; return the number of its tokens that are not shared."""
-        parent, skipped = self.shared_prefix(sample)
+        parent, num_skipped = self.shared_prefix(sample)
         insort(self._sorted, (bytes(sample.token_ids), len(self.parents)))
         self.parents.append(parent)
-        self.prefix_lengths.append(skipped)
-        return len(sample) - skipped
+        self.prefix_lengths.append(num_skipped)
+        return len(sample) - num_skipped
 
 
 MIN_SHARED_TOKENS = 16
@@ -91,8 +91,8 @@ the attention kernel, and a few equal words of two questions save less."""
 def _common_tokens(first: bytes, second: bytes) -> int:
     """Return the number of tokens that both begin with."""
     count = min(len(first), len(second)) // 4
-    different = np.frombuffer(first, np.int32, count) != np.frombuffer(second, np.int32, count)
-    return int(different.argmax()) if different.any() else count
+    is_different = np.frombuffer(first, np.int32, count) != np.frombuffer(second, np.int32, count)
+    return int(is_different.argmax()) if is_different.any() else count
 
 
 def group_by_first_prompt(samples: list[Sample]) -> list[list[int]]:
@@ -118,15 +118,15 @@ def group_by_first_prompt(samples: list[Sample]) -> list[list[int]]:
 
 def _depth_first(samples: list[Sample], members: list[int]) -> list[int]:
     """Return `members`, each followed by those that continue it."""
-    shared = PrefixMatcher()
+    matcher = PrefixMatcher()
     for member in members:
-        shared.add(samples[member])
+        matcher.add(samples[member])
     children: dict[int, list[int]] = {}
-    for place, parent in enumerate(shared.parents):
+    for place, parent in enumerate(matcher.parents):
         children.setdefault(parent, []).append(place)
-    ordered, waiting = [], children.get(-1, [])[::-1]
-    while waiting:
-        place = waiting.pop()
-        ordered.append(members[place])
-        waiting += children.get(place, [])[::-1]
-    return ordered
+    ordered_members, places_left = [], children.get(-1, [])[::-1]
+    while places_left:
+        place = places_left.pop()
+        ordered_members.append(members[place])
+        places_left += children.get(place, [])[::-1]
+    return ordered_members

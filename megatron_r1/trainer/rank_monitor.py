@@ -84,8 +84,8 @@ def _request(frame: FrameType, groups: ProcessGroupCollection | None) -> str | N
     values = [*frame.f_locals.values()]
     if not any(isinstance(value, dist.Work) for value in values):
         return None
-    among = {value for value in values if isinstance(value, dist.ProcessGroup)}
-    ranks = _describe_ranks(among.pop(), groups) if len(among) == 1 else ""
+    process_groups = {value for value in values if isinstance(value, dist.ProcessGroup)}
+    ranks = _describe_ranks(process_groups.pop(), groups) if len(process_groups) == 1 else ""
     return f"a request{ranks}, waited for by {_location(frame)}"
 
 
@@ -96,12 +96,12 @@ def _is_in(frame: FrameType, files: tuple[str, ...]) -> bool:
 def _outermost(frame: FrameType, files: tuple[str, ...]) -> FrameType:
     """Return the frame of the public function: its callees and torch's wrapper around it are in the
     same files."""
-    public = frame
+    public_frame = frame
     while frame.f_back is not None and _is_in(frame.f_back, files):
         frame = frame.f_back
         if frame.f_code.co_name != "wrapper":
-            public = frame
-    return public
+            public_frame = frame
+    return public_frame
 
 
 def _describe(frame: FrameType, groups: ProcessGroupCollection | None) -> str:

@@ -31,10 +31,10 @@ class ReferencePolicy:
             platform.empty_on_host(tuple(t.shape), t.dtype) if on_host else torch.empty_like(t)
             for t in self._live
         ]
-        frozen: Iterator[Tensor] = (
+        frozen_tensors: Iterator[Tensor] = (
             p for chunk in chunks for p in chunk.parameters() if not p.requires_grad
         )
-        self._by_live: dict[int, Tensor] = {id(t): t for t in frozen}
+        self._by_live: dict[int, Tensor] = {id(t): t for t in frozen_tensors}
         self._by_live |= {id(t): copy for t, copy in zip(self._live, self._copies, strict=True)}
         self.refresh()
 
@@ -51,27 +51,27 @@ class ReferencePolicy:
 
     def refresh(self) -> None:
         """Replace the reference by the current policy."""
-        for copy, live in zip(self._copies, self._live, strict=True):
-            copy.copy_(live.detach())
+        for copy, live_tensor in zip(self._copies, self._live, strict=True):
+            copy.copy_(live_tensor.detach())
 
     @contextlib.contextmanager
     def swapped_in(self) -> Iterator[None]:
         """Let the model compute with the reference's weights inside the block. They are brought to
         the parameters' device: data of another would lose the hooks that collect gradients."""
-        policy = [live.data for live in self._live]
+        policy = [live_tensor.data for live_tensor in self._live]
         try:
-            for live, copy in zip(self._live, self._copies, strict=True):
-                live.data = copy.to(live.device, non_blocking=True)
+            for live_tensor, copy in zip(self._live, self._copies, strict=True):
+                live_tensor.data = copy.to(live_tensor.device, non_blocking=True)
             yield
         finally:
-            for live, data in zip(self._live, policy, strict=True):
-                live.data = data
+            for live_tensor, data in zip(self._live, policy, strict=True):
+                live_tensor.data = data
 
 
 def _weights(chunk: torch.nn.Module) -> Iterator[Tensor]:
     yield from (parameter for parameter in chunk.parameters() if parameter.requires_grad)
     # Buffers that are not saved are derived, such as rotary frequencies, and equal in both.
-    persistent = set(chunk.state_dict().keys())
+    persistent_names = set(chunk.state_dict().keys())
     for name, buffer in chunk.named_buffers():
-        if name in persistent:
+        if name in persistent_names:
             yield buffer

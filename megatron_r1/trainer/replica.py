@@ -62,8 +62,8 @@ class Replica:
         """Start to send bytes (N,) uint8 to a member, which calls `receive` for as many; return
         what to wait for before `content` changes."""
         destination, group = self._members[member], self._group
-        sent = (dist.isend(piece, destination, group) for piece in _pieces(content))
-        return [work for work in sent if work is not None]
+        works = (dist.isend(piece, destination, group) for piece in _pieces(content))
+        return [work for work in works if work is not None]
 
     def receive(self, num_bytes: int) -> torch.Tensor:
         """Return the (num_bytes,) uint8 that the leader sends to this member."""
@@ -78,12 +78,12 @@ class Replica:
         if len(self._members) > 1:
             # Over the replica: its leader alone has the parts. First the size, for the buffer.
             dist.broadcast(size, self._members[0], group=self._group)
-        joined = torch.empty(int(size), dtype=torch.uint8)
-        buffer, end = joined.numpy().data, 0
+        joined_bytes = torch.empty(int(size), dtype=torch.uint8)
+        buffer, end = joined_bytes.numpy().data, 0
         for part in parts:
             buffer[end : end + len(part)] = part
             end += len(part)
-        for piece in _pieces(joined) if len(self._members) > 1 else ():
+        for piece in _pieces(joined_bytes) if len(self._members) > 1 else ():
             # Over the replica: the other ranks receive into an empty buffer of that size.
             dist.broadcast(piece, self._members[0], group=self._group)
         return buffer

@@ -56,8 +56,8 @@ def pairwise(batch: PackedBatch, scores: ScoreHeadOutput, settings: object = Non
         settings: None; it is here because every `Loss` is called with three arguments."""
     sample_scores = scores.last_token_scores()
     margins = sample_scores[0::2] - sample_scores[1::2]
-    measured = {"accuracy": margins > 0, "margin": margins}
-    return _reward_terms(batch, -logsigmoid(margins), measured, batch.num_responses // 2)
+    pair_values = {"accuracy": margins > 0, "margin": margins}
+    return _reward_terms(batch, -logsigmoid(margins), pair_values, batch.num_responses // 2)
 
 
 def pointwise(batch: PackedBatch, scores: ScoreHeadOutput, settings: object = None) -> LossTerms:

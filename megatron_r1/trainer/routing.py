@@ -74,8 +74,8 @@ def _pack_at(
     samples: Sequence[Sample], layout: PackedLayout, local_positions: Tensor, shard: RoutingShard
 ) -> RecordedRouting:
     """Return what `pack_routing` does of the tokens at the positions `local_positions`."""
-    cut = _select(_concatenate([samples], [layout], shard), local_positions)
-    return _fill_unread_tokens(cut, samples, layout, local_positions, shard.shape)
+    local_routing = _select(_concatenate([samples], [layout], shard), local_positions)
+    return _fill_unread_tokens(local_routing, samples, layout, local_positions, shard.shape)
 
 
 def _fill_unread_tokens(
@@ -88,10 +88,10 @@ def _fill_unread_tokens(
     """Return the choices with `local_counts` if the engine has chosen for every token of the rank
     that it was fed. The last token of each sample and padding, whose outputs nothing reads, then
     get all experts in turn, in place."""
-    fed = torch.zeros(int(layout.cu_seqlens[-1]), dtype=torch.bool)
+    is_fed = torch.zeros(int(layout.cu_seqlens[-1]), dtype=torch.bool)
     for sample, start in zip(samples, layout.starts, strict=True):
-        fed[start : start + len(sample) - 1] = True
-    if (fed[local_positions] & ~recorded.is_recorded).any():
+        is_fed[start : start + len(sample) - 1] = True
+    if (is_fed[local_positions] & ~recorded.is_recorded).any():
         return recorded
     experts, is_unread = recorded.experts, ~recorded.is_recorded
     in_turn = (
@@ -152,8 +152,8 @@ def _decode_rows(sample: Sample, shape: RoutingShape) -> np.ndarray:
             f"{len(sample.routing)} bytes of routing are no multiple of {shape.token_bytes}: "
             f"{len(shape.moe_layers)} layers x {shape.topk} experts x {shape.index_bytes}"
         )
-    flat = np.frombuffer(sample.routing, f"<u{shape.index_bytes}")
-    rows = flat.reshape(-1, len(shape.moe_layers), shape.topk)
+    flat_indices = np.frombuffer(sample.routing, f"<u{shape.index_bytes}")
+    rows = flat_indices.reshape(-1, len(shape.moe_layers), shape.topk)
     if len(rows) >= len(sample) and len(rows):
         raise ValueError(f"{len(rows)} rows of routing for a sample of {len(sample)} tokens")
     return rows
@@ -185,23 +185,23 @@ class RoutingScatter:
         layouts = [packed_layout(samples, self._split) for samples in microbatches]
         local_positions = [routed_positions(layout.cu_seqlens, self._split) for layout in layouts]
         if not self._replica.is_leader:
-            received = self._receive([len(positions) for positions in local_positions])
+            received_routings = self._receive([len(positions) for positions in local_positions])
             return [
-                _fill_unread_tokens(recorded, samples, layout, positions, self._shard.shape)
-                for recorded, samples, layout, positions in zip(
-                    received, microbatches, layouts, local_positions, strict=True
+                _fill_unread_tokens(routing, samples, layout, positions, self._shard.shape)
+                for routing, samples, layout, positions in zip(
+                    received_routings, microbatches, layouts, local_positions, strict=True
                 )
             ]
-        waiting: list[tuple[dist.Work, Tensor]] = []
+        unfinished_sends: list[tuple[dist.Work, Tensor]] = []
         # By layers: the ranks that share a pipeline stage get parts of the same rows.
         order = sorted(range(1, len(self._ranks)), key=lambda member: self._ranks[member][1])
         for member, part in zip(order, self._shards(microbatches, layouts, order), strict=True):
             self.sent_bytes += len(part)
-            waiting += [(work, part) for work in self._replica.send(part, member)]
-            while len(waiting) > SENT_AHEAD:
-                work, _ = waiting.pop(0)
+            unfinished_sends += [(work, part) for work in self._replica.send(part, member)]
+            while len(unfinished_sends) > SENT_AHEAD:
+                work, _ = unfinished_sends.pop(0)
                 work.wait()
-        for work, _ in waiting:
+        for work, _ in unfinished_sends:
             work.wait()
         return [
             _pack_at(samples, layout, positions, self._shard)
@@ -223,8 +223,8 @@ class RoutingScatter:
                 layers = own_layers
                 shard = RoutingShard(self._shard.shape, own_layers)
                 routing = _concatenate(microbatches, layouts, shard)
-            cut = _select(routing, local_positions(split))
-            parts = (cut.experts, cut.is_recorded)
+            local_routing = _select(routing, local_positions(split))
+            parts = (local_routing.experts, local_routing.is_recorded)
             yield torch.cat([tensor.reshape(-1).view(torch.uint8) for tensor in parts])
 
     def _receive(self, counts: list[int]) -> list[RecordedRouting]:
@@ -232,9 +232,9 @@ class RoutingScatter:
         total = sum(counts)
         shape = (total, len(self._shard.layers), self._shard.shape.topk)
         width = len(self._shard.layers) * self._shard.shape.topk * self._shard.dtype.itemsize
-        joined = self._replica.receive(total * (width + 1))
+        joined_bytes = self._replica.receive(total * (width + 1))
         experts_type = torch.uint8 if self._shard.dtype.itemsize == 1 else torch.int16
-        experts = joined[: total * width].view(experts_type).view(shape)
-        is_recorded = joined[total * width :].bool()
+        experts = joined_bytes[: total * width].view(experts_type).view(shape)
+        is_recorded = joined_bytes[total * width :].bool()
         parts = zip(experts.split(counts), is_recorded.split(counts), strict=True)
         return [RecordedRouting(*part) for part in parts]

@@ -54,12 +54,12 @@ def discounted_sums(values: Tensor, discount: float, mask: Tensor, last: Tensor)
     rows, ends = _response_positions(mask, last)
     sums = values[rows]
     positions = torch.arange(len(rows), device=values.device)
-    longest = int((ends - positions).max()) + 1 if len(rows) else 0
+    max_length = int((ends - positions).max()) + 1 if len(rows) else 0
     reach, factor = 1, discount
-    while reach < longest and factor:
-        ahead = positions + reach
-        following = sums[ahead.clamp(max=len(sums) - 1)]
-        sums = sums + factor * torch.where(ahead <= ends, following, 0.0)
+    while reach < max_length and factor:
+        positions_ahead = positions + reach
+        sums_ahead = sums[positions_ahead.clamp(max=len(sums) - 1)]
+        sums = sums + factor * torch.where(positions_ahead <= ends, sums_ahead, 0.0)
         reach, factor = 2 * reach, factor * factor
     return torch.zeros_like(values).index_copy(0, rows, sums)
 
@@ -87,9 +87,9 @@ def gae(
     rows, ends = _response_positions(mask, last)
     response_values = values[rows]
     positions = torch.arange(len(rows), device=values.device)
-    following = torch.where(positions < ends, response_values.roll(-1), 0.0)
+    next_values = torch.where(positions < ends, response_values.roll(-1), 0.0)
     deltas = torch.zeros_like(values).index_copy(
-        0, rows, rewards[rows] + discount * following - response_values
+        0, rows, rewards[rows] + discount * next_values - response_values
     )
     advantages = discounted_sums(deltas, discount * gae_lambda, mask, last)
     return advantages, advantages + values
@@ -113,9 +113,9 @@ def standardize(values: Tensor, total: Tensor, epsilon: float) -> Tensor:
         total: (3,) fp64, the `sums_for_standardization` of all values that mean and population
             standard deviation are of.
         epsilon: added to the deviation."""
-    mean, square = (total[:2] / total[2].clamp(min=1)).unbind()
+    mean, mean_square = (total[:2] / total[2].clamp(min=1)).unbind()
     # Of equal values the rounded difference may be below 0.
-    scale = (square - mean.square()).clamp(min=0).sqrt() + epsilon
+    scale = (mean_square - mean.square()).clamp(min=0).sqrt() + epsilon
     scale = torch.where(scale > 0, scale, 1.0)
     return ((values.double() - mean) / scale).to(values.dtype)
 

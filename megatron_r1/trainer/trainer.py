@@ -135,9 +135,11 @@ class Trainer:
             With routing replay, routing/agreement and, for the first micro-batches, the difference
             from the engine's log-probabilities without replay."""
         batches = self.rollout.batches
-        later = batches if with_first_minibatch else batches[len(self.rollout.minibatches[0]) :]
+        later_batches = (
+            batches if with_first_minibatch else batches[len(self.rollout.minibatches[0]) :]
+        )
         with self.replay.measure_agreement():
-            self.fill_logprobs(later, "old", temperature)
+            self.fill_logprobs(later_batches, "old", temperature)
         with self.replay.pause():
             if with_reference:
                 assert self.reference is not None, "refresh_reference() comes first"
@@ -201,14 +203,14 @@ class Trainer:
             for chunk in self.model_chunks:
                 chunk.mtp_only_divisor = divisor
         run = partial(self.run_batches, batches, compute, forward_only=False)
-        reports, stepped = optimizer_step(
+        reports, step_metrics = optimizer_step(
             self.ddp_chunks,
             self.optimizer,
             learning_rate,
             run,
             is_last=self.rollout.is_last(minibatch_index),
         )
-        return reduce_over_data(self.grid_position, merge(reports)) | stepped
+        return reduce_over_data(self.grid_position, merge(reports)) | step_metrics
 
     def compute_values(self) -> None:
         """Compute the critic's values of all loaded samples, into `PackedBatch.values`."""

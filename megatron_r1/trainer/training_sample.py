@@ -141,7 +141,9 @@ class Sample(msgspec.Struct, frozen=True):
         mask = is_sampled[first:end]
         if teacher_logprobs is not None:
             scores = iter(teacher_logprobs)
-            teacher_logprobs = array("f", [next(scores) if sampled else 0.0 for sampled in mask])
+            teacher_logprobs = array(
+                "f", [next(scores) if is_sampled_token else 0.0 for is_sampled_token in mask]
+            )
         prompt, response = token_ids[:first], token_ids[first:end]
         response_mask = slice_mask(sampling_mask, count, first, end)
         sample = cls.pack(
@@ -204,8 +206,10 @@ def encode_samples(samples: ReplicaSamples) -> list[Buffer]:
             for sample in microbatch:
                 buffers = [getattr(sample, name) for name in BUFFERS]
                 sizes = [None if buffer is None else len(buffer) for buffer in buffers]
-                bare = msgspec.structs.replace(sample, routing=b"", **dict.fromkeys(BUFFERS, b""))
-                headers[-1][-1].append((bare, sizes, len(sample.routing)))
+                bare_sample = msgspec.structs.replace(
+                    sample, routing=b"", **dict.fromkeys(BUFFERS, b"")
+                )
+                headers[-1][-1].append((bare_sample, sizes, len(sample.routing)))
                 sample_buffers += filter(None, buffers)
                 routing += filter(None, [sample.routing])
     return [msgspec.msgpack.encode(headers), *_joined(sample_buffers), *_joined(routing)]
@@ -215,8 +219,8 @@ def _joined(buffers: list[Buffer]) -> list[Buffer]:
     """Return the buffers in order, with runs of small ones joined."""
     parts: list[Buffer] = []
     for is_small, run in groupby(buffers, lambda buffer: len(buffer) < JOINED_BYTES):
-        together = list(run)
-        parts += [b"".join(together)] if is_small else together
+        run_parts = list(run)
+        parts += [b"".join(run_parts)] if is_small else run_parts
     return parts
 
 
@@ -227,10 +231,10 @@ def split_off_routing(parts: Sequence[Buffer]) -> tuple[Sequence[Buffer], Sequen
         return (), ()
     minibatches = msgspec.msgpack.decode(parts[0], type=list[list[list[Header]]])
     headers = (header for minibatch in minibatches for micro in minibatch for header in micro)
-    missing = sum(sum(filter(None, sizes)) for _, sizes, _ in headers)
+    bytes_left = sum(sum(filter(None, sizes)) for _, sizes, _ in headers)
     count = 1
-    while missing:
-        missing, count = missing - len(parts[count]), count + 1
+    while bytes_left:
+        bytes_left, count = bytes_left - len(parts[count]), count + 1
     return parts[1:count], parts[count:]
 
 
@@ -265,7 +269,7 @@ def decode_samples(
         return {name: None if size is None else reader.take(size) for name, size in sizes}
 
     minibatches = msgspec.msgpack.decode(headers, type=list[list[list[Header]]])
-    bare = [
+    bare_minibatches = [
         [[(header, fields(header)) for header in microbatch] for microbatch in minibatch]
         for minibatch in minibatches
     ]
@@ -280,5 +284,5 @@ def decode_samples(
             ]
             for microbatch in minibatch
         ]
-        for minibatch in bare
+        for minibatch in bare_minibatches
     ]

@@ -70,9 +70,9 @@ class WholeResponses:
 
     def sample_sums(self, values: Tensor) -> Tensor:
         """Return (S,) fp64, the sum of `values` (T,) over the response tokens of each sample."""
-        counted = torch.where(self.is_response, values.double(), 0.0)
+        response_values = torch.where(self.is_response, values.double(), 0.0)
         # No scatter: of equal tensors every tensor-parallel rank has to get the same bits.
-        return torch.segment_reduce(counted, "sum", offsets=self._cu_seqlens, initial=0)
+        return torch.segment_reduce(response_values, "sum", offsets=self._cu_seqlens, initial=0)
 
     @property
     def response_lengths(self) -> Tensor:
@@ -145,7 +145,7 @@ class RolloutBatches:
         Returns:
             (T,) per micro-batch, 0 outside responses."""
         pairs = list(zip(self.responses, advantages, strict=True))
-        total = torch.stack(
+        sums = torch.stack(
             [
                 sums_for_standardization(r.local_part(a)[r.local_part(r.is_response)])
                 for r, a in pairs
@@ -153,8 +153,8 @@ class RolloutBatches:
         ).sum(0)
         if self._data_group is not None:
             # Over data and context parallelism: mean and deviation are those of the whole rollout.
-            dist.all_reduce(total, group=self._data_group)
-        return [torch.where(r.is_response, standardize(a, total, epsilon), 0.0) for r, a in pairs]
+            dist.all_reduce(sums, group=self._data_group)
+        return [torch.where(r.is_response, standardize(a, sums, epsilon), 0.0) for r, a in pairs]
 
     def mask_advantages(self, within_bounds: list[Tensor]) -> Metrics:
         """Set this rank's advantages of response tokens that are not within bounds to 0.
@@ -168,14 +168,14 @@ class RolloutBatches:
         tokens, samples = "engine_mask/tokens", "engine_mask/responses"
         reports: list[Metrics] = [{tokens: Mean(0.0, 0), samples: Mean(0.0, 0)}]
         for responses, is_within_bounds in zip(self.responses, within_bounds, strict=True):
-            batch, masked = responses.batch, responses.is_response & ~is_within_bounds
-            local_mask = responses.local_part(masked)
+            batch, is_masked = responses.batch, responses.is_response & ~is_within_bounds
+            local_mask = responses.local_part(is_masked)
             batch.advantages = torch.where(local_mask, 0.0, batch.advantages)
             reports.append({tokens: Mean(local_mask.sum(), batch.is_response.sum())})
             if responses.counts_samples:
-                concerned = responses.sample_sums(masked) > 0
-                trained = responses.sample_sums(torch.ones_like(masked)) > 0
-                reports.append({samples: Mean(concerned.sum(), trained.sum())})
+                has_masked = responses.sample_sums(is_masked) > 0
+                has_tokens = responses.sample_sums(torch.ones_like(is_masked)) > 0
+                reports.append({samples: Mean(has_masked.sum(), has_tokens.sum())})
         return merge(reports)
 
     def store_targets(self, targets: TokenTargets) -> None:

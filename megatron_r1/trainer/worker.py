@@ -96,8 +96,8 @@ def serve(config: Config, address: str, grid_position: GridPosition | None = Non
         poller.register(monitor, zmq.POLLIN)
         while True:
             rank_monitor.enter(IDLE_STATE)
-            ready = dict(poller.poll())
-            if socket not in ready:
+            ready_sockets = dict(poller.poll())
+            if socket not in ready_sockets:
                 sys.exit(f"trainer rank {rank}: the controller at {address} is gone")
             parts = [part.buffer for part in socket.recv_multipart(copy=False)]
             call = decode(parts[0])
@@ -123,11 +123,11 @@ def serve(config: Config, address: str, grid_position: GridPosition | None = Non
 def _late_ranks(error: Exception, monitor: RankMonitor, timeout_seconds: float) -> str:
     """Return a sentence on the collective that other ranks did not come to, if that is the error;
     else nothing."""
-    waited = exit_diagnosis.collective_wait(str(error), timeout_seconds)
-    if waited is None:
+    collective = exit_diagnosis.collective_wait(str(error), timeout_seconds)
+    if collective is None:
         return ""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    place = describe_collective(frames[-1], monitor.groups) or waited
+    place = describe_collective(frames[-1], monitor.groups) or collective
     return (
         f"trainer rank {os.environ['RANK']}, in {monitor.operation!r}, waited for other ranks in "
         f"{place}; {exit_diagnosis.timeout_remedy(timeout_seconds)}\n"
@@ -212,8 +212,8 @@ class Operations:
             self._offload.prepare(call.operation)
         if call.operation == LOAD:
             broadcast, (buffers, routing) = self.replica.broadcast, split_off_routing(share)
-            headers, joined = broadcast(share[:1]), broadcast(buffers)
-            samples = decode_samples(headers, joined, routing)
+            headers, joined_buffers = broadcast(share[:1]), broadcast(buffers)
+            samples = decode_samples(headers, joined_buffers, routing)
             return self.trainer.load(samples, self._scatter)
         if call.operation not in self._methods:
             names = ", ".join(self._methods)

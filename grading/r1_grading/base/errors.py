@@ -68,8 +68,8 @@ class UserError(ValueError):
         self.cause = cause
 
     def __reduce__(self) -> tuple[Any, ...]:
-        rebuild = functools.partial(type(self), key=self.key, cause=self.cause)
-        return rebuild, self.args
+        constructor = functools.partial(type(self), key=self.key, cause=self.cause)
+        return constructor, self.args
 
 
 class RunError(RuntimeError):

@@ -42,16 +42,18 @@ def atomic_writer(
         make_folder(path.parent)
     else:
         path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary_path = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with open(temporary, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+        with open(
+            temporary_path, "xb", opener=lambda name, flags: os.open(name, flags, mode)
+        ) as file:
             yield file
             file.flush()
             if durable:
                 os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(temporary_path, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        temporary_path.unlink(missing_ok=True)
         raise
     if durable:
         fsync(path.parent)
@@ -60,9 +62,9 @@ def atomic_writer(
 def make_folder(path: Path) -> None:
     """Create a folder and its missing parents, unless it exists; those created survive a power
     cut."""
-    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    missing_folders = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
-    for folder in reversed(missing):
+    for folder in reversed(missing_folders):
         fsync(folder.parent)
 
 

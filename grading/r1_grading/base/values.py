@@ -141,8 +141,10 @@ def _read_text(text: str, kinds: Collection[type]) -> Any:
         digits = text.replace("_", "")
         is_integer = re.fullmatch(INTEGER, text)
         return read_scalar(int(digits) if is_integer else float(digits), kinds)
-    meant = _meant(text)
-    raise ValueError(f"must be a number, got {text!r}" + (f"; write {meant}" if meant else ""))
+    suggestion = _meant(text)
+    raise ValueError(
+        f"must be a number, got {text!r}" + (f"; write {suggestion}" if suggestion else "")
+    )
 
 
 def _meant(text: str) -> str:

@@ -77,18 +77,18 @@ def grade(
         program = python_script(extraction.text, names=problem.is_livecodebench)
     num_tests = len(problem.tests)
     num_passed = 0
-    total = 0.0
+    reward_sum = 0.0
     failure = ""
     for number, test in enumerate(_run_tests(problem, program, parsed_limits, deadline), 1):
         num_passed += test.reward == 1.0
-        total += test.reward
+        reward_sum += test.reward
         if test.reward < 1.0:
             failure = failure or f"test {number} of {num_tests}: {test.reason}"
             if not partial:
                 return Grade(0.0, failure)
     if not failure:
         return Grade(1.0, f"passed {num_tests} of {num_tests} tests")
-    return Grade(total / num_tests, f"passed {num_passed} of {num_tests} tests; {failure}")
+    return Grade(reward_sum / num_tests, f"passed {num_passed} of {num_tests} tests; {failure}")
 
 
 def _check_output_limit(problem: Problem, limits: Limits) -> None:
@@ -150,5 +150,5 @@ def _run_tests(problem: Problem, program: Program, limits: Limits, end: float) -
         ):
             yield Grade(1.0, "passed")
         else:
-            printed = shorten(outcome.stdout[:400].decode("utf-8", "replace")) or "nothing"
-            yield Grade(0.0, f"wrong answer: {printed}, expected {shorten(test.expected)}")
+            output_text = shorten(outcome.stdout[:400].decode("utf-8", "replace")) or "nothing"
+            yield Grade(0.0, f"wrong answer: {output_text}, expected {shorten(test.expected)}")

@@ -63,14 +63,14 @@ def read_check_code(code: Any, function: str | None) -> dict[str, Any]:
         raise ValueError(f"the tests are not Python: {shorten(error)}") from None
     asserts = [node for node in nodes if isinstance(node, ast.Assert)]
     asserts.sort(key=lambda node: node.lineno)
-    always = [n for n in asserts if isinstance(n.test, ast.Constant) and n.test.value]
-    read = _tests([ast.unparse(node) for node in asserts if node not in always])
-    if read["function"] == CANDIDATE:
+    constant_asserts = [n for n in asserts if isinstance(n.test, ast.Constant) and n.test.value]
+    tests = _tests([ast.unparse(node) for node in asserts if node not in constant_asserts])
+    if tests["function"] == CANDIDATE:
         entry_point = function or _checked(nodes)
         if not entry_point:
             raise ValueError("the tests call a candidate and do not name it: give entry_point")
-        read["function"] = entry_point.rpartition(".")[2]
-    return read
+        tests["function"] = entry_point.rpartition(".")[2]
+    return tests
 
 
 def _checked(nodes: Iterable[ast.AST]) -> str | None:

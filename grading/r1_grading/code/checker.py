@@ -78,16 +78,16 @@ def _score(checker: str, test: Test, actual: bytes, budget: Budget) -> Grade | _
 
 
 def _read_score(outcome: ProgramOutcome, budget: Budget) -> Grade | _Failure:
-    printed = outcome.stdout.decode("utf-8", "replace").strip().rpartition("\n")[2]
+    last_line = outcome.stdout.decode("utf-8", "replace").strip().rpartition("\n")[2]
     opened_actual = ACTUAL_OPENED in outcome.stderr
     if failure := describe_failure(outcome, budget):
         if outcome.stopped or outcome.status == FAILED or outcome.status > 128:
             return _Failure(failure, opened_actual)
-        return Grade(0.0, f"the checker rejects: {shorten(printed) or failure}")
-    if not printed:
+        return Grade(0.0, f"the checker rejects: {shorten(last_line) or failure}")
+    if not last_line:
         return Grade(1.0, "accepted by the checker")
     try:
-        score, reason = json.loads(printed), ""
+        score, reason = json.loads(last_line), ""
     except (ValueError, RecursionError):
         score, reason = None, ""
     if isinstance(score, dict):
@@ -96,7 +96,7 @@ def _read_score(outcome: ProgramOutcome, budget: Budget) -> Grade | _Failure:
     if not isinstance(score, bool | int | float) or not 0 <= score <= 1:
         return _Failure(
             "its last line must be true, false, a score between 0 and 1 or "
-            f'{{"score": …, "reason": …}}, got {shorten(printed)!r}',
+            f'{{"score": …, "reason": …}}, got {shorten(last_line)!r}',
             opened_actual,
         )
     verb = "accepted" if score == 1 else "rejected" if score == 0 else "partly accepted"

@@ -96,19 +96,19 @@ def parse_problem(truth: object, language: str | None = None) -> Problem:
     if isinstance(truth, dict):
         truth = _without_nulls(truth)
     try:
-        published = convert_public_format(truth)
+        public_problem = convert_public_format(truth)
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{TRUTH_SUBJECT}: {error}") from None
-    is_published = published is not None
-    if published is not None:
-        published_language = parse_language(published.pop("language", None))
+    is_published = public_problem is not None
+    if public_problem is not None:
+        published_language = parse_language(public_problem.pop("language", None))
         if prompt_language and published_language and prompt_language != published_language:
             raise ValueError(
                 f"{TRUTH_SUBJECT} is for {published_language}, and the prompt's language is "
                 f"{prompt_language}"
             )
         prompt_language = prompt_language or published_language
-        truth = published
+        truth = public_problem
     if not isinstance(truth, dict):
         raise ValueError(f'{TRUTH_SUBJECT} must be {{"tests": […]}}, got {type(truth).__name__}')
     language = prompt_language or "python"
@@ -218,8 +218,8 @@ def _call_test(test: object, subject: str, checker: str | None) -> Test:
         )
     if not isinstance(args, list) or not isinstance(kwargs, dict):
         raise ValueError(f"{subject}: args must be a list and kwargs an object")
-    also = (test["also"],) if "also" in test else ()
-    return Test(expected=expected, args=tuple(args), kwargs=kwargs, alternatives=also)
+    alternatives = (test["also"],) if "also" in test else ()
+    return Test(expected=expected, args=tuple(args), kwargs=kwargs, alternatives=alternatives)
 
 
 def _require_known_keys(test: object, subject: str, keys: tuple[str, ...]) -> dict[str, Any]:
@@ -232,9 +232,9 @@ def _require_known_keys(test: object, subject: str, keys: tuple[str, ...]) -> di
 
 
 def _check_keys(value: dict[str, Any], subject: str, keys: tuple[str, ...]) -> None:
-    if unknown := sorted(value.keys() - set(keys)):
-        hint = did_you_mean(unknown[0], keys)
-        raise ValueError(f"{subject} has {unknown[0]!r}{hint} (known: {', '.join(keys)})")
+    if unknown_keys := sorted(value.keys() - set(keys)):
+        hint = did_you_mean(unknown_keys[0], keys)
+        raise ValueError(f"{subject} has {unknown_keys[0]!r}{hint} (known: {', '.join(keys)})")
 
 
 def _text_or_none(truth: dict[str, Any], key: str) -> str | None:
@@ -446,10 +446,14 @@ def _call(args: Any, result: Any) -> dict[str, Any]:
         args = [json.loads(line) for line in args.split("\n") if line.strip()]
     if is_text and isinstance(result, str):
         result = json.loads(result)
-    keyed = isinstance(args, Mapping)
-    if not keyed and not isinstance(args, list):
+    is_mapping = isinstance(args, Mapping)
+    if not is_mapping and not isinstance(args, list):
         raise ValueError(f"the input of a call must be a list of arguments, got {shorten(args)}")
-    test = {"args": [] if keyed else args, "kwargs": dict(args) if keyed else {}, "result": result}
+    test = {
+        "args": [] if is_mapping else args,
+        "kwargs": dict(args) if is_mapping else {},
+        "result": result,
+    }
     if not is_text and isinstance(result, list) and len(result) == 1:
         test["also"] = result[0]
     return test

@@ -27,17 +27,17 @@ def find_program(response: str, *, thought_opened: bool = False) -> Extraction:
     where the last fence is not closed. Which language a fence names does not matter otherwise, and
     its indentation is removed from its lines. Special tokens at the end of the response are
     ignored. Linear in the length of the response."""
-    visible = after_thought(without_special_tokens(response), thought_opened)
-    if visible is None:
+    visible_text = after_thought(without_special_tokens(response), thought_opened)
+    if visible_text is None:
         return Extraction(None, "no program found: the thought is never closed")
-    if ANSWER in visible or END_ANSWER in visible:
+    if ANSWER in visible_text or END_ANSWER in visible_text:
         extraction = extract(response, thought_opened=thought_opened)
         if extraction.text is None:
             return extraction
-        visible = extraction.text
-    if len(visible) > MAX_ANSWER_CHARS:
-        return Extraction(None, f"the answer is too long: {len(visible)} characters")
-    program, is_open = _last_block(visible)
+        visible_text = extraction.text
+    if len(visible_text) > MAX_ANSWER_CHARS:
+        return Extraction(None, f"the answer is too long: {len(visible_text)} characters")
+    program, is_open = _last_block(visible_text)
     if is_open:
         return Extraction(None, "no program found: the last fenced block is not closed")
     if program is None or not program.strip():

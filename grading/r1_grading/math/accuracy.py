@@ -70,7 +70,7 @@ def _grade(
         reads_last_line: whether "strict" also reads a last line that is the answer."""
     expected = math_truth(truth)
     truth = answer_after_mark(str(truth))
-    stated = _extract_truth_answer(truth)
+    truth_answer = _extract_truth_answer(truth)
     extraction = read_answer(
         response,
         reading,
@@ -94,13 +94,13 @@ def _grade(
         return _too_long(num_chars, limit)
     if not answer:
         return Grade(0.0, "no answer found: it is empty")
-    correct, refused = _compare(stated, without_rounding(answer, stated))
-    if refused:
-        return Grade(0.0, f"refused: {shorten(answer)}: {refused}")
-    for earlier_answer in earlier_answers if correct else ():
-        if not _compare(stated, earlier_answer)[0]:
+    is_correct, refusal = _compare(truth_answer, without_rounding(answer, truth_answer))
+    if refusal:
+        return Grade(0.0, f"refused: {shorten(answer)}: {refusal}")
+    for earlier_answer in earlier_answers if is_correct else ():
+        if not _compare(truth_answer, earlier_answer)[0]:
             return Grade(0.0, f"two answers: {shorten(earlier_answer)}, and then {shorten(answer)}")
-    return Grade(float(correct), describe(answer, expected, correct, extraction.source))
+    return Grade(float(is_correct), describe(answer, expected, is_correct, extraction.source))
 
 
 def equivalent(expected: str, answer: str) -> bool:
@@ -121,8 +121,8 @@ def _extract_truth_answer(truth: str) -> str:
     r"""Return what a truth states: the content of its last box or the text after `####`, of a
     sentence its value ("The answer is 13."); any other truth itself."""
     truth = final_answers(trim(truth))[-1]
-    stated = stated_answer(truth)
-    return stated if any(character.isdigit() for character in stated) else truth
+    answer = stated_answer(truth)
+    return answer if any(character.isdigit() for character in answer) else truth
 
 
 def _stated_alone(text: str) -> str:

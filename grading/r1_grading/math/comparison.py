@@ -103,8 +103,8 @@ def compare(truth: str, answer: str) -> Result:
         return is_same, ""
     if choice is not None and choice[1]:
         return _same_labelled(choice, answer)
-    if (labelled := math_text.without_label(answer)) is not None:
-        answer = labelled
+    if (unlabelled_answer := math_text.without_label(answer)) is not None:
+        answer = unlabelled_answer
     expected = set_builder_condition(normalize_latex(expected))
     answer = set_builder_condition(normalize_latex(answer))
     answer = last_value_of_computation(expected, answer)
@@ -253,13 +253,13 @@ def _answer_is_approximated(expected: str, answer: Chain) -> bool:
     r"""`x = 2/3 \approx 0.67`: the exact side counts, and the numbers must be near it."""
     if not set(answer.relations) <= {EQUALS_SIGN, APPROX}:
         return False
-    cut = answer.relations.index(APPROX)
-    cut += cut == 0 and is_asked_quantity(answer.sides[0])
-    value = constant(answer.sides[cut])
-    exact = [side for side in answer.sides[: cut + 1] if not is_asked_quantity(side)]
-    if not value or not all(equivalent(expected, side) for side in exact):
+    approx_index = answer.relations.index(APPROX)
+    approx_index += approx_index == 0 and is_asked_quantity(answer.sides[0])
+    value = constant(answer.sides[approx_index])
+    exact_sides = [side for side in answer.sides[: approx_index + 1] if not is_asked_quantity(side)]
+    if not value or not all(equivalent(expected, side) for side in exact_sides):
         return False
-    approximations = [read_number(side) for side in answer.sides[cut + 1 :]]
+    approximations = [read_number(side) for side in answer.sides[approx_index + 1 :]]
     return all(
         number is not None
         and abs(number.value.numerator / value / number.value.denominator - 1) <= APPROXIMATION
@@ -323,8 +323,8 @@ def _compare_conditions(expected: str, answer: str) -> bool | None:
     """Compare several conditions, `x > 2 and x < 3`, with one text for their set, `2 < x < 3`; None
     where neither or both of the texts are several conditions, and where one is no set."""
     parts = [split(text, SEPARATORS) for text in (expected, answer)]
-    several = max(parts, key=len)
-    if min(map(len, parts)) > 1 or len(several) == 1 or read_chain(several[0][0]) is None:
+    conditions = max(parts, key=len)
+    if min(map(len, parts)) > 1 or len(conditions) == 1 or read_chain(conditions[0][0]) is None:
         return None
     sets = read_set(expected), read_set(answer)
     if not all(isinstance(condition_set, sympy.Set) for condition_set in sets):

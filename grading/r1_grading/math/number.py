@@ -64,15 +64,15 @@ def nesting(text: str) -> int | None:
 def split(text: str, separators: frozenset[str]) -> list[tuple[str, str]]:
     """Split `text` at separators outside all brackets into (part, separator after it)."""
     parts: list[tuple[str, str]] = []
-    current: list[str] = []
+    part_tokens: list[str] = []
     tokens = LATEX_TOKEN.findall(text)
     for token, depth in zip(tokens, _depths(tokens), strict=True):
         if depth == 0 and token in separators:
-            parts.append(("".join(current).strip(), token))
-            current = []
+            parts.append(("".join(part_tokens).strip(), token))
+            part_tokens = []
         else:
-            current.append(token)
-    return [*parts, ("".join(current).strip(), "")]
+            part_tokens.append(token)
+    return [*parts, ("".join(part_tokens).strip(), "")]
 
 
 def read_structure(text: str) -> Structure | None:
@@ -116,13 +116,13 @@ def match_all(left: Sequence[Any], right: Sequence[Any], is_equal: Callable[...,
         left: the items of one side.
         right: those of the other.
         is_equal: compares two items."""
-    remaining = list(right)
+    candidates = list(right)
     for item in left:
-        match = next((candidate for candidate in remaining if is_equal(item, candidate)), None)
+        match = next((candidate for candidate in candidates if is_equal(item, candidate)), None)
         if match is None:
             return False
-        remaining.remove(match)
-    return not remaining
+        candidates.remove(match)
+    return not candidates
 
 
 def _both_signs(member: str) -> tuple[str, ...]:
@@ -203,17 +203,17 @@ def read_number(text: str) -> WrittenNumber | None:
     if not text.isascii():  # \d matches the digits of all scripts
         return None
     text = text.strip()
-    bare = PERCENT.sub("", text)
-    is_percent = bare != text
+    number_text = PERCENT.sub("", text)
+    is_percent = number_text != text
     for _ in range(MAX_WRAPS):
-        bare = WRAPPED_TWICE.sub(r"\1", bare)
-    if PAIR.search(bare):  # its comma may separate two numbers, not thousands
+        number_text = WRAPPED_TWICE.sub(r"\1", number_text)
+    if PAIR.search(number_text):  # its comma may separate two numbers, not thousands
         return None
-    while (match := BRACKETED_NUMBER.fullmatch(bare)) is not None:
-        bare = match[1] + (match[2] or match[3] or "").strip()
-    bare = WRAPPED_PART.sub(r"\1", bare)
+    while (match := BRACKETED_NUMBER.fullmatch(number_text)) is not None:
+        number_text = match[1] + (match[2] or match[3] or "").strip()
+    number_text = WRAPPED_PART.sub(r"\1", number_text)
     for form in NUMBER_FORMS:
-        if (match := form.fullmatch(bare)) is not None:
+        if (match := form.fullmatch(number_text)) is not None:
             break
     else:
         return None

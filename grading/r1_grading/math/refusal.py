@@ -142,9 +142,9 @@ def is_huge(text: str) -> bool:
         return True
     if any(text[end:].lstrip().startswith("^") for _, end in _exponents(text)):
         return True  # 9^{9}^{9}: invalid LaTeX, which a parser may read as a tower of powers
-    before = None
-    while text != before:
-        before = text
+    previous_text = None
+    while text != previous_text:
+        previous_text = text
         for pattern, compute in ((NUMBER_POWER, _power), (NUMBER_FACTORIAL, _factorial)):
             match = pattern.search(text)
             if match is not None:
@@ -193,11 +193,11 @@ def _exponents(text: str) -> list[tuple[str, int]]:
 
 def _nested_powers(text: str) -> int:
     stack: list[bool] = []
-    deepest = 0
+    max_depth = 0
     for token in re.findall(r"\^\s*\{|\\.|[{}]", text):
         if token[-1] == "{" and token[0] != "\\":
             stack.append(token[0] == "^")
-            deepest = max(deepest, sum(stack))
+            max_depth = max(max_depth, sum(stack))
         elif token == "}" and stack:
             stack.pop()
-    return deepest
+    return max_depth

@@ -195,10 +195,10 @@ def _constraints(chain: Chain) -> list[tuple[str, sympy.Expr]] | None:
     constraints: list[tuple[str, sympy.Expr]] = []
     for left, right, relation in zip(sides, sides[1:], chain.relations, strict=False):
         if relation in INEQUALITIES:
-            direction, strict = INEQUALITIES[relation]
+            direction, is_strict = INEQUALITIES[relation]
             if right in (sympy.oo, -sympy.oo) or left in (sympy.oo, -sympy.oo):
                 continue  # x < oo is no constraint
-            constraints.append(("<" if strict else "<=", direction * (left - right)))
+            constraints.append(("<" if is_strict else "<=", direction * (left - right)))
         elif relation in (EQUALS_SIGN, r"\neq", r"\ne"):
             constraints.append(("=" if relation == EQUALS_SIGN else "!=", left - right))
         else:
@@ -215,10 +215,10 @@ def _same_constraint(left: tuple[str, sympy.Expr], right: tuple[str, sympy.Expr]
     # The ratio at one point has to hold everywhere.
     symbols = sorted(other_difference.free_symbols, key=lambda symbol: symbol.name)
     point = {s: sympy.Rational(7 + 3 * k, 11) for k, s in enumerate(symbols)}
-    bottom = other_difference.subs(point)
-    if bottom.is_zero or not bottom.is_finite:
+    denominator = other_difference.subs(point)
+    if denominator.is_zero or not denominator.is_finite:
         return False
-    ratio = sympy.nsimplify(difference.subs(point) / bottom, rational=None)
+    ratio = sympy.nsimplify(difference.subs(point) / denominator, rational=None)
     if not ratio.is_real or ratio.is_zero or (kind in ("<", "<=") and not ratio.is_positive):
         return False
     return same_value(difference, ratio * other_difference, seed="ratio")
@@ -240,14 +240,14 @@ def set_builder_condition(text: str) -> str:
 def read_exclusion(text: str) -> tuple[str, list[str]] | None:
     r"""Return the name and the values of `x \neq 1, 2` and `x \neq 1, x \neq 2`."""
     chains = [part.partition(r"\neq") for part, _ in split(text, SEPARATORS) if part]
-    names = {squeeze(name) for name, unequal, _ in chains if unequal}
+    names = {squeeze(name) for name, relation, _ in chains if relation}
     if len(names) != 1 or not chains[0][1] or not is_name(chains[0][0]):
         return None
-    if any(read_chain(name) is not None for name, unequal, _ in chains if not unequal):
+    if any(read_chain(name) is not None for name, relation, _ in chains if not relation):
         return None  # `x \neq 1, x > 0`
-    values = [value.strip() if unequal else name for name, unequal, value in chains]
-    listed = read_structure(", ".join(values))  # reads \pm, too
-    return names.pop(), list(listed.members) if listed else values
+    values = [value.strip() if relation else name for name, relation, value in chains]
+    structure = read_structure(", ".join(values))  # reads \pm, too
+    return names.pop(), list(structure.members) if structure else values
 
 
 SIDE = r"(?:(?!\\equiv|\\pmod|[=,;]).)*"
@@ -361,11 +361,15 @@ def without_repeats(sides: tuple[Structure, Structure], *members: list[str]) -> 
     """Return the members of both sides without order, each once unless it matters how often they
     are written: in lists of numbers that both repeat some. `3, 5, 5` is not `3, 3, 5`, but roots
     may be listed with or without their multiplicities."""
-    once = [list({squeeze(member): member for member in side}.values()) for side in members]
-    both_repeat = all(len(few) < len(all_) for few, all_ in zip(once, members, strict=True))
+    distinct_members = [
+        list({squeeze(member): member for member in side}.values()) for side in members
+    ]
+    both_repeat = all(
+        len(few) < len(all_) for few, all_ in zip(distinct_members, members, strict=True)
+    )
     if both_repeat and not any(map(_is_set_of_values, sides)):
         return list(members)
-    return once
+    return distinct_members
 
 
 def _is_set_of_values(side: Structure) -> bool:

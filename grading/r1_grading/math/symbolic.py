@@ -235,9 +235,9 @@ def same_value(left: sympy.Basic, right: sympy.Basic, *, seed: str) -> bool:
     if isinstance(left, sympy.Expr) and isinstance(right, sympy.Expr):
         if left == right:
             return True
-        exact = exact_rational(left), exact_rational(right)
-        if None not in exact:
-            return exact[0] == exact[1]
+        exact_values = exact_rational(left), exact_rational(right)
+        if None not in exact_values:
+            return exact_values[0] == exact_values[1]
         if (verdict := _same_at_points(left, right, seed)) is not None:
             return verdict
     # verify would compare a set with a number, and an equation with its right side.
@@ -254,14 +254,14 @@ def read_expression(text: str) -> sympy.Basic | None:
     if SPLIT_NUMBER.search(text):
         return None
     try:
-        parsed = latex2sympy(
+        expression = latex2sympy(
             text, is_real=True, normalization_config=None, conversion_config=CONVERSION
         )
     except MemoryError:
         raise
     except Exception:  # noqa: BLE001 - the parser raises bare Exceptions, and sympy anything
         return None
-    return parsed if isinstance(parsed, sympy.Basic | sympy.MatrixBase) else None
+    return expression if isinstance(expression, sympy.Basic | sympy.MatrixBase) else None
 
 
 def constant(text: str) -> mpmath.mpc | None:

@@ -178,8 +178,10 @@ def _stated_value(text: str) -> str | None:
     with its unit; None for other text."""
     if len(text) > MAX_STATED_CHARS:
         return None
-    if (dated := STATED_MOMENT.fullmatch(text.strip())) and read_moment(dated["value"]):
-        return dated["value"]
+    if (moment_match := STATED_MOMENT.fullmatch(text.strip())) and read_moment(
+        moment_match["value"]
+    ):
+        return moment_match["value"]
     match = STATED_VALUE.fullmatch(text.strip())
     if match is None or DENIAL.search(match["name"]) or ANOTHER.search(match["name"]):
         return None
@@ -189,8 +191,8 @@ def _stated_value(text: str) -> str | None:
     if SINGLE_NUMBER.fullmatch(value):  # of `_sentence_value`
         return None
     words = TWO_LETTERS.findall(TEXT_WRAPPER.sub(" ", value))
-    *words_before, last = words or [""]
-    if last not in VALUE_WORDS and is_unit(last):
+    *words_before, last_word = words or [""]
+    if last_word not in VALUE_WORDS and is_unit(last_word):
         words = [word for word in words_before if word not in ("square", "cubic")]
         if r"\text" not in value:
             value = UNIT_AT_END.sub(r" \\text{ \1}\2", value)
@@ -217,9 +219,9 @@ def plain(text: str) -> str:
     """Return `text` without font commands, dollar signs, emphasis, repeated spaces and a last full
     stop. Letters are composed (NFC), but not replaced by similar ones."""
     text = unicodedata.normalize("NFC", text)
-    before = None
-    while text != before:
-        before, text = text, TEXT_WRAPPER.sub(r" \1 ", text)
+    previous_text = None
+    while text != previous_text:
+        previous_text, text = text, TEXT_WRAPPER.sub(r" \1 ", text)
     text = re.sub(r"\\[,;:!]|\\ |~|\\q?quad(?![A-Za-z])|[$*]", " ", text)
     return " ".join(text.split()).removesuffix(".").rstrip()
 
@@ -241,8 +243,8 @@ def same_letter(letter: str, answer: str) -> bool:
     choice = read_choice(answer)
     if choice is not None:
         return choice[0] == letter
-    bare = plain(answer)
-    return len(bare) == 1 and bare.islower() and bare.upper() == letter
+    plain_text = plain(answer)
+    return len(plain_text) == 1 and plain_text.islower() and plain_text.upper() == letter
 
 
 def read_letters(text: str) -> str | None:
@@ -281,8 +283,8 @@ def is_words(text: str, original: str) -> bool:
         return False
     if original.lstrip("$ ").startswith((r"\text", r"\mathrm", r"\mathbf", r"\boxed{\text")):
         return len(words) > 1 or len(words[0]) > 1
-    lower = [word.lower() for word in words]
-    return any(len(word) > 3 or word in SHORT_WORDS for word in lower)
+    lower_words = [word.lower() for word in words]
+    return any(len(word) > 3 or word in SHORT_WORDS for word in lower_words)
 
 
 def same_words(expected: str, answer: str, *, ignore_case: bool) -> bool:
@@ -314,8 +316,8 @@ def read_moment(text: str) -> tuple[str, ...] | None:
     if len(text) > MAX_PHRASE_CHARS:
         return None
     text = plain(text).lower()
-    for date in DATES:
-        if (match := date.fullmatch(text)) is not None:
+    for date_pattern in DATES:
+        if (match := date_pattern.fullmatch(text)) is not None:
             return match["month"][:3], match["day"].lstrip("0"), match["year"] or ""
     if (match := TIME.fullmatch(text)) is not None:
         return match["hour"].lstrip("0"), match["minute"] or "00", match["half"]
@@ -331,5 +333,5 @@ def read_moment(text: str) -> tuple[str, ...] | None:
 def without_rounding(text: str, truth: str) -> str:
     r"""Return `3.14` of `\approx 3.14` where the truth is a decimal as well, to which the answer is
     rounded; any other text as it is: `about 13` leaves a whole number open."""
-    rounded = ROUNDED_DECIMAL.match(text) if DECIMAL.search(truth) else None
-    return text[rounded.end() :].replace("$", "").strip() if rounded else text
+    rounding_match = ROUNDED_DECIMAL.match(text) if DECIMAL.search(truth) else None
+    return text[rounding_match.end() :].replace("$", "").strip() if rounding_match else text

@@ -112,8 +112,8 @@ def split_unit(text: str) -> tuple[str, str | None]:
     """Split a spelled answer into its value and its canonical unit (None if it has none)."""
     if (match := MONEY_FIRST.fullmatch(text)) is not None:
         value = match["value"]
-        if (scaled := SCALED_NUMBER.fullmatch(value)) is not None:  # 13 K, and not 13 kelvin
-            value = rf"{scaled['number']} \cdot {scaled['scale']}"
+        if (scaled_match := SCALED_NUMBER.fullmatch(value)) is not None:  # 13 K, and not 13 kelvin
+            value = rf"{scaled_match['number']} \cdot {scaled_match['scale']}"
         return match["sign"] + value, _canonical(match["unit"].replace("\\", ""))
     match = SYMBOL_UNIT.fullmatch(text)
     if match is not None and match["value"] and not ANGLE_FUNCTION.search(match["value"]):
@@ -256,7 +256,7 @@ def cardinal(text: str) -> int | None:
     words = re.split(r"[\s-]+", text.lower())
     words[0] = "one" if words[0] == "a" and len(words) > 1 else words[0]
     total = part = 0
-    last = ""
+    last_word = ""
     for index, word in enumerate(words):
         if word == "and" and 0 < index < len(words) - 1:
             continue
@@ -264,11 +264,11 @@ def cardinal(text: str) -> int | None:
             part *= 100
         elif word in MULTIPLES and part and (not total or total % (1000 * MULTIPLES[word]) == 0):
             total, part = total + part * MULTIPLES[word], 0
-        elif word in CARDINALS and _fits(part, CARDINALS[word], last):
+        elif word in CARDINALS and _fits(part, CARDINALS[word], last_word):
             part += CARDINALS[word]
         else:
             return None
-        last = word
+        last_word = word
     return total + part
 
 

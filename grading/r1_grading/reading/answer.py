@@ -127,15 +127,15 @@ def extract(
         response: the text that the policy sampled.
         thought_opened: the prompt ended with `<think>`.
         reads_last_line: whether a last line without tags and boxes is read."""
-    visible = after_thought(without_special_tokens(response), thought_opened)
-    if visible is None:
+    visible_text = after_thought(without_special_tokens(response), thought_opened)
+    if visible_text is None:
         return OPEN_THOUGHT
-    if (tagged := tagged_answer(visible)) is not None:
-        return tagged
-    if (boxed := last_boxed(visible)) is not None:
-        return make_extraction(boxed, around=visible)
+    if (tagged_extraction := tagged_answer(visible_text)) is not None:
+        return tagged_extraction
+    if (boxed_text := last_boxed(visible_text)) is not None:
+        return make_extraction(boxed_text, around=visible_text)
     if reads_last_line:
-        return make_extraction(last_line(visible.rstrip()))
+        return make_extraction(last_line(visible_text.rstrip()))
     return Extraction(None, "no answer found")
 
 
@@ -161,8 +161,8 @@ def last_boxed(text: str) -> str | None:
 
 def box_span(text: str) -> tuple[int, int] | None:
     r"""Return where the last complete `\boxed{…}` or `\fbox{…}` begins and ends, or None."""
-    last = next(_boxes_from_the_end(text), None)
-    return None if last is None else (last[0], last[3])
+    last_box = next(_boxes_from_the_end(text), None)
+    return None if last_box is None else (last_box[0], last_box[3])
 
 
 def final_answers(block: str) -> list[str]:
@@ -171,16 +171,16 @@ def final_answers(block: str) -> list[str]:
     With boxes: their contents where words separate them, an alternative that "or" joins to one, and
     a bare number next to one. Without a box: the text after the last `####`, and the numbers after
     others. Otherwise the text itself."""
-    if boxed := list(_boxed_from_the_end(block)):
+    if boxed_texts := list(_boxed_from_the_end(block)):
         alternatives = [*_alternatives_to_boxes(block), *stated_numbers(block)]
-        if last_boxed(boxed[0]) is not None:  # the 12 of `\boxed{12\boxed{13}}`
-            alternatives += _alternatives_to_boxes(boxed[0])
-        return list(dict.fromkeys((*alternatives, *boxed[1:], boxed[0])))
-    _, marker, last = block.rpartition(MARKER)
-    if marker and last.strip() and "\n" not in last.strip():
-        marked = [match[1].strip() for match in MARKED_NUMBER.finditer(block)]
+        if last_boxed(boxed_texts[0]) is not None:  # the 12 of `\boxed{12\boxed{13}}`
+            alternatives += _alternatives_to_boxes(boxed_texts[0])
+        return list(dict.fromkeys((*alternatives, *boxed_texts[1:], boxed_texts[0])))
+    _, marker, text_behind = block.rpartition(MARKER)
+    if marker and text_behind.strip() and "\n" not in text_behind.strip():
+        marked_numbers = [match[1].strip() for match in MARKED_NUMBER.finditer(block)]
         alternatives = adjacent_numbers(block[: block.find(MARKER)])
-        return list(dict.fromkeys((*alternatives, *marked, last.strip())))
+        return list(dict.fromkeys((*alternatives, *marked_numbers, text_behind.strip())))
     return [block]
 
 
@@ -188,9 +188,9 @@ def unwrap(answer: str) -> str:
     r"""Return `answer` without `\boxed{}`, dollar signs, `\text{}` and full stops around it, and
     without the solution before `####`."""
     answer = final_answers(answer)[-1]
-    answer, before = trim(answer), None
-    while answer != before:
-        before = answer
+    answer, previous_answer = trim(answer), None
+    while answer != previous_answer:
+        previous_answer = answer
         answer = answer[:-MAX_CLOSING_CHARS] + CLOSING.sub("", answer[-MAX_CLOSING_CHARS:])
         for left, right in DELIMITERS:
             if encloses(left, right, answer):
@@ -205,8 +205,8 @@ def trim(text: str) -> str:
 
 def after_thought(response: str, thought_opened: bool) -> str | None:
     """Return the text after the last `</think>`, or all without one; None for an open thought."""
-    _, closed, tail = response.rpartition(END_THINK)
-    if not closed and thought_opened:
+    _, end_tag, tail = response.rpartition(END_THINK)
+    if not end_tag and thought_opened:
         return None
     if THINK in tail:
         return None
@@ -216,19 +216,19 @@ def after_thought(response: str, thought_opened: bool) -> str | None:
 def _boxed_from_the_end(text: str) -> Iterator[str]:
     """Yield the contents of boxes, joined boxes as one, from the last back to an incomplete one."""
     contents: list[str] = []
-    following = None
+    next_start = None
     for start, content_start, end, stop in itertools.islice(_boxes_from_the_end(text), MAX_BOXES):
         content = text[content_start:end]
-        if following is not None and stop > following:
+        if next_start is not None and stop > next_start:
             contents = []  # it encloses the boxes after it
-        elif following is not None and not (
-            0 <= following - stop <= 80 and BETWEEN_BOXES.fullmatch(text, stop, following)
+        elif next_start is not None and not (
+            0 <= next_start - stop <= 80 and BETWEEN_BOXES.fullmatch(text, stop, next_start)
         ):
             yield ", ".join(contents)
             contents = []
         if content not in contents:
             contents.insert(0, content)
-        following = start
+        next_start = start
     if contents:
         yield ", ".join(contents)
 
@@ -237,8 +237,8 @@ def _alternatives_to_boxes(text: str) -> list[str]:
     """Return answers outside all boxes: joined to one by "or", or a bare number next to one."""
     words = [match[1] for match in BOX_OR.finditer(text)]
     for match in OR_BOX.finditer(text):
-        before = text[max(match.start() - MAX_BEFORE_OR_CHARS, 0) : match.start()]
-        words += before.replace("$", " ").replace("*", " ").rstrip(" ,\n").split()[-1:]
+        text_before = text[max(match.start() - MAX_BEFORE_OR_CHARS, 0) : match.start()]
+        words += text_before.replace("$", " ").replace("*", " ").rstrip(" ,\n").split()[-1:]
     words = [word for word in words if not any(box in word for box in BOXES)]
     spans = list(itertools.islice(_boxes_from_the_end(text), MAX_BOXES))
     start, stop = min(span[0] for span in spans), max(span[3] for span in spans)
@@ -247,8 +247,8 @@ def _alternatives_to_boxes(text: str) -> list[str]:
 
 def _boxes_from_the_end(text: str) -> Iterator[tuple[int, int, int, int]]:
     """Yield (box start, content start, content end, box end), the last box first."""
-    nearest = {box: text.rfind(box) for box in BOXES}
-    while (start := max(nearest.values())) >= 0:
+    start_by_box = {box: text.rfind(box) for box in BOXES}
+    while (start := max(start_by_box.values())) >= 0:
         match = OPENED_BOX.match(text, start)
         if match is not None and match["bare"]:
             yield start, *match.span("bare"), match.end()
@@ -256,9 +256,9 @@ def _boxes_from_the_end(text: str) -> Iterator[tuple[int, int, int, int]]:
             if (end := closing_brace(text, match.end())) is None:
                 return
             yield start, match.end(), end, end + 1
-        for box, position in nearest.items():
+        for box, position in start_by_box.items():
             if position == start:
-                nearest[box] = text.rfind(box, 0, start)
+                start_by_box[box] = text.rfind(box, 0, start)
 
 
 def last_line(visible: str) -> str:

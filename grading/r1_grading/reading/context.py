@@ -261,29 +261,35 @@ def last_number(text: str) -> Extraction | None:
     numbers = list(LAST_NUMBER.finditer(text))
     if not numbers:
         return None
-    last = numbers[-1]
-    before = text[: last.start()]
-    if HAN_BEFORE.search(before) or HAN_AFTER.match(text, last.end()):
-        quotation = shorten(text[max(0, last.start() - 9) : last.end() + 9])
-        return Extraction(None, f"no answer found: the last line changes {last[0]}: {quotation}")
-    rounded = ROUNDING_WORDS.search(before)
-    if rounded and "." not in last["number"]:
-        quotation = shorten(text[rounded.start() : last.end()])
-        return Extraction(None, f"no answer found: {quotation!r} leaves a whole number open")
-    if denied := DENIAL_BEFORE.search(before[: rounded.start()] if rounded else before):
-        quotation = shorten(text[denied.start() : last.end()])
-        return Extraction(None, f"no answer found: the last line denies {last[0]}: {quotation}")
-    if changed := CHANGE_AFTER.match(text, last.end()):
-        quotation = shorten(text[last.start() : changed.end()])
+    last_match = numbers[-1]
+    text_before = text[: last_match.start()]
+    if HAN_BEFORE.search(text_before) or HAN_AFTER.match(text, last_match.end()):
+        quotation = shorten(text[max(0, last_match.start() - 9) : last_match.end() + 9])
         return Extraction(
-            None, f"no answer found: the last line denies or changes {last[0]}: {quotation}"
+            None, f"no answer found: the last line changes {last_match[0]}: {quotation}"
         )
-    if len(numbers) > 1 and _is_joined(before, text[last.end() :]):
-        pair = shorten(text[numbers[-2].start() : last.end()])
+    rounding_match = ROUNDING_WORDS.search(text_before)
+    if rounding_match and "." not in last_match["number"]:
+        quotation = shorten(text[rounding_match.start() : last_match.end()])
+        return Extraction(None, f"no answer found: {quotation!r} leaves a whole number open")
+    if denial_match := DENIAL_BEFORE.search(
+        text_before[: rounding_match.start()] if rounding_match else text_before
+    ):
+        quotation = shorten(text[denial_match.start() : last_match.end()])
+        return Extraction(
+            None, f"no answer found: the last line denies {last_match[0]}: {quotation}"
+        )
+    if change_match := CHANGE_AFTER.match(text, last_match.end()):
+        quotation = shorten(text[last_match.start() : change_match.end()])
+        return Extraction(
+            None, f"no answer found: the last line denies or changes {last_match[0]}: {quotation}"
+        )
+    if len(numbers) > 1 and _is_joined(text_before, text[last_match.end() :]):
+        pair = shorten(text[numbers[-2].start() : last_match.end()])
         return Extraction(None, f"no answer found: two numbers end the last line: {pair}")
-    if _is_term(before, last[0], text[last.end() :]):
-        return Extraction(None, f"no answer found: {last[0]} is part of an expression")
-    return make_extraction(re.sub("[$,]", "", last[0]), "in the last line")
+    if _is_term(text_before, last_match[0], text[last_match.end() :]):
+        return Extraction(None, f"no answer found: {last_match[0]} is part of an expression")
+    return make_extraction(re.sub("[$,]", "", last_match[0]), "in the last line")
 
 
 def _without_spaces(spaced: re.Match[str]) -> str:
@@ -372,20 +378,22 @@ def changes_box(text: str, *, alone: bool = False) -> bool:
     if span is None:
         return False
     start, end = span
-    before = text[max(start - MAX_BESIDE_CHARS, 0) : start]
-    after = text[end : end + MAX_BESIDE_CHARS].partition("\n")[0]
-    is_first_line = "\n" not in before
-    before = HTML_TAG.sub("", before.rpartition("\n")[2])
+    text_before = text[max(start - MAX_BESIDE_CHARS, 0) : start]
+    text_after = text[end : end + MAX_BESIDE_CHARS].partition("\n")[0]
+    is_first_line = "\n" not in text_before
+    text_before = HTML_TAG.sub("", text_before.rpartition("\n")[2])
     if not (alone and is_first_line):
-        before = LINE_MARK.sub("", before, count=1)
-    if before.endswith("*"):
-        after = after.lstrip("*")  # it ends an emphasis, and is no product
+        text_before = LINE_MARK.sub("", text_before, count=1)
+    if text_before.endswith("*"):
+        text_after = text_after.lstrip("*")  # it ends an emphasis, and is no product
     is_choice = CHOICE.fullmatch(text, start, end) is not None
-    if OPERATION_BEFORE_BOX.search(before) or (not is_choice and OPERATION_AFTER_BOX.match(after)):
+    if OPERATION_BEFORE_BOX.search(text_before) or (
+        not is_choice and OPERATION_AFTER_BOX.match(text_after)
+    ):
         return True
-    is_open = ROUNDED_BOX.search(before) and not DECIMAL.search(text, start, end)
-    if alone and (is_open or BOUND_BEFORE_BOX.search(before)):
+    is_open = ROUNDED_BOX.search(text_before) and not DECIMAL.search(text, start, end)
+    if alone and (is_open or BOUND_BEFORE_BOX.search(text_before)):
         return True
     # A question may ask for the choice that is wrong: `\boxed{B} is false`.
     is_number = re.search(r"\d", text[start:end]) is not None
-    return (alone or is_number) and CHANGE_AFTER.match(after) is not None
+    return (alone or is_number) and CHANGE_AFTER.match(text_after) is not None

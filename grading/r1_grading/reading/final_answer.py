@@ -79,18 +79,22 @@ def read_answer(
         ValueError: another reading."""
     if reading not in READINGS:
         raise ValueError(f"rewards.reading: {reading!r} is not one of {', '.join(READINGS)}")
-    visible = after_thought(without_special_tokens(response), thought_opened)
-    if visible is None:
+    visible_text = after_thought(without_special_tokens(response), thought_opened)
+    if visible_text is None:
         return OPEN_THOUGHT
     if reading == "strict":
-        is_line = reads_last_line and tagged_answer(visible) is None and last_boxed(visible) is None
-        marked = marked_answer(visible, numeric) if is_line else None
+        is_line = (
+            reads_last_line
+            and tagged_answer(visible_text) is None
+            and last_boxed(visible_text) is None
+        )
+        marked_extraction = marked_answer(visible_text, numeric) if is_line else None
         return _unchanged(
-            marked
+            marked_extraction
             or extract(response, thought_opened=thought_opened, reads_last_line=reads_last_line)
         )
     for name, find in FINDERS.items():
-        if reading in (name, "auto") and (extraction := find(visible, numeric)) is not None:
+        if reading in (name, "auto") and (extraction := find(visible_text, numeric)) is not None:
             return _unchanged(extraction)
     return Extraction(
         None, f"no answer found: {ABSENCE_REASONS.get(reading, 'the response is empty')}"
@@ -101,10 +105,10 @@ def without_closing(text: str) -> str:
     """Return a text without last lines that only close it: `Does that make sense?`."""
     text = text.rstrip()
     for _ in range(MAX_CLOSING_LINES):
-        before, _, line = text.rpartition("\n")
-        if not before.strip() or not CLOSING_LINE.fullmatch(line.strip()):
+        text_before, _, line = text.rpartition("\n")
+        if not text_before.strip() or not CLOSING_LINE.fullmatch(line.strip()):
             break
-        text = before.rstrip()
+        text = text_before.rstrip()
     return text
 
 
@@ -137,25 +141,25 @@ def _last_number(visible: str, truth_is_number: bool) -> Extraction | None:
     line = last_line(without_closing(visible))
     if not line.strip():
         return None
-    marked = marked_answer(visible, truth_is_number)
+    marked_extraction = marked_answer(visible, truth_is_number)
     if len(line) > MAX_LINE_CHARS:
-        return marked or Extraction(
+        return marked_extraction or Extraction(
             None, f"no answer found: the last line has {len(line)} characters"
         )
     if (content := last_boxed(line)) is not None:
         return make_extraction(content, "in the last line", around=visible)
-    if marked is not None:
-        return marked
+    if marked_extraction is not None:
+        return marked_extraction
     _, marker, answer = line.rpartition(MARKER)
     if marker:
         return make_extraction(answer, "in the last line")
     line = EMPHASIZED.sub(r"\1", line)
     if truth_is_number:
         line = with_scales(with_plain_signs(line))
-    stated = after_answer_is(line) or line
+    answer_text = after_answer_is(line) or line
     if truth_is_number:
-        return last_number(stated) or make_extraction(stated, "in the last line")
-    words = stated.strip(EMPHASIS_CHARS)
+        return last_number(answer_text) or make_extraction(answer_text, "in the last line")
+    words = answer_text.strip(EMPHASIS_CHARS)
     return make_extraction(
         words.removesuffix(".").rstrip(EMPHASIS_CHARS) or words, "in the last line"
     )

@@ -30,11 +30,11 @@ def chain_of_thought(response: str, thought_opened: bool = False) -> str | None:
         thought_opened: the prompt ended with `<think>`, so the response begins inside the
             thought."""
     if not thought_opened:
-        _, opening, response = response.partition(THINK)
-        if not opening:
+        _, opening_tag, response = response.partition(THINK)
+        if not opening_tag:
             return None
-    thought, closed, unclosed = response.rpartition(END_THINK)
-    return (thought if closed else unclosed).replace(THINK, " ").replace(END_THINK, " ")
+    thought, end_tag, remainder = response.rpartition(END_THINK)
+    return (thought if end_tag else remainder).replace(THINK, " ").replace(END_THINK, " ")
 
 
 def prepare_texts(
@@ -119,6 +119,6 @@ def cut_middle(text: str, max_chars: int) -> str:
     them of how much is missing."""
     if len(text) <= max_chars:
         return text
-    half = max_chars // 2
-    missing = len(text) - 2 * half
-    return f"{text[:half]}\n[... {missing} characters left out ...]\n{text[-half:]}"
+    half_chars = max_chars // 2
+    num_missing = len(text) - 2 * half_chars
+    return f"{text[:half_chars]}\n[... {num_missing} characters left out ...]\n{text[-half_chars:]}"

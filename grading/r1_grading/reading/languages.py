@@ -119,9 +119,9 @@ def count_symbols(text: str) -> float:
     """Return `count_marks` without letters, for a formula, where they are variables."""
     total = 0.0
     for stretch in SYMBOL_RUN.finditer(text):
-        rare = RARE_RUN.findall(stretch[0])
-        total += sum(max(1.0, len(run) / GLUED_WORD_LETTERS) for run in rare)
-        num_common = len(stretch[0]) - len("".join(rare)) - sum(map(str.isspace, stretch[0]))
+        rare_runs = RARE_RUN.findall(stretch[0])
+        total += sum(max(1.0, len(run) / GLUED_WORD_LETTERS) for run in rare_runs)
+        num_common = len(stretch[0]) - len("".join(rare_runs)) - sum(map(str.isspace, stretch[0]))
         total += max(0, num_common - FREE_PER_RUN) / GLUED_WORD_LETTERS
     return total
 
@@ -170,8 +170,8 @@ def fold(text: str) -> tuple[str, int]:
     if text.isascii():
         return text, 0
     text = text.translate(FOLDING)
-    visible = INVISIBLE_CHARS.sub("", text)
-    return visible, len(text) - len(visible)
+    visible_text = INVISIBLE_CHARS.sub("", text)
+    return visible_text, len(text) - len(visible_text)
 
 
 SPANS = re.compile(
@@ -279,8 +279,8 @@ def prose(text: str) -> Prose:
     lone acronyms. Prose: also a code block or formula that contains prose, see `_is_prose`."""
     text, num_invisible = fold(text)
     marks = num_invisible / GLUED_WORD_LETTERS
-    inline: list[str] = []
-    fenced: list[str] = []
+    inline_texts: list[str] = []
+    fenced_texts: list[str] = []
 
     def span(match: re.Match[str]) -> str:
         nonlocal marks
@@ -288,11 +288,11 @@ def prose(text: str) -> Prose:
             return match[0]
         marks += count_symbols(match[0].strip("`$")) * (FENCED_WEIGHT if match["fence"] else 1)
         if match["fence"]:
-            fenced.append(match[0])
+            fenced_texts.append(match[0])
         elif match["code"]:
-            inline.extend((CAMEL.sub(" ", match[0]), *letter_rows(match[0])))
+            inline_texts.extend((CAMEL.sub(" ", match[0]), *letter_rows(match[0])))
         else:
-            inline.extend(formula_words(match[0]))
+            inline_texts.extend(formula_words(match[0]))
         return OPERAND
 
     def token(match: re.Match[str]) -> str:
@@ -300,15 +300,15 @@ def prose(text: str) -> Prose:
         if not NO_WORDS.match(match[0]):
             parts = CAMEL.sub(" ", match[0])
             marks += count_marks(parts)
-            inline.append(parts)
+            inline_texts.append(parts)
         else:
-            inline.extend(AFTER_NUMBER.findall(match[0]))
+            inline_texts.extend(AFTER_NUMBER.findall(match[0]))
         return OPERAND
 
     text = TOKEN_PATTERN.sub(token, SPANS.sub(span, text))
     text = SPACED_LETTERS.sub(lambda letters: letters[0].replace(" ", ""), text)
     marks += count_marks(text)
-    return Prose(text, " ".join(inline), " ".join(fenced), marks)
+    return Prose(text, " ".join(inline_texts), " ".join(fenced_texts), marks)
 
 
 def _is_prose(span: str) -> bool:
@@ -352,9 +352,9 @@ def judged_words(thought: str) -> WordCount:
     free share. A thought without prose has no words."""
     parts = prose(thought)
     words = count_words(parts.text)
-    neutral = count_words(parts.inline).plus(count_words(parts.fenced), FENCED_WEIGHT)
-    neutral = neutral.plus(WordCount(0, 0, parts.marks), 1)
-    excess = neutral.total - FREE_WORDS - FREE_FRACTION * words.total
+    neutral_words = count_words(parts.inline).plus(count_words(parts.fenced), FENCED_WEIGHT)
+    neutral_words = neutral_words.plus(WordCount(0, 0, parts.marks), 1)
+    excess = neutral_words.total - FREE_WORDS - FREE_FRACTION * words.total
     if excess <= 0 or not words.total:
         return words
-    return words.plus(neutral, excess / neutral.total)
+    return words.plus(neutral_words, excess / neutral_words.total)

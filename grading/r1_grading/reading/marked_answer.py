@@ -104,12 +104,12 @@ def marked_answer(visible: str, truth_is_number: bool) -> Extraction | None:
         if statement is None:
             continue
         value, is_prose, end = statement
-        after = visible[end:].strip(DECORATION_CHARS + "\n\"”')$")
-        if not after:
+        text_after = visible[end:].strip(DECORATION_CHARS + "\n\"”')$")
+        if not text_after:
             return None
         if _is_quoted(visible, start, end):
             continue
-        if _is_taken_back(value, after, is_prose):
+        if _is_taken_back(value, text_after, is_prose):
             return None
         return make_extraction(value, "where it is marked")
     return None
@@ -145,26 +145,26 @@ def _stated(text: str, start: int, end: int, truth_is_number: bool) -> tuple[str
         end: the index behind its last one.
         truth_is_number: whether an answer in words is refused."""
     sentence = text[start:end]
-    _, marker, marked = sentence.rpartition(MARKER)
-    if marker and not marked.startswith("#"):
-        if HEADING.fullmatch(marked.strip(DECORATION_CHARS)):
+    _, marker, marked_text = sentence.rpartition(MARKER)
+    if marker and not marked_text.startswith("#"):
+        if HEADING.fullmatch(marked_text.strip(DECORATION_CHARS)):
             return _stated_below(text, end, truth_is_number)
-        if TITLE.match(marked.strip(DECORATION_CHARS)) or NUMBERED_TITLE.match(
-            text, end - len(marked)
+        if TITLE.match(marked_text.strip(DECORATION_CHARS)) or NUMBERED_TITLE.match(
+            text, end - len(marked_text)
         ):
             return None
-        value = _value(marked, truth_is_number, words=True)
+        value = _value(marked_text, truth_is_number, words=True)
         return (value, False, end) if value else None
     if HEADING.fullmatch(sentence.strip(DECORATION_CHARS)):
         return _stated_below(text, end, truth_is_number)
-    if chinese := CHINESE.search(sentence):
-        stated: str | None = sentence[chinese.end() :]
+    if chinese_match := CHINESE.search(sentence):
+        stated_text: str | None = sentence[chinese_match.end() :]
     else:
-        stated = after_answer_is(sentence)
-    if stated is None:
+        stated_text = after_answer_is(sentence)
+    if stated_text is None:
         return None
-    prefix = sentence[: len(sentence) - len(stated)]
-    value = _value(stated, truth_is_number, words=":" in prefix[-9:])
+    prefix = sentence[: len(sentence) - len(stated_text)]
+    value = _value(stated_text, truth_is_number, words=":" in prefix[-9:])
     return (value, True, end) if value else None
 
 
@@ -186,11 +186,11 @@ def _value(stated: str, truth_is_number: bool, words: bool) -> str | None:
         words: whether it is accepted otherwise."""
     stated = stated.strip().strip("*_`").strip()
     stated = stated.rstrip(".。!！").strip().strip("*_`").strip()
-    signed = with_plain_signs(stated)
-    if number := ASSIGNED_NUMBER.fullmatch(signed):
-        if CHANGE_AFTER.match(signed, number.end("number")):
+    plain_text = with_plain_signs(stated)
+    if number := ASSIGNED_NUMBER.fullmatch(plain_text):
+        if CHANGE_AFTER.match(plain_text, number.end("number")):
             return None
-        extraction = last_number(signed)
+        extraction = last_number(plain_text)
         return extraction.text if extraction is not None else None
     if formula := FORMULA.fullmatch(stated):
         return next(filter(None, formula.groups()))
@@ -205,8 +205,8 @@ def _is_quoted(text: str, start: int, end: int) -> bool:
     prefix, sentence = text[line_start:start], text[start:end]
     if text[line_start:].lstrip().startswith(">") or text[:line_start].count("```") % 2 == 1:
         return True
-    before = (prefix + sentence)[: len(prefix) + _mark_at(sentence)]
-    if before.count('"') % 2 == 1 or before.count("“") > before.count("”"):
+    text_before = (prefix + sentence)[: len(prefix) + _mark_at(sentence)]
+    if text_before.count('"') % 2 == 1 or text_before.count("“") > text_before.count("”"):
         return True
     if QUOTATION_WORDS.search(sentence[: _mark_at(sentence)]):
         return True
@@ -227,8 +227,8 @@ def _is_taken_back(value: str, after: str, is_prose: bool) -> bool:
     one, concludes something else."""
     if RETRACTION_WORDS.search(NO_MISTAKE.sub(" ", after)):
         return True
-    last = after.rpartition("\n")[2]
-    if not is_prose or not CONCLUDING.search(last):
+    last_line = after.rpartition("\n")[2]
+    if not is_prose or not CONCLUDING.search(last_line):
         return False
-    numbers = re.findall(DIGIT_GROUPS, last.rpartition("=")[2])
+    numbers = re.findall(DIGIT_GROUPS, last_line.rpartition("=")[2])
     return re.sub("[$,%+]", "", value).lstrip("-") not in {n.replace(",", "") for n in numbers}

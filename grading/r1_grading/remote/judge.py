@@ -214,12 +214,12 @@ class JudgeClient:
                 texts[name] = cut_middle(texts[name], self.settings.max_chars)
         verdicts: list[str] = []
         next_vote, end = first, first + 2 * num_votes
-        while (missing := num_votes - len(verdicts)) and next_vote < end:
-            batch = range(next_vote, min(next_vote + missing, end))
+        while (num_missing := num_votes - len(verdicts)) and next_vote < end:
+            batch = range(next_vote, min(next_vote + num_missing, end))
             next_vote = batch.stop
             votes = await asyncio.gather(*(self._vote(instructions, texts, i) for i in batch))
             verdicts += [verdict for verdict in votes if verdict is not None]
-        if missing:
+        if num_missing:
             raise Ungradable(
                 f"{len(verdicts)} of {next_vote - first} answers of {self.settings.model!r} end "
                 f"with a verdict, {num_votes} are needed"
@@ -237,9 +237,9 @@ class JudgeClient:
 
     async def _reply(self, message: str, number: int) -> str:
         body = self._body(message)
-        if self.cache and (cached := await self.cache.get(body, number)) is not None:
+        if self.cache and (cached_reply := await self.cache.get(body, number)) is not None:
             self.service.counters["cached"] += 1
-            return cached
+            return cached_reply
         choices = (await self.service.request(body)).choices
         # A reply that was cut off has no verdict.
         is_whole = choices and choices[0].finish_reason != "length"
@@ -360,21 +360,25 @@ class Judge(JudgeClient):
     async def check(self) -> None:
         """Raise ServiceError unless the service replies within seconds, with valid verdicts that
         separate a right answer from a wrong one."""
-        question, correct, incorrect = JUDGE_CHECK.values()
-        unfit = f"{self.service.url}: model {self.settings.model!r} cannot serve as a judge"
+        question, correct_answer, incorrect_answer = JUDGE_CHECK.values()
+        error_prefix = f"{self.service.url}: model {self.settings.model!r} cannot serve as a judge"
         try:
             await self.service.request(self.probe, CHECK_SECONDS)
             if self.settings.mode == "verify":
                 separates = await asyncio.gather(
-                    self.verify(question, "12", correct), self.verify(question, "12", incorrect)
+                    self.verify(question, "12", correct_answer),
+                    self.verify(question, "12", incorrect_answer),
                 ) == [True, False]
             else:
-                separates = (await self.compare(question, correct, incorrect)).preference > 0.5
+                separates = (
+                    await self.compare(question, correct_answer, incorrect_answer)
+                ).preference > 0.5
         except Ungradable as error:
-            raise ServiceError(f"{unfit}: {error}") from None
+            raise ServiceError(f"{error_prefix}: {error}") from None
         if not separates:
             raise ServiceError(
-                f"{unfit}: asked {question!r}, it takes {incorrect!r} for {correct!r}"
+                f"{error_prefix}: asked {question!r}, it takes {incorrect_answer!r} for "
+                f"{correct_answer!r}"
             )
 
     async def grade(
@@ -404,10 +408,10 @@ class Judge(JudgeClient):
             ServiceError: the service cannot grade."""
         mode = self.settings.mode
         if not isinstance(question, str) or truth is None:
-            missing = "question" if truth is not None else "truth"
+            missing_field = "question" if truth is not None else "truth"
             raise UserError(
-                f"the judge needs a {missing} to {mode} a response: add it to the row",
-                key=missing,
+                f"the judge needs a {missing_field} to {mode} a response: add it to the row",
+                key=missing_field,
                 cause=Cause.MISSING,
             )
         part = response_part(response, self.settings.part, thought_opened)
@@ -417,9 +421,11 @@ class Judge(JudgeClient):
         if mode == "verify":
             is_correct = await self.verify(question, reference, part.text)
             return Grade(float(is_correct), f"judged {'correct' if is_correct else 'incorrect'}")
-        compared = await self.compare(question, part.text, reference)
-        reason = f"won {compared.wins}, lost {compared.losses}, tied {compared.ties} comparisons"
-        return Grade(compared.preference, reason)
+        comparison = await self.compare(question, part.text, reference)
+        reason = (
+            f"won {comparison.wins}, lost {comparison.losses}, tied {comparison.ties} comparisons"
+        )
+        return Grade(comparison.preference, reason)
 
     async def verify(self, question: str, truth: str, response: str) -> bool:
         """Whether most of the votes find `response` correct.
@@ -460,9 +466,11 @@ class Judge(JudgeClient):
         num_votes = self.settings.num_votes
         if first == second:
             return Comparison(0, 0, num_votes)
-        straight = {"question": question, "response A": first, "response B": second}
-        swapped = {"question": question, "response A": second, "response B": first}
-        orders = (self.votes(COMPARE, texts, num_votes // 2) for texts in (straight, swapped))
+        ordered_texts = {"question": question, "response A": first, "response B": second}
+        swapped_texts = {"question": question, "response A": second, "response B": first}
+        orders = (
+            self.votes(COMPARE, texts, num_votes // 2) for texts in (ordered_texts, swapped_texts)
+        )
         as_a, as_b = map(Counter, await asyncio.gather(*orders))
         return Comparison(as_a["A"] + as_b["B"], as_a["B"] + as_b["A"], as_a["tie"] + as_b["tie"])
 

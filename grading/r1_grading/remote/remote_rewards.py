@@ -80,9 +80,9 @@ class RemoteRewards:
         /no_verdict; empty while no served reward is used."""
         if not self._graders:
             return {}
-        total = sum((g.service.counters for g in self._graders.values()), self._counters)
+        counters = sum((g.service.counters for g in self._graders.values()), self._counters)
         names = ("graded", "ungraded", "requests", "retries", "cached", "no_verdict")
-        return {f"remote/{name}": total[name] for name in names}
+        return {f"remote/{name}": counters[name] for name in names}
 
     async def close(self) -> None:
         """Cancel checks that are under way and close every grader."""

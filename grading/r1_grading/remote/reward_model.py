@@ -82,19 +82,22 @@ class RewardModel:
     async def check(self) -> None:
         """Raise ServiceError unless the service replies within seconds, with as many scores as the
         settings expect, and its chat template keeps all of the text it scores."""
-        unfit = f"{self.service.url}: model {self.settings.model!r} cannot serve as a reward model"
+        error_prefix = (
+            f"{self.service.url}: model {self.settings.model!r} cannot serve as a reward model"
+        )
         try:
             full_reply = await self.service.request(self._probe, CHECK_SECONDS)
             self._reward(full_reply)
             summary = CHECK_RESPONSE.partition("</think>")[2]
             part = await self.service.request(self._body(CHECK_QUESTION, summary))
         except (Ungradable, ValueError) as error:
-            raise ServiceError(f"{unfit}: {error}") from None
+            raise ServiceError(f"{error_prefix}: {error}") from None
         # Chat templates of reasoning models drop the thought from assistant messages.
         if self.part == "response" and full_reply.usage.prompt_tokens <= part.usage.prompt_tokens:
             raise ServiceError(
-                f"{unfit}: the server's chat template drops <think>…</think>, which this reward is "
-                f"to see; serve it with another --chat-template, or set the option template"
+                f"{error_prefix}: the server's chat template drops <think>…</think>, which this "
+                "reward is to see; serve it with another --chat-template, or set the option "
+                "template"
             )
 
     async def grade(

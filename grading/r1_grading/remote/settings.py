@@ -88,9 +88,9 @@ def read_settings(kind: str, settings_type: type[Settings], options: Mapping[str
 
 def _fault(error: Mapping[str, Any]) -> tuple[str, Cause]:
     """Return the option at fault in one of pydantic's errors, and what is wrong with it."""
-    raised = error.get("ctx", {}).get("error")
-    if isinstance(raised, UserError):
-        return raised.key, raised.cause
+    raised_error = error.get("ctx", {}).get("error")
+    if isinstance(raised_error, UserError):
+        return raised_error.key, raised_error.cause
     return ".".join(map(str, error["loc"])), CAUSE_BY_TYPE.get(error["type"], Cause.MALFORMED)
 
 

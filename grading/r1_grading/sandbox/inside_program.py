@@ -106,11 +106,11 @@ def provide_names(
         namespace: its globals.
         names: name → the module that provides it."""
     code_names: set[str] = set()
-    pending = [code] if names else []
-    while pending:
-        block = pending.pop()
+    pending_blocks = [code] if names else []
+    while pending_blocks:
+        block = pending_blocks.pop()
         code_names.update(block.co_names)
-        pending += [part for part in block.co_consts if isinstance(part, type(code))]
+        pending_blocks += [part for part in block.co_consts if isinstance(part, type(code))]
     for name in code_names.intersection(names):
         module = __import__(names[name])
         # Another version of Python may lack the name.

@@ -36,12 +36,12 @@ def start() -> None:
 
     def run(source: str) -> None:
         tree = ast.parse(source)
-        last = tree.body[-1] if tree.body else None
-        if isinstance(last, ast.Expr):
+        last_statement = tree.body[-1] if tree.body else None
+        if isinstance(last_statement, ast.Expr):
             tree.body.pop()
         exec(compile(tree, "<cell>", "exec"), space)
-        if isinstance(last, ast.Expr):
-            value = eval(compile(ast.Expression(last.value), "<cell>", "eval"), space)
+        if isinstance(last_statement, ast.Expr):
+            value = eval(compile(ast.Expression(last_statement.value), "<cell>", "eval"), space)
             if value is not None:
                 print(repr(value))
 

@@ -54,8 +54,10 @@ def standard_names() -> dict[str, str]:
 
 def names_in(source: str) -> dict[str, str]:
     """Return name → module for those names that may be used in `source`."""
-    provided = standard_names()
-    return {name: provided[name] for name in IDENTIFIER.findall(source) if name in provided}
+    provided_names = standard_names()
+    return {
+        name: provided_names[name] for name in IDENTIFIER.findall(source) if name in provided_names
+    }
 
 
 PROGRAM_SOURCE = (Path(__file__).parent / "inside_program.py").read_text(encoding="utf-8")

@@ -112,16 +112,16 @@ class SandboxProcess:
         Raises:
             SandboxError: bubblewrap cannot build a sandbox.
         """
-        stopped = self._collect_output()
+        reached_limit = self._collect_output()
         seconds = time.monotonic() - self.started_at
         self._kill()
         exit_status = self._exit_status()
         stdout, stderr = (bytes(self.received[fd]) for fd in (self.stdout_fd, self.stderr_fd))
-        if exit_status is None and (self.init_pidfd is None or not stopped):
+        if exit_status is None and (self.init_pidfd is None or not reached_limit):
             message = shorten(stderr.decode("utf-8", "replace"), 300) or "no message"
             raise SandboxError(f"bubblewrap could not build a sandbox: {message}")
         status = 128 + signal.SIGKILL if exit_status is None else exit_status
-        return ProgramOutcome(stdout, stderr, status=status, seconds=seconds, stopped=stopped)
+        return ProgramOutcome(stdout, stderr, status=status, seconds=seconds, stopped=reached_limit)
 
     def close(self) -> None:
         """Kill the sandbox if it still runs. Safe in any state."""
@@ -180,9 +180,9 @@ class SandboxProcess:
         else:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self.init_pidfd, signal.SIGKILL)
-            ended = select.poll()
-            ended.register(self.init_pidfd, select.POLLIN)
-            if not ended.poll(ENDING_SECONDS * 1000):
+            poller = select.poll()
+            poller.register(self.init_pidfd, select.POLLIN)
+            if not poller.poll(ENDING_SECONDS * 1000):
                 self.process.kill()
                 raise SandboxError(f"a sandbox did not end within {ENDING_SECONDS:g} s")
         self.process.wait()
@@ -213,9 +213,9 @@ def describe_failure(outcome: ProgramOutcome, budget: Budget) -> str:
         return f"memory limit of {budget.memory_bytes / 2**20:g} MiB: {message}"
     ending = f"exit status {outcome.status}"
     if outcome.status > 128:
-        signal = outcome.status - 128
-        ending = SIGNALS.get(signal, f"signal {signal}")
-        if signal == 9 and outcome.seconds >= budget.cpu_seconds:
+        signal_number = outcome.status - 128
+        ending = SIGNALS.get(signal_number, f"signal {signal_number}")
+        if signal_number == 9 and outcome.seconds >= budget.cpu_seconds:
             return f"time limit: {budget.cpu_seconds:g} s of CPU"
     return f"runtime error ({ending})" + (f": {message}" if message else "")
 
@@ -386,8 +386,8 @@ def _prlimit(budget: Budget) -> list[str]:
     }
     arguments = [host.PRLIMIT]
     for name, value in limits.items():
-        hard = resource.getrlimit(getattr(resource, f"RLIMIT_{name.upper()}"))[1]
-        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        hard_limit = resource.getrlimit(getattr(resource, f"RLIMIT_{name.upper()}"))[1]
+        value = value if hard_limit == resource.RLIM_INFINITY else min(value, hard_limit)
         # Programs that recurse raise their own stack; the address space bounds it anyway.
         arguments.append(f"--{name}={value}:" + ("" if name == "stack" else str(value)))
     return arguments

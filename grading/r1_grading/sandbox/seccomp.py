@@ -91,10 +91,10 @@ def build_filter(*, compiler: bool) -> bytes:
             key="machine",
             cause=Cause.UNSUPPORTED,
         )
-    allowed = syscall_numbers(ALLOWED, machine) | (
+    allowed_calls = syscall_numbers(ALLOWED, machine) | (
         syscall_numbers(COMPILING, machine) if compiler else {}
     )
-    filtered = syscall_numbers(FILTERED, machine)
+    filtered_calls = syscall_numbers(FILTERED, machine)
     clone_mask = CLONE_NEW_NAMESPACES | (0 if compiler else CLONE_THREAD)
     program = [
         _instruction(LOAD, ARCHITECTURE),
@@ -104,15 +104,15 @@ def build_filter(*, compiler: bool) -> bytes:
         _instruction(JUMP_AT_LEAST, X32_BIT, if_false=1),
         _instruction(RETURN, FAIL),
     ]
-    for number in allowed.values():
+    for number in allowed_calls.values():
         program += _if_equal(number, [_instruction(RETURN, ALLOW)])
     clone_check = [_instruction(LOAD, ARGUMENT_OFFSETS), _instruction(AND, clone_mask)]
     clone_check += _if_equal(0 if compiler else CLONE_THREAD, [_instruction(RETURN, ALLOW)])
-    program += _if_equal(filtered["clone"], [*clone_check, _instruction(RETURN, FAIL)])
+    program += _if_equal(filtered_calls["clone"], [*clone_check, _instruction(RETURN, FAIL)])
     ioctl_check = [_instruction(LOAD, ARGUMENT_OFFSETS + 8)]
     for request in (*TERMINAL_QUERIES, *DESCRIPTOR_SETTINGS):
         ioctl_check += _if_equal(request, [_instruction(RETURN, ALLOW)])
-    program += _if_equal(filtered["ioctl"], [*ioctl_check, _instruction(RETURN, FAIL)])
+    program += _if_equal(filtered_calls["ioctl"], [*ioctl_check, _instruction(RETURN, FAIL)])
     return b"".join([*program, _instruction(RETURN, FAIL)])
 
 

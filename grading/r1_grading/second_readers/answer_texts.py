@@ -146,11 +146,11 @@ def same_answer(expected: Answer, answer: Answer, seed: str) -> bool | None:
         return _all_true(
             same_value(*pair, seed) for pair in zip(expected.members, answer.members, strict=True)
         )
-    unmatched = list(answer.members)
+    unmatched_members = list(answer.members)
     for member in expected.members:
-        verdicts = [same_value(member, candidate, seed) for candidate in unmatched]
+        verdicts = [same_value(member, candidate, seed) for candidate in unmatched_members]
         if True in verdicts:
-            unmatched.pop(verdicts.index(True))
+            unmatched_members.pop(verdicts.index(True))
         elif None in verdicts:
             return None
         else:

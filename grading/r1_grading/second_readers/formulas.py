@@ -176,8 +176,8 @@ def _value(node: Node, point: Mapping[str, Any]) -> Any:
     parts = [_value(part, point) for part in node.parts]
     if node.name == "power":
         return _power(*parts)
-    exact = all(isinstance(part, Fraction) for part in parts)
-    if not exact:
+    are_exact = all(isinstance(part, Fraction) for part in parts)
+    if not are_exact:
         parts = [_mp(part) for part in parts]
     match node.name:
         case "plus":
@@ -193,7 +193,7 @@ def _value(node: Node, point: Mapping[str, Any]) -> Any:
         case "absolute":
             return abs(parts[0])
         case "factorial":
-            if not exact or parts[0].denominator != 1 or not 0 <= parts[0] <= MAX_FACTORIAL:
+            if not are_exact or parts[0].denominator != 1 or not 0 <= parts[0] <= MAX_FACTORIAL:
                 raise ValueError("a factorial")
             return Fraction(math.factorial(int(parts[0])))
         case "root":

@@ -75,9 +75,9 @@ def grade(
     truths = [true_answer(str(truth_text)) for truth_text in accepted_answers(truth)]
     if not truths:
         raise ValueError(f"the truth of a math answer must not be empty, got {truth!r}")
-    visible = visible_text(response, thought_opened)
+    answer_text = visible_text(response, thought_opened)
     try:
-        answer = find_answer(visible, reading) if visible else None
+        answer = find_answer(answer_text, reading) if answer_text else None
     except Unsure as error:
         # Not searched by math-verify either: in prose behind an answer it takes the last number.
         return Grade(0.0, f"it is not sure of the answer: {error}", verdict=f"{UNSURE},{UNSURE}")
@@ -107,8 +107,8 @@ def _upstream(truth: str, answer: str) -> str:
 
 
 def _parsed(text: str) -> list[Any]:
-    marked = text if "$" in text or r"\(" in text or r"\[" in text else f"${text}$"
-    return parse(marked, parsing_timeout=None) or parse(text, parsing_timeout=None)
+    formula_text = text if "$" in text or r"\(" in text or r"\[" in text else f"${text}$"
+    return parse(formula_text, parsing_timeout=None) or parse(text, parsing_timeout=None)
 
 
 def _point_verdict(truth: str, answer: str) -> tuple[str, str]:
@@ -128,12 +128,12 @@ def _plain(text: str) -> str:
 def visible_text(response: str, thought_opened: bool) -> str | None:
     """Return what follows the chain of thought, stripped; None where it never ends."""
     text = response
-    while (shorter := SPECIAL_TOKEN.sub("", text)) != text:
-        text = shorter
-    _, mark, after = text.rpartition(THOUGHT_END)
+    while (shorter_text := SPECIAL_TOKEN.sub("", text)) != text:
+        text = shorter_text
+    _, mark, text_after = text.rpartition(THOUGHT_END)
     if mark:
-        return after.strip()
-    return None if thought_opened or "<think>" in text else after.strip()
+        return text_after.strip()
+    return None if thought_opened or "<think>" in text else text_after.strip()
 
 
 def find_answer(visible: str, reading: Reading) -> str | None:
@@ -181,14 +181,14 @@ def _only_box(text: str) -> str:
     end = _closing(text, start)
     if end is None:
         raise Unsure("a box that is not closed")
-    around = text[: boxes[0].start()].rpartition("\n")[2], text[end + 1 :].partition("\n")[0]
-    before, after = (DELIMITERS.sub(" ", part) for part in around)
-    is_introduced = not before.strip() or CONCLUDES.search(before)
+    side_texts = text[: boxes[0].start()].rpartition("\n")[2], text[end + 1 :].partition("\n")[0]
+    text_before, text_after = (DELIMITERS.sub(" ", part) for part in side_texts)
+    is_introduced = not text_before.strip() or CONCLUDES.search(text_before)
     if (
         not is_introduced
-        or re.search(r"\d", before)
-        or CHANGES.search(before)
-        or not HARMLESS_AFTER.match(after)
+        or re.search(r"\d", text_before)
+        or CHANGES.search(text_before)
+        or not HARMLESS_AFTER.match(text_after)
     ):
         raise Unsure("words or signs next to the box")
     lines = [line for line in text[end:].splitlines()[1:] if DELIMITERS.sub("", line).strip()]
@@ -212,14 +212,14 @@ def _last_line(visible: str) -> str:
     """Return what a line with the mark `####` states, or that only states an answer, if there is
     one; else the last line."""
     lines = [re.sub(r"\*\*", "", line).strip() for line in visible.splitlines() if line.strip()]
-    stating = [
+    stating_numbers = [
         number
         for number, line in enumerate(lines)
         if "####" in line or CONCLUSION_WORDS.match(line) is not None
     ]
-    if len(stating) > 1:
+    if len(stating_numbers) > 1:
         raise Unsure("several marks")
-    number = stating[0] if stating else len(lines) - 1
+    number = stating_numbers[0] if stating_numbers else len(lines) - 1
     if any(re.search(r"\d", line) or CHANGES.search(line) for line in lines[number + 1 :]):
         raise Unsure("words after the answer")
     if any(line.startswith((">", "```")) for line in lines):

@@ -16,14 +16,14 @@ STRIPE_ELEMENTS = 1 << 19  # 2 MiB in fp32: costs more than a call's overhead, a
 def quantize_blocks(x: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Compute `blockwise_triton.quantize_blocks`, whose docstring has arguments and result."""
     q = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
-    across = -(-x.shape[1] // block[1])
-    scale_inv = x.new_empty((-(-x.shape[0] // block[0]), across), dtype=torch.float32)
+    blocks_across = -(-x.shape[1] // block[1])
+    scale_inv = x.new_empty((-(-x.shape[0] // block[0]), blocks_across), dtype=torch.float32)
     # Not a Python number: CUDA tensors divided by one are multiplied by its rounded reciprocal.
-    largest = scale_inv.new_full((), E4M3_MAX)
+    max_value = scale_inv.new_full((), E4M3_MAX)
     for rows, block_rows in _stripes(x.shape, block):
         values = _blocks(x[rows], block)
         amax = values.abs().amax(dim=(1, 3)).clamp_(min=SMALLEST_AMAX)
-        scale_inv[block_rows] = scale = amax / largest
+        scale_inv[block_rows] = scale = amax / max_value
         values *= (1.0 / scale)[:, None, :, None]
         q[rows] = _cropped(values, q[rows].shape)
     return q, scale_inv
@@ -62,12 +62,14 @@ def _stripes(shape: torch.Size, block: tuple[int, int]) -> Iterator[tuple[slice,
 def _blocks(stripe: Tensor, block: tuple[int, int]) -> Tensor:
     """Copy to fp32 as (block rows, rows, block columns, columns), edge blocks padded with 0."""
     rows, columns = stripe.shape
-    down, across = -(-rows // block[0]), -(-columns // block[1])
-    padded = stripe.new_zeros((down * block[0], across * block[1]), dtype=torch.float32)
-    padded[:rows, :columns] = stripe
-    return padded.view(down, block[0], across, block[1])
+    blocks_down, blocks_across = -(-rows // block[0]), -(-columns // block[1])
+    padded_stripe = stripe.new_zeros(
+        (blocks_down * block[0], blocks_across * block[1]), dtype=torch.float32
+    )
+    padded_stripe[:rows, :columns] = stripe
+    return padded_stripe.view(blocks_down, block[0], blocks_across, block[1])
 
 
 def _cropped(values: Tensor, shape: torch.Size) -> Tensor:
-    down, rows, across, columns = values.shape
-    return values.view(down * rows, across * columns)[: shape[0], : shape[1]]
+    blocks_down, rows, blocks_across, columns = values.shape
+    return values.view(blocks_down * rows, blocks_across * columns)[: shape[0], : shape[1]]

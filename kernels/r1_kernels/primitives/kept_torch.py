@@ -56,11 +56,11 @@ def kept_statistics(
     e = x.exp()
     # -inf · 0 counts as 0, its limit; e is 0 long before x reaches -1000.
     total, moment = ids.sums(torch.stack([e, x.clamp(min=-1000.0) * e], 1)).unbind(1)
-    local = targets - shard.first_column
-    in_shard = (local >= 0) & (local < shard.num_real)
+    local_targets = targets - shard.first_column
+    in_shard = (local_targets >= 0) & (local_targets < shard.num_real)
     # NaN unless it was kept.
     target_logit = torch.where(in_shard, torch.full_like(peak, torch.nan), 0.0)
-    hits = (ids.columns == local[ids.rows]).nonzero()[:, 0]
+    hits = (ids.columns == local_targets[ids.rows]).nonzero()[:, 0]
     target_logit[ids.rows[hits]] = z[hits]
     out = (peak, total, moment, target_logit)
     assert len(out) == len(STATISTICS)
@@ -137,9 +137,10 @@ def _shard_ids(kept_ids: KeptIds, shard: VocabShard) -> _ShardIds:
         first = int(kept_ids.starts[0])
         places = slice(first, first + len(rows))
         if int(kept_ids.ends[-1]) != places.stop:  # rows in between are left out
-            before = lengths.cumsum(0) - lengths
+            row_offsets = lengths.cumsum(0) - lengths
             places = (
-                torch.arange(len(rows), device=lengths.device) + (kept_ids.starts - before)[rows]
+                torch.arange(len(rows), device=lengths.device)
+                + (kept_ids.starts - row_offsets)[rows]
             )
     columns = kept_ids.token_ids[places].to(torch.int64) - shard.first_column
     if shard.group is not None or shard.num_real < shard.vocab_size:

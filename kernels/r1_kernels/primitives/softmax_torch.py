@@ -42,9 +42,9 @@ def row_statistics(logits: Tensor, targets: Tensor, shard: VocabShard, scale: fl
         torch.sum(e, -1, out=total[rows])
         # -inf · 0 counts as 0, its limit; e is 0 long before x reaches -1000.
         torch.sum(x.clamp_(min=-1000.0).mul_(e), -1, out=moment[rows])
-        local = targets[rows] - shard.first_column
-        in_shard = (local >= 0) & (local < shard.num_real)
-        logit = z.gather(-1, torch.where(in_shard, local, 0)[:, None])[:, 0]
+        local_targets = targets[rows] - shard.first_column
+        in_shard = (local_targets >= 0) & (local_targets < shard.num_real)
+        logit = z.gather(-1, torch.where(in_shard, local_targets, 0)[:, None])[:, 0]
         target_logit[rows] = torch.where(in_shard, logit, 0.0)
     return out
 
@@ -91,9 +91,9 @@ def logits_gradient(
             e = x.exp()
             x.clamp_(min=-1000.0).mul_(slope[:, None]).add_(flat[:, None])
             torch.mul(x, e, out=d).mul_(-inverse_total[:, None])
-        local = targets[rows] - shard.first_column
-        hits = ((local >= 0) & (local < shard.num_real)).nonzero()[:, 0]
-        d[hits, local[hits]] += grad[hits]
+        local_targets = targets[rows] - shard.first_column
+        hits = ((local_targets >= 0) & (local_targets < shard.num_real)).nonzero()[:, 0]
+        d[hits, local_targets[hits]] += grad[hits]
         if not has_gradient.all():
             d[~has_gradient] = 0.0
         if out.dtype != peak.dtype:

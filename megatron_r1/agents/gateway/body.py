@@ -59,9 +59,9 @@ class Body:
             return default
         value = self._fields_left.pop(name)
         is_bool = isinstance(value, bool)  # an int too in Python, but not in JSON
-        allowed = kinds if isinstance(kinds, tuple) else (kinds,)
-        if not isinstance(value, kinds) or (is_bool and bool not in allowed):
-            names = " or ".join(kind.__name__ for kind in allowed)
+        allowed_kinds = kinds if isinstance(kinds, tuple) else (kinds,)
+        if not isinstance(value, kinds) or (is_bool and bool not in allowed_kinds):
+            names = " or ".join(kind.__name__ for kind in allowed_kinds)
             raise RequestError(f"must be {names}, got {_shorten(value)}", self.path(name))
         return value
 

@@ -117,8 +117,8 @@ def format_events(turn: TurnReply, request: TurnRequest) -> Iterator[bytes]:
     head = _head(turn, "chat.completion.chunk")
     for delta in deltas:
         yield _event(head | {"choices": [{"index": 0, "delta": delta, "finish_reason": None}]})
-    last = {"index": 0, "delta": {}, "finish_reason": _finish_reason(turn)}
-    yield _event(head | {"choices": [last]})
+    last_choice = {"index": 0, "delta": {}, "finish_reason": _finish_reason(turn)}
+    yield _event(head | {"choices": [last_choice]})
     if request.include_usage:  # OpenAI sends it in a last chunk, whose choices are empty
         yield _event(head | {"choices": [], "usage": _usage(turn)})
     yield END_EVENT

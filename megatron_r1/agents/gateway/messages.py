@@ -47,8 +47,10 @@ def parse_request(body: Body, stored: object) -> TurnRequest:
     body.ignore(*IGNORED_FIELDS)
     model = body.take("model", str, "")
     system = _system(body.take("system", (str, list), None))
-    sent = [message for entry in body.take_objects("messages") for message in _messages(entry)]
-    chat.require_turn(sent, "messages")
+    sent_messages = [
+        message for entry in body.take_objects("messages") for message in _messages(entry)
+    ]
+    chat.require_turn(sent_messages, "messages")
     tools = [_tool(tool) for tool in body.take_objects("tools", [])]
     options = body.options(NEUTRAL_VALUES)
     choice = Body(body.take("tool_choice", dict, {"type": "auto"}), "tool_choice")
@@ -58,7 +60,7 @@ def parse_request(body: Body, stored: object) -> TurnRequest:
         options["tool_choice"] = choice.take("name", str, kind)
     choice.finish()
     request = TurnRequest(
-        system + sent,
+        system + sent_messages,
         [] if kind == "none" else tools,
         model,
         max_tokens=body.take_positive("max_tokens"),
@@ -138,8 +140,8 @@ def _user(blocks: list[Body]) -> list[Message]:
             results.append({"role": "tool", "content": output, "tool_call_id": call_id})
         block.finish()
     # In Chat Completions' form, which templates read, a call's results follow the call at once.
-    typed = [{"role": "user", "content": "".join(texts)}] if texts or not results else []
-    return results + typed
+    typed_messages = [{"role": "user", "content": "".join(texts)}] if texts or not results else []
+    return results + typed_messages
 
 
 def _assistant(blocks: list[Body]) -> Message:
@@ -186,19 +188,19 @@ def _blocks(turn: TurnReply) -> list[dict[str, Any]]:
 
 def _block_events(index: int, block: dict[str, Any]) -> Iterator[dict[str, Any]]:
     if block["type"] == "thinking":
-        empty: dict[str, Any] = {"thinking": "", "signature": ""}
+        empty_fields: dict[str, Any] = {"thinking": "", "signature": ""}
         deltas = [
             {"type": "thinking_delta", "thinking": block["thinking"]},
             {"type": "signature_delta", "signature": block["signature"]},
         ]
     elif block["type"] == "text":
-        empty = {"text": ""}
+        empty_fields = {"text": ""}
         deltas = [{"type": "text_delta", "text": block["text"]}]
     else:
-        empty = {"input": {}}
+        empty_fields = {"input": {}}
         text = json.dumps(block["input"], ensure_ascii=False)
         deltas = [{"type": "input_json_delta", "partial_json": text}]
-    yield {"type": "content_block_start", "index": index, "content_block": block | empty}
+    yield {"type": "content_block_start", "index": index, "content_block": block | empty_fields}
     for delta in deltas:
         yield {"type": "content_block_delta", "index": index, "delta": delta}
     yield {"type": "content_block_stop", "index": index}

@@ -28,15 +28,15 @@ def parse_request(body: Body, stored: Mapping[str, list[Message]]) -> TurnReques
     body.ignore(*IGNORED_FIELDS)
     model = body.take("model", str, "")
     history: list[Message] = []
-    previous = body.take("previous_response_id", str, None)
-    if previous is not None:
-        if previous not in stored:
+    previous_id = body.take("previous_response_id", str, None)
+    if previous_id is not None:
+        if previous_id not in stored:
             raise RequestError(
-                f"there is no response {previous}", "previous_response_id", status=404
+                f"there is no response {previous_id}", "previous_response_id", status=404
             )
-        history = stored[previous]
-    sent = history + _messages(body.take("input", (str, list), []))
-    chat.require_turn(sent, "input")
+        history = stored[previous_id]
+    sent_messages = history + _messages(body.take("input", (str, list), []))
+    chat.require_turn(sent_messages, "input")
     instructions = body.take("instructions", str, None)
     system = [] if instructions is None else [{"role": "system", "content": instructions}]
     tools = [_tool(tool) for tool in body.take_objects("tools", [])]
@@ -50,7 +50,7 @@ def parse_request(body: Body, stored: Mapping[str, list[Message]]) -> TurnReques
         options["tool_choice"] = choice
     body.take_fixed(background=False, top_logprobs=0, truncation="disabled")
     request = TurnRequest(
-        system + sent,
+        system + sent_messages,
         [] if choice == "none" else tools,
         model,
         max_tokens=body.take_positive("max_output_tokens"),
@@ -59,7 +59,7 @@ def parse_request(body: Body, stored: Mapping[str, list[Message]]) -> TurnReques
         options=options,
         # Without the system message: in OpenAI's protocol instructions are not carried over to the
         # response that continues this one.
-        stored=sent,
+        stored=sent_messages,
     )
     body.finish()
     return request
@@ -99,9 +99,9 @@ def _messages(value: Any) -> list[Message]:
     messages: list[Message] = []
     for index, item in enumerate(value):
         message = _item(Body(item, f"input.{index}"))
-        last = messages[-1] if messages else None
-        if message["role"] == "assistant" and last and last["role"] == "assistant":
-            _join(last, message)
+        last_message = messages[-1] if messages else None
+        if message["role"] == "assistant" and last_message and last_message["role"] == "assistant":
+            _join(last_message, message)
         else:
             messages.append(message)
     return messages
@@ -179,16 +179,20 @@ def _output(turn: TurnReply) -> list[dict[str, Any]]:
 
 
 def _events(turn: TurnReply, request: TurnRequest) -> Iterator[dict[str, Any]]:
-    unfinished = _head(turn, request) | {"status": "in_progress", "output": [], "usage": None}
-    yield {"type": "response.created", "response": unfinished}
-    yield {"type": "response.in_progress", "response": unfinished}
+    unfinished_response = _head(turn, request) | {
+        "status": "in_progress",
+        "output": [],
+        "usage": None,
+    }
+    yield {"type": "response.created", "response": unfinished_response}
+    yield {"type": "response.in_progress", "response": unfinished_response}
     for index, item in enumerate(_output(turn)):
         location = {"output_index": index, "item_id": item["id"]}
-        empty: dict[str, Any] = (
+        empty_fields: dict[str, Any] = (
             {"arguments": ""} if item["type"] == "function_call" else {"content": []}
         )
-        opened = item | empty | {"status": "in_progress"}
-        yield {"type": "response.output_item.added", "output_index": index, "item": opened}
+        opened_item = item | empty_fields | {"status": "in_progress"}
+        yield {"type": "response.output_item.added", "output_index": index, "item": opened_item}
         if item["type"] == "function_call":
             text = item["arguments"]
             call_fields = location | {"name": item["name"]}
@@ -203,10 +207,10 @@ def _events(turn: TurnReply, request: TurnRequest) -> Iterator[dict[str, Any]]:
 
 def _part_events(location: dict[str, Any], part: dict[str, Any]) -> Iterator[dict[str, Any]]:
     kind, text = part["type"], part["text"]
-    scored: dict[str, Any] = {"logprobs": []} if kind == "output_text" else {}
+    logprob_fields: dict[str, Any] = {"logprobs": []} if kind == "output_text" else {}
     yield location | {"type": "response.content_part.added", "part": part | {"text": ""}}
-    yield location | scored | {"type": f"response.{kind}.delta", "delta": text}
-    yield location | scored | {"type": f"response.{kind}.done", "text": text}
+    yield location | logprob_fields | {"type": f"response.{kind}.delta", "delta": text}
+    yield location | logprob_fields | {"type": f"response.{kind}.done", "text": text}
     yield location | {"type": "response.content_part.done", "part": part}
 
 

@@ -177,22 +177,22 @@ class Gateway:
                 session = self._session(request.headers)
                 return await handle(wire_format, session, request)
             except RequestError as error:
-                refused = error
+                refusal = error
             except web.HTTPRequestEntityTooLarge:
                 message = f"the body has more than {MAX_BODY_BYTES} bytes"
-                refused = RequestError(message, status=413, kind="request_too_large")
+                refusal = RequestError(message, status=413, kind="request_too_large")
             except RecursionError:
-                refused = RequestError("the request is nested too deep")
+                refusal = RequestError("the request is nested too deep")
             except Exception as error:  # noqa: BLE001 - our fault, or that of the parsers' start
                 transport = request.transport
                 if isinstance(error, ConnectionError) and (not transport or transport.is_closing()):
                     return web.Response(status=499)  # the client is gone, and reads no reply
-                refused = RequestError("the gateway failed", status=500, kind="api_error")
+                refusal = RequestError("the gateway failed", status=500, kind="api_error")
                 if session is not None:
                     session.end("protocol_error", f"{type(error).__name__}: {error}")
             if session is not None:
-                session.notes[f"refused: {refused}"[:200]] += 1
-            return _json(wire_format.format_error(refused), refused.status)
+                session.notes[f"refused: {refusal}"[:200]] += 1
+            return _json(wire_format.format_error(refusal), refusal.status)
 
         return endpoint
 
@@ -285,24 +285,28 @@ class Gateway:
 
     def _replace_options(self, session: GatewaySession, request: TurnRequest) -> None:
         """Note, or refuse, sampling options that are not the run's."""
-        run: dict[str, Any] = {
+        run_options: dict[str, Any] = {
             "temperature": session.sampling.temperature,
             "top_p": session.sampling.top_p,
             "stop_token_ids": self._tokenizer.stop_token_ids,
         }
         for name, value in request.options.items():
-            if name in run and value == run[name]:
+            if name in run_options and value == run_options[name]:
                 continue
             # The run's other end tokens end a turn as well, also where a client lists its own.
             if (
                 name == "stop_token_ids"
                 and isinstance(value, list)
-                and set(value) <= set(run[name])
+                and set(value) <= set(run_options[name])
             ):
                 continue
             if self._sampling_options == "refuse":
-                instead = f"the run samples with {run[name]}" if name in run else "leave it out"
-                raise RequestError(f"{value!r} would change the sampling; {instead}", name)
+                remedy = (
+                    f"the run samples with {run_options[name]}"
+                    if name in run_options
+                    else "leave it out"
+                )
+                raise RequestError(f"{value!r} would change the sampling; {remedy}", name)
             session.notes[f"{name}={value}"[:80]] += 1
 
     def _next_prompt(self, session: GatewaySession, request: TurnRequest) -> NextPrompt:

@@ -55,16 +55,16 @@ async def serve(options: dict[str, Any], output: TextIO) -> None:
     client = EnvClient(address)
     await client.wait_for_server_startup(START_SECONDS)
     print(json.dumps({"id": "", "ready": True}), file=output, flush=True)
-    running: dict[str, asyncio.Task[None]] = {}
+    running_tasks: dict[str, asyncio.Task[None]] = {}
     while line := await asyncio.to_thread(sys.stdin.readline):
         job = json.loads(line)
         if "cancel" in job:
-            if job["cancel"] in running:
-                running[job["cancel"]].cancel()
+            if job["cancel"] in running_tasks:
+                running_tasks[job["cancel"]].cancel()
             continue
         task = asyncio.create_task(_run(client, job, output))
-        running[job["id"]] = task
-        task.add_done_callback(partial(_forget, running, job["id"]))
+        running_tasks[job["id"]] = task
+        task.add_done_callback(partial(_forget, running_tasks, job["id"]))
     asyncio.get_running_loop().remove_reader(server.sentinel)
     parent_end.close()
     server.terminate()
@@ -107,8 +107,8 @@ def _outcome(episode: Any) -> dict[str, Any]:
             ids: list[int] = []
             end = 0
             for node in branch.nodes:
-                sampled = [index for index, flag in enumerate(node.mask) if flag]
-                end = len(ids) + sampled[-1] + 1 if sampled else end
+                sampled_indices = [index for index, flag in enumerate(node.mask) if flag]
+                end = len(ids) + sampled_indices[-1] + 1 if sampled_indices else end
                 ids += node.token_ids
             sequences.append(ids[:end])
     return {

@@ -90,11 +90,11 @@ class VerifiersHarness:
                 )
             except OSError as error:
                 raise EnvironmentFailed(f"{self._settings.python}: {error}") from None
-            ready = self._future("")
+            ready_future = self._future("")
             self._reader = asyncio.create_task(self._read(self._process))
             try:
                 async with asyncio.timeout(START_SECONDS):
-                    await ready
+                    await ready_future
             except TimeoutError:
                 raise EnvironmentFailed("verifiers' server did not start in time") from None
 
@@ -142,8 +142,8 @@ class VerifiersHarness:
         finally:
             await asyncio.wait({errors.task}, timeout=1.0)
             fault = f"verifiers' server has ended: {errors.last_line or 'no message'}"
-            waiting, self._waiting = self._waiting, {}
-            for future in waiting.values():
+            waiting_futures, self._waiting = self._waiting, {}
+            for future in waiting_futures.values():
                 if not future.done():
                     future.set_exception(EnvironmentFailed(fault))
 

@@ -106,11 +106,13 @@ def to_strict_json(record: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: JSON cannot represent a value.
     """
-    nonfinite: dict[str, str] = {}
-    clean = {str(key): _strict_value(value, str(key), nonfinite) for key, value in record.items()}
-    if nonfinite:
-        clean["nonfinite"] = nonfinite
-    return clean
+    nonfinite_values: dict[str, str] = {}
+    clean_record = {
+        str(key): _strict_value(value, str(key), nonfinite_values) for key, value in record.items()
+    }
+    if nonfinite_values:
+        clean_record["nonfinite"] = nonfinite_values
+    return clean_record
 
 
 def _strict_value(value: Any, name: str, nonfinite: dict[str, str]) -> Any:
@@ -202,11 +204,11 @@ class LineWriter:
             self._wake.clear()
             # In a thread, and to its end: a line must not be written half, nor twice.
             append = asyncio.to_thread(append_lines, self.path, self._take_pending())
-            writing = asyncio.ensure_future(append)
+            write_future = asyncio.ensure_future(append)
             try:
-                await asyncio.shield(writing)
+                await asyncio.shield(write_future)
             except asyncio.CancelledError:
-                await writing
+                await write_future
                 raise
             await asyncio.sleep(SHARE_SECONDS)
 

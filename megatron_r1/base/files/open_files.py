@@ -15,14 +15,14 @@ def allow_open_files(count: int, reason: str) -> None:
     Raises:
         UserError: where the hard limit does not allow it.
     """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY or soft >= count:
+    soft_limit, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft_limit == resource.RLIM_INFINITY or soft_limit >= count:
         return
-    if hard != resource.RLIM_INFINITY and hard < count:
+    if hard_limit != resource.RLIM_INFINITY and hard_limit < count:
         raise UserError(
-            f"{reason}: {count:,} open files, and this process may have {hard:,}; raise the limit "
-            f"(ulimit -Hn {count}, or LimitNOFILE of the service that starts it)",
+            f"{reason}: {count:,} open files, and this process may have {hard_limit:,}; raise the "
+            f"limit (ulimit -Hn {count}, or LimitNOFILE of the service that starts it)",
             key="ulimit -n",
             cause=Cause.TOO_LARGE,
         )
-    resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard_limit))

@@ -86,14 +86,14 @@ def require_inside(path: Path, folder: Path, key: str) -> None:
         folder: the model's folder.
         key: the key of the error.
     """
-    home, real = Path(os.path.realpath(folder)), Path(os.path.realpath(path))
+    home, real_path = Path(os.path.realpath(folder)), Path(os.path.realpath(path))
     homes = [home]
     if home.parent.name == "snapshots":
         homes.append(Path(os.path.realpath(home.parent.parent / "blobs")))
-    if not any(real.is_relative_to(allowed) for allowed in homes):
+    if not any(real_path.is_relative_to(allowed) for allowed in homes):
         raise UserError(
-            f"{path} leads to {real}, outside of {folder}, and is not opened; if that file belongs "
-            "to the model, copy it into the folder",
+            f"{path} leads to {real_path}, outside of {folder}, and is not opened; if that file "
+            "belongs to the model, copy it into the folder",
             key=key,
             cause=Cause.CONFLICT,
         )

@@ -64,7 +64,7 @@ def _read_header(file: int) -> dict[str, StoredTensor]:
     try:
         entries = json.loads(os.pread(file, length, 8))
         entries.pop("__metadata__", None)
-        tensors, last = {}, 0
+        tensors, last_end = {}, 0
         for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
             start, end = entry["data_offsets"]
             if not all(type(n) is int and n >= 0 for n in (start, end, *entry["shape"])):
@@ -74,14 +74,14 @@ def _read_header(file: int) -> dict[str, StoredTensor]:
                 raise ValueError(
                     f"{name} ends at byte {8 + length + end}, the file at {size}: it is cut off"
                 )
-            if start != last:
-                raise ValueError(f"{name} begins at byte {start} of the data, not at {last}")
-            last = end
+            if start != last_end:
+                raise ValueError(f"{name} begins at byte {start} of the data, not at {last_end}")
+            last_end = end
             item_bytes = ITEM_BYTES.get(entry["dtype"])
             if item_bytes and prod(entry["shape"]) * item_bytes != end - start:
                 raise ValueError(f"{name} has {end - start} bytes, its shape says otherwise")
-        if 8 + length + last != size:
-            raise ValueError(f"its tensors end at byte {8 + length + last}, the file at {size}")
+        if 8 + length + last_end != size:
+            raise ValueError(f"its tensors end at byte {8 + length + last_end}, the file at {size}")
     except (KeyError, TypeError, AttributeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"its header is not one of safetensors ({error!r})") from error
     return tensors
@@ -101,18 +101,18 @@ def weight_files(folder: Path) -> list[Path]:
         UserError: there are none, the index lists files that are missing or outside of the folder,
             or the folder has two models.
     """
-    single, index = folder / SINGLE_FILE, folder / INDEX_FILE
+    single_file, index = folder / SINGLE_FILE, folder / INDEX_FILE
     if (weight_map := read_index(folder)) is not None:
         files = [folder / name for name in sorted(set(weight_map.values()))]
         for file in files:
             require_inside(file, folder, "weights")
-        if missing := [file.name for file in files if not file.is_file()]:
+        if missing_files := [file.name for file in files if not file.is_file()]:
             raise UserError(
-                f"{index} names files that {folder} lacks: {', '.join(missing)}; fetch them",
+                f"{index} names files that {folder} lacks: {', '.join(missing_files)}; fetch them",
                 key="weights",
                 cause=Cause.NOT_FOUND,
             )
-        if single.is_file() and single not in files:
+        if single_file.is_file() and single_file not in files:
             raise UserError(
                 f"{folder} has {SINGLE_FILE} and {INDEX_FILE}, which names other files: "
                 "transformers reads "
@@ -127,20 +127,20 @@ def weight_files(folder: Path) -> list[Path]:
                 cause=Cause.MALFORMED,
             )
         return files
-    if not single.is_file():
+    if not single_file.is_file():
         other_names = sorted(
             file.name for pattern in WEIGHT_PATTERNS for file in folder.glob(pattern)
         )
         raise UserError(
-            f"{folder} has neither {single.name} nor {index.name}"
+            f"{folder} has neither {single_file.name} nor {index.name}"
             + (f", only {', '.join(other_names[:4])}" if other_names else "")
             + "; fetch them (weights in other formats are not read: load them with transformers, "
             "and save_pretrained writes these files)",
             key="weights",
             cause=Cause.NOT_FOUND,
         )
-    require_inside(single, folder, "weights")
-    return [single]
+    require_inside(single_file, folder, "weights")
+    return [single_file]
 
 
 def read_index(folder: Path) -> dict[str, str] | None:
@@ -198,28 +198,28 @@ def require_as_indexed(folder: Path, tensors_of_files: Mapping[Path, Collection[
     """
     home: dict[str, Path] = {}
     for path, names in tensors_of_files.items():
-        if twice := sorted(home.keys() & set(names)):
+        if repeated_names := sorted(home.keys() & set(names)):
             raise UserError(
-                f"{', '.join(twice[:8])}: in {home[twice[0]]} and in {path}; readers differ in "
-                "which they take: remove one (load the folder with transformers, and "
-                "save_pretrained writes each once)",
+                f"{', '.join(repeated_names[:8])}: in {home[repeated_names[0]]} and in {path}; "
+                "readers differ in which they take: remove one (load the folder with transformers, "
+                "and save_pretrained writes each once)",
                 key="weights",
                 cause=Cause.DUPLICATE,
             )
         home |= dict.fromkeys(names, path)
-    wrong = {
+    misplaced_files = {
         name: file
         for name, file in (read_index(folder) or {}).items()
         if home.get(name) != folder / file and not name.endswith(IGNORED_SUFFIXES)
     }
-    if wrong:
-        listed = [
+    if misplaced_files:
+        descriptions = [
             f"{name} is not in {file} but in {home[name].name if name in home else 'no file'}"
-            for name, file in sorted(wrong.items())[:8]
+            for name, file in sorted(misplaced_files.items())[:8]
         ]
         raise UserError(
-            f"{folder / INDEX_FILE} and the files differ in {len(wrong)} tensors: "
-            f"{'; '.join(listed)}; "
+            f"{folder / INDEX_FILE} and the files differ in {len(misplaced_files)} tensors: "
+            f"{'; '.join(descriptions)}; "
             "fetch the index and these files again",
             key="weights",
             cause=Cause.CONFLICT,

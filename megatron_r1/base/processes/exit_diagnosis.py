@@ -27,12 +27,14 @@ MB, which each of the requests read."""
 
 def excerpt(log: str, num_last_lines: int = 5) -> str:
     """Return the first line that names an error (later ones are its echoes), and the last ones."""
-    loud = [line for line in log.splitlines() if not NOISE.search(line)]
-    lines = [LOG_PREFIX.sub("", line).rstrip() for line in loud]
+    loud_lines = [line for line in log.splitlines() if not NOISE.search(line)]
+    lines = [LOG_PREFIX.sub("", line).rstrip() for line in loud_lines]
     lines = [line for line in lines if line.strip(" ^~")]
     cause = next((m.group(1) for line in lines if (m := ERROR_LINE.search(line))), None)
-    last = lines[-num_last_lines:]
-    quotes = ([cause] if cause else []) + [line for line in last if not cause or cause not in line]
+    last_lines = lines[-num_last_lines:]
+    quotes = ([cause] if cause else []) + [
+        line for line in last_lines if not cause or cause not in line
+    ]
     return "\n".join(f"  {line[:LINE_CHARS]}" for line in quotes) or "  (the log is empty)"
 
 

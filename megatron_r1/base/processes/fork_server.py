@@ -84,12 +84,12 @@ class ForkedChild:
     def kill(self) -> None:
         """Kill its process group, and delete what that leaves in shared memory and in a temporary
         folder of its own: the process that would do so may have been killed itself."""
-        shared = shared_files(self.pid)
+        shared_paths = shared_files(self.pid)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         # One that has just been forked has no group yet. Its id is its own until it is waited for.
         os.kill(self.pid, signal.SIGKILL)
-        for path in shared:
+        for path in shared_paths:
             path.unlink(missing_ok=True)
         remove_scratch(self._temporary)
 
@@ -192,10 +192,10 @@ class ForkServer:
         return None
 
     def _may_fork(self, environment: Mapping[str, str]) -> bool:
-        differing = {name for name, _ in environment.items() ^ self._environment.items()}
+        differing_names = {name for name, _ in environment.items() ^ self._environment.items()}
         # What pytest says of the running test and worker.
-        differing = {name for name in differing if not name.startswith("PYTEST_")}
-        return differing <= self._may_differ and not _has_threads() and not _has_cuda()
+        differing_names = {name for name in differing_names if not name.startswith("PYTEST_")}
+        return differing_names <= self._may_differ and not _has_threads() and not _has_cuda()
 
     def _become_child(self, log: int, request: Request) -> None:
         """Make this forked process like one that `children.start` has started."""
@@ -210,8 +210,8 @@ class ForkServer:
         with contextlib.suppress(OSError):  # what the imports have printed, if it is in a file
             os.write(log, os.pread(1, os.fstat(1).st_size, 0))
         null = os.open(os.devnull, os.O_RDONLY)
-        for descriptor, standard in ((null, 0), (log, 1), (log, 2)):
-            os.dup2(descriptor, standard)
+        for descriptor, standard_fd in ((null, 0), (log, 1), (log, 2)):
+            os.dup2(descriptor, standard_fd)
         os.close(null)
         os.close(log)
         os.chdir(request.folder)
@@ -232,8 +232,8 @@ class ForkServer:
             os.close(child.end)
             child.end = -1
             assert end is not None, "it waits"
-            exited = end.si_code == os.CLD_EXITED
-            _send(child, ForkReply(child.pid, end.si_status if exited else -end.si_status))
+            has_exited = end.si_code == os.CLD_EXITED
+            _send(child, ForkReply(child.pid, end.si_status if has_exited else -end.si_status))
         else:
             self._selector.unregister(child.connection)
             child.connection.close()

@@ -78,15 +78,15 @@ def trainer_allocator(environment: Mapping[str, str]) -> dict[str, str]:
 
 def exporting_engine_allocator(environment: Mapping[str, str]) -> dict[str, str]:
     """Return what to replace in the environment of an engine that hands out memory of its GPU."""
-    changed = {}
+    changed_settings = {}
     for name in ALLOCATOR_VARIABLES:
         fields = [field.strip() for field in environment.get(name, "").split(",")]
         kept_fields = [
             field for field in fields if field.partition(":")[0].strip() != ALLOCATOR_SETTING
         ]
         if kept_fields != fields:
-            changed[name] = ",".join([*kept_fields, f"{ALLOCATOR_SETTING}:False"])
-    return changed
+            changed_settings[name] = ",".join([*kept_fields, f"{ALLOCATOR_SETTING}:False"])
+    return changed_settings
 
 
 @contextlib.contextmanager

@@ -39,10 +39,10 @@ class Scratch(tempfile.TemporaryDirectory[str]):
     def environment(self) -> dict[str, str]:
         """Return the environment variables that make these processes use the folder."""
         # Compiled kernels stay outside, for the next engine to use.
-        compiled = f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}"
+        compile_cache = f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}"
         return {
             "TMPDIR": self.name,
-            "TORCHINDUCTOR_CACHE_DIR": os.environ.get("TORCHINDUCTOR_CACHE_DIR", compiled),
+            "TORCHINDUCTOR_CACHE_DIR": os.environ.get("TORCHINDUCTOR_CACHE_DIR", compile_cache),
         }
 
     def add_shared(self, paths: Iterable[Path]) -> None:
@@ -71,13 +71,13 @@ def _sweep() -> None:
 def shared_files(session: int) -> list[Path]:
     """Return the files in /dev/shm that processes of a session have mapped: queues between vLLM's
     ranks, whose names are random and which stay when the ranks are killed."""
-    mapped: set[str] = set()
+    mapped_names: set[str] = set()
     for pid in session_members(session):
         # psutil's memory_maps reads smaps instead, which walks every page of the process.
         with contextlib.suppress(OSError):
             lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
-            mapped.update(line.split(maxsplit=5)[5] for line in lines if "/dev/shm/" in line)
-    return [path for name in sorted(mapped) if (path := Path(name)).exists()]
+            mapped_names.update(line.split(maxsplit=5)[5] for line in lines if "/dev/shm/" in line)
+    return [path for name in sorted(mapped_names) if (path := Path(name)).exists()]
 
 
 def remove_scratch(folder: Path) -> None:
@@ -90,10 +90,10 @@ def remove_scratch(folder: Path) -> None:
     try:
         if any(path.stat(follow_symlinks=False).st_uid != os.geteuid() for path in (folder, owner)):
             return
-        shared = owner.read_text(encoding="utf-8").splitlines()
+        shared_names = owner.read_text(encoding="utf-8").splitlines()
     except OSError:
         return
-    for path in map(Path, shared):
+    for path in map(Path, shared_names):
         if path.parent == SHARED_MEMORY and path.name != "..":
             path.unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)

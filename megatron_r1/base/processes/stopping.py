@@ -97,13 +97,13 @@ async def read_when_ready(descriptor: int, num_bytes: int) -> bytes:
 
     A thread that waits for a silent pipe would hold up the end of the process: asyncio joins its
     threads, and nothing interrupts a read."""
-    loop, readable = asyncio.get_running_loop(), asyncio.Event()
+    loop, readable_event = asyncio.get_running_loop(), asyncio.Event()
     try:
-        loop.add_reader(descriptor, readable.set)
+        loop.add_reader(descriptor, readable_event.set)
     except PermissionError:  # a regular file: epoll takes none, and reading it does not wait
         return await asyncio.to_thread(os.read, descriptor, num_bytes)
     try:
-        await readable.wait()
+        await readable_event.wait()
     finally:
         loop.remove_reader(descriptor)
     return os.read(descriptor, num_bytes)

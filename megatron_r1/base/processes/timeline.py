@@ -136,10 +136,10 @@ def watch_waiting(loop: asyncio.AbstractEventLoop) -> None:
 
     def timed_select(timeout: float | None = None) -> Any:
         start = time.monotonic()
-        ready = select(timeout)
+        ready_keys = select(timeout)
         end = time.monotonic()
         if end - start >= SHORTEST_IDLE:
             writer.add(IDLE_SPAN, start, end)
-        return ready
+        return ready_keys
 
     selector.select = timed_select

@@ -87,12 +87,12 @@ def _tokenizer(folder: Path, vocab_size: int) -> Any:
     if not any(folder.glob("tokenizer*")):
         return None
     tokenizer = load_tokenizer(str(folder), "HF_FOLDER")
-    last = max(tokenizer.get_vocab().values())
-    if last >= vocab_size:
+    largest_id = max(tokenizer.get_vocab().values())
+    if largest_id >= vocab_size:
         raise UserError(
-            f"{folder}: the tokenizer's token {tokenizer.convert_ids_to_tokens(last)!r} has id "
-            f"{last}, but the model has vocab_size={vocab_size}: "
-            f"{_remedy(folder, tokenizer, last)}",
+            f"{folder}: the tokenizer's token {tokenizer.convert_ids_to_tokens(largest_id)!r} has "
+            f"id {largest_id}, but the model has vocab_size={vocab_size}: "
+            f"{_remedy(folder, tokenizer, largest_id)}",
             key="tokenizer",
             cause=Cause.CONFLICT,
         )
@@ -170,12 +170,14 @@ def _logprobs(
         dtype: the dtype that the model computes in.
         sequences: token ids."""
     model = load_with_transformers(folder, hf_config, dtype).eval()
-    answers = []
+    sequence_logprobs = []
     with torch.no_grad():
         for ids in sequences:
             logits = model(torch.tensor([ids])).logits[0, :-1].float()
-            answers.append(logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0])
-    if not all(values.isfinite().all() for values in answers):
+            sequence_logprobs.append(
+                logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+            )
+    if not all(values.isfinite().all() for values in sequence_logprobs):
         bad = [name for name, tensor in model.named_parameters() if not tensor.isfinite().all()]
         reason = f"NaN or infinite numbers are in {', '.join(bad[:4])}" if bad else "they overflow"
         raise UserError(
@@ -184,7 +186,7 @@ def _logprobs(
             key="weights",
             cause=Cause.MALFORMED,
         )
-    return answers
+    return sequence_logprobs
 
 
 if __name__ == "__main__":

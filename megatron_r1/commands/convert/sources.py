@@ -110,25 +110,33 @@ def check_manifest(checkpoint: FoundCheckpoint, verify: Verify, args: Namespace)
             key="checkpoint",
             cause=Cause.MALFORMED,
         )
-    limit = checkpoint_folders.checkpoint_step(checkpoint.folder)
-    interval = checkpoint_folders.complete_checkpoints(checkpoint.folder.parent)
-    before = (
-        folder for folder in interval[::-1] if checkpoint_folders.checkpoint_step(folder) < limit
+    damaged_step = checkpoint_folders.checkpoint_step(checkpoint.folder)
+    complete_folders = checkpoint_folders.complete_checkpoints(checkpoint.folder.parent)
+    older_folders = (
+        folder
+        for folder in complete_folders[::-1]
+        if checkpoint_folders.checkpoint_step(folder) < damaged_step
     )
-    older = next(
-        (folder for folder in before if not checkpoint_folders.manifest_faults(folder, verify)),
+    undamaged_folder = next(
+        (
+            folder
+            for folder in older_folders
+            if not checkpoint_folders.manifest_faults(folder, verify)
+        ),
         None,
     )
-    if older is None:
+    if undamaged_folder is None:
         raise UserError(
             f"{damaged}; {checkpoint.run} has no older one that is undamaged",
             key="checkpoint",
             cause=Cause.MALFORMED,
         )
-    words = [str(older) if Path(word) == checkpoint.run else word for word in args.arguments]
+    words = [
+        str(undamaged_folder) if Path(word) == checkpoint.run else word for word in args.arguments
+    ]
     raise UserError(
         f"{damaged}\nThe newest undamaged one is older, of step "
-        f"{checkpoint_folders.checkpoint_step(older)}. "
+        f"{checkpoint_folders.checkpoint_step(undamaged_folder)}. "
         f"To take that one:\n  {shlex.join(['megatron-r1', 'convert', *words])}",
         key="checkpoint",
         cause=Cause.MALFORMED,

@@ -63,8 +63,10 @@ def find(name: str) -> Algorithm:
     if not separator:
         module_name = f"{__name__}.{'grpo' if name in grpo.VARIANTS else name}"
     module = importlib.import_module(module_name)
-    defined = {part: f"{module_name}:{part}" for part in MODULE_FUNCTIONS if hasattr(module, part)}
-    if not defined:
+    own_parts = {
+        part: f"{module_name}:{part}" for part in MODULE_FUNCTIONS if hasattr(module, part)
+    }
+    if not own_parts:
         raise UserError(
             f"rl.algorithm: {name}: {module.__file__} defines none of "
             f"{', '.join(MODULE_FUNCTIONS)}; define one, or use grpo and put the settings "
@@ -73,7 +75,7 @@ def find(name: str) -> Algorithm:
             cause=Cause.EMPTY,
         )
     per_token = rules.critic or rules.teacher or rules.kl_in_reward
-    if per_token and "token_advantages" not in defined:
+    if per_token and "token_advantages" not in own_parts:
         raise UserError(
             f"rl.algorithm: {name}: {module.__file__} defines no token_advantages, which critic, "
             "teacher and kl_in_reward of its rules are for; define it, or leave them out",
@@ -86,6 +88,6 @@ def find(name: str) -> Algorithm:
         name,
         rules,
         advantages if rules.teacher else partial(nan_where_ungraded, name, advantages),
-        defined.get("loss", f"{grpo.__name__}:loss"),
-        defined.get("token_advantages"),
+        own_parts.get("loss", f"{grpo.__name__}:loss"),
+        own_parts.get("token_advantages"),
     )

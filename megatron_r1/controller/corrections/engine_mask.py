@@ -96,8 +96,8 @@ def divergence_loss(batch: PackedBatch, head: LossHead, settings: LossSettings) 
         is_outside = torch.where(
             advantages > 0, probability_rise > mask.high, -probability_rise > mask.low
         )
-        masked = is_outside & (advantages != 0) & batch.is_response
-    corrected = replace(batch, advantages=torch.where(masked, 0.0, advantages))
-    terms = call_inner_loss(corrected, replace(head, batch=corrected), settings)
-    masked_fraction = Mean(masked.sum(), batch.is_response.sum())
+        is_masked = is_outside & (advantages != 0) & batch.is_response
+    corrected_batch = replace(batch, advantages=torch.where(is_masked, 0.0, advantages))
+    terms = call_inner_loss(corrected_batch, replace(head, batch=corrected_batch), settings)
+    masked_fraction = Mean(is_masked.sum(), batch.is_response.sum())
     return terms._replace(metrics={**terms.metrics, "engine_mask/tokens": masked_fraction})

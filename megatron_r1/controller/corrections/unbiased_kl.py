@@ -51,12 +51,12 @@ def loss(batch: PackedBatch, head: LossHead, settings: LossSettings) -> LossTerm
     g = (ref_logprobs - logprobs).clamp(max=MAX_LOG_RATIO)
     kl = ratio * (g.expm1() - g)
     weights = _weights(batch, head, settings)[rows]
-    total = terms.loss + (settings.kl_beta * (weights * kl).sum()).to(terms.loss.dtype)
+    total_loss = terms.loss + (settings.kl_beta * (weights * kl).sum()).to(terms.loss.dtype)
     metrics = {
-        "loss": Mean(total.detach(), terms.denominator),
+        "loss": Mean(total_loss.detach(), terms.denominator),
         "kl": Mean(kl.detach().sum(), batch.is_response.sum()),
     }
-    return terms._replace(loss=total, metrics={**terms.metrics, **metrics})
+    return terms._replace(loss=total_loss, metrics={**terms.metrics, **metrics})
 
 
 def _weights(batch: PackedBatch, head: LossHead, settings: LossSettings) -> Tensor:

@@ -180,24 +180,24 @@ class EngineLinks:
             EngineError: a push arrived damaged.
         """
         sets = [s for s in self.sets if set(s.engines) & set(engines)]
-        closed, self._closed_sets = self._closed_sets, []
+        closed_sets, self._closed_sets = self._closed_sets, []
         replies = await self.trainer.call_all(
             PushOperations.send_weights,
             push_number=push_number,
             sets=[s.name for s in sets],
-            closed_sets=closed,
+            closed_sets=closed_sets,
         )
         failures: dict[str, list[SetFailure]] = {}
         for result in replies:
             for name, failure in result.problems.items():
                 failures.setdefault(name, []).append(failure)
-        incomplete: list[Engine] = []
+        incomplete_engines: list[Engine] = []
         for engine_set in sets:
             if engine_set.name in failures:
-                incomplete += self._drop_at_fault(
+                incomplete_engines += self._drop_at_fault(
                     engine_set, on_engine_lost, failures[engine_set.name]
                 )
-        return incomplete
+        return incomplete_engines
 
     @contextlib.contextmanager
     def report_deaths(self) -> Iterator[None]:
@@ -260,7 +260,7 @@ class EngineLinks:
             sets: new sets.
             call_engines: lets the engines connect. It is called when the trainer's turn begins,
                 which may be computing for long: the engines' timeout begins with it."""
-        closed, self._closed_sets = self._closed_sets, []
+        closed_sets, self._closed_sets = self._closed_sets, []
         return await self.trainer.call_all(
             PushOperations.connect_sets,
             call_engines,
@@ -269,7 +269,7 @@ class EngineLinks:
             transport=self.settings.transport,
             timeout_seconds=self.connect_seconds,
             push_timeout_seconds=self.settings.timeout_seconds,
-            closed_sets=closed,
+            closed_sets=closed_sets,
         )
 
     async def _connect_engine(self, engine_set: EngineSet, member: int, resume: bool) -> None:

@@ -42,7 +42,7 @@ def create_pusher(
         fleet: the engines.
         probes: the token ids of each prompt by which pushed weights are probed."""
     push, fp8 = config.push, config.push.fp8
-    elsewhere = config.rollout.placement == "hosts"
+    is_on_hosts = config.rollout.placement == "hosts"
     is_exact = config.model.dtype == config.rollout.dtype == "float32" and not fp8
     hf_config = read_hf_config(config.model.path)
     adapters = pushed_adapter_table(config, hf_config)
@@ -52,7 +52,7 @@ def create_pusher(
         pushed_tensors(hf_config, fp8=fp8, drafts=config.rollout.drafts_by_mtp, adapters=adapters),
         replace(engine_layout(config), engines=1),
         # Ranks that the controller has started meet at 127.0.0.1, unreachable from other hosts.
-        store_host=hosts_address(config.rollout) if elsewhere else None,
+        store_host=hosts_address(config.rollout) if is_on_hosts else None,
         colocated=config.rollout.colocated,
         adapter=engine_adapter(config, hf_config),
         notify=lambda line: fleet.state.notify(line),
@@ -136,17 +136,17 @@ class WeightPusher:
             EngineError: the weights arrived damaged.
         """
         assert self._weights_lock.locked(), "it is called in a block of updating_weights()"
-        start = time.perf_counter()
+        started_at = time.perf_counter()
         self._push_number += 1
         with self.fleet.allow_silence(self.links.connect_seconds):
-            regrouped = self.links.engines_to_regroup(self._engines_up)
-            await self._form_sets(regrouped, self._drop_engine)
+            engines_to_regroup = self.links.engines_to_regroup(self._engines_up)
+            await self._form_sets(engines_to_regroup, self._drop_engine)
             await self._send_to_all()
             await self._offload_trainer()
-            sent = time.perf_counter()
+            sent_at = time.perf_counter()
             await self.fleet.push(self._update_info(), policy_version)
-        swapped = time.perf_counter()
-        metrics = {"push/transfer": sent - start, "push/pause": swapped - sent}
+        swapped_at = time.perf_counter()
+        metrics = {"push/transfer": sent_at - started_at, "push/pause": swapped_at - sent_at}
         metrics |= {"push/links": self.links.num_links, "push/bytes": self.links.num_bytes}
         self._policy_version = policy_version
         if self.prober is not None:
@@ -208,12 +208,14 @@ class WeightPusher:
 
     async def _send_to_all(self) -> None:
         """Send to all engines, and again to those whose set fails for no fault of theirs."""
-        waiting = self._engines_up
-        while waiting:
+        engines_left = self._engines_up
+        while engines_left:
             with self.links.report_deaths():
-                waiting = await self.links.send(self._push_number, waiting, self._drop_engine)
-            waiting = [engine for engine in waiting if engine.is_up]
-            await self._form_sets(waiting, self._drop_engine)
+                engines_left = await self.links.send(
+                    self._push_number, engines_left, self._drop_engine
+                )
+            engines_left = [engine for engine in engines_left if engine.is_up]
+            await self._form_sets(engines_left, self._drop_engine)
 
     async def _offload_trainer(self) -> None:
         """Let the trainer offload its weights, where the engines are to compute in their memory."""
@@ -258,10 +260,10 @@ class WeightPusher:
     async def _swap_new(self, engine: Engine) -> None:
         assert self._policy_version is not None, "no push has been made"
         # An engine outside the fleet has no watchdog, and the next push waits for it.
-        asleep = self.links.colocated  # since `_push_to_new`
+        are_asleep = self.links.colocated  # since `_push_to_new`
         async with raise_dead_after(engine, self._timeout_seconds):
             for call in weight_update_calls(
-                self._update_info(), self._policy_version, asleep=asleep
+                self._update_info(), self._policy_version, asleep=are_asleep
             ):
                 await call(engine.client)
 

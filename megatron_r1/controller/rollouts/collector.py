@@ -107,25 +107,27 @@ class RolloutCollector:
         for prompt, prompt_index in zip(prompts, prompt_indices, strict=True):
             # An episode that failed is played again; a response can be graded again.
             only_final = self.player is not None
-            restored = step_log.restore(prompt_index, prompt, only_final) if step_log else None
-            if restored:
-                prompt_ids = restored.prompt_ids
+            restored_group = (
+                step_log.restore(prompt_index, prompt, only_final) if step_log else None
+            )
+            if restored_group:
+                prompt_ids = restored_group.prompt_ids
             else:
                 prompt_ids = self.tokenizer.encode(prompt.question, prompt.messages_before)
-            group_arguments.append((prompt_index, prompt, prompt_ids, restored))
+            group_arguments.append((prompt_index, prompt, prompt_ids, restored_group))
             await asyncio.sleep(0)  # hundreds at once would block the event loop
         try:
             # Together: the fleet orders what arrives in one turn of the event loop.
             async with asyncio.TaskGroup() as tasks:
-                groups = [
-                    tasks.create_task(self._collect_group(progress, *group))
-                    for group in group_arguments
+                group_tasks = [
+                    tasks.create_task(self._collect_group(progress, *arguments))
+                    for arguments in group_arguments
                 ]
         except ExceptionGroup as failures:
             # When an engine dies, all its requests fail with it; the first error is enough.
             raise failures.exceptions[0] from None
         return Rollout(
-            [group.result() for group in groups],
+            [arguments.result() for arguments in group_tasks],
             progress.sampled_at - start,
             max(0.0, progress.graded_at - progress.sampled_at),
             teacher_seconds=max(0.0, progress.teacher_done_at - progress.sampled_at),
@@ -168,7 +170,7 @@ class RolloutCollector:
         sampling, step_log = progress.sampling, progress.step_log
         if step_log and restored and step_log.is_final(restored):
             return restored
-        with self.in_flight.group(prompt) as tracked:
+        with self.in_flight.group(prompt) as tracked_group:
             results: list[EpisodeResult] = []
             if restored:
                 responses = [graded.response for graded in restored.responses]
@@ -178,17 +180,19 @@ class RolloutCollector:
                 results = await self._play(prompt, sampling)
                 responses = [result.episode.response() for result in results]
             progress.sampled_at = time.perf_counter()
-            tracked.sampling_done(responses)
-            graded, computed = await asyncio.gather(
-                self._grade(progress, tracked, responses, results),
+            tracked_group.sampling_done(responses)
+            graded_responses, teacher_logprobs = await asyncio.gather(
+                self._grade(progress, tracked_group, responses, results),
                 self._teacher_logprobs(progress, prompt, prompt_ids, responses, results),
             )
-        if computed:
-            graded = [
+        if teacher_logprobs:
+            graded_responses = [
                 replace(graded_response, teacher_logprobs=logprobs)
-                for graded_response, logprobs in zip(graded, computed, strict=True)
+                for graded_response, logprobs in zip(
+                    graded_responses, teacher_logprobs, strict=True
+                )
             ]
-        group = Group(prompt, prompt_ids, graded)
+        group = Group(prompt, prompt_ids, graded_responses)
         if step_log:
             step_log.append(prompt_index, group, self._sampling_record(sampling))
         return group
@@ -268,12 +272,12 @@ class RolloutCollector:
     ) -> list[GradedResponse]:
         weights = progress.sampling.reward_weights
         if results:
-            graded = await self.grader.grade_episodes(tracked.prompt, results, weights)
+            graded_responses = await self.grader.grade_episodes(tracked.prompt, results, weights)
         else:
-            graded = await self.grader.grade(tracked.prompt, responses, weights)
+            graded_responses = await self.grader.grade(tracked.prompt, responses, weights)
         tracked.grading_done()
         progress.graded_at = time.perf_counter()
-        return graded
+        return graded_responses
 
     async def _teacher_logprobs(
         self,
@@ -297,14 +301,14 @@ class RolloutCollector:
             return logprobs
 
         async def branch_logprobs(episode: Episode) -> array[float]:
-            sampled: array[float] = array("f")
+            sampled_logprobs: array[float] = array("f")
             for branch in episode.branches:
                 first = branch.is_sampled.index(1)
                 all_logprobs = await compute(branch.token_ids, first)
-                sampled.extend(compress(all_logprobs, branch.is_sampled[first:]))
-            return sampled
+                sampled_logprobs.extend(compress(all_logprobs, branch.is_sampled[first:]))
+            return sampled_logprobs
 
-        computed = await asyncio.gather(
+        teacher_logprobs = await asyncio.gather(
             *(branch_logprobs(result.episode) for result in results),
             *(
                 compute([*prompt_ids, *response.token_ids], len(prompt_ids))
@@ -312,4 +316,4 @@ class RolloutCollector:
             ),
         )
         progress.teacher_done_at = time.perf_counter()
-        return computed
+        return teacher_logprobs

@@ -30,18 +30,18 @@ async def collect_informative(
         draw: returns that many new prompts.
         num_groups: the groups of the rollout.
         max_rounds: the most rounds."""
-    different: list[Group] = []
-    equal: list[Group] = []
+    different_groups: list[Group] = []
+    equal_groups: list[Group] = []
     rounds: list[Rollout] = []
-    while len(different) < num_groups and len(rounds) < max_rounds:
-        rounds.append(await collect(draw(num_groups - len(different))))
+    while len(different_groups) < num_groups and len(rounds) < max_rounds:
+        rounds.append(await collect(draw(num_groups - len(different_groups))))
         for group in rounds[-1].groups:
-            (equal if group.has_equal_rewards else different).append(group)
-    num_missing = num_groups - len(different)
+            (equal_groups if group.has_equal_rewards else different_groups).append(group)
+    num_missing = num_groups - len(different_groups)
     return replace(
         rounds[-1],
-        groups=different + equal[:num_missing],
-        filtered_groups=equal[num_missing:],
+        groups=different_groups + equal_groups[:num_missing],
+        filtered_groups=equal_groups[num_missing:],
         rollout_seconds=sum(r.rollout_seconds for r in rounds),
         reward_seconds=sum(r.reward_seconds for r in rounds),
         teacher_seconds=sum(r.teacher_seconds for r in rounds),

@@ -114,8 +114,8 @@ async def evaluate(
         for name, value in episodes.items()
         if name in shown_metrics or ("status" in name and value)
     }
-    if any(ungraded := [ACCURACY in graded.ungraded_terms for graded in responses]):
-        metrics["eval/ungraded"] = fmean(ungraded)
+    if any(are_ungraded := [ACCURACY in graded.ungraded_terms for graded in responses]):
+        metrics["eval/ungraded"] = fmean(are_ungraded)
     for name, score in estimates.items():
         if score.low is not None and score.high is not None:  # a single prompt has no interval
             metrics |= {f"interval/{name}/low": score.low, f"interval/{name}/high": score.high}
@@ -129,14 +129,14 @@ async def _estimates(
     votes, means, thought_opened = [], defaultdict(list), collector.tokenizer.opens_thought
     for group in groups:
         for term in group.responses[0].rewards:
-            graded = [
+            graded_responses = [
                 response for response in group.responses if term not in response.ungraded_terms
             ]
-            scores = [response.rewards[term] for response in graded]
+            scores = [response.rewards[term] for response in graded_responses]
             if scores:
                 means[term].append(fmean(scores))
             if scores and term == ACCURACY and group.prompt.kind != ENVIRONMENT:
-                texts = [response.text for response in graded]
+                texts = [response.text for response in graded_responses]
                 vote = partial(majority_reward, collector.pool, group.prompt.kind, texts, scores)
                 votes.append(
                     vote(
@@ -152,9 +152,9 @@ async def _estimates(
     if votes:
         estimates[f"cons@{num_samples}"] = estimate(await asyncio.gather(*votes))
     part = compared_part(rewards.options.get("judge", {}))
-    compared = [_compared(group, thought_opened, part) for group in groups if part]
-    if any(compared):
-        estimates |= win_rates([samples for samples in compared if samples], seed=0)
+    samples_by_group = [_compared(group, thought_opened, part) for group in groups if part]
+    if any(samples_by_group):
+        estimates |= win_rates([samples for samples in samples_by_group if samples], seed=0)
     return estimates
 
 

@@ -89,8 +89,8 @@ def episode_metrics(episodes: list[Episode]) -> dict[str, float]:
 def mean_of_updates(updates: list[dict[str, float]]) -> dict[str, float]:
     """Return the mean of each metric over the mini-batches of a rollout; of a maximum, the
     maximum."""
-    means = {name: max if name.endswith("/max") else fmean for name in updates[0]}
-    return {name: mean([update[name] for update in updates]) for name, mean in means.items()}
+    reductions = {name: max if name.endswith("/max") else fmean for name in updates[0]}
+    return {name: reduce([update[name] for update in updates]) for name, reduce in reductions.items()}
 
 
 def sample_records(

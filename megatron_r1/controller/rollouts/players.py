@@ -99,11 +99,11 @@ def check_player(config: Config, tokenizer: PromptTokenizer) -> None:
 
 def make_player(config: Config, tokenizer: PromptTokenizer) -> Player:
     """Return the player of the run's episodes; the recipe names one."""
-    agents, rollout, longest = config.agents, config.rollout, max_model_len(config)
+    agents, rollout, max_length = config.agents, config.rollout, max_model_len(config)
     path = tokenizer.hf_tokenizer.name_or_path
     if agents.environment:
         environments = EnvironmentPool(agents, describe_in_subprocess(agents.environment))
-        return EpisodePlayer(tokenizer, environments, agents, longest)
+        return EpisodePlayer(tokenizer, environments, agents, max_length)
     run: AgentFunction = VerifiersHarness(agents.verifiers, path)
     if agents.harness:
         run = find_harness(agents)
@@ -117,7 +117,7 @@ def make_player(config: Config, tokenizer: PromptTokenizer) -> Player:
         run,
         max_turns=agents.max_turns,
         timeout_seconds=agents.timeout_seconds,
-        max_model_len=longest,
+        max_model_len=max_length,
         temperature=rollout.temperature,
         top_p=rollout.top_p,
     )

@@ -140,9 +140,9 @@ def check_grades(groups: list[Group], max_ungraded: float) -> None:
     if not responses:
         return
     faults = Counter(r.episode.status for r in responses if r.episode and not r.episode.has_reward)
-    broken = set.intersection(*(set(graded.ungraded_terms) for graded in responses))
-    if broken and not faults:
-        term = min(broken)
+    broken_terms = set.intersection(*(set(graded.ungraded_terms) for graded in responses))
+    if broken_terms and not faults:
+        term = min(broken_terms)
         names = {group.prompt.kind for group in groups} if term == ACCURACY else {term}
         raise UserError(
             f"reward {', '.join(map(repr, sorted(names)))} failed on all {len(responses)} "
@@ -151,14 +151,15 @@ def check_grades(groups: list[Group], max_ungraded: float) -> None:
             key="kind" if term == ACCURACY else f"rewards.weights.{term}",
             cause=Cause.FAILED,
         )
-    ungraded = [graded for graded in responses if not graded.is_graded]
-    allowed = math.ceil(max_ungraded * len(responses))
-    if len(ungraded) > allowed:
+    ungraded_responses = [graded for graded in responses if not graded.is_graded]
+    num_allowed = math.ceil(max_ungraded * len(responses))
+    if len(ungraded_responses) > num_allowed:
         fault_counts = ", ".join(f"{count} {status}" for status, count in faults.most_common())
         raise RunError(
-            f"{len(ungraded)} of {len(responses)} {'episodes' if faults else 'responses'} could "
-            f"not be graded{f' ({fault_counts})' if fault_counts else ''}, at most {allowed} may "
-            f"be (rewards.max_ungraded: {max_ungraded:g}); the first: {ungraded[0].reason}. Repair "
-            f"the {'environment' if faults else 'reward'} or raise that setting; the same command "
-            "continues"
+            f"{len(ungraded_responses)} of {len(responses)} "
+            f"{'episodes' if faults else 'responses'} could not be "
+            f"graded{f' ({fault_counts})' if fault_counts else ''}, at most {num_allowed} may be "
+            f"(rewards.max_ungraded: {max_ungraded:g}); the first: {ungraded_responses[0].reason}. "
+            f"Repair the {'environment' if faults else 'reward'} or raise that setting; the same "
+            "command continues"
         )

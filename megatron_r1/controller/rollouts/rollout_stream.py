@@ -41,8 +41,8 @@ class RolloutStream(Generic[T]):
     def start_after(self, policy_version: int) -> None:
         """Start the rollouts that may begin now that the engines hold `policy_version`."""
         while self._next <= min(self._last, policy_version + 1 + self._staleness):
-            before = self._tasks.get(self._next - 1)
-            self._tasks[self._next] = asyncio.create_task(self._start(self._next, before))
+            previous_task = self._tasks.get(self._next - 1)
+            self._tasks[self._next] = asyncio.create_task(self._start(self._next, previous_task))
             self._next += 1
 
     async def get(self, step: int) -> T:

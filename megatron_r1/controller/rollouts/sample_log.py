@@ -74,8 +74,8 @@ class SampleLog:
     def write_buffered(self) -> None:
         """Write the buffer, and from now on what is appended."""
         self._may_write.set()
-        buffered, self._buffered = self._buffered, []
-        for path, make in buffered:
+        buffered_files, self._buffered = self._buffered, []
+        for path, make in buffered_files:
             self.append(path, make)
 
     async def step(self, step: int, schedule: str = "") -> StepLog:

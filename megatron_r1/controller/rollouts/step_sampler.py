@@ -140,12 +140,12 @@ class StepSampler:
         collect = partial(self.collector.collect, sampling=sampling, step_log=step_log)
         if rl.dynamic_sampling:
             max_rounds = rl.dynamic_sampling_rounds
-            collected = await collect_informative(collect, draw, num_groups, max_rounds)
+            rollout = await collect_informative(collect, draw, num_groups, max_rounds)
             sampler_state = self.prompt_sampler.state_dict()
         else:
-            collected = await collect(prompts)
-        self.collector.check_grades(collected.groups + collected.filtered_groups)
+            rollout = await collect(prompts)
+        self.collector.check_grades(rollout.groups + rollout.filtered_groups)
         if step_log is None:
-            return SampledStep(collected, sampler_state)
+            return SampledStep(rollout, sampler_state)
         await step_log.commit()
-        return SampledStep(collected, sampler_state, step_log.num_restored)
+        return SampledStep(rollout, sampler_state, step_log.num_restored)

@@ -75,10 +75,10 @@ class Teachers:
         num_tokens: Counter[str] = Counter()
         for group in groups:
             source = teacher_source(group.prompt, self.fleets) or OTHER_SOURCES
-            for graded in group.responses:
-                if graded.teacher_logprobs is not None:
-                    logprobs = np.asarray(graded.response.logprobs, np.float64)
-                    sums[source] += (logprobs - graded.teacher_logprobs).sum()
+            for graded_response in group.responses:
+                if graded_response.teacher_logprobs is not None:
+                    logprobs = np.asarray(graded_response.response.logprobs, np.float64)
+                    sums[source] += (logprobs - graded_response.teacher_logprobs).sum()
                     num_tokens[source] += len(logprobs)
         return {f"teacher/kl/{name}": float(sums[name] / n) for name, n in num_tokens.items() if n}
 

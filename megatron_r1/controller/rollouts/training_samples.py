@@ -26,10 +26,10 @@ def _samples(prompt_ids: list[int], graded: GradedResponse, advantage: float) ->
     response, scores = graded.response, graded.teacher_logprobs
     branches = graded.episode.branches if graded.episode else []
     if not branches:  # a single turn, or an episode in which nothing was sampled
-        sampled = prompt_ids, response.token_ids, response.logprobs
+        token_fields = prompt_ids, response.token_ids, response.logprobs
         advantage = advantage if len(response.token_ids) else math.nan
         mask = response.sampling_mask
-        return [Sample.pack(*sampled, advantage, response.routing, scores, sampling_mask=mask)]
+        return [Sample.pack(*token_fields, advantage, response.routing, scores, sampling_mask=mask)]
     counts = [branch.is_sampled.count(1) for branch in branches]
     return [
         Sample.pack_branch(

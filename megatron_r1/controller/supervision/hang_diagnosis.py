@@ -69,16 +69,17 @@ def _indented(lines: list[str], width: int = 4) -> list[str]:
 async def inspect_trainer(trainer: TrainerClient) -> RoleDiagnosis:
     """Inspect all ranks. The headline has the open call, the ranks without a reply, and where they
     are."""
-    waiting = trainer.pending_call
+    pending_call = trainer.pending_call
     statuses = await trainer.socket.statuses(range(trainer.world_size), ANSWER_SECONDS)
-    if waiting is None:
+    if pending_call is None:
         headline = "trainer: every rank waits for the controller"
     else:
-        duration = format_seconds(time.monotonic() - waiting.since)
-        missing = _ranks(sorted(waiting.missing))
-        locations = _locations(trainer, waiting.missing, statuses)
+        duration = format_seconds(time.monotonic() - pending_call.since)
+        missing_ranks = _ranks(sorted(pending_call.missing))
+        locations = _locations(trainer, pending_call.missing, statuses)
         headline = (
-            f"trainer: {waiting.operation!r} since {duration}, no reply from {missing}; {locations}"
+            f"trainer: {pending_call.operation!r} since {duration}, no reply from {missing_ranks}; "
+            f"{locations}"
         )
     details = []
     for rank in range(trainer.world_size):
@@ -87,7 +88,7 @@ async def inspect_trainer(trainer: TrainerClient) -> RoleDiagnosis:
     async def kill() -> None:
         await asyncio.to_thread(trainer.kill)
 
-    can_recover = waiting is not None and trainer.can_restart
+    can_recover = pending_call is not None and trainer.can_restart
     return RoleDiagnosis("trainer", headline, details, kill if can_recover else None)
 
 
@@ -131,8 +132,8 @@ def coordinates(trainer: TrainerClient, rank: int) -> str:
 
 def _describe_silence(trainer: TrainerClient, rank: int) -> str:
     process = trainer.processes.process_id(rank)
-    silent = f"does not answer within {ANSWER_SECONDS:g} s"
-    return f"{silent}: {_process_state(process)}" if process else silent
+    silence = f"does not answer within {ANSWER_SECONDS:g} s"
+    return f"{silence}: {_process_state(process)}" if process else silence
 
 
 def _process_state(process: int) -> str:
@@ -175,16 +176,18 @@ async def _inspect_teacher(rollouts: RolloutCollector) -> RoleDiagnosis:
 def _inspect_rewards(rollouts: RolloutCollector) -> RoleDiagnosis:
     """Inspect the reward workers. The headline has the groups being graded and the job that has
     taken longest."""
-    oldest = rollouts.in_flight.oldest("grading")
+    oldest_group = rollouts.in_flight.oldest("grading")
     jobs = rollouts.pool.jobs()
-    details = [f"oldest group: {_describe_group(oldest)}"] if oldest else []
+    details = [f"oldest group: {_describe_group(oldest_group)}"] if oldest_group else []
     details += [f"counters: {rollouts.pool.snapshot()}"]
     details += [_describe_job(job) for job in jobs]
     headline = f"rewards: {rollouts.in_flight.count('grading')} groups are being graded"
     if jobs:
         headline += f"; {_describe_job(jobs[0])}"
-    elif oldest:
-        headline += f"; no worker has one of them, so a served model has: {_describe_group(oldest)}"
+    elif oldest_group:
+        headline += (
+            f"; no worker has one of them, so a served model has: {_describe_group(oldest_group)}"
+        )
     return RoleDiagnosis("rewards", headline, details)
 
 
@@ -199,8 +202,10 @@ async def count_tokens(rollouts: RolloutCollector) -> int:
             return sum(float(count) for count in TOKEN_COUNTER.findall(body.decode()))
         return 0.0
 
-    up = [engine for engine in rollouts.fleet.engines if engine.is_up and engine.client.url]
-    return int(sum(await asyncio.gather(*(generated_tokens(engine) for engine in up))))
+    running_engines = [
+        engine for engine in rollouts.fleet.engines if engine.is_up and engine.client.url
+    ]
+    return int(sum(await asyncio.gather(*(generated_tokens(engine) for engine in running_engines))))
 
 
 async def _stacks(engine: Engine) -> str:
@@ -225,9 +230,11 @@ async def _stacks(engine: Engine) -> str:
 
 
 def _open_groups(in_flight: InFlightGroups, phase: Phase) -> str:
-    oldest = in_flight.oldest(phase)
+    oldest_group = in_flight.oldest(phase)
     oldest_age = (
-        f", the oldest for {format_seconds(time.monotonic() - oldest.since)}" if oldest else ""
+        f", the oldest for {format_seconds(time.monotonic() - oldest_group.since)}"
+        if oldest_group
+        else ""
     )
     return f"{in_flight.count(phase)} groups are not back{oldest_age}"
 
@@ -237,19 +244,21 @@ async def _inspect(
 ) -> RoleDiagnosis:
     """Inspect all engines. Those that do not respond are stuck; if all do, those with requests."""
     states = dict(zip(engines, await asyncio.gather(*map(_state, engines)), strict=True))
-    stuck = [e for e, (_, responds) in states.items() if e.is_up and not responds]
-    stuck = stuck or [engine for engine in engines if engine.is_up and engine.num_running]
+    stuck_engines = [e for e, (_, responds) in states.items() if e.is_up and not responds]
+    stuck_engines = stuck_engines or [
+        engine for engine in engines if engine.is_up and engine.num_running
+    ]
     details = [f"oldest group: {_describe_group(oldest)}"] if oldest else []
     for engine, (state, _) in states.items():
         details.append(f"{engine.name}: {state}")
-        if engine in stuck:
+        if engine in stuck_engines:
             details += _indented((await _stacks(engine)).splitlines())
-    headlines = [f"{role}: {headline}", *(f"{e.name}: {states[e][0]}" for e in stuck)]
+    headlines = [f"{role}: {headline}", *(f"{e.name}: {states[e][0]}" for e in stuck_engines)]
 
     async def kill() -> None:
-        await asyncio.gather(*(asyncio.to_thread(engine.server.stop) for engine in stuck))
+        await asyncio.gather(*(asyncio.to_thread(engine.server.stop) for engine in stuck_engines))
 
-    return RoleDiagnosis(role, "; ".join(headlines), details, kill if stuck else None)
+    return RoleDiagnosis(role, "; ".join(headlines), details, kill if stuck_engines else None)
 
 
 async def _state(engine: Engine) -> tuple[str, bool]:
@@ -293,8 +302,8 @@ async def diagnose(run: RunHandles) -> list[RoleDiagnosis]:
     if rollouts is not None:
         diagnoses["rewards"] = _inspect_rewards(rollouts)
     diagnoses["controller"] = _inspect_controller(run)
-    awaited = _awaited_role(run)
-    return [diagnoses.pop(awaited), *diagnoses.values()]
+    awaited_role = _awaited_role(run)
+    return [diagnoses.pop(awaited_role), *diagnoses.values()]
 
 
 def report(run: RunHandles, diagnoses: list[RoleDiagnosis], quiet_seconds: float) -> str:
@@ -341,12 +350,12 @@ def _is_pushing(run: RunHandles) -> bool:
 
 def _inspect_controller(run: RunHandles) -> RoleDiagnosis:
     phase, detail = run.recorder.view.current_phase
-    doing = f"{phase} ({detail})" if detail else phase or "nothing"
+    activity = f"{phase} ({detail})" if detail else phase or "nothing"
     details = []
     for task in asyncio.all_tasks():
         if task is not asyncio.current_task():
             details += [f"task {task.get_name()}", *_indented(_suspended_frames(task))]
-    return RoleDiagnosis("controller", f"controller: in phase {doing}", details)
+    return RoleDiagnosis("controller", f"controller: in phase {activity}", details)
 
 
 def _suspended_frames(task: asyncio.Task[Any]) -> list[str]:

@@ -37,7 +37,7 @@ def health(watchdog: Watchdog) -> dict[str, Any]:
     run = watchdog.run
     trainer, rollouts = run.trainer, run.rollouts
     phase, detail = run.recorder.view.current_phase
-    waiting = trainer.pending_call
+    pending_call = trainer.pending_call
     facts: dict[str, Any] = {
         "status": "ok",
         "step": run.recorder.latest.get("step", run.recorder.state.step),
@@ -50,9 +50,9 @@ def health(watchdog: Watchdog) -> dict[str, Any]:
             "ranks": trainer.world_size,
             "ready": len(trainer.ranks),
             "restarts": trainer.num_restarts,
-            "operation": waiting.operation if waiting else None,
-            "seconds": round(time.monotonic() - waiting.since, 1) if waiting else None,
-            "without_reply": sorted(waiting.missing) if waiting else [],
+            "operation": pending_call.operation if pending_call else None,
+            "seconds": round(time.monotonic() - pending_call.since, 1) if pending_call else None,
+            "without_reply": sorted(pending_call.missing) if pending_call else [],
         },
     }
     engines_down = 0
@@ -152,10 +152,10 @@ class HealthServer(Collector):
 
 
 def _step_metrics(run: RunHandles) -> Iterator[Metric]:
-    latest = dict(run.recorder.latest)
-    yield _gauge("step", "last finished step", latest.pop("step", run.recorder.state.step))
+    latest_metrics = dict(run.recorder.latest)
+    yield _gauge("step", "last finished step", latest_metrics.pop("step", run.recorder.state.step))
     seconds = {}
-    for name, value in latest.items():
+    for name, value in latest_metrics.items():
         if isinstance(value, int | float) and math.isfinite(value) and name not in COUNTED_METRICS:
             if name.startswith("time/"):
                 seconds[name.removeprefix("time/")] = value
@@ -166,10 +166,12 @@ def _step_metrics(run: RunHandles) -> Iterator[Metric]:
 
 def _rollout_metrics(rollouts: RolloutCollector) -> Iterator[Metric]:
     fleet, in_flight = rollouts.fleet, rollouts.in_flight
-    running = {engine.name: engine.num_running for engine in fleet.engines}
-    up = {engine.name: engine.is_up for engine in fleet.engines}
-    yield _gauges("engine_up", "1: the engine serves requests", "engine", up)
-    yield _gauges("engine_sequences", "sequences that the engine is generating", "engine", running)
+    num_running = {engine.name: engine.num_running for engine in fleet.engines}
+    are_up = {engine.name: engine.is_up for engine in fleet.engines}
+    yield _gauges("engine_up", "1: the engine serves requests", "engine", are_up)
+    yield _gauges(
+        "engine_sequences", "sequences that the engine is generating", "engine", num_running
+    )
     yield _counter("engine_restarts", "restarts of engines that died or hung", fleet.num_restarts)
     yield _gauge(
         "engines_policy_version", "version of the weights that engines have", fleet.policy_version

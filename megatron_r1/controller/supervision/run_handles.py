@@ -47,10 +47,14 @@ class RunHandles:
         It has the beginning of an open call, the groups and tokens of the engines, the grades of
         the reward workers."""
         trainer, view = self.trainer, self.recorder.view
-        waiting = trainer.pending_call
+        pending_call = trainer.pending_call
         parts: tuple[Hashable, ...] = (
             (view.current_phase, self.recorder.latest.get("step")),
-            (trainer.num_replies, trainer.num_restarts, waiting.since if waiting else None),
+            (
+                trainer.num_replies,
+                trainer.num_restarts,
+                pending_call.since if pending_call else None,
+            ),
         )
         if self.rollouts is not None:
             in_flight, fleet = self.rollouts.in_flight, self.rollouts.fleet

@@ -52,8 +52,10 @@ class Watchdog:
         limit = self.hang_seconds
         if self.run.is_starting:  # starting engines show no progress
             limit = max(limit, self.run.config.rollout.start_timeout_seconds)
-        waiting = self.run.trainer.pending_call
-        if waiting is not None and waiting.operation in operation_names(CheckpointOperations):
+        pending_call = self.run.trainer.pending_call
+        if pending_call is not None and pending_call.operation in operation_names(
+            CheckpointOperations
+        ):
             # Writing a model of a terabyte shows no progress before it is done.
             limit = max(limit, self.run.config.parallel.timeout_seconds)
         return self.quiet_seconds >= limit
@@ -67,8 +69,8 @@ class Watchdog:
         tick = min(MAX_TICK_SECONDS, self.hang_seconds / 5) if self.hang_seconds else 1.0
         is_reported = False
         with self._stacks_of_a_blocked_loop() as postpone, contextlib.ExitStack() as stack:
-            counting = asyncio.create_task(self._count_tokens(tick))
-            stack.callback(counting.cancel)
+            count_task = asyncio.create_task(self._count_tokens(tick))
+            stack.callback(count_task.cancel)
             last_tick = time.monotonic()
             while True:
                 await asyncio.sleep(tick)

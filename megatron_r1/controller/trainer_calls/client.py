@@ -167,13 +167,13 @@ class TrainerClient:
             `packing/waste` and `packing/fill` (`packing.Packing`), `packing/microbatches` per rank
             and update, and `packing/padding`, the share of padding tokens."""
         packings, shares = await asyncio.to_thread(self._shares, minibatches, samples_per_unit)
-        loaded = (await self._call_ranks(LOAD, shares=shares))[self._last_stage_rank]
+        load_result = (await self._call_ranks(LOAD, shares=shares))[self._last_stage_rank]
         self._packings = packings
         return {
             "packing/waste": fmean(p.waste_fraction for p in packings),
             "packing/fill": fmean(p.fill_fraction for p in packings),
             "packing/microbatches": fmean(len(p.shares[0]) for p in packings),
-            **loaded,
+            **load_result,
         }
 
     def _shares(
@@ -196,8 +196,8 @@ class TrainerClient:
                 for samples in minibatches
             ]
             for samples, packing in zip(minibatches, packings, strict=True):
-                for rank, share in enumerate(packing.shares):
-                    shares[rank].append([[samples[i] for i in m] for m in share])
+                for replica, share in enumerate(packing.shares):
+                    shares[replica].append([[samples[i] for i in m] for m in share])
             return packings, [encode_samples(share) for share in shares]
 
     async def update(
@@ -407,11 +407,11 @@ class TrainerClient:
             while self.pending_call.missing:
                 reply = await self.socket.reply(POLL_SECONDS)
                 if reply is None:
-                    lost = self.processes.first_ended(set(replies))
+                    lost_rank = self.processes.first_ended(set(replies))
                     # The last reply of a rank that died may have arrived since.
-                    reply = await self.socket.reply(POLL_SECONDS) if lost is not None else None
-                    if reply is None and lost is not None:
-                        raise TrainerLost(self.processes.cause_of_death(lost, operation))
+                    reply = await self.socket.reply(POLL_SECONDS) if lost_rank is not None else None
+                    if reply is None and lost_rank is not None:
+                        raise TrainerLost(self.processes.cause_of_death(lost_rank, operation))
                 if reply is not None:
                     if reply.error is not None:
                         await self._fail(reply, operation)
@@ -429,6 +429,10 @@ class TrainerClient:
         if reply.is_user_error:
             raise UserError(reply.error, key=reply.key, cause=reply.cause)
         await asyncio.sleep(POLL_SECONDS)
-        killed = self.processes.first_killed()
-        cause = reply.error if killed is None else self.processes.cause_of_death(killed, operation)
+        killed_rank = self.processes.first_killed()
+        cause = (
+            reply.error
+            if killed_rank is None
+            else self.processes.cause_of_death(killed_rank, operation)
+        )
         raise TrainerLost(cause)

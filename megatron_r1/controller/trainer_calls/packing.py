@@ -80,8 +80,8 @@ def pack(
             key="parallel.processes",
             cause=Cause.TOO_LARGE,
         )
-    fewest = -(-sum(lengths) // (data_parallel_size * max_tokens))
-    for per_rank in count(fewest):
+    min_bins = -(-sum(lengths) // (data_parallel_size * max_tokens))
+    for per_rank in count(min_bins):
         bins = _costliest_first(costs, lengths, data_parallel_size * per_rank, max_tokens)
         if all(len(b) <= 1 or sum(lengths[i] for i in b) <= max_tokens for b in bins):
             packing = _side_by_side(bins, lengths, costs, data_parallel_size, max_tokens)
@@ -99,15 +99,18 @@ def _side_by_side(
 ) -> Packing:
     """Put bins of similar cost at the same m on all ranks, the costliest first."""
     totals = {id(b): sum(costs[i] for i in b) for b in bins}
-    ordered = sorted(bins, key=lambda b: -totals[id(b)])
-    rows = [ordered[i : i + data_parallel_size] for i in range(0, len(ordered), data_parallel_size)]
-    waited = data_parallel_size * sum(totals[id(row[0])] for row in rows)
+    ordered_bins = sorted(bins, key=lambda b: -totals[id(b)])
+    rows = [
+        ordered_bins[i : i + data_parallel_size]
+        for i in range(0, len(ordered_bins), data_parallel_size)
+    ]
+    cost_with_waits = data_parallel_size * sum(totals[id(row[0])] for row in rows)
     # The rank that has the costliest of one row gets the cheapest of the next.
     shares = [
         [row[rank if m % 2 == 0 else data_parallel_size - 1 - rank] for m, row in enumerate(rows)]
         for rank in range(data_parallel_size)
     ]
-    waste = 1 - sum(totals.values()) / waited if waited else 0.0
+    waste = 1 - sum(totals.values()) / cost_with_waits if cost_with_waits else 0.0
     return Packing(shares, max(0.0, waste), sum(lengths) / (max_tokens * len(bins)))
 
 
@@ -119,17 +122,17 @@ def _costliest_first(
     tokens = [0] * num_bins
     heap = [(0.0, b) for b in range(num_bins)]
     for sample in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        full = []
+        full_bins = []
         while heap:
-            total, best = heapq.heappop(heap)
-            if not members[best] or tokens[best] + lengths[sample] <= max_tokens:
+            bin_cost, bin_index = heapq.heappop(heap)
+            if not members[bin_index] or tokens[bin_index] + lengths[sample] <= max_tokens:
                 break
-            full.append((total, best))
+            full_bins.append((bin_cost, bin_index))
         else:
-            total, best = full.pop(0)  # no bin has room: the caller tries more bins
-        members[best].append(sample)
-        tokens[best] += lengths[sample]
-        for entry in (*full, (total + costs[sample], best)):
+            bin_cost, bin_index = full_bins.pop(0)  # no bin has room: the caller tries more bins
+        members[bin_index].append(sample)
+        tokens[bin_index] += lengths[sample]
+        for entry in (*full_bins, (bin_cost + costs[sample], bin_index)):
             heapq.heappush(heap, entry)
     return members
 
@@ -168,15 +171,15 @@ def _split_to_limit(
     """Cut samples of one prompt, in order, into units of at most `max_tokens` tokens, or one
     sample. Return each unit with its tokens."""
     units: list[tuple[list[int], int]] = []
-    shared = PrefixMatcher()
+    matcher = PrefixMatcher()
     for member in members:
         sample = samples[member]
-        _, skipped = shared.shared_prefix(sample)
-        if units and units[-1][1] + len(sample) - skipped <= max_tokens:
+        _, num_skipped = matcher.shared_prefix(sample)
+        if units and units[-1][1] + len(sample) - num_skipped <= max_tokens:
             unit, length = units.pop()
         else:
-            unit, length, shared = [], 0, PrefixMatcher()
-        units.append(([*unit, member], length + shared.add(sample)))
+            unit, length, matcher = [], 0, PrefixMatcher()
+        units.append(([*unit, member], length + matcher.add(sample)))
     return units
 
 
@@ -233,10 +236,10 @@ def active_parameters(hf_config: HFConfig) -> float:
     head count, the embedding and the multi-token-prediction layers do not."""
     num_experts = hf_config.get("n_routed_experts")
     num_active = hf_config.get("num_experts_per_tok")
-    tied = hf_config.get("tie_word_embeddings")
+    is_tied = hf_config.get("tie_word_embeddings")
     total = 0.0
     for name, (shape, _) in hf_tensors(hf_config, with_mtp=False).items():
-        if len(shape) < 2 or (name == "model.embed_tokens.weight" and not tied):
+        if len(shape) < 2 or (name == "model.embed_tokens.weight" and not is_tied):
             continue
         fraction = num_active / num_experts if num_experts and ".mlp.experts." in name else 1.0
         total += prod(shape) * fraction

@@ -96,8 +96,8 @@ class RankProcesses:
 
     def first_ended(self, replied: Container[int]) -> int | None:
         """Return the first rank that has ended and is not in `replied`, or None."""
-        ended = (r for r, p in enumerate(self._processes) if p.poll() is not None)
-        return next((rank for rank in ended if rank not in replied), None)
+        ended_ranks = (r for r, p in enumerate(self._processes) if p.poll() is not None)
+        return next((rank for rank in ended_ranks if rank not in replied), None)
 
     def first_killed(self) -> int | None:
         """Return the first rank that a signal ended, or None."""
@@ -119,10 +119,10 @@ class RankProcesses:
         )
         if code == -signal.SIGKILL:
             ending += exit_diagnosis.oom_explanation(self._kills_before, MEMORY_REMEDY)
-        waited = exit_diagnosis.collective_wait(log_end(log), self._timeout_seconds)
-        if waited is not None:
+        collective = exit_diagnosis.collective_wait(log_end(log), self._timeout_seconds)
+        if collective is not None:
             ending += (
-                f" in {operation!r} after it waited for other ranks in {waited}; "
+                f" in {operation!r} after it waited for other ranks in {collective}; "
                 f"{exit_diagnosis.timeout_remedy(self._timeout_seconds)}"
             )
         if code is None:  # its connection closed, and the process has not ended

@@ -71,24 +71,24 @@ class RankSocket:
     async def statuses(self, ranks: Iterable[int], within_seconds: float) -> dict[int, RankStatus]:
         """Return the status of each of `ranks`, without those that do not answer in time."""
         self._start_reading()
-        request, requested = next(self._requests), set()
+        request, requested_ranks = next(self._requests), set()
         for rank in ranks:
             with contextlib.suppress(zmq.ZMQError):  # has never connected, or is gone
                 payload = [monitor_identity(rank), str(request).encode()]
                 await self._socket.send_multipart(payload)
-                requested.add(rank)
+                requested_ranks.add(rank)
 
         def answers() -> dict[int, RankStatus]:
             statuses = self._statuses
             return {
                 rank: statuses[rank]
-                for rank in requested
+                for rank in requested_ranks
                 if rank in statuses and statuses[rank].request == request
             }
 
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(within_seconds):
-                while len(answers()) < len(requested):
+                while len(answers()) < len(requested_ranks):
                     self._status_arrived.clear()
                     await self._status_arrived.wait()
         return answers()

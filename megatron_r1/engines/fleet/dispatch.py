@@ -68,8 +68,8 @@ class LengthEstimator:
         for key in (_length_key(kind, num_prompt_tokens), None):
             average = self._averages.get(key)
             if average is not None and (key is None or average.num_groups >= ENOUGH_GROUPS):
-                longest = min(average.longest, max_tokens)
-                return ExpectedLength(min(average.mean, longest), longest, average.num_groups)
+                max_length = min(average.longest, max_tokens)
+                return ExpectedLength(min(average.mean, max_length), max_length, average.num_groups)
         return ExpectedLength(max_tokens / 2, max_tokens)
 
     def add(self, kind: str, num_prompt_tokens: int, lengths: Sequence[int]) -> None:
@@ -190,8 +190,8 @@ class Dispatcher:
             Exception: the error that `fail` was given.
         """
         future = asyncio.get_running_loop().create_future()
-        longest, arrival = request.expected.longest, next(self._arrivals)
-        priority = (request.step, not request.avoid, -longest, arrival)
+        max_length, arrival = request.expected.longest, next(self._arrivals)
+        priority = (request.step, not request.avoid, -max_length, arrival)
         heapq.heappush(self._waiting, (priority, request, future))
         self._schedule()
         try:
@@ -226,7 +226,7 @@ class Dispatcher:
         """Assign engines to waiting requests while an engine has room. A request that avoids all
         engines with room is passed by those behind it."""
         self._is_scheduled = False
-        passed = []
+        passed_entries = []
         while self._waiting and any(self._has_room(engine) for engine in self.engines):
             entry = heapq.heappop(self._waiting)
             _, request, future = entry
@@ -234,7 +234,7 @@ class Dispatcher:
                 continue
             engine = self._engine_for(request)
             if engine is None:
-                passed.append(entry)
+                passed_entries.append(entry)
                 continue
             if request.affinity is not None:
                 request.affinity.record_engine(engine)
@@ -242,7 +242,7 @@ class Dispatcher:
             engine.num_occupied += request.mean_occupied_slots
             engine.tokens_expected += request.cost_tokens
             future.set_result(engine)
-        for entry in passed:
+        for entry in passed_entries:
             heapq.heappush(self._waiting, entry)
 
     def _engine_for(self, request: DispatchedRequest) -> Engine | None:
@@ -250,12 +250,15 @@ class Dispatcher:
         at `request` is returned only if there are no other engines. The engine that has the prompt
         in its cache counts as less loaded by the cost of the prompt."""
         not_failed = [engine for engine in self.engines if engine not in request.avoid]
-        free = [engine for engine in not_failed or self.engines if self._has_room(engine)]
-        preferred = request.affinity.preferred if request.affinity else None
-        saved = PROMPT_TOKEN_COST * request.num_prompt_tokens
+        free_engines = [engine for engine in not_failed or self.engines if self._has_room(engine)]
+        preferred_engine = request.affinity.preferred if request.affinity else None
+        saved_tokens = PROMPT_TOKEN_COST * request.num_prompt_tokens
         return min(
-            free,
-            key=lambda e: (e.tokens_expected - saved * (e is preferred), e is not preferred),
+            free_engines,
+            key=lambda e: (
+                e.tokens_expected - saved_tokens * (e is preferred_engine),
+                e is not preferred_engine,
+            ),
             default=None,
         )
 

@@ -32,12 +32,12 @@ class AcceptanceMeter:
 
         speculative/acceptance: accepted over drafted tokens. speculative/length: mean tokens that a
         sequence with a draft gained in a pass, the one that follows without a draft included."""
-        up = [engine for engine in engines if engine.is_up and engine.client.url]
-        counts = await asyncio.gather(*map(_draft_counts, up))
+        running_engines = [engine for engine in engines if engine.is_up and engine.client.url]
+        counts = await asyncio.gather(*map(_draft_counts, running_engines))
         # One that is down is kept: it may come back as the same process.
         self._before = {e: self._before[e] for e in engines if e in self._before}
         increments: Counter[str] = Counter()
-        for engine, draft_counts in zip(up, counts, strict=True):
+        for engine, draft_counts in zip(running_engines, counts, strict=True):
             if draft_counts is None:
                 continue
             counts_before = self._before.get(engine, Counter())

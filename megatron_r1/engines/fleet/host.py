@@ -98,15 +98,15 @@ class HostLink:
         Raises:
             UserError: the orders cannot be read.
         """
-        newest = None
+        newest_message = None
         if self._socket.poll(int(timeout_seconds * 1000)):
             with contextlib.suppress(zmq.Again):
                 while True:
-                    newest = self._socket.recv(zmq.NOBLOCK)
-        if newest is None:
+                    newest_message = self._socket.recv(zmq.NOBLOCK)
+        if newest_message is None:
             return None
         try:
-            return self._decode(newest)
+            return self._decode(newest_message)
         except msgspec.MsgspecError as error:
             raise UserError(
                 f"the orders of the run at {self.address} cannot be read ({error}): start hosts "
@@ -117,11 +117,11 @@ class HostLink:
 
     def was_refused(self) -> bool:
         """Return whether the controller has rejected this token since the last call."""
-        refused = False
+        is_refused = False
         while self._monitor.poll(0):
             self._monitor.recv_multipart()
-            refused = True
-        return refused
+            is_refused = True
+        return is_refused
 
     def local_address(self) -> str:
         """Return this host's address on the network that leads to the controller."""
@@ -196,9 +196,9 @@ class LocalEngines:
     def apply_orders(self, orders: list[EngineOrder]) -> None:
         """Start ordered engines and stop others. Call from the main thread: engines end with the
         thread that starts them."""
-        ordered = {order.engine for order in orders}
+        ordered_names = {order.engine for order in orders}
         for name, engine in list(self._engines.items()):
-            if name not in ordered:
+            if name not in ordered_names:
                 engine.begin_stop()
             if engine.stopping is not None and not engine.stopping.is_alive():
                 del self._engines[name]
@@ -314,7 +314,7 @@ class EngineHost:
         is silent for too long."""
         reason, patience = StopReason.UNANSWERED, FIRST_ANSWER_SECONDS
         heard_at, sent_at = time.monotonic(), 0.0
-        sent: list[EngineReport] | None = None
+        sent_engines: list[EngineReport] | None = None
         while time.monotonic() - heard_at < patience:
             if self.is_signalled:
                 return StopReason.SIGNALLED
@@ -338,9 +338,9 @@ class EngineHost:
             elif link.was_refused():
                 self._print(f"{link.address} refuses this token: is it of another run?")
             engines = self.engines.reports() if self.engines else []
-            if engines != sent or time.monotonic() - sent_at > REPORT_SECONDS:
+            if engines != sent_engines or time.monotonic() - sent_at > REPORT_SECONDS:
                 link.send(self._report(engines))
-                sent, sent_at = engines, time.monotonic()
+                sent_engines, sent_at = engines, time.monotonic()
         if reason is StopReason.SILENT:
             self._print(f"no word from {link.address} for {patience:g} seconds")
         return reason

@@ -52,8 +52,8 @@ class HostRecord:
     @property
     def num_free(self) -> int:
         """Slots neither assigned nor still taken by an engine that is stopping."""
-        running = {engine.engine for engine in self.report.engines}
-        return self.report.num_engines - len(running | self.assigned.keys())
+        running_names = {engine.engine for engine in self.report.engines}
+        return self.report.num_engines - len(running_names | self.assigned.keys())
 
 
 @dataclass(eq=False)
@@ -142,9 +142,9 @@ def _choose_hosts(free: dict[HostRecord, int], count: int) -> list[HostRecord]:
     Args:
         free: the free slots of each host.
         count: how many hosts the engine needs."""
-    able = [host for host, slots in free.items() if slots > 0]
-    able.sort(key=lambda host: (host.num_deaths, -free[host]))
-    return able[:count] if len(able) >= count else []
+    able_hosts = [host for host, slots in free.items() if slots > 0]
+    able_hosts.sort(key=lambda host: (host.num_deaths, -free[host]))
+    return able_hosts[:count] if len(able_hosts) >= count else []
 
 
 POLL_SECONDS = 0.05
@@ -226,9 +226,9 @@ class HostPool:
     def num_free(self) -> int:
         """Engines that could be started now, besides those that already wait."""
         with self._lock:
-            free, count = self._free(), 0
-            while hosts := _choose_hosts(free, self.hosts_per_engine):
-                free |= {host: free[host] - 1 for host in hosts}
+            free_slots, count = self._free(), 0
+            while hosts := _choose_hosts(free_slots, self.hosts_per_engine):
+                free_slots |= {host: free_slots[host] - 1 for host in hosts}
                 count += 1
             return count - len(self._waiting)
 
@@ -268,7 +268,7 @@ class HostPool:
     def _run(self) -> None:
         """Until closed: hear hosts, place engines that wait, send orders that changed; then
         dismiss the hosts."""
-        sent_at, sent = 0.0, dict[bytes, HostOrders]()
+        sent_at, sent_orders = 0.0, dict[bytes, HostOrders]()
         while not self._closing:
             self._listen()
             with self._lock:
@@ -276,10 +276,10 @@ class HostPool:
                 self._place_waiting()
                 self._notify_waiting()
                 orders = {identity: self._orders(host) for identity, host in self._hosts.items()}
-                if orders != sent or time.monotonic() - sent_at > REPORT_SECONDS:
+                if orders != sent_orders or time.monotonic() - sent_at > REPORT_SECONDS:
                     for identity, order in orders.items():
                         self._send(identity, order)
-                    sent, sent_at = orders, time.monotonic()
+                    sent_orders, sent_at = orders, time.monotonic()
                 self._drop_silent()
         deadline = time.monotonic() + CLOSE_SECONDS
         # Repeated until the hosts have left: a socket closed right after its last send lost it.
@@ -335,11 +335,11 @@ class HostPool:
             unit = "engines" if self.hosts_per_engine == 1 else "parts of engines"
             self.notify(f"host {report.name} is here, room for {unit}: {report.num_engines}")
         host.report, host.last_report_at, host.last_reached_at = report, timestamp, timestamp
-        for reported in report.engines:
-            part = host.assigned.get(reported.engine)
+        for engine_report in report.engines:
+            part = host.assigned.get(engine_report.engine)
             if part is not None:
-                part.report = reported
-                if reported.state == "ended" and part.ended is None:
+                part.report = engine_report
+                if engine_report.state == "ended" and part.ended is None:
                     part.ended = timestamp
 
     def _refuse(self, identity: bytes, refusal: str) -> None:
@@ -357,10 +357,12 @@ class HostPool:
         silence of that host shows it. So a part counts as the cause only when the hosts of all
         other parts have reported since."""
         for engine in list(self._placed.values()):
-            ended = [(part.ended, part.index) for part in engine.parts if part.ended is not None]
-            if not ended:
+            ended_parts = [
+                (part.ended, part.index) for part in engine.parts if part.ended is not None
+            ]
+            if not ended_parts:
                 continue
-            ended_at, index = min(ended)
+            ended_at, index = min(ended_parts)
             first = engine.parts[index]
             hosts = (part.host for part in engine.parts if part is not first)
             if all(host is not None and host.last_report_at > ended_at for host in hosts):

@@ -85,8 +85,8 @@ class RemoteServer(Server):
 
     def describe_end(self) -> str:
         """Return how the engine ended, or that it did not."""
-        running = "it was stopped" if self._is_stopped else "it is still running"
-        return self.engine.describe_end() or running
+        state_text = "it was stopped" if self._is_stopped else "it is still running"
+        return self.engine.describe_end() or state_text
 
     async def _is_ready(self) -> bool:
         if self.pool.refusal and not self.engine.host_names:
@@ -237,8 +237,8 @@ async def accepting_hosts(fleet: RolloutFleet, pool: HostPool | None) -> AsyncIt
 async def _add_engines(fleet: RolloutFleet, pool: HostPool) -> None:
     while True:
         await asyncio.sleep(POLL_SECONDS)
-        joining = (fleet.add_engine() for _ in range(pool.num_free))
-        outcomes = await asyncio.gather(*joining, return_exceptions=True)
+        new_engines = (fleet.add_engine() for _ in range(pool.num_free))
+        outcomes = await asyncio.gather(*new_engines, return_exceptions=True)
         for outcome in outcomes:
             if isinstance(outcome, EngineError):
                 fleet.state.notify(f"an engine could not join: {outcome}")

@@ -165,9 +165,11 @@ class EngineReplacer:
         while True:
             await asyncio.sleep(PROBE_SECONDS)
             seconds = max(self.unresponsive_seconds, self.silence_seconds)
-            up = self.state.up
-            answers = await asyncio.gather(*(engine.is_responsive(seconds) for engine in up))
-            for engine, is_alive in zip(up, answers, strict=True):
+            running_engines = self.state.up
+            answers = await asyncio.gather(
+                *(engine.is_responsive(seconds) for engine in running_engines)
+            )
+            for engine, is_alive in zip(running_engines, answers, strict=True):
                 # A push may have begun since `seconds` was computed.
                 if not is_alive and engine.is_up and seconds >= self.silence_seconds:
                     reason = EngineDied(f"{engine.name} has not answered for {seconds:g} seconds")

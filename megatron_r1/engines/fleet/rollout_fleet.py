@@ -212,11 +212,13 @@ class RolloutFleet:
         """
         sampling |= {"max_tokens": max_tokens}
         num_prompt_tokens = len(prompt_token_ids)
-        expected = self.length_estimator.estimate(kind, num_prompt_tokens, max_tokens)
+        expected_length = self.length_estimator.estimate(kind, num_prompt_tokens, max_tokens)
 
         async def sample(count: int) -> list[Response]:
             return await self.retries.run(
-                DispatchedRequest(count, num_prompt_tokens, expected, step, affinity=affinity),
+                DispatchedRequest(
+                    count, num_prompt_tokens, expected_length, step, affinity=affinity
+                ),
                 lambda client: client.generate(prompt_token_ids, n=count, **sampling),
                 _lengths,
             )
@@ -321,10 +323,10 @@ class RolloutFleet:
             self.state.require_usable()
             self.awake.clear()
             # A starting engine has no weights yet: it is started again once the fleet is awake.
-            starting = [engine for engine in self._starting if not engine.is_up]
-            await asyncio.gather(*(engine.stop() for engine in starting))
-            awake = [engine for engine in self.state.up if not engine.is_asleep]
-            await self._call_engines(awake, lambda client: client.sleep())
+            starting_engines = [engine for engine in self._starting if not engine.is_up]
+            await asyncio.gather(*(engine.stop() for engine in starting_engines))
+            awake_engines = [engine for engine in self.state.up if not engine.is_asleep]
+            await self._call_engines(awake_engines, lambda client: client.sleep())
 
     async def add_engine(self) -> Engine:
         """Start one more engine, give it the current weights, and let it serve.
@@ -411,8 +413,8 @@ class RolloutFleet:
             try:
                 await engine.prepare(self.policy_version, self.start_timeout_seconds)
                 async with self.send_weights(engine) as has_weights:
-                    replaced = instead_of or engine
-                    self.state.mark_up(engine, replaced, is_asleep=has_weights is False)
+                    replaced_engine = instead_of or engine
+                    self.state.mark_up(engine, replaced_engine, is_asleep=has_weights is False)
                 return engine
             except BaseException as error:
                 if engine in self.engines:

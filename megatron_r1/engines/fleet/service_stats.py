@@ -88,10 +88,12 @@ def find_slow(stats_by_engine: Mapping[Key, ServiceStats], timestamp: float) -> 
     An engine with few tokens in all may simply have had little to do, and one whose sequences are
     slow may have had more of them than the others: only both together make it slow. The only engine
     is never slow, nor is one without enough groups to compare."""
-    comparable = {key: stats for key, stats in stats_by_engine.items() if stats.is_known(timestamp)}
-    slow = {}
-    for key, stats in comparable.items():
-        other_engines = [engine_stats for name, engine_stats in comparable.items() if name != key]
+    known_stats = {
+        key: stats for key, stats in stats_by_engine.items() if stats.is_known(timestamp)
+    }
+    slow_engines = {}
+    for key, stats in known_stats.items():
+        other_engines = [engine_stats for name, engine_stats in known_stats.items() if name != key]
         if not other_engines:
             continue
         speed = stats.sequence_speed()
@@ -102,8 +104,8 @@ def find_slow(stats_by_engine: Mapping[Key, ServiceStats], timestamp: float) -> 
             for engine_stats in other_engines
         )
         if speed < SLOW_FRACTION * usual_speed and rate < SLOW_FRACTION * usual_rate:
-            slow[key] = (
+            slow_engines[key] = (
                 f"made {speed:.3g} tokens a second and sequence, the others {usual_speed:.3g}, for "
                 f"{stats.window:g} seconds"
             )
-    return slow
+    return slow_engines

@@ -87,13 +87,17 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
         self._rank = parallel.data_parallel_index * parallel.world_size + parallel.rank
         try:
             table = self._table(init_info)
-            before, self._receiver = self._receiver, None
+            previous_receiver, self._receiver = self._receiver, None
             memory = None
-            if before is not None:
-                before.close()
+            if previous_receiver is not None:
+                previous_receiver.close()
                 # Another trainer gets new memory: it numbers its pushes anew, and would overwrite
                 # the buffer in use.
-                memory = before.reusable_memory(table) if init_info.store == self._store else None
+                memory = (
+                    previous_receiver.reusable_memory(table)
+                    if init_info.store == self._store
+                    else None
+                )
             self._store = init_info.store
             transport = self.config.backend.removeprefix(BACKEND_PREFIX)
             self._receiver = receiver_class(transport)(
@@ -118,7 +122,7 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
             in_place = current_platform.is_cpu()
             self._placed, table = lay_out(copies, in_place=in_place)
             # As `lay_out` makes the slots of the table: one of every copy into every parameter.
-            owners = [placed for placed in self._placed for _ in copies[placed.parameter]]
+            owners = [placement for placement in self._placed for _ in copies[placement.parameter]]
             self._load_check = LoadCheck(owners)
             self._recorded = init_info.tensors, table
         return self._recorded[1]

@@ -53,16 +53,16 @@ async def generate(request: GenerateRequest, raw_request: Request) -> Response:
 async def _last_output(request: object, outputs: AsyncIterator[Any], *_: object) -> Any:
     """Return what the engine gives last, in the place of the handler's
     `serve_tokens_full_generator`, which makes the JSON of it."""
-    last = None
+    last_output = None
     async for output in outputs:
-        last = output
-    return last
+        last_output = output
+    return last_output
 
 
 async def _chunks(choices: list[CompletionOutput], has_top_k: bool) -> AsyncIterator[bytes]:
-    routed = [choice.routed_experts for choice in choices]
+    routed_rows = [choice.routed_experts for choice in choices]
     masks = [_mask(choice) if has_top_k else None for choice in choices]
-    described = [
+    descriptions = [
         {
             "finish_reason": choice.finish_reason or "stop",
             "num_tokens": len(choice.token_ids),
@@ -70,14 +70,14 @@ async def _chunks(choices: list[CompletionOutput], has_top_k: bool) -> AsyncIter
             "routed_experts": None if rows is None else _described(rows),
             "sampling_mask": None if mask is None else len(mask),
         }
-        for choice, rows, mask in zip(choices, routed, masks, strict=True)
+        for choice, rows, mask in zip(choices, routed_rows, masks, strict=True)
     ]
-    header = msgspec.json.encode({"choices": described})
+    header = msgspec.json.encode({"choices": descriptions})
     yield len(header).to_bytes(4, "little") + header
     for choice, mask in zip(choices, masks, strict=True):
         ids = np.array(choice.token_ids, "<i4")
         yield ids.tobytes() + _logprobs(choice, ids).tobytes() + (mask or b"")
-    for rows in routed:
+    for rows in routed_rows:
         if rows is not None:
             yield np.ascontiguousarray(rows).tobytes()
 
@@ -99,10 +99,12 @@ def _described(rows: np.ndarray) -> dict[str, Any]:
 def _logprobs(choice: CompletionOutput, ids: np.ndarray) -> np.ndarray:
     """Return the sampled tokens' log-probabilities; NaN, which clients refuse, for a token that the
     engine gives none for."""
-    flat: Any = choice.logprobs
-    first = np.array(flat.start_indices, int)[: len(ids)]
-    logprobs = np.array(flat.logprobs, "<f4")[first]
-    return np.where(np.array(flat.token_ids, "<i4")[first] == ids, logprobs, np.float32(np.nan))
+    flat_logprobs: Any = choice.logprobs
+    first = np.array(flat_logprobs.start_indices, int)[: len(ids)]
+    logprobs = np.array(flat_logprobs.logprobs, "<f4")[first]
+    return np.where(
+        np.array(flat_logprobs.token_ids, "<i4")[first] == ids, logprobs, np.float32(np.nan)
+    )
 
 
 def add_samples() -> None:

@@ -105,9 +105,11 @@ def _local_choice(
         topk_weights: their weights, [num_tokens, topk].
         expert_map: the number of each expert on this rank, or -1, [num_experts].
         num_local: the experts on this rank."""
-    local = expert_map[topk_ids.long()].to(topk_ids.dtype)
-    foreign = local < 0
-    return torch.where(foreign, topk_ids % num_local, local), topk_weights.masked_fill(foreign, 0)
+    local_ids = expert_map[topk_ids.long()].to(topk_ids.dtype)
+    is_foreign = local_ids < 0
+    return torch.where(is_foreign, topk_ids % num_local, local_ids), topk_weights.masked_fill(
+        is_foreign, 0
+    )
 
 
 def _gather_uneven_shares() -> None:
@@ -130,11 +132,11 @@ def _gather_uneven_shares() -> None:
         if isinstance(input_, list):
             return [cast(torch.Tensor, all_gatherv(self, tensor, dim, sizes)) for tensor in input_]
         sizes = sizes or [len(input_)] * self.world_size
-        padded = input_.new_zeros(max(sizes), *input_.shape[1:])
-        padded[: len(input_)] = input_
-        shares = [torch.empty_like(padded) for _ in sizes]
+        padded_input = input_.new_zeros(max(sizes), *input_.shape[1:])
+        padded_input[: len(input_)] = input_
+        shares = [torch.empty_like(padded_input) for _ in sizes]
         # Over the communicator's own group: the ranks whose tokens are exchanged.
-        dist.all_gather(shares, padded, group=self.device_group)
+        dist.all_gather(shares, padded_input, group=self.device_group)
         return torch.cat([share[:size] for share, size in zip(shares, sizes, strict=True)])
 
     def reduce_scatterv(

@@ -100,8 +100,10 @@ def fix_strided_rotary() -> None:
     def forward_cpu(
         self: Any, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        adjacent = all(_heads_are_adjacent(x, self.head_size) for x in (query, key))
-        return (upstream if adjacent else type(self).forward_native)(self, positions, query, key)
+        are_adjacent = all(_heads_are_adjacent(x, self.head_size) for x in (query, key))
+        return (upstream if are_adjacent else type(self).forward_native)(
+            self, positions, query, key
+        )
 
     RotaryEmbedding.forward_cpu = forward_cpu
 
@@ -282,8 +284,8 @@ def _allow_cpus_without_amx() -> None:
     from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUExpertsFp8
 
     if torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported():
-        supported = classmethod(lambda cls, capability=None: (True, None))
-        CPUFp8BlockScaledMMKernel.is_supported = supported
+        is_supported = classmethod(lambda cls, capability=None: (True, None))
+        CPUFp8BlockScaledMMKernel.is_supported = is_supported
         CPUExpertsFp8._supports_current_device = staticmethod(lambda: True)
 
 
@@ -338,8 +340,8 @@ def _expand_batch_to_tokens(
         replace_from: the value to replace.
         replace_to: the value to replace it with."""
     counts = cu_num_tokens.diff(prepend=cu_num_tokens.new_zeros(1))
-    replaced = torch.where(x == replace_from, torch.full_like(x, replace_to), x)
-    return replaced.repeat_interleave(counts, output_size=num_tokens)
+    new_values = torch.where(x == replace_from, torch.full_like(x, replace_to), x)
+    return new_values.repeat_interleave(counts, output_size=num_tokens)
 
 
 class RowCollector:
@@ -365,20 +367,22 @@ class RowCollector:
         metadata, batch = scheduled.aux_output_connector_metadata, runner.input_batch
         for request in metadata.finished_requests:
             self._parts.pop(request, None)
-        total = scheduled.total_num_scheduled_tokens
-        captured = self.capturer.snapshot_routing_data(total).numpy()
+        num_rows = scheduled.total_num_scheduled_tokens
+        captured_rows = self.capturer.snapshot_routing_data(num_rows).numpy()
         outputs, end = {}, 0
         for index, request in enumerate(batch.req_ids):
             begin, end = end, end + scheduled.num_scheduled_tokens[request]
             # Rejected drafts have rows too, after those of the sampled tokens; they are dropped.
-            drafted = len(scheduled.scheduled_spec_decode_tokens.get(request, ()))
-            rejected = drafted + 1 - len(sampled[index]) if drafted and sampled[index] else 0
+            num_drafted = len(scheduled.scheduled_spec_decode_tokens.get(request, ()))
+            num_rejected = (
+                num_drafted + 1 - len(sampled[index]) if num_drafted and sampled[index] else 0
+            )
             position = int(batch.num_computed_tokens_cpu[index])
-            rows = captured[begin : end - rejected]
-            first, before = self._parts.pop(request, (position, rows[:0]))
-            if first + len(before) != position:  # preempted, and computed again
-                first, before = position, rows[:0]
-            rows = np.concatenate([before, rows])
+            rows = captured_rows[begin : end - num_rejected]
+            first, earlier_rows = self._parts.pop(request, (position, rows[:0]))
+            if first + len(earlier_rows) != position:  # preempted, and computed again
+                first, earlier_rows = position, rows[:0]
+            rows = np.concatenate([earlier_rows, rows])
             if not sampled[index]:
                 self._parts[request] = (first, rows)
                 continue

@@ -24,10 +24,10 @@ from vllm.distributed.eplb.rebalance_execute import rearrange_expert_weights_inp
 def first_placement(state: EplbModelState) -> torch.Tensor:
     """Return the expert in every slot after a load, (layers, physical experts), on the host."""
     model = state.model
-    placed = EplbState.build_initial_global_physical_to_logical_map(
+    expert_of_slot = EplbState.build_initial_global_physical_to_logical_map(
         model.num_routed_experts, model.num_redundant_experts
     )
-    return torch.tensor([placed] * model.num_moe_layers)
+    return torch.tensor([expert_of_slot] * model.num_moe_layers)
 
 
 def stop_rebalancing(state: EplbState) -> None:
@@ -43,13 +43,13 @@ def keep_placement(state: EplbState, group: Any) -> None:
         group: the process group of the engine's expert-parallel ranks.
     """
     for model_state in state.model_states.values():
-        loaded = first_placement(model_state)
-        placed = model_state.physical_to_logical_map.cpu()
-        if torch.equal(loaded, placed):
+        loaded_map = first_placement(model_state)
+        current_map = model_state.physical_to_logical_map.cpu()
+        if torch.equal(loaded_map, current_map):
             continue
         rearrange_expert_weights_inplace(
-            loaded,
-            placed,
+            loaded_map,
+            current_map,
             model_state.model.expert_weights,
             model_state.expert_buffer,
             group,

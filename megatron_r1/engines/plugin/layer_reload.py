@@ -68,18 +68,21 @@ class SavedKernelState:
                 that has changed: the kernel would compute with the old one."""
         has_new_values = {_storage(tensor) for tensor in in_use}
         visited_ids: set[int] = set()
-        states = [(vars(holder), before) for holder, before in self._objects.values()]
-        for present, before in [(_plain_tensors(self._layer), self._tensors), *states]:
-            for old, new in _changed_tensors(
-                before, present, type(self._layer).__name__, visited_ids
+        states = [(vars(holder), values_before) for holder, values_before in self._objects.values()]
+        for present_values, values_before in [
+            (_plain_tensors(self._layer), self._tensors),
+            *states,
+        ]:
+            for old_tensor, new_tensor in _changed_tensors(
+                values_before, present_values, type(self._layer).__name__, visited_ids
             ):
-                if _storage(old) not in has_new_values:
-                    old.data.copy_(new)
+                if _storage(old_tensor) not in has_new_values:
+                    old_tensor.data.copy_(new_tensor)
         vars(self._layer).update(self._tensors)
-        for present, before in states:
-            for name in present.keys() - before.keys():
-                del present[name]
-            present.update(before)
+        for present_values, values_before in states:
+            for name in present_values.keys() - values_before.keys():
+                del present_values[name]
+            present_values.update(values_before)
 
     def _note(self, value: Any, *, is_root: bool = False) -> None:
         """Note the attributes of an object, and of all that it refers to."""
@@ -96,10 +99,10 @@ def _plain_tensors(layer: torch.nn.Module) -> dict[str, Any]:
 
 
 def _has_state(value: Any) -> bool:
-    opaque = torch.Tensor, torch.nn.Module, FunctionType, MethodType, ModuleType, type
+    opaque_types = torch.Tensor, torch.nn.Module, FunctionType, MethodType, ModuleType, type
     return (
         hasattr(value, "__dict__")
-        and not isinstance(value, opaque)
+        and not isinstance(value, opaque_types)
         and not type(value).__module__.startswith(CONFIGURATION)
     )
 
@@ -133,17 +136,17 @@ def _changed_tensors(
             raise ValueError(f"{path}: {old} became {new}")
         return
     visited_ids.add(id(new))
-    either = {**old_parts, **new_parts}
+    all_parts = {**old_parts, **new_parts}
     # Kernels compute some values when they are first asked for, and keep them.
-    computed_late = {
+    late_names = {
         name
         for name in old_parts.keys() ^ new_parts.keys()
-        if isinstance(either[name], VALUE_TYPES)
+        if isinstance(all_parts[name], VALUE_TYPES)
     }
-    if old_parts.keys() - computed_late != new_parts.keys() - computed_late:
+    if old_parts.keys() - late_names != new_parts.keys() - late_names:
         raise ValueError(f"{path}: {[*old_parts]} became {[*new_parts]}")
     for name, part in new_parts.items():
-        if name not in computed_late:
+        if name not in late_names:
             yield from _changed_tensors(old_parts[name], part, f"{path}.{name}", visited_ids)
 
 
@@ -188,15 +191,15 @@ def load(
     for _, group in groupby(placed, key=lambda placement: id(placement.parameter.layer)):
         in_layer = list(group)
         layer = in_layer[0].parameter.layer
-        received = {}
+        received_tensors = {}
         for placement in in_layer:
             if placement.parameter.is_live:
                 # It keeps its storage, by which `loader_copies` identifies it.
                 getattr(layer, placement.parameter.name).copy_(placement.value(memory))
             else:
-                received[placement.parameter.name] = placement.value(memory)
-        if received:
-            _load_layer(model, layer, received, in_place)
+                received_tensors[placement.parameter.name] = placement.value(memory)
+        if received_tensors:
+            _load_layer(model, layer, received_tensors, in_place)
 
 
 @torch.no_grad()
@@ -235,11 +238,11 @@ def _load_layer(
     for name, tensor in (in_use[0] | in_use[1]).items():
         # A tensor that was neither received nor computed by post-processing keeps its value.
         if name in received or name not in in_checkpoint:
-            new = getattr(layer, name)
-            if in_place and name in received and new.data_ptr() == received[name].data_ptr():
-                tensor.data = new.data
+            new_tensor = getattr(layer, name)
+            if in_place and name in received and new_tensor.data_ptr() == received[name].data_ptr():
+                tensor.data = new_tensor.data
             else:
-                tensor.data.copy_(new)
+                tensor.data.copy_(new_tensor)
     if not in_place:
         saved_state.restore([*in_use[0].values(), *in_use[1].values()])
     to_kernel_form(layer, info)

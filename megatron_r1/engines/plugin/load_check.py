@@ -46,17 +46,17 @@ class LoadCheck:
     def __init__(self, owners: Sequence[PlacedParameter]):
         self._owners = owners
         layers: dict[torch.nn.Module, list[PlacedParameter]] = {}
-        for placed in dict.fromkeys(owners):
-            layers.setdefault(placed.parameter.layer, []).append(placed)
+        for placement in dict.fromkeys(owners):
+            layers.setdefault(placement.parameter.layer, []).append(placement)
         self._turns = list(layers.values())
         """The parameters of each layer; layers that were compared longest ago first."""
         self._before: list[tuple[list[PlacedParameter], PlacedParameter, list[int]]] = []
         """Each layer compared in this load: its parameters, a new one of them, and checksums."""
         self._scales = [
-            placed
+            placement
             for layer in self._turns
-            for placed in layer
-            if SCALE_NAME in placed.parameter.name
+            for placement in layer
+            if SCALE_NAME in placement.parameter.name
         ]
         self._kept_scales: set[PlacedParameter] = set()
         """Scales that the kernels keep as they arrive."""
@@ -68,21 +68,25 @@ class LoadCheck:
 
         Args:
             changed: the slots for which other values arrived than in the push before."""
-        arrived = {self._owners[slot] for slot in changed}
+        arrived_placements = {self._owners[slot] for slot in changed}
         num_bytes = CPU_BYTES if current_platform.is_cpu() else GPU_BYTES
         self._scales_before = {
-            placed: _checksums(_tensors_in_use([placed]))
-            for placed in self._scales
-            if placed in arrived
+            placement: _checksums(_tensors_in_use([placement]))
+            for placement in self._scales
+            if placement in arrived_placements
         }
         self._before = []
         for layer in list(self._turns):
-            new = [placed for placed in layer if placed in arrived and not placed.parameter.is_live]
-            tensors = _tensors_in_use(layer) if new else []
+            new_placements = [
+                placement
+                for placement in layer
+                if placement in arrived_placements and not placement.parameter.is_live
+            ]
+            tensors = _tensors_in_use(layer) if new_placements else []
             size = sum(tensor.nbytes for tensor in tensors)
             if not tensors or (size > SMALL_BYTES and size > num_bytes):
                 continue
-            self._before.append((layer, new[0], _checksums(tensors)))
+            self._before.append((layer, new_placements[0], _checksums(tensors)))
             if size > SMALL_BYTES:
                 num_bytes -= size
                 self._turns.remove(layer)
@@ -101,20 +105,24 @@ class LoadCheck:
         Raises:
             UndeliveredPush: the engine does not compute with what arrived; it names the tensors.
         """
-        wrong = [
-            placed for placed in loaded if placed.parameter.is_live and not _equals(placed, memory)
+        wrong_placements = [
+            placement
+            for placement in loaded
+            if placement.parameter.is_live and not _equals(placement, memory)
         ]
-        wrong += [
-            placed
-            for layer, placed, before in self._before
-            if _checksums(_tensors_in_use(layer)) == before
+        wrong_placements += [
+            placement
+            for layer, placement, checksums_before in self._before
+            if _checksums(_tensors_in_use(layer)) == checksums_before
         ]
-        wrong += [placed for placed in self._scales if self._is_old(placed, memory)]
-        if wrong:
-            names = ", ".join(placed.parameter.title for placed in wrong[:5])
+        wrong_placements += [
+            placement for placement in self._scales if self._is_old(placement, memory)
+        ]
+        if wrong_placements:
+            names = ", ".join(placement.parameter.title for placement in wrong_placements[:5])
             raise UndeliveredPush(
-                f"push {push_number}: {len(wrong)} tensors arrived and are not what the engine "
-                f"computes with: {names}{', ...' if len(wrong) > 5 else ''}"
+                f"push {push_number}: {len(wrong_placements)} tensors arrived and are not what the "
+                f"engine computes with: {names}{', ...' if len(wrong_placements) > 5 else ''}"
             )
 
     def _is_old(self, placed: PlacedParameter, memory: torch.Tensor) -> bool:
@@ -141,9 +149,9 @@ def _tensors_in_use(layer: Sequence[PlacedParameter]) -> list[torch.Tensor]:
     Those that vLLM keeps outside of the layer, as matrices packed for oneDNN, are not among them.
     """
     tensors = [
-        getattr(placed.parameter.layer, placed.parameter.name, None)
-        for placed in layer
-        if not placed.parameter.is_live
+        getattr(placement.parameter.layer, placement.parameter.name, None)
+        for placement in layer
+        if not placement.parameter.is_live
     ]
     return [t for t in tensors if t is not None and t.numel() and not t.is_meta]
 

@@ -84,18 +84,18 @@ def _without_stacked_experts(
 
 
 def _load_expert(layer: Any, expert: int, kind: str, ending: str, tensor: torch.Tensor) -> None:
-    local = layer._map_global_expert_id_to_local_expert_id(expert)
+    local_expert = layer._map_global_expert_id_to_local_expert_id(expert)
     rank = layer.moe_config.moe_parallel_config.tp_rank
-    if local == -1:
+    if local_expert == -1:
         return
     if kind == "down":
-        target = getattr(layer, f"w2_{ending}")[local]
+        target = getattr(layer, f"w2_{ending}")[local_expert]
         if ending == "weight":
             tensor = tensor.narrow(1, rank * target.shape[1], target.shape[1])
         elif rank > 0:
             return
     else:
-        target = getattr(layer, f"w13_{ending}")[local][int(kind == "up") :: 2]
+        target = getattr(layer, f"w13_{ending}")[local_expert][int(kind == "up") :: 2]
         tensor = tensor.narrow(0, rank * target.shape[0], target.shape[0])
     target.copy_(tensor)
 
@@ -178,12 +178,12 @@ def record_copies(
     for model, prefix in zip(models, ("", "drafter"), strict=False):
         titles |= dict(model.named_modules(memo, prefix))
     layers = list(titles.values())
-    tied = _tied(layers)
+    tied_parameters = _tied(layers)
     loaders: list[Any] = [*models]  # torch's annotations allow tensors and modules as attributes
     torchao = [getattr(loader, "_do_torchao_reload", False) for loader in loaders]
     infos = [to_checkpoint_form(layer) for layer in layers]
     try:
-        recorder = _Recorder(titles, tied)
+        recorder = _Recorder(titles, tied_parameters)
         for loader in loaders:
             loader._do_torchao_reload = False
             names = {copy.name for copies in recorder.copies.values() for copy in copies}
@@ -193,8 +193,8 @@ def record_copies(
     finally:
         for layer, info in zip(layers, infos, strict=True):
             to_kernel_form(layer, info)
-        for loader, before in zip(loaders, torchao, strict=True):
-            loader._do_torchao_reload = before
+        for loader, uses_torchao in zip(loaders, torchao, strict=True):
+            loader._do_torchao_reload = uses_torchao
     recorder.check_whole()
     return recorder.copies
 
@@ -276,7 +276,7 @@ class _Recorder(TorchDispatchMode):
         another rank adds."""
         for parameter in self._parameters.values():
             copies = self.copies.get(parameter, [])
-            loaded = sum(copy.num_elements for copy in copies)
+            num_loaded = sum(copy.num_elements for copy in copies)
             layer = parameter.layer
             if not copies and (
                 parameter.name not in layer._parameters
@@ -287,23 +287,23 @@ class _Recorder(TorchDispatchMode):
                 continue
             size = torch.Size(parameter.shape).numel()
             is_padded = isinstance(parameter.layer, VocabParallelEmbedding)
-            if loaded != size and not (is_padded and loaded < size):
+            if num_loaded != size and not (is_padded and num_loaded < size):
                 raise ValueError(
-                    f"{parameter.title} gets {loaded} of its {size} elements: the tensors of the "
-                    "trainer's model and the engine's do not match"
+                    f"{parameter.title} gets {num_loaded} of its {size} elements: the tensors of "
+                    "the trainer's model and the engine's do not match"
                 )
 
 
 def _tied(layers: list[torch.nn.Module]) -> set[tuple[torch.nn.Module, str]]:
     """Return (layer, name) of parameters that an earlier layer has too."""
     parameter_ids: set[int] = set()
-    tied = set()
+    tied_parameters = set()
     for layer in layers:
         for name, parameter in get_layer_params_buffers(layer)[0].items():
             if id(parameter) in parameter_ids:
-                tied.add((layer, name))
+                tied_parameters.add((layer, name))
             parameter_ids.add(id(parameter))
-    return tied
+    return tied_parameters
 
 
 def _storage(tensor: torch.Tensor) -> int:
@@ -315,16 +315,16 @@ def _rectangle(view: torch.Tensor, tensor: torch.Tensor) -> tuple[int, int, int,
     columns = tensor.shape[1] if tensor.dim() > 1 else 1
     if tensor.dim() > 2 or view.numel() == 0:
         return None
-    flat = view.reshape(-1, 1) if tensor.dim() < 2 else _matrix(view)
-    if tensor.dim() == 2 and flat.dim() < 2:
+    flat_view = view.reshape(-1, 1) if tensor.dim() < 2 else _matrix(view)
+    if tensor.dim() == 2 and flat_view.dim() < 2:
         if view.numel() % columns:
             return None
-        flat = flat.reshape(-1, columns)
-    if flat.dim() != 2:
+        flat_view = flat_view.reshape(-1, columns)
+    if flat_view.dim() != 2:
         return None
     top, column = divmod(int(view.storage_offset()), columns)
-    height, width = flat.shape
-    if (height > 1 and flat.stride(0) != columns) or (width > 1 and flat.stride(1) != 1):
+    height, width = flat_view.shape
+    if (height > 1 and flat_view.stride(0) != columns) or (width > 1 and flat_view.stride(1) != 1):
         return None
     return top, top + height, column, column + width
 

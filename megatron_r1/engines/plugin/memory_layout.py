@@ -80,12 +80,14 @@ def lay_out(
         copies: by parameter, the rectangles that its loader copies.
         in_place: the engine computes with the received weights until the next push has arrived, so
             there are two buffers."""
-    placed, end = [], 0
+    placements, end = [], 0
     for parameter, own_copies in copies.items():
-        placed.append(PlacedParameter(parameter, end, _num_rows(parameter, own_copies)))
+        placements.append(PlacedParameter(parameter, end, _num_rows(parameter, own_copies)))
         end += -(-parameter.num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-    slots = [_slot(placement, copy) for placement in placed for copy in copies[placement.parameter]]
-    return placed, SlotTable(end, slots, num_buffers=2 if in_place else 1)
+    slots = [
+        _slot(placement, copy) for placement in placements for copy in copies[placement.parameter]
+    ]
+    return placements, SlotTable(end, slots, num_buffers=2 if in_place else 1)
 
 
 def _num_rows(parameter: CheckpointParameter, copies: Sequence[LoaderCopy]) -> int:

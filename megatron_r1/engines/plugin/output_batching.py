@@ -37,19 +37,21 @@ class _BufferedOutputs:
 
     def merge(self) -> Any:
         """Return one output with the tokens of all; that of the newest is changed and returned."""
-        first, last = self.outputs[0], self.outputs[-1]
-        if first is last:
-            return first
-        last.new_token_ids = [token for output in self.outputs for token in output.new_token_ids]
+        first_output, last_output = self.outputs[0], self.outputs[-1]
+        if first_output is last_output:
+            return first_output
+        last_output.new_token_ids = [
+            token for output in self.outputs for token in output.new_token_ids
+        ]
         parts = [output.new_logprobs for output in self.outputs if output.new_logprobs is not None]
         if parts:
-            joined = zip(*(part[:3] for part in parts), strict=True)
-            last.new_logprobs = type(parts[0])(*map(np.concatenate, joined), None)
+            columns = zip(*(part[:3] for part in parts), strict=True)
+            last_output.new_logprobs = type(parts[0])(*map(np.concatenate, columns), None)
         masks = [output.new_sampling_mask for output in self.outputs if output.new_sampling_mask]
         if masks:
-            last.new_sampling_mask = _concatenate_masks(masks)
-        last.prefill_stats = first.prefill_stats
-        return last
+            last_output.new_sampling_mask = _concatenate_masks(masks)
+        last_output.prefill_stats = first_output.prefill_stats
+        return last_output
 
 
 def _concatenate_masks(masks: list[Any]) -> Any:
@@ -76,34 +78,36 @@ class OutputBuffer:
             outputs: the step's `EngineCoreOutputs`, by client; what is then empty is removed.
             wants_whole: whether a request's client reads nothing before its last token."""
         for client, client_outputs in list(outputs.items()):
-            sent = []
+            sent_outputs = []
             for output in client_outputs.outputs:
-                buffered = self._buffered.get(output.request_id)
+                buffered_outputs = self._buffered.get(output.request_id)
                 can_wait = _is_plain(output) and wants_whole(output.request_id)
-                if buffered is None and not can_wait:
-                    sent.append(output)
+                if buffered_outputs is None and not can_wait:
+                    sent_outputs.append(output)
                     continue
-                if buffered is None:
-                    buffered = self._buffered[output.request_id] = _BufferedOutputs(client, [])
-                buffered.outputs.append(output)
-                if not can_wait or len(buffered.outputs) >= MOST_TOKENS:
+                if buffered_outputs is None:
+                    buffered_outputs = self._buffered[output.request_id] = _BufferedOutputs(
+                        client, []
+                    )
+                buffered_outputs.outputs.append(output)
+                if not can_wait or len(buffered_outputs.outputs) >= MOST_TOKENS:
                     del self._buffered[output.request_id]
-                    sent.append(buffered.merge())
-            client_outputs.outputs = sent
+                    sent_outputs.append(buffered_outputs.merge())
+            client_outputs.outputs = sent_outputs
             other_fields = (
                 client_outputs.scheduler_stats,
                 client_outputs.finished_requests,
                 client_outputs.wave_complete,
             )
-            if not sent and all(value is None for value in other_fields):
+            if not sent_outputs and all(value is None for value in other_fields):
                 del outputs[client]
         return outputs
 
     def flush(self) -> dict[int, list[Any]]:
         """Return all that is kept back, by client, and keep it no longer."""
         outputs: dict[int, list[Any]] = {}
-        for buffered in self._buffered.values():
-            outputs.setdefault(buffered.client, []).append(buffered.merge())
+        for buffered_outputs in self._buffered.values():
+            outputs.setdefault(buffered_outputs.client, []).append(buffered_outputs.merge())
         self._buffered.clear()
         return outputs
 

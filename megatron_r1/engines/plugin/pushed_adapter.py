@@ -96,12 +96,14 @@ class PushedAdapter:
         Raises:
             UndeliveredPush: factors differ; it names them.
         """
-        wrong = [name for name, factor in self._factors.items() if not self._is_used(name, factor)]
-        if wrong:
-            names = ", ".join(wrong[:5]) + (", ..." if len(wrong) > 5 else "")
+        wrong_names = [
+            name for name, factor in self._factors.items() if not self._is_used(name, factor)
+        ]
+        if wrong_names:
+            names = ", ".join(wrong_names[:5]) + (", ..." if len(wrong_names) > 5 else "")
             raise UndeliveredPush(
-                f"push {push_number}: {len(wrong)} tensors arrived and are not what the engine "
-                f"computes with: {names}"
+                f"push {push_number}: {len(wrong_names)} tensors arrived and are not what the "
+                f"engine computes with: {names}"
             )
 
     def _placed(self, tensors: Sequence[tuple[str, Sequence[int]]]) -> SlotTable:
@@ -125,16 +127,17 @@ class PushedAdapter:
         slots = self._manager.lora_index_to_id
         if REQUEST.lora_int_id not in slots:
             return False
-        stacked = module.lora_a_stacked if is_a else module.lora_b_stacked
-        in_use = stacked[index][slots.index(REQUEST.lora_int_id), 0]
+        stacked_factors = module.lora_a_stacked if is_a else module.lora_b_stacked
+        in_use = stacked_factors[index][slots.index(REQUEST.lora_int_id), 0]
         expected = factor if is_a else factor * self._config.vllm_lora_scaling_factor
         if module.tp_size > 1:
             cut = module.slice_lora_a if is_a else module.slice_lora_b
-            if len(stacked) == 1:
+            if len(stacked_factors) == 1:
                 expected = cut(expected)
             else:
                 factors = [
-                    expected if position == index else None for position in range(len(stacked))
+                    expected if position == index else None
+                    for position in range(len(stacked_factors))
                 ]
                 expected = cut(factors)[index]
         return torch.equal(in_use[: expected.shape[0], : expected.shape[1]], expected)

@@ -103,8 +103,8 @@ def omit_masks_of_whole_vocabulary() -> None:
 
     def tolists(self: Any, *arguments: Any) -> SamplingMaskLists:
         counts = self.counts.cpu()
-        listed = torch.where(counts == self.vocab_size, 0, counts)
-        return to_lists(self._replace(counts=listed), *arguments)
+        listed_counts = torch.where(counts == self.vocab_size, 0, counts)
+        return to_lists(self._replace(counts=listed_counts), *arguments)
 
     SamplingMaskTensors.tolists = tolists
 
@@ -122,24 +122,24 @@ def return_masks_on_cpu() -> None:
     verify_config, gather = VllmConfig._verify_sampling_replay_config, Sampler.gather_logprobs
     sample, sample_tokens = CPUModelRunner._sample, CPUModelRunner.sample_tokens
     collector = SamplingMaskCollector()
-    active: list[SamplingMaskCollector] = []
+    active_collectors: list[SamplingMaskCollector] = []
 
     def verify(config: Any) -> None:
         parts = {"model_config": config.model_config, "use_v2_model_runner": True}
         verify_config(SimpleNamespace(**parts, speculative_config=config.speculative_config))
 
     def gather_logprobs(logprobs: Tensor, *arguments: Any, **kwargs: Any) -> Any:
-        for active_collector in active:
+        for active_collector in active_collectors:
             active_collector.logprobs = logprobs
         return gather(logprobs, *arguments, **kwargs)
 
     def sample_and_keep(self: Any, *arguments: Any) -> Any:
         if self.model_config.return_sampling_mask:
-            active.append(collector)
+            active_collectors.append(collector)
         try:
             return sample(self, *arguments)
         finally:
-            active.clear()  # scores of prompts are gathered by the same function, later
+            active_collectors.clear()  # scores of prompts are gathered by the same function, later
 
     def sample_with_masks(self: Any, *arguments: Any) -> Any:
         collector.logprobs = None

@@ -123,9 +123,9 @@ def preload() -> None:
 
     if current_platform.is_cpu():
         register()  # before the modules that it patches are imported by others
-        for later in LATER_IMPORTS:
+        for module_name in LATER_IMPORTS:
             with contextlib.suppress(ModuleNotFoundError):  # another vLLM: it is only faster so
-                import_module(later)
+                import_module(module_name)
 
 
 def main() -> None:

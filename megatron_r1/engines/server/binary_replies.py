@@ -99,8 +99,8 @@ async def read_responses(
             lengths = [num_prompt_tokens + choice.num_tokens for choice in choices]
             routings = await _read_routing(content, choices, lengths, routing, routing_slots)
     except asyncio.IncompleteReadError as error:
-        missing = (error.expected or 0) - len(error.partial)
-        raise ValueError(f"the reply ends {missing} bytes too early") from None
+        num_missing = (error.expected or 0) - len(error.partial)
+        raise ValueError(f"the reply ends {num_missing} bytes too early") from None
     return [
         checked_response(
             token_ids=ids,
@@ -150,15 +150,15 @@ async def _read_routing(
                 raise ValueError(NO_ROUTING)
             dtype, dimensions = np.dtype(choice.routed_experts.dtype), choice.routed_experts.shape
             async with routing_slots:
-                raw = await content.readexactly(dtype.itemsize * int(np.prod(dimensions)))
-                rows = np.frombuffer(raw, dtype).reshape(dimensions)
+                raw_bytes = await content.readexactly(dtype.itemsize * int(np.prod(dimensions)))
+                rows = np.frombuffer(raw_bytes, dtype).reshape(dimensions)
                 # In a thread: a write waits for the disk once the system's buffers are full.
                 sizes.append(await asyncio.to_thread(_write, file, rows, shape, num_tokens))
         if not sum(sizes):
             return [memoryview(b"")] * len(sizes)
-        mapped = memoryview(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ))
+        mapped_file = memoryview(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ))
     ends = np.cumsum(sizes).tolist()
-    return [mapped[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+    return [mapped_file[end - size : end] for end, size in zip(ends, sizes, strict=True)]
 
 
 def _write(file: IO[bytes], rows: np.ndarray, shape: RoutingShape, num_tokens: int) -> int:

@@ -32,9 +32,9 @@ def device() -> Literal["cpu", "cuda"]:
 
 def visible_gpus(environment: Mapping[str, str]) -> list[str]:
     """Return the GPUs in CUDA_VISIBLE_DEVICES, which Slurm sets; where it is not set, all."""
-    visible = environment.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return [gpu for gpu in visible.split(",") if gpu]
+    visible_ids = environment.get("CUDA_VISIBLE_DEVICES")
+    if visible_ids is not None:
+        return [gpu for gpu in visible_ids.split(",") if gpu]
     return [str(index) for index in range(len(glob.glob("/dev/nvidia[0-9]*")))]
 
 
@@ -83,8 +83,8 @@ def torch_has_cuda() -> bool:
     package = importlib.util.find_spec("torch")
     if package is None or package.origin is None:
         return False
-    build = runpy.run_path(str(Path(package.origin).with_name("version.py")))
-    return build["cuda"] is not None
+    version_values = runpy.run_path(str(Path(package.origin).with_name("version.py")))
+    return version_values["cuda"] is not None
 
 
 def _count_devices() -> int:

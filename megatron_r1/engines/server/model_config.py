@@ -68,10 +68,10 @@ def max_model_len(config: Config) -> int:
             cause=Cause.TOO_LARGE,
         )
     # Engines are sized once, for the longest responses of rl.schedule.
-    longest = max(part.rollout.max_response_tokens for _, part in config.schedule_parts())
-    if longest >= length:
+    max_tokens = max(part.rollout.max_response_tokens for _, part in config.schedule_parts())
+    if max_tokens >= length:
         raise UserError(
-            f"rollout.max_response_tokens: {longest} leaves no room for "
+            f"rollout.max_response_tokens: {max_tokens} leaves no room for "
             f"a prompt within {length} tokens; lower it"
             + (f", or raise rollout.max_model_len (at most {limit})" if length < limit else ""),
             key="rollout.max_response_tokens",

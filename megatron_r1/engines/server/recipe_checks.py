@@ -177,8 +177,12 @@ def check_ranks(engines: RolloutConfig | TeacherEngines, hf_config: HFConfig, se
             key=f"{section}.tensor_parallel",
             cause=Cause.INDIVISIBLE,
         )
-    latent = bool(language.get("kv_lora_rank"))
-    if not latent and kv_heads % engines.tensor_parallel and engines.tensor_parallel % kv_heads:
+    has_latent_attention = bool(language.get("kv_lora_rank"))
+    if (
+        not has_latent_attention
+        and kv_heads % engines.tensor_parallel
+        and engines.tensor_parallel % kv_heads
+    ):
         raise UserError(
             f"{section}.tensor_parallel={engines.tensor_parallel} neither divides "
             f"num_key_value_heads={kv_heads} nor "
@@ -256,7 +260,7 @@ def _check_gpt_oss(
 ) -> None:
     """Raise UserError for ranks among which vLLM's class of gpt-oss cannot divide the model: a
     tensor rank needs key-value heads of its own, every rank an equal part of intermediate_size."""
-    kv_heads, intermediate = hf_config["num_key_value_heads"], hf_config["intermediate_size"]
+    kv_heads, intermediate_size = hf_config["num_key_value_heads"], hf_config["intermediate_size"]
     if kv_heads % engines.tensor_parallel:
         raise UserError(
             f"{section}.tensor_parallel={engines.tensor_parallel} does not divide "
@@ -266,11 +270,11 @@ def _check_gpt_oss(
             cause=Cause.INDIVISIBLE,
         )
     ranks = engines.tensor_parallel * engines.pipeline_parallel * engines.data_parallel
-    if intermediate % ranks:
+    if intermediate_size % ranks:
         raise UserError(
             f"{section}: {ranks} ranks (tensor_parallel x pipeline_parallel x data_parallel) do "
             "not divide intermediate_size="
-            f"{intermediate}, as vLLM's gpt-oss requires; choose a divisor",
+            f"{intermediate_size}, as vLLM's gpt-oss requires; choose a divisor",
             key=section,
             cause=Cause.INDIVISIBLE,
         )
@@ -345,9 +349,9 @@ def _check_experts(rollout: RolloutConfig, hf_config: HFConfig) -> None:
     if family.clamped_swiglu and (size := hf_config["intermediate_size"]) % (
         CPU_EXPERT_ALIGNMENT * ranks
     ):
-        shared = f" shared by {ranks} ranks" if ranks > 1 else ""
+        sharing_note = f" shared by {ranks} ranks" if ranks > 1 else ""
         raise UserError(
-            f"config.json: intermediate_size={size}{shared}: {multiples}",
+            f"config.json: intermediate_size={size}{sharing_note}: {multiples}",
             key="intermediate_size",
             cause=Cause.INDIVISIBLE,
         )

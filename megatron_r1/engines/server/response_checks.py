@@ -72,9 +72,9 @@ def checked_response(
 def check_logprobs(token_ids: Sequence[int], logprobs: array[float]) -> None:
     """Raise ValueError for a log-probability that is not finite, or is what stands for one."""
     floats = np.frombuffer(logprobs, np.float32)
-    unusable = ~(floats > LOWEST_LOGPROB) | np.isinf(floats)
-    if unusable.any():
-        first = int(unusable.argmax())
+    is_unusable = ~(floats > LOWEST_LOGPROB) | np.isinf(floats)
+    if is_unusable.any():
+        first = int(is_unusable.argmax())
         raise ValueError(f"the log-probability of token {token_ids[first]} is {floats[first]}")
 
 

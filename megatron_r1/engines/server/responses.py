@@ -61,11 +61,11 @@ def truncate_at_stop(
     start, string = min(matches, key=lambda match: (match[0] + len(match[1]), match[0]))
     low, high = 0, len(response.token_ids)  # the text of the first `high` tokens contains it
     while high - low > 1:
-        middle = (low + high) // 2
-        if string in decode(response.token_ids[:middle]):
-            high = middle
+        middle_count = (low + high) // 2
+        if string in decode(response.token_ids[:middle_count]):
+            high = middle_count
         else:
-            low = middle
+            low = middle_count
     return truncate_response(response, num_prompt_tokens, high, "stop"), text[:start], string
 
 

@@ -254,12 +254,12 @@ def temporary_logs() -> Iterator[Path]:
     """Provide a temporary folder for the logs of engines. It stays where an engine fails, whose
     error names its log."""
     folder = Path(tempfile.mkdtemp(prefix="megatron_r1_logs_"))
-    failed = False
+    has_failed = False
     try:
         yield folder
     except EngineError:
-        failed = True
+        has_failed = True
         raise
     finally:
-        if not failed:
+        if not has_failed:
             shutil.rmtree(folder, ignore_errors=True)

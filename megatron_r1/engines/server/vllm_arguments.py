@@ -109,14 +109,14 @@ def check_reserved(engines: RolloutConfig | TeacherEngines, section: str) -> Non
         engines: the recipe's section.
         section: its key, such as "rollout" or "teacher".
     """
-    owned = RESERVED_ARGUMENTS | (
+    owned_arguments = RESERVED_ARGUMENTS | (
         RESERVED_OF_TEACHER if isinstance(engines, TeacherEngines) else {}
     )
     for argument in engines.vllm:
         key = f"{section}.vllm.{argument}"
         name = argument.replace("-", "_").removeprefix("no_")
-        if name in owned:
-            setting = re.sub(r"^(rollout|teacher)\b", lambda match: section, owned[name])
+        if name in owned_arguments:
+            setting = re.sub(r"^(rollout|teacher)\b", lambda match: section, owned_arguments[name])
             raise UserError(
                 f"{key}: set {setting}, which decides it", key=key, cause=Cause.CONFLICT
             )
@@ -156,24 +156,25 @@ def check_arguments(engines: RolloutConfig | TeacherEngines, section: str) -> No
     on_hosts = isinstance(engines, RolloutConfig) and engines.placement == "hosts"
     if not engines.vllm or (on_hosts and find_spec("vllm") is None):
         return
-    parsed = _parse(argument_list(engines.vllm))
+    parse_result = _parse(argument_list(engines.vllm))
     for argument in engines.vllm:
         name = argument.replace("-", "_")
-        if name not in parsed.names:
+        if name not in parse_result.names:
             key = f"{section}.vllm.{argument}"
             raise UserError(
-                f"{key}: vLLM has no such argument{did_you_mean(name, parsed.names)}; "
+                f"{key}: vLLM has no such argument{did_you_mean(name, parse_result.names)}; "
                 "`vllm serve --help=all` lists them",
                 key=key,
                 cause=Cause.UNKNOWN,
             )
-    if parsed.error:
+    if parse_result.error:
         setting = next(
-            (f"{section}.vllm.{name}" for name in engines.vllm if _names(parsed.error, name)),
+            (f"{section}.vllm.{name}" for name in engines.vllm if _names(parse_result.error, name)),
             f"{section}.vllm",
         )
         raise UserError(
-            f"{setting}: vLLM does not accept it: {parsed.error}; correct it, or leave it out",
+            f"{setting}: vLLM does not accept it: {parse_result.error}; correct it, or leave it "
+            "out",
             key=setting,
             cause=Cause.MALFORMED,
         )
@@ -191,10 +192,12 @@ def _parse(words: list[str]) -> ParsedArguments:
         text=True,
     )
     if process.returncode:
-        last = process.stderr.strip().splitlines()[-1:] or [f"exit status {process.returncode}"]
+        last_lines = process.stderr.strip().splitlines()[-1:] or [
+            f"exit status {process.returncode}"
+        ]
         raise UserError(
-            f"rollout.vllm: vLLM's parser could not be asked ({last[0]}); is vLLM installed in "
-            f"{sys.executable}?",
+            f"rollout.vllm: vLLM's parser could not be asked ({last_lines[0]}); is vLLM installed "
+            f"in {sys.executable}?",
             key="rollout.vllm",
             cause=Cause.NOT_INSTALLED,
         )

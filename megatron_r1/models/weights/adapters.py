@@ -147,17 +147,17 @@ def _fingerprint(chunks: Sequence[torch.nn.Module], hf_config: HFConfig) -> int:
 
     It is the sum of all elements' bits, each tensor's times a number made of its name, modulo 2^64.
     """
-    total = torch.zeros((), dtype=torch.int64)
+    fingerprint = torch.zeros((), dtype=torch.int64)
     with torch.no_grad():
         for parameter, pieces, owner in local_pieces(chunks, hf_config):
             for piece in pieces if owner else ():
                 values = parameter.narrow(piece.dim, piece.local_start, piece.length)
                 bits = values.view(_BITS_DTYPES[values.itemsize]).sum(dtype=torch.int64)
-                total += bits.cpu() * zlib.crc32(piece.hf_name.encode())
+                fingerprint += bits.cpu() * zlib.crc32(piece.hf_name.encode())
     device = next(chunks[0].parameters()).device
-    total = total.to(device)
-    dist.all_reduce(total)  # over all ranks, which hold parts of the model
-    return int(total) % 2**64
+    fingerprint = fingerprint.to(device)
+    dist.all_reduce(fingerprint)  # over all ranks, which hold parts of the model
+    return int(fingerprint) % 2**64
 
 
 def save_adapter(

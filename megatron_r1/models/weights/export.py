@@ -142,24 +142,24 @@ def write_pieces(
         part_of: returns the part that a tensor is of a stored tensor of all experts, or None if it
             is stored alone.
         durable: fsync before renaming."""
-    unfinished = {path: path.with_name(path.name + ".incomplete") for path in plans}
+    unfinished_paths = {path: path.with_name(path.name + ".incomplete") for path in plans}
 
     def create() -> None:
         for path, plan in plans.items():
-            _create(unfinished[path], plan)
+            _create(unfinished_paths[path], plan)
         _require_room(plans)
 
     def write() -> None:
-        with contextlib.closing(_OpenFiles(plans, unfinished)) as files, torch.no_grad():
+        with contextlib.closing(_OpenFiles(plans, unfinished_paths)) as files, torch.no_grad():
             for parameter, pieces, owner in local_parameters:
                 _write_parameter(files, parameter, pieces if owner else (), copies, part_of)
             if durable:
                 for path in files.opened:
-                    fsync(unfinished[path])
+                    fsync(unfinished_paths[path])
 
     def rename() -> None:
         for path in plans:
-            os.replace(unfinished[path], path)
+            os.replace(unfinished_paths[path], path)
         for folder in {path.parent for path in plans} if durable else ():
             fsync(folder)
 
@@ -249,10 +249,10 @@ class _StackedBoxes:
         key = part.name, (part.expert, *offsets)
         if key not in self._boxes:
             self._boxes[key] = torch.empty(sizes, dtype=tensor.dtype), set()
-        box, filled = self._boxes[key]
+        box, filled_parts = self._boxes[key]
         part.select(box).copy_(values)
-        filled.add(part.first)
-        if len(filled) == part.step:
+        filled_parts.add(part.first)
+        if len(filled_parts) == part.step:
             self._files.write(part.name, key[1], box[None])
             del self._boxes[key]
 
@@ -324,29 +324,29 @@ def write_folder(out: Path, begin: Callable[[Path], None]) -> Iterator[Path]:
     Args:
         out: the final folder.
         begin: writes into the folder first, on rank 0."""
-    unfinished = out.with_name(out.name + ".incomplete")
+    unfinished_folder = out.with_name(out.name + ".incomplete")
 
     def create() -> None:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.rmtree(unfinished_folder, ignore_errors=True)
         make_folder(out.parent)
-        unfinished.mkdir()
-        begin(unfinished)
+        unfinished_folder.mkdir()
+        begin(unfinished_folder)
 
     run_on_rank_zero(create)
-    yield unfinished
-    run_on_rank_zero(lambda: _replace_folder(unfinished, out))
+    yield unfinished_folder
+    run_on_rank_zero(lambda: _replace_folder(unfinished_folder, out))
 
 
 def _replace_folder(unfinished: Path, out: Path) -> None:
     # A folder cannot be renamed over another: for an instant neither name exists, but both folders
     # are on disk.
-    previous = out.with_name(out.name + ".previous")
-    shutil.rmtree(previous, ignore_errors=True)
+    previous_folder = out.with_name(out.name + ".previous")
+    shutil.rmtree(previous_folder, ignore_errors=True)
     if out.exists():
-        os.rename(out, previous)
+        os.rename(out, previous_folder)
     os.rename(unfinished, out)
     fsync(out.parent)
-    shutil.rmtree(previous, ignore_errors=True)
+    shutil.rmtree(previous_folder, ignore_errors=True)
 
 
 def _require_room(plans: Mapping[Path, FilePlan]) -> None:

@@ -152,19 +152,19 @@ def layout_from_table(weight_table: WeightTable, shard: Shard) -> dict[str, Layo
     if shard.embedding or shard.mtp:
         for rule in weight_table.embedding:
             add(rule, "", "", owner=shard.embedding)
-    for local, layer in enumerate(shard.layers):
+    for local_layer, layer in enumerate(shard.layers):
         for rule in weight_table.layers[layer]:
-            add(rule, f"decoder.layers.{local}.", f"model.layers.{layer}.")
+            add(rule, f"decoder.layers.{local_layer}.", f"model.layers.{layer}.")
     if shard.final_norm:
         for rule in weight_table.final_norm:
             add(rule, "", "")
     if shard.head:
-        embedded = {source.name for rule in weight_table.embedding for source in rule.sources}
+        embedded_names = {source.name for rule in weight_table.embedding for source in rule.sources}
         for rule in weight_table.head:
-            tied = rule.sources[0].name in embedded
+            is_tied = rule.sources[0].name in embedded_names
             # Megatron has one parameter for both where both are on one stage, else a second copy.
-            if not (tied and (shard.embedding or shard.mtp)):
-                add(rule, "", "", owner=not tied)
+            if not (is_tied and (shard.embedding or shard.mtp)):
+                add(rule, "", "", owner=not is_tied)
     if shard.mtp:
         for index, layer_rules in enumerate(weight_table.mtp):
             for rule in layer_rules:
@@ -209,8 +209,8 @@ def _entries(
             cause=Cause.INDIVISIBLE,
         )
     num_local = num_experts // num_groups if rule.is_expert else 1
-    for local in range(num_local):
-        expert = str(group * num_local + local)
+    for local_expert in range(num_local):
+        expert = str(group * num_local + local_expert)
         local_pieces = tuple(
             replace(piece, hf_name=prefix + piece.hf_name.replace("{e}", expert))
             for piece in pieces
@@ -223,4 +223,4 @@ def _entries(
             is_expert=rule.is_expert,
             dtype=rule.dtype,
         )
-        yield name.replace("{e}", str(local)), entry
+        yield name.replace("{e}", str(local_expert)), entry

@@ -57,11 +57,13 @@ def local_entries(
         chunk = unwrap_model(chunk)
         tensors = model_tensors(chunk)
         entries = layout(hf_config, chunk_shard(chunk))
-        if unruled := sorted(tensors.keys() - entries.keys()):
-            raise ValueError(f"no weight rule covers the Megatron parameter {', '.join(unruled)}")
-        if absent := sorted(entries.keys() - tensors.keys()):
+        if unruled_names := sorted(tensors.keys() - entries.keys()):
             raise ValueError(
-                f"the model has no parameter {', '.join(absent)}, which the table lists"
+                f"no weight rule covers the Megatron parameter {', '.join(unruled_names)}"
+            )
+        if absent_names := sorted(entries.keys() - tensors.keys()):
+            raise ValueError(
+                f"the model has no parameter {', '.join(absent_names)}, which the table lists"
             )
         for name, entry in entries.items():
             if tuple(tensors[name].shape) != entry.shape:
@@ -75,9 +77,9 @@ def local_entries(
 def model_tensors(chunk: Module) -> dict[str, Tensor]:
     """Return this rank's tensors that the weight table covers: parameters, router bias buffers;
     without adapters, which have a table of their own."""
-    bare: Module = unwrap_model(chunk)
-    biases = {n: b for n, b in bare.named_buffers() if n.endswith(".expert_bias")}
-    return {n: p for n, p in bare.named_parameters() if ".lora." not in n} | biases
+    bare_module: Module = unwrap_model(chunk)
+    biases = {n: b for n, b in bare_module.named_buffers() if n.endswith(".expert_bias")}
+    return {n: p for n, p in bare_module.named_parameters() if ".lora." not in n} | biases
 
 
 def merge_adapter(parameter: Tensor, rows: slice, columns: slice) -> Tensor:
@@ -184,13 +186,13 @@ def _load(
     hf_config: HFConfig,
     weights: HFWeights | MegatronWeights,
 ) -> None:
-    headless = has_score_head(hf_config) and not has_score_head(weights.hf_config)
+    lacks_score_head = has_score_head(hf_config) and not has_score_head(weights.hf_config)
     with weights, torch.no_grad():
         weights.check(has_mtp(model_chunks))
         entries = [
             (parameter, entry.pieces, _replicas(model_chunks, entry))
             for parameter, entry in local_entries(model_chunks, hf_config)
-            if not (headless and [piece.hf_name for piece in entry.pieces] == [SCORE])
+            if not (lacks_score_head and [piece.hf_name for piece in entry.pieces] == [SCORE])
         ]
 
         def read() -> None:

@@ -291,10 +291,10 @@ def pieces_of_rows(pieces: Iterable[Piece], start: int, length: int) -> Iterator
         first = max(start, piece.local_start)
         end = min(start + length, piece.local_start + piece.length)
         if first < end:
-            skipped = first - piece.local_start
+            num_skipped = first - piece.local_start
             yield replace(
                 piece,
-                hf_start=piece.hf_start + skipped,
+                hf_start=piece.hf_start + num_skipped,
                 local_start=first - start,
                 length=end - first,
             )
@@ -329,12 +329,12 @@ def _divide(size: int, num_parts: int, source: Source) -> int:
 def weight_table(hf_config: HFConfig) -> WeightTable:
     """Return the rules for this `config.json`, MTP layers included; UserError for an unknown
     architecture."""
-    dense = [*_attention(hf_config), *_dense_mlp(hf_config)]
-    sparse = (
+    dense_rules = [*_attention(hf_config), *_dense_mlp(hf_config)]
+    sparse_rules = (
         [*_attention(hf_config), *_experts(hf_config)] if hf_config.get("n_routed_experts") else []
     )
     kinds = sparse_layers(hf_config)
-    layers = [sparse if is_sparse else dense for is_sparse in kinds]
+    layers = [sparse_rules if is_sparse else dense_rules for is_sparse in kinds]
     num_layers, num_mtp = len(layers), num_mtp_layers(hf_config)
     head = "model.embed_tokens" if hf_config.get("tie_word_embeddings") else "lm_head"
     duplicate_of = {}
@@ -343,14 +343,14 @@ def weight_table(hf_config: HFConfig) -> WeightTable:
         duplicate_of[f"model.layers.{layer}.shared_head.head.weight"] = f"{head}.weight"
     vocab, hidden = hf_config["vocab_size"], hf_config["hidden_size"]
     embedding = "embedding.word_embeddings"
-    last = weight_rule("output_layer", head, (vocab, hidden), vocab_parallel)
+    head_rule = weight_rule("output_layer", head, (vocab, hidden), vocab_parallel)
     if has_score_head(hf_config):
-        last = weight_rule("score", "score", (1, hidden), replicated)
+        head_rule = weight_rule("score", "score", (1, hidden), replicated)
     return WeightTable(
         embedding=[weight_rule(embedding, "model.embed_tokens", (vocab, hidden), vocab_parallel)],
         layers=layers,
         final_norm=[weight_rule("decoder.final_layernorm", "model.norm", (hidden,), replicated)],
-        head=[last],
+        head=[head_rule],
         # An MTP layer has the structure of the last decoder layer.
         mtp=[_mtp(hf_config, layers[-1])] * num_mtp,
         duplicate_of=duplicate_of,
@@ -415,7 +415,7 @@ def _latent(hf_config: HFConfig) -> list[WeightRule]:
     projected."""
     hidden = hf_config["hidden_size"]
     heads = hf_config["num_attention_heads"]
-    latent = hf_config["kv_lora_rank"]
+    latent_size = hf_config["kv_lora_rank"]
     nope = hf_config["qk_nope_head_dim"]
     rope = hf_config["qk_rope_head_dim"]
     value = hf_config["v_head_dim"]
@@ -434,13 +434,15 @@ def _latent(hf_config: HFConfig) -> list[WeightRule]:
         query = [
             weight_rule(m + "linear_q_proj", h + "q_proj", (query_height, hidden), column_parallel)
         ]
-    down = (latent + rope, hidden)
+    down_shape = (latent_size + rope, hidden)
     return [
         weight_rule("input_layernorm", "input_layernorm", (hidden,), replicated),
         *query,
-        weight_rule(m + "linear_kv_down_proj", h + "kv_a_proj_with_mqa", down, replicated),
-        weight_rule(m + "kv_layernorm", h + "kv_a_layernorm", (latent,), replicated, kv_norm),
-        weight_rule(m + "linear_kv_up_proj", h + "kv_b_proj", (kv_height, latent), column_parallel),
+        weight_rule(m + "linear_kv_down_proj", h + "kv_a_proj_with_mqa", down_shape, replicated),
+        weight_rule(m + "kv_layernorm", h + "kv_a_layernorm", (latent_size,), replicated, kv_norm),
+        weight_rule(
+            m + "linear_kv_up_proj", h + "kv_b_proj", (kv_height, latent_size), column_parallel
+        ),
         weight_rule(m + "linear_proj", h + "o_proj", (hidden, heads * value), row_parallel),
     ]
 
@@ -456,11 +458,11 @@ def _dense_mlp(hf_config: HFConfig) -> list[WeightRule]:
 
 def _experts(hf_config: HFConfig) -> list[WeightRule]:
     hidden = hf_config["hidden_size"]
-    intermediate = hf_config["moe_intermediate_size"]
+    intermediate_size = hf_config["moe_intermediate_size"]
     experts = hf_config["n_routed_experts"]
     bias = (Source("mlp.gate.e_score_correction_bias", (experts,)),)
-    local, shared = "mlp.experts.local_experts.{e}", "mlp.shared_experts"
-    grouped = ("mlp.experts.linear_fc1.weight{e}", "mlp.experts.linear_fc2.weight{e}")
+    local_name, shared_name = "mlp.experts.local_experts.{e}", "mlp.shared_experts"
+    grouped_names = ("mlp.experts.linear_fc1.weight{e}", "mlp.experts.linear_fc2.weight{e}")
     family, num_shared = model_family(hf_config), hf_config.get("n_shared_experts") or 0
     has_bias = family.router_score == "sigmoid"
     router = "mlp.router" if family.stacked_experts else "mlp.gate"
@@ -472,17 +474,23 @@ def _experts(hf_config: HFConfig) -> list[WeightRule]:
             if has_bias
             else []
         ),
-        *_gated_rules(local, "mlp.experts.{e}", hidden, intermediate, grouped),
-        *(_expert_biases(hf_config, local, router) if family.linear_biases else []),
-        *(_gated_rules(shared, shared, hidden, intermediate * num_shared) if num_shared else []),
+        *_gated_rules(local_name, "mlp.experts.{e}", hidden, intermediate_size, grouped_names),
+        *(_expert_biases(hf_config, local_name, router) if family.linear_biases else []),
+        *(
+            _gated_rules(shared_name, shared_name, hidden, intermediate_size * num_shared)
+            if num_shared
+            else []
+        ),
     ]
 
 
 def _expert_biases(hf_config: HFConfig, local: str, router: str) -> list[WeightRule]:
     hidden = hf_config["hidden_size"]
-    intermediate = hf_config["moe_intermediate_size"]
+    intermediate_size = hf_config["moe_intermediate_size"]
     name = "mlp.experts.{e}"
-    gate_up = tuple(Source(f"{name}.{part}_proj.bias", (intermediate,)) for part in ("gate", "up"))
+    gate_up = tuple(
+        Source(f"{name}.{part}_proj.bias", (intermediate_size,)) for part in ("gate", "up")
+    )
     te_name = ("mlp.experts.linear_fc1.bias{e}", "mlp.experts.linear_fc2.bias{e}")
     return [
         _bias_rule("mlp.router", router, hf_config["n_routed_experts"]),

@@ -138,11 +138,11 @@ def check_adapter_push(config: Config, hf_config: HFConfig) -> None:
         )
     max_lora_rank(lora.rank)
     modules = {_module(name) for name in adapter_shapes(adapter_table(hf_config, lora))}
-    if refused := sorted(filter(lambda module: _is_unserved(module, hf_config), modules)):
-        served = ", ".join(sorted(modules.difference(refused))) or "others"
+    if refused_modules := sorted(filter(lambda module: _is_unserved(module, hf_config), modules)):
+        served_text = ", ".join(sorted(modules.difference(refused_modules))) or "others"
         raise UserError(
-            f"push.adapter_only: vLLM's LoRA serves no adapter of {', '.join(refused)} in "
-            f"{hf_config['architectures'][0]}; set model.lora.targets to {served}, or "
+            f"push.adapter_only: vLLM's LoRA serves no adapter of {', '.join(refused_modules)} in "
+            f"{hf_config['architectures'][0]}; set model.lora.targets to {served_text}, or "
             "push.adapter_only: false, which pushes merged weights",
             key="model.lora.targets",
             cause=Cause.UNSUPPORTED,

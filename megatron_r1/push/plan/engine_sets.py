@@ -198,10 +198,10 @@ def plan_sets(
 
 def sent_bytes(plan: SetPlan, world_size: int) -> list[float]:
     """Return the bytes that each trainer rank sends to a set."""
-    sent = [0.0] * world_size
+    bytes_by_rank = [0.0] * world_size
     for link in chain.from_iterable(plan):
-        sent[link.trainer_rank] += link.num_bytes
-    return sent
+        bytes_by_rank[link.trainer_rank] += link.num_bytes
+    return bytes_by_rank
 
 
 def links_per_rank(plans: Iterable[SetPlan], world_size: int) -> list[int]:

@@ -88,11 +88,13 @@ class Planner:
                         continue
                     engine_regions = self.sharding.regions.get(item.name, {}).items()
                     for held_region, replicas in self._held_regions(item, stage):
-                        common = (
+                        common_regions = (
                             (held_region.intersection(region), ranks)
                             for region, ranks in engine_regions
                         )
-                        if transfers := [(region, ranks) for region, ranks in common if region]:
+                        if transfers := [
+                            (region, ranks) for region, ranks in common_regions if region
+                        ]:
                             yield item, replicas, transfers
 
     def _held_regions(self, item: HFTensor, stage: int) -> Iterator[tuple[Region, range]]:

@@ -135,10 +135,13 @@ class PredictedSharding:
                 self._refuse(tensor, shape[dim], num_ranks)
             return _equal_part(shape, dim, rank, num_ranks)
         if rule.split is vocab_parallel:
-            padded = padded_vocabulary(shape[0])
-            if padded % num_ranks:
-                self._refuse(tensor, padded, num_ranks)
-            start, end = rank * padded // num_ranks, min((rank + 1) * padded // num_ranks, shape[0])
+            padded_rows = padded_vocabulary(shape[0])
+            if padded_rows % num_ranks:
+                self._refuse(tensor, padded_rows, num_ranks)
+            start, end = (
+                rank * padded_rows // num_ranks,
+                min((rank + 1) * padded_rows // num_ranks, shape[0]),
+            )
             return Region.narrow(shape, 0, start, end - start) if start < end else None
         assert isinstance(rule.split, QueryGroups)
         groups = rule.split.num_groups
@@ -149,13 +152,13 @@ class PredictedSharding:
 
     def _refuse(self, tensor: HFTensor, size: int, num_ranks: int) -> NoReturn:
         keys, remedy = f"rollout.tensor_parallel={self.layout.tensor_parallel}", ""
-        padded = "" if size in tensor.shape else " padded rows"
+        padding_note = "" if size in tensor.shape else " padded rows"
         if tensor.expert is not None:
             keys += f" x rollout.data_parallel={self.layout.data_parallel}"
             remedy = ", or set rollout.expert_parallel: true"
         raise UserError(
             f"{keys}: {num_ranks} engine ranks cannot share {tensor.name} {tensor.shape}, as size "
-            f"{num_ranks} does not divide {size}{padded}; choose a divisor of {size}{remedy}",
+            f"{num_ranks} does not divide {size}{padding_note}; choose a divisor of {size}{remedy}",
             key="rollout.tensor_parallel",
             cause=Cause.INDIVISIBLE,
         )
@@ -166,8 +169,8 @@ class PredictedSharding:
         experts, from the first (vLLM's `EplbState.build_initial_global_physical_to_logical_map`):
         there a push puts them, and `engines.plugin.expert_placement` moves them on."""
         experts = self.table.num_experts
-        physical = experts + self.layout.redundant_experts
-        per_rank, remainder = divmod(physical, self._num_expert_ranks)
+        num_physical = experts + self.layout.redundant_experts
+        per_rank, remainder = divmod(num_physical, self._num_expert_ranks)
         start = rank * per_rank + min(rank, remainder)
         return [i % experts for i in range(start, start + per_rank + (rank < remainder))]
 

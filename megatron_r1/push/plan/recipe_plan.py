@@ -113,12 +113,12 @@ def check_pushes(config: Config, hf_config: HFConfig, world_size: int) -> None:
     check_drafter(config)
     check_adapter_push(config, hf_config)
     layout = engine_layout(config)
-    predicted = predicted_sharding(config, hf_config, layout)
+    sharding = predicted_sharding(config, hf_config, layout)
     grid = TrainerGrid.from_recipe(config.parallel, world_size)
     _planner(config, hf_config, grid, layout)  # as every trainer rank does
     # One rank of each stage and copy.
     for rank in range(0, layout.ranks_per_engine, layout.tensor_parallel):
-        for _ in predicted.regions_of(layout.coordinate(rank)):
+        for _ in sharding.regions_of(layout.coordinate(rank)):
             pass
     if config.push.fp8:
         parallel = config.parallel
@@ -186,20 +186,20 @@ def check_blocks(
     for item, region in _trainer_regions(hf_config, tensor, expert_tensor):
         is_expert = item.expert is not None
         name, size = ("expert_tensor", expert_tensor) if is_expert else ("tensor", tensor)
-        cut = first_unaligned_edge(region, item.shape)
-        if cut is not None and size == 1:
+        unaligned_edge = first_unaligned_edge(region, item.shape)
+        if unaligned_edge is not None and size == 1:
             raise UserError(
-                f"push.fp8: Megatron keeps {item.name} {item.shape} in parts that end at {cut}, "
-                f"within a block of {FP8_BLOCK_SIZE}: a model with heads of {cut} cannot be "
-                "pushed in FP8; "
+                f"push.fp8: Megatron keeps {item.name} {item.shape} in parts that end at "
+                f"{unaligned_edge}, within a block of {FP8_BLOCK_SIZE}: a model with heads of "
+                f"{unaligned_edge} cannot be pushed in FP8; "
                 "set push.fp8: false",
                 key="push.fp8",
                 cause=Cause.INDIVISIBLE,
             )
         _check_aligned(item, region, f"parallel.{name}={size}")
-    predicted = PredictedSharding(hf_config, engines)
+    sharding = PredictedSharding(hf_config, engines)
     for rank in range(0, engines.ranks_per_engine, engines.tensor_parallel):
-        for item, region in predicted.regions_of(engines.coordinate(rank)):
+        for item, region in sharding.regions_of(engines.coordinate(rank)):
             if not is_quantized(item.name):
                 continue
             setting = f"rollout.tensor_parallel={engines.tensor_parallel}"
@@ -219,11 +219,11 @@ def check_blocks(
 
 
 def _check_aligned(item: HFTensor, region: Region, setting: str) -> None:
-    cut = first_unaligned_edge(region, item.shape)
-    if cut is not None:
+    unaligned_edge = first_unaligned_edge(region, item.shape)
+    if unaligned_edge is not None:
         raise UserError(
-            f"push.fp8: {setting} cuts {item.name} {item.shape} at {cut}, within a block of "
-            f"{FP8_BLOCK_SIZE} x {FP8_BLOCK_SIZE}, which has one scale: lower it, or set "
+            f"push.fp8: {setting} cuts {item.name} {item.shape} at {unaligned_edge}, within a "
+            f"block of {FP8_BLOCK_SIZE} x {FP8_BLOCK_SIZE}, which has one scale: lower it, or set "
             "push.fp8: false",
             key="push.fp8",
             cause=Cause.INDIVISIBLE,

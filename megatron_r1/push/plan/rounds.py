@@ -127,7 +127,7 @@ class RoundSchedule:
             for members, num_buckets in zip(relay_groups, self._num_relay_buckets, strict=True)
             for process in members
         ]
-        relayed = np.array(payloads, dtype=np.int64).reshape(-1, 3)
+        relay_rows = np.array(payloads, dtype=np.int64).reshape(-1, 3)
         self._first_relay_bucket = np.cumsum(
             [
                 counts.sum(),
@@ -135,10 +135,12 @@ class RoundSchedule:
             ]
         ).tolist()
         self.bucket_senders = np.concatenate(
-            [self.senders, np.repeat(relayed[:, 0], relayed[:, 2])]
+            [self.senders, np.repeat(relay_rows[:, 0], relay_rows[:, 2])]
         )
-        bucket_counts = np.concatenate([counts, relayed[:, 2]])
-        self.num_bytes = _bucket_sizes(np.concatenate([sides[:, 2], relayed[:, 1]]), bucket_counts)
+        bucket_counts = np.concatenate([counts, relay_rows[:, 2]])
+        self.num_bytes = _bucket_sizes(
+            np.concatenate([sides[:, 2], relay_rows[:, 1]]), bucket_counts
+        )
         self._first_bucket = np.concatenate([[0], np.cumsum(bucket_counts)])
 
     @property
@@ -164,16 +166,16 @@ class RoundSchedule:
 
     def largest_buckets(self) -> np.ndarray:
         """Return the bytes of the largest bucket of each round."""
-        largest = np.zeros(self.num_scatter_rounds + self.num_relay_rounds, np.int64)
+        largest_bytes = np.zeros(self.num_scatter_rounds + self.num_relay_rounds, np.int64)
         is_sent = self.scatter_rounds != NO_BUCKET
         sizes = self.num_bytes[: self.num_scatter_buckets]
-        np.maximum.at(largest, self.scatter_rounds[is_sent], sizes[is_sent])
-        relayed = largest[self.num_scatter_rounds :]
+        np.maximum.at(largest_bytes, self.scatter_rounds[is_sent], sizes[is_sent])
+        relay_bytes = largest_bytes[self.num_scatter_rounds :]
         for members, count in zip(self.relay_groups, self._num_relay_buckets, strict=True):
             size = -(-int(self.scatter_bytes[list(members)].max()) // max(count, 1))
-            rounds = relayed[: (len(members) - 1) * count]
+            rounds = relay_bytes[: (len(members) - 1) * count]
             np.maximum(rounds, size, out=rounds)
-        return largest
+        return largest_bytes
 
     @property
     def min_scatter_rounds(self) -> int:
@@ -184,16 +186,24 @@ class RoundSchedule:
 
     def rounds_of(self, process: int) -> np.ndarray:
         """Return the rounds in which a process takes part, in order, each a `ROUND_DTYPE`."""
-        sent, received = self._by_sender.indices(process), self._by_receiver.indices(process)
-        sent = sent[self.scatter_rounds[sent] != NO_BUCKET]
-        received = received[self.scatter_rounds[received] != NO_BUCKET]
-        rounds = np.union1d(self.scatter_rounds[sent], self.scatter_rounds[received])
+        sent_buckets, received_buckets = (
+            self._by_sender.indices(process),
+            self._by_receiver.indices(process),
+        )
+        sent_buckets = sent_buckets[self.scatter_rounds[sent_buckets] != NO_BUCKET]
+        received_buckets = received_buckets[self.scatter_rounds[received_buckets] != NO_BUCKET]
+        rounds = np.union1d(
+            self.scatter_rounds[sent_buckets], self.scatter_rounds[received_buckets]
+        )
         rows = np.full(len(rounds), NO_BUCKET, ROUND_DTYPE)
         rows["round"] = rounds
-        row_index = np.searchsorted(rounds, self.scatter_rounds[sent])
-        rows["to"][row_index], rows["sent"][row_index] = self.receivers[sent], sent
-        row_index = np.searchsorted(rounds, self.scatter_rounds[received])
-        rows["source"][row_index], rows["received"][row_index] = self.senders[received], received
+        row_index = np.searchsorted(rounds, self.scatter_rounds[sent_buckets])
+        rows["to"][row_index], rows["sent"][row_index] = self.receivers[sent_buckets], sent_buckets
+        row_index = np.searchsorted(rounds, self.scatter_rounds[received_buckets])
+        rows["source"][row_index], rows["received"][row_index] = (
+            self.senders[received_buckets],
+            received_buckets,
+        )
         if process not in self._relay_index:
             return rows
         return np.concatenate([rows, self._relay_rounds(*self._relay_index[process])])
@@ -315,31 +325,33 @@ def _assign_scatter_rounds(
     Greedy matchings: each round takes the links of the busiest processes first, so that few have
     more left than the others. The shipped recipes need at most 1.04 times the least number."""
     rounds = np.full(counts.sum(), NO_BUCKET, np.int32)
-    remaining = np.where(sender == receiver, 0, counts)
+    buckets_left = np.where(sender == receiver, 0, counts)
     size = int(max(sender.max(initial=0), receiver.max(initial=0))) + 1
-    send_counts = np.bincount(sender, remaining, size).astype(np.int64)
-    receive_counts = np.bincount(receiver, remaining, size).astype(np.int64)
+    send_counts = np.bincount(sender, buckets_left, size).astype(np.int64)
+    receive_counts = np.bincount(receiver, buckets_left, size).astype(np.int64)
     next_bucket, number = np.cumsum(counts) - counts, 0
-    waiting = np.flatnonzero(remaining)
-    while len(waiting):
-        load = np.maximum(send_counts[sender[waiting]], receive_counts[receiver[waiting]])
-        busiest = waiting[np.lexsort((waiting, -remaining[waiting], -load))]
-        matching = _matching(busiest.tolist(), sender[busiest].tolist(), receiver[busiest].tolist())
-        rounds[next_bucket[matching]] = number
-        next_bucket[matching] += 1
-        remaining[matching] -= 1
-        send_counts[sender[matching]] -= 1
-        receive_counts[receiver[matching]] -= 1
-        waiting, number = waiting[remaining[waiting] > 0], number + 1
+    links_left = np.flatnonzero(buckets_left)
+    while len(links_left):
+        load = np.maximum(send_counts[sender[links_left]], receive_counts[receiver[links_left]])
+        busiest_first = links_left[np.lexsort((links_left, -buckets_left[links_left], -load))]
+        matched_links = _matching(
+            busiest_first.tolist(), sender[busiest_first].tolist(), receiver[busiest_first].tolist()
+        )
+        rounds[next_bucket[matched_links]] = number
+        next_bucket[matched_links] += 1
+        buckets_left[matched_links] -= 1
+        send_counts[sender[matched_links]] -= 1
+        receive_counts[receiver[matched_links]] -= 1
+        links_left, number = links_left[buckets_left[links_left] > 0], number + 1
     return rounds
 
 
 def _matching(links: list[int], senders: list[int], receivers: list[int]) -> np.ndarray:
     """Return links, in order of preference, no two of which share a sender or a receiver."""
-    sending, receiving, matching = set(), set(), []
+    busy_senders, busy_receivers, matched_links = set(), set(), []
     for link, sender, receiver in zip(links, senders, receivers, strict=True):
-        if sender not in sending and receiver not in receiving:
-            sending.add(sender)
-            receiving.add(receiver)
-            matching.append(link)
-    return np.array(matching)
+        if sender not in busy_senders and receiver not in busy_receivers:
+            busy_senders.add(sender)
+            busy_receivers.add(receiver)
+            matched_links.append(link)
+    return np.array(matched_links)

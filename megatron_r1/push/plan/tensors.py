@@ -75,10 +75,10 @@ class Region:
             dim: 0 for rows, 1 for columns.
             start: the first row or column.
             length: the number of rows or columns."""
-        full = cls.full(shape)
+        full_region = cls.full(shape)
         if dim == 0:
-            return cls(start, start + length, full.left, full.right)
-        return cls(full.top, full.bottom, start, start + length)
+            return cls(start, start + length, full_region.left, full_region.right)
+        return cls(full_region.top, full_region.bottom, start, start + length)
 
     @classmethod
     def from_piece(cls, piece: Piece, shape: Shape) -> Region:
@@ -99,8 +99,8 @@ class Region:
 
 def is_tied(table: WeightTable) -> bool:
     """Return whether head and embedding are one tensor."""
-    embedded = {source.name for rule in table.embedding for source in rule.sources}
-    return any(source.name in embedded for rule in table.head for source in rule.sources)
+    embedded_names = {source.name for rule in table.embedding for source in rule.sources}
+    return any(source.name in embedded_names for rule in table.head for source in rule.sources)
 
 
 def checkpoint_tensors(

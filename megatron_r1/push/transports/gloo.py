@@ -109,7 +109,7 @@ class GlooReceiver(PayloadReceiver):
     def _receive_push(self, group: dist.ProcessGroup, trainer_rank: int, push_number: int) -> None:
         """Receive a push, one bucket while the one before is unpacked, and check it."""
         payload = self.receive_payloads(push_number).payload(trainer_rank)
-        arriving: tuple[dist.Work, int, int, torch.Tensor] | None = None
+        arriving_bucket: tuple[dist.Work, int, int, torch.Tensor] | None = None
 
         def unpack(work: dist.Work, start: int, end: int, data: torch.Tensor) -> None:
             _wait_for(work, self.rendezvous)
@@ -118,11 +118,11 @@ class GlooReceiver(PayloadReceiver):
         for start, end in _bucket_ranges(payload):
             data = torch.empty(end - start, dtype=torch.uint8)
             work = group.recv([data], TRAINER_RANK, 0)
-            if arriving:
-                unpack(*arriving)
-            arriving = work, start, end, data
-        if arriving:
-            unpack(*arriving)
+            if arriving_bucket:
+                unpack(*arriving_bucket)
+            arriving_bucket = work, start, end, data
+        if arriving_bucket:
+            unpack(*arriving_bucket)
         self.verify_checksums(push_number, [trainer_rank])
 
     def _run_relays(self) -> None:
@@ -172,30 +172,34 @@ class GlooReceiver(PayloadReceiver):
 
         gloo's own all-gather takes three times as long with 64 MiB a bucket (docs/learned.md)."""
         member, count = self.rendezvous.member, self.rendezvous.num_members
-        receive = self.receive_payloads(push_number)
-        payloads = [receive.payload(RelaySource(source)) for source in range(count)]
-        payloads[member] = receive.relay_payload()
-        arrived: tuple[BufferPayload, int, int, torch.Tensor] | None = None
-        largest = max(payloads, key=lambda payload: payload.num_bytes)
-        for start, end in _bucket_ranges(largest, RELAY_BUCKET_BYTES):
+        payload_receiver = self.receive_payloads(push_number)
+        payloads = [payload_receiver.payload(RelaySource(source)) for source in range(count)]
+        payloads[member] = payload_receiver.relay_payload()
+        arrived_bucket: tuple[BufferPayload, int, int, torch.Tensor] | None = None
+        largest_payload = max(payloads, key=lambda payload: payload.num_bytes)
+        for start, end in _bucket_ranges(largest_payload, RELAY_BUCKET_BYTES):
             ends = [max(start, min(end, payload.num_bytes)) for payload in payloads]
-            sent = torch.empty(ends[member] - start, dtype=torch.uint8)
-            if len(sent):
-                payloads[member].pack(start, ends[member], sent)
+            send_buffer = torch.empty(ends[member] - start, dtype=torch.uint8)
+            if len(send_buffer):
+                payloads[member].pack(start, ends[member], send_buffer)
             for hop in range(1, count):
                 source = (member - hop) % count
-                received = torch.empty(ends[source] - start, dtype=torch.uint8)
-                works = [group.send([sent], (member + hop) % count, 0)] if len(sent) else []
-                works += [group.recv([received], source, 0)] if len(received) else []
-                if arrived:
-                    arrived[0].unpack(*arrived[1:])
+                receive_buffer = torch.empty(ends[source] - start, dtype=torch.uint8)
+                works = (
+                    [group.send([send_buffer], (member + hop) % count, 0)]
+                    if len(send_buffer)
+                    else []
+                )
+                works += [group.recv([receive_buffer], source, 0)] if len(receive_buffer) else []
+                if arrived_bucket:
+                    arrived_bucket[0].unpack(*arrived_bucket[1:])
                 for work in works:
                     _wait_for(work, self.rendezvous, EXTRA_SECONDS)
-                arrived = None
-                if len(received):
-                    arrived = payloads[source], start, ends[source], received
-        if arrived:
-            arrived[0].unpack(*arrived[1:])
+                arrived_bucket = None
+                if len(receive_buffer):
+                    arrived_bucket = payloads[source], start, ends[source], receive_buffer
+        if arrived_bucket:
+            arrived_bucket[0].unpack(*arrived_bucket[1:])
         relays = [
             source for source in self.received_chunks.chunks if isinstance(source, RelaySource)
         ]

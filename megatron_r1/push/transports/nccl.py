@@ -139,9 +139,9 @@ class NCCLReceiver(PayloadReceiver):
     ) -> None:
         """Run this rank's part of a push, and check it."""
         streams.order_copies_after_current()
-        received = self.receive_payloads(push_number)
-        relayed = received.relay_payload()
-        payloads = {source: received.payload(source) for source in _sources(rounds)}
+        receiver = self.receive_payloads(push_number)
+        relay_payload = receiver.relay_payload()
+        payloads = {source: receiver.payload(source) for source in _sources(rounds)}
 
         def transfer(op: RankBucketOp, payload: BufferPayload) -> BucketTransfer:
             return BucketTransfer(op.peer, payload, *payload.bucket_range(op.number, op.count))
@@ -150,7 +150,7 @@ class NCCLReceiver(PayloadReceiver):
             [
                 PushRound(
                     communicator,
-                    None if send is None else transfer(send, relayed),
+                    None if send is None else transfer(send, relay_payload),
                     None if receive is None else transfer(receive, payloads[_source(receive)]),
                 )
                 for send, receive in pairs
@@ -181,12 +181,12 @@ class NCCLReceiver(PayloadReceiver):
         addresses = [export_ipc_handle(self.memory), export_ipc_handle(self.checksums)]
         self.rendezvous.publish_memory(self.engine_rank, self._number, addresses)
         deadline = time.monotonic() + self.rendezvous.push_timeout_seconds
-        checked = 0.0
+        checked_at = 0.0
         with streams.copy_stream():
             while not self._is_written():
                 now = time.monotonic()
-                if now > checked + CHECK_SECONDS:
-                    checked = now
+                if now > checked_at + CHECK_SECONDS:
+                    checked_at = now
                     self.rendezvous.raise_failure()
                 if now > deadline:
                     raise TimeoutError("the trainer rank on this GPU has not sent all of it")

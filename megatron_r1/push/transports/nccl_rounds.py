@@ -68,8 +68,10 @@ class DeviceMemory(NamedTuple):
 @cache
 def _nccl_library() -> ctypes.CDLL:
     """Return NCCL: the library that torch has loaded."""
-    loaded = ctypes.CDLL(None)
-    return loaded if hasattr(loaded, "ncclGetVersion") else ctypes.CDLL("libnccl.so.2")
+    loaded_library = ctypes.CDLL(None)
+    return (
+        loaded_library if hasattr(loaded_library, "ncclGetVersion") else ctypes.CDLL("libnccl.so.2")
+    )
 
 
 def _new_communicator_id() -> bytes:
@@ -196,15 +198,15 @@ class Communicator:
 
     def create(self) -> None:
         """Begin to create it, as soon as rank 0 has published its id."""
-        created: list[bytes] = []
+        communicator_ids: list[bytes] = []
 
         def is_published() -> bool:
-            created.extend(filter(None, [self.rendezvous.find_communicator()]))
-            return bool(created) or self.error is not None
+            communicator_ids.extend(filter(None, [self.rendezvous.find_communicator()]))
+            return bool(communicator_ids) or self.error is not None
 
         if self.wait(is_published):
             try:
-                self._handle = _create_communicator(created[0], self.rank, self.num_ranks)
+                self._handle = _create_communicator(communicator_ids[0], self.rank, self.num_ranks)
             except NCCLError as error:
                 self.abort(error)
 
@@ -358,29 +360,29 @@ class RoundRunner:
     def run(self, rounds: Iterable[PushRound]) -> None:
         """Run rounds one after another; return once all have ended and all copies are enqueued.
         Rounds of a communicator that is aborted are left out from then on."""
-        enqueued: deque[tuple[PushRound, torch.Tensor, Callable[[], bool]]] = deque()
+        enqueued_rounds: deque[tuple[PushRound, torch.Tensor, Callable[[], bool]]] = deque()
         for push_round in rounds:
             if not self._free:
-                self._end(*enqueued.popleft())
+                self._end(*enqueued_rounds.popleft())
             if push_round.communicator.error is None:
                 buffers = self._free.popleft()
                 self._enqueue(push_round, buffers)
-                enqueued.append((push_round, buffers, self._streams.transfers_ended()))
-        while enqueued:
-            self._end(*enqueued.popleft())
+                enqueued_rounds.append((push_round, buffers, self._streams.transfers_ended()))
+        while enqueued_rounds:
+            self._end(*enqueued_rounds.popleft())
 
     def _enqueue(self, push_round: PushRound, buffers: torch.Tensor) -> None:
-        sent = received = None
+        sent_bucket = received_bucket = None
         if push_round.sent is not None:
             peer, payload, start, end = push_round.sent
             with self._streams.copy_stream():
                 payload.pack(start, end, buffers[0, : end - start])
-            sent = peer, DeviceMemory(buffers[0].data_ptr(), end - start)
+            sent_bucket = peer, DeviceMemory(buffers[0].data_ptr(), end - start)
         if push_round.received is not None:
             peer, _, start, end = push_round.received
-            received = peer, DeviceMemory(buffers[1].data_ptr(), end - start)
+            received_bucket = peer, DeviceMemory(buffers[1].data_ptr(), end - start)
         stream = self._streams.order_transfers_after_copies()
-        push_round.communicator.send_recv(sent, received, stream)
+        push_round.communicator.send_recv(sent_bucket, received_bucket, stream)
 
     def _end(
         self, push_round: PushRound, buffers: torch.Tensor, has_ended: Callable[[], bool]

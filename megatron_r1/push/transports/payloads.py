@@ -61,8 +61,8 @@ class Payload:
         while index < len(self._ends) and start < min(end, self.weight_bytes):
             first = self._ends[index - 1] if index else 0
             stop, row_bytes = min(end, self._ends[index]), self._row_bytes[index]
-            top, skipped = divmod(start - first, row_bytes)
-            yield ByteRun(index, top, -(-(stop - first) // row_bytes), skipped, stop - start)
+            top, num_skipped = divmod(start - first, row_bytes)
+            yield ByteRun(index, top, -(-(stop - first) // row_bytes), num_skipped, stop - start)
             start, index = stop, index + 1
 
     def checksums_between(self, start: int, end: int) -> slice:
@@ -118,28 +118,28 @@ class SlicesPayload(Payload):
             start: the first byte.
             end: the byte after the last.
             target: (end - start,) uint8."""
-        packed = []
+        packed_parts = []
         for run in self.runs(start, end):
             dtype = dtype_of(self.table.slots[self.chunks[run.number].slot])
             rows = self._slices[run.number][run.top : run.bottom]
             rows = rows.to(target.device, dtype).contiguous()
             self._read(run, rows)
             values = rows.reshape(-1).view(torch.uint8)
-            packed.append(values[run.skipped : run.skipped + run.num_bytes])
+            packed_parts.append(values[run.skipped : run.skipped + run.num_bytes])
         if end > self.weight_bytes:
             checksums = torch.stack(self._checksums).view(torch.uint8)
-            packed.append(checksums[self.checksums_between(start, end)])
-        torch.cat(packed, out=target)
+            packed_parts.append(checksums[self.checksums_between(start, end)])
+        torch.cat(packed_parts, out=target)
 
     def _read(self, run: ByteRun, rows: torch.Tensor) -> None:
         """Add to the checksum those of the rows that the bucket before did not have."""
         if self._running is None or self._running[0] != run.number:
             row_bytes = self._row_bytes[run.number]
-            new = RowsWeightedSum() if self._uses_weighted_sum else RowsChecksum(row_bytes)
-            self._running = run.number, 0, new
-        _, read, checksum = self._running
-        if run.bottom > read:  # and not within a row that was read whole
-            checksum.update(rows[max(0, read - run.top) :])
+            new_checksum = RowsWeightedSum() if self._uses_weighted_sum else RowsChecksum(row_bytes)
+            self._running = run.number, 0, new_checksum
+        _, rows_read, checksum = self._running
+        if run.bottom > rows_read:  # and not within a row that was read whole
+            checksum.update(rows[max(0, rows_read - run.top) :])
             self._running = run.number, run.bottom, checksum
             if run.bottom == self.chunks[run.number].height:
                 self._checksums.append(checksum.value(rows.device))
@@ -195,15 +195,15 @@ class BufferPayload(Payload):
 
     def _views(self, start: int, end: int) -> Iterator[torch.Tensor]:
         """Yield the memory between two bytes of the payload, uint8 (rows, bytes of a row)."""
-        for index, top, _, skipped, num_bytes in self.runs(start, end):
+        for index, top, _, num_skipped, num_bytes in self.runs(start, end):
             chunk = self.chunks[index]
             row_bytes, pitch = self._row_bytes[index], self.table.slots[chunk.slot].pitch
             slot = slot_view(self._buffer, self.table.slots[chunk.slot], chunk)
             first = slot.storage_offset() * slot.itemsize + top * pitch
             first -= self._buffer.storage_offset()
-            if skipped:
-                remaining_bytes = min(row_bytes - skipped, num_bytes)
-                yield self._buffer[first + skipped :][None, :remaining_bytes]
+            if num_skipped:
+                remaining_bytes = min(row_bytes - num_skipped, num_bytes)
+                yield self._buffer[first + num_skipped :][None, :remaining_bytes]
                 top, num_bytes, first = top + 1, num_bytes - remaining_bytes, first + pitch
             rows, last_bytes = divmod(num_bytes, row_bytes)
             if rows:
@@ -241,7 +241,7 @@ class ReceivePayloads:
         checksums: torch.Tensor,
     ):
         self.table, self.chunks, self.buffer = table, chunks, buffer
-        sizes = [len(sent) for sent in chunks.values()]
+        sizes = [len(sent_chunks) for sent_chunks in chunks.values()]
         self._checksums = dict(zip(chunks, checksums[: sum(sizes)].split(sizes), strict=True))
 
     def payload(self, source: Any) -> BufferPayload:
@@ -305,8 +305,10 @@ class PayloadReceiver(Receiver):
         """Compare what has come from these sources with its checksums."""
         payloads = self.receive_payloads(push_number)
         for source in sources:
-            for index, sent in enumerate(payloads.payload(source).checksums.tolist()):
-                self.received_chunks.chunk_received(source, push_number, index, sent % 2**64)
+            for index, sent_checksum in enumerate(payloads.payload(source).checksums.tolist()):
+                self.received_chunks.chunk_received(
+                    source, push_number, index, sent_checksum % 2**64
+                )
 
     def fail_set(
         self, error: Exception, lost: Sequence[str] | None = None, push_number_in_set: int = 0

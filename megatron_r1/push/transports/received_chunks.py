@@ -121,34 +121,34 @@ class ReceivedChunks:
                         f"push {push_number}: after {timeout_seconds:g} s trainer ranks "
                         f"{', '.join(map(str, late_ranks))} have not sent all of it"
                     )
-            damaged = list(self._damaged.get(push_number, ()))
-        if damaged:
+            damaged_names = list(self._damaged.get(push_number, ()))
+        if damaged_names:
             raise ValueError(
-                f"push {push_number}: {len(damaged)} tensors arrived otherwise than they were "
-                f"sent: {_first_few(damaged)}"
+                f"push {push_number}: {len(damaged_names)} tensors arrived otherwise than they "
+                f"were sent: {_first_few(damaged_names)}"
             )
 
     def pop_changed_slots(self) -> set[int]:
         """Return the slots whose values changed since the last loaded push; refused pushes do not
         count."""
         with self._changed:
-            changed = {
+            changed_slots = {
                 self.chunks[source][index].slot
                 for (source, index), checksum in self.checksums.items()
                 if self._loaded_checksums.get((source, index), checksum) != checksum
             }
             self._loaded_checksums = dict(self.checksums)
-        return changed
+        return changed_slots
 
     def _running_checksum(self, source: Any, push_number: int, index: int) -> RunningChecksum:
-        arriving = self._arriving.get(source)
-        if arriving is None or arriving[:2] != (push_number, index):
+        arriving_chunk = self._arriving.get(source)
+        if arriving_chunk is None or arriving_chunk[:2] != (push_number, index):
             chunk = self.chunks[source][index]
             buffer = self.table.buffer(self.memory, push_number)
             values = slot_view(buffer, self.table.slots[chunk.slot], chunk)
-            arriving = (push_number, index, RunningChecksum(values, self._uses_weighted_sum))
-            self._arriving[source] = arriving
-        return arriving[2]
+            arriving_chunk = (push_number, index, RunningChecksum(values, self._uses_weighted_sum))
+            self._arriving[source] = arriving_chunk
+        return arriving_chunk[2]
 
     def _late_sources(self, push_number: int, sources: Sequence[Any] | None) -> list[Any]:
         """Return those of the senders whose part of the push has not arrived."""

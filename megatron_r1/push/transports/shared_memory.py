@@ -177,8 +177,8 @@ class _SenderProgress:
             return False
         memory_fence()
         while self.index < len(self.ends) and self.ends[self.index] <= num_written:
-            sent = int(self.progress[CHECKSUMS_INDEX + self.index])
-            self.received_chunks.chunk_received(self.trainer_rank, push, self.index, sent)
+            sent_checksum = int(self.progress[CHECKSUMS_INDEX + self.index])
+            self.received_chunks.chunk_received(self.trainer_rank, push, self.index, sent_checksum)
             self.index += 1
         if self.index < len(self.ends) and num_written > self.starts[self.index]:
             row = (num_written - self.starts[self.index]) // self.row_bytes[self.index]
@@ -300,12 +300,12 @@ def open_ipc_handle(address: str) -> torch.Tensor:
         ValueError: this process does not see the other one's GPU.
     """
     gpu, handle = msgspec.msgpack.decode(base64.b64decode(address))
-    visible = {gpu_uuid(device): device for device in range(torch.cuda.device_count())}
-    if gpu not in visible:
+    device_by_uuid = {gpu_uuid(device): device for device in range(torch.cuda.device_count())}
+    if gpu not in device_by_uuid:
         raise ValueError(
-            f"an engine rank's GPU {gpu} is not one of the {len(visible)} that this trainer rank "
-            "sees; let every rank see all GPUs of its host (CUDA_VISIBLE_DEVICES)"
+            f"an engine rank's GPU {gpu} is not one of the {len(device_by_uuid)} that this trainer "
+            "rank sees; let every rank see all GPUs of its host (CUDA_VISIBLE_DEVICES)"
         )
-    device = torch.device("cuda", visible[gpu])
+    device = torch.device("cuda", device_by_uuid[gpu])
     storage = torch.UntypedStorage._new_shared_cuda(device.index, *handle)
     return torch.empty(0, dtype=torch.uint8, device=device).set_(storage)

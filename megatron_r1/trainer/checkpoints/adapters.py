@@ -48,8 +48,8 @@ def load_adapters(chunk: Any, values: dict[str, Tensor]) -> None:
         KeyError: a name is missing or unknown.
     """
     factors = {name: factor for name, factor, _ in adapter_factors([chunk])}
-    if different := sorted(factors.keys() ^ values.keys()):
-        raise KeyError(f"missing or unknown: {different[:5]}")
+    if different_names := sorted(factors.keys() ^ values.keys()):
+        raise KeyError(f"missing or unknown: {different_names[:5]}")
     with torch.no_grad():
         for name, factor in factors.items():
             factor.copy_(values[name])
@@ -67,10 +67,10 @@ def check_base(folder: Path, written: int | None, chunks: Any) -> None:
         return
     if written is None or fingerprint is None:
         kinds = "whole weights", "adapters (model.lora)"
-        holds, trained = kinds if written is None else kinds[::-1]
+        folder_kind, recipe_kind = kinds if written is None else kinds[::-1]
         raise UserError(
-            f"checkpoint {folder} holds {holds}, and the recipe trains {trained}; continue with "
-            "the recipe that wrote it, or start in another run.folder",
+            f"checkpoint {folder} holds {folder_kind}, and the recipe trains {recipe_kind}; "
+            "continue with the recipe that wrote it, or start in another run.folder",
             key="model.lora",
             cause=Cause.CHANGED,
         )

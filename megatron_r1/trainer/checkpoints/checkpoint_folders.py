@@ -58,7 +58,7 @@ def write_manifest(folder: Path, known_entries: Mapping[str, FileEntry] | None =
     names = [path.relative_to(folder).as_posix() for path in paths]
     names_to_read = [name for name in names if name not in known_entries and name != MANIFEST]
     with ThreadPoolExecutor(NUM_THREADS) as pool:
-        read = dict(
+        entries_read = dict(
             zip(
                 names_to_read,
                 pool.map(lambda name: file_entry(folder / name), names_to_read),
@@ -67,7 +67,7 @@ def write_manifest(folder: Path, known_entries: Mapping[str, FileEntry] | None =
         )
     files = {
         name: {"bytes": entry.num_bytes, "blake3": entry.checksum}
-        for name, entry in sorted({**known_entries, **read}.items())
+        for name, entry in sorted({**known_entries, **entries_read}.items())
     }
     content = {"format": MANIFEST_FORMAT, "files": files, "digest": _digest(files)}
     atomic_write(folder / MANIFEST, json.dumps(content, indent=1))
@@ -224,14 +224,14 @@ def newest_usable(
         checkpoints: the folder of the run's checkpoints.
         verify: what is compared: names, sizes and the manifest; for "none" names only.
         limit: a checkpoint; only older ones are considered. None: all are."""
-    damaged: list[DamagedCheckpoint] = []
+    damaged_checkpoints: list[DamagedCheckpoint] = []
     for folder in reversed(complete_checkpoints(checkpoints)):
         if limit is not None and checkpoint_step(folder) >= checkpoint_step(limit):
             continue
         if not (faults := find_faults(folder, verify)):
-            return folder, damaged
-        damaged.append(DamagedCheckpoint(folder, tuple(faults)))
-    return None, damaged
+            return folder, damaged_checkpoints
+        damaged_checkpoints.append(DamagedCheckpoint(folder, tuple(faults)))
+    return None, damaged_checkpoints
 
 
 def require_usable(checkpoints: Path, damaged: list[DamagedCheckpoint]) -> None:
@@ -239,11 +239,11 @@ def require_usable(checkpoints: Path, damaged: list[DamagedCheckpoint]) -> None:
 
     Starting over would overwrite the metrics of a run that a copy of its checkpoint may yet save.
     """
-    before = sorted(f.name for f in checkpoints.glob("step_*.damaged*"))
-    if not damaged and not before:
+    earlier_names = sorted(f.name for f in checkpoints.glob("step_*.damaged*"))
+    if not damaged and not earlier_names:
         return
     lines = [str(checkpoint) for checkpoint in damaged] + [
-        f"{name}: set aside earlier" for name in before
+        f"{name}: set aside earlier" for name in earlier_names
     ]
     raise UserError(
         "\n  ".join([f"{checkpoints} has no checkpoint left that can be used:", *lines])
@@ -271,9 +271,12 @@ def remove_partial(checkpoints: Path) -> list[str]:
     for half_deleted in checkpoints.glob(".*.deleted"):
         shutil.rmtree(half_deleted)
     leftovers = sorted(checkpoints.glob(".*.partial"))
-    for leftover in leftovers:
-        shutil.rmtree(leftover)
-    return [leftover.name.removeprefix(".").removesuffix(".partial") for leftover in leftovers]
+    for leftover_folder in leftovers:
+        shutil.rmtree(leftover_folder)
+    return [
+        leftover_folder.name.removeprefix(".").removesuffix(".partial")
+        for leftover_folder in leftovers
+    ]
 
 
 def prune(checkpoints: Path, keep: int, keep_every: int | None = None) -> None:
@@ -283,14 +286,14 @@ def prune(checkpoints: Path, keep: int, keep_every: int | None = None) -> None:
         checkpoints: the folder of the run's checkpoints.
         keep: how many of the newest stay.
         keep_every: those of steps that this divides stay, too; None: no others."""
-    good = [
+    good_folders = [
         folder for folder in complete_checkpoints(checkpoints) if not find_faults(folder, "size")
     ]
-    for old in good[:-keep]:
-        if keep_every is not None and checkpoint_step(old) % keep_every == 0:
+    for old_folder in good_folders[:-keep]:
+        if keep_every is not None and checkpoint_step(old_folder) % keep_every == 0:
             continue
         # A kill in between must not leave half a folder under a good name.
-        shutil.rmtree(old.rename(old.with_name(f".{old.name}.deleted")))
+        shutil.rmtree(old_folder.rename(old_folder.with_name(f".{old_folder.name}.deleted")))
 
 
 def find_faults(folder: Path, verify: Verify) -> list[str]:
@@ -315,10 +318,12 @@ def check_initial_checkpoint(folder: Path) -> str | None:
         if (folder / MANIFEST).is_file():
             return None
         return f"model.checkpoint {folder} has no {MANIFEST}: its checksums cannot be verified"
-    if several := complete_checkpoints(folder / "checkpoints") or complete_checkpoints(folder):
+    if run_checkpoints := complete_checkpoints(folder / "checkpoints") or complete_checkpoints(
+        folder
+    ):
         raise UserError(
             f"model.checkpoint: {folder} holds several checkpoints; use one of them, the newest is "
-            f"{several[-1]}",
+            f"{run_checkpoints[-1]}",
             key="model.checkpoint",
             cause=Cause.CONFLICT,
         )

@@ -112,17 +112,17 @@ def _optimizer(
     _allocate_state(optimizer)
     kind = {"distrib_optim_sharding_type": FORMAT}
     # Parameters of all chunks belong to one optimizer, which finds them by identity.
-    by_chunk, loading = dict(enumerate(weights)), memory is None
+    by_chunk, is_loading = dict(enumerate(weights)), memory is None
     states = []
     for index, part in enumerate(_parts(optimizer), first):
         with gather_on_host(part, index, memory), _little_to_collect():
-            states.append(part.sharded_state_dict(by_chunk, is_loading=loading, metadata=kind))
+            states.append(part.sharded_state_dict(by_chunk, is_loading=is_loading, metadata=kind))
     # Megatron keeps experts' state in an optimizer of its own in some layouts and not in others,
     # and its chained state records which. Tensors are named by their parameter; the only other
     # thing that has to survive is the step count, the same everywhere.
     step = states[0]["optimizer"]["param_groups"][0].get("step")
     param_states = [state["param_state"] for state in states]
-    if loading:
+    if is_loading:
         param_states = [
             _own_part(part, state)
             for part, state in zip(_parts(optimizer), param_states, strict=True)
@@ -175,9 +175,9 @@ def load_weights(module: torch.nn.Module, weights: dict[str, Any]) -> None:
         KeyError: any other name is missing or unknown.
     """
     names = module.load_state_dict(weights, strict=False)
-    missing = [name for name in names.missing_keys if not _is_extra_state(name)]
-    if missing or names.unexpected_keys:
-        raise KeyError(f"missing: {missing[:5]}; unknown: {names.unexpected_keys[:5]}")
+    missing_names = [name for name in names.missing_keys if not _is_extra_state(name)]
+    if missing_names or names.unexpected_keys:
+        raise KeyError(f"missing: {missing_names[:5]}; unknown: {names.unexpected_keys[:5]}")
 
 
 def without_extra_state(entries: dict[str, Any]) -> dict[str, Any]:
@@ -342,15 +342,15 @@ def load(folder: Path, networks: Networks) -> bool:
     tree = sharded_tree(networks)
     own_layout = parallel_layout(networks.policy.chunks)
     try:
-        common = dist_checkpointing.load_common_state_dict(str(folder))
-        check_base(folder, common.get(BASE_FINGERPRINT_KEY), networks.policy.chunks)
-        written_by = common.get("layout")
+        common_state = dist_checkpointing.load_common_state_dict(str(folder))
+        check_base(folder, common_state.get(BASE_FINGERPRINT_KEY), networks.policy.chunks)
+        written_by = common_state.get("layout")
         if written_by == own_layout:
             tree["rng"] = _rng_entry(loading=True)
         # A rank asks for its own part of the optimizer (`_own_part`), so that the ranks with the
         # first copy of a parameter do not ask for all of it: that every part of every tensor is
         # there was checked when it was written.
-        loaded = dist_checkpointing.load(tree, str(folder), validate_access_integrity=False)
+        loaded_state = dist_checkpointing.load(tree, str(folder), validate_access_integrity=False)
     except UserError:
         raise
     except UNREADABLE as error:
@@ -363,9 +363,9 @@ def load(folder: Path, networks: Networks) -> bool:
             key="checkpoint",
             cause=Cause.CHANGED,
         ) from error
-    _restore(loaded, networks)
+    _restore(loaded_state, networks)
     if written_by == own_layout:
-        _restore_rng(loaded["rng"])
+        _restore_rng(loaded_state["rng"])
     return written_by == own_layout
 
 

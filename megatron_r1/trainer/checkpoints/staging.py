@@ -165,8 +165,8 @@ class HostMemory:
                 else:
                     assert not entry.key.startswith(OPTIMIZER), f"{entry.key} is not gathered"
         self.filled = AddressRanges(tensors)
-        for gathering in self._planned.values():
-            gathering(self.filled)
+        for gather_parts in self._planned.values():
+            gather_parts(self.filled)
         self._planned = {}
 
     def _is_gathered(self, tensor: Tensor) -> bool:
@@ -225,8 +225,8 @@ def _gather(part: Any, index: int, memory: HostMemory | None, **_: Any) -> dict[
                 key: memory.gathered_buffer((index, number, key), buffer.numel)
                 for key in STATE_KEYS
             }
-            gathering = partial(_gather_buffer, part, buffer, shards, full_tensors)
-            memory.plan_gather((index, number), gathering)
+            gather_parts = partial(_gather_buffer, part, buffer, shards, full_tensors)
+            memory.plan_gather((index, number), gather_parts)
         state[number] = {dtype: full_tensors}
     return state
 
@@ -280,8 +280,8 @@ def _all_gather(
         part = shard[start : start + length]
         all_parts = torch.empty(len(piece) * len(part), dtype=shard.dtype, device=shard.device)
         dist.all_gather_into_tensor(all_parts, part, group=group)
-        for row, gathered in zip(piece, all_parts.view(len(piece), -1), strict=True):
-            _copy_ranges(row[start : start + length], gathered, to_save)
+        for row, gathered_part in zip(piece, all_parts.view(len(piece), -1), strict=True):
+            _copy_ranges(row[start : start + length], gathered_part, to_save)
 
 
 def _copy_ranges(host: Tensor, values: Tensor, to_save: AddressRanges) -> None:
@@ -359,12 +359,12 @@ class _PlanOnly(TorchDistSaveShardedStrategy):
         self.memory.gather(sharded_state_dict)
         by_key = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)[0]
         writer = _Copier(checkpoint_dir, self.memory)
-        planned, *_ = save_state_dict_async_plan(
+        write_plan, *_ = save_state_dict_async_plan(
             mcore_to_pyt_state_dict(by_key, False),
             writer,
             planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
         )
-        self.staged = StagedCheckpoint(writer, planned[1], writer.files)
+        self.staged = StagedCheckpoint(writer, write_plan[1], writer.files)
         return AsyncRequest(None, (), [])
 
 

@@ -94,23 +94,25 @@ class CheckpointWriter:
 
         Raises:
             UserError: the folder cannot be made or the previous save failed; on every rank."""
-        previous = self.progress(wait=True)
-        if previous is not None and previous["error"] is not None:
-            raise UserError(previous["error"], key="checkpoint", cause=Cause.UNREADABLE)
+        previous_save = self.progress(wait=True)
+        if previous_save is not None and previous_save["error"] is not None:
+            raise UserError(previous_save["error"], key="checkpoint", cause=Cause.UNREADABLE)
         started_at = time.perf_counter()
         if self._group is None:
             # All ranks, over gloo: a group of its own, because the training threads use the others.
             self._group = dist.new_group(backend="gloo", timeout=self._straggler_timeout)
-        partial = partial_path(folder)
-        run_on_rank_zero(lambda: _make_empty(partial, folder), self._group)
+        partial_folder = partial_path(folder)
+        run_on_rank_zero(lambda: _make_empty(partial_folder, folder), self._group)
         try:
-            staged = stage(make_tree(self._memory), partial, self._memory, self._data_group)
+            staged_checkpoint = stage(
+                make_tree(self._memory), partial_folder, self._memory, self._data_group
+            )
         except OSError as error:
             raise UserError(
                 _sentence(folder, str(error)), key="checkpoint", cause=Cause.UNREADABLE
             ) from error
         self._progress = {"is_done": False, "error": None, "seconds": 0.0}
-        arguments = (staged, folder, state, started_at)
+        arguments = (staged_checkpoint, folder, state, started_at)
         self._thread = threading.Thread(target=self._write, args=arguments, daemon=True)
         self._thread.start()
 
@@ -130,20 +132,20 @@ class CheckpointWriter:
         self, staged: StagedCheckpoint, folder: Path, state: dict[str, Any], started_at: float
     ) -> None:
         """Run in the background thread; record the same outcome on all ranks."""
-        written = WrittenFiles(dist.get_rank())
+        written_files = WrittenFiles(dist.get_rank())
         try:
             write = functools.partial(_write_file, staged.writer)
             with ThreadPoolExecutor(FILES_PER_RANK) as pool:
                 for name, entry, results in pool.map(write, staged.files):
-                    written.entries[name] = entry
-                    written.results.append(results)
+                    written_files.entries[name] = entry
+                    written_files.results.append(results)
         except Exception as error:  # noqa: BLE001 - the disk's, Megatron's or ours, sent to rank 0
-            written.error = str(error) or repr(error)
+            written_files.error = str(error) or repr(error)
         try:
             is_first = dist.get_rank() == 0
             from_all: list[Any] | None = [None] * dist.get_world_size() if is_first else None
             # Over all ranks: the first one finishes with the results of all, and all learn the end.
-            dist.gather_object(written, from_all, dst=0, group=self._group)
+            dist.gather_object(written_files, from_all, dst=0, group=self._group)
             outcome = _finish(staged, folder, state, from_all) if from_all is not None else None
             failure = broadcast_from_rank_zero(outcome, self._group)
         except RuntimeError as lost:  # gloo's: a rank has ended, or is late
@@ -174,11 +176,12 @@ def _write_file(
 ) -> tuple[str, FileEntry, list[Any]]:
     """Write the items in the format of torch's distributed checkpoint; return torch's results."""
     name, form = file.path.name, SerializationFormat.TORCH_SAVE
-    with HashedFile(file.path) as out:
+    with HashedFile(file.path) as out_file:
         results = [
-            _write_item(writer.transforms, out, data, item, name, form) for item, data in file.items
+            _write_item(writer.transforms, out_file, data, item, name, form)
+            for item, data in file.items
         ]
-        return name, out.entry(), results
+        return name, out_file.entry(), results
 
 
 class HashedFile(io.FileIO):
@@ -200,12 +203,12 @@ class HashedFile(io.FileIO):
 
     def write(self, piece: Any) -> int:
         """Write all of `piece`; a raw file may take less at a time."""
-        remaining = memoryview(piece).cast("B")
-        self._hasher.update(remaining)
-        num_bytes = len(remaining)
+        bytes_left = memoryview(piece).cast("B")
+        self._hasher.update(bytes_left)
+        num_bytes = len(bytes_left)
         try:
-            while remaining:
-                remaining = remaining[super().write(remaining) :]
+            while bytes_left:
+                bytes_left = bytes_left[super().write(bytes_left) :]
         except OSError as error:
             self._failure = self._failure or error
             raise
@@ -221,25 +224,25 @@ def _finish(
     staged: StagedCheckpoint, folder: Path, state: dict[str, Any], from_all: list[WrittenFiles]
 ) -> str | None:
     """Finish a save on rank 0: small files, manifest, rename. Returns the error, or None."""
-    partial = partial_path(folder)
+    partial_folder = partial_path(folder)
     errors = [f"rank {w.rank}: {w.error}" for w in from_all if w.error is not None]
     if not errors:
         try:
-            results = [results for written in from_all for results in written.results]
+            results = [results for rank_files in from_all for results in rank_files.results]
             staged.writer.finish(staged.metadata, results)
-            save_config(CheckpointingConfig(BACKEND, VERSION), str(partial))
-            (partial / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
+            save_config(CheckpointingConfig(BACKEND, VERSION), str(partial_folder))
+            (partial_folder / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
             entries = {name: entry for w in from_all for name, entry in w.entries.items()}
-            for path in partial.iterdir():
+            for path in partial_folder.iterdir():
                 if path.name not in entries:  # those are synced already
                     fsync(path)
-            checkpoint_folders.write_manifest(partial, entries)
-            partial.rename(folder)
+            checkpoint_folders.write_manifest(partial_folder, entries)
+            partial_folder.rename(folder)
             fsync(folder.parent)
             return None
         except Exception as error:  # noqa: BLE001 - returned below, as those of other ranks
             errors = [f"rank 0: {error}"]
-    shutil.rmtree(partial, ignore_errors=True)  # a full disk is full of this
+    shutil.rmtree(partial_folder, ignore_errors=True)  # a full disk is full of this
     return _sentence(folder, "; ".join(errors[:3]))
 
 

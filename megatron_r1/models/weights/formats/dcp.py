@@ -103,7 +103,7 @@ class DistributedCheckpoint:
             UserError: where the chunks do not cover it, or are damaged.
         """
         out = torch.empty(tuple(sizes), dtype=self.dtypes[key])
-        covered = 0
+        num_covered = 0
         for chunk in self._overlap_candidates(key, starts, sizes):
             box = _overlap(starts, sizes, chunk)
             if box is None:
@@ -114,10 +114,10 @@ class DistributedCheckpoint:
             for axis, (f, start, n) in enumerate(zip(first, starts, size, strict=True)):
                 target = target.narrow(axis, f - start, n)
             target.copy_(self._read_chunk(key, chunk, offsets, size))
-            covered += prod(size)
-        if covered != out.numel():
+            num_covered += prod(size)
+        if num_covered != out.numel():
             raise UserError(
-                f"{self.path} holds {covered} of the {out.numel()} elements of {key} at "
+                f"{self.path} holds {num_covered} of the {out.numel()} elements of {key} at "
                 f"{tuple(starts)}: it is not complete; use another checkpoint",
                 key="checkpoint",
                 cause=Cause.MALFORMED,
@@ -137,9 +137,9 @@ class DistributedCheckpoint:
         )
         with open(self.path / storage.relative_path, "rb") as file:
             file.seek(storage.offset)
-            saved = io.BytesIO(file.read(storage.length))
+            saved_bytes = io.BytesIO(file.read(storage.length))
         try:
-            return torch.load(saved, weights_only=True)
+            return torch.load(saved_bytes, weights_only=True)
         except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
             cause = str(error).partition("\n")[0]
             raise UserError(
@@ -226,34 +226,37 @@ class DistributedCheckpoint:
         if offset is None:
             with open(self.path / chunk.file, "rb") as file:
                 view = _create_file_view(file, chunk.offset, chunk.length)
-                saved = torch.load(cast(IO[bytes], view), map_location="meta", weights_only=True)
-            if (saved.dtype, tuple(saved.shape)) != (self.dtypes[key], chunk.sizes):
-                raise LookupError(
-                    f"the metadata says {chunk.sizes}, the file {saved.dtype} {tuple(saved.shape)}"
+                saved_tensor = torch.load(
+                    cast(IO[bytes], view), map_location="meta", weights_only=True
                 )
-            if not saved.is_contiguous() or saved.storage_offset():
+            if (saved_tensor.dtype, tuple(saved_tensor.shape)) != (self.dtypes[key], chunk.sizes):
+                raise LookupError(
+                    f"the metadata says {chunk.sizes}, the file {saved_tensor.dtype} "
+                    f"{tuple(saved_tensor.shape)}"
+                )
+            if not saved_tensor.is_contiguous() or saved_tensor.storage_offset():
                 raise LookupError("its tensor is not plain")
             # Experimental, and without a public counterpart: where torch.load would read a meta
             # tensor's data (torch 2.11, 2.13).
-            offset = chunk.offset + saved.untyped_storage()._checkpoint_offset
+            offset = chunk.offset + saved_tensor.untyped_storage()._checkpoint_offset
             self._data_offsets[chunk.file, chunk.offset] = offset
         return offset
 
     def _check_files(self) -> None:
-        ends: dict[str, int] = defaultdict(int)
+        end_by_file: dict[str, int] = defaultdict(int)
         for storage in self._metadata.storage_data.values():
-            ends[storage.relative_path] = max(
-                ends[storage.relative_path], storage.offset + storage.length
+            end_by_file[storage.relative_path] = max(
+                end_by_file[storage.relative_path], storage.offset + storage.length
             )
-        absent = sorted(name for name in ends if not (self.path / name).is_file())
-        if absent:
+        absent_files = sorted(name for name in end_by_file if not (self.path / name).is_file())
+        if absent_files:
             raise UserError(
-                f"checkpoint {self.path} lacks files: {', '.join(absent)}; copy it whole, or use "
-                "another checkpoint",
+                f"checkpoint {self.path} lacks files: {', '.join(absent_files)}; copy it whole, or "
+                "use another checkpoint",
                 key="checkpoint",
                 cause=Cause.NOT_FOUND,
             )
-        for name, end in sorted(ends.items()):
+        for name, end in sorted(end_by_file.items()):
             size = (self.path / name).stat().st_size
             if size < end:
                 raise UserError(
@@ -265,8 +268,8 @@ class DistributedCheckpoint:
 
 
 def _read_metadata(folder: Path) -> Metadata:
-    about = folder / "metadata.json"
-    if not about.is_file() or not (folder / ".metadata").is_file():
+    metadata_file = folder / "metadata.json"
+    if not metadata_file.is_file() or not (folder / ".metadata").is_file():
         raise UserError(
             f"{folder} is no Megatron distributed checkpoint: it lacks metadata.json or .metadata; "
             "give a folder such as RUN/checkpoints/step_00000012",
@@ -274,10 +277,10 @@ def _read_metadata(folder: Path) -> Metadata:
             cause=Cause.NOT_FOUND,
         )
     try:
-        backend = json.loads(about.read_text(encoding="utf-8")).get("sharded_backend")
+        backend = json.loads(metadata_file.read_text(encoding="utf-8")).get("sharded_backend")
     except (ValueError, AttributeError) as error:
         raise UserError(
-            f"{about} is damaged ({error}); use another checkpoint",
+            f"{metadata_file} is damaged ({error}); use another checkpoint",
             key="checkpoint",
             cause=Cause.MALFORMED,
         ) from error

@@ -64,21 +64,21 @@ class WrittenChunk:
 
 def write_chunks(path: Path, chunks: Iterable[tuple[Chunk, Tensor]]) -> list[WrittenChunk]:
     """Write one `.distcp` file and sync it, with one chunk's tensor in memory at a time."""
-    written = []
+    written_chunks = []
     with open(path, "wb") as file:
         for chunk, values in chunks:
-            saved = io.BytesIO()
+            buffer = io.BytesIO()
             # A clone where it is a view: torch.save writes the whole storage behind a tensor.
             is_whole_storage = values.numel() * values.itemsize == values.untyped_storage().nbytes()
             torch.save(
-                values if is_whole_storage and values.is_contiguous() else values.clone(), saved
+                values if is_whole_storage and values.is_contiguous() else values.clone(), buffer
             )
             start = file.tell()
-            file.write(saved.getbuffer())
-            written.append(WrittenChunk(chunk, path.name, start, file.tell() - start))
+            file.write(buffer.getbuffer())
+            written_chunks.append(WrittenChunk(chunk, path.name, start, file.tell() - start))
         file.flush()
         os.fsync(file.fileno())
-    return written
+    return written_chunks
 
 
 def write_metadata(
@@ -108,8 +108,8 @@ def write_metadata(
     metadata = Metadata(
         dict(tensors), storage_data=storage, storage_meta=StorageMeta(), version=_DCP_VERSION
     )
-    common = io.BytesIO()
-    torch.save({}, common)
-    atomic_write(folder / "common.pt", common.getvalue())
+    common_bytes = io.BytesIO()
+    torch.save({}, common_bytes)
+    atomic_write(folder / "common.pt", common_bytes.getvalue())
     atomic_write(folder / ".metadata", pickle.dumps(metadata))
     atomic_write(folder / "metadata.json", _FORMAT)

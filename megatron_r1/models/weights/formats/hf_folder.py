@@ -84,9 +84,12 @@ class HFWeights:
             part = stacked_part(self.hf_config, name)
             home = part.name if part else name
             if home in self._stored:
-                stored = self._stored[home]
-                tensor_shape = shape if part else stored.shape
-                tensors[name] = (tensor_shape, FLOAT_DTYPES.get(stored.dtype, stored.dtype))
+                stored_tensor = self._stored[home]
+                tensor_shape = shape if part else stored_tensor.shape
+                tensors[name] = (
+                    tensor_shape,
+                    FLOAT_DTYPES.get(stored_tensor.dtype, stored_tensor.dtype),
+                )
             elif quantized_blocks.blocks_name(home) in self._stored:
                 tensors[name] = (shape, "bfloat16")
         return tensors
@@ -196,48 +199,53 @@ class HFWeights:
         """Return all scales of an FP8 tensor, fp32 of `published_layout.scale_shape`; None for
         another."""
         scale = published_layout.scale_name(name)
-        if (stored := self._stored.get(scale)) is None:
+        if (stored_scale := self._stored.get(scale)) is None:
             return None
-        return _scales(self._home[scale], scale, (0,) * len(stored.shape), stored.shape)
+        return _scales(self._home[scale], scale, (0,) * len(stored_scale.shape), stored_scale.shape)
 
     def check(self, with_mtp: bool) -> None:
         """Raise UserError naming every missing, unexpected or mis-shaped tensor."""
         hf_config = self.hf_config
-        published = published_tensors(hf_config)
+        published_shapes = published_tensors(hf_config)
         tensor_names = published_tensors(hf_config, with_mtp).keys() - self.duplicate_of.keys()
         # As MXFP4, which only stacked experts have, two others are stored instead.
         expected: dict[str, Shape] = {}
         for name in tensor_names:
-            shape = published[name][0]
+            shape = published_shapes[name][0]
             is_packed = (
                 name not in self._stored and quantized_blocks.blocks_name(name) in self._stored
             )
-            packed = quantized_blocks.stored_shapes(shape) if is_packed else {}
-            expected |= {name + ending: s for ending, s in packed.items()} or {name: shape}
-        wrong, unreadable, scales = [], False, set()
+            packed_shapes = quantized_blocks.stored_shapes(shape) if is_packed else {}
+            expected |= {name + ending: s for ending, s in packed_shapes.items()} or {name: shape}
+        mismatches, has_unreadable, scales = [], False, set()
         for name in sorted(expected.keys() & self._stored.keys()):
-            stored = self._stored[name]
-            is_float = name not in published or stored.dtype in FLOAT_DTYPES
-            unreadable |= not is_float
-            if stored.shape != expected[name]:
-                wrong.append(f"{name} is {stored.shape}, config.json says {expected[name]}")
-            elif not is_float:
-                wrong.append(
-                    f"{name} is {stored.dtype}, only {', '.join(FLOAT_DTYPES)} can be read"
+            stored_tensor = self._stored[name]
+            is_float = name not in published_shapes or stored_tensor.dtype in FLOAT_DTYPES
+            has_unreadable |= not is_float
+            if stored_tensor.shape != expected[name]:
+                mismatches.append(
+                    f"{name} is {stored_tensor.shape}, config.json says {expected[name]}"
                 )
-            elif stored.dtype == "F8_E4M3":
+            elif not is_float:
+                mismatches.append(
+                    f"{name} is {stored_tensor.dtype}, only {', '.join(FLOAT_DTYPES)} can be read"
+                )
+            elif stored_tensor.dtype == "F8_E4M3":
                 scales.add(published_layout.scale_name(name))
-                wrong += self._wrong_scales(name, stored.shape)
-        is_fp8 = {name for name in published if name in self._stored and self._is_fp8(name)}
+                mismatches += self._wrong_scales(name, stored_tensor.shape)
+        is_fp8 = {name for name in published_shapes if name in self._stored and self._is_fp8(name)}
         if scales:
             published_layout.check_fp8_layout(hf_config)
-        missing = sorted(expected.keys() - self._stored.keys())
-        missing += sorted(scales - self._stored.keys())
+        missing_names = sorted(expected.keys() - self._stored.keys())
+        missing_names += sorted(scales - self._stored.keys())
         self._repeated = self._find_repeated(with_mtp)
-        repeated = {copy for copies in self._repeated.values() for copy in copies}
-        extra = sorted(
+        repeated_names = {copy for copies in self._repeated.values() for copy in copies}
+        extra_names = sorted(
             name
-            for name in self._stored.keys() - published.keys() - expected.keys() - repeated
+            for name in self._stored.keys()
+            - published_shapes.keys()
+            - expected.keys()
+            - repeated_names
             if not name.endswith(IGNORED_SUFFIXES)
             and name.removesuffix("_scale_inv") not in is_fp8
             # transformers writes shared experts of 0 features where n_shared_experts is 0.
@@ -245,13 +253,17 @@ class HFWeights:
         )
         problems = [
             f"{label} ({len(names)}): {_shorten_names(names)}"
-            for label, names in (("missing", missing), ("unexpected", extra), ("wrong", wrong))
+            for label, names in (
+                ("missing", missing_names),
+                ("unexpected", extra_names),
+                ("wrong", mismatches),
+            )
             if names
         ]
         if problems:
             raise UserError(
                 f"checkpoint {self.path} does not fit its config.json: {'; '.join(problems)}"
-                + _hint(missing, extra, unreadable, hf_config),
+                + _hint(missing_names, extra_names, has_unreadable, hf_config),
                 key="weights",
                 cause=Cause.CONFLICT,
             )
@@ -290,18 +302,18 @@ class HFWeights:
 
     def _wrong_scales(self, name: str, shape: Shape) -> list[str]:
         scale = published_layout.scale_name(name)
-        if (stored := self._stored.get(scale)) is None:
+        if (stored_scale := self._stored.get(scale)) is None:
             return []
         if (
-            stored.dtype in published_layout.SCALE_TYPES
-            and stored.shape == published_layout.scale_shape(shape)
+            stored_scale.dtype in published_layout.SCALE_TYPES
+            and stored_scale.shape == published_layout.scale_shape(shape)
         ):
             return []
         types = (
             f"{', '.join(published_layout.SCALE_TYPES[:-1])} or {published_layout.SCALE_TYPES[-1]}"
         )
         return [
-            f"{scale} is {stored.dtype} {stored.shape}, not {types} "
+            f"{scale} is {stored_scale.dtype} {stored_scale.shape}, not {types} "
             f"{published_layout.scale_shape(shape)}"
         ]
 
@@ -332,12 +344,12 @@ def _hint(missing: list[str], extra: list[str], is_unreadable: bool, hf_config: 
 def _prefix(missing: list[str], extra: list[str]) -> str:
     """Return the prefix that turns every missing name into an unexpected one, or `_BODY` if all
     unexpected names lack that prefix; "" if the names differ in another way."""
-    have, lack = set(extra), set(missing)
-    if {_BODY + name for name in have} <= lack:
+    extra_names, missing_names = set(extra), set(missing)
+    if {_BODY + name for name in extra_names} <= missing_names:
         return _BODY
     ending = missing[0]
     prefix = next((name for name in extra if name.endswith(ending)), "").removesuffix(ending)
-    return prefix if prefix and {prefix + name for name in lack} <= have else ""
+    return prefix if prefix and {prefix + name for name in missing_names} <= extra_names else ""
 
 
 def _shorten_names(names: list[str], limit: int = 8) -> str:
@@ -376,18 +388,20 @@ def _scales(
     file: SafetensorsFile, name: str, starts: Sequence[int], sizes: Sequence[int]
 ) -> Tensor:
     """Return a rectangle of stored scales as their values, fp32."""
-    stored = file.read(name, starts, sizes)
-    if stored.dtype == torch.uint8:
-        stored = stored.view(torch.float8_e8m0fnu)
-    return stored.float()
+    stored_scales = file.read(name, starts, sizes)
+    if stored_scales.dtype == torch.uint8:
+        stored_scales = stored_scales.view(torch.float8_e8m0fnu)
+    return stored_scales.float()
 
 
 def _files_with_scales(folder: Path) -> list[Path]:
     if (folder / SCALES_FILE).is_file():
         return [folder / SCALES_FILE]
-    if (placed := read_index(folder)) is not None:
+    if (file_of_tensor := read_index(folder)) is not None:
         # A checkpoint whose weights are elsewhere may still give its configuration.
-        names = sorted({file for name, file in placed.items() if published_layout.is_scale(name)})
+        names = sorted(
+            {file for name, file in file_of_tensor.items() if published_layout.is_scale(name)}
+        )
         paths = [folder / name for name in names if (folder / name).is_file()]
         for path in paths:
             require_inside(path, folder, "weights")

@@ -76,9 +76,11 @@ def write_index(folder: Path, files: Mapping[str, Tensors]) -> None:
     """Write the index of a checkpoint in several files; no index for one file."""
     if len(files) == 1:
         return
-    total = sum(prod(s) * d.itemsize for tensors in files.values() for s, d in tensors.values())
+    total_bytes = sum(
+        prod(s) * d.itemsize for tensors in files.values() for s, d in tensors.values()
+    )
     index = {
-        "metadata": {"total_size": total},
+        "metadata": {"total_size": total_bytes},
         "weight_map": {name: file for file, tensors in files.items() for name in tensors},
     }
     atomic_write(folder / INDEX_FILE, json.dumps(index, indent=2) + "\n")
@@ -110,12 +112,12 @@ def _write_end_tokens(source: Path, folder: Path) -> None:
     """Write all tokens with which a model of `source` ends a response into the
     generation_config.json of `folder`, so that other engines stop where ours do. Without any there,
     nothing is written."""
-    if not (ends := [end.id for end in end_tokens(source)]):
+    if not (end_ids := [end.id for end in end_tokens(source)]):
         return
     path = folder / END_TOKEN_FILES
     settings = read_json(path, END_TOKEN_FILES) if path.is_file() else {}
-    if settings.get("eos_token_id") not in (ends, *ends[: len(ends) == 1]):
-        settings["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+    if settings.get("eos_token_id") not in (end_ids, *end_ids[: len(end_ids) == 1]):
+        settings["eos_token_id"] = end_ids if len(end_ids) > 1 else end_ids[0]
         atomic_write(path, json.dumps(settings, indent=2) + "\n")
 
 

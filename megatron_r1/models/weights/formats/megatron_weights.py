@@ -197,8 +197,10 @@ class MegatronWeights:
             sizes = [end - first, *slot.shape[1:]]
             if dim == 1:
                 starts[1], sizes[1] = start, length
-            ones = (1,) * len(slot.index)
-            values = self.checkpoint.read(slot.key, (*slot.index, *starts), (*ones, *sizes))
+            leading_sizes = (1,) * len(slot.index)
+            values = self.checkpoint.read(
+                slot.key, (*slot.index, *starts), (*leading_sizes, *sizes)
+            )
             parts.append(values.view(sizes))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -220,34 +222,34 @@ class MegatronWeights:
                 key="checkpoint",
                 cause=Cause.UNSUPPORTED,
             )
-        fewest: list[str] | None = None
+        fewest_missing: list[str] | None = None
         for stacked, engine in product((None, True, False), (False, True)):
-            tried = stored_layout(
+            layout = stored_layout(
                 self.hf_config, with_mtp=self.with_mtp, transformer_engine=engine, stacked=stacked
             )
-            missing = sorted(tried.shapes.keys() - self.checkpoint.shapes.keys())
-            if not missing:
-                return tried
-            if fewest is None or len(missing) < len(fewest):
-                fewest = missing
-        assert fewest is not None
+            missing_keys = sorted(layout.shapes.keys() - self.checkpoint.shapes.keys())
+            if not missing_keys:
+                return layout
+            if fewest_missing is None or len(missing_keys) < len(fewest_missing):
+                fewest_missing = missing_keys
+        assert fewest_missing is not None
         raise UserError(
             f"checkpoint {self.path} does not fit the configuration of "
-            f"{self.hf_config['architectures'][0]}: it lacks {', '.join(fewest[:4])}"
-            f"{f' … and {len(fewest) - 4} more' if len(fewest) > 4 else ''}; give the "
-            "config.json it was trained with",
+            f"{self.hf_config['architectures'][0]}: it lacks {', '.join(fewest_missing[:4])}"
+            f"{f' … and {len(fewest_missing) - 4} more' if len(fewest_missing) > 4 else ''}; give "
+            "the config.json it was trained with",
             key="checkpoint",
             cause=Cause.CONFLICT,
         )
 
     def _check_shapes(self) -> None:
         for key, expected in self.layout.shapes.items():
-            actual = self.checkpoint.shapes[key]
+            actual_shape = self.checkpoint.shapes[key]
             # Rows beyond the vocabulary depend on the tensor-parallel size that saved it.
-            padded = key in self.layout.vocabulary and actual[0] > expected[0]
-            if actual != expected and not (padded and actual[1:] == expected[1:]):
+            is_padded = key in self.layout.vocabulary and actual_shape[0] > expected[0]
+            if actual_shape != expected and not (is_padded and actual_shape[1:] == expected[1:]):
                 raise UserError(
-                    f"checkpoint {self.path} holds {key} as {actual}, the configuration says "
+                    f"checkpoint {self.path} holds {key} as {actual_shape}, the configuration says "
                     f"{expected}: give the config.json it was trained with",
                     key="checkpoint",
                     cause=Cause.CONFLICT,

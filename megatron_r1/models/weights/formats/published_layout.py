@@ -133,8 +133,8 @@ class StackedPart:
         Args:
             shape: the shape of one expert's tensor.
             num_experts: the number of experts in the stored tensor."""
-        *leading, columns = reversed(shape)
-        return (num_experts, *leading, self.step * columns)
+        *leading_sizes, columns = reversed(shape)
+        return (num_experts, *leading_sizes, self.step * columns)
 
 
 def stacked_part(hf_config: HFConfig, name: str) -> StackedPart | None:
@@ -143,9 +143,9 @@ def stacked_part(hf_config: HFConfig, name: str) -> StackedPart | None:
     if not model_family(hf_config).stacked_experts or not (match := _EXPERT.fullmatch(name)):
         return None
     prefix, expert, kind, ending = match.groups()
-    stored, step = ("down", 1) if kind == "down" else ("gate_up", 2)
+    stored_name, step = ("down", 1) if kind == "down" else ("gate_up", 2)
     bias = "_bias" if ending == "bias" else ""
-    return StackedPart(f"{prefix}.{stored}_proj{bias}", int(expert), int(kind == "up"), step)
+    return StackedPart(f"{prefix}.{stored_name}_proj{bias}", int(expert), int(kind == "up"), step)
 
 
 def published_tensors(hf_config: HFConfig, with_mtp: bool = True) -> dict[str, tuple[Shape, str]]:

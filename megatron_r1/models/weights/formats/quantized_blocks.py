@@ -42,8 +42,10 @@ def quantize_fp8(
     if known_scales is None:
         return q, scale
     candidate = _codes(x, known_scales)
-    exact = dequantize_blockwise(candidate, known_scales, dtype=torch.float32)
-    is_exact_block = _whole_blocks(exact == x) | _whole_blocks(exact.bfloat16().float() == x)
+    exact_values = dequantize_blockwise(candidate, known_scales, dtype=torch.float32)
+    is_exact_block = _whole_blocks(exact_values == x) | _whole_blocks(
+        exact_values.bfloat16().float() == x
+    )
     is_exact = spread_scales(is_exact_block, x.shape)
     q = torch.where(is_exact, candidate.view(torch.uint8), q.view(torch.uint8))
     return q.view(torch.float8_e4m3fn), torch.where(is_exact_block, known_scales, scale)
@@ -56,18 +58,20 @@ def _codes(x: Tensor, scale: Tensor) -> Tensor:
 
 def spread_scales(per_block: Tensor, shape: torch.Size) -> Tensor:
     """Expand (⌈M/128⌉, ⌈N/128⌉) to (M, N): every element gets its block's entry."""
-    tall = per_block.repeat_interleave(FP8_BLOCK_SIZE, 0)[: shape[0]]
-    return tall.repeat_interleave(FP8_BLOCK_SIZE, 1)[:, : shape[1]]
+    tall_scales = per_block.repeat_interleave(FP8_BLOCK_SIZE, 0)[: shape[0]]
+    return tall_scales.repeat_interleave(FP8_BLOCK_SIZE, 1)[:, : shape[1]]
 
 
 def _whole_blocks(equal: Tensor) -> Tensor:
     """Reduce (M, N) bool to (⌈M/128⌉, ⌈N/128⌉): whether all of a block is True."""
     rows, columns = equal.shape
-    padded = torch.nn.functional.pad(
+    padded_flags = torch.nn.functional.pad(
         equal, (0, -columns % FP8_BLOCK_SIZE, 0, -rows % FP8_BLOCK_SIZE), value=True
     )
-    down, across = scale_shape(equal.shape)
-    return padded.view(down, FP8_BLOCK_SIZE, across, FP8_BLOCK_SIZE).all(3).all(1)
+    blocks_down, blocks_across = scale_shape(equal.shape)
+    return (
+        padded_flags.view(blocks_down, FP8_BLOCK_SIZE, blocks_across, FP8_BLOCK_SIZE).all(3).all(1)
+    )
 
 
 def _next_power_of_two(scale: Tensor) -> Tensor:

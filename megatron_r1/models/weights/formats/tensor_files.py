@@ -233,8 +233,8 @@ def stored_tensors(
     }
     if names is None:
         return tensors
-    if unknown := sorted(set(names) - tensors.keys()):
-        raise ValueError(f"the model has no tensor {', '.join(unknown)}")
+    if unknown_names := sorted(set(names) - tensors.keys()):
+        raise ValueError(f"the model has no tensor {', '.join(unknown_names)}")
     return {name: stored_dtype for name, stored_dtype in tensors.items() if name in set(names)}
 
 
@@ -256,5 +256,7 @@ def plan_file(tensors: Mapping[str, tuple[Shape, torch.dtype]]) -> FilePlan:
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     header = len(text).to_bytes(8, "little") + text
-    placed = {name: PlannedTensor(*tensors[name], len(header) + starts[name]) for name, _ in order}
-    return FilePlan(header, placed, len(header) + end)
+    planned_tensors = {
+        name: PlannedTensor(*tensors[name], len(header) + starts[name]) for name, _ in order
+    }
+    return FilePlan(header, planned_tensors, len(header) + end)
