@@ -42,7 +42,7 @@ from megatron_r1.why.record.step_reader import examinable, open_run, read_steps
 OPTION = "--audit"
 GROUP_FIELDS = ("group", "prompt_id", "question")
 """Fields that the responses to one question share, the first that is there."""
-NOT_READ = ("kind", "response", "truth", "reward", "reason", "group", "prompt_id", "index")
+OMITTED_FIELDS = ("kind", "response", "truth", "reward", "reason", "group", "prompt_id", "index")
 """Fields that the second method does not get as arguments."""
 MAX_RESPONSES = 10_000
 """Steps of a run are read until there are as many responses."""
@@ -151,7 +151,7 @@ def read_run(path: Path) -> tuple[Config, list[AuditedResponse]]:
         responses += logged_responses(
             recorded_step.groups,
             f"step {recorded_step.step}",
-            recorded_step.weights,
+            recorded_step.reward_weights,
             partial(training_reward, config=recorded_step.config),
             opens_thought,
         )
@@ -228,7 +228,7 @@ def _content(path: Path, number: int, offset: int) -> AnswerContent:
     with open(path, "rb") as file:
         file.seek(offset)
         record = _record(path, number, file.readline())
-    fields = {name: value for name, value in record.items() if name not in NOT_READ}
+    fields = {name: value for name, value in record.items() if name not in OMITTED_FIELDS}
     return AnswerContent(record["response"], record.get("truth"), fields)
 
 
@@ -242,10 +242,10 @@ def _record(path: Path, number: int, line: bytes) -> dict[str, Any]:
     raise UserError(f"{path}:{number}: {fault}", key=OPTION, cause=Cause.MALFORMED)
 
 
-def _number(name: str, text: str, smallest: int) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < smallest:
+def _number(name: str, text: str, minimum: int) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < minimum:
         raise UserError(
-            f"{name} {text}: give a whole number, {smallest} or more",
+            f"{name} {text}: give a whole number, {minimum} or more",
             key=name,
             cause=Cause.OUT_OF_RANGE,
         )
@@ -297,7 +297,8 @@ def _format_fraction(fraction: FractionEstimate | None) -> str:
     if fraction is None:
         return "-"
     value = "?" if fraction.value is None else f"{fraction.value:.1%}"
-    percentage = f"{fraction.found}" + (f"+{fraction.undecided}?" if fraction.undecided else "")
-    return (
-        f"{value} ({fraction.low:.1%} to {fraction.high:.1%}), {percentage} of {fraction.sampled:,}"
-    )
+    count = f"{fraction.num_found}"
+    if fraction.num_undecided:
+        count += f"+{fraction.num_undecided}?"
+    interval = f"{fraction.low:.1%} to {fraction.high:.1%}"
+    return f"{value} ({interval}), {count} of {fraction.num_sampled:,}"

@@ -70,12 +70,12 @@ def run(
     folder, settings = open_run(Path(run))
     steps = examinable(folder, settings)
     chosen_step = choose(steps, _number(step), folder.path)
-    recorded = read_step(folder, settings, chosen_step.step)
-    report = examine(recorded, num_bytes, kinds, partial(print, flush=True))
+    recorded_step = read_step(folder, settings, chosen_step.step)
+    report = examine(recorded_step, num_bytes, kinds, partial(print, flush=True))
     if json is not None:
         atomic_write(Path(json), _as_json(report, steps))
-    written = page.write(report, recorded)
-    print("\n".join([*_steps(steps, chosen_step), *_lines(report), f"page: {written}"]))
+    page_path = page.write(report, recorded_step)
+    print("\n".join([*_steps(steps, chosen_step), *_lines(report), f"page: {page_path}"]))
     if report.first_departure is not None:
         raise RunError(f"{run}: {report.first_departure.name} departs at step {report.step}")
 
@@ -130,10 +130,10 @@ def _num_bytes(memory: str | None) -> int | None:
 def _steps(steps: list[Examinable], chosen_step: Examinable) -> Iterator[str]:
     """Yield the steps that can be examined."""
     whole_steps = [step.step for step in steps if step.has_before and step.has_after]
-    half = [step.step for step in steps if step.step not in whole_steps]
+    half_steps = [step.step for step in steps if step.step not in whole_steps]
     yield f"steps with log and both checkpoints: {_ranges(whole_steps) or 'none'}"
-    if half:
-        yield f"steps with a log and not both checkpoints: {_ranges(half)}"
+    if half_steps:
+        yield f"steps with a log and not both checkpoints: {_ranges(half_steps)}"
     yield from (f"damaged checkpoint: step {s.step}: {s.damage}" for s in steps if s.damage)
     yield f"examined: step {chosen_step.step}"
 
@@ -162,11 +162,11 @@ def _lines(report: Report) -> Iterator[str]:
             if comparison.departs and comparison is not first
         ]
         yield from (f"  then {departure}" for departure in other_comparisons)
-    equal = sum(
+    num_equal = sum(
         not comparison.departs and comparison.status != NOT_CHECKED
         for comparison in report.comparisons
     )
-    yield f"equal: {equal} quantities"
+    yield f"equal: {num_equal} quantities"
     names = {rerun.name for rerun in RERUNS.values()}
     yield from (
         f"rerun: {comparison}"

@@ -156,10 +156,10 @@ class Report:
         Args:
             comparison: what is inserted.
             after: the other's name."""
-        if (later_comparison := self.comparison(comparison.family, after)) is None:
+        if (previous_comparison := self.comparison(comparison.family, after)) is None:
             self.add([comparison])
         else:
-            self.comparisons.insert(self.comparisons.index(later_comparison) + 1, comparison)
+            self.comparisons.insert(self.comparisons.index(previous_comparison) + 1, comparison)
 
     def replace(self, old: Comparison, new: Comparison) -> None:
         """Replace a comparison by another."""

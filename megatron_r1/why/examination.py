@@ -64,15 +64,15 @@ def examine(
     from megatron_r1.why.policy.threads import threads_for
     from megatron_r1.why.update.recomputation import Recomputation
 
-    report, recomputed = Report(step.step), Recomputation(step, memory)
+    report, recomputation = Report(step.step), Recomputation(step, memory)
     for family, name, check in RECORD_CHECKS:
         report.add(_comparisons(family, name, partial(check, step)))
-    with threads_for(recomputed.policies):
+    with threads_for(recomputation.policies):
         for family, name, recompute in WEIGHT_CHECKS:
-            recomputed.searches_causes = not report.departs_before("loss")
-            report.add(_comparisons(family, name, partial(recompute, step, recomputed)))
-        reruns.refine(report, step, recomputed, kinds, notify)
-        report.curves = engine_logprobs.departures(recomputed)
+            recomputation.searches_causes = not report.departs_before("loss")
+            report.add(_comparisons(family, name, partial(recompute, step, recomputation)))
+        reruns.refine(report, step, recomputation, kinds, notify)
+        report.curves = engine_logprobs.departures(recomputation)
     report.suspicions = suspicions(step) if report.first_departure is None else []
     return report
 

@@ -57,11 +57,13 @@ def advantages(
     rewards = [np.array([np.nan if r is None else r for r in group]) for group in groups]
     if algorithm in TOKEN_ADVANTAGE_ALGORITHMS or (algorithm == "reinforce" and std == "group"):
         std = "none"
-    scaled = scale_advantages(_centered(rewards, algorithm, is_centered), std, epsilon, ddof)
-    return [group_advantages.tolist() for group_advantages in scaled]
+    scaled_advantages = scale_advantages(
+        _subtract_baseline(rewards, algorithm, is_centered), std, epsilon, ddof
+    )
+    return [group_advantages.tolist() for group_advantages in scaled_advantages]
 
 
-def _centered(
+def _subtract_baseline(
     rewards: Sequence[np.ndarray], algorithm: str, is_centered: bool
 ) -> Sequence[np.ndarray]:
     """Return rewards less the algorithm's baseline, with zeros where those that it compares are
@@ -69,20 +71,20 @@ def _centered(
     if algorithm == "reinforce_pp":
         return rewards
     if algorithm == "rloo":
-        centered = subtract_other_mean(rewards)
+        centered_rewards = subtract_other_mean(rewards)
     elif not is_centered:
-        centered = list(rewards)
+        centered_rewards = list(rewards)
     elif algorithm == "reinforce":
-        centered = subtract_rollout_mean(rewards)
+        centered_rewards = subtract_rollout_mean(rewards)
     else:
-        centered = subtract_group_mean(rewards)
+        centered_rewards = subtract_group_mean(rewards)
     if algorithm == "reinforce":
         is_equal = [are_equal(np.concatenate(rewards))] * len(rewards)
     else:
         is_equal = [are_equal(group_rewards) for group_rewards in rewards]
     return [
         group_advantages * 0.0 if is_zero else group_advantages
-        for is_zero, group_advantages in zip(is_equal, centered, strict=True)
+        for is_zero, group_advantages in zip(is_equal, centered_rewards, strict=True)
     ]
 
 
@@ -106,22 +108,22 @@ def subtract_rollout_mean(rewards: Sequence[np.ndarray]) -> list[np.ndarray]:
 def subtract_other_mean(rewards: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Return r_i - Σ_{j≠i} r_j / (n - 1) over each group of n, the leave-one-out baseline of RLOO
     (arXiv 2402.14740, section 3); NaN is none."""
-    centered = []
+    centered_rewards = []
     for group_rewards in rewards:
         num_others = np.sum(~np.isnan(group_rewards)) - 1
         other_sums = np.nansum(group_rewards) - group_rewards
-        centered.append(group_rewards - other_sums / max(1, num_others))
-    return centered
+        centered_rewards.append(group_rewards - other_sums / max(1, num_others))
+    return centered_rewards
 
 
 def scale_advantages(
-    centered: Sequence[np.ndarray], std: str, epsilon: float, ddof: int
+    centered_rewards: Sequence[np.ndarray], std: str, epsilon: float, ddof: int
 ) -> Sequence[np.ndarray]:
     """Return A_i / (std(A) + ε) over each group or the batch; advantages that are all 0, and a
     batch of equal ones, stay.
 
     Args:
-        centered: rewards less their baseline, by group.
+        centered_rewards: rewards less their baseline, by group.
         std: as of `advantages`, like the next two.
         epsilon: added to the deviation.
         ddof: what the deviation's number of rewards is less than their number by."""
@@ -130,12 +132,12 @@ def scale_advantages(
             group_advantages / (np.nanstd(group_advantages, ddof=ddof) + epsilon)
             if np.nansum(np.abs(group_advantages))
             else group_advantages
-            for group_advantages in centered
+            for group_advantages in centered_rewards
         ]
-    if std == "batch" and not are_equal(np.concatenate(centered)):
-        scale = np.nanstd(np.concatenate(centered), ddof=ddof) + epsilon
-        return [group_advantages / scale for group_advantages in centered]
-    return centered
+    if std == "batch" and not are_equal(np.concatenate(centered_rewards)):
+        scale = np.nanstd(np.concatenate(centered_rewards), ddof=ddof) + epsilon
+        return [group_advantages / scale for group_advantages in centered_rewards]
+    return centered_rewards
 
 
 def reward_term_advantages(
@@ -215,13 +217,13 @@ def question_order(num_questions: int, seed: int, first: int, count: int) -> lis
         seed: `run.seed`.
         first: how many were drawn before.
         count: how many are drawn."""
-    drawn: list[int] = []
+    numbers: list[int] = []
     for epoch in range(first // num_questions, (first + count - 1) // num_questions + 1):
         order = list(range(num_questions))
         random.Random(f"{seed}/{epoch}").shuffle(order)
         begin = epoch * num_questions
-        drawn += order[max(0, first - begin) : max(0, first + count - begin)]
-    return drawn
+        numbers += order[max(0, first - begin) : max(0, first + count - begin)]
+    return numbers
 
 
 def kl_of_difference(difference: np.ndarray) -> float:

@@ -9,9 +9,7 @@ import numpy as np
 
 from megatron_r1.base.files import atomic_write
 from megatron_r1.reporting import plots
-from megatron_r1.reporting.formatting import format_number as number
-from megatron_r1.reporting.formatting import format_percent as percent
-from megatron_r1.reporting.formatting import shorten_middle
+from megatron_r1.reporting.formatting import format_number, format_percent, shorten_middle
 from megatron_r1.reporting.plots import render_page
 from megatron_r1.reporting.report import Plot
 from megatron_r1.why.comparison import NOT_CHECKED, Comparison, Report, ResponseIndex
@@ -41,7 +39,7 @@ def write(report: Report, step: RecordedStep) -> Path:
         suspicions=report.suspicions,
         rows=[_row(comparison) for comparison in report.comparisons],
         plots=_plots(report),
-        responses=[_response(step, index) for index in _worst(report, step)],
+        responses=[_response(step, index) for index in _worst_responses(report, step)],
     )
     return atomic_write(step.folder.path / "why.html", html)
 
@@ -55,13 +53,15 @@ def _row(comparison: Comparison) -> dict[str, str]:
         "name": comparison.name,
         "status": comparison.status,
         "what": text,
-        "distance": "" if math.isnan(comparison.distance) else number(comparison.distance),
-        "tolerance": "" if math.isnan(comparison.tolerance) else number(comparison.tolerance),
+        "distance": "" if math.isnan(comparison.distance) else format_number(comparison.distance),
+        "tolerance": ""
+        if math.isnan(comparison.tolerance)
+        else format_number(comparison.tolerance),
         "source": comparison.source,
         "concerned": f"{len(comparison.concerned):,}" if comparison.concerned else "",
         "loss_fraction": ""
         if math.isnan(comparison.loss_fraction)
-        else percent(comparison.loss_fraction),
+        else format_percent(comparison.loss_fraction),
         "remedy": comparison.remedy if comparison.departs else "",
     }
 
@@ -84,10 +84,10 @@ def _plots(report: Report) -> list[Plot]:
     ]
 
 
-def _worst(report: Report, step: RecordedStep) -> list[ResponseIndex]:
+def _worst_responses(report: Report, step: RecordedStep) -> list[ResponseIndex]:
     """Return the responses of the first departure that has any, those with the largest advantages
     first."""
-    departing = (
+    departing_comparisons = (
         departing_comparison
         for departing_comparison in report.comparisons
         if departing_comparison.departs
@@ -95,7 +95,7 @@ def _worst(report: Report, step: RecordedStep) -> list[ResponseIndex]:
     comparison = next(
         (
             departing_comparison
-            for departing_comparison in departing
+            for departing_comparison in departing_comparisons
             if departing_comparison.concerned
         ),
         None,

@@ -5,9 +5,7 @@ import math
 from statistics import fmean
 
 from megatron_r1.controller.rollouts.rollout import all_responses
-from megatron_r1.reporting.formatting import finite_metric as finite
-from megatron_r1.reporting.formatting import format_number as number
-from megatron_r1.reporting.formatting import format_percent as percent
+from megatron_r1.reporting.formatting import finite_metric, format_number, format_percent
 from megatron_r1.why.record.recorded_step import RecordedStep
 
 MAX_EQUAL_FRACTION, MAX_CUT_FRACTION = 0.5, 0.25
@@ -20,35 +18,40 @@ SMALL_KL = 1e-4
 
 def suspicions(step: RecordedStep) -> list[str]:
     """Return one sentence per figure that may explain the run's course, or one that none does."""
-    candidates = [_equal_groups(step), _cut(step), _entropy(step), _learning_rate(step)]
-    suspected = [suspicion for suspicion in candidates if suspicion]
-    return suspected or ["no figure of the run stands out: too few steps, or the task is learned"]
+    candidates = [
+        _check_equal_groups(step),
+        _check_truncation(step),
+        _check_entropy(step),
+        _check_learning_rate(step),
+    ]
+    sentences = [suspicion for suspicion in candidates if suspicion]
+    return sentences or ["no figure of the run stands out: too few steps, or the task is learned"]
 
 
-def _equal_groups(step: RecordedStep) -> str:
+def _check_equal_groups(step: RecordedStep) -> str:
     groups = step.groups + step.filtered_groups
     fraction = fmean(group.has_equal_rewards for group in groups)
-    right = [graded.rewards.get("accuracy", 0.0) for graded in all_responses(groups)]
+    accuracies = [graded.rewards.get("accuracy", 0.0) for graded in all_responses(groups)]
     if fraction < MAX_EQUAL_FRACTION:
         return ""
-    accuracy = fmean(right)
+    accuracy = fmean(accuracies)
     text = "too hard" if accuracy < 0.5 else "learned already"
     return (
-        f"the task is {text}: {percent(fraction)} of the groups have one reward for all responses "
-        f"and teach nothing (accuracy {percent(accuracy)}): other questions, a larger "
-        "rl.group_size, or rl.dynamic_sampling"
+        f"the task is {text}: {format_percent(fraction)} of the groups have one reward for all "
+        f"responses and teach nothing (accuracy {format_percent(accuracy)}): other questions, a "
+        "larger rl.group_size, or rl.dynamic_sampling"
     )
 
 
-def _cut(step: RecordedStep) -> str:
-    cut = [index for index, graded in step.responses.items() if graded.is_truncated]
-    fraction = len(cut) / len(step.responses)
+def _check_truncation(step: RecordedStep) -> str:
+    cut_responses = [index for index, graded in step.responses.items() if graded.is_truncated]
+    fraction = len(cut_responses) / len(step.responses)
     if fraction < MAX_CUT_FRACTION:
         return ""
-    weight = step.loss_fraction(cut)
-    loss_text = "" if math.isnan(weight) else f", and have {percent(weight)} of the loss"
+    weight = step.loss_fraction(cut_responses)
+    loss_text = "" if math.isnan(weight) else f", and have {format_percent(weight)} of the loss"
     return (
-        f"{percent(fraction)} of the responses are cut off at rollout.max_response_tokens="
+        f"{format_percent(fraction)} of the responses are cut off at rollout.max_response_tokens="
         f"{step.config.rollout.max_response_tokens}{loss_text}: raise it"
     )
 
@@ -56,38 +59,39 @@ def _cut(step: RecordedStep) -> str:
 def _ends(step: RecordedStep, key: str) -> tuple[float, float] | None:
     """Return the mean of a metric over the first and the last steps up to this one."""
     lines = [line for line in step.folder.read_metrics() if line["step"] <= step.step]
-    values = [value for line in lines if (value := finite(line, key)) is not None]
+    values = [value for line in lines if (value := finite_metric(line, key)) is not None]
     count = max(1, int(END_FRACTION * len(values)))
     return (fmean(values[:count]), fmean(values[-count:])) if values else None
 
 
-def _entropy(step: RecordedStep) -> str:
+def _check_entropy(step: RecordedStep) -> str:
     ends = _ends(step, "entropy")
     if ends is None or ends[1] >= MIN_ENTROPY_FRACTION * ends[0]:
         return ""
     return (
-        f"the policy has little left to try: its entropy fell from {number(ends[0])} to "
-        f"{number(ends[1])} nats per token: rl.clip_high above rl.clip_low, rl.entropy_coef, a "
-        "higher rollout.temperature, or fewer steps"
+        f"the policy has little left to try: its entropy fell from {format_number(ends[0])} to "
+        f"{format_number(ends[1])} nats per token: rl.clip_high above rl.clip_low, "
+        "rl.entropy_coef, a higher rollout.temperature, or fewer steps"
     )
 
 
-def _learning_rate(step: RecordedStep) -> str:
+def _check_learning_rate(step: RecordedStep) -> str:
     rate, warmup = max(step.learning_rates), step.config.optimizer.warmup_updates
     if warmup and step.updates_after(step.step) <= warmup:
         return (
             f"the learning rate is still warming up, {rate:.3g} of "
             f"{step.config.optimizer.learning_rate:.3g}: optimizer.warmup_updates: {warmup}"
         )
-    rewards, kl = _ends(step, "reward/mean"), finite(step.line, "kl")
+    rewards, kl = _ends(step, "reward/mean"), finite_metric(step.line, "kl")
     if rewards is None or step.step < 10 or rewards[1] > rewards[0]:
         return ""
     if kl is not None and step.config.rl.kl_beta and kl < SMALL_KL:
         return (
-            f"the learning rate is too low: after {step.step} steps the policy is {number(kl)} "
-            f"nats per token from its reference: optimizer.learning_rate: {rate:.3g}"
+            f"the learning rate is too low: after {step.step} steps the policy is "
+            f"{format_number(kl)} nats per token from its reference: optimizer.learning_rate: "
+            f"{rate:.3g}"
         )
     return (
-        f"the reward did not rise in {step.step} steps ({number(rewards[0])}, then "
-        f"{number(rewards[1])}): another optimizer.learning_rate ({rate:.3g}), up or down"
+        f"the reward did not rise in {step.step} steps ({format_number(rewards[0])}, then "
+        f"{format_number(rewards[1])}): another optimizer.learning_rate ({rate:.3g}), up or down"
     )

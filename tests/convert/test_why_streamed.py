@@ -28,7 +28,7 @@ from megatron_r1.why.policy.changed_weights import ChangedWeights
 from megatron_r1.why.policy.checkpoint_model import read_model
 from megatron_r1.why.policy.layer_stream import StreamMemory, stream_memory
 from megatron_r1.why.policy.model_distance import relative_distance, source_distance
-from megatron_r1.why.policy.policy_logprobs import PolicyLogprobs, one_row
+from megatron_r1.why.policy.policy_logprobs import PolicyLogprobs, join_rows
 from megatron_r1.why.policy.policy_models import NotInMemory
 from megatron_r1.why.policy.streamed_model import StreamedModel
 from megatron_r1.why.policy.tensor_source import Adapters, TensorSource
@@ -77,7 +77,7 @@ def cut(row: TokenRow) -> TokenRow:
         for number, token in enumerate(row.token_ids[row.is_sampled])
     ]
     counts = torch.tensor([len(ids) for ids in kept])
-    return replace(row, kept=(counts, torch.tensor([each for ids in kept for each in ids])))
+    return replace(row, kept_ids=(counts, torch.tensor([each for ids in kept for each in ids])))
 
 
 def assert_equal(values, expected) -> None:
@@ -91,7 +91,7 @@ def test_streamed_layers_give_what_the_whole_model_gives(name, convert, tmp_path
     status, printed = convert("from-hf", folder, tmp_path / "checkpoint")
     assert status == 0, printed
     rows = rows_of()
-    rows += [cut(rows[0]), one_row(rows[:2], restarts=True), one_row(rows[:2], restarts=False)]
+    rows += [cut(rows[0]), join_rows(rows[:2], restarts=True), join_rows(rows[:2], restarts=False)]
     model = read_model(tmp_path / "checkpoint", folder)
     expected = logprobs(model, rows, [1.0, 0.6])
     for source, memory in ((folder, AMPLE), (tmp_path / "checkpoint", TIGHT)):
@@ -270,7 +270,7 @@ def test_other_weights_and_rows_give_what_they_give_whole_models(name, make, tmp
     found, expected = (Versions(*folders, is_streamed=each) for each in (True, False))
     values = make(found)
     assert_equal(values, make(expected))
-    changes = [abs(a[-1] - b[-1]) for a, b in zip(values, expected.old, strict=True)]
+    changes = [abs(a[-1] - b[-1]) for a, b in zip(values, expected.old_logprobs, strict=True)]
     assert max(changes) > 1e-5
 
 

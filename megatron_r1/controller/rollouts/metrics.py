@@ -90,7 +90,9 @@ def mean_of_updates(updates: list[dict[str, float]]) -> dict[str, float]:
     """Return the mean of each metric over the mini-batches of a rollout; of a maximum, the
     maximum."""
     reductions = {name: max if name.endswith("/max") else fmean for name in updates[0]}
-    return {name: reduce([update[name] for update in updates]) for name, reduce in reductions.items()}
+    return {
+        name: reduce([update[name] for update in updates]) for name, reduce in reductions.items()
+    }
 
 
 def sample_records(

@@ -11,8 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from megatron_r1.config.model import LoraConfig
-from megatron_r1.reporting.formatting import format_number as number
-from megatron_r1.reporting.formatting import format_percent as percent
+from megatron_r1.reporting.formatting import format_number, format_percent
 from megatron_r1.why.checks.engine_gaps import (
     MAX_UNEXPLAINED_FRACTION,
     EngineGaps,
@@ -20,7 +19,7 @@ from megatron_r1.why.checks.engine_gaps import (
     mean_gap,
 )
 
-TEMPERATURES = (0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.25, 1.5, 2.0, 4.0)
+TEMPERATURE_FACTORS = (0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.25, 1.5, 2.0, 4.0)
 """Times the run's temperature: which of them explains a departure."""
 MAX_UNEXPLAINED_BY_TEMPERATURE = 0.15
 """The largest ratio of the distance with a temperature to the distance without it, at which the
@@ -42,7 +41,7 @@ class ExplainedDeparture(NamedTuple):
 
 def stale_weights(gaps: EngineGaps) -> ExplainedDeparture | None:
     """Try the weights of earlier versions, engine by engine."""
-    if (stale := gaps.stale_version(gaps.recomputed.logprobs_after)) is None:
+    if (stale := gaps.stale_version(gaps.policies.logprobs_after)) is None:
         return None
     return older_weights(gaps, *stale)
 
@@ -57,9 +56,9 @@ def older_weights(gaps: EngineGaps, version: int, engine: ExplainedEngine) -> Ex
     if _trainer_agrees(gaps):
         return ExplainedDeparture(
             f"engines and trainer computed with the weights of version {version}, not "
-            f"{gaps.newest}: {engine.gap_sizes}",
+            f"{gaps.newest_version}: {engine.gap_sizes}",
             "the checkpoint that the run went on from: other weights were loaded than those of "
-            f"step {gaps.newest} (docs/checkpoints.md)",
+            f"step {gaps.newest_version} (docs/checkpoints.md)",
         )
     if version == 0 and gaps.step.run_config.model.lora is not None:
         return ExplainedDeparture(
@@ -68,7 +67,7 @@ def older_weights(gaps: EngineGaps, version: int, engine: ExplainedEngine) -> Ex
             "the merge of model.lora in the push (docs/lora.md)",
         )
     return ExplainedDeparture(
-        f"{engine.name} computed with the weights of version {version}, not {gaps.newest}: "
+        f"{engine.name} computed with the weights of version {version}, not {gaps.newest_version}: "
         f"{engine.gap_sizes}",
         f"the push to {engine.name}: logs/{engine.name}*.log, push/* in metrics.jsonl, "
         "push.transport (docs/push.md)",
@@ -88,7 +87,7 @@ def other_adapter_scale(gaps: EngineGaps) -> ExplainedDeparture | None:
     if (lora := gaps.step.run_config.model.lora) is None:
         return None
     for scale, noun in adapter_scales(lora).items():
-        logprobs = gaps.recomputed.with_adapter_scale(scale)
+        logprobs = gaps.policies.with_adapter_scale(scale)
         engine = None if logprobs is None else gaps.explained_engine(logprobs)
         # Weights of an earlier version are near smaller adapters, but not as near as rounding.
         if engine is not None and engine.mean_gap <= gaps.tolerance < engine.unexplained_gap:
@@ -115,7 +114,7 @@ def adapter_scales(lora: LoraConfig) -> dict[float, str]:
 
 def missing_router_bias(gaps: EngineGaps) -> ExplainedDeparture | None:
     """Try routers without the bias that balances their experts."""
-    logprobs = gaps.recomputed.without_router_bias()
+    logprobs = gaps.policies.without_router_bias()
     if logprobs is None or (engine := gaps.explained_engine(logprobs)) is None:
         return None
     return ExplainedDeparture(
@@ -127,16 +126,16 @@ def missing_router_bias(gaps: EngineGaps) -> ExplainedDeparture | None:
 
 def other_temperature(gaps: EngineGaps) -> ExplainedDeparture | None:
     """Try other temperatures."""
-    temperature = gaps.recomputed.temperature
-    coarse, _ = _best_scale(gaps, TEMPERATURES)
-    index = TEMPERATURES.index(coarse)
-    neighbors = TEMPERATURES[max(0, index - 1) : index + 2]
+    temperature = gaps.policies.temperature
+    coarse, _ = _best_scale(gaps, TEMPERATURE_FACTORS)
+    index = TEMPERATURE_FACTORS.index(coarse)
+    neighbors = TEMPERATURE_FACTORS[max(0, index - 1) : index + 2]
     scale, mean = _best_scale(gaps, np.linspace(neighbors[0], neighbors[-1], 41).tolist())
     if not mean <= MAX_UNEXPLAINED_BY_TEMPERATURE * gaps.distance or abs(scale - 1) < 0.01:
         return None
     return ExplainedDeparture(
         f"temperature {scale * temperature:.3g} explains them, the settings say "
-        f"{temperature:g}: mean |Δ| {number(mean)} against {number(gaps.distance)}",
+        f"{temperature:g}: mean |Δ| {format_number(mean)} against {format_number(gaps.distance)}",
         "rollout.temperature, or what the engine makes of it (rollout.vllm)",
     )
 
@@ -144,8 +143,8 @@ def other_temperature(gaps: EngineGaps) -> ExplainedDeparture | None:
 def _best_scale(gaps: EngineGaps, scales: Sequence[float]) -> tuple[float, float]:
     """Return the multiple of the run's temperature that leaves the smallest mean |difference|, and
     that mean."""
-    temperatures = [gaps.recomputed.temperature * scale for scale in scales]
-    logprobs_by_scale = gaps.recomputed.logprobs_at_temperatures(temperatures)
+    temperatures = [gaps.policies.temperature * scale for scale in scales]
+    logprobs_by_scale = gaps.policies.logprobs_at_temperatures(temperatures)
     means = [mean_gap(gaps.gaps_from(logprobs)) for logprobs in logprobs_by_scale]
     best = int(np.argmin(np.nan_to_num(means, nan=np.inf)))
     return scales[best], means[best]
@@ -155,7 +154,7 @@ def shifted_by_a_token(gaps: EngineGaps) -> ExplainedDeparture | None:
     """Try the log-probabilities of the token before, and of the one after."""
     for shift, side in ((1, "after"), (-1, "before")):
         shifted_gaps = gaps.gaps_from(
-            [np.roll(logprobs, -shift) for logprobs in gaps.recomputed.old]
+            [np.roll(logprobs, -shift) for logprobs in gaps.policies.old_logprobs]
         )
         for gap in shifted_gaps:  # the token that was rolled around
             gap[-1 if shift > 0 else 0 : None if shift > 0 else 1] = np.nan
@@ -163,7 +162,7 @@ def shifted_by_a_token(gaps: EngineGaps) -> ExplainedDeparture | None:
         if mean <= MAX_UNEXPLAINED_FRACTION * gaps.distance:
             return ExplainedDeparture(
                 f"they are shifted by a token, each is that of the token {side}: mean |Δ| "
-                f"{number(mean)} against {number(gaps.distance)}",
+                f"{format_number(mean)} against {format_number(gaps.distance)}",
                 "the reply of the engine: its log-probabilities begin at another token than "
                 "its tokens",
             )
@@ -184,7 +183,7 @@ def renormalized_cut(gaps: EngineGaps) -> ExplainedDeparture | None:
     likelier_fraction = float((large_differences > 0).mean())
     kept_share = math.exp(-float(large_differences.max()))
     return ExplainedDeparture(
-        f"{percent(likelier_fraction)} of the tokens that differ are more likely to "
+        f"{format_percent(likelier_fraction)} of the tokens that differ are more likely to "
         f"the engine, by up to 1/{kept_share:.3g}: it sampled from a part of the vocabulary "
         "and renormalized (top-p, top-k or min-p), the trainer does not",
         "the cut of rollout.vllm or the model's generation_config.json: set it as "
@@ -196,19 +195,19 @@ def rounding_of_bfloat16(gaps: EngineGaps) -> ExplainedDeparture | None:
     """Compare the size of the differences with what bfloat16 makes of transformers."""
     if gaps.step.config.rollout.dtype != "float32" or gaps.distance <= gaps.tolerance:
         return None
-    recomputed = gaps.recomputed
+    policies = gaps.policies
     size = mean_gap(
         [
             rounded - logprobs
             for rounded, logprobs in zip(
-                recomputed.bfloat16_logprobs(), recomputed.old, strict=True
+                policies.bfloat16_logprobs(), policies.old_logprobs, strict=True
             )
         ]
     )
     if not size / MAX_SIZE_FACTOR <= gaps.distance <= size * MAX_SIZE_FACTOR:
         return None
     return ExplainedDeparture(
-        f"mean |Δ| is {number(gaps.distance)}, and {number(size)} between transformers in bfloat16 "
-        "and in float32: the engine computes in 16 bits",
+        f"mean |Δ| is {format_number(gaps.distance)}, and {format_number(size)} between "
+        "transformers in bfloat16 and in float32: the engine computes in 16 bits",
         "rollout.dtype: float32 has no effect on the engine (rollout.vllm)",
     )

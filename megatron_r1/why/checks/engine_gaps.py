@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from megatron_r1.reporting.formatting import format_number as number
+from megatron_r1.reporting.formatting import format_number
 from megatron_r1.why.comparison import ROUNDING_BY_DTYPE
 from megatron_r1.why.record.recorded_step import RecordedStep
 
@@ -40,7 +40,9 @@ class ExplainedEngine(NamedTuple):
     @property
     def gap_sizes(self) -> str:
         """Both means, as text."""
-        return f"mean |Δ| {number(self.mean_gap)} against {number(self.unexplained_gap)}"
+        return (
+            f"mean |Δ| {format_number(self.mean_gap)} against {format_number(self.unexplained_gap)}"
+        )
 
 
 class EngineGaps:
@@ -48,7 +50,7 @@ class EngineGaps:
 
     Args:
         step: the step.
-        recomputed: its log-probabilities by transformers, under the weights that engines have.
+        policies: its log-probabilities by transformers, under the weights that engines have.
 
     Attributes:
         sequences: those that are compared.
@@ -56,35 +58,35 @@ class EngineGaps:
         gaps: (sampled tokens,) each: the engine's log-probability less transformers', under the
             weights of the version that the engine had; NaN where these are not kept.
         tolerance: the largest mean |difference| that is rounding.
-        untried: causes that were not tried, as they need the whole model in memory."""
+        untried_causes: causes that were not tried, as they need the whole model in memory."""
 
-    def __init__(self, step: RecordedStep, recomputed: PolicyLogprobs) -> None:
-        self.step, self.recomputed = step, recomputed
-        self.sequences = [recomputed.sequences[index] for index in recomputed.scored_sequences]
-        self._is_newest = [sequence.versions == self.newest for sequence in self.sequences]
+    def __init__(self, step: RecordedStep, policies: PolicyLogprobs) -> None:
+        self.step, self.policies = step, policies
+        self.sequences = [policies.sequences[index] for index in policies.scored_sequences]
+        self._is_newest = [sequence.versions == self.newest_version for sequence in self.sequences]
         self.engines = [
             step.responses[sequence.response].response.engine for sequence in self.sequences
         ]
-        self.gaps = self.gaps_from(recomputed.old)
+        self.gaps = self.gaps_from(policies.old_logprobs)
         # Tokens of earlier versions are an earlier policy's.
         versions = {int(v) for sequence in self.sequences for v in np.unique(sequence.versions)}
-        for version in sorted(versions - {self.newest}):
-            logprobs = recomputed.logprobs_after(version)
+        for version in sorted(versions - {self.newest_version}):
+            logprobs = policies.logprobs_after(version)
             if logprobs is not None:
                 self._fill_version_gaps(version, logprobs)
         self.tolerance = ROUNDING_BY_DTYPE[step.run_config.rollout.dtype]
-        self.untried: list[str] = []
+        self.untried_causes: list[str] = []
 
     @property
-    def newest(self) -> int:
+    def newest_version(self) -> int:
         """The version of the weights that the step trains."""
         return self.step.step - 1
 
     @property
     def earlier_versions(self) -> list[int]:
         """Versions before the one that the step trains. Some of their checkpoints may be kept."""
-        first = max(0, self.newest - MAX_VERSIONS_BEFORE)
-        return sorted({0, *range(first, self.newest)} - {self.newest}, reverse=True)
+        first = max(0, self.newest_version - MAX_VERSIONS_BEFORE)
+        return sorted({0, *range(first, self.newest_version)} - {self.newest_version}, reverse=True)
 
     @cached_property
     def distance(self) -> float:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_r1.reporting.formatting import format_number as number
+from megatron_r1.reporting.formatting import format_number
 from megatron_r1.why.checks.engine_causes import (
     ExplainedDeparture,
     missing_router_bias,
@@ -62,25 +62,27 @@ SENSITIVE_CAUSES = (other_fp8_weights,)
 """Those that find differences as small as rounding."""
 
 
-def check_logprobs(step: RecordedStep, recomputed: Recomputation) -> list[Comparison]:
+def check_logprobs(step: RecordedStep, recomputation: Recomputation) -> list[Comparison]:
     """Return the comparison of the engines' log-probabilities."""
-    gaps = EngineGaps(step, recomputed.engine_policy)
+    gaps = EngineGaps(step, recomputation.engine_policy)
     differences = np.concatenate(gaps.gaps) if gaps.gaps else np.empty(0)
     differences = differences[~np.isnan(differences)]
     if not len(differences):
         return [not_checked(FAMILY, NAME, "no checkpoint of the tokens' versions is kept")]
-    compared = (
+    subject = (
         f"those of {len(differences):,} tokens of {len(gaps.gaps):,} sequences with "
         f"transformers' under the weights of their version{_encoding(step)}; mean |Δ| by engine: "
-        + ", ".join(f"{engine} {number(mean)}" for engine, mean in gaps.engine_means().items())
-        + f"; KL {number(kl_of_difference(-differences))}"
+        + ", ".join(
+            f"{engine} {format_number(mean)}" for engine, mean in gaps.engine_means().items()
+        )
+        + f"; KL {format_number(kl_of_difference(-differences))}"
     )
-    explained = _explanation(gaps)
-    if explained is None and gaps.distance <= gaps.tolerance and not gaps.departing_engine():
+    cause = _explanation(gaps)
+    if cause is None and gaps.distance <= gaps.tolerance and not gaps.departing_engine():
         return [
-            Comparison(FAMILY, NAME, EQUAL, compared, gaps.distance, gaps.tolerance, _source(step))
+            Comparison(FAMILY, NAME, EQUAL, subject, gaps.distance, gaps.tolerance, _source(step))
         ]
-    return [_departure(gaps, compared, explained)]
+    return [_departure(gaps, subject, cause)]
 
 
 def _encoding(step: RecordedStep) -> str:
@@ -95,14 +97,14 @@ def _source(step: RecordedStep) -> str:
     return FP8_TOLERANCE_SOURCE if step.run_config.push.fp8 else TOLERANCE_SOURCE
 
 
-def _departure(gaps: EngineGaps, compared: str, explained: ExplainedDeparture | None) -> Comparison:
+def _departure(gaps: EngineGaps, subject: str, cause: ExplainedDeparture | None) -> Comparison:
     """Return the comparison that departs, with its cause where that is known."""
-    explained = explained or ExplainedDeparture(
-        f"mean |Δ| is {number(gaps.distance)}: the engine computes another function of these "
-        "weights than transformers",
+    cause = cause or ExplainedDeparture(
+        f"mean |Δ| is {format_number(gaps.distance)}: the engine computes another function of "
+        "these weights than transformers",
         ENGINE_REMEDY + hint(gaps.step, "engine"),
     )
-    concerned = dict.fromkeys(
+    departing_responses = dict.fromkeys(
         sequence.response
         for sequence, gap in zip(gaps.sequences, gaps.gaps, strict=True)
         if mean_gap([gap]) > gaps.tolerance
@@ -113,15 +115,15 @@ def _departure(gaps: EngineGaps, compared: str, explained: ExplainedDeparture | 
         FAMILY,
         NAME,
         DEPARTS,
-        compared,
+        subject,
         gaps.distance,
         gaps.tolerance,
         _source(gaps.step),
-        with_untried(explained.reason, gaps.untried),
-        list(concerned),
+        with_untried(cause.reason, gaps.untried_causes),
+        list(departing_responses),
         num_tokens,
-        gaps.step.loss_fraction(list(concerned)),
-        explained.remedy,
+        gaps.step.loss_fraction(list(departing_responses)),
+        cause.remedy,
     )
 
 
@@ -132,19 +134,19 @@ def _explanation(gaps: EngineGaps) -> ExplainedDeparture | None:
 
     for find_cause in SENSITIVE_CAUSES if is_small else SEARCHED_CAUSES:
         try:
-            explained = find_cause(gaps)
+            cause = find_cause(gaps)
         except NotInMemory:
-            gaps.untried.append(find_cause.__name__.replace("_", " "))
+            gaps.untried_causes.append(find_cause.__name__.replace("_", " "))
             continue
-        if explained is not None:
-            return explained
+        if cause is not None:
+            return cause
     return None
 
 
-def departures(recomputed: Recomputation) -> list[DepartureCurve]:
+def departures(recomputation: Recomputation) -> list[DepartureCurve]:
     """Return how far engines are from transformers over the position in the response; nothing where
     that could not be recomputed."""
-    if "old" not in vars(recomputed.engine_policy):
+    if "old_logprobs" not in vars(recomputation.engine_policy):
         return []
-    gaps = EngineGaps(recomputed.step, recomputed.engine_policy)
+    gaps = EngineGaps(recomputation.step, recomputation.engine_policy)
     return [DepartureCurve("engine against the checkpoint", *gaps.position_means())]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megatron_r1.reporting.formatting import format_number as number
+from megatron_r1.reporting.formatting import format_number
 from megatron_r1.why.checks.engine_causes import MIN_TOKENS, ExplainedDeparture
 from megatron_r1.why.checks.engine_gaps import EngineGaps
 
@@ -27,8 +27,8 @@ class ExpertGap(NamedTuple):
 
     layer: str
     expert: int
-    routed: float
-    other_difference: float
+    routed_gap: float
+    other_gap: float
 
 
 def departing_expert(gaps: EngineGaps) -> ExplainedDeparture | None:
@@ -38,12 +38,12 @@ def departing_expert(gaps: EngineGaps) -> ExplainedDeparture | None:
     for suspect in suspects:
         if (explanation := _stale_expert(gaps, suspect.layer, suspect.expert)) is not None:
             return explanation
-    if suspects and gaps.recomputed.is_streamed:  # each would read the whole checkpoint
-        gaps.untried.append("exchanged experts")
+    if suspects and gaps.policies.is_streamed:  # each would read the whole checkpoint
+        gaps.untried_causes.append("exchanged experts")
         suspects = []
     for layer, expert, other_expert in _pairs(gaps, suspects):
         sources = {expert: other_expert, other_expert: expert}
-        engine = gaps.explained_engine(gaps.recomputed.with_experts(layer, sources))
+        engine = gaps.explained_engine(gaps.policies.with_experts(layer, sources))
         if engine is not None:
             return ExplainedDeparture(
                 f"experts {min(sources)} and {max(sources)} of {_layer(layer)} are exchanged in "
@@ -53,12 +53,12 @@ def departing_expert(gaps: EngineGaps) -> ExplainedDeparture | None:
     if not ranked or gaps.distance <= gaps.tolerance:
         return None
     worst = ranked[0]
-    if worst.routed < 4 * worst.other_difference:
+    if worst.routed_gap < 4 * worst.other_gap:
         return None
     return ExplainedDeparture(
         f"tokens of expert {worst.expert} of {_layer(worst.layer)} differ by "
-        f"{number(worst.routed)}, others by {number(worst.other_difference)}: the engine has "
-        "another expert there",
+        f"{format_number(worst.routed_gap)}, others by {format_number(worst.other_gap)}: the "
+        "engine has another expert there",
         EXPERT_REMEDY,
     )
 
@@ -66,28 +66,28 @@ def departing_expert(gaps: EngineGaps) -> ExplainedDeparture | None:
 def experts_by_gap(gaps: EngineGaps) -> list[ExpertGap]:
     """Return the experts of all layers, those first whose tokens differ most from the others'."""
     differences, ranked = np.abs(np.concatenate(gaps.gaps)), []
-    for layer, experts_of_sequences in gaps.recomputed.experts().items():
+    for layer, experts_of_sequences in gaps.policies.experts().items():
         experts = np.concatenate(experts_of_sequences)
         for expert in range(int(experts.max()) + 1):
             is_routed = (experts == expert).any(1)
             if is_routed.sum() < MIN_TOKENS:
                 continue
-            routed = float(np.nanmean(differences[is_routed]))
+            routed_gap = float(np.nanmean(differences[is_routed]))
             is_few = (~is_routed).sum() < MIN_TOKENS  # all tokens go through it
-            other_difference = routed if is_few else float(np.nanmean(differences[~is_routed]))
-            ranked.append(ExpertGap(layer, expert, routed, other_difference))
-    return sorted(ranked, key=lambda gap: -gap.routed / max(gap.other_difference, 1e-12))
+            other_gap = routed_gap if is_few else float(np.nanmean(differences[~is_routed]))
+            ranked.append(ExpertGap(layer, expert, routed_gap, other_gap))
+    return sorted(ranked, key=lambda gap: -gap.routed_gap / max(gap.other_gap, 1e-12))
 
 
 def _stale_expert(gaps: EngineGaps, layer: str, expert: int) -> ExplainedDeparture | None:
     """Try the expert's weights of earlier versions."""
-    stale = gaps.stale_version(partial(gaps.recomputed.with_old_expert, layer, expert))
+    stale = gaps.stale_version(partial(gaps.policies.with_old_expert, layer, expert))
     if stale is None:
         return None
     version, engine = stale
     return ExplainedDeparture(
         f"expert {expert} of {_layer(layer)} has the weights of version {version} in "
-        f"{engine.name}, not {gaps.newest}: {engine.gap_sizes}",
+        f"{engine.name}, not {gaps.newest_version}: {engine.gap_sizes}",
         EXPERT_REMEDY,
     )
 
@@ -104,15 +104,15 @@ def _pairs(gaps: EngineGaps, suspects: Sequence[ExpertGap]) -> list[tuple[str, i
     for suspect in suspects:
         pairs += [
             (suspect.layer, suspect.expert, other_expert)
-            for other_expert in range(gaps.recomputed.num_experts(suspect.layer))
+            for other_expert in range(gaps.policies.num_experts(suspect.layer))
             if other_expert != suspect.expert
         ]
-    distinct: dict[tuple[str, frozenset[int]], tuple[str, int, int]] = {}
+    pairs_by_experts: dict[tuple[str, frozenset[int]], tuple[str, int, int]] = {}
     for layer, expert, other_expert in pairs:
-        distinct.setdefault(
+        pairs_by_experts.setdefault(
             (layer, frozenset((expert, other_expert))), (layer, expert, other_expert)
         )
-    return [*distinct.values()][:MAX_PAIRS]
+    return [*pairs_by_experts.values()][:MAX_PAIRS]
 
 
 def _layer(name: str) -> str:

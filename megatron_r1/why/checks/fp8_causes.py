@@ -102,9 +102,9 @@ def other_fp8_weights(gaps: EngineGaps) -> ExplainedDeparture | None:
     """Try what engines with `push.fp8` may have in place of the newest weights."""
     from megatron_r1.why.policy.fp8_engines import FP8EngineLogprobs
 
-    if not isinstance(gaps.recomputed, FP8EngineLogprobs):
+    if not isinstance(gaps.policies, FP8EngineLogprobs):
         return None
-    return FP8Search(gaps, gaps.recomputed).explanation()
+    return FP8Search(gaps, gaps.policies).explanation()
 
 
 class FP8Search:
@@ -112,11 +112,11 @@ class FP8Search:
 
     Args:
         gaps: the differences.
-        recomputed: log-probabilities under weights as engines have them."""
+        policies: log-probabilities under weights as engines have them."""
 
-    def __init__(self, gaps: EngineGaps, recomputed: FP8EngineLogprobs) -> None:
-        self._gaps, self._recomputed = gaps, recomputed
-        self._tried: list[int] = []
+    def __init__(self, gaps: EngineGaps, policies: FP8EngineLogprobs) -> None:
+        self._gaps, self._policies = gaps, policies
+        self._tried_sequences: list[int] = []
 
     def explanation(self) -> ExplainedDeparture | None:
         """Return the best hypothesis that holds; None where none does."""
@@ -135,18 +135,20 @@ class FP8Search:
         holding_fits = {hypothesis: fit for hypothesis, fit in fits.items() if fit.holds}
         if not holding_fits:
             return None
-        best = min(holding_fits, key=lambda hypothesis: holding_fits[hypothesis].residual)
-        return self._explained(engine, best, holding_fits[best])
+        best_hypothesis = min(
+            holding_fits, key=lambda hypothesis: holding_fits[hypothesis].residual
+        )
+        return self._explain(engine, best_hypothesis, holding_fits[best_hypothesis])
 
     def _hypotheses_of_all_weights(self) -> Iterator[tuple[Hypothesis, list[np.ndarray]]]:
         """Yield hypotheses of all weights, with their log-probabilities by sequence."""
-        recomputed, newest = self._recomputed, self._gaps.newest
-        yield Hypothesis("plain", newest), recomputed.trainer.old
+        policies, newest_version = self._policies, self._gaps.newest_version
+        yield Hypothesis("plain", newest_version), policies.trainer.old_logprobs
         versions = self._gaps.earlier_versions
-        for version in versions[:1] if recomputed.is_streamed else versions:
-            if (model := recomputed.with_scales_of(version)) is not None:
-                yield Hypothesis("scales", version), recomputed.logprobs_under(model)
-            if (logprobs := recomputed.logprobs_after(version)) is not None:
+        for version in versions[:1] if policies.is_streamed else versions:
+            if (model := policies.with_scales_of(version)) is not None:
+                yield Hypothesis("scales", version), policies.logprobs_under(model)
+            if (logprobs := policies.logprobs_after(version)) is not None:
                 yield Hypothesis("weights", version), logprobs
 
     def _fits(
@@ -154,23 +156,23 @@ class FP8Search:
     ) -> dict[Hypothesis, Fit]:
         """Return how well each hypothesis fits an engine, whose sequences are then the tried ones;
         nothing without any."""
-        self._tried = self._gaps.largest_gaps(engine, TRIED_TOKENS)
-        if not self._tried:
+        self._tried_sequences = self._gaps.largest_gaps(engine, TRIED_TOKENS)
+        if not self._tried_sequences:
             return {}
         return {
-            hypothesis: self._fit([logprobs[index] for index in self._tried])
+            hypothesis: self._fit([logprobs[index] for index in self._tried_sequences])
             for hypothesis, logprobs in logprobs_by_hypothesis.items()
         }
 
     def _fit(self, logprobs: Sequence[np.ndarray]) -> Fit:
         """Return how well log-probabilities of the tried sequences fit."""
-        old = [self._recomputed.old[index] for index in self._tried]
-        effect = np.concatenate(logprobs) - np.concatenate(old)
+        old_logprobs = [self._policies.old_logprobs[index] for index in self._tried_sequences]
+        effect = np.concatenate(logprobs) - np.concatenate(old_logprobs)
         return fit_effect(effect, self._differences)
 
     @property
     def _differences(self) -> np.ndarray:
-        return np.concatenate([self._gaps.gaps[index] for index in self._tried])
+        return np.concatenate([self._gaps.gaps[index] for index in self._tried_sequences])
 
     def _fits_of_parts(self) -> dict[Hypothesis, Fit]:
         """Return how well hypotheses of a part of the weights fit the tried sequences."""
@@ -178,17 +180,17 @@ class FP8Search:
         from megatron_r1.why.policy.policy_models import NotInMemory
 
         try:
-            weights = ChangedWeights(self._recomputed)
+            weights = ChangedWeights(self._policies)
         except NotInMemory:
-            self._gaps.untried.append("FP8 scales of one tensor")
+            self._gaps.untried_causes.append("FP8 scales of one tensor")
             return {}
-        newest = self._gaps.newest
-        sequences = [self._recomputed.scored_sequences[index] for index in self._tried]
+        newest_version = self._gaps.newest_version
+        sequences = [self._policies.scored_sequences[index] for index in self._tried_sequences]
         fits = {}
-        for version in sorted({max(0, newest - 1), 0} - {newest}, reverse=True):
-            scaled = self._recomputed.with_scales_of(version)
+        for version in sorted({max(0, newest_version - 1), 0} - {newest_version}, reverse=True):
+            scaled_model = self._policies.with_scales_of(version)
             values_by_kind: dict[Kind, dict[str, Tensor] | None] = {
-                "scales": None if scaled is None else weights.other_tensors(scaled),
+                "scales": None if scaled_model is None else weights.other_tensors(scaled_model),
                 "weights": weights.version_tensors(version),
             }
             for kind, values in values_by_kind.items():
@@ -199,18 +201,18 @@ class FP8Search:
         return fits
 
     def _parts(
-        self, values: Mapping[str, Tensor], newest: Mapping[str, Tensor]
+        self, values: Mapping[str, Tensor], newest_tensors: Mapping[str, Tensor]
     ) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """Yield parts of the weights with their other values: experts, then groups of tensors.
 
         Args:
             values: tensors that differ from the newest.
-            newest: the newest, all of them."""
+            newest_tensors: the newest, all of them."""
         for gap in experts_by_gap(self._gaps)[:MAX_SUSPECTS] if values else ():
             expert_values = {}
             for name in values:
                 if name.startswith(f"{gap.layer}."):
-                    expert_values[name] = newest[name].clone()
+                    expert_values[name] = newest_tensors[name].clone()
                     expert_values[name][gap.expert] = values[name][gap.expert]
             if expert_values:
                 yield (
@@ -224,31 +226,32 @@ class FP8Search:
             if len(names) < len(values):
                 yield noun, {name: values[name] for name in names}
 
-    def _explained(self, engine: str, hypothesis: Hypothesis, fit: Fit) -> ExplainedDeparture:
+    def _explain(self, engine: str, hypothesis: Hypothesis, fit: Fit) -> ExplainedDeparture:
         kind, version, noun = hypothesis
-        newest, name = self._gaps.newest, engine or "engine"
-        explained = ExplainedEngine(fit.residual, fit.size, name)
-        fitted = (
-            f"{explained.gap_sizes}, the differences are {fit.coefficient:.2f} ± {fit.error:.2f} "
-            "times those that it makes"
+        newest_version, name = self._gaps.newest_version, engine or "engine"
+        explained_engine = ExplainedEngine(fit.residual, fit.size, name)
+        fit_text = (
+            f"{explained_engine.gap_sizes}, the differences are {fit.coefficient:.2f} ± "
+            f"{fit.error:.2f} times those that it makes"
         )
         remedy = SCALE_REMEDY.format(engine=name)
         if kind == "plain":
             return ExplainedDeparture(
-                f"{name} computes with weights that are not quantized: {fitted}",
+                f"{name} computes with weights that are not quantized: {fit_text}",
                 "push.fp8: true has no effect on the engine: its quantization_config "
                 "(rollout.vllm)",
             )
         if kind == "scales":
-            fault = FAULT if version == newest - 1 else f"FP8 scales of version {version}"
+            fault = FAULT if version == newest_version - 1 else f"FP8 scales of version {version}"
             place = f" in {noun}" if noun else ""
             return ExplainedDeparture(
-                f"{fault}{place}: {name} computes with the 8-bit values of version {newest} and "
-                f"the block scales of version {version}; {fitted}",
+                f"{fault}{place}: {name} computes with the 8-bit values of version "
+                f"{newest_version} and the block scales of version {version}; {fit_text}",
                 remedy,
             )
         if noun:
             return ExplainedDeparture(
-                f"{noun} in {name} is of version {version}, not {newest}; {fitted}", remedy
+                f"{noun} in {name} is of version {version}, not {newest_version}; {fit_text}",
+                remedy,
             )
-        return older_weights(self._gaps, version, explained)
+        return older_weights(self._gaps, version, explained_engine)

@@ -9,9 +9,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from megatron_r1.reporting.formatting import finite_metric as finite
-from megatron_r1.reporting.formatting import format_number as number
-from megatron_r1.reporting.formatting import format_percent as percent
+from megatron_r1.reporting.formatting import finite_metric, format_number, format_percent
 from megatron_r1.why.checks.term_gradients import term_departure
 from megatron_r1.why.comparison import DEPARTS, EQUAL, Comparison, not_checked
 from megatron_r1.why.record.recorded_step import RecordedStep
@@ -60,19 +58,19 @@ COMPARED_METRICS = (
 )
 
 
-def check_loss(step: RecordedStep, recomputed: Recomputation) -> list[Comparison]:
+def check_loss(step: RecordedStep, recomputation: Recomputation) -> list[Comparison]:
     """Return the comparisons of the loss and its metrics.
 
     Args:
         step: the step.
-        recomputed: its updates."""
-    base = recomputed.base
+        recomputation: its updates."""
+    base = recomputation.base
     comparisons = [
         _compare_metric(step, name, base)
         for name in COMPARED_METRICS
         if name in base.metrics and name in step.line
     ]
-    terms = ", ".join(f"{name} {number(value)}" for name, value in base.terms.items())
+    terms = ", ".join(f"{name} {format_number(value)}" for name, value in base.terms.items())
     if not comparisons:
         return [not_checked(LOSS, "loss", "metrics.jsonl has none of its metrics")]
     comparisons[0] = replace(
@@ -81,51 +79,53 @@ def check_loss(step: RecordedStep, recomputed: Recomputation) -> list[Comparison
     departs = any(comparison.departs for comparison in comparisons)
     if not departs and not update_departs(step, base):
         return comparisons
-    if not recomputed.searches_causes or any(
+    if not recomputation.searches_causes or any(
         math.isinf(comparison.distance) for comparison in comparisons
     ):
         return comparisons
-    if (explained := explanation(step, recomputed)) is None:
-        return _with_terms(comparisons, step, recomputed)
-    substitution, updates = explained
+    if (best_explanation := explanation(step, recomputation)) is None:
+        return _with_terms(comparisons, step, recomputation)
+    substitution, updates = best_explanation
     text = (
         f"{substitution.name} explains it: loss {_format(updates.metrics['loss'])}, recorded "
         f"{_format(step.line.get('loss'))}, by the settings {_format(base.metrics['loss'])}"
     )
     size = abs(updates.metrics["loss"] - base.metrics["loss"]) / _scale(step)
-    text += f"; {percent(size)} of the loss by weight of advantages"
-    departing = next((comparison for comparison in comparisons if comparison.departs), None)
-    if departing is None:  # the weights alone
+    text += f"; {format_percent(size)} of the loss by weight of advantages"
+    departing_comparison = next(
+        (comparison for comparison in comparisons if comparison.departs), None
+    )
+    if departing_comparison is None:  # the weights alone
         tolerance = update_limit(step)
-        name, compared = "cause of the change of the weights", "updates with one thing substituted"
+        name, subject = "cause of the change of the weights", "updates with one thing substituted"
         size = base.update_distance or math.nan
         source = TOLERANCE_SOURCES[step.run_config.model.dtype]
-        cause = Comparison("optimizer", name, DEPARTS, compared, size, tolerance, source, text)
+        cause = Comparison("optimizer", name, DEPARTS, subject, size, tolerance, source, text)
         return [*comparisons, replace(cause, remedy=substitution.change)]
-    explained_comparison = replace(departing, reason=text, remedy=substitution.change)
+    explained_comparison = replace(departing_comparison, reason=text, remedy=substitution.change)
     return [
-        explained_comparison if comparison is departing else comparison
+        explained_comparison if comparison is departing_comparison else comparison
         for comparison in comparisons
     ]
 
 
 def _with_terms(
-    comparisons: Sequence[Comparison], step: RecordedStep, recomputed: Recomputation
+    comparisons: Sequence[Comparison], step: RecordedStep, recomputation: Recomputation
 ) -> list[Comparison]:
     """Return the comparisons with the terms whose gradient departs, in those that depart.
 
     Args:
         comparisons: those of the loss, which nothing explains.
         step: the step.
-        recomputed: its updates."""
+        recomputation: its updates."""
     if not any(comparison.departs for comparison in comparisons):
         return list(comparisons)
-    reason, remedy = term_departure(step, recomputed)
+    reason, remedy = term_departure(step, recomputation)
     return [
         replace(
             comparison,
             reason=f"{comparison.reason}; {reason}" if reason else comparison.reason,
-            remedy=f"{remedy or comparison.remedy}{recomputed.inputs.left_out}",
+            remedy=f"{remedy or comparison.remedy}{recomputation.inputs.left_out_note}",
         )
         if comparison.departs
         else comparison
@@ -153,20 +153,23 @@ def _limit(step: RecordedStep, name: str, metrics: Mapping[str, float]) -> float
 
 
 def _compare_metric(step: RecordedStep, name: str, updates: RecomputedUpdates) -> Comparison:
-    recomputed, logged = updates.metrics[name], finite(step.line, name)
+    recomputed_value, logged_value = updates.metrics[name], finite_metric(step.line, name)
     limit = _limit(step, name, updates.metrics)
-    distance = math.inf if logged is None else abs(logged - recomputed)
-    reason = f"{name} is {_format(logged)} in metrics.jsonl, {_format(recomputed)} recomputed"
+    distance = math.inf if logged_value is None else abs(logged_value - recomputed_value)
+    reason = (
+        f"{name} is {_format(logged_value)} in metrics.jsonl, {_format(recomputed_value)} "
+        "recomputed"
+    )
     remedy = "the loss: rl.algorithm and its settings, or the trainer"
-    if logged is None:
-        reason = f"{name} is not a number in metrics.jsonl, {_format(recomputed)} recomputed"
+    if logged_value is None:
+        reason = f"{name} is not a number in metrics.jsonl, {_format(recomputed_value)} recomputed"
         remedy = "what makes NaN in the trainer: the loss, model.dtype, model.fusions, fp8"
     return Comparison(
         LOSS,
         name,
         EQUAL if distance <= limit else DEPARTS,
-        f"{_format(logged)} of metrics.jsonl with {_format(recomputed)} recomputed, over "
-        f"{step.config.rl.minibatches} updates",
+        f"{_format(logged_value)} of metrics.jsonl with {_format(recomputed_value)} recomputed, "
+        f"over {step.config.rl.minibatches} updates",
         distance,
         limit,
         TOLERANCE_SOURCES[step.run_config.model.dtype],
@@ -190,10 +193,13 @@ def are_recorded(step: RecordedStep, metrics: Mapping[str, float]) -> bool:
     Args:
         step: the step.
         metrics: recomputed ones, by name."""
-    compared = ((finite(step.line, name), name) for name in metrics if name in step.line)
+    logged_values = (
+        (finite_metric(step.line, name), name) for name in metrics if name in step.line
+    )
     return all(
-        logged is not None and abs(logged - metrics[name]) <= _limit(step, name, metrics)
-        for logged, name in compared
+        logged_value is not None
+        and abs(logged_value - metrics[name]) <= _limit(step, name, metrics)
+        for logged_value, name in logged_values
     )
 
 
@@ -231,7 +237,7 @@ def moments_limit(step: RecordedStep) -> float:
 
 
 def explanation(
-    step: RecordedStep, recomputed: Recomputation
+    step: RecordedStep, recomputation: Recomputation
 ) -> tuple[Substitution, RecomputedUpdates] | None:
     """Return the first substitution that explains what was recorded, and the updates with it.
 
@@ -240,16 +246,16 @@ def explanation(
 
     Args:
         step: the step.
-        recomputed: its updates."""
-    candidates = list(substitutions(step, recomputed))
-    estimates = [recomputed.estimate(substitution, step.line) for substitution in candidates]
+        recomputation: its updates."""
+    candidates = list(substitutions(step, recomputation))
+    estimates = [recomputation.estimate(substitution, step.line) for substitution in candidates]
     order = sorted(range(len(candidates)), key=lambda index: (estimates[index], index))
     is_recorded = partial(are_recorded, step)
     for index in order:
-        first, updates = candidates[index], recomputed.run(candidates[index], is_recorded)
+        first, updates = candidates[index], recomputation.run(candidates[index], is_recorded)
         if updates is None or not explains(step, updates):
             continue
-        explained = [(first, updates)]
+        explanations = [(first, updates)]
         if (
             updates.update_distance is not None
             and updates.update_distance > update_limit(step) / CLEAR_EXPLANATION_FACTOR
@@ -260,16 +266,16 @@ def explanation(
                 if substitution.setting == first.setting and substitution != first
             ]
             other_values = [
-                (substitution, recomputed.run(substitution, is_recorded))
+                (substitution, recomputation.run(substitution, is_recorded))
                 for substitution in other_candidates[:MAX_OTHER_VALUES]
             ]
-            explained += [
+            explanations += [
                 (substitution, other_updates)
                 for substitution, other_updates in other_values
                 if other_updates is not None and explains(step, other_updates)
             ]
         return min(
-            explained,
+            explanations,
             key=lambda pair: (pair[1].update_distance or 0.0) + (pair[1].moment_distance or 0.0),
         )
     return None

@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_r1.models.weights.adapter_table import A
-from megatron_r1.reporting.formatting import finite_metric as finite
-from megatron_r1.reporting.formatting import format_number as number
-from megatron_r1.reporting.formatting import format_percent as percent
+from megatron_r1.reporting.formatting import finite_metric, format_number, format_percent
 from megatron_r1.trainer.checkpoints.checkpoint_folders import (
     MANIFEST,
     SHOWN_FAULTS,
@@ -49,24 +47,24 @@ def check_rates(step: RecordedStep) -> list[Comparison]:
 
 
 def _compare_rate(step: RecordedStep) -> Comparison:
-    name, logged = "learning rate", finite(step.line, "learning_rate")
+    name, logged_rate = "learning rate", finite_metric(step.line, "learning_rate")
     if "learning_rate" not in step.line:
         return not_checked(SCHEDULE, name, "metrics.jsonl has no learning_rate")
-    if logged is None:
+    if logged_rate is None:
         return _not_a_number(name, "learning_rate")
     rates = step.learning_rates
     mean_rate = sum(rates) / len(rates)
-    distance = abs(mean_rate - logged) / mean_rate if mean_rate else abs(logged)
+    distance = abs(mean_rate - logged_rate) / mean_rate if mean_rate else abs(logged_rate)
     settings, steps = step.config.optimizer, step.scheduled_steps
     total_steps = "" if steps == step.run_config.run.steps else f" over run.steps: {steps}"
-    reason = f"learning_rate is {logged:g} in metrics.jsonl, the schedule says {mean_rate:g}"
-    if settings.warmup_updates and logged < mean_rate:
+    reason = f"learning_rate is {logged_rate:g} in metrics.jsonl, the schedule says {mean_rate:g}"
+    if settings.warmup_updates and logged_rate < mean_rate:
         reason += ": as if still in warm-up"
     return Comparison(
         SCHEDULE,
         name,
         EQUAL if distance <= LEARNING_RATE_TOLERANCE else DEPARTS,
-        f"{logged:g} of metrics.jsonl with {mean_rate:g} by the schedule{total_steps}",
+        f"{logged_rate:g} of metrics.jsonl with {mean_rate:g} by the schedule{total_steps}",
         distance,
         LEARNING_RATE_TOLERANCE,
         "float64",
@@ -77,41 +75,44 @@ def _compare_rate(step: RecordedStep) -> Comparison:
 
 
 def _compare_count(step: RecordedStep) -> Comparison:
-    name, logged = "number of updates", step.line.get("optimizer_step")
+    name, logged_count = "number of updates", step.line.get("optimizer_step")
     if "optimizer_step" not in step.line:
         return not_checked(SCHEDULE, name, "metrics.jsonl has no optimizer_step")
-    if not isinstance(logged, int):
+    if not isinstance(logged_count, int):
         return _not_a_number(name, "optimizer_step")
     num_updates = step.updates_after(step.step)
     return Comparison(
         SCHEDULE,
         name,
-        EQUAL if num_updates == logged else DEPARTS,
-        f"optimizer_step {logged:,} with {num_updates:,} by rl.minibatches",
-        float(abs(num_updates - logged)),
+        EQUAL if num_updates == logged_count else DEPARTS,
+        f"optimizer_step {logged_count:,} with {num_updates:,} by rl.minibatches",
+        float(abs(num_updates - logged_count)),
         0.0,
         "exact",
-        f"optimizer_step is {logged:,}, {num_updates:,} updates were due: the schedule is behind",
+        f"optimizer_step is {logged_count:,}, {num_updates:,} updates were due: the schedule is "
+        "behind",
         remedy="rl.minibatches or rl.schedule were changed on the way, or the counter was lost",
     )
 
 
 def _compare_taken_updates(step: RecordedStep) -> Comparison:
-    name, logged = "updates taken", finite(step.line, "step_taken")
+    name, taken_fraction = "updates taken", finite_metric(step.line, "step_taken")
     if "step_taken" not in step.line:
         return not_checked(SCHEDULE, name, "metrics.jsonl has no step_taken")
-    if logged is None:
+    if taken_fraction is None:
         return _not_a_number(name, "step_taken")
-    norm = finite(step.line, "grad_norm")
-    parts = ["a gradient is not finite: its update was left out"] if logged < 1 else []
-    if lost := [key for key in (*COMPARED_METRICS, "grad_norm") if _is_no_number(step, key)]:
-        parts.append(f"not a number in metrics.jsonl: {', '.join(dict.fromkeys(lost))}")
+    norm = finite_metric(step.line, "grad_norm")
+    parts = ["a gradient is not finite: its update was left out"] if taken_fraction < 1 else []
+    if missing_keys := [
+        key for key in (*COMPARED_METRICS, "grad_norm") if _is_no_number(step, key)
+    ]:
+        parts.append(f"not a number in metrics.jsonl: {', '.join(dict.fromkeys(missing_keys))}")
     return Comparison(
         SCHEDULE,
         name,
-        EQUAL if logged == 1 and norm is not None else DEPARTS,
-        f"step_taken {logged:g}, grad_norm {norm}",
-        1 - logged,
+        EQUAL if taken_fraction == 1 and norm is not None else DEPARTS,
+        f"step_taken {taken_fraction:g}, grad_norm {norm}",
+        1 - taken_fraction,
         0.0,
         "exact",
         "; ".join(parts),
@@ -120,7 +121,7 @@ def _compare_taken_updates(step: RecordedStep) -> Comparison:
 
 
 def _is_no_number(step: RecordedStep, key: str) -> bool:
-    return key in step.line and finite(step.line, key) is None
+    return key in step.line and finite_metric(step.line, key) is None
 
 
 def _not_a_number(name: str, key: str) -> Comparison:
@@ -149,7 +150,7 @@ def check_states(step: RecordedStep) -> list[Comparison]:
     comparisons: list[Comparison] = []
     checkpoints = {
         moment: path
-        for moment, path in (("before", step.before), ("after", step.after))
+        for moment, path in (("before", step.checkpoint_before), ("after", step.checkpoint_after))
         if path is not None and not (path / "config.json").is_file()
     }
     files = {moment: _check_files(step, moment, path) for moment, path in checkpoints.items()}
@@ -169,9 +170,11 @@ def check_states(step: RecordedStep) -> list[Comparison]:
         comparisons += [_check_finite(moment, path), _compare_counters(step, moment, path)]
         comparisons += [_compare_moments(step, moment, path), _compare_masters(step, moment, path)]
     is_adapted = step.run_config.model.lora is not None and step.step == 1
-    if step.before is not None and step.after is not None and not is_adapted:
+    if step.checkpoint_before is not None and step.checkpoint_after is not None and not is_adapted:
         moves_bias = step.config.model.expert_bias_update_rate > 0
-        largest_change = checkpoint_tensors.change(step.before, step.after, step.model, moves_bias)
+        largest_change = checkpoint_tensors.change(
+            step.checkpoint_before, step.checkpoint_after, step.model, moves_bias
+        )
         comparisons.append(_compare_size_of_change(step, *largest_change))
     return comparisons
 
@@ -198,16 +201,17 @@ def _check_files(step: RecordedStep, moment: str, path: Path) -> Comparison:
 def _check_finite(moment: str, path: Path) -> Comparison:
     from megatron_r1.why.policy import checkpoint_tensors
 
-    bad = checkpoint_tensors.not_finite(path)
+    bad_names = checkpoint_tensors.non_finite_tensor_names(path)
     return Comparison(
         FAMILY_BY_CHECKPOINT[moment],
         f"numbers of the checkpoint {moment}",
-        DEPARTS if bad else EQUAL,
+        DEPARTS if bad_names else EQUAL,
         f"every tensor of {path.name} is finite",
-        float(len(bad)),
+        float(len(bad_names)),
         0.0,
         "exact",
-        f"not finite: {', '.join(bad[:3])}" + (f" and {len(bad) - 3} more" if len(bad) > 3 else ""),
+        f"not finite: {', '.join(bad_names[:3])}"
+        + (f" and {len(bad_names) - 3} more" if len(bad_names) > 3 else ""),
         remedy="optimizer.learning_rate, model.dtype; go on from an earlier checkpoint",
     )
 
@@ -216,13 +220,13 @@ def _compare_counters(step: RecordedStep, moment: str, path: Path) -> Comparison
     from megatron_r1.why.policy import checkpoint_model
 
     name = f"Adam's counter {moment}"
-    counted = checkpoint_model.read_state(path)
+    counter = checkpoint_model.read_state(path)
     num_updates = step.updates_after(step.step - (moment == "before"))
-    if counted is None:
+    if counter is None:
         return not_checked(FAMILY_BY_CHECKPOINT[moment], name, f"{path.name} has none")
-    compared = f"{counted:,} of {path.name} with {num_updates:,} updates"
-    if counted == num_updates:
-        return Comparison(FAMILY_BY_CHECKPOINT[moment], name, EQUAL, compared, 0.0, 0.0, "exact")
+    subject = f"{counter:,} of {path.name} with {num_updates:,} updates"
+    if counter == num_updates:
+        return Comparison(FAMILY_BY_CHECKPOINT[moment], name, EQUAL, subject, 0.0, 0.0, "exact")
     reason, remedy = _missing_updates(step) or (
         "Adam's state was lost on the way",
         "the checkpoint that the run went on from: it was loaded without its optimizer",
@@ -231,11 +235,11 @@ def _compare_counters(step: RecordedStep, moment: str, path: Path) -> Comparison
         FAMILY_BY_CHECKPOINT[moment],
         name,
         DEPARTS,
-        compared,
-        float(abs(counted - num_updates)),
+        subject,
+        float(abs(counter - num_updates)),
         0.0,
         "exact",
-        f"{path.name} counts {counted:,} updates, {num_updates:,} were made: {reason}",
+        f"{path.name} counts {counter:,} updates, {num_updates:,} were made: {reason}",
         remedy=remedy,
     )
 
@@ -247,24 +251,24 @@ def _missing_updates(step: RecordedStep) -> tuple[str, str] | None:
 
     counters = [
         checkpoint_model.read_state(path)
-        for path in (step.before, step.after)
+        for path in (step.checkpoint_before, step.checkpoint_after)
         if path is not None and (path / ".metadata").is_file()
     ]
-    counted = [counter for counter in counters if counter is not None]
-    if len(counted) < 2:
+    known_counters = [counter for counter in counters if counter is not None]
+    if len(known_counters) < 2:
         return None
-    before, after = counted
+    before, after = known_counters
     num_counted = after - before
-    due = step.updates_after(step.step) - step.updates_after(step.step - 1)
+    num_due = step.updates_after(step.step) - step.updates_after(step.step - 1)
     if num_counted == 0:
         return (
             f"the counter stands still at {after:,}",
             "the optimizer: Adam's bias correction is that of another update (step_taken in "
             "metrics.jsonl says whether updates were made)",
         )
-    if num_counted < due:
+    if num_counted < num_due:
         return (
-            f"the step made {num_counted:,} of the {due:,} updates, the others were skipped",
+            f"the step made {num_counted:,} of the {num_due:,} updates, the others were skipped",
             "the trainer: each mini-batch makes one optimizer step (step_taken in metrics.jsonl)",
         )
     return None
@@ -279,20 +283,22 @@ def _compare_moments(step: RecordedStep, moment: str, path: Path) -> Comparison:
         return not_checked(FAMILY_BY_CHECKPOINT[moment], name, "no update was made before")
     # The first gradient of A is 0, as B is.
     is_first = num_updates == 1 and step.run_config.model.lora is not None
-    empty, total = checkpoint_tensors.empty_moments(path, A if is_first else "")
-    if not total:
+    empty_names, num_parameters = checkpoint_tensors.empty_moments(path, A if is_first else "")
+    if not num_parameters:
         return not_checked(FAMILY_BY_CHECKPOINT[moment], name, f"{path.name} has no moments")
-    fraction = len(empty) / total
+    fraction = len(empty_names) / num_parameters
     return Comparison(
         FAMILY_BY_CHECKPOINT[moment],
         name,
         DEPARTS if fraction > 0.5 else EQUAL,
-        f"{total - len(empty):,} of {total:,} second moments of {path.name} are not all zero",
+        f"{num_parameters - len(empty_names):,} of {num_parameters:,} second moments of "
+        f"{path.name} are not all zero",
         fraction,
         0.5,
         "parameters without a gradient have none",
-        f"{len(empty):,} of {total:,} second moments of {path.name} are zero, as {empty[0]}"
-        if empty
+        f"{len(empty_names):,} of {num_parameters:,} second moments of {path.name} are zero, as "
+        f"{empty_names[0]}"
+        if empty_names
         else "",
         remedy="the checkpoint's optimizer state: it was lost, or parameters get no gradient",
     )
@@ -302,9 +308,9 @@ def _compare_masters(step: RecordedStep, moment: str, path: Path) -> Comparison:
     from megatron_r1.why.policy import checkpoint_tensors
 
     name = f"master weights {moment}"
-    worst, distance = checkpoint_tensors.masters_apart(path)
+    worst_name, distance = checkpoint_tensors.masters_apart(path)
     tolerance = 0.0 if step.run_config.model.dtype == "float32" else 2.0**-8
-    if not worst:
+    if not worst_name:
         return not_checked(FAMILY_BY_CHECKPOINT[moment], name, f"{path.name} has none")
     return Comparison(
         FAMILY_BY_CHECKPOINT[moment],
@@ -314,7 +320,7 @@ def _compare_masters(step: RecordedStep, moment: str, path: Path) -> Comparison:
         distance,
         tolerance,
         "rounding of model.dtype",
-        f"{worst} is not the optimizer's: the next update would undo it",
+        f"{worst_name} is not the optimizer's: the next update would undo it",
         remedy=f"{path}: its weights were changed after the update",
     )
 
@@ -324,7 +330,7 @@ def _compare_tied_head(step: RecordedStep) -> Comparison:
     from megatron_r1.why.policy import checkpoint_tensors
 
     name = "tied head"
-    path = step.before
+    path = step.checkpoint_before
     if not step.hf_config.get("tie_word_embeddings"):
         return not_checked(CHECKPOINT, name, "tie_word_embeddings: false")
     if path is None or not (path / ".metadata").is_file():
@@ -344,52 +350,52 @@ def _compare_tied_head(step: RecordedStep) -> Comparison:
 
 
 def _compare_size_of_change(
-    step: RecordedStep, worst: str, largest: float, norm: float
+    step: RecordedStep, parameter: str, largest_change: float, norm: float
 ) -> Comparison:
     """Check that the weights moved, and not further than Adam can.
 
     Args:
         step: the step.
-        worst: the parameter that moved furthest.
-        largest: how far it moved.
+        parameter: the parameter that moved furthest.
+        largest_change: how far it moved.
         norm: the norm of the change of all parameters."""
     rates = step.learning_rates
     limit = MAX_STEP_FACTOR * sum(rates)
     rate = max(rates)
-    is_still = largest == 0 and rate > 0 and bool(step.line.get("grad_norm"))
+    is_still = largest_change == 0 and rate > 0 and bool(step.line.get("grad_norm"))
     return Comparison(
         FAMILY,
         "size of the change",
-        DEPARTS if is_still or largest > limit else EQUAL,
-        f"the largest change of a weight, of a norm of {number(norm)}, with {MAX_STEP_FACTOR:g} x "
-        "the learning rates",
-        largest,
+        DEPARTS if is_still or largest_change > limit else EQUAL,
+        f"the largest change of a weight, of a norm of {format_number(norm)}, with "
+        f"{MAX_STEP_FACTOR:g} x the learning rates",
+        largest_change,
         limit,
         "Adam's largest steps, with a margin",
         "no weight changes, though there is a gradient"
         if is_still
-        else f"a number of {worst} moves by {number(largest)}, {largest / sum(rates):,.0f} "
-        "learning rates",
+        else f"a number of {parameter} moves by {format_number(largest_change)}, "
+        f"{largest_change / sum(rates):,.0f} learning rates",
         remedy="optimizer: weights that stay are frozen, or not those that are trained"
         if is_still
         else "optimizer.learning_rate as it was used; the checkpoints: they are of other runs",
     )
 
 
-def check_update(step: RecordedStep, recomputed: Recomputation) -> list[Comparison]:
+def check_update(step: RecordedStep, recomputation: Recomputation) -> list[Comparison]:
     """Return the comparisons of the gradient of each term, of the change of the weights, and of
     Adam's moments, with those that were recomputed.
 
     Args:
         step: the step.
-        recomputed: its updates."""
-    base = recomputed.base
+        recomputation: its updates."""
+    base = recomputation.base
     comparisons = [_compare_change(step, base), _compare_recomputed_moments(step, base)]
-    terms = check_terms(step, recomputed)
+    terms = check_terms(step, recomputation)
     return [
         terms,
         *(
-            replace(comparison, remedy=f"{comparison.remedy}{recomputed.inputs.left_out}")
+            replace(comparison, remedy=f"{comparison.remedy}{recomputation.inputs.left_out_note}")
             for comparison in comparisons
         ),
     ]
@@ -400,19 +406,22 @@ def _compare_change(step: RecordedStep, base: RecomputedUpdates) -> Comparison:
     if base.update_distance is None:
         return not_checked(FAMILY, name, f"there is no checkpoint of step {step.step}")
     tolerance = update_limit(step)
-    worst = ", ".join(f"{key} {percent(value)}" for key, value in base.by_parameter[:3])
-    departing = [
+    largest_distances = ", ".join(
+        f"{key} {format_percent(value)}" for key, value in base.by_parameter[:3]
+    )
+    departing_parameters = [
         key for key, value in base.by_parameter if value > max(tolerance, MAX_TENSOR_DISTANCE)
     ]
     return Comparison(
         FAMILY,
         name,
-        EQUAL if base.update_distance <= tolerance and not departing else DEPARTS,
-        f"|run's - recomputed| over |run's|, all parameters; the largest: {worst}",
+        EQUAL if base.update_distance <= tolerance and not departing_parameters else DEPARTS,
+        f"|run's - recomputed| over |run's|, all parameters; the largest: {largest_distances}",
         base.update_distance,
         tolerance,
         TOLERANCE_SOURCES[step.run_config.model.dtype],
-        f"the step changed other weights than its gradient: {', '.join(departing[:3]) or worst}",
+        "the step changed other weights than its gradient: "
+        f"{', '.join(departing_parameters[:3]) or largest_distances}",
         remedy="the optimizer's settings and state; the tensors named (megatron-r1 compare "
         "with a run without the fault)",
     )

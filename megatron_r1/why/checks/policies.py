@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_r1.reporting.formatting import finite_metric as finite
-from megatron_r1.reporting.formatting import format_number as number
+from megatron_r1.reporting.formatting import finite_metric, format_number
 from megatron_r1.why.checks.engine_causes import adapter_scales
 from megatron_r1.why.comparison import (
     DEPARTS,
@@ -31,94 +30,97 @@ TRAINER = "old policy of the trainer"
 Candidate = tuple[str, str, Callable[[], Sequence[np.ndarray] | None]]
 
 
-def check_policies(step: RecordedStep, recomputed: Recomputation) -> list[Comparison]:
+def check_policies(step: RecordedStep, recomputation: Recomputation) -> list[Comparison]:
     """Return the comparisons of the trainer's log-probabilities and of its reference."""
-    return [_compare_trainer(step, recomputed), _compare_reference(step, recomputed)]
+    return [_compare_trainer(step, recomputation), _compare_reference(step, recomputation)]
 
 
-def _compare_trainer(step: RecordedStep, recomputed: Recomputation) -> Comparison:
+def _compare_trainer(step: RecordedStep, recomputation: Recomputation) -> Comparison:
     """Compare logprob_diff/mean, engine's against trainer's, with engine's against transformers."""
-    logged = finite(step.line, "logprob_diff/mean")
+    logged_gap = finite_metric(step.line, "logprob_diff/mean")
     if "logprob_diff/mean" not in step.line:
         return not_checked(POLICIES_FAMILY, TRAINER, "metrics.jsonl has no logprob_diff/mean")
     if (recipe := step.run_config.fp8.recipe) != "none":
         return not_checked(
             POLICIES_FAMILY, TRAINER, f"fp8.recipe: {recipe}: its products are not made"
         )
-    if len(recomputed.policies.scored_sequences) < len(recomputed.policies.rows):
+    if len(recomputation.policies.scored_sequences) < len(recomputation.policies.rows):
         return not_checked(
             POLICIES_FAMILY, TRAINER, "only a part of the responses is recomputed here"
         )
     gaps = [
         np.abs(sequence.logprobs - logprobs)
         for sequence, logprobs in zip(
-            recomputed.policies.sequences, recomputed.policies.old, strict=True
+            recomputation.policies.sequences, recomputation.policies.old_logprobs, strict=True
         )
         if not math.isnan(sequence.advantage)
     ]
     mean_gap = float(np.concatenate(gaps).mean())
     tolerance = ROUNDING_BY_DTYPE[step.run_config.model.dtype]
-    if logged is None:
+    if logged_gap is None:
         return Comparison(
             POLICIES_FAMILY,
             TRAINER,
             DEPARTS,
-            f"logprob_diff/mean with mean |engine - transformers| {number(mean_gap)}",
+            f"logprob_diff/mean with mean |engine - transformers| {format_number(mean_gap)}",
             math.inf,
             tolerance,
-            reason=f"logprob_diff/mean is not a number in metrics.jsonl, {number(mean_gap)} "
+            reason=f"logprob_diff/mean is not a number in metrics.jsonl, {format_number(mean_gap)} "
             "recomputed",
             remedy="what makes NaN in the trainer: model.dtype, model.fusions, fp8, its checkpoint"
             + hint(step, "trainer"),
         )
-    distance = abs(mean_gap - logged)
+    distance = abs(mean_gap - logged_gap)
     departs = distance > tolerance
-    untried: list[str] = []
-    reason, remedy = (_find_explanation(step, recomputed, untried) if departs else None) or (
-        f"the trainer is {number(logged)} from the engine, transformers {number(mean_gap)}: the "
-        "trainer computes old log-probabilities of other weights, or at another temperature",
+    untried_causes: list[str] = []
+    reason, remedy = (
+        _find_explanation(step, recomputation, untried_causes) if departs else None
+    ) or (
+        f"the trainer is {format_number(logged_gap)} from the engine, transformers "
+        f"{format_number(mean_gap)}: the trainer computes old log-probabilities of other weights, "
+        "or at another temperature",
         TRAINER_REMEDY + hint(step, "trainer"),
     )
     return Comparison(
         POLICIES_FAMILY,
         TRAINER,
         DEPARTS if departs else EQUAL,
-        f"mean |engine - trainer| {number(logged)} with mean |engine - transformers| "
-        f"{number(mean_gap)}",
+        f"mean |engine - trainer| {format_number(logged_gap)} with mean |engine - transformers| "
+        f"{format_number(mean_gap)}",
         distance,
         tolerance,
         "rounding of model.dtype (docs/compare.md)",
-        with_untried(reason, untried),
+        with_untried(reason, untried_causes),
         remedy=remedy,
     )
 
 
 def _find_explanation(
-    step: RecordedStep, recomputed: Recomputation, untried: list[str]
+    step: RecordedStep, recomputation: Recomputation, untried_causes: list[str]
 ) -> tuple[str, str] | None:
     """Return what gives the trainer's logged distances from the engine, and the remedy; add to
-    `untried` what could not be tried."""
+    `untried_causes` what could not be tried."""
     from megatron_r1.why.policy.policy_models import NotInMemory
 
-    for noun, remedy, make in _candidates(step, recomputed):
+    for noun, remedy, make in _candidates(step, recomputation):
         try:
             logprobs = make()
         except NotInMemory:
-            untried.append(noun.rstrip(","))
+            untried_causes.append(noun.rstrip(","))
             continue
-        if logprobs is not None and _is_logged(step, recomputed, logprobs):
+        if logprobs is not None and _is_logged(step, recomputation, logprobs):
             return f"the trainer's are as those of transformers {noun} are", remedy
-    all_logprobs = recomputed.policies.all_token_logprobs()
+    all_logprobs = recomputation.policies.all_token_logprobs()
     # The engine has none of the prompt, for which the trainer then compares with 0.
     engine_logprobs = [
         np.concatenate(
             [np.zeros(len(logprobs_of_all) - len(sequence.logprobs), np.float32), sequence.logprobs]
         )
         for logprobs_of_all, sequence in zip(
-            all_logprobs, recomputed.policies.sequences, strict=True
+            all_logprobs, recomputation.policies.sequences, strict=True
         )
     ]
-    if _is_logged(step, recomputed, all_logprobs, engine_logprobs):
+    if _is_logged(step, recomputation, all_logprobs, engine_logprobs):
         return (
             "the trainer's are as those of transformers of all tokens, prompts too, are: the mask "
             "of the response leaves prompt tokens in the loss",
@@ -127,48 +129,48 @@ def _find_explanation(
     return _parted_head(step)
 
 
-def _candidates(step: RecordedStep, recomputed: Recomputation) -> list[Candidate]:
+def _candidates(step: RecordedStep, recomputation: Recomputation) -> list[Candidate]:
     """Return the log-probabilities that the trainer's may be: whose, what to change, and the
     function that computes them."""
-    newest, lora = step.step - 1, step.run_config.model.lora
+    newest_version, lora = step.step - 1, step.run_config.model.lora
     return [
         (
             "at temperature 1",
             "rollout.temperature: the trainer divides the logits by another",
-            lambda: recomputed.policies.logprobs_under(recomputed.policies.policy, 1.0),
+            lambda: recomputation.policies.logprobs_under(recomputation.policies.policy, 1.0),
         ),
         (
             "of the token before, shifted by one,",
             "the trainer's targets: a position predicts the token after it",
-            recomputed.policies.shifted_logprobs,
+            recomputation.policies.shifted_logprobs,
         ),
         *(
             (
                 f"with the weights of version {version}",
-                f"the checkpoint of step {newest}, or the trainer: it computes with others",
-                partial(recomputed.policies.logprobs_after, version),
+                f"the checkpoint of step {newest_version}, or the trainer: it computes with others",
+                partial(recomputation.policies.logprobs_after, version),
             )
-            for version in {newest - 1, 0} - {newest, -1}
+            for version in {newest_version - 1, 0} - {newest_version, -1}
         ),
         *(
             (
                 f"with adapters times {scale:g} ({noun})",
                 "model.lora: the trainer adds the product of adapters with a scale other than "
                 "alpha / rank",
-                partial(recomputed.policies.with_adapter_scale, scale),
+                partial(recomputation.policies.with_adapter_scale, scale),
             )
             for scale, noun in (adapter_scales(lora).items() if lora else ())
         ),
         (
             "that chooses the experts itself",
             "rl.routing_replay: the engine's experts are not replayed",
-            recomputed.policies.without_replay,
+            recomputation.policies.without_replay,
         ),
         (
             "with the tied head as the run began with it",
             "parallel.pipeline: first and last stage hold copies of the embedding, the tied head's "
             "is not trained with it",
-            recomputed.policies.with_head_apart,
+            recomputation.policies.with_head_apart,
         ),
         *(
             (
@@ -176,20 +178,20 @@ def _candidates(step: RecordedStep, recomputed: Recomputation) -> list[Candidate
                 f"positions that {noun},",
                 "the borders of packed samples in the trainer's attention: parallel.context, "
                 "parallel.tokens_per_microbatch, model.fusions",
-                partial(_packed_logprobs, recomputed, restarts=restarts),
+                partial(_packed_logprobs, recomputation, restarts=restarts),
             )
             for restarts, noun in ((True, "begin anew"), (False, "go on"))
         ),
     ]
 
 
-def _packed_logprobs(recomputed: Recomputation, *, restarts: bool) -> list[np.ndarray] | None:
+def _packed_logprobs(recomputation: Recomputation, *, restarts: bool) -> list[np.ndarray] | None:
     """Return those of samples that attend to others of their micro-batch; None where micro-batches
     share prompts or are of one sample each."""
     microbatches = [
-        rows for update in recomputed.inputs.packed for share in update for rows in share
+        rows for update in recomputation.inputs.packed_rows for share in update for rows in share
     ]
-    return recomputed.policies.packed_logprobs(microbatches, restarts=restarts)
+    return recomputation.policies.packed_logprobs(microbatches, restarts=restarts)
 
 
 def _parted_head(step: RecordedStep) -> tuple[str, str] | None:
@@ -198,20 +200,23 @@ def _parted_head(step: RecordedStep) -> tuple[str, str] | None:
     is_trained = step.hf_config.get("tie_word_embeddings") and step.run_config.model.lora is None
     if step.run_config.parallel.pipeline == 1 or not is_trained:
         return None
-    began = next(iter(step.folder.read_metrics()), {}).get("logprob_diff/mean")
-    if not isinstance(began, int | float) or began > ROUNDING_BY_DTYPE[step.run_config.model.dtype]:
+    first_gap = next(iter(step.folder.read_metrics()), {}).get("logprob_diff/mean")
+    if (
+        not isinstance(first_gap, int | float)
+        or first_gap > ROUNDING_BY_DTYPE[step.run_config.model.dtype]
+    ):
         return None
     return (
-        f"the trainer was {number(began)} from the engine in the first step, and is "
-        f"{number(step.line['logprob_diff/mean'])} now: of a tied head the last stage has a copy, "
-        "which is in no checkpoint, and which parted from the embedding",
+        f"the trainer was {format_number(first_gap)} from the engine in the first step, and is "
+        f"{format_number(step.line['logprob_diff/mean'])} now: of a tied head the last stage has a "
+        "copy, which is in no checkpoint, and which parted from the embedding",
         "parallel.pipeline: the gradients of both copies of a tied embedding are summed",
     )
 
 
 def _is_logged(
     step: RecordedStep,
-    recomputed: Recomputation,
+    recomputation: Recomputation,
     logprobs: Sequence[np.ndarray],
     engine: Sequence[np.ndarray] | None = None,
 ) -> bool:
@@ -219,15 +224,15 @@ def _is_logged(
 
     Args:
         step: the step.
-        recomputed: its sequences.
+        recomputation: its sequences.
         logprobs: log-probabilities of the sequences' tokens.
         engine: log-probabilities that the engine would have; None: those that it recorded."""
-    engine_logprobs = engine or [sequence.logprobs for sequence in recomputed.policies.sequences]
+    engine_logprobs = engine or [sequence.logprobs for sequence in recomputation.policies.sequences]
     gaps = np.concatenate(
         [
             np.abs(logged_logprobs - recomputed_logprobs)
             for sequence, logged_logprobs, recomputed_logprobs in zip(
-                recomputed.policies.sequences, engine_logprobs, logprobs, strict=True
+                recomputation.policies.sequences, engine_logprobs, logprobs, strict=True
             )
             if not math.isnan(sequence.advantage)
         ]
@@ -235,7 +240,7 @@ def _is_logged(
     tolerance = ROUNDING_BY_DTYPE[step.run_config.model.dtype]
     distances = {"logprob_diff/mean": float(gaps.mean()), "logprob_diff/max": float(gaps.max())}
     return all(
-        (logged := finite(step.line, name)) is not None
+        (logged := finite_metric(step.line, name)) is not None
         and abs(logged - value) <= max(tolerance, tolerance * value)
         for name, value in distances.items()
         if name in step.line
@@ -244,19 +249,20 @@ def _is_logged(
 
 def last_refresh(step: RecordedStep) -> int:
     """Return the step after which the reference was last replaced, before this one; 0: never."""
-    config, refreshed = step.run_config, 0
-    for earlier in range(1, step.step):
-        step_config = config.at(earlier)
-        interval, num_updates = step_config.rl.reference_refresh, config.updates_before(earlier + 1)
+    config, refresh_step = step.run_config, 0
+    for earlier_step in range(1, step.step):
+        step_config = config.at(earlier_step)
+        interval = step_config.rl.reference_refresh
+        num_updates = config.updates_before(earlier_step + 1)
         if (
             interval
             and num_updates // interval > (num_updates - step_config.rl.minibatches) // interval
         ):
-            refreshed = earlier
-    return refreshed
+            refresh_step = earlier_step
+    return refresh_step
 
 
-def _compare_reference(step: RecordedStep, recomputed: Recomputation) -> Comparison:
+def _compare_reference(step: RecordedStep, recomputation: Recomputation) -> Comparison:
     """Compare the checkpoint's reference with the weights that the settings make it."""
     name = "reference policy"
     if not step.config.rl.kl_beta:
@@ -267,34 +273,36 @@ def _compare_reference(step: RecordedStep, recomputed: Recomputation) -> Compari
 
     # Adapters are small compared with the weights, and copies are exact.
     tolerance = ROUNDING_BY_DTYPE["float32"] if step.run_config.model.lora is None else 0.0
-    refreshed = last_refresh(step)
-    expected = weights_after(step.folder, step.run_config, refreshed)
-    before = step.before
-    if before is None:
+    refresh_step = last_refresh(step)
+    expected_path = weights_after(step.folder, step.run_config, refresh_step)
+    checkpoint_before = step.checkpoint_before
+    if checkpoint_before is None:
         return not_checked(POLICIES_FAMILY, name, f"there is no checkpoint of step {step.step - 1}")
-    if not checkpoint_model.has_part(before, checkpoint_model.REFERENCE_PREFIX):
-        return not_checked(POLICIES_FAMILY, name, f"{before} has none")
-    if expected is None:
-        return not_checked(POLICIES_FAMILY, name, f"there is no checkpoint of step {refreshed}")
-    reference = before, checkpoint_model.REFERENCE_PREFIX
-    distance = recomputed.policies.distance(reference, (expected, ""))
+    if not checkpoint_model.has_part(checkpoint_before, checkpoint_model.REFERENCE_PREFIX):
+        return not_checked(POLICIES_FAMILY, name, f"{checkpoint_before} has none")
+    if expected_path is None:
+        return not_checked(POLICIES_FAMILY, name, f"there is no checkpoint of step {refresh_step}")
+    reference = checkpoint_before, checkpoint_model.REFERENCE_PREFIX
+    distance = recomputation.policies.distance(reference, (expected_path, ""))
     if distance <= tolerance:
         return Comparison(
             POLICIES_FAMILY,
             name,
             EQUAL,
-            f"that of {before} with the weights after step {refreshed}",
+            f"that of {checkpoint_before} with the weights after step {refresh_step}",
             distance,
             tolerance,
             "copies of one another",
         )
-    reason = f"it is not the weights after step {refreshed}, as rl.reference_refresh makes it"
-    other_steps = {0, step.step - 1, *range(max(0, step.step - 4), step.step)} - {refreshed}
+    reason = f"it is not the weights after step {refresh_step}, as rl.reference_refresh makes it"
+    other_steps = {0, step.step - 1, *range(max(0, step.step - 4), step.step)} - {refresh_step}
     for other_step in sorted(other_steps):
         path = weights_after(step.folder, step.run_config, other_step)
-        if path and recomputed.policies.distance(reference, (path, "")) <= tolerance:
+        if path and recomputation.policies.distance(reference, (path, "")) <= tolerance:
             text = (
-                "it was not refreshed" if other_step < refreshed else "it was refreshed too often"
+                "it was not refreshed"
+                if other_step < refresh_step
+                else "it was refreshed too often"
             )
             reason += f": {text}, it is the weights after step {other_step}"
             break
@@ -302,7 +310,7 @@ def _compare_reference(step: RecordedStep, recomputed: Recomputation) -> Compari
         POLICIES_FAMILY,
         name,
         DEPARTS,
-        f"that of {before} with the weights after step {refreshed}",
+        f"that of {checkpoint_before} with the weights after step {refresh_step}",
         distance,
         tolerance,
         "copies of one another",

@@ -15,32 +15,36 @@ NAME = "questions of the step"
 
 def check(step: RecordedStep) -> list[Comparison]:
     """Return the comparison of a step's questions."""
-    drawn = [group.prompt.id for group in step.groups]
-    due = _due(step, step.step)
-    is_one = len(set(drawn)) == 1 < min(len(drawn), len(step.training))
-    if due is None and not is_one:
+    question_ids = [group.prompt.id for group in step.groups]
+    due_ids = _due_questions(step, step.step)
+    is_one = len(set(question_ids)) == 1 < min(len(question_ids), len(step.training_prompts))
+    if due_ids is None and not is_one:
         return [not_checked(FAMILY, NAME, _unknown_order(step))]
-    wrong = [
+    wrong_groups = [
         number
-        for number, question in enumerate(drawn)
-        if (number > 0 if due is None else question not in due[number : number + 1])
+        for number, question in enumerate(question_ids)
+        if (number > 0 if due_ids is None else question not in due_ids[number : number + 1])
     ]
-    concerned = [
-        (number, index) for number in wrong for index in range(len(step.groups[number].responses))
+    departing_responses = [
+        (number, index)
+        for number in wrong_groups
+        for index in range(len(step.groups[number].responses))
     ]
-    reason = f"{len(wrong):,} of {len(drawn):,} groups are of other questions than are due"
+    reason = (
+        f"{len(wrong_groups):,} of {len(question_ids):,} groups are of other questions than are due"
+    )
     if is_one:
-        reason = f"all {len(drawn):,} groups are of one question, {drawn[0]}"
-    elif (earlier := _step_of(step, drawn)) is not None:
-        reason = f"the questions are those of step {earlier} once more"
-    elif due is not None and sorted(drawn) == sorted(due):
+        reason = f"all {len(question_ids):,} groups are of one question, {question_ids[0]}"
+    elif (earlier_step := _step_of(step, question_ids)) is not None:
+        reason = f"the questions are those of step {earlier_step} once more"
+    elif due_ids is not None and sorted(question_ids) == sorted(due_ids):
         reason = f"the questions are those of the step in another order: {reason}"
     return [
         fraction_comparison(
             FAMILY,
             NAME,
-            f"those of {len(drawn):,} groups with the order of run.seed",
-            concerned,
+            f"those of {len(question_ids):,} groups with the order of run.seed",
+            departing_responses,
             len(step.responses),
             reason=reason,
             remedy="what draws the questions (data/sampler.py): each step continues where the one "
@@ -50,42 +54,44 @@ def check(step: RecordedStep) -> list[Comparison]:
     ]
 
 
-def _due(step: RecordedStep, number: int) -> list[str] | None:
+def _due_questions(step: RecordedStep, number: int) -> list[str] | None:
     """Return the ids of a step's questions by the settings; None where they do not say."""
-    settings = [step.run_config.at(earlier).rl for earlier in range(1, number + 1)]
+    settings = [step.run_config.at(earlier_step).rl for earlier_step in range(1, number + 1)]
     if any(rl.dynamic_sampling or rl.kind_weights for rl in settings) or not _is_known(step):
         return None
     *before, count = (rl.prompts_per_rollout for rl in settings)
-    order = question_order(len(step.training), step.run_config.run.seed, sum(before), count)
-    return [step.training[index].id for index in order]
+    order = question_order(len(step.training_prompts), step.run_config.run.seed, sum(before), count)
+    return [step.training_prompts[index].id for index in order]
 
 
-def _step_of(step: RecordedStep, drawn: Sequence[str]) -> int | None:
+def _step_of(step: RecordedStep, question_ids: Sequence[str]) -> int | None:
     """Return the step before that had the questions; None where none had."""
-    earlier = range(step.step - 1, 0, -1)
-    return next((number for number in earlier if _due(step, number) == drawn), None)
+    earlier_steps = range(step.step - 1, 0, -1)
+    return next(
+        (number for number in earlier_steps if _due_questions(step, number) == question_ids), None
+    )
 
 
 def _is_known(step: RecordedStep) -> bool:
     """Return whether a checkpoint says that the run drew from the questions that were read here: it
     leaves out those that are too long."""
-    if not step.training:
+    if not step.training_prompts:
         return False
-    for checkpoint in (step.before, step.after):
+    for checkpoint in (step.checkpoint_before, step.checkpoint_after):
         if checkpoint is not None and (checkpoint / STATE_FILE).is_file():
             try:
                 state = json.loads((checkpoint / STATE_FILE).read_bytes())["sampler"]
             except (ValueError, KeyError):
                 return False
-            sampler = PromptSampler(step.training, step.run_config.run.seed)
+            sampler = PromptSampler(step.training_prompts, step.run_config.run.seed)
             return bool(sampler.state_dict()["fingerprint"] == state.get("fingerprint"))
     return False
 
 
 def _unknown_order(step: RecordedStep) -> str:
     """Return why the order of the questions is not known."""
-    if step.prompts_missing:
-        return step.prompts_missing
+    if step.missing_prompts_reason:
+        return step.missing_prompts_reason
     if step.config.rl.dynamic_sampling or step.config.rl.kind_weights:
         return "rl.dynamic_sampling or kind_weights draws more questions than it uses"
     return "no checkpoint says that the run drew from the questions that were read here"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import numpy as np
 
 from megatron_r1.base.errors import UserError
-from megatron_r1.reporting.formatting import finite_metric as finite
+from megatron_r1.reporting.formatting import finite_metric
 from megatron_r1.why.checks import engine_logprobs, policies
 from megatron_r1.why.checks.engine_gaps import EngineGaps, mean_gap
 from megatron_r1.why.checks.sampling import FAMILY
@@ -66,7 +66,7 @@ class Rerun(NamedTuple):
 def refine(
     report: Report,
     step: RecordedStep,
-    recomputed: Recomputation,
+    recomputation: Recomputation,
     kinds: Sequence[str],
     notify: Notify,
 ) -> None:
@@ -75,42 +75,42 @@ def refine(
     Args:
         report: the comparisons, which are changed.
         step: the step.
-        recomputed: its log-probabilities by transformers.
+        recomputation: its log-probabilities by transformers.
         kinds: keys of `RERUNS`.
         notify: called with a line before something is started."""
     for kind in kinds:
         rerun = RERUNS[kind]
-        refined = report.comparison(rerun.family, rerun.refines)
-        if refined is None or refined.status == NOT_CHECKED:
+        refined_comparison = report.comparison(rerun.family, rerun.refines)
+        if refined_comparison is None or refined_comparison.status == NOT_CHECKED:
             reason = "it was not compared with transformers" + (
-                f": {refined.reason}" if refined else ""
+                f": {refined_comparison.reason}" if refined_comparison else ""
             )
             report.insert(not_checked(rerun.family, rerun.name, reason), rerun.refines)
             continue
         notify(f"rerun {kind}: {rerun.start} on the weights before step {step.step}")
         try:
-            comparison, reading = rerun.check(step, recomputed, refined)
+            comparison, reading = rerun.check(step, recomputation, refined_comparison)
         except (CannotRecompute, UserError) as reason:
             report.insert(not_checked(rerun.family, rerun.name, str(reason)), rerun.refines)
             continue
         report.insert(comparison, rerun.refines)
-        if refined.departs:
-            report.replace(refined, _concluded(refined, reading))
+        if refined_comparison.departs:
+            report.replace(refined_comparison, _with_conclusion(refined_comparison, reading))
 
 
-def _concluded(refined: Comparison, reading: Reading) -> Comparison:
+def _with_conclusion(comparison: Comparison, reading: Reading) -> Comparison:
     """Return a departure with what its rerun says; without a cause of its own the remedy is the
     rerun's."""
-    before, hint, _ = refined.remedy.partition(HINT)
+    before, hint, _ = comparison.remedy.partition(HINT)
     return replace(
-        refined,
-        reason=f"{refined.reason}; {reading.conclusion}",
+        comparison,
+        reason=f"{comparison.reason}; {reading.conclusion}",
         remedy=reading.remedy if hint else before,
     )
 
 
 def _check_engine(
-    step: RecordedStep, recomputed: Recomputation, refined: Comparison
+    step: RecordedStep, recomputation: Recomputation, refined_comparison: Comparison
 ) -> tuple[Comparison, Reading]:
     """Compare a fresh engine's log-probabilities with the logged ones and transformers'.
 
@@ -120,39 +120,45 @@ def _check_engine(
     from megatron_r1.why.rerun import fresh_engine
 
     fresh_engine.check_engine(
-        step, recomputed.policies.num_parameters, recomputed.policies.free_bytes
+        step, recomputation.policies.num_parameters, recomputation.policies.free_bytes
     )
-    gaps = EngineGaps(step, recomputed.policies)
+    gaps = EngineGaps(step, recomputation.policies)
 
     async def score(scratch: Path) -> list[np.ndarray]:
         folder = scratch / "hf"
         folder.mkdir()
         write_policy(
-            step, recomputed.policies.num_parameters, folder, recomputed.policies.free_bytes
+            step, recomputation.policies.num_parameters, folder, recomputation.policies.free_bytes
         )
         return await fresh_engine.score(step.run_config, folder, gaps.sequences, scratch)
 
-    rerun = _run_in_scratch_folder(score)
+    fresh_logprobs = _run_in_scratch_folder(score)
     rollout = step.config.rollout
     is_scored_alike = rollout.temperature == 1.0 and not rollout.truncates_sampling
-    old = recomputed.policies.old if is_scored_alike else recomputed.policies.plain_logprobs()
-    distances = _engine_distances(gaps, rerun, old, refined, is_scored_alike)
-    reading = engine_reading(distances, gaps.tolerance, refined.departs)
-    compared = f"of the same tokens; mean |Δ|: {distances.text('fresh engine')}"
+    transformers_logprobs = (
+        recomputation.policies.old_logprobs
+        if is_scored_alike
+        else recomputation.policies.plain_logprobs()
+    )
+    distances = _engine_distances(
+        gaps, fresh_logprobs, transformers_logprobs, refined_comparison, is_scored_alike
+    )
+    reading = engine_reading(distances, gaps.tolerance, refined_comparison.departs)
+    subject = f"of the same tokens; mean |Δ|: {distances.text('fresh engine')}"
     if not is_scored_alike:
-        compared += (
+        subject += (
             f" (an engine scores given tokens at temperature 1 from the whole vocabulary, the run "
             f"sampled at temperature {rollout.temperature:g}"
             f"{', from a part of it' if rollout.truncates_sampling else ''})"
         )
-    return _comparison(ENGINE, compared, distances, gaps.tolerance, reading), reading
+    return _comparison(ENGINE, subject, distances, gaps.tolerance, reading), reading
 
 
 def _engine_distances(
     gaps: EngineGaps,
-    rerun: Sequence[np.ndarray],
+    fresh_logprobs: Sequence[np.ndarray],
     transformers_logprobs: Sequence[np.ndarray],
-    refined: Comparison,
+    refined_comparison: Comparison,
     is_scored_alike: bool,
 ) -> Distances:
     """Return the distances over the tokens of the newest version, of the responses that depart
@@ -160,78 +166,86 @@ def _engine_distances(
 
     Args:
         gaps: the logged log-probabilities' differences from transformers'.
-        rerun: the fresh engine's log-probabilities.
+        fresh_logprobs: the fresh engine's log-probabilities.
         transformers_logprobs: transformers', at temperature 1 over the whole vocabulary.
-        refined: the comparison of the logged ones.
+        refined_comparison: the comparison of the logged ones.
         is_scored_alike: whether the run sampled at temperature 1 from the whole vocabulary.
 
     Raises:
         CannotRecompute: no token is of the version before the step."""
-    concerned = set(refined.concerned) if refined.departs else set()
+    departing_responses = set(refined_comparison.concerned) if refined_comparison.departs else set()
 
     def mean(differences: Sequence[np.ndarray]) -> float:
         return mean_gap(
             [
                 difference
                 for difference, sequence in zip(differences, gaps.sequences, strict=True)
-                if not concerned or sequence.response in concerned
+                if not departing_responses or sequence.response in departing_responses
             ]
         )
 
-    logged = gaps.gaps_from(gaps.recomputed.old)
-    fresh = [
-        np.where(np.isnan(gap), np.nan, rerun_logprobs - plain_logprobs)
-        for gap, rerun_logprobs, plain_logprobs in zip(
-            logged, rerun, transformers_logprobs, strict=True
+    logged_gaps = gaps.gaps_from(gaps.policies.old_logprobs)
+    fresh_gaps = [
+        np.where(np.isnan(gap), np.nan, sequence_logprobs - plain_logprobs)
+        for gap, sequence_logprobs, plain_logprobs in zip(
+            logged_gaps, fresh_logprobs, transformers_logprobs, strict=True
         )
     ]
     distances = Distances(
-        mean(logged), mean(gaps.gaps_from(rerun)) if is_scored_alike else math.nan, mean(fresh)
+        mean(logged_gaps),
+        mean(gaps.gaps_from(fresh_logprobs)) if is_scored_alike else math.nan,
+        mean(fresh_gaps),
     )
-    if math.isnan(distances.recorded) or math.isnan(distances.rerun):
-        raise CannotRecompute(f"no token to compare is of version {gaps.newest}")
+    if math.isnan(distances.recorded_to_transformers) or math.isnan(
+        distances.rerun_to_transformers
+    ):
+        raise CannotRecompute(f"no token to compare is of version {gaps.newest_version}")
     return distances
 
 
 def _check_trainer(
-    step: RecordedStep, recomputed: Recomputation, refined: Comparison
+    step: RecordedStep, recomputation: Recomputation, refined_comparison: Comparison
 ) -> tuple[Comparison, Reading]:
     """Compare the distance of one rank from the engine with that of the run's trainer, and the rank
     with transformers."""
     from megatron_r1.why.rerun import single_rank
 
-    single_rank.check_rank(step, recomputed.policies.num_parameters, recomputed.policies.free_bytes)
+    single_rank.check_rank(
+        step, recomputation.policies.num_parameters, recomputation.policies.free_bytes
+    )
 
     async def measure(scratch: Path) -> single_rank.RankDistances:
-        return await single_rank.measure(step, recomputed.policies.old, scratch)
+        return await single_rank.measure(step, recomputation.policies.old_logprobs, scratch)
 
-    measured = _run_in_scratch_folder(measure)
-    recorded = finite(step.line, single_rank.METRIC)
+    rank_distances = _run_in_scratch_folder(measure)
+    recorded_distance = finite_metric(step.line, single_rank.METRIC)
     distances = Distances(
-        refined.distance,
-        distance(math.nan if recorded is None else recorded, measured.engine),
-        measured.transformers,
+        refined_comparison.distance,
+        distance(
+            math.nan if recorded_distance is None else recorded_distance, rank_distances.engine
+        ),
+        rank_distances.transformers,
     )
     tolerance = ROUNDING_BY_DTYPE[step.run_config.model.dtype]
     layout = single_rank.layout_text(step.run_config.parallel)
-    reading = trainer_reading(distances, tolerance, refined.departs, layout)
-    compared = (
+    reading = trainer_reading(distances, tolerance, refined_comparison.departs, layout)
+    subject = (
         "of the same tokens; |Δ|: "
         f"{distances.text('one rank')}; {layout or 'the run had one rank too'}"
     )
-    return _comparison(TRAINER, compared, distances, tolerance, reading), reading
+    return _comparison(TRAINER, subject, distances, tolerance, reading), reading
 
 
 def _comparison(
-    rerun: Rerun, compared: str, distances: Distances, tolerance: float, reading: Reading
+    rerun: Rerun, subject: str, distances: Distances, tolerance: float, reading: Reading
 ) -> Comparison:
-    text = f"{compared}; {reading.conclusion}"
+    text = f"{subject}; {reading.conclusion}"
     return Comparison(
         rerun.family,
         rerun.name,
         DEPARTS if reading.departs else EQUAL,
         text,
-        distances.rerun,
+        distances.rerun_to_transformers,
         tolerance,
         "rounding of the dtype (docs/compare.md)",
         text if reading.departs else "",

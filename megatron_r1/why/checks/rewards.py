@@ -17,8 +17,7 @@ from r1_grading.rewards import FORM_REWARDS, Grade
 from r1_grading.terms import ACCURACY, RewardTerms
 
 from megatron_r1.controller.rollouts.rollout import GradedResponse, all_responses
-from megatron_r1.reporting.formatting import finite_metric as finite
-from megatron_r1.reporting.formatting import format_number as number
+from megatron_r1.reporting.formatting import finite_metric, format_number
 from megatron_r1.why.comparison import (
     DEPARTS,
     EQUAL,
@@ -55,44 +54,48 @@ REWARD_TOLERANCE = 1e-6
 
 def check(step: RecordedStep) -> list[Comparison]:
     """Return the comparisons of a step's rewards."""
-    regraded = _grade_again(step)
+    new_grades = _grade_again(step)
     return [
         _compare_sums(step),
-        _compare_order(step, regraded),
+        _compare_order(step, new_grades),
         _compare_with_math_verify(step),
-        _compare_grades(step, regraded),
+        _compare_grades(step, new_grades),
         *_compare_metrics(step),
     ]
 
 
 def _compare_sums(step: RecordedStep) -> Comparison:
     """Check that rewards are the weighted sums of their terms."""
-    concerned: list[ResponseIndex] = []
+    departing_responses: list[ResponseIndex] = []
     worst, reason = 0.0, ""
     for index, graded in step.responses.items():
         if not graded.is_graded:
             continue
-        total = sum(step.weights.get(term, 0.0) * value for term, value in graded.rewards.items())
+        total = sum(
+            step.reward_weights.get(term, 0.0) * value for term, value in graded.rewards.items()
+        )
         if (gap := abs(total - graded.reward)) > REWARD_TOLERANCE:
-            concerned.append(index)
+            departing_responses.append(index)
             if gap > worst:
                 worst = gap
                 terms = ", ".join(f"{k} {v:g}" for k, v in graded.rewards.items())
                 cut = ", of a response that is cut off" if graded.is_truncated else ""
                 reason = f"reward {graded.reward:g}{cut} is not {total:g}, the sum of {terms}"
-    if concerned and all(step.responses[index].is_truncated for index in concerned):
-        reason = f"{len(concerned):,} truncated answers are punished: {reason}"
-    elif concerned and all(
+    if departing_responses and all(
+        step.responses[index].is_truncated for index in departing_responses
+    ):
+        reason = f"{len(departing_responses):,} truncated answers are punished: {reason}"
+    elif departing_responses and all(
         abs(_plain_sum(step, index) - step.responses[index].reward) <= REWARD_TOLERANCE
-        for index in concerned
+        for index in departing_responses
     ):
         reason = f"rewards are the sums of the terms without their weights: {reason}"
     return fraction_comparison(
         FAMILY,
         "sum of the terms",
         f"{len(step.responses):,} rewards with rewards.weights "
-        + ", ".join(f"{term} {weight:g}" for term, weight in step.weights.items()),
-        concerned,
+        + ", ".join(f"{term} {weight:g}" for term, weight in step.reward_weights.items()),
+        departing_responses,
         len(step.responses),
         reason=reason,
         remedy="rewards.weights, or what changes a reward after the graders",
@@ -102,7 +105,7 @@ def _compare_sums(step: RecordedStep) -> Comparison:
 
 def _plain_sum(step: RecordedStep, index: ResponseIndex) -> float:
     terms = step.responses[index].rewards
-    return sum(value for term, value in terms.items() if step.weights.get(term))
+    return sum(value for term, value in terms.items() if step.reward_weights.get(term))
 
 
 def read_stated_answer(text: str, reading: Reading) -> tuple[str, str] | None:
@@ -142,36 +145,41 @@ class _Verdicts:
     """What a second reader says of the answers that responses state.
 
     Attributes:
-        total: answers that it has read.
-        rejected: right answers that were graded as wrong, by the form that they are in.
-        accepted: wrong answers that were graded as right.
+        num_answers: answers that it has read.
+        rejected_by_form: right answers that were graded as wrong, by the form that they are in.
+        accepted_responses: wrong answers that were graded as right.
         num_rewarded: answers that were graded as right.
-        all_truncated: whether all that are in `accepted` are of truncated responses.
+        are_all_truncated: whether all in `accepted_responses` are of truncated responses.
         rejected_example: one of them, with its truth.
         accepted_example: likewise."""
 
-    total: int = 0
-    rejected: dict[str, list[ResponseIndex]] = field(default_factory=dict)
-    accepted: list[ResponseIndex] = field(default_factory=list)
+    num_answers: int = 0
+    rejected_by_form: dict[str, list[ResponseIndex]] = field(default_factory=dict)
+    accepted_responses: list[ResponseIndex] = field(default_factory=list)
     num_rewarded: int = 0
-    all_truncated: bool = True
+    are_all_truncated: bool = True
     rejected_example: str = ""
     accepted_example: str = ""
 
     def reason(self) -> str:
         """Return what departs, in words."""
         parts = []
-        if count := sum(map(len, self.rejected.values())):
-            form = max(self.rejected, key=lambda reading: len(self.rejected[reading]))
+        if count := sum(map(len, self.rejected_by_form.values())):
+            form = max(
+                self.rejected_by_form, key=lambda reading: len(self.rejected_by_form[reading])
+            )
             parts.append(
                 f"{count:,} answers are rejected that it takes for right, most behind {form}, as "
                 f"{self.rejected_example}"
             )
-        if self.accepted:
-            ending = ", all cut off: truncated answers are rewarded" if self.all_truncated else ""
+        if self.accepted_responses:
+            ending = (
+                ", all cut off: truncated answers are rewarded" if self.are_all_truncated else ""
+            )
             parts.append(
-                f"{len(self.accepted):,} are accepted that it takes for wrong, as "
-                f"{self.accepted_example}{ending}; {self.num_rewarded:,} of {self.total:,} are paid"
+                f"{len(self.accepted_responses):,} are accepted that it takes for wrong, as "
+                f"{self.accepted_example}{ending}; {self.num_rewarded:,} of {self.num_answers:,} "
+                "are paid"
             )
         return "; ".join(parts)
 
@@ -195,22 +203,22 @@ def _compare_with_math_verify(step: RecordedStep) -> Comparison:
         return verdict_by_texts[key]
 
     verdicts = _collect_verdicts(step, accepts)
-    if not verdicts.total:
-        reason = step.prompts_missing or "no response to mathematics states an answer"
+    if not verdicts.num_answers:
+        reason = step.missing_prompts_reason or "no response to mathematics states an answer"
         return not_checked(FAMILY, name, reason)
     remedy = "the rewards' reader: rewards.reading, or the truths of data.path"
-    if verdicts.rejected.get(HASHES):
+    if verdicts.rejected_by_form.get(HASHES):
         remedy = "rewards.reading: auto, or last: the reader misses ####"
     return fraction_comparison(
         FAMILY,
         name,
-        f"the accuracy of {verdicts.total:,} responses with math-verify's",
-        [*chain.from_iterable(verdicts.rejected.values()), *verdicts.accepted],
-        verdicts.total,
+        f"the accuracy of {verdicts.num_answers:,} responses with math-verify's",
+        [*chain.from_iterable(verdicts.rejected_by_form.values()), *verdicts.accepted_responses],
+        verdicts.num_answers,
         reason=verdicts.reason(),
         remedy=remedy,
         loss_fraction=step.loss_fraction,
-        tolerance=max(MAX_DISPUTED_FRACTION, 1 / verdicts.total),
+        tolerance=max(MAX_DISPUTED_FRACTION, 1 / verdicts.num_answers),
         source="readers of mathematics differ about so many",
     )
 
@@ -231,18 +239,18 @@ def _collect_verdicts(step: RecordedStep, accepts: Callable[[str, str], bool]) -
         stated_answer = read_stated_answer(graded.text, step.config.rewards.reading)
         if stated_answer is None:
             continue
-        verdicts.total += 1
+        verdicts.num_answers += 1
         answer, form = stated_answer
         example = f"{answer.strip()[:40]!r} for {str(prompt.truth)[:40]!r}"
         is_correct = accepts(answer, str(prompt.truth))
         is_rewarded = graded.rewards[ACCURACY] >= 0.5
         verdicts.num_rewarded += is_rewarded
         if is_correct and not is_rewarded:
-            verdicts.rejected.setdefault(form, []).append(index)
+            verdicts.rejected_by_form.setdefault(form, []).append(index)
             verdicts.rejected_example = verdicts.rejected_example or example
         elif is_rewarded and not is_correct and prompt.kind == "math":
-            verdicts.accepted.append(index)
-            verdicts.all_truncated &= graded.is_truncated
+            verdicts.accepted_responses.append(index)
+            verdicts.are_all_truncated &= graded.is_truncated
             verdicts.accepted_example = verdicts.accepted_example or example
     return verdicts
 
@@ -279,7 +287,7 @@ def _grade_again(step: RecordedStep) -> dict[ResponseIndex, dict[str, Grade]]:
 async def _grade_responses(step: RecordedStep) -> dict[ResponseIndex, dict[str, Grade]]:
     graders = RewardTerms(_Graders(), step.run_config.rewards.call_options)
     # Without the data, columns that rewards of the form read are missing.
-    names = IN_PROCESS if step.prompts_missing else (*IN_PROCESS, *FORM_REWARDS)
+    names = IN_PROCESS if step.missing_prompts_reason else (*IN_PROCESS, *FORM_REWARDS)
     by_response = {}
     for index, graded in list(step.responses.items())[:MAX_READ]:
         prompt = step.groups[index[0]].prompt
@@ -297,16 +305,16 @@ async def _grade_responses(step: RecordedStep) -> dict[ResponseIndex, dict[str, 
     return by_response
 
 
-def _compare_order(step: RecordedStep, regraded: Grades) -> Comparison:
+def _compare_order(step: RecordedStep, new_grades: Grades) -> Comparison:
     """Check that no response has the accuracy of another one of its group.
 
     Args:
         step: the recorded step.
-        regraded: grades by response and term."""
+        new_grades: grades by response and term."""
     name, by_shift = "order of the rewards", dict[int, list[ResponseIndex]]()
     accuracies = {
         index: grades[ACCURACY].reward
-        for index, grades in regraded.items()
+        for index, grades in new_grades.items()
         if ACCURACY in grades and ACCURACY not in step.responses[index].ungraded_terms
     }
     groups = [
@@ -343,27 +351,27 @@ def _compare_order(step: RecordedStep, regraded: Grades) -> Comparison:
     )
 
 
-def _compare_grades(step: RecordedStep, regraded: Grades) -> Comparison:
+def _compare_grades(step: RecordedStep, new_grades: Grades) -> Comparison:
     """Check each term with the graders of this version and the run's settings.
 
     Args:
         step: the recorded step.
-        regraded: grades by response and term."""
+        new_grades: grades by response and term."""
     name = "graded again"
-    if not regraded:
+    if not new_grades:
         kinds = ", ".join((*IN_PROCESS, *FORM_REWARDS))
-        why = step.prompts_missing or f"only {kinds} are graded here"
+        why = step.missing_prompts_reason or f"only {kinds} are graded here"
         return not_checked(FAMILY, name, why)
     departures: dict[str, list[ResponseIndex]] = {}
-    for index, grades in regraded.items():
+    for index, grades in new_grades.items():
         for term, new_grade in grades.items():
             if _departs(step.responses[index], term, new_grade):
                 departures.setdefault(term, []).append(index)
-    concerned = dict.fromkeys(chain.from_iterable(departures.values()))
+    departing_responses = dict.fromkeys(chain.from_iterable(departures.values()))
     reason, remedy = "", ""
     if departures:
         term = max(departures, key=lambda name: (len(departures[name]), name == ACCURACY))
-        reason = _describe_departures(step, regraded, term, departures[term])
+        reason = _describe_departures(step, new_grades, term, departures[term])
         other_terms = [
             f"{len(departures[name]):,} of {name}" for name in departures if name != term
         ]
@@ -374,13 +382,13 @@ def _compare_grades(step: RecordedStep, regraded: Grades) -> Comparison:
             if term == ACCURACY
             else f"the term {term}: rewards.options.{term}, or what changes it after the graders"
         )
-    terms = ", ".join(dict.fromkeys(chain.from_iterable(regraded.values())))
+    terms = ", ".join(dict.fromkeys(chain.from_iterable(new_grades.values())))
     return fraction_comparison(
         FAMILY,
         name,
-        f"{terms} of {len(regraded):,} responses with this version's",
-        list(concerned),
-        len(regraded),
+        f"{terms} of {len(new_grades):,} responses with this version's",
+        list(departing_responses),
+        len(new_grades),
         reason=reason,
         remedy=remedy,
         loss_fraction=step.loss_fraction,
@@ -397,28 +405,31 @@ def _departs(graded: GradedResponse, term: str, new_grade: Grade) -> bool:
 
 
 def _describe_departures(
-    step: RecordedStep, regraded: Grades, term: str, concerned: list[ResponseIndex]
+    step: RecordedStep, new_grades: Grades, term: str, departing_responses: list[ResponseIndex]
 ) -> str:
     """Return in words how the grades of a term differ from those that were logged.
 
     Args:
         step: the step.
-        regraded: grades by response and term.
+        new_grades: grades by response and term.
         term: the term.
-        concerned: the responses whose grades differ."""
-    first = concerned[0]
-    logged, new_grade = step.responses[first].rewards[term], regraded[first][term]
-    ungraded = [index for index in concerned if term in step.responses[index].ungraded_terms]
-    if len(ungraded) == len(concerned):
+        departing_responses: the responses whose grades differ."""
+    first = departing_responses[0]
+    logged_reward, new_grade = step.responses[first].rewards[term], new_grades[first][term]
+    ungraded_responses = [
+        index for index in departing_responses if term in step.responses[index].ungraded_terms
+    ]
+    if len(ungraded_responses) == len(departing_responses):
         return (
-            f"{len(concerned):,} responses are marked ungraded, though their {term} can be graded: "
-            f"{new_grade.reward:g}, {new_grade.reason}"
+            f"{len(departing_responses):,} responses are marked ungraded, though their {term} can "
+            f"be graded: {new_grade.reward:g}, {new_grade.reason}"
         )
-    text = f"{term} {logged:g} was logged, now {new_grade.reward:g}: {new_grade.reason}"
-    if all(step.responses[index].is_truncated for index in concerned):
-        participle = "rewarded" if logged > new_grade.reward else "punished"
+    text = f"{term} {logged_reward:g} was logged, now {new_grade.reward:g}: {new_grade.reason}"
+    if all(step.responses[index].is_truncated for index in departing_responses):
+        participle = "rewarded" if logged_reward > new_grade.reward else "punished"
         return (
-            f"{len(concerned):,} truncated answers, cut off at the limit, are {participle}: {text}"
+            f"{len(departing_responses):,} truncated answers, cut off at the limit, are "
+            f"{participle}: {text}"
         )
     return text
 
@@ -427,30 +438,30 @@ def _compare_metrics(step: RecordedStep) -> list[Comparison]:
     """Compare means over the logged responses with metrics.jsonl."""
     groups = step.groups + step.filtered_groups
     responses = all_responses(groups)
-    graded = [graded_response.reward for graded_response in responses if graded_response.is_graded]
-    right = [
+    rewards = [graded_response.reward for graded_response in responses if graded_response.is_graded]
+    accuracies = [
         graded_response.rewards[ACCURACY]
         for graded_response in responses
         if ACCURACY not in graded_response.ungraded_terms
     ]
-    equal = sum(
+    num_equal = sum(
         are_equal(np.array([r.reward for r in group.responses if r.is_graded])) for group in groups
     )
     means = {
-        "reward/mean": fmean(graded) if graded else 0.0,
-        "accuracy": fmean(right) if right else 0.0,
+        "reward/mean": fmean(rewards) if rewards else 0.0,
+        "accuracy": fmean(accuracies) if accuracies else 0.0,
         "response_length/mean": fmean(
             len(graded_response.response.token_ids) for graded_response in responses
         ),
         "truncated": fmean(graded_response.is_truncated for graded_response in responses),
-        "groups/zero_variance": equal / len(groups),
+        "groups/zero_variance": num_equal / len(groups),
     }
     gaps = {
-        name: math.inf if (logged := finite(step.line, name)) is None else abs(logged - mean)
+        name: math.inf if (logged := finite_metric(step.line, name)) is None else abs(logged - mean)
         for name, mean in means.items()
         if name in step.line
     }
-    compared = f"the means of {len(responses):,} responses with metrics.jsonl"
+    subject = f"the means of {len(responses):,} responses with metrics.jsonl"
     if not gaps:
         return [not_checked(FAMILY, "metrics of the rollout", "metrics.jsonl has none")]
     worst = max(gaps, key=lambda name: gaps[name])
@@ -460,12 +471,12 @@ def _compare_metrics(step: RecordedStep) -> list[Comparison]:
             FAMILY,
             "metrics of the rollout",
             EQUAL if is_equal else DEPARTS,
-            compared,
+            subject,
             gaps[worst],
             REWARD_TOLERANCE * max(1.0, abs(means[worst])),
             "sums in float64",
             f"{worst} is {_describe_logged(step, worst)} in metrics.jsonl and "
-            f"{number(means[worst])} in the sample log: they are not of the same responses",
+            f"{format_number(means[worst])} in the sample log: they are not of the same responses",
             remedy="metrics.jsonl or sample_log/: one of them was changed, or belongs to a run "
             "that went on from an earlier checkpoint",
         )
@@ -473,5 +484,5 @@ def _compare_metrics(step: RecordedStep) -> list[Comparison]:
 
 
 def _describe_logged(step: RecordedStep, name: str) -> str:
-    value = finite(step.line, name)
-    return "not a number" if value is None else number(value)
+    value = finite_metric(step.line, name)
+    return "not a number" if value is None else format_number(value)

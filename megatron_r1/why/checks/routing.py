@@ -6,8 +6,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from megatron_r1.reporting.formatting import finite_metric as finite
-from megatron_r1.reporting.formatting import format_percent as percent
+from megatron_r1.reporting.formatting import finite_metric, format_percent
 from megatron_r1.why.checks.sampling import FAMILY
 from megatron_r1.why.comparison import (
     DEPARTS,
@@ -26,15 +25,16 @@ OTHER_EXPERTS, OTHER_EXPERTS_IN_16_BITS = 0.001, 0.25
 """The largest share of the engine's experts that the trainer's routers would not choose: in float32
 on both sides none were measured, with an engine in bfloat16 a twentieth."""
 SHIFTS = {"before": 1, "after": -1}
-"""A token that experts may be of, in place of their own, with its shift (`shifted_experts`)."""
+"""A token that experts may be of, in place of their own, with its shift
+(`rows_with_shifted_experts`)."""
 
 
-def check_routing(step: RecordedStep, recomputed: Recomputation) -> list[Comparison]:
+def check_routing(step: RecordedStep, recomputation: Recomputation) -> list[Comparison]:
     """Check that engines choose the experts that the trainer's routers would: replay hides where
     they do not. Nothing is compared where experts are not replayed."""
     if not step.config.rl.routing_replay:
         return []
-    agreement = finite(step.line, "routing/agreement")
+    agreement = finite_metric(step.line, "routing/agreement")
     if "routing/agreement" not in step.line:
         return [not_checked(FAMILY, NAME, "metrics.jsonl has no routing/agreement")]
     if any((sequence.versions != step.step - 1).any() for sequence in step.sequences):
@@ -58,7 +58,7 @@ def check_routing(step: RecordedStep, recomputed: Recomputation) -> list[Compari
         ]
     distance = 1 - agreement
     reason, remedy = (
-        _find_explanation(recomputed, distance, tolerance) if distance > tolerance else ("", "")
+        _find_explanation(recomputation, distance, tolerance) if distance > tolerance else ("", "")
     )
     return [
         Comparison(
@@ -76,28 +76,31 @@ def check_routing(step: RecordedStep, recomputed: Recomputation) -> list[Compari
 
 
 def _find_explanation(
-    recomputed: Recomputation, distance: float, tolerance: float
+    recomputation: Recomputation, distance: float, tolerance: float
 ) -> tuple[str, str]:
     """Return why the trainer's routers would choose otherwise, and the remedy."""
-    reason = f"the trainer's routers would choose {percent(distance)} of the experts otherwise"
+    reason = (
+        f"the trainer's routers would choose {format_percent(distance)} of the experts otherwise"
+    )
     try:
-        other_fraction = 1 - recomputed.policies.routing_agreement()
+        other_fraction = 1 - recomputation.policies.routing_agreement()
         by_side = {
-            side: 1 - recomputed.policies.routing_agreement(shift) for side, shift in SHIFTS.items()
+            side: 1 - recomputation.policies.routing_agreement(shift)
+            for side, shift in SHIFTS.items()
         }
     except CannotRecompute:
         other_fraction, by_side = distance, {}
     if other_fraction <= tolerance:
         return (
-            f"{reason}, those of transformers {percent(other_fraction)}: the trainer replays the "
-            "experts of other tokens or layers",
+            f"{reason}, those of transformers {format_percent(other_fraction)}: the trainer "
+            "replays the experts of other tokens or layers",
             "rl.routing_replay: the tokens and layers that the trainer replays recorded experts at",
         )
     for side, opposite in by_side.items():
         if opposite <= tolerance:
             return (
                 f"{reason}: the engine reported experts of another token, those of the token "
-                f"{side} are the routers' ({percent(1 - opposite)})",
+                f"{side} are the routers' ({format_percent(1 - opposite)})",
                 "the reply of the engine: its experts begin at another token than its tokens",
             )
     return (

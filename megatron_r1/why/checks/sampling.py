@@ -37,7 +37,7 @@ def _compare_settings(step: RecordedStep) -> Comparison:
     """Check what the engines were asked for."""
     name = "settings of the engines"
     rollout = step.config.rollout
-    expected = {
+    expected_settings = {
         "temperature": rollout.temperature,
         "top_p": rollout.top_p,
         "top_k": rollout.top_k,
@@ -50,35 +50,35 @@ def _compare_settings(step: RecordedStep) -> Comparison:
         "max_tokens": "rollout.max_response_tokens",
         "stop_token_ids": "rollout.stop_token_ids, or the model's end tokens",
     }
-    concerned: list[ResponseIndex] = []
-    different: Counter[str] = Counter()
-    logged = 0
+    departing_responses: list[ResponseIndex] = []
+    difference_counts: Counter[str] = Counter()
+    num_logged = 0
     for group_index, (group, record) in enumerate(
         zip(step.groups + step.filtered_groups, step.sampling, strict=True)
     ):
         if record is None:
             continue
-        logged += 1
-        names = [key for key, value in expected.items() if getattr(record, key) != value]
+        num_logged += 1
+        names = [key for key, value in expected_settings.items() if getattr(record, key) != value]
         if step.run_config.agents.player_settings:
             names = [key for key in names if key != "max_tokens"]
-        different.update(
-            f"{key} {getattr(record, key)} was asked for, the settings say {expected[key]}"
+        difference_counts.update(
+            f"{key} {getattr(record, key)} was asked for, the settings say {expected_settings[key]}"
             for key in names
         )
         if names and group_index < len(step.groups):
-            concerned += ((group_index, index) for index in range(len(group.responses)))
-    if not logged:
+            departing_responses += ((group_index, index) for index in range(len(group.responses)))
+    if not num_logged:
         return not_checked(
             FAMILY, name, "the log is of a version that did not write them down (before 0.3)"
         )
-    reason = "; ".join(text for text, _ in different.most_common(3))
+    reason = "; ".join(text for text, _ in difference_counts.most_common(3))
     key = reason.partition(" ")[0]
     return fraction_comparison(
         FAMILY,
         name,
-        f"temperature, cut, limit and stops of {logged:,} groups with the settings",
-        concerned,
+        f"temperature, cut, limit and stops of {num_logged:,} groups with the settings",
+        departing_responses,
         len(step.responses),
         reason=reason,
         remedy=keys.get(key, f"rollout.{key}" if key else ""),
@@ -90,26 +90,31 @@ def _compare_limits(step: RecordedStep) -> Comparison:
     """Check that responses that were cut off have as many tokens as the limit."""
     rollout = step.config.rollout
     limit = rollout.max_response_tokens
-    cut = {
+    cut_lengths = {
         index: len(graded.response.token_ids)
         for index, graded in step.responses.items()
         if graded.is_truncated and graded.episode is None
     }
-    shorter = {index: count for index, count in cut.items() if count < step.response_limit(index)}
-    longer = [
+    shorter_lengths = {
+        index: count for index, count in cut_lengths.items() if count < step.response_limit(index)
+    }
+    longer_responses = [
         index
         for index, graded in step.responses.items()
         if graded.episode is None and len(graded.response.token_ids) > limit
     ]
-    longest = max(shorter.values(), default=0)
-    reason = f"{len(shorter):,} responses are cut off at {longest:,} tokens at most, the limit is "
-    if longer:
-        reason = f"{len(longer):,} responses are longer than the limit, "
+    longest = max(shorter_lengths.values(), default=0)
+    reason = (
+        f"{len(shorter_lengths):,} responses are cut off at {longest:,} tokens at most, "
+        "the limit is "
+    )
+    if longer_responses:
+        reason = f"{len(longer_responses):,} responses are longer than the limit, "
     return fraction_comparison(
         FAMILY,
         "limit of the response",
-        f"{len(cut):,} responses that are cut off with the limit of {limit:,} tokens",
-        [*shorter, *longer],
+        f"{len(cut_lengths):,} responses that are cut off with the limit of {limit:,} tokens",
+        [*shorter_lengths, *longer_responses],
         len(step.responses),
         reason=f"{reason}{limit:,}",
         remedy="rollout.max_response_tokens, or what the engine makes of it (rollout.vllm)",
@@ -119,29 +124,29 @@ def _compare_limits(step: RecordedStep) -> Comparison:
 
 def _compare_versions(step: RecordedStep) -> Comparison:
     """Check that the policy that sampled is not older than rl.staleness allows."""
-    newest = step.step - 1
-    oldest = newest - step.config.rl.staleness
-    concerned: dict[ResponseIndex, None] = {}
+    newest_version = step.step - 1
+    oldest_version = newest_version - step.config.rl.staleness
+    departing_responses: dict[ResponseIndex, None] = {}
     engines: Counter[str] = Counter()
     wrong_versions: Counter[int] = Counter()
     num_tokens = 0
     for sequence in step.sequences:
-        wrong = (sequence.versions < oldest) | (sequence.versions > newest)
-        if wrong.any():
-            concerned[sequence.response] = None
+        is_wrong = (sequence.versions < oldest_version) | (sequence.versions > newest_version)
+        if is_wrong.any():
+            departing_responses[sequence.response] = None
             engines[step.responses[sequence.response].response.engine or "an engine"] += 1
-            wrong_versions.update(sequence.versions[wrong].tolist())
-            num_tokens += int(wrong.sum())
+            wrong_versions.update(sequence.versions[is_wrong].tolist())
+            num_tokens += int(is_wrong.sum())
     reason = ""
-    if concerned:
+    if departing_responses:
         (version, _), *_ = wrong_versions.most_common(1)
         names = ", ".join(name for name, _ in engines.most_common(4))
-        reason = f"{names} sampled with version {version}, the step trains version {newest}"
+        reason = f"{names} sampled with version {version}, the step trains version {newest_version}"
     return fraction_comparison(
         FAMILY,
         "version of the weights",
-        f"the versions of all tokens with {oldest} to {newest}",
-        list(concerned),
+        f"the versions of all tokens with {oldest_version} to {newest_version}",
+        list(departing_responses),
         len(step.responses),
         reason=reason,
         remedy="the engine that is behind: its log in logs/, push/* in metrics.jsonl "
@@ -162,8 +167,8 @@ def _compare_draws(step: RecordedStep) -> Comparison:
     if not num_pairs:
         return not_checked(FAMILY, name, "no group has several responses of one turn")
     limit = math.log(FALSE_ALARM / num_pairs)
-    concerned: list[ResponseIndex] = []
-    lowest_logprob, largest = 0.0, 0
+    departing_responses: list[ResponseIndex] = []
+    lowest_logprob, max_copies = 0.0, 0
     for group_index, group in enumerate(step.groups):
         copies: dict[bytes, list[ResponseIndex]] = {}
         for index, graded in enumerate(group.responses):
@@ -172,18 +177,18 @@ def _compare_draws(step: RecordedStep) -> Comparison:
                 copies.setdefault(tokens, []).append((group_index, index))
         for copy_indices in copies.values():
             if len(copy_indices) > 1:
-                concerned += copy_indices
+                departing_responses += copy_indices
                 logprob = sum(group.responses[copy_indices[0][1]].response.logprobs)
                 lowest_logprob = min(lowest_logprob, logprob)
-                largest = max(largest, len(copy_indices))
+                max_copies = max(max_copies, len(copy_indices))
     return fraction_comparison(
         FAMILY,
         name,
         f"the responses of {len(groups):,} groups with one another",
-        concerned,
+        departing_responses,
         len(step.responses),
-        reason=f"up to {largest:,} responses of a group are the same tokens, of a probability of "
-        f"e^{lowest_logprob:.0f}: they are not drawn one by one",
+        reason=f"up to {max_copies:,} responses of a group are the same tokens, of a probability "
+        f"of e^{lowest_logprob:.0f}: they are not drawn one by one",
         remedy="the seed of each response in the engine (rollout.vllm), or what copies responses",
         loss_fraction=step.loss_fraction,
         source=f"a probability below {FALSE_ALARM:g} by chance",
@@ -192,21 +197,21 @@ def _compare_draws(step: RecordedStep) -> Comparison:
 
 def _compare_kept_tokens(step: RecordedStep) -> Comparison:
     """Check that every token is among those that its engine kept of the vocabulary."""
-    concerned: dict[ResponseIndex, None] = {}
+    departing_responses: dict[ResponseIndex, None] = {}
     num_tokens = 0
     for sequence in step.sequences:
-        sampled = sequence.token_ids[sequence.is_sampled]
-        is_kept = np.zeros(len(sampled), bool)
-        if sequence.kept is not None:
-            is_kept = sequence.kept.contains(sampled)
+        sampled_ids = sequence.token_ids[sequence.is_sampled]
+        is_kept = np.zeros(len(sampled_ids), bool)
+        if sequence.kept_ids is not None:
+            is_kept = sequence.kept_ids.contains(sampled_ids)
         if not is_kept.all():
-            concerned[sequence.response] = None
+            departing_responses[sequence.response] = None
             num_tokens += int((~is_kept).sum())
     return fraction_comparison(
         FAMILY,
         "tokens that the engines kept",
         "every sampled token with the ids that its engine drew it from",
-        list(concerned),
+        list(departing_responses),
         len(step.responses),
         reason=f"{num_tokens:,} tokens are not among the ids that were kept for them",
         remedy="rollout.top_k and the engine's --return-sampling-mask (docs/engines.md)",

@@ -24,9 +24,9 @@ MAX_NAMED = 4
 MAX_LAYERS_FOR_ALL_PAIRS = 8
 """The most layers of a model whose every pair is tried as exchanged; in larger ones, neighbors."""
 LAYER = re.compile(r"(.*\.layers)\.(\d+)\.(.*)")
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+FUSED_MODULES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Modules that engines keep as one."""
-EXCHANGED = (("gate_proj", "up_proj"), ("k_proj", "v_proj"))
+EXCHANGEABLE_MODULES = (("gate_proj", "up_proj"), ("k_proj", "v_proj"))
 """Modules of a layer whose tensors may be taken for each other's."""
 TENSOR_REMEDY = "the push of that tensor (docs/push.md): its name and place in the engine's model"
 
@@ -36,10 +36,10 @@ def departing_tensor(gaps: EngineGaps) -> ExplainedDeparture | None:
     means = {name: mean for name, mean in gaps.means_by_name().items() if mean > gaps.tolerance}
     if not means:
         return None
-    tried = gaps.largest_gaps(max(means, key=lambda name: means[name]), TRIED_TOKENS)
-    if not tried:
+    tried_sequences = gaps.largest_gaps(max(means, key=lambda name: means[name]), TRIED_TOKENS)
+    if not tried_sequences:
         return None
-    search = TensorSearch(gaps, tried)
+    search = TensorSearch(gaps, tried_sequences)
     return search.stale_tensors() or search.exchanged_tensors()
 
 
@@ -48,21 +48,23 @@ class TensorSearch:
 
     Args:
         gaps: the differences.
-        tried: the sequences that changes are tried on, all of the newest version."""
+        tried_sequences: the sequences that changes are tried on, all of the newest version."""
 
-    def __init__(self, gaps: EngineGaps, tried: Sequence[int]) -> None:
+    def __init__(self, gaps: EngineGaps, tried_sequences: Sequence[int]) -> None:
         from megatron_r1.why.policy.changed_weights import ChangedWeights
 
         self._gaps = gaps
-        self._weights = ChangedWeights(gaps.recomputed)
-        self._sequences = [gaps.recomputed.scored_sequences[index] for index in tried]
-        self._departure = np.concatenate([gaps.gaps[index] for index in tried])
-        self._old = np.concatenate([gaps.recomputed.old[index] for index in tried])
+        self._weights = ChangedWeights(gaps.policies)
+        self._sequences = [gaps.policies.scored_sequences[index] for index in tried_sequences]
+        self._departure = np.concatenate([gaps.gaps[index] for index in tried_sequences])
+        self._old_logprobs = np.concatenate(
+            [gaps.policies.old_logprobs[index] for index in tried_sequences]
+        )
 
     def stale_tensors(self) -> ExplainedDeparture | None:
         """Try the tensors of the version before, and of the first."""
-        newest = self._gaps.newest
-        for version in sorted({max(0, newest - 1), 0} - {newest}, reverse=True):
+        newest_version = self._gaps.newest_version
+        for version in sorted({max(0, newest_version - 1), 0} - {newest_version}, reverse=True):
             old_tensors = self._weights.version_tensors(version)
             if not old_tensors:
                 continue
@@ -70,12 +72,12 @@ class TensorSearch:
             if not groups:
                 continue
             nouns = list(groups)
-            engine = self._explained({name: old_tensors[name] for name in groups[nouns[0]]})
+            engine = self._explained_engine({name: old_tensors[name] for name in groups[nouns[0]]})
             if engine is not None:
                 alternatives = "".join(f", or {noun}" for noun in nouns[1:MAX_NAMED])
                 return ExplainedDeparture(
                     f"{nouns[0]}{alternatives} in {engine.name} is of version {version}, "
-                    f"not {newest}: {engine.gap_sizes}",
+                    f"not {newest_version}: {engine.gap_sizes}",
                     TENSOR_REMEDY,
                 )
         return None
@@ -85,7 +87,7 @@ class TensorSearch:
         for noun, sources in islice(exchanges(self._weights.tensors), MAX_TRIED):
             if self._residual(self._effect(sources)) > self._gaps.tolerance:
                 continue
-            if (engine := self._explained(sources)) is not None:
+            if (engine := self._explained_engine(sources)) is not None:
                 return ExplainedDeparture(
                     f"{noun} are exchanged in {engine.name}: {engine.gap_sizes}", TENSOR_REMEDY
                 )
@@ -110,11 +112,12 @@ class TensorSearch:
                     self._effect({name: old_tensors[name] for name in names})
                 )
         groups |= layers
-        best = min(residuals.values())
-        limit = min(self._gaps.tolerance, max(2 * best, self._gaps.tolerance / 16))
-        explaining = [noun for noun in residuals if residuals[noun] <= limit]
+        smallest_residual = min(residuals.values())
+        limit = min(self._gaps.tolerance, max(2 * smallest_residual, self._gaps.tolerance / 16))
+        explaining_nouns = [noun for noun in residuals if residuals[noun] <= limit]
         return {
-            noun: groups[noun] for noun in sorted(explaining, key=lambda noun: len(groups[noun]))
+            noun: groups[noun]
+            for noun in sorted(explaining_nouns, key=lambda noun: len(groups[noun]))
         }
 
     def _resemblance(self, effect: np.ndarray) -> float:
@@ -124,16 +127,16 @@ class TensorSearch:
 
     def _effect(self, values: dict[str, Tensor]) -> np.ndarray:
         """Return how much changed tensors move the log-probabilities of the tried tokens."""
-        return np.concatenate(self._weights.logprobs(values, self._sequences)) - self._old
+        return np.concatenate(self._weights.logprobs(values, self._sequences)) - self._old_logprobs
 
     def _residual(self, effect: np.ndarray) -> float:
         """Return the mean |difference| that an effect leaves of the departure."""
         return mean_gap([self._departure - effect])
 
-    def _explained(self, values: dict[str, Tensor]) -> ExplainedEngine | None:
+    def _explained_engine(self, values: dict[str, Tensor]) -> ExplainedEngine | None:
         """Return the engine whose tokens, all of them, changed tensors explain."""
-        scored = self._gaps.recomputed.scored_sequences
-        return self._gaps.explained_engine(self._weights.logprobs(values, scored))
+        scored_sequences = self._gaps.policies.scored_sequences
+        return self._gaps.explained_engine(self._weights.logprobs(values, scored_sequences))
 
 
 def whole_groups(
@@ -187,7 +190,7 @@ def module_groups(names: Sequence[str]) -> dict[str, tuple[str, ...]]:
         words = name.partition(".layers.")[2].split(".")[1:]
         for count in range(1, len(words) + 1):
             groups.setdefault(".".join(words[:count]), []).append(name)
-    for modules in FUSED:
+    for modules in FUSED_MODULES:
         for parent in {noun.rpartition(".")[0] for noun in groups if noun.endswith(modules)}:
             nouns = [f"{parent}.{module}" for module in modules]
             if all(noun in groups for noun in nouns):
@@ -208,7 +211,7 @@ def exchanges(tensors: dict[str, Tensor]) -> Iterator[tuple[str, dict[str, Tenso
     for name in tensors:
         if match := LAYER.fullmatch(name):
             by_layer.setdefault(int(match[2]), {})[match[3]] = name
-    for pair in EXCHANGED:
+    for pair in EXCHANGEABLE_MODULES:
         by_number = {
             layer: sources
             for layer, names in by_layer.items()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from megatron_r1.reporting.formatting import format_percent as percent
+from megatron_r1.reporting.formatting import format_percent
 from megatron_r1.why.comparison import DEPARTS, EQUAL, CannotRecompute, Comparison, not_checked
 from megatron_r1.why.record.recorded_step import RecordedStep
 from megatron_r1.why.update.loss_terms import can_leave_out, num_left_out
@@ -27,72 +27,78 @@ GRADIENT_REMEDY = (
 """Where all terms have one coefficient, which is then not of the terms."""
 
 
-def check_terms(step: RecordedStep, recomputed: Recomputation) -> Comparison:
+def check_terms(step: RecordedStep, recomputation: Recomputation) -> Comparison:
     """Return the comparison of the terms' gradients with the run's.
 
     Args:
         step: the step.
-        recomputed: its updates."""
+        recomputation: its updates."""
     try:
-        fit = recomputed.term_fit
-    except CannotRecompute as missing:
-        return not_checked(FAMILY, NAME, str(missing))
+        fit = recomputation.term_fit
+    except CannotRecompute as error:
+        return not_checked(FAMILY, NAME, str(error))
     dtype = step.run_config.model.dtype
-    parts = [*map(_shown, fit.coefficients), *_not_computed(step, recomputed)]
+    parts = [*map(_describe_term, fit.coefficients), *_unchecked_gradients(step, recomputation)]
     if fit.residual > fit.error:
-        parts.append(f"{percent(fit.residual)} of the run's gradient is no combination of these")
+        parts.append(
+            f"{format_percent(fit.residual)} of the run's gradient is no combination of these"
+        )
     text = "; ".join(parts)
     known_coefficients = [
         coefficient for coefficient in fit.coefficients if coefficient.is_identifiable
     ]
     if not known_coefficients:
         return not_checked(FAMILY, NAME, text)
-    departing = fit.departing(COEFFICIENT_TOLERANCE[dtype])
-    reason, remedy = term_departure(step, recomputed)
+    departing_coefficients = fit.departing_coefficients(COEFFICIENT_TOLERANCE[dtype])
+    reason, remedy = term_departure(step, recomputation)
     worst = max(
-        departing or known_coefficients,
+        departing_coefficients or known_coefficients,
         key=lambda coefficient: _distance(coefficient) / _limit(coefficient, dtype),
     )
     return Comparison(
         FAMILY,
         NAME,
-        DEPARTS if departing else EQUAL,
+        DEPARTS if departing_coefficients else EQUAL,
         f"norm of each term's gradient and its coefficient in Adam's first moments: {text}",
         _distance(worst),
         _limit(worst, dtype),
         TOLERANCE_SOURCES[dtype],
-        f"{reason} ({text})" if departing else "",
+        f"{reason} ({text})" if departing_coefficients else "",
         remedy=remedy,
     )
 
 
-def term_departure(step: RecordedStep, recomputed: Recomputation) -> tuple[str, str]:
+def term_departure(step: RecordedStep, recomputation: Recomputation) -> tuple[str, str]:
     """Return which terms depart and what to change, "" where none is known to.
 
     Args:
         step: the step.
-        recomputed: its updates."""
+        recomputation: its updates."""
     try:
-        fit = recomputed.term_fit
+        fit = recomputation.term_fit
     except CannotRecompute:  # `check_terms` reports it
         return "", ""
-    departing = fit.departing(COEFFICIENT_TOLERANCE[step.run_config.model.dtype])
-    return (_reason(departing), _remedy(fit, departing)) if departing else ("", "")
+    departing_coefficients = fit.departing_coefficients(
+        COEFFICIENT_TOLERANCE[step.run_config.model.dtype]
+    )
+    if not departing_coefficients:
+        return "", ""
+    return _reason(departing_coefficients), _remedy(fit, departing_coefficients)
 
 
 def _distance(coefficient: Coefficient) -> float:
-    return abs(coefficient.value - coefficient.term.expected)
+    return abs(coefficient.value - coefficient.term.expected_coefficient)
 
 
 def _limit(coefficient: Coefficient, dtype: str) -> float:
     return max(COEFFICIENT_TOLERANCE[dtype], coefficient.uncertainty)
 
 
-def _shown(coefficient: Coefficient) -> str:
+def _describe_term(coefficient: Coefficient) -> str:
     """Return a term with its norm and coefficient, as text."""
     text = f"{coefficient.term.name} {coefficient.norm:.3g}"
     if coefficient.is_identifiable:
-        return f"{text} x {_rounded(coefficient.value, 4)} ± {coefficient.uncertainty:.1g}"
+        return f"{text} x {_rounded_text(coefficient.value, 4)} ± {coefficient.uncertainty:.1g}"
     if not coefficient.norm:
         return f"{text}, not identifiable: it has no gradient"
     return (
@@ -101,15 +107,15 @@ def _shown(coefficient: Coefficient) -> str:
     )
 
 
-def _rounded(value: float, digits: int) -> str:
+def _rounded_text(value: float, digits: int) -> str:
     """Return a number as text, 0 without a sign."""
     return f"{round(value, digits) + 0.0:.{digits}f}"
 
 
-def _not_computed(step: RecordedStep, recomputed: Recomputation) -> list[str]:
+def _unchecked_gradients(step: RecordedStep, recomputation: Recomputation) -> list[str]:
     """Return what has a gradient that is not computed, as text."""
     texts = []
-    if recomputed.inputs.trains_more:
+    if recomputation.inputs.trains_mtp_layers:
         texts.append("the MTP layers' loss, not checked: it is not recomputed")
     if num_left_out(step) and not can_leave_out(step):
         texts.append(
@@ -120,24 +126,28 @@ def _not_computed(step: RecordedStep, recomputed: Recomputation) -> list[str]:
     return texts
 
 
-def _reason(departing: Sequence[Coefficient]) -> str:
+def _reason(departing_coefficients: Sequence[Coefficient]) -> str:
     parts = []
-    for coefficient in departing:
-        value = _rounded(coefficient.value, 2)
-        is_out = ", though it is left out of the loss" if not coefficient.term.expected else ""
+    for coefficient in departing_coefficients:
+        value = _rounded_text(coefficient.value, 2)
+        is_out = (
+            ", though it is left out of the loss"
+            if not coefficient.term.expected_coefficient
+            else ""
+        )
         parts.append(f"{coefficient.term.name} entered with {value} times its gradient{is_out}")
     return ", ".join(parts)
 
 
-def _remedy(fit: TermFit, departing: Sequence[Coefficient]) -> str:
+def _remedy(fit: TermFit, departing_coefficients: Sequence[Coefficient]) -> str:
     """Return what to change: where all terms have one factor, what they have in common."""
     known_coefficients = [
         coefficient
         for coefficient in fit.coefficients
-        if coefficient.is_identifiable and coefficient.term.expected
+        if coefficient.is_identifiable and coefficient.term.expected_coefficient
     ]
-    remedies = [coefficient.term.remedy for coefficient in departing]
-    if departing == known_coefficients:
+    remedies = [coefficient.term.remedy for coefficient in departing_coefficients]
+    if departing_coefficients == known_coefficients:
         values = [coefficient.value for coefficient in known_coefficients]
         if max(values) - min(values) <= max(
             coefficient.uncertainty for coefficient in known_coefficients

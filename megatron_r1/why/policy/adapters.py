@@ -108,11 +108,11 @@ def with_scale(model: Any, scale: float) -> Any | None:
     Args:
         model: transformers' model.
         scale: in place of alpha / rank."""
-    changed = copy.deepcopy(model)
-    adapters = [module for module in changed.modules() if isinstance(module, LowRankProducts)]
+    model_copy = copy.deepcopy(model)
+    adapters = [module for module in model_copy.modules() if isinstance(module, LowRankProducts)]
     for products in adapters:
         products.scale = scale
-    return changed if adapters else None
+    return model_copy if adapters else None
 
 
 @torch.no_grad()

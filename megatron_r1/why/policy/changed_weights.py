@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 from megatron_r1.why.policy import token_logprobs
 from megatron_r1.why.policy.adapters import merged_weights
 from megatron_r1.why.policy.policy_logprobs import PolicyLogprobs
-from megatron_r1.why.policy.policy_models import whole
+from megatron_r1.why.policy.policy_models import require_in_memory
 from megatron_r1.why.record.recorded_step import weights_after
 
 
@@ -25,14 +25,14 @@ class ChangedWeights:
     merged, and a tied head is a tensor of its own, as an engine may have it.
 
     Args:
-        recomputed: the step's log-probabilities.
+        policies: the step's log-probabilities.
 
     Raises:
         NotInMemory: the model does not fit into memory."""
 
-    def __init__(self, recomputed: PolicyLogprobs) -> None:
-        self._recomputed = recomputed
-        self._model = merged_copy(whole(recomputed.policy))
+    def __init__(self, policies: PolicyLogprobs) -> None:
+        self._policies = policies
+        self._model = merged_copy(require_in_memory(policies.policy))
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
@@ -48,16 +48,16 @@ class ChangedWeights:
 
         Args:
             step: the other step; 0: the model that the run began with."""
-        recomputed = self._recomputed
-        path = weights_after(recomputed.step.folder, recomputed.step.run_config, step)
-        return None if path is None else self.other_tensors(recomputed.model(path))
+        policies = self._policies
+        path = weights_after(policies.step.folder, policies.step.run_config, step)
+        return None if path is None else self.other_tensors(policies.model(path))
 
     def other_tensors(self, model: Any) -> dict[str, Tensor]:
         """Return the tensors of another model that differ from the policy's.
 
         Args:
             model: the other model, as `PolicyModels.model` returns it."""
-        other_weights = merged_weights(whole(model))
+        other_weights = merged_weights(require_in_memory(model))
         return {
             name: other_weights[name]
             for name, tensor in self.tensors.items()
@@ -78,8 +78,8 @@ class ChangedWeights:
             self._fill(new_values)
             (logprobs,) = token_logprobs.logprobs(
                 self._model,
-                [self._recomputed.rows[index] for index in sequences],
-                [self._recomputed.temperature],
+                [self._policies.rows[index] for index in sequences],
+                [self._policies.temperature],
             )
         finally:
             self._fill(saved_values)
@@ -94,13 +94,13 @@ class ChangedWeights:
 def merged_copy(model: Any) -> Any:
     """Return a copy of a model of transformers with its adapters merged, and with a head of its
     own."""
-    merged = copy.deepcopy(model)
-    for module in [*merged.modules()]:
+    model_copy = copy.deepcopy(model)
+    for module in [*model_copy.modules()]:
         if parametrize.is_parametrized(module):
             for name in [*module.parametrizations]:
                 value = getattr(module, name).detach().clone()
                 parametrize.remove_parametrizations(module, name, leave_parametrized=False)
                 getattr(module, name).copy_(value)
-    head = merged.get_output_embeddings()
+    head = model_copy.get_output_embeddings()
     head.weight = torch.nn.Parameter(head.weight.detach().clone())
-    return merged
+    return model_copy

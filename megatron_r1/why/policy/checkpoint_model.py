@@ -35,7 +35,7 @@ STATE_PREFIX, REFERENCE_PREFIX = "optimizer.state.", "reference."
 ADAPTERS_PREFIX = "adapters."
 
 
-def opened(checkpoint: Path) -> DistributedCheckpoint:
+def open_checkpoint(checkpoint: Path) -> DistributedCheckpoint:
     """Return a checkpoint, one object for all who read it: where a tensor's bytes begin is looked
     up once.
 
@@ -43,11 +43,11 @@ def opened(checkpoint: Path) -> DistributedCheckpoint:
         UserError: it is damaged."""
     metadata = checkpoint / ".metadata"
     if not metadata.is_file():
-        raise _damaged(metadata, "it is missing")
-    return _opened(checkpoint, metadata.stat().st_mtime_ns)
+        raise _damage_error(metadata, "it is missing")
+    return _open_cached(checkpoint, metadata.stat().st_mtime_ns)
 
 
-def _damaged(file: Path, fault: str) -> UserError:
+def _damage_error(file: Path, fault: str) -> UserError:
     return UserError(
         f"{file} is damaged ({fault}); use another checkpoint",
         key="checkpoint",
@@ -56,7 +56,7 @@ def _damaged(file: Path, fault: str) -> UserError:
 
 
 @lru_cache(maxsize=8)
-def _opened(checkpoint: Path, _written: int) -> DistributedCheckpoint:
+def _open_cached(checkpoint: Path, _mtime_ns: int) -> DistributedCheckpoint:
     return DistributedCheckpoint(checkpoint)
 
 
@@ -79,7 +79,7 @@ class _Part:
 
 def has_part(checkpoint: Path, prefix: str) -> bool:
     """Return whether any key of a checkpoint has a prefix."""
-    return any(key.startswith(prefix) for key in opened(checkpoint).shapes)
+    return any(key.startswith(prefix) for key in open_checkpoint(checkpoint).shapes)
 
 
 def read_model(source: Path, hf_files: Path, prefix: str = "") -> torch.nn.Module:
@@ -107,24 +107,27 @@ def model_of(tensors: Mapping[str, Tensor], hf_files: Path) -> torch.nn.Module:
     Args:
         tensors: the weights by published name.
         hf_files: the folder of the model's config.json."""
-    if (loaded := _copy_template(hf_files, tensors)) is not None:
-        return loaded
+    if (model := _copy_template(hf_files, tensors)) is not None:
+        return model
     hf_config = read_hf_config(str(hf_files))
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         write_folder(tensors, hf_files, folder)
-        loaded = _trainable(load_with_transformers(folder, hf_config, torch.float32))
-    state = loaded.state_dict()
-    stacked = _stacked_experts(tensors)
-    if "lm_head.weight" not in stacked:  # tied
-        stacked["lm_head.weight"] = stacked.get("model.embed_tokens.weight", torch.empty(0))
+        model = _trainable(load_with_transformers(folder, hf_config, torch.float32))
+    state = model.state_dict()
+    stacked_tensors = _stacked_experts(tensors)
+    if "lm_head.weight" not in stacked_tensors:  # tied
+        stacked_tensors["lm_head.weight"] = stacked_tensors.get(
+            "model.embed_tokens.weight", torch.empty(0)
+        )
     # A checkpoint may have more, as MTP layers.
     if all(
-        name in stacked and torch.equal(tensor, stacked[name]) for name, tensor in state.items()
+        name in stacked_tensors and torch.equal(tensor, stacked_tensors[name])
+        for name, tensor in state.items()
     ):
         _templates.clear()
-        _templates[hf_files] = loaded
-    return loaded
+        _templates[hf_files] = model
+    return model
 
 
 def weights_of_part(checkpoint: Path, hf_config: HFConfig, prefix: str) -> MegatronWeights:
@@ -139,7 +142,7 @@ def weights_of_part(checkpoint: Path, hf_config: HFConfig, prefix: str) -> Megat
         UserError: it is incomplete, or another model's."""
     weights = MegatronWeights(checkpoint, hf_config)
     weights.checkpoint.close()
-    weights.checkpoint = cast(Any, _Part(opened(checkpoint), prefix))
+    weights.checkpoint = cast(Any, _Part(open_checkpoint(checkpoint), prefix))
     return weights
 
 
@@ -204,13 +207,13 @@ def adapter_factors(checkpoint: Path, prefix: str) -> tuple[list[str], Callable[
 
     Raises:
         UserError: the checkpoint is damaged."""
-    stored, beginning = opened(checkpoint), f"{prefix}{ADAPTERS_PREFIX}"
+    reader, beginning = open_checkpoint(checkpoint), f"{prefix}{ADAPTERS_PREFIX}"
 
     def read(name: str) -> Tensor:
-        shape = stored.shapes[beginning + name]
-        return stored.read(beginning + name, (0,) * len(shape), shape).float()
+        shape = reader.shapes[beginning + name]
+        return reader.read(beginning + name, (0,) * len(shape), shape).float()
 
-    names = [key.removeprefix(beginning) for key in stored.shapes if key.startswith(beginning)]
+    names = [key.removeprefix(beginning) for key in reader.shapes if key.startswith(beginning)]
     return names, read
 
 
@@ -223,9 +226,9 @@ def _copy_template(hf_files: Path, tensors: Mapping[str, Tensor]) -> torch.nn.Mo
     """Return a model with these tensors; None where transformers has to convert them."""
     if hf_files not in _templates:
         return None
-    copied = copy.deepcopy(_templates[hf_files])
-    copied.load_state_dict(_stacked_experts(tensors), strict=False)
-    return copied
+    model = copy.deepcopy(_templates[hf_files])
+    model.load_state_dict(_stacked_experts(tensors), strict=False)
+    return model
 
 
 EXPERT_TENSOR_NAME = re.compile(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
@@ -286,6 +289,6 @@ def read_state(checkpoint: Path) -> int | None:
     try:
         common = torch.load(file, weights_only=True, map_location="cpu")
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise _damaged(file, str(error).partition("\n")[0]) from error
+        raise _damage_error(file, str(error).partition("\n")[0]) from error
     step = common.get("optimizer_step")
     return None if step is None else int(step)

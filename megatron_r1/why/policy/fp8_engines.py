@@ -26,21 +26,21 @@ from megatron_r1.why.record.recorded_step import weights_after
 
 
 def pushed_values(
-    name: str, values: Tensor, *, power_of_two: bool, scales_of: Tensor | None = None
+    name: str, values: Tensor, *, rounds_scales_up: bool, scales_of: Tensor | None = None
 ) -> Tensor:
     """Return what an engine computes with after a push with `push.fp8`, fp32.
 
     Args:
         name: the tensor's published name.
         values: its values in the trainer.
-        power_of_two: whether scales are rounded up to powers of two.
+        rounds_scales_up: whether scales are rounded up to powers of two.
         scales_of: other values of the tensor, whose blocks' scales the engine has; None: its own.
     """
     if not is_quantized(name):
         return values if name.endswith(ROUTER_BIAS) else values.bfloat16().float()
-    codes, scales = quantize_fp8(values, power_of_two=power_of_two)
+    codes, scales = quantize_fp8(values, power_of_two=rounds_scales_up)
     if scales_of is not None:
-        scales = quantize_fp8(scales_of, power_of_two=power_of_two)[1]
+        scales = quantize_fp8(scales_of, power_of_two=rounds_scales_up)[1]
     return dequantize_blockwise(codes, scales, dtype=torch.float32)
 
 
@@ -57,7 +57,7 @@ class FP8EngineLogprobs(PolicyLogprobs):
     def __init__(self, trainer: PolicyLogprobs) -> None:
         super().__init__(trainer.step, trainer.memory)
         self.trainer = trainer
-        self._power_of_two = has_power_of_two_scales(trainer.step.hf_config)
+        self._rounds_scales_up = has_power_of_two_scales(trainer.step.hf_config)
 
     def tensors(self, source: Path, prefix: str = "") -> TensorSource:
         """Return the tensors of a model as the push makes them.
@@ -65,8 +65,8 @@ class FP8EngineLogprobs(PolicyLogprobs):
         Args:
             source: the checkpoint or folder.
             prefix: as of `read_model`."""
-        encode = partial(pushed_values, power_of_two=self._power_of_two)
-        return super().tensors(source, prefix).encoded(encode)
+        encode = partial(pushed_values, rounds_scales_up=self._rounds_scales_up)
+        return super().tensors(source, prefix).with_encoding(encode)
 
     def _read_model(self, source: Path, prefix: str) -> Any:
         return self._whole_model(self.tensors(source, prefix))
@@ -86,7 +86,7 @@ class FP8EngineLogprobs(PolicyLogprobs):
 
         Args:
             scale: in place of alpha / rank."""
-        source = self.tensors(self.before)
+        source = self.tensors(self.checkpoint_before)
         if source.adapters is None:
             return None
         rescaled = source.with_adapters(source.adapters._replace(scale=scale))
@@ -105,6 +105,8 @@ class FP8EngineLogprobs(PolicyLogprobs):
 
         def encode(name: str, values: Tensor) -> Tensor:
             scales_of = older.read(name) if is_quantized(name) else None
-            return pushed_values(name, values, power_of_two=self._power_of_two, scales_of=scales_of)
+            return pushed_values(
+                name, values, rounds_scales_up=self._rounds_scales_up, scales_of=scales_of
+            )
 
-        return self._model_of(super().tensors(self.before).encoded(encode))
+        return self._model_of(super().tensors(self.checkpoint_before).with_encoding(encode))

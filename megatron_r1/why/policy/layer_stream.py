@@ -39,13 +39,13 @@ def stream_memory(skeleton: Any, free_bytes: int, longest: int) -> StreamMemory:
         CannotRecompute: not even one layer fits, or its experts one by one."""
     config = skeleton.config
     largest_layer, layer_with_one_expert = _layer_sizes(skeleton)
-    outer = config.vocab_size * config.hidden_size
+    outer_values = config.vocab_size * config.hidden_size
     tokens = max(longest, min(TOKENS_AT_ONCE, LOGITS_AT_ONCE // config.vocab_size))
     widths = [getattr(config, name, None) or 0 for name in ("intermediate_size", "hidden_size")]
     activations = 4 * NUM_ACTIVATIONS * max(widths) * tokens
     min_bytes = 4 * config.hidden_size * tokens + BYTES_PER_LOGIT * config.vocab_size
     for layer, reads_experts in ((largest_layer, False), (layer_with_one_expert, True)):
-        num_bytes = max(LAYER_BYTES * layer, OUTER_BYTES * outer) + activations
+        num_bytes = max(LAYER_BYTES * layer, OUTER_BYTES * outer_values) + activations
         if num_bytes + 2 * min_bytes <= free_bytes:
             half = (free_bytes - num_bytes) // 2
             return StreamMemory(half, half // (BYTES_PER_LOGIT * config.vocab_size), reads_experts)

@@ -34,7 +34,7 @@ def write_policy(
             f"the weights take {num_bytes / 1e9:.1f} GB of memory while they are written for a "
             f"fresh engine, {free_bytes / 1e9:.1f} GB are free"
         )
-    before, lora = step.before, step.run_config.model.lora
+    before, lora = step.checkpoint_before, step.run_config.model.lora
     source = before if lora is None else weights_after(step.folder, step.run_config, 0)
     if before is None or source is None:
         raise CannotRecompute(f"the weights after step {step.step - 1} are not here")

@@ -22,7 +22,7 @@ from megatron_r1.why.policy import (
     streamed_logprobs,
     token_logprobs,
 )
-from megatron_r1.why.policy.policy_models import PolicyModels, whole
+from megatron_r1.why.policy.policy_models import PolicyModels, require_in_memory
 from megatron_r1.why.policy.streamed_model import StreamedModel
 from megatron_r1.why.policy.tensor_source import HEAD_NAME
 from megatron_r1.why.policy.token_logprobs import TokenRow
@@ -61,38 +61,38 @@ class PolicyLogprobs(PolicyModels):
         return list(range(0, len(self.rows), stride))
 
     @cached_property
-    def old(self) -> list[np.ndarray]:
+    def old_logprobs(self) -> list[np.ndarray]:
         """Log-probabilities under the policy before the step, of `scored_sequences`, at the run's
         temperature."""
         return self.logprobs_under(self.policy)
 
     def packed_logprobs(
-        self, packed: Sequence[Sequence[int]], *, restarts: bool
+        self, microbatches: Sequence[Sequence[int]], *, restarts: bool
     ) -> list[np.ndarray] | None:
         """Return the log-probabilities with a micro-batch's rows as one sequence, in which each row
         attends to those before it; None where that changes nothing or one is too long.
 
         Args:
-            packed: the rows of each micro-batch, in their order.
+            microbatches: the rows of each micro-batch, in their order.
             restarts: whether positions begin anew with each row."""
         longest = max(
-            (sum(len(self.rows[i].token_ids) for i in rows) for rows in packed), default=0
+            (sum(len(self.rows[i].token_ids) for i in rows) for rows in microbatches), default=0
         )
         is_long = longest * self.step.hf_config["vocab_size"] > 4 * token_logprobs.LOGITS_AT_ONCE
-        if is_long or not any(len(rows) > 1 for rows in packed):
+        if is_long or not any(len(rows) > 1 for rows in microbatches):
             return None
-        logprobs_by_row = list(self.old)
-        members = [[self.rows[index] for index in rows] for rows in packed]
-        joined = [one_row(microbatch, restarts) for microbatch in members]
+        logprobs_by_row = list(self.old_logprobs)
+        microbatch_rows = [[self.rows[index] for index in rows] for rows in microbatches]
+        joined_rows = [join_rows(microbatch, restarts) for microbatch in microbatch_rows]
         # The layers of a streamed model are read once for all.
-        passes = [joined] if self.is_streamed else [[row] for row in joined]
+        passes = [joined_rows] if self.is_streamed else [[row] for row in joined_rows]
         logprobs_by_microbatch = [
             row_logprobs
             for rows in passes
             for row_logprobs in self._logprobs_of(rows, self.policy, self.temperature)
         ]
         for rows, microbatch, joined_logprobs in zip(
-            packed, members, logprobs_by_microbatch, strict=True
+            microbatches, microbatch_rows, logprobs_by_microbatch, strict=True
         ):
             ends = np.cumsum([int(row.is_sampled.sum()) for row in microbatch])
             for index, part in zip(rows, np.split(joined_logprobs, ends[:-1]), strict=True):
@@ -140,11 +140,11 @@ class PolicyLogprobs(PolicyModels):
         ]
         if not names:
             return None
-        changed = copy.deepcopy(self.policy)
+        model = copy.deepcopy(self.policy)
         with torch.no_grad():
             for name in names:
-                changed.state_dict()[name].zero_()
-        return self.logprobs_under(changed)
+                model.state_dict()[name].zero_()
+        return self.logprobs_under(model)
 
     def with_adapter_scale(self, scale: float) -> list[np.ndarray] | None:
         """Return those under the policy before the step with adapters that are added with another
@@ -156,21 +156,21 @@ class PolicyLogprobs(PolicyModels):
             source = self.policy.source
             if source.adapters is None:
                 return None
-            rescaled = source.with_adapters(source.adapters._replace(scale=scale))
-            return self.logprobs_under(self.policy.with_source(rescaled))
-        changed = adapters.with_scale(self.policy, scale)
-        return None if changed is None else self.logprobs_under(changed)
+            rescaled_source = source.with_adapters(source.adapters._replace(scale=scale))
+            return self.logprobs_under(self.policy.with_source(rescaled_source))
+        model = adapters.with_scale(self.policy, scale)
+        return None if model is None else self.logprobs_under(model)
 
     def routing_agreement(self, shift: int = 0) -> float:
         """Return the share (0 to 1) of the engine's experts of sampled tokens that the policy
         before the step would choose itself.
 
         Args:
-            shift: as of `shifted_experts`; 0: each token's own.
+            shift: as of `rows_with_shifted_experts`; 0: each token's own.
 
         Raises:
             CannotRecompute: the log has no experts."""
-        rows = shifted_experts(self._scored_rows, shift) if shift else self._scored_rows
+        rows = rows_with_shifted_experts(self._scored_rows, shift) if shift else self._scored_rows
         num_same = num_compared = 0
         for index, row in enumerate(rows):
             if row.experts is None:
@@ -185,7 +185,7 @@ class PolicyLogprobs(PolicyModels):
 
     @cached_property
     def _experts_without_replay(self) -> dict[str, list[Tensor]]:
-        return self._chosen_experts(own_experts(self._scored_rows))
+        return self._chosen_experts(rows_with_own_experts(self._scored_rows))
 
     def _chosen_experts(self, rows: Sequence[TokenRow]) -> dict[str, list[Tensor]]:
         if self.is_streamed:
@@ -197,11 +197,13 @@ class PolicyLogprobs(PolicyModels):
         None where the engine's are not replayed."""
         if not self.step.config.rl.routing_replay:
             return None
-        return self._logprobs_of(own_experts(self._scored_rows), self.policy, self.temperature)
+        return self._logprobs_of(
+            rows_with_own_experts(self._scored_rows), self.policy, self.temperature
+        )
 
     def bfloat16_logprobs(self) -> list[np.ndarray]:
         """Return those under the policy before the step computed in bfloat16."""
-        return self.logprobs_under(copy.deepcopy(whole(self.policy)).to(torch.bfloat16))
+        return self.logprobs_under(copy.deepcopy(require_in_memory(self.policy)).to(torch.bfloat16))
 
     def num_experts(self, layer: str) -> int:
         """Return how many experts a module of routed experts has."""
@@ -214,13 +216,13 @@ class PolicyLogprobs(PolicyModels):
         Args:
             layer: the module of routed experts.
             sources: expert → the one whose weights it has."""
-        changed = copy.deepcopy(whole(self.policy))
+        model = copy.deepcopy(require_in_memory(self.policy))
         with torch.no_grad():
-            for parameter in changed.get_submodule(layer).parameters():
+            for parameter in model.get_submodule(layer).parameters():
                 values = parameter.detach().clone()
                 for target, source in sources.items():
                     parameter[target] = values[source]
-        return self.logprobs_under(changed)
+        return self.logprobs_under(model)
 
     def with_old_expert(self, layer: str, expert: int, step: int) -> list[np.ndarray] | None:
         """Return those under the policy before the step with one expert's weights after another
@@ -234,19 +236,25 @@ class PolicyLogprobs(PolicyModels):
         if path is None:
             return None
         if self.is_streamed:
-            old, beginning = self.tensors(path), f"{layer}.{expert}."
+            old_source, beginning = self.tensors(path), f"{layer}.{expert}."
             return self._logprobs_with(
-                {name: partial(old.read, name) for name in old.shapes if name.startswith(beginning)}
+                {
+                    name: partial(old_source.read, name)
+                    for name in old_source.shapes
+                    if name.startswith(beginning)
+                }
             )
-        old_weights = dict(whole(self.model(path)).get_submodule(layer).named_parameters())
-        changed = copy.deepcopy(self.policy)
+        old_weights = dict(
+            require_in_memory(self.model(path)).get_submodule(layer).named_parameters()
+        )
+        model = copy.deepcopy(self.policy)
         with torch.no_grad():
-            for name, parameter in changed.get_submodule(layer).named_parameters():
+            for name, parameter in model.get_submodule(layer).named_parameters():
                 if name in old_weights:
                     parameter[expert] = old_weights[name][expert]
                 elif parameter.requires_grad:  # a factor, which the model of step 0 has not
                     parameter[expert] = 0
-        return self.logprobs_under(changed)
+        return self.logprobs_under(model)
 
     def with_head_apart(self) -> list[np.ndarray] | None:
         """Return those with the head that a tied model had when the run began; None for a model
@@ -257,10 +265,10 @@ class PolicyLogprobs(PolicyModels):
             return None
         if self.is_streamed:
             return self._logprobs_with({HEAD_NAME: partial(self.tensors(begin).read, HEAD_NAME)})
-        changed = copy.deepcopy(self.policy)
-        head = whole(self.model(begin)).lm_head.weight.detach()
-        changed.lm_head.weight = torch.nn.Parameter(head)
-        return self.logprobs_under(changed)
+        model = copy.deepcopy(self.policy)
+        head = require_in_memory(self.model(begin)).lm_head.weight.detach()
+        model.lm_head.weight = torch.nn.Parameter(head)
+        return self.logprobs_under(model)
 
     def _without_router_bias_streamed(self) -> list[np.ndarray] | None:
         shapes = self.policy.source.shapes
@@ -274,13 +282,13 @@ class PolicyLogprobs(PolicyModels):
 
         Args:
             values: functions that return the others, by published name."""
-        source = self.policy.source.with_replaced(values)
+        source = self.policy.source.with_replacements(values)
         return self.logprobs_under(self.policy.with_source(source))
 
     def all_token_logprobs(self) -> list[np.ndarray]:
         """Return the log-probabilities of all tokens but the first, those of the prompt too."""
         rows = [
-            replace(row, is_sampled=torch.arange(len(row.token_ids)) > 0, kept=None)
+            replace(row, is_sampled=torch.arange(len(row.token_ids)) > 0, kept_ids=None)
             for row in self._scored_rows
         ]
         return self._logprobs_of(rows, self.policy, self.temperature)
@@ -288,7 +296,7 @@ class PolicyLogprobs(PolicyModels):
     def plain_logprobs(self) -> list[np.ndarray]:
         """Return those under the policy before the step at temperature 1, over the whole
         vocabulary."""
-        rows = [replace(row, kept=None) for row in self._scored_rows]
+        rows = [replace(row, kept_ids=None) for row in self._scored_rows]
         return self._logprobs_of(rows, self.policy, 1.0)
 
     def shifted_logprobs(self) -> list[np.ndarray]:
@@ -306,13 +314,13 @@ class PolicyLogprobs(PolicyModels):
         }
 
     @cached_property
-    def reference(self) -> list[Tensor] | None:
+    def reference_logprobs(self) -> list[Tensor] | None:
         """Log-probabilities of all rows under the reference of the checkpoint; None without KL."""
         if not self.step.config.rl.kl_beta:
             return None
         if self.is_first_step and not self.step.config.rl.routing_replay:
             return self.all_old_logprobs
-        rows, model = own_experts(self.rows), self.reference_model
+        rows, model = rows_with_own_experts(self.rows), self.reference_model
         return logprobs_by_temperature(model, rows, [self.temperature])[0]
 
     @property
@@ -320,13 +328,13 @@ class PolicyLogprobs(PolicyModels):
         """The reference of the checkpoint, in the first step the policy."""
         if self.is_first_step:
             return self.policy
-        return self.model(self.before, checkpoint_model.REFERENCE_PREFIX)
+        return self.model(self.checkpoint_before, checkpoint_model.REFERENCE_PREFIX)
 
     @cached_property
     def all_old_logprobs(self) -> list[Tensor]:
         """Log-probabilities of all rows under the policy before the step."""
         if len(self.scored_sequences) == len(self.rows):
-            return [torch.from_numpy(row_logprobs) for row_logprobs in self.old]
+            return [torch.from_numpy(row_logprobs) for row_logprobs in self.old_logprobs]
         return logprobs_by_temperature(self.policy, self.rows, [self.temperature])[0]
 
     @property
@@ -344,31 +352,31 @@ def logprobs_by_temperature(
     return token_logprobs.logprobs(model, rows, temperatures)
 
 
-def shifted_experts(rows: Sequence[TokenRow], shift: int) -> list[TokenRow]:
+def rows_with_shifted_experts(rows: Sequence[TokenRow], shift: int) -> list[TokenRow]:
     """Return rows with the engine's experts moved to other tokens; those of the tokens that get
     none are the router's choice.
 
     Args:
         rows: the sequences.
         shift: 1: to the token after; -1: to the token before."""
-    shifted = []
+    shifted_rows = []
     for row in rows:
         experts = None
         if row.experts is not None:
             experts = torch.full_like(row.experts, -1)
             source, target = (slice(-1), slice(1, None))[::shift]
             experts[target] = row.experts[source]
-        shifted.append(replace(row, experts=experts))
-    return shifted
+        shifted_rows.append(replace(row, experts=experts))
+    return shifted_rows
 
 
-def one_row(rows: Sequence[TokenRow], restarts: bool) -> TokenRow:
+def join_rows(rows: Sequence[TokenRow], restarts: bool) -> TokenRow:
     """Return rows end to end as one.
 
     Args:
         rows: the rows.
         restarts: whether positions begin anew with each."""
-    kept_ids = [row.kept for row in rows if row.kept is not None]
+    kept_ids = [row.kept_ids for row in rows if row.kept_ids is not None]
     experts = [row.experts for row in rows if row.experts is not None]
     token_ids = torch.cat([row.token_ids for row in rows])
     positions = [torch.arange(len(row.token_ids)) for row in rows]
@@ -376,7 +384,7 @@ def one_row(rows: Sequence[TokenRow], restarts: bool) -> TokenRow:
         rows[0],
         token_ids=token_ids,
         is_sampled=torch.cat([row.is_sampled for row in rows]),
-        kept=(
+        kept_ids=(
             torch.cat([counts for counts, _ in kept_ids]),
             torch.cat([ids for _, ids in kept_ids]),
         )
@@ -387,6 +395,6 @@ def one_row(rows: Sequence[TokenRow], restarts: bool) -> TokenRow:
     )
 
 
-def own_experts(rows: Sequence[TokenRow]) -> list[TokenRow]:
+def rows_with_own_experts(rows: Sequence[TokenRow]) -> list[TokenRow]:
     """Return rows whose experts the model chooses, as the trainer's reference does."""
     return [replace(row, experts=None) for row in rows]

@@ -61,15 +61,15 @@ class PolicyModels:
     @cached_property
     def policy(self) -> Any:
         """The model before the step."""
-        return self.model(self.before)
+        return self.model(self.checkpoint_before)
 
     @property
-    def before(self) -> Path:
+    def checkpoint_before(self) -> Path:
         """The checkpoint before the step.
 
         Raises:
             CannotRecompute: it is not kept."""
-        before = self.step.before
+        before = self.step.checkpoint_before
         if before is None:
             raise CannotRecompute(
                 f"there is no checkpoint of step {self.step.step - 1}: keep them with "
@@ -86,12 +86,12 @@ class PolicyModels:
     def model_bytes(self) -> int:
         """The memory that a whole model takes, with the logits of its longest response."""
         logits = max(
-            token_logprobs.LOGITS_AT_ONCE, self._longest * self.step.hf_config["vocab_size"]
+            token_logprobs.LOGITS_AT_ONCE, self._max_row_tokens * self.step.hf_config["vocab_size"]
         )
         return 6 * self.num_parameters + token_logprobs.BYTES_PER_LOGIT * logits
 
     @property
-    def _longest(self) -> int:
+    def _max_row_tokens(self) -> int:
         return max((len(row.token_ids) for row in self.rows), default=0)
 
     @property
@@ -121,17 +121,17 @@ class PolicyModels:
             return self._models[key]
         exceeds_memory, free_bytes = self._exceeds_memory, self.free_bytes
         if exceeds_memory:
-            memory = stream_memory(self._skeleton, free_bytes, self._longest)
+            memory = stream_memory(self._skeleton, free_bytes, self._max_row_tokens)
             return StreamedModel(self._skeleton, self.tensors(*key), memory)
         if self.model_bytes > free_bytes:
             raise NotInMemory(
                 f"another model takes {self.model_bytes / 1e9:.1f} GB, {free_bytes / 1e9:.1f} GB "
                 "are free"
             )
-        loaded = self._read_model(source, prefix)
+        model = self._read_model(source, prefix)
         if 4 * self.num_parameters * KEPT_MODELS <= free_bytes:
-            self._models[key] = loaded
-        return loaded
+            self._models[key] = model
+        return model
 
     @cached_property
     def _skeleton(self) -> Any:
@@ -189,7 +189,7 @@ class PolicyModels:
         return model_distance.relative_distance(*models)
 
 
-def whole(model: Any) -> Any:
+def require_in_memory(model: Any) -> Any:
     """Return a model that is in memory.
 
     Raises:
@@ -200,7 +200,7 @@ def whole(model: Any) -> Any:
 
 
 def _row(sequence: TokenSequence, is_cut: bool) -> TokenRow:
-    kept_ids = sequence.kept
+    kept_ids = sequence.kept_ids
     if kept_ids is None and is_cut:  # no ids for any token, which `token_logprobs` refuses
         kept_ids = decode_mask(b"", int(sequence.is_sampled.sum()))
     return TokenRow(

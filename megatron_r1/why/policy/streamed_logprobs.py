@@ -92,8 +92,8 @@ def _parts(row: TokenRow, num_tokens: int) -> Iterator[tuple[slice, TokenRow]]:
         is_sampled = torch.zeros_like(row.is_sampled)
         is_sampled[places[tokens]] = True
         part = replace(row, is_sampled=is_sampled)
-        if row.kept is not None:
-            counts, ids = row.kept
+        if row.kept_ids is not None:
+            counts, ids = row.kept_ids
             first, end = int(counts[:start].sum()), int(counts[: start + num_tokens].sum())
-            part = replace(part, kept=(counts[tokens], ids[first:end]))
+            part = replace(part, kept_ids=(counts[tokens], ids[first:end]))
         yield tokens, part

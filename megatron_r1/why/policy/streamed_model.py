@@ -83,17 +83,17 @@ class StreamedModel:
             rows: the sequences.
             note: called after each layer and batch with the indices of the batch's rows and the
                 experts that were chosen, by the name of the layer's experts."""
-        waiting = list(batches(rows, self.config.vocab_size))
-        while waiting:
-            num_batches, outputs = self._run(waiting, rows, note)
-            del waiting[:num_batches]
+        remaining_batches = list(batches(rows, self.config.vocab_size))
+        while remaining_batches:
+            num_batches, outputs = self._run(remaining_batches, rows, note)
+            del remaining_batches[:num_batches]
             yield outputs
 
     def _run(
-        self, waiting: Sequence[list[int]], rows: Sequence[TokenRow], note: Note | None
+        self, remaining_batches: Sequence[list[int]], rows: Sequence[TokenRow], note: Note | None
     ) -> tuple[int, dict[int, Tensor]]:
         """Run all layers on the first batches, and return how many and the outputs by row."""
-        pass_batches = self._embedded(waiting, rows)
+        pass_batches = self._embed_batches(remaining_batches, rows)
         for index in range(len(self._layers)):
             self._run_layer(index, pass_batches, note)
         return len(pass_batches), {
@@ -125,14 +125,16 @@ class StreamedModel:
         """The weights outside of the layers."""
         return [name for name in self.skeleton.state_dict() if ".layers." not in name]
 
-    def _embedded(self, waiting: Sequence[list[int]], rows: Sequence[TokenRow]) -> list[_Batch]:
+    def _embed_batches(
+        self, remaining_batches: Sequence[list[int]], rows: Sequence[TokenRow]
+    ) -> list[_Batch]:
         """Return the first batches with what the model's forward calls its layers with."""
         base, prefix = self.skeleton.base_model, f"{self.skeleton.base_model_prefix}."
         names = [name for name in self._outer_names if name.startswith(prefix)]
         state = self._read(base, prefix, [name.removeprefix(prefix) for name in names])
         pass_batches: list[_Batch] = []
         free_bytes = self.memory.kept_bytes
-        for indices in waiting:
+        for indices in remaining_batches:
             batch = _Batch(indices, [rows[index] for index in indices])
             with self._idle_layers(batch.record):
                 functional_call(base, state, (), {**forward_inputs(batch.rows), "use_cache": False})
@@ -176,13 +178,13 @@ class StreamedModel:
         Args:
             record: called with each layer's arguments, in the order of the layers."""
 
-        def idle(*args: Any, **options: Any) -> Any:
+        def return_input(*args: Any, **options: Any) -> Any:
             record(args, options)
             return args[0]
 
         try:
             for layer in self._layers:
-                layer.forward = idle
+                layer.forward = return_input
             yield
         finally:
             for layer in self._layers:

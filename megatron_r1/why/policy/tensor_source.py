@@ -69,7 +69,7 @@ class TensorSource:
             else weights_of_part(folder, hf_config, prefix)
         )
         self._adapters: Adapters | None = None
-        self._replaced: dict[str, Callable[[], Tensor]] = {}
+        self._replacements: dict[str, Callable[[], Tensor]] = {}
         self._encode: Callable[[str, Tensor], Tensor] | None = None
 
     @cached_property
@@ -89,28 +89,28 @@ class TensorSource:
 
     def with_adapters(self, adapters: Adapters) -> TensorSource:
         """Return these weights with the products of adapters added."""
-        adapted = copy.copy(self)
-        adapted._adapters = adapters
-        return adapted
+        source = copy.copy(self)
+        source._adapters = adapters
+        return source
 
-    def with_replaced(self, values: Mapping[str, Callable[[], Tensor]]) -> TensorSource:
+    def with_replacements(self, values: Mapping[str, Callable[[], Tensor]]) -> TensorSource:
         """Return these weights with some others.
 
         Args:
             values: functions that return the others, by published name."""
-        replaced = copy.copy(self)
-        replaced._replaced = {**self._replaced, **values}
-        return replaced
+        source = copy.copy(self)
+        source._replacements = {**self._replacements, **values}
+        return source
 
-    def encoded(self, encode: Callable[[str, Tensor], Tensor]) -> TensorSource:
+    def with_encoding(self, encode: Callable[[str, Tensor], Tensor]) -> TensorSource:
         """Return these weights, adapters added, as an encoding changes them.
 
         Args:
             encode: returns a tensor in place of the one that it is called with, after its published
                 name; both fp32."""
-        changed = copy.copy(self)
-        changed._encode = encode
-        return changed
+        source = copy.copy(self)
+        source._encode = encode
+        return source
 
     def read(self, name: str) -> Tensor:
         """Return a tensor, fp32, by its published name, with its adapter and encoded; of a tied
@@ -118,8 +118,8 @@ class TensorSource:
 
         Raises:
             CannotRecompute: there is no such tensor."""
-        if name in self._replaced:
-            return self._replaced[name]()
+        if name in self._replacements:
+            return self._replacements[name]()
         if (
             name == HEAD_NAME
             and name not in self.shapes
@@ -148,13 +148,13 @@ class TensorSource:
         places = self._places.get(name, {})
         if None in places or (not places and name == HEAD_NAME):
             published = places[None][0][0] if places else HEAD_NAME
-            return self._checked(self.read(published), shape, published, name)
+            return self._check_shape(self.read(published), shape, published, name)
         out = torch.empty(shape if expert is None else shape[1:])
         num_filled = 0
         for row in places if expert is None else [expert]:
             for published, part in places.get(row, ()):
                 target = part.select(out[row] if expert is None else out)
-                values = self._checked(self.read(published), target.shape, published, name)
+                values = self._check_shape(self.read(published), target.shape, published, name)
                 target.copy_(values)
                 num_filled += values.numel()
         if num_filled != out.numel():
@@ -164,7 +164,7 @@ class TensorSource:
             )
         return out
 
-    def _checked(
+    def _check_shape(
         self, values: Tensor, shape: tuple[int, ...], published: str, parameter: str
     ) -> Tensor:
         """Return the values of a published tensor where they have the shape of its part of a
@@ -197,15 +197,15 @@ def place(name: str, hf_config: HFConfig) -> Place:
     if part := stacked_part(hf_config, name):
         return Place(part.name, part.expert, part.select)
     if (match := EXPERT_TENSOR_NAME.fullmatch(name)) is None:
-        return Place(name, None, _whole)
+        return Place(name, None, _select_all)
     stack, expert, kind = match.groups()
     if kind == "down":
-        return Place(f"{stack}.down_proj", int(expert), _whole)
+        return Place(f"{stack}.down_proj", int(expert), _select_all)
     half = _first_half if kind == "gate" else _second_half
     return Place(f"{stack}.gate_up_proj", int(expert), half)
 
 
-def _whole(values: Tensor) -> Tensor:
+def _select_all(values: Tensor) -> Tensor:
     return values
 
 

@@ -40,8 +40,8 @@ class TokenRow:
         positions: int64, (tokens,), where they are not counted from 0, as in a packed row.
         experts: int16, (tokens, MoE layers, experts per token), chosen in place of the routers; -1:
             they choose; None: they choose for all tokens.
-        kept: (sampled tokens,) numbers of ids that the engine drew each token from, and these ids,
-            one token's after the other's, int64; None: it drew from the whole vocabulary."""
+        kept_ids: (sampled tokens,) numbers of ids that the engine drew each token from, and these
+            ids, one token's after the other's, int64; None: it drew from the whole vocabulary."""
 
     token_ids: Tensor
     is_sampled: Tensor
@@ -49,7 +49,7 @@ class TokenRow:
     response: int
     advantage: float
     num_sampled: int
-    kept: tuple[Tensor, Tensor] | None = None
+    kept_ids: tuple[Tensor, Tensor] | None = None
     token_advantages: Tensor | None = None
     targets: Tensor | None = None
     positions: Tensor | None = None
@@ -138,10 +138,10 @@ def token_logprobs_and_entropies(
         CannotRecompute: a sampled token is not among the ids that were kept for it."""
     logits = logits.double() / temperature
     ids = (row.token_ids if row.targets is None else row.targets)[row.is_sampled][:, None]
-    if row.kept is None:
+    if row.kept_ids is None:
         logprobs = torch.log_softmax(logits, dim=-1)
     else:
-        counts, kept_ids = row.kept
+        counts, kept_ids = row.kept_ids
         is_cut = torch.ones(logits.shape, dtype=torch.bool)
         is_cut[torch.arange(len(counts)).repeat_interleave(counts), kept_ids] = False
         logprobs = torch.log_softmax(logits.masked_fill(is_cut, -math.inf), dim=-1)

@@ -27,7 +27,7 @@ from megatron_r1.trainer.checkpoints import checkpoint_folders as checkpoints
 from megatron_r1.why import formulas
 from megatron_r1.why.comparison import ResponseIndex
 
-MAX_LONGER = 16
+MAX_STEPS_FACTOR = 16
 """How many times longer or shorter a run may have been planned than it is now."""
 RATE_TOLERANCE = 1e-9
 """Relative: a product of a few float64."""
@@ -44,7 +44,7 @@ class TokenSequence(NamedTuple):
         versions: int32, likewise.
         advantage: NaN: not trained on.
         num_sampled: the sampled tokens of the response.
-        kept: the ids that the engine drew each sampled token from; None: the whole vocabulary.
+        kept_ids: the ids that the engine drew each sampled token from; None: the whole vocabulary.
         experts: int16, (tokens, MoE layers, experts per token), those that the engine chose, -1
             where it chose none; None without routing replay."""
 
@@ -55,7 +55,7 @@ class TokenSequence(NamedTuple):
     versions: np.ndarray
     advantage: float
     num_sampled: int
-    kept: DecodedMask | None
+    kept_ids: DecodedMask | None
     experts: np.ndarray | None
 
 
@@ -72,9 +72,9 @@ class RecordedStep:
         filtered_groups: groups that dynamic sampling left out.
         sampling: how each of both was sampled, first those that were trained on.
         prompts: the run's questions by id; those that could not be read are missing.
-        prompts_missing: why they could not, or "".
-        training: the questions to train on, in the order of the data; empty where they could not
-            be read."""
+        missing_prompts_reason: why they could not, or "".
+        training_prompts: the questions to train on, in the order of the data; empty where they
+            could not be read."""
 
     folder: RunFolder
     run_config: Config
@@ -84,8 +84,8 @@ class RecordedStep:
     filtered_groups: list[Group]
     sampling: list[SamplingRecord | None]
     prompts: Mapping[str, Prompt]
-    prompts_missing: str = ""
-    training: Sequence[Prompt] = ()
+    missing_prompts_reason: str = ""
+    training_prompts: Sequence[Prompt] = ()
 
     @cached_property
     def config(self) -> Config:
@@ -112,18 +112,18 @@ class RecordedStep:
         )
 
     @property
-    def before(self) -> Path | None:
+    def checkpoint_before(self) -> Path | None:
         """What holds the weights before the step: a checkpoint, or the model that the run began
         with; None where neither is there."""
         return weights_after(self.folder, self.run_config, self.step - 1)
 
     @property
-    def after(self) -> Path | None:
+    def checkpoint_after(self) -> Path | None:
         """The step's checkpoint, with the weights after its updates; None where it is not there."""
         return weights_after(self.folder, self.run_config, self.step)
 
     @cached_property
-    def weights(self) -> dict[str, float]:
+    def reward_weights(self) -> dict[str, float]:
         """The weight of each reward in the step."""
         return weights_at(self.config.rewards.weights, self.step)
 
@@ -137,13 +137,13 @@ class RecordedStep:
     def scheduled_steps(self) -> int:
         """The steps that the learning rate decayed over: run.steps, or where that does not give the
         logged rate, as a run may be made longer later, the first number that does."""
-        steps, logged = self.run_config.run.steps, self.line.get("learning_rate")
-        if self.config.optimizer.decay == "constant" or not isinstance(logged, int | float):
+        steps, logged_rate = self.run_config.run.steps, self.line.get("learning_rate")
+        if self.config.optimizer.decay == "constant" or not isinstance(logged_rate, int | float):
             return steps
-        for tried in (steps, *range(self.step, MAX_LONGER * steps + 1)):
-            rates = self._rates(tried)
-            if math.isclose(sum(rates) / len(rates), logged, rel_tol=RATE_TOLERANCE):
-                return tried
+        for num_steps in (steps, *range(self.step, MAX_STEPS_FACTOR * steps + 1)):
+            rates = self._rates(num_steps)
+            if math.isclose(sum(rates) / len(rates), logged_rate, rel_tol=RATE_TOLERANCE):
+                return num_steps
         return steps
 
     @cached_property
@@ -236,7 +236,8 @@ class RecordedStep:
     @property
     def _reward_terms(self) -> tuple[dict[str, list[list[float | None]]], dict[str, float]]:
         """The rewards by name and group, with that of the length, and their weights."""
-        rl, limit, weights = self.config.rl, self.config.rollout.max_response_tokens, self.weights
+        rl, limit = self.config.rl, self.config.rollout.max_response_tokens
+        weights = self.reward_weights
         rewards = {
             name: [
                 [graded.rewards[name] if graded.is_graded else None for graded in group.responses]
@@ -272,7 +273,7 @@ class RecordedStep:
                 sequences += _sequences((group_index, index), group, graded, advantage, shape)
         return sequences
 
-    def loss_fraction(self, concerned: Sequence[ResponseIndex]) -> float:
+    def loss_fraction(self, indices: Sequence[ResponseIndex]) -> float:
         """Return the fraction of the loss that some responses have: of the sum of |advantage| times
         weight, where the weight is that of `rl.loss_average`. NaN where no response has an
         advantage."""
@@ -284,7 +285,7 @@ class RecordedStep:
             return 0.0 if math.isnan(advantage) else abs(advantage) * (count if by_tokens else 1)
 
         total = sum(map(weight, self.responses))
-        return sum(map(weight, dict.fromkeys(concerned))) / total if total else math.nan
+        return sum(map(weight, dict.fromkeys(indices))) / total if total else math.nan
 
 
 def weights_after(folder: RunFolder, config: Config, step: int) -> Path | None:
@@ -320,26 +321,26 @@ def _sequences(
     response, branches = graded.response, graded.episode.branches if graded.episode else []
     if not branches:
         ids = np.concatenate([np.asarray(group.prompt_ids, np.int32), response.token_ids])
-        sampled = np.arange(len(ids)) >= len(group.prompt_ids)
+        is_sampled = np.arange(len(ids)) >= len(group.prompt_ids)
         logprobs = np.asarray(response.logprobs, np.float32)
         versions, count = np.asarray(response.policy_versions), len(response.token_ids)
         trained_advantage = advantage if count else math.nan
         kept_ids = _decode_kept_ids(response.sampling_mask, np.ones(count, bool))
         experts = _experts(response.routing, len(ids), shape)
         yield TokenSequence(
-            index, ids, sampled, logprobs, versions, trained_advantage, count, kept_ids, experts
+            index, ids, is_sampled, logprobs, versions, trained_advantage, count, kept_ids, experts
         )
         return
     total = sum(branch.num_sampled for branch in branches)
     for branch in branches:
-        sampled = np.frombuffer(branch.is_sampled, bool)
-        end = int(np.flatnonzero(sampled)[-1]) + 1
+        is_sampled = np.frombuffer(branch.is_sampled, bool)
+        end = int(np.flatnonzero(is_sampled)[-1]) + 1
         yield TokenSequence(
             index,
             np.asarray(branch.token_ids, np.int32)[:end],
-            sampled[:end],
-            np.asarray(branch.logprobs, np.float32)[sampled],
-            np.asarray(branch.policy_versions)[sampled],
+            is_sampled[:end],
+            np.asarray(branch.logprobs, np.float32)[is_sampled],
+            np.asarray(branch.policy_versions)[is_sampled],
             advantage,
             total,
             _decode_kept_ids(branch.sampling_mask, np.frombuffer(branch.is_sampled, bool)),

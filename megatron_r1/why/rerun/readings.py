@@ -7,7 +7,7 @@ import math
 from enum import Enum
 from typing import NamedTuple
 
-from megatron_r1.reporting.formatting import format_number as number
+from megatron_r1.reporting.formatting import format_number
 from megatron_r1.why.record.recorded_step import RecordedStep
 
 MAX_SIDE_FRACTION = 0.5
@@ -49,23 +49,28 @@ class Distances(NamedTuple):
     """Distances between what the run recorded, transformers and a rerun, in nats.
 
     Attributes:
-        recorded: the distance of what the run recorded from transformers.
-        reproduced: the distance of what the run recorded from the rerun; NaN: not compared.
-        rerun: the distance of the rerun from transformers."""
+        recorded_to_transformers: the distance of what the run recorded from transformers.
+        recorded_to_rerun: the distance of what the run recorded from the rerun; NaN: not compared.
+        rerun_to_transformers: the distance of the rerun from transformers."""
 
-    recorded: float
-    reproduced: float
-    rerun: float
+    recorded_to_transformers: float
+    recorded_to_rerun: float
+    rerun_to_transformers: float
 
     def text(self, rerun: str) -> str:
         """Return the distances as text.
 
         Args:
             rerun: what the rerun is called."""
-        reproduced = "not compared" if math.isnan(self.reproduced) else number(self.reproduced)
+        rerun_text = (
+            "not compared"
+            if math.isnan(self.recorded_to_rerun)
+            else format_number(self.recorded_to_rerun)
+        )
         return (
-            f"recorded from transformers {number(self.recorded)}, recorded from {rerun} "
-            f"{reproduced}, {rerun} from transformers {number(self.rerun)}"
+            f"recorded from transformers {format_number(self.recorded_to_transformers)}, recorded "
+            f"from {rerun} {rerun_text}, {rerun} from transformers "
+            f"{format_number(self.rerun_to_transformers)}"
         )
 
 
@@ -91,7 +96,7 @@ def distance(a: float, b: float) -> float:
     return math.inf if math.isfinite(a) or math.isfinite(b) else 0.0
 
 
-def nearest(distances: Distances, tolerance: float, departs: bool) -> NearestSide:
+def nearest(distances: Distances, tolerance: float, recorded_departs: bool) -> NearestSide:
     """Return the side that a rerun is on.
 
     Of a departure of little more than the tolerance both sides may be within it of the rerun, and
@@ -100,32 +105,32 @@ def nearest(distances: Distances, tolerance: float, departs: bool) -> NearestSid
     Args:
         distances: the distances.
         tolerance: the largest distance that is rounding.
-        departs: whether what the run recorded departs from transformers."""
+        recorded_departs: whether what the run recorded departs from transformers."""
     limit = tolerance
-    if departs and math.isfinite(distances.recorded):
-        limit = min(tolerance, MAX_SIDE_FRACTION * distances.recorded)
-    if distances.rerun <= limit:  # NaN is not
+    if recorded_departs and math.isfinite(distances.recorded_to_transformers):
+        limit = min(tolerance, MAX_SIDE_FRACTION * distances.recorded_to_transformers)
+    if distances.rerun_to_transformers <= limit:  # NaN is not
         return NearestSide.TRANSFORMERS
-    return NearestSide.RECORDED if distances.reproduced <= limit else NearestSide.NEITHER
+    return NearestSide.RECORDED if distances.recorded_to_rerun <= limit else NearestSide.NEITHER
 
 
-def engine_reading(distances: Distances, tolerance: float, departs: bool) -> Reading:
+def engine_reading(distances: Distances, tolerance: float, recorded_departs: bool) -> Reading:
     """Return what a fresh engine on the weights before the step says.
 
     Args:
-        distances: the distances; `reproduced` NaN: the run's sampling cannot be scored.
+        distances: the distances; `recorded_to_rerun` NaN: the run's sampling cannot be scored.
         tolerance: the largest distance that is rounding.
-        departs: whether the logged log-probabilities depart from transformers'."""
-    side = nearest(distances, tolerance, departs)
-    if not departs:
-        return _unasked(
+        recorded_departs: whether the logged log-probabilities depart from transformers'."""
+    side = nearest(distances, tolerance, recorded_departs)
+    if not recorded_departs:
+        return _reading_without_departure(
             side,
             "a fresh engine agrees with transformers, as the run's did",
             "a fresh engine departs from transformers, and the run's did not: vLLM, its settings "
             "or the machine are not those of the run",
             ENGINE_REMEDY,
         )
-    if side is NearestSide.NEITHER and distances.rerun <= tolerance:
+    if side is NearestSide.NEITHER and distances.rerun_to_transformers <= tolerance:
         return Reading(side, False, f"a fresh engine {TOO_SMALL}", ENGINE_REMEDY)
     if side is NearestSide.TRANSFORMERS:
         return Reading(
@@ -141,7 +146,7 @@ def engine_reading(distances: Distances, tolerance: float, departs: bool) -> Rea
             "a fresh engine gives the logged values on the weights before the step: the engine's "
             "function differs from transformers' (dtype, kernel, settings), the push is right"
         )
-    elif math.isnan(distances.reproduced):
+    elif math.isnan(distances.recorded_to_rerun):
         conclusion = (
             "a fresh engine departs from transformers at temperature 1 too: the engine's function "
             "differs (dtype, kernel, settings); whether it gives the logged values was not compared"
@@ -155,24 +160,26 @@ def engine_reading(distances: Distances, tolerance: float, departs: bool) -> Rea
     return Reading(side, True, conclusion, ENGINE_REMEDY)
 
 
-def trainer_reading(distances: Distances, tolerance: float, departs: bool, layout: str) -> Reading:
+def trainer_reading(
+    distances: Distances, tolerance: float, recorded_departs: bool, layout: str
+) -> Reading:
     """Return what one rank without parallelism says of the trainer's recorded distance.
 
     Args:
         distances: the distances.
         tolerance: the largest distance that is rounding.
-        departs: whether the trainer's recorded distance departs from transformers'.
+        recorded_departs: whether the trainer's recorded distance departs from transformers'.
         layout: the run's layout as text; "" for one rank."""
-    side = nearest(distances, tolerance, departs)
-    if not departs:
-        return _unasked(
+    side = nearest(distances, tolerance, recorded_departs)
+    if not recorded_departs:
+        return _reading_without_departure(
             side,
             "one rank without parallelism agrees with transformers, as the run's trainer did",
             "one rank without parallelism departs from transformers, and the run's trainer did "
             "not: software or machine are not those of the run",
             TRAINER_REMEDY,
         )
-    if side is NearestSide.NEITHER and distances.rerun <= tolerance:
+    if side is NearestSide.NEITHER and distances.rerun_to_transformers <= tolerance:
         return Reading(side, False, f"one rank without parallelism {TOO_SMALL}", TRAINER_REMEDY)
     if side is NearestSide.TRANSFORMERS and layout:
         conclusion = (
@@ -201,8 +208,10 @@ def trainer_reading(distances: Distances, tolerance: float, departs: bool, layou
     return Reading(side, True, conclusion, TRAINER_REMEDY)
 
 
-def _unasked(side: NearestSide, agrees: str, departs: str, remedy: str) -> Reading:
+def _reading_without_departure(
+    side: NearestSide, agreement: str, departure: str, remedy: str
+) -> Reading:
     """Return the reading of a rerun where what the run recorded does not depart."""
     if side is NearestSide.TRANSFORMERS:
-        return Reading(side, False, agrees)
-    return Reading(side, True, departs, remedy)
+        return Reading(side, False, agreement)
+    return Reading(side, True, departure, remedy)

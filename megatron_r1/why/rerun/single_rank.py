@@ -55,10 +55,10 @@ class RankDistances(NamedTuple):
 
 def layout_text(parallel: ParallelConfig) -> str:
     """Return the settings of a run's layout that one rank does not have; "" for one rank."""
-    changed = parallel.model_dump(
+    changed_settings = parallel.model_dump(
         include={*LAYOUT_KEYS} - {"offload_folder"}, exclude_defaults=True
     )
-    return ", ".join(f"parallel.{key}: {value}" for key, value in changed.items())
+    return ", ".join(f"parallel.{key}: {value}" for key, value in changed_settings.items())
 
 
 def check_rank(step: RecordedStep, num_parameters: int, free_bytes: int) -> None:
@@ -91,7 +91,7 @@ async def measure(step: RecordedStep, logprobs: Sequence[np.ndarray], logs: Path
         CannotRecompute: the rank fails.
         UserError: the checkpoint is damaged, or settings do not fit one rank."""
     samples = list(chain.from_iterable(training_samples(step.groups, step.advantages)))
-    replaced = [
+    transformers_samples = [
         _with_logprobs(sample, values) for sample, values in zip(samples, logprobs, strict=True)
     ]
     trainer = TrainerClient(_config(step), logs)
@@ -101,12 +101,12 @@ async def measure(step: RecordedStep, logprobs: Sequence[np.ndarray], logs: Path
         if step.step > 1:
             await trainer.call(
                 CheckpointOperations.load_checkpoint,
-                folder=str(step.before),
+                folder=str(step.checkpoint_before),
                 with_reference=False,
             )
         return RankDistances(
             await _distance(trainer, samples, step.config.rollout.temperature),
-            await _distance(trainer, replaced, step.config.rollout.temperature),
+            await _distance(trainer, transformers_samples, step.config.rollout.temperature),
         )
     except TrainerError as error:
         raise CannotRecompute(f"the trainer rank: {error}") from error

@@ -32,7 +32,7 @@ class AdamRules:
         without_gradient: parameters whose gradient is zero.
         accumulates: the gradient of each update of the step is added to the one before, as it was
             clipped.
-        skipped: the numbers of updates in the step that are not made, though their loss is.
+        skipped_updates: the numbers of updates in the step that are not made, though their loss is.
         bias_count: the updates that the bias correction counts in each update; infinite: nothing
             is corrected; None: those that were made.
         norms: the norm of the whole gradient in each update, where it has parts that are not
@@ -50,7 +50,7 @@ class AdamRules:
     moment_reset: str = ""
     without_gradient: Collection[str] = ()
     accumulates: bool = False
-    skipped: Collection[int] = ()
+    skipped_updates: Collection[int] = ()
     bias_count: float | None = None
     norms: tuple[float, ...] | None = None
 
@@ -77,11 +77,11 @@ class Adam:
         num_updates: int,
     ) -> None:
         self._parameters, self.count = parameters, num_updates
-        self._clipped: Moments = {}
+        self._clipped_gradients: Moments = {}
         if moments is None:
             zeros = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
             moments = zeros, zeros
-        self.first, self.second = (
+        self.first_moments, self.second_moments = (
             {name: moment[name].detach().clone() for name in parameters} for moment in moments
         )
 
@@ -102,7 +102,7 @@ class Adam:
         }
         if rules.accumulates:
             used_gradients = {
-                name: values + self._clipped.get(name, 0.0)
+                name: values + self._clipped_gradients.get(name, 0.0)
                 for name, values in used_gradients.items()
             }
         norm = math.sqrt(
@@ -112,8 +112,10 @@ class Adam:
             norm = rules.norms[index]
         scale = rules.clip_scale(norm)
         if rules.accumulates:
-            self._clipped = {name: values * scale for name, values in used_gradients.items()}
-        if index in rules.skipped:
+            self._clipped_gradients = {
+                name: values * scale for name, values in used_gradients.items()
+            }
+        if index in rules.skipped_updates:
             return norm
         self.count += 1
         count = self.count if rules.bias_count is None else rules.bias_count
@@ -129,13 +131,17 @@ class Adam:
             )
             if rules.decays_by_gradient:
                 gradient, decay = gradient + decay * parameter, 0.0
-            m = self.first[name].lerp_(gradient, 1 - rules.beta1)
-            v = self.second[name].mul_(rules.beta2).add_(gradient.square() * (1 - rules.beta2))
+            m = self.first_moments[name].lerp_(gradient, 1 - rules.beta1)
+            v = (
+                self.second_moments[name]
+                .mul_(rules.beta2)
+                .add_(gradient.square() * (1 - rules.beta2))
+            )
             parameter.mul_(1 - rate * decay)
             parameter.sub_(rate / first_bias * m / ((v / second_bias).sqrt() + rules.epsilon))
         return norm
 
     def forget(self) -> None:
         """Set the moments to zero; the counter stays."""
-        for moment in (*self.first.values(), *self.second.values()):
+        for moment in (*self.first_moments.values(), *self.second_moments.values()):
             moment.zero_()

@@ -46,7 +46,7 @@ def advantage_substitutions(step: RecordedStep, evidence: Evidence) -> Iterator[
     yield from _scaled_advantage_substitutions(step, evidence)
 
 
-def _computed(step: RecordedStep, rewards: Rewards, **options: Any) -> Advantages:
+def _compute_advantages(step: RecordedStep, rewards: Rewards, **options: Any) -> Advantages:
     """Return the advantages of other rewards.
 
     Args:
@@ -65,31 +65,31 @@ def _rule_substitutions(step: RecordedStep) -> Iterator[Substitution]:
         yield Substitution(
             f"advantages divided by the deviation of: {std}",
             "rl.advantage_std",
-            advantages=_computed(step, rewards, std=std),
+            advantages=_compute_advantages(step, rewards, std=std),
         )
     yield Substitution(
         "advantages that are not centred on the mean",
         "the mean of the rewards",
         "the advantages of rl.algorithm: the mean of the group is subtracted",
-        advantages=_computed(step, rewards, is_centered=False),
+        advantages=_compute_advantages(step, rewards, is_centered=False),
     )
     yield Substitution(
         "a deviation over n - 1 rewards",
         "rl.advantage_std",
         "the advantages of rl.algorithm: the deviation is the population's, over n",
-        advantages=_computed(step, rewards, ddof=1),
+        advantages=_compute_advantages(step, rewards, ddof=1),
     )
     yield Substitution(
         "advantages with the other sign",
         "the sign of the advantages",
         "the advantages or the loss of rl.algorithm: a better response becomes more likely",
-        advantages=_mapped(step, operator.neg),
+        advantages=_map_advantages(step, operator.neg),
     )
     yield Substitution(
         "advantages clipped at 0",
         "the sign of the advantages",
         "the advantages of rl.algorithm: a response below the mean becomes less likely",
-        advantages=_mapped(step, lambda advantage: max(0.0, advantage)),
+        advantages=_map_advantages(step, lambda advantage: max(0.0, advantage)),
     )
 
 
@@ -103,13 +103,13 @@ def _reward_substitutions(step: RecordedStep) -> Iterator[Substitution]:
         yield Substitution(
             "rewards without the penalty of long responses",
             "rl.overlong_buffer",
-            advantages=_computed(step, unpenalized_rewards),
+            advantages=_compute_advantages(step, unpenalized_rewards),
         )
         yield Substitution(
             "a penalty of long responses that is added to their rewards, with the other sign,",
             "rl.overlong_buffer",
             "rl.overlong_penalty: it is subtracted from the rewards of long responses",
-            advantages=_computed(step, step.rewards_with_penalty(-rl.overlong_penalty)),
+            advantages=_compute_advantages(step, step.rewards_with_penalty(-rl.overlong_penalty)),
         )
     accuracy = [
         [g.rewards.get("accuracy") if g.is_graded else None for g in group.responses]
@@ -117,17 +117,19 @@ def _reward_substitutions(step: RecordedStep) -> Iterator[Substitution]:
     ]
     if accuracy != unpenalized_rewards:
         yield Substitution(
-            "rewards of accuracy alone", "rewards.weights", advantages=_computed(step, accuracy)
+            "rewards of accuracy alone",
+            "rewards.weights",
+            advantages=_compute_advantages(step, accuracy),
         )
     if any(graded.is_truncated for graded in step.responses.values()):
-        yield _truncated_substitution(step, _computed(step, step.training_rewards))
+        yield _truncated_substitution(step, _compute_advantages(step, step.training_rewards))
 
 
 def _epsilon_substitutions(step: RecordedStep) -> Iterator[Substitution]:
     """Yield advantages with another `rl.advantage_epsilon`, where that makes a difference."""
     rl = step.config.rl
     for epsilon in EPSILONS:
-        other_advantages = _computed(step, step.training_rewards, epsilon=epsilon)
+        other_advantages = _compute_advantages(step, step.training_rewards, epsilon=epsilon)
         if _are_apart(other_advantages, step.advantages):
             yield Substitution(
                 f"rl.advantage_epsilon {epsilon:g}",
@@ -137,7 +139,7 @@ def _epsilon_substitutions(step: RecordedStep) -> Iterator[Substitution]:
             )
 
 
-def _mapped(step: RecordedStep, change: Callable[[float], float]) -> Advantages:
+def _map_advantages(step: RecordedStep, change: Callable[[float], float]) -> Advantages:
     """Return changed advantages; NaN stays."""
     return [
         [
@@ -157,47 +159,49 @@ def _scaled_advantage_substitutions(
     step: RecordedStep, evidence: Evidence
 ) -> Iterator[Substitution]:
     """Yield multiples of the advantages that loss or gradients of the step suggest."""
-    suggested = [evidence.gradient_factor]
+    suggested_factors = [evidence.gradient_factor]
     norm, loss = (step.line.get(name) for name in ("grad_norm", "loss"))
     if isinstance(norm, int | float) and evidence.norm:
-        suggested.append(norm / evidence.norm)
+        suggested_factors.append(norm / evidence.norm)
     if isinstance(loss, int | float) and (term := evidence.terms.get("policy")):
-        suggested.append(1 + (loss - sum(evidence.terms.values())) / term)
-    rounded = [
+        suggested_factors.append(1 + (loss - sum(evidence.terms.values())) / term)
+    rounded_factors = [
         float(f"{factor:.{digits}g}")
-        for factor in suggested
+        for factor in suggested_factors
         if factor is not None and math.isfinite(factor)
         for digits in (1, 2)
     ]
-    for factor in dict.fromkeys((*rounded, *FACTORS)):
+    for factor in dict.fromkeys((*rounded_factors, *FACTORS)):
         if factor > 0 and factor != 1:
             yield Substitution(
                 f"advantages times {factor:g}",
                 "rl.advantage_std",
                 "the advantages of rl.algorithm: they are multiplied by a factor",
-                advantages=_mapped(step, functools.partial(operator.mul, factor)),
+                advantages=_map_advantages(step, functools.partial(operator.mul, factor)),
             )
 
 
-def _truncated_substitution(step: RecordedStep, all_trained: Advantages) -> Substitution:
+def _truncated_substitution(step: RecordedStep, all_advantages: Advantages) -> Substitution:
     """Return the advantages where truncated responses are trained on if the settings leave them
     out, and are left out otherwise.
 
     Args:
         step: the step.
-        all_trained: the advantages with which every response is trained on."""
+        all_advantages: the advantages with which every response is trained on."""
     if step.config.rl.truncated == "mask":
         return Substitution(
-            "truncated responses trained on", "rl.truncated", advantages=all_trained
+            "truncated responses trained on", "rl.truncated", advantages=all_advantages
         )
-    trained = [
+    trained_advantages = [
         [
             math.nan if g.is_truncated else a
             for a, g in zip(group_advantages, group.responses, strict=True)
         ]
         for group_advantages, group in zip(step.advantages, step.groups, strict=True)
     ]
-    return Substitution("truncated responses left out", "rl.truncated", advantages=trained)
+    return Substitution(
+        "truncated responses left out", "rl.truncated", advantages=trained_advantages
+    )
 
 
 def _shifted_advantage_substitutions(step: RecordedStep) -> Iterator[Substitution]:

@@ -67,11 +67,11 @@ class FirstUpdate:
 
     Attributes:
         parameters: those of the model that have gradients, by name.
-        known: the update as the settings say; None before it is made."""
+        known_gradients: the update as the settings say; None before it is made."""
 
     def __init__(self, model: Any, rows: Mapping[int, TokenRow]) -> None:
         self.parameters = trained_parameters(model)
-        self.known: KnownGradients | None = None
+        self.known_gradients: KnownGradients | None = None
         self._model, self._rows = model, dict(rows)
         self._passes: dict[tuple[int, ...], ModelPass] = {}
 
@@ -110,13 +110,13 @@ def first_update(
         rows: the rows of the step.
         minibatch: the rows of its first mini-batch.
         num_parameters: the size of the model."""
-    trained = {index: rows[index] for index in minibatch if rows[index].is_trained}
+    rows_by_index = {index: rows[index] for index in minibatch if rows[index].is_trained}
     vocabulary = model.config.vocab_size
-    trained_rows = list(trained.values())
+    trained_rows = list(rows_by_index.values())
     num_tokens = sum(  # of each batch the first row is the longest
         len(batch) * len(trained_rows[batch[0]].token_ids)
         for batch in batches(trained_rows, vocabulary)
     )
     if num_parameters > MAX_PARAMETERS or num_tokens * vocabulary > MAX_LOGITS:
         return None
-    return FirstUpdate(model, trained)
+    return FirstUpdate(model, rows_by_index)

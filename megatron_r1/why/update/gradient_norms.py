@@ -18,7 +18,7 @@ MAX_FIT_ROUNDS, FIT_TOLERANCE = 6, 1e-5
 
 def fit_norms(
     make_updates: Callable[[tuple[float, ...]], Sequence[Trace]],
-    logged: tuple[float, ...],
+    logged_norms: tuple[float, ...],
     before: Moments,
     after: Moments,
     settings: OptimizerConfig,
@@ -28,16 +28,17 @@ def fit_norms(
 
     Args:
         make_updates: makes the updates of the step, given the norms.
-        logged: the norms to begin with.
+        logged_norms: the norms to begin with.
         before: first moments before the step; a parameter that is missing has zeros.
         after: the run's first moments after the step.
         settings: the optimizer's."""
-    norms = logged
+    norms = logged_norms
     for _ in range(MAX_FIT_ROUNDS):  # a later gradient depends on how the earlier ones were cut
         traces = make_updates(norms)
-        last = norms
+        previous_norms = norms
         norms = _least_squares(traces, before, after, settings)
-        if max(abs(a - b) for a, b in zip(last, norms, strict=True)) <= FIT_TOLERANCE * max(norms):
+        changes = [abs(a - b) for a, b in zip(previous_norms, norms, strict=True)]
+        if max(changes) <= FIT_TOLERANCE * max(norms):
             break
     return norms
 

@@ -20,7 +20,7 @@ class LossRules:
 
     Attributes:
         average: "sequence", "token" or "constant".
-        constant: L, tokens, of average "constant".
+        constant_length: L, tokens, of average "constant".
         clip_low: ε below 1.
         clip_high: ε above 1.
         dual_clip: the largest ratio of a negative advantage; None: no limit.
@@ -47,7 +47,7 @@ class LossRules:
             a kernel's derivative stays as it was."""
 
     average: str
-    constant: int
+    constant_length: int
     clip_low: float
     clip_high: float
     dual_clip: float | None
@@ -82,8 +82,8 @@ class Totals:
         num_tokens: sampled tokens that are trained on.
         kl_sum: the KL estimates, nats, without their weight.
         entropy_sum: the entropies, nats, without their weight.
-        clipped: tokens where the clip is active.
-        importance: the importance weights.
+        num_clipped: tokens where the clip is active.
+        importance_sum: the importance weights.
         largest_ratio: the largest ratio of a token, a maximum and no sum.
     """
 
@@ -94,8 +94,8 @@ class Totals:
     num_tokens: int = 0
     kl_sum: float = 0.0
     entropy_sum: float = 0.0
-    clipped: float = 0.0
-    importance: float = 0.0
+    num_clipped: float = 0.0
+    importance_sum: float = 0.0
     largest_ratio: float = 0.0
 
     def update(self, loss: LossRules) -> Update:
@@ -109,11 +109,11 @@ class Totals:
             "loss": sum(terms.values()),
             "kl": self.kl_sum / count,
             "entropy": self.entropy_sum / count,
-            "clip_fraction": self.clipped / count,
+            "clip_fraction": self.num_clipped / count,
             "ratio/max": self.largest_ratio,
         }
         if loss.importance_cap is not None:
-            metrics["importance"] = self.importance / count
+            metrics["importance"] = self.importance_sum / count
         return Update(metrics, terms)
 
 
@@ -157,7 +157,7 @@ def _surrogate(
         loss: the rules of the loss."""
     x = logprobs - (logprobs.detach() if loss.is_on_policy else old_logprobs)
     if loss.inverts_ratio:
-        x = _negated(x, loss)
+        x = _negate(x, loss)
     if loss.is_sequence_ratio:
         x = x.mean().expand_as(x)
     ratio = x.clamp(max=MAX_LOG_RATIO).exp()
@@ -187,7 +187,7 @@ def _surrogate(
     return surrogate, ratio, is_clipped
 
 
-def _negated(value: Tensor, loss: LossRules) -> Tensor:
+def _negate(value: Tensor, loss: LossRules) -> Tensor:
     """Return the negative of a log-ratio; with `keeps_slope`, its gradient is the log-ratio's."""
     return value - 2 * value.detach() if loss.keeps_slope else -value
 
@@ -267,13 +267,13 @@ def row_terms(
     if ref_logprobs is not None:
         g = ref_logprobs - logprobs
         if loss.reverses_kl:
-            g = _negated(g, loss)
+            g = _negate(g, loss)
         capped_g = g.clamp(max=MAX_LOG_RATIO)
         k3 = capped_g.expm1() - capped_g
         unbiased = (logprobs - old_logprobs).clamp(max=MAX_LOG_RATIO).exp() * k3
         kl = {"k1": -g, "k2": g * g / 2, "k3": k3, "unbiased": unbiased}[loss.kl_estimator]
     length = len(row.token_ids) if loss.counts_prompts else num_sampled
-    weight = {"token": 1.0, "sequence": 1 / max(1, length), "constant": 1 / loss.constant}
+    weight = {"token": 1.0, "sequence": 1 / max(1, length), "constant": 1 / loss.constant_length}
     w = weight[loss.average]
     parts = (
         -w * (v * surrogate).sum(),
@@ -286,8 +286,8 @@ def row_terms(
     totals.num_tokens += len(logprobs)
     totals.kl_sum += float(kl.detach().sum())
     totals.entropy_sum += float(entropy.detach().sum())
-    totals.clipped += float(is_clipped.sum())
-    totals.importance += float(v.sum())
+    totals.num_clipped += float(is_clipped.sum())
+    totals.importance_sum += float(v.sum())
     if len(logprobs):
         totals.largest_ratio = max(totals.largest_ratio, float(ratio.detach().max()))
     names = ("policy", "kl", "entropy")

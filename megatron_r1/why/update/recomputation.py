@@ -105,7 +105,7 @@ class Recomputation:
             CannotRecompute: the step's updates cannot be made here."""
         return self._make_updates(
             substitution,
-            model=None if substitution.head_is_apart else self._scratch_model(),
+            model=None if substitution.unties_head else self._scratch_model(),
             is_recorded=is_recorded,
         )[1]
 
@@ -132,48 +132,48 @@ class Recomputation:
         rows = with_token_advantages(self.step, rows, old_logprobs, ref_logprobs)
         if model is None:
             model = copy.deepcopy(self.inputs.trained_model)
-        if substitution.head_is_apart:
+        if substitution.unties_head:
             model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
         updates = StepUpdates(
             model,
-            None if substitution.without_moments else self.inputs.substituted_moments(substitution),
-            0 if substitution.without_moments else self.inputs.num_updates,
+            None if substitution.loses_moments else self.inputs.substituted_moments(substitution),
+            0 if substitution.loses_moments else self.inputs.num_updates,
             rows,
             old_logprobs,
             ref_logprobs,
             self.step.run_config.model.expert_bias_update_rate,
-            None if substitution.head_is_apart else self._first_update,
+            None if substitution.unties_head else self._first_update,
         )
         adam = replace(
             self.inputs.adam_rules(self._norms if norms is None else norms),
             **dict(substitution.adam),
         )
-        order, lost = self.inputs.update_rows(substitution, rows), frozenset(substitution.lost)
-        measured = updates.run(
+        order = self.inputs.update_rows(substitution, rows)
+        step_updates = updates.run(
             order,
             loss,
             adam,
-            lost,
+            frozenset(substitution.rows_without_gradient),
             gradients,
             is_known=substitution.has_loss_of_settings,
             is_possible=None if is_recorded is None else partial(_means_satisfy, is_recorded),
         )
-        if len(measured) < len(order):
+        if len(step_updates) < len(order):
             return updates, None
-        metrics, terms = _means(measured)
-        signed = {
-            name: sum(update.terms[name] for update in measured) / len(measured)
-            for name in measured[0].terms
+        metrics, terms = _means(step_updates)
+        signed_terms = {
+            name: sum(update.terms[name] for update in step_updates) / len(step_updates)
+            for name in step_updates[0].terms
         }
         # The norm of a gradient is not known that was not clipped, or whose update was not made.
         is_unclipped = (
             adam.norms is not None and min(adam.norms) < MIN_CLIPPED_NORM_FACTOR * adam.clip_grad
         )
-        if is_unclipped or adam.skipped:
+        if is_unclipped or adam.skipped_updates:
             del metrics["grad_norm"]
         change, by_parameter = self._compare(model, updates.adam)
         return updates, RecomputedUpdates(
-            metrics, terms, signed, change, by_parameter, self._moment_distance(updates.adam)
+            metrics, terms, signed_terms, change, by_parameter, self._moment_distance(updates.adam)
         )
 
     @cached_property
@@ -247,8 +247,12 @@ class Recomputation:
         if self._terms_reason or self._first_moments_after is None:
             raise CannotRecompute(self._terms_reason)
         base, settings = self.base, self.step.config.optimizer
-        logged = self.step.line.get("grad_norm")
-        norm = logged if isinstance(logged, int | float) else base.metrics.get("grad_norm", 0.0)
+        logged_norm = self.step.line.get("grad_norm")
+        norm = (
+            logged_norm
+            if isinstance(logged_norm, int | float)
+            else base.metrics.get("grad_norm", 0.0)
+        )
         return fit_run(
             self._term_gradients,
             self._remade_terms,
@@ -273,7 +277,7 @@ class Recomputation:
         gradients = TermGradients(self.inputs.loss_terms, coefficients)
         self._make_updates(
             Substitution(""),
-            None if self.inputs.trains_more else norms,
+            None if self.inputs.trains_mtp_layers else norms,
             gradients,
             self._scratch_model(),
         )
@@ -291,16 +295,16 @@ class Recomputation:
 
         Raises:
             CannotRecompute: there is no checkpoint after the step."""
-        if not self.inputs.trains_more:
+        if not self.inputs.trains_mtp_layers:
             return None
-        logged = self.step.line.get("grad_norm")
-        if self._first_moments_after is None or not isinstance(logged, int | float):
+        logged_norm = self.step.line.get("grad_norm")
+        if self._first_moments_after is None or not isinstance(logged_norm, int | float):
             raise CannotRecompute("model.mtp: train, and no checkpoint says how gradients were cut")
         return fit_norms(
             lambda norms: (
                 self._make_updates(Substitution(""), norms, model=self._scratch_model())[0].traces
             ),
-            (float(logged),) * self.step.config.rl.minibatches,
+            (float(logged_norm),) * self.step.config.rl.minibatches,
             self.inputs.moments[0] if self.inputs.moments else {},
             self._first_moments_after,
             self.step.config.optimizer,
@@ -328,7 +332,7 @@ class Recomputation:
                 moments[name] - decay * before.get(name, torch.zeros(()))
                 for moments in (
                     self._first_moments_after,
-                    self._unsubstituted_updates[0].adam.first,
+                    self._unsubstituted_updates[0].adam.first_moments,
                 )
             )
             for name in begin
@@ -340,25 +344,25 @@ class Recomputation:
             **base_evidence,
         )
 
-    def estimate(self, substitution: Substitution, logged: Mapping[str, Any]) -> float:
+    def estimate(self, substitution: Substitution, logged_metrics: Mapping[str, Any]) -> float:
         """Return an estimate of how far the updates with a substitution would be from what was
         recorded: 1 near, 2 far. It takes log-probabilities and gradients from `base`.
 
         Args:
             substitution: what is substituted.
-            logged: the step's line of metrics.jsonl."""
+            logged_metrics: the step's line of metrics.jsonl."""
         if "temperature" in dict(substitution.loss):
             return UNKNOWN_DISTANCE
         if substitution.loss or substitution.advantages is not None:
-            return self._estimated_loss_distance(substitution, logged)
-        if not (substitution.adam or substitution.without_moments):
+            return self._estimated_loss_distance(substitution, logged_metrics)
+        if not (substitution.adam or substitution.loses_moments):
             return UNKNOWN_DISTANCE
         if self._model_after is None:
             return 2.0
         return 1.0 + min(1.0, self._estimated_change_distance(substitution))
 
     def _estimated_loss_distance(
-        self, substitution: Substitution, logged: Mapping[str, Any]
+        self, substitution: Substitution, logged_metrics: Mapping[str, Any]
     ) -> float:
         """Return 1 plus how far the metrics of another loss or other advantages would be from the
         logged ones, relative to those of `base`; each metric counts with at most 1."""
@@ -371,7 +375,7 @@ class Recomputation:
         metrics = self._estimated_metrics(rows, reference, rules)
         gaps = []
         for name, base_value in self.base.metrics.items():
-            value = logged.get(name)
+            value = logged_metrics.get(name)
             if name == "grad_norm" or name not in metrics or not isinstance(value, int | float):
                 continue
             gap = abs(metrics[name] - float(value))
@@ -389,9 +393,9 @@ class Recomputation:
             rules: the loss."""
         updates = []
         for trace in self._unsubstituted_updates[0].traces:
-            trained = [index for index in trace.rows if rows[index].is_trained]
-            totals = Totals(denominator=denominator([rows[index] for index in trained], rules))
-            for index in trained:
+            indices = [index for index in trace.rows if rows[index].is_trained]
+            totals = Totals(denominator=denominator([rows[index] for index in indices], rules))
+            for index in indices:
                 logprobs, entropy = trace.tokens[index]
                 ref = None if ref_logprobs is None else ref_logprobs[index]
                 old = self.policies.all_old_logprobs[index]
@@ -402,17 +406,17 @@ class Recomputation:
     def _substituted_reference(self, substitution: Substitution) -> list[Tensor] | None:
         if substitution.reference == "policy":
             return self.policies.all_old_logprobs
-        return self.policies.reference
+        return self.policies.reference_logprobs
 
     def _estimated_change_distance(self, substitution: Substitution) -> float:
         """Return the distance of the change that Adam makes of the gradients of `base`."""
         model = self._scratch_model()
         parameters = trained_parameters(model)
-        lost = substitution.without_moments
+        loses_moments = substitution.loses_moments
         adam = Adam(
             parameters,
-            None if lost else self.inputs.moments,
-            0 if lost else self.inputs.num_updates,
+            None if loses_moments else self.inputs.moments,
+            0 if loses_moments else self.inputs.num_updates,
         )
         rules = replace(self.inputs.adam_rules(self._norms), **dict(substitution.adam))
         for index, trace in enumerate(self._unsubstituted_updates[0].traces):
@@ -425,7 +429,7 @@ class Recomputation:
     @cached_property
     def _model_after(self) -> Any:
         """The trained model after the step; None where no checkpoint has it."""
-        after, dtype = self.step.after, self.step.run_config.model.dtype
+        after, dtype = self.step.checkpoint_after, self.step.run_config.model.dtype
         if after is None:
             return None
         return self.policies.model(
@@ -435,7 +439,7 @@ class Recomputation:
     @cached_property
     def _moments_after(self) -> tuple[Moments, Moments] | None:
         """Adam's moments after the step; None where no checkpoint has them."""
-        after = self.step.after
+        after = self.step.checkpoint_after
         if after is None or not checkpoint_model.has_part(after, checkpoint_model.STATE_PREFIX):
             return None
         return self.inputs.moments_in(after)
@@ -449,7 +453,9 @@ class Recomputation:
         if self._moments_after is None:
             return None
         ratios = []
-        for moment, run in zip((adam.first, adam.second), self._moments_after, strict=True):
+        for moment, run in zip(
+            (adam.first_moments, adam.second_moments), self._moments_after, strict=True
+        ):
             gap_square = sum(
                 float((moment[name] - values).double().square().sum())
                 for name, values in run.items()
@@ -462,7 +468,7 @@ class Recomputation:
         if self._model_after is None:
             return None, []
         distance = model_distance.distances(
-            model, self._model_after, self.inputs.trained_model, adam.second
+            model, self._model_after, self.inputs.trained_model, adam.second_moments
         )
         total_gap = sum(gap**2 for gap, _ in distance.values()) ** 0.5
         total_change = sum(change**2 for _, change in distance.values()) ** 0.5

@@ -59,7 +59,7 @@ class StepUpdates:
         old_logprobs: log-probabilities under the policy before the step, by row.
         ref_logprobs: those under the reference, by row, or None.
         bias_rate: how far a router's bias moves after each update; 0: it stays.
-        first: the first update's forward passes, where they are kept."""
+        first_update: the first update's forward passes, where they are kept."""
 
     def __init__(
         self,
@@ -70,9 +70,9 @@ class StepUpdates:
         old_logprobs: Sequence[Tensor],
         ref_logprobs: Sequence[Tensor] | None,
         bias_rate: float = 0.0,
-        first: FirstUpdate | None = None,
+        first_update: FirstUpdate | None = None,
     ) -> None:
-        self.model, self.rows, self._first = model, rows, first
+        self.model, self.rows, self._first_update = model, rows, first_update
         self._biases = RouterBiases(model, bias_rate) if bias_rate else None
         self._old_logprobs, self._ref_logprobs = old_logprobs, ref_logprobs
         self._parameters = trained_parameters(model)
@@ -111,51 +111,57 @@ class StepUpdates:
             if adam.moment_reset == "update":
                 self.adam.forget()
             last_check = is_possible if index == len(minibatches) - 1 else None
-            computed = self._first_known(rows, terms) if is_known and not index else None
-            if computed is None:
-                computed = self._compute(
+            update = self._reuse_first_update(rows, terms) if is_known and not index else None
+            if update is None:
+                update = self._compute(
                     index, rows, loss, rows_without_gradient, terms, updates, last_check
                 )
                 if is_known and not index:
-                    self._keep_first(rows, computed, terms)
-            elif last_check is not None and not last_check([computed]):
+                    self._keep_first_update(rows, update, terms)
+            elif last_check is not None and not last_check([update]):
                 break
-            if computed is None:
+            if update is None:
                 break
-            updates.append(computed)
+            updates.append(update)
             if self._biases is not None:
                 self._biases.update()
             gradients = self.traces[-1].gradients
-            norm = computed.metrics["grad_norm"] = self.adam.step(gradients, adam, index)
+            norm = update.metrics["grad_norm"] = self.adam.step(gradients, adam, index)
             if terms is not None:
                 terms.end_update(adam.clip_scale(norm), adam.beta1)
         return updates
 
-    def _first_known(self, minibatch: Sequence[int], terms: TermGradients | None) -> Update | None:
+    def _reuse_first_update(
+        self, minibatch: Sequence[int], terms: TermGradients | None
+    ) -> Update | None:
         """Return the first update as it was made before, and add its trace; None where it was not,
         or without the gradients of terms.
 
         Args:
             minibatch: its rows.
             terms: where the gradients of the terms are added."""
-        first, rows = self._first, self._trained(minibatch)
-        if first is None or first.known is None or not first.has_inputs(rows):
+        first_update, rows = self._first_update, self._trained_rows(minibatch)
+        if (
+            first_update is None
+            or first_update.known_gradients is None
+            or not first_update.has_inputs(rows)
+        ):
             return None
-        known_gradients = first.known
+        known_gradients = first_update.known_gradients
         if terms is not None and not known_gradients.by_term:
             return None
         if self._biases is not None:
             for batch in self._batches(rows):
-                self._biases.count(first.batch_pass(batch).experts, list(batch.values()))
+                self._biases.count(first_update.batch_pass(batch).experts, list(batch.values()))
         gradients = known_gradients.gradients
         if terms is not None:
             terms.add(known_gradients.by_term)
-            gradients = terms.total()
+            gradients = terms.loss_gradient()
         self.traces.append(Trace(list(rows), known_gradients.tokens, gradients))
         update = known_gradients.update
         return Update(dict(update.metrics), update.terms)
 
-    def _keep_first(
+    def _keep_first_update(
         self, minibatch: Sequence[int], update: Update | None, terms: TermGradients | None
     ) -> None:
         """Keep what the first update computed for later recomputations.
@@ -164,14 +170,20 @@ class StepUpdates:
             minibatch: its rows.
             update: what it measures; None: it has no gradients.
             terms: the gradients of the terms; None: they were not computed."""
-        first = self._first
-        if update is None or first is None or not first.has_inputs(self._trained(minibatch)):
+        first_update = self._first_update
+        if (
+            update is None
+            or first_update is None
+            or not first_update.has_inputs(self._trained_rows(minibatch))
+        ):
             return
-        trace, by_term = self.traces[-1], {} if terms is None else terms.copied()
-        measured = Update(dict(update.metrics), update.terms)
-        first.known = KnownGradients(measured, trace.tokens, trace.gradients, by_term)
+        trace, by_term = self.traces[-1], {} if terms is None else terms.copy_gradients()
+        copied_update = Update(dict(update.metrics), update.terms)
+        first_update.known_gradients = KnownGradients(
+            copied_update, trace.tokens, trace.gradients, by_term
+        )
 
-    def _trained(self, minibatch: Sequence[int]) -> dict[int, TokenRow]:
+    def _trained_rows(self, minibatch: Sequence[int]) -> dict[int, TokenRow]:
         """Return the rows of a mini-batch that are trained on, by number."""
         return {index: self.rows[index] for index in minibatch if self.rows[index].is_trained}
 
@@ -190,7 +202,7 @@ class StepUpdates:
         loss: LossRules,
         rows_without_gradient: Collection[int],
         terms: TermGradients | None,
-        earlier: Sequence[Update],
+        earlier_updates: Sequence[Update],
         is_possible: Callable[[Sequence[Update]], bool] | None,
     ) -> Update | None:
         """Compute an update's gradients, add its trace and return what it measures; None where that
@@ -202,50 +214,52 @@ class StepUpdates:
             loss: as of `run`, like the next two.
             rows_without_gradient: those whose gradient is lost.
             terms: where the gradients of the terms are added.
-            earlier: the updates before it.
+            earlier_updates: the updates before it.
             is_possible: as of `run`; it is asked before the last backward pass."""
-        rows = self._trained(minibatch)
-        first = self._first if index == 0 else None
-        if first is not None and not first.has_inputs(rows):
-            first = None
+        rows = self._trained_rows(minibatch)
+        first_update = self._first_update if index == 0 else None
+        if first_update is not None and not first_update.has_inputs(rows):
+            first_update = None
         totals = Totals(denominator=denominator(list(rows.values()), loss))
         trace = Trace(list(rows), {}, {})
         by_batch = self._batches(rows)
         for number, batch in enumerate(by_batch, 1):
-            computed = self._pass(batch, first)
-            terms_by_row = self._terms(batch, computed, loss, totals, trace)
+            forward_pass = self._pass(batch, first_update)
+            terms_by_row = self._terms(batch, forward_pass, loss, totals, trace)
             if self._biases is not None:
-                self._biases.count(computed.experts, list(batch.values()))
+                self._biases.count(forward_pass.experts, list(batch.values()))
             is_last = number == len(by_batch)
-            if is_last and is_possible and not is_possible([*earlier, totals.update(loss)]):
+            if is_last and is_possible and not is_possible([*earlier_updates, totals.update(loss)]):
                 return None
-            parameters = self._parameters if first is None else first.parameters
-            keeps_graph = first is not None
+            parameters = self._parameters if first_update is None else first_update.parameters
+            keeps_graph = first_update is not None
             if terms is not None:
                 terms.backward(terms_by_row, parameters, keeps_graph=keeps_graph)
                 continue
-            total = torch.zeros((), dtype=torch.float64)
+            loss_part = torch.zeros((), dtype=torch.float64)
             for row_index, row_parts in terms_by_row.items():
                 part = sum(row_parts.values(), torch.zeros((), dtype=torch.float64))
-                total = total + (part.detach() if row_index in rows_without_gradient else part)
-            if total.requires_grad:
-                add_gradients(trace.gradients, total, parameters, keeps_graph=keeps_graph)
+                loss_part = loss_part + (
+                    part.detach() if row_index in rows_without_gradient else part
+                )
+            if loss_part.requires_grad:
+                add_gradients(trace.gradients, loss_part, parameters, keeps_graph=keeps_graph)
         if terms is not None:
-            self._add_left_out(index, loss, totals, terms, first)
-            trace.gradients = terms.total()
+            self._add_left_out(index, loss, totals, terms, first_update)
+            trace.gradients = terms.loss_gradient()
         self.traces.append(trace)
         return totals.update(loss)
 
-    def _pass(self, rows: Mapping[int, TokenRow], first: FirstUpdate | None) -> ModelPass:
+    def _pass(self, rows: Mapping[int, TokenRow], first_update: FirstUpdate | None) -> ModelPass:
         """Return the forward pass of a batch, that of the first update where it is given."""
-        if first is not None:
-            return first.batch_pass(rows)
+        if first_update is not None:
+            return first_update.batch_pass(rows)
         return model_pass(self.model, list(rows.values()))
 
     def _terms(
         self,
         rows: Mapping[int, TokenRow],
-        computed: ModelPass,
+        forward_pass: ModelPass,
         loss: LossRules,
         totals: Totals,
         trace: Trace | None,
@@ -254,12 +268,12 @@ class StepUpdates:
 
         Args:
             rows: by number.
-            computed: their forward pass.
+            forward_pass: their forward pass.
             loss: the loss.
             totals: the sums that they are added to.
             trace: where their log-probabilities are kept; None: nowhere."""
         terms_by_row = {}
-        for (row_index, row), logits in zip(rows.items(), computed.logits, strict=True):
+        for (row_index, row), logits in zip(rows.items(), forward_pass.logits, strict=True):
             logprobs, entropy = token_logprobs_and_entropies(logits, row, loss.temperature)
             if trace is not None:
                 trace.tokens[row_index] = logprobs.detach(), entropy.detach()
@@ -275,7 +289,7 @@ class StepUpdates:
         loss: LossRules,
         totals: Totals,
         terms: TermGradients,
-        first: FirstUpdate | None,
+        first_update: FirstUpdate | None,
     ) -> None:
         """Add the gradients of rows that are left out of the loss, at the same weights.
 
@@ -284,12 +298,12 @@ class StepUpdates:
             loss: the loss.
             totals: the sums of the rows that are not left out; they stay.
             terms: where they are added.
-            first: the first update's forward passes, where it is that."""
-        for batch in self._batches(terms.left_out(index)):
+            first_update: the first update's forward passes, where it is that."""
+        for batch in self._batches(terms.left_out_rows(index)):
             left_out_totals = Totals(denominator=totals.denominator)
-            computed = self._pass(batch, first)
+            forward_pass = self._pass(batch, first_update)
             terms.backward(
-                self._terms(batch, computed, loss, left_out_totals, None),
-                self._parameters if first is None else first.parameters,
-                keeps_graph=first is not None,
+                self._terms(batch, forward_pass, loss, left_out_totals, None),
+                self._parameters if first_update is None else first_update.parameters,
+                keeps_graph=first_update is not None,
             )

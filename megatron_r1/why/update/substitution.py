@@ -18,12 +18,12 @@ class Substitution:
         advantages: by response, in place of the step's; None: the step's.
         reference: "" for the checkpoint's, else "policy" (the policy before the step) or "begin"
             (the model that the run began with).
-        without_moments: begin with moments of zero, and with Adam's counter at 0.
+        loses_moments: begin with moments of zero, and with Adam's counter at 0.
         repeats_first: every update is on the first mini-batch.
-        lost: rows whose gradient is lost.
+        rows_without_gradient: rows whose gradient is lost.
         trains_prompts: the prompt's tokens are trained on, too.
         routes_itself: the trainer chooses the experts, though those of the engine are replayed.
-        head_is_apart: a tied head is a tensor of its own, whose gradient the embedding lacks."""
+        unties_head: a tied head is a tensor of its own, whose gradient the embedding lacks."""
 
     name: str
     setting: str = ""
@@ -32,12 +32,12 @@ class Substitution:
     adam: tuple[tuple[str, Any], ...] = ()
     advantages: Sequence[Sequence[float]] | None = None
     reference: str = ""
-    without_moments: bool = False
+    loses_moments: bool = False
     repeats_first: bool = False
-    lost: Sequence[int] = ()
+    rows_without_gradient: Sequence[int] = ()
     trains_prompts: bool = False
     routes_itself: bool = False
-    head_is_apart: bool = False
+    unties_head: bool = False
 
     @property
     def has_loss_of_settings(self) -> bool:
@@ -46,10 +46,10 @@ class Substitution:
             self.loss
             or self.advantages is not None
             or self.reference
-            or self.lost
+            or self.rows_without_gradient
             or self.trains_prompts
             or self.routes_itself
-            or self.head_is_apart
+            or self.unties_head
         )
 
     @property

@@ -42,20 +42,20 @@ LOSS_SETTINGS = (
 """Settings of `rl` whose default is tried."""
 
 
-def substitutions(step: RecordedStep, recomputed: Recomputation) -> Iterator[Substitution]:
+def substitutions(step: RecordedStep, recomputation: Recomputation) -> Iterator[Substitution]:
     """Yield what is substituted, one thing at a time.
 
     Args:
         step: the step.
-        recomputed: its updates as the settings say."""
+        recomputation: its updates as the settings say."""
     rl = step.config.rl
     if rl.kl_beta and rl.algorithm not in formulas.TOKEN_ADVANTAGE_ALGORITHMS:
         yield from _kl_substitutions(step)
     yield from _loss_substitutions(step)
-    yield from advantage_substitutions(step, recomputed.evidence)
-    yield from _sample_substitutions(step, recomputed)
+    yield from advantage_substitutions(step, recomputation.evidence)
+    yield from _sample_substitutions(step, recomputation)
     yield from _optimizer_substitutions(step)
-    yield from _evidence_substitutions(step, recomputed.evidence)
+    yield from _evidence_substitutions(step, recomputation.evidence)
     yield from _default_substitutions(step)
 
 
@@ -107,7 +107,7 @@ def _ratio_substitutions(rl: RLConfig) -> Iterator[Substitution]:
         "the engine are for importance weights (rl.importance_cap) alone",
         loss=(("uses_engine_as_old", True),),
     )
-    yield from _inverted(
+    yield from _inverse_substitutions(
         "a ratio of old policy over policy",
         "the ratio",
         "the loss of rl.algorithm: the ratio is policy over old policy",
@@ -136,7 +136,9 @@ def _ratio_substitutions(rl: RLConfig) -> Iterator[Substitution]:
         )
 
 
-def _inverted(name: str, setting: str, remedy: str, rule: str) -> Iterator[Substitution]:
+def _inverse_substitutions(
+    name: str, setting: str, remedy: str, rule: str
+) -> Iterator[Substitution]:
     """Yield a log-ratio that is negated, with its gradient and without.
 
     Args:
@@ -174,7 +176,9 @@ def _clip_substitutions(rl: RLConfig) -> Iterator[Substitution]:
     )
 
 
-def _sample_substitutions(step: RecordedStep, recomputed: Recomputation) -> Iterator[Substitution]:
+def _sample_substitutions(
+    step: RecordedStep, recomputation: Recomputation
+) -> Iterator[Substitution]:
     """Yield samples that are lost, used twice, or used in part."""
     yield Substitution(
         "prompt tokens in the loss",
@@ -196,7 +200,7 @@ def _sample_substitutions(step: RecordedStep, recomputed: Recomputation) -> Iter
             "rl.minibatches: an update trains on its own mini-batch",
             repeats_first=True,
         )
-    counts = [len(update[0]) for update in recomputed.inputs.packed]
+    counts = [len(update[0]) for update in recomputation.inputs.packed_rows]
     if any(count > 1 for count in counts):
         yield Substitution(
             "gradients averaged over the micro-batches of an update",
@@ -205,12 +209,12 @@ def _sample_substitutions(step: RecordedStep, recomputed: Recomputation) -> Iter
             "denominator alone",
             adam=(("gradient_factors", tuple(1 / count for count in counts)),),
         )
-    for name, rows in recomputed.inputs.shares():
+    for name, rows in recomputation.inputs.shares():
         yield Substitution(
             f"the gradient of {name} lost",
             "parallel",
             f"parallel: the sum of the gradients leaves out {name}",
-            lost=rows,
+            rows_without_gradient=rows,
         )
     if step.hf_config.get("tie_word_embeddings") and step.run_config.model.lora is None:
         yield Substitution(
@@ -218,7 +222,7 @@ def _sample_substitutions(step: RecordedStep, recomputed: Recomputation) -> Iter
             "tie_word_embeddings",
             "parallel.pipeline: first and last stage hold copies of the tied head, whose gradients "
             "are summed",
-            head_is_apart=True,
+            unties_head=True,
         )
 
 
@@ -282,7 +286,7 @@ def _update_substitutions(step: RecordedStep) -> Iterator[Substitution]:
                 f"update {index + 1} of {count} left out",
                 "the updates of a step",
                 "the trainer: each mini-batch makes one optimizer step (step_taken)",
-                adam=(("skipped", (index,)),),
+                adam=(("skipped_updates", (index,)),),
             )
     for name, num_updates in (
         ("Adam without its bias correction", math.inf),
@@ -298,10 +302,10 @@ def _update_substitutions(step: RecordedStep) -> Iterator[Substitution]:
 
 def _moment_substitutions(step: RecordedStep) -> Iterator[Substitution]:
     """Yield states of Adam that are lost."""
-    lost = "the optimizer's state: it was lost before this step, at a restart or a load"
+    remedy = "the optimizer's state: it was lost before this step, at a restart or a load"
     if step.step > 1:
         yield Substitution(
-            "Adam without its moments", "the optimizer's state", lost, without_moments=True
+            "Adam without its moments", "the optimizer's state", remedy, loses_moments=True
         )
         yield Substitution(
             "Adam without its moments, which are zero when a step begins,",
@@ -401,7 +405,7 @@ def _kl_substitutions(step: RecordedStep) -> Iterator[Substitution]:
             f"KL by {estimator}", "rl.kl_estimator", loss=(("kl_estimator", estimator),)
         )
     if rl.kl_estimator in ("k3", "unbiased"):  # of k1 it has the wrong sign, of k2 it is the same
-        yield from _inverted(
+        yield from _inverse_substitutions(
             "KL with its arguments exchanged, of reference from policy",
             "rl.kl_estimator",
             "the loss of rl.algorithm: KL is of the policy from the reference",

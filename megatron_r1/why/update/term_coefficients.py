@@ -42,13 +42,13 @@ class Coefficient:
         term: the term.
         norm: the norm of its gradient before clipping, mean over the updates.
         value: the coefficient; NaN where the term has no gradient.
-        rounding: how far rounding may have moved it.
+        rounding_error: how far rounding may have moved it.
         uncertainty: how far rounding, and what the terms do not explain, may have moved it."""
 
     term: LossTerm
     norm: float
     value: float
-    rounding: float
+    rounding_error: float
     uncertainty: float
 
     @property
@@ -71,7 +71,7 @@ class TermFit:
     residual: float
     error: float
 
-    def departing(self, tolerance: float) -> list[Coefficient]:
+    def departing_coefficients(self, tolerance: float) -> list[Coefficient]:
         """Return the coefficients that are known and not what they should be.
 
         Args:
@@ -80,7 +80,7 @@ class TermFit:
             coefficient
             for coefficient in self.coefficients
             if coefficient.is_identifiable
-            and abs(coefficient.value - coefficient.term.expected)
+            and abs(coefficient.value - coefficient.term.expected_coefficient)
             > max(tolerance, coefficient.uncertainty)
         ]
 
@@ -90,17 +90,19 @@ class FirstMoments:
     """Adam's first moments around a step.
 
     Attributes:
-        before: the moments before it, by parameter; one that is missing has zeros.
-        after: those after it.
+        before_step: the moments before it, by parameter; one that is missing has zeros.
+        after_step: those after it.
         decay: β1^n of the step's n updates."""
 
-    before: Moments
-    after: Moments
+    before_step: Moments
+    after_step: Moments
     decay: float
 
 
 @torch.no_grad()
-def fit_coefficients(gradients: TermGradients, moments: FirstMoments, rounding: float) -> TermFit:
+def fit_coefficients(
+    gradients: TermGradients, moments: FirstMoments, relative_error: float
+) -> TermFit:
     """Return the coefficients for which the terms' gradients are nearest to the run's.
 
     A coefficient is uncertain by the error of the run's gradient over the length of the part of
@@ -110,7 +112,7 @@ def fit_coefficients(gradients: TermGradients, moments: FirstMoments, rounding: 
     Args:
         gradients: those of the terms, of all updates.
         moments: the run's.
-        rounding: the relative error of the run's gradient, and of the recomputed ones.
+        relative_error: the relative error of the run's gradient, and of the recomputed ones.
 
     Raises:
         CannotRecompute: the gradients are not finite."""
@@ -127,7 +129,7 @@ def fit_coefficients(gradients: TermGradients, moments: FirstMoments, rounding: 
     values = inverse @ (products / nonzero) / nonzero
     lengths = sizes / inverse.diagonal().sqrt()
     residual = math.sqrt(max(0.0, square + float(values @ (gram @ values - 2 * products))))
-    error = rounding * (size + float(sizes.sum())) + MOMENT_ROUNDING * moments_norm
+    error = relative_error * (size + float(sizes.sum())) + MOMENT_ROUNDING * moments_norm
     coefficients = tuple(
         Coefficient(
             term,
@@ -148,8 +150,8 @@ def _inner_products(
     count = len(gradients.terms)
     gram, products = (torch.zeros(count, n, dtype=torch.float64) for n in (count, 1))
     square = squared_moments = 0.0
-    for name, after in moments.after.items():
-        before = moments.before.get(name, torch.zeros_like(after))
+    for name, after in moments.after_step.items():
+        before = moments.before_step.get(name, torch.zeros_like(after))
         columns = [
             column.get(name, torch.zeros_like(after)) for column in gradients.columns.values()
         ]
@@ -165,10 +167,10 @@ def _inner_products(
 
 
 def fit_run(
-    first: TermGradients,
+    first_gradients: TermGradients,
     make_updates: Callable[[Mapping[str, float], tuple[float, ...]], TermGradients],
     moments: FirstMoments,
-    rounding: float,
+    relative_error: float,
     grad_norm: float,
     max_rounds: int = MAX_ROUNDS,
 ) -> TermFit:
@@ -176,27 +178,27 @@ def fit_run(
     updates that are made with them: a later gradient, and how each was clipped, depend on them.
 
     Args:
-        first: the gradients of updates as the settings say.
+        first_gradients: the gradients of updates as the settings say.
         make_updates: makes updates, given how often each term is added, and the norm of each
             update's gradient.
         moments: the run's.
-        rounding: as of `fit_coefficients`.
+        relative_error: as of `fit_coefficients`.
         grad_norm: the logged norm, mean over the updates.
         max_rounds: how often updates are made again at most."""
-    gradients, fit = first, fit_coefficients(first, moments, rounding)
+    gradients, fit = first_gradients, fit_coefficients(first_gradients, moments, relative_error)
     for _ in range(max_rounds):
         known_coefficients = [
             coefficient
             for coefficient in fit.coefficients
-            if coefficient.rounding <= MAX_UNCERTAINTY
+            if coefficient.rounding_error <= MAX_UNCERTAINTY
         ]
         if all(
             abs(coefficient.value - gradients.coefficients[coefficient.term.name])
-            <= max(MIN_CHANGE, coefficient.rounding * MIN_CHANGE_OF_ROUNDING)
+            <= max(MIN_CHANGE, coefficient.rounding_error * MIN_CHANGE_OF_ROUNDING)
             for coefficient in known_coefficients
         ):
             break
-        coefficients = {term.name: term.expected for term in gradients.terms}
+        coefficients = {term.name: term.expected_coefficient for term in gradients.terms}
         coefficients |= {
             coefficient.term.name: coefficient.value for coefficient in known_coefficients
         }
@@ -205,7 +207,7 @@ def fit_run(
         mean_norm = sum(norms) / len(norms)
         factor = grad_norm / mean_norm if mean_norm else 1.0
         gradients = make_updates(coefficients, tuple(norm * factor for norm in norms))
-        next_fit = fit_coefficients(gradients, moments, rounding)
+        next_fit = fit_coefficients(gradients, moments, relative_error)
         is_nearer = next_fit.residual <= max(next_fit.error, fit.residual * MAX_RESIDUAL_RATIO)
         if not is_nearer:
             return fit if fit.residual < next_fit.residual * MAX_RESIDUAL_RATIO else next_fit

@@ -22,16 +22,17 @@ class LossTerm:
         part: the term of `loss_formulas.row_terms` that it is of.
         remedy: the settings that it depends on.
         rows: the numbers of the rows whose terms it is the sum of.
-        expected: how often its gradient is in that of the loss: 1, or 0 of what is left out.
-        left_out: the rows that are left out of the loss, with the advantage that they would have,
-            by update."""
+        expected_coefficient: how often its gradient is in that of the loss: 1, or 0 of what is left
+            out.
+        left_out_rows: the rows that are left out of the loss, with the advantage that they would
+            have, by update."""
 
     name: str
     part: str
     remedy: str
     rows: frozenset[int]
-    expected: float = 1.0
-    left_out: Sequence[Mapping[int, TokenRow]] = field(default=(), repr=False)
+    expected_coefficient: float = 1.0
+    left_out_rows: Sequence[Mapping[int, TokenRow]] = field(default=(), repr=False)
 
 
 class TermGradients:
@@ -40,7 +41,7 @@ class TermGradients:
     Args:
         terms: the terms.
         coefficients: how often the gradient of each is added, by name; one that is missing: as
-            `LossTerm.expected` says.
+            `LossTerm.expected_coefficient` says.
 
     Attributes:
         columns: by term, what the first moments of each parameter have of its gradient after the
@@ -52,12 +53,13 @@ class TermGradients:
         self, terms: Sequence[LossTerm], coefficients: Mapping[str, float] | None = None
     ) -> None:
         self.terms = tuple(terms)
-        self.coefficients = {term.name: term.expected for term in terms} | dict(coefficients or {})
+        expected_coefficients = {term.name: term.expected_coefficient for term in terms}
+        self.coefficients = expected_coefficients | dict(coefficients or {})
         self.columns: dict[str, Moments] = {term.name: {} for term in terms}
         self.products: list[Tensor] = []
         self._gradients: dict[str, Moments] = {term.name: {} for term in terms}
 
-    def left_out(self, index: int) -> dict[int, TokenRow]:
+    def left_out_rows(self, index: int) -> dict[int, TokenRow]:
         """Return the rows that are left out of the loss and would be in an update.
 
         Args:
@@ -65,8 +67,8 @@ class TermGradients:
         return {
             row_index: row
             for term in self.terms
-            if term.left_out
-            for row_index, row in term.left_out[index].items()
+            if term.left_out_rows
+            for row_index, row in term.left_out_rows[index].items()
         }
 
     def backward(
@@ -88,26 +90,26 @@ class TermGradients:
                 if row_index in term.rows and row_parts[term.part].requires_grad:
                     value = row_parts[term.part]
                     sums[term.name] = sums[term.name] + value if term.name in sums else value
-        for number, (name, total) in enumerate(sums.items(), 1):
+        for number, (name, loss_part) in enumerate(sums.items(), 1):
             is_used_again = keeps_graph or number < len(sums)
-            add_gradients(self._gradients[name], total, parameters, keeps_graph=is_used_again)
+            add_gradients(self._gradients[name], loss_part, parameters, keeps_graph=is_used_again)
 
     def add(self, by_term: Mapping[str, Moments]) -> None:
         """Add the gradients of an update as they were computed before.
 
         Args:
-            by_term: what `copied` returned."""
+            by_term: what `copy_gradients` returned."""
         for name, gradients in by_term.items():
             self._gradients[name] = {key: values.clone() for key, values in gradients.items()}
 
-    def copied(self) -> dict[str, Moments]:
+    def copy_gradients(self) -> dict[str, Moments]:
         """Return a copy of the gradients of the present update, by term."""
         return {
             name: {key: values.clone() for key, values in gradients.items()}
             for name, gradients in self._gradients.items()
         }
 
-    def total(self) -> Moments:
+    def loss_gradient(self) -> Moments:
         """Return the gradient of the loss in this update."""
         sums: Moments = {}
         for term_name, gradients in self._gradients.items():
@@ -151,18 +153,18 @@ class TermGradients:
 
 
 def add_gradients(
-    gradients: Moments, total: Tensor, parameters: Moments, *, keeps_graph: bool
+    gradients: Moments, loss_part: Tensor, parameters: Moments, *, keeps_graph: bool
 ) -> None:
-    """Add the gradient of a sum to gradients.
+    """Add the gradient of a part of the loss to gradients.
 
     Args:
         gradients: by parameter, which are changed.
-        total: the sum.
+        loss_part: the part, a sum over rows.
         parameters: those that it is of, by name.
-        keeps_graph: whether the graph of the sum is used again."""
-    computed = torch.autograd.grad(
-        total, list(parameters.values()), retain_graph=keeps_graph, allow_unused=True
+        keeps_graph: whether the graph of the part is used again."""
+    term_gradients = torch.autograd.grad(
+        loss_part, list(parameters.values()), retain_graph=keeps_graph, allow_unused=True
     )
-    for name, values in zip(parameters, computed, strict=True):
+    for name, values in zip(parameters, term_gradients, strict=True):
         if values is not None:
             gradients[name] = gradients[name].add_(values) if name in gradients else values.clone()

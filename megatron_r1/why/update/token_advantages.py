@@ -49,8 +49,8 @@ def with_token_advantages(
             for index, row in enumerate(rows)
         ]
         if rl.algorithm == "reinforce_pp":
-            trained = [v for v, row in zip(values, rows, strict=True) if row.is_trained]
-            all_values = torch.cat(trained) if trained else torch.zeros(1)
+            trained_values = [v for v, row in zip(values, rows, strict=True) if row.is_trained]
+            all_values = torch.cat(trained_values) if trained_values else torch.zeros(1)
             mean = all_values.mean()
             deviation = all_values.std(unbiased=False) + rl.advantage_epsilon
             values = [(value - mean) / deviation for value in values]
@@ -59,7 +59,9 @@ def with_token_advantages(
         ]
     if rl.engine_mask in ADVANTAGE_MASKS:
         bounds = rl.engine_mask_settings
-        new_rows = [_masked(row, old_logprobs[index], bounds) for index, row in enumerate(new_rows)]
+        new_rows = [
+            _mask_advantages(row, old_logprobs[index], bounds) for index, row in enumerate(new_rows)
+        ]
     return new_rows
 
 
@@ -86,7 +88,7 @@ def _rewards_to_go(
     return sums
 
 
-def _masked(row: TokenRow, old_logprobs: Tensor, bounds: EngineMask) -> TokenRow:
+def _mask_advantages(row: TokenRow, old_logprobs: Tensor, bounds: EngineMask) -> TokenRow:
     log_ratios = old_logprobs - row.logprobs.double()
     if bounds.method == "sequence":
         log_ratios = log_ratios.mean().expand_as(log_ratios)

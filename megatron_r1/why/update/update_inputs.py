@@ -19,7 +19,7 @@ from megatron_r1.why import formulas
 from megatron_r1.why.comparison import CannotRecompute
 from megatron_r1.why.policy import checkpoint_model, token_logprobs
 from megatron_r1.why.policy.adapters import trained_parameters
-from megatron_r1.why.policy.policy_logprobs import PolicyLogprobs, own_experts
+from megatron_r1.why.policy.policy_logprobs import PolicyLogprobs, rows_with_own_experts
 from megatron_r1.why.policy.token_logprobs import TokenRow
 from megatron_r1.why.record.recorded_step import weights_after
 from megatron_r1.why.update.adam import AdamRules, Moments
@@ -56,7 +56,11 @@ class UpdateInputs:
     @cached_property
     def moments(self) -> tuple[Moments, Moments] | None:
         """Adam's first and second moments before the step; None before the run's first."""
-        return None if self.policies.is_first_step else self.moments_in(self.policies.before)
+        return (
+            None
+            if self.policies.is_first_step
+            else self.moments_in(self.policies.checkpoint_before)
+        )
 
     def moments_in(self, checkpoint: Path) -> tuple[Moments, Moments]:
         """Return the first and second moments in a checkpoint, by parameter."""
@@ -75,12 +79,12 @@ class UpdateInputs:
         """Updates before the step, as the checkpoint's optimizer has counted them."""
         if self.policies.is_first_step:
             return 0
-        return checkpoint_model.read_state(self.policies.before) or 0
+        return checkpoint_model.read_state(self.policies.checkpoint_before) or 0
 
     def check_updates(self) -> None:
         """Raise CannotRecompute where the step's updates cannot be made here."""
         config = self.step.config
-        before = self.policies.before
+        before = self.policies.checkpoint_before
         algorithm = config.rl.algorithm
         reasons = (
             (
@@ -135,14 +139,16 @@ class UpdateInputs:
         by_response: dict[Any, list[int]] = {}
         for index, sequence in enumerate(self.policies.sequences):
             by_response.setdefault(sequence.response, []).append(index)
-        shuffled = list(by_response.values())
-        random.Random(f"{self.step.run_config.run.seed}:{self.step.step}").shuffle(shuffled)
-        trained = [rows for rows in shuffled if token_rows[rows[0]].is_trained]
-        count = self.step.config.rl.minibatches
+        response_rows = list(by_response.values())
+        random.Random(f"{self.step.run_config.run.seed}:{self.step.step}").shuffle(response_rows)
+        trained_responses = [rows for rows in response_rows if token_rows[rows[0]].is_trained]
+        count, num_trained = self.step.config.rl.minibatches, len(trained_responses)
         return [
             [
                 index
-                for rows in trained[i * len(trained) // count : (i + 1) * len(trained) // count]
+                for rows in trained_responses[
+                    i * num_trained // count : (i + 1) * num_trained // count
+                ]
                 for index in rows
             ]
             for i in range(count)
@@ -153,10 +159,12 @@ class UpdateInputs:
         """What the optimizer changes: the policy, of 16 bits its master weights."""
         if self.step.run_config.model.dtype == "float32" or self.policies.is_first_step:
             return self.policies.policy
-        return self.policies.model(self.policies.before, f"{checkpoint_model.STATE_PREFIX}param.")
+        return self.policies.model(
+            self.policies.checkpoint_before, f"{checkpoint_model.STATE_PREFIX}param."
+        )
 
     @cached_property
-    def packed(self) -> list[list[list[list[int]]]]:
+    def packed_rows(self) -> list[list[list[list[int]]]]:
         """The rows by update, data-parallel rank and micro-batch, as the controller packs them;
         nothing where micro-batches share prompts."""
         parallel = self.step.run_config.parallel
@@ -177,7 +185,7 @@ class UpdateInputs:
         """Return the rows of each data-parallel rank, and of the first and the last micro-batch of
         each, with a name; nothing for one rank with one micro-batch."""
         share_by_key: dict[str, list[int]] = {}
-        for update in self.packed:
+        for update in self.packed_rows:
             for rank, share in enumerate(update):
                 if len(update) > 1:
                     row_numbers = [index for members in share for index in members]
@@ -193,7 +201,7 @@ class UpdateInputs:
         mask = rl.engine_mask_settings
         return LossRules(
             average=rl.loss_average,
-            constant=limit,
+            constant_length=limit,
             clip_low=rl.clip_low,
             clip_high=rl.clip_high,
             dual_clip=rl.dual_clip,
@@ -215,7 +223,10 @@ class UpdateInputs:
             *left_out_terms(
                 self.step,
                 lambda rows: with_token_advantages(
-                    self.step, rows, self.policies.all_old_logprobs, self.policies.reference
+                    self.step,
+                    rows,
+                    self.policies.all_old_logprobs,
+                    self.policies.reference_logprobs,
                 ),
                 self.minibatches,
                 self.policies.rows,
@@ -239,14 +250,14 @@ class UpdateInputs:
         )
 
     @property
-    def trains_more(self) -> bool:
+    def trains_mtp_layers(self) -> bool:
         """Whether the run trains parameters that are not here, as those of MTP layers."""
         return self.step.config.model.mtp == "train"
 
     @property
-    def left_out(self) -> str:
+    def left_out_note(self) -> str:
         """What of the gradient is not computed here, for a remedy; "" where all is."""
-        if not self.trains_more:
+        if not self.trains_mtp_layers:
             return ""
         return (
             "; the only gradient that is not recomputed is that of the MTP layers' loss, which "
@@ -265,33 +276,34 @@ class UpdateInputs:
             ]
         if substitution.trains_prompts:
             rows = [_with_prompt(row) for row in rows]
-        return own_experts(rows) if substitution.routes_itself else rows
+        return rows_with_own_experts(rows) if substitution.routes_itself else rows
 
     def old_and_ref_logprobs(
         self, substitution: Substitution, rows: Sequence[TokenRow], loss: LossRules
     ) -> tuple[list[Tensor], list[Tensor] | None]:
         """Return log-probabilities of the rows under old policy and reference."""
         is_own = loss.temperature == self.policies.temperature and not substitution.trains_prompts
-        old = self.policies.all_old_logprobs
+        old_logprobs, temperatures = self.policies.all_old_logprobs, [loss.temperature]
         if not is_own or substitution.routes_itself:
-            old = token_logprobs.logprobs(self.policies.policy, rows, [loss.temperature])[0]
-        if not substitution.reference and (is_own or self.policies.reference is None):
-            return old, self.policies.reference
+            old_logprobs = token_logprobs.logprobs(self.policies.policy, rows, temperatures)[0]
+        if not substitution.reference and (is_own or self.policies.reference_logprobs is None):
+            return old_logprobs, self.policies.reference_logprobs
         if substitution.reference == "begin":
             begin = weights_after(self.step.folder, self.step.run_config, 0)
             assert begin is not None, "the substitution is offered where the model is there"
             model = self.policies.model(begin)
         elif substitution.reference == "policy" or self.policies.is_first_step:
             if not self.step.config.rl.routing_replay:
-                return old, old
+                return old_logprobs, old_logprobs
             model = self.policies.policy
         else:
             model = self.policies.reference_model
-        return old, token_logprobs.logprobs(model, own_experts(rows), [loss.temperature])[0]
+        rows = rows_with_own_experts(rows)
+        return old_logprobs, token_logprobs.logprobs(model, rows, temperatures)[0]
 
     def substituted_moments(self, substitution: Substitution) -> tuple[Moments, Moments] | None:
         """Return the moments, those of the embedding for a head that is a tensor of its own."""
-        if not substitution.head_is_apart or self.moments is None:
+        if not substitution.unties_head or self.moments is None:
             return self.moments
         embedding = "model.embed_tokens.weight"
         first, second = ({**moment, "lm_head.weight": moment[embedding]} for moment in self.moments)
@@ -313,5 +325,5 @@ def _with_prompt(row: TokenRow) -> TokenRow:
         is_sampled=torch.arange(len(row.token_ids)) > 0,
         logprobs=logprobs[1:],
         num_sampled=len(row.token_ids) - 1,
-        kept=None,
+        kept_ids=None,
     )

@@ -23,7 +23,7 @@ def test_every_edit_is_found_once_and_changes_the_program():
     assert sum(not case.is_healthy for case in found) >= 36
     assert sum(case.is_healthy for case in found) >= 12
     for case in found:
-        cases.changed(case)
+        cases.apply_edits(case)
         assert case.is_healthy or case.edits or case.settings, case.name
 
 
@@ -39,7 +39,7 @@ def test_every_edit_is_found_once_and_changes_the_program():
 def test_an_edit_that_would_plant_nothing_is_refused(replace, by):
     file = "megatron_r1/why/checks/files.py"
     with pytest.raises(ValueError, match="files"):
-        cases.changed(Case("x", "dense", {}, ("loss",), (), (Edit(file, replace, by),)))
+        cases.apply_edits(Case("x", "dense", {}, ("loss",), (), (Edit(file, replace, by),)))
 
 
 def test_the_overlay_is_what_a_process_imports(tmp_path):
@@ -52,7 +52,7 @@ def test_the_overlay_is_what_a_process_imports(tmp_path):
     assert done.stdout.strip() == "21.0", done.stderr
     source = host.ROOT / "kernels" / "r1_kernels" / "policy_terms.py"
     assert "MAX_LOG_RATIO = 20.0" in source.read_text(encoding="utf-8")
-    assert (overlay / cases.IMPORTED).read_text(encoding="utf-8").startswith("r1_kernels ")
+    assert (overlay / cases.IMPORTS_FILE).read_text(encoding="utf-8").startswith("r1_kernels ")
     with pytest.raises(RuntimeError, match="controller"):
         cases.check_imports(overlay)
 

@@ -8,7 +8,7 @@ import transformers
 
 from megatron_r1.why.comparison import CannotRecompute
 from megatron_r1.why.policy.expert_replay import replayed_experts
-from megatron_r1.why.policy.policy_logprobs import shifted_experts
+from megatron_r1.why.policy.policy_logprobs import rows_with_shifted_experts
 from megatron_r1.why.policy.routed_experts import chosen_experts
 from megatron_r1.why.policy.token_logprobs import TokenRow, logprobs
 
@@ -131,7 +131,7 @@ def test_a_router_with_other_weights_is_refused():
 def test_experts_are_those_of_the_token_before_or_after(shift, expected):
     experts = torch.arange(4)[:, None, None].expand(4, LAYERS, TOPK)
     row = with_experts(random_row(4), experts)
-    (shifted,) = shifted_experts([row], shift)
+    (shifted,) = rows_with_shifted_experts([row], shift)
     assert shifted.experts[:, 0, 0].tolist() == expected
     assert row.experts[:, 0, 0].tolist() == [0, 1, 2, 3]
-    assert shifted_experts([random_row(4)], shift)[0].experts is None
+    assert rows_with_shifted_experts([random_row(4)], shift)[0].experts is None

@@ -541,7 +541,9 @@ def test_a_loss_of_kl_alone_has_the_rounding_of_kl(planted, logged, departs):
         base=made,
         run=lambda substitution, is_recorded: made,
         evidence=Evidence(),
-        inputs=SimpleNamespace(packed=[], shares=list, left_out="", trains_more=False),
+        inputs=SimpleNamespace(
+            packed_rows=[], shares=list, left_out_note="", trains_mtp_layers=False
+        ),
         searches_causes=True,
         estimate=lambda substitution, line: 1.0,
         term_fit=TermFit((), math.inf, math.inf),
@@ -561,7 +563,7 @@ def test_a_metric_that_is_no_number_departs_and_nothing_explains_it(planted, log
     recomputed = SimpleNamespace(
         base=made,
         run=searched,
-        inputs=SimpleNamespace(shares=searched, left_out=""),
+        inputs=SimpleNamespace(shares=searched, left_out_note=""),
         searches_causes=True,
     )
     step = planted.read()
@@ -706,7 +708,7 @@ def test_advantages_of_rewards_that_are_normalized_alone_are_the_runs(planted):
     planted.settings["rl"] |= {"reward_normalization": "each", "overlong_buffer": 0.9}
     step = planted.read()
     expected = reward_normalization.advantages(
-        step.groups, grpo.advantages, step.config, step.weights
+        step.groups, grpo.advantages, step.config, step.reward_weights
     )
     assert len({a for group in expected for a in group}) > 1
     for own, run_own in zip(step.advantages, expected, strict=True):

@@ -47,7 +47,7 @@ def whole(tmp_path):
 
 
 def test_nothing_is_found_in_a_whole_checkpoint(whole):
-    assert checkpoint_tensors.not_finite(whole) == []
+    assert checkpoint_tensors.non_finite_tensor_names(whole) == []
     assert checkpoint_tensors.empty_moments(whole, "") == ([], 2)
     assert checkpoint_tensors.masters_apart(whole)[1] == 0.0
     assert checkpoint_tensors.head_from_embedding(whole) == 0.0
@@ -57,7 +57,7 @@ def test_nothing_is_found_in_a_whole_checkpoint(whole):
 def test_a_number_that_is_not_finite_is_found(tmp_path):
     bad = torch.ones(12, 4)
     bad[3, 2] = float("inf")
-    assert checkpoint_tensors.not_finite(written(tmp_path / "bad", second=bad)) == [
+    assert checkpoint_tensors.non_finite_tensor_names(written(tmp_path / "bad", second=bad)) == [
         f"{SECOND}{HEAD}"
     ]
 

@@ -20,8 +20,8 @@ def test_an_engine_at_the_beginning_of_a_run_with_adapters_has_none(lora, versio
     step = SimpleNamespace(line={}, run_config=SimpleNamespace(model=SimpleNamespace(lora=lora)))
     gaps = SimpleNamespace(
         step=step,
-        newest=2,
-        recomputed=SimpleNamespace(logprobs_after=None),
+        newest_version=2,
+        policies=SimpleNamespace(logprobs_after=None),
         stale_version=lambda logprobs: (version, ExplainedEngine(1e-6, 0.1, "engine-0")),
         engine_means=dict,
         tolerance=1e-4,

@@ -35,7 +35,7 @@ def updates_of(run: Run, first: FirstUpdate | None) -> StepUpdates:
 
 def result(updates: StepUpdates, loss, adam, is_known, terms=None):
     made = updates.run(ORDER, loss, adam, terms=terms, is_known=is_known)
-    return [each.metrics for each in made], updates.model.state_dict(), updates.adam.second
+    return [each.metrics for each in made], updates.model.state_dict(), updates.adam.second_moments
 
 
 def first_of(run: Run) -> FirstUpdate:

@@ -78,7 +78,7 @@ def test_pushed_values_are_those_of_blocks_in_float64(shape, power_of_two):
     values, older = (scale_of_rows * torch.randn(shape) for _ in range(2))
     name = "model.layers.1.mlp.experts.3.down_proj.weight"
     for scales_of in (None, older):
-        pushed = pushed_values(name, values, power_of_two=power_of_two, scales_of=scales_of)
+        pushed = pushed_values(name, values, rounds_scales_up=power_of_two, scales_of=scales_of)
         expected = quantized(values, scales_of, power_of_two)
         torch.testing.assert_close(pushed.double(), expected, rtol=3e-7, atol=0)
     assert pushed.dtype == torch.float32 and not torch.equal(pushed, values)
@@ -94,13 +94,13 @@ def test_pushed_values_are_those_of_blocks_in_float64(shape, power_of_two):
 )
 def test_other_tensors_are_pushed_in_bfloat16(name):
     values = torch.randn(130, 130)
-    pushed = pushed_values(name, values, power_of_two=False, scales_of=-values)
+    pushed = pushed_values(name, values, rounds_scales_up=False, scales_of=-values)
     assert torch.equal(pushed, values.bfloat16().float())
 
 
 def test_the_bias_of_a_router_is_pushed_in_float32():
     name, values = "model.layers.1.mlp.gate.e_score_correction_bias", torch.randn(8)
-    assert torch.equal(pushed_values(name, values, power_of_two=False), values)
+    assert torch.equal(pushed_values(name, values, rounds_scales_up=False), values)
 
 
 def test_a_coefficient_is_that_of_least_squares():
@@ -204,7 +204,7 @@ def logged_step(folder, values, scratch, scale_format=None):
             versions=np.full(len(values_of_row), NEWEST),
             advantage=1.0,
             num_sampled=len(values_of_row),
-            kept=None,
+            kept_ids=None,
             experts=None,
         )
         for index, (row, values_of_row) in enumerate(zip(rows(), made, strict=True))
@@ -212,7 +212,7 @@ def logged_step(folder, values, scratch, scale_format=None):
     response = SimpleNamespace(response=SimpleNamespace(engine="engine-0"))
     return SimpleNamespace(
         step=NEWEST + 1,
-        before=folder,
+        checkpoint_before=folder,
         folder=SimpleNamespace(hf_folder=None),
         config=config,
         run_config=config,

@@ -5,7 +5,7 @@ import pytest
 import torch
 from test_why_engines import NEWEST, Recomputed, dense_model, rows_of
 
-from megatron_r1.why.policy.policy_logprobs import one_row
+from megatron_r1.why.policy.policy_logprobs import join_rows
 from megatron_r1.why.policy.token_logprobs import logprobs
 
 
@@ -15,7 +15,7 @@ def test_one_row_attends_to_the_rows_before():
     ids = torch.cat([row.token_ids for row in rows])[None]
     is_sampled = torch.cat([row.is_sampled for row in rows])
     for restarts in (True, False):
-        (made,), *_ = logprobs(model, [one_row(rows, restarts)])
+        (made,), *_ = logprobs(model, [join_rows(rows, restarts)])
         positions = torch.arange(7).repeat(3) if restarts else torch.arange(21)
         mask = torch.ones(21, 21).tril().log()[None, None]
         out = model(ids, position_ids=positions[None], attention_mask=mask).logits[0].double()
@@ -28,10 +28,10 @@ def test_packed_log_probabilities_are_put_back_in_order(restarts):
     model = dense_model()
     recomputed = Recomputed({NEWEST: model}, model, rows_of(5, 9))
     packed = recomputed.packed_logprobs([[2, 0], [4], [1, 3]], restarts=restarts)
-    (pair,), *_ = logprobs(model, [one_row([recomputed.rows[2], recomputed.rows[0]], restarts)])
+    (pair,), *_ = logprobs(model, [join_rows([recomputed.rows[2], recomputed.rows[0]], restarts)])
     np.testing.assert_allclose(np.concatenate([packed[2], packed[0]]), pair.numpy(), atol=1e-6)
     for index in (2, 4, 1):  # nothing is before them
-        np.testing.assert_allclose(packed[index], recomputed.old[index], atol=1e-5)
-    assert np.abs(packed[3] - recomputed.old[3]).max() > 1e-3
+        np.testing.assert_allclose(packed[index], recomputed.old_logprobs[index], atol=1e-5)
+    assert np.abs(packed[3] - recomputed.old_logprobs[3]).max() > 1e-3
     assert recomputed.packed_logprobs([[0], [1]], restarts=restarts) is None
     assert np.isfinite(np.concatenate(packed)).all()

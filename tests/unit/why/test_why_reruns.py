@@ -252,7 +252,7 @@ def test_weights_that_do_not_fit_on_the_disk_are_not_written(tmp_path):
 
 def test_a_departure_without_a_cause_names_the_command_to_type_next():
     gaps = SimpleNamespace(
-        untried=[],
+        untried_causes=[],
         step=SimpleNamespace(
             **vars(STEP),
             loss_fraction=lambda concerned: 1.0,
@@ -308,15 +308,16 @@ def test_distances_are_of_the_responses_that_depart():
     gaps = Gaps(
         logged=[old[0], np.array([-2.5, NAN])],
         sequences=[SimpleNamespace(response=(0, 0)), SimpleNamespace(response=(0, 1))],
-        recomputed=SimpleNamespace(old=old),
-        newest=2,
+        policies=SimpleNamespace(old_logprobs=old),
+        newest_version=2,
     )
     fresh = [old[0], np.array([-2.125, -9.0])]
     logged = replace(LOGGED, concerned=[(0, 1)])
     assert reruns._engine_distances(gaps, fresh, old, logged, True) == (0.5, 0.375, 0.125)
     partial = reruns._engine_distances(gaps, fresh, [old[0], fresh[1]], logged, False)
-    assert (partial.recorded, partial.rerun) == (0.5, 0.0) and math.isnan(partial.reproduced)
+    assert (partial.recorded_to_transformers, partial.rerun_to_transformers) == (0.5, 0.0)
+    assert math.isnan(partial.recorded_to_rerun)
     healthy = replace(LOGGED, status=EQUAL)
-    assert reruns._engine_distances(gaps, old, old, healthy, True).rerun == 0.0
+    assert reruns._engine_distances(gaps, old, old, healthy, True).rerun_to_transformers == 0.0
     with pytest.raises(CannotRecompute, match="version 2"):
         reruns._engine_distances(gaps, [np.full(2, NAN)] * 2, old, logged, True)

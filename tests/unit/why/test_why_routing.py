@@ -10,7 +10,7 @@ from test_expert_replay import random_model, random_row, with_experts
 
 from megatron_r1.why.checks.routing import check_routing
 from megatron_r1.why.comparison import CannotRecompute
-from megatron_r1.why.policy.policy_logprobs import PolicyLogprobs, own_experts
+from megatron_r1.why.policy.policy_logprobs import PolicyLogprobs, rows_with_own_experts
 from megatron_r1.why.policy.routed_experts import seen_experts
 from megatron_r1.why.policy.token_logprobs import token_logits
 
@@ -73,7 +73,7 @@ def test_agreement_is_the_share_of_logged_experts_that_the_model_chooses():
     model = random_model("Qwen3Moe")
     row = random_row(12)
     with torch.no_grad(), seen_experts(model) as chosen:
-        token_logits(model, own_experts([row]))
+        token_logits(model, rows_with_own_experts([row]))
     experts = torch.stack(list(chosen.values()), dim=1)  # (tokens, layers, experts per token)
 
     def agreement(recorded: torch.Tensor, shift: int = 0) -> float:

@@ -146,12 +146,12 @@ def test_gradients_that_add_up_are_torchs_without_zero_grad():
 def test_an_update_that_is_left_out_changes_neither_weights_nor_counter():
     gradient = {"weight": torch.ones(2)}
     skipped, single = (Adam({"weight": torch.zeros(2)}, None, 0) for _ in range(2))
-    rules = replace(ADAM, skipped=(0,))
+    rules = replace(ADAM, skipped_updates=(0,))
     skipped.step(gradient, rules, 0)
-    assert skipped.count == 0 and not skipped.first["weight"].any()
+    assert skipped.count == 0 and not skipped.first_moments["weight"].any()
     skipped.step(gradient, rules, 1)
     single.step(gradient, ADAM, 1)
-    torch.testing.assert_close(skipped.first, single.first)
+    torch.testing.assert_close(skipped.first_moments, single.first_moments)
     assert skipped.count == 1
 
 
@@ -181,7 +181,7 @@ def test_each_kind_of_loss_and_update_is_tried():
         ("reverses_kl", True),
         ("accumulates", True),
         ("bias_count", math.inf),
-        *(("skipped", (index,)) for index in range(4)),
+        *(("skipped_updates", (index,)) for index in range(4)),
     }
 
 
@@ -227,7 +227,10 @@ def test_counters_say_which_updates_are_missing(tmp_path, monkeypatch, counters,
     numbers = dict(zip(paths, counters, strict=True))
     monkeypatch.setattr(checkpoint_model, "read_state", numbers.__getitem__)
     step = SimpleNamespace(
-        before=paths[0], after=paths[1], step=3, updates_after=lambda step: 2 * step
+        checkpoint_before=paths[0],
+        checkpoint_after=paths[1],
+        step=3,
+        updates_after=lambda step: 2 * step,
     )
     found = _missing_updates(step)
     assert found is None if words is None else words in found[0]

@@ -120,7 +120,7 @@ def test_planted_coefficients_are_found(coefficients, count, clip):
     for found in fit.coefficients:
         assert found.value == pytest.approx(coefficients.get(found.term.name, 1.0), abs=1e-3)
         assert found.is_identifiable
-    assert [found.term.name for found in fit.departing(2**-8)] == list(coefficients)
+    assert [found.term.name for found in fit.departing_coefficients(2**-8)] == list(coefficients)
     assert fit.residual < 1e-3
 
 
@@ -143,7 +143,7 @@ def test_the_updates_are_those_of_the_sum():
         model.load_state_dict(run.model.state_dict())
         updates = StepUpdates(model, run.before, 3, run.rows, run.old, run.reference)
         metrics = [each.metrics for each in updates.run(order, LOSS, ADAM, terms=gradients)]
-        made.append((metrics, model.state_dict(), updates.adam.first))
+        made.append((metrics, model.state_dict(), updates.adam.first_moments))
     for one, other in zip(made[0][0], made[1][0], strict=True):
         assert one == pytest.approx(other, rel=1e-5)
     for one, other in zip(made[0][1:], made[1][1:], strict=True):
@@ -157,7 +157,7 @@ def test_terms_that_are_alike_or_small_are_not_identifiable():
     fit = run.fit(order, norm, (*TERMS, twice))
     known = {found.term.name: found.is_identifiable for found in fit.coefficients}
     assert known == {t.name: t is not ENTROPY and t is not twice for t in (*TERMS, twice)}
-    assert [found.term.name for found in fit.departing(2**-8)] == [KL.name]
+    assert [found.term.name for found in fit.departing_coefficients(2**-8)] == [KL.name]
     gradients = run.recomputed(order, TERMS)
     for values in gradients.columns[KL.name].values():
         values.mul_(1e-6)
@@ -172,13 +172,15 @@ def test_a_gradient_of_something_else_names_no_term():
         state = run.inner.state[parameter]
         state["exp_avg"] = torch.randn_like(state["exp_avg"])
     fit = run.fit(order, norm)
-    assert fit.residual > 0.5 and not fit.departing(2**-8)
+    assert fit.residual > 0.5 and not fit.departing_coefficients(2**-8)
 
 
 @pytest.mark.parametrize("coefficient", [0.0, 1.0])
 def test_responses_that_are_left_out_enter_with_nothing(coefficient):
     run, order = Run(), ([0, 3],)
-    absent = replace(TRUNCATED, expected=0.0, left_out=({1: run.rows[1], 2: run.rows[2]},))
+    absent = replace(
+        TRUNCATED, expected_coefficient=0.0, left_out_rows=({1: run.rows[1], 2: run.rows[2]},)
+    )
     terms = [replace(term, rows=term.rows & {0, 3}) for term in (POLICY, KL, ENTROPY)]
     run.inner.zero_grad()
     parts = [run.loss([0, 3], term) for term in terms]
@@ -225,20 +227,21 @@ def test_responses_that_are_left_out_have_the_advantages_that_they_would_have(pl
         rewards = torch.tensor(group, dtype=torch.float64)
         deviation = rewards.std(unbiased=False) + step.config.rl.advantage_epsilon
         advantages = ((rewards - rewards.mean()) / deviation).tolist()
-        assert term.rows == {index} and term.expected == 0.0
-        (row,) = [row for update in term.left_out for row in update.values()]
+        assert term.rows == {index} and term.expected_coefficient == 0.0
+        (row,) = [row for update in term.left_out_rows for row in update.values()]
         assert row.advantage == pytest.approx(advantages[1 if index == 1 else -1])
     assert "rl.truncated" in masked.remedy and "grade" in ungraded.remedy
 
 
-def compared(coefficients: dict[str, float], trains_more: bool = False):
+def compared(coefficients: dict[str, float], trains_mtp_layers: bool = False):
     """What the check says of a run with some coefficients."""
     run, order = Run(clip=1e9), ORDERS[1]
     config = parse({"model": {"dtype": "float32"}})
     fit = run.fit(order, run.step(order, coefficients))
     step = SimpleNamespace(config=config, run_config=config, advantages=[[1.0, math.nan]])
     return check_terms(
-        step, SimpleNamespace(term_fit=fit, inputs=SimpleNamespace(trains_more=trains_more))
+        step,
+        SimpleNamespace(term_fit=fit, inputs=SimpleNamespace(trains_mtp_layers=trains_mtp_layers)),
     )
 
 
@@ -250,7 +253,7 @@ def test_the_check_names_the_term_and_its_setting():
     assert found.reason.startswith("the KL term entered with -1.00 times its gradient (")
     found = compared({term.name: 2.0 for term in TERMS})
     assert found.departs and found.remedy == GRADIENT_REMEDY
-    assert "MTP layers' loss, not checked" in compared({}, trains_more=True).compared
+    assert "MTP layers' loss, not checked" in compared({}, trains_mtp_layers=True).compared
 
 
 def test_what_is_not_known_is_said():
@@ -270,7 +273,7 @@ def test_what_is_not_known_is_said():
 
 def test_of_moments_in_16_bits_no_gradient_is_taken_back():
     step = step_of({"kl_beta": 0.0}, optimizer={"moments": "bfloat16"})
-    made = Recomputation(SimpleNamespace(**vars(step), step=3, after=None))
+    made = Recomputation(SimpleNamespace(**vars(step), step=3, checkpoint_after=None))
     made.inputs.check_updates = lambda: None
     with pytest.raises(CannotRecompute, match="no checkpoint of step 3"):
         _ = made.term_fit

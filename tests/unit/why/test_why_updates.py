@@ -27,7 +27,7 @@ from megatron_r1.why.update.token_advantages import with_token_advantages
 VOCABULARY, WIDTH = 11, 6
 RULES = LossRules(
     average="sequence",
-    constant=20,
+    constant_length=20,
     clip_low=0.2,
     clip_high=0.3,
     dual_clip=None,
@@ -97,7 +97,9 @@ def by_kernels(
 ):
     """The terms of a response by the trainer's formulae."""
     count = len(own)
-    weight = {"sequence": 1 / count, "token": 1.0, "constant": 1 / loss.constant}[loss.average]
+    weight = {"sequence": 1 / count, "token": 1.0, "constant": 1 / loss.constant_length}[
+        loss.average
+    ]
     ratio = (own - old).mean().expand(count) if loss.is_sequence_ratio else None
     settings = PolicySettings(
         loss.clip_low,
@@ -153,7 +155,7 @@ def test_a_cut_is_a_softmax_over_the_kept_ids():
         ]
         kept.append([torch.tensor(sorted(ids)) for ids in own])
         counts = torch.tensor([len(ids) for ids in own])
-        given.append(replace(row, kept=(counts, torch.cat(kept[-1]))))
+        given.append(replace(row, kept_ids=(counts, torch.cat(kept[-1]))))
     torch.manual_seed(1)
     model = Model()
     twin = Model()
@@ -192,7 +194,7 @@ def test_a_token_that_was_not_kept_is_not_scored():
     row = rows()[0]
     nothing = torch.zeros(int(row.is_sampled.sum()), dtype=torch.int64)
     with pytest.raises(CannotRecompute, match="kept"):
-        logprobs(Model(), [replace(row, kept=(nothing, nothing[:0]))], [1.0])
+        logprobs(Model(), [replace(row, kept_ids=(nothing, nothing[:0]))], [1.0])
 
 
 def test_the_optimizer_is_torchs_adamw():
@@ -269,12 +271,14 @@ def test_a_known_norm_takes_the_place_of_the_gradients():
         adam = Adam({"weight": torch.zeros(2)}, None, 0)
         rules = replace(ADAM, clip_grad=1.0, norms=norms)
         assert adam.step({"weight": torch.ones(2)}, rules, 0) == norms[0]
-        torch.testing.assert_close(adam.first["weight"], torch.full((2,), 0.1 * scale))
+        torch.testing.assert_close(adam.first_moments["weight"], torch.full((2,), 0.1 * scale))
 
 
 def step_of(rl: dict, **sections: dict) -> SimpleNamespace:
     config = parse({"rl": rl, **sections})
-    return SimpleNamespace(config=config, run_config=config, sequences=[], before="a checkpoint")
+    return SimpleNamespace(
+        config=config, run_config=config, sequences=[], checkpoint_before="a checkpoint"
+    )
 
 
 @pytest.mark.parametrize("algorithm", ["rloo", "reinforce_pp"])

@@ -21,7 +21,7 @@ PACKAGES = {
     "r1_grading": ROOT / "grading" / "r1_grading",
     "r1_kernels": ROOT / "kernels" / "r1_kernels",
 }
-IMPORTED = "imported.txt"
+IMPORTS_FILE = "imported.txt"
 """File of an overlay in which each process that imports it writes what it is."""
 NOTE = """
 import os as _os, sys as _sys
@@ -35,8 +35,8 @@ PROCESSES = {
     "trainer rank's kernels": r"r1_kernels .*megatron_r1\.trainer\.rank",
     "grader": r"r1_grading .*r1_grading\.worker",
 }
-"""Processes of a run by name, with how their imports look in `IMPORTED`; fork servers import for
-engines and ranks."""
+"""Processes of a run by name, with how their imports look in `IMPORTS_FILE`; fork servers import
+for engines and ranks."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def read_table(path: Path = TABLE) -> Table:
                 entry["name"],
                 recipe["model"],
                 merge_settings(recipe.get("settings", {}), entry.get("settings", {})),
-                tuple(_flat(entry.get("quantity", ()))),
+                tuple(_flatten(entry.get("quantity", ()))),
                 tuple(entry.get("cause", ())),
                 tuple(Edit(**edit) for edit in entry.get("edits", ())),
                 entry.get("first_run"),
@@ -113,12 +113,12 @@ def read_table(path: Path = TABLE) -> Table:
     return table
 
 
-def _flat(names: list[Any]) -> list[str]:
+def _flatten(names: list[Any]) -> list[str]:
     """Return names, of which a list may be one."""
     return [entry for name in names for entry in (name if isinstance(name, list) else [name])]
 
 
-def changed(case: Case) -> dict[str, str]:
+def apply_edits(case: Case) -> dict[str, str]:
     """Return the changed source files of a case: path in the overlay → text.
 
     Raises:
@@ -153,12 +153,12 @@ def write_overlay(case: Case, folder: Path) -> Path:
     Returns:
         The folder, to be the first of PYTHONPATH."""
     shutil.rmtree(folder, ignore_errors=True)
-    texts = changed(case)
+    texts = apply_edits(case)
     for name, source in PACKAGES.items():
         shutil.copytree(source, folder / name, copy_function=os.link)
         init_file = folder / name / "__init__.py"
         text = texts.pop(f"{name}/__init__.py", init_file.read_text(encoding="utf-8"))
-        texts[f"{name}/__init__.py"] = text + NOTE.format(file=IMPORTED)
+        texts[f"{name}/__init__.py"] = text + NOTE.format(file=IMPORTS_FILE)
     for path, text in texts.items():
         target = folder / path
         for cached_file in target.parent.glob(f"__pycache__/{target.stem}.*.pyc"):
@@ -173,7 +173,7 @@ def check_imports(overlay: Path) -> None:
 
     Raises:
         RuntimeError: one has not; it names the process."""
-    path = overlay / IMPORTED
+    path = overlay / IMPORTS_FILE
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     for process, pattern in PROCESSES.items():
         if not any(re.match(pattern, line) for line in lines):

@@ -21,7 +21,7 @@ QUANTITY = "quantity"
 """The right quantity, without its cause."""
 HEALTHY, ALARM = "healthy", "false alarm"
 BEGIN, END = "<!-- bench why -->", "<!-- end -->"
-SHOWN = 150
+MAX_SHOWN_CHARACTERS = 150
 """Characters of what `why` says."""
 Result = Mapping[str, Any]
 
@@ -77,14 +77,14 @@ def as_lines(results: Sequence[Result]) -> str:
 
 
 def _describe_departure(result: Result) -> str:
-    """Return the first departure of a result in at most `SHOWN` characters."""
+    """Return the first departure of a result in at most `MAX_SHOWN_CHARACTERS` characters."""
     if result["run"]["status"]:
-        return " ".join(result["run"]["error"].split())[-SHOWN:]
+        return " ".join(result["run"]["error"].split())[-MAX_SHOWN_CHARACTERS:]
     first = (result.get("why") or {}).get("first")
     if not first:
         return ""
     text = f"{first['family']}: {first['name']}: {first['reason']}"
-    return text if len(text) <= SHOWN else f"{text[: SHOWN - 1]}…"
+    return text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[: MAX_SHOWN_CHARACTERS - 1]}…"
 
 
 def figures(results: Sequence[Result]) -> dict[str, Any]:
