@@ -22,7 +22,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = Path("tests/nullgpu/passed.json")
-COVERED = (
+COVERED_PATHS = (
     "kernels/r1_kernels",
     "megatron_r1/models",
     "megatron_r1/trainer",
@@ -58,8 +58,8 @@ class Counts:
 
 
 def digests(root: Path = ROOT) -> dict[str, str]:
-    """Return a digest of each of `COVERED`: of names and code of its tracked files."""
-    return {covered: _digest(root, covered) for covered in COVERED}
+    """Return a digest of each of `COVERED_PATHS`: of names and code of its tracked files."""
+    return {covered: _digest(root, covered) for covered in COVERED_PATHS}
 
 
 def _digest(root: Path, covered: str) -> str:

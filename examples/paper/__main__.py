@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     common = [str(RECIPE), "--pipeline.folder", str(chosen.folder)]
     common += ["--pipeline.seeds", chosen.seeds, *pipeline_options]
-    stages = needed(published.tables[chosen.only]) if chosen.only else [None]
+    stages = needed_stages(published.tables[chosen.only]) if chosen.only else [None]
     status = 0
     for stage in [] if chosen.page_only else stages:
         until = ["--pipeline.until", stage] if stage else []
@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     return status
 
 
-def needed(table: tables.PaperTable) -> list[str]:
+def needed_stages(table: tables.PaperTable) -> list[str]:
     """Return the stages whose figures a table shows and those that evaluate them, in the recipe's
     order."""
     recipe = load(RECIPE)

@@ -30,11 +30,13 @@ def votes(folder: str, samples: str, sizes: list[int]) -> None:
     rows = sorted(read_lines(Path(samples)), key=lambda row: (row["id"], row["index"]))
     groups = [list(group) for _, group in groupby(rows, key=lambda row: row["id"])]
     groups = [group for group in groups if can_vote(group[0]["kind"])]
-    figures = {f"majority@{n}": figure([voted(group, n) for group in groups]) for n in sizes}
+    figures = {
+        f"majority@{n}": figure([majority_accuracy(group, n) for group in groups]) for n in sizes
+    }
     write_figures(folder, figures)
 
 
-def voted(answers: Sequence[Row], size: int) -> float:
+def majority_accuracy(answers: Sequence[Row], size: int) -> float:
     """Return how often the majority of `size` of these answers to one question is right."""
     votes = [read_vote(answer["response"]) for answer in answers]
     keys = [None if vote is None else vote.key for vote in votes]

@@ -19,7 +19,7 @@ from examples.paper.tables import (
     Column,
     PaperRow,
     PaperTable,
-    Published,
+    PublishedTables,
     Results,
     Verdict,
     split,
@@ -51,11 +51,11 @@ def draw_table(table: PaperTable, results: Results) -> str | None:
         figure = Figure(figsize=(WIDTH_INCHES, height), layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.subplots(1, len(panels), squeeze=False, sharey=not table.curve)[0]
-        for place, panel in zip(axes, panels, strict=True):
+        for panel_axes, panel in zip(axes, panels, strict=True):
             if table.curve:
-                _plot_curve(place, table.columns[split(panel)[1]], results.curve(panel))
+                _plot_curve(panel_axes, table.columns[split(panel)[1]], results.curve(panel))
             else:
-                _plot_rows(place, table, panel, results)
+                _plot_rows(panel_axes, table, panel, results)
         return _plot_svg(figure)
 
 
@@ -64,8 +64,8 @@ def _plot_rows(axes: Axes, table: PaperTable, name: str, results: Results) -> No
     column = table.columns[name]
     for height, row in enumerate(table.rows.values()):
         if name in row.ours and (spread := results.spread(row.ours[name])):
-            below = [height + 0.2] * len(spread.values)
-            axes.plot(spread.values, below, ".", color=INKS["other"])
+            heights = [height + 0.2] * len(spread.values)
+            axes.plot(spread.values, heights, ".", color=INKS["other"])
             error = spread.deviation or 0.0
             axes.errorbar(spread.mean, height, xerr=error, capsize=3, fmt="o", color=INKS["accent"])
         published = row.published.get(name)
@@ -122,7 +122,7 @@ compared. A direction agrees if it holds here in every seed.
 """
 
 
-def write_page(path: Path, published: Published, results: Results) -> list[Path]:
+def write_page(path: Path, published: PublishedTables, results: Results) -> list[Path]:
     """Write the page, and its plots in a folder of its name; return all files.
 
     Missing figures leave empty cells, and the page states that it is incomplete."""
@@ -153,8 +153,8 @@ def _facts(results: Results) -> str:
 
 def _anchor(title: str) -> str:
     """Return GitHub's anchor of a heading."""
-    kept = "".join(char for char in title.lower() if char.isalnum() or char in " -_")
-    return kept.replace(" ", "-")
+    anchor = "".join(char for char in title.lower() if char.isalnum() or char in " -_")
+    return anchor.replace(" ", "-")
 
 
 def _section(table: PaperTable, results: Results, verdicts: list[Verdict], plot: str) -> str:
@@ -182,13 +182,13 @@ def _rows(table: PaperTable, results: Results) -> list[str]:
         cells = [row.title]
         for name, column in table.columns.items():
             if name in published:
-                cells.append(_published(row, name, column))
+                cells.append(_published_text(row, name, column))
             cells.append(_ours(row, name, column, results))
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
-def _published(row: PaperRow, name: str, column: Column) -> str:
+def _published_text(row: PaperRow, name: str, column: Column) -> str:
     value = row.published.get(name, NOTHING)
     if isinstance(value, str):
         return value
@@ -201,10 +201,10 @@ def _ours(row: PaperRow, name: str, column: Column, results: Results) -> str:
         return NOTHING
     missing = len(results.seeds) - len(spread.values)
     partly = f" ({len(spread.values)} of {len(results.seeds)} seeds)" if missing else ""
-    return worded(spread, column) + partly
+    return format_spread(spread, column) + partly
 
 
-def worded(spread: Spread, column: Column) -> str:
+def format_spread(spread: Spread, column: Column) -> str:
     """Format as `71.0% ± 1.2`, `0.610 ± 0.02` or `2 min 5 s ± 3.1 s`."""
     word = {"fraction": format_percent, "number": format_number, "seconds": format_duration}[
         column.unit
@@ -234,6 +234,6 @@ def _sentence(table: PaperTable, found: Verdict) -> str:
 
 def _points(gap: Spread, column: Column) -> str:
     if column.unit != "fraction":
-        return worded(gap, column)
+        return format_spread(gap, column)
     deviation = "" if gap.deviation is None else f" ± {100 * gap.deviation:.1f}"
     return f"{100 * gap.mean:+.1f}{deviation} points"

@@ -102,18 +102,18 @@ class PaperTable(Section):
         return {split(reference)[0] for reference in (*self.references, *self.curve)}
 
 
-class Published(Section):
+class PublishedTables(Section):
     paper: str
     tables: dict[str, PaperTable]
 
 
-def load_tables(path: Path = PUBLISHED) -> Published:
+def load_tables(path: Path = PUBLISHED) -> PublishedTables:
     """Load the tables.
 
     Raises:
         ValueError: the file names unknown rows or columns.
     """
-    return Published.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    return PublishedTables.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
 
 
 def split(reference: str) -> tuple[str, str]:

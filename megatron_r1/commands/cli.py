@@ -169,12 +169,12 @@ def _run_recipe(verb: str, recipe: str, options: list[str], arguments: list[str]
     if is_dry and module.dry_run is None:
         raise UserError(f"{DRY_RUN}: {verb} has none; rl has", key=DRY_RUN, cause=Cause.UNSUPPORTED)
     options = [option for option in options if option != DRY_RUN]
-    implied = module.implied
+    implied = module.implied_settings
     if module.from_run is not None and Path(recipe).is_dir():
         recipe, implied = module.from_run(recipe)
     extra_options = [DRY_RUN.removeprefix("--")] if module.dry_run is not None else []
     overrides = {**implied, **_overrides(options, extra_options)}
-    config = configuration.load(recipe, overrides, required=module.required)
+    config = configuration.load(recipe, overrides, required=module.required_keys)
     files.allow_readers(config.run.readable_by)  # before anything is written, or a process started
     module.check(config)
     if is_dry and module.dry_run is not None:
@@ -196,11 +196,11 @@ def _help(name: str) -> str:
     """Return the help of a verb: its purpose, required settings, and own settings."""
     verb = read_verb(name, VERB_MODULES[name])
     options = "".join(
-        f" [--{option} {value}]" + (" …" if option in verb.repeated else "")
+        f" [--{option} {value}]" + (" …" if option in verb.repeated_options else "")
         for option, value in verb.options.items()
     )
     settings = " [--section.key value …]" if verb.settings else ""
-    required = ", ".join(verb.required)
+    required = ", ".join(verb.required_keys)
     parts = [
         f"usage: megatron-r1 {name} {' '.join(verb.arguments)}{options}{settings}",
         verb.about,
@@ -216,7 +216,7 @@ def _run_plain_verb(verb: str, words: list[str]) -> int:
     values, options = _split_words(verb, module, words)
     verb_options = _verb_options(module, options)
     _refuse_unknown(verb, module, options)
-    overrides = {**module.implied, **_overrides(options)}
+    overrides = {**module.implied_settings, **_overrides(options)}
     config = configuration.from_overrides(overrides)
     for key in overrides:
         if not any(f"{key}.".startswith(f"{setting}.") for setting in module.settings):
@@ -236,7 +236,7 @@ def _split_words(verb: str, module: VerbModule, words: list[str]) -> tuple[list[
     Raises:
         UserError: an argument is missing."""
     option_names = {text.partition("=")[0] for text in words}
-    is_instead = not option_names.isdisjoint(f"--{name}" for name in module.instead)
+    is_instead = not option_names.isdisjoint(f"--{name}" for name in module.alternative_options)
     count = 0 if is_instead else len(module.arguments)
     values, options = words[:count], words[count:]
     if len(values) < count or any(value.startswith("--") for value in values):
@@ -260,7 +260,7 @@ def _verb_options(module: VerbModule, options: list[str]) -> dict[str, Any]:
     values_by_option = {name: _take_options(name, options) for name in module.options}
     verb_options: dict[str, Any] = {}
     for name, texts in values_by_option.items():
-        if name in module.repeated and texts:
+        if name in module.repeated_options and texts:
             verb_options[name] = texts
         elif len(texts) > 1:
             raise UserError(

@@ -46,7 +46,7 @@ def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> No
     files.allow_readers(config.readable_by)
     seeds = config.seeds or [config.seed]
     folders = [root / f"seed_{seed}" if config.seeds else root for seed in seeds]
-    implied_settings = _implied(verbs, {stage.verb for stage in recipe.stages.values()})
+    implied_settings = _implied_settings(verbs, {stage.verb for stage in recipe.stages.values()})
     plans = [
         PipelinePlan.from_recipe(recipe, path, folder, seed, implied_settings)
         for folder, seed in zip(folders, seeds, strict=True)
@@ -81,10 +81,10 @@ def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> No
             print(f"{report}; report.md and report.json beside it", flush=True)
 
 
-def _implied(verbs: Mapping[str, str], used_verbs: set[str]) -> dict[str, dict[str, Any]]:
+def _implied_settings(verbs: Mapping[str, str], used_verbs: set[str]) -> dict[str, dict[str, Any]]:
     """Return the settings that each verb in use adds to a recipe, as sections."""
     known_verbs = used_verbs & set(verbs)
-    return {verb: nest_keys(load_verb(verb, verbs[verb]).implied) for verb in known_verbs}
+    return {verb: nest_keys(load_verb(verb, verbs[verb]).implied_settings) for verb in known_verbs}
 
 
 def _stages_to_run(config: PipelineConfig, graph: Graph) -> list[str]:

@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(calibrate_from(folder, file, args, overrides))
             return EXIT_FITS
     except ValueError as error:
-        return _refused(error)
+        return _print_refusal(error)
     if len(args.recipes) == 1:
         return _plan(args.recipes[0], args, overrides)
     statuses = {}
@@ -65,7 +65,7 @@ def _plan(recipe: Path, args: argparse.Namespace, overrides: dict[str, Any]) -> 
     try:
         job = planned_job(recipe, args, overrides)
     except ValueError as error:
-        return _refused(error)
+        return _print_refusal(error)
     if not _can_work(job):
         return EXIT_UNFIT
     estimate = JobEstimate(job)
@@ -89,11 +89,11 @@ def _plan(recipe: Path, args: argparse.Namespace, overrides: dict[str, Any]) -> 
         try:
             atomic_write(args.json, json.dumps(plan, indent=1, default=str, allow_nan=False) + "\n")
         except OSError as error:
-            return _refused(f"--json: {args.json} cannot be written: {error.strerror}")
+            return _print_refusal(f"--json: {args.json} cannot be written: {error.strerror}")
     try:
         return EXIT_UNFIT if problems else _later_phases(recipe, args, overrides)
     except ValueError as error:
-        return _refused(error)
+        return _print_refusal(error)
 
 
 def _later_phases(recipe: Path, args: argparse.Namespace, overrides: dict[str, Any]) -> int:
@@ -137,7 +137,7 @@ def _later_phases(recipe: Path, args: argparse.Namespace, overrides: dict[str, A
     return status
 
 
-def _refused(error: object) -> int:
+def _print_refusal(error: object) -> int:
     print(f"megatron-r1 plan: {error}", file=sys.stderr)
     return EXIT_BAD_RECIPE
 
@@ -296,7 +296,7 @@ def _title(estimate: JobEstimate) -> str:
         engines = format_count(job.config.rollout.engines, "engine")
         lines.append(f"{engines} of {format_count(job.engine_gpus, 'GPU')}, on {gpus_text}")
         if job.trains and not job.rollout_gpus and not job.config.rollout.colocated:
-            lines.append(_not_colocated(job))
+            lines.append(_colocation_hint(job))
     lines.append(
         f"assumed: responses of {format_count(job.response_tokens, 'token')} on average, prompts "
         "of "
@@ -305,7 +305,7 @@ def _title(estimate: JobEstimate) -> str:
     return "\n".join(lines)
 
 
-def _not_colocated(job: PlannedJob) -> str:
+def _colocation_hint(job: PlannedJob) -> str:
     """Return the hint for a recipe with separate engines but no --rollout-gpus."""
     rollout = job.config.rollout
     ranks = rollout.tensor_parallel * rollout.data_parallel

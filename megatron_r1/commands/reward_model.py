@@ -51,11 +51,11 @@ class RewardModelData:
     Attributes:
         train: the rows to train on.
         heldout: the rows of held-out questions.
-        dropped: how many rows were left out, by reason."""
+        dropped_rows: how many rows were left out, by reason."""
 
     train: list[RewardModelRow]
     heldout: list[RewardModelRow]
-    dropped: Counter[str]
+    dropped_rows: Counter[str]
 
 
 class RowSampler(EpochSampler[RewardModelRow]):
@@ -91,9 +91,11 @@ def run(config: Config) -> None:
     rows = load_rows(config, text, hf_config)
     config = resolve_steps(config, "reward_model", len(rows.train))
 
-    def notes(trainer: TrainerClient, resumed: bool) -> list[str]:
-        lines = [f"{count:,} rows left out: {reason}" for reason, count in rows.dropped.items()]
-        if any(rank["has_new_score_head"] for rank in trainer.ranks) and not resumed:
+    def notes(trainer: TrainerClient, is_resumed: bool) -> list[str]:
+        lines = [
+            f"{count:,} rows left out: {reason}" for reason, count in rows.dropped_rows.items()
+        ]
+        if any(rank["has_new_score_head"] for rank in trainer.ranks) and not is_resumed:
             lines.append("the score head is new: drawn with std 1 / sqrt(hidden_size + 1)")
         return lines
 
@@ -127,28 +129,30 @@ def load_rows(config: Config, text: PreferenceTokenizer, hf_config: HFConfig) ->
     settings = config.reward_model
     limit = settings.max_tokens or hf_config["max_position_embeddings"]
     sides: dict[bool, list[RewardModelRow]] = {False: [], True: []}
-    dropped: Counter[str] = Counter()
+    dropped_rows: Counter[str] = Counter()
     for row in read_preferences(settings.data, settings.kind):
         samples = _tokenize(row, text, hf_config)
         if len(samples) < len(row.responses):
-            dropped[f"a response has no {settings.scored_part} to score"] += 1
+            dropped_rows[f"a response has no {settings.scored_part} to score"] += 1
         elif max(map(len, samples)) > limit:
-            dropped[f"a text is longer than {limit:,} tokens"] += 1
+            dropped_rows[f"a text is longer than {limit:,} tokens"] += 1
         elif len({sample.token_ids for sample in samples}) < len(samples):
-            dropped[f"both responses have the same {settings.scored_part}"] += 1
+            dropped_rows[f"both responses have the same {settings.scored_part}"] += 1
         else:
             heldout = is_heldout(row.question, settings.heldout_fraction, SPLIT_SALT)
             sides[heldout].append(RewardModelRow(normalize_question(row.question), samples))
     if not sides[False] or (settings.heldout_fraction and not sides[True]):
         side = "held-out" if sides[False] else "training"
-        reasons = "".join(f"; {count:,} left out: {reason}" for reason, count in dropped.items())
+        reasons = "".join(
+            f"; {count:,} left out: {reason}" for reason, count in dropped_rows.items()
+        )
         raise UserError(
             f"{settings.data}: no {side} row{reasons}; give more rows or change "
             f"reward_model.heldout_fraction={settings.heldout_fraction:g}",
             key="reward_model.data",
             cause=Cause.EMPTY,
         )
-    return RewardModelData(sides[False], sides[True], dropped)
+    return RewardModelData(sides[False], sides[True], dropped_rows)
 
 
 def _tokenize(

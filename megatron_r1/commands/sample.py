@@ -92,13 +92,13 @@ class SampleInputs:
 
     Attributes:
         prompt_set: the questions, and the number of samples of each.
-        avoided: prompt id → why it is not sampled.
+        avoided_prompts: prompt id → why it is not sampled.
         shots: worked examples that stand before each question, if any.
         rendering: how sft.jsonl is written; None for other outputs.
         rewrite: the user's function that rewrites responses, if any."""
 
     prompt_set: PromptSet
-    avoided: dict[str, str]
+    avoided_prompts: dict[str, str]
     shots: FewShotExamples | None
     rendering: Rendering | None
     rewrite: UserFunction | None
@@ -145,13 +145,15 @@ def _inputs(config: Config) -> SampleInputs:
     avoid = load_avoided(sample.decontaminate)
     if config.data.heldout_path:  # data.heldout_fraction makes a disjoint set by itself
         avoid += [prompt.question for prompt in split.heldout]
-    avoided = find_contaminated(split.train, avoid, sample.decontaminate_ngram) if avoid else {}
-    prompts = [prompt for prompt in split.train if prompt.id not in avoided]
+    avoided_prompts = (
+        find_contaminated(split.train, avoid, sample.decontaminate_ngram) if avoid else {}
+    )
+    prompts = [prompt for prompt in split.train if prompt.id not in avoided_prompts]
     if not prompts:
         raise UserError(
             f"sample.decontaminate: all {len(split.train):,} questions are among those to be "
-            f"avoided, the first because of {avoided[split.train[0].id]}; give other questions, or "
-            "set sample.decontaminate_ngram: 0 for equality only",
+            f"avoided, the first because of {avoided_prompts[split.train[0].id]}; give other "
+            "questions, or set sample.decontaminate_ngram: 0 for equality only",
             key="sample.decontaminate",
             cause=Cause.EMPTY,
         )
@@ -167,7 +169,9 @@ def _inputs(config: Config) -> SampleInputs:
         tokenizer = path if (path / "config.json").is_file() else path / "hf"
         model_path = str(tokenizer) if config.model.path else ""
         rendering = Rendering(sample.render, config.data.template, model_path)
-    return SampleInputs(PromptSet("", prompts, sample.samples), avoided, shots, rendering, rewrite)
+    return SampleInputs(
+        PromptSet("", prompts, sample.samples), avoided_prompts, shots, rendering, rewrite
+    )
 
 
 async def _sample(config: Config, folder: RunFolder, inputs: SampleInputs) -> None:
@@ -287,13 +291,13 @@ async def _decide(
     if not counts.num_kept:
         raise RunError(
             f"{folder}: no response is kept; most are {counts.decisions.most_common(1)[0][0]} "
-            f"(samples.jsonl has the reason of each). {_filtered(counts)}Change "
+            f"(samples.jsonl has the reason of each). {_filter_hint(counts)}Change "
             f"{EMPTY_OUTPUT_REMEDIES[sample.output]}: the same command then decides again "
             "without sampling"
         )
 
 
-def _filtered(counts: DecisionCounts) -> str:
+def _filter_hint(counts: DecisionCounts) -> str:
     """Return which filter drops the most responses that would be kept without it, and its switch;
     "" if none does."""
     name = next((name for name, _ in counts.decisions.most_common() if name in FILTER_NAMES), None)
@@ -314,13 +318,13 @@ def _report(
     settings: dict[str, Any],
 ) -> None:
     result = counts.as_json() | facts
-    result |= {"avoided": len(inputs.avoided), "settings": settings, "versions": versions()}
+    result |= {"avoided": len(inputs.avoided_prompts), "settings": settings, "versions": versions()}
     atomic_write(folder / "sample.json", json.dumps(result, indent=1) + "\n")
     (folder / "curation.json").unlink(missing_ok=True)  # its name up to 0.2
     print(counts.table(), flush=True)
-    if inputs.avoided:
+    if inputs.avoided_prompts:
         print(
-            f"  {len(inputs.avoided):,} questions were not sampled: sample.decontaminate",
+            f"  {len(inputs.avoided_prompts):,} questions were not sampled: sample.decontaminate",
             flush=True,
         )
     if facts:

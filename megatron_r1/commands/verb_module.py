@@ -34,7 +34,7 @@ class VerbHeader:
     """the module's docstring, which --help prints"""
     arguments: Sequence[str]
     """ARGUMENTS, the names of the arguments behind the verb; default: a recipe"""
-    required: tuple[str, ...]
+    required_keys: tuple[str, ...]
     """REQUIRED_KEYS, the keys that a recipe must set"""
     settings: Sequence[str]
     """SETTINGS, the sections and keys that --help describes, and the only ones that a verb without
@@ -42,11 +42,11 @@ class VerbHeader:
     options: Mapping[str, str]
     """OPTIONS, name → what its value is, of options outside the recipe, which `run` takes as
     keywords"""
-    repeated: Sequence[str]
+    repeated_options: Sequence[str]
     """REPEATED_OPTIONS, those of them that may be given several times, and are lists of text"""
-    instead: Sequence[str]
+    alternative_options: Sequence[str]
     """ALTERNATIVE_OPTIONS, those of them with which the verb takes no arguments"""
-    implied: Mapping[str, Any]
+    implied_settings: Mapping[str, Any]
     """IMPLIED_SETTINGS, the settings that the verb adds to a recipe"""
 
 
@@ -98,10 +98,10 @@ def _header(name: str, docstring: str | None, constants: Mapping[str, Any]) -> d
     return {
         "about": inspect.cleandoc(docstring) if docstring else None,
         "arguments": constants.get("ARGUMENTS", ("RECIPE.yaml",)),
-        "required": constants.get("REQUIRED_KEYS", ()),
+        "required_keys": constants.get("REQUIRED_KEYS", ()),
         "settings": constants.get("SETTINGS", (name.replace("-", "_"),)),
         "options": constants.get("OPTIONS", {}),
-        "repeated": constants.get("REPEATED_OPTIONS", ()),
-        "instead": constants.get("ALTERNATIVE_OPTIONS", ()),
-        "implied": constants.get("IMPLIED_SETTINGS", {}),
+        "repeated_options": constants.get("REPEATED_OPTIONS", ()),
+        "alternative_options": constants.get("ALTERNATIVE_OPTIONS", ()),
+        "implied_settings": constants.get("IMPLIED_SETTINGS", {}),
     }

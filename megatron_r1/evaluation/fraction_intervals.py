@@ -27,17 +27,17 @@ class FractionEstimate:
 
     Attributes:
         population: how many there are.
-        sampled: how many of them were drawn at random.
-        found: drawn ones that have the property.
-        undecided: drawn ones that may have it or not.
+        num_sampled: how many of them were drawn at random.
+        num_found: drawn ones that have the property.
+        num_undecided: drawn ones that may have it or not.
         value: the fraction among the decided; None where none is.
         low: the lower end of the interval.
         high: its upper end."""
 
     population: int
-    sampled: int
-    found: int
-    undecided: int
+    num_sampled: int
+    num_found: int
+    num_undecided: int
     value: float | None
     low: float
     high: float
@@ -90,9 +90,10 @@ def combined_fraction(fractions: Sequence[FractionEstimate]) -> FractionEstimate
     weights = [fraction.population / population for fraction in fractions]
     pairs = list(zip(weights, fractions, strict=True))
     # Each end from the fractions that it counts: the undecided are without, or with, the property.
-    lower_bounds = [fraction.found / fraction.sampled for fraction in fractions]
+    lower_bounds = [fraction.num_found / fraction.num_sampled for fraction in fractions]
     upper_bounds = [
-        (fraction.found + fraction.undecided) / fraction.sampled for fraction in fractions
+        (fraction.num_found + fraction.num_undecided) / fraction.num_sampled
+        for fraction in fractions
     ]
     lower_margin = math.hypot(
         *(w * (p - stratum.low) for (w, stratum), p in zip(pairs, lower_bounds, strict=True))
@@ -108,9 +109,9 @@ def combined_fraction(fractions: Sequence[FractionEstimate]) -> FractionEstimate
         value = sum(w * p for w, p in zip(weights, values, strict=True) if p is not None)
     return FractionEstimate(
         population,
-        sum(fraction.sampled for fraction in fractions),
-        sum(fraction.found for fraction in fractions),
-        sum(fraction.undecided for fraction in fractions),
+        sum(fraction.num_sampled for fraction in fractions),
+        sum(fraction.num_found for fraction in fractions),
+        sum(fraction.num_undecided for fraction in fractions),
         value,
         max(0.0, low),
         min(1.0, high),
@@ -138,23 +139,23 @@ def _max_with_property(population: int, sampled: int, num_found: int) -> int:
     return population - _min_with_property(population, sampled, sampled - num_found)
 
 
-def _cumulative_probability(count: int, population: int, marked: int, sampled: int) -> float:
+def _cumulative_probability(count: int, population: int, num_marked: int, sampled: int) -> float:
     """Return P(X <= count) of the hypergeometric distribution.
 
     Args:
         count: the most marked ones among those drawn.
         population: how many there are.
-        marked: how many of the population are marked.
+        num_marked: how many of the population are marked.
         sampled: how many are drawn."""
-    first = max(0, sampled - (population - marked))
+    first = max(0, sampled - (population - num_marked))
     log_samples = _log_choose(population, sampled)
     return math.fsum(
         math.exp(
-            _log_choose(marked, drawn)
-            + _log_choose(population - marked, sampled - drawn)
+            _log_choose(num_marked, drawn)
+            + _log_choose(population - num_marked, sampled - drawn)
             - log_samples
         )
-        for drawn in range(first, min(count, marked, sampled) + 1)
+        for drawn in range(first, min(count, num_marked, sampled) + 1)
     )
 
 

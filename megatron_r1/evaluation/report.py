@@ -61,15 +61,15 @@ class Summary:
         num_samples: responses to each question.
         metrics: name → estimate over questions; "length" is in tokens, the others are fractions.
         counts: the numbers of questions and samples.
-        passes: k → pass@k; empty if the metrics are win rates.
-        votes: k → cons@k; empty if the metrics are win rates."""
+        pass_at_k: k → pass@k; empty if the metrics are win rates.
+        cons_at_k: k → cons@k; empty if the metrics are win rates."""
 
     title: str
     num_samples: int
     metrics: dict[str, Estimate]
     counts: dict[str, int]
-    passes: dict[int, Estimate]
-    votes: dict[int, Estimate]
+    pass_at_k: dict[int, Estimate]
+    cons_at_k: dict[int, Estimate]
 
     def as_json(self) -> dict[str, Any]:
         """Return samples per question, metrics with intervals and counts, for a result file."""
@@ -89,7 +89,7 @@ class LoggedResponse:
     is_truncated: bool
     is_ungraded: bool
     vote: Vote | None
-    difference: int
+    length_difference: int
 
     @classmethod
     def from_line(
@@ -112,7 +112,7 @@ class LoggedResponse:
             vote=read_vote(
                 text, thought_opened, reading, kind=prompt.kind, truth_is_number=truth_is_number
             ),
-            difference=length_difference(text, thought_opened, str(prompt.truth), part),
+            length_difference=length_difference(text, thought_opened, str(prompt.truth), part),
         )
 
 
@@ -145,19 +145,19 @@ async def summarize(
     def mean(measure: Callable[[Sequence[LoggedResponse]], float]) -> Estimate:
         return estimate([measure(group) for group in groups], seed)
 
-    passes: dict[int, Estimate] = {}
-    votes: dict[int, Estimate] = {}
+    pass_curve: dict[int, Estimate] = {}
+    vote_curve: dict[int, Estimate] = {}
     if prompt_set.is_pairwise:
-        compared = [[(s.reward, s.difference) for s in group] for group in groups]
-        metrics = win_rates(compared, seed)
+        outcomes = [[(s.reward, s.length_difference) for s in group] for group in groups]
+        metrics = win_rates(outcomes, seed)
     else:
         sizes = powers_up_to(prompt_set.num_samples)
-        passes = {k: mean(partial(_pass, k=k)) for k in sizes}
-        votes = await _votes(pool, prompts, groups, sizes, seed)
+        pass_curve = {k: mean(partial(_question_pass_at_k, k=k)) for k in sizes}
+        vote_curve = await _cons_at_k_curve(pool, prompts, groups, sizes, seed)
         metrics = {"pass@1": mean(lambda group: fmean(s.reward for s in group))}
-        metrics |= {f"pass@{k}": value for k, value in passes.items() if k > 1}
+        metrics |= {f"pass@{k}": value for k, value in pass_curve.items() if k > 1}
         # cons@1 is pass@1: the majority of one answer is that answer.
-        metrics |= {f"cons@{k}": value for k, value in votes.items() if k > 1}
+        metrics |= {f"cons@{k}": value for k, value in vote_curve.items() if k > 1}
     lengths = [[s.length for s in group if s.length is not None] for group in groups]
     if all(lengths):
         metrics["length"] = estimate([fmean(group_lengths) for group_lengths in lengths], seed)
@@ -170,24 +170,24 @@ async def summarize(
         "ungraded": sum(s.is_ungraded for s in responses),
         "without_length": sum(s.length is None for s in responses),
     }
-    if votes:
+    if vote_curve:
         counts["without_answer"] = sum(s.vote is None for s in responses)
     return Summary(
         prompt_set.title,
         prompt_set.num_samples,
         metrics=metrics,
         counts=counts,
-        passes=passes,
-        votes=votes,
+        pass_at_k=pass_curve,
+        cons_at_k=vote_curve,
     )
 
 
-def _pass(group: Sequence[LoggedResponse], k: int) -> float:
+def _question_pass_at_k(group: Sequence[LoggedResponse], k: int) -> float:
     """Return pass@k of one question; a response with partial credit has not passed."""
     return pass_at_k(len(group), sum(s.reward == 1.0 for s in group), k)
 
 
-async def _votes(
+async def _cons_at_k_curve(
     pool: RewardPool,
     prompts: Sequence[Prompt],
     groups: Sequence[Sequence[LoggedResponse]],
@@ -244,12 +244,12 @@ def write_figure(path: Path, summaries: Sequence[Summary]) -> Path:
 
 def _panel(axes: Axes, summary: Summary) -> None:
     axes.set_title(summary.title, fontsize=10)
-    if summary.passes:
-        _curve(axes, "pass@k", summary.passes, PASS_COLOR)
-        if len(summary.votes) > 1:
-            _curve(axes, "cons@k", summary.votes, VOTE_COLOR)
+    if summary.pass_at_k:
+        _curve(axes, "pass@k", summary.pass_at_k, PASS_COLOR)
+        if len(summary.cons_at_k) > 1:
+            _curve(axes, "cons@k", summary.cons_at_k, VOTE_COLOR)
         axes.set_xscale("log", base=2)
-        axes.set_xticks(list(summary.passes), [str(k) for k in summary.passes])
+        axes.set_xticks(list(summary.pass_at_k), [str(k) for k in summary.pass_at_k])
         axes.minorticks_off()
         axes.set_xlabel("k, samples per question")
     else:
@@ -298,7 +298,7 @@ def print_table(summaries: Sequence[Summary]) -> None:
             summary.title,
             f"{counts['questions']:,} x {k}",
             *(
-                format_estimate(n, metrics[n], name=n != "pass@1") if n in metrics else "–"
+                format_estimate(n, metrics[n], with_name=n != "pass@1") if n in metrics else "–"
                 for n in names
             ),
             format_estimate("length", metrics["length"]) if "length" in metrics else "–",
@@ -311,16 +311,17 @@ def print_table(summaries: Sequence[Summary]) -> None:
     console.print(table)
 
 
-def format_estimate(metric: str, estimate: Estimate, name: bool = False) -> str:
+def format_estimate(metric: str, estimate: Estimate, with_name: bool = False) -> str:
     """Return an estimate as "71.0% (66.2–75.8)".
 
     Args:
         metric: the metric's name.
         estimate: its value.
-        name: whether "@k: " of "pass@k" stands in front, or "wins: " and "at equal length: "."""
+        with_name: whether "@k: " of "pass@k" stands in front, or "wins: " and
+            "at equal length: "."""
     is_length = metric == "length"
     value = format_number(estimate.value) if is_length else format_percent(estimate.value)
-    prefix = WIN_RATES.get(metric) or f"@{metric.partition('@')[2]}: " if name else ""
+    prefix = WIN_RATES.get(metric) or f"@{metric.partition('@')[2]}: " if with_name else ""
     if estimate.low is None or estimate.high is None:
         return prefix + value
     low, high = estimate.low, estimate.high

@@ -27,7 +27,7 @@ class ResponseLog:
 
     Attributes:
         digests: prompt → digest of everything that its grades depend on.
-        ungraded: (prompt, index) of the responses whose grader failed."""
+        ungraded_responses: (prompt, index) of the responses whose grader failed."""
 
     def __init__(self, path: Path, command: Literal["eval", "sample"]) -> None:
         """Open the log for appending.
@@ -37,7 +37,7 @@ class ResponseLog:
         """
         self.path, self._command = path, command
         self.digests: dict[PromptKey, str] = {}
-        self.ungraded: set[tuple[PromptKey, int]] = set()
+        self.ungraded_responses: set[tuple[PromptKey, int]] = set()
         self._indices: dict[PromptKey, int] = {}  # a bit for each index
         self._writer = LineWriter(path)
         for line in read_lines(path):
@@ -123,7 +123,9 @@ class ResponseLog:
                 key="run.folder",
                 cause=Cause.CONFLICT,
             )
-        (self.ungraded.add if failed else self.ungraded.discard)((prompt, index))
+        (self.ungraded_responses.add if failed else self.ungraded_responses.discard)(
+            (prompt, index)
+        )
 
 
 def _key(line: Mapping[str, Any]) -> PromptKey:

@@ -31,16 +31,19 @@ class SamplingProgress:
     def __init__(self) -> None:
         self._is_terminal = sys.stdout.isatty()
         self._began: tuple[float, int] | None = None  # time, and samples finished before
-        self._next = 0.0  # prints from this time on a terminal, from this share in a log
+        self._next_line_at = 0.0  # on a terminal
+        self._num_parts_shown = -1  # in a log, of `NUM_PROGRESS_LINES`
 
     def __call__(self, num_done: int, total: int) -> None:
         """Print a line if it is time for one: samples done, and the time that is left."""
         now = time.monotonic()
         began, first = self._began = self._began or (now, num_done)
-        reached = now if self._is_terminal else NUM_PROGRESS_LINES * num_done // max(1, total)
-        if reached < self._next and num_done < total:
+        num_parts = NUM_PROGRESS_LINES * num_done // max(1, total)
+        is_new_part = num_parts > self._num_parts_shown
+        is_due = now >= self._next_line_at if self._is_terminal else is_new_part
+        if not is_due and num_done < total:
             return
-        self._next = reached + (REFRESH_SECONDS if self._is_terminal else 1)
+        self._next_line_at, self._num_parts_shown = now + REFRESH_SECONDS, num_parts
         line = f"{num_done:,} of {total:,} samples graded"
         if first < num_done < total:
             seconds_left = (now - began) / (num_done - first) * (total - num_done)
@@ -189,13 +192,13 @@ class ResponseSampler:
             # The next prompt is sampled while this response is graded.
             await self._grading_slots.acquire()
             response = replace(response, index=index)
-            grading.create_task(self._finish(prompt_set, prompt, response, seed, new=True))
+            grading.create_task(self._finish(prompt_set, prompt, response, seed, is_new=True))
 
     async def _grade_again(self, grading: asyncio.TaskGroup) -> None:
         """Grade the logged responses whose grader failed the last time."""
-        if self._grader is None or not self._log.ungraded:
+        if self._grader is None or not self._log.ungraded_responses:
             return
-        ungraded = set(self._log.ungraded)
+        ungraded = set(self._log.ungraded_responses)
         keys = {key for key, _ in ungraded}
         for prompt_set in self._sets:
             prompts = [prompt for prompt in prompt_set.prompts if prompt_set.key(prompt) in keys]
@@ -210,11 +213,11 @@ class ResponseSampler:
                     await self._grading_slots.acquire()
                     logged = TextResponse.from_line(line)
                     response = replace(logged, is_ungraded=False, reward=None)
-                    finish = self._finish(prompt_set, prompt, response, line["seed"], new=False)
+                    finish = self._finish(prompt_set, prompt, response, line["seed"], is_new=False)
                     grading.create_task(finish)
 
     async def _finish(
-        self, prompt_set: PromptSet, prompt: Prompt, response: TextResponse, seed: int, new: bool
+        self, prompt_set: PromptSet, prompt: Prompt, response: TextResponse, seed: int, is_new: bool
     ) -> None:
         try:
             is_open = not response.refusal and response.reward is None
@@ -226,7 +229,7 @@ class ResponseSampler:
         line: dict[str, Any] = {"benchmark": prompt_set.title} if prompt_set.title else {}
         line |= {"id": prompt.id, "digest": prompt_digest(prompt), "seed": seed}
         self._log.add(line | response.to_line() | self._details(prompt_set, prompt, response))
-        if new:
+        if is_new:
             self.num_done += 1
             self._progress(self.num_done, self.num_wanted)
 

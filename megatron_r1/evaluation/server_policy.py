@@ -164,7 +164,7 @@ class ServerPolicy:
         """Close the connections to the server."""
         await self._service.close()
 
-    async def _refuse_limits(self, refused: Ungradable) -> None:
+    async def _refuse_limits(self, refusal: Ungradable) -> None:
         """Raise ServiceError if the server refuses every question, not just the refused one."""
         if self._takes_limits:
             return
@@ -172,7 +172,7 @@ class ServerPolicy:
             await self._service.request(self._body(TINY_QUESTION, 0))
         except Ungradable:
             raise ServiceError(
-                f"{self._server.url} answers no question: {refused}; "
+                f"{self._server.url} answers no question: {refusal}; "
                 "rollout.max_response_tokens and the prompt must fit the model"
             ) from None
         self._takes_limits = True
@@ -197,13 +197,13 @@ class ServerPolicy:
             decoding["include_stop_str_in_output"] = True
         return {"model": self._server.model, **content, **decoding, "seed": seed}
 
-    def _thought_opened(self, text: str, truncated: bool) -> bool:
+    def _thought_opened(self, text: str, is_truncated: bool) -> bool:
         """Return whether the response starts inside a thought that the prompt opened. A server does
         not show its chat template, and the templates of reasoning models end with <think>. So a
         truncated response without any tag counts as an unfinished thought, which has no answer."""
         if not self._chat:
             return opens_thought(find_template(self._template))
-        return truncated and THINK not in text and END_THINK not in text
+        return is_truncated and THINK not in text and END_THINK not in text
 
 
 def _choice_text(choice: CompletionChoice) -> str:

@@ -159,17 +159,17 @@ class SecondMethodJudge:
     async def _run_again(
         self, is_accepted: bool, content: AnswerContent, arguments: Mapping[str, Any]
     ) -> SecondVerdict:
-        passed: list[bool] = []
+        passes: list[bool] = []
         for _ in range(self._repeats):
             grade = await self._pool.grade("code", content.response, content.truth, **arguments)
             if not grade.is_graded:
                 return SecondVerdict("undecided", grade.reason)
-            passed.append(grade.reward >= ACCEPTED_REWARD)
-            if passed[-1] != passed[0]:
-                reason = f"passes in {sum(passed)} of {len(passed)} runs; {grade.reason}"
+            passes.append(grade.reward >= ACCEPTED_REWARD)
+            if passes[-1] != passes[0]:
+                reason = f"passes in {sum(passes)} of {len(passes)} runs; {grade.reason}"
                 return SecondVerdict("undecided", f"flaky: {reason}")
         reason = f"{self._repeats} runs of its tests: {grade.reason}"
-        return SecondVerdict("confirmed" if passed[0] == is_accepted else "wrong", reason)
+        return SecondVerdict("confirmed" if passes[0] == is_accepted else "wrong", reason)
 
 
 def classify_verdict(is_accepted: bool, upstream: str, points: str) -> Outcome:
@@ -233,7 +233,7 @@ def draw_sample(
 
 def error_rates(
     strata: Mapping[Stratum, Sequence[AuditedResponse]],
-    drawn: Mapping[Stratum, Sequence[AuditedResponse]],
+    judged_responses: Mapping[Stratum, Sequence[AuditedResponse]],
     findings: Mapping[str, SecondVerdict],
     source: str | None = None,
 ) -> ErrorRates:
@@ -241,11 +241,11 @@ def error_rates(
 
     Args:
         strata: all responses.
-        drawn: those that were judged.
+        judged_responses: those that were judged.
         findings: id → finding, of each drawn one.
         source: the data source; None: all."""
     fractions: dict[bool, list[FractionEstimate]] = {False: [], True: []}
-    for stratum, responses in drawn.items():
+    for stratum, responses in judged_responses.items():
         if source in (None, stratum[0]):
             outcomes = [findings[response.id].outcome for response in responses]
             counts = (outcomes.count(outcome) for outcome in ("wrong", "undecided"))

@@ -134,7 +134,7 @@ def planned_job(
         keeps_reference=verb == "rl" and loaded_config.uses_reference,
     )
     assert job.critic is None or job.critic.is_critic, "reading it checks it"
-    limit = job.longest_response
+    limit = job.max_response_tokens
     mean = args.response_tokens or max(1, int(limit * job.assumptions.response_fraction))
     if mean > limit:
         key = "reward_model.max_tokens" if verb == "reward-model" else "rollout.max_response_tokens"

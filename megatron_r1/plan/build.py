@@ -49,7 +49,7 @@ def build_ranks(job: PlannedJob, pipeline_ranks: Iterable[int] | None = None) ->
     seconds = time.perf_counter() - start
     num_ranks, num_distinct, num_owned = _compare_ranks(job, shapes_by_rank)
     model_counts = ModelCounts(job.hf_config)
-    num_expected = model_counts.total + (model_counts.mtp_own if job.with_mtp else 0)
+    num_expected = model_counts.num_total + (model_counts.mtp_own if job.with_mtp else 0)
     if len(ranks_to_build) == job.parallel.pipeline and num_owned != num_expected:
         raise ValueError(
             f"all ranks together own {num_owned:,} values, the model has {num_expected:,}"

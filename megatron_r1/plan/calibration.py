@@ -118,11 +118,16 @@ class RunCalibration:
         if fill and count:
             limit = job.parallel.microbatch_tokens
             sample = (
-                fill * limit * count * job.data_parallel_size * job.minibatches / job.num_responses
+                fill
+                * limit
+                * count
+                * job.data_parallel_size
+                * job.num_minibatches
+                / job.num_responses
             )
         if mean and job.generates:
             response, longest = max(1, round(mean)), self._median("response_length/max") or mean
-            self.values["response_fraction"] = min(1.0, mean / job.longest_response)
+            self.values["response_fraction"] = min(1.0, mean / job.max_response_tokens)
             changes = {"max_response_tokens": max(response, round(longest))}
             config = job.config.with_changes(rollout=changes)
             self.job = replace(job, config=config, response_tokens=response)

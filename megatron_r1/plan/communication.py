@@ -48,7 +48,7 @@ class AxisTraffic:
 
 def traffic_by_axis(job: PlannedJob, rank: int) -> dict[str, AxisTraffic]:
     """Return every axis with more than one rank, on pipeline rank `rank`."""
-    dense, sparse = job.layers(rank)
+    dense, sparse = job.num_layers_of_kinds(rank)
     axes = {
         "tensor": _tensor(job, dense + sparse),
         "context": _context(job, dense + sparse),

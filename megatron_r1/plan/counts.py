@@ -35,7 +35,7 @@ class RankCounts:
             transformer_engine=True,
         )
         sizes = (parallel.tensor, parallel.expert, parallel.expert_tensor)
-        self._counts_by_key: dict[Hashable, ParameterCounts] = job.shared.setdefault(
+        self._counts_by_key: dict[Hashable, ParameterCounts] = job.count_cache.setdefault(
             ("counts", *sizes), {}
         )
 
@@ -84,13 +84,13 @@ class ModelCounts:
         is_tied = bool(hf_config.get("tie_word_embeddings"))
         if is_tied:
             ends -= _size(table.embedding)
-        self.shared = ends + sum(n * _size(layers[kind], False) for kind, n in kinds.items())
+        self.num_shared = ends + sum(n * _size(layers[kind], False) for kind, n in kinds.items())
         """Parameters outside routed experts and MTP layers."""
-        self.routed = experts * expert_size
-        self.total = self.shared + self.routed
-        self.active = self.shared + topk * expert_size
+        self.num_routed = experts * expert_size
+        self.num_total = self.num_shared + self.num_routed
+        self.num_active = self.num_shared + topk * expert_size
         """Parameters on one token's path: all but the experts it is not routed to."""
-        self.multiplied = self.active - (0 if is_tied else _size(table.embedding))
+        self.num_multiplied = self.num_active - (0 if is_tied else _size(table.embedding))
         """Parameters one token is multiplied with: not the embedding, of which it reads a row."""
         self.mtp_own = sum(
             _size(layer, False) + experts * _size(layer, True) for layer in table.mtp
@@ -102,10 +102,13 @@ class ModelCounts:
         """Parameters of the MTP layers in the checkpoint, copies included."""
 
 
-def _size(rules: list[WeightRule], expert: bool = False) -> int:
+def _size(rules: list[WeightRule], of_experts: bool = False) -> int:
     """Return the number of values of one expert's rules, or of all other rules."""
     return sum(
-        prod(source.shape) for rule in rules if rule.is_expert == expert for source in rule.sources
+        prod(source.shape)
+        for rule in rules
+        if rule.is_expert == of_experts
+        for source in rule.sources
     )
 
 
@@ -115,9 +118,9 @@ def parameter_section(job: PlannedJob) -> QuantityTable:
     counts = ModelCounts(job.hf_config)
     experts, topk = job.hf_config.get("n_routed_experts"), job.hf_config.get("num_experts_per_tok")
     section = {
-        "total": (counts.total, "sum of the weight table's shapes, without MTP layers"),
+        "total": (counts.num_total, "sum of the weight table's shapes, without MTP layers"),
         "active": (
-            counts.active,
+            counts.num_active,
             f"total - routed experts x (1 - {topk} / {experts})" if experts else "all",
         ),
     }
@@ -149,7 +152,7 @@ def forward_flops(hf_config: HFConfig, length: float, speedup: float = 1.0) -> f
         length: tokens of the sequence.
         speedup: rate of the products with weights over that of the others."""
     layers = hf_config["num_hidden_layers"]
-    return 2 * ModelCounts(hf_config).multiplied / speedup + layers * attention_flops(
+    return 2 * ModelCounts(hf_config).num_multiplied / speedup + layers * attention_flops(
         hf_config, length
     )
 
@@ -170,7 +173,8 @@ def decode_flops(hf_config: HFConfig, length: float, speedup: float = 1.0) -> fl
         sizes = sum(head_sizes(hf_config))
     attention = 2 * hf_config["num_attention_heads"] * sizes * length
     return (
-        2 * ModelCounts(hf_config).multiplied / speedup + hf_config["num_hidden_layers"] * attention
+        2 * ModelCounts(hf_config).num_multiplied / speedup
+        + hf_config["num_hidden_layers"] * attention
     )
 
 
@@ -216,8 +220,8 @@ def _training_flops(job: PlannedJob) -> QuantityTable:
         "training, per token": Quantity(
             3 * forward,
             "FLOP",
-            f"3 x (2 x {ModelCounts(job.hf_config).multiplied:,} multiplied parameters + attention "
-            f"at {length:,} tokens), recomputation not counted",
+            f"3 x (2 x {ModelCounts(job.hf_config).num_multiplied:,} multiplied parameters + "
+            f"attention at {length:,} tokens), recomputation not counted",
         ),
         "optimizer step": Quantity(
             passes * forward * samples * length,

@@ -175,11 +175,11 @@ def copies_of_token(ranks: int, nodes: int, topk: int, max_nodes: float) -> floa
         topk: experts that a token is routed to.
         max_nodes: the most nodes that a token is sent to (the router's groups)."""
     if nodes == 1:
-        return expected_distinct(ranks, topk)
-    return min(max_nodes, expected_distinct(nodes, topk))
+        return mean_distinct_values(ranks, topk)
+    return min(max_nodes, mean_distinct_values(nodes, topk))
 
 
-def expected_distinct(size: int, draws: int) -> float:
+def mean_distinct_values(size: int, draws: int) -> float:
     """Return the mean number of distinct values among even draws: n (1 - (1 - 1/n)^k).
 
     Args:

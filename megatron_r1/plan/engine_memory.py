@@ -117,7 +117,7 @@ class EngineMemory:
         responses are left."""
         concurrency = self.sequences
         if self.rollouts_in_flight > 1:
-            fraction = self.job.response_tokens / self.job.longest_response
+            fraction = self.job.response_tokens / self.job.max_response_tokens
             concurrency = max(
                 min(1.0, concurrency), concurrency * self.rollouts_in_flight * fraction
             )

@@ -10,7 +10,7 @@ from megatron_r1.plan.engine_memory import EngineMemory, rollout_section
 from megatron_r1.plan.expert_overlap import StepEstimate, exchange_choice, unpaired_fraction
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.memory import RECEIVE_BUFFER, RankMemory, memory_section, rank_memory
-from megatron_r1.plan.phase_overheads import OFFLOADED, ROUTED, offload_disk
+from megatron_r1.plan.phase_overheads import OFFLOADED_MEMORY, ROUTED_EXPERTS, offload_disk
 from megatron_r1.plan.push import push_section, receive_buffer_bytes, reused_kv_cache_bytes
 from megatron_r1.plan.quantity import Quantity, QuantityTable, assumed_section, byte_quantity
 from megatron_r1.plan.rollout import exchange_section, samples_section, teacher_section
@@ -19,7 +19,7 @@ from megatron_r1.reporting.formatting import format_count
 
 KIND_MEANINGS = {
     RECEIVE_BUFFER: ", weights on their way into an engine",
-    ROUTED: ", of the longest responses, while samples are loaded",
+    ROUTED_EXPERTS: ", of the longest responses, while samples are loaded",
 }
 """Additions to the formula of kinds of host memory whose name is unclear."""
 SMALLER_RECEIVE_BUFFER = "give each engine more GPUs"
@@ -29,7 +29,7 @@ SMALLER_RECEIVE_BUFFER = "give each engine more GPUs"
 def estimate_step(job: PlannedJob) -> StepEstimate:
     """Return what a job's optimizer step takes."""
     times = StepTime(job, EngineMemory(job))
-    rank = times.busiest
+    rank = times.busiest_rank
     peak = max(memory.peak_bytes for memory in rank_memory(job))
     return StepEstimate(
         times.optimizer_step_seconds(),
@@ -126,7 +126,7 @@ class JobEstimate:
         if (longest_response.high or longest_response.number) <= limit:
             return []
         return [
-            f"a response of {self.job.longest_response:,} tokens is planned to take "
+            f"a response of {self.job.max_response_tokens:,} tokens is planned to take "
             f"{longest_response.limits or longest_response}, and "
             f"rollout.request_timeout_seconds={limit:g} would end it: raise that"
         ]
@@ -206,7 +206,7 @@ class JobEstimate:
         fix = {
             "checkpoint being written": "set checkpoint.asynchronous to false, or ",
             "reference": "set parallel.reference_offload to device, or ",
-            OFFLOADED: "set parallel.offload_between_phases to disk or none, or ",
+            OFFLOADED_MEMORY: "set parallel.offload_between_phases to disk or none, or ",
             "optimizer": "lower parallel.optimizer_offload, or ",
             "critic's optimizer": "lower parallel.optimizer_offload, or ",
         }.get(largest_kind, "")
@@ -236,7 +236,7 @@ class JobEstimate:
 
     def _cache(self) -> str | None:
         engines, job = self.engines, self.job
-        required_bytes = engines.token_bytes * job.longest_sample
+        required_bytes = engines.token_bytes * job.max_sample_tokens
         if engines.cache_bytes >= required_bytes:
             return None
         kinds = {"weights": engines.weight_bytes, RECEIVE_BUFFER: engines.receive_buffer_bytes}
@@ -249,8 +249,8 @@ class JobEstimate:
                 f"of {_size(job.hardware.memory)} has no room, {_size(-engines.cache_bytes)} short,"
             )
         return (
-            f"an engine GPU {space} for KV cache {occupants}; one sample of {job.longest_sample:,} "
-            f"tokens needs {_size(required_bytes)}: {self._more_room()}"
+            f"an engine GPU {space} for KV cache {occupants}; one sample of "
+            f"{job.max_sample_tokens:,} tokens needs {_size(required_bytes)}: {self._more_room()}"
         )
 
     def _push(self) -> str | None:

@@ -70,13 +70,13 @@ class StepEstimate:
 
     Attributes:
         step: seconds of an optimizer step.
-        exposed: seconds of the exchange of a micro-batch that nothing hides.
-        unpaired: share of passes that are combined with no other.
+        exposed_seconds: seconds of the exchange of a micro-batch that nothing hides.
+        unpaired_fraction: share of passes that are combined with no other.
         peak: bytes of the fullest rank."""
 
     step: float
-    exposed: float
-    unpaired: float
+    exposed_seconds: float
+    unpaired_fraction: float
     peak: int
 
 
@@ -93,7 +93,7 @@ def exchange_choice(
     if not job.has_experts or job.parallel.expert == 1:
         return {}
     recomputing_job = job.with_parallel(overlap_expert_exchange=False, recompute="full")
-    jobs = {OVERLAPPED_EXCHANGE: _overlapped(job), FULL_RECOMPUTE: recomputing_job}
+    jobs = {OVERLAPPED_EXCHANGE: _with_overlap(job), FULL_RECOMPUTE: recomputing_job}
     if conflicts := list(
         islice(overlap_conflicts(jobs[OVERLAPPED_EXCHANGE].config, job.hf_config), 1)
     ):
@@ -117,7 +117,7 @@ def exchange_choice(
     return section | {"saved time": Quantity(ratio, "x", formula)}
 
 
-def _overlapped(job: PlannedJob) -> PlannedJob:
+def _with_overlap(job: PlannedJob) -> PlannedJob:
     """Return the job with the overlap: with its own modules, or those of DeepSeek-V3's report
     (section 3.2.3)."""
     modules = job.parallel.recompute_modules
@@ -137,9 +137,9 @@ def _row(job: PlannedJob, estimate: StepEstimate) -> Quantity:
     )
     formula = (
         f"an optimizer step; {peak} of {memory} on the fullest rank: {verdict}. "
-        f"Recomputed: {modules}. {estimate.exposed:.2g} s of the exchange of a "
+        f"Recomputed: {modules}. {estimate.exposed_seconds:.2g} s of the exchange of a "
         "micro-batch exposed"
     )
     if parallel.overlap_expert_exchange:
-        formula += f", {1 - estimate.unpaired:.0%} of its passes combined with another's"
+        formula += f", {1 - estimate.unpaired_fraction:.0%} of its passes combined with another's"
     return Quantity(estimate.step, "s", formula)

@@ -58,7 +58,7 @@ class PlannedJob:
         keeps_reference: whether any part of `rl.schedule` has a KL penalty: the reference is then
             kept in all.
         calibration: the numbers of `hardware` and `assumptions` that --calibrate replaced.
-        shared: cache of counts that are slow to compute and equal for all layouts of one job.
+        count_cache: cache of counts that are slow to compute and equal for all layouts of one job.
     """
 
     hf_config: HFConfig
@@ -71,7 +71,7 @@ class PlannedJob:
     verb: Verb = "rl"
     keeps_reference: bool = False
     calibration: Calibration = field(default_factory=Calibration, compare=False)
-    shared: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
+    count_cache: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def parallel(self) -> ParallelConfig:
@@ -99,25 +99,25 @@ class PlannedJob:
     @property
     def weight_table(self) -> WeightTable:
         """The weight table of the model (`models.weights.table`)."""
-        if "weight_table" not in self.shared:
-            self.shared["weight_table"] = weight_table(self.hf_config)
-        return self.shared["weight_table"]
+        if "weight_table" not in self.count_cache:
+            self.count_cache["weight_table"] = weight_table(self.hf_config)
+        return self.count_cache["weight_table"]
 
     @property
     def adapters(self) -> WeightTable | None:
         """The weight table of the adapters, if they are trained instead of the model's weights."""
         if (lora := self.config.model.lora) is None:
             return None
-        if "adapters" not in self.shared:
-            self.shared["adapters"] = adapter_table(self.hf_config, lora)
-        return self.shared["adapters"]
+        if "adapters" not in self.count_cache:
+            self.count_cache["adapters"] = adapter_table(self.hf_config, lora)
+        return self.count_cache["adapters"]
 
     @cached_property
     def is_sparse_layer(self) -> list[bool]:
         """Whether each decoder layer has routed experts."""
         return sparse_layers(self.hf_config)
 
-    def layers(self, pipeline_rank: int) -> tuple[int, int]:
+    def num_layers_of_kinds(self, pipeline_rank: int) -> tuple[int, int]:
         """Return the numbers of (dense, sparse) decoder layers on a pipeline rank."""
         sparsity = [
             self.is_sparse_layer[n] for chunk in self.stages[pipeline_rank] for n in chunk.layers
@@ -216,7 +216,7 @@ class PlannedJob:
             return None
         config = self.config.critic_recipe()
         hf_config = read_hf_config(config.model.path, "score", "critic.path")
-        return replace(self, hf_config=hf_config, config=config, shared={})
+        return replace(self, hf_config=hf_config, config=config, count_cache={})
 
     @property
     def num_responses(self) -> int:
@@ -239,7 +239,7 @@ class PlannedJob:
         return config.run.steps if epochs.get(self.verb) is None else None
 
     @property
-    def minibatches(self) -> int:
+    def num_minibatches(self) -> int:
         """Optimizer steps on one rollout or batch."""
         return self.config.rl.minibatches if self.verb == "rl" else 1
 
@@ -249,12 +249,12 @@ class PlannedJob:
         return self.assumptions.prompt_tokens + self.response_tokens
 
     @property
-    def longest_sample(self) -> int:
+    def max_sample_tokens(self) -> int:
         """Tokens of the longest sample, prompt included."""
-        return self.assumptions.prompt_tokens + self.longest_response
+        return self.assumptions.prompt_tokens + self.max_response_tokens
 
     @property
-    def longest_response(self) -> int:
+    def max_response_tokens(self) -> int:
         """Tokens of the longest response, or text to score."""
         if self.verb == "reward-model":
             return max(1, text_limit(self.config, self.hf_config) - self.assumptions.prompt_tokens)
@@ -263,13 +263,13 @@ class PlannedJob:
     @property
     def microbatch_tokens(self) -> int:
         """Tokens of the largest micro-batch: a sample longer than the limit has one of its own."""
-        return max(self.parallel.microbatch_tokens, self.longest_sample)
+        return max(self.parallel.microbatch_tokens, self.max_sample_tokens)
 
     @property
     def step_samples(self) -> float:
         """Samples of one optimizer step, all replicas together: the responses of a rollout by
         mini-batches."""
-        return self.num_responses / self.minibatches
+        return self.num_responses / self.num_minibatches
 
     @property
     def rank_tokens(self) -> float:

@@ -84,15 +84,15 @@ def _persistent_bytes(job: PlannedJob, counts: ParameterCounts) -> dict[str, int
 
 
 def _rank_memory(
-    job: PlannedJob, ranks: RankCounts, layers: dict[bool, LayerActivations], rank: int
+    job: PlannedJob, rank_counts: RankCounts, layers: dict[bool, LayerActivations], rank: int
 ) -> RankMemory:
-    parallel, counts = job.parallel, ranks.rank_counts(rank)
+    parallel, counts = job.parallel, rank_counts.rank_counts(rank)
     persistent = _persistent_bytes(job, counts)
     kept_bytes, layer_bytes = _activations(job, rank, layers)
     # Without a graph nothing is kept: one layer's tensors at most.
     forward_bytes = max(x.total + x.dispatch for x in _kinds_of_layers(job, rank, layers))
     is_last_stage = any(chunk.head for chunk in job.stages[rank])
-    head = _head_bytes(job)[0] if is_last_stage else 0
+    head_bytes = _head_bytes(job)[0] if is_last_stage else 0
     reference_size = reference_bytes(job.config, counts)
     optimizer_on_host = round(persistent["optimizer"] * parallel.optimizer_offload)
     persistent["optimizer"] -= optimizer_on_host
@@ -104,7 +104,7 @@ def _rank_memory(
             job.config, counts, job.optimizer_shards, with_reference=keeps_reference
         )
     persistent_kinds = {**persistent, "fp8 copies": _fp8_copies(job, counts)}
-    ends = {"loss head": head, "reserved": round(job.assumptions.reserved)}
+    ends = {"loss head": head_bytes, "reserved": round(job.assumptions.reserved)}
     training = {**persistent_kinds, "activations": kept_bytes, "layer in work": layer_bytes, **ends}
     scoring_reference = reference_size if job.computes_ref_logprobs else 0
     scoring = {
@@ -176,7 +176,9 @@ def _kinds_of_layers(
     job: PlannedJob, rank: int, layers: dict[bool, LayerActivations]
 ) -> list[LayerActivations]:
     """Return one of each kind of layer on a pipeline rank."""
-    kinds = [layers[bool(sparse)] for sparse, count in enumerate(job.layers(rank)) if count]
+    kinds = [
+        layers[bool(sparse)] for sparse, count in enumerate(job.num_layers_of_kinds(rank)) if count
+    ]
     return kinds or [LayerActivations(0, 0, {}, 0)]
 
 

@@ -34,7 +34,7 @@ from megatron_r1.push.plan import EngineLayout
 from megatron_r1.push.plan.predicted_sharding import PredictedSharding
 from megatron_r1.reporting.formatting import format_count
 
-OFFLOADED = "offloaded while engines sample"
+OFFLOADED_MEMORY = "offloaded while engines sample"
 """The kind of host memory."""
 OFFLOAD = "offload"
 """The part of a step."""
@@ -59,7 +59,11 @@ def offloaded_bytes(job: PlannedJob, counts: ParameterCounts) -> int:
 def offloaded_host_bytes(job: PlannedJob, counts: ParameterCounts) -> dict[str, int]:
     """Return what of it a rank's host holds."""
     is_on_host = job.config.parallel.offload_between_phases == "host"
-    return {OFFLOADED: offloaded_bytes(job, counts)} if offloads_state(job) and is_on_host else {}
+    return (
+        {OFFLOADED_MEMORY: offloaded_bytes(job, counts)}
+        if offloads_state(job) and is_on_host
+        else {}
+    )
 
 
 def _most_offloaded_bytes(job: PlannedJob) -> int:
@@ -79,7 +83,7 @@ def offload_disk(job: PlannedJob) -> QuantityTable:
     ranks = min(job.hardware.gpus_per_node, job.world_size)
     num_bytes = _most_offloaded_bytes(job)
     formula = f"parallel.offload_folder: {ranks} ranks x {byte_quantity(num_bytes)}"
-    return {OFFLOADED: byte_quantity(ranks * num_bytes, formula)}
+    return {OFFLOADED_MEMORY: byte_quantity(ranks * num_bytes, formula)}
 
 
 def offload_time(job: PlannedJob, push_seconds: float) -> QuantityTable:
@@ -240,7 +244,7 @@ class RoutingReplayTraffic:
     def host_bytes(self, rank: int) -> int:
         """Return the most bytes on the host of a rank, the mean over the ranks of its node: the
         first of a replica's are in the first pipeline stage, one of tensor x context ranks."""
-        longest_bytes = self.replica_bytes(self.job.longest_sample)
+        longest_bytes = self.replica_bytes(self.job.max_sample_tokens)
         sharing_ranks = self.job.parallel.tensor * self.job.parallel.context
         sharing_ranks = min(sharing_ranks, self.job.hardware.gpus_per_node)
         node_share = longest_bytes // sharing_ranks if rank == 0 else 0
@@ -250,7 +254,7 @@ class RoutingReplayTraffic:
         """Return where these bytes are, and how many."""
         job, shape, rate = self.job, self.shape, self.job.hardware.host_network
         layers, experts = len(shape.moe_layers), f"{shape.topk} experts x {shape.index_bytes} B"
-        mean, longest = job.sample_tokens, job.longest_sample
+        mean, longest = job.sample_tokens, job.max_sample_tokens
         checkpoint, setting = job.config.checkpoint, "checkpoint.every x checkpoint.keep"
         steps = checkpoint.every * checkpoint.keep
         if job.config.rl.keep_sample_log:
@@ -305,13 +309,17 @@ def routing_replay_time(job: PlannedJob) -> QuantityTable:
     if not uses_routing_replay(job):
         return {}
     traffic = RoutingReplayTraffic(job)
-    return {ROUTED: Quantity(traffic.seconds, "s", traffic.formula)}
+    return {ROUTED_EXPERTS: Quantity(traffic.seconds, "s", traffic.formula)}
 
 
-ROUTED = "routed experts"
+ROUTED_EXPERTS = "routed experts"
 """The part of a step, and the kind of host memory."""
 
 
 def routing_replay_host_bytes(job: PlannedJob, rank: int) -> dict[str, int]:
     """Return the bytes of a pipeline rank's host while samples are loaded, all of the longest."""
-    return {ROUTED: RoutingReplayTraffic(job).host_bytes(rank)} if uses_routing_replay(job) else {}
+    return (
+        {ROUTED_EXPERTS: RoutingReplayTraffic(job).host_bytes(rank)}
+        if uses_routing_replay(job)
+        else {}
+    )

@@ -79,14 +79,14 @@ class PublishedRun:
         calibrates: whether it is in the half that calibrates.
         options: options of megatron-r1 plan that describe it.
         number: "run" (hours), "MFU" (a share), or a line of the estimate's section "time" (s).
-        published: the figure."""
+        published_value: the figure."""
 
     name: str
     system: str
     calibrates: bool
     options: str
     number: str
-    published: float
+    published_value: float
 
     @property
     def unit(self) -> str:
@@ -102,9 +102,9 @@ class PublishedRun:
     def schedule_parts(self) -> list[SchedulePart]:
         """Return the parts of the recipe's schedule with the run's options."""
         args, overrides = parse(shlex.split(self.options))
-        return planned_parts(self.recipe, args, overrides, all_parts=self.number == "run")
+        return planned_parts(self.recipe, args, overrides, with_all_parts=self.number == "run")
 
-    def predicted(self, **values: float) -> float:
+    def predict(self, **values: float) -> float:
         """Return the plan's figure, with `values` in place of assumed numbers."""
         if self.number == "run":
             parts = ((p.steps, p.times(values)) for p in self.schedule_parts)
@@ -116,7 +116,7 @@ class PublishedRun:
 
     def ratio(self, **values: float) -> float:
         """Return predicted over published time."""
-        ratio = self.predicted(**values) / self.published
+        ratio = self.predict(**values) / self.published_value
         return 1 / ratio if self.number == "MFU" else ratio
 
 
@@ -130,7 +130,11 @@ def _mfu(times: StepTime) -> float:
 
 
 def planned_parts(
-    recipe: Path, args: argparse.Namespace, overrides: dict[str, Any], *, all_parts: bool = True
+    recipe: Path,
+    args: argparse.Namespace,
+    overrides: dict[str, Any],
+    *,
+    with_all_parts: bool = True,
 ) -> list[SchedulePart]:
     """Return the parts of `rl.schedule`, or the first alone.
 
@@ -138,9 +142,9 @@ def planned_parts(
         recipe: the recipe's file.
         args: the options of the command line.
         overrides: dotted settings in place of the recipe's.
-        all_parts: whether all parts are returned."""
+        with_all_parts: whether all parts are returned."""
     config = load_recipe(recipe, overrides)
-    starts = [step for step, _ in config.schedule_parts()] if all_parts else [1]
+    starts = [step for step, _ in config.schedule_parts()] if with_all_parts else [1]
     ends = [*starts[1:], config.run.steps + 1]
     parts = []
     for start, end in zip(starts, ends, strict=True):
@@ -161,7 +165,7 @@ def published_runs() -> list[PublishedRun]:
             calibrates=index % 2 == 0,
             options=f"{text['bases'][row['base']]} {row.get('options', '')}",
             number=row.get("number", "step"),
-            published=row["published"],
+            published_value=row["published"],
         )
         for source in text["sources"]
         for index, row in enumerate(source["rows"])
@@ -221,13 +225,13 @@ class RatiosOfSource:
     """How far the plan is off the runs of one source, or of all.
 
     Attributes:
-        calibrated: ratios of the half that calibrates.
-        held_out: those of the other half.
-        unseen: those of all its rows, by a calibration without the source."""
+        calibrated_ratios: ratios of the half that calibrates.
+        held_out_ratios: those of the other half.
+        unseen_ratios: those of all its rows, by a calibration without the source."""
 
-    calibrated: list[float]
-    held_out: list[float]
-    unseen: list[float]
+    calibrated_ratios: list[float]
+    held_out_ratios: list[float]
+    unseen_ratios: list[float]
 
 
 def ratios_by_source(
@@ -245,7 +249,7 @@ def ratios_by_source(
             [run.ratio(**values) for run in system_runs if not run.calibrates],
             [run.ratio(**calibrated_values) for run in system_runs],
         )
-    parts = ("calibrated", "held_out", "unseen")
+    parts = ("calibrated_ratios", "held_out_ratios", "unseen_ratios")
     all_ratios = {
         part: [r for ratios in by_system.values() for r in getattr(ratios, part)] for part in parts
     }
@@ -281,19 +285,19 @@ def published_table() -> str:
     lines += ["| run | half | predicted | range | published | ratio |", "|---|---|---|---|---|---|"]
     misses = []
     for number, run in enumerate(runs, start=1):
-        ratio, value = run.ratio(**values), run.predicted(**values)
+        ratio, value = run.ratio(**values), run.predict(**values)
         prediction = Quantity(value, run.unit, "", value / width, value * width)
         name = f"{number}. {run.system}: {run.name}"
         if not is_in_range(ratio):
             misses.append(f"{name}, {ratio:.2f}")
         lines.append(
             f"| {name} | {'calibrated' if run.calibrates else 'held out'} | {prediction} | "
-            f"{prediction.limits} | {Quantity(run.published, run.unit)} | {ratio:.2f} |"
+            f"{prediction.limits} | {Quantity(run.published_value, run.unit)} | {ratio:.2f} |"
         )
     lines += ["", f"outside its range: {'; '.join(misses) or 'none'}", ""]
     lines += ["| source | calibrated | held out | without it |", "|---|---|---|---|"]
     for system, ratios in ratios_by_source(runs, values).items():
-        cells = (ratios.calibrated, ratios.held_out, ratios.unseen)
+        cells = (ratios.calibrated_ratios, ratios.held_out_ratios, ratios.unseen_ratios)
         lines.append(f"| {system} | {' | '.join(map(_error, cells))} |")
     return "\n".join([*lines, "", *_notes()])
 

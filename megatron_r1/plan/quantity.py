@@ -53,7 +53,7 @@ class Quantity:
         if self.value is None:
             return "-"
         if self.unit == "B":
-            return _scaled(self.value, 1024, ("B", "KiB", "MiB", "GiB", "TiB", "PiB"))
+            return _format_in_units(self.value, 1024, ("B", "KiB", "MiB", "GiB", "TiB", "PiB"))
         if self.unit == "s":
             return f"{self.value:.3g} s" if self.value < 1000 else f"{self.value:,.0f} s"
         if self.unit == "hours" and self.value < 10:
@@ -63,9 +63,11 @@ class Quantity:
         if self.unit == "x":
             return f"{self.value:.2f} x"
         if self.unit in ("FLOP", "FLOP/s", "B/s"):
-            return _scaled(self.value, 1000, tuple(p + self.unit for p in ("", *"kMGTPEZ")))
+            return _format_in_units(
+                self.value, 1000, tuple(p + self.unit for p in ("", *"kMGTPEZ"))
+            )
         if self.unit == "parameters":
-            return _scaled(self.value, 1000, ("", "k", "M", "B", "T"))
+            return _format_in_units(self.value, 1000, ("", "k", "M", "B", "T"))
         unit = "token" if self.unit == "tokens" and round(self.value) == 1 else self.unit
         return f"{self.value:,.0f} {unit}".rstrip()
 
@@ -82,7 +84,7 @@ def _few_hours(hours: float) -> str:
     return f"{hours * 60:.0f} minutes" if hours >= 1 / 30 else f"{hours * 3600:.3g} s"
 
 
-def _scaled(value: float, base: int, units: tuple[str, ...]) -> str:
+def _format_in_units(value: float, base: int, units: tuple[str, ...]) -> str:
     """Format in the largest of `units`, each `base` times the one before, that leaves >= 1."""
     index = 0
     while abs(value) >= base and index < len(units) - 1:

@@ -144,7 +144,7 @@ class RolloutTime:
         """Return weight bytes read in a step; experts, and copies of them, without tokens are
         not read."""
         engines = self.engines
-        routed_parameters = self.counts.routed + (
+        routed_parameters = self.counts.num_routed + (
             self.counts.mtp_routed if engines.mtp_layers else 0
         )
         if not routed_parameters:
@@ -164,7 +164,7 @@ class RolloutTime:
         """Seconds of the longest response, which decides the end of a rollout: among others as long
         as a mean one, then alone, when their experts are idle; among others to its end where later
         rollouts fill the engines."""
-        mean, longest = self.job.response_tokens, self.job.longest_response
+        mean, longest = self.job.response_tokens, self.job.max_response_tokens
         token_seconds = self.step_seconds(self.engines.mean_concurrency)
         return mean * token_seconds + (longest - mean) * self._last_step_seconds
 
@@ -202,7 +202,7 @@ class RolloutTime:
         job, concurrency = self.job, engines.mean_concurrency
         if not engines.max_concurrency:
             return None, "no room for a sequence's cache"
-        mean, longest = job.response_tokens, job.longest_response
+        mean, longest = job.response_tokens, job.max_response_tokens
         prefill_seconds, flight_note = self.prefill_seconds, ""
         throughput_seconds = self.throughput_seconds
         end_seconds = prefill_seconds + self.longest_seconds
@@ -216,11 +216,11 @@ class RolloutTime:
             f"{round_number(throughput_seconds - prefill_seconds)} s; one response of "
             f"{longest:,}, the first {mean:,} tokens at that, the others at "
             f"{round_number(self._last_step_seconds * 1e3)} ms: "
-            f"{round_number(end_seconds - prefill_seconds)} s{self._drafting()}"
+            f"{round_number(end_seconds - prefill_seconds)} s{self._draft_note()}"
         )
         return max(throughput_seconds, end_seconds), text
 
-    def _drafting(self) -> str:
+    def _draft_note(self) -> str:
         method = self.job.config.rollout.speculative.method
         if method == "none":
             return ""
@@ -314,7 +314,7 @@ def teacher_section(job: PlannedJob, key: str, teacher: TeacherEngines) -> Quant
     ranks = teacher.tensor_parallel * teacher.pipeline_parallel * teacher.data_parallel
     gpus = (len(teacher.url) or teacher.engines) * ranks
     shards, value = teacher.tensor_parallel * teacher.pipeline_parallel, BYTES[teacher.dtype]
-    total, tokens = ModelCounts(hf_config).total, job.num_responses * job.sample_tokens
+    total, tokens = ModelCounts(hf_config).num_total, job.num_responses * job.sample_tokens
     flops = forward_flops(hf_config, job.sample_tokens)
     seconds = tokens * flops / (gpus * job.hardware.bf16 * job.assumptions.compute_efficiency)
     scoring = (

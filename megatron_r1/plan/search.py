@@ -31,13 +31,15 @@ class FittingLayout:
 def nearest_layouts(job: PlannedJob, count: int = 5) -> list[FittingLayout]:
     """Return layouts that fit, fewest and smallest changes first."""
     candidates = sorted(_candidates(job), key=itemgetter(0))
-    layouts = filter(None, (_fitting(job, *candidate) for candidate in candidates))
+    layouts = filter(None, (_find_fitting_layout(job, *candidate) for candidate in candidates))
     return sorted(islice(layouts, count), key=attrgetter("distance", "seconds"))
 
 
 def fastest_layouts(job: PlannedJob, count: int = 10) -> list[FittingLayout]:
     """Return layouts that fit, shortest estimated step first."""
-    layouts = filter(None, (_fitting(job, *candidate) for candidate in _candidates(job)))
+    layouts = filter(
+        None, (_find_fitting_layout(job, *candidate) for candidate in _candidates(job))
+    )
     return sorted(layouts, key=attrgetter("seconds"))[:count]
 
 
@@ -48,7 +50,7 @@ def nearest_sizes(job: PlannedJob) -> list[PlannedJob]:
     replica = parallel.tensor * parallel.context * parallel.pipeline
     experts = parallel.expert_tensor * parallel.expert * parallel.pipeline
     smallest_size = math.lcm(replica, experts)
-    largest_size = job.num_responses // job.minibatches * replica
+    largest_size = job.num_responses // job.num_minibatches * replica
     rollout = job.config.rollout
     engine_gpus = 1 if job.rollout_gpus else rollout.tensor_parallel * rollout.data_parallel
     sizes = [
@@ -154,7 +156,9 @@ def _distance(job: PlannedJob, changes: dict[str, Any]) -> float:
     return sum(doublings) + (changes["recompute"] != job.parallel.recompute)
 
 
-def _fitting(job: PlannedJob, distance: float, changes: dict[str, Any]) -> FittingLayout | None:
+def _find_fitting_layout(
+    job: PlannedJob, distance: float, changes: dict[str, Any]
+) -> FittingLayout | None:
     chunks = changes["pipeline"] * changes["virtual_pipeline"]
     keeps_stages = all(
         getattr(job.parallel, k) == changes[k] for k in ("pipeline", "virtual_pipeline")

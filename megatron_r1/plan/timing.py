@@ -17,7 +17,7 @@ from megatron_r1.plan.expert_overlap import expert_flops, exposed_seconds, unpai
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.phase_overheads import (
     OFFLOAD,
-    ROUTED,
+    ROUTED_EXPERTS,
     checkpoint_time,
     offload_time,
     routing_replay_time,
@@ -41,7 +41,7 @@ MEASUREMENTS = {
     OFFLOAD: "seconds between phases",
 }
 """The check of tools/gpu_check that measures the number of a part."""
-UNMEASURED = ("local_disk",)
+UNMEASURED_NUMBERS = ("local_disk",)
 """Numbers that no check measures."""
 
 
@@ -101,7 +101,7 @@ def narrowing_section(job: PlannedJob, time: QuantityTable) -> QuantityTable:
     section: QuantityTable = {}
     for name, check in MEASUREMENTS.items():
         part, number = time.get(name), narrowing_number(job, name)
-        if number in UNMEASURED:
+        if number in UNMEASURED_NUMBERS:
             continue
         if part is None or part.low is None or not part.low or part.high is None:
             continue
@@ -129,8 +129,8 @@ class StepTime:
 
     def __init__(self, job: PlannedJob, engines: EngineMemory):
         self.job, self.engines = job, engines
-        self.length = job.sample_tokens
-        self.groups = cache(partial(traffic_by_axis, job))
+        self.sample_tokens = job.sample_tokens
+        self.traffic_by_axis = cache(partial(traffic_by_axis, job))
 
     @cached_property
     def rollout(self) -> RolloutTime:
@@ -138,44 +138,49 @@ class StepTime:
         return RolloutTime(self.engines)
 
     @cached_property
-    def busiest(self) -> int:
+    def busiest_rank(self) -> int:
         """The pipeline rank with the longest micro-batch."""
         return max(
             range(self.job.parallel.pipeline), key=lambda r: self.microbatch_seconds(r, True)
         )
 
-    def compute_seconds(self, rank: int, backward: bool) -> float:
+    def compute_seconds(self, rank: int, with_backward: bool) -> float:
         """Return seconds of one mean micro-batch's matrix products on a pipeline rank."""
         job = self.job
-        counts = zip(self._layer_flops, job.layers(rank), strict=True)
-        flops = sum(operations * count for operations, count in counts) * self._passes(backward)
+        counts = zip(self._layer_flops, job.num_layers_of_kinds(rank), strict=True)
+        flops = sum(operations * count for operations, count in counts) * self._passes(
+            with_backward
+        )
         if any(chunk.head for chunk in job.stages[rank]):
-            flops += head_flops(job.hf_config) * (3 if backward else 1)
+            flops += head_flops(job.hf_config) * (3 if with_backward else 1)
         return self._seconds(flops)
 
-    def exposed_communication_seconds(self, rank: int, backward: bool) -> float:
+    def exposed_communication_seconds(self, rank: int, with_backward: bool) -> float:
         """Return seconds of one micro-batch's communication that computation does not hide."""
         seconds = {
             name: group.seconds(
-                self.job, group.microbatch_bytes if backward else group.forward_bytes
+                self.job, group.microbatch_bytes if with_backward else group.forward_bytes
             )
-            for name, group in self.groups(rank).items()
+            for name, group in self.traffic_by_axis(rank).items()
             if name not in HIDDEN_AXES
         }
         if "context" in seconds:
-            attention = attention_flops(self.job.hf_config, self.length) * sum(
-                self.job.layers(rank)
+            attention = attention_flops(self.job.hf_config, self.sample_tokens) * sum(
+                self.job.num_layers_of_kinds(rank)
             )
-            attention_seconds = self._seconds(attention * self._passes(backward))
+            attention_seconds = self._seconds(attention * self._passes(with_backward))
             seconds["context"] = max(0.0, seconds["context"] - attention_seconds)
-        if "expert" in seconds and backward:
+        if "expert" in seconds and with_backward:
             seconds["expert"] = self.expert_exchange_seconds(rank)
         return sum(seconds.values())
 
     def expert_exchange_seconds(self, rank: int) -> float:
         """Return seconds of one micro-batch's exchange with experts' ranks that computation does
         not hide, forward and backward."""
-        group, (_, sparse) = self.groups(rank)["expert"], self.job.layers(rank)
+        group, (_, sparse) = (
+            self.traffic_by_axis(rank)["expert"],
+            self.job.num_layers_of_kinds(rank),
+        )
         seconds = group.seconds(self.job, group.microbatch_bytes)
         if not self.job.parallel.overlap_expert_exchange or not sparse:
             return seconds
@@ -199,16 +204,16 @@ class StepTime:
         job = self.job
         layer_of_kind = {sparse: layer for layer, sparse in enumerate(job.is_sparse_layer)}
         dense, sparse = (
-            layer_flops(job, layer_of_kind[kind], self.length, self._speedup)
+            layer_flops(job, layer_of_kind[kind], self.sample_tokens, self._speedup)
             if kind in layer_of_kind
             else 0.0
             for kind in (False, True)
         )
         return dense, sparse
 
-    def _passes(self, backward: bool) -> int:
+    def _passes(self, with_backward: bool) -> int:
         """Return a layer's work in forward passes."""
-        return 3 + (self.job.parallel.recompute == "full") if backward else 1
+        return 3 + (self.job.parallel.recompute == "full") if with_backward else 1
 
     def _seconds(self, flops: float) -> float:
         """Return seconds of `flops` per token for a rank's share of a mean micro-batch."""
@@ -216,19 +221,19 @@ class StepTime:
         fraction = job.rank_tokens / job.parallel.tensor
         return flops * fraction / (job.hardware.bf16 * job.assumptions.compute_efficiency)
 
-    def microbatch_seconds(self, rank: int, backward: bool) -> float:
+    def microbatch_seconds(self, rank: int, with_backward: bool) -> float:
         """Return the seconds of a mean micro-batch on pipeline rank `rank`: of its computation, of
         the communication that it does not hide, and of the pipeline's hops."""
         return (
-            self.compute_seconds(rank, backward)
-            + self.exposed_communication_seconds(rank, backward)
-            + self.pipeline_stall_seconds(backward)
+            self.compute_seconds(rank, with_backward)
+            + self.exposed_communication_seconds(rank, with_backward)
+            + self.pipeline_stall_seconds(with_backward)
         )
 
     @cached_property
     def hop_seconds(self) -> float:
         """Seconds in which a rank waits for a neighbor's tensor: the host, then the bytes."""
-        pipeline = self.groups(0).get("pipeline")
+        pipeline = self.traffic_by_axis(0).get("pipeline")
         if pipeline is None:
             return 0.0
         transfer_seconds = pipeline.seconds(
@@ -236,34 +241,38 @@ class StepTime:
         )
         return self.job.assumptions.host_stall_seconds + transfer_seconds
 
-    def pipeline_stall_seconds(self, backward: bool) -> float:
+    def pipeline_stall_seconds(self, with_backward: bool) -> float:
         """Return seconds of one micro-batch's hops: one for each chunk forward, one back."""
-        return self.hop_seconds * self.job.num_model_chunks * (2 if backward else 1)
+        return self.hop_seconds * self.job.num_model_chunks * (2 if with_backward else 1)
 
-    def bubble(self, microbatches: int, slots: int) -> float:
+    def idle_fraction(self, microbatches: int, slots: int) -> float:
         """Return the share of time in which a rank is idle: 1 - V m / (V slots + P - 1)."""
         virtual, stages = self.job.num_model_chunks, self.job.parallel.pipeline
         return 1 - virtual * microbatches / (virtual * slots + stages - 1)
 
     def optimizer_step_seconds(self) -> float:
         """Return seconds of all micro-batches, and of the gradients' last bytes."""
-        rank, count = self.busiest, self.job.num_microbatches
-        pipeline = (
+        rank, count = self.busiest_rank, self.job.num_microbatches
+        pipeline_seconds = (
             self.microbatch_seconds(rank, True)
             * count
-            / (1 - self.bubble(count, self.job.schedule_slots))
+            / (1 - self.idle_fraction(count, self.job.schedule_slots))
         )
-        data = self.groups(rank).get("data")
-        traffic = data.seconds(self.job, data.step_bytes) if data else 0.0
-        return pipeline + traffic * self.job.assumptions.gradients_exposed
+        data_traffic = self.traffic_by_axis(rank).get("data")
+        gradient_seconds = (
+            data_traffic.seconds(self.job, data_traffic.step_bytes) if data_traffic else 0.0
+        )
+        return pipeline_seconds + gradient_seconds * self.job.assumptions.gradients_exposed
 
     def scoring_seconds(self) -> float:
         """Seconds of a step's passes without gradients."""
         job = self.job
-        count = job.num_microbatches * job.minibatches
-        slots = job.schedule_slots * job.minibatches
+        count = job.num_microbatches * job.num_minibatches
+        slots = job.schedule_slots * job.num_minibatches
         pass_seconds = (
-            self.microbatch_seconds(self.busiest, False) * count / (1 - self.bubble(count, slots))
+            self.microbatch_seconds(self.busiest_rank, False)
+            * count
+            / (1 - self.idle_fraction(count, slots))
         )
         return pass_seconds * (2 if job.computes_ref_logprobs else 1)
 
@@ -278,9 +287,9 @@ class StepTime:
             return float(not TRANSPORTS[self.job.config.push.transport].is_single_host)
         if name in ("scoring", "training", "critic"):
             backward = name != "scoring"
-            seconds = self.exposed_communication_seconds(self.busiest, backward)
+            seconds = self.exposed_communication_seconds(self.busiest_rank, backward)
             seconds += self.pipeline_stall_seconds(backward)
-            return seconds / self.microbatch_seconds(self.busiest, backward)
+            return seconds / self.microbatch_seconds(self.busiest_rank, backward)
         return 0.0
 
     def push_seconds(self) -> float:
@@ -306,7 +315,7 @@ def time_section(times: StepTime) -> QuantityTable:
         section |= _training(times)
     if job.critic:
         critic = StepTime(job.critic, times.engines)
-        seconds = critic.scoring_seconds() + critic.optimizer_step_seconds() * job.minibatches
+        seconds = critic.scoring_seconds() + critic.optimizer_step_seconds() * job.num_minibatches
         section["critic"] = Quantity(seconds, "s", "one forward pass for values, and its training")
     if job.verb == "rl":
         section |= offload_time(job, times.push_seconds())
@@ -327,9 +336,11 @@ def time_section(times: StepTime) -> QuantityTable:
     if job.verb == "rl" and times.engines.rollouts_in_flight == 1:
         fraction = section["rollout"].number / step.number
         section["share of rollout"] = Quantity(fraction, "share", "rollout / step")
-    if ROUTED in section:
-        fraction = section[ROUTED].number / step.number
-        section[f"share of {ROUTED}"] = Quantity(fraction, "share", f"{ROUTED} / step")
+    if ROUTED_EXPERTS in section:
+        fraction = section[ROUTED_EXPERTS].number / step.number
+        section[f"share of {ROUTED_EXPERTS}"] = Quantity(
+            fraction, "share", f"{ROUTED_EXPERTS} / step"
+        )
     section["tokens per second"] = Quantity(
         tokens / step.number, "tokens", f"{tokens:,} tokens / step"
     )
@@ -340,7 +351,7 @@ def time_section(times: StepTime) -> QuantityTable:
 
 TIME_PARTS = (
     "rollout",
-    ROUTED,
+    ROUTED_EXPERTS,
     "scoring",
     "training",
     "critic",
@@ -416,7 +427,7 @@ def _step(times: StepTime, parts: dict[str, Quantity]) -> Quantity:
 
 
 def _training(times: StepTime) -> QuantityTable:
-    job, count, rank = times.job, times.job.num_microbatches, times.busiest
+    job, count, rank = times.job, times.job.num_microbatches, times.busiest_rank
     update_seconds = times.optimizer_step_seconds()
     step_formula = (
         f"{format_count(count, 'micro-batch')} x ("
@@ -429,10 +440,10 @@ def _training(times: StepTime) -> QuantityTable:
         f"V = {format_count(job.num_model_chunks, 'chunk')}, P = "
         f"{format_count(job.parallel.pipeline, 'stage')}"
     )
-    steps_text = format_count(job.minibatches, "optimizer step")
+    steps_text = format_count(job.num_minibatches, "optimizer step")
     return {
         "optimizer step": Quantity(update_seconds, "s", step_formula),
-        "bubble": Quantity(times.bubble(count, job.schedule_slots), "share", bubble_formula),
+        "bubble": Quantity(times.idle_fraction(count, job.schedule_slots), "share", bubble_formula),
         "pipeline stalls": Quantity(
             times.pipeline_stall_seconds(True) * count,
             "s",
@@ -442,5 +453,5 @@ def _training(times: StepTime) -> QuantityTable:
             if times.hop_seconds
             else "one pipeline stage",
         ),
-        "training": Quantity(update_seconds * job.minibatches, "s", steps_text),
+        "training": Quantity(update_seconds * job.num_minibatches, "s", steps_text),
     }

@@ -49,9 +49,15 @@ def main(export: str, model: str, mtp: str) -> str:
     ]
     if not changed:
         sys.exit("training has changed no tensor")
-    if mtp == "frozen" and (mtp_changes := set(own_mtp) & set(changed) - set(_shared(first_mtp))):
+    if mtp == "frozen" and (
+        mtp_changes := set(own_mtp) & set(changed) - set(_shared_mtp_names(first_mtp))
+    ):
         sys.exit(f"model.mtp: frozen, but {sorted(mtp_changes)[:3]} changed")
-    if mtp == "train" and own_mtp and not set(own_mtp) & set(changed) - set(_shared(first_mtp)):
+    if (
+        mtp == "train"
+        and own_mtp
+        and not set(own_mtp) & set(changed) - set(_shared_mtp_names(first_mtp))
+    ):
         sys.exit("model.mtp: train, but no tensor of its layers changed")
     loaded, report = load_with_transformers(
         export, hf_config, torch.float32, output_loading_info=True
@@ -68,7 +74,7 @@ def main(export: str, model: str, mtp: str) -> str:
     )
 
 
-def _shared(first_mtp: str) -> list[str]:
+def _shared_mtp_names(first_mtp: str) -> list[str]:
     """Return the MTP layer's copies of the embedding and the head, which do change."""
     return [f"{first_mtp}embed_tokens.weight", f"{first_mtp}shared_head.head.weight"]
 

@@ -97,7 +97,7 @@ ON_NULL_GPU = ON_GPU | {"fp8.recipe": "yes, by operators of the host"}
 def structure_rows(
     recipe: Config,
     hf_config: HFConfig,
-    small: Config,
+    small_config: Config,
     verb: str,
     *,
     device: RehearsalDevice = "cpu",
@@ -107,33 +107,33 @@ def structure_rows(
     Args:
         recipe: the settings of the full run.
         hf_config: the model's config.json.
-        small: the miniature.
+        small_config: the miniature.
         verb: the recipe's verb.
         device: where the miniature runs."""
     not_here = {"cpu": LIMITATIONS, "gpu": ON_GPU, "null-gpu": ON_NULL_GPU}[device]
     rows: list[StructureRow] = []
     for section in SECTIONS_BY_VERB[verb]:
-        before, after = getattr(recipe, section), getattr(small, section)
+        before, after = getattr(recipe, section), getattr(small_config, section)
         for key in SIZE_SETTINGS[section]:
             old, new = getattr(before, key), getattr(after, key)
             if _is_used(old):
-                exercised = not_here.get(f"{section}.{key}") or _exercised(old, new)
+                exercised = not_here.get(f"{section}.{key}") or _exercise_verdict(old, new)
                 rows.append(StructureRow(f"{section}.{key}", str(old), str(new), exercised))
     if verb in ("rl", "sample"):
-        rows += _engine_rows(recipe, small)
+        rows += _engine_rows(recipe, small_config)
     if verb != "sample":
-        rows += _trainer_rows(recipe, hf_config, small, verb, device)
-    return rows + _omitted_rows(recipe, small, verb)
+        rows += _trainer_rows(recipe, hf_config, small_config, verb, device)
+    return rows + _omitted_rows(recipe, small_config, verb)
 
 
-def _engine_rows(recipe: Config, small: Config) -> list[StructureRow]:
+def _engine_rows(recipe: Config, small_config: Config) -> list[StructureRow]:
     """Return rows for the drafts of engines and their arguments of vLLM."""
     rows = []
     if recipe.rollout.speculative.method != "none":
-        drafts = recipe.rollout.speculative, small.rollout.speculative
+        drafts = recipe.rollout.speculative, small_config.rollout.speculative
         before, after = (f"{draft.method}, {draft.tokens} tokens" for draft in drafts)
         rows.append(StructureRow("rollout.speculative", before, after, YES))
-    for argument, small_argument in _arguments(recipe.rollout.vllm, small.rollout.vllm):
+    for argument, small_argument in _arguments(recipe.rollout.vllm, small_config.rollout.vllm):
         cells = (
             (small_argument, YES)
             if small_argument
@@ -144,22 +144,24 @@ def _engine_rows(recipe: Config, small: Config) -> list[StructureRow]:
 
 
 def _trainer_rows(
-    recipe: Config, hf_config: HFConfig, small: Config, verb: str, device: RehearsalDevice
+    recipe: Config, hf_config: HFConfig, small_config: Config, verb: str, device: RehearsalDevice
 ) -> list[StructureRow]:
     """Return rows for the trainer: replicas, what is trained, its offloading, layers, memory.
 
     Args:
         recipe: the settings of the full run.
         hf_config: the model's config.json.
-        small: the miniature.
+        small_config: the miniature.
         verb: the recipe's verb.
         device: where the miniature runs."""
     rows = []
-    old, new = (p.data_parallel_size(p.processes) for p in (recipe.parallel, small.parallel))
+    old, new = (p.data_parallel_size(p.processes) for p in (recipe.parallel, small_config.parallel))
     if old > 1:
-        rows.append(StructureRow("replicas of the model", str(old), str(new), _exercised(old, new)))
+        rows.append(
+            StructureRow("replicas of the model", str(old), str(new), _exercise_verdict(old, new))
+        )
     if hf_config.get("num_nextn_predict_layers") and verb != "reward-model":
-        rows.append(StructureRow("model.mtp", recipe.model.mtp, small.model.mtp, YES))
+        rows.append(StructureRow("model.mtp", recipe.model.mtp, small_config.model.mtp, YES))
     if recipe.model.lora is not None:
         rank = f"rank {recipe.model.lora.rank}"
         rows.append(StructureRow("model.lora", rank, rank, YES))
@@ -187,7 +189,7 @@ def _trainer_rows(
     return rows
 
 
-def _omitted_rows(recipe: Config, small: Config, verb: str) -> list[StructureRow]:
+def _omitted_rows(recipe: Config, small_config: Config, verb: str) -> list[StructureRow]:
     """Return rows for the served models and the functions that a recipe names."""
     rows = []
     if verb in ("rl", "sample"):
@@ -197,7 +199,7 @@ def _omitted_rows(recipe: Config, small: Config, verb: str) -> list[StructureRow
                 cells = ("served", YES) if is_served else ("—", "no: none is served")
                 rows.append(StructureRow(f"rewards.options.{name}", "served", *cells))
     if verb == "sample":
-        if recipe.sample.judge != small.sample.judge:
+        if recipe.sample.judge != small_config.sample.judge:
             rows.append(
                 StructureRow("sample.judge", recipe.sample.judge, "a rule", "no: none is served")
             )
@@ -227,7 +229,7 @@ def _arguments(
     ]
 
 
-def _exercised(old: object, new: object) -> str:
+def _exercise_verdict(old: object, new: object) -> str:
     if isinstance(old, str) and old != new and "|" not in old:
         return "no: needs a GPU"
     return YES if _is_used(new) else "no: too many ranks for rehearsal.max_ranks"

@@ -15,7 +15,7 @@ from megatron_r1.base.processes import children
 from megatron_r1.base.processes.memory import without_garbage_collection
 from megatron_r1.models import platform
 
-IMPORTED = (
+IMPORTED_MODULES = (
     "megatron_r1.commands.cli",
     "megatron_r1.commands.rl",
     "megatron_r1.trainer.worker",
@@ -31,7 +31,7 @@ def main() -> int:
     world_size, logs, *arguments = sys.argv[1:]
     platform.prepare()
     with without_garbage_collection():
-        for module in IMPORTED:
+        for module in IMPORTED_MODULES:
             importlib.import_module(module)
     port = children.free_port("127.0.0.1")
     running = set()

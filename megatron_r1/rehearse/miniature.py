@@ -41,14 +41,14 @@ FP8_PROBE_TOLERANCE = 0.3
 """The same where engines compute in FP8: their weights alone make 0.06, products of trainer and
 engines 0.11."""
 
-ON_CPU = {"vllm": {}, "redundant_experts": 0}
+CPU_ROLLOUT = {"vllm": {}, "redundant_experts": 0}
 """Arguments of vLLM are of kernels, graphs and sizes of GPUs; its balancer needs GPUs."""
-NOT_IMITATED = ("all2all_backend", "kv_cache_dtype", "compilation_config", "moe_backend")
+OMITTED_ARGUMENTS = ("all2all_backend", "kv_cache_dtype", "compilation_config", "moe_backend")
 """Arguments of vLLM that choose graphs, which a null GPU has not, or among kernels."""
 IMITATED_EXCHANGES = ("allgather_reducescatter",)
 """Expert exchanges of vLLM that a null GPU executes: those by NCCL's collectives."""
 IMITATED_CACHES = ("auto", "bfloat16")
-BALANCER = {"window_size": 8, "step_interval": 8}
+BALANCER_OPTIONS = {"window_size": 8, "step_interval": 8}
 """vLLM's balancer counts tokens of experts in so many steps, and moves experts after as many: a
 response of a miniature takes 24."""
 
@@ -97,7 +97,7 @@ def make_miniature(
     parallel = layout.shrink_layout(config.parallel, max_ranks, leaves_out=on_gpu)
     replicas = parallel.data_parallel_size(parallel.processes)
     small_hf_config = model.shrink_config(hf_config, layout.num_layers(parallel), config.push.fp8)
-    changed: dict[str, Any] = {
+    changed_settings: dict[str, Any] = {
         "run": _run(config, folder),
         "model": _model(folder, device),
         "data": _data(folder),
@@ -106,7 +106,7 @@ def make_miniature(
         | (
             _on_gpu(config, parallel.processes, num_experts(small_hf_config), device)
             if on_gpu
-            else ON_CPU
+            else CPU_ROLLOUT
         ),
         "push": _push(config, on_gpu),
         "rewards": _rewards(config),
@@ -134,15 +134,17 @@ def make_miniature(
         },
     }
     tree = config.model_dump()
-    for section, values in changed.items():
+    for section, values in changed_settings.items():
         tree[section] |= values
-    small = parse(tree, "the recipe's miniature")
-    return Miniature(small, small_hf_config, _changes(config, small, hf_config, small_hf_config))
+    small_config = parse(tree, "the recipe's miniature")
+    return Miniature(
+        small_config, small_hf_config, _changes(config, small_config, hf_config, small_hf_config)
+    )
 
 
-def write(small: Miniature, verb: str) -> Path:
+def write(miniature: Miniature, verb: str) -> Path:
     """Write the model, the data and the recipe of a miniature; return the recipe's path."""
-    config, hf_config = small.config, small.hf_config
+    config, hf_config = miniature.config, miniature.hf_config
     folder = Path(config.run.folder).parent
     model.write_folder(Path(config.model.path), hf_config, seed=0)
     for teacher in config.teacher.sections.values():
@@ -284,32 +286,34 @@ def _on_gpu(config: Config, num_gpus: int, experts: int, device: RehearsalDevice
         num_gpus: the trainer ranks of the miniature.
         experts: the routed experts of a layer of its model.
         device: "gpu" or "null-gpu"."""
-    small, sizes = _rollout(config), {}
-    while math.prod(small[axis] for axis in ENGINE_AXES) > num_gpus:
+    small_rollout, sizes = _rollout(config), {}
+    while math.prod(small_rollout[axis] for axis in ENGINE_AXES) > num_gpus:
         # Experts are spread by the data axis, too; several engines are what a push is most for.
-        axes = [axis for axis in ENGINE_AXES if small[axis] > 1]
+        axes = [axis for axis in ENGINE_AXES if small_rollout[axis] > 1]
         kept_axis = (
             "data_parallel" if config.rollout.expert_parallel and "data_parallel" in axes else ""
         )
         left_out = next((axis for axis in axes if axis != kept_axis), axes[0])
-        small[left_out] = sizes[left_out] = 1
-    hosts = min(small["hosts_per_engine"], small["data_parallel"])
-    copies = layout.redundant_experts(config.rollout.model_copy(update=small), experts)
+        small_rollout[left_out] = sizes[left_out] = 1
+    hosts = min(small_rollout["hosts_per_engine"], small_rollout["data_parallel"])
+    num_copies = layout.redundant_experts(config.rollout.model_copy(update=small_rollout), experts)
     return {
         "gpu_memory": config.rollout.gpu_memory,
         **sizes,
         "hosts_per_engine": hosts,
-        "redundant_experts": copies,
-        "vllm": _vllm(config, copies, device),
+        "redundant_experts": num_copies,
+        "vllm": _vllm(config, num_copies, device),
     }
 
 
-def _vllm(config: Config, copies: int, device: RehearsalDevice) -> dict[str, Any]:
+def _vllm(config: Config, num_copies: int, device: RehearsalDevice) -> dict[str, Any]:
     """Return the recipe's arguments of vLLM: on a null GPU without kernels that it does not
     imitate, prompts in two parts where the recipe divides them, and experts that are moved."""
     arguments = dict(config.rollout.vllm)
     if device == "null-gpu":
-        arguments = {name: value for name, value in arguments.items() if name not in NOT_IMITATED}
+        arguments = {
+            name: value for name, value in arguments.items() if name not in OMITTED_ARGUMENTS
+        }
         if config.rollout.vllm.get("all2all_backend") in IMITATED_EXCHANGES:
             arguments["all2all_backend"] = config.rollout.vllm["all2all_backend"]
         if config.rollout.vllm.get("kv_cache_dtype") in IMITATED_CACHES:
@@ -317,8 +321,8 @@ def _vllm(config: Config, copies: int, device: RehearsalDevice) -> dict[str, Any
     if "max_num_batched_tokens" in arguments:
         tokens = min(arguments["max_num_batched_tokens"], _max_model_len(config) // 2)
         arguments["max_num_batched_tokens"] = tokens
-    if copies:
-        arguments["eplb_config"] = {**arguments.get("eplb_config", {}), **BALANCER}
+    if num_copies:
+        arguments["eplb_config"] = {**arguments.get("eplb_config", {}), **BALANCER_OPTIONS}
     else:
         arguments.pop("eplb_config", None)
     return arguments
@@ -359,14 +363,14 @@ def _weights(config: Config, weights: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _rl(config: Config, data: int) -> dict[str, Any]:
+def _rl(config: Config, data_parallel: int) -> dict[str, Any]:
     rl = config.rl
     group = min(rl.group_size, 4)
     max_minibatches = max(
         _minibatches(config, part.rl.minibatches) for _, part in config.schedule_parts()
     )
     # Every replica has a sample in every mini-batch.
-    responses = max_minibatches * max(data, group) * (2 if rl.group_size == 1 else 1)
+    responses = max_minibatches * max(data_parallel, group) * (2 if rl.group_size == 1 else 1)
     return {
         "group_size": group,
         "minibatches": _minibatches(config, rl.minibatches),
@@ -409,22 +413,22 @@ def _tokens(config: Config) -> int:
     return max(1, min(tokens, tokens * _max_model_len(config) // longest))
 
 
-def _sft(config: Config, folder: Path, data: int) -> dict[str, Any]:
+def _sft(config: Config, folder: Path, data_parallel: int) -> dict[str, Any]:
     if not config.sft.data:
         return {}
     parts: Any = str(folder / "examples.jsonl")
     if isinstance(config.sft.data, list):
         parts = [{"path": parts, "count": 2 * NUM_QUESTIONS} for _ in config.sft.data]
-    return {"data": parts, "epochs": None, "batch_size": 4 * data}
+    return {"data": parts, "epochs": None, "batch_size": 4 * data_parallel}
 
 
-def _reward_model(config: Config, folder: Path, data: int) -> dict[str, Any]:
+def _reward_model(config: Config, folder: Path, data_parallel: int) -> dict[str, Any]:
     if not config.reward_model.data:
         return {}
     return {
         "data": str(folder / "preferences.jsonl"),
         "epochs": None,
-        "batch_size": 4 * data,
+        "batch_size": 4 * data_parallel,
         "max_tokens": _max_model_len(config) if config.reward_model.max_tokens else None,
     }
 
@@ -432,7 +436,7 @@ def _reward_model(config: Config, folder: Path, data: int) -> dict[str, Any]:
 def _sample(config: Config) -> dict[str, Any]:
     sample = config.sample
     judges = {"pairs": "compare", "labels": "is_safe"}
-    changed: dict[str, Any] = {
+    changed_settings: dict[str, Any] = {
         "samples": min(sample.samples, 4),
         "server": None,
         "shots": None,
@@ -446,23 +450,23 @@ def _sample(config: Config) -> dict[str, Any]:
     if sample.is_graded:
         limits = {"min_accuracy": 0.0, "min_reward": None}
         limits |= {"min_pass_rate": None, "max_pass_rate": None}
-        changed["keep"] = sample.keep.model_dump() | limits
+        changed_settings["keep"] = sample.keep.model_dump() | limits
     if sample.output in judges:
-        changed["judge"] = f"{synthetic_data.__name__}:{judges[sample.output]}"
-    return changed
+        changed_settings["judge"] = f"{synthetic_data.__name__}:{judges[sample.output]}"
+    return changed_settings
 
 
 def _changes(
-    config: Config, small: Config, hf_config: HFConfig, small_hf_config: HFConfig
+    config: Config, small_config: Config, hf_config: HFConfig, small_hf_config: HFConfig
 ) -> list[Change]:
     """Return every setting and size that differs, with the reason where it is not size alone.
 
     Args:
         config: the recipe.
-        small: the miniature's recipe.
+        small_config: the miniature's recipe.
         hf_config: the model's `config.json`.
         small_hf_config: that of the miniature's model."""
-    before, after = config.model_dump(), small.model_dump()
+    before, after = config.model_dump(), small_config.model_dump()
     compared = [
         (f"{section}.{key}", value, after[section][key])
         for section, values in before.items()

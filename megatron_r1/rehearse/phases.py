@@ -80,7 +80,7 @@ class PhaseRunner:
         self.settings = settings
         self.timeout_seconds, self.notify = timeout_seconds, notify
         self.run_folder = RunFolder(config.run.folder)
-        self.shown: list[PhaseResult] = []
+        self.results: list[PhaseResult] = []
 
     def run(self) -> list[PhaseResult]:
         """Run all phases.
@@ -90,13 +90,13 @@ class PhaseRunner:
         """
         if self.verb == "sample":
             self._sample()
-            return self.shown
-        self._until_killed()
-        self._resumed()
+            return self.results
+        self._run_until_killed()
+        self._resume()
         self._export()
-        return self.shown
+        return self.results
 
-    def _until_killed(self) -> None:
+    def _run_until_killed(self) -> None:
         title = "start, first step, checkpoint, kill -9"
         with self._phase(title) as phase:
             phase.wait(lambda: complete_checkpoints(self.run_folder.checkpoints))
@@ -107,7 +107,7 @@ class PhaseRunner:
         if self.verb == "rl":
             self._compare_with_plan(round(lines[0]["push/links"]), lines[0]["push/bytes"])
 
-    def _resumed(self) -> None:
+    def _resume(self) -> None:
         parallel = layout.different_layout(self.config.parallel)
         changed = {
             f"parallel.{key}": value
@@ -154,7 +154,7 @@ class PhaseRunner:
             f"a trainer rank has at most {links} to engine ranks, of {planned} planned; all send "
             f"{num_bytes:,.0f} bytes, of {planned_bytes:,.0f} planned"
         )
-        self.shown.append(PhaseResult("links", evidence, 0.0))
+        self.results.append(PhaseResult("links", evidence, 0.0))
 
     def _show_pushes(self, lines: Sequence[dict[str, Any]]) -> None:
         probes = [line.get("push/probe_diff") for line in lines]
@@ -168,7 +168,7 @@ class PhaseRunner:
         if method != "none" and all(share is None for share in drafts):
             raise RunError(f"rehearse: no token was drafted (rollout.speculative.method: {method})")
         drafted = "" if method == "none" else f"; {method}: accepted drafts {_numbers(drafts)}"
-        self.shown += [
+        self.results += [
             PhaseResult(
                 "rollout, rewards, update",
                 f"gradient norms {_numbers(norms)}; log-probabilities of engine and trainer "
@@ -195,7 +195,7 @@ class PhaseRunner:
                     f"but their longest responses have {longest} tokens"
                 )
         evidence = f"responses of up to {longest} tokens, where {limits} are the most"
-        self.shown.append(PhaseResult("schedule", evidence, 0.0))
+        self.results.append(PhaseResult("schedule", evidence, 0.0))
 
     def _export(self) -> None:
         title, start, cpu_start = "export", time.monotonic(), launch.cpu_seconds()
@@ -210,7 +210,7 @@ class PhaseRunner:
         if process.returncode:
             raise RunError(f"rehearse: {title}: {process.stdout}{process.stderr[-2000:]}")
         seconds, cpu_seconds = time.monotonic() - start, launch.cpu_seconds() - cpu_start
-        self.shown.append(PhaseResult(title, process.stdout.strip(), seconds, cpu_seconds))
+        self.results.append(PhaseResult(title, process.stdout.strip(), seconds, cpu_seconds))
 
     def _sample(self) -> None:
         samples = self.run_folder.samples_path
@@ -233,34 +233,34 @@ class PhaseRunner:
     ) -> Iterator["_Phase"]:
         """Start the command, which is killed with all its processes at the end of the block."""
         self.notify(title)
-        log = self.recipe.with_name(f"log-{len(self.shown)}.txt")
+        log = self.recipe.with_name(f"log-{len(self.results)}.txt")
         settings = [*self.settings, *settings]
-        blocked = self.run_folder.path / "logs" / "controller-blocked.txt"
+        stacks_path = self.run_folder.path / "logs" / "controller-blocked.txt"
         start, cpu_start = time.monotonic(), launch.cpu_seconds()
         started = launch.running_command(
             self.verb, self.recipe, config or self.config, settings, log
         )
         with started as process:
-            phase = _Phase(title, process, log, blocked, self.timeout_seconds, start)
+            phase = _Phase(title, process, log, stacks_path, self.timeout_seconds, start)
             yield phase
             phase.seconds = time.monotonic() - start
             # Before the kill: the children of killed processes have no parent that waits for them.
             phase.cpu_seconds = launch.cpu_seconds() - cpu_start
 
     def _show(self, title: str, phase: "_Phase", evidence: str) -> None:
-        self.shown.append(PhaseResult(title, evidence, phase.seconds, phase.cpu_seconds))
+        self.results.append(PhaseResult(title, evidence, phase.seconds, phase.cpu_seconds))
 
 
 @dataclass
 class _Phase:
-    """A started command. blocked: the stacks of a controller that does not answer."""
+    """A started command. stacks_path: the stacks of a controller that does not answer."""
 
     title: str
     process: subprocess.Popen[bytes]
     log: Path
-    blocked: Path
+    stacks_path: Path
     timeout_seconds: float
-    since: float
+    started_at: float
     seconds: float = 0.0
     cpu_seconds: float = 0.0
 
@@ -281,10 +281,10 @@ class _Phase:
             self._fail(f"the command ended with status {self.process.returncode}")
 
     def _check_time(self) -> None:
-        if time.monotonic() - self.since > self.timeout_seconds:
+        if time.monotonic() - self.started_at > self.timeout_seconds:
             self._fail(f"not done after {self.timeout_seconds:g} s")
-        if self.blocked.exists() and self.blocked.stat().st_size:
-            self._fail(f"the controller does not answer; its stacks: {self.blocked}")
+        if self.stacks_path.exists() and self.stacks_path.stat().st_size:
+            self._fail(f"the controller does not answer; its stacks: {self.stacks_path}")
 
     def _fail(self, reason: str) -> None:
         cause = "\n".join(find_errors(self.log)) or f"{self.log} ends:\n{last_lines(self.log)}"

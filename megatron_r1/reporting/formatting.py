@@ -17,13 +17,13 @@ class Metric:
         label: its name for people.
         meaning: what it says, in a sentence.
         unit: "%" shows a fraction as a percentage, "s" seconds, "" a plain number.
-        log_scale: whether plots have a logarithmic axis."""
+        has_log_scale: whether plots have a logarithmic axis."""
 
     key: str
     label: str
     meaning: str
     unit: str = ""
-    log_scale: bool = False
+    has_log_scale: bool = False
 
     def format(self, value: float | None) -> str:
         """Return the value in the metric's unit, or a dash."""

@@ -66,7 +66,7 @@ class LiveView:
         self._stream = stream or sys.stdout
         start = time.monotonic()
         self._state = LiveState(
-            title, total_steps, tuple(facts), started=start, phase_started=start
+            title, total_steps, tuple(facts), started_at=start, phase_started_at=start
         )
         self._seen_phases: set[str] = set()
         self._step_times: deque[float] = deque(maxlen=20)
@@ -92,7 +92,7 @@ class LiveView:
         """Show what the run is doing. A log gets a line the first time each phase is entered."""
         state = self._state
         if name != state.phase:
-            state.phase_started = time.monotonic()
+            state.phase_started_at = time.monotonic()
         state.phase, state.detail = name, detail
         if self._live is None and name not in self._seen_phases:
             self._seen_phases.add(name)
@@ -110,7 +110,7 @@ class LiveView:
         timestamp = time.monotonic()
         # Prefer the step's own time: the time between two calls includes start-up and evaluations.
         self._step_times.append(finite_metric(metrics, "time/step") or timestamp - self._step_ended)
-        self._step_ended = self._state.phase_started = timestamp
+        self._step_ended = self._state.phase_started_at = timestamp
         self._state.seconds_per_step = fmean(self._step_times)
         self._remember(metrics)
         if samples and timestamp >= self._samples_until:
@@ -134,11 +134,11 @@ class LiveView:
         for metrics in history:
             self._remember(metrics)
         for metrics in evaluations:
-            self._evaluated(metrics)
+            self._add_evaluation(metrics)
 
     def show_evaluation(self, metrics: Mapping[str, Any]) -> None:
         """Show a held-out evaluation: "eval/…" keys, and "step" unless it is the last step's."""
-        step = self._evaluated(metrics)
+        step = self._add_evaluation(metrics)
         if self._live is None:
             parts = [
                 f"{key.removeprefix('eval/')} {_score_text(key, metrics)}"
@@ -161,12 +161,12 @@ class LiveView:
         Args:
             outcome: "finished" or why the run ended."""
         state = self._state
-        if state.ended:
+        if state.outcome_text:
             return
         state.ended_at = time.monotonic()
-        state.ended = f"{outcome} in {format_duration(state.ended_at - state.started)}"
+        state.outcome_text = f"{outcome} in {format_duration(state.ended_at - state.started_at)}"
         if self._live is None:
-            self._print(state.ended)
+            self._print(state.outcome_text)
             return
         with contextlib.suppress(OSError):
             self._live.stop()
@@ -202,9 +202,9 @@ class LiveView:
                 if key in metrics:
                     state.history.setdefault(key, []).append(finite_metric(metrics, key))
         if any(key.startswith("eval/") for key in metrics):
-            self._evaluated(metrics)
+            self._add_evaluation(metrics)
 
-    def _evaluated(self, metrics: Mapping[str, Any]) -> int:
+    def _add_evaluation(self, metrics: Mapping[str, Any]) -> int:
         step = finite_metric(metrics, "step")
         step = self._state.step if step is None else int(step)
         self._state.evaluations = {**self._state.evaluations, step: dict(metrics)}

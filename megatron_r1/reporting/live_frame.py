@@ -113,17 +113,17 @@ class LiveState:
     title: str
     total_steps: int
     facts: tuple[str, ...] = ()
-    started: float = 0.0
+    started_at: float = 0.0
     phase: str = "starting"
     detail: str = ""
-    phase_started: float = 0.0
+    phase_started_at: float = 0.0
     step: int = 0
     seconds_per_step: float | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
     history: dict[str, list[float | None]] = field(default_factory=dict)
     evaluations: dict[int, dict[str, Any]] = field(default_factory=dict)
     samples: list[dict[str, Any]] = field(default_factory=list)
-    ended: str = ""
+    outcome_text: str = ""
     ended_at: float = 0.0
 
     @property
@@ -158,7 +158,7 @@ def frame(state: LiveState, console: Console, timestamp: float) -> Group:
     lines += [Text()] if is_roomy else []
     lines += [_held_out(state, width), Text()]
     lines += _samples(state, console, width, height - len(lines), max_samples=4 if is_roomy else 2)
-    if not state.ended:
+    if not state.outcome_text:
         lines += [Text()] * (height - len(lines))
     for line in lines:
         line.no_wrap = True
@@ -174,11 +174,11 @@ def _title(state: LiveState) -> Text:
 
 
 def _progress(state: LiveState, width: int, timestamp: float) -> Text:
-    elapsed_seconds = (state.ended_at or timestamp) - state.started
+    elapsed_seconds = (state.ended_at or timestamp) - state.started_at
     seconds_left = state.seconds_left()
     head = f"step {state.step}/{state.total_steps}  "
     tail = f"  {format_clock(elapsed_seconds)} elapsed"
-    if seconds_left is not None and not state.ended:
+    if seconds_left is not None and not state.outcome_text:
         tail += f"  {format_clock(seconds_left)} left"
     room = max(4, width - len(head) - len(tail))
     filled_cells = min(room, room * state.step // max(1, state.total_steps))
@@ -191,17 +191,17 @@ def _progress(state: LiveState, width: int, timestamp: float) -> Text:
 
 
 def _phase(state: LiveState, timestamp: float) -> Text:
-    if state.ended:
-        is_finished = state.ended.startswith("finished")
+    if state.outcome_text:
+        is_finished = state.outcome_text.startswith("finished")
         return Text(
-            ("✓ " if is_finished else "■ ") + state.ended,
+            ("✓ " if is_finished else "■ ") + state.outcome_text,
             style="green" if is_finished else "yellow",
         )
     style = PHASE_STYLES.get(state.phase, "cyan")
     line = Text.assemble(("● ", style), printable(state.phase))
     if state.detail:
         line.append(f"  {printable(state.detail)}", style="bright_black")
-    waiting_seconds = timestamp - state.phase_started
+    waiting_seconds = timestamp - state.phase_started_at
     if waiting_seconds >= 3:
         line.append(f"  {format_clock(waiting_seconds)}", style="bright_black")
     return line

@@ -11,7 +11,7 @@ import numpy as np
 
 from megatron_r1.reporting.formatting import finite_metric, format_number, format_percent
 
-SCORES, INTERVALS = "eval/", "interval/"
+SCORE_PREFIX, INTERVAL_PREFIX = "eval/", "interval/"
 FEW_QUESTIONS = 100
 """With fewer held-out questions the sentence has their number, and intervals."""
 TAIL_PROBABILITY = 0.025
@@ -49,7 +49,7 @@ class Evaluation:
     tokens; of a reward model the accuracy of its scores."""
 
     step: int
-    passed: Score | None
+    pass_at_1: Score | None
     majority: Score | None
     num_votes: int | None
     length: float | None
@@ -63,7 +63,7 @@ def merge_evaluations(lines: Iterable[Mapping[str, Any]]) -> list[Evaluation]:
     Lines of one step are merged, so both files of a run may be passed one after the other."""
     by_step: dict[int, dict[str, Any]] = defaultdict(dict)
     for line in lines:
-        if any(key.startswith(SCORES) for key in line):
+        if any(key.startswith(SCORE_PREFIX) for key in line):
             by_step[int(finite_metric(line, "step") or 0)].update(line)
     results = []
     for step, line in sorted(by_step.items()):
@@ -87,19 +87,22 @@ def outcome_sentence(metrics: MetricLines, heldout: Sequence[Evaluation]) -> str
     """Return the result of the run as one sentence with numbers."""
     if not metrics and not heldout:
         return "Nothing to report yet: metrics.jsonl is empty or missing."
-    pass_evaluations = [evaluation for evaluation in heldout if evaluation.passed]
+    pass_evaluations = [evaluation for evaluation in heldout if evaluation.pass_at_1]
     steps = f"In {num_steps(metrics):,} steps" if num_steps(metrics) != 1 else "In one step"
     if len(pass_evaluations) > 1:
         if 0 < pass_evaluations[-1].step < num_steps(metrics):
             steps = f"By step {pass_evaluations[-1].step:,} of {num_steps(metrics):,}"
         first, last = pass_evaluations[0], pass_evaluations[-1]
-        assert first.passed and last.passed
-        verdict, interval_sentence = score_verdict(first.passed, last.passed, last.num_questions)
-        return f"{verdict}: {_lower(steps)}, {_describe_change(first, last)}. {interval_sentence}"
+        assert first.pass_at_1 and last.pass_at_1
+        verdict, interval_sentence = score_verdict(
+            first.pass_at_1, last.pass_at_1, last.num_questions
+        )
+        change = f"{_lower_first_letter(steps)}, {_describe_change(first, last)}"
+        return f"{verdict}: {change}. {interval_sentence}"
     if pass_evaluations:
         last = pass_evaluations[0]
         text = f"{NOT_SHOWN}: one evaluation only. At step {last.step}, held-out pass@1 is "
-        text += f"{last.passed}{_questions_text(last)}"
+        text += f"{last.pass_at_1}{_questions_text(last)}"
         if last.majority:
             text += f" and the majority vote of {last.num_votes} {last.majority}"
         return f"{text}."
@@ -108,7 +111,7 @@ def outcome_sentence(metrics: MetricLines, heldout: Sequence[Evaluation]) -> str
         change = _from_to(accuracies[0], accuracies[-1], format_percent)
         verdict, interval_sentence = score_verdict(accuracies[0], accuracies[-1], None)
         return (
-            f"{verdict}: {_lower(steps)}, the accuracy of held-out scores {change}. "
+            f"{verdict}: {_lower_first_letter(steps)}, the accuracy of held-out scores {change}. "
             f"{interval_sentence}"
         )
     for key, name, form in (
@@ -116,7 +119,7 @@ def outcome_sentence(metrics: MetricLines, heldout: Sequence[Evaluation]) -> str
         ("loss", "the loss", format_number),
     ):
         if ends := first_and_last(metrics, key):
-            verdict = f"{NOT_SHOWN}: {_lower(steps)}" if key == "accuracy" else steps
+            verdict = f"{NOT_SHOWN}: {_lower_first_letter(steps)}" if key == "accuracy" else steps
             return f"{verdict}, {name} {_from_to(*ends, form)}; nothing was evaluated held-out."
     return f"{steps}, neither accuracy nor loss was recorded."
 
@@ -144,8 +147,12 @@ def _score(line: Mapping[str, Any], key: str) -> Score | None:
     value = finite_metric(line, key)
     if value is None:
         return None
-    ends = f"{INTERVALS}{key.removeprefix(SCORES)}"
-    return Score(value, finite_metric(line, f"{ends}/low"), finite_metric(line, f"{ends}/high"))
+    interval_key = f"{INTERVAL_PREFIX}{key.removeprefix(SCORE_PREFIX)}"
+    return Score(
+        value,
+        finite_metric(line, f"{interval_key}/low"),
+        finite_metric(line, f"{interval_key}/high"),
+    )
 
 
 def score_verdict(first: Score, last: Score, num_questions: int | None) -> tuple[str, str]:
@@ -163,7 +170,7 @@ def score_verdict(first: Score, last: Score, num_questions: int | None) -> tuple
         last: the score after.
         num_questions: by it an interval without width, of all right or all wrong, gets that of
             Clopper and Pearson."""
-    pair = [_widened(score, num_questions) for score in (first, last)]
+    pair = [_interval_ends(score, num_questions) for score in (first, last)]
     if any(low is None or high is None for low, high in pair):
         return NOT_SHOWN, "One question has no interval."
     (low1, high1), (low2, high2) = pair
@@ -176,7 +183,7 @@ def score_verdict(first: Score, last: Score, num_questions: int | None) -> tuple
     return verdict, f"The change is {100 * change:+.1f} points, 95% interval {ends}."
 
 
-def _widened(score: Score, num_questions: int | None) -> tuple[float | None, float | None]:
+def _interval_ends(score: Score, num_questions: int | None) -> tuple[float | None, float | None]:
     if score.low is None or score.high is None or score.low < score.high or not num_questions:
         return score.low, score.high
     width = 1 - TAIL_PROBABILITY ** (1 / num_questions)
@@ -188,14 +195,14 @@ def _questions_text(evaluation: Evaluation) -> str:
     return f" of {count} questions" if count and count < FEW_QUESTIONS else ""
 
 
-def _lower(text: str) -> str:
+def _lower_first_letter(text: str) -> str:
     return text[:1].lower() + text[1:]
 
 
 def _describe_change(first: Evaluation, last: Evaluation) -> str:
-    assert first.passed and last.passed, "called with scored evaluations only"
+    assert first.pass_at_1 and last.pass_at_1, "called with scored evaluations only"
     form = str if _questions_text(last) else format_percent
-    pass_change = _from_to(first.passed, last.passed, form)
+    pass_change = _from_to(first.pass_at_1, last.pass_at_1, form)
     text = f"held-out pass@1{_questions_text(last)} {pass_change}"
     if first.step > 0:
         text += f" since step {first.step}"

@@ -72,7 +72,7 @@ class Curve:
         marker: draw points (held-out evaluations) instead of a smoothed line over the raw one.
         low: [points] lower ends of the error bars, NaN for none.
         high: [points] upper ends of the error bars, NaN for none.
-        noisy: False for exact values, such as a schedule, which are drawn without smoothing."""
+        is_noisy: False for exact values, such as a schedule, which are drawn without smoothing."""
 
     label: str
     steps: np.ndarray
@@ -81,15 +81,15 @@ class Curve:
     marker: str = ""
     low: np.ndarray | None = None
     high: np.ndarray | None = None
-    noisy: bool = True
+    is_noisy: bool = True
 
 
 def curve_plot(
     name: str,
     curves: Sequence[Curve],
     size: tuple[float, float] = (3.4, 1.9),
-    percent: bool = False,
-    log_scale: bool = False,
+    as_percent: bool = False,
+    has_log_scale: bool = False,
     from_zero: bool = False,
 ) -> str:
     """Return the SVG of one or more curves over steps.
@@ -98,23 +98,23 @@ def curve_plot(
         name: unique on the page.
         curves: the curves with their names and points.
         size: inches.
-        percent: values are shares, shown as percentages.
-        log_scale: whether the values' axis is logarithmic.
+        as_percent: values are shares, shown as percentages.
+        has_log_scale: whether the values' axis is logarithmic.
         from_zero: the values' axis begins at 0."""
     with matplotlib.rc_context(STYLE):
         figure, axes = _axes(size)
         for curve in curves:
             _draw(axes, curve)
-        if log_scale and any((curve.values > 0).any() for curve in curves):
+        if has_log_scale and any((curve.values > 0).any() for curve in curves):
             axes.set_yscale("log")
             axes.minorticks_off()
             axes.margins(y=0.15)
         elif from_zero:
             axes.set_ylim(bottom=0)
-        if percent:
+        if as_percent:
             axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:.4g}%"))
             _bound_percent(axes, curves)
-        elif not log_scale:
+        elif not has_log_scale:
             axes.yaxis.set_major_formatter(FuncFormatter(_short))
         if len(curves) > 1:
             axes.legend(loc="best")
@@ -214,7 +214,7 @@ def _draw(axes: Axes, curve: Curve) -> None:
     if len(steps) < 12:
         axes.plot(steps, raw_values, color=color, marker="o", markersize=3.5, label=curve.label)
         return
-    if not curve.noisy:
+    if not curve.is_noisy:
         axes.plot(steps, raw_values, color=color, label=curve.label)
         return
     axes.plot(steps, raw_values, color=color, linewidth=0.8, alpha=0.3)

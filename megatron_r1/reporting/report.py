@@ -50,7 +50,13 @@ SMALL_PLOT_METRICS = (
     "truncated",
 )
 # These mean something only against zero; the others are read by their shape.
-FROM_ZERO = {"kl", "clip_fraction", "grad_norm", "tokens_per_second", "response_length/mean"}
+ZERO_BASED_METRICS = {
+    "kl",
+    "clip_fraction",
+    "grad_norm",
+    "tokens_per_second",
+    "response_length/mean",
+}
 
 
 class Plot(NamedTuple):
@@ -154,7 +160,7 @@ def _tiles(metrics: MetricLines, heldout: Sequence[Evaluation]) -> list[tuple[st
     tiles = []
     num_votes = max((e.num_votes or 0 for e in heldout), default=0)
     for name, scores in (
-        ("held-out pass@1", [e.passed for e in heldout if e.passed]),
+        ("held-out pass@1", [e.pass_at_1 for e in heldout if e.pass_at_1]),
         ("held-out accuracy", [e.accuracy for e in heldout if e.accuracy]),
         (f"majority vote of {num_votes}", [e.majority for e in heldout if e.majority]),
     ):
@@ -194,20 +200,20 @@ def _arrow(first: str, last: str) -> str:
 
 def _two_curves(metrics: MetricLines, evaluations: Sequence[Evaluation]) -> list[Plot]:
     """Plot accuracy and response length, with the held-out evaluations as points."""
-    accuracy = _trained(metrics, "accuracy", "training samples", "accent")
-    pass_rates = [(e.step, e.passed) for e in evaluations if e.passed]
+    accuracy = _training_curve(metrics, "accuracy", "training samples", "accent")
+    pass_rates = [(e.step, e.pass_at_1) for e in evaluations if e.pass_at_1]
     majorities = [(e.step, e.majority) for e in evaluations if e.majority]
     votes = max((e.num_votes or 0 for e in evaluations), default=0)
     accuracy += _points("held-out, pass@1", pass_rates, "ink", "o")
     accuracies = [(e.step, e.accuracy) for e in evaluations if e.accuracy]
     accuracy += _points("held-out", accuracies, "ink", "o")
     accuracy += _points(f"held-out, majority of {votes}", majorities, "ink", "D")
-    length = _trained(metrics, "response_length/mean", "training samples", "second")
+    length = _training_curve(metrics, "response_length/mean", "training samples", "second")
     lengths = [(e.step, Score(e.length)) for e in evaluations if e.length is not None]
     length += _points("held-out", lengths, "ink", "o")
     figures = []
     if accuracy:
-        plot = curve_plot("accuracy", accuracy, HERO_SIZE, percent=True)
+        plot = curve_plot("accuracy", accuracy, HERO_SIZE, as_percent=True)
         figures.append(Plot("Accuracy", "fraction of right answers", plot))
     if length:
         plot = curve_plot("length", length, HERO_SIZE, from_zero=True)
@@ -220,18 +226,20 @@ def _small_plots(metrics: MetricLines) -> list[Plot]:
     figures = []
     for key in SMALL_PLOT_METRICS:
         metric = KNOWN_METRICS[key]
-        curves = _trained(metrics, key, "mean", "accent")
+        curves = _training_curve(metrics, key, "mean", "accent")
         if not curves:
             continue
         if key == "logprob_diff/mean":
-            curves += _trained(metrics, "logprob_diff/max", "largest", "second")
-            curves += _trained(metrics, "logprob_diff/without_replay", "without replay", "ink")
+            curves += _training_curve(metrics, "logprob_diff/max", "largest", "second")
+            curves += _training_curve(
+                metrics, "logprob_diff/without_replay", "without replay", "ink"
+            )
         plot = curve_plot(
             key.replace("/", "-"),
             curves,
-            percent=metric.unit == "%",
-            log_scale=metric.log_scale,
-            from_zero=key in FROM_ZERO,
+            as_percent=metric.unit == "%",
+            has_log_scale=metric.has_log_scale,
+            from_zero=key in ZERO_BASED_METRICS,
         )
         last_value = next(v for m in reversed(metrics) if (v := finite_metric(m, key)) is not None)
         label = metric.label[:1].upper() + metric.label[1:]
@@ -261,12 +269,12 @@ def _time_split(metrics: MetricLines) -> list[Plot]:
     return [Plot("Where the time goes", "seconds per step", plot, f"{mean:.3g} s on average")]
 
 
-def _trained(metrics: MetricLines, key: str, label: str, ink: str) -> list[Curve]:
+def _training_curve(metrics: MetricLines, key: str, label: str, ink: str) -> list[Curve]:
     lines = [m for m in metrics if key in m]
     values = np.array([finite_metric(m, key) for m in lines], dtype=float)  # None becomes NaN
     if not len(values) or np.isnan(values).all():
         return []
-    return [Curve(label, _steps(lines), values, ink, noisy=key != "learning_rate")]
+    return [Curve(label, _steps(lines), values, ink, is_noisy=key != "learning_rate")]
 
 
 def _points(label: str, scores: Sequence[tuple[int, Score]], ink: str, marker: str) -> list[Curve]:

@@ -37,14 +37,16 @@ def load_avoided(paths: Iterable[str | Path]) -> list[str]:
     ]
 
 
-def find_contaminated(prompts: Sequence[Prompt], avoided: Sequence[str], n: int) -> dict[str, str]:
+def find_contaminated(
+    prompts: Sequence[Prompt], avoided_questions: Sequence[str], n: int
+) -> dict[str, str]:
     """Return id → reason of the prompts that must not be used.
 
     Args:
         prompts: the prompts to check.
-        avoided: the questions of benchmarks.
+        avoided_questions: the questions of benchmarks.
         n: the number of words in a row that make a question too near; 0: equality only."""
-    texts = {normalize_question(question) for question in avoided}
+    texts = {normalize_question(question) for question in avoided_questions}
     grams = {gram for text in texts for gram in ngrams(text, n)}
     shared = {prompt.id: grams & ngrams(prompt.question, n) for prompt in prompts}
     num_prompts = Counter(itertools.chain.from_iterable(shared.values()))

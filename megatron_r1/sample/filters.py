@@ -31,10 +31,10 @@ RESPONSE_FORMS = ("either", "answer_tags", "summary")
 FILTERED_TEXTS = ("thought", "response")
 HAN_CHARACTER = re.compile(f"[{HAN_RANGES}]")
 CODE_FENCE = re.compile(r"^\s*(?:```|~~~)", re.MULTILINE)
-FENCED = re.compile(r"```(?:[^`]|`(?!``))*+```")
+FENCED_CODE = re.compile(r"```(?:[^`]|`(?!``))*+```")
 
 
-def truncated(response: TextResponse, prompt: Prompt) -> str:
+def _cut_at_limit(response: TextResponse, prompt: Prompt) -> str:
     """Drop a response that was cut at the token limit: a model trained on it learns not to stop."""
     return f"cut off after {response.length:,} tokens" if response.truncated else ""
 
@@ -141,7 +141,7 @@ def _long_paragraphs(
     """
     if isinstance(max_words, bool) or not isinstance(max_words, int | float) or max_words <= 0:
         raise ValueError(f"max_words must be a positive number, got {max_words!r}")
-    text = FENCED.sub("\n", _judged_part(response, part) or "")
+    text = FENCED_CODE.sub("\n", _judged_part(response, part) or "")
     longest = max((_num_words(paragraph) for paragraph in text.splitlines()), default=0.0)
     return f"a paragraph of {longest:,.0f} words" if longest > max_words else ""
 
@@ -219,7 +219,7 @@ def _require_fraction(name: str, value: object) -> None:
 
 Filter = Callable[..., str]
 FILTERS: dict[str, Filter] = {
-    "truncated": truncated,
+    "truncated": _cut_at_limit,
     "format": _broken_format,
     "language": _mixed_languages,
     "paragraphs": _long_paragraphs,

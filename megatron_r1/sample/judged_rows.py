@@ -49,7 +49,7 @@ class PreferencePairs:
 
     Attributes:
         log_ratios: log(chosen / rejected) of the lengths, for every pair with a winner.
-        dropped: the pairs that `balance`, called when all pairs are known, leaves out."""
+        dropped_pairs: the pairs that `balance`, called when all pairs are known, leaves out."""
 
     def __init__(self, selection: Selection, settings: PairsConfig, judge: ResponseJudge) -> None:
         """Begin without a pair.
@@ -60,8 +60,8 @@ class PreferencePairs:
             judge: compares two responses."""
         self._selection, self._settings, self._judge = selection, settings, judge
         self.log_ratios: dict[PairId, float] = {}
-        self.dropped: set[PairId] = set()
-        self._failed: dict[tuple[str, str, str], Ungradable] = {}
+        self.dropped_pairs: set[PairId] = set()
+        self._failed_comparisons: dict[tuple[str, str, str], Ungradable] = {}
         """Pairs that the judge could not compare. They are not judged again: a pair that succeeded
         in the second pass would not be balanced."""
 
@@ -91,12 +91,12 @@ class PreferencePairs:
     def balance(self) -> None:
         """Drop pairs until the mean log ratio is within `max_length_bias`."""
         if self._settings.max_length_bias is not None:
-            self.dropped = pairs_to_drop(self.log_ratios, self._settings.max_length_bias)
+            self.dropped_pairs = pairs_to_drop(self.log_ratios, self._settings.max_length_bias)
 
     def length_bias(self) -> dict[str, float | int]:
         """Return the mean of log(chosen / rejected) over all pairs with a winner, and after
         balancing."""
-        log_ratios = [d for pair, d in self.log_ratios.items() if pair not in self.dropped]
+        log_ratios = [d for pair, d in self.log_ratios.items() if pair not in self.dropped_pairs]
         means = [
             math.fsum(ds) / len(ds) if ds else 0.0 for ds in (self.log_ratios.values(), log_ratios)
         ]
@@ -104,12 +104,12 @@ class PreferencePairs:
 
     async def _compare(self, question: str, first: str, second: str) -> Comparison | Ungradable:
         texts = (question, first, second)
-        if texts not in self._failed:
+        if texts not in self._failed_comparisons:
             try:
                 return await self._judge.compare(*texts)
             except Ungradable as error:
-                self._failed[texts] = error
-        return self._failed[texts]
+                self._failed_comparisons[texts] = error
+        return self._failed_comparisons[texts]
 
     def _conclude(
         self,
@@ -140,7 +140,7 @@ class PreferencePairs:
         pair = (prompt.id, *indices)
         self.log_ratios[pair] = log_ratio(texts[chosen.index], texts[rejected.index])
         reason = f"response {chosen.index} over {rejected.index}: {votes}"
-        if pair in self.dropped:
+        if pair in self.dropped_pairs:
             return dict.fromkeys(indices, Decision("length_balance", reason)), []
         lost, won = sorted((outcome.wins, outcome.losses))
         row = {
@@ -227,11 +227,11 @@ class SafetyLabels:
         return PromptResult([decision for decision, _ in judged], rows)
 
     async def _label(
-        self, question: str, response: TextResponse, dropped: Decision | None
+        self, question: str, response: TextResponse, drop: Decision | None
     ) -> tuple[Decision, float]:
         """Return the decision and the share of votes for safe."""
-        if dropped is not None:
-            return dropped, 0.5
+        if drop is not None:
+            return drop, 0.5
         try:
             fraction = await self._judge.safety(question, response.full_text)
         except Ungradable as error:

@@ -22,7 +22,7 @@ from megatron_r1.sample.selection import Decision
 
 WINDOW = 64
 """Prompts that are decided on concurrently."""
-NOT_ASKED = "not_asked"
+NOT_ASKED_DECISION = "not_asked"
 """The decision about responses to prompts that the recipe no longer has, or beyond `samples`."""
 
 OUTPUT_FILES = {"sft": "sft.jsonl", "pairs": "pairs.jsonl", "labels": "labels.jsonl"}
@@ -99,7 +99,7 @@ async def write_outputs(
             if kept_file is not None:
                 kept_file.writelines(map(_encode, result.rows))
         for line in log.read_others(keys, prompt_set.num_samples):
-            samples.write(_encode(line | {"decision": NOT_ASKED, "why": ""}))
+            samples.write(_encode(line | {"decision": NOT_ASKED_DECISION, "why": ""}))
 
 
 def _encode(record: Mapping[str, Any]) -> bytes:

@@ -78,7 +78,7 @@ class Kept:
         self._own = Kept.lines.setdefault(run.folder, [])
         self.notes = []
         steps = [numbers for _, numbers in self._own]
-        self.last_tracked = {
+        self.tracked_steps = {
             key: max((n[key] for n in steps if key in n), default=-1)
             for key in (STEP_METRIC, EVALUATION)
         }

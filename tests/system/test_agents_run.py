@@ -62,7 +62,7 @@ def test_episodes_from_a_part_of_the_vocabulary_are_of_one_policy(lookup_base, t
     check_steps(lines(tmp_path / "cut/metrics.jsonl"), 2, 1e-4)
     step = read_step(*open_run(tmp_path / "cut"), 2)
     for sequence in step.sequences:
-        assert sequence.kept is not None and sequence.kept.counts.min() >= 1
+        assert sequence.kept_ids is not None and sequence.kept_ids.counts.min() >= 1
     # By transformers.
     found = {each.name: each for each in examine(step).comparisons}
     for name in ("tokens that the engines kept", "engines' log-probabilities"):

@@ -76,7 +76,7 @@ CHOICES: dict[str, AlgorithmChoice] = {
 }
 
 LAPTOP = ROOT / "examples" / "laptop"
-COMMON = {
+COMMON_SETTINGS = {
     "model": {"path": "${base.hf}"},
     # Unlike the demo, evaluate only before the first and after the last step.
     "eval": {"every": 0, "samples": 4},
@@ -107,7 +107,7 @@ def recipe(steps: int) -> dict[str, Any]:
         },
     }
     for name, choice in CHOICES.items():
-        settings = {**COMMON, **choice.settings, "run": {"steps": steps}}
+        settings = {**COMMON_SETTINGS, **choice.settings, "run": {"steps": steps}}
         settings["rl"] = {"algorithm": name, **choice.settings.get("rl", {})}
         stages[name] = {"verb": "rl", "recipe": str(LAPTOP / "r1_zero.yaml"), "settings": settings}
     return {"stages": stages}
@@ -153,7 +153,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "packages": host.versions(PACKAGES),
         "steps": args.steps,
         "seeds": report["seeds"],
-        **_collected(folder, report),
+        **_collect_figures(folder, report),
     }
     print(table(result["runs"]))
     if args.page:
@@ -161,7 +161,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def _collected(folder: Path, report: dict[str, Any]) -> dict[str, Any]:
+def _collect_figures(folder: Path, report: dict[str, Any]) -> dict[str, Any]:
     """Return {"runs": {algorithm: {seed: figures}}, "responses": number that a step trains on}."""
     runs: dict[str, dict[str, dict[str, Any]]] = {}
     counts: set[int] = set()

@@ -28,7 +28,7 @@ from pathlib import Path
 
 from tools.bench import host
 
-ELSEWHERE = {
+OTHER_MODULES = {
     "chaos": "tests.chaos",
     "kernels": "r1_kernels_bench",
     "resources": "r1_kernels_bench.resources",
@@ -64,8 +64,8 @@ NAMES = (
     "step",
     "why",
 )
-"""Modules of this package, or those of ELSEWHERE and IN_FOLDERS. Each has `add_options(parser)`,
-and `run(args)`, which prints tables and returns the JSON."""
+"""Modules of this package, or those of OTHER_MODULES and IN_FOLDERS. Each has
+`add_options(parser)`, and `run(args)`, which prints tables and returns the JSON."""
 
 
 def main() -> int:
@@ -80,7 +80,7 @@ def main() -> int:
     bench_name = next((word for word in sys.argv[1:] if word in NAMES), None)
     bench = None
     if bench_name is not None:
-        modules = ELSEWHERE | IN_FOLDERS
+        modules = OTHER_MODULES | IN_FOLDERS
         bench = import_module(modules.get(bench_name, f"tools.bench.{bench_name}"))
     for name in NAMES:
         description = bench.__doc__ if name == bench_name else None

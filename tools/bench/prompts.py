@@ -55,12 +55,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         )
         grid_position = distributed.initialize(config.parallel, seed=0)
         settings = find("grpo"), replace(config.rl.loss_settings(args.response), kl_beta=0.0)
-        results = [_measured(config, grid_position, *settings, args, n) for n in args.prompts]
+        results = [_measure_prompt(config, grid_position, *settings, args, n) for n in args.prompts]
         distributed.leave_process_groups()
     return {"model": MODEL, "results": results}
 
 
-def _measured(
+def _measure_prompt(
     config: Any, grid_position: Any, algorithm: Any, settings: Any, args: Any, prompt: int
 ) -> dict[str, Any]:
     from megatron_r1.trainer.trainer import Trainer

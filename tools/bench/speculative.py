@@ -95,8 +95,8 @@ def write_model(folder: Path) -> int:
     return num_parameters
 
 
-PLAIN = "no drafts"
-VARIANTS = {PLAIN: ("none", 1), "mtp, 1": ("mtp", 1), "ngram, 4": ("ngram", 4)}
+NO_DRAFTS = "no drafts"
+VARIANTS = {NO_DRAFTS: ("none", 1), "mtp, 1": ("mtp", 1), "ngram, 4": ("ngram", 4)}
 """Method and most tokens drafted at once."""
 PROMPT_TOKENS = 32
 
@@ -187,7 +187,7 @@ async def _turns(
         for index, unit in enumerate(("per_second", "per_core_second")):
             rate, plain_rate = (
                 statistics.median(rates[index] for rates in rounds[variant])
-                for variant in (name, PLAIN)
+                for variant in (name, NO_DRAFTS)
             )
             row |= {unit: rate, f"{unit}_x": rate / plain_rate}
         counts = await meters[name].read(fleet.engines)

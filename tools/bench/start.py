@@ -37,7 +37,7 @@ ROLES = {
 BACK = "is back, with the current weights"
 SAMPLE = "core/make outputs"
 """A span of the engine at whose end it has tokens."""
-OPENED = re.compile(r'open(?:at)?\([^"]*"([^"]*)".* = (-?\d+)')
+OPEN_PATTERN = re.compile(r'open(?:at)?\([^"]*"([^"]*)".* = (-?\d+)')
 
 
 class Point(NamedTuple):
@@ -166,17 +166,17 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return measurement
 
 
-def follow(lines: Iterable[str], root: int, replace: bool) -> float:
+def follow(lines: Iterable[str], root: int, replaces_engine: bool) -> float:
     """Read a run's output to its end; kill an engine at its first step, if asked to. Returns the
     seconds until another one was back, 0 without.
 
     Args:
         lines: the run's output.
         root: the process of the command.
-        replace: whether an engine is killed at its first step."""
+        replaces_engine: whether an engine is killed at its first step."""
     death_time = return_time = 0.0
     for line in lines:
-        if replace and not death_time and "step 1/" in line:
+        if replaces_engine and not death_time and "step 1/" in line:
             death_time = time.monotonic()
             kill_engine(root)
         if BACK in line:
@@ -202,7 +202,7 @@ def timeline_points(folder: Path, start: float) -> list[Point]:
         folder: the run's folder.
         start: the time at which the command was started."""
     points = []
-    for process in critical_path.read(folder):
+    for process in critical_path.read_processes(folder):
         cpu = dict(process.cpu)
         for name, time_, _ in process.spans:
             kind, _, label = name.partition("/")
@@ -230,7 +230,7 @@ def opened_files(traces: Iterable[Path]) -> dict[str, str]:
     for path in traces:
         text = path.read_text(errors="replace")
         role = next((role for part, role in ROLES.items() if words_in(text, part)), "controller")
-        for name, result in OPENED.findall(text):
+        for name, result in OPEN_PATTERN.findall(text):
             counts[role]["opened" if int(result) >= 0 else "not found"] += 1
             if int(result) >= 0:
                 files[role].add(name)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # What is found -> what to write instead.
-PLAIN = {
+PLAIN_WORDINGS = {
     r"what is none": "name it: `for a value that is not a number`, `for a malformed row`",
     r"([Tt]hat|which|[Ii]t) is none": "say what it is: `rejected`, `malformed`, `ungraded`",
     r"(is|are) none of": "`is not one of`",
@@ -30,7 +30,7 @@ PLAIN = {
 }
 # In pages only, where the sentence can be turned without care for the width of a comment.
 PLAIN_PAGES = {r", too(?=[.;,:|)]|$)": "`also`, in front of the verb"}
-QUOTED = re.compile(r"`[^`\n]*`|\]\([^)]*\)")
+QUOTED_TEXT = re.compile(r"`[^`\n]*`|\]\([^)]*\)")
 
 
 @functools.lru_cache(maxsize=1)
@@ -53,15 +53,17 @@ def _blank(match: re.Match[str]) -> str:
 
 def find_in_page(text: str) -> Iterator[tuple[int, str, str]]:
     """Yield what a page in Markdown has."""
-    prose = QUOTED.sub(_blank, re.sub(r"^ *```.*?^ *```", _blank, text, flags=re.M | re.S))
-    yield from find_wordings(prose, PLAIN | PLAIN_PAGES)
+    prose = QUOTED_TEXT.sub(_blank, re.sub(r"^ *```.*?^ *```", _blank, text, flags=re.M | re.S))
+    yield from find_wordings(prose, PLAIN_WORDINGS | PLAIN_PAGES)
 
 
 def find_in_settings(text: str) -> Iterator[tuple[int, str, str]]:
     """Yield what the comments of a YAML or shell file have."""
     for number, line in enumerate(text.splitlines(), 1):
         if comment := re.search(r"(?:^|\s)#(.*)", line):
-            for _, words, advice in find_wordings(QUOTED.sub(_blank, comment[1]), PLAIN):
+            for _, words, advice in find_wordings(
+                QUOTED_TEXT.sub(_blank, comment[1]), PLAIN_WORDINGS
+            ):
                 yield number, words, advice
 
 
@@ -71,7 +73,7 @@ def find_in_messages(source: str) -> Iterator[tuple[int, str, str]]:
         if isinstance(statement, ast.Raise):
             for node in ast.walk(statement):
                 if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                    for _, words, advice in find_wordings(node.value, PLAIN):
+                    for _, words, advice in find_wordings(node.value, PLAIN_WORDINGS):
                         yield node.lineno, words, advice
 
 
@@ -89,7 +91,7 @@ def find_in_module(source: str) -> Iterator[tuple[int, str, str]]:
             case ast.Expr(value=ast.Constant(value=str())):
                 texts.append((node.lineno, "\n".join(lines[node.lineno - 1 : node.end_lineno])))
     for first, text in texts:
-        for line, words, advice in find_wordings(QUOTED.sub(_blank, text), PLAIN):
+        for line, words, advice in find_wordings(QUOTED_TEXT.sub(_blank, text), PLAIN_WORDINGS):
             yield first + line - 1, words, advice
 
 
@@ -108,7 +110,7 @@ def find_in_public_docstrings(source: str) -> Iterator[tuple[int, str, str]]:
         for entry in re.finditer(r"^ +(\w+): of ", text, re.M):
             line = first + text.count("\n", 0, entry.start())
             yield line, entry[0].strip(), "what it is, as `key: the key that errors name.`"
-        if not (names := "|".join(map(re.escape, _described(node)))):
+        if not (names := "|".join(map(re.escape, _described_names(node)))):
             continue
         prose = SECTION.split(text, maxsplit=1)[0]
         for entry in re.finditer(rf"(?:^|(?<=[.;] )|(?<=[.;]\n)) *({names}): ", prose, re.M):
@@ -125,7 +127,7 @@ def find_in_raising_docstrings(source: str) -> Iterator[tuple[int, str, str]]:
     for node in ast.walk(parse(source)):
         if not isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             continue
-        text = QUOTED.sub(_blank, ast.get_docstring(node, clean=False) or "")
+        text = QUOTED_TEXT.sub(_blank, ast.get_docstring(node, clean=False) or "")
         for part in RAISES.finditer(SECTION.split(text, maxsplit=1)[0]):
             line = node.body[0].lineno + text.count("\n", 0, part.start())
             yield line, " ".join(part[0].split()), "an entry of `Raises:`, as `KeyError: no name.`"
@@ -170,7 +172,7 @@ def find_in_sections(source: str) -> Iterator[tuple[int, str, str]]:
                 continue
             if entry[1] in seen_names and section != "Raises":
                 yield place, entry[1], f"it once in `{section}:`"
-            elif section == "Args" and entry[1] not in _described(node):
+            elif section == "Args" and entry[1] not in _described_names(node):
                 yield place, entry[1], "the name of a parameter"
             seen_names.add(entry[1])
 
@@ -231,7 +233,7 @@ def _public(tree: ast.Module) -> Iterator[ast.ClassDef | ast.FunctionDef | ast.A
             statements += node.body if isinstance(node, ast.ClassDef) else []
 
 
-def _described(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
+def _described_names(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
     """Return the parameters of a function, or the fields of a class and its constructor's."""
     if not isinstance(node, ast.ClassDef):
         return [parameter.arg for parameter in _parameters(node)]
@@ -240,7 +242,7 @@ def _described(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> l
         if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name):
             names.append(part.target.id)
         elif isinstance(part, ast.FunctionDef) and part.name == "__init__":
-            names += _described(part)
+            names += _described_names(part)
     return names
 
 

@@ -5,7 +5,7 @@ A claim that does not watch such a file stays fresh when the file changes."""
 import re
 from pathlib import Path
 
-from tools.bench.command import ELSEWHERE
+from tools.bench.command import OTHER_MODULES
 from tools.evidence.records import Claim, covers
 from tools.house.structure import PACKAGES, imports, modules
 
@@ -26,7 +26,7 @@ def command_files(root: Path, claim: Claim) -> list[Path]:
         path = root / words
         paths += sorted(path.rglob("test_*.py")) if path.is_dir() else [path]
     for example, bench in PROGRAM.findall(claim.command):
-        name = example or ELSEWHERE.get(bench, f"tools.bench.{bench}")
+        name = example or OTHER_MODULES.get(bench, f"tools.bench.{bench}")
         package_root = root / "kernels" if name.startswith("r1_kernels") else root
         path = package_root / name.replace(".", "/")
         if path.is_dir():

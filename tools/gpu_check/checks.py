@@ -29,7 +29,7 @@ PYTEST = (
     "--disable-warnings",
 )
 # Where only torch and Triton are installed, the conftest files do not import.
-ALONE = (*PYTEST, "--noconftest", "-c", "/dev/null", "--rootdir", ".")
+STANDALONE_PYTEST = (*PYTEST, "--noconftest", "-c", "/dev/null", "--rootdir", ".")
 BENCH_MINUTES = 1.5
 
 PARTS = ("one", "several")
@@ -134,7 +134,7 @@ CHECKS = (
     ),
     Check(
         "kernels against fp64",
-        (*ALONE, "tests/gpu/test_kernels.py"),
+        (*STANDALONE_PYTEST, "tests/gpu/test_kernels.py"),
         150,
         settles=("`pytest tests/gpu`: the kernels compiled",),
         interpreted=(*PYTEST, "tests/kernels/test_token_logprobs.py", "-k", "triton"),

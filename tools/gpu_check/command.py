@@ -61,7 +61,7 @@ def main() -> int:
             "no GPU: torch.cuda.device_count() is 0. Run this where one is, or add --interpret, "
             "which runs the kernels' part in Triton's interpreter"
         )
-    checks = _selected(args.only, args.interpret, args.part)
+    checks = _select_checks(args.only, args.interpret, args.part)
     description = {
         "command": " ".join(["python tools/gpu_check", *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
@@ -127,14 +127,14 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _selected(only: list[str] | None, interpret: bool, part: str | None) -> list[Check]:
+def _select_checks(only: list[str] | None, interprets: bool, part: str | None) -> list[Check]:
     names = [check.name for check in CHECKS]
     for name in only or []:
         if not any(check_name.startswith(name) for check_name in names):
             sys.exit(f"--only {name}: the checks are {', '.join(names)}")
     checks = [c for c in CHECKS if not only or any(c.name.startswith(name) for name in only)]
     checks = [check for check in checks if part in (None, check.part)]
-    if not interpret:
+    if not interprets:
         return checks
     return [
         replace(check, arguments=check.interpreted, settles=())

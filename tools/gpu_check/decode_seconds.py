@@ -45,32 +45,34 @@ TOKENS = {"gpu": 128, "null-gpu": 8, "cpu": 8}
 """Decoded by each sequence, and twice as many in a second run, by where it runs."""
 
 
-def model(variant: Variant, small: HFConfig) -> HFConfig:
+def model(variant: Variant, small_hf_config: HFConfig) -> HFConfig:
     """Return the config.json of an engine's model.
 
     Args:
         variant: its layers and experts.
-        small: that of a miniature, whose sizes it has where there is no GPU."""
+        small_hf_config: that of a miniature, whose sizes it has where there is no GPU."""
     sizes = {"num_hidden_layers": variant.layers, "n_routed_experts": variant.experts}
     if device_kind() != "gpu":
-        return widen_config(small, small, **sizes)
+        return widen_config(small_hf_config, small_hf_config, **sizes)
     hf_config = read_hf_config(str(ROOT / "examples" / "deepseek_r1" / "model"))
     heads = hf_config["num_attention_heads"] // TENSOR
     sizes |= {"num_attention_heads": heads, "num_key_value_heads": heads}
-    return widen_config(hf_config, small, **sizes)
+    return widen_config(hf_config, small_hf_config, **sizes)
 
 
 def layer_bytes(hf_config: HFConfig) -> int:
     """Return the bytes of the weights of a layer with experts, all of which are read."""
     deeper_hf_config = {**hf_config, "num_hidden_layers": hf_config["num_hidden_layers"] + 1}
-    return (ModelCounts(deeper_hf_config).total - ModelCounts(hf_config).total) * BYTES["bfloat16"]
+    return (ModelCounts(deeper_hf_config).num_total - ModelCounts(hf_config).num_total) * BYTES[
+        "bfloat16"
+    ]
 
 
 def pass_bytes(hf_config: HFConfig) -> int:
     """Return the bytes of the weights that a pass reads: all but the embedding, of which it reads
     a row for each sequence."""
     embedding = hf_config["vocab_size"] * hf_config["hidden_size"]
-    return (ModelCounts(hf_config).total - embedding) * BYTES["bfloat16"]
+    return (ModelCounts(hf_config).num_total - embedding) * BYTES["bfloat16"]
 
 
 def time_engine(folder: Path, tokens: int) -> float:

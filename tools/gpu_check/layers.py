@@ -47,8 +47,8 @@ class Limits(NamedTuple):
     """What a layer must hold.
 
     Attributes:
-        gap: the most of the mean difference of log-probabilities (at most `trainer_steps.FAR` for a
-            token).
+        gap: the most of the mean difference of log-probabilities (at most
+            `trainer_steps.FAR_DIFFERENCE` for a token).
         cosine: the least between the changes by an update, here and on the CPU. A CPU in bf16 has
             0.025 and 0.94, with FP8 emulated on both sides 0.12 and 0.82; other weights 0.2 and 0.
     """
@@ -61,7 +61,7 @@ LIMITS = {"fp8": Limits(0.15, 0.7)}
 BF16 = Limits(0.05, 0.85)
 MAX_NORM = 0.05
 """The largest difference of the gradients' norms, as a share."""
-UNFUSED = "UnfusedDotProductAttention"
+UNFUSED_ATTENTION = "UnfusedDotProductAttention"
 """Transformer Engine's attention that holds a matrix of all pairs of tokens."""
 
 
@@ -159,9 +159,11 @@ def evaluate(
     if not measured["after"]["cosine"] >= limits.cosine:
         cosine = measured["after"]["cosine"]
         raise Failed(f"an update goes elsewhere than on a CPU: cosine {cosine:.3g}", **figures)
-    if UNFUSED in backend:
+    if UNFUSED_ATTENTION in backend:
         reason = f": {unfused_reason}" if unfused_reason else ""
-        raise Failed(f"Transformer Engine chose {UNFUSED} for packed batches{reason}", **figures)
+        raise Failed(
+            f"Transformer Engine chose {UNFUSED_ATTENTION} for packed batches{reason}", **figures
+        )
     return figures
 
 

@@ -36,7 +36,7 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
     "fp8": {"push": {"transport": "cuda_ipc", "fp8": True}},
 }
 """Settings that differ from the recipe's."""
-ALONE = ("cuda_ipc", "fp8")
+ONE_RANK_CASES = ("cuda_ipc", "fp8")
 """Cases of one trainer rank."""
 MAX_DIFF = {"fp8": 0.2}
 """The largest mean difference of engine's and trainer's log-probabilities: bf16 gives 0.01, FP8
@@ -52,7 +52,9 @@ ENGINE_LINES = 12
 
 def settings(case: str, folder: Path) -> miniature.Miniature:
     """Return the recipe's miniature. Where there is no GPU it pushes as a CPU can."""
-    small = recipe_miniature(folder, 1 if case in ALONE else max(1, num_gpus()), **CASES[case])
+    small = recipe_miniature(
+        folder, 1 if case in ONE_RANK_CASES else max(1, num_gpus()), **CASES[case]
+    )
     overrides: dict[str, dict[str, Any]] = {}
     if device_kind() == "cpu":
         transport = small.config.push.transport

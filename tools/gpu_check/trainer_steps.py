@@ -26,7 +26,7 @@ NUM_SAMPLES = 16
 MAX_PROMPT, MAX_RESPONSE = 40, 100
 LEARNING_RATE = 0.2
 """Changes log-probabilities by some tenths in one update, ten times what bf16's rounding does."""
-FAR = 0.2
+FAR_DIFFERENCE = 0.2
 """More than this does not count as a difference: where rounding chooses another expert, a token's
 log-probability differs by up to 2 nats."""
 
@@ -87,8 +87,8 @@ class Steps:
 
     def distances(self) -> dict[str, float]:
         """Return, over all tokens, the mean difference from the samples' log-probabilities, one of
-        at most `FAR` for each, and the cosine between the changes since `earlier_logprobs`, here
-        and there; empty but on the last stage."""
+        at most `FAR_DIFFERENCE` for each, and the cosine between the changes since
+        `earlier_logprobs`, here and there; empty but on the last stage."""
         names = ("gap", "xy", "xx", "yy", "moved")
         sums = torch.zeros(len(names), dtype=torch.float64)
         count = 0
@@ -100,7 +100,7 @@ class Steps:
                 values[batch.is_response].double().cpu() for values in logprobs
             )
             x, y = measured - start, expected - start
-            gaps = (measured - expected).abs().clamp(max=FAR)
+            gaps = (measured - expected).abs().clamp(max=FAR_DIFFERENCE)
             sums += torch.stack([gaps.sum(), x @ y, x @ x, y @ y, y.abs().sum()])
             count += len(gaps)
         means = {name: Mean(total, count) for name, total in zip(names, sums, strict=True)}

@@ -47,7 +47,7 @@ def is_rounding(distance: float, dtype: str) -> bool:
     return distance <= ROUNDING_BY_DTYPE[dtype]
 
 
-NOT_COMPARED = (
+UNCOMPARED_METRICS = (
     "time/",
     "tokens_per_second",
     "checkpoint/",
@@ -141,7 +141,7 @@ def compare_groups(
         a, b = first.groups.get(position), second.groups.get(position)
         if a is None or b is None:
             values = ("none" if group is None else group.prompt_id for group in (a, b))
-            differences = [_exact(step, "questions", f"group {position}", *values)]
+            differences = [_exact_difference(step, "questions", f"group {position}", *values)]
         else:
             differences = list(_group_differences(step, position, a, b, dtype))
         for difference in differences:
@@ -156,13 +156,13 @@ def _group_differences(
 ) -> Iterator[RunDifference]:
     group_name = f"group {position}"
     if first.prompt_id != second.prompt_id:
-        yield _exact(step, "questions", group_name, first.prompt_id, second.prompt_id)
+        yield _exact_difference(step, "questions", group_name, first.prompt_id, second.prompt_id)
         return
     if first.prompt_ids != second.prompt_ids:
         prompts = [np.frombuffer(group.prompt_ids, "<i4") for group in (first, second)]
         token_index = _first_difference(*prompts)
         name = f"{group_name}, token {token_index} of the prompt"
-        yield _exact(
+        yield _exact_difference(
             step, "questions", name, *(_token_text(prompt, token_index) for prompt in prompts)
         )
         return
@@ -170,7 +170,7 @@ def _group_differences(
         name = f"{group_name}, response {index}"
         if a is None or b is None:
             values = ("none" if group is None else "there" for group in (a, b))
-            yield _exact(step, "responses", name, *values)
+            yield _exact_difference(step, "responses", name, *values)
         elif a != b:
             yield from _response_differences(step, name, a, b, dtype)
 
@@ -189,17 +189,17 @@ def _response_differences(
         yield _logprobs(step, name, first_logprobs, second_logprobs, dtype)
     if not is_same:
         tokens = (_token_text(token_ids, token_index) for token_ids in (a, b))
-        yield _exact(step, "responses", f"{name}, token {token_index}", *tokens)
+        yield _exact_difference(step, "responses", f"{name}, token {token_index}", *tokens)
         return
     if first.finish_reason != second.finish_reason:
         ends = first.finish_reason, second.finish_reason
-        yield _exact(step, "responses", f"{name}, finish_reason", *ends)
+        yield _exact_difference(step, "responses", f"{name}, finish_reason", *ends)
     if first.policy_versions != second.policy_versions:
         versions = [np.frombuffer(response.policy_versions, "<i4") for response in (first, second)]
         version_texts = (
             f"version {policy_versions.max(initial=-1)}" for policy_versions in versions
         )
-        yield _exact(step, "responses", f"{name}, policy_version", *version_texts)
+        yield _exact_difference(step, "responses", f"{name}, policy_version", *version_texts)
     if first.reward != second.reward or first.rewards != second.rewards:
         terms = [
             term
@@ -212,7 +212,7 @@ def _response_differences(
         yield RunDifference(step, "rewards", f"{name}{terms_text}", values, distance)
     for field in ("routing", "sampling_mask", "teacher_logprobs"):
         if getattr(first, field) != getattr(second, field):
-            yield _exact(step, "responses", f"{name}, {field}", "one", "another")
+            yield _exact_difference(step, "responses", f"{name}, {field}", "one", "another")
 
 
 def _logprobs(step: int, name: str, a: np.ndarray, b: np.ndarray, dtype: str) -> RunDifference:
@@ -254,7 +254,7 @@ def compare_metrics(
         dtype: what the runs compute in."""
     first_by_phase: dict[str, RunDifference] = {}
     for name in sorted(first.keys() | second.keys()):
-        if name.startswith(NOT_COMPARED) or first.get(name) == second.get(name):
+        if name.startswith(UNCOMPARED_METRICS) or first.get(name) == second.get(name):
             continue
         a, b = first.get(name), second.get(name)
         if isinstance(a, int | float) and isinstance(b, int | float):
@@ -269,7 +269,7 @@ def compare_metrics(
     return list(first_by_phase.values())
 
 
-def _exact(step: int, phase: str, name: str, first: str, second: str) -> RunDifference:
+def _exact_difference(step: int, phase: str, name: str, first: str, second: str) -> RunDifference:
     return RunDifference(step, phase, name, (first, second), math.inf)
 
 

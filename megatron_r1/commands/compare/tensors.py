@@ -97,7 +97,7 @@ def _different_streams(
     step: int, a: DistributedCheckpoint, b: DistributedCheckpoint
 ) -> Iterator[RunDifference]:
     for key in a.objects:
-        if not _equal(a.read_object(key), b.read_object(key)):
+        if not _are_equal(a.read_object(key), b.read_object(key)):
             # As rng/shard_0_2, of rank 0 of two.
             rank = key.rpartition("/shard_")[2].partition("_")[0]
             name = f"{key.partition('/')[0]} of rank {rank}"
@@ -154,10 +154,10 @@ def _compare_tensor(
         if not part.count:
             part.where = f"[{', '.join(map(str, indices[0].tolist()))}]"
             example_index = tuple(local_indices[0])
-            part.values = _shown(first[example_index], second[example_index])
-        part.apart += float((first.double() - second.double()).square().sum())
+            part.values = _number_texts(first[example_index], second[example_index])
+        part.squared_distance += float((first.double() - second.double()).square().sum())
         part.count += len(indices)
-        part.others |= b.writers(key, indices)
+        part.other_ranks |= b.writers(key, indices)
     differing_parts = {rank: part for rank, part in parts.items() if part.count}
     if not differing_parts:
         return None
@@ -170,7 +170,7 @@ def _compare_tensor(
     }
     all_ranks = _RankPart(
         sum(part.squares for part in parts.values()),
-        sum(part.apart for part in differing_parts.values()),
+        sum(part.squared_distance for part in differing_parts.values()),
     )
     count = sum(part.count for part in differing_parts.values())
     phase, name = phase_and_name(key)
@@ -185,7 +185,7 @@ def _compare_tensor(
         f"at {example.where}, {count:,} of {prod(a.shapes[key]):,} numbers",
         (
             sorted(largest_parts),
-            sorted(set().union(*(part.others for part in largest_parts.values()))),
+            sorted(set().union(*(part.other_ranks for part in largest_parts.values()))),
         ),
     )
 
@@ -196,25 +196,25 @@ class _RankPart:
 
     Attributes:
         squares: the sum of its squares in the first run.
-        apart: the sum of squared differences.
+        squared_distance: the sum of squared differences.
         count: how many numbers differ.
         where: the index of the first of them.
         values: that number in either run.
-        others: the ranks that wrote the differing numbers in the second run."""
+        other_ranks: the ranks that wrote the differing numbers in the second run."""
 
     squares: float = 0.0
-    apart: float = 0.0
+    squared_distance: float = 0.0
     count: int = 0
     where: str = ""
     values: tuple[str, str] = ("", "")
-    others: set[int] = field(default_factory=set)
+    other_ranks: set[int] = field(default_factory=set)
 
     @property
     def distance(self) -> float:
         """The relative distance; infinite for what is not a number."""
-        if not self.apart:
+        if not self.squared_distance:
             return 0.0
-        distance = math.sqrt(self.apart / self.squares) if self.squares else math.inf
+        distance = math.sqrt(self.squared_distance / self.squares) if self.squares else math.inf
         return math.inf if math.isnan(distance) else distance
 
 
@@ -244,17 +244,17 @@ def _differing_bits(first: Tensor, second: Tensor) -> Tensor:
     return first.contiguous().view(bits) != second.contiguous().view(bits)
 
 
-def _shown(first: Tensor, second: Tensor) -> tuple[str, str]:
+def _number_texts(first: Tensor, second: Tensor) -> tuple[str, str]:
     return f"{first.double().item():.9g}", f"{second.double().item():.9g}"
 
 
-def _equal(first: Any, second: Any) -> bool:
+def _are_equal(first: Any, second: Any) -> bool:
     """Return whether two states of random streams, trees of tensors and plain values, are equal."""
     if isinstance(first, Tensor):
         return isinstance(second, Tensor) and torch.equal(first, second)
     if isinstance(first, dict):
         same_keys = isinstance(second, dict) and first.keys() == second.keys()
-        return same_keys and all(_equal(first[key], second[key]) for key in first)
+        return same_keys and all(_are_equal(first[key], second[key]) for key in first)
     if isinstance(first, list | tuple):
-        return len(first) == len(second) and all(map(_equal, first, second))
+        return len(first) == len(second) and all(map(_are_equal, first, second))
     return first == second

@@ -64,22 +64,22 @@ class RunComparison:
 
     Attributes:
         settings: a line per setting that differs.
-        steps: how many steps both have finished.
-        logs: how many of them both have a sample log of.
+        num_steps: how many steps both have finished.
+        num_logs: how many of them both have a sample log of.
         checkpoints: the steps that both have a checkpoint of.
         differences: every difference that was found, in the order of steps and phases. Of
             checkpoints it has those of the first pair that differs, and of the first that differs
             by more than rounding.
-        damaged: a line per file that is not as it was written.
-        read_checkpoints: the number of pairs of checkpoints that were read."""
+        damaged_files: a line per file that is not as it was written.
+        num_read_checkpoints: the number of pairs of checkpoints that were read."""
 
     settings: list[str]
-    steps: int
-    logs: int
+    num_steps: int
+    num_logs: int
     checkpoints: list[int]
     differences: list[RunDifference]
-    damaged: list[str]
-    read_checkpoints: int
+    damaged_files: list[str]
+    num_read_checkpoints: int
 
     @property
     def first_difference(self) -> RunDifference | None:
@@ -114,10 +114,10 @@ def run(config: Config, first: str, second: str, json: str | None = None) -> Non
         raise RunError(
             f"{first} and {second} differ at step {difference.step} by more than rounding"
         )
-    if comparison.damaged:
+    if comparison.damaged_files:
         raise RunError(
-            f"{first} and {second} cannot be called equal: {comparison.damaged[0]}; restore the "
-            "file, or remove that checkpoint or log from both runs"
+            f"{first} and {second} cannot be called equal: {comparison.damaged_files[0]}; restore "
+            "the file, or remove that checkpoint or log from both runs"
         )
 
 
@@ -143,14 +143,14 @@ def compare(first: Path, second: Path) -> RunComparison:
     # The coarser of the two bounds what can be expected.
     dtype = max(map(_dtype, folders, settings), key=ROUNDING_BY_DTYPE.__getitem__)
     differences: list[RunDifference] = []
-    damaged: list[str] = []
+    damaged_files: list[str] = []
     num_logs = 0
     # All steps: where engines' log-probabilities alone differ, weights never need to.
     for step in shared_steps:
         logs = [read_groups(step_log_path(folder.sample_log, step)) for folder in folders]
         if logs[0] is not None and logs[1] is not None:
             faults = missing_groups(logs[0], logs[1])
-            damaged += faults
+            damaged_files += faults
             differences += compare_groups(step, logs[0], logs[1], dtype, bool(faults))
             num_logs += 1
         differences += compare_metrics(step, lines[0][step], lines[1][step], dtype)
@@ -170,7 +170,7 @@ def compare(first: Path, second: Path) -> RunComparison:
         num_logs,
         [step for step, *_ in pairs],
         sorted(differences, key=lambda difference: difference.order),
-        damaged + checkpoints.damaged,
+        damaged_files + checkpoints.damaged_files,
         len(checkpoints.by_step),
     )
 
@@ -228,51 +228,51 @@ class _ComparedCheckpoints:
         dtype: what the runs compute in.
         same_layout: whether both runs have one layout.
         by_step: what differs in each pair.
-        damaged: a line per file that is not as it was written."""
+        damaged_files: a line per file that is not as it was written."""
 
     dtype: str
     same_layout: bool
     by_step: dict[int, list[RunDifference]] = field(default_factory=dict)
-    damaged: list[str] = field(default_factory=list)
+    damaged_files: list[str] = field(default_factory=list)
 
     def first_differences(self, pairs: list[Pair]) -> list[RunDifference]:
         """Return what differs in the first pair that differs, and in the first that differs by more
         than rounding."""
         search = self._first_in_order if len(pairs) <= MAX_IN_ORDER else self._first_by_bisection
-        steps = {search(pairs, beyond_rounding) for beyond_rounding in (False, True)}
+        steps = {search(pairs, ignores_rounding) for ignores_rounding in (False, True)}
         return [
             difference for step in steps if step is not None for difference in self.by_step[step]
         ]
 
-    def _first_in_order(self, pairs: list[Pair], beyond_rounding: bool) -> int | None:
-        return next((pair[0] for pair in pairs if self._differs(pair, beyond_rounding)), None)
+    def _first_in_order(self, pairs: list[Pair], ignores_rounding: bool) -> int | None:
+        return next((pair[0] for pair in pairs if self._differs(pair, ignores_rounding)), None)
 
-    def _first_by_bisection(self, pairs: list[Pair], beyond_rounding: bool) -> int | None:
+    def _first_by_bisection(self, pairs: list[Pair], ignores_rounding: bool) -> int | None:
         """Return the step of the first pair that differs, where runs that have parted stay apart
         and differences of rounding grow."""
         low, high = 0, len(pairs)
         while low < high:
             middle = (low + high) // 2
-            if self._differs(pairs[middle], beyond_rounding):
+            if self._differs(pairs[middle], ignores_rounding):
                 high = middle
             else:
                 low = middle + 1
         return pairs[low][0] if low < len(pairs) else None
 
-    def _differs(self, pair: Pair, beyond_rounding: bool) -> bool:
+    def _differs(self, pair: Pair, ignores_rounding: bool) -> bool:
         step, *folders = pair
         if step not in self.by_step:
             self.by_step[step] = self._differences(step, *folders)
         return any(
-            not (beyond_rounding and difference.is_rounding) for difference in self.by_step[step]
+            not (ignores_rounding and difference.is_rounding) for difference in self.by_step[step]
         )
 
     def _differences(self, step: int, first: Path, second: Path) -> list[RunDifference]:
-        damaged = [
+        damaged_files = [
             f"{folder}: {fault}" for folder in (first, second) for fault in changed_files(folder)
         ]
-        self.damaged += damaged
-        if not damaged and are_same_files(first, second):
+        self.damaged_files += damaged_files
+        if not damaged_files and are_same_files(first, second):
             return []
         return compare_checkpoints(step, first, second, self.dtype, self.same_layout)
 
@@ -280,18 +280,18 @@ class _ComparedCheckpoints:
 def _lines(comparison: RunComparison) -> Iterable[str]:
     yield from (f"setting {line}" for line in comparison.settings)
     yield (
-        f"compared: metrics of {format_count(comparison.steps, 'step')}, "
-        f"sample logs of {comparison.logs}, checkpoints of {len(comparison.checkpoints)}"
+        f"compared: metrics of {format_count(comparison.num_steps, 'step')}, "
+        f"sample logs of {comparison.num_logs}, checkpoints of {len(comparison.checkpoints)}"
     )
     if is_bisected := len(comparison.checkpoints) > MAX_IN_ORDER:
         yield (
-            f"by bisection {comparison.read_checkpoints} of them were read: a difference in one "
-            "checkpoint alone, which is gone in the next, may be missed"
+            f"by bisection {comparison.num_read_checkpoints} of them were read: a difference in "
+            "one checkpoint alone, which is gone in the next, may be missed"
         )
-    yield from (f"damaged: {line}" for line in comparison.damaged)
+    yield from (f"damaged: {line}" for line in comparison.damaged_files)
     first, larger_difference = comparison.first_difference, comparison.first_beyond_rounding
     if first is None:
-        if comparison.damaged:
+        if comparison.damaged_files:
             yield "nothing else differs"
         else:
             yield "equal: no bit differs" + (" in what was read" if is_bisected else "")
@@ -329,11 +329,11 @@ def _as_json(comparison: RunComparison) -> str:
     first, larger_difference = comparison.first_difference, comparison.first_beyond_rounding
     content = {
         "settings": comparison.settings,
-        "steps": comparison.steps,
-        "sample_logs": comparison.logs,
+        "steps": comparison.num_steps,
+        "sample_logs": comparison.num_logs,
         "checkpoints": comparison.checkpoints,
-        "read_checkpoints": comparison.read_checkpoints,
-        "damaged": comparison.damaged,
+        "read_checkpoints": comparison.num_read_checkpoints,
+        "damaged": comparison.damaged_files,
         "first": first.as_json() if first is not None else None,
         "first_beyond_rounding": (
             larger_difference.as_json() if larger_difference is not None else None

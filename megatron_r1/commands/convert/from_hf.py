@@ -213,12 +213,12 @@ def _finish(
     _write_hf_files(job, with_mtp)
     hashed = {file.chunks[0].file: file.entry for file in outputs}
 
-    def last(folder: Path) -> None:
+    def complete(folder: Path) -> None:
         for number in range(len(outputs)):
             _contents(folder, number).unlink(missing_ok=True)
         checkpoint_folders.write_manifest(folder, hashed)
 
-    work.finish(last)
+    work.finish(complete)
 
 
 def _write_hf_files(job: ImportJob, with_mtp: bool) -> None:

@@ -88,7 +88,7 @@ def check_reload(
         _same_tensors(checkpoint, hf_files, folder, workers)
     if fits:
         with MegatronWeights(checkpoint, hf_config) as source:
-            rounded = _rounding(source.dtype, dtype)
+            rounded = _rounding_text(source.dtype, dtype)
         _same_logits(checkpoint, folder, dtype, rounded)
 
 
@@ -97,26 +97,27 @@ def _same_tensors(checkpoint: Path, hf_files: Path, folder: Path, workers: int) 
         names = list(written.tensors)
     differing = compare(ModelPair(checkpoint, folder, hf_files), names, workers)
     if differing:
-        worst = max(differing, key=lambda d: d.largest)
+        worst = max(differing, key=lambda d: d.max_difference)
         raise UserError(
             f"{folder} is not the checkpoint: {len(differing)} tensors differ, {worst.name} by "
-            f"{worst.largest:.3g}; the disk may be failing: remove the folder and convert again",
+            f"{worst.max_difference:.3g}; the disk may be failing: remove the folder and convert "
+            "again",
             key="out",
             cause=Cause.CONFLICT,
         )
     print(f"reread: {len(names)} tensors are the checkpoint's")
 
 
-def _rounding(stored: torch.dtype, dtype: torch.dtype) -> str:
+def _rounding_text(stored_dtype: torch.dtype, dtype: torch.dtype) -> str:
     """Return, in words, how the weights of both sides are rounded before the comparison."""
     fp8 = dtype == torch.float8_e4m3fn
-    if not fp8 and torch.promote_types(stored, dtype) == dtype:
+    if not fp8 and torch.promote_types(stored_dtype, dtype) == dtype:
         return ""
     name = "FP8" if fp8 else str(dtype).removeprefix("torch.")
     return f", both on the weights rounded to {name} (what rounding changes is not compared)"
 
 
-def _same_logits(checkpoint: Path, folder: Path, dtype: torch.dtype, rounded: str) -> None:
+def _same_logits(checkpoint: Path, folder: Path, dtype: torch.dtype, rounding_text: str) -> None:
     name = str(dtype).removeprefix("torch.")
     with tempfile.TemporaryDirectory() as scratch:
         megatron_logits = Path(scratch) / "megatron.pt"
@@ -134,7 +135,7 @@ def _same_logits(checkpoint: Path, folder: Path, dtype: torch.dtype, rounded: st
             key="out",
             cause=Cause.CONFLICT,
         )
-    print(f"reloaded: transformers' logits are Megatron's{rounded}: max |Δ| / σ = {gap:.1e}")
+    print(f"reloaded: transformers' logits are Megatron's{rounding_text}: max |Δ| / σ = {gap:.1e}")
 
 
 def _write_logits(library: str, *arguments: str | Path) -> None:
@@ -267,21 +268,21 @@ def _write_file(job: ExportJob, part: tuple[str, Tensors]) -> None:
 
 
 def _write_tensor(
-    job: ExportJob, file: int, name: str, placed: PlannedTensor, scales: PlannedTensor | None
+    job: ExportJob, file: int, name: str, planned: PlannedTensor, scales: PlannedTensor | None
 ) -> None:
     weights, known_scales, stacked = _inputs(job)
-    row = prod(placed.shape[1:]) * placed.dtype.itemsize
+    row = prod(planned.shape[1:]) * planned.dtype.itemsize
     for expert, parts_of_expert in enumerate(stacked.get(name, ())):
-        values = torch.empty(placed.shape[1:], dtype=placed.dtype)
+        values = torch.empty(planned.shape[1:], dtype=planned.dtype)
         for tensor, part in parts_of_expert:
             part_values = part.select(values)
             part_values.copy_(weights.read(tensor, 0, 0, len(part_values)))
-        write_at(file, placed.offset + expert * row, values)
+        write_at(file, planned.offset + expert * row, values)
     if name in stacked:
         return
     scale_row = scales.shape[1] * scales.dtype.itemsize if scales else 0
     for first, count in work_folder.stripes(
-        placed.shape, published_layout.FP8_BLOCK_SIZE if scales else 1
+        planned.shape, published_layout.FP8_BLOCK_SIZE if scales else 1
     ):
         values = weights.read(name, 0, first, count)
         if scales:
@@ -293,7 +294,7 @@ def _write_tensor(
             write_at(
                 file, scales.offset + first // published_layout.FP8_BLOCK_SIZE * scale_row, inverse
             )
-        write_at(file, placed.offset + first * row, values.to(placed.dtype))
+        write_at(file, planned.offset + first * row, values.to(planned.dtype))
 
 
 @cache

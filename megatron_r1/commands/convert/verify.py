@@ -47,7 +47,7 @@ class TensorDifference:
 
     name: str
     count: int
-    largest: float
+    max_difference: float
     where: tuple[int, ...]
 
 
@@ -61,11 +61,11 @@ def run(args: Namespace) -> int:
     differing = compare(sides, names, args.workers)
     for text in (*missing, *reshaped):
         print(text)
-    for difference in sorted(differing, key=lambda d: -d.largest)[:MAX_SHOWN]:
+    for difference in sorted(differing, key=lambda d: -d.max_difference)[:MAX_SHOWN]:
         location = f" at {list(difference.where)}" if difference.where else ""
         verb = "differs" if difference.count == 1 else "differ"
         differ = f"{format_count(difference.count, 'element')} {verb}"
-        print(f"{difference.name}: {differ}, max |Δ| {difference.largest:.6g}{location}")
+        print(f"{difference.name}: {differ}, max |Δ| {difference.max_difference:.6g}{location}")
     if len(differing) > MAX_SHOWN:
         print(f"… and {len(differing) - MAX_SHOWN} more tensors that differ less")
     for text in explained:
@@ -132,7 +132,7 @@ def compare(sides: ModelPair, names: list[str], workers: int) -> list[TensorDiff
 
 
 @cache
-def _opened(sides: ModelPair) -> tuple[Weights, Weights]:
+def _open_both(sides: ModelPair) -> tuple[Weights, Weights]:
     return open_weights(sides.a, sides.config), open_weights(sides.b, sides.config)
 
 
@@ -141,7 +141,7 @@ def _compare_batch(sides: ModelPair, names: list[str]) -> list[TensorDifference]
 
 
 def _compare_tensor(sides: ModelPair, name: str) -> TensorDifference | None:
-    pair = _opened(sides)
+    pair = _open_both(sides)
     (shape, a), (_, b) = (_shape_and_dtype(side, name) for side in pair)
     dtype = _common_dtype(a, b)
     lossy = (a == published_layout.FP8_DTYPE) != (b == published_layout.FP8_DTYPE)

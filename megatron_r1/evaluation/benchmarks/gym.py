@@ -67,16 +67,17 @@ def questions(rows: Rows, options: Options) -> Iterator[Question]:
             cause=Cause.CONFLICT,
         )
     for task in tasks:
-        yield from _task_questions(task, options, exactly=len(tasks) == 1)
+        yield from _task_questions(task, options, needs_all=len(tasks) == 1)
 
 
-def _task_questions(task: str, options: Options, exactly: bool) -> Iterator[Question]:
+def _task_questions(task: str, options: Options, needs_all: bool) -> Iterator[Question]:
     """Yield distinct questions of one task, `questions` of them.
 
     Args:
         task: the name of the task.
         options: the options of the benchmark.
-        exactly: whether a task with fewer questions is an error; in a suite, it gives those it has.
+        needs_all: whether a task with fewer questions is an error; in a suite, it gives what it
+            has.
     """
     parameters, difficulty = dict(options["parameters"]), options["difficulty"]
     if difficulty != "default":
@@ -101,7 +102,7 @@ def _task_questions(task: str, options: Options, exactly: bool) -> Iterator[Ques
         yield Question("", item["question"], "logic", item["answer"], entry)
         if len(texts) == num_questions:
             return
-    if texts and not exactly:
+    if texts and not needs_all:
         return
     raise UserError(
         f"gym/{task}: only {len(texts)} distinct questions of {num_questions}; set fewer "

@@ -54,30 +54,34 @@ class _PlainUnpickler(pickle.Unpickler):
         raise ValueError(f"it refers to {module}.{name}")
 
 
-def decode_tests(packed: str, location: str) -> list[dict[str, Any]]:
+def decode_tests(packed_tests: str, location: str) -> list[dict[str, Any]]:
     """Return the test cases of a row; nothing in them is ever executed.
 
     Args:
-        packed: JSON text, plain or as packed by the data set.
+        packed_tests: JSON text, plain or as packed by the data set.
         location: where the row is, for errors.
 
     Raises:
         UserError: anything else."""
     try:
-        tests = json.loads(packed) if packed.lstrip()[:1] in ("[", "{") else _unpack(packed)
+        tests = (
+            json.loads(packed_tests)
+            if packed_tests.lstrip()[:1] in ("[", "{")
+            else _unpack(packed_tests)
+        )
         if isinstance(tests, str):
             tests = json.loads(tests)
     except (ValueError, TypeError, binascii.Error, zlib.error, pickle.UnpicklingError) as error:
         raise UserError(
-            f"{location}: its tests cannot be read: {error}; they begin {shorten(packed, 40)}: "
-            f"{FILE_REMEDY}",
+            f"{location}: its tests cannot be read: {error}; they begin "
+            f"{shorten(packed_tests, 40)}: {FILE_REMEDY}",
             key="private_test_cases",
             cause=Cause.MALFORMED,
         ) from error
     except (EOFError, KeyError, IndexError, AttributeError, RecursionError) as error:
         raise UserError(
-            f"{location}: its tests are damaged: {error!r}; they begin {shorten(packed, 40)}: "
-            f"{FILE_REMEDY}",
+            f"{location}: its tests are damaged: {error!r}; they begin "
+            f"{shorten(packed_tests, 40)}: {FILE_REMEDY}",
             key="private_test_cases",
             cause=Cause.MALFORMED,
         ) from error
@@ -91,9 +95,9 @@ def decode_tests(packed: str, location: str) -> list[dict[str, Any]]:
     return tests
 
 
-def _unpack(packed: str) -> Any:
+def _unpack(packed_tests: str) -> Any:
     inflater = zlib.decompressobj()
-    content = inflater.decompress(base64.b64decode(packed, validate=True), MAX_BYTES)
+    content = inflater.decompress(base64.b64decode(packed_tests, validate=True), MAX_BYTES)
     if inflater.unconsumed_tail:
         raise ValueError(f"more than {MAX_BYTES:,} bytes when unpacked")
     # The C unpickler allocates memory for the largest memo index, so the indices are bounded.

@@ -19,7 +19,9 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.data.rows import require_text
 from megatron_r1.evaluation.benchmarks.base import Benchmark, Options, Question, Rows, pick_columns
 
-BOXED = "{question}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
+BOXED_TEMPLATE = (
+    "{question}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
+)
 """The instruction that DeepSeek-R1's authors recommend for mathematics (the model's page)."""
 AIME_LAYOUTS = (
     {"id": "id", "question": "problem", "answer": "answer"},  # HuggingFaceH4/aime_2024
@@ -69,7 +71,7 @@ def _math_500_questions(rows: Rows, options: Options) -> Iterator[Question]:
 
 AIME_2024 = Benchmark(
     _aime_questions,
-    BOXED,
+    BOXED_TEMPLATE,
     hubs={
         "HuggingFaceH4/aime_2024": lambda options: ["data/train-*.parquet"],
         "Maxwell-Jia/AIME_2024": lambda options: ["aime_2024_problems.parquet"],
@@ -77,7 +79,7 @@ AIME_2024 = Benchmark(
 )
 MATH_500 = Benchmark(
     _math_500_questions,
-    BOXED,
+    BOXED_TEMPLATE,
     hubs={"HuggingFaceH4/MATH-500": lambda options: ["test.jsonl"]},
     options={"levels": []},  # 1 (easiest) to 5; [] for all
 )
@@ -114,7 +116,7 @@ def _mmlu_questions(rows: Rows, options: Options) -> Iterator[Question]:
             )
         question = require_text(location, columns, "question").strip()
         letter = _letter(location, columns["answer"], len(choices))
-        yield Question("", _lettered(question, choices), "math", letter)
+        yield Question("", _text_with_choices(question, choices), "math", letter)
     if unknown := sorted(subjects - known_subjects):
         raise UserError(
             f"mmlu has no subject {unknown[0]!r}; it has {', '.join(sorted(known_subjects))}",
@@ -132,11 +134,11 @@ def _gpqa_questions(rows: Rows, options: Options) -> Iterator[Question]:
         order = list(range(len(choices)))
         random.Random(f"gpqa/{options['seed']}/{question_id}").shuffle(order)
         question = require_text(location, columns, "Question").strip()
-        text = _lettered(question, [choices[index] for index in order])
+        text = _text_with_choices(question, [choices[index] for index in order])
         yield Question(question_id, text, "math", CHOICE_LETTERS[order.index(0)])
 
 
-def _lettered(question: str, choices: Sequence[str]) -> str:
+def _text_with_choices(question: str, choices: Sequence[str]) -> str:
     """Return the question with its choices as "A) …" lines."""
     lines = [f"{letter}) {choice}" for letter, choice in zip(CHOICE_LETTERS, choices, strict=False)]
     return "\n".join([question, "", *lines])

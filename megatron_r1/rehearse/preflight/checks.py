@@ -96,7 +96,7 @@ def _versions(nodes: Sequence[tuple[RankFacts, NodeFacts]]) -> Iterable[CheckRes
         ]
         differing_hosts = [(host, value) for host, value in differing_hosts if value != majority]
         if differing_hosts:
-            listing = _listed([f"{value} on {host}" for host, value in differing_hosts])
+            listing = _join_values([f"{value} on {host}" for host, value in differing_hosts])
             level: Literal["note", "block"] = "note" if name in MAY_DIFFER else "block"
             hosts = tuple(dict.fromkeys(host for host, _ in differing_hosts))
             problem = f"{name}: {listing}; {majority} on the others"
@@ -175,7 +175,7 @@ def _products(facts: Sequence[RankFacts], settings: PreflightConfig) -> CheckRes
         f"{slowest.rank} on {slowest.host})",
         expected=f"{settings.slowest:.0%} of the median",
         level="block" if slow else "ok",
-        problem=f"slow: {_listed(ranks)}" if slow else "",
+        problem=f"slow: {_join_values(ranks)}" if slow else "",
         hosts=_hosts(slow),
     )
 
@@ -196,7 +196,7 @@ def _links(facts: Sequence[RankFacts], settings: PreflightConfig) -> Iterable[Ch
         hosts = {facts[rank].host for ranks in slow_groups for rank in ranks}
         hosts = hosts - {facts[rank].host for ranks in sound_groups for rank in ranks} or hosts
         problems = [
-            f"{groups[ranks] / 1e9:.3g} GB/s among ranks {_listed(ranks)}"
+            f"{groups[ranks] / 1e9:.3g} GB/s among ranks {_join_values(ranks)}"
             for ranks in slow_groups[:MAX_LISTED]
         ]
         if is_gpu and median < settings.bandwidth * assumed:
@@ -231,7 +231,7 @@ def _pairs(facts: Sequence[RankFacts], settings: PreflightConfig) -> Iterable[Ch
         measured=f"median {median / 1e9:.3g} GB/s, slowest {min(rates.values()) / 1e9:.3g}",
         expected=f"{settings.slowest:.0%} of the median",
         level="block" if slow_ranks else "ok",
-        problem=f"slow to every neighbor: {_listed(hosts)}" if hosts else "",
+        problem=f"slow to every neighbor: {_join_values(hosts)}" if hosts else "",
         hosts=hosts,
     )
 
@@ -249,7 +249,7 @@ def _gloo(facts: Sequence[RankFacts], settings: PreflightConfig) -> Iterable[Che
     hosts, fraction = _hosts(slow_ranks), median / hardware.host_network
     problems = []
     if hosts:
-        problems.append(f"slow to every neighbor: {_listed(hosts)}")
+        problems.append(f"slow to every neighbor: {_join_values(hosts)}")
     if fraction < settings.bandwidth:
         problems.append(
             f"{fraction:.0%} of the planner's host_network, so that pushes take {1 / fraction:.2g} "
@@ -289,7 +289,7 @@ def _folder(config: Config, facts: Sequence[RankFacts]) -> Iterable[CheckResult]
         ],
     }.items():
         if wrong:
-            summary = f"{path} {problem} on {_listed(_hosts(wrong))}"
+            summary = f"{path} {problem} on {_join_values(_hosts(wrong))}"
             reason = f": {wrong[0].folder.error}" if wrong[0].folder.error else ""
             yield CheckResult(
                 check="run folder",
@@ -327,7 +327,7 @@ def _controller(
         expected="all",
         level="block" if cut_off or faults else "ok",
         problem="; ".join(
-            [*faults, *([f"not from {_listed(_hosts(cut_off))}: {reason}"] if cut_off else [])]
+            [*faults, *([f"not from {_join_values(_hosts(cut_off))}: {reason}"] if cut_off else [])]
         ),
         hosts=_hosts(cut_off),
     )
@@ -352,7 +352,7 @@ def _controller(
         measured=f"looked up in at most {max(node.lookup_seconds for _, node in nodes):.3f} s",
         expected=f"{LOOKUP_SECONDS:g} s",
         level="note" if waiting else "ok",
-        problem=f"slow on {_listed(_hosts(waiting))}: torch looks up the address of every "
+        problem=f"slow on {_join_values(_hosts(waiting))}: torch looks up the address of every "
         "connection to its store; let the resolver answer for the nodes' addresses, or write each "
         "into /etc/hosts as `::ffff:ADDRESS NAME` (an entry without ::ffff: is not found)"
         if waiting
@@ -370,7 +370,7 @@ def _sandbox(config: Config, nodes: Sequence[tuple[RankFacts, NodeFacts]]) -> Ch
         measured=f"works on {len(nodes) - len(missing)} of {len(nodes)} nodes",
         expected="all" if is_needed else "all, where questions are code",
         level=level if missing else "ok",
-        problem=f"not on {_listed(_hosts(e for e, _ in missing))}: {missing[0][1]}"
+        problem=f"not on {_join_values(_hosts(e for e, _ in missing))}: {missing[0][1]}"
         if missing
         else "",
         hosts=_hosts(rank_facts for rank_facts, _ in missing),
@@ -406,7 +406,7 @@ def _hosts(facts: Iterable[RankFacts]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(rank_facts.host for rank_facts in facts))
 
 
-def _listed(values: Sequence[object]) -> str:
+def _join_values(values: Sequence[object]) -> str:
     """Return the first values, separated by commas, and how many more there are."""
     remainder = f" and {len(values) - MAX_LISTED} more" if len(values) > MAX_LISTED else ""
     return ", ".join(map(str, values[:MAX_LISTED])) + remainder

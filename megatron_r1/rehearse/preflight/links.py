@@ -51,12 +51,12 @@ def measure_axis(groups: "ProcessGroupCollection", axis: str) -> LinkRate | None
         return None
     buffer = _buffer()
     run, fraction = _operations(buffer, group, size)[operation]
-    _timed(run, 1)  # not counted: NCCL connects the ranks
+    _measure_seconds(run, 1)  # not counted: NCCL connects the ranks
     # The slowest rank's time, so that all ranks of the group choose the same number of repeats:
     # each must take part in every collective.
-    once = _slowest(_timed(run, 1), group)
+    once = _slowest(_measure_seconds(run, 1), group)
     repeats = max(1, min(MAX_REPEATS, int(MEASURE_SECONDS / once)))
-    seconds = _slowest(_timed(run, repeats), group) / repeats
+    seconds = _slowest(_measure_seconds(run, repeats), group) / repeats
     rate = buffer.nbytes * fraction / seconds
     return LinkRate(operation, dist.get_process_group_ranks(group), rate)
 
@@ -72,8 +72,8 @@ def pair_rates(placement: RankPlacement) -> list[float]:
             exchange = partial(
                 _send_and_receive, buffer, partner, torch.empty_like(buffer), partner
             )
-            _timed(exchange, 1)  # not counted: NCCL connects the ranks
-            rates.append(PAIR_REPEATS * buffer.nbytes / _timed(exchange, PAIR_REPEATS))
+            _measure_seconds(exchange, 1)  # not counted: NCCL connects the ranks
+            rates.append(PAIR_REPEATS * buffer.nbytes / _measure_seconds(exchange, PAIR_REPEATS))
     return rates
 
 
@@ -103,7 +103,7 @@ def gloo_rates(placement: RankPlacement, progress: RankProgress) -> list[float]:
         progress.barrier(f"gloo, round {number}")
         if exchange is not None:
             num_bytes = GLOO_REPEATS * NUM_BYTES[platform.device().type]
-            rates.append(num_bytes / _timed(exchange, GLOO_REPEATS))
+            rates.append(num_bytes / _measure_seconds(exchange, GLOO_REPEATS))
     return rates
 
 
@@ -166,13 +166,18 @@ def _operations(
     }
 
 
-def _send_and_receive(sent: Tensor, target: int, received: Tensor, source: int) -> None:
-    requests = [dist.P2POp(dist.isend, sent, target), dist.P2POp(dist.irecv, received, source)]
+def _send_and_receive(
+    sent_buffer: Tensor, target: int, received_buffer: Tensor, source: int
+) -> None:
+    requests = [
+        dist.P2POp(dist.isend, sent_buffer, target),
+        dist.P2POp(dist.irecv, received_buffer, source),
+    ]
     for request in dist.batch_isend_irecv(requests):
         request.wait()
 
 
-def _timed(run: Callable[[], object], repeats: int) -> float:
+def _measure_seconds(run: Callable[[], object], repeats: int) -> float:
     platform.synchronize()
     start = time.perf_counter()
     for _ in range(repeats):

@@ -19,7 +19,7 @@ STAGGER_SECONDS = 1.0
 LIMIT_RANKS = 16
 """Ranks from this one on wait equally long, so that with thousands of ranks no process outlives the
 limit by thousands of seconds."""
-FAILED = "failed"
+FAILURE_KEY = "failed"
 """The key of the store by which the rank that writes the diagnosis ends the others."""
 
 
@@ -63,9 +63,9 @@ class RankProgress:
         self._limit, self._end = limit_seconds, end
         self._number = 0
         self._name = ""
-        self._since = time.monotonic()
+        self._started_at = time.monotonic()
         self._factor = 1.0
-        self._done, self._beats = threading.Event(), 0
+        self._end_event, self._beats = threading.Event(), 0
         self._thread = threading.Thread(target=self._watch, name="progress", daemon=True)
 
     def start(self) -> None:
@@ -80,7 +80,7 @@ class RankProgress:
             times_limit: the multiple of the usual limit that this step may take."""
         self._finish()
         self._number, self._name, self._factor = self._number + 1, name, times_limit
-        self._since = time.monotonic()
+        self._started_at = time.monotonic()
         self.store.set(f"step/{self._rank}", f"{self._number}\t{self._host}\t{name}")
 
     def barrier(self, name: str) -> None:
@@ -92,7 +92,7 @@ class RankProgress:
     def close(self) -> None:
         """End the watch."""
         self._finish()
-        self._done.set()
+        self._end_event.set()
         self._thread.join()
 
     def diagnose(self, store: Store) -> str:
@@ -119,7 +119,7 @@ class RankProgress:
 
     def _finish(self) -> None:
         if self._name:
-            self.seconds[self._name] = round(time.monotonic() - self._since, 3)
+            self.seconds[self._name] = round(time.monotonic() - self._started_at, 3)
 
     def _beat(self, store: Store) -> None:
         self._beats += 1
@@ -128,18 +128,18 @@ class RankProgress:
     def _watch(self) -> None:
         try:
             store = self._connect()
-            while not self._done.wait(POLL_SECONDS):
+            while not self._end_event.wait(POLL_SECONDS):
                 self._beat(store)
-                if store.check([FAILED]):
+                if store.check([FAILURE_KEY]):
                     return self._end("")
                 late_seconds = self._limit * self._factor + STAGGER_SECONDS * min(
                     self._rank, LIMIT_RANKS
                 )
-                if time.monotonic() - self._since > late_seconds:
+                if time.monotonic() - self._started_at > late_seconds:
                     message = self.diagnose(store)
-                    return self._end(message if store.add(FAILED, 1) == 1 else "")
+                    return self._end(message if store.add(FAILURE_KEY, 1) == 1 else "")
         except DistError:
-            if not self._done.is_set():
+            if not self._end_event.is_set():
                 self._end(f"rank {self._rank} ({self._host}) has lost the store of rank 0's node")
 
 

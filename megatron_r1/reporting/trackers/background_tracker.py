@@ -28,10 +28,10 @@ class BackgroundTracker:
             opener: opens the tracker in the thread, again after each failure."""
         self._name, self._open = name, opener
         self._tracker: Tracker | None = None
-        self._newest: dict[str, float] = {}
+        self._last_steps: dict[str, float] = {}
         self._lines: queue.SimpleQueue[tuple[str, Mapping[str, Any]] | bool] = queue.SimpleQueue()
         self._notes: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self._failed = False
+        self._has_failed = False
         self._thread = threading.Thread(target=self._work, name=f"tracker {name}", daemon=True)
         self._thread.start()
 
@@ -47,43 +47,43 @@ class BackgroundTracker:
         """Return what the user should be shown, each note once."""
         return [self._notes.get() for _ in range(self._notes.qsize())]
 
-    def close(self, finished: bool) -> None:
+    def close(self, is_finished: bool) -> None:
         """End the tracked run, waiting at most `CLOSE_SECONDS`."""
-        self._lines.put(finished)
+        self._lines.put(is_finished)
         self._thread.join(CLOSE_SECONDS)
         if self._thread.is_alive():
             self._notes.put(f"{self._name}: not all lines are sent; the same command sends them")
 
     def _work(self) -> None:
-        pending: deque[tuple[str, Mapping[str, Any]]] = deque()
+        pending_lines: deque[tuple[str, Mapping[str, Any]]] = deque()
         while True:
             item = self._lines.get()
             if not isinstance(item, bool):
-                pending.append(item)
+                pending_lines.append(item)
                 if not self._lines.empty():
                     continue
             try:
-                self._send(pending)
+                self._send(pending_lines)
                 if isinstance(item, bool) and self._tracker is not None:
                     self._tracker.finish(item)
             except Exception as error:  # noqa: BLE001 - of any library, about any network
-                self._report(error, len(pending), is_last=isinstance(item, bool))
+                self._report(error, len(pending_lines), is_last=isinstance(item, bool))
             if isinstance(item, bool):
                 return
 
-    def _send(self, pending: deque[tuple[str, Mapping[str, Any]]]) -> None:
+    def _send(self, pending_lines: deque[tuple[str, Mapping[str, Any]]]) -> None:
         if self._tracker is None:
             self._tracker = self._open()
-            self._newest = dict(self._tracker.last_tracked)
+            self._last_steps = dict(self._tracker.tracked_steps)
             for note in self._tracker.notes:
                 self._notes.put(note)
-        while pending:
-            key, line = pending[0]
-            if line[STEP_METRIC] > self._newest.get(key, -1):
+        while pending_lines:
+            key, line = pending_lines[0]
+            if line[STEP_METRIC] > self._last_steps.get(key, -1):
                 self._tracker.send(line[STEP_METRIC], _numbers(key, line))
-                self._newest[key] = line[STEP_METRIC]
-            pending.popleft()
-        self._failed = False
+                self._last_steps[key] = line[STEP_METRIC]
+            pending_lines.popleft()
+        self._has_failed = False
 
     def _report(self, error: Exception, num_pending: int, *, is_last: bool) -> None:
         """Add a note on the first failure in a row, and on one at the end."""
@@ -91,9 +91,9 @@ class BackgroundTracker:
         failure = f"{self._name}: {type(error).__name__}: {reason}"
         if is_last:
             self._notes.put(f"{failure}; {num_pending} lines are sent by the next start")
-        elif not self._failed:
+        elif not self._has_failed:
             self._notes.put(f"{failure}; the run goes on, and they are sent with a later step")
-        self._failed = True
+        self._has_failed = True
 
 
 def _numbers(key: str, line: Mapping[str, Any]) -> dict[str, float]:

@@ -58,7 +58,7 @@ class Tracker(Protocol):
     """A tracked run that is open. All calls come from one thread, and may raise anything."""
 
     @property
-    def last_tracked(self) -> Mapping[str, float]:
+    def tracked_steps(self) -> Mapping[str, float]:
         """The newest step of `STEP_METRIC` and `EVALUATION` that was tracked when it was opened."""
 
     @property
@@ -68,11 +68,11 @@ class Tracker(Protocol):
     def send(self, step: int, numbers: Mapping[str, float]) -> None:
         """Add a line."""
 
-    def finish(self, finished: bool) -> None:
+    def finish(self, is_finished: bool) -> None:
         """End the tracked run.
 
         Args:
-            finished: whether the run reached its last step."""
+            is_finished: whether the run reached its last step."""
 
 
 MLFLOW = "mlflow"
@@ -128,7 +128,7 @@ class MlflowTracker:
         self._identity = identity
         self._client.update_run(identity, status="RUNNING")
         tracked_metrics = self._client.get_run(identity).data.metrics
-        self.last_tracked = {
+        self.tracked_steps = {
             key: tracked_metrics[key] for key in (STEP_METRIC, EVALUATION) if key in tracked_metrics
         }
 
@@ -141,9 +141,9 @@ class MlflowTracker:
         ]
         self._client.log_batch(self._identity, metrics=metrics)
 
-    def finish(self, finished: bool) -> None:
+    def finish(self, is_finished: bool) -> None:
         """Mark the run as FINISHED or KILLED."""
-        self._client.set_terminated(self._identity, "FINISHED" if finished else "KILLED")
+        self._client.set_terminated(self._identity, "FINISHED" if is_finished else "KILLED")
 
 
 WANDB = "wandb"
@@ -215,7 +215,7 @@ class WandbTracker:
         self._run.define_metric("*", step_metric=STEP_METRIC)
         self._run.define_metric("eval/*", step_metric=EVALUATION)
         summary: dict[str, Any] = dict(self._run.summary)
-        self.last_tracked = {
+        self.tracked_steps = {
             key: float(summary[key]) for key in (STEP_METRIC, EVALUATION) if key in summary
         }
 
@@ -223,9 +223,9 @@ class WandbTracker:
         """Log a step's numbers."""
         self._run.log(dict(numbers))
 
-    def finish(self, finished: bool) -> None:
+    def finish(self, is_finished: bool) -> None:
         """End the run, with exit code 0 only if it finished."""
-        self._run.finish(exit_code=0 if finished else 1)
+        self._run.finish(exit_code=0 if is_finished else 1)
 
 
 class TensorBoardLog:

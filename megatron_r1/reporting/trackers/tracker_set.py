@@ -79,13 +79,13 @@ class TrackerSet:
         """Send the line of an evaluation."""
         self._add(EVALUATION, metrics)
 
-    def close(self, finished: bool) -> None:
+    def close(self, is_finished: bool) -> None:
         """Send the rest and end the tracked runs.
 
         Args:
-            finished: whether the run is at its last step."""
+            is_finished: whether the run is at its last step."""
         for tracker in self._trackers:
-            tracker.close(finished)
+            tracker.close(is_finished)
         self._show_notes()
 
     def _add(self, key: str, line: Mapping[str, Any]) -> None:

@@ -138,7 +138,7 @@ def test_one_planted_change_is_found_in_its_step_and_phase(tmp_path, name, step)
         lambda now, made, line: change(made, line) if now == step else made,
     )
     found = compare(first, second)
-    assert (found.steps, found.logs, found.settings) == (STEPS, STEPS, [])
+    assert (found.num_steps, found.num_logs, found.settings) == (STEPS, STEPS, [])
     assert [(each.step, each.phase, each.name, each.is_rounding) for each in found.differences] == [
         (step, *expected)
     ]
@@ -211,7 +211,7 @@ def test_a_bit_of_a_saved_file_is_found_though_the_manifests_are_equal(pair, cap
     (difference,) = found.differences
     assert (difference.step, difference.name, difference.ranks) == (2, KEY, ([1], [1]))
     assert difference.place.startswith("at [3, 0, 1], 1 of 24")
-    assert len(found.damaged) == 1 and str(folder) in found.damaged[0]
+    assert len(found.damaged_files) == 1 and str(folder) in found.damaged_files[0]
     with pytest.raises(RunError, match="cannot be called equal: .*checksum it was written with"):
         run(Config(), str(first), str(second))
     assert "equal: no bit differs" not in capsys.readouterr().out
@@ -266,7 +266,7 @@ def test_damaged_groups_of_a_log_are_no_difference_and_not_equal(tmp_path, damag
     log.write_bytes(content)
     found = compare(first, second)
     assert found.differences == [] and log.read_bytes() == content
-    assert len(found.damaged) == 1 and f"{log}: " in found.damaged[0]
+    assert len(found.damaged_files) == 1 and f"{log}: " in found.damaged_files[0]
     with pytest.raises(RunError, match="belong to no whole record, so . groups?"):
         run(Config(), str(first), str(second))
 

@@ -49,7 +49,7 @@ def test_a_question_is_on_one_side_whatever_its_rows_and_spelling(tmp_path):
     rows = load_rows(config(pairs(tmp_path, *made), heldout_fraction=0.3), Characters(), HF)
     train, heldout = ({row.question for row in side} for side in (rows.train, rows.heldout))
     assert len(rows.train) == 2 * len(train) and len(rows.heldout) == 2 * len(heldout)
-    assert not train & heldout and 8 <= len(heldout) <= 30 and not rows.dropped
+    assert not train & heldout and 8 <= len(heldout) <= 30 and not rows.dropped_rows
 
 
 def test_a_pair_is_two_samples_with_the_chosen_first(tmp_path):
@@ -73,13 +73,13 @@ def test_what_serving_would_not_score_is_left_out_and_counted(tmp_path):
     )
     rows = load_rows(config(path, heldout_fraction=0), Characters(), HF)
     assert [len(row.samples[0]) for row in rows.train] == [5, 40]
-    assert dict(rows.dropped) == {
+    assert dict(rows.dropped_rows) == {
         "a response has no summary to score": 1,
         "both responses have the same summary": 1,
         "a text is longer than 40 tokens": 1,
     }
     shorter = load_rows(config(path, heldout_fraction=0, max_tokens=20), Characters(), HF)
-    assert len(shorter.train) == 1 and shorter.dropped["a text is longer than 20 tokens"] == 2
+    assert len(shorter.train) == 1 and shorter.dropped_rows["a text is longer than 20 tokens"] == 2
 
 
 def test_nothing_left_says_why(tmp_path):

@@ -107,7 +107,7 @@ def test_intervals_cover_planted_rates_about_as_often_as_they_say(errors, num_se
                     fraction.low <= truths[source, is_accepted] <= fraction.high
                 )
                 assert fraction.high - fraction.low < 0.6
-                assert fraction.sampled in (30, 60)
+                assert fraction.num_sampled in (30, 60)
     for key, count in covered.items():
         assert count >= least_covered(num_seeds), (key, count)
 

@@ -167,7 +167,7 @@ def test_the_teacher_of_on_policy_distillation_is_planned_beside(tmp_path):
 @pytest.mark.parametrize("name", DISTILLED)
 def test_students_have_their_published_parameters_and_learning_rates(name):
     rate, count = DISTILLED[name]
-    assert ModelCounts(read_hf_config(DISTILL / "models" / name)).total == count
+    assert ModelCounts(read_hf_config(DISTILL / "models" / name)).num_total == count
     recipe = configuration.load(DISTILL / f"{name}.yaml")
     assert recipe.optimizer.learning_rate == rate
     assert recipe.optimizer.min_learning_rate == pytest.approx(rate / 10)

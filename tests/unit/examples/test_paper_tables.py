@@ -9,7 +9,7 @@ import pytest
 from refusals import refused
 
 from examples.paper import measure, rows, tables
-from examples.paper.__main__ import RECIPE, main, needed
+from examples.paper.__main__ import RECIPE, main, needed_stages
 from examples.paper.page import write_page
 from examples.paper.tables import Results
 from megatron_r1.base.errors import Cause
@@ -194,7 +194,7 @@ def test_every_stages_settings_are_valid(capsys):
 
 
 def test_one_table_needs_its_stages_and_those_that_evaluate_them():
-    stages = needed(PUBLISHED.tables["small_model"])
+    stages = needed_stages(PUBLISHED.tables["small_model"])
     assert stages == ["small_rl", "small_distilled", "small_figures"]
     graph = Graph(PipelinePlan.from_recipe(load(RECIPE), RECIPE, Path("runs/paper"), 0).stages)
     above = set().union(*(graph.needs(stage) for stage in stages))

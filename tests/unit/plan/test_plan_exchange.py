@@ -10,7 +10,7 @@ from megatron_r1.plan.communication import traffic_by_axis
 from megatron_r1.plan.engine_communication import (
     EngineInterconnect,
     ExpertExchange,
-    expected_distinct,
+    mean_distinct_values,
 )
 from megatron_r1.plan.engine_memory import EngineMemory
 from megatron_r1.plan.rollout import RolloutTime, exchange_section
@@ -52,7 +52,7 @@ def test_high_throughput_sends_a_token_once_to_each_node():
     back. In one node: 8 (1 - (7/8)^8) = 5.25 different GPUs, 153 GB/s."""
     over_nodes = 4096 * 4 * 7168 * 3 / 51e9
     assert v3(64).seconds("deepep_high_throughput", 4096) == pytest.approx(over_nodes + 200e-6)
-    assert expected_distinct(8, 8) == pytest.approx(5.251, abs=1e-3)
+    assert mean_distinct_values(8, 8) == pytest.approx(5.251, abs=1e-3)
     in_node = 4096 * 5.251 * 7168 * 3 / 153e9
     found = v3(8).seconds("deepep_high_throughput", 4096)
     assert found == pytest.approx(in_node + 200e-6, rel=1e-4)
@@ -108,7 +108,7 @@ def test_engines_without_cuda_graphs_wait_for_the_host_in_every_layer():
 def test_the_trainer_s_deepep_sends_a_token_once_to_each_rank_or_node():
     plain, flex = (traffic_by_axis(real_job(dispatcher=name), 3) for name in ("alltoall", "flex"))
     assert flex["expert"].forward_bytes == pytest.approx(
-        plain["expert"].forward_bytes * expected_distinct(8, 8) / 8
+        plain["expert"].forward_bytes * mean_distinct_values(8, 8) / 8
     )
     wide = traffic_by_axis(real_job(dispatcher="flex", expert=64), 3)["expert"]
     all_to_all = traffic_by_axis(real_job(expert=64), 3)["expert"]

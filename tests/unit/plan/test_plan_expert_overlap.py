@@ -66,8 +66,8 @@ def test_the_overlap_hides_time_and_takes_the_memory_of_a_second_layer():
     layout = {**SELECTIVE, "pipeline": 4, "pipeline_layout": None, "tokens_per_microbatch": 8704}
     without, hidden = real_job(**layout), real_job(**layout, overlap_expert_exchange=True)
     times = [StepTime(job, None) for job in (without, hidden)]
-    rank = times[0].busiest
-    sent = times[0].groups(rank)["expert"]
+    rank = times[0].busiest_rank
+    sent = times[0].traffic_by_axis(rank)["expert"]
     assert times[0].expert_exchange_seconds(rank) == sent.seconds(without, sent.microbatch_bytes)
     assert 0 < times[1].expert_exchange_seconds(rank) < times[0].expert_exchange_seconds(rank)
     assert times[1].optimizer_step_seconds() < times[0].optimizer_step_seconds()

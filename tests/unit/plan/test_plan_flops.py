@@ -26,7 +26,7 @@ def test_products_with_weights_are_as_much_faster_in_fp8_and_attention_is_not():
     fast = layer_flops(job, 60, 8704, 2.0)
     assert fast == pytest.approx(per_layer / 2 + router + scores, rel=1e-3)
     halved = forward_flops(V3, 8704) - forward_flops(V3, 8704, 2.0)
-    assert halved == pytest.approx(ModelCounts(V3).multiplied)
+    assert halved == pytest.approx(ModelCounts(V3).num_multiplied)
 
 
 def test_training_and_engines_in_fp8_compute_at_fp8_s_rate():

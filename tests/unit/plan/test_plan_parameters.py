@@ -35,10 +35,10 @@ def test_the_configuration_is_deepseek_v3_s_as_transformers_knows_it():
     [
         # DeepSeek-V3's README_WEIGHTS.md: 671B; 36.6B active, the head's 0.9B among them; MTP 11.5B
         # of its own, "14B of the Multi-Token Prediction (MTP) Module weights" with its copies.
-        ("total", 671e9),
-        ("multiplied", 36.6e9),
+        ("num_total", 671e9),
+        ("num_multiplied", 36.6e9),
         ("mtp_own", 11.5e9),
-        ("active", 37e9),
+        ("num_active", 37e9),
     ],
 )
 def test_deepseek_v3_has_its_published_parameters(count, published):
@@ -47,8 +47,8 @@ def test_deepseek_v3_has_its_published_parameters(count, published):
 
 def test_the_released_685b_are_671b_and_the_mtp_layers_with_their_copies():
     counts = ModelCounts(V3)
-    assert counts.total == 671_026_419_200
-    assert round(counts.mtp / 1e9) == 13 and round((counts.total + counts.mtp) / 1e9) == 684
+    assert counts.num_total == 671_026_419_200
+    assert round(counts.mtp / 1e9) == 13 and round((counts.num_total + counts.mtp) / 1e9) == 684
     # Two copies: of the embedding and of the head.
     assert counts.mtp - counts.mtp_own == 2 * 129_280 * 7168
 
@@ -56,9 +56,11 @@ def test_the_released_685b_are_671b_and_the_mtp_layers_with_their_copies():
 @pytest.mark.parametrize("hf_config", [V3, LLAMA_405B, {**QWEN_72B, "tie_word_embeddings": True}])
 def test_counts_are_those_of_the_weight_table(hf_config):
     main_model = weights.hf_tensors(hf_config, with_mtp=False)
-    assert ModelCounts(hf_config).total == sum(math.prod(shape) for shape, _ in main_model.values())
+    assert ModelCounts(hf_config).num_total == sum(
+        math.prod(shape) for shape, _ in main_model.values()
+    )
     every = weights.hf_tensors(hf_config)
-    assert ModelCounts(hf_config).total + ModelCounts(hf_config).mtp == sum(
+    assert ModelCounts(hf_config).num_total + ModelCounts(hf_config).mtp == sum(
         math.prod(shape) for shape, _ in every.values()
     )
 

@@ -50,7 +50,7 @@ def test_a_rank_stalls_at_every_hop_of_the_pipeline():
     assert times.pipeline_stall_seconds(True) == pytest.approx(4 * hop)
     stalled = time_section(times)["pipeline stalls"]
     assert stalled.number == pytest.approx(64 * hop) and "64 hops" in stalled.formula
-    rank = times.busiest
+    rank = times.busiest_rank
     micro = (
         times.compute_seconds(rank, True)
         + times.exposed_communication_seconds(rank, True)

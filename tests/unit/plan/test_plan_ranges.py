@@ -11,7 +11,7 @@ from megatron_r1.commands.plan import main
 from megatron_r1.config.hardware import Assumptions
 from megatron_r1.plan.estimate import JobEstimate
 from megatron_r1.plan.job import Calibration
-from megatron_r1.plan.phase_overheads import OFFLOAD, ROUTED
+from megatron_r1.plan.phase_overheads import OFFLOAD, ROUTED_EXPERTS
 from megatron_r1.plan.quantity import Quantity
 from megatron_r1.plan.timing import (
     MEASUREMENTS,
@@ -36,8 +36,10 @@ def test_a_range_is_the_estimate_over_and_times_the_spread_and_at_most_a_factor_
         assert part.high == pytest.approx(part.number * 1.96), name
         assert part.high / part.low <= 4
     for end in ("low", "high"):  # a step's, with the part that has no range
-        parts = sum(getattr(section[n], end) for n in TIME_PARTS if n != ROUTED and n in section)
-        total = parts + section[ROUTED].number
+        parts = sum(
+            getattr(section[n], end) for n in TIME_PARTS if n != ROUTED_EXPERTS and n in section
+        )
+        total = parts + section[ROUTED_EXPERTS].number
         assert getattr(section["step"], end) == pytest.approx(total)
         assert getattr(section["run"], end) == pytest.approx(total * 650 / 3600)
     assert section["bubble"].low is None
@@ -74,7 +76,7 @@ def test_what_one_gpu_measured_leaves_the_range_of_communication():
     measured = calibrated(job, names, num_gpus=1)
     estimate = JobEstimate(measured).times
     section = times(measured)
-    rank = estimate.busiest
+    rank = estimate.busiest_rank
     communication = estimate.exposed_communication_seconds(rank, True)
     communication += estimate.pipeline_stall_seconds(True)
     shares = {

@@ -20,7 +20,7 @@ def test_an_fp8_decoding_step_skips_idle_experts_of_one_byte_a_value():
     time = RolloutTime(engines)
     read = [time._weights_read(sequences) for sequences in (0, 1e6)]
     assert read[1] == pytest.approx(engines.weight_bytes)
-    routed = time.counts.routed + time.counts.mtp_routed  # the drafter's experts too
+    routed = time.counts.num_routed + time.counts.mtp_routed  # the drafter's experts too
     assert read[1] - read[0] == pytest.approx(routed / 128)
 
 

@@ -32,7 +32,7 @@ def test_virtual_stages_round_micro_batches_up_and_pay_for_it():
     sixteen, seventeen = real_job(), real_job(tokens_per_microbatch=16_384)
     assert (sixteen.num_microbatches, sixteen.schedule_slots) == (16, 16)
     assert (seventeen.num_microbatches, seventeen.schedule_slots) == (17, 32)
-    assert JobEstimate(sixteen).times.bubble(16, 16) == pytest.approx(15 / 47)
+    assert JobEstimate(sixteen).times.idle_fraction(16, 16) == pytest.approx(15 / 47)
     assert JobEstimate(seventeen).step.number > JobEstimate(sixteen).step.number
     plain = JobEstimate(real_job(virtual_pipeline=1, pipeline_layout="Et*4|(t*4|)*14tmL"))
-    assert plain.times.bubble(16, plain.job.schedule_slots) == pytest.approx(15 / 31)
+    assert plain.times.idle_fraction(16, plain.job.schedule_slots) == pytest.approx(15 / 31)

@@ -280,7 +280,7 @@ def test_a_critic_that_warms_up_leaves_steps_for_the_policy():
     run = PhaseRunner("rl", Path("r/recipe.yaml"), small.config, [], 60.0, print)
     step = {"logprob_diff/mean": 0.0, "time/rollout": 1.0, "time/train": 1.0, "time/push": 1.0}
     run._show_pushes([step | {"step": 1}, step | {"step": 2, "grad_norm": 1.5}])
-    assert "gradient norms –, 1.5" in run.shown[0].evidence
+    assert "gradient norms –, 1.5" in run.results[0].evidence
     with pytest.raises(RunError, match="zero"):
         run._show_pushes([step | {"step": 1}, step | {"step": 2, "grad_norm": 0.0}])
 
@@ -315,7 +315,7 @@ def test_longer_responses_of_the_schedule_are_sampled():
         return [{"step": i, "response_length/max": n} for i, n in enumerate(lengths, start=1)]
 
     run._show_schedule(lines(12, 24.0, 23.0))
-    assert run.shown[-1].phase == "schedule" and "[12, 24, 23]" in run.shown[-1].evidence
+    assert run.results[-1].phase == "schedule" and "[12, 24, 23]" in run.results[-1].evidence
     for wrong in (lines(12, 12, 12), lines(24, 24, 24)):
         with pytest.raises(RunError, match=r"rl\.schedule: .*\[12, 24, 24\]"):
             run._show_schedule(wrong)

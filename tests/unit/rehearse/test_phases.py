@@ -20,7 +20,7 @@ def test_an_error_is_shown_with_its_cause_and_without_what_is_around_it(tmp_path
     lines = ["starting", *ENGINE.splitlines(), "Traceback of torchrun", "  ValueError: its own"]
     log.write_text("".join(f"{rank}{line}\n" for line in lines))
     process = SimpleNamespace(poll=lambda: 1, returncode=1)
-    phase = _Phase("start", process, log, tmp_path / "none", timeout_seconds=1, since=0)
+    phase = _Phase("start", process, log, tmp_path / "none", timeout_seconds=1, started_at=0)
     with pytest.raises(RunError) as failed:
         phase.wait_for_end()
     assert str(failed.value).partition("\n")[2] + "\n" == ENGINE

@@ -338,7 +338,7 @@ def test_scores_have_the_intervals_that_their_evaluation_wrote():
     ends = {"interval/pass@1/low": 0.4, "interval/pass@1/high": 0.6}
     lines = [{"step": 5, "loss": 1.0}, {"step": 5, "eval/pass@1": 0.5, "eval/cons@4": 0.7, **ends}]
     (found,) = merge_evaluations(lines)
-    assert found.passed == Score(0.5, 0.4, 0.6) and found.majority == Score(0.7)
+    assert found.pass_at_1 == Score(0.5, 0.4, 0.6) and found.majority == Score(0.7)
     assert found.num_votes == 4 and found.length is None
     assert (
         merge_evaluations([{"step": 5, **ends}, {"step": 6, "eval/cons@1": 0.5}])[0].majority
@@ -365,6 +365,6 @@ def test_plots_of_degenerate_curves_are_valid_svg(values):
     values = np.array(values)
     steps = np.arange(1.0, len(values) + 1)
     curve = Curve("c", steps, values)
-    ElementTree.fromstring(curve_plot("a", [curve], percent=True, from_zero=True))
-    ElementTree.fromstring(curve_plot("b", [curve, curve], log_scale=True))
+    ElementTree.fromstring(curve_plot("a", [curve], as_percent=True, from_zero=True))
+    ElementTree.fromstring(curve_plot("b", [curve, curve], has_log_scale=True))
     ElementTree.fromstring(stacked_plot("c", steps, {"rollout": np.abs(values)}))

@@ -115,7 +115,7 @@ def test_mlflow_has_every_step_once_in_one_run(tmp_path, monkeypatch):
 class Server:
     """A tracker whose server fails for the first calls."""
 
-    last_tracked = {STEP_METRIC: 1.0}
+    tracked_steps = {STEP_METRIC: 1.0}
     notes = []
 
     def __init__(self, failures):

@@ -141,6 +141,6 @@ def test_runs_that_are_not_done_are_left_out(tmp_path):
     stages = {name: {"by_seed": {"3": {"state": "pending"}}} for name in CHOICES}
     stages["grpo"] = {"by_seed": {"3": {"state": "done"}}}
     stages["ppo"] = {"by_seed": {"3": {"state": "unfinished"}}}
-    found = algorithms._collected(tmp_path, {"stages": stages})
+    found = algorithms._collect_figures(tmp_path, {"stages": stages})
     assert found["responses"] == 256 and list(found["runs"]) == ["grpo"]
     assert found["runs"]["grpo"]["3"]["steps_until_target"] == 3

@@ -113,12 +113,12 @@ def test_a_cell_is_a_recipe_that_differs_from_its_parts_first_in_corrections_alo
 def test_what_is_planted_reaches_the_sampler_alone(monkeypatch):
     monkeypatch.setattr(runs, "StepSampler", lambda config, *more: (config, *more))
     upstream, config = rl.StepSampler, configuration.Config()
-    with runs.planted(Part("", engine_temperature=1.25), ""):
+    with runs.plant_fault(Part("", engine_temperature=1.25), ""):
         sampled, more = rl.StepSampler(config, "more")
         assert sampled.rollout.temperature == 1.25 and config.rollout.temperature == 1.0
         assert sampled == config.with_changes(rollout={"temperature": 1.25}) and more == "more"
     assert rl.StepSampler is upstream
-    with runs.planted(Part(""), ""):
+    with runs.plant_fault(Part(""), ""):
         assert rl.StepSampler is upstream
 
 
@@ -128,7 +128,7 @@ def test_the_kept_ids_are_not_asked_for_in_the_cell_that_lacks_them():
         "sampling_mask": True
     }
     for cell in part.cells:
-        with runs.planted(part, cell):
+        with runs.plant_fault(part, cell):
             asked.append(step_sampler.RolloutSampling(**settings).sampling_mask)
     assert asked == [True, False] and step_sampler.RolloutSampling is RolloutSampling
 

@@ -151,7 +151,7 @@ def test_both_systems_get_the_pretrained_models_prompts_as_its_recipe_writes_the
     assert compare.pretrained_work(recipe).num_responses == (
         recipe.rl.prompts_per_rollout * recipe.rl.group_size
     )
-    more = compare.faster_than_trl(recipe)
+    more = compare.speed_settings_of(recipe)
     made = parse(
         systems.recipe(compare.pretrained_work(recipe), tmp_path, tmp_path, tmp_path, 3, more), ""
     )

@@ -10,7 +10,7 @@ from tools import cuda_record
 
 @pytest.fixture
 def tree(tmp_path):
-    for covered in cuda_record.COVERED:
+    for covered in cuda_record.COVERED_PATHS:
         path = tmp_path / covered
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix:

@@ -29,7 +29,7 @@ from tools.gpu_check import (
     step_seconds,
     verdict,
 )
-from tools.gpu_check.checks import ALONE, CHECKS, PARTS, Check
+from tools.gpu_check.checks import CHECKS, PARTS, STANDALONE_PYTEST, Check
 from tools.gpu_check.command import page
 
 ROOT = Path(__file__).parents[3]
@@ -141,7 +141,9 @@ def test_the_end_of_a_failed_test_s_output_names_it(tmp_path):
     file = tmp_path / "test_planted.py"
     warned = "    warnings.warn('noise', stacklevel=1)\n" * runner.TAIL_LINES
     file.write_text(f"import warnings\ndef test_broken():\n{warned}    assert not 'planted'\n")
-    (outcome,) = outcomes(tmp_path, Check("a check", (*ALONE, str(file)), PATIENT, needs=()))
+    (outcome,) = outcomes(
+        tmp_path, Check("a check", (*STANDALONE_PYTEST, str(file)), PATIENT, needs=())
+    )
     assert outcome.status == "failed"
     assert any("FAILED" in line and "test_broken" in line for line in outcome.tail)
     assert any("assert not 'planted'" in line for line in outcome.tail)
@@ -201,7 +203,7 @@ def timed(**changes):
         (lambda: trained(before={"gap": float("nan")}), True, "differ by nan nats"),
         (lambda: trained(update={"grad_norm": 3.7}), True, "norm is 3.7"),
         (lambda: trained(after={"cosine": 0.2}), True, "cosine 0.2"),
-        (lambda: trained(backend=layers.UNFUSED), True, layers.UNFUSED),
+        (lambda: trained(backend=layers.UNFUSED_ATTENTION), True, layers.UNFUSED_ATTENTION),
         (lambda: ran(RUN, 10, 60, 8, 55, 0), False, "woke"),
         (lambda: ran(RUN[:1]), True, "steps [1]"),
         (lambda: ran([RUN[0], RUN[1] | {"logprob_diff/mean": 0.8}]), True, "differ by 0.8"),

@@ -51,7 +51,7 @@ TASKS = {
     ),
 }
 
-COMMON: Settings = {
+COMMON_SETTINGS: Settings = {
     "run": {"steps": 24},
     "data": {"num_train": 400, "num_heldout": 100},
     "rollout": {"max_response_tokens": 40},

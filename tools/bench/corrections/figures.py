@@ -12,10 +12,10 @@ from megatron_r1.evaluation.estimates import estimate
 from megatron_r1.evaluation.fraction_intervals import sampled_fraction
 from megatron_r1.reporting.formatting import format_percent
 from tools.bench.algorithms import TARGET, WINDOW
-from tools.bench.corrections.cells import COMMON, PARTS, TASKS
+from tools.bench.corrections.cells import COMMON_SETTINGS, PARTS, TASKS
 
 PAGE = Path(__file__).with_name("page.md.in")
-COLLAPSED = TARGET / 2
+COLLAPSE_ACCURACY = TARGET / 2
 """A run with a lower held-out accuracy at its end has collapsed, or learned nothing."""
 HEADS = (
     "held-out, %",
@@ -55,7 +55,7 @@ def table_row(cell: Seeds, first: Seeds) -> list[str]:
     """Return the columns of `HEADS` of a cell, compared with the part's first."""
     runs, is_first = list(cell.values()), cell is first
     accuracies = [run["heldout"] for run in runs]
-    collapsed = sum(value < COLLAPSED for value in accuracies)
+    collapsed = sum(value < COLLAPSE_ACCURACY for value in accuracies)
     share = sampled_fraction(MANY, len(runs), collapsed)
     masked_fractions = [run["masked"] for run in runs if "masked" in run]
 
@@ -117,7 +117,7 @@ def as_page(runs: Runs, packages: Mapping[str, str], cores: int) -> str:
     ]
     counts = sorted({len(seeds) for cells in runs.values() for seeds in cells.values()})
     task_names = {PARTS[part].task for part in runs}
-    rl = COMMON["rl"]
+    rl = COMMON_SETTINGS["rl"]
     return PAGE.read_text(encoding="utf-8").format(
         dates=_ends(sorted({run["date"] for run in finished_runs})),
         commits=", ".join(sorted({run["commit"] for run in finished_runs})),
@@ -130,16 +130,16 @@ def as_page(runs: Runs, packages: Mapping[str, str], cores: int) -> str:
         tasks="\n".join(
             f"- `{name}`: {TASKS[name].about}." for name in TASKS if name in task_names
         ),
-        steps=COMMON["run"]["steps"],
+        steps=COMMON_SETTINGS["run"]["steps"],
         responses=rl["prompts_per_rollout"] * rl["group_size"],
         minibatches=rl["minibatches"],
-        rate=f"{COMMON['optimizer']['learning_rate']:g}",
-        questions=COMMON["data"]["num_heldout"],
-        samples=COMMON["eval"]["samples"],
+        rate=f"{COMMON_SETTINGS['optimizer']['learning_rate']:g}",
+        questions=COMMON_SETTINGS["data"]["num_heldout"],
+        samples=COMMON_SETTINGS["eval"]["samples"],
         before=format_percent(fmean(run["heldout_before"] for run in finished_runs)),
         window=WINDOW,
         target=TARGET,
-        collapsed=COLLAPSED,
+        collapsed=COLLAPSE_ACCURACY,
         tables=tables(runs),
     )
 

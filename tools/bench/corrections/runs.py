@@ -28,7 +28,7 @@ from megatron_r1.controller.rollouts.step_sampler import StepSampler
 from megatron_r1.pipeline.stages import merge_settings
 from tools.bench import algorithms, host
 from tools.bench.algorithms import LAPTOP
-from tools.bench.corrections.cells import COMMON, PARTS, TASKS, Part
+from tools.bench.corrections.cells import COMMON_SETTINGS, PARTS, TASKS, Part
 from tools.bench.corrections.figures import Runs
 from tools.bench.host import ROOT
 from tools.bench.small_models import write_folder
@@ -116,7 +116,7 @@ class Study:
         recipe.write_text(yaml.safe_dump(settings["recipe"], sort_keys=False), encoding="utf-8")
         options = {"run.folder": run, "run.seed": seed, "model.path": model}
         start = _core_seconds()
-        with planted(PARTS[part], cell):
+        with plant_fault(PARTS[part], cell):
             self._command("rl", recipe, options)
         seconds = _core_seconds() - start
         figures = run_figures(run, settings["recipe"]["rl"])
@@ -183,7 +183,9 @@ def cell_settings(part: str, cell: str) -> dict[str, Any]:
         cell: one of its cells."""
     study_part = PARTS[part]
     demo = yaml.safe_load((LAPTOP / "r1_zero.yaml").read_text(encoding="utf-8"))
-    recipe = reduce(merge_settings, (demo, COMMON, study_part.settings, study_part.cells[cell]))
+    recipe = reduce(
+        merge_settings, (demo, COMMON_SETTINGS, study_part.settings, study_part.cells[cell])
+    )
     planted_temperature = study_part.engine_temperature
     settings = {
         "recipe": recipe,
@@ -194,7 +196,7 @@ def cell_settings(part: str, cell: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def planted(part: Part, cell: str) -> Iterator[None]:
+def plant_fault(part: Part, cell: str) -> Iterator[None]:
     """Plant the fault of a part, or of one of its cells, in the runs of the block: what samples the
     rollouts is given another temperature than the trainer, or does not ask for the kept ids."""
     changes = {"temperature": part.engine_temperature}

@@ -64,7 +64,7 @@ BASELINE = "bf16"
 """The numerics with which the DeepSeek-V3 report compares FP8 (appendix B.1)."""
 
 MODEL: dict[str, Any] = json.loads(Path(__file__).with_name("config.json").read_text())
-SHARED: dict[str, Any] = {
+SHARED_SETTINGS: dict[str, Any] = {
     "model": {"dtype": "bfloat16", "init": "random", "init_std": 0.03, "mtp": "none"},
     "optimizer": {"learning_rate": 1e-3, "weight_decay": 0.1},
     "parallel": {"tokens_per_microbatch": 4096},
@@ -80,7 +80,7 @@ def variant_settings(variant: str, model_folder: str, seed: int, threads: int) -
         model_folder: the folder with config.json.
         seed: `run.seed`.
         threads: `parallel.threads`."""
-    tree = {section: dict(values) for section, values in SHARED.items()}
+    tree = {section: dict(values) for section, values in SHARED_SETTINGS.items()}
     for section, values in VARIANTS[variant].items():
         tree.setdefault(section, {}).update(values)
     tree["model"]["path"] = model_folder

