@@ -239,8 +239,8 @@ behind a claim's name has the rest.
 
 - *fresh*: no file that the claim depends on has changed since, comments, docstrings and names of
   local variables apart; on Triton's kernels depend only the claims that run or compile them.
-  *stale*: some have. *unknown*: the clone lacks the commit. *failed*: a later run of the command gave no figure;
-  the one shown is from before it.
+  *stale*: some have. *unknown*: the clone lacks the commit. *failed*: a later run of the command
+  gave no figure; the one shown is from before it.
 - `python -m tools.evidence status` says this of your tree. `make evidence` measures what is not
   fresh, the shortest first, and goes on after a stop; `make evidence CLAIM=id` measures one claim.
 - Speeds are measured where no other work takes the cores, or with it said; compare ratios.
