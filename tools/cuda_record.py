@@ -16,7 +16,6 @@ import json
 import subprocess
 import sys
 import tokenize
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +73,6 @@ def _digest(root: Path, covered: str) -> str:
     return digest.hexdigest()
 
 
-@cache
-@cache  # claims of many commits ask for the same texts
 def code_of(text: str) -> str:
     """Return a Python file without comments, docstrings and empty lines, which compute nothing.
 
