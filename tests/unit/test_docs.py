@@ -14,6 +14,9 @@ from megatron_r1.pipeline.pipeline_recipe import PipelineRecipe
 from megatron_r1.rehearse.settings import PreflightSettings, RehearsalSettings
 
 ROOT = Path(__file__).parents[2]
+SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+IMPORT_CONTRACTS = SETTINGS["tool"]["importlinter"]["contracts"]
+PLUGIN_CONTRACT = next(each for each in IMPORT_CONTRACTS if "vLLM plugin" in each["name"])
 PAGES = sorted(
     page
     for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")]
@@ -82,8 +85,7 @@ def test_modules_that_are_named_exist():
 
 
 def test_the_import_contract_orders_every_package():
-    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    layers = settings["tool"]["importlinter"]["contracts"][0]["layers"]
+    layers = IMPORT_CONTRACTS[0]["layers"]
     ordered = [name for layer in layers for name in re.findall(r"megatron_r1\.(\w+)", layer)]
     children = (ROOT / "megatron_r1").iterdir()
     entries = [p.stem for p in children if p.name[0] != "_" and (p.is_dir() or p.suffix == ".py")]
@@ -91,13 +93,12 @@ def test_the_import_contract_orders_every_package():
 
 
 def test_import_contracts_name_every_package():
-    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    layers, *contracts = settings["tool"]["importlinter"]["contracts"]
     packages = {
-        name for layer in layers["layers"] for name in re.findall(r"megatron_r1\.\w+", layer)
+        name
+        for layer in IMPORT_CONTRACTS[0]["layers"]
+        for name in re.findall(r"megatron_r1\.\w+", layer)
     }
-    plugin = next(each for each in contracts if "vLLM plugin" in each["name"])
-    named = {*plugin["source_modules"], *plugin["forbidden_modules"]}
+    named = {*PLUGIN_CONTRACT["source_modules"], *PLUGIN_CONTRACT["forbidden_modules"]}
     in_parts = {"megatron_r1.base", "megatron_r1.engines", "megatron_r1.push"}
     assert packages - named == in_parts
     for package in in_parts:
@@ -111,10 +112,8 @@ def test_import_contracts_name_every_package():
 
 
 def test_the_design_names_the_parts_of_push_that_the_plugin_imports():
-    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    contracts = settings["tool"]["importlinter"]["contracts"]
-    plugin = next(each for each in contracts if "vLLM plugin" in each["name"])
-    parts = {name.rpartition(".")[2] for name in plugin["source_modules"] if ".push." in name}
+    modules = PLUGIN_CONTRACT["source_modules"]
+    parts = {name.rpartition(".")[2] for name in modules if ".push." in name}
     design = (ROOT / "docs/design.md").read_text(encoding="utf-8")
     in_table = re.search(r"of `push`: (`\w+`(?:, `\w+`)*)", design)
     in_text = re.search(r"`push\.{([\w,]+)}`", design)
@@ -126,16 +125,17 @@ def test_the_design_names_the_parts_of_push_that_the_plugin_imports():
 def test_pages_show_the_figures_of_the_demos_record(page):
     text = (ROOT / "docs/evidence/demo.json").read_text(encoding="utf-8")
     base, trained = re.findall(r"[\d.]+%", json.loads(text)["measured"]["figure"])
-    assert re.search(rf"{base}\W+{trained}", (ROOT / page).read_text(encoding="utf-8"))
+    assert re.search(
+        rf"{re.escape(base)}\W+{re.escape(trained)}", (ROOT / page).read_text(encoding="utf-8")
+    )
 
 
 def test_every_module_of_grading_is_public_or_protected():
     readme = (ROOT / "grading/README.md").read_text(encoding="utf-8")
     public = set(re.findall(r"^\| `(\w+)` \|", readme.partition("## What is public")[2], re.M))
-    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
     protected = {
         name.split(".")[1]
-        for contract in contracts["contracts"]
+        for contract in IMPORT_CONTRACTS
         for name in contract.get("protected_modules", [])
     }
     there = {path.stem for path in (ROOT / "grading/r1_grading").glob("[a-z]*") if path.is_dir()}
