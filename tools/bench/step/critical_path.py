@@ -101,8 +101,8 @@ def divide_time(processes: list[Process], begin: float, end: float) -> dict[tupl
             if doing:
                 span_by_role.setdefault(doing.partition("/")[0], doing)
         order = [*FIRST_ROLES.get(phase, ()), *WORKERS]
-        first = next((span_by_role[role] for role in order if role in span_by_role), NOBODY)
-        seconds[phase, first] += stop - start
+        activity = next((span_by_role[role] for role in order if role in span_by_role), NOBODY)
+        seconds[phase, activity] += stop - start
     return seconds
 
 
