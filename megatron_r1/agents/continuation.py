@@ -199,13 +199,10 @@ class Continuation:
         # Some templates write an empty thought into a last answer without reasoning, and drop it
         # once another message follows: such an answer may be continued from either form.
         for thinks in (True,) if _has_reasoning(history[-1]) else (True, False):
-            conversation = _sample_conversation(history, thinks)
+            messages = _sample_conversation(history, thinks)
             try:
-                prompt, history_text = (
-                    self._text(conversation[:-1], tools),
-                    self._text(conversation, tools),
-                )
-                full_text = self._text([*conversation, *new], tools, add_generation_prompt=True)
+                prompt, history_text = self._text(messages[:-1], tools), self._text(messages, tools)
+                full_text = self._text([*messages, *new], tools, add_generation_prompt=True)
             except RenderError:
                 return None
             if full_text.startswith(history_text) and full_text.startswith(prompt):

@@ -219,11 +219,8 @@ class PromptTokenizer:
         self._silent = {*end_ids, *(token for token in stop_token_ids if token in special_ids)}
         self._byte_decoder = ByteDecoder.from_tokenizer(self.hf_tokenizer)
         self._start = self._text_in_front()
-        rendered_prompt = self.render("?")
-        self.opens_thought, self.closed_thought = (
-            opens_thought(rendered_prompt),
-            _closed_thought(rendered_prompt),
-        )
+        prompt = self.render("?")
+        self.opens_thought, self.closed_thought = opens_thought(prompt), _closed_thought(prompt)
 
     def render(self, question: str, before: Sequence[Message] = ()) -> str:
         """Return the prompt's text.

@@ -235,16 +235,13 @@ def rope_parameters(hf_config: HFConfig) -> dict[str, Any]:
     Raises:
         UserError: two of these disagree.
     """
-    new_settings, old_settings = (
-        hf_config.get("rope_parameters") or {},
-        hf_config.get("rope_scaling") or {},
-    )
-    rope = {**old_settings, **new_settings}
-    outer_settings = {name: hf_config.get(name) for name in ("rope_theta", "partial_rotary_factor")}
-    for name, value in [*old_settings.items(), *outer_settings.items()]:
+    new, old = hf_config.get("rope_parameters") or {}, hf_config.get("rope_scaling") or {}
+    rope = {**old, **new}
+    outer = {name: hf_config.get(name) for name in ("rope_theta", "partial_rotary_factor")}
+    for name, value in [*old.items(), *outer.items()]:
         if value is not None and rope.setdefault(name, value) not in (value,):
             remedy = "leave one"
-            if name in outer_settings and name in new_settings:
+            if name in outer and name in new:
                 remedy = "transformers and vLLM read the latter: remove the former, if so meant"
             raise UserError(
                 f"config.json: {name}={value!r} next to rope_parameters with "

@@ -354,13 +354,9 @@ def _pipeline_fields(parallel: ParallelConfig, num_layers: int, num_mtp: int) ->
     Raises:
         UserError: Megatron cannot run the layout.
     """
-    ranks, virtual_stages, layout = (
-        parallel.pipeline,
-        parallel.virtual_pipeline,
-        parallel.pipeline_layout,
-    )
-    layout = layout or uneven_layout(num_layers, ranks, virtual_stages, num_mtp=num_mtp)
-    stages = pipeline_stages(num_layers, ranks, virtual_stages, num_mtp=num_mtp, layout=layout)
+    ranks, chunks, layout = parallel.pipeline, parallel.virtual_pipeline, parallel.pipeline_layout
+    layout = layout or uneven_layout(num_layers, ranks, chunks, num_mtp=num_mtp)
+    stages = pipeline_stages(num_layers, ranks, chunks, num_mtp=num_mtp, layout=layout)
     if ranks == 1:
         if len(stages[0]) > 1:
             raise UserError(

@@ -168,23 +168,18 @@ class _PrefixAttention(torch.autograd.Function):
 
             out = exp(lse_o - lse) out_o + exp(lse_p - lse) out_p,  lse = log(exp lse_o + exp lse_p)
         """
-        size, wide_dtype = _sizes(query, key, value)
+        size, wide = _sizes(query, key, value)
         batches = zip(*(segments.buckets.pad(x, size) for x in (query, key, value)), strict=True)
         segment_results = [
             flash_forward(*_heads(*batch), 0.0, True, attn_mask=None, scale=scale)
             for batch in batches
         ]
-        out = segments.buckets.unpad([part.to(wide_dtype) for part, _ in segment_results])
-        lse = segments.buckets.unpad(
-            [part.to(wide_dtype)[..., None] for _, part in segment_results]
-        )
+        out = segments.buckets.unpad([part.to(wide) for part, _ in segment_results])
+        lse = segments.buckets.unpad([part.to(wide)[..., None] for _, part in segment_results])
         for rows, prefix in segments.links:
             part = _heads(*(_row(x, size) for x in (query[rows], key[prefix], value[prefix])))
             out_p, norm = flash_forward(*part, 0.0, False, attn_mask=None, scale=scale)
-            out_p, norm = (
-                out_p[0].transpose(0, 1).to(wide_dtype),
-                norm[0].t()[..., None].to(wide_dtype),
-            )
+            out_p, norm = out_p[0].transpose(0, 1).to(wide), norm[0].t()[..., None].to(wide)
             total_lse = torch.logaddexp(lse[rows], norm)
             out[rows] = out[rows] * (lse[rows] - total_lse).exp() + out_p * (norm - total_lse).exp()
             lse[rows] = total_lse

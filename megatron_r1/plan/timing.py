@@ -177,10 +177,8 @@ class StepTime:
     def expert_exchange_seconds(self, rank: int) -> float:
         """Return seconds of one micro-batch's exchange with experts' ranks that computation does
         not hide, forward and backward."""
-        group, (_, sparse) = (
-            self.traffic_by_axis(rank)["expert"],
-            self.job.num_layers_of_kinds(rank),
-        )
+        group = self.traffic_by_axis(rank)["expert"]
+        _, sparse = self.job.num_layers_of_kinds(rank)
         seconds = group.seconds(self.job, group.microbatch_bytes)
         if not self.job.parallel.overlap_expert_exchange or not sparse:
             return seconds

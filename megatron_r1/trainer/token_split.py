@@ -81,20 +81,17 @@ def packed_layout(
         own_lengths = [matcher.add(sample) for sample in samples]
     else:
         own_lengths = [len(sample) for sample in samples]
-    skipped_lengths = matcher.prefix_lengths or [0] * len(samples)
+    skipped = matcher.prefix_lengths or [0] * len(samples)
     padded_lengths = [length + -length % split.sample_multiple for length in own_lengths]
     filler = -sum(padded_lengths) % split.batch_multiple if padded_lengths else split.batch_multiple
     cu_seqlens = torch.tensor([0, *padded_lengths, *([filler] if filler else [])]).cumsum(0)
     own_starts = cu_seqlens.tolist()[: len(samples)]
-    starts = [start - skip for start, skip in zip(own_starts, skipped_lengths, strict=True)]
+    starts = [start - skip for start, skip in zip(own_starts, skipped, strict=True)]
     shared_prefixes = None
-    if any(skipped_lengths):
-        parents, firsts = (
-            [*matcher.parents, *[-1] * bool(filler)],
-            [*skipped_lengths, *[0] * bool(filler)],
-        )
+    if any(skipped):
+        parents, firsts = [*matcher.parents, *[-1] * bool(filler)], [*skipped, *[0] * bool(filler)]
         shared_prefixes = SharedPrefixes(torch.tensor(parents), torch.tensor(firsts))
-    return PackedLayout(cu_seqlens, starts, skipped_lengths, shared_prefixes)
+    return PackedLayout(cu_seqlens, starts, skipped, shared_prefixes)
 
 
 def routed_positions(cu_seqlens: Tensor, split: TokenSplit) -> Tensor:

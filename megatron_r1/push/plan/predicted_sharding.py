@@ -135,13 +135,10 @@ class PredictedSharding:
                 self._refuse(tensor, shape[dim], num_ranks)
             return _equal_part(shape, dim, rank, num_ranks)
         if rule.split is vocab_parallel:
-            padded_rows = padded_vocabulary(shape[0])
-            if padded_rows % num_ranks:
-                self._refuse(tensor, padded_rows, num_ranks)
-            start, end = (
-                rank * padded_rows // num_ranks,
-                min((rank + 1) * padded_rows // num_ranks, shape[0]),
-            )
+            rows = padded_vocabulary(shape[0])
+            if rows % num_ranks:
+                self._refuse(tensor, rows, num_ranks)
+            start, end = rank * rows // num_ranks, min((rank + 1) * rows // num_ranks, shape[0])
             return Region.narrow(shape, 0, start, end - start) if start < end else None
         assert isinstance(rule.split, QueryGroups)
         groups = rule.split.num_groups

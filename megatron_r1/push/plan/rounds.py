@@ -186,24 +186,16 @@ class RoundSchedule:
 
     def rounds_of(self, process: int) -> np.ndarray:
         """Return the rounds in which a process takes part, in order, each a `ROUND_DTYPE`."""
-        sent_buckets, received_buckets = (
-            self._by_sender.indices(process),
-            self._by_receiver.indices(process),
-        )
-        sent_buckets = sent_buckets[self.scatter_rounds[sent_buckets] != NO_BUCKET]
-        received_buckets = received_buckets[self.scatter_rounds[received_buckets] != NO_BUCKET]
-        rounds = np.union1d(
-            self.scatter_rounds[sent_buckets], self.scatter_rounds[received_buckets]
-        )
+        sent, received = self._by_sender.indices(process), self._by_receiver.indices(process)
+        sent = sent[self.scatter_rounds[sent] != NO_BUCKET]
+        received = received[self.scatter_rounds[received] != NO_BUCKET]
+        rounds = np.union1d(self.scatter_rounds[sent], self.scatter_rounds[received])
         rows = np.full(len(rounds), NO_BUCKET, ROUND_DTYPE)
         rows["round"] = rounds
-        row_index = np.searchsorted(rounds, self.scatter_rounds[sent_buckets])
-        rows["to"][row_index], rows["sent"][row_index] = self.receivers[sent_buckets], sent_buckets
-        row_index = np.searchsorted(rounds, self.scatter_rounds[received_buckets])
-        rows["source"][row_index], rows["received"][row_index] = (
-            self.senders[received_buckets],
-            received_buckets,
-        )
+        index = np.searchsorted(rounds, self.scatter_rounds[sent])
+        rows["to"][index], rows["sent"][index] = self.receivers[sent], sent
+        index = np.searchsorted(rounds, self.scatter_rounds[received])
+        rows["source"][index], rows["received"][index] = self.senders[received], received
         if process not in self._relay_index:
             return rows
         return np.concatenate([rows, self._relay_rounds(*self._relay_index[process])])
