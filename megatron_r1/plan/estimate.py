@@ -92,7 +92,10 @@ class JobEstimate:
             sections[name] = teacher_section(job, key, teacher)
         if job.trains and job.generates:
             sections["samples of a rollout"] = samples_section(job)
-            sections["push"] = push_section(job)
+            sections["push"] = {
+                name: with_range(self.times, name, quantity)
+                for name, quantity in push_section(job).items()
+            }
         if job.trains:
             traffic = communication_section(job, self.peak_rank.rank)
             sections["sent by a rank per optimizer step"] = traffic

@@ -40,6 +40,17 @@ class Quantity:
         assert self.value is not None, self.formula
         return self.value
 
+    def with_spread(self, spread: float, fraction: float = 1.0) -> "Quantity":
+        """Return the number with the range of an estimate, whose ends are the estimate over and
+        times `spread`.
+
+        Args:
+            spread: at least 1.
+            fraction: the share (0 to 1) of the number that is estimated; the rest is exact."""
+        estimated = self.number * fraction
+        low = self.number - estimated * (1 - 1 / spread)
+        return replace(self, low=low, high=self.number + estimated * (spread - 1))
+
     @property
     def limits(self) -> str:
         """The range as text, or ""."""

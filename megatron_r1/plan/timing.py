@@ -6,7 +6,6 @@ published runs (`published_runs.py`). What `--calibrate` has measured has none; 
 on fewer GPUs than are planned, communication has one."""
 
 from collections.abc import Iterable
-from dataclasses import replace
 from functools import cache, cached_property, partial
 
 from megatron_r1.base.transports import TRANSPORTS
@@ -41,7 +40,7 @@ MEASUREMENTS = {
     OFFLOAD: "seconds between phases",
 }
 """The check of tools/gpu_check that measures the number of a part."""
-UNMEASURED_NUMBERS = ("local_disk",)
+UNMEASURED_NUMBERS = ("local_disk", "group_rank_seconds")
 """Numbers that no check measures."""
 
 
@@ -56,6 +55,8 @@ def narrowing_number(job: PlannedJob, name: str) -> str | None:
     engine_number = "decode_latency_per_layer" if job.engine_gpus > 1 else "bandwidth_efficiency"
     numbers = {
         "rollout": engine_number,
+        ROUTED_EXPERTS: "host_network",
+        "set-up": "group_rank_seconds",
         "push": "push_efficiency",
         "load": "tensor_load_seconds",
         "sleep and wake": "wake_seconds",
@@ -73,7 +74,7 @@ def with_range(times: "StepTime", name: str, quantity: Quantity) -> Quantity:
 
     Args:
         times: the times of the planned job.
-        name: the part of a step.
+        name: the part of a step, or the set-up of the push.
         quantity: its estimated seconds."""
     job = times.job
     number = narrowing_number(job, name)
@@ -87,34 +88,33 @@ def with_range(times: "StepTime", name: str, quantity: Quantity) -> Quantity:
         assumed_fraction = times.communication_fraction(name)
     if not assumed_fraction:
         return quantity
-    assumed, spread = quantity.value * assumed_fraction, job.assumptions.time_spread
-    return replace(
-        quantity,
-        low=quantity.value - assumed * (1 - 1 / spread),
-        high=quantity.value + assumed * (spread - 1),
-    )
+    return quantity.with_spread(job.assumptions.time_spread, assumed_fraction)
 
 
 def narrowing_section(job: PlannedJob, time: QuantityTable) -> QuantityTable:
     """Return the width of each part's range beyond `WIDE_RANGE_RATIO`, with the measurement
     that closes it."""
     section: QuantityTable = {}
-    for name, check in MEASUREMENTS.items():
-        part, number = time.get(name), narrowing_number(job, name)
-        if number in UNMEASURED_NUMBERS:
+    for name, part in time.items():
+        number = narrowing_number(job, name)
+        if name not in (*MEASUREMENTS, ROUTED_EXPERTS) or number in UNMEASURED_NUMBERS:
             continue
-        if part is None or part.low is None or not part.low or part.high is None:
+        if not part.low or part.high is None:
             continue
         if (width := part.high / part.low) > WIDE_RANGE_RATIO:
-            command = (
-                f"tools/gpu_check --only {check!r}, then --calibrate with the file that it writes"
-            )
-            if (
-                number in job.calibration.names
-            ):  # on fewer GPUs, which say little of its communication
-                command = f"a run of {job.num_gpus:,} GPUs, then --calibrate-from its folder"
-            section[name] = Quantity(width, "x", f"{command}: {number}")
+            section[name] = Quantity(width, "x", f"{_narrowing_command(job, name)}: {number}")
     return section
+
+
+def _narrowing_command(job: PlannedJob, name: str) -> str:
+    """Return what measures the number of a part, and how the plan is told of it."""
+    if narrowing_number(job, name) in job.calibration.names:
+        # On fewer GPUs, which say little of its communication.
+        return f"a run of {job.num_gpus:,} GPUs, then --calibrate-from its folder"
+    if name == ROUTED_EXPERTS:
+        return "the preflight with --preflight.calibration FILE, then --calibrate FILE"
+    check = MEASUREMENTS[name]
+    return f"tools/gpu_check --only {check!r}, then --calibrate with the file that it writes"
 
 
 HIDDEN_AXES = ("data", "pipeline")

@@ -252,12 +252,12 @@ def _gloo(facts: Sequence[RankFacts], settings: PreflightConfig) -> Iterable[Che
         problems.append(f"slow to every neighbor: {_join_values(hosts)}")
     if fraction < settings.bandwidth:
         problems.append(
-            f"{fraction:.0%} of the planner's host_network, so that pushes take {1 / fraction:.2g} "
-            "times as long as planned: does GLOO_SOCKET_IFNAME name the fast interface? Plan with "
-            "--preflight.calibration's file"
+            f"{fraction:.0%} of the planner's host_network, so that what goes over it takes "
+            f"{1 / fraction:.2g} times as long as planned: does GLOO_SOCKET_IFNAME name the fast "
+            "interface? Plan with --preflight.calibration's file"
         )
     yield CheckResult(
-        check="push over gloo",
+        check="host network",
         measured=f"a rank of the median node {median / 1e9:.3g} GB/s, of the slowest "
         f"{min(rates.values()) / 1e9:.3g}",
         expected=f"{hardware.host_network / 1e9:.3g} GB/s (planner)",

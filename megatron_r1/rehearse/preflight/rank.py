@@ -64,7 +64,7 @@ def run(config: Config, settings: PreflightConfig) -> list[RankFacts]:
     progress.begin_step("links between nodes", START_TIMES)
     pairs = links.pair_rates(placement) if placement.num_nodes > 1 else []
     gloo = []
-    if TRANSPORTS[config.push.transport].rate == "host_network" and placement.world_size > 1:
+    if _uses_host_network(config) and placement.world_size > 1:
         progress.begin_step("links over gloo", START_TIMES)
         gloo = links.gloo_rates(placement, progress)
     progress.begin_step("run folder")
@@ -89,6 +89,11 @@ def run(config: Config, settings: PreflightConfig) -> list[RankFacts]:
     distributed.leave_process_groups()
     progress.close()
     return all_facts
+
+
+def _uses_host_network(config: Config) -> bool:
+    """Return whether pushes or routed experts pass between hosts' memory by TCP."""
+    return TRANSPORTS[config.push.transport].rate == "host_network" or config.rl.routing_replay
 
 
 def product_rate() -> float:

@@ -30,16 +30,15 @@ def times(job):
 
 def test_a_range_is_the_estimate_over_and_times_the_spread_and_at_most_a_factor_of_four():
     section = times(planned())
-    for name in ("rollout", "scoring", "training", "push"):
-        part = section[name]
-        assert part.low == pytest.approx(part.number / 1.96), name
-        assert part.high == pytest.approx(part.number * 1.96), name
+    connections = JobEstimate(planned()).sections()["push"]
+    estimated = [section[name] for name in ("rollout", ROUTED_EXPERTS, "training", "push")]
+    for part in (*estimated, connections["set-up"], connections["push"]):
+        assert part.low == pytest.approx(part.number / 1.96), part.formula
+        assert part.high == pytest.approx(part.number * 1.96), part.formula
         assert part.high / part.low <= 4
-    for end in ("low", "high"):  # a step's, with the part that has no range
-        parts = sum(
-            getattr(section[n], end) for n in TIME_PARTS if n != ROUTED_EXPERTS and n in section
-        )
-        total = parts + section[ROUTED_EXPERTS].number
+    assert connections["into an engine GPU"].low is None, "bytes are exact"
+    for end in ("low", "high"):
+        total = sum(getattr(section[n], end) for n in TIME_PARTS if n in section)
         assert getattr(section["step"], end) == pytest.approx(total)
         assert getattr(section["run"], end) == pytest.approx(total * 650 / 3600)
     assert section["bubble"].low is None
@@ -58,13 +57,13 @@ def test_what_is_measured_has_no_range_and_narrows_that_of_the_step():
     measured = calibrated(job, {"decode_latency_per_layer"})
     section, known = times(job), times(measured)
     assert known["rollout"].low is None
-    exact = section["rollout"].number + section["routed experts"].number
+    exact = section["rollout"].number
     rest = section["step"].number - exact
     assert known["step"].low == pytest.approx(exact + rest / 1.96)
     assert known["step"].high == pytest.approx(exact + rest * 1.96)
     named = [set(narrowing_section(each, times(each))) for each in (job, measured)]
     assert named[0] - named[1] == {"rollout"}
-    names = {narrowing_number(job, name) for name in MEASUREMENTS}
+    names = {narrowing_number(job, name) for name in (*MEASUREMENTS, ROUTED_EXPERTS)}
     everything = calibrated(job, names)
     assert narrowing_section(everything, times(everything)) == {}
     assert times(everything)["step"].limits == ""
@@ -72,7 +71,7 @@ def test_what_is_measured_has_no_range_and_narrows_that_of_the_step():
 
 def test_what_one_gpu_measured_leaves_the_range_of_communication():
     job = planned()
-    names = {narrowing_number(job, name) for name in MEASUREMENTS}
+    names = {narrowing_number(job, name) for name in (*MEASUREMENTS, ROUTED_EXPERTS)}
     measured = calibrated(job, names, num_gpus=1)
     estimate = JobEstimate(measured).times
     section = times(measured)
@@ -103,7 +102,7 @@ def test_with_rollouts_ahead_each_end_is_that_of_the_longest_of_three():
     section = times(job)
     stop = [section["push"], section["load"]]
     trainer = [section[name] for name in ("scoring", "training", "saves")]
-    trained = sum(part.high for part in trainer) + section["routed experts"].number
+    trained = sum(part.high for part in (*trainer, section[ROUTED_EXPERTS]))
     either = (section["rollout"].number + trained) / 2
     assert either > trained
     assert section["step"].high == pytest.approx(sum(p.high for p in stop) + either)
@@ -135,6 +134,8 @@ def test_the_bill_names_the_measurement_of_each_wide_range(capsys):
         if name not in ("critic", OFFLOAD):
             command = f"tools/gpu_check --only '{check}', then --calibrate"
             assert re.search(rf"{name} 3.84 x {command}", flat), name
+    preflight = "the preflight with --preflight.calibration FILE, then --calibrate FILE"
+    assert f"{ROUTED_EXPERTS} 3.84 x {preflight}: host_network" in flat
     run = re.search(r"the run of 650 steps: (\d+ hours) \((\d+) to (\d+) hours\)", printed)
     assert run[0] in (ROOT / "docs/plan.md").read_text()
     readme = (RECIPE.parent / "README.md").read_text()

@@ -155,22 +155,22 @@ def test_with_the_measured_rates_the_plan_gives_what_the_slowest_axis_has_reache
     assert HARDWARE["H100"].nvlink == 450e9
 
 
-def test_a_push_over_gloo_is_planned_with_its_slowest_node_which_is_named():
+def test_the_host_network_is_planned_with_its_slowest_node_which_is_named():
     found = facts()
-    assert not [f for f in check_facts(CONFIG, SETTINGS, found) if f.check == "push over gloo"]
+    assert not [f for f in check_facts(CONFIG, SETTINGS, found) if f.check == "host network"]
     for each in found:
         each.gloo = [1.2e9, 0.3e9]
-    (finding,) = [f for f in check_facts(CONFIG, SETTINGS, found) if f.check == "push over gloo"]
+    (finding,) = [f for f in check_facts(CONFIG, SETTINGS, found) if f.check == "host network"]
     assert (finding.level, finding.problem) == ("ok", ""), "75% of the planner's 1.6 GB/s"
     for each in found[4:8]:
         each.gloo = [0.3e9, 0.3e9]
-    assert blocking(found) == {"push over gloo": ("host-1",)}
+    assert blocking(found) == {"host network": ("host-1",)}
     assert measured_rates(hardware_of(SETTINGS, found), found)["host_network"] == 0.3e9
     for each in found:
         each.gloo = [0.4e9]
-    (finding,) = [f for f in check_facts(CONFIG, SETTINGS, found) if f.check == "push over gloo"]
+    (finding,) = [f for f in check_facts(CONFIG, SETTINGS, found) if f.check == "host network"]
     assert finding.level == "note", "slow, but the run can be planned with it"
-    assert "25% of the planner's host_network, so that pushes take 4 times" in finding.problem
+    assert "25% of the planner's host_network, so that what goes over it takes 4 times" in finding.problem
 
 
 @pytest.mark.parametrize("num_nodes", [1, 2, 3, 4, 5, 8])
