@@ -3,11 +3,11 @@ logged, against what the run's settings say."""
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 
 import numpy as np
 
+from megatron_r1.why.checks.draws import compare_draws
 from megatron_r1.why.comparison import (
     Comparison,
     ResponseIndex,
@@ -17,8 +17,6 @@ from megatron_r1.why.comparison import (
 from megatron_r1.why.record.recorded_step import RecordedStep
 
 FAMILY = "sampling"
-FALSE_ALARM = 1e-9
-"""The probability of a departure of `draws of a group` in a step without a fault."""
 
 
 def check_settings(step: RecordedStep) -> list[Comparison]:
@@ -28,7 +26,7 @@ def check_settings(step: RecordedStep) -> list[Comparison]:
         _compare_settings(step),
         _compare_limits(step),
         _compare_versions(step),
-        _compare_draws(step),
+        compare_draws(step, FAMILY),
         *comparisons,
     ]
 
@@ -153,45 +151,6 @@ def _compare_versions(step: RecordedStep) -> Comparison:
         "(docs/push.md); or rl.staleness",
         loss_fraction=step.loss_fraction,
         num_tokens=num_tokens,
-    )
-
-
-def _compare_draws(step: RecordedStep) -> Comparison:
-    """Check that responses of a group are not the same tokens beyond chance.
-
-    That two of N pairs are the same response, whose probability is below p, has by independent
-    draws a probability below N p."""
-    name = "draws of a group"
-    groups = [group for group in step.groups if all(r.episode is None for r in group.responses)]
-    num_pairs = sum(math.comb(len(group.responses), 2) for group in groups)
-    if not num_pairs:
-        return not_checked(FAMILY, name, "no group has several responses of one turn")
-    limit = math.log(FALSE_ALARM / num_pairs)
-    departing_responses: list[ResponseIndex] = []
-    lowest_logprob, max_copies = 0.0, 0
-    for group_index, group in enumerate(step.groups):
-        copies: dict[bytes, list[ResponseIndex]] = {}
-        for index, graded in enumerate(group.responses):
-            if graded.episode is None and sum(graded.response.logprobs) < limit:
-                tokens = graded.response.token_ids.tobytes()
-                copies.setdefault(tokens, []).append((group_index, index))
-        for copy_indices in copies.values():
-            if len(copy_indices) > 1:
-                departing_responses += copy_indices
-                logprob = sum(group.responses[copy_indices[0][1]].response.logprobs)
-                lowest_logprob = min(lowest_logprob, logprob)
-                max_copies = max(max_copies, len(copy_indices))
-    return fraction_comparison(
-        FAMILY,
-        name,
-        f"the responses of {len(groups):,} groups with one another",
-        departing_responses,
-        len(step.responses),
-        reason=f"up to {max_copies:,} responses of a group are the same tokens, of a probability "
-        f"of e^{lowest_logprob:.0f}: they are not drawn one by one",
-        remedy="the seed of each response in the engine (rollout.vllm), or what copies responses",
-        loss_fraction=step.loss_fraction,
-        source=f"a probability below {FALSE_ALARM:g} by chance",
     )
 
 

@@ -372,6 +372,16 @@ def one_draw(planted):
     )
 
 
+def one_draw_of_short_responses(planted):
+    """Each response is too probable to be there twice beyond chance: 1 of e^6."""
+    for number, group in enumerate(planted.groups):
+        first = group.responses[0]
+        tokens = first.response.token_ids
+        logprobs = array("f", [-6.0 / len(tokens)] * len(tokens))
+        one = replace(first, response=replace(first.response, logprobs=logprobs))
+        planted.change(lambda graded, one=one: one, group=number)
+
+
 def other_metrics(planted):
     planted.line["accuracy"] = 0.9
 
@@ -400,7 +410,8 @@ PLANTS = {
         "8 responses are as long as the limit",
         "finish_reason",
     ),
-    one_draw: ("draws of a group", "up to 4 responses of a group are the same tokens", "seed"),
+    one_draw: ("draws of a group", "in 1 group up to 4 responses are the same tokens", "seed"),
+    one_draw_of_short_responses: ("draws of a group", "probability of e^-6", "seed"),
     other_metrics: ("metrics of the rollout", "accuracy is 0.900", "metrics.jsonl"),
 }
 
