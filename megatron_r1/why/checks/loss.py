@@ -13,7 +13,7 @@ from megatron_r1.reporting.formatting import finite_metric, format_number, forma
 from megatron_r1.why.checks.term_gradients import term_departure
 from megatron_r1.why.comparison import DEPARTS, EQUAL, Comparison, not_checked
 from megatron_r1.why.record.recorded_step import RecordedStep
-from megatron_r1.why.update.substitutions import substitutions
+from megatron_r1.why.update.substitutions import clip_substitution, substitutions
 
 if TYPE_CHECKING:
     from megatron_r1.why.update.recomputation import Recomputation, RecomputedUpdates
@@ -242,7 +242,8 @@ def explanation(
     """Return the first substitution that explains what was recorded, and the updates with it.
 
     They are tried in the order of an estimate that needs no model. Of those of one setting, which
-    may all be within the tolerance, it is the nearest to the checkpoint after the step.
+    may all be within the tolerance, it is the nearest to the checkpoint after the step. The last is
+    the norm that gradients were clipped to, which takes several recomputations to fit.
 
     Args:
         step: the step.
@@ -278,4 +279,8 @@ def explanation(
             explanations,
             key=lambda pair: (pair[1].update_distance or 0.0) + (pair[1].moment_distance or 0.0),
         )
+    if (clip := recomputation.fitted_clip) is not None:
+        updates = recomputation.run(fitted := clip_substitution(clip), is_recorded)
+        if updates is not None and explains(step, updates):
+            return fitted, updates
     return None

@@ -1,10 +1,11 @@
-"""Fits the norms of the run's whole gradients where `why` recomputes a part of each gradient.
-
-They are the norms with which clipping gives the run's first moments."""
+"""Fits how the run cut its gradients to the first moments that it has: the norms of whole gradients
+where `why` recomputes a part of each, or the norm to which the run clips."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from statistics import mean
 
 import torch
 
@@ -14,6 +15,8 @@ from megatron_r1.why.update.step_updates import Trace
 
 MAX_FIT_ROUNDS, FIT_TOLERANCE = 6, 1e-5
 """Rounds in which the norms of gradients are fitted, and the relative change that ends them."""
+CLIP_TOLERANCE = 1e-3
+"""The largest relative distance between the norms to which updates of one setting are clipped."""
 
 
 def fit_norms(
@@ -41,6 +44,29 @@ def fit_norms(
         if max(changes) <= FIT_TOLERANCE * max(norms):
             break
     return norms
+
+
+def fit_clip(
+    make_updates: Callable[[tuple[float, ...]], Sequence[Trace]],
+    logged_norms: tuple[float, ...],
+    before: Moments,
+    after: Moments,
+    settings: OptimizerConfig,
+) -> float | None:
+    """Return the norm to which each gradient was clipped; None where they were clipped to different
+    ones, or one was not clipped.
+
+    Args: as of `fit_norms`."""
+    norms = fit_norms(make_updates, logged_norms, before, after, settings)
+    if not all(norms):
+        return None
+    clips = [
+        settings.clip_grad / fitted * math.hypot(*map(float, map(torch.norm, gradients.values())))
+        for fitted, gradients in zip(
+            norms, (trace.gradients for trace in make_updates(norms)), strict=True
+        )
+    ]
+    return mean(clips) if max(clips) - min(clips) <= CLIP_TOLERANCE * max(clips) else None
 
 
 def _least_squares(

@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from megatron_r1.why.record.recorded_step import RecordedStep
 from megatron_r1.why.update.adam import Adam, Moments
 from megatron_r1.why.update.evidence import Evidence, nearest_multiple, without_gradient
 from megatron_r1.why.update.first_update import FirstUpdate, first_update
-from megatron_r1.why.update.gradient_norms import fit_norms
+from megatron_r1.why.update.gradient_norms import fit_clip, fit_norms
 from megatron_r1.why.update.loss_formulas import LossRules, Totals, Update, denominator, row_loss
 from megatron_r1.why.update.step_updates import StepUpdates
 from megatron_r1.why.update.substitution import Substitution
@@ -60,6 +60,9 @@ class RecomputedUpdates:
     update_distance: float | None
     by_parameter: list[tuple[str, float]]
     moment_distance: float | None = None
+
+
+_Fitted = TypeVar("_Fitted")
 
 
 class Recomputation:
@@ -297,10 +300,23 @@ class Recomputation:
             CannotRecompute: there is no checkpoint after the step."""
         if not self.inputs.trains_mtp_layers:
             return None
+        if (norms := self._fit(fit_norms)) is None:
+            raise CannotRecompute("model.mtp: train, and no checkpoint says how gradients were cut")
+        return norms
+
+    @cached_property
+    def fitted_clip(self) -> float | None:
+        """The norm to which the run clipped its gradients, by its first moments; None where these
+        say none."""
+        return None if self.inputs.trains_mtp_layers else self._fit(fit_clip)
+
+    def _fit(self, fit: Callable[..., _Fitted]) -> _Fitted | None:
+        """Return what a function of `gradient_norms` finds; None without the run's moments or
+        the norm that it logs."""
         logged_norm = self.step.line.get("grad_norm")
         if self._first_moments_after is None or not isinstance(logged_norm, int | float):
-            raise CannotRecompute("model.mtp: train, and no checkpoint says how gradients were cut")
-        return fit_norms(
+            return None
+        return fit(
             lambda norms: (
                 self._make_updates(Substitution(""), norms, model=self._scratch_model())[0].traces
             ),

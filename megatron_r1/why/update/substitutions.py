@@ -355,12 +355,19 @@ def _evidence_substitutions(step: RecordedStep, evidence: Evidence) -> Iterator[
             "loss's denominator alone",
             adam=(("gradient_factors", (factor,) * step.config.rl.minibatches),),
         )
-        for clip in dict.fromkeys((factor * step.config.optimizer.clip_grad,)):
-            yield Substitution(
-                f"a gradient clipped to a norm of {clip:.4g}",
-                "optimizer.clip_grad",
-                adam=(("clip_grad", clip),),
-            )
+        yield clip_substitution(factor * step.config.optimizer.clip_grad)
+
+
+def clip_substitution(clip: float) -> Substitution:
+    """Return gradients that are clipped to another norm.
+
+    Args:
+        clip: the norm."""
+    return Substitution(
+        f"a gradient clipped to a norm of {clip:.4g}",
+        "optimizer.clip_grad",
+        adam=(("clip_grad", clip),),
+    )
 
 
 def _weight_substitutions(step: RecordedStep, evidence: Evidence) -> Iterator[Substitution]:
