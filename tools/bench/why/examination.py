@@ -36,8 +36,10 @@ def prepare() -> None:
     for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
         importlib.import_module(module.name)
     from math_verify import parse
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
     parse("$1$")
+    get_checkpoint_conversion_mapping("qwen2")
 
 
 def examine(run: Path, log: Path) -> dict[str, Any]:
