@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from tools.bench import host
-from tools.bench.why import cases, table
+from tools.bench.why import cases, runs, table
 from tools.bench.why.cases import Case, Edit
 
 FIRST = {"name": "loss", "reason": "KL with the wrong sign explains it", "remedy": "rl.kl_beta"}
@@ -77,6 +77,13 @@ def test_a_healthy_run_in_which_anything_departs_is_a_false_alarm():
     assert table.verdict(healthy, result(FIRST)) == table.ALARM
     assert table.verdict(healthy, result(None, 2)) == table.FAILED
     assert table.verdict(healthy, {}) == table.FAILED
+
+
+def test_a_case_that_this_cpu_cannot_run_says_what_is_lacking(tmp_path):
+    case = Case("FP8", "blocks", {}, ("loss",), cpu_flags=("amx_of_2077", "another"))
+    with pytest.raises(RuntimeError, match="lacks amx_of_2077 and another, of which one"):
+        runs.run_case(case, {}, 0, tmp_path, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_costs_are_in_steps_of_the_run():

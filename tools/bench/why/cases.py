@@ -59,7 +59,8 @@ class Case:
         quantity: names of the quantity that `why` must name first; none: the run is healthy.
         cause: regular expressions that all must be found in its reason or remedy, any case.
         edits: the changes of the source.
-        first_run: settings of an earlier run without the fault, which this one continues."""
+        first_run: settings of an earlier run without the fault, which this one continues.
+        cpu_flags: of these, as /proc/cpuinfo has them, the CPU must have one; none: any CPU."""
 
     name: str
     model: str
@@ -68,6 +69,7 @@ class Case:
     cause: tuple[str, ...] = ()
     edits: tuple[Edit, ...] = ()
     first_run: dict[str, dict[str, Any]] | None = None
+    cpu_flags: tuple[str, ...] = ()
 
     @property
     def is_healthy(self) -> bool:
@@ -105,6 +107,7 @@ def read_table(path: Path = TABLE) -> Table:
                 tuple(entry.get("cause", ())),
                 tuple(Edit(**edit) for edit in entry.get("edits", ())),
                 entry.get("first_run"),
+                tuple(recipe.get("cpu_flags", ())),
             )
         )
     names = [case.name for case in table.cases]

@@ -67,7 +67,10 @@ def run_case(
         How the command ended, and the run's folder.
 
     Raises:
-        RuntimeError: a process of the run has not imported the planted fault."""
+        RuntimeError: a process of the run has not imported the planted fault, or this CPU cannot
+            make the run."""
+    if case.cpu_flags and not _cpu_flags().intersection(case.cpu_flags):
+        raise RuntimeError(f"the CPU lacks {' and '.join(case.cpu_flags)}, of which one is needed")
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
     settings = settings_of(case, common, seed, folder)
@@ -83,6 +86,15 @@ def run_case(
         check_imports(overlay)
         shutil.rmtree(overlay)
     return outcome._replace(seconds=time.monotonic() - start), place / "run"
+
+
+def _cpu_flags() -> set[str]:
+    """Return the flags of the CPU's instructions, such as avx2; none where Linux names none."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return set()
+    return {flag for line in lines if line.startswith("flags") for flag in line.split()[2:]}
 
 
 def _command(settings: dict[str, Any], place: Path, overlay: Path | None) -> Ran:

@@ -108,7 +108,13 @@ def figures(results: Sequence[Result]) -> dict[str, Any]:
 def summary(results: Sequence[Result]) -> str:
     """Return the figures as a few lines."""
     totals = figures(results)
-    num_faults = len({result["case"] for result in results if not result["healthy"]})
+    num_faults = len(
+        {
+            result["case"]
+            for result in results
+            if not result["healthy"] and result["verdict"] != FAILED
+        }
+    )
     lines = [
         f"{num_faults} faults, {totals['faults']} runs: {totals[NAMED]} named with their cause "
         f"({totals[NAMED] / max(1, totals['faults']):.0%}), {totals[QUANTITY]} by their quantity "
@@ -122,7 +128,7 @@ def summary(results: Sequence[Result]) -> str:
             f"{totals['largest_cost']:.0f} at most."
         )
     if totals[FAILED]:
-        lines.append(f"{totals[FAILED]} cases have no run.")
+        lines.append(f"{totals[FAILED]} runs could not be made.")
     return "\n".join([*lines, f"Everything took {totals['total_seconds'] / 60:.0f} minutes."])
 
 
