@@ -1,58 +1,19 @@
-"""The loop of `eval` and `sample`: sample what is missing, grade it, log it, show how many are
-graded; resumable."""
+"""The loop of `eval` and `sample`: sample what is missing, grade it, log it; resumable."""
 
 import asyncio
 import hashlib
-import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
-
-from r1_grading import RewardPool, RewardTerms
-from r1_grading.terms import ACCURACY, Options, combine
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.data.prompt import Prompt
 from megatron_r1.evaluation.prompt_sets import PromptSet, prompt_digest
 from megatron_r1.evaluation.response import Policy, TextResponse
+from megatron_r1.evaluation.response_grader import TextResponseGrader
 from megatron_r1.evaluation.response_log import PromptKey, ResponseLog
-from megatron_r1.reporting.formatting import format_duration
-
-NUM_PROGRESS_LINES = 4
-REFRESH_SECONDS = 0.2
-
-
-class SamplingProgress:
-    """Shows progress, as one line that changes on a terminal or a few lines in a log. Called
-    with (finished, wanted) after each sample."""
-
-    def __init__(self) -> None:
-        self._is_terminal = sys.stdout.isatty()
-        self._began: tuple[float, int] | None = None  # time, and samples finished before
-        self._next_line_at = 0.0  # on a terminal
-        self._num_parts_shown = -1  # in a log, of `NUM_PROGRESS_LINES`
-
-    def __call__(self, num_done: int, total: int) -> None:
-        """Print a line if it is time for one: samples done, and the time that is left."""
-        now = time.monotonic()
-        began, first = self._began = self._began or (now, num_done)
-        num_parts = NUM_PROGRESS_LINES * num_done // max(1, total)
-        is_new_part = num_parts > self._num_parts_shown
-        is_due = now >= self._next_line_at if self._is_terminal else is_new_part
-        if not is_due and num_done < total:
-            return
-        self._next_line_at, self._num_parts_shown = now + REFRESH_SECONDS, num_parts
-        line = f"{num_done:,} of {total:,} samples graded"
-        if first < num_done < total:
-            seconds_left = (now - began) / (num_done - first) * (total - num_done)
-            line += f", about {format_duration(seconds_left)} to go"
-        if self._is_terminal:
-            print(f"\r\x1b[2K{line}", end="\n" if num_done == total else "", flush=True)
-        else:
-            print(line, flush=True)
-
+from megatron_r1.evaluation.sampling_progress import SamplingProgress
 
 MAX_UNGRADED = 20
 """Failures of a grader on one kind of prompt, before its first success, that stop the run."""
@@ -62,40 +23,6 @@ MAX_GRADING = 4
 SampleJob = tuple[PromptSet, Prompt, int]
 """A response to sample: the set, the prompt, and the response's index among those to the prompt."""
 Details = Callable[[PromptSet, Prompt, TextResponse], dict[str, Any]]
-
-
-class TextResponseGrader:
-    """Grades a `TextResponse` by constant weights.
-
-    Args:
-        pool: the workers that grade.
-        weights: reward term → weight in the sum.
-        options: the options of each kind of reward.
-    """
-
-    def __init__(self, pool: RewardPool, weights: Mapping[str, float], options: Options) -> None:
-        self._rewards, self._weights = RewardTerms(pool, options), weights
-        self._terms = list(dict.fromkeys((ACCURACY, *weights)))
-
-    async def grade(self, prompt: Prompt, response: TextResponse) -> TextResponse:
-        """Return the response with its rewards; with the reason alone if a grader failed on it.
-
-        Raises:
-            ValueError: a reward that cannot be used.
-            RunError: the service of a reward is down.
-        """
-        grades = await self._rewards.grade(
-            self._terms, prompt, response.text, response.num_tokens, response.thought_opened
-        )
-        reward = combine(grades, self._weights)
-        if failed := [t for t in reward.ungraded if t == ACCURACY or self._weights.get(t)]:
-            reason = grades[failed[0]].reason
-            return replace(response, rewards={}, reward=None, reason=reason, is_ungraded=True)
-        return replace(response, rewards=reward.terms, reward=reward.total, reason=reward.reason)
-
-    async def check(self, prompts: Sequence[Prompt]) -> None:
-        """Raise UserError for a reward that cannot be used."""
-        await self._rewards.check(self._terms, prompts)
 
 
 class ResponseSampler:
