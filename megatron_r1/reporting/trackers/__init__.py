@@ -1,5 +1,6 @@
 """Trackers of a run's figures: `TrackerSet` sends these to the trackers that a recipe names in
-`run.trackers`, which are in `services`, each from a thread of its own (`background_tracker`).
+`run.trackers` (`wandb_tracker`, `mlflow_tracker`), to each from a thread of its own
+(`background_tracker`). `tensorboard_log` writes the run's own event files.
 
 A tracker's library is imported when a recipe names it."""
 

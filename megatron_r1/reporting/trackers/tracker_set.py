@@ -7,17 +7,9 @@ from typing import Any
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.reporting.trackers.background_tracker import BackgroundTracker
-from megatron_r1.reporting.trackers.services import (
-    EVALUATION,
-    MLFLOW,
-    STEP_METRIC,
-    WANDB,
-    MlflowTracker,
-    TrackedRun,
-    Tracker,
-    WandbTracker,
-    check_wandb,
-)
+from megatron_r1.reporting.trackers.mlflow_tracker import MLFLOW, MlflowTracker
+from megatron_r1.reporting.trackers.tracker import EVALUATION, STEP_METRIC, TrackedRun, Tracker
+from megatron_r1.reporting.trackers.wandb_tracker import WANDB, WandbTracker, check_wandb
 
 OPENERS: dict[str, Callable[[TrackedRun], Tracker]] = {
     WANDB: WandbTracker,

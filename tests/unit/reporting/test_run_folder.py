@@ -22,7 +22,7 @@ from megatron_r1.base.errors import Cause
 from megatron_r1.base.files import atomic_write
 from megatron_r1.config.section import flatten
 from megatron_r1.reporting.run_folder import RunFolder
-from megatron_r1.reporting.trackers.services import TensorBoardLog
+from megatron_r1.reporting.trackers.tensorboard_log import TensorBoardLog
 
 
 def steps_in(path):

@@ -12,10 +12,10 @@ from megatron_r1.reporting.trackers import (
     TrackerSet,
     background_tracker,
     check_trackers,
-    services,
     tracker_set,
+    wandb_tracker,
 )
-from megatron_r1.reporting.trackers.services import EVALUATION, STEP_METRIC, TrackedRun
+from megatron_r1.reporting.trackers.tracker import EVALUATION, STEP_METRIC, TrackedRun
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +23,7 @@ def patient(monkeypatch):
     """A slow machine is no failure of a tracker."""
     monkeypatch.setattr(background_tracker, "CLOSE_SECONDS", None)
     for name in ("WANDB_START_SECONDS", "WANDB_FINISH_SECONDS"):
-        monkeypatch.setattr(services, name, 10_000)
+        monkeypatch.setattr(wandb_tracker, name, 10_000)
 
 
 def line(step, value):
