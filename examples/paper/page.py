@@ -29,7 +29,8 @@ from examples.paper.tables import (
 from megatron_r1.base.files import atomic_write
 from megatron_r1.pipeline.results import Spread
 from megatron_r1.reporting.formatting import format_duration, format_number, format_percent
-from megatron_r1.reporting.plots import INKS, STYLE, render_page
+from megatron_r1.reporting.pages import render_page
+from megatron_r1.reporting.plots import INKS, STYLE
 
 PAGE_STYLE = render_page("reporting/templates/style.css.jinja")
 COLORS = dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", PAGE_STYLE.partition("@media")[0]))

@@ -10,7 +10,7 @@ from megatron_r1.evaluation.response import is_ungraded
 from megatron_r1.evaluation.results_table import format_estimate
 from megatron_r1.evaluation.summary import Summary
 from megatron_r1.reporting.formatting import printable, shorten_middle
-from megatron_r1.reporting.plots import render_page
+from megatron_r1.reporting.pages import render_page
 from megatron_r1.reporting.samples import conversation
 
 NUM_EXAMPLES = 2

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean
 
-from megatron_r1.reporting.plots import render_page
+from megatron_r1.reporting.pages import render_page
 
 BOX_WIDTH, BOX_HEIGHT = 196, 56
 PASS_WIDTH = 14

@@ -19,7 +19,8 @@ from megatron_r1.pipeline.results import LABELS, Spread, StageResult, read_resul
 from megatron_r1.pipeline.stages import PipelinePlan, PipelineStage
 from megatron_r1.pipeline.status import StageState, StageStatus, all_statuses
 from megatron_r1.reporting.formatting import finite_metric, format_duration, printable
-from megatron_r1.reporting.plots import Curve, curve_plot, render_page
+from megatron_r1.reporting.pages import render_page
+from megatron_r1.reporting.plots import Curve, curve_plot
 from megatron_r1.reporting.report import Plot
 
 # A stage of several seeds is shown in the first of these states that one of them has.

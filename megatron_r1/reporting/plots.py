@@ -1,22 +1,17 @@
-"""HTML pages from templates, each one document without anything else to load, and their plots:
-inline SVG whose colors are CSS variables, so that they follow light and dark pages."""
+"""Plots over steps as inline SVG, whose colors are CSS variables: they follow light and dark
+pages."""
 
 import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
 
 import matplotlib
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
-
-from megatron_r1.reporting.formatting import printable
 
 INK_NAMES = (
     "ink",
@@ -255,25 +250,3 @@ def _svg(figure: Figure, name: str) -> str:
     svg = re.sub(r'<svg ([^>]*?)width="[^"]+"', r"<svg \1", svg, count=1)
     svg = re.sub(r'<svg ([^>]*?)height="[^"]+"', r"<svg \1", svg, count=1)
     return svg.replace("<svg ", f'<svg role="img" aria-label="{name}" ', 1)
-
-
-def render_page(template: str, **values: Any) -> str:
-    """Return the HTML of a template, such as "reporting/templates/run.html.jinja".
-
-    Values are escaped unless the template marks them as safe."""
-    return _environment().get_template(template).render(values)
-
-
-@cache
-def _environment() -> Environment:
-    """Return Jinja with the templates of all packages, by their path within `megatron_r1`."""
-    environment = Environment(
-        loader=PackageLoader("megatron_r1", "."),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        undefined=StrictUndefined,
-    )
-    environment.filters["printable"] = printable
-    return environment

@@ -29,7 +29,8 @@ from megatron_r1.reporting.outcome import (
     num_steps,
     outcome_sentence,
 )
-from megatron_r1.reporting.plots import Curve, curve_plot, render_page, stacked_plot
+from megatron_r1.reporting.pages import render_page
+from megatron_r1.reporting.plots import Curve, curve_plot, stacked_plot
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.reporting.samples import choose_samples
 
