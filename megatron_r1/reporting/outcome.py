@@ -1,17 +1,14 @@
-"""The result of a run: its held-out scores with their intervals, a verdict and a sentence."""
+"""The outcome of a run in one sentence, with a verdict by the interval of the change."""
 
 import math
-import re
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from megatron_r1.reporting.evaluations import Evaluation, Score
 from megatron_r1.reporting.formatting import finite_metric, format_number, format_percent
 
-SCORE_PREFIX, INTERVAL_PREFIX = "eval/", "interval/"
 FEW_QUESTIONS = 100
 """With fewer held-out questions the sentence has their number, and intervals."""
 TAIL_PROBABILITY = 0.025
@@ -20,67 +17,6 @@ LEARNED, NOT_SHOWN, WORSE = "Learned", "Not shown", "Worse"
 
 MetricLines = Sequence[Mapping[str, Any]]
 """Lines of metrics.jsonl."""
-
-
-@dataclass(frozen=True)
-class Score:
-    """A fraction of held-out questions, with its 95% interval where one was recorded."""
-
-    value: float
-    low: float | None = None
-    high: float | None = None
-
-    @property
-    def interval(self) -> str:
-        """The interval as text, `66–75%`; "" without an interval."""
-        if self.low is None or self.high is None:
-            return ""
-        separator = " to " if self.low < 0 else "–"  # rewards of one's own may be negative
-        return f"{100 * self.low:.0f}{separator}{100 * self.high:.0f}%"
-
-    def __str__(self) -> str:
-        interval = f" (95% interval {self.interval})" if self.interval else ""
-        return format_percent(self.value) + interval
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """One held-out evaluation: pass@1, the majority vote of `num_votes` and the mean length in
-    tokens; of a reward model the accuracy of its scores."""
-
-    step: int
-    pass_at_1: Score | None
-    majority: Score | None
-    num_votes: int | None
-    length: float | None
-    accuracy: Score | None = None
-    num_questions: int | None = None
-
-
-def merge_evaluations(lines: Iterable[Mapping[str, Any]]) -> list[Evaluation]:
-    """Return the evaluations among `lines` (those with "eval/…" numbers), in order of steps.
-
-    Lines of one step are merged, so both files of a run may be passed one after the other."""
-    by_step: dict[int, dict[str, Any]] = defaultdict(dict)
-    for line in lines:
-        if any(key.startswith(SCORE_PREFIX) for key in line):
-            by_step[int(finite_metric(line, "step") or 0)].update(line)
-    results = []
-    for step, line in sorted(by_step.items()):
-        # The majority of one answer is that answer: pass@1 again.
-        votes = next((k for k in line if re.fullmatch(r"eval/cons@(\d{2,}|[2-9])", k)), "")
-        results.append(
-            Evaluation(
-                step,
-                _score(line, "eval/pass@1"),
-                _score(line, votes),
-                int(votes.split("@")[1]) if votes else None,
-                finite_metric(line, "eval/response_length"),
-                _score(line, "eval/accuracy"),
-                int(count) if (count := finite_metric(line, "eval/questions")) else None,
-            )
-        )
-    return results
 
 
 def outcome_sentence(metrics: MetricLines, heldout: Sequence[Evaluation]) -> str:
@@ -141,18 +77,6 @@ def finite_values(metrics: MetricLines, key: str) -> list[float]:
 def num_steps(metrics: MetricLines) -> int:
     """Return the last step that any line names, 0 where none does."""
     return int(max((finite_metric(line, "step") or 0.0 for line in metrics), default=0.0))
-
-
-def _score(line: Mapping[str, Any], key: str) -> Score | None:
-    value = finite_metric(line, key)
-    if value is None:
-        return None
-    interval_key = f"{INTERVAL_PREFIX}{key.removeprefix(SCORE_PREFIX)}"
-    return Score(
-        value,
-        finite_metric(line, f"{interval_key}/low"),
-        finite_metric(line, f"{interval_key}/high"),
-    )
 
 
 def score_verdict(first: Score, last: Score, num_questions: int | None) -> tuple[str, str]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import atomic_write
+from megatron_r1.reporting.evaluations import Evaluation, Score, merge_evaluations
 from megatron_r1.reporting.formatting import (
     KNOWN_METRICS,
     TIMED_PHASES,
@@ -20,12 +21,9 @@ from megatron_r1.reporting.formatting import (
     shown_metrics,
 )
 from megatron_r1.reporting.outcome import (
-    Evaluation,
     MetricLines,
-    Score,
     finite_values,
     first_and_last,
-    merge_evaluations,
     num_steps,
     outcome_sentence,
 )

@@ -2,8 +2,8 @@
 
 import re
 
+from megatron_r1.reporting.evaluations import merge_evaluations
 from megatron_r1.reporting.live_frame import LiveState
-from megatron_r1.reporting.outcome import merge_evaluations
 from megatron_r1.reporting.report import outcome_sentence, write_report
 
 METRICS = [{"step": s, "loss": 0.7 / s, "accuracy": 1 - 0.5 / s} for s in range(1, 9)]
