@@ -13,7 +13,7 @@ from waiting import wait_until
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.base.processes.process_table import descendants
-from megatron_r1.pipeline import manifest, runner
+from megatron_r1.pipeline import executor, manifest
 
 SLOW = recipe("slow")
 QUICK = ("--stages.work.waits", "false")
@@ -178,6 +178,6 @@ def test_a_stage_whose_folder_another_process_holds_is_waited_for(world, monkeyp
             assert world.calls == ["corpus"]
             holder.communicate("\n")
 
-    monkeypatch.setattr(runner, "_print", show)
+    monkeypatch.setattr(executor, "_print", show)
     assert world.run(*QUICK) == 0
     assert holder.returncode == 0
