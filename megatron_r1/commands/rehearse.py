@@ -27,7 +27,7 @@ from megatron_r1.engines.server.vllm_arguments import check_arguments
 from megatron_r1.models.hf_config import HFConfig, read_hf_config
 from megatron_r1.pipeline import pipeline_recipe
 from megatron_r1.pipeline.graph import check_plan
-from megatron_r1.pipeline.pipeline_recipe import REFERENCE_PATTERN
+from megatron_r1.pipeline.references import REFERENCE_PATTERN
 from megatron_r1.pipeline.stages import PipelinePlan
 from megatron_r1.push.plan.engine_sets import links_per_rank
 from megatron_r1.push.plan.recipe_plan import check_pushes, engine_layout, planned_push

@@ -13,7 +13,7 @@ from megatron_r1.base.files import sample_blocks
 from megatron_r1.base.user_code import module_syntax
 from megatron_r1.config import RESUMABLE, Config
 from megatron_r1.config.section import changed_keys, flatten, is_within, value_text
-from megatron_r1.pipeline.pipeline_recipe import iter_references, iter_texts, substitute
+from megatron_r1.pipeline.references import iter_references, iter_texts, substitute
 from megatron_r1.pipeline.stages import PipelinePlan, PipelineStage
 
 WHOLE_BYTES = 256 * 1024**2

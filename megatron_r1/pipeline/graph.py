@@ -12,7 +12,8 @@ from typing import Any
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
 from megatron_r1.base.user_code import module_source
 from megatron_r1.data.dataset_files import HUB
-from megatron_r1.pipeline.pipeline_recipe import MAKE, REFERENCE_PATTERN, iter_texts
+from megatron_r1.pipeline.pipeline_recipe import MAKE
+from megatron_r1.pipeline.references import REFERENCE_PATTERN, iter_texts
 from megatron_r1.pipeline.stages import PipelinePlan, PipelineStage, names_a_file
 
 TRAINING_OUTPUTS = ("hf", "checkpoints", "metrics.jsonl", "evaluations.jsonl", "samples.jsonl")

@@ -1,8 +1,6 @@
-"""A pipeline's recipe: its stages and settings, typed, and the references in it: `${stage}`,
-`${stage.hf}`, `${serve.helpful.url}`, `${pipeline.seed}`, `${here}`."""
+"""A pipeline's recipe: its stages and settings, typed; references may stand in it."""
 
 import re
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,59 +11,7 @@ from megatron_r1.base.files import Readers
 from megatron_r1.config.section import Section
 from megatron_r1.config.validation_errors import recipe_error
 from megatron_r1.config.yaml_text import read_sections, set_nested
-
-REFERENCE_PATTERN = re.compile(r"\$\{([^{}\n]*)\}")
-# Private-use characters stand for `${` and `}` while YAML is parsed: within a flow mapping {…} it
-# would take the braces for its own.
-OPEN_MARK, CLOSE_MARK = "\ue000", "\ue001"
-
-
-def escape_references(text: str) -> str:
-    """Replace the braces of references in YAML text by plain characters."""
-    return REFERENCE_PATTERN.sub(rf"{OPEN_MARK}\1{CLOSE_MARK}", text)
-
-
-def unescape_references(value: Any) -> Any:
-    """Undo `escape_references` in every text of nested lists and mappings."""
-    if isinstance(value, str):
-        return value.replace(OPEN_MARK, "${").replace(CLOSE_MARK, "}")
-    if isinstance(value, dict):
-        return {unescape_references(key): unescape_references(item) for key, item in value.items()}
-    return [unescape_references(item) for item in value] if isinstance(value, list) else value
-
-
-def iter_texts(value: Any, key_path: str = "") -> Iterator[tuple[str, str]]:
-    """Yield every text in nested lists and mappings with its dotted key path."""
-    if isinstance(value, str):
-        yield key_path, value
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield from iter_texts(item, f"{key_path}.{key}" if key_path else str(key))
-    elif isinstance(value, list):
-        for index, item in enumerate(value):
-            yield from iter_texts(item, f"{key_path}[{index}]")
-
-
-def iter_references(value: Any) -> Iterator[tuple[str, str]]:
-    """Yield (key path, name) of every reference, such as ("model.path", "base.hf")."""
-    for key_path, text in iter_texts(value):
-        for match in REFERENCE_PATTERN.finditer(text):
-            yield key_path, match[1]
-
-
-def substitute(value: Any, lookup: Callable[[str], Any]) -> Any:
-    """Return a copy with each reference replaced by `lookup(name)`, whose type is kept where the
-    reference is the whole text."""
-    if isinstance(value, dict):
-        return {key: substitute(item, lookup) for key, item in value.items()}
-    if isinstance(value, list):
-        return [substitute(item, lookup) for item in value]
-    if not isinstance(value, str):
-        return value
-    if full_match := REFERENCE_PATTERN.fullmatch(value):
-        return lookup(full_match[1])
-    return REFERENCE_PATTERN.sub(lambda match: str(lookup(match[1])), value)
-
+from megatron_r1.pipeline.references import escape_references, unescape_references
 
 MAKE = "make"
 """The verb of a stage that calls a Python function."""

@@ -12,13 +12,15 @@ from megatron_r1.base.errors import UserError
 from megatron_r1.config import Config
 from megatron_r1.pipeline.pipeline_recipe import (
     MAKE,
-    REFERENCE_PATTERN,
     PipelineRecipe,
     ServeConfig,
     StageConfig,
+    read_tree,
+)
+from megatron_r1.pipeline.references import (
+    REFERENCE_PATTERN,
     iter_references,
     iter_texts,
-    read_tree,
     substitute,
 )
 

@@ -13,10 +13,10 @@ from refusals import refused
 from megatron_r1.base.errors import Cause
 from megatron_r1.base.processes.children import free_port
 from megatron_r1.pipeline.graph import Graph
-from megatron_r1.pipeline.pipeline_recipe import (
+from megatron_r1.pipeline.pipeline_recipe import load
+from megatron_r1.pipeline.references import (
     escape_references,
     iter_references,
-    load,
     substitute,
     unescape_references,
 )
