@@ -14,7 +14,7 @@ from megatron_r1.engines.server.recipe_checks import num_experts
 from megatron_r1.models.hf_config import HFConfig
 from megatron_r1.rehearse import layout, model, synthetic_data
 from megatron_r1.rehearse.settings import RehearsalDevice
-from megatron_r1.sample.filters import FILTER_NAMES
+from megatron_r1.sample.filter_settings import FILTER_NAMES
 
 ENGINE_AXES = ("tensor_parallel", "data_parallel", "pipeline_parallel", "engines")
 """Settings whose product is the ranks of all engines, in the order in which they become 1."""

@@ -5,12 +5,11 @@ to keep it. One function and one line in `FILTERS` each. DeepSeek-R1 drops chain
 mixed languages, long paragraphs and code blocks (arXiv 2501.12948, section 2.3.3 of v1), and
 repetition where it collects its cold start (v2, supplement B.3)."""
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import regex as re  # not Python's: see grading/r1_grading/rewards.py
-from r1_grading import Grade, RewardPool, grade
+from r1_grading import grade
 from r1_grading.reading import (
     ANSWER,
     END_ANSWER,
@@ -22,10 +21,8 @@ from r1_grading.reading import (
     judged_words,
 )
 
-from megatron_r1.base.errors import Cause, UserError, did_you_mean
-from megatron_r1.data.prompt import Prompt, make_prompt
+from megatron_r1.data.prompt import Prompt
 from megatron_r1.evaluation.response import TextResponse
-from megatron_r1.sample.selection import DUPLICATE, Decision
 
 RESPONSE_FORMS = ("either", "answer_tags", "summary")
 FILTERED_TEXTS = ("thought", "response")
@@ -227,76 +224,8 @@ FILTERS: dict[str, Filter] = {
     "repetition": repetition,
 }
 """The filters, in the order in which they run; the first that objects gives the reason."""
-FILTER_NAMES = (*FILTERS, DUPLICATE)
-"""The filters and `duplicate`, which no response shows alone: where that name is switched on,
-`selection` drops duplicates."""
-DEFAULT_FILTERS: dict[str, tuple[str, ...]] = {
-    "sft": FILTER_NAMES,
-    # A reward model must have seen bad form to score it low.
-    "pairs": ("truncated", DUPLICATE),
-    "labels": ("truncated", DUPLICATE),
-    "responses": (),
-}
-"""The defaults of each `sample.output`."""
-
-FILTER_FACTS, ROW_FIELDS = ("num_tokens", "truncated", "thought_opened"), ("target",)
-"""The parts of a response and of a prompt's fields that filters get; tests of programs are not
-sent."""
-EXAMPLE = TextResponse("<think>Two and two.</think> It is 4.", num_tokens=9)
 
 Filters = Mapping[str, Mapping[str, Any]]
-
-
-def check_filters(settings: Mapping[str, Any]) -> None:
-    """Check a recipe's `sample.filters`: name → options, true or false.
-
-    Raises:
-        UserError: an unknown filter or option, or an invalid value; it names the filter and the
-            option.
-    """
-    for name, options in settings.items():
-        place = f"sample.filters.{name}"
-        if name not in FILTER_NAMES:
-            raise UserError(
-                f"{place}: there is no such filter{did_you_mean(name, FILTER_NAMES, '{}')} (known: "
-                f"{', '.join(FILTER_NAMES)})",
-                key=place,
-                cause=Cause.UNKNOWN,
-            )
-        if isinstance(options, bool):
-            continue
-        if not isinstance(options, Mapping):
-            message = f"must be true, false or a mapping of options, got {options!r}"
-            raise UserError(f"{place}: {message}", key=place, cause=Cause.MALFORMED)
-        run = FILTERS.get(name)
-        parameters = list(inspect.signature(run).parameters)[2:] if run else []
-        for option in options:
-            if option not in parameters:
-                raise UserError(
-                    f"{place}: unknown option {option}{did_you_mean(option, parameters, '{}')} (it "
-                    f"has {', '.join(parameters) or 'none'})",
-                    key=f"{place}.{option}",
-                    cause=Cause.UNKNOWN,
-                )
-        if run and options:
-            try:
-                run(EXAMPLE, make_prompt("2 + 2?", "math", "4", {}), **options)
-            except (ValueError, TypeError) as error:
-                raise UserError(f"{place}: {error}", key=place, cause=Cause.MALFORMED) from None
-
-
-def active_filters(output: str, settings: Mapping[str, Mapping[str, Any] | bool]) -> Filters:
-    """Return the active filters in order, with their options.
-
-    Args:
-        output: `sample.output`, for its defaults.
-        settings: `sample.filters`."""
-    filters: dict[str, Mapping[str, Any]] = {}
-    for name in FILTER_NAMES:
-        options = settings.get(name, name in DEFAULT_FILTERS[output])
-        if options is not False:
-            filters[name] = {} if options is True else options
-    return filters
 
 
 def first_objection(response: TextResponse, prompt: Prompt, filters: Filters) -> tuple[str, str]:
@@ -310,51 +239,3 @@ def first_objection(response: TextResponse, prompt: Prompt, filters: Filters) ->
         if name in FILTERS and (reason := FILTERS[name](response, prompt, **options)):
             return name, reason
     return "", ""
-
-
-class PooledFilters:
-    """Runs filters in the reward workers, which use all cores and survive a filter that crashes: a
-    long response takes tens of milliseconds, too long for the controller's event loop."""
-
-    def __init__(self, pool: RewardPool, filters: Filters) -> None:
-        self._pool = pool
-        self._filters = {name: dict(o) for name, o in filters.items() if name in FILTERS}
-
-    async def __call__(self, prompt: Prompt, response: TextResponse) -> Decision | None:
-        """Return why the response is dropped, None to keep it.
-
-        Raises:
-            UserError: a field of the prompt is not JSON.
-            RunError: no reward worker can be started, or the pool is closed.
-        """
-        if not self._filters:
-            return None
-        fields = {name: prompt.fields[name] for name in ROW_FIELDS if name in prompt.fields}
-        result = await self._pool.grade(
-            f"{__name__}:grade_by_filters",
-            response.text,
-            None,
-            facts={name: getattr(response, name) for name in FILTER_FACTS},
-            prompt={"question": prompt.question, "kind": prompt.kind, "fields": fields},
-            filters=self._filters,
-        )
-        if result.reward:
-            return None
-        return Decision(result.verdict or "unfiltered", result.reason)
-
-
-def grade_by_filters(
-    response: str, truth: object, *, facts: dict[str, Any], prompt: dict[str, Any], filters: Filters
-) -> Grade:
-    """Return 1 for a response that all filters keep, else 0 with the name of the filter that drops
-    it as the verdict.
-
-    Args:
-        response: the text that the policy sampled.
-        truth: the prompt's truth.
-        facts: the other fields of the `TextResponse`.
-        prompt: the other fields of the `Prompt`.
-        filters: the filters, in order."""
-    filtered = TextResponse(response, **facts)
-    name, reason = first_objection(filtered, Prompt("", truth=truth, **prompt), filters)
-    return Grade(0.0, reason, verdict=name) if name else Grade(1.0, "")

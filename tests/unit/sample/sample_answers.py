@@ -5,7 +5,8 @@ import asyncio
 from megatron_r1.config.sample import KeepConfig
 from megatron_r1.data.prompt import make_prompt
 from megatron_r1.evaluation.response import TextResponse
-from megatron_r1.sample.filters import active_filters, first_objection
+from megatron_r1.sample.filter_settings import active_filters
+from megatron_r1.sample.filters import first_objection
 from megatron_r1.sample.selection import DUPLICATE, Decision, Selection
 
 PROMPT = make_prompt("What is 6 x 7?", "math", "42", {})
