@@ -10,9 +10,9 @@ from refusals import refused
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.reporting.evaluations import Score, merge_evaluations
-from megatron_r1.reporting.outcome import LEARNED, NOT_SHOWN, WORSE
+from megatron_r1.reporting.outcome import LEARNED, NOT_SHOWN, WORSE, outcome_sentence
 from megatron_r1.reporting.plots import Curve, curve_plot, downsample, smooth, stacked_plot
-from megatron_r1.reporting.report import headline, outcome_sentence, write_report
+from megatron_r1.reporting.report import headline, write_report
 from megatron_r1.reporting.run_folder import RunFolder
 
 VOID = {"meta", "br", "path", "use", "rect", "link"}

@@ -4,7 +4,8 @@ import re
 
 from megatron_r1.reporting.evaluations import merge_evaluations
 from megatron_r1.reporting.live_frame import LiveState
-from megatron_r1.reporting.report import outcome_sentence, write_report
+from megatron_r1.reporting.outcome import outcome_sentence
+from megatron_r1.reporting.report import write_report
 
 METRICS = [{"step": s, "loss": 0.7 / s, "accuracy": 1 - 0.5 / s} for s in range(1, 9)]
 EVALUATIONS = [
