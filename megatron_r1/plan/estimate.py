@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
+from megatron_r1.plan.assumed_numbers import assumed_section
 from megatron_r1.plan.communication import communication_section
 from megatron_r1.plan.counts import flops_section, parameter_section
 from megatron_r1.plan.engine_memory import EngineMemory, rollout_section
@@ -12,7 +13,7 @@ from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.memory import RECEIVE_BUFFER, RankMemory, memory_section, rank_memory
 from megatron_r1.plan.phase_overheads import OFFLOADED_MEMORY, ROUTED_EXPERTS, offload_disk
 from megatron_r1.plan.push import push_section, receive_buffer_bytes, reused_kv_cache_bytes
-from megatron_r1.plan.quantity import Quantity, QuantityTable, assumed_section, byte_quantity
+from megatron_r1.plan.quantity import Quantity, QuantityTable, byte_quantity
 from megatron_r1.plan.rollout import exchange_section, samples_section, teacher_section
 from megatron_r1.plan.timing import StepTime, narrowing_section, time_section, with_range
 from megatron_r1.reporting.formatting import format_count

@@ -7,7 +7,7 @@ import pytest
 from ranks import run_ranks
 
 from megatron_r1.config.hardware import HARDWARE, Assumptions, link_rate
-from megatron_r1.plan.quantity import apply_calibration
+from megatron_r1.plan.assumed_numbers import apply_calibration
 
 pytestmark = pytest.mark.more
 
