@@ -6,9 +6,10 @@ from functools import cached_property
 
 from megatron_r1.plan.assumed_numbers import assumed_section
 from megatron_r1.plan.communication import communication_section
-from megatron_r1.plan.counts import flops_section, parameter_section
+from megatron_r1.plan.counts import parameter_section
 from megatron_r1.plan.engine_memory import EngineMemory, rollout_section
 from megatron_r1.plan.expert_overlap import StepEstimate, exchange_choice, unpaired_fraction
+from megatron_r1.plan.flops import flops_section
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.memory import RECEIVE_BUFFER, RankMemory, memory_section, rank_memory
 from megatron_r1.plan.phase_overheads import OFFLOADED_MEMORY, ROUTED_EXPERTS, offload_disk

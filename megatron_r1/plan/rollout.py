@@ -12,7 +12,7 @@ from megatron_r1.engines.server.recipe_checks import check_ranks
 from megatron_r1.models.experts import routing_shape
 from megatron_r1.models.hf_config import load_config, read_hf_config
 from megatron_r1.models.memory import BYTES
-from megatron_r1.plan.counts import ModelCounts, decode_flops, forward_flops
+from megatron_r1.plan.counts import ModelCounts
 from megatron_r1.plan.engine_communication import (
     BACKENDS,
     NCCL,
@@ -20,6 +20,7 @@ from megatron_r1.plan.engine_communication import (
     ExpertExchange,
 )
 from megatron_r1.plan.engine_memory import EngineMemory
+from megatron_r1.plan.flops import decode_flops, forward_flops
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.phase_overheads import RoutingReplayTraffic, uses_routing_replay
 from megatron_r1.plan.push import planned_engine_layout, pushes_fp8

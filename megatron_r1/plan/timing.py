@@ -10,9 +10,9 @@ from functools import cache, cached_property, partial
 
 from megatron_r1.base.transports import TRANSPORTS
 from megatron_r1.plan.communication import traffic_by_axis
-from megatron_r1.plan.counts import attention_flops, head_flops, layer_flops
 from megatron_r1.plan.engine_memory import EngineMemory
 from megatron_r1.plan.expert_overlap import expert_flops, exposed_seconds, unpaired_fraction
+from megatron_r1.plan.flops import attention_flops, head_flops, layer_flops
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.phase_overheads import (
     OFFLOAD,

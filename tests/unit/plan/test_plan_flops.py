@@ -3,8 +3,9 @@
 import pytest
 from planned_jobs import LLAMA_405B, V3, planned, real_job
 
-from megatron_r1.plan.counts import ModelCounts, forward_flops, layer_flops
+from megatron_r1.plan.counts import ModelCounts
 from megatron_r1.plan.engine_memory import EngineMemory
+from megatron_r1.plan.flops import forward_flops, layer_flops
 from megatron_r1.plan.rollout import RolloutTime
 from megatron_r1.plan.timing import StepTime
 
