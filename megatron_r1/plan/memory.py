@@ -16,13 +16,10 @@ from megatron_r1.models.memory import (
 from megatron_r1.plan.counts import RankCounts
 from megatron_r1.plan.expert_overlap import working_bytes
 from megatron_r1.plan.job import PlannedJob
-from megatron_r1.plan.phase_overheads import (
-    offloaded_bytes,
-    offloaded_host_bytes,
-    routing_replay_host_bytes,
-)
+from megatron_r1.plan.offload import offloaded_bytes, offloaded_host_bytes
 from megatron_r1.plan.push import receive_buffer_bytes
 from megatron_r1.plan.quantity import QuantityTable, byte_quantity
+from megatron_r1.plan.sample_traffic import routing_replay_host_bytes
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,4 @@
-"""Seconds of a rollout on its engines, and bytes of its samples; the teacher's engines of on-policy
-distillation."""
+"""Seconds of a rollout on its engines; the teacher's engines of on-policy distillation."""
 
 import math
 from dataclasses import dataclass
@@ -9,7 +8,6 @@ from megatron_r1.config import Config
 from megatron_r1.config.teacher import TeacherEngines
 from megatron_r1.engines.server.model_config import max_positions
 from megatron_r1.engines.server.recipe_checks import check_ranks
-from megatron_r1.models.experts import routing_shape
 from megatron_r1.models.hf_config import load_config, read_hf_config
 from megatron_r1.models.memory import BYTES
 from megatron_r1.plan.counts import ModelCounts
@@ -22,13 +20,10 @@ from megatron_r1.plan.engine_communication import (
 from megatron_r1.plan.engine_memory import EngineMemory
 from megatron_r1.plan.flops import decode_flops, forward_flops
 from megatron_r1.plan.job import PlannedJob
-from megatron_r1.plan.phase_overheads import RoutingReplayTraffic, uses_routing_replay
 from megatron_r1.plan.push import planned_engine_layout, pushes_fp8
 from megatron_r1.plan.quantity import Quantity, QuantityTable, byte_quantity, round_number
 from megatron_r1.reporting.formatting import format_count
 
-ID_BYTES = LOGPROB_BYTES = 4
-"""Bytes of a token's id and of its log-probability in trainer/training_sample.py."""
 LOGITS_BYTES = 4
 """Bytes of a logit; logits and their log-softmax exist at once."""
 
@@ -266,30 +261,6 @@ EXCHANGE_SOURCES = {
     BACKENDS[1]: "DeepEP's measured latency",
     BACKENDS[2]: "DeepEP's measured rate + host_stall_seconds",
 }
-
-
-def samples_section(job: PlannedJob) -> QuantityTable:
-    """Return bytes of a rollout's samples: token ids, log-probabilities, routing."""
-    prompt, response = job.assumptions.prompt_tokens, job.response_tokens
-    section = {
-        "ids, log-probabilities": byte_quantity(
-            job.num_responses * ((prompt + response) * ID_BYTES + response * LOGPROB_BYTES),
-            f"{job.num_responses:,} samples x ({prompt + response:,} ids x {ID_BYTES} B + "
-            f"{response:,} log-probabilities x {LOGPROB_BYTES} B)"
-            + ("; rl.importance_cap reads these" if job.config.rl.importance_cap else ""),
-        )
-    }
-    if uses_routing_replay(job):
-        section |= RoutingReplayTraffic(job).section()
-    elif job.has_experts:
-        shape = routing_shape(job.hf_config)
-        section["routed experts"] = byte_quantity(
-            job.num_responses * (prompt + response) * shape.token_bytes,
-            f"with rl.routing_replay: {job.num_responses:,} samples x {prompt + response:,} tokens "
-            f"x {format_count(len(shape.moe_layers), 'layer')} x {shape.topk} experts x "
-            f"{shape.index_bytes} B",
-        )
-    return section
 
 
 def check_teachers(config: Config) -> None:

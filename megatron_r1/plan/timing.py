@@ -14,18 +14,12 @@ from megatron_r1.plan.engine_memory import EngineMemory
 from megatron_r1.plan.expert_overlap import expert_flops, exposed_seconds, unpaired_fraction
 from megatron_r1.plan.flops import attention_flops, head_flops, layer_flops
 from megatron_r1.plan.job import PlannedJob
-from megatron_r1.plan.phase_overheads import (
-    OFFLOAD,
-    ROUTED_EXPERTS,
-    checkpoint_time,
-    offload_time,
-    routing_replay_time,
-    sleep_wake_time,
-    weight_load_time,
-)
+from megatron_r1.plan.offload import OFFLOAD, offload_time
+from megatron_r1.plan.phase_overheads import checkpoint_time, sleep_wake_time, weight_load_time
 from megatron_r1.plan.push import push_link, pushed_rank_bytes
 from megatron_r1.plan.quantity import Quantity, QuantityTable
 from megatron_r1.plan.rollout import RolloutTime
+from megatron_r1.plan.sample_traffic import ROUTED_EXPERTS, routing_replay_time
 from megatron_r1.reporting.formatting import format_count
 
 MEASUREMENTS = {

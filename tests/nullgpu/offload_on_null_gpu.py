@@ -18,7 +18,7 @@ from megatron_r1.config.hardware import HARDWARE
 from megatron_r1.models import read_hf_config
 from megatron_r1.plan.counts import RankCounts
 from megatron_r1.plan.job import PlannedJob
-from megatron_r1.plan.phase_overheads import offloaded_bytes
+from megatron_r1.plan.offload import offloaded_bytes
 from megatron_r1.trainer import distributed
 from megatron_r1.trainer.passes import free_gradients
 

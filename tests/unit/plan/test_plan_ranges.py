@@ -11,8 +11,9 @@ from megatron_r1.commands.plan import main
 from megatron_r1.config.hardware import Assumptions
 from megatron_r1.plan.estimate import JobEstimate
 from megatron_r1.plan.job import Calibration
-from megatron_r1.plan.phase_overheads import OFFLOAD, ROUTED_EXPERTS
+from megatron_r1.plan.offload import OFFLOAD
 from megatron_r1.plan.quantity import Quantity
+from megatron_r1.plan.sample_traffic import ROUTED_EXPERTS
 from megatron_r1.plan.timing import (
     MEASUREMENTS,
     TIME_PARTS,

@@ -12,7 +12,8 @@ from megatron_r1.plan.engine_memory import EngineMemory, rollout_section
 from megatron_r1.plan.estimate import JobEstimate
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.push import push_section
-from megatron_r1.plan.rollout import RolloutTime, samples_section
+from megatron_r1.plan.rollout import RolloutTime
+from megatron_r1.plan.sample_traffic import samples_section
 
 
 def test_an_fp8_decoding_step_skips_idle_experts_of_one_byte_a_value():
