@@ -16,7 +16,7 @@ from megatron_r1.engines.server.model_config import max_model_len
 from megatron_r1.models.hf_config import HFConfig, read_hf_config
 from megatron_r1.plan.assumed_numbers import apply_calibration
 from megatron_r1.plan.job import Calibration, PlannedJob, text_limit
-from megatron_r1.plan.rollout import check_teachers
+from megatron_r1.plan.teacher import check_teachers
 
 
 def parse(

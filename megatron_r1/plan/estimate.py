@@ -15,8 +15,9 @@ from megatron_r1.plan.memory import RECEIVE_BUFFER, RankMemory, memory_section, 
 from megatron_r1.plan.offload import OFFLOADED_MEMORY, offload_disk
 from megatron_r1.plan.push import push_section, receive_buffer_bytes, reused_kv_cache_bytes
 from megatron_r1.plan.quantity import Quantity, QuantityTable, byte_quantity
-from megatron_r1.plan.rollout import exchange_section, teacher_section
+from megatron_r1.plan.rollout import exchange_section
 from megatron_r1.plan.sample_traffic import ROUTED_EXPERTS, samples_section
+from megatron_r1.plan.teacher import teacher_section
 from megatron_r1.plan.timing import StepTime, narrowing_section, time_section, with_range
 from megatron_r1.reporting.formatting import format_count
 
