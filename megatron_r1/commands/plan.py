@@ -26,9 +26,8 @@ from megatron_r1.plan.estimate import JobEstimate
 from megatron_r1.plan.job import PlannedJob, check_trainer
 from megatron_r1.plan.published_runs import published_table
 from megatron_r1.plan.push import check_engines_and_push
-from megatron_r1.plan.quantity import Quantity, byte_quantity
+from megatron_r1.plan.quantity import Quantity, byte_quantity, sum_quantities, total_hours
 from megatron_r1.plan.search import FittingLayout, fastest_layouts, nearest_layouts, nearest_sizes
-from megatron_r1.plan.timing import sum_quantities, total_hours
 from megatron_r1.reporting.formatting import format_count
 
 EXIT_FITS, EXIT_UNFIT, EXIT_BAD_RECIPE = range(3)

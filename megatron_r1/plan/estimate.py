@@ -17,8 +17,10 @@ from megatron_r1.plan.push import push_section, receive_buffer_bytes, reused_kv_
 from megatron_r1.plan.quantity import Quantity, QuantityTable, byte_quantity
 from megatron_r1.plan.rollout import exchange_section
 from megatron_r1.plan.sample_traffic import ROUTED_EXPERTS, samples_section
+from megatron_r1.plan.step_time import StepTime
 from megatron_r1.plan.teacher import teacher_section
-from megatron_r1.plan.timing import StepTime, narrowing_section, time_section, with_range
+from megatron_r1.plan.time_ranges import narrowing_section, with_range
+from megatron_r1.plan.timing import time_section
 from megatron_r1.reporting.formatting import format_count
 
 KIND_MEANINGS = {

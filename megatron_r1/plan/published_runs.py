@@ -27,7 +27,8 @@ from megatron_r1.plan.estimate import JobEstimate
 from megatron_r1.plan.flops import forward_flops
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.quantity import Quantity
-from megatron_r1.plan.timing import StepTime, time_section
+from megatron_r1.plan.step_time import StepTime
+from megatron_r1.plan.timing import time_section
 
 RUNS_FILE = Path(__file__).with_name("published.yaml")
 TABLE_WIDTH = 120

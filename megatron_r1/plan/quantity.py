@@ -1,5 +1,6 @@
 """A number of the plan with its unit, its formula and the range of an estimate."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 QuantityTable = dict[str, "Quantity"]
@@ -78,6 +79,36 @@ def byte_quantity(value: float | None, formula: str = "") -> Quantity:
     return Quantity(value, "B", formula)
 
 
+def sum_quantities(parts: Iterable[Quantity], formula: str) -> Quantity:
+    """Return the sum of quantities of one unit, with its range."""
+    parts = list(parts)
+    value, low, high = map(sum, zip(*map(range_ends, parts), strict=True))
+    return Quantity(value, parts[0].unit, formula, low, high)
+
+
+def total_hours(step: Quantity, steps: float, formula: str) -> Quantity:
+    """Return the hours of so many steps, with their range.
+
+    Args:
+        step: seconds of a step.
+        steps: how many.
+        formula: how the hours were computed, as the report shows it."""
+    value, low, high = (end * steps / 3600 for end in range_ends(step))
+    return Quantity(value, "hours", formula, low, high)
+
+
+def range_ends(quantity: Quantity) -> tuple[float, float, float]:
+    """Return (estimate, low, high); without a range all are equal."""
+    number = quantity.number
+    low, high = quantity.low, quantity.high
+    return number, number if low is None else low, number if high is None else high
+
+
+def round_number(value: float) -> str:
+    """Return a number as text: whole from 10 on, two digits below."""
+    return f"{value:.0f}" if value >= 9.95 else f"{value:.2g}"
+
+
 def _few_hours(hours: float) -> str:
     """Format hours in the unit that leaves two digits."""
     if hours >= 1:
@@ -92,8 +123,3 @@ def _format_in_units(value: float, base: int, units: tuple[str, ...]) -> str:
         value, index = value / base, index + 1
     digits = 0 if index == 0 else 2
     return f"{value:,.{digits}f} {units[index]}".rstrip()
-
-
-def round_number(value: float) -> str:
-    """Return a number as text: whole from 10 on, two digits below."""
-    return f"{value:.0f}" if value >= 9.95 else f"{value:.2g}"

@@ -16,7 +16,7 @@ from megatron_r1.plan.expert_overlap import (
     unpaired_fraction,
 )
 from megatron_r1.plan.memory import rank_memory
-from megatron_r1.plan.timing import StepTime
+from megatron_r1.plan.step_time import StepTime
 
 SELECTIVE = {"recompute": "selective", "recompute_modules": ["layernorm", "mla_up_proj", "moe_act"]}
 

@@ -7,7 +7,7 @@ from megatron_r1.plan.counts import ModelCounts
 from megatron_r1.plan.engine_memory import EngineMemory
 from megatron_r1.plan.flops import forward_flops, layer_flops
 from megatron_r1.plan.rollout import RolloutTime
-from megatron_r1.plan.timing import StepTime
+from megatron_r1.plan.step_time import StepTime
 
 
 @pytest.mark.parametrize(

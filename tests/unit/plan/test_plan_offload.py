@@ -12,7 +12,8 @@ from planned_jobs import planned
 from megatron_r1.plan.estimate import JobEstimate
 from megatron_r1.plan.job import Calibration
 from megatron_r1.plan.memory import rank_memory
-from megatron_r1.plan.timing import narrowing_section, time_section
+from megatron_r1.plan.time_ranges import narrowing_section
+from megatron_r1.plan.timing import time_section
 
 DENSE, EXPERT = 283_967_488, 5_637_144_576
 OFFLOADED = 2 * (DENSE + EXPERT) + 12 * (DENSE / 32 + EXPERT / 16)

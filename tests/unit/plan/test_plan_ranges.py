@@ -14,13 +14,8 @@ from megatron_r1.plan.job import Calibration
 from megatron_r1.plan.offload import OFFLOAD
 from megatron_r1.plan.quantity import Quantity
 from megatron_r1.plan.sample_traffic import ROUTED_EXPERTS
-from megatron_r1.plan.timing import (
-    MEASUREMENTS,
-    TIME_PARTS,
-    narrowing_number,
-    narrowing_section,
-    time_section,
-)
+from megatron_r1.plan.time_ranges import MEASUREMENTS, narrowing_number, narrowing_section
+from megatron_r1.plan.timing import TIME_PARTS, time_section
 from tools.gpu_check import miniatures
 from tools.gpu_check.checks import CHECKS
 

@@ -1,0 +1,189 @@
+"""Seconds of a step's micro-batches, optimizer steps and push, under the stated assumptions."""
+
+from functools import cache, cached_property, partial
+
+from megatron_r1.base.transports import TRANSPORTS
+from megatron_r1.plan.communication import traffic_by_axis
+from megatron_r1.plan.engine_memory import EngineMemory
+from megatron_r1.plan.expert_overlap import expert_flops, exposed_seconds, unpaired_fraction
+from megatron_r1.plan.flops import attention_flops, head_flops, layer_flops
+from megatron_r1.plan.job import PlannedJob
+from megatron_r1.plan.push import push_link, pushed_rank_bytes
+from megatron_r1.plan.rollout import RolloutTime
+
+HIDDEN_AXES = ("data", "pipeline")
+"""Axes whose traffic is not exposed: the data axis's is hidden behind computation
+(overlap_grad_reduce), the pipeline's is counted in `StepTime.pipeline_stall_seconds`. Context
+parallelism's is hidden behind attention while that lasts; tensor's and expert's is exposed, which
+is pessimistic where Transformer Engine overlaps it; but see `StepTime.expert_exchange_seconds`."""
+
+
+class StepTime:
+    """Step times of a job with the given engines."""
+
+    def __init__(self, job: PlannedJob, engines: EngineMemory):
+        self.job, self.engines = job, engines
+        self.sample_tokens = job.sample_tokens
+        self.traffic_by_axis = cache(partial(traffic_by_axis, job))
+
+    @cached_property
+    def rollout(self) -> RolloutTime:
+        """The seconds that a rollout takes on the engines, by part."""
+        return RolloutTime(self.engines)
+
+    @cached_property
+    def busiest_rank(self) -> int:
+        """The pipeline rank with the longest micro-batch."""
+        return max(
+            range(self.job.parallel.pipeline), key=lambda r: self.microbatch_seconds(r, True)
+        )
+
+    def compute_seconds(self, rank: int, with_backward: bool) -> float:
+        """Return seconds of one mean micro-batch's matrix products on a pipeline rank."""
+        job = self.job
+        counts = zip(self._layer_flops, job.num_layers_of_kinds(rank), strict=True)
+        flops = sum(operations * count for operations, count in counts) * self._passes(
+            with_backward
+        )
+        if any(chunk.head for chunk in job.stages[rank]):
+            flops += head_flops(job.hf_config) * (3 if with_backward else 1)
+        return self._seconds(flops)
+
+    def exposed_communication_seconds(self, rank: int, with_backward: bool) -> float:
+        """Return seconds of one micro-batch's communication that computation does not hide."""
+        seconds = {
+            name: group.seconds(
+                self.job, group.microbatch_bytes if with_backward else group.forward_bytes
+            )
+            for name, group in self.traffic_by_axis(rank).items()
+            if name not in HIDDEN_AXES
+        }
+        if "context" in seconds:
+            attention = attention_flops(self.job.hf_config, self.sample_tokens) * sum(
+                self.job.num_layers_of_kinds(rank)
+            )
+            attention_seconds = self._seconds(attention * self._passes(with_backward))
+            seconds["context"] = max(0.0, seconds["context"] - attention_seconds)
+        if "expert" in seconds and with_backward:
+            seconds["expert"] = self.expert_exchange_seconds(rank)
+        return sum(seconds.values())
+
+    def expert_exchange_seconds(self, rank: int) -> float:
+        """Return seconds of one micro-batch's exchange with experts' ranks that computation does
+        not hide, forward and backward."""
+        group = self.traffic_by_axis(rank)["expert"]
+        _, sparse = self.job.num_layers_of_kinds(rank)
+        seconds = group.seconds(self.job, group.microbatch_bytes)
+        if not self.job.parallel.overlap_expert_exchange or not sparse:
+            return seconds
+        experts = expert_flops(self.job, self.job.is_sparse_layer.index(True)) / self._speedup
+        parts = (self._layer_flops[1] - experts, experts)
+        transfer_seconds = group.seconds(self.job, group.forward_bytes) / (2 * sparse)
+        paired_seconds = sparse * exposed_seconds(transfer_seconds, *map(self._seconds, parts))
+        unpaired = unpaired_fraction(self.job, rank)
+        return unpaired * seconds + (1 - unpaired) * paired_seconds
+
+    @property
+    def _speedup(self) -> float:
+        """How many times as fast as bf16's the products of layers are."""
+        job = self.job
+        return 1.0 if job.config.fp8.recipe == "none" else job.assumptions.fp8_speedup
+
+    @cached_property
+    def _layer_flops(self) -> tuple[float, float]:
+        """Forward FLOP of a token through a dense and a sparse layer, as many as bf16 computes in
+        their time; 0 if the model has none."""
+        job = self.job
+        layer_of_kind = {sparse: layer for layer, sparse in enumerate(job.is_sparse_layer)}
+        dense, sparse = (
+            layer_flops(job, layer_of_kind[kind], self.sample_tokens, self._speedup)
+            if kind in layer_of_kind
+            else 0.0
+            for kind in (False, True)
+        )
+        return dense, sparse
+
+    def _passes(self, with_backward: bool) -> int:
+        """Return a layer's work in forward passes."""
+        return 3 + (self.job.parallel.recompute == "full") if with_backward else 1
+
+    def _seconds(self, flops: float) -> float:
+        """Return seconds of `flops` per token for a rank's share of a mean micro-batch."""
+        job = self.job
+        fraction = job.rank_tokens / job.parallel.tensor
+        return flops * fraction / (job.hardware.bf16 * job.assumptions.compute_efficiency)
+
+    def microbatch_seconds(self, rank: int, with_backward: bool) -> float:
+        """Return the seconds of a mean micro-batch on pipeline rank `rank`: of its computation, of
+        the communication that it does not hide, and of the pipeline's hops."""
+        return (
+            self.compute_seconds(rank, with_backward)
+            + self.exposed_communication_seconds(rank, with_backward)
+            + self.pipeline_stall_seconds(with_backward)
+        )
+
+    @cached_property
+    def hop_seconds(self) -> float:
+        """Seconds in which a rank waits for a neighbor's tensor: the host, then the bytes."""
+        pipeline = self.traffic_by_axis(0).get("pipeline")
+        if pipeline is None:
+            return 0.0
+        transfer_seconds = pipeline.seconds(
+            self.job, pipeline.forward_bytes / self.job.num_model_chunks
+        )
+        return self.job.assumptions.host_stall_seconds + transfer_seconds
+
+    def pipeline_stall_seconds(self, with_backward: bool) -> float:
+        """Return seconds of one micro-batch's hops: one for each chunk forward, one back."""
+        return self.hop_seconds * self.job.num_model_chunks * (2 if with_backward else 1)
+
+    def idle_fraction(self, microbatches: int, slots: int) -> float:
+        """Return the share of time in which a rank is idle: 1 - V m / (V slots + P - 1)."""
+        virtual, stages = self.job.num_model_chunks, self.job.parallel.pipeline
+        return 1 - virtual * microbatches / (virtual * slots + stages - 1)
+
+    def optimizer_step_seconds(self) -> float:
+        """Return seconds of all micro-batches, and of the gradients' last bytes."""
+        rank, count = self.busiest_rank, self.job.num_microbatches
+        pipeline_seconds = (
+            self.microbatch_seconds(rank, True)
+            * count
+            / (1 - self.idle_fraction(count, self.job.schedule_slots))
+        )
+        data_traffic = self.traffic_by_axis(rank).get("data")
+        gradient_seconds = (
+            data_traffic.seconds(self.job, data_traffic.step_bytes) if data_traffic else 0.0
+        )
+        return pipeline_seconds + gradient_seconds * self.job.assumptions.gradients_exposed
+
+    def scoring_seconds(self) -> float:
+        """Seconds of a step's passes without gradients."""
+        job = self.job
+        count = job.num_microbatches * job.num_minibatches
+        slots = job.schedule_slots * job.num_minibatches
+        pass_seconds = (
+            self.microbatch_seconds(self.busiest_rank, False)
+            * count
+            / (1 - self.idle_fraction(count, slots))
+        )
+        return pass_seconds * (2 if job.computes_ref_logprobs else 1)
+
+    def communication_fraction(self, name: str) -> float:
+        """Return the share (0 to 1) of a part's seconds that is communication between GPUs.
+
+        Args:
+            name: the part of a step."""
+        if name == "rollout":
+            return self.rollout.exchange_fraction
+        if name == "push":
+            return float(not TRANSPORTS[self.job.config.push.transport].is_single_host)
+        if name in ("scoring", "training", "critic"):
+            backward = name != "scoring"
+            seconds = self.exposed_communication_seconds(self.busiest_rank, backward)
+            seconds += self.pipeline_stall_seconds(backward)
+            return seconds / self.microbatch_seconds(self.busiest_rank, backward)
+        return 0.0
+
+    def push_seconds(self) -> float:
+        """Seconds of a push, by the bytes of the engine GPU that receives most."""
+        return pushed_rank_bytes(self.job) / push_link(self.job)[0]

@@ -1,0 +1,97 @@
+"""The ranges of estimated times, with the measurements that narrow them.
+
+A range is the estimate over and times `Assumptions.time_spread`, which is how far the plan is off
+published runs (`published_runs.py`). What `--calibrate` has measured has none; of what was measured
+on fewer GPUs than are planned, communication has one."""
+
+from megatron_r1.plan.job import PlannedJob
+from megatron_r1.plan.offload import OFFLOAD
+from megatron_r1.plan.quantity import Quantity, QuantityTable
+from megatron_r1.plan.sample_traffic import ROUTED_EXPERTS
+from megatron_r1.plan.step_time import StepTime
+
+MEASUREMENTS = {
+    "rollout": "seconds of a decoding pass",
+    "scoring": "seconds of a micro-batch",
+    "training": "seconds of a micro-batch",
+    "critic": "seconds of a micro-batch",
+    "push": "seconds between phases",
+    "load": "seconds between phases",
+    "sleep and wake": "seconds between phases",
+    "saves": "seconds between phases",
+    OFFLOAD: "seconds between phases",
+}
+"""The check of tools/gpu_check that measures the number of a part."""
+UNMEASURED_NUMBERS = ("local_disk", "group_rank_seconds")
+"""Numbers that no check measures."""
+WIDE_RANGE_RATIO = 2.0
+"""A range whose ends differ by more names the measurement that would close it."""
+
+
+def narrowing_number(job: PlannedJob, name: str) -> str | None:
+    """Return the number that, measured on the hardware that is planned, closes the range of a part
+    (it is solved for so that the plan takes the measured seconds); None for what has no range."""
+    if name == OFFLOAD:
+        to_disk = job.config.parallel.offload_between_phases == "disk"
+        return "local_disk" if to_disk else "host_link"
+    if name in ("scoring", "training", "optimizer step", "critic"):
+        return "compute_efficiency"
+    engine_number = "decode_latency_per_layer" if job.engine_gpus > 1 else "bandwidth_efficiency"
+    numbers = {
+        "rollout": engine_number,
+        ROUTED_EXPERTS: "host_network",
+        "set-up": "group_rank_seconds",
+        "push": "push_efficiency",
+        "load": "tensor_load_seconds",
+        "sleep and wake": "wake_seconds",
+        "saves": "host_link" if job.config.checkpoint.asynchronous else "storage",
+    }
+    return numbers.get(name)
+
+
+def with_range(times: StepTime, name: str, quantity: Quantity) -> Quantity:
+    """Return an estimate of time with its range; others, and those without a value, as they are.
+
+    Args:
+        times: the times of the planned job.
+        name: the part of a step, or the set-up of the push.
+        quantity: its estimated seconds."""
+    job = times.job
+    number = narrowing_number(job, name)
+    if number is None or quantity.value is None:
+        return quantity
+    assumed_fraction = 1.0
+    if number in job.calibration.names:
+        if job.calibration.num_gpus >= job.num_gpus:
+            return quantity
+        # Fewer GPUs than are planned do not show their communication.
+        assumed_fraction = times.communication_fraction(name)
+    if not assumed_fraction:
+        return quantity
+    return quantity.with_spread(job.assumptions.time_spread, assumed_fraction)
+
+
+def narrowing_section(job: PlannedJob, time: QuantityTable) -> QuantityTable:
+    """Return the width of each part's range beyond `WIDE_RANGE_RATIO`, with the measurement
+    that closes it."""
+    section: QuantityTable = {}
+    for name, part in time.items():
+        number = narrowing_number(job, name)
+        if name not in (*MEASUREMENTS, ROUTED_EXPERTS) or number in UNMEASURED_NUMBERS:
+            continue
+        if not part.low or part.high is None:
+            continue
+        if (width := part.high / part.low) > WIDE_RANGE_RATIO:
+            section[name] = Quantity(width, "x", f"{_narrowing_command(job, name)}: {number}")
+    return section
+
+
+def _narrowing_command(job: PlannedJob, name: str) -> str:
+    """Return what measures the number of a part, and how the plan is told of it."""
+    if narrowing_number(job, name) in job.calibration.names:
+        # On fewer GPUs, which say little of its communication.
+        return f"a run of {job.num_gpus:,} GPUs, then --calibrate-from its folder"
+    if name == ROUTED_EXPERTS:
+        return "the preflight with --preflight.calibration FILE, then --calibrate FILE"
+    check = MEASUREMENTS[name]
+    return f"tools/gpu_check --only {check!r}, then --calibrate with the file that it writes"
