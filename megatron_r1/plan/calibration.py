@@ -17,11 +17,11 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import atomic_write
 from megatron_r1.base.files.json_lines import read_lines
 from megatron_r1.config.hardware import described_fields
-from megatron_r1.plan.arguments import planned_job
 from megatron_r1.plan.assumed_numbers import GPUS, RELATIVE_TO
 from megatron_r1.plan.estimate import JobEstimate
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.push import has_push
+from megatron_r1.plan.recipe_job import planned_job
 from megatron_r1.plan.timing import time_section
 from megatron_r1.reporting.formatting import finite_metric, format_count
 
