@@ -31,7 +31,7 @@ from megatron_r1.pipeline.references import REFERENCE_PATTERN
 from megatron_r1.pipeline.stages import PipelinePlan
 from megatron_r1.push.plan.engine_sets import links_per_rank
 from megatron_r1.push.plan.recipe_plan import check_pushes, engine_layout, planned_push
-from megatron_r1.rehearse import coverage, launch, miniature, model
+from megatron_r1.rehearse import coverage, miniature, model, null_gpu
 from megatron_r1.rehearse.phases import PhaseRunner
 from megatron_r1.rehearse.settings import RehearsalConfig, RehearsalSettings
 from megatron_r1.reporting.run_folder import RunFolder
@@ -64,13 +64,13 @@ def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> No
             key="rehearsal.on",
             cause=Cause.NOT_FOUND,
         )
-    if settings.on == "null-gpu" and not launch.is_on_null_gpu():
+    if settings.on == "null-gpu" and not null_gpu.is_on_null_gpu():
         small = [_shrink(job, settings, Path()).config for job in jobs]
         gpus = [
-            launch.num_null_gpus(small_config, job.verb)
+            null_gpu.num_null_gpus(small_config, job.verb)
             for small_config, job in zip(small, jobs, strict=True)
         ]
-        if launch.run_on_null_gpu(sys.argv[1:], max(gpus)):
+        if null_gpu.run_on_null_gpu(sys.argv[1:], max(gpus)):
             raise RunError("rehearse: it has failed on the null GPU, see above")
         return
     first_by_identity: dict[str, str] = {}
@@ -88,7 +88,7 @@ def _check(config: Config, verb: str) -> None:
     hf_config = read_hf_config(config.model.path, None)
     if verb in ("rl", "sample"):
         check_engines(config, hf_config)
-        if not launch.is_on_null_gpu():  # there the command that started this one has asked vLLM
+        if not null_gpu.is_on_null_gpu():  # there the command that started this one has asked vLLM
             check_arguments(config.rollout, "rollout")
         max_model_len(config)
     if verb != "sample":

@@ -12,7 +12,7 @@ from megatron_r1.base.files import atomic_write
 from megatron_r1.config import Config
 from megatron_r1.controller.rollouts.players import find_player
 from megatron_r1.models.hf_config import HFConfig
-from megatron_r1.rehearse import launch
+from megatron_r1.rehearse import null_gpu
 from megatron_r1.rehearse.miniature import Change
 from megatron_r1.rehearse.model import reward_models
 from megatron_r1.rehearse.phases import PhaseResult
@@ -181,7 +181,7 @@ def _trainer_rows(
         "gpu": (("the same", YES), ("the whole GPU", "no: of a small model")),
         "null-gpu": (
             ("the same, by operators of the host", YES),
-            (f"{launch.NULL_GPU_GIB:g} GiB of a null GPU", YES),
+            (f"{null_gpu.NULL_GPU_GIB:g} GiB of a null GPU", YES),
         ),
     }[device]
     rows.append(StructureRow("layers", "Transformer Engine", *layers))

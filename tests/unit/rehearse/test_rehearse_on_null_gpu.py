@@ -12,7 +12,7 @@ from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.engines.server.recipe_checks import check_engines
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.models.pipeline_stages import pipeline_stages
-from megatron_r1.rehearse import launch, layout, miniature
+from megatron_r1.rehearse import launch, layout, miniature, null_gpu
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 SHIPPED = ("deepseek_r1/r1_zero", "deepseek_r1/reasoning_rl", "distill/qwen2.5-32b_rl")
@@ -34,7 +34,7 @@ def test_a_recipe_keeps_transport_placement_and_share_of_the_gpu(name, max_ranks
     ranks = small.parallel.processes
     assert ranks <= max_ranks
     resumed = layout.different_layout(small.parallel).processes
-    assert launch.num_null_gpus(small, "rl") == max(ranks, resumed)
+    assert null_gpu.num_null_gpus(small, "rl") == max(ranks, resumed)
     small.parallel.check_sizes(small.parallel.processes)
     shape = miniature.make_miniature(
         config, hf_config, Path("rehearsal"), max_ranks, device="null-gpu"
@@ -100,7 +100,7 @@ def test_engine_hosts_have_gpus_of_their_own_or_the_trainers(colocated, monkeypa
     small = miniature.make_miniature(
         config, hf_config, Path("rehearsal"), 2, device="null-gpu"
     ).config
-    number = launch.num_null_gpus(small, "rl")
+    number = null_gpu.num_null_gpus(small, "rl")
     assert number == (4 if colocated else 6)  # the resumed run has 4 trainer ranks
     monkeypatch.setattr(launch.gpu, "is_usable", lambda: True)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(number))))
@@ -129,12 +129,12 @@ def test_an_environment_without_the_cuda_packages_is_refused(monkeypatch, cuda, 
         return "1"
 
     monkeypatch.setattr(metadata, "version", version)
-    monkeypatch.setattr(launch.gpu, "torch_has_cuda", lambda: cuda)
+    monkeypatch.setattr(null_gpu.gpu, "torch_has_cuda", lambda: cuda)
     with refused("rehearsal.on", Cause.NOT_INSTALLED):
-        launch.run_on_null_gpu(["rehearse", "r.yaml", "--on", "null-gpu"], 2)
+        null_gpu.run_on_null_gpu(["rehearse", "r.yaml", "--on", "null-gpu"], 2)
 
 
 def test_an_installation_without_the_tool_is_refused(monkeypatch, tmp_path):
-    monkeypatch.setattr(launch, "TOOL", tmp_path / "tools" / "null_gpu")
+    monkeypatch.setattr(null_gpu, "TOOL", tmp_path / "tools" / "null_gpu")
     with refused("rehearsal.on", Cause.NOT_INSTALLED):
-        launch.run_on_null_gpu(["rehearse", "r.yaml"], 2)
+        null_gpu.run_on_null_gpu(["rehearse", "r.yaml"], 2)
