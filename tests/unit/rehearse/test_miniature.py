@@ -23,7 +23,7 @@ from megatron_r1.plan.push_links import traffic_of_sets
 from megatron_r1.push.plan import TrainerGrid
 from megatron_r1.push.plan.recipe_plan import check_pushes, engine_layout
 from megatron_r1.push.plan.tensors import plain_bytes
-from megatron_r1.rehearse import layout, miniature, model, synthetic_data
+from megatron_r1.rehearse import engine_sections, layout, miniature, model, synthetic_data
 from megatron_r1.rehearse.coverage import structure_rows
 from megatron_r1.rehearse.phases import PhaseRunner
 
@@ -237,7 +237,7 @@ def test_random_text_often_has_the_form_of_a_response(tmp_path):
     tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     texts = [
         tokenizer.decode(
-            [draw.randrange(model.VOCABULARY_SIZE) for _ in range(miniature.RESPONSE_TOKENS)]
+            [draw.randrange(model.VOCABULARY_SIZE) for _ in range(engine_sections.RESPONSE_TOKENS)]
         )
         for _ in range(200)
     ]
@@ -300,10 +300,13 @@ def test_a_long_template_has_room():
     _, small = shrunk(ROOT / "examples/distill/qwen2.5-32b_rl.yaml", {"data.template": template})
     tokens = len(model._tokenizer().encode(template.replace("{question}", "15 + 16 =")).ids)
     rollout = small.config.rollout
-    assert tokens > miniature.PROMPT_TOKENS
+    assert tokens > engine_sections.PROMPT_TOKENS
     assert rollout.max_model_len >= tokens + rollout.max_response_tokens
     _, ours = shrunk(ROOT / "examples/distill/qwen2.5-32b_rl.yaml")
-    assert ours.config.rollout.max_model_len == miniature.PROMPT_TOKENS + miniature.RESPONSE_TOKENS
+    assert (
+        ours.config.rollout.max_model_len
+        == engine_sections.PROMPT_TOKENS + engine_sections.RESPONSE_TOKENS
+    )
 
 
 def test_longer_responses_of_the_schedule_are_sampled():
