@@ -9,7 +9,7 @@ import sys
 
 from megatron_r1.base.errors import RunError
 from megatron_r1.config import parse
-from megatron_r1.rehearse.preflight import checks, host, rank, report
+from megatron_r1.rehearse.preflight import checks, folder, host, rank, report
 from megatron_r1.rehearse.settings import PreflightConfig
 
 
@@ -19,7 +19,7 @@ def main() -> None:
     os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     socket.gethostname = lambda: f"node-{number}"
     own = "-own" if number == "1" else ""
-    host.APPEAR_SECONDS, host.NUM_BYTES = 1.0, 1 << 20
+    folder.APPEAR_SECONDS, folder.NUM_BYTES = 1.0, 1 << 20
     parallel = {"tensor": 2, "expert": 2, "threads": 1}
     run, push = {"folder": f"{out}/run{own}"}, {"transport": "gloo"}
     config = parse({"run": run, "parallel": parallel, "push": push})
