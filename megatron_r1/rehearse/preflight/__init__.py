@@ -7,5 +7,6 @@
 - `links`: the collectives of the parallel axes, and the links between nodes.
 - `facts`: the measurements, as ranks send them to rank 0.
 - `rank_progress`: names the rank that the others wait for.
-- `checks`: compares the ranks with each other and with the planner.
+- `checks`: compares the ranks with each other and with the planner: `node_checks`, `rate_checks`,
+  each with a `check_result`.
 - `report`: the table, and the files of the result."""

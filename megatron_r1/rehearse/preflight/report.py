@@ -14,14 +14,10 @@ from rich.table import Table
 from megatron_r1.base.errors import RunError
 from megatron_r1.base.files import atomic_write
 from megatron_r1.config.hardware import Assumptions, Hardware, intra_node_fraction
-from megatron_r1.rehearse.preflight.checks import (
-    CheckResult,
-    group_rates,
-    hardware_of,
-    node_rates,
-)
+from megatron_r1.rehearse.preflight.check_result import CheckResult
 from megatron_r1.rehearse.preflight.facts import RankFacts
 from megatron_r1.rehearse.preflight.links import AXIS_COLLECTIVES
+from megatron_r1.rehearse.preflight.rate_checks import group_rates, hardware_of, node_rates
 from megatron_r1.rehearse.settings import PreflightConfig
 
 LEVEL_LABELS = {"ok": "", "note": "out of line", "block": "blocks"}

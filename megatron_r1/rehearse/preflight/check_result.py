@@ -1,0 +1,42 @@
+"""The result of a check of the preflight, with the hosts that it names."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_r1.rehearse.preflight.facts import RankFacts
+
+MAX_LISTED = 6
+"""The most ranks, hosts or groups that one problem lists: a choice, so that it stays readable where
+half of thousands of ranks are slow."""
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """One row of the table.
+
+    Attributes:
+        check: what was measured, and where.
+        measured: the figure, as the table shows it.
+        expected: the figure that it is compared with.
+        level: "note" is out of line and does not block the run.
+        problem: what is wrong and what to do; "" where nothing is.
+        hosts: those to replace or repair."""
+
+    check: str
+    measured: str
+    expected: str = ""
+    level: Literal["ok", "note", "block"] = "ok"
+    problem: str = ""
+    hosts: tuple[str, ...] = ()
+
+
+def hosts_of(facts: Iterable[RankFacts]) -> tuple[str, ...]:
+    """Return the hosts of these ranks, each once."""
+    return tuple(dict.fromkeys(rank_facts.host for rank_facts in facts))
+
+
+def join_values(values: Sequence[object]) -> str:
+    """Return the first values, separated by commas, and how many more there are."""
+    remainder = f" and {len(values) - MAX_LISTED} more" if len(values) > MAX_LISTED else ""
+    return ", ".join(map(str, values[:MAX_LISTED])) + remainder
