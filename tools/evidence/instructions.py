@@ -1,29 +1,173 @@
-"""What a Python file computes, to compare two versions of it: its compiled instructions.
+"""What Python files compute, to compare two versions of them: compiled statements of their modules.
 
-Comments, docstrings, formatting and the names of local variables are not in them."""
+Comments, docstrings, formatting, the names of local variables and the file in which a definition
+stands are not in them."""
+
+import __future__
 
 import ast
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
 from functools import cache
 from types import CodeType
-from typing import Any
+from typing import Any, NamedTuple
 
 HAVE_DOCSTRINGS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+PROJECT_PACKAGES = ("megatron_r1", "r1_grading", "r1_kernels", "r1_kernels_bench", "tools")
+Import = tuple[str, str, str | None]
+"""A module, a name of it, and its alias."""
+
+
+class _Statements(NamedTuple):
+    """The statements of a module.
+
+    Attributes:
+        imports: the names that it imports.
+        definitions: its functions and classes.
+        others: the rest, in order.
+        by_name: of these the statement that defines a name."""
+
+    imports: frozenset[Import]
+    definitions: tuple[Any, ...]
+    others: tuple[Any, ...]
+    by_name: dict[str, Any]
+
+
+class Version(NamedTuple):
+    """A version of some files.
+
+    Attributes:
+        texts: of each file its text, None where it is not there.
+        module_text: returns the text of any module of the project, None where it is not there."""
+
+    texts: Sequence[str | None]
+    module_text: Callable[[str], str | None]
+
+    def statements(self) -> list[_Statements]:
+        """Return those of each file.
+
+        Raises:
+            SyntaxError: a text is not Python.
+        """
+        return [_statements(text or "") for text in self.texts]
+
+
+def compute_the_same(old: Version, new: Version) -> bool:
+    """Return whether two versions of Python files compute the same: they have the same statements,
+    in whichever of the files, those of a file other than definitions in the same order; and what
+    they import has the same definitions.
+
+    Args:
+        old: one version.
+        new: the other, of the same files.
+
+    Raises:
+        SyntaxError: a text is not Python.
+    """
+    old_files, new_files = old.statements(), new.statements()
+    if _counts(old_files) != _counts(new_files):
+        return False
+    if not all(_common(a, b) == _common(b, a) for a, b in zip(old_files, new_files, strict=True)):
+        return False
+    return _import_the_same(old_files, new_files, old.module_text, new.module_text)
+
+
+def _import_the_same(
+    old_files: Sequence[_Statements],
+    new_files: Sequence[_Statements],
+    old_text: Callable[[str], str | None],
+    new_text: Callable[[str], str | None],
+) -> bool:
+    """Return whether names of the project that only one version imports from their modules have
+    the definitions that the other has by these names, and all else is imported by both."""
+    old_imports, new_imports = (
+        frozenset[Import]().union(*(file.imports for file in files))
+        for files in (old_files, new_files)
+    )
+    if any(not _is_of_project(module) for module, _, _ in old_imports ^ new_imports):
+        return False
+    known = defaultdict(list)
+    for file in old_files:
+        for name, statement in file.by_name.items():
+            known[name].append(statement)
+    for module, name, _ in old_imports - new_imports:
+        known[name].append(_statements(old_text(module) or "").by_name.get(name))
+    definitions = (
+        (name, _statements(new_text(module) or "").by_name.get(name))
+        for module, name, _ in new_imports - old_imports
+    )
+    return all(found is not None and found in known[name] for name, found in definitions)
+
+
+def _is_of_project(module: str) -> bool:
+    return module.partition(".")[0] in PROJECT_PACKAGES
+
+
+def _counts(files: Sequence[_Statements]) -> Counter[Any]:
+    return Counter(each for file in files for each in (*file.definitions, *file.others))
+
+
+def _common(file: _Statements, other: _Statements) -> list[Any]:
+    """Return the statements, without definitions, that both have, in the order of `file`."""
+    return [statement for statement in file.others if statement in other.others]
 
 
 @cache  # claims of many commits ask for the same texts
-def instructions_of(text: str) -> tuple[Any, ...]:
-    """Return the instructions of a Python file, to compare with those of another version.
-
-    They are those of the Python that runs this: two results of two Pythons do not compare.
-
-    Raises:
-        SyntaxError: The text is not Python.
-    """
+def _statements(text: str) -> _Statements:
+    # They are those of the Python that runs this: two results of two Pythons do not compare.
     tree = ast.parse(text)
-    for node in ast.walk(tree):
+    imports: set[Import] = {
+        (node.module, alias.name, alias.asname)
+        for node in ast.walk(tree)  # also within functions
+        if isinstance(node, ast.ImportFrom) and node.module and _is_of_project(node.module)
+        for alias in node.names
+    }
+    tree = _WithoutModules().visit(tree)
+    definitions: list[Any] = []
+    others: list[Any] = []
+    by_name: dict[str, Any] = {}
+    for node in tree.body:
+        if isinstance(node, ast.Import):
+            imports |= {(alias.name, "", alias.asname) for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            if not _is_of_project(node.module or ""):
+                imports |= {(node.module or "", alias.name, alias.asname) for alias in node.names}
+        elif not _computes_nothing(node):
+            flags = __future__.annotations.compiler_flag
+            module_of_one = ast.Module([node], type_ignores=[])
+            code = _instructions(compile(module_of_one, "", "exec", flags, dont_inherit=True))
+            (definitions if isinstance(node, DEFINITIONS) else others).append(code)
+            by_name |= dict.fromkeys(_names(node), code)
+    return _Statements(frozenset(imports), tuple(definitions), tuple(others), by_name)
+
+
+def _names(node: ast.stmt) -> list[str]:
+    """Return the names that a statement of a module defines."""
+    if isinstance(node, DEFINITIONS):
+        return [node.name]
+    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", node)]
+    names = (name for target in targets for name in ast.walk(target))
+    return [name.id for name in names if isinstance(name, ast.Name)]
+
+
+class _WithoutModules(ast.NodeTransformer):
+    """Removes docstrings, and of imports from this project the module within the package."""
+
+    def generic_visit(self, node: ast.AST) -> ast.AST:
+        super().generic_visit(node)
         if isinstance(node, HAVE_DOCSTRINGS) and ast.get_docstring(node, clean=False) is not None:
             node.body[:1] = [] if node.body[1:] else [ast.Pass(lineno=1, col_offset=0)]
-    return _instructions(compile(tree, "", "exec", dont_inherit=True))
+        if isinstance(node, ast.ImportFrom) and node.module and _is_of_project(node.module):
+            node.module = node.module.partition(".")[0]
+        return node
+
+
+def _computes_nothing(node: ast.stmt) -> bool:
+    """Return whether a statement is a text, or imports for the type checker alone."""
+    is_for_types = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+    is_text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    return is_for_types or is_text or isinstance(node, ast.Pass)
 
 
 def _instructions(code: CodeType) -> tuple[Any, ...]:

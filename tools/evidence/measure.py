@@ -237,10 +237,10 @@ GPU has run any of these commands** ([one H200](benchmarks/gpu-h200.md) ran othe
 proven](not_proven.md). The machines had two x86-64 cores, 24 GB of memory and no GPU; the record
 behind a claim's name has the rest.
 
-- *fresh*: no file that the claim depends on has changed since, comments, docstrings and names of
-  local variables apart; on Triton's kernels depend only the claims that run or compile them.
-  *stale*: some have. *unknown*: the clone lacks the commit. *failed*: a later run of the command
-  gave no figure; the one shown is from before it.
+- *fresh*: no file that the claim depends on has changed since, comments, docstrings, names of local
+  variables and moves of definitions between these files apart; on Triton's kernels depend only the
+  claims that run or compile them. *stale*: some have. *unknown*: the clone lacks the commit.
+  *failed*: a later run of the command gave no figure; the one shown is from before it.
 - `python -m tools.evidence status` says this of your tree. `make evidence` measures what is not
   fresh, the shortest first, and goes on after a stop; `make evidence CLAIM=id` measures one claim.
 - Speeds are measured where no other work takes the cores, or with it said; compare ratios.

@@ -4,16 +4,22 @@ is the code that was measured."""
 import json
 import os
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 from megatron_r1.base.files import atomic_write
-from tools.evidence.instructions import instructions_of
+from tools.evidence.instructions import Version, compute_the_same
 
 FOLDER = "docs/evidence"
+MODULE_FOLDERS = {
+    "r1_grading": "grading/",
+    "r1_kernels": "kernels/",
+    "r1_kernels_bench": "kernels/",
+}
+"""Where packages are that are not in the root."""
 PRIMITIVES = "kernels/r1_kernels/primitives/"
 TOPICS = {
     "numbers": "Numbers that agree",
@@ -138,11 +144,11 @@ class State:
 def states(root: Path, claims: Iterable[Claim]) -> dict[str, State]:
     """Return the state of each claim by its name, of the tracked files as they are in `root`.
 
-    Of Python files only instructions count: comments, docstrings, formatting and names of local
-    variables compute nothing.
+    Of Python files only instructions count: comments, docstrings, formatting, names of local
+    variables, and moves of definitions between files that the claim depends on, compute nothing.
     """
     changes = cache(lambda commit: changes_since(root, commit))
-    is_same = cache(lambda commit, name: has_same_code(root, commit, name))
+    is_same = cache(lambda commit, names: have_same_code(root, commit, names))
     claim_states = {}
     for claim in claims:
         failed = claim.failed.date if claim.failed else ""
@@ -153,7 +159,11 @@ def states(root: Path, claims: Iterable[Claim]) -> dict[str, State]:
         if changed is None:
             claim_states[claim.id] = State("unknown", failed=failed)
         else:
-            changed = [name for name in changed if not is_same(claim.measured.commit, name)]
+            commit = claim.measured.commit
+            modules = tuple(name for name in changed if name.endswith(".py"))
+            if modules and is_same(commit, modules):
+                changed = [name for name in changed if name not in modules]
+            changed = [name for name in changed if not is_same(commit, (name,))]
             claim_states[claim.id] = State("stale" if changed else "fresh", tuple(changed), failed)
     return claim_states
 
@@ -202,21 +212,40 @@ def changed_files(changes: Iterable[tuple[str, ...]] | None, paths: list[str]) -
     return sorted(changed)
 
 
-def has_same_code(root: Path, commit: str, name: str) -> bool:
-    """Return whether a Python file of `root` computes what it computed at `commit`.
+def have_same_code(root: Path, commit: str, names: tuple[str, ...]) -> bool:
+    """Return whether Python files of `root` together compute what they computed at `commit`.
 
     Args:
         root: the repository.
         commit: the earlier commit.
-        name: the file, from the root."""
-    if not name.endswith(".py") or not (root / name).is_file():
+        names: the files, from the root."""
+    if not all(name.endswith(".py") for name in names):
         return False
-    old_text = text_at(root, commit, name)
     try:
-        new_text = (root / name).read_text(encoding="utf-8")
-        return old_text is not None and instructions_of(old_text) == instructions_of(new_text)
+        new_texts = [_text_in(root, name) for name in names]
+        old_texts = [text_at(root, commit, name) for name in names]
+        return compute_the_same(
+            Version(old_texts, lambda module: module_text(module, partial(text_at, root, commit))),
+            Version(new_texts, lambda module: module_text(module, partial(_text_in, root))),
+        )
     except (OSError, SyntaxError):
         return False
+
+
+def module_text(module: str, text_of: Callable[[str], str | None]) -> str | None:
+    """Return the text of a module of the project; None where there is none.
+
+    Args:
+        module: its name, with dots.
+        text_of: returns the text of a file, named from the root, or None."""
+    folder = MODULE_FOLDERS.get(module.partition(".")[0], "")
+    path = folder + module.replace(".", "/")
+    return text_of(f"{path}.py") or text_of(f"{path}/__init__.py")
+
+
+def _text_in(root: Path, name: str) -> str | None:
+    path = root / name
+    return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
 @cache  # a commit's files stay, and every record asks for them again

@@ -84,11 +84,11 @@ def test_a_claim_is_fresh_until_a_tracked_file_of_its_paths_changes(repository):
     claim = repository.measured(repository.commit(part__a="n = 1", one="n = 1", other="1"))
     repository.commit(other="2", tests__helper="2")
     assert repository.state(claim) == State("fresh")
-    (repository.root / "part/not_tracked.py").write_text("1")
+    (repository.root / "part/not_tracked.py").write_text("n = 3")
     assert repository.state(claim).name == "fresh"
     (repository.root / "one.py").write_text("n = 2")
     assert repository.state(claim) == State("stale", ("one.py",)), "not committed yet"
-    repository.commit(part__new="n = 1", tests__test_x="1")
+    repository.commit(part__new="n = 1", tests__test_x="n = 4")
     changed = ("one.py", "part/new.py", "part/not_tracked.py", "tests/test_x.py")
     assert repository.state(claim) == State("stale", changed)
     assert repository.state(claim).text == "stale, 4 files"
@@ -128,6 +128,40 @@ def test_of_python_files_only_instructions_count(repository, text, state):
     assert repository.state(claim).name == state
 
 
+TWICE = "def twice(x):\n    return 2 * x\n"
+USE = "from tools.{module} import twice\n\n\ndef use(x):\n    return twice(x)\n"
+TWO = "import math\n\nONE = 1\n\n\ndef area(r):\n    return math.pi * r * r\n"
+
+
+@pytest.mark.parametrize(
+    ("files", "state"),
+    [
+        # a definition that moves to another file that is watched, and its import from there
+        ({"part__a": TWO, "part__b": TWICE, "part__use": USE.format(module="other")}, "fresh"),
+        # ... to one that is not
+        ({"part__a": TWO, "other": TWICE}, "stale"),
+        # another function of that name is imported
+        ({"part__use": USE.format(module="wrong")}, "stale"),
+        # the same one, by a module that it has moved to
+        ({"part__use": USE.format(module="moved")}, "fresh"),
+        # one that is nowhere
+        ({"part__use": USE.format(module="nowhere")}, "stale"),
+        # statements in another order, definitions in another order
+        ({"part__c": "n = 2\nn = 1\n"}, "stale"),
+        ({"part__a": f"import math\n{TWICE}\nONE = 1\n{TWO.partition('ONE = 1')[2]}"}, "fresh"),
+        # another library has a name
+        ({"part__a": TWO.replace("import math", "import cmath as math") + TWICE}, "stale"),
+    ],
+)
+def test_definitions_may_move_between_the_files_of_a_claim(repository, files, state):
+    first = {"part__a": TWO + TWICE, "part__use": USE.format(module="other")}
+    first |= {"part__c": "n = 1\nn = 2\n", "tools__other": TWICE, "tools__moved": TWICE}
+    first |= {"tools__wrong": "def twice(x):\n    return x + x\n"}
+    claim = repository.measured(repository.commit(**first))
+    repository.commit(**files)
+    assert repository.state(claim).name == state
+
+
 def test_a_removed_file_makes_a_claim_stale(repository):
     claim = repository.measured(repository.commit(part__a="n = 1", part__b="n = 2"))
     repository.git("rm", "-q", "part/a.py")
@@ -144,7 +178,7 @@ def test_a_renamed_file_is_followed_where_its_content_is_the_same_and_the_paths_
 
 
 def test_a_folder_that_is_renamed_with_the_records_paths_is_followed(repository):
-    commit = repository.commit(old__a="1" * 99, old__b="2" * 99)
+    commit = repository.commit(old__a="a = " + "1" * 99, old__b="b = " + "2" * 99)
     repository.git("mv", "old", "new")
     repository.commit()
     assert repository.state(repository.measured(commit, paths=["new/"])).name == "fresh"
