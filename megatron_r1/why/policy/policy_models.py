@@ -19,7 +19,8 @@ from megatron_r1.why.policy.layer_stream import stream_memory
 from megatron_r1.why.policy.streamed_model import StreamedModel
 from megatron_r1.why.policy.tensor_source import Adapters, TensorSource
 from megatron_r1.why.policy.token_logprobs import TokenRow
-from megatron_r1.why.record.recorded_step import RecordedStep, TokenSequence, weights_after
+from megatron_r1.why.record.recorded_step import RecordedStep, weights_after
+from megatron_r1.why.record.step_sequences import TokenSequence
 
 KEPT_MODELS = 40
 """Models are kept where so many fit into the free memory."""

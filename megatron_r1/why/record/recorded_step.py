@@ -1,14 +1,12 @@
-"""What is left of a step in a run's folder: settings, metrics, finished groups and checkpoints, and
-the rewards, advantages and sequences that they give."""
+"""What is left of a step in a run's folder: settings, metrics, finished groups and checkpoints."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 from r1_grading.terms import weights_at
 
 from megatron_r1.base.errors import Cause, UserError
@@ -19,44 +17,23 @@ from megatron_r1.controller.rollouts.sample_log import (
 )
 from megatron_r1.data.prompt import Prompt
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
-from megatron_r1.models.experts import RoutingShape, routing_shape
+from megatron_r1.models.experts import routing_shape
 from megatron_r1.models.hf_config import HFConfig, read_hf_config
-from megatron_r1.models.sampling_mask import DecodedMask, decode_mask
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.trainer.checkpoints import checkpoint_folders as checkpoints
 from megatron_r1.why import formulas
 from megatron_r1.why.comparison import ResponseIndex
+from megatron_r1.why.record.step_advantages import (
+    GroupRewards,
+    group_rewards,
+    response_advantages,
+)
+from megatron_r1.why.record.step_sequences import TokenSequence, response_sequences
 
 MAX_STEPS_FACTOR = 16
 """How many times longer or shorter a run may have been planned than it is now."""
 RATE_TOLERANCE = 1e-9
 """Relative: a product of a few float64."""
-
-
-class TokenSequence(NamedTuple):
-    """One sequence of tokens that is trained on: a response behind its prompt, or a branch.
-
-    Attributes:
-        response: its response.
-        token_ids: int32.
-        is_sampled: bool.
-        logprobs: float32, of the sampled tokens.
-        versions: int32, likewise.
-        advantage: NaN: not trained on.
-        num_sampled: the sampled tokens of the response.
-        kept_ids: the ids that the engine drew each sampled token from; None: the whole vocabulary.
-        experts: int16, (tokens, MoE layers, experts per token), those that the engine chose, -1
-            where it chose none; None without routing replay."""
-
-    response: ResponseIndex
-    token_ids: np.ndarray
-    is_sampled: np.ndarray
-    logprobs: np.ndarray
-    versions: np.ndarray
-    advantage: float
-    num_sampled: int
-    kept_ids: DecodedMask | None
-    experts: np.ndarray | None
 
 
 @dataclass(frozen=True)
@@ -182,85 +159,25 @@ class RecordedStep:
         return float(min(rollout.max_response_tokens, limit))
 
     @cached_property
-    def training_rewards(self) -> list[list[float | None]]:
+    def training_rewards(self) -> GroupRewards:
         """The rewards that advantages are made of, by group; None for an ungraded response."""
         return self.rewards_with_penalty(self.config.rl.overlong_penalty)
 
-    def rewards_with_penalty(self, overlong_penalty: float) -> list[list[float | None]]:
+    def rewards_with_penalty(self, overlong_penalty: float) -> GroupRewards:
         """Return the rewards by group, None for an ungraded response, less a penalty of long
         responses.
 
         Args:
             overlong_penalty: its largest value, in place of `rl.overlong_penalty`."""
-        rl, limit = self.config.rl, self.config.rollout.max_response_tokens
-        return [
-            [
-                formulas.training_reward(
-                    graded.reward if graded.is_graded else None,
-                    len(graded.response.token_ids),
-                    limit,
-                    rl.overlong_buffer,
-                    overlong_penalty,
-                )
-                for graded in group.responses
-            ]
-            for group in self.groups
-        ]
+        return group_rewards(self.groups, self.config, overlong_penalty)
 
     @cached_property
     def advantages(self) -> list[list[float]]:
         """Advantages by this command's own formulas; NaN: not trained on. Zeros for algorithms
         that `formulas` does not have."""
-        rl = self.config.rl
-        if rl.algorithm not in (
-            *formulas.RESPONSE_ADVANTAGE_ALGORITHMS,
-            *formulas.TOKEN_ADVANTAGE_ALGORITHMS,
-        ):
-            by_group = [[0.0] * len(rewards) for rewards in self.training_rewards]
-        elif rl.reward_normalization == "each":
-            by_group = formulas.reward_term_advantages(
-                *self._reward_terms, rl.algorithm, rl.advantage_std, rl.advantage_epsilon
-            )
-        else:
-            by_group = formulas.advantages(
-                self.training_rewards, rl.algorithm, rl.advantage_std, rl.advantage_epsilon
-            )
-        if rl.truncated == "mask":
-            for group_advantages, group in zip(by_group, self.groups, strict=True):
-                group_advantages[:] = [
-                    math.nan if graded.is_truncated else a
-                    for a, graded in zip(group_advantages, group.responses, strict=True)
-                ]
-        return by_group
-
-    @property
-    def _reward_terms(self) -> tuple[dict[str, list[list[float | None]]], dict[str, float]]:
-        """The rewards by name and group, with that of the length, and their weights."""
-        rl, limit = self.config.rl, self.config.rollout.max_response_tokens
-        weights = self.reward_weights
-        rewards = {
-            name: [
-                [graded.rewards[name] if graded.is_graded else None for graded in group.responses]
-                for group in self.groups
-            ]
-            for name in weights
-        }
-        if rl.overlong_buffer:
-            weights = {**weights, "": rl.overlong_penalty}
-            rewards[""] = [
-                [
-                    formulas.training_reward(
-                        0.0 if graded.is_graded else None,
-                        len(graded.response.token_ids),
-                        limit,
-                        rl.overlong_buffer,
-                        1.0,
-                    )
-                    for graded in group.responses
-                ]
-                for group in self.groups
-            ]
-        return rewards, weights
+        return response_advantages(
+            self.groups, self.config, self.training_rewards, self.reward_weights
+        )
 
     @cached_property
     def sequences(self) -> list[TokenSequence]:
@@ -270,7 +187,9 @@ class RecordedStep:
         for group_index, group in enumerate(self.groups):
             for index, graded in enumerate(group.responses):
                 advantage = self.advantages[group_index][index]
-                sequences += _sequences((group_index, index), group, graded, advantage, shape)
+                sequences += response_sequences(
+                    (group_index, index), group, graded, advantage, shape
+                )
         return sequences
 
     def loss_fraction(self, indices: Sequence[ResponseIndex]) -> float:
@@ -301,83 +220,6 @@ def weights_after(folder: RunFolder, config: Config, step: int) -> Path | None:
         return path if path.is_dir() else None
     begin = Path(config.model.checkpoint or config.model.path)
     return begin if step == 0 and begin.is_dir() else None
-
-
-def _sequences(
-    index: ResponseIndex,
-    group: Group,
-    graded: GradedResponse,
-    advantage: float,
-    shape: RoutingShape | None,
-) -> Iterator[TokenSequence]:
-    """Yield the sequences of a response.
-
-    Args:
-        index: the response.
-        group: its group.
-        graded: the response.
-        advantage: its advantage.
-        shape: the sizes of the engine's routing; None: it is not replayed."""
-    response, branches = graded.response, graded.episode.branches if graded.episode else []
-    if not branches:
-        ids = np.concatenate([np.asarray(group.prompt_ids, np.int32), response.token_ids])
-        is_sampled = np.arange(len(ids)) >= len(group.prompt_ids)
-        logprobs = np.asarray(response.logprobs, np.float32)
-        versions, count = np.asarray(response.policy_versions), len(response.token_ids)
-        trained_advantage = advantage if count else math.nan
-        kept_ids = _decode_kept_ids(response.sampling_mask, np.ones(count, bool))
-        experts = _experts(response.routing, len(ids), shape)
-        yield TokenSequence(
-            index, ids, is_sampled, logprobs, versions, trained_advantage, count, kept_ids, experts
-        )
-        return
-    total = sum(branch.num_sampled for branch in branches)
-    for branch in branches:
-        is_sampled = np.frombuffer(branch.is_sampled, bool)
-        end = int(np.flatnonzero(is_sampled)[-1]) + 1
-        yield TokenSequence(
-            index,
-            np.asarray(branch.token_ids, np.int32)[:end],
-            is_sampled[:end],
-            np.asarray(branch.logprobs, np.float32)[is_sampled],
-            np.asarray(branch.policy_versions)[is_sampled],
-            advantage,
-            total,
-            _decode_kept_ids(branch.sampling_mask, np.frombuffer(branch.is_sampled, bool)),
-            _experts(branch.routing, len(branch.token_ids), shape, end),
-        )
-
-
-def _decode_kept_ids(mask: bytes, is_sampled: np.ndarray) -> DecodedMask | None:
-    """Return the kept ids of the sampled tokens.
-
-    Args:
-        mask: the ids of all tokens (`models.sampling_mask`); empty: there was no cut.
-        is_sampled: (tokens,) bool; the others have no ids."""
-    if not mask:
-        return None
-    counts, ids = decode_mask(mask, len(is_sampled))
-    return DecodedMask(counts[is_sampled], ids)
-
-
-def _experts(
-    routing: bytes | memoryview, num_tokens: int, shape: RoutingShape | None, end: int | None = None
-) -> np.ndarray | None:
-    """Return the experts of each token, as `TokenSequence.experts`.
-
-    Args:
-        routing: rows of the tokens before the last, the first ones may be missing.
-        num_tokens: the tokens that it belongs to.
-        shape: its sizes; None: it is not replayed.
-        end: the tokens that are wanted; the last of them is not fed to a model; None: all."""
-    if shape is None:
-        return None
-    experts = np.full((num_tokens, len(shape.moe_layers), shape.topk), -1, np.int16)
-    rows = np.frombuffer(routing, f"<u{shape.index_bytes}").reshape(-1, *experts.shape[1:])
-    experts[num_tokens - 1 - len(rows) : num_tokens - 1] = rows
-    experts = experts[:end]
-    experts[-1:] = -1
-    return experts
 
 
 def _model_folder(folder: RunFolder, config: Config) -> Path:

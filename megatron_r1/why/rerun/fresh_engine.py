@@ -28,7 +28,8 @@ from megatron_r1.engines.server.vllm_arguments import check_arguments
 from megatron_r1.models.hf_config import load_config
 from megatron_r1.models.memory import engine_bytes
 from megatron_r1.why.comparison import CannotRecompute
-from megatron_r1.why.record.recorded_step import RecordedStep, TokenSequence
+from megatron_r1.why.record.recorded_step import RecordedStep
+from megatron_r1.why.record.step_sequences import TokenSequence
 
 ROLE = "rerun"
 
