@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from megatron_r1.base.errors import UserError
 from megatron_r1.why.checks import (
+    checkpoints,
     engine_logprobs,
     files,
     loss,
@@ -17,6 +18,7 @@ from megatron_r1.why.checks import (
     rewards,
     routing,
     sampling,
+    schedule,
 )
 from megatron_r1.why.comparison import CannotRecompute, Comparison, Report, not_checked
 from megatron_r1.why.record.recorded_step import RecordedStep
@@ -33,8 +35,8 @@ RECORD_CHECKS: tuple[tuple[str, str, Check], ...] = (
     ("files", "files", files.check),
     ("sampling", "settings of the engines", sampling.check_settings),
     ("rewards", "rewards", rewards.check),
-    ("schedule", "learning rate", optimizer.check_rates),
-    ("checkpoint", "checkpoints", optimizer.check_states),
+    ("schedule", "learning rate", schedule.check_rates),
+    ("checkpoint", "checkpoints", checkpoints.check_states),
 )
 """Checks that need no model: family, what cannot be checked where one fails, and the check."""
 WEIGHT_CHECKS: tuple[tuple[str, str, WeightCheck], ...] = (

@@ -31,7 +31,15 @@ from megatron_r1.models.sampling_mask import encode_mask
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.trainer.checkpoints.checkpoint_folders import checkpoint_path, write_manifest
 from megatron_r1.why import formulas
-from megatron_r1.why.checks import files, loss, optimizer, questions, rewards, sampling
+from megatron_r1.why.checks import (
+    checkpoints,
+    files,
+    loss,
+    questions,
+    rewards,
+    sampling,
+    schedule,
+)
 from megatron_r1.why.comparison import Comparison
 from megatron_r1.why.examination import examine
 from megatron_r1.why.record.recorded_step import RecordedStep
@@ -508,7 +516,7 @@ def test_the_learning_rate_may_have_been_planned_for_another_length(
 ):
     planted.settings["optimizer"] = {"decay": "linear", "warmup_updates": 0 if is_equal else 1}
     planted.line["learning_rate"] = logged
-    rate, *_ = optimizer.check_rates(planted.read())
+    rate, *_ = schedule.check_rates(planted.read())
     assert rate.name == "learning rate"
     assert rate.departs is not is_equal and words in rate.compared + rate.reason
 
@@ -615,7 +623,7 @@ def test_a_damaged_checkpoint_departs_and_its_step_is_not_whole(planted, content
     _, after = (checkpoint_of(planted, step) for step in (STEP - 1, STEP))
     (after / "__0_0.distcp").write_bytes(content)
     step = planted.read()
-    first, second = optimizer.check_states(step)
+    first, second = checkpoints.check_states(step)
     assert not first.departs and second.departs and second.family == "checkpoint"
     assert f"{after.name} is damaged: __0_0.distcp" in second.reason
     is_shorter = len(content) < len(b"weights")

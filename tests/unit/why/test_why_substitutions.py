@@ -11,7 +11,7 @@ from test_why import planted  # noqa: F401
 from test_why_updates import ADAM, RULES, Model, rows
 
 from megatron_r1.config import parse
-from megatron_r1.why.checks.optimizer import _missing_updates
+from megatron_r1.why.checks.checkpoints import _missing_updates
 from megatron_r1.why.policy import checkpoint_model
 from megatron_r1.why.policy.token_logprobs import logprobs
 from megatron_r1.why.update.adam import Adam
