@@ -249,7 +249,9 @@ def explanation(
         step: the step.
         recomputation: its updates."""
     candidates = list(substitutions(step, recomputation))
-    estimates = [recomputation.estimate(substitution, step.line) for substitution in candidates]
+    estimates = [
+        recomputation.estimates.distance(substitution, step.line) for substitution in candidates
+    ]
     order = sorted(range(len(candidates)), key=lambda index: (estimates[index], index))
     is_recorded = partial(are_recorded, step)
     for index in order:

@@ -5,9 +5,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from megatron_r1.why.policy.adapters import trained_parameters
+from megatron_r1.why.update.checkpoint_after import CheckpointAfter
+from megatron_r1.why.update.step_updates import StepUpdates
+from megatron_r1.why.update.update_inputs import UpdateInputs
 
 ZERO_GRADIENT_TOLERANCE = 1e-3
 """Relative size of a gradient below which there is no gradient."""
@@ -33,6 +39,46 @@ class Evidence:
     parameters_without_gradient: tuple[str, ...] = ()
     norm: float = 0.0
     terms: Mapping[str, float] = field(default_factory=dict)
+
+
+def run_evidence(
+    inputs: UpdateInputs,
+    after: CheckpointAfter,
+    updates: StepUpdates,
+    norm: float,
+    terms: Mapping[str, float],
+) -> Evidence:
+    """Return what the checkpoint after the step says of how the run's updates differ.
+
+    Args:
+        inputs: what the updates are made of.
+        after: the checkpoint after the step.
+        updates: the updates as the settings say.
+        norm: the norm of their gradient, mean over them.
+        terms: their terms of the loss, with their signs, mean over them."""
+    base_evidence: dict[str, Any] = {"norm": norm, "terms": terms}
+    if after.model is None:
+        return Evidence(**base_evidence)
+    begin, last = trained_parameters(inputs.trained_model), trained_parameters(after.model)
+    updated = trained_parameters(updates.model)
+    changes = [(last[name] - value, updated[name] - value) for name, value in begin.items()]
+    if after.first_moments is None:
+        return Evidence(nearest_multiple(changes), **base_evidence)
+    decay = inputs.step.config.optimizer.beta1**inputs.step.config.rl.minibatches
+    before = inputs.moments[0] if inputs.moments else {}
+    gradients = {
+        name: tuple(
+            moments[name] - decay * before.get(name, torch.zeros(()))
+            for moments in (after.first_moments, updates.adam.first_moments)
+        )
+        for name in begin
+    }
+    return Evidence(
+        nearest_multiple(changes),
+        nearest_multiple(list(gradients.values())),
+        without_gradient(gradients),
+        **base_evidence,
+    )
 
 
 @torch.no_grad()

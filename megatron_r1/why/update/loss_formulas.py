@@ -145,6 +145,26 @@ def denominator(rows: Sequence[TokenRow], loss: LossRules) -> float:
     return max(1, count)  # A substitution may leave out all responses of a mini-batch.
 
 
+def update_means(updates: Sequence[Update]) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the metrics of several updates, the largest of a maximum and else the mean, and the
+    magnitude of each term of the loss, mean over the updates.
+
+    Args:
+        updates: at least one; a metric that one of them lacks is left out."""
+    metrics = {
+        name: max(update.metrics[name] for update in updates)
+        if name.endswith("/max")
+        else sum(update.metrics[name] for update in updates) / len(updates)
+        for name in updates[0].metrics
+        if all(name in update.metrics for update in updates)  # the last may have no gradient yet
+    }
+    terms = {
+        name: sum(abs(update.terms[name]) for update in updates) / len(updates)
+        for name in updates[0].terms
+    }
+    return metrics, terms
+
+
 def _surrogate(
     row: TokenRow, logprobs: Tensor, old_logprobs: Tensor, loss: LossRules
 ) -> tuple[Tensor, Tensor, Tensor]:

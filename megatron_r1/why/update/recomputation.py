@@ -1,5 +1,5 @@
 """A recorded step's updates made again with transformers' model, as the settings say or with one
-thing substituted, and how far they are from the run's."""
+thing substituted."""
 
 from __future__ import annotations
 
@@ -8,26 +8,21 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from megatron_r1.why.comparison import ROUNDING_BY_DTYPE, CannotRecompute
-from megatron_r1.why.policy import checkpoint_model, model_distance
-from megatron_r1.why.policy.adapters import trained_parameters
 from megatron_r1.why.policy.fp8_engines import FP8EngineLogprobs
 from megatron_r1.why.policy.policy_logprobs import PolicyLogprobs
-from megatron_r1.why.policy.token_logprobs import TokenRow
 from megatron_r1.why.record.recorded_step import RecordedStep
-from megatron_r1.why.update.adam import Adam, Moments
-from megatron_r1.why.update.evidence import Evidence, nearest_multiple, without_gradient
-from megatron_r1.why.update.first_update import FirstUpdate, first_update
-from megatron_r1.why.update.gradient_norms import fit_clip, fit_norms
-from megatron_r1.why.update.loss_formulas import LossRules, Totals, Update, denominator, row_loss
+from megatron_r1.why.update.checkpoint_after import CheckpointAfter
+from megatron_r1.why.update.evidence import Evidence, run_evidence
+from megatron_r1.why.update.loss_formulas import Update, update_means
+from megatron_r1.why.update.moment_fits import MomentFits
 from megatron_r1.why.update.step_updates import StepUpdates
 from megatron_r1.why.update.substitution import Substitution
-from megatron_r1.why.update.term_coefficients import MAX_ROUNDS, FirstMoments, TermFit, fit_run
+from megatron_r1.why.update.substitution_estimates import SubstitutionEstimates
+from megatron_r1.why.update.term_coefficients import MAX_ROUNDS, TermFit
 from megatron_r1.why.update.term_gradients import TermGradients
 from megatron_r1.why.update.token_advantages import with_token_advantages
 from megatron_r1.why.update.update_inputs import UpdateInputs
@@ -35,9 +30,6 @@ from megatron_r1.why.update.update_inputs import UpdateInputs
 MIN_CLIPPED_NORM_FACTOR = 1.001
 """A gradient was clipped by more than rounding where its norm is above this times
 `optimizer.clip_grad`."""
-UNKNOWN_DISTANCE = 1.05
-"""The distance of a substitution that cannot be estimated, which is tried after those that seem to
-explain the whole departure (nearly 1) and before all others."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +54,6 @@ class RecomputedUpdates:
     moment_distance: float | None = None
 
 
-_Fitted = TypeVar("_Fitted")
-
-
 class Recomputation:
     """Recomputes a recorded step: its updates, from its policies and their log-probabilities.
 
@@ -75,6 +64,7 @@ class Recomputation:
     Attributes:
         policies: log-probabilities under the policies of the step.
         inputs: what the updates are made of.
+        after: what the checkpoint after the step has of the run's updates.
         searches_causes: whether updates that depart are made again with substitutions: not where
             something before them departs, which may be why.
 
@@ -86,6 +76,8 @@ class Recomputation:
         self.step = step
         self.policies = PolicyLogprobs(step, memory)
         self.inputs = UpdateInputs(self.policies)
+        self.after = CheckpointAfter(self.inputs)
+        self._fits = MomentFits(self.inputs, self.after, self._remake_updates)
         self.searches_causes = True
 
     @cached_property
@@ -145,10 +137,10 @@ class Recomputation:
             old_logprobs,
             ref_logprobs,
             self.step.run_config.model.expert_bias_update_rate,
-            None if substitution.unties_head else self._first_update,
+            None if substitution.unties_head else self.inputs.first_update,
         )
         adam = replace(
-            self.inputs.adam_rules(self._norms if norms is None else norms),
+            self.inputs.adam_rules(self._fits.norms if norms is None else norms),
             **dict(substitution.adam),
         )
         order = self.inputs.update_rows(substitution, rows)
@@ -163,7 +155,7 @@ class Recomputation:
         )
         if len(step_updates) < len(order):
             return updates, None
-        metrics, terms = _means(step_updates)
+        metrics, terms = update_means(step_updates)
         signed_terms = {
             name: sum(update.terms[name] for update in step_updates) / len(step_updates)
             for name in step_updates[0].terms
@@ -174,18 +166,14 @@ class Recomputation:
         )
         if is_unclipped or adam.skipped_updates:
             del metrics["grad_norm"]
-        change, by_parameter = self._compare(model, updates.adam)
+        change, by_parameter = self.after.change_distance(model, updates.adam)
         return updates, RecomputedUpdates(
-            metrics, terms, signed_terms, change, by_parameter, self._moment_distance(updates.adam)
-        )
-
-    @cached_property
-    def _first_update(self) -> FirstUpdate | None:
-        return first_update(
-            self.inputs.trained_model,
-            self.policies.rows,
-            self.inputs.minibatches()[0],
-            self.policies.num_parameters,
+            metrics,
+            terms,
+            signed_terms,
+            change,
+            by_parameter,
+            self.after.moment_distance(updates.adam),
         )
 
     def _scratch_model(self) -> Any:
@@ -209,36 +197,25 @@ class Recomputation:
     @cached_property
     def _unsubstituted_updates(self) -> tuple[StepUpdates, RecomputedUpdates]:
         self.inputs.check_updates()
-        gradients = None if self._terms_reason else self._term_gradients
+        gradients = None if self._fits.terms_reason else self._fits.term_gradients
         updates, recomputed = self._make_updates(Substitution(""), gradients=gradients)
         assert recomputed is not None, "all updates are made"
         return updates, recomputed
 
-    @cached_property
-    def _terms_reason(self) -> str:
-        """Why the gradient of each term is not computed; "" where it is."""
-        moments = self.step.config.optimizer.moments
-        if self._first_moments_after is None:
-            return f"no checkpoint of step {self.step.step} has Adam's moments"
-        if moments != "float32":
-            return f"optimizer.moments: {moments}, from which no gradient can be taken back"
-        num_terms = len(self.inputs.loss_terms)
-        if not num_terms:
-            return "no response is trained on"
-        num_values = sum(values.numel() for values in self._first_moments_after.values())
-        copies_by_term = 4 if self._first_update is None else 5
-        num_bytes = 4 * (copies_by_term * num_terms + 1) * num_values
-        free_bytes = self.policies.free_bytes
-        if num_bytes > free_bytes:
-            return (
-                f"the gradients of {num_terms} terms need {num_bytes / 1e9:.0f} GB, "
-                f"{free_bytes / 1e9:.0f} GB are free"
-            )
-        return ""
+    @property
+    def base(self) -> RecomputedUpdates:
+        """The updates as the settings say."""
+        return self._unsubstituted_updates[1]
 
-    @cached_property
-    def _term_gradients(self) -> TermGradients:
-        return TermGradients(self.inputs.loss_terms)
+    def _remake_updates(
+        self, norms: tuple[float, ...] | None, gradients: TermGradients | None
+    ) -> StepUpdates:
+        """Make the updates as the settings say once more, on a copy of the model that is changed.
+
+        Args:
+            norms: as of `_make_updates`.
+            gradients: likewise."""
+        return self._make_updates(Substitution(""), norms, gradients, self._scratch_model())[0]
 
     @cached_property
     def term_fit(self) -> TermFit:
@@ -246,275 +223,38 @@ class Recomputation:
 
         Raises:
             CannotRecompute: the gradients are not known."""
-        self.inputs.check_updates()
-        if self._terms_reason or self._first_moments_after is None:
-            raise CannotRecompute(self._terms_reason)
-        base, settings = self.base, self.step.config.optimizer
-        logged_norm = self.step.line.get("grad_norm")
-        norm = (
-            logged_norm
-            if isinstance(logged_norm, int | float)
-            else base.metrics.get("grad_norm", 0.0)
+        return self._fits.term_fit(
+            lambda: self.base.metrics, MAX_ROUNDS if self.searches_causes else 0
         )
-        return fit_run(
-            self._term_gradients,
-            self._remade_terms,
-            FirstMoments(
-                self.inputs.moments[0] if self.inputs.moments else {},
-                self._first_moments_after,
-                settings.beta1**self.step.config.rl.minibatches,
-            ),
-            ROUNDING_BY_DTYPE[self.step.run_config.model.dtype],
-            float(norm),
-            MAX_ROUNDS if self.searches_causes else 0,
-        )
-
-    def _remade_terms(
-        self, coefficients: Mapping[str, float], norms: tuple[float, ...]
-    ) -> TermGradients:
-        """Return the terms' gradients in updates that are made with them.
-
-        Args:
-            coefficients: how often each term is added.
-            norms: the norm of each update's gradient, unless a part of it is not computed here."""
-        gradients = TermGradients(self.inputs.loss_terms, coefficients)
-        self._make_updates(
-            Substitution(""),
-            None if self.inputs.trains_mtp_layers else norms,
-            gradients,
-            self._scratch_model(),
-        )
-        return gradients
 
     @property
-    def base(self) -> RecomputedUpdates:
-        """The updates as the settings say."""
-        return self._unsubstituted_updates[1]
-
-    @cached_property
-    def _norms(self) -> tuple[float, ...] | None:
-        """The norms of whole gradients, where parts of them are not computed here: those with which
-        clipping gives the run's first moments from the gradients that are.
-
-        Raises:
-            CannotRecompute: there is no checkpoint after the step."""
-        if not self.inputs.trains_mtp_layers:
-            return None
-        if (norms := self._fit(fit_norms)) is None:
-            raise CannotRecompute("model.mtp: train, and no checkpoint says how gradients were cut")
-        return norms
-
-    @cached_property
     def fitted_clip(self) -> float | None:
         """The norm to which the run clipped its gradients, by its first moments; None where these
         say none."""
-        return None if self.inputs.trains_mtp_layers else self._fit(fit_clip)
-
-    def _fit(self, fit: Callable[..., _Fitted]) -> _Fitted | None:
-        """Return what a function of `gradient_norms` finds; None without the run's moments or
-        the norm that it logs."""
-        logged_norm = self.step.line.get("grad_norm")
-        if self._first_moments_after is None or not isinstance(logged_norm, int | float):
-            return None
-        return fit(
-            lambda norms: (
-                self._make_updates(Substitution(""), norms, model=self._scratch_model())[0].traces
-            ),
-            (float(logged_norm),) * self.step.config.rl.minibatches,
-            self.inputs.moments[0] if self.inputs.moments else {},
-            self._first_moments_after,
-            self.step.config.optimizer,
-        )
+        return self._fits.fitted_clip
 
     @cached_property
     def evidence(self) -> Evidence:
         """What the checkpoint after the step says of how the run's updates differ from `base`."""
-        after = self._model_after
-        base_evidence: dict[str, Any] = {
-            "norm": self.base.metrics.get("grad_norm", 0.0),
-            "terms": self.base.signed_terms,
-        }
-        if after is None:
-            return Evidence(**base_evidence)
-        begin, last = trained_parameters(self.inputs.trained_model), trained_parameters(after)
-        updated = trained_parameters(self._unsubstituted_updates[0].model)
-        changes = [(last[name] - value, updated[name] - value) for name, value in begin.items()]
-        if self._first_moments_after is None:
-            return Evidence(nearest_multiple(changes), **base_evidence)
-        decay = self.step.config.optimizer.beta1**self.step.config.rl.minibatches
-        before = self.inputs.moments[0] if self.inputs.moments else {}
-        gradients = {
-            name: tuple(
-                moments[name] - decay * before.get(name, torch.zeros(()))
-                for moments in (
-                    self._first_moments_after,
-                    self._unsubstituted_updates[0].adam.first_moments,
-                )
-            )
-            for name in begin
-        }
-        return Evidence(
-            nearest_multiple(changes),
-            nearest_multiple(list(gradients.values())),
-            without_gradient(gradients),
-            **base_evidence,
-        )
-
-    def estimate(self, substitution: Substitution, logged_metrics: Mapping[str, Any]) -> float:
-        """Return an estimate of how far the updates with a substitution would be from what was
-        recorded: 1 near, 2 far. It takes log-probabilities and gradients from `base`.
-
-        Args:
-            substitution: what is substituted.
-            logged_metrics: the step's line of metrics.jsonl."""
-        if "temperature" in dict(substitution.loss):
-            return UNKNOWN_DISTANCE
-        if substitution.loss or substitution.advantages is not None:
-            return self._estimated_loss_distance(substitution, logged_metrics)
-        if not (substitution.adam or substitution.loses_moments):
-            return UNKNOWN_DISTANCE
-        if self._model_after is None:
-            return 2.0
-        return 1.0 + min(1.0, self._estimated_change_distance(substitution))
-
-    def _estimated_loss_distance(
-        self, substitution: Substitution, logged_metrics: Mapping[str, Any]
-    ) -> float:
-        """Return 1 plus how far the metrics of another loss or other advantages would be from the
-        logged ones, relative to those of `base`; each metric counts with at most 1."""
-        rows = self.inputs.substituted_rows(substitution)
-        reference = self._substituted_reference(substitution)
-        rows = with_token_advantages(self.step, rows, self.policies.all_old_logprobs, reference)
-        if [row.is_trained for row in rows] != [row.is_trained for row in self.policies.rows]:
-            return UNKNOWN_DISTANCE
-        rules = replace(self.inputs.loss_rules(), **dict(substitution.loss))
-        metrics = self._estimated_metrics(rows, reference, rules)
-        gaps = []
-        for name, base_value in self.base.metrics.items():
-            value = logged_metrics.get(name)
-            if name == "grad_norm" or name not in metrics or not isinstance(value, int | float):
-                continue
-            gap = abs(metrics[name] - float(value))
-            gaps.append(min(1.0, gap / max(1e-9, abs(base_value - float(value)))))
-        return 1.0 + sum(gaps) / max(1, len(gaps))
-
-    def _estimated_metrics(
-        self, rows: Sequence[TokenRow], ref_logprobs: Sequence[Tensor] | None, rules: LossRules
-    ) -> dict[str, float]:
-        """Return the metrics of a loss of the log-probabilities and entropies of `base`.
-
-        Args:
-            rows: the rows, with their advantages.
-            ref_logprobs: their log-probabilities under the reference.
-            rules: the loss."""
-        updates = []
-        for trace in self._unsubstituted_updates[0].traces:
-            indices = [index for index in trace.rows if rows[index].is_trained]
-            totals = Totals(denominator=denominator([rows[index] for index in indices], rules))
-            for index in indices:
-                logprobs, entropy = trace.tokens[index]
-                ref = None if ref_logprobs is None else ref_logprobs[index]
-                old = self.policies.all_old_logprobs[index]
-                row_loss(rows[index], logprobs, entropy, old, ref, rules, totals)
-            updates.append(totals.update(rules))
-        return _means(updates)[0]
-
-    def _substituted_reference(self, substitution: Substitution) -> list[Tensor] | None:
-        if substitution.reference == "policy":
-            return self.policies.all_old_logprobs
-        return self.policies.reference_logprobs
-
-    def _estimated_change_distance(self, substitution: Substitution) -> float:
-        """Return the distance of the change that Adam makes of the gradients of `base`."""
-        model = self._scratch_model()
-        parameters = trained_parameters(model)
-        loses_moments = substitution.loses_moments
-        adam = Adam(
-            parameters,
-            None if loses_moments else self.inputs.moments,
-            0 if loses_moments else self.inputs.num_updates,
-        )
-        rules = replace(self.inputs.adam_rules(self._norms), **dict(substitution.adam))
-        for index, trace in enumerate(self._unsubstituted_updates[0].traces):
-            if rules.moment_reset:
-                adam.forget()
-            adam.step(trace.gradients, rules, index)
-        change, _ = self._compare(model, adam)
-        return max(change or 0.0, self._moment_distance(adam) or 0.0)
-
-    @cached_property
-    def _model_after(self) -> Any:
-        """The trained model after the step; None where no checkpoint has it."""
-        after, dtype = self.step.checkpoint_after, self.step.run_config.model.dtype
-        if after is None:
-            return None
-        return self.policies.model(
-            after, "" if dtype == "float32" else f"{checkpoint_model.STATE_PREFIX}param."
+        updates, base = self._unsubstituted_updates
+        return run_evidence(
+            self.inputs,
+            self.after,
+            updates,
+            base.metrics.get("grad_norm", 0.0),
+            base.signed_terms,
         )
 
     @cached_property
-    def _moments_after(self) -> tuple[Moments, Moments] | None:
-        """Adam's moments after the step; None where no checkpoint has them."""
-        after = self.step.checkpoint_after
-        if after is None or not checkpoint_model.has_part(after, checkpoint_model.STATE_PREFIX):
-            return None
-        return self.inputs.moments_in(after)
-
-    @property
-    def _first_moments_after(self) -> Moments | None:
-        return None if self._moments_after is None else self._moments_after[0]
-
-    @torch.no_grad()
-    def _moment_distance(self, adam: Adam) -> float | None:
-        if self._moments_after is None:
-            return None
-        ratios = []
-        for moment, run in zip(
-            (adam.first_moments, adam.second_moments), self._moments_after, strict=True
-        ):
-            gap_square = sum(
-                float((moment[name] - values).double().square().sum())
-                for name, values in run.items()
-            )
-            square = sum(float(values.double().square().sum()) for values in run.values())
-            ratios.append(_ratio(gap_square**0.5, square**0.5))
-        return max(ratios)
-
-    def _compare(self, model: Any, adam: Adam) -> tuple[float | None, list[tuple[str, float]]]:
-        if self._model_after is None:
-            return None, []
-        distance = model_distance.distances(
-            model, self._model_after, self.inputs.trained_model, adam.second_moments
+    def estimates(self) -> SubstitutionEstimates:
+        """How far updates with a substitution would be from what was recorded."""
+        updates, base = self._unsubstituted_updates
+        return SubstitutionEstimates(
+            self.inputs, self.after, updates, base.metrics, self._fits.norms, self._scratch_model
         )
-        total_gap = sum(gap**2 for gap, _ in distance.values()) ** 0.5
-        total_change = sum(change**2 for _, change in distance.values()) ** 0.5
-        by_name = {
-            name: _ratio(gap, change) for name, (gap, change) in distance.items() if gap or change
-        }
-        ordered = sorted(by_name.items(), key=lambda item: -item[1])
-        return _ratio(total_gap, total_change), ordered
-
-
-def _ratio(gap: float, change: float) -> float:
-    return gap / change if change else (0.0 if gap == 0 else float("inf"))
 
 
 def _means_satisfy(
     is_recorded: Callable[[Mapping[str, float]], bool], updates: Sequence[Update]
 ) -> bool:
-    return is_recorded(_means(updates)[0])
-
-
-def _means(updates: Sequence[Update]) -> tuple[dict[str, float], dict[str, float]]:
-    metrics = {
-        name: max(update.metrics[name] for update in updates)
-        if name.endswith("/max")
-        else sum(update.metrics[name] for update in updates) / len(updates)
-        for name in updates[0].metrics
-        if all(name in update.metrics for update in updates)  # the last may have no gradient yet
-    }
-    terms = {
-        name: sum(abs(update.terms[name]) for update in updates) / len(updates)
-        for name in updates[0].terms
-    }
-    return metrics, terms
+    return is_recorded(update_means(updates)[0])

@@ -23,6 +23,7 @@ from megatron_r1.why.policy.policy_logprobs import PolicyLogprobs, rows_with_own
 from megatron_r1.why.policy.token_logprobs import TokenRow
 from megatron_r1.why.record.recorded_step import weights_after
 from megatron_r1.why.update.adam import AdamRules, Moments
+from megatron_r1.why.update.first_update import FirstUpdate, first_update
 from megatron_r1.why.update.loss_formulas import LossRules
 from megatron_r1.why.update.loss_terms import left_out_terms, loss_terms
 from megatron_r1.why.update.substitution import Substitution
@@ -161,6 +162,16 @@ class UpdateInputs:
             return self.policies.policy
         return self.policies.model(
             self.policies.checkpoint_before, f"{checkpoint_model.STATE_PREFIX}param."
+        )
+
+    @cached_property
+    def first_update(self) -> FirstUpdate | None:
+        """The forward passes of the first update; None where its graph is too large to keep."""
+        return first_update(
+            self.trained_model,
+            self.policies.rows,
+            self.minibatches()[0],
+            self.policies.num_parameters,
         )
 
     @cached_property

@@ -564,7 +564,7 @@ def test_a_loss_of_kl_alone_has_the_rounding_of_kl(planted, logged, departs):
             packed_rows=[], shares=list, left_out_note="", trains_mtp_layers=False
         ),
         searches_causes=True,
-        estimate=lambda substitution, line: 1.0,
+        estimates=SimpleNamespace(distance=lambda substitution, line: 1.0),
         term_fit=TermFit((), math.inf, math.inf),
     )
     of_loss, of_kl = loss.check_loss(planted.read(), recomputed)
