@@ -21,6 +21,7 @@ from megatron_r1.why.policy import (
     policy_logprobs,
     routed_experts,
     streamed_logprobs,
+    substituted_logprobs,
     token_logprobs,
 )
 from megatron_r1.why.policy.adapters import attach_adapters
@@ -28,9 +29,11 @@ from megatron_r1.why.policy.changed_weights import ChangedWeights
 from megatron_r1.why.policy.checkpoint_model import read_model
 from megatron_r1.why.policy.layer_stream import StreamMemory, stream_memory
 from megatron_r1.why.policy.model_distance import relative_distance, source_distance
-from megatron_r1.why.policy.policy_logprobs import PolicyLogprobs, join_rows
+from megatron_r1.why.policy.policy_logprobs import PolicyLogprobs
 from megatron_r1.why.policy.policy_models import NotInMemory
+from megatron_r1.why.policy.row_variants import join_rows
 from megatron_r1.why.policy.streamed_model import StreamedModel
+from megatron_r1.why.policy.substituted_logprobs import SubstitutedLogprobs
 from megatron_r1.why.policy.tensor_source import Adapters, TensorSource
 from megatron_r1.why.policy.token_logprobs import TokenRow, logprobs
 
@@ -257,15 +260,21 @@ class Versions(PolicyLogprobs):
     ("name", "make"),
     [
         (MOE, lambda made: made.logprobs_after(1)),
-        (MOE, lambda made: made.with_old_expert("model.layers.0.mlp.experts", 2, 1)),
-        (DEEPSEEK, lambda made: made.without_router_bias()),
-        (TIED, lambda made: made.with_head_apart()),
+        (
+            MOE,
+            lambda made: SubstitutedLogprobs(made).with_old_expert(
+                "model.layers.0.mlp.experts", 2, 1
+            ),
+        ),
+        (DEEPSEEK, lambda made: SubstitutedLogprobs(made).without_router_bias()),
+        (TIED, lambda made: SubstitutedLogprobs(made).with_head_apart()),
         (TIED, lambda made: made.packed_logprobs([[0, 2], [3], [1]], restarts=False)),
         (TIED, lambda made: made.shifted_logprobs()),
     ],
 )
 def test_other_weights_and_rows_give_what_they_give_whole_models(name, make, tmp_path, monkeypatch):
-    monkeypatch.setattr(policy_logprobs, "weights_after", lambda folder, config, step: folder)
+    for module in (policy_logprobs, substituted_logprobs):
+        monkeypatch.setattr(module, "weights_after", lambda folder, config, step: folder)
     folders = folder_of(name, tmp_path / "hf"), folder_of(name, tmp_path / "older", seed=5)
     found, expected = (Versions(*folders, is_streamed=each) for each in (True, False))
     values = make(found)
@@ -277,12 +286,12 @@ def test_other_weights_and_rows_give_what_they_give_whole_models(name, make, tmp
 def test_what_needs_a_whole_model_says_so(tmp_path):
     folder = folder_of(MOE, tmp_path / "hf")
     made = Versions(folder, folder, is_streamed=True)
-    layer = "model.layers.0.mlp.experts"
-    assert made.num_experts(layer) == MODELS[MOE]["num_experts"]
+    substituted, layer = SubstitutedLogprobs(made), "model.layers.0.mlp.experts"
+    assert substituted.num_experts(layer) == MODELS[MOE]["num_experts"]
     for needs_whole in (
         lambda: ChangedWeights(made),
-        made.bfloat16_logprobs,
-        lambda: made.with_experts(layer, {0: 1, 1: 0}),
+        substituted.bfloat16_logprobs,
+        lambda: substituted.with_experts(layer, {0: 1, 1: 0}),
     ):
         with pytest.raises(NotInMemory, match="does not fit into memory"):
             needs_whole()

@@ -16,6 +16,7 @@ from megatron_r1.why.record.recorded_step import RecordedStep
 
 if TYPE_CHECKING:
     from megatron_r1.why.policy.policy_logprobs import PolicyLogprobs
+    from megatron_r1.why.policy.substituted_logprobs import SubstitutedLogprobs
 
 MAX_UNEXPLAINED_FRACTION = 0.5
 """The largest ratio of the distance with other log-probabilities to the distance without them, at
@@ -87,6 +88,13 @@ class EngineGaps:
         """Versions before the one that the step trains. Some of their checkpoints may be kept."""
         first = max(0, self.newest_version - MAX_VERSIONS_BEFORE)
         return sorted({0, *range(first, self.newest_version)} - {self.newest_version}, reverse=True)
+
+    @cached_property
+    def substituted(self) -> SubstitutedLogprobs:
+        """Log-probabilities under the newest weights with a part of them substituted."""
+        from megatron_r1.why.policy.substituted_logprobs import SubstitutedLogprobs
+
+        return SubstitutedLogprobs(self.policies)
 
     @cached_property
     def distance(self) -> float:

@@ -43,7 +43,7 @@ def departing_expert(gaps: EngineGaps) -> ExplainedDeparture | None:
         suspects = []
     for layer, expert, other_expert in _pairs(gaps, suspects):
         sources = {expert: other_expert, other_expert: expert}
-        engine = gaps.explained_engine(gaps.policies.with_experts(layer, sources))
+        engine = gaps.explained_engine(gaps.substituted.with_experts(layer, sources))
         if engine is not None:
             return ExplainedDeparture(
                 f"experts {min(sources)} and {max(sources)} of {_layer(layer)} are exchanged in "
@@ -81,7 +81,7 @@ def experts_by_gap(gaps: EngineGaps) -> list[ExpertGap]:
 
 def _stale_expert(gaps: EngineGaps, layer: str, expert: int) -> ExplainedDeparture | None:
     """Try the expert's weights of earlier versions."""
-    stale = gaps.stale_version(partial(gaps.policies.with_old_expert, layer, expert))
+    stale = gaps.stale_version(partial(gaps.substituted.with_old_expert, layer, expert))
     if stale is None:
         return None
     version, engine = stale
@@ -104,7 +104,7 @@ def _pairs(gaps: EngineGaps, suspects: Sequence[ExpertGap]) -> list[tuple[str, i
     for suspect in suspects:
         pairs += [
             (suspect.layer, suspect.expert, other_expert)
-            for other_expert in range(gaps.policies.num_experts(suspect.layer))
+            for other_expert in range(gaps.substituted.num_experts(suspect.layer))
             if other_expert != suspect.expert
         ]
     pairs_by_experts: dict[tuple[str, frozenset[int]], tuple[str, int, int]] = {}

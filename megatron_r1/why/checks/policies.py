@@ -132,7 +132,10 @@ def _find_explanation(
 def _candidates(step: RecordedStep, recomputation: Recomputation) -> list[Candidate]:
     """Return the log-probabilities that the trainer's may be: whose, what to change, and the
     function that computes them."""
+    from megatron_r1.why.policy.substituted_logprobs import SubstitutedLogprobs
+
     newest_version, lora = step.step - 1, step.run_config.model.lora
+    substituted = SubstitutedLogprobs(recomputation.policies)
     return [
         (
             "at temperature 1",
@@ -157,7 +160,7 @@ def _candidates(step: RecordedStep, recomputation: Recomputation) -> list[Candid
                 f"with adapters times {scale:g} ({noun})",
                 "model.lora: the trainer adds the product of adapters with a scale other than "
                 "alpha / rank",
-                partial(recomputation.policies.with_adapter_scale, scale),
+                partial(substituted.with_adapter_scale, scale),
             )
             for scale, noun in (adapter_scales(lora).items() if lora else ())
         ),
@@ -170,7 +173,7 @@ def _candidates(step: RecordedStep, recomputation: Recomputation) -> list[Candid
             "with the tied head as the run began with it",
             "parallel.pipeline: first and last stage hold copies of the embedding, the tied head's "
             "is not trained with it",
-            recomputation.policies.with_head_apart,
+            substituted.with_head_apart,
         ),
         *(
             (

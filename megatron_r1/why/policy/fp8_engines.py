@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from r1_kernels import dequantize_blockwise
 from torch import Tensor
@@ -81,8 +80,8 @@ class FP8EngineLogprobs(PolicyLogprobs):
             return self.policy.with_source(source)
         return self._whole_model(source)
 
-    def with_adapter_scale(self, scale: float) -> list[np.ndarray] | None:
-        """Return those with adapters of another scale, as `PolicyLogprobs.with_adapter_scale` does.
+    def policy_with_adapter_scale(self, scale: float) -> Any | None:
+        """Return the model before the step with adapters of another scale, as `PolicyModels` does.
 
         Args:
             scale: in place of alpha / rank."""
@@ -90,7 +89,7 @@ class FP8EngineLogprobs(PolicyLogprobs):
         if source.adapters is None:
             return None
         rescaled = source.with_adapters(source.adapters._replace(scale=scale))
-        return self.logprobs_under(self._model_of(rescaled))
+        return self._model_of(rescaled)
 
     def with_scales_of(self, step: int) -> Any | None:
         """Return the model with the newest 8-bit values and the scales of the weights after another

@@ -1,12 +1,11 @@
 """Log-probabilities of a step's tokens by transformers, once and when they are asked for: under the
-policy before the step, earlier ones and the reference, and under changed ones."""
+policy before the step, earlier ones and the reference."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +15,18 @@ from torch import Tensor
 
 from megatron_r1.why.comparison import CannotRecompute
 from megatron_r1.why.policy import (
-    adapters,
     checkpoint_model,
     routed_experts,
     streamed_logprobs,
     token_logprobs,
 )
-from megatron_r1.why.policy.policy_models import PolicyModels, require_in_memory
+from megatron_r1.why.policy.policy_models import PolicyModels
+from megatron_r1.why.policy.row_variants import (
+    join_rows,
+    rows_with_own_experts,
+    rows_with_shifted_experts,
+)
 from megatron_r1.why.policy.streamed_model import StreamedModel
-from megatron_r1.why.policy.tensor_source import HEAD_NAME
 from megatron_r1.why.policy.token_logprobs import TokenRow
 from megatron_r1.why.record.recorded_step import RecordedStep, weights_after
 
@@ -130,37 +132,6 @@ class PolicyLogprobs(PolicyModels):
             self._logprobs_of_weights[path] = self.logprobs_under(self.model(path))
         return self._logprobs_of_weights[path]
 
-    def without_router_bias(self) -> list[np.ndarray] | None:
-        """Return those under the policy before the step with routers that have no correction bias;
-        None for a model without such a bias."""
-        if self.is_streamed:
-            return self._without_router_bias_streamed()
-        names = [
-            name for name in self.policy.state_dict() if name.endswith(routed_experts.ROUTER_BIAS)
-        ]
-        if not names:
-            return None
-        model = copy.deepcopy(self.policy)
-        with torch.no_grad():
-            for name in names:
-                model.state_dict()[name].zero_()
-        return self.logprobs_under(model)
-
-    def with_adapter_scale(self, scale: float) -> list[np.ndarray] | None:
-        """Return those under the policy before the step with adapters that are added with another
-        scale; None for a model without adapters.
-
-        Args:
-            scale: in place of alpha / rank."""
-        if self.is_streamed:
-            source = self.policy.source
-            if source.adapters is None:
-                return None
-            rescaled_source = source.with_adapters(source.adapters._replace(scale=scale))
-            return self.logprobs_under(self.policy.with_source(rescaled_source))
-        model = adapters.with_scale(self.policy, scale)
-        return None if model is None else self.logprobs_under(model)
-
     def routing_agreement(self, shift: int = 0) -> float:
         """Return the share (0 to 1) of the engine's experts of sampled tokens that the policy
         before the step would choose itself.
@@ -200,90 +171,6 @@ class PolicyLogprobs(PolicyModels):
         return self._logprobs_of(
             rows_with_own_experts(self._scored_rows), self.policy, self.temperature
         )
-
-    def bfloat16_logprobs(self) -> list[np.ndarray]:
-        """Return those under the policy before the step computed in bfloat16."""
-        return self.logprobs_under(copy.deepcopy(require_in_memory(self.policy)).to(torch.bfloat16))
-
-    def num_experts(self, layer: str) -> int:
-        """Return how many experts a module of routed experts has."""
-        model = self.policy.skeleton if self.is_streamed else self.policy
-        return len(next(model.get_submodule(layer).parameters()))
-
-    def with_experts(self, layer: str, sources: Mapping[int, int]) -> list[np.ndarray]:
-        """Return those under the policy before the step with some experts' weights exchanged.
-
-        Args:
-            layer: the module of routed experts.
-            sources: expert → the one whose weights it has."""
-        model = copy.deepcopy(require_in_memory(self.policy))
-        with torch.no_grad():
-            for parameter in model.get_submodule(layer).parameters():
-                values = parameter.detach().clone()
-                for target, source in sources.items():
-                    parameter[target] = values[source]
-        return self.logprobs_under(model)
-
-    def with_old_expert(self, layer: str, expert: int, step: int) -> list[np.ndarray] | None:
-        """Return those under the policy before the step with one expert's weights after another
-        step; None where they are not kept.
-
-        Args:
-            layer: the module of routed experts.
-            expert: its number.
-            step: the other step; 0: the model that the run began with."""
-        path = weights_after(self.step.folder, self.step.run_config, step)
-        if path is None:
-            return None
-        if self.is_streamed:
-            old_source, beginning = self.tensors(path), f"{layer}.{expert}."
-            return self._logprobs_with(
-                {
-                    name: partial(old_source.read, name)
-                    for name in old_source.shapes
-                    if name.startswith(beginning)
-                }
-            )
-        old_weights = dict(
-            require_in_memory(self.model(path)).get_submodule(layer).named_parameters()
-        )
-        model = copy.deepcopy(self.policy)
-        with torch.no_grad():
-            for name, parameter in model.get_submodule(layer).named_parameters():
-                if name in old_weights:
-                    parameter[expert] = old_weights[name][expert]
-                elif parameter.requires_grad:  # a factor, which the model of step 0 has not
-                    parameter[expert] = 0
-        return self.logprobs_under(model)
-
-    def with_head_apart(self) -> list[np.ndarray] | None:
-        """Return those with the head that a tied model had when the run began; None for a model
-        that is not tied."""
-        begin = weights_after(self.step.folder, self.step.run_config, 0)
-        has_adapters = self.step.run_config.model.lora is not None  # the head is frozen
-        if begin is None or has_adapters or not self.step.hf_config.get("tie_word_embeddings"):
-            return None
-        if self.is_streamed:
-            return self._logprobs_with({HEAD_NAME: partial(self.tensors(begin).read, HEAD_NAME)})
-        model = copy.deepcopy(self.policy)
-        head = require_in_memory(self.model(begin)).lm_head.weight.detach()
-        model.lm_head.weight = torch.nn.Parameter(head)
-        return self.logprobs_under(model)
-
-    def _without_router_bias_streamed(self) -> list[np.ndarray] | None:
-        shapes = self.policy.source.shapes
-        names = [name for name in shapes if name.endswith(routed_experts.ROUTER_BIAS)]
-        if not names:
-            return None
-        return self._logprobs_with({name: partial(torch.zeros, shapes[name]) for name in names})
-
-    def _logprobs_with(self, values: Mapping[str, Callable[[], Tensor]]) -> list[np.ndarray]:
-        """Return those under the streamed policy before the step with some other tensors.
-
-        Args:
-            values: functions that return the others, by published name."""
-        source = self.policy.source.with_replacements(values)
-        return self.logprobs_under(self.policy.with_source(source))
 
     def all_token_logprobs(self) -> list[np.ndarray]:
         """Return the log-probabilities of all tokens but the first, those of the prompt too."""
@@ -350,51 +237,3 @@ def logprobs_by_temperature(
     if isinstance(model, StreamedModel):
         return streamed_logprobs.logprobs(model, rows, temperatures)
     return token_logprobs.logprobs(model, rows, temperatures)
-
-
-def rows_with_shifted_experts(rows: Sequence[TokenRow], shift: int) -> list[TokenRow]:
-    """Return rows with the engine's experts moved to other tokens; those of the tokens that get
-    none are the router's choice.
-
-    Args:
-        rows: the sequences.
-        shift: 1: to the token after; -1: to the token before."""
-    shifted_rows = []
-    for row in rows:
-        experts = None
-        if row.experts is not None:
-            experts = torch.full_like(row.experts, -1)
-            source, target = (slice(-1), slice(1, None))[::shift]
-            experts[target] = row.experts[source]
-        shifted_rows.append(replace(row, experts=experts))
-    return shifted_rows
-
-
-def join_rows(rows: Sequence[TokenRow], restarts: bool) -> TokenRow:
-    """Return rows end to end as one.
-
-    Args:
-        rows: the rows.
-        restarts: whether positions begin anew with each."""
-    kept_ids = [row.kept_ids for row in rows if row.kept_ids is not None]
-    experts = [row.experts for row in rows if row.experts is not None]
-    token_ids = torch.cat([row.token_ids for row in rows])
-    positions = [torch.arange(len(row.token_ids)) for row in rows]
-    return replace(
-        rows[0],
-        token_ids=token_ids,
-        is_sampled=torch.cat([row.is_sampled for row in rows]),
-        kept_ids=(
-            torch.cat([counts for counts, _ in kept_ids]),
-            torch.cat([ids for _, ids in kept_ids]),
-        )
-        if kept_ids
-        else None,
-        experts=torch.cat(experts) if experts else None,
-        positions=torch.cat(positions) if restarts else torch.arange(len(token_ids)),
-    )
-
-
-def rows_with_own_experts(rows: Sequence[TokenRow]) -> list[TokenRow]:
-    """Return rows whose experts the model chooses, as the trainer's reference does."""
-    return [replace(row, experts=None) for row in rows]

@@ -14,7 +14,7 @@ import torch
 from megatron_r1.models.sampling_mask import decode_mask
 from megatron_r1.models.transformers_model import build_without_weights
 from megatron_r1.why.comparison import CannotRecompute
-from megatron_r1.why.policy import checkpoint_model, model_distance, token_logprobs
+from megatron_r1.why.policy import adapters, checkpoint_model, model_distance, token_logprobs
 from megatron_r1.why.policy.layer_stream import stream_memory
 from megatron_r1.why.policy.streamed_model import StreamedModel
 from megatron_r1.why.policy.tensor_source import Adapters, TensorSource
@@ -63,6 +63,20 @@ class PolicyModels:
     def policy(self) -> Any:
         """The model before the step."""
         return self.model(self.checkpoint_before)
+
+    def policy_with_adapter_scale(self, scale: float) -> Any | None:
+        """Return the model before the step with adapters that are added with another scale; None
+        for a model without adapters.
+
+        Args:
+            scale: in place of alpha / rank."""
+        if self.is_streamed:
+            source = self.policy.source
+            if source.adapters is None:
+                return None
+            rescaled_source = source.with_adapters(source.adapters._replace(scale=scale))
+            return self.policy.with_source(rescaled_source)
+        return adapters.with_scale(self.policy, scale)
 
     @property
     def checkpoint_before(self) -> Path:

@@ -11,7 +11,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from megatron_r1.controller.trainer_calls.packing import pack, sample_cost
@@ -19,7 +18,8 @@ from megatron_r1.why import formulas
 from megatron_r1.why.comparison import CannotRecompute
 from megatron_r1.why.policy import checkpoint_model, token_logprobs
 from megatron_r1.why.policy.adapters import trained_parameters
-from megatron_r1.why.policy.policy_logprobs import PolicyLogprobs, rows_with_own_experts
+from megatron_r1.why.policy.policy_logprobs import PolicyLogprobs
+from megatron_r1.why.policy.row_variants import row_with_prompt, rows_with_own_experts
 from megatron_r1.why.policy.token_logprobs import TokenRow
 from megatron_r1.why.record.recorded_step import weights_after
 from megatron_r1.why.update.adam import AdamRules, Moments
@@ -286,7 +286,7 @@ class UpdateInputs:
                 )
             ]
         if substitution.trains_prompts:
-            rows = [_with_prompt(row) for row in rows]
+            rows = [row_with_prompt(row) for row in rows]
         return rows_with_own_experts(rows) if substitution.routes_itself else rows
 
     def old_and_ref_logprobs(
@@ -324,17 +324,3 @@ class UpdateInputs:
         """Return the rows of each update."""
         minibatches = self.minibatches(rows)
         return [minibatches[0]] * len(minibatches) if substitution.repeats_first else minibatches
-
-
-def _with_prompt(row: TokenRow) -> TokenRow:
-    """Return a row whose tokens are all trained on; the engine's log-probability of those that it
-    has not sampled is 0, as in the trainer."""
-    logprobs = torch.zeros(len(row.token_ids))
-    logprobs[row.is_sampled] = row.logprobs
-    return replace(
-        row,
-        is_sampled=torch.arange(len(row.token_ids)) > 0,
-        logprobs=logprobs[1:],
-        num_sampled=len(row.token_ids) - 1,
-        kept_ids=None,
-    )

@@ -15,7 +15,13 @@ from megatron_r1.models.weights.formats.published_layout import FP8_CONFIG
 from megatron_r1.why.checks import engine_logprobs, policies
 from megatron_r1.why.checks.fp8_causes import fit_effect
 from megatron_r1.why.comparison import EQUAL, NOT_CHECKED
-from megatron_r1.why.policy import changed_weights, fp8_engines, policy_logprobs, policy_models
+from megatron_r1.why.policy import (
+    changed_weights,
+    fp8_engines,
+    policy_logprobs,
+    policy_models,
+    substituted_logprobs,
+)
 from megatron_r1.why.policy.fp8_engines import FP8EngineLogprobs, pushed_values
 from megatron_r1.why.policy.policy_logprobs import PolicyLogprobs
 from megatron_r1.why.policy.token_logprobs import TokenRow, logprobs
@@ -145,7 +151,13 @@ def kept_versions(monkeypatch, request):
     if "folders" not in request.fixturenames:
         return
     made = request.getfixturevalue("folders")
-    for module in (changed_weights, fp8_engines, policy_logprobs, policy_models):
+    for module in (
+        changed_weights,
+        fp8_engines,
+        policy_logprobs,
+        policy_models,
+        substituted_logprobs,
+    ):
         monkeypatch.setattr(module, "weights_after", lambda folder, config, step: made[step])
 
 

@@ -10,8 +10,9 @@ from test_expert_replay import random_model, random_row, with_experts
 
 from megatron_r1.why.checks.routing import check_routing
 from megatron_r1.why.comparison import CannotRecompute
-from megatron_r1.why.policy.policy_logprobs import PolicyLogprobs, rows_with_own_experts
+from megatron_r1.why.policy.policy_logprobs import PolicyLogprobs
 from megatron_r1.why.policy.routed_experts import seen_experts
+from megatron_r1.why.policy.row_variants import rows_with_own_experts
 from megatron_r1.why.policy.token_logprobs import token_logits
 
 
