@@ -69,7 +69,7 @@ def examine(
     report, recomputation = Report(step.step), Recomputation(step, memory)
     for family, name, check in RECORD_CHECKS:
         report.add(_comparisons(family, name, partial(check, step)))
-    with threads_for(recomputation.policies):
+    with threads_for(recomputation.models):
         for family, name, recompute in WEIGHT_CHECKS:
             recomputation.searches_causes = not report.departs_before("loss")
             report.add(_comparisons(family, name, partial(recompute, step, recomputation)))

@@ -30,7 +30,7 @@ from megatron_r1.why.policy.checkpoint_model import read_model
 from megatron_r1.why.policy.layer_stream import StreamMemory, stream_memory
 from megatron_r1.why.policy.model_distance import relative_distance, source_distance
 from megatron_r1.why.policy.policy_logprobs import PolicyLogprobs
-from megatron_r1.why.policy.policy_models import NotInMemory
+from megatron_r1.why.policy.policy_models import NotInMemory, PolicyModels
 from megatron_r1.why.policy.row_variants import join_rows
 from megatron_r1.why.policy.streamed_model import StreamedModel
 from megatron_r1.why.policy.substituted_logprobs import SubstitutedLogprobs
@@ -232,13 +232,12 @@ def test_a_folder_of_another_model_is_refused(tmp_path):
         wide.with_source(TensorSource(folder, wide.source._hf_config)).head()
 
 
-class Versions(PolicyLogprobs):
-    """Log-probabilities by the models of two folders, whole or streamed."""
+class VersionModels(PolicyModels):
+    """The models of two folders, whole or streamed."""
 
     def __init__(self, before: Path, older: Path, *, is_streamed: bool) -> None:
         self._folder, self._streams = before, is_streamed
         self.rows = rows_of()
-        self.scored_sequences = list(range(len(self.rows)))
         model = SimpleNamespace(lora=None)
         self.step = SimpleNamespace(
             folder=older,
@@ -246,7 +245,6 @@ class Versions(PolicyLogprobs):
             config=SimpleNamespace(rollout=SimpleNamespace(temperature=1.0)),
             hf_config=read_hf_config(str(before)),
         )
-        self._logprobs_of_weights = {}
         self.policy = self.model(before)
 
     def model(self, source, prefix=""):
@@ -254,6 +252,14 @@ class Versions(PolicyLogprobs):
 
     def tensors(self, source, prefix=""):
         return TensorSource(source, self.step.hf_config)
+
+
+class Versions(PolicyLogprobs):
+    """Log-probabilities by the models of two folders, whole or streamed."""
+
+    def __init__(self, before: Path, older: Path, *, is_streamed: bool) -> None:
+        super().__init__(VersionModels(before, older, is_streamed=is_streamed))
+        self.scored_sequences = list(range(len(self.models.rows)))
 
 
 @pytest.mark.parametrize(

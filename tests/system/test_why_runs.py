@@ -208,7 +208,7 @@ def test_a_stale_engine_of_a_model_whose_layers_are_read_one_by_one(copy):
 def plant_another_expert(folder: Path) -> None:
     """Have the log hold what engines compute with another expert 2 in layer 1."""
     made = Recomputation(read(folder)).policies
-    other = made.model(read(folder).checkpoint_before)
+    other = made.models.model(read(folder).checkpoint_before)
     experts = next(m for n, m in other.named_modules() if n.endswith("layers.1.mlp.experts"))
     with torch.no_grad():
         experts.down_proj[2] *= -3.0

@@ -32,7 +32,7 @@ def _check_engine(
     from megatron_r1.why.rerun import fresh_engine
 
     fresh_engine.check_engine(
-        step, recomputation.policies.num_parameters, recomputation.policies.free_bytes
+        step, recomputation.models.num_parameters, recomputation.models.free_bytes
     )
     gaps = EngineGaps(step, recomputation.policies)
 
@@ -40,7 +40,7 @@ def _check_engine(
         folder = scratch / "hf"
         folder.mkdir()
         write_policy(
-            step, recomputation.policies.num_parameters, folder, recomputation.policies.free_bytes
+            step, recomputation.models.num_parameters, folder, recomputation.models.free_bytes
         )
         return await fresh_engine.score(step.run_config, folder, gaps.sequences, scratch)
 

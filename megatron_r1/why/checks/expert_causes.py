@@ -38,7 +38,7 @@ def departing_expert(gaps: EngineGaps) -> ExplainedDeparture | None:
     for suspect in suspects:
         if (explanation := _stale_expert(gaps, suspect.layer, suspect.expert)) is not None:
             return explanation
-    if suspects and gaps.policies.is_streamed:  # each would read the whole checkpoint
+    if suspects and gaps.policies.models.is_streamed:  # each would read the whole checkpoint
         gaps.untried_causes.append("exchanged experts")
         suspects = []
     for layer, expert, other_expert in _pairs(gaps, suspects):

@@ -145,8 +145,8 @@ class FP8Search:
         policies, newest_version = self._policies, self._gaps.newest_version
         yield Hypothesis("plain", newest_version), policies.trainer.old_logprobs
         versions = self._gaps.earlier_versions
-        for version in versions[:1] if policies.is_streamed else versions:
-            if (model := policies.with_scales_of(version)) is not None:
+        for version in versions[:1] if policies.models.is_streamed else versions:
+            if (model := policies.models.with_scales_of(version)) is not None:
                 yield Hypothesis("scales", version), policies.logprobs_under(model)
             if (logprobs := policies.logprobs_after(version)) is not None:
                 yield Hypothesis("weights", version), logprobs
@@ -188,7 +188,7 @@ class FP8Search:
         sequences = [self._policies.scored_sequences[index] for index in self._tried_sequences]
         fits = {}
         for version in sorted({max(0, newest_version - 1), 0} - {newest_version}, reverse=True):
-            scaled_model = self._policies.with_scales_of(version)
+            scaled_model = self._policies.models.with_scales_of(version)
             values_by_kind: dict[Kind, dict[str, Tensor] | None] = {
                 "scales": None if scaled_model is None else weights.other_tensors(scaled_model),
                 "weights": weights.version_tensors(version),

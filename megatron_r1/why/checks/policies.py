@@ -44,14 +44,14 @@ def _compare_trainer(step: RecordedStep, recomputation: Recomputation) -> Compar
         return not_checked(
             POLICIES_FAMILY, TRAINER, f"fp8.recipe: {recipe}: its products are not made"
         )
-    if len(recomputation.policies.scored_sequences) < len(recomputation.policies.rows):
+    if len(recomputation.policies.scored_sequences) < len(recomputation.models.rows):
         return not_checked(
             POLICIES_FAMILY, TRAINER, "only a part of the responses is recomputed here"
         )
     gaps = [
         np.abs(sequence.logprobs - logprobs)
         for sequence, logprobs in zip(
-            recomputation.policies.sequences, recomputation.policies.old_logprobs, strict=True
+            recomputation.models.sequences, recomputation.policies.old_logprobs, strict=True
         )
         if not math.isnan(sequence.advantage)
     ]
@@ -117,7 +117,7 @@ def _find_explanation(
             [np.zeros(len(logprobs_of_all) - len(sequence.logprobs), np.float32), sequence.logprobs]
         )
         for logprobs_of_all, sequence in zip(
-            all_logprobs, recomputation.policies.sequences, strict=True
+            all_logprobs, recomputation.models.sequences, strict=True
         )
     ]
     if _is_logged(step, recomputation, all_logprobs, engine_logprobs):
@@ -140,7 +140,7 @@ def _candidates(step: RecordedStep, recomputation: Recomputation) -> list[Candid
         (
             "at temperature 1",
             "rollout.temperature: the trainer divides the logits by another",
-            lambda: recomputation.policies.logprobs_under(recomputation.policies.policy, 1.0),
+            lambda: recomputation.policies.logprobs_under(recomputation.models.policy, 1.0),
         ),
         (
             "of the token before, shifted by one,",
@@ -230,12 +230,12 @@ def _is_logged(
         recomputation: its sequences.
         logprobs: log-probabilities of the sequences' tokens.
         engine: log-probabilities that the engine would have; None: those that it recorded."""
-    engine_logprobs = engine or [sequence.logprobs for sequence in recomputation.policies.sequences]
+    engine_logprobs = engine or [sequence.logprobs for sequence in recomputation.models.sequences]
     gaps = np.concatenate(
         [
             np.abs(logged_logprobs - recomputed_logprobs)
             for sequence, logged_logprobs, recomputed_logprobs in zip(
-                recomputation.policies.sequences, engine_logprobs, logprobs, strict=True
+                recomputation.models.sequences, engine_logprobs, logprobs, strict=True
             )
             if not math.isnan(sequence.advantage)
         ]
@@ -286,7 +286,7 @@ def _compare_reference(step: RecordedStep, recomputation: Recomputation) -> Comp
     if expected_path is None:
         return not_checked(POLICIES_FAMILY, name, f"there is no checkpoint of step {refresh_step}")
     reference = checkpoint_before, checkpoint_model.REFERENCE_PREFIX
-    distance = recomputation.policies.distance(reference, (expected_path, ""))
+    distance = recomputation.models.distance(reference, (expected_path, ""))
     if distance <= tolerance:
         return Comparison(
             POLICIES_FAMILY,
@@ -301,7 +301,7 @@ def _compare_reference(step: RecordedStep, recomputation: Recomputation) -> Comp
     other_steps = {0, step.step - 1, *range(max(0, step.step - 4), step.step)} - {refresh_step}
     for other_step in sorted(other_steps):
         path = weights_after(step.folder, step.run_config, other_step)
-        if path and recomputation.policies.distance(reference, (path, "")) <= tolerance:
+        if path and recomputation.models.distance(reference, (path, "")) <= tolerance:
             text = (
                 "it was not refreshed"
                 if other_step < refresh_step

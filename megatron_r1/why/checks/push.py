@@ -50,7 +50,7 @@ def _compare_export(step: RecordedStep, recomputation: Recomputation) -> Compari
         return not_checked(FAMILY, name, "there is no hf/ yet")
     if step.step != step.run_config.run.steps or step.checkpoint_after is None:
         return not_checked(FAMILY, name, "hf/ is of the run's last step")
-    distance = recomputation.policies.distance(
+    distance = recomputation.models.distance(
         (step.folder.hf_folder, ""), (step.checkpoint_after, "")
     )
     has_adapters, is_fp32 = step.run_config.model.lora, step.run_config.model.dtype == "float32"

@@ -26,7 +26,7 @@ def _check_trainer(
     from megatron_r1.why.rerun import single_rank
 
     single_rank.check_rank(
-        step, recomputation.policies.num_parameters, recomputation.policies.free_bytes
+        step, recomputation.models.num_parameters, recomputation.models.free_bytes
     )
 
     async def measure(scratch: Path) -> single_rank.RankDistances:

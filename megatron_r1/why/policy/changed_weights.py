@@ -32,7 +32,7 @@ class ChangedWeights:
 
     def __init__(self, policies: PolicyLogprobs) -> None:
         self._policies = policies
-        self._model = merged_copy(require_in_memory(policies.policy))
+        self._model = merged_copy(require_in_memory(policies.models.policy))
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
@@ -50,7 +50,7 @@ class ChangedWeights:
             step: the other step; 0: the model that the run began with."""
         policies = self._policies
         path = weights_after(policies.step.folder, policies.step.run_config, step)
-        return None if path is None else self.other_tensors(policies.model(path))
+        return None if path is None else self.other_tensors(policies.models.model(path))
 
     def other_tensors(self, model: Any) -> dict[str, Tensor]:
         """Return the tensors of another model that differ from the policy's.
@@ -78,7 +78,7 @@ class ChangedWeights:
             self._fill(new_values)
             (logprobs,) = token_logprobs.logprobs(
                 self._model,
-                [self._policies.rows[index] for index in sequences],
+                [self._policies.models.rows[index] for index in sequences],
                 [self._policies.temperature],
             )
         finally:

@@ -19,9 +19,10 @@ from megatron_r1.models.weights.formats.published_layout import (
 from megatron_r1.models.weights.formats.quantized_blocks import quantize_fp8
 from megatron_r1.why.policy import checkpoint_model
 from megatron_r1.why.policy.policy_logprobs import PolicyLogprobs
+from megatron_r1.why.policy.policy_models import PolicyModels
 from megatron_r1.why.policy.routed_experts import ROUTER_BIAS
 from megatron_r1.why.policy.tensor_source import TensorSource
-from megatron_r1.why.record.recorded_step import weights_after
+from megatron_r1.why.record.recorded_step import RecordedStep, weights_after
 
 
 def pushed_values(
@@ -43,20 +44,17 @@ def pushed_values(
     return dequantize_blockwise(codes, scales, dtype=torch.float32)
 
 
-class FP8EngineLogprobs(PolicyLogprobs):
-    """Log-probabilities of a step's tokens under policies as engines have them with `push.fp8`. The
-    activations, which an engine on a GPU quantizes too, stay float32.
+class FP8EngineModels(PolicyModels):
+    """The models of a step as engines have them with `push.fp8`. The activations, which an engine
+    on a GPU quantizes too, stay float32.
 
     Args:
-        trainer: the same step's log-probabilities under the trainer's weights.
+        step: the step.
+        memory: bytes that models may take; None: what is free."""
 
-    Raises:
-        CannotRecompute: weights are missing, or too large for this machine."""
-
-    def __init__(self, trainer: PolicyLogprobs) -> None:
-        super().__init__(trainer.step, trainer.memory)
-        self.trainer = trainer
-        self._rounds_scales_up = has_power_of_two_scales(trainer.step.hf_config)
+    def __init__(self, step: RecordedStep, memory: int | None = None) -> None:
+        super().__init__(step, memory)
+        self._rounds_scales_up = has_power_of_two_scales(step.hf_config)
 
     def tensors(self, source: Path, prefix: str = "") -> TensorSource:
         """Return the tensors of a model as the push makes them.
@@ -109,3 +107,19 @@ class FP8EngineLogprobs(PolicyLogprobs):
             )
 
         return self._model_of(super().tensors(self.checkpoint_before).with_encoding(encode))
+
+
+class FP8EngineLogprobs(PolicyLogprobs):
+    """Log-probabilities of a step's tokens under policies as engines have them with `push.fp8`.
+
+    Args:
+        trainer: the same step's log-probabilities under the trainer's weights.
+
+    Raises:
+        CannotRecompute: weights are missing, or too large for this machine."""
+
+    models: FP8EngineModels
+
+    def __init__(self, trainer: PolicyLogprobs) -> None:
+        super().__init__(FP8EngineModels(trainer.step, trainer.models.memory))
+        self.trainer = trainer

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from megatron_r1.why.comparison import CannotRecompute
 from megatron_r1.why.policy import (
-    checkpoint_model,
     routed_experts,
     streamed_logprobs,
     token_logprobs,
@@ -28,26 +27,28 @@ from megatron_r1.why.policy.row_variants import (
 )
 from megatron_r1.why.policy.streamed_model import StreamedModel
 from megatron_r1.why.policy.token_logprobs import TokenRow
-from megatron_r1.why.record.recorded_step import RecordedStep, weights_after
+from megatron_r1.why.record.recorded_step import weights_after
 
 LOGPROB_FLOPS = 1e13
 """Floating-point operations of a pass over logged tokens: minutes on two cores. Of more tokens a
 part is computed."""
 
 
-class PolicyLogprobs(PolicyModels):
+class PolicyLogprobs:
     """Log-probabilities of a step's tokens under the policies that it used, and under others.
 
     Args:
+        models: the step's models.
+
+    Attributes:
         step: the step.
-        memory: bytes that models may take; None: what is free.
 
     Raises:
         CannotRecompute: weights are missing, or too large for this machine.
     """
 
-    def __init__(self, step: RecordedStep, memory: int | None = None) -> None:
-        super().__init__(step, memory)
+    def __init__(self, models: PolicyModels) -> None:
+        self.models, self.step = models, models.step
         self._logprobs_of_weights: dict[Path, list[np.ndarray]] = {}
 
     @property
@@ -59,14 +60,14 @@ class PolicyLogprobs(PolicyModels):
     def scored_sequences(self) -> list[int]:
         """The sequences whose log-probabilities are computed: all, or every n-th where all would
         take too long."""
-        stride = max(1, int(np.ceil(self.pass_flops / LOGPROB_FLOPS)))
-        return list(range(0, len(self.rows), stride))
+        stride = max(1, int(np.ceil(self.models.pass_flops / LOGPROB_FLOPS)))
+        return list(range(0, len(self.models.rows), stride))
 
     @cached_property
     def old_logprobs(self) -> list[np.ndarray]:
         """Log-probabilities under the policy before the step, of `scored_sequences`, at the run's
         temperature."""
-        return self.logprobs_under(self.policy)
+        return self.logprobs_under(self.models.policy)
 
     def packed_logprobs(
         self, microbatches: Sequence[Sequence[int]], *, restarts: bool
@@ -78,20 +79,21 @@ class PolicyLogprobs(PolicyModels):
             microbatches: the rows of each micro-batch, in their order.
             restarts: whether positions begin anew with each row."""
         longest = max(
-            (sum(len(self.rows[i].token_ids) for i in rows) for rows in microbatches), default=0
+            (sum(len(self.models.rows[i].token_ids) for i in rows) for rows in microbatches),
+            default=0,
         )
         is_long = longest * self.step.hf_config["vocab_size"] > 4 * token_logprobs.LOGITS_AT_ONCE
         if is_long or not any(len(rows) > 1 for rows in microbatches):
             return None
         logprobs_by_row = list(self.old_logprobs)
-        microbatch_rows = [[self.rows[index] for index in rows] for rows in microbatches]
+        microbatch_rows = [[self.models.rows[index] for index in rows] for rows in microbatches]
         joined_rows = [join_rows(microbatch, restarts) for microbatch in microbatch_rows]
         # The layers of a streamed model are read once for all.
-        passes = [joined_rows] if self.is_streamed else [[row] for row in joined_rows]
+        passes = [joined_rows] if self.models.is_streamed else [[row] for row in joined_rows]
         logprobs_by_microbatch = [
             row_logprobs
             for rows in passes
-            for row_logprobs in self._logprobs_of(rows, self.policy, self.temperature)
+            for row_logprobs in self._logprobs_of(rows, self.models.policy, self.temperature)
         ]
         for rows, microbatch, joined_logprobs in zip(
             microbatches, microbatch_rows, logprobs_by_microbatch, strict=True
@@ -113,11 +115,13 @@ class PolicyLogprobs(PolicyModels):
 
     @property
     def _scored_rows(self) -> list[TokenRow]:
-        return [self.rows[index] for index in self.scored_sequences]
+        return [self.models.rows[index] for index in self.scored_sequences]
 
     def logprobs_at_temperatures(self, temperatures: Sequence[float]) -> list[list[np.ndarray]]:
         """Return those under the policy before the step, by temperature."""
-        by_temperature = logprobs_by_temperature(self.policy, self._scored_rows, temperatures)
+        by_temperature = logprobs_by_temperature(
+            self.models.policy, self._scored_rows, temperatures
+        )
         return [
             [row_logprobs.numpy() for row_logprobs in logprobs_by_row]
             for logprobs_by_row in by_temperature
@@ -129,7 +133,7 @@ class PolicyLogprobs(PolicyModels):
         if path is None:
             return None
         if path not in self._logprobs_of_weights:
-            self._logprobs_of_weights[path] = self.logprobs_under(self.model(path))
+            self._logprobs_of_weights[path] = self.logprobs_under(self.models.model(path))
         return self._logprobs_of_weights[path]
 
     def routing_agreement(self, shift: int = 0) -> float:
@@ -159,9 +163,9 @@ class PolicyLogprobs(PolicyModels):
         return self._chosen_experts(rows_with_own_experts(self._scored_rows))
 
     def _chosen_experts(self, rows: Sequence[TokenRow]) -> dict[str, list[Tensor]]:
-        if self.is_streamed:
-            return streamed_logprobs.chosen_experts(self.policy, rows)
-        return routed_experts.chosen_experts(self.policy, rows)
+        if self.models.is_streamed:
+            return streamed_logprobs.chosen_experts(self.models.policy, rows)
+        return routed_experts.chosen_experts(self.models.policy, rows)
 
     def without_replay(self) -> list[np.ndarray] | None:
         """Return those under the policy before the step with the experts that it chooses itself;
@@ -169,7 +173,7 @@ class PolicyLogprobs(PolicyModels):
         if not self.step.config.rl.routing_replay:
             return None
         return self._logprobs_of(
-            rows_with_own_experts(self._scored_rows), self.policy, self.temperature
+            rows_with_own_experts(self._scored_rows), self.models.policy, self.temperature
         )
 
     def all_token_logprobs(self) -> list[np.ndarray]:
@@ -178,18 +182,18 @@ class PolicyLogprobs(PolicyModels):
             replace(row, is_sampled=torch.arange(len(row.token_ids)) > 0, kept_ids=None)
             for row in self._scored_rows
         ]
-        return self._logprobs_of(rows, self.policy, self.temperature)
+        return self._logprobs_of(rows, self.models.policy, self.temperature)
 
     def plain_logprobs(self) -> list[np.ndarray]:
         """Return those under the policy before the step at temperature 1, over the whole
         vocabulary."""
         rows = [replace(row, kept_ids=None) for row in self._scored_rows]
-        return self._logprobs_of(rows, self.policy, 1.0)
+        return self._logprobs_of(rows, self.models.policy, 1.0)
 
     def shifted_logprobs(self) -> list[np.ndarray]:
         """Return, in place of each sampled token's, the log-probability of the token before it."""
         rows = [replace(row, targets=row.token_ids.roll(1)) for row in self._scored_rows]
-        return self._logprobs_of(rows, self.policy, self.temperature)
+        return self._logprobs_of(rows, self.models.policy, self.temperature)
 
     def experts(self) -> dict[str, list[np.ndarray]]:
         """Return the experts that the policy before the step chooses for the tokens of
@@ -205,29 +209,17 @@ class PolicyLogprobs(PolicyModels):
         """Log-probabilities of all rows under the reference of the checkpoint; None without KL."""
         if not self.step.config.rl.kl_beta:
             return None
-        if self.is_first_step and not self.step.config.rl.routing_replay:
+        if self.models.is_first_step and not self.step.config.rl.routing_replay:
             return self.all_old_logprobs
-        rows, model = rows_with_own_experts(self.rows), self.reference_model
+        rows, model = rows_with_own_experts(self.models.rows), self.models.reference_model
         return logprobs_by_temperature(model, rows, [self.temperature])[0]
-
-    @property
-    def reference_model(self) -> Any:
-        """The reference of the checkpoint, in the first step the policy."""
-        if self.is_first_step:
-            return self.policy
-        return self.model(self.checkpoint_before, checkpoint_model.REFERENCE_PREFIX)
 
     @cached_property
     def all_old_logprobs(self) -> list[Tensor]:
         """Log-probabilities of all rows under the policy before the step."""
-        if len(self.scored_sequences) == len(self.rows):
+        if len(self.scored_sequences) == len(self.models.rows):
             return [torch.from_numpy(row_logprobs) for row_logprobs in self.old_logprobs]
-        return logprobs_by_temperature(self.policy, self.rows, [self.temperature])[0]
-
-    @property
-    def is_first_step(self) -> bool:
-        """Whether the step is the run's first."""
-        return self.step.step == 1
+        return logprobs_by_temperature(self.models.policy, self.models.rows, [self.temperature])[0]
 
 
 def logprobs_by_temperature(

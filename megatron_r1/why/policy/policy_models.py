@@ -79,6 +79,18 @@ class PolicyModels:
         return adapters.with_scale(self.policy, scale)
 
     @property
+    def reference_model(self) -> Any:
+        """The reference of the checkpoint, in the first step the policy."""
+        if self.is_first_step:
+            return self.policy
+        return self.model(self.checkpoint_before, checkpoint_model.REFERENCE_PREFIX)
+
+    @property
+    def is_first_step(self) -> bool:
+        """Whether the step is the run's first."""
+        return self.step.step == 1
+
+    @property
     def checkpoint_before(self) -> Path:
         """The checkpoint before the step.
 

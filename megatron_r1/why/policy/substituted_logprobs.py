@@ -26,21 +26,21 @@ class SubstitutedLogprobs:
         policies: the step's log-probabilities."""
 
     def __init__(self, policies: PolicyLogprobs) -> None:
-        self._policies, self._step = policies, policies.step
+        self._policies, self._models, self._step = policies, policies.models, policies.step
 
     def without_router_bias(self) -> list[np.ndarray] | None:
         """Return those under the policy before the step with routers that have no correction bias;
         None for a model without such a bias."""
-        if self._policies.is_streamed:
+        if self._models.is_streamed:
             return self._without_router_bias_streamed()
         names = [
             name
-            for name in self._policies.policy.state_dict()
+            for name in self._models.policy.state_dict()
             if name.endswith(routed_experts.ROUTER_BIAS)
         ]
         if not names:
             return None
-        model = copy.deepcopy(self._policies.policy)
+        model = copy.deepcopy(self._models.policy)
         with torch.no_grad():
             for name in names:
                 model.state_dict()[name].zero_()
@@ -52,14 +52,12 @@ class SubstitutedLogprobs:
 
         Args:
             scale: in place of alpha / rank."""
-        model = self._policies.policy_with_adapter_scale(scale)
+        model = self._models.policy_with_adapter_scale(scale)
         return None if model is None else self._policies.logprobs_under(model)
 
     def num_experts(self, layer: str) -> int:
         """Return how many experts a module of routed experts has."""
-        model = (
-            self._policies.policy.skeleton if self._policies.is_streamed else self._policies.policy
-        )
+        model = self._models.policy.skeleton if self._models.is_streamed else self._models.policy
         return len(next(model.get_submodule(layer).parameters()))
 
     def with_experts(self, layer: str, sources: Mapping[int, int]) -> list[np.ndarray]:
@@ -68,7 +66,7 @@ class SubstitutedLogprobs:
         Args:
             layer: the module of routed experts.
             sources: expert → the one whose weights it has."""
-        model = copy.deepcopy(require_in_memory(self._policies.policy))
+        model = copy.deepcopy(require_in_memory(self._models.policy))
         with torch.no_grad():
             for parameter in model.get_submodule(layer).parameters():
                 values = parameter.detach().clone()
@@ -87,8 +85,8 @@ class SubstitutedLogprobs:
         path = weights_after(self._step.folder, self._step.run_config, step)
         if path is None:
             return None
-        if self._policies.is_streamed:
-            old_source, beginning = self._policies.tensors(path), f"{layer}.{expert}."
+        if self._models.is_streamed:
+            old_source, beginning = self._models.tensors(path), f"{layer}.{expert}."
             return self._logprobs_with(
                 {
                     name: partial(old_source.read, name)
@@ -97,9 +95,9 @@ class SubstitutedLogprobs:
                 }
             )
         old_weights = dict(
-            require_in_memory(self._policies.model(path)).get_submodule(layer).named_parameters()
+            require_in_memory(self._models.model(path)).get_submodule(layer).named_parameters()
         )
-        model = copy.deepcopy(self._policies.policy)
+        model = copy.deepcopy(self._models.policy)
         with torch.no_grad():
             for name, parameter in model.get_submodule(layer).named_parameters():
                 if name in old_weights:
@@ -115,23 +113,23 @@ class SubstitutedLogprobs:
         has_adapters = self._step.run_config.model.lora is not None  # the head is frozen
         if begin is None or has_adapters or not self._step.hf_config.get("tie_word_embeddings"):
             return None
-        if self._policies.is_streamed:
+        if self._models.is_streamed:
             return self._logprobs_with(
-                {HEAD_NAME: partial(self._policies.tensors(begin).read, HEAD_NAME)}
+                {HEAD_NAME: partial(self._models.tensors(begin).read, HEAD_NAME)}
             )
-        model = copy.deepcopy(self._policies.policy)
-        head = require_in_memory(self._policies.model(begin)).lm_head.weight.detach()
+        model = copy.deepcopy(self._models.policy)
+        head = require_in_memory(self._models.model(begin)).lm_head.weight.detach()
         model.lm_head.weight = torch.nn.Parameter(head)
         return self._policies.logprobs_under(model)
 
     def bfloat16_logprobs(self) -> list[np.ndarray]:
         """Return those under the policy before the step computed in bfloat16."""
         return self._policies.logprobs_under(
-            copy.deepcopy(require_in_memory(self._policies.policy)).to(torch.bfloat16)
+            copy.deepcopy(require_in_memory(self._models.policy)).to(torch.bfloat16)
         )
 
     def _without_router_bias_streamed(self) -> list[np.ndarray] | None:
-        shapes = self._policies.policy.source.shapes
+        shapes = self._models.policy.source.shapes
         names = [name for name in shapes if name.endswith(routed_experts.ROUTER_BIAS)]
         if not names:
             return None
@@ -142,5 +140,5 @@ class SubstitutedLogprobs:
 
         Args:
             values: functions that return the others, by published name."""
-        source = self._policies.policy.source.with_replacements(values)
-        return self._policies.logprobs_under(self._policies.policy.with_source(source))
+        source = self._models.policy.source.with_replacements(values)
+        return self._policies.logprobs_under(self._models.policy.with_source(source))

@@ -27,7 +27,7 @@ class CheckpointAfter:
         after, dtype = self._step.checkpoint_after, self._step.run_config.model.dtype
         if after is None:
             return None
-        return self._inputs.policies.model(
+        return self._inputs.models.model(
             after, "" if dtype == "float32" else f"{checkpoint_model.STATE_PREFIX}param."
         )
 

@@ -49,7 +49,7 @@ class MomentFits:
         num_values = sum(values.numel() for values in self._after.first_moments.values())
         copies_by_term = 4 if self._inputs.first_update is None else 5
         num_bytes = 4 * (copies_by_term * num_terms + 1) * num_values
-        free_bytes = self._inputs.policies.free_bytes
+        free_bytes = self._inputs.models.free_bytes
         if num_bytes > free_bytes:
             return (
                 f"the gradients of {num_terms} terms need {num_bytes / 1e9:.0f} GB, "

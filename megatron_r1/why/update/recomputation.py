@@ -14,6 +14,7 @@ import torch
 
 from megatron_r1.why.policy.fp8_engines import FP8EngineLogprobs
 from megatron_r1.why.policy.policy_logprobs import PolicyLogprobs
+from megatron_r1.why.policy.policy_models import PolicyModels
 from megatron_r1.why.record.recorded_step import RecordedStep
 from megatron_r1.why.update.checkpoint_after import CheckpointAfter
 from megatron_r1.why.update.evidence import Evidence, run_evidence
@@ -59,10 +60,11 @@ class Recomputation:
 
     Args:
         step: the step.
-        memory: as of `PolicyLogprobs`.
+        memory: as of `PolicyModels`.
 
     Attributes:
-        policies: log-probabilities under the policies of the step.
+        models: the models of the step.
+        policies: log-probabilities under its policies.
         inputs: what the updates are made of.
         after: what the checkpoint after the step has of the run's updates.
         searches_causes: whether updates that depart are made again with substitutions: not where
@@ -74,7 +76,8 @@ class Recomputation:
 
     def __init__(self, step: RecordedStep, memory: int | None = None) -> None:
         self.step = step
-        self.policies = PolicyLogprobs(step, memory)
+        self.models = PolicyModels(step, memory)
+        self.policies = PolicyLogprobs(self.models)
         self.inputs = UpdateInputs(self.policies)
         self.after = CheckpointAfter(self.inputs)
         self._fits = MomentFits(self.inputs, self.after, self._remake_updates)

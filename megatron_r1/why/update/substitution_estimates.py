@@ -80,7 +80,7 @@ class SubstitutionEstimates:
         rows = self._inputs.substituted_rows(substitution)
         reference = self._substituted_reference(substitution)
         rows = with_token_advantages(self._step, rows, self._policies.all_old_logprobs, reference)
-        if [row.is_trained for row in rows] != [row.is_trained for row in self._policies.rows]:
+        if [row.is_trained for row in rows] != [row.is_trained for row in self._inputs.models.rows]:
             return UNKNOWN_DISTANCE
         rules = replace(self._inputs.loss_rules(), **dict(substitution.loss))
         metrics = self._estimated_metrics(rows, reference, rules)

@@ -52,22 +52,18 @@ class UpdateInputs:
     """
 
     def __init__(self, policies: PolicyLogprobs) -> None:
-        self.step, self.policies = policies.step, policies
+        self.step, self.models, self.policies = policies.step, policies.models, policies
 
     @cached_property
     def moments(self) -> tuple[Moments, Moments] | None:
         """Adam's first and second moments before the step; None before the run's first."""
-        return (
-            None
-            if self.policies.is_first_step
-            else self.moments_in(self.policies.checkpoint_before)
-        )
+        return None if self.models.is_first_step else self.moments_in(self.models.checkpoint_before)
 
     def moments_in(self, checkpoint: Path) -> tuple[Moments, Moments]:
         """Return the first and second moments in a checkpoint, by parameter."""
         first, second = (
             trained_parameters(
-                self.policies.model(checkpoint, f"{checkpoint_model.STATE_PREFIX}{name}.")
+                self.models.model(checkpoint, f"{checkpoint_model.STATE_PREFIX}{name}.")
             )
             for name in checkpoint_model.MOMENT_NAMES
         )
@@ -78,14 +74,14 @@ class UpdateInputs:
     @cached_property
     def num_updates(self) -> int:
         """Updates before the step, as the checkpoint's optimizer has counted them."""
-        if self.policies.is_first_step:
+        if self.models.is_first_step:
             return 0
-        return checkpoint_model.read_state(self.policies.checkpoint_before) or 0
+        return checkpoint_model.read_state(self.models.checkpoint_before) or 0
 
     def check_updates(self) -> None:
         """Raise CannotRecompute where the step's updates cannot be made here."""
         config = self.step.config
-        before = self.policies.checkpoint_before
+        before = self.models.checkpoint_before
         algorithm = config.rl.algorithm
         reasons = (
             (
@@ -99,7 +95,7 @@ class UpdateInputs:
                 "are counted for depends on the packing",
             ),
             (
-                bool(config.model.lora and self.policies.is_first_step),
+                bool(config.model.lora and self.models.is_first_step),
                 "model.lora: the factors that the first step begins with are not read",
             ),
             (config.fp8.recipe != "none", f"fp8.recipe: {config.fp8.recipe}"),
@@ -107,17 +103,15 @@ class UpdateInputs:
         for applies, reason in reasons:
             if applies:
                 raise CannotRecompute(reason)
-        cost = 4.0 * self.policies.pass_flops
+        cost = 4.0 * self.models.pass_flops
         if cost > UPDATE_FLOPS:
             raise CannotRecompute(
                 f"the updates take {cost / 1e12:,.0f} teraflops here, at most "
                 f"{UPDATE_FLOPS / 1e12:.0f} are spent"
             )
-        num_bytes = max(
-            4 * PARAMETER_COPIES * self.policies.num_parameters, self.policies.model_bytes
-        )
-        free_bytes = self.policies.free_bytes
-        if num_bytes > free_bytes or self.policies.is_streamed:
+        num_bytes = max(4 * PARAMETER_COPIES * self.models.num_parameters, self.models.model_bytes)
+        free_bytes = self.models.free_bytes
+        if num_bytes > free_bytes or self.models.is_streamed:
             raise CannotRecompute(
                 f"the updates need {num_bytes / 1e9:,.1f} GB, {4 * PARAMETER_COPIES} bytes a "
                 f"parameter or a whole model with its logits, {free_bytes / 1e9:,.1f} GB are "
@@ -125,7 +119,7 @@ class UpdateInputs:
             )
         if (
             config.rl.kl_beta
-            and not self.policies.is_first_step
+            and not self.models.is_first_step
             and not checkpoint_model.has_part(before, checkpoint_model.REFERENCE_PREFIX)
         ):
             raise CannotRecompute(f"{before} has no reference policy")
@@ -136,9 +130,9 @@ class UpdateInputs:
 
         Args:
             token_rows: the rows; None: the step's."""
-        token_rows = token_rows or self.policies.rows
+        token_rows = token_rows or self.models.rows
         by_response: dict[Any, list[int]] = {}
-        for index, sequence in enumerate(self.policies.sequences):
+        for index, sequence in enumerate(self.models.sequences):
             by_response.setdefault(sequence.response, []).append(index)
         response_rows = list(by_response.values())
         random.Random(f"{self.step.run_config.run.seed}:{self.step.step}").shuffle(response_rows)
@@ -158,10 +152,10 @@ class UpdateInputs:
     @cached_property
     def trained_model(self) -> Any:
         """What the optimizer changes: the policy, of 16 bits its master weights."""
-        if self.step.run_config.model.dtype == "float32" or self.policies.is_first_step:
-            return self.policies.policy
-        return self.policies.model(
-            self.policies.checkpoint_before, f"{checkpoint_model.STATE_PREFIX}param."
+        if self.step.run_config.model.dtype == "float32" or self.models.is_first_step:
+            return self.models.policy
+        return self.models.model(
+            self.models.checkpoint_before, f"{checkpoint_model.STATE_PREFIX}param."
         )
 
     @cached_property
@@ -169,9 +163,9 @@ class UpdateInputs:
         """The forward passes of the first update; None where its graph is too large to keep."""
         return first_update(
             self.trained_model,
-            self.policies.rows,
+            self.models.rows,
             self.minibatches()[0],
-            self.policies.num_parameters,
+            self.models.num_parameters,
         )
 
     @cached_property
@@ -185,7 +179,7 @@ class UpdateInputs:
         cost = sample_cost(self.step.hf_config)
         batches = []
         for rows in self.minibatches():
-            lengths = [len(self.policies.rows[index].token_ids) for index in rows]
+            lengths = [len(self.models.rows[index].token_ids) for index in rows]
             packing = pack(lengths, ranks, parallel.microbatch_tokens, cost=cost)
             batches.append(
                 [[[rows[index] for index in m] for m in share] for share in packing.shares]
@@ -230,7 +224,7 @@ class UpdateInputs:
     def loss_terms(self) -> list[LossTerm]:
         """The terms of the loss whose gradients are computed one by one."""
         return [
-            *loss_terms(self.step, self.policies.rows, self.loss_rules()),
+            *loss_terms(self.step, self.models.rows, self.loss_rules()),
             *left_out_terms(
                 self.step,
                 lambda rows: with_token_advantages(
@@ -240,7 +234,7 @@ class UpdateInputs:
                     self.policies.reference_logprobs,
                 ),
                 self.minibatches,
-                self.policies.rows,
+                self.models.rows,
             ),
         ]
 
@@ -277,12 +271,12 @@ class UpdateInputs:
 
     def substituted_rows(self, substitution: Substitution) -> list[TokenRow]:
         """Return the rows with what is substituted of them."""
-        rows = self.policies.rows
+        rows = self.models.rows
         if substitution.advantages is not None:
             rows = [
                 replace(row, advantage=substitution.advantages[index[0]][index[1]])
                 for row, index in zip(
-                    rows, (sequence.response for sequence in self.policies.sequences), strict=True
+                    rows, (sequence.response for sequence in self.models.sequences), strict=True
                 )
             ]
         if substitution.trains_prompts:
@@ -296,19 +290,19 @@ class UpdateInputs:
         is_own = loss.temperature == self.policies.temperature and not substitution.trains_prompts
         old_logprobs, temperatures = self.policies.all_old_logprobs, [loss.temperature]
         if not is_own or substitution.routes_itself:
-            old_logprobs = token_logprobs.logprobs(self.policies.policy, rows, temperatures)[0]
+            old_logprobs = token_logprobs.logprobs(self.models.policy, rows, temperatures)[0]
         if not substitution.reference and (is_own or self.policies.reference_logprobs is None):
             return old_logprobs, self.policies.reference_logprobs
         if substitution.reference == "begin":
             begin = weights_after(self.step.folder, self.step.run_config, 0)
             assert begin is not None, "the substitution is offered where the model is there"
-            model = self.policies.model(begin)
-        elif substitution.reference == "policy" or self.policies.is_first_step:
+            model = self.models.model(begin)
+        elif substitution.reference == "policy" or self.models.is_first_step:
             if not self.step.config.rl.routing_replay:
                 return old_logprobs, old_logprobs
-            model = self.policies.policy
+            model = self.models.policy
         else:
-            model = self.policies.reference_model
+            model = self.models.reference_model
         rows = rows_with_own_experts(rows)
         return old_logprobs, token_logprobs.logprobs(model, rows, temperatures)[0]
 

@@ -15,6 +15,7 @@ from megatron_r1.why.checks.engine_gaps import EngineGaps
 from megatron_r1.why.policy import changed_weights, policy_logprobs
 from megatron_r1.why.policy.changed_weights import merged_copy
 from megatron_r1.why.policy.policy_logprobs import PolicyLogprobs
+from megatron_r1.why.policy.policy_models import PolicyModels
 from megatron_r1.why.policy.token_logprobs import TokenRow, logprobs
 
 NEWEST = 2
@@ -44,10 +45,10 @@ def moved(model, seed: int):
     return older
 
 
-class Recomputed(PolicyLogprobs):
-    """Log-probabilities of rows by the model before the step; `engine` made those of the log."""
+class Models(PolicyModels):
+    """The models of some versions, of which `engine` made the log-probabilities of the log."""
 
-    def __init__(self, models, engine, rows: list[TokenRow], temperature: float = 1.0) -> None:
+    def __init__(self, models, engine, rows: list[TokenRow], temperature: float) -> None:
         self._models_by_version = models
         self.rows, self.policy = rows, models[NEWEST]
         (made,) = logprobs(engine, rows, [temperature])
@@ -60,7 +61,6 @@ class Recomputed(PolicyLogprobs):
             )
             for index, values in enumerate(made)
         ]
-        self.scored_sequences = list(range(len(rows)))
         settings = SimpleNamespace(dtype="float32", temperature=temperature)
         config = SimpleNamespace(rollout=settings, model=SimpleNamespace(lora=None))
         response = SimpleNamespace(response=SimpleNamespace(engine="engine-0"))
@@ -73,10 +73,17 @@ class Recomputed(PolicyLogprobs):
             line={},
             responses={(0, index): response for index in range(len(rows))},
         )
-        self._logprobs_of_weights = {}
 
     def model(self, source, prefix=""):
         return self._models_by_version[int(source.name)]
+
+
+class Recomputed(PolicyLogprobs):
+    """Log-probabilities of rows by the model before the step; `engine` made those of the log."""
+
+    def __init__(self, models, engine, rows: list[TokenRow], temperature: float = 1.0) -> None:
+        super().__init__(Models(models, engine, rows, temperature))
+        self.scored_sequences = list(range(len(rows)))
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ from megatron_r1.why.policy import (
 )
 from megatron_r1.why.policy.fp8_engines import FP8EngineLogprobs, pushed_values
 from megatron_r1.why.policy.policy_logprobs import PolicyLogprobs
+from megatron_r1.why.policy.policy_models import PolicyModels
 from megatron_r1.why.policy.token_logprobs import TokenRow, logprobs
 
 NEWEST, VOCABULARY = 2, 23
@@ -238,7 +239,7 @@ def logged_step(folder, values, scratch, scale_format=None):
 
 
 def checked(step, memory=None):
-    policy = FP8EngineLogprobs(PolicyLogprobs(step, memory))
+    policy = FP8EngineLogprobs(PolicyLogprobs(PolicyModels(step, memory)))
     (comparison,) = engine_logprobs.check_logprobs(step, SimpleNamespace(engine_policy=policy))
     return comparison
 

@@ -28,7 +28,8 @@ def test_packed_log_probabilities_are_put_back_in_order(restarts):
     model = dense_model()
     recomputed = Recomputed({NEWEST: model}, model, rows_of(5, 9))
     packed = recomputed.packed_logprobs([[2, 0], [4], [1, 3]], restarts=restarts)
-    (pair,), *_ = logprobs(model, [join_rows([recomputed.rows[2], recomputed.rows[0]], restarts)])
+    rows = recomputed.models.rows
+    (pair,), *_ = logprobs(model, [join_rows([rows[2], rows[0]], restarts)])
     np.testing.assert_allclose(np.concatenate([packed[2], packed[0]]), pair.numpy(), atol=1e-6)
     for index in (2, 4, 1):  # nothing is before them
         np.testing.assert_allclose(packed[index], recomputed.old_logprobs[index], atol=1e-5)

@@ -78,9 +78,10 @@ def test_agreement_is_the_share_of_logged_experts_that_the_model_chooses():
     experts = torch.stack(list(chosen.values()), dim=1)  # (tokens, layers, experts per token)
 
     def agreement(recorded: torch.Tensor, shift: int = 0) -> float:
-        logprobs = PolicyLogprobs.__new__(PolicyLogprobs)
-        logprobs.rows, logprobs.scored_sequences = [with_experts(row, recorded)], [0]
-        logprobs.policy = model
+        rows = [with_experts(row, recorded)]
+        models = SimpleNamespace(step=None, rows=rows, policy=model, is_streamed=False)
+        logprobs = PolicyLogprobs(models)
+        logprobs.scored_sequences = [0]
         return logprobs.routing_agreement(shift)
 
     assert agreement(experts.flip(-1)) == 1.0  # the order of a token's experts has no meaning

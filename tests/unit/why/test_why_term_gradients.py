@@ -219,7 +219,7 @@ def test_responses_that_are_left_out_have_the_advantages_that_they_would_have(pl
     planted.settings["rl"] |= {"truncated": "mask", "algorithm": "grpo"}
     step = planted.read()
     made = Recomputation(step)
-    masked, ungraded = left_out_terms(step, list, made.inputs.minibatches, made.policies.rows)
+    masked, ungraded = left_out_terms(step, list, made.inputs.minibatches, made.models.rows)
     for term, index, group in (
         (ungraded, 1, [1.1, 0.0, 1.1, 0.1]),
         (masked, 3, [1.1, 1.1, 0.1]),  # what has no grade is in no group's mean
