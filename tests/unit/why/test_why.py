@@ -1,6 +1,7 @@
 """`megatron-r1 why` on what a run wrote down: faults planted in logs, files and metrics are named.
 What needs weights: tests/system/test_why_runs.py."""
 
+import itertools
 import json
 import math
 import statistics
@@ -538,8 +539,10 @@ def test_without_checkpoints_it_says_what_is_missing(planted):
 
 
 def test_a_run_whose_groups_have_one_reward_is_suspected_to_be_too_hard(planted):
+    numbers = itertools.count(1)
+
     def wrong(graded):
-        return planted.response("<think></think><answer>-1</answer>", 1)
+        return planted.response(f"<think></think><answer>-{next(numbers)}</answer>", 1)
 
     planted.change(wrong)
     report = examine(planted.read())
@@ -565,6 +568,7 @@ def test_a_loss_of_kl_alone_has_the_rounding_of_kl(planted, logged, departs):
         ),
         searches_causes=True,
         estimates=SimpleNamespace(distance=lambda substitution, line: 1.0),
+        fitted_clip=None,
         term_fit=TermFit((), math.inf, math.inf),
     )
     of_loss, of_kl = loss.check_loss(planted.read(), recomputed)
