@@ -15,7 +15,7 @@ from typing import Any
 from megatron_r1 import config as configuration
 from megatron_r1.base.errors import Cause, RunError, UserError, did_you_mean
 from megatron_r1.commands import reward_model
-from megatron_r1.commands.training_run import check_trainer
+from megatron_r1.commands.trainer_checks import check_trainer
 from megatron_r1.config import Config, infer_verb
 from megatron_r1.config.overrides import take_section
 from megatron_r1.config.yaml_text import nest_keys

@@ -15,7 +15,7 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.transports import TRANSPORTS
 from megatron_r1.commands import torchrun
 from megatron_r1.commands.first_recipe import Machine, guess_layout, value_text
-from megatron_r1.commands.training_run import check_trainer
+from megatron_r1.commands.trainer_checks import check_trainer
 from megatron_r1.config import Config
 from megatron_r1.controller import algorithms
 from megatron_r1.controller.teacher_checks import check_teachers

@@ -1,60 +1,37 @@
-"""A training run: imports that begin early, its folder and its trainer, then export and report, and
-a clean stop.
+"""A training run: its folder and its trainer, then export and report, and a clean stop.
 
 Within `training_run` runs a loop: that of `rl` is `controller.loop`, that of `sft` and
-`reward-model` is `supervised_training`. Imports of vLLM and Megatron-Core begin while the
-controller reads the data."""
+`reward-model` is `supervised_training`."""
 
 import contextlib
 import json
 import os
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from megatron_r1.base.errors import Cause, TrainerError, UserError
+from megatron_r1.base.errors import TrainerError, UserError
 from megatron_r1.base.files import atomic_write
-from megatron_r1.base.files.weight_files import require_complete, weight_files
-from megatron_r1.base.processes import fork_client, timeline
+from megatron_r1.base.processes import timeline
 from megatron_r1.base.processes.stopping import StopRequest
 from megatron_r1.commands import torchrun
 from megatron_r1.commands.torchrun import PORT, SPANS_HOSTS
-from megatron_r1.config import RESUMABLE, Config, ModelConfig
-from megatron_r1.config.algorithms import find_rules
+from megatron_r1.commands.trainer_checks import check_folder, check_weights
+from megatron_r1.config import RESUMABLE, Config
 from megatron_r1.config.optimizer import warmup_note
 from megatron_r1.controller.cpu_memory import cpu_memory
 from megatron_r1.controller.run_recorder import RunRecorder
 from megatron_r1.controller.supervision.supervisor import Supervisor
 from megatron_r1.controller.trainer_calls.client import TrainerClient
-from megatron_r1.controller.trainer_calls.packing import check_batches
-from megatron_r1.controller.trainer_calls.rank_processes import RANK_MODULE as RANK
-from megatron_r1.controller.trainer_calls.rank_processes import import_environment
 from megatron_r1.engines.server import gpu
-from megatron_r1.engines.server.settings import SERVER_MODULE as ENGINE
-from megatron_r1.engines.server.settings import EngineSettings, engine_settings
 from megatron_r1.evaluation.model_folder import has_newest_export
-from megatron_r1.models.hf_config import describe_config_changes, num_mtp_layers, read_hf_config
-from megatron_r1.models.parallel_checks import check_exchange_overlap
-from megatron_r1.models.weights.adapter_table import check_adapters
+from megatron_r1.models.hf_config import describe_config_changes
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.trainer.operations import CheckpointOperations
 
-
-def preload_vllm(config: Config) -> None:
-    """Begin the import of vLLM for engines on this host: four seconds of CPU. The process ends with
-    this one, also if no engine is started. Call it once the settings are checked."""
-    if config.rollout.placement == "local":
-        host_settings = engine_settings(config.rollout)
-        replay = config.rl.routing_replay
-        settings = EngineSettings(device=gpu.device(), return_routing=replay, **host_settings)
-        fork_client.preload(ENGINE, settings.environment())
-
-
-def preload_megatron() -> None:
-    """Begin the import of Megatron-Core, likewise, for ranks that the controller starts on a host
-    without GPUs: two seconds of CPU."""
-    if torchrun.starts_ranks() and not gpu.is_usable():
-        fork_client.preload(RANK, import_environment())
+IMPLEMENTATIONS = "implementations.json"
+"""The file in the run's folder that names the implementation of each part of a step."""
+Commands = Sequence[tuple[str, str]]
+"""(purpose, command) suggestions for the report."""
 
 
 @dataclass(frozen=True)
@@ -77,47 +54,6 @@ class TrainingRun:
         await self.trainer.connect()
         await self.recorder.load(self.trainer, with_reference=config.uses_reference)
         return self.recorder.state.step >= config.run.steps  # else that checkpoint was damaged
-
-
-IMPLEMENTATIONS = "implementations.json"
-"""The file in the run's folder that names the implementation of each part of a step."""
-
-NOT_TRAINING = {
-    "sample.json": "a sampling",
-    "curation.json": "a sampling",  # up to 0.2
-    "identity.json": "an evaluation or a sampling",
-}
-"""Files of folders that a training run cannot continue."""
-
-Commands = Sequence[tuple[str, str]]
-"""(purpose, command) suggestions for the report."""
-
-
-def check_trainer(config: Config, verb: str) -> None:
-    """Raise UserError where the trainer's ranks do not fit `parallel`, are too many for the batches
-    of `verb`, a target of `model.lora` is not there, or the experts' exchange cannot be overlapped
-    as set. Call it before anything starts: in RL the trainer itself would fail only after the
-    engines' start and a whole rollout."""
-    world_size = torchrun.world_size(config)
-    config.parallel.check_sizes(world_size)
-    trains_mtp = config.model.mtp == "train"
-    if trains_mtp and not num_mtp_layers(read_hf_config(config.model.path, None)):
-        raise UserError(
-            f"model.mtp: train, but {config.model.path} has no MTP layers; leave it out",
-            key="model.mtp",
-            cause=Cause.CONFLICT,
-        )
-    if config.model.lora is not None:
-        check_adapters(config, read_hf_config(config.model.path))
-    if config.parallel.overlap_expert_exchange:
-        check_exchange_overlap(config, read_hf_config(config.model.path, config.model.head))
-        if verb == "rl" and find_rules(config.rl.algorithm).critic:
-            critic_recipe = config.critic_recipe()
-            check_exchange_overlap(
-                critic_recipe, read_hf_config(critic_recipe.model.path, "score", "critic.path")
-            )
-    for _, settings in config.schedule_parts():
-        check_batches(settings, verb, world_size)
 
 
 @contextlib.asynccontextmanager
@@ -144,7 +80,7 @@ async def training_run(
         HangError: nothing moved for `run.hang_seconds`.
         KeyboardInterrupt: the run was asked to stop before its last step.
     """
-    _check_folder(config)
+    check_folder(config)
     stop = StopRequest()
     stop.listen()
     with RunFolder(config.run.folder) as folder:
@@ -165,7 +101,7 @@ async def training_run(
         outcome = ""
         try:
             if not recorder.is_resumed:
-                _require_weights(config.model)
+                check_weights(config.model)
             if PORT not in os.environ:  # no torchrun has started them
                 trainer.launch()
             async with supervisor.watching():
@@ -201,18 +137,6 @@ def show_trainer(recorder: RunRecorder, trainer: TrainerClient) -> None:
         recorder.view.show_message(f"  {part:20} {kind}")
     path = recorder.folder.path / IMPLEMENTATIONS
     atomic_write(path, json.dumps(parts, indent=1) + "\n")
-
-
-def _check_folder(config: Config) -> None:
-    """Raise UserError for the folder of a sampling or an evaluation."""
-    for file, owner in NOT_TRAINING.items():
-        if Path(config.run.folder, file).exists():
-            raise UserError(
-                f"run.folder {config.run.folder} is that of {owner}: give the training a folder "
-                "of its own",
-                key="run.folder",
-                cause=Cause.EXISTS,
-            )
 
 
 def _trainer(config: Config, name: str, recorder: RunRecorder) -> TrainerClient:
@@ -276,17 +200,3 @@ def _with_microbatch(
     tokens = memory.microbatch_tokens(config.parallel.tokens_per_microbatch)
     notify(memory.describe(tokens))
     return config.with_changes(parallel={"tokens_per_microbatch": tokens})
-
-
-def _require_weights(model: ModelConfig) -> None:
-    """Raise UserError where ranks and engines, once started, would find no weights."""
-    if model.init == "load" and not model.checkpoint:
-        try:
-            weight_files(Path(model.path))
-        except UserError as error:
-            raise UserError(
-                f"model.path: {error}; give a folder with weights, or model.init: random to sft",
-                key="model.path",
-                cause=error.cause,
-            ) from None
-        require_complete(Path(model.path))
