@@ -1,14 +1,7 @@
-"""A first recipe: sizes guessed from the model, the lengths of the prompts and the machine, each
-with its reason, and the recipe as text with these reasons as comments."""
+"""Sizes of a first recipe, each with its reason, guessed from the model, the lengths of the prompts
+and the machine."""
 
-import json
-import textwrap
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
-
-from megatron_r1.config.yaml_text import format_value
+from megatron_r1.commands.recipe_draft import Guess, Machine
 from megatron_r1.models.hf_config import HFConfig, key_value_heads
 from megatron_r1.models.memory import engine_bytes, parameter_bytes
 
@@ -23,31 +16,6 @@ GPU_FRACTION = 0.6
 """The share of a GPU's memory that weights, gradients and moments may take."""
 LEARNING_RATES = ((20e6, 3e-5), (200e6, 2e-5), (float("inf"), 3e-6))
 """(less than so many parameters, rate); the last is DeepSeek-R1-Zero's."""
-
-
-class Guess(NamedTuple):
-    """A setting of the recipe, and why it has this value."""
-
-    key: str
-    value: Any
-    reason: str
-
-
-@dataclass(frozen=True)
-class Machine:
-    """The machine of a run.
-
-    Attributes:
-        num_gpus: 0 for a CPU.
-        free_bytes: free memory of the host, or of one GPU."""
-
-    num_gpus: int
-    free_bytes: int
-
-    @property
-    def is_cpu(self) -> bool:
-        """Whether the machine has no GPU."""
-        return self.num_gpus == 0
 
 
 def guess_lengths(longest_prompt: int, positions: int, machine: Machine) -> list[Guess]:
@@ -162,86 +130,3 @@ def guess_batches(parameters: int, num_questions: int, machine: Machine) -> list
             f"for {parameters / 1e6:,.1f}M parameters; R1-Zero's 671B have 3e-6",
         ),
     ]
-
-
-LINE_WIDTH = 100
-SECTION_ORDER = (
-    "run",
-    "model",
-    "data",
-    "sft",
-    "reward_model",
-    "rollout",
-    "rewards",
-    "rl",
-    "optimizer",
-    "parallel",
-    "push",
-    "checkpoint",
-    "eval",
-)
-
-
-def recipe_text(title: Sequence[str], guesses: Sequence[Guess]) -> str:
-    """Return a recipe that sets each key, its reason in a comment above.
-
-    Args:
-        title: the first lines.
-        guesses: the keys with their values and reasons."""
-    lines = [f"# {line}" for line in title]
-    by_section: dict[str, list[Guess]] = {name: [] for name in SECTION_ORDER}
-    for guess in guesses:
-        by_section[guess.key.partition(".")[0]].append(guess)
-    for section, section_guesses in by_section.items():
-        if section_guesses:
-            lines.append(f"{section}:")
-        for guess in section_guesses:
-            lines += textwrap.wrap(
-                guess.reason, LINE_WIDTH, initial_indent="  # ", subsequent_indent="  # "
-            )
-            lines.append(f"  {guess.key.partition('.')[2]}: {value_text(guess.value)}")
-    return "\n".join(lines) + "\n"
-
-
-def value_text(value: Any) -> str:
-    """Return a value as YAML on one line."""
-    if isinstance(value, str) and "\n" in value:
-        return json.dumps(value, ensure_ascii=False)
-    return format_value(value)
-
-
-@dataclass(frozen=True)
-class QuestionSource:
-    """A model's folder and the first rows of a data file.
-
-    Attributes:
-        folder: the model's folder.
-        hf_config: the model's `config.json`.
-        parameters: the number of the model's parameters.
-        data: the file or data set, as it was given.
-        rows: its first rows.
-        machine: the machine of the run."""
-
-    folder: Path
-    hf_config: HFConfig
-    parameters: int
-    data: str
-    rows: Sequence[dict[str, Any]]
-    machine: Machine
-
-
-@dataclass(frozen=True)
-class RecipeDraft:
-    """A recipe for `verb`: its settings but for run and model.
-
-    Attributes:
-        verb: the verb that reads the recipe.
-        guesses: the settings, in order.
-        try_out: reads the written file as the verb would and prints what it finds; raises
-            UserError.
-        has_dry_run: whether the verb has --dry-run."""
-
-    verb: str
-    guesses: Sequence[Guess]
-    try_out: Callable[[Path], None]
-    has_dry_run: bool = True

@@ -24,7 +24,7 @@ from megatron_r1 import config as configuration
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import atomic_write
 from megatron_r1.commands import first_recipe, rl
-from megatron_r1.commands.first_recipe import (
+from megatron_r1.commands.recipe_draft import (
     Guess,
     Machine,
     QuestionSource,

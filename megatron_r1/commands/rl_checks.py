@@ -14,7 +14,8 @@ import psutil
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.transports import TRANSPORTS
 from megatron_r1.commands import torchrun
-from megatron_r1.commands.first_recipe import Machine, guess_layout, value_text
+from megatron_r1.commands.first_recipe import guess_layout
+from megatron_r1.commands.recipe_draft import Machine, value_text
 from megatron_r1.commands.trainer_checks import check_trainer
 from megatron_r1.config import Config
 from megatron_r1.controller import algorithms
