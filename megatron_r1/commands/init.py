@@ -6,47 +6,26 @@ guessed.
 folder. Comments of the recipe give the reason of each value; `rl RECIPE.yaml --dry-run` then tries
 it."""
 
-import asyncio
 import itertools
 import shlex
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from pydantic_core import to_jsonable_python
-from r1_grading import Grade, RewardPool, RewardTerms
-from r1_grading.rewards import ENVIRONMENT
-from r1_grading.terms import DEFAULT_WEIGHTS
-from r1_grading.truths import accepted_answers, is_missing, math_truth
-
-from megatron_r1 import config as configuration
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import atomic_write
-from megatron_r1.commands import first_recipe, rl
 from megatron_r1.commands.recipe_draft import (
     Guess,
-    Machine,
     QuestionSource,
     RecipeDraft,
     recipe_text,
     value_text,
 )
 from megatron_r1.commands.rl_checks import detect_machine
-from megatron_r1.commands.rl_prompts import explain_renamed_columns, prepare
+from megatron_r1.commands.rl_draft import MAX_ROWS, MODEL_ARGUMENT, rl_recipe
 from megatron_r1.commands.supervised_drafts import supervised_recipe
-from megatron_r1.commands.trained_model import find_exported, template_of_model, trained_recipe
-from megatron_r1.config import Config, infer_verb
-from megatron_r1.controller.cpu_memory import cpu_memory
-from megatron_r1.data.chats import Message
-from megatron_r1.data.columns import Columns, guess_columns
-from megatron_r1.data.prompt import Prompt, is_heldout, normalize_question
-from megatron_r1.data.prompt_reader import parse_question
-from megatron_r1.data.prompt_tokenizer import PromptTokenizer
+from megatron_r1.commands.trained_model import find_exported
+from megatron_r1.config import Config
 from megatron_r1.data.rows import read_canonical_rows
-from megatron_r1.data.tokenizer import describe_end_tokens
-from megatron_r1.engines.server import gpu
-from megatron_r1.engines.server.model_config import max_positions
 from megatron_r1.evaluation.model_folder import require_weights
 from megatron_r1.models import read_hf_config
 from megatron_r1.models.support_checks import check_supported
@@ -55,23 +34,6 @@ from megatron_r1.models.weights import num_parameters
 ARGUMENTS = ("MODEL_FOLDER", "DATA")
 OPTIONS = {"out": "RECIPE.yaml", "question": "COLUMN", "truth": "COLUMN", "kind": "REWARD"}
 SETTINGS = ()
-
-MODEL_ARGUMENT = "MODEL_FOLDER"
-MAX_ROWS = 20_000
-"""The most rows that are read for lengths and counts."""
-COLUMN_ROWS = 100
-"""Rows by which the columns are recognized."""
-TRIED_TRUTHS = 20
-"""The first truths that the math reward is tried on: a choice, enough to show a column that the
-reward cannot read at all."""
-SMALL_MODEL_PARAMETERS = 1e9
-"""Below so many parameters, a template is said to need worked examples."""
-MIN_QUESTIONS_TO_SPLIT = 20
-"""With fewer questions none is held out: a choice. A fifth of 20 are four."""
-MAX_HELDOUT_ON_CPU, MAX_HELDOUT_ON_GPU = 64, 500
-"""The most questions of an evaluation: a choice. With four responses to each, 256 and 2,000."""
-MODULE_SEPARATOR = ":"
-"""It is in the name of a reward function of the user's own, module:function."""
 
 
 def run(config: Config, model: str, data: str, out: str | None = None, **choices: str) -> None:
@@ -101,32 +63,7 @@ def run(config: Config, model: str, data: str, out: str | None = None, **choices
     )
     draft = None if choices else supervised_recipe(source)
     options = [text for key, value in choices.items() for text in (f"--{key}", value)]
-    _write(path, source, draft or _rl_recipe(source, choices), [model, data, *options])
-
-
-def _rl_recipe(source: QuestionSource, choices: Mapping[str, str]) -> RecipeDraft:
-    """Return a recipe for `rl`.
-
-    Raises:
-        UserError: question or truth are not found.
-    """
-    columns = guess_columns(source.data, source.rows[:COLUMN_ROWS], **choices)
-    if "kind" not in choices:
-        columns = _kind_of_run(columns, source.folder)
-    questions = _read_questions(source.data, columns)
-    guesses = [
-        *_data(source.data, source.rows, columns, len(questions)),
-        *_guess_answers(source.folder, source.parameters),
-    ]
-    template = next(guess.value for guess in guesses if guess.key == "data.template")
-    tokenizer = PromptTokenizer(str(source.folder), template, (MODEL_ARGUMENT, template))
-
-    def try_out(path: Path) -> None:
-        print(f"a response ends with: {describe_end_tokens(tokenizer.end_tokens)}")
-        _check_truths(source.data, columns)
-        _check_recipe(path, columns)
-
-    return RecipeDraft("rl", [*guesses, *_sizes(source, questions, tokenizer)], try_out)
+    _write(path, source, draft or rl_recipe(source, choices), [model, data, *options])
 
 
 def _write(
@@ -185,189 +122,3 @@ def _check_arguments(model: str, path: Path) -> None:
             key="--out",
             cause=Cause.EXISTS,
         )
-
-
-def _check_recipe(path: Path, columns: Columns) -> None:
-    """Check the recipe as `rl` does, and print the memory that it takes without a GPU.
-
-    Raises:
-        UserError: `rl` would refuse the recipe.
-    """
-    recipe = configuration.load(path, required=rl.REQUIRED_KEYS)
-    _, prompts = prepare(recipe)
-    if MODULE_SEPARATOR in (columns.kind or ""):
-        with explain_renamed_columns(recipe.data.columns):
-            asyncio.run(_check_user_reward(prompts.train))
-    if not gpu.is_usable():
-        memory = cpu_memory(recipe, 1, has_engines=True)
-        print(memory.describe(memory.microbatch_tokens(None)))
-
-
-def _data(
-    data: str, rows: Sequence[dict[str, Any]], columns: Columns, num_questions: int
-) -> list[Guess]:
-    """Return the settings of `data` but for the template.
-
-    Args:
-        data: the data set, a path or a name.
-        rows: rows of the data set.
-        columns: the columns of question and truth.
-        num_questions: how many different questions there are."""
-    names = {"question": columns.question} | ({"truth": columns.truth} if columns.truth else {})
-    column_names = {name: column for name, column in names.items() if name != column}
-    if columns.kind and "kind" in rows[0]:
-        # Else each row's kind would be read as the name of a reward.
-        column_names["own_kind"] = "kind"
-    column_reasons = "; ".join(f"{name} {columns.reasons.get(name, 'as given')}" for name in names)
-    num_rows = f"{len(rows):,} rows" if len(rows) < MAX_ROWS else f"{MAX_ROWS:,} rows or more"
-    if num_repeated := len(rows) - num_questions:
-        num_rows += (
-            f": {num_questions:,} different questions, and {num_repeated:,} that repeat one of "
-            "them and are left out"
-        )
-    guesses = [Guess("data.path", data, num_rows)]
-    if column_names:
-        reason = f"our name: the file's column ({column_reasons})"
-        guesses.append(Guess("data.columns", column_names, reason))
-    if columns.kind:
-        reason = columns.reasons.get("kind", "as given")
-        guesses.append(Guess("data.kind", columns.kind, f"the reward: {reason}"))
-    return guesses
-
-
-def _kind_of_run(columns: Columns, folder: Path) -> Columns:
-    """Return the columns with the reward of the RL run that made the model, in place of a guess.
-    That of an environment would need the run's `agents`, which are not taken over."""
-    recipe = trained_recipe(folder)
-    run_kind = recipe.data.kind if recipe is not None and infer_verb(recipe) == "rl" else None
-    if columns.kind is None or run_kind in (None, ENVIRONMENT):
-        return columns
-    reasons = columns.reasons | {"kind": f"as {folder.parent} trained the model"}
-    return replace(columns, kind=run_kind, reasons=reasons)
-
-
-AskedQuestion = tuple[list[Message], str]
-"""The messages before a question, and the question."""
-
-
-def _read_questions(data: str, columns: Columns) -> list[AskedQuestion]:
-    """Return the distinct questions of the rows that are read.
-
-    Raises:
-        UserError: a row without a question.
-    """
-    column_names = {"question": columns.question}
-    questions: dict[str, AskedQuestion] = {}
-    for location, row in itertools.islice(read_canonical_rows(data, column_names), MAX_ROWS):
-        messages, question = parse_question(location, row)
-        questions.setdefault(normalize_question(question, fold_case=False), (messages, question))
-    return list(questions.values())
-
-
-def _guess_answers(folder: Path, parameters: int) -> list[Guess]:
-    """Return the settings for the template and for how answers are read: from the RL run that made
-    the model if there is one, else for a chat model or a base model.
-
-    Args:
-        folder: the model's Hugging Face folder.
-        parameters: number of parameters of the model."""
-    template, reason = template_of_model(folder, MODEL_ARGUMENT)
-    recipe = trained_recipe(folder)
-    if recipe is not None and infer_verb(recipe) == "rl":
-        rewards = recipe.rewards.model_dump(include={"reading", "weights"})
-        return [
-            Guess("data.template", template, reason),
-            Guess("rewards.reading", rewards["reading"], reason),
-            Guess("rewards.weights", to_jsonable_python(rewards["weights"]), reason),
-        ]
-    if parameters < SMALL_MODEL_PARAMETERS:
-        reason += (
-            "; a model as small as this one often talks about the question instead of answering "
-            "it: where the dry run shows that, write this template out, with one or two solved "
-            "questions before {question} (docs/init.md, worked examples)"
-        )
-    weights = {name: weight for name, weight in DEFAULT_WEIGHTS.items() if name != "format"}
-    return [
-        Guess("data.template", template, reason),
-        Guess(
-            "rewards.reading",
-            "auto",
-            "<answer> tags, a box, or the last line, whichever is there; R1-Zero: strict, with "
-            "data.template: r1_zero",
-        ),
-        Guess(
-            "rewards.weights", weights, "R1-Zero adds format: 0.1, for <think> and <answer> tags"
-        ),
-    ]
-
-
-def _sizes(
-    source: QuestionSource, questions: Sequence[AskedQuestion], tokenizer: PromptTokenizer
-) -> list[Guess]:
-    """Return the settings that depend on the model's size, the prompts and the machine."""
-    machine = source.machine
-    limits = first_recipe.guess_lengths(
-        max(len(tokenizer.encode(question, messages)) for messages, question in questions),
-        max_positions(source.folder),
-        machine,
-    )
-    num_heldout, heldout = _heldout([question for _, question in questions], machine)
-    return [
-        *first_recipe.guess_layout(source.hf_config, source.parameters, machine),
-        *limits,
-        *first_recipe.guess_batches(source.parameters, len(questions) - num_heldout, machine),
-        *heldout,
-    ]
-
-
-def _heldout(questions: Sequence[str], machine: Machine) -> tuple[int, list[Guess]]:
-    """Return how many questions are held out, with the settings for held-out questions and for
-    their evaluation."""
-    if len(questions) < MIN_QUESTIONS_TO_SPLIT:
-        reason = f"{len(questions)} questions are too few to hold some out: nothing is evaluated"
-        return 0, [Guess("data.heldout_fraction", 0.0, reason)]
-    fraction = 0.2 if len(questions) < 10 * MIN_QUESTIONS_TO_SPLIT else 0.1
-    limit = MAX_HELDOUT_ON_CPU if machine.is_cpu else MAX_HELDOUT_ON_GPU
-    count = sum(is_heldout(question, fraction) for question in questions)
-    guesses = [
-        Guess("data.heldout_fraction", fraction, f"{min(count, limit)} questions, for evaluation"),
-        Guess("eval.every", 10, "steps between evaluations"),
-        Guess("eval.samples", 4, "responses to each of these; the paper: 16"),
-    ]
-    if count > limit:
-        reason = f"of {count:,}, to evaluate in little time"
-        guesses.append(Guess("data.num_heldout", limit, reason))
-    return count, guesses
-
-
-def _check_truths(data: str, columns: Columns) -> None:
-    """Print how many of the first truths the math reward reads as an answer, and the first that it
-    does not."""
-    if columns.kind != "math" or columns.truth is None:
-        return
-    rows = itertools.islice(read_canonical_rows(data, {"truth": columns.truth}), TRIED_TRUTHS)
-    truths = [accepted_answers(row["truth"])[0] for _, row in rows if not is_missing(row["truth"])]
-    grades = asyncio.run(_grade(truths))
-    failures = [pair for pair in zip(truths, grades, strict=True) if pair[1].reward < 1]
-    num_good = len(truths) - len(failures)
-    print(f"\n{num_good} of {len(truths)} truths count as right answers to themselves")
-    if failures:
-        truth, grade = failures[0]
-        print(
-            f"  not {str(truth)[:80]!r}: {grade.reason}\n  free text takes a judge or your own "
-            "function as --kind (docs/rewards.md)"
-        )
-
-
-async def _check_user_reward(prompts: Sequence[Prompt]) -> None:
-    """Raise UserError for a reward function that cannot be imported or called."""
-    async with RewardPool(1) as pool:
-        await RewardTerms(pool, {}).check((), prompts)
-
-
-async def _grade(truths: Sequence[Any]) -> list[Grade]:
-    async with RewardPool(1) as pool:
-        finals = [math_truth(truth) for truth in truths]
-        pairs = zip(finals, truths, strict=True)
-        calls = [pool.grade("math", f"<answer>{final}</answer>", truth) for final, truth in pairs]
-        return await asyncio.gather(*calls)

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from megatron_r1 import config as configuration
 from megatron_r1.base.errors import Cause
-from megatron_r1.commands import cli, init, reward_model
+from megatron_r1.commands import cli, init, reward_model, rl_draft
 from megatron_r1.commands.first_recipe import guess_layout, guess_lengths, tensor_parallel_size
 from megatron_r1.commands.recipe_draft import Guess, Machine, recipe_text
 from megatron_r1.commands.trained_model import guess_template
@@ -99,7 +99,7 @@ def test_a_file_that_is_neither_is_named_with_what_it_has(here):
 
 def test_a_chat_model_and_a_run_keep_their_own_template(here):
     def guessed(folder):
-        return {guess.key: guess.value for guess in init._guess_answers(Path(folder), 10**10)}
+        return {guess.key: guess.value for guess in rl_draft._guess_answers(Path(folder), 10**10)}
 
     settings = Path("model/tokenizer_config.json")
     plain = json.loads(settings.read_text())
@@ -125,7 +125,7 @@ def test_a_chat_model_and_a_run_keep_their_own_template(here):
 
 def test_a_small_model_is_said_to_need_worked_examples(here):
     def reason(parameters):
-        guesses = init._guess_answers(Path("model"), parameters)
+        guesses = rl_draft._guess_answers(Path("model"), parameters)
         return next(guess.reason for guess in guesses if guess.key == "data.template")
 
     assert "{question}" in reason(135_000_000)
