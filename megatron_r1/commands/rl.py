@@ -13,13 +13,9 @@ from megatron_r1.base.processes.memory import without_garbage_collection
 from megatron_r1.base.processes.stopping import run_until_stopped
 from megatron_r1.commands.preloads import preload_megatron, preload_vllm
 from megatron_r1.commands.rl_checks import check_settings, engines_share_gpus
-from megatron_r1.commands.rl_prompts import (
-    describe_kind_weights,
-    describe_teachers,
-    read_prompts,
-    run_facts,
-)
+from megatron_r1.commands.rl_prompts import read_prompts
 from megatron_r1.commands.rollout_run import RolloutRoles, open_rollouts
+from megatron_r1.commands.run_facts import describe_kind_weights, describe_teachers, run_facts
 from megatron_r1.commands.trained_model import next_commands
 from megatron_r1.commands.training_run import TrainingRun, show_trainer, training_run
 from megatron_r1.config import Config

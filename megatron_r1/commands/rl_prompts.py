@@ -3,7 +3,6 @@ that fit, and reported on."""
 
 import contextlib
 import sys
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -14,18 +13,42 @@ from r1_grading.terms import RewardUnusable
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.commands.rl_checks import check_settings
 from megatron_r1.config import Config
-from megatron_r1.config.teacher import OTHER_SOURCES
-from megatron_r1.controller.rollouts.teacher_fleets import check_sources
-from megatron_r1.data.prompt import Prompt
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.data.prompts import PromptSplit, load_prompts, prompt_options
-from megatron_r1.data.sampler import drawn_fractions
-from megatron_r1.data.tokenizer import describe_end_tokens
 from megatron_r1.engines.server.model_config import max_model_len
-from megatron_r1.reporting.formatting import format_count, format_percent, printable, shorten_middle
+from megatron_r1.reporting.formatting import format_count, printable, shorten_middle
 
 MAX_SHOWN_IDS = 8
 """Token ids that are shown of either end of a prompt."""
+
+
+def prepare(config: Config) -> tuple[PromptTokenizer, PromptSplit]:
+    """Check all that can be checked before anything starts; return the tokenizer with its template,
+    and the prompts.
+
+    Raises:
+        UserError: a mistake in the recipe or its data.
+    """
+    # In the order of what a check needs: settings, then the tokenizer, which the environment's
+    # check renders with, then the prompts, whose lengths the tokenizer measures. So a mistake in
+    # a setting is reported without reading the data, which may be large.
+    check_settings(config)
+    return read_prompts(config)
+
+
+def read_prompts(config: Config) -> tuple[PromptTokenizer, PromptSplit]:
+    """Return the recipe's prompts and how they become tokens, of settings that have been checked.
+
+    Raises:
+        UserError: unreadable data, no prompt that fits, or an environment that cannot be used.
+    """
+    ids = config.rollout.stop_token_ids
+    tokenizer = PromptTokenizer(config.model.path, config.data.template, stop_token_ids=ids)
+    if config.agents.player_settings:
+        from megatron_r1.controller.rollouts.players import check_player
+
+        check_player(config, tokenizer)
+    return tokenizer, _load_prompts(config, tokenizer)
 
 
 def _load_prompts(config: Config, tokenizer: PromptTokenizer) -> PromptSplit:
@@ -68,39 +91,6 @@ def _load_prompts(config: Config, tokenizer: PromptTokenizer) -> PromptSplit:
             file=sys.stderr,
         )
     return prompts
-
-
-def _describe_rows(prompts: PromptSplit, tokenizer: PromptTokenizer) -> list[str]:
-    """Return what became of the rows of files, and one question as the policy gets it."""
-    if not prompts.reports:
-        return []
-    num_train, num_heldout = len(prompts.train), len(prompts.heldout)
-    lines = [line for report in prompts.reports for line in report.lines()]
-    example = prompts.train[0]
-    ids = tokenizer.encode(example.question, example.messages_before)
-    prompt_text = printable(
-        shorten_middle(tokenizer.render(example.question, example.messages_before), 600), True
-    )
-    lines += [
-        f"  {format_count(num_train + num_heldout, 'question')}: {num_train:,} to train on, "
-        f"{num_heldout:,} held out",
-        f"  the first, {example.location}, as its {len(ids):,} tokens ({_ids(ids)}):",
-        *(f"  | {line}" for line in prompt_text.split("\n")),
-        f"  truth: {printable(shorten(repr(example.truth), 200))} (reward {example.kind})",
-    ]
-    if any(m["role"] == "system" for m in example.messages_before) and not tokenizer.shows_system:
-        lines.append(
-            "  the template has no place for the system's message: it stands before the question"
-        )
-    return lines
-
-
-def _ids(ids: Sequence[int]) -> str:
-    """Return the first and the last token ids."""
-    if len(ids) <= 2 * MAX_SHOWN_IDS:
-        return " ".join(map(str, ids))
-    parts = ids[:MAX_SHOWN_IDS], ids[-MAX_SHOWN_IDS:]
-    return " … ".join(" ".join(map(str, part)) for part in parts)
 
 
 def show_padded_truths(source: str, prompts: PromptSplit) -> None:
@@ -163,100 +153,37 @@ def drop_long_prompts(prompts: PromptSplit, tokenizer: PromptTokenizer, limit: i
     return replace(prompts, train=train, heldout=heldout)
 
 
-def describe_kind_weights(config: Config, prompts: list[Prompt]) -> list[str]:
-    """Return a line about each part of the run that draws kinds of questions by weight.
-
-    Raises:
-        UserError: a weight is of a kind that no prompt has, or nothing would be drawn.
-    """
-    lines = []
-    counts = Counter(prompt.kind for prompt in prompts)
-    for step, part in config.schedule_parts():
-        try:
-            fractions = drawn_fractions(prompts, part.rl.kind_weights)
-        except UserError as error:
-            raise UserError(
-                f"{error}, from step {step}", key=error.key, cause=error.cause
-            ) from None
-        sizes = {kind: fractions[kind] * count for kind, count in counts.most_common()}
-        shares = (
-            f"{format_percent(size / sum(sizes.values()))} {kind}" for kind, size in sizes.items()
-        )
-        lines.append(f"from step {step}: {', '.join(shares)}")
-    by_weight = any(part.rl.kind_weights for _, part in config.schedule_parts())
-    return lines if by_weight else []
-
-
-def describe_teachers(config: Config, prompts: list[Prompt]) -> list[str]:
-    """Return a line with the number of questions of each of several teachers.
-
-    Raises:
-        UserError: a teacher has no question.
-    """
-    if not config.teacher.by_source:
+def _describe_rows(prompts: PromptSplit, tokenizer: PromptTokenizer) -> list[str]:
+    """Return what became of the rows of files, and one question as the policy gets it."""
+    if not prompts.reports:
         return []
-    counts = check_sources(config.teacher, prompts)
-    parts = (f"{count:,} of {source or OTHER_SOURCES}" for source, count in counts.items())
-    return [f"teachers: {', '.join(parts)}"]
-
-
-def run_facts(config: Config, tokenizer: PromptTokenizer, prompts: PromptSplit) -> list[str]:
-    """Return lines about the run for its title.
-
-    Args:
-        config: the recipe.
-        tokenizer: how questions become tokens.
-        prompts: the prompts to train on and held out.
-
-    Raises:
-        UserError: `rl.kind_weights` has a kind that no prompt has, or draws nothing, or a teacher
-            has no question."""
-    return [
-        config.model.path,
-        config.data.task or str(config.data.path),
-        f"{len(prompts.train):,} questions, {len(prompts.heldout):,} held out",
-        *describe_kind_weights(config, prompts.train),
-        *describe_teachers(config, prompts.train),
-        describe_stop_tokens(config, tokenizer),
+    num_train, num_heldout = len(prompts.train), len(prompts.heldout)
+    lines = [line for report in prompts.reports for line in report.lines()]
+    example = prompts.train[0]
+    ids = tokenizer.encode(example.question, example.messages_before)
+    prompt_text = printable(
+        shorten_middle(tokenizer.render(example.question, example.messages_before), 600), True
+    )
+    lines += [
+        f"  {format_count(num_train + num_heldout, 'question')}: {num_train:,} to train on, "
+        f"{num_heldout:,} held out",
+        f"  the first, {example.location}, as its {len(ids):,} tokens ({_ids(ids)}):",
+        *(f"  | {line}" for line in prompt_text.split("\n")),
+        f"  truth: {printable(shorten(repr(example.truth), 200))} (reward {example.kind})",
     ]
+    if any(m["role"] == "system" for m in example.messages_before) and not tokenizer.shows_system:
+        lines.append(
+            "  the template has no place for the system's message: it stands before the question"
+        )
+    return lines
 
 
-def prepare(config: Config) -> tuple[PromptTokenizer, PromptSplit]:
-    """Check all that can be checked before anything starts; return the tokenizer with its template,
-    and the prompts.
-
-    Raises:
-        UserError: a mistake in the recipe or its data.
-    """
-    # In the order of what a check needs: settings, then the tokenizer, which the environment's
-    # check renders with, then the prompts, whose lengths the tokenizer measures. So a mistake in
-    # a setting is reported without reading the data, which may be large.
-    check_settings(config)
-    return read_prompts(config)
-
-
-def read_prompts(config: Config) -> tuple[PromptTokenizer, PromptSplit]:
-    """Return the recipe's prompts and how they become tokens, of settings that have been checked.
-
-    Raises:
-        UserError: unreadable data, no prompt that fits, or an environment that cannot be used.
-    """
-    ids = config.rollout.stop_token_ids
-    tokenizer = PromptTokenizer(config.model.path, config.data.template, stop_token_ids=ids)
-    if config.agents.player_settings:
-        from megatron_r1.controller.rollouts.players import check_player
-
-        check_player(config, tokenizer)
-    return tokenizer, _load_prompts(config, tokenizer)
-
-
-def describe_stop_tokens(config: Config, tokenizer: PromptTokenizer) -> str:
-    """Return a line on what ends a response: the model's tokens, and the recipe's."""
-    rollout, end_ids = config.rollout, {token.id for token in tokenizer.end_tokens}
-    stops = [f"token {token}" for token in rollout.stop_token_ids if token not in end_ids]
-    stops += map(repr, rollout.stop)
-    line = f"responses end with {describe_end_tokens(tokenizer.end_tokens)}"
-    return f"{line}; rollout.stop: {', '.join(stops)}" if stops else line
+def _ids(ids: Sequence[int]) -> str:
+    """Return the first and the last token ids."""
+    if len(ids) <= 2 * MAX_SHOWN_IDS:
+        return " ".join(map(str, ids))
+    parts = ids[:MAX_SHOWN_IDS], ids[-MAX_SHOWN_IDS:]
+    return " … ".join(" ".join(map(str, part)) for part in parts)
 
 
 @contextlib.contextmanager
