@@ -2,35 +2,19 @@
 structure, engines and transport with sizes divided, random weights and synthetic questions. Of a
 pipeline, every stage that trains or samples. See docs/rehearse.md."""
 
-from __future__ import annotations
-
-import importlib
 import signal
 import sys
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_r1 import config as configuration
-from megatron_r1.base.errors import Cause, RunError, UserError, did_you_mean
+from megatron_r1.base.errors import Cause, RunError, UserError
 from megatron_r1.commands import reward_model
-from megatron_r1.commands.trainer_checks import check_trainer
-from megatron_r1.config import Config, infer_verb
+from megatron_r1.commands.full_size_checks import check_full_size
+from megatron_r1.commands.rehearsal_jobs import RehearsalJob, rehearsal_jobs
 from megatron_r1.config.overrides import take_section
-from megatron_r1.config.yaml_text import nest_keys
-from megatron_r1.controller.rollouts.players import find_player
 from megatron_r1.engines.server import gpu
-from megatron_r1.engines.server.model_config import max_model_len
-from megatron_r1.engines.server.recipe_checks import check_engines
-from megatron_r1.engines.server.vllm_arguments import check_arguments
-from megatron_r1.models.hf_config import HFConfig, read_hf_config
-from megatron_r1.pipeline import pipeline_recipe
-from megatron_r1.pipeline.graph import check_plan
-from megatron_r1.pipeline.references import REFERENCE_PATTERN
-from megatron_r1.pipeline.stages import PipelinePlan
-from megatron_r1.push.plan.engine_sets import links_per_rank
-from megatron_r1.push.plan.recipe_plan import check_pushes, engine_layout, planned_push
+from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.rehearse import coverage, miniature, model, null_gpu
 from megatron_r1.rehearse.phases import PhaseRunner
 from megatron_r1.rehearse.settings import RehearsalConfig, RehearsalSettings
@@ -57,7 +41,7 @@ def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> No
     settings = rehearsal_settings.rehearsal
     jobs = rehearsal_jobs(path, recipe_overrides, verbs, IMPLIED_BY_VERB, settings.stages)
     for job in jobs:
-        _check(job.config, job.verb)
+        check_full_size(job.config, job.verb)
     if settings.on == "gpu" and not gpu.is_usable():
         raise UserError(
             "rehearsal.on: gpu, and there is none here; use null-gpu or cpu",
@@ -80,23 +64,6 @@ def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> No
             _rehearse(job, settings)
         else:
             print(f"{job.name}: in miniature it is {first}, and is not repeated", flush=True)
-
-
-def _check(config: Config, verb: str) -> None:
-    """Raise UserError for what the full-size run would refuse, since its miniature may no longer
-    have it."""
-    hf_config = read_hf_config(config.model.path, None)
-    if verb in ("rl", "sample"):
-        check_engines(config, hf_config)
-        if not null_gpu.is_on_null_gpu():  # there the command that started this one has asked vLLM
-            check_arguments(config.rollout, "rollout")
-        max_model_len(config)
-    if verb != "sample":
-        check_trainer(config, verb)
-    if verb == "rl":
-        find_player(config)
-        check_pushes(config, hf_config, config.parallel.processes)
-        check_connections(config, hf_config)
 
 
 def _identity(job: RehearsalJob, settings: RehearsalConfig) -> str:
@@ -141,146 +108,3 @@ def _rehearse(job: RehearsalJob, settings: RehearsalConfig) -> None:
 
 def _announce(phase: str) -> None:
     print(f"  {phase} …", flush=True)
-
-
-MAX_LINKS = 100
-"""Most links of a trainer rank beyond those that the numbers of ranks require. The recipe for 2,048
-GPUs has 17; with links between nearly all pairs of ranks it would have 1,185."""
-PAIR_REQUESTS = 4
-"""Requests to the store for a pair of ranks: each sets its address and gets the other's."""
-MAX_REQUESTS = 1_000_000
-"""Most requests of all pairs. One store answers about 25,000 a second (`config.hardware`)."""
-
-
-def check_connections(config: Config, hf_config: HFConfig) -> None:
-    """Refuse a push whose full size connects too many ranks, with UserError."""
-    if not config.push.on_one_host:  # in shared memory a link costs nothing
-        links = links_per_rank(planned_push(config, hf_config), config.parallel.processes)
-        check_links(links, engine_layout(config).num_ranks)
-
-
-def check_links(links: list[int], engine_ranks: int) -> None:
-    """Refuse too many links between trainer ranks and engine ranks.
-
-    Args:
-        links: how many each trainer rank has to engine ranks.
-        engine_ranks: the number of engine ranks.
-
-    Raises:
-        UserError: for too many links."""
-    largest, pairs = max(links), sum(links)
-    required = -(-engine_ranks // len(links))
-    limit, requests = MAX_LINKS * required, PAIR_REQUESTS * pairs
-    if largest <= limit and requests <= MAX_REQUESTS:
-        return
-    raise UserError(
-        f"push: at full size a trainer rank would have {largest:,} links to engine ranks (at most "
-        f"{limit:,}), and {pairs:,} pairs would make {requests:,} requests to one store when they "
-        f"connect (at most {MAX_REQUESTS:,}); use fewer rollout.engines",
-        key="rollout.engines",
-        cause=Cause.TOO_LARGE,
-    )
-
-
-VERBS = ("rl", "sft", "reward-model", "sample")
-
-
-@dataclass(frozen=True)
-class RehearsalJob:
-    """One run.
-
-    Attributes:
-        name: the recipe's name, or the stage's.
-        verb: the subcommand of megatron-r1.
-        config: the recipe as its verb would read it, with a model.path that exists."""
-
-    name: str
-    verb: str
-    config: Config
-
-
-def rehearsal_jobs(
-    path: str,
-    overrides: Mapping[str, Any],
-    verbs: Mapping[str, str],
-    implied: Mapping[str, dict[str, Any]],
-    only: Collection[str] = (),
-) -> list[RehearsalJob]:
-    """Return the runs of the recipe at `path`.
-
-    Args:
-        path: the recipe's.
-        overrides: settings of the recipe.
-        verbs: name → module, whose REQUIRED_KEYS are the keys that a recipe must set.
-        implied: verb → settings that it adds by itself.
-        only: names of stages; none: all.
-
-    Raises:
-        UserError: a recipe without anything to rehearse or without what its verb requires, a stage
-            that a pipeline would refuse, or a model that no stage has."""
-    if "stages" not in pipeline_recipe.read_tree(Path(path)):
-        config = configuration.load(path, dict(overrides))
-        verb = infer_verb(config)
-        if config.eval.benchmarks and not (config.data.path or config.data.task):
-            raise UserError(
-                f"recipe {path}: it is for eval, which is rehearsed by itself with --eval.limit 2",
-                key="eval.benchmarks",
-                cause=Cause.UNSUPPORTED,
-            )
-        added, required = implied.get(verb, {}), importlib.import_module(verbs[verb]).REQUIRED_KEYS
-        config = configuration.load(path, {**added, **overrides}, required)
-        return [RehearsalJob(Path(path).stem, verb, config)]
-    recipe = pipeline_recipe.load(path, dict(overrides))
-    added = {verb: nest_keys(settings) for verb, settings in implied.items()}
-    plan = PipelinePlan.from_recipe(
-        recipe, path, Path(recipe.pipeline.folder), recipe.pipeline.seed, added
-    )
-    check_plan(plan, verbs, files=False)
-    names = [name for name, stage in plan.stages.items() if stage.config.verb in VERBS]
-    for name in only:
-        if name not in names:
-            suggestion = did_you_mean(name, names, "{}") or f"; there are {', '.join(names)}"
-            raise UserError(
-                f"rehearsal.stages: no stage that is rehearsed is called {name}{suggestion}",
-                key="rehearsal.stages",
-                cause=Cause.UNKNOWN,
-            )
-    if not names:
-        raise UserError(
-            f"recipe {path}: no stage is one of {', '.join(VERBS)}", key="stages", cause=Cause.EMPTY
-        )
-    jobs = []
-    for name in names:
-        if not only or name in only:
-            config = plan.config(plan.stages[name])
-            config = config.with_changes(model={"path": _model_path(plan, name, config)})
-            jobs.append(RehearsalJob(name, plan.stages[name].config.verb, config))
-    return jobs
-
-
-def _model_path(plan: PipelinePlan, name: str, config: Config) -> str:
-    """Return the model that the stage, or the stages before it, start from."""
-    path = plan.resolve_here(config.model.path)
-    if match := REFERENCE_PATTERN.match(path):  # a stage, or a file of its folder
-        name_of_earlier = match[1].partition(".")[0]
-        earlier = plan.stages.get(name_of_earlier)
-        if earlier is not None and earlier.config.verb in VERBS:
-            return _model_path(plan, name_of_earlier, plan.config(earlier))
-    if Path(path, "config.json").is_file():
-        return path
-    # A model that is not there yet: the recipe itself names a config.json to plan with.
-    stage_recipe = plan.stages[name].config.recipe
-    if stage_recipe:
-        planned = (
-            pipeline_recipe.read_tree(plan.path.parent / stage_recipe)
-            .get("model", {})
-            .get("path", "")
-        )
-        if Path(planned, "config.json").is_file():
-            return planned
-    raise UserError(
-        f"rehearse: stage {name} starts from {path}, which has no config.json; give a folder with "
-        f"one: --stages.{name}.model.path FOLDER",
-        key=f"stages.{name}.model.path",
-        cause=Cause.NOT_FOUND,
-    )

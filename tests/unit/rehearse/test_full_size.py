@@ -7,7 +7,7 @@ import pytest
 from refusals import refused
 
 from megatron_r1.base.errors import Cause
-from megatron_r1.commands.rehearse import MAX_LINKS, _check, check_links
+from megatron_r1.commands.full_size_checks import MAX_LINKS, check_full_size, check_links
 from megatron_r1.config import load
 from megatron_r1.push.plan import recipe_plan
 
@@ -24,7 +24,7 @@ def test_a_trainer_rank_with_too_many_links_is_refused(monkeypatch):
     monkeypatch.chdir(RECIPE.parents[2])
     plant_all_pairs(monkeypatch)
     with refused("rollout.engines", Cause.TOO_LARGE, "at most 100"):
-        _check(load(RECIPE), "rl")
+        check_full_size(load(RECIPE), "rl")
 
 
 @pytest.mark.slow
@@ -34,7 +34,7 @@ def test_links_between_nearly_all_pairs_are_refused(monkeypatch):
     plant_all_pairs(monkeypatch)
     monkeypatch.setattr(recipe_plan, "MAX_SET_ENGINES", 1)
     with refused("rollout.engines", Cause.TOO_LARGE):
-        _check(load(RECIPE), "rl")
+        check_full_size(load(RECIPE), "rl")
 
 
 def test_a_store_with_millions_of_requests_is_refused():

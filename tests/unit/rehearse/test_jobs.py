@@ -7,7 +7,9 @@ from refusals import refused
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.commands.cli import RECIPE_VERBS
-from megatron_r1.commands.rehearse import IMPLIED_BY_VERB, _check, _identity, rehearsal_jobs
+from megatron_r1.commands.full_size_checks import check_full_size
+from megatron_r1.commands.rehearsal_jobs import rehearsal_jobs
+from megatron_r1.commands.rehearse import IMPLIED_BY_VERB, _identity
 from megatron_r1.rehearse.settings import RehearsalConfig
 
 R1 = Path("examples/deepseek_r1")
@@ -135,4 +137,4 @@ def test_an_environment_that_the_run_would_refuse_is_refused():
     ):
         (job,) = read(recipe, shape | settings)
         with refused(key, cause):
-            _check(job.config, job.verb)
+            check_full_size(job.config, job.verb)
