@@ -10,7 +10,7 @@ import pytest
 from waiting import wait_until
 
 from megatron_r1.push.plan.rounds import NO_BUCKET, ProcessLink, RoundSchedule
-from tools.bench.push.schedule_check import Call, Step, link_threads
+from tools.bench.push.stream_operations import Call, Step, link_threads
 from tools.null_gpu import launch, watch
 
 INVALID_USAGE, REMOTE_ERROR, IN_PROGRESS = 5, 6, 7

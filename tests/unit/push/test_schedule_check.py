@@ -25,16 +25,15 @@ from megatron_r1.push.plan.rounds import (
     schedule_rounds,
 )
 from megatron_r1.push.plan.tensors import fp8_bytes, plain_bytes
-from tools.bench.push.schedule_check import (
+from tools.bench.push.schedule_check import Fault, find_fault
+from tools.bench.push.stream_operations import (
     Call,
-    Fault,
     Step,
-    StreamQueues,
-    find_fault,
     link_threads,
     operations_of_rounds,
     operations_of_steps,
 )
+from tools.bench.push.stream_queues import StreamQueues
 
 ROOT = Path(__file__).parents[3]
 OVER_NCCL = [

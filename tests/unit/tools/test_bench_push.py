@@ -13,13 +13,8 @@ from tools.bench.push.scale import (
     transfer_seconds,
     without_order,
 )
-from tools.bench.push.schedule_check import (
-    Call,
-    Step,
-    StreamQueues,
-    operations_of_rounds,
-    operations_of_steps,
-)
+from tools.bench.push.stream_operations import Call, Step, operations_of_rounds, operations_of_steps
+from tools.bench.push.stream_queues import StreamQueues
 
 EXACT = {"nic": 1.0, "nic_efficiency": 1.0, "nvlink": 10.0, "nvlink_efficiency": 1.0}
 FREE = PushAssumptions(

@@ -1,2 +1,3 @@
 """Benches of the weight push: on this machine (`python tools/bench push`), planned at the real size
-(`scale`, `schedule_check`), and the control path of 256 processes (`control`)."""
+(`scale`, whose orders `schedule_check` proves and `stream_queues` runs), and the control path of
+256 processes (`control`)."""

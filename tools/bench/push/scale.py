@@ -34,13 +34,13 @@ from megatron_r1.push.plan.recipe_plan import engine_layout
 from megatron_r1.push.plan.rounds import RoundSchedule, planned_schedule
 from megatron_r1.push.plan.tensors import fp8_bytes, plain_bytes
 from tools.bench.host import ROOT
-from tools.bench.push.schedule_check import (
-    StreamQueues,
-    find_fault,
+from tools.bench.push.schedule_check import find_fault
+from tools.bench.push.stream_operations import (
     link_threads,
     operations_of_rounds,
     operations_of_steps,
 )
+from tools.bench.push.stream_queues import StreamQueues
 
 PLAN = hardware.Assumptions()
 """The assumptions of `megatron-r1 plan`."""
