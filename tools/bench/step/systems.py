@@ -15,6 +15,8 @@ from tools.bench.host import core_seconds, environment, megatron_r1, num_cores, 
 from tools.bench.step.work import StepWork
 
 POLL_SECONDS = 0.002
+PEERS = {"trl": 1, "trl, 2 processes": 2}
+"""TRL's processes, which share the cores."""
 
 
 def recipe(
