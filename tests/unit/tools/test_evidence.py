@@ -11,7 +11,9 @@ import pytest
 from waiting import wait_until
 
 from tools.evidence import measure
-from tools.evidence.measure import PAGE, main, measuring_order, render
+from tools.evidence.command import main
+from tools.evidence.measure import measuring_order
+from tools.evidence.page import PAGE, render
 from tools.evidence.records import (
     FOLDER,
     Claim,
@@ -335,7 +337,7 @@ def test_a_second_start_goes_on_where_the_first_was_stopped(repository):
         repository.claim(id=f"n{number}", seconds=number, command=command)
     stop = "test -e stopped || { touch stopped; kill -9 $PPID; exit; }; echo total 3"
     repository.claim(id="n3", seconds=3, command=stop)
-    start = [sys.executable, "-c", "from tools.evidence.measure import main, Path; import sys; "]
+    start = [sys.executable, "-c", "from tools.evidence.command import main, Path; import sys; "]
     start[-1] += f"sys.exit(main(['measure'], Path({str(repository.root)!r})))"
     assert subprocess.run(start, cwd=ROOT, capture_output=True).returncode == -9
     figures = [repository.record(f"n{n}").get("measured", {}).get("figure") for n in (1, 2, 3, 4)]
