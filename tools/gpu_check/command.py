@@ -21,8 +21,7 @@ from typing import Any
 from megatron_r1.base.files import atomic_write
 from tools.bench import host
 from tools.bench.host import ROOT
-from tools.gpu_check import checks as runner
-from tools.gpu_check import verdict
+from tools.gpu_check import runner, verdict
 from tools.gpu_check.checks import CHECKS, PARTS, Check
 
 PACKAGES = (

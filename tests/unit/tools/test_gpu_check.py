@@ -19,13 +19,13 @@ from megatron_r1.models.hf_config import sparse_layers
 from megatron_r1.plan.estimate import JobEstimate
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.timing import time_section
-from tools.gpu_check import checks as runner
 from tools.gpu_check import (
     decode_seconds,
     kernel_times,
     layers,
     nccl_push,
     recipe,
+    runner,
     step_seconds,
     verdict,
 )
