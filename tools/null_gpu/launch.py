@@ -20,8 +20,9 @@ from pathlib import Path
 
 import psutil
 
-from tools.null_gpu import watch
+from tools.null_gpu.segment_records import held_bytes
 from tools.null_gpu.shim.build import HERE as SHIM
+from tools.null_gpu.wait_graph import find_stuck
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
@@ -137,7 +138,7 @@ class Watched:
 
     def look(self, pid: int) -> None:
         """Note what the process `pid` and all that it has started hold now."""
-        by_process = watch.held_bytes(self.segment).values()
+        by_process = held_bytes(self.segment).values()
         for number, sizes in enumerate(zip(*by_process, strict=True)):
             self.of_gpu[number] = max(self.of_gpu.get(number, 0), sum(sizes))
         self._looks += 1
@@ -146,7 +147,7 @@ class Watched:
         with contextlib.suppress(psutil.NoSuchProcess):
             root = psutil.Process(pid)
             self.of_host = max(self.of_host, sum(map(_memory, [root, *root.children(True)])))
-        report = watch.find_stuck(self.segment)
+        report = find_stuck(self.segment)
         if report is None or self.stuck is None or report != self.stuck[0]:
             self.stuck = (report, time.monotonic()) if report else None
         elif 0 < self.stuck[1] < time.monotonic() - STUCK_SECONDS:

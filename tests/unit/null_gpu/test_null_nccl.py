@@ -11,13 +11,15 @@ from waiting import wait_until
 
 from megatron_r1.push.plan.rounds import NO_BUCKET, ProcessLink, RoundSchedule
 from tools.bench.push.stream_operations import Call, Step, link_threads
-from tools.null_gpu import launch, watch
+from tools.null_gpu import launch, segment_records, watch
+from tools.null_gpu.segment_records import read
+from tools.null_gpu.wait_graph import abandoned_calls, find_cycle
 
 INVALID_USAGE, REMOTE_ERROR, IN_PROGRESS = 5, 6, 7
 
 
-def started(segment) -> list[watch.Call]:
-    return [call for one in watch.read(segment) for call in one.calls if call.has_started]
+def started(segment) -> list[segment_records.Call]:
+    return [call for one in read(segment) for call in one.calls if call.has_started]
 
 
 @pytest.mark.parametrize("buffered", [0, 2])
@@ -42,8 +44,8 @@ def four(start, order: str, **variables: str) -> list:
 
 def test_links_in_crossed_orders_on_one_stream_hang_and_the_circle_is_named(start, segment):
     programs = four(start, "crossed")
-    wait_until(lambda: watch.find_cycle(segment))
-    cycle = watch.find_cycle(segment)
+    wait_until(lambda: find_cycle(segment))
+    cycle = find_cycle(segment)
     assert not cycle.through_host and len(cycle.links) == 4
     assert {link.gpu for link in cycle.links} == {0, 1, 2, 3}
     assert len({link.comm for link in cycle.links}) == 4
@@ -63,7 +65,7 @@ def test_links_in_crossed_orders_on_one_stream_hang_and_the_circle_is_named(star
 @pytest.mark.parametrize(("order", "buffered"), [("common", 0), ("crossed", 1)])
 def test_links_in_a_common_order_or_buffered_do_not(start, segment, order, buffered):
     programs = four(start, order, NULL_GPU_NCCL_BUFFERED=str(buffered))
-    wait_until(lambda: not any(one.calls for one in watch.read(segment)))
+    wait_until(lambda: not any(one.calls for one in read(segment)))
     for program in programs:
         program.go_on()
     assert [program.says() for program in programs] == [True] * 4
@@ -100,10 +102,8 @@ def test_a_thread_for_each_link_hangs_and_rounds_do_not(start, segment, order, b
     number = str(buffered)
     program = start("ranks_of_a_push", json.dumps(steps), NULL_GPU_NCCL_BUFFERED=number)
     assert program.says() == "enqueued"
-    wait_until(
-        lambda: watch.find_cycle(segment) or not any(one.calls for one in watch.read(segment))
-    )
-    cycle = watch.find_cycle(segment)
+    wait_until(lambda: find_cycle(segment) or not any(one.calls for one in read(segment)))
+    cycle = find_cycle(segment)
 
     def have_ended() -> list[bool]:
         program.go_on()
@@ -133,28 +133,28 @@ def test_without_a_group_they_wait_for_each_other(start, segment):
     programs = [start("both_ways", rank, "apart") for rank in range(2)]
     for program in programs:
         assert program.says() == "issued"
-    wait_until(lambda: watch.find_cycle(segment))
-    found = {(link.rank, link.peer, link.is_send) for link in watch.find_cycle(segment).links}
+    wait_until(lambda: find_cycle(segment))
+    found = {(link.rank, link.peer, link.is_send) for link in find_cycle(segment).links}
     assert found == {(0, 1, True), (1, 0, True)}
 
 
 def test_a_circle_through_events_is_named(start, segment):
     programs = [start("circle_of_events", rank) for rank in range(2)]
     assert [program.says() for program in programs] == ["issued"] * 2
-    wait_until(lambda: watch.find_cycle(segment))
-    cycle = watch.find_cycle(segment)
+    wait_until(lambda: find_cycle(segment))
+    cycle = find_cycle(segment)
     assert not cycle.through_host
     assert {(link.rank, link.is_send) for link in cycle.links} == {(0, False), (1, False)}
 
 
 def test_a_circle_through_waits_of_hosts_is_named_as_such(start, segment):
     programs = [start("circle_of_hosts", rank) for rank in range(2)]
-    wait_until(lambda: watch.find_cycle(segment))
-    cycle = watch.find_cycle(segment)
+    wait_until(lambda: find_cycle(segment))
+    cycle = find_cycle(segment)
     assert cycle.through_host
     pids = {program.process.pid for program in programs}
-    assert {link.pid for link in cycle.links if isinstance(link, watch.Wait)} == pids
-    assert {link.rank for link in cycle.links if isinstance(link, watch.Call)} == {0, 1}
+    assert {link.pid for link in cycle.links if isinstance(link, segment_records.Wait)} == pids
+    assert {link.rank for link in cycle.links if isinstance(link, segment_records.Call)} == {0, 1}
 
 
 def test_the_watch_ends_with_the_circle_and_names_it(start, segment):
@@ -171,7 +171,7 @@ def test_a_rehearsal_names_it_once_within_a_minute_and_says_what_was_held(
     """`tools/null_gpu` looks each second."""
     programs = [start("circle_of_events", rank) for rank in range(2)]
     assert [program.says() for program in programs] == ["issued"] * 2
-    wait_until(lambda: watch.find_cycle(segment))
+    wait_until(lambda: find_cycle(segment))
     watched = launch.Watched(segment)
     monkeypatch.setattr(launch.time, "monotonic", lambda: now)
     named = []
@@ -213,8 +213,8 @@ def test_a_killed_peer_ends_no_call(start, segment, silent):
     assert [other.says(), sender.says()] == ["joined", "issued"]
     wait_until(lambda: started(segment))
     other.process.send_signal(signal.SIGKILL)
-    wait_until(lambda: watch.abandoned_calls(watch.read(segment)))
-    (call,) = watch.abandoned_calls(watch.read(segment))
+    wait_until(lambda: abandoned_calls(read(segment)))
+    (call,) = abandoned_calls(read(segment))
     assert (call.rank, call.peer, call.pid) == (0, 1, sender.process.pid)
     sender.go_on()
     assert sender.says() == [False, True, 0 if silent == "1" else REMOTE_ERROR]
@@ -224,7 +224,7 @@ def test_a_killed_peer_ends_no_call(start, segment, silent):
 def test_a_communicator_is_made_when_all_ranks_have_come(start, segment):
     first = start("create", 2, 0, 0)
     assert first.says() == "begins"
-    wait_until(lambda: [w.kind for one in watch.read(segment) for w in one.waits] == ["creation"])
+    wait_until(lambda: [w.kind for one in read(segment) for w in one.waits] == ["creation"])
     second = start("create", 2, 1, 1)
     assert [second.says(), second.says(), first.says()] == ["begins", 0, 0]
 
@@ -232,10 +232,10 @@ def test_a_communicator_is_made_when_all_ranks_have_come(start, segment):
 def test_making_one_without_blocking_can_be_aborted(start, segment):
     program = start("create_without_blocking")
     assert program.says() == [IN_PROGRESS, IN_PROGRESS, INVALID_USAGE]
-    wait_until(lambda: [w.kind for one in watch.read(segment) for w in one.waits] == ["creation"])
+    wait_until(lambda: [w.kind for one in read(segment) for w in one.waits] == ["creation"])
     program.go_on()
     assert program.says() == "aborted"
-    wait_until(lambda: not any(one.waits for one in watch.read(segment)))
+    wait_until(lambda: not any(one.waits for one in read(segment)))
 
 
 def test_two_ranks_on_one_gpu_are_refused(start):

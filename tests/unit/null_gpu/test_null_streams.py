@@ -3,7 +3,7 @@
 import pytest
 from waiting import wait_until
 
-from tools.null_gpu import watch
+from tools.null_gpu.segment_records import read
 
 NOT_READY = 600
 
@@ -33,7 +33,7 @@ def test_what_waits_in_a_queue_of_the_hardware_holds_up_other_streams(
     program = start("hardware_queues", NULL_GPU_QUEUES=str(queues))
     assert program.says() == "queued"
     if held_up:
-        wait_until(lambda: any(one.behind for one in watch.read(segment)))
+        wait_until(lambda: any(one.behind for one in read(segment)))
     program.go_on()
     assert program.says() == (["xb", False] if held_up else ["xz", True])
     assert program.says() == "yz"
@@ -50,7 +50,7 @@ def test_the_default_stream_waits_for_blocking_streams_and_they_for_it(start):
 def test_the_host_waits_until_a_queue_is_empty(start, segment, kind):
     program = start("waits_of_the_host", kind)
     assert program.says() == "waits"
-    wait_until(lambda: [wait.kind for one in watch.read(segment) for wait in one.waits] == [kind])
+    wait_until(lambda: [wait.kind for one in read(segment) for wait in one.waits] == [kind])
     program.go_on()
     assert program.says() == [True, "a"]
     memory, pageable = program.says()

@@ -1,6 +1,6 @@
 // What the processes on the null GPUs share: the bytes that each holds of each GPU, and what each waits for. It lies in a
-// file that NULL_GPU_SEGMENT names, and is read by watch.py, which repeats these declarations. A process that ends in
-// any way gives back what it held: its slot is recognized by its pid and the time of its start.
+// file that NULL_GPU_SEGMENT names, and is read by segment_records.py, which repeats these declarations. A process that
+// ends in any way gives back what it held: its slot is recognized by its pid and the time of its start.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
