@@ -38,7 +38,7 @@ class Version(NamedTuple):
     """A version of some files.
 
     Attributes:
-        texts: of each file its text, None where it is not there.
+        texts: the text of each file, None where it is not there.
         module_text: returns the text of any module of the project, None where it is not there."""
 
     texts: Sequence[str | None]
@@ -87,17 +87,20 @@ def _import_the_same(
     )
     if any(not _is_of_project(module) for module, _, _ in old_imports ^ new_imports):
         return False
-    known = defaultdict(list)
+    old_definitions = defaultdict(list)
     for file in old_files:
         for name, statement in file.by_name.items():
-            known[name].append(statement)
+            old_definitions[name].append(statement)
     for module, name, _ in old_imports - new_imports:
-        known[name].append(_statements(old_text(module) or "").by_name.get(name))
-    definitions = (
+        old_definitions[name].append(_statements(old_text(module) or "").by_name.get(name))
+    new_definitions = (
         (name, _statements(new_text(module) or "").by_name.get(name))
         for module, name, _ in new_imports - old_imports
     )
-    return all(found is not None and found in known[name] for name, found in definitions)
+    return all(
+        definition is not None and definition in old_definitions[name]
+        for name, definition in new_definitions
+    )
 
 
 def _is_of_project(module: str) -> bool:

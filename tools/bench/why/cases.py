@@ -60,7 +60,7 @@ class Case:
         cause: regular expressions that all must be found in its reason or remedy, any case.
         edits: the changes of the source.
         first_run: settings of an earlier run without the fault, which this one continues.
-        cpu_flags: of these, as /proc/cpuinfo has them, the CPU must have one; none: any CPU."""
+        cpu_flags: flags of /proc/cpuinfo, of which the CPU must have one; none: any CPU."""
 
     name: str
     model: str
