@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 HAVE_DOCSTRINGS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 PROJECT_PACKAGES = ("megatron_r1", "r1_grading", "r1_kernels", "r1_kernels_bench", "tools")
+TYPE_CHECKS = ("TYPE_CHECKING", "typing.TYPE_CHECKING")
 Import = tuple[str, str, str | None]
 """A module, a name of it, and its alias."""
 
@@ -168,7 +169,9 @@ class _WithoutModules(ast.NodeTransformer):
 
 def _computes_nothing(node: ast.stmt) -> bool:
     """Return whether a statement is a text, or imports for the type checker alone."""
-    is_for_types = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+    is_for_types = (
+        isinstance(node, ast.If) and ast.unparse(node.test) in TYPE_CHECKS and not node.orelse
+    )
     is_text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
     return is_for_types or is_text or isinstance(node, ast.Pass)
 
