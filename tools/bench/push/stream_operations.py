@@ -38,7 +38,7 @@ class Step(NamedTuple):
 
 
 def operations_of_rounds(order: RoundSchedule) -> np.ndarray:
-    """Return the operations of all processes, each of which runs its schedule."""
+    """Return the operations of all processes when each runs its own schedule."""
     operations = []
     for process in range(order.num_processes):
         schedule = order.rounds_of(process)
