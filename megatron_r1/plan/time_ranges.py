@@ -82,13 +82,15 @@ def narrowing_section(job: PlannedJob, time: QuantityTable) -> QuantityTable:
         if not part.low or part.high is None:
             continue
         if (width := part.high / part.low) > WIDE_RANGE_RATIO:
-            section[name] = Quantity(width, "x", f"{_narrowing_command(job, name)}: {number}")
+            command = _narrowing_command(job, name, number)
+            section[name] = Quantity(width, "x", f"{command}: {number}")
     return section
 
 
-def _narrowing_command(job: PlannedJob, name: str) -> str:
-    """Return what measures the number of a part, and how the plan is told of it."""
-    if narrowing_number(job, name) in job.calibration.names:
+def _narrowing_command(job: PlannedJob, name: str, number: str | None) -> str:
+    """Return the command that measures a part's number, with the option that gives it to the
+    plan."""
+    if number in job.calibration.names:
         # On fewer GPUs, which say little of its communication.
         return f"a run of {job.num_gpus:,} GPUs, then --calibrate-from its folder"
     if name == ROUTED_EXPERTS:
