@@ -88,17 +88,12 @@ def pair_results(facts: Sequence[RankFacts], settings: PreflightConfig) -> Itera
     if not rates:
         return
     median = median_high(rates.values())
-    slow_ranks = [
-        rank_facts
-        for rank_facts in facts
-        if rates.get(rank_facts.node_index, median) < settings.slowest * median
-    ]
-    hosts = hosts_of(slow_ranks)
+    hosts = _slow_hosts(facts, rates, settings.slowest * median)
     yield CheckResult(
         check="links between nodes",
         measured=f"median {median / 1e9:.3g} GB/s, slowest {min(rates.values()) / 1e9:.3g}",
         expected=f"{settings.slowest:.0%} of the median",
-        level="block" if slow_ranks else "ok",
+        level="block" if hosts else "ok",
         problem=f"slow to every neighbor: {join_values(hosts)}" if hosts else "",
         hosts=hosts,
     )
@@ -114,12 +109,8 @@ def gloo_results(facts: Sequence[RankFacts], settings: PreflightConfig) -> Itera
     if not rates:
         return
     hardware, median = hardware_of(settings, facts), median_high(rates.values())
-    slow_ranks = [
-        rank_facts
-        for rank_facts in facts
-        if rates.get(rank_facts.node_index, median) < settings.slowest * median
-    ]
-    hosts, fraction = hosts_of(slow_ranks), median / hardware.host_network
+    hosts = _slow_hosts(facts, rates, settings.slowest * median)
+    fraction = median / hardware.host_network
     problems = []
     if hosts:
         problems.append(f"slow to every neighbor: {join_values(hosts)}")
@@ -137,6 +128,15 @@ def gloo_results(facts: Sequence[RankFacts], settings: PreflightConfig) -> Itera
         level="block" if hosts else "note" if problems else "ok",
         problem="; ".join(problems),
         hosts=hosts,
+    )
+
+
+def _slow_hosts(
+    facts: Sequence[RankFacts], rates: dict[int, float], limit: float
+) -> tuple[str, ...]:
+    """Return the hosts of the nodes whose rate is below a limit, bytes per second."""
+    return hosts_of(
+        rank_facts for rank_facts in facts if rates.get(rank_facts.node_index, limit) < limit
     )
 
 
