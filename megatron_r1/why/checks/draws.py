@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 
+from megatron_r1.controller.rollouts.rollout import Group
 from megatron_r1.reporting.formatting import format_count
 from megatron_r1.why.comparison import (
     Comparison,
@@ -14,7 +15,7 @@ from megatron_r1.why.comparison import (
     fraction_comparison,
     not_checked,
 )
-from megatron_r1.why.record.recorded_step import Group, RecordedStep
+from megatron_r1.why.record.recorded_step import RecordedStep
 
 FALSE_ALARM = 1e-9
 """The probability of a departure in a step whose responses are independent draws."""

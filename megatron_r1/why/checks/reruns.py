@@ -1,4 +1,4 @@
-"""The reruns of `--rerun`, each of which refines a comparison: it says which side a departure is
+"""The reruns of `--rerun`. Each refines a comparison: it says which side a departure is
 on."""
 
 from __future__ import annotations

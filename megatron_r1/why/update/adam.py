@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,11 @@ from torch import Tensor
 
 Moments = dict[str, Tensor]
 """By the parameter's name, fp32."""
+
+
+def gradient_norm(gradients: Mapping[str, Tensor]) -> float:
+    """Return the norm of all gradients as one vector, in fp64."""
+    return math.sqrt(sum(float(values.double().square().sum()) for values in gradients.values()))
 
 
 @dataclass(frozen=True)
@@ -105,9 +110,7 @@ class Adam:
                 name: values + self._clipped_gradients.get(name, 0.0)
                 for name, values in used_gradients.items()
             }
-        norm = math.sqrt(
-            sum(float(values.double().square().sum()) for values in used_gradients.values())
-        )
+        norm = gradient_norm(used_gradients)
         if rules.norms is not None:
             norm = rules.norms[index]
         scale = rules.clip_scale(norm)

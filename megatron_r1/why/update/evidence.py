@@ -65,7 +65,7 @@ def run_evidence(
     if after.first_moments is None:
         return Evidence(nearest_multiple(changes), **base_evidence)
     decay = inputs.step.config.optimizer.beta1**inputs.step.config.rl.minibatches
-    before = inputs.moments[0] if inputs.moments else {}
+    before = inputs.first_moments
     gradients = {
         name: tuple(
             moments[name] - decay * before.get(name, torch.zeros(()))

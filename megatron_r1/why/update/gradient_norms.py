@@ -3,14 +3,13 @@ where `why` recomputes a part of each, or the norm to which the run clips."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from statistics import mean
 
 import torch
 
 from megatron_r1.config.optimizer import OptimizerConfig
-from megatron_r1.why.update.adam import Moments
+from megatron_r1.why.update.adam import Moments, gradient_norm
 from megatron_r1.why.update.step_updates import Trace
 
 MAX_FIT_ROUNDS, FIT_TOLERANCE = 6, 1e-5
@@ -35,14 +34,7 @@ def fit_norms(
         before: first moments before the step; a parameter that is missing has zeros.
         after: the run's first moments after the step.
         settings: the optimizer's."""
-    norms = logged_norms
-    for _ in range(MAX_FIT_ROUNDS):  # a later gradient depends on how the earlier ones were cut
-        traces = make_updates(norms)
-        previous_norms = norms
-        norms = _least_squares(traces, before, after, settings)
-        changes = [abs(a - b) for a, b in zip(previous_norms, norms, strict=True)]
-        if max(changes) <= FIT_TOLERANCE * max(norms):
-            break
+    norms, _ = _fit(make_updates, logged_norms, before, after, settings)
     return norms
 
 
@@ -57,16 +49,33 @@ def fit_clip(
     ones, or one was not clipped.
 
     Args: as of `fit_norms`."""
-    norms = fit_norms(make_updates, logged_norms, before, after, settings)
+    norms, traces = _fit(make_updates, logged_norms, before, after, settings)
     if not all(norms):
         return None
     clips = [
-        settings.clip_grad / fitted * math.hypot(*map(float, map(torch.norm, gradients.values())))
-        for fitted, gradients in zip(
-            norms, (trace.gradients for trace in make_updates(norms)), strict=True
-        )
+        settings.clip_grad / fitted * gradient_norm(trace.gradients)
+        for fitted, trace in zip(norms, traces, strict=True)
     ]
     return mean(clips) if max(clips) - min(clips) <= CLIP_TOLERANCE * max(clips) else None
+
+
+def _fit(
+    make_updates: Callable[[tuple[float, ...]], Sequence[Trace]],
+    logged_norms: tuple[float, ...],
+    before: Moments,
+    after: Moments,
+    settings: OptimizerConfig,
+) -> tuple[tuple[float, ...], Sequence[Trace]]:
+    """Return what `fit_norms` does, with the updates that the norms were fitted to."""
+    norms, traces = logged_norms, make_updates(logged_norms)
+    for _ in range(MAX_FIT_ROUNDS):  # a later gradient depends on how the earlier ones were cut
+        previous_norms = norms
+        norms = _least_squares(traces, before, after, settings)
+        changes = [abs(a - b) for a, b in zip(previous_norms, norms, strict=True)]
+        if max(changes) <= FIT_TOLERANCE * max(norms):
+            break
+        traces = make_updates(norms)
+    return norms, traces
 
 
 def _least_squares(

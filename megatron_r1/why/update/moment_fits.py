@@ -86,7 +86,7 @@ class MomentFits:
             self.term_gradients,
             self._remade_terms,
             FirstMoments(
-                self._inputs.moments[0] if self._inputs.moments else {},
+                self._inputs.first_moments,
                 self._after.first_moments,
                 settings.beta1**self._step.config.rl.minibatches,
             ),
@@ -135,7 +135,7 @@ class MomentFits:
         return fit(
             lambda norms: self._make_updates(norms, None).traces,
             (float(logged_norm),) * self._step.config.rl.minibatches,
-            self._inputs.moments[0] if self._inputs.moments else {},
+            self._inputs.first_moments,
             self._after.first_moments,
             self._step.config.optimizer,
         )

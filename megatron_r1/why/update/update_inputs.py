@@ -59,6 +59,11 @@ class UpdateInputs:
         """Adam's first and second moments before the step; None before the run's first."""
         return None if self.models.is_first_step else self.moments_in(self.models.checkpoint_before)
 
+    @property
+    def first_moments(self) -> Moments:
+        """Adam's first moments before the step; a parameter that is missing has zeros."""
+        return self.moments[0] if self.moments else {}
+
     def moments_in(self, checkpoint: Path) -> tuple[Moments, Moments]:
         """Return the first and second moments in a checkpoint, by parameter."""
         first, second = (
