@@ -40,20 +40,13 @@ def test_the_mark_is_found_in_a_long_response(response, reward):
     assert math.grade(response, "42", reading="auto").reward == reward
 
 
-FLOATS = [
-    ("0.333333", "0.3333333333", True),
-    ("0.66667", "0.6666666667", False),
-    ("1e-07", "1.05e-07", True),
-    ("2.5000001 7", "2.5 7", True),
-    ("2.5 8", "2.5 7", False),
-    ("123456.78", "123456.79", True),
-    ("12345678", "12345679", False),
-    ("nan", "0.5", False),
-    ("3", "3.0", True),
-]
+OUTPUTS = list(read_lines(Path(__file__).with_name("outputs.jsonl")))
 
 
-@pytest.mark.parametrize(("actual", "expected", "equal"), FLOATS)
+@pytest.mark.parametrize(
+    ("actual", "expected", "equal"),
+    [(row["actual"], row["expected"], row["equal"]) for row in OUTPUTS],
+)
 def test_floats_of_a_program_are_compared_with_a_margin_and_integers_are_not(
     actual, expected, equal
 ):

@@ -1,6 +1,6 @@
 """Error rates of our verdicts, and of planted faults, on the reports' answers and programs.
 
-The labels are those of `answers.jsonl` and of `test_answers.FLOATS`."""
+The labels are those of `answers.jsonl` and of `outputs.jsonl`."""
 
 import asyncio
 from pathlib import Path
@@ -12,7 +12,7 @@ from megatron_r1.base.files.json_lines import read_lines
 from megatron_r1.controller.verifier_audit import audit
 from megatron_r1.evaluation.verifier_errors import AnswerContent, AuditedResponse, SecondMethodJudge
 from tests.grading.code_answers import fenced, needs_sandbox
-from tests.reports.test_answers import FLOATS
+from tests.reports.test_answers import OUTPUTS
 
 EVERY = 10
 """Of the reports' answers `make test` reads one in so many."""
@@ -112,11 +112,11 @@ def test_intervals_of_our_verdicts_and_of_planted_faults_have_the_labelled_truth
 def test_intervals_of_programs_have_the_labelled_truth_and_a_missed_last_test_is_found():
     """A grader that skips the last test accepts a program that fails only there."""
     responses, wrong = [], set()
-    for number, (actual, expected, equal) in enumerate(FLOATS):
-        response = fenced(f"input()\nprint({actual!r})")
-        truth = {"tests": [{"stdin": "1", "stdout": expected}]}
+    for number, row in enumerate(OUTPUTS):
+        response = fenced(f"input()\nprint({row['actual']!r})")
+        truth = {"tests": [{"stdin": "1", "stdout": row["expected"]}]}
         responses.append(
-            graded(f"report {number}", "B57", "code", response, truth, {}, float(equal))
+            graded(f"report {number}", "B57", "code", response, truth, {}, float(row["equal"]))
         )
     tests = [{"stdin": str(n), "stdout": str(n * n)} for n in (1, 2, 9)]
     for number, program in enumerate(("n * n", "n * n if n < 9 else 0", "n + n - 1", "0")):
