@@ -40,7 +40,14 @@ from megatron_r1.reporting.formatting import format_duration
 
 ARGUMENTS = ("IN.jsonl", "OUT.jsonl")
 SETTINGS = ("rewards", "data.kind")
-OPTIONS = {"audit": "GRADED.jsonl|RUN", "size": "N", "groups": "N", "seed": "N", "json": "FILE"}
+OPTIONS = {
+    "audit": "GRADED.jsonl|RUN",
+    "size": "N",
+    "groups": "N",
+    "seed": "N",
+    "verifier": "NAME",
+    "json": "FILE",
+}
 ALTERNATIVE_OPTIONS = ("audit",)
 PIPE = "-"
 RESERVED_KEYS = ("kind", "response", "truth", "reward", "reason")

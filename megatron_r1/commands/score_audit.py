@@ -18,11 +18,13 @@ from megatron_r1.controller.verifier_audit import NUM_GROUPS, SAMPLE_SIZE, Advan
 from megatron_r1.evaluation.fraction_intervals import FractionEstimate
 from megatron_r1.evaluation.verifier_errors import (
     AUDITED_REWARDS,
+    MATH_VERIFY,
     AuditedResponse,
     ErrorRates,
     SecondMethodJudge,
 )
 
+VERIFIERS = ("math", MATH_VERIFY)
 MAX_SHOWN = 20
 """As many of the responses concerned are printed; --json has all."""
 
@@ -33,6 +35,7 @@ def run(
     size: str = str(SAMPLE_SIZE),
     groups: str = str(NUM_GROUPS),
     seed: str = "0",
+    verifier: str = VERIFIERS[0],
     json: str | None = None,
 ) -> None:
     """Audit the rewards of a file or of a run's logged steps, and print the result.
@@ -44,11 +47,19 @@ def run(
         size: how many responses to draw.
         groups: how many questions to judge whole.
         seed: the seed of the draws.
+        verifier: what graded mathematics; verdicts of math-verify are not read by math-verify.
         json: a file for the result.
 
     Raises:
         UserError: a file or line that cannot be read, an option that is no such number, a run
             without a sample log, and a file without a line that can be audited."""
+    if verifier not in VERIFIERS:
+        raise UserError(
+            f"--verifier {verifier}: give {' or '.join(VERIFIERS)}, whichever graded the "
+            "mathematics (other verifiers: math)",
+            key="--verifier",
+            cause=Cause.UNKNOWN,
+        )
     minimums = {"size": 1, "groups": 0, "seed": 0}
     sizes = {"size": size, "groups": groups, "seed": seed}
     numbers = {name: _number(f"--{name}", text, minimums[name]) for name, text in sizes.items()}
@@ -66,7 +77,8 @@ def run(
             key=OPTION,
             cause=Cause.EMPTY,
         )
-    result = asyncio.run(_audit(config, responses, advantages, **numbers))
+    without_math_verify = verifier == MATH_VERIFY
+    result = asyncio.run(_audit(config, responses, advantages, without_math_verify, **numbers))
     print("\n".join(describe(result, path)))
     if json is not None:
         text = json_format.dumps(result.as_json(), indent=1, ensure_ascii=True)
@@ -77,6 +89,7 @@ async def _audit(
     config: Config,
     responses: list[AuditedResponse],
     advantages: Advantages | None,
+    without_math_verify: bool,
     size: int,
     groups: int,
     seed: int,
@@ -85,7 +98,9 @@ async def _audit(
     cores = len(os.sched_getaffinity(0))
     workers = settings.workers if "workers" in settings.model_fields_set else cores
     async with RewardPool(workers, settings.timeout_seconds, settings.memory_bytes) as pool:
-        methods = SecondMethodJudge(pool, settings.call_options)
+        methods = SecondMethodJudge(
+            pool, settings.call_options, without_math_verify=without_math_verify
+        )
         return await audit(
             responses,
             methods.judge,

@@ -34,6 +34,8 @@ Outcome = Literal["confirmed", "wrong", "undecided"]
 READER = "r1_grading.second_readers.mathematics:grade"
 REPEATS = 3
 """Runs of a program's tests: one verdict may be chance."""
+MATH_VERIFY = "math-verify"
+"""A verifier that the second method is partly made of."""
 AUDITED_REWARDS = ("math", "code")
 """The kinds that have a second method."""
 ACCEPTED_REWARD = 1.0
@@ -128,15 +130,20 @@ class SecondMethodJudge:
     Args:
         pool: the workers.
         options: reward → its options, `rewards.options` with `rewards.reading`.
-        repeats: runs of a program's tests; different verdicts leave it undecided."""
+        repeats: runs of a program's tests; different verdicts leave it undecided.
+        without_math_verify: read mathematics by values at points alone, which verdicts of
+            math-verify need."""
 
     def __init__(
         self,
         pool: RewardPool,
         options: Mapping[str, Mapping[str, Any]],
         repeats: int = REPEATS,
+        *,
+        without_math_verify: bool = False,
     ) -> None:
         self._pool, self._options, self._repeats = pool, options, repeats
+        self._without_math_verify = without_math_verify
 
     async def judge(self, response: AuditedResponse) -> SecondVerdict:
         """Return the finding of one verdict. A response that the second method cannot read within
@@ -154,6 +161,8 @@ class SecondMethodJudge:
         if not grade.verdict:  # out of time or memory, or a malformed truth
             return SecondVerdict("undecided", grade.reason)
         upstream, points = grade.verdict.split(",")
+        if self._without_math_verify:
+            upstream = points
         return SecondVerdict(classify_verdict(response.is_accepted, upstream, points), grade.reason)
 
     async def _run_again(

@@ -349,6 +349,7 @@ BAD_AUDITS = [
     (b'{"kind": "judge", "response": "1", "reward": 1}\n', (), "--audit", "judge"),
     (b"", ("--size", "0"), "--size", "0"),
     (b"", ("--seed", "x"), "--seed", "x"),
+    (b"", ("--verifier", "mine"), "--verifier", "math-verify"),
 ]
 
 

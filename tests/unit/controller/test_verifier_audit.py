@@ -7,6 +7,7 @@ from math import comb, sqrt
 from types import SimpleNamespace
 
 import pytest
+from r1_grading import Grade
 from refusals import refused
 
 from megatron_r1.base.errors import Cause
@@ -258,3 +259,23 @@ def test_programs_whose_verdict_changes_are_flaky(rewards, outcome, left):
     assert finding.outcome == outcome
     assert len(pool.rewards) == left
     assert finding.reason.startswith("flaky") == (outcome == "undecided" and rewards[0] is not None)
+
+
+@pytest.mark.parametrize(
+    ("verdict", "outcome", "without"),
+    [
+        ("right,wrong", "undecided", "wrong"),
+        ("right,right", "confirmed", "confirmed"),
+        ("right,unsure", "confirmed", "undecided"),
+    ],
+)
+def test_verdicts_of_math_verify_are_not_confirmed_by_math_verify(verdict, outcome, without):
+    class Reader:
+        async def grade(self, *_, **__):
+            return Grade(0.0, "", verdict=verdict)
+
+    content = AnswerContent("<answer>1</answer>", "2", {})
+    response = AuditedResponse("1", "-", "math", None, 1.0, 1.0, lambda: content)
+    for options, expected in (({}, outcome), ({"without_math_verify": True}, without)):
+        judge = SecondMethodJudge(Reader(), {}, **options)
+        assert asyncio.run(judge.judge(response)).outcome == expected
