@@ -5,6 +5,7 @@ step       whole RL steps and those of TRL, with a toy or a pretrained model; or
 fp8        what FP8 training does to the loss, against bf16
 push       the weight push, on this machine and planned at the real size
 answers    verdicts of the math reward and of math-verify on labelled pairs of one's own
+audit      error rates that `megatron-r1 score --audit` estimates, next to those by labels
 agents     turns of tool-using agents through the gateway, before an engine that answers at once
 prompts    updates with a prompt computed once for all its responses, and for each
 controller a full rollout from synthetic engines through the controller to 2,048 ranks
@@ -50,6 +51,7 @@ NAMES = (
     "agents",
     "algorithms",
     "answers",
+    "audit",
     "chaos",
     "controller",
     "corrections",

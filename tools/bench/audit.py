@@ -1,0 +1,302 @@
+"""Error rates that `megatron-r1 score --audit` estimates for verifiers, next to those by labels.
+
+Each verifier grades labelled answers and programs, so that the fraction of its rejections that are
+right and of its acceptances that are wrong is known. The audit does not see the labels: it draws
+`--size` verdicts, stratified by file and verdict, and estimates both fractions with 95% intervals.
+Repeated with `--seeds` draws, the table says in how many of them the interval has the fraction by
+labels.
+
+FILE is JSONL with a line {"truth": …, "answer" or "response": …, "reward": 0 or 1} of mathematics,
+or {"expected": …, "actual": …, "equal": true or false} of a program's output; or YAML of problems
+with programs, as `tests/grading/code/problems.yaml`.
+"""
+
+import argparse
+import asyncio
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from r1_grading import RewardPool
+
+from megatron_r1.controller.verifier_audit import SAMPLE_SIZE, audit
+from megatron_r1.data.table_files import read_rows
+from megatron_r1.evaluation.fraction_intervals import FractionEstimate
+from megatron_r1.evaluation.verifier_errors import (
+    MATH_VERIFY,
+    READER,
+    REPEATS,
+    AnswerContent,
+    AuditedResponse,
+    SecondVerdict,
+    classify_verdict,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+FILES = tuple(
+    ROOT / "tests" / name
+    for name in (
+        "grading/math/pairs.jsonl",
+        "grading/math/upstream.jsonl",
+        "grading/last_lines.jsonl",
+        "grading/code/comparisons.jsonl",
+        "grading/code/problems.yaml",
+        "reports/answers.jsonl",
+        "reports/outputs.jsonl",
+    )
+)
+NUMBER = re.compile(r"-?\d[\d,]*\.?\d*")
+TIMEOUT_SECONDS = 20.0
+BY_ITSELF = "itself"
+"""math-verify, audited by a second method that has math-verify in it: what `--verifier math-verify`
+is there to prevent."""
+ERRORS = ("wrongly rejected", "wrongly accepted")
+
+
+@dataclass(frozen=True)
+class LabelledAnswer:
+    """An answer, or a program, with its label.
+
+    Attributes:
+        source: the file.
+        kind: "math" or "code".
+        response: what is graded.
+        truth: what it is graded against.
+        is_right: the label.
+        reading: where mathematics looks for the answer.
+        output: what a program prints; None for mathematics."""
+
+    source: str
+    kind: str
+    response: str
+    truth: Any
+    is_right: bool
+    reading: str = "strict"
+    output: str | None = None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the verifiers and the second method say of an answer.
+
+    Attributes:
+        verdicts: verifier → whether it accepts the answer.
+        second: the second method's verdict of an accepted and of a rejected answer.
+        second_without: the same without math-verify, for its own verdicts."""
+
+    verdicts: Mapping[str, bool]
+    second: Mapping[bool, SecondVerdict]
+    second_without: Mapping[bool, SecondVerdict]
+
+
+def add_options(options: argparse.ArgumentParser) -> None:
+    options.add_argument("files", type=Path, nargs="*", metavar="FILE", help="default: the tests'")
+    options.add_argument("--size", type=int, default=SAMPLE_SIZE, help="verdicts of a draw")
+    options.add_argument("--seeds", type=int, default=100, help="draws")
+    options.add_argument("--workers", type=int, default=2)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Return, by verifier and file, the rates by labels and in how many draws the interval has
+    them."""
+    answers = [answer for path in args.files or FILES for answer in read_answers(path)]
+    readings = asyncio.run(_read_all(answers, args.workers))
+    verifiers = list(dict.fromkeys(name for reading in readings for name in reading.verdicts))
+    print(f"{len(answers):,} labelled answers, {args.seeds} draws of {args.size}")
+    print(f"{'verifier':14} {'file':20} {'':16} {'of':>5} {'label':>6} {'draw 0':>17} {'holds':>9}")
+    rows = []
+    for name in verifiers:
+        rows += _rows_of(name, answers, readings, args)
+    shares = [row["holds"] / row["draws"] for row in rows if row["verifier"] != BY_ITSELF]
+    contradicted = sum(
+        reading.second[answer.is_right].outcome == "wrong"
+        for answer, reading in zip(answers, readings, strict=True)
+    )
+    print(
+        f"without the rows of {BY_ITSELF!r}, {min(shares):.0%} of a row's intervals or more have "
+        f"the rate by labels; the second method calls {contradicted} of {len(answers):,} labels "
+        "wrong"
+    )
+    return {
+        "answers": len(answers),
+        "size": args.size,
+        "draws": args.seeds,
+        "least_share": min(shares),
+        "contradicted_labels": contradicted,
+        "rows": rows,
+    }
+
+
+def read_answers(path: Path) -> Iterator[LabelledAnswer]:
+    """Yield the labelled answers of a file; a line with `readings` is one of each."""
+    if path.suffix == ".yaml":
+        yield from _programs(path)
+        return
+    for _, row in read_rows(path):
+        if "equal" in row:
+            if row.get("kind", "output") == "output":
+                yield _printing_program(path.stem, row)
+            continue
+        response = row.get("response") or row.get("line") or f"<answer>{row['answer']}</answer>"
+        readings = ("auto",) if "line" in row else ("strict",)
+        if "id" in row:
+            readings = tuple(row.get("readings", ("strict", "auto", "last")))
+        for reading in readings:
+            yield LabelledAnswer(
+                path.stem, "math", response, row["truth"], bool(row["reward"]), reading
+            )
+
+
+def _programs(path: Path) -> Iterator[LabelledAnswer]:
+    for problem in yaml.safe_load(path.read_text(encoding="utf-8")).values():
+        for label in ("right", "wrong"):
+            if "python" in problem.get(label, {}):
+                response = f"```python\n{problem[label]['python']}\n```"
+                yield LabelledAnswer(
+                    path.stem, "code", response, problem["truth"], label == "right"
+                )
+
+
+def _printing_program(source: str, row: Mapping[str, Any]) -> LabelledAnswer:
+    truth = {"tests": [{"stdin": "", "stdout": row["expected"]}]}
+    if "tolerance" in row:
+        truth["tolerance"] = row["tolerance"]
+    response = f"```python\nimport sys\nsys.stdout.write({row['actual']!r})\n```"
+    return LabelledAnswer(source, "code", response, truth, row["equal"], output=row["actual"])
+
+
+async def _read_all(answers: Sequence[LabelledAnswer], workers: int) -> list[Reading]:
+    async with RewardPool(workers, TIMEOUT_SECONDS) as pool:
+        reads = {"math": _read_mathematics, "code": _read_program}
+        return await asyncio.gather(*(reads[answer.kind](pool, answer) for answer in answers))
+
+
+async def _read_mathematics(pool: RewardPool, answer: LabelledAnswer) -> Reading:
+    options = {"reading": answer.reading}
+    ours = await pool.grade("math", answer.response, answer.truth, **options)
+    second = await pool.grade(READER, answer.response, answer.truth, **options)
+    upstream, points = second.verdict.split(",") if second.verdict else ("unsure", "unsure")
+    text = re.sub(r"</?answer>", "", answer.response)
+    numbers, truths = NUMBER.findall(text), NUMBER.findall(str(answer.truth))
+    return Reading(
+        {
+            "ours": ours.reward == 1.0,
+            MATH_VERIFY: upstream == "right",
+            BY_ITSELF: upstream == "right",
+            "same text": text.strip() == str(answer.truth).strip(),
+            "last number": bool(numbers and truths and numbers[-1] == truths[-1]),
+        },
+        *(
+            {
+                is_accepted: SecondVerdict(
+                    classify_verdict(is_accepted, first_reading, points), second.reason
+                )
+                for is_accepted in (False, True)
+            }
+            for first_reading in (upstream, points)
+        ),
+    )
+
+
+async def _read_program(pool: RewardPool, answer: LabelledAnswer) -> Reading:
+    """Each verifier of programs runs them; the second method does so `REPEATS` times."""
+    runs = [await pool.grade("code", answer.response, answer.truth) for _ in range(REPEATS)]
+    passes = [grade.reward == 1.0 for grade in runs]
+    first_test = {**answer.truth, "tests": answer.truth["tests"][:1]}
+    first = await pool.grade("code", answer.response, first_test)
+    verdicts = {"ours": passes[0], "first test": first.reward == 1.0}
+    if answer.output is not None:
+        expected = answer.truth["tests"][0]["stdout"]
+        verdicts["same text"] = answer.output.strip() == str(expected).strip()
+    second = {
+        is_accepted: SecondVerdict(
+            "undecided"
+            if len(set(passes)) > 1
+            else "confirmed"
+            if passes[0] == is_accepted
+            else "wrong",
+            runs[0].reason,
+        )
+        for is_accepted in (False, True)
+    }
+    return Reading(verdicts, second, second)
+
+
+def _rows_of(
+    verifier: str,
+    answers: Sequence[LabelledAnswer],
+    readings: Sequence[Reading],
+    args: argparse.Namespace,
+) -> list[dict[str, Any]]:
+    """Print and return the rows of a verifier: each file's and those of all files."""
+    responses: list[AuditedResponse] = []
+    second: dict[str, SecondVerdict] = {}
+    wrong: set[str] = set()
+    for index, (answer, reading) in enumerate(zip(answers, readings, strict=True)):
+        if verifier not in reading.verdicts:
+            continue
+        is_accepted, key = reading.verdicts[verifier], str(index)
+        reward = float(is_accepted)
+        content = AnswerContent(answer.response, answer.truth, {})
+        responses.append(
+            AuditedResponse(
+                key,
+                answer.source,
+                answer.kind,
+                None,
+                reward,
+                reward,
+                lambda content=content: content,
+            )
+        )
+        verdicts = reading.second_without if verifier == MATH_VERIFY else reading.second
+        second[key] = verdicts[is_accepted]
+        if is_accepted != answer.is_right:
+            wrong.add(key)
+
+    async def judge(response: AuditedResponse) -> SecondVerdict:
+        return second[response.id]
+
+    audits = [
+        asyncio.run(audit(responses, judge, size=args.size, seed=seed, num_groups=0))
+        for seed in range(args.seeds)
+    ]
+    rows = []
+    for source in (*audits[0].sources, "all"):
+        for error in ERRORS:
+            of = [
+                response
+                for response in responses
+                if response.is_accepted is (error == ERRORS[1])
+                and source in ("all", response.source)
+            ]
+            if not of:
+                continue
+            label = sum(response.id in wrong for response in of) / len(of)
+            intervals: list[FractionEstimate] = [
+                getattr(
+                    result.overall if source == "all" else result.sources[source],
+                    error.replace(" ", "_"),
+                )
+                for result in audits
+            ]
+            row = {
+                "verifier": verifier,
+                "source": source,
+                "error": error,
+                "of": len(of),
+                "rate_by_labels": label,
+                "low": intervals[0].low,
+                "high": intervals[0].high,
+                "holds": sum(each.low <= label <= each.high for each in intervals),
+                "draws": len(intervals),
+            }
+            rows.append(row)
+            print(
+                f"{verifier:14} {source:20} {error:16} {len(of):5} {label:6.1%} "
+                f"{row['low']:7.1%} to {row['high']:6.1%} {row['holds']:4}/{row['draws']}"
+            )
+    return rows
