@@ -51,7 +51,8 @@ class Comparison:
         num_tokens: the tokens concerned; 0 where the check is not of tokens.
         loss_fraction: the part of the sum of |advantage| that the responses concerned have;
             NaN where that has no meaning.
-        remedy: the setting or file to change."""
+        remedy: the setting or file to change.
+        departures: how far each of the responses concerned departs; (): all alike."""
 
     family: str
     name: str
@@ -65,6 +66,7 @@ class Comparison:
     num_tokens: int = 0
     loss_fraction: float = math.nan
     remedy: str = ""
+    departures: Sequence[float] = ()
 
     @property
     def departs(self) -> bool:

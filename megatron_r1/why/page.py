@@ -85,8 +85,8 @@ def _plots(report: Report) -> list[Plot]:
 
 
 def _worst_responses(report: Report, step: RecordedStep) -> list[ResponseIndex]:
-    """Return the responses of the first departure that has any, those with the largest advantages
-    first."""
+    """Return the responses of the first departure that has any, those that depart furthest first;
+    of those that depart alike, those with the largest advantages."""
     departing_comparisons = (
         departing_comparison
         for departing_comparison in report.comparisons
@@ -103,9 +103,11 @@ def _worst_responses(report: Report, step: RecordedStep) -> list[ResponseIndex]:
     if comparison is None:
         return []
 
-    def size(index: ResponseIndex) -> float:
+    departures = dict(zip(comparison.concerned, comparison.departures, strict=False))
+
+    def size(index: ResponseIndex) -> tuple[float, float]:
         advantage = step.advantages[index[0]][index[1]]
-        return 0.0 if math.isnan(advantage) else abs(advantage)
+        return departures.get(index, 0.0), 0.0 if math.isnan(advantage) else abs(advantage)
 
     return sorted(comparison.concerned, key=size, reverse=True)[:MAX_SHOWN_RESPONSES]
 

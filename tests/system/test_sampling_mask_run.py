@@ -20,22 +20,40 @@ LAYOUTS = {
     "tensor 2": {"parallel.processes": 2, "parallel.tensor": 2},
     "context 2": {"parallel.processes": 2, "parallel.context": 2},
     "drafts": {"rollout.speculative.method": "ngram", "rollout.speculative.tokens": 2},
+    "drafts of MTP layers": {
+        "model.mtp": "train",
+        "rollout.speculative.method": "mtp",
+        "rollout.speculative.tokens": 2,
+    },
     "min_p": {"rollout.top_p": 1.0, "rollout.min_p": 0.1},
 }
 
-# The kept tokens with min_p: test_kept_tokens.
-SETS = {"tensor 2": (), "context 2": pytest.mark.more, "drafts": pytest.mark.more}
+SLOW = ("one rank", "min_p")
+"""Their kept tokens are test_kept_tokens'."""
+IN_MAKE_TEST = ("tensor 2",)
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("cut")
+def recipes(tmp_path_factory) -> dict[bool, Path]:
+    """Whether the model has an MTP layer → its recipe."""
+    return {
+        has_mtp: write_recipe(tmp_path_factory.mktemp("cut"), has_mtp) for has_mtp in (False, True)
+    }
+
+
+def write_recipe(folder: Path, has_mtp: bool) -> Path:
+    """Write a recipe, and train the model that it begins with for a step."""
     write_model(folder / "model")
+    if has_mtp:
+        path = folder / "model/config.json"
+        config = json.loads(path.read_text()) | {"num_nextn_predict_layers": 1}
+        path.write_text(json.dumps(config))
+    mtp = ", mtp: train" if has_mtp else ""
     (folder / "sft.jsonl").write_text('{"prompt": "1+1=", "response": "2"}\n')
     (folder / "sft.yaml").write_text(
         f"""
 run: {{folder: {folder}/base, steps: 1}}
-model: {{path: {folder}/model, init: random, init_std: 0.2, dtype: float32}}
+model: {{path: {folder}/model, init: random, init_std: 0.2, dtype: float32{mtp}}}
 sft: {{data: {folder}/sft.jsonl, batch_size: 1}}
 optimizer: {{learning_rate: 1.0e-6}}
 """
@@ -62,10 +80,15 @@ optimizer: {{learning_rate: 1.0e-3}}
     return folder / "rl.yaml"
 
 
-@pytest.mark.parametrize(
-    "layout", [pytest.param(n, marks=SETS.get(n, pytest.mark.slow)) for n in LAYOUTS]
-)
-def test_engine_and_trainer_have_one_policy(recipe, layout):
+def marks(layout: str) -> tuple:
+    if layout in IN_MAKE_TEST:
+        return ()
+    return (pytest.mark.slow if layout in SLOW else pytest.mark.more,)
+
+
+@pytest.mark.parametrize("layout", [pytest.param(n, marks=marks(n)) for n in LAYOUTS])
+def test_engine_and_trainer_have_one_policy(recipes, layout):
+    recipe = recipes["model.mtp" in LAYOUTS[layout]]
     folder = recipe.parent / layout.replace(" ", "_")
     settings = {"run.folder": folder, **CUT, **LAYOUTS[layout]}
     words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
@@ -76,6 +99,8 @@ def test_engine_and_trainer_have_one_policy(recipe, layout):
     for step in steps:
         assert step["logprob_diff/mean"] < GAP, step
         assert step["logprob_diff/max"] < 100 * GAP, step
+        if "speculative.method" in str(LAYOUTS[layout]):
+            assert 0 < step["speculative/acceptance"] < 1, "no draft accepted, or none refused"
     # In the first mini-batch of a step both policies are the same; the second has moved.
     assert steps[0]["kl"] >= 0 and steps[0]["entropy"] > 0
     report = examine(read_step(*open_run(folder), 2))

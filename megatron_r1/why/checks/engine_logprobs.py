@@ -29,6 +29,7 @@ from megatron_r1.why.comparison import (
     EQUAL,
     Comparison,
     DepartureCurve,
+    ResponseIndex,
     not_checked,
     with_untried,
 )
@@ -104,11 +105,10 @@ def _departure(gaps: EngineGaps, subject: str, cause: ExplainedDeparture | None)
         "these weights than transformers",
         ENGINE_REMEDY + hint(gaps.step, "engine"),
     )
-    departing_responses = dict.fromkeys(
-        sequence.response
-        for sequence, gap in zip(gaps.sequences, gaps.gaps, strict=True)
-        if mean_gap([gap]) > gaps.tolerance
-    )
+    departures: dict[ResponseIndex, float] = {}  # of an episode its largest sequence's
+    for sequence, gap in zip(gaps.sequences, gaps.gaps, strict=True):
+        if (size := mean_gap([gap])) > gaps.tolerance:
+            departures[sequence.response] = max(size, departures.get(sequence.response, 0.0))
     # NaN is not above the tolerance.
     num_tokens = int(sum((np.abs(gap) > gaps.tolerance).sum() for gap in gaps.gaps))
     return Comparison(
@@ -120,10 +120,11 @@ def _departure(gaps: EngineGaps, subject: str, cause: ExplainedDeparture | None)
         gaps.tolerance,
         _source(gaps.step),
         with_untried(cause.reason, gaps.untried_causes),
-        list(departing_responses),
+        list(departures),
         num_tokens,
-        gaps.step.loss_fraction(list(departing_responses)),
+        gaps.step.loss_fraction(list(departures)),
         cause.remedy,
+        list(departures.values()),
     )
 
 

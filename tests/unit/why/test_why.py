@@ -31,7 +31,7 @@ from megatron_r1.engines.server.responses import Response
 from megatron_r1.models.sampling_mask import encode_mask
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.trainer.checkpoints.checkpoint_folders import checkpoint_path, write_manifest
-from megatron_r1.why import formulas
+from megatron_r1.why import formulas, page
 from megatron_r1.why.checks import (
     checkpoints,
     files,
@@ -41,7 +41,7 @@ from megatron_r1.why.checks import (
     sampling,
     schedule,
 )
-from megatron_r1.why.comparison import Comparison
+from megatron_r1.why.comparison import Comparison, Report
 from megatron_r1.why.examination import examine
 from megatron_r1.why.record.recorded_step import RecordedStep
 from megatron_r1.why.record.step_reader import choose, examinable, open_run, read_step
@@ -669,6 +669,20 @@ def test_the_command_fails_where_something_departs(planted, capsys):
     assert json.loads(out.read_text())["first"]["name"] == "version of the weights"
     page = (planted.folder / "run" / "why.html").read_text()
     assert "version of the weights" in page and "group 1, response 0" in page
+
+
+@pytest.mark.parametrize(
+    ("departures", "order"), [((0.1, 0.5, 0.2), [1, 2, 0]), ((), [0, 2, 1])], ids=["sizes", "alike"]
+)
+def test_the_page_shows_the_responses_that_depart_furthest_first(planted, departures, order):
+    step = planted.read()
+    concerned = [(1, 0), (1, 1), (1, 2)]
+    step.advantages[1][:3] = [1.5, 0.5, -1.0]
+    report = Report(2, [Comparison("sampling", "a", "departs", "", 0.5, 0.1, concerned=concerned)])
+    report.comparisons[0] = replace(report.comparisons[0], departures=departures)
+    text = page.write(report, step).read_text()
+    places = [text.index(f"group 1, response {response}") for response in order]
+    assert places == sorted(places)
 
 
 def test_a_step_that_has_no_log_is_refused(planted):
