@@ -87,7 +87,7 @@ def planned_rank_bytes(job: PlannedJob) -> int:
     """Return the bytes of weights on an engine's first GPU, which has the most. A pushed adapter is
     there three times: as it has come, as vLLM has loaded it, and in its LoRA layers."""
     all_weights = PushedWeights.from_config(job.hf_config, None, drafts=drafts_with_mtp(job))
-    weights = _rank_bytes(all_weights, planned_engine_layout(job), _pushed_dtype(job), 1)[0]
+    weights, _ = _needs_of_rank(all_weights, planned_engine_layout(job), _pushed_dtype(job), 0)
     if (lora := pushed_lora(job)) is None:
         return weights
     return weights + round(pushed_rank_bytes(job) * (2 + max_lora_rank(lora.rank) / lora.rank))
@@ -95,7 +95,9 @@ def planned_rank_bytes(job: PlannedJob) -> int:
 
 def pushed_rank_bytes(job: PlannedJob) -> int:
     """Return the pushed bytes of an engine's first GPU, which has the most."""
-    return _rank_bytes(_pushed_weights(job), planned_engine_layout(job), _pushed_dtype(job), 1)[0]
+    return _needs_of_rank(
+        _pushed_weights(job), planned_engine_layout(job), _pushed_dtype(job), rank=0
+    )[0]
 
 
 def _pushed_weights(job: PlannedJob) -> PushedWeights:
@@ -112,31 +114,35 @@ def _byte_count(form: str) -> CountBytes:
     return fp8_bytes if form == "FP8" else plain_bytes(form)
 
 
-@lru_cache
-def _rank_bytes(weights: PushedWeights, layout: EngineLayout, form: str, ranks: int) -> list[int]:
-    """Return the bytes that each of an engine's first `ranks` ranks needs of a push.
+@lru_cache(maxsize=1024)
+def _needs_of_rank(
+    weights: PushedWeights, layout: EngineLayout, form: str, rank: int
+) -> tuple[int, int]:
+    """Return the bytes that a rank of an engine needs of a push, and of how many tensors.
 
     Args:
         weights: what is pushed.
         layout: the engines' layout.
         form: the dtype on the wire, or "FP8".
-        ranks: how many ranks are counted."""
+        rank: its number in the engine."""
     sharding, num_bytes = weights.predicted_layout(layout), _byte_count(form)
-    return [
-        sum(
-            num_bytes(t.name, t.rule.dtype, part)
-            for t, part in sharding.regions_of(layout.coordinate(rank))
-        )
-        for rank in range(ranks)
+    sizes = [
+        num_bytes(t.name, t.rule.dtype, part)
+        for t, part in sharding.regions_of(layout.coordinate(rank))
     ]
+    return sum(sizes), len(sizes)
 
 
 def _needed_bytes(job: PlannedJob) -> int:
     """Return the bytes for all engines, each element once per GPU that computes with it."""
     layout = planned_engine_layout(job)
-    ranks = layout.ranks_per_engine
-    one_engine = _rank_bytes(_pushed_weights(job), layout, _pushed_dtype(job), ranks)
-    return layout.engines * sum(one_engine)
+    return layout.engines * sum(num_bytes for num_bytes, _ in _engine_needs(job, layout))
+
+
+def _engine_needs(job: PlannedJob, layout: EngineLayout) -> list[tuple[int, int]]:
+    """Return `_needs_of_rank` of each rank of an engine."""
+    weights, form = _pushed_weights(job), _pushed_dtype(job)
+    return [_needs_of_rank(weights, layout, form, rank) for rank in range(layout.ranks_per_engine)]
 
 
 def receive_buffer_bytes(job: PlannedJob, memory: Literal["host", "GPU"] | None = None) -> int:
@@ -234,7 +240,7 @@ def push_section(job: PlannedJob) -> QuantityTable:
         section |= _connections(job, engines, grid, traffic)
     if form != "FP8" and lora is None:
         section["in FP8"] = byte_quantity(
-            _rank_bytes(_pushed_weights(job), engines, "FP8", 1)[0],
+            _needs_of_rank(_pushed_weights(job), engines, "FP8", rank=0)[0],
             "into an engine GPU with projections quantized on the way, 1 B + 4 B / 128 x 128",
         )
     section["receive buffer"] = byte_quantity(
@@ -248,12 +254,7 @@ def _connections(
 ) -> QuantityTable:
     """Return what connects the ranks, and how long that and a push take."""
     assumptions = job.assumptions
-    sharding = _pushed_weights(job).predicted_layout(engines)
-    num_slots = sum(
-        1
-        for rank in range(engines.ranks_per_engine)
-        for _ in sharding.regions_of(engines.coordinate(rank))
-    )
+    num_slots = sum(num_tensors for _, num_tensors in _engine_needs(job, engines))
     rate, link = push_link(job)
     over_nccl = TRANSPORTS[job.config.push.transport].sends_in_rounds
     colocated = shares_gpus_over_nccl(job.config)
