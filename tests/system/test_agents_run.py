@@ -51,7 +51,7 @@ def test_episodes_are_trained_on_the_tokens_that_were_sampled(lookup_base, tmp_p
         assert trained == sample["length"]
 
 
-@pytest.mark.slow  # test_sampling_mask_run
+@pytest.mark.more
 def test_episodes_from_a_part_of_the_vocabulary_are_of_one_policy(lookup_base, tmp_path):
     """Where a token has the probability 0.999 the cut keeps it alone: without the kept ids the
     policies would differ by 1e-3 there, and by more elsewhere."""

@@ -132,7 +132,7 @@ def test_a_response_that_a_push_interrupts_has_the_sets_of_both_policies(
             check_kept([tables[v][number][at] for at, v in versions], response, cut)
 
 
-@pytest.mark.slow  # in a run: test_sampling_mask_run
+@pytest.mark.more
 def test_accepted_drafts_have_the_sets_of_the_model_itself(oracle, loop, tmp_path):
     oracle(write_drafting_model, tmp_path / "a", 0)
     drafts = {"speculative": {"method": "mtp", "num_speculative_tokens": 2}}
