@@ -22,6 +22,7 @@ from megatron_r1.models.weights.formats.dcp import DistributedCheckpoint
 from megatron_r1.trainer.checkpoints.checkpoint_folders import write_manifest
 from megatron_r1.why.comparison import EQUAL, Report
 from megatron_r1.why.examination import examine
+from megatron_r1.why.policy import policy_logprobs
 from megatron_r1.why.policy.checkpoint_model import STATE_PREFIX
 from megatron_r1.why.record.recorded_step import RecordedStep
 from megatron_r1.why.record.step_reader import open_run, read_step
@@ -171,6 +172,25 @@ def test_an_engine_with_the_weights_of_the_version_before(copy):
     concerned = report.first_departure.concerned
     assert concerned
     assert {read(copy).responses[which].response.engine for which in concerned} == {"engine-1"}
+
+
+def test_a_part_of_the_responses_is_recomputed_where_all_would_take_too_long(copy, monkeypatch):
+    step = read(copy)
+    recomputation = Recomputation(step)
+    flops = recomputation.models.pass_flops
+    stale = recomputation.policies.logprobs_after(STEP - 2)
+    monkeypatch.setattr(policy_logprobs, "LOGPROB_FLOPS", flops / 2.5)
+    report = examine(step)
+    assert report.first_departure is None, str(report.first_departure)
+    engines = report.comparison("sampling", "engines' log-probabilities")
+    scored = len(step.sequences[::3])
+    assert engines.status == "equal" and f"of {scored} sequences" in engines.compared
+    trainer = report.comparison("log-probabilities", "old policy of the trainer")
+    assert trainer.status == "not checked" and "only a part" in trainer.reason
+    set_logprobs(copy, stale, engine="engine-1")
+    name, text, _ = first(copy)
+    assert name == "engines' log-probabilities"
+    assert "engine-1" in text and f"version {STEP - 2}" in text
 
 
 def test_nothing_departs_in_a_run_whose_layers_are_read_one_by_one(kept):

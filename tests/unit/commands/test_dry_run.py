@@ -1,16 +1,20 @@
 """What a dry run shows of episodes, and that memory is checked before anything is sampled."""
 
 import json
+import re
 from array import array
 from pathlib import Path
 
+import pytest
 from refusals import refused
 
 from megatron_r1.base.errors import Cause
+from megatron_r1.base.files.framed_records import append_frame
 from megatron_r1.commands import dry_run
 from megatron_r1.config import Config, load
 from megatron_r1.controller import cpu_memory
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group, Rollout
+from megatron_r1.controller.rollouts.sample_log import encode, pack
 from megatron_r1.data.prompt import Prompt
 from megatron_r1.engines.episodes import Episode, Turn
 from megatron_r1.engines.server.responses import Response
@@ -75,6 +79,32 @@ def test_on_gpus_the_receive_buffer_of_an_engine_is_shown(monkeypatch):
     moments = load(RECIPE).optimizer.moments
     each = {"bfloat16": 14, "float32": 18}[moments]
     assert f"{671_026_419_200 * each / 2**30:,.2f} GiB for weights" in shown
+
+
+def test_the_size_of_a_kept_sample_log_is_that_of_the_file_that_a_run_writes(tmp_path):
+    responses = [
+        GradedResponse(
+            Response(array("i", [7] * n), array("f", [-0.5] * n), array("i", [0] * n), "stop"),
+            "lion" * n,
+            {"accuracy": 1.0},
+            1.0,
+            "right",
+        )
+        for n in (200, 900)
+    ]
+    groups = [Group(Prompt("p", "lion, oak, elm", "odd:one", "lion"), [1] * 50, responses)] * 3
+    path = tmp_path / "step.log"
+    with open(path, "wb", buffering=0) as file:
+        for index, group in enumerate(groups):
+            append_frame(file.fileno(), encode(pack(index, group)))
+    settings = {"run": {"steps": 2_000}, "rl": {"keep_sample_log": True}}
+    config = Config.model_validate(settings)
+    # A step has 1,000 times the responses that were tried.
+    (line,) = dry_run._kept_on_disk(config, Rollout(groups, 1.0, 0.0), 1_000.0)
+    step_bytes = 1_000 * path.stat().st_size
+    shown = [float(word) for word in re.findall(r"[\d,.]+\d", line.replace(",", ""))]
+    assert shown[0] == pytest.approx(step_bytes / 1e6, rel=0.02), line
+    assert shown[1] == pytest.approx(2_000 * step_bytes / 1e9, rel=0.02), line
 
 
 def test_kept_checkpoints_of_adapters_are_as_large_as_their_factors(tmp_path):
