@@ -35,6 +35,8 @@ DISTILLED = {  # table 6 of arXiv 2501.12948 v2, and the parameters that the mod
     "llama-3.1-8b": (5e-5, 8_030_261_248),
     "llama-3.3-70b-instruct": (2e-5, 70_553_706_496),
 }
+LONG_TO_PLAN = ("all_scenarios_rl", "r1_zero_pools")
+"""A plan of a push of 671B parameters takes 10 CPU seconds."""
 RECIPES = [
     *(path for path in sorted(R1.glob("*.yaml")) if path.stem not in ("pipeline", EVALUATION)),
     *sorted(DISTILL.glob("*.yaml")),
@@ -55,7 +57,14 @@ def planned(recipe: Path, tmp_path: Path, *options: str) -> dict:
     return json.loads(file.read_text())
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        pytest.param(path, marks=pytest.mark.more) if path.stem in LONG_TO_PLAN else path
+        for path in RECIPES
+    ],
+    ids=lambda path: path.stem,
+)
 def test_every_recipe_can_be_planned_and_fits(recipe, tmp_path):
     plan = planned(recipe, tmp_path)
     verb = (VERBS | VARIANTS)[recipe.stem] if recipe.parent == R1 else plan["verb"]

@@ -19,7 +19,9 @@ def test_every_number_of_the_json_file_has_its_formula(tmp_path, recipe):
     assert bare == []
 
 
-@pytest.mark.parametrize("recipe", ["r1_zero", "cold_start_sampling"])
+@pytest.mark.parametrize(
+    "recipe", [pytest.param("r1_zero", marks=pytest.mark.more), "cold_start_sampling"]
+)
 def test_a_bill_without_room_has_no_impossible_numbers(tmp_path, capsys, recipe):
     file = tmp_path / "plan.json"
     path = str(RECIPE.parent / f"{recipe}.yaml")

@@ -25,10 +25,11 @@ def test_a_layout_that_cannot_work_names_the_number_and_those_that_can(capsys):
         ("distill/llama-3.1-8b", ["--gpus", "7"], ["--gpus 4", "--gpus 8"]),
         ("distill/llama-3.1-8b", ["--gpus", "100000"], ["--gpus 256"]),
         ("deepseek_r1/cold_start_sft", ["--gpus", "8"], ["--gpus 512"]),
-        (
+        pytest.param(
             "deepseek_r1/r1_zero",
             ["--gpus", "128", "--rollout.engines", "1"],
             ["--gpus 1024 --rollout.engines 8"],  # the 64K part does not fit on 512
+            marks=pytest.mark.more,
         ),
     ],
 )

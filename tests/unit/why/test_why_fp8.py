@@ -130,7 +130,13 @@ def first_weights(family):
     return getattr(transformers, f"{family}ForCausalLM")(config).eval()
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=pytest.mark.more) if name == "Qwen3Moe" else name
+        for name in FAMILIES
+    ],
+)
 def folders(request, tmp_path_factory):
     """The folders of three versions, each some updates after the one before."""
     model, made = first_weights(request.param), []

@@ -140,6 +140,7 @@ def test_what_vllm_does_not_accept_is_refused_by_its_own_parser(vllm, name, caus
         check_arguments(rollout(max_num_batched_tokens=8192, **vllm), "rollout")
 
 
+@pytest.mark.more  # imports the whole of vLLM
 def test_vllm_reads_what_recipes_of_clusters_set():
     """And it has every name that is refused: a name that it has dropped would be no rule."""
     words = argument_list(
