@@ -80,6 +80,8 @@ with HostCompute():
         x[rows], x[1:], torch.where(mask, x, 0.0), x.masked_fill(mask, 0.0)
         x.repeat_interleave(rows.new_full((3,), 2), 0, output_size=6)
         x.to(torch.float64, non_blocking=True)
+        x[mask] = 0.0
+        x[mask[:, 0], :] = 1.0
     for name, compute in {
         "nonzero": lambda: mask.nonzero(),
         "a mask": lambda: x[mask],

@@ -1,6 +1,6 @@
 """What the host waits for, on null GPUs, in the steps of a trainer that is split as the recipes of
-671B parameters are: pipeline with virtual stages, context and expert parallelism, packed samples,
-MTP layers, whole layers recomputed.
+671B parameters are: pipeline with virtual stages, expert parallelism over context ranks or over
+tensor ranks with sequence parallelism, packed samples, MTP layers, whole layers recomputed.
 
 Steps of 2 and of 4 micro-batches, and models of 4 and of 8 layers, are compared, so that what is
 waited for once per step cancels out."""
@@ -17,7 +17,6 @@ from small_models import DEEPSEEK
 LAYOUT = {
     "pipeline": 2,
     "virtual_pipeline": 2,
-    "context": 2,
     "expert": 2,
     "recompute": "full",
     "tokens_per_microbatch": 80,
@@ -71,14 +70,16 @@ def _rows(file: Path) -> list[dict]:
     return found if isinstance(found, list) else []
 
 
+@pytest.mark.parametrize("axis", ["context", "tensor"])
 @pytest.mark.parametrize("replay", [False, True], ids=["own experts", "replayed experts"])
 def test_the_host_waits_per_micro_batch_only_for_counts_that_it_does_not_know(
-    on_null_gpu, models, tmp_path, replay
+    on_null_gpu, models, tmp_path, replay, axis
 ):
     """Twice per layer of experts in scoring, whose routers choose themselves, by the policy and by
     the reference, and once in an update; by the reference alone where the engine's choices are
     replayed. Nothing per hop, per layer that is recomputed, or per MTP layer but its experts'."""
-    common = {"parallel": LAYOUT, "mtp": "frozen" if replay else "train", "replay": replay}
+    layout = {**LAYOUT, axis: 2}
+    common = {"parallel": layout, "mtp": "frozen" if replay else "train", "replay": replay}
     cases = [
         {"label": f"{layers} x {number}", "model": models[layers], "microbatches": number, **common}
         for layers, number in ((4, 2), (4, 4), (8, 2))

@@ -104,8 +104,10 @@ def waits_on_a_gpu(
     if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
         # Masks become indices by `nonzero`, and indices on the CPU are copied.
         indices = [index for index in args[1] if index is not None]
-        masks = any(index.dtype in (torch.bool, torch.uint8) for index in indices)
-        return args[0].is_cuda and (masks or not all(index.is_cuda for index in indices))
+        masks = [index for index in indices if index.dtype in (torch.bool, torch.uint8)]
+        if len(masks) == len(indices) == 1 and masks[0].is_cuda and _is_fill(*args[2:]):
+            return False
+        return args[0].is_cuda and (bool(masks) or not all(index.is_cuda for index in indices))
     if name == "repeat_interleave" and kwargs.get("output_size") is not None:
         return False
     if name == "copy_":
@@ -115,6 +117,15 @@ def waits_on_a_gpu(
         crosses = torch.device(kwargs["device"]).type != args[0].device.type
         return crosses and not kwargs.get("non_blocking")
     return bool(DATA_DEPENDENT_TAGS & set(func.tags))
+
+
+def _is_fill(value: torch.Tensor | None = None, accumulate: bool = False, *_: Any) -> bool:
+    """Return whether CUDA's `index_put` of one mask is `masked_fill`, which reads no mask on the
+    host: of a number (`x[mask] = 0`), which Python hands on as a CPU tensor
+    (`canDispatchToMaskedFill` in ATen/native/TensorAdvancedIndexingUtils.h)."""
+    return (
+        value is not None and value.numel() == 1 and value.device.type == "cpu" and not accumulate
+    )
 
 
 def is_transfer(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
