@@ -35,11 +35,16 @@ def prepare() -> None:
     package = importlib.import_module("megatron_r1.why")
     for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
         importlib.import_module(module.name)
+    import numpy
     from math_verify import parse
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
+    from megatron_r1.reporting import plots
+
     parse("$1$")
     get_checkpoint_conversion_mapping("qwen2")
+    points = numpy.arange(2.0)
+    plots.curve_plot("start-up", [plots.Curve("", points, points)])  # reads fonts
 
 
 def examine(run: Path, log: Path) -> dict[str, Any]:
