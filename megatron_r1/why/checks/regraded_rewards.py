@@ -1,10 +1,10 @@
 """Rewards of a step's responses against those that this version's graders give again."""
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import chain
 
-from r1_grading import grade
+from r1_grading import RewardPool, grade
 from r1_grading.rewards import FORM_REWARDS, Grade
 from r1_grading.terms import ACCURACY, RewardTerms
 
@@ -21,7 +21,10 @@ FAMILY = "rewards"
 MAX_READ = 1024
 """Responses that the second reader and the graders read again."""
 IN_PROCESS = ("math", "exact_match", "logic")
-"""Kinds of rewards that are called here; programs run in a sandbox, and services are not asked."""
+"""Kinds of rewards that are called here; services are not asked."""
+PROGRAMS, MAX_PROGRAMS, MAX_RUNS = "code", 64, 3
+"""The kind whose responses are programs; how many of them run again, in workers; and how often one
+runs whose result is not the logged one: it may come out by chance."""
 REWARD_TOLERANCE = 1e-6
 """Sums of a few float64 numbers."""
 Grades = Mapping[ResponseIndex, Mapping[str, Grade]]
@@ -86,7 +89,7 @@ def compare_grades(step: RecordedStep, new_grades: Grades) -> Comparison:
         new_grades: grades by response and term."""
     name = "graded again"
     if not new_grades:
-        kinds = ", ".join((*IN_PROCESS, *FORM_REWARDS))
+        kinds = ", ".join((*IN_PROCESS, PROGRAMS, *FORM_REWARDS))
         why = step.missing_prompts_reason or f"only {kinds} are graded here"
         return not_checked(FAMILY, name, why)
     departures: dict[str, list[ResponseIndex]] = {}
@@ -165,21 +168,61 @@ async def _grade_responses(step: RecordedStep) -> dict[ResponseIndex, dict[str, 
     graders = RewardTerms(_Graders(), step.run_config.rewards.call_options)
     # Without the data, columns that rewards of the form read are missing.
     names = IN_PROCESS if step.missing_prompts_reason else (*IN_PROCESS, *FORM_REWARDS)
-    by_response = {}
+    by_response: dict[ResponseIndex, dict[str, Grade]] = {}
+    programs = []
     for index, graded in list(step.responses.items())[:MAX_READ]:
         prompt = step.groups[index[0]].prompt
         kinds = {term: prompt.kind if term == ACCURACY else term for term in graded.rewards}
         terms = [term for term, kind in kinds.items() if kind in names]
-        if not terms or graded.episode:
+        if graded.episode:
             continue
-        by_response[index] = await graders.grade(
-            terms,
-            prompt,
-            step.tokenizer.closed_thought + graded.text,
-            len(graded.response.token_ids),
-            step.tokenizer.opens_thought,
-        )
+        if kinds.get(ACCURACY) == PROGRAMS:
+            programs.append(index)
+        if terms:
+            by_response[index] = {**await _grade(step, index, graders, terms)}
+    for index, new_grade in (await _run_programs(step, programs[:MAX_PROGRAMS])).items():
+        by_response.setdefault(index, {})[ACCURACY] = new_grade
     return by_response
+
+
+async def _run_programs(
+    step: RecordedStep, responses: Sequence[ResponseIndex]
+) -> dict[ResponseIndex, Grade]:
+    """Return the grades of programs whose tests run again; without those that cannot be run here,
+    and those that come out otherwise from run to run.
+
+    Args:
+        step: the step.
+        responses: the programs."""
+    if not responses:
+        return {}
+    settings = step.run_config.rewards
+    new_grades = {}
+    async with RewardPool(2, settings.timeout_seconds, settings.memory_bytes) as pool:
+        graders = RewardTerms(pool, settings.call_options)
+        for index in responses:
+            for run in range(MAX_RUNS):
+                new_grade = (await _grade(step, index, graders, [ACCURACY]))[ACCURACY]
+                departs = _departs(step.responses[index], ACCURACY, new_grade)
+                if not new_grade.is_graded or (run and not departs):
+                    break
+                if not departs or run == MAX_RUNS - 1:
+                    new_grades[index] = new_grade
+                    break
+    return new_grades
+
+
+async def _grade(
+    step: RecordedStep, index: ResponseIndex, graders: RewardTerms, terms: Sequence[str]
+) -> Mapping[str, Grade]:
+    graded = step.responses[index]
+    return await graders.grade(
+        terms,
+        step.groups[index[0]].prompt,
+        step.tokenizer.closed_thought + graded.text,
+        len(graded.response.token_ids),
+        step.tokenizer.opens_thought,
+    )
 
 
 class _Graders:

@@ -15,7 +15,7 @@ from megatron_r1.why.checks.regraded_rewards import (
     compare_order,
     grade_again,
 )
-from megatron_r1.why.checks.second_reader import compare_with_math_verify
+from megatron_r1.why.checks.second_reader import compare_with_second_readers
 from megatron_r1.why.comparison import (
     DEPARTS,
     EQUAL,
@@ -34,7 +34,7 @@ def check(step: RecordedStep) -> list[Comparison]:
     return [
         _compare_sums(step),
         compare_order(step, new_grades),
-        compare_with_math_verify(step),
+        compare_with_second_readers(step),
         compare_grades(step, new_grades),
         *_compare_metrics(step),
     ]

@@ -1,5 +1,5 @@
-"""Accuracies of a step's responses against the verdict of a second reader of mathematics,
-math-verify."""
+"""Accuracies of a step's responses against the verdicts of two other readers of mathematics:
+values at random points, and where these are not sure, math-verify."""
 
 import re
 from collections.abc import Callable
@@ -8,6 +8,7 @@ from itertools import chain
 from typing import Any
 
 from r1_grading.reading import Reading
+from r1_grading.second_readers.answer_texts import Unsure, parse_answer, same_answer
 from r1_grading.terms import ACCURACY
 
 from megatron_r1.why.checks.regraded_rewards import FAMILY, MAX_READ
@@ -31,13 +32,14 @@ END_TAG = "</answer>"
 BOX_COMMAND = r"\boxed"
 HASHES = "####"
 SECOND_READER_KINDS = ("math", "logic")
-"""Kinds whose answers the second reader reads; of logic, which may have other right answers, only
-those that it takes for right."""
+"""Kinds whose answers the second readers read; of logic, which may have other right answers, only
+those that they take for right."""
 
 
-def compare_with_math_verify(step: RecordedStep) -> Comparison:
-    """Compare accuracies with math-verify's, of answers that responses state plainly."""
-    name = "math-verify's verdict"
+def compare_with_second_readers(step: RecordedStep) -> Comparison:
+    """Compare accuracies with those of the second readers, of answers that responses state
+    plainly."""
+    name = "verdict of second readers"
     try:
         from math_verify import parse, verify
     except ImportError:
@@ -46,6 +48,8 @@ def compare_with_math_verify(step: RecordedStep) -> Comparison:
 
     def accepts(answer: str, truth: str) -> bool:
         key = answer.strip(), truth.strip()
+        if key not in verdict_by_texts and (verdict := _same_values(*key)) is not None:
+            verdict_by_texts[key] = verdict
         if key not in verdict_by_texts:
             gold, response_answer = (_parse(parse, text) for text in (key[1], key[0]))
             verdict_by_texts[key] = key[0] == key[1] or bool(
@@ -63,7 +67,8 @@ def compare_with_math_verify(step: RecordedStep) -> Comparison:
     return fraction_comparison(
         FAMILY,
         name,
-        f"the accuracy of {verdicts.num_answers:,} responses with math-verify's",
+        f"the accuracy of {verdicts.num_answers:,} responses with that of values at points, or "
+        "else of math-verify",
         [*chain.from_iterable(verdicts.rejected_by_form.values()), *verdicts.accepted_responses],
         verdicts.num_answers,
         reason=verdicts.reason(),
@@ -74,16 +79,24 @@ def compare_with_math_verify(step: RecordedStep) -> Comparison:
     )
 
 
+def _same_values(answer: str, truth: str) -> bool | None:
+    """Return whether both have the same values at random points; None where that is not sure."""
+    try:
+        return same_answer(parse_answer(truth), parse_answer(answer), f"{truth}\n{answer}")
+    except Unsure:
+        return None
+
+
 def _parse(parse: Callable[..., list[Any]], text: str) -> list[Any]:
     return parse(f"${text.strip().strip('$')}$") or parse(text)
 
 
 @dataclass
 class _Verdicts:
-    """What a second reader says of the answers that responses state.
+    """What the second readers say of the answers that responses state.
 
     Attributes:
-        num_answers: answers that it has read.
+        num_answers: answers that they have read.
         rejected_by_form: right answers that were graded as wrong, by the form that they are in.
         accepted_responses: wrong answers that were graded as right.
         num_rewarded: answers that were graded as right.
@@ -107,7 +120,7 @@ class _Verdicts:
                 self.rejected_by_form, key=lambda reading: len(self.rejected_by_form[reading])
             )
             parts.append(
-                f"{count:,} answers are rejected that it takes for right, most behind {form}, as "
+                f"{count:,} answers are rejected that they take for right, most behind {form}, as "
                 f"{self.rejected_example}"
             )
         if self.accepted_responses:
@@ -115,7 +128,7 @@ class _Verdicts:
                 ", all cut off: truncated answers are rewarded" if self.are_all_truncated else ""
             )
             parts.append(
-                f"{len(self.accepted_responses):,} are accepted that it takes for wrong, as "
+                f"{len(self.accepted_responses):,} are accepted that they take for wrong, as "
                 f"{self.accepted_example}{ending}; {self.num_rewarded:,} of {self.num_answers:,} "
                 "are paid"
             )

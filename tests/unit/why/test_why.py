@@ -37,6 +37,7 @@ from megatron_r1.why.checks import (
     files,
     loss,
     questions,
+    regraded_rewards,
     rewards,
     sampling,
     schedule,
@@ -48,6 +49,7 @@ from megatron_r1.why.record.step_reader import choose, examinable, open_run, rea
 from megatron_r1.why.update.evidence import Evidence
 from megatron_r1.why.update.recomputation import RecomputedUpdates
 from megatron_r1.why.update.term_coefficients import TermFit
+from tests.grading.code_answers import needs_sandbox
 
 STEP = 2
 SYSTEM = "Answer with one number."
@@ -409,8 +411,8 @@ PLANTS = {
     stale: ("version of the weights", "engine-0 sampled with version 0", "rl.staleness"),
     punished: ("sum of the terms", "4 truncated answers are punished", "rewards.weights"),
     cut_early: ("limit of the response", f"the limit is {LIMIT}", "rollout.max_response_tokens"),
-    missed_hashes: ("math-verify's verdict", "behind ####", "rewards.reading: auto"),
-    accepted_though_wrong: ("math-verify's verdict", "2 are accepted", "rewards.reading"),
+    missed_hashes: ("verdict of second readers", "behind ####", "rewards.reading: auto"),
+    accepted_though_wrong: ("verdict of second readers", "2 are accepted", "rewards.reading"),
     other_format: ("graded again", "format 0 was logged, now 1", "rewards.options.format"),
     marked_ungraded: ("graded again", "1 responses are marked ungraded", "rewards.options"),
     without_end: ("end token of finished responses", "lack their end token", "after the engine"),
@@ -423,6 +425,33 @@ PLANTS = {
     one_draw_of_short_responses: ("draws of a group", "probability of e^-6", "seed"),
     other_metrics: ("metrics of the rollout", "accuracy is 0.900", "metrics.jsonl"),
 }
+
+
+@needs_sandbox
+@pytest.mark.parametrize(
+    ("program", "logged", "is_departure"),
+    [
+        ("print(int(input()) ** 2)", (1.0, 0.0, 1.0, 0.0), True),
+        ("print(int(input()) ** 2)", (1.0, 1.0, 1.0, 1.0), False),
+        ("import os; print(os.urandom(1)[0] % 2 * 4)", (0.0, 1.0, 0.0, 1.0), None),  # flaky
+    ],
+    ids=["rejected though right", "as logged", "by chance"],
+)
+def test_programs_are_run_again(planted, program, logged, is_departure):
+    text = f"<think></think><answer>```python\n{program}\n```</answer>"
+    responses = [planted.response(text, int(1 - accuracy)) for accuracy in logged]
+    planted.groups[0].responses[:] = responses
+    step = planted.read()
+    truth = {"tests": [{"stdin": "2", "stdout": "4"}]}
+    prompt = replace(step.groups[0].prompt, kind="code", truth=truth)
+    step.groups[0] = replace(step.groups[0], prompt=prompt)
+    grades = regraded_rewards.grade_again(step)
+    comparison = regraded_rewards.compare_grades(step, grades)
+    if is_departure is not None:
+        assert {(0, place) for place in range(4)} <= set(grades)
+        assert comparison.departs is is_departure, str(comparison)
+    if is_departure:
+        assert comparison.concerned == [(0, 1), (0, 3)]
 
 
 @pytest.mark.parametrize("plant", PLANTS, ids=lambda plant: plant.__name__)
@@ -681,6 +710,7 @@ def test_the_page_shows_the_responses_that_depart_furthest_first(planted, depart
     report = Report(2, [Comparison("sampling", "a", "departs", "", 0.5, 0.1, concerned=concerned)])
     report.comparisons[0] = replace(report.comparisons[0], departures=departures)
     text = page.write(report, step).read_text()
+    assert "that depart furthest" in text
     places = [text.index(f"group 1, response {response}") for response in order]
     assert places == sorted(places)
 
