@@ -67,14 +67,15 @@ def _fit(
     settings: OptimizerConfig,
 ) -> tuple[tuple[float, ...], Sequence[Trace]]:
     """Return what `fit_norms` does, with the updates that the norms were fitted to."""
-    norms, traces = logged_norms, make_updates(logged_norms)
+    norms = logged_norms
+    traces: Sequence[Trace] = []
     for _ in range(MAX_FIT_ROUNDS):  # a later gradient depends on how the earlier ones were cut
+        traces = make_updates(norms)
         previous_norms = norms
         norms = _least_squares(traces, before, after, settings)
         changes = [abs(a - b) for a, b in zip(previous_norms, norms, strict=True)]
         if max(changes) <= FIT_TOLERANCE * max(norms):
             break
-        traces = make_updates(norms)
     return norms, traces
 
 
