@@ -25,6 +25,8 @@ from megatron_r1.models.sampling_mask import decode_mask
 ENGINE = {"max_model_len": 256, "max_num_seqs": 64, "num_threads": 1, "return_sampling_mask": True}
 TEMPERATURE = 0.8
 CUTS = [{"top_p": 0.7, "top_k": 12}, {"top_k": 5}, {"min_p": 0.2, "top_k": 50}]
+MIN_DISTANCE = 0.05
+"""The least mean distance of a response's log-probabilities from those over the vocabulary."""
 TIE = 1e-4
 """Differences of log-probabilities below which either engine may order two tokens."""
 
@@ -57,6 +59,7 @@ def least_kept(row, top_p=1.0, top_k=None, min_p=0.0):
 def check_kept(rows, response, cut):
     """Of one response, whose rows transformers computed; return how many tokens each kept."""
     counts, ids = decode_mask(response.sampling_mask, len(response.token_ids))
+    distances = []
     ends = counts.cumsum()
     for at, (token, end) in enumerate(zip(response.token_ids, ends, strict=True)):
         row = torch.tensor(rows[at], dtype=torch.float64)
@@ -68,6 +71,9 @@ def check_kept(rows, response, cut):
         assert {*sure} <= {*kept} <= {*possible}, (at, cut, kept)
         logprob = (row[token] - row[kept].logsumexp(0)).item()
         assert response.logprobs[at] == pytest.approx(logprob, abs=TOLERANCE), (at, cut)
+        distances.append(response.logprobs[at] - row[token].item())
+    # Over the whole vocabulary each would be another policy's, by the probability of what was kept.
+    assert min(distances) > -TOLERANCE and sum(distances) > MIN_DISTANCE * len(distances)
     return counts
 
 
