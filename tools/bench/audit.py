@@ -4,7 +4,10 @@ Each verifier grades labelled answers and programs, so that the fraction of its 
 right and of its acceptances that are wrong is known. The audit does not see the labels: it draws
 `--size` verdicts, stratified by file and verdict, and estimates both fractions with 95% intervals.
 Repeated with `--seeds` draws, the table says in how many of them the interval has the fraction by
-labels.
+labels; of a row of which every draw has all, "whole".
+
+`math-verify` reads the answer where the second reader finds it; one that it cannot read is
+rejected. `itself` is math-verify audited by a second method that has math-verify in it.
 
 FILE is JSONL with a line {"truth": …, "answer" or "response": …, "reward": 0 or 1} of mathematics,
 or {"expected": …, "actual": …, "equal": true or false} of a program's output; or YAML of problems
@@ -16,6 +19,7 @@ import asyncio
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +99,7 @@ class Reading:
 def add_options(options: argparse.ArgumentParser) -> None:
     options.add_argument("files", type=Path, nargs="*", metavar="FILE", help="default: the tests'")
     options.add_argument("--size", type=int, default=SAMPLE_SIZE, help="verdicts of a draw")
-    options.add_argument("--seeds", type=int, default=100, help="draws")
+    options.add_argument("--seeds", type=int, default=200, help="draws")
     options.add_argument("--workers", type=int, default=2)
 
 
@@ -105,8 +109,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     answers = [answer for path in args.files or FILES for answer in read_answers(path)]
     readings = asyncio.run(_read_all(answers, args.workers))
     verifiers = list(dict.fromkeys(name for reading in readings for name in reading.verdicts))
-    print(f"{len(answers):,} labelled answers, {args.seeds} draws of {args.size}")
-    print(f"{'verifier':14} {'file':20} {'':16} {'of':>5} {'label':>6} {'draw 0':>17} {'holds':>9}")
+    print(f"{len(answers):,} labelled answers, {args.seeds} draws of {args.size} verdicts")
+    print(
+        f"{'verifier':12} {'file':12} {'':16} {'of':>5} {'label':>6} {'draw 0':>17} "
+        f"{'undecided':>9} {'holds':>8}"
+    )
     rows = []
     for name in verifiers:
         rows += _rows_of(name, answers, readings, args)
@@ -202,12 +209,13 @@ async def _read_mathematics(pool: RewardPool, answer: LabelledAnswer) -> Reading
 
 
 async def _read_program(pool: RewardPool, answer: LabelledAnswer) -> Reading:
-    """Each verifier of programs runs them; the second method does so `REPEATS` times."""
+    """Each verifier of programs runs them; the second method does so `REPEATS` times more."""
+    ours = await pool.grade("code", answer.response, answer.truth)
     runs = [await pool.grade("code", answer.response, answer.truth) for _ in range(REPEATS)]
     passes = [grade.reward == 1.0 for grade in runs]
     first_test = {**answer.truth, "tests": answer.truth["tests"][:1]}
     first = await pool.grade("code", answer.response, first_test)
-    verdicts = {"ours": passes[0], "first test": first.reward == 1.0}
+    verdicts = {"ours": ours.reward == 1.0, "first test": first.reward == 1.0}
     if answer.output is not None:
         expected = answer.truth["tests"][0]["stdout"]
         verdicts["same text"] = answer.output.strip() == str(expected).strip()
@@ -223,6 +231,10 @@ async def _read_program(pool: RewardPool, answer: LabelledAnswer) -> Reading:
         for is_accepted in (False, True)
     }
     return Reading(verdicts, second, second)
+
+
+def _same(content: AnswerContent) -> AnswerContent:
+    return content
 
 
 def _rows_of(
@@ -249,7 +261,7 @@ def _rows_of(
                 None,
                 reward,
                 reward,
-                lambda content=content: content,
+                partial(_same, content),
             )
         )
         verdicts = reading.second_without if verifier == MATH_VERIFY else reading.second
@@ -283,6 +295,7 @@ def _rows_of(
                 )
                 for result in audits
             ]
+            undecided = sum(each.num_undecided for each in intervals)
             row = {
                 "verifier": verifier,
                 "source": source,
@@ -291,12 +304,15 @@ def _rows_of(
                 "rate_by_labels": label,
                 "low": intervals[0].low,
                 "high": intervals[0].high,
+                "undecided": undecided / sum(each.num_sampled for each in intervals),
+                "is_whole": all(each.num_sampled == each.population for each in intervals),
                 "holds": sum(each.low <= label <= each.high for each in intervals),
                 "draws": len(intervals),
             }
             rows.append(row)
+            holds = "whole" if row["is_whole"] else f"{row['holds']}/{row['draws']}"
             print(
-                f"{verifier:14} {source:20} {error:16} {len(of):5} {label:6.1%} "
-                f"{row['low']:7.1%} to {row['high']:6.1%} {row['holds']:4}/{row['draws']}"
+                f"{verifier:12} {source:12} {error:16} {len(of):5} {label:6.1%} "
+                f"{row['low']:7.1%} to {row['high']:6.1%} {row['undecided']:9.0%} {holds:>8}"
             )
     return rows
