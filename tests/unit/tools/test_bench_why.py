@@ -95,7 +95,7 @@ def test_costs_are_in_steps_of_the_run():
     assert (made["faults"], made[table.NAMED], made[table.FAILED]) == (2, 2, 1)
     assert made["median_cost"] == 1.5 and made["total_seconds"] == 180
     page = table.between_markers(f"a\n{table.BEGIN}\nold\n{table.END}\nb\n", rows)
-    assert "2 named with their cause (100%)" in page and "old" not in page
+    assert "2 named with their cause (100.0%)" in page and "old" not in page
     assert page.startswith("a\n") and page.endswith("\nb\n")
     with pytest.raises(ValueError, match="end"):
         table.between_markers("a", rows)

@@ -117,7 +117,7 @@ def summary(results: Sequence[Result]) -> str:
     )
     lines = [
         f"{num_faults} faults, {totals['faults']} runs: {totals[NAMED]} named with their cause "
-        f"({totals[NAMED] / max(1, totals['faults']):.0%}), {totals[QUANTITY]} by their quantity "
+        f"({totals[NAMED] / max(1, totals['faults']):.1%}), {totals[QUANTITY]} by their quantity "
         f"alone, {totals[WRONG]} wrongly, {totals[MISSED]} missed.",
         f"False alarms in {totals[HEALTHY] + totals[ALARM]} healthy runs: {totals[ALARM]}.",
     ]
