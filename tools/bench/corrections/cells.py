@@ -154,6 +154,16 @@ PARTS = {
         settings={"rollout": {"top_p": 0.8, "top_k": 20}},
         without_kept_ids="without kept ids",
     ),
+    "cut-masked": Part(
+        "as `cut`, with `engine_mask: sequence`, which masks responses whose engine and trainer "
+        "differ",
+        cells={
+            "kept ids": MISMATCH["sequence"],
+            "without kept ids": MISMATCH["sequence"],
+        },
+        settings={"rollout": {"top_p": 0.8, "top_k": 20}},
+        without_kept_ids="without kept ids",
+    ),
     "rewards": Part(
         "two rewards of one weight, accuracy and format",
         cells={"sum": {}, "each": {"rl": {"reward_normalization": "each"}}},
