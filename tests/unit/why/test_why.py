@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 from chat_tokenizer import chat_tokenizer
+from r1_grading import Grade
 from refusals import refused
 from small_qwen2 import MODEL
 
@@ -427,31 +428,69 @@ PLANTS = {
 }
 
 
-@needs_sandbox
-@pytest.mark.parametrize(
-    ("program", "logged", "is_departure"),
-    [
-        ("print(int(input()) ** 2)", (1.0, 0.0, 1.0, 0.0), True),
-        ("print(int(input()) ** 2)", (1.0, 1.0, 1.0, 1.0), False),
-        ("import os; print(os.urandom(1)[0] % 2 * 4)", (0.0, 1.0, 0.0, 1.0), None),  # flaky
-    ],
-    ids=["rejected though right", "as logged", "by chance"],
-)
-def test_programs_are_run_again(planted, program, logged, is_departure):
-    text = f"<think></think><answer>```python\n{program}\n```</answer>"
+def with_programs(planted, logged):
+    """The step, whose first group is of programs that are right, with logged accuracies."""
+    text = "<think></think><answer>```python\nprint(int(input()) ** 2)\n```</answer>"
     responses = [planted.response(text, int(1 - accuracy)) for accuracy in logged]
     planted.groups[0].responses[:] = responses
     step = planted.read()
     truth = {"tests": [{"stdin": "2", "stdout": "4"}]}
     prompt = replace(step.groups[0].prompt, kind="code", truth=truth)
     step.groups[0] = replace(step.groups[0], prompt=prompt)
+    return step
+
+
+@needs_sandbox
+@pytest.mark.parametrize(
+    ("logged", "departing_responses"),
+    [((1.0, 0.0, 1.0, 0.0), [(0, 1), (0, 3)]), ((1.0, 1.0, 1.0, 1.0), [])],
+)
+def test_programs_run_their_tests_again(planted, logged, departing_responses):
+    step = with_programs(planted, logged)
     grades = regraded_rewards.grade_again(step)
+    assert all(grades[0, place]["accuracy"].reward == 1.0 for place in range(4))
     comparison = regraded_rewards.compare_grades(step, grades)
-    if is_departure is not None:
-        assert {(0, place) for place in range(4)} <= set(grades)
-        assert comparison.departs is is_departure, str(comparison)
-    if is_departure:
-        assert comparison.concerned == [(0, 1), (0, 3)]
+    assert list(comparison.concerned) == departing_responses
+
+
+@pytest.mark.parametrize(
+    ("logged", "rewards", "reward"),
+    [
+        (1.0, (1.0,), 1.0),
+        (1.0, (0.0, 0.0, 0.0), 0.0),
+        (1.0, (0.0, 0.0, 1.0), None),
+        (1.0, (0.0, 1.0), None),
+        (1.0, (None,), None),
+        (1.0, (0.0, None), None),
+    ],
+)
+def test_a_program_that_comes_out_by_chance_or_cannot_run_is_left_out(
+    planted, monkeypatch, logged, rewards, reward
+):
+    given = []
+
+    class Pool:
+        def __init__(self, *_):
+            self.rewards = []
+
+        async def __aenter__(self):
+            return self
+
+        async def __aexit__(self, *_):
+            pass
+
+        async def grade(self, kind, *_, **__):
+            self.rewards = self.rewards or list(rewards)
+            given.append(kind)
+            found = self.rewards.pop(0)
+            return Grade.ungraded(ValueError("no sandbox")) if found is None else Grade(found, "")
+
+    monkeypatch.setattr(regraded_rewards, "RewardPool", Pool)
+    grades = regraded_rewards.grade_again(with_programs(planted, (logged,) * 4))
+    assert given == ["code"] * 4 * len(rewards)
+    for place in range(4):
+        found = grades[0, place].get("accuracy")
+        assert (found and found.reward) == reward
 
 
 @pytest.mark.parametrize("plant", PLANTS, ids=lambda plant: plant.__name__)
