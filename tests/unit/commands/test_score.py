@@ -335,6 +335,16 @@ def test_an_audit_of_a_file_finds_the_wrong_verdicts_by_data_source(folder, caps
     assert "halves" in out and "graded.jsonl:3" in out and "judge" in out
 
 
+@pytest.mark.parametrize(
+    ("options", "outcome"), [((), "undecided"), (("--verifier", "math-verify"), "wrong")]
+)
+def test_an_audit_of_math_verify_does_not_ask_math_verify(folder, options, outcome):
+    """math-verify accepts 3, 5, 5 for 3, 3, 5; values at points do not."""
+    line = {"kind": "math", "response": "<answer>3,5,5</answer>", "truth": "3,3,5", "reward": 1.0}
+    result = audited(folder, [line], *options)
+    assert [each["outcome"] for each in result["concerned"]] == [outcome]
+
+
 BAD_AUDITS = [
     (b'{"kind": "math", "response": "1", "truth": "1"}\n', (), "reward", "graded.jsonl:1"),
     (b'{"response": "1", "reward": 1, "truth": "1"}\n', (), "kind", "--data.kind"),
