@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from megatron_r1.data.sampler import PromptSampler
 from megatron_r1.trainer.checkpoints.checkpoint_folders import STATE_FILE
-from megatron_r1.why.comparison import Comparison, fraction_comparison, not_checked
+from megatron_r1.why.comparison import DEPARTS, Comparison, fraction_comparison, not_checked
 from megatron_r1.why.formulas import question_order
 from megatron_r1.why.record.recorded_step import RecordedStep
 
@@ -14,7 +14,24 @@ NAME = "questions of the step"
 
 
 def check(step: RecordedStep) -> list[Comparison]:
-    """Return the comparison of a step's questions."""
+    """Return the comparison of a step's questions, after that of a damaged sample log."""
+    if step.num_damaged_bytes:
+        num_groups = len(step.groups) + len(step.filtered_groups)
+        return [
+            Comparison(
+                FAMILY,
+                "sample log",
+                DEPARTS,
+                "its records with their checksums",
+                step.num_damaged_bytes,
+                0,
+                "exact",
+                f"{step.num_damaged_bytes:,} bytes of step {step.step} are no whole record, and "
+                f"only {num_groups:,} groups are: what follows is of a part of the step",
+                remedy="sample_log/: the file was damaged; examine another step",
+            ),
+            not_checked(FAMILY, NAME, "groups are missing in the sample log"),
+        ]
     question_ids = [group.prompt.id for group in step.groups]
     due_ids = _due_questions(step, step.step)
     is_one = len(set(question_ids)) == 1 < min(len(question_ids), len(step.training_prompts))

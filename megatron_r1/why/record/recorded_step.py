@@ -51,7 +51,9 @@ class RecordedStep:
         prompts: the run's questions by id; those that could not be read are missing.
         missing_prompts_reason: why they could not, or "".
         training_prompts: the questions to train on, in the order of the data; empty where they
-            could not be read."""
+            could not be read.
+        num_damaged_bytes: bytes of the sample log that belong to no whole record, where groups are
+            missing in it."""
 
     folder: RunFolder
     run_config: Config
@@ -63,6 +65,7 @@ class RecordedStep:
     prompts: Mapping[str, Prompt]
     missing_prompts_reason: str = ""
     training_prompts: Sequence[Prompt] = ()
+    num_damaged_bytes: int = 0
 
     @cached_property
     def config(self) -> Config:

@@ -174,7 +174,8 @@ def _read_step_log(
     path = step_log_path(folder.sample_log, step)
     schedule = digest_until(config.rl.schedule, step)
     records: dict[int, GroupRecord] = {}
-    for payload in FramedFile.read(path, repair=False):
+    file = FramedFile.read(path, repair=False)
+    for payload in file:
         record = decode(payload)
         if isinstance(record, GroupRecord) and record.schedule == schedule:
             records[record.prompt_index] = record
@@ -193,6 +194,7 @@ def _read_step_log(
     ]
     sampling = {id(group): record.sampling for group, record in zip(groups, ordered, strict=True)}
     at_step = config.at(step)
+    expected = max(at_step.rl.prompts_per_rollout, max(records) + 1)
     filtered_groups: list[Group] = []
     if at_step.rl.dynamic_sampling:
         groups, filtered_groups = _trained_on(groups, at_step.rl.prompts_per_rollout)
@@ -207,6 +209,8 @@ def _read_step_log(
         prompts.by_id,
         prompts.missing,
         prompts.training,
+        # A kill leaves bytes of a group that is logged again.
+        file.num_damaged_bytes if len(records) < expected else 0,
     )
 
 

@@ -552,6 +552,24 @@ def test_questions_other_than_those_of_the_seeds_order_depart(planted, places, w
     assert not words or words in comparison.reason
 
 
+def test_a_damaged_record_of_the_sample_log_is_named_and_not_its_questions(planted):
+    planted.read()
+    (path,) = (planted.folder / "run/sample_log").iterdir()
+    whole = path.read_bytes()
+    content = bytearray(whole)
+    content[-20] ^= 1
+    path.write_bytes(content)
+    step = read_step(*open_run(planted.folder / "run"), STEP)
+    assert len(step.groups) == 1
+    comparison, order = questions.check(step)
+    assert comparison.departs and comparison.name == "sample log"
+    assert "only 1 groups are" in comparison.reason and order.status == "not checked"
+    # Bytes of a group that is there again, as a kill leaves them, are no damage.
+    path.write_bytes(content[-100:] + whole)
+    step = read_step(*open_run(planted.folder / "run"), STEP)
+    assert len(step.groups) == 2 and step.num_damaged_bytes == 0
+
+
 def test_one_question_in_all_groups_departs_where_the_order_is_not_known(planted):
     assert questions.check(planted.read())[0].status == "not checked"
     planted.groups[1] = replace(planted.groups[1], prompt=planted.groups[0].prompt)
