@@ -100,7 +100,7 @@ class PolicyModels:
         if before is None:
             raise CannotRecompute(
                 f"there is no checkpoint of step {self.step.step - 1}: keep them with "
-                "checkpoint.keep_every: 1, or a larger N"
+                "checkpoint.every: 1 and checkpoint.keep_every: 1"
             )
         return before
 
