@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from statistics import mean
+from typing import NamedTuple
 
 import torch
 
@@ -18,13 +19,20 @@ CLIP_TOLERANCE = 1e-3
 """The largest relative distance between the norms to which updates of one setting are clipped."""
 
 
+class FittedNorms(NamedTuple):
+    """The norm of each update's whole gradient, and the updates that they were fitted to."""
+
+    norms: tuple[float, ...]
+    traces: Sequence[Trace]
+
+
 def fit_norms(
     make_updates: Callable[[tuple[float, ...]], Sequence[Trace]],
     logged_norms: tuple[float, ...],
     before: Moments,
     after: Moments,
     settings: OptimizerConfig,
-) -> tuple[float, ...]:
+) -> FittedNorms:
     """Return the norm of each update's whole gradient with which clipping gives the run's first
     moments from the gradients that are computed.
 
@@ -34,8 +42,16 @@ def fit_norms(
         before: first moments before the step; a parameter that is missing has zeros.
         after: the run's first moments after the step.
         settings: the optimizer's."""
-    norms, _ = _fit(make_updates, logged_norms, before, after, settings)
-    return norms
+    norms = logged_norms
+    traces: Sequence[Trace] = []
+    for _ in range(MAX_FIT_ROUNDS):  # a later gradient depends on how the earlier ones were cut
+        traces = make_updates(norms)
+        previous_norms = norms
+        norms = _least_squares(traces, before, after, settings)
+        changes = [abs(a - b) for a, b in zip(previous_norms, norms, strict=True)]
+        if max(changes) <= FIT_TOLERANCE * max(norms):
+            break
+    return FittedNorms(norms, traces)
 
 
 def fit_clip(
@@ -49,7 +65,7 @@ def fit_clip(
     ones, or one was not clipped.
 
     Args: as of `fit_norms`."""
-    norms, traces = _fit(make_updates, logged_norms, before, after, settings)
+    norms, traces = fit_norms(make_updates, logged_norms, before, after, settings)
     if not all(norms):
         return None
     clips = [
@@ -57,26 +73,6 @@ def fit_clip(
         for fitted, trace in zip(norms, traces, strict=True)
     ]
     return mean(clips) if max(clips) - min(clips) <= CLIP_TOLERANCE * max(clips) else None
-
-
-def _fit(
-    make_updates: Callable[[tuple[float, ...]], Sequence[Trace]],
-    logged_norms: tuple[float, ...],
-    before: Moments,
-    after: Moments,
-    settings: OptimizerConfig,
-) -> tuple[tuple[float, ...], Sequence[Trace]]:
-    """Return what `fit_norms` does, with the updates that the norms were fitted to."""
-    norms = logged_norms
-    traces: Sequence[Trace] = []
-    for _ in range(MAX_FIT_ROUNDS):  # a later gradient depends on how the earlier ones were cut
-        traces = make_updates(norms)
-        previous_norms = norms
-        norms = _least_squares(traces, before, after, settings)
-        changes = [abs(a - b) for a, b in zip(previous_norms, norms, strict=True)]
-        if max(changes) <= FIT_TOLERANCE * max(norms):
-            break
-    return norms, traces
 
 
 def _least_squares(

@@ -116,9 +116,9 @@ class MomentFits:
             CannotRecompute: there is no checkpoint after the step."""
         if not self._inputs.trains_mtp_layers:
             return None
-        if (norms := self._fit(fit_norms)) is None:
+        if (fitted := self._fit(fit_norms)) is None:
             raise CannotRecompute("model.mtp: train, and no checkpoint says how gradients were cut")
-        return norms
+        return fitted.norms
 
     @cached_property
     def fitted_clip(self) -> float | None:
