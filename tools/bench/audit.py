@@ -4,7 +4,7 @@ Each verifier grades labelled answers and programs, so that the fraction of its 
 right and of its acceptances that are wrong is known. The audit does not see the labels: it draws
 `--size` verdicts, stratified by file and verdict, and estimates both fractions with 95% intervals.
 Repeated with `--seeds` draws, the table says in how many of them the interval has the fraction by
-labels; of a row of which every draw has all, "whole".
+labels. It prints "whole" for a row whose draws all have every verdict.
 
 `math-verify` reads the answer where the second reader finds it; one that it cannot read is
 rejected. `itself` is math-verify audited by a second method that has math-verify in it.
@@ -58,6 +58,8 @@ BY_ITSELF = "itself"
 """math-verify, audited by a second method that has math-verify in it: what `--verifier math-verify`
 is there to prevent."""
 ERRORS = ("wrongly rejected", "wrongly accepted")
+ALL = "all"
+"""The name of the rows of all files together."""
 
 
 @dataclass(frozen=True)
@@ -233,10 +235,6 @@ async def _read_program(pool: RewardPool, answer: LabelledAnswer) -> Reading:
     return Reading(verdicts, second, second)
 
 
-def _same(content: AnswerContent) -> AnswerContent:
-    return content
-
-
 def _rows_of(
     verifier: str,
     answers: Sequence[LabelledAnswer],
@@ -252,17 +250,9 @@ def _rows_of(
             continue
         is_accepted, key = reading.verdicts[verifier], str(index)
         reward = float(is_accepted)
-        content = AnswerContent(answer.response, answer.truth, {})
+        load = partial(AnswerContent, answer.response, answer.truth, {})
         responses.append(
-            AuditedResponse(
-                key,
-                answer.source,
-                answer.kind,
-                None,
-                reward,
-                reward,
-                partial(_same, content),
-            )
+            AuditedResponse(key, answer.source, answer.kind, None, reward, reward, load)
         )
         verdicts = reading.second_without if verifier == MATH_VERIFY else reading.second
         second[key] = verdicts[is_accepted]
@@ -277,42 +267,49 @@ def _rows_of(
         for seed in range(args.seeds)
     ]
     rows = []
-    for source in (*audits[0].sources, "all"):
+    for source in (*audits[0].sources, ALL):
+        rates = [result.overall if source == ALL else result.sources[source] for result in audits]
         for error in ERRORS:
-            of = [
-                response
+            population = [
+                response.id
                 for response in responses
-                if response.is_accepted is (error == ERRORS[1])
-                and source in ("all", response.source)
+                if response.is_accepted is (error == ERRORS[1]) and source in (ALL, response.source)
             ]
-            if not of:
-                continue
-            label = sum(response.id in wrong for response in of) / len(of)
-            intervals: list[FractionEstimate] = [
-                getattr(
-                    result.overall if source == "all" else result.sources[source],
-                    error.replace(" ", "_"),
+            if population:
+                label = sum(key in wrong for key in population) / len(population)
+                estimates = [getattr(each, error.replace(" ", "_")) for each in rates]
+                rows.append(
+                    {"verifier": verifier, "source": source, "error": error}
+                    | _row(len(population), label, estimates)
                 )
-                for result in audits
-            ]
-            undecided = sum(each.num_undecided for each in intervals)
-            row = {
-                "verifier": verifier,
-                "source": source,
-                "error": error,
-                "of": len(of),
-                "rate_by_labels": label,
-                "low": intervals[0].low,
-                "high": intervals[0].high,
-                "undecided": undecided / sum(each.num_sampled for each in intervals),
-                "is_whole": all(each.num_sampled == each.population for each in intervals),
-                "holds": sum(each.low <= label <= each.high for each in intervals),
-                "draws": len(intervals),
-            }
-            rows.append(row)
-            holds = "whole" if row["is_whole"] else f"{row['holds']}/{row['draws']}"
-            print(
-                f"{verifier:12} {source:12} {error:16} {len(of):5} {label:6.1%} "
-                f"{row['low']:7.1%} to {row['high']:6.1%} {row['undecided']:9.0%} {holds:>8}"
-            )
+                _print_row(rows[-1])
     return rows
+
+
+def _row(population: int, label: float, estimates: Sequence[FractionEstimate]) -> dict[str, Any]:
+    """Return the figures of a fraction.
+
+    Args:
+        population: how many verdicts it is of.
+        label: the fraction by labels.
+        estimates: those of all draws."""
+    undecided = sum(estimate.num_undecided for estimate in estimates)
+    return {
+        "of": population,
+        "rate_by_labels": label,
+        "low": estimates[0].low,
+        "high": estimates[0].high,
+        "undecided": undecided / sum(estimate.num_sampled for estimate in estimates),
+        "is_whole": all(estimate.num_sampled == population for estimate in estimates),
+        "holds": sum(estimate.low <= label <= estimate.high for estimate in estimates),
+        "draws": len(estimates),
+    }
+
+
+def _print_row(row: dict[str, Any]) -> None:
+    holds = "whole" if row["is_whole"] else f"{row['holds']}/{row['draws']}"
+    print(
+        f"{row['verifier']:12} {row['source']:12} {row['error']:16} {row['of']:5} "
+        f"{row['rate_by_labels']:6.1%} {row['low']:7.1%} to {row['high']:6.1%} "
+        f"{row['undecided']:9.0%} {holds:>8}"
+    )
