@@ -157,11 +157,8 @@ PARTS = {
     "cut-masked": Part(
         "as `cut`, with `engine_mask: sequence`, which masks responses whose engine and trainer "
         "differ",
-        cells={
-            "kept ids": MISMATCH["sequence"],
-            "without kept ids": MISMATCH["sequence"],
-        },
-        settings={"rollout": {"top_p": 0.8, "top_k": 20}},
+        cells={"kept ids": {}, "without kept ids": {}},
+        settings={"rollout": {"top_p": 0.8, "top_k": 20}, **MISMATCH["sequence"]},
         without_kept_ids="without kept ids",
     ),
     "rewards": Part(
