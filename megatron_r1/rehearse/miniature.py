@@ -80,7 +80,7 @@ def make_miniature(
     small_hf_config = model.shrink_config(hf_config, layout.num_layers(parallel), config.push.fp8)
     changed_settings: dict[str, Any] = {
         "run": _run(config, folder),
-        "model": _model(folder, device),
+        "model": _model(config, folder, device),
         "data": data_section(folder),
         "agents": {"environment": "", "harness": "", "verifiers": {}},
         "rollout": rollout_section(config)
@@ -164,11 +164,11 @@ def _run(config: Config, folder: Path) -> dict[str, Any]:
     }
 
 
-def _model(folder: Path, device: RehearsalDevice) -> dict[str, Any]:
+def _model(config: Config, folder: Path, device: RehearsalDevice) -> dict[str, Any]:
     return {
         "path": str(folder / "model"),
         "checkpoint": None,
-        "attention_backend": "auto",
+        "attention_backend": config.model.attention_backend if device == "gpu" else "auto",
         # Those of Transformer Engine are kernels.
         "fusions": ["gradient_accumulation"] if device == "null-gpu" else None,
     }

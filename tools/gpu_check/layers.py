@@ -83,12 +83,15 @@ def settings(case: str, folder: Path) -> tuple[Config, Config]:
         "optimizer": optimizer,
         "fp8": {"recipe": "blockwise" if case == "fp8" else "none"},
     }
-    fusions = [] if on_cpu else small.config.model.fusions
+    # The recipe's `fused` would end the ranks without the reason that Transformer Engine logs.
+    model_settings: dict[str, Any] = {"attention_backend": "auto"}
+    if on_cpu:
+        model_settings["fusions"] = []
     ranks_config = with_settings(
-        small.config, parallel=parallel, model={"fusions": fusions}, **shared_sections
+        small.config, parallel=parallel, model=model_settings, **shared_sections
     )
     one_rank = parallel | ONE | {"processes": 1, "pipeline_layout": None}
-    fp32_model = {"dtype": "float32", "fusions": []}
+    fp32_model = {"dtype": "float32", "attention_backend": "auto", "fusions": []}
     return ranks_config, with_settings(
         small.config, parallel=one_rank, model=fp32_model, **shared_sections
     )

@@ -61,7 +61,7 @@ def settings(case: str, folder: Path) -> miniature.Miniature:
         overrides = {
             "push": {"transport": TRANSPORTS[transport].without_gpu or transport},
             "rollout": {"gpu_memory": None},
-            "model": {"fusions": []},
+            "model": {"attention_backend": "auto", "fusions": []},
         }
     return replace(small, config=with_settings(small.config, **overrides))
 

@@ -90,6 +90,17 @@ def test_arguments_of_vllm_stay_where_a_null_gpu_imitates_their_kernels(monkeypa
         assert not on_cpu.vllm and not on_cpu.redundant_experts
 
 
+@pytest.mark.parametrize(
+    ("device", "backend"), [("gpu", "fused"), ("null-gpu", "auto"), ("cpu", "auto")]
+)
+def test_attention_is_the_recipes_on_gpus(device, backend, monkeypatch):
+    monkeypatch.chdir(EXAMPLES.parent)
+    config = load(EXAMPLES / "deepseek_r1/r1_zero.yaml")
+    hf_config = read_hf_config(config.model.path, None)
+    small = miniature.make_miniature(config, hf_config, Path("rehearsal"), 2, device=device)
+    assert small.config.model.attention_backend == backend
+
+
 @pytest.mark.parametrize("colocated", [False, True])
 def test_engine_hosts_have_gpus_of_their_own_or_the_trainers(colocated, monkeypatch):
     monkeypatch.chdir(EXAMPLES.parent)
