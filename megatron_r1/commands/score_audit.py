@@ -112,7 +112,7 @@ async def _audit(
 
 
 def _advantages_of(rl: RLConfig) -> Advantages:
-    compute_advantages = algorithms.find(rl.algorithm).response_advantages
+    compute_advantages = algorithms.find(rl.algorithm).response_rewards_or_advantages
     return lambda rewards: compute_advantages(rewards, rl)
 
 

@@ -78,9 +78,11 @@ async def train(run: RLRun) -> None:
         with run.phase("rollout"):
             rollout = await engines.rollout(run.step)
         groups, algorithm = rollout.groups, passes.algorithm
-        advantages = response_advantages(groups, algorithm, config, run.step)
+        rewards_or_advantages = response_rewards_or_advantages(groups, algorithm, config, run.step)
         # Not in the event loop: a rollout of 8,192 x 30,000 tokens is copied here.
-        samples_by_response = await asyncio.to_thread(training_samples, groups, advantages)
+        samples_by_response = await asyncio.to_thread(
+            training_samples, groups, rewards_or_advantages
+        )
         # By seed and step alone, so that a step that is repeated has the same mini-batches.
         random.Random(f"{config.run.seed}:{run.step}").shuffle(samples_by_response)
 
@@ -129,14 +131,15 @@ async def update(
     return metrics
 
 
-def response_advantages(
+def response_rewards_or_advantages(
     groups: list[Group], algorithm: Algorithm, config: Config, step: int
 ) -> list[list[float]]:
-    """Return the advantages of a rollout's responses, or what the trainer computes them from.
+    """Return the advantages of a rollout's responses, or the rewards that the trainer computes the
+    advantages of their tokens from.
 
     Args:
         groups: the graded responses.
-        algorithm: maps their rewards to advantages.
+        algorithm: maps their rewards to these.
         config: the settings of the step.
         step: its number, from 1.
 
@@ -144,17 +147,17 @@ def response_advantages(
         A number per response, a list per group; NaN: not trained on."""
     if config.rl.reward_normalization == "each":
         weights = weights_at(config.rewards.weights, step)
-        advantages = reward_normalization.advantages(
-            groups, algorithm.response_advantages, config, weights
+        values = reward_normalization.advantages(
+            groups, algorithm.response_rewards_or_advantages, config, weights
         )
     else:
         rewards = [
             [training_reward(graded, config) for graded in group.responses] for group in groups
         ]
-        advantages = algorithm.response_advantages(rewards, config.rl)
+        values = algorithm.response_rewards_or_advantages(rewards, config.rl)
     if config.rl.truncated == "mask":
-        advantages = mask_truncated(advantages, groups)
-    return advantages
+        values = mask_truncated(values, groups)
+    return values
 
 
 def training_reward(graded: GradedResponse, config: Config) -> float | None:

@@ -2,8 +2,8 @@
 
 Trainer ranks compute these advantages once a rollout has log-probabilities. `RolloutBatches`
 gathers whole responses, also where ranks of context parallelism hold parts of them, and reduces
-over the whole rollout. What the controller sent as a response's advantage is then its reward, on
-each of its tokens. `token_advantages` has the formulas, on plain tensors."""
+over the whole rollout. What the controller sent for a response is then its reward, on each of its
+tokens. `token_advantages` has the formulas, on plain tensors."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class WholeResponses:
 
     Attributes:
         is_response: (T,) bool, the tokens that are trained on.
-        rewards: (T,), on each token the `Sample.advantage` of its response: the reward, less the
-            baseline of an algorithm that has one.
+        rewards: (T,), on each token the `Sample.reward_or_advantage` of its response: the reward,
+            less the baseline of an algorithm that has one.
         last: (T,) int64, the position of the last response token of each token's sample, or -1.
         counts_samples: whether this rank is the one of the group that counts whole samples."""
 
@@ -50,7 +50,7 @@ class WholeResponses:
         self.counts_samples = self._rank == 0
         self._cu_seqlens = batch.cu_seqlens.long() * self._ranks
         self.is_response = self.gather(batch.is_response.to(torch.uint8)).bool()
-        self.rewards = self.gather(batch.response_advantages)
+        self.rewards = self.gather(batch.response_rewards_or_advantages)
         lengths = self._cu_seqlens.diff()
         self._sample = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
         self.last = self._last_of_each()

@@ -34,10 +34,10 @@ class Algorithm:
     Attributes:
         name: the value of `rl.algorithm`.
         rules: which settings it takes, and their defaults.
-        response_advantages: maps the rewards of a rollout's groups, None for an ungraded response,
-            to a number per response: the advantage of all its tokens or, with `token_advantages`,
-            what these are computed from, the module's `response_rewards` or `advantages`. NaN for
-            a response that is not trained on (`nan_where_ungraded`).
+        response_rewards_or_advantages: maps the rewards of a rollout's groups, None for an ungraded
+            response, to a number per response: the advantage of all its tokens or, with
+            `token_advantages`, what these are computed from, the module's `response_rewards` or
+            `advantages`. NaN for a response that is not trained on (`nan_where_ungraded`).
         loss: "module:function" of a `trainer.losses.Loss`, called on the trainer ranks.
         token_advantages: "module:function" of a `trainer.whole_responses.TokenAdvantages`, called
             there once the rollout is scored; None where all tokens of a response share one
@@ -46,7 +46,7 @@ class Algorithm:
 
     name: str
     rules: AlgorithmRules
-    response_advantages: Advantages
+    response_rewards_or_advantages: Advantages
     loss: str
     token_advantages: str | None = None
 

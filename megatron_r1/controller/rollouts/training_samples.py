@@ -10,33 +10,37 @@ from megatron_r1.controller.rollouts.rollout import GradedResponse, Group
 from megatron_r1.trainer.training_sample import Sample
 
 
-def training_samples(groups: list[Group], advantages: list[list[float]]) -> list[list[Sample]]:
+def training_samples(
+    groups: list[Group], rewards_or_advantages: list[list[float]]
+) -> list[list[Sample]]:
     """Return the trainer's samples of every response, in the groups' order: one with the response's
-    advantage, or, of an episode of several turns, one for each of its branches. A response of no
-    token, which has nothing to learn, is not trained on (advantage NaN)."""
+    reward or advantage, or, of an episode of several turns, one for each of its branches. A
+    response of no token, which has nothing to learn, is not trained on (NaN)."""
     with timeline.span("controller/samples"):
         return [
-            _samples(group.prompt_ids, graded, advantage)
-            for group, group_advantages in zip(groups, advantages, strict=True)
-            for graded, advantage in zip(group.responses, group_advantages, strict=True)
+            _samples(group.prompt_ids, graded, value)
+            for group, group_values in zip(groups, rewards_or_advantages, strict=True)
+            for graded, value in zip(group.responses, group_values, strict=True)
         ]
 
 
-def _samples(prompt_ids: list[int], graded: GradedResponse, advantage: float) -> list[Sample]:
+def _samples(
+    prompt_ids: list[int], graded: GradedResponse, reward_or_advantage: float
+) -> list[Sample]:
     response, scores = graded.response, graded.teacher_logprobs
     branches = graded.episode.branches if graded.episode else []
     if not branches:  # a single turn, or an episode in which nothing was sampled
         token_fields = prompt_ids, response.token_ids, response.logprobs
-        advantage = advantage if len(response.token_ids) else math.nan
+        value = reward_or_advantage if len(response.token_ids) else math.nan
         mask = response.sampling_mask
-        return [Sample.pack(*token_fields, advantage, response.routing, scores, sampling_mask=mask)]
+        return [Sample.pack(*token_fields, value, response.routing, scores, sampling_mask=mask)]
     counts = [branch.is_sampled.count(1) for branch in branches]
     return [
         Sample.pack_branch(
             branch.token_ids,
             branch.is_sampled,
             branch.logprobs,
-            advantage,
+            reward_or_advantage,
             weight=count / sum(counts),
             num_responses=int(number == 0),
             routing=branch.routing,
