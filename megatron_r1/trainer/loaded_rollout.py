@@ -20,10 +20,10 @@ from megatron_r1.trainer.metrics import (
     teacher_kl,
 )
 from megatron_r1.trainer.packed import check_token_ids, pack_batch
+from megatron_r1.trainer.rollout_batches import RolloutBatches
 from megatron_r1.trainer.routing import RoutingScatter, RoutingShard
 from megatron_r1.trainer.token_split import TokenSplit
 from megatron_r1.trainer.training_sample import ReplicaSamples, Sample
-from megatron_r1.trainer.whole_responses import RolloutBatches
 
 
 class LoadedRollout:

@@ -8,7 +8,7 @@ last response token. A sample without one has a value below all of its positions
 crosses into another response. Nothing is divided here: the denominator is the loss's
 (`losses.denominator`). Results have the dtype of the tensors given.
 
-`whole_responses` has the batches of a rollout that an algorithm applies them to."""
+`rollout_batches` has the batches of a rollout that an algorithm applies them to."""
 
 import torch
 from torch import Tensor

@@ -20,6 +20,7 @@ from megatron_r1.data.prompt import make_prompt
 from megatron_r1.engines.server.responses import Response
 from megatron_r1.trainer.batch import LossHead
 from megatron_r1.trainer.packed import pack_batch
+from megatron_r1.trainer.rollout_batches import RolloutBatches
 from megatron_r1.trainer.token_advantages import (
     discounted_sums,
     gae,
@@ -27,7 +28,6 @@ from megatron_r1.trainer.token_advantages import (
 )
 from megatron_r1.trainer.token_split import TokenSplit
 from megatron_r1.trainer.training_sample import Sample
-from megatron_r1.trainer.whole_responses import RolloutBatches
 
 VOCABULARY, HIDDEN, LIMIT = 7, 4, 12
 

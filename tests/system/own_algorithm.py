@@ -15,7 +15,7 @@ def advantages(groups, rl):
 
 
 def token_advantages(rollout, settings):
-    from megatron_r1.trainer.whole_responses import TokenTargets, reward_to_go
+    from megatron_r1.trainer.rollout_batches import TokenTargets, reward_to_go
 
     made = reward_to_go(rollout, replace(settings, discount=0.5))
     for responses, whole in zip(rollout.responses, made, strict=True):

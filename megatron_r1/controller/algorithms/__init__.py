@@ -39,7 +39,7 @@ class Algorithm:
             `token_advantages`, what these are computed from, the module's `response_rewards` or
             `advantages`. NaN for a response that is not trained on (`nan_where_ungraded`).
         loss: "module:function" of a `trainer.losses.Loss`, called on the trainer ranks.
-        token_advantages: "module:function" of a `trainer.whole_responses.TokenAdvantages`, called
+        token_advantages: "module:function" of a `trainer.rollout_batches.TokenAdvantages`, called
             there once the rollout is scored; None where all tokens of a response share one
             advantage.
     """

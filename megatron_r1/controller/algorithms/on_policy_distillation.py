@@ -19,7 +19,7 @@ from megatron_r1.config.algorithms import TokenSettings
 
 if TYPE_CHECKING:
     from megatron_r1.config import RLConfig
-    from megatron_r1.trainer.whole_responses import RolloutBatches, TokenTargets
+    from megatron_r1.trainer.rollout_batches import RolloutBatches, TokenTargets
 
 
 def advantages(groups: list[list[float | None]], rl: RLConfig) -> list[list[float]]:
@@ -30,8 +30,8 @@ def advantages(groups: list[list[float | None]], rl: RLConfig) -> list[list[floa
 def token_advantages(rollout: RolloutBatches, settings: TokenSettings) -> TokenTargets:
     """Return A_t = Σ_{s≥t} γ^(s-t) (log π_teacher - log π_old)_s, from batch.logprobs["teacher"]
     and ["old"]; 0 outside responses."""
+    from megatron_r1.trainer.rollout_batches import TokenTargets
     from megatron_r1.trainer.token_advantages import discounted_sums
-    from megatron_r1.trainer.whole_responses import TokenTargets
 
     settings = TokenSettings.of(settings)
     advantages = []

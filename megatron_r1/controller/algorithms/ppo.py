@@ -19,15 +19,15 @@ from megatron_r1.config.algorithms import TokenSettings
 from megatron_r1.controller.advantages import response_rewards  # noqa: F401  # a part of the module
 
 if TYPE_CHECKING:
-    from megatron_r1.trainer.whole_responses import RolloutBatches, TokenTargets
+    from megatron_r1.trainer.rollout_batches import RolloutBatches, TokenTargets
 
 
 def token_advantages(rollout: RolloutBatches, settings: TokenSettings) -> TokenTargets:
     """Return the advantages and targets of `trainer.token_advantages.gae` with the critic's
     batch.values, per micro-batch; with `advantage_std` batch the advantages are normalized over the
     rollout."""
+    from megatron_r1.trainer.rollout_batches import TokenTargets
     from megatron_r1.trainer.token_advantages import gae
-    from megatron_r1.trainer.whole_responses import TokenTargets
 
     settings = TokenSettings.of(settings)
     advantages, returns = [], []

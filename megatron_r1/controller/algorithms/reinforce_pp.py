@@ -16,14 +16,14 @@ from megatron_r1.config.algorithms import TokenSettings
 from megatron_r1.controller.advantages import response_rewards  # noqa: F401  # a part of the module
 
 if TYPE_CHECKING:
-    from megatron_r1.trainer.whole_responses import RolloutBatches, TokenTargets
+    from megatron_r1.trainer.rollout_batches import RolloutBatches, TokenTargets
 
 
 def token_advantages(rollout: RolloutBatches, settings: TokenSettings) -> TokenTargets:
     """Return A_t = Σ_{s≥t} γ^(s-t) (-β log(π_old / π_ref)_s) + γ^(T-t) r, T the last token, then
     shifted and scaled to mean 0 and deviation 1 over the response tokens of the rollout; 0
     elsewhere."""
-    from megatron_r1.trainer.whole_responses import TokenTargets, reward_to_go
+    from megatron_r1.trainer.rollout_batches import TokenTargets, reward_to_go
 
     settings = TokenSettings.of(settings)
     advantages = reward_to_go(rollout, settings)

@@ -23,7 +23,7 @@ from megatron_r1.controller.advantages import graded
 if TYPE_CHECKING:
     from megatron_r1.config import RLConfig
     from megatron_r1.config.algorithms import TokenSettings
-    from megatron_r1.trainer.whole_responses import RolloutBatches, TokenTargets
+    from megatron_r1.trainer.rollout_batches import RolloutBatches, TokenTargets
 
 
 def advantages(groups: list[list[float | None]], rl: RLConfig) -> list[list[float]]:
@@ -35,7 +35,7 @@ def advantages(groups: list[list[float | None]], rl: RLConfig) -> list[list[floa
 def token_advantages(rollout: RolloutBatches, settings: TokenSettings) -> TokenTargets:
     """Return A_t: the response's advantage less the penalties to come, β log(π_old / π_ref)_s for
     s≥t; 0 outside responses."""
-    from megatron_r1.trainer.whole_responses import TokenTargets, reward_to_go
+    from megatron_r1.trainer.rollout_batches import TokenTargets, reward_to_go
 
     return TokenTargets(reward_to_go(rollout, settings))
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 MASK_FUNCTIONS = {
     method: f"{__name__}.engine_mask:{method}_mask" for method in ("token", "sequence")
 }
-"""By `rl.engine_mask`, the "module:function" of a `trainer.whole_responses.WithinBounds`, which
+"""By `rl.engine_mask`, the "module:function" of a `trainer.rollout_batches.WithinBounds`, which
 compares the engine with π_old."""
 
 

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from megatron_r1.config.algorithms import EngineMask
     from megatron_r1.trainer.batch import LossHead, PackedBatch
     from megatron_r1.trainer.losses import LossTerms
-    from megatron_r1.trainer.whole_responses import RolloutBatches
+    from megatron_r1.trainer.rollout_batches import RolloutBatches
 
 
 def token_mask(rollout: RolloutBatches, settings: EngineMask) -> list[Tensor]:

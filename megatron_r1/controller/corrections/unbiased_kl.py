@@ -62,7 +62,7 @@ def loss(batch: PackedBatch, head: LossHead, settings: LossSettings) -> LossTerm
 def _weights(batch: PackedBatch, head: LossHead, settings: LossSettings) -> Tensor:
     """Return (T,) fp64, what a response token weighs in the sum."""
     from megatron_r1.trainer.losses import token_weights
-    from megatron_r1.trainer.whole_responses import WholeResponses
+    from megatron_r1.trainer.rollout_batches import WholeResponses
 
     weights = token_weights(batch, settings.loss_average, settings.max_response_tokens)
     if weights.average == "token":

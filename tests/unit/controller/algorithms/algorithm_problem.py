@@ -12,9 +12,9 @@ from megatron_r1.controller import algorithms
 from megatron_r1.controller.corrections import MASK_FUNCTIONS, wrap_loss
 from megatron_r1.trainer.batch import LossHead
 from megatron_r1.trainer.packed import pack_batch
+from megatron_r1.trainer.rollout_batches import RolloutBatches
 from megatron_r1.trainer.token_split import TokenSplit
 from megatron_r1.trainer.training_sample import Sample
-from megatron_r1.trainer.whole_responses import RolloutBatches
 
 HIDDEN, VOCABULARY, TEMPERATURE, LIMIT = 5, 11, 0.7, 12
 REWARDS = [

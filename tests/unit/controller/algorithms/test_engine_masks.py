@@ -34,8 +34,8 @@ from megatron_r1.controller.trainer_passes import TrainerPasses
 from megatron_r1.trainer.batch import LossHead
 from megatron_r1.trainer.operations import ModelOperations
 from megatron_r1.trainer.packed import pack_batch
+from megatron_r1.trainer.rollout_batches import RolloutBatches
 from megatron_r1.trainer.token_split import TokenSplit
-from megatron_r1.trainer.whole_responses import RolloutBatches
 
 
 class Mismatched(Problem):
