@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from array import array
-from collections.abc import Collection, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import compress
 
@@ -116,18 +117,14 @@ class RolloutCollector:
                 prompt_ids = self.tokenizer.encode(prompt.question, prompt.messages_before)
             group_arguments.append((prompt_index, prompt, prompt_ids, restored_group))
             await asyncio.sleep(0)  # hundreds at once would block the event loop
-        try:
-            # Together: the fleet orders what arrives in one turn of the event loop.
-            async with asyncio.TaskGroup() as tasks:
-                group_tasks = [
-                    tasks.create_task(self._collect_group(progress, *arguments))
-                    for arguments in group_arguments
-                ]
-        except ExceptionGroup as failures:
-            # When an engine dies, all its requests fail with it; the first error is enough.
-            raise failures.exceptions[0] from None
+        # Together: the fleet orders what arrives in one turn of the event loop.
+        async with _open_tasks() as tasks:
+            group_tasks = [
+                tasks.create_task(self._collect_group(progress, *arguments))
+                for arguments in group_arguments
+            ]
         return Rollout(
-            [arguments.result() for arguments in group_tasks],
+            [task.result() for task in group_tasks],
             progress.sampled_at - start,
             max(0.0, progress.graded_at - progress.sampled_at),
             teacher_seconds=max(0.0, progress.teacher_done_at - progress.sampled_at),
@@ -181,10 +178,14 @@ class RolloutCollector:
                 responses = [result.episode.response() for result in results]
             progress.sampled_at = time.perf_counter()
             tracked_group.sampling_done(responses)
-            graded_responses, teacher_logprobs = await asyncio.gather(
-                self._grade(progress, tracked_group, responses, results),
-                self._teacher_logprobs(progress, prompt, prompt_ids, responses, results),
-            )
+            async with _open_tasks() as tasks:
+                grading = tasks.create_task(
+                    self._grade(progress, tracked_group, responses, results)
+                )
+                scoring = tasks.create_task(
+                    self._teacher_logprobs(progress, prompt, prompt_ids, responses, results)
+                )
+            graded_responses, teacher_logprobs = grading.result(), scoring.result()
         if teacher_logprobs:
             graded_responses = [
                 replace(graded_response, teacher_logprobs=logprobs)
@@ -257,11 +258,12 @@ class RolloutCollector:
             return answer
 
         count, limit = sampling.group_size, sampling.max_response_tokens
-        results = await asyncio.gather(
-            *(player.play(prompt, policy(), limit) for _ in range(count))
-        )
+        async with _open_tasks() as tasks:
+            episodes = [
+                tasks.create_task(player.play(prompt, policy(), limit)) for _ in range(count)
+            ]
         self.fleet.state.require_usable()
-        return results
+        return [episode.result() for episode in episodes]
 
     async def _grade(
         self,
@@ -308,12 +310,26 @@ class RolloutCollector:
                 sampled_logprobs.extend(compress(all_logprobs, branch.is_sampled[first:]))
             return sampled_logprobs
 
-        teacher_logprobs = await asyncio.gather(
-            *(branch_logprobs(result.episode) for result in results),
-            *(
-                compute([*prompt_ids, *response.token_ids], len(prompt_ids))
-                for response in ([] if results else responses)
-            ),
-        )
+        async with _open_tasks() as tasks:
+            if results:
+                computations = [
+                    tasks.create_task(branch_logprobs(result.episode)) for result in results
+                ]
+            else:
+                computations = [
+                    tasks.create_task(compute([*prompt_ids, *response.token_ids], len(prompt_ids)))
+                    for response in responses
+                ]
         progress.teacher_done_at = time.perf_counter()
-        return teacher_logprobs
+        return [computation.result() for computation in computations]
+
+
+@contextlib.asynccontextmanager
+async def _open_tasks() -> AsyncIterator[asyncio.TaskGroup]:
+    """Wait for the tasks of the block at its end; where one fails, cancel the others and raise its
+    error. When an engine dies, all its requests fail with it; the first error is enough."""
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            yield tasks
+    except ExceptionGroup as failures:
+        raise failures.exceptions[0] from None
