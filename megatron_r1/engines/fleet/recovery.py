@@ -21,6 +21,10 @@ WATCH_SECONDS = 0.2
 PROBE_SECONDS = 10.0
 DRAIN_SECONDS = 120.0
 """Time for requests in flight on an engine that is to be replaced; then others repeat them."""
+FIRST_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 1.0, 60.0
+"""Pauses between starts of an engine for which no weights are there: the first one, which doubles
+to the longest one. Without them engines would be started one after another while a trainer is
+down."""
 OUT_OF_MEMORY = ("out of memory", "OutOfMemory", "can't allocate memory", "Cannot allocate memory")
 """The messages of CUDA, PyTorch's two allocators and Linux. An engine that has run out of memory
 will do so again."""
@@ -129,7 +133,8 @@ class EngineReplacer:
 
     async def _revive(self, dead: Engine, reason: EngineError) -> None:
         """Start a replacement; if it does not start, try again while restarts are left, and then
-        fail the fleet."""
+        fail the fleet. A start for which the trainer has no weights costs no restart."""
+        pause_seconds = FIRST_PAUSE_SECONDS
         try:
             await dead.stop()
             while self.num_restarts < self.max_restarts:
@@ -143,6 +148,8 @@ class EngineReplacer:
                 except WeightsUnavailable as error:
                     self.num_restarts -= 1  # a trainer that starts takes longer than many engines
                     reason = error
+                    await asyncio.sleep(pause_seconds)
+                    pause_seconds = min(2 * pause_seconds, MAX_PAUSE_SECONDS)
                 except EngineError as error:
                     reason = error
             self.state.fail(reason)

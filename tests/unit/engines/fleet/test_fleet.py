@@ -9,6 +9,7 @@ import pytest
 from fakes.engine import Peer
 from waiting import until
 
+from megatron_r1.engines.fleet import recovery
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.engines.server.errors import (
     EngineDied,
@@ -450,8 +451,9 @@ def test_one_that_was_starting_gives_its_memory_to_the_trainer(tmp_path):
     assert result == ((False, False), [peers[3], peers[1]], 1)
 
 
-def test_an_engine_without_weights_costs_no_restart(tmp_path):
+def test_an_engine_without_weights_costs_no_restart(tmp_path, monkeypatch):
     """A trainer that starts again may take longer than all restarts of an engine."""
+    monkeypatch.setattr(recovery, "FIRST_PAUSE_SECONDS", 0.0)
     peers = [Peer(good), *(Peer(good) for _ in range(4))]
     refusals = iter([True] * 3)
 
