@@ -265,7 +265,7 @@ async def _state(engine: Engine) -> tuple[str, bool]:
     """Return an engine's state, and whether its core responds."""
     if not engine.is_up:
         return "being replaced", False
-    responds = await engine.is_responsive(ANSWER_SECONDS)
+    responds = not await engine.is_hanging(ANSWER_SECONDS)
     core = "answers" if responds else f"does not answer within {ANSWER_SECONDS:g} s"
     return f"{engine.num_running} sequences asked for, its core {core}", responds
 

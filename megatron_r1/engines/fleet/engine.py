@@ -145,22 +145,23 @@ class Engine:
         while self.num_running and not self.died.is_set() and time.monotonic() < deadline:
             await asyncio.sleep(POLL_SECONDS)
 
-    async def is_responsive(self, within_seconds: float) -> bool:
-        """Return whether the engine core answers in time, not only the HTTP server in front of it.
-        An error status is an answer; a connection that cannot be made is not."""
+    async def is_hanging(self, within_seconds: float) -> bool:
+        """Return whether the engine lives and its core does not answer in time, whatever the HTTP
+        server in front of it does. An error status is an answer; a connection that cannot be made
+        is not. An engine whose death has been noticed does not hang."""
         try:
             async with asyncio.timeout(within_seconds):
                 while not self.died.is_set():
                     try:
                         await self.client.is_sleeping()
-                        return True
+                        return False
                     except EngineError as error:
                         if error.status is not None:
-                            return True
+                            return False
                     await asyncio.sleep(RETRY_SECONDS)
         except TimeoutError:
-            return False
-        return True  # it has died, which was noticed already: False is for an engine that hangs
+            return True
+        return False
 
 
 @contextlib.asynccontextmanager

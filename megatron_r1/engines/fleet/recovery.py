@@ -173,12 +173,12 @@ class EngineReplacer:
             await asyncio.sleep(PROBE_SECONDS)
             seconds = max(self.unresponsive_seconds, self.silence_seconds)
             running_engines = self.state.up
-            answers = await asyncio.gather(
-                *(engine.is_responsive(seconds) for engine in running_engines)
+            are_hanging = await asyncio.gather(
+                *(engine.is_hanging(seconds) for engine in running_engines)
             )
-            for engine, is_alive in zip(running_engines, answers, strict=True):
+            for engine, is_hanging in zip(running_engines, are_hanging, strict=True):
                 # A push may have begun since `seconds` was computed.
-                if not is_alive and engine.is_up and seconds >= self.silence_seconds:
+                if is_hanging and engine.is_up and seconds >= self.silence_seconds:
                     reason = EngineDied(f"{engine.name} has not answered for {seconds:g} seconds")
                     with contextlib.suppress(EngineDied):
                         self.replace(engine, reason)
