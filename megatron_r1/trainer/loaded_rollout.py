@@ -148,8 +148,8 @@ class LoadedRollout:
             rollout.store_targets(find_function(function)(rollout, settings))
 
     def mask_advantages(self, function: str, settings: EngineMask) -> dict[str, float]:
-        """Call the `WithinBounds` at "module:function" with the whole responses, mask the tokens
-        that it does not find within bounds, and return the metrics over data and context
+        """Call the `EngineMaskFunction` at "module:function" with the whole responses, mask
+        the tokens that it does not find within bounds, and return the metrics over data and context
         parallelism; on ranks before the last stage return none."""
         if not self._grid_position.is_last_stage:
             return {}

@@ -222,7 +222,7 @@ class ModelOperations(Protocol):
         of all mini-batches, and `compute_token_advantages` where the algorithm has it.
 
         Args:
-            function: "module:function" of a `WithinBounds`.
+            function: "module:function" of an `EngineMaskFunction`.
             settings: the method and its bounds.
 
         Returns:

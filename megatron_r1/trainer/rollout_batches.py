@@ -40,7 +40,8 @@ class WholeResponses:
         is_response: (T,) bool, the tokens that are trained on.
         rewards: (T,), on each token the `Sample.reward_or_advantage` of its response: the reward,
             less the baseline of an algorithm that has one.
-        last: (T,) int64, the position of the last response token of each token's sample, or -1.
+        last_response_positions: (T,) int64, the position of the last response token of each token's
+            sample, or -1.
         counts_samples: whether this rank is the one of the group that counts whole samples."""
 
     def __init__(self, batch: PackedBatch, context_group: ProcessGroup | None = None):
@@ -53,7 +54,7 @@ class WholeResponses:
         self.rewards = self.gather(batch.response_rewards_or_advantages)
         lengths = self._cu_seqlens.diff()
         self._sample = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
-        self.last = self._last_of_each()
+        self.last_response_positions = self._last_of_each()
 
     def _last_of_each(self) -> Tensor:
         ends = torch.full_like(self._cu_seqlens[1:], -1)
@@ -111,7 +112,9 @@ class WholeResponses:
         log_ratio = None
         if kl_beta:
             log_ratio = self.gather(self.batch.logprobs["old"] - self.batch.logprobs["ref"])
-        return kl_penalized_rewards(self.rewards, log_ratio, kl_beta, self.is_response, self.last)
+        return kl_penalized_rewards(
+            self.rewards, log_ratio, kl_beta, self.is_response, self.last_response_positions
+        )
 
 
 class RolloutBatches:
@@ -199,7 +202,7 @@ class TokenTargets(NamedTuple):
 
 TokenAdvantages = Callable[[RolloutBatches, TokenSettings], TokenTargets]
 """(rollout, settings) → advantages per token."""
-WithinBounds = Callable[[RolloutBatches, EngineMask], list[Tensor]]
+EngineMaskFunction = Callable[[RolloutBatches, EngineMask], list[Tensor]]
 """(rollout, settings) → per micro-batch (T,) bool, whether a token keeps its advantage."""
 
 
@@ -207,6 +210,11 @@ def reward_to_go(rollout: RolloutBatches, settings: TokenSettings) -> list[Tenso
     """Return A_t = Σ_{s≥t} discount^(s-t) r_s, r the penalized rewards, (T,) per micro-batch."""
     settings = TokenSettings.of(settings)
     return [
-        discounted_sums(r.token_rewards(settings.kl_beta), settings.discount, r.is_response, r.last)
+        discounted_sums(
+            r.token_rewards(settings.kl_beta),
+            settings.discount,
+            r.is_response,
+            r.last_response_positions,
+        )
         for r in rollout.responses
     ]

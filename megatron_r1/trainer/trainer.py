@@ -160,8 +160,8 @@ class Trainer:
         self.rollout.compute_token_advantages(function, settings)
 
     def mask_advantages(self, function: str, settings: EngineMask) -> dict[str, float]:
-        """Set the advantages of this rank's tokens outside the bounds of the `WithinBounds` at
-        "module:function" to 0; compute_logprobs() comes first.
+        """Set the advantages of this rank's tokens outside the bounds of the
+        `EngineMaskFunction` at "module:function" to 0; compute_logprobs() comes first.
 
         Returns:
             The shares of tokens and samples that are masked, over all ranks; none on ranks before

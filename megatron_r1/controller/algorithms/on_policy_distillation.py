@@ -38,6 +38,6 @@ def token_advantages(rollout: RolloutBatches, settings: TokenSettings) -> TokenT
     for responses in rollout.responses:
         logprobs = responses.batch.logprobs
         gaps = responses.gather(logprobs["teacher"] - logprobs["old"])
-        mask, last = responses.is_response, responses.last
+        mask, last = responses.is_response, responses.last_response_positions
         advantages.append(discounted_sums(gaps, settings.discount, mask, last))
     return TokenTargets(advantages)

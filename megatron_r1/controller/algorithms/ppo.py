@@ -40,7 +40,7 @@ def token_advantages(rollout: RolloutBatches, settings: TokenSettings) -> TokenT
             settings.discount,
             settings.gae_lambda,
             responses.is_response,
-            responses.last,
+            responses.last_response_positions,
         )
         advantages.append(microbatch_advantages)
         returns.append(targets)

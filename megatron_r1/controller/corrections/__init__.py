@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 MASK_FUNCTIONS = {
     method: f"{__name__}.engine_mask:{method}_mask" for method in ("token", "sequence")
 }
-"""By `rl.engine_mask`, the "module:function" of a `trainer.rollout_batches.WithinBounds`, which
-compares the engine with π_old."""
+"""By `rl.engine_mask`, the "module:function" of a `trainer.rollout_batches.EngineMaskFunction`,
+which compares the engine with π_old."""
 
 
 def wrap_loss(loss: str, settings: LossSettings) -> tuple[str, LossSettings]:

@@ -191,7 +191,7 @@ def test_discounted_sums_are_the_loop_s_of_any_length(discount):
     whole = torch.full((batch.input_ids.shape[1],), math.nan, dtype=torch.float64)
     whole[batch.is_response] = torch.tensor(sum(values, []), dtype=torch.float64)
     responses = WholeResponses(batch)
-    got = discounted_sums(whole, discount, responses.is_response, responses.last)
+    got = discounted_sums(whole, discount, responses.is_response, responses.last_response_positions)
     wanted = sum([formulae.naive_sums(own, discount) for own in values], [])
     assert got[batch.is_response].tolist() == pytest.approx(wanted, rel=1e-12, abs=1e-12)
     assert (got[~batch.is_response] == 0).all()
