@@ -55,8 +55,8 @@ def find(name: str) -> Algorithm:
     """Return the algorithm called `name`, or the user's own at "module:RULES".
 
     Raises:
-        UserError: an unknown name, or a module that defines nothing of an algorithm or not what its
-            rules are for.
+        UserError: an unknown name, or a module that defines nothing of an algorithm, not what its
+            rules are for, or both `advantages` and `response_rewards`.
     """
     rules = find_rules(name)
     module_name, separator, _ = name.partition(":")
@@ -73,6 +73,14 @@ def find(name: str) -> Algorithm:
             "in the recipe",
             key="rl.algorithm",
             cause=Cause.EMPTY,
+        )
+    if {"advantages", "response_rewards"} <= own_parts.keys():
+        raise UserError(
+            f"rl.algorithm: {name}: {module.__file__} defines both advantages and "
+            "response_rewards, and one of them alone can be used; define response_rewards where "
+            "token_advantages starts from the rewards, or else advantages, and remove the other",
+            key="rl.algorithm",
+            cause=Cause.CONFLICT,
         )
     per_token = rules.critic or rules.teacher or rules.kl_in_reward
     if per_token and "token_advantages" not in own_parts:

@@ -166,6 +166,18 @@ def test_a_module_without_an_algorithm_is_refused(folder):
         algorithms.find("bare:RULES")
 
 
+def test_a_module_with_advantages_and_response_rewards_is_refused(folder):
+    (folder / "both.py").write_text(
+        "from megatron_r1.config.algorithms import AlgorithmRules\n"
+        "from megatron_r1.controller.advantages import response_rewards\n"
+        "RULES = AlgorithmRules()\n"
+        "def advantages(groups, rl): ...\n"
+        "def token_advantages(rollout, settings): ...\n"
+    )
+    with refused("rl.algorithm", Cause.CONFLICT, "both.py", "response_rewards"):
+        algorithms.find("both:RULES")
+
+
 @pytest.mark.parametrize("value", ["float('nan')", "float('inf')"])
 def test_an_advantage_that_is_not_finite_is_refused(folder, value):
     (folder / "divided.py").write_text(
