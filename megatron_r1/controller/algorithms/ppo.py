@@ -16,10 +16,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from megatron_r1.config.algorithms import TokenSettings
-from megatron_r1.controller.advantages import response_rewards  # noqa: F401  # a part of the module
+from megatron_r1.controller import advantages as reward_arithmetic
 
 if TYPE_CHECKING:
     from megatron_r1.trainer.rollout_batches import RolloutBatches, TokenTargets
+
+response_rewards = reward_arithmetic.response_rewards
+"""What `token_advantages` starts from: the rewards as they are, without a baseline."""
 
 
 def token_advantages(rollout: RolloutBatches, settings: TokenSettings) -> TokenTargets:
