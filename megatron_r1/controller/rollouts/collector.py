@@ -141,7 +141,8 @@ class RolloutCollector:
             await self.player.check(prompts)
 
     async def close(self) -> None:
-        """Close the player of episodes, if there is one."""
+        """Close the grader, and the player of episodes if there is one."""
+        self.grader.close()
         if self.player is not None:
             await self.player.close()
 

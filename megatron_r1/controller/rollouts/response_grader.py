@@ -31,6 +31,10 @@ class ResponseGrader:
         self._terms, self._tokenizer = RewardTerms(pool, options), tokenizer
         self._decoding = ThreadPoolExecutor(1, "decoding")
 
+    def close(self) -> None:
+        """End the thread that decodes; what waits for it is cancelled. The pool stays open."""
+        self._decoding.shutdown(wait=False, cancel_futures=True)
+
     async def grade(
         self, prompt: Prompt, responses: Sequence[Response], weights: Mapping[str, float]
     ) -> list[GradedResponse]:

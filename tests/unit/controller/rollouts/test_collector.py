@@ -1,4 +1,5 @@
-"""What a failure ends: the other work for the same group, before the caller hears of it."""
+"""What a failure ends: the other work for the same group, before the caller hears of it; and what
+`close` ends."""
 
 import asyncio
 from types import SimpleNamespace
@@ -96,3 +97,15 @@ def test_an_episode_that_fails_ends_the_others_of_its_group():
         Engine(), None, TEXT, RewardsConfig(), player=SimpleNamespace(play=play)
     )
     assert cancelled_when(endless, collector) == 1
+
+
+def test_a_closed_collector_has_no_thread_left():
+    collector = RolloutCollector(Engine(), None, TEXT, RewardsConfig())
+    response = Response([1], [0.0], [0], "stop")
+
+    async def run():
+        await collector.close()
+        with pytest.raises(RuntimeError, match="shutdown"):
+            await collector.grader.grade(PROMPT, [response], {})
+
+    asyncio.run(run())
