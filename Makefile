@@ -33,7 +33,7 @@ help:
 	@echo "make smollm2   that model alone, for recipes of your own: $(SMOLLM2)/model"
 	@echo "make demo-agents  a tiny model learns to use a tool: minutes on two CPU cores"
 	@echo "make setup     install everything into $(VENV) (3.9 GB; the others do it, too)"
-	@echo "make test      ten minutes (make test-unit: the unit tests alone);  make test-more: 35 minutes more;  make test-all: hours"
+	@echo "make test      docs/tests.md has the times (make test-unit: the unit tests alone);  make test-more: the rest of CI's;  make test-all: hours"
 	@echo "make setup-cuda  for GPUs: CUDA torch, Transformer Engine, vLLM in $(CUDA_VENV) (9 GB; 5 minutes on two cores, more with JOBS=1)"
 	@echo "make agents    verifiers, in $(AGENTS_VENV): environments of others for agents.verifiers (0.5 GB)"
 	@echo "make test-faults  plants faults in copies of the tree: which does make test catch?"
@@ -163,11 +163,11 @@ PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python tests/measured.py $(BIN)/python 
 test-unit: setup
 	$(PYTEST) -m "not more and not slow" tests/grading tests/unit
 
-# Ten minutes on two cores: the unit tests, and a real run of each role and promise.
+# The unit tests, and a real run of each role and promise.
 test: setup
 	$(PYTEST) -m "not more and not slow" --durations 10 $(FOLDERS)
 
-# The other tests that CI runs: 35 minutes on two cores. MINUTES=30: what would begin later is skipped, and counted.
+# The other tests that CI runs. MINUTES=30: what would begin later is skipped, and counted.
 test-more: setup cluster-packages test-packages
 	R1_TEST_MINUTES=$(MINUTES) $(PYTEST) -m "more and not slow" --durations 20 $(FOLDERS)
 
