@@ -94,7 +94,7 @@ class WeightPusher:
         self.prober = prober
         self.offloads = offloads
         if offloads:
-            links.trainer.is_offloaded = lambda: fleet.engines_use_memory
+            links.trainer.protect_offloaded_weights(lambda: fleet.engines_use_memory)
         self._timeout_seconds = links.settings.timeout_seconds
         self._weights_lock = asyncio.Lock()
         """Held while the weights change, and while an engine joins."""

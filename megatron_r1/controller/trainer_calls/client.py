@@ -108,11 +108,16 @@ class TrainerClient:
         self.pending_call: PendingCall | None = None
         self.num_replies = 0
         self.num_restarts = 0
-        self.is_offloaded: Callable[[], bool] = lambda: False
-        """Whether engines may have the memory of the ranks' weights, which are offloaded then
-        (`controller.push.pusher`)."""
+        self._is_offloaded: Callable[[], bool] = lambda: False
         self._cost = sample_cost(read_hf_config(config.model.path, config.model.head))
         self._packings: list[Packing] = []
+
+    def protect_offloaded_weights(self, is_offloaded: Callable[[], bool]) -> None:
+        """Assert before each operation that needs the ranks' weights that they are there.
+
+        Args:
+            is_offloaded: whether the weights are offloaded, and engines may have their memory."""
+        self._is_offloaded = is_offloaded
 
     @property
     def can_restart(self) -> bool:
@@ -371,7 +376,7 @@ class TrainerClient:
         shares: list[list[Buffer]] | None,
     ) -> list[dict[str, Any]]:
         if needs_parameters(operation):
-            assert not self.is_offloaded(), f"{operation}: engines compute in the weights' memory"
+            assert not self._is_offloaded(), f"{operation}: engines compute in the weights' memory"
         if not self.ranks:
             raise TrainerLost(f"the ranks are starting again, and cannot be asked for {operation}")
         call = msgspec.msgpack.encode(RankCall(operation, arguments or {}))
