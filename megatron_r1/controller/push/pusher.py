@@ -71,7 +71,7 @@ class WeightPusher:
     `open` and the first `push` are called in a block of `updating_weights`; then each change of the
     trainer's weights in another, with the `push` of the new ones at its end.
 
-    The fleet's `send_weights` is set to this pusher's: an engine that is replaced, or joins,
+    `open` makes this pusher the fleet's sender of weights: an engine that is replaced, or joins,
     receives the trainer's weights while those are the version that the other engines have.
 
     Args:
@@ -123,7 +123,7 @@ class WeightPusher:
         """
         assert self._weights_lock.locked(), "it is called in a block of updating_weights()"
         await self.links.open()
-        self.fleet.send_weights = self.send_weights
+        self.fleet.set_weight_sender(self.send_weights)
         with self.fleet.allow_silence(self.links.connect_seconds):
             await self._form_sets(self._engines_up, self._drop_if_dead)
 

@@ -119,8 +119,7 @@ class RolloutFleet:
         sizes = {"max_num_seqs": max_num_seqs, "data_parallel": data_parallel}
         self.server_settings = server_settings | sizes
         self.policy_version = -1
-        self.send_weights: SendWeights = contextlib.nullcontext
-        """Sends the fleet's weights to an engine that joins (`controller.push.pusher`)."""
+        self._send_weights: SendWeights = contextlib.nullcontext
         self.awake = asyncio.Event()
         """Cleared while the trainer uses the engines' memory."""
         self.awake.set()
@@ -159,6 +158,12 @@ class RolloutFleet:
     def num_restarts(self) -> int:
         """Engines that were replaced since the start."""
         return self.replacer.num_restarts
+
+    def set_weight_sender(self, send_weights: SendWeights) -> None:
+        """Have `send_weights` give an engine that joins the fleet's weights (a function of
+        `controller.push.pusher`). Until this is called an engine keeps those that it starts with.
+        """
+        self._send_weights = send_weights
 
     async def start(self, model_path: str | os.PathLike[str], policy_version: int = 0) -> None:
         """Start all engines on the weights in `model_path`, and name these `policy_version`.
@@ -412,7 +417,7 @@ class RolloutFleet:
             self._starting.add(engine)
             try:
                 await engine.prepare(self.policy_version, self.start_timeout_seconds)
-                async with self.send_weights(engine) as has_weights:
+                async with self._send_weights(engine) as has_weights:
                     replaced_engine = instead_of or engine
                     self.state.mark_up(engine, replaced_engine, is_asleep=has_weights is False)
                 return engine

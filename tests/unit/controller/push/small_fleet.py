@@ -27,6 +27,8 @@ class SmallFleet:
 
     async def push(self, update, version): ...
 
+    def set_weight_sender(self, send_weights): ...
+
     def allow_silence(self, seconds):
         return nullcontext()
 

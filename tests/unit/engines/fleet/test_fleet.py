@@ -277,7 +277,7 @@ def test_an_engine_that_comes_without_weights_sleeps_and_serves_from_the_next_pu
             await engine.client.sleep()
             yield False
 
-        fleet.send_weights = send_weights
+        fleet.set_weight_sender(send_weights)
         joined = await fleet.add_engine()
         early = joined.is_up, joined.is_open
         groups = await sample(fleet, 4)
@@ -464,7 +464,7 @@ def test_an_engine_without_weights_costs_no_restart(tmp_path, monkeypatch):
         yield
 
     async def story(fleet):
-        fleet.send_weights = send_weights
+        fleet.set_weight_sender(send_weights)
         peers[0].is_running = False
         return (await sample(fleet)), fleet.num_restarts
 
