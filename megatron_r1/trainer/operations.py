@@ -68,7 +68,7 @@ class RankReply(msgspec.Struct, frozen=True):
 
 
 class RankDescription(TypedDict):
-    """The result of a rank's start (`worker.Operations.describe`): what the controller distributes
+    """The result of a rank's start (`worker.RankServer.describe`): what the controller distributes
     batches by, the rank's place on the grid, and facts of its model.
 
     Attributes:

@@ -13,15 +13,15 @@ from megatron_r1.base.processes import children, timeline
 from megatron_r1.base.processes.authentication import RANKS_TOKEN_VARIABLE
 from megatron_r1.base.processes.memory import without_garbage_collection
 
-READ_LATE = frozenset({*children.rank_variables(0, 1, 0), RANKS_TOKEN_VARIABLE})
+VARIABLES_READ_AFTER_IMPORT = frozenset({*children.rank_variables(0, 1, 0), RANKS_TOKEN_VARIABLE})
 """Environment variables that no import reads (`base.processes.fork_server`)."""
-LATER_IMPORTS = (
+MODULES_IMPORTED_AFTER_PREPARE = (
     "trainer.checkpoint_manager",
     "trainer.implementations",
     "trainer.trainer",
     "push.worker",
 )
-"""Modules that `worker.Operations` imports, as they need a process that is prepared."""
+"""Modules that `worker.RankServer` imports, as they need a process that is prepared."""
 
 
 def preload() -> None:
@@ -30,7 +30,7 @@ def preload() -> None:
 
     if not platform.has_gpu():
         platform.prepare()
-        for module in ("trainer.worker", *LATER_IMPORTS):
+        for module in ("trainer.worker", *MODULES_IMPORTED_AFTER_PREPARE):
             import_module(f"megatron_r1.{module}")
 
 

@@ -88,9 +88,9 @@ def serve(config: Config, address: str, grid_position: GridPosition | None = Non
     try:
         grid_position = grid_position or distributed.initialize(config.parallel, config.run.seed)
         rank_monitor.groups = grid_position.groups
-        operations = Operations(config, grid_position)
+        server = RankServer(config, grid_position)
         timeline.mark("trainer/model built")
-        reply({**operations.describe()})
+        reply({**server.describe()})
         poller = zmq.Poller()
         poller.register(socket, zmq.POLLIN)
         poller.register(monitor, zmq.POLLIN)
@@ -107,7 +107,7 @@ def serve(config: Config, address: str, grid_position: GridPosition | None = Non
                 reply({})
                 return
             with timeline.span(f"trainer/{call.operation}"):
-                result = operations.run(call, parts[1:])
+                result = server.run(call, parts[1:])
             reply(result)
     except Exception as error:
         if isinstance(error, UserError):
@@ -150,8 +150,8 @@ def _connected(name: bytes, address: str) -> zmq.Socket[bytes]:
     return socket
 
 
-class Operations:
-    """What the controller may call: "load" and `methods`."""
+class RankServer:
+    """Runs what the controller may call: "load" and `operations_by_name`."""
 
     _scatter: RoutingScatter | None = None
     _offload: Offload | None = None
@@ -175,7 +175,7 @@ class Operations:
             self._scatter = RoutingScatter(self.replica, rollout.split, rollout.routing)
         self.implementations = implementations.describe_implementations(self.trainer)
         push = PushWorker(self.trainer.model_chunks, self.trainer.hf_config, config)
-        self._methods = methods(
+        self._operations = operations_by_name(
             self.trainer, ProbeRunner(self.trainer), CheckpointManager(self.trainer), push
         )
         self._types = argument_types()
@@ -215,8 +215,8 @@ class Operations:
             headers, joined_buffers = broadcast(share[:1]), broadcast(buffers)
             samples = decode_samples(headers, joined_buffers, routing)
             return self.trainer.load(samples, self._scatter)
-        if call.operation not in self._methods:
-            names = ", ".join(self._methods)
+        if call.operation not in self._operations:
+            names = ", ".join(self._operations)
             raise ValueError(f"unknown operation {call.operation!r}: use {names}")
         types = self._types[call.operation]
         arguments = {}
@@ -225,17 +225,17 @@ class Operations:
                 arguments[name] = msgspec.convert(value, types.get(name, Any))
             except msgspec.ValidationError as error:
                 raise ValueError(f"{call.operation}, argument {name}: {error}") from error
-        result = self._methods[call.operation](**arguments)
+        result = self._operations[call.operation](**arguments)
         return msgspec.to_builtins(result) if isinstance(result, msgspec.Struct) else result or {}
 
 
-def methods(
+def operations_by_name(
     trainer: ModelOperations,
     probing: ProbingOperations,
     checkpoints: CheckpointOperations,
     push: PushOperations,
 ) -> dict[str, Callable[..., Any]]:
-    """Return the methods that the controller may call, by their names.
+    """Return the operations that the controller may call but "load", by their names.
 
     Args:
         trainer: has the passes.

@@ -77,7 +77,7 @@ def check(trainer, shape, grid_position) -> int:
 def main() -> None:
     model, out, *grids = sys.argv[1:]
     platform.prepare()
-    from megatron_r1.trainer.worker import Operations
+    from megatron_r1.trainer.worker import RankServer
 
     shape = routing_shape(read_hf_config(model))
     for grid in grids:
@@ -86,16 +86,16 @@ def main() -> None:
         from megatron.core import parallel_state
 
         replica.BROADCAST_BYTES = 101  # several sends
-        operations = Operations(settings, grid_position)
+        server = RankServer(settings, grid_position)
         assert grid_position.data_parallel_size == 1
         # One micro-batch each: the number of the sample is that of its batch.
         share = encode_samples([[[sample] for sample in samples(shape)]])
-        share = [memoryview(part) for part in share] if operations.replica.is_leader else []
-        operations.run(RankCall(LOAD, {}), share)
-        count = torch.tensor([check(operations.trainer, shape, grid_position)])
+        share = [memoryview(part) for part in share] if server.replica.is_leader else []
+        server.run(RankCall(LOAD, {}), share)
+        count = torch.tensor([check(server.trainer, shape, grid_position)])
         dist.all_reduce(count)  # over all ranks: each has other tokens or other layers
         if grid_position.rank == 0:
-            found = {"sent": operations._scatter.sent_bytes, "known": int(count)}
+            found = {"sent": server._scatter.sent_bytes, "known": int(count)}
             Path(out, f"{grid}.json").write_text(json.dumps(found))
         parallel_state.destroy_model_parallel()
     distributed.leave_process_groups()

@@ -16,7 +16,7 @@ from megatron_r1.trainer.operations import (
     operation_names,
 )
 from megatron_r1.trainer.training_sample import Sample
-from megatron_r1.trainer.worker import Operations, argument_types, methods
+from megatron_r1.trainer.worker import RankServer, argument_types, operations_by_name
 
 PROTOCOLS = (ModelOperations, ProbingOperations, CheckpointOperations, PushOperations)
 FAILED = SentWeights({"one": SetFailure("cut", [1])})
@@ -43,15 +43,17 @@ class Rank(*PROTOCOLS):
 
 def run_at_rank(operation, arguments):
     """Return the result of `operation` at a rank that the call has reached over the wire."""
-    rank, operations = Rank(), Operations.__new__(Operations)
-    operations._methods, operations._types = methods(rank, rank, rank, rank), argument_types()
+    rank, server = Rank(), RankServer.__new__(RankServer)
+    server._operations = operations_by_name(rank, rank, rank, rank)
+    server._types = argument_types()
     sent = msgspec.msgpack.encode(RankCall(operation, arguments))
-    return operations.run(msgspec.msgpack.decode(sent, type=RankCall))
+    return server.run(msgspec.msgpack.decode(sent, type=RankCall))
 
 
 def test_a_rank_runs_every_operation_of_the_protocols():
     rank = Rank()
-    assert methods(rank, rank, rank, rank).keys() == set().union(*map(operation_names, PROTOCOLS))
+    operations = operations_by_name(rank, rank, rank, rank)
+    assert operations.keys() == set().union(*map(operation_names, PROTOCOLS))
     assert run_at_rank("refresh_reference", {}) == {}
 
 

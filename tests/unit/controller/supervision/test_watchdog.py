@@ -36,7 +36,7 @@ from megatron_r1.engines.server.client import EngineClient
 from megatron_r1.engines.server.server import EngineServer
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.trainer.distributed import GridPosition
-from megatron_r1.trainer.worker import Operations
+from megatron_r1.trainer.worker import RankServer
 
 QUESTION = "What is 6 x 7?"
 TEXT = SimpleNamespace(encode=lambda question, before=(): [5], stop_token_ids=[1])
@@ -465,9 +465,9 @@ def test_a_rank_is_named_with_its_place_on_the_grid():
         expert_rank=3,
         is_last_stage=False,
     )
-    operations = object.__new__(Operations)
-    operations.grid_position, operations.replica = grid_position, SimpleNamespace(is_leader=True)
-    operations.trainer = SimpleNamespace(num_parameters=5, has_new_score_head=False)
-    operations.implementations = {}
-    trainer = SimpleNamespace(ranks=[operations.describe()])
+    server = object.__new__(RankServer)
+    server.grid_position, server.replica = grid_position, SimpleNamespace(is_leader=True)
+    server.trainer = SimpleNamespace(num_parameters=5, has_new_score_head=False)
+    server.implementations = {}
+    trainer = SimpleNamespace(ranks=[server.describe()])
     assert coordinates(trainer, 0) == " (tensor 1, context 1, pipeline 0, expert 3, data 2)"
