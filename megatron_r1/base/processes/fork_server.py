@@ -8,9 +8,10 @@ connection starts one process. Its request comes with the descriptor of the log;
 process id, and the status once the process has ended. The ended process stays a zombie until the
 connection is closed; a running one is then killed, with its process group.
 
-MODULE has `preload()`, which imports what takes long, `main()`, and `READ_LATE`: the names of the
-environment variables that nothing reads before `main`. A request in which another variable has
-another value, or that comes when a fork would not be safe, starts a new interpreter instead."""
+MODULE has `preload()`, which imports what takes long, `main()`, and `VARIABLES_READ_AFTER_IMPORT`:
+the names of the environment variables that nothing reads before `main`. A request in which another
+variable has another value, or that comes when a fork would not be safe, starts a new interpreter
+instead."""
 
 import contextlib
 import importlib
@@ -290,7 +291,7 @@ def main() -> None:
     timeline.mark(f"fork server of {name}/imports made")
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     children.die_with_parent(0)  # from now on `ForkServer` sees that end
-    arguments = server.wait_for_request(module.READ_LATE)
+    arguments = server.wait_for_request(module.VARIABLES_READ_AFTER_IMPORT)
     children.end_without_parent()
     set_title(" ".join([sys.executable, "-m", name, *arguments]))
     sys.argv = [str(module.__file__), *arguments]

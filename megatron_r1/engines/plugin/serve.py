@@ -19,7 +19,7 @@ from megatron_r1.base.processes import children, timeline
 from megatron_r1.base.processes.memory import keep_freed_memory, without_garbage_collection
 from megatron_r1.engines.plugin import dump_stacks_on_signal, register
 
-READ_LATE = frozenset(
+VARIABLES_READ_AFTER_IMPORT = frozenset(
     {"CUDA_VISIBLE_DEVICES", "TORCHINDUCTOR_CACHE_DIR", "VLLM_API_KEY", "VLLM_CPU_KVCACHE_SPACE"}
 )
 """Environment variables that no import reads (`base.processes.fork_server`)."""

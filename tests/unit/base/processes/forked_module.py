@@ -12,7 +12,7 @@ from pathlib import Path
 from megatron_r1.base.files import atomic_write
 from megatron_r1.base.processes import children
 
-READ_LATE = {"LATE"}
+VARIABLES_READ_AFTER_IMPORT = {"LATE"}
 imports = 0
 
 
