@@ -122,7 +122,7 @@ def _rl_run(
 ) -> RLRun:
     """Return the run, which begins at the newest checkpoint."""
     collector, trainer, recorder = rollout_roles.collector, training.trainer, training.recorder
-    collector.fleet.policy_version = -1  # ranks that went back push earlier versions again
+    collector.fleet.forget_policy_version()  # ranks that went back push earlier ones again
     longest = max_model_len(config) - PROBE_TOKENS
     first = prompts.train[: config.push.probes]
     probes = [

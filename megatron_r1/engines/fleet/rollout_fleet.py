@@ -165,6 +165,11 @@ class RolloutFleet:
         """
         self._send_weights = send_weights
 
+    def forget_policy_version(self) -> None:
+        """Let the next push have any version: a trainer that went back to a checkpoint pushes
+        earlier versions again."""
+        self.policy_version = -1
+
     async def start(self, model_path: str | os.PathLike[str], policy_version: int = 0) -> None:
         """Start all engines on the weights in `model_path`, and name these `policy_version`.
 
