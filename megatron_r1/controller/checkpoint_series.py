@@ -29,8 +29,7 @@ class CheckpointSeries:
     """The checkpoints of one run.
 
     Attributes:
-        latest: the newest checkpoint known to be whole, or None.
-        notify: called with lines for the user."""
+        latest: the newest checkpoint known to be whole, or None."""
 
     def __init__(self, folder: Path, settings: CheckpointConfig, notify: Callable[[str], None]):
         """Choose the newest checkpoint whose manifest, files and sizes are right.
@@ -43,9 +42,13 @@ class CheckpointSeries:
         Raises:
             UserError: all checkpoints are damaged.
         """
-        self._folder, self._settings, self.notify = folder, settings, notify
+        self._folder, self._settings, self._notify = folder, settings, notify
         self.latest: Path | None = None
         self.reset()
+
+    def set_notify(self, notify: Callable[[str], None]) -> None:
+        """Call `notify` with lines for the user from now on."""
+        self._notify = notify
 
     def reset(self) -> None:
         """Choose the newest good checkpoint again, after the ranks were lost. A checkpoint that
@@ -55,7 +58,7 @@ class CheckpointSeries:
             UserError: all checkpoints are damaged.
         """
         for name in checkpoint_folders.remove_partial(self._folder):
-            self.notify(f"{name} was still being written when the run ended; removed")
+            self._notify(f"{name} was still being written when the run ended; removed")
         self._choose(*self._newest())
         self._saving: _PendingSave | None = None
         self._completed: dict[str, float] = {}
@@ -93,7 +96,7 @@ class CheckpointSeries:
             with_reference=with_reference,
         )
         if not answer["is_same_layout"]:
-            self.notify("another parallel layout than before: random streams are seeded anew")
+            self._notify("another parallel layout than before: random streams are seeded anew")
 
     async def save(self, trainer: TrainerClient, step: int, state: dict[str, Any]) -> None:
         """Start the checkpoint of `step`; unless `checkpoint.asynchronous`, wait until it is whole.
@@ -174,6 +177,6 @@ class CheckpointSeries:
         self.latest = good
         for checkpoint in damaged:
             target = checkpoint_folders.set_aside(checkpoint)
-            self.notify(f"DAMAGED checkpoint, not used: {checkpoint}. It is now {target.name}")
+            self._notify(f"DAMAGED checkpoint, not used: {checkpoint}. It is now {target.name}")
         if good is not None and damaged:
-            self.notify(f"continuing from {good.name} instead")
+            self._notify(f"continuing from {good.name} instead")

@@ -90,7 +90,7 @@ class RunRecorder:
             self.view.show_evaluation(self._shown(line))
         for note in notes:
             self.view.show_message(note)
-        self.checkpoints.notify = self.view.show_message
+        self.checkpoints.set_notify(self.view.show_message)
         tracked_run = TrackedRun(folder.path, config.run.project, config.model_dump(mode="json"))
         self._trackers = TrackerSet(config.run.trackers, tracked_run, self.view.show_message)
         self._trackers.send_history(folder.read_metrics(), folder.read_evaluations())
