@@ -142,7 +142,7 @@ def _round(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
 def build_network(
     config: Config,
     hf_config: HFConfig,
-    transformer: TransformerConfig,
+    transformer_config: TransformerConfig,
     groups: ProcessGroupCollection,
     score_std: float | None = None,
 ) -> tuple[list[PolicyModel | ScoreModel], list[DistributedDataParallel], MegatronOptimizer]:
@@ -151,7 +151,7 @@ def build_network(
     Args:
         config: the recipe.
         hf_config: the model's `config.json`.
-        transformer: Megatron's configuration of the model; the functions by which Megatron's
+        transformer_config: Megatron's configuration of the model; the functions by which Megatron's
             schedule reduces gradients are set in it.
         groups: the process groups of this rank.
         score_std: standard deviation of a new score head; None: 1 / sqrt(hidden_size + 1).
@@ -159,18 +159,18 @@ def build_network(
     Returns:
         `build_chunks`, the same chunks in Megatron's DistributedDataParallel, and their optimizer.
     """
-    chunks = build_chunks(config, hf_config, transformer, groups, score_std)
+    chunks = build_chunks(config, hf_config, transformer_config, groups, score_std)
     overlap = config.parallel.overlap_param_gather
-    wrapped_chunks = _with_gradients(transformer, chunks, groups, overlap)
+    wrapped_chunks = _with_gradients(transformer_config, chunks, groups, overlap)
     optimizer = _new_optimizer(config, wrapped_chunks)
-    transformer.grad_scale_func = optimizer.scale_loss  # read by Megatron's schedule
+    transformer_config.grad_scale_func = optimizer.scale_loss  # read by Megatron's schedule
     return chunks, wrapped_chunks, optimizer
 
 
 def build_chunks(
     config: Config,
     hf_config: HFConfig,
-    transformer: TransformerConfig,
+    transformer_config: TransformerConfig,
     groups: ProcessGroupCollection,
     score_std: float | None = None,
 ) -> list[PolicyModel | ScoreModel]:
@@ -179,16 +179,16 @@ def build_chunks(
     Args:
         config: the recipe.
         hf_config: the model's `config.json`.
-        transformer: Megatron's configuration of the model.
+        transformer_config: Megatron's configuration of the model.
         groups: Megatron's process groups.
         score_std: standard deviation of a new score head; None: 1 / sqrt(hidden_size + 1) (arXiv
             2009.01325), which gives scores of about unit variance behind the final norm."""
-    num_chunks = transformer.virtual_pipeline_model_parallel_size
+    num_chunks = transformer_config.virtual_pipeline_model_parallel_size
     chunks = []
     for stage in range(num_chunks) if num_chunks else [None]:
         shares = config.parallel.share_prompts
         chunk = models.build_model(
-            hf_config, transformer, groups, vp_stage=stage, shares_prompts=shares
+            hf_config, transformer_config, groups, vp_stage=stage, shares_prompts=shares
         )
         fp8.apply(chunk, config.fp8)
         if config.model.mtp == "frozen":
@@ -200,7 +200,7 @@ def build_chunks(
     # Before anything reads it: a flipped bit in a weight would train without an error.
     if config.model.checkpoint:
         _verify(Path(config.model.checkpoint), config)
-    body = language_body(config, hf_config)
+    body = body_hf_config(config, hf_config)
     if config.model.checkpoint:
         weights.load_megatron(chunks, hf_config, config.model.checkpoint, body)
     else:
@@ -213,7 +213,7 @@ def build_chunks(
     return chunks
 
 
-def language_body(config: Config, hf_config: HFConfig) -> HFConfig | None:
+def body_hf_config(config: Config, hf_config: HFConfig) -> HFConfig | None:
     """Return the configuration of the language model whose body the score model `hf_config` starts
     from, with a new head; None for a model that is loaded as it is, or starts from random
     weights."""
@@ -243,21 +243,21 @@ def _verify(checkpoint: Path, config: Config) -> None:
 
 
 def _with_gradients(
-    transformer: TransformerConfig,
+    transformer_config: TransformerConfig,
     chunks: list[PolicyModel | ScoreModel],
     groups: ProcessGroupCollection,
     overlap_param_gather: bool,
 ) -> list[DistributedDataParallel]:
     settings = DistributedDataParallelConfig(
         # Sums of bf16 gradients over many micro-batches and ranks would lose the small ones.
-        grad_reduce_in_fp32=transformer.params_dtype != torch.float32,
+        grad_reduce_in_fp32=transformer_config.params_dtype != torch.float32,
         use_distributed_optimizer=True,
         # Megatron gathers in the background only what it has reduced in the background.
         overlap_grad_reduce=platform.has_gpu() or overlap_param_gather,
         overlap_param_gather=overlap_param_gather,
     )
     wrapped_chunks = [
-        DistributedDataParallel(transformer, settings, chunk, pg_collection=groups)
+        DistributedDataParallel(transformer_config, settings, chunk, pg_collection=groups)
         for chunk in chunks
     ]
     for chunk in wrapped_chunks:
@@ -268,6 +268,6 @@ def _with_gradients(
                 skip_zero_gradients(weight)
         chunk.broadcast_params()  # over data parallelism: replicas start from the same bits
     no_sync = [chunk.no_sync for chunk in wrapped_chunks]
-    transformer.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
-    transformer.finalize_model_grads_func = finalize_model_grads
+    transformer_config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+    transformer_config.finalize_model_grads_func = finalize_model_grads
     return wrapped_chunks

@@ -55,9 +55,9 @@ class Critic:
             )
         self.grid_position = grid_position
         self.value_clip = config.critic.value_clip
-        transformer = transformer_config(hf_config, critic_config)
+        critic_transformer_config = transformer_config(hf_config, critic_config)
         self.model_chunks, self.ddp_chunks, self.optimizer = construction.build_network(
-            critic_config, hf_config, transformer, grid_position.groups, score_std=0.0
+            critic_config, hf_config, critic_transformer_config, grid_position.groups, score_std=0.0
         )
         replay_recomputations(self.model_chunks)
 

@@ -42,7 +42,7 @@ def describe_implementations(trainer: Trainer) -> dict[str, str]:
             if (dispatcher := getattr(module, "token_dispatcher", None)) is not None:
                 classes.setdefault("dispatcher", set()).add(_origin(type(dispatcher)))
     parts = {role: ", ".join(sorted(kinds)) for role, kinds in classes.items()}
-    config = trainer.transformer
+    config = trainer.transformer_config
     if "attention" in parts and config.transformer_impl == "transformer_engine":
         parts["attention"] += f": {config.attention_backend.name}{_flash_version()}"
     if config.overlap_moe_expert_parallel_comm:

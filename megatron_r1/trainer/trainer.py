@@ -53,14 +53,15 @@ class Trainer:
         self.config, self.grid_position = config, grid_position
         self.process_groups = grid_position.groups
         self.hf_config = models.read_hf_config(config.model.path, config.model.head)
-        self.transformer = models.transformer_config(self.hf_config, config)
+        self.transformer_config = models.transformer_config(self.hf_config, config)
         # The same chunks, bare and in Megatron's DistributedDataParallel, which has the gradients.
         self.model_chunks, self.ddp_chunks, self.optimizer = construction.build_network(
-            config, self.hf_config, self.transformer, self.process_groups
+            config, self.hf_config, self.transformer_config, self.process_groups
         )
         self.reference: ReferencePolicy | None = None
         has_plain_attention = (
-            self.transformer.window_size is None and self.transformer.softmax_type == "vanilla"
+            self.transformer_config.window_size is None
+            and self.transformer_config.softmax_type == "vanilla"
         )
         check_shared_prompts(config, has_plain_attention)
         shape = routing_shape(self.hf_config) if config.rl.routing_replay else None
@@ -80,12 +81,14 @@ class Trainer:
     @property
     def has_new_score_head(self) -> bool:
         """Whether the model is a score model with a randomly initialized head."""
-        return construction.language_body(self.config, self.hf_config) is not None
+        return construction.body_hf_config(self.config, self.hf_config) is not None
 
     @property
     def num_mtp_layers(self) -> int:
         """The MTP layers that are trained."""
-        return (self.transformer.mtp_num_layers or 0) if self.config.model.mtp == "train" else 0
+        return (
+            (self.transformer_config.mtp_num_layers or 0) if self.config.model.mtp == "train" else 0
+        )
 
     @property
     def num_parameters(self) -> int:

@@ -128,7 +128,7 @@ def updated(settings: Config, grid_position, *, switched: bool) -> tuple[dict, d
 
     trainer = Trainer(settings, grid_position)
     if switched:
-        trainer.transformer.overlap_moe_expert_parallel_comm = True
+        trainer.transformer_config.overlap_moe_expert_parallel_comm = True
     shape = routing_shape(trainer.hf_config) if settings.rl.routing_replay else None
     made = samples(shape)
     lengths = [len(sample) for sample in made]
