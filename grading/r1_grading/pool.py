@@ -83,8 +83,8 @@ class RewardPool:
 
     Attributes:
         busy_seconds: time spent on grading, summed over workers.
-        most_outstanding: the largest number of jobs queued and running at once; `RewardMeter`
-            resets it to 0.
+        most_outstanding: the largest number of jobs queued and running at once, since the last
+            `start_meter`.
 
     Raises:
         UserError: a number of workers or seconds that is not positive."""
@@ -198,6 +198,11 @@ class RewardPool:
         counts = {name: self._counters[name] for name in COUNTERS}
         counts |= {"queued": len(self._queue), "running": len(self._running)}
         return counts | self._remote.snapshot()
+
+    def start_meter(self) -> "RewardMeter":
+        """Return a meter of what happens from now on; `most_outstanding` starts from 0 again."""
+        self.most_outstanding = 0
+        return RewardMeter(self)
 
     def jobs(self, limit: int = 20) -> list[OutstandingJob]:
         """Return running and then queued jobs, each the oldest first, at most `limit`."""
@@ -362,14 +367,13 @@ class RewardPool:
 
 
 class RewardMeter:
-    """The `rewards/…` numbers of metrics.jsonl since construction; one meter at a time."""
+    """The `rewards/…` numbers of metrics.jsonl since `RewardPool.start_meter`; one at a time."""
 
     def __init__(self, pool: RewardPool) -> None:
         self._pool = pool
         self._counts = pool.snapshot()
         self._busy_seconds = pool.busy_seconds
         self._started = time.perf_counter()
-        pool.most_outstanding = 0
 
     def read(self) -> dict[str, float]:
         """Return the metrics since the start.

@@ -5,7 +5,6 @@ import json
 
 import pytest
 from r1_grading import Grade, RewardPool
-from r1_grading.pool import RewardMeter
 from r1_grading.sandbox.limits import Limits, time_limit
 from r1_grading.terms import ScheduledWeight, call_fields, combine, option_names, weights_at
 from refusals import refused
@@ -227,9 +226,9 @@ def test_the_meter_counts_what_happened_since_it_was_made(tmp_path, monkeypatch)
                 await pool.grade("sleepers:nap", seconds, None)
 
             await asyncio.gather(*(nap("0") for _ in range(7)))
-            meter = RewardMeter(pool)
+            meter = pool.start_meter()
             await asyncio.gather(*(nap(seconds) for seconds in ("0", "0.1", "inf", "nonsense")))
-            return meter.read(), RewardMeter(pool).read()
+            return meter.read(), pool.start_meter().read()
 
     busy, idle = asyncio.run(grade_twice())
     json.dumps(busy)

@@ -9,7 +9,6 @@ from statistics import fmean, pstdev
 from typing import Any
 
 import numpy as np
-from r1_grading.pool import RewardMeter
 
 from megatron_r1.base.processes import timeline
 from megatron_r1.controller.rollouts.collector import RolloutCollector
@@ -136,7 +135,7 @@ class StepMeter:
     def __init__(self, collector: RolloutCollector):
         self._teachers = collector.teachers
         self._seconds: dict[str, float] = {}
-        self._meter = RewardMeter(collector.pool)
+        self._meter = collector.pool.start_meter()
         self._start = time.perf_counter()
 
     @contextlib.contextmanager

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
+from r1_grading.pool import RewardMeter
 
 from megatron_r1.base.errors import TrainerLost
 from megatron_r1.config import Config
@@ -25,6 +26,9 @@ class Pool:
 
     def snapshot(self):
         return {}
+
+    def start_meter(self):
+        return RewardMeter(self)
 
 
 class Engines:
