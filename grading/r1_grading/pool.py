@@ -16,7 +16,7 @@ from r1_grading.base.workers import START_TIMEOUT_SECONDS, WorkerLost, encode_fr
 from r1_grading.remote.remote_rewards import RemoteRewards
 from r1_grading.rewards import REMOTE, FiniteGrade, Grade, find_non_finite, resolve
 from r1_grading.sandbox.limits import time_limit
-from r1_grading.worker import EncodedJob, JobStatus, WorkerProcess
+from r1_grading.worker import EncodedJob, JobStatus, WorkerProcess, reports_memory
 
 AHEAD_SECONDS = 0.02
 """Seconds of work that are sent to a worker ahead of time: enough that its pipe never runs dry. At
@@ -28,7 +28,8 @@ COUNTERS = ("graded", "timeouts", "crashes", "out_of_memory", "errors")
 EMPTY = msgspec.Raw(b'""')
 """An empty response, encoded."""
 SMALL_LIMIT_BYTES = 512 * 2**20
-"""About the address space that importing the largest reward, with sympy, takes."""
+"""About the address space that importing the largest reward, with sympy, takes: with a smaller
+limit, a process that ends without an error is taken to have run out of memory."""
 LEVELS = ("queued", "running")
 """The numbers of a snapshot that are levels; the others are counts since the start."""
 
@@ -313,8 +314,12 @@ class RewardPool:
                 reason = f"the grader's process died twice ({ending}){message}"
                 self._set_grade(first, Grade(0.0, reason))
             else:
-                # A process that has ended leaves nothing but the line that it printed last.
-                is_out_of_memory = "MemoryError" in message
+                # A process that has ended leaves its status and the line that it printed last. C
+                # code that gets no memory often ends it by a signal, or without a word.
+                is_silent = status < 0 or not worker.last_words
+                is_out_of_memory = reports_memory(worker.last_words) or (
+                    is_silent and self.memory_limit_bytes < SMALL_LIMIT_BYTES
+                )
                 self._raise(
                     first, f"importing it ends the process ({ending}){message}", is_out_of_memory
                 )
@@ -345,15 +350,12 @@ class RewardPool:
 
     def _raise(self, job: OutstandingJob, reason: str, is_out_of_memory: bool = False) -> None:
         if not job.result.done():
-            # Libraries that run out of memory while they are imported raise all kinds of errors, so
-            # the limit is named wherever it is small.
-            is_too_small = is_out_of_memory or self.memory_limit_bytes < SMALL_LIMIT_BYTES
-            if is_too_small:
+            if is_out_of_memory:
                 reason += f" (within {self.memory_limit_bytes:,} bytes: rewards.memory_gib)"
             error = UserError(
                 f"reward {job.job.target!r} cannot be used: {reason}",
-                key="rewards.memory_gib" if is_too_small else job.job.target,
-                cause=Cause.OUT_OF_RANGE if is_too_small else Cause.FAILED,
+                key="rewards.memory_gib" if is_out_of_memory else job.job.target,
+                cause=Cause.OUT_OF_RANGE if is_out_of_memory else Cause.FAILED,
             )
             job.result.set_exception(error)
 

@@ -27,6 +27,15 @@ from r1_grading.reward_signatures import adapt_signature, explain_failure
 from r1_grading.rewards import MAX_REASON_CHARS, FiniteGrade, Grade
 
 MAX_REPLY_BYTES = 64 * 1024
+MEMORY_WORDS = (
+    "memoryerror",
+    "cannot allocate memory",
+    "out of memory",
+    "failed to map segment from shared object",
+    "can't start new thread",
+)
+"""What errors without memory say, in lower case: Python's, errno's ENOMEM, those of C++ libraries,
+of a shared library that is loaded, and of a thread that has no room for its stack."""
 
 
 class JobArguments(msgspec.Struct):
@@ -79,7 +88,7 @@ class JobStatus(msgspec.Struct):
     is_bounded: bool = True
     """Whether the reward is from 0 to 1; False for a `FiniteGrade`."""
     is_out_of_memory: bool = False
-    """Of an unloadable function, whether its import ended in a MemoryError."""
+    """Of an unloadable function, whether its import ended for want of memory."""
 
 
 class WorkerProcess(FramedProcess[JobStatus]):
@@ -168,12 +177,20 @@ def _grade(function: Callable[..., Grade], job: GradingJob) -> JobStatus:
 
 
 def _comes_from_memory(error: BaseException | None) -> bool:
-    """Return whether `error` is a MemoryError, or was raised while one was handled."""
+    """Return whether `error` is for want of memory, or was raised while such a one was handled."""
     chain: list[BaseException] = []  # `raise error from error` makes a circle
     while error is not None and error not in chain:
         chain.append(error)
         error = error.__cause__ or error.__context__
-    return any(isinstance(cause, MemoryError) for cause in chain)
+    return any(
+        isinstance(cause, MemoryError) or reports_memory(f"{type(cause).__name__}: {cause}")
+        for cause in chain
+    )
+
+
+def reports_memory(message: str) -> bool:
+    """Return whether an error's message is that of memory which is not there."""
+    return any(words in message.lower() for words in MEMORY_WORDS)
 
 
 def _describe(error: BaseException) -> str:

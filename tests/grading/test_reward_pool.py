@@ -236,6 +236,25 @@ def test_a_memory_limit_too_small_for_the_grader_is_an_error_and_not_a_grade():
     run_in_pool(scenario, memory_limit_bytes=60_000_000)
 
 
+def test_a_small_memory_limit_is_named_only_where_memory_is_what_failed(graders, tmp_path):
+    (tmp_path / "misspelt.py").write_text("import no_such_library")
+    (tmp_path / "loud.py").write_text("import os; os.write(2, b'no licence'); os._exit(5)")
+    (tmp_path / "silent.py").write_text("import os; os._exit(5)")
+    (tmp_path / "unmapped.py").write_text(
+        "raise ImportError('x.so: failed to map segment from shared object')"
+    )
+
+    async def scenario(pool):
+        for module, shown in (("misspelt", "no_such_library"), ("loud", "no licence")):
+            with refused(f"{module}:grade", Cause.FAILED, shown):
+                await pool.grade(f"{module}:grade", "?", None)
+        for module in ("silent", "unmapped"):
+            with refused("rewards.memory_gib", Cause.OUT_OF_RANGE, "400,000,000"):
+                await pool.grade(f"{module}:grade", "?", None)
+
+    run_in_pool(scenario, memory_limit_bytes=400_000_000)
+
+
 def test_a_caller_that_gives_up_leaves_the_pool_working(graders):
     async def scenario(pool):
         jobs = [asyncio.create_task(pool.grade("graders:even", "2", i)) for i in range(50)]
