@@ -213,7 +213,7 @@ class RewardPool:
 
     async def close(self) -> None:
         """Kill the workers; a `grade` still waiting raises RunError. Safe to call again."""
-        self._fail(RunError("the reward pool is closed"))
+        self._fail_pool(RunError("the reward pool is closed"))
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -232,7 +232,7 @@ class RewardPool:
                     await worker.kill()
                 self._workers.discard(worker)
         except Exception as error:  # noqa: BLE001 - raised again by every `grade`
-            self._fail(error)
+            self._fail_pool(error)
 
     async def _serve(self, worker: WorkerProcess) -> None:
         """Send jobs to one worker until it is lost or must be replaced."""
@@ -284,7 +284,7 @@ class RewardPool:
                 self._counters["timeouts"] += 1
                 self._set_grade(first, Grade(0.0, f"timed out after {limit:g} s"))
             else:
-                self._raise(first, f"its module took over {limit:g} s to import")
+                self._fail_job(first, f"its module took over {limit:g} s to import")
             return False
         except WorkerLost:
             await self._handle_crash(worker, sent)
@@ -320,13 +320,13 @@ class RewardPool:
                 is_out_of_memory = reports_memory(worker.last_words) or (
                     is_silent and self.memory_limit_bytes < SMALL_LIMIT_BYTES
                 )
-                self._raise(
+                self._fail_job(
                     first, f"importing it ends the process ({ending}){message}", is_out_of_memory
                 )
 
     def _handle_reply(self, job: OutstandingJob, reply: JobStatus) -> None:
         if reply.status == "unloadable":
-            self._raise(job, reply.reason, reply.is_out_of_memory)
+            self._fail_job(job, reply.reason, reply.is_out_of_memory)
             return
         counter = {"graded": "graded", "memory": "out_of_memory"}.get(reply.status, "errors")
         limit = f" of {self.memory_limit_bytes / 2**20:.0f} MiB" if reply.status == "memory" else ""
@@ -348,7 +348,7 @@ class RewardPool:
         if not job.result.done():
             job.result.set_result(grade)
 
-    def _raise(self, job: OutstandingJob, reason: str, is_out_of_memory: bool = False) -> None:
+    def _fail_job(self, job: OutstandingJob, reason: str, is_out_of_memory: bool = False) -> None:
         if not job.result.done():
             if is_out_of_memory:
                 reason += f" (within {self.memory_limit_bytes:,} bytes: rewards.memory_gib)"
@@ -359,7 +359,7 @@ class RewardPool:
             )
             job.result.set_exception(error)
 
-    def _fail(self, error: Exception) -> None:
+    def _fail_pool(self, error: Exception) -> None:
         self._failure = self._failure or error
         outstanding_jobs = [*self._running.values(), *self._queue]
         self._queue.clear()
