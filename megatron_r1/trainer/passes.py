@@ -28,10 +28,10 @@ ModelInputs = Callable[[torch.nn.Module, PackedBatch], dict[str, Tensor]]
 def run_passes(
     chunks: Sequence[torch.nn.Module],
     batches: Sequence[PackedBatch],
-    compute: OutputFunction,
+    output_fn: OutputFunction,
     *,
     forward_only: bool,
-    inputs: ModelInputs | None = None,
+    make_model_inputs: ModelInputs | None = None,
     runs_mtp: bool = False,
 ) -> list[Any]:
     """Run forward over `batches` and, unless forward_only (then in evaluation mode), backward.
@@ -39,13 +39,14 @@ def run_passes(
     Args:
         chunks: this rank's virtual pipeline stages.
         batches: the micro-batches.
-        compute: computes loss or report from the last stage's output.
+        output_fn: computes loss or report from the last stage's output.
         forward_only: whether gradients are left out.
-        inputs: returns further arguments of a chunk's forward pass; None: there are none.
-        runs_mtp: whether MTP layers run: whether `inputs` has labels.
+        make_model_inputs: returns further arguments of a chunk's forward pass; None: there are
+            none.
+        runs_mtp: whether MTP layers run: whether `make_model_inputs` has labels.
 
     Returns:
-        The reports of `compute`, one per micro-batch, on the last pipeline stage."""
+        The reports of `output_fn`, one per micro-batch, on the last pipeline stage."""
     # Routing replay recognizes a pass that will be recomputed by the training mode.
     for chunk in chunks if forward_only else ():
         chunk.eval()
@@ -63,7 +64,7 @@ def run_passes(
     # forward_only alone leaves Megatron recording a graph.
     with torch.set_grad_enabled(not forward_only):
         reports = schedule(
-            forward_step_func=_forward_step(compute, inputs, forward_only),
+            forward_step_func=_forward_step(output_fn, make_model_inputs, forward_only),
             data_iterator=[iter(batches) for _ in chunks] if is_interleaved else iter(batches),
             model=chunks,
             num_microbatches=len(batches),
@@ -79,7 +80,7 @@ def run_passes(
 
 
 def _forward_step(
-    compute: OutputFunction, inputs: ModelInputs | None, forward_only: bool
+    output_fn: OutputFunction, make_model_inputs: ModelInputs | None, forward_only: bool
 ) -> Callable[..., tuple[Any, Callable[[Tensor], Any]]]:
     """Return the function that Megatron's schedule calls for one forward pass."""
 
@@ -87,7 +88,7 @@ def _forward_step(
         iterator: Iterator[PackedBatch], model: torch.nn.Module, return_schedule_plan: bool = False
     ) -> tuple[Any, Callable[[Tensor], Any]]:
         batch = next(iterator)
-        arguments = inputs(model, batch) if inputs else {}
+        arguments = make_model_inputs(model, batch) if make_model_inputs else {}
         # Asked for with parallel.overlap_expert_exchange; `model` is then bare.
         run: Any = model.build_schedule_plan if return_schedule_plan else model
         out = run(
@@ -101,9 +102,9 @@ def _forward_step(
 
     def loss(batch: PackedBatch, out: Tensor) -> Any:
         if not forward_only:
-            return compute(batch, out)
+            return output_fn(batch, out)
         zero = torch.zeros((), device=out.device)
-        return zero, zero.int(), compute(batch, out)
+        return zero, zero.int(), output_fn(batch, out)
 
     return forward_step
 

@@ -200,12 +200,12 @@ class Trainer:
         Returns:
             The loss's metrics over the whole mini-batch, grad_norm and step_taken."""
         batches = self.rollout.minibatches[minibatch_index]
-        compute = partial(self.heads.loss, find_function(loss), settings, temperature)
+        output_fn = partial(self.heads.loss, find_function(loss), settings, temperature)
         if self.config.model.mtp == "train":
             divisor = mtp_divisor(loss, self.config.rollout.max_response_tokens)
             for chunk in self.model_chunks:
                 chunk.mtp_only_divisor = divisor
-        run = partial(self.run_batches, batches, compute, forward_only=False)
+        run = partial(self.run_batches, batches, output_fn, forward_only=False)
         reports, step_metrics = optimizer_step(
             self.ddp_chunks,
             self.optimizer,
@@ -262,22 +262,22 @@ class Trainer:
             name: the key in `PackedBatch.logprobs`.
             temperature: the logits are divided by it."""
         if batches:
-            compute = partial(self.heads.store_logprobs, name, temperature)
-            self.run_batches(batches, compute, forward_only=True)
+            output_fn = partial(self.heads.store_logprobs, name, temperature)
+            self.run_batches(batches, output_fn, forward_only=True)
 
     def run_batches(
-        self, batches: list[PackedBatch], compute: OutputFunction, forward_only: bool
+        self, batches: list[PackedBatch], output_fn: OutputFunction, forward_only: bool
     ) -> list[Any]:
         """Run Megatron's schedule over `batches`, with routing replay and MTP labels; returns the
-        reports of `compute` on the last stage.
+        reports of `output_fn` on the last stage.
 
         Args:
             batches: the micro-batches.
-            compute: computes loss or report from the last stage's output.
+            output_fn: computes loss or report from the last stage's output.
             forward_only: whether gradients are left out."""
         train_mtp = self.config.model.mtp == "train" and not forward_only
 
-        def inputs(model: nn.Module, batch: PackedBatch) -> dict[str, Tensor]:
+        def make_model_inputs(model: nn.Module, batch: PackedBatch) -> dict[str, Tensor]:
             self.replay.begin(model, batch.routing)
             # Without labels the MTP layers are not run, which saves their part of a forward pass.
             if not train_mtp:
@@ -287,9 +287,9 @@ class Trainer:
         reports = run_passes(
             self.ddp_chunks,
             batches,
-            compute,
+            output_fn,
             forward_only=forward_only,
-            inputs=inputs,
+            make_model_inputs=make_model_inputs,
             runs_mtp=train_mtp,
         )
         self.replay.end()
