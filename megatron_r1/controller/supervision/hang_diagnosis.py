@@ -7,7 +7,6 @@ reads another process's memory, which Docker forbids by default, and on its own 
 import asyncio
 import contextlib
 import os
-import re
 import signal
 import socket
 import time
@@ -24,7 +23,6 @@ from megatron_r1.controller.rollouts.in_flight import InFlightGroup, InFlightGro
 from megatron_r1.controller.supervision.run_handles import RunHandles
 from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.engines.fleet.engine import Engine
-from megatron_r1.engines.server.errors import EngineError
 from megatron_r1.engines.server.server import EngineServer
 from megatron_r1.reporting.formatting import format_seconds
 from megatron_r1.trainer.operations import RankStatus
@@ -37,7 +35,7 @@ STACK_LINES = 150
 """The most lines of stacks that a report has of one engine."""
 STACK_SIGNAL = signal.SIGUSR2
 """The signal on which a process of an engine writes its stacks to its log (`engines.plugin`)."""
-TOKEN_COUNTER = re.compile(r"^vllm:generation_tokens_total(?:\{.*\})? (\S+)$", re.MULTILINE)
+TOKEN_COUNTER = "vllm:generation_tokens_total"
 PROCESS_STATES = {
     "tracing-stop": "stopped by a debugger",
     "disk-sleep": "in the kernel, on a disk or a device",
@@ -195,17 +193,14 @@ async def count_tokens(rollouts: RolloutCollector) -> int:
     """Return the number of tokens that all engines have generated, by vLLM's metrics; engines
     without metrics count 0."""
 
-    async def generated_tokens(engine: Engine) -> float:
-        with contextlib.suppress(EngineError, TimeoutError):
-            async with asyncio.timeout(ANSWER_SECONDS):
-                body = await engine.client.request("GET", "/metrics")
-            return sum(float(count) for count in TOKEN_COUNTER.findall(body.decode()))
-        return 0.0
+    async def generated_tokens(engine: Engine) -> int:
+        counters = await engine.client.read_counters((TOKEN_COUNTER,), ANSWER_SECONDS)
+        return counters[TOKEN_COUNTER] if counters else 0
 
     running_engines = [
         engine for engine in rollouts.fleet.engines if engine.is_up and engine.client.url
     ]
-    return int(sum(await asyncio.gather(*(generated_tokens(engine) for engine in running_engines))))
+    return sum(await asyncio.gather(*(generated_tokens(engine) for engine in running_engines)))
 
 
 async def _stacks(engine: Engine) -> str:

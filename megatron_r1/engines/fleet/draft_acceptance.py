@@ -4,20 +4,18 @@ Engines count drafts, drafted tokens and accepted tokens from their start. So th
 last reading of each engine, and reports what has been added since, of all engines together."""
 
 import asyncio
-import contextlib
-import re
 from collections import Counter
 from collections.abc import Sequence
 
 from megatron_r1.engines.fleet.engine import Engine
-from megatron_r1.engines.server.errors import EngineError
 
 COUNTERS_SECONDS = 5.0
 """The time limit of reading an engine's counters; a later reply counts at the next reading."""
-DRAFT_COUNTER = re.compile(
-    r"^vllm:spec_decode_num_(drafts|draft_tokens|accepted_tokens)_total(?:\{.*\})? (\S+)$",
-    re.MULTILINE,
-)
+DRAFT_COUNTERS = {
+    name: f"vllm:spec_decode_num_{name}_total"
+    for name in ("drafts", "draft_tokens", "accepted_tokens")
+}
+"""What is counted → vLLM's counter of it."""
 
 
 class AcceptanceMeter:
@@ -55,11 +53,7 @@ class AcceptanceMeter:
 
 async def _draft_counts(engine: Engine) -> Counter[str] | None:
     """Return an engine's counters since its start, None where it does not answer."""
-    with contextlib.suppress(EngineError, TimeoutError):
-        async with asyncio.timeout(COUNTERS_SECONDS):
-            body = await engine.client.request("GET", "/metrics")
-        draft_counts: Counter[str] = Counter()
-        for name, value in DRAFT_COUNTER.findall(body.decode()):  # a line for each copy (data)
-            draft_counts[name] += int(float(value))
-        return draft_counts
-    return None
+    counters = await engine.client.read_counters(DRAFT_COUNTERS.values(), COUNTERS_SECONDS)
+    if counters is None:
+        return None
+    return Counter({name: counters[counter] for name, counter in DRAFT_COUNTERS.items()})

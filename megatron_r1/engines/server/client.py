@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import re
 from array import array
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, Self, TypeVar
 
@@ -30,6 +33,8 @@ HEALTH_SECONDS = 5.0
 GENERATE_PATH = "/inference/v1/generate"
 ROUTING_SLOTS = 2
 """Choices per engine whose routed experts are in memory at once: 14 MB each, of 30,000 tokens."""
+COUNTER_LINE = re.compile(r"^([\w:]+)(?:\{.*\})? (\S+)$", re.MULTILINE)
+"""A counter in Prometheus' text: its name, labels and value."""
 T = TypeVar("T")
 
 
@@ -247,6 +252,24 @@ class EngineClient:
         """Query the engine core, which replies between two of its steps."""
         body = await self.request("GET", "/is_sleeping")
         return bool(msgspec.json.decode(body)["is_sleeping"])
+
+    async def read_counters(
+        self, names: Collection[str], within_seconds: float
+    ) -> Counter[str] | None:
+        """Return what vLLM has counted since the engine's start, None where it does not answer.
+
+        Args:
+            names: the counters' names; one that vLLM does not have is 0.
+            within_seconds: the time limit."""
+        with contextlib.suppress(EngineError, TimeoutError):
+            async with asyncio.timeout(within_seconds):
+                body = await self.request("GET", "/metrics")
+            counters: Counter[str] = Counter()
+            for name, value in COUNTER_LINE.findall(body.decode()):  # a line for each copy (data)
+                if name in names:
+                    counters[name] += int(float(value))
+            return counters
+        return None
 
     async def request(self, method: str, path: str, json: Any = None) -> bytes:
         """Send one request and return the body of its reply.

@@ -1,11 +1,11 @@
 """Accepted drafts between two readings of vLLM's counters."""
 
 import asyncio
-from types import SimpleNamespace
 
 import pytest
 
 from megatron_r1.engines.fleet.draft_acceptance import AcceptanceMeter
+from megatron_r1.engines.server.client import EngineClient
 from megatron_r1.engines.server.errors import EngineTimeout
 
 COUNTERS = """# HELP vllm:spec_decode_num_drafts_total Number of spec decoding drafts.
@@ -27,7 +27,8 @@ class Engine:
 
     def __init__(self, *counts):
         self.counts = counts
-        self.client = SimpleNamespace(url="http://here", request=self.request)
+        self.client = EngineClient("http://here")
+        self.client.request = self.request
 
     async def request(self, method, path):
         assert (method, path) == ("GET", "/metrics")
