@@ -14,7 +14,7 @@ import msgspec
 from r1_grading.base.errors import Cause, RunError, UserError
 from r1_grading.base.workers import START_TIMEOUT_SECONDS, WorkerLost, encode_frame
 from r1_grading.remote.remote_rewards import RemoteRewards
-from r1_grading.rewards import REMOTE, FiniteGrade, Grade, find_non_finite, resolve
+from r1_grading.rewards import SERVED_REWARDS, FiniteGrade, Grade, find_non_finite, resolve
 from r1_grading.sandbox.limits import time_limit
 from r1_grading.worker import EncodedJob, JobStatus, WorkerProcess, reports_memory
 
@@ -152,7 +152,7 @@ class RewardPool:
                 (`remote.service.ServiceError`)."""
         if self._failure is not None:
             raise self._failure
-        if kind in REMOTE:
+        if kind in SERVED_REWARDS:
             return await self._remote.grade(kind, response, truth, fields)
         target = resolve(kind)
         job_id = next(self._ids)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from r1_grading.base.errors import Cause, UserError, shorten
 from r1_grading.base.user_code import find_function
 from r1_grading.reading.answer import without_special_tokens
-from r1_grading.rewards import GRADERS, REMOTE, FiniteGrade, Grade, resolve
+from r1_grading.rewards import GRADERS, SERVED_REWARDS, FiniteGrade, Grade, resolve
 
 GradeFunction = Callable[..., Grade]
 OWN_SIGNATURE = "(response, truth, **entry) -> Grade"
@@ -60,7 +60,7 @@ def grade(kind: str, response: str, /, truth: Any = None, **fields: Any) -> Grad
     Raises:
         UserError: an unknown or a served kind.
         Exception: what the reward raises."""
-    if kind in REMOTE:
+    if kind in SERVED_REWARDS:
         raise UserError(
             f"the reward {kind!r} requests a served model: grade with a RewardPool",
             key="kind",

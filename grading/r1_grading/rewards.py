@@ -83,7 +83,7 @@ def find_non_finite(value: object, path: str) -> str:
     return next(filter(None, (find_non_finite(item, f"{path}.{key}") for key, item in items)), "")
 
 
-FORM_REWARDS: dict[str, str] = {
+RESPONSE_ONLY_REWARDS: dict[str, str] = {
     "conciseness": "r1_grading.response_rewards:grade_conciseness",
     "format": "r1_grading.response_rewards:grade_format",
     "language": "r1_grading.response_rewards:grade_language",
@@ -92,14 +92,14 @@ FORM_REWARDS: dict[str, str] = {
 """Rewards that read the response alone. As a term they get no truth, and of the prompt's fields
 only those of their signature: a code prompt's megabytes of tests are not sent to the workers."""
 GRADERS: dict[str, str] = {
-    **FORM_REWARDS,
+    **RESPONSE_ONLY_REWARDS,
     "code": "r1_grading.code:grade",
     "exact_match": "r1_grading.exact_match:grade",
     "logic": "r1_grading.logic:grade",
     "math": "r1_grading.math:grade",
 }
 """Rewards that run in worker processes: the short name of each with its function."""
-REMOTE: dict[str, str] = {
+SERVED_REWARDS: dict[str, str] = {
     "helpful": "r1_grading.remote.reward_model:Helpful",
     "judge": "r1_grading.remote.judge:Judge",
     "safety": "r1_grading.remote.reward_model:Safety",
@@ -120,7 +120,7 @@ def resolve(kind: str) -> str:
     Raises:
         UserError: an unknown kind, naming the known ones, and a path into Python's own library: a
             row of a data set could otherwise name `builtins:exec` and contain its program."""
-    paths = GRADERS | REMOTE | {ENVIRONMENT: f"{__name__}:refuse_environment"}
+    paths = GRADERS | SERVED_REWARDS | {ENVIRONMENT: f"{__name__}:refuse_environment"}
     if kind in paths:
         return paths[kind]
     module, _, function = kind.partition(":")

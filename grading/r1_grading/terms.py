@@ -17,7 +17,14 @@ from typing import Any, Protocol
 from r1_grading.base.errors import Cause, UserError, did_you_mean, shorten
 from r1_grading.base.user_code import find_function
 from r1_grading.base.values import read_scalar
-from r1_grading.rewards import ENVIRONMENT, FORM_REWARDS, GRADERS, REMOTE, Grade, resolve
+from r1_grading.rewards import (
+    ENVIRONMENT,
+    GRADERS,
+    RESPONSE_ONLY_REWARDS,
+    SERVED_REWARDS,
+    Grade,
+    resolve,
+)
 from r1_grading.truths import check_truth
 
 ACCURACY = "accuracy"
@@ -184,7 +191,7 @@ def read_options(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
                 key=path,
                 cause=Cause.MALFORMED,
             )
-        if kind in REMOTE:
+        if kind in SERVED_REWARDS:
             from r1_grading.remote.remote_rewards import check_options
 
             check_options(kind, values)
@@ -256,13 +263,13 @@ def call_fields(
         fields: the prompt's fields.
         facts: facts about the response, which override options and fields."""
     reward_options = options.get(kind, {})
-    if kind in REMOTE:
+    if kind in SERVED_REWARDS:
         from r1_grading.remote.remote_rewards import settings_names
 
         refused_names = settings_names(kind) if reward_options else {"api_key_env"}
         fields = {name: value for name, value in fields.items() if name not in refused_names}
         return {**fields, **reward_options, **facts}
-    if kind in FORM_REWARDS:
+    if kind in RESPONSE_ONLY_REWARDS:
         names = option_names(kind)
         fields = {name: value for name, value in fields.items() if name in names}
     return {**reward_options, **fields, **facts}
@@ -402,7 +409,9 @@ class RewardTerms:
                     name = f"rewards.weights.{term}: it"
                     if term == ACCURACY:
                         name = f"question {shorten(prompt.question)!r}: its {kind} answer"
-                    hint = f"; see rewards.options.{kind}" if kind in GRADERS | REMOTE else ""
+                    hint = (
+                        f"; see rewards.options.{kind}" if kind in GRADERS | SERVED_REWARDS else ""
+                    )
                     key = "kind" if term == ACCURACY else f"rewards.weights.{term}"
                     raise RewardUnusable(f"{name} {trial.reason}{hint}", trial.missing, key=key)
 
@@ -412,7 +421,7 @@ class RewardTerms:
         A user's own reward may raise where there is no answer; one that also raises on a
         well-formed answer is broken, or called wrongly."""
         trial = (await self.grade([term], prompt, "", 0, thought_opened))[term]
-        if not trial.is_graded and _kind(term, prompt) not in GRADERS | REMOTE:
+        if not trial.is_graded and _kind(term, prompt) not in GRADERS | SERVED_REWARDS:
             text = f"<think>I think.</think>\n<answer>{prompt.truth}</answer>"
             trial = (await self.grade([term], prompt, text, 0, thought_opened))[term]
         return trial
@@ -421,7 +430,7 @@ class RewardTerms:
         self, term: str, prompt: Gradable, text: str, facts: Mapping[str, object]
     ) -> Grade:
         kind = _kind(term, prompt)
-        truth = None if term != ACCURACY and kind in FORM_REWARDS else prompt.truth
+        truth = None if term != ACCURACY and kind in RESPONSE_ONLY_REWARDS else prompt.truth
         fields = call_fields(kind, self._options, prompt.fields, facts)
         return await self._pool.grade(kind, text, truth, **fields)
 

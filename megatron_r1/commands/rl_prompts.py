@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from r1_grading.base.errors import shorten
-from r1_grading.rewards import GRADERS, REMOTE
+from r1_grading.rewards import GRADERS, SERVED_REWARDS
 from r1_grading.terms import RewardUnusable
 
 from megatron_r1.base.errors import Cause, UserError
@@ -102,7 +102,7 @@ def show_padded_truths(source: str, prompts: PromptSplit) -> None:
     padded = [
         prompt
         for prompt in prompts.train + prompts.heldout
-        if prompt.kind not in GRADERS | REMOTE
+        if prompt.kind not in GRADERS | SERVED_REWARDS
         and isinstance(prompt.truth, str)
         and prompt.truth != prompt.truth.strip()
     ]

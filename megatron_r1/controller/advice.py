@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from r1_grading.reading import ANSWER, BOXES
-from r1_grading.rewards import GRADERS, REMOTE
+from r1_grading.rewards import GRADERS, SERVED_REWARDS
 from r1_grading.terms import ACCURACY
 
 from megatron_r1.config import Config
@@ -56,7 +56,7 @@ def _accuracy_advice(groups: list[Group], config: Config) -> str:
         return ""
     sentence = f"{num_correct} of {format_count(len(graded_responses), 'response')} are right"
     # Environments and rewards of the user's own read responses as they like.
-    built_in_groups = [group for group in groups if group.prompt.kind in GRADERS | REMOTE]
+    built_in_groups = [group for group in groups if group.prompt.kind in GRADERS | SERVED_REWARDS]
     num_plain = sum(
         not any(form in response.text for form in (ANSWER, *BOXES))
         for response in all_responses(built_in_groups)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from r1_grading.rewards import REMOTE
+from r1_grading.rewards import SERVED_REWARDS
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -157,7 +157,8 @@ def reward_models(options: dict[str, dict[str, Any]]) -> dict[str, str]:
     return {
         kind: values["model"]
         for kind, values in options.items()
-        if kind in REMOTE and REMOTE[kind].startswith("r1_grading.remote.reward_model:")
+        if kind in SERVED_REWARDS
+        and SERVED_REWARDS[kind].startswith("r1_grading.remote.reward_model:")
     }
 
 

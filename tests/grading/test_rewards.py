@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from r1_grading import Grade
 from r1_grading.reading.answer import extract, final_answers, last_boxed, unwrap
-from r1_grading.rewards import FORM_REWARDS, GRADERS, resolve
+from r1_grading.rewards import GRADERS, RESPONSE_ONLY_REWARDS, resolve
 from r1_grading.terms import combine
 from refusals import refused
 
@@ -58,9 +58,9 @@ def test_python_s_own_functions_and_the_kind_of_an_environment_are_no_rewards():
         find_function(resolve("environment"))("13", "13", level=3)
 
 
-@pytest.mark.parametrize("kind", FORM_REWARDS)
+@pytest.mark.parametrize("kind", RESPONSE_ONLY_REWARDS)
 def test_a_reward_of_the_form_needs_no_truth(kind):
-    parameters = inspect.signature(find_function(FORM_REWARDS[kind])).parameters
+    parameters = inspect.signature(find_function(RESPONSE_ONLY_REWARDS[kind])).parameters
     assert parameters["truth"].default is None
 
 

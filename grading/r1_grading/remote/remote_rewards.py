@@ -9,11 +9,11 @@ from typing import Any, Protocol
 
 from r1_grading.remote.service import Service, Ungradable
 from r1_grading.remote.settings import ServiceSettings, read_settings
-from r1_grading.rewards import REMOTE, Grade
+from r1_grading.rewards import SERVED_REWARDS, Grade
 
 
 class RemoteReward(Protocol):
-    """The interface of a class named in `rewards.REMOTE`."""
+    """The interface of a class named in `rewards.SERVED_REWARDS`."""
 
     settings_type: type[ServiceSettings]
     service: Service
@@ -94,7 +94,7 @@ class RemoteRewards:
 
 def reward_class(kind: str) -> type[RemoteReward]:
     """Import and return the class of a served reward."""
-    module, _, name = REMOTE[kind].partition(":")
+    module, _, name = SERVED_REWARDS[kind].partition(":")
     return getattr(importlib.import_module(module), name)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from itertools import chain
 
 from r1_grading import RewardPool, grade
-from r1_grading.rewards import FORM_REWARDS, Grade
+from r1_grading.rewards import RESPONSE_ONLY_REWARDS, Grade
 from r1_grading.terms import ACCURACY, RewardTerms
 
 from megatron_r1.controller.rollouts.rollout import GradedResponse
@@ -89,7 +89,7 @@ def compare_grades(step: RecordedStep, new_grades: Grades) -> Comparison:
         new_grades: grades by response and term."""
     name = "graded again"
     if not new_grades:
-        kinds = ", ".join((*IN_PROCESS, PROGRAMS, *FORM_REWARDS))
+        kinds = ", ".join((*IN_PROCESS, PROGRAMS, *RESPONSE_ONLY_REWARDS))
         why = step.missing_prompts_reason or f"only {kinds} are graded here"
         return not_checked(FAMILY, name, why)
     departures: dict[str, list[ResponseIndex]] = {}
@@ -167,7 +167,7 @@ def _describe_departures(
 async def _grade_responses(step: RecordedStep) -> dict[ResponseIndex, dict[str, Grade]]:
     graders = RewardTerms(_Graders(), step.run_config.rewards.call_options)
     # Without the data, columns that rewards of the form read are missing.
-    names = IN_PROCESS if step.missing_prompts_reason else (*IN_PROCESS, *FORM_REWARDS)
+    names = IN_PROCESS if step.missing_prompts_reason else (*IN_PROCESS, *RESPONSE_ONLY_REWARDS)
     by_response: dict[ResponseIndex, dict[str, Grade]] = {}
     programs = []
     for index, graded in list(step.responses.items())[:MAX_READ]:
