@@ -74,7 +74,7 @@ class SetReceivers(msgspec.Struct):
 def read_receivers(
     sets: Mapping[str, Sequence[TrainerRendezvous]],
     ranks_per_engine: int,
-    pushed: Sequence[str],
+    tensor_names: Sequence[str],
     sent_bytes: list[float],
 ) -> SetReceivers:
     """Return what the ranks of these sets' engines receive; problems are also reported to the set.
@@ -82,14 +82,14 @@ def read_receivers(
     Args:
         sets: the rendezvous of each engine of a set.
         ranks_per_engine: the ranks of each engine.
-        pushed: names of the tensors of a push.
+        tensor_names: HF names of the tensors of a push.
         sent_bytes: what each trainer rank sends (`SetReceivers`)."""
     set_receivers = SetReceivers(sent_bytes)
     for name, engines in sets.items():
         try:
             receivers = [engine.read_receivers(ranks_per_engine) for engine in engines]
             tables = _common_tables(receivers)
-            _check_all_taken(tables, pushed)
+            _check_engine_receives_all(tables, tensor_names)
         except EXPECTED_ERRORS as error:
             set_receivers.problems[name] = f"{type(error).__name__}: {error}"
             engines[0].report_error(set_receivers.problems[name])
@@ -119,11 +119,11 @@ def _common_tables(engines: Sequence[Sequence[ReceiverInfo]]) -> list[SlotTable]
     return tables
 
 
-def _check_all_taken(tables: Sequence[SlotTable], pushed: Sequence[str]) -> None:
+def _check_engine_receives_all(tables: Sequence[SlotTable], tensor_names: Sequence[str]) -> None:
     """Raise ValueError where no rank of an engine takes one of the pushed tensors: the engine would
     go on with the values it started with."""
     taken_names = {slot.name for table in tables for slot in table.slots}
-    missing_names = [name for name in pushed if name not in taken_names]
+    missing_names = [name for name in tensor_names if name not in taken_names]
     if missing_names:
         names = ", ".join(missing_names[:3]) + (", ..." if len(missing_names) > 3 else "")
         raise ValueError(f"the engine takes no pushes of {len(missing_names)} tensors: {names}")
