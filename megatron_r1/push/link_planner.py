@@ -296,8 +296,14 @@ class LinkPlanner:
             addresses = [receivers.sets[name][1] for name in names]
             try:
                 sharding = PublishedSharding(tables)
-                layout = engine_layout, self.stages
-                planner = Planner(self.hf_config, self.grid, *layout, sharding, self.weight_table)
+                planner = Planner(
+                    self.hf_config,
+                    self.grid,
+                    engine_layout,
+                    stages=self.stages,
+                    sharding=sharding,
+                    weight_table=self.weight_table,
+                )
                 edges = [0, *accumulate(map(len, addresses))]
                 sets = [range(*edge) for edge in pairwise(edges)]
                 fraction, count_bytes = max_group_fraction(transport), _byte_count(tables)
