@@ -1,8 +1,8 @@
 """The terms of a recipe's reward: read from it, called for a response, and added up.
 
 The reward of a response is the weighted sum of its terms, each weighted from step to step. In this
-file's order: weights (`read_weights`, `weights_at`), options (`read_options`, `call_fields`), calls
-(`RewardTerms`), the sum (`combine`), and when two sums are equal (`rewards_equal`).
+file's order: weights (`read_weights`, `weights_at`), options (`read_options`, `reward_arguments`),
+calls (`RewardTerms`), the sum (`combine`), and when two sums are equal (`rewards_equal`).
 DeepSeek-R1 adds its rewards up (arXiv 2501.12948 v2: accuracy, format and language consistency in
 the reasoning stage; preference rewards only in the last 400 of the final stage's 1,700 steps)."""
 
@@ -165,7 +165,7 @@ def weights_at(weights: Weights, step: int) -> dict[str, float]:
 
 Options = Mapping[str, Mapping[str, Any]]
 """`rewards.options`."""
-RESPONSE_FACTS = ("num_tokens", "thought_opened", "question")
+RUN_ARGUMENTS = ("num_tokens", "thought_opened", "question")
 """Arguments that a run gives for each sample; neither an option nor a prompt's field overrides
 them."""
 
@@ -240,11 +240,11 @@ def _defaults(kind: str) -> dict[str, Any]:
     return {
         parameter.name: parameter.default
         for parameter in parameters
-        if parameter.kind is parameter.KEYWORD_ONLY and parameter.name not in RESPONSE_FACTS
+        if parameter.kind is parameter.KEYWORD_ONLY and parameter.name not in RUN_ARGUMENTS
     }
 
 
-def call_fields(
+def reward_arguments(
     kind: str,
     options: Mapping[str, Mapping[str, Any]],
     fields: Mapping[str, Any],
@@ -431,7 +431,7 @@ class RewardTerms:
     ) -> Grade:
         kind = _kind(term, prompt)
         truth = None if term != ACCURACY and kind in RESPONSE_ONLY_REWARDS else prompt.truth
-        fields = call_fields(kind, self._options, prompt.fields, facts)
+        fields = reward_arguments(kind, self._options, prompt.fields, facts)
         return await self._pool.grade(kind, text, truth, **fields)
 
 
@@ -487,10 +487,10 @@ def combine(grades: Mapping[str, Grade], weights: Mapping[str, float] = DEFAULT_
     )
 
 
-RELATIVE = 2.0**-22
+EQUAL_RTOL = 2.0**-22
 """Of the larger of two rewards: two units in the last place of a float32, which a reward model or
 a user's function may have computed in."""
-ABSOLUTE = 1e-12
+EQUAL_ATOL = 1e-12
 """Where terms of opposite sign cancel, what is left of rewards of order 1."""
 
 
@@ -498,7 +498,7 @@ def rewards_equal(rewards: Sequence[float]) -> bool:
     """Return whether all of `rewards` are the same but for rounding; True for none and for one."""
     if not rewards:
         return True
-    return math.isclose(min(rewards), max(rewards), rel_tol=RELATIVE, abs_tol=ABSOLUTE)
+    return math.isclose(min(rewards), max(rewards), rel_tol=EQUAL_RTOL, abs_tol=EQUAL_ATOL)
 
 
 def compare_rewards(first: float, second: float) -> int:

@@ -29,7 +29,7 @@ from typing import Any, BinaryIO
 
 from r1_grading import Grade, RewardPool
 from r1_grading.remote.service import ServiceError
-from r1_grading.terms import RESPONSE_FACTS, call_fields
+from r1_grading.terms import RUN_ARGUMENTS, reward_arguments
 
 from megatron_r1.base.errors import Cause, RunError, UserError
 from megatron_r1.base.files import atomic_writer
@@ -233,9 +233,9 @@ class _Scoring:
             return Grade.ungraded("'opened' is called 'thought_opened'")
         kind, truth = record["kind"], record.get("truth")
         fields = {name: value for name, value in record.items() if name not in RESERVED_KEYS}
-        facts = {name: fields.pop(name) for name in RESPONSE_FACTS if name in fields}
+        facts = {name: fields.pop(name) for name in RUN_ARGUMENTS if name in fields}
         try:
-            arguments = call_fields(kind, self._options, fields, facts)
+            arguments = reward_arguments(kind, self._options, fields, facts)
             return await self._pool.grade(kind, record["response"], truth, **arguments)
         except ServiceError as error:
             self.num_service_failures += 1

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from r1_grading import RewardPool
-from r1_grading.terms import RESPONSE_FACTS, call_fields
+from r1_grading.terms import RUN_ARGUMENTS, reward_arguments
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.evaluation.fraction_intervals import (
@@ -150,8 +150,8 @@ class SecondMethodJudge:
         its limits is undecided."""
         content = response.load()
         fields = dict(content.fields)
-        facts = {name: fields.pop(name) for name in RESPONSE_FACTS if name in fields}
-        arguments = call_fields(response.kind, self._options, fields, facts)
+        facts = {name: fields.pop(name) for name in RUN_ARGUMENTS if name in fields}
+        arguments = reward_arguments(response.kind, self._options, fields, facts)
         if response.kind == "code":
             return await self._run_again(response.is_accepted, content, arguments)
         reading_options = {

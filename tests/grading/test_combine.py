@@ -6,7 +6,7 @@ import json
 import pytest
 from r1_grading import Grade, RewardPool
 from r1_grading.sandbox.limits import Limits, time_limit
-from r1_grading.terms import ScheduledWeight, call_fields, combine, option_names, weights_at
+from r1_grading.terms import ScheduledWeight, combine, option_names, reward_arguments, weights_at
 from refusals import refused
 
 from megatron_r1 import config as configuration
@@ -105,13 +105,13 @@ def test_a_mistake_in_the_recipe_names_itself(rewards, key, cause, values):
 def test_a_prompts_field_wins_over_options_and_facts_over_both():
     options = {"language": {"target": "en"}, "my.own:reward": {"a": 1, "b": 1}}
     facts = {"num_tokens": 7}
-    assert call_fields("language", options, {}, facts) == {"target": "en", "num_tokens": 7}
-    assert call_fields("language", options, {"target": "zh"}, facts)["target"] == "zh"
-    assert call_fields("language", options, {"num_tokens": 1, "tests": "…"}, facts) == {
+    assert reward_arguments("language", options, {}, facts) == {"target": "en", "num_tokens": 7}
+    assert reward_arguments("language", options, {"target": "zh"}, facts)["target"] == "zh"
+    assert reward_arguments("language", options, {"num_tokens": 1, "tests": "…"}, facts) == {
         "target": "en",
         "num_tokens": 7,
     }
-    fields = call_fields("my.own:reward", options, {"b": 2, "c": 2, "num_tokens": 2}, facts)
+    fields = reward_arguments("my.own:reward", options, {"b": 2, "c": 2, "num_tokens": 2}, facts)
     assert fields == {"a": 1, "b": 2, "c": 2, "num_tokens": 7}
 
 

@@ -11,7 +11,7 @@ from r1_grading.remote import judge, service
 from r1_grading.remote.remote_rewards import check_options, settings_names
 from r1_grading.remote.service import ServiceError
 from r1_grading.rewards import SERVED_REWARDS, resolve
-from r1_grading.terms import call_fields
+from r1_grading.terms import reward_arguments
 from refusals import refused
 from waiting import until
 
@@ -279,11 +279,11 @@ def test_only_the_controller_s_machine_needs_the_key():
 def test_data_cannot_say_which_service_is_asked_with_whose_key():
     options = {"url": "http://ours", "model": "m", "api_key_env": "OURS"}
     theirs = {"url": "http://evil", "model": "gpt", "api_key_env": "THEIRS", "votes": 9, "k": 1}
-    assert call_fields("judge", {"judge": options}, theirs, {}) == {**options, "k": 1}
-    assert "api_key_env" not in call_fields("judge", {}, theirs, {})
-    assert call_fields("judge", {}, theirs, {})["url"] == "http://evil"
+    assert reward_arguments("judge", {"judge": options}, theirs, {}) == {**options, "k": 1}
+    assert "api_key_env" not in reward_arguments("judge", {}, theirs, {})
+    assert reward_arguments("judge", {}, theirs, {})["url"] == "http://evil"
     math = {"math": {"exact": True, "a": 1}}
-    assert call_fields("math", math, {"a": 2}, {}) == {"exact": True, "a": 2}
+    assert reward_arguments("math", math, {"a": 2}, {}) == {"exact": True, "a": 2}
 
 
 def test_a_key_is_in_no_message(monkeypatch):
