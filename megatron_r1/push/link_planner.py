@@ -46,7 +46,7 @@ from megatron_r1.push.protocol import (
     dtype_of,
 )
 from megatron_r1.push.push_schedule import PushSchedule
-from megatron_r1.push.rendezvous import EXPECTED_ERRORS, TrainerRendezvous
+from megatron_r1.push.rendezvous import SET_FAILURE_ERRORS, TrainerRendezvous
 from megatron_r1.push.round_sender import SetRounds
 from megatron_r1.push.slices import Encoding, ParameterSlice
 from megatron_r1.push.transports import sender_class
@@ -90,7 +90,7 @@ def read_receivers(
             receivers = [engine.read_receivers(ranks_per_engine) for engine in engines]
             tables = _common_tables(receivers)
             _check_engine_receives_all(tables, tensor_names)
-        except EXPECTED_ERRORS as error:
+        except SET_FAILURE_ERRORS as error:
             set_receivers.problems[name] = f"{type(error).__name__}: {error}"
             engines[0].report_error(set_receivers.problems[name])
             continue
@@ -331,7 +331,7 @@ class LinkPlanner:
                         self._link_engine_rank(
                             set_links, sharding, rank_links, infos, sender_type, publishes
                         )
-                except EXPECTED_ERRORS as error:
+                except SET_FAILURE_ERRORS as error:
                     problems[name] = f"{type(error).__name__}: {error}"
         return links_by_set, problems
 

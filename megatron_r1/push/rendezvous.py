@@ -28,7 +28,7 @@ from megatron_r1.push.protocol import (
 )
 from megatron_r1.push.results import SetFailure
 
-EXPECTED_ERRORS = (OSError, RuntimeError, ValueError)
+SET_FAILURE_ERRORS = (OSError, RuntimeError, ValueError)
 """Errors that fail a set and not this rank; torch.distributed raises the second."""
 IDLE_SECONDS = 30 * 24 * 3600.0
 """The time that an engine rank waits for the next push to begin."""

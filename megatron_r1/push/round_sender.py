@@ -26,7 +26,12 @@ from megatron_r1.push.protocol import (
     chunks_to,
 )
 from megatron_r1.push.push_schedule import PayloadId, PushSchedule
-from megatron_r1.push.rendezvous import EXPECTED_ERRORS, SetFailed, TrainerRendezvous, wait_for_keys
+from megatron_r1.push.rendezvous import (
+    SET_FAILURE_ERRORS,
+    SetFailed,
+    TrainerRendezvous,
+    wait_for_keys,
+)
 from megatron_r1.push.results import SetFailure
 from megatron_r1.push.transports.nccl_rounds import (
     BucketTransfer,
@@ -218,7 +223,7 @@ class RoundSender:
                 if name not in errors:
                     try:
                         call(set_rounds)
-                    except EXPECTED_ERRORS as error:
+                    except SET_FAILURE_ERRORS as error:
                         errors[name] = error
         return errors
 
@@ -234,7 +239,7 @@ class RoundSender:
                 sending_sets.pop(name)
                 failures[name] = sets[name][0].report_failure(RuntimeError("an engine is gone"))
             self._send(push_number, sending_sets)
-        except EXPECTED_ERRORS as error:
+        except SET_FAILURE_ERRORS as error:
             for set_rounds, _ in sending_sets.values():
                 self._communicator(set_rounds).abort(error)
         for name, (set_rounds, _) in sending_sets.items():
@@ -268,7 +273,7 @@ class RoundSender:
         for set_rounds in shared_sets.values():
             try:
                 set_rounds.map_memory()
-            except EXPECTED_ERRORS as error:
+            except SET_FAILURE_ERRORS as error:
                 set_rounds.report_failure(error)
         seconds = next(iter(shared_sets.values())).rendezvous[0].push_timeout_seconds
         self._num_agreements += 1

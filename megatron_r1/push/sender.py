@@ -26,7 +26,12 @@ from megatron_r1.push.link_planner import (
 )
 from megatron_r1.push.plan.layouts import EngineLayout, TrainerGrid
 from megatron_r1.push.plan.tensors import pushed_tensors
-from megatron_r1.push.rendezvous import EXPECTED_ERRORS, SetFailed, TableStore, TrainerRendezvous
+from megatron_r1.push.rendezvous import (
+    SET_FAILURE_ERRORS,
+    SetFailed,
+    TableStore,
+    TrainerRendezvous,
+)
 from megatron_r1.push.results import ConnectedSets, SentWeights, SetFailure
 from megatron_r1.push.round_sender import RoundSender
 from megatron_r1.push.slices import EncodedSlices
@@ -272,7 +277,7 @@ class WeightSender:
         try:
             set_links.rendezvous[0].wait_prepared()
             run_in_threads([link.sender.connect for link in set_links.links])
-        except EXPECTED_ERRORS as error:
+        except SET_FAILURE_ERRORS as error:
             return self._report(set_links, error)
         return ""
 
