@@ -36,7 +36,7 @@ ANSWER_CHECKS, ANSWER_PAUSE = 50, 0.1
 """How often a rank that has seen a failure checks for an answer from the others, and the seconds
 between two checks: 5 s, and longer on a machine so slow that checks themselves take long. They
 count anew with each answer."""
-LATE_SECONDS = 30.0
+GRACE_AFTER_LIMIT_SECONDS = 30.0
 """How much longer than a push's limit the trainer waits for engine ranks, so that these can first
 report why they are late."""
 REPORT_SECONDS = 10.0
@@ -315,7 +315,9 @@ class TrainerRendezvous(Rendezvous):
     def wait_complete(self, push_number: int) -> None:
         """Wait until all engine ranks have all of a push; called on trainer rank 0."""
         self._wait_for_keys(
-            self.set_store, [f"complete/{push_number}"], self.push_timeout_seconds + LATE_SECONDS
+            self.set_store,
+            [f"complete/{push_number}"],
+            self.push_timeout_seconds + GRACE_AFTER_LIMIT_SECONDS,
         )
 
     def report_error(self, error: str, *members: int) -> SetFailure:

@@ -36,7 +36,7 @@ ENGINE_RANK, TRAINER_RANK = 0, 1
 """The ranks of a pair in its group."""
 CLOSE_SECONDS = 2.0
 """How long `close` waits for the threads that receive, all together."""
-EXTRA_SECONDS = 2.0
+RELAY_GRACE_AFTER_LIMIT_SECONDS = 2.0
 """How much longer than a push's limit a rank waits for other ranks, so that the rank at fault
 reports first."""
 
@@ -194,7 +194,7 @@ class GlooReceiver(PayloadReceiver):
                 if arrived_bucket:
                     arrived_bucket[0].unpack(*arrived_bucket[1:])
                 for work in works:
-                    _wait_for(work, self.rendezvous, EXTRA_SECONDS)
+                    _wait_for(work, self.rendezvous, RELAY_GRACE_AFTER_LIMIT_SECONDS)
                 arrived_bucket = None
                 if len(receive_buffer):
                     arrived_bucket = payloads[source], start, ends[source], receive_buffer
