@@ -110,8 +110,8 @@ class PushSchedule:
         num_scatter_buckets = self.round_schedule.num_scatter_buckets
         for row in self.round_schedule.rounds_of(process):
             for is_send, bucket, peer in (
-                (True, row["sent"], row["to"]),
-                (False, row["received"], row["source"]),
+                (True, row["sent_bucket"], row["destination"]),
+                (False, row["received_bucket"], row["source"]),
             ):
                 if bucket != NO_BUCKET:
                     index = self.round_schedule.bucket_index(int(bucket))

@@ -38,9 +38,14 @@ SCATTER_BUCKET_BYTES = 32 << 20
 """Most bytes of a bucket from a trainer rank; one that is relayed has `RELAY_BUCKET_BYTES`."""
 NO_BUCKET = -1
 """In a `ROUND_DTYPE`: nothing is sent, or received."""
-ROUND_DTYPE = np.dtype([(name, np.int32) for name in ("round", "to", "sent", "source", "received")])
-"""A round of one process: it sends bucket `sent` to process `to`, and receives bucket `received`
-from process `source`, in one group."""
+ROUND_DTYPE = np.dtype(
+    [
+        (name, np.int32)
+        for name in ("round", "destination", "sent_bucket", "source", "received_bucket")
+    ]
+)
+"""A round of one process: it sends bucket `sent_bucket` to process `destination`, and receives
+bucket `received_bucket` from process `source`, in one group."""
 Receivers = Sequence[Sequence[Sequence[int]]]
 """By set, engine rank and member: the process that receives for that rank of an engine."""
 
@@ -193,9 +198,9 @@ class RoundSchedule:
         rows = np.full(len(rounds), NO_BUCKET, ROUND_DTYPE)
         rows["round"] = rounds
         index = np.searchsorted(rounds, self.scatter_rounds[sent])
-        rows["to"][index], rows["sent"][index] = self.receivers[sent], sent
+        rows["destination"][index], rows["sent_bucket"][index] = self.receivers[sent], sent
         index = np.searchsorted(rounds, self.scatter_rounds[received])
-        rows["source"][index], rows["received"][index] = self.senders[received], received
+        rows["source"][index], rows["received_bucket"][index] = self.senders[received], received
         if process not in self._relay_index:
             return rows
         return np.concatenate([rows, self._relay_rounds(*self._relay_index[process])])
@@ -214,9 +219,9 @@ class RoundSchedule:
         buckets = np.arange(num_buckets)[:, None]
         rows = np.empty((num_buckets, len(hops)), ROUND_DTYPE)
         rows["round"] = self.num_scatter_rounds + buckets * len(hops) + hops - 1
-        rows["to"], rows["source"] = members[target], members[source]
-        rows["sent"] = self._first_relay_bucket[number] + member * num_buckets + buckets
-        rows["received"] = self._first_relay_bucket[number] + source * num_buckets + buckets
+        rows["destination"], rows["source"] = members[target], members[source]
+        rows["sent_bucket"] = self._first_relay_bucket[number] + member * num_buckets + buckets
+        rows["received_bucket"] = self._first_relay_bucket[number] + source * num_buckets + buckets
         return rows.ravel()
 
 

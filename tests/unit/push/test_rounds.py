@@ -60,7 +60,7 @@ def test_every_process_of_a_position_ends_with_all_that_entered_one_and_nothing_
     bytes_of = Counter()
     for process in range(order.num_processes):
         rows = order.rounds_of(process)
-        received = rows["received"][rows["received"] != NO_BUCKET]
+        received = rows["received_bucket"][rows["received_bucket"] != NO_BUCKET]
         assert len(set(received.tolist())) == len(received)
         copied = (order.receivers == process) & (order.scatter_rounds == NO_BUCKET)
         assert (order.senders[copied] == process).all()
@@ -79,8 +79,10 @@ def test_nothing_is_passed_on_before_all_has_entered(order):
     for process in range(order.num_processes):
         rows = order.rounds_of(process)
         assert (np.diff(rows["round"]) > 0).all()
-        relayed = rows["sent"] >= order.num_scatter_buckets
-        entering = (rows["received"] != NO_BUCKET) & (rows["received"] < order.num_scatter_buckets)
+        relayed = rows["sent_bucket"] >= order.num_scatter_buckets
+        entering = (rows["received_bucket"] != NO_BUCKET) & (
+            rows["received_bucket"] < order.num_scatter_buckets
+        )
         if relayed.any() and entering.any():
             assert rows["round"][entering].max() < rows["round"][relayed].min()
 

@@ -45,8 +45,8 @@ def operations_of_rounds(order: RoundSchedule) -> np.ndarray:
         rows = np.zeros((len(schedule), 2), OPERATION)
         rows["process"], rows["start"] = process, np.arange(len(schedule))[:, None]
         rows["end"], rows["sends"] = rows["start"], (True, False)
-        rows["peer"] = np.stack([schedule["to"], schedule["source"]], axis=1)
-        rows["bucket"] = np.stack([schedule["sent"], schedule["received"]], axis=1)
+        rows["peer"] = np.stack([schedule["destination"], schedule["source"]], axis=1)
+        rows["bucket"] = np.stack([schedule["sent_bucket"], schedule["received_bucket"]], axis=1)
         operations.append(rows[rows["bucket"] != NO_BUCKET])
     return np.concatenate(operations)
 
