@@ -14,7 +14,6 @@ as much as seven."""
 
 import heapq
 from collections.abc import Callable, Iterable
-from itertools import count
 from math import prod
 from typing import NamedTuple
 
@@ -81,7 +80,7 @@ def pack(
             cause=Cause.TOO_LARGE,
         )
     min_bins = -(-sum(lengths) // (data_parallel_size * max_tokens))
-    for per_rank in count(min_bins):
+    for per_rank in range(min_bins, max(min_bins, len(lengths)) + 1):
         bins = _costliest_first(costs, lengths, data_parallel_size * per_rank, max_tokens)
         if all(len(b) <= 1 or sum(lengths[i] for i in b) <= max_tokens for b in bins):
             packing = _side_by_side(bins, lengths, costs, data_parallel_size, max_tokens)
@@ -91,7 +90,7 @@ def pack(
                 for share in packing.shares
             ]
             return packing._replace(shares=sample_shares)
-    raise AssertionError("one bin for every sample always fits")
+    raise AssertionError("a bin for every unit always fits")
 
 
 def _side_by_side(
