@@ -18,7 +18,6 @@ import contextlib
 import os
 import signal
 import socket
-import socket as sockets
 import sys
 import threading
 import time
@@ -125,8 +124,8 @@ class HostLink:
 
     def local_address(self) -> str:
         """Return this host's address on the network that leads to the controller."""
-        family = sockets.getaddrinfo(*self._peer, type=sockets.SOCK_DGRAM)[0]
-        with sockets.socket(family[0], sockets.SOCK_DGRAM) as probe:
+        family = socket.getaddrinfo(*self._peer, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family[0], socket.SOCK_DGRAM) as probe:
             probe.connect(family[4])  # UDP: chooses a route, sends nothing
             return probe.getsockname()[0]
 
