@@ -54,12 +54,12 @@ class HeldoutEvaluation:
         step_of_settings = max(1, step)  # the base model is evaluated as step 0
         config = self._config.at(step_of_settings)
         sampling = RolloutSampling(
-            settings.samples,
-            settings.temperature,
-            settings.top_p,
-            config.rollout.max_response_tokens,
-            step_of_settings,
-            weights_at(config.rewards.weights, step_of_settings),
+            group_size=settings.samples,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            max_response_tokens=config.rollout.max_response_tokens,
+            step=step_of_settings,
+            reward_weights=weights_at(config.rewards.weights, step_of_settings),
             stop=tuple(config.rollout.stop),
         )
         metrics, groups = await evaluate(self._collector, self._prompts, sampling, config.rewards)
