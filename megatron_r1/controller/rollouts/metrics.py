@@ -9,6 +9,7 @@ from statistics import fmean, pstdev
 from typing import Any
 
 import numpy as np
+from r1_grading.terms import ACCURACY
 
 from megatron_r1.base.processes import timeline
 from megatron_r1.controller.rollouts.collector import RolloutCollector
@@ -41,7 +42,7 @@ def rollout_metrics(rollout: Rollout, policy_version: int) -> dict[str, float]:
     return {
         "reward/mean": fmean(rewards),
         "reward/std": pstdev(rewards),
-        "accuracy": means.pop("accuracy"),
+        "accuracy": means.pop(ACCURACY),
         **{f"{term}/mean": mean for term, mean in means.items()},
         "rewards/ungraded": fmean(not graded.is_graded for graded in responses),
         "response_length/mean": fmean(lengths),
