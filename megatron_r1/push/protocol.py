@@ -179,13 +179,13 @@ class RankRounds(msgspec.Struct, frozen=True):
     Attributes:
         rank: the rank in the set's communicator.
         num_ranks: the number of that communicator's ranks.
-        names: the equal ranks of all engines that are in it, each "member/engine rank".
+        rank_ids: the equal ranks of all engines that are in it, each "member/engine rank".
         scatter: the rounds in which trainer ranks send.
         relay: the rounds in which engine ranks relay."""
 
     rank: int
     num_ranks: int
-    names: list[str]
+    rank_ids: list[str]
     scatter: list[tuple[RankBucketOp | None, RankBucketOp | None]]
     relay: list[tuple[RankBucketOp | None, RankBucketOp | None]]
 

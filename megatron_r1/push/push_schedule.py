@@ -147,7 +147,7 @@ class PushSchedule:
         """Return the ranks of a set's communicator; 0 where it has none."""
         return self.world_size + len(self._ranks[index]) if self._ranks[index] else 0
 
-    def names(self, index: int, engine_rank: int | None = None) -> list[str]:
+    def communicator_rank_ids(self, index: int, engine_rank: int | None = None) -> list[str]:
         """Return the ranks of engines that are in a set's communicator, each "member/engine rank":
         those with one engine rank, or all."""
         return [
@@ -161,13 +161,13 @@ class PushSchedule:
     def rank_rounds(self, index: int, engine_rank: int) -> list[RankRounds | None]:
         """Return what equal ranks of a set's engines run, by member; None for one that a trainer
         rank receives for."""
-        names = self.names(index, engine_rank)
+        rank_ids = self.communicator_rank_ids(index, engine_rank)
         return [
-            self._rank_rounds(index, process, names) if process >= self.world_size else None
+            self._rank_rounds(index, process, rank_ids) if process >= self.world_size else None
             for process in self.receivers[index][engine_rank]
         ]
 
-    def _rank_rounds(self, index: int, process: int, names: list[str]) -> RankRounds:
+    def _rank_rounds(self, index: int, process: int, rank_ids: list[str]) -> RankRounds:
         phases: tuple[dict[int, list[Any]], dict[int, list[Any]]] = ({}, {})
         for op in self.bucket_ops(process):
             trainer_rank, member = op.payload_id.trainer_rank, op.payload_id.member
@@ -176,7 +176,7 @@ class PushSchedule:
             pair[0 if op.is_send else 1] = RankBucketOp(op.peer, source, op.number, op.count)
         scatter, relay = ([tuple(pair) for pair in phase.values()] for phase in phases)
         rank, communicator_size = self._ranks[index][process], self.communicator_size(index)
-        return RankRounds(rank, communicator_size, names, scatter, relay)
+        return RankRounds(rank, communicator_size, rank_ids, scatter, relay)
 
     def _receiver(self, payload_id: PayloadId) -> int:
         return self.receivers[payload_id.set_index][payload_id.engine_rank][payload_id.member]

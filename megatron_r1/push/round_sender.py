@@ -182,8 +182,8 @@ class SetRounds:
         text = f"trainer rank {self.rank}: {type(error).__name__}: {error}"
         try:
             if self.communicator is not None and isinstance(error, (NCCLError, TimeoutError)):
-                names = self.schedule.names(self.set_index)
-                return self.rendezvous[0].diagnose_failure(names, self.push_number_in_set, text)
+                rank_ids = self.schedule.communicator_rank_ids(self.set_index)
+                return self.rendezvous[0].diagnose_failure(rank_ids, self.push_number_in_set, text)
             return self.rendezvous[0].publish_failure(SetFailure(text))
         except RuntimeError:  # the store is lost
             return SetFailure(text)

@@ -127,9 +127,9 @@ class NCCLReceiver(PayloadReceiver):
             if communicator is not None:
                 communicator.abort(error)
             if not self.is_closing:
-                names = rounds.names if rounds is not None else ()
+                rank_ids = rounds.rank_ids if rounds is not None else ()
                 is_lost = isinstance(error, (NCCLError, TimeoutError))
-                self.fail_set(error, names if is_lost else None, self._number)
+                self.fail_set(error, rank_ids if is_lost else None, self._number)
         finally:
             if communicator is not None:
                 communicator.abort(RuntimeError(f"engine rank {self.name} closes"))
