@@ -125,7 +125,7 @@ class WeightPusher:
         await self.links.open()
         self.fleet.set_weight_sender(self.send_weights)
         with self.fleet.allow_silence(self.links.connect_seconds):
-            await self._form_sets(self._engines_up, self._drop_if_dead)
+            await self._form_sets(self._engines_up, self._replace_dead_or_raise)
 
     async def push(self, policy_version: int) -> dict[str, float]:
         """Make the trainer's present weights `policy_version` on every engine; return metrics.
@@ -140,7 +140,7 @@ class WeightPusher:
         self._push_number += 1
         with self.fleet.allow_silence(self.links.connect_seconds):
             engines_to_regroup = self.links.engines_to_regroup(self._engines_up)
-            await self._form_sets(engines_to_regroup, self._drop_engine)
+            await self._form_sets(engines_to_regroup, self._replace_engine)
             await self._send_to_all()
             await self._offload_trainer()
             sent_at = time.perf_counter()
@@ -150,7 +150,7 @@ class WeightPusher:
         metrics |= {"push/links": self.links.num_links, "push/bytes": self.links.num_bytes}
         self._policy_version = policy_version
         if self.prober is not None:
-            check = self.prober.check(self._push_number, self._engines_up, self._drop_engine)
+            check = self.prober.check(self._push_number, self._engines_up, self._replace_engine)
             self._probe_task = asyncio.create_task(check)
             # After another failure of the run no task awaits this one. Its error is read here, so
             # that asyncio does not log it.
@@ -212,10 +212,10 @@ class WeightPusher:
         while engines_left:
             with self.links.report_deaths():
                 engines_left = await self.links.send(
-                    self._push_number, engines_left, self._drop_engine
+                    self._push_number, engines_left, self._replace_engine
                 )
             engines_left = [engine for engine in engines_left if engine.is_up]
-            await self._form_sets(engines_left, self._drop_engine)
+            await self._form_sets(engines_left, self._replace_engine)
 
     async def _offload_trainer(self) -> None:
         """Let the trainer offload its weights, where the engines are to compute in their memory."""
@@ -233,12 +233,12 @@ class WeightPusher:
     def _engines_up(self) -> list[Engine]:
         return [engine for engine in self.fleet.engines if engine.is_up]
 
-    def _drop_engine(self, engine: Engine, error: EngineError) -> None:
+    def _replace_engine(self, engine: Engine, error: EngineError) -> None:
         death = error if isinstance(error, EngineDied) else EngineDied(str(error))
         self.fleet.replace(engine, death)
 
-    def _drop_if_dead(self, engine: Engine, error: EngineError) -> None:
-        """Raise the error of an engine that has not died: settings are then wrong."""
+    def _replace_dead_or_raise(self, engine: Engine, error: EngineError) -> None:
+        """Replace a dead engine; raise the error of one that lives: settings are then wrong."""
         if not isinstance(error, EngineDied):
             raise error
         self.fleet.replace(engine, error)
