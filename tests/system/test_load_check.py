@@ -34,13 +34,13 @@ class World:
         """Slots whose values are others than before, and names that the engine loads."""
         for slot in changed:
             self.owners[slot].value(self.memory).add_(1)
-        self.check.begin(set(changed))
+        self.check.before_load(set(changed))
         for at in self.placed:
             if at.parameter.title in loaded:
                 value = at.value(self.memory)
                 # As a kernel's form may be: other rows first.
                 at.parameter.layer.weight.copy_(value if at.parameter.is_live else value.flip(0))
-        self.check.end(number, self.placed, self.memory)
+        self.check.after_load(number, self.placed, self.memory)
 
 
 @pytest.fixture
@@ -102,11 +102,11 @@ class Blocks:
         codes, scales = (at.value(self.memory) for at in self.placed)
         codes.copy_(torch.full((2, 4), code))
         scales.fill_(scale)
-        self.check.begin({0, 1})
+        self.check.before_load({0, 1})
         self.layer.weight.copy_(codes)
         if loads_scales:
             self.layer.weight_scale_inv.copy_(self.sign * scales)
-        self.check.end(number, self.placed, self.memory)
+        self.check.after_load(number, self.placed, self.memory)
 
 
 @pytest.mark.parametrize("as_they_arrive", [True, False])

@@ -158,11 +158,11 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
         if self.balancer is not None:
             expert_placement.stop_rebalancing(self.balancer)
         buffer = receiver.table.buffer(receiver.memory, push_number)
-        self._load_check.begin(receiver.received_chunks.pop_changed_slots())
+        self._load_check.before_load(receiver.received_chunks.pop_changed_slots())
         layer_reload.load(
             self._models, self._placed, buffer, in_place=receiver.table.num_buffers > 1
         )
-        self._load_check.end(push_number, self._placed, buffer)
+        self._load_check.after_load(push_number, self._placed, buffer)
         layer_reload.recompute_shared_tensors(self._models, self.model_config)
         if self.balancer is not None:
             if self.vllm_config.model_config.enable_sleep_mode:

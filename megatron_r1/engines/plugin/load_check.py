@@ -48,13 +48,13 @@ class LoadCheck:
         layers: dict[torch.nn.Module, list[PlacedParameter]] = {}
         for placement in dict.fromkeys(owners):
             layers.setdefault(placement.parameter.layer, []).append(placement)
-        self._turns = list(layers.values())
+        self._layers_by_last_check = list(layers.values())
         """The parameters of each layer; layers that were compared longest ago first."""
         self._before: list[tuple[list[PlacedParameter], PlacedParameter, list[int]]] = []
         """Each layer compared in this load: its parameters, a new one of them, and checksums."""
         self._scales = [
             placement
-            for layer in self._turns
+            for layer in self._layers_by_last_check
             for placement in layer
             if SCALE_NAME in placement.parameter.name
         ]
@@ -63,7 +63,7 @@ class LoadCheck:
         self._scales_before: dict[PlacedParameter, list[int]] = {}
         """Checksums of the scales in use for which others have arrived."""
 
-    def begin(self, changed: set[int]) -> None:
+    def before_load(self, changed: set[int]) -> None:
         """Note the tensors in use before a load.
 
         Args:
@@ -76,7 +76,7 @@ class LoadCheck:
             if placement in arrived_placements
         }
         self._before = []
-        for layer in list(self._turns):
+        for layer in list(self._layers_by_last_check):
             new_placements = [
                 placement
                 for placement in layer
@@ -89,10 +89,10 @@ class LoadCheck:
             self._before.append((layer, new_placements[0], _checksums(tensors)))
             if size > SMALL_BYTES:
                 num_bytes -= size
-                self._turns.remove(layer)
-                self._turns.append(layer)
+                self._layers_by_last_check.remove(layer)
+                self._layers_by_last_check.append(layer)
 
-    def end(
+    def after_load(
         self, push_number: int, loaded: Sequence[PlacedParameter], memory: torch.Tensor
     ) -> None:
         """Compare after a load of the parameters `loaded` from `memory`.
