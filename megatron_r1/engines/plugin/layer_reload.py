@@ -173,7 +173,7 @@ def _storage(tensor: torch.Tensor) -> int:
 @torch.no_grad()
 def load(
     model: torch.nn.Module,
-    placed: Sequence[PlacedParameter],
+    placements: Sequence[PlacedParameter],
     memory: torch.Tensor,
     *,
     in_place: bool = False,
@@ -183,12 +183,12 @@ def load(
 
     Args:
         model: vLLM's model on this rank, which has these layers.
-        placed: the parameters, with their offsets in the memory.
+        placements: the parameters, with their offsets in the memory.
         memory: uint8, the memory that has their values.
         in_place: the memory may not be overwritten, because the engine computes there with
             parameters that post-processing leaves unchanged. For engines that captured no
             addresses: on a CPU."""
-    for _, group in groupby(placed, key=lambda placement: id(placement.parameter.layer)):
+    for _, group in groupby(placements, key=lambda placement: id(placement.parameter.layer)):
         in_layer = list(group)
         layer = in_layer[0].parameter.layer
         received_tensors = {}
