@@ -148,38 +148,38 @@ def _ranks(ranks: list[int], limit: int = 16) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {numbers}{remainder}"
 
 
-async def _inspect_engines(rollouts: RolloutCollector, pushing: bool = False) -> RoleDiagnosis:
+async def _inspect_engines(collector: RolloutCollector, pushing: bool = False) -> RoleDiagnosis:
     """Inspect the engines that sample. The headline has the open groups, since when, and the stuck
     engines.
 
     Args:
-        rollouts: the collector, which knows the open groups.
+        collector: knows the open groups.
         pushing: whether a weight push is in progress."""
-    fleet, in_flight = rollouts.fleet, rollouts.in_flight
+    fleet, in_flight = collector.fleet, collector.in_flight
     headline = _open_groups(in_flight, "sampling")
     if pushing:
         headline = f"given weights after version {fleet.policy_version}"
     return await _inspect(list(fleet.engines), "engines", headline, in_flight.oldest("sampling"))
 
 
-async def _inspect_teacher(rollouts: RolloutCollector) -> RoleDiagnosis:
+async def _inspect_teacher(collector: RolloutCollector) -> RoleDiagnosis:
     """Inspect the engines of all teachers as `_inspect_engines` does."""
-    assert rollouts.teachers is not None, "called for runs with a teacher only"
-    in_flight = rollouts.in_flight
+    assert collector.teachers is not None, "called for runs with a teacher only"
+    in_flight = collector.in_flight
     headline = _open_groups(in_flight, "scoring")
-    engines = [engine for fleet in rollouts.teachers.fleets.values() for engine in fleet.engines]
+    engines = [engine for fleet in collector.teachers.fleets.values() for engine in fleet.engines]
     return await _inspect(engines, "teacher", headline, in_flight.oldest("scoring"))
 
 
-def _inspect_rewards(rollouts: RolloutCollector) -> RoleDiagnosis:
+def _inspect_rewards(collector: RolloutCollector) -> RoleDiagnosis:
     """Inspect the reward workers. The headline has the groups being graded and the job that has
     taken longest."""
-    oldest_group = rollouts.in_flight.oldest("grading")
-    jobs = rollouts.pool.jobs()
+    oldest_group = collector.in_flight.oldest("grading")
+    jobs = collector.pool.jobs()
     details = [f"oldest group: {_describe_group(oldest_group)}"] if oldest_group else []
-    details += [f"counters: {rollouts.pool.snapshot()}"]
+    details += [f"counters: {collector.pool.snapshot()}"]
     details += [_describe_job(job) for job in jobs]
-    headline = f"rewards: {rollouts.in_flight.count('grading')} groups are being graded"
+    headline = f"rewards: {collector.in_flight.count('grading')} groups are being graded"
     if jobs:
         headline += f"; {_describe_job(jobs[0])}"
     elif oldest_group:
@@ -189,7 +189,7 @@ def _inspect_rewards(rollouts: RolloutCollector) -> RoleDiagnosis:
     return RoleDiagnosis("rewards", headline, details)
 
 
-async def count_tokens(rollouts: RolloutCollector) -> int:
+async def count_tokens(collector: RolloutCollector) -> int:
     """Return the number of tokens that all engines have generated, by vLLM's metrics; engines
     without metrics count 0."""
 
@@ -198,7 +198,7 @@ async def count_tokens(rollouts: RolloutCollector) -> int:
         return counters[TOKEN_COUNTER] if counters else 0
 
     running_engines = [
-        engine for engine in rollouts.fleet.engines if engine.is_up and engine.client.url
+        engine for engine in collector.fleet.engines if engine.is_up and engine.client.url
     ]
     return sum(await asyncio.gather(*(generated_tokens(engine) for engine in running_engines)))
 
@@ -287,15 +287,15 @@ def _shorten_question(question: str) -> str:
 
 async def diagnose(run: RunHandles) -> list[RoleDiagnosis]:
     """Return a diagnosis per role; the first is what everything waits for."""
-    rollouts = run.rollouts
+    collector = run.collector
     inspections = [inspect_trainer(run.trainer)]
-    if rollouts is not None:
-        inspections.append(_inspect_engines(rollouts, pushing=_is_pushing(run)))
-        if rollouts.teachers is not None:
-            inspections.append(_inspect_teacher(rollouts))
+    if collector is not None:
+        inspections.append(_inspect_engines(collector, pushing=_is_pushing(run)))
+        if collector.teachers is not None:
+            inspections.append(_inspect_teacher(collector))
     diagnoses = {diagnosis.role: diagnosis for diagnosis in await asyncio.gather(*inspections)}
-    if rollouts is not None:
-        diagnoses["rewards"] = _inspect_rewards(rollouts)
+    if collector is not None:
+        diagnoses["rewards"] = _inspect_rewards(collector)
     diagnoses["controller"] = _inspect_controller(run)
     awaited_role = _awaited_role(run)
     return [diagnoses.pop(awaited_role), *diagnoses.values()]
@@ -329,14 +329,14 @@ def _awaited_role(run: RunHandles) -> str:
     Groups are sampled, then graded, then scored: the earliest of these phases comes next."""
     if run.trainer.pending_call is not None:
         return "trainer"
-    rollouts = run.rollouts
-    if rollouts is None:
+    collector = run.collector
+    if collector is None:
         return "controller"
-    if rollouts.in_flight.count("sampling") or _is_pushing(run):
+    if collector.in_flight.count("sampling") or _is_pushing(run):
         return "engines"
-    if rollouts.in_flight.count("grading"):
+    if collector.in_flight.count("grading"):
         return "rewards"
-    return "teacher" if rollouts.in_flight.count("scoring") else "controller"
+    return "teacher" if collector.in_flight.count("scoring") else "controller"
 
 
 def _is_pushing(run: RunHandles) -> bool:

@@ -35,7 +35,7 @@ def health(watchdog: Watchdog) -> dict[str, Any]:
     - degraded: the run goes on with fewer engines or ranks.
     - stalled: no progress for `run.hang_seconds`."""
     run = watchdog.run
-    trainer, rollouts = run.trainer, run.rollouts
+    trainer, collector = run.trainer, run.collector
     phase, detail = run.recorder.view.current_phase
     pending_call = trainer.pending_call
     facts: dict[str, Any] = {
@@ -56,8 +56,8 @@ def health(watchdog: Watchdog) -> dict[str, Any]:
         },
     }
     engines_down = 0
-    if rollouts is not None:
-        fleet, in_flight = rollouts.fleet, rollouts.in_flight
+    if collector is not None:
+        fleet, in_flight = collector.fleet, collector.in_flight
         engines_down = sum(not engine.is_up for engine in fleet.engines)
         facts["engines"] = {
             "up": len(fleet.engines) - engines_down,
@@ -67,7 +67,7 @@ def health(watchdog: Watchdog) -> dict[str, Any]:
             "sequences": {engine.name: engine.num_running for engine in fleet.engines},
         }
         facts["groups"] = {phase: in_flight.count(phase) for phase in PHASES}
-        facts["rewards"] = rollouts.pool.snapshot()
+        facts["rewards"] = collector.pool.snapshot()
     if watchdog.is_stalled:
         facts["status"] = "stalled"
     elif engines_down or len(trainer.ranks) < trainer.world_size:
@@ -147,8 +147,8 @@ class HealthServer(Collector):
         yield _gauge("trainer_ranks", "ranks that have built their model", len(trainer.ranks))
         yield _counter("trainer_restarts", "restarts of all ranks together", trainer.num_restarts)
         yield _counter("trainer_replies", "replies of single ranks to calls", trainer.num_replies)
-        if run.rollouts is not None:
-            yield from _rollout_metrics(run.rollouts)
+        if run.collector is not None:
+            yield from _rollout_metrics(run.collector)
 
 
 def _step_metrics(run: RunHandles) -> Iterator[Metric]:
@@ -164,8 +164,8 @@ def _step_metrics(run: RunHandles) -> Iterator[Metric]:
     yield _gauges("phase_seconds", "seconds of each phase of the last step", "phase", seconds)
 
 
-def _rollout_metrics(rollouts: RolloutCollector) -> Iterator[Metric]:
-    fleet, in_flight = rollouts.fleet, rollouts.in_flight
+def _rollout_metrics(collector: RolloutCollector) -> Iterator[Metric]:
+    fleet, in_flight = collector.fleet, collector.in_flight
     num_running = {engine.name: engine.num_running for engine in fleet.engines}
     are_up = {engine.name: engine.is_up for engine in fleet.engines}
     yield _gauges("engine_up", "1: the engine serves requests", "engine", are_up)
@@ -187,7 +187,7 @@ def _rollout_metrics(rollouts: RolloutCollector) -> Iterator[Metric]:
     levels = GaugeMetricFamily(
         f"{METRIC_PREFIX}grader_jobs", "grading jobs that are not done", labels=["state"]
     )
-    for name, count in rollouts.pool.snapshot().items():
+    for name, count in collector.pool.snapshot().items():
         (levels if name in LEVELS else grades).add_metric([name], count)
     yield from (grades, levels)
 

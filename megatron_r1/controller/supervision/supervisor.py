@@ -33,9 +33,9 @@ class Supervisor:
         self._watchdog = Watchdog(self._run)
         self._host = "0.0.0.0" if spans_hosts else "127.0.0.1"
 
-    def watch_rollouts(self, rollouts: RolloutCollector) -> None:
+    def watch_rollouts(self, collector: RolloutCollector) -> None:
         """Also supervise engines, reward workers and their groups from now on."""
-        self._run.rollouts = rollouts
+        self._run.collector = collector
 
     @contextlib.asynccontextmanager
     async def watching(self) -> AsyncIterator[None]:
@@ -98,11 +98,11 @@ class Supervisor:
         """Let engines on the trainer's GPUs sleep. Its ranks have been killed before: vLLM's sleep
         fails where a rank allocates meanwhile, because it compares how much of the GPU is free
         before and after (v1/worker/gpu_worker.py)."""
-        rollouts = self._run.rollouts
-        if rollouts is None or not self._run.config.rollout.colocated:
+        collector = self._run.collector
+        if collector is None or not self._run.config.rollout.colocated:
             return
         try:
-            await rollouts.fleet.sleep()
+            await collector.fleet.sleep()
         except EngineError as error:
             self._run.recorder.view.show_message(f"engines did not free their memory: {error}")
 

@@ -93,8 +93,8 @@ class Watchdog:
         # noticed after 34 s.
         while True:
             await asyncio.sleep(every_seconds)
-            if self.run.rollouts is not None:
-                self.run.num_engine_tokens = await count_tokens(self.run.rollouts)
+            if self.run.collector is not None:
+                self.run.num_engine_tokens = await count_tokens(self.run.collector)
 
     async def _handle_hang(self) -> bool:
         """Write a report and act by `run.on_hang`. Return whether to stay silent until there is

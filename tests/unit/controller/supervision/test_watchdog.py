@@ -85,23 +85,23 @@ class Run:
             )
             async with RewardPool(1, timeout_seconds=1e5) as pool:
                 fleet = RolloutFleet(1, folder.path / "logs")
-                self.rollouts = RolloutCollector(fleet, pool, TEXT, RewardsConfig())
+                self.collector = RolloutCollector(fleet, pool, TEXT, RewardsConfig())
                 self.recorder.view.show_phase("rollout")
-                self.supervisor.watch_rollouts(self.rollouts)
+                self.supervisor.watch_rollouts(self.collector)
                 yield self.supervisor
             await self.trainer.close()
 
     async def start_grader(self) -> None:
         """Start the reward worker, which may take longer than a run may be quiet here."""
-        await self.rollouts.pool.grade("graders:when_let", "42", str(self.folder))
+        await self.collector.pool.grade("graders:when_let", "42", str(self.folder))
 
     async def grade(self, gate: Path) -> None:
         """Grade one answer, which takes until `gate` exists."""
-        with self.rollouts.in_flight.group(
+        with self.collector.in_flight.group(
             make_prompt(QUESTION, "graders:when_let", "", {})
         ) as group:
             group.sampling_done([])
-            await self.rollouts.pool.grade("graders:when_let", "42", str(gate), question=QUESTION)
+            await self.collector.pool.grade("graders:when_let", "42", str(gate), question=QUESTION)
 
     async def get(self, path: str) -> tuple[int, str]:
         address = (self.folder / "health_address").read_text().strip()
@@ -125,7 +125,7 @@ def test_an_engine_that_starts_does_not_hide_a_trainer_that_hangs(tmp_path):
         async with run.supervised() as supervisor:
             server = EngineServer(run.config.model.path, tmp_path / "engine-0.log")
             engine = Engine(0, server, EngineClient(""), is_up=False)
-            run.rollouts.fleet.engines.append(engine)
+            run.collector.fleet.engines.append(engine)
             async with supervisor.watching():
                 await work()
 
@@ -359,14 +359,14 @@ def test_an_engine_that_owes_a_group_is_named_with_it_and_asked_for_its_stacks(
                 Engine(0, servers[0], busy, num_running=2, is_open=False),
                 Engine(1, servers[1], hung),
             ]
-            fleet = run.rollouts.fleet
+            fleet = run.collector.fleet
             fleet.engines[:] = engines
             fleet.state.begin()  # as `start` would
             sampling = RolloutSampling(
                 group_size=4, temperature=1.0, top_p=1.0, max_response_tokens=8
             )
             async with supervisor.watching():
-                await run.rollouts.collect([asked], sampling)
+                await run.collector.collect([asked], sampling)
 
     with (
         FakeServer(lambda *_: (501, "")) as busy,  # an error is an answer
@@ -391,7 +391,7 @@ def test_a_teacher_that_says_nothing_is_what_everything_waits_for(tmp_path, monk
     asked = make_prompt(QUESTION, "math", "1", {})
 
     async def score():
-        with run.rollouts.in_flight.group(asked) as group:
+        with run.collector.in_flight.group(asked) as group:
             group.sampling_done([])
             group.grading_done()
             await asyncio.sleep(1e5)
@@ -401,7 +401,7 @@ def test_a_teacher_that_says_nothing_is_what_everything_waits_for(tmp_path, monk
             teacher = RolloutFleet(1, tmp_path, role="teacher")
             server = EngineServer(run.config.model.path, tmp_path / "teacher-0.log")
             teacher.engines.append(Engine(0, server, client, role="teacher", num_running=4))
-            run.rollouts.teachers = Teachers({"": teacher}, {"": run.config.model.path})
+            run.collector.teachers = Teachers({"": teacher}, {"": run.config.model.path})
             async with supervisor.watching():
                 await score()
 
