@@ -419,31 +419,71 @@ def _latent(hf_config: HFConfig) -> list[WeightRule]:
     nope = hf_config["qk_nope_head_dim"]
     rope = hf_config["qk_rope_head_dim"]
     value = hf_config["v_head_dim"]
-    m, h = "self_attention.", "self_attn."
+    megatron_prefix, hf_prefix = "self_attention.", "self_attn."
     query_height, kv_height = heads * (nope + rope), heads * (nope + value)
-    q_norm, kv_norm = (f"{m}linear_{x}_up_proj.layer_norm_weight" for x in ("q", "kv"))
+    q_norm, kv_norm = (
+        f"{megatron_prefix}linear_{x}_up_proj.layer_norm_weight" for x in ("q", "kv")
+    )
     if rank := hf_config.get("q_lora_rank"):
         query = [
-            weight_rule(m + "linear_q_down_proj", h + "q_a_proj", (rank, hidden), replicated),
-            weight_rule(m + "q_layernorm", h + "q_a_layernorm", (rank,), replicated, q_norm),
             weight_rule(
-                m + "linear_q_up_proj", h + "q_b_proj", (query_height, rank), column_parallel
+                f"{megatron_prefix}linear_q_down_proj",
+                f"{hf_prefix}q_a_proj",
+                (rank, hidden),
+                replicated,
+            ),
+            weight_rule(
+                f"{megatron_prefix}q_layernorm",
+                f"{hf_prefix}q_a_layernorm",
+                (rank,),
+                replicated,
+                q_norm,
+            ),
+            weight_rule(
+                f"{megatron_prefix}linear_q_up_proj",
+                f"{hf_prefix}q_b_proj",
+                (query_height, rank),
+                column_parallel,
             ),
         ]
     else:
         query = [
-            weight_rule(m + "linear_q_proj", h + "q_proj", (query_height, hidden), column_parallel)
+            weight_rule(
+                f"{megatron_prefix}linear_q_proj",
+                f"{hf_prefix}q_proj",
+                (query_height, hidden),
+                column_parallel,
+            )
         ]
     down_shape = (latent_size + rope, hidden)
     return [
         weight_rule("input_layernorm", "input_layernorm", (hidden,), replicated),
         *query,
-        weight_rule(m + "linear_kv_down_proj", h + "kv_a_proj_with_mqa", down_shape, replicated),
-        weight_rule(m + "kv_layernorm", h + "kv_a_layernorm", (latent_size,), replicated, kv_norm),
         weight_rule(
-            m + "linear_kv_up_proj", h + "kv_b_proj", (kv_height, latent_size), column_parallel
+            f"{megatron_prefix}linear_kv_down_proj",
+            f"{hf_prefix}kv_a_proj_with_mqa",
+            down_shape,
+            replicated,
         ),
-        weight_rule(m + "linear_proj", h + "o_proj", (hidden, heads * value), row_parallel),
+        weight_rule(
+            f"{megatron_prefix}kv_layernorm",
+            f"{hf_prefix}kv_a_layernorm",
+            (latent_size,),
+            replicated,
+            kv_norm,
+        ),
+        weight_rule(
+            f"{megatron_prefix}linear_kv_up_proj",
+            f"{hf_prefix}kv_b_proj",
+            (kv_height, latent_size),
+            column_parallel,
+        ),
+        weight_rule(
+            f"{megatron_prefix}linear_proj",
+            f"{hf_prefix}o_proj",
+            (hidden, heads * value),
+            row_parallel,
+        ),
     ]
 
 
