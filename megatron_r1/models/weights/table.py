@@ -419,71 +419,31 @@ def _latent(hf_config: HFConfig) -> list[WeightRule]:
     nope = hf_config["qk_nope_head_dim"]
     rope = hf_config["qk_rope_head_dim"]
     value = hf_config["v_head_dim"]
-    megatron_prefix, hf_prefix = "self_attention.", "self_attn."
     query_height, kv_height = heads * (nope + rope), heads * (nope + value)
-    q_norm, kv_norm = (
-        f"{megatron_prefix}linear_{x}_up_proj.layer_norm_weight" for x in ("q", "kv")
-    )
+    q_norm, kv_norm = (f"self_attention.linear_{x}_up_proj.layer_norm_weight" for x in ("q", "kv"))
+
+    def rule(
+        megatron_name: str, hf_name: str, shape: Shape, split: Split, te_name: str | None = None
+    ) -> WeightRule:
+        names = f"self_attention.{megatron_name}", f"self_attn.{hf_name}"
+        return weight_rule(*names, shape, split, te_name)
+
     if rank := hf_config.get("q_lora_rank"):
         query = [
-            weight_rule(
-                f"{megatron_prefix}linear_q_down_proj",
-                f"{hf_prefix}q_a_proj",
-                (rank, hidden),
-                replicated,
-            ),
-            weight_rule(
-                f"{megatron_prefix}q_layernorm",
-                f"{hf_prefix}q_a_layernorm",
-                (rank,),
-                replicated,
-                q_norm,
-            ),
-            weight_rule(
-                f"{megatron_prefix}linear_q_up_proj",
-                f"{hf_prefix}q_b_proj",
-                (query_height, rank),
-                column_parallel,
-            ),
+            rule("linear_q_down_proj", "q_a_proj", (rank, hidden), replicated),
+            rule("q_layernorm", "q_a_layernorm", (rank,), replicated, q_norm),
+            rule("linear_q_up_proj", "q_b_proj", (query_height, rank), column_parallel),
         ]
     else:
-        query = [
-            weight_rule(
-                f"{megatron_prefix}linear_q_proj",
-                f"{hf_prefix}q_proj",
-                (query_height, hidden),
-                column_parallel,
-            )
-        ]
+        query = [rule("linear_q_proj", "q_proj", (query_height, hidden), column_parallel)]
     down_shape = (latent_size + rope, hidden)
     return [
         weight_rule("input_layernorm", "input_layernorm", (hidden,), replicated),
         *query,
-        weight_rule(
-            f"{megatron_prefix}linear_kv_down_proj",
-            f"{hf_prefix}kv_a_proj_with_mqa",
-            down_shape,
-            replicated,
-        ),
-        weight_rule(
-            f"{megatron_prefix}kv_layernorm",
-            f"{hf_prefix}kv_a_layernorm",
-            (latent_size,),
-            replicated,
-            kv_norm,
-        ),
-        weight_rule(
-            f"{megatron_prefix}linear_kv_up_proj",
-            f"{hf_prefix}kv_b_proj",
-            (kv_height, latent_size),
-            column_parallel,
-        ),
-        weight_rule(
-            f"{megatron_prefix}linear_proj",
-            f"{hf_prefix}o_proj",
-            (hidden, heads * value),
-            row_parallel,
-        ),
+        rule("linear_kv_down_proj", "kv_a_proj_with_mqa", down_shape, replicated),
+        rule("kv_layernorm", "kv_a_layernorm", (latent_size,), replicated, kv_norm),
+        rule("linear_kv_up_proj", "kv_b_proj", (kv_height, latent_size), column_parallel),
+        rule("linear_proj", "o_proj", (hidden, heads * value), row_parallel),
     ]
 
 
