@@ -4,7 +4,13 @@ Megatron."""
 from typing import Any
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.models.hf_config import HFConfig, is_number, model_family, need, require
+from megatron_r1.models.hf_config import (
+    HFConfig,
+    is_number,
+    model_family,
+    require_keys,
+    require_values,
+)
 
 _ROPE_KEYS = {
     "default": (),
@@ -77,7 +83,7 @@ def _linear_factor(rope: dict[str, Any]) -> float | None:
     """Return the number that positions are divided by, or None without such scaling."""
     if rope["rope_type"] != "linear":
         return None
-    need(rope, "factor")
+    require_keys(rope, "factor")
     if not isinstance(rope["factor"], float):
         raise UserError(
             f"config.json: factor={rope['factor']!r} of linear must be written with a decimal point"
@@ -98,7 +104,7 @@ def rope_scaling(hf_config: HFConfig) -> dict[str, Any] | None:
         or (rope := _rope(hf_config))["rope_type"] != "llama3"
     ):
         return None
-    need(rope, *_ROPE_KEYS["llama3"])
+    require_keys(rope, *_ROPE_KEYS["llama3"])
     return {name: rope[name] for name in _ROPE_KEYS["llama3"]}
 
 
@@ -112,12 +118,12 @@ def yarn_scaling(hf_config: HFConfig) -> dict[str, Any] | None:
         return None
     names = ("factor", "rope_theta", "original_max_position_embeddings")
     # vLLM's class of gpt-oss has no default of these.
-    need(
+    require_keys(
         rope,
         *names,
         *(("beta_fast", "beta_slow") if model_family(hf_config).attention_sinks else ()),
     )
-    require(rope, attention_factor=None, mscale=None, mscale_all_dim=None)
+    require_values(rope, attention_factor=None, mscale=None, mscale_all_dim=None)
     return {name: rope[name] for name in names} | {
         "beta_fast": rope.get("beta_fast") or 32,
         "beta_slow": rope.get("beta_slow") or 1,
@@ -193,8 +199,8 @@ def _grouped_query(hf_config: HFConfig) -> dict[str, Any]:
 
 
 def _latent(hf_config: HFConfig) -> dict[str, Any]:
-    need(hf_config, "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-    need(hf_config, KEY_VALUE_HEADS)  # transformers' default is DeepSeek-V3's 128
+    require_keys(hf_config, "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    require_keys(hf_config, KEY_VALUE_HEADS)  # transformers' default is DeepSeek-V3's 128
     if "q_lora_rank" not in hf_config:
         raise UserError(
             "config.json lacks q_lora_rank, whose default in transformers is not null; add null for"
@@ -203,7 +209,7 @@ def _latent(hf_config: HFConfig) -> dict[str, Any]:
             cause=Cause.MISSING,
         )
     nope, rope = hf_config["qk_nope_head_dim"], hf_config["qk_rope_head_dim"]
-    require(
+    require_values(
         hf_config, num_key_value_heads=hf_config["num_attention_heads"], qk_head_dim=nope + rope
     )
     if hf_config.get("head_dim") not in (None, rope, nope + rope):
@@ -303,7 +309,7 @@ def _rope(hf_config: HFConfig) -> dict[str, Any]:
             cause=Cause.OUT_OF_RANGE,
         )
     if family.rotary_fraction == 1.0:
-        require(rope, partial_rotary_factor=1.0)
+        require_values(rope, partial_rotary_factor=1.0)
     return rope
 
 
@@ -314,8 +320,8 @@ def _latent_rope(hf_config: HFConfig) -> dict[str, Any]:
     if rope["rope_type"] == "default":
         # The softmax scale reads the factor whatever the rope_type is (multi_latent_attention.py).
         return {**fields, "rope_type": "rope", "rotary_scaling_factor": 1.0, "mscale_all_dim": 0.0}
-    require(rope, attention_factor=None, truncate=True)
-    need(rope, "factor", "original_max_position_embeddings")
+    require_values(rope, attention_factor=None, truncate=True)
+    require_keys(rope, "factor", "original_max_position_embeddings")
     mscale, mscale_all_dim = rope.get("mscale") or 0.0, rope.get("mscale_all_dim") or 0.0
     if (not mscale_all_dim and mscale not in (0.0, 1.0)) or (mscale_all_dim and not mscale):
         raise UserError(

@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.models.families import SWIGLU_LIMIT
-from megatron_r1.models.hf_config import HFConfig, model_family, need, sparse_layers
+from megatron_r1.models.hf_config import HFConfig, model_family, require_keys, sparse_layers
 
 GROUP_SCORES = {"sigmoid": 2, "softmax": 1}
 """The number of a group's best experts whose scores are summed to the score of the group: two in
@@ -20,7 +20,7 @@ def expert_fields(hf_config: HFConfig) -> dict[str, Any]:
     function = model_family(hf_config).router_score
     if not function:
         return {}
-    need(hf_config, "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size")
+    require_keys(hf_config, "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size")
     _check_layer_types(hf_config)
     size, num_shared = hf_config["moe_intermediate_size"], hf_config.get("n_shared_experts") or 0
     return {
@@ -169,7 +169,7 @@ def routing_shape(hf_config: HFConfig) -> RoutingShape:
             key="rl.routing_replay",
             cause=Cause.CONFLICT,
         )
-    need(hf_config, "num_hidden_layers", "num_experts_per_tok")
+    require_keys(hf_config, "num_hidden_layers", "num_experts_per_tok")
     moe_layers = tuple(layer for layer, sparse in enumerate(sparse_layers(hf_config)) if sparse)
     return RoutingShape(
         hf_config["num_hidden_layers"],

@@ -404,7 +404,7 @@ def is_number(value: Any) -> bool:
     return type(value) in (int, float) and -MAX_NUMBER < value < MAX_NUMBER
 
 
-def require(hf_config: HFConfig, **allowed: Any) -> None:
+def require_values(hf_config: HFConfig, **allowed: Any) -> None:
     """Raise UserError for a field of `hf_config` that is set to another value than the one
     allowed."""
     for name, value in allowed.items():
@@ -418,7 +418,7 @@ def require(hf_config: HFConfig, **allowed: Any) -> None:
             )
 
 
-def need(hf_config: HFConfig, *names: str) -> None:
+def require_keys(hf_config: HFConfig, *names: str) -> None:
     """Raise UserError naming every field of `names` that `hf_config` lacks."""
     missing_names = [name for name in names if hf_config.get(name) is None]
     if missing_names:

@@ -24,9 +24,9 @@ from megatron_r1.models.hf_config import (
     HFConfig,
     is_number,
     model_family,
-    need,
     num_mtp_layers,
-    require,
+    require_keys,
+    require_values,
 )
 
 
@@ -169,9 +169,13 @@ def model_fields(hf_config: HFConfig) -> dict[str, Any]:
     `check_supported`."""
     _check_sizes(hf_config)
     hf_config, family = KeyRecorder(hf_config), model_family(hf_config)
-    need(hf_config, "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
-    need(hf_config, "vocab_size", "rms_norm_eps", "max_position_embeddings", *family.required_keys)
-    require(hf_config, hidden_act="silu", attention_dropout=0.0, **family.fixed_values)
+    require_keys(
+        hf_config, "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size"
+    )
+    require_keys(
+        hf_config, "vocab_size", "rms_norm_eps", "max_position_embeddings", *family.required_keys
+    )
+    require_values(hf_config, hidden_act="silu", attention_dropout=0.0, **family.fixed_values)
     _check_quantization(hf_config)
     fields = {
         **attention_fields(hf_config),

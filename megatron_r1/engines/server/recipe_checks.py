@@ -19,7 +19,7 @@ from megatron_r1.models.hf_config import (
     language_settings,
     model_family,
     padded_vocabulary,
-    require,
+    require_values,
     resolve_aliases,
     sparse_layers,
 )
@@ -203,7 +203,7 @@ def check_ranks(engines: RolloutConfig | TeacherEngines, hf_config: HFConfig, se
         _check_gpt_oss(engines, language, section)
     if "DeepseekV3ForCausalLM" in (language.get("architectures") or ()):
         # Where they are absent, the engine gets them (`EngineServer`).
-        require(language, **FAMILIES["DeepseekV3"].implied_values)
+        require_values(language, **FAMILIES["DeepseekV3"].implied_values)
     _check_sparse(hf_config)
     layers = language.get("num_hidden_layers", engines.pipeline_parallel)
     if engines.pipeline_parallel > layers:
