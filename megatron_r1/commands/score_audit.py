@@ -149,11 +149,10 @@ def describe(result: Audit, path: str) -> list[str]:
         ]
     if result.concerned:
         lines += ["", f"verdicts that are wrong or undecided: {len(result.concerned):,}"]
-    for response, finding in result.concerned[:MAX_SHOWN]:
+    for response, second_verdict in result.concerned[:MAX_SHOWN]:
         verdict = "accepted" if response.is_accepted else "rejected"
-        lines.append(
-            f"  {finding.outcome:9} {verdict:8} {response.id}: {shorten(finding.reason, 160)}"
-        )
+        reason = shorten(second_verdict.reason, 160)
+        lines.append(f"  {second_verdict.outcome:9} {verdict:8} {response.id}: {reason}")
     if len(result.concerned) > MAX_SHOWN:
         lines.append("  … --json FILE has all")
     return lines

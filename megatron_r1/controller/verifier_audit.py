@@ -71,7 +71,7 @@ class Audit:
         sources: data source → its errors.
         overall: those of all sources.
         effect: None where no group has two responses.
-        judged: every judged response with its finding."""
+        judged: every judged response with the second method's verdict."""
 
     num_responses: int
     num_ungraded: int
@@ -133,7 +133,7 @@ async def audit(
         response for group in drawn_groups for response in group if response.can_be_audited
     ]
     distinct_responses = list({response.id: response for response in to_judge}.values())
-    findings = await judge_all(distinct_responses, judge)
+    second_verdicts = await judge_all(distinct_responses, judge)
     sources = sorted({stratum[0] for stratum in strata})
     kinds_without_method = Counter(
         response.kind
@@ -144,10 +144,12 @@ async def audit(
         num_responses=sum(map(len, strata.values())),
         num_ungraded=sum(response.total is None for response in responses),
         without_method=dict(kinds_without_method.most_common()),
-        sources={name: error_rates(strata, drawn_responses, findings, name) for name in sources},
-        overall=error_rates(strata, drawn_responses, findings),
-        effect=_effect(len(groups), drawn_groups, findings, advantages or _z_scores, seed),
-        judged=[(response, findings[response.id]) for response in distinct_responses],
+        sources={
+            name: error_rates(strata, drawn_responses, second_verdicts, name) for name in sources
+        },
+        overall=error_rates(strata, drawn_responses, second_verdicts),
+        effect=_effect(len(groups), drawn_groups, second_verdicts, advantages or _z_scores, seed),
+        judged=[(response, second_verdicts[response.id]) for response in distinct_responses],
     )
 
 
@@ -212,7 +214,7 @@ def _groups(responses: Iterable[AuditedResponse]) -> list[list[AuditedResponse]]
 def _effect(
     num_groups: int,
     drawn_groups: list[list[AuditedResponse]],
-    findings: Mapping[str, SecondVerdict],
+    second_verdicts: Mapping[str, SecondVerdict],
     advantages: Advantages,
     seed: int,
 ) -> AdvantageEffect | None:
@@ -225,7 +227,7 @@ def _effect(
     for reversed_outcomes in (("wrong",), ("wrong", "undecided")):
         corrected_advantages = advantages(
             [
-                [_corrected(response, findings, reversed_outcomes) for response in group]
+                [_corrected(response, second_verdicts, reversed_outcomes) for response in group]
                 for group in drawn_groups
             ]
         )
@@ -252,11 +254,12 @@ def _effect(
 
 
 def _corrected(
-    response: AuditedResponse, findings: Mapping[str, SecondVerdict], outcomes: Sequence[str]
+    response: AuditedResponse, second_verdicts: Mapping[str, SecondVerdict], outcomes: Sequence[str]
 ) -> float | None:
-    """Return the total with the reward of the other verdict where the finding is one of these."""
-    finding = findings.get(response.id)
-    if response.total is None or finding is None or finding.outcome not in outcomes:
+    """Return the total with the reward of the other verdict where the second method says one of
+    these outcomes."""
+    second_verdict = second_verdicts.get(response.id)
+    if response.total is None or second_verdict is None or second_verdict.outcome not in outcomes:
         return response.total
     reward = 0.0 if response.is_accepted else 1.0
     return response.total + response.weight * (reward - response.reward)
@@ -270,15 +273,15 @@ def _sign(value: float) -> int:
     return (value > 0) - (value < 0)
 
 
-def _as_json(response: AuditedResponse, finding: SecondVerdict) -> dict[str, Any]:
+def _as_json(response: AuditedResponse, second_verdict: SecondVerdict) -> dict[str, Any]:
     content = response.load()
     return {
         "place": response.id,
         "source": response.source,
         "kind": response.kind,
         "verdict": "accepted" if response.is_accepted else "rejected",
-        "outcome": finding.outcome,
-        "reason": finding.reason,
+        "outcome": second_verdict.outcome,
+        "reason": second_verdict.reason,
         "response": content.response,
         "truth": content.truth,
     }

@@ -18,9 +18,9 @@ import random
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from r1_grading import RewardPool
+from r1_grading import Grade, RewardPool
 from r1_grading.terms import RUN_ARGUMENTS, reward_arguments
 
 from megatron_r1.base.errors import Cause, UserError
@@ -146,7 +146,7 @@ class SecondMethodJudge:
         self._without_math_verify = without_math_verify
 
     async def judge(self, response: AuditedResponse) -> SecondVerdict:
-        """Return the finding of one verdict. A response that the second method cannot read within
+        """Return what the second method says of one verdict. A response that it cannot read within
         its limits is undecided."""
         content = response.load()
         fields = dict(content.fields)
@@ -158,12 +158,9 @@ class SecondMethodJudge:
             name: arguments[name] for name in ("thought_opened", "reading") if name in arguments
         }
         grade = await self._pool.grade(READER, content.response, content.truth, **reading_options)
-        if not grade.verdict:  # out of time or memory, or a malformed truth
-            return SecondVerdict("undecided", grade.reason)
-        upstream, points = grade.verdict.split(",")
-        if self._without_math_verify:
-            upstream = points
-        return SecondVerdict(classify_verdict(response.is_accepted, upstream, points), grade.reason)
+        return judge_mathematics(
+            response.is_accepted, grade, without_math_verify=self._without_math_verify
+        )
 
     async def _run_again(
         self, is_accepted: bool, content: AnswerContent, arguments: Mapping[str, Any]
@@ -178,10 +175,49 @@ class SecondMethodJudge:
                 reason = f"passes in {sum(passes)} of {len(passes)} runs; {grade.reason}"
                 return SecondVerdict("undecided", f"flaky: {reason}")
         reason = f"{self._repeats} runs of its tests: {grade.reason}"
-        return SecondVerdict("confirmed" if passes[0] == is_accepted else "wrong", reason)
+        return SecondVerdict(classify_runs(is_accepted, passes), reason)
 
 
-def classify_verdict(is_accepted: bool, upstream: str, points: str) -> Outcome:
+class MathematicsReadings(NamedTuple):
+    """What the second reader's two methods say of an answer: "right", "wrong" or "unsure"."""
+
+    math_verify: str
+    sampled_values: str
+
+
+def mathematics_readings(grade: Grade) -> MathematicsReadings:
+    """Return what a grade of the second reader says; one without a verdict (out of time or memory,
+    a malformed truth) is unsure."""
+    return MathematicsReadings(*(grade.verdict or "unsure,unsure").split(","))
+
+
+def judge_mathematics(
+    is_accepted: bool, grade: Grade, *, without_math_verify: bool = False
+) -> SecondVerdict:
+    """Return what the second reader says of a verdict.
+
+    Args:
+        is_accepted: the verdict.
+        grade: the second reader's.
+        without_math_verify: leave its reading by math-verify out."""
+    math_verify, sampled_values = mathematics_readings(grade)
+    if without_math_verify:
+        math_verify = sampled_values
+    return SecondVerdict(classify_verdict(is_accepted, math_verify, sampled_values), grade.reason)
+
+
+def classify_runs(is_accepted: bool, passes: Sequence[bool]) -> Outcome:
+    """Return what runs of a program's tests say of a verdict; different runs leave it undecided.
+
+    Args:
+        is_accepted: the verdict.
+        passes: of each run, whether the program passes."""
+    if len(set(passes)) > 1:
+        return "undecided"
+    return "confirmed" if passes[0] == is_accepted else "wrong"
+
+
+def classify_verdict(is_accepted: bool, math_verify: str, sampled_values: str) -> Outcome:
     """Return what two readings say of a verdict; each is "right", "wrong" or "unsure".
 
     | math-verify | values at points | outcome |
@@ -193,12 +229,12 @@ def classify_verdict(is_accepted: bool, upstream: str, points: str) -> Outcome:
 
     Args:
         is_accepted: the verdict.
-        upstream: math-verify's reading.
-        points: that of values at points."""
+        math_verify: math-verify's reading.
+        sampled_values: that of values at points."""
     verdict, contrary = ("right", "wrong") if is_accepted else ("wrong", "right")
-    if points == verdict or (points == "unsure" and upstream == verdict):
+    if sampled_values == verdict or (sampled_values == "unsure" and math_verify == verdict):
         return "confirmed"
-    return "wrong" if points == upstream == contrary else "undecided"
+    return "wrong" if sampled_values == math_verify == contrary else "undecided"
 
 
 def group_by_stratum(responses: Iterable[AuditedResponse]) -> dict[Stratum, list[AuditedResponse]]:
@@ -243,7 +279,7 @@ def draw_sample(
 def error_rates(
     strata: Mapping[Stratum, Sequence[AuditedResponse]],
     judged_responses: Mapping[Stratum, Sequence[AuditedResponse]],
-    findings: Mapping[str, SecondVerdict],
+    second_verdicts: Mapping[str, SecondVerdict],
     source: str | None = None,
 ) -> ErrorRates:
     """Return the estimated errors.
@@ -251,12 +287,12 @@ def error_rates(
     Args:
         strata: all responses.
         judged_responses: those that were judged.
-        findings: id → finding, of each drawn one.
+        second_verdicts: id → second verdict, of each drawn one.
         source: the data source; None: all."""
     fractions: dict[bool, list[FractionEstimate]] = {False: [], True: []}
     for stratum, responses in judged_responses.items():
         if source in (None, stratum[0]):
-            outcomes = [findings[response.id].outcome for response in responses]
+            outcomes = [second_verdicts[response.id].outcome for response in responses]
             counts = (outcomes.count(outcome) for outcome in ("wrong", "undecided"))
             fractions[stratum[2]].append(
                 sampled_fraction(len(strata[stratum]), len(responses), *counts)
@@ -271,7 +307,8 @@ def error_rates(
 async def judge_all(
     responses: Iterable[AuditedResponse], judge: SecondMethod
 ) -> dict[str, SecondVerdict]:
-    """Return id → finding of each response; the pool limits how many are read at a time."""
+    """Return id → second verdict of each response; the pool limits how many are read at a time."""
     responses = list(responses)
-    findings = await asyncio.gather(*(judge(response) for response in responses))
-    return {response.id: finding for response, finding in zip(responses, findings, strict=True)}
+    second_verdicts = await asyncio.gather(*(judge(response) for response in responses))
+    ids = (response.id for response in responses)
+    return dict(zip(ids, second_verdicts, strict=True))

@@ -36,7 +36,9 @@ from megatron_r1.evaluation.verifier_errors import (
     AnswerContent,
     AuditedResponse,
     SecondVerdict,
-    classify_verdict,
+    classify_runs,
+    judge_mathematics,
+    mathematics_readings,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -187,25 +189,25 @@ async def _read_mathematics(pool: RewardPool, answer: LabelledAnswer) -> Reading
     options = {"reading": answer.reading}
     ours = await pool.grade("math", answer.response, answer.truth, **options)
     second = await pool.grade(READER, answer.response, answer.truth, **options)
-    upstream, points = second.verdict.split(",") if second.verdict else ("unsure", "unsure")
+    accepted_by_math_verify = mathematics_readings(second).math_verify == "right"
     text = re.sub(r"</?answer>", "", answer.response)
     numbers, truths = NUMBER.findall(text), NUMBER.findall(str(answer.truth))
     return Reading(
         {
             "ours": ours.reward == 1.0,
-            MATH_VERIFY: upstream == "right",
-            BY_ITSELF: upstream == "right",
+            MATH_VERIFY: accepted_by_math_verify,
+            BY_ITSELF: accepted_by_math_verify,
             "same text": text.strip() == str(answer.truth).strip(),
             "last number": bool(numbers and truths and numbers[-1] == truths[-1]),
         },
         *(
             {
-                is_accepted: SecondVerdict(
-                    classify_verdict(is_accepted, first_reading, points), second.reason
+                is_accepted: judge_mathematics(
+                    is_accepted, second, without_math_verify=without_math_verify
                 )
                 for is_accepted in (False, True)
             }
-            for first_reading in (upstream, points)
+            for without_math_verify in (False, True)
         ),
     )
 
@@ -222,14 +224,7 @@ async def _read_program(pool: RewardPool, answer: LabelledAnswer) -> Reading:
         expected = answer.truth["tests"][0]["stdout"]
         verdicts["same text"] = answer.output.strip() == str(expected).strip()
     second = {
-        is_accepted: SecondVerdict(
-            "undecided"
-            if len(set(passes)) > 1
-            else "confirmed"
-            if passes[0] == is_accepted
-            else "wrong",
-            runs[0].reason,
-        )
+        is_accepted: SecondVerdict(classify_runs(is_accepted, passes), runs[0].reason)
         for is_accepted in (False, True)
     }
     return Reading(verdicts, second, second)

@@ -123,7 +123,7 @@ def test_a_planted_fault_is_told_from_none():
 
 
 @pytest.mark.parametrize(
-    ("is_accepted", "upstream", "points", "outcome"),
+    ("is_accepted", "math_verify", "sampled_values", "outcome"),
     [
         (True, "right", "right", "confirmed"),
         (True, "right", "unsure", "confirmed"),
@@ -140,9 +140,9 @@ def test_a_planted_fault_is_told_from_none():
     ],
 )
 def test_a_verdict_is_wrong_only_where_both_readings_contradict_it(
-    is_accepted, upstream, points, outcome
+    is_accepted, math_verify, sampled_values, outcome
 ):
-    assert classify_verdict(is_accepted, upstream, points) == outcome
+    assert classify_verdict(is_accepted, math_verify, sampled_values) == outcome
 
 
 def test_a_draw_takes_as_many_of_each_stratum_and_small_ones_whole():
