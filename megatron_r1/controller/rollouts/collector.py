@@ -35,21 +35,23 @@ from megatron_r1.engines.server.responses import Response, truncate_at_stop
 
 @dataclass
 class RolloutProgress:
-    """The sampling settings of the groups of one rollout, and when each phase last made progress.
+    """The sampling settings of the groups of one rollout, and when each phase last made progress:
+    when the rollout began, until it does.
 
     Attributes:
         sampling: how all groups are sampled.
         step_log: the step's groups on disk, if they are kept.
         sampled_at: time.perf_counter() when the newest group was sampled.
         graded_at: that time for the newest graded group.
-        teacher_done_at: that time for the newest group that the teacher has scored.
+        teacher_scored_at: that time for the newest group whose log-probabilities the teacher has
+            computed.
     """
 
     sampling: RolloutSampling
     step_log: StepLog | None
     sampled_at: float
     graded_at: float
-    teacher_done_at: float
+    teacher_scored_at: float
 
 
 class RolloutCollector:
@@ -127,7 +129,7 @@ class RolloutCollector:
             [task.result() for task in group_tasks],
             progress.sampled_at - start,
             max(0.0, progress.graded_at - progress.sampled_at),
-            teacher_seconds=max(0.0, progress.teacher_done_at - progress.sampled_at),
+            teacher_seconds=max(0.0, progress.teacher_scored_at - progress.sampled_at),
         )
 
     async def check(self, terms: Collection[str], prompts: list[Prompt]) -> None:
@@ -278,7 +280,8 @@ class RolloutCollector:
             graded_responses = await self.grader.grade_episodes(tracked.prompt, results, weights)
         else:
             graded_responses = await self.grader.grade(tracked.prompt, responses, weights)
-        tracked.grading_done()
+        if progress.sampling.with_teacher:
+            tracked.await_teacher()
         progress.graded_at = time.perf_counter()
         return graded_responses
 
@@ -321,7 +324,7 @@ class RolloutCollector:
                     tasks.create_task(compute([*prompt_ids, *response.token_ids], len(prompt_ids)))
                     for response in responses
                 ]
-        progress.teacher_done_at = time.perf_counter()
+        progress.teacher_scored_at = time.perf_counter()
         return [computation.result() for computation in computations]
 
 

@@ -1,26 +1,25 @@
 """The groups in flight: those that are being sampled or graded, or wait for a teacher.
 
-Live view and hang reports read them."""
+Hang reports and the health server read them."""
 
 from __future__ import annotations
 
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from typing import Literal, get_args
+from typing import Literal
 
 from megatron_r1.data.prompt import Prompt
 from megatron_r1.engines.server.responses import Response
 
-Phase = Literal["sampling", "grading", "scoring"]
-PHASES: tuple[Phase, ...] = get_args(Phase)
+Phase = Literal["sampling", "grading", "awaiting_teacher"]
 
 
 class InFlightGroup:
     """A group that is not finished, and the phase it is in.
 
-    Phase "scoring" is a teacher's, which may begin before the grades are back; the group is in that
-    phase once only its log-probabilities are missing.
+    A teacher computes its log-probabilities while the group is graded; the group enters
+    "awaiting_teacher" when it is graded, in a run with a teacher.
 
     Attributes:
         since: when the phase began, time.monotonic()."""
@@ -36,9 +35,9 @@ class InFlightGroup:
         self._tracker.num_responses += len(responses)
         self._tracker.num_tokens += sum(len(response.token_ids) for response in responses)
 
-    def grading_done(self) -> None:
-        """Enter the phase in which the group waits for the teacher and its end."""
-        self._enter("scoring")
+    def await_teacher(self) -> None:
+        """Enter phase "awaiting_teacher": only log-probabilities of a teacher are missing."""
+        self._enter("awaiting_teacher")
 
     def _enter(self, phase: Phase) -> None:
         self.phase, self.since = phase, time.monotonic()

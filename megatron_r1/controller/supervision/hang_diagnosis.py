@@ -166,9 +166,9 @@ async def _inspect_teacher(collector: RolloutCollector) -> RoleDiagnosis:
     """Inspect the engines of all teachers as `_inspect_engines` does."""
     assert collector.teachers is not None, "called for runs with a teacher only"
     in_flight = collector.in_flight
-    headline = _open_groups(in_flight, "scoring")
+    headline = _open_groups(in_flight, "awaiting_teacher")
     engines = [engine for fleet in collector.teachers.fleets.values() for engine in fleet.engines]
-    return await _inspect(engines, "teacher", headline, in_flight.oldest("scoring"))
+    return await _inspect(engines, "teacher", headline, in_flight.oldest("awaiting_teacher"))
 
 
 def _inspect_rewards(collector: RolloutCollector) -> RoleDiagnosis:
@@ -270,7 +270,7 @@ def _describe_group(group: InFlightGroup) -> str:
     prompt = group.prompt
     return (
         f"{prompt.kind} question {prompt.id} ({_shorten_question(prompt.question)!r}), "
-        f"{group.phase} for {duration}"
+        f"{group.phase.replace('_', ' ')} for {duration}"
     )
 
 
@@ -326,7 +326,7 @@ def _awaited_role(run: RunHandles) -> str:
     """Return the role that the controller waits for.
 
     An open call to the trainer comes first, since engines may generate for a later step meanwhile.
-    Groups are sampled, then graded, then scored: the earliest of these phases comes next."""
+    Groups are sampled, then graded, then wait for a teacher: the earliest of these comes next."""
     if run.trainer.pending_call is not None:
         return "trainer"
     collector = run.collector
@@ -336,7 +336,7 @@ def _awaited_role(run: RunHandles) -> str:
         return "engines"
     if collector.in_flight.count("grading"):
         return "rewards"
-    return "teacher" if collector.in_flight.count("scoring") else "controller"
+    return "teacher" if collector.in_flight.count("awaiting_teacher") else "controller"
 
 
 def _is_pushing(run: RunHandles) -> bool:

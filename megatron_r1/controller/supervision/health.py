@@ -16,7 +16,7 @@ from r1_grading.pool import LEVELS
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import atomic_write
 from megatron_r1.controller.rollouts.collector import RolloutCollector
-from megatron_r1.controller.rollouts.in_flight import PHASES
+from megatron_r1.controller.rollouts.in_flight import Phase
 from megatron_r1.controller.supervision.run_handles import RunHandles
 from megatron_r1.controller.supervision.watchdog import Watchdog
 
@@ -24,6 +24,12 @@ ADDRESS_FILE = "health_address"
 METRIC_PREFIX = "megatron_r1_"
 COUNTED_METRICS = ("trainer/restarts", "engines/restarts")
 """Keys of a metrics line that have counters of their own in /metrics."""
+PHASE_LABELS: dict[Phase, str] = {
+    "sampling": "sampling",
+    "grading": "grading",
+    "awaiting_teacher": "scoring",
+}
+"""Phases of groups by their names in both replies, on which dashboards depend."""
 
 
 def health(watchdog: Watchdog) -> dict[str, Any]:
@@ -66,7 +72,7 @@ def health(watchdog: Watchdog) -> dict[str, Any]:
             "policy_version": fleet.policy_version,
             "sequences": {engine.name: engine.num_running for engine in fleet.engines},
         }
-        facts["groups"] = {phase: in_flight.count(phase) for phase in PHASES}
+        facts["groups"] = {label: in_flight.count(phase) for phase, label in PHASE_LABELS.items()}
         facts["rewards"] = collector.pool.snapshot()
     if watchdog.is_stalled:
         facts["status"] = "stalled"
@@ -179,7 +185,9 @@ def _rollout_metrics(collector: RolloutCollector) -> Iterator[Metric]:
     yield _counter("samples", "responses received", in_flight.num_responses)
     yield _counter("tokens", "tokens of these responses", in_flight.num_tokens)
     yield _counter("groups", "groups sampled", in_flight.num_sampled)
-    open_groups: dict[str, float] = {phase: in_flight.count(phase) for phase in PHASES}
+    open_groups: dict[str, float] = {
+        label: in_flight.count(phase) for phase, label in PHASE_LABELS.items()
+    }
     yield _gauges("groups_open", "groups that are not finished", "doing", open_groups)
     grades = CounterMetricFamily(
         f"{METRIC_PREFIX}grader_results", "results of reward workers", labels=["result"]

@@ -1,7 +1,8 @@
-"""What a failure ends: the other work for the same group, before the caller hears of it; and what
-`close` ends."""
+"""What a failure ends: the other work for the same group, before the caller hears of it; which
+phases a group goes through; and what `close` ends."""
 
 import asyncio
+from array import array
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,8 @@ import pytest
 from megatron_r1.base.errors import RunError
 from megatron_r1.config import RewardsConfig
 from megatron_r1.controller.rollouts.collector import RolloutCollector
-from megatron_r1.controller.rollouts.rollout import RolloutSampling
+from megatron_r1.controller.rollouts.in_flight import InFlightGroup
+from megatron_r1.controller.rollouts.rollout import GradedResponse, RolloutSampling
 from megatron_r1.data.prompt import make_prompt
 from megatron_r1.engines.server.responses import Response
 
@@ -109,3 +111,22 @@ def test_a_closed_collector_has_no_thread_left():
             await collector.grader.grade(PROMPT, [response], {})
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("with_teacher", [False, True])
+def test_a_group_waits_for_a_teacher_only_where_there_is_one(monkeypatch, with_teacher):
+    phases = []
+
+    async def grade(prompt, responses, weights):
+        return [GradedResponse(response, "x", {}, 0.0, "") for response in responses]
+
+    async def compute_logprobs(prompt, token_ids, first, step):
+        return array("f", [0.0])
+
+    monkeypatch.setattr(InFlightGroup, "_enter", lambda group, phase: phases.append(phase))
+    teachers = SimpleNamespace(compute_logprobs=compute_logprobs)
+    collector = RolloutCollector(Engine(), None, TEXT, RewardsConfig(), teachers)
+    collector.grader = SimpleNamespace(grade=grade)
+    sampling = RolloutSampling(2, 1.0, 1.0, 8, with_teacher=with_teacher)
+    asyncio.run(collector.collect([PROMPT], sampling))
+    assert phases == ["sampling", "grading", *["awaiting_teacher"] * with_teacher]

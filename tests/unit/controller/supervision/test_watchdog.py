@@ -393,7 +393,7 @@ def test_a_teacher_that_says_nothing_is_what_everything_waits_for(tmp_path, monk
     async def score():
         with run.collector.in_flight.group(asked) as group:
             group.sampling_done([])
-            group.grading_done()
+            group.await_teacher()
             await asyncio.sleep(1e5)
 
     async def body():
