@@ -157,6 +157,8 @@ class SecondMethodJudge:
         reading_options = {
             name: arguments[name] for name in ("thought_opened", "reading") if name in arguments
         }
+        if self._without_math_verify:  # then it is not in the reason either
+            reading_options["without_math_verify"] = True
         grade = await self._pool.grade(READER, content.response, content.truth, **reading_options)
         return judge_mathematics(
             response.is_accepted, grade, without_math_verify=self._without_math_verify

@@ -45,6 +45,13 @@ def test_no_label_is_contradicted_by_both_readings(every):
     assert decided >= 0.12 * len(rows), (decided, len(rows))
 
 
+def test_math_verify_is_left_out_of_verdict_and_reason():
+    found = grade("<answer>14</answer>", "13", without_math_verify=True)
+    assert found.verdict == "unsure,wrong"
+    assert "math-verify" not in found.reason and "14" in found.reason
+    assert grade("<answer>14</answer>", "13").verdict == "wrong,wrong"
+
+
 SAME = [
     ("1/2", "0.5", True),
     (r"\frac{1}{2}", r"\dfrac12", True),

@@ -55,6 +55,7 @@ def grade(
     *,
     thought_opened: bool = False,
     reading: Reading = "strict",
+    without_math_verify: bool = False,
     **entry: object,
 ) -> Grade:
     """Return what two methods say of a response.
@@ -64,6 +65,7 @@ def grade(
         truth: as of the reward `math`.
         thought_opened: the prompt ended with `<think>`.
         reading: `rewards.reading`.
+        without_math_verify: ask values at points alone; math-verify's part is "unsure".
         **entry: the prompt's other fields, which are not used.
 
     Returns:
@@ -83,11 +85,13 @@ def grade(
         return Grade(0.0, f"it is not sure of the answer: {error}", verdict=f"{UNSURE},{UNSURE}")
     if answer is None:
         return Grade(0.0, "it finds no answer", verdict=f"{INCORRECT},{INCORRECT}")
-    upstream = _best([_upstream(truth_text, answer) for truth_text in truths])
     point_verdicts = [_point_verdict(truth_text, answer) for truth_text in truths]
     points = _best([verdict for verdict, _ in point_verdicts])
     explanation = next((reason for verdict, reason in point_verdicts if verdict == points), "")
-    reason = f"{shorten(answer)}: math-verify says {upstream}, values at points {points}"
+    upstream, reason = UNSURE, f"{shorten(answer)}: values at points say {points}"
+    if not without_math_verify:
+        upstream = _best([_upstream(truth_text, answer) for truth_text in truths])
+        reason = f"{shorten(answer)}: math-verify says {upstream}, values at points {points}"
     return Grade(
         0.0, f"{reason} ({explanation})" if explanation else reason, verdict=f"{upstream},{points}"
     )

@@ -270,8 +270,11 @@ def test_programs_whose_verdict_changes_are_flaky(rewards, outcome, left):
     ],
 )
 def test_verdicts_of_math_verify_are_not_confirmed_by_math_verify(verdict, outcome, without):
+    asked = []
+
     class Reader:
-        async def grade(self, *_, **__):
+        async def grade(self, *_, **fields):
+            asked.append(fields)
             return Grade(0.0, "", verdict=verdict)
 
     content = AnswerContent("<answer>1</answer>", "2", {})
@@ -279,3 +282,4 @@ def test_verdicts_of_math_verify_are_not_confirmed_by_math_verify(verdict, outco
     for options, expected in (({}, outcome), ({"without_math_verify": True}, without)):
         judge = SecondMethodJudge(Reader(), {}, **options)
         assert asyncio.run(judge.judge(response)).outcome == expected
+    assert [fields.get("without_math_verify", False) for fields in asked] == [False, True]
