@@ -6,7 +6,7 @@ PPO's critic in `critic`.
 A loss takes the packed batch and the head behind its hidden states and returns a *sum* with its
 denominator. The trainer divides by the denominator of the whole optimizer step, over all
 micro-batches and data-parallel ranks, so that the result does not depend on how samples were
-packed. Losses are named in recipes and algorithms as "module:function".
+packed. It is named by an algorithm, or by the command that trains, as "module:function".
 
 Averaging happens in two places. Within a micro-batch r1_kernels weighs the tokens of the sum as
 `token_weights` says; over the optimizer step the trainer divides by the sum of `denominator`.
