@@ -166,7 +166,7 @@ def _row(name: str, rates: ErrorRates) -> str:
 
 
 def _format_fraction(fraction: FractionEstimate | None) -> str:
-    """Return "2.0% (0.3% to 7.1%), 1+3 of 50": wrong and undecided ones of those drawn."""
+    """Return "2.0% (0.3% to 7.1%), 1+3? of 50": wrong and undecided ones of those drawn."""
     if fraction is None:
         return "-"
     value = "?" if fraction.value is None else f"{fraction.value:.1%}"

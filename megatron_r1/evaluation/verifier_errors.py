@@ -4,7 +4,7 @@ Responses are *accepted* where their reward is 1, else *rejected*. A stratum has
 one data source, one kind and one of these verdicts; the sample takes about as many of each
 (`draw_sample`). A second method reads the drawn ones (`SecondMethodJudge`), and a verdict is
 
-- wrong, where everything that the second method is sure of contradicts it,
+- wrong, where both readings of an answer, or all runs of a program, contradict it,
 - confirmed, where at least a part of it confirms and none that decides more contradicts it,
 - undecided otherwise: it counts as no error at the interval's lower end, as an error at the upper.
 
