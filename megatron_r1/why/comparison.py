@@ -1,5 +1,5 @@
-"""What a check of `why` returns: two readings of one quantity, how far apart they may be, what is
-concerned, and what to change."""
+"""A check's result: two values of one quantity, the tolerance, the affected responses and the
+remedy."""
 
 import math
 from collections.abc import Callable, Sequence

@@ -89,7 +89,8 @@ def _subtract_baseline(
 
 
 def subtract_group_mean(rewards: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Return r_i - mean(r) over each group (arXiv 2402.03300, section 4.1); NaN is none."""
+    """Return r_i - mean(r) over each group (arXiv 2402.03300, section 4.1); NaN (ungraded) is
+    ignored."""
     return [
         group_rewards
         if np.isnan(group_rewards).all()
@@ -99,7 +100,7 @@ def subtract_group_mean(rewards: Sequence[np.ndarray]) -> list[np.ndarray]:
 
 
 def subtract_rollout_mean(rewards: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Return r_i - mean(r) over the responses of all groups; NaN is none."""
+    """Return r_i - mean(r) over the responses of all groups; NaN (ungraded) is ignored."""
     all_rewards = np.concatenate(rewards)
     mean = 0.0 if np.isnan(all_rewards).all() else np.nanmean(all_rewards)
     return [group_rewards - mean for group_rewards in rewards]
@@ -107,7 +108,7 @@ def subtract_rollout_mean(rewards: Sequence[np.ndarray]) -> list[np.ndarray]:
 
 def subtract_other_mean(rewards: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Return r_i - Σ_{j≠i} r_j / (n - 1) over each group of n, the leave-one-out baseline of RLOO
-    (arXiv 2402.14740, section 3); NaN is none."""
+    (arXiv 2402.14740, section 3); NaN (ungraded) is ignored."""
     centered_rewards = []
     for group_rewards in rewards:
         num_others = np.sum(~np.isnan(group_rewards)) - 1
@@ -172,7 +173,7 @@ def reward_term_advantages(
 
 
 def are_equal(values: np.ndarray) -> bool:
-    """Return whether rewards differ by rounding alone; NaN is none."""
+    """Return whether rewards differ by rounding alone; NaN (ungraded) is ignored."""
     numbers = values[~np.isnan(values)]
     if len(numbers) < 2:
         return True

@@ -17,8 +17,7 @@ from megatron_r1.why.comparison import (
 from megatron_r1.why.record.recorded_step import RecordedStep
 
 MIN_END_TOKEN_FRACTION = 0.5
-"""The least share of the responses inside which a special token is, to be taken for one that the
-model ends with."""
+"""A special token counts as an end token if it occurs in at least this share of the responses."""
 MIN_END_TOKEN_LOGPROB = math.log(0.25)
 """The least log-probability of such a token: a random model draws special tokens too, each with
 about the probability of any other token."""

@@ -130,7 +130,7 @@ class _Verdicts:
             parts.append(
                 f"{len(self.accepted_responses):,} are accepted that they take for wrong, as "
                 f"{self.accepted_example}{ending}; {self.num_rewarded:,} of {self.num_answers:,} "
-                "are paid"
+                "are rewarded"
             )
         return "; ".join(parts)
 
