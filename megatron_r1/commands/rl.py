@@ -21,6 +21,7 @@ from megatron_r1.commands.training_run import TrainingRun, show_trainer, trainin
 from megatron_r1.config import Config
 from megatron_r1.controller.loop import train
 from megatron_r1.controller.policy_engines import PolicyEngines
+from megatron_r1.controller.policy_trainer import PolicyTrainer
 from megatron_r1.controller.push.prober import PROBE_TOKENS
 from megatron_r1.controller.push.pusher import create_pusher
 from megatron_r1.controller.rl_run import RLRun
@@ -28,7 +29,6 @@ from megatron_r1.controller.rollouts.collector import RolloutCollector
 from megatron_r1.controller.rollouts.heldout import HeldoutEvaluation
 from megatron_r1.controller.rollouts.step_sampler import StepSampler
 from megatron_r1.controller.trainer_calls.client import TrainerClient
-from megatron_r1.controller.trainer_passes import TrainerPasses
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.data.prompts import PromptSplit
 from megatron_r1.data.sampler import PromptSampler
@@ -137,7 +137,7 @@ def _rl_run(
         PolicyEngines(
             trainer, pusher, StepSampler(config, collector, sampler, rollout_roles.sample_log)
         ),
-        TrainerPasses(config, trainer, recorder.state),
+        PolicyTrainer(config, trainer, recorder.state),
         HeldoutEvaluation(config, collector, prompts.heldout, recorder),
     )
 

@@ -5,7 +5,7 @@
 2. `cpu_memory`: the micro-batch that fits into a host without GPUs.
 3. `supervision`: the watch over the run, its health endpoint and restarts.
 4. `loop`: the algorithm.
-5. `policy_engines`: the engines as the loop uses them, and `trainer_passes`: the trainer; `push`
+5. `policy_engines`: the engines as the loop uses them, and `policy_trainer`: the trainer; `push`
    brings the engines the trainer's weights.
 6. `rollouts`: prompts, responses and their rewards; `teacher_checks` refuses teachers that cannot
    score them in on-policy distillation.

@@ -19,12 +19,12 @@ these files, in the order in which `rl.algorithm: grpo` calls them:
         controller/algorithms/grpo.py               advantages
         controller/advantages.py                    group_advantages
  3. Log-probabilities under π_old and π_ref.
-        controller/trainer_passes.py                TrainerPasses.compute_logprobs
+        controller/policy_trainer.py                PolicyTrainer.compute_logprobs
         trainer/trainer.py                          Trainer.compute_logprobs
         trainer/batch.py                            LossHead.logprobs
         r1_kernels/token_logprobs.py                linear_token_logprobs
  4. An update: forward and backward over the micro-batches of a mini-batch.
-        controller/trainer_passes.py                TrainerPasses.update_policy
+        controller/policy_trainer.py                PolicyTrainer.update_policy
         trainer/trainer.py                          Trainer.update
         trainer/passes.py                           optimizer_step
         trainer/passes.py                           run_passes
@@ -64,20 +64,20 @@ from megatron_r1.controller.algorithms import Algorithm
 from megatron_r1.controller.corrections import reward_normalization
 from megatron_r1.controller.corrections.overlong_penalty import overlong_penalty
 from megatron_r1.controller.corrections.truncation_mask import mask_truncated
+from megatron_r1.controller.policy_trainer import PolicyTrainer
 from megatron_r1.controller.rl_run import RLRun
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group
 from megatron_r1.controller.rollouts.training_samples import training_samples
-from megatron_r1.controller.trainer_passes import TrainerPasses
 from megatron_r1.trainer.training_sample import Sample
 
 
 async def train(run: RLRun) -> None:
     """Train on one rollout after another until `run.steps`, or until asked to stop."""
-    passes, engines = run.passes, run.engines
+    policy_trainer, engines = run.policy_trainer, run.engines
     while (config := run.next_step()) is not None:
         with run.phase("rollout"):
             rollout = await engines.rollout(run.step)
-        groups, algorithm = rollout.groups, passes.algorithm
+        groups, algorithm = rollout.groups, policy_trainer.algorithm
         rewards_or_advantages = response_rewards_or_advantages(groups, algorithm, config, run.step)
         # Not in the event loop: a rollout of 8,192 x 30,000 tokens is copied here.
         samples_by_response = await asyncio.to_thread(
@@ -87,47 +87,47 @@ async def train(run: RLRun) -> None:
         random.Random(f"{config.run.seed}:{run.step}").shuffle(samples_by_response)
 
         with run.phase("train"):
-            metrics = await passes.load(
+            metrics = await policy_trainer.load(
                 split_into_minibatches(samples_by_response, config.rl.minibatches)
             )
-            await passes.compute_values()
+            await policy_trainer.compute_values()
             # Under π_ref, and under π_old where the first update does not compute them anyway.
-            metrics |= await passes.compute_logprobs(config)
-            await passes.compute_token_advantages(config)
-            metrics |= await passes.mask_advantages(config)
+            metrics |= await policy_trainer.compute_logprobs(config)
+            await policy_trainer.compute_token_advantages(config)
+            metrics |= await policy_trainer.mask_advantages(config)
         # No engine joins between two versions of the weights.
         async with engines.updating_weights():
             with run.phase("train"):
                 updates = [
-                    await update(passes, config, minibatch_index, run.step)
+                    await update(policy_trainer, config, minibatch_index, run.step)
                     for minibatch_index in range(config.rl.minibatches)
                 ]
-                metrics |= await passes.measure_logprob_diff()  # with π_old, known only now
-                await passes.refresh_reference_if_due(config)
+                metrics |= await policy_trainer.measure_logprob_diff()  # with π_old, known only now
+                await policy_trainer.refresh_reference_if_due(config)
             with run.phase("push"):
                 await engines.push(run.step)
         await run.finish_step(rollout, metrics, updates)
 
 
 async def update(
-    passes: TrainerPasses, config: Config, minibatch_index: int, step: int
+    policy_trainer: PolicyTrainer, config: Config, minibatch_index: int, step: int
 ) -> dict[str, float]:
     """Take one optimizer step on a mini-batch: the critic's, where there is one, and the
     policy's, once the critic is warm.
 
     Args:
-        passes: the passes of the run's algorithm.
+        policy_trainer: runs the passes of the run's algorithm.
         config: the settings of this step.
         minibatch_index: number of the loaded mini-batch, from 0.
         step: the training step, from 1; the critic is warm after `critic.warmup_steps`.
 
     Returns:
         The metrics of the steps taken."""
-    if not passes.algorithm.rules.critic:
-        return await passes.update_policy(config, minibatch_index)
-    metrics = await passes.update_critic(config, minibatch_index, step)
+    if not policy_trainer.algorithm.rules.critic:
+        return await policy_trainer.update_policy(config, minibatch_index)
+    metrics = await policy_trainer.update_critic(config, minibatch_index, step)
     if step > config.critic.warmup_steps:
-        metrics |= await passes.update_policy(config, minibatch_index)
+        metrics |= await policy_trainer.update_policy(config, minibatch_index)
     return metrics
 
 

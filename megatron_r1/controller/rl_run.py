@@ -11,6 +11,7 @@ from megatron_r1.base.processes.stopping import StopRequest
 from megatron_r1.config import Config
 from megatron_r1.controller.advice import FIRST_STEPS, find_advice
 from megatron_r1.controller.policy_engines import PolicyEngines
+from megatron_r1.controller.policy_trainer import PolicyTrainer
 from megatron_r1.controller.rollouts.heldout import HeldoutEvaluation
 from megatron_r1.controller.rollouts.metrics import (
     StepMeter,
@@ -21,7 +22,6 @@ from megatron_r1.controller.rollouts.metrics import (
 from megatron_r1.controller.rollouts.rollout import Rollout
 from megatron_r1.controller.run_checkpoints import RunCheckpoints
 from megatron_r1.controller.run_recorder import RunRecorder
-from megatron_r1.controller.trainer_passes import TrainerPasses
 
 
 class RLRun:
@@ -31,7 +31,7 @@ class RLRun:
         recorder: writes the run's folder: state, metrics, samples and advice.
         stop: says whether the run was asked to stop.
         engines: samples with the policy's weights, and pushes them.
-        passes: runs the algorithm's passes on the trainer; it has the run's settings.
+        policy_trainer: runs the algorithm's passes on the trainer; it has the run's settings.
         heldout: evaluates the policy when that is due."""
 
     def __init__(
@@ -39,13 +39,13 @@ class RLRun:
         recorder: RunRecorder,
         stop: StopRequest,
         engines: PolicyEngines,
-        passes: TrainerPasses,
+        policy_trainer: PolicyTrainer,
         heldout: HeldoutEvaluation,
     ):
-        self.config, self.recorder, self.stop = passes.run_config, recorder, stop
-        self.engines, self.passes, self.heldout = engines, passes, heldout
+        self.config, self.recorder, self.stop = policy_trainer.run_config, recorder, stop
+        self.engines, self.policy_trainer, self.heldout = engines, policy_trainer, heldout
         self.collector = engines.sampler.collector
-        self.run_checkpoints = RunCheckpoints(recorder, passes.trainer, engines.sampler)
+        self.run_checkpoints = RunCheckpoints(recorder, policy_trainer.trainer, engines.sampler)
         self.step = recorder.state.step
         self._meter = StepMeter(self.collector)
 
@@ -67,7 +67,7 @@ class RLRun:
         if self.config.rollout.colocated:
             # A checkpoint, and then the weights in transit, need the engines' memory.
             await self.collector.fleet.sleep()
-        await self.run_checkpoints.resume(self.passes.uses_reference)
+        await self.run_checkpoints.resume(self.policy_trainer.uses_reference)
         self.step = self.recorder.state.step
         await self.engines.open(self.step)
         if self.step == 0:
@@ -111,7 +111,7 @@ class RLRun:
             **rollout_means,
         }
         line |= self.engines.metrics()
-        line["trainer/restarts"] = self.passes.trainer.num_restarts
+        line["trainer/restarts"] = self.policy_trainer.trainer.num_restarts
         line |= self._meter.metrics() | metrics | mean_of_updates(updates)
         if self.collector.teachers is not None:
             kl_by_source = self.collector.teachers.kl_by_source
@@ -119,7 +119,7 @@ class RLRun:
         line |= self._meter.times(rollout)
         line["tokens_per_second"] = line.pop("response_tokens") / line["time/step"]
         line["groups/restored"] = self.engines.sampled_step.num_restored
-        line |= await self.recorder.checkpoints.completed_metrics(self.passes.trainer)
+        line |= await self.recorder.checkpoints.completed_metrics(self.policy_trainer.trainer)
         if not self.config.rl.keep_sample_log:
             await self.run_checkpoints.prune_samples(self.config.checkpoint.keep)
         records = sample_records(rollout.groups, self.step, "train", self.config.run.log_samples)

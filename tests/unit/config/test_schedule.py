@@ -8,7 +8,7 @@ from refusals import refused
 from megatron_r1.base.errors import Cause
 from megatron_r1.config import RESUMABLE, dump, known_keys, load, parse
 from megatron_r1.config.recipe import SCHEDULED
-from megatron_r1.controller.trainer_passes import TrainerPasses
+from megatron_r1.controller.policy_trainer import PolicyTrainer
 from megatron_r1.engines.server.model_config import max_model_len
 
 R1_ZERO = Path(__file__).parents[3] / "examples/deepseek_r1/r1_zero.yaml"
@@ -63,8 +63,8 @@ def test_the_learning_rate_falls_over_the_updates_of_all_parts():
         run={"steps": 3},
         optimizer={"learning_rate": 1.0, "decay": "linear"},
     )
-    passes = TrainerPasses(config, trainer=None, state=None)
-    assert passes.num_policy_updates == 36
+    policy_trainer = PolicyTrainer(config, trainer=None, state=None)
+    assert policy_trainer.num_policy_updates == 36
 
 
 def test_it_survives_the_recipe_that_a_run_writes(tmp_path):

@@ -71,9 +71,11 @@ class Engines:
 
 
 def rl_run_of(engines, recorder):
-    passes = SimpleNamespace(run_config=Config(), trainer=None, uses_reference=False)
+    policy_trainer = SimpleNamespace(run_config=Config(), trainer=None, uses_reference=False)
     policy = PolicyEngines(None, engines, engines)
-    return policy, RLRun(recorder, SimpleNamespace(is_requested=False), policy, passes, engines)
+    return policy, RLRun(
+        recorder, SimpleNamespace(is_requested=False), policy, policy_trainer, engines
+    )
 
 
 @pytest.mark.parametrize("what", ["rollout", "save", "begin"])

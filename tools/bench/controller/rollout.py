@@ -26,6 +26,7 @@ from r1_grading import RewardPool
 
 from megatron_r1.config import Config, parse
 from megatron_r1.controller.loop import train
+from megatron_r1.controller.policy_trainer import PolicyTrainer
 from megatron_r1.controller.rollouts.collector import RolloutCollector
 from megatron_r1.controller.rollouts.metrics import rollout_metrics
 from megatron_r1.controller.rollouts.rollout import Rollout
@@ -33,7 +34,6 @@ from megatron_r1.controller.rollouts.sample_log import SampleLog
 from megatron_r1.controller.rollouts.step_sampler import StepSampler
 from megatron_r1.controller.run_recorder import RunState
 from megatron_r1.controller.trainer_calls.client import TrainerClient
-from megatron_r1.controller.trainer_passes import TrainerPasses
 from megatron_r1.data.prompt import Prompt
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.data.sampler import PromptSampler
@@ -199,20 +199,20 @@ async def _train(
         calls = await _call_all(trainer)
         sampler = StepSampler(config, collector, PromptSampler(prompts, 0), log)
         async with EventLoopMonitor() as watch:
-            passes = _Passes(config, trainer, RunState())
-            session: Any = _OneStep(passes, sampler, watch)
+            policy_trainer = _PolicyTrainer(config, trainer, RunState())
+            session: Any = _OneStep(policy_trainer, sampler, watch)
             before = _cpu_seconds()
             await train(session)
         cpu = {
             process: s - before[process]
-            for process, s in passes.used.items()
+            for process, s in policy_trainer.used.items()
             if s > before[process]
         }
     finally:
         await asyncio.gather(fleet.close(), pool.close(), log.close())
         trainer.socket.close()
-    expected = {"samples": num_groups * GROUP, "tokens": passes.num_tokens}
-    assert passes.received == expected, f"{passes.received} arrived, not {expected}"
+    expected = {"samples": num_groups * GROUP, "tokens": policy_trainer.num_tokens}
+    assert policy_trainer.received == expected, f"{policy_trainer.received} arrived, not {expected}"
     blocked = {phase: 1e3 * seconds for phase, seconds in watch.longest.items() if phase}
     computed = {phase: 1e3 * seconds for phase, seconds in watch.computed.items() if phase}
     return {
@@ -228,7 +228,7 @@ async def _train(
     }
 
 
-class _Passes(TrainerPasses):
+class _PolicyTrainer(PolicyTrainer):
     """Notes what the ranks have received."""
 
     received: dict[str, int]
@@ -257,7 +257,7 @@ class _OneStep:
     """A session of one step, as `controller.loop.train` calls it. seconds: until the rollout is
     there ("rollout"), and from there until the trainer has it ("load")."""
 
-    passes: _Passes
+    policy_trainer: _PolicyTrainer
     sampler: StepSampler
     watch: EventLoopMonitor
     step: int = 0
@@ -267,7 +267,7 @@ class _OneStep:
     def next_step(self) -> Config | None:
         self.step += 1
         self.sampler.start(1)
-        return self.passes.run_config if self.step == 1 else None
+        return self.policy_trainer.run_config if self.step == 1 else None
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -276,7 +276,7 @@ class _OneStep:
         if name == "rollout":
             self.seconds[name], self.rolled = time.perf_counter() - began, time.perf_counter()
         elif name == "train":
-            self.seconds["load"] = self.passes.loaded - self.rolled
+            self.seconds["load"] = self.policy_trainer.loaded - self.rolled
 
     @property
     def engines(self) -> "_OneStep":

@@ -17,10 +17,10 @@ from megatron_r1.config.algorithms import ALGORITHM_NAMES
 from megatron_r1.controller import algorithms
 from megatron_r1.controller.corrections.overlong_penalty import overlong_penalty
 from megatron_r1.controller.loop import split_into_minibatches, training_reward, update
+from megatron_r1.controller.policy_trainer import PolicyTrainer
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group
 from megatron_r1.controller.rollouts.training_samples import training_samples
 from megatron_r1.controller.run_recorder import RunState
-from megatron_r1.controller.trainer_passes import TrainerPasses
 from megatron_r1.data.prompt import make_prompt
 from megatron_r1.engines.episodes import Branch, Episode
 from megatron_r1.engines.server.responses import Response
@@ -162,7 +162,7 @@ class Peers:
 def updated(name, index, step):
     """Return the metrics of an update of step `step`, where three warm up, and the requests."""
     config, peers = Config(rl={"algorithm": name}, critic={"warmup_steps": 3}), Peers()
-    tested = TrainerPasses(config, peers, RunState())
+    tested = PolicyTrainer(config, peers, RunState())
     metrics = asyncio.run(update(tested, config, index, step))
     metrics.pop("learning_rate", None)
     return metrics, peers.requested
@@ -181,7 +181,7 @@ def test_the_reference_is_not_replaced_before_the_first_update_of_the_policy():
     config = Config(rl={"kl_beta": 0.1, "reference_refresh": 8, "minibatches": 4})
     calls, state = [], RunState()
     trainer = SimpleNamespace(call=AsyncMock(side_effect=calls.append))
-    tested = TrainerPasses(config, trainer, state)
+    tested = PolicyTrainer(config, trainer, state)
     for state.optimizer_step in (0, 4, 8, 12, 16):
         asyncio.run(tested.refresh_reference_if_due(config))
         calls.append(state.optimizer_step)
@@ -190,7 +190,7 @@ def test_the_reference_is_not_replaced_before_the_first_update_of_the_policy():
 
 
 def passes(config):
-    return TrainerPasses(config, trainer=None, state=None)
+    return PolicyTrainer(config, trainer=None, state=None)
 
 
 @pytest.mark.parametrize(("algorithm", "updates"), [("ppo", (100 - 40) * 16), ("grpo", 100 * 16)])

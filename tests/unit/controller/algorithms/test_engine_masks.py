@@ -29,8 +29,8 @@ from megatron_r1.config import Config, parse
 from megatron_r1.config.algorithms import ALGORITHM_NAMES, EngineMask, LossSettings
 from megatron_r1.controller import algorithms
 from megatron_r1.controller.corrections import MASK_FUNCTIONS, wrap_loss
+from megatron_r1.controller.policy_trainer import PolicyTrainer
 from megatron_r1.controller.run_recorder import RunState
-from megatron_r1.controller.trainer_passes import TrainerPasses
 from megatron_r1.trainer.batch import LossHead
 from megatron_r1.trainer.operations import ModelOperations
 from megatron_r1.trainer.packed import pack_batch
@@ -223,11 +223,11 @@ def test_settings_reach_a_rank_as_they_are():
 )
 def test_a_mask_needs_old_logprobs_of_every_mini_batch(rl, is_asked, scores_all):
     config, trainer = parse({"rl": rl}), SimpleNamespace(call=AsyncMock(return_value={}))
-    passes = TrainerPasses(config, trainer, RunState())
-    asyncio.run(passes.compute_logprobs(config))
+    policy_trainer = PolicyTrainer(config, trainer, RunState())
+    asyncio.run(policy_trainer.compute_logprobs(config))
     assert trainer.call.await_args.kwargs["with_first_minibatch"] is scores_all
     trainer.call.reset_mock()
-    asyncio.run(passes.mask_advantages(config))
+    asyncio.run(policy_trainer.mask_advantages(config))
     asked = [each.args for each in trainer.call.await_args_list]
     assert asked == [(ModelOperations.mask_advantages,)] * is_asked
 

@@ -14,7 +14,7 @@ from megatron_r1.trainer.operations import ModelOperations
 from megatron_r1.trainer.training_sample import Sample
 
 
-class TrainerPasses:
+class PolicyTrainer:
     """Runs the passes of `rl.algorithm` on the trainer; each takes the settings of its step, which
     `rl.schedule` may have changed from the run's, and returns metrics.
 
