@@ -400,7 +400,7 @@ def num_mtp_layers(hf_config: HFConfig) -> int:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a setting is a finite number; true and false are none."""
+    """Whether a setting is a finite number; booleans do not count as numbers."""
     return type(value) in (int, float) and -MAX_NUMBER < value < MAX_NUMBER
 
 

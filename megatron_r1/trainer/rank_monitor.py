@@ -144,7 +144,8 @@ def _describe_ranks(group: ProcessGroup, groups: ProcessGroupCollection | None) 
 
 
 def _group_axes(group: ProcessGroup, groups: ProcessGroupCollection | None) -> list[str]:
-    """Return the parallel axes whose group this is, or else those whose groups have its ranks."""
+    """Return the axes that use this process group; if none does, the axes whose group has the same
+    ranks."""
     import torch.distributed as dist
 
     axes = {axis: getattr(groups, field, None) for axis, field in AXIS_GROUPS.items()}

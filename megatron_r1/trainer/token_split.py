@@ -95,8 +95,8 @@ def packed_layout(
 
 
 def routed_positions(cu_seqlens: Tensor, split: TokenSplit) -> Tensor:
-    """Return the positions, int64, of a micro-batch whose experts a rank chooses: of those of its
-    context rank the part of its tensor rank.
+    """Return the positions (int64) that this rank's routers process: the tensor rank's share of its
+    context rank's tokens.
 
     Args:
         cu_seqlens: (segments + 1,), the micro-batch's, as in its `PackedLayout`.

@@ -176,7 +176,7 @@ def _keep_the_adapter() -> None:
     Upstream: v1/worker/lora_model_runner_mixin.py: `LoRAModelRunnerMixin.reset_lora_state`, which
     v1/worker/gpu_worker.py: `Worker.finish_weight_update` calls. Without it: all adapters are
     removed, as an update is taken for one of the model's weights, and what has been checked is not
-    what the next request computes with. Goes when: an update says what it is of."""
+    what the next request computes with. Goes when: vLLM's update names its adapter."""
     from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
     upstream = LoRAModelRunnerMixin.reset_lora_state

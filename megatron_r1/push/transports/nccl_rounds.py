@@ -262,7 +262,7 @@ class Communicator:
             _abort_communicator(handle)
 
     def _check(self) -> None:
-        """Raise the error because of which what is waited for will not be done."""
+        """Raise the error that makes the awaited transfers impossible."""
         if self._handle is None:
             if self.error is not None:
                 return

@@ -151,7 +151,7 @@ class ReceivedChunks:
         return arriving_chunk[2]
 
     def _late_sources(self, push_number: int, sources: Sequence[Any] | None) -> list[Any]:
-        """Return those of the senders whose part of the push has not arrived."""
+        """Return the senders whose chunks have not arrived yet."""
         return [
             source
             for source, chunks in self.chunks.items()
