@@ -100,6 +100,17 @@ class PredictedSharding:
             if region is not None:
                 yield tensor, region
 
+    def check_divisible(self) -> None:
+        """Check that the ranks of an engine can share every tensor.
+
+        Raises:
+            UserError: they cannot; it names the tensor and the divisors of its size."""
+        # Of one rank of each stage and copy: another's sizes are the same.
+        for rank in range(0, self.layout.ranks_per_engine, self.layout.tensor_parallel):
+            coordinate = self.layout.coordinate(rank)
+            for tensor in self.tensors(coordinate):
+                self.region(tensor, coordinate)  # raises
+
     @cached_property
     def regions(self) -> dict[str, dict[Region, list[int]]]:
         """What the ranks of one engine need: HF name -> region -> the ranks that need it."""

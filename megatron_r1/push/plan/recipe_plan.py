@@ -116,10 +116,7 @@ def check_pushes(config: Config, hf_config: HFConfig, world_size: int) -> None:
     sharding = predicted_sharding(config, hf_config, layout)
     grid = TrainerGrid.from_recipe(config.parallel, world_size)
     _planner(config, hf_config, grid, layout)  # as every trainer rank does
-    # One rank of each stage and copy.
-    for rank in range(0, layout.ranks_per_engine, layout.tensor_parallel):
-        for _ in sharding.regions_of(layout.coordinate(rank)):
-            pass
+    sharding.check_divisible()
     if config.push.fp8:
         parallel = config.parallel
         check_blocks(
