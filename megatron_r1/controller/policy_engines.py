@@ -51,7 +51,7 @@ class PolicyEngines:
         if self._needs_push:
             async with self.updating_weights():
                 await self.push(step - 1)
-        self.sampler.begin(step)
+        self.sampler.ensure_started(step)
         await self.wait_for_probes()  # while they sample
         self._sampled_step = await self.sampler.wait_for_step(step)
         if self._rollout_config.speculative.method != "none":
@@ -65,7 +65,7 @@ class PolicyEngines:
             await self.trainer.call(ModelOperations.free_memory, free_parameters=False)
         self._push_metrics = await self.pusher.push(policy_version)
         self._needs_push = False
-        self.sampler.start_ahead(policy_version)
+        self.sampler.prefetch(policy_version)
 
     @contextlib.asynccontextmanager
     async def free_for_trainer(self) -> AsyncIterator[None]:
@@ -83,7 +83,7 @@ class PolicyEngines:
             EngineError: an engine computes something else than the trainer.
         """
         self._probe_metrics = await self.pusher.probe_results()
-        self.sampler.release_buffered()
+        self.sampler.flush_buffered()
 
     @property
     def sampled_step(self) -> SampledStep:

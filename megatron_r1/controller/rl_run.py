@@ -73,7 +73,7 @@ class RLRun:
         if self.step == 0:
             await self.engines.wait_for_probes()
             await self.heldout.run(self.step)
-        self.engines.sampler.start(self.step + 1)
+        self.engines.sampler.open(self.step + 1)
 
     def next_step(self) -> Config | None:
         """Go on to the next rollout; return its step's settings, which `rl.schedule` may change, or

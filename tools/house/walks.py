@@ -45,7 +45,7 @@ class Walk:
     """Calls that are another walk's: what they call does not count."""
 
 
-SAMPLER_START = "StepSampler.start"
+SAMPLER_START = "StepSampler.open"
 """The walks begin after this call: held-out questions of the untrained model come before."""
 WALKS = [
     Walk(

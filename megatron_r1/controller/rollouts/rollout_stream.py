@@ -38,7 +38,7 @@ class RolloutStream(Generic[T]):
         self._next = first
         self._tasks: dict[int, asyncio.Task[T]] = {}
 
-    def start_after(self, policy_version: int) -> None:
+    def start_allowed_by(self, policy_version: int) -> None:
         """Start the rollouts that may begin now that the engines hold `policy_version`."""
         while self._next <= min(self._last, policy_version + 1 + self._staleness):
             previous_task = self._tasks.get(self._next - 1)

@@ -63,7 +63,7 @@ class StepSampler:
         self._routing = routing_shape(read_hf_config(config.model.path)) if replays else None
         self._stream: RolloutStream[SampledStep] | None = None
 
-    def start(self, first_step: int) -> None:
+    def open(self, first_step: int) -> None:
         """Get ready to sample the steps from `first_step`; the engines hold the version before."""
         # A full collection visits every module that is loaded, 54 ms in which the event loop stands
         # still; frozen objects are left out.
@@ -78,30 +78,30 @@ class StepSampler:
             self._sample, *steps, rl.staleness, one_at_a_time=one_at_a_time
         )
 
-    def begin(self, step: int) -> None:
-        """Start the rollout of `step`, unless it was started ahead."""
-        assert self._stream is not None, "start() comes first"
-        self._stream.start_after(step - 1)
+    def ensure_started(self, step: int) -> None:
+        """Start the rollout of `step`, unless `prefetch` has started it."""
+        assert self._stream is not None, "open() comes first"
+        self._stream.start_allowed_by(step - 1)
 
     async def wait_for_step(self, step: int) -> SampledStep:
-        """Wait for the rollout of `step`, after `begin`; those of later steps continue as far as
-        `rl.staleness` allows. Colocated engines then sleep until the next push."""
-        assert self._stream is not None, "start() comes first"
+        """Wait for the rollout of `step`, after `ensure_started`; those of later steps continue as
+        far as `rl.staleness` allows. Colocated engines then sleep until the next push."""
+        assert self._stream is not None, "open() comes first"
         sampled_step = await self._stream.get(step)
         if self.config.rollout.colocated:
             await self.collector.fleet.sleep()
         return sampled_step
 
-    def start_ahead(self, policy_version: int) -> None:
+    def prefetch(self, policy_version: int) -> None:
         """Start the rollouts that may be sampled ahead from `policy_version`. Their samples are not
-        written down until `release_buffered`."""
+        written down until `flush_buffered`."""
         if self.sample_log:
             self.sample_log.start_buffering()
         if self._stream is not None and self.config.rl.staleness:
-            self._stream.start_after(policy_version)
+            self._stream.start_allowed_by(policy_version)
 
-    def release_buffered(self) -> None:
-        """Write down what was sampled since `start_ahead`: the engines compute what the trainer
+    def flush_buffered(self) -> None:
+        """Write down what was sampled since `prefetch`: the engines compute what the trainer
         does."""
         if self.sample_log:
             self.sample_log.write_buffered()

@@ -54,10 +54,10 @@ class Engines:
             raise EngineError("differs")
         return {}
 
-    def start_ahead(self, version):
+    def prefetch(self, version):
         self.done.append("pushed")
 
-    def begin(self, step):
+    def ensure_started(self, step):
         self.done.append("begin")
 
     async def wait_for_step(self, step):

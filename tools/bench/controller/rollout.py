@@ -266,7 +266,7 @@ class _OneStep:
 
     def next_step(self) -> Config | None:
         self.step += 1
-        self.sampler.start(1)
+        self.sampler.open(1)
         return self.policy_trainer.run_config if self.step == 1 else None
 
     @contextmanager
@@ -287,7 +287,7 @@ class _OneStep:
         yield
 
     async def rollout(self, step: int) -> Rollout:
-        self.sampler.begin(step)
+        self.sampler.ensure_started(step)
         return (await self.sampler.wait_for_step(step)).rollout
 
     async def push(self, version: int) -> None: ...

@@ -209,14 +209,14 @@ class Sampler:
         self.config = parse({"rollout": {"colocated": True}})
         self.collector, self.done = SimpleNamespace(fleet=fleet), done
 
-    def begin(self, step):
+    def ensure_started(self, step):
         self.done.append(f"rollout {step}")
 
     async def wait_for_step(self, step):
         return SimpleNamespace(rollout=step)
 
-    def start_ahead(self, version): ...
-    def release_buffered(self): ...
+    def prefetch(self, version): ...
+    def flush_buffered(self): ...
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def test_a_batch_begins_when_the_policy_is_at_most_so_many_versions_behind(ahead
         engines = Engines()
         stream = RolloutStream(engines.sample, first=3, last=6, staleness=ahead)
         for step in range(3, 7):
-            stream.start_after(step - 1)  # what step - 1 has learned
+            stream.start_allowed_by(step - 1)  # what step - 1 has learned
             await settle()
             assert engines.began == list(range(3, min(6, step + ahead) + 1))
             engines.ends[step].set()
@@ -43,7 +43,7 @@ def test_batches_overlap_unless_they_must_not():
     async def began(one_at_a_time: bool) -> list[int]:
         engines = Engines()
         stream = RolloutStream(engines.sample, 1, 9, 2, one_at_a_time=one_at_a_time)
-        stream.start_after(0)
+        stream.start_allowed_by(0)
         await settle()
         seen = list(engines.began)
         engines.ends[1].set()
@@ -63,7 +63,7 @@ def test_a_failure_comes_with_its_own_batch():
 
     async def run():
         stream = RolloutStream(sample, 1, 3, 2)
-        stream.start_after(0)
+        stream.start_allowed_by(0)
         await settle()
         assert await stream.get(1) == 1
         with pytest.raises(RuntimeError, match="engine died"):
@@ -77,7 +77,7 @@ def test_closing_cancels_what_runs():
     async def run():
         engines = Engines()
         stream = RolloutStream(engines.sample, 1, 3, 1)
-        stream.start_after(0)
+        stream.start_allowed_by(0)
         await settle()
         await stream.close()
         assert len(asyncio.all_tasks()) == 1, "only this test is left"
