@@ -105,25 +105,29 @@ class RLRun:
         rollout_means = await asyncio.to_thread(
             rollout_metrics, rollout, policy_version=self.step - 1
         )
-        line = {
+        metrics_row = {
             "step": self.step,
             "optimizer_step": self.recorder.state.optimizer_step,
             **rollout_means,
         }
-        line |= self.engines.metrics()
-        line["trainer/restarts"] = self.policy_trainer.trainer.num_restarts
-        line |= self._meter.metrics() | metrics | mean_of_updates(updates)
+        metrics_row |= self.engines.metrics()
+        metrics_row["trainer/restarts"] = self.policy_trainer.trainer.num_restarts
+        metrics_row |= self._meter.metrics() | metrics | mean_of_updates(updates)
         if self.collector.teachers is not None:
             kl_by_source = self.collector.teachers.kl_by_source
-            line |= await asyncio.to_thread(kl_by_source, rollout.groups)
-        line |= self._meter.times(rollout)
-        line["tokens_per_second"] = line.pop("response_tokens") / line["time/step"]
-        line["groups/restored"] = self.engines.sampled_step.num_restored
-        line |= await self.recorder.checkpoints.completed_metrics(self.policy_trainer.trainer)
+            metrics_row |= await asyncio.to_thread(kl_by_source, rollout.groups)
+        metrics_row |= self._meter.times(rollout)
+        metrics_row["tokens_per_second"] = (
+            metrics_row.pop("response_tokens") / metrics_row["time/step"]
+        )
+        metrics_row["groups/restored"] = self.engines.sampled_step.num_restored
+        metrics_row |= await self.recorder.checkpoints.completed_metrics(
+            self.policy_trainer.trainer
+        )
         if not self.config.rl.keep_sample_log:
             await self.run_checkpoints.prune_samples(self.config.checkpoint.keep)
         records = sample_records(rollout.groups, self.step, "train", self.config.run.log_samples)
-        self.recorder.record_step(line, records)
+        self.recorder.record_step(metrics_row, records)
         if self.step <= FIRST_STEPS:
             # In a thread: it searches the texts of all responses.
             advice = await asyncio.to_thread(find_advice, rollout, self.config.at(self.step))

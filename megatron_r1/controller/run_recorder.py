@@ -86,8 +86,8 @@ class RunRecorder:
             notes.append(_continuation(config, self.state.step, last_step, steps_before))
         history = map(self._shown, folder.read_metrics())
         self.view = LiveView(title, config.run.steps, facts=facts, history=history)
-        for line in folder.read_evaluations():
-            self.view.show_evaluation(self._shown(line))
+        for metrics_row in folder.read_evaluations():
+            self.view.show_evaluation(self._shown(metrics_row))
         for note in notes:
             self.view.show_message(note)
         self.checkpoints.set_notify(self.view.show_message)
