@@ -42,6 +42,14 @@ if TYPE_CHECKING:
     from megatron_r1.trainer.offload import Offload
     from megatron_r1.trainer.routing import RoutingScatter
 
+PROTOCOLS: tuple[type, ...] = (
+    ModelOperations,
+    ProbingOperations,
+    CheckpointOperations,
+    PushOperations,
+)
+"""Each has the operations of one part of a rank, in the order of `operations_by_name`."""
+
 
 def serve_under_torchrun(config: Config, find_controller: Callable[[], str | None]) -> None:
     """Do as `serve`; rank 0 broadcasts the controller's address and token to the others.
@@ -242,37 +250,18 @@ def operations_by_name(
         probing: has those that train nothing.
         checkpoints: has checkpoints and exports.
         push: has the rank's part of a push."""
-    operations: list[Callable[..., Any]] = [
-        trainer.refresh_reference,
-        trainer.compute_logprobs,
-        trainer.measure_logprob_diff,
-        trainer.compute_values,
-        trainer.compute_token_advantages,
-        trainer.mask_advantages,
-        trainer.update,
-        trainer.update_critic,
-        trainer.free_memory,
-        probing.sample_scores,
-        probing.probe,
-        probing.prepare_probe,
-        probing.compare_probe,
-        checkpoints.export,
-        checkpoints.export_adapter,
-        checkpoints.save_checkpoint,
-        checkpoints.checkpoint_progress,
-        checkpoints.verify_checkpoint,
-        checkpoints.load_checkpoint,
-        push.open_push,
-        push.connect_sets,
-        push.send_weights,
-    ]
-    return {operation.__name__: operation for operation in operations}
+    implementations = (trainer, probing, checkpoints, push)
+    return {
+        name: getattr(implementation, name)
+        for protocol, implementation in zip(PROTOCOLS, implementations, strict=True)
+        for name in sorted(operation_names(protocol))
+    }
 
 
 def argument_types() -> dict[str, dict[str, Any]]:
     """Return the type of each argument of each operation: msgpack carries a mapping or a list."""
     return {
         name: get_type_hints(getattr(protocol, name))
-        for protocol in (ModelOperations, ProbingOperations, CheckpointOperations, PushOperations)
+        for protocol in PROTOCOLS
         for name in operation_names(protocol)
     }
