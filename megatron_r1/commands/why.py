@@ -159,11 +159,11 @@ def _lines(report: Report) -> Iterator[str]:
         other_comparisons = [
             comparison
             for comparison in report.comparisons
-            if comparison.departs and comparison is not first
+            if comparison.differs and comparison is not first
         ]
         yield from (f"  then {departure}" for departure in other_comparisons)
     num_equal = sum(
-        not comparison.departs and comparison.status != NOT_CHECKED
+        not comparison.differs and comparison.status != NOT_CHECKED
         for comparison in report.comparisons
     )
     yield f"equal: {num_equal} quantities"

@@ -9,7 +9,7 @@ from typing import Any
 from megatron_r1.reporting.formatting import format_number as number
 from megatron_r1.reporting.formatting import format_percent as percent
 
-FAMILIES = (
+STAGES = (
     "files",
     "checkpoint",
     "sampling",
@@ -22,6 +22,13 @@ FAMILIES = (
 )
 """In the order in which data flows through a step: the first departure is the earliest of these."""
 
+JSON_NAMES = {
+    "stage": "family",
+    "description": "compared",
+    "tolerance_source": "source",
+    "affected_responses": "concerned",
+}
+"""Field of `Comparison` → its key in the file of --json, where that is another: users read it."""
 EQUAL, DEPARTS, NOT_CHECKED = "equal", "departs", "not checked"
 ROUNDING_BY_DTYPE = {"float32": 2.0**-14, "bfloat16": 2.0**-4}
 """The largest distance that is rounding, by the dtype that a run computes in: 1,024 and 16 unit
@@ -39,57 +46,59 @@ class Comparison:
     """The result of one check.
 
     Attributes:
-        family: one of `FAMILIES`.
+        stage: one of `STAGES`.
         name: the quantity.
         status: equal, departs, or not checked.
-        compared: what was compared with what, and how much of it.
+        description: what was compared with what, and how much of it.
         distance: between the two; NaN where it has no number.
         tolerance: the largest distance that counts as equal.
-        source: where the tolerance comes from.
+        tolerance_source: where the tolerance comes from.
         reason: what departs, with names and numbers, or why nothing was checked.
-        concerned: the responses concerned.
-        num_tokens: the tokens concerned; 0 where the check is not of tokens.
-        loss_fraction: the part of the sum of |advantage| that the responses concerned have;
-            NaN where that has no meaning.
+        affected_responses: the responses that depart.
+        num_tokens: the affected tokens; 0 where the check is not of tokens.
+        loss_fraction: the part of the sum of |advantage| that the affected responses have; NaN
+            where that has no meaning.
         remedy: the setting or file to change.
-        departures: how far each of the responses concerned departs; (): all alike."""
+        departures: how far each of the affected responses departs; (): all alike."""
 
-    family: str
+    stage: str
     name: str
     status: str
-    compared: str
+    description: str
     distance: float = math.nan
     tolerance: float = math.nan
-    source: str = ""
+    tolerance_source: str = ""
     reason: str = ""
-    concerned: Sequence[ResponseIndex] = ()
+    affected_responses: Sequence[ResponseIndex] = ()
     num_tokens: int = 0
     loss_fraction: float = math.nan
     remedy: str = ""
     departures: Sequence[float] = ()
 
     @property
-    def departs(self) -> bool:
+    def differs(self) -> bool:
         """Whether the two readings are further apart than the tolerance."""
         return self.status == DEPARTS
 
     def as_json(self) -> dict[str, Any]:
-        """Return the fields; a number without meaning is null."""
+        """Return the fields by `JSON_NAMES`; a number without meaning is null."""
         fields = asdict(self)
         return {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            JSON_NAMES.get(name, name): None
+            if isinstance(value, float) and not math.isfinite(value)
+            else value
             for name, value in fields.items()
         }
 
     def __str__(self) -> str:
-        text = f"{self.family}: {self.name}"
+        text = f"{self.stage}: {self.name}"
         if self.status == NOT_CHECKED:
             return f"{text}: {self.reason}"
-        if not self.departs:
-            return f"{text}: {self.compared}{self.distance_text}"
+        if not self.differs:
+            return f"{text}: {self.description}{self.distance_text}"
         parts = [f"{text}: {self.reason}{self.distance_text}"]
-        if self.concerned:
-            concerned = f"{len(self.concerned):,} responses"
+        if self.affected_responses:
+            concerned = f"{len(self.affected_responses):,} responses"
             if self.num_tokens:
                 concerned += f", {self.num_tokens:,} tokens"
             if math.isfinite(self.loss_fraction):
@@ -125,7 +134,7 @@ class DepartureCurve:
 
 @dataclass
 class Report:
-    """The comparisons of a step, in the order of `FAMILIES`.
+    """The comparisons of a step, in the order of `STAGES`.
 
     Attributes:
         step: the step, from 1.
@@ -139,26 +148,26 @@ class Report:
     curves: list[DepartureCurve] = field(default_factory=list)
 
     def add(self, comparisons: Sequence[Comparison]) -> None:
-        """Add comparisons, in the order of `FAMILIES`."""
+        """Add comparisons, in the order of `STAGES`."""
         self.comparisons = sorted(
             [*self.comparisons, *comparisons],
-            key=lambda comparison: FAMILIES.index(comparison.family),
+            key=lambda comparison: STAGES.index(comparison.stage),
         )
 
-    def comparison(self, family: str, name: str) -> Comparison | None:
+    def comparison(self, stage: str, name: str) -> Comparison | None:
         """Return the comparison of a quantity; None where there is none."""
         for comparison in self.comparisons:
-            if (comparison.family, comparison.name) == (family, name):
+            if (comparison.stage, comparison.name) == (stage, name):
                 return comparison
         return None
 
     def insert(self, comparison: Comparison, after: str) -> None:
-        """Insert a comparison behind another of its family, or at the end of its family.
+        """Insert a comparison behind another of its stage, or at the end of its stage.
 
         Args:
             comparison: what is inserted.
             after: the other's name."""
-        if (previous_comparison := self.comparison(comparison.family, after)) is None:
+        if (previous_comparison := self.comparison(comparison.stage, after)) is None:
             self.add([comparison])
         else:
             self.comparisons.insert(self.comparisons.index(previous_comparison) + 1, comparison)
@@ -170,27 +179,27 @@ class Report:
     @property
     def first_departure(self) -> Comparison | None:
         """The first quantity that departs."""
-        return next((comparison for comparison in self.comparisons if comparison.departs), None)
+        return next((comparison for comparison in self.comparisons if comparison.differs), None)
 
     @property
     def all_clear(self) -> str:
-        """That nothing departs, with the families in which nothing could be checked."""
-        families = dict.fromkeys(comparison.family for comparison in self.comparisons)
+        """That nothing departs, with the stages in which nothing could be checked."""
+        stages = dict.fromkeys(comparison.stage for comparison in self.comparisons)
         checked = {
-            comparison.family for comparison in self.comparisons if comparison.status != NOT_CHECKED
+            comparison.stage for comparison in self.comparisons if comparison.status != NOT_CHECKED
         }
-        if not (left_out := [family for family in families if family not in checked]):
+        if not (left_out := [stage for stage in stages if stage not in checked]):
             return "nothing departs"
         return (
-            f"nothing departs of what could be checked, {len(checked)} of {len(families)} "
+            f"nothing departs of what could be checked, {len(checked)} of {len(stages)} "
             f"families: nothing of {', '.join(left_out)} could be"
         )
 
-    def departs_before(self, family: str) -> bool:
-        """Return whether a quantity of an earlier family departs."""
-        position = FAMILIES.index(family)
+    def departs_before(self, stage: str) -> bool:
+        """Return whether a quantity of an earlier stage departs."""
+        position = STAGES.index(stage)
         return any(
-            comparison.departs and FAMILIES.index(comparison.family) < position
+            comparison.differs and STAGES.index(comparison.stage) < position
             for comparison in self.comparisons
         )
 
@@ -205,15 +214,15 @@ class Report:
         }
 
 
-def not_checked(family: str, name: str, reason: str, compared: str = "") -> Comparison:
+def not_checked(stage: str, name: str, reason: str, description: str = "") -> Comparison:
     """Return the comparison of a check that could not be made.
 
     Args:
-        family: as in `Comparison`, like the others.
+        stage: as in `Comparison`, like the others.
         name: the quantity.
         reason: why.
-        compared: what would be compared."""
-    return Comparison(family, name, NOT_CHECKED, compared, reason=reason)
+        description: what would be compared."""
+    return Comparison(stage, name, NOT_CHECKED, description, reason=reason)
 
 
 def with_untried(reason: str, untried: Sequence[str]) -> str:
@@ -228,47 +237,47 @@ def with_untried(reason: str, untried: Sequence[str]) -> str:
 
 
 def fraction_comparison(
-    family: str,
+    stage: str,
     name: str,
-    compared: str,
-    concerned: Sequence[ResponseIndex],
+    description: str,
+    affected_responses: Sequence[ResponseIndex],
     total: int,
     *,
     reason: str,
     remedy: str,
     loss_fraction: Callable[[Sequence[ResponseIndex]], float],
     tolerance: float = 0.0,
-    source: str = "exact",
+    tolerance_source: str = "exact",
     num_tokens: int = 0,
 ) -> Comparison:
     """Return the comparison of a check whose distance is the fraction of responses that fail it.
 
     Args:
-        family: as in `Comparison`, like the arguments not named here.
+        stage: as in `Comparison`, like the arguments not named here.
         name: the quantity.
-        compared: what was compared.
-        concerned: the responses that fail.
+        description: what was compared.
+        affected_responses: the responses that fail.
         total: all responses that were compared.
         reason: what departs, where one does.
         remedy: what to change.
         loss_fraction: returns the fraction of the loss of some responses.
         tolerance: the largest fraction.
-        source: where the tolerance comes from.
+        tolerance_source: where the tolerance comes from.
         num_tokens: the tokens concerned."""
-    distance = len(concerned) / total if total else 0.0
+    distance = len(affected_responses) / total if total else 0.0
     if distance <= tolerance:
-        return Comparison(family, name, EQUAL, compared, distance, tolerance, source)
+        return Comparison(stage, name, EQUAL, description, distance, tolerance, tolerance_source)
     return Comparison(
-        family,
+        stage,
         name,
         DEPARTS,
-        compared,
+        description,
         distance,
         tolerance,
-        source,
+        tolerance_source,
         reason,
-        list(concerned),
+        list(affected_responses),
         num_tokens,
-        loss_fraction(concerned),
+        loss_fraction(affected_responses),
         remedy,
     )

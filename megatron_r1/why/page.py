@@ -47,9 +47,9 @@ def write(report: Report, step: RecordedStep) -> Path:
 def _row(comparison: Comparison) -> dict[str, str]:
     """Return the cells of a check."""
     is_left_out = comparison.status == NOT_CHECKED
-    text = comparison.reason if comparison.departs or is_left_out else comparison.compared
+    text = comparison.reason if comparison.differs or is_left_out else comparison.description
     return {
-        "family": comparison.family,
+        "family": comparison.stage,
         "name": comparison.name,
         "status": comparison.status,
         "what": text,
@@ -57,12 +57,14 @@ def _row(comparison: Comparison) -> dict[str, str]:
         "tolerance": ""
         if math.isnan(comparison.tolerance)
         else format_number(comparison.tolerance),
-        "source": comparison.source,
-        "concerned": f"{len(comparison.concerned):,}" if comparison.concerned else "",
+        "source": comparison.tolerance_source,
+        "concerned": f"{len(comparison.affected_responses):,}"
+        if comparison.affected_responses
+        else "",
         "loss_fraction": ""
         if math.isnan(comparison.loss_fraction)
         else format_percent(comparison.loss_fraction),
-        "remedy": comparison.remedy if comparison.departs else "",
+        "remedy": comparison.remedy if comparison.differs else "",
     }
 
 
@@ -90,26 +92,26 @@ def _worst_responses(report: Report, step: RecordedStep) -> list[ResponseIndex]:
     departing_comparisons = (
         departing_comparison
         for departing_comparison in report.comparisons
-        if departing_comparison.departs
+        if departing_comparison.differs
     )
     comparison = next(
         (
             departing_comparison
             for departing_comparison in departing_comparisons
-            if departing_comparison.concerned
+            if departing_comparison.affected_responses
         ),
         None,
     )
     if comparison is None:
         return []
 
-    departures = dict(zip(comparison.concerned, comparison.departures, strict=False))
+    departures = dict(zip(comparison.affected_responses, comparison.departures, strict=False))
 
     def size(index: ResponseIndex) -> tuple[float, float]:
         advantage = step.advantages[index[0]][index[1]]
         return departures.get(index, 0.0), 0.0 if math.isnan(advantage) else abs(advantage)
 
-    return sorted(comparison.concerned, key=size, reverse=True)[:MAX_SHOWN_RESPONSES]
+    return sorted(comparison.affected_responses, key=size, reverse=True)[:MAX_SHOWN_RESPONSES]
 
 
 def _response(step: RecordedStep, index: ResponseIndex) -> dict[str, Any]:

@@ -87,7 +87,7 @@ def why_recomputes_it(folder: Path) -> None:
     config = step.run_config.model_copy(update={"rl": rl})
     plain = Recomputation(replace(step, run_config=config))
     (trainer, _) = check_policies(plain.step, plain)
-    assert trainer.departs, str(trainer)
+    assert trainer.differs, str(trainer)
 
 
 @pytest.mark.more

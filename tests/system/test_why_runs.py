@@ -169,7 +169,7 @@ def test_an_engine_with_the_weights_of_the_version_before(copy):
     name, text, report = first(copy)
     assert name == "engines' log-probabilities"
     assert "engine-1" in text and f"version {STEP - 2}" in text and "push" in text
-    concerned = report.first_departure.concerned
+    concerned = report.first_departure.affected_responses
     assert concerned
     assert {read(copy).responses[which].response.engine for which in concerned} == {"engine-1"}
 
@@ -184,7 +184,7 @@ def test_a_part_of_the_responses_is_recomputed_where_all_would_take_too_long(cop
     assert report.first_departure is None, str(report.first_departure)
     engines = report.comparison("sampling", "engines' log-probabilities")
     scored = len(step.sequences[::3])
-    assert engines.status == "equal" and f"of {scored} sequences" in engines.compared
+    assert engines.status == "equal" and f"of {scored} sequences" in engines.description
     trainer = report.comparison("log-probabilities", "old policy of the trainer")
     assert trainer.status == "not checked" and "only a part" in trainer.reason
     set_logprobs(copy, stale, engine="engine-1")
@@ -368,7 +368,7 @@ def test_weights_that_stay(copy):
     target.unlink()
     shutil.copytree(real, target)
     _, _, report = first(copy)
-    departing = {each.name: each for each in report.comparisons if each.departs}
+    departing = {each.name: each for each in report.comparisons if each.differs}
     assert "no weight changes" in str(departing["size of the change"])
 
 
@@ -433,7 +433,7 @@ def test_a_term_whose_gradient_has_the_wrong_sign(base, tmp_path):
     assert "the KL term entered with -1.00 times its gradient" in text
     assert "rl.kl_beta" in report.first_departure.remedy
     (terms,) = (each for each in report.comparisons if each.name == "gradient of each term")
-    assert terms.departs and "the policy term entered" not in terms.reason
+    assert terms.differs and "the policy term entered" not in terms.reason
 
 
 def test_a_run_with_adapters(base):

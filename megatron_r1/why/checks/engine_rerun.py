@@ -12,7 +12,7 @@ import numpy as np
 from megatron_r1.why.checks import engine_logprobs
 from megatron_r1.why.checks.engine_gaps import EngineGaps, mean_gap
 from megatron_r1.why.checks.rerun_kind import Rerun, rerun_comparison, run_in_scratch_folder
-from megatron_r1.why.checks.sampling import FAMILY
+from megatron_r1.why.checks.sampling import STAGE
 from megatron_r1.why.comparison import CannotRecompute, Comparison
 from megatron_r1.why.record.recorded_step import RecordedStep
 from megatron_r1.why.rerun.readings import Distances, Reading, engine_reading
@@ -55,7 +55,7 @@ def _check_engine(
     distances = _engine_distances(
         gaps, fresh_logprobs, transformers_logprobs, refined_comparison, is_scored_alike
     )
-    reading = engine_reading(distances, gaps.tolerance, refined_comparison.departs)
+    reading = engine_reading(distances, gaps.tolerance, refined_comparison.differs)
     subject = f"of the same tokens; mean |Δ|: {distances.text('fresh engine')}"
     if not is_scored_alike:
         subject += (
@@ -85,7 +85,9 @@ def _engine_distances(
 
     Raises:
         CannotRecompute: no token is of the version before the step."""
-    departing_responses = set(refined_comparison.concerned) if refined_comparison.departs else set()
+    departing_responses = (
+        set(refined_comparison.affected_responses) if refined_comparison.differs else set()
+    )
 
     def mean(differences: Sequence[np.ndarray]) -> float:
         return mean_gap(
@@ -116,7 +118,7 @@ def _engine_distances(
 
 
 ENGINE = Rerun(
-    FAMILY,
+    STAGE,
     "a fresh engine's log-probabilities",
     engine_logprobs.NAME,
     "starting an engine",

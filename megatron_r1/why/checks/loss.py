@@ -74,9 +74,9 @@ def check_loss(step: RecordedStep, recomputation: Recomputation) -> list[Compari
     if not comparisons:
         return [not_checked(LOSS, "loss", "metrics.jsonl has none of its metrics")]
     comparisons[0] = replace(
-        comparisons[0], compared=f"{comparisons[0].compared}; |terms|: {terms}"
+        comparisons[0], description=f"{comparisons[0].description}; |terms|: {terms}"
     )
-    departs = any(comparison.departs for comparison in comparisons)
+    departs = any(comparison.differs for comparison in comparisons)
     if not departs and not update_departs(step, base):
         return comparisons
     if not recomputation.searches_causes or any(
@@ -93,7 +93,7 @@ def check_loss(step: RecordedStep, recomputation: Recomputation) -> list[Compari
     size = abs(updates.metrics["loss"] - base.metrics["loss"]) / _scale(step)
     text += f"; {format_percent(size)} of the loss by weight of advantages"
     departing_comparison = next(
-        (comparison for comparison in comparisons if comparison.departs), None
+        (comparison for comparison in comparisons if comparison.differs), None
     )
     if departing_comparison is None:  # the weights alone
         tolerance = update_limit(step)
@@ -118,7 +118,7 @@ def _with_terms(
         comparisons: those of the loss, which nothing explains.
         step: the step.
         recomputation: its updates."""
-    if not any(comparison.departs for comparison in comparisons):
+    if not any(comparison.differs for comparison in comparisons):
         return list(comparisons)
     reason, remedy = term_departure(step, recomputation)
     return [
@@ -127,7 +127,7 @@ def _with_terms(
             reason=f"{comparison.reason}; {reason}" if reason else comparison.reason,
             remedy=f"{remedy or comparison.remedy}{recomputation.inputs.left_out_note}",
         )
-        if comparison.departs
+        if comparison.differs
         else comparison
         for comparison in comparisons
     ]

@@ -25,7 +25,7 @@ from megatron_r1.why.rerun.readings import TRAINER_REMEDY, hint
 if TYPE_CHECKING:
     from megatron_r1.why.update.recomputation import Recomputation
 
-POLICIES_FAMILY = "log-probabilities"
+POLICIES_STAGE = "log-probabilities"
 TRAINER = "old policy of the trainer"
 Candidate = tuple[str, str, Callable[[], Sequence[np.ndarray] | None]]
 
@@ -39,14 +39,14 @@ def _compare_trainer(step: RecordedStep, recomputation: Recomputation) -> Compar
     """Compare logprob_diff/mean, engine's against trainer's, with engine's against transformers."""
     logged_gap = finite_metric(step.line, "logprob_diff/mean")
     if "logprob_diff/mean" not in step.line:
-        return not_checked(POLICIES_FAMILY, TRAINER, "metrics.jsonl has no logprob_diff/mean")
+        return not_checked(POLICIES_STAGE, TRAINER, "metrics.jsonl has no logprob_diff/mean")
     if (recipe := step.run_config.fp8.recipe) != "none":
         return not_checked(
-            POLICIES_FAMILY, TRAINER, f"fp8.recipe: {recipe}: its products are not made"
+            POLICIES_STAGE, TRAINER, f"fp8.recipe: {recipe}: its products are not made"
         )
     if len(recomputation.policies.scored_sequences) < len(recomputation.models.rows):
         return not_checked(
-            POLICIES_FAMILY, TRAINER, "only a part of the responses is recomputed here"
+            POLICIES_STAGE, TRAINER, "only a part of the responses is recomputed here"
         )
     gaps = [
         np.abs(sequence.logprobs - logprobs)
@@ -59,7 +59,7 @@ def _compare_trainer(step: RecordedStep, recomputation: Recomputation) -> Compar
     tolerance = ROUNDING_BY_DTYPE[step.run_config.model.dtype]
     if logged_gap is None:
         return Comparison(
-            POLICIES_FAMILY,
+            POLICIES_STAGE,
             TRAINER,
             DEPARTS,
             f"logprob_diff/mean with mean |engine - transformers| {format_number(mean_gap)}",
@@ -82,7 +82,7 @@ def _compare_trainer(step: RecordedStep, recomputation: Recomputation) -> Compar
         TRAINER_REMEDY + hint(step, "trainer"),
     )
     return Comparison(
-        POLICIES_FAMILY,
+        POLICIES_STAGE,
         TRAINER,
         DEPARTS if departs else EQUAL,
         f"mean |engine - trainer| {format_number(logged_gap)} with mean |engine - transformers| "
@@ -269,9 +269,9 @@ def _compare_reference(step: RecordedStep, recomputation: Recomputation) -> Comp
     """Compare the checkpoint's reference with the weights that the settings make it."""
     name = "reference policy"
     if not step.config.rl.kl_beta:
-        return not_checked(POLICIES_FAMILY, name, "rl.kl_beta: 0, there is none")
+        return not_checked(POLICIES_STAGE, name, "rl.kl_beta: 0, there is none")
     if step.step == 1:
-        return not_checked(POLICIES_FAMILY, name, "it is the policy in the first step")
+        return not_checked(POLICIES_STAGE, name, "it is the policy in the first step")
     from megatron_r1.why.policy import checkpoint_model
 
     # Adapters are small compared with the weights, and copies are exact.
@@ -280,16 +280,16 @@ def _compare_reference(step: RecordedStep, recomputation: Recomputation) -> Comp
     expected_path = weights_after(step.folder, step.run_config, refresh_step)
     checkpoint_before = step.checkpoint_before
     if checkpoint_before is None:
-        return not_checked(POLICIES_FAMILY, name, f"there is no checkpoint of step {step.step - 1}")
+        return not_checked(POLICIES_STAGE, name, f"there is no checkpoint of step {step.step - 1}")
     if not checkpoint_model.has_part(checkpoint_before, checkpoint_model.REFERENCE_PREFIX):
-        return not_checked(POLICIES_FAMILY, name, f"{checkpoint_before} has none")
+        return not_checked(POLICIES_STAGE, name, f"{checkpoint_before} has none")
     if expected_path is None:
-        return not_checked(POLICIES_FAMILY, name, f"there is no checkpoint of step {refresh_step}")
+        return not_checked(POLICIES_STAGE, name, f"there is no checkpoint of step {refresh_step}")
     reference = checkpoint_before, checkpoint_model.REFERENCE_PREFIX
     distance = recomputation.models.distance(reference, (expected_path, ""))
     if distance <= tolerance:
         return Comparison(
-            POLICIES_FAMILY,
+            POLICIES_STAGE,
             name,
             EQUAL,
             f"that of {checkpoint_before} with the weights after step {refresh_step}",
@@ -310,7 +310,7 @@ def _compare_reference(step: RecordedStep, recomputation: Recomputation) -> Comp
             reason += f": {text}, it is the weights after step {other_step}"
             break
     return Comparison(
-        POLICIES_FAMILY,
+        POLICIES_STAGE,
         name,
         DEPARTS,
         f"that of {checkpoint_before} with the weights after step {refresh_step}",

@@ -23,13 +23,13 @@ class Rerun(NamedTuple):
     """A kind of rerun.
 
     Attributes:
-        family: the family of its comparison, and of the one that it refines.
+        stage: the stage of its comparison, and of the one that it refines.
         name: the quantity that it compares.
         refines: the name of the comparison that it refines.
         start: what is started, for a message.
         check: makes it."""
 
-    family: str
+    stage: str
     name: str
     refines: str
     start: str
@@ -49,7 +49,7 @@ def rerun_comparison(
         reading: what the distances say."""
     text = f"{subject}; {reading.conclusion}"
     return Comparison(
-        rerun.family,
+        rerun.stage,
         rerun.name,
         DEPARTS if reading.departs else EQUAL,
         text,

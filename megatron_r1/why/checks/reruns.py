@@ -45,21 +45,21 @@ def refine(
         notify: called with a line before something is started."""
     for kind in kinds:
         rerun = RERUNS[kind]
-        refined_comparison = report.comparison(rerun.family, rerun.refines)
+        refined_comparison = report.comparison(rerun.stage, rerun.refines)
         if refined_comparison is None or refined_comparison.status == NOT_CHECKED:
             reason = "it was not compared with transformers" + (
                 f": {refined_comparison.reason}" if refined_comparison else ""
             )
-            report.insert(not_checked(rerun.family, rerun.name, reason), rerun.refines)
+            report.insert(not_checked(rerun.stage, rerun.name, reason), rerun.refines)
             continue
         notify(f"rerun {kind}: {rerun.start} on the weights before step {step.step}")
         try:
             comparison, reading = rerun.check(step, recomputation, refined_comparison)
         except (CannotRecompute, UserError) as reason:
-            report.insert(not_checked(rerun.family, rerun.name, str(reason)), rerun.refines)
+            report.insert(not_checked(rerun.stage, rerun.name, str(reason)), rerun.refines)
             continue
         report.insert(comparison, rerun.refines)
-        if refined_comparison.departs:
+        if refined_comparison.differs:
             report.replace(refined_comparison, _with_conclusion(refined_comparison, reading))
 
 

@@ -43,7 +43,7 @@ def _check_trainer(
     )
     tolerance = ROUNDING_BY_DTYPE[step.run_config.model.dtype]
     layout = single_rank.layout_text(step.run_config.parallel)
-    reading = trainer_reading(distances, tolerance, refined_comparison.departs, layout)
+    reading = trainer_reading(distances, tolerance, refined_comparison.differs, layout)
     subject = (
         "of the same tokens; |Δ|: "
         f"{distances.text('one rank')}; {layout or 'the run had one rank too'}"
@@ -52,7 +52,7 @@ def _check_trainer(
 
 
 TRAINER = Rerun(
-    policies.POLICIES_FAMILY,
+    policies.POLICIES_STAGE,
     "one rank's log-probabilities",
     policies.TRAINER,
     "starting one trainer rank",

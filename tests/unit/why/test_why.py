@@ -165,14 +165,14 @@ def checks(step: RecordedStep) -> list[Comparison]:
 
 def named(step: RecordedStep) -> Comparison:
     """The first departure, with all that departs in the message of a failure."""
-    found = [each for each in checks(step) if each.departs]
+    found = [each for each in checks(step) if each.differs]
     assert found, [str(each) for each in checks(step)]
     return found[0]
 
 
 def test_nothing_departs_in_a_run_without_a_fault(planted):
     found = checks(planted.read())
-    assert [str(each) for each in found if each.departs] == []
+    assert [str(each) for each in found if each.differs] == []
     assert [each.name for each in found if each.status == "not checked"] == []
 
 
@@ -192,7 +192,7 @@ def test_responses_that_are_cut_off_have_no_advantage_where_the_run_masks_them(p
 def test_nothing_departs_in_a_run_with_a_cut(planted):
     cut(planted, lambda token: [token, token + 1])
     found = checks(planted.read())
-    assert [str(each) for each in found if each.departs] == []
+    assert [str(each) for each in found if each.differs] == []
     assert "tokens that the engines kept" in [each.name for each in found]
 
 
@@ -450,7 +450,7 @@ def test_programs_run_their_tests_again(planted, logged, departing_responses):
     grades = regraded_rewards.grade_again(step)
     assert all(grades[0, place]["accuracy"].reward == 1.0 for place in range(4))
     comparison = regraded_rewards.compare_grades(step, grades)
-    assert list(comparison.concerned) == departing_responses
+    assert list(comparison.affected_responses) == departing_responses
 
 
 @pytest.mark.parametrize(
@@ -505,14 +505,14 @@ def test_a_planted_fault_is_the_first_that_departs(planted, plant):
 
 def test_a_special_token_that_the_model_draws_at_random_is_no_end_token(planted):
     end_with_another_token(planted, -3.0)
-    assert "other end tokens" not in [each.name for each in checks(planted.read()) if each.departs]
+    assert "other end tokens" not in [each.name for each in checks(planted.read()) if each.differs]
 
 
 def test_a_response_that_ends_with_a_string_of_the_settings_needs_no_end_token(planted):
     without_end(planted)
     planted.settings["rollout"]["stop"] = ["</answer>"]
     planted.sampling = replace_record(planted.sampling, stop=("</answer>",))
-    assert [str(each) for each in checks(planted.read()) if each.departs] == []
+    assert [str(each) for each in checks(planted.read()) if each.differs] == []
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 23])
@@ -548,7 +548,7 @@ def with_order(planted, place) -> RecordedStep:
 )
 def test_questions_other_than_those_of_the_seeds_order_depart(planted, places, words):
     (comparison,) = questions.check(with_order(planted, places))
-    assert comparison.departs is bool(words) and comparison.status != "not checked"
+    assert comparison.differs is bool(words) and comparison.status != "not checked"
     assert not words or words in comparison.reason
 
 
@@ -562,7 +562,7 @@ def test_a_damaged_record_of_the_sample_log_is_named_and_not_its_questions(plant
     step = read_step(*open_run(planted.folder / "run"), STEP)
     assert len(step.groups) == 1
     comparison, order = questions.check(step)
-    assert comparison.departs and comparison.name == "sample log"
+    assert comparison.differs and comparison.name == "sample log"
     assert "only 1 groups are" in comparison.reason and order.status == "not checked"
     # Bytes of a group that is there again, as a kill leaves them, are no damage.
     path.write_bytes(content[-100:] + whole)
@@ -574,13 +574,13 @@ def test_one_question_in_all_groups_departs_where_the_order_is_not_known(planted
     assert questions.check(planted.read())[0].status == "not checked"
     planted.groups[1] = replace(planted.groups[1], prompt=planted.groups[0].prompt)
     (comparison,) = questions.check(planted.read())
-    assert comparison.departs and "all 2 groups are of one question" in comparison.reason
+    assert comparison.differs and "all 2 groups are of one question" in comparison.reason
 
 
 def test_the_responses_concerned_and_their_share_of_the_loss_are_counted(planted):
     stale(planted)
     comparison = named(planted.read())
-    assert comparison.concerned == [(1, 0), (1, 1), (1, 2), (1, 3)]
+    assert comparison.affected_responses == [(1, 0), (1, 1), (1, 2), (1, 3)]
     # Both groups have the same rewards, so each has half of the advantages.
     assert comparison.loss_fraction == pytest.approx(0.5)
     assert comparison.num_tokens == sum(
@@ -605,7 +605,7 @@ def test_the_learning_rate_may_have_been_planned_for_another_length(
     planted.line["learning_rate"] = logged
     rate, *_ = schedule.check_rates(planted.read())
     assert rate.name == "learning rate"
-    assert rate.departs is not is_equal and words in rate.compared + rate.reason
+    assert rate.differs is not is_equal and words in rate.description + rate.reason
 
 
 def test_records_without_sampling_are_read_and_reported(planted):
@@ -658,7 +658,7 @@ def test_a_loss_of_kl_alone_has_the_rounding_of_kl(planted, logged, departs):
         term_fit=TermFit((), math.inf, math.inf),
     )
     of_loss, of_kl = loss.check_loss(planted.read(), recomputed)
-    assert of_loss.departs is departs and not of_kl.departs
+    assert of_loss.differs is departs and not of_kl.differs
 
 
 @pytest.mark.parametrize("logged", [None, math.nan, math.inf])
@@ -677,7 +677,7 @@ def test_a_metric_that_is_no_number_departs_and_nothing_explains_it(planted, log
     )
     step = planted.read()
     of_loss, of_kl = loss.check_loss(step, recomputed)
-    assert of_loss.departs and not of_kl.departs
+    assert of_loss.differs and not of_kl.differs
     assert "loss is not a number in metrics.jsonl, 0.001 recomputed" in of_loss.reason
     assert not loss.explains(step, made)
 
@@ -714,7 +714,7 @@ def test_a_damaged_checkpoint_departs_and_its_step_is_not_whole(planted, content
     (after / "__0_0.distcp").write_bytes(content)
     step = planted.read()
     first, second = checkpoints.check_states(step)
-    assert not first.departs and second.departs and second.family == "checkpoint"
+    assert not first.differs and second.differs and second.stage == "checkpoint"
     assert f"{after.name} is damaged: __0_0.distcp" in second.reason
     is_shorter = len(content) < len(b"weights")
     (found,) = examinable(step.folder, step.run_config)
@@ -752,7 +752,9 @@ def test_the_command_fails_where_something_departs(planted, capsys):
         run(Config(), str(planted.folder / "run"), json=str(out))
     printed = capsys.readouterr().out
     assert "first quantity that departs: sampling: version of the weights" in printed
-    assert json.loads(out.read_text())["first"]["name"] == "version of the weights"
+    first = json.loads(out.read_text())["first"]
+    assert first["name"] == "version of the weights" and first["family"] == "sampling"
+    assert {"compared", "source", "concerned"} <= first.keys()
     page = (planted.folder / "run" / "why.html").read_text()
     assert "version of the weights" in page and "group 1, response 0" in page
 
@@ -764,7 +766,9 @@ def test_the_page_shows_the_responses_that_depart_furthest_first(planted, depart
     step = planted.read()
     concerned = [(1, 0), (1, 1), (1, 2)]
     step.advantages[1][:3] = [1.5, 0.5, -1.0]
-    report = Report(2, [Comparison("sampling", "a", "departs", "", 0.5, 0.1, concerned=concerned)])
+    report = Report(
+        2, [Comparison("sampling", "a", "departs", "", 0.5, 0.1, affected_responses=concerned)]
+    )
     report.comparisons[0] = replace(report.comparisons[0], departures=departures)
     text = page.write(report, step).read_text()
     assert "that depart furthest" in text

@@ -280,7 +280,7 @@ def test_an_engine_with_the_pushed_weights_is_equal(folders, tmp_path, scale_for
 def test_scales_of_the_push_before_are_named(folders, tmp_path, memory):
     values = pushed(folders, stale_scales=weights(folders[NEWEST]))
     comparison = checked(logged_step(folders[NEWEST], values, tmp_path), memory)
-    assert comparison.departs, str(comparison)
+    assert comparison.differs, str(comparison)
     assert comparison.reason.startswith(
         "FP8 scales of the push before: engine-0 computes with the 8-bit values of version 2 and "
         "the block scales of version 1"

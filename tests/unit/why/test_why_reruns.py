@@ -313,7 +313,7 @@ def test_distances_are_of_the_responses_that_depart():
         newest_version=2,
     )
     fresh = [old[0], np.array([-2.125, -9.0])]
-    logged = replace(LOGGED, concerned=[(0, 1)])
+    logged = replace(LOGGED, affected_responses=[(0, 1)])
     assert engine_rerun._engine_distances(gaps, fresh, old, logged, True) == (0.5, 0.375, 0.125)
     partial = engine_rerun._engine_distances(gaps, fresh, [old[0], fresh[1]], logged, False)
     assert (partial.recorded_to_transformers, partial.rerun_to_transformers) == (0.5, 0.0)

@@ -49,7 +49,7 @@ def recomputed_with(agreement_by_shift: dict[int, float] | None):
 )
 def test_other_experts_are_explained(agreement_by_shift, words):
     (comparison,) = check_routing(step_with(0.6), recomputed_with(agreement_by_shift))
-    assert comparison.departs and comparison.distance == pytest.approx(0.4)
+    assert comparison.differs and comparison.distance == pytest.approx(0.4)
     assert words in comparison.reason
     is_explained = agreement_by_shift is not None and 1.0 in agreement_by_shift.values()
     assert ("e_score_correction_bias" in comparison.remedy) is not is_explained

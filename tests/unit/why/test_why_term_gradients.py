@@ -246,14 +246,14 @@ def compared(coefficients: dict[str, float], trains_mtp_layers: bool = False):
 
 
 def test_the_check_names_the_term_and_its_setting():
-    assert not compared({}).departs
-    assert "the KL term" in compared({}).compared and "x 1.0000" in compared({}).compared
+    assert not compared({}).differs
+    assert "the KL term" in compared({}).description and "x 1.0000" in compared({}).description
     found = compared({KL.name: -1.0})
-    assert found.departs and found.remedy == "rl.kl_beta"
+    assert found.differs and found.remedy == "rl.kl_beta"
     assert found.reason.startswith("the KL term entered with -1.00 times its gradient (")
     found = compared({term.name: 2.0 for term in TERMS})
-    assert found.departs and found.remedy == GRADIENT_REMEDY
-    assert "MTP layers' loss, not checked" in compared({}, trains_mtp_layers=True).compared
+    assert found.differs and found.remedy == GRADIENT_REMEDY
+    assert "MTP layers' loss, not checked" in compared({}, trains_mtp_layers=True).description
 
 
 def test_what_is_not_known_is_said():
