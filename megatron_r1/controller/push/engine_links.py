@@ -22,9 +22,9 @@ CONNECT_SECONDS = 120.0
 ANSWER_SECONDS = 20.0
 """Once the trainer has failed to connect, an engine has this long to report its own problem. Longer
 than `DEATH_WAIT_SECONDS`, the client's wait for a dying engine."""
-MAX_UNEXPLAINED_FAILURES = 2
-"""Failures of sets without a known cause, after which every engine is a set of its own: the engines
-may not reach each other."""
+MAX_UNATTRIBUTED_FAILURES = 2
+"""Failures of sets that no engine is known to be at fault for, after which every engine is a set of
+its own: the engines may not reach each other."""
 
 OnEngineLost = Callable[[Engine, EngineError], None]
 """Handles an engine that can no longer be used; the error is EngineDied where the engine, or its
@@ -81,7 +81,7 @@ class EngineLinks:
         self.store: tuple[str, int] = ("", 0)
         """Address of the trainer's store."""
         self.sets: list[EngineSet] = []
-        self._num_sets = self._num_unexplained = 0
+        self._num_sets = self._num_unattributed_failures = 0
         self._closed_sets: list[str] = []
         """Names of dropped sets that trainer ranks still hold resources for."""
 
@@ -109,7 +109,7 @@ class EngineLinks:
 
     def engines_to_regroup(self, engines: Sequence[Engine]) -> list[Engine]:
         """Return the engines that are to be divided into new sets: where an engine has joined, a
-        set has lost one or sets became smaller (`MAX_UNEXPLAINED_FAILURES`), all engines not in
+        set has lost one or sets became smaller (`MAX_UNATTRIBUTED_FAILURES`), all engines not in
         full sets, otherwise none. Sets with engines that are not among `engines` are dropped."""
         self._drop([s for s in self.sets if not set(s.engines) <= set(engines)])
         full_sets = [s for s in self.sets if len(s.engines) == self._max_engines]
@@ -152,7 +152,7 @@ class EngineLinks:
                 if dead_engines:
                     groups += [living_engines] if living_engines else []
                 elif len(living_engines) > 1:
-                    self._count_unexplained(problem)
+                    self._count_unattributed_failure(problem)
                     set_problems |= dict.fromkeys(living_engines, problem)
                     groups += [[engine] for engine in living_engines]
                 else:
@@ -239,9 +239,9 @@ class EngineLinks:
             results = await self._connect_ranks(sets, call_engines)
             _record_sizes(sets, results)
             problems = _problems_of_ranks(results)
-            patience = ANSWER_SECONDS if problems else self.settings.timeout_seconds
+            answer_timeout_seconds = ANSWER_SECONDS if problems else self.settings.timeout_seconds
             if calls:
-                await asyncio.wait(calls.values(), timeout=patience)
+                await asyncio.wait(calls.values(), timeout=answer_timeout_seconds)
             errors = _errors(calls)
             problems = _with_problems_of_engines(problems, sets, errors)
             deaths = {e: error for e, error in errors.items() if isinstance(error, EngineDied)}
@@ -319,18 +319,18 @@ class EngineLinks:
         for engine in at_fault:
             on_engine_lost(engine, EngineDied(f"{engine.name} was lost during a push: {error}"))
         if not at_fault:
-            self._count_unexplained(error)
+            self._count_unattributed_failure(error)
         return [engine for engine in engines if engine not in at_fault]
 
-    def _count_unexplained(self, error: str) -> None:
-        self._num_unexplained += 1
-        if self._num_unexplained == MAX_UNEXPLAINED_FAILURES:
+    def _count_unattributed_failure(self, error: str) -> None:
+        self._num_unattributed_failures += 1
+        if self._num_unattributed_failures == MAX_UNATTRIBUTED_FAILURES:
             self.notify(f"engines get weights from the trainer only, not from each other: {error}")
 
     @property
     def _max_engines(self) -> int:
         """Most engines of a set."""
-        is_alone = self._num_unexplained >= MAX_UNEXPLAINED_FAILURES
+        is_alone = self._num_unattributed_failures >= MAX_UNATTRIBUTED_FAILURES
         return 1 if is_alone else max_engines(self.settings)
 
     def _divide(self, engines: Sequence[Engine]) -> list[list[Engine]]:
