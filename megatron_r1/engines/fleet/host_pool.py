@@ -65,13 +65,13 @@ class RemotePart:
         index: its number in the engine, from 0.
         host: None while the part waits for a host.
         report: the host's last report of the part.
-        ended: when the host first reported that the part has ended (time.monotonic)."""
+        ended_at: when the host first reported that the part has ended (time.monotonic)."""
 
     engine: RemoteEngine
     index: int
     host: HostRecord | None = None
     report: EngineReport | None = None
-    ended: float | None = None
+    ended_at: float | None = None
 
 
 class RemoteEngine:
@@ -79,8 +79,8 @@ class RemoteEngine:
     ended, it never runs again, even if the host comes back.
 
     Attributes:
-        loss: which host was lost, and how the loss was noticed.
-        first_ended: the part whose end ended the engine."""
+        lost_because: which host was lost, and how that was noticed; empty before.
+        first_ended_part: the part whose end ended the engine."""
 
     def __init__(
         self, model: Path, log_path: Path, num_hosts: int, settings: dict[str, Any]
@@ -97,8 +97,8 @@ class RemoteEngine:
         self.model, self.log_path = Path(model).resolve(), Path(log_path).resolve()
         self.settings = settings
         self.parts = [RemotePart(self, index) for index in range(num_hosts)]
-        self.loss = ""
-        self.first_ended: RemotePart | None = None
+        self.lost_because = ""
+        self.first_ended_part: RemotePart | None = None
 
     @property
     def host_names(self) -> str:
@@ -128,9 +128,9 @@ class RemoteEngine:
 
     def describe_end(self) -> str:
         """Return how the engine ended, as its hosts report it; "" while it may run."""
-        part = self.first_ended
-        if self.loss or part is None:
-            return self.loss
+        part = self.first_ended_part
+        if self.lost_because or part is None:
+            return self.lost_because
         assert part.host is not None and part.report is not None
         return f"on host {part.host.name}: {part.report.end_reason}"
 
@@ -339,8 +339,8 @@ class HostPool:
             part = host.assigned.get(engine_report.engine)
             if part is not None:
                 part.report = engine_report
-                if engine_report.state == "ended" and part.ended is None:
-                    part.ended = timestamp
+                if engine_report.state == "ended" and part.ended_at is None:
+                    part.ended_at = timestamp
 
     def _refuse(self, identity: bytes, refusal: str) -> None:
         """Send the reason to the host, which ends with it, and notify of each reason once."""
@@ -358,7 +358,7 @@ class HostPool:
         other parts have reported since."""
         for engine in list(self._placed.values()):
             ended_parts = [
-                (part.ended, part.index) for part in engine.parts if part.ended is not None
+                (part.ended_at, part.index) for part in engine.parts if part.ended_at is not None
             ]
             if not ended_parts:
                 continue
@@ -366,7 +366,7 @@ class HostPool:
             first = engine.parts[index]
             hosts = (part.host for part in engine.parts if part is not first)
             if all(host is not None and host.last_report_at > ended_at for host in hosts):
-                engine.first_ended = first
+                engine.first_ended_part = first
                 if first.host is not None:
                     first.host.num_deaths += 1
                 self._withdraw(engine)
@@ -427,13 +427,13 @@ class HostPool:
             if timestamp - host.last_report_at > self.silence_seconds:
                 self._lose(identity, f"was not heard from for {self.silence_seconds:g} seconds")
             elif timestamp - max(host.last_reached_at, host.last_report_at) > UNREACHABLE_SECONDS:
-                self._lose(identity, "has closed its line")
+                self._lose(identity, "closed its connection")
 
     def _lose(self, identity: bytes, how: str) -> None:
         host = self._hosts.pop(identity)
         engines = [part.engine for part in host.assigned.values()]
         for engine in engines:
-            engine.loss = f"host {host.name} {how}"
+            engine.lost_because = f"host {host.name} {how}"
             self._withdraw(engine)
         count = len(engines)
         self.notify(f"host {host.name} {how}; {count} engine{'s' * (count != 1)} lost with it")

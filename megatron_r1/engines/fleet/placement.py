@@ -52,7 +52,7 @@ class RemoteServer(Server):
     @property
     def is_lost(self) -> bool:
         """Whether the engine, or the host it runs on, was lost."""
-        return bool(self.engine.loss)
+        return bool(self.engine.lost_because)
 
     @property
     def url(self) -> str:
