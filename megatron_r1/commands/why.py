@@ -32,7 +32,13 @@ from megatron_r1.why import page
 from megatron_r1.why.checks.reruns import RERUNS
 from megatron_r1.why.comparison import EQUAL, NOT_CHECKED, Report
 from megatron_r1.why.examination import examine
-from megatron_r1.why.record.step_reader import Examinable, choose, examinable, open_run, read_step
+from megatron_r1.why.record.step_reader import (
+    ExaminableStep,
+    choose,
+    examinable,
+    open_run,
+    read_step,
+)
 
 ARGUMENTS = ("RUN",)
 SETTINGS = ()
@@ -127,7 +133,7 @@ def _num_bytes(memory: str | None) -> int | None:
     return int(num_bytes)
 
 
-def _steps(steps: list[Examinable], chosen_step: Examinable) -> Iterator[str]:
+def _steps(steps: list[ExaminableStep], chosen_step: ExaminableStep) -> Iterator[str]:
     """Yield the steps that can be examined."""
     whole_steps = [step.step for step in steps if step.has_before and step.has_after]
     half_steps = [step.step for step in steps if step.step not in whole_steps]
@@ -180,5 +186,5 @@ def _lines(report: Report) -> Iterator[str]:
     )
 
 
-def _as_json(report: Report, steps: list[Examinable]) -> str:
+def _as_json(report: Report, steps: list[ExaminableStep]) -> str:
     return json.dumps({"steps": [step._asdict() for step in steps], **report.as_json()}, indent=1)

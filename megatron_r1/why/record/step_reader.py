@@ -25,7 +25,7 @@ from megatron_r1.trainer.checkpoints.checkpoint_folders import SHOWN_FAULTS, man
 from megatron_r1.why.record.recorded_step import RecordedStep, weights_after
 
 
-class Examinable(NamedTuple):
+class ExaminableStep(NamedTuple):
     """A step with a sample log, and what else of it is left.
 
     Attributes:
@@ -70,7 +70,7 @@ def open_run(path: Path) -> tuple[RunFolder, Config]:
     return folder, config
 
 
-def examinable(folder: RunFolder, config: Config) -> list[Examinable]:
+def examinable(folder: RunFolder, config: Config) -> list[ExaminableStep]:
     """Return the finished steps that have a sample log."""
     damage = cache(partial(_damage, folder))
     steps = []
@@ -80,7 +80,7 @@ def examinable(folder: RunFolder, config: Config) -> list[Examinable]:
             has_before, has_after = (
                 path is not None and not damage(path) for path in (before, after)
             )
-            steps.append(Examinable(step, has_before, has_after, damage(after)))
+            steps.append(ExaminableStep(step, has_before, has_after, damage(after)))
     return steps
 
 
@@ -96,7 +96,7 @@ def _lines_by_step(folder: RunFolder) -> dict[int, dict[str, Any]]:
     return {line["step"]: line for line in folder.read_metrics()}
 
 
-def choose(steps: Sequence[Examinable], step: int | None, folder: Path) -> Examinable:
+def choose(steps: Sequence[ExaminableStep], step: int | None, folder: Path) -> ExaminableStep:
     """Return the step to examine: the wanted one, or the newest with most left of it.
 
     Args:
