@@ -253,9 +253,9 @@ def explanation(
         recomputation.estimates.distance(substitution, step.line) for substitution in candidates
     ]
     order = sorted(range(len(candidates)), key=lambda index: (estimates[index], index))
-    is_recorded = partial(are_recorded, step)
+    matches_record = partial(are_recorded, step)
     for index in order:
-        first, updates = candidates[index], recomputation.run(candidates[index], is_recorded)
+        first, updates = candidates[index], recomputation.run(candidates[index], matches_record)
         if updates is None or not explains(step, updates):
             continue
         explanations = [(first, updates)]
@@ -269,7 +269,7 @@ def explanation(
                 if substitution.setting == first.setting and substitution != first
             ]
             other_values = [
-                (substitution, recomputation.run(substitution, is_recorded))
+                (substitution, recomputation.run(substitution, matches_record))
                 for substitution in other_candidates[:MAX_OTHER_VALUES]
             ]
             explanations += [
@@ -282,7 +282,7 @@ def explanation(
             key=lambda pair: (pair[1].update_distance or 0.0) + (pair[1].moment_distance or 0.0),
         )
     if (clip := recomputation.fitted_clip) is not None:
-        updates = recomputation.run(fitted := clip_substitution(clip), is_recorded)
+        updates = recomputation.run(fitted := clip_substitution(clip), matches_record)
         if updates is not None and explains(step, updates):
             return fitted, updates
     return None

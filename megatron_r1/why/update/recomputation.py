@@ -66,7 +66,7 @@ class Recomputation:
         models: the models of the step.
         policies: log-probabilities under its policies.
         inputs: what the updates are made of.
-        after: what the checkpoint after the step has of the run's updates.
+        checkpoint_after: what the checkpoint after the step has of the run's updates.
         searches_causes: whether updates that depart are made again with substitutions: not where
             something before them departs, which may be why.
 
@@ -79,8 +79,8 @@ class Recomputation:
         self.models = PolicyModels(step, memory)
         self.policies = PolicyLogprobs(self.models)
         self.inputs = UpdateInputs(self.policies)
-        self.after = CheckpointAfter(self.inputs)
-        self._fits = MomentFits(self.inputs, self.after, self._remake_updates)
+        self.checkpoint_after = CheckpointAfter(self.inputs)
+        self._fits = MomentFits(self.inputs, self.checkpoint_after, self._remake_updates)
         self.searches_causes = True
 
     @cached_property
@@ -90,21 +90,21 @@ class Recomputation:
         return FP8EngineLogprobs(self.policies) if fp8 else self.policies
 
     def run(
-        self, substitution: Substitution, is_recorded: Callable[[Mapping[str, float]], bool]
+        self, substitution: Substitution, matches_record: Callable[[Mapping[str, float]], bool]
     ) -> RecomputedUpdates | None:
         """Make the step's updates with one thing substituted; return None where their metrics are
         not those that were recorded, which is known before the last gradient.
 
         Args:
             substitution: what is substituted.
-            is_recorded: whether metrics, without the gradient's norm, may be the recorded ones.
+            matches_record: whether metrics, without the gradient's norm, may be the recorded ones.
 
         Raises:
             CannotRecompute: the step's updates cannot be made here."""
         return self._make_updates(
             substitution,
             model=None if substitution.unties_head else self._scratch_model(),
-            is_recorded=is_recorded,
+            matches_record=matches_record,
         )[1]
 
     def _make_updates(
@@ -113,7 +113,7 @@ class Recomputation:
         norms: tuple[float, ...] | None = None,
         gradients: TermGradients | None = None,
         model: Any = None,
-        is_recorded: Callable[[Mapping[str, float]], bool] | None = None,
+        matches_record: Callable[[Mapping[str, float]], bool] | None = None,
     ) -> tuple[StepUpdates, RecomputedUpdates | None]:
         """Make the updates with one thing substituted.
 
@@ -122,7 +122,7 @@ class Recomputation:
             norms: the norms of the whole gradients; None: those that fit the run.
             gradients: where the gradients of the terms are collected; None: nowhere.
             model: the policy before the step, which is changed; None: a copy that stays.
-            is_recorded: as of `run`; None: all updates are made."""
+            matches_record: as of `run`; None: all updates are made."""
         self.inputs.check_updates()
         rows = self.inputs.substituted_rows(substitution)
         loss = replace(self.inputs.loss_rules(), **dict(substitution.loss))
@@ -154,7 +154,7 @@ class Recomputation:
             frozenset(substitution.rows_without_gradient),
             gradients,
             is_known=substitution.has_loss_of_settings,
-            is_possible=None if is_recorded is None else partial(_means_satisfy, is_recorded),
+            is_possible=None if matches_record is None else partial(_means_satisfy, matches_record),
         )
         if len(step_updates) < len(order):
             return updates, None
@@ -169,14 +169,14 @@ class Recomputation:
         )
         if is_unclipped or adam.skipped_updates:
             del metrics["grad_norm"]
-        change, by_parameter = self.after.change_distance(model, updates.adam)
+        change, by_parameter = self.checkpoint_after.change_distance(model, updates.adam)
         return updates, RecomputedUpdates(
             metrics,
             terms,
             signed_terms,
             change,
             by_parameter,
-            self.after.moment_distance(updates.adam),
+            self.checkpoint_after.moment_distance(updates.adam),
         )
 
     def _scratch_model(self) -> Any:
@@ -242,7 +242,7 @@ class Recomputation:
         updates, base = self._unsubstituted_updates
         return run_evidence(
             self.inputs,
-            self.after,
+            self.checkpoint_after,
             updates,
             base.metrics.get("grad_norm", 0.0),
             base.signed_terms,
@@ -253,11 +253,16 @@ class Recomputation:
         """How far updates with a substitution would be from what was recorded."""
         updates, base = self._unsubstituted_updates
         return SubstitutionEstimates(
-            self.inputs, self.after, updates, base.metrics, self._fits.norms, self._scratch_model
+            self.inputs,
+            self.checkpoint_after,
+            updates,
+            base.metrics,
+            self._fits.norms,
+            self._scratch_model,
         )
 
 
 def _means_satisfy(
-    is_recorded: Callable[[Mapping[str, float]], bool], updates: Sequence[Update]
+    matches_record: Callable[[Mapping[str, float]], bool], updates: Sequence[Update]
 ) -> bool:
-    return is_recorded(update_means(updates)[0])
+    return matches_record(update_means(updates)[0])

@@ -647,7 +647,7 @@ def test_a_loss_of_kl_alone_has_the_rounding_of_kl(planted, logged, departs):
     )
     recomputed = SimpleNamespace(
         base=made,
-        run=lambda substitution, is_recorded: made,
+        run=lambda substitution, matches_record: made,
         evidence=Evidence(),
         inputs=SimpleNamespace(
             packed_rows=[], shares=list, left_out_note="", trains_mtp_layers=False

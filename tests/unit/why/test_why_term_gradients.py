@@ -279,6 +279,6 @@ def test_of_moments_in_16_bits_no_gradient_is_taken_back():
         _ = made.term_fit
     made = Recomputation(step)
     made.inputs.check_updates = lambda: None
-    made.after.moments = {}, {}
+    made.checkpoint_after.moments = {}, {}
     with pytest.raises(CannotRecompute, match=r"optimizer.moments: bfloat16"):
         _ = made.term_fit
