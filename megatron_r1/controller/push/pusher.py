@@ -124,7 +124,7 @@ class WeightPusher:
         assert self._weights_lock.locked(), "it is called in a block of updating_weights()"
         await self.links.open()
         self.fleet.set_weight_sender(self.send_weights)
-        with self.fleet.allow_silence(self.links.connect_seconds):
+        with self.fleet.liveness_grace(self.links.connect_seconds):
             await self._form_sets(self._engines_up, self._replace_dead_or_raise)
 
     async def push(self, policy_version: int) -> dict[str, float]:
@@ -138,7 +138,7 @@ class WeightPusher:
         assert self._weights_lock.locked(), "it is called in a block of updating_weights()"
         started_at = time.perf_counter()
         self._push_number += 1
-        with self.fleet.allow_silence(self.links.connect_seconds):
+        with self.fleet.liveness_grace(self.links.connect_seconds):
             engines_to_regroup = self.links.engines_to_regroup(self._engines_up)
             await self._form_sets(engines_to_regroup, self._replace_engine)
             await self._send_to_all()

@@ -18,7 +18,7 @@ from megatron_r1.engines.server.errors import (
 )
 
 WATCH_SECONDS = 0.2
-PROBE_SECONDS = 10.0
+LIVENESS_CHECK_SECONDS = 10.0
 DRAIN_SECONDS = 120.0
 """Time for requests in flight on an engine that is to be replaced; then others repeat them."""
 FIRST_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 1.0, 60.0
@@ -36,7 +36,7 @@ class EngineReplacer:
 
     Attributes:
         tasks: the replacements under way.
-        silence_seconds: how long engines may be silent while they wait for weights."""
+        grace_seconds: how long engines may be silent while they wait for weights."""
 
     def __init__(
         self,
@@ -55,14 +55,17 @@ class EngineReplacer:
             unresponsive_seconds: an engine that has not answered for this time counts as dead."""
         self.state, self.start_replacement = state, start_replacement
         self.max_restarts, self.unresponsive_seconds = max_restarts, unresponsive_seconds
-        self.silence_seconds = 0.0
+        self.grace_seconds = 0.0
         self.num_restarts = 0
         self.tasks: set[asyncio.Task[None]] = set()
         self._watching: list[asyncio.Task[None]] = []
 
     def begin(self) -> None:
         """Watch the engines from now on."""
-        self._watching = [asyncio.create_task(self._watch()), asyncio.create_task(self._probe())]
+        self._watching = [
+            asyncio.create_task(self._watch()),
+            asyncio.create_task(self._check_liveness()),
+        ]
 
     async def close(self) -> None:
         """Cancel watching and restarts that are under way."""
@@ -167,18 +170,18 @@ class EngineReplacer:
                         self.replace(engine, engine.death_error())
             await asyncio.sleep(WATCH_SECONDS)
 
-    async def _probe(self) -> None:
+    async def _check_liveness(self) -> None:
         """Find engines that are alive and do nothing, or little."""
         while True:
-            await asyncio.sleep(PROBE_SECONDS)
-            seconds = max(self.unresponsive_seconds, self.silence_seconds)
+            await asyncio.sleep(LIVENESS_CHECK_SECONDS)
+            seconds = max(self.unresponsive_seconds, self.grace_seconds)
             running_engines = self.state.up
             are_hanging = await asyncio.gather(
                 *(engine.is_hanging(seconds) for engine in running_engines)
             )
             for engine, is_hanging in zip(running_engines, are_hanging, strict=True):
                 # A push may have begun since `seconds` was computed.
-                if is_hanging and engine.is_up and seconds >= self.silence_seconds:
+                if is_hanging and engine.is_up and seconds >= self.grace_seconds:
                     reason = EngineDied(f"{engine.name} has not answered for {seconds:g} seconds")
                     with contextlib.suppress(EngineDied):
                         self.replace(engine, reason)

@@ -268,14 +268,14 @@ class RolloutFleet:
         )
 
     @contextlib.contextmanager
-    def allow_silence(self, seconds: float) -> Iterator[None]:
+    def liveness_grace(self, seconds: float) -> Iterator[None]:
         """Allow engines to be silent for `seconds` inside the block, while they wait for weights,
         before they count as dead."""
-        self.replacer.silence_seconds = seconds
+        self.replacer.grace_seconds = seconds
         try:
             yield
         finally:
-            self.replacer.silence_seconds = 0.0
+            self.replacer.grace_seconds = 0.0
 
     async def push(self, update_info: PushUpdateInfo, policy_version: int) -> None:
         """Let the engines load the weights that they have received; then the fleet holds

@@ -29,7 +29,7 @@ class SmallFleet:
 
     def set_weight_sender(self, send_weights): ...
 
-    def allow_silence(self, seconds):
+    def liveness_grace(self, seconds):
         return nullcontext()
 
     def replace(self, engine, death):

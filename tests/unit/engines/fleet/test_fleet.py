@@ -372,13 +372,13 @@ def test_weights_that_are_wrong_stop_the_run(tmp_path, answer):
 @pytest.mark.parametrize("silence", [0.0, 1e5])
 def test_an_engine_that_waits_for_weights_does_not_hang(tmp_path, monkeypatch, silence):
     """vLLM answers nothing while a step of its waits for the rest of a push."""
-    monkeypatch.setattr("megatron_r1.engines.fleet.recovery.PROBE_SECONDS", 0.05)
+    monkeypatch.setattr("megatron_r1.engines.fleet.recovery.LIVENESS_CHECK_SECONDS", 0.05)
     release = asyncio.Event()
     peers = [Peer(good, holds={"/is_sleeping": release, "/swap_weights": release}), Peer(good)]
 
     async def story(fleet):
         fleet.replacer.unresponsive_seconds = 0.2
-        with fleet.allow_silence(silence):
+        with fleet.liveness_grace(silence):
             pushing = asyncio.create_task(fleet.push({}, 1))
             if silence:
                 await asyncio.sleep(1.0)
