@@ -15,7 +15,7 @@ from megatron_r1.why.record.recorded_step import RecordedStep
 from megatron_r1.why.update.substitution import Substitution, other_values
 
 if TYPE_CHECKING:
-    from megatron_r1.why.update.evidence import Evidence
+    from megatron_r1.why.update.checkpoint_traces import CheckpointTraces
 
 Rewards = Sequence[Sequence[float | None]]
 Advantages = list[list[float]]
@@ -27,12 +27,12 @@ ADVANTAGE_TOLERANCE = 1e-5
 """The largest difference of advantages that changes nothing which `why` would see."""
 
 
-def advantage_substitutions(step: RecordedStep, evidence: Evidence) -> Iterator[Substitution]:
+def advantage_substitutions(step: RecordedStep, traces: CheckpointTraces) -> Iterator[Substitution]:
     """Yield advantages of other rules, and of other responses.
 
     Args:
         step: the step.
-        evidence: what the checkpoint after it says."""
+        traces: what the checkpoint after it says."""
     rl = step.config.rl
     if (
         rl.algorithm not in formulas.RESPONSE_ADVANTAGE_ALGORITHMS
@@ -43,7 +43,7 @@ def advantage_substitutions(step: RecordedStep, evidence: Evidence) -> Iterator[
     yield from _shifted_advantage_substitutions(step)
     yield from _reward_substitutions(step)
     yield from _epsilon_substitutions(step)
-    yield from _scaled_advantage_substitutions(step, evidence)
+    yield from _scaled_advantage_substitutions(step, traces)
 
 
 def _compute_advantages(step: RecordedStep, rewards: Rewards, **options: Any) -> Advantages:
@@ -156,15 +156,15 @@ def _are_apart(first: Advantages, second: Advantages) -> bool:
 
 
 def _scaled_advantage_substitutions(
-    step: RecordedStep, evidence: Evidence
+    step: RecordedStep, traces: CheckpointTraces
 ) -> Iterator[Substitution]:
     """Yield multiples of the advantages that loss or gradients of the step suggest."""
-    suggested_factors = [evidence.gradient_factor]
+    suggested_factors = [traces.gradient_factor]
     norm, loss = (step.line.get(name) for name in ("grad_norm", "loss"))
-    if isinstance(norm, int | float) and evidence.norm:
-        suggested_factors.append(norm / evidence.norm)
-    if isinstance(loss, int | float) and (term := evidence.terms.get("policy")):
-        suggested_factors.append(1 + (loss - sum(evidence.terms.values())) / term)
+    if isinstance(norm, int | float) and traces.norm:
+        suggested_factors.append(norm / traces.norm)
+    if isinstance(loss, int | float) and (term := traces.terms.get("policy")):
+        suggested_factors.append(1 + (loss - sum(traces.terms.values())) / term)
     rounded_factors = [
         float(f"{factor:.{digits}g}")
         for factor in suggested_factors

@@ -17,7 +17,7 @@ from megatron_r1.why.policy.policy_logprobs import PolicyLogprobs
 from megatron_r1.why.policy.policy_models import PolicyModels
 from megatron_r1.why.record.recorded_step import RecordedStep
 from megatron_r1.why.update.checkpoint_after import CheckpointAfter
-from megatron_r1.why.update.evidence import Evidence, run_evidence
+from megatron_r1.why.update.checkpoint_traces import CheckpointTraces, read_traces
 from megatron_r1.why.update.loss_formulas import Update, update_means
 from megatron_r1.why.update.moment_fits import MomentFits
 from megatron_r1.why.update.step_updates import StepUpdates
@@ -237,10 +237,10 @@ class Recomputation:
         return self._fits.fitted_clip
 
     @cached_property
-    def evidence(self) -> Evidence:
+    def traces(self) -> CheckpointTraces:
         """What the checkpoint after the step says of how the run's updates differ from `base`."""
         updates, base = self._unsubstituted_updates
-        return run_evidence(
+        return read_traces(
             self.inputs,
             self.checkpoint_after,
             updates,

@@ -15,7 +15,7 @@ from megatron_r1.why.update.advantage_substitutions import advantage_substitutio
 from megatron_r1.why.update.substitution import Substitution, other_values
 
 if TYPE_CHECKING:
-    from megatron_r1.why.update.evidence import Evidence
+    from megatron_r1.why.update.checkpoint_traces import CheckpointTraces
     from megatron_r1.why.update.recomputation import Recomputation
 
 FACTOR_TOLERANCE = 0.01
@@ -52,10 +52,10 @@ def substitutions(step: RecordedStep, recomputation: Recomputation) -> Iterator[
     if rl.kl_beta and rl.algorithm not in formulas.TOKEN_ADVANTAGE_ALGORITHMS:
         yield from _kl_substitutions(step)
     yield from _loss_substitutions(step)
-    yield from advantage_substitutions(step, recomputation.evidence)
+    yield from advantage_substitutions(step, recomputation.traces)
     yield from _sample_substitutions(step, recomputation)
     yield from _optimizer_substitutions(step)
-    yield from _evidence_substitutions(step, recomputation.evidence)
+    yield from _trace_substitutions(step, recomputation.traces)
     yield from _default_substitutions(step)
 
 
@@ -321,28 +321,28 @@ def _moment_substitutions(step: RecordedStep) -> Iterator[Substitution]:
     )
 
 
-def _evidence_substitutions(step: RecordedStep, evidence: Evidence) -> Iterator[Substitution]:
+def _trace_substitutions(step: RecordedStep, traces: CheckpointTraces) -> Iterator[Substitution]:
     """Yield multiples of learning rate and gradient that a checkpoint shows, and tensors
     without one."""
-    if evidence.parameters_without_gradient:
-        names = ", ".join(evidence.parameters_without_gradient[:3])
+    if traces.parameters_without_gradient:
+        names = ", ".join(traces.parameters_without_gradient[:3])
         yield Substitution(
-            f"no gradient for {len(evidence.parameters_without_gradient):,} tensors, as {names},",
+            f"no gradient for {len(traces.parameters_without_gradient):,} tensors, as {names},",
             "frozen tensors",
             f"the trainer: {names} get no gradient",
-            adam=(("without_gradient", evidence.parameters_without_gradient),),
+            adam=(("without_gradient", traces.parameters_without_gradient),),
         )
-    yield from _weight_substitutions(step, evidence)
-    if evidence.update_factor is not None and abs(evidence.update_factor - 1) > FACTOR_TOLERANCE:
-        rates = tuple(rate * evidence.update_factor for rate in step.learning_rates)
+    yield from _weight_substitutions(step, traces)
+    if traces.update_factor is not None and abs(traces.update_factor - 1) > FACTOR_TOLERANCE:
+        rates = tuple(rate * traces.update_factor for rate in step.learning_rates)
         yield Substitution(
-            f"{evidence.update_factor:.3g} times the learning rate",
+            f"{traces.update_factor:.3g} times the learning rate",
             "optimizer.learning_rate",
             "optimizer.learning_rate: the optimizer computes with another than the schedule's",
             adam=(("learning_rates", rates),),
         )
-    multiples = [evidence.gradient_factor]
-    norm, recomputed_norm = step.line.get("grad_norm"), evidence.norm
+    multiples = [traces.gradient_factor]
+    norm, recomputed_norm = step.line.get("grad_norm"), traces.norm
     if isinstance(norm, int | float) and recomputed_norm:
         multiples.append(norm / recomputed_norm)
     for factor in multiples:
@@ -370,13 +370,13 @@ def clip_substitution(clip: float) -> Substitution:
     )
 
 
-def _weight_substitutions(step: RecordedStep, evidence: Evidence) -> Iterator[Substitution]:
+def _weight_substitutions(step: RecordedStep, traces: CheckpointTraces) -> Iterator[Substitution]:
     """Yield the weights of KL and entropy that the logged loss would have."""
-    logged, recomputed_loss = step.line.get("loss"), sum(evidence.terms.values())
+    logged, recomputed_loss = step.line.get("loss"), sum(traces.terms.values())
     if not isinstance(logged, int | float):
         return
     for key, name in (("kl_beta", "kl"), ("entropy_coef", "entropy")):
-        value, term = getattr(step.config.rl, key), evidence.terms.get(name)
+        value, term = getattr(step.config.rl, key), traces.terms.get(name)
         if not value or not term:
             continue
         # Of the same weights after each update.

@@ -47,7 +47,7 @@ from megatron_r1.why.comparison import Comparison, Report
 from megatron_r1.why.examination import examine
 from megatron_r1.why.record.recorded_step import RecordedStep
 from megatron_r1.why.record.step_reader import choose, examinable, open_run, read_step
-from megatron_r1.why.update.evidence import Evidence
+from megatron_r1.why.update.checkpoint_traces import CheckpointTraces
 from megatron_r1.why.update.recomputation import RecomputedUpdates
 from megatron_r1.why.update.term_coefficients import TermFit
 from tests.grading.code_answers import needs_sandbox
@@ -648,7 +648,7 @@ def test_a_loss_of_kl_alone_has_the_rounding_of_kl(planted, logged, departs):
     recomputed = SimpleNamespace(
         base=made,
         run=lambda substitution, matches_record: made,
-        evidence=Evidence(),
+        traces=CheckpointTraces(),
         inputs=SimpleNamespace(
             packed_rows=[], shares=list, left_out_note="", trains_mtp_layers=False
         ),

@@ -16,7 +16,7 @@ from megatron_r1.why.policy import checkpoint_model
 from megatron_r1.why.policy.token_logprobs import logprobs
 from megatron_r1.why.update.adam import Adam
 from megatron_r1.why.update.advantage_substitutions import advantage_substitutions
-from megatron_r1.why.update.evidence import Evidence
+from megatron_r1.why.update.checkpoint_traces import CheckpointTraces
 from megatron_r1.why.update.loss_formulas import Totals, row_loss
 from megatron_r1.why.update.step_updates import StepUpdates
 from megatron_r1.why.update.substitutions import _kl_substitutions, _loss_substitutions
@@ -195,7 +195,7 @@ def test_other_advantages_are_tried(planted):  # noqa: F811
     planted.settings["rl"] |= {"overlong_buffer": 0.9}
     step = planted.read()
     step.line["grad_norm"] = 3.1
-    found = {each.name: each for each in advantage_substitutions(step, Evidence(norm=1.0))}
+    found = {each.name: each for each in advantage_substitutions(step, CheckpointTraces(norm=1.0))}
     advantages = [a for group in step.advantages for a in group]
 
     def of(name: str):

@@ -22,7 +22,7 @@ MAX_MULTIPLE_RESIDUAL = 0.2
 
 
 @dataclass(frozen=True)
-class Evidence:
+class CheckpointTraces:
     """What a checkpoint after the step says of how the run's updates differ from the recomputed.
 
     Attributes:
@@ -41,13 +41,13 @@ class Evidence:
     terms: Mapping[str, float] = field(default_factory=dict)
 
 
-def run_evidence(
+def read_traces(
     inputs: UpdateInputs,
     after: CheckpointAfter,
     updates: StepUpdates,
     norm: float,
     terms: Mapping[str, float],
-) -> Evidence:
+) -> CheckpointTraces:
     """Return what the checkpoint after the step says of how the run's updates differ.
 
     Args:
@@ -56,14 +56,14 @@ def run_evidence(
         updates: the updates as the settings say.
         norm: the norm of their gradient, mean over them.
         terms: their terms of the loss, with their signs, mean over them."""
-    base_evidence: dict[str, Any] = {"norm": norm, "terms": terms}
+    base_traces: dict[str, Any] = {"norm": norm, "terms": terms}
     if after.model is None:
-        return Evidence(**base_evidence)
+        return CheckpointTraces(**base_traces)
     begin, last = trained_parameters(inputs.trained_model), trained_parameters(after.model)
     updated = trained_parameters(updates.model)
     changes = [(last[name] - value, updated[name] - value) for name, value in begin.items()]
     if after.first_moments is None:
-        return Evidence(nearest_multiple(changes), **base_evidence)
+        return CheckpointTraces(nearest_multiple(changes), **base_traces)
     decay = inputs.step.config.optimizer.beta1**inputs.step.config.rl.minibatches
     before = inputs.first_moments
     gradients = {
@@ -73,11 +73,11 @@ def run_evidence(
         )
         for name in begin
     }
-    return Evidence(
+    return CheckpointTraces(
         nearest_multiple(changes),
         nearest_multiple(list(gradients.values())),
         without_gradient(gradients),
-        **base_evidence,
+        **base_traces,
     )
 
 
