@@ -9,18 +9,15 @@ from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
-import msgspec
 from torch import Tensor
 
 from megatron_r1.base.transports import TRANSPORTS
 from megatron_r1.models.hf_config import HFConfig
 from megatron_r1.models.weights.formats.published_layout import (
-    FP8_BLOCK_SIZE,
     FP8_DTYPE,
-    scale_name,
 )
 from megatron_r1.models.weights.layout import Shard
-from megatron_r1.models.weights.table import Piece, Shape, WeightTable
+from megatron_r1.models.weights.table import Piece, WeightTable
 from megatron_r1.push.plan.engine_sets import (
     PlannedLink,
     SetPlan,
@@ -33,19 +30,17 @@ from megatron_r1.push.plan.planner import Planner
 from megatron_r1.push.plan.tensors import (
     CountBytes,
     Region,
-    first_unaligned_edge,
     fp8_bytes,
     plain_bytes,
-    scale_region,
 )
 from megatron_r1.push.protocol import (
     EngineRankChunks,
     ReceiverInfo,
     SlotTable,
-    TensorChunk,
-    dtype_of,
 )
+from megatron_r1.push.published_sharding import PublishedSharding
 from megatron_r1.push.push_schedule import PushSchedule
+from megatron_r1.push.receivers import SetReceivers
 from megatron_r1.push.rendezvous import SET_FAILURE_ERRORS, TrainerRendezvous
 from megatron_r1.push.round_sender import SetRounds
 from megatron_r1.push.slices import Encoding, ParameterSlice
@@ -54,145 +49,6 @@ from megatron_r1.push.transports.base import Sender
 
 HeldPieces = Mapping[str, Sequence[tuple[Tensor, Piece]]]
 """HF name -> the parameters that hold pieces of that tensor."""
-
-
-class SetReceivers(msgspec.Struct):
-    """What the engines of all sets have published, which trainer rank 0 reads and broadcasts.
-
-    Attributes:
-        sent_bytes: per push, what each trainer rank sends to the sets already connected.
-        tables: those of one engine, by engine rank; one list for all sets with the same tables.
-        sets: set -> (index into `tables`, addresses by member and engine rank).
-        problems: set -> why it cannot connect."""
-
-    sent_bytes: list[float]
-    tables: list[list[SlotTable]] = []
-    sets: dict[str, tuple[int, list[list[str]]]] = {}
-    problems: dict[str, str] = {}
-
-
-def read_receivers(
-    sets: Mapping[str, Sequence[TrainerRendezvous]],
-    ranks_per_engine: int,
-    tensor_names: Sequence[str],
-    sent_bytes: list[float],
-) -> SetReceivers:
-    """Return what the ranks of these sets' engines receive; problems are also reported to the set.
-
-    Args:
-        sets: the rendezvous of each engine of a set.
-        ranks_per_engine: the ranks of each engine.
-        tensor_names: HF names of the tensors of a push.
-        sent_bytes: what each trainer rank sends (`SetReceivers`)."""
-    set_receivers = SetReceivers(sent_bytes)
-    for name, engines in sets.items():
-        try:
-            receivers = [engine.read_receivers(ranks_per_engine) for engine in engines]
-            tables = _common_tables(receivers)
-            _check_engine_receives_all(tables, tensor_names)
-        except SET_FAILURE_ERRORS as error:
-            set_receivers.problems[name] = f"{type(error).__name__}: {error}"
-            engines[0].report_error(set_receivers.problems[name])
-            continue
-        # Equal tables are one entry, so that ranks get them and plan for them only once.
-        if tables not in set_receivers.tables:
-            set_receivers.tables.append(tables)
-        addresses = [[receiver.address for receiver in ranks] for ranks in receivers]
-        set_receivers.sets[name] = set_receivers.tables.index(tables), addresses
-    return set_receivers
-
-
-def _common_tables(engines: Sequence[Sequence[ReceiverInfo]]) -> list[SlotTable]:
-    """Return the slot tables of an engine, by rank, which all engines of the set have in common.
-
-    Raises:
-        ValueError: the same rank of two engines has different tables.
-    """
-    tables = [receiver.table for receiver in engines[0]]
-    for engine, receivers in enumerate(engines):
-        for rank, receiver in enumerate(receivers):
-            if receiver.table != tables[rank]:
-                raise ValueError(
-                    f"rank {rank} of engine {engine} needs other tensors than the same rank of "
-                    "engine 0"
-                )
-    return tables
-
-
-def _check_engine_receives_all(tables: Sequence[SlotTable], tensor_names: Sequence[str]) -> None:
-    """Raise ValueError where no rank of an engine takes one of the pushed tensors: the engine would
-    go on with the values it started with."""
-    taken_names = {slot.name for table in tables for slot in table.slots}
-    missing_names = [name for name in tensor_names if name not in taken_names]
-    if missing_names:
-        names = ", ".join(missing_names[:3]) + (", ..." if len(missing_names) > 3 else "")
-        raise ValueError(f"the engine takes no pushes of {len(missing_names)} tensors: {names}")
-
-
-class PublishedSharding:
-    """The regions that each rank of an engine needs, read from the slot tables it published
-    (`PredictedSharding` has the same without an engine).
-
-    Args:
-        tables: the slot tables, one per rank of the engine.
-
-    Raises:
-        ValueError: for a table that has a tensor twice, which no model here needs."""
-
-    def __init__(self, tables: Sequence[SlotTable]):
-        self._tables = tables
-        self.regions: dict[str, dict[Region, list[int]]] = {}
-        """HF name -> region -> the ranks that need it."""
-        self._slots: dict[tuple[int, str], int] = {}
-        for rank, table in enumerate(tables):
-            for index, slot in enumerate(table.slots):
-                if (rank, slot.name) in self._slots:
-                    raise ValueError(f"engine rank {rank} has two slots for {slot.name}")
-                region = Region(slot.top, slot.bottom, slot.left, slot.right)
-                self.regions.setdefault(slot.name, {}).setdefault(region, []).append(rank)
-                self._slots[rank, slot.name] = index
-
-    def chunks(
-        self, rank: int, name: str, shape: Shape, region: Region
-    ) -> list[tuple[TensorChunk, Encoding]]:
-        """Return a region of a tensor as a part of an engine rank's slot for it; where the slot
-        holds FP8 blocks, with the chunk of their scales.
-
-        Args:
-            rank: the engine rank.
-            name: HF name of the tensor.
-            shape: the whole tensor's.
-            region: rows and columns of the tensor.
-
-        Raises:
-            ValueError: FP8 of another kind, or a part of a block."""
-        slot = self._tables[rank].slots[self._slots[rank, name]]
-        if dtype_of(slot).itemsize > 1:
-            return [(self._chunk(rank, name, region), "plain")]
-        scales = scale_name(name)
-        if slot.dtype != FP8_DTYPE or (rank, scales) not in self._slots:
-            raise ValueError(
-                f"engine rank {rank} needs {name} as {slot.dtype} without {scales}: weights can be "
-                f"quantized during a push to FP8 in blocks of {FP8_BLOCK_SIZE} x {FP8_BLOCK_SIZE} "
-                "only"
-            )
-        edge = first_unaligned_edge(region, shape)
-        if edge is not None:
-            raise ValueError(
-                f"{name} {shape} is cut at {edge}, within a block of {FP8_BLOCK_SIZE} x "
-                f"{FP8_BLOCK_SIZE}, "
-                "which has one scale; set push.fp8: false, or fewer tensor parallel ranks"
-            )
-        return [
-            (self._chunk(rank, name, region), "codes"),
-            (self._chunk(rank, scales, scale_region(region)), "scales"),
-        ]
-
-    def _chunk(self, rank: int, name: str, region: Region) -> TensorChunk:
-        index = self._slots[rank, name]
-        slot = self._tables[rank].slots[index]
-        rows = region.top - slot.top, region.bottom - slot.top
-        return TensorChunk(index, *rows, region.left - slot.left, region.right - slot.left)
 
 
 class ConnectedLink(NamedTuple):

@@ -21,11 +21,10 @@ from megatron_r1.push.link_planner import (
     HeldPieces,
     LinkPlanner,
     SetLinks,
-    SetReceivers,
-    read_receivers,
 )
 from megatron_r1.push.plan.layouts import EngineLayout, TrainerGrid
 from megatron_r1.push.plan.tensors import pushed_tensors
+from megatron_r1.push.receivers import SetReceivers, read_receivers
 from megatron_r1.push.rendezvous import (
     SET_FAILURE_ERRORS,
     SetFailed,
