@@ -72,7 +72,7 @@ def test_hosts_join_vanish_and_bring_engines_again(model, tmp_path):
                 assert engine.server.engine.host_names and engine.is_up
                 # Another host during the run: its engine joins, on the same weights.
                 agents.append(agent(tmp_path))
-                await until(lambda: sum(e.is_open for e in fleet.engines) == 2)
+                await until(lambda: sum(e.accepts_groups for e in fleet.engines) == 2)
                 # The first host dies with a request in flight: its engine dies with it, the
                 # request is answered by the other, and none is restarted.
                 (process,) = engine_processes(agents[0])
@@ -93,7 +93,7 @@ def test_hosts_join_vanish_and_bring_engines_again(model, tmp_path):
                 (process,) = engine_processes(agents[1])
                 os.kill(process, signal.SIGKILL)
                 await until(lambda: fleet.num_restarts == 1)
-                await until(lambda: any(e.is_open for e in fleet.engines))
+                await until(lambda: any(e.accepts_groups for e in fleet.engines))
                 assert any("on host" in line and "SIGKILL" in line for line in messages)
         assert agents[1].wait() == 0  # the run is over
 

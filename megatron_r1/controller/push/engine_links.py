@@ -204,7 +204,7 @@ class EngineLinks:
         """While the block runs, report dead engines to the ranks that may be waiting for them."""
 
         async def report(engine_set: EngineSet, engine: Engine) -> None:
-            await engine.died.wait()
+            await engine.death_noticed.wait()
             await self.report_gone(engine_set, engine)
 
         reports = [
@@ -315,7 +315,9 @@ class EngineLinks:
             raise EngineError(f"{', '.join(engine.name for engine in engines)}: {error}")
         self._drop([engine_set])
         suspects = engines if len(engines) == 1 else [engines[member] for member in members]
-        at_fault = [engine for engine in engines if engine in suspects or engine.died.is_set()]
+        at_fault = [
+            engine for engine in engines if engine in suspects or engine.death_noticed.is_set()
+        ]
         for engine in at_fault:
             on_engine_lost(engine, EngineDied(f"{engine.name} was lost during a push: {error}"))
         if not at_fault:

@@ -40,11 +40,12 @@ class Engine:
         num_running: sequences in flight.
         num_occupied: sequences that the dispatcher expects to be decoded.
         tokens_expected: tokens that it expects of them.
-        is_up: it answers and holds the current weights, so it gets every push.
-        is_open: it gets new groups; a draining engine gets none.
+        is_up: it is not being started or replaced, so it gets every push: it holds the current
+            weights, or sleeps until the next push.
+        accepts_groups: it gets new groups; a draining engine gets none.
         is_asleep: it is up, and waits for weights in the next push while others serve.
         role: the first part of its name, by what the fleet is for.
-        died: set when its death has been noticed.
+        death_noticed: set when its death has been noticed.
         stats: the groups and faults of the last `STATS_SECONDS`.
     """
 
@@ -55,10 +56,10 @@ class Engine:
     num_occupied: float = 0.0
     tokens_expected: float = 0.0
     is_up: bool = True
-    is_open: bool = True
+    accepts_groups: bool = True
     is_asleep: bool = False
     role: str = "engine"
-    died: asyncio.Event = field(default_factory=asyncio.Event)
+    death_noticed: asyncio.Event = field(default_factory=asyncio.Event)
     stats: ServiceStats = field(
         default_factory=lambda: ServiceStats(time.monotonic(), STATS_SECONDS)
     )
@@ -84,7 +85,7 @@ class Engine:
 
     async def stop(self) -> None:
         """Stop the engine's processes and fail its calls; harmless if it has ended."""
-        self.died.set()
+        self.death_noticed.set()
         await self.client.close()
         await asyncio.to_thread(self.server.stop)
 
@@ -95,11 +96,11 @@ class Engine:
             EngineDied: the engine has died; raised at once.
             Exception: what the call raises.
         """
-        if self.died.is_set():
+        if self.death_noticed.is_set():
             call.close()
             raise self.death_error()
         request = asyncio.ensure_future(call)
-        death = asyncio.ensure_future(self.died.wait())
+        death = asyncio.ensure_future(self.death_noticed.wait())
         try:
             await asyncio.wait({request, death}, return_when=asyncio.FIRST_COMPLETED)
             if request.done():
@@ -142,7 +143,7 @@ class Engine:
     async def drain(self, within_seconds: float) -> None:
         """Wait until no sequence is in flight, the engine has died, or the time is over."""
         deadline = time.monotonic() + within_seconds
-        while self.num_running and not self.died.is_set() and time.monotonic() < deadline:
+        while self.num_running and not self.death_noticed.is_set() and time.monotonic() < deadline:
             await asyncio.sleep(POLL_SECONDS)
 
     async def is_hanging(self, within_seconds: float) -> bool:
@@ -151,7 +152,7 @@ class Engine:
         is not. An engine whose death has been noticed does not hang."""
         try:
             async with asyncio.timeout(within_seconds):
-                while not self.died.is_set():
+                while not self.death_noticed.is_set():
                     try:
                         await self.client.is_sleeping()
                         return False

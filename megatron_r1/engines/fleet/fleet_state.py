@@ -12,8 +12,8 @@ Notify = Callable[[str], None]
 
 
 class FleetState:
-    """The state that a fleet's push, retries and replacement share. Every change of `is_open` goes
-    through here, so that the dispatcher assigns groups to open engines only."""
+    """The state that a fleet's push, retries and replacement share. Every change of
+    `accepts_groups` goes through here, so that the dispatcher assigns groups to no other engine."""
 
     def __init__(self, dispatcher: Dispatcher, notify: Notify) -> None:
         self.dispatcher, self.notify = dispatcher, notify
@@ -41,9 +41,9 @@ class FleetState:
         if self._refusal:
             raise EngineError(self._refusal)
 
-    def set_open(self, engine: Engine, is_open: bool) -> None:
+    def set_accepts_groups(self, engine: Engine, accepts_groups: bool) -> None:
         """Let an engine take new groups, or stop it from taking them."""
-        engine.is_open = is_open
+        engine.accepts_groups = accepts_groups
         self._update()
 
     def mark_up(self, engine: Engine, replaced: Engine, *, is_asleep: bool = False) -> None:
@@ -54,19 +54,19 @@ class FleetState:
             engine: the engine that serves from now on.
             replaced: the engine of the fleet that it replaces, or itself.
             is_asleep: whether it has no weights yet."""
-        engine.is_up, engine.is_open, engine.is_asleep = True, not is_asleep, is_asleep
+        engine.is_up, engine.accepts_groups, engine.is_asleep = True, not is_asleep, is_asleep
         self.engines[self.engines.index(replaced)] = engine
         self._update()
 
     def wake(self, engine: Engine) -> None:
         """Let an engine serve that was put up asleep, and has the weights now."""
         engine.is_asleep = False
-        self.set_open(engine, True)
+        self.set_accepts_groups(engine, True)
 
     def mark_down(self, engine: Engine) -> None:
         """Exclude a dead engine from calls and pushes; `engines` keeps it until a replacement is
         up."""
-        engine.is_up = engine.is_open = False
+        engine.is_up = engine.accepts_groups = False
         self._update()
 
     def remove(self, engine: Engine) -> None:
@@ -76,4 +76,4 @@ class FleetState:
             self.engines.remove(engine)
 
     def _update(self) -> None:
-        self.dispatcher.set_engines(engine for engine in self.engines if engine.is_open)
+        self.dispatcher.set_engines(engine for engine in self.engines if engine.accepts_groups)

@@ -116,8 +116,8 @@ class EngineReplacer:
     def retire(self, engine: Engine, reason: EngineError) -> None:
         """Begin to replace an engine that still works, if restarts are left. The engine gets no new
         groups, and is replaced once those in flight are back, or after DRAIN_SECONDS."""
-        if engine.is_open and self.num_restarts < self.max_restarts:
-            self.state.set_open(engine, False)
+        if engine.accepts_groups and self.num_restarts < self.max_restarts:
+            self.state.set_accepts_groups(engine, False)
             self._start(self._drain_and_replace(engine, reason))
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
@@ -132,7 +132,7 @@ class EngineReplacer:
         if self.num_restarts < self.max_restarts:
             self.replace(engine, reason)
         else:  # others have used up the last restart, so it serves on
-            self.state.set_open(engine, True)
+            self.state.set_accepts_groups(engine, True)
 
     async def _revive(self, dead: Engine, reason: EngineError) -> None:
         """Start a replacement; if it does not start, try again while restarts are left, and then
@@ -164,8 +164,8 @@ class EngineReplacer:
         """Find ended engines, so that calls waiting for them fail at once."""
         while True:
             for engine in list(self.state.engines):
-                if not engine.server.is_alive() and not engine.died.is_set():
-                    engine.died.set()
+                if not engine.server.is_alive() and not engine.death_noticed.is_set():
+                    engine.death_noticed.set()
                     with contextlib.suppress(EngineDied):  # the next call raises it
                         self.replace(engine, engine.death_error())
             await asyncio.sleep(WATCH_SECONDS)
@@ -185,9 +185,10 @@ class EngineReplacer:
                     reason = EngineDied(f"{engine.name} has not answered for {seconds:g} seconds")
                     with contextlib.suppress(EngineDied):
                         self.replace(engine, reason)
-                    engine.died.set()  # its calls fail now: a process that hangs ends none of them
+                    # Its calls fail now: a process that hangs ends none of them.
+                    engine.death_noticed.set()
             stats_by_engine = {
-                engine: engine.stats for engine in self.state.engines if engine.is_open
+                engine: engine.stats for engine in self.state.engines if engine.accepts_groups
             }
             for engine, slowness in find_slow(stats_by_engine, time.monotonic()).items():
                 self.retire(engine, EngineError(f"{engine.name} {slowness}"))

@@ -360,7 +360,7 @@ class RolloutFleet:
     def metrics(self) -> dict[str, float]:
         """Return the fleet's entries of a step's line in metrics.jsonl."""
         return {
-            "engines/up": sum(engine.is_open for engine in self.engines),
+            "engines/up": sum(engine.accepts_groups for engine in self.engines),
             "engines/restarts": self.num_restarts,
             "engines/requeued": self.retries.num_requeued,
         }
@@ -416,7 +416,7 @@ class RolloutFleet:
                 engine = self.launch(index)
             except OSError as error:  # no memory for a process, no port
                 raise EngineError(f"{self.role}-{index} cannot be started: {error}") from error
-            engine.is_up = engine.is_open = False
+            engine.is_up = engine.accepts_groups = False
             if instead_of is None:
                 self.engines.append(engine)
             self._starting.add(engine)

@@ -310,7 +310,7 @@ async def watch(engine):
     """Note the engine's death, as its watchdog would."""
     while engine.client.process.process.is_alive():
         await asyncio.sleep(0.2)
-    engine.died.set()
+    engine.death_noticed.set()
 
 
 async def story(case, engines, *, is_colocated, on_host, killed_at):

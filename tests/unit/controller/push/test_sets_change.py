@@ -212,7 +212,7 @@ def test_an_engine_that_dies_amid_a_push_costs_the_others_a_repeated_one(make, m
             count.append(1)
             if len(count) == 5:
                 fleet.engines[2].client.die()
-                loop.call_soon_threadsafe(fleet.engines[2].died.set)
+                loop.call_soon_threadsafe(fleet.engines[2].death_noticed.set)
             return packed(*arguments)
 
         loop = asyncio.get_running_loop()

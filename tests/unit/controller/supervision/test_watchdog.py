@@ -356,7 +356,7 @@ def test_an_engine_that_owes_a_group_is_named_with_it_and_asked_for_its_stacks(
         busy, hung = EngineClient(busy_url), EngineClient(hung_url)
         async with run.supervised() as supervisor, busy, hung:
             engines = [
-                Engine(0, servers[0], busy, num_running=2, is_open=False),
+                Engine(0, servers[0], busy, num_running=2, accepts_groups=False),
                 Engine(1, servers[1], hung),
             ]
             fleet = run.collector.fleet

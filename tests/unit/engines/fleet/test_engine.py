@@ -26,7 +26,7 @@ def test_an_engine_hangs_that_lives_and_gives_no_answer(answer, is_dead, is_hang
     async def run():
         engine = Engine(0, SimpleNamespace(), SimpleNamespace(is_sleeping=is_sleeping))
         if is_dead:
-            engine.died.set()
+            engine.death_noticed.set()
         return await engine.is_hanging(0.01)
 
     assert asyncio.run(run()) == is_hanging

@@ -134,17 +134,17 @@ def test_without_a_restart_left_the_others_still_answer(tmp_path):
     broken, fine = Peer(lambda k: GARBAGE["no number"]), Peer(good)
 
     async def story(fleet):
-        return await sample(fleet, count=20), [engine.is_open for engine in fleet.engines]
+        return await sample(fleet, count=20), [engine.accepts_groups for engine in fleet.engines]
 
-    groups, is_open = run(tmp_path, [broken, fine], story, num_engines=2)
+    groups, accepts_groups = run(tmp_path, [broken, fine], story, num_engines=2)
     assert groups == [[[7], [7]]] * 20
-    assert is_open == [True, True]
+    assert accepts_groups == [True, True]
 
 
 def test_a_dead_engine_gets_no_request(tmp_path):
     async def story(fleet):
         engine = fleet.engines[0]
-        engine.died.set()
+        engine.death_noticed.set()
         await engine.client.close()
         with pytest.raises(EngineDied, match="engine-0.*stopped by the test"):
             await engine.await_call(engine.client.generate([3], n=1, max_tokens=1))
@@ -181,7 +181,7 @@ def test_a_slow_engine_is_drained_before_it_is_replaced(tmp_path):
         slow.num_running += 1  # something is in flight
         fleet.replacer.retire(slow, EngineError("engine-0 made 1 token a second"))
         await sample(fleet, count=3)
-        in_between = slow.is_up, slow.is_open, slow.server.is_alive()
+        in_between = slow.is_up, slow.accepts_groups, slow.server.is_alive()
         slow.num_running -= 1
         await until(lambda: not fleet.replacer.tasks)
         return in_between, fleet.engines[0].server
@@ -195,7 +195,7 @@ def test_a_slow_engine_is_drained_before_it_is_replaced(tmp_path):
 def test_without_a_restart_left_a_slow_engine_stays(tmp_path):
     async def story(fleet):
         fleet.replacer.retire(fleet.engines[0], EngineError("slow"))
-        return await sample(fleet), fleet.engines[0].is_open
+        return await sample(fleet), fleet.engines[0].accepts_groups
 
     assert run(tmp_path, [Peer(good)], story) == ([[[7], [7]]], True)
 
@@ -279,14 +279,14 @@ def test_an_engine_that_comes_without_weights_sleeps_and_serves_from_the_next_pu
 
         fleet.set_weight_sender(send_weights)
         joined = await fleet.add_engine()
-        early = joined.is_up, joined.is_open
+        early = joined.is_up, joined.accepts_groups
         groups = await sample(fleet, 4)
         by_first = peers[0].num_calls
         await fleet.sleep()
         assert not fleet.engines_use_memory
         await fleet.push({}, 1)
         await sample(fleet, 4)
-        return early, len(groups), by_first, joined.is_open, peers[1].called.count(SLEEP)
+        return early, len(groups), by_first, joined.accepts_groups, peers[1].called.count(SLEEP)
 
     assert run(tmp_path, peers, story) == ((True, False), 4, 4, True, 1)
     assert peers[1].num_calls
@@ -488,7 +488,7 @@ def test_a_cancelled_call_to_a_dead_engine_does_not_go_on(tmp_path):
         engine = fleet.engines[0]
         calling = asyncio.create_task(engine.await_call(ends_slowly()))
         await begun.wait()
-        engine.died.set()
+        engine.death_noticed.set()
         await ending.wait()
         calling.cancel()
         with pytest.raises(asyncio.CancelledError):
