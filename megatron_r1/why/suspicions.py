@@ -82,7 +82,7 @@ def _check_learning_rate(step: RecordedStep) -> str:
             f"the learning rate is still warming up, {rate:.3g} of "
             f"{step.config.optimizer.learning_rate:.3g}: optimizer.warmup_updates: {warmup}"
         )
-    rewards, kl = _ends(step, "reward/mean"), finite_metric(step.line, "kl")
+    rewards, kl = _ends(step, "reward/mean"), finite_metric(step.metrics_row, "kl")
     if rewards is None or step.step < 10 or rewards[1] > rewards[0]:
         return ""
     if kl is not None and step.config.rl.kl_beta and kl < SMALL_KL:

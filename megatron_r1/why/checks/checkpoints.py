@@ -241,7 +241,7 @@ def _compare_size_of_change(
     rates = step.learning_rates
     limit = MAX_STEP_FACTOR * sum(rates)
     rate = max(rates)
-    is_still = largest_change == 0 and rate > 0 and bool(step.line.get("grad_norm"))
+    is_still = largest_change == 0 and rate > 0 and bool(step.metrics_row.get("grad_norm"))
     return Comparison(
         STAGE,
         "size of the change",

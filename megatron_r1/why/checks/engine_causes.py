@@ -76,7 +76,7 @@ def older_weights(gaps: EngineGaps, version: int, engine: ExplainedEngine) -> Ex
 
 def _trainer_agrees(gaps: EngineGaps) -> bool:
     """Return whether all engines are beyond the tolerance, and the trainer agrees with them."""
-    logged = gaps.step.line.get("logprob_diff/mean")
+    logged = gaps.step.metrics_row.get("logprob_diff/mean")
     means = [mean for mean in gaps.engine_means().values() if not math.isnan(mean)]
     is_near = isinstance(logged, int | float) and logged <= gaps.tolerance
     return is_near and min(means, default=0.0) > gaps.tolerance

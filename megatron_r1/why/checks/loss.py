@@ -68,7 +68,7 @@ def check_loss(step: RecordedStep, recomputation: Recomputation) -> list[Compari
     comparisons = [
         _compare_metric(step, name, base)
         for name in COMPARED_METRICS
-        if name in base.metrics and name in step.line
+        if name in base.metrics and name in step.metrics_row
     ]
     terms = ", ".join(f"{name} {format_number(value)}" for name, value in base.terms.items())
     if not comparisons:
@@ -88,7 +88,7 @@ def check_loss(step: RecordedStep, recomputation: Recomputation) -> list[Compari
     substitution, updates = best_explanation
     text = (
         f"{substitution.name} explains it: loss {_format(updates.metrics['loss'])}, recorded "
-        f"{_format(step.line.get('loss'))}, by the settings {_format(base.metrics['loss'])}"
+        f"{_format(step.metrics_row.get('loss'))}, by the settings {_format(base.metrics['loss'])}"
     )
     size = abs(updates.metrics["loss"] - base.metrics["loss"]) / _scale(step)
     text += f"; {format_percent(size)} of the loss by weight of advantages"
@@ -153,7 +153,7 @@ def _limit(step: RecordedStep, name: str, metrics: Mapping[str, float]) -> float
 
 
 def _compare_metric(step: RecordedStep, name: str, updates: RecomputedUpdates) -> Comparison:
-    recomputed_value, logged_value = updates.metrics[name], finite_metric(step.line, name)
+    recomputed_value, logged_value = updates.metrics[name], finite_metric(step.metrics_row, name)
     limit = _limit(step, name, updates.metrics)
     distance = math.inf if logged_value is None else abs(logged_value - recomputed_value)
     reason = (
@@ -194,7 +194,9 @@ def are_recorded(step: RecordedStep, metrics: Mapping[str, float]) -> bool:
         step: the step.
         metrics: recomputed ones, by name."""
     logged_values = (
-        (finite_metric(step.line, name), name) for name in metrics if name in step.line
+        (finite_metric(step.metrics_row, name), name)
+        for name in metrics
+        if name in step.metrics_row
     )
     return all(
         logged_value is not None
@@ -250,7 +252,8 @@ def explanation(
         recomputation: its updates."""
     candidates = list(substitutions(step, recomputation))
     estimates = [
-        recomputation.estimates.distance(substitution, step.line) for substitution in candidates
+        recomputation.estimates.distance(substitution, step.metrics_row)
+        for substitution in candidates
     ]
     order = sorted(range(len(candidates)), key=lambda index: (estimates[index], index))
     matches_record = partial(are_recorded, step)

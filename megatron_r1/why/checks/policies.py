@@ -37,8 +37,8 @@ def check_policies(step: RecordedStep, recomputation: Recomputation) -> list[Com
 
 def _compare_trainer(step: RecordedStep, recomputation: Recomputation) -> Comparison:
     """Compare logprob_diff/mean, engine's against trainer's, with engine's against transformers."""
-    logged_gap = finite_metric(step.line, "logprob_diff/mean")
-    if "logprob_diff/mean" not in step.line:
+    logged_gap = finite_metric(step.metrics_row, "logprob_diff/mean")
+    if "logprob_diff/mean" not in step.metrics_row:
         return not_checked(POLICIES_STAGE, TRAINER, "metrics.jsonl has no logprob_diff/mean")
     if (recipe := step.run_config.fp8.recipe) != "none":
         return not_checked(
@@ -211,8 +211,8 @@ def _parted_head(step: RecordedStep) -> tuple[str, str] | None:
         return None
     return (
         f"the trainer was {format_number(first_gap)} from the engine in the first step, and is "
-        f"{format_number(step.line['logprob_diff/mean'])} now: of a tied head the last stage has a "
-        "copy, which is in no checkpoint, and which parted from the embedding",
+        f"{format_number(step.metrics_row['logprob_diff/mean'])} now: of a tied head the last "
+        "stage has a copy, which is in no checkpoint, and which parted from the embedding",
         "parallel.pipeline: the gradients of both copies of a tied embedding are summed",
     )
 
@@ -243,10 +243,10 @@ def _is_logged(
     tolerance = ROUNDING_BY_DTYPE[step.run_config.model.dtype]
     distances = {"logprob_diff/mean": float(gaps.mean()), "logprob_diff/max": float(gaps.max())}
     return all(
-        (logged := finite_metric(step.line, name)) is not None
+        (logged := finite_metric(step.metrics_row, name)) is not None
         and abs(logged - value) <= max(tolerance, tolerance * value)
         for name, value in distances.items()
-        if name in step.line
+        if name in step.metrics_row
     )
 
 

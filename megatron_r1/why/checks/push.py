@@ -24,8 +24,8 @@ def check_push(step: RecordedStep, recomputation: Recomputation) -> list[Compari
 
 def _compare_probe(step: RecordedStep) -> Comparison:
     name = "probes of the push"
-    value = finite_metric(step.line, "push/probe_diff")
-    if "push/probe_diff" not in step.line:
+    value = finite_metric(step.metrics_row, "push/probe_diff")
+    if "push/probe_diff" not in step.metrics_row:
         return not_checked(STAGE, name, "metrics.jsonl has no push/probe_diff")
     tolerance = 4 * ROUNDING_BY_DTYPE[step.run_config.rollout.dtype]
     return Comparison(

@@ -107,9 +107,11 @@ def _compare_metrics(step: RecordedStep) -> list[Comparison]:
         "groups/zero_variance": num_equal / len(groups),
     }
     gaps = {
-        name: math.inf if (logged := finite_metric(step.line, name)) is None else abs(logged - mean)
+        name: math.inf
+        if (logged := finite_metric(step.metrics_row, name)) is None
+        else abs(logged - mean)
         for name, mean in means.items()
-        if name in step.line
+        if name in step.metrics_row
     }
     subject = f"the means of {len(responses):,} responses with metrics.jsonl"
     if not gaps:
@@ -134,5 +136,5 @@ def _compare_metrics(step: RecordedStep) -> list[Comparison]:
 
 
 def _describe_logged(step: RecordedStep, name: str) -> str:
-    value = finite_metric(step.line, name)
+    value = finite_metric(step.metrics_row, name)
     return "not a number" if value is None else format_number(value)

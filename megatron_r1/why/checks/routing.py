@@ -34,8 +34,8 @@ def check_routing(step: RecordedStep, recomputation: Recomputation) -> list[Comp
     they do not. Nothing is compared where experts are not replayed."""
     if not step.config.rl.routing_replay:
         return []
-    agreement = finite_metric(step.line, "routing/agreement")
-    if "routing/agreement" not in step.line:
+    agreement = finite_metric(step.metrics_row, "routing/agreement")
+    if "routing/agreement" not in step.metrics_row:
         return [not_checked(STAGE, NAME, "metrics.jsonl has no routing/agreement")]
     if any((sequence.versions != step.step - 1).any() for sequence in step.sequences):
         return [not_checked(STAGE, NAME, "some tokens were sampled with earlier weights")]

@@ -18,8 +18,8 @@ def check_rates(step: RecordedStep) -> list[Comparison]:
 
 
 def _compare_rate(step: RecordedStep) -> Comparison:
-    name, logged_rate = "learning rate", finite_metric(step.line, "learning_rate")
-    if "learning_rate" not in step.line:
+    name, logged_rate = "learning rate", finite_metric(step.metrics_row, "learning_rate")
+    if "learning_rate" not in step.metrics_row:
         return not_checked(SCHEDULE, name, "metrics.jsonl has no learning_rate")
     if logged_rate is None:
         return _not_a_number(name, "learning_rate")
@@ -46,8 +46,8 @@ def _compare_rate(step: RecordedStep) -> Comparison:
 
 
 def _compare_count(step: RecordedStep) -> Comparison:
-    name, logged_count = "number of updates", step.line.get("optimizer_step")
-    if "optimizer_step" not in step.line:
+    name, logged_count = "number of updates", step.metrics_row.get("optimizer_step")
+    if "optimizer_step" not in step.metrics_row:
         return not_checked(SCHEDULE, name, "metrics.jsonl has no optimizer_step")
     if not isinstance(logged_count, int):
         return _not_a_number(name, "optimizer_step")
@@ -67,12 +67,12 @@ def _compare_count(step: RecordedStep) -> Comparison:
 
 
 def _compare_taken_updates(step: RecordedStep) -> Comparison:
-    name, taken_fraction = "updates taken", finite_metric(step.line, "step_taken")
-    if "step_taken" not in step.line:
+    name, taken_fraction = "updates taken", finite_metric(step.metrics_row, "step_taken")
+    if "step_taken" not in step.metrics_row:
         return not_checked(SCHEDULE, name, "metrics.jsonl has no step_taken")
     if taken_fraction is None:
         return _not_a_number(name, "step_taken")
-    norm = finite_metric(step.line, "grad_norm")
+    norm = finite_metric(step.metrics_row, "grad_norm")
     parts = ["a gradient is not finite: its update was left out"] if taken_fraction < 1 else []
     if missing_keys := [
         key for key in (*COMPARED_METRICS, "grad_norm") if _is_no_number(step, key)
@@ -92,7 +92,7 @@ def _compare_taken_updates(step: RecordedStep) -> Comparison:
 
 
 def _is_no_number(step: RecordedStep, key: str) -> bool:
-    return key in step.line and finite_metric(step.line, key) is None
+    return key in step.metrics_row and finite_metric(step.metrics_row, key) is None
 
 
 def _not_a_number(name: str, key: str) -> Comparison:

@@ -33,7 +33,7 @@ def _check_trainer(
         return await single_rank.measure(step, recomputation.policies.old_logprobs, scratch)
 
     rank_distances = run_in_scratch_folder(measure)
-    recorded_distance = finite_metric(step.line, single_rank.METRIC)
+    recorded_distance = finite_metric(step.metrics_row, single_rank.METRIC)
     distances = Distances(
         refined_comparison.distance,
         distance(

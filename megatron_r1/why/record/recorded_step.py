@@ -44,7 +44,7 @@ class RecordedStep:
         folder: the run's folder.
         run_config: the run's settings.
         step: the step, from 1.
-        line: its line of metrics.jsonl.
+        metrics_row: its line of metrics.jsonl.
         groups: those it was trained on, in the order in which the trainer got them.
         filtered_groups: groups that dynamic sampling left out.
         sampling: how each of both was sampled, first those that were trained on.
@@ -58,7 +58,7 @@ class RecordedStep:
     folder: RunFolder
     run_config: Config
     step: int
-    line: Mapping[str, Any]
+    metrics_row: Mapping[str, Any]
     groups: list[Group]
     filtered_groups: list[Group]
     sampling: list[SamplingRecord | None]
@@ -117,7 +117,7 @@ class RecordedStep:
     def scheduled_steps(self) -> int:
         """The steps that the learning rate decayed over: run.steps, or where that does not give the
         logged rate, as a run may be made longer later, the first number that does."""
-        steps, logged_rate = self.run_config.run.steps, self.line.get("learning_rate")
+        steps, logged_rate = self.run_config.run.steps, self.metrics_row.get("learning_rate")
         if self.config.optimizer.decay == "constant" or not isinstance(logged_rate, int | float):
             return steps
         for num_steps in (steps, *range(self.step, MAX_STEPS_FACTOR * steps + 1)):

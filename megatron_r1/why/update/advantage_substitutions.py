@@ -160,7 +160,7 @@ def _scaled_advantage_substitutions(
 ) -> Iterator[Substitution]:
     """Yield multiples of the advantages that loss or gradients of the step suggest."""
     suggested_factors = [traces.gradient_factor]
-    norm, loss = (step.line.get(name) for name in ("grad_norm", "loss"))
+    norm, loss = (step.metrics_row.get(name) for name in ("grad_norm", "loss"))
     if isinstance(norm, int | float) and traces.norm:
         suggested_factors.append(norm / traces.norm)
     if isinstance(loss, int | float) and (term := traces.terms.get("policy")):

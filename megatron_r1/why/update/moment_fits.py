@@ -76,7 +76,7 @@ class MomentFits:
         if self.terms_reason or self._after.first_moments is None:
             raise CannotRecompute(self.terms_reason)
         base_metrics, settings = make_base(), self._step.config.optimizer
-        logged_norm = self._step.line.get("grad_norm")
+        logged_norm = self._step.metrics_row.get("grad_norm")
         norm = (
             logged_norm
             if isinstance(logged_norm, int | float)
@@ -129,7 +129,7 @@ class MomentFits:
     def _fit(self, fit: Callable[..., _Fitted]) -> _Fitted | None:
         """Return what a function of `gradient_norms` finds; None without the run's moments or
         the norm that it logs."""
-        logged_norm = self._step.line.get("grad_norm")
+        logged_norm = self._step.metrics_row.get("grad_norm")
         if self._after.first_moments is None or not isinstance(logged_norm, int | float):
             return None
         return fit(

@@ -261,7 +261,7 @@ def _optimizer_substitutions(step: RecordedStep) -> Iterator[Substitution]:
                     else "",
                     adam=((name, value),),
                 )
-    rate = step.line.get("learning_rate")
+    rate = step.metrics_row.get("learning_rate")
     if isinstance(rate, int | float):
         yield Substitution(
             f"the logged learning rate, {rate:g}",
@@ -342,7 +342,7 @@ def _trace_substitutions(step: RecordedStep, traces: CheckpointTraces) -> Iterat
             adam=(("learning_rates", rates),),
         )
     multiples = [traces.gradient_factor]
-    norm, recomputed_norm = step.line.get("grad_norm"), traces.norm
+    norm, recomputed_norm = step.metrics_row.get("grad_norm"), traces.norm
     if isinstance(norm, int | float) and recomputed_norm:
         multiples.append(norm / recomputed_norm)
     for factor in multiples:
@@ -372,7 +372,7 @@ def clip_substitution(clip: float) -> Substitution:
 
 def _weight_substitutions(step: RecordedStep, traces: CheckpointTraces) -> Iterator[Substitution]:
     """Yield the weights of KL and entropy that the logged loss would have."""
-    logged, recomputed_loss = step.line.get("loss"), sum(traces.terms.values())
+    logged, recomputed_loss = step.metrics_row.get("loss"), sum(traces.terms.values())
     if not isinstance(logged, int | float):
         return
     for key, name in (("kl_beta", "kl"), ("entropy_coef", "entropy")):
@@ -388,7 +388,7 @@ def _weight_substitutions(step: RecordedStep, traces: CheckpointTraces) -> Itera
 
 def _ranks(step: RecordedStep, factor: float) -> str:
     """Return what a factor of the gradient is equal to, as text."""
-    parallel, count = step.run_config.parallel, step.line.get("packing/microbatches", 1)
+    parallel, count = step.run_config.parallel, step.metrics_row.get("packing/microbatches", 1)
     ranks = parallel.data_parallel_size(parallel.processes)
     for number, noun in ((ranks, "data-parallel ranks"), (count, "micro-batches of an update")):
         for value, words in ((number, "the number"), (1 / number, "1 over the number")):

@@ -17,7 +17,9 @@ from megatron_r1.why.checks.engine_gaps import ExplainedEngine
     ],
 )
 def test_an_engine_at_the_beginning_of_a_run_with_adapters_has_none(lora, version, words):
-    step = SimpleNamespace(line={}, run_config=SimpleNamespace(model=SimpleNamespace(lora=lora)))
+    step = SimpleNamespace(
+        metrics_row={}, run_config=SimpleNamespace(model=SimpleNamespace(lora=lora))
+    )
     gaps = SimpleNamespace(
         step=step,
         newest_version=2,

@@ -70,7 +70,7 @@ class Models(PolicyModels):
             run_config=config,
             folder=None,
             hf_config={"vocab_size": 23},
-            line={},
+            metrics_row={},
             responses={(0, index): response for index in range(len(rows))},
         )
 

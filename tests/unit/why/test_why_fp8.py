@@ -238,7 +238,7 @@ def logged_step(folder, values, scratch, scale_format=None):
         hf_config=hf_config,
         model=folder,
         sequences=sequences,
-        line={},
+        metrics_row={},
         responses={(0, index): response for index in range(len(sequences))},
         loss_fraction=lambda concerned: 1.0,
     )
@@ -317,6 +317,6 @@ def test_weights_of_another_push_are_not_taken_for_scales(folders, tmp_path, ver
 
 def test_a_trainer_with_8_bit_products_is_not_checked():
     config = SimpleNamespace(fp8=SimpleNamespace(recipe="blockwise"))
-    step = SimpleNamespace(line={"logprob_diff/mean": 0.5}, run_config=config)
+    step = SimpleNamespace(metrics_row={"logprob_diff/mean": 0.5}, run_config=config)
     comparison = policies._compare_trainer(step, None)
     assert comparison.status == NOT_CHECKED and "fp8.recipe: blockwise" in comparison.reason

@@ -21,7 +21,7 @@ def step_with(agreement: float | None, version: int = 2, routing_replay: bool = 
     float32 = SimpleNamespace(dtype="float32")
     return SimpleNamespace(
         step=3,
-        line=line,
+        metrics_row=line,
         config=SimpleNamespace(rl=SimpleNamespace(routing_replay=routing_replay)),
         run_config=SimpleNamespace(rollout=float32, model=float32),
         sequences=[SimpleNamespace(versions=np.full(4, version))],

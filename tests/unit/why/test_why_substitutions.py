@@ -194,7 +194,7 @@ def _kl_of(step):
 def test_other_advantages_are_tried(planted):  # noqa: F811
     planted.settings["rl"] |= {"overlong_buffer": 0.9}
     step = planted.read()
-    step.line["grad_norm"] = 3.1
+    step.metrics_row["grad_norm"] = 3.1
     found = {each.name: each for each in advantage_substitutions(step, CheckpointTraces(norm=1.0))}
     advantages = [a for group in step.advantages for a in group]
 
