@@ -2,7 +2,7 @@
 
 ARGS are those of `vllm serve`. Differences from vLLM's own entry: the server and its children die
 with their parent; all requests need the engine's secret (`SecretMiddleware`); one endpoint does all
-of a swap of weights (`weight_swap`), and that for samples also replies in bytes (`binary_replies`);
+of a swap of weights (`weight_swap`), and that for samples also replies in bytes (`reply_writer`);
 on CPU the engine core is forked instead of spawned, as vLLM does on GPU, so that torch and
 vllm are imported once and not two or three times, and keeps the memory that it frees. `--headless`
 runs one host's part of an engine whose server is on another host."""
@@ -118,7 +118,7 @@ def preload() -> None:
     """Import what `main` needs, and on a CPU what vLLM imports later: 1,000 more modules."""
     import_module("vllm.entrypoints.launchers.api_server.entry")
     import_module("megatron_r1.engines.plugin.weight_swap")
-    import_module("megatron_r1.engines.plugin.binary_replies")
+    import_module("megatron_r1.engines.plugin.reply_writer")
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
@@ -140,10 +140,10 @@ def main() -> None:
     from vllm.entrypoints.launchers.api_server.entry import main as serve
     from vllm.platforms import current_platform
 
-    from megatron_r1.engines.plugin import binary_replies, pushed_adapter, weight_swap
+    from megatron_r1.engines.plugin import pushed_adapter, reply_writer, weight_swap
 
     weight_swap.add_swap()
-    binary_replies.add_samples()
+    reply_writer.add_samples()
     pushed_adapter.serve_pushed_adapter()
     if current_platform.is_cpu():
         _fork_on_cpu()

@@ -14,7 +14,6 @@ from typing import Any, Literal, Self, TypeVar
 import aiohttp
 import msgspec
 
-from megatron_r1.engines.server.binary_replies import MEDIA_TYPE, read_responses
 from megatron_r1.engines.server.errors import (
     ConnectionBroken,
     EngineDied,
@@ -24,6 +23,7 @@ from megatron_r1.engines.server.errors import (
     PushIncomplete,
 )
 from megatron_r1.engines.server.json_replies import parse_prompt_logprobs, parse_responses
+from megatron_r1.engines.server.reply_reader import MEDIA_TYPE, read_responses
 from megatron_r1.engines.server.responses import Response
 from megatron_r1.models.experts import RoutingShape
 from megatron_r1.push.messages import PushInitInfo, PushUpdateInfo

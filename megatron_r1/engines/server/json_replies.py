@@ -1,7 +1,7 @@
 """Reads the responses and scores in vLLM's own replies, which are JSON with responses, scores and
 routed experts, and checks them.
 
-Of engines with our plugin samples come as bytes instead (`binary_replies`)."""
+Of engines with our plugin samples come as bytes instead (`reply_reader`)."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ from megatron_r1.data.prompt import Prompt
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.data.sampler import PromptSampler
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
-from megatron_r1.engines.server.binary_replies import MEDIA_TYPE
+from megatron_r1.engines.server.reply_reader import MEDIA_TYPE
 from megatron_r1.trainer.operations import ModelOperations
 from tools.bench import host
 from tools.bench.controller import synthetic

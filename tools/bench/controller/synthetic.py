@@ -131,7 +131,7 @@ def as_json(reply: GroupReply) -> bytes:
 
 
 def as_bytes(reply: GroupReply) -> bytes:
-    """Return the body of our plugin's reply (`engines/plugin/binary_replies.py`)."""
+    """Return the body of our plugin's reply (`engines/plugin/reply_writer.py`)."""
     routed = None
     if (rows := reply.routing) is not None:
         routed = {"dtype": rows.dtype.str, "shape": rows.shape}

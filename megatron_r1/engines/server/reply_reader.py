@@ -1,6 +1,6 @@
 """Reads the responses in replies as bytes, and keeps their routed experts in a file.
 
-Engines with our plugin (`engines/plugin/binary_replies.py`) send samples as bytes instead of vLLM's
+Engines with our plugin (`engines/plugin/reply_writer.py`) send samples as bytes instead of vLLM's
 JSON (`json_replies`): a tenth of its bytes, and no number is parsed. Such a reply, of media type
 `MEDIA_TYPE`, is the length of the header (uint32), the header (JSON, `ReplyHeader`), then for each
 choice its token ids (int32) and log-probabilities (float32), with a sampling mask its bytes

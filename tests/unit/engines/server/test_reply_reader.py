@@ -16,9 +16,9 @@ from aiohttp import web
 from fakes.loopback import serving
 
 from megatron_r1.base.errors import RunError
-from megatron_r1.engines.server.binary_replies import MEDIA_TYPE
 from megatron_r1.engines.server.client import EngineClient
 from megatron_r1.engines.server.errors import EngineFault
+from megatron_r1.engines.server.reply_reader import MEDIA_TYPE
 from megatron_r1.engines.server.responses import truncate_response
 from megatron_r1.models.experts import RoutingShape
 
@@ -64,7 +64,7 @@ def as_json(choices) -> bytes:
 
 
 def as_bytes(choices) -> bytes:
-    """The format as `binary_replies` describes it, written with `struct`."""
+    """The format as `reply_reader` describes it, written with `struct`."""
     header = {"choices": []}
     tokens = experts = b""
     for ids, logprobs, spans, finish_reason, rows in choices:

@@ -1,5 +1,5 @@
 """Replies to generate calls in bytes, for clients that accept them
-(`engines/server/binary_replies.py`).
+(`engines/server/reply_reader.py`).
 
 vLLM's own reply is JSON with two objects per token: 67 MB for 16 responses of 30,000 tokens, where
 ids and log-probabilities are 3.8 MB. It is built in the server's event loop, in which the tokens of
