@@ -15,7 +15,7 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.transports import TRANSPORTS
 from megatron_r1.commands import torchrun
 from megatron_r1.commands.rl_prompts import explain_renamed_columns
-from megatron_r1.commands.rollout_run import open_player
+from megatron_r1.commands.rollout_roles import open_player
 from megatron_r1.commands.run_facts import describe_stop_tokens
 from megatron_r1.config import Config
 from megatron_r1.config.optimizer import warmup_note

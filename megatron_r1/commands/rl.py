@@ -2,7 +2,7 @@
 docs/stages/, docs/algorithms.md and docs/rewards.md.
 
 The algorithm is `controller.loop.train`. Here the roles of a run are started: engines and graders
-(`rollout_run`) next to the trainer (`training_run`)."""
+(`rollout_roles`) next to the trainer (`training_run`)."""
 
 import asyncio
 from pathlib import Path
@@ -14,7 +14,7 @@ from megatron_r1.base.processes.stopping import run_until_stopped
 from megatron_r1.commands.preloads import preload_megatron, preload_vllm
 from megatron_r1.commands.rl_checks import check_settings, engines_share_gpus
 from megatron_r1.commands.rl_prompts import read_prompts
-from megatron_r1.commands.rollout_run import RolloutRoles, open_rollouts
+from megatron_r1.commands.rollout_roles import RolloutRoles, open_rollouts
 from megatron_r1.commands.run_facts import describe_kind_weights, describe_teachers, run_facts
 from megatron_r1.commands.trained_model import next_commands
 from megatron_r1.commands.training_run import TrainingRun, show_trainer, training_run
