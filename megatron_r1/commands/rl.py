@@ -112,7 +112,7 @@ async def _start_trainer(trainer: TrainerClient) -> None:
 
 
 async def _start_engines(config: Config, fleet: RolloutFleet) -> None:
-    # version: every engine gets the trainer's weights before it samples.
+    # -1: no policy version yet; each engine gets the trainer's weights before it samples.
     await fleet.start(config.model.path, policy_version=-1)
     timeline.mark("controller/engines ready")
 

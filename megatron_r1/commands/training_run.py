@@ -68,7 +68,8 @@ async def training_run(
 
     Args:
         config: the run's settings.
-        name: the kind of run, for its title.
+        name: the kind of run, for its title. "rl" has engines as well, whose memory counts, and
+            the number of its updates is that of the policy's; others have one a step.
         facts: short phrases that describe the run in the terminal and in its report, such as its
             questions; the first is the model's path.
         next_commands: pairs of a purpose and a command to try next, which the report lists.

@@ -1,6 +1,6 @@
 """`rl.engine_mask`: tokens or responses about which engine and trainer disagree have no policy
 gradient. Masked ones stay in the denominators: with much masked, a step is small, and not as large
-as if little had been. Their KL and entropy terms stay, which no engine's probability enters.
+as if little had been. Their KL and entropy terms stay: these do not use the engine's probabilities.
 
 `token` (IcePop: Ring-1T, arXiv 2510.18855; INTELLECT-3, arXiv 2512.16144, eq. 1).
 

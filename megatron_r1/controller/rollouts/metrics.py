@@ -19,7 +19,7 @@ from megatron_r1.engines.episodes import STATUSES, Episode
 
 @timeline.timed("controller/metrics")
 def rollout_metrics(rollout: Rollout, policy_version: int) -> dict[str, float]:
-    """Return means over the responses of a rollout, the groups passed over included.
+    """Return means over the responses of a rollout, including filtered groups.
 
     Reward means are over graded responses, and rewards/ungraded is the share of the others.
     `staleness` is the number of versions between the policy that sampled a token and the one that

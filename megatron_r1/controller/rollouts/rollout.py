@@ -113,7 +113,7 @@ class Rollout:
         reward_seconds: from there to the last grade.
         filtered_groups: groups that were sampled and graded but are not trained on
             (`collect_informative`).
-        teacher_seconds: from there to the teacher's last score.
+        teacher_seconds: from the last sampled token to the teacher's last log-probability.
     """
 
     groups: list[Group]

@@ -27,7 +27,7 @@ class FleetState:
         return [engine for engine in self.engines if engine.is_up]
 
     def begin(self) -> None:
-        """Start to accept `generate` and `score` calls."""
+        """Start to accept `generate` and `compute_logprobs` calls."""
         self._refusal = ""
         self._update()
 
