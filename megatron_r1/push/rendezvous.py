@@ -10,10 +10,8 @@ number of ranks."""
 import datetime
 import time
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
 
 import msgspec
-import xxhash
 from torch.distributed import DistStoreError, PrefixStore, Store, TCPStore
 
 from megatron_r1.push.protocol import (
@@ -22,11 +20,11 @@ from megatron_r1.push.protocol import (
     RankRounds,
     ReceiverInfo,
     RelaySource,
-    SlotTable,
     TensorChunk,
     chunks_to,
 )
 from megatron_r1.push.results import SetFailure
+from megatron_r1.push.table_store import TableStore, read_value, write_value
 
 SET_FAILURE_ERRORS = (OSError, RuntimeError, ValueError)
 """Errors that fail a set and not this rank; torch.distributed raises the second."""
@@ -51,28 +49,6 @@ class SetFailed(ConnectionError):
     def __init__(self, failure: SetFailure):
         super().__init__(failure.error)
         self.failure = failure
-
-
-class TableStore:
-    """Publishes slot tables under their digest, so equal engines share one. Each table is published
-    once and read once: one table per engine took 15 s for 64 engines (docs/learned.md)."""
-
-    def __init__(self, store: Store):
-        self._store = PrefixStore("tables", store)
-        self._tables: dict[str, SlotTable] = {}
-
-    def publish(self, table: SlotTable) -> str:
-        """Write the table, if it is new, and return its digest."""
-        digest = xxhash.xxh3_128_hexdigest(msgspec.msgpack.encode(table))
-        if not self._store.check([digest]):
-            _write(self._store, digest, table)
-        return digest
-
-    def get(self, digest: str) -> SlotTable:
-        """Return the table, the same object every time."""
-        if digest not in self._tables:
-            self._tables[digest] = _read(self._store, digest, SlotTable)
-        return self._tables[digest]
 
 
 class Rendezvous:
@@ -211,7 +187,7 @@ class EngineRendezvous(Rendezvous):
 
     def publish_receiver(self, rank: int, info: ReceiverInfo) -> None:
         """Publish the table and the address of engine rank `rank`."""
-        _write(
+        write_value(
             self.engine_store, f"receiver/{rank}", (self._tables.publish(info.table), info.address)
         )
 
@@ -220,7 +196,7 @@ class EngineRendezvous(Rendezvous):
     ) -> tuple[dict[int | RelaySource, list[TensorChunk]], RankRounds | None]:
         """Return the chunks to this rank, by source, and over NCCL its rounds."""
         self._num_ranks = self.wait_prepared()
-        plan = _read(self.set_store, f"plan/{rank}", PublishedPlan)
+        plan = read_value(self.set_store, f"plan/{rank}", PublishedPlan)
         rounds = plan.rounds[self.member] if plan.rounds is not None else None
         return chunks_to(plan.from_trainers, self.member), rounds
 
@@ -245,7 +221,7 @@ class EngineRendezvous(Rendezvous):
             rank: this rank within the engine.
             push_number_in_set: the push, by its number in the set.
             addresses: handles of the receive buffer and of the checksums (`export_ipc_handle`)."""
-        _write(self.engine_store, f"memory/{rank}/{push_number_in_set}", addresses)
+        write_value(self.engine_store, f"memory/{rank}/{push_number_in_set}", addresses)
 
     def publish_complete(self, push_number: int) -> None:
         """Publish that this rank, of a set of several engines, has all of a push."""
@@ -276,7 +252,7 @@ class TrainerRendezvous(Rendezvous):
         """Return table and address of all ranks of the engine; called on trainer rank 0."""
         keys = [f"receiver/{rank}" for rank in range(num_ranks)]
         self._wait_for_keys(self.engine_store, keys, self.timeout_seconds)
-        records = [_read(self.engine_store, key, tuple[str, str]) for key in keys]
+        records = [read_value(self.engine_store, key, tuple[str, str]) for key in keys]
         return [ReceiverInfo(self._tables.get(digest), address) for digest, address in records]
 
     def publish_plan(
@@ -291,7 +267,7 @@ class TrainerRendezvous(Rendezvous):
             engine_rank: the rank, by its number within each engine.
             plan: the chunks to it, by member.
             rounds: its rounds, by member."""
-        _write(self.set_store, f"plan/{engine_rank}", PublishedPlan(plan, rounds))
+        write_value(self.set_store, f"plan/{engine_rank}", PublishedPlan(plan, rounds))
 
     def publish_prepared(self, num_senders: int, num_ranks: int) -> None:
         """Publish that this rank has published its plans and can be reached.
@@ -310,7 +286,7 @@ class TrainerRendezvous(Rendezvous):
         """Return where to write a push for engine rank `rank`, once that is published."""
         key = f"memory/{rank}/{push_number_in_set}"
         self._wait_for_keys(self.engine_store, [key], self.push_timeout_seconds)
-        return _read(self.engine_store, key, list[str])
+        return read_value(self.engine_store, key, list[str])
 
     def wait_complete(self, push_number: int) -> None:
         """Wait until all engine ranks have all of a push; called on trainer rank 0."""
@@ -375,11 +351,3 @@ def report_failure(host: str, port: int, name: str, error: str) -> None:
     timeout = datetime.timedelta(seconds=REPORT_SECONDS)
     store = TCPStore(host, port, is_master=False, timeout=timeout)
     Rendezvous(store, name, REPORT_SECONDS).publish_failure(SetFailure(error))
-
-
-def _write(store: Store, key: str, value: Any) -> None:
-    store.set(key, msgspec.msgpack.encode(value))  # type: ignore[arg-type]  # the stubs say str
-
-
-def _read(store: Store, key: str, kind: Any) -> Any:
-    return msgspec.msgpack.decode(store.get(key), type=kind)

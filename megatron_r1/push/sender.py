@@ -28,12 +28,12 @@ from megatron_r1.push.receivers import SetReceivers, read_receivers
 from megatron_r1.push.rendezvous import (
     SET_FAILURE_ERRORS,
     SetFailed,
-    TableStore,
     TrainerRendezvous,
 )
 from megatron_r1.push.results import ConnectedSets, SentWeights, SetFailure
 from megatron_r1.push.round_sender import RoundSender
 from megatron_r1.push.slices import EncodedSlices
+from megatron_r1.push.table_store import TableStore
 from megatron_r1.push.transports.payloads import SlicesPayload
 
 T = TypeVar("T")
