@@ -1,6 +1,6 @@
 """FP8 training: its recipes, and the emulation of its products on a CPU.
 
-On a GPU Transformer Engine computes them (`models.config`). docs/fp8.md lists what is
+On a GPU Transformer Engine computes them (`models.megatron_config`). docs/fp8.md lists what is
 quantized and what has been checked.
 
 A linear layer y = x Wᵀ has three products, each of two FP8 operands summed in fp32:

@@ -10,7 +10,7 @@ import torch
 from megatron.core.transformer.identity_op import IdentityOp
 
 from megatron_r1.models import platform
-from megatron_r1.models.config import FUSION_FIELDS
+from megatron_r1.models.megatron_config import FUSION_FIELDS
 from megatron_r1.models.weights.adapter_table import num_adapter_parameters
 
 if TYPE_CHECKING:

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from megatron_r1.config import FP8Config
-from megatron_r1.models.config import check_fp8_device
 from megatron_r1.models.fp8 import find_fp8_recipe, fp8_linear
+from megatron_r1.models.fp8_checks import check_fp8_device
 
 ENGINE_RECIPES = {
     "blockwise": "Float8BlockScaling",

@@ -79,7 +79,7 @@ def check_fp8() -> None:
 
     from megatron_r1.base.errors import UserError
     from megatron_r1.config import FP8Config
-    from megatron_r1.models.config import check_fp8_device
+    from megatron_r1.models.fp8_checks import check_fp8_device
 
     if device_kind() == "cpu":
         return

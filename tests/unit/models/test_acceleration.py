@@ -13,7 +13,7 @@ from small_configs import DEEPSEEK, QWEN
 from megatron_r1 import models
 from megatron_r1.base.errors import Cause
 from megatron_r1.config import parse
-from megatron_r1.models import config as acceleration
+from megatron_r1.models import megatron_config as acceleration
 from megatron_r1.models import platform
 
 FUSED = (

@@ -11,8 +11,8 @@ from refusals import refused
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import FP8Config, parse
-from megatron_r1.models.config import check_fp8_device, transformer_engine_fp8_fields
 from megatron_r1.models.fp8 import E5M2, check_sizes, find_fp8_recipe
+from megatron_r1.models.fp8_checks import check_fp8_device, transformer_engine_fp8_fields
 
 
 def test_defaults_of_each_recipe():
