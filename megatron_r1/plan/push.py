@@ -87,7 +87,7 @@ def planned_rank_bytes(job: PlannedJob) -> int:
     """Return the bytes of weights on an engine's first GPU, which has the most. A pushed adapter is
     there three times: as it has come, as vLLM has loaded it, and in its LoRA layers."""
     all_weights = PushedWeights.from_config(job.hf_config, None, drafts=drafts_with_mtp(job))
-    weights, _ = _needs_of_rank(all_weights, planned_engine_layout(job), _pushed_dtype(job), 0)
+    weights, _ = _needs_of_ranks(all_weights, planned_engine_layout(job), _pushed_dtype(job))[0]
     if (lora := pushed_lora(job)) is None:
         return weights
     return weights + round(pushed_rank_bytes(job) * (2 + max_lora_rank(lora.rank) / lora.rank))
@@ -95,9 +95,8 @@ def planned_rank_bytes(job: PlannedJob) -> int:
 
 def pushed_rank_bytes(job: PlannedJob) -> int:
     """Return the pushed bytes of an engine's first GPU, which has the most."""
-    return _needs_of_rank(
-        _pushed_weights(job), planned_engine_layout(job), _pushed_dtype(job), rank=0
-    )[0]
+    num_bytes, _ = _engine_needs(job, planned_engine_layout(job))[0]
+    return num_bytes
 
 
 def _pushed_weights(job: PlannedJob) -> PushedWeights:
@@ -114,23 +113,25 @@ def _byte_count(form: str) -> CountBytes:
     return fp8_bytes if form == "FP8" else plain_bytes(form)
 
 
-@lru_cache(maxsize=1024)
-def _needs_of_rank(
-    weights: PushedWeights, layout: EngineLayout, form: str, rank: int
-) -> tuple[int, int]:
-    """Return the bytes that a rank of an engine needs of a push, and of how many tensors.
+@lru_cache(maxsize=64)
+def _needs_of_ranks(
+    weights: PushedWeights, layout: EngineLayout, form: str
+) -> list[tuple[int, int]]:
+    """Return the bytes that each rank of an engine needs of a push, and of how many tensors.
 
     Args:
         weights: what is pushed.
         layout: the engines' layout.
-        form: the dtype on the wire, or "FP8".
-        rank: its number in the engine."""
-    sharding, num_bytes = weights.predicted_layout(layout), _byte_count(form)
-    sizes = [
-        num_bytes(t.name, t.rule.dtype, part)
-        for t, part in sharding.regions_of(layout.coordinate(rank))
-    ]
-    return sum(sizes), len(sizes)
+        form: the dtype on the wire, or "FP8"."""
+    count_bytes = _byte_count(form)
+    num_bytes = [0] * layout.ranks_per_engine
+    num_tensors = [0] * layout.ranks_per_engine
+    for tensor, region, ranks in weights.predicted_layout(layout).regions_and_ranks():
+        region_bytes = count_bytes(tensor.name, tensor.rule.dtype, region)
+        for rank in ranks:
+            num_bytes[rank] += region_bytes
+            num_tensors[rank] += 1
+    return [*zip(num_bytes, num_tensors, strict=True)]
 
 
 def _needed_bytes(job: PlannedJob) -> int:
@@ -140,9 +141,8 @@ def _needed_bytes(job: PlannedJob) -> int:
 
 
 def _engine_needs(job: PlannedJob, layout: EngineLayout) -> list[tuple[int, int]]:
-    """Return `_needs_of_rank` of each rank of an engine."""
-    weights, form = _pushed_weights(job), _pushed_dtype(job)
-    return [_needs_of_rank(weights, layout, form, rank) for rank in range(layout.ranks_per_engine)]
+    """Return the bytes and the number of tensors that each rank of an engine needs of a push."""
+    return _needs_of_ranks(_pushed_weights(job), layout, _pushed_dtype(job))
 
 
 def receive_buffer_bytes(job: PlannedJob, memory: Literal["host", "GPU"] | None = None) -> int:
@@ -240,7 +240,7 @@ def push_section(job: PlannedJob) -> QuantityTable:
         section |= _connections(job, engines, grid, traffic)
     if form != "FP8" and lora is None:
         section["in FP8"] = byte_quantity(
-            _needs_of_rank(_pushed_weights(job), engines, "FP8", rank=0)[0],
+            _needs_of_ranks(_pushed_weights(job), engines, "FP8")[0][0],
             "into an engine GPU with projections quantized on the way, 1 B + 4 B / 128 x 128",
         )
     section["receive buffer"] = byte_quantity(

@@ -6,7 +6,7 @@ needs all factors of the stage's layers. Paths and lines are of vLLM 0.32."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from megatron_r1.base.errors import Cause, UserError
@@ -53,14 +53,19 @@ class PredictedAdapterSharding(PredictedSharding):
 
     def tensors(self, coordinate: Coordinate) -> Iterator[HFTensor]:
         """Yield the adapted tensors of the coordinate's pipeline stage."""
-        layers = self._stage_layers[coordinate.pipeline]
-        for tensor in checkpoint_tensors(self.table, {"layers"}, layers, ()):
-            if tensor.name in self._names:
-                yield tensor
+        return self._dense_tensors(coordinate.pipeline)
 
     def region(self, tensor: HFTensor, coordinate: Coordinate) -> Region:
         """Return the whole tensor: every rank of a stage receives it."""
         return Region.full(tensor.shape)
+
+    def _dense_tensors(self, stage: int) -> Iterator[HFTensor]:
+        for tensor in checkpoint_tensors(self.table, {"layers"}, self._stage_layers[stage], ()):
+            if tensor.name in self._names:
+                yield tensor
+
+    def _experts_at(self, coordinate: Coordinate) -> Sequence[int]:
+        return ()  # `check_adapter_push` refuses their adapters
 
 
 def pushed_adapter_table(config: Config, hf_config: HFConfig) -> WeightTable | None:

@@ -225,9 +225,9 @@ def needed_regions(planner: Planner, count_bytes: CountBytes) -> list[RegionsByR
     for tensor, replicas, transfers in planner.region_transfers():
         for region, ranks in transfers:
             num_bytes = count_bytes(tensor.name, tensor.rule.dtype, region)
+            tensor_region = TensorRegion(tensor, region, num_bytes)
             for rank in ranks:
-                regions = regions_of_ranks[rank].setdefault(replicas, [])
-                regions.append(TensorRegion(tensor, region, num_bytes))
+                regions_of_ranks[rank].setdefault(replicas, []).append(tensor_region)
     return regions_of_ranks
 
 
@@ -300,11 +300,15 @@ def _split_at_engine_ends(
         per_engine: the bytes that each engine gets.
         count_bytes: counts the bytes of a region on the wire."""
     tensor, region, size = tensor_region
+    end_numbers = range(int(start / per_engine) + 1, int((start + size) / per_engine) + 1)
+    if not end_numbers:  # as in most regions
+        yield tensor_region
+        return
     per_row = size / (region.bottom - region.top)
     min_rows = MIN_SPLIT_FRACTION * per_engine / per_row
     step = FP8_BLOCK_SIZE if is_quantized(tensor.name) else 1
     edges = [region.top]
-    for number in range(int(start / per_engine) + 1, int((start + size) / per_engine) + 1):
+    for number in end_numbers:
         row = region.top + (number * per_engine - start) / per_row
         row = round(row / step) * step
         if row - edges[-1] > min_rows and region.bottom - row > min_rows:

@@ -9,6 +9,8 @@ from megatron_r1.models.hf_config import HFConfig
 from megatron_r1.models.weights import table
 from megatron_r1.models.weights.layout import Shard, stage_shards
 from megatron_r1.models.weights.table import (
+    Piece,
+    WeightRule,
     WeightTable,
     replicated,
     replicated_stack,
@@ -55,6 +57,7 @@ class Planner:
         self.engines = engines
         self.table = weight_table or table.weight_table(hf_config)
         self.sharding = sharding or PredictedSharding(hf_config, engines)
+        self._pieces_of_rules: dict[tuple[int, int], Sequence[Piece]] = {}
         stages = stages or stage_shards(hf_config, grid.pipeline, with_mtp=False)
         decoder, drafter = len(self.table.layers), len(self.table.mtp)
         self._stage_of_layer = {
@@ -111,9 +114,16 @@ class Planner:
             else:
                 owner = item.expert * grid.expert // self.table.num_experts
                 replicas = grid.expert_replicas(stage, tensor_rank, owner)
-            for piece in rule.split(rule.sources, tensor_rank, ranks)[1]:
+            for piece in self._pieces(rule, tensor_rank, ranks):
                 if piece.hf_name == name:
                     yield Region.from_piece(piece, item.shape), replicas
+
+    def _pieces(self, rule: WeightRule, tensor_rank: int, ranks: int) -> Sequence[Piece]:
+        """Return what a tensor rank holds of a rule's tensors: of every expert's the same."""
+        key = id(rule), tensor_rank
+        if key not in self._pieces_of_rules:
+            self._pieces_of_rules[key] = rule.split(rule.sources, tensor_rank, ranks)[1]
+        return self._pieces_of_rules[key]
 
     def _held_tensors(self, stage: int, expert_rank: int) -> Iterator[HFTensor]:
         """Yield the tensors of which a trainer rank of `stage` holds a part."""

@@ -11,7 +11,7 @@ each split of `models.weights.table` has a counterpart here. vLLM 0.32's classes
 
 Routed experts are FusedMoE's."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import NoReturn
 
@@ -27,7 +27,13 @@ from megatron_r1.models.weights.table import (
     weight_table,
 )
 from megatron_r1.push.plan.layouts import Coordinate, EngineLayout
-from megatron_r1.push.plan.tensors import HFTensor, Region, checkpoint_tensors, is_tied
+from megatron_r1.push.plan.tensors import (
+    HFTensor,
+    Region,
+    checkpoint_tensors,
+    expert_tensors,
+    is_tied,
+)
 
 DRAFTER_REPLICATED = ".eh_proj.weight"
 """The end of a tensor's name: vLLM's drafter has this plain linear layer on every rank, where
@@ -81,17 +87,9 @@ class PredictedSharding:
 
     def tensors(self, coordinate: Coordinate) -> Iterator[HFTensor]:
         """Yield the tensors that the rank at `coordinate` needs a part of, in checkpoint order."""
-        parts = {"layers"}
-        if coordinate.pipeline in self._embedding_stages:
-            parts.add("embedding")
-        if coordinate.pipeline in self._end_stages:
-            parts |= {"final_norm", "head"}
-        expert_parallel = self.layout.expert_parallel
-        rank = coordinate.data * self.layout.tensor_parallel + coordinate.tensor
-        experts = self._experts_on(rank) if expert_parallel else range(self.table.num_experts)
-        return checkpoint_tensors(
-            self.table, parts, self._stage_layers[coordinate.pipeline], experts
-        )
+        stage = coordinate.pipeline
+        parts, layers = self._parts_on(stage), self._stage_layers[stage]
+        return checkpoint_tensors(self.table, parts, layers, self._experts_at(coordinate))
 
     def regions_of(self, coordinate: Coordinate) -> Iterator[tuple[HFTensor, Region]]:
         """Yield each tensor that the rank at `coordinate` needs, with the region it needs."""
@@ -115,10 +113,32 @@ class PredictedSharding:
     def regions(self) -> dict[str, dict[Region, list[int]]]:
         """What the ranks of one engine need: HF name -> region -> the ranks that need it."""
         ranks_of_regions: dict[str, dict[Region, list[int]]] = {}
-        for rank in range(self.layout.ranks_per_engine):
-            for tensor, region in self.regions_of(self.layout.coordinate(rank)):
-                ranks_of_regions.setdefault(tensor.name, {}).setdefault(region, []).append(rank)
+        for tensor, region, ranks in self.regions_and_ranks():
+            by_region = ranks_of_regions.setdefault(tensor.name, {})
+            by_region[region] = sorted([*by_region.get(region, ()), *ranks])
         return ranks_of_regions
+
+    def regions_and_ranks(self) -> Iterator[tuple[HFTensor, Region, Sequence[int]]]:
+        """Yield regions with ranks of one engine that need them. What is no routed expert's depends
+        on the stage and the tensor rank alone, so that it is yielded once for all data ranks."""
+        layout = self.layout
+        for stage in range(layout.pipeline_parallel):
+            dense_tensors = [*self._dense_tensors(stage)]
+            for tensor_rank in range(layout.tensor_parallel):
+                first = stage * layout.tensor_parallel + tensor_rank
+                stride = layout.pipeline_parallel * layout.tensor_parallel
+                ranks = range(first, layout.ranks_per_engine, stride)
+                for tensor in dense_tensors:
+                    region = self.region(tensor, Coordinate(stage, 0, tensor_rank))
+                    if region is not None:
+                        yield tensor, region, ranks
+        for rank in range(layout.ranks_per_engine):
+            coordinate = layout.coordinate(rank)
+            layers = self._stage_layers[coordinate.pipeline]
+            for tensor in expert_tensors(self.table, layers, self._experts_at(coordinate)):
+                region = self.region(tensor, coordinate)
+                if region is not None:
+                    yield tensor, region, (rank,)
 
     def region(self, tensor: HFTensor, coordinate: Coordinate) -> Region | None:
         """Return the region of `tensor` that the rank at `coordinate` needs, or None."""
@@ -170,6 +190,27 @@ class PredictedSharding:
             key="rollout.tensor_parallel",
             cause=Cause.INDIVISIBLE,
         )
+
+    def _dense_tensors(self, stage: int) -> Iterator[HFTensor]:
+        """Yield the tensors that a stage needs, except routed experts', in checkpoint order."""
+        return checkpoint_tensors(
+            self.table, self._parts_on(stage), self._stage_layers[stage], experts=()
+        )
+
+    def _parts_on(self, stage: int) -> set[str]:
+        """Return the parts of the model (`checkpoint_tensors`) that a stage has."""
+        parts = {"layers"}
+        if stage in self._embedding_stages:
+            parts.add("embedding")
+        if stage in self._end_stages:
+            parts |= {"final_norm", "head"}
+        return parts
+
+    def _experts_at(self, coordinate: Coordinate) -> Sequence[int]:
+        """Return the routed experts of which a rank has a part."""
+        if not self.layout.expert_parallel:
+            return range(self.table.num_experts)
+        return self._experts_on(coordinate.data * self.layout.tensor_parallel + coordinate.tensor)
 
     def _experts_on(self, rank: int) -> list[int]:
         """Return the routed experts on a rank of a stage under expert parallelism (FusedMoE, linear

@@ -5,7 +5,7 @@ sends it whole to an engine rank."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_r1.models.hf_config import HFConfig
@@ -125,6 +125,21 @@ def checkpoint_tensors(
         yield from _rule_tensors(table.final_norm, "final_norm")
     if "head" in parts and not is_tied(table):
         yield from _rule_tensors(table.head, "head")
+
+
+def expert_tensors(
+    table: WeightTable, layers: Iterable[int], experts: Sequence[int]
+) -> Iterator[HFTensor]:
+    """Yield the tensors of routed experts in checkpoint order.
+
+    Args:
+        table: the model's rules.
+        layers: which layers; MTP layers follow the decoder's.
+        experts: which routed experts."""
+    rules = table.layers + table.mtp
+    for layer in layers:
+        expert_rules = [rule for rule in rules[layer] if rule.is_expert]
+        yield from _rule_tensors(expert_rules, "layers", layer, experts)
 
 
 def _rule_tensors(
