@@ -10,8 +10,9 @@ an answer, too, with the families of quantities that could be checked where thos
 it leaves is printed as suspicions. To keep what it reads of every step: `--rl.keep_sample_log true
 --checkpoint.keep_every 1`. A model that does not fit into the free memory, or into --memory, is
 read layer by layer; its updates are not made again. RUN/why.html has the whole table, the worst
-responses and departures over position; nothing else is written there. Exit status 0: nothing
-departs; 1: something does.
+responses and departures over position; nothing else is written there. Standard error shows each
+departure as it is found, and before a search for its cause. Exit status 0: nothing departs; 1:
+something does.
 
 `--rerun engine` also starts an engine with the run's settings on the weights before the step, which
 scores the same tokens: if it gives the logged values, the engine's function differs from
@@ -21,6 +22,7 @@ transformers where the run's trainer does not, the run's layout is the cause."""
 
 import json
 import math
+import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -77,7 +79,13 @@ def run(
     steps = examinable(folder, settings)
     chosen_step = choose(steps, _number(step), folder.path)
     recorded_step = read_step(folder, settings, chosen_step.step)
-    report = examine(recorded_step, num_bytes, kinds, partial(print, flush=True))
+    report = examine(
+        recorded_step,
+        num_bytes,
+        kinds,
+        partial(print, flush=True),
+        partial(print, file=sys.stderr, flush=True),
+    )
     if json is not None:
         atomic_write(Path(json), _as_json(report, steps))
     page_path = page.write(report, recorded_step)

@@ -55,6 +55,7 @@ def examine(
     memory: int | None = None,
     kinds: Sequence[str] = (),
     notify: Callable[[str], None] = print,
+    show_progress: Callable[[str], None] | None = None,
 ) -> Report:
     """Make all checks of a step.
 
@@ -62,17 +63,27 @@ def examine(
         step: the step, as `read_step` returns it.
         memory: bytes that models may take; None: what is free.
         kinds: the reruns to make, keys of `reruns.RERUNS`.
-        notify: called with a line before a rerun."""
+        notify: called with a line before a rerun.
+        show_progress: called with a line for each departure as soon as it is known, and before a
+            search for its cause; None: nothing is shown."""
     from megatron_r1.why.policy.threads import threads_for
-    from megatron_r1.why.update.recomputation import Recomputation
+    from megatron_r1.why.update.recomputation import Recomputation, ignore
 
-    report, recomputation = Report(step.step), Recomputation(step, memory)
+    show = show_progress or ignore
+    report, recomputation = Report(step.step), Recomputation(step, memory, show)
+
+    def add(comparisons: list[Comparison]) -> None:
+        report.add(comparisons)
+        for comparison in comparisons:
+            if comparison.differs:
+                show(f"{comparison.name} departs: {comparison.reason}")
+
     for stage, name, check in RECORD_CHECKS:
-        report.add(_comparisons(stage, name, partial(check, step)))
+        add(_comparisons(stage, name, partial(check, step)))
     with threads_for(recomputation.models):
         for stage, name, recompute in WEIGHT_CHECKS:
             recomputation.searches_causes = not report.departs_before("loss")
-            report.add(_comparisons(stage, name, partial(recompute, step, recomputation)))
+            add(_comparisons(stage, name, partial(recompute, step, recomputation)))
         reruns.refine(report, step, recomputation, kinds, notify)
         report.curves = engine_logprobs.departures(recomputation)
     report.suspicions = suspicions(step) if report.first_departure is None else []

@@ -83,7 +83,9 @@ def check_loss(step: RecordedStep, recomputation: Recomputation) -> list[Compari
         math.isinf(comparison.distance) for comparison in comparisons
     ):
         return comparisons
-    if (best_explanation := explanation(step, recomputation)) is None:
+    candidates = list(substitutions(step, recomputation))
+    _show_search(step, recomputation, comparisons, len(candidates))
+    if (best_explanation := explanation(step, recomputation, candidates)) is None:
         return _with_terms(comparisons, step, recomputation)
     substitution, updates = best_explanation
     text = (
@@ -109,6 +111,48 @@ def check_loss(step: RecordedStep, recomputation: Recomputation) -> list[Compari
     ]
 
 
+def _show_search(
+    step: RecordedStep,
+    recomputation: Recomputation,
+    comparisons: Sequence[Comparison],
+    num_candidates: int,
+) -> None:
+    """Show what departs before its cause is searched, which may take minutes.
+
+    Args:
+        step: the step.
+        recomputation: its updates.
+        comparisons: those of the loss and its metrics.
+        num_candidates: the substitutions that will be tried."""
+    lines = [f"{each.name} departs: {each.reason}" for each in comparisons if each.differs]
+    lines = lines or ["the change of the weights or of Adam's moments departs"]
+    if place := _likely_place(step, recomputation.base, comparisons):
+        lines.append(place)
+    for line in lines:
+        recomputation.show_progress(line)
+    recomputation.show_progress(f"trying what explains it: {num_candidates} substitutions")
+
+
+def _likely_place(
+    step: RecordedStep, base: RecomputedUpdates, comparisons: Sequence[Comparison]
+) -> str:
+    """Return that metrics.jsonl is where to look; "" unless a single metric departs, and the
+    weights and Adam's moments after the step are known and as recomputed.
+
+    Args:
+        step: the step.
+        base: its updates.
+        comparisons: those of the loss and its metrics."""
+    is_known = base.update_distance is not None and base.moment_distance is not None
+    names = [comparison.name for comparison in comparisons if comparison.differs]
+    if len(names) != 1 or not is_known or update_departs(step, base):
+        return ""
+    return (
+        f"the weights, Adam's moments and all metrics but {names[0]} are as recomputed: the row of "
+        f"step {step.step} in metrics.jsonl is the likely place"
+    )
+
+
 def _with_terms(
     comparisons: Sequence[Comparison], step: RecordedStep, recomputation: Recomputation
 ) -> list[Comparison]:
@@ -121,6 +165,8 @@ def _with_terms(
     if not any(comparison.differs for comparison in comparisons):
         return list(comparisons)
     reason, remedy = term_departure(step, recomputation)
+    if not reason and (reason := _likely_place(step, recomputation.base, comparisons)):
+        remedy = f"the row of step {step.step} in metrics.jsonl, or what writes it"
     return [
         replace(
             comparison,
@@ -239,7 +285,7 @@ def moments_limit(step: RecordedStep) -> float:
 
 
 def explanation(
-    step: RecordedStep, recomputation: Recomputation
+    step: RecordedStep, recomputation: Recomputation, candidates: Sequence[Substitution]
 ) -> tuple[Substitution, RecomputedUpdates] | None:
     """Return the first substitution that explains what was recorded, and the updates with it.
 
@@ -249,8 +295,8 @@ def explanation(
 
     Args:
         step: the step.
-        recomputation: its updates."""
-    candidates = list(substitutions(step, recomputation))
+        recomputation: its updates.
+        candidates: `substitutions` of the step."""
     estimates = [
         recomputation.estimates.distance(substitution, step.metrics_row)
         for substitution in candidates

@@ -55,12 +55,17 @@ class RecomputedUpdates:
     moment_distance: float | None = None
 
 
+def ignore(line: str) -> None:
+    """Show nothing."""
+
+
 class Recomputation:
     """Recomputes a recorded step: its updates, from its policies and their log-probabilities.
 
     Args:
         step: the step.
         memory: as of `PolicyModels`.
+        show_progress: as the attribute.
 
     Attributes:
         models: the models of the step.
@@ -69,13 +74,19 @@ class Recomputation:
         checkpoint_after: what the checkpoint after the step has of the run's updates.
         searches_causes: whether updates that depart are made again with substitutions: not where
             something before them departs, which may be why.
+        show_progress: called with a line before what may take minutes.
 
     Raises:
         CannotRecompute: weights are missing, or too large for this machine.
     """
 
-    def __init__(self, step: RecordedStep, memory: int | None = None) -> None:
-        self.step = step
+    def __init__(
+        self,
+        step: RecordedStep,
+        memory: int | None = None,
+        show_progress: Callable[[str], None] = ignore,
+    ) -> None:
+        self.step, self.show_progress = step, show_progress
         self.models = PolicyModels(step, memory)
         self.policies = PolicyLogprobs(self.models)
         self.inputs = UpdateInputs(self.policies)

@@ -636,6 +636,23 @@ def test_a_run_whose_groups_have_one_reward_is_suspected_to_be_too_hard(planted)
     assert any("too hard: 100.0% of the groups" in each for each in report.suspicions)
 
 
+def recomputation_of(base, run, show_progress):
+    """A `Recomputation` whose updates are `base`, and with anything substituted those of `run`."""
+    return SimpleNamespace(
+        base=base,
+        run=run,
+        traces=CheckpointTraces(),
+        inputs=SimpleNamespace(
+            packed_rows=[], shares=list, left_out_note="", trains_mtp_layers=False
+        ),
+        searches_causes=True,
+        estimates=SimpleNamespace(distance=lambda substitution, line: 1.0),
+        fitted_clip=None,
+        term_fit=TermFit((), math.inf, math.inf),
+        show_progress=show_progress,
+    )
+
+
 @pytest.mark.parametrize(("logged", "departs"), [(5.75129e-4, False), (5.765e-4, True)])
 def test_a_loss_of_kl_alone_has_the_rounding_of_kl(planted, logged, departs):
     """Of groups with one reward the loss is rl.kl_beta x kl, and no advantage sets its size."""
@@ -645,20 +662,34 @@ def test_a_loss_of_kl_alone_has_the_rounding_of_kl(planted, logged, departs):
     made = RecomputedUpdates(
         {"loss": 5.75139e-4, "kl": 0.0575139, "entropy": 2.0}, {}, {}, None, []
     )
-    recomputed = SimpleNamespace(
-        base=made,
-        run=lambda substitution, matches_record: made,
-        traces=CheckpointTraces(),
-        inputs=SimpleNamespace(
-            packed_rows=[], shares=list, left_out_note="", trains_mtp_layers=False
-        ),
-        searches_causes=True,
-        estimates=SimpleNamespace(distance=lambda substitution, line: 1.0),
-        fitted_clip=None,
-        term_fit=TermFit((), math.inf, math.inf),
-    )
+    recomputed = recomputation_of(made, lambda substitution, matches_record: made, print)
     of_loss, of_kl = loss.check_loss(planted.read(), recomputed)
     assert of_loss.differs is departs and not of_kl.differs
+
+
+@pytest.mark.parametrize(
+    ("distances", "is_metrics"), [((0.0, 0.0), True), ((None, None), False), ((0.0, 9.0), False)]
+)
+def test_a_loss_that_departs_alone_is_shown_before_the_search(planted, distances, is_metrics):
+    planted.change(lambda graded: planted.response("<think></think><answer>-1</answer>", 1))
+    planted.settings["rl"]["kl_beta"] = 0.01
+    planted.line |= {"loss": 0.1234, "kl": 0.05}
+    update_distance, moment_distance = distances
+    made = RecomputedUpdates(
+        *({"loss": 0.0567, "kl": 0.05, "entropy": 2.0}, {}, {}, update_distance, []),
+        moment_distance,
+    )
+    shown = []
+
+    def recompute(substitution, matches_record):
+        assert "0.0567 recomputed" in shown[0] and "substitutions" in shown[-1]
+        assert any("metrics.jsonl is the likely place" in line for line in shown) is is_metrics
+        return made
+
+    recomputed = recomputation_of(made, recompute, shown.append)
+    of_loss, _ = loss.check_loss(planted.read(), recomputed)
+    assert shown and of_loss.differs
+    assert ("row of step" in of_loss.remedy) is is_metrics
 
 
 @pytest.mark.parametrize("logged", [None, math.nan, math.inf])
@@ -750,8 +781,9 @@ def test_the_command_fails_where_something_departs(planted, capsys):
     out = planted.folder / "why.json"
     with pytest.raises(RunError, match="version of the weights"):
         run(Config(), str(planted.folder / "run"), json=str(out))
-    printed = capsys.readouterr().out
-    assert "first quantity that departs: sampling: version of the weights" in printed
+    printed = capsys.readouterr()
+    assert "first quantity that departs: sampling: version of the weights" in printed.out
+    assert "version of the weights departs: " in printed.err
     first = json.loads(out.read_text())["first"]
     assert first["name"] == "version of the weights" and first["family"] == "sampling"
     assert {"compared", "source", "concerned"} <= first.keys()
