@@ -197,19 +197,35 @@ async def _run_programs(
     if not responses:
         return {}
     settings = step.run_config.rewards
-    new_grades = {}
     async with RewardPool(2, settings.timeout_seconds, settings.memory_bytes) as pool:
         graders = RewardTerms(pool, settings.call_options)
-        for index in responses:
-            for run in range(MAX_RUNS):
-                new_grade = (await _grade(step, index, graders, [ACCURACY]))[ACCURACY]
-                departs = _departs(step.responses[index], ACCURACY, new_grade)
-                if not new_grade.is_graded or (run and not departs):
-                    break
-                if not departs or run == MAX_RUNS - 1:
-                    new_grades[index] = new_grade
-                    break
-    return new_grades
+        new_grades = await asyncio.gather(
+            *(_run_program(step, index, graders) for index in responses)
+        )
+    return {
+        index: new_grade
+        for index, new_grade in zip(responses, new_grades, strict=True)
+        if new_grade is not None
+    }
+
+
+async def _run_program(
+    step: RecordedStep, index: ResponseIndex, graders: RewardTerms
+) -> Grade | None:
+    """Return the grade of a program, as of `_run_programs`; None for one that is left out.
+
+    Args:
+        step: the step.
+        index: the program.
+        graders: grade in the workers of a pool."""
+    for run in range(MAX_RUNS):
+        new_grade = (await _grade(step, index, graders, [ACCURACY]))[ACCURACY]
+        departs = _departs(step.responses[index], ACCURACY, new_grade)
+        if not new_grade.is_graded or (run and not departs):
+            return None
+        if not departs:
+            return new_grade
+    return new_grade
 
 
 async def _grade(

@@ -1,6 +1,7 @@
 """`megatron-r1 why` on what a run wrote down: faults planted in logs, files and metrics are named.
 What needs weights: tests/system/test_why_runs.py."""
 
+import asyncio
 import itertools
 import json
 import math
@@ -430,8 +431,11 @@ PLANTS = {
 
 def with_programs(planted, logged):
     """The step, whose first group is of programs that are right, with logged accuracies."""
-    text = "<think></think><answer>```python\nprint(int(input()) ** 2)\n```</answer>"
-    responses = [planted.response(text, int(1 - accuracy)) for accuracy in logged]
+    text = "<think></think><answer>```python\nprint(int(input()) ** 2)  # {}\n```</answer>"
+    responses = [
+        planted.response(text.format(place), int(1 - accuracy))
+        for place, accuracy in enumerate(logged)
+    ]
     planted.groups[0].responses[:] = responses
     step = planted.read()
     truth = {"tests": [{"stdin": "2", "stdout": "4"}]}
@@ -467,11 +471,11 @@ def test_programs_run_their_tests_again(planted, logged, departing_responses):
 def test_a_program_that_comes_out_by_chance_or_cannot_run_is_left_out(
     planted, monkeypatch, logged, rewards, reward
 ):
-    given = []
+    given, running = [], [0]
 
     class Pool:
         def __init__(self, *_):
-            self.rewards = []
+            self.rewards = {}
 
         async def __aenter__(self):
             return self
@@ -479,15 +483,18 @@ def test_a_program_that_comes_out_by_chance_or_cannot_run_is_left_out(
         async def __aexit__(self, *_):
             pass
 
-        async def grade(self, kind, *_, **__):
-            self.rewards = self.rewards or list(rewards)
+        async def grade(self, kind, response, *_, **__):
             given.append(kind)
-            found = self.rewards.pop(0)
+            running.append(running[-1] + 1)
+            await asyncio.sleep(0)
+            running.append(running[-1] - 1)
+            found = self.rewards.setdefault(response, list(rewards)).pop(0)
             return Grade.ungraded(ValueError("no sandbox")) if found is None else Grade(found, "")
 
     monkeypatch.setattr(regraded_rewards, "RewardPool", Pool)
     grades = regraded_rewards.grade_again(with_programs(planted, (logged,) * 4))
     assert given == ["code"] * 4 * len(rewards)
+    assert max(running) > 1, "one program at a time"
     for place in range(4):
         found = grades[0, place].get("accuracy")
         assert (found and found.reward) == reward
