@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Sequence
 import msgspec
 from torch.distributed import DistStoreError, PrefixStore, Store, TCPStore
 
+from megatron_r1.push.control_messages import SetFailure
 from megatron_r1.push.protocol import (
     EngineRankChunks,
     PublishedPlan,
@@ -23,7 +24,6 @@ from megatron_r1.push.protocol import (
     TensorChunk,
     chunks_to,
 )
-from megatron_r1.push.results import SetFailure
 from megatron_r1.push.table_store import TableStore, read_value, write_value
 
 SET_FAILURE_ERRORS = (OSError, RuntimeError, ValueError)

@@ -16,6 +16,7 @@ import msgspec
 import torch
 from torch.distributed import PrefixStore, Store
 
+from megatron_r1.push.control_messages import SetFailure
 from megatron_r1.push.plan.rounds import SCATTER_BUCKET_BYTES
 from megatron_r1.push.protocol import (
     EngineRankChunks,
@@ -32,7 +33,6 @@ from megatron_r1.push.rendezvous import (
     TrainerRendezvous,
     wait_for_keys,
 )
-from megatron_r1.push.results import SetFailure
 from megatron_r1.push.transports.nccl_rounds import (
     BucketTransfer,
     Communicator,

@@ -16,6 +16,7 @@ from megatron_r1.models.hf_config import HFConfig
 from megatron_r1.models.weights.formats.published_layout import has_power_of_two_scales
 from megatron_r1.models.weights.layout import Shard
 from megatron_r1.models.weights.table import WeightTable
+from megatron_r1.push.control_messages import ConnectedSets, SentWeights, SetFailure
 from megatron_r1.push.link_planner import (
     ConnectedLink,
     HeldPieces,
@@ -30,7 +31,6 @@ from megatron_r1.push.rendezvous import (
     SetFailed,
     TrainerRendezvous,
 )
-from megatron_r1.push.results import ConnectedSets, SentWeights, SetFailure
 from megatron_r1.push.round_sender import RoundSender
 from megatron_r1.push.slices import EncodedSlices
 from megatron_r1.push.table_store import TableStore

@@ -16,8 +16,8 @@ import msgspec
 
 from megatron_r1.base.errors import Cause, TrainerError
 from megatron_r1.config.algorithms import EngineMask, LossSettings, TokenSettings
+from megatron_r1.push.control_messages import ConnectedSets, OpenedPush, SentWeights
 from megatron_r1.push.plan.layouts import EngineLayout
-from megatron_r1.push.results import ConnectedSets, OpenedPush, SentWeights
 from megatron_r1.trainer.training_sample import Sample
 
 R = TypeVar("R")

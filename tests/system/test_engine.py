@@ -42,7 +42,7 @@ from megatron_r1.engines.server.errors import EngineError, PushIncomplete
 from megatron_r1.engines.server.json_replies import parse_responses
 from megatron_r1.engines.server.server import EngineServer
 from megatron_r1.models.experts import routing_shape
-from megatron_r1.push.messages import PushInitInfo, PushUpdateInfo
+from megatron_r1.push.control_messages import PushInitInfo, PushUpdateInfo
 from megatron_r1.push.plan import EngineLayout
 from megatron_r1.trainer.operations import PushOperations
 

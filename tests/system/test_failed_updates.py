@@ -12,7 +12,7 @@ from vllm.v1.worker import gpu_worker
 
 from megatron_r1.base.processes.children import free_port
 from megatron_r1.engines.plugin import backend, patches
-from megatron_r1.push.results import IncompletePush, StoreUnreachable
+from megatron_r1.push.control_messages import IncompletePush, StoreUnreachable
 
 SUCCESS, FAILURE = WorkerProc.ResponseStatus.SUCCESS, WorkerProc.ResponseStatus.FAILURE
 

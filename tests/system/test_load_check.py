@@ -6,7 +6,7 @@ import torch
 from megatron_r1.engines.plugin import load_check
 from megatron_r1.engines.plugin.loader_copies import CheckpointParameter
 from megatron_r1.engines.plugin.memory_layout import PlacedParameter
-from megatron_r1.push.results import UndeliveredPush
+from megatron_r1.push.control_messages import UndeliveredPush
 
 NAMES = ["small", "large", "larger", "live"]
 

@@ -16,11 +16,15 @@ from megatron_r1.controller.push.engine_set import (
 from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.engines.fleet.engine import Engine
 from megatron_r1.engines.server.errors import EngineDied, EngineError
-from megatron_r1.push.messages import AdapterSettings, PushInitInfo
+from megatron_r1.push.control_messages import (
+    AdapterSettings,
+    ConnectedSets,
+    PushInitInfo,
+    SetFailure,
+)
 from megatron_r1.push.plan.engine_sets import engine_sets
 from megatron_r1.push.plan.layouts import EngineLayout
 from megatron_r1.push.plan.recipe_plan import max_engines
-from megatron_r1.push.results import ConnectedSets, SetFailure
 from megatron_r1.trainer.operations import PushOperations
 
 CONNECT_SECONDS = 120.0

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from megatron_r1.engines.fleet.engine import Engine
 from megatron_r1.engines.server.errors import EngineDied, EngineError
-from megatron_r1.push.results import ConnectedSets, StoreUnreachable
+from megatron_r1.push.control_messages import ConnectedSets, StoreUnreachable
 
 
 @dataclass(eq=False)

@@ -24,7 +24,7 @@ from megatron_r1.engines.fleet.placement import hosts_address
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet, weight_update_calls
 from megatron_r1.engines.server.errors import EngineDied, EngineError, WeightsUnavailable
 from megatron_r1.models import read_hf_config
-from megatron_r1.push.messages import PushUpdateInfo
+from megatron_r1.push.control_messages import PushUpdateInfo
 from megatron_r1.push.plan.adapters import engine_adapter, pushed_adapter_table
 from megatron_r1.push.plan.recipe_plan import engine_layout
 from megatron_r1.push.plan.tensors import pushed_tensors

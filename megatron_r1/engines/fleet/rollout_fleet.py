@@ -32,7 +32,7 @@ from megatron_r1.engines.server.gpu import with_gpu_share
 from megatron_r1.engines.server.model_config import vocab_size
 from megatron_r1.engines.server.responses import Response
 from megatron_r1.engines.server.server import EngineServer
-from megatron_r1.push.messages import PushUpdateInfo
+from megatron_r1.push.control_messages import PushUpdateInfo
 
 EngineCall = Callable[[EngineClient], Coroutine[Any, Any, None]]
 

@@ -26,10 +26,14 @@ from megatron_r1.engines.plugin.load_check import LoadCheck
 from megatron_r1.engines.plugin.loader_copies import CheckpointParameter, LoaderCopy, record_copies
 from megatron_r1.engines.plugin.memory_layout import lay_out, with_gaps
 from megatron_r1.engines.plugin.pushed_adapter import PushedAdapter
-from megatron_r1.push.messages import AdapterSettings, PushInitInfo, PushUpdateInfo
+from megatron_r1.push.control_messages import (
+    AdapterSettings,
+    PushInitInfo,
+    PushUpdateInfo,
+    StoreUnreachable,
+)
 from megatron_r1.push.protocol import SlotTable
 from megatron_r1.push.rendezvous import EngineRendezvous
-from megatron_r1.push.results import StoreUnreachable
 from megatron_r1.push.transports import receiver_class
 from megatron_r1.push.transports.base import Receiver
 

@@ -25,7 +25,7 @@ from vllm.platforms import current_platform
 
 from megatron_r1.engines.plugin.memory_layout import PlacedParameter
 from megatron_r1.push.checksum import checksum
-from megatron_r1.push.results import UndeliveredPush
+from megatron_r1.push.control_messages import UndeliveredPush
 
 SCALE_NAME = "scale"
 """In the name of a parameter with the scales of FP8 blocks, by vLLM's names (`weight_scale_inv`).

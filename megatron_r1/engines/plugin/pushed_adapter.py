@@ -17,9 +17,8 @@ from vllm.lora.request import LoRARequest
 from vllm.lora.utils import parse_fine_tuned_lora_name
 
 from megatron_r1.engines.plugin.memory_layout import ALIGNMENT_BYTES
-from megatron_r1.push.messages import AdapterSettings
+from megatron_r1.push.control_messages import AdapterSettings, UndeliveredPush
 from megatron_r1.push.protocol import Slot, SlotTable, slot_view
-from megatron_r1.push.results import UndeliveredPush
 
 REQUEST = LoRARequest(lora_name="pushed", lora_int_id=1, lora_path="pushed")
 """What every request is computed with."""

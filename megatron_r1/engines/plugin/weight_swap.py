@@ -13,7 +13,7 @@ from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 from vllm.entrypoints.rl.online.api_router import engine_client, router
 from vllm.entrypoints.rl.online.metrics import weight_operation_metrics
 
-from megatron_r1.push.results import IncompletePush, UndeliveredPush
+from megatron_r1.push.control_messages import IncompletePush, UndeliveredPush
 
 CORE_ENDED = "core_ended"
 STATUS_OF_FAILURE = {CORE_ENDED: 500, IncompletePush.CODE: 500, UndeliveredPush.CODE: 409}

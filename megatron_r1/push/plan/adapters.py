@@ -19,7 +19,7 @@ from megatron_r1.models.weights.adapter_table import (
     adapter_table,
 )
 from megatron_r1.models.weights.table import WeightTable
-from megatron_r1.push.messages import AdapterSettings
+from megatron_r1.push.control_messages import AdapterSettings
 from megatron_r1.push.plan.layouts import Coordinate, EngineLayout
 from megatron_r1.push.plan.predicted_sharding import PredictedSharding
 from megatron_r1.push.plan.tensors import HFTensor, Region, checkpoint_tensors

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 
 from megatron_r1.push.checksum import INTEGERS, RowsChecksum, RowsWeightedSum
+from megatron_r1.push.control_messages import IncompletePush
 from megatron_r1.push.protocol import RelaySource, SlotTable, TensorChunk, dtype_of, slot_view
 from megatron_r1.push.rendezvous import SetFailed
-from megatron_r1.push.results import IncompletePush
 from megatron_r1.push.transports.base import ChunkTensors, Receiver
 
 SUM_BYTES = 8

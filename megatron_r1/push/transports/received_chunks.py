@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from megatron_r1.push.checksum import RunningChecksum
+from megatron_r1.push.control_messages import IncompletePush
 from megatron_r1.push.protocol import SlotTable, TensorChunk, slot_view
-from megatron_r1.push.results import IncompletePush
 
 
 class ReceivedChunks:

@@ -10,11 +10,11 @@ from waiting import PATIENT
 from megatron_r1.models.weights import hf_tensors
 from megatron_r1.models.weights.formats.published_layout import is_quantized, scale_name
 from megatron_r1.models.weights.layout import stage_shards
+from megatron_r1.push.control_messages import SentWeights
 from megatron_r1.push.plan.predicted_sharding import PredictedSharding
 from megatron_r1.push.plan.tensors import scale_region
 from megatron_r1.push.protocol import Slot, SlotTable, slot_view
 from megatron_r1.push.rendezvous import EngineRendezvous
-from megatron_r1.push.results import SentWeights
 from megatron_r1.push.sender import WeightSender, run_in_threads
 from megatron_r1.push.transports import receiver_class
 from tools.bench.push.small_model import rank_tensors

@@ -29,9 +29,9 @@ from megatron_r1.push.checksum import (
     copy_with_checksum,
     weighted_sum,
 )
+from megatron_r1.push.control_messages import IncompletePush
 from megatron_r1.push.protocol import ReceiverInfo, SlotTable, TensorChunk, slot_view
 from megatron_r1.push.rendezvous import EngineRendezvous, TrainerRendezvous
-from megatron_r1.push.results import IncompletePush
 from megatron_r1.push.table_store import TableStore
 from megatron_r1.push.transports import gloo, shared_memory
 from megatron_r1.push.transports.received_chunks import check_coverage

@@ -8,10 +8,10 @@ from refusals import raised
 from waiting import PATIENT
 
 from megatron_r1.models.weights.formats.quantized_blocks import quantize_fp8
+from megatron_r1.push.control_messages import SentWeights
 from megatron_r1.push.plan import EngineLayout, TrainerGrid
 from megatron_r1.push.protocol import slot_view
 from megatron_r1.push.rendezvous import SetFailed
-from megatron_r1.push.results import SentWeights
 from megatron_r1.push.transports.payloads import BufferPayload
 from tests.unit.push.push_models import DEEPSEEK, DEEPSEEK_MTP, QWEN
 from tests.unit.push.push_world import World, draw, plain_table, wrong_slots

@@ -3,7 +3,7 @@
 import asyncio
 from contextlib import nullcontext
 
-from megatron_r1.push.results import ConnectedSets, OpenedPush, SentWeights
+from megatron_r1.push.control_messages import ConnectedSets, OpenedPush, SentWeights
 from megatron_r1.trainer.operations import PushOperations
 
 

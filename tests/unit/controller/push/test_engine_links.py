@@ -12,9 +12,13 @@ from megatron_r1.controller.push.engine_links import EngineLinks
 from megatron_r1.controller.push.engine_set import EngineSet
 from megatron_r1.engines.fleet.engine import Engine
 from megatron_r1.engines.server.errors import EngineFault
-from megatron_r1.push.messages import AdapterSettings, PushUpdateInfo
+from megatron_r1.push.control_messages import (
+    AdapterSettings,
+    ConnectedSets,
+    PushUpdateInfo,
+    StoreUnreachable,
+)
 from megatron_r1.push.plan import EngineLayout
-from megatron_r1.push.results import ConnectedSets, StoreUnreachable
 
 
 class Trainer:

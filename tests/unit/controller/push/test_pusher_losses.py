@@ -24,8 +24,8 @@ from megatron_r1.engines.server.errors import (
     WeightsUnavailable,
 )
 from megatron_r1.engines.server.responses import Response
+from megatron_r1.push.control_messages import SetFailure
 from megatron_r1.push.plan import EngineLayout
-from megatron_r1.push.results import SetFailure
 from megatron_r1.trainer.operations import PushOperations
 
 

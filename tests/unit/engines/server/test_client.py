@@ -15,7 +15,7 @@ from megatron_r1.engines.server.client import EngineClient
 from megatron_r1.engines.server.errors import EngineDied, EngineError, EngineTimeout
 from megatron_r1.engines.server.model_config import read_model_config
 from megatron_r1.engines.server.server import EngineServer
-from megatron_r1.push.messages import PushUpdateInfo
+from megatron_r1.push.control_messages import PushUpdateInfo
 
 
 def choice(token_ids, logprobs, spans, finish_reason="stop"):
