@@ -1,27 +1,261 @@
-"""The reruns of `--rerun`. Each refines a comparison: it says which side a departure is
-on."""
+"""The reruns of `--rerun`: log-probabilities again, by a fresh engine and by one trainer rank. Each
+refines a comparison: it says which side a departure is on."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import asyncio
+import math
+import signal
+import tempfile
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import numpy as np
 
 from megatron_r1.base.errors import UserError
-from megatron_r1.why.checks.engine_rerun import ENGINE
-from megatron_r1.why.checks.trainer_rerun import TRAINER
+from megatron_r1.reporting.formatting import finite_metric
+from megatron_r1.why.checks import engine_logprobs, policies
+from megatron_r1.why.checks.engine_gaps import EngineGaps, mean_gap
+from megatron_r1.why.checks.sampling import STAGE
 from megatron_r1.why.comparison import (
+    DEPARTS,
+    EQUAL,
     NOT_CHECKED,
+    ROUNDING_BY_DTYPE,
     CannotRecompute,
     Comparison,
     Report,
     not_checked,
 )
 from megatron_r1.why.record.recorded_step import RecordedStep
-from megatron_r1.why.rerun.readings import HINT, Reading
+from megatron_r1.why.rerun.readings import (
+    HINT,
+    Distances,
+    Reading,
+    distance,
+    engine_reading,
+    trainer_reading,
+)
 
 if TYPE_CHECKING:
     from megatron_r1.why.update.recomputation import Recomputation
+
+T = TypeVar("T")
+
+
+class Rerun(NamedTuple):
+    """A kind of rerun.
+
+    Attributes:
+        stage: the stage of its comparison, and of the one that it refines.
+        name: the quantity that it compares.
+        refines: the name of the comparison that it refines.
+        start: what is started, for a message.
+        check: makes it."""
+
+    stage: str
+    name: str
+    refines: str
+    start: str
+    check: Callable[[RecordedStep, Recomputation, Comparison], tuple[Comparison, Reading]]
+
+
+def rerun_comparison(
+    rerun: Rerun, subject: str, distances: Distances, tolerance: float, reading: Reading
+) -> Comparison:
+    """Return the comparison of a rerun with transformers.
+
+    Args:
+        rerun: its kind.
+        subject: what is compared, with the distances as text.
+        distances: the distances.
+        tolerance: the largest distance that is rounding.
+        reading: what the distances say."""
+    text = f"{subject}; {reading.conclusion}"
+    return Comparison(
+        rerun.stage,
+        rerun.name,
+        DEPARTS if reading.departs else EQUAL,
+        text,
+        distances.rerun_to_transformers,
+        tolerance,
+        "rounding of the dtype (docs/compare.md)",
+        text if reading.departs else "",
+        remedy=reading.remedy if reading.departs else "",
+    )
+
+
+def run_in_scratch_folder(work: Callable[[Path], Coroutine[Any, Any, T]]) -> T:
+    """Run what starts processes, in a temporary folder that is removed; SIGTERM and Ctrl-C end it
+    after it has stopped them.
+
+    Args:
+        work: what is run, given the folder.
+
+    Raises:
+        KeyboardInterrupt: a signal has ended it."""
+
+    async def run(scratch: Path) -> T:
+        task = asyncio.current_task()
+        assert task is not None
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+        return await work(scratch)
+
+    with tempfile.TemporaryDirectory(prefix="megatron-r1-why-") as scratch:
+        try:
+            return asyncio.run(run(Path(scratch)))
+        except asyncio.CancelledError:
+            raise KeyboardInterrupt from None
+
+
+def _check_engine(
+    step: RecordedStep, recomputation: Recomputation, refined_comparison: Comparison
+) -> tuple[Comparison, Reading]:
+    """Compare a fresh engine's log-probabilities with the logged ones and transformers'.
+
+    A rerun scores tokens as parts of a prompt, which vLLM does at temperature 1 over the whole
+    vocabulary. Where the run sampled otherwise, it is compared with transformers alone."""
+    from megatron_r1.why.policy.policy_export import write_policy
+    from megatron_r1.why.rerun import fresh_engine
+
+    fresh_engine.check_engine(
+        step, recomputation.models.num_parameters, recomputation.models.free_bytes
+    )
+    gaps = EngineGaps(step, recomputation.policies)
+
+    async def score(scratch: Path) -> list[np.ndarray]:
+        folder = scratch / "hf"
+        folder.mkdir()
+        write_policy(
+            step, recomputation.models.num_parameters, folder, recomputation.models.free_bytes
+        )
+        return await fresh_engine.score(step.run_config, folder, gaps.sequences, scratch)
+
+    fresh_logprobs = run_in_scratch_folder(score)
+    rollout = step.config.rollout
+    is_scored_alike = rollout.temperature == 1.0 and not rollout.truncates_sampling
+    transformers_logprobs = (
+        recomputation.policies.old_logprobs
+        if is_scored_alike
+        else recomputation.policies.plain_logprobs()
+    )
+    distances = _engine_distances(
+        gaps, fresh_logprobs, transformers_logprobs, refined_comparison, is_scored_alike
+    )
+    reading = engine_reading(distances, gaps.tolerance, refined_comparison.differs)
+    subject = f"of the same tokens; mean |Δ|: {distances.text('fresh engine')}"
+    if not is_scored_alike:
+        subject += (
+            f" (an engine scores given tokens at temperature 1 from the whole vocabulary, the run "
+            f"sampled at temperature {rollout.temperature:g}"
+            f"{', from a part of it' if rollout.truncates_sampling else ''})"
+        )
+    return rerun_comparison(ENGINE, subject, distances, gaps.tolerance, reading), reading
+
+
+def _engine_distances(
+    gaps: EngineGaps,
+    fresh_logprobs: Sequence[np.ndarray],
+    transformers_logprobs: Sequence[np.ndarray],
+    refined_comparison: Comparison,
+    is_scored_alike: bool,
+) -> Distances:
+    """Return the distances over the tokens of the newest version, of the responses that depart
+    where some do.
+
+    Args:
+        gaps: the logged log-probabilities' differences from transformers'.
+        fresh_logprobs: the fresh engine's log-probabilities.
+        transformers_logprobs: transformers', at temperature 1 over the whole vocabulary.
+        refined_comparison: the comparison of the logged ones.
+        is_scored_alike: whether the run sampled at temperature 1 from the whole vocabulary.
+
+    Raises:
+        CannotRecompute: no token is of the version before the step."""
+    departing_responses = (
+        set(refined_comparison.affected_responses) if refined_comparison.differs else set()
+    )
+
+    def mean(differences: Sequence[np.ndarray]) -> float:
+        return mean_gap(
+            [
+                difference
+                for difference, sequence in zip(differences, gaps.sequences, strict=True)
+                if not departing_responses or sequence.response in departing_responses
+            ]
+        )
+
+    logged_gaps = gaps.gaps_from(gaps.policies.old_logprobs)
+    fresh_gaps = [
+        np.where(np.isnan(gap), np.nan, sequence_logprobs - plain_logprobs)
+        for gap, sequence_logprobs, plain_logprobs in zip(
+            logged_gaps, fresh_logprobs, transformers_logprobs, strict=True
+        )
+    ]
+    distances = Distances(
+        mean(logged_gaps),
+        mean(gaps.gaps_from(fresh_logprobs)) if is_scored_alike else math.nan,
+        mean(fresh_gaps),
+    )
+    if math.isnan(distances.recorded_to_transformers) or math.isnan(
+        distances.rerun_to_transformers
+    ):
+        raise CannotRecompute(f"no token to compare is of version {gaps.newest_version}")
+    return distances
+
+
+ENGINE = Rerun(
+    STAGE,
+    "a fresh engine's log-probabilities",
+    engine_logprobs.NAME,
+    "starting an engine",
+    _check_engine,
+)
+
+
+def _check_trainer(
+    step: RecordedStep, recomputation: Recomputation, refined_comparison: Comparison
+) -> tuple[Comparison, Reading]:
+    """Compare the distance of one rank from the engine with that of the run's trainer, and the rank
+    with transformers."""
+    from megatron_r1.why.rerun import single_rank
+
+    single_rank.check_rank(
+        step, recomputation.models.num_parameters, recomputation.models.free_bytes
+    )
+
+    async def measure(scratch: Path) -> single_rank.RankDistances:
+        return await single_rank.measure(step, recomputation.policies.old_logprobs, scratch)
+
+    rank_distances = run_in_scratch_folder(measure)
+    recorded_distance = finite_metric(step.metrics_row, single_rank.METRIC)
+    distances = Distances(
+        refined_comparison.distance,
+        distance(
+            math.nan if recorded_distance is None else recorded_distance, rank_distances.engine
+        ),
+        rank_distances.transformers,
+    )
+    tolerance = ROUNDING_BY_DTYPE[step.run_config.model.dtype]
+    layout = single_rank.layout_text(step.run_config.parallel)
+    reading = trainer_reading(distances, tolerance, refined_comparison.differs, layout)
+    subject = (
+        "of the same tokens; |Δ|: "
+        f"{distances.text('one rank')}; {layout or 'the run had one rank too'}"
+    )
+    return rerun_comparison(TRAINER, subject, distances, tolerance, reading), reading
+
+
+TRAINER = Rerun(
+    policies.POLICIES_STAGE,
+    "one rank's log-probabilities",
+    policies.TRAINER,
+    "starting one trainer rank",
+    _check_trainer,
+)
+
 
 Notify = Callable[[str], None]
 RERUNS = {"engine": ENGINE, "trainer": TRAINER}

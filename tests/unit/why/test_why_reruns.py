@@ -14,8 +14,8 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.commands import why
 from megatron_r1.config import Config, ParallelConfig
 from megatron_r1.trainer.training_sample import Sample
-from megatron_r1.why.checks import engine_logprobs, engine_rerun, reruns
-from megatron_r1.why.checks.rerun_kind import rerun_comparison
+from megatron_r1.why.checks import engine_logprobs, reruns
+from megatron_r1.why.checks.reruns import rerun_comparison
 from megatron_r1.why.comparison import (
     DEPARTS,
     EQUAL,
@@ -156,7 +156,7 @@ LATER = Comparison("sampling", "later", EQUAL, "")
 def refined(monkeypatch, logged, check) -> Report:
     report = Report(3)
     report.add([logged, LATER])
-    rerun = engine_rerun.ENGINE._replace(check=check)
+    rerun = reruns.ENGINE._replace(check=check)
     monkeypatch.setitem(reruns.RERUNS, "engine", rerun)
     reruns.refine(report, STEP, None, ["engine"], lambda line: None)
     return report
@@ -165,7 +165,7 @@ def refined(monkeypatch, logged, check) -> Report:
 def read_as(distances: Distances):
     reading = engine_reading(distances, TOLERANCE, True)
     return lambda *_: (
-        rerun_comparison(engine_rerun.ENGINE, "", distances, TOLERANCE, reading),
+        rerun_comparison(reruns.ENGINE, "", distances, TOLERANCE, reading),
         reading,
     )
 
@@ -314,13 +314,11 @@ def test_distances_are_of_the_responses_that_depart():
     )
     fresh = [old[0], np.array([-2.125, -9.0])]
     logged = replace(LOGGED, affected_responses=[(0, 1)])
-    assert engine_rerun._engine_distances(gaps, fresh, old, logged, True) == (0.5, 0.375, 0.125)
-    partial = engine_rerun._engine_distances(gaps, fresh, [old[0], fresh[1]], logged, False)
+    assert reruns._engine_distances(gaps, fresh, old, logged, True) == (0.5, 0.375, 0.125)
+    partial = reruns._engine_distances(gaps, fresh, [old[0], fresh[1]], logged, False)
     assert (partial.recorded_to_transformers, partial.rerun_to_transformers) == (0.5, 0.0)
     assert math.isnan(partial.recorded_to_rerun)
     healthy = replace(LOGGED, status=EQUAL)
-    assert (
-        engine_rerun._engine_distances(gaps, old, old, healthy, True).rerun_to_transformers == 0.0
-    )
+    assert reruns._engine_distances(gaps, old, old, healthy, True).rerun_to_transformers == 0.0
     with pytest.raises(CannotRecompute, match="version 2"):
-        engine_rerun._engine_distances(gaps, [np.full(2, NAN)] * 2, old, logged, True)
+        reruns._engine_distances(gaps, [np.full(2, NAN)] * 2, old, logged, True)
