@@ -152,7 +152,9 @@ class PackedMTPLayer(MultiTokenPredictionLayer):
     """An MTP layer that can be recomputed as a whole on packed batches.
 
     Megatron passes every argument through its checkpoint function, which saves them as tensors
-    (multi_token_prediction.py:800, Megatron-Core 0.16.1); PackedSeqParams is not a tensor."""
+    (multi_token_prediction.py:838, Megatron-Core 0.16.1); PackedSeqParams is not a tensor. With
+    FP8 it passes all of them by name to Transformer Engine's checkpoint function (:829), whose
+    gradients are of arguments by position alone: the layer would not be recomputed, nor trained."""
 
     def _checkpointed_forward(
         self,
@@ -163,8 +165,9 @@ class PackedMTPLayer(MultiTokenPredictionLayer):
         **context: Any,
     ) -> Tensor:
         if self.config.fp8:  # Transformer Engine's checkpoint function takes any argument
-            parts = {"hidden_states": hidden_states, "decoder_input": decoder_input}
-            return super()._checkpointed_forward(forward_func, **parts, **context)
+            return super()._checkpointed_forward(
+                forward_func, hidden_states, decoder_input, **context
+            )
 
         def forward(hidden_states: Tensor, decoder_input: Tensor) -> Tensor:
             return forward_func(hidden_states, decoder_input, **context)
