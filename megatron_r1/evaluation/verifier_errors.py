@@ -154,7 +154,7 @@ class SecondMethodJudge:
         arguments = reward_arguments(response.kind, self._options, fields, facts)
         if response.kind == "code":
             return await self._run_again(response.is_accepted, content, arguments)
-        reading_options = {
+        reading_options: dict[str, Any] = {
             name: arguments[name] for name in ("thought_opened", "reading") if name in arguments
         }
         if self._without_math_verify:  # then it is not in the reason either
@@ -213,7 +213,7 @@ def classify_runs(is_accepted: bool, passes: Sequence[bool]) -> Outcome:
 
     Args:
         is_accepted: the verdict.
-        passes: of each run, whether the program passes."""
+        passes: whether the program passes, in each run."""
     if len(set(passes)) > 1:
         return "undecided"
     return "confirmed" if passes[0] == is_accepted else "wrong"

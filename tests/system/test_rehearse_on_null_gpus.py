@@ -11,7 +11,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from test_rehearse import R1, ROOT, keep
+from test_rehearse import ROOT, keep
 
 PYTHON = ROOT / ".venv-cuda" / "bin" / "python"
 TREES = ("megatron_r1", "kernels", "grading", "tools", "examples")

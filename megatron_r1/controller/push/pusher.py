@@ -238,7 +238,7 @@ class WeightPusher:
         self.fleet.replace(engine, death)
 
     def _replace_dead_or_raise(self, engine: Engine, error: EngineError) -> None:
-        """Replace a dead engine; raise the error of one that lives: settings are then wrong."""
+        """Replace a dead engine. An engine that lives has wrong settings: its error is raised."""
         if not isinstance(error, EngineDied):
             raise error
         self.fleet.replace(engine, error)
