@@ -19,13 +19,11 @@ gc.disable()  # until all tests are imported, with what they import; see pytest_
 os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
 
 import pytest  # noqa: E402
+import time_limit  # noqa: E402
 import torch  # noqa: E402
+from first_cases import mark_later_cases  # noqa: E402
 from fork_servers import pytest_sessionfinish, pytest_sessionstart  # noqa: E402, F401
-from time_limit import (  # noqa: E402
-    pytest_collection_modifyitems,  # noqa: F401
-    pytest_configure,  # noqa: F401
-    pytest_runtest_setup,  # noqa: F401
-)
+from time_limit import pytest_configure, pytest_runtest_setup  # noqa: E402, F401
 from watchdog import pytest_runtest_protocol  # noqa: E402, F401
 
 
@@ -40,6 +38,12 @@ def import_interpreting_triton() -> None:
 
 if find_spec("triton") and not torch.cuda.is_available():
     import_interpreting_triton()
+
+
+@pytest.hookimpl(tryfirst=True)  # pytest deselects by marks in a hook of its own
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    mark_later_cases(items)
+    time_limit.pytest_collection_modifyitems(items)
 
 
 def pytest_collection_finish() -> None:

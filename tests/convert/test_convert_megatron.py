@@ -64,6 +64,7 @@ def test_a_model_type_that_transformers_does_not_know_is_checked_by_its_architec
     assert status == 0 and "logits" in output, output
 
 
+@pytest.mark.more
 def test_a_result_that_computes_something_else_is_refused(convert, oracle, tmp_path):
     checkpoint, out = tmp_path / "megatron", tmp_path / "out"
     assert convert("from-hf", oracle / "llama3", checkpoint)[0] == 0

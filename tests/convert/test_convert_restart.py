@@ -30,6 +30,7 @@ def marks(folder, pattern):
     return {f.name: (f.stat().st_ino, f.stat().st_mtime_ns) for f in folder.glob(pattern)}
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("verb", ["from-hf", "to-hf"])
 def test_a_killed_conversion_is_continued_by_the_same_command(convert, tmp_path, monkeypatch, verb):
     source = write_folder(tmp_path / "hf", MODELS["deepseek-yarn-mtp"], torch.bfloat16)
@@ -62,6 +63,7 @@ def test_a_killed_conversion_is_continued_by_the_same_command(convert, tmp_path,
     assert convert("verify", source, out)[0] == 0
 
 
+@pytest.mark.more
 def test_an_interrupted_conversion_is_not_mixed_with_another(convert, tmp_path):
     source = write_folder(tmp_path / "hf", MODELS["llama3"], torch.float32)
     out = tmp_path / "out"

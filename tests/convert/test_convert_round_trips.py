@@ -29,6 +29,7 @@ def assert_same_bits(a, b):
         assert same, f"{name} has other bits"
 
 
+@pytest.mark.first_cases(4)
 @pytest.mark.parametrize(
     "model, dtype",
     [(name, torch.bfloat16) for name in MODELS] + [(name, torch.float32) for name in FIRST],
@@ -57,6 +58,7 @@ def test_plain_weights_come_back_bit_by_bit(convert, tmp_path, model, dtype):
     assert convert("verify", tmp_path / "megatron", back)[0] == 0
 
 
+@pytest.mark.first_cases(3)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("kind", ["amax", "powers", "odd"])
 @pytest.mark.parametrize("model", FP8_MODELS)

@@ -18,6 +18,7 @@ def scored(name: str) -> dict:
     return {**hf_config, "architectures": [kind], "num_labels": 1, "num_nextn_predict_layers": 0}
 
 
+@pytest.mark.first_cases(2)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("name", SCORED)
 def test_a_score_model_comes_back_bit_by_bit(convert, tmp_path, name, dtype):

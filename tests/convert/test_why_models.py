@@ -17,6 +17,7 @@ def bits(values: torch.Tensor) -> torch.Tensor:
     return values.nan_to_num(posinf=7.0)
 
 
+@pytest.mark.first_cases(3)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_checkpoint_is_read_as_transformers_reads_the_folder(name, convert, tmp_path):
     folder = write_folder(tmp_path / "hf", MODELS[name], torch.float32)

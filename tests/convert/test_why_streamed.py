@@ -88,6 +88,7 @@ def assert_equal(values, expected) -> None:
         torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b), rtol=0, atol=1e-6)
 
 
+@pytest.mark.first_cases(3)
 @pytest.mark.parametrize("name", MODELS)
 def test_streamed_layers_give_what_the_whole_model_gives(name, convert, tmp_path):
     folder = folder_of(name, tmp_path / "hf")

@@ -152,6 +152,7 @@ def grade_at(steps, text, prompt, **rewards):
 GOOD = "<think>the sum is 13</think><answer>13</answer>"
 
 
+@pytest.mark.more
 def test_exactly_the_terms_that_count_are_graded():
     prompt = make_prompt("2 + 11?", "math", "13", {})
     weights = {

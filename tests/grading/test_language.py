@@ -192,6 +192,7 @@ def test_another_target_is_an_error(target):
         grade(think("a"), target=target)
 
 
+@pytest.mark.more
 def test_much_of_anything_is_graded_within_the_limits():
     """Of memory; and of time, which quadratic work would take a hundred times of."""
     units = ["the quick brown fox ", "我们先算，", "a", "$a ", "`", "```", "\\[", "$$ ", "a_", "A "]

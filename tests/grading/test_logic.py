@@ -74,6 +74,7 @@ def wrong_answers(task, entry):
         yield from (words.replace("{}", answer) for words in WORDS)
 
 
+@pytest.mark.first_cases(21)
 @pytest.mark.parametrize("task", TASKS)
 def test_wrong_answers_are_worth_nothing(task):
     for entry in entries(task):

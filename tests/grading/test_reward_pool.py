@@ -84,6 +84,7 @@ def test_every_job_gets_its_own_grade_in_whatever_order_workers_finish(graders):
     assert snapshot["graded"] == 501 and snapshot["queued"] == snapshot["running"] == 0
 
 
+@pytest.mark.more
 def test_registered_rewards_work_through_the_pool():
     async def scenario(pool):
         entry = {"question": "4 - 1 =", "answer": "3", "metadata": {}}

@@ -46,6 +46,7 @@ def blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```$", index, re.MULTILINE | re.DOTALL)
 
 
+@pytest.mark.more
 def test_the_example_of_score_gives_the_output_it_shows(tmp_path):
     given, expected = blocks("jsonl")
     source, target = tmp_path / "answers.jsonl", tmp_path / "graded.jsonl"

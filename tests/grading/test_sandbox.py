@@ -198,6 +198,7 @@ def children() -> set[str]:
     return {pid for thread in threads for pid in (thread / "children").read_text().split()}
 
 
+@pytest.mark.more
 @needs_sandbox
 def test_neither_descriptors_nor_children_pile_up():
     programs = [

@@ -41,6 +41,7 @@ def compiled(tmp_path_factory) -> dict:
     return json.loads(out.read_text())
 
 
+@pytest.mark.more
 def test_no_kernel_spills_and_all_fit_into_shared_memory(compiled):
     limits = {"80": 163 * 1024, "90": 227 * 1024, "100": 227 * 1024}
     for name, entry in compiled["kernels"].items():
@@ -99,6 +100,7 @@ def test_the_alternatives_are_those_that_a_sweep_times():
     assert choices.present_values == {"GRADIENT_IDS": 64}
 
 
+@pytest.mark.more
 def test_a_kernel_that_does_not_exist_is_refused_by_name():
     done = bench_resources("--only", "softmax")
     assert done.returncode == 1 and "--only softmax: the kernels are row_stat" in done.stderr

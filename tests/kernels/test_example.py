@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 from ranks import run_script
 
 KERNELS = Path(__file__).parents[2] / "kernels"
@@ -14,6 +15,7 @@ print("imported", sorted(others & {"megatron_r1", "megatron", "vllm", "transform
 """
 
 
+@pytest.mark.more
 def test_the_example_runs_without_the_rest_of_the_stack():
     output = run_script(KERNELS, ["-c", RUN])
     assert "no 1000 x 5000 logits" in output and "imported []" in output

@@ -57,6 +57,7 @@ def ours(h, w, y, p, settings, dtype=torch.float32, temperature=0.8, **options):
     return out, c.grad, d.grad
 
 
+@pytest.mark.first_cases(4)
 @pytest.mark.parametrize(("name", "ratio_level", "average"), CASES)
 def test_loss_metrics_and_gradients_match_fp64_autograd(backend, name, ratio_level, average):
     problem, settings = whole_problem(), SETTINGS[name]
@@ -79,6 +80,7 @@ def test_loss_metrics_and_gradients_match_fp64_autograd(backend, name, ratio_lev
         assert all(metric[~seen].abs().max() == 0 for metric in out[1:]), chunk
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("name", ["dual clip", "k3", "entropy"])
 def test_gradcheck(name):
     h, w, y, p = whole_problem(tokens=6, vocab=5)
@@ -167,6 +169,7 @@ def test_64k_tokens(tokens):
     near(got_weight, grad_weight, **FP32, of="gradient of weight")
 
 
+@pytest.mark.more
 def test_two_runs_have_the_same_bits_and_the_forward_pass_alone_too(backend):
     problem = whole_problem()
     first, second = (ours(*problem, SETTINGS["k3"], backend=backend) for _ in range(2))
@@ -180,6 +183,7 @@ def test_two_runs_have_the_same_bits_and_the_forward_pass_alone_too(backend):
     assert alone.loss.equal(first[0].loss) and not alone.loss.requires_grad
 
 
+@pytest.mark.more
 def test_bf16_gradients_lose_nothing_by_chunks(backend):
     h, w, y, p = whole_problem(tokens=64)
     h, w = h.bfloat16().double(), w.bfloat16().double()
@@ -195,6 +199,7 @@ def test_bf16_gradients_lose_nothing_by_chunks(backend):
             assert error < 0.015, f"chunk {chunk}, {tuple(got.shape)}: {error}"
 
 
+@pytest.mark.first_cases(2)
 @pytest.mark.parametrize("average", ["token", "sequence"])
 @pytest.mark.parametrize("ratio_level", ["token", "sequence"])
 def test_autocast_changes_nothing(backend, ratio_level, average):
@@ -207,6 +212,7 @@ def test_autocast_changes_nothing(backend, ratio_level, average):
     assert cast[1].equal(plain[1]) and cast[2].equal(plain[2])
 
 
+@pytest.mark.more
 def test_fp16_gradients_with_a_loss_scale(backend):
     """With weights of 1 / 65,536, a large vocabulary and the loss scale that AMP begins with."""
     scale = 65536.0
@@ -269,6 +275,7 @@ def test_settings_and_averaging_have_the_defaults_of_the_keywords(function):
         assert {name: parameters[name].default for name in defaults} == defaults
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_objects_give_what_keywords_do(backend, level):
     h, w, y, p = whole_problem()

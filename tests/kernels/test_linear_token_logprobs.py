@@ -49,6 +49,7 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(both, (h.requires_grad_(), w.requires_grad_()))
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("frozen", ["hidden", "weight"])
 def test_only_the_gradient_that_is_needed_is_made(backend, frozen):
     h, w, y = formulae.problem()

@@ -21,6 +21,7 @@ def expected(logits, targets, kept, up, up_entropy, temperature=1.0):
     return logprobs.detach(), entropy.detach(), z.grad
 
 
+@pytest.mark.first_cases(4)
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("vocab", [1, 2, 29, 300, 5000])
 def test_values_and_gradients_match_fp64(backend, vocab, temperature):
@@ -72,6 +73,7 @@ def test_only_kept_logits_are_read_and_bf16_as_it_is(backend):
     near(leaf.grad, want[2], **BF16)
 
 
+@pytest.mark.more
 def test_a_mask_that_keeps_everything_changes_no_bit(backend):
     h, w, y, p = whole_problem(tokens=21, vocab=29)
     everything = listed(torch.ones(21, 29, dtype=torch.bool))
@@ -88,6 +90,7 @@ def test_a_mask_that_keeps_everything_changes_no_bit(backend):
     assert all(a.equal(b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_heads_log_probabilities_match_fp64(backend, dtype):
     h, w, y = formulae.problem(tokens=37, vocab=129)
@@ -110,6 +113,7 @@ def test_a_heads_log_probabilities_match_fp64(backend, dtype):
     assert d.grad[left_out].abs().sum() == 0
 
 
+@pytest.mark.first_cases(4)
 @pytest.mark.parametrize("ratio_level", ["token", "sequence"])
 @pytest.mark.parametrize("name", ["dual clip", "k3", "importance", "entropy", "cispo"])
 def test_the_policy_loss_and_its_gradients_match_fp64(backend, name, ratio_level):
@@ -153,6 +157,7 @@ def test_the_policy_loss_and_its_gradients_match_fp64(backend, name, ratio_level
         near(d.grad, b.grad, **with_chunk, of="gradient of weight")
 
 
+@pytest.mark.more
 def test_two_runs_have_the_same_bits(backend):
     logits, targets = torch.randn(20, 700), torch.randint(700, (20,))
     mask, results = listed(drawn_sets(20, 700, targets)), []

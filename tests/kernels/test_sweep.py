@@ -28,6 +28,7 @@ def options(*words: str) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
+@pytest.mark.more
 def test_a_machine_without_a_gpu_is_refused_by_the_command_with_what_it_needs():
     hidden = {"CUDA_VISIBLE_DEVICES": "", "PATH": "/usr/bin:/bin"}
     command = [sys.executable, "tools/bench", "kernels", "--sweep"]

@@ -1,6 +1,7 @@
 """What the host waits for, on null GPUs, in the steps of a trainer that is split as the recipes of
 671B parameters are: pipeline with virtual stages, expert parallelism over context ranks or over
-tensor ranks with sequence parallelism, packed samples, MTP layers, whole layers recomputed.
+tensor ranks with sequence parallelism, packed samples, MTP layers, whole layers recomputed; in
+float32, and in FP8 blocks as examples/deepseek_r1/r1_zero_fp8.yaml has them.
 
 Steps of 2 and of 4 micro-batches, and models of 4 and of 8 layers, are compared, so that what is
 waited for once per step cancels out."""
@@ -22,22 +23,44 @@ LAYOUT = {
     "tokens_per_microbatch": 80,
 }
 PASSES = ("load", "score", "compare", "update")
+PRECISIONS = {
+    "float32": {"dtype": "float32", "fp8": {"recipe": "none"}},
+    "fp8": {"dtype": "bfloat16", "fp8": {"recipe": "blockwise", "scales": "float32"}},
+}
+WHOLE_BLOCKS = {
+    **{"hidden_size": 256, "intermediate_size": 256, "moe_intermediate_size": 128},
+    **{"q_lora_rank": 128, "kv_lora_rank": 128, "qk_nope_head_dim": 32, "v_head_dim": 32},
+}
+"""Sizes of a model whose weights are whole blocks of 128 x 128."""
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory) -> dict[int, str]:
-    """Models by their number of layers, the first without experts, with an MTP layer."""
+def models(tmp_path_factory) -> dict[tuple[str, int], str]:
+    """Models by precision and number of layers, the first without experts, with an MTP layer."""
     folder = tmp_path_factory.mktemp("models")
     shapes = {
-        n: {**DEEPSEEK, "num_hidden_layers": n, "num_nextn_predict_layers": 1} for n in (4, 8)
+        (precision, n): {
+            **DEEPSEEK,
+            **(WHOLE_BLOCKS if precision == "fp8" else {}),
+            "num_hidden_layers": n,
+            "num_nextn_predict_layers": 1,
+        }
+        for precision in PRECISIONS
+        for n in (4, 8)
     }
-    return {n: str(write_random(folder / str(n), shape)) for n, shape in shapes.items()}
+    return {
+        (precision, n): str(write_random(folder / f"{precision}-{n}", shape))
+        for (precision, n), shape in shapes.items()
+    }
 
 
 def waits(on_null_gpu, folder: Path, cases: list[dict], gpus: int = 4) -> list[dict]:
     """Run the cases; returns of each rank {"LABEL pass": {kind: number}}."""
     script = ["waits_of_training.py", json.dumps(cases), str(folder)]
-    settings = {"NULL_GPU_COUNTERS": str(folder / "counters")}
+    settings = {
+        "NULL_GPU_COUNTERS": str(folder / "counters"),
+        "NVTE_FP8_BLOCK_SCALING_FP32_SCALES": "1",
+    }
     on_null_gpu(*TORCHRUN, f"--nproc-per-node={gpus}", *script, gpus=gpus, **settings)
     ranks = []
     for process in counters.read(folder / "counters"):
@@ -70,18 +93,26 @@ def _rows(file: Path) -> list[dict]:
     return found if isinstance(found, list) else []
 
 
-@pytest.mark.parametrize("axis", ["context", "tensor"])
+@pytest.mark.parametrize(
+    ("axis", "precision"), [("context", "float32"), ("tensor", "float32"), ("context", "fp8")]
+)
 @pytest.mark.parametrize("replay", [False, True], ids=["own experts", "replayed experts"])
 def test_the_host_waits_per_micro_batch_only_for_counts_that_it_does_not_know(
-    on_null_gpu, models, tmp_path, replay, axis
+    on_null_gpu, models, tmp_path, replay, axis, precision
 ):
     """Twice per layer of experts in scoring, whose routers choose themselves, by the policy and by
     the reference, and once in an update; by the reference alone where the engine's choices are
     replayed. Nothing per hop, per layer that is recomputed, or per MTP layer but its experts'."""
     layout = {**LAYOUT, axis: 2}
     common = {"parallel": layout, "mtp": "frozen" if replay else "train", "replay": replay}
+    common |= PRECISIONS[precision]
     cases = [
-        {"label": f"{layers} x {number}", "model": models[layers], "microbatches": number, **common}
+        {
+            "label": f"{layers} x {number}",
+            "model": models[precision, layers],
+            "microbatches": number,
+            **common,
+        }
         for layers, number in ((4, 2), (4, 4), (8, 2))
     ]
     ranks = waits(on_null_gpu, tmp_path, cases)
@@ -101,3 +132,13 @@ def test_the_host_waits_per_micro_batch_only_for_counts_that_it_does_not_know(
         # `logprob_diff/without_replay` is of the first micro-batches, whose routers choose again.
         expected = {"load": {}, "score": {"event": 2}, "compare": {}, "update": updates}
         assert deeper == expected, places(tmp_path, "8 x 2")
+
+
+def test_recomputed_mtp_layers_have_their_gradients_in_fp8(on_null_gpu, models):
+    """Megatron gives their inputs to Transformer Engine's checkpoint function by name, which makes
+    no gradients then (`models.layers.PackedMTPLayer`)."""
+    script = ["recomputed_mtp.py", models["fp8", 4]]
+    settings = {"NVTE_FP8_BLOCK_SCALING_FP32_SCALES": "1"}
+    norms = json.loads(on_null_gpu(*TORCHRUN, *script, **settings).splitlines()[-1])
+    assert norms["none"] and min(norms["none"].values()) > 0
+    assert norms["full"] == pytest.approx(norms["none"], rel=1e-3)

@@ -1,11 +1,12 @@
 """What the host waits for in training steps on null GPUs, one a rank: `waits_of_training.py CASES
 OUT`, under torchrun.
 
-CASES: JSON, a list of {"label", "model", "microbatches", "parallel", "mtp", "replay"}, each a
-trainer that loads, scores and updates twice. The second time the null GPU counts under "LABEL
-load", "LABEL score", "LABEL compare" and "LABEL update"; waits inside what takes the place of GPU
-kernels (our attention, the loss head in PyTorch, Megatron's own permutations) are counted under
-"stand-in". OUT gets a file per rank, with the lines of Python that each wait came from."""
+CASES: JSON, a list of {"label", "model", "dtype", "fp8", "microbatches", "parallel", "mtp",
+"replay"}, each a trainer that loads, scores and updates twice. The second time the null GPU counts
+under "LABEL load", "LABEL score", "LABEL compare" and "LABEL update"; waits inside what takes the
+place of GPU kernels (our attention, the loss head in PyTorch, Megatron's own permutations) are
+counted under "stand-in". OUT gets a file per rank, with the lines of Python that each wait came
+from."""
 
 import os
 
@@ -148,10 +149,11 @@ def main() -> None:
             {
                 "model": {
                     "path": case["model"],
-                    "dtype": "float32",
+                    "dtype": case["dtype"],
                     "mtp": case["mtp"],
                     "fusions": ["gradient_accumulation", "permute"],
                 },
+                "fp8": case["fp8"],
                 "parallel": {**case["parallel"], "threads": 1},
                 "rl": {"routing_replay": case["replay"]},
             }

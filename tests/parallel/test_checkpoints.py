@@ -35,6 +35,7 @@ def same(continued: dict, uninterrupted: dict, where: str) -> None:
     assert continued["digest"] == uninterrupted["digest"], where
 
 
+@pytest.mark.more
 def test_a_continued_run_equals_an_uninterrupted_one_bit_for_bit(straight, oracle):
     out, expected = straight
     got = play("continued", oracle, out)

@@ -3,11 +3,13 @@
 import json
 from pathlib import Path
 
+import pytest
 from ranks import run_ranks
 
 HERE = Path(__file__).parent
 
 
+@pytest.mark.more
 def test_a_late_rank_is_named_with_operation_place_and_key(tmp_path):
     run_ranks(HERE, 2, "late_rank.py", str(tmp_path / "out.json"))
     out = json.loads((tmp_path / "out.json").read_text())

@@ -64,11 +64,13 @@ def compare(oracle, out, world_size, models, grids):
         assert sum("gradients" in line for line in compared) == num_models, output[-3000:]
 
 
+@pytest.mark.more
 def test_weight_files_that_do_not_fit_are_refused_and_others_are_exact(oracle, tmp_path):
     output = run_ranks(HERE, 2, "weight_files.py", str(oracle), str(tmp_path))
     assert "random_weights_do_not_depend_on_the_split" in output
 
 
+@pytest.mark.more
 def test_each_number_of_a_checkpoint_is_read_by_one_rank(oracle, tmp_path):
     grids = ["dp2", "cp2", "ep2"]
     output = run_ranks(HERE, 2, "shared_reads.py", str(oracle), str(tmp_path), *grids)

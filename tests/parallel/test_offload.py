@@ -11,6 +11,7 @@ def holds(grids, oracle, folder: Path, model: str = "qwen3-moe") -> None:
     assert [f"{grid} holds" in output for grid in grids] == [True] * len(grids), output[-3000:]
 
 
+@pytest.mark.more
 def test_state_that_is_away_between_phases_trains_as_state_that_stays(oracle, tmp_path):
     holds(["dp2:bfloat16:whole"], oracle, tmp_path)
 

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from megatron_r1.base.processes.authentication import RANKS_TOKEN_VARIABLE
 from megatron_r1.controller.trainer_calls.rank_socket import RankSocket
 
@@ -43,6 +45,7 @@ async def inspect(controller: RankSocket, processes: list[subprocess.Popen]):
     return statuses[0]
 
 
+@pytest.mark.more
 def test_a_rank_stuck_in_a_collective_names_it_and_ends_without_a_controller():
     async def run():
         controller = RankSocket("tcp://127.0.0.1:*", TOKEN)

@@ -18,6 +18,7 @@ def stores(rollout, master="127.0.0.1"):
     return json.loads(output.splitlines()[-1])
 
 
+@pytest.mark.more
 def test_a_local_run_listens_at_the_loopback_interface_only():
     found = stores({}, "localhost")
     assert found == {"host": "127.0.0.1", "trainer": "127.0.0.1", "push": "127.0.0.1"}

@@ -56,6 +56,7 @@ def test_a_dense_model_s_sequences_split_over_tensor_ranks_give_the_same(oracle,
         assert_same(oracle / model, tmp_path / "one", tmp_path, grid)
 
 
+@pytest.mark.more
 def test_norms_and_biases_do_not_decay(oracle):
     model = str(oracle / MODEL)
     output = run_ranks(HERE, 2, "weight_decay_steps.py", model, "dp2", "pp2xvp2")

@@ -112,6 +112,7 @@ def test_b20_every_released_configuration_has_its_end_tokens():
     assert all(model["sources"] for model in MODELS.values())
 
 
+@pytest.mark.first_cases(7)
 @pytest.mark.parametrize(("name", "generation"), CASES)
 def test_b20_every_listed_token_ends_a_response_and_counts_as_its_end(name, generation, tmp_path):
     (folder := tmp_path / "model").mkdir()

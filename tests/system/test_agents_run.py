@@ -35,6 +35,7 @@ def check_steps(metrics: list[dict], steps: int, limit: float) -> None:
         )
 
 
+@pytest.mark.more
 def test_episodes_are_trained_on_the_tokens_that_were_sampled(lookup_base, tmp_path):
     done = run(*arguments(lookup_base, tmp_path, "run", 3, "--rl.minibatches", 2))
     assert done.returncode == 0, done.stderr + done.stdout

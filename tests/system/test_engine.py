@@ -142,6 +142,7 @@ def test_a_stop_token_ends_a_response_and_is_part_of_it(loop, fleet):
     assert (stopped.finish_reason, greedy.finish_reason) == ("stop", "length")
 
 
+@pytest.mark.more
 def test_a_push_amid_a_response_stamps_each_token_with_its_policy(
     models, oracle, loop, fleet, pusher
 ):

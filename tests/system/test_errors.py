@@ -32,6 +32,7 @@ def test_a_checkpoint_of_another_model_is_refused(base, tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.more
 def test_an_engine_that_cannot_start_is_one_message(base, tmp_path):
     settings = ["--run.folder", tmp_path / "run", "--rollout.start_timeout_seconds", "0.01"]
     done = run("rl", base / "rl.yaml", *settings)
@@ -39,6 +40,7 @@ def test_an_engine_that_cannot_start_is_one_message(base, tmp_path):
     assert "engine-0" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.more
 def test_a_run_that_diverges_stops_before_it_saves_what_is_lost(base, tmp_path):
     settings = ["--run.folder", tmp_path / "run", "--optimizer.learning_rate", "1.0e+30"]
     done = run("sft", base / "sft.yaml", *settings)

@@ -87,6 +87,7 @@ def check_groups(oracle, folder, groups, cut):
     assert min(sizes) < max(sizes) or {*cut} == {"top_k"}, "every token kept as many"
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("cut", CUTS, ids=str)
 def test_the_kept_tokens_are_those_of_the_cut(models, oracle, loop, fleet, cut):
     asked = {"temperature": TEMPERATURE, "sampling_mask": True, **cut}
@@ -117,6 +118,7 @@ def test_bytes_equal_vllms_json(loop, fleet):
         assert replace(one, logprobs=other.logprobs, engine="") == other and one.sampling_mask
 
 
+@pytest.mark.more
 def test_a_response_that_a_push_interrupts_has_the_sets_of_both_policies(
     models, oracle, loop, fleet
 ):

@@ -221,6 +221,7 @@ def test_a_defect_is_named(planted, recipe, message, tmp_path):
     assert message in done.stderr, done.stderr
 
 
+@pytest.mark.more
 def test_mistakes_are_refused(tmp_path):
     done = rehearse(ROOT / "examples/laptop/r1_zero.yaml", tmp_path, "--model.path", tmp_path)
     assert done.returncode == 2 and "config.json does not exist" in done.stderr, done.stderr

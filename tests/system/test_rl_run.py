@@ -59,6 +59,7 @@ def finished(base, temporary) -> Path:
     return folder
 
 
+@pytest.mark.more
 def test_after_kill_9_the_same_command_continues(finished):
     first, *_ = lines(finished / "metrics.jsonl")
     assert first["groups/restored"] == 4, "what was sampled before is not sampled again"

@@ -84,6 +84,7 @@ def marks(layout: str) -> tuple:
     return (pytest.mark.more,)
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("layout", [pytest.param(n, marks=marks(n)) for n in LAYOUTS])
 def test_engine_and_trainer_have_one_policy(recipes, layout):
     recipe = recipes["model.mtp" in LAYOUTS[layout]]

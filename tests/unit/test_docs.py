@@ -183,6 +183,7 @@ def test_functions_that_a_response_passes_exist():
     assert wrong_rows(ast.get_docstring(ast.parse(loop)), roots) == []
 
 
+@pytest.mark.more
 def test_the_tables_that_a_contributor_adds_a_line_to_exist():
     """Each `NAME` in `file.py` of CONTRIBUTING.md, the path relative to some folder."""
     page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")

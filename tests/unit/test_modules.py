@@ -44,6 +44,7 @@ def test_no_two_test_files_have_the_same_name():
     assert [name for name, count in names.items() if count > 1] == []
 
 
+@pytest.mark.more
 def test_programs_of_tests_import_what_exists():
     """Those that tests start, too, which pytest never imports."""
     missing = []

@@ -44,6 +44,7 @@ def test_the_trainer_image_has_the_versions_that_are_tested() -> None:
     assert not other
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("file", LEFT_OUT)
 def test_a_file_holds_every_dependency_of_what_it_installs(file: str) -> None:
     if file == "cpu.lock" and not distribution("torch").version.endswith("+cpu"):

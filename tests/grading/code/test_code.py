@@ -36,6 +36,7 @@ def judge(name, kind, language, **fields):
     return code.grade(response, truth, language=language, limits=PATIENT, **fields)
 
 
+@pytest.mark.first_cases(2)
 @needs_sandbox
 @pytest.mark.parametrize(("name", "language"), CASES)
 def test_right_programs_pass_every_test(name, language):
@@ -44,6 +45,7 @@ def test_right_programs_pass_every_test(name, language):
     assert str(len(PROBLEMS[name]["truth"]["tests"])) in verdict.reason
 
 
+@pytest.mark.first_cases(2)
 @needs_sandbox
 @pytest.mark.parametrize(("name", "language"), CASES)
 def test_wrong_programs_fail_where_they_are_wrong(name, language):

@@ -79,6 +79,7 @@ def honest_samples():
     return [sample for sample in soak_samples(300, seed=3) if sample.kind == "math"]
 
 
+@pytest.mark.first_cases(2)
 @pytest.mark.parametrize("family", [*FAMILIES, "hopeless"])
 def test_hostile_answers_get_nothing_and_the_next_honest_one_its_reward(family, graded):
     grades, honest = graded[0][family]
@@ -108,6 +109,7 @@ def test_an_answer_in_the_wrong_place_is_none(name):
         assert math_reward.grade(samples.HOSTILE_RESPONSES[name], truth).reward == 0.0, truth
 
 
+@pytest.mark.more
 def test_what_is_not_recognized_costs_one_time_limit_and_a_worker(monkeypatch, tmp_path):
     # Without the refusals, which this test stands in for: the next trick that nobody knows yet.
     # Only that answer has a short limit; its end without one takes hours.

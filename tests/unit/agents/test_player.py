@@ -101,6 +101,7 @@ def test_an_episode_with_calls_is_done_and_its_turns_are_kept(text):
     assert "'no'" in text.decode(branch.token_ids)
 
 
+@pytest.mark.first_cases(2)
 @pytest.mark.parametrize(
     ("answers", "settings", "status", "reward"),
     [
@@ -162,6 +163,7 @@ def test_calls_that_the_template_refuses_are_content(text, monkeypatch):
     assert played.text == both and played.episode.num_tool_calls == 1
 
 
+@pytest.mark.more
 def test_rows_that_differ_in_their_fields_only_are_different_rows(tmp_path):
     path = tmp_path / "rows.jsonl"
     rows = [{"question": "Solve the maze.", "seed": seed} for seed in range(100)]

@@ -61,6 +61,7 @@ def test_lookup_has_the_same_table_for_a_row_and_another_for_the_next():
         Lookup().lookup("7")
 
 
+@pytest.mark.more
 def test_gym_lets_a_wrong_answer_be_mended_for_half_of_the_reward():
     rows = load_environment_prompts(
         "gym", path=None, task="chain_sum", num_train=20, num_heldout=5, heldout_fraction=0.2

@@ -50,6 +50,7 @@ def test_a_function_that_is_not_there_and_a_module_that_is_no_python_are_named(
         module_syntax("torn:write")
 
 
+@pytest.mark.more
 def test_threads_read_the_syntax_of_a_module_at_the_same_time(tmp_path, monkeypatch):
     """Garbage collections let another thread go on, which makes the depth mismatch likely."""
     (tmp_path / "long.py").write_text("x = f(1, [2, (3, {4: 5 + 6})])\n" * 400)

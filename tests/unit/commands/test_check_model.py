@@ -57,6 +57,7 @@ def test_keys_and_layouts_that_are_not_supported_are_named_at_once(folder, capsy
     assert status == 2 and json.loads((tmp_path / "other.json").read_text())["agree"] is False
 
 
+@pytest.mark.more
 def test_missing_and_extra_tensors_are_named(folder):
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.0.self_attn.k_proj.bias"]
@@ -165,6 +166,7 @@ def test_what_transformers_refuses_in_a_configuration_is_named(folder, tmp_path)
         reference.main(folder, "float32", True, tmp_path / "plain")
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("mtp", ["frozen", "none"])
 def test_a_folder_without_mtp_weights_is_checked_without_them(experts, tmp_path, mtp):
     content = json.loads((experts / "config.json").read_text())

@@ -82,6 +82,7 @@ def test_help_says_what_the_value_of_an_option_is(verb, shown, capsys):
     assert shown in capsys.readouterr().out
 
 
+@pytest.mark.more
 def test_every_verb_has_help(capsys):
     for verb in cli.VERB_MODULES:
         assert cli.main([verb, "--help"]) == 0

@@ -128,6 +128,7 @@ PLANTS = {
 }
 
 
+@pytest.mark.first_cases(3)
 @pytest.mark.parametrize("step", [1, 3])
 @pytest.mark.parametrize("name", PLANTS)
 def test_one_planted_change_is_found_in_its_step_and_phase(tmp_path, name, step):
@@ -242,6 +243,7 @@ def test_a_change_in_one_checkpoint_alone_is_found(tmp_path, step):
     assert (difference.step, difference.name) == (step, KEY)
 
 
+@pytest.mark.more
 def test_bisection_of_many_checkpoints_says_what_it_assumes(tmp_path, capsys):
     first, second = (write_run(tmp_path / name) for name in ("first", "second"))
     for path in (first, second):

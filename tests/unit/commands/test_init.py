@@ -43,6 +43,7 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.more
 def test_the_recipe_loads_and_says_why(here, capsys):
     assert cli.main(["init", "model", "my sums.csv"]) == 0
     text = Path("my sums.yaml").read_text()
@@ -60,6 +61,7 @@ def test_the_recipe_loads_and_says_why(here, capsys):
     assert "20 of 20 truths" in output
 
 
+@pytest.mark.more
 def test_rows_that_repeat_a_question_are_counted_and_said(here, capsys):
     rows = [{"question": q, "answer": a} for q, a in SUMS]
     repeated = [rows[0], rows[3] | {"question": f"  {rows[3]['question']} "}, rows[3]]
@@ -132,6 +134,7 @@ def test_a_small_model_is_said_to_need_worked_examples(here):
     assert "{question}" not in reason(7_000_000_000)
 
 
+@pytest.mark.more
 def test_the_reward_of_the_run_that_made_the_model_is_taken_over(here):
     Path("run").mkdir()
     Path("model").rename("run/hf")

@@ -101,6 +101,7 @@ UNGRADABLE = [
 ]
 
 
+@pytest.mark.more
 def test_a_line_that_cannot_be_graded_gets_0_and_stops_no_other(folder):
     good = {"kind": "math", "response": GOOD, "truth": "13"}
     lines = [line for bad, _ in UNGRADABLE for line in (good, bad)]
@@ -129,6 +130,7 @@ def test_any_field_and_any_integer_reaches_the_reward(folder):
     assert reasons == ["('x', None, {'entry': 1, 'self': 2})", f"('x', {10**30}, {{}})"]
 
 
+@pytest.mark.more
 def test_a_grader_that_hangs_or_dies_costs_its_own_line(folder, capsys):
     lines = [{"kind": "graders:nap", "response": "1e5"}, {"kind": "graders:leave", "response": ""}]
     fine = [{"kind": "format", "response": GOOD}] * 4
@@ -241,6 +243,7 @@ def run_piped(folder, lines):
     )
 
 
+@pytest.mark.more
 def test_pipes_carry_the_lines_and_nothing_else(folder):
     line = json.dumps({"kind": "format", "response": GOOD})
     done = run_piped(folder, f"{line}\n{line}".encode())
@@ -253,6 +256,7 @@ def test_pipes_carry_the_lines_and_nothing_else(folder):
     assert b"0 lines, 0 graded" in nothing.stderr
 
 
+@pytest.mark.more
 def test_a_service_that_is_down_ends_in_a_failure_once_all_lines_are_written(folder, capsys):
     service = {"url": "http://127.0.0.1:9/v1", "model": "m", "retry_seconds": 0.1}
     lines = [

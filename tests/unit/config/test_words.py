@@ -32,6 +32,7 @@ SEARCHED = {
 }
 
 
+@pytest.mark.first_cases(3)
 @pytest.mark.parametrize(("word", "key"), SEARCHED.items())
 def test_a_word_that_people_search_for_leads_to_a_key(capsys, word, key):
     arguments = ["keys", *word.split()]

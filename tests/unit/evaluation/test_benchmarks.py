@@ -195,6 +195,7 @@ def test_a_bomb_is_refused_before_it_is_unpacked(monkeypatch):
         decode_tests(bomb, "row")
 
 
+@pytest.mark.more
 def test_code_problems_are_ones_the_code_reward_can_judge(tmp_path):
     """The truths go through the reward itself, in the sandbox where there is one."""
     try:

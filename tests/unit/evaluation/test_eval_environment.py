@@ -80,6 +80,7 @@ eval: {{samples: 4, benchmarks: {json.dumps(benchmarks)}}}
     return SimpleNamespace(write=write, calls=calls, rows=str(tmp_path / "rows.jsonl"))
 
 
+@pytest.mark.more
 def test_rows_are_played_and_graded_by_their_environment(recipe, tmp_path):
     twice = {"name": f"environment/{COUNTER}", "path": recipe.rows, "limit": 3, "samples": 2}
     twice |= {"label": "twice", "options": {"step": 2}}

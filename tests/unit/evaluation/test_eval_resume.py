@@ -92,6 +92,7 @@ def test_every_sample_is_graded_and_can_be_audited(recipe, tmp_path, capsys):
     assert "pass@1" in capsys.readouterr().out
 
 
+@pytest.mark.more
 def test_a_stopped_evaluation_continues_and_samples_nothing_twice(recipe, tmp_path, capsys):
     answered = []
 
@@ -178,6 +179,7 @@ def test_a_changed_question_is_refused_by_name(recipe, tmp_path):
             cli._dispatch(["eval", path])
 
 
+@pytest.mark.more
 def test_cut_answers_and_thoughts_of_their_own_field(recipe, tmp_path):
     def reply(question, body):
         number = asked_number(question)
@@ -302,6 +304,7 @@ def test_a_mistake_is_named_before_anything_is_asked(recipe, option, value, key,
         assert not server.requests
 
 
+@pytest.mark.more
 def test_completions_get_the_template_and_gym_needs_no_data(recipe, tmp_path):
     def reply(question, body):
         return 200, "<think>no idea</think><answer>0</answer>"

@@ -119,6 +119,7 @@ def partition(groups):
     return {frozenset(i for i, g in enumerate(groups) if g == group) for group in set(groups)}
 
 
+@pytest.mark.more
 def test_answers_are_grouped_by_what_they_mean(graded):
     expected = {frozenset(s) for s in ([0, 1, 2], [3, 4], [5], [6, 7], [8, 9])}
     assert partition(graded[0]["meaning"]) == expected

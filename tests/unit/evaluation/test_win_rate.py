@@ -57,6 +57,7 @@ def compared(preferences, differences):
     return [[pair] for pair in zip(preferences, differences, strict=True)]
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("theta", [-1.5, 0.8])
 def test_known_coefficients_are_recovered_from_a_biased_judge(theta):
     generator = np.random.default_rng(1)

@@ -101,6 +101,7 @@ def test_a_variant_of_r1_zero_differs_where_its_comments_say(name, differ):
     assert found == set(differ.split())
 
 
+@pytest.mark.more
 def test_in_pools_sampling_and_training_overlap_on_512_gpus_each(tmp_path):
     plan = planned(R1 / "r1_zero_pools.yaml", tmp_path)
     sections = plan["sections"]
@@ -112,6 +113,7 @@ def test_in_pools_sampling_and_training_overlap_on_512_gpus_each(tmp_path):
     assert taken < plan["hardware"]["memory"] - plan["assumptions"]["reserved"]
 
 
+@pytest.mark.more
 def test_in_fp8_half_of_the_bytes_are_pushed_and_two_copies_are_kept(tmp_path):
     plain, fp8 = (planned(R1 / f"{name}.yaml", tmp_path) for name in ("r1_zero", "r1_zero_fp8"))
     into = [plan["sections"]["push"]["into an engine GPU"]["value"] for plan in (plain, fp8)]

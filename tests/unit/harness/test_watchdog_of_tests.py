@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from fork_servers import PROCESSES
 
 TESTS = Path(__file__).parents[2]
@@ -33,6 +34,7 @@ def test_computes(computing=3.0):
 """
 
 
+@pytest.mark.more
 def test_what_waits_for_ever_fails_and_what_computes_does_not(tmp_path):
     (tmp_path / "test_hanging.py").write_text(HANGING)
     (tmp_path / "conftest.py").write_text(

@@ -5,6 +5,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 from megatron_r1.models import families
 from megatron_r1.models.families import FAMILIES
 
@@ -31,6 +33,7 @@ def plain(name: str) -> str:
     return re.sub("[^a-z0-9]", "", name.lower())
 
 
+@pytest.mark.more
 def test_every_module_that_names_an_architecture_is_listed():
     architectures = [plain(name) for name in FAMILIES]
     found = {

@@ -58,6 +58,7 @@ def wide(shape, seed=0) -> torch.Tensor:
     return x.masked_fill(torch.rand(shape, generator=g) < 0.1, 0.0)
 
 
+@pytest.mark.first_cases(12)
 @pytest.mark.parametrize("shape", [(1, 1), (128, 128), (130, 257), (3, 32), (257, 31)])
 @pytest.mark.parametrize("tile", [(1, 128), (128, 1), (128, 128), (1, 32), (32, 1), None])
 @pytest.mark.parametrize("dtype", [E4M3, E5M2])
@@ -117,6 +118,7 @@ def test_float32_scales_are_those_of_an_fp8_checkpoint():
     assert ((computed - exported).abs() <= 1e-6 * exported.abs()).float().mean() > 0.999
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(
     ("name", "scales"),
     [

@@ -46,6 +46,7 @@ def test_the_upstream_line_that_needs_the_patch_is_still_there(patch):
     upstream.check(patch)
 
 
+@pytest.mark.more
 def test_no_model_is_built_before_the_patches_are_installed():
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -39,6 +39,7 @@ assert torch.allclose(f.swiglu(torch.ones(1, 4)), torch.nn.functional.silu(torch
 """
 
 
+@pytest.mark.more
 @pytest.mark.skipif(platform.has_gpu(), reason="there is a GPU: CUDA_VISIBLE_DEVICES='' pytest")
 def test_an_import_patches_nothing_and_prepare_lets_cuda_habits_run_on_the_cpu():
     command = [sys.executable, "-c", PROGRAM]

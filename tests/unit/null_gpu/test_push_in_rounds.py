@@ -39,6 +39,7 @@ def run(variables):
     return run
 
 
+@pytest.mark.more
 def test_every_rank_has_every_slice_after_each_push(run):
     """One process: most of its time it imports."""
     pools = ["qwen", "1", "pool", "deepseek", "3", "pool"]

@@ -29,6 +29,7 @@ def world(tmp_path, monkeypatch):
     return World(tmp_path, PAIR)
 
 
+@pytest.mark.more
 def test_stages_that_need_each_other_s_company_end_and_what_needs_both_comes_last(world, capfd):
     assert world.run(TWO) == 0
     assert (world.out / "both/joined").read_text() == "left right"
@@ -39,6 +40,7 @@ def test_stages_that_need_each_other_s_company_end_and_what_needs_both_comes_las
     )
 
 
+@pytest.mark.more
 def test_the_graphs_of_several_seeds_run_beside_each_other(world):
     world.write(
         """
@@ -62,6 +64,7 @@ def test_one_at_a_time_is_the_default(world, capfd):
     assert not (world.out / "right").exists()
 
 
+@pytest.mark.more
 def test_after_a_failure_what_runs_comes_to_its_end_and_nothing_else_begins(
     world, capfd, monkeypatch
 ):
@@ -82,6 +85,7 @@ def test_after_a_failure_what_runs_comes_to_its_end_and_nothing_else_begins(
     assert (world.out / "both/joined").read_text() == "left right"
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_whatever_ends_it_ends_all_that_runs(world, capsys, number):
     world.write(LINGERING)

@@ -65,6 +65,7 @@ def test_kill_9_at_many_moments_ends_with_what_an_undisturbed_run_makes(world, c
     assert world.states(capsys, *QUICK) == dict.fromkeys(("corpus", "work", "last"), "done")
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("moment", ["begin", "finish", "outputs", "rename"])
 def test_a_death_around_a_record_loses_nothing(world, capsys, moment, monkeypatch):
     """The process ends before the record of a beginning, of an end, and around its rename."""
@@ -92,6 +93,7 @@ def test_a_death_around_a_record_loses_nothing(world, capsys, moment, monkeypatc
     assert world.states(capsys, *QUICK) == dict.fromkeys(("corpus", "work", "last"), "done")
 
 
+@pytest.mark.more
 def test_a_grandchild_that_hides_from_its_parent_goes_too(world, tmp_path):
     """A daemon: another session, its parent gone."""
     (tmp_path / "daemon.py").write_text(
@@ -115,6 +117,7 @@ def test_a_grandchild_that_hides_from_its_parent_goes_too(world, tmp_path):
     wait_until(lambda: not processes_naming(mark))
 
 
+@pytest.mark.more
 def test_ctrl_c_stops_and_says_that_the_same_command_continues(world):
     process = world.start()
     wait_until((world.out / "work/first.txt").exists)
@@ -127,6 +130,7 @@ def test_ctrl_c_stops_and_says_that_the_same_command_continues(world):
     assert (world.out / "last/all.txt").read_text() == "done"
 
 
+@pytest.mark.more
 def test_a_launched_stage_is_asked_by_a_file_first(world):
     """As a batch job that its submitter cannot signal."""
     (world.path / "job.py").write_text(
@@ -150,6 +154,7 @@ def test_a_launched_stage_is_asked_by_a_file_first(world):
     assert not (world.out / "j/stop").exists()
 
 
+@pytest.mark.more
 def test_one_pipeline_per_folder_at_a_time(world):
     process = world.start()
     wait_until((world.out / "work/first.txt").exists)
@@ -160,6 +165,7 @@ def test_one_pipeline_per_folder_at_a_time(world):
     assert world.run(*QUICK) == 0
 
 
+@pytest.mark.more
 def test_a_stage_whose_folder_another_process_holds_is_waited_for(world, monkeypatch):
     """What a killed pipeline had started may take a while to end."""
     (world.out / "work").mkdir(parents=True)

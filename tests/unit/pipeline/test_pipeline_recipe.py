@@ -130,6 +130,7 @@ def test_an_adapter_is_an_output_of_a_stage_that_trains_one(world):
     assert Graph(plan_of(world).stages).upstream["use"] == ("tune",)
 
 
+@pytest.mark.more
 def test_a_function_may_be_imported_by_its_module(world):
     (world.path / "more.py").write_text("from tiny import count, join as joined\n")
     world.write(

@@ -52,6 +52,7 @@ def test_the_report_has_the_command_with_its_settings(world):
     assert f"command {command}" in text_of((world.out / "report.html").read_text())
 
 
+@pytest.mark.more
 def test_the_page_shows_the_numbers_of_the_files(world):
     assert world.run() == 0
     result = json.loads((world.out / "report.json").read_text())
@@ -83,6 +84,7 @@ def test_the_page_shows_the_numbers_of_the_files(world):
 TWICE = recipe("twice")
 
 
+@pytest.mark.more
 def test_an_evaluation_does_not_replace_what_was_measured_before(world):
     world.write(TWICE)
     assert world.run() == 0
@@ -99,6 +101,7 @@ def test_an_evaluation_does_not_replace_what_was_measured_before(world):
     assert "| Without the tool | 0.0% |" in "\n".join(lines)
 
 
+@pytest.mark.more
 def test_several_seeds_are_a_mean_and_its_deviation(world):
     assert world.run("--pipeline.seeds", "0,1,3") == 0
     figure = json.loads((world.out / "report.json").read_text())["stages"]["zero"]["figures"]
@@ -157,6 +160,7 @@ def test_figures_of_supervised_training_are_its_loss(tmp_path):
     assert headline(found) == "loss 62.5"
 
 
+@pytest.mark.more
 def test_figures_that_a_stage_gives_itself(world, tmp_path, capsys):
     (tmp_path / "figures.json").write_text('{"win_rate": 0.5, "pairs": {"value": 1200}}')
     assert read_results(tmp_path) == {"win_rate": StageResult(0.5), "pairs": StageResult(1200)}

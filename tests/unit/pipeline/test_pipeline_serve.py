@@ -51,6 +51,7 @@ def test_a_server_is_ready_before_its_stage_and_gone_after(world, capsys):
     assert world.record("asks")["settings"]["arguments.url"] == "http://judge.served"
 
 
+@pytest.mark.more
 def test_a_server_does_not_outlive_a_killed_pipeline_and_comes_back_where_it_was(
     world, monkeypatch
 ):

@@ -43,6 +43,7 @@ def done(finished, world):
     return world
 
 
+@pytest.mark.more
 def test_a_finished_pipeline_runs_nothing_again(done, capsys):
     files = {p: p.read_bytes() for p in sorted(done.out.rglob("*")) if p.parent.parent == done.out}
     assert done.run() == 0
@@ -134,6 +135,7 @@ def test_a_sampling_of_a_stage_s_model_is_none_of_its_outputs(done, capsys):
     assert done.states(capsys) == dict.fromkeys(ALL, "done")
 
 
+@pytest.mark.more
 def test_a_file_beside_the_recipe_is_an_input_as_others_are(world, capsys):
     world.write(RECIPE.replace("extra.txt", "${here}/extra.txt"))
     assert world.run() == 0
@@ -146,6 +148,7 @@ def test_a_file_beside_the_recipe_is_an_input_as_others_are(world, capsys):
             world.load()
 
 
+@pytest.mark.more
 def test_rerun_moves_aside_and_does_again_only_what_comes_out_otherwise(done, capsys):
     change_setting(done)
     assert done.run("--pipeline.rerun", "true") == 0
@@ -159,6 +162,7 @@ def test_rerun_moves_aside_and_does_again_only_what_comes_out_otherwise(done, ca
     assert done.states(capsys) == dict.fromkeys(ALL, "done")
 
 
+@pytest.mark.more
 def test_what_comes_out_the_same_is_not_done_again_below(world, capsys):
     rounded = RECIPE.replace("extra.txt]}", "extra.txt], rounded: true}")
     world.write(rounded)
@@ -183,6 +187,7 @@ def test_a_pipelines_folder_may_be_moved(done, capsys):
     assert states == dict.fromkeys(ALL, "done")
 
 
+@pytest.mark.more
 def test_only_and_until(world, capsys):
     assert world.run("--pipeline.until", "both") == 0
     assert world.calls == ["corpus", "other", "both"]
@@ -199,6 +204,7 @@ def test_only_and_until(world, capsys):
     assert world.calls == ALL
 
 
+@pytest.mark.more
 def test_dry_prints_commands_that_do_the_same(world, capsys):
     import subprocess
 
@@ -214,6 +220,7 @@ def test_dry_prints_commands_that_do_the_same(world, capsys):
     assert (world.out / "last/all.txt").read_text() == "a0\na1\na2\nb0\nb1\nx"
 
 
+@pytest.mark.more
 def test_a_stage_that_fails_says_why_and_is_tried_again(world, capsys):
     world.write(
         "pipeline: {folder: out}\nstages:\n"
@@ -244,6 +251,7 @@ def test_a_folder_with_other_things_in_it_is_not_touched(world):
     assert (world.out / "both/precious.txt").read_text() == "mine" and world.calls == []
 
 
+@pytest.mark.more
 def test_each_seed_has_a_graph_of_its_own(world):
     world.write(recipe("seeded"))
     assert world.run("--pipeline.seeds", "4,5") == 0

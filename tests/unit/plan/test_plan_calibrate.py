@@ -122,6 +122,7 @@ def a_run(folder: Path, tmp_path: Path, truth: dict, gpus: str) -> None:
     (folder / "metrics.jsonl").write_text("\n".join(records) + "\n")
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(
     ("gpus", "decoding"),
     [("1", {"bandwidth_efficiency": 0.004}), ("2", {"decode_latency_per_layer": 0.0007})],

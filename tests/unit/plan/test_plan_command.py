@@ -190,6 +190,7 @@ def test_every_recipe_of_a_dense_or_small_model_can_be_planned(capsys):
     assert "pipeline 1 x 1" in capsys.readouterr().out
 
 
+@pytest.mark.more
 def test_planning_needs_no_torch():
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"

@@ -2,6 +2,7 @@
 
 import re
 
+import pytest
 from planned_jobs import BY_HAND, LAPTOP, RECIPE, ROOT, V3, real_job
 
 from megatron_r1 import config as configuration
@@ -30,6 +31,7 @@ def test_the_real_recipe_fits_and_leaves_room_for_65536_tokens():
     assert JobEstimate(PlannedJob(V3, config, 2048, HARDWARE["H800"])).problems() == []
 
 
+@pytest.mark.more
 def test_advice_is_not_what_the_recipe_does_or_its_model_cannot(capsys):
     dense = str(ROOT / "examples/distill/qwen2.5-32b_rl.yaml")
     assert main([dense, "--memory-gib", "20"]) == 1

@@ -28,6 +28,7 @@ def value(of: JobEstimate, section: str, name: str) -> float:
     return of.sections()[section][name].value
 
 
+@pytest.mark.more
 def test_the_engines_may_take_what_is_away():
     here, away = estimate("none"), estimate("host")
     assert here.engines.trainer_bytes == pytest.approx(OFFLOADED, rel=5e-3)
@@ -48,6 +49,7 @@ def test_training_and_scoring_need_as_much_as_without():
         assert away.training == here.training and away.scoring == here.scoring
 
 
+@pytest.mark.more
 def test_a_node_holds_it_in_memory_or_on_its_disk():
     kind, host = "offloaded while engines sample", "host memory of a node"
     assert value(estimate("host"), host, kind) == pytest.approx(8 * OFFLOADED, rel=5e-3)
@@ -57,6 +59,7 @@ def test_a_node_holds_it_in_memory_or_on_its_disk():
     assert "local disk of a node" not in estimate("host").sections()
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(("place", "rate"), [("host", 55e9 * 0.78), ("disk", 12e9 / 8)])
 def test_a_step_waits_for_both_ways_and_a_fifth_of_a_checkpoint(place, rate):
     here, away = estimate("none"), estimate(place)

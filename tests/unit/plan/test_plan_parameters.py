@@ -12,6 +12,7 @@ from megatron_r1.models import weights
 from megatron_r1.plan.counts import ModelCounts, RankCounts
 
 
+@pytest.mark.more
 def test_the_configuration_is_deepseek_v3_s_as_transformers_knows_it():
     code = (
         "import json; from transformers import DeepseekV3Config\n"

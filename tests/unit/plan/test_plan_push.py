@@ -34,6 +34,7 @@ def test_an_engine_is_laid_out_as_the_recipe_says_or_as_vllm_serves_such_models(
     assert assumed == given
 
 
+@pytest.mark.more
 def test_an_fp8_push_is_planned_with_fp8_s_bytes_and_its_engines_with_fp8_weights():
     gloo = {"push__transport": "gloo"}
     plain, fp8 = (

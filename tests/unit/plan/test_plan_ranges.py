@@ -24,6 +24,7 @@ def times(job):
     return time_section(JobEstimate(job).times)
 
 
+@pytest.mark.more
 def test_a_range_is_the_estimate_over_and_times_the_spread_and_at_most_a_factor_of_four():
     section = times(planned())
     connections = JobEstimate(planned()).sections()["push"]
@@ -158,6 +159,7 @@ def test_engines_of_one_gpu_need_the_bandwidth_and_saves_that_block_the_storage(
     ]
 
 
+@pytest.mark.more
 def test_a_plan_with_the_checks_file_has_a_narrower_range(tmp_path, capsys):
     """The file that all three checks of seconds have written, as they write it."""
     values = {"decode_latency_per_layer": 1e-4, "bandwidth_efficiency": 0.6}
@@ -180,6 +182,7 @@ def test_a_plan_with_the_checks_file_has_a_narrower_range(tmp_path, capsys):
     assert "H100" in capsys.readouterr().err
 
 
+@pytest.mark.more
 def test_a_response_that_may_outlast_its_time_limit_is_noted_where_its_range_does(capsys):
     longest = JobEstimate(planned()).times.rollout.longest_seconds
     high = longest * 1.96

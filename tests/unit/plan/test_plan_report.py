@@ -10,6 +10,7 @@ from megatron_r1.commands.plan import main
 from megatron_r1.plan.estimate import JobEstimate
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("recipe", ["r1_zero", "all_scenarios_rl", "cold_start_sft", "helpful_rm"])
 def test_every_number_of_the_json_file_has_its_formula(tmp_path, recipe):
     file = tmp_path / "plan.json"
@@ -37,6 +38,7 @@ def test_a_bill_without_room_has_no_impossible_numbers(tmp_path, capsys, recipe)
     assert plan["sections"]["engine memory of a GPU"]["sequences at once"]["value"] == 0
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(
     ("block", "options", "status"), [(0, [], 0), (1, ["--parallel.recompute", "none"], 1)]
 )

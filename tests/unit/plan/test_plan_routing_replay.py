@@ -37,6 +37,7 @@ def test_a_token_takes_on_the_way_to_its_replica_what_the_plan_counts():
     assert each == 8192 * sampled + given
 
 
+@pytest.mark.more
 def test_bytes_of_routed_experts_by_place():
     rows = sections(rl__routing_replay=True)["samples of a rollout"]
     sent = SAMPLES * MEAN * TOKEN
@@ -80,6 +81,7 @@ def test_a_step_waits_for_the_controller_and_for_the_first_rank_of_a_replica():
     assert on["step"].formula.startswith("rollout + routed experts + ")
 
 
+@pytest.mark.more
 def test_beside_a_rollout_of_other_gpus_it_is_the_trainer_s_time():
     pools = {"rollout_gpus": 2048, "rollout__colocated": False, "rl__staleness": 1}
     on, off = (sections(rl__routing_replay=value, **pools)["time"] for value in (True, False))
@@ -87,6 +89,7 @@ def test_beside_a_rollout_of_other_gpus_it_is_the_trainer_s_time():
     assert on["step"].value == pytest.approx(off["step"].value + waits / 2)  # of two steps' time
 
 
+@pytest.mark.more
 def test_models_of_more_than_256_experts_take_two_bytes():
     large = V3 | {"n_routed_experts": 384}
     config = configuration.load(ROOT / "examples/deepseek_r1/r1_zero.yaml")

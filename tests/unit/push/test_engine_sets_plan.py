@@ -76,6 +76,7 @@ def test_sets_are_of_equal_size():
     assert engine_sets(64) == [range(0, 16), range(16, 32), range(32, 48), range(48, 64)]
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(("count", "most"), [(BYTES, 1.13), (fp8_bytes, 1.18)])
 def test_the_recipe_for_2048_ranks_needs_few_links_and_sends_evenly(count, most):
     grid = TrainerGrid(2048, tensor=4, context=2, expert=8, pipeline=16)

@@ -106,6 +106,7 @@ def assert_received(world, expected):
             assert torch.equal(received, part.view(torch.uint8)), (rank, slot.name)
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(
     ("hf_config", "grid", "engine", "transport"),
     [

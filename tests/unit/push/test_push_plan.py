@@ -83,6 +83,7 @@ def test_sizes_that_cannot_be_are_named():
         Planner(DEEPSEEK_MTP, TrainerGrid(3, expert=3), EngineLayout())
 
 
+@pytest.mark.more
 def test_deepseek_v3_from_2048_ranks_to_64_engines_moves_the_least_and_evenly():
     grid = TrainerGrid(2048, pipeline=16, expert=64)
     engines = EngineLayout(64, tensor_parallel=16, expert_parallel=True)

@@ -200,6 +200,7 @@ def test_a_plan_that_leaves_out_or_doubles_elements_is_refused(broken, named):
         check_coverage(SlotTable(2048, SLOTS), [d for d in (every | broken).values() if d])
 
 
+@pytest.mark.more
 def test_memory_of_a_process_that_was_killed_is_swept_away(monkeypatch):
     """And not that of one that lives: it is locked."""
     monkeypatch.setattr(shared_memory, "STALE_AGE_SECONDS", -1.0)

@@ -19,6 +19,7 @@ from tests.unit.push.push_world import World, draw, plain_table, wrong_slots
 SPREAD = EngineLayout(tensor_parallel=2, data_parallel=2, expert_parallel=True)
 
 
+@pytest.mark.first_cases(2)
 @pytest.mark.parametrize("engines", [1, 2, 3])
 @pytest.mark.parametrize(
     ("hf_config", "grid", "layout"),

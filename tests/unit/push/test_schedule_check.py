@@ -69,6 +69,7 @@ def pushes(
     return [(order, find_fault(operations_of_rounds(order), order)) for order in orders]
 
 
+@pytest.mark.first_cases(2)
 @pytest.mark.parametrize("path", OVER_NCCL, ids=lambda path: path.stem)
 def test_the_rounds_of_a_shipped_recipe_are_free_of_circles_and_near_their_floor(path):
     config = load(path)

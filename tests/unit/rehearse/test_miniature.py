@@ -111,6 +111,7 @@ def test_kernels_of_a_gpu_are_left_out_and_named():
     assert row.exercised == "no: needs a GPU"
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(
     ("agents", "key"),
     [

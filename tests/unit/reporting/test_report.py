@@ -155,6 +155,7 @@ def test_a_full_run_is_reported_with_its_numbers(tmp_path):
     assert html.count("<svg") == 2 + 7 + 1
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(
     ("truth", "shown"),
     [
@@ -173,6 +174,7 @@ def test_of_a_truth_that_is_a_solution_the_answer_is_shown(tmp_path, truth, show
     assert "Adding" not in words and "left" not in words
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("heldout", [0.6, 1.0])
 def test_temperatures_that_differ_are_said_beside_the_curves(tmp_path, heldout):
     with RunFolder(tmp_path) as folder:

@@ -120,6 +120,7 @@ def test_every_step_is_there_once_however_the_last_write_was_torn(tmp_path, cut)
     assert steps_in(folder.samples_path) == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6]
 
 
+@pytest.mark.more
 def test_killed_writers_lose_only_lines_after_the_checkpoint(tmp_path):
     script = (
         "import sys, os\n"

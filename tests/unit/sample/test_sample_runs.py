@@ -121,6 +121,7 @@ def test_right_answers_are_kept_and_every_answer_says_why(recipe, tmp_path, caps
     assert {"24", "6", str(len(kept)), "wrong"} <= set(printed)
 
 
+@pytest.mark.more
 def test_another_choice_is_made_without_sampling_again(recipe, tmp_path):
     with FakeServer(sums) as server:
         assert main(["sample", recipe(server.url)]) == 0
@@ -178,6 +179,7 @@ def test_a_stopped_command_continues_and_asks_nothing_twice(recipe, tmp_path, ca
     assert continued == whole
 
 
+@pytest.mark.more
 def test_what_changes_answers_or_grades_is_refused_by_name(recipe, tmp_path):
     (tmp_path / "shots.jsonl").write_text('{"question": "a", "response": "b"}\n')
     changes = {
@@ -200,6 +202,7 @@ def test_what_changes_answers_or_grades_is_refused_by_name(recipe, tmp_path):
         assert len(server.requests) == 6
 
 
+@pytest.mark.more
 def test_shots_go_before_the_question_and_not_into_the_data(recipe, tmp_path):
     (tmp_path / "shots.jsonl").write_text(
         '{"question": "Shown?", "response": "<think>S</think>s"}\n'
@@ -220,6 +223,7 @@ def test_shots_go_before_the_question_and_not_into_the_data(recipe, tmp_path):
     assert all(p.startswith("Q Shown? A<think>S</think>s\n\nQ What is") for p in prompts)
 
 
+@pytest.mark.more
 def test_kept_answers_are_rewritten_graded_again_and_remembered(recipe, tmp_path):
     with FakeServer(sums) as server:
         path = recipe(server.url, rewrite="my_data:readable", keep={"per_prompt": 2})
@@ -247,6 +251,7 @@ def free_text(question, body):
     return 200, "<think>Hm.</think>" + "word " * (1 + body["seed"] % 9)
 
 
+@pytest.mark.more
 def test_pairs_and_labels_need_no_truth(recipe, tmp_path):
     rows = [{"question": f"Tell me about {i}."} for i in range(8)]
     (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -319,6 +324,7 @@ def test_answers_alone_are_graded_and_nothing_else(recipe, tmp_path):
     assert not (tmp_path / "out/sft.jsonl").exists()
 
 
+@pytest.mark.more
 def test_answers_that_no_grader_could_grade_are_graded_again(recipe, tmp_path):
     (tmp_path / "shaky.py").write_text(
         "from pathlib import Path\n"

@@ -16,6 +16,7 @@ ANSWERS = [
 ]
 
 
+@pytest.mark.more
 def test_rates_by_labels_are_in_the_intervals_of_a_census(tmp_path):
     path = tmp_path / "pairs.jsonl"
     path.write_text("\n".join(map(json.dumps, ANSWERS)))

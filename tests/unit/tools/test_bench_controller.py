@@ -3,11 +3,14 @@
 import asyncio
 import time
 
+import pytest
+
 from tools.bench.controller.rollout import EventLoopMonitor, measure, missed_aims
 from tools.bench.controller.synthetic import GROUP
 from tools.bench.host import run_in_process
 
 
+@pytest.mark.more
 def test_a_small_rollout_arrives_whole():
     """`measure` raises where the ranks get other samples than the engines have sent."""
     found = run_in_process(measure, 4, 200, 4, 2, False, 0.0)

@@ -79,6 +79,7 @@ def test_inputs_are_what_every_implementation_can_take():
     assert (advantages == advantages[:, :1]).all()
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("megabytes", [64, 8])
 def test_memory_is_what_the_call_needed_whatever_was_freed_before(megabytes):
     meter = measure.CPUMeter()
@@ -115,6 +116,7 @@ def rows_of(*implementations, seconds=PATIENT):
     return result["rows"], reports
 
 
+@pytest.mark.more
 def test_a_subject_that_raises_is_a_row_and_the_others_are_measured():
     rows, _ = rows_of(
         failing("a", ModuleNotFoundError("no", name="liger_kernel")),
@@ -133,6 +135,7 @@ def test_a_subject_that_raises_is_a_row_and_the_others_are_measured():
     assert ours["errors"] == {"loss": 0.0, "d log-probs": pytest.approx(1.0)}
 
 
+@pytest.mark.more
 def test_no_time_left_is_a_reason_too():
     rows, reports = rows_of(doubling(OURS), seconds=-1.0)
     assert "--minutes" in rows[0]["not_run"]
@@ -208,6 +211,7 @@ def test_presets_and_sizes_are_checked():
         ProblemSizes(tokens=12, vocab=10, hidden=1, dtype="float32")
 
 
+@pytest.mark.more
 def test_a_registered_kernel_that_no_table_includes_is_measured_alone():
     (case,) = [case for case in CASES if case.name == "segment_sums"]
     case = dataclasses.replace(case, implementations=case.implementations[:2])  # no compilation
@@ -227,6 +231,7 @@ def test_every_table_has_ours_first():
         assert len(set(names)) == len(names)
 
 
+@pytest.mark.first_cases(2)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_our_row_of_every_table_is_measured(case):
     ours = [each for each in case.implementations if each.name.startswith(OURS)]

@@ -42,6 +42,7 @@ def test_an_edit_that_would_plant_nothing_is_refused(replace, by):
         cases.apply_edits(Case("x", "dense", {}, ("loss",), (), (Edit(file, replace, by),)))
 
 
+@pytest.mark.more
 def test_the_overlay_is_what_a_process_imports(tmp_path):
     edit = Edit("r1_kernels/policy_terms.py", "MAX_LOG_RATIO = 20.0", "MAX_LOG_RATIO = 21.0")
     overlay = cases.write_overlay(Case("x", "dense", {}, ("loss",), (), (edit,)), tmp_path / "o")

@@ -20,6 +20,7 @@ def modules(package: str) -> list[Path]:
     return sorted(Path(spec.origin).parent.rglob("*.py"))
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("package", PACKAGES)
 def test_every_module_has_a_page_that_begins_with_a_docstring(package):
     paths = modules(package)

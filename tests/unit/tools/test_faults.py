@@ -72,6 +72,7 @@ def apply(mutation, root):
     covering_tests(mutation, root)
 
 
+@pytest.mark.more
 def test_every_fault_applies_and_every_package_has_some():
     table = read_table(ROOT)
     for mutation in table:
@@ -105,6 +106,7 @@ def test_an_entry_that_does_not_apply_is_named(tree, changes):
         apply(mutation, tree)
 
 
+@pytest.mark.more
 def test_faults_are_planted_in_a_copy_and_an_interrupted_run_goes_on(tree, monkeypatch, capsys):
     monkeypatch.setattr(command, "ROOT", tree)
     monkeypatch.setattr(sys, "argv", ["faults", "--jobs", "1"])

@@ -362,6 +362,7 @@ def test_every_check_is_of_files_and_lines_that_exist():
             assert phrase in checklist, f"{check.name}: {phrase}"
 
 
+@pytest.mark.more
 def test_without_a_gpu_it_says_what_to_do():
     done = subprocess.run(
         [sys.executable, "tools/gpu_check"],
@@ -387,6 +388,7 @@ sys.meta_path.insert(0, Block())
 """
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -179,6 +179,7 @@ def test_a_micro_batch_without_samples_has_a_loss_and_gradient_of_zero():
         assert terms.loss.item() == 0.0 and head.hidden.grad.abs().sum() == 0
 
 
+@pytest.mark.more
 def test_losses_are_imported_without_megatron():
     program = (
         "import sys; import megatron_r1.trainer.losses, megatron_r1.controller.algorithms.grpo; "

@@ -444,6 +444,7 @@ def with_programs(planted, logged):
     return step
 
 
+@pytest.mark.more
 @needs_sandbox
 @pytest.mark.parametrize(
     ("logged", "departing_responses"),
@@ -457,6 +458,7 @@ def test_programs_run_their_tests_again(planted, logged, departing_responses):
     assert list(comparison.affected_responses) == departing_responses
 
 
+@pytest.mark.first_cases(2)
 @pytest.mark.parametrize(
     ("logged", "rewards", "reward"),
     [
@@ -857,6 +859,7 @@ def test_the_punishment_of_a_long_response_by_hand():
     assert made == pytest.approx([1.0, 0.5, 0.0])
 
 
+@pytest.mark.more
 def test_an_audit_of_the_run_finds_a_wrong_grade(planted, capsys):
     second = planted.groups[1].responses
     terms = {"accuracy": 1.0, "format": 1.0}

@@ -121,6 +121,7 @@ def found(models, engine):
     return engine_causes.stale_weights(gaps), tensor_causes.departing_tensor(gaps)
 
 
+@pytest.mark.first_cases(2)
 @pytest.mark.parametrize(
     ("names", "version", "words"),
     [
@@ -167,6 +168,7 @@ def test_stale_tensors_that_cannot_be_told_apart_are_all_named(kept_versions):
     assert explained.reason.startswith(f"{nouns} in engine-0 is of version 1, not 2")
 
 
+@pytest.mark.more
 def test_tensors_of_two_places_are_not_named(kept_versions):
     models = versions()
     old = models[1].state_dict()
@@ -181,6 +183,7 @@ def test_a_whole_version_is_named(kept_versions):
     assert "engine-0 computed with the weights of version 1" in explained.reason
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(
     "noun", ["gate_proj and up_proj of layer 1", "k_proj and v_proj of all", "layers 0 and 2"]
 )

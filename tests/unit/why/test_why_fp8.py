@@ -267,6 +267,7 @@ def pushed(folders, stale_scales=(), power_of_two=False):
     }
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("scale_format", [None, "ue8m0"])
 def test_an_engine_with_the_pushed_weights_is_equal(folders, tmp_path, scale_format):
     values = pushed(folders, power_of_two=scale_format is not None)
@@ -275,6 +276,7 @@ def test_an_engine_with_the_pushed_weights_is_equal(folders, tmp_path, scale_for
     assert comparison.distance < 0.02
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("folders", ["Qwen2"], indirect=True)
 @pytest.mark.parametrize("memory", [None, 10**9], ids=["whole", "streamed"])
 def test_scales_of_the_push_before_are_named(folders, tmp_path, memory):
@@ -289,6 +291,7 @@ def test_scales_of_the_push_before_are_named(folders, tmp_path, memory):
     assert ("FP8 scales of one tensor" in comparison.reason) == (memory is not None)
 
 
+@pytest.mark.more
 def test_scales_of_a_part_are_named(folders, tmp_path):
     is_dense = "Qwen2" in (folders[0] / "config.json").read_text()
     part = "layers.1.mlp.down_proj." if is_dense else "layers.1.mlp.experts.2."
@@ -300,6 +303,7 @@ def test_scales_of_a_part_are_named(folders, tmp_path):
     assert comparison.reason.startswith(words), str(comparison)
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("folders", ["Qwen2"], indirect=True)
 @pytest.mark.parametrize("version", [NEWEST, NEWEST - 1])
 def test_weights_of_another_push_are_not_taken_for_scales(folders, tmp_path, version):

@@ -105,6 +105,7 @@ class Run:
         )
 
 
+@pytest.mark.first_cases(4)
 @pytest.mark.parametrize("clip", [0.05, 1e9])
 @pytest.mark.parametrize("count", ORDERS)
 @pytest.mark.parametrize(

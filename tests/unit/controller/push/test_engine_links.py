@@ -30,6 +30,7 @@ class Trainer:
         return [ConnectedSets(problems, {}, {})]
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(
     ("said", "named"),
     [

@@ -275,6 +275,7 @@ def test_writing_files_may_take_as_long_as_ranks_wait_for_each_other(tmp_path, o
     asyncio.run(body())
 
 
+@pytest.mark.more
 def test_reported_once_and_health_says_so_until_it_moves(tmp_path, monkeypatch):
     run = Run(tmp_path, hang_seconds=1.0, on_hang="report")
     gate, messages = tmp_path / "gate", []
@@ -343,6 +344,7 @@ def hung_engine(server):
         server.stop()
 
 
+@pytest.mark.more
 def test_an_engine_that_owes_a_group_is_named_with_it_and_asked_for_its_stacks(
     tmp_path, monkeypatch
 ):

@@ -173,6 +173,7 @@ def test_hosts_that_never_fall_silent_leave_the_pool_time_for_its_work():
     assert pool._socket.num_heard
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_host_that_vanishes_loses_its_engines_for_good(pool, host, how):
     agent = host("--folder", pool.folder)

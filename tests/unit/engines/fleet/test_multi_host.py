@@ -147,6 +147,7 @@ def test_a_part_that_ends_ends_the_other_and_is_named(world):
     world.until(lambda: world.pool.num_free == 1)
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("vanishing", [0, 1], ids=["serving", "headless"])
 def test_a_host_that_vanishes_is_to_blame_also_where_another_part_ended_before(world, vanishing):
     """Ranks end soon after those they compute with; the pool takes longer to miss a host. It is not

@@ -211,6 +211,7 @@ def grids(hf_config):
     return product((1, 2, 4), (1, 2, 4), expert_sizes, (1, 2) if len(expert_sizes) > 1 else (1,))
 
 
+@pytest.mark.first_cases(2)
 @pytest.mark.parametrize("transformer_engine", [False, True])
 @pytest.mark.parametrize(
     "hf_config",
