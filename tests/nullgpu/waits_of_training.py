@@ -4,9 +4,9 @@ OUT`, under torchrun.
 CASES: JSON, a list of {"label", "model", "dtype", "fp8", "microbatches", "parallel", "mtp",
 "replay"}, each a trainer that loads, scores and updates twice. The second time the null GPU counts
 under "LABEL load", "LABEL score", "LABEL compare" and "LABEL update"; waits inside what takes the
-place of GPU kernels (our attention, the loss head in PyTorch, Megatron's own permutations) are
-counted under "stand-in". OUT gets a file per rank, with the lines of Python that each wait came
-from."""
+place of GPU kernels (our attention, the loss head in PyTorch, Megatron's own permutations,
+operators that round to FP8 blocks and multiply them) are counted under "stand-in". OUT gets a file
+per rank, with the lines of Python that each wait came from."""
 
 import os
 
@@ -38,6 +38,16 @@ SETTINGS = LossSettings(
 )
 WAITS = range(1, 6)
 """Kinds of waits that a GPU has, too: of a stream, a device, an event, a copy, freed memory."""
+KERNELS_OF_FP8 = (
+    "generic_gemm",
+    "te_general_grouped_gemm",
+    "quantize",
+    "split_quantize",
+    "fp8_transpose",
+    "fused_multi_row_padding",
+    "fused_multi_row_unpadding",
+)
+"""Functions of Transformer Engine's extension that only launch kernels."""
 places: Counter = Counter()
 labels = [""]
 
@@ -82,6 +92,10 @@ def replace(owner: Any, name: str, wrap: Callable) -> None:
     setattr(owner, name, wrap(getattr(owner, name)))
 
 
+def apart(function: Callable) -> Callable:
+    return functools.wraps(function)(labelled("stand-in")(function))
+
+
 def sample(draw: random.Random, shape: Any) -> Any:
     from megatron_r1.trainer.training_sample import Sample
 
@@ -119,6 +133,8 @@ def run(case: dict, config: Config, grid_position: Any) -> None:
 def main() -> None:
     compute_everywhere()
     WaitsOfOperators().__enter__()
+    for name in KERNELS_OF_FP8:
+        replace(transformer_engine_on_host, name, apart)
     transformer_engine_on_host.install()
     transformer_engine_on_host.use_our_attention()
     from megatron.core.transformer.moe import token_dispatcher
@@ -126,9 +142,6 @@ def main() -> None:
     from megatron_r1.models.attention import CoreAttention
     from megatron_r1.models.ring_attention import _RingAttention
     from megatron_r1.trainer import distributed
-
-    def apart(function: Callable) -> Callable:
-        return functools.wraps(function)(labelled("stand-in")(function))
 
     def unfused(function: Callable) -> Callable:
         return lambda *args, fused=False, **kwargs: function(*args, **kwargs)
