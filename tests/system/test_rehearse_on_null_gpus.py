@@ -17,6 +17,8 @@ PYTHON = ROOT / ".venv-cuda" / "bin" / "python"
 TREES = ("megatron_r1", "kernels", "grading", "tools", "examples")
 RANKS = 2
 """Of the trainer, for the memory of a small machine. Engines share its GPUs, or have as many."""
+FP32_SCALES = {"NVTE_FP8_BLOCK_SCALING_FP32_SCALES": "1", "VLLM_USE_DEEP_GEMM_E8M0": "0"}
+"""What r1_zero_fp8.yaml sets for Transformer Engine and for vLLM."""
 BALANCED = ("rollout.redundant_experts", "rollout.vllm")
 
 pytestmark = [
@@ -30,7 +32,7 @@ def rehearse(tree: Path, name: str, folder: Path) -> subprocess.CompletedProcess
     command += [str(tree / f"examples/deepseek_r1/{name}.yaml"), "--on", "null-gpu"]
     command += ["--rehearsal.max_ranks", str(RANKS), "--rehearsal.folder", str(folder)]
     imports = ":".join(map(str, (tree, tree / "kernels", tree / "grading")))
-    env = os.environ | {"PYTHONPATH": imports}
+    env = os.environ | FP32_SCALES | {"PYTHONPATH": imports}
     return subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True, check=False)
 
 
