@@ -1,8 +1,8 @@
 """The 671B recipes in miniature on null GPUs, with copies of experts that vLLM's balancer moves; a
 stale FP8 scale, which such a rehearsal must name.
 
-They need the CUDA environment (`make setup-cuda`). With REHEARSE_JSON=
-docs/benchmarks/rehearse-null-gpu.json the tables of what went through are kept there."""
+They need the CUDA environment (`make setup-cuda`), and up to half an hour each on two cores. With
+REHEARSE_JSON=FILE the tables of what went through are kept there, in an object that may be `{}`."""
 
 import json
 import os
