@@ -228,7 +228,8 @@ class _Scoring:
         for name in ("kind", "response"):
             if not isinstance(record.get(name), str):
                 actual = f"is {type(record[name]).__name__}" if name in record else "is missing"
-                return Grade.ungraded(f"{name!r} must be a string, it {actual}")
+                remedy = "; --data.kind math is for lines without one" if name == "kind" else ""
+                return Grade.ungraded(f"{name!r} must be a string, it {actual}{remedy}")
         if isinstance(record.get("opened"), bool):  # it would count for nothing
             return Grade.ungraded("'opened' is called 'thought_opened'")
         kind, truth = record["kind"], record.get("truth")

@@ -82,6 +82,7 @@ UNGRADABLE = [
     (b"[" * 100_000, "line 12 "),
     (b"[1, 2]", "line 14 "),
     ({"response": "x"}, "'kind'"),
+    ({"response": GOOD, "truth": "13"}, "--data.kind"),
     ({"kind": 3, "response": "x"}, "int"),
     ({"kind": "math", "truth": "13"}, "'response'"),
     ({"kind": "math", "response": None}, "NoneType"),
