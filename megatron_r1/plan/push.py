@@ -19,7 +19,12 @@ from megatron_r1.plan.quantity import Quantity, QuantityTable, byte_quantity
 from megatron_r1.push.plan import EngineLayout, TrainerGrid
 from megatron_r1.push.plan.adapters import check_adapter_push, max_lora_rank
 from megatron_r1.push.plan.engine_sets import MAX_SET_ENGINES, engine_sets
-from megatron_r1.push.plan.recipe_plan import check_drafter, engine_layout, shares_gpus_over_nccl
+from megatron_r1.push.plan.recipe_plan import (
+    bytes_of_first_rank,
+    check_drafter,
+    engine_layout,
+    shares_gpus_over_nccl,
+)
 from megatron_r1.push.plan.rounds import SCATTER_BUCKET_BYTES, planned_schedule
 from megatron_r1.push.plan.tensors import CountBytes, fp8_bytes, plain_bytes
 from megatron_r1.reporting.formatting import format_count
@@ -87,7 +92,7 @@ def planned_rank_bytes(job: PlannedJob) -> int:
     """Return the bytes of weights on an engine's first GPU, which has the most. A pushed adapter is
     there three times: as it has come, as vLLM has loaded it, and in its LoRA layers."""
     all_weights = PushedWeights.from_config(job.hf_config, None, drafts=drafts_with_mtp(job))
-    weights, _ = _needs_of_ranks(all_weights, planned_engine_layout(job), _pushed_dtype(job))[0]
+    weights = _first_rank_bytes(all_weights, planned_engine_layout(job), _pushed_dtype(job))
     if (lora := pushed_lora(job)) is None:
         return weights
     return weights + round(pushed_rank_bytes(job) * (2 + max_lora_rank(lora.rank) / lora.rank))
@@ -95,8 +100,7 @@ def planned_rank_bytes(job: PlannedJob) -> int:
 
 def pushed_rank_bytes(job: PlannedJob) -> int:
     """Return the pushed bytes of an engine's first GPU, which has the most."""
-    num_bytes, _ = _engine_needs(job, planned_engine_layout(job))[0]
-    return num_bytes
+    return _first_rank_bytes(_pushed_weights(job), planned_engine_layout(job), _pushed_dtype(job))
 
 
 def _pushed_weights(job: PlannedJob) -> PushedWeights:
@@ -111,6 +115,13 @@ def _pushed_dtype(job: PlannedJob) -> str:
 @cache  # the same function for the same form: it is a key of `traffic_of_sets`' results
 def _byte_count(form: str) -> CountBytes:
     return fp8_bytes if form == "FP8" else plain_bytes(form)
+
+
+@lru_cache(maxsize=1024)
+def _first_rank_bytes(weights: PushedWeights, layout: EngineLayout, form: str) -> int:
+    """Return the bytes that the first rank of an engine needs; arguments as of
+    `_needs_of_ranks`."""
+    return bytes_of_first_rank(weights.predicted_layout(layout), layout, _byte_count(form))
 
 
 @lru_cache(maxsize=64)
@@ -240,7 +251,7 @@ def push_section(job: PlannedJob) -> QuantityTable:
         section |= _connections(job, engines, grid, traffic)
     if form != "FP8" and lora is None:
         section["in FP8"] = byte_quantity(
-            _needs_of_ranks(_pushed_weights(job), engines, "FP8")[0][0],
+            _first_rank_bytes(_pushed_weights(job), engines, "FP8"),
             "into an engine GPU with projections quantized on the way, 1 B + 4 B / 128 x 128",
         )
     section["receive buffer"] = byte_quantity(

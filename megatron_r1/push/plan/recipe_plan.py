@@ -49,12 +49,13 @@ def engine_rank_bytes(config: Config, hf_config: HFConfig) -> int:
     layout, push = engine_layout(config), config.push
     sharding = predicted_sharding(config, hf_config, layout)
     count_bytes = fp8_bytes if push.fp8 else plain_bytes(config.rollout.dtype)
-    return _bytes_of_first_rank(sharding, layout, count_bytes)
+    return bytes_of_first_rank(sharding, layout, count_bytes)
 
 
-def _bytes_of_first_rank(
+def bytes_of_first_rank(
     sharding: PredictedSharding, layout: EngineLayout, count_bytes: CountBytes
 ) -> int:
+    """Return the bytes that the first rank of an engine needs, which has the most."""
     return sum(
         count_bytes(item.name, item.rule.dtype, region)
         for item, region in sharding.regions_of(layout.coordinate(0))
@@ -66,7 +67,7 @@ def engine_weight_bytes(config: Config, hf_config: HFConfig) -> int:
     layout = engine_layout(config)
     sharding = PredictedSharding(hf_config, layout, drafts=config.rollout.drafts_by_mtp)
     count_bytes = fp8_bytes if config.push.fp8 else plain_bytes(config.rollout.dtype)
-    return _bytes_of_first_rank(sharding, layout, count_bytes)
+    return bytes_of_first_rank(sharding, layout, count_bytes)
 
 
 def shares_gpus_over_nccl(config: Config) -> bool:
