@@ -13,9 +13,7 @@ from torch import Tensor
 
 from megatron_r1.base.transports import TRANSPORTS
 from megatron_r1.models.hf_config import HFConfig
-from megatron_r1.models.weights.formats.published_layout import (
-    FP8_DTYPE,
-)
+from megatron_r1.models.weights.formats.published_layout import FP8_DTYPE
 from megatron_r1.models.weights.layout import Shard
 from megatron_r1.models.weights.table import Piece, WeightTable
 from megatron_r1.push.plan.engine_sets import (

@@ -147,9 +147,10 @@ class Engine:
             await asyncio.sleep(POLL_SECONDS)
 
     async def is_hanging(self, within_seconds: float) -> bool:
-        """Return whether the engine lives and its core does not answer in time, whatever the HTTP
-        server in front of it does. An error status is an answer; a connection that cannot be made
-        is not. An engine whose death has been noticed does not hang."""
+        """Return whether the engine is alive but its core does not answer within the time limit.
+
+        An accepted connection of the HTTP server alone is no answer, nor is a failed connection; an
+        error status is one. An engine whose death has been noticed is not hanging."""
         try:
             async with asyncio.timeout(within_seconds):
                 while not self.death_noticed.is_set():

@@ -207,7 +207,7 @@ class PredictedSharding:
         return parts
 
     def _experts_at(self, coordinate: Coordinate) -> Sequence[int]:
-        """Return the routed experts of which a rank has a part."""
+        """Return the indices of the routed experts that the rank holds, whole or split."""
         if not self.layout.expert_parallel:
             return range(self.table.num_experts)
         return self._experts_on(coordinate.data * self.layout.tensor_parallel + coordinate.tensor)
