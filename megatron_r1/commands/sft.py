@@ -67,9 +67,11 @@ def make_sample(token_ids: list[int], is_learned: list[bool]) -> Sample:
     """Return a sample whose loss is that of the learned tokens. Tokens behind the last are left
     out: nothing depends on them."""
     first, end = is_learned.index(True), len(is_learned) - is_learned[::-1].index(True)
-    mask = bytes(is_learned[first:end])
+    learned_bytes = bytes(is_learned[first:end])
     sample = Sample.pack(token_ids[:first], token_ids[first:end])
-    return msgspec.structs.replace(sample, mask=mask) if 0 in mask else sample
+    if 0 not in learned_bytes:
+        return sample
+    return msgspec.structs.replace(sample, is_sampled=learned_bytes)
 
 
 def check_settings(config: Config) -> None:

@@ -186,9 +186,9 @@ def _response_values(samples: list[Sample], layout: PackedLayout) -> tuple[Tenso
             continue
         response = slice(start + sample.prompt_length - 1, start + len(sample) - 1)
         is_response[response] = True
-        if sample.mask:
-            mask = torch.frombuffer(bytearray(sample.mask), dtype=torch.uint8)
-            is_response[response] = mask.bool()
+        if sample.is_sampled:
+            is_sampled = torch.frombuffer(bytearray(sample.is_sampled), dtype=torch.uint8)
+            is_response[response] = is_sampled.bool()
         rewards_or_advantages[response] = sample.reward_or_advantage
         weights[response] = sample.weight / max(1, int(is_response[response].sum()))
         for values, encoded_values in (
@@ -197,7 +197,7 @@ def _response_values(samples: list[Sample], layout: PackedLayout) -> tuple[Tenso
         ):
             if encoded_values:
                 values[response] = torch.frombuffer(bytearray(encoded_values), dtype=torch.float32)
-    if any(sample.mask for sample in samples):
+    if any(sample.is_sampled for sample in samples):
         per_token[:, ~is_response] = 0.0
     return is_response, *per_token
 
@@ -223,8 +223,8 @@ def _sampling_mask(
             raise ValueError("a micro-batch has responses with sampling masks and others without")
         length = len(sample) - sample.prompt_length
         num_kept, kept_ids = map(np.array, decode_mask(sample.sampling_mask, length))
-        if sample.mask:
-            is_sampled = np.frombuffer(sample.mask, np.uint8) > 0
+        if sample.is_sampled:
+            is_sampled = np.frombuffer(sample.is_sampled, np.uint8) > 0
             kept_ids = kept_ids[np.repeat(is_sampled, num_kept)]
             num_kept = np.where(is_sampled, num_kept, 0)
         first = start + sample.prompt_length - 1

@@ -34,8 +34,8 @@ class Sample(msgspec.Struct, frozen=True):
             each (`models.experts`), for the tokens before the last; empty without replay.
         teacher_logprobs: float32 bytes, the teacher's log-probabilities of the response, or None.
         label: the label for a reward model, 1 for a good text, 0 for a bad one.
-        mask: a byte per token of the response, 1 where the policy sampled it and is trained on it,
-            0 where it was given (a tool's result, a user's turn); empty: all were sampled.
+        is_sampled: a byte per token of the response, 1 where the policy sampled it and is trained
+            on it, 0 where it was given (a tool's result, a user's turn); empty: all were sampled.
         sampling_mask: the tokens that the sampler kept at each of the response's positions
             (`models.sampling_mask`); empty: all.
         weight: the sample's share of its episode's sampled tokens; those of all branches add up to
@@ -51,7 +51,7 @@ class Sample(msgspec.Struct, frozen=True):
     routing: bytes = b""
     teacher_logprobs: bytes | None = None
     label: float = 0.0
-    mask: bytes = b""
+    is_sampled: bytes = b""
     sampling_mask: bytes = b""
     weight: float = 1.0
     num_responses: int = 1
@@ -139,11 +139,11 @@ class Sample(msgspec.Struct, frozen=True):
             )
         if end < count:
             routing = routing[: len(routing) // (count - 1) * (end - 1)]
-        mask = is_sampled[first:end]
+        is_sampled = is_sampled[first:end]
         if teacher_logprobs is not None:
-            scores = iter(teacher_logprobs)
+            sampled_logprobs = iter(teacher_logprobs)
             teacher_logprobs = array(
-                "f", [next(scores) if is_sampled_token else 0.0 for is_sampled_token in mask]
+                "f", [next(sampled_logprobs) if flag else 0.0 for flag in is_sampled]
             )
         prompt, response = token_ids[:first], token_ids[first:end]
         response_mask = slice_mask(sampling_mask, count, first, end)
@@ -156,10 +156,10 @@ class Sample(msgspec.Struct, frozen=True):
             teacher_logprobs=teacher_logprobs,
             sampling_mask=response_mask,
         )
-        # Without a mask where all was sampled, as of a single turn.
-        mask = mask if 0 in mask else b""
+        # Empty where all was sampled, as of a single turn.
+        is_sampled = is_sampled if 0 in is_sampled else b""
         return msgspec.structs.replace(
-            sample, mask=mask, weight=weight, num_responses=num_responses
+            sample, is_sampled=is_sampled, weight=weight, num_responses=num_responses
         )
 
     def __len__(self) -> int:
@@ -184,7 +184,7 @@ JOINED_BYTES = 1 << 16
 """Buffers below this size are joined: a part of a message of its own costs a few microseconds."""
 
 
-BUFFERS = ("token_ids", "rollout_logprobs", "teacher_logprobs", "mask", "sampling_mask")
+BUFFERS = ("token_ids", "rollout_logprobs", "teacher_logprobs", "is_sampled", "sampling_mask")
 """The fields of a `Sample` that travel behind the headers, in this order; the routing of all
 samples follows, which a replica's ranks do not all need."""
 Header = tuple[Sample, list[int | None], int]

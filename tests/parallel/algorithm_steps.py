@@ -56,10 +56,10 @@ def samples(seed: int) -> list[Sample]:
         sample = Sample.pack(prompt, response, logprobs, reward, teacher_logprobs=teacher)
         if len(response) >= 20:
             sample = msgspec.structs.replace(
-                sample, mask=bytes(t % 3 < 2 for t in range(len(response)))
+                sample, is_sampled=bytes(t % 3 < 2 for t in range(len(response)))
             )
         made.append(sample)
-    several = [i for i, sample in enumerate(made) if sample.mask and i != 5][:2]
+    several = [i for i, sample in enumerate(made) if sample.is_sampled and i != 5][:2]
     for number, i in enumerate(several):
         made[i] = msgspec.structs.replace(made[i], weight=0.5, num_responses=int(number == 0))
     assert len(several) == 2

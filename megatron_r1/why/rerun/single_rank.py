@@ -143,7 +143,6 @@ def _with_logprobs(sample: Sample, logprobs: np.ndarray) -> Sample:
         sample: the sample.
         logprobs: (sampled tokens,)."""
     num_tokens = len(sample) - sample.prompt_length
-    is_sampled = np.frombuffer(sample.mask, bool) if sample.mask else np.ones(num_tokens, bool)
     values = np.zeros(num_tokens, np.float32)
-    values[is_sampled] = logprobs
+    values[np.frombuffer(sample.is_sampled, bool) if sample.is_sampled else slice(None)] = logprobs
     return msgspec.structs.replace(sample, rollout_logprobs=values.tobytes())

@@ -191,9 +191,10 @@ def test_without_a_chat_template_the_setting_is_named(tmp_path):
 def test_a_sample_has_a_mask_where_turns_lie_between(texts):
     text = texts(CHATML)
     one = make_sample(*text.encode(read_example("row", {"messages": CONVERSATIONS[0]})))
-    assert not one.mask and len(one) > one.prompt_length
+    assert not one.is_sampled and len(one) > one.prompt_length
     ids, learned = text.encode(read_example("row", {"messages": CONVERSATIONS[1]}))
     two = make_sample(ids, learned)
     first = learned.index(True)
-    assert two.prompt_length == first and list(two.mask) == learned[first : first + len(two.mask)]
-    assert two.mask[-1] == 1 and sum(two.mask) == sum(learned)
+    flags = list(two.is_sampled)
+    assert two.prompt_length == first and flags == learned[first : first + len(flags)]
+    assert flags[-1] == 1 and sum(flags) == sum(learned)

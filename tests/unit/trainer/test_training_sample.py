@@ -86,7 +86,7 @@ def test_a_branch_is_packed_from_its_first_to_its_last_sampled_token():
     )
     assert sample.sampling_mask == encode_mask([[12, 30], [13], [], [9, 15]])
     assert sample.token_ids == tokens[:6].tobytes() and sample.prompt_length == 2
-    assert sample.mask == bytes([1, 1, 0, 1]) and sample.routing == routing[: 5 * 2]
+    assert sample.is_sampled == bytes([1, 1, 0, 1]) and sample.routing == routing[: 5 * 2]
     assert sample.rollout_logprobs == array("f", [-1, -2, 0, -3]).tobytes()
     assert sample.teacher_logprobs == array("f", [-4, -5, 0, -6]).tobytes()
     assert (sample.reward_or_advantage, sample.weight, sample.num_responses) == (0.5, 0.25, 0)
