@@ -11,10 +11,9 @@ from r1_grading.terms import weights_at
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import Config
+from megatron_r1.config.algorithms import find_rules
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group
-from megatron_r1.controller.rollouts.sample_log import (
-    SamplingRecord,
-)
+from megatron_r1.controller.rollouts.sample_log import SamplingRecord
 from megatron_r1.data.prompt import Prompt
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.models.experts import routing_shape
@@ -110,7 +109,7 @@ class RecordedStep:
     def updates_after(self, step: int) -> int:
         """Return the policy's updates up to the end of a step."""
         config = self.run_config
-        warm = config.critic.warmup_steps if config.rl.algorithm == "ppo" else 0
+        warm = config.critic.warmup_steps if find_rules(config.rl.algorithm).critic else 0
         return max(0, config.updates_before(step + 1) - config.updates_before(warm + 1))
 
     @cached_property

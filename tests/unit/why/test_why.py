@@ -859,6 +859,22 @@ def test_the_punishment_of_a_long_response_by_hand():
     assert made == pytest.approx([1.0, 0.5, 0.0])
 
 
+@pytest.mark.parametrize(("has_critic", "updates"), [(True, [0, 0, 2, 4]), (False, [0, 2, 4, 6])])
+def test_an_own_algorithm_updates_the_policy_after_its_critics_warm_up(
+    planted, monkeypatch, has_critic, updates
+):
+    rules = f"own_critic_{has_critic}"
+    (planted.folder / f"{rules}.py").write_text(
+        "from megatron_r1.config.algorithms import AlgorithmRules\n"
+        f"RULES = AlgorithmRules(critic={has_critic})\n"
+    )
+    monkeypatch.syspath_prepend(planted.folder)
+    planted.settings["rl"]["algorithm"] = f"{rules}:RULES"
+    planted.settings["critic"] = {"warmup_steps": 1}
+    step = planted.read()
+    assert [step.updates_after(number) for number in range(4)] == updates
+
+
 @pytest.mark.more
 def test_an_audit_of_the_run_finds_a_wrong_grade(planted, capsys):
     second = planted.groups[1].responses
