@@ -187,7 +187,7 @@ def test_an_engine_answers_only_who_knows_its_secret(loop, fleet, headers):
 
 def test_versions_only_rise(loop, fleet):
     with pytest.raises(ValueError, match=f"engines hold version {fleet.policy_version}"):
-        loop(fleet.push({"push_number": 1}, fleet.policy_version))
+        loop(fleet.swap_weights({"push_number": 1}, fleet.policy_version))
 
 
 def test_a_push_that_arrives_otherwise_than_it_was_sent_changes_nothing(

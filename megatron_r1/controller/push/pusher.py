@@ -144,7 +144,7 @@ class WeightPusher:
             await self._send_to_all()
             await self._offload_trainer()
             sent_at = time.perf_counter()
-            await self.fleet.push(self._update_info(), policy_version)
+            await self.fleet.swap_weights(self._update_info(), policy_version)
         swapped_at = time.perf_counter()
         metrics = {"push/transfer": sent_at - started_at, "push/pause": swapped_at - sent_at}
         metrics |= {"push/links": self.links.num_links, "push/bytes": self.links.num_bytes}

@@ -60,8 +60,8 @@ def weight_update_calls(
 
 
 SendWeights = Callable[[Engine], contextlib.AbstractAsyncContextManager[object]]
-"""A context that sends an engine the weights that the fleet's engines hold before its block begins;
-False where it could not: the engine sleeps then. No push begins until the block has ended."""
+"""A context: on entry the engine gets the fleet's weights. Yields False if it got none and sleeps.
+No push begins until the block has ended."""
 
 
 class RolloutFleet:
@@ -134,7 +134,7 @@ class RolloutFleet:
         self.retries = RequestRetries(self.state, self.replacer.handle_failure)
         self.length_estimator = LengthEstimator()
         self._model: Path | None = None
-        self._push_lock = asyncio.Lock()
+        self._swap_lock = asyncio.Lock()
         self._starting: set[Engine] = set()
         self._joining: set[int] = set()
 
@@ -277,9 +277,9 @@ class RolloutFleet:
         finally:
             self.replacer.grace_seconds = 0.0
 
-    async def push(self, update_info: PushUpdateInfo, policy_version: int) -> None:
-        """Let the engines load the weights that they have received; then the fleet holds
-        `policy_version` and is awake.
+    async def swap_weights(self, update_info: PushUpdateInfo, policy_version: int) -> None:
+        """Let the engines replace their weights by those that they have received; then the fleet
+        holds `policy_version` and is awake.
 
         Sequences in flight continue under the new weights; their earlier tokens keep their version.
         An engine that did not receive the weights, or whose connection breaks, is replaced.
@@ -302,7 +302,7 @@ class RolloutFleet:
                 f"push of version {policy_version}, but the engines hold version "
                 f"{self.policy_version}"
             )
-        async with self._push_lock:
+        async with self._swap_lock:
             engines = self.state.up
             try:
                 for call in weight_update_calls(
@@ -327,7 +327,7 @@ class RolloutFleet:
         Raises:
             EngineError: an engine refuses.
         """
-        async with self._push_lock:
+        async with self._swap_lock:
             if not self.awake.is_set():
                 return
             self.state.require_usable()

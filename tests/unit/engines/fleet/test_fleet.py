@@ -220,7 +220,7 @@ def test_engines_that_join_while_the_fleet_sleeps_have_names_of_their_own(tmp_pa
         joining = [asyncio.create_task(fleet.add_engine()) for _ in range(2)]
         for _ in range(20):
             await asyncio.sleep(0)
-        await fleet.push({}, 1)
+        await fleet.swap_weights({}, 1)
         await asyncio.gather(*joining)
         return [engine.name for engine in fleet.engines]
 
@@ -234,10 +234,10 @@ def test_engines_wake_for_a_push_weights_first_and_their_cache_last(tmp_path):
     async def story(fleet):
         del peer.called[:]
         await fleet.sleep()
-        await fleet.push({}, 1)
+        await fleet.swap_weights({}, 1)
         asleep = list(peer.called)
         del peer.called[:]
-        await fleet.push({}, 2)
+        await fleet.swap_weights({}, 2)
         return asleep, list(peer.called)
 
     asleep, awake = run(tmp_path, [peer], story)
@@ -259,7 +259,7 @@ def test_a_fleet_that_sleeps_is_not_put_to_sleep_again(tmp_path):
         await asyncio.gather(fleet.sleep(), fleet.sleep())
         await fleet.sleep()
         once = list(peer.called)
-        await fleet.push({}, 1)
+        await fleet.swap_weights({}, 1)
         await fleet.sleep()
         return once, peer.called.count("/sleep?level=2&mode=wait")
 
@@ -284,7 +284,7 @@ def test_an_engine_that_comes_without_weights_sleeps_and_serves_from_the_next_pu
         by_first = peers[0].num_calls
         await fleet.sleep()
         assert not fleet.engines_use_memory
-        await fleet.push({}, 1)
+        await fleet.swap_weights({}, 1)
         await sample(fleet, 4)
         return early, len(groups), by_first, joined.accepts_groups, peers[1].called.count(SLEEP)
 
@@ -294,11 +294,11 @@ def test_an_engine_that_comes_without_weights_sleeps_and_serves_from_the_next_pu
 
 def test_engines_that_have_slept_get_the_same_version_again(tmp_path):
     async def story(fleet):
-        await fleet.push({}, 1)
+        await fleet.swap_weights({}, 1)
         with pytest.raises(ValueError, match="version 1"):
-            await fleet.push({}, 1)
+            await fleet.swap_weights({}, 1)
         await fleet.sleep()
-        await fleet.push({}, 1)
+        await fleet.swap_weights({}, 1)
         return fleet.policy_version
 
     assert run(tmp_path, [Peer(good)], story) == 1
@@ -328,7 +328,7 @@ def test_an_engine_whose_connection_breaks_amid_a_push_is_replaced_by_one_with_i
     peers = [Peer(good, cuts="/swap_weights"), Peer(good), Peer(good)]
 
     async def story(fleet):
-        await fleet.push({}, 1)
+        await fleet.swap_weights({}, 1)
         await until(lambda: not fleet.replacer.tasks)
         return fleet.policy_version, [engine.server for engine in fleet.engines], fleet.num_restarts
 
@@ -350,7 +350,7 @@ def test_an_engine_that_did_not_get_the_weights_is_replaced(tmp_path, error):
     peers = [Peer(good, fails={"/swap_weights": answer}), Peer(good), Peer(good)]
 
     async def story(fleet):
-        await fleet.push({}, 1)
+        await fleet.swap_weights({}, 1)
         await until(lambda: not fleet.replacer.tasks)
         return [engine.server for engine in fleet.engines], fleet.num_restarts
 
@@ -366,7 +366,7 @@ def test_weights_that_are_wrong_stop_the_run(tmp_path, answer):
     """As plain text and as vLLM answers; neither says that the push is incomplete."""
     peers = [Peer(good, fails={"/swap_weights": answer}), Peer(good)]
     with pytest.raises(EngineError, match="lm_head.weight"):
-        run(tmp_path, peers, lambda fleet: fleet.push({}, 1), num_engines=2, max_restarts=1)
+        run(tmp_path, peers, lambda fleet: fleet.swap_weights({}, 1), num_engines=2, max_restarts=1)
 
 
 @pytest.mark.parametrize("silence", [0.0, 1e5])
@@ -379,7 +379,7 @@ def test_an_engine_that_waits_for_weights_does_not_hang(tmp_path, monkeypatch, s
     async def story(fleet):
         fleet.replacer.unresponsive_seconds = 0.2
         with fleet.liveness_grace(silence):
-            pushing = asyncio.create_task(fleet.push({}, 1))
+            pushing = asyncio.create_task(fleet.swap_weights({}, 1))
             if silence:
                 await asyncio.sleep(1.0)
             else:
@@ -443,7 +443,7 @@ def test_one_that_was_starting_gives_its_memory_to_the_trainer(tmp_path):
         await fleet.sleep()
         asleep = starting.is_running, peers[3].is_running
         held.set()
-        await fleet.push({}, 1)
+        await fleet.swap_weights({}, 1)
         await until(lambda: not fleet.replacer.tasks)
         return asleep, [engine.server for engine in fleet.engines], fleet.num_restarts
 
