@@ -52,7 +52,7 @@ def test_subjects_that_pass(message):
         ("Merge fixes/push-order", "names a branch"),
         ("add a test", "'add' is no verb with a capital"),
         ("Evidence: the last runs", "'Evidence:' is no verb"),
-        ("docs/start.md: shorter", "is no verb"),
+        ("docs/startup.md: shorter", "is no verb"),
         ("The last runs", "'The' is no verb"),
         ("Added a test", "'Added' is not in the imperative"),
         ("Adding a test", "'Adding' is not in the imperative"),

@@ -2,7 +2,7 @@
 
 All runs of a call are commands in this one process, by `commands.cli.main`. So the imports of vLLM
 and of Megatron-Core are made once: engines and trainer ranks of every run are forked from the
-processes that have made them (docs/start.md), 25 CPU seconds less for each run but the first."""
+processes that have made them (docs/startup.md), 25 CPU seconds less for each run but the first."""
 
 import contextlib
 import datetime
