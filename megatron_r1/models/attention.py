@@ -124,9 +124,9 @@ class _SinkAttention(torch.autograd.Function):
         dz = -Σ exp(z - logaddexp(lse, z)) (grad·out), over sequences and queries
         """
         query, key, value, sink_logits, mask, out, total_lse = ctx.saved_tensors
-        row = grad, query, key, value, out, total_lse
+        operands = grad, query, key, value, out, total_lse
         is_causal = mask is None
-        parts = flash_backward(*row, 0.0, is_causal, attn_mask=mask, scale=ctx.scale)
+        parts = flash_backward(*operands, 0.0, is_causal, attn_mask=mask, scale=ctx.scale)
         sink_weight = (sink_logits.to(total_lse.dtype)[:, None] - total_lse).exp()
         d_sink_logits = -(sink_weight * (grad * out).sum(-1)).sum((0, 2)).to(sink_logits.dtype)
         return *parts, d_sink_logits, None, None

@@ -32,10 +32,11 @@ def positions_of_rank(cu_seqlens: Tensor, rank: int, num_ranks: int) -> Tensor:
             f"sample lengths {lengths.tolist()[:8]} must be multiples of {2 * num_ranks} to be "
             f"split over {num_ranks} context-parallel ranks: pad them"
         )
-    chunk = lengths // (2 * num_ranks)
-    first, second = cu_seqlens[:-1] + rank * chunk, cu_seqlens[1:] - (rank + 1) * chunk
+    chunk_lengths = lengths // (2 * num_ranks)
+    first = cu_seqlens[:-1] + rank * chunk_lengths
+    second = cu_seqlens[1:] - (rank + 1) * chunk_lengths
     starts = torch.stack([first, second], 1).flatten()
-    return concat_ranges(starts, chunk.repeat_interleave(2))
+    return concat_ranges(starts, chunk_lengths.repeat_interleave(2))
 
 
 def gathered_order(cu_seqlens: Tensor, num_ranks: int) -> Tensor:

@@ -64,10 +64,10 @@ class _ChunkHalves:
     """The first and the second chunks of all samples on a rank; both have the same lengths."""
 
     def __init__(self, cu_seqlens: Tensor, num_ranks: int):
-        chunk = cu_seqlens.diff() // (2 * num_ranks)
+        chunk_lengths = cu_seqlens.diff() // (2 * num_ranks)
         starts = cu_seqlens[:-1] // num_ranks
-        self.rows = [concat_ranges(starts + half * chunk, chunk) for half in (0, 1)]
-        self.buckets = LengthBuckets(chunk)
+        self.rows = [concat_ranges(starts + half * chunk_lengths, chunk_lengths) for half in (0, 1)]
+        self.buckets = LengthBuckets(chunk_lengths)
 
     def pad(self, x: Tensor, size: int) -> list[list[Tensor]]:
         """Return the batches (r, heads, w, size) of each half of x (t, heads, …)."""
@@ -102,7 +102,7 @@ class _RingAttention(torch.autograd.Function):
         queries = halves.pad(query, size)
         masks = halves.buckets.padding_masks(query.dtype)
         # Sums over chunks are in fp32 at least.
-        sum_dtype = torch.promote_types(query.dtype, torch.float32)
+        accumulation_dtype = torch.promote_types(query.dtype, torch.float32)
         merged_chunks: list[list[Any]] = [[None] * len(masks) for _ in queries]  # (out, lse)
         for owner, share in _ring_shares(torch.cat([key, value], 2), group):
             keys = halves.pad(share[..., : key.shape[2]], size)
@@ -113,7 +113,7 @@ class _RingAttention(torch.autograd.Function):
                     mask = None if is_causal else masks[index]
                     out, lse = flash_forward(q, k, v, 0.0, is_causal, attn_mask=mask, scale=scale)
                     merged_chunks[half][index] = _merge_chunks(
-                        merged_chunks[half][index], out.to(sum_dtype), lse
+                        merged_chunks[half][index], out.to(accumulation_dtype), lse
                     )
         out, lse = (
             halves.unpad([[part[n] for part in half] for half in merged_chunks], count)
@@ -137,7 +137,7 @@ class _RingAttention(torch.autograd.Function):
         masks = halves.buckets.padding_masks(query.dtype)
         queries, outs, grads = (halves.pad(x, size) for x in (query, out, grad))
         # A padded query has grad 0, and so any finite lse will do.
-        normalizers = [[x[..., 0] for x in half] for half in halves.pad(lse, 1)]
+        lses = [[x[..., 0] for x in half] for half in halves.pad(lse, 1)]
         accumulation_dtype = torch.promote_types(query.dtype, torch.float32)
         d_queries = [
             [torch.zeros_like(q, dtype=accumulation_dtype) for q in half] for half in queries
@@ -156,9 +156,11 @@ class _RingAttention(torch.autograd.Function):
             for half, key_half, is_causal in _visible_chunk_pairs(rank, owner, num_ranks):
                 for index, q in enumerate(queries[half]):
                     k, v = (repeat_kv(x[key_half][index], q.shape[1]) for x in (keys, values))
-                    row = (grads[half][index], q, k, v, outs[half][index], normalizers[half][index])
+                    operands = grads[half][index], q, k, v, outs[half][index], lses[half][index]
                     mask = None if is_causal else masks[index]
-                    parts = flash_backward(*row, 0.0, is_causal, attn_mask=mask, scale=ctx.scale)
+                    parts = flash_backward(
+                        *operands, 0.0, is_causal, attn_mask=mask, scale=ctx.scale
+                    )
                     sums = (
                         d_queries[half][index],
                         d_keys[key_half][index],

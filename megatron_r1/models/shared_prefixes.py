@@ -40,8 +40,8 @@ class SharedPrefixes(NamedTuple):
     Attributes:
         parent: (S,) int64, the earlier segment that has the tokens before each segment, or -1.
         start: (S,) int64, the position of each segment's first token in its sequence: the tokens
-            that its parent, and what that continues, have of it; 0 without a parent. It is larger
-            than the parent's."""
+            before it, which its ancestors have; 0 without a parent. It is larger than the
+            parent's."""
 
     parent: Tensor
     start: Tensor
@@ -168,20 +168,23 @@ class _PrefixAttention(torch.autograd.Function):
 
             out = exp(lse_o - lse) out_o + exp(lse_p - lse) out_p,  lse = log(exp lse_o + exp lse_p)
         """
-        size, wide = _sizes(query, key, value)
+        size, accumulation_dtype = _sizes(query, key, value)
         batches = zip(*(segments.buckets.pad(x, size) for x in (query, key, value)), strict=True)
         segment_results = [
             flash_forward(*_heads(*batch), 0.0, True, attn_mask=None, scale=scale)
             for batch in batches
         ]
-        out = segments.buckets.unpad([part.to(wide) for part, _ in segment_results])
-        lse = segments.buckets.unpad([part.to(wide)[..., None] for _, part in segment_results])
+        out = segments.buckets.unpad([part.to(accumulation_dtype) for part, _ in segment_results])
+        lse = segments.buckets.unpad(
+            [part.to(accumulation_dtype)[..., None] for _, part in segment_results]
+        )
         for rows, prefix in segments.links:
             part = _heads(*(_row(x, size) for x in (query[rows], key[prefix], value[prefix])))
-            out_p, norm = flash_forward(*part, 0.0, False, attn_mask=None, scale=scale)
-            out_p, norm = out_p[0].transpose(0, 1).to(wide), norm[0].t()[..., None].to(wide)
-            total_lse = torch.logaddexp(lse[rows], norm)
-            out[rows] = out[rows] * (lse[rows] - total_lse).exp() + out_p * (norm - total_lse).exp()
+            out_p, lse_p = flash_forward(*part, 0.0, False, attn_mask=None, scale=scale)
+            out_p = out_p[0].transpose(0, 1).to(accumulation_dtype)
+            lse_p = lse_p[0].t()[..., None].to(accumulation_dtype)
+            lse_o, total_lse = lse[rows], torch.logaddexp(lse[rows], lse_p)
+            out[rows] = out[rows] * (lse_o - total_lse).exp() + out_p * (lse_p - total_lse).exp()
             lse[rows] = total_lse
         out = out[..., : value.shape[2]].to(query.dtype)
         ctx.save_for_backward(query, key, value, out, lse)
@@ -198,22 +201,22 @@ class _PrefixAttention(torch.autograd.Function):
         segments."""
         query, key, value, out, lse = ctx.saved_tensors
         segments, buckets = ctx.segments, ctx.segments.buckets
-        size, wide_dtype = _sizes(query, key, value)
+        size, accumulation_dtype = _sizes(query, key, value)
         tensors = [buckets.pad(x, size) for x in (grad, query, key, value, out)]
-        norms = [x[..., 0] for x in buckets.pad(lse, 1)]
+        segment_lses = [x[..., 0] for x in buckets.pad(lse, 1)]
         segment_gradients: list[list[Tensor]] = [[], [], []]
-        for g, q, k, v, o, norm in zip(*tensors, norms, strict=True):
-            # A padded query has grad 0, and so any finite normalizer will do.
-            parts = _gradients((g, q, k, v, o), norm, True, ctx.scale)
+        for g, q, k, v, o, segment_lse in zip(*tensors, segment_lses, strict=True):
+            # A padded query has grad 0, and so any finite lse will do.
+            parts = _gradients((g, q, k, v, o), segment_lse, True, ctx.scale)
             for gradients, part in zip(segment_gradients, parts, strict=True):
-                gradients.append(part.to(wide_dtype))
+                gradients.append(part.to(accumulation_dtype))
         d_query, d_key, d_value = (buckets.unpad(parts) for parts in segment_gradients)
         for rows, prefix in segments.links:
             operands = grad[rows], query[rows], key[prefix], value[prefix], out[rows]
-            norm = lse[rows][..., 0].t()[None]
-            parts = _gradients([_row(x, size) for x in operands], norm, False, ctx.scale)
+            row_lse = lse[rows][..., 0].t()[None]
+            parts = _gradients([_row(x, size) for x in operands], row_lse, False, ctx.scale)
             d_rows, d_prefix_key, d_prefix_value = (
-                part[0].transpose(0, 1).to(wide_dtype) for part in parts
+                part[0].transpose(0, 1).to(accumulation_dtype) for part in parts
             )
             d_query[rows] += d_rows
             d_key[prefix] += d_prefix_key
@@ -238,16 +241,16 @@ def _heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, T
     return query, repeat_kv(key, heads), repeat_kv(value, heads)
 
 
-def _gradients(tensors: Sequence[Tensor], norm: Tensor, causal: bool, scale: float) -> list[Tensor]:
+def _gradients(tensors: Sequence[Tensor], lse: Tensor, causal: bool, scale: float) -> list[Tensor]:
     """Return the gradients of query, key and value of one chunk.
 
     Args:
         tensors: the gradient of the output, query, key, value and output, each (r, heads, w, size).
-        norm: (r, h, w), the logarithm of each softmax's sum.
+        lse: (r, h, w), the logarithm of each softmax's sum.
         causal: whether later keys are masked.
         scale: factor of the scores before the softmax."""
     grad, query, key, value, out = tensors
     heads = key.shape[1]
-    row = (grad, *_heads(query, key, value), out, norm.contiguous())
-    parts = flash_backward(*row, 0.0, causal, attn_mask=None, scale=scale)
+    operands = (grad, *_heads(query, key, value), out, lse.contiguous())
+    parts = flash_backward(*operands, 0.0, causal, attn_mask=None, scale=scale)
     return [parts[0], *(sum_kv_gradients(part, heads) for part in parts[1:])]
