@@ -48,8 +48,8 @@ class GlooReceiver(PayloadReceiver):
     def prepare(self) -> None:
         """Begin without groups; each push makes its own."""
         self._groups: list[dist.ProcessGroup] = []
-        self._number = 0
-        """The set's push that this rank relays or waits for."""
+        self._push_number_in_set = 0
+        """The push that this rank relays or waits for."""
 
     def allocate(self) -> torch.Tensor:
         """Return host memory for all buffers."""
@@ -67,8 +67,8 @@ class GlooReceiver(PayloadReceiver):
         self.is_closing = True
         for group in list(self._groups):  # threads that end meanwhile remove theirs
             group.abort()
-        if self._number:
-            self.publish_closing(self._number)
+        if self._push_number_in_set:
+            self.publish_closing(self._push_number_in_set)
         self.join_threads(CLOSE_SECONDS)
 
     def _connect_pairs(self) -> None:
@@ -90,10 +90,10 @@ class GlooReceiver(PayloadReceiver):
         """Receive push after push of one trainer rank, until one fails or this end closes."""
         try:
             while not self.is_closing:
-                number = torch.empty(1, dtype=torch.int64)
+                push_number = torch.empty(1, dtype=torch.int64)
                 idle_limit = datetime.timedelta(seconds=IDLE_SECONDS)
-                group.recv([number], TRAINER_RANK, 0).wait(idle_limit)
-                self._receive_push(group, trainer_rank, int(number))
+                group.recv([push_number], TRAINER_RANK, 0).wait(idle_limit)
+                self._receive_push(group, trainer_rank, int(push_number))
         except Exception as error:  # noqa: BLE001 - raised by the push that waits
             self._pair_failed(trainer_rank, error)
         finally:
@@ -144,18 +144,18 @@ class GlooReceiver(PayloadReceiver):
             self._groups.append(group)
             connection = self.rendezvous.new_connection()
             while True:
-                self._number += 1  # `close` reads it after it has set `is_closing`
+                self._push_number_in_set += 1  # `close` reads it after it has set `is_closing`
                 if self.is_closing:
                     return RuntimeError(f"engine rank {self.name} closes")
-                push = self.rendezvous.wait_push_begun(self._number, connection)
-                if not push:
+                push_number = self.rendezvous.wait_push_begun(self._push_number_in_set, connection)
+                if not push_number:
                     return RuntimeError("a rank of the set has closed")
                 if self.senders:
                     self.received_chunks.wait(
-                        push, self.rendezvous.push_timeout_seconds, self.senders
+                        push_number, self.rendezvous.push_timeout_seconds, self.senders
                     )
-                self._relay_buckets(group, push)
-                self.rendezvous.publish_complete(push)
+                self._relay_buckets(group, push_number)
+                self.rendezvous.publish_complete(push_number)
         except (ValueError, RuntimeError, OSError) as error:
             return error.with_traceback(None)  # the traceback's frames hold the group
         finally:

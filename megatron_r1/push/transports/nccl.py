@@ -49,8 +49,8 @@ class NCCLReceiver(PayloadReceiver):
         self._gpu = torch.cuda.current_device()
         self.device = torch.device("cuda", self._gpu)
         self.address = gpu_uuid(self._gpu)  # by which the plan finds the trainer rank there
-        self._number = self._answered = 0
-        """The set's push that this rank has or waits for, and the last one in which it answered."""
+        self._push_number_in_set = self._answered_push = 0
+        """The push that this rank has or waits for, and the last one in which it answered."""
 
     def allocate(self) -> torch.Tensor:
         """Return GPU memory for all buffers, or none yet where it is allocated per push."""
@@ -86,7 +86,7 @@ class NCCLReceiver(PayloadReceiver):
     def close(self) -> None:
         """Fail the push under way, join the threads and free memory that is allocated per push."""
         self.is_closing = True
-        self.publish_closing(self._number)
+        self.publish_closing(self._push_number_in_set)
         self.join_threads(CLOSE_SECONDS)
         if not self.is_running:
             self.free_memory()  # after a push that broke off
@@ -104,11 +104,11 @@ class NCCLReceiver(PayloadReceiver):
                 self._raise_error(communicator)
             connection = self.rendezvous.new_connection()
             while True:
-                self._number += 1  # `close` reads it after it has set `is_closing`
+                self._push_number_in_set += 1  # `close` reads it after it has set `is_closing`
                 if self.is_closing:
                     return
-                push = self.rendezvous.wait_push_begun(self._number, connection)
-                if not push:
+                push_number = self.rendezvous.wait_push_begun(self._push_number_in_set, connection)
+                if not push_number:
                     self.rendezvous.raise_failure()
                     raise RuntimeError("a rank of the set has closed")
                 try:
@@ -116,20 +116,20 @@ class NCCLReceiver(PayloadReceiver):
                 except ValueError as error:  # a ValueError of a push is damage
                     raise RuntimeError(str(error)) from error
                 if communicator is None or rounds is None:
-                    self._receive_from_colocated(push, streams)
+                    self._receive_from_colocated(push_number, streams)
                 else:
                     communicator.set_timeout(self.rendezvous.push_timeout_seconds)
-                    self._run_rounds(push, streams, communicator, rounds)
-                    self.rendezvous.publish_alive(self.name, self._number)
+                    self._run_rounds(push_number, streams, communicator, rounds)
+                    self.rendezvous.publish_alive(self.name, self._push_number_in_set)
                 if self.rendezvous.num_members > 1:
-                    self.rendezvous.publish_complete(push)
+                    self.rendezvous.publish_complete(push_number)
         except Exception as error:  # noqa: BLE001 - raised by the push that waits
             if communicator is not None:
                 communicator.abort(error)
             if not self.is_closing:
                 rank_ids = rounds.rank_ids if rounds is not None else ()
                 is_lost = isinstance(error, (NCCLError, TimeoutError))
-                self.fail_set(error, rank_ids if is_lost else None, self._number)
+                self.fail_set(error, rank_ids if is_lost else None, self._push_number_in_set)
         finally:
             if communicator is not None:
                 communicator.abort(RuntimeError(f"engine rank {self.name} closes"))
@@ -179,7 +179,7 @@ class NCCLReceiver(PayloadReceiver):
             self.checksums.zero_()
             self._is_written()  # waits until these are
         addresses = [export_ipc_handle(self.memory), export_ipc_handle(self.checksums)]
-        self.rendezvous.publish_memory(self.engine_rank, self._number, addresses)
+        self.rendezvous.publish_memory(self.engine_rank, self._push_number_in_set, addresses)
         deadline = time.monotonic() + self.rendezvous.push_timeout_seconds
         checked_at = 0.0
         with streams.copy_stream():
@@ -195,16 +195,18 @@ class NCCLReceiver(PayloadReceiver):
 
     def _is_written(self) -> bool:
         """Return whether the trainer rank has written all of the push that is under way."""
-        return int(self.checksums[-1]) == self._number
+        return int(self.checksums[-1]) == self._push_number_in_set
 
     def _check_set(self) -> None:
         """Raise the failure of the set; publish that this rank is alive where another asks."""
         if self.is_closing:
             raise RuntimeError(f"engine rank {self.name} closes")
         self.rendezvous.raise_failure()
-        if self._number > self._answered and self.rendezvous.is_alive_requested(self._number):
-            self.rendezvous.publish_alive(self.name, self._number)
-            self._answered = self._number
+        if self._push_number_in_set > self._answered_push and self.rendezvous.is_alive_requested(
+            self._push_number_in_set
+        ):
+            self.rendezvous.publish_alive(self.name, self._push_number_in_set)
+            self._answered_push = self._push_number_in_set
 
     @staticmethod
     def _raise_error(communicator: Communicator) -> None:

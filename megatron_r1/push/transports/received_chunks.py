@@ -43,7 +43,7 @@ class ReceivedChunks:
         self.table, self.memory, self.chunks = table, memory, chunks
         self._arriving: dict[int, tuple[int, int, RunningChecksum]] = {}
         """Push, index and checksum so far of the current chunk of each source."""
-        self._push = dict.fromkeys(chunks, 0)
+        self._push_numbers = dict.fromkeys(chunks, 0)
         self._num_arrived = dict.fromkeys(chunks, 0)
         """The push of each source's last chunk, and how many of its chunks of that push have
         arrived."""
@@ -81,7 +81,7 @@ class ReceivedChunks:
                 name = f"{self.table.slots[slot].name} (from rank {source})"
                 self._damaged.setdefault(push_number, {})[name] = None
             self.checksums[source, index] = sent
-            self._push[source], self._num_arrived[source] = push_number, index + 1
+            self._push_numbers[source], self._num_arrived[source] = push_number, index + 1
             self._changed.notify_all()
 
     def fail(self, error: Exception) -> None:
@@ -156,7 +156,7 @@ class ReceivedChunks:
             source
             for source, chunks in self.chunks.items()
             if (sources is None or source in sources)
-            and (self._push[source], self._num_arrived[source]) < (push_number, len(chunks))
+            and (self._push_numbers[source], self._num_arrived[source]) < (push_number, len(chunks))
         ]
 
 

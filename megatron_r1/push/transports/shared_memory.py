@@ -158,7 +158,7 @@ class _SenderProgress:
         self.row_bytes = [chunk.row_bytes(received_chunks.table) for chunk in chunks]
         self.ends = list(accumulate(chunk.num_bytes(received_chunks.table) for chunk in chunks))
         self.starts = [0, *self.ends[:-1]]
-        self.push = self.index = self.seen = 0
+        self.push_number = self.index = self.seen = 0
 
     @property
     def is_under_way(self) -> bool:
@@ -166,23 +166,27 @@ class _SenderProgress:
 
     def check(self) -> bool:
         """Check the rows written since the last call; return whether there were any."""
-        push, num_written = int(self.progress[PUSH_INDEX]), int(self.progress[WRITTEN_INDEX])
-        if push != self.push:
+        push_number, num_written = int(self.progress[PUSH_INDEX]), int(self.progress[WRITTEN_INDEX])
+        if push_number != self.push_number:
             # A sender sets its count to 0 before it begins another push.
-            self.push, self.index, self.seen = push, 0, 0
+            self.push_number, self.index, self.seen = push_number, 0, 0
             num_written = (
-                int(self.progress[WRITTEN_INDEX]) if int(self.progress[PUSH_INDEX]) == push else 0
+                int(self.progress[WRITTEN_INDEX])
+                if int(self.progress[PUSH_INDEX]) == push_number
+                else 0
             )
         if num_written <= self.seen:
             return False
         memory_fence()
         while self.index < len(self.ends) and self.ends[self.index] <= num_written:
             sent_checksum = int(self.progress[CHECKSUMS_INDEX + self.index])
-            self.received_chunks.chunk_received(self.trainer_rank, push, self.index, sent_checksum)
+            self.received_chunks.chunk_received(
+                self.trainer_rank, push_number, self.index, sent_checksum
+            )
             self.index += 1
         if self.index < len(self.ends) and num_written > self.starts[self.index]:
             row = (num_written - self.starts[self.index]) // self.row_bytes[self.index]
-            self.received_chunks.rows_received(self.trainer_rank, push, self.index, row)
+            self.received_chunks.rows_received(self.trainer_rank, push_number, self.index, row)
         self.seen = num_written
         return True
 
