@@ -46,7 +46,7 @@ class GlooReceiver(PayloadReceiver):
     another relays them if the set has several engines."""
 
     def prepare(self) -> None:
-        """Begin without groups; each push makes its own."""
+        """Begin without groups: `connect` makes one for each trainer rank, and one for relays."""
         self._groups: list[dist.ProcessGroup] = []
         self._push_number_in_set = 0
         """The push that this rank relays or waits for."""
