@@ -169,6 +169,8 @@ def _operations(
 def _send_and_receive(
     sent_buffer: Tensor, target: int, received_buffer: Tensor, source: int
 ) -> None:
+    """Send to rank `target` of the default group and receive from `source`; all ranks of an axis
+    call this at once."""
     requests = [
         dist.P2POp(dist.isend, sent_buffer, target),
         dist.P2POp(dist.irecv, received_buffer, source),
