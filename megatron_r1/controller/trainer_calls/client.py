@@ -42,7 +42,7 @@ from megatron_r1.trainer.training_sample import Buffer, ReplicaSamples, Sample, 
 P = ParamSpec("P")
 R = TypeVar("R")
 POLL_SECONDS = 0.5
-CONNECTIONS, OTHER_FILES = 2, 600
+CONNECTIONS_PER_RANK, OTHER_OPEN_FILES = 2, 600
 """Open files: connections of each rank, for calls and for its monitor; and those of the run, mostly
 requests to engines, one a group."""
 CALLS_PER_YIELD = 128
@@ -95,7 +95,7 @@ class TrainerClient:
         self.world_size = world_size or config.parallel.processes
         self.config = config
         self._bind = bind
-        files = OTHER_FILES + CONNECTIONS * self.world_size
+        files = OTHER_OPEN_FILES + CONNECTIONS_PER_RANK * self.world_size
         allow_open_files(files, f"connections of {self.world_size:,} trainer ranks")
         self._token = os.environ.get(RANKS_TOKEN_VARIABLE) or secrets.token_hex(32)
         self.socket = RankSocket(bind, self._token)
