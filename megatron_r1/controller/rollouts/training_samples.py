@@ -27,13 +27,20 @@ def training_samples(
 def _samples(
     prompt_ids: list[int], graded: GradedResponse, reward_or_advantage: float
 ) -> list[Sample]:
-    response, scores = graded.response, graded.teacher_logprobs
+    response, teacher_logprobs = graded.response, graded.teacher_logprobs
     branches = graded.episode.branches if graded.episode else []
     if not branches:  # a single turn, or an episode in which nothing was sampled
         token_fields = prompt_ids, response.token_ids, response.logprobs
         value = reward_or_advantage if len(response.token_ids) else math.nan
-        mask = response.sampling_mask
-        return [Sample.pack(*token_fields, value, response.routing, scores, sampling_mask=mask)]
+        return [
+            Sample.pack(
+                *token_fields,
+                value,
+                response.routing,
+                teacher_logprobs,
+                sampling_mask=response.sampling_mask,
+            )
+        ]
     counts = [branch.is_sampled.count(1) for branch in branches]
     return [
         Sample.pack_branch(
@@ -45,7 +52,9 @@ def _samples(
             num_responses=int(number == 0),
             routing=branch.routing,
             sampling_mask=branch.sampling_mask,
-            teacher_logprobs=None if scores is None else scores[end - count : end],
+            teacher_logprobs=(
+                None if teacher_logprobs is None else teacher_logprobs[end - count : end]
+            ),
         )
         for number, (branch, count, end) in enumerate(
             zip(branches, counts, accumulate(counts), strict=True)
