@@ -5,7 +5,7 @@ The storages are copied and then resized to nothing: every tensor stays the obje
 views of a storage (Megatron's buffers, their buckets, model parameters, the optimizer's shards of
 fp32 parameters) are views of it again when it has its size back.
 
-On the host the bytes lie in pinned chunks that are kept for the next time. On a disk they lie in a
+On the host the bytes lie in pinned buffers that are kept for the next time. On a disk they lie in a
 file without a name, which the system deletes with the process, however that ends; the file has its
 whole size before anything is written, and its bytes are compared with their digest when they come
 back."""
@@ -27,7 +27,7 @@ from megatron_r1.config import Config
 from megatron_r1.models import platform
 from megatron_r1.trainer.operations import needs_optimizer, needs_parameters
 
-CHUNK_BYTES = 1 << 28
+BUFFER_BYTES = 1 << 28
 """Bytes of a host buffer: torch pins a power of two, so that larger ones would waste up to half."""
 StateKind = Literal["parameters", "optimizer"]
 
@@ -40,7 +40,7 @@ class TrainedNetwork(Protocol):
 
 
 class Store(Protocol):
-    """Keeps the bytes of one kind, in the order in which they are given."""
+    """Stores the bytes of parameters, or of optimizer state, in the order given."""
 
     def write(self, parts: Sequence[Tensor]) -> None:
         """Copy all parts, uint8 on any device.
@@ -61,25 +61,25 @@ class HostStore:
     """Keeps bytes in host memory, pinned where there is a GPU."""
 
     def __init__(self) -> None:
-        self._chunks: list[Tensor] = []
+        self._buffers: list[Tensor] = []
 
     def write(self, parts: Sequence[Tensor]) -> None:
         """Copy the parts into host memory."""
-        num_missing = _num_chunks(parts) - len(self._chunks)
-        self._chunks += [_chunk() for _ in range(num_missing)]
+        num_missing = _num_buffers(parts) - len(self._buffers)
+        self._buffers += [_empty_buffer() for _ in range(num_missing)]
         for piece, offset in _pieces(parts):
-            self._chunk_slice(piece, offset).copy_(piece, non_blocking=True)
+            self._buffer_slice(piece, offset).copy_(piece, non_blocking=True)
         platform.synchronize()
 
     def read(self, parts: Sequence[Tensor]) -> None:
         """Copy what `write` stored back into parts of the same sizes."""
         for piece, offset in _pieces(parts):
-            piece.copy_(self._chunk_slice(piece, offset), non_blocking=True)
+            piece.copy_(self._buffer_slice(piece, offset), non_blocking=True)
         platform.synchronize()
 
-    def _chunk_slice(self, piece: Tensor, offset: int) -> Tensor:
-        start = offset % CHUNK_BYTES
-        return self._chunks[offset // CHUNK_BYTES][start : start + len(piece)]
+    def _buffer_slice(self, piece: Tensor, offset: int) -> Tensor:
+        start = offset % BUFFER_BYTES
+        return self._buffers[offset // BUFFER_BYTES][start : start + len(piece)]
 
 
 class DiskStore:
@@ -103,12 +103,12 @@ class DiskStore:
         try:
             file = self._reserve_file(num_bytes)
             self._digests = []
-            passing_chunk = _chunk()
+            copy_buffer = _empty_buffer()
             for piece, offset in _pieces(parts):
-                buffer = passing_chunk[: len(piece)]
-                buffer.copy_(piece)
-                self._digests.append(xxh3_64_intdigest(buffer.numpy().data))
-                _write(file.fileno(), buffer.numpy().data, offset)
+                copied_piece = copy_buffer[: len(piece)]
+                copied_piece.copy_(piece)
+                self._digests.append(xxh3_64_intdigest(copied_piece.numpy().data))
+                _write(file.fileno(), copied_piece.numpy().data, offset)
         except OSError as error:
             raise UserError(
                 f"parallel.offload_folder: {self._folder} has no room for "
@@ -126,17 +126,17 @@ class DiskStore:
             RuntimeError: the file is short, or a piece has another digest.
         """
         assert self._file is not None, "write() comes first"
-        passing_chunk, digests = _chunk(), iter(self._digests)
+        copy_buffer, digests = _empty_buffer(), iter(self._digests)
         for piece, offset in _pieces(parts):
-            buffer = passing_chunk[: len(piece)]
-            if not _read(self._file.fileno(), buffer.numpy().data, offset):
+            stored_piece = copy_buffer[: len(piece)]
+            if not _read(self._file.fileno(), stored_piece.numpy().data, offset):
                 raise RuntimeError(f"{self._folder}: the trainer's file ends before byte {offset}")
-            if xxh3_64_intdigest(buffer.numpy().data) != next(digests):
+            if xxh3_64_intdigest(stored_piece.numpy().data) != next(digests):
                 raise RuntimeError(
                     f"{self._folder}: bytes {offset} to {offset + len(piece)} of the trainer's "
                     "state are not those that were written: the disk is faulty"
                 )
-            piece.copy_(buffer)
+            piece.copy_(stored_piece)
 
     def _reserve_file(self, num_bytes: int) -> IO[bytes]:
         """Return the file, with room for `num_bytes`.
@@ -167,20 +167,20 @@ def _read(file: int, buffer: memoryview, offset: int) -> bool:
     return True
 
 
-def _chunk() -> Tensor:
-    return platform.empty_on_host((CHUNK_BYTES,), torch.uint8)
+def _empty_buffer() -> Tensor:
+    return platform.empty_on_host((BUFFER_BYTES,), torch.uint8)
 
 
-def _num_chunks(parts: Sequence[Tensor]) -> int:
-    return -(-sum(map(len, parts)) // CHUNK_BYTES)
+def _num_buffers(parts: Sequence[Tensor]) -> int:
+    return -(-sum(map(len, parts)) // BUFFER_BYTES)
 
 
 def _pieces(parts: Sequence[Tensor]) -> Iterator[tuple[Tensor, int]]:
-    """Yield the parts, cut where chunks end, and the place of each piece among all bytes."""
+    """Yield the parts, cut where buffers end, and the place of each piece among all bytes."""
     offset = 0
     for part in parts:
         while len(part):
-            piece = part[: CHUNK_BYTES - offset % CHUNK_BYTES]
+            piece = part[: BUFFER_BYTES - offset % BUFFER_BYTES]
             yield piece, offset
             part, offset = part[len(piece) :], offset + len(piece)
 

@@ -179,7 +179,7 @@ def offload_changes_nothing(model: str, grid: str, grid_position, out: Path) -> 
 def main() -> None:
     model, out, *grids = sys.argv[1:]
     platform.prepare()
-    offload.CHUNK_BYTES = 10_007  # many pieces, and none ends where a storage does
+    offload.BUFFER_BYTES = 10_007  # many pieces, and none ends where a storage does
     for grid, grid_position in positions(grids, lambda grid: config(model, grid, "none").parallel):
         offload_changes_nothing(model, grid, grid_position, Path(out))
 

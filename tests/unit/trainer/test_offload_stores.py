@@ -14,8 +14,8 @@ from megatron_r1.trainer.offload import DiskStore, HostStore, Offload, make_offl
 
 
 @pytest.fixture(autouse=True)
-def small_chunks(monkeypatch):
-    monkeypatch.setattr(offload, "CHUNK_BYTES", 7)
+def small_buffers(monkeypatch):
+    monkeypatch.setattr(offload, "BUFFER_BYTES", 7)
 
 
 def parts() -> list[torch.Tensor]:
