@@ -100,9 +100,9 @@ class SentWeights(msgspec.Struct, frozen=True):
     """The result of "send_weights".
 
     Attributes:
-        problems: set -> why it can push no more."""
+        failures: set -> why it can push no more."""
 
-    problems: dict[str, SetFailure]
+    failures: dict[str, SetFailure]
 
 
 class PushError(ValueError):

@@ -131,27 +131,27 @@ class WeightSender:
             for name, num_engines in sets
         }
         receivers = self._read_receivers(rendezvous, layout.num_ranks)
-        created_links, failures = self._planner.create_links(
+        created_links, problems = self._planner.create_links(
             rendezvous, receivers, layout, transport
         )
         self._sets |= created_links
         present_links = {
-            name: created_links[name] for name in receivers.sets if name not in failures
+            name: created_links[name] for name in receivers.sets if name not in problems
         }
-        for name, problem in failures.items():  # first, so that no other rank waits for this one
+        for name, problem in problems.items():  # first, so that no other rank waits for this one
             rendezvous[name][0].report_error(f"trainer rank {self.rank}: {problem}")
         # Before any wait, which would block this rank's only client of the store.
         for set_links in present_links.values():
             num_ranks = len(set_links.rendezvous) * layout.num_ranks
             set_links.rendezvous[0].publish_prepared(self.grid.world_size, num_ranks)
-        failures |= self._connect_links(present_links)
-        for name in failures:
+        problems |= self._connect_links(present_links)
+        for name in problems:
             self.disconnect(name)
         connected_links = {
-            name: present_links[name] for name in present_links.keys() - failures.keys()
+            name: present_links[name] for name in present_links.keys() - problems.keys()
         }
         return ConnectedSets(
-            problems=receivers.problems | failures,
+            problems=receivers.problems | problems,
             num_links={name: len(set_links.links) for name, set_links in connected_links.items()},
             num_bytes={name: set_links.num_bytes for name, set_links in connected_links.items()},
         )
@@ -161,15 +161,15 @@ class WeightSender:
         outcomes = run_in_threads(
             [partial(self._connect_set, set_links) for set_links in sets.values()]
         )
-        failures = {name: text for name, text in zip(sets, outcomes, strict=True) if text}
+        problems = {name: text for name, text in zip(sets, outcomes, strict=True) if text}
         in_rounds = {
             name: set_links.set_rounds
             for name, set_links in sets.items()
-            if set_links.set_rounds is not None and name not in failures
+            if set_links.set_rounds is not None and name not in problems
         }
         for name, error in self._round_sender.connect(in_rounds).items():
-            failures[name] = self._report(sets[name], error)
-        return failures
+            problems[name] = self._report(sets[name], error)
+        return problems
 
     def disconnect(self, name: str) -> None:
         """Close the links to a set of engines; an unknown name is ignored."""
@@ -196,37 +196,37 @@ class WeightSender:
                 set_links.rendezvous[0].publish_push_begun(
                     set_links.push_number_in_set, push_number
                 )
-        problems = self._send_in_rounds(push_number, present_links) | self._send_over_links(
+        failures = self._send_in_rounds(push_number, present_links) | self._send_over_links(
             push_number, present_links
         )
         for name, set_links in present_links.items():
-            if self.rank == 0 and len(set_links.rendezvous) > 1 and name not in problems:
+            if self.rank == 0 and len(set_links.rendezvous) > 1 and name not in failures:
                 rendezvous = set_links.rendezvous[0]
                 try:
                     rendezvous.wait_complete(push_number)
                 except SetFailed as error:
-                    problems[name] = error.failure
+                    failures[name] = error.failure
                 except RuntimeError as error:
                     failure_text = f"an engine has not relayed all of push {push_number}: {error}"
-                    problems[name] = rendezvous.report_error(failure_text)
-        return SentWeights(problems)
+                    failures[name] = rendezvous.report_error(failure_text)
+        return SentWeights(failures)
 
     def _send_over_links(
         self, push_number: int, sets: Mapping[str, SetLinks]
     ) -> dict[str, SetFailure]:
         """Send a push over all links at once, but those of sets that are sent to in rounds."""
-        problems: dict[str, SetFailure] = {}
+        failures: dict[str, SetFailure] = {}
 
         def send_over(name: str, link: ConnectedLink) -> None:
             try:
                 link.sender.send(push_number, self._encode(link))
             except SetFailed as error:
-                problems.setdefault(name, error.failure)
+                failures.setdefault(name, error.failure)
             except (OSError, RuntimeError) as error:
                 receiver = f"rank {link.sender.engine_rank} of engine {link.member} of the set"
                 text = f"trainer rank {self.rank} to {receiver}: {type(error).__name__}: {error}"
                 failure = link.sender.rendezvous.report_error(text, link.member)
-                problems.setdefault(name, failure)
+                failures.setdefault(name, failure)
 
         run_in_threads(
             [
@@ -236,7 +236,7 @@ class WeightSender:
                 if set_links.set_rounds is None
             ]
         )
-        return problems
+        return failures
 
     def _encode(self, link: ConnectedLink) -> EncodedSlices:
         return EncodedSlices(link.slices, power_of_two=self._power_of_two_scales)

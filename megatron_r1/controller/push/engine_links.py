@@ -183,7 +183,7 @@ class EngineLinks:
         )
         failures: dict[str, list[SetFailure]] = {}
         for result in replies:
-            for name, failure in result.problems.items():
+            for name, failure in result.failures.items():
                 failures.setdefault(name, []).append(failure)
         incomplete_engines: list[Engine] = []
         for engine_set in sets:

@@ -208,15 +208,15 @@ def _trainer(place: Place, port: int, fault: str, tensors: dict[str, Any], note:
     note(**msgspec.to_builtins(connected))
     store.add("connected", 1)
     store.wait(["push1"])
-    problems = ends.send(1, [NAME]).problems
-    note(**{"push 1": msgspec.to_builtins(problems) or "right"})
+    failures = ends.send(1, [NAME]).failures
+    note(**{"push 1": msgspec.to_builtins(failures) or "right"})
     store.add("complete", 1)
     store.wait(["push2"])
     if place in _victims(fault):
         _die_in(SlicesPayload, "pack", after=2)
     began = time.monotonic()
-    problems = ends.send(2, [NAME]).problems
-    error = "; ".join(failure.error for failure in problems.values())
+    failures = ends.send(2, [NAME]).failures
+    error = "; ".join(failure.error for failure in failures.values())
     note(**{"push 2": "right", "error": error, "seconds": time.monotonic() - began})
     store.set(f"trainer{rank}", "1")
     _stay(store, fault)
