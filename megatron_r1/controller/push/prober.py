@@ -37,7 +37,7 @@ class Prober:
         self.tolerance, self.timeout_seconds = tolerance, timeout_seconds
 
     async def prepare(self) -> None:
-        """Do nothing: the trainer has its weights when engines answer. `OffloadedProber` computes."""
+        """Do nothing: the trainer has its weights when engines answer (`OffloadedProber`)."""
 
     async def check(
         self, push_number: int, engines: Sequence[Engine], on_engine_lost: OnEngineLost
