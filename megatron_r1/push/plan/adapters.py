@@ -49,7 +49,7 @@ class PredictedAdapterSharding(PredictedSharding):
 
     def __init__(self, hf_config: HFConfig, layout: EngineLayout, weight_table: WeightTable):
         super().__init__(hf_config, layout)
-        self.table, self._names = weight_table, adapter_shapes(weight_table).keys()
+        self.weight_table, self._names = weight_table, adapter_shapes(weight_table).keys()
 
     def tensors(self, coordinate: Coordinate) -> Iterator[HFTensor]:
         """Yield the adapted tensors of the coordinate's pipeline stage."""
@@ -60,7 +60,9 @@ class PredictedAdapterSharding(PredictedSharding):
         return Region.full(tensor.shape)
 
     def _dense_tensors(self, stage: int) -> Iterator[HFTensor]:
-        for tensor in checkpoint_tensors(self.table, {"layers"}, self._stage_layers[stage], ()):
+        for tensor in checkpoint_tensors(
+            self.weight_table, {"layers"}, self._stage_layers[stage], ()
+        ):
             if tensor.name in self._names:
                 yield tensor
 

@@ -219,11 +219,9 @@ def links_per_rank(plans: Iterable[SetPlan], world_size: int) -> list[int]:
 
 def needed_regions(planner: Planner, count_bytes: CountBytes) -> list[RegionsByReplicas]:
     """Return what each rank of an engine needs."""
-    regions_of_ranks: list[RegionsByReplicas] = [
-        {} for _ in range(planner.engines.ranks_per_engine)
-    ]
-    for tensor, replicas, transfers in planner.region_transfers():
-        for region, ranks in transfers:
+    regions_of_ranks: list[RegionsByReplicas] = [{} for _ in range(planner.layout.ranks_per_engine)]
+    for tensor, replicas, sent_regions in planner.sent_regions():
+        for region, ranks in sent_regions:
             num_bytes = count_bytes(tensor.name, tensor.rule.dtype, region)
             tensor_region = TensorRegion(tensor, region, num_bytes)
             for rank in ranks:

@@ -34,7 +34,7 @@ class Planner:
     Args:
         hf_config: the model's `config.json`.
         grid: the trainer ranks.
-        engines: the layout of all engines.
+        layout: the layout of all engines.
         stages: the shards of each pipeline rank's virtual stages
             (`models.weights.layout.stage_shards`), default an even spread.
         sharding: what the ranks of an engine need, default `PredictedSharding`.
@@ -48,18 +48,18 @@ class Planner:
         self,
         hf_config: HFConfig,
         grid: TrainerGrid,
-        engines: EngineLayout,
+        layout: EngineLayout,
         stages: Sequence[Sequence[Shard]] | None = None,
         sharding: EngineSharding | None = None,
         weight_table: WeightTable | None = None,
     ):
         self.grid = grid
-        self.engines = engines
-        self.table = weight_table or table.weight_table(hf_config)
-        self.sharding = sharding or PredictedSharding(hf_config, engines)
+        self.layout = layout
+        self.weight_table = weight_table or table.weight_table(hf_config)
+        self.sharding = sharding or PredictedSharding(hf_config, layout)
         self._pieces_of_rules: dict[tuple[int, int], Sequence[Piece]] = {}
         stages = stages or stage_shards(hf_config, grid.pipeline, with_mtp=False)
-        decoder, drafter = len(self.table.layers), len(self.table.mtp)
+        decoder, drafter = len(self.weight_table.layers), len(self.weight_table.mtp)
         self._stage_of_layer = {
             layer: rank
             for rank, chunks in enumerate(stages)
@@ -70,7 +70,7 @@ class Planner:
             part: next(r for r, chunks in enumerate(stages) for c in chunks if getattr(c, part))
             for part in ("embedding", "final_norm", "head")
         }
-        experts = self.table.num_experts
+        experts = self.weight_table.num_experts
         if experts and experts % grid.expert:
             raise UserError(
                 f"parallel.expert={grid.expert} does not divide {experts} experts; choose a "
@@ -79,7 +79,7 @@ class Planner:
                 cause=Cause.INDIVISIBLE,
             )
 
-    def region_transfers(
+    def sent_regions(
         self,
     ) -> Iterator[tuple[HFTensor, range, list[tuple[Region, Sequence[int]]]]]:
         """Yield everything that is sent: a tensor, trainer ranks that all hold the same part of it,
@@ -95,10 +95,10 @@ class Planner:
                             (held_region.intersection(region), ranks)
                             for region, ranks in engine_regions
                         )
-                        if transfers := [
+                        if needed_regions := [
                             (region, ranks) for region, ranks in common_regions if region
                         ]:
-                            yield item, replicas, transfers
+                            yield item, replicas, needed_regions
 
     def _held_regions(self, item: HFTensor, stage: int) -> Iterator[tuple[Region, range]]:
         """Yield the parts of a tensor, each with the trainer ranks that hold it."""
@@ -112,7 +112,7 @@ class Planner:
             if item.expert is None:
                 replicas = grid.dense_replicas(stage, tensor_rank)
             else:
-                owner = item.expert * grid.expert // self.table.num_experts
+                owner = item.expert * grid.expert // self.weight_table.num_experts
                 replicas = grid.expert_replicas(stage, tensor_rank, owner)
             for piece in self._pieces(rule, tensor_rank, ranks):
                 if piece.hf_name == name:
@@ -127,8 +127,8 @@ class Planner:
 
     def _held_tensors(self, stage: int, expert_rank: int) -> Iterator[HFTensor]:
         """Yield the tensors of which a trainer rank of `stage` holds a part."""
-        per_rank = self.table.num_experts // self.grid.expert
+        per_rank = self.weight_table.num_experts // self.grid.expert
         experts = range(expert_rank * per_rank, (expert_rank + 1) * per_rank)
         layers = [layer for layer, owner in self._stage_of_layer.items() if owner == stage]
         parts = {part for part, owner in self._stage_of_part.items() if owner == stage}
-        return checkpoint_tensors(self.table, {"layers", *parts}, sorted(layers), experts)
+        return checkpoint_tensors(self.weight_table, {"layers", *parts}, sorted(layers), experts)

@@ -58,7 +58,7 @@ class PredictedSharding:
     """
 
     def __init__(self, hf_config: HFConfig, layout: EngineLayout, *, drafts: bool = False):
-        self.layout, self.table = layout, weight_table(hf_config)
+        self.layout, self.weight_table = layout, weight_table(hf_config)
         heads = hf_config["num_attention_heads"]
         if heads % layout.tensor_parallel:
             raise UserError(
@@ -68,11 +68,14 @@ class PredictedSharding:
                 key="rollout.tensor_parallel",
                 cause=Cause.INDIVISIBLE,
             )
-        self._stage_layers = stage_layers(len(self.table.layers), layout.pipeline_parallel)
+        self._stage_layers = stage_layers(len(self.weight_table.layers), layout.pipeline_parallel)
         if drafts:
-            start, end = self._stage_layers[-1].start, len(self.table.layers + self.table.mtp)
+            start, end = (
+                self._stage_layers[-1].start,
+                len(self.weight_table.layers + self.weight_table.mtp),
+            )
             self._stage_layers[-1] = range(start, end)
-        on_last_stage = is_tied(self.table) or drafts
+        on_last_stage = is_tied(self.weight_table) or drafts
         self._embedding_stages = sorted({0, layout.pipeline_parallel - 1} if on_last_stage else {0})
         self._end_stages = [layout.pipeline_parallel - 1]
         family = model_family(hf_config)
@@ -89,7 +92,7 @@ class PredictedSharding:
         """Yield the tensors that the rank at `coordinate` needs a part of, in checkpoint order."""
         stage = coordinate.pipeline
         parts, layers = self._parts_on(stage), self._stage_layers[stage]
-        return checkpoint_tensors(self.table, parts, layers, self._experts_at(coordinate))
+        return checkpoint_tensors(self.weight_table, parts, layers, self._experts_at(coordinate))
 
     def regions_of(self, coordinate: Coordinate) -> Iterator[tuple[HFTensor, Region]]:
         """Yield each tensor that the rank at `coordinate` needs, with the region it needs."""
@@ -135,7 +138,7 @@ class PredictedSharding:
         for rank in range(layout.ranks_per_engine):
             coordinate = layout.coordinate(rank)
             layers = self._stage_layers[coordinate.pipeline]
-            for tensor in expert_tensors(self.table, layers, self._experts_at(coordinate)):
+            for tensor in expert_tensors(self.weight_table, layers, self._experts_at(coordinate)):
                 region = self.region(tensor, coordinate)
                 if region is not None:
                     yield tensor, region, (rank,)
@@ -194,7 +197,7 @@ class PredictedSharding:
     def _dense_tensors(self, stage: int) -> Iterator[HFTensor]:
         """Yield the tensors that a stage needs, except routed experts', in checkpoint order."""
         return checkpoint_tensors(
-            self.table, self._parts_on(stage), self._stage_layers[stage], experts=()
+            self.weight_table, self._parts_on(stage), self._stage_layers[stage], experts=()
         )
 
     def _parts_on(self, stage: int) -> set[str]:
@@ -209,7 +212,7 @@ class PredictedSharding:
     def _experts_at(self, coordinate: Coordinate) -> Sequence[int]:
         """Return the indices of the routed experts that the rank holds, whole or split."""
         if not self.layout.expert_parallel:
-            return range(self.table.num_experts)
+            return range(self.weight_table.num_experts)
         return self._experts_on(coordinate.data * self.layout.tensor_parallel + coordinate.tensor)
 
     def _experts_on(self, rank: int) -> list[int]:
@@ -217,7 +220,7 @@ class PredictedSharding:
         placement: the first ranks have one more where they do not divide). Copies stand behind all
         experts, from the first (vLLM's `EplbState.build_initial_global_physical_to_logical_map`):
         there a push puts them, and `engines.plugin.expert_placement` moves them on."""
-        experts = self.table.num_experts
+        experts = self.weight_table.num_experts
         num_physical = experts + self.layout.redundant_experts
         per_rank, remainder = divmod(num_physical, self._num_expert_ranks)
         start = rank * per_rank + min(rank, remainder)

@@ -163,13 +163,13 @@ def check_drafter(config: Config) -> None:
 
 
 def check_blocks(
-    hf_config: HFConfig, engines: EngineLayout, *, tensor: int, expert_tensor: int
+    hf_config: HFConfig, layout: EngineLayout, *, tensor: int, expert_tensor: int
 ) -> None:
     """Refuse layouts that cut blocks, and models without them.
 
     Args:
         hf_config: the model's config.json.
-        engines: the layout of the engines.
+        layout: the layout of the engines.
         tensor: the trainer's tensor-parallel size.
         expert_tensor: the trainer's expert-tensor-parallel size.
 
@@ -195,14 +195,14 @@ def check_blocks(
                 cause=Cause.INDIVISIBLE,
             )
         _check_aligned(item, region, f"parallel.{name}={size}")
-    sharding = PredictedSharding(hf_config, engines)
-    for rank in range(0, engines.ranks_per_engine, engines.tensor_parallel):
-        for item, region in sharding.regions_of(engines.coordinate(rank)):
+    sharding = PredictedSharding(hf_config, layout)
+    for rank in range(0, layout.ranks_per_engine, layout.tensor_parallel):
+        for item, region in sharding.regions_of(layout.coordinate(rank)):
             if not is_quantized(item.name):
                 continue
-            setting = f"rollout.tensor_parallel={engines.tensor_parallel}"
-            if item.expert is not None and not engines.expert_parallel:
-                setting += f" x rollout.data_parallel={engines.data_parallel}"
+            setting = f"rollout.tensor_parallel={layout.tensor_parallel}"
+            if item.expert is not None and not layout.expert_parallel:
+                setting += f" x rollout.data_parallel={layout.data_parallel}"
                 setting += " (or rollout.expert_parallel: true)"
             _check_aligned(item, region, setting)
             if _is_fused_first(item) and region.bottom % FP8_BLOCK_SIZE:

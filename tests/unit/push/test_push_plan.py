@@ -134,7 +134,7 @@ def test_copies_of_experts_stand_behind_all_experts():
         tensor_parallel=2, data_parallel=2, expert_parallel=True, redundant_experts=4
     )
     predicted = PredictedSharding(DEEPSEEK_MTP, layout)
-    experts = predicted.table.num_experts
+    experts = predicted.weight_table.num_experts
     found = [expert for rank in range(4) for expert in predicted._experts_on(rank)]
     # As `build_initial_global_physical_to_logical_map` of vLLM's `EplbState` has them.
     assert found == [*range(experts), 0, 1, 2, 3]

@@ -235,19 +235,19 @@ def _many_engines() -> Planner:
 
 
 def _order(case: ScaleCase) -> RoundSchedule:
-    planner, engines = case.planner, case.planner.engines
-    sets = engine_sets(engines.engines, MAX_SET_ENGINES)
+    planner, layout = case.planner, case.planner.layout
+    sets = engine_sets(layout.engines, MAX_SET_ENGINES)
     plans = plan_sets(planner, FORMS[case.form], sets)
-    ranks, world_size = engines.ranks_per_engine, planner.grid.world_size
+    ranks, world_size = layout.ranks_per_engine, planner.grid.world_size
     return planned_schedule(plans, sets, ranks, world_size, colocated=case.colocated)
 
 
 def _held_on_own_gpu(case: ScaleCase) -> float:
     """Return the part of all engine ranks' bytes that the trainer rank on the same GPU holds, which
     a plan could copy there instead of sending it."""
-    engines, held_bytes, needed_bytes = case.planner.engines, 0, 0
+    layout, held_bytes, needed_bytes = case.planner.layout, 0, 0
     for position, regions in enumerate(needed_regions(case.planner, FORMS[case.form])):
-        ranks = range(position, engines.num_ranks, engines.ranks_per_engine)
+        ranks = range(position, layout.num_ranks, layout.ranks_per_engine)
         for replicas, held_regions in regions.items():
             num_bytes = total_bytes(held_regions)
             held_bytes += num_bytes * len(set(ranks) & set(replicas))
