@@ -134,22 +134,20 @@ def linear_policy_loss(
             this rank's part.
         main_grad: (V_local, H) fp32 (fp64 for fp64), to which backward passes add the weight's
             gradient, unrounded (`linear_token_logprobs`); None: nothing.
-        clip_low: ε below 1.
-        clip_high: ε above 1.
-        dual_clip: the largest ratio of a negative advantage, or None.
-        kl_beta: the weight of the KL estimate.
-        kl_estimator: "k1", "k2" or "k3".
+        clip_low: as in `PolicySettings`, like the settings below.
+        clip_high: `PolicySettings.clip_high`.
+        dual_clip: `PolicySettings.dual_clip`.
+        kl_beta: `PolicySettings.kl_beta`.
+        kl_estimator: `PolicySettings.kl_estimator`.
         rollout_logprobs: (T,), the engine's, or None for no correction.
-        importance_cap: the largest weight of that correction, inf for no limit; None, without
-            `rollout_logprobs`, for no correction.
-        objective: "ppo" or "cispo".
-        entropy_coef: the weight of a bonus of the head's own entropy.
-        ratio_level: "token", or "sequence" (GSPO), which needs all log-probabilities first: one
-            product more.
-        average: "token" or "sequence", see `Averaging.weights`.
-        denominator: the number that the sum is divided by; None: counted.
-        cu_seqlens: (S + 1,) integers, the borders of the responses, or None.
-        sequence_group: ranks that each hold some tokens of every response, or None.
+        importance_cap: `PolicySettings.importance_cap`; None only without `rollout_logprobs`.
+        objective: `PolicySettings.objective`.
+        entropy_coef: `PolicySettings.entropy_coef`, of the head's own entropy.
+        ratio_level: `Averaging.ratio_level`; "sequence" (GSPO) takes one product more.
+        average: `Averaging.average`.
+        denominator: `Averaging.denominator`.
+        cu_seqlens: `Averaging.cu_seqlens`.
+        sequence_group: `Averaging.sequence_group`.
         rows: the indices, rising, of all tokens whose mask is not 0, int64, for callers that have
             them; to find them here, the host waits for the device.
         backend: "triton" or "torch"; None: Triton for CUDA tensors (not fp64), PyTorch elsewhere.

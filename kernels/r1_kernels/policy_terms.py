@@ -17,9 +17,10 @@ constant and no token loses its gradient:
     KL = k1: -g    k2: g² / 2    k3: e^g - g - 1, with g = ref_logprob - logprob
          (http://joschu.net/blog/kl-approx.html; R1 uses k3)
 
-Exponents are capped at MAX_LOG_RATIO; beyond it the derivative is 0, as that of a minimum is. A
-token with weight w = 0 is masked: it does not count, even if its tensors hold NaN. A token is
-unmasked where its weight is above 0, or NaN."""
+Exponents are capped at MAX_LOG_RATIO; beyond it the derivatives of ppo's surrogate and of k3 are 0,
+as that of a minimum is. (cispo's is the clipped ratio times A, whatever the exponent.) A token with
+weight w = 0 is masked: it does not count, even if its tensors hold NaN. A token is unmasked where
+its weight is above 0, or NaN."""
 
 from typing import Literal, NamedTuple, get_args
 

@@ -33,11 +33,9 @@ WIDTH = tl.constexpr(128)
 E4M3_MAX = tl.constexpr(448.0)
 SMALLEST_AMAX_BITS = tl.constexpr(0x38D1B717)  # 1e-4 in fp32
 
-# Rows and warps per tile, chosen from the kernels as compiled for sm_90 (in brackets: sm_80) by
-# Triton 3.9.0, which requirements/cpu.lock has (what is used takes at most one register more by
-# 3.7.1 of requirements/cuda.lock); not timed on a GPU. None of these spills. 29 kB in flight per SM
-# are needed (4.8 TB/s x 0.8 us / 132 SMs). Rows / warps: registers, bf16 KiB in flight and warps
-# per SM, instructions per element.
+# By registers, untimed (`primitives`). Rows / warps per tile: registers (in brackets: sm_80), bf16
+# KiB in flight and warps per SM, instructions per element. By Triton 3.7.1 (requirements/cuda.lock)
+# what is used takes at most one register more.
 #   weight      128 / 8: 89 (sm_80: 128), 64, 16, 9.5     128 / 16: 53 (64), 64, 32, 12.8 (used)
 #               128 / 32: 39 (40), 32, 32, 19.2
 #   activation  16 / 4: 39, 48, 48, 20.1                  32 / 4: 59, 64, 32, 14.3 (used)

@@ -35,11 +35,10 @@ from r1_kernels.primitives.rows_triton import (
 from r1_kernels.sampling_mask import KeptIds
 from r1_kernels.vocabulary import STATISTICS, RowUpstream, VocabShard
 
-# Chosen by registers and instructions as compiled by Triton 3.9.0 (`python tools/bench resources
-# --alternatives --only kept_statistics`, and so on); not timed on a GPU. Registers are those of
-# bf16 / fp32 on sm_80, sm_90 and sm_100; instructions per id those of sm_90. No alternative spills
-# or uses shared memory, and registers limit the programs per SM in none: with one or two warps an
-# SM holds 32, its limit.
+# By registers, untimed (`primitives`; `python tools/bench resources --alternatives --only
+# kept_statistics`, and so on). Registers are those of bf16 / fp32; instructions per id those of
+# sm_90. No alternative uses shared memory, and registers limit the programs per SM in none: with
+# one or two warps an SM holds 32, its limit.
 #     kept_statistics                 sm_80     sm_90    sm_100   instructions per id
 #     LOADS 2                       31 / 32   31 / 34   32 / 34   32.5 / 30.5
 #     LOADS 4                       38 / 38   36 / 38   42 / 38   29.3 / 27.8    used

@@ -30,11 +30,9 @@ from r1_kernels.policy_terms import (
     TokenTensors,
 )
 
-# Chosen by registers and instructions as compiled for sm_90 by Triton 3.9.0, which
-# requirements/cpu.lock has, with a reference (requirements/cuda.lock has 3.7.1, by which nothing
-# spills either); the kernel has not been timed alone on a GPU. Programs are those for 65,536 tokens
-# (an H200 has 132 SMs). None spills.
-#     tokens per program, warps   registers   instructions per token   programs
+# By registers, untimed (`primitives`), with a reference. By Triton 3.7.1 (requirements/cuda.lock)
+# nothing spills either.
+#     tokens per program, warps   registers   instructions per token   programs for 65,536 tokens
 #                        256, 4          32                     93.0        256   loads of 8 bytes
 #                        256, 2          48                     78.5        256
 #                        512, 4          48                     78.8        128   used
@@ -47,8 +45,7 @@ from r1_kernels.policy_terms import (
 TOKENS_PER_BLOCK = 512
 NUM_WARPS = 4
 # 8 floats per thread in loads of 4 bytes, because a sequence may start at any element; adjacent
-# threads load adjacent elements, so that a warp's 128 bytes are still one line of memory. 29 KiB
-# in flight per SM are needed.
+# threads load adjacent elements, so that a warp's 128 bytes are still one line of memory.
 #     values per turn, warps   registers   instructions per value   KiB in flight per SM
 #                    1024, 4          31                      5.6                     64
 #                    2048, 8          31                      6.1                     64   used

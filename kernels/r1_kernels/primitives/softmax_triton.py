@@ -39,14 +39,10 @@ from r1_kernels.primitives.rows_triton import (
 )
 from r1_kernels.vocabulary import STATISTICS, RowUpstream, VocabShard
 
-# The constants below are chosen from the registers and instructions of the kernels as compiled for
-# sm_90 by Triton 3.9.0, which requirements/cpu.lock has (docs/benchmarks/kernel-resources.md), not
-# by times. By 3.7.1 of requirements/cuda.lock `row_statistics` of bf16 has 48 registers instead of
-# 64 with as many instructions, and nothing spills. On an H200, by Triton 3.6.0, both passes
-# together took 64 ms where memory needs 14.5 (docs/benchmarks/gpu-h200.md, one round). The target:
-# an H200 needs 29 kB in flight per SM to use its memory's 4.8 TB/s at a latency of 0.8 us. The row
-# `r1_kernels` of `token_logprobs` and of `token_logprobs+backward` decides them by time (`python
-# tools/bench kernels --only token_logprobs`; NARROW_LOADS with `--vocab 129281`).
+# By registers, untimed (`primitives`). By Triton 3.7.1 (requirements/cuda.lock) `row_statistics` of
+# bf16 has 48 registers instead of 64 with as many instructions, and nothing spills. What is used
+# took, both passes together, 64 ms on an H200 by Triton 3.6.0, where memory needs 14.5
+# (docs/benchmarks/gpu-h200.md, one round). NARROW_LOADS decides with `--vocab 129281`.
 
 # Loads in flight per lane, whose elements share one update of its maximum. For bf16 on sm_90, 2, 4
 # and 8 loads take 10.2, 9.5 and 9.1 instructions per element, where memory takes as long as 12.4,
