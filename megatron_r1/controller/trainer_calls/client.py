@@ -356,8 +356,12 @@ class TrainerClient:
         on_start: Callable[[], object] | None = None,
     ) -> list[dict[str, Any]]:
         await self._call_lock.acquire()
-        if on_start is not None:
-            on_start()
+        try:
+            if on_start is not None:
+                on_start()
+        except BaseException:  # no exchange that would release the lock has begun
+            self._call_lock.release()
+            raise
         # The caller may be cancelled from here on. The exchange goes on all the same: its replies
         # would otherwise be taken for those to the next call.
         exchange = asyncio.create_task(self._exchange(operation, arguments, shares))

@@ -89,6 +89,19 @@ def test_begun_is_called_when_the_call_is_sent_to_the_ranks(client):
     assert asyncio.run(story()) == [None]
 
 
+def test_a_call_whose_on_start_fails_lets_the_next_call_begin(client):
+    def fail():
+        raise OSError("no engine")
+
+    async def story():
+        with pytest.raises(OSError, match="no engine"):
+            await client.call_all(ModelOperations.compute_values, on_start=fail)
+        return await asyncio.wait_for(client.call(ModelOperations.update), timeout=60)
+
+    client.socket.answers.set()
+    assert asyncio.run(story()) == {"operation": "update"}
+
+
 def test_a_call_while_the_ranks_start_again_is_a_loss_and_not_an_empty_reply(client):
     client.ranks = []
     with pytest.raises(TrainerLost, match="send_weights"):
