@@ -174,13 +174,15 @@ class RolloutCollector:
             results: list[EpisodeResult] = []
             if restored:
                 responses = [graded.response for graded in restored.responses]
+                tracked_group.await_grades()
             elif self.player is None:
                 responses = await self._generate(prompt, prompt_ids, sampling)
             else:
                 results = await self._play(prompt, sampling)
                 responses = [result.episode.response() for result in results]
             progress.sampled_at = time.perf_counter()
-            tracked_group.sampling_done(responses)
+            if not restored:
+                tracked_group.sampling_done(responses)
             async with _open_tasks() as tasks:
                 grading = tasks.create_task(
                     self._grade(progress, tracked_group, responses, results)

@@ -28,6 +28,10 @@ class InFlightGroup:
         self._tracker, self.prompt = tracker, prompt
         self._enter("sampling")
 
+    def await_grades(self) -> None:
+        """Enter phase "grading" with responses that were sampled in an earlier process."""
+        self._enter("grading")
+
     def sampling_done(self, responses: Sequence[Response]) -> None:
         """Count the group's responses and enter phase "grading"."""
         self._enter("grading")

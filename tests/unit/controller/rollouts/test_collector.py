@@ -11,7 +11,7 @@ from megatron_r1.base.errors import RunError
 from megatron_r1.config import RewardsConfig
 from megatron_r1.controller.rollouts.collector import RolloutCollector
 from megatron_r1.controller.rollouts.in_flight import InFlightGroup
-from megatron_r1.controller.rollouts.rollout import GradedResponse, RolloutSampling
+from megatron_r1.controller.rollouts.rollout import GradedResponse, Group, RolloutSampling
 from megatron_r1.data.prompt import make_prompt
 from megatron_r1.engines.server.responses import Response
 
@@ -130,3 +130,23 @@ def test_a_group_waits_for_a_teacher_only_where_there_is_one(monkeypatch, with_t
     sampling = RolloutSampling(2, 1.0, 1.0, 8, with_teacher=with_teacher)
     asyncio.run(collector.collect([PROMPT], sampling))
     assert phases == ["sampling", "grading", *["awaiting_teacher"] * with_teacher]
+
+
+def test_a_group_of_the_log_that_is_graded_again_does_not_count_as_sampled():
+    async def grade(prompt, responses, weights):
+        return [GradedResponse(response, "x", {}, 0.0, "") for response in responses]
+
+    response = Response([1], [0.0], [0], "stop")
+    restored = Group(PROMPT, [1], [GradedResponse(response, "x", {}, 0.0, "")])
+    step_log = SimpleNamespace(
+        reserve=range,
+        restore=lambda index, prompt, only_final: restored if index == 0 else None,
+        is_final=lambda group: False,
+        append=lambda *record: None,
+    )
+    collector = RolloutCollector(Engine(), None, TEXT, RewardsConfig())
+    collector.grader = SimpleNamespace(grade=grade)
+    asyncio.run(collector.collect([PROMPT] * 2, RolloutSampling(3, 1.0, 1.0, 8), step_log))
+    counts = collector.in_flight
+    assert (counts.num_sampled, counts.num_responses, counts.num_tokens) == (1, 3, 3)
+    assert counts.num_finished == 2
