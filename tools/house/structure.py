@@ -88,11 +88,17 @@ def num_modules(root: Path) -> int:
     return sum(not name.startswith("tests/") for name in output.splitlines())
 
 
-def num_words(root: Path) -> int:
-    """Return the words of README, CONTRIBUTING and docs, without code blocks."""
+def num_words(root: Path, with_code_blocks: bool = True) -> int:
+    """Return the words of README, CONTRIBUTING and docs, as `wc -w` counts them.
+
+    Args:
+        root: the folder of the repository.
+        with_code_blocks: whether commands, recipes and outputs in fences count."""
     pages = [root / "README.md", root / "CONTRIBUTING.md", *(root / "docs").rglob("*.md")]
     texts = (page.read_text(encoding="utf-8") for page in pages)
-    return sum(len(re.sub(r"```.*?```", "", text, flags=re.S).split()) for text in texts)
+    if not with_code_blocks:
+        texts = (re.sub(r"```.*?```", "", text, flags=re.S) for text in texts)
+    return sum(len(text.split()) for text in texts)
 
 
 def num_layers(root: Path) -> int:
@@ -122,6 +128,7 @@ def table(root: Path) -> str:
     rows["files of all three"] = len(files)
     rows["lines of all three"] = num_lines(all_modules[name] for name in files)
     rows["Python files outside tests"] = num_modules(root)
-    rows["words of docs"] = num_words(root)
+    rows["words of README, CONTRIBUTING and docs/"] = num_words(root)
+    rows["of them outside code blocks"] = num_words(root, with_code_blocks=False)
     rows["lines of tests"] = num_lines((root / "tests").rglob("*.py"))
     return "\n".join(f"{name:44} {value:8,}" for name, value in rows.items())
