@@ -14,7 +14,6 @@ from typing import Any
 from torch import Tensor
 
 from megatron_r1.controller.trainer_calls.packing import pack, sample_cost
-from megatron_r1.why import formulas
 from megatron_r1.why.comparison import CannotRecompute
 from megatron_r1.why.policy import checkpoint_model, token_logprobs
 from megatron_r1.why.policy.adapters import trained_parameters
@@ -32,11 +31,6 @@ from megatron_r1.why.update.token_advantages import with_token_advantages
 
 UPDATE_FLOPS = 2e13
 """Floating-point operations of a step's updates: minutes on two cores. More are not made."""
-RECOMPUTABLE_ALGORITHMS = (
-    *formulas.RESPONSE_ADVANTAGE_ALGORITHMS,
-    *formulas.TOKEN_ADVANTAGE_ALGORITHMS,
-)
-"""Algorithms whose updates are made again."""
 PARAMETER_COPIES = 7
 """Copies of the parameters, fp32, that the updates need: model, gradients, moments, and others."""
 
@@ -87,12 +81,10 @@ class UpdateInputs:
         """Raise CannotRecompute where the step's updates cannot be made here."""
         config = self.step.config
         before = self.models.checkpoint_before
-        algorithm = config.rl.algorithm
         reasons = (
             (
-                algorithm not in RECOMPUTABLE_ALGORITHMS,
-                f"rl.algorithm: {algorithm} is none of "
-                f"{', '.join(sorted(RECOMPUTABLE_ALGORITHMS))}",
+                self.step.rules.recomputed_baseline is None,
+                f"rl.algorithm: {config.rl.algorithm}: its rules have no recomputed_baseline",
             ),
             (
                 bool(config.rl.routing_replay and config.model.expert_bias_update_rate),
@@ -218,7 +210,7 @@ class UpdateInputs:
             is_sequence_ratio=rl.ratio_level == "sequence",
             is_cispo=rl.algorithm == "cispo",
             importance_cap=rl.importance_cap,
-            kl_beta=0.0 if rl.algorithm in formulas.TOKEN_ADVANTAGE_ALGORITHMS else rl.kl_beta,
+            kl_beta=0.0 if self.step.rules.kl_in_reward else rl.kl_beta,
             kl_estimator=rl.kl_estimator,
             entropy_coef=rl.entropy_coef,
             temperature=self.policies.temperature,
