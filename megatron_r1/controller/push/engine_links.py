@@ -3,16 +3,10 @@ and sends to them; engines at fault are lost, the others regrouped."""
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from megatron_r1.config.push import PushConfig
-from megatron_r1.controller.push.engine_set import (
-    EngineSet,
-    connect_errors,
-    problems_of_ranks,
-    record_sizes,
-    with_problems_of_engines,
-)
 from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.engines.fleet.engine import Engine
 from megatron_r1.engines.server.errors import EngineDied, EngineError
@@ -21,6 +15,7 @@ from megatron_r1.push.control_messages import (
     ConnectedSets,
     PushInitInfo,
     SetFailure,
+    StoreUnreachable,
 )
 from megatron_r1.push.plan.engine_sets import engine_sets
 from megatron_r1.push.plan.layouts import EngineLayout
@@ -39,6 +34,22 @@ its own: the engines may not reach each other."""
 OnEngineLost = Callable[[Engine, EngineError], None]
 """Handles an engine that can no longer be used; the error is EngineDied where the engine, or its
 link, is known to have died."""
+
+
+@dataclass(eq=False)
+class EngineSet:
+    """Engines that receive a push together: what enters one is relayed to the others.
+
+    Attributes:
+        name: the set's name at the trainer and in its store, new for every set.
+        engines: its members, in the order of their numbers, from 0.
+        num_links: links of each trainer rank to the set.
+        num_bytes: bytes of a whole push to the set, out of all trainer ranks."""
+
+    name: str
+    engines: list[Engine]
+    num_links: list[int] = field(default_factory=list)
+    num_bytes: int = 0
 
 
 class EngineLinks:
@@ -231,13 +242,13 @@ class EngineLinks:
 
         try:
             results = await self._connect_ranks(sets, call_engines)
-            record_sizes(sets, results)
-            problems = problems_of_ranks(results)
+            _record_sizes(sets, results)
+            problems = _problems_of_ranks(results)
             answer_timeout_seconds = ANSWER_SECONDS if problems else self.settings.timeout_seconds
             if calls:
                 await asyncio.wait(calls.values(), timeout=answer_timeout_seconds)
-            errors = connect_errors(calls)
-            problems = with_problems_of_engines(problems, sets, errors)
+            errors = _connect_errors(calls)
+            problems = _with_problems_of_engines(problems, sets, errors)
             deaths = {e: error for e, error in errors.items() if isinstance(error, EngineDied)}
             return problems, deaths
         finally:
@@ -341,6 +352,57 @@ class EngineLinks:
     def _drop(self, sets: Sequence[EngineSet]) -> None:
         self._closed_sets += [engine_set.name for engine_set in sets]
         self.sets = [engine_set for engine_set in self.sets if engine_set not in sets]
+
+
+def _record_sizes(sets: Sequence[EngineSet], results: Sequence[ConnectedSets]) -> None:
+    """Record in the sets the links and bytes that the trainer's ranks report."""
+    for engine_set in sets:
+        name = engine_set.name
+        engine_set.num_links = [result.num_links.get(name, 0) for result in results]
+        engine_set.num_bytes = sum(result.num_bytes.get(name, 0) for result in results)
+
+
+def _problems_of_ranks(results: Sequence[ConnectedSets]) -> dict[str, str]:
+    """Return by set the first problem that a trainer rank has with it."""
+    problems: dict[str, str] = {}
+    for rank, result in enumerate(results):
+        for name, problem in result.problems.items():
+            problems.setdefault(name, f"trainer rank {rank} cannot connect to it: {problem}")
+    return problems
+
+
+def _with_problems_of_engines(
+    problems: dict[str, str], sets: Sequence[EngineSet], errors: Mapping[Engine, EngineError]
+) -> dict[str, str]:
+    """Return by set the problems of the trainer's ranks, and of the engines where these have none
+    or know less."""
+    problems = dict(problems)
+    set_names = {engine: engine_set.name for engine_set in sets for engine in engine_set.engines}
+    for engine, name in set_names.items():
+        if engine not in errors:
+            continue
+        error = str(errors[engine])
+        # The trainer's ranks know only that they heard nothing from such an engine.
+        if name not in problems or StoreUnreachable.CODE in error:
+            problems[name] = error
+    return problems
+
+
+def _connect_errors(calls: dict[Engine, asyncio.Task[None]]) -> dict[Engine, EngineError]:
+    """Return the errors of these calls, EngineDied for one that has not ended.
+
+    Raises:
+        Exception: the first error that is not an EngineError.
+    """
+    errors: dict[Engine, EngineError] = {}
+    for engine, call in calls.items():
+        if not call.done():
+            errors[engine] = EngineDied(f"{engine.name} does not answer while it connects")
+        elif isinstance(error := call.exception(), EngineError):
+            errors[engine] = error
+        elif error is not None:
+            raise error
+    return errors
 
 
 def _report_failure(host: str, port: int, name: str, error: str) -> None:

@@ -8,8 +8,7 @@ import msgspec
 import pytest
 
 from megatron_r1.config.push import PushConfig
-from megatron_r1.controller.push.engine_links import EngineLinks
-from megatron_r1.controller.push.engine_set import EngineSet
+from megatron_r1.controller.push.engine_links import EngineLinks, EngineSet
 from megatron_r1.engines.fleet.engine import Engine
 from megatron_r1.engines.server.errors import EngineFault
 from megatron_r1.push.control_messages import (
