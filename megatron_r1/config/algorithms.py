@@ -95,6 +95,7 @@ def make_engine_mask(
 
 
 Option = bool | int | float | str
+Baseline = Literal["group", "others", "rollout", "none"]
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,11 @@ class AlgorithmRules:
         critic: it needs a critic's values, and trains the critic.
         teacher: it needs a teacher's log-probabilities.
         options: settings that only it has, by name, with their defaults; a recipe's
-            `rl.options`."""
+            `rl.options`.
+        recomputed_baseline: the rewards whose mean `why` subtracts when it makes the updates again
+            with `grpo.loss` or cispo's: those of the group, of its other responses or of the
+            rollout; "none": nothing is subtracted; None: `why` leaves the updates out. With
+            `kl_in_reward` a token's advantage is the sum of the rewards to come."""
 
     defaults: dict[str, Any] = field(default_factory=dict)
     kl_in_reward: bool = False
@@ -121,6 +126,7 @@ class AlgorithmRules:
     critic: bool = False
     teacher: bool = False
     options: dict[str, Option] = field(default_factory=dict)
+    recomputed_baseline: Baseline | None = None
 
     def read_options(self, settings: Mapping[str, Any]) -> dict[str, Option]:
         """Return `options` with a recipe's values.
@@ -157,28 +163,39 @@ DAPO_SAMPLES = {"dynamic_sampling": True, "loss_average": "token", "overlong_buf
 NO_KL = {"kl_beta": 0.0}
 PLAIN_SUM = {"advantage_std": "none", "loss_average": "constant"}
 ALGORITHMS: dict[str, AlgorithmRules] = {
-    "grpo": AlgorithmRules(),  # the defaults of RLConfig are R1-Zero's
-    "dapo": AlgorithmRules({"clip_low": 0.2, "clip_high": 0.28} | DAPO_SAMPLES | NO_KL),
-    "dr_grpo": AlgorithmRules(PLAIN_SUM | PPO_CLIP | NO_KL),
+    # the defaults of RLConfig are R1-Zero's
+    "grpo": AlgorithmRules(recomputed_baseline="group"),
+    "dapo": AlgorithmRules(
+        {"clip_low": 0.2, "clip_high": 0.28} | DAPO_SAMPLES | NO_KL, recomputed_baseline="group"
+    ),
+    "dr_grpo": AlgorithmRules(PLAIN_SUM | PPO_CLIP | NO_KL, recomputed_baseline="group"),
     "gspo": AlgorithmRules(
-        {"ratio_level": "sequence", "clip_low": 3e-4, "clip_high": 4e-4, "minibatches": 4} | NO_KL
+        {"ratio_level": "sequence", "clip_low": 3e-4, "clip_high": 4e-4, "minibatches": 4} | NO_KL,
+        recomputed_baseline="group",
     ),
     "cispo": AlgorithmRules(
-        {"clip_low": 10.0, "clip_high": 4.0} | DAPO_SAMPLES | NO_KL, dual_clip=False
+        {"clip_low": 10.0, "clip_high": 4.0} | DAPO_SAMPLES | NO_KL,
+        dual_clip=False,
+        recomputed_baseline="group",
     ),
     "reinforce": AlgorithmRules(
-        PLAIN_SUM | {"minibatches": 1} | NO_KL, advantage_stds=("none", "batch"), min_group_size=1
+        PLAIN_SUM | {"minibatches": 1} | NO_KL,
+        advantage_stds=("none", "batch"),
+        min_group_size=1,
+        recomputed_baseline="rollout",
     ),
     "reinforce_pp": AlgorithmRules(
         {"advantage_std": "batch", "loss_average": "token"} | PPO_CLIP | {"kl_beta": 0.01},
         kl_in_reward=True,
         advantage_stds=("batch",),
         min_group_size=1,
+        recomputed_baseline="none",
     ),
     "rloo": AlgorithmRules(
         {"group_size": 4} | PLAIN_SUM | {"minibatches": 1, "kl_beta": 0.03},
         kl_in_reward=True,
         advantage_stds=("none",),
+        recomputed_baseline="others",
     ),
     "ppo": AlgorithmRules(
         {"advantage_std": "batch"} | PPO_CLIP | {"gae_lambda": 1.0, "discount": 1.0},

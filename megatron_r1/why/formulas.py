@@ -10,10 +10,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-RESPONSE_ADVANTAGE_ALGORITHMS = ("grpo", "dapo", "dr_grpo", "gspo", "cispo", "reinforce")
-"""Whose tokens all have their response's advantage."""
-TOKEN_ADVANTAGE_ALGORITHMS = ("rloo", "reinforce_pp")
-"""Whose tokens have advantages of their own, made of their response's (`token_advantages`)."""
+from megatron_r1.config.algorithms import AlgorithmRules, Baseline
+
 REWARD_ROUNDING = 1e-9
 """The largest relative distance of equal rewards: sums of the same terms in another order differ by
 rounding, which is smaller."""
@@ -38,7 +36,7 @@ def training_reward(
 
 def advantages(
     groups: Sequence[Sequence[float | None]],
-    algorithm: str,
+    rules: AlgorithmRules,
     std: str,
     epsilon: float,
     *,
@@ -49,36 +47,38 @@ def advantages(
 
     Args:
         groups: training rewards; None: ungraded.
-        algorithm: one of `RESPONSE_ADVANTAGE_ALGORITHMS` or `TOKEN_ADVANTAGE_ALGORITHMS`.
-        std: what is divided by: "group", "batch" or "none".
+        rules: those of an algorithm with a `recomputed_baseline`.
+        std: what is divided by: "group", "batch" or "none". Advantages of tokens are divided by
+            `update.token_advantages`, and a rollout's baseline has no deviation of a group.
         epsilon: added to the deviation.
         is_centered: whether the mean is subtracted.
-        ddof: what the deviation's number of rewards is less than their number by."""
+        ddof: the deviation divides by the number of rewards less `ddof`."""
+    baseline = rules.recomputed_baseline
+    assert baseline is not None, "the algorithm is not recomputed"
     rewards = [np.array([np.nan if r is None else r for r in group]) for group in groups]
-    if algorithm in TOKEN_ADVANTAGE_ALGORITHMS or (algorithm == "reinforce" and std == "group"):
+    if rules.kl_in_reward or (baseline == "rollout" and std == "group"):
         std = "none"
     scaled_advantages = scale_advantages(
-        _subtract_baseline(rewards, algorithm, is_centered), std, epsilon, ddof
+        _subtract_baseline(rewards, baseline, is_centered), std, epsilon, ddof
     )
     return [group_advantages.tolist() for group_advantages in scaled_advantages]
 
 
 def _subtract_baseline(
-    rewards: Sequence[np.ndarray], algorithm: str, is_centered: bool
+    rewards: Sequence[np.ndarray], baseline: Baseline, is_centered: bool
 ) -> Sequence[np.ndarray]:
-    """Return rewards less the algorithm's baseline, with zeros where those that it compares are
-    equal."""
-    if algorithm == "reinforce_pp":
+    """Return rewards less their baseline, with zeros where those that it compares are equal."""
+    if baseline == "none":
         return rewards
-    if algorithm == "rloo":
+    if baseline == "others":
         centered_rewards = subtract_other_mean(rewards)
     elif not is_centered:
         centered_rewards = list(rewards)
-    elif algorithm == "reinforce":
+    elif baseline == "rollout":
         centered_rewards = subtract_rollout_mean(rewards)
     else:
         centered_rewards = subtract_group_mean(rewards)
-    if algorithm == "reinforce":
+    if baseline == "rollout":
         is_equal = [are_equal(np.concatenate(rewards))] * len(rewards)
     else:
         is_equal = [are_equal(group_rewards) for group_rewards in rewards]
@@ -127,7 +127,7 @@ def scale_advantages(
         centered_rewards: rewards less their baseline, by group.
         std: as of `advantages`, like the next two.
         epsilon: added to the deviation.
-        ddof: what the deviation's number of rewards is less than their number by."""
+        ddof: the deviation divides by the number of rewards less `ddof`."""
     if std == "group":
         return [
             group_advantages / (np.nanstd(group_advantages, ddof=ddof) + epsilon)
@@ -144,7 +144,7 @@ def scale_advantages(
 def reward_term_advantages(
     rewards: Mapping[str, Sequence[Sequence[float | None]]],
     weights: Mapping[str, float],
-    algorithm: str,
+    rules: AlgorithmRules,
     std: str,
     epsilon: float,
 ) -> list[list[float]]:
@@ -153,11 +153,11 @@ def reward_term_advantages(
     Args:
         rewards: by reward and group; None: ungraded.
         weights: the weight of each reward.
-        algorithm: as of `advantages`, like the next two.
+        rules: as of `advantages`, like the next two.
         std: what is divided by.
         epsilon: added to the deviation."""
     parts = {
-        name: advantages(term_rewards, algorithm, std, epsilon)
+        name: advantages(term_rewards, rules, std, epsilon)
         for name, term_rewards in rewards.items()
     }
     groups = range(len(next(iter(rewards.values()))))

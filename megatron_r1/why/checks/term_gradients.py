@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from megatron_r1.reporting.formatting import format_percent
 from megatron_r1.why.comparison import DEPARTS, EQUAL, CannotRecompute, Comparison, not_checked
 from megatron_r1.why.record.recorded_step import RecordedStep
-from megatron_r1.why.update.loss_terms import can_leave_out, num_left_out
+from megatron_r1.why.update.loss_terms import num_left_out
 
 if TYPE_CHECKING:
     from megatron_r1.why.update.recomputation import Recomputation
@@ -117,7 +117,7 @@ def _unchecked_gradients(step: RecordedStep, recomputation: Recomputation) -> li
     texts = []
     if recomputation.inputs.trains_mtp_layers:
         texts.append("the MTP layers' loss, not checked: it is not recomputed")
-    if num_left_out(step) and not can_leave_out(step):
+    if num_left_out(step) and not step.has_response_advantages:
         texts.append(
             "responses left out of the loss, not checked: the advantages that they would have are "
             f"not known for rl.algorithm: {step.config.rl.algorithm}, rl.reward_normalization: "

@@ -11,7 +11,7 @@ from r1_grading.terms import weights_at
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import Config
-from megatron_r1.config.algorithms import find_rules
+from megatron_r1.config.algorithms import AlgorithmRules, find_rules
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group
 from megatron_r1.controller.rollouts.sample_log import SamplingRecord
 from megatron_r1.data.prompt import Prompt
@@ -72,6 +72,17 @@ class RecordedStep:
         return self.run_config.at(self.step)
 
     @cached_property
+    def rules(self) -> AlgorithmRules:
+        """The rules of the run's algorithm."""
+        return find_rules(self.run_config.rl.algorithm)
+
+    @property
+    def has_response_advantages(self) -> bool:
+        """Whether each response has an advantage that `formulas.advantages` makes of its reward."""
+        is_recomputed = self.rules.recomputed_baseline is not None and not self.rules.kl_in_reward
+        return is_recomputed and self.config.rl.reward_normalization == "sum"
+
+    @cached_property
     def model(self) -> Path:
         """The folder of the model that the run began with, or the run's export of it."""
         return _model_folder(self.folder, self.run_config)
@@ -109,7 +120,7 @@ class RecordedStep:
     def updates_after(self, step: int) -> int:
         """Return the policy's updates up to the end of a step."""
         config = self.run_config
-        warm = config.critic.warmup_steps if find_rules(config.rl.algorithm).critic else 0
+        warm = config.critic.warmup_steps if self.rules.critic else 0
         return max(0, config.updates_before(step + 1) - config.updates_before(warm + 1))
 
     @cached_property
@@ -175,8 +186,8 @@ class RecordedStep:
 
     @cached_property
     def advantages(self) -> list[list[float]]:
-        """Advantages by this command's own formulas; NaN: not trained on. Zeros for algorithms
-        that `formulas` does not have."""
+        """Advantages by this command's own formulas; NaN: not trained on. Zeros for an algorithm
+        whose rules have no `recomputed_baseline`."""
         return response_advantages(
             self.groups, self.config, self.training_rewards, self.reward_weights
         )

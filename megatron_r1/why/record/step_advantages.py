@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 from megatron_r1.config import Config
+from megatron_r1.config.algorithms import find_rules
 from megatron_r1.controller.rollouts.rollout import Group
 from megatron_r1.why import formulas
 
@@ -41,30 +42,28 @@ def response_advantages(
     training_rewards: GroupRewards,
     reward_weights: dict[str, float],
 ) -> list[list[float]]:
-    """Return advantages by this command's own formulas; NaN: not trained on. Zeros for algorithms
-    that `formulas` does not have.
+    """Return advantages by this command's own formulas; NaN: not trained on.
+
+    They are zeros for an algorithm whose rules have no `recomputed_baseline`.
 
     Args:
         groups: those that are trained on.
         config: the settings at their step.
         training_rewards: the rewards that advantages are made of.
         reward_weights: the weight of each reward in the step."""
-    rl = config.rl
-    if rl.algorithm not in (
-        *formulas.RESPONSE_ADVANTAGE_ALGORITHMS,
-        *formulas.TOKEN_ADVANTAGE_ALGORITHMS,
-    ):
+    rl, rules = config.rl, find_rules(config.rl.algorithm)
+    if rules.recomputed_baseline is None:
         by_group = [[0.0] * len(rewards) for rewards in training_rewards]
     elif rl.reward_normalization == "each":
         by_group = formulas.reward_term_advantages(
             *_reward_terms(groups, config, reward_weights),
-            rl.algorithm,
+            rules,
             rl.advantage_std,
             rl.advantage_epsilon,
         )
     else:
         by_group = formulas.advantages(
-            training_rewards, rl.algorithm, rl.advantage_std, rl.advantage_epsilon
+            training_rewards, rules, rl.advantage_std, rl.advantage_epsilon
         )
     if rl.truncated == "mask":
         for group_advantages, group in zip(by_group, groups, strict=True):

@@ -33,11 +33,7 @@ def advantage_substitutions(step: RecordedStep, traces: CheckpointTraces) -> Ite
     Args:
         step: the step.
         traces: what the checkpoint after it says."""
-    rl = step.config.rl
-    if (
-        rl.algorithm not in formulas.RESPONSE_ADVANTAGE_ALGORITHMS
-        or rl.reward_normalization != "sum"
-    ):
+    if not step.has_response_advantages:
         return
     yield from _rule_substitutions(step)
     yield from _shifted_advantage_substitutions(step)
@@ -55,7 +51,7 @@ def _compute_advantages(step: RecordedStep, rewards: Rewards, **options: Any) ->
         options: arguments of `formulas.advantages` in place of the step's."""
     rl = step.config.rl
     arguments: dict[str, Any] = {"std": rl.advantage_std, "epsilon": rl.advantage_epsilon} | options
-    return formulas.advantages(rewards, rl.algorithm, **arguments)
+    return formulas.advantages(rewards, step.rules, **arguments)
 
 
 def _rule_substitutions(step: RecordedStep) -> Iterator[Substitution]:

@@ -59,13 +59,13 @@ def left_out_terms(
         with_advantages: returns rows with the advantages of their tokens.
         minibatches: returns the rows of each mini-batch.
         rows: those of `step.sequences`."""
-    if not can_leave_out(step) or all(row.is_trained for row in rows):
+    if not step.has_response_advantages or all(row.is_trained for row in rows):
         return []
     rl = step.config.rl
     rewards = step.training_rewards
     rewards_with_zeros = [[reward or 0.0 for reward in group] for group in rewards]
     graded_advantages, all_advantages = (
-        formulas.advantages(values, rl.algorithm, rl.advantage_std, rl.advantage_epsilon)
+        formulas.advantages(values, step.rules, rl.advantage_std, rl.advantage_epsilon)
         for values in (rewards, rewards_with_zeros)
     )
     all_rows = list(rows)
@@ -95,14 +95,6 @@ def left_out_terms(
         if members:
             terms.append(LossTerm(name, "policy", remedy, members, 0.0, by_update))
     return terms
-
-
-def can_leave_out(step: RecordedStep) -> bool:
-    """Return whether the advantages are known that responses left out of the loss would have."""
-    rl = step.config.rl
-    return (
-        rl.algorithm in formulas.RESPONSE_ADVANTAGE_ALGORITHMS and rl.reward_normalization == "sum"
-    )
 
 
 def num_left_out(step: RecordedStep) -> int:

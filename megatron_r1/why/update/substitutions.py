@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from megatron_r1.config import RLConfig
 from megatron_r1.config.optimizer import OptimizerConfig
-from megatron_r1.why import formulas
 from megatron_r1.why.record.recorded_step import RecordedStep, weights_after
 from megatron_r1.why.update.advantage_substitutions import advantage_substitutions
 from megatron_r1.why.update.substitution import Substitution, other_values
@@ -49,7 +48,7 @@ def substitutions(step: RecordedStep, recomputation: Recomputation) -> Iterator[
         step: the step.
         recomputation: its updates as the settings say."""
     rl = step.config.rl
-    if rl.kl_beta and rl.algorithm not in formulas.TOKEN_ADVANTAGE_ALGORITHMS:
+    if rl.kl_beta and not step.rules.kl_in_reward:
         yield from _kl_substitutions(step)
     yield from _loss_substitutions(step)
     yield from advantage_substitutions(step, recomputation.traces)

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from megatron_r1.config.algorithms import EngineMask
-from megatron_r1.why.formulas import TOKEN_ADVANTAGE_ALGORITHMS
 from megatron_r1.why.policy.token_logprobs import TokenRow
 from megatron_r1.why.record.recorded_step import RecordedStep
 
@@ -38,7 +37,7 @@ def with_token_advantages(
         ref_logprobs: those under the reference, or None."""
     rl = step.config.rl
     new_rows = list(rows)
-    if rl.algorithm in TOKEN_ADVANTAGE_ALGORITHMS:
+    if step.rules.kl_in_reward:
         values = [
             _rewards_to_go(
                 row,
@@ -48,7 +47,7 @@ def with_token_advantages(
             )
             for index, row in enumerate(rows)
         ]
-        if rl.algorithm == "reinforce_pp":
+        if rl.advantage_std == "batch":
             trained_values = [v for v, row in zip(values, rows, strict=True) if row.is_trained]
             all_values = torch.cat(trained_values) if trained_values else torch.zeros(1)
             mean = all_values.mean()

@@ -21,7 +21,9 @@ from megatron_r1.base.errors import Cause, RunError
 from megatron_r1.base.files.framed_records import append_frame
 from megatron_r1.commands import score_audit
 from megatron_r1.commands.why import run
-from megatron_r1.config import Config
+from megatron_r1.config import Config, RLConfig
+from megatron_r1.config.algorithms import ALGORITHMS
+from megatron_r1.controller import algorithms
 from megatron_r1.controller.algorithms import grpo
 from megatron_r1.controller.corrections import reward_normalization
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group
@@ -847,10 +849,22 @@ def test_a_step_that_has_no_log_is_refused(planted):
 )
 def test_advantages_of_a_group_by_hand(algorithm, std, expected):
     groups = [[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0]]
-    made = formulas.advantages(groups, algorithm, std, 0.0)
+    made = formulas.advantages(groups, ALGORITHMS[algorithm], std, 0.0)
     assert made[0] == pytest.approx(expected)
     rest = 0.25 if algorithm == "reinforce" else 0.0
     assert made[1] == pytest.approx([rest] * 4)
+
+
+@pytest.mark.parametrize(
+    "algorithm", [name for name, rules in ALGORITHMS.items() if rules.recomputed_baseline]
+)
+def test_advantages_are_those_of_the_algorithms_module(algorithm):
+    rl, groups = RLConfig(algorithm=algorithm), [[1.0, 0.0, 0.0, 1.0], [0.5, 1.0, 0.25, 1.0]]
+    made = formulas.advantages(
+        groups, ALGORITHMS[algorithm], rl.advantage_std, rl.advantage_epsilon
+    )
+    expected = algorithms.find(algorithm).response_rewards_or_advantages(groups, rl)
+    assert [*itertools.chain(*made)] == pytest.approx([*itertools.chain(*expected)])
 
 
 def test_the_punishment_of_a_long_response_by_hand():

@@ -239,7 +239,12 @@ def compared(coefficients: dict[str, float], trains_mtp_layers: bool = False):
     run, order = Run(clip=1e9), ORDERS[1]
     config = parse({"model": {"dtype": "float32"}})
     fit = run.fit(order, run.step(order, coefficients))
-    step = SimpleNamespace(config=config, run_config=config, advantages=[[1.0, math.nan]])
+    step = SimpleNamespace(
+        config=config,
+        run_config=config,
+        advantages=[[1.0, math.nan]],
+        has_response_advantages=True,
+    )
     return check_terms(
         step,
         SimpleNamespace(term_fit=fit, inputs=SimpleNamespace(trains_mtp_layers=trains_mtp_layers)),
