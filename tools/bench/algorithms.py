@@ -23,6 +23,7 @@ from megatron_r1 import config as configuration
 from megatron_r1.base.files import atomic_write
 from megatron_r1.base.files.json_lines import read_lines
 from megatron_r1.commands import cli
+from megatron_r1.config.algorithms import ALGORITHM_NAMES
 from megatron_r1.pipeline.results import Spread
 from megatron_r1.reporting.formatting import format_percent
 from tools.bench import host
@@ -44,22 +45,17 @@ class AlgorithmChoice:
     why: str = ""
 
 
-CHOICES: dict[str, AlgorithmChoice] = {
-    "grpo": AlgorithmChoice(),
-    "dapo": AlgorithmChoice(),
-    "dr_grpo": AlgorithmChoice(),
+CHANGED_SETTINGS = {
     "gspo": AlgorithmChoice(
         {"rl": {"clip_low": 0.015, "clip_high": 0.02}},
         "clips 50 times its source's. At this learning rate its own clips would leave no gradient "
         "to the mini-batches after the first",
     ),
-    "cispo": AlgorithmChoice(),
     "reinforce": AlgorithmChoice(
         {"rl": {"minibatches": 4}},
         "as many updates as the others. The length of Adam's steps does not depend on the batch, "
         "so one a rollout would go a quarter of the way",
     ),
-    "reinforce_pp": AlgorithmChoice(),
     "rloo": AlgorithmChoice(
         {"rl": {"minibatches": 4, "group_size": 16}},
         "as many answers and updates as the others, for the same reason",
@@ -74,6 +70,8 @@ CHOICES: dict[str, AlgorithmChoice] = {
         f"the teacher is {TEACHER}'s model of the same run and seed",
     ),
 }
+CHOICES = {name: CHANGED_SETTINGS.get(name, AlgorithmChoice()) for name in ALGORITHM_NAMES}
+"""All algorithms: the others with the demo's settings and their own defaults."""
 
 LAPTOP = ROOT / "examples" / "laptop"
 COMMON_SETTINGS = {
