@@ -274,7 +274,7 @@ class RunningChecksum:
             self._row = row
 
     def digest(self) -> int:
-        """Return the checksum of the whole slice, reading what `update_to` has not."""
+        """Return the checksum of the whole chunk, reading what `update_to` has not."""
         if self._is_weighted:
             return weighted_sum(self._values)
         self.update_to(len(self._values))

@@ -1,7 +1,7 @@
 """Plans and creates the links from a trainer rank to sets of engines (`plan.engine_sets`).
 
 It leads from the slot tables that engines publish (`PublishedSharding`) to the regions of this
-rank's parameters that each link sends (`slices`)."""
+rank's parameters that each link sends (`parameter_regions`)."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from megatron_r1.models.weights.formats.published_layout import (
 )
 from megatron_r1.models.weights.layout import Shard
 from megatron_r1.models.weights.table import Piece, Shape, WeightTable
+from megatron_r1.push.parameter_regions import Encoding, ParameterRegion
 from megatron_r1.push.plan.engine_sets import (
     PlannedLink,
     SetPlan,
@@ -49,7 +50,6 @@ from megatron_r1.push.push_schedule import PushSchedule
 from megatron_r1.push.receivers import SetReceivers
 from megatron_r1.push.rendezvous import SET_FAILURE_ERRORS, TrainerRendezvous
 from megatron_r1.push.round_sender import SetRounds
-from megatron_r1.push.slices import Encoding, ParameterSlice
 from megatron_r1.push.transports import sender_class
 from megatron_r1.push.transports.base import Sender
 
@@ -63,11 +63,11 @@ class ConnectedLink(NamedTuple):
     Attributes:
         member: the engine, by its number in the set.
         sender: this end of the transport.
-        slices: the data of each chunk."""
+        regions: the data of each chunk."""
 
     member: int
     sender: Sender
-    slices: list[tuple[ParameterSlice, Encoding]]
+    regions: list[tuple[ParameterRegion, Encoding]]
 
 
 @dataclass
@@ -253,10 +253,12 @@ class LinkPlanner:
             if link.trainer_rank == self.rank:
                 rendezvous, receiver = set_links.rendezvous[link.member], receivers[link.member]
                 sender = sender_type(rendezvous, self.rank, engine_rank, receiver)
-                # Codes and scales of a region come from one slice, which is quantized once.
-                slice_of = {source: self._slice(*source) for _, _, source in sent_chunks}
-                slices = [(slice_of[source], encoding) for _, encoding, source in sent_chunks]
-                set_links.links.append(ConnectedLink(link.member, sender, slices))
+                # Codes and scales of a region come from one tensor, which is quantized once.
+                region_of = {
+                    source: self._parameter_region(*source) for _, _, source in sent_chunks
+                }
+                regions = [(region_of[source], encoding) for _, encoding, source in sent_chunks]
+                set_links.links.append(ConnectedLink(link.member, sender, regions))
                 sender.plan(chunks)
         if set_rounds is not None and receives:
             set_rounds.set_receive_plan(receivers, plan)
@@ -268,21 +270,21 @@ class LinkPlanner:
             )
             set_links.rendezvous[0].publish_plan(engine_rank, plan, rank_rounds)
 
-    def _slice(self, name: str, region: Region) -> ParameterSlice:
+    def _parameter_region(self, name: str, region: Region) -> ParameterRegion:
         """Return the region of an HF tensor in a parameter of this rank.
 
         Raises:
             ValueError: this rank does not hold the region.
         """
         for parameter, piece in self.pieces.get(name, ()):
-            candidate = ParameterSlice(parameter, piece, region)
+            candidate = ParameterRegion(parameter, piece, region)
             if candidate.is_held:
                 return candidate
         raise ValueError(f"this rank does not hold {region} of {name}")
 
 
 def _byte_count(tables: list[SlotTable]) -> CountBytes:
-    """Return the function that counts a slice's bytes, to balance engines and senders."""
+    """Return the function that counts a region's bytes, to balance engines and senders."""
     dtypes = {slot.dtype for table in tables for slot in table.slots}
     if FP8_DTYPE in dtypes:
         return fp8_bytes

@@ -43,9 +43,9 @@ from megatron_r1.push.transports.nccl_rounds import (
 )
 from megatron_r1.push.transports.payloads import (
     BufferPayload,
+    LinkPayload,
     Payload,
     ReceivePayloads,
-    SlicesPayload,
 )
 from megatron_r1.push.transports.shared_memory import open_ipc_handle
 
@@ -194,7 +194,7 @@ class SetRounds:
             self.communicator.abort(RuntimeError("the set is disconnected"))
 
 
-LinkPayloads = Mapping[tuple[int, int], SlicesPayload]
+LinkPayloads = Mapping[tuple[int, int], LinkPayload]
 """What is sent over each link of a set, by (member, engine rank)."""
 
 

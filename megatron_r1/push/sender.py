@@ -1,4 +1,4 @@
-"""Sends the weights of a trainer rank in a push: the slices that the plan assigns to this rank
+"""Sends the weights of a trainer rank in a push: the regions that the plan assigns to this rank
 (`plan.engine_sets`), each to one engine rank, straight from the model's parameters."""
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from megatron_r1.push.link_planner import (
     LinkPlanner,
     SetLinks,
 )
+from megatron_r1.push.parameter_regions import EncodedRegions
 from megatron_r1.push.plan.layouts import EngineLayout, TrainerGrid
 from megatron_r1.push.plan.tensors import pushed_tensors
 from megatron_r1.push.receivers import SetReceivers, read_receivers
@@ -32,9 +33,8 @@ from megatron_r1.push.rendezvous import (
     TrainerRendezvous,
 )
 from megatron_r1.push.round_sender import RoundSender
-from megatron_r1.push.slices import EncodedSlices
 from megatron_r1.push.table_store import TableStore
-from megatron_r1.push.transports.payloads import SlicesPayload
+from megatron_r1.push.transports.payloads import LinkPayload
 
 T = TypeVar("T")
 
@@ -238,8 +238,8 @@ class WeightSender:
         )
         return failures
 
-    def _encode(self, link: ConnectedLink) -> EncodedSlices:
-        return EncodedSlices(link.slices, power_of_two=self._power_of_two_scales)
+    def _encode(self, link: ConnectedLink) -> EncodedRegions:
+        return EncodedRegions(link.regions, power_of_two=self._power_of_two_scales)
 
     def _send_in_rounds(
         self, push_number: int, sets: Mapping[str, SetLinks]
@@ -249,7 +249,7 @@ class WeightSender:
         for name, set_links in sets.items():
             if set_links.set_rounds is not None:
                 payloads = {
-                    (link.member, link.sender.engine_rank): SlicesPayload(
+                    (link.member, link.sender.engine_rank): LinkPayload(
                         link.sender.table, link.sender.chunks, self._encode(link)
                     )
                     for link in set_links.links

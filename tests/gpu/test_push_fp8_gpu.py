@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from megatron_r1.models.weights.table import Piece
+from megatron_r1.push.parameter_regions import EncodedRegions, ParameterRegion
 from megatron_r1.push.plan.tensors import Region
-from megatron_r1.push.slices import EncodedSlices, ParameterSlice
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -16,8 +16,8 @@ def test_codes_and_scales_are_those_of_the_cpu(dtype):
     piece, region = Piece("w", 0, 128, 384, 640), Region(256, 768, 128, 1000)
 
     def encoded(device):
-        part = ParameterSlice(parameter.to(device), piece, region)
-        values = EncodedSlices([(part, "codes"), (part, "scales")])
+        part = ParameterRegion(parameter.to(device), piece, region)
+        values = EncodedRegions([(part, "codes"), (part, "scales")])
         return values[0].cpu().view(torch.uint8), values[1].cpu()
 
     for ours, expected in zip(encoded("cuda"), encoded("cpu"), strict=True):

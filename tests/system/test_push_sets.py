@@ -15,7 +15,7 @@ from tiny_models import DEEPSEEK, write_model
 from waiting import until
 
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
-from megatron_r1.push.transports.payloads import SlicesPayload
+from megatron_r1.push.transports.payloads import LinkPayload
 
 pytestmark = pytest.mark.more  # in `make test` the rehearsal of r1_zero pushes through sets
 LAYOUT = {"tensor_parallel": 2, "expert_parallel": True}
@@ -100,7 +100,7 @@ def test_an_engine_that_dies_does_not_take_the_other_with_it(
 ):
     loop(pusher.push(models / "b"))
     left, dies = fleet.engines
-    restarts, packed, dying = fleet.num_restarts, SlicesPayload.pack, []
+    restarts, packed, dying = fleet.num_restarts, LinkPayload.pack, []
     lock = threading.Lock()
 
     def kill_at_second(*arguments):
@@ -111,7 +111,7 @@ def test_an_engine_that_dies_does_not_take_the_other_with_it(
         return packed(*arguments)
 
     if amid:
-        monkeypatch.setattr(SlicesPayload, "pack", kill_at_second)
+        monkeypatch.setattr(LinkPayload, "pack", kill_at_second)
     else:
         kill(dies)
 

@@ -3,7 +3,7 @@
 Engines get a push in *sets* of at most `MAX_SET_ENGINES`. Within a set equal ranks of all engines
 need the same bytes. Each engine gets an equal number of these bytes from trainer ranks (a scatter)
 and relays them to the same rank of the others (an all-gather). So an engine rank has a few senders,
-and a trainer rank sends its slices once per set instead of once per engine. The regions that an
+and a trainer rank sends its regions once per set instead of once per engine. The regions that an
 engine rank gets from trainer ranks are grouped by the ranks that hold them; a group has a limited
 size and comes from one trainer rank."""
 

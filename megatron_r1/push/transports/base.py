@@ -155,8 +155,8 @@ class Sender:
     def connect(self) -> None:
         """Connect to the receiver, once all trainer ranks are prepared."""
 
-    def send(self, push_number: int, slices: ChunkTensors) -> None:
-        """Send all chunks; on return the slices may change."""
+    def send(self, push_number: int, chunk_tensors: ChunkTensors) -> None:
+        """Send all chunks; on return the tensors may change."""
         raise NotImplementedError
 
     def close(self) -> None:

@@ -25,9 +25,9 @@ from megatron_r1.push.rendezvous import IDLE_SECONDS, Rendezvous
 from megatron_r1.push.transports.base import ChunkTensors, Sender
 from megatron_r1.push.transports.payloads import (
     BufferPayload,
+    LinkPayload,
     Payload,
     PayloadReceiver,
-    SlicesPayload,
 )
 
 BUCKET_BYTES = 32 << 20
@@ -223,11 +223,11 @@ class GlooSender(Sender):
             self.rendezvous, self.trainer_rank, self.engine_rank, is_sender=True
         )
 
-    def send(self, push_number: int, slices: ChunkTensors) -> None:
+    def send(self, push_number: int, chunk_tensors: ChunkTensors) -> None:
         """Send a push: its number, then its payload in buckets."""
         group = self._group
         _wait_for(group.send([torch.tensor([push_number])], ENGINE_RANK, 0), self.rendezvous)
-        payload = SlicesPayload(self.table, self.chunks, slices, uses_weighted_sum=False)
+        payload = LinkPayload(self.table, self.chunks, chunk_tensors, uses_weighted_sum=False)
         on_the_wire: tuple[dist.Work, torch.Tensor] | None = None
         for start, end in _bucket_ranges(payload):
             bucket = torch.empty(end - start, dtype=torch.uint8)

@@ -88,25 +88,25 @@ class Payload:
         raise NotImplementedError
 
 
-class SlicesPayload(Payload):
+class LinkPayload(Payload):
     """What a trainer rank sends over a link, in the engine's dtypes. Its buckets are packed in
     order, since each checksum follows from all rows before.
 
     Args:
         table: the engine rank's table.
         chunks: the chunks of the link.
-        slices: the slices of the trainer rank's parameters, one for each chunk.
+        chunk_tensors: the data of the chunks.
         uses_weighted_sum: whether checksums are weighted sums (`Receiver`)."""
 
     def __init__(
         self,
         table: SlotTable,
         chunks: Sequence[TensorChunk],
-        slices: ChunkTensors,
+        chunk_tensors: ChunkTensors,
         uses_weighted_sum: bool = True,
     ):
         super().__init__(table, chunks)
-        self._slices, self._uses_weighted_sum = slices, uses_weighted_sum
+        self._chunk_tensors, self._uses_weighted_sum = chunk_tensors, uses_weighted_sum
         self._running: tuple[int, int, RowsChecksum | RowsWeightedSum] | None = None
         """Number of a chunk, the rows of it that have been read, and its checksum so far."""
         self._checksums: list[torch.Tensor] = []
@@ -121,7 +121,7 @@ class SlicesPayload(Payload):
         packed_parts = []
         for run in self.runs(start, end):
             dtype = dtype_of(self.table.slots[self.chunks[run.number].slot])
-            rows = self._slices[run.number][run.top : run.bottom]
+            rows = self._chunk_tensors[run.number][run.top : run.bottom]
             rows = rows.to(target.device, dtype).contiguous()
             self._read(run, rows)
             values = rows.reshape(-1).view(torch.uint8)

@@ -192,7 +192,7 @@ class _SenderProgress:
 
 
 class SharedMemorySender(Sender):
-    """Copies slices to their places in the receiver's memory."""
+    """Copies chunks to their places in the receiver's memory."""
 
     _progress: np.ndarray | None = None
     _file: SharedMemoryFile | None = None
@@ -210,7 +210,7 @@ class SharedMemorySender(Sender):
         """Return the receiver's memory, mapped into this process."""
         return map_file(Path(self.receiver.address), self.table.num_buffers * self.table.num_bytes)
 
-    def send(self, push_number: int, slices: ChunkTensors) -> None:
+    def send(self, push_number: int, chunk_tensors: ChunkTensors) -> None:
         """Copy the chunks to their places. The progress array shows the receiver the rows that
         are written, and each chunk's checksum when all of its rows are."""
         progress = self._progress
@@ -227,7 +227,7 @@ class SharedMemorySender(Sender):
                 progress[WRITTEN_INDEX] = start + row * row_bytes
 
             progress[CHECKSUMS_INDEX + index] = copy_with_checksum(
-                targets[index], slices[index], report_rows
+                targets[index], chunk_tensors[index], report_rows
             )
             memory_fence()
             progress[WRITTEN_INDEX] = offset = offset + chunk.num_bytes(self.table)

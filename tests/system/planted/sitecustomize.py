@@ -72,20 +72,20 @@ def lose_a_request(module):
 
 def kill_a_sending_rank(module):
     """Trainer rank 1 dies in the middle of its second push (huggingface/trl#6796)."""
-    upstream, slices = module.WeightSender.send, module.EncodedSlices
+    upstream, regions = module.WeightSender.send, module.EncodedRegions
     now = {}
 
     def send(self, push, *arguments, **named):
         now.update(push=push, rank=self.rank)
         return upstream(self, push, *arguments, **named)
 
-    class Slices(slices):
+    class Regions(regions):
         def __getitem__(self, index):
-            if now["rank"] == 1 and now["push"] == 2 and index == len(self._slices) // 2:
+            if now["rank"] == 1 and now["push"] == 2 and index == len(self._regions) // 2:
                 kill_once()
             return super().__getitem__(index)
 
-    module.WeightSender.send, module.EncodedSlices = send, Slices
+    module.WeightSender.send, module.EncodedRegions = send, Regions
 
 
 def kill_a_loading_engine(module):
@@ -187,7 +187,7 @@ def leave_out_the_drafter(module):
 
         Worker.init_weight_transfer_engine = init_weight_transfer_engine
 
-    module.expose_drafter = name_no_drafter
+    module.expose_models = name_no_drafter
 
 
 def keep_the_drafter(module):
@@ -285,7 +285,7 @@ PLANTED = {
     "dead_receiver": ("megatron_r1.engines.plugin.layer_reload", kill_a_loading_engine),
     "nan_gradient": ("megatron_r1.trainer.passes", spread_a_nan),
     "nan_logprob": ("megatron_r1.trainer.trainer", make_an_old_logprob_nan),
-    "left_out_drafter": ("megatron_r1.engines.plugin.drafter_patches", leave_out_the_drafter),
+    "left_out_drafter": ("megatron_r1.engines.plugin.patches", leave_out_the_drafter),
     "kept_drafter": ("megatron_r1.engines.plugin.layer_reload", keep_the_drafter),
     "kept_bias": ("megatron_r1.engines.plugin.layer_reload", keep_the_router_bias),
     "rounded_bias": ("megatron_r1.engines.plugin.layer_reload", round_the_router_bias),

@@ -15,7 +15,7 @@ from megatron_r1.base.errors import Cause
 from megatron_r1.config import Config
 from megatron_r1.models import read_hf_config
 from megatron_r1.models.weights.formats.published_layout import is_quantized, scale_name
-from megatron_r1.push import slices
+from megatron_r1.push import parameter_regions
 from megatron_r1.push.plan import EngineLayout, TrainerGrid
 from megatron_r1.push.plan.recipe_plan import check_blocks, check_pushes
 from megatron_r1.push.plan.tensors import Region, pushed_tensors, scale_region
@@ -175,9 +175,9 @@ def test_a_model_whose_scales_are_powers_of_two_is_pushed_with_such():
 
 def test_each_block_is_quantized_once_a_push(monkeypatch):
     monkeypatch.setattr(gloo, "BUCKET_BYTES", 10_000)
-    sizes, quantize = [], slices.quantize_fp8
+    sizes, quantize = [], parameter_regions.quantize_fp8
     monkeypatch.setattr(
-        slices,
+        parameter_regions,
         "quantize_fp8",
         lambda x, **kind: sizes.append(x.numel()) or quantize(x, **kind),
     )

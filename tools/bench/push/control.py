@@ -31,7 +31,7 @@ from megatron_r1.push.protocol import slot_view
 from megatron_r1.push.rendezvous import EngineRendezvous
 from megatron_r1.push.sender import WeightSender
 from megatron_r1.push.transports import gloo
-from megatron_r1.push.transports.payloads import SlicesPayload
+from megatron_r1.push.transports.payloads import LinkPayload
 from tools.bench.push.small_model import SHAPE, rank_tensors, slot_table
 
 HF = SHAPE | {"num_hidden_layers": 8, "n_routed_experts": 32}
@@ -213,7 +213,7 @@ def _trainer(place: Place, port: int, fault: str, tensors: dict[str, Any], note:
     store.add("complete", 1)
     store.wait(["push2"])
     if place in _victims(fault):
-        _die_in(SlicesPayload, "pack", after=2)
+        _die_in(LinkPayload, "pack", after=2)
     began = time.monotonic()
     failures = ends.send(2, [NAME]).failures
     error = "; ".join(failure.error for failure in failures.values())

@@ -21,7 +21,7 @@ from megatron_r1.push.plan import EngineLayout, TrainerGrid
 from megatron_r1.push.rendezvous import EngineRendezvous
 from megatron_r1.push.sender import WeightSender, run_in_threads
 from megatron_r1.push.transports import gloo, receiver_class
-from megatron_r1.push.transports.payloads import SlicesPayload
+from megatron_r1.push.transports.payloads import LinkPayload
 from megatron_r1.trainer.operations import PushOperations
 from tests.unit.push.push_models import DEEPSEEK
 from tests.unit.push.push_world import Shared, draw, plain_table, wrong_slots
@@ -206,7 +206,7 @@ def test_an_engine_that_dies_amid_a_push_costs_the_others_a_repeated_one(make, m
         fleet, pusher, _ = make(3)
         await push(pusher, 1)
         clients, count = [engine.client for engine in fleet.engines], []
-        packed = SlicesPayload.pack
+        packed = LinkPayload.pack
 
         def dying(*arguments):
             count.append(1)
@@ -216,7 +216,7 @@ def test_an_engine_that_dies_amid_a_push_costs_the_others_a_repeated_one(make, m
             return packed(*arguments)
 
         loop = asyncio.get_running_loop()
-        monkeypatch.setattr(SlicesPayload, "pack", dying)
+        monkeypatch.setattr(LinkPayload, "pack", dying)
         await push(pusher, 2)
         assert {index for index, _ in fleet.lost} == {2}
         assert [client.version for client in clients[:2]] == [2, 2]

@@ -1,4 +1,4 @@
-"""The slices of this rank's parameters that a push sends, as they are or quantized to FP8."""
+"""The regions of this rank's parameters that a push sends, as they are or quantized to FP8."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from megatron_r1.models.weights.table import Piece
 from megatron_r1.push.plan.tensors import Region
 
 Encoding = Literal["plain", "codes", "scales"]
-"""The form of a chunk's slice: its values, or the FP8 codes or scales of its blocks."""
+"""The form of a chunk: its values, or the FP8 codes or scales of its blocks."""
 
 
-class ParameterSlice(NamedTuple):
+class ParameterRegion(NamedTuple):
     """A region of an HF tensor inside a parameter of this rank.
 
     Attributes:
@@ -54,30 +54,30 @@ class ParameterSlice(NamedTuple):
         return (matrix if matrix.dim() > 1 else matrix[:, None])[rows, columns]
 
 
-class EncodedSlices:
+class EncodedRegions:
     """The tensors of one push to one engine rank, computed when they are read.
 
-    "codes" and "scales" are the two results of `quantized_blocks.quantize_fp8` for a slice of whole
+    "codes" and "scales" are the two results of `quantized_blocks.quantize_fp8` for a region of whole
     blocks: float8 of its shape, and one fp32 per 128 x 128 block. One computation gives both. To
     take little memory, only the codes or merged values that were read last are kept, and scales
     until they are read.
 
     Args:
-        slices: each chunk's values and their form.
+        regions: each chunk's values and their form.
         power_of_two: whether scales are rounded up to powers of two."""
 
     def __init__(
-        self, slices: Iterable[tuple[ParameterSlice, Encoding]], *, power_of_two: bool = False
+        self, regions: Iterable[tuple[ParameterRegion, Encoding]], *, power_of_two: bool = False
     ):
-        self._slices = list(slices)
+        self._regions = list(regions)
         self._quantize = partial(quantize_fp8, power_of_two=power_of_two)
         self._last: tuple[int, Tensor] | None = None
         self._scales: dict[int, Tensor] = {}
-        """By the identity of a slice, which its codes and scales share."""
+        """By the identity of a region, which its codes and scales share."""
 
     def __getitem__(self, index: int) -> Tensor:
         """Return the values (height, width) of one chunk, in the trainer's dtype if plain."""
-        source, encoding = self._slices[index]
+        source, encoding = self._regions[index]
         if encoding == "plain" and not source.is_merged:
             return source.values()
         if self._last and self._last[0] == index:  # the next rows of the same chunk
