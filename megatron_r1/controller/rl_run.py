@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Iterator
 
 from megatron_r1.base.processes import timeline
@@ -12,14 +13,11 @@ from megatron_r1.config import Config
 from megatron_r1.controller.advice import FIRST_STEPS, find_advice
 from megatron_r1.controller.policy_engines import PolicyEngines
 from megatron_r1.controller.policy_trainer import PolicyTrainer
+from megatron_r1.controller.rollouts.collector import RolloutCollector
 from megatron_r1.controller.rollouts.heldout import HeldoutEvaluation
-from megatron_r1.controller.rollouts.metrics import (
-    StepMeter,
-    mean_of_updates,
-    rollout_metrics,
-    sample_records,
-)
+from megatron_r1.controller.rollouts.metrics import mean_of_updates, rollout_metrics
 from megatron_r1.controller.rollouts.rollout import Rollout
+from megatron_r1.controller.rollouts.sample_records import sample_records
 from megatron_r1.controller.run_checkpoints import RunCheckpoints
 from megatron_r1.controller.run_recorder import RunRecorder
 
@@ -145,3 +143,43 @@ class RLRun:
         await self.engines.wait_for_probes()
         async with self.engines.free_for_trainer():
             await self.run_checkpoints.save(self.step, self.engines.sampled_step.sampler_state)
+
+
+class StepMeter:
+    """Measures the seconds and the rewards of a step, from its creation on."""
+
+    def __init__(self, collector: RolloutCollector):
+        self._teachers = collector.teachers
+        self._seconds: dict[str, float] = {}
+        self._meter = collector.pool.start_meter()
+        self._start = time.perf_counter()
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Measure the seconds spent in phase `name`."""
+        start = time.perf_counter()
+        with timeline.span(f"phase/{name}"):
+            yield
+        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def metrics(self) -> dict[str, float]:
+        """Return the numbers of the reward workers, and of the teachers if there are any."""
+        metrics = dict(self._meter.read())
+        if self._teachers is not None:
+            numbers = self._teachers.metrics().items()
+            metrics |= {f"teacher/{name}": value for name, value in numbers}
+        return metrics
+
+    def times(self, rollout: Rollout) -> dict[str, float]:
+        """Return the seconds of each part of the step."""
+        times = {
+            "time/rollout": rollout.rollout_seconds,
+            "time/wait": self._seconds["rollout"],
+            "time/reward": rollout.reward_seconds,
+            "time/train": self._seconds["train"],
+            "time/push": self._seconds["push"],
+            "time/step": time.perf_counter() - self._start,
+        }
+        if self._teachers is not None:
+            times["time/teacher"] = rollout.teacher_seconds
+        return times

@@ -1,19 +1,13 @@
-"""The metrics of a step: means of its rollout, and what `StepMeter` measures; and its lines for
-samples.jsonl."""
+"""The metrics of a step's rollout: means over its responses and episodes."""
 
-import contextlib
-import time
 from collections import Counter
-from collections.abc import Iterator
 from statistics import fmean, pstdev
-from typing import Any
 
 import numpy as np
 from r1_grading.terms import ACCURACY
 
 from megatron_r1.base.processes import timeline
-from megatron_r1.controller.rollouts.collector import RolloutCollector
-from megatron_r1.controller.rollouts.rollout import Group, Rollout, all_responses
+from megatron_r1.controller.rollouts.rollout import Rollout, all_responses
 from megatron_r1.engines.episodes import STATUSES, Episode
 
 
@@ -93,78 +87,3 @@ def mean_of_updates(updates: list[dict[str, float]]) -> dict[str, float]:
     return {
         name: reduce([update[name] for update in updates]) for name, reduce in reductions.items()
     }
-
-
-def sample_records(
-    groups: list[Group], step: int, split: str, limit: int | None
-) -> list[dict[str, Any]]:
-    """Return lines for samples.jsonl: the first response of every group before the second of any,
-    or, without a limit, every response of all groups.
-
-    Args:
-        groups: the graded responses of each prompt.
-        step: the training step, from 1.
-        split: the split of the prompts, as it is recorded.
-        limit: the most lines; None: no limit."""
-    responses = [
-        (index, group, graded) for group in groups for index, graded in enumerate(group.responses)
-    ]
-    if limit is not None:
-        responses = sorted(responses, key=lambda response: response[0])[:limit]
-    return [
-        {
-            "step": step,
-            "split": split,
-            "id": group.prompt.id,
-            "question": group.prompt.question,
-            "truth": group.prompt.truth,
-            "response": graded.text,
-            "reward": graded.reward,
-            "rewards": graded.rewards,
-            "reason": graded.reason,
-            "length": len(graded.response.token_ids),
-            "policy_version": (graded.response.policy_versions or [None])[-1],
-            **(graded.episode.record() if graded.episode else {}),
-        }
-        for _, group, graded in responses
-    ]
-
-
-class StepMeter:
-    """Measures the seconds and the rewards of a step, from its creation on."""
-
-    def __init__(self, collector: RolloutCollector):
-        self._teachers = collector.teachers
-        self._seconds: dict[str, float] = {}
-        self._meter = collector.pool.start_meter()
-        self._start = time.perf_counter()
-
-    @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Measure the seconds spent in phase `name`."""
-        start = time.perf_counter()
-        with timeline.span(f"phase/{name}"):
-            yield
-        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
-
-    def metrics(self) -> dict[str, float]:
-        """Return the numbers of the reward workers, and of the teachers if there are any."""
-        metrics = dict(self._meter.read())
-        if self._teachers is not None:
-            numbers = self._teachers.metrics().items()
-            metrics |= {f"teacher/{name}": value for name, value in numbers}
-        return metrics
-
-    def times(self, rollout: Rollout) -> dict[str, float]:
-        """Return the seconds of each part of the step."""
-        times = {
-            "time/rollout": rollout.rollout_seconds,
-            "time/wait": self._seconds["rollout"],
-            "time/reward": rollout.reward_seconds,
-            "time/train": self._seconds["train"],
-            "time/push": self._seconds["push"],
-            "time/step": time.perf_counter() - self._start,
-        }
-        if self._teachers is not None:
-            times["time/teacher"] = rollout.teacher_seconds
-        return times
