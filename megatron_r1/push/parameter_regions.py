@@ -57,10 +57,10 @@ class ParameterRegion(NamedTuple):
 class EncodedRegions:
     """The tensors of one push to one engine rank, computed when they are read.
 
-    "codes" and "scales" are the two results of `quantized_blocks.quantize_fp8` for a region of whole
-    blocks: float8 of its shape, and one fp32 per 128 x 128 block. One computation gives both. To
-    take little memory, only the codes or merged values that were read last are kept, and scales
-    until they are read.
+    "codes" and "scales" are the two results of `quantized_blocks.quantize_fp8` for whole blocks:
+    float8 of their shape, and one fp32 per 128 x 128 block. One computation gives both. To take
+    little memory, only the codes or merged values that were read last are kept, and scales until
+    they are read.
 
     Args:
         regions: each chunk's values and their form.
