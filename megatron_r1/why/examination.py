@@ -69,14 +69,12 @@ def examine(
     from megatron_r1.why.policy.threads import threads_for
     from megatron_r1.why.update.recomputation import Recomputation, ignore
 
-    show = show_progress or ignore
-    report, recomputation = Report(step.step), Recomputation(step, memory, show)
+    recomputation = Recomputation(step, memory, show_progress or ignore)
+    report = Report(step.step)
 
     def add(comparisons: list[Comparison]) -> None:
         report.add(comparisons)
-        for comparison in comparisons:
-            if comparison.differs:
-                show(f"{comparison.name} departs: {comparison.reason}")
+        recomputation.show_departures(comparisons)
 
     for stage, name, check in RECORD_CHECKS:
         add(_comparisons(stage, name, partial(check, step)))

@@ -124,20 +124,20 @@ def _show_search(
         recomputation: its updates.
         comparisons: those of the loss and its metrics.
         num_candidates: the substitutions that will be tried."""
-    lines = [f"{each.name} departs: {each.reason}" for each in comparisons if each.differs]
-    lines = lines or ["the change of the weights or of Adam's moments departs"]
+    if any(comparison.differs for comparison in comparisons):
+        recomputation.show_departures(comparisons)
+    else:
+        recomputation.show_progress("the change of the weights or of Adam's moments departs")
     if place := _likely_place(step, recomputation.base, comparisons):
-        lines.append(place)
-    for line in lines:
-        recomputation.show_progress(line)
+        recomputation.show_progress(place[0])
     recomputation.show_progress(f"trying what explains it: {num_candidates} substitutions")
 
 
 def _likely_place(
     step: RecordedStep, base: RecomputedUpdates, comparisons: Sequence[Comparison]
-) -> str:
-    """Return that metrics.jsonl is where to look; "" unless a single metric departs, and the
-    weights and Adam's moments after the step are known and as recomputed.
+) -> tuple[str, str] | None:
+    """Return that metrics.jsonl is where to look, with the remedy; None unless a single metric
+    departs, and the weights and Adam's moments after the step are known and as recomputed.
 
     Args:
         step: the step.
@@ -146,10 +146,12 @@ def _likely_place(
     is_known = base.update_distance is not None and base.moment_distance is not None
     names = [comparison.name for comparison in comparisons if comparison.differs]
     if len(names) != 1 or not is_known or update_departs(step, base):
-        return ""
+        return None
+    row = f"the row of step {step.step} in metrics.jsonl"
     return (
-        f"the weights, Adam's moments and all metrics but {names[0]} are as recomputed: the row of "
-        f"step {step.step} in metrics.jsonl is the likely place"
+        f"the weights, Adam's moments and all metrics but {names[0]} are as recomputed: {row} is "
+        "the likely place",
+        f"{row}, or what writes it",
     )
 
 
@@ -165,8 +167,8 @@ def _with_terms(
     if not any(comparison.differs for comparison in comparisons):
         return list(comparisons)
     reason, remedy = term_departure(step, recomputation)
-    if not reason and (reason := _likely_place(step, recomputation.base, comparisons)):
-        remedy = f"the row of step {step.step} in metrics.jsonl, or what writes it"
+    if not reason and (place := _likely_place(step, recomputation.base, comparisons)):
+        reason, remedy = place
     return [
         replace(
             comparison,

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from megatron_r1.why.comparison import Comparison
 from megatron_r1.why.policy.fp8_engines import FP8EngineLogprobs
 from megatron_r1.why.policy.policy_logprobs import PolicyLogprobs
 from megatron_r1.why.policy.policy_models import PolicyModels
@@ -87,12 +88,21 @@ class Recomputation:
         show_progress: Callable[[str], None] = ignore,
     ) -> None:
         self.step, self.show_progress = step, show_progress
+        self._shown_departures: set[tuple[str, str]] = set()
         self.models = PolicyModels(step, memory)
         self.policies = PolicyLogprobs(self.models)
         self.inputs = UpdateInputs(self.policies)
         self.checkpoint_after = CheckpointAfter(self.inputs)
         self._fits = MomentFits(self.inputs, self.checkpoint_after, self._remake_updates)
         self.searches_causes = True
+
+    def show_departures(self, comparisons: Sequence[Comparison]) -> None:
+        """Show a line for each departure that has not had one, whatever its reason was then."""
+        for comparison in comparisons:
+            key = (comparison.stage, comparison.name)
+            if comparison.differs and key not in self._shown_departures:
+                self._shown_departures.add(key)
+                self.show_progress(f"{comparison.name} departs: {comparison.reason}")
 
     @cached_property
     def engine_policy(self) -> PolicyLogprobs:

@@ -8,6 +8,7 @@ import math
 import statistics
 from array import array
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,7 +36,7 @@ from megatron_r1.engines.server.responses import Response
 from megatron_r1.models.sampling_mask import encode_mask
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.trainer.checkpoints.checkpoint_folders import checkpoint_path, write_manifest
-from megatron_r1.why import formulas, page
+from megatron_r1.why import examination, formulas, page
 from megatron_r1.why.checks import (
     checkpoints,
     files,
@@ -51,7 +52,7 @@ from megatron_r1.why.examination import examine
 from megatron_r1.why.record.recorded_step import RecordedStep
 from megatron_r1.why.record.step_reader import choose, examinable, open_run, read_step
 from megatron_r1.why.update.checkpoint_traces import CheckpointTraces
-from megatron_r1.why.update.recomputation import RecomputedUpdates
+from megatron_r1.why.update.recomputation import Recomputation, RecomputedUpdates
 from megatron_r1.why.update.term_coefficients import TermFit
 from tests.grading.code_answers import needs_sandbox
 
@@ -649,7 +650,7 @@ def test_a_run_whose_groups_have_one_reward_is_suspected_to_be_too_hard(planted)
 
 def recomputation_of(base, run, show_progress):
     """A `Recomputation` whose updates are `base`, and with anything substituted those of `run`."""
-    return SimpleNamespace(
+    recomputation = SimpleNamespace(
         base=base,
         run=run,
         traces=CheckpointTraces(),
@@ -661,7 +662,10 @@ def recomputation_of(base, run, show_progress):
         fitted_clip=None,
         term_fit=TermFit((), math.inf, math.inf),
         show_progress=show_progress,
+        _shown_departures=set(),
     )
+    recomputation.show_departures = partial(Recomputation.show_departures, recomputation)
+    return recomputation
 
 
 @pytest.mark.parametrize(("logged", "departs"), [(5.75129e-4, False), (5.765e-4, True)])
@@ -701,6 +705,28 @@ def test_a_loss_that_departs_alone_is_shown_before_the_search(planted, distances
     of_loss, _ = loss.check_loss(planted.read(), recomputed)
     assert shown and of_loss.differs
     assert ("row of step" in of_loss.remedy) is is_metrics
+
+
+@pytest.mark.parametrize("explains", [True, False])
+def test_a_departure_of_the_loss_is_shown_once(planted, monkeypatch, explains):
+    planted.settings["rl"]["kl_beta"] = 0.01
+    planted.line |= {"loss": 0.1234, "kl": 0.05}
+    base, explanation = (
+        RecomputedUpdates({"loss": value, "kl": 0.05, "entropy": 2.0}, {}, {}, None, [])
+        for value in (0.0567, 0.1234)
+    )
+
+    def check_loss(step, recomputation):
+        updates = explanation if explains else base
+        fake = recomputation_of(base, lambda *_: updates, recomputation.show_progress)
+        fake.show_departures = recomputation.show_departures
+        return loss.check_loss(step, fake)
+
+    monkeypatch.setattr(examination, "WEIGHT_CHECKS", (("loss", "loss", check_loss),))
+    shown = []
+    report = examine(planted.read(), show_progress=shown.append)
+    assert ("explains it" in report.comparison("loss", "loss").reason) is explains
+    assert [line.split(":")[0] for line in shown].count("loss departs") == 1
 
 
 @pytest.mark.parametrize("logged", [None, math.nan, math.inf])
