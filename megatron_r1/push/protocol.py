@@ -156,7 +156,7 @@ EngineRankChunks = list[list[tuple[int, list[TensorChunk]]]]
 ranks."""
 
 
-class RankBucketOp(msgspec.Struct, frozen=True, array_like=True):
+class RankTransfer(msgspec.Struct, frozen=True, array_like=True):
     """A send or a receive of a round: bucket `number` of the `count` of a payload.
 
     Attributes:
@@ -186,8 +186,8 @@ class RankRounds(msgspec.Struct, frozen=True):
     rank: int
     num_ranks: int
     rank_ids: list[str]
-    scatter: list[tuple[RankBucketOp | None, RankBucketOp | None]]
-    relay: list[tuple[RankBucketOp | None, RankBucketOp | None]]
+    scatter: list[tuple[RankTransfer | None, RankTransfer | None]]
+    relay: list[tuple[RankTransfer | None, RankTransfer | None]]
 
 
 class PublishedPlan(msgspec.Struct, frozen=True):

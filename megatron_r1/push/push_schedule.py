@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from megatron_r1.push.plan.engine_sets import EngineRankId, SetPlan
 from megatron_r1.push.plan.rounds import NO_BUCKET, receiving_processes, schedule_rounds
-from megatron_r1.push.protocol import RankBucketOp, RankRounds
+from megatron_r1.push.protocol import RankRounds, RankTransfer
 
 
 class PayloadId(NamedTuple):
@@ -34,7 +34,7 @@ class PayloadId(NamedTuple):
 
 
 @dataclass(frozen=True)
-class BucketOp:
+class ScheduledTransfer:
     """A send or a receive of a bucket, in a round.
 
     Attributes:
@@ -105,7 +105,7 @@ class PushSchedule:
             for set_receivers in self.receivers
         ]
 
-    def bucket_ops(self, process: int) -> Iterator[BucketOp]:
+    def transfers(self, process: int) -> Iterator[ScheduledTransfer]:
         """Yield the sends and receives of a process in order; of a round, the send comes first."""
         num_scatter_buckets = self.round_schedule.num_scatter_buckets
         for row in self.round_schedule.rounds_of(process):
@@ -116,7 +116,7 @@ class PushSchedule:
                 if bucket != NO_BUCKET:
                     index = self.round_schedule.bucket_index(int(bucket))
                     payload_id = self.payload_ids[index.payload]
-                    yield BucketOp(
+                    yield ScheduledTransfer(
                         is_relayed=bool(bucket >= num_scatter_buckets),
                         round=int(row["round"]),
                         is_send=is_send,
@@ -169,11 +169,13 @@ class PushSchedule:
 
     def _rank_rounds(self, index: int, process: int, rank_ids: list[str]) -> RankRounds:
         phases: tuple[dict[int, list[Any]], dict[int, list[Any]]] = ({}, {})
-        for op in self.bucket_ops(process):
-            trainer_rank, member = op.payload_id.trainer_rank, op.payload_id.member
+        for transfer in self.transfers(process):
+            _, member, _, trainer_rank = transfer.payload_id
             source = -1 - member if trainer_rank is None else trainer_rank
-            pair = phases[op.is_relayed].setdefault(op.round, [None, None])
-            pair[0 if op.is_send else 1] = RankBucketOp(op.peer, source, op.number, op.count)
+            pair = phases[transfer.is_relayed].setdefault(transfer.round, [None, None])
+            pair[0 if transfer.is_send else 1] = RankTransfer(
+                transfer.peer, source, transfer.number, transfer.count
+            )
         scatter, relay = ([tuple(pair) for pair in phase.values()] for phase in phases)
         rank, communicator_size = self._ranks[index][process], self.communicator_size(index)
         return RankRounds(rank, communicator_size, rank_ids, scatter, relay)

@@ -80,10 +80,15 @@ class SetRounds:
         """During a push, the memory of that rank, and that of the checksums, behind which is room
         for the push's number."""
         self._receive_payloads: ReceivePayloads | None = None
-        ops, copies = self.schedule.bucket_ops(self.rank), self.schedule.local_copies(self.rank)
-        self.bucket_ops = [op for op in ops if op.payload_id.set_index == self.set_index]
+        self.transfers = [
+            transfer
+            for transfer in self.schedule.transfers(self.rank)
+            if transfer.payload_id.set_index == self.set_index
+        ]
         self.local_copies = [
-            payload_id for payload_id in copies if payload_id.set_index == self.set_index
+            payload_id
+            for payload_id in self.schedule.local_copies(self.rank)
+            if payload_id.set_index == self.set_index
         ]
 
     def is_on_gpu_of(self, engine_rank: int) -> bool:
@@ -333,20 +338,21 @@ class RoundSender:
         for set_rounds, payloads in sets.values():
             communicator = self._communicator(set_rounds)
             group = 1 + set_rounds.set_index if set_rounds.communicator is not None else 0
-            for op in set_rounds.bucket_ops:
-                if op.is_relayed != is_relayed:
+            for transfer in set_rounds.transfers:
+                if transfer.is_relayed != is_relayed:
                     continue
-                key = op.round, set_rounds.schedule.schedule_number, group
+                key = transfer.round, set_rounds.schedule.schedule_number, group
                 push_round = rounds_by_key.get(key) or PushRound(communicator, None, None)
                 payload: Payload
-                if op.is_send and op.payload_id.trainer_rank is not None:
-                    payload = payloads[op.payload_id.member, op.payload_id.engine_rank]
+                payload_id = transfer.payload_id
+                if transfer.is_send and payload_id.trainer_rank is not None:
+                    payload = payloads[payload_id.member, payload_id.engine_rank]
                 else:
-                    payload = set_rounds.buffer_payload(op.payload_id)
-                start, end = payload.bucket_range(op.number, op.count)
-                transfer = BucketTransfer(op.peer, payload, start, end)
-                if op.is_send:
-                    rounds_by_key[key] = push_round._replace(sent=transfer)
+                    payload = set_rounds.buffer_payload(payload_id)
+                start, end = payload.bucket_range(transfer.number, transfer.count)
+                bucket_transfer = BucketTransfer(transfer.peer, payload, start, end)
+                if transfer.is_send:
+                    rounds_by_key[key] = push_round._replace(sent=bucket_transfer)
                 else:
-                    rounds_by_key[key] = push_round._replace(received=transfer)
+                    rounds_by_key[key] = push_round._replace(received=bucket_transfer)
         return [rounds_by_key[key] for key in sorted(rounds_by_key)]

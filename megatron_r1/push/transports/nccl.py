@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import torch
 
-from megatron_r1.push.protocol import RankBucketOp, RankRounds, RelaySource
+from megatron_r1.push.protocol import RankRounds, RankTransfer, RelaySource
 from megatron_r1.push.transports.base import Sender, gpu_uuid
 from megatron_r1.push.transports.nccl_rounds import (
     LONGEST_PAUSE,
@@ -143,15 +143,16 @@ class NCCLReceiver(PayloadReceiver):
         relay_payload = receiver.relay_payload()
         payloads = {source: receiver.payload(source) for source in _sources(rounds)}
 
-        def transfer(op: RankBucketOp, payload: BufferPayload) -> BucketTransfer:
-            return BucketTransfer(op.peer, payload, *payload.bucket_range(op.number, op.count))
+        def bound(transfer: RankTransfer, payload: BufferPayload) -> BucketTransfer:
+            start, end = payload.bucket_range(transfer.number, transfer.count)
+            return BucketTransfer(transfer.peer, payload, start, end)
 
         scatter, relay = (
             [
                 PushRound(
                     communicator,
-                    None if send is None else transfer(send, relay_payload),
-                    None if receive is None else transfer(receive, payloads[_source(receive)]),
+                    None if send is None else bound(send, relay_payload),
+                    None if receive is None else bound(receive, payloads[_source(receive)]),
                 )
                 for send, receive in pairs
             ]
@@ -230,8 +231,8 @@ def _sources(rounds: RankRounds) -> set[int | RelaySource]:
     return {_source(receive) for _, receive in pairs if receive is not None}
 
 
-def _source(op: RankBucketOp) -> int | RelaySource:
-    return op.source if op.source >= 0 else RelaySource(-1 - op.source)
+def _source(transfer: RankTransfer) -> int | RelaySource:
+    return transfer.source if transfer.source >= 0 else RelaySource(-1 - transfer.source)
 
 
 class NCCLSender(Sender):

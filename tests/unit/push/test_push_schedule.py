@@ -53,7 +53,7 @@ def groups_of(schedule: PushSchedule, world_size: int, ranks: int) -> dict:
     found = {}
     for rank in range(world_size):
         calls = []
-        for call in schedule.bucket_ops(rank):
+        for call in schedule.transfers(rank):
             index = call.payload_id.set_index
             communicator = index if schedule.communicator_size(index) else OWN
             key = (call.is_relayed, call.round, communicator)
