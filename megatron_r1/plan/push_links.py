@@ -19,7 +19,7 @@ from megatron_r1.models.weights.adapter_table import adapter_table
 from megatron_r1.models.weights.layout import Shard
 from megatron_r1.models.weights.table import WeightTable
 from megatron_r1.push.plan import EngineLayout, Planner, TrainerGrid
-from megatron_r1.push.plan.adapters import PredictedAdapterSharding
+from megatron_r1.push.plan.adapter_push import PredictedAdapterSharding
 from megatron_r1.push.plan.engine_sets import SetPlan, engine_sets, plan_sets
 from megatron_r1.push.plan.predicted_sharding import PredictedSharding
 from megatron_r1.push.plan.rounds import RoundSchedule

@@ -12,7 +12,7 @@ from megatron_r1.models.hf_config import HFConfig, model_family
 from megatron_r1.models.weights.formats.published_layout import FP8_BLOCK_SIZE, is_quantized
 from megatron_r1.models.weights.layout import recipe_stages
 from megatron_r1.models.weights.table import replicated, weight_table
-from megatron_r1.push.plan.adapters import (
+from megatron_r1.push.plan.adapter_push import (
     PredictedAdapterSharding,
     check_adapter_push,
     pushed_adapter_table,

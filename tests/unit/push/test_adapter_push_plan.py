@@ -12,7 +12,7 @@ from megatron_r1.config import Config
 from megatron_r1.config.model import LoraConfig
 from megatron_r1.models.weights.adapter_table import adapter_shapes, adapter_table
 from megatron_r1.push.plan import EngineLayout, TrainerGrid
-from megatron_r1.push.plan.adapters import (
+from megatron_r1.push.plan.adapter_push import (
     MAX_RANKS,
     PredictedAdapterSharding,
     check_adapter_push,
