@@ -22,10 +22,11 @@ from megatron_r1.base.processes import timeline
 from megatron_r1.base.processes.authentication import RANKS_TOKEN_VARIABLE
 from megatron_r1.config import Config
 from megatron_r1.config.algorithms import LossSettings
-from megatron_r1.controller.trainer_calls.packing import Packing, pack, pack_by_prompt, sample_cost
+from megatron_r1.controller.trainer_calls.packing import Packing, pack, pack_by_prompt
 from megatron_r1.controller.trainer_calls.rank_processes import RankProcesses
 from megatron_r1.controller.trainer_calls.rank_socket import RankSocket
 from megatron_r1.models import read_hf_config
+from megatron_r1.models.compute_cost import sample_cost
 from megatron_r1.trainer.operations import (
     LOAD,
     STOP,

@@ -3,25 +3,13 @@
 Samples are packed end to end without padding. Every rank runs the same number of micro-batches
 (pipeline and expert collectives require it), and all ranks run micro-batch m at the same time, so
 the cost of micro-batch m, not its tokens, should be equal on every rank. The size of a micro-batch
-is limited in tokens, which determine its memory.
-
-The cost of a sample is its compute. A token costs 2 P products forward, P the parameters it passes,
-and 2 L h (d_qk + d_v) / 2 for each token it attends to, half of the sample on average (L layers, h
-heads). So a sample of s tokens costs s (1 + s / s_0) in units of one token without attention, where
-s_0 = 2 P / (L h (d_qk + d_v)) is the length at which attention costs as much as all else. For
-DeepSeek-V3 s_0 is about 30,000 tokens: a sample of 65,536 costs as much as thirteen of 10,000, not
-as much as seven."""
+is limited in tokens, which determine its memory. `models.compute_cost` is the cost of a sample."""
 
 import heapq
 from collections.abc import Callable, Iterable
-from math import prod
 from typing import NamedTuple
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.config import Config
-from megatron_r1.models.hf_config import HFConfig, head_sizes
-from megatron_r1.models.weights import hf_tensors
-from megatron_r1.reporting.formatting import format_count
 from megatron_r1.trainer.prefix_matching import PrefixMatcher, group_by_first_prompt
 from megatron_r1.trainer.training_sample import Sample
 
@@ -61,7 +49,7 @@ def pack(
         data_parallel_size: the number of data-parallel ranks.
         max_tokens: tokens of a micro-batch; only a sample longer than that exceeds it, and is then
             alone.
-        cost: length -> cost of a sample (`sample_cost`).
+        cost: length -> cost of a sample (`models.compute_cost`).
         samples_per_unit: number of consecutive samples that stay together, in their order (two
             for a pair of responses).
 
@@ -180,66 +168,3 @@ def _split_to_limit(
             unit, length, matcher = [], 0, PrefixMatcher()
         units.append(([*unit, member], length + matcher.add(sample)))
     return units
-
-
-def check_batches(config: Config, verb: str, world_size: int, rank: str = "trainer rank") -> None:
-    """Refuse batches that do not give each data-parallel rank a sample.
-
-    Args:
-        config: the recipe.
-        verb: rl, sft or reward-model.
-        world_size: the number of ranks, the data-parallel ones among them.
-        rank: what a data-parallel rank is called.
-
-    Raises:
-        UserError: an optimizer step has too few samples."""
-    rl, item = config.rl, "sample"
-    data_parallel_size = config.parallel.data_parallel_size(world_size)
-    if verb == "rl":
-        num_samples = rl.prompts_per_rollout * rl.group_size // rl.minibatches
-        key, remedy = "rl.prompts_per_rollout", "raise rl.prompts_per_rollout"
-        if rl.minibatches > 1:
-            key, remedy = "rl.minibatches", f"lower rl.minibatches={rl.minibatches}"
-    else:
-        section = verb.replace("-", "_")
-        key, num_samples = f"{section}.batch_size", getattr(config, section).batch_size
-        remedy = f"raise {key}"
-        if verb == "reward-model" and config.reward_model.kind == "pairwise":
-            item = "pair"  # stays together on one rank (`samples_per_unit`)
-    if num_samples < data_parallel_size:
-        max_ranks = num_samples * (world_size // data_parallel_size)
-        raise UserError(
-            f"{format_count(num_samples, item)} of an optimizer step cannot be spread over "
-            f"{data_parallel_size:,} data-parallel ranks; {remedy}, raise parallel.context, "
-            f".tensor or .pipeline, or use at most {format_count(max_ranks, rank)}",
-            key=key,
-            cause=Cause.OUT_OF_RANGE,
-        )
-
-
-def sample_cost(hf_config: HFConfig) -> Callable[[int], float]:
-    """Return the function length in tokens -> cost, in tokens without attention, for model
-    `hf_config`."""
-    balance = balance_length(hf_config)
-    return lambda length: length * (1 + length / balance)
-
-
-def balance_length(hf_config: HFConfig) -> float:
-    """Return s_0: the number of tokens at which attention costs as much as everything else."""
-    width = hf_config["num_attention_heads"] * sum(head_sizes(hf_config))
-    return 2 * active_parameters(hf_config) / (hf_config["num_hidden_layers"] * width)
-
-
-def active_parameters(hf_config: HFConfig) -> float:
-    """Return the number of weights that one token is multiplied with: its routed experts and the
-    head count, the embedding and the multi-token-prediction layers do not."""
-    num_experts = hf_config.get("n_routed_experts")
-    num_active = hf_config.get("num_experts_per_tok")
-    is_tied = hf_config.get("tie_word_embeddings")
-    total = 0.0
-    for name, (shape, _) in hf_tensors(hf_config, with_mtp=False).items():
-        if len(shape) < 2 or (name == "model.embed_tokens.weight" and not is_tied):
-            continue
-        fraction = num_active / num_experts if num_experts and ".mlp.experts." in name else 1.0
-        total += prod(shape) * fraction
-    return total

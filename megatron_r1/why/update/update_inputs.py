@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_r1.controller.trainer_calls.packing import pack, sample_cost
+from megatron_r1.controller.trainer_calls.packing import pack
+from megatron_r1.models.compute_cost import sample_cost
 from megatron_r1.why.comparison import CannotRecompute
 from megatron_r1.why.policy import checkpoint_model, token_logprobs
 from megatron_r1.why.policy.adapters import trained_parameters

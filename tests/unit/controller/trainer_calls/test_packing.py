@@ -1,18 +1,10 @@
-import json
 import random
-from pathlib import Path
 
 import pytest
 from refusals import refused
 
 from megatron_r1.base.errors import Cause
-from megatron_r1.controller.trainer_calls.packing import (
-    active_parameters,
-    balance_length,
-    pack,
-    sample_cost,
-)
-from megatron_r1.models import read_hf_config
+from megatron_r1.controller.trainer_calls.packing import pack
 
 
 def heavy_tailed(count: int, limit: int, seed: int = 0) -> list[int]:
@@ -64,24 +56,6 @@ def test_tokens_fill_the_microbatches_that_memory_allows():
 def test_fewer_samples_than_ranks_is_refused():
     with refused("parallel.processes", Cause.TOO_LARGE, 3, 4):
         pack([1, 1, 1], 4, 100)
-
-
-DEEPSEEK_V3 = read_hf_config("examples/deepseek_r1/model")
-
-
-def test_a_long_sample_costs_what_its_attention_does():
-    # DeepSeek-V3 activates 37 billion parameters per token, counting the embedding's 0.9.
-    assert active_parameters(DEEPSEEK_V3) == pytest.approx(37e9, rel=0.02)
-    balance = balance_length(DEEPSEEK_V3)
-    # Two products of s x 192 and s x 128 per head, half of them masked, against 2 per parameter.
-    attention = 61 * 128 * (2 * balance * 192 + 2 * balance * 128) / 2
-    assert attention == pytest.approx(2 * active_parameters(DEEPSEEK_V3))
-    assert sample_cost(DEEPSEEK_V3)(round(balance)) == pytest.approx(2 * balance, rel=1e-4)
-
-
-def test_the_laptops_model_has_a_cost():
-    hf_config = json.loads(Path("examples/laptop/model/config.json").read_text())
-    assert balance_length(hf_config) > 0
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
