@@ -1,6 +1,7 @@
-"""What the trainer and the engines publish to each other in the store, before the first push: each
-engine rank a `SlotTable` of the tensors that it needs, the trainer a `PublishedPlan` of what each
-engine rank receives, over NCCL with its sends and receives of every round."""
+"""What the trainer and the engines publish to each other in the store, before the first push.
+
+Each engine rank publishes a `SlotTable` of the tensors that it needs, the trainer a `PublishedPlan`
+of what each engine rank receives, over NCCL with its sends and receives of every round."""
 
 from typing import NamedTuple
 
@@ -9,14 +10,10 @@ import torch
 
 
 class Slot(msgspec.Struct, frozen=True, array_like=True):
-    """Rows [top, bottom) and columns [left, right) of HF tensor `name`; a vector is one column.
+    """A region of an HF tensor (`plan.tensors.Region`) with its place in the receive buffer.
 
     Attributes:
         name: the tensor's name in the checkpoint.
-        top: the first row.
-        bottom: the row after the last one.
-        left: the first column.
-        right: the column after the last one.
         offset: byte of its first element in the memory.
         pitch: bytes from one row to the next.
         dtype: the engine's, such as "bfloat16".
@@ -67,15 +64,11 @@ class SlotTable(msgspec.Struct, frozen=True):
 
 
 class TensorChunk(msgspec.Struct, frozen=True, array_like=True):
-    """The part of a slot that one trainer rank sends: rows [top, bottom) and columns [left, right),
-    counted from the slot's own corner.
+    """The part of a slot that one trainer rank sends, its rows and columns as in `Region`, counted
+    from the slot's own corner.
 
     Attributes:
-        slot: index into `SlotTable.slots`.
-        top: the first row.
-        bottom: the row after the last one.
-        left: the first column.
-        right: the column after the last one."""
+        slot: index into `SlotTable.slots`."""
 
     slot: int
     top: int
@@ -178,7 +171,7 @@ class RankRounds(msgspec.Struct, frozen=True):
 
     Attributes:
         rank: the rank in the set's communicator.
-        num_ranks: the number of that communicator's ranks.
+        num_ranks: the size of that communicator.
         rank_ids: the equal ranks of all engines that are in it, each "member/engine rank".
         scatter: the rounds in which trainer ranks send.
         relay: the rounds in which engine ranks relay."""
