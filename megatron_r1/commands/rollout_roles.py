@@ -23,6 +23,7 @@ from megatron_r1.engines.fleet.host_pool import HostPool
 from megatron_r1.engines.fleet.placement import open_pool, server_maker
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.engines.server import gpu
+from megatron_r1.engines.server.environment import fp8_scale_environment
 from megatron_r1.engines.server.model_config import max_model_len
 from megatron_r1.engines.server.settings import engine_settings, fleet_settings
 from megatron_r1.models import read_hf_config
@@ -116,13 +117,13 @@ def _model_as_pushed(config: Config) -> dict[str, Any]:
     """Return engine settings for a model whose weights are pushed: the folder's weights are not
     read, and `push.fp8` alone decides whether weights are FP8. Where adapters alone are pushed, the
     folder's weights are read."""
-    overrides, hf_config = None, read_hf_config(config.model.path)
+    hf_config = read_hf_config(config.model.path)
     if config.push.adapter_only:
         return {"lora": lora_arguments(config, hf_config)}
-    if config.push.fp8 or "quantization_config" in hf_config:
-        overrides = {
-            "quantization_config": published_layout.fp8_config(hf_config)
-            if config.push.fp8
-            else None
-        }
-    return {"extra_args": ["--load-format", "dummy"], "hf_overrides": overrides}
+    settings: dict[str, Any] = {"extra_args": ["--load-format", "dummy"]}
+    if config.push.fp8:
+        settings["hf_overrides"] = {"quantization_config": published_layout.fp8_config(hf_config)}
+        settings["extra_env"] = fp8_scale_environment(hf_config)
+    elif "quantization_config" in hf_config:
+        settings["hf_overrides"] = {"quantization_config": None}
+    return settings

@@ -5,6 +5,12 @@ import socket
 
 import psutil
 
+from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.models.hf_config import HFConfig
+from megatron_r1.models.weights.formats.published_layout import has_power_of_two_scales
+
+E8M0_VARIABLE = "VLLM_USE_DEEP_GEMM_E8M0"
+
 
 def engine_environment(device: str, num_threads: int, kv_cache_gib: int) -> dict[str, str]:
     """Return the environment variables of any vLLM server that we start.
@@ -35,6 +41,35 @@ def engine_environment(device: str, num_threads: int, kv_cache_gib: int) -> dict
             "TORCHDYNAMO_DISABLE": "1",
         }
     return env
+
+
+def fp8_scale_environment(hf_config: HFConfig) -> dict[str, str]:
+    """Return the environment variable that lets vLLM's dense layers keep the scales of pushed FP8
+    blocks. By default vLLM rounds weights anew, to scales that are powers of two (0.32, envs.py:
+    `VLLM_USE_DEEP_GEMM_E8M0`), and computes with other 8-bit values than the trainer.
+
+    Args:
+        hf_config: the model's `config.json`.
+    """
+    return {E8M0_VARIABLE: str(int(has_power_of_two_scales(hf_config)))}
+
+
+def check_fp8_scales(hf_config: HFConfig) -> None:
+    """Raise UserError where this process's environment asks vLLM for other FP8 scales than the
+    push has.
+
+    Args:
+        hf_config: the model's `config.json`.
+    """
+    for name, value in fp8_scale_environment(hf_config).items():
+        if os.environ.get(name, value) != value:
+            kind = "powers of two" if value == "1" else "float32"
+            raise UserError(
+                f"{name}={os.environ[name]} in the environment: the scales of this push.fp8 are "
+                f"{kind}, for which it is {value}; unset it",
+                key="push.fp8",
+                cause=Cause.CONFLICT,
+            )
 
 
 def network_environment(address: str) -> dict[str, str]:

@@ -11,6 +11,7 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import Config, RolloutConfig
 from megatron_r1.config.teacher import TeacherEngines
 from megatron_r1.engines.server import gpu
+from megatron_r1.engines.server.environment import check_fp8_scales
 from megatron_r1.engines.server.vllm_arguments import check_reserved
 from megatron_r1.models.families import FAMILIES
 from megatron_r1.models.hf_config import (
@@ -42,6 +43,8 @@ def check_engines(config: Config, hf_config: HFConfig) -> None:
             key="rollout.pipeline_parallel",
             cause=Cause.CONFLICT,
         )
+    if config.push.fp8:
+        check_fp8_scales(hf_config)
     _check_redundant_experts(rollout, hf_config)
     _check_speculation(rollout, hf_config)
 
@@ -59,6 +62,13 @@ def _check_redundant_experts(rollout: RolloutConfig, hf_config: HFConfig) -> Non
             "(rollout.tensor_parallel x rollout.data_parallel); set it to true on several, or "
             "the copies to 0",
             key=key,
+            cause=Cause.CONFLICT,
+        )
+    if rollout.colocated and rollout.vllm.get("eplb_config", {}).get("communicator") == "nixl":
+        raise UserError(
+            "rollout.vllm.eplb_config.communicator: nixl registers the weights' memory once, and "
+            "engines that sleep (rollout.colocated) give it away; leave it out, or set torch_gloo",
+            key="rollout.vllm.eplb_config.communicator",
             cause=Cause.CONFLICT,
         )
     if (experts := num_experts(hf_config)) and (experts + copies) % ranks:

@@ -210,6 +210,10 @@ class EngineSettings:
             return dict(self.vllm)
         balancer = {"num_redundant_experts": self.redundant_experts}
         balancer = {**self.vllm.get("eplb_config", {}), **balancer}
+        if self.enable_sleep_mode:
+            # Where it is installed vLLM takes nixl, which registers the weights' memory with the
+            # network adapter once; a sleep gives that memory away.
+            balancer.setdefault("communicator", "torch_gloo")
         return {**self.vllm, "enable_eplb": True, "eplb_config": balancer}
 
     def environment(self) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """What a recipe sets of an engine's cache, as vLLM's arguments."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ from refusals import refused
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.config import parse
+from megatron_r1.engines.server import environment
 from megatron_r1.engines.server.settings import EngineSettings, engine_settings
 
 
@@ -21,6 +23,35 @@ def test_the_blocks_of_the_cache_are_vllms_unless_set():
     assert made[made.index("--block-size") + 1] == "64"
     with refused("rollout.kv_block_tokens", Cause.MALFORMED, 32):
         arguments(kv_block_tokens=48)
+
+
+def test_engines_that_sleep_exchange_experts_through_the_host():
+    """nixl, which vLLM would take, registers memory that a sleep gives away."""
+    for given, sleeps, expected in (
+        ({}, True, "torch_gloo"),
+        ({}, False, None),
+        ({"communicator": "pynccl"}, True, "pynccl"),
+    ):
+        settings = EngineSettings(
+            redundant_experts=2, enable_sleep_mode=sleeps, vllm={"eplb_config": given}
+        )
+        made = settings.arguments(Path("model"))
+        balancer = json.loads(made[made.index("--eplb-config") + 1])
+        assert balancer.get("communicator") == expected, given
+
+
+@pytest.mark.parametrize(("scale_format", "value"), [(None, "0"), ("ue8m0", "1")])
+def test_vllm_keeps_the_scales_of_pushed_fp8_blocks(scale_format, value, monkeypatch):
+    hf_config = {"quantization_config": {"scale_fmt": scale_format}}
+    name = "VLLM_USE_DEEP_GEMM_E8M0"
+    assert environment.fp8_scale_environment(hf_config) == {name: value}
+    for given in (None, value):
+        monkeypatch.setenv(name, given) if given else monkeypatch.delenv(name, raising=False)
+        environment.check_fp8_scales(hf_config)
+    other = str(1 - int(value))
+    monkeypatch.setenv(name, other)
+    with refused("push.fp8", Cause.CONFLICT, f"{name}={other}"):
+        environment.check_fp8_scales(hf_config)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
