@@ -49,11 +49,11 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
     update_info_cls = PushUpdateInfo
 
     drafter: torch.nn.Module | None = None
-    """The MTP layer that vLLM drafts with (`engines.plugin.drafter_patches`)."""
+    """The MTP layer that vLLM drafts with (`engines.plugin.patches.expose_models`)."""
     balancer: EplbState | None = None
-    """vLLM's balancer of experts (`engines.plugin.drafter_patches`)."""
+    """vLLM's balancer of experts (`engines.plugin.patches.expose_models`)."""
     lora: WorkerLoRAManager | None = None
-    """vLLM's manager of adapters (`engines.plugin.drafter_patches`)."""
+    """vLLM's manager of adapters (`engines.plugin.patches.expose_models`)."""
     _receiver: Receiver | None = None
     _store: tuple[str, int] | None = None
     _recorded: tuple[TensorShapes, SlotTable] | None = None
@@ -151,30 +151,50 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
             ValueError: the push is incomplete or damaged, and the old weights are unchanged; or the
                 engine would not compute with what arrived.
         """
-        receiver, push_number = self._receiver, update_info.push_number
+        receiver = self._receiver
         assert receiver is not None, "start_weight_update comes first"
+        if self.balancer is None or self._adapter is not None:
+            self._load(receiver, update_info)
+        else:
+            self._load_with_balancer(receiver, update_info, self.balancer)
+        receiver.free_memory()
+
+    def _load(self, receiver: Receiver, update_info: PushUpdateInfo) -> None:
+        """Wait for the push, load it and verify it."""
+        push_number = update_info.push_number
         receiver.received_chunks.wait(push_number, update_info.timeout_seconds)
-        if self._adapter is not None:
-            self._adapter.load(receiver.table.buffer(receiver.memory, push_number))
-            self._adapter.check(push_number)
-            receiver.free_memory()
-            return
-        if self.balancer is not None:
-            expert_placement.stop_rebalancing(self.balancer)
         buffer = receiver.table.buffer(receiver.memory, push_number)
+        if self._adapter is not None:
+            self._adapter.load(buffer)
+            self._adapter.check(push_number)
+            return
         self._load_check.before_load(receiver.received_chunks.pop_changed_slots())
         layer_reload.load(
             self._models, self._placed, buffer, in_place=receiver.table.num_buffers > 1
         )
         self._load_check.after_load(push_number, self._placed, buffer)
         layer_reload.recompute_shared_tensors(self._models, self.model_config)
-        if self.balancer is not None:
-            if self.vllm_config.model_config.enable_sleep_mode:
-                expert_placement.reset_placement(self.balancer)
-            else:
-                group = get_ep_group().device_group
-                expert_placement.keep_placement(self.balancer, group)
-        receiver.free_memory()
+
+    def _load_with_balancer(
+        self, receiver: Receiver, update_info: PushUpdateInfo, balancer: EplbState
+    ) -> None:
+        """Load a push while the balancer moves nothing, and place the experts afterwards."""
+        ranks = get_ep_group()
+        # Before anything that fails on one rank alone: the others would wait for it here.
+        expert_placement.stop_rebalancing(balancer, ranks.cpu_group)
+        try:
+            self._load(receiver, update_info)
+        except Exception as error:  # vLLM's loaders may raise anything
+            expert_placement.raise_on_every_rank(error, ranks.cpu_group)
+            raise
+        expert_placement.raise_on_every_rank(None, ranks.cpu_group)
+        if self.vllm_config.model_config.enable_sleep_mode:
+            expert_placement.reset_placement(balancer)
+        else:
+            expert_placement.keep_placement(balancer, ranks.device_group)
+            num_slots = expert_placement.count_moved_slots(balancer)
+            # In the engine's log: the move is a part of the pause.
+            print(f"push {update_info.push_number}: moved experts to {num_slots} slots", flush=True)
 
     def finish_weight_update(self) -> None:
         """Do nothing: `receive_weights` has loaded everything."""

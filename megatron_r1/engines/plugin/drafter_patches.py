@@ -8,35 +8,10 @@ DRAFTER_KEYS = ("quantization_config", "scoring_func", "topk_method")
 """Keys of config.json that a model and its MTP layers have alike."""
 
 
-def push_to_drafters() -> None:
-    """Apply all three patches, once per process."""
-    expose_drafter()
+def apply() -> None:
+    """Apply both patches, once per process."""
     _checksum_the_drafter()
     _configure_as_the_model()
-
-
-def expose_drafter() -> None:
-    """Give our weight-transfer backend the drafter, the balancer of experts and the manager of
-    adapters next to the model.
-
-    Upstream: v1/worker/gpu_worker.py: `Worker.init_weight_transfer_engine`. Without it: a
-    backend has the model only, the drafter keeps the weights it was started with, and experts are
-    where the balancer's maps do not expect them. Goes when: one update can be of both models, and
-    of experts that have moved."""
-    from vllm.v1.worker.gpu_worker import Worker
-
-    upstream = Worker.init_weight_transfer_engine
-
-    def init_weight_transfer_engine(self: Any, init_info: dict[str, Any]) -> None:
-        if self.weight_transfer_engine is not None:
-            self.weight_transfer_engine.drafter = self.get_draft_model()
-            # None without `--enable-eplb`; runners on a CPU have none.
-            self.weight_transfer_engine.balancer = getattr(self.model_runner, "eplb_state", None)
-            # None without `--enable-lora`.
-            self.weight_transfer_engine.lora = getattr(self.model_runner, "lora_manager", None)
-        upstream(self, init_info)
-
-    Worker.init_weight_transfer_engine = init_weight_transfer_engine
 
 
 def _checksum_the_drafter() -> None:

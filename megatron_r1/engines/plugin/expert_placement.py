@@ -10,12 +10,16 @@ copies to others, and the router follows its maps. So after a load
 - `reset_placement` puts the maps back to the first placement, for an engine that has slept: a sleep
   frees the memory of the maps, which is in vLLM's pool of weights, and the placement is lost.
 
-Each of them is called on all ranks of an engine. The experts that a rank returns for routing replay
-are the model's: vLLM records them before it looks up a copy (`BaseRouter.select_experts`)."""
+The balancer moves experts in a thread and on a stream of its own, also between two steps of the
+engine. `stop_rebalancing` ends that before a load, and before a sleep frees the weights
+(`patches.stop_rebalancing_before_sleep`).
 
-from typing import Any
+Each function is called on all ranks of an engine; `stop_rebalancing`, `raise_on_every_rank` and
+`keep_placement` are collectives. The experts that a rank returns for routing replay are the
+model's: vLLM records them before it looks up a copy (`BaseRouter.select_experts`)."""
 
 import torch
+from torch.distributed import ProcessGroup, ReduceOp, all_reduce
 from vllm.distributed.eplb import eplb_state
 from vllm.distributed.eplb.eplb_state import EplbModelState, EplbState
 from vllm.distributed.eplb.rebalance_execute import rearrange_expert_weights_inplace
@@ -30,23 +34,74 @@ def first_placement(state: EplbModelState) -> torch.Tensor:
     return torch.tensor([expert_of_slot] * model.num_moe_layers)
 
 
-def stop_rebalancing(state: EplbState) -> None:
-    """Wait until the balancer moves nothing; what it had not applied is not applied."""
+def stop_rebalancing(state: EplbState, cpu_group: ProcessGroup) -> None:
+    """Wait until the balancer moves nothing; what it had not applied is not applied.
+
+    Args:
+        state: the balancer.
+        cpu_group: the engine's expert-parallel ranks, over gloo.
+
+    Raises:
+        RuntimeError: the balancer's thread has ended on a rank. vLLM logs its error and goes on;
+            waiting for it would not end.
+    """
+    ended = state.async_worker is not None and not state.async_worker.is_alive()
+    error = RuntimeError("the thread of vLLM's balancer has ended; its error is above in the log")
+    raise_on_every_rank(error if ended else None, cpu_group)
     state.drain_async()
 
 
-def keep_placement(state: EplbState, group: Any) -> None:
+def raise_on_every_rank(error: Exception | None, cpu_group: ProcessGroup) -> None:
+    """Raise on all ranks if one of them has an error, so that none waits for it in a collective.
+
+    Args:
+        error: this rank's error, which it raises; None for none.
+        cpu_group: the engine's expert-parallel ranks, over gloo.
+
+    Raises:
+        RuntimeError: another rank has an error.
+    """
+    num_errors = torch.tensor(int(error is not None))
+    all_reduce(num_errors, ReduceOp.SUM, cpu_group)
+    if error is not None:
+        raise error
+    if num_errors:
+        raise RuntimeError(
+            f"{int(num_errors)} of the engine's {cpu_group.size()} ranks failed; "
+            "their errors are in the log"
+        )
+
+
+def count_moved_slots(state: EplbState) -> int:
+    """Return in how many slots of all ranks the balancer has put another expert than a load does.
+
+    Args:
+        state: the balancer, which moves nothing meanwhile.
+    """
+    return sum(
+        int((first_placement(each) != each.physical_to_logical_map.cpu()).sum())
+        for each in state.model_states.values()
+    )
+
+
+def keep_placement(state: EplbState, group: ProcessGroup) -> None:
     """Move the experts from the slots of a load to those of the balancer's maps.
 
     Args:
         state: the balancer, which moves nothing meanwhile.
         group: the process group of the engine's expert-parallel ranks.
     """
+    if torch.accelerator.is_available():
+        # Ranks may read each other's memory, where the load may still run.
+        torch.accelerator.synchronize()
     for model_state in state.model_states.values():
         loaded_map = first_placement(model_state)
         current_map = model_state.physical_to_logical_map.cpu()
         if torch.equal(loaded_map, current_map):
             continue
+        # The balancer's thread has set its own stream, on which received experts would be copied
+        # to the buffer while this one reads it. It sets it again before it moves experts.
+        model_state.communicator.set_stream(None)
         rearrange_expert_weights_inplace(
             loaded_map,
             current_map,

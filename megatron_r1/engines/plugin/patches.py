@@ -11,6 +11,10 @@ the process. And each look-up waits for the GPU, three times an expert and layer
 `keep_ranks_in_step`: for an engine of several ranks where some ranks fail in a push: it is
 connected anew and gets the push again, so its ranks must stay in step.
 
+`expose_models` gives the weight-transfer backend what a push loads besides the model.
+
+`stop_rebalancing_before_sleep` lets an engine sleep only while its balancer moves no experts.
+
 `record_spans`: spans of vLLM's processes for `base.processes.timeline`, the parts of an engine
 core's step and of its server. Patched only where a run is profiled."""
 
@@ -116,6 +120,55 @@ def end_unfinished_updates() -> None:
         upstream(self, init_info)
 
     Worker.init_weight_transfer_engine = init_weight_transfer_engine
+
+
+def expose_models() -> None:
+    """Give our weight-transfer backend the drafter, the balancer of experts and the manager of
+    adapters next to the model.
+
+    Upstream: v1/worker/gpu_worker.py: `Worker.init_weight_transfer_engine`. Without it: a
+    backend has the model only, the drafter keeps the weights it was started with, and experts are
+    where the balancer's maps do not expect them. Goes when: one update can be of both models, and
+    of experts that have moved."""
+    from vllm.v1.worker.gpu_worker import Worker
+
+    upstream = Worker.init_weight_transfer_engine
+
+    def init_weight_transfer_engine(self: Any, init_info: dict[str, Any]) -> None:
+        if self.weight_transfer_engine is not None:
+            self.weight_transfer_engine.drafter = self.get_draft_model()
+            # None without `--enable-eplb`; runners on a CPU have none.
+            self.weight_transfer_engine.balancer = getattr(self.model_runner, "eplb_state", None)
+            # None without `--enable-lora`.
+            self.weight_transfer_engine.lora = getattr(self.model_runner, "lora_manager", None)
+        upstream(self, init_info)
+
+    Worker.init_weight_transfer_engine = init_weight_transfer_engine
+
+
+def stop_rebalancing_before_sleep() -> None:
+    """Let a rank sleep when vLLM's balancer of experts has ended what it moves.
+
+    Upstream: v1/worker/gpu_worker.py: `Worker.sleep`. Without it: a sleep unmaps the weights, the
+    buffer and the maps that the balancer's thread copies from and to, also while no request runs,
+    and the rank dies of an illegal access. Goes when: a sleep waits for the balancer."""
+    from vllm.v1.worker.gpu_worker import Worker
+
+    upstream = Worker.sleep
+
+    def sleep(self: Any, level: int = 1) -> None:
+        from vllm.distributed import get_ep_group
+
+        from megatron_r1.engines.plugin import expert_placement
+
+        balancer = getattr(self.model_runner, "eplb_state", None)
+        if balancer is not None:
+            expert_placement.stop_rebalancing(balancer, get_ep_group().cpu_group)
+            num_slots = expert_placement.count_moved_slots(balancer)
+            print(f"sleep: the balancer had moved experts to {num_slots} slots", flush=True)
+        upstream(self, level)
+
+    Worker.sleep = sleep
 
 
 def record_spans() -> None:

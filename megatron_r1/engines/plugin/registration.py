@@ -39,9 +39,11 @@ def _patch() -> None:
     )
 
     deepseek_patches.correct_deepseek_classes()
-    drafter_patches.push_to_drafters()
+    drafter_patches.apply()
+    patches.expose_models()
     patches.keep_expert_maps_on_host()
     patches.keep_ranks_in_step()
+    patches.stop_rebalancing_before_sleep()
     output_batching.apply()
     pushed_adapter.apply()
     sampling_masks.accept_requests_without_top_k()

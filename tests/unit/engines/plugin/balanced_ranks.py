@@ -1,26 +1,110 @@
 """A rank of an engine with redundant experts: `python balanced_ranks.py RANK WORLD STORE`.
 
-vLLM's own state, maps, policy and exchange (over gloo) on a model of plain tensors: pushes with a
-rearrangement between each. It prints, for every push, how many slots were wrong before the experts
-were moved, and after."""
+vLLM's own state, maps, policy and exchange (over gloo, through the host as on GPUs) on a model of
+plain tensors, and the backend's own update around them: pushes with a rearrangement between each,
+and one that a single rank cannot load. It prints, for every push, how many slots were wrong before
+the experts were moved, and after."""
 
+import contextlib
 import datetime
 import sys
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
 import torch.distributed as dist
-from vllm.distributed.eplb.eplb_communicator import TorchDistNcclEplbCommunicator
+from vllm.distributed.eplb import eplb_communicator
+from vllm.distributed.eplb.eplb_communicator import TorchDistGlooStagedEplbCommunicator
 from vllm.distributed.eplb.eplb_state import EplbModelState, EplbState, _commit_eplb_maps
 from vllm.distributed.eplb.policy import EPLB_POLICIES
 from vllm.distributed.eplb.rebalance_execute import rearrange_expert_weights_inplace
 from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 
-from megatron_r1.engines.plugin import deepseek_patches, expert_placement
+from megatron_r1.engines.plugin import backend, deepseek_patches, expert_placement
 
 EXPERTS, COPIES, LAYERS = 6, 2, 3
 SIZES = (5, 3)
 """Values of an expert in each of its two tensors."""
+
+
+class LateCopies(TorchDistGlooStagedEplbCommunicator):
+    """vLLM's exchange through the host, whose copies to the GPU run on a stream: where it is the
+    balancer's own, the caller's stream reads the receive buffer before they have run."""
+
+    def execute(self) -> None:
+        received = [tensor for kind, tensor, _ in self._ops if kind == "recv"]
+        before = [tensor.clone() for tensor in received]
+        super().execute()
+        if self._stream is not None:
+            for tensor, old in zip(received, before, strict=True):
+                tensor.copy_(old)
+
+
+STREAM = SimpleNamespace(synchronize=lambda: None)
+"""The balancer's, which a CPU does not have."""
+
+
+@contextlib.contextmanager
+def streams_of_a_gpu():
+    """Let vLLM's exchange find the streams that it uses on a GPU."""
+    with (
+        mock.patch.object(
+            eplb_communicator, "device_stream", return_value=contextlib.nullcontext()
+        ),
+        mock.patch.object(eplb_communicator, "PIN_MEMORY", False),
+        mock.patch.object(torch.accelerator, "current_stream", return_value=STREAM),
+    ):
+        yield
+
+
+def update(balancer, group, load, push: int, sleeps: bool = False) -> list[str]:
+    """Let the backend receive a push; return what it did, in order.
+
+    Args:
+        balancer: the stand-in for vLLM's `EplbState`, with real model states.
+        group: of the ranks.
+        load: what a rank does to load the push; it may raise.
+        push: its number.
+        sleeps: whether the engine sleeps between pushes."""
+    done: list[str] = []
+
+    def note(name, call=lambda *_, **__: None):
+        def noted(*arguments, **keywords):
+            done.append(name)
+            return call(*arguments, **keywords)
+
+        return noted
+
+    engine = object.__new__(backend.PushTransferEngine)
+    engine.vllm_config = SimpleNamespace(
+        model_config=SimpleNamespace(enable_sleep_mode=sleeps), parallel_config=None
+    )
+    chunks = SimpleNamespace(wait=note("wait"), pop_changed_slots=set)
+    engine._receiver = SimpleNamespace(
+        received_chunks=chunks,
+        table=SimpleNamespace(buffer=lambda *_: None, num_buffers=1),
+        memory=None,
+        free_memory=note("free"),
+    )
+    engine._models, engine._placed = None, []
+    engine._load_check = SimpleNamespace(before_load=lambda _: None, after_load=note("check"))
+    engine.balancer = balancer
+    balancer.drain_async = note("drain")
+    ranks = SimpleNamespace(cpu_group=group, device_group=group)
+    with (
+        mock.patch.object(backend, "get_ep_group", return_value=ranks),
+        mock.patch.object(backend.layer_reload, "load", note("load", lambda *_, **__: load())),
+        mock.patch.object(backend.layer_reload, "recompute_shared_tensors"),
+        mock.patch.object(
+            expert_placement, "keep_placement", note("keep", expert_placement.keep_placement)
+        ),
+        mock.patch.object(type(engine), "model_config", None, create=True),
+    ):
+        try:
+            engine.receive_weights(SimpleNamespace(push_number=push, timeout_seconds=60.0))
+        except (RuntimeError, ValueError) as error:
+            done.append(f"{type(error).__name__}: {error}")
+    return done
 
 
 def value(push: int, layer: int, expert: int, tensor: int) -> torch.Tensor:
@@ -82,21 +166,40 @@ def main() -> None:
         rebalanced=False,
         eplb_stats=None,
         device_index=None,
-        communicator=TorchDistNcclEplbCommunicator(group),
+        communicator=LateCopies(group),
     )
     _commit_eplb_maps(state, expert_placement.first_placement(state))
-    balancer = SimpleNamespace(model_states={"small": state})
+    balancer = SimpleNamespace(model_states={"small": state}, async_worker=None)
+    with streams_of_a_gpu():
+        push_and_rearrange(balancer, group, rank, world)
+    counts, loads = state.logical_replica_count, state.expert_load_window
+    print(f"copies {counts[0].tolist()}, counted {int(loads.sum())}")
+    if rank == 0:
+        print(f"returned experts {returned_experts(state)}")
+        print(f"slots of the drafter {slots_of_a_drafter()}")
+
+
+def push_and_rearrange(balancer, group, rank: int, world: int) -> None:
+    """Push four times, with a rearrangement after each of the first three."""
+    (state,) = balancer.model_states.values()
+    model, weights = state.model, state.model.expert_weights
     generator = torch.Generator().manual_seed(0)
     for push in range(1, 4):
-        fill(model, rank, push)
-        before = num_wrong(state, rank, push)
-        expert_placement.keep_placement(balancer, group)
-        print(f"push {push}: {before} wrong, then {num_wrong(state, rank, push)}")
+        before = [0]
+
+        def load(push=push, before=before):
+            fill(model, rank, push)
+            before[0] = num_wrong(state, rank, push)
+
+        done = update(balancer, group, load, push)
+        print(f"push {push}: {before[0]} wrong, then {num_wrong(state, rank, push)}")
+        print(f"in order: {' '.join(done)}")
         load = torch.randint(1, 1000, (LAYERS, EXPERTS), generator=generator)
         load[:, push] = 100_000  # another hot expert each time
         placed = EPLB_POLICIES["default"].rebalance_experts(
             load, EXPERTS + COPIES, 1, 1, world, state.physical_to_logical_map
         )
+        state.communicator.set_stream(None)
         rearrange_expert_weights_inplace(
             state.physical_to_logical_map,
             placed,
@@ -105,17 +208,27 @@ def main() -> None:
             group,
             state.communicator,
         )
+        state.communicator.set_stream(STREAM)  # as the balancer's thread leaves it
         _commit_eplb_maps(state, placed)
         print(f"rearranged: {num_wrong(state, rank, push)} wrong")
-    fill(model, rank, 4)
-    before = num_wrong(state, rank, 4)
-    expert_placement.reset_placement(balancer)
-    print(f"after a sleep: {before} wrong, then {num_wrong(state, rank, 4)}")
-    counts, loads = state.logical_replica_count, state.expert_load_window
-    print(f"copies {counts[0].tolist()}, counted {int(loads.sum())}")
-    if rank == 0:
-        print(f"returned experts {returned_experts(state)}")
-        print(f"slots of the drafter {slots_of_a_drafter()}")
+
+    def fail_on_rank_1():
+        if rank == 1:
+            raise ValueError("a damaged chunk")
+
+    print(f"one rank fails: {update(balancer, group, fail_on_rank_1, 4)[-1]}")
+    ended = SimpleNamespace(is_alive=lambda: rank != 0)
+    with_thread = SimpleNamespace(**vars(balancer) | {"async_worker": ended})
+    print(f"thread ended: {update(with_thread, group, fail_on_rank_1, 4)[-1]}")
+    before = [0]
+
+    def load_last():
+        fill(model, rank, 4)
+        before[0] = num_wrong(state, rank, 4)
+
+    done = update(balancer, group, load_last, 4, sleeps=True)
+    print(f"after a sleep: {before[0]} wrong, then {num_wrong(state, rank, 4)}")
+    print(f"in order: {' '.join(done)}")
 
 
 def slots_of_a_drafter() -> list[list[int]]:
