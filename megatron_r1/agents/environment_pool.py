@@ -18,8 +18,8 @@ from r1_grading.base.workers import LENGTH_HEADER, last_line
 from megatron_r1.agents.environment import EnvironmentDescription, environment_target
 from megatron_r1.agents.environment_server import CLOSE_SECONDS, GRACE_SECONDS, encode_frame
 from megatron_r1.base.errors import Cause, RunError, UserError
-from megatron_r1.base.files import allow_open_files
 from megatron_r1.base.processes.children import kill_group, popen_options
+from megatron_r1.base.processes.open_files import allow_open_files
 from megatron_r1.base.processes.scratch import Scratch
 from megatron_r1.config import AgentsConfig
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_r1 import config as configuration
-from megatron_r1.base import files
 from megatron_r1.base.errors import Cause, RunError, UserError, did_you_mean
-from megatron_r1.base.files import READ_ONLY
+from megatron_r1.base.files import access
+from megatron_r1.base.files.access import READ_ONLY
 from megatron_r1.base.processes import memory, timeline
 from megatron_r1.base.processes.memory import without_garbage_collection
 from megatron_r1.commands import torchrun
@@ -175,7 +175,7 @@ def _run_recipe(verb: str, recipe: str, options: list[str], arguments: list[str]
     extra_options = [DRY_RUN.removeprefix("--")] if module.dry_run is not None else []
     overrides = {**implied, **_overrides(options, extra_options)}
     config = configuration.load(recipe, overrides, required=module.required_keys)
-    files.allow_readers(config.run.readable_by)  # before anything is written, or a process started
+    access.allow_readers(config.run.readable_by)  # before anything is written, or a process started
     module.check(config)
     if is_dry and module.dry_run is not None:
         if torchrun.is_rank():

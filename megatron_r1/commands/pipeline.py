@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_r1.base import files
 from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.base.files import access
 from megatron_r1.commands.torchrun import is_rank
 from megatron_r1.commands.verb_module import load_verb
 from megatron_r1.config.yaml_text import format_value, nest_keys
@@ -44,7 +44,7 @@ def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> No
         )
     recipe = load(path, dict(overrides))
     config, root = recipe.pipeline, Path(recipe.pipeline.folder)
-    files.allow_readers(config.readable_by)
+    access.allow_readers(config.readable_by)
     seeds = config.seeds or [config.seed]
     folders = [root / f"seed_{seed}" if config.seeds else root for seed in seeds]
     implied_settings = _implied_settings(verbs, {stage.verb for stage in recipe.stages.values()})

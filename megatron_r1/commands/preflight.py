@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_r1 import config as configuration
-from megatron_r1.base import files
+from megatron_r1.base.files import access
 from megatron_r1.base.processes.children import die_with_parent
 from megatron_r1.base.processes.memory import without_garbage_collection
 from megatron_r1.commands import torchrun
@@ -36,7 +36,7 @@ def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> No
         SystemExit: with the status of the ranks that it started, if they failed."""
     settings, recipe_overrides = take_section(overrides, PreflightSettings)
     config = configuration.load(path, recipe_overrides, required=REQUIRED_KEYS)
-    files.allow_readers(config.run.readable_by)
+    access.allow_readers(config.run.readable_by)
     world_size = torchrun.world_size(config)
     if not torchrun.is_rank():
         config.parallel.check_sizes(world_size)

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from megatron_r1.base.files import Readers
+from megatron_r1.base.files.access import Readers
 from megatron_r1.config.section import Resumable, Section
 
 

@@ -4,7 +4,7 @@ import hashlib
 from pathlib import Path
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.base.files import sample_blocks
+from megatron_r1.base.files.file_blocks import sample_blocks
 from megatron_r1.base.files.weight_files import (
     INDEX_FILE,
     SINGLE_FILE,

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_r1.base.files import sample_blocks
+from megatron_r1.base.files.file_blocks import sample_blocks
 from megatron_r1.base.user_code import module_syntax
 from megatron_r1.config import RESUMABLE, Config
 from megatron_r1.config.section import changed_keys, flatten, is_within, value_text

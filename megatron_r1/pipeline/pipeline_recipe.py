@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
-from megatron_r1.base.files import Readers
+from megatron_r1.base.files.access import Readers
 from megatron_r1.config.section import Section
 from megatron_r1.config.validation_errors import recipe_error
 from megatron_r1.config.yaml_text import read_sections, set_nested

@@ -13,9 +13,9 @@ from typing import Any, Self
 from pydantic_core import to_jsonable_python
 from yaml import YAMLError
 
-from megatron_r1.base import files as access
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.base.files import READ_ONLY, atomic_write
+from megatron_r1.base.files import access, atomic_write
+from megatron_r1.base.files.access import READ_ONLY
 from megatron_r1.base.files.json_lines import append_lines, filter_lines, read_lines
 from megatron_r1.config.recipe import SCHEDULED
 from megatron_r1.config.section import changed_keys, flatten, is_within, value_text

@@ -17,9 +17,9 @@ import msgspec
 import zmq
 
 from megatron_r1.base.errors import TrainerError, TrainerLost, UserError
-from megatron_r1.base.files import allow_open_files
 from megatron_r1.base.processes import timeline
 from megatron_r1.base.processes.authentication import RANKS_TOKEN_VARIABLE
+from megatron_r1.base.processes.open_files import allow_open_files
 from megatron_r1.config import Config
 from megatron_r1.config.algorithms import LossSettings
 from megatron_r1.controller.trainer_calls.packing import Packing, pack, pack_by_prompt

@@ -30,8 +30,8 @@ from urllib.parse import urlsplit
 import msgspec
 import zmq
 
-from megatron_r1.base import files
 from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.base.files import access
 from megatron_r1.base.processes import children
 from megatron_r1.base.processes.authentication import TOKEN_FILE, known_token, protect_client
 from megatron_r1.engines.fleet.host_messages import (
@@ -388,7 +388,7 @@ def main() -> None:
     try:
         options = parse()
         if options.folder is not None:
-            files.allow_readers_as(options.folder)
+            access.allow_readers_as(options.folder)
         sys.exit(EngineHost(options).run())
     except UserError as error:
         print(f"megatron-r1 host: {error}", file=sys.stderr)

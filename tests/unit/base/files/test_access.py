@@ -7,8 +7,7 @@ from stat import S_IMODE
 
 import pytest
 
-from megatron_r1.base import files
-from megatron_r1.base.files import atomic_write
+from megatron_r1.base.files import access, atomic_write
 from megatron_r1.commands import cli, sft
 from megatron_r1.reporting.run_folder import RunFolder
 
@@ -29,7 +28,7 @@ def mode(path):
 
 @pytest.mark.parametrize("readers", MODES)
 def test_files_of_this_process_and_its_children_are_the_readers(tmp_path, readers):
-    files.allow_readers(readers)
+    access.allow_readers(readers)
     folder, file = MODES[readers]
     with RunFolder(tmp_path / "runs/mine") as run:
         assert mode(run.path) == mode(tmp_path / "runs") == folder
@@ -44,10 +43,10 @@ def test_files_of_this_process_and_its_children_are_the_readers(tmp_path, reader
 def test_a_folder_that_others_could_enter_is_closed(tmp_path):
     (tmp_path / "run").mkdir(mode=0o755)
     (tmp_path / "run/old.jsonl").write_text("of an earlier version")
-    files.allow_readers("owner")
+    access.allow_readers("owner")
     with RunFolder(tmp_path / "run"):
         assert mode(tmp_path / "run") == 0o700
-    files.allow_readers("everyone")
+    access.allow_readers("everyone")
     with RunFolder(tmp_path / "run"):  # what its owner has closed stays closed
         assert mode(tmp_path / "run") == 0o700
 
@@ -57,9 +56,9 @@ def test_an_engine_host_writes_as_the_run_s_folder_says(tmp_path, readers):
     folder, file = MODES[readers]
     (tmp_path / "run").mkdir()
     (tmp_path / "run").chmod(folder)
-    files.allow_readers_as(tmp_path / "run")
+    access.allow_readers_as(tmp_path / "run")
     assert mode(atomic_write(tmp_path / "run/logs/engine.log", "log")) == file
-    files.allow_readers_as(tmp_path / "not there")
+    access.allow_readers_as(tmp_path / "not there")
     assert mode(atomic_write(tmp_path / "run/logs/other.log", "log")) == file
 
 

@@ -1,6 +1,7 @@
 """Blocks of a file at equal distances, against slices of its content."""
 
-from megatron_r1.base.files import file_blocks, sample_blocks
+from megatron_r1.base.files import file_blocks
+from megatron_r1.base.files.file_blocks import sample_blocks
 
 
 def test_blocks_go_from_the_first_to_the_last_bytes(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import pytest
 from refusals import refused
 
 from megatron_r1.base.errors import Cause
-from megatron_r1.base.files import allow_open_files
+from megatron_r1.base.processes.open_files import allow_open_files
 
 
 @pytest.mark.parametrize(("soft", "needed", "after"), [(300, 400, 400), (300, 200, 300)])
@@ -14,7 +14,7 @@ def test_the_limit_rises_where_it_must_and_never_falls(soft, needed, after):
     # In a process of its own: this one may have more files open than that.
     code = (
         "import resource as r, sys\n"
-        "from megatron_r1.base.files import allow_open_files\n"
+        "from megatron_r1.base.processes.open_files import allow_open_files\n"
         "soft, needed = map(int, sys.argv[1:])\n"
         "r.setrlimit(r.RLIMIT_NOFILE, (soft, r.getrlimit(r.RLIMIT_NOFILE)[1]))\n"
         "allow_open_files(needed, '4 ranks'); print(r.getrlimit(r.RLIMIT_NOFILE)[0])"
