@@ -13,8 +13,7 @@ from waiting import wait_until
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.base.processes.process_table import descendants
-from megatron_r1.pipeline.executor import Executor
-from megatron_r1.pipeline.task_scheduler import run_all
+from megatron_r1.pipeline.executor import Executor, run_all
 
 PAIR = recipe("pair")
 FAILING = recipe("failing")
