@@ -20,10 +20,10 @@ from megatron_r1.models.hf_config import read_hf_config
 _MODULE_BY_NAME = {
     "transformer_config": "megatron_config",
     "build_model": "build",
-    "freeze_mtp": "build",
-    "lm_head_weight": "build",
-    "logits": "build",
-    "vocab_shard": "build",
+    "freeze_mtp": "policy_model",
+    "lm_head_weight": "policy_model",
+    "logits": "policy_model",
+    "vocab_shard": "policy_model",
 }
 
 __all__ = ["read_hf_config", *_MODULE_BY_NAME]

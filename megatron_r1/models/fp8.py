@@ -47,8 +47,8 @@ from torch.distributed import ProcessGroup
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import FP8Config
 from megatron_r1.models import platform
-from megatron_r1.models.build import LMHead
 from megatron_r1.models.layers import ReplicatedLinear
+from megatron_r1.models.policy_model import LMHead
 
 __all__ = ["FP8Recipe", "apply", "find_fp8_recipe", "token_multiple"]
 

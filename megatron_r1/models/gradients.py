@@ -23,7 +23,7 @@ of DistributedDataParallel sum over them. tensor is `tp` and embedding `embd`: t
 
 This file sets what our own layers need, and corrects what Megatron and Transformer Engine set
 otherwise. Gradients of activations are no matter of attributes: the layers' own communication sums
-them (`build.LMHead`, `layers.LatentAttention`). An adapter's factor has its weight's
+them (`policy_model.LMHead`, `layers.LatentAttention`). An adapter's factor has its weight's
 `allreduce`, and is summed over the tensor ranks, where it has to be, in its own backward pass
 (`models.weights.adapter_module`)."""
 

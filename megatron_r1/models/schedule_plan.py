@@ -138,3 +138,15 @@ class _UnsplitLayer:
     def release_state(self) -> None:
         """Drop the part's tensors."""
         self.mlp = None
+
+
+class ChunkModel(GPTModel):
+    """GPTModel whose passes Megatron's schedule can run in parts."""
+
+    def build_schedule_plan(self, *args: Any, **kwargs: Any) -> OverlapSchedulePlan:
+        """Return the parts of a forward and a backward pass; nothing is computed yet.
+
+        Args:
+            *args: as for the model itself.
+            **kwargs: as for the model itself."""
+        return OverlapSchedulePlan(self, *args, **kwargs)

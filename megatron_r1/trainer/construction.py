@@ -25,9 +25,11 @@ from megatron_r1 import models
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import Config
 from megatron_r1.models import fp8, platform, weights
-from megatron_r1.models.build import PolicyModel, ScoreModel, process_groups
+from megatron_r1.models.build import process_groups
 from megatron_r1.models.gradients import fp32_main_grad, skip_zero_gradients
 from megatron_r1.models.hf_config import HFConfig, has_score_head
+from megatron_r1.models.policy_model import PolicyModel
+from megatron_r1.models.score_model import ScoreModel
 from megatron_r1.models.weights.adapters import attach_adapters
 from megatron_r1.models.weights.formats.dcp import DistributedCheckpoint
 from megatron_r1.models.weights.table import SCORE

@@ -14,7 +14,7 @@ from trainer_options import gradients
 
 from megatron_r1.config import Config, ParallelConfig
 from megatron_r1.config.algorithms import LossSettings
-from megatron_r1.models import build, lm_head_weight
+from megatron_r1.models import lm_head_weight, policy_model
 from megatron_r1.trainer.losses import LossTerms, denominator, supervised
 from megatron_r1.trainer.training_sample import Sample
 
@@ -54,7 +54,7 @@ def without_sums():
 
     none = lambda weight: None  # noqa: E731
     return patch.object(output_heads, "fp32_main_grad", none), patch.object(
-        build, "fp32_main_grad", none
+        policy_model, "fp32_main_grad", none
     )
 
 
