@@ -22,7 +22,7 @@ import torch
 import xxhash
 
 CACHE_BYTES = 1 << 19
-"""Fits into a core's cache; chunks of 256 KiB or 1 MiB are no faster (docs/learned.md)."""
+"""Fits into a core's cache; chunks of 256 KiB or 1 MiB are no faster."""
 PASS_BYTES = 1 << 22
 """Copied per call of the compiled loop, and so per progress report; 1 MiB is 10% slower."""
 SUMMED_ELEMENTS = 1 << 22

@@ -94,8 +94,8 @@ QUEUED_FRACTION = 0.25
 that it is never idle between two groups."""
 DEFAULT_OCCUPIED_FRACTION = 0.5
 """Share of a group's sequences that run on average, before any length is known
-(`DispatchedRequest.mean_occupied_slots`). For geometric lengths and groups of 16 it is about 0.3
-(docs/learned.md): counting a group as all of its sequences would leave an engine mostly idle."""
+(`DispatchedRequest.mean_occupied_slots`). For geometric lengths and groups of 16 it is about 0.3.
+Counting a group as all of its sequences would leave an engine mostly idle."""
 PROMPT_TOKEN_COST = 0.1
 """Cost of a prompt token, in tokens of response: all of a prompt's are computed together, and once
 for a group, while each token of a response reads the weights anew."""

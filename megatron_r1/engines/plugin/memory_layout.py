@@ -45,7 +45,7 @@ def with_gaps(
 
     oneDNN reads down the columns of a matrix that it packs. Rows of a power of two of bytes would
     all map to the same few lines of the cache: 2,048 columns of bfloat16 take 0.36 s per GB on two
-    cores, with gaps 0.13; float32 0.08 and 0.06 (docs/learned.md)."""
+    cores, with gaps 0.13; float32 0.08 and 0.06."""
     return dict(
         _with_gaps(parameter, own_copies)
         if len(parameter.shape) == 2

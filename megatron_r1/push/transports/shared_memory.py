@@ -1,6 +1,7 @@
-"""Transports for one host: trainer ranks write straight into the engine rank's memory, on the host
-(`shm`) or on its GPU (`cuda_ipc`: over NVLink or within the GPU itself; nothing passes through
-the host).
+"""Transports for one host: trainer ranks write straight into the engine rank's memory.
+
+It is on the host (`shm`) or on the engine rank's GPU (`cuda_ipc`: over NVLink or within the GPU
+itself; nothing passes through the host).
 
 Each sender shares a progress array with the receiver: the number of the push, how many of its
 bytes are written, and the checksums of the finished chunks. The receiver computes its own
@@ -37,7 +38,7 @@ STALE_AGE_SECONDS = 60.0
 POLL_SECONDS = 0.002
 FOLLOW_SECONDS = 0.0001
 """Pauses between reads of the progress arrays: when idle, and while a push is under way, where 20
-to 500 us make no difference (docs/learned.md)."""
+to 500 us make no difference."""
 CLOSE_SECONDS = 60.0
 """How long `close` waits for the thread that follows, which looks after each part of a push."""
 PUSH_INDEX, WRITTEN_INDEX, CHECKSUMS_INDEX = 0, 1, 2
