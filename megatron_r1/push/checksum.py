@@ -226,8 +226,9 @@ class RowsChecksum:
 
 
 class RowsWeightedSum:
-    """The checksum of rows on their own device, used as `RowsChecksum`: of the elements' bits w, in
-    row order, sum(w[i]) + MIXER * sum((2i + 1) w[i]) modulo 2^64.
+    """The checksum of rows on their own device, used as `RowsChecksum`.
+
+    Of the elements' bits w, in row order: sum(w[i]) + MIXER * sum((2i + 1) w[i]) modulo 2^64.
 
     An odd factor has an inverse, so any single wrong element shows, and so do two that are swapped.
     """
@@ -332,8 +333,8 @@ def _words(values: torch.Tensor) -> np.ndarray:
 def _row_ranges(
     values: torch.Tensor, num_bytes: int, report: Callable[[int], None] | None = None
 ) -> Iterator[slice]:
-    """Yield all rows of a tensor (height, width), about `num_bytes` at once and at least one row;
-    between chunks, `report` is called with the number of rows done."""
+    """Yield all rows of a tensor (height, width), about `num_bytes` at once and at least one row.
+    Between two yields, `report` is called with the number of rows done."""
     height, width = values.shape
     rows = max(1, num_bytes // (width * values.itemsize))
     for first in range(0, height, rows):

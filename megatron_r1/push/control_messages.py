@@ -106,8 +106,10 @@ class SentWeights(msgspec.Struct, frozen=True):
 
 
 class PushError(ValueError):
-    """An error of a push. vLLM passes errors between its processes as text (v1/engine/core.py:1751
-    and, from the ranks, v1/executor/multiproc_executor.py:1004), so the text has `CODE`, by which
+    """An error of a push.
+
+    vLLM passes errors between its processes as text (v1/engine/core.py:1751 and, from the ranks,
+    v1/executor/multiproc_executor.py:1004), so the text has `CODE`, by which
     `engines.plugin.weight_swap` recognizes it."""
 
     CODE: str

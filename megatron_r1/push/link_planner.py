@@ -292,8 +292,8 @@ def _byte_count(tables: list[SlotTable]) -> CountBytes:
 
 
 class PublishedSharding:
-    """The regions that each rank of an engine needs, read from the slot tables it published
-    (`PredictedSharding` has the same without an engine).
+    """The regions of each tensor that the ranks of an engine need, from the slot tables that they
+    published (`plan.predicted_sharding` predicts them).
 
     Args:
         tables: the slot tables, one per rank of the engine.
@@ -317,8 +317,8 @@ class PublishedSharding:
     def chunks(
         self, rank: int, name: str, shape: Shape, region: Region
     ) -> list[tuple[TensorChunk, Encoding]]:
-        """Return a region of a tensor as a part of an engine rank's slot for it; where the slot
-        holds FP8 blocks, with the chunk of their scales.
+        """Return the chunk of a region in an engine rank's slot; where the slot holds FP8 blocks,
+        also that of their scales.
 
         Args:
             rank: the engine rank.

@@ -1,10 +1,11 @@
-"""The rounds of a push over NCCL (`plan.rounds`) as each rank of the connected sets runs them: the
-buckets that a rank sends and receives in every round, with their peers and communicators.
+"""The buckets that each rank sends and receives in every round of a push over NCCL (`plan.rounds`),
+with their peers and communicators.
 
 A set whose engine ranks have GPUs of their own has a communicator of the trainer ranks and these,
-in this order. Where all are on trainer ranks' GPUs, the trainer ranks' own is used. A round in
-which a process has calls of two communicators is two groups, the trainer's first, then by set: the
-same subdivision of a round everywhere, so what `rounds` says of rounds holds for these."""
+in this order. Where all are on trainer ranks' GPUs, the trainer ranks' own is used. Where a
+process has calls of several communicators in a round, it makes a group of each, the trainer's
+first, then by set. Every process splits a round in this order, so the proof of `plan.rounds` holds
+for the parts."""
 
 from __future__ import annotations
 

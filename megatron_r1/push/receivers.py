@@ -1,5 +1,5 @@
-"""What the engines of sets receive in a push: the slot tables and addresses that their ranks have
-published, which trainer rank 0 reads and broadcasts."""
+"""What engines receive in a push: the slot tables and addresses that their ranks have published,
+which trainer rank 0 reads and broadcasts."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""How the ranks of a set of engines and those of the trainer agree on the plan, once per set, on
-the beginning of a push, and on a failure.
+"""How the ranks of a set and of the trainer agree on the plan, on the beginning of each push, and
+on a failure.
 
 All sides use a torch.distributed store that the trainer hosts. Keys begin with the set's name,
 which is new for every set. Trainer rank 0 reads the tables of all engine ranks and passes them on
@@ -90,8 +90,8 @@ class Rendezvous:
         self._tables = tables or TableStore(store)
 
     def new_connection(self) -> Store:
-        """Return a new connection to the store, for a thread of its own: while one thread waits,
-        all others that use its connection have to wait."""
+        """Return a new connection to the store, for one thread: while a thread waits, all others
+        that use its connection have to wait."""
         return self.set_store.clone()  # type: ignore[attr-defined]  # missing in the stubs
 
     def wait_prepared(self) -> int:
@@ -144,8 +144,8 @@ class Rendezvous:
         error: str,
         is_closing: Callable[[], bool] = lambda: False,
     ) -> SetFailure:
-        """Return why the push of the set broke: the failure that a rank has published, or else
-        the death of those of the engine ranks that do not answer.
+        """Return why the set's push broke: the failure that a rank has published, else the death
+        of the engine ranks that do not answer.
 
         Args:
             names: the engine ranks, each "member/rank".

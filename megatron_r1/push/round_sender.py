@@ -1,6 +1,8 @@
 """A trainer rank's part of pushes over NCCL: it sends the payloads of its links round by round
-(`push_schedule`), and where engine ranks are on trainer ranks' GPUs, receives for the one on its
-own, into memory that both have mapped.
+(`push_schedule`).
+
+Where engine ranks are on trainer ranks' GPUs, it also receives for the one on its own, into memory
+that both have mapped.
 
 A rank whose wait fails (`transports.nccl_rounds`) aborts its communicator and finds out which
 engine ranks have died; the sets of other communicators go on. The trainer ranks' own communicator

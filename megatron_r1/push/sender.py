@@ -1,5 +1,5 @@
-"""Sends the weights of a trainer rank in a push: the regions that the plan assigns to this rank
-(`plan.engine_sets`), each to one engine rank, straight from the model's parameters."""
+"""Sends the weights of a trainer rank in a push, straight from the model's parameters: the regions
+that the plan assigns to this rank (`plan.engine_sets`)."""
 
 from __future__ import annotations
 

@@ -126,8 +126,8 @@ def _gpus() -> list[str]:
 
 
 def open_store(rollout: RolloutConfig) -> tuple[dist.TCPStore, tuple[str, int]]:
-    """Return a client of the store that rank 0 hosts for pushes, and the host and port at which
-    ranks and engines of this host reach it.
+    """Return a client of rank 0's store of pushes, and the host and port at which ranks and engines
+    of this host reach it.
 
     It listens where all of its clients come from: at the loopback interface, at MASTER_ADDR where
     ranks are on several hosts, at `rollout.hosts_address` where engines are, and everywhere where

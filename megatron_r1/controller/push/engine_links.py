@@ -1,5 +1,6 @@
-"""Divides engines into sets, connects these with the trainer, whose store all their ranks meet in,
-and sends to them; engines at fault are lost, the others regrouped."""
+"""Divides engines into sets, connects these with the trainer and sends to them.
+
+All ranks meet in the trainer's store. Engines at fault are lost, the others regrouped."""
 
 import asyncio
 import contextlib
@@ -113,9 +114,11 @@ class EngineLinks:
         return sum(engine_set.num_bytes for engine_set in self.sets)
 
     def engines_to_regroup(self, engines: Sequence[Engine]) -> list[Engine]:
-        """Return the engines that are to be divided into new sets: where an engine has joined, a
-        set has lost one or sets became smaller (`MAX_UNATTRIBUTED_FAILURES`), all engines not in
-        full sets, otherwise none. Sets with engines that are not among `engines` are dropped."""
+        """Return the engines to divide into new sets.
+
+        These are all that are not in full sets, if an engine joined, a set lost one or sets became
+        smaller (`MAX_UNATTRIBUTED_FAILURES`); otherwise none. Sets with engines that are not among
+        `engines` are dropped."""
         self._drop([s for s in self.sets if not set(s.engines) <= set(engines)])
         full_sets = [s for s in self.sets if len(s.engines) == self._max_engines]
         partial_sets = [s for s in self.sets if s not in full_sets]

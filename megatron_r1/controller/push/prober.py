@@ -113,7 +113,7 @@ class Prober:
 
 class OffloadedProber(Prober):
     """Probes engines that compute in the memory of the trainer's weights
-    (`parallel.offload_between_phases`): the trainer scores the prompts while it has its weights,
+    (`parallel.offload_between_phases`). The trainer scores the prompts while it has its weights,
     and the engines score them later."""
 
     async def prepare(self) -> None:

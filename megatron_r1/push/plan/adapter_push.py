@@ -28,8 +28,8 @@ MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """vLLM's `--max-lora-rank` (vllm/config/lora.py: MaxLoRARanks)."""
 
 UNADAPTED_LATENT_MODULES = ("q_a_proj", "kv_a_proj_with_mqa", "kv_b_proj")
-"""Layers of latent attention without an adapter in vLLM. It has the first two as one layer, of a
-class that LoRA's layers take on one tensor rank only (lora/layers/column_parallel_linear.py:
+"""Layers of latent attention without an adapter in vLLM. vLLM fuses the first two into one layer,
+whose class supports LoRA on a single tensor rank only (lora/layers/column_parallel_linear.py:
 `MergedColumnParallelLinearWithLoRA.can_replace_layer`), and multiplies the third into queries and
 outputs when the model is loaded (attention/mla_attention.py: `process_weights_after_loading`), so
 that an adapter of it would change nothing."""

@@ -288,9 +288,9 @@ def _divide_by_engine(
 def _split_at_engine_ends(
     tensor_region: TensorRegion, start: float, per_engine: float, count_bytes: CountBytes
 ) -> Iterator[TensorRegion]:
-    """Yield a region, which begins at byte `start` of all that the engine rank needs, in
-    parts of whole rows that end about where an engine has its bytes; of a tensor with FP8 scales,
-    in parts of whole blocks of rows.
+    """Yield a region in parts that end about where the bytes of an engine end.
+
+    Parts are of whole rows, of a tensor with FP8 scales of whole blocks of rows.
 
     Args:
         tensor_region: the region.

@@ -1,5 +1,6 @@
-"""The layouts of trainer ranks (`TrainerGrid`) and of engine ranks (`EngineLayout`): which ranks
-hold the same part of a parameter, and where a rank is on its parallel axes. No torch.
+"""The layouts of trainer ranks (`TrainerGrid`) and of engine ranks (`EngineLayout`). No torch.
+
+They say which ranks hold the same part of a parameter, and where a rank is on its parallel axes.
 
 Megatron-Core's default order of trainer ranks is tp-cp-ep-dp-pp: ranks of dense parameters count
 tensor fastest, then context, data, pipeline; ranks of experts expert-tensor fastest, then expert,

@@ -1,5 +1,5 @@
-"""`Planner` finds which regions of each tensor move: the intersections of what trainer ranks hold
-and what engine ranks need, from which `engine_sets` makes the plan. No torch."""
+"""`Planner` finds which regions of each tensor are sent: the intersections of what trainer ranks
+hold and what engine ranks need. `engine_sets` makes the plan of these. No torch."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
@@ -82,8 +82,9 @@ class Planner:
     def sent_regions(
         self,
     ) -> Iterator[tuple[HFTensor, range, list[tuple[Region, Sequence[int]]]]]:
-        """Yield everything that is sent: a tensor, trainer ranks that all hold the same part of it,
-        and the regions of that part that ranks of an engine need, with these ranks."""
+        """Yield tensors with the trainer ranks that hold a part of each, and what is sent of it.
+
+        These are the regions of the part that an engine needs, each with the engine's ranks."""
         for stage in range(self.grid.pipeline):
             for expert_rank in range(self.grid.expert):
                 for item in self._held_tensors(stage, expert_rank):

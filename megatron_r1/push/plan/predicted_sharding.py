@@ -70,11 +70,8 @@ class PredictedSharding:
             )
         self._stage_layers = stage_layers(len(self.weight_table.layers), layout.pipeline_parallel)
         if drafts:
-            start, end = (
-                self._stage_layers[-1].start,
-                len(self.weight_table.layers + self.weight_table.mtp),
-            )
-            self._stage_layers[-1] = range(start, end)
+            num_layers = len(self.weight_table.layers + self.weight_table.mtp)
+            self._stage_layers[-1] = range(self._stage_layers[-1].start, num_layers)
         on_last_stage = is_tied(self.weight_table) or drafts
         self._embedding_stages = sorted({0, layout.pipeline_parallel - 1} if on_last_stage else {0})
         self._end_stages = [layout.pipeline_parallel - 1]
@@ -216,10 +213,12 @@ class PredictedSharding:
         return self._experts_on(coordinate.data * self.layout.tensor_parallel + coordinate.tensor)
 
     def _experts_on(self, rank: int) -> list[int]:
-        """Return the routed experts on a rank of a stage under expert parallelism (FusedMoE, linear
-        placement: the first ranks have one more where they do not divide). Copies stand behind all
-        experts, from the first (vLLM's `EplbState.build_initial_global_physical_to_logical_map`):
-        there a push puts them, and `engines.plugin.expert_placement` moves them on."""
+        """Return the routed experts on a rank of a stage under expert parallelism.
+
+        FusedMoE places them linearly: where they do not divide, the first ranks have one more.
+        Copies stand behind all experts, from the first (vLLM's
+        `EplbState.build_initial_global_physical_to_logical_map`): there a push puts them, and
+        `engines.plugin.expert_placement` moves them on."""
         experts = self.weight_table.num_experts
         num_physical = experts + self.layout.redundant_experts
         per_rank, remainder = divmod(num_physical, self._num_expert_ranks)

@@ -1,5 +1,5 @@
-"""A recipe's push before any engine runs: the engines' layout, the links and bytes that are
-planned, and the checks that a push can serve it."""
+"""A recipe's push before any engine runs: the engines' layout, the planned links and bytes, and the
+checks that a push can serve the recipe."""
 
 from collections.abc import Iterator
 
@@ -44,7 +44,7 @@ def max_engines(push: PushConfig) -> int:
 
 
 def engine_rank_bytes(config: Config, hf_config: HFConfig) -> int:
-    """Return the pushed bytes of an engine's first rank, which has the most; its receive buffer has
+    """Return the pushed bytes of an engine's first rank, which has the most. Its receive buffer has
     as many, twice that on a CPU, where weights are used there."""
     layout, push = engine_layout(config), config.push
     sharding = predicted_sharding(config, hf_config, layout)

@@ -274,8 +274,8 @@ def receiving_processes(
     world_size: int,
     colocated_ranks: Mapping[EngineRankId, int],
 ) -> Receivers:
-    """Return the process that receives for each engine rank: the trainer rank that shares its GPU,
-    or the engine rank itself, numbered after the trainer ranks.
+    """Return the process that receives for each engine rank: the trainer rank on its GPU, or the
+    engine rank itself, numbered after the trainer ranks.
 
     Args:
         sets: engines of each set, by number.

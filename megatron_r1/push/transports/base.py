@@ -116,9 +116,9 @@ class Receiver(ABC):
         """Stop receiving and free all resources. A second call does nothing."""
 
     def reusable_memory(self, table: SlotTable) -> torch.Tensor | None:
-        """Return this receiver's memory for the use of another one with this table, once this one
-        is closed; None where the other has to allocate its own. The engine may compute with weights
-        in the memory."""
+        """Return the memory of this receiver, once it is closed, for another one with this table.
+        None: the other has to allocate its own. The engine may compute with weights in the
+        memory."""
         return None
 
 

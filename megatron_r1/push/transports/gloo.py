@@ -42,7 +42,7 @@ reports first."""
 
 
 class GlooReceiver(PayloadReceiver):
-    """An engine rank's end in a set: a thread per trainer rank receives that rank's pushes, and
+    """An engine rank's end in a set. A thread for each trainer rank receives that rank's pushes;
     another relays them if the set has several engines."""
 
     def prepare(self) -> None:
@@ -72,7 +72,7 @@ class GlooReceiver(PayloadReceiver):
         self.join_threads(CLOSE_SECONDS)
 
     def _connect_pairs(self) -> None:
-        """Connect the pairs one after another; a trainer rank connects all of its own at once, so
+        """Connect the pairs one after another. A trainer rank connects all of its own at once, so
         no two ranks can wait for each other's next pair."""
         for trainer_rank in self.senders:
             try:
@@ -166,11 +166,11 @@ class GlooReceiver(PayloadReceiver):
                 self._groups.remove(group)
 
     def _relay_buckets(self, group: dist.ProcessGroup, push_number: int) -> None:
-        """Relay a push, and check it: each bucket of this rank goes to the next engine, to the
-        one after it, and so on, while another comes from the engine as far before; meanwhile the
-        last one that came is unpacked.
+        """Relay a push, and check it.
 
-        gloo's own all-gather takes three times as long with 64 MiB a bucket (docs/learned.md)."""
+        In hop h this rank sends its bucket to the engine h places on, receives one from h places
+        before, and unpacks the one of hop h - 1. gloo's own all-gather takes three times as long
+        with 64 MiB a bucket (docs/learned.md)."""
         member, count = self.rendezvous.member, self.rendezvous.num_members
         payload_receiver = self.receive_payloads(push_number)
         payloads = [payload_receiver.payload(RelaySource(source)) for source in range(count)]
