@@ -8,8 +8,9 @@ import torch
 import torch.distributed as dist
 from megatron.core.transformer import multi_token_prediction
 
-from megatron_r1.models import patches, platform
+from megatron_r1.models import platform
 from megatron_r1.models.context_parallel import positions_of_rank
+from megatron_r1.models.packed_operations import roll_packed
 from megatron_r1.trainer.packed import TokenSplit, pack_batch
 from megatron_r1.trainer.training_sample import Sample
 
@@ -32,7 +33,7 @@ def main() -> None:
     for depth in range(2):
         for x in (batch.input_ids, batch.position_ids, batch.targets[None], mask):
             expected, expected_sum = MEGATRON(x, -1, -1, params, group)
-            got, got_sum = patches.roll_packed(x, -1, -1, params, group)
+            got, got_sum = roll_packed(x, -1, -1, params, group)
             assert torch.equal(got, expected) and got.dtype == expected.dtype
             assert got_sum == expected_sum
         mask, _ = MEGATRON(mask, -1, -1, params, group)

@@ -17,13 +17,13 @@ from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.moe import router
 
 from megatron_r1.models import build_model, patches
-from megatron_r1.models.patches import rotate_packed
-from megatron_r1.models.patches import _route
+from megatron_r1.models.expert_routing import route
+from megatron_r1.models.packed_operations import rotate_packed
 
 def replaced():
     return (
         rope_utils._apply_rotary_pos_emb_thd is rotate_packed,
-        router.topk_routing_with_score_function is _route,
+        router.topk_routing_with_score_function is route,
         layers._grad_accum_fusion_available,
     )
 
