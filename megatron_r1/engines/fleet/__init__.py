@@ -1,5 +1,8 @@
-"""Several rollout engines, as the one object that samples (`rollout_fleet`): `engine` is one of
-them, `dispatch` divides requests among them, `request_retries` repeats requests that fail,
-`service_stats` and `draft_acceptance` measure what engines do, `recovery` finds engines that fail
-and replaces them, `placement` says where they start, `host`, `host_pool` and `host_messages` are
-engines on other hosts, and `external_fleet` has servers that others started."""
+"""Several rollout engines, as the one object that samples (`rollout_fleet`).
+
+- `engine` is one of them, `fleet_state` which of them are up.
+- `dispatch` divides requests among them, `request_retries` repeats requests that fail.
+- `service_stats` and `draft_acceptance` measure what engines do; `recovery` finds engines that fail
+  and replaces them.
+- `placement` says where they start; `host`, `host_pool` and `host_messages` are engines on other
+  hosts, and `external_fleet` has servers that others started."""

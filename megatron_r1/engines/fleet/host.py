@@ -1,5 +1,5 @@
-"""An engine host: a process on each node of an engine pool that runs engines for a controller, or
-parts of engines that are spread over several nodes.
+"""An engine host: a process on each node of an engine pool, which runs engines, or parts of engines
+that several nodes share, for a controller.
 
     python -m megatron_r1.engines.fleet.host --folder runs/mine             # a file system both see
     python -m megatron_r1.engines.fleet.host --controller tcp://node0:5557  # and MEGATRON_R1_TOKEN

@@ -136,8 +136,9 @@ class RemoteEngine:
 
 
 def _choose_hosts(free: dict[HostRecord, int], count: int) -> list[HostRecord]:
-    """Return the hosts for an engine, or [] if there are not enough: hosts with the fewest deaths
-    first, and among equals those with the most free slots.
+    """Return the hosts for an engine, or [] if there are not enough.
+
+    Hosts with the fewest deaths come first, and among equals those with the most free slots.
 
     Args:
         free: the free slots of each host.

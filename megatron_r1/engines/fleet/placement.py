@@ -1,5 +1,7 @@
-"""Places engines: on the controller's host, or on hosts that connect to it (`RemoteServer`: one
-engine on another host, or on several, with the interface of `EngineServer`)."""
+"""Places engines: on the controller's host, or on hosts that connect to it.
+
+`RemoteServer` is one engine on another host, or on several, with the interface of `EngineServer`.
+"""
 
 import asyncio
 import contextlib

@@ -78,8 +78,10 @@ class EngineReplacer:
                 await task
 
     def handle_failure(self, engine: Engine, failure: EngineDied | EngineFault) -> None:
-        """Replace an engine after a failed request: at once if it died; after its other requests if
-        it ran out of memory, or if too many of its last replies were unusable.
+        """Replace an engine after a failed request, if it has to be.
+
+        At once if it died; after its other requests if it ran out of memory, or if too many of its
+        last replies were unusable.
 
         Raises:
             EngineError: the engine died and no restart is left.

@@ -45,9 +45,10 @@ CONFIGURATION = "vllm.config"
 
 
 class SavedKernelState:
-    """The attributes of a layer's quantization method and of the objects that it refers to, and the
-    layer's tensors that are neither parameters nor buffers (a kernel's workspace), as they are when
-    this is created."""
+    """What a layer has besides parameters and buffers, as it is when this is created.
+
+    These are the attributes of its quantization method and of the objects that the method refers
+    to, and the layer's other tensors (a kernel's workspace)."""
 
     def __init__(self, layer: torch.nn.Module) -> None:
         self._layer = layer
@@ -217,8 +218,10 @@ def _load_layer(
     received: dict[str, torch.Tensor],
     in_place: bool,
 ) -> None:
-    """Give a layer its received tensors in checkpoint form, have vLLM convert them to its
-    kernels' form, and put the result into the tensors in use, which CUDA graphs point to.
+    """Load a layer from its received tensors in checkpoint form.
+
+    vLLM converts them to its kernels' form; the result goes into the tensors in use, which CUDA
+    graphs point to.
 
     Args:
         model: vLLM's model on this rank.

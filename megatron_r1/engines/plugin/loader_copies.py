@@ -271,9 +271,10 @@ class _Recorder(TorchDispatchMode):
         self.copies.setdefault(parameter, []).append(copy)
 
     def check_whole(self) -> None:
-        """Raise ValueError unless every parameter is loaded whole, except a vocabulary's padding,
-        the second of two tied ones, the scales of attention, which are not weights, and biases that
-        another rank adds."""
+        """Raise ValueError unless every parameter is loaded whole.
+
+        Exceptions are a vocabulary's padding, the second of two tied parameters, the scales of
+        attention, which are not weights, and biases that another rank adds."""
         for parameter in self._parameters.values():
             copies = self.copies.get(parameter, [])
             num_loaded = sum(copy.num_elements for copy in copies)

@@ -1,6 +1,7 @@
-"""The adapter that an engine rank serves where adapters alone are pushed (`push.adapter_only`): its
-slots in the receive buffer, its way into vLLM's LoRA layers, and the check that these compute with
-it; and patches of vLLM 0.32 for it. Paths are below vllm/.
+"""The adapter that an engine rank serves where adapters alone are pushed (`push.adapter_only`).
+
+Here are its slots in the receive buffer, its way into vLLM's LoRA layers, the check that these
+compute with it, and patches of vLLM 0.32 for it. Paths are below vllm/.
 
 Pushed factors have no file. So `LoRARequest` names one adapter, whose number never changes, and
 vLLM gets its factors from here whenever it loads it: at every push, and where it has dropped it

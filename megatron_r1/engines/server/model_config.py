@@ -1,5 +1,7 @@
-"""Reads from a model's config.json what its engines need: whether vLLM can load it, the longest
-context, the size of the vocabulary, and the keys that vLLM gets in place of the file's."""
+"""Reads from a model's config.json what its engines need.
+
+That is whether vLLM can load it, the longest context, the size of the vocabulary, and the keys that
+vLLM gets in place of the file's."""
 
 import json
 from collections.abc import Mapping

@@ -268,8 +268,10 @@ def _check_sparse(hf_config: HFConfig) -> None:
 def _check_gpt_oss(
     engines: RolloutConfig | TeacherEngines, hf_config: HFConfig, section: str
 ) -> None:
-    """Raise UserError for ranks among which vLLM's class of gpt-oss cannot divide the model: a
-    tensor rank needs key-value heads of its own, every rank an equal part of intermediate_size."""
+    """Raise UserError for ranks among which vLLM's class of gpt-oss cannot divide the model.
+
+    A tensor rank needs key-value heads of its own, every rank an equal part of intermediate_size.
+    """
     kv_heads, intermediate_size = hf_config["num_key_value_heads"], hf_config["intermediate_size"]
     if kv_heads % engines.tensor_parallel:
         raise UserError(

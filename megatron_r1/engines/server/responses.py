@@ -44,9 +44,10 @@ def truncate_at_stop(
     response: Response, num_prompt_tokens: int, stop: Sequence[str], decode: Decode
 ) -> tuple[Response, str, str | None]:
     """Return the response up to the token that first completes one of `stop`, its text before that,
-    and the stop string; the whole response, its text and None where none appears.
+    and the stop string.
 
-    The token that completes the string belongs to the response, with all of its text.
+    Where none appears, return the whole response, its text and None. The token that completes the
+    string belongs to the response, with all of its text.
 
     Args:
         response: its tokens and log-probabilities, and what the engine says of each.

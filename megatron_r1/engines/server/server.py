@@ -190,8 +190,9 @@ class EngineServer(Server):
         self.process = fork_client.start(SERVER_MODULE, arguments, self.log_path, environment)
 
     async def wait_ready(self, timeout_seconds: float = 300.0) -> None:
-        """Wait as `Server.wait_ready`, and note the files in shared memory that `stop` deletes: if
-        all of the engine's processes are killed, no process is left to ask for them."""
+        """Wait as `Server.wait_ready`, and note the files in shared memory that `stop` deletes.
+
+        If all of the engine's processes are killed, no process is left to ask for them."""
         await super().wait_ready(timeout_seconds)
         assert self.process is not None and self._scratch is not None
         self._scratch.add_shared(shared_files(self.process.pid))
