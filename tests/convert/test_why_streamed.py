@@ -17,15 +17,15 @@ from megatron_r1.models.transformers_model import build_without_weights
 from megatron_r1.models.weights.adapter_table import A, B
 from megatron_r1.why.comparison import CannotRecompute
 from megatron_r1.why.policy import (
+    changed_weights,
     checkpoint_tensors,
     policy_logprobs,
     routed_experts,
-    streamed_logprobs,
-    substituted_logprobs,
+    streamed_model,
     token_logprobs,
 )
 from megatron_r1.why.policy.adapters import attach_adapters
-from megatron_r1.why.policy.changed_weights import ChangedWeights
+from megatron_r1.why.policy.changed_weights import ChangedWeights, SubstitutedLogprobs
 from megatron_r1.why.policy.checkpoint_model import read_model
 from megatron_r1.why.policy.layer_stream import StreamMemory, stream_memory
 from megatron_r1.why.policy.model_distance import relative_distance, source_distance
@@ -33,7 +33,6 @@ from megatron_r1.why.policy.policy_logprobs import PolicyLogprobs
 from megatron_r1.why.policy.policy_models import NotInMemory, PolicyModels
 from megatron_r1.why.policy.row_variants import join_rows
 from megatron_r1.why.policy.streamed_model import StreamedModel
-from megatron_r1.why.policy.substituted_logprobs import SubstitutedLogprobs
 from megatron_r1.why.policy.tensor_source import Adapters, TensorSource
 from megatron_r1.why.policy.token_logprobs import TokenRow, logprobs
 
@@ -99,7 +98,7 @@ def test_streamed_layers_give_what_the_whole_model_gives(name, convert, tmp_path
     model = read_model(tmp_path / "checkpoint", folder)
     expected = logprobs(model, rows, [1.0, 0.6])
     for source, memory in ((folder, AMPLE), (tmp_path / "checkpoint", TIGHT)):
-        found = streamed_logprobs.logprobs(streamed(source, folder, memory), rows, [1.0, 0.6])
+        found = streamed_model.logprobs(streamed(source, folder, memory), rows, [1.0, 0.6])
         for values, whole in zip(found, expected, strict=True):
             assert_equal(values, whole)
     assert (expected[0][0] - logprobs(model, rows_of((9,)), [0.6])[0][0]).abs().max() > 1e-3
@@ -110,7 +109,7 @@ def test_recorded_experts_are_replayed_and_the_own_are_seen(memory, tmp_path):
     folder = folder_of(DEEPSEEK, tmp_path / "hf")
     whole, model = read_model(folder, folder), streamed(folder, folder, memory)
     own = routed_experts.chosen_experts(whole, rows_of())
-    found = streamed_logprobs.chosen_experts(model, rows_of())
+    found = streamed_model.chosen_experts(model, rows_of())
     assert list(found) == list(own) and len(own) == 3
     for layer, by_row in own.items():
         assert all(torch.equal(a, b) for a, b in zip(found[layer], by_row, strict=True))
@@ -121,7 +120,7 @@ def test_recorded_experts_are_replayed_and_the_own_are_seen(memory, tmp_path):
         )
         for row in rows_of()
     ]
-    (expected,), (replayed,) = logprobs(whole, rows), streamed_logprobs.logprobs(model, rows, [1.0])
+    (expected,), (replayed,) = logprobs(whole, rows), streamed_model.logprobs(model, rows, [1.0])
     assert_equal(replayed, expected)
     assert (replayed[0] - logprobs(whole, rows_of())[0][0]).abs().max() > 1e-4
 
@@ -146,7 +145,7 @@ def counted_pass(name: str, folder: Path, memory: StreamMemory) -> tuple[Streame
     model = streamed(folder, folder, memory)
     source = Counted(folder, read_hf_config(str(folder)))
     source.names, source.live, source.peak = [], 0, 0
-    streamed_logprobs.logprobs(model.with_source(source), rows_of((60, 60, 60)), [1.0])
+    streamed_model.logprobs(model.with_source(source), rows_of((60, 60, 60)), [1.0])
     return model, source
 
 
@@ -217,7 +216,7 @@ def test_adapters_are_added_as_they_are_to_the_whole_model(tmp_path):
     before = logprobs(whole, rows_of())[0]
     attach_adapters(whole, list(factors), factors.__getitem__, 0.5)
     adapted = model.source.with_adapters(Adapters(frozenset(factors), factors.__getitem__, 0.5))
-    found = streamed_logprobs.logprobs(model.with_source(adapted), rows_of(), [1.0])[0]
+    found = streamed_model.logprobs(model.with_source(adapted), rows_of(), [1.0])[0]
     assert_equal(found, logprobs(whole, rows_of())[0])
     assert (found[0] - before[0]).abs().max() > 1e-2
 
@@ -227,7 +226,7 @@ def test_a_folder_of_another_model_is_refused(tmp_path):
     model = streamed(folder, folder)
     model.source.shapes.pop("model.norm.weight")
     with pytest.raises(CannotRecompute, match=r"0 of the .* values of model.norm.weight"):
-        streamed_logprobs.logprobs(model, rows_of(), [1.0])
+        streamed_model.logprobs(model, rows_of(), [1.0])
     wide = streamed(folder, folder_of("qwen-untied", tmp_path / "untied"))
     with pytest.raises(CannotRecompute, match=r"has no lm_head.weight"):
         wide.with_source(TensorSource(folder, wide.source._hf_config)).head()
@@ -280,7 +279,7 @@ class Versions(PolicyLogprobs):
     ],
 )
 def test_other_weights_and_rows_give_what_they_give_whole_models(name, make, tmp_path, monkeypatch):
-    for module in (policy_logprobs, substituted_logprobs):
+    for module in (policy_logprobs, changed_weights):
         monkeypatch.setattr(module, "weights_after", lambda folder, config, step: folder)
     folders = folder_of(name, tmp_path / "hf"), folder_of(name, tmp_path / "older", seed=5)
     found, expected = (Versions(*folders, is_streamed=each) for each in (True, False))

@@ -15,8 +15,8 @@ from megatron_r1.why.comparison import ROUNDING_BY_DTYPE
 from megatron_r1.why.record.recorded_step import RecordedStep
 
 if TYPE_CHECKING:
+    from megatron_r1.why.policy.changed_weights import SubstitutedLogprobs
     from megatron_r1.why.policy.policy_logprobs import PolicyLogprobs
-    from megatron_r1.why.policy.substituted_logprobs import SubstitutedLogprobs
 
 MAX_UNEXPLAINED_FRACTION = 0.5
 """The largest ratio of the distance with other log-probabilities to the distance without them, at
@@ -92,7 +92,7 @@ class EngineGaps:
     @cached_property
     def substituted(self) -> SubstitutedLogprobs:
         """Log-probabilities under the newest weights with a part of them substituted."""
-        from megatron_r1.why.policy.substituted_logprobs import SubstitutedLogprobs
+        from megatron_r1.why.policy.changed_weights import SubstitutedLogprobs
 
         return SubstitutedLogprobs(self.policies)
 

@@ -132,7 +132,7 @@ def _find_explanation(
 def _candidates(step: RecordedStep, recomputation: Recomputation) -> list[Candidate]:
     """Return the possible explanations of the trainer's log-probabilities: a description, the
     remedy, and the function that computes that alternative."""
-    from megatron_r1.why.policy.substituted_logprobs import SubstitutedLogprobs
+    from megatron_r1.why.policy.changed_weights import SubstitutedLogprobs
 
     newest_version, lora = step.step - 1, step.run_config.model.lora
     substituted = SubstitutedLogprobs(recomputation.policies)

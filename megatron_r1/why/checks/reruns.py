@@ -117,7 +117,7 @@ def _check_engine(
 
     A rerun scores tokens as parts of a prompt, which vLLM does at temperature 1 over the whole
     vocabulary. Where the run sampled otherwise, it is compared with transformers alone."""
-    from megatron_r1.why.policy.policy_export import write_policy
+    from megatron_r1.why.policy.policy_models import write_policy
     from megatron_r1.why.rerun import fresh_engine
 
     fresh_engine.check_engine(

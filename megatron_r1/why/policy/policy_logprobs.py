@@ -14,11 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_r1.why.comparison import CannotRecompute
-from megatron_r1.why.policy import (
-    routed_experts,
-    streamed_logprobs,
-    token_logprobs,
-)
+from megatron_r1.why.policy import routed_experts, streamed_model, token_logprobs
 from megatron_r1.why.policy.policy_models import PolicyModels
 from megatron_r1.why.policy.row_variants import (
     join_rows,
@@ -164,7 +160,7 @@ class PolicyLogprobs:
 
     def _chosen_experts(self, rows: Sequence[TokenRow]) -> dict[str, list[Tensor]]:
         if self.models.is_streamed:
-            return streamed_logprobs.chosen_experts(self.models.policy, rows)
+            return streamed_model.chosen_experts(self.models.policy, rows)
         return routed_experts.chosen_experts(self.models.policy, rows)
 
     def without_replay(self) -> list[np.ndarray] | None:
@@ -227,5 +223,5 @@ def logprobs_by_temperature(
 ) -> list[list[Tensor]]:
     """Return what `token_logprobs.logprobs` returns, of a whole or of a streamed model."""
     if isinstance(model, StreamedModel):
-        return streamed_logprobs.logprobs(model, rows, temperatures)
+        return streamed_model.logprobs(model, rows, temperatures)
     return token_logprobs.logprobs(model, rows, temperatures)

@@ -7,10 +7,9 @@ import torch
 import transformers
 
 from megatron_r1.why.comparison import CannotRecompute
-from megatron_r1.why.policy.expert_replay import replayed_experts
 from megatron_r1.why.policy.routed_experts import chosen_experts
 from megatron_r1.why.policy.row_variants import rows_with_shifted_experts
-from megatron_r1.why.policy.token_logprobs import TokenRow, logprobs
+from megatron_r1.why.policy.token_logprobs import TokenRow, logprobs, replayed_experts
 
 VOCABULARY, LAYERS, EXPERTS, TOPK = 23, 2, 8, 3
 SIZES = {

@@ -20,7 +20,6 @@ from megatron_r1.why.policy import (
     fp8_engines,
     policy_logprobs,
     policy_models,
-    substituted_logprobs,
 )
 from megatron_r1.why.policy.fp8_engines import FP8EngineLogprobs, pushed_values
 from megatron_r1.why.policy.policy_logprobs import PolicyLogprobs
@@ -163,7 +162,6 @@ def kept_versions(monkeypatch, request):
         fp8_engines,
         policy_logprobs,
         policy_models,
-        substituted_logprobs,
     ):
         monkeypatch.setattr(module, "weights_after", lambda folder, config, step: made[step])
 
