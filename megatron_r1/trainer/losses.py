@@ -21,7 +21,6 @@ from torch import Tensor
 from megatron_r1.config.algorithms import LossAverage, LossSettings
 from megatron_r1.trainer.batch import LossHead, PackedBatch, TokenWeights
 from megatron_r1.trainer.metrics import Mean, Metrics
-from megatron_r1.trainer.operations import SUPERVISED
 
 
 class LossTerms(NamedTuple):
@@ -83,21 +82,6 @@ def token_weights(
         assert max_response_tokens, "a constant average is over max_response_tokens"
         return TokenWeights(batch.is_response, denominator=max_response_tokens)
     return TokenWeights(batch.is_response)
-
-
-def mtp_divisor(loss: str, max_response_tokens: int) -> int | None:
-    """Return `PolicyModel.mtp_only_divisor` next to a loss: D in the loss of K trained MTP layers.
-
-        λ / (K D) Σ_k Σ_t -log p_k(token t + k + 1), λ Megatron's `mtp_loss_scaling_factor`
-
-    None: D is 1, and the whole model is trained by it. It learns from examples to predict further
-    tokens; from its own samples it must learn by their advantages only, so there the MTP layers
-    alone are trained, with D = `max_response_tokens`.
-
-    Args:
-        loss: "module:function" of the loss.
-        max_response_tokens: the most tokens of a response."""
-    return None if loss == SUPERVISED else max_response_tokens
 
 
 def supervised(batch: PackedBatch, head: LossHead, settings: object = None) -> LossTerms:
