@@ -15,7 +15,8 @@ tolerance is above what an optimizer step changes. So tensors are compared aroun
   change it.
 
 A pass over all weights would be a large part of the pause, so large layers take turns: an engine
-that loads nothing is found at once, a single large stale layer when its turn comes. One above CPU_BYTES or GPU_BYTES is never compared."""
+that loads nothing is found at once, a single large stale layer when its turn comes. One above
+CPU_BYTES or GPU_BYTES is never compared."""
 
 from collections.abc import Sequence
 

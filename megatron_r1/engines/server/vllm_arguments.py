@@ -1,8 +1,9 @@
 """Engine arguments that a recipe hands to vLLM (`rollout.vllm`, `teacher.vllm`), by the names that
 `vllm serve --help` lists.
 
-They get their form of the command line here, and are checked before anything starts. What this project sets itself is refused with the recipe's key for it. All else vLLM's own parser
-reads, in the Python of the engines, with the values of its nested configurations."""
+They get their form of the command line here, and are checked before anything starts. What this
+project sets itself is refused with the recipe's key for it. All else vLLM's own parser reads, in
+the Python of the engines, with the values of its nested configurations."""
 
 import json
 import re
