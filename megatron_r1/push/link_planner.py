@@ -153,8 +153,8 @@ class LinkPlanner:
         links_by_set: dict[str, SetLinks] = {}
         problems: dict[str, str] = {}
         sender_type = sender_class(transport)
-        for index, tables in enumerate(receivers.tables):
-            names = [name for name, (number, _) in receivers.sets.items() if number == index]
+        for table_index, tables in enumerate(receivers.tables):
+            names = [name for name, (index, _) in receivers.sets.items() if index == table_index]
             addresses = [receivers.sets[name][1] for name in names]
             try:
                 sharding = PublishedSharding(tables)
