@@ -98,8 +98,8 @@ class EngineLinks:
 
     async def open(self) -> None:
         """Let the trainer's ranks prepare to send."""
-        (first, *_) = await self.trainer.call_all(PushOperations.open_push)
-        host, port = first.store
+        (opened_push, *_) = await self.trainer.call_all(PushOperations.open_push)
+        host, port = opened_push.store
         self.store = self.store_host or host, port
 
     @property
