@@ -30,9 +30,9 @@ from megatron_r1.trainer.checkpoints.contents import Network, Networks
 from megatron_r1.trainer.critic import Critic, needs_critic
 from megatron_r1.trainer.distributed import GridPosition
 from megatron_r1.trainer.loaded_rollout import LoadedRollout
-from megatron_r1.trainer.losses import mtp_divisor
 from megatron_r1.trainer.metrics import logprob_diff, merge, reduce_over_data
 from megatron_r1.trainer.offload import make_offload
+from megatron_r1.trainer.operations import SUPERVISED
 from megatron_r1.trainer.output_heads import OutputHeads
 from megatron_r1.trainer.passes import OutputFunction, free_gradients, optimizer_step, run_passes
 from megatron_r1.trainer.prefix_matching import check_shared_prompts
@@ -202,7 +202,7 @@ class Trainer:
         batches = self.rollout.minibatches[minibatch_index]
         output_fn = partial(self.heads.loss, find_function(loss), settings, temperature)
         if self.config.model.mtp == "train":
-            divisor = mtp_divisor(loss, self.config.rollout.max_response_tokens)
+            divisor = _mtp_divisor(loss, self.config.rollout.max_response_tokens)
             for chunk in self.model_chunks:
                 chunk.mtp_only_divisor = divisor
         run = partial(self.run_batches, batches, output_fn, forward_only=False)
@@ -294,3 +294,18 @@ class Trainer:
         )
         self.replay.end()
         return reports
+
+
+def _mtp_divisor(loss: str, max_response_tokens: int) -> int | None:
+    """Return `PolicyModel.mtp_only_divisor` next to a loss: D in the loss of K trained MTP layers.
+
+        λ / (K D) Σ_k Σ_t -log p_k(token t + k + 1), λ Megatron's `mtp_loss_scaling_factor`
+
+    None: D is 1, and the whole model is trained by it. It learns from examples to predict further
+    tokens; from its own samples it must learn by their advantages only, so there the MTP layers
+    alone are trained, with D = `max_response_tokens`.
+
+    Args:
+        loss: "module:function" of the loss.
+        max_response_tokens: the most tokens of a response."""
+    return None if loss == SUPERVISED else max_response_tokens
