@@ -1,6 +1,6 @@
 """Settings of the section `parallel` that a model cannot be trained with, refused before anything
-starts: sizes that do not divide it, and models with which `parallel.overlap_expert_exchange` cannot
-be used. No torch or Megatron.
+starts: sizes that do not divide it, and models with which `parallel.share_prompts` or
+`parallel.overlap_expert_exchange` cannot be used. No torch or Megatron.
 
 Most conditions of `check_exchange_overlap` are Megatron's own (TransformerConfig.__post_init__,
 Megatron-Core 0.16.1), which are assertions there; `models.schedule_plan` has the schedule."""
@@ -72,6 +72,30 @@ def check_divisions(
                 key=f"parallel.{key}",
                 cause=Cause.INDIVISIBLE,
             )
+
+
+def check_shared_prompts(config: Config, is_plain: bool) -> None:
+    """Raise UserError where `parallel.share_prompts` does not go with the model or a setting.
+
+    Args:
+        config: the recipe.
+        is_plain: whether attention has neither windows nor softmax offsets."""
+    if not config.parallel.share_prompts:
+        return
+    obstacles = {
+        f"parallel.context: {config.parallel.context}": config.parallel.context > 1,
+        "a model with attention windows or softmax offsets": not is_plain,
+        "rl.routing_replay": config.rl.routing_replay,
+        "model.mtp: train": config.model.mtp == "train",
+        "model.expert_bias_update_rate, which counts tokens": config.model.expert_bias_update_rate
+        > 0,
+    }
+    if obstacle_names := [name for name, is_there in obstacles.items() if is_there]:
+        raise UserError(
+            f"parallel.share_prompts: true does not go with {obstacle_names[0]}; leave it out",
+            key="parallel.share_prompts",
+            cause=Cause.CONFLICT,
+        )
 
 
 OVERLAP_KEY = "parallel.overlap_expert_exchange"

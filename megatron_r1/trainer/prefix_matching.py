@@ -10,33 +10,7 @@ from bisect import bisect, insort
 
 import numpy as np
 
-from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.config import Config
 from megatron_r1.trainer.training_sample import Sample
-
-
-def check_shared_prompts(config: Config, is_plain: bool) -> None:
-    """Raise UserError where `parallel.share_prompts` does not go with the model or a setting.
-
-    Args:
-        config: the recipe.
-        is_plain: whether attention has neither windows nor softmax offsets."""
-    if not config.parallel.share_prompts:
-        return
-    obstacles = {
-        f"parallel.context: {config.parallel.context}": config.parallel.context > 1,
-        "a model with attention windows or softmax offsets": not is_plain,
-        "rl.routing_replay": config.rl.routing_replay,
-        "model.mtp: train": config.model.mtp == "train",
-        "model.expert_bias_update_rate, which counts tokens": config.model.expert_bias_update_rate
-        > 0,
-    }
-    if obstacle_names := [name for name, is_there in obstacles.items() if is_there]:
-        raise UserError(
-            f"parallel.share_prompts: true does not go with {obstacle_names[0]}; leave it out",
-            key="parallel.share_prompts",
-            cause=Cause.CONFLICT,
-        )
 
 
 class PrefixMatcher:

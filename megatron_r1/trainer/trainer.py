@@ -23,6 +23,7 @@ from megatron_r1.config import Config
 from megatron_r1.config.algorithms import EngineMask, LossSettings, TokenSettings
 from megatron_r1.models import platform, weights
 from megatron_r1.models.experts import routing_shape
+from megatron_r1.models.parallel_checks import check_shared_prompts
 from megatron_r1.models.routing_replay import RoutingReplay
 from megatron_r1.trainer import construction
 from megatron_r1.trainer.batch import PackedBatch
@@ -35,7 +36,6 @@ from megatron_r1.trainer.offload import make_offload
 from megatron_r1.trainer.operations import SUPERVISED
 from megatron_r1.trainer.output_heads import OutputHeads
 from megatron_r1.trainer.passes import OutputFunction, free_gradients, optimizer_step, run_passes
-from megatron_r1.trainer.prefix_matching import check_shared_prompts
 from megatron_r1.trainer.reference import ReferencePolicy
 from megatron_r1.trainer.routing import RoutingScatter
 from megatron_r1.trainer.training_sample import ReplicaSamples

@@ -8,13 +8,12 @@ from refusals import raised, refused
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.base.user_code import find_function
-from megatron_r1.config import Config
 from megatron_r1.controller.trainer_calls.packing import pack_by_prompt
 from megatron_r1.models.sampling_mask import encode_mask
 from megatron_r1.models.shared_prefixes import marked_prefixes
 from megatron_r1.trainer.losses import denominator, supervised
 from megatron_r1.trainer.packed import check_token_ids, pack_batch
-from megatron_r1.trainer.prefix_matching import MIN_SHARED_TOKENS, check_shared_prompts
+from megatron_r1.trainer.prefix_matching import MIN_SHARED_TOKENS
 from megatron_r1.trainer.token_split import TokenSplit
 from megatron_r1.trainer.training_sample import Sample
 
@@ -210,24 +209,6 @@ def test_samples_of_one_prompt_are_packed_together_as_far_as_the_limit_goes():
     assert [len(m) for own in whole.shares for m in own] == [256]
     few = pack_by_prompt(made[:3], 3, 64, float)
     assert [len(m) for own in few.shares for m in own] == [1, 1, 1]
-
-
-@pytest.mark.parametrize(
-    ("settings", "says"),
-    [
-        ({}, "a model"),
-        ({"parallel": {"context": 2}}, "parallel.context: 2"),
-        ({"rl": {"routing_replay": True}}, "rl.routing_replay"),
-        ({"model": {"mtp": "train"}}, "model.mtp: train"),
-        ({"model": {"expert_bias_update_rate": 0.1}}, "model.expert_bias_update_rate"),
-    ],
-)
-def test_shared_prompts_are_refused_where_something_does_not_know_them(settings, says):
-    parallel = {"share_prompts": True, **settings.get("parallel", {})}
-    check_shared_prompts(Config(parallel={"share_prompts": True}), is_plain=True)
-    config = Config.model_validate({**settings, "parallel": parallel})
-    with refused("parallel.share_prompts", Cause.CONFLICT, says):
-        check_shared_prompts(config, is_plain=says != "a model")
 
 
 def test_a_response_may_be_empty():
