@@ -1,46 +1,19 @@
-"""The losses of reward models, and the scores of whole texts that they read.
+"""The losses of reward models, which `reward_model.kind` names."""
 
-`reward_model.kind` names the loss.
+from __future__ import annotations
 
-A reward model's score of a text is read at its last token. That position may be on any rank of the
-context group. All these ranks compute the same loss from the same scores; the gradient reaches the
-rank that has the position, and the sample is counted on the first context rank
-(`PackedBatch.num_responses`)."""
-
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 from torch import Tensor
-from torch.distributed import ProcessGroup
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
 from megatron_r1.trainer.batch import PackedBatch
 from megatron_r1.trainer.losses import LossTerms
 from megatron_r1.trainer.metrics import Mean
 
-
-@dataclass(frozen=True)
-class ScoreHeadOutput:
-    """The output of a score head for one micro-batch.
-
-    Attributes:
-        batch: the micro-batch, whose samples say which tokens are a text's last.
-        token_scores: (T,) fp32, the score after each token of this rank.
-        context_group: the ranks that hold the other tokens.
-    """
-
-    batch: PackedBatch
-    token_scores: Tensor
-    context_group: ProcessGroup
-
-    def last_token_scores(self) -> Tensor:
-        """Return the scores (S,) fp32 at the last token of each sample, on every context rank."""
-        positions = self.batch.last_token_positions
-        local_scores = torch.where(positions >= 0, self.token_scores[positions.clamp(min=0)], 0.0)
-        # Over the context group: of each sample one rank has the score, the others 0. Megatron's
-        # "tensor" region sums over any group in the forward pass and is the identity backward.
-        return reduce_from_tensor_model_parallel_region(local_scores, group=self.context_group)
+if TYPE_CHECKING:
+    from megatron_r1.trainer.output_heads import ScoreHeadOutput
 
 
 def pairwise(batch: PackedBatch, scores: ScoreHeadOutput, settings: object = None) -> LossTerms:

@@ -29,6 +29,7 @@ from megatron_r1.models import weights  # noqa: E402
 from megatron_r1.trainer import distributed, reward_losses  # noqa: E402
 from megatron_r1.trainer.checkpoints.contents import without_extra_state  # noqa: E402
 from megatron_r1.trainer.metrics import merge, reduce_over_data  # noqa: E402
+from megatron_r1.trainer.output_heads import ScoreHeadOutput  # noqa: E402
 from megatron_r1.trainer.packed import pack_batch  # noqa: E402
 from megatron_r1.trainer.passes import run_passes  # noqa: E402
 from megatron_r1.trainer.token_split import TokenSplit  # noqa: E402
@@ -57,9 +58,7 @@ def own_batches(texts, grid_position, sizes):
 
 
 def seen(batch, out):
-    return reward_losses.ScoreHeadOutput(
-        batch, out.view(-1), parallel_state.get_context_parallel_group()
-    )
+    return ScoreHeadOutput(batch, out.view(-1), parallel_state.get_context_parallel_group())
 
 
 def keep_scores(batch, out):
