@@ -44,12 +44,12 @@ def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> No
             sys.exit(status)  # the ranks have said why
         return
     with without_garbage_collection():  # they import torch
-        from megatron_r1.rehearse.preflight import checks, rank, report
+        from megatron_r1.rehearse.preflight import findings, rank
 
     facts = rank.run(config, settings.preflight)
     if facts:
-        results = checks.check_facts(config, settings.preflight, facts)
-        report.write_report(Path(path).stem, settings.preflight, facts, results)
+        results = findings.check_facts(config, settings.preflight, facts)
+        findings.write_report(Path(path).stem, settings.preflight, facts, results)
 
 
 def start_ranks(arguments: Sequence[str], world_size: int) -> int:

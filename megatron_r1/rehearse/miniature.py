@@ -10,13 +10,6 @@ from megatron_r1.engines.server.recipe_checks import num_experts
 from megatron_r1.models.hf_config import HFConfig
 from megatron_r1.rehearse import layout, model, synthetic_data
 from megatron_r1.rehearse.changes import Change, list_changes
-from megatron_r1.rehearse.data_sections import (
-    NUM_QUESTIONS,
-    data_section,
-    reward_model_section,
-    sample_section,
-    sft_section,
-)
 from megatron_r1.rehearse.engine_sections import (
     CPU_ROLLOUT,
     RESPONSE_TOKENS,
@@ -25,7 +18,15 @@ from megatron_r1.rehearse.engine_sections import (
     rollout_section,
     teacher_section,
 )
-from megatron_r1.rehearse.rl_sections import rewards_section, rl_section
+from megatron_r1.rehearse.recipe_sections import (
+    NUM_QUESTIONS,
+    data_section,
+    reward_model_section,
+    rewards_section,
+    rl_section,
+    sample_section,
+    sft_section,
+)
 from megatron_r1.rehearse.settings import RehearsalDevice
 
 NUM_STEPS = 3

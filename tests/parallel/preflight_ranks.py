@@ -9,7 +9,7 @@ import sys
 
 from megatron_r1.base.errors import RunError
 from megatron_r1.config import parse
-from megatron_r1.rehearse.preflight import checks, folder, host, rank, report
+from megatron_r1.rehearse.preflight import findings, folder, host, rank
 from megatron_r1.rehearse.settings import PreflightConfig
 
 
@@ -35,8 +35,8 @@ def main() -> None:
     facts = rank.run(config, settings)
     if facts:
         try:
-            found = checks.check_facts(config, settings, facts)
-            report.write_report("small", settings, facts, found)
+            found = findings.check_facts(config, settings, facts)
+            findings.write_report("small", settings, facts, found)
         except RunError as error:
             print(f"blocked: {error}")
 

@@ -1,12 +1,10 @@
 """Checks of nodes, links and files before a long run (docs/preflight.md).
 
 - `rank`: measures on every rank.
-- `host`: the node.
-- `connection`: from a node to rank 0's, with its clock.
+- `host`: the node, and its connection to rank 0's, with its clock.
 - `folder`: the run folder.
 - `links`: the collectives of the parallel axes, and the links between nodes.
 - `facts`: the measurements, as ranks send them to rank 0.
 - `rank_progress`: names the rank that the others wait for.
-- `checks`: compares the ranks with each other and with the planner: `node_checks`, `rate_checks`,
-  each with a `check_result`.
-- `report`: the table, and the files of the result."""
+- `findings`: compares the ranks with each other and with the planner (`node_checks`, `rate_checks`,
+  each with a `check_result`), prints the table and writes the files of the result."""

@@ -13,7 +13,7 @@ from megatron_r1.base.transports import TRANSPORTS
 from megatron_r1.config import Config
 from megatron_r1.models import platform
 from megatron_r1.models.platform import trainer_store
-from megatron_r1.rehearse.preflight import connection, host, links
+from megatron_r1.rehearse.preflight import host, links
 from megatron_r1.rehearse.preflight.facts import (
     LinkRate,
     MemoryUsage,
@@ -138,12 +138,12 @@ def _node(
         memory: the memory of its host; None: the rank leads no node."""
     node_facts, clock = None, None
     if placement.rank == 0:
-        clock = connection.ClockServer(placement.num_nodes)
+        clock = host.ClockServer(placement.num_nodes)
         progress.store.set("clock", str(clock.port))
     if memory is not None:
         port = int(progress.store.get("clock"))
-        offset, unreachable = connection.clock_offset(os.environ["MASTER_ADDR"], port)
-        ports = connection.unavailable_ports(config, placement)
+        offset, unreachable = host.clock_offset(os.environ["MASTER_ADDR"], port)
+        ports = host.unavailable_ports(config, placement)
         sandbox = host.sandbox_problem()
         node_facts = NodeFacts(
             versions=versions,
@@ -151,7 +151,7 @@ def _node(
             ports=ports,
             unreachable=unreachable,
             clock_offset=offset,
-            lookup_seconds=connection.lookup_seconds(os.environ["MASTER_ADDR"]),
+            lookup_seconds=host.lookup_seconds(os.environ["MASTER_ADDR"]),
             sandbox=sandbox,
         )
     progress.barrier("clocks read")

@@ -6,7 +6,6 @@ from megatron_r1.base.errors import UserError
 from megatron_r1.config import parse
 from megatron_r1.config.hardware import GIB, HARDWARE, Assumptions, link_rate
 from megatron_r1.config.overrides import take_section
-from megatron_r1.rehearse.preflight.checks import check_facts
 from megatron_r1.rehearse.preflight.facts import (
     FolderFacts,
     LinkRate,
@@ -14,9 +13,9 @@ from megatron_r1.rehearse.preflight.facts import (
     NodeFacts,
     RankFacts,
 )
+from megatron_r1.rehearse.preflight.findings import check_facts, measured_rates
 from megatron_r1.rehearse.preflight.links import neighbors
 from megatron_r1.rehearse.preflight.rate_checks import hardware_of
-from megatron_r1.rehearse.preflight.report import measured_rates
 from megatron_r1.rehearse.settings import PreflightConfig, PreflightSettings
 
 CONFIG = parse({"run": {"folder": "runs/x"}, "data": {"kind": "code"}})

@@ -1,5 +1,8 @@
-"""Prints the findings of the preflight as a table, and writes a JSON file, and a file for
-`megatron-r1 plan --calibrate`."""
+"""The findings of the preflight: the measurements of all ranks, compared with each other and with
+the planner's rates.
+
+They are printed as a table, and written to a JSON file and one for `megatron-r1 plan --calibrate`.
+"""
 
 import json
 from collections.abc import Sequence
@@ -13,14 +16,54 @@ from rich.table import Table
 
 from megatron_r1.base.errors import RunError
 from megatron_r1.base.files import atomic_write
+from megatron_r1.config import Config
 from megatron_r1.config.hardware import Assumptions, Hardware, intra_node_fraction
 from megatron_r1.rehearse.preflight.check_result import CheckResult
 from megatron_r1.rehearse.preflight.facts import RankFacts
 from megatron_r1.rehearse.preflight.links import AXIS_COLLECTIVES
-from megatron_r1.rehearse.preflight.rate_checks import group_rates, hardware_of, node_rates
+from megatron_r1.rehearse.preflight.node_checks import (
+    controller_results,
+    folder_results,
+    memory_results,
+    sandbox_result,
+    version_results,
+)
+from megatron_r1.rehearse.preflight.rate_checks import (
+    gloo_results,
+    group_rates,
+    hardware_of,
+    link_results,
+    node_rates,
+    pair_results,
+    product_result,
+)
 from megatron_r1.rehearse.settings import PreflightConfig
 
 LEVEL_LABELS = {"ok": "", "note": "out of line", "block": "blocks"}
+
+
+def check_facts(
+    config: Config, settings: PreflightConfig, facts: Sequence[RankFacts]
+) -> list[CheckResult]:
+    """Return the findings, in the order of the table.
+
+    Args:
+        config: the recipe.
+        settings: the limits that measurements are held to.
+        facts: the measurements of all ranks, by rank.
+    """
+    nodes = [(rank_facts, rank_facts.node) for rank_facts in facts if rank_facts.node is not None]
+    return [
+        *version_results(nodes),
+        *memory_results(facts, nodes),
+        product_result(facts, settings),
+        *link_results(facts, settings),
+        *pair_results(facts, settings),
+        *gloo_results(facts, settings),
+        *folder_results(config, facts),
+        *controller_results(config, nodes),
+        sandbox_result(config, nodes),
+    ]
 
 
 def measured_rates(hardware: Hardware, facts: Sequence[RankFacts]) -> dict[str, object]:
