@@ -14,9 +14,9 @@ from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.reporting.formatting import shown_metrics
 from megatron_r1.reporting.live import LiveView
 from megatron_r1.reporting.run_folder import RunFolder
-from megatron_r1.reporting.trackers import TrackerSet, check_trackers
 from megatron_r1.reporting.trackers.tensorboard_log import TensorBoardLog
 from megatron_r1.reporting.trackers.tracker import TrackedRun
+from megatron_r1.reporting.trackers.tracker_set import TrackerSet, check_trackers
 from megatron_r1.trainer.checkpoints import checkpoint_folders
 
 

@@ -7,8 +7,9 @@ import pytest
 from megatron_r1.config import Config
 from megatron_r1.config.optimizer import learning_rate, warmup_note
 from megatron_r1.data.sampler import EpochSampler
-from megatron_r1.reporting.trackers import TrackerSet, background_tracker, tracker_set
+from megatron_r1.reporting.trackers import background_tracker, tracker_set
 from megatron_r1.reporting.trackers.tracker import EVALUATION, STEP_METRIC, TrackedRun
+from megatron_r1.reporting.trackers.tracker_set import TrackerSet
 
 
 @pytest.mark.parametrize("decay", ["constant", "linear", "cosine"])

@@ -1,7 +1,6 @@
-"""Trackers of a run's figures: `TrackerSet` sends these to the trackers that a recipe names in
-`run.trackers` (`wandb_tracker`, `mlflow_tracker`), to each from a thread of its own
-(`background_tracker`). `tensorboard_log` writes the run's own event files.
+"""Trackers of a run's figures, whose libraries are imported when a recipe names them.
 
-A tracker's library is imported when a recipe names it."""
-
-from megatron_r1.reporting.trackers.tracker_set import TrackerSet, check_trackers
+- `tracker_set`: sends the figures to those that `run.trackers` names, to each from a thread of its
+  own (`background_tracker`).
+- `tracker`: what each is, `wandb_tracker` and `mlflow_tracker`.
+- `tensorboard_log`: the run's own event files."""

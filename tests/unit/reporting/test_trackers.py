@@ -8,14 +8,9 @@ import pytest
 from refusals import refused
 
 from megatron_r1.base.errors import Cause
-from megatron_r1.reporting.trackers import (
-    TrackerSet,
-    background_tracker,
-    check_trackers,
-    tracker_set,
-    wandb_tracker,
-)
+from megatron_r1.reporting.trackers import background_tracker, tracker_set, wandb_tracker
 from megatron_r1.reporting.trackers.tracker import EVALUATION, STEP_METRIC, TrackedRun
+from megatron_r1.reporting.trackers.tracker_set import TrackerSet, check_trackers
 
 
 @pytest.fixture(autouse=True)
