@@ -11,13 +11,13 @@ T = TypeVar("T")
 
 
 class RolloutStream(Generic[T]):
-    """Samples the rollouts of the steps `first` … `last`, in order."""
+    """Samples the rollouts of the steps `first_step` … `last_step`, in order."""
 
     def __init__(
         self,
         sample: Callable[[int], Awaitable[T]],
-        first: int,
-        last: int,
+        first_step: int,
+        last_step: int,
         staleness: int,
         *,
         one_at_a_time: bool = False,
@@ -26,24 +26,24 @@ class RolloutStream(Generic[T]):
 
         Args:
             sample: samples the rollout of a step; called in the order of the steps.
-            first: the first step.
-            last: the last step.
+            first_step: the first step.
+            last_step: the last step.
             staleness: how many steps ahead of training a rollout may begin.
             one_at_a_time: start a rollout only when the one before has ended: where the number of
                 its prompts is not known in advance, and where engines gain nothing from more
                 sequences. Otherwise rollouts overlap: the next one fills the engines while the last
                 long samples of the one before are generated."""
-        self._sample, self._staleness, self._last = sample, staleness, last
+        self._sample, self._staleness, self._last_step = sample, staleness, last_step
         self._one_at_a_time = one_at_a_time
-        self._next = first
+        self._next_step = first_step
         self._tasks: dict[int, asyncio.Task[T]] = {}
 
     def start_allowed_by(self, policy_version: int) -> None:
         """Start the rollouts that may begin now that the engines hold `policy_version`."""
-        while self._next <= min(self._last, policy_version + 1 + self._staleness):
-            previous_task = self._tasks.get(self._next - 1)
-            self._tasks[self._next] = asyncio.create_task(self._start(self._next, previous_task))
-            self._next += 1
+        while self._next_step <= min(self._last_step, policy_version + 1 + self._staleness):
+            step, previous_task = self._next_step, self._tasks.get(self._next_step - 1)
+            self._tasks[step] = asyncio.create_task(self._start(step, previous_task))
+            self._next_step += 1
 
     async def get(self, step: int) -> T:
         """Wait for the rollout of `step` and return it.

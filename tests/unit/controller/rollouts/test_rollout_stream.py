@@ -28,7 +28,7 @@ async def settle():
 def test_a_batch_begins_when_the_policy_is_at_most_so_many_versions_behind(ahead):
     async def run():
         engines = Engines()
-        stream = RolloutStream(engines.sample, first=3, last=6, staleness=ahead)
+        stream = RolloutStream(engines.sample, first_step=3, last_step=6, staleness=ahead)
         for step in range(3, 7):
             stream.start_allowed_by(step - 1)  # what step - 1 has learned
             await settle()
