@@ -62,12 +62,14 @@ class Replica:
         """Start to send bytes (N,) uint8 to a member, which calls `receive` for as many; return
         what to wait for before `content` changes."""
         destination, group = self._members[member], self._group
+        # Over the replica, from its leader to one member: each needs other bytes.
         works = (dist.isend(piece, destination, group) for piece in _pieces(content))
         return [work for work in works if work is not None]
 
     def receive(self, num_bytes: int) -> torch.Tensor:
         """Return the (num_bytes,) uint8 that the leader sends to this member."""
         content = torch.empty(num_bytes, dtype=torch.uint8)
+        # Over the replica: what the leader's `send` sends this member.
         for piece in _pieces(content):
             dist.recv(piece, self._members[0], self._group)
         return content

@@ -208,7 +208,7 @@ def _load(
         _on_every_rank(read)
         for index, (parameter, _, replicas) in enumerate(entries):
             if replicas.size() > 1:
-                # One of the tensor's replicas has read it.
+                # Over the ranks with the same part of the tensor: one of them has read it.
                 source = dist.get_global_rank(replicas, index % replicas.size())
                 dist.broadcast(parameter.detach(), source, group=replicas)
 

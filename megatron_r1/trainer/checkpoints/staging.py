@@ -272,13 +272,21 @@ def _gather_bucket(
 def _all_gather(
     piece: Tensor, shard: Tensor, group: dist.ProcessGroup, to_save: AddressRanges
 ) -> None:
-    """Fill `piece` (ranks, elements), on the host, where it is `to_save`, with the shards
-    (elements,) of all ranks of data parallelism, over which the optimizer's state is spread. By
-    slices: a bucket may have 10 GiB, and engines on the same GPU leave less."""
+    """Copy to the host the parts of `piece` (ranks, elements) that this rank saves, gathered from
+    all data-parallel ranks.
+
+    By slices: a bucket may have 10 GiB, and engines on the same GPU leave less.
+
+    Args:
+        piece: on the host, a row for the shard of each rank.
+        shard: (elements,), this rank's part of the optimizer's state.
+        group: the data-parallel ranks, over which that state is spread.
+        to_save: what this rank saves."""
     length = max(1, GATHERED_ELEMENTS // len(piece))
     for start in range(0, len(shard), length):
         part = shard[start : start + length]
         all_parts = torch.empty(len(piece) * len(part), dtype=shard.dtype, device=shard.device)
+        # Over data parallelism: each rank has another shard of the bucket.
         dist.all_gather_into_tensor(all_parts, part, group=group)
         for row, gathered_part in zip(piece, all_parts.view(len(piece), -1), strict=True):
             _copy_ranges(row[start : start + length], gathered_part, to_save)
