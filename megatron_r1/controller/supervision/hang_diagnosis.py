@@ -65,8 +65,8 @@ def _indented(lines: list[str], width: int = 4) -> list[str]:
 
 
 async def inspect_trainer(trainer: TrainerClient) -> RoleDiagnosis:
-    """Inspect all ranks. The headline has the open call, the ranks without a reply, and where they
-    are."""
+    """Inspect all ranks. The headline has the pending call, the ranks without a reply, and where
+    they are."""
     pending_call = trainer.pending_call
     statuses = await trainer.socket.statuses(range(trainer.world_size), ANSWER_SECONDS)
     if pending_call is None:
@@ -149,14 +149,14 @@ def _ranks(ranks: list[int], limit: int = 16) -> str:
 
 
 async def _inspect_engines(collector: RolloutCollector, pushing: bool = False) -> RoleDiagnosis:
-    """Inspect the engines that sample. The headline has the open groups, since when, and the stuck
-    engines.
+    """Inspect the engines that sample. The headline has the number of groups in flight, the age of
+    the oldest, and the stuck engines.
 
     Args:
-        collector: knows the open groups.
+        collector: knows the groups in flight.
         pushing: whether a weight push is in progress."""
     fleet, in_flight = collector.fleet, collector.in_flight
-    headline = _open_groups(in_flight, "sampling")
+    headline = _describe_in_flight(in_flight, "sampling")
     if pushing:
         headline = f"given weights after version {fleet.policy_version}"
     return await _inspect(list(fleet.engines), "engines", headline, in_flight.oldest("sampling"))
@@ -166,7 +166,7 @@ async def _inspect_teacher(collector: RolloutCollector) -> RoleDiagnosis:
     """Inspect the engines of all teachers as `_inspect_engines` does."""
     assert collector.teachers is not None, "called for runs with a teacher only"
     in_flight = collector.in_flight
-    headline = _open_groups(in_flight, "awaiting_teacher")
+    headline = _describe_in_flight(in_flight, "awaiting_teacher")
     engines = [engine for fleet in collector.teachers.fleets.values() for engine in fleet.engines]
     return await _inspect(engines, "teacher", headline, in_flight.oldest("awaiting_teacher"))
 
@@ -224,7 +224,7 @@ async def _stacks(engine: Engine) -> str:
     return "\n".join([f"stacks of processes {', '.join(map(str, pids))}:", *lines])
 
 
-def _open_groups(in_flight: InFlightGroups, phase: Phase) -> str:
+def _describe_in_flight(in_flight: InFlightGroups, phase: Phase) -> str:
     oldest_group = in_flight.oldest(phase)
     oldest_age = (
         f", the oldest for {format_seconds(time.monotonic() - oldest_group.since)}"
@@ -325,7 +325,7 @@ def report(run: RunHandles, diagnoses: list[RoleDiagnosis], quiet_seconds: float
 def _awaited_role(run: RunHandles) -> str:
     """Return the role that the controller waits for.
 
-    An open call to the trainer comes first, since engines may generate for a later step meanwhile.
+    A pending call to the trainer comes first: engines may generate for a later step meanwhile.
     Groups are sampled, then graded, then wait for a teacher: the earliest of these comes next."""
     if run.trainer.pending_call is not None:
         return "trainer"

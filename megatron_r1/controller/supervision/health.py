@@ -185,10 +185,10 @@ def _rollout_metrics(collector: RolloutCollector) -> Iterator[Metric]:
     yield _counter("samples", "responses received", in_flight.num_responses)
     yield _counter("tokens", "tokens of these responses", in_flight.num_tokens)
     yield _counter("groups", "groups sampled", in_flight.num_sampled)
-    open_groups: dict[str, float] = {
+    groups_in_flight: dict[str, float] = {
         label: in_flight.count(phase) for phase, label in PHASE_LABELS.items()
     }
-    yield _gauges("groups_open", "groups that are not finished", "doing", open_groups)
+    yield _gauges("groups_open", "groups that are not finished", "doing", groups_in_flight)
     grades = CounterMetricFamily(
         f"{METRIC_PREFIX}grader_results", "results of reward workers", labels=["result"]
     )

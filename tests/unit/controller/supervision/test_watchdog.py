@@ -324,8 +324,8 @@ def test_reported_once_and_health_says_so_until_it_moves(tmp_path, monkeypatch):
     assert value["megatron_r1_stalled"] == 1 and value["megatron_r1_hang_reports"] == 1
     phases = families["megatron_r1_phase_seconds"].samples
     assert [(s.labels, s.value) for s in phases] == [({"phase": "push"}, 3.0)]
-    open_groups = families["megatron_r1_groups_open"].samples
-    counted = {s.labels["doing"]: s.value for s in open_groups}
+    in_flight = families["megatron_r1_groups_open"].samples
+    counted = {s.labels["doing"]: s.value for s in in_flight}
     assert counted == {"sampling": 0, "grading": 1, "scoring": 0}
 
 
