@@ -1,6 +1,6 @@
-"""The trainer as the RL loop uses it: its passes over a rollout, each with the settings that the
-recipe gives it, and the samples that they are over: one a response, or one a branch of an
-episode."""
+"""The trainer as the RL loop uses it: runs each pass over a rollout with the recipe's settings.
+
+A sample is a response, or a branch of an episode."""
 
 from functools import cached_property
 
@@ -15,10 +15,10 @@ from megatron_r1.trainer.training_sample import Sample
 
 
 class PolicyTrainer:
-    """Runs the passes of `rl.algorithm` on the trainer; each takes the settings of its step, which
-    `rl.schedule` may have changed from the run's, and returns metrics.
+    """Runs the passes of `rl.algorithm` on the trainer, and returns their metrics.
 
-    The samples stay with the trainer, from `load` to the next `load`.
+    Each takes the settings of its step, which `rl.schedule` may have changed from the run's. The
+    samples stay with the trainer, from `load` to the next `load`.
 
     Args:
         config: the run's settings.

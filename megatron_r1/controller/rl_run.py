@@ -49,8 +49,8 @@ class RLRun:
 
     @contextlib.asynccontextmanager
     async def open(self) -> AsyncIterator[RLRun]:
-        """Put trainer and engines where the run was left, or at its beginning, for the block, which
-        trains; then save the steps since the last checkpoint, if the run was asked to stop."""
+        """Restore trainer and engines, run the block, which trains, then save the steps since the
+        last checkpoint, if the run was asked to stop."""
         try:
             await self.begin()
             yield self

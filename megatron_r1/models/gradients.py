@@ -74,8 +74,8 @@ def fp32_main_grad(weight: Tensor) -> Tensor | None:
 
 
 def skip_zero_gradients(weight: Tensor) -> None:
-    """Have DistributedDataParallel not add the zeros that r1_kernels return for a head's gradient
-    where they have added it to `fp32_main_grad` themselves.
+    """Keep DistributedDataParallel from adding the zeros that stand for a head's gradient when the
+    kernels have already added it to `fp32_main_grad`.
 
     Megatron's own layers set `grad_added_to_main_grad` for that without a check. The gradient of
     another operation on the same weight, a tied embedding or a loss of the user's, is then lost.

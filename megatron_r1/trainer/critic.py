@@ -23,8 +23,8 @@ from megatron_r1.trainer.metrics import Mean, merge, reduce_over_data
 from megatron_r1.trainer.passes import optimizer_step, run_passes
 
 EQUAL_RETURNS = 1e-6
-"""Returns are equal up to this standard deviation, as a share of their root mean square: R = A + V
-is rounded to fp32 (6e-8)."""
+"""Returns count as equal up to this standard deviation, divided by their root mean square: the
+rounding of R = A + V to fp32 is 6e-8."""
 
 
 def needs_critic(config: Config) -> bool:

@@ -167,7 +167,7 @@ class RolloutBatches:
 
         Returns:
             engine_mask/tokens, the share of response tokens that are masked, and
-            engine_mask/responses, the share of samples with one that is."""
+            engine_mask/responses, the share of samples that have a masked token."""
         tokens, samples = "engine_mask/tokens", "engine_mask/responses"
         reports: list[Metrics] = [{tokens: Mean(0.0, 0), samples: Mean(0.0, 0)}]
         for responses, is_within_bounds in zip(self.responses, within_bounds, strict=True):

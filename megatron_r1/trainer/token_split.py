@@ -54,9 +54,8 @@ class PackedLayout(NamedTuple):
 
     Attributes:
         cu_seqlens: (samples + padding + 1,) int64, from 0 to T.
-        starts: the position of each sample's token 0. If an earlier sample has its first `skipped`
-            tokens, starts is the position of its first own token less `skipped`: starts + i is
-            token i's position for every own token.
+        starts: the position where token 0 of each sample is, or would be if its `skipped` first
+            tokens were not shared; its own token i is at starts + i.
         skipped: for each sample the number of its first tokens that an earlier sample has for it.
         continued: the earlier samples that these continue; None where none does.
     """

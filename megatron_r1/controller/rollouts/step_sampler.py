@@ -101,8 +101,7 @@ class StepSampler:
             self._stream.start_allowed_by(policy_version)
 
     def flush_buffered(self) -> None:
-        """Write down what was sampled since `prefetch`: the engines compute what the trainer
-        does."""
+        """Write the samples buffered since `prefetch`, now that the probes have passed."""
         if self.sample_log:
             self.sample_log.write_buffered()
 

@@ -103,8 +103,9 @@ def _write_bytes(file: int, offset: int, buffer: memoryview) -> None:
 def write_box(
     file: int, offset: int, shape: Sequence[int], starts: Sequence[int], box: Tensor
 ) -> None:
-    """Write a rectangle of the tensor of `read_box`, tensor[starts[0] : starts[0] + len(box), …]:
-    its own bytes and no others, run by run where it has only some of the columns.
+    """Write the rectangle tensor[starts[0] : starts[0] + len(box), …] of the tensor of `read_box`.
+
+    Only its own bytes are written, run by run where it has only some of the columns.
 
     Args:
         file: an open file's descriptor.
