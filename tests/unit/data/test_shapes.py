@@ -18,7 +18,7 @@ from small_qwen2 import MODEL
 
 from megatron_r1 import config as configuration
 from megatron_r1.base.errors import Cause
-from megatron_r1.commands import cli, init, rl_trial
+from megatron_r1.commands import cli, init, rl_draft
 from megatron_r1.commands.recipe_draft import Machine
 from megatron_r1.commands.rl_prompts import prepare
 from megatron_r1.data.prompts import load_prompts
@@ -112,7 +112,7 @@ def test_init_writes_a_recipe_that_its_verb_accepts(model, tmp_path, monkeypatch
     async def graded(truths):  # by a worker with sympy, which takes seconds
         return [Grade(1.0, "")] * len(truths)
 
-    monkeypatch.setattr(rl_trial, "_grade", graded)
+    monkeypatch.setattr(rl_draft, "_grade", graded)
     assert cli.main(["init", str(model), str(FOLDER / name), "--out", "mine.yaml"]) == 0
     recipe = configuration.load("mine.yaml")
     output = capsys.readouterr().out
