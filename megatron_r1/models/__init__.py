@@ -1,12 +1,21 @@
-"""Models on Megatron-Core, built from Hugging Face configurations. `families` is the table of
-architectures, where one made of known parts is a new entry; `hf_config`, `support_checks`,
-`attention_fields` and `experts` read `config.json`, `parallel_checks` compares it with the recipe;
-`megatron_config` and `build` make Megatron's configuration and a rank's model of it; `memory`
-counts their bytes; `layers`, `attention`, `ring_attention`, `length_buckets` and `shared_prefixes`
-are what Megatron lacks on a CPU or has wrong; `context_parallel` is the split of tokens over ranks;
-`platform`, `patches` and `cpu_patches` prepare a process, with patches of the form that `patching`
-has; `gradients`, `fp8` (on GPUs `fp8_checks`) and `routing_replay` are the rules of gradients, FP8
-training and routing replay; `weights` is the table of all weights.
+"""Models on Megatron-Core, built from Hugging Face configurations.
+
+- `families`: the table of architectures, where one made of known parts is a new entry.
+- `hf_config`, `support_checks`, `attention_fields`, `experts`: what `config.json` says.
+- `parallel_checks`: which settings of `parallel` a model refuses.
+- `megatron_config`, `build`: Megatron's configuration, and a rank's part of a model of it, which is
+  a `policy_model` or a `score_model`; `pipeline_stages`: the layers of each part.
+- `memory`, `compute_cost`: a model's bytes, and the compute of a sample.
+- `layers`, `attention`, `ring_attention`, `length_buckets`, `shared_prefixes`: what Megatron lacks
+  on a CPU or has wrong; `te_prefix_attention`: shared prefixes on a GPU.
+- `context_parallel`: the split of tokens over ranks.
+- `schedule_plan`, `token_dispatcher`: the exchange of tokens between experts' ranks.
+- `packed_params`, `sampling_mask`: what comes with the tokens of a packed batch.
+- `platform`, `patches`, `cpu_patches`: prepare a process, with patches of the form that `patching`
+  has; `packed_operations`, `expert_routing`: functions in the place of Megatron's.
+- `gradients`, `fp8` (on GPUs `fp8_checks`), `routing_replay`: the rules of gradients, FP8 training
+  and routing replay.
+- `weights`: the table of all weights; `transformers_model`: a model for comparisons.
 
 Everything but `read_hf_config` is imported at first use, after `models.platform.prepare()`; before
 the first model is built, `patches.install()` is called."""
