@@ -184,8 +184,10 @@ class RunRecorder:
 
 
 def _keep_finished_steps(folder: RunFolder, config: Config) -> None:
-    """Raise UserError where `run.steps` is less than the steps that a run has finished, and those
-    beyond it would be lost: they are newer than the newest checkpoint, and not done again."""
+    """Raise UserError where `run.steps` is too small to keep the steps that a run has finished.
+
+    Those beyond it that are newer than the newest checkpoint would be lost, as they are not done
+    again."""
     newest_checkpoint, _ = checkpoint_folders.newest_usable(folder.checkpoints, "none")
     saved_step = checkpoint_folders.checkpoint_step(newest_checkpoint) if newest_checkpoint else 0
     last_step, steps = folder.last_step(), config.run.steps

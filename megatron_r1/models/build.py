@@ -1,5 +1,5 @@
-"""Builds this rank's part of a model: a stage of a `PolicyModel`, or of a `ScoreModel` where the
-model has a score head, with what Megatron's GPTModel lacks of its architecture."""
+"""Builds this rank's part of a model: a stage of a `PolicyModel`, or with a score head of a
+`ScoreModel`. It has what Megatron's GPTModel lacks of the architecture."""
 
 from __future__ import annotations
 

@@ -137,11 +137,11 @@ def _correct_down_projections(model: Module) -> None:
 
 
 def embedding_ranks(pipeline_layout: str | None, pipeline: Sequence[int]) -> list[int]:
-    """Return the ranks of one pipeline whose copies of the embedding are kept equal: the first, and
-    the one with the MTP layers, which without a layout is the last.
+    """Return the ranks of one pipeline whose copies of the embedding are kept equal.
 
-    Where MTP layers and head are on different ranks, Megatron would otherwise treat the last rank's
-    head as a copy of the embedding (Megatron-Core 0.16.1, language_module.py:47).
+    They are the first, and the one with the MTP layers, which without a layout is the last. Where
+    MTP layers and head are on different ranks, Megatron would otherwise treat the last rank's head
+    as a copy of the embedding (Megatron-Core 0.16.1, language_module.py:47).
 
     Args:
         pipeline_layout: Megatron's description of the stages; None: an even spread.

@@ -1,6 +1,8 @@
-"""Settings of the section `parallel` that a model cannot be trained with, refused before anything
-starts: sizes that do not divide it, and models with which `parallel.share_prompts` or
-`parallel.overlap_expert_exchange` cannot be used. No torch or Megatron.
+"""Refuses settings of the section `parallel` that a model cannot be trained with.
+
+They are sizes that do not divide it, and `parallel.share_prompts` and
+`parallel.overlap_expert_exchange` where it or another setting does not allow them. No torch or
+Megatron.
 
 Most conditions of `check_exchange_overlap` are Megatron's own (TransformerConfig.__post_init__,
 Megatron-Core 0.16.1), which are assertions there; `models.schedule_plan` has the schedule."""

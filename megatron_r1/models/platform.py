@@ -214,9 +214,10 @@ def prepare(local_rank: int = 0) -> torch.device:
 
 @contextlib.contextmanager
 def _without_wandb() -> Iterator[None]:
-    """Hide W&B from Megatron's modules, which import it where it is installed, for reports that we
-    do not ask for: a second of each rank's start, and temporary folders that a killed rank leaves.
-    """
+    """Hide W&B from Megatron's modules, which import it where it is installed.
+
+    It is for reports that we do not ask for, and costs a second of each rank's start, and temporary
+    folders that a killed rank leaves."""
     if "wandb" in sys.modules:
         yield
         return
@@ -300,8 +301,9 @@ def empty_on_host(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor of the host on `device`, for which the host does not wait: to a GPU it is
-    copied from pinned memory, in the order of the current stream.
+    """Return a tensor of the host on `device`, without a wait of the host.
+
+    To a GPU it is copied from pinned memory, in the order of the current stream.
 
     Args:
         tensor: on the CPU, any shape and dtype.

@@ -205,8 +205,10 @@ def _ring_shares(share: Tensor, group: ProcessGroup) -> Iterator[tuple[int, Tens
 
 
 def _send_to_next(x: Tensor, group: ProcessGroup) -> Callable[[], Tensor]:
-    """Start sending x, contiguous, to the next rank of the ring, and receiving what the previous
-    rank sends; return a function that waits for both and returns what was received."""
+    """Start sending x, contiguous, to the next rank of the ring, and receiving from the previous.
+
+    Returns:
+        A function that waits for both and returns what was received."""
     received_x = torch.empty_like(x)
     # Point to point between neighbors in `group`, the context-parallel ranks: an all-gather would
     # hold the keys and values of all ranks at once, here a rank holds two shares next to its own.

@@ -216,9 +216,13 @@ def build_chunks(
 
 
 def body_hf_config(config: Config, hf_config: HFConfig) -> HFConfig | None:
-    """Return the configuration of the language model whose body the score model `hf_config` starts
-    from, with a new head; None for a model that is loaded as it is, or starts from random
-    weights."""
+    """Return the configuration of the language model whose body a score model starts from.
+
+    None for a model that is loaded as it is, or starts from random weights.
+
+    Args:
+        config: the recipe.
+        hf_config: the score model's, whose head is then new."""
     if not has_score_head(hf_config) or config.model.init == "random":
         return None
     folder_hf_config = models.read_hf_config(config.model.path, None)

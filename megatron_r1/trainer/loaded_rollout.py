@@ -148,9 +148,11 @@ class LoadedRollout:
             rollout.store_targets(find_function(function)(rollout, settings))
 
     def mask_advantages(self, function: str, settings: EngineMask) -> dict[str, float]:
-        """Call the `EngineMaskFunction` at "module:function" with the whole responses, mask
-        the tokens that it does not find within bounds, and return the metrics over data and context
-        parallelism; on ranks before the last stage return none."""
+        """Mask the tokens that the `EngineMaskFunction` at "module:function" does not find within
+        bounds.
+
+        Returns:
+            The metrics over data and context parallelism; none on ranks before the last stage."""
         if not self._grid_position.is_last_stage:
             return {}
         rollout = self._with_whole_responses()

@@ -228,9 +228,10 @@ class Trainer:
         return self.critic.update(batches, learning_rate, self.rollout.is_last(minibatch_index))
 
     def free_memory(self, free_parameters: bool = False) -> None:
-        """Free what the trainer does not need while engines compute on the same GPUs: gradients,
-        the loaded samples, memory that torch keeps for later activations, and with
-        `parallel.offload_between_phases` the optimizer's state.
+        """Free what the trainer does not need while engines compute on the same GPUs.
+
+        These are gradients, the loaded samples, memory that torch keeps for later activations, and
+        with `parallel.offload_between_phases` the optimizer's state.
 
         Args:
             free_parameters: with that setting, free the parameters too: nothing is pushed from now

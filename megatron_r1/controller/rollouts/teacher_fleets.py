@@ -1,6 +1,8 @@
-"""The engines of a run's teachers, which only score the tokens that the student sampled
-(`RolloutFleet.compute_logprobs`) and whose weights never change: one teacher for all questions, and
-further ones for single sources (multi-teacher on-policy distillation, MOPD: arXiv 2606.30406)."""
+"""The engines of a run's teachers, which only score what the student sampled
+(`RolloutFleet.compute_logprobs`).
+
+Their weights never change. One teacher has all questions, further ones have single sources
+(multi-teacher on-policy distillation, MOPD: arXiv 2606.30406)."""
 
 from __future__ import annotations
 

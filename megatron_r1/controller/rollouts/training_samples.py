@@ -13,9 +13,11 @@ from megatron_r1.trainer.training_sample import Sample
 def training_samples(
     groups: list[Group], rewards_or_advantages: list[list[float]]
 ) -> list[list[Sample]]:
-    """Return the trainer's samples of every response, in the groups' order: one with the response's
-    reward or advantage, or, of an episode of several turns, one for each of its branches. A
-    response of no token, which has nothing to learn, is not trained on (NaN)."""
+    """Return the trainer's samples of every response, in the groups' order.
+
+    A response is one sample with its reward or advantage; an episode of several turns has one for
+    each of its branches. A response of no token, which has nothing to learn, is not trained on
+    (NaN)."""
     with timeline.span("controller/samples"):
         return [
             _samples(group.prompt_ids, graded, value)

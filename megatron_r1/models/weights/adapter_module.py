@@ -108,8 +108,10 @@ def _blocks(a_entry: LayoutEntry, b_entry: LayoutEntry) -> Tensor:
 def _factor_communication(
     a_entry: LayoutEntry, b_entry: LayoutEntry, by_sequence: bool
 ) -> Callable[..., Tensor] | None:
-    """Return the communication between the factors A and B: what the layer does with its input or
-    output of all features, done with the `rank` features of a token, or None if both are whole."""
+    """Return the communication between the factors A and B, or None if both are whole.
+
+    It is what the layer does with its input or output of all features, done with the `rank`
+    features of a token."""
     if a_entry.is_replicated and b_entry.is_replicated:
         return None
     if a_entry.is_replicated:  # column-parallel

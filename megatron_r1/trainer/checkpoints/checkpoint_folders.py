@@ -1,5 +1,5 @@
-"""The checkpoints in a folder: the one to continue from, those to set aside or delete, the one that
-`model.checkpoint` names, and what tells a good one from a damaged one: its manifest. No torch.
+"""The checkpoints in a folder: the one to continue from, those to set aside or delete, and the one
+that `model.checkpoint` names. A manifest tells a good one from a damaged one. No torch.
 
     step_00000012            whole: renamed to this when every file of it was on disk
     .step_00000016.partial   being written when the run was killed; removed at the next start

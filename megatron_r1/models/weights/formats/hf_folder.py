@@ -276,9 +276,10 @@ class HFWeights:
                 self.read(name, 0, start, min(num_rows, height - start))
 
     def _find_repeated(self, with_mtp: bool) -> dict[str, list[str]]:
-        """Return tensor -> the other tensors in the folder that must equal it: the embedding and
-        the head that MTP layers share with the model, and a head where the embedding is the head.
-        """
+        """Return tensor -> the other tensors in the folder that must equal it.
+
+        They are the embedding and the head that MTP layers share with the model, and a head where
+        the embedding is the head."""
         pairs = list(self.duplicate_of.items()) if with_mtp else []
         if self.hf_config.get("tie_word_embeddings"):
             pairs.append(("lm_head.weight", "model.embed_tokens.weight"))

@@ -1,5 +1,7 @@
-"""Weights in blocks with a scale each: DeepSeek's FP8, blocks of 128 x 128 (`published_layout` has
-their layout), and MXFP4, in which gpt-oss's experts are published, and which is only read.
+"""Weights in blocks with a scale each: DeepSeek's FP8, and MXFP4, which is only read.
+
+FP8 has blocks of 128 x 128, whose layout is in `published_layout`. gpt-oss's experts are published
+in MXFP4.
 
 An MXFP4 weight (experts, columns, rows) is stored transposed, in blocks of 32 numbers of a row:
 `_blocks` (experts, rows, columns / 32, 16) uint8, two FP4 codes (E2M1) in a byte, the low half
