@@ -9,7 +9,7 @@ from typing import Any
 from megatron_r1.reporting.formatting import format_number as number
 from megatron_r1.reporting.formatting import format_percent as percent
 
-STAGES = (
+FAMILIES = (
     "files",
     "checkpoint",
     "sampling",
@@ -20,10 +20,10 @@ STAGES = (
     "optimizer",
     "push",
 )
-"""In the order in which data flows through a step: the first departure is the earliest of these."""
+"""Families of quantities, in the order in which data flows through a step: the first departure is
+the earliest of these."""
 
 JSON_NAMES = {
-    "stage": "family",
     "description": "compared",
     "tolerance_source": "source",
     "affected_responses": "concerned",
@@ -46,7 +46,7 @@ class Comparison:
     """The result of one check.
 
     Attributes:
-        stage: one of `STAGES`.
+        family: one of `FAMILIES`.
         name: the quantity.
         status: equal, departs, or not checked.
         description: what was compared with what, and how much of it.
@@ -61,7 +61,7 @@ class Comparison:
         remedy: the setting or file to change.
         departures: how far each of the affected responses departs; (): all alike."""
 
-    stage: str
+    family: str
     name: str
     status: str
     description: str
@@ -91,7 +91,7 @@ class Comparison:
         }
 
     def __str__(self) -> str:
-        text = f"{self.stage}: {self.name}"
+        text = f"{self.family}: {self.name}"
         if self.status == NOT_CHECKED:
             return f"{text}: {self.reason}"
         if not self.differs:
@@ -134,7 +134,7 @@ class DepartureCurve:
 
 @dataclass
 class Report:
-    """The comparisons of a step, in the order of `STAGES`.
+    """The comparisons of a step, in the order of `FAMILIES`.
 
     Attributes:
         step: the step, from 1.
@@ -148,26 +148,26 @@ class Report:
     curves: list[DepartureCurve] = field(default_factory=list)
 
     def add(self, comparisons: Sequence[Comparison]) -> None:
-        """Add comparisons, in the order of `STAGES`."""
+        """Add comparisons, in the order of `FAMILIES`."""
         self.comparisons = sorted(
             [*self.comparisons, *comparisons],
-            key=lambda comparison: STAGES.index(comparison.stage),
+            key=lambda comparison: FAMILIES.index(comparison.family),
         )
 
-    def comparison(self, stage: str, name: str) -> Comparison | None:
+    def comparison(self, family: str, name: str) -> Comparison | None:
         """Return the comparison of a quantity; None where there is none."""
         for comparison in self.comparisons:
-            if (comparison.stage, comparison.name) == (stage, name):
+            if (comparison.family, comparison.name) == (family, name):
                 return comparison
         return None
 
     def insert(self, comparison: Comparison, after: str) -> None:
-        """Insert a comparison behind another of its stage, or at the end of its stage.
+        """Insert a comparison behind another of its family, or at the end of its family.
 
         Args:
             comparison: what is inserted.
             after: the other's name."""
-        if (previous_comparison := self.comparison(comparison.stage, after)) is None:
+        if (previous_comparison := self.comparison(comparison.family, after)) is None:
             self.add([comparison])
         else:
             self.comparisons.insert(self.comparisons.index(previous_comparison) + 1, comparison)
@@ -183,23 +183,23 @@ class Report:
 
     @property
     def all_clear(self) -> str:
-        """That nothing departs, with the stages in which nothing could be checked."""
-        stages = dict.fromkeys(comparison.stage for comparison in self.comparisons)
+        """That nothing departs, with the families in which nothing could be checked."""
+        families = dict.fromkeys(comparison.family for comparison in self.comparisons)
         checked = {
-            comparison.stage for comparison in self.comparisons if comparison.status != NOT_CHECKED
+            comparison.family for comparison in self.comparisons if comparison.status != NOT_CHECKED
         }
-        if not (left_out := [stage for stage in stages if stage not in checked]):
+        if not (left_out := [family for family in families if family not in checked]):
             return "nothing departs"
         return (
-            f"nothing departs of what could be checked, {len(checked)} of {len(stages)} "
+            f"nothing departs of what could be checked, {len(checked)} of {len(families)} "
             f"families: nothing of {', '.join(left_out)} could be"
         )
 
-    def departs_before(self, stage: str) -> bool:
-        """Return whether a quantity of an earlier stage departs."""
-        position = STAGES.index(stage)
+    def departs_before(self, family: str) -> bool:
+        """Return whether a quantity of an earlier family departs."""
+        position = FAMILIES.index(family)
         return any(
-            comparison.differs and STAGES.index(comparison.stage) < position
+            comparison.differs and FAMILIES.index(comparison.family) < position
             for comparison in self.comparisons
         )
 
@@ -214,15 +214,15 @@ class Report:
         }
 
 
-def not_checked(stage: str, name: str, reason: str, description: str = "") -> Comparison:
+def not_checked(family: str, name: str, reason: str, description: str = "") -> Comparison:
     """Return the comparison of a check that could not be made.
 
     Args:
-        stage: as in `Comparison`, like the others.
+        family: as in `Comparison`, like the others.
         name: the quantity.
         reason: why.
         description: what would be compared."""
-    return Comparison(stage, name, NOT_CHECKED, description, reason=reason)
+    return Comparison(family, name, NOT_CHECKED, description, reason=reason)
 
 
 def with_untried(reason: str, untried: Sequence[str]) -> str:
@@ -237,7 +237,7 @@ def with_untried(reason: str, untried: Sequence[str]) -> str:
 
 
 def fraction_comparison(
-    stage: str,
+    family: str,
     name: str,
     description: str,
     affected_responses: Sequence[ResponseIndex],
@@ -253,7 +253,7 @@ def fraction_comparison(
     """Return the comparison of a check whose distance is the fraction of responses that fail it.
 
     Args:
-        stage: as in `Comparison`, like the arguments not named here.
+        family: as in `Comparison`, like the arguments not named here.
         name: the quantity.
         description: what was compared.
         affected_responses: the responses that fail.
@@ -266,9 +266,9 @@ def fraction_comparison(
         num_tokens: the tokens concerned."""
     distance = len(affected_responses) / total if total else 0.0
     if distance <= tolerance:
-        return Comparison(stage, name, EQUAL, description, distance, tolerance, tolerance_source)
+        return Comparison(family, name, EQUAL, description, distance, tolerance, tolerance_source)
     return Comparison(
-        stage,
+        family,
         name,
         DEPARTS,
         description,

@@ -38,7 +38,7 @@ RECORD_CHECKS: tuple[tuple[str, str, Check], ...] = (
     ("schedule", "learning rate", schedule.check_rates),
     ("checkpoint", "checkpoints", checkpoints.check_states),
 )
-"""Checks that need no model: stage, what cannot be checked where one fails, and the check."""
+"""Checks that need no model: family, what cannot be checked where one fails, and the check."""
 WEIGHT_CHECKS: tuple[tuple[str, str, WeightCheck], ...] = (
     ("sampling", routing.NAME, routing.check_routing),
     ("sampling", "engines' log-probabilities", engine_logprobs.check_logprobs),
@@ -76,21 +76,21 @@ def examine(
         report.add(comparisons)
         recomputation.show_departures(comparisons)
 
-    for stage, name, check in RECORD_CHECKS:
-        add(_comparisons(stage, name, partial(check, step)))
+    for family, name, check in RECORD_CHECKS:
+        add(_comparisons(family, name, partial(check, step)))
     with threads_for(recomputation.models):
-        for stage, name, recompute in WEIGHT_CHECKS:
+        for family, name, recompute in WEIGHT_CHECKS:
             recomputation.searches_causes = not report.departs_before("loss")
-            add(_comparisons(stage, name, partial(recompute, step, recomputation)))
+            add(_comparisons(family, name, partial(recompute, step, recomputation)))
         reruns.refine(report, step, recomputation, kinds, notify)
         report.curves = engine_logprobs.departures(recomputation)
     report.suspicions = suspicions(step) if report.first_departure is None else []
     return report
 
 
-def _comparisons(stage: str, name: str, check: Callable[[], list[Comparison]]) -> list[Comparison]:
+def _comparisons(family: str, name: str, check: Callable[[], list[Comparison]]) -> list[Comparison]:
     """Return what a check finds, or why it could not be made."""
     try:
         return check()
     except (CannotRecompute, UserError) as reason:
-        return [not_checked(stage, name, str(reason))]
+        return [not_checked(family, name, str(reason))]

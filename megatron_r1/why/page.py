@@ -49,7 +49,7 @@ def _row(comparison: Comparison) -> dict[str, str]:
     is_left_out = comparison.status == NOT_CHECKED
     text = comparison.reason if comparison.differs or is_left_out else comparison.description
     return {
-        "family": comparison.stage,
+        "family": comparison.family,
         "name": comparison.name,
         "status": comparison.status,
         "what": text,

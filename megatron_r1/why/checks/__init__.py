@@ -1,1 +1,1 @@
-"""A module per stage of the step, which compares what a step recorded with what it should be."""
+"""A module per family of the step, which compares what a step recorded with what it should be."""

@@ -14,9 +14,9 @@ from megatron_r1.trainer.checkpoints.checkpoint_folders import (
 from megatron_r1.why.comparison import DEPARTS, EQUAL, Comparison, not_checked
 from megatron_r1.why.record.recorded_step import RecordedStep
 
-STAGE, CHECKPOINT = "optimizer", "checkpoint"
-STAGE_BY_CHECKPOINT = {"before": CHECKPOINT, "after": STAGE}
-"""The stages of a checkpoint's comparisons: what is in the one before a step is its input."""
+FAMILY, CHECKPOINT = "optimizer", "checkpoint"
+FAMILY_BY_CHECKPOINT = {"before": CHECKPOINT, "after": FAMILY}
+"""The families of a checkpoint's comparisons: what is in the one before a step is its input."""
 MAX_STEP_FACTOR = 10.0
 """Times the learning rate that Adam may move a number by: |m| / √v is at most 1.2 with the default
 β1 and β2, by Cauchy and Schwarz, and more where moments are lost."""
@@ -42,7 +42,7 @@ def check_states(step: RecordedStep) -> list[Comparison]:
             is_first = moment == "before" and step.step == 1
             reason = "the run begins with a model" if is_first else "it is not kept"
             comparisons.append(
-                not_checked(STAGE_BY_CHECKPOINT[moment], f"checkpoint {moment} the step", reason)
+                not_checked(FAMILY_BY_CHECKPOINT[moment], f"checkpoint {moment} the step", reason)
             )
             continue
         path = checkpoints[moment]
@@ -82,7 +82,7 @@ def _check_finite(moment: str, path: Path) -> Comparison:
 
     bad_names = checkpoint_tensors.non_finite_tensor_names(path)
     return Comparison(
-        STAGE_BY_CHECKPOINT[moment],
+        FAMILY_BY_CHECKPOINT[moment],
         f"numbers of the checkpoint {moment}",
         DEPARTS if bad_names else EQUAL,
         f"every tensor of {path.name} is finite",
@@ -102,16 +102,16 @@ def _compare_counters(step: RecordedStep, moment: str, path: Path) -> Comparison
     counter = checkpoint_model.read_state(path)
     num_updates = step.updates_after(step.step - (moment == "before"))
     if counter is None:
-        return not_checked(STAGE_BY_CHECKPOINT[moment], name, f"{path.name} has none")
+        return not_checked(FAMILY_BY_CHECKPOINT[moment], name, f"{path.name} has none")
     subject = f"{counter:,} of {path.name} with {num_updates:,} updates"
     if counter == num_updates:
-        return Comparison(STAGE_BY_CHECKPOINT[moment], name, EQUAL, subject, 0.0, 0.0, "exact")
+        return Comparison(FAMILY_BY_CHECKPOINT[moment], name, EQUAL, subject, 0.0, 0.0, "exact")
     reason, remedy = _missing_updates(step) or (
         "Adam's state was lost on the way",
         "the checkpoint that the run went on from: it was loaded without its optimizer",
     )
     return Comparison(
-        STAGE_BY_CHECKPOINT[moment],
+        FAMILY_BY_CHECKPOINT[moment],
         name,
         DEPARTS,
         subject,
@@ -159,15 +159,15 @@ def _compare_moments(step: RecordedStep, moment: str, path: Path) -> Comparison:
     name = f"Adam's moments {moment}"
     num_updates = step.updates_after(step.step - (moment == "before"))
     if not num_updates:
-        return not_checked(STAGE_BY_CHECKPOINT[moment], name, "no update was made before")
+        return not_checked(FAMILY_BY_CHECKPOINT[moment], name, "no update was made before")
     # The first gradient of A is 0, as B is.
     is_first = num_updates == 1 and step.run_config.model.lora is not None
     empty_names, num_parameters = checkpoint_tensors.empty_moments(path, A if is_first else "")
     if not num_parameters:
-        return not_checked(STAGE_BY_CHECKPOINT[moment], name, f"{path.name} has no moments")
+        return not_checked(FAMILY_BY_CHECKPOINT[moment], name, f"{path.name} has no moments")
     fraction = len(empty_names) / num_parameters
     return Comparison(
-        STAGE_BY_CHECKPOINT[moment],
+        FAMILY_BY_CHECKPOINT[moment],
         name,
         DEPARTS if fraction > 0.5 else EQUAL,
         f"{num_parameters - len(empty_names):,} of {num_parameters:,} second moments of "
@@ -190,9 +190,9 @@ def _compare_masters(step: RecordedStep, moment: str, path: Path) -> Comparison:
     worst_name, distance = checkpoint_tensors.masters_apart(path)
     tolerance = 0.0 if step.run_config.model.dtype == "float32" else 2.0**-8
     if not worst_name:
-        return not_checked(STAGE_BY_CHECKPOINT[moment], name, f"{path.name} has none")
+        return not_checked(FAMILY_BY_CHECKPOINT[moment], name, f"{path.name} has none")
     return Comparison(
-        STAGE_BY_CHECKPOINT[moment],
+        FAMILY_BY_CHECKPOINT[moment],
         name,
         EQUAL if distance <= tolerance else DEPARTS,
         f"weights of {path.name} with the optimizer's",
@@ -243,7 +243,7 @@ def _compare_size_of_change(
     rate = max(rates)
     is_still = largest_change == 0 and rate > 0 and bool(step.metrics_row.get("grad_norm"))
     return Comparison(
-        STAGE,
+        FAMILY,
         "size of the change",
         DEPARTS if is_still or largest_change > limit else EQUAL,
         f"the largest change of a weight, of a norm of {format_number(norm)}, with "

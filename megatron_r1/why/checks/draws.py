@@ -21,7 +21,7 @@ FALSE_ALARM = 1e-9
 """The probability of a departure in a step whose responses are independent draws."""
 
 
-def compare_draws(step: RecordedStep, stage: str) -> Comparison:
+def compare_draws(step: RecordedStep, family: str) -> Comparison:
     """Return whether responses of a group are the same tokens beyond chance.
 
     Each of two tests has half of `FALSE_ALARM`: long responses that are there twice, and whole
@@ -29,7 +29,7 @@ def compare_draws(step: RecordedStep, stage: str) -> Comparison:
 
     Args:
         step: the recorded step; episodes are left out.
-        stage: the stage of the comparison."""
+        family: the family of the comparison."""
     name = "draws of a group"
     groups = {
         index: group
@@ -37,11 +37,11 @@ def compare_draws(step: RecordedStep, stage: str) -> Comparison:
         if len(group.responses) > 1 and all(r.episode is None for r in group.responses)
     }
     if not groups:
-        return not_checked(stage, name, "no group has several responses of one turn")
+        return not_checked(family, name, "no group has several responses of one turn")
     copies = [*_improbable_copies(groups), *_whole_groups(groups)]
     logprobs = [_logprob(step.groups[indices[0][0]], indices[0][1]) for indices in copies]
     return fraction_comparison(
-        stage,
+        family,
         name,
         f"the responses of {len(groups):,} groups with one another",
         sorted({index for indices in copies for index in indices}),

@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 
 from megatron_r1.data.tokenizer import describe_end_tokens
-from megatron_r1.why.checks.prompt_tokens import STAGE, describe_token, special_tokens
+from megatron_r1.why.checks.prompt_tokens import FAMILY, describe_token, special_tokens
 from megatron_r1.why.comparison import (
     Comparison,
     ResponseIndex,
@@ -34,7 +34,7 @@ def _compare_ends(step: RecordedStep) -> Comparison:
     """Check that no response goes on after a token that ends it."""
     responses, ends = single_turn_tokens(step), step.tokenizer.stop_token_ids
     if not responses:
-        return not_checked(STAGE, "end of the response", "all responses have several turns")
+        return not_checked(FAMILY, "end of the response", "all responses have several turns")
     departing_responses, tokens, num_after = [], Counter[int](), 0
     for index, ids in responses.items():
         end_positions = np.flatnonzero(np.isin(ids[:-1], ends))
@@ -53,7 +53,7 @@ def _compare_ends(step: RecordedStep) -> Comparison:
         if engine_ends is not None and token not in engine_ends:
             reason += f"; the engines were told to stop at {', '.join(map(str, engine_ends))} only"
     return fraction_comparison(
-        STAGE,
+        FAMILY,
         "end of the response",
         f"{len(responses):,} responses with {describe_end_tokens(step.tokenizer.end_tokens)}",
         departing_responses,
@@ -70,7 +70,7 @@ def _find_unknown_ends(step: RecordedStep) -> Comparison:
     responses, ends = single_turn_tokens(step), step.tokenizer.stop_token_ids
     name, remedy = "other end tokens", "rollout.stop_token_ids: add the token"
     if not responses:
-        return not_checked(STAGE, name, "all responses have several turns")
+        return not_checked(FAMILY, name, "all responses have several turns")
     special = {
         token
         for token in special_tokens(step.tokenizer) - set(ends)
@@ -89,7 +89,7 @@ def _find_unknown_ends(step: RecordedStep) -> Comparison:
     )
     departing_responses = [] if commonest_token is None else responses_by_token[commonest_token]
     return fraction_comparison(
-        STAGE,
+        FAMILY,
         name,
         f"special tokens inside {len(responses):,} responses",
         departing_responses,
@@ -115,7 +115,7 @@ def _find_missing_ends(step: RecordedStep) -> Comparison:
         if step.responses[index].response.finish_reason == "stop"
     }
     if not finished_responses:
-        return not_checked(STAGE, name, "no response of one turn ended by itself")
+        return not_checked(FAMILY, name, "no response of one turn ended by itself")
     departing_responses = [
         index
         for index, ids in finished_responses.items()
@@ -135,7 +135,7 @@ def _find_missing_ends(step: RecordedStep) -> Comparison:
         reason += "recorded as finished though they were cut off, and do not end with "
         remedy = "finish_reason of the engine's reply, or what changes it: length, not stop"
     return fraction_comparison(
-        STAGE,
+        FAMILY,
         name,
         f"the last tokens of {len(finished_responses):,} responses that ended by themselves",
         departing_responses,

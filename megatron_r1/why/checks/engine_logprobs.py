@@ -22,7 +22,7 @@ from megatron_r1.why.checks.engine_causes import (
 from megatron_r1.why.checks.engine_gaps import EngineGaps, mean_gap
 from megatron_r1.why.checks.expert_causes import departing_expert
 from megatron_r1.why.checks.fp8_causes import other_fp8_weights
-from megatron_r1.why.checks.sampling import STAGE
+from megatron_r1.why.checks.sampling import FAMILY
 from megatron_r1.why.checks.tensor_causes import departing_tensor
 from megatron_r1.why.comparison import (
     DEPARTS,
@@ -69,7 +69,7 @@ def check_logprobs(step: RecordedStep, recomputation: Recomputation) -> list[Com
     differences = np.concatenate(gaps.gaps) if gaps.gaps else np.empty(0)
     differences = differences[~np.isnan(differences)]
     if not len(differences):
-        return [not_checked(STAGE, NAME, "no checkpoint of the tokens' versions is kept")]
+        return [not_checked(FAMILY, NAME, "no checkpoint of the tokens' versions is kept")]
     subject = (
         f"those of {len(differences):,} tokens of {len(gaps.gaps):,} sequences with "
         f"transformers' under the weights of their version{_encoding(step)}; mean |Δ| by engine: "
@@ -81,7 +81,7 @@ def check_logprobs(step: RecordedStep, recomputation: Recomputation) -> list[Com
     cause = _explanation(gaps)
     if cause is None and gaps.distance <= gaps.tolerance and not gaps.departing_engine():
         return [
-            Comparison(STAGE, NAME, EQUAL, subject, gaps.distance, gaps.tolerance, _source(step))
+            Comparison(FAMILY, NAME, EQUAL, subject, gaps.distance, gaps.tolerance, _source(step))
         ]
     return [_departure(gaps, subject, cause)]
 
@@ -112,7 +112,7 @@ def _departure(gaps: EngineGaps, subject: str, cause: ExplainedDeparture | None)
     # NaN is not above the tolerance.
     num_tokens = int(sum((np.abs(gap) > gaps.tolerance).sum() for gap in gaps.gaps))
     return Comparison(
-        STAGE,
+        FAMILY,
         NAME,
         DEPARTS,
         subject,

@@ -1,7 +1,7 @@
 """The model's files and the settings, against the tokens and texts that were logged."""
 
 from megatron_r1.why.checks.end_tokens import check_ends, single_turn_tokens
-from megatron_r1.why.checks.prompt_tokens import MAX_SHOWN_CHARACTERS, STAGE, check_prompts
+from megatron_r1.why.checks.prompt_tokens import FAMILY, MAX_SHOWN_CHARACTERS, check_prompts
 from megatron_r1.why.comparison import Comparison, fraction_comparison, not_checked
 from megatron_r1.why.record.recorded_step import RecordedStep
 
@@ -25,7 +25,7 @@ def _compare_vocabulary(step: RecordedStep) -> Comparison:
         if sequence_largest_id >= min(rows, num_tokens):
             departing_responses.append(sequence.response)
     return fraction_comparison(
-        STAGE,
+        FAMILY,
         "vocabulary",
         f"tokens up to {largest_id:,} with {num_tokens:,} of the tokenizer "
         f"and {rows:,} rows of the model",
@@ -45,7 +45,7 @@ def _compare_texts(step: RecordedStep) -> Comparison:
     name = "text that was graded"
     if not responses or step.config.rollout.stop:
         reason = "rollout.stop cuts texts" if responses else "all responses have several turns"
-        return not_checked(STAGE, name, reason)
+        return not_checked(FAMILY, name, reason)
     departing_responses = [
         index
         for index, ids in responses.items()
@@ -58,7 +58,7 @@ def _compare_texts(step: RecordedStep) -> Comparison:
         decoded_text = step.tokenizer.decode(responses[index].tolist())[-MAX_SHOWN_CHARACTERS:]
         example = f"graders read …{logged_text!r}, the tokens say …{decoded_text!r}"
     return fraction_comparison(
-        STAGE,
+        FAMILY,
         name,
         f"{len(responses):,} texts with their tokens",
         departing_responses,

@@ -19,7 +19,7 @@ from megatron_r1.why.record.recorded_step import RecordedStep
 if TYPE_CHECKING:
     from megatron_r1.why.update.recomputation import Recomputation, RecomputedUpdates
 
-STAGE = "optimizer"
+FAMILY = "optimizer"
 MAX_TENSOR_DISTANCE = 0.5
 """The largest relative distance of the change of one tensor: all its gradients may be small."""
 
@@ -46,7 +46,7 @@ def check_update(step: RecordedStep, recomputation: Recomputation) -> list[Compa
 def _compare_change(step: RecordedStep, base: RecomputedUpdates) -> Comparison:
     name = "change of the weights"
     if base.update_distance is None:
-        return not_checked(STAGE, name, f"there is no checkpoint of step {step.step}")
+        return not_checked(FAMILY, name, f"there is no checkpoint of step {step.step}")
     tolerance = update_limit(step)
     largest_distances = ", ".join(
         f"{key} {format_percent(value)}" for key, value in base.by_parameter[:3]
@@ -55,7 +55,7 @@ def _compare_change(step: RecordedStep, base: RecomputedUpdates) -> Comparison:
         key for key, value in base.by_parameter if value > max(tolerance, MAX_TENSOR_DISTANCE)
     ]
     return Comparison(
-        STAGE,
+        FAMILY,
         name,
         EQUAL if base.update_distance <= tolerance and not departing_parameters else DEPARTS,
         f"|run's - recomputed| over |run's|, all parameters; the largest: {largest_distances}",
@@ -72,9 +72,9 @@ def _compare_change(step: RecordedStep, base: RecomputedUpdates) -> Comparison:
 def _compare_recomputed_moments(step: RecordedStep, base: RecomputedUpdates) -> Comparison:
     name = "change of Adam's moments"
     if base.moment_distance is None:
-        return not_checked(STAGE, name, f"no checkpoint of step {step.step} has them")
+        return not_checked(FAMILY, name, f"no checkpoint of step {step.step} has them")
     return Comparison(
-        STAGE,
+        FAMILY,
         name,
         DEPARTS if moments_depart(step, base) else EQUAL,
         "|run's - recomputed| over |run's|, all parameters, of the first or the second moments",

@@ -13,7 +13,7 @@ from megatron_r1.why.comparison import (
 )
 from megatron_r1.why.record.recorded_step import RecordedStep
 
-STAGE = "files"
+FAMILY = "files"
 MAX_SHOWN_CHARACTERS = 40
 """The most characters of a text that a comparison shows."""
 
@@ -36,7 +36,7 @@ def _compare_starts(step: RecordedStep) -> Comparison:
     ]
     first = step.groups[departing_responses[0][0]].prompt_ids[0] if departing_responses else 0
     return fraction_comparison(
-        STAGE,
+        FAMILY,
         "start of the prompt",
         "the first two tokens of every prompt",
         departing_responses,
@@ -64,9 +64,9 @@ def _compare_system_message(step: RecordedStep) -> Comparison:
             departing_responses += _indices(number, group)
             missing_text = missing_text or missing_texts[0]
     if not total:
-        return not_checked(STAGE, name, "no question has one")
+        return not_checked(FAMILY, name, "no question has one")
     return fraction_comparison(
-        STAGE,
+        FAMILY,
         name,
         f"the prompts of {total:,} responses whose question has one",
         departing_responses,
@@ -80,9 +80,9 @@ def _compare_system_message(step: RecordedStep) -> Comparison:
 def _compare_prompt_tokens(step: RecordedStep) -> Comparison:
     name = "tokens of the prompt"
     if _has_own_prompts(step.run_config):
-        return not_checked(STAGE, name, "agents.environment or harness makes the prompts")
+        return not_checked(FAMILY, name, "agents.environment or harness makes the prompts")
     if step.missing_prompts_reason:  # samples.jsonl has no message before the question
-        return not_checked(STAGE, name, step.missing_prompts_reason)
+        return not_checked(FAMILY, name, step.missing_prompts_reason)
     departing_responses: list[ResponseIndex] = []
     total, reason = 0, ""
     for number, group in enumerate(step.groups):
@@ -94,9 +94,9 @@ def _compare_prompt_tokens(step: RecordedStep) -> Comparison:
             departing_responses += _indices(number, group)
             reason = reason or _describe_difference(step.tokenizer, group.prompt_ids, expected_ids)
     if not total:
-        return not_checked(STAGE, name, "no question is known")
+        return not_checked(FAMILY, name, "no question is known")
     return fraction_comparison(
-        STAGE,
+        FAMILY,
         name,
         f"the prompts of {total:,} responses with data.template and the tokenizer of {step.model}",
         departing_responses,

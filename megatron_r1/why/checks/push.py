@@ -12,7 +12,7 @@ from megatron_r1.why.record.recorded_step import RecordedStep
 if TYPE_CHECKING:
     from megatron_r1.why.update.recomputation import Recomputation
 
-STAGE = "push"
+FAMILY = "push"
 MERGE_ROUNDING = 2.0**-20
 """Relative: sums of weights and products of adapters in float32, in another order."""
 
@@ -26,10 +26,10 @@ def _compare_probe(step: RecordedStep) -> Comparison:
     name = "probes of the push"
     value = finite_metric(step.metrics_row, "push/probe_diff")
     if "push/probe_diff" not in step.metrics_row:
-        return not_checked(STAGE, name, "metrics.jsonl has no push/probe_diff")
+        return not_checked(FAMILY, name, "metrics.jsonl has no push/probe_diff")
     tolerance = 4 * ROUNDING_BY_DTYPE[step.run_config.rollout.dtype]
     return Comparison(
-        STAGE,
+        FAMILY,
         name,
         EQUAL if value is not None and value <= tolerance else DEPARTS,
         "engines with the trainer, on the probe prompts",
@@ -47,18 +47,18 @@ def _compare_export(step: RecordedStep, recomputation: Recomputation) -> Compari
     """Compare hf/ with the checkpoint of the last step."""
     name = "exported model"
     if not (step.folder.hf_folder / "config.json").is_file():
-        return not_checked(STAGE, name, "there is no hf/ yet")
+        return not_checked(FAMILY, name, "there is no hf/ yet")
     if step.step != step.run_config.run.steps or step.checkpoint_after is None:
-        return not_checked(STAGE, name, "hf/ is of the run's last step")
+        return not_checked(FAMILY, name, "hf/ is of the run's last step")
     distance = recomputation.models.distance(
         (step.folder.hf_folder, ""), (step.checkpoint_after, "")
     )
     has_adapters, is_fp32 = step.run_config.model.lora, step.run_config.model.dtype == "float32"
     if has_adapters and not is_fp32:
-        return not_checked(STAGE, name, "adapters are less than rounding of model.dtype")
+        return not_checked(FAMILY, name, "adapters are less than rounding of model.dtype")
     tolerance = MERGE_ROUNDING if has_adapters else 0.0 if is_fp32 else 2.0**-8
     return Comparison(
-        STAGE,
+        FAMILY,
         name,
         EQUAL if distance <= tolerance else DEPARTS,
         f"hf/ with {step.checkpoint_after.name}",

@@ -9,7 +9,7 @@ from megatron_r1.why.comparison import DEPARTS, Comparison, fraction_comparison,
 from megatron_r1.why.formulas import question_order
 from megatron_r1.why.record.recorded_step import RecordedStep
 
-STAGE = "files"
+FAMILY = "files"
 NAME = "questions of the step"
 
 
@@ -19,7 +19,7 @@ def check(step: RecordedStep) -> list[Comparison]:
         num_groups = len(step.groups) + len(step.filtered_groups)
         return [
             Comparison(
-                STAGE,
+                FAMILY,
                 "sample log",
                 DEPARTS,
                 "its records with their checksums",
@@ -30,13 +30,13 @@ def check(step: RecordedStep) -> list[Comparison]:
                 f"only {num_groups:,} groups are: what follows is of a part of the step",
                 remedy="sample_log/: the file was damaged; examine another step",
             ),
-            not_checked(STAGE, NAME, "groups are missing in the sample log"),
+            not_checked(FAMILY, NAME, "groups are missing in the sample log"),
         ]
     question_ids = [group.prompt.id for group in step.groups]
     due_ids = _due_questions(step, step.step)
     is_one = len(set(question_ids)) == 1 < min(len(question_ids), len(step.training_prompts))
     if due_ids is None and not is_one:
-        return [not_checked(STAGE, NAME, _unknown_order(step))]
+        return [not_checked(FAMILY, NAME, _unknown_order(step))]
     wrong_groups = [
         number
         for number, question in enumerate(question_ids)
@@ -58,7 +58,7 @@ def check(step: RecordedStep) -> list[Comparison]:
         reason = f"the questions are those of the step in another order: {reason}"
     return [
         fraction_comparison(
-            STAGE,
+            FAMILY,
             NAME,
             f"those of {len(question_ids):,} groups with the order of run.seed",
             departing_responses,

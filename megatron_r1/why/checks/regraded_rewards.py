@@ -17,7 +17,7 @@ from megatron_r1.why.comparison import (
 )
 from megatron_r1.why.record.recorded_step import RecordedStep
 
-STAGE = "rewards"
+FAMILY = "rewards"
 MAX_READ = 1024
 """Responses that the second reader and the graders read again."""
 IN_PROCESS = ("math", "exact_match", "logic")
@@ -54,7 +54,7 @@ def compare_order(step: RecordedStep, new_grades: Grades) -> Comparison:
     ]
     largest = max((size for _, size in groups), default=0)
     if largest < 2:
-        return not_checked(STAGE, name, "no group of several responses is graded here")
+        return not_checked(FAMILY, name, "no group of several responses is graded here")
     for shift in range(largest):
         by_shift[shift] = [
             (group_index, index)
@@ -69,7 +69,7 @@ def compare_order(step: RecordedStep, new_grades: Grades) -> Comparison:
     shift = min(by_shift, key=lambda offset: (len(by_shift[offset]), offset))
     is_other = shift and not by_shift[shift]
     return fraction_comparison(
-        STAGE,
+        FAMILY,
         name,
         f"the accuracies of {len(groups):,} groups with those of other responses of the group",
         by_shift[0] if is_other else [],
@@ -91,7 +91,7 @@ def compare_grades(step: RecordedStep, new_grades: Grades) -> Comparison:
     if not new_grades:
         kinds = ", ".join((*IN_PROCESS, PROGRAMS, *RESPONSE_ONLY_REWARDS))
         why = step.missing_prompts_reason or f"only {kinds} are graded here"
-        return not_checked(STAGE, name, why)
+        return not_checked(FAMILY, name, why)
     departures: dict[str, list[ResponseIndex]] = {}
     for index, grades in new_grades.items():
         for term, new_grade in grades.items():
@@ -114,7 +114,7 @@ def compare_grades(step: RecordedStep, new_grades: Grades) -> Comparison:
         )
     terms = ", ".join(dict.fromkeys(chain.from_iterable(new_grades.values())))
     return fraction_comparison(
-        STAGE,
+        FAMILY,
         name,
         f"{terms} of {len(new_grades):,} responses with this version's",
         list(departing_responses),

@@ -18,7 +18,7 @@ from megatron_r1.base.errors import UserError
 from megatron_r1.reporting.formatting import finite_metric
 from megatron_r1.why.checks import engine_logprobs, policies
 from megatron_r1.why.checks.engine_gaps import EngineGaps, mean_gap
-from megatron_r1.why.checks.sampling import STAGE
+from megatron_r1.why.checks.sampling import FAMILY
 from megatron_r1.why.comparison import (
     DEPARTS,
     EQUAL,
@@ -49,13 +49,13 @@ class Rerun(NamedTuple):
     """A kind of rerun.
 
     Attributes:
-        stage: the stage of its comparison, and of the one that it refines.
+        family: the family of its comparison, and of the one that it refines.
         name: the quantity that it compares.
         refines: the name of the comparison that it refines.
         start: what is started, for a message.
         check: makes it."""
 
-    stage: str
+    family: str
     name: str
     refines: str
     start: str
@@ -75,7 +75,7 @@ def rerun_comparison(
         reading: what the distances say."""
     text = f"{subject}; {reading.conclusion}"
     return Comparison(
-        rerun.stage,
+        rerun.family,
         rerun.name,
         DEPARTS if reading.departs else EQUAL,
         text,
@@ -207,7 +207,7 @@ def _engine_distances(
 
 
 ENGINE = Rerun(
-    STAGE,
+    FAMILY,
     "a fresh engine's log-probabilities",
     engine_logprobs.NAME,
     "starting an engine",
@@ -279,18 +279,18 @@ def refine(
         notify: called with a line before something is started."""
     for kind in kinds:
         rerun = RERUNS[kind]
-        refined_comparison = report.comparison(rerun.stage, rerun.refines)
+        refined_comparison = report.comparison(rerun.family, rerun.refines)
         if refined_comparison is None or refined_comparison.status == NOT_CHECKED:
             reason = "it was not compared with transformers" + (
                 f": {refined_comparison.reason}" if refined_comparison else ""
             )
-            report.insert(not_checked(rerun.stage, rerun.name, reason), rerun.refines)
+            report.insert(not_checked(rerun.family, rerun.name, reason), rerun.refines)
             continue
         notify(f"rerun {kind}: {rerun.start} on the weights before step {step.step}")
         try:
             comparison, reading = rerun.check(step, recomputation, refined_comparison)
         except (CannotRecompute, UserError) as reason:
-            report.insert(not_checked(rerun.stage, rerun.name, str(reason)), rerun.refines)
+            report.insert(not_checked(rerun.family, rerun.name, str(reason)), rerun.refines)
             continue
         report.insert(comparison, rerun.refines)
         if refined_comparison.differs:

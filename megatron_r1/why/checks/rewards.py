@@ -9,8 +9,8 @@ from r1_grading.terms import ACCURACY
 from megatron_r1.controller.rollouts.rollout import all_responses
 from megatron_r1.reporting.formatting import finite_metric, format_number
 from megatron_r1.why.checks.regraded_rewards import (
+    FAMILY,
     REWARD_TOLERANCE,
-    STAGE,
     compare_grades,
     compare_order,
     grade_again,
@@ -67,7 +67,7 @@ def _compare_sums(step: RecordedStep) -> Comparison:
     ):
         reason = f"rewards are the sums of the terms without their weights: {reason}"
     return fraction_comparison(
-        STAGE,
+        FAMILY,
         "sum of the terms",
         f"{len(step.responses):,} rewards with rewards.weights "
         + ", ".join(f"{term} {weight:g}" for term, weight in step.reward_weights.items()),
@@ -115,12 +115,12 @@ def _compare_metrics(step: RecordedStep) -> list[Comparison]:
     }
     subject = f"the means of {len(responses):,} responses with metrics.jsonl"
     if not gaps:
-        return [not_checked(STAGE, "metrics of the rollout", "metrics.jsonl has none")]
+        return [not_checked(FAMILY, "metrics of the rollout", "metrics.jsonl has none")]
     worst = max(gaps, key=lambda name: gaps[name])
     is_equal = gaps[worst] <= REWARD_TOLERANCE * max(1.0, abs(means[worst]))
     return [
         Comparison(
-            STAGE,
+            FAMILY,
             "metrics of the rollout",
             EQUAL if is_equal else DEPARTS,
             subject,

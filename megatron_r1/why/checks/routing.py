@@ -7,7 +7,7 @@ import math
 from typing import TYPE_CHECKING
 
 from megatron_r1.reporting.formatting import finite_metric, format_percent
-from megatron_r1.why.checks.sampling import STAGE
+from megatron_r1.why.checks.sampling import FAMILY
 from megatron_r1.why.comparison import (
     DEPARTS,
     EQUAL,
@@ -36,9 +36,9 @@ def check_routing(step: RecordedStep, recomputation: Recomputation) -> list[Comp
         return []
     agreement = finite_metric(step.metrics_row, "routing/agreement")
     if "routing/agreement" not in step.metrics_row:
-        return [not_checked(STAGE, NAME, "metrics.jsonl has no routing/agreement")]
+        return [not_checked(FAMILY, NAME, "metrics.jsonl has no routing/agreement")]
     if any((sequence.versions != step.step - 1).any() for sequence in step.sequences):
-        return [not_checked(STAGE, NAME, "some tokens were sampled with earlier weights")]
+        return [not_checked(FAMILY, NAME, "some tokens were sampled with earlier weights")]
     is_fp32 = {step.run_config.rollout.dtype, step.run_config.model.dtype} == {"float32"}
     tolerance = OTHER_EXPERTS if is_fp32 else OTHER_EXPERTS_IN_16_BITS
     if agreement is None:
@@ -46,7 +46,7 @@ def check_routing(step: RecordedStep, recomputation: Recomputation) -> list[Comp
         remedy = "what makes NaN in the trainer's routers: model.dtype, fp8, its checkpoint"
         return [
             Comparison(
-                STAGE,
+                FAMILY,
                 NAME,
                 DEPARTS,
                 "routing/agreement of metrics.jsonl",
@@ -62,7 +62,7 @@ def check_routing(step: RecordedStep, recomputation: Recomputation) -> list[Comp
     )
     return [
         Comparison(
-            STAGE,
+            FAMILY,
             NAME,
             EQUAL if distance <= tolerance else DEPARTS,
             f"routing/agreement {agreement:.4g} of metrics.jsonl",

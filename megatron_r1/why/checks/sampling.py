@@ -16,7 +16,7 @@ from megatron_r1.why.comparison import (
 )
 from megatron_r1.why.record.recorded_step import RecordedStep
 
-STAGE = "sampling"
+FAMILY = "sampling"
 
 
 def check_settings(step: RecordedStep) -> list[Comparison]:
@@ -26,7 +26,7 @@ def check_settings(step: RecordedStep) -> list[Comparison]:
         _compare_settings(step),
         _compare_limits(step),
         _compare_versions(step),
-        compare_draws(step, STAGE),
+        compare_draws(step, FAMILY),
         *comparisons,
     ]
 
@@ -68,12 +68,12 @@ def _compare_settings(step: RecordedStep) -> Comparison:
             departing_responses += ((group_index, index) for index in range(len(group.responses)))
     if not num_logged:
         return not_checked(
-            STAGE, name, "the log is of a version that did not write them down (before 0.3)"
+            FAMILY, name, "the log is of a version that did not write them down (before 0.3)"
         )
     reason = "; ".join(text for text, _ in difference_counts.most_common(3))
     key = reason.partition(" ")[0]
     return fraction_comparison(
-        STAGE,
+        FAMILY,
         name,
         f"temperature, cut, limit and stops of {num_logged:,} groups with the settings",
         departing_responses,
@@ -109,7 +109,7 @@ def _compare_limits(step: RecordedStep) -> Comparison:
     if longer_responses:
         reason = f"{len(longer_responses):,} responses are longer than the limit, "
     return fraction_comparison(
-        STAGE,
+        FAMILY,
         "limit of the response",
         f"{len(cut_lengths):,} responses that are cut off with the limit of {limit:,} tokens",
         [*shorter_lengths, *longer_responses],
@@ -141,7 +141,7 @@ def _compare_versions(step: RecordedStep) -> Comparison:
         names = ", ".join(name for name, _ in engines.most_common(4))
         reason = f"{names} sampled with version {version}, the step trains version {newest_version}"
     return fraction_comparison(
-        STAGE,
+        FAMILY,
         "version of the weights",
         f"the versions of all tokens with {oldest_version} to {newest_version}",
         list(departing_responses),
@@ -167,7 +167,7 @@ def _compare_kept_tokens(step: RecordedStep) -> Comparison:
             departing_responses[sequence.response] = None
             num_tokens += int((~is_kept).sum())
     return fraction_comparison(
-        STAGE,
+        FAMILY,
         "tokens that the engines kept",
         "every sampled token with the ids that its engine drew it from",
         list(departing_responses),

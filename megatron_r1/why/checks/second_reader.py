@@ -11,7 +11,7 @@ from r1_grading.reading import Reading
 from r1_grading.second_readers.answer_texts import Unsure, parse_answer, same_answer
 from r1_grading.terms import ACCURACY
 
-from megatron_r1.why.checks.regraded_rewards import MAX_READ, STAGE
+from megatron_r1.why.checks.regraded_rewards import FAMILY, MAX_READ
 from megatron_r1.why.comparison import (
     Comparison,
     ResponseIndex,
@@ -43,7 +43,7 @@ def compare_with_second_readers(step: RecordedStep) -> Comparison:
     try:
         from math_verify import parse, verify
     except ImportError:
-        return not_checked(STAGE, name, "the package math-verify is not installed")
+        return not_checked(FAMILY, name, "the package math-verify is not installed")
     verdict_by_texts: dict[tuple[str, str], bool] = {}
 
     def accepts(answer: str, truth: str) -> bool:
@@ -60,12 +60,12 @@ def compare_with_second_readers(step: RecordedStep) -> Comparison:
     verdicts = _collect_verdicts(step, accepts)
     if not verdicts.num_answers:
         reason = step.missing_prompts_reason or "no response to mathematics states an answer"
-        return not_checked(STAGE, name, reason)
+        return not_checked(FAMILY, name, reason)
     remedy = "the rewards' reader: rewards.reading, or the truths of data.path"
     if verdicts.rejected_by_form.get(HASHES):
         remedy = "rewards.reading: auto, or last: the reader misses ####"
     return fraction_comparison(
-        STAGE,
+        FAMILY,
         name,
         f"the accuracy of {verdicts.num_answers:,} responses with that of values at points, or "
         "else of math-verify",

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from megatron_r1.why.update.recomputation import Recomputation
     from megatron_r1.why.update.term_coefficients import Coefficient, TermFit
 
-STAGE, NAME = "optimizer", "gradient of each term"
+FAMILY, NAME = "optimizer", "gradient of each term"
 COEFFICIENT_TOLERANCE = {"float32": 2.0**-8, "bfloat16": 2.0**-3}
 """Largest distance of a coefficient from what it should be."""
 TOLERANCE_SOURCES = {
@@ -36,7 +36,7 @@ def check_terms(step: RecordedStep, recomputation: Recomputation) -> Comparison:
     try:
         fit = recomputation.term_fit
     except CannotRecompute as error:
-        return not_checked(STAGE, NAME, str(error))
+        return not_checked(FAMILY, NAME, str(error))
     dtype = step.run_config.model.dtype
     parts = [*map(_describe_term, fit.coefficients), *_unchecked_gradients(step, recomputation)]
     if fit.residual > fit.error:
@@ -48,7 +48,7 @@ def check_terms(step: RecordedStep, recomputation: Recomputation) -> Comparison:
         coefficient for coefficient in fit.coefficients if coefficient.is_identifiable
     ]
     if not known_coefficients:
-        return not_checked(STAGE, NAME, text)
+        return not_checked(FAMILY, NAME, text)
     departing_coefficients = fit.departing_coefficients(COEFFICIENT_TOLERANCE[dtype])
     reason, remedy = term_departure(step, recomputation)
     worst = max(
@@ -56,7 +56,7 @@ def check_terms(step: RecordedStep, recomputation: Recomputation) -> Comparison:
         key=lambda coefficient: _distance(coefficient) / _limit(coefficient, dtype),
     )
     return Comparison(
-        STAGE,
+        FAMILY,
         NAME,
         DEPARTS if departing_coefficients else EQUAL,
         f"norm of each term's gradient and its coefficient in Adam's first moments: {text}",

@@ -99,7 +99,7 @@ class Recomputation:
     def show_departures(self, comparisons: Sequence[Comparison]) -> None:
         """Show a line for each departure that has not had one, whatever its reason was then."""
         for comparison in comparisons:
-            key = (comparison.stage, comparison.name)
+            key = (comparison.family, comparison.name)
             if comparison.differs and key not in self._shown_departures:
                 self._shown_departures.add(key)
                 self.show_progress(f"{comparison.name} departs: {comparison.reason}")

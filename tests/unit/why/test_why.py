@@ -782,7 +782,7 @@ def test_a_damaged_checkpoint_departs_and_its_step_is_not_whole(planted, content
     (after / "__0_0.distcp").write_bytes(content)
     step = planted.read()
     first, second = checkpoints.check_states(step)
-    assert not first.differs and second.differs and second.stage == "checkpoint"
+    assert not first.differs and second.differs and second.family == "checkpoint"
     assert f"{after.name} is damaged: __0_0.distcp" in second.reason
     is_shorter = len(content) < len(b"weights")
     (found,) = examinable(step.folder, step.run_config)
