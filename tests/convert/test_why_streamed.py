@@ -24,7 +24,6 @@ from megatron_r1.why.policy import (
     streamed_model,
     token_logprobs,
 )
-from megatron_r1.why.policy.adapters import attach_adapters
 from megatron_r1.why.policy.changed_weights import ChangedWeights, SubstitutedLogprobs
 from megatron_r1.why.policy.checkpoint_model import read_model
 from megatron_r1.why.policy.layer_stream import StreamMemory, stream_memory
@@ -35,6 +34,7 @@ from megatron_r1.why.policy.row_variants import join_rows
 from megatron_r1.why.policy.streamed_model import StreamedModel
 from megatron_r1.why.policy.tensor_source import Adapters, TensorSource
 from megatron_r1.why.policy.token_logprobs import TokenRow, logprobs
+from megatron_r1.why.policy.transformers_adapters import attach_adapters
 
 AMPLE = StreamMemory(10**9, 1000, reads_experts=False)
 TIGHT = StreamMemory(0, 3, reads_experts=True)

@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from megatron_r1.reporting.formatting import finite_metric, format_number, format_percent
-from megatron_r1.why.checks.term_gradients import term_departure
+from megatron_r1.why.checks.departing_terms import term_departure
 from megatron_r1.why.comparison import DEPARTS, EQUAL, Comparison, not_checked
 from megatron_r1.why.record.recorded_step import RecordedStep
 from megatron_r1.why.update.substitutions import clip_substitution, substitutions

@@ -6,13 +6,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from megatron_r1.reporting.formatting import format_percent
+from megatron_r1.why.checks.departing_terms import check_terms
 from megatron_r1.why.checks.loss import (
     TOLERANCE_SOURCES,
     moments_depart,
     moments_limit,
     update_limit,
 )
-from megatron_r1.why.checks.term_gradients import check_terms
 from megatron_r1.why.comparison import DEPARTS, EQUAL, Comparison, not_checked
 from megatron_r1.why.record.recorded_step import RecordedStep
 

@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 
 from megatron_r1.why.policy import routed_experts, token_logprobs
-from megatron_r1.why.policy.adapters import merged_weights
 from megatron_r1.why.policy.policy_logprobs import PolicyLogprobs
 from megatron_r1.why.policy.policy_models import require_in_memory
 from megatron_r1.why.policy.tensor_source import HEAD_NAME
+from megatron_r1.why.policy.transformers_adapters import merged_weights
 from megatron_r1.why.record.recorded_step import weights_after
 
 

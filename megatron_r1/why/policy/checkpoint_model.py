@@ -28,7 +28,7 @@ from megatron_r1.models.weights.formats.hf_folder import HFWeights
 from megatron_r1.models.weights.formats.hf_writer import copy_model_files
 from megatron_r1.models.weights.formats.megatron_weights import MegatronWeights
 from megatron_r1.models.weights.formats.published_layout import stacked_part
-from megatron_r1.why.policy.adapters import attach_adapters
+from megatron_r1.why.policy.transformers_adapters import attach_adapters
 
 MOMENT_NAMES = ("exp_avg", "exp_avg_sq")
 STATE_PREFIX, REFERENCE_PREFIX = "optimizer.state.", "reference."

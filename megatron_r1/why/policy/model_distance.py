@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_r1.why.policy.adapters import merged_weights
 from megatron_r1.why.policy.tensor_source import TensorSource
+from megatron_r1.why.policy.transformers_adapters import merged_weights
 
 MIN_GRADIENT_FRACTION = 1e-3
 """The least gradient that is more than rounding of sums in float32, over the root mean square of

@@ -21,7 +21,12 @@ from megatron_r1.base.errors import UserError
 from megatron_r1.models.sampling_mask import decode_mask
 from megatron_r1.models.transformers_model import build_without_weights
 from megatron_r1.why.comparison import CannotRecompute
-from megatron_r1.why.policy import adapters, checkpoint_model, model_distance, token_logprobs
+from megatron_r1.why.policy import (
+    checkpoint_model,
+    model_distance,
+    token_logprobs,
+    transformers_adapters,
+)
 from megatron_r1.why.policy.layer_stream import stream_memory
 from megatron_r1.why.policy.streamed_model import StreamedModel
 from megatron_r1.why.policy.tensor_source import Adapters, TensorSource
@@ -86,7 +91,7 @@ class PolicyModels:
                 return None
             rescaled_source = source.with_adapters(source.adapters._replace(scale=scale))
             return self.policy.with_source(rescaled_source)
-        return adapters.with_scale(self.policy, scale)
+        return transformers_adapters.with_scale(self.policy, scale)
 
     @property
     def reference_model(self) -> Any:
@@ -284,7 +289,9 @@ def write_policy(
     tensors = checkpoint_model.read_tensors(source, step.hf_config)
     if lora is not None and source != before:
         names, read = checkpoint_model.adapter_factors(before, "")
-        adapters.merge_adapters(tensors, {name: read(name) for name in names}, lora.scale)
+        transformers_adapters.merge_adapters(
+            tensors, {name: read(name) for name in names}, lora.scale
+        )
     checkpoint_model.write_folder(tensors, step.model, folder)
 
 

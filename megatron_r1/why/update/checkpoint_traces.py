@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_r1.why.policy.adapters import trained_parameters
+from megatron_r1.why.policy.transformers_adapters import trained_parameters
 from megatron_r1.why.update.checkpoint_after import CheckpointAfter
 from megatron_r1.why.update.step_updates import StepUpdates
 from megatron_r1.why.update.update_inputs import UpdateInputs

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_r1.why.policy.adapters import trained_parameters
 from megatron_r1.why.policy.token_logprobs import TokenRow
+from megatron_r1.why.policy.transformers_adapters import trained_parameters
 from megatron_r1.why.update.adam import Adam
 from megatron_r1.why.update.checkpoint_after import CheckpointAfter
 from megatron_r1.why.update.loss_formulas import (

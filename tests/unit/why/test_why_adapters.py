@@ -5,7 +5,8 @@ import torch
 from test_expert_replay import random_model, random_row
 
 from megatron_r1.models.weights.adapter_table import A, B
-from megatron_r1.why.policy.adapters import (
+from megatron_r1.why.policy.token_logprobs import token_logits
+from megatron_r1.why.policy.transformers_adapters import (
     LowRankProducts,
     attach_adapters,
     merge_adapters,
@@ -13,7 +14,6 @@ from megatron_r1.why.policy.adapters import (
     trained_parameters,
     with_scale,
 )
-from megatron_r1.why.policy.token_logprobs import token_logits
 
 RANK, SCALE = 2, 1.5
 MLP = ("gate_proj", "up_proj", "down_proj")

@@ -11,7 +11,7 @@ from test_why import marked_ungraded, planted  # noqa: F401
 from test_why_updates import ADAM, RULES, Model, apart, rows, step_of
 
 from megatron_r1.config import parse
-from megatron_r1.why.checks.term_gradients import GRADIENT_REMEDY, check_terms
+from megatron_r1.why.checks.departing_terms import GRADIENT_REMEDY, check_terms
 from megatron_r1.why.comparison import ROUNDING_BY_DTYPE, CannotRecompute
 from megatron_r1.why.policy.token_logprobs import logprobs
 from megatron_r1.why.update.loss_terms import left_out_terms, loss_terms
