@@ -95,5 +95,5 @@ def test_an_argument_of_another_form_is_refused_by_its_name():
 
 def test_the_controller_gets_a_result_as_it_left_the_rank():
     sent = run_at_rank("send_weights", {})
-    assert sent == {"problems": {"one": {"error": "cut", "members": [1], "is_damaged": False}}}
+    assert sent == {"failures": {"one": {"error": "cut", "members": [1], "is_damaged": False}}}
     assert decode_result(PushOperations.send_weights, 0, sent) == FAILED

@@ -113,5 +113,5 @@ def test_a_call_while_the_ranks_start_again_is_a_loss_and_not_an_empty_reply(cli
 
 def test_a_reply_of_another_form_is_refused_by_rank_operation_and_field(client):
     client.socket.answers.set()
-    with pytest.raises(TrainerError, match="rank 0: its reply to send_weights .*`problems`"):
+    with pytest.raises(TrainerError, match="rank 0: its reply to send_weights .*`failures`"):
         asyncio.run(client.call_all(PushOperations.send_weights))
