@@ -14,8 +14,8 @@ from megatron_r1 import config as configuration
 from megatron_r1.base.errors import Cause, RunError, UserError, did_you_mean
 from megatron_r1.base.files import access
 from megatron_r1.base.files.access import READ_ONLY
-from megatron_r1.base.processes import memory, timeline
-from megatron_r1.base.processes.memory import without_garbage_collection
+from megatron_r1.base.processes import process_memory, timeline
+from megatron_r1.base.processes.process_memory import without_garbage_collection
 from megatron_r1.commands import torchrun
 from megatron_r1.commands.verb_module import VerbModule, load_verb, read_verb
 from megatron_r1.config.keys import boolean_keys, describe_keys
@@ -328,7 +328,7 @@ def _serve_as_rank(config: configuration.Config, arguments: list[str]) -> int:
     controller and returns its status."""
     inherited = dict(os.environ)
     if gpu.is_usable():  # before torch is imported
-        os.environ.update(memory.trainer_allocator(os.environ))
+        os.environ.update(process_memory.trainer_allocator(os.environ))
     with without_garbage_collection():
         from megatron_r1.trainer import worker
 

@@ -19,10 +19,10 @@ from megatron_r1.base.files.json_lines import read_lines, write_lines
 from megatron_r1.commands.sampling_run import make_policy, require_same_settings, run_in_folder
 from megatron_r1.config import Config
 from megatron_r1.data.prompt import Prompt
+from megatron_r1.evaluation.evaluation_page import write_report
 from megatron_r1.evaluation.figure import write_figure
 from megatron_r1.evaluation.identity import identity_settings, versions
 from megatron_r1.evaluation.prompt_sets import PromptSet, load_prompt_sets, prompt_digest
-from megatron_r1.evaluation.report import write_report
 from megatron_r1.evaluation.response import SamplingSettings, TextResponse
 from megatron_r1.evaluation.response_grader import TextResponseGrader
 from megatron_r1.evaluation.response_log import ResponseLog

@@ -16,7 +16,7 @@ from megatron_r1.pipeline import manifest, serving
 from megatron_r1.pipeline.executor import Executor
 from megatron_r1.pipeline.graph import Graph, check_plan, missing_files, unknown_stage
 from megatron_r1.pipeline.pipeline_recipe import PipelineConfig, load
-from megatron_r1.pipeline.report import write_report
+from megatron_r1.pipeline.pipeline_report import write_report
 from megatron_r1.pipeline.stage_runner import StopSignals, write_recipe
 from megatron_r1.pipeline.stages import PipelinePlan
 from megatron_r1.pipeline.status import StageState, all_statuses, stale_text, status_lines

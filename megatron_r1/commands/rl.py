@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_r1.base.errors import TrainerLost
 from megatron_r1.base.processes import timeline
-from megatron_r1.base.processes.memory import without_garbage_collection
+from megatron_r1.base.processes.process_memory import without_garbage_collection
 from megatron_r1.base.processes.stopping import run_until_stopped
 from megatron_r1.commands.preloads import preload_megatron, preload_vllm
 from megatron_r1.commands.rl_checks import check_settings, engines_share_gpus

@@ -174,7 +174,7 @@ def _write_report(
     folder: RunFolder, title: str, facts: Sequence[str], next_commands: Commands
 ) -> None:
     # Imports matplotlib, for which the trainer need not wait at the start.
-    from megatron_r1.reporting.report import headline, write_report
+    from megatron_r1.reporting.run_report import headline, write_report
 
     summary = {"model": facts[0], "task": " · ".join(facts[1:])}
     write_report(folder, title=title, facts=summary, next_commands=next_commands)

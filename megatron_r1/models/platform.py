@@ -31,7 +31,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.base.processes.memory import keep_freed_memory, without_garbage_collection
+from megatron_r1.base.processes.process_memory import keep_freed_memory, without_garbage_collection
 from megatron_r1.models.cpu_patches import CPU_DEVICE, PATCHES
 
 MEGATRON_VERSION = "0.16.1"

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from megatron_r1.base.processes import children
-from megatron_r1.base.processes.memory import without_garbage_collection
+from megatron_r1.base.processes.process_memory import without_garbage_collection
 from megatron_r1.models import platform
 
 IMPORTED_MODULES = (

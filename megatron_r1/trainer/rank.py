@@ -11,7 +11,7 @@ import msgspec
 
 from megatron_r1.base.processes import children, timeline
 from megatron_r1.base.processes.authentication import RANKS_TOKEN_VARIABLE
-from megatron_r1.base.processes.memory import without_garbage_collection
+from megatron_r1.base.processes.process_memory import without_garbage_collection
 
 VARIABLES_READ_AFTER_IMPORT = frozenset({*children.rank_variables(0, 1, 0), RANKS_TOKEN_VARIABLE})
 """Environment variables that no import reads (`base.processes.fork_server`)."""

@@ -11,7 +11,7 @@ from megatron_r1.base.files import atomic_write
 from megatron_r1.reporting import plots
 from megatron_r1.reporting.formatting import format_number, format_percent, shorten_middle
 from megatron_r1.reporting.pages import render_page
-from megatron_r1.reporting.report import Plot
+from megatron_r1.reporting.run_report import Plot
 from megatron_r1.why.comparison import NOT_CHECKED, Comparison, Report, ResponseIndex
 from megatron_r1.why.record.recorded_step import RecordedStep
 

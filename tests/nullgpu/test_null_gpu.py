@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from nullgpu.conftest import TORCHRUN
 
-from megatron_r1.base.processes.memory import trainer_allocator
+from megatron_r1.base.processes.process_memory import trainer_allocator
 from tests.nullgpu import counters
 
 ROOT = Path(__file__).parents[2]

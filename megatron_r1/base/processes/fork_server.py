@@ -28,7 +28,7 @@ from typing import NamedTuple, NoReturn
 import msgspec
 
 from megatron_r1.base.processes import children, timeline
-from megatron_r1.base.processes.memory import without_garbage_collection
+from megatron_r1.base.processes.process_memory import without_garbage_collection
 from megatron_r1.base.processes.scratch import remove_scratch, shared_files
 
 MAX_REQUEST_BYTES = 1 << 20

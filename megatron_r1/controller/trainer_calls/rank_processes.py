@@ -8,7 +8,7 @@ import sys
 from collections.abc import Container
 from pathlib import Path
 
-from megatron_r1.base.processes import children, exit_diagnosis, fork_client, memory
+from megatron_r1.base.processes import children, exit_diagnosis, fork_client, process_memory
 from megatron_r1.base.processes.authentication import RANKS_TOKEN_VARIABLE
 from megatron_r1.base.processes.exit_diagnosis import last_lines, log_end
 from megatron_r1.base.processes.fork_client import ForkedProcess
@@ -72,7 +72,7 @@ class RankProcesses:
                 **children.rank_variables(rank, world_size, port),
                 RANKS_TOKEN_VARIABLE: token,
                 **import_environment(),
-                **(memory.trainer_allocator(os.environ) if gpu.is_usable() else {}),
+                **(process_memory.trainer_allocator(os.environ) if gpu.is_usable() else {}),
             }
             self._processes.append(_start([address, settings], self._log(rank), environment))
 

@@ -16,7 +16,7 @@ from importlib import import_module
 from typing import Any
 
 from megatron_r1.base.processes import children, timeline
-from megatron_r1.base.processes.memory import keep_freed_memory, without_garbage_collection
+from megatron_r1.base.processes.process_memory import keep_freed_memory, without_garbage_collection
 from megatron_r1.engines.plugin import dump_stacks_on_signal, register
 
 VARIABLES_READ_AFTER_IMPORT = frozenset(

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from megatron_r1.base.processes import memory
+from megatron_r1.base.processes import process_memory
 from megatron_r1.base.transports import BACKEND_PREFIX, TRANSPORTS
 from megatron_r1.config import RolloutConfig
 from megatron_r1.config.engine import LAYOUT_KEYS
@@ -231,7 +231,7 @@ class EngineSettings:
             environment["VLLM_USE_V2_MODEL_RUNNER"] = "1"
         transport = TRANSPORTS[self.weight_transfer_backend.removeprefix(BACKEND_PREFIX)]
         if self.device != "cpu" and transport.exports_gpu_memory:
-            environment |= memory.exporting_engine_allocator(os.environ)
+            environment |= process_memory.exporting_engine_allocator(os.environ)
         if self.part is not None:
             environment |= network_environment(self.host)
         # The secret also where it is empty: the user's own VLLM_API_KEY is not for our engines.

@@ -12,8 +12,8 @@ from megatron_r1.controller.advice import find_advice
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group, Rollout
 from megatron_r1.data.prompt import Prompt
 from megatron_r1.engines.server.responses import Response
-from megatron_r1.reporting.report import write_report
 from megatron_r1.reporting.run_folder import RunFolder
+from megatron_r1.reporting.run_report import write_report
 
 CASES = yaml.safe_load(Path(__file__).with_name("advice.yaml").read_text(encoding="utf-8"))
 PROMPT = Prompt("q", "59 + 63?", "math", "122", {})

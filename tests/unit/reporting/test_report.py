@@ -12,8 +12,8 @@ from megatron_r1.base.errors import Cause
 from megatron_r1.reporting.evaluations import Score, merge_evaluations
 from megatron_r1.reporting.outcome import LEARNED, NOT_SHOWN, WORSE, outcome_sentence
 from megatron_r1.reporting.plots import Curve, curve_plot, downsample, smooth, stacked_plot
-from megatron_r1.reporting.report import headline, write_report
 from megatron_r1.reporting.run_folder import RunFolder
+from megatron_r1.reporting.run_report import headline, write_report
 
 VOID = {"meta", "br", "path", "use", "rect", "link"}
 

@@ -5,7 +5,7 @@ import re
 from megatron_r1.reporting.evaluations import merge_evaluations
 from megatron_r1.reporting.live_frame import LiveState
 from megatron_r1.reporting.outcome import outcome_sentence
-from megatron_r1.reporting.report import write_report
+from megatron_r1.reporting.run_report import write_report
 
 METRICS = [{"step": s, "loss": 0.7 / s, "accuracy": 1 - 0.5 / s} for s in range(1, 9)]
 EVALUATIONS = [

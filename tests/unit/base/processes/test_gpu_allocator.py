@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_r1.base.processes import memory
-from megatron_r1.base.processes.memory import ALLOCATOR_VARIABLES
+from megatron_r1.base.processes import process_memory
+from megatron_r1.base.processes.process_memory import ALLOCATOR_VARIABLES
 from megatron_r1.commands import cli, torchrun
 from megatron_r1.config import parse
 from megatron_r1.controller.trainer_calls import rank_processes
@@ -54,8 +54,8 @@ def test_a_torch_that_may_not_know_how_pinned_memory_is_rounded_is_not_told(monk
         "2.13.0+cu130": TRAINERS,
         "2.14.0": TRAINERS,
     }.items():
-        monkeypatch.setattr(memory.metadata, "version", lambda name, found=version: found)
-        assert memory.trainer_allocator({}) == expected, version
+        monkeypatch.setattr(process_memory.metadata, "version", lambda name, found=version: found)
+        assert process_memory.trainer_allocator({}) == expected, version
 
 
 def test_ranks_under_torchrun_do_and_their_controller_does_not(has_gpu, monkeypatch):

@@ -21,7 +21,7 @@ from megatron_r1.pipeline.status import StageState, StageStatus, all_statuses
 from megatron_r1.reporting.formatting import finite_metric, format_duration, printable
 from megatron_r1.reporting.pages import render_page
 from megatron_r1.reporting.plots import Curve, curve_plot
-from megatron_r1.reporting.report import Plot
+from megatron_r1.reporting.run_report import Plot
 
 # A stage of several seeds is shown in the first of these states that one of them has.
 BY_PROGRESS = [
