@@ -12,7 +12,7 @@ rng              the random streams of every rank; restored at an equal layout o
 layout           the layout that wrote them
 
 With model.lora, "model", "reference" and "optimizer" hold adapters only, and base_fingerprint is
-that of the model they belong to (`adapters`)."""
+that of the model they belong to (`adapter_checkpoint`)."""
 
 import contextlib
 import gc
@@ -36,8 +36,8 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.models import platform
 from megatron_r1.models.build import process_groups
 from megatron_r1.models.weights.adapters import has_adapters
-from megatron_r1.trainer.checkpoints import adapters, checkpoint_folders
-from megatron_r1.trainer.checkpoints.adapters import BASE_FINGERPRINT_KEY, check_base
+from megatron_r1.trainer.checkpoints import adapter_checkpoint, checkpoint_folders
+from megatron_r1.trainer.checkpoints.adapter_checkpoint import BASE_FINGERPRINT_KEY, check_base
 from megatron_r1.trainer.checkpoints.checkpoint_folders import ManifestError, Verify
 from megatron_r1.trainer.checkpoints.staging import HostMemory, gather_on_host
 from megatron_r1.trainer.reference import ReferencePolicy
@@ -89,7 +89,7 @@ def sharded_tree(networks: Networks, memory: HostMemory | None = None) -> dict[s
     if memory is not None:
         tree |= {"layout": parallel_layout(chunks), "rng": _rng_entry(loading=False)}
         if has_adapters(chunks):
-            tree[adapters.BASE_FINGERPRINT_KEY] = unwrap_model(chunks[0]).base_fingerprint
+            tree[BASE_FINGERPRINT_KEY] = unwrap_model(chunks[0]).base_fingerprint
     if reference is not None:
         tree["reference"] = [_weights(chunk, REFERENCE_PREFIX) for chunk in chunks]
         for entry in (entry for entries in tree["reference"] for entry in entries.values()):
@@ -161,7 +161,7 @@ def _restore(loaded: dict[str, Any], networks: Networks) -> None:
 
 
 def _load_weights(chunks: Chunks, loaded: list[dict[str, Any]], prefix: str) -> None:
-    load = adapters.load_adapters if has_adapters(chunks) else load_weights
+    load = adapter_checkpoint.load_adapters if has_adapters(chunks) else load_weights
     for chunk, weights in zip(chunks, loaded, strict=True):
         load(chunk, {name.removeprefix(prefix): t for name, t in weights.items()})
 
@@ -239,7 +239,7 @@ def _restore_rng(streams: dict[str, Any]) -> None:
 
 def _weights(chunk: MegatronModule, prefix: str) -> dict[str, Any]:
     if has_adapters([chunk]):
-        return adapters.sharded_adapters(chunk, prefix)
+        return adapter_checkpoint.sharded_adapters(chunk, prefix)
     # Over data and context parallelism the weights are equal; Megatron marks the copies by it.
     metadata = {"dp_cp_group": process_groups([chunk]).dp_cp}
     return without_extra_state(chunk.sharded_state_dict(prefix=prefix, metadata=metadata))
