@@ -90,7 +90,7 @@ class Fleet(SmallFleet):
         super().__init__(engines)
         self.done = done
 
-    async def push(self, update, version):
+    async def swap_weights(self, update, version):
         self.done.append(f"fleet has {version}")
         self.awake.set()
 
