@@ -1,5 +1,9 @@
-"""Episodes of several turns (docs/agents.md). `player` plays an episode in an environment, and
-`harness` one of an agent that calls the policy through the `gateway`; `token_tree` and
-`continuation` keep its tokens; `environment`, `environment_pool` and `environment_server` are the
-form of an environment and its process, `shipped_environments` and `verifiers` those that exist, and
-`answer_parser` reads an answer's tool calls."""
+"""Episodes of several turns (docs/agents.md).
+
+- Who plays: `player` in an environment, `harness` with an agent that calls the policy through the
+  `gateway`.
+- The episode's tokens: `token_tree`, `continuation`; an answer's tool calls: `answer_parser`, in a
+  `parser_worker`.
+- Environments: `environment` is their form, `shipped_environments` and `verifiers` are those that
+  exist, `environment_prompts` their questions; `environment_pool` and `environment_server` are the
+  two sides of their processes."""

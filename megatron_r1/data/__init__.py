@@ -1,1 +1,8 @@
-"""Training data: prompts with truths, templates, SFT examples, preferences, samplers over them."""
+"""Training data, of files and of tasks, as prompts and tokens.
+
+- Rows: `dataset_files` finds the files, `table_files` reads them, `rows` names their columns, which
+  `columns` guesses, `row_filter` keeps some, and `data_report` counts the others.
+- Prompts: `prompt`, `prompt_reader`, `prompts` with the held-out ones, `gym_tasks`, `few_shot`.
+- Supervised examples: `chats`, `sft`, `mixture`; of reward models: `preferences`.
+- Tokens: `tokenizer`, `prompt_tokenizer`, `sft_tokenizer`, `preference_tokenizer`.
+- Order: `sampler`."""

@@ -1,4 +1,8 @@
-"""Commands as a graph of stages (docs/pipeline.md): `pipeline_recipe`, `plan` and `graph` are the
-recipe and its stages, `manifest` and `status` say which are done or stale, `executor`,
-`stage_runner`, `child` and `serving` run the others, and `results`, `report` and `graph_svg` have
-their numbers and the drawing of the graph."""
+"""Commands as a graph of stages (docs/pipeline.md).
+
+- The recipe: `pipeline_recipe`; the stages that it has for a seed: `stages`, with what `references`
+  stand for; their order: `graph`.
+- Which are done or stale: `manifest`, `fingerprint`, `status`.
+- Their runs: `executor`, `stage_runner`, `child` behind a reaper, `function_stage` for a function,
+  `serving` for their models.
+- What they found: `results`, `pipeline_report`, `graph_svg`."""

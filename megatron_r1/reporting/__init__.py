@@ -4,5 +4,6 @@
 - `live`, `live_frame`: the live view.
 - `trackers`: the curves in TensorBoard, Weights & Biases and others.
 - `outcome`: the held-out result as a sentence.
-- `report`: the report of a run, from `plots` (with the pages' templates) and `samples`.
+- `run_report`: the report of a run, from its `evaluations`, `plots`, `samples` and a template of
+  `pages`.
 - `formatting`: numbers and texts as people read them."""
