@@ -358,7 +358,7 @@ def _sample_answer(answer: Message, thinks: bool) -> Message:
 
 
 def continue_tokens(tree: TokenTree, token_ids: list[int]) -> NextPrompt:
-    """Return what to append to `tree` for a prompt that is given as tokens: the tokens after the
+    """Return what to append to `tree` for a prompt that is given as tokens. It is what follows the
     longest sampled sequence with which the prompt begins, or else the whole prompt, as a new
     branch."""
     prompt = array("i", token_ids)

@@ -1,5 +1,5 @@
-"""The properties of each transport of pushes, as one table, and sizes of the buckets in which they
-move a push; the code of a transport is a module of `push.transports`.
+"""The properties of each transport of pushes, as one table, and the sizes of their buckets. The
+code of a transport is a module of `push.transports`.
 
 Configuration, plans and the plugin inside vLLM read this table, so it imports nothing. A new
 transport is a row here and its module there."""

@@ -85,8 +85,8 @@ keys WORD finds what another library calls WORD: keys kl_coef, keys overlong fil
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command and return its exit status: 0 done, 1 failed (`RunError`, a full disk), 2 a
-    mistake of the user's (`UserError`, a file that cannot be written), 130 stopped. Other
+    """Run a command and return its exit status. 0: done; 1: failed (`RunError`, a full disk); 2: a
+    mistake of the user's (`UserError`, a file that cannot be written); 130: stopped. Other
     exceptions keep their traceback."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:

@@ -75,8 +75,9 @@ def guess_layout(hf_config: HFConfig, parameters: int, machine: Machine) -> list
 
 
 def _engine_fraction(parameters: int, tensor: int, machine: Machine) -> float:
-    """Return the share of a GPU that an engine may take next to a trainer rank, whose gradients are
-    freed meanwhile, and to the receive buffer of pushes, which is no part of vLLM's share."""
+    """Return the share of a GPU that an engine may take next to a trainer rank and to the receive
+    buffer of pushes. The trainer's gradients are freed meanwhile, and the buffer is no part of
+    vLLM's share."""
     sizes = parameter_bytes(DTYPE)
     buffer = engine_bytes(1, DTYPE) - engine_bytes(1, DTYPE, receives=False)
     trainer_bytes = parameters * (

@@ -1,5 +1,5 @@
-"""Run a recipe in miniature on this machine before it is run on a cluster: the same verb, layout
-structure, engines and transport with sizes divided, random weights and synthetic questions. Of a
+"""Run a recipe in miniature on this machine before it is run on a cluster. Verb, layout structure,
+engines and transport are the same, sizes are divided, weights random, questions synthetic. Of a
 pipeline, every stage that trains or samples. See docs/rehearse.md."""
 
 import signal

@@ -86,7 +86,7 @@ async def _train(config: Config, tokenizer: PromptTokenizer, prompts: PromptSpli
 
 
 async def _start_roles(config: Config, trainer: TrainerClient, collector: RolloutCollector) -> None:
-    """Start the trainer and all engines at once, but engines on the trainer's GPUs after it: an
+    """Start the trainer and all engines at once, but engines on the trainer's GPUs after it. An
     engine measures what is free when it starts, and fails if that changes meanwhile."""
     fleet, teachers = collector.fleet, collector.teachers
     if config.rollout.colocated or engines_share_gpus(config):

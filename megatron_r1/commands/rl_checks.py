@@ -158,7 +158,7 @@ def check_settings(config: Config) -> None:
 
 
 def check_sampling(config: Config) -> None:
-    """Raise UserError for samples of a part of the vocabulary that the trainer cannot follow: its
+    """Raise UserError for samples of a part of the vocabulary that the trainer cannot follow. Its
     softmax is over the tokens that the engine kept, whose ids come with each sampled one."""
     first_part, *_ = parts = config.schedule_parts()
     for step, part in parts:

@@ -1,5 +1,5 @@
-"""A draft of a recipe for `rl`, which `init` writes for rows that are questions with truths, and
-its trial: whether the math reward reads the truths, and whether `rl` takes the recipe."""
+"""A draft of a recipe for `rl`, which `init` writes for rows that are questions with truths. Its
+trial shows whether the math reward reads the truths, and whether `rl` takes the recipe."""
 
 import asyncio
 import itertools
@@ -181,8 +181,8 @@ def _read_questions(data: str, columns: Columns) -> list[AskedQuestion]:
 
 
 def _guess_answers(folder: Path, parameters: int) -> list[Guess]:
-    """Return the settings for the template and for how answers are read: from the RL run that made
-    the model if there is one, else for a chat model or a base model.
+    """Return the settings for the template and for how answers are read. They are those of the RL
+    run that made the model if there is one, else for a chat model or a base model.
 
     Args:
         folder: the model's Hugging Face folder.

@@ -1,4 +1,4 @@
-"""Common parts of eval and sample: a locked run folder, the end by a signal, the sampled model; a
+"""Common parts of eval and sample: a locked run folder, the end by a signal, the sampled model. A
 run's checkpoint is first exported as a Hugging Face folder, with the trainer that wrote it."""
 
 import asyncio

@@ -1,5 +1,5 @@
 """The model of a run, or of a folder, the recipe and template that trained it, and what to do with
-it next; of a supervised model the template is guessed from its prompts."""
+it next. Of a supervised model the template is guessed from its prompts."""
 
 import itertools
 import os
@@ -21,8 +21,9 @@ SPEAKER = re.compile(r"\S+: ")
 
 
 def guess_template(prompts: Sequence[str]) -> str | None:
-    """Return the template of prompts: one of `TEMPLATES`, or that of prompts which begin with the
-    same speaker and end with the same line, "User: …\\nAssistant: "; None for others."""
+    """Return the template of prompts, one of `TEMPLATES` or one of a speaker; None for others. That
+    of a speaker is of prompts which begin with the same speaker and end with the same line,
+    "User: …\\nAssistant: "."""
     for name, text in TEMPLATES.items():
         head, _, tail = text.partition(PLACEHOLDER)
         if all(prompt.startswith(head) and prompt.endswith(tail) for prompt in prompts):
@@ -85,7 +86,7 @@ def trained_recipe(model: Path) -> Config | None:
 
 
 def template_of_model(model: Path, name: str) -> tuple[str, str]:
-    """Return a model's template and the reason for it: the template of the RL run that made the
+    """Return a model's template and the reason for it. It is that of the RL run that made the
     model, else the tokenizer's own, else the one of the supervised prompts, else plain.
 
     Args:

@@ -22,10 +22,10 @@ NOT_TRAINING = {
 
 
 def check_trainer(config: Config, verb: str) -> None:
-    """Raise UserError where the trainer's ranks do not fit `parallel`, are too many for the batches
-    of `verb`, a target of `model.lora` is not there, or the experts' exchange cannot be overlapped
-    as set. Call it before anything starts: in RL the trainer itself would fail only after the
-    engines' start and a whole rollout."""
+    """Raise UserError where the trainer cannot run as set. Its ranks do not fit `parallel`, or are
+    too many for the batches of `verb`; a target of `model.lora` is not there; or the experts'
+    exchange cannot be overlapped. Call it before anything starts: in RL the trainer itself would
+    fail only after the engines' start and a whole rollout."""
     world_size = torchrun.world_size(config)
     config.parallel.check_sizes(world_size)
     trains_mtp = config.model.mtp == "train"

@@ -62,8 +62,8 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 def read_transcript(value: Any) -> list[Message] | None:
-    """Return the messages of a text with `Human:` and `Assistant:` before them, None for any other:
-    it begins with a turn that is not the assistant's, and has one that is."""
+    """Return the messages of a text in which each follows `Human:` or `Assistant:`; None for any
+    other text. Such a text begins with a turn that is not the assistant's, and has one that is."""
     if not isinstance(value, str):
         return None
     marks = list(TURN.finditer(value.rstrip()))

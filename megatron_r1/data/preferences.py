@@ -44,11 +44,11 @@ def kind_of_rows(rows: Sequence[CanonicalRow]) -> Kind | None:
 
 
 def read_preferences(path: str | Path, kind: Kind) -> Iterator[Preference]:
-    """Yield the rows of a JSONL or Parquet file: {"question", "chosen", "rejected"} for pairwise,
-    {"question", "response", "label"} for pointwise, label 1 or true for a good response, 0 or false
-    for a bad one. "prompt" or "instruction" is read where "question" is missing, "completion" where
-    "response" is; "thought_opened" is false by default. Question and responses may be chats, or
-    transcripts, of one question.
+    """Yield the rows of a JSONL or Parquet file. They are {"question", "chosen", "rejected"} for
+    pairwise and {"question", "response", "label"} for pointwise, label 1 or true for a good
+    response, 0 or false for a bad one. "prompt" or "instruction" is read where "question" is
+    missing, "completion" where "response" is; "thought_opened" is false by default. Question and
+    responses may be chats, or transcripts, of one question.
 
     Raises:
         UserError: a bad row, with file and line.

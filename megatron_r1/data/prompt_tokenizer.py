@@ -18,7 +18,7 @@ from megatron_r1.data.tokenizer import end_tokens, load_tokenizer
 
 class ByteDecoder:
     """Decodes as `tokenizer.decode(ids, skip_special_tokens=False)` does, from a table of every
-    token's bytes: the tokenizers' own decode takes 16 ms for 30,000 tokens, 130 s for a rollout of
+    token's bytes. The tokenizers' own decode takes 16 ms for 30,000 tokens, 130 s for a rollout of
     8,192 such responses; this one 1 ms.
 
     Args:

@@ -23,9 +23,9 @@ def read_canonical_rows(
     key: str = "data",
     keeps: Callable[[str, CanonicalRow], bool] = lambda location, row: True,
 ) -> Iterator[tuple[str, CanonicalRow]]:
-    """Yield ("file:line", row) for each row of a .jsonl, .json, .csv, .tsv or .parquet file, in
-    file order, of all files of a pattern such as `rows/*.jsonl`, or of a data set: a folder or
-    `hub:NAME[:CONFIG][:SPLIT]`.
+    """Yield ("file:line", row) for each row of a file, in file order, of all files of a pattern, or
+    of a data set. A file is .jsonl, .json, .csv, .tsv or .parquet, a pattern such as
+    `rows/*.jsonl`, a data set a folder or `hub:NAME[:CONFIG][:SPLIT]`.
 
     Args:
         path: a file, a pattern of files, a folder, or a data set of the hub.

@@ -170,8 +170,8 @@ def _read_parquet(path: Path, key: str) -> Iterator[LocatedRow]:
 
 
 def _read_json(path: Path, key: str) -> Iterator[LocatedRow]:
-    """Yield the rows of a list, of the list that an object has under one of `LIST_KEYS`, of a table
-    of pandas, or of lines of objects, as many data sets name them .json."""
+    """Yield the rows of a list, of an object's list under one of `LIST_KEYS`, of a table of pandas,
+    or of lines of objects. Many data sets name such lines .json."""
     with _open(path) as file:
         first = next(_lines(file, path, key)).removeprefix(codecs.BOM_UTF8)
         second_line = next(filter(bytes.strip, _lines(file, path, key)), b"")
@@ -221,7 +221,7 @@ def _read_list(path: Path, key: str) -> Iterator[LocatedRow]:
 
 
 def _only_list(content: dict[str, Any]) -> list[dict[str, Any]] | None:
-    """Return the list of objects that an object has besides single values, under any name; None
+    """Return the list of objects that an object has besides single values, under any name. None
     where there is none, where there are several, and for messages, which are one row."""
     containers = [value for value in content.values() if isinstance(value, list | dict)]
     if len(containers) != 1 or not isinstance(containers[0], list) or not containers[0]:
@@ -231,9 +231,9 @@ def _only_list(content: dict[str, Any]) -> list[dict[str, Any]] | None:
 
 
 def _table(content: dict[str, Any]) -> list[dict[str, Any]] | None:
-    """Return the rows of a table as pandas writes it: {column: {"0": value, …}, …}, or
-    {"0": {column: value, …}, …}, which may have any names: {"q7": {column: value, …}, …}. None for
-    any other object."""
+    """Return the rows of a table as pandas writes it, None for any other object. It is
+    {column: {"0": value, …}, …} or {"0": {column: value, …}, …}, whose rows may have any names:
+    {"q7": {column: value, …}, …}."""
     parts = list(content.values())
     if not parts or not all(isinstance(part, dict) and part for part in parts):
         return None

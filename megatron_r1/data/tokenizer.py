@@ -81,9 +81,9 @@ def _load(folder: Path) -> Any:
 
 
 def _known_class(model_type: str | None, settings: dict[str, Any]) -> Any:
-    """Return the tokenizer's class without reading the tokenizer: the class that AutoTokenizer
-    chooses for every DeepSeek-V3 and Qwen2, and for a Llama whose settings name it; for Kimi-K2,
-    whose type transformers does not know, the class of DeepSeek-V3; None if not known."""
+    """Return the tokenizer's class without reading the tokenizer; None if not known. It is the
+    class that AutoTokenizer chooses for every DeepSeek-V3 and Qwen2, and for a Llama whose settings
+    name it; for Kimi-K2, whose type transformers does not know, that of DeepSeek-V3."""
     if model_type == "qwen2":
         from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
 

@@ -83,7 +83,7 @@ def read_vote(
 
 def expects_number(prompt: Gradable) -> bool:
     """Return whether the truth of a prompt of mathematics or logic is one number, as their rewards
-    decide it: in mathematics also `$13$`, and a whole solution that ends in `#### 13`."""
+    decide it. In mathematics `$13$` is one too, and a whole solution that ends in `#### 13`."""
     truth = prompt.truth
     if prompt.kind == "math":
         truth = unwrap(str(truth))

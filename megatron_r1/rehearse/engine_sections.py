@@ -102,8 +102,8 @@ def rollout_on_gpus(
 
 
 def _vllm(config: Config, num_copies: int, device: RehearsalDevice) -> dict[str, Any]:
-    """Return the recipe's arguments of vLLM: on a null GPU without kernels that it does not
-    imitate, prompts in two parts where the recipe divides them, and experts that are moved."""
+    """Return the recipe's arguments of vLLM. On a null GPU they are without kernels that it does
+    not imitate; prompts are in two parts where the recipe divides them, and experts are moved."""
     arguments = dict(config.rollout.vllm)
     if device == "null-gpu":
         arguments = {

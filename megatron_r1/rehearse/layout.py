@@ -147,8 +147,8 @@ def fewer_engine_ranks(rollout: RolloutConfig) -> dict[str, int]:
 
 
 def redundant_experts(rollout: RolloutConfig, experts: int) -> int:
-    """Return a number of copies of `experts` that the ranks of a miniature's engine can share: one
-    on each rank or, with as many experts as do not divide, the least."""
+    """Return a number of copies of `experts` that the ranks of a miniature's engine can share. It
+    is one for each rank or, with as many experts as do not divide, the least."""
     ranks = rollout.tensor_parallel * rollout.data_parallel
     if not rollout.redundant_experts or ranks == 1:
         return 0

@@ -166,9 +166,8 @@ def reward_models(options: dict[str, dict[str, Any]]) -> dict[str, str]:
 def serve_reward_models(
     config: Config, hf_config: HFConfig, folder: Path, verb: str
 ) -> Iterator[list[str]]:
-    """Serve one model with random weights in the place of every reward model that a miniature's
-    `rl` has; yield the settings that name its address, as on a cluster
-    (examples/deepseek_r1/stage.sbatch).
+    """Serve one model with random weights in the place of every reward model of a miniature's `rl`.
+    Yield the settings that name its address, as on a cluster (examples/deepseek_r1/stage.sbatch).
 
     Args:
         config: the miniature.

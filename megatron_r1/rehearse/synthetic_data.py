@@ -14,7 +14,7 @@ NAMED_KIND = f"{__name__}:grade_named"
 
 
 def grade(response: str, truth: object, **fields: object) -> Grade:
-    """Return reward 1 for a response of an even number of characters: random weights are right half
+    """Return reward 1 for a response of an even number of characters. Random weights are right half
     of the time, so that groups have advantages and updates change the weights."""
     is_even = len(response) % 2 == 0
     return Grade(float(is_even), "even length" if is_even else "odd length")

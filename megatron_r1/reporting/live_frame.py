@@ -1,5 +1,5 @@
-"""One frame of the live view: the state of a run as lines of text of a given size, with bars made
-of characters: a history as columns, and parts of a whole as shares of a row."""
+"""One frame of the live view: the state of a run as lines of text of a given size. Bars are made of
+characters: a history as columns, and parts of a whole as shares of a row."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -1,5 +1,5 @@
-"""The HTTP gateway through which agents of other frameworks reach the policy (docs/gateway.md):
-`server` accepts the requests, `session` is an episode's, and `chat`, `responses`, `messages` and
+"""The HTTP gateway through which agents of other frameworks reach the policy (docs/gateway.md).
+`server` accepts the requests, and `session` is an episode's. `chat`, `responses`, `messages` and
 `tokens` are the protocols; each reads a `body`, and turns it into a `request`."""
 
 from megatron_r1.agents.gateway.server import Gateway

@@ -106,8 +106,9 @@ _TIMEOUT_LIMITS = (
 
 
 def collective_wait(text: str, timeout_seconds: float) -> str | None:
-    """Return the operation's name in NCCL, "a collective operation" for gloo, if `text` has such an
-    error, and None if not: also where the limit was another than `timeout_seconds`, as of a push.
+    """Return NCCL's name of the operation that timed out, or "a collective operation" for gloo.
+    None: `text` has no such error, or one of another limit than `timeout_seconds`, such as a
+    push's.
 
     Args:
         text: the text of an error.

@@ -83,8 +83,8 @@ class ForkedChild:
         """Whether the connection is open."""
 
     def kill(self) -> None:
-        """Kill its process group, and delete what that leaves in shared memory and in a temporary
-        folder of its own: the process that would do so may have been killed itself."""
+        """Kill its process group, and delete what that leaves in shared memory and in its temporary
+        folder. The process that would do so may have been killed itself."""
         shared_paths = shared_files(self.pid)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)

@@ -47,9 +47,8 @@ def catches_signal(pid: int, number: int) -> bool:
 
 
 class PeakMemory:
-    """The most memory that the descendants of this process hold at one time within the `with`
-    block: `gib`, in proportional shares (PSS), where a page that several processes map counts
-    once."""
+    """The most memory (`gib`) that the descendants of this process hold at one time within the
+    block. It is in proportional shares (PSS): a page that several processes map counts once."""
 
     def __init__(self, every_seconds: float = 5.0):
         """Prepare the measurements.

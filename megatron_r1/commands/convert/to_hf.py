@@ -65,8 +65,8 @@ _BYTES_PER_PARAMETER = 6  # fp32, and half as much again while loading
 def check_reload(
     checkpoint: Path, hf_files: Path, folder: Path, dtype: torch.dtype, workers: int
 ) -> None:
-    """Compare a converted folder with its checkpoint: the logits where the model fits into this
-    host's memory, the tensors where it does not or where they are stored in FP8.
+    """Compare a converted folder with its checkpoint, by logits or by tensors. Tensors are compared
+    where the model does not fit into this host's memory, and where they are stored in FP8.
 
     Args:
         checkpoint: the Megatron checkpoint.

@@ -23,9 +23,9 @@ response_rewards = reward_arithmetic.response_rewards
 
 
 def token_advantages(rollout: RolloutBatches, settings: TokenSettings) -> TokenTargets:
-    """Return A_t = Σ_{s≥t} γ^(s-t) (-β log(π_old / π_ref)_s) + γ^(T-t) r, T the last token, then
-    shifted and scaled to mean 0 and deviation 1 over the response tokens of the rollout; 0
-    elsewhere."""
+    """Return A_t, shifted and scaled to mean 0 and deviation 1 over the response tokens of the
+    rollout. Before that, A_t = Σ_{s≥t} γ^(s-t) (-β log(π_old / π_ref)_s) + γ^(T-t) r, T the last
+    token; it is 0 outside responses."""
     from megatron_r1.trainer.rollout_batches import TokenTargets, reward_to_go
 
     settings = TokenSettings.of(settings)

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 
 def advantages(groups: list[list[float | None]], rl: RLConfig) -> list[list[float]]:
-    """Return r_i - 1/(G - 1) Σ_{j≠i} r_j, over the group's graded responses; 0 for a
-    group whose graded rewards are equal or fewer than two, NaN for an ungraded response."""
+    """Return r_i - 1/(G - 1) Σ_{j≠i} r_j, over the group's graded responses. It is 0 for a group
+    whose graded rewards are equal or fewer than two, and NaN for an ungraded response."""
     return [_leave_one_out(rewards) for rewards in groups]
 
 

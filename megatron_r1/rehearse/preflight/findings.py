@@ -67,9 +67,9 @@ def check_facts(
 
 
 def measured_rates(hardware: Hardware, facts: Sequence[RankFacts]) -> dict[str, object]:
-    """Return {name: value} for `megatron-r1 plan --calibrate`: link rates within a node (`nvlink`)
-    and between nodes (`network`), such that rate x the planner's `link_efficiency` is the rate
-    measured on the slowest axis; and the slowest node's rate over gloo (`host_network`), as
+    """Return {name: value} for `megatron-r1 plan --calibrate`. The rates of links within a node
+    (`nvlink`) and between nodes (`network`) are such that rate x the planner's `link_efficiency` is
+    the rate measured on the slowest axis; `host_network` is the slowest node's over gloo, as
     measured."""
     efficiency, gpus = Assumptions().link_efficiency, hardware.gpus_per_node
     intra_node: list[float] = []

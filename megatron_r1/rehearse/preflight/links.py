@@ -62,8 +62,8 @@ def measure_axis(groups: "ProcessGroupCollection", axis: str) -> LinkRate | None
 
 
 def pair_rates(placement: RankPlacement) -> list[float]:
-    """Return the rates at which this rank and the rank of the same number on each neighboring node
-    send to each other: a node whose adapter is slow is slow to both neighbors."""
+    """Return the rates between this rank and the rank of the same number on each neighboring node.
+    A node whose adapter is slow is slow to both neighbors."""
     rates = []
     for node in neighbors(placement.node, placement.num_nodes):
         if node is not None:
@@ -78,9 +78,8 @@ def pair_rates(placement: RankPlacement) -> list[float]:
 
 
 def gloo_rates(placement: RankPlacement, progress: RankProgress) -> list[float]:
-    """Return the rates at which this rank and the rank of the same number on each neighboring node
-    send to each other over gloo, through host memory; on a single node, the rates between
-    neighboring ranks.
+    """Return the rates of `pair_rates` over gloo, through host memory. On a single node they are
+    those between neighboring ranks.
 
     All ranks begin at once, so that the ranks of a node share the node's interface. Each pair is a
     group of its own, as in a push."""

@@ -124,8 +124,8 @@ def _compare_counters(step: RecordedStep, moment: str, path: Path) -> Comparison
 
 
 def _missing_updates(step: RecordedStep) -> tuple[str, str] | None:
-    """Return what the counters of both checkpoints say of updates that the step lacks, and what to
-    change; None where it lacks none, or one of them is not there."""
+    """Return which updates the step lacks by the counters of both checkpoints, and what to change.
+    None where it lacks none, or a checkpoint is not there."""
     from megatron_r1.why.policy import checkpoint_model
 
     counters = [

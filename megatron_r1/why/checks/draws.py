@@ -86,9 +86,8 @@ def _whole_groups(groups: dict[int, Group]) -> list[list[ResponseIndex]]:
 
 
 def log_ratio_of_one_draw(group: Group) -> float:
-    """Return the log-likelihood of a group if it is one draw with probability 1/2, minus that by
-    independent draws: log((1 + p^(1 - n)) / 2) for n times a response of probability p, else
-    log(1 / 2)."""
+    """Return log(P(one draw) / P(independent draws)) of a group, for one draw with probability 1/2.
+    It is log((1 + p^(1 - n)) / 2) for n times a response of probability p, else log(1 / 2)."""
     log_ratio = -math.inf
     if _is_one_response(group):
         log_ratio = (1 - len(group.responses)) * _logprob(group, 0)

@@ -1,6 +1,6 @@
-"""What explains a difference of the engines' log-probabilities from transformers': older weights,
-adapters of another scale, routers without their bias, another temperature, a shift by a token, a
-cut, rounding."""
+"""What explains a difference of the engines' log-probabilities from transformers'. Tried are older
+weights, adapters of another scale, routers without their bias, another temperature, a shift by a
+token, a cut, rounding."""
 
 from __future__ import annotations
 

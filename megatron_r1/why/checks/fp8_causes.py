@@ -1,5 +1,6 @@
-"""What an engine with `push.fp8` has in place of the newest weights: their 8-bit values with the
-block scales of an earlier push, weights of an earlier version, or weights that are not quantized.
+"""What an engine with `push.fp8` has in place of the newest weights. Tried are their 8-bit values
+with the block scales of an earlier push, weights of an earlier version, and weights that are not
+quantized.
 
 The engine's bfloat16 moves log-probabilities as much as such weights do, but otherwise. Each
 hypothesis has an effect e on every token's log-probability, on which the engine's differences d are

@@ -136,7 +136,7 @@ def _show_search(
 def _likely_place(
     step: RecordedStep, base: RecomputedUpdates, comparisons: Sequence[Comparison]
 ) -> tuple[str, str] | None:
-    """Return that metrics.jsonl is where to look, with the remedy; None unless a single metric
+    """Return that metrics.jsonl is where to look, with the remedy. None unless a single metric
     departs, and the weights and Adam's moments after the step are known and as recomputed.
 
     Args:

@@ -198,8 +198,8 @@ def _packed_logprobs(recomputation: Recomputation, *, restarts: bool) -> list[np
 
 
 def _parted_head(step: RecordedStep) -> tuple[str, str] | None:
-    """Return that the copy of a tied head parted from the embedding, where the trainer was at the
-    engine in the run's first step and is not now: no checkpoint holds the last stage's copy."""
+    """Return that the copy of a tied head, which no checkpoint holds, parted from the embedding.
+    It does where the trainer was at the engine in the run's first step and is not now."""
     is_trained = step.hf_config.get("tie_word_embeddings") and step.run_config.model.lora is None
     if step.run_config.parallel.pipeline == 1 or not is_trained:
         return None

@@ -168,9 +168,10 @@ def _collect_verdicts(step: RecordedStep, accepts: Callable[[str, str], bool]) -
 
 
 def read_stated_answer(text: str, reading: Reading) -> tuple[str, str] | None:
-    """Return an answer and the form it is in, found without the run's reader: the tag, the last box
-    or ####, else with the readings that take it the last number; None where there is none, or
-    several tags, and for an answer that is neither a number nor LaTeX: readers differ about those.
+    """Return an answer and the form it is in, found without the run's reader. It is in the tag, the
+    last box or ####, else, with the readings that take it, the last number. None where there is
+    none, where there are several tags, and for an answer that is neither a number nor LaTeX:
+    readers differ about those.
 
     Args:
         text: the response.

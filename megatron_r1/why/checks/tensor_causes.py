@@ -94,8 +94,9 @@ class TensorSearch:
         return None
 
     def _stale_groups(self, old_tensors: dict[str, Tensor]) -> dict[str, tuple[str, ...]]:
-        """Return the groups of tensors that explain the departure when they are older ones, by
-        noun, the smallest first: the one that explains most, and those that explain about as much.
+        """Return the groups of tensors, by noun, that explain the departure when they are older
+        ones. The smallest comes first, of that which explains most and those that explain about as
+        much.
 
         Parts of layers are tried in the order in which the older layers resemble the departure."""
         groups, layers = whole_groups(old_tensors)

@@ -61,8 +61,8 @@ def _open_cached(checkpoint: Path, _mtime_ns: int) -> DistributedCheckpoint:
 
 
 class _Part:
-    """The tensors of a checkpoint whose keys have a prefix, under the keys of the weights; the
-    weights' own where the part has none, as moments have none of a router's bias."""
+    """The tensors of a checkpoint whose keys have a prefix, under the keys of the weights. Where
+    the part has none, as moments have none of a router's bias, the weights' own stands in."""
 
     def __init__(self, checkpoint: DistributedCheckpoint, prefix: str) -> None:
         self._checkpoint, self._prefix = checkpoint, prefix

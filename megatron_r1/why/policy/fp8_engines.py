@@ -1,6 +1,6 @@
-"""Log-probabilities under the weights that engines have after a push with `push.fp8`: projections
-in e4m3 with a scale for each block of 128 x 128, the rest in bfloat16, a router's bias in float32.
-"""
+"""Log-probabilities under the weights that engines have after a push with `push.fp8`. Projections
+are in e4m3 with a scale for each block of 128 x 128, the rest in bfloat16, a router's bias in
+float32."""
 
 from __future__ import annotations
 

@@ -42,8 +42,8 @@ def seen_experts(model: Any) -> Iterator[dict[str, Tensor]]:
 
 @torch.no_grad()
 def chosen_experts(model: Any, rows: Sequence[TokenRow]) -> dict[str, list[Tensor]]:
-    """Return, by the name of each layer of routed experts, the experts that each row's sampled
-    tokens were predicted by, (sampled tokens, experts per token) int64; empty for dense models."""
+    """Return the experts that each row's sampled tokens were predicted by, by layer of routed
+    experts. Each is (sampled tokens, experts per token) int64; a dense model has no layers."""
     experts_by_layer: dict[str, list[Tensor]] = {}
     with seen_experts(model) as pass_experts:
         for batch in batches(rows, model.config.vocab_size):
@@ -76,9 +76,9 @@ def add_chosen(
 
 
 class RouterBiases:
-    """The correction biases of a model's routers, which a rule of their own balances (arXiv
-    2408.15664): after an update each moves by a rate, up where an expert had fewer of the
-    update's tokens than the mean, prompts included.
+    """The correction biases of a model's routers, which balance its experts (arXiv 2408.15664).
+    After an update each moves by a rate, up where an expert had fewer of the update's tokens than
+    the mean. Tokens of prompts count.
 
     Args:
         model: the model, whose biases are changed.

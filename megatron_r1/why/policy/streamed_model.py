@@ -85,8 +85,8 @@ class StreamedModel:
     def hidden_states(
         self, rows: Sequence[TokenRow], note: Note | None = None
     ) -> Iterator[dict[int, Tensor]]:
-        """Yield the outputs of the last layer that predict the sampled tokens of rows, by the rows'
-        indices, (sampled tokens, hidden size): of as many rows as are kept at once.
+        """Yield the outputs of the last layer that predict the sampled tokens, for as many rows as
+        are kept at once: {row's index: (sampled tokens, hidden size)}.
 
         Args:
             rows: the sequences.

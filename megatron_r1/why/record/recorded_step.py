@@ -125,8 +125,8 @@ class RecordedStep:
 
     @cached_property
     def scheduled_steps(self) -> int:
-        """The steps that the learning rate decayed over: run.steps, or where that does not give the
-        logged rate, as a run may be made longer later, the first number that does."""
+        """The steps that the learning rate decayed over: run.steps; if the run was made longer
+        later, the first number of steps that gives the logged rate."""
         steps, logged_rate = self.run_config.run.steps, self.metrics_row.get("learning_rate")
         if self.config.optimizer.decay == "constant" or not isinstance(logged_rate, int | float):
             return steps

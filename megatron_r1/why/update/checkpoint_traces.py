@@ -1,5 +1,6 @@
-"""What a checkpoint after the step says of how the run's updates differ from the recomputed: the
-factor between their changes and between their gradients, and gradients that are missing."""
+"""What a checkpoint after the step says of how the run's updates differ from the recomputed. These
+are the factors between their changes and between their gradients, and gradients that are
+missing."""
 
 from __future__ import annotations
 

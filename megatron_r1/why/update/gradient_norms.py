@@ -1,5 +1,5 @@
-"""Fits how the run cut its gradients to the first moments that it has: the norms of whole gradients
-where `why` recomputes a part of each, or the norm to which the run clips."""
+"""Fits how the run clipped its gradients to the first moments that it has. Fitted are the norms of
+whole gradients where `why` recomputes a part of each, or else the norm to which the run clips."""
 
 from __future__ import annotations
 

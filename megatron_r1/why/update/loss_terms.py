@@ -51,8 +51,8 @@ def left_out_terms(
     minibatches: Callable[[Sequence[TokenRow]], list[list[int]]],
     rows: Sequence[TokenRow],
 ) -> list[LossTerm]:
-    """Return the policy's terms that responses would have which are left out of the loss: those cut
-    off under `rl.truncated: mask`, and, as if their reward were 0, those without a grade.
+    """Return the policy's terms that responses left out of the loss would have. They are cut off
+    under `rl.truncated: mask`, or have no grade and count as if their reward were 0.
 
     Args:
         step: the step.

@@ -75,8 +75,8 @@ class SubstitutionEstimates:
     def _estimated_loss_distance(
         self, substitution: Substitution, logged_metrics: Mapping[str, Any]
     ) -> float:
-        """Return 1 plus how far the metrics of another loss or other advantages would be from the
-        logged ones, relative to those by the settings; each metric counts with at most 1."""
+        """Return 1 plus the distance of the metrics with another loss or other advantages from the
+        logged ones, relative to that by the settings. Each metric counts with at most 1."""
         rows = self._inputs.substituted_rows(substitution)
         reference = self._substituted_reference(substitution)
         rows = with_token_advantages(self._step, rows, self._policies.all_old_logprobs, reference)

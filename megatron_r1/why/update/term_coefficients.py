@@ -145,8 +145,9 @@ def fit_coefficients(
 def _inner_products(
     gradients: TermGradients, moments: FirstMoments
 ) -> tuple[Tensor, Tensor, float, float]:
-    """Return the inner products of the terms' columns with each other, and with the run's gradient,
-    its square, and the norm of the moments that it is the difference of; float64."""
+    """Return the inner products of the terms' columns with each other and with the run's gradient,
+    its square, and the norm of its moments. All are float64; the gradient is the difference of the
+    moments."""
     count = len(gradients.terms)
     gram, products = (torch.zeros(count, n, dtype=torch.float64) for n in (count, 1))
     square = squared_moments = 0.0
@@ -174,8 +175,9 @@ def fit_run(
     grad_norm: float,
     max_rounds: int = MAX_ROUNDS,
 ) -> TermFit:
-    """Return the coefficients of the run's gradient, where they are not what they should be from
-    updates that are made with them: a later gradient, and how each was clipped, depend on them.
+    """Return how often the run added each term of the loss, the coefficients of its gradient. Where
+    they are not what they should be, the updates are made again with them: later gradients, and how
+    each was clipped, depend on them.
 
     Args:
         first_gradients: the gradients of updates as the settings say.

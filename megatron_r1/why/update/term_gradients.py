@@ -1,5 +1,5 @@
-"""The gradient of each term of the loss by itself: of the policy's term, of KL's and the entropy's,
-and of the responses that are cut off or left out."""
+"""The gradient of each term of the loss by itself. The terms are the policy's, KL's and the
+entropy's, and those of the responses that are cut off or left out."""
 
 from __future__ import annotations
 

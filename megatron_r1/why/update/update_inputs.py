@@ -1,6 +1,6 @@
-"""What a step's updates are made of: the policy with its optimizer's state, the rows of each
-mini-batch, their log-probabilities, and the rules of loss and optimizer, as the settings say or
-with one thing substituted."""
+"""What a step's updates are made of, as the settings say or with one thing substituted. These are
+the policy with its optimizer's state, the rows of each mini-batch, their log-probabilities, and the
+rules of loss and optimizer."""
 
 from __future__ import annotations
 
