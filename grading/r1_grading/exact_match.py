@@ -1,5 +1,6 @@
-"""Accuracy of an answer in words, as questions of facts are graded: Natural Questions, TriviaQA,
-HotpotQA.
+"""Accuracy of an answer in words, as questions of facts are graded.
+
+Such are Natural Questions, TriviaQA and HotpotQA.
 
 Both sides are compared in lower case, without punctuation and English articles (SQuAD,
 arXiv 1606.05250; its evaluation script)."""

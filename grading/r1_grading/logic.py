@@ -135,8 +135,9 @@ def _truth_value(answer: str, entry: dict[str, Any]) -> str:
 
 
 def _refuse_coarse_probability(answer: str, entry: dict[str, Any]) -> str:
-    """Refuse probabilities that are off by more than a thousandth: the scorer's error is absolute,
-    and 0 is near every probability below 1e-4."""
+    """Refuse probabilities that are off by more than a thousandth.
+
+    The scorer's error is absolute, and 0 is near every probability below 1e-4."""
     try:
         value = Fraction(answer.replace(",", "").strip())
     except (ValueError, ZeroDivisionError):
@@ -162,8 +163,9 @@ def _as_many_words(answer: str, entry: dict[str, Any]) -> str:
 
 
 def _matching(pattern: str, form_name: str) -> Callable[[str, dict[str, Any]], str]:
-    """Return a guard that refuses what is not `pattern` as a whole: the scorer passes over other
-    text, such as the words of `it is not 1/2`."""
+    """Return a guard that refuses what is not `pattern` as a whole.
+
+    The scorer passes over other text, such as the words of `it is not 1/2`."""
     form = re.compile(pattern)
     return lambda answer, entry: "" if form.fullmatch(answer.strip()) else f"it is not {form_name}"
 
@@ -174,8 +176,9 @@ def _refuse_longer(answer: str, entry: dict[str, Any]) -> str:
 
 
 def _statements(answer: str, entry: dict[str, Any]) -> str:
-    """Refuse all but one statement for each person: the scorer looks for such statements within any
-    text, and also within a denial."""
+    """Refuse all but one statement for each person.
+
+    The scorer looks for such statements within any text, and also within a denial."""
     count = len(re.findall(ROLE_STATEMENT, str(entry["answer"])))
     parts = [part.strip() for part in re.split(r"[.,;\n]|\band\b", answer)]
     parts = [part for part in parts if part]
@@ -195,8 +198,9 @@ def _flat_actions(answer: str, entry: dict[str, Any]) -> str:
 
 
 def _few_moves(answer: str, entry: dict[str, Any]) -> str:
-    """Refuse random walks, which end at the exit now and then: the scorer sets no limit, and passes
-    over moves that are not possible."""
+    """Refuse random walks, which end at the exit now and then.
+
+    The scorer sets no limit, and passes over moves that are not possible."""
     max_moves = MOVES_PER_NEEDED * entry["metadata"]["min_moves"]
     is_plain = re.fullmatch(r"(?:[A-Z][+-]\d+[\s,]*)+", answer.strip())
     if is_plain and len(re.findall(r"[+-]", answer)) <= max_moves:

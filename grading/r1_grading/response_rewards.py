@@ -66,8 +66,9 @@ def grade_conciseness(
     num_tokens: int | None = None,
     **entry: object,
 ) -> Grade:
-    """Return the reward of the response's whole length, its thought included: full up to a free
-    length, falling to 0 at the maximum length.
+    """Return the reward of the response's whole length, its thought included.
+
+    It is full up to a free length, and falls to 0 at the maximum length.
 
     DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13), which runs from 0 to -1, plus 1; a
     constant changes no advantage. With L the length, F the free length and M the maximum:
@@ -219,8 +220,9 @@ def grade_repetition(
 
 
 def window_hashes(text: str, window: int) -> np.ndarray:
-    """Return, for each i, the polynomial Σ text[i + k] · HASH_BASE^k modulo 2**64 over the
-    window at i.
+    """Return a polynomial hash of the window at each i, modulo 2**64.
+
+    It is Σ text[i + k] · HASH_BASE^k.
 
     uint64, (len(text) - window + 1,). Equal windows have equal hashes. Two prefix sums and a factor
     give each hash, so the cost does not depend on the window's length."""

@@ -81,9 +81,11 @@ COMPARING_REWARDS = ("exact_match", "math")
 
 
 def accepted_answers(truth: Any) -> list[Any]:
-    """Return the truths any of which an answer may equal: the entries of a list, of
-    `{"target": …}`, or of either as JSON text; else the truth itself. A list in text counts where
-    its entries are text: `["18"]`, while `[1, 2]` is an interval."""
+    """Return the truths any of which an answer may equal.
+
+    They are the entries of a list, of `{"target": …}`, or of either as JSON text; else the truth
+    itself. A list in text counts where its entries are text: `["18"]`, while `[1, 2]` is an
+    interval."""
     if isinstance(truth, str):
         answers = _decode_answers(truth)
         return [truth] if answers is None else accepted_answers(answers)
@@ -108,8 +110,10 @@ IGNORED_KEYS = {
 
 
 def is_missing(truth: Any, words: Collection[str] = NO_TRUTH) -> bool:
-    """Return whether a truth is none: null, NaN, blank, an empty list, or one of `words`, in any
-    case, in brackets or not. Of several all must be."""
+    """Return whether a truth is missing.
+
+    It is null, NaN, blank, an empty list, or one of `words`, in any case, in brackets or not. Of
+    several all must be."""
     if isinstance(truth, Mapping):
         answers = accepted_answers(truth)
         return answers != [truth] and is_missing(answers, words)
@@ -134,8 +138,10 @@ def is_missing(truth: Any, words: Collection[str] = NO_TRUTH) -> bool:
 
 
 def states_no_answer(text: str) -> bool:
-    """Return whether a text is a program, a response with its thought, or a whole solution that
-    marks no answer by a box or `####`: a proof. No answer can be compared with these."""
+    """Return whether a text is a program, a response with its thought, or a proof.
+
+    A proof is a whole solution that marks no answer by a box or `####`. No answer can be compared
+    with these."""
     if (PROGRAM.match(text) and not is_tests(text)) or any(mark in text for mark in THOUGHT_ENDS):
         return True
     is_long = len(text.split()) > MAX_WORDS and any(mark in text for mark in (". ", ".\n"))
@@ -143,8 +149,10 @@ def states_no_answer(text: str) -> bool:
 
 
 def guess_reward_kind(truth: Any) -> str:
-    """Return the reward that compares with a truth: `code` for tests of a program, `exact_match`
-    for any of several names or phrases, else `math`."""
+    """Return the reward that compares with a truth.
+
+    It is `code` for tests of a program, `exact_match` for any of several names or phrases, else
+    `math`."""
     if is_tests(truth):
         return "code"
     answers = accepted_answers(truth)
@@ -154,9 +162,10 @@ def guess_reward_kind(truth: Any) -> str:
 
 
 def answer_after_mark(truth: str) -> str:
-    """Return what stands behind the last `####`, as GSM8K marks answers, also where further lines
-    follow an answer with a digit. A truth without the mark, with a box, or with nothing behind the
-    mark is returned itself."""
+    """Return what stands behind the last `####`, as GSM8K marks answers.
+
+    Further lines may follow an answer with a digit. A truth without the mark, with a box, or with
+    nothing behind the mark is returned itself."""
     if MARKER not in truth or last_boxed(truth) is not None:
         return truth
     first, *other_lines = truth.rpartition(MARKER)[2].strip().splitlines() or [""]
@@ -165,8 +174,9 @@ def answer_after_mark(truth: str) -> str:
 
 
 def truth_answer(truth: Any) -> Any:
-    """Return the final answer of a truth that is a solution, in its last box or behind `####`, for
-    people to read; any other truth itself."""
+    """Return the final answer of a truth that is a solution, for people to read.
+
+    It is in the last box or behind `####`; any other truth is returned itself."""
     if not isinstance(truth, str):
         return truth
     return answer_after_mark(truth) if (box := last_boxed(truth)) is None else box
@@ -225,8 +235,9 @@ LETTERED_CHOICES = re.compile(r"(?:^|[\s,;|])\(?[A-Ea-e]\s{0,2}[).:]\s*")
 
 
 def check_choice(kind: str, question: str, truth: Any, fields: Mapping[str, Any]) -> None:
-    """Raise ValueError where a truth is the number or letter of a choice (MMLU, ARC) that the
-    question does not have: no response could name it for a reason.
+    """Raise ValueError where a truth is a choice that the question does not have.
+
+    It is the number or letter of one (MMLU, ARC), which no response could name for a reason.
 
     Args:
         kind: the reward's name.

@@ -22,9 +22,10 @@ _is_trusted = ContextVar("values are trusted", default=False)
 
 @contextmanager
 def trusted_values() -> Iterator[None]:
-    """Leave out the checks of targets, cu_seqlens and sampling masks inside the block, for callers
-    that have made them on the host. A target outside the vocabulary then gives a wrong number and
-    no error; one that its sampling mask does not have, NaN."""
+    """Leave out the checks of targets, cu_seqlens and sampling masks inside the block.
+
+    For callers that have made them on the host. A target outside the vocabulary then gives a wrong
+    number and no error; one that its sampling mask does not have, NaN."""
     token = _is_trusted.set(True)
     try:
         yield

@@ -1,5 +1,7 @@
-"""The launches of each kernel in real runs, for the tests, the tables of `tools/bench kernels` and
-the ahead-of-time compilation of `tools/bench resources`. No computation imports this file.
+"""The launches of each kernel in real runs, for tests, tables and compilation.
+
+The tables are those of `tools/bench kernels`, the ahead-of-time compilation that of `tools/bench
+resources`. No computation imports this file.
 
 Each kernel of `registry.KERNELS` has a function here, which yields those launches in each
 specialization that compiles to other code. Their sizes are those of DeepSeek-V3's output layer
@@ -45,8 +47,7 @@ class ExampleSizes(NamedTuple):
 
 
 class ExampleLaunch(NamedTuple):
-    """One launch of a primitive with example arguments, and the memory traffic that it needs at
-    least."""
+    """One launch of a primitive with example arguments, and the memory traffic it needs."""
 
     name: str
     """The kernel and its specialization."""

@@ -54,8 +54,9 @@ class LinearHead:
     main_grad: Tensor | None = None
 
     def no_gradient(self) -> Tensor:
-        """Return the weight's gradient for autograd where `main_grad` has it: zeros of the weight's
-        shape in the memory of one."""
+        """Return the weight's gradient for autograd where `main_grad` has it.
+
+        It is zeros of the weight's shape in the memory of one."""
         return self.weight.new_zeros(()).expand_as(self.weight)
 
     def buffer(self, num_tokens: int, dtype: torch.dtype) -> Tensor:
@@ -117,8 +118,10 @@ class LinearHead:
         )
 
     def chunks(self, rows: Rows) -> Iterator[Rows]:
-        """Yield parts of `rows` of nearly equal size: a small last chunk would read the whole
-        weight too. If `chunk_tokens` is a multiple of `CHUNK_STEP`, so is every chunk but the last.
+        """Yield parts of `rows` of nearly equal size.
+
+        A small last chunk would read the whole weight too. If `chunk_tokens` is a multiple of
+        `CHUNK_STEP`, so is every chunk but the last.
 
         Args:
             rows: a range that begins at 0, or indices."""
@@ -294,8 +297,9 @@ class HeadGradients:
         self.reducing = rows, part, dist.all_reduce(part, group=self.group, async_op=True)
 
     def finish(self) -> tuple[Tensor | None, Tensor | None]:
-        """Return the gradients of hidden, in its dtype, and of weight, in fp32, with what
-        `main_grad` had before."""
+        """Return the gradients of hidden, in its dtype, and of weight, in fp32.
+
+        The latter has what `main_grad` had before."""
         self._finish_reducing()
         return self.hidden, self.weight
 

@@ -1,5 +1,6 @@
-"""The dtypes in which an operation computes: those of its inputs, also within `torch.autocast`, and
-the three matrix products of a linear head, accumulated and kept in fp32 (fp64 for fp64)."""
+"""The dtypes in which an operation computes: those of its inputs, also within `torch.autocast`.
+
+The three matrix products of a linear head are accumulated and kept in fp32 (fp64 for fp64)."""
 
 from collections.abc import Callable
 from functools import wraps

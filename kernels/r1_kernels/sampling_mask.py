@@ -34,8 +34,9 @@ class SamplingMask(NamedTuple):
 
 
 class KeptIds(NamedTuple):
-    """The kept ids of R of the tokens of a `SamplingMask`: those of row r are
-    token_ids[starts[r] : ends[r]].
+    """The kept ids of R of the tokens of a `SamplingMask`.
+
+    Those of row r are token_ids[starts[r] : ends[r]].
 
     Attributes:
         token_ids: (N,) int32 ids of the whole vocabulary.

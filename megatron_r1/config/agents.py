@@ -72,8 +72,9 @@ class AgentsConfig(Section):
 
     @property
     def player_settings(self) -> dict[str, str | list[str]]:
-        """The settings that name what plays the episodes, by key; empty if responses are single
-        turns. A run has one of them at most."""
+        """The settings that name what plays the episodes, by key; empty for single turns.
+
+        A run has one of them at most."""
         players = {
             "agents.environment": self.environment,
             "agents.harness": self.harness,

@@ -253,8 +253,10 @@ ALIASES = (
 
 
 def find_aliases(text: str, *, exact: bool = False) -> list[KeyAlias]:
-    """Return the rows that have `text` as a name, else, unless `exact`, those with a name that has
-    its words. Case, dashes, underscores and a path of sections before the name do not count."""
+    """Return the rows that have `text` as a name, else those with a name that has its words.
+
+    `exact` leaves out the latter. Case, dashes, underscores and a path of sections before the name
+    do not count."""
     for plain_text in (_plain(text), _plain(text.rpartition(".")[2])):
         if rows := [alias for alias in ALIASES if plain_text in map(_plain, alias.names)]:
             return rows

@@ -22,6 +22,7 @@ ENTRY = {list: "[]", dict: ".NAME"}
 
 def dotted_keys(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
     """Yield (dotted key, model that has the field) in order, those of sections within sections too.
+
     An entry of a list is `key[].name`, one of a mapping `key.NAME.name`."""
     for name, field in model.model_fields.items():
         key = f"{prefix}{name}"
@@ -121,8 +122,9 @@ def _docstrings(model: type[BaseModel]) -> dict[str, str]:
 
 
 def nested_models(annotation: Any, entry: str = "") -> Iterator[tuple[type[BaseModel], str]]:
-    """Yield the models in a type such as `list[Model] | None`, each with the suffix of its keys
-    (`ENTRY`)."""
+    """Yield the models in a type such as `list[Model] | None`.
+
+    Each comes with the suffix of its keys (`ENTRY`)."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation, entry
     else:

@@ -11,8 +11,7 @@ Fusion = Literal["gradient_accumulation", "activation", "permute"]
 
 
 class LoraConfig(Section):
-    """Low-rank adapters, which are trained instead of the model's own weights (arXiv
-    2106.09685): docs/lora.md."""
+    """Low-rank adapters in place of the model's own weights (arXiv 2106.09685): docs/lora.md."""
 
     rank: int = Field(16, ge=1)
     """rows of the factor A, columns of the factor B"""

@@ -34,8 +34,9 @@ class OptimizerConfig(Section):
 
 
 def learning_rate(settings: OptimizerConfig, step: int, total: int) -> float:
-    """Return the rate of optimizer step `step` (from 1) of `total`: linear warm-up, then a constant
-    rate or the linear or cosine decay to the minimum.
+    """Return the rate of optimizer step `step` (from 1) of `total`.
+
+    Linear warm-up, then a constant rate or the linear or cosine decay to the minimum.
 
     Args:
         settings: the recipe's section.
@@ -55,8 +56,9 @@ def learning_rate(settings: OptimizerConfig, step: int, total: int) -> float:
 
 
 def warmup_note(settings: OptimizerConfig, total: int) -> str:
-    """Return a sentence where the warm-up takes all of `total` optimizer steps, "" where it does
-    not: the rate would reach its value in the last of them, or never."""
+    """Return a sentence where the warm-up takes all of `total` optimizer steps, else "".
+
+    The rate would reach its value in the last of them, or never."""
     if settings.warmup_updates < max(1, total):
         return ""
     highest_rate = learning_rate(settings, total, total)

@@ -1,5 +1,6 @@
-"""Settings of the command line, `--section.key value`: parsed, and those of a verb's own sections
-apart from the recipe's."""
+"""Parses settings of the command line, `--section.key value`.
+
+Those of a verb's own sections are kept apart from the recipe's."""
 
 import difflib
 from collections.abc import Collection, Mapping

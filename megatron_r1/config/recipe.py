@@ -1,5 +1,7 @@
-"""A recipe: all sections together, with the rules between them; read from YAML, with settings of
-the command line (`--section.key value`) over it, and written with every value resolved."""
+"""A recipe: all sections together, with the rules between them.
+
+It is read from YAML, with settings of the command line (`--section.key value`) over it, and written
+with every value resolved."""
 
 import re
 from collections.abc import Collection
@@ -177,8 +179,9 @@ class Config(Section):
 
     @property
     def uses_reference(self) -> bool:
-        """Whether any step has a KL penalty: the reference is a policy of the past, which has to be
-        copied when the run is there."""
+        """Whether any step has a KL penalty.
+
+        The reference is a policy of the past, which has to be copied when the run is there."""
         return any(part.rl.kl_beta > 0 for _, part in self.schedule_parts())
 
     def updates_before(self, step: int) -> int:
@@ -306,8 +309,9 @@ def from_tree(
 
 
 def from_overrides(overrides: dict[str, Any]) -> Config:
-    """Build the configuration of a command without a recipe: the defaults with
-    `{"section.key": value}` applied.
+    """Build the configuration of a command without a recipe.
+
+    It has the defaults with `{"section.key": value}` applied.
 
     Raises:
         UserError: an unknown key, or an invalid value.

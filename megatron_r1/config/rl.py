@@ -1,5 +1,6 @@
-"""RL: the algorithm and how its rollouts are made (`rl`), and settings that change with the step
-(`rl.schedule`).
+"""RL: the algorithm, how its rollouts are made (`rl`), and the schedule (`rl.schedule`).
+
+The schedule has settings that change with the step.
 
 The defaults are DeepSeek-R1-Zero's (arXiv 2501.12948 v2, section 2 and supplement B)."""
 
@@ -361,8 +362,9 @@ class RLConfig(Section):
         return self
 
     def _check_engine_mask(self) -> None:
-        """Raise UserError for an engine mask whose bounds do not fit its method, or whose method
-        does not fit `ratio_level`."""
+        """Raise UserError for an engine mask whose bounds do not fit its method.
+
+        Likewise for one whose method does not fit `ratio_level`."""
         make_engine_mask(
             self.engine_mask, self.engine_mask_low, self.engine_mask_high, self.ratio_level
         )

@@ -10,8 +10,9 @@ from megatron_r1.config.section import Resumable, Scheduled, Section
 
 
 class SpeculativeConfig(Section):
-    """Speculative decoding: tokens are drafted, and the model verifies them in one pass. Samples
-    have the model's distribution for any drafts."""
+    """Speculative decoding: tokens are drafted, and the model verifies them in one pass.
+
+    Samples have the model's distribution for any drafts."""
 
     method: Literal["none", "mtp", "ngram", "suffix"] = "none"
     """where drafts come from: mtp, the model's own MTP layer; ngram, the text so far where its last

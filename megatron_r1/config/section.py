@@ -1,5 +1,7 @@
-"""The base of every section of a recipe, its marks of settings that may change during a run or when
-it is resumed, and settings by their dotted keys, with how two sets of them differ."""
+"""The base of every section of a recipe, its marks, and settings by their dotted keys.
+
+Marks are of settings that may change during a run or when it is resumed; two sets of settings are
+compared by their keys."""
 
 import re
 from collections.abc import Collection, Iterator, Mapping
@@ -57,8 +59,9 @@ and engines when they start."""
 
 
 def marked_keys(model: type[BaseModel], mark_type: type[Mark], prefix: str = "") -> Iterator[str]:
-    """Yield the dotted keys of the fields that have a mark, also those of sections; of a mapping of
-    sections as `teacher.by_source.*.engines`.
+    """Yield the dotted keys of the fields that have a mark, also those of sections.
+
+    Of a mapping of sections they are as `teacher.by_source.*.engines`.
 
     Args:
         model: a section, or the recipe of sections.
@@ -92,8 +95,9 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def changed_keys(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """Return the keys whose values differ, or that only one side has; those of `after` come
-    first."""
+    """Return the keys whose values differ, or that only one side has.
+
+    Those of `after` come first."""
     return [
         key
         for key in dict.fromkeys([*after, *before])

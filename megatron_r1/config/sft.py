@@ -10,8 +10,10 @@ from megatron_r1.config.validation_errors import recipe_error
 
 
 class MixturePart(Section):
-    """One file of a mixture. `share`, `count` and `repeat` exclude each other; without any of them
-    the file is used once (`repeat: 1`)."""
+    """One file of a mixture.
+
+    `share`, `count` and `repeat` exclude each other; without any of them the file is used once
+    (`repeat: 1`)."""
 
     path: str = Field(min_length=1)
     """rows of {prompt, response}, {messages} and other forms: a file, a folder, hub:NAME. See

@@ -46,8 +46,9 @@ class TeacherConfig(TeacherEngines):
 
     @property
     def sections(self) -> dict[str, TeacherEngines]:
-        """Every teacher by the key of its settings, "teacher" or "teacher.by_source.SOURCE"; empty
-        for a run without a teacher."""
+        """Every teacher by the key of its settings; empty for a run without a teacher.
+
+        A key is "teacher" or "teacher.by_source.SOURCE"."""
         if not self.path:
             return {}
         return {source_key(name): self.engines_of(name) for name in (DEFAULT, *self.by_source)}

@@ -1,5 +1,6 @@
-"""Mistakes in a recipe as sentences that name the key, its value and the remedy: validation errors,
-and keys that recipes had in earlier versions.
+"""Mistakes in a recipe as sentences that name the key, its value and the remedy.
+
+They are validation errors, and keys that recipes had in earlier versions.
 
 A run's `config.yaml` has every key of the version that wrote it. So a removed key at its former
 default means nothing and is left out; with another value it is refused."""
@@ -85,8 +86,9 @@ def recipe_error(
     known_keys: Iterable[str] = (),
     origin: str = "",
 ) -> UserError:
-    """Return the error that names all mistakes of validating a `root`; key and cause are those of
-    the first.
+    """Return the error that names all mistakes of validating a `root`.
+
+    Its key and cause are those of the first.
 
     Args:
         failure: pydantic's.

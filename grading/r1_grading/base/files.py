@@ -60,8 +60,9 @@ def atomic_writer(
 
 
 def make_folder(path: Path) -> None:
-    """Create a folder and its missing parents, unless it exists; those created survive a power
-    cut."""
+    """Create a folder and its missing parents, unless it exists.
+
+    Those created survive a power cut."""
     missing_folders = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in reversed(missing_folders):

@@ -34,8 +34,9 @@ class Child(Protocol):
 
 
 def end_without_parent(number: int = signal.SIGKILL) -> None:
-    """Have the kernel send signal `number` when the parent ends, or exit with status 1 if it has
-    ended already.
+    """Have the kernel send signal `number` when the parent ends.
+
+    If the parent has ended already, exit with status 1.
 
     For the first line of a process that `children` starts. The kernel's signal comes at the end of
     the *thread* that started this process."""
@@ -46,6 +47,7 @@ def end_without_parent(number: int = signal.SIGKILL) -> None:
 
 def die_with_parent(number: int = signal.SIGKILL) -> None:
     """Have the kernel send signal `number` when the thread that created this process ends (Linux).
+
     As `prctl` otherwise."""
     # vLLM's engine core, for example, detects a vanished API server only at its next message; an
     # idle one would keep its memory and its cores for ever.
@@ -65,8 +67,9 @@ def prctl(option: int, value: int) -> None:
 
 
 def popen_options(environment: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Return arguments of `Popen` for a child in a session of its own, whose environment is this
-    process's with `environment` over it.
+    """Return arguments of `Popen` for a child in a session of its own.
+
+    Its environment is this process's with `environment` over it.
 
     The child calls `end_without_parent` first, so that it ends with the calling thread:
     call from a thread that lives as long as the child should. (`preexec_fn` could do that here, but
@@ -87,8 +90,9 @@ def kill_group(leader: Child) -> None:
 
 
 def owns_number(leader: Child) -> bool:
-    """Return whether the process's number still is its own, or that of the group and the session
-    that it has led, and not a later process's.
+    """Return whether the process's number still is its own, and not a later process's.
+
+    The number of a group or session that it has led counts as its own.
 
     Linux may give the number away once the process has been waited for, but not while a member of
     the group or session is left. So where a process has it then, that is another one."""

@@ -73,8 +73,9 @@ def find_value(path: str, kind: str, is_one: Callable[[Any], bool]) -> Any:
 
 
 def location_of(error: BaseException, program: str | None = None) -> str:
-    """Return ` (my_env.py:60)`, the innermost line of the user's own files that an error comes
-    from; "" where it comes from none.
+    """Return ` (my_env.py:60)`, the innermost line of the user's own files in an error.
+
+    "" where the error comes from none.
 
     Args:
         error: the error with its traceback.

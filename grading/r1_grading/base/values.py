@@ -1,5 +1,7 @@
-"""Values as texts: settings as they are written (numbers, truth values, text), and what data sets
-store as JSON or as Python's literals.
+"""Values as texts: settings as they are written, and lists and mappings of data sets.
+
+Settings are numbers, truth values and text; data sets store lists and mappings as JSON or as
+Python's literals.
 
 Every reader of settings takes the same spellings. YAML 1.1 takes `1e-6` for text, `010` for 8 and
 `1:30` for 90. Here a number is decimal: digits, which `_` may divide, a point, an exponent. `true`,
@@ -37,8 +39,9 @@ _TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", 
 
 
 def read_field(model: type[BaseModel], value: Any, info: ValidationInfo) -> Any:
-    """Return the value given for a field of `model`, as `read_as`; for a validator of all fields,
-    before their own.
+    """Return the value given for a field of `model`, as `read_as`.
+
+    For a validator of all fields, before their own.
 
     Args:
         model: the model that has the field.
@@ -68,8 +71,10 @@ class _EntryError(ValueError):
 
 
 def read_as(value: Any, annotation: Any) -> Any:
-    """Return a setting as its type wants it: text that is a number as a number, a whole float as an
-    int, a word as a truth value; anything else as it is, also within lists and mappings.
+    """Return a setting as its type wants it, also within lists and mappings.
+
+    Text that is a number becomes a number, a whole float an int, a word a truth value; anything
+    else stays as it is.
 
     Args:
         value: the setting as it was written.
@@ -107,8 +112,9 @@ def _read_entry(key: object, value: Any, annotation: Any) -> Any:
 
 
 def read_scalar(value: Any, kinds: Collection[type]) -> Any:
-    """Return a scalar as one of `kinds`, of bool, int, float and str. Errors as `read_as`, and for
-    what is no scalar."""
+    """Return a scalar as one of `kinds`, of bool, int, float and str.
+
+    Errors as `read_as`, and for what is no scalar."""
     if type(value) is bool and bool not in kinds:
         if str in kinds:
             raise ValueError(f"must be text, got {value}; put it in quotes")
@@ -184,8 +190,9 @@ PYTHON_STARTS = ("{'", "['", "[{'", "[['", "[('", '[("')
 
 
 def decode_literal(value: Any) -> Any:
-    """Return the list or mapping that a text is as JSON or as a Python literal, any other value
-    itself."""
+    """Return the list or mapping that a text is, as JSON or as a Python literal.
+
+    Any other value is returned itself."""
     if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
         return value
     try:
@@ -195,8 +202,9 @@ def decode_literal(value: Any) -> Any:
 
 
 def load_json(text: str | bytes) -> Any:
-    """Return a JSON value, with integers of up to 100,000 digits: int() refuses more than 4,300,
-    because it takes quadratic time."""
+    """Return a JSON value, with integers of up to 100,000 digits.
+
+    int() refuses more than 4,300, because it takes quadratic time."""
     return json.loads(text, parse_int=_integer)
 
 

@@ -27,8 +27,9 @@ def frame_payload(payload: bytes) -> bytes:
 
 
 def private_streams() -> tuple[BinaryIO, BinaryIO]:
-    """Move the pipes away from descriptors 0 and 1, where code that the child runs could read or
-    print."""
+    """Move the pipes away from descriptors 0 and 1.
+
+    Code that the child runs could read or print there."""
     jobs, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
@@ -64,8 +65,9 @@ class StderrTail:
 
 
 class FramedProcess(Generic[Reply]):
-    """A Python module that runs as a child process and replies in frames; the first frame says that
-    the child is ready.
+    """A Python module that runs as a child process and replies in frames.
+
+    The first frame says that the child is ready.
 
     The child leads a process group of its own, so that `kill` also ends the processes that the
     child has started.

@@ -105,8 +105,9 @@ def _check_output_limit(problem: Problem, limits: Limits) -> None:
 
 
 def _size(expected: object) -> int:
-    """Return the size in bytes of an output or of a result; of a result about, from its numbers and
-    texts."""
+    """Return the size in bytes of an output or of a result.
+
+    That of a result is an estimate from its numbers and texts."""
     if isinstance(expected, str):
         return len(expected.encode("utf-8", "replace"))
     if isinstance(expected, list | dict):

@@ -1,5 +1,6 @@
-"""Read asserts, and the Python code that has them, as tests of a function: `assert f(1) == 2` is a
-call and its result."""
+"""Read asserts, and the Python code that has them, as tests of a function.
+
+`assert f(1) == 2` is a call and its result."""
 
 import ast
 import json
@@ -98,8 +99,10 @@ def _tests(lines: Iterable[str]) -> dict[str, Any]:
 
 
 def _read_assert(line: str) -> tuple[str, dict[str, Any], float | None]:
-    """Return (function, test, tolerance) of `assert f(1) == 2`, `assert f(1)`, `assert not f(1)` or
-    `assert abs(f(1) - 0.5) < 1e-6`."""
+    """Return (function, test, tolerance) of an assert.
+
+    Read are `assert abs(f(1) - 0.5) < 1e-6`, `assert f(1) == 2`, `assert f(1)` and
+    `assert not f(1)`."""
     refusal = f"{shorten(line)!r} is no assert of a call and a literal, such as assert f(1) == 2"
     try:
         statement = ast.parse(line).body[0]

@@ -1,5 +1,6 @@
-"""Scores an output by a problem's checker: a program too, which runs in another sandbox after the
-response's program has ended."""
+"""Scores an output by a problem's checker, a program of its own.
+
+It runs in another sandbox after the response's program has ended."""
 
 import json
 from dataclasses import dataclass

@@ -168,9 +168,10 @@ def _read(truth: str) -> Any:
 
 
 def _without_nulls(truth: dict[str, Any]) -> dict[str, Any]:
-    """Return the truth without keys of null, at the depths whose names are fixed. The result of a
-    call stays: a function may return None. Of keyword arguments a name goes that is null in every
-    test, while another has a value."""
+    """Return the truth without keys of null, at the depths whose names are fixed.
+
+    The result of a call stays: a function may return None. Of keyword arguments a name goes that is
+    null in every test, while another has a value."""
     truth = {key: value for key, value in truth.items() if value is not None}
     tests = truth.get("tests")
     if not isinstance(tests, list):
@@ -190,8 +191,9 @@ def _without_nulls(truth: dict[str, Any]) -> dict[str, Any]:
 
 
 def _program_test(test: object, subject: str, checker: str | None) -> Test:
-    """Parse {"stdin", "stdout"}, or LiveCodeBench's {"input", "output"}; with a checker, the
-    expected output may be missing."""
+    """Parse {"stdin", "stdout"}, or LiveCodeBench's {"input", "output"}.
+
+    With a checker, the expected output may be missing."""
     test = _require_known_keys(test, subject, PROGRAM_KEYS)
     stdin = test.get("stdin", test.get("input", ""))
     stdout = test.get("stdout", test.get("output", "" if checker else None))
@@ -202,8 +204,9 @@ def _program_test(test: object, subject: str, checker: str | None) -> Test:
 
 
 def _call_test(test: object, subject: str, checker: str | None) -> Test:
-    """Parse {"args", "kwargs", "result"}, or LiveCodeBench's {"input", "output"}, whose input has
-    one JSON argument per line."""
+    """Parse {"args", "kwargs", "result"}, or LiveCodeBench's {"input", "output"}.
+
+    The latter's input has one JSON argument per line."""
     test = _require_known_keys(test, subject, CALL_KEYS)
     if "result" in test:
         args, kwargs, expected = test.get("args", []), test.get("kwargs", {}), test["result"]
@@ -223,8 +226,9 @@ def _call_test(test: object, subject: str, checker: str | None) -> Test:
 
 
 def _require_known_keys(test: object, subject: str, keys: tuple[str, ...]) -> dict[str, Any]:
-    """Return `test` if all its keys are known: a misspelt "stdin" would be an empty input, which
-    no correct program passes."""
+    """Return `test` if all its keys are known.
+
+    A misspelt "stdin" would be an empty input, which no correct program passes."""
     if not isinstance(test, dict):
         raise ValueError(f"{subject} must be an object, got {type(test).__name__}")
     _check_keys(test, subject, keys)
@@ -281,8 +285,9 @@ KINDS_OF_CALLS = ("function_call", "functional", "call_based")
 
 
 def parse_language(name: object) -> str | None:
-    """Return "python" or "cpp" for a language as data sets spell it (`Python`, `python3`, `C++17`),
-    None for null or blank.
+    """Return "python" or "cpp" for a language as data sets spell it.
+
+    They write `Python`, `python3` or `C++17`; None for null or blank.
 
     Raises:
         ValueError: another language.
@@ -299,8 +304,9 @@ def parse_language(name: object) -> str | None:
 
 
 def convert_public_format(truth: Any) -> dict[str, Any] | None:
-    """Return {"tests", "function", "tolerance", "language"} of a truth in a public data set's form,
-    None for any other.
+    """Return {"tests", "function", "tolerance", "language"} of a public data set's truth.
+
+    None for any other form.
 
     Raises:
         ValueError: the truth has such a form but does not add up, as with unequal numbers of inputs
@@ -439,8 +445,10 @@ def _lines(value: Any, field: str) -> str:
 
 
 def _call(args: Any, result: Any) -> dict[str, Any]:
-    """Read a call: the list of arguments, or text with one JSON argument a line; the result, which
-    APPS writes in a list of its own too."""
+    """Read a call and its result.
+
+    The call is the list of arguments, or text with one JSON argument a line; APPS writes the result
+    in a list of its own too."""
     is_text = isinstance(args, str)
     if isinstance(args, str):
         args = [json.loads(line) for line in args.split("\n") if line.strip()]

@@ -20,8 +20,9 @@ MAX_ANSWER_CHARS, MAX_PROGRAM_CHARS = 2**20, 2**18
 
 
 def find_program(response: str, *, thought_opened: bool = False) -> Extraction:
-    """Return the last fenced block after the thought, inside `<answer>` if there is one; blocks
-    behind a program that only show its output or calls do not count.
+    """Return the last fenced block after the thought, inside `<answer>` if there is one.
+
+    Blocks behind a program that only show its output or calls do not count.
 
     There is no program in a thought that is not closed, in two <answer> blocks, without a fence, or
     where the last fence is not closed. Which language a fence names does not matter otherwise, and

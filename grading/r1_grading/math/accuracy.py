@@ -59,8 +59,9 @@ def grade(
 def _grade(
     response: str, truth: object, thought_opened: bool, reading: Reading, reads_last_line: bool
 ) -> Grade:
-    """Return the grade of a response against one truth; where a row has several, the best one
-    counts.
+    """Return the grade of a response against one truth.
+
+    Where a row has several, the best one counts.
 
     Args:
         response: the text that ends with the answer.
@@ -104,8 +105,9 @@ def _grade(
 
 
 def equivalent(expected: str, answer: str) -> bool:
-    """Whether `answer` means the same as `expected`; both without decoration (`answer.unwrap`). It
-    may take long: call it for trusted text only, or inside a worker of the pool."""
+    """Whether `answer` means the same as `expected`; both without decoration (`answer.unwrap`).
+
+    It may take long: call it for trusted text only, or inside a worker of the pool."""
     return _compare(expected, answer)[0]
 
 
@@ -118,8 +120,10 @@ def _too_long(num_chars: int, limit: int) -> Grade:
 
 
 def _extract_truth_answer(truth: str) -> str:
-    r"""Return what a truth states: the content of its last box or the text after `####`, of a
-    sentence its value ("The answer is 13."); any other truth itself."""
+    r"""Return the answer that a truth states.
+
+    It is the content of its last box or the text after `####`, of a sentence its value ("The answer
+    is 13."); any other truth is the answer itself."""
     truth = final_answers(trim(truth))[-1]
     answer = stated_answer(truth)
     return answer if any(character.isdigit() for character in answer) else truth
@@ -131,8 +135,9 @@ def _stated_alone(text: str) -> str:
 
 
 def grade_equivalence(response: str, truth: str, **entry: object) -> Grade:
-    """Return 1 if each of the two answers is accepted when the other is the truth. math-verify's
-    comparison is not symmetric: if 1 is expected it accepts `2x + z = 1`, but not the other way
-    round. A vote needs a symmetric relation."""
+    """Return 1 if each of the two answers is accepted when the other is the truth.
+
+    A vote needs a symmetric relation, which math-verify's comparison is not: if 1 is expected it
+    accepts `2x + z = 1`, but not the other way round."""
     is_equal = equivalent(truth, response) and equivalent(response, truth)
     return Grade(float(is_equal), "the same" if is_equal else "different")

@@ -172,8 +172,9 @@ def _compare_alternatives(expected: str, answer: str) -> bool | None:
 
 
 def _compare_exclusions(expected: str, answer: str) -> bool | None:
-    r"""Compare `x \neq 1, 2` with another text like it, or with the set of all other numbers; None
-    where neither text excludes values."""
+    r"""Compare `x \neq 1, 2` with another text like it, or with the set of all other numbers.
+
+    None where neither text excludes values."""
     left, right = read_exclusion(expected), read_exclusion(answer)
     if left is None or right is None:
         if left is right or not SET_WORDS.search(expected if left is None else answer):
@@ -320,8 +321,9 @@ def _compare_matrices(expected: str, answer: str) -> bool | None:
 
 
 def _compare_conditions(expected: str, answer: str) -> bool | None:
-    """Compare several conditions, `x > 2 and x < 3`, with one text for their set, `2 < x < 3`; None
-    where neither or both of the texts are several conditions, and where one is no set."""
+    """Compare several conditions, `x > 2 and x < 3`, with one text for their set, `2 < x < 3`.
+
+    None where neither or both of the texts are several conditions, and where one is no set."""
     parts = [split(text, SEPARATORS) for text in (expected, answer)]
     conditions = max(parts, key=len)
     if min(map(len, parts)) > 1 or len(conditions) == 1 or read_chain(conditions[0][0]) is None:

@@ -170,8 +170,9 @@ def normalize_latex(text: str) -> str:
 
 
 def _unbraced(text: str) -> str:
-    """Return `text` without braces around all of it that only group, as in `{204}`; the braces of
-    the set `{1, 4}` stay."""
+    """Return `text` without braces around all of it that only group, as in `{204}`.
+
+    The braces of the set `{1, 4}` stay."""
     while encloses("{", "}", text) and not re.search("[,;]", text):
         text = text[1:-1].strip()
     return text
@@ -223,8 +224,9 @@ LEADING_WORDS = re.compile(r"[^\d\\+=()]*")
 
 
 def strip_styling(text: str) -> str:
-    r"""Return `text` without commands of layout. Words stay in their `\text{}` or `\mathrm{}`,
-    where they are no products of letters."""
+    r"""Return `text` without commands of layout.
+
+    Words stay in their `\text{}` or `\mathrm{}`, where they are no products of letters."""
     if "\\" not in text and not text.endswith("}"):
         return text
     for pattern, replacement in REMOVED:

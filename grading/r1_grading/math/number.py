@@ -95,8 +95,9 @@ def read_structure(text: str) -> Structure | None:
 
 
 def read_matrix(text: str) -> list[list[str]] | None:
-    """Return the cells of a `matrix`, `pmatrix`, `bmatrix` or `[[1, 2], [3, 4]]`; None for any
-    other text."""
+    """Return the cells of a `matrix`, `pmatrix`, `bmatrix` or `[[1, 2], [3, 4]]`.
+
+    None for any other text."""
     brackets, content = _enclosing(text)
     if brackets == "[]" and r"\begin" not in content:
         lists = [read_structure(part) for part, _ in split(content, SEPARATORS)]

@@ -131,8 +131,10 @@ def is_division(expected: str, answer: str) -> bool:
 
 
 def is_unfinished(expected: str, answer: str) -> bool:
-    """Whether the single value `answer` is not worked out. Where the truth is a written number, the
-    answer has to be one too, and two written numbers have been compared before."""
+    """Whether the single value `answer` is not worked out.
+
+    Where the truth is a written number, the answer has to be one too, and two written numbers have
+    been compared before."""
     return read_number(expected) is not None or open_operator(expected, answer) is not None
 
 

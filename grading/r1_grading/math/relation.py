@@ -125,8 +125,10 @@ def solution_set(chain: Chain) -> sympy.Set | None:
 
 
 def read_set(text: str) -> sympy.Basic | None:
-    r"""Read a set: `[1, 2)`, `1 <= x < 2`, `x < 0 or x > 1`, `x > 1 and x < 2`; None for a list of
-    relations, for relations of several names, and where one of them is no set."""
+    r"""Read a set: `[1, 2)`, `1 <= x < 2`, `x < 0 or x > 1`, `x > 1 and x < 2`.
+
+    None for a list of relations, for relations of several names, and where one of them is no
+    set."""
     parts = split(text, SEPARATORS)
     chains = [chain for part, _ in parts if (chain := read_chain(part)) is not None]
     if not chains:
@@ -147,8 +149,9 @@ def read_set(text: str) -> sympy.Basic | None:
 
 
 def relation_name(text: str) -> str | None:
-    """Return the one name that the relations of `text` are about, "" without a relation or a name;
-    None for several."""
+    """Return the one name that the relations of `text` are about; None for several.
+
+    "" without a relation or a name."""
     chains = [read_chain(part) for part, _ in split(text, SEPARATORS)]
     sides = (side for chain in chains if chain is not None for side in chain.sides)
     names = {squeeze(side) for side in sides if is_name(side)}
@@ -156,8 +159,9 @@ def relation_name(text: str) -> str | None:
 
 
 def same_operands(left: str, right: str) -> bool:
-    r"""Whether both are one union, or one intersection, of the same names: `A \cup B`, in any
-    order."""
+    r"""Whether both are one union, or one intersection, of the same names.
+
+    The names may be in any order: `A \cup B`."""
     for operator in (r"\cup", r"\cap"):
         left_operands = [squeeze(part) for part, _ in split(left, frozenset((operator,)))]
         right_operands = [squeeze(part) for part, _ in split(right, frozenset((operator,)))]
@@ -260,8 +264,9 @@ CONGRUENCE = re.compile(
 def same_congruence(
     expected: str, answer: str, is_equal: Callable[[str, str], bool]
 ) -> bool | None:
-    """Whether both texts are congruences of one name (which either may leave out), with equal
-    residues and moduli; None where neither is a congruence.
+    """Whether both texts are congruences of one name, with equal residues and moduli.
+
+    Either may leave out the name; None where neither is a congruence.
 
     Args:
         expected: the truth, spelled.
@@ -282,8 +287,9 @@ LATEX_SYMBOL = re.compile(r"\\[A-Za-z]+|[A-Za-z]")
 
 
 def read_list(text: str) -> Structure | None:
-    r"""Read a list, set, tuple or interval, which may follow `(x, y) = ` or `x \in `; None for any
-    other text."""
+    r"""Read a list, set, tuple or interval; None for any other text.
+
+    It may follow `(x, y) = ` or `x \in `."""
     chain = read_chain(text) if len(split(text, SEPARATORS)) == 1 else None
     if (
         chain is not None
@@ -330,8 +336,10 @@ def lists_relations(text: str) -> bool:
 
 
 def rename_parameter(truth: Structure, answer: Structure) -> Structure:
-    r"""Return `answer` with its parameter named as in `truth`: with k where the truth is
-    `x = k\pi, k \in \mathbb{Z}` and the answer `x = n\pi, n \in \mathbb{Z}`."""
+    r"""Return `answer` with its parameter named as in `truth`.
+
+    The parameter becomes k where the truth is `x = k\pi, k \in \mathbb{Z}` and the answer `x =
+    n\pi, n \in \mathbb{Z}`."""
     name, answer_name = _parameter(truth), _parameter(answer)
     tokens = {token for member in answer.members for token in LATEX_SYMBOL.findall(member)}
     if name is None or answer_name is None or name in tokens:
@@ -358,9 +366,10 @@ def _parameter(side: Structure) -> str | None:
 
 
 def without_repeats(sides: tuple[Structure, Structure], *members: list[str]) -> list[list[str]]:
-    """Return the members of both sides without order, each once unless it matters how often they
-    are written: in lists of numbers that both repeat some. `3, 5, 5` is not `3, 3, 5`, but roots
-    may be listed with or without their multiplicities."""
+    """Return the members of both sides without order, each once unless repeats matter.
+
+    They matter in lists of numbers that both repeat some. `3, 5, 5` is not `3, 3, 5`, but roots may
+    be listed with or without their multiplicities."""
     distinct_members = [
         list({squeeze(member): member for member in side}.values()) for side in members
     ]

@@ -297,8 +297,10 @@ def _same_at_points(left: sympy.Expr, right: sympy.Expr, seed: str) -> bool | No
 
 
 def _points(names: list[str], rng: random.Random, has_far_points: bool) -> Iterator[dict[str, Any]]:
-    """Yield values of the symbols: one symbol has both signs, and of each two there are points
-    where they have the same sign and points where they have different ones.
+    """Yield values of the symbols, in combinations of signs.
+
+    One symbol has both signs, and of each two there are points where they have the same sign and
+    points where they have different ones.
 
     Several are never negative together: sqrt(xy) is written for sqrt(x) sqrt(y)."""
     count = len(names)

@@ -174,8 +174,9 @@ def stated_answer(text: str) -> str:
 
 
 def _stated_value(text: str) -> str | None:
-    """Return the pair, interval, list, ratio, time, equation or formula of `The point is (2, -1)`,
-    with its unit; None for other text."""
+    """Return what a sentence states, with its unit: `(2, -1)` of `The point is (2, -1)`.
+
+    It is a pair, interval, list, ratio, time, equation or formula; None for other text."""
     if len(text) > MAX_STATED_CHARS:
         return None
     if (moment_match := STATED_MOMENT.fullmatch(text.strip())) and read_moment(
@@ -200,8 +201,9 @@ def _stated_value(text: str) -> str | None:
 
 
 def _sentence_value(text: str) -> str | None:
-    """Return the number, with its unit, of `There are 13 apples` and `The value of x is 13`; the
-    value of `Total: 13`."""
+    """Return the number, with its unit, of `There are 13 apples`.
+
+    Likewise of `The value of x is 13`, and the value of `Total: 13`."""
     text = text.strip()
     if (match := EXISTENCE_SENTENCE.fullmatch(text.replace("$", ""))) is not None:
         return match["number"]
@@ -216,8 +218,10 @@ def _sentence_value(text: str) -> str | None:
 
 
 def plain(text: str) -> str:
-    """Return `text` without font commands, dollar signs, emphasis, repeated spaces and a last full
-    stop. Letters are composed (NFC), but not replaced by similar ones."""
+    """Return `text` without marks that change no value.
+
+    These are font commands, dollar signs, emphasis, repeated spaces and a last full stop. Letters
+    are composed (NFC), but not replaced by similar ones."""
     text = unicodedata.normalize("NFC", text)
     previous_text = None
     while text != previous_text:
@@ -227,8 +231,9 @@ def plain(text: str) -> str:
 
 
 def read_choice(text: str) -> tuple[str, str] | None:
-    """Read the letter of a choice and the text after it: `C`, `(C)`, `C. 12`, `option C`. None for
-    any other text, and where a second letter is named."""
+    """Read the letter of a choice and the text after it: `C`, `(C)`, `C.
+
+    12`, `option C`. None for any other text, and where a second letter is named."""
     text = ANSWER_PREFIX.sub("", plain(text), count=1)
     if (match := LABEL.fullmatch(text)) is None:
         return None
@@ -248,8 +253,9 @@ def same_letter(letter: str, answer: str) -> bool:
 
 
 def read_letters(text: str) -> str | None:
-    """Return the letters of several choices in their order, `ABD` or `A, B and D`; None for any
-    other text."""
+    """Return the letters of several choices in their order, `ABD` or `A, B and D`.
+
+    None for any other text."""
     match = LETTERS.fullmatch(plain(text))
     letters = re.findall(LETTER, match[0]) if match else []
     return "".join(letters) if letters == sorted(set(letters)) and len(letters) > 1 else None
@@ -301,8 +307,9 @@ def same_words(expected: str, answer: str, *, ignore_case: bool) -> bool:
 
 
 def read_phrase(text: str) -> str:
-    """Return the sign for a phrase such as "no solution", or one phrase for all of its meaning; any
-    other text unchanged."""
+    """Return the sign for a phrase such as "no solution", or one phrase for all of its meaning.
+
+    Any other text is unchanged."""
     if len(text) > MAX_PHRASE_CHARS:
         return text
     words = plain(text).lower()
@@ -331,7 +338,9 @@ def read_moment(text: str) -> tuple[str, ...] | None:
 
 
 def without_rounding(text: str, truth: str) -> str:
-    r"""Return `3.14` of `\approx 3.14` where the truth is a decimal as well, to which the answer is
-    rounded; any other text as it is: `about 13` leaves a whole number open."""
+    r"""Return `3.14` of `\approx 3.14` where the truth, too, is a decimal.
+
+    The answer is rounded to it. Any other text stays as it is: `about 13` leaves a whole number
+    open."""
     rounding_match = ROUNDED_DECIMAL.match(text) if DECIMAL.search(truth) else None
     return text[rounding_match.end() :].replace("$", "").strip() if rounding_match else text

@@ -223,8 +223,9 @@ NUMBER_WORDS = re.compile(r"[A-Za-z]+(?:[\s-]+[A-Za-z]+){0,20}")
 
 
 def words_to_number(text: str) -> str:
-    r"""Return an amount in words as a number, and the value of `7 (since 3 + 4 = 7)`; any other
-    text unchanged."""
+    r"""Return an amount in words as a number, and the value of `7 (since 3 + 4 = 7)`.
+
+    Any other text is unchanged."""
     if len(text) > MAX_CHARS or text.isdecimal():
         return text
     text = text.strip()

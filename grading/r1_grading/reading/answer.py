@@ -140,8 +140,10 @@ def extract(
 
 
 def tagged_answer(visible: str) -> Extraction | None:
-    """Return the content of the one `<answer>` block of the text after a thought; None where there
-    is no such tag. Two blocks, or an incomplete one, are an extraction without an answer."""
+    """Return the content of the one `<answer>` block of the text after a thought.
+
+    None where there is no such tag. Two blocks, or an incomplete one, are an extraction without an
+    answer."""
     num_open, num_closed = visible.count(ANSWER), visible.count(END_ANSWER)
     if not (num_open or num_closed):
         return None
@@ -154,8 +156,10 @@ def tagged_answer(visible: str) -> Extraction | None:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""Return the content of the last complete `\boxed{…}` or `\fbox{…}`, or None. Boxes joined
-    only by "and", "or" or a comma are one answer: `\boxed{12} or \boxed{13}` is "12, 13"."""
+    r"""Return the content of the last complete `\boxed{…}` or `\fbox{…}`, or None.
+
+    Boxes joined only by "and", "or" or a comma are one answer: `\boxed{12} or \boxed{13}` is "12,
+    13"."""
     return next(_boxed_from_the_end(text), None)
 
 
@@ -185,8 +189,9 @@ def final_answers(block: str) -> list[str]:
 
 
 def unwrap(answer: str) -> str:
-    r"""Return `answer` without `\boxed{}`, dollar signs, `\text{}` and full stops around it, and
-    without the solution before `####`."""
+    r"""Return `answer` without `\boxed{}`, dollar signs, `\text{}` and full stops around it.
+
+    The solution before `####` is left out as well."""
     answer = final_answers(answer)[-1]
     answer, previous_answer = trim(answer), None
     while answer != previous_answer:
@@ -271,8 +276,9 @@ def last_line(visible: str) -> str:
 
 
 def without_special_tokens(text: str) -> str:
-    """Return `text` without special tokens at its end and the spaces next to them. Linear: a
-    pattern that begins with spaces would be tried at each space of a long run."""
+    """Return `text` without special tokens at its end and the spaces next to them.
+
+    Linear: a pattern that begins with spaces would be tried at each space of a long run."""
     end = stop = _end_of_text(text, len(text))
     while match := SPECIAL_TOKEN.search(text, max(end - MAX_TOKEN_CHARS, 0), end):
         end = _end_of_text(text, match.start())
@@ -338,8 +344,9 @@ def describe(answer: str, expected: str, correct: bool, source: str = "") -> str
 
 
 def adjacent_numbers(before: str, after: str = "") -> list[str]:
-    r"""Return the numbers that alone make up the text before or after a box: `12 \boxed{13}`, not
-    those within a sentence or a calculation, which explain the answer."""
+    r"""Return the numbers that alone make up the text before or after a box: `12 \boxed{13}`.
+
+    Those within a sentence or a calculation explain the answer, and are not returned."""
     numbers = []
     for pattern, text in ((BARE_BEFORE, before), (BARE_AFTER, after)):
         if len(text) > MAX_BARE_CHARS or (pattern is BARE_BEFORE and LIST_ITEM.fullmatch(text)):

@@ -84,8 +84,9 @@ def leads_to_answer(before: str) -> bool:
 
 
 def after_answer_is(text: str) -> str | None:
-    """Return the text after the last "answer is", "answer:" or "answer =", "" included; None where
-    there is none, or where the words before it change it: `the wrong answer is`."""
+    """Return the text after the last "answer is", "answer:" or "answer =", "" included.
+
+    None where there is none, or where the words before it change it: `the wrong answer is`."""
     phrases = list(ANSWER_IS.finditer(text))
     if not phrases:
         return None
@@ -246,8 +247,9 @@ ROUNDING_WORDS = re.compile(
 
 
 def with_plain_signs(line: str) -> str:
-    """Return a line with ASCII minus signs, right before their numbers, ASCII fractions, and spaces
-    between Chinese words and numbers."""
+    """Return a line with ASCII minus signs, right before their numbers, and ASCII fractions.
+
+    Chinese words and numbers get spaces between them."""
     line = SIGN_APART.sub(r"\1\2", DASH.sub(" - ", line).translate(SIGN_TRANSLATION))
     return HAN_BORDER.sub(" ", line)
 
@@ -297,8 +299,9 @@ def _without_spaces(spaced: re.Match[str]) -> str:
 
 
 def _is_joined(before: str, after: str) -> bool:
-    """Return whether the number between the texts and one before it are two candidates, or parts of
-    a calculation or quantity."""
+    """Return whether a number between two texts belongs to one before it.
+
+    They are two candidates then, or parts of a calculation or quantity."""
     if NUMBERED.search(before):
         return False
     if JOINED_NUMBERS.search(before):
@@ -367,8 +370,9 @@ CHOICE = re.compile(r"\\f?box(?:ed)?\s*\{(?:\\[a-z]{1,9}\s*\{|[\s$(]){0,4}[A-J][
 
 
 def changes_box(text: str, *, alone: bool = False) -> bool:
-    """Return whether the text next to the last box, in its line, changes the box's value, or denies
-    it. It takes time linear in the length of the text.
+    """Return whether the text next to the last box, in its line, changes its value or denies it.
+
+    It takes time linear in the length of the text.
 
     Args:
         text: the text with the box.

@@ -108,8 +108,9 @@ def _is_english(word: str) -> bool:
 
 
 def count_marks(text: str) -> float:
-    """Return how many words the symbols and single letters of `text` may encode, five per word. A
-    run of symbols outside punctuation and mathematics is at least one. Linear in the length."""
+    """Return how many words the symbols and single letters of `text` may encode, five per word.
+
+    A run of symbols outside punctuation and mathematics is at least one. Linear in the length."""
     words = (word for _, word in RUNS.findall(text))
     letters = sum(len(w) for w in words if len(w) == 1 or GREEK_SYMBOL.fullmatch(w))
     return count_symbols(text) + letters / GLUED_WORD_LETTERS
@@ -348,8 +349,9 @@ def letter_rows(text: str) -> list[str]:
 
 
 def judged_words(thought: str) -> WordCount:
-    """Count the words of the prose, and the words in code, formulae and symbols that exceed the
-    free share. A thought without prose has no words."""
+    """Count the words of the prose, and those of code and symbols beyond the free share.
+
+    Symbols include formulae. A thought without prose has no words."""
     parts = prose(thought)
     words = count_words(parts.text)
     neutral_words = count_words(parts.inline).plus(count_words(parts.fenced), FENCED_WEIGHT)

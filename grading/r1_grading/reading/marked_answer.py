@@ -86,8 +86,10 @@ CONCLUDING = re.compile(
 
 
 def marked_answer(visible: str, truth_is_number: bool) -> Extraction | None:
-    """Return the last marked answer of the text after a thought that other text follows; None where
-    there is none, and where the mark is in the text's last sentence, which is read as it is.
+    """Return the last marked answer of a text, where other text follows it.
+
+    None where there is none, and where the mark is in the text's last sentence, which is read as it
+    is.
 
     Args:
         visible: the text after the thought.
@@ -116,8 +118,9 @@ def marked_answer(visible: str, truth_is_number: bool) -> Extraction | None:
 
 
 def _sentence_around(text: str, position: int) -> tuple[int, int]:
-    """Return where the sentence at a position, within its line, begins and ends; of an emphasized
-    one, the emphasis."""
+    """Return where the sentence at a position, within its line, begins and ends.
+
+    Of an emphasized sentence these are the ends of the emphasis."""
     start = text.rfind("\n", 0, position) + 1
     end = text.find("\n", position)
     end = len(text) if end < 0 else end
@@ -136,8 +139,9 @@ def _sentence_around(text: str, position: int) -> tuple[int, int]:
 
 
 def _stated(text: str, start: int, end: int, truth_is_number: bool) -> tuple[str, bool, int] | None:
-    """Return (value, whether a sentence states it, where it ends) of a sentence that marks one
-    value as the answer, in itself or in the line below it.
+    """Return (value, whether a sentence states it, where it ends) of a sentence that marks one.
+
+    The value is in the sentence or in the line below it.
 
     Args:
         text: the text of the response after its thought.
@@ -223,8 +227,9 @@ def _mark_at(sentence: str) -> int:
 
 
 def _is_taken_back(value: str, after: str, is_prose: bool) -> bool:
-    """Return whether the text after a marked answer takes it back, or, after a sentence that states
-    one, concludes something else."""
+    """Return whether the text after a marked answer takes it back.
+
+    After a sentence that states an answer it also does by concluding something else."""
     if RETRACTION_WORDS.search(NO_MISTAKE.sub(" ", after)):
         return True
     last_line = after.rpartition("\n")[2]

@@ -170,8 +170,9 @@ class JudgeSettings(ServiceSettings):
 
 
 def compared_part(options: dict[str, Any]) -> Part | None:
-    """Return the part of a response that a judge with these options compares; None for a judge that
-    verifies.
+    """Return the part of a response that a judge with these options compares.
+
+    None for a judge that verifies.
 
     Args:
         options: `rewards.options.judge`, after validation."""
@@ -344,8 +345,9 @@ class Comparison:
         return (self.wins + self.ties / 2) / (self.wins + self.losses + self.ties)
 
     def winner(self, margin: float = 0.5) -> int | None:
-        """Return 0 or 1 for the better response, or None for a tie or near-tie: the shares of wins
-        and losses differ by less than `margin`, in [0, 1]."""
+        """Return 0 or 1 for the better response, or None for a tie or near-tie.
+
+        In a near-tie the shares of wins and losses differ by less than `margin`, in [0, 1]."""
         lead = 2 * self.preference - 1
         if lead == 0 or abs(lead) < margin:
             return None
@@ -358,8 +360,9 @@ class Judge(JudgeClient):
     settings_type = JudgeSettings
 
     async def check(self) -> None:
-        """Raise ServiceError unless the service replies within seconds, with valid verdicts that
-        separate a right answer from a wrong one."""
+        """Raise ServiceError unless the service separates a right answer from a wrong one.
+
+        It has to reply within seconds, with valid verdicts."""
         question, correct_answer, incorrect_answer = JUDGE_CHECK.values()
         error_prefix = f"{self.service.url}: model {self.settings.model!r} cannot serve as a judge"
         try:

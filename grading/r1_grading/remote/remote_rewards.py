@@ -46,8 +46,9 @@ class RemoteRewards:
         self._counters: Counter[str] = Counter()
 
     async def grade(self, kind: str, response: str, truth: object, fields: dict[str, Any]) -> Grade:
-        """Return the grade of one response; `Grade.ungraded` if only this response cannot be
-        graded.
+        """Return the grade of one response.
+
+        It is `Grade.ungraded` if only this response cannot be graded.
 
         Args:
             kind: a served reward.
@@ -76,8 +77,9 @@ class RemoteRewards:
         return grade
 
     def snapshot(self) -> dict[str, int]:
-        """Return counts since the start: remote/graded, /ungraded, /requests, /retries, /cached,
-        /no_verdict; empty while no served reward is used."""
+        """Return counts since the start; empty while no served reward is used.
+
+        They are remote/graded, /ungraded, /requests, /retries, /cached and /no_verdict."""
         if not self._graders:
             return {}
         counters = sum((g.service.counters for g in self._graders.values()), self._counters)

@@ -80,8 +80,10 @@ class RewardModel:
         self.service = Service(settings, url, _Classification, self._probe)
 
     async def check(self) -> None:
-        """Raise ServiceError unless the service replies within seconds, with as many scores as the
-        settings expect, and its chat template keeps all of the text it scores."""
+        """Raise ServiceError unless the service scores a text as the settings expect.
+
+        It has to reply within seconds, with as many scores as they say, and its chat template has
+        to keep all of the text it scores."""
         error_prefix = (
             f"{self.service.url}: model {self.settings.model!r} cannot serve as a reward model"
         )

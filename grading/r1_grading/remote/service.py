@@ -16,8 +16,10 @@ from r1_grading.remote.settings import ServiceSettings
 
 
 class Message(msgspec.Struct):
-    """A reply in a chat. A server that parses reasoning removes the thought from `content` and
-    returns it as `reasoning_content` or `reasoning`, depending on the server.
+    """A reply in a chat.
+
+    A server that parses reasoning removes the thought from `content` and returns it as
+    `reasoning_content` or `reasoning`, depending on the server.
 
     Attributes:
         content: the reply, or what follows its thought.
@@ -30,8 +32,9 @@ class Message(msgspec.Struct):
 
 
 class ChatChoice(msgspec.Struct):
-    """One response from `/chat/completions`; without a message it does not match, and the request
-    counts as failed (`service.Service`)."""
+    """One response from `/chat/completions`.
+
+    Without a message it does not match, and the request counts as failed (`service.Service`)."""
 
     message: Message
     finish_reason: str | None = None

@@ -37,8 +37,9 @@ def launcher() -> tuple[str, ...]:
 
 @functools.cache
 def interpreter() -> tuple[str, tuple[str, ...]]:
-    """Return the path of a Python inside the sandbox, and the bwrap options that mount it: this
-    process's Python if the sandbox user can read it, else the system's.
+    """Return the path of a Python inside the sandbox, and the bwrap options that mount it.
+
+    It is this process's Python if the sandbox user can read it, else the system's.
 
     Raises:
         SandboxUnavailable: the sandbox user can read neither Python.

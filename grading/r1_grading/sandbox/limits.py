@@ -126,8 +126,10 @@ class Limits:
 
 
 def time_limit(kind: str, fields: Mapping[str, Any], seconds: float) -> float:
-    """Return how long one grade may take: `seconds`, or for programs, which the code reward ends
-    itself, what their limits add up to: many tests may take longer than any formula should.
+    """Return how long one grade may take.
+
+    It is `seconds`; of programs, which the code reward ends itself, what their limits add up to, as
+    many tests may take longer than any formula should.
 
     Args:
         kind: the reward.

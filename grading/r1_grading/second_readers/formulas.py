@@ -85,8 +85,9 @@ PI, E, I = (Node("constant", value=name) for name in ("pi", "e", "i"))  # noqa: 
 
 
 def same_value(expected: Node, answer: Node, seed: str) -> bool | None:
-    """Whether two formulas have equal values for all values of their letters, the answer worked
-    out as far as the truth; None where that is not sure.
+    """Whether two formulas have equal values for all values of their letters; None if not sure.
+
+    The answer has to be worked out as far as the truth.
 
     Args:
         expected: the truth.

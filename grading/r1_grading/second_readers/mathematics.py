@@ -213,8 +213,9 @@ def _closing(text: str, start: int) -> int | None:
 
 
 def _last_line(visible: str) -> str:
-    """Return what a line with the mark `####` states, or that only states an answer, if there is
-    one; else the last line."""
+    """Return what a line with the mark `####` states, or one that only states an answer.
+
+    Without such a line it is the last one."""
     lines = [re.sub(r"\*\*", "", line).strip() for line in visible.splitlines() if line.strip()]
     stating_numbers = [
         number

@@ -82,9 +82,10 @@ def _e4m3_value(code):
 
 @triton.jit
 def _tile(rows, columns, TILE_ROWS: tl.constexpr, RUN: tl.constexpr):
-    """Return the rows and columns of this program's tile, a mask of its elements, the index of its
-    column of blocks and their number. Rows are int64, so that all offsets are. A thread holds at
-    most RUN adjacent elements of a row."""
+    """Return this program's tile: its rows, columns, mask, column of blocks and their number.
+
+    Rows are int64, so that all offsets are. A thread holds at most RUN adjacent elements of a
+    row."""
     pid = tl.program_id(0)
     across = tl.cdiv(columns, WIDTH)
     block_column = pid % across
@@ -157,8 +158,9 @@ def _dequantize_kernel(
 
 
 def quantize_blocks(x: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Return q (M, N) float8_e4m3fn and scale_inv (ceil(M / rows), ceil(N / 128)) fp32 of x (M, N)
-    fp32, bf16 or fp16; `block` is (rows, 128), rows 1 or 128."""
+    """Return q (M, N) float8_e4m3fn and scale_inv (ceil(M / rows), ceil(N / 128)) fp32 of x.
+
+    x is (M, N) fp32, bf16 or fp16; `block` is (rows, 128), rows 1 or 128."""
     assert x.dim() == 2 and block in ((128, 128), (1, 128)), (x.shape, block)
     x = _with_adjacent_columns(x)
     rows, columns = x.shape

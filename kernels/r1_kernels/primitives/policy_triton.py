@@ -103,8 +103,9 @@ def _surrogate(
     HAS_DUAL_CLIP: tl.constexpr,
     IS_CISPO: tl.constexpr,
 ):
-    """Return the surrogate, whether a clip is active, and `scale` times the surrogate's derivatives
-    by the log-ratio and, cispo's, by the log-probability itself."""
+    """Return the surrogate, whether a clip is active, and `scale` times its derivatives.
+
+    They are by the log-ratio and, cispo's, by the log-probability itself."""
     ratio = _exp(log_ratio)
     clipped_ratio = tl.where(ratio < 1.0 - limits.clip_low, 1.0 - limits.clip_low, ratio)
     clipped_ratio = tl.where(ratio > 1.0 + limits.clip_high, 1.0 + limits.clip_high, clipped_ratio)

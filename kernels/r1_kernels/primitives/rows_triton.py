@@ -121,8 +121,10 @@ def store_statistics(statistics, row, num_rows, peak, total, moment, target_logi
 def load_row_upstream(
     row, peak, log_total, entropy, grad_logprobs, grad_entropy, scale, HAS_ENTROPY: tl.constexpr
 ):
-    """Load what a row's gradient needs of `RowUpstream`: the peak, log2 of the total, c g, the two
-    factors of `softmax_gradient`, and whether the row has an upstream gradient.
+    """Load what a row's gradient needs of `RowUpstream`.
+
+    Returned are the peak, log2 of the total, c g, the two factors of `softmax_gradient`, and
+    whether the row has an upstream gradient.
 
     Args:
         row: the row.
@@ -165,8 +167,9 @@ def softmax_gradient(z, row_peak, to_base2, log2_total, flat, slope, HAS_ENTROPY
 
 
 def upstream_arguments(upstream: RowUpstream) -> tuple[Tensor, ...]:
-    """Return peak, log_total, entropy, grad_logprobs and grad_entropy as kernels take them; for a
-    missing grad_entropy, which they do not read, any pointer."""
+    """Return peak, log_total, entropy, grad_logprobs and grad_entropy as kernels take them.
+
+    For a missing grad_entropy, which they do not read, it is any pointer."""
     # The upstream gradient of a sum is expanded from one number, with stride 0.
     entropy, peak, log_total, grad_logprobs = (part.contiguous() for part in upstream[:4])
     grad_entropy = upstream.grad_entropy
