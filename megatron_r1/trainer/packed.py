@@ -1,8 +1,8 @@
 """Packs samples into one micro-batch of tensors, end to end, with no attention between samples.
 
 Position t of a sample predicts token t + 1, so the response's tokens are targets at positions
-prompt_length - 1 … length - 2; the last position of every sample predicts nothing. A sample's mask
-leaves out the tokens in between that were given: "response tokens" here are the sampled ones. A
+prompt_length - 1 … length - 2; the last position of every sample predicts nothing. Of these, tokens
+that were given (`Sample.is_sampled`) are left out: "response tokens" here are the sampled ones. A
 sample that is not trained on (`Sample.is_trained`) has no response token and counts for no
 response, so that no sum and no denominator of any loss has it.
 

@@ -115,8 +115,9 @@ class Sample(msgspec.Struct, frozen=True):
         teacher_logprobs: Sequence[float] | None = None,
         sampling_mask: Buffer = b"",
     ) -> Sample:
-        """Encode a branch, whose prompt is all that was given before its first sampled token; what
-        follows the last one is left out, as nothing is learned from it.
+        """Encode a branch, whose prompt is all that was given before its first sampled token.
+
+        What follows the last one is left out, as nothing is learned from it.
 
         Args:
             token_ids: the whole branch.
@@ -134,8 +135,9 @@ class Sample(msgspec.Struct, frozen=True):
         first, end, count = is_sampled.find(1), is_sampled.rfind(1) + 1, len(token_ids)
         if first < 1 or not count == len(is_sampled) == len(rollout_logprobs):
             raise ValueError(
-                f"a branch of {count} tokens has {len(rollout_logprobs)} logprobs and a mask of "
-                f"{len(is_sampled)}, whose first sampled token is number {first}: it needs a prompt"
+                f"a branch of {count} tokens has {len(rollout_logprobs)} logprobs and "
+                f"{len(is_sampled)} flags, the first sampled token is number {first}: it needs a "
+                "prompt"
             )
         if end < count:
             routing = routing[: len(routing) // (count - 1) * (end - 1)]
