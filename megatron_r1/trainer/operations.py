@@ -1,5 +1,7 @@
-"""The protocol between the controller and the trainer ranks: the operations that the controller may
-call, with arguments and results, and the messages that carry them (msgpack, no pickles).
+"""The protocol between the controller and the trainer ranks.
+
+It has the operations that the controller may call, with arguments and results, and the messages
+that carry them (msgpack, no pickles).
 
 The controller names a method of the protocols, `trainer.call(ModelOperations.update, …)`
 (`controller.trainer_calls.client`), its name and arguments travel as a `RankCall`, and each rank
