@@ -208,7 +208,7 @@ class EngineSettings:
         """Return `vllm`, with the balancer of redundant experts."""
         if not self.redundant_experts:
             return dict(self.vllm)
-        balancer = {"num_redundant_experts": self.redundant_experts}
+        balancer: dict[str, Any] = {"num_redundant_experts": self.redundant_experts}
         balancer = {**self.vllm.get("eplb_config", {}), **balancer}
         if self.enable_sleep_mode:
             # Where it is installed vLLM takes nixl, which registers the weights' memory with the
