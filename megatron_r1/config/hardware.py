@@ -123,9 +123,11 @@ class Assumptions:
     sampling and outputs. 5 to 6 ms between two passes of 256 sequences (vllm#10634), 4 to 13 before
     (vllm#6854); a guess for smaller batches and newer versions, which do some of it meanwhile."""
     host_stall_seconds: Seconds = 200e-6
-    """A wait of the host for the device, which is idle until new kernels arrive: once for each
-    send or receive between pipeline stages (Megatron-Core exchanges shapes and synchronizes,
-    p2p_communication.py), once for a layer's DeepEP dispatch in high throughput; a guess."""
+    """A wait of the host for the device, which is idle until new kernels arrive: for the counts of
+    a layer's tokens by expert, where the host does not know them (models/token_dispatcher.py), and
+    in DeepEP's dispatch in high throughput. Plain Megatron-Core, which published runs use, also
+    waits for the counts of recomputed layers and, by default, after each send or receive between
+    pipeline stages (p2p_communication.py, batch_p2p_sync); a guess."""
     sleep_seconds: Seconds = 1.0
     """Time in which an engine frees its memory; a guess."""
     wake_seconds: Seconds = 2.6

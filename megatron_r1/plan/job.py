@@ -58,6 +58,8 @@ class PlannedJob:
         keeps_reference: whether any part of `rl.schedule` has a KL penalty: the reference is then
             kept in all.
         calibration: the numbers of `hardware` and `assumptions` that --calibrate replaced.
+        plain_megatron: whether a published run's trainer is plain Megatron-Core, whose host waits
+            for the device where this project's does not.
         count_cache: cache of counts that are slow to compute and equal for all layouts of one job.
     """
 
@@ -71,6 +73,7 @@ class PlannedJob:
     verb: Verb = "rl"
     keeps_reference: bool = False
     calibration: Calibration = field(default_factory=Calibration, compare=False)
+    plain_megatron: bool = False
     count_cache: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property

@@ -81,7 +81,8 @@ class PublishedRun:
         calibrates: whether it is in the half that calibrates.
         options: options of megatron-r1 plan that describe it.
         number: "run" (hours), "MFU" (a share), or a line of the estimate's section "time" (s).
-        published_value: the figure."""
+        published_value: the figure.
+        plain_megatron: whether its trainer is plain Megatron-Core (`PlannedJob`)."""
 
     name: str
     system: str
@@ -89,6 +90,7 @@ class PublishedRun:
     options: str
     number: str
     published_value: float
+    plain_megatron: bool = False
 
     @property
     def unit(self) -> str:
@@ -104,7 +106,11 @@ class PublishedRun:
     def schedule_parts(self) -> list[SchedulePart]:
         """Return the parts of the recipe's schedule with the run's options."""
         args, overrides = parse(shlex.split(self.options))
-        return planned_parts(self.recipe, args, overrides, with_all_parts=self.number == "run")
+        parts = planned_parts(self.recipe, args, overrides, with_all_parts=self.number == "run")
+        return [
+            replace(part, job=replace(part.job, plain_megatron=self.plain_megatron))
+            for part in parts
+        ]
 
     def predict(self, **values: float) -> float:
         """Return the plan's figure, with `values` in place of assumed numbers."""
@@ -168,6 +174,7 @@ def published_runs() -> list[PublishedRun]:
             options=f"{text['bases'][row['base']]} {row.get('options', '')}",
             number=row.get("number", "step"),
             published_value=row["published"],
+            plain_megatron=source.get("plain_megatron", False),
         )
         for source in text["sources"]
         for index, row in enumerate(source["rows"])

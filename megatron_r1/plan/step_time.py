@@ -10,7 +10,10 @@ from megatron_r1.plan.flops import attention_flops, head_flops, layer_flops
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.push import push_link, pushed_rank_bytes
 from megatron_r1.plan.rollout import RolloutTime
+from megatron_r1.plan.sample_traffic import uses_routing_replay
 
+STALLS = "pipeline stalls"
+"""The part of an optimizer step in which ranks wait for their neighbors' tensors."""
 HIDDEN_AXES = ("data", "pipeline")
 """Axes whose traffic is not exposed: the data axis's is hidden behind computation
 (overlap_grad_reduce), the pipeline's is counted in `StepTime.pipeline_stall_seconds`. Context
@@ -115,23 +118,48 @@ class StepTime:
 
     def microbatch_seconds(self, rank: int, with_backward: bool) -> float:
         """Return the seconds of a mean micro-batch on pipeline rank `rank`: of its computation, of
-        the communication that it does not hide, and of the pipeline's hops."""
+        the communication that it does not hide, of the pipeline's hops, and of the host's waits."""
         return (
             self.compute_seconds(rank, with_backward)
             + self.exposed_communication_seconds(rank, with_backward)
             + self.pipeline_stall_seconds(with_backward)
+            + self.host_wait_seconds(rank, with_backward)
         )
+
+    def host_wait_seconds(
+        self, rank: int, with_backward: bool, *, by_reference: bool = False
+    ) -> float:
+        """Return seconds of one micro-batch in which the host waits for the counts of the tokens
+        that experts get: once in a layer of experts, and again where what recomputes it exchanges
+        anew. With routing replay the policy's counts are known (`models.token_dispatcher`).
+
+        Args:
+            rank: the pipeline rank.
+            with_backward: whether the pass has a backward pass.
+            by_reference: whether the reference computes, whose routers choose themselves."""
+        job, parallel = self.job, self.job.parallel
+        uses_deepep = parallel.dispatcher == "flex"
+        if uses_routing_replay(job) and not (by_reference or uses_deepep):
+            return 0.0
+        recomputes_experts = parallel.recompute == "full" or (
+            parallel.recompute == "selective" and "moe" in parallel.recompute_modules
+        )
+        waits_again = with_backward and recomputes_experts and (uses_deepep or job.plain_megatron)
+        _, sparse_layers = job.num_layers_of_kinds(rank)
+        return sparse_layers * (1 + waits_again) * job.assumptions.host_stall_seconds
 
     @cached_property
     def hop_seconds(self) -> float:
-        """Seconds in which a rank waits for a neighbor's tensor: the host, then the bytes."""
+        """Seconds in which a rank waits for a neighbor's tensor: its bytes and, in plain Megatron,
+        the host's wait behind them (`batch_p2p_sync`)."""
         pipeline = self.traffic_by_axis(0).get("pipeline")
         if pipeline is None:
             return 0.0
         transfer_seconds = pipeline.seconds(
             self.job, pipeline.forward_bytes / self.job.num_model_chunks
         )
-        return self.job.assumptions.host_stall_seconds + transfer_seconds
+        stall_seconds = self.job.assumptions.host_stall_seconds if self.job.plain_megatron else 0.0
+        return stall_seconds + transfer_seconds
 
     def pipeline_stall_seconds(self, with_backward: bool) -> float:
         """Return seconds of one micro-batch's hops: one for each chunk forward, one back."""
@@ -161,12 +189,13 @@ class StepTime:
         job = self.job
         count = job.num_microbatches * job.num_minibatches
         slots = job.schedule_slots * job.num_minibatches
-        pass_seconds = (
-            self.microbatch_seconds(self.busiest_rank, False)
-            * count
-            / (1 - self.idle_fraction(count, slots))
-        )
-        return pass_seconds * (2 if job.computes_ref_logprobs else 1)
+        rank = self.busiest_rank
+        seconds = self.microbatch_seconds(rank, False)
+        if job.computes_ref_logprobs:
+            known_seconds = self.host_wait_seconds(rank, False)
+            waits = self.host_wait_seconds(rank, False, by_reference=True) - known_seconds
+            seconds += seconds + waits
+        return seconds * count / (1 - self.idle_fraction(count, slots))
 
     def communication_fraction(self, name: str) -> float:
         """Return the share (0 to 1) of a part's seconds that is communication between GPUs.
@@ -177,7 +206,9 @@ class StepTime:
             return self.rollout.exchange_fraction
         if name == "push":
             return float(not TRANSPORTS[self.job.config.push.transport].is_single_host)
-        if name in ("scoring", "training", "critic"):
+        if name == STALLS:
+            return 1.0
+        if name in ("scoring", "training", "optimizer step", "critic"):
             backward = name != "scoring"
             seconds = self.exposed_communication_seconds(self.busiest_rank, backward)
             seconds += self.pipeline_stall_seconds(backward)

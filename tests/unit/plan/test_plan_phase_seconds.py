@@ -1,5 +1,7 @@
 """Seconds between the phases of a step, and of the pipeline's hops, by hand."""
 
+from dataclasses import replace
+
 import pytest
 from planned_jobs import planned, real_job
 
@@ -40,17 +42,20 @@ def test_a_save_stops_the_trainer_for_its_copy_and_without_threads_for_its_writi
     assert synchronous.number == pytest.approx((copy + copied / 0.25e9) / 2)
 
 
-def test_a_rank_stalls_at_every_hop_of_the_pipeline():
+def test_a_rank_waits_for_the_bytes_of_every_hop_of_the_pipeline():
     """2 chunks x 16 micro-batches x 2 directions; a micro-batch's states of 7,168 values in bf16,
-    over context 2 and tensor 4, through the network but for the 8 of 2,048 ranks in a node."""
+    over context 2 and tensor 4, through the network but for the 8 of 2,048 ranks in a node. Shapes
+    are known, and the experts that tokens go to are replayed, so that the host waits for nothing.
+    """
     job = real_job()
     times = StepTime(job, EngineMemory(job))
     tokens = 32 * 8704 / 16 / 8
-    hop = 200e-6 + tokens * 7168 * 2 * (1 - 8 / 2048) / (0.78 * 50e9)
+    hop = tokens * 7168 * 2 * (1 - 8 / 2048) / (0.78 * 50e9)
     assert times.hop_seconds == pytest.approx(hop)
     assert times.pipeline_stall_seconds(True) == pytest.approx(4 * hop)
     stalled = time_section(times)["pipeline stalls"]
     assert stalled.number == pytest.approx(64 * hop) and "64 hops" in stalled.formula
+    assert stalled.low == pytest.approx(64 * hop / 1.96)
     rank = times.busiest_rank
     micro = (
         times.compute_seconds(rank, True)
@@ -62,6 +67,58 @@ def test_a_rank_stalls_at_every_hop_of_the_pipeline():
         StepTime(real_job(pipeline=1, virtual_pipeline=1, pipeline_layout=None), None).hop_seconds
         == 0
     )
+
+
+def seconds_of(job):
+    """Seconds of a micro-batch's update, of an optimizer step's and of a rollout's scoring, and the
+    layers of experts of the busiest rank."""
+    times = StepTime(job, EngineMemory(job))
+    rank = times.busiest_rank
+    sparse = sum(n >= 3 for chunk in job.stages[rank] for n in chunk.layers)
+    return times.microbatch_seconds(rank, True), times.scoring_seconds(), sparse
+
+
+def test_the_host_waits_once_in_a_layer_whose_counts_it_does_not_know():
+    """Without replay in an update and in the passes of policy and reference, with it for the
+    reference alone, whose routers choose themselves; 256 micro-batches of a rollout take 1 / (1 -
+    bubble) as long: 2 x 256 + 15 slots for 2 x 256."""
+    jobs = [planned(rl__routing_replay=value) for value in (True, False)]
+    (replayed, score, sparse), (routed, own_score, _) = map(seconds_of, jobs)
+    wait = sparse * 200e-6
+    assert sparse == 4 and routed - replayed == pytest.approx(wait)
+    of_a_pass = wait * 256 * (512 + 15) / 512
+    assert own_score - score == pytest.approx(of_a_pass)
+    no_reference = {"rl__kl_beta": 0.0}
+    alone, own_alone = (
+        seconds_of(planned(rl__routing_replay=value, **no_reference))[1] for value in (True, False)
+    )
+    assert own_alone - alone == pytest.approx(of_a_pass)
+    assert score == pytest.approx(2 * alone + of_a_pass)
+    assert "the host waits 0.2 s" in time_section(JobEstimate(jobs[0]).times)["scoring"].formula
+    update = time_section(JobEstimate(jobs[1]).times)["optimizer step"].formula
+    assert "0.0008 s waits of the host" in update
+
+
+def test_deepep_s_dispatch_and_plain_megatron_wait_for_counts_they_could_know():
+    """A layer that is recomputed dispatches again; plain Megatron also waits in every hop."""
+    without = {"rl__routing_replay": False}
+    ours, plain, selective = (
+        planned(**without),
+        replace(planned(**without), plain_megatron=True),
+        replace(planned(**without, parallel__recompute="selective"), plain_megatron=True),
+    )
+    found, of_plain, of_selective = (
+        StepTime(job, EngineMemory(job)) for job in (ours, plain, selective)
+    )
+    wait = 4 * 200e-6
+    rank = found.busiest_rank
+    assert found.host_wait_seconds(rank, True) == pytest.approx(wait)
+    assert of_plain.host_wait_seconds(rank, True) == pytest.approx(2 * wait)
+    assert of_plain.host_wait_seconds(rank, False) == pytest.approx(wait)
+    assert of_selective.host_wait_seconds(rank, True) == pytest.approx(wait)
+    assert of_plain.hop_seconds == pytest.approx(found.hop_seconds + 200e-6)
+    flex = StepTime(planned(parallel__dispatcher="flex"), None)
+    assert flex.host_wait_seconds(rank, True) == pytest.approx(2 * wait)
 
 
 def test_a_step_is_the_sum_of_its_parts():

@@ -56,6 +56,17 @@ def test_the_plan_s_numbers_are_those_of_least_error_on_the_calibrating_half(run
             assert cost(**{name: value * factor}) > least, (name, factor)
 
 
+def test_published_trainers_of_plain_megatron_wait_in_every_hop(runs):
+    """NeMo-RL and verl train with Megatron-Core as it is, DeepSeek with a system of its own."""
+    systems = {run.system for run in runs if run.schedule_parts[0].job.plain_megatron}
+    assert systems == {"NeMo-RL", "verl"}
+    run = next(run for run in runs if run.name == "DeepSeek-V3, 256 H100")
+    times = run.schedule_parts[0].times({})
+    pipeline = times.traffic_by_axis(0)["pipeline"]
+    transfer = pipeline.seconds(times.job, pipeline.forward_bytes)
+    assert times.hop_seconds == pytest.approx(transfer + 200e-6)
+
+
 def test_every_published_run_lies_in_its_range(runs):
     for run in runs:
         section = time_section(run.schedule_parts[0].times({}))

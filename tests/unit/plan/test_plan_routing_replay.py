@@ -68,6 +68,15 @@ def test_a_node_s_host_holds_the_longest_of_one_replica_and_its_ranks_parts():
     assert "routed experts" not in sections(rl__routing_replay=False)["host memory of a node"]
 
 
+def waits_spared(on: dict, off: dict) -> float:
+    """The seconds of a step in which the host waits for counts that replay knows: in four layers of
+    each of 256 micro-batches 0.2 ms in scoring and in training, over 1 - bubble."""
+    once = 4 * 256 * 200e-6
+    spared = sum(off[name].value - on[name].value for name in ("scoring", "training"))
+    assert spared == pytest.approx(once * (527 / 512 + 47 / 32))
+    return spared
+
+
 def test_a_step_waits_for_the_controller_and_for_the_first_rank_of_a_replica():
     """It cuts and sends 127 of 128 parts, and a byte for each token of the other ranks."""
     on, off = (sections(rl__routing_replay=value)["time"] for value in (True, False))
@@ -75,7 +84,7 @@ def test_a_step_waits_for_the_controller_and_for_the_first_rank_of_a_replica():
     part = sent / REPLICAS / 128 + SAMPLES / REPLICAS * MEAN / 8
     seconds = sent / TCP + 127 * part / 0.87e9
     assert on["routed experts"].value == pytest.approx(seconds)
-    assert on["step"].value == pytest.approx(off["step"].value + seconds)
+    assert on["step"].value == pytest.approx(off["step"].value + seconds - waits_spared(on, off))
     assert on["share of routed experts"].value == pytest.approx(seconds / on["step"].value)
     assert "routed experts" not in off and "share of routed experts" not in off
     assert on["step"].formula.startswith("rollout + routed experts + ")
@@ -85,7 +94,7 @@ def test_a_step_waits_for_the_controller_and_for_the_first_rank_of_a_replica():
 def test_beside_a_rollout_of_other_gpus_it_is_the_trainer_s_time():
     pools = {"rollout_gpus": 2048, "rollout__colocated": False, "rl__staleness": 1}
     on, off = (sections(rl__routing_replay=value, **pools)["time"] for value in (True, False))
-    waits = on["routed experts"].value
+    waits = on["routed experts"].value - waits_spared(on, off)
     assert on["step"].value == pytest.approx(off["step"].value + waits / 2)  # of two steps' time
 
 
