@@ -7,6 +7,13 @@ from functools import cached_property
 
 from megatron_r1.models.hf_config import key_value_heads
 from megatron_r1.models.memory import BYTES, cache_bytes_per_token
+from megatron_r1.plan.engine_buffers import (
+    BALANCER,
+    DEEPEP_BUFFERS,
+    balancer_bytes,
+    deepep_buffer_bytes,
+    deepep_formula,
+)
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.push import (
     drafts_with_mtp,
@@ -89,7 +96,14 @@ class EngineMemory:
             if fraction is None
             else min(self.free_bytes, fraction * self.job.hardware.memory)
         )
-        return round(engine_bytes - self.reserved_bytes - self.weight_bytes)
+        used_bytes = self.weight_bytes + sum(self.buffers.values())
+        return round(engine_bytes - self.reserved_bytes - used_bytes)
+
+    @cached_property
+    def buffers(self) -> dict[str, int]:
+        """Bytes of a GPU for the balancer of experts and for DeepEP, by kind; without zeros."""
+        sizes = {BALANCER: balancer_bytes(self.job), DEEPEP_BUFFERS: deepep_buffer_bytes(self.job)}
+        return {kind: size for kind, size in sizes.items() if size}
 
     @property
     def token_bytes(self) -> float:
@@ -151,8 +165,15 @@ def rollout_section(engines: EngineMemory) -> QuantityTable:
             "share",
             f"rollout.gpu_memory: memory - trainer's {byte_quantity(engines.trainer_bytes)} - "
             "half of "
-            "reserved; an engine's weights, cache and activations",
+            "reserved; an engine's weights, buffers, cache and activations",
         )
+    formulas = {
+        BALANCER: "a layer's experts on their way, maps and loads of vLLM's; the drafter's too"
+        if engines.mtp_layers
+        else "a layer's experts on their way, maps and loads of vLLM's",
+        DEEPEP_BUFFERS: deepep_formula(job),
+    }
+    buffers = {kind: byte_quantity(n, formulas[kind]) for kind, n in engines.buffers.items()}
     return section | {
         "weights": byte_quantity(
             engines.weight_bytes,
@@ -164,6 +185,7 @@ def rollout_section(engines: EngineMemory) -> QuantityTable:
             + ("; the drafter's among them" if engines.mtp_layers else "")
             + ("; projections in FP8 (push.fp8)" if pushes_fp8(job) else ""),
         ),
+        **buffers,
         "KV cache of a token": byte_quantity(
             cache_bytes_per_token(job.hf_config, engines.parameter_bytes, engines.mtp_layers),
             f"{job.hf_config['num_hidden_layers'] + engines.mtp_layers} layers x values a layer x "
@@ -193,8 +215,9 @@ def _cache_formula(engines: EngineMemory) -> str:
     fraction = engines.job.config.rollout.gpu_memory
     if fraction is not None:
         half_text = "half of " if engines.trainer_bytes else ""
-        return f"rollout.gpu_memory={fraction:g} x memory - {half_text}reserved - weights"
-    formula = "memory - reserved - weights"
+        formula = f"rollout.gpu_memory={fraction:g} x memory - {half_text}reserved - weights"
+        return " - ".join([formula, *engines.buffers])
+    formula = " - ".join(["memory - reserved - weights", *engines.buffers])
     if engines.receive_buffer_bytes:
         formula += f" - receive buffer {byte_quantity(engines.receive_buffer_bytes)}"
     if engines.trainer_bytes:

@@ -7,6 +7,7 @@ from functools import cached_property
 from megatron_r1.plan.assumed_numbers import assumed_section
 from megatron_r1.plan.communication import communication_section
 from megatron_r1.plan.counts import parameter_section
+from megatron_r1.plan.engine_buffers import DEEPEP_BUFFERS, moved_experts_section
 from megatron_r1.plan.engine_memory import EngineMemory, rollout_section
 from megatron_r1.plan.expert_overlap import StepEstimate, exchange_choice, unpaired_fraction
 from megatron_r1.plan.flops import flops_section
@@ -30,6 +31,8 @@ KIND_MEANINGS = {
 """Additions to the formula of kinds of host memory whose name is unclear."""
 SMALLER_RECEIVE_BUFFER = "give each engine more GPUs"
 """The remedy that makes an engine rank's receive buffer smaller."""
+FEWER_BUFFERED_TOKENS = "lower max_num_batched_tokens of rollout.vllm"
+"""The remedy that makes DeepEP's buffers of low latency smaller."""
 
 
 def estimate_step(job: PlannedJob) -> StepEstimate:
@@ -98,23 +101,28 @@ class JobEstimate:
             sections[name] = teacher_section(job, key, teacher)
         if job.trains and job.generates:
             sections["samples of a rollout"] = samples_section(job)
-            sections["push"] = {
-                name: with_range(self.times, name, quantity)
-                for name, quantity in push_section(job).items()
-            }
+            push = push_section(job) | moved_experts_section(job)
+            sections["push"] = {name: self._ranged(name, part) for name, part in push.items()}
         if job.trains:
             traffic = communication_section(job, self.peak_rank.rank)
             sections["sent by a rank per optimizer step"] = traffic
             if choice := exchange_choice(job, estimate_step):
-                sections["exchange with experts, hidden or not"] = choice
+                sections["exchange with experts, hidden or not"] = {
+                    name: self._ranged("optimizer step", part) if part.unit == "s" else part
+                    for name, part in choice.items()
+                }
         sections["operations"] = flops_section(job)
         if job.generates and (exchange := exchange_section(self.times.rollout)):
             sections["expert exchange of a layer"] = exchange
         sections["time"] = time_section(self.times)
-        if measurements := narrowing_section(job, sections["time"]):
+        if measurements := narrowing_section(job, sections["time"] | sections.get("push", {})):
             sections["what would narrow the ranges"] = measurements
         sections["assumed"] = assumed_section(job)
         return sections
+
+    def _ranged(self, name: str, quantity: Quantity) -> Quantity:
+        """Return a quantity with the range of the part of a step that it belongs to."""
+        return with_range(self.times, name, quantity)
 
     def problems(self) -> list[str]:
         """Return one sentence per limit that is exceeded: the number, the limit and the remedy."""
@@ -165,6 +173,7 @@ class JobEstimate:
             "loss head": "raise parallel.tensor or .context",
             "optimizer": "raise parallel.optimizer_offload, or use more GPUs",
             RECEIVE_BUFFER: SMALLER_RECEIVE_BUFFER,
+            DEEPEP_BUFFERS: FEWER_BUFFERED_TOKENS,
             "reference": f"keep it away from the fullest rank: {self._split()}",
             "reserved": "use GPUs with more memory",
         }.get(kind, self._split())
@@ -249,7 +258,7 @@ class JobEstimate:
         if engines.cache_bytes >= required_bytes:
             return None
         kinds = {"weights": engines.weight_bytes, RECEIVE_BUFFER: engines.receive_buffer_bytes}
-        kinds["the trainer"] = engines.trainer_bytes
+        kinds |= engines.buffers | {"the trainer": engines.trainer_bytes}
         sizes = ", ".join(f"{_size(count)} of {kind}" for kind, count in kinds.items() if count)
         occupants = f"beside {sizes} and {_size(job.assumptions.reserved)} reserved"
         space = f"has {_size(engines.cache_bytes)}"
@@ -289,6 +298,8 @@ class JobEstimate:
         axis = "data_parallel" if self.job.has_experts else "tensor_parallel"
         size = getattr(rollout, axis)
         remedies = [f"raise rollout.{axis}={size} (more GPUs for an engine{note})"]
+        if self.engines.buffers.get(DEEPEP_BUFFERS, 0) > self.engines.weight_bytes:
+            remedies.insert(0, FEWER_BUFFERED_TOKENS)
         if rollout.tensor_parallel * rollout.data_parallel == 1:
             remedies = [f"lower rollout.engines={rollout.engines} (more GPUs each)"]
             remedies = remedies if rollout.engines > 1 else ["use more GPUs"]

@@ -14,6 +14,7 @@ from megatron_r1.models.memory import (
     reference_bytes,
 )
 from megatron_r1.plan.counts import RankCounts
+from megatron_r1.plan.engine_buffers import DEEPEP_BUFFERS, deepep_buffer_bytes
 from megatron_r1.plan.expert_overlap import working_bytes
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.offload import offloaded_bytes, offloaded_host_bytes
@@ -112,6 +113,8 @@ def _rank_memory(
     }
     if buffer := 0 if job.rollout_gpus else receive_buffer_bytes(job, "GPU"):
         training[RECEIVE_BUFFER] = scoring[RECEIVE_BUFFER] = buffer
+    if buffers := 0 if job.rollout_gpus else deepep_buffer_bytes(job):
+        training[DEEPEP_BUFFERS] = scoring[DEEPEP_BUFFERS] = buffers
     if parallel.reference_offload == "device":
         training["reference"] = scoring["reference"] = host.pop("reference")
     if job.verb != "rl":
@@ -238,6 +241,7 @@ def memory_section(job: PlannedJob, rank: RankMemory) -> QuantityTable:
         "reserved": "assumed: CUDA context, NCCL, fragmentation",
         "reference": f"parameters x {value} B",
         RECEIVE_BUFFER: "weights on their way into the engine on this GPU, kept between pushes",
+        DEEPEP_BUFFERS: "of the engine on this GPU, which it keeps while it sleeps",
         CRITIC: "parameters, gradients and optimizer of a score model, as above",
     }
     section = {

@@ -145,6 +145,11 @@ def _needs_of_ranks(
     return [*zip(num_bytes, num_tensors, strict=True)]
 
 
+def pushed_byte_count(job: PlannedJob) -> CountBytes:
+    """Return what counts the bytes of weights as engines receive them."""
+    return _byte_count(_pushed_dtype(job))
+
+
 def _needed_bytes(job: PlannedJob) -> int:
     """Return the bytes for all engines, each element once per GPU that computes with it."""
     layout = planned_engine_layout(job)
@@ -216,7 +221,7 @@ def push_section(job: PlannedJob) -> QuantityTable:
         job.hf_config, grid, engines, job.stages, count, max_engines, drafts=drafts, lora=lora
     )
     rank_bytes = traffic.received_bytes
-    rate, link_name = push_link(job)
+    _, link_name = push_link(job)
     dtype_text = form
     if form == "FP8":
         dtype_text = (
@@ -229,8 +234,7 @@ def push_section(job: PlannedJob) -> QuantityTable:
         "into an engine GPU": byte_quantity(
             engine_bytes,
             f"{'its part of every tensor' if lora is None else ADAPTERS_NOTE}, once, in "
-            f"{dtype_text}; "
-            f"{engine_bytes / rate:.2g} s through its {link_name}",
+            f"{dtype_text}, through its {link_name}",
         ),
         "into all engines": byte_quantity(total, f"{gpus}, each what it needs and no more"),
         "over what is needed": Quantity(
@@ -313,7 +317,7 @@ def _rounds_time(job: PlannedJob, engines: EngineLayout, grid: TrainerGrid) -> Q
     """Return the seconds of a push in rounds through one communicator."""
     rate, link = push_link(job)
     layout = job.hf_config, grid, engines, job.stages
-    count, lora = _byte_count(_pushed_dtype(job)), pushed_lora(job)
+    count, lora = pushed_byte_count(job), pushed_lora(job)
     plans = set_plans(*layout, count, MAX_SET_ENGINES, drafts=drafts_with_mtp(job), lora=lora)
     sets = engine_sets(engines.engines, MAX_SET_ENGINES)
     ranks = engines.ranks_per_engine

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from megatron_r1.plan.counts import ModelCounts
+from megatron_r1.plan.engine_buffers import exchange_backend, spreads_experts
 from megatron_r1.plan.engine_communication import (
     BACKENDS,
     NCCL,
@@ -42,7 +43,7 @@ class RolloutTime:
     def tokens_per_pass(self) -> float:
         """Mean tokens of a sequence in a pass: a draft counts while all before it were right."""
         acceptance = self.job.assumptions.draft_acceptance
-        return sum(acceptance**n for n in range(self.engines.num_draft_tokens + 1))
+        return mean_pass_tokens(acceptance, self.engines.num_draft_tokens)
 
     def step_seconds(self, sequences: float) -> float:
         """Return seconds of one token for each of `sequences` in a group: the longer of reading
@@ -78,18 +79,17 @@ class RolloutTime:
     @cached_property
     def backend(self) -> str:
         """The name in vLLM of what exchanges the tokens of routed experts."""
-        return self.job.config.rollout.vllm.get("all2all_backend", NCCL)
+        return exchange_backend(self.job) or NCCL
 
     @cached_property
     def experts(self) -> ExpertExchange:
         """The exchange of a layer's routed experts; within one rank where engines have none."""
-        job, layout = self.job, planned_engine_layout(self.job)
-        spreads_experts = layout.expert_parallel and layout.data_parallel > 1 and job.has_experts
+        job = self.job
         # Groups of experts are laid out node by node.
         max_nodes = job.hf_config.get("topk_group") or math.inf
         return ExpertExchange(
             EngineInterconnect(job.hardware, job.assumptions),
-            ranks=job.engine_gpus if spreads_experts else 1,
+            ranks=job.engine_gpus if spreads_experts(job) else 1,
             hidden=job.hf_config["hidden_size"],
             topk=job.hf_config.get("num_experts_per_tok", 1),
             max_nodes=max_nodes,
@@ -220,13 +220,23 @@ class RolloutTime:
         )
 
 
+def mean_pass_tokens(acceptance: float, num_drafts: int) -> float:
+    """Return the mean tokens that a sequence gains in a pass.
+
+    Args:
+        acceptance: the share of right drafts behind right ones.
+        num_drafts: drafted tokens of a pass."""
+    return sum(acceptance**n for n in range(num_drafts + 1))
+
+
 def exchange_section(rollout: RolloutTime) -> QuantityTable:
-    """Return seconds of a layer's exchange of routed experts by each backend, and its bytes."""
+    """Return seconds of a layer's exchange of routed experts by each backend, which no measurement
+    on one GPU narrows."""
     engines = rollout.engines
     job, concurrency = engines.job, engines.mean_concurrency
     if rollout.experts.ranks == 1 or not concurrency:
         return {}
-    section = {}
+    section, spread = {}, job.assumptions.time_spread
     for backend in BACKENDS:
         owner = ", the engines'" if backend == rollout.backend else ""
         section[backend] = Quantity(
@@ -236,14 +246,14 @@ def exchange_section(rollout: RolloutTime) -> QuantityTable:
             f"a GPU to {rollout.experts.topk} experts on "
             f"{format_count(rollout.experts.ranks, 'GPU')} and back{owner}; "
             f"{EXCHANGE_SOURCES[backend]}",
-        )
+        ).with_spread(spread)
     section["sums over tensor ranks"] = Quantity(
         rollout.exchange_seconds(concurrency)
         - (sum(job.is_sparse_layer) + engines.num_draft_tokens * (engines.mtp_layers > 0))
         * rollout.layer_exchange(concurrency, rollout.backend),
         "s",
         f"of a pass: 2 a layer over {format_count(engines.tensor, 'GPU')}, NCCL's own model",
-    )
+    ).with_spread(spread)
     return section
 
 

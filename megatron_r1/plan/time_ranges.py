@@ -4,11 +4,13 @@ A range is the estimate over and times `Assumptions.time_spread`, which is how f
 published runs (`published_runs.py`). What `--calibrate` has measured has none; of what was measured
 on fewer GPUs than are planned, communication has one."""
 
+from megatron_r1.plan.engine_buffers import EXPERT_MOVES
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.offload import OFFLOAD
+from megatron_r1.plan.push import drafts_with_mtp
 from megatron_r1.plan.quantity import Quantity, QuantityTable
 from megatron_r1.plan.sample_traffic import ROUTED_EXPERTS
-from megatron_r1.plan.step_time import StepTime
+from megatron_r1.plan.step_time import STALLS, StepTime
 
 MEASUREMENTS = {
     "rollout": "seconds of a decoding pass",
@@ -22,8 +24,16 @@ MEASUREMENTS = {
     OFFLOAD: "seconds between phases",
 }
 """The check of tools/gpu_check that measures the number of a part."""
-UNMEASURED_NUMBERS = ("local_disk", "group_rank_seconds")
-"""Numbers that no check measures."""
+PREFLIGHT_PARTS = (ROUTED_EXPERTS, EXPERT_MOVES)
+"""Parts whose number the preflight measures."""
+SETUP = "set-up"
+"""Seconds in which engines and trainer connect, once a run and for each replaced engine."""
+UNCHECKED_MEASUREMENTS = {
+    "local_disk": "fio's sequential rate of a node's drives, of all its GPUs' processes at once",
+    "group_rank_seconds": "NCCL's 'Init timings' (NCCL_DEBUG=INFO) of a group / its ranks",
+}
+"""How to measure the numbers that no check measures."""
+DRAFT_ACCEPTANCE = "draft_acceptance"
 WIDE_RANGE_RATIO = 2.0
 """A range whose ends differ by more names the measurement that would close it."""
 
@@ -40,7 +50,9 @@ def narrowing_number(job: PlannedJob, name: str) -> str | None:
     numbers = {
         "rollout": engine_number,
         ROUTED_EXPERTS: "host_network",
-        "set-up": "group_rank_seconds",
+        EXPERT_MOVES: "host_network",
+        SETUP: "group_rank_seconds",
+        STALLS: "link_efficiency",
         "push": "push_efficiency",
         "load": "tensor_load_seconds",
         "sleep and wake": "wake_seconds",
@@ -71,19 +83,28 @@ def with_range(times: StepTime, name: str, quantity: Quantity) -> Quantity:
     return quantity.with_spread(job.assumptions.time_spread, assumed_fraction)
 
 
-def narrowing_section(job: PlannedJob, time: QuantityTable) -> QuantityTable:
+def narrowing_section(job: PlannedJob, parts: QuantityTable) -> QuantityTable:
     """Return the width of each part's range beyond `WIDE_RANGE_RATIO`, with the measurement
-    that closes it."""
+    that closes it, and between how few and many tokens a pass with drafts gives.
+
+    Args:
+        job: the planned job.
+        parts: the parts of a step, and of a push."""
     section: QuantityTable = {}
-    for name, part in time.items():
-        number = narrowing_number(job, name)
-        if name not in (*MEASUREMENTS, ROUTED_EXPERTS) or number in UNMEASURED_NUMBERS:
-            continue
-        if not part.low or part.high is None:
+    for name in (*MEASUREMENTS, *PREFLIGHT_PARTS, SETUP):
+        part = parts.get(name)
+        if part is None or not part.low or part.high is None:
             continue
         if (width := part.high / part.low) > WIDE_RANGE_RATIO:
-            command = _narrowing_command(job, name, number)
-            section[name] = Quantity(width, "x", f"{command}: {number}")
+            number = narrowing_number(job, name)
+            section[name] = Quantity(
+                width, "x", f"{_narrowing_command(job, name, number)}: {number}"
+            )
+    speculative = job.config.rollout.speculative
+    if job.generates and drafts_with_mtp(job) and DRAFT_ACCEPTANCE not in job.calibration.names:
+        command = "--calibrate-from the folder of a run that drafts; no check measures it"
+        formula = f"the most tokens a pass over the least: {command}: {DRAFT_ACCEPTANCE}"
+        section["drafts"] = Quantity(1 + speculative.tokens, "x", formula)
     return section
 
 
@@ -93,7 +114,10 @@ def _narrowing_command(job: PlannedJob, name: str, number: str | None) -> str:
     if number in job.calibration.names:
         # On fewer GPUs, which say little of its communication.
         return f"a run of {job.num_gpus:,} GPUs, then --calibrate-from its folder"
-    if name == ROUTED_EXPERTS:
+    if name in PREFLIGHT_PARTS:
         return "the preflight with --preflight.calibration FILE, then --calibrate FILE"
+    if number in UNCHECKED_MEASUREMENTS:
+        measurement = UNCHECKED_MEASUREMENTS[number]
+        return f"no check measures it; by hand into a file for --calibrate: {measurement}"
     check = MEASUREMENTS[name]
     return f"tools/gpu_check --only {check!r}, then --calibrate with the file that it writes"

@@ -1,6 +1,7 @@
 """The seconds of one step by part, each with its range: rollout, scoring, optimizer steps, push,
 and what lies between them."""
 
+from megatron_r1.plan.engine_buffers import EXPERT_MOVES, expert_move_time
 from megatron_r1.plan.offload import OFFLOAD, offload_time
 from megatron_r1.plan.phase_overheads import checkpoint_time, sleep_wake_time, weight_load_time
 from megatron_r1.plan.push import push_link
@@ -12,7 +13,7 @@ from megatron_r1.plan.quantity import (
     total_hours,
 )
 from megatron_r1.plan.sample_traffic import ROUTED_EXPERTS, routing_replay_time
-from megatron_r1.plan.step_time import StepTime
+from megatron_r1.plan.step_time import STALLS, StepTime
 from megatron_r1.plan.time_ranges import with_range
 from megatron_r1.reporting.formatting import format_count
 
@@ -27,10 +28,7 @@ def time_section(times: StepTime) -> QuantityTable:
         section["rollout"] = Quantity(seconds, "s", rollout_formula)
     section |= routing_replay_time(job)
     if job.verb == "rl":
-        passes = "a forward pass of the policy"
-        if job.computes_ref_logprobs:
-            passes = "forward passes of policy and reference"
-        section["scoring"] = Quantity(times.scoring_seconds(), "s", passes)
+        section["scoring"] = Quantity(times.scoring_seconds(), "s", _scoring_formula(times))
     if job.trains:
         section |= _training(times)
     if job.critic:
@@ -42,6 +40,7 @@ def time_section(times: StepTime) -> QuantityTable:
         formula = f"bytes into an engine GPU / its {push_link(job)[1]}"
         section["push"] = Quantity(times.push_seconds(), "s", formula)
         section["load"] = weight_load_time(job)
+        section |= expert_move_time(job)
         if job.config.rollout.colocated:
             section["sleep and wake"] = sleep_wake_time(job)
     if job.trains:
@@ -78,11 +77,12 @@ TIME_PARTS = (
     OFFLOAD,
     "push",
     "load",
+    EXPERT_MOVES,
     "sleep and wake",
     "saves",
 )
 """The parts of a step, in order."""
-PUSH_PARTS = (OFFLOAD, "push", "load", "sleep and wake")
+PUSH_PARTS = (OFFLOAD, "push", "load", EXPERT_MOVES, "sleep and wake")
 """Parts that stop trainer and engines."""
 
 
@@ -121,14 +121,30 @@ def _step(times: StepTime, parts: dict[str, Quantity]) -> Quantity:
     return Quantity(value, "s", formula, low, high)
 
 
+def _scoring_formula(times: StepTime) -> str:
+    """Return the passes that score a rollout, and the host's waits in them."""
+    job, rank = times.job, times.busiest_rank
+    passes, waits = "a forward pass of the policy", times.host_wait_seconds(rank, False)
+    if job.computes_ref_logprobs:
+        passes = "forward passes of policy and reference"
+        waits += times.host_wait_seconds(rank, False, by_reference=True)
+    if not waits:
+        return passes
+    seconds = waits * job.num_microbatches * job.num_minibatches
+    return f"{passes}; of it the host waits {seconds:.2g} s for counts of experts' tokens"
+
+
 def _training(times: StepTime) -> QuantityTable:
     job, count, rank = times.job, times.job.num_microbatches, times.busiest_rank
     update_seconds = times.optimizer_step_seconds()
+    waits = times.host_wait_seconds(rank, True)
+    waits_text = f" + {waits:.2g} s waits of the host" if waits else ""
     step_formula = (
         f"{format_count(count, 'micro-batch')} x ("
         f"{times.compute_seconds(rank, True):.2g} s compute + "
         f"{times.exposed_communication_seconds(rank, True):.2g} s communication + "
-        f"{times.pipeline_stall_seconds(True):.2g} s hops) / (1 - bubble)"
+        f"{times.pipeline_stall_seconds(True):.2g} s hops"
+        f"{waits_text}) / (1 - bubble)"
     )
     bubble_formula = (
         f"1 - V x {count} / (V x {format_count(job.schedule_slots, 'slot')} + P - 1), "
@@ -139,12 +155,11 @@ def _training(times: StepTime) -> QuantityTable:
     return {
         "optimizer step": Quantity(update_seconds, "s", step_formula),
         "bubble": Quantity(times.idle_fraction(count, job.schedule_slots), "share", bubble_formula),
-        "pipeline stalls": Quantity(
+        STALLS: Quantity(
             times.pipeline_stall_seconds(True) * count,
             "s",
             f"of an optimizer step: {2 * job.num_model_chunks * count:,} hops x "
-            f"{times.hop_seconds:.2g} s, of it "
-            f"{job.assumptions.host_stall_seconds:g} s host_stall_seconds and the states' bytes"
+            f"{times.hop_seconds:.2g} s for the states' bytes"
             if times.hop_seconds
             else "one pipeline stage",
         ),
