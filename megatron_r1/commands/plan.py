@@ -247,7 +247,7 @@ def layouts_text(
         other_layouts: the layouts.
         label: the layouts' name in the text.
         other_sizes: the same layout on other numbers of GPUs, named if `other_layouts` is empty."""
-    title = f"{label} layouts that fit (fullest rank, estimated step)"
+    title = f"{label} layouts that fit (fullest rank, estimated step without its range)"
     if not other_layouts:
         remedy = "use more GPUs, or GPUs with more memory"
         if other_sizes:

@@ -20,8 +20,9 @@ from megatron_r1.config.hardware import described_fields
 from megatron_r1.plan.assumed_numbers import GPUS, RELATIVE_TO
 from megatron_r1.plan.estimate import JobEstimate
 from megatron_r1.plan.job import PlannedJob
-from megatron_r1.plan.push import has_push
+from megatron_r1.plan.push import drafts_with_mtp, has_push
 from megatron_r1.plan.recipe_job import planned_job
+from megatron_r1.plan.rollout import mean_pass_tokens
 from megatron_r1.plan.timing import time_section
 from megatron_r1.reporting.formatting import finite_metric, format_count
 
@@ -73,6 +74,20 @@ def calibrate_from(
     return "\n".join([*rows, "  rates of the hardware     measure each link alone"])
 
 
+def draft_acceptance(length: float, num_drafts: int) -> float:
+    """Return the share of right drafts behind right ones with which a pass gives so many tokens.
+
+    Args:
+        length: mean tokens of a sequence in a pass, above 1.
+        num_drafts: drafted tokens of a pass."""
+    low, high = 0.0, 1.0
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        is_below = mean_pass_tokens(middle, num_drafts) < length
+        low, high = (middle, high) if is_below else (low, middle)
+    return high
+
+
 class RunCalibration:
     """The values that a run determines.
 
@@ -101,6 +116,7 @@ class RunCalibration:
         self._solve("compute_efficiency", "time/train", "scoring", "training", "critic")
         self.reasons["link_efficiency"] = "time/train is computation and communication together"
         if job.generates:
+            self._drafts()
             self._rollout()
         if has_push(job):
             self._solve("push_efficiency", "time/push", "push")
@@ -148,6 +164,18 @@ class RunCalibration:
         section = time_section(JobEstimate(self._changed_job(**values)).times)
         part_seconds = [section[name].value for name in parts if name in section]
         return None if not part_seconds or None in part_seconds else sum(filter(None, part_seconds))
+
+    def _drafts(self) -> None:
+        """Set the acceptance with which a pass gives as many tokens as it did."""
+        if not drafts_with_mtp(self.job):
+            self.reasons["draft_acceptance"] = "no MTP layer drafts"
+            return
+        if not (length := self._median("speculative/length")) or length <= 1:
+            self.reasons["draft_acceptance"] = "the metrics have no right drafts"
+            return
+        acceptance = draft_acceptance(length, self.job.config.rollout.speculative.tokens)
+        self.values["draft_acceptance"] = acceptance
+        self.job = self._changed_job(draft_acceptance=acceptance)
 
     def _rollout(self) -> None:
         """One number of seconds determines one of two: engines of one GPU have no exchanges."""

@@ -151,6 +151,8 @@ class RoutingReplayTraffic:
         mean, longest = job.sample_tokens, job.max_sample_tokens
         checkpoint, setting = job.config.checkpoint, "checkpoint.every x checkpoint.keep"
         steps = checkpoint.every * checkpoint.keep
+        controller_seconds = Quantity(self.received_bytes / rate, "s")
+        controller_seconds = controller_seconds.with_spread(job.assumptions.time_spread)
         if job.config.rl.keep_sample_log:
             steps, setting = job.config.run.steps, "rl.keep_sample_log"
         num_layers = max(
@@ -174,8 +176,7 @@ class RoutingReplayTraffic:
             "into the controller": byte_quantity(
                 self.received_bytes,
                 f"from the engines, of all {shape.num_layers} layers: "
-                f"{self.received_bytes / rate:.3g} s "
-                "at host_network, while others sample",
+                f"{controller_seconds.limits} at host_network, while others sample",
             ),
             "into a replica": byte_quantity(
                 self.replica_bytes(mean),

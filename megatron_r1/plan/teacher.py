@@ -56,5 +56,7 @@ def teacher_section(job: PlannedJob, key: str, teacher: TeacherEngines) -> Quant
             f"2 x {key}.max_num_batched_tokens={teacher.max_num_batched_tokens} x "
             f"{hf_config['vocab_size']} x {LOGITS_BYTES} B, whole on each GPU",
         ),
-        "scoring a rollout": Quantity(seconds, "s", scoring),
+        "scoring a rollout": Quantity(seconds, "s", scoring).with_spread(
+            job.assumptions.time_spread
+        ),
     }

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from planned_jobs import V3
 from refusals import refused
 
 from megatron_r1.base.errors import Cause
@@ -148,6 +149,24 @@ def test_values_derived_from_a_run_are_those_it_ran_with(tmp_path, capsys, gpus,
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     time = json.loads(plan.read_text())["sections"]["time"]
     assert time["push"]["value"] == pytest.approx(json.loads(lines[1])["time/push"], rel=1e-6)
+
+
+@pytest.mark.parametrize(("drafts", "length"), [(1, 1.6), (2, 1 + 0.6 + 0.36)])
+def test_the_drafts_that_a_run_accepted_are_derived(tmp_path, drafts, length):
+    """Of six in ten right drafts one gains 1.6 tokens a pass, two gain 1.96."""
+    model, folder, file = tmp_path / "model", tmp_path / "run", tmp_path / "measured.yaml"
+    model.mkdir()
+    small = {"num_hidden_layers": 4, "hidden_size": 256, "intermediate_size": 512}
+    (model / "config.json").write_text(json.dumps(V3 | small))
+    a_run(folder, tmp_path, {}, "1")
+    recipe = yaml.safe_load((folder / "config.yaml").read_text())
+    recipe["rollout"]["speculative"] = {"method": "mtp", "tokens": drafts}
+    recipe["model"] |= {"path": str(model), "mtp": "frozen"}
+    (folder / "config.yaml").write_text(yaml.safe_dump(recipe))
+    record = {"step": 1, "speculative/length": length}
+    (folder / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    calibrate_from(folder, file, *parse(["--calibrate-from", str(folder), str(file)]))
+    assert yaml.safe_load(file.read_text())["draft_acceptance"] == pytest.approx(0.6)
 
 
 def test_seconds_that_no_value_explains_and_missing_runs_are_named(tmp_path, capsys):

@@ -9,10 +9,12 @@ from planned_jobs import RECIPE, ROOT, planned
 
 from megatron_r1.commands.plan import main
 from megatron_r1.config.hardware import Assumptions
+from megatron_r1.plan.arguments import parse
 from megatron_r1.plan.estimate import JobEstimate
 from megatron_r1.plan.job import Calibration
 from megatron_r1.plan.offload import OFFLOAD
 from megatron_r1.plan.quantity import Quantity
+from megatron_r1.plan.recipe_job import planned_job
 from megatron_r1.plan.sample_traffic import ROUTED_EXPERTS
 from megatron_r1.plan.time_ranges import MEASUREMENTS, narrowing_number, narrowing_section
 from megatron_r1.plan.timing import TIME_PARTS, time_section
@@ -43,6 +45,50 @@ def test_a_range_is_the_estimate_over_and_times_the_spread_and_at_most_a_factor_
         replace(Assumptions(), time_spread=2.01)
 
 
+DISTILL = ROOT / "examples/distill/qwen2.5-math-7b_on_policy.yaml"
+JOBS = {
+    "colocated": {"rollout__redundant_experts": 128},
+    "pools": {"rollout_gpus": 2048, "rollout__colocated": False, "rl__staleness": 1}
+    | {"rollout__redundant_experts": 128},
+    "critic, disk": {"rl__algorithm": "ppo", "rl__advantage_std": "batch"}
+    | {"parallel__offload_between_phases": "disk"},
+    "teacher": None,
+}
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_all_estimated_seconds_and_hours_have_a_range_of_at_most_four(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    changed = JOBS[name]
+    job = planned_job(DISTILL, *parse([str(DISTILL)])) if changed is None else planned(**changed)
+    sections = JobEstimate(job).sections()
+    rows = [
+        (title, row, part)
+        for title, section in sections.items()
+        for row, part in section.items()
+        if title != "assumed" and part.unit in ("s", "hours") and part.value
+    ]
+    assert len(rows) > 5
+    for title, row, part in rows:
+        assert part.low and 1 < part.high / part.low <= 4, (title, row)
+    # No seconds are hidden in the formula of a number of bytes.
+    text = sections["push"]["into an engine GPU"].formula
+    assert not re.search(r"\d s\b", text), text
+
+
+def test_what_no_check_measures_is_named_with_what_would():
+    estimate = JobEstimate(planned())
+    rows = estimate.sections()["what would narrow the ranges"]
+    assert rows["set-up"].number == pytest.approx(1.96**2)
+    assert re.search("no check measures it.*NCCL's 'Init timings'", rows["set-up"].formula)
+    # With one draft a pass gives 1 to 2 tokens.
+    assert rows["drafts"].number == 2
+    assert "--calibrate-from" in rows["drafts"].formula
+    assert rows["drafts"].formula.endswith("no check measures it: draft_acceptance")
+    without = JobEstimate(planned(rollout__speculative__method="none")).sections()
+    assert "drafts" not in without["what would narrow the ranges"]
+
+
 def calibrated(job, names, num_gpus=None):
     """The job with numbers measured on as many GPUs, by default its own."""
     calibration = Calibration(Path("measured.yaml"), frozenset(names), num_gpus or job.num_gpus)
@@ -61,7 +107,7 @@ def test_what_is_measured_has_no_range_and_narrows_that_of_the_step():
     named = [set(narrowing_section(each, times(each))) for each in (job, measured)]
     assert named[0] - named[1] == {"rollout"}
     names = {narrowing_number(job, name) for name in (*MEASUREMENTS, ROUTED_EXPERTS)}
-    everything = calibrated(job, names)
+    everything = calibrated(job, names | {"draft_acceptance"})
     assert narrowing_section(everything, times(everything)) == {}
     assert times(everything)["step"].limits == ""
 
@@ -138,6 +184,28 @@ def test_the_bill_names_the_measurement_of_each_wide_range(capsys):
     readme = (RECIPE.parent / "README.md").read_text()
     assert f"| {run[1]} ({run[2]}–{run[3]});" in readme
     assert re.search(r"a step \([\d,]+ to [\d,]+ s\)", printed)
+
+
+DEEPEP = ["--rollout.vllm", "{all2all_backend: deepep_low_latency}", "--rollout.gpu_memory", "0.76"]
+
+
+@pytest.mark.more
+@pytest.mark.parametrize(
+    ("recipe", "options", "cell"),
+    [
+        ("r1_zero", [], "| {0} hours ({1}–{2});"),
+        ("r1_zero", DEEPEP, "with DeepEP {0} ({1}–{2}) |"),
+        ("r1_zero_pools", [], "| {0} hours ({1}–{2}) |"),
+        ("r1_zero_fp8", [], "| {0} hours ({1}–{2}) |"),
+    ],
+)
+def test_the_recipes_page_has_the_plan_s_hours(capsys, recipe, options, cell):
+    assert main([str(RECIPE.with_stem(recipe)), *options]) == 0
+    printed = capsys.readouterr().out
+    run = re.search(r"the run of 650 steps: (\d+) hours \((\d+) to (\d+) hours\)", printed)
+    page = (RECIPE.parent / "README.md").read_text()
+    (row,) = (line for line in page.splitlines() if line.startswith(f"| `{recipe}` |"))
+    assert cell.format(*run.groups()) in row
 
 
 def test_the_plan_names_checks_that_exist():
