@@ -1,6 +1,8 @@
-"""config.json of released models, and how many parameters they are published with, in billions,
-without MTP layers (None: no such number is published). tests/reports/end_tokens.yaml has the tokens
-that end their responses, and where each id is published."""
+"""config.json of released models, and how many parameters they are published with.
+
+The numbers are in billions, without MTP layers (None: no such number is published).
+tests/reports/end_tokens.yaml has the tokens that end their responses, and where each id is
+published."""
 
 QWEN3 = {
     **{"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "attention_bias": False},

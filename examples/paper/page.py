@@ -1,5 +1,6 @@
-"""Writes docs/paper.md: every table with the published figures and ours, and whether the directions
-agree; the plots of the tables as SVG, in the style and light colors of a run's report."""
+"""Writes docs/paper.md: the tables, published and ours, and whether the directions agree.
+
+The plots of the tables are SVG, in the style and light colors of a run's report."""
 
 import io
 import re

@@ -61,8 +61,9 @@ class RMSNorm(torch.nn.Module):
 
 
 class _Normalize(torch.autograd.Function):
-    """y = w n, n = x / r, r = sqrt(mean(x^2) + eps); so, with u = w dy, dw = sum(n dy) over rows
-    and dx = (u - n mean(u n)) / r.
+    """RMS normalization y = w n, with n = x / r and r = sqrt(mean(x^2) + eps).
+
+    So, with u = w dy, dw = sum(n dy) over rows and dx = (u - n mean(u n)) / r.
 
     x, dy (..., hidden_size) in any float dtype, w (hidden_size,); means are in fp32. Saved: n in
     x's dtype, 1 / r (..., 1) in fp32, and w."""

@@ -1,6 +1,7 @@
-"""Rows on which reward models are trained, as a judge decides: pairs.jsonl, two responses to a
-question, which one is preferred and by how many votes; and labels.jsonl, single responses, each
-labelled safe or unsafe.
+"""Rows on which reward models are trained, as a judge decides: pairs and safety labels.
+
+pairs.jsonl has two responses to a question, which one is preferred and by how many votes;
+labels.jsonl single responses, each labelled safe or unsafe.
 
 DeepSeek-R1's helpful reward model is trained on 66 thousand pairs: each judged four times in
 alternating order, near-ties dropped, chosen and rejected of comparable length over the whole set
@@ -201,8 +202,9 @@ def pairs_to_drop(log_ratios: Mapping[PairId, float], max_bias: float) -> set[Pa
 
 
 class SafetyLabels:
-    """Labels the responses of a question as safe or unsafe by the votes of a judge. label: 1 if
-    most votes are for safe, 0 if most are against; an even vote gives none."""
+    """Labels the responses of a question as safe or unsafe by the votes of a judge.
+
+    label: 1 if most votes are for safe, 0 if most are against; an even vote gives none."""
 
     def __init__(self, selection: Selection, judge: ResponseJudge) -> None:
         self._selection, self._judge = selection, judge

@@ -53,8 +53,10 @@ class End:
 
 @dataclass
 class User:
-    """Restarts `command` while `follow` is called. run: the run's folder; logs: a folder for the
-    output of each command, on a disk that is not filled; seconds count from the construction."""
+    """Restarts `command` while `follow` is called.
+
+    run: the run's folder; logs: a folder for the output of each command, on a disk that is not
+    filled; seconds count from the construction."""
 
     command: list[str]
     run: Path

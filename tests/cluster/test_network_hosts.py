@@ -109,8 +109,9 @@ def test_an_engine_whose_experts_are_on_two_hosts(network, tmp_path):
 
 
 def test_a_cable_is_pulled_and_plugged_in_again(network, recipe, tmp_path):
-    """The only engine's host is cut off: it is noticed at both ends, and when the line is back the
-    engine is started again and the run goes on where it waited."""
+    """The only engine's host is cut off, which is noticed at both ends.
+
+    When the line is back the engine is started again and the run goes on where it waited."""
     run = Run(network, recipe, tmp_path, "--rollout.host_silence_seconds", 6, "--run.steps", 400)
     host = network.host()
     run.engines_on(host)

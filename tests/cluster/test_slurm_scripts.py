@@ -1,5 +1,6 @@
-"""The scripts of examples/slurm under a real Slurm: each runs a recipe to its end, also when it is
-requeued in the middle, runs out of time, or is asked to end.
+"""The scripts of examples/slurm under a real Slurm: each runs a recipe to its end.
+
+It does so also when it is requeued in the middle, runs out of time, or is asked to end.
 
 The nodes are this machine's; engines share its memory, so weights travel through /dev/shm.
 """

@@ -32,9 +32,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def on_null_gpu(tmp_path_factory) -> Callable[..., str]:
-    """A function that runs Python with these arguments on the null GPU, or on several; returns its
-    output. computes: whether torch's operators compute in every process from the beginning;
-    settings: further variables of the environment."""
+    """A function that runs Python on the null GPU, or on several, and returns its output.
+
+    computes: whether torch's operators compute in every process from the beginning; settings:
+    further variables of the environment."""
     shim = tmp_path_factory.mktemp("null_gpu")
     build(shim)
 

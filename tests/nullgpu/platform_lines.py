@@ -1,5 +1,6 @@
-"""Calls the functions of `megatron_r1.models.platform` on the null GPU, and prints the lines of
-them that were not run; those of the ranks' network, which have no GPU's side, are left out."""
+"""Prints the lines of `megatron_r1.models.platform` that no call on the null GPU has run.
+
+Those of the ranks' network, which have no GPU's side, are left out."""
 
 import inspect
 import os

@@ -131,9 +131,10 @@ def compare(hf_config: dict, is_fp8: bool, config, model) -> dict:
 
 
 def kept_scales(model) -> dict:
-    """Return the number of scales that kernels of experts keep, and those in freed memory: the
-    storage has no bytes left, or it reads as NaN, as what torch does not keep when it is freed
-    (PYTORCH_NO_CUDA_MEMORY_CACHING)."""
+    """Return the number of scales that kernels of experts keep, and those in freed memory.
+
+    The storage of the latter has no bytes left, or it reads as NaN, as what torch does not keep
+    when it is freed (PYTORCH_NO_CUDA_MEMORY_CACHING)."""
     torch.cuda.synchronize()
     found = {
         f"{title}.{name}": getattr(config, name)

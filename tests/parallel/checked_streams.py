@@ -1,5 +1,7 @@
-"""Streams of a GPU on a CPU, with a check of their order: an operation that reads or writes memory
-which another stream writes, without an event between them, is an error.
+"""Streams of a GPU on a CPU, with a check of their order.
+
+An operation that reads or writes memory which another stream writes, without an event between them,
+is an error.
 
 Operations run where they are launched, as in `models.cpu_patches`; the check holds for every
 timing that a GPU could have, not for the one that is seen. Each stream counts its operations, and

@@ -72,9 +72,10 @@ def positions(grids, parallel):
 
 
 def models_on(grid: str, world_size: int, chosen: str = "first") -> dict[str, dict]:
-    """The models of a set (`random_models.models_in`) that are compared on `grid`: all that it
-    allows on one or two ranks, on four one with experts and MTP layers, for the time it takes; on
-    tp4 one with fewer key and value heads than ranks."""
+    """The models of a set (`random_models.models_in`) that are compared on `grid`.
+
+    They are all that it allows on one or two ranks, on four one with experts and MTP layers, for
+    the time it takes; on tp4 one with fewer key and value heads than ranks."""
     if grid == "tp4":
         return {name: MODELS[name] for name in ["qwen-two-kv-heads"]}
     if world_size > 2:
@@ -86,9 +87,10 @@ def models_on(grid: str, world_size: int, chosen: str = "first") -> dict[str, di
 
 
 def allows(hf_config: dict, at: dict) -> bool:
-    """Whether a model can be split over the axes of `sizes`: one without experts has no ranks of
-    them, one with experts always splits sequences, and gpt-oss has neither context parallelism nor
-    several ranks for an expert."""
+    """Whether a model can be split over the axes of `sizes`.
+
+    One without experts has no ranks of them, one with experts always splits sequences, and gpt-oss
+    has neither context parallelism nor several ranks for an expert."""
     experts = {"n_routed_experts", "num_experts", "num_local_experts"} & hf_config.keys()
     if "sliding_window" in hf_config and at["cp"] * at["etp"] > 1:
         return False

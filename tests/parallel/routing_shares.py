@@ -35,8 +35,9 @@ def config(model: str, grid: str) -> Config:
 
 
 def samples(shape) -> list[Sample]:
-    """Token n of sample s is 2 + n, and its experts in layer l are those of `expected`; of the
-    second sample the engine has given the last rows only."""
+    """Samples whose token n of sample s is 2 + n, with the experts of `expected`.
+
+    Of the second sample the engine has given the last rows only."""
     made = []
     for number, length in enumerate(LENGTHS):
         rows = [

@@ -21,8 +21,9 @@ TOLERANCE = 2e-4
 
 
 def samples() -> list[Sample]:
-    """Three prompts with five responses each, in random order, one of its own, and two episodes of
-    two branches each, of which the second goes on after a turn of the first."""
+    """Three prompts with five responses each, one of its own, and two episodes, in random order.
+
+    An episode has two branches, of which the second goes on after a turn of the first."""
     draw = random.Random(4)
     made = []
     for prompt, count in ((20, 5), (2, 5), (11, 5), (7, 1)):

@@ -30,8 +30,10 @@ class Turn:
 
 
 def episodes(seed: int) -> list[tuple[list[Turn], float]]:
-    """Six episodes, each with its advantage: prompts, then answers to the newest turn, mostly with
-    a tool's result between two; some answers follow an earlier turn and so begin a branch."""
+    """Six episodes, each with its advantage.
+
+    They have prompts, then answers to the newest turn, mostly with a tool's result between two;
+    some answers follow an earlier turn and so begin a branch."""
     draw = random.Random(seed)
 
     def tokens(most):

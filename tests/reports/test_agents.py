@@ -115,8 +115,10 @@ def graded_episode(tree, advantage=0.5):
 
 
 def test_b30_both_calls_stay_where_one_was_run():
-    """parallel_tool_calls false: the tokens of the second call stay in the context that the next
-    turn continues, so that every token is trained in the context in which it was sampled."""
+    """parallel_tool_calls false: the tokens of the second call stay in the context.
+
+    The next turn continues it, so that every token is trained in the context in which it was
+    sampled."""
     session = Session(MERGING)
     functions = [{"name": "calculate", "arguments": {"expression": str(i)}} for i in range(2)]
     written = "".join(f"\n<tool_call>\n{json.dumps(f)}\n</tool_call>" for f in functions)

@@ -4,9 +4,10 @@ from tiny_models import load_model
 
 
 def reverse_kl(student, teacher, prompts, *, num_samples, max_tokens, end):
-    """KL(student ‖ teacher) of the next token, in fp64 over the whole vocabulary, mean over the
-    tokens that the student samples after `prompts` (token ids, of one length), from a fixed
-    seed."""
+    """KL(student ‖ teacher) of the next token, in fp64 over the whole vocabulary.
+
+    It is the mean over the tokens that the student samples after `prompts` (token ids, of one
+    length), from a fixed seed."""
     import torch
 
     models = [load_model(folder) for folder in (student, teacher)]

@@ -307,8 +307,10 @@ are the old weights'."""
 @pytest.mark.more
 @pytest.mark.parametrize("family", [pytest.param("plain", marks=pytest.mark.slow), "qwen"])
 def test_other_models_and_no_orphans(family, models, oracle, tmp_path):
-    """Plain rope in MLA; grouped-query attention, tied embeddings and prefix caching: a prompt
-    that a push finds in the cache, and in a response under way, is read with the new weights.
+    """Plain rope in MLA; grouped-query attention, tied embeddings and prefix caching.
+
+    A prompt that a push finds in the cache, and in a response under way, is read with the new
+    weights.
 
     The parent of the engine is then killed with SIGKILL: nothing of the engine may be left.
     """

@@ -1,6 +1,7 @@
-"""64K for real: a response of 65,536 tokens from vLLM's latent attention of two heads, with the
-vocabulary of DeepSeek-V3, packed next to short ones, graded, trained on with context parallelism 2,
-and pushed."""
+"""A response of 65,536 tokens, with latent attention and the vocabulary of DeepSeek-V3.
+
+vLLM samples it with two heads; packed next to short ones it is graded, trained on with context
+parallelism 2, and pushed."""
 
 import pytest
 from long_response import SHORT, growth, measure

@@ -1,5 +1,7 @@
-"""RL from the command line, on responses that are drawn from a part of the vocabulary: the engine's
-log-probabilities after its cut are the trainer's over what the engine kept, and transformers'."""
+"""RL from the command line, on responses that are drawn from a part of the vocabulary.
+
+The engine's log-probabilities after its cut are the trainer's over what the engine kept, and
+transformers'."""
 
 import json
 from pathlib import Path

@@ -1,5 +1,7 @@
-"""A taskset and a harness with a tool for verifiers 0.4.0, as its users write them: two entries of
-a table, which is drawn afresh for every task, lead to the answer. Imported by its Python."""
+"""A taskset and a harness with a tool for verifiers 0.4.0, as its users write them.
+
+Two entries of a table, which is drawn afresh for every task, lead to the answer. Imported by its
+Python."""
 
 import asyncio
 import json

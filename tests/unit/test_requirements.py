@@ -1,6 +1,7 @@
-"""What is installed without dependency resolution must be complete: cpu.lock, test.txt upon it, and
-trainer.txt with what the NVIDIA PyTorch image brings. cuda.lock's completeness is tested where it
-is installed (tests/nullgpu)."""
+"""What is installed without dependency resolution must be complete.
+
+These are cpu.lock, test.txt upon it, and trainer.txt with what the NVIDIA PyTorch image brings.
+cuda.lock's completeness is tested where it is installed (tests/nullgpu)."""
 
 import re
 import shutil

@@ -1,5 +1,7 @@
-"""This machine: its name, its packages, how many cores and how much they are worth; and the
-processes that the benches start on it, with their environment and megatron-r1's command line.
+"""This machine, its packages and cores, and the processes that benches start on it.
+
+Of the cores it has the number and how much they are worth; of the processes the environment and
+megatron-r1's command line.
 
 Two cores of a virtual machine may be two threads of one physical core, and this changes from hour
 to hour. Processes that should run side by side then take turns, so figures of parallel work are

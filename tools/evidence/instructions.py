@@ -55,9 +55,10 @@ class Version(NamedTuple):
 
 
 def compute_the_same(old: Version, new: Version) -> bool:
-    """Return whether two versions of Python files compute the same: they have the same statements,
-    in whichever of the files, those of a file other than definitions in the same order; and what
-    they import has the same definitions.
+    """Return whether two versions of Python files compute the same.
+
+    They have the same statements, in whichever of the files, those of a file other than definitions
+    in the same order; and what they import has the same definitions.
 
     Args:
         old: one version.
@@ -80,8 +81,10 @@ def _import_the_same(
     old_text: Callable[[str], str | None],
     new_text: Callable[[str], str | None],
 ) -> bool:
-    """Return whether names of the project that only one version imports from their modules have
-    the definitions that the other has by these names, and all else is imported by both."""
+    """Return whether two versions import the same.
+
+    Names of the project that only one of them imports from their modules have the definitions that
+    the other has by these names, and all else is imported by both."""
     old_imports, new_imports = (
         frozenset[Import]().union(*(file.imports for file in files))
         for files in (old_files, new_files)

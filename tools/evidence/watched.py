@@ -14,8 +14,10 @@ PROGRAM = re.compile(r"python (?:-m (examples[\w.]+)|tools/bench (\w+))")
 
 
 def command_files(root: Path, claim: Claim) -> list[Path]:
-    """Return the Python files that the command of a claim names: test files, of a folder all of
-    them; an example; the file of a bench, or those files of its folder that the claim watches.
+    """Return the Python files that the command of a claim names.
+
+    They are test files, of a folder all of them; an example; the file of a bench, or those files of
+    its folder that the claim watches.
 
     Args:
         root: the repository.
@@ -38,8 +40,10 @@ def command_files(root: Path, claim: Claim) -> list[Path]:
 
 
 def unwatched_files(root: Path, claim: Claim) -> list[str]:
-    """Return the files that are missing in the paths of a claim: the bench that its command runs,
-    and the files of the project that the files of the command import directly.
+    """Return the files that are missing in the paths of a claim.
+
+    Looked for are the bench that its command runs, and the files of the project that the files of
+    the command import directly.
 
     Args:
         root: the repository.

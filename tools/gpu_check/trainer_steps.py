@@ -86,9 +86,11 @@ class Steps:
         self.trainer.compute_logprobs(1.0, with_reference=self.config.uses_reference)
 
     def distances(self) -> dict[str, float]:
-        """Return, over all tokens, the mean difference from the samples' log-probabilities, one of
-        at most `FAR_DIFFERENCE` for each, and the cosine between the changes since
-        `earlier_logprobs`, here and there; empty but on the last stage."""
+        """Return how far log-probabilities, and their changes, are from the samples'.
+
+        That is the mean difference, one of at most `FAR_DIFFERENCE` for each, and the cosine
+        between the changes since `earlier_logprobs`, here and there; empty but on the last
+        stage."""
         names = ("gap", "xy", "xx", "yy", "moved")
         sums = torch.zeros(len(names), dtype=torch.float64)
         count = 0

@@ -120,9 +120,11 @@ def waits_on_a_gpu(
 
 
 def _is_fill(value: torch.Tensor | None = None, accumulate: bool = False, *_: Any) -> bool:
-    """Return whether CUDA's `index_put` of one mask is `masked_fill`, which reads no mask on the
-    host: of a number (`x[mask] = 0`), which Python hands on as a CPU tensor
-    (`canDispatchToMaskedFill` in ATen/native/TensorAdvancedIndexingUtils.h)."""
+    """Return whether CUDA's `index_put` of one mask is `masked_fill`, which reads no mask.
+
+    It is one for a number (`x[mask] = 0`), which Python hands on as a CPU tensor
+    (`canDispatchToMaskedFill` in ATen/native/TensorAdvancedIndexingUtils.h). The host then reads no
+    mask."""
     return (
         value is not None and value.numel() == 1 and value.device.type == "cpu" and not accumulate
     )

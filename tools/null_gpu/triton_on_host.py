@@ -1,7 +1,8 @@
-"""Triton's kernels by its interpreter on the null GPU, whose memory is the host's: without the
-copies to the CPU and back that the interpreter makes for a GPU, and without replacing the functions
-of `triton.language` for every kernel and every function that it calls, which takes longer than the
-kernels themselves: they stay replaced. It wants TRITON_INTERPRET=1."""
+"""Triton's kernels by its interpreter on the null GPU, whose memory is the host's.
+
+The copies to the CPU and back that the interpreter makes for a GPU are left out. The functions of
+`triton.language` stay replaced; to replace them for every kernel and every function that it calls
+takes longer than the kernels themselves. It wants TRITON_INTERPRET=1."""
 
 import torch
 from host_compute import drain

@@ -135,8 +135,10 @@ def attention(
     batch, padding, cosine, sine, rotary, q_descale, k_descale, v_descale, scale, is_causal, left,
     right, softcap, is_interleaved, plan, splits, pack, margin, sinks, *context,
 ):  # fmt: skip
-    """Attention of packed queries (tokens, heads, size) over packed keys, or over the pages of a
-    cache (pages, page size, heads, size); with q_v, latent: scores are q k + q_v v."""
+    """Attention of packed queries over packed keys, or over the pages of a cache.
+
+    Queries and keys are (tokens, heads, size), a cache (pages, page size, heads, size). With q_v,
+    latent: scores are q k + q_v v."""
     assert k_new is None and used_q is None and sinks is None and softcap == 0
     assert left < 0 and right <= 0 and padding is None and batch is None
     result = q.new_zeros(*q.shape[:-1], v.shape[-1])
@@ -307,9 +309,11 @@ def experts(
     A, B, C, A_scale, B_scale, topk_weights, sorted_token_ids, expert_ids, num_tokens_post_padded,
     mul_routed_weight, top_k, config, compute_type, *kinds, B_bias=None, **quantized,
 ) -> None:  # fmt: skip
-    """Write the products of tokens A (tokens, in) with their experts' matrices B (experts, out, in)
-    to C (tokens, experts of a token, out): vLLM's `invoke_fused_moe_triton_kernel`, whose
-    interpreted kernel takes a thousand times as long."""
+    """Write the products of tokens A with their experts' matrices B to C.
+
+    A is (tokens, in), B (experts, out, in), C (tokens, experts of a token, out). It stands for
+    vLLM's `invoke_fused_moe_triton_kernel`, whose interpreted kernel takes a thousand times as
+    long."""
     routing = topk_weights, sorted_token_ids, expert_ids, num_tokens_post_padded
     arguments = [A, B, C, *routing, B_bias, A_scale, B_scale]
     drain({x.get_device() for x in arguments if x is not None})

@@ -1,5 +1,7 @@
-"""Watches what processes on null GPUs wait for, as `python tools/null_gpu/watch.py SEGMENT`: looks
-every second, and ends with the first circle, or wait for an ended rank, that it sees twice."""
+"""Watches what processes on null GPUs wait for: `python tools/null_gpu/watch.py SEGMENT`.
+
+It looks every second, and ends with the first circle, or wait for an ended rank, that it sees
+twice."""
 
 import sys
 import time

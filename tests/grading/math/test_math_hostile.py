@@ -39,8 +39,10 @@ def answered(answer):
 
 @pytest.fixture(scope="module")
 def graded(tmp_path_factory):
-    """Of one worker of 1 GiB: batch → the grades of its jobs and of an honest answer after them,
-    the counters at the end, and the file that code in answers would make."""
+    """Of one worker of 1 GiB: batch → the grades of its jobs, the counters and a file's path.
+
+    The grades have that of an honest answer after the jobs; the file is the one that code in
+    answers would make."""
     trace = tmp_path_factory.mktemp("code") / "trace"
     batches = {
         family: [

@@ -24,8 +24,9 @@ ROWS = [{"question": f"row {i}", "truth": 20 + i} for i in range(20)]
 
 @pytest.fixture
 def recipe(tmp_path, monkeypatch):
-    """A recipe of a run in an environment, its model's folder, and engines that count: an odd seed
-    stops at the right number, which is a reward of 0, an even one at the next."""
+    """A recipe of a run in an environment, its model's folder, and engines that count.
+
+    An odd seed stops at the right number, which is a reward of 0, an even one at the next."""
     folder = tmp_path / "model"
     tokenizer = chat_tokenizer()
     tokenizer.save_pretrained(folder)

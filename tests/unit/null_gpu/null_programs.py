@@ -239,11 +239,12 @@ def four_links(order: str, rank: str) -> None:
 
 
 def ranks_of_a_push(enqueued: str) -> None:
-    """Processes of a push as threads, each with a GPU of its own, which enqueues its steps on the
-    default stream: `[[is send, peer, bucket] that start], [those that are waited for]`. As torch
-    does, a link has a communicator and a stream of its own, which waits for what the default stream
-    has had until the call; several calls that start together are a group. Says when all have
-    enqueued, and, after each line, which have come to their ends."""
+    """Processes of a push as threads, each with a GPU of its own.
+
+    Each enqueues its steps on the default stream: `[[is send, peer, bucket] that start], [those
+    that are waited for]`. As torch does, a link has a communicator and a stream of its own, which
+    waits for what the default stream has had until the call; several calls that start together are
+    a group. Says when all have enqueued, and, after each line, which have ended."""
     steps = {int(rank): of_rank for rank, of_rank in json.loads(enqueued).items()}
     are_ready = {}
     threads = [in_background(_rank_of_a_push, *each, are_ready) for each in steps.items()]

@@ -1,5 +1,7 @@
-"""Trainer ranks and engines of a push over NCCL in processes of their own, each rank on a null GPU,
-behind the controller's own pusher; an engine can be killed at a chosen round of a push.
+"""Trainer ranks and engines of a push over NCCL in processes of their own.
+
+Each rank is on a null GPU, behind the controller's own pusher; an engine can be killed at a chosen
+round of a push.
 
 `python push_processes.py MODEL ENGINES [colocated] [host] [first] [middle] [last]` pushes; for each
 of the last words it kills engine 0 at that round of a push, replaces it, and pushes again. host: on

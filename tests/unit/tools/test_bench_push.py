@@ -31,8 +31,9 @@ def seconds_of(order: RoundSchedule, rates: PushAssumptions = FREE) -> float:
 
 @pytest.mark.parametrize("engines", [2, 4])
 def test_what_enters_is_passed_on_in_as_many_rounds_as_there_are_others(engines):
-    """Each of E engines of one rank receives 6 bytes at 1 B/s, then passes them on E - 1 times: 6 E
-    seconds, as if the trainer had sent everything to every engine."""
+    """Each of E engines of one rank receives 6 bytes at 1 B/s, then passes them on E - 1 times.
+
+    That takes 6 E seconds, as if the trainer had sent everything to every engine."""
     links = [ProcessLink(rank, engines + rank, 6) for rank in range(engines)]
     positions = [range(engines, 2 * engines)]
     assert seconds_of(RoundSchedule(links, positions, 3, 2)) == pytest.approx(6 * engines)
@@ -114,8 +115,9 @@ def test_rounds_are_simulated_within_all_aims(colocated, form):
 
 @pytest.mark.parametrize(("tensor", "held"), [(2, 1.0), (1, 0.5)])
 def test_what_an_engine_rank_s_own_gpu_holds_is_counted(tensor, held):
-    """Trainer and engine of two tensor ranks each, of which the ranks on a GPU hold the same half;
-    or a trainer of two stages, of which each holds a part of what both engine ranks need."""
+    """Trainer and engine of two tensor ranks each, of which the ranks on a GPU hold the same half.
+
+    Or a trainer of two stages, of which each holds a part of what both engine ranks need."""
     grid = TrainerGrid(2, tensor=tensor, pipeline=2 // tensor)
     planner = Planner(QWEN, grid, EngineLayout(1, tensor_parallel=2))
     row = simulate_case(ScaleCase("two GPUs", planner, colocated=True), FREE)

@@ -54,8 +54,10 @@ def test_a_token_that_is_left_out_is_as_one_that_was_not_sampled(place, average)
 
 
 def loss_and_slope(loss, gap: float):
-    """The loss of one token of advantage 0.7 whose log-probability is `gap` above the old policy's,
-    0.2 above the reference's, and whose old one is 0.3 above the engine's; its derivative."""
+    """The loss of one token of advantage 0.7, and its derivative.
+
+    Its log-probability is `gap` above the old policy's, 0.2 above the reference's, and its old one
+    is 0.3 above the engine's."""
     row = replace(rows()[0], logprobs=torch.tensor([-1.3]), num_sampled=1, advantage=0.7)
     old = torch.tensor([-1.0], dtype=torch.float64)
     own = (old + gap).requires_grad_()

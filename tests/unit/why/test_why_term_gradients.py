@@ -1,5 +1,7 @@
-"""How often each term of the loss is in the run's gradient: planted in a run of plain torch in
-float64, whose terms are written out and whose optimizer is torch's."""
+"""How often each term of the loss is in the run's gradient.
+
+Faults are planted in a run of plain torch in float64, whose terms are written out and whose
+optimizer is torch's."""
 
 import math
 from dataclasses import replace

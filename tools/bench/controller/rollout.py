@@ -1,6 +1,7 @@
-"""A rollout through the controller, with synthetic engines that answer at once or at a pace: how
-long it takes from the first request to the trainer's reply, how long it blocks the event loop, and
-the memory of the process meanwhile.
+"""A rollout through the controller, with synthetic engines that answer at once or at a pace.
+
+Measured are the time from the first request to the trainer's reply, how long it blocks the event
+loop, and the memory of the process meanwhile.
 
 Engines and trainer ranks are processes of this bench that speak the real protocols, HTTP and
 ZeroMQ; all between them is the controller's own code: client, checks, grading in worker processes,

@@ -1,6 +1,7 @@
-"""Synthetic engines, HTTP servers that answer every generate call with the same group, and
-synthetic trainer ranks, ZeroMQ sockets that reply to every call; many of either are in one
-process.
+"""Synthetic engines and trainer ranks, many of either in one process.
+
+Engines are HTTP servers that answer every generate call with the same group, trainer ranks ZeroMQ
+sockets that reply to every call.
 
 What engines answer: a model folder with a vocabulary of real size, a group's responses, and the
 reply as bytes, in each format of an engine."""
@@ -55,8 +56,10 @@ class GroupReply:
 
 
 def write_model(folder: Path) -> Path:
-    """Write DeepSeek-V3's config.json and a byte-level tokenizer with as many entries: words of 4
-    bytes on average, one in fifty with a sign that takes two bytes or more in a Python text."""
+    """Write DeepSeek-V3's config.json and a byte-level tokenizer with as many entries.
+
+    Words have 4 bytes on average, one in fifty a sign that takes two bytes or more in a Python
+    text."""
     folder.mkdir(parents=True)
     shutil.copy(MODEL_CONFIG, folder)
     size = json.loads(MODEL_CONFIG.read_text())["vocab_size"]

@@ -197,8 +197,10 @@ def cell_settings(part: str, cell: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def plant_fault(part: Part, cell: str) -> Iterator[None]:
-    """Plant the fault of a part, or of one of its cells, in the runs of the block: what samples the
-    rollouts is given another temperature than the trainer, or does not ask for the kept ids."""
+    """Plant the fault of a part, or of one of its cells, in the runs of the block.
+
+    What samples the rollouts is given another temperature than the trainer, or does not ask for the
+    kept ids."""
     changes = {"temperature": part.engine_temperature}
 
     def sampler(config: Config, *arguments: Any) -> StepSampler:

@@ -1,3 +1,5 @@
-"""Benches of the weight push: on this machine (`python tools/bench push`), planned at the real size
-(`scale`, whose orders `schedule_check` proves and `stream_queues` runs), and the control path of
-256 processes (`control`)."""
+"""Benches of the weight push: here, at the real size, and its control path.
+
+`python tools/bench push` runs on this machine; `scale` plans the real size, whose orders
+`schedule_check` proves and `stream_queues` runs; `control` has the control path of 256
+processes."""

@@ -1,5 +1,7 @@
-"""The control path of a push to a set of engines, with a process per rank: tiny weights, gloo, real
-rendezvous, groups, order of calls, and ranks that die in the middle.
+"""The control path of a push to a set of engines, with a process per rank.
+
+It has tiny weights, gloo, real rendezvous, groups, order of calls, and ranks that die in the
+middle.
 
 128 trainer ranks and 8 engines of 16 ranks, as planned by `plan.engine_sets`. After an undisturbed
 push, which is compared with the trainer's weights byte by byte, a second one is broken off in each

@@ -90,8 +90,10 @@ def _find_mismatch(
 
 
 def _find_early(operations: np.ndarray, order: RoundSchedule) -> Refusal | None:
-    """Find a send of a bucket that its process does not have, or has not yet: it passes on what has
-    entered it once all of that has ended, earlier in the same stream."""
+    """Find a send of a bucket that its process does not have, or has not yet.
+
+    A process passes on what has entered it once all of that has ended, earlier in the same
+    stream."""
     process, bucket = operations["process"], operations["bucket"]
     enters = bucket < order.num_scatter_buckets
     entering = np.flatnonzero(~operations["sends"] & enters)

@@ -1,5 +1,7 @@
-"""Responses with the reward each must get: honest ones like those of a run, and hostile ones that
-try to hang, crash or fool the math grader; the right reward of each of these is 0.
+"""Responses with the reward each must get: honest ones, and hostile ones.
+
+Honest ones are like those of a run; hostile ones try to hang, crash or fool the math grader, and
+the right reward of each of these is 0.
 
 ANSWERS are wrong for every question; RESPONSES break the rules for where an answer may stand."""
 

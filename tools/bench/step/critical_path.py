@@ -1,6 +1,7 @@
-"""What a step's time went to: the spans that a run's processes record (`base.processes.timeline`),
-as a division of each step's wall-clock time among who was busy, while the controller waited or
-not."""
+"""Divides the wall-clock time of a run's steps among the processes that were busy.
+
+From the spans that a run's processes record (`base.processes.timeline`), for the time in which the
+controller waited and the rest."""
 
 import json
 from bisect import bisect_right

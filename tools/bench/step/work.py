@@ -1,5 +1,7 @@
-"""The work of both systems: questions, limits, reward, the part of the algorithm they share, and a
-Qwen2-shaped model whose responses have the lengths of reasoning: most short, a few very long.
+"""The work of both systems: questions, limits, reward, algorithm and a Qwen2-shaped model.
+
+Of the algorithm it is the part that they share; the model's responses have the lengths of
+reasoning: most short, a few very long.
 
 Weights are random except for two features of the residual stream that no layer writes to: a
 constant, and the kind of the last token, plain or dwelling. The head reads these two, so that the

@@ -1,5 +1,7 @@
-"""Runs `megatron-r1 why RUN --json FILE` of this tree in processes that are forked from one which
-has made the imports, so that their time is that of the examination alone."""
+"""Runs `megatron-r1 why RUN --json FILE` of this tree in forked processes.
+
+They are forked from one which has made the imports, so that their time is that of the examination
+alone."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""The models and data of the bench of `why`: small enough for a step of half a second, with answers
-in all forms that readers of mathematics know, some right, some wrong and some cut off."""
+"""The models and data of the bench of `why`: small enough for a step of half a second.
+
+Answers have all forms that readers of mathematics know, some right, some wrong and some cut off."""
 
 import json
 import random

@@ -27,9 +27,11 @@ Result = Mapping[str, Any]
 
 
 def verdict(case: Case, result: Result) -> str:
-    """Return what `why` made of a case: named (the right quantity first, with its cause), quantity
-    (without its cause), wrong (another quantity), missed, no run (the run or `why` failed); healthy
-    or false alarm for a healthy one.
+    """Return what `why` made of a case.
+
+    It is named (the right quantity first, with its cause), quantity (without its cause), wrong
+    (another quantity), missed, no run (the run or `why` failed); healthy or false alarm for a
+    healthy one.
 
     Args:
         case: the case.

@@ -1,6 +1,8 @@
-"""Python imports this first in a process on the null GPU in which torch's operators compute from
-the beginning, and in those that it starts: trainer ranks, engines, and tests that know nothing of
-it. Nothing is imported for it: what is imported is changed when it is."""
+"""Makes torch's operators compute on the null GPU from a process's beginning.
+
+Python imports this first, also in processes that such a process starts: trainer ranks, engines, and
+tests that know nothing of it. Nothing is imported for it: what is imported is changed when it
+is."""
 
 import ctypes
 import importlib.abc

@@ -11,9 +11,11 @@ import torch
 
 @dataclass
 class Response:
-    """One response: its group, its reward (None: nobody could grade it), and per response token new
-    (differentiable), old, ref, teacher: log-probabilities; values: the critic's; engine: what the
-    engine that sampled it says, in tests of masks."""
+    """One response: its group, its reward, and log-probabilities per response token.
+
+    reward: None where nobody could grade it; new (differentiable), old, ref, teacher:
+    log-probabilities; values: the critic's; engine: what the engine that sampled it says, in tests
+    of masks."""
 
     group: int
     reward: float | None

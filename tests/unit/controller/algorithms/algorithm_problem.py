@@ -116,9 +116,11 @@ def unchanged(given):
 
 
 def ours(problem, name, settings, form=unchanged, corrected=unchanged, metrics=None):
-    """Of each mini-batch: its loss, gradients, metrics and batches, as controller and trainer make
-    them. form: makes what the trainer's functions get of their settings. corrected: what a
-    correction makes of the algorithm's advantages. metrics: gets those of a mask."""
+    """The loss, gradients, metrics and batches of each mini-batch.
+
+    They are as controller and trainer make them. form: makes what the trainer's functions get of
+    their settings. corrected: what a correction makes of the algorithm's advantages. metrics: gets
+    those of a mask."""
     rl = {"group_size": 4, "prompts_per_rollout": 4, "minibatches": 2, **settings}
     config = Config(rl={"algorithm": name, **rl}, rollout={"max_response_tokens": LIMIT})
     algorithm = algorithms.find(name)

@@ -28,8 +28,10 @@ SIZES = (5, 3)
 
 
 class LateCopies(TorchDistGlooStagedEplbCommunicator):
-    """vLLM's exchange through the host, whose copies to the GPU run on a stream: where it is the
-    balancer's own, the caller's stream reads the receive buffer before they have run."""
+    """vLLM's exchange through the host, whose copies to the GPU run on a stream.
+
+    Where it is the balancer's own, the caller's stream reads the receive buffer before they have
+    run."""
 
     def execute(self) -> None:
         received = [tensor for kind, tensor, _ in self._ops if kind == "recv"]

@@ -1,5 +1,6 @@
-"""The functions of vLLM that docstrings of the plugin cite, as reasons of its patches, are the ones
-that the patches were written for: `vllm_sources.json` has a hash of each one's source.
+"""The functions of vLLM that the plugin's docstrings cite are those its patches were written for.
+
+`vllm_sources.json` has a hash of each one's source.
 
 After a new vLLM: read the functions that differ, correct or remove the patch, and write the hash
 that the failing test shows."""

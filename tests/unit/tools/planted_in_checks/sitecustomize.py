@@ -1,5 +1,7 @@
-"""Python imports this at the start of every process whose PYTHONPATH has this folder: it plants the
-defect that PLANTED names in a subject of `tools/gpu_check`, but not in what it is compared with."""
+"""Plants the defect that PLANTED names in a subject of `tools/gpu_check`.
+
+Python imports this at the start of every process whose PYTHONPATH has this folder. What the subject
+is compared with has no defect."""
 
 import importlib.abc
 import importlib.machinery
