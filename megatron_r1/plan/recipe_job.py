@@ -153,7 +153,7 @@ def _check_verb(args: argparse.Namespace, verb: Verb) -> None:
         )
     if args.rollout_gpus and verb != "rl":
         remedy = "use --gpus" if verb == "sample" else "leave it out"
-        reason = "has no trainer beside its engines" if verb == "sample" else "has no engines"
+        reason = "has no trainer next to its engines" if verb == "sample" else "has no engines"
         raise UserError(
             f"--rollout-gpus: {verb} {reason}; {remedy}", key="--rollout-gpus", cause=Cause.CONFLICT
         )
