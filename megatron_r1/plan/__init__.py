@@ -1,2 +1,20 @@
-"""What a run needs before a GPU is rented: parameters, memory of every rank, traffic, operations
-and time of a recipe, each with its formula (docs/plan.md). `megatron-r1 plan` prints them."""
+"""What a run needs before a GPU is rented, each number with its formula (docs/plan.md).
+
+`megatron-r1 plan` prints it. The modules, in the order of an estimate:
+
+- What is planned: `arguments`, the options; `recipe_job`, from options and recipe to the `job`;
+  `assumed_numbers`, the rates, or those of `--calibrate`; `quantity`, a number with unit, formula
+  and range.
+- Counts: `counts`, parameters; `flops`, operations; `communication`, bytes that trainer ranks send.
+- The trainer: `memory`, of its ranks; `offload`, what leaves the GPU between phases;
+  `expert_overlap`, the exchange with experts behind computation; `step_time`, seconds of
+  micro-batches and updates; `build`, the real ranks, compared with the plan.
+- The engines: `engine_memory`, weights and caches; `engine_buffers`, what vLLM's balancer and
+  DeepEP hold; `engine_communication`, exchanges between GPUs; `rollout`, seconds of decoding;
+  `teacher`, engines of teachers.
+- Between them: `push`, its bytes, with the links of `push_links`; `sample_traffic`, samples on
+  their way to the trainer; `phase_overheads`, loads, sleeps and saves.
+- The estimate: `timing`, a step's seconds by part; `time_ranges`, their ranges and what narrows
+  them; `estimate`, all sections and what does not fit; `search`, layouts that fit.
+- Measurements: `calibration`, numbers that a run gives; `published_runs`, published figures against
+  the plan's."""

@@ -192,7 +192,7 @@ def _num_values(entry: LayoutEntry) -> int:
 
 def _rank_coordinates(job: PlannedJob) -> Iterator[tuple[int, ...]]:
     """Yield every rank's place in Megatron's groups, in order: (pipeline, tensor, expert, expert
-    tensor), and among the ranks with the same dense, and the same expert, parameters."""
+    tensor, dense replica, expert replica), the last two among ranks with the same parameters."""
     from megatron.core.parallel_state import RankGenerator
 
     parallel, order = job.parallel, "tp-cp-ep-dp-pp"

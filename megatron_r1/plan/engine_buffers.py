@@ -1,5 +1,7 @@
-"""What vLLM 0.32 holds on each GPU of an engine besides weights and cache: DeepEP's buffers for the
-exchange of tokens, and the state of its balancer of experts; and what the balancer moves."""
+"""What vLLM 0.32 holds on each GPU of an engine besides weights and cache.
+
+DeepEP's buffers for the exchange of tokens, and the state of the balancer of experts
+(`rollout.redundant_experts`), with the experts that it moves."""
 
 from typing import Any
 
@@ -52,9 +54,10 @@ def low_latency_tokens(job: PlannedJob) -> int:
 
 
 def low_latency_bytes(tokens: int, hidden: int, experts: int) -> int:
-    """Return the bytes of a rank's buffers in NVSHMEM's memory, in bf16: each twice, sent and
-    received, a message of every token for every expert (DeepEP's csrc/config.hpp,
-    `LowLatencyLayout`, without its counters).
+    """Return the bytes of a rank's buffers in NVSHMEM's memory, in bf16.
+
+    Two that are sent and two that are received have room for a message of every token for every
+    expert (DeepEP's csrc/config.hpp, `LowLatencyLayout`, without its counters).
 
     Args:
         tokens: most tokens of a rank's pass.
@@ -96,8 +99,9 @@ def deepep_formula(job: PlannedJob) -> str:
 
 
 def balancer_bytes(job: PlannedJob) -> int:
-    """Return the bytes of the balancer's state on an engine's GPU, for the model and for its
-    drafter: the experts of a layer on their way, its maps in int64, and loads in int32 (vLLM's
+    """Return the bytes of the balancer's state on an engine's GPU, for the model and its drafter.
+
+    Experts of a layer on their way, maps in int64, and loads in int32 (vLLM's
     distributed/eplb/eplb_state.py, `EplbState.add_model`); 0 without `rollout.redundant_experts`.
     """
     if not _has_balancer(job):
@@ -122,8 +126,8 @@ def expert_bytes(job: PlannedJob) -> int:
 
 
 def moved_expert_bytes(job: PlannedJob) -> int:
-    """Return the most bytes of experts that come to a GPU when all are moved, as a balancer does
-    that has all of an engine's GPUs to choose from."""
+    """Return the most bytes of experts that come to a GPU, as the balancer may choose any GPU for
+    each of them."""
     return sum(_layers_of_networks(job)) * _slots_per_gpu(job) * expert_bytes(job)
 
 
@@ -146,8 +150,9 @@ def moved_experts_section(job: PlannedJob) -> QuantityTable:
 
 
 def expert_move_time(job: PlannedJob) -> QuantityTable:
-    """Return the seconds in which engines that do not sleep put pushed experts where the balancer
-    has them (engines/plugin/expert_placement.py); {} without a balancer, and for colocated engines,
+    """Return the seconds in which pushed experts move to where the balancer has them.
+
+    That is in engines/plugin/expert_placement.py; {} without a balancer, and for colocated engines,
     which begin with the places of a push."""
     if not _has_balancer(job) or job.config.rollout.colocated:
         return {}

@@ -154,8 +154,8 @@ class ExpertExchange:
         return 2 * start + load * slowdown * transfer_seconds
 
     def _high_throughput(self, tokens: float) -> float:
-        """Return the bytes of a token, once to each node (within one, to each GPU), at DeepEP's
-        measured rate, and the host's wait for the number of tokens."""
+        """Return DeepEP's seconds for a token's bytes, once to each node (within one, to each GPU),
+        and of the host's wait for the number of tokens."""
         hardware, nodes = self.links.hardware, self.links.nodes(self.ranks)
         (rate,) = _between({n: (rate,) for n, rate in HIGH_THROUGHPUT_RATES.items()}, self.ranks)
         rate *= (

@@ -144,9 +144,10 @@ class EngineMemory:
 
     @property
     def rollouts_in_flight(self) -> int:
-        """Rollouts that are sampled at once: with `rl.staleness` k, on GPUs of their own, the one
-        that the trainer waits for and k later ones, which fill the engines meanwhile
-        (controller/rollouts/rollout_stream.py)."""
+        """Rollouts that are sampled at once.
+
+        With `rl.staleness` k, on GPUs of their own, the one that the trainer waits for and k later
+        ones, which fill the engines meanwhile (controller/rollouts/rollout_stream.py)."""
         rl = self.job.config.rl
         return 1 + rl.staleness if self.job.rollout_gpus and self.job.verb == "rl" else 1
 

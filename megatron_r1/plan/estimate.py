@@ -235,8 +235,8 @@ class JobEstimate:
         )
 
     def _engine_fraction(self) -> str | None:
-        """Return the problem of engines that take more of a GPU than the trainer on it, or the
-        receive buffer of pushes, leaves them, or None."""
+        """Return the problem of engines that take more of a GPU than trainer or receive buffer
+        leave them, or None."""
         engines, rollout, memory = self.engines, self.job.config.rollout, self.job.hardware.memory
         has_trainer = rollout.colocated and engines.trainer_bytes
         has_receive_buffer = self.job.rollout_gpus and engines.receive_buffer_bytes

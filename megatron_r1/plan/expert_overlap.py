@@ -1,6 +1,7 @@
-"""The exchange of tokens with experts' ranks behind the computation of another micro-batch
-(`parallel.overlap_expert_exchange`): what of it stays exposed, the memory that it takes, and the
-choice between it and layers recomputed whole, which Megatron refuses together (0.16.1).
+"""The exchange with experts' ranks behind another micro-batch's computation, in seconds and bytes.
+
+`parallel.overlap_expert_exchange` and layers recomputed whole exclude each other (Megatron 0.16.1):
+both are compared.
 
 In a combined pass each of a layer's four all-to-alls has one part of the other micro-batch's layer
 to hide behind (model_chunk_schedule_plan.py, TransformerLayerSchedulePlan.run, Megatron-Core
@@ -55,9 +56,10 @@ def unpaired_fraction(job: PlannedJob, pipeline_rank: int) -> float:
 
 
 def working_bytes(layer: LayerActivations, parallel: ParallelConfig) -> int:
-    """Return the bytes that the layers in work add: one in its backward pass and, in a combined
-    pass, one of the other micro-batch in its forward pass, before anything of the first is freed.
-    """
+    """Return the bytes that the layers in work add.
+
+    One is in its backward pass and, in a combined pass, one of the other micro-batch in its forward
+    pass, before anything of the first is freed."""
     forward_bytes = (
         layer.saved_bytes(parallel) + layer.dispatch if parallel.overlap_expert_exchange else 0
     )
@@ -83,9 +85,10 @@ class StepEstimate:
 def exchange_choice(
     job: PlannedJob, estimate_step: Callable[[PlannedJob], StepEstimate]
 ) -> QuantityTable:
-    """Return the seconds of an optimizer step with the exchange hidden and selective recomputation,
-    and with neither hidden and full recomputation, the memory of each, and which fits; {} where
-    experts are on one rank.
+    """Return the seconds and memory of an optimizer step with the exchange hidden, and with layers
+    recomputed whole.
+
+    Selective recomputation goes with the first. {} where experts are on one rank.
 
     Args:
         job: the planned job, for everything else.

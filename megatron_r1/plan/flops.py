@@ -20,8 +20,9 @@ def attention_flops(hf_config: HFConfig, length: float) -> float:
 
 
 def forward_flops(hf_config: HFConfig, length: float, speedup: float = 1.0) -> float:
-    """Return forward FLOP of one token through the main model; products with weights count
-    1 / `speedup`, for a time at the rate of the others.
+    """Return forward FLOP of one token through the main model.
+
+    Products with weights count 1 / `speedup`, for a time at the rate of the others.
 
     Args:
         hf_config: the model's config.json.

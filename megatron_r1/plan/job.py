@@ -1,5 +1,6 @@
-"""The job to plan: a model, a recipe's settings, a layout and hardware; and the refusals of jobs
-whose trainer or engines are impossible for the model, or on their GPUs."""
+"""The job to plan: a model, a recipe's settings, a layout and hardware.
+
+Jobs whose trainer or engines are impossible for the model, or on their GPUs, are refused."""
 
 from __future__ import annotations
 

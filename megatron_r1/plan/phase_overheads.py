@@ -51,8 +51,9 @@ def sleep_wake_time(job: PlannedJob) -> Quantity:
 
 
 def checkpoint_time(job: PlannedJob) -> Quantity:
-    """Return a step's share of the seconds in which a checkpoint stops the trainer: its copy to
-    the host, and the writing that steps until the next do not hide (`asynchronous`), or all."""
+    """Return a step's share of the seconds in which a checkpoint stops the trainer.
+
+    These are of its copy to the host and, unless `checkpoint.asynchronous`, of its writing."""
     settings, assumptions = job.config.checkpoint, job.assumptions
     counts = RankCounts(job)
     keeps_reference = job.computes_ref_logprobs or job.keeps_reference

@@ -217,9 +217,10 @@ def _residuals(
 
 
 def range_factor(runs: Sequence[PublishedRun], values: dict[str, float]) -> float:
-    """Return the factor above and below an estimate within which nine of ten runs like these lie:
-    e to the power of `SPREAD_DEVIATIONS` standard deviations, of as many rows as exceed the free
-    numbers."""
+    """Return the factor above and below an estimate within which nine of ten runs like these lie.
+
+    It is e to the power of `SPREAD_DEVIATIONS` standard deviations, of as many rows as exceed the
+    free numbers."""
     squares = sum(math.log(run.ratio(**values)) ** 2 for run in runs)
     return math.exp(SPREAD_DEVIATIONS * math.sqrt(squares / (len(runs) - len(FIRST_GUESSES))))
 

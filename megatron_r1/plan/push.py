@@ -1,5 +1,6 @@
-"""Bytes of one weight push, summed over the push's own plan (`push/plan`), and what they take of
-the ranks that send and receive them; `push_links` has the links between these."""
+"""Bytes of one weight push, and what they take of the ranks that send and receive them.
+
+They are summed over the push's own plan (`push/plan`); `push_links` has the links between ranks."""
 
 from functools import cache, lru_cache
 from typing import Literal
@@ -183,8 +184,8 @@ def reuses_kv_cache(job: PlannedJob) -> bool:
 
 
 def reused_kv_cache_bytes(job: PlannedJob) -> int:
-    """Return the bytes that a push takes of a GPU next to the weights of trainer and engine: the
-    receive buffer, and the buckets of the rounds under way."""
+    """Return the bytes of a push on a GPU next to the weights of trainer and engine: receive buffer
+    and buckets of the rounds under way."""
     if not (has_push(job) and reuses_kv_cache(job)):
         return 0
     bucket = RELAY_BUCKET_BYTES if planned_engine_layout(job).engines > 1 else SCATTER_BUCKET_BYTES

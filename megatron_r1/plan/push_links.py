@@ -1,5 +1,6 @@
-"""The links of a push in sets of engines: the bytes on them and the time of set-up and push, over
-the plan that a run executes (`push/plan/engine_sets.py`), and over NCCL in its rounds
+"""The links of a push in sets of engines: the bytes on them, and the time of set-up and push.
+
+Both follow the plan that a run executes (`push/plan/engine_sets.py`), and over NCCL its rounds
 (`push/plan/rounds.py`)."""
 
 import json
@@ -60,8 +61,8 @@ class SetTraffic:
         return max(self.sent_bytes) / (sum(self.sent_bytes) / len(self.sent_bytes))
 
     def seconds(self, rate: float, assumptions: Assumptions) -> float:
-        """Return the time of a push through adapters of `rate`: what enters, from the busiest
-        trainer rank, then rounds of what is passed on, in rings."""
+        """Return the time of a push through adapters of `rate`: what enters from the busiest
+        trainer rank, then rounds in rings."""
         relayed_bytes = max(self.received_bytes) - self.entering_bytes
         rounds = -(-relayed_bytes // (RELAY_BUCKET_BYTES * self.num_engines))
         hops = (self.num_engines - 1) * assumptions.hop_seconds
@@ -208,9 +209,10 @@ def set_plans(
 
 
 class PushedWeights(NamedTuple):
-    """Identifies the weights of a push, as the key of cached plans: the model's config.json,
-    whether its MTP layers are among the weights, and the section `model.lora` of adapters that are
-    pushed alone."""
+    """Identifies the weights of a push, as the key of cached plans.
+
+    Fields are the model's config.json, whether its MTP layers are among the weights, and the
+    section `model.lora` of adapters that are pushed alone."""
 
     hf_config_json: str
     drafts: bool

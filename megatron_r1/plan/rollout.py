@@ -46,10 +46,11 @@ class RolloutTime:
         return mean_pass_tokens(acceptance, self.engines.num_draft_tokens)
 
     def step_seconds(self, sequences: float) -> float:
-        """Return seconds of one token for each of `sequences` in a group: the longer of reading
-        weights and caches, and computing; each layer's small kernels and exchanges; and what the
-        host does between passes. With drafts a pass computes all of them, and an MTP layer runs
-        once for each."""
+        """Return seconds of one token for each of `sequences` in a group.
+
+        They are the longer of reading weights and caches, and computing; each layer's small kernels
+        and exchanges; and what the host does between passes. With drafts a pass computes all of
+        them, and an MTP layer runs once for each."""
         job, hardware, assumptions = self.job, self.job.hardware, self.job.assumptions
         engines = self.engines
         layers = job.hf_config["num_hidden_layers"]
@@ -148,9 +149,10 @@ class RolloutTime:
 
     @property
     def longest_seconds(self) -> float:
-        """Seconds of the longest response, which decides the end of a rollout: among others as long
-        as a mean one, then alone, when their experts are idle; among others to its end where later
-        rollouts fill the engines."""
+        """Seconds of the longest response, which decides the end of a rollout.
+
+        It is among others as long as a mean one, then alone, when their experts are idle; among
+        others to its end where later rollouts fill the engines."""
         mean, longest = self.job.response_tokens, self.job.max_response_tokens
         token_seconds = self.step_seconds(self.engines.mean_concurrency)
         return mean * token_seconds + (longest - mean) * self._last_step_seconds

@@ -136,8 +136,9 @@ class RoutingReplayTraffic:
         )
 
     def host_bytes(self, rank: int) -> int:
-        """Return the most bytes on the host of a rank, the mean over the ranks of its node: the
-        first of a replica's are in the first pipeline stage, one of tensor x context ranks."""
+        """Return the most bytes on the host of a rank, the mean over the ranks of its node.
+
+        A replica's first rank is in the first pipeline stage, one of tensor x context ranks."""
         longest_bytes = self.replica_bytes(self.job.max_sample_tokens)
         sharing_ranks = self.job.parallel.tensor * self.job.parallel.context
         sharing_ranks = min(sharing_ranks, self.job.hardware.gpus_per_node)

@@ -94,8 +94,8 @@ class StepTime:
 
     @cached_property
     def _layer_flops(self) -> tuple[float, float]:
-        """Forward FLOP of a token through a dense and a sparse layer, as many as bf16 computes in
-        their time; 0 if the model has none."""
+        """Forward FLOP of a token through a dense and a sparse layer, as bf16 computes in their
+        time; 0 if the model has none."""
         job = self.job
         layer_of_kind = {sparse: layer for layer, sparse in enumerate(job.is_sparse_layer)}
         dense, sparse = (
@@ -117,8 +117,10 @@ class StepTime:
         return flops * fraction / (job.hardware.bf16 * job.assumptions.compute_efficiency)
 
     def microbatch_seconds(self, rank: int, with_backward: bool) -> float:
-        """Return the seconds of a mean micro-batch on pipeline rank `rank`: of its computation, of
-        the communication that it does not hide, of the pipeline's hops, and of the host's waits."""
+        """Return the seconds of a mean micro-batch on pipeline rank `rank`.
+
+        They are of its computation, of the communication that it does not hide, of the pipeline's
+        hops, and of the host's waits."""
         return (
             self.compute_seconds(rank, with_backward)
             + self.exposed_communication_seconds(rank, with_backward)
@@ -129,9 +131,10 @@ class StepTime:
     def host_wait_seconds(
         self, rank: int, with_backward: bool, *, by_reference: bool = False
     ) -> float:
-        """Return seconds of one micro-batch in which the host waits for the counts of the tokens
-        that experts get: once in a layer of experts, and again where what recomputes it exchanges
-        anew. With routing replay the policy's counts are known (`models.token_dispatcher`).
+        """Return seconds of one micro-batch in which the host waits for counts of experts' tokens.
+
+        It waits once in a layer of experts, and again where recomputation counts anew. With routing
+        replay the policy's counts are known (`models.token_dispatcher`).
 
         Args:
             rank: the pipeline rank.

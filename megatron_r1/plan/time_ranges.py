@@ -39,8 +39,9 @@ WIDE_RANGE_RATIO = 2.0
 
 
 def narrowing_number(job: PlannedJob, name: str) -> str | None:
-    """Return the number that, measured on the hardware that is planned, closes the range of a part
-    (it is solved for so that the plan takes the measured seconds); None for what has no range."""
+    """Return the number that, measured on the planned hardware, closes the range of a part.
+
+    It is solved for so that the plan takes the measured seconds. None for what has no range."""
     if name == OFFLOAD:
         to_disk = job.config.parallel.offload_between_phases == "disk"
         return "local_disk" if to_disk else "host_link"
@@ -85,7 +86,7 @@ def with_range(times: StepTime, name: str, quantity: Quantity) -> Quantity:
 
 def narrowing_section(job: PlannedJob, parts: QuantityTable) -> QuantityTable:
     """Return the width of each part's range beyond `WIDE_RANGE_RATIO`, with the measurement
-    that closes it, and between how few and many tokens a pass with drafts gives.
+    that closes it; and that of the tokens of a pass with drafts.
 
     Args:
         job: the planned job.
