@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 import tokenize
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 # What is found -> what to write instead.
@@ -68,13 +68,54 @@ def find_in_settings(text: str) -> Iterator[tuple[int, str, str]]:
 
 
 def find_in_messages(source: str) -> Iterator[tuple[int, str, str]]:
-    """Yield what the texts in `raise` statements have."""
-    for statement in ast.walk(parse(source)):
-        if isinstance(statement, ast.Raise):
-            for node in ast.walk(statement):
-                if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                    for _, words, advice in find_wordings(node.value, PLAIN_WORDINGS):
-                        yield node.lineno, words, advice
+    """Yield what the texts of errors have.
+
+    Texts are read in `raise` statements, where names in these get their values, and in what
+    functions that are called there return."""
+    tree = parse(source)
+    raises = [node for node in ast.walk(tree) if isinstance(node, ast.Raise)]
+    names = {
+        part.id if isinstance(part, ast.Name) else part.attr
+        for statement in raises
+        for part in ast.walk(statement)
+        if isinstance(part, ast.Name | ast.Attribute)
+    }
+    texts = {
+        (node.lineno, node.value)
+        for origin in [*raises, *_origins(tree, names)]
+        for node in ast.walk(origin)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+    for line, text in sorted(texts):
+        for _, words, advice in find_wordings(text, PLAIN_WORDINGS):
+            yield line, words, advice
+
+
+def _origins(tree: ast.Module, names: set[str]) -> Iterator[ast.expr]:
+    """Yield what is assigned or appended to names of a module, or returned by their functions."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Assign(targets=targets, value=value) if _targets(targets) & names:
+                yield value
+            case ast.AnnAssign(target=ast.Name(id=name), value=ast.expr() as value):
+                if name in names:
+                    yield value
+            case ast.AugAssign(target=ast.Name(id=name), value=value) if name in names:
+                yield value
+            case ast.For(target=target, iter=value) if _targets([target]) & names:
+                yield value
+            case ast.Call(func=ast.Attribute(value=ast.Name(id=name)), args=values):
+                if name in names:
+                    yield from values
+            case ast.FunctionDef(name=name) if name in names:
+                for part in ast.walk(node):
+                    if isinstance(part, ast.Return | ast.Yield) and part.value:
+                        yield part.value
+
+
+def _targets(targets: Iterable[ast.expr]) -> set[str]:
+    parts = (part for target in targets for part in ast.walk(target))
+    return {part.id for part in parts if isinstance(part, ast.Name)}
 
 
 def find_in_module(source: str) -> Iterator[tuple[int, str, str]]:

@@ -48,8 +48,24 @@ def test_comments_of_settings_are_read_and_values_are_not():
 
 
 def test_messages_that_are_raised_are_read_and_other_strings_are_not():
-    source = 'name = "beside"\nraise ValueError(\n    f"{name} is none of {name}"\n)\n'
+    source = 'other = "beside"\nraise ValueError(\n    f"{name} is none of {name}"\n)\n'
     assert lines(find_in_messages(source)) == [(3, "is none of")]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        'message = f"{name} are none of them"\nraise ValueError(message)\n',
+        'message: str = "they are none of them"\nraise ValueError(message)\n',
+        'message = ""\nmessage += "they are none of them"\nraise ValueError(message)\n',
+        'problems = []\nproblems.append("they are none of them")\nraise ValueError(*problems)\n',
+        'for key, text in (("a", "they are none of them"),):\n    raise ValueError(text)\n',
+        'def reason():\n    return "they are none of them"\n\n\nraise ValueError(reason())\n',
+    ],
+)
+def test_messages_are_read_where_names_and_functions_get_them(source):
+    assert [words for _, words in lines(find_in_messages(source))] == ["are none of"]
+    assert lines(find_in_messages(source.replace("raise ValueError", "print"))) == []
 
 
 PUBLIC = '''
