@@ -19,9 +19,11 @@ LOW_LATENCY = {"all2all_backend": "deepep_low_latency"}
 
 
 def balancer(layers: int, window: int = 1000, experts_in_fp8: bool = False) -> int:
-    """vLLM's tensors of a network with so many layers of experts: of a layer, in int64 the slots of
-    each expert, of 1,024 at most, their number, its last load, and the expert of each slot; in
-    int32 the load of each slot in this pass and in the last ones; and a layer's 3 experts."""
+    """vLLM's tensors of a network with so many layers of experts.
+
+    Of a layer, in int64 the slots of each expert, of 1,024 at most, their number, its last load,
+    and the expert of each slot; in int32 the load of each slot in this pass and in the last ones;
+    and a layer's 3 experts."""
     maps = 256 * 1024 + 256 + 256 + 384
     loads = 384 + window * 384
     expert = EXPERT // 2 + 3 * 56 * 16 * 4 if experts_in_fp8 else EXPERT

@@ -1,7 +1,8 @@
-"""What a trainer that is away between its phases leaves its engines, by hand: pipeline rank 3 of
-the 671B recipe has 283,967,488 dense and 5,637,144,576 expert parameters in bf16, with 12 bytes of
-optimizer state for each on one of 32 and 16 replicas (docs/plan.md); the first rank has 0.4% more.
-"""
+"""What a trainer that is away between its phases leaves its engines, by hand.
+
+Pipeline rank 3 of the 671B recipe has 283,967,488 dense and 5,637,144,576 expert parameters in
+bf16, with 12 bytes of optimizer state for each on one of 32 and 16 replicas (docs/plan.md); the
+first rank has 0.4% more."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -31,8 +31,10 @@ def test_engines_sleep_and_wake_once_a_step_where_they_share_the_gpus():
 
 
 def test_a_save_stops_the_trainer_for_its_copy_and_without_threads_for_its_writing():
-    """What a rank of the fullest stage writes, a 32nd of its dense and a 16th of its expert
-    parameters with 16 bytes each: two in bf16, the reference's two, 12 of the optimizer."""
+    """What a rank of the fullest stage writes: 16 bytes each of its share of the parameters.
+
+    It writes a 32nd of its dense and a 16th of its expert parameters: two bytes in bf16, the
+    reference's two, 12 of the optimizer."""
     job = planned()
     copied = max(rank.host["checkpoint being written"] for rank in JobEstimate(job).ranks)
     assert copied == 16 * (283_967_488 // 32 + 5_637_144_576 // 16)
@@ -43,10 +45,11 @@ def test_a_save_stops_the_trainer_for_its_copy_and_without_threads_for_its_writi
 
 
 def test_a_rank_waits_for_the_bytes_of_every_hop_of_the_pipeline():
-    """2 chunks x 16 micro-batches x 2 directions; a micro-batch's states of 7,168 values in bf16,
-    over context 2 and tensor 4, through the network but for the 8 of 2,048 ranks in a node. Shapes
-    are known, and the experts that tokens go to are replayed, so that the host waits for nothing.
-    """
+    """2 chunks x 16 micro-batches x 2 directions.
+
+    A micro-batch's states of 7,168 values in bf16, over context 2 and tensor 4, go through the
+    network but for the 8 of 2,048 ranks in a node. Shapes are known, and the experts that tokens go
+    to are replayed, so that the host waits for nothing."""
     job = real_job()
     times = StepTime(job, EngineMemory(job))
     tokens = 32 * 8704 / 16 / 8
@@ -79,9 +82,10 @@ def seconds_of(job):
 
 
 def test_the_host_waits_once_in_a_layer_whose_counts_it_does_not_know():
-    """Without replay in an update and in the passes of policy and reference, with it for the
-    reference alone, whose routers choose themselves; 256 micro-batches of a rollout take 1 / (1 -
-    bubble) as long: 2 x 256 + 15 slots for 2 x 256."""
+    """Without replay in updates and in the passes of both policies, with it in the reference's.
+
+    The reference's routers choose themselves; 256 micro-batches of a rollout take 1 / (1 - bubble)
+    as long: 2 x 256 + 15 slots for 2 x 256."""
     jobs = [planned(rl__routing_replay=value) for value in (True, False)]
     (replayed, score, sparse), (routed, own_score, _) = map(seconds_of, jobs)
     wait = sparse * 200e-6

@@ -180,8 +180,9 @@ def trainer_seconds(times):
     ],
 )
 def test_steps_with_rollouts_ahead_take_as_long_as_the_sampler_s_rule_makes_them(options, decides):
-    """Event by event: the rollout of step s begins at the push of version s - 1 - staleness, and
-    the step trains when its rollout, the step before and the engines' other tokens are done."""
+    """Event by event: the rollout of step s begins at the push of version s - 1 - staleness.
+
+    The step trains when its rollout, the step before and the engines' other tokens are done."""
     estimate, times = in_pools(*options)
     rollout = times["rollout"]
     trains = trainer_seconds(times)

@@ -44,9 +44,10 @@ def test_each_gpu_holds_its_copies_of_experts_and_reads_those_that_have_tokens()
 
 
 def test_a_pass_with_a_draft_takes_one_layer_more_and_gives_more_tokens():
-    """By hand, where only latencies count: 5 ms of the host; 61 layers and those of MTP, 230 us
-    each and two sums along NCCL's tree; all but 3 gather and scatter tokens around its ring; 85%
-    accepted."""
+    """By hand, where only latencies count: 5 ms of the host, 61 layers and those of MTP.
+
+    A layer takes 230 us and two sums along NCCL's tree; all but 3 gather and scatter tokens around
+    its ring; 85% accepted."""
     rates = dict.fromkeys(("memory_bandwidth", "bf16", "nvlink", "network"), 1e30)
     no_limits = replace(HARDWARE["H800"], **rates)
     sums, exchange = 2 * (6.8 + 2 * 7 * 0.6), 2 * (6.6 + 112 + 15 * 2.7)
