@@ -1,7 +1,8 @@
-"""What the host waits for, on null GPUs, in the steps of a trainer that is split as the recipes of
-671B parameters are: pipeline with virtual stages, expert parallelism over context ranks or over
-tensor ranks with sequence parallelism, packed samples, MTP layers, whole layers recomputed; in
-float32, and in FP8 blocks as examples/deepseek_r1/r1_zero_fp8.yaml has them.
+"""What the host waits for, on null GPUs, in steps of a trainer that is split as at 671B.
+
+That is pipeline with virtual stages, expert parallelism over context ranks or over tensor ranks
+with sequence parallelism, packed samples, MTP layers, whole layers recomputed; in float32, and in
+FP8 blocks as examples/deepseek_r1/r1_zero_fp8.yaml has them.
 
 Steps of 2 and of 4 micro-batches, and models of 4 and of 8 layers, are compared, so that what is
 waited for once per step cancels out."""
@@ -105,9 +106,11 @@ def _rows(file: Path) -> list[dict]:
 def test_the_host_waits_per_micro_batch_only_for_counts_that_it_does_not_know(
     on_null_gpu, models, tmp_path, axis, precision, replay
 ):
-    """Twice per layer of experts in scoring, whose routers choose themselves, by the policy and by
-    the reference, and once in an update; by the reference alone where the engine's choices are
-    replayed. Nothing per hop, per layer that is recomputed, or per MTP layer but its experts'."""
+    """Twice per layer of experts in scoring, and once in an update.
+
+    In scoring the routers of the policy and of the reference choose themselves; the reference's
+    alone where the engine's choices are replayed. Nothing per hop, per layer that is recomputed, or
+    per MTP layer but its experts'."""
     layout = {**LAYOUT, axis: 2}
     common = {"parallel": layout, "mtp": "frozen" if replay else "train", "replay": replay}
     common |= PRECISIONS[precision]
