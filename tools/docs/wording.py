@@ -2,10 +2,10 @@
 
 Reads the pages (all but CHANGELOG.md, which keeps what was written), the comments of the examples'
 YAML and sbatch files, and of the Python files outside tests the messages that they raise; and the
-comments and docstrings of all Python files. Code blocks and `quoted code` are left alone. A public
-docstring describes parameters, fields and errors in sections, each in an entry of its own, by what
-it is, and no docstring has its errors in prose. Parameters and variables in `NAMED_PACKAGES` have
-names that say what they are."""
+comments and docstrings of all Python files. Code blocks and `quoted code` are left alone. The first
+sentence of a docstring has at most `MOST_WORDS` words. A public docstring describes parameters,
+fields and errors in sections, each in an entry of its own, by what it is, and no docstring has its
+errors in prose. Parameters and variables in `NAMED_PACKAGES` have names that say what they are."""
 
 import ast
 import functools
@@ -159,6 +159,25 @@ def find_in_public_docstrings(source: str) -> Iterator[tuple[int, str, str]]:
             yield line, f"{entry[1]}:", "an entry of `Args:` or `Attributes:`"
 
 
+MOST_WORDS = 30
+"""Of the first sentence of a docstring."""
+SENTENCE_END = re.compile(r"[.?!][\"')]?(?=\s+[^\sa-z]|\s*$)|:\n")
+"""Where a first sentence ends: before a capital, a sign or a line of its own."""
+
+
+def find_long_summaries(source: str) -> Iterator[tuple[int, str, str]]:
+    """Yield the first sentences of docstrings that have more than `MOST_WORDS` words."""
+    for node in ast.walk(parse(source)):
+        if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        paragraph = re.split(r"\n\s*\n", ast.get_docstring(node) or "", maxsplit=1)[0]
+        end = SENTENCE_END.search(paragraph)
+        words = (paragraph[: end.end()] if end else paragraph).split()
+        if len(words) > MOST_WORDS:
+            advice = f"a first sentence of at most {MOST_WORDS} words, not {len(words)}"
+            yield node.body[0].lineno, " ".join(words[:4]), advice
+
+
 RAISES = re.compile(r"\bRaises\s+\S+|;\s+raises?\s+\S+")
 """A sentence, or the last part of one, that says which errors a function raises."""
 
@@ -292,12 +311,13 @@ def _readers(name: Path) -> tuple[Callable[[str], Iterator[tuple[int, str, str]]
         return (find_in_page,)
     if name.suffix == ".py":
         if name.parts[0] == "tests":
-            return (find_in_module,)
+            return (find_in_module, find_long_summaries)
         name_checks = (find_vague_names,) if name.as_posix().startswith(NAMED_PACKAGES) else ()
         return (
             *name_checks,
             find_in_module,
             find_in_messages,
+            find_long_summaries,
             find_in_public_docstrings,
             find_in_raising_docstrings,
             find_in_sections,

@@ -12,6 +12,7 @@ from tools.docs.wording import (
     find_in_raising_docstrings,
     find_in_sections,
     find_in_settings,
+    find_long_summaries,
     find_vague_names,
     main,
 )
@@ -66,6 +67,30 @@ def test_messages_that_are_raised_are_read_and_other_strings_are_not():
 def test_messages_are_read_where_names_and_functions_get_them(source):
     assert [words for _, words in lines(find_in_messages(source))] == ["are none of"]
     assert lines(find_in_messages(source.replace("raise ValueError", "print"))) == []
+
+
+def summary_of(words, end):
+    return " ".join(["word"] * words) + end
+
+
+@pytest.mark.parametrize(
+    ("docstring", "num_found"),
+    [
+        (summary_of(30, "."), 0),
+        (summary_of(31, "."), 1),
+        (summary_of(20, ". ") + summary_of(20, ".").capitalize(), 0),
+        (summary_of(20, ".\n\n") + summary_of(40, "."), 0),
+        (summary_of(20, ":\n    ") + summary_of(40, "."), 0),
+        (summary_of(20, "; ") + summary_of(20, "."), 1),
+    ],
+)
+def test_first_sentences_that_are_long_are_found(docstring, num_found):
+    sources = (
+        f'"""{docstring}"""\n',
+        f'def f():\n    """{docstring}"""\n',
+        f'class C:\n    """{docstring}"""\n',
+    )
+    assert [len(lines(find_long_summaries(source))) for source in sources] == [num_found] * 3
 
 
 PUBLIC = '''
