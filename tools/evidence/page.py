@@ -15,16 +15,17 @@ PAGE_HEAD = """# Evidence
 Each claim with the command that checks it, the figure that it printed, the day and the commit. **No
 GPU has run any of these commands** ([one H200](benchmarks/gpu-h200.md) ran others): [what is not
 proven](not_proven.md). The machines had two x86-64 cores, 24 GB of memory and no GPU; the record
-behind a claim's name has the rest.
+behind a claim's name has the rest. Commands run in the repository's root, with `.venv/bin` first in
+the path.
 
-- *fresh*: no file that the claim depends on has changed since, comments, docstrings, names of local
-  variables and moves of definitions between these files apart; on Triton's kernels depend only the
-  claims that run or compile them. *stale*: some have. *unknown*: the clone lacks the commit.
-  *failed*: a later run of the command gave no figure; the one shown is from before it.
-- `python -m tools.evidence status` says this of your tree. `make evidence` measures what is not
-  fresh, the shortest first, and goes on after a stop; `make evidence CLAIM=id` measures one claim.
-- Speeds are measured where no other work takes the cores, or with it said; compare ratios.
-- Commands run in the repository's root, with `.venv/bin` first in the path.
+- *fresh*: no file that the claim depends on has changed since.
+- *stale*: some have. *unknown*: the clone lacks the commit.
+- *failed*: a later run of the command gave no figure; the one shown is from before it.
+
+Comments, docstrings, names of local variables, moves of definitions between these files, and
+Triton's kernels where the command does not run them, are no changes. `python -m tools.evidence
+status` says this of your tree; `make evidence` measures what is not fresh, `make evidence CLAIM=id`
+one claim.
 """
 COLUMNS = "| claim | command, seconds | figure | measured | state |\n|---|---|---|---|---|"
 
