@@ -92,8 +92,11 @@ def run(config: Config, settings: PreflightConfig) -> list[RankFacts]:
 
 
 def _uses_host_network(config: Config) -> bool:
-    """Return whether pushes or routed experts pass between hosts' memory by TCP."""
-    return TRANSPORTS[config.push.transport].rate == "host_network" or config.rl.routing_replay
+    """Return whether pushes, routed experts or experts that a balancer moves behind a push pass
+    between hosts' memory by TCP."""
+    moves_experts = config.rollout.redundant_experts > 0 and not config.rollout.colocated
+    pushes = TRANSPORTS[config.push.transport].rate == "host_network"
+    return pushes or config.rl.routing_replay or moves_experts
 
 
 def product_rate() -> float:

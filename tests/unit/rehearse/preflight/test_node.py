@@ -3,16 +3,18 @@
 import socket
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
-from megatron_r1.config import parse
-from megatron_r1.rehearse.preflight import folder, host
+from megatron_r1.config import load, parse
+from megatron_r1.rehearse.preflight import folder, host, rank
 from megatron_r1.rehearse.preflight.facts import RankPlacement
 from megatron_r1.rehearse.preflight.rank_progress import RankProgress
 from megatron_r1.reporting.run_folder import RunFolder
 
+ROOT = Path(__file__).parents[4]
 ALONE = RankPlacement(rank=0, world_size=1, local_rank=0, local_world_size=1, host="here")
 
 
@@ -78,3 +80,22 @@ def test_names_are_looked_up_at_once_and_as_torch_asks_for_them(monkeypatch):
 def _packing(times):
     pack = host.struct.pack
     return lambda form, value: pack(form, next(times))
+
+
+@pytest.mark.parametrize(
+    ("changed", "is_used"),
+    [
+        ({}, False),
+        ({"push.transport": "gloo"}, True),
+        ({"rl.routing_replay": True}, True),
+        ({"rollout.redundant_experts": 128}, True),
+        ({"rollout.redundant_experts": 128, "rollout.colocated": True, "rl.staleness": 0}, False),
+    ],
+)
+def test_the_host_network_is_measured_where_a_step_waits_for_it(changed, is_used):
+    """Experts move over gloo behind a push, unless the engines sleep."""
+    without = {"rl.routing_replay": False, "rollout.redundant_experts": 0}
+    if "rollout.colocated" in changed:
+        without |= {"rollout.placement": "local", "rollout.hosts_per_engine": 1}
+    config = load(ROOT / "examples/deepseek_r1/r1_zero_pools.yaml", without | changed)
+    assert rank._uses_host_network(config) == is_used
