@@ -106,14 +106,12 @@ def test_the_host_waits_once_in_a_layer_whose_counts_it_does_not_know():
 def test_deepep_s_dispatch_and_plain_megatron_wait_for_counts_they_could_know():
     """A layer that is recomputed dispatches again; plain Megatron also waits in every hop."""
     without = {"rl__routing_replay": False}
-    ours, plain, selective = (
-        planned(**without),
-        replace(planned(**without), plain_megatron=True),
-        replace(planned(**without, parallel__recompute="selective"), plain_megatron=True),
-    )
-    found, of_plain, of_selective = (
-        StepTime(job, EngineMemory(job)) for job in (ours, plain, selective)
-    )
+    ours = planned(**without)
+    plain = replace(ours, plain_megatron=True)
+    selective = plain.with_parallel(recompute="selective")
+    found = StepTime(ours, EngineMemory(ours))
+    of_plain = StepTime(plain, EngineMemory(plain))
+    of_selective = StepTime(selective, EngineMemory(selective))
     wait = 4 * 200e-6
     rank = found.busiest_rank
     assert found.host_wait_seconds(rank, True) == pytest.approx(wait)
