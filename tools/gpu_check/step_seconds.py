@@ -60,7 +60,8 @@ def settings(case: str, folder: Path) -> miniature.Miniature:
         model = widen_config(hf_config, small.hf_config, **sizes)
         overrides["rollout"] = {"gpu_memory": 0.3}
     if device_kind() == "cpu":
-        overrides |= {"rollout": {"gpu_memory": None}, "model": {"fusions": []}}
+        overrides["rollout"] = {"gpu_memory": None}
+        overrides["model"] = {"attention_backend": "auto", "fusions": []}
     if case == "micro-batch":
         overrides["parallel"] = one_stage | {"tokens_per_microbatch": TOKENS}
         overrides["sft"] = {"batch_size": EXAMPLES if device_kind() == "gpu" else 16}
