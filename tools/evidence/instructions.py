@@ -1,7 +1,8 @@
 """What Python files compute, to compare two versions of them: compiled statements of their modules.
 
 Comments, docstrings, formatting, the names of local variables and the file in which a definition
-stands are not in them."""
+stands are not in them. A name of the project that is another one everywhere computes the same
+(`renames`)."""
 
 import __future__
 
@@ -12,6 +13,9 @@ from functools import cache
 from types import CodeType
 from typing import Any, NamedTuple
 
+from tools.evidence.renames import Renames, find_renames, rename
+
+NO_RENAMES: Renames = frozenset()
 HAVE_DOCSTRINGS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 PROJECT_PACKAGES = ("megatron_r1", "r1_grading", "r1_kernels", "r1_kernels_bench", "tools")
@@ -40,25 +44,28 @@ class Version(NamedTuple):
 
     Attributes:
         texts: the text of each file, None where it is not there.
-        module_text: returns the text of any module of the project, None where it is not there."""
+        module_text: returns the text of any module of the project, None where it is not there.
+        has_name: returns whether any Python file of the project has a name."""
 
     texts: Sequence[str | None]
     module_text: Callable[[str], str | None]
+    has_name: Callable[[str], bool] = lambda _: True
 
-    def statements(self) -> list[_Statements]:
-        """Return those of each file.
+    def statements(self, renames: Renames = NO_RENAMES) -> list[_Statements]:
+        """Return those of each file, with other names.
 
         Raises:
             SyntaxError: a text is not Python.
         """
-        return [_statements(text or "") for text in self.texts]
+        return [_statements(text or "", renames) for text in self.texts]
 
 
 def compute_the_same(old: Version, new: Version) -> bool:
     """Return whether two versions of Python files compute the same.
 
     They have the same statements, in whichever of the files, those of a file other than definitions
-    in the same order; and what they import has the same definitions.
+    in the same order; and what they import has the same definitions. Names may differ where
+    `find_renames` says so.
 
     Args:
         old: one version.
@@ -67,12 +74,20 @@ def compute_the_same(old: Version, new: Version) -> bool:
     Raises:
         SyntaxError: a text is not Python.
     """
-    old_files, new_files = old.statements(), new.statements()
+    if _compute_the_same(old, new, NO_RENAMES):
+        return True
+    texts = [[text or "" for text in version.texts] for version in (old, new)]
+    renames = find_renames(*texts, old.has_name, new.has_name)
+    return bool(renames) and _compute_the_same(old, new, renames)
+
+
+def _compute_the_same(old: Version, new: Version, renames: Renames) -> bool:
+    old_files, new_files = old.statements(renames), new.statements()
     if _counts(old_files) != _counts(new_files):
         return False
     if not all(_common(a, b) == _common(b, a) for a, b in zip(old_files, new_files, strict=True)):
         return False
-    return _import_the_same(old_files, new_files, old.module_text, new.module_text)
+    return _import_the_same(old_files, new_files, old.module_text, new.module_text, renames)
 
 
 def _import_the_same(
@@ -80,6 +95,7 @@ def _import_the_same(
     new_files: Sequence[_Statements],
     old_text: Callable[[str], str | None],
     new_text: Callable[[str], str | None],
+    renames: Renames,
 ) -> bool:
     """Return whether two versions import the same.
 
@@ -96,7 +112,8 @@ def _import_the_same(
         for name, statement in file.by_name.items():
             old_definitions[name].append(statement)
     for module, name, _ in old_imports - new_imports:
-        old_definitions[name].append(_statements(old_text(module) or "").by_name.get(name))
+        statements = _statements(old_text(module) or "", renames)
+        old_definitions[name].append(statements.by_name.get(name))
     new_definitions = (
         (name, _statements(new_text(module) or "").by_name.get(name))
         for module, name, _ in new_imports - old_imports
@@ -121,9 +138,9 @@ def _common(file: _Statements, other: _Statements) -> list[Any]:
 
 
 @cache  # claims of many commits ask for the same texts
-def _statements(text: str) -> _Statements:
+def _statements(text: str, renames: Renames = NO_RENAMES) -> _Statements:
     # They are those of the Python that runs this: two results of two Pythons do not compare.
-    tree = ast.parse(text)
+    tree = rename(ast.parse(text), renames)
     imports: set[Import] = {
         (node.module, alias.name, alias.asname)
         for node in ast.walk(tree)  # also within functions

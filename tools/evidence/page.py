@@ -22,7 +22,7 @@ the path.
 - *stale*: some have. *unknown*: the clone lacks the commit.
 - *failed*: a later run of the command gave no figure; the one shown is from before it.
 
-Comments, docstrings, names of local variables, moves of definitions between these files, and
+Comments, docstrings, names of local variables, moves and renames of definitions in these files, and
 Triton's kernels where the command does not run them, are no changes. `python -m tools.evidence
 status` says this of your tree; `make evidence` measures what is not fresh, `make evidence CLAIM=id`
 one claim.

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from megatron_r1.base.files import atomic_write
 from tools.evidence.instructions import Version, compute_the_same
+from tools.evidence.renames import names_in
 
 FOLDER = "docs/evidence"
 MODULE_FOLDERS = {
@@ -145,7 +146,8 @@ def states(root: Path, claims: Iterable[Claim]) -> dict[str, State]:
     """Return the state of each claim by its name, of the tracked files as they are in `root`.
 
     Of Python files only instructions count: comments, docstrings, formatting, names of local
-    variables, and moves of definitions between files that the claim depends on, compute nothing.
+    variables, and moves and renames of definitions in files that the claim depends on, compute
+    nothing.
     """
     changes = cache(lambda commit: changes_since(root, commit))
     is_same = cache(lambda commit, names: have_same_code(root, commit, names))
@@ -225,8 +227,16 @@ def have_same_code(root: Path, commit: str, names: tuple[str, ...]) -> bool:
         new_texts = [_text_in(root, name) for name in names]
         old_texts = [text_at(root, commit, name) for name in names]
         return compute_the_same(
-            Version(old_texts, lambda module: module_text(module, partial(text_at, root, commit))),
-            Version(new_texts, lambda module: module_text(module, partial(_text_in, root))),
+            Version(
+                old_texts,
+                lambda module: module_text(module, partial(text_at, root, commit)),
+                partial(has_name, root, commit),
+            ),
+            Version(
+                new_texts,
+                lambda module: module_text(module, partial(_text_in, root)),
+                partial(_has_name_now, root),
+            ),
         )
     except (OSError, SyntaxError):
         return False
@@ -252,6 +262,33 @@ def _text_in(root: Path, name: str) -> str | None:
 def text_at(root: Path, commit: str, name: str) -> str | None:
     """Return a file's text at a commit; None where this clone lacks it."""
     return _git(root, "show", f"{commit}:{name}")
+
+
+def has_name(root: Path, commit: str, name: str) -> bool:
+    """Return whether a Python file at a commit has a word; True where git cannot tell."""
+    words = _words_at(root, commit)
+    return words is None or name in words
+
+
+@cache
+def _words_at(root: Path, commit: str) -> frozenset[str] | None:
+    options = (
+        "-h",
+        "--only-matching",
+        "--extended-regexp",
+        "-e",
+        "[A-Za-z_][A-Za-z_0-9]*",
+    )
+    output = _git(root, "grep", *options, commit, "--", "*.py")
+    return None if output is None else frozenset(output.split())
+
+
+def _has_name_now(root: Path, name: str) -> bool:
+    listed = _git(
+        root, "grep", "--files-with-matches", "-z", "--word-regexp", "-e", name, "--", "*.py"
+    )
+    files = (listed or "").split("\0")
+    return any(name in names_in(_text_in(root, file) or "") for file in files if file)
 
 
 def covers(path: str, name: str) -> bool:

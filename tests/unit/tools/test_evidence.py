@@ -118,7 +118,7 @@ def test_a_file_that_is_taken_back_to_what_was_measured_makes_the_claim_fresh_ag
         ("def f(z):\n    double = 2 * z\n    return double\n", "stale"),
         ("def f(x, y=1):\n    double = 2 * x\n    return double\n", "stale"),
         ("def f(*x):\n    double = 2 * x\n    return double\n", "stale"),
-        ("def g(x):\n    double = 2 * x\n    return double\n", "stale"),
+        ("def other(x):\n    double = 2 * x\n    return double\n", "fresh"),
         ('def f(x):\n    double = 2 * x\n    return double\n\n\nNAME = "a"\n', "stale"),
         ("def f(x:\n", "stale"),
     ],
@@ -161,6 +161,61 @@ def test_definitions_may_move_between_the_files_of_a_claim(repository, files, st
     first |= {"tools__wrong": "def twice(x):\n    return x + x\n"}
     claim = repository.measured(repository.commit(**first))
     repository.commit(**files)
+    assert repository.state(claim).name == state
+
+
+COUNTER = """class Counter:
+    number: int = 0
+
+    def add(self, value):
+        self.number += value
+        return self.number
+"""
+USE_COUNTER = """from part.counter import Counter
+
+
+def count(values):
+    counter = Counter(number=1)
+    for value in values:
+        counter.add(value)
+    return counter.number
+"""
+
+
+@pytest.mark.parametrize(
+    ("renames", "others", "state"),
+    [
+        # a class, a method, an attribute, which is also a parameter: in all files
+        ({"Counter": "Sum"}, {}, "fresh"),
+        ({"Counter": "Sum", "add": "increase", "number": "total"}, {}, "fresh"),
+        # the two names are exchanged; two become one
+        ({"add": "number", "number": "add"}, {}, "stale"),
+        ({"add": "total", "number": "total"}, {}, "stale"),
+        # a name that was somewhere in the project, though not in these files
+        ({"add": "elsewhere"}, {}, "stale"),
+        # a parameter, which callers that are not watched may name
+        ({"value": "increment"}, {}, "stale"),
+        # renamed in one of the files alone: the old name is still in use
+        ({"Counter": "Sum"}, {"part__use": USE_COUNTER}, "stale"),
+        # renamed, and computes something else
+        (
+            {"Counter": "Sum"},
+            {"part__counter": COUNTER.replace("Counter", "Sum").replace("+=", "-=")},
+            "stale",
+        ),
+        # a function of another library instead: neither is defined here
+        ({}, {"part__use": USE_COUNTER.replace("counter.add", "counter.subtract")}, "stale"),
+    ],
+)
+def test_definitions_may_have_other_names_everywhere(repository, renames, others, state):
+    first = {"part__counter": COUNTER, "part__use": USE_COUNTER, "elsewhere": "elsewhere = 1\n"}
+    claim = repository.measured(repository.commit(**first))
+
+    def renamed(text):
+        return re.sub(r"\w+", lambda word: renames.get(word.group(), word.group()), text)
+
+    files = {"part__counter": renamed(COUNTER), "part__use": renamed(USE_COUNTER)}
+    repository.commit(**files | others)
     assert repository.state(claim).name == state
 
 

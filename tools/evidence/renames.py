@@ -1,0 +1,156 @@
+"""Names of the project that differ between two versions of Python files, and nothing else does.
+
+A class, function, constant or attribute that has another name computes the same. Renames are found
+where two statements are alike but for names, and count only if they cannot be something else:
+the old name is nowhere in the later project, the new one was nowhere in the earlier, and both are
+defined in these files."""
+
+import ast
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+
+Renames = frozenset[tuple[str, str]]
+"""The old name and the new one of each."""
+NAME_FIELDS = ("id", "attr", "name", "arg", "asname", "names", "kwd_attrs", "rest")
+"""Fields of nodes that hold names; `names` only where they are texts."""
+
+
+def find_renames(
+    old_texts: Sequence[str],
+    new_texts: Sequence[str],
+    was_used: Callable[[str], bool],
+    is_used: Callable[[str], bool],
+) -> Renames:
+    """Return the renames between two versions of some files.
+
+    Args:
+        old_texts: the texts of one version.
+        new_texts: those of the other.
+        was_used: whether any Python file of the earlier project has a name.
+        is_used: whether one of the later project has it.
+
+    Raises:
+        SyntaxError: a text is not Python.
+    """
+    old_statements, new_statements = _by_shape(old_texts), _by_shape(new_texts)
+    candidates: dict[str, set[str]] = defaultdict(set)
+    for shape, old_group in old_statements.items():
+        new_group = new_statements.get(shape, [])
+        for old, new in zip(old_group, new_group, strict=False):
+            for before, after in zip(_names(old), _names(new), strict=True):
+                if before != after:
+                    candidates[before].add(after)
+    old_defined, new_defined = _defined(old_texts), _defined(new_texts)
+    found = {
+        (before, after)
+        for before, afters in candidates.items()
+        if before in old_defined and not is_used(before)
+        for after in afters
+        if after in new_defined and not was_used(after)
+    }
+    befores, afters = ([pair[side] for pair in found] for side in (0, 1))
+    return frozenset(pair for pair in found if befores.count(pair[0]) == 1 == afters.count(pair[1]))
+
+
+def names_in(text: str) -> frozenset[str]:
+    """Return the names in a text; a text that is not Python has none."""
+    try:
+        return frozenset(_names(ast.parse(text)))
+    except SyntaxError:
+        return frozenset()
+
+
+def rename(tree: ast.Module, renames: Renames) -> ast.Module:
+    """Return the tree with the new names; it is changed in place."""
+    names = dict(renames)
+    for node in ast.walk(tree) if names else ():
+        for key, value in _name_fields(node):
+            if isinstance(value, list):
+                setattr(node, key, [names.get(name, name) for name in value])
+            else:
+                setattr(node, key, names.get(value, value))
+    return tree
+
+
+def _by_shape(texts: Sequence[str]) -> dict[str, list[ast.stmt]]:
+    """Return the statements of all files by what they are without their names."""
+    statements: dict[str, list[ast.stmt]] = defaultdict(list)
+    for text in texts:
+        for node, shape in _statements(text):
+            statements[shape].append(node)
+    return statements
+
+
+@cache  # claims of many commits ask for the same texts
+def _statements(text: str) -> list[tuple[ast.stmt, str]]:
+    return [(node, _shape(node)) for node in _without_docstrings(ast.parse(text)).body]
+
+
+def _without_docstrings(tree: ast.Module) -> ast.Module:
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            node.body = [each for each in body if not _is_text(each)] or [ast.Pass()]
+    return tree
+
+
+def _is_text(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+
+
+def _shape(node: ast.AST) -> str:
+    """Return the tree below a node without its names."""
+    hidden = dict(_name_fields(node))
+    parts = [type(node).__name__]
+    for key, value in ast.iter_fields(node):
+        if key in hidden or key in ("ctx", "type_comment"):
+            continue
+        values = value if isinstance(value, list) else [value]
+        shapes = [_shape(each) if isinstance(each, ast.AST) else repr(each) for each in values]
+        parts.append(f"{key}=[{','.join(shapes)}]")
+    return f"({' '.join(parts)})"
+
+
+def _names(node: ast.AST) -> list[str]:
+    return [
+        name
+        for each in ast.walk(node)
+        for _, value in _name_fields(each)
+        for name in (value if isinstance(value, list) else [value])
+    ]
+
+
+def _name_fields(node: ast.AST) -> Iterator[tuple[str, str | list[str]]]:
+    for key, value in ast.iter_fields(node):
+        is_names = isinstance(value, list) and value and all(isinstance(v, str) for v in value)
+        if key in NAME_FIELDS and (isinstance(value, str) or is_names):
+            yield key, value
+
+
+def _defined(texts: Sequence[str]) -> set[str]:
+    return {name for text in texts for name in _definitions(text)}
+
+
+@cache
+def _definitions(text: str) -> frozenset[str]:
+    """Return the names of classes, functions, attributes and a module's variables in a text.
+    Parameters and local variables are not among them."""
+    tree = ast.parse(text)
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            found.add(node.name)
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            found.add(node.attr)
+        if isinstance(node, ast.Module | ast.ClassDef):
+            found |= {name for statement in node.body for name in _targets(statement)}
+    return frozenset(found)
+
+
+def _targets(node: ast.stmt) -> Iterator[str]:
+    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+    for target in targets:
+        for each in ast.walk(target) if target is not None else ():
+            if isinstance(each, ast.Name):
+                yield each.id
