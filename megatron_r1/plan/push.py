@@ -19,7 +19,7 @@ from megatron_r1.plan.push_links import (
 from megatron_r1.plan.quantity import Quantity, QuantityTable, byte_quantity
 from megatron_r1.push.plan import EngineLayout, TrainerGrid
 from megatron_r1.push.plan.adapter_push import check_adapter_push, max_lora_rank
-from megatron_r1.push.plan.engine_sets import MAX_SET_ENGINES, engine_sets
+from megatron_r1.push.plan.planned_links import MAX_SET_ENGINES, engine_sets
 from megatron_r1.push.plan.recipe_plan import (
     bytes_of_first_rank,
     check_drafter,

@@ -1,6 +1,6 @@
 """The links of a push in sets of engines: the bytes on them, and the time of set-up and push.
 
-Both follow the plan that a run executes (`push/plan/engine_sets.py`), and over NCCL its rounds
+Both follow the plan that a run executes (`push/plan/planned_links.py`), and over NCCL its rounds
 (`push/plan/rounds.py`)."""
 
 import json
@@ -19,9 +19,9 @@ from megatron_r1.models.hf_config import HFConfig
 from megatron_r1.models.weights.adapter_table import adapter_table
 from megatron_r1.models.weights.layout import Shard
 from megatron_r1.models.weights.table import WeightTable
-from megatron_r1.push.plan import EngineLayout, Planner, TrainerGrid
+from megatron_r1.push.plan import EngineLayout, MatchedRegions, TrainerGrid
 from megatron_r1.push.plan.adapter_push import PredictedAdapterSharding
-from megatron_r1.push.plan.engine_sets import SetPlan, engine_sets, plan_sets
+from megatron_r1.push.plan.planned_links import SetPlan, engine_sets, plan_sets
 from megatron_r1.push.plan.predicted_sharding import PredictedSharding
 from megatron_r1.push.plan.rounds import RoundSchedule
 from megatron_r1.push.plan.tensors import CountBytes
@@ -254,7 +254,7 @@ def _set_plans(
     max_engines: int,
 ) -> list[SetPlan]:
     sharding = weights.predicted_layout(engines)
-    planner = Planner(
+    matched_regions = MatchedRegions(
         json.loads(weights.hf_config_json), grid, engines, stages, sharding, weights.adapter_table
     )
-    return plan_sets(planner, count, engine_sets(engines.engines, max_engines))
+    return plan_sets(matched_regions, count, engine_sets(engines.engines, max_engines))

@@ -1,4 +1,4 @@
-"""Plans and creates the links from a trainer rank to sets of engines (`plan.engine_sets`).
+"""Plans and creates the links from a trainer rank to sets of engines (`plan.planned_links`).
 
 It leads from the slot tables that engines publish (`PublishedSharding`) to the regions of this
 rank's parameters that each link sends (`parameter_regions`)."""
@@ -22,15 +22,15 @@ from megatron_r1.models.weights.formats.published_layout import (
 from megatron_r1.models.weights.layout import Shard
 from megatron_r1.models.weights.table import Piece, Shape, WeightTable
 from megatron_r1.push.parameter_regions import Encoding, ParameterRegion
-from megatron_r1.push.plan.engine_sets import (
+from megatron_r1.push.plan.layouts import EngineLayout, TrainerGrid
+from megatron_r1.push.plan.matched_regions import MatchedRegions
+from megatron_r1.push.plan.planned_links import (
     PlannedLink,
     SetPlan,
     max_group_fraction,
     plan_sets,
     sent_bytes,
 )
-from megatron_r1.push.plan.layouts import EngineLayout, TrainerGrid
-from megatron_r1.push.plan.planner import Planner
 from megatron_r1.push.plan.tensors import (
     CountBytes,
     Region,
@@ -158,7 +158,7 @@ class LinkPlanner:
             addresses = [receivers.sets[name][1] for name in names]
             try:
                 sharding = PublishedSharding(tables)
-                planner = Planner(
+                matched_regions = MatchedRegions(
                     self.hf_config,
                     self.grid,
                     engine_layout,
@@ -169,7 +169,9 @@ class LinkPlanner:
                 edges = [0, *accumulate(map(len, addresses))]
                 sets = [range(*edge) for edge in pairwise(edges)]
                 fraction, count_bytes = max_group_fraction(transport), _byte_count(tables)
-                plans = plan_sets(planner, count_bytes, sets, receivers.sent_bytes, fraction)
+                plans = plan_sets(
+                    matched_regions, count_bytes, sets, receivers.sent_bytes, fraction
+                )
                 in_rounds = TRANSPORTS[transport].sends_in_rounds
                 schedule = self._schedule(plans, sets, addresses) if in_rounds else None
             except ValueError as error:

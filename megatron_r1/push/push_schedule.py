@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from megatron_r1.push.plan.engine_sets import EngineRankId, SetPlan
+from megatron_r1.push.plan.planned_links import EngineRankId, SetPlan
 from megatron_r1.push.plan.rounds import NO_BUCKET, receiving_processes, schedule_rounds
 from megatron_r1.push.protocol import RankRounds, RankTransfer
 
@@ -60,7 +60,7 @@ class PushSchedule:
     """The rounds of a push to sets that are connected together.
 
     Args:
-        plans: the sets' plans (`engine_sets.plan_sets`).
+        plans: the sets' plans (`planned_links.plan_sets`).
         sets: the engines of each set, numbered through.
         ranks_per_engine: the ranks of an engine.
         world_size: the trainer ranks.

@@ -1,5 +1,5 @@
 """Sends the weights of a trainer rank in a push, straight from the model's parameters: the regions
-that the plan assigns to this rank (`plan.engine_sets`)."""
+that the plan assigns to this rank (`plan.planned_links`)."""
 
 from __future__ import annotations
 

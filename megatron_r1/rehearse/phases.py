@@ -16,7 +16,7 @@ from megatron_r1.base.errors import RunError
 from megatron_r1.base.processes.exit_diagnosis import last_lines
 from megatron_r1.config import Config
 from megatron_r1.models.hf_config import read_hf_config
-from megatron_r1.push.plan.engine_sets import links_per_rank
+from megatron_r1.push.plan.planned_links import links_per_rank
 from megatron_r1.push.plan.recipe_plan import planned_push
 from megatron_r1.rehearse import launch, layout
 from megatron_r1.reporting.run_folder import RunFolder

@@ -18,8 +18,8 @@ from megatron_r1.push.control_messages import (
     SetFailure,
     StoreUnreachable,
 )
-from megatron_r1.push.plan.engine_sets import engine_sets
 from megatron_r1.push.plan.layouts import EngineLayout
+from megatron_r1.push.plan.planned_links import engine_sets
 from megatron_r1.push.plan.recipe_plan import max_engines
 from megatron_r1.trainer.operations import PushOperations
 
@@ -56,7 +56,7 @@ class EngineSet:
 class EngineLinks:
     """The links of one trainer to all engines.
 
-    Over gloo and nccl equal engines form sets of at most `push.plan.engine_sets.MAX_SET_ENGINES`;
+    Over gloo and nccl equal engines form sets of at most `push.plan.planned_links.MAX_SET_ENGINES`;
     over other transports every engine is a set of its own.
 
     Attributes:

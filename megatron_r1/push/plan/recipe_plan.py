@@ -17,15 +17,15 @@ from megatron_r1.push.plan.adapter_push import (
     check_adapter_push,
     pushed_adapter_table,
 )
-from megatron_r1.push.plan.engine_sets import (
+from megatron_r1.push.plan.layouts import EngineLayout, TrainerGrid
+from megatron_r1.push.plan.matched_regions import MatchedRegions
+from megatron_r1.push.plan.planned_links import (
     MAX_SET_ENGINES,
     SetPlan,
     engine_sets,
     max_group_fraction,
     plan_sets,
 )
-from megatron_r1.push.plan.layouts import EngineLayout, TrainerGrid
-from megatron_r1.push.plan.planner import Planner
 from megatron_r1.push.plan.predicted_sharding import PredictedSharding
 from megatron_r1.push.plan.tensors import (
     CountBytes,
@@ -80,9 +80,9 @@ def planned_push(config: Config, hf_config: HFConfig) -> list[SetPlan]:
     """Return the plans of the sets of a recipe's push from `parallel.processes` trainer ranks."""
     layout, push = engine_layout(config), config.push
     grid = TrainerGrid.from_recipe(config.parallel, config.parallel.processes)
-    planner = _planner(config, hf_config, grid, layout)
+    matched_regions = _planner(config, hf_config, grid, layout)
     return plan_sets(
-        planner,
+        matched_regions,
         fp8_bytes if push.fp8 else plain_bytes(config.rollout.dtype),
         engine_sets(layout.engines, max_engines(push)),
         max_fraction=max_group_fraction(push.transport),
@@ -144,10 +144,12 @@ def predicted_sharding(
 
 def _planner(
     config: Config, hf_config: HFConfig, grid: TrainerGrid, layout: EngineLayout
-) -> Planner:
+) -> MatchedRegions:
     sharding = predicted_sharding(config, hf_config, layout)
     table = pushed_adapter_table(config, hf_config)
-    return Planner(hf_config, grid, layout, recipe_stages(config, hf_config), sharding, table)
+    return MatchedRegions(
+        hf_config, grid, layout, recipe_stages(config, hf_config), sharding, table
+    )
 
 
 def check_drafter(config: Config) -> None:

@@ -32,7 +32,7 @@ from typing import NamedTuple
 import numpy as np
 
 from megatron_r1.base.transports import RELAY_BUCKET_BYTES
-from megatron_r1.push.plan.engine_sets import EngineRankId, SetPlan, colocated_trainer_ranks
+from megatron_r1.push.plan.planned_links import EngineRankId, SetPlan, colocated_trainer_ranks
 
 SCATTER_BUCKET_BYTES = 32 << 20
 """Most bytes of a bucket from a trainer rank; one that is relayed has `RELAY_BUCKET_BYTES`."""
@@ -229,7 +229,7 @@ def schedule_rounds(plans: Sequence[SetPlan], receivers: Receivers) -> RoundSche
     """Return the rounds of a push.
 
     Args:
-        plans: the links of each set (`engine_sets.plan_sets`).
+        plans: the links of each set (`planned_links.plan_sets`).
         receivers: the processes that receive (`receiving_processes`)."""
     links = [
         ProcessLink(link.trainer_rank, members[link.member], link.num_bytes)

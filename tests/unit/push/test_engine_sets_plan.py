@@ -5,8 +5,8 @@ from collections import Counter, defaultdict
 import pytest
 
 from megatron_r1.models.weights.layout import stage_shards
-from megatron_r1.push.plan import EngineLayout, Planner, TrainerGrid
-from megatron_r1.push.plan.engine_sets import (
+from megatron_r1.push.plan import EngineLayout, MatchedRegions, TrainerGrid
+from megatron_r1.push.plan.planned_links import (
     MAX_SET_ENGINES,
     engine_sets,
     plan_sets,
@@ -21,8 +21,8 @@ BYTES = plain_bytes("bfloat16")
 @pytest.mark.parametrize("engines", [1, 2, 3])
 @pytest.mark.parametrize(("hf_config", "grid", "layout"), WORLDS)
 def test_each_rank_s_needs_enter_one_engine_once_from_a_holder(hf_config, grid, layout, engines):
-    planner = Planner(hf_config, grid, layout)
-    (plan,) = plan_sets(planner, BYTES, [range(engines)])
+    matched_regions = MatchedRegions(hf_config, grid, layout)
+    (plan,) = plan_sets(matched_regions, BYTES, [range(engines)])
     holdings = [held(hf_config, grid, rank) for rank in range(grid.world_size)]
     assert len(plan) == layout.ranks_per_engine
     for engine_rank, of_position in enumerate(plan):
@@ -39,7 +39,8 @@ def test_each_rank_s_needs_enter_one_engine_once_from_a_holder(hf_config, grid, 
             elements[name] += region.num_elements
         at = layout.coordinate(engine_rank)
         needed = {
-            item.name: region.num_elements for item, region in planner.sharding.regions_of(at)
+            item.name: region.num_elements
+            for item, region in matched_regions.sharding.regions_of(at)
         }
         assert elements == needed
         for one in (name for name, _ in found):
@@ -52,15 +53,18 @@ def test_everyone_computes_the_same_plan():
     grid = TrainerGrid(8, pipeline=2, expert=4)
     layout = EngineLayout(tensor_parallel=2, data_parallel=2)
     plans = [
-        plan_sets(Planner(DEEPSEEK_MTP, grid, layout), BYTES, [range(2), range(2, 4)]) for _ in "ab"
+        plan_sets(MatchedRegions(DEEPSEEK_MTP, grid, layout), BYTES, [range(2), range(2, 4)])
+        for _ in "ab"
     ]
     assert plans[0] == plans[1]
 
 
 def test_engines_receive_equal_bytes_though_one_tensor_is_more_than_a_share():
     hf_config = DEEPSEEK_MTP | {"vocab_size": 1 << 15}
-    planner = Planner(hf_config, TrainerGrid(2, tensor=2), EngineLayout(1, tensor_parallel=2))
-    (plan,) = plan_sets(planner, BYTES, [range(16)])
+    matched_regions = MatchedRegions(
+        hf_config, TrainerGrid(2, tensor=2), EngineLayout(1, tensor_parallel=2)
+    )
+    (plan,) = plan_sets(matched_regions, BYTES, [range(16)])
     for engine_rank in plan:
         received = Counter()
         for link in engine_rank:
@@ -82,8 +86,8 @@ def test_the_recipe_for_2048_ranks_needs_few_links_and_sends_evenly(count, most)
     grid = TrainerGrid(2048, tensor=4, context=2, expert=8, pipeline=16)
     layout = EngineLayout(16, tensor_parallel=8, data_parallel=16, expert_parallel=True)
     stages = stage_shards(DEEPSEEK_V3, 16, 2, pipeline_layout="Et|t|(tt|)*29tmL")
-    planner = Planner(DEEPSEEK_V3, grid, layout, stages)
-    (plan,) = plan_sets(planner, count, [range(16)])
+    matched_regions = MatchedRegions(DEEPSEEK_V3, grid, layout, stages)
+    (plan,) = plan_sets(matched_regions, count, [range(16)])
     sent, into, received, entered = Counter(), Counter(), Counter(), Counter()
     for link in (link for of_position in plan for link in of_position):
         sent[link.trainer_rank] += link.num_bytes
@@ -97,7 +101,7 @@ def test_the_recipe_for_2048_ranks_needs_few_links_and_sends_evenly(count, most)
     shares = [16 * entered[engine, p] / received[p] for engine in range(16) for p in range(128)]
     assert min(shares) > 0.99 and max(shares) < 1.002
     for engine_rank in range(128):
-        needed = planner.sharding.regions_of(layout.coordinate(engine_rank))
+        needed = matched_regions.sharding.regions_of(layout.coordinate(engine_rank))
         num_bytes = sum(count(item.name, item.rule.dtype, region) for item, region in needed)
         # FP8 scales of rows that are cut count anew in each cut.
         assert received[engine_rank] == pytest.approx(num_bytes)

@@ -10,8 +10,8 @@ from refusals import raised, refused
 from megatron_r1.base.errors import Cause
 from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.models.weights.layout import stage_shards
-from megatron_r1.push.plan import EngineLayout, Planner, TrainerGrid
-from megatron_r1.push.plan.engine_sets import engine_sets, plan_sets
+from megatron_r1.push.plan import EngineLayout, MatchedRegions, TrainerGrid
+from megatron_r1.push.plan.planned_links import engine_sets, plan_sets
 from megatron_r1.push.plan.predicted_sharding import PredictedSharding
 from megatron_r1.push.plan.tensors import fp8_bytes, plain_bytes
 from tests.unit.push.plan_worlds import DEEPSEEK_V3, WORLDS
@@ -27,8 +27,8 @@ def test_the_ranks_of_an_engine_together_need_every_element_and_drafters_their_l
     # The trainer has MTP layers in any case; only engines that draft need them.
     stages = stage_shards(hf_config, grid.pipeline)
     sharding = PredictedSharding(hf_config, engines, drafts=drafts)
-    planner = Planner(hf_config, grid, engines, stages, sharding)
-    (plan,) = plan_sets(planner, plain_bytes("bfloat16"), [range(engines.engines)])
+    matched_regions = MatchedRegions(hf_config, grid, engines, stages, sharding)
+    (plan,) = plan_sets(matched_regions, plain_bytes("bfloat16"), [range(engines.engines)])
     whole = {}
     for engine_rank in plan:
         needed = {}
@@ -78,9 +78,9 @@ def test_sizes_that_cannot_be_are_named():
     with raised(ValueError, "parallel", 8, 3):
         TrainerGrid.from_recipe(ParallelConfig(tensor=3), 8)
     with refused("rollout.tensor_parallel", Cause.INDIVISIBLE, 3, "num_attention_heads=4"):
-        Planner(DEEPSEEK_MTP, TrainerGrid(1), EngineLayout(tensor_parallel=3))
+        MatchedRegions(DEEPSEEK_MTP, TrainerGrid(1), EngineLayout(tensor_parallel=3))
     with refused("parallel.expert", Cause.INDIVISIBLE, 3, 8):
-        Planner(DEEPSEEK_MTP, TrainerGrid(3, expert=3), EngineLayout())
+        MatchedRegions(DEEPSEEK_MTP, TrainerGrid(3, expert=3), EngineLayout())
 
 
 @pytest.mark.more
@@ -89,7 +89,7 @@ def test_deepseek_v3_from_2048_ranks_to_64_engines_moves_the_least_and_evenly():
     engines = EngineLayout(64, tensor_parallel=16, expert_parallel=True)
     stages = "Etttt|" + "tttt|" * 14 + "tL"
     chunks = stage_shards(DEEPSEEK_V3, 16, pipeline_layout=stages, with_mtp=False)
-    planner = Planner(DEEPSEEK_V3, grid, engines, chunks)
+    matched_regions = MatchedRegions(DEEPSEEK_V3, grid, engines, chunks)
     experts = 58 * 256 * 3 * 7168 * 2048
     every_rank = 61 * (1536 * 7168 + 576 * 7168 + 2 * 7168 + 1536 + 512) + 7168  # never split
     every_rank += 58 * 256 * 7168
@@ -99,7 +99,7 @@ def test_deepseek_v3_from_2048_ranks_to_64_engines_moves_the_least_and_evenly():
     needed = 2 * ((experts + split) / 16 + every_rank) + bias
     received, busiest = {}, {}
     for form, count in (("bf16", plain_bytes("bfloat16")), ("FP8", fp8_bytes)):
-        plans = plan_sets(planner, count, engine_sets(64))
+        plans = plan_sets(matched_regions, count, engine_sets(64))
         received[form] = [
             [sum(link.num_bytes for link in engine_rank) for engine_rank in plan] for plan in plans
         ]

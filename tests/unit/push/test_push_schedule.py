@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from megatron_r1.push.plan import rounds
-from megatron_r1.push.plan.engine_sets import PlannedLink, TensorRegion
+from megatron_r1.push.plan.planned_links import PlannedLink, TensorRegion
 from megatron_r1.push.push_schedule import PayloadId, PushSchedule
 
 OWN = -1

@@ -5,7 +5,7 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
-from megatron_r1.push.plan.engine_sets import colocated_trainer_ranks
+from megatron_r1.push.plan.planned_links import colocated_trainer_ranks
 from megatron_r1.push.plan.rounds import NO_BUCKET, ProcessLink, RoundSchedule, receiving_processes
 
 SIZES = {"scatter_bucket_bytes": 10, "relay_bucket_bytes": 15}

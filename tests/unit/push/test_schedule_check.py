@@ -9,8 +9,8 @@ import pytest
 from megatron_r1.config import load
 from megatron_r1.models import read_hf_config
 from megatron_r1.models.weights.layout import recipe_stages
-from megatron_r1.push.plan import EngineLayout, Planner, TrainerGrid
-from megatron_r1.push.plan.engine_sets import (
+from megatron_r1.push.plan import EngineLayout, MatchedRegions, TrainerGrid
+from megatron_r1.push.plan.planned_links import (
     MAX_SET_ENGINES,
     colocated_trainer_ranks,
     engine_sets,
@@ -59,9 +59,9 @@ def pushes(
     what the checker says to each."""
     hf_config = read_hf_config(model)
     sharding = PredictedSharding(hf_config, engines, drafts=drafts)
-    planner = Planner(hf_config, grid, engines, stages, sharding)
+    matched_regions = MatchedRegions(hf_config, grid, engines, stages, sharding)
     sets, ranks = engine_sets(engines.engines, MAX_SET_ENGINES), engines.ranks_per_engine
-    plans = plan_sets(planner, fp8_bytes if form == "FP8" else plain_bytes(form), sets)
+    plans = plan_sets(matched_regions, fp8_bytes if form == "FP8" else plain_bytes(form), sets)
     orders = [
         schedule_rounds(plans, receiving_processes(sets, ranks, grid.world_size, shared))
         for shared in ({}, colocated_trainer_ranks(sets, ranks, grid.world_size))

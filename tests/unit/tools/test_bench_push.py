@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_r1.push.plan import EngineLayout, Planner, TrainerGrid
+from megatron_r1.push.plan import EngineLayout, MatchedRegions, TrainerGrid
 from megatron_r1.push.plan.rounds import ProcessLink, RoundSchedule
 from tests.unit.push.push_models import DEEPSEEK_MTP, QWEN
 from tools.bench.push.scale import (
@@ -99,8 +99,8 @@ def test_an_order_whose_streams_wait_for_each_other_sticks_unless_buffered():
 
 def small_case(**changes) -> ScaleCase:
     grid, engines = TrainerGrid(16, pipeline=2, expert=4), EngineLayout(8, tensor_parallel=2)
-    planner = Planner(DEEPSEEK_MTP, grid, engines)
-    return ScaleCase("small", planner, **{"colocated": False, **changes})
+    matched_regions = MatchedRegions(DEEPSEEK_MTP, grid, engines)
+    return ScaleCase("small", matched_regions, **{"colocated": False, **changes})
 
 
 @pytest.mark.parametrize("colocated", [True, False])
@@ -119,8 +119,8 @@ def test_what_an_engine_rank_s_own_gpu_holds_is_counted(tensor, held):
 
     Or a trainer of two stages, of which each holds a part of what both engine ranks need."""
     grid = TrainerGrid(2, tensor=tensor, pipeline=2 // tensor)
-    planner = Planner(QWEN, grid, EngineLayout(1, tensor_parallel=2))
-    row = simulate_case(ScaleCase("two GPUs", planner, colocated=True), FREE)
+    matched_regions = MatchedRegions(QWEN, grid, EngineLayout(1, tensor_parallel=2))
+    row = simulate_case(ScaleCase("two GPUs", matched_regions, colocated=True), FREE)
     assert row["held on its own GPU"] == pytest.approx(held, abs=0.1)
 
 

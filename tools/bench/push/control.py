@@ -3,7 +3,7 @@
 It has tiny weights, gloo, real rendezvous, groups, order of calls, and ranks that die in the
 middle.
 
-128 trainer ranks and 8 engines of 16 ranks, as planned by `plan.engine_sets`. After an undisturbed
+128 trainer ranks and 8 engines of 16 ranks, as planned by `plan.planned_links`. After an undisturbed
 push, which is compared with the trainer's weights byte by byte, a second one is broken off in each
 way of `FAULTS`; every rank that could not end it must say which rank was at fault."""
 

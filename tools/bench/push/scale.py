@@ -21,8 +21,8 @@ from megatron_r1.config import hardware, load
 from megatron_r1.config.hardware import ByteRate, Count
 from megatron_r1.models import read_hf_config
 from megatron_r1.models.weights.layout import recipe_stages, stage_shards
-from megatron_r1.push.plan import EngineLayout, Planner, TrainerGrid
-from megatron_r1.push.plan.engine_sets import (
+from megatron_r1.push.plan import EngineLayout, MatchedRegions, TrainerGrid
+from megatron_r1.push.plan.planned_links import (
     MAX_SET_ENGINES,
     engine_sets,
     needed_regions,
@@ -105,7 +105,7 @@ class ScaleCase:
         seeds: runs of the model."""
 
     name: str
-    planner: Planner
+    planner: MatchedRegions
     colocated: bool
     form: str = "bf16"
     seeds: int = 5
@@ -215,23 +215,23 @@ def _cases() -> Iterator[ScaleCase]:
         yield ScaleCase("64 engines x 16 GPUs, of their own", many, colocated=False, form=form)
 
 
-def _planner(recipe: str) -> Planner:
+def _planner(recipe: str) -> MatchedRegions:
     """Return the planner of a shipped recipe."""
     config = load(ROOT / recipe)
     hf_config, layout = read_hf_config(config.model.path), engine_layout(config)
     grid = TrainerGrid.from_recipe(config.parallel, config.parallel.processes)
     needs = PredictedSharding(hf_config, layout, drafts=config.rollout.drafts_by_mtp)
-    return Planner(hf_config, grid, layout, recipe_stages(config, hf_config), needs)
+    return MatchedRegions(hf_config, grid, layout, recipe_stages(config, hf_config), needs)
 
 
-def _many_engines() -> Planner:
+def _many_engines() -> MatchedRegions:
     """Return the planner of DeepSeek-V3 from 2,048 trainer ranks to 64 engines of 16 GPUs."""
     hf_config = read_hf_config(ROOT / "examples/deepseek_r1/model")
     grid = TrainerGrid(2048, pipeline=16)
     layout = "Etttt|" + "tttt|" * 14 + "tL"
     stages = stage_shards(hf_config, grid.pipeline, pipeline_layout=layout, with_mtp=False)
     engines = EngineLayout(64, tensor_parallel=8, data_parallel=2, expert_parallel=True)
-    return Planner(hf_config, dataclasses.replace(grid, expert=64), engines, stages)
+    return MatchedRegions(hf_config, dataclasses.replace(grid, expert=64), engines, stages)
 
 
 def _order(case: ScaleCase) -> RoundSchedule:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from megatron_r1.base.transports import TRANSPORTS
 from megatron_r1.models.weights.formats.published_layout import FP8_BLOCK_SIZE, is_quantized
-from megatron_r1.push.plan.planner import Planner
+from megatron_r1.push.plan.matched_regions import MatchedRegions
 from megatron_r1.push.plan.tensors import CountBytes, HFTensor, Region
 
 MAX_SET_ENGINES = 16
@@ -138,7 +138,7 @@ def max_group_fraction(transport: str) -> float:
 
 
 def plan_sets(
-    planner: Planner,
+    planner: MatchedRegions,
     count_bytes: CountBytes,
     sets: Sequence[range],
     sent_bytes: Sequence[float] = (),
@@ -217,7 +217,7 @@ def links_per_rank(plans: Iterable[SetPlan], world_size: int) -> list[int]:
     return links
 
 
-def needed_regions(planner: Planner, count_bytes: CountBytes) -> list[RegionsByReplicas]:
+def needed_regions(planner: MatchedRegions, count_bytes: CountBytes) -> list[RegionsByReplicas]:
     """Return what each rank of an engine needs."""
     regions_of_ranks: list[RegionsByReplicas] = [{} for _ in range(planner.layout.ranks_per_engine)]
     for tensor, replicas, sent_regions in planner.sent_regions():

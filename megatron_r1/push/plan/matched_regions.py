@@ -1,5 +1,5 @@
-"""`Planner` finds which regions of each tensor are sent: the intersections of what trainer ranks
-hold and what engine ranks need. `engine_sets` makes the plan of these. No torch."""
+"""Which regions of each tensor are sent: the intersections of what trainer ranks hold and what
+engine ranks need. `planned_links` makes the plan of these. No torch."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
@@ -28,8 +28,8 @@ class EngineSharding(Protocol):
         """HF name -> region -> the ranks that need it."""
 
 
-class Planner:
-    """What moves between two layouts of the model that `hf_config` describes.
+class MatchedRegions:
+    """The regions that move between two layouts of the model that `hf_config` describes.
 
     Args:
         hf_config: the model's `config.json`.
