@@ -130,7 +130,7 @@ class StoreUnreachable(PushError):
     CODE = "store_unreachable"
 
 
-class UndeliveredPush(PushError):
+class UnusedPush(PushError):
     """A push arrived, and the engine computes with something else."""
 
     CODE = "undelivered_push"

@@ -38,7 +38,7 @@ from tiny_models import (
 
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.engines.server.client import GENERATE_PATH, EngineClient
-from megatron_r1.engines.server.errors import EngineError, PushIncomplete
+from megatron_r1.engines.server.errors import EngineError, EngineLacksPush
 from megatron_r1.engines.server.json_replies import parse_responses
 from megatron_r1.engines.server.server import EngineServer
 from megatron_r1.models.experts import routing_shape
@@ -205,7 +205,7 @@ def test_a_push_that_does_not_come_to_its_end_changes_nothing(models, oracle, lo
     loop(push("a"))
 
     async def update():
-        with pytest.raises(PushIncomplete, match="trainer ranks 0 have not sent all of it"):
+        with pytest.raises(EngineLacksPush, match="trainer ranks 0 have not sent all of it"):
             await client.swap_weights(PushUpdateInfo(2000, timeout_seconds=0.5), 2000)
         await client.resume()
 

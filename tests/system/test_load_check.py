@@ -6,7 +6,7 @@ import torch
 from megatron_r1.engines.plugin import load_check
 from megatron_r1.engines.plugin.loader_copies import CheckpointParameter
 from megatron_r1.engines.plugin.memory_layout import PlacedParameter
-from megatron_r1.push.control_messages import UndeliveredPush
+from megatron_r1.push.control_messages import UnusedPush
 
 NAMES = ["small", "large", "larger", "live"]
 
@@ -59,13 +59,13 @@ def test_a_load_of_what_changed_passes(world):
 @pytest.mark.parametrize("old", ["small", "live"])
 def test_a_small_tensor_that_stays_old_is_named_at_once(world, old):
     world.push(1, [0, 1, 2, 3, 4], NAMES)
-    with pytest.raises(UndeliveredPush, match=f"push 2: 1 tensors .* with: {old}$"):
+    with pytest.raises(UnusedPush, match=f"push 2: 1 tensors .* with: {old}$"):
         world.push(2, [0, 4], {"small", "live"} - {old})
 
 
 def test_a_live_tensor_with_other_values_is_named(world):
     world.layers["live"].weight.fill_(0.5)
-    with pytest.raises(UndeliveredPush, match="with: live$"):
+    with pytest.raises(UnusedPush, match="with: live$"):
         world.push(1, [0], NAMES[:3])
 
 
@@ -73,7 +73,7 @@ def test_large_tensors_take_turns(world):
     """256 bytes: one of 128 and one of 256 do not fit into one push."""
     world.push(1, [1, 3], NAMES)
     world.push(2, [1, 3], {"larger"})  # which has its turn
-    with pytest.raises(UndeliveredPush, match="with: large$"):
+    with pytest.raises(UnusedPush, match="with: large$"):
         world.push(3, [1, 3], {"larger"})
 
 
@@ -115,7 +115,7 @@ def test_scales_of_the_push_before_are_named_where_the_codes_are_new(as_they_arr
     blocks = Blocks(as_they_arrive)
     old, new = (0.01, 0.01 * (1 + 2e-6)) if as_they_arrive else (2.0**-7, 2.0**-6)
     blocks.push(1, 8.0, old)
-    with pytest.raises(UndeliveredPush, match="push 2: 1 tensors .* with: weight_scale_inv$"):
+    with pytest.raises(UnusedPush, match="push 2: 1 tensors .* with: weight_scale_inv$"):
         blocks.push(2, 9.0, new, loads_scales=False)
     blocks.push(3, 10.0, new)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_r1.engines.plugin.pushed_adapter import REQUEST, PushedAdapter
-from megatron_r1.push.control_messages import AdapterSettings, UndeliveredPush
+from megatron_r1.push.control_messages import AdapterSettings, UnusedPush
 from megatron_r1.push.protocol import slot_view
 
 RANK, SIZE = 2, 6
@@ -88,7 +88,7 @@ def test_the_layers_compute_with_what_arrived_as_often_as_it_is_loaded():
 @pytest.mark.parametrize("layer", LAYERS)
 def test_a_layer_that_keeps_its_old_factors_is_named(layer):
     adapter, _, _ = pushed_to(Engine(left_out=layer))
-    with pytest.raises(UndeliveredPush, match=rf"push 7: 2 tensors .*{layer}.lora_A"):
+    with pytest.raises(UnusedPush, match=rf"push 7: 2 tensors .*{layer}.lora_A"):
         adapter.check(7)
 
 
@@ -96,7 +96,7 @@ def test_an_adapter_that_is_not_active_is_noticed():
     engine = Engine()
     adapter, _, _ = pushed_to(engine)
     engine._adapter_manager.lora_index_to_id = [None]
-    with pytest.raises(UndeliveredPush, match="6 tensors"):
+    with pytest.raises(UnusedPush, match="6 tensors"):
         adapter.check(1)
 
 

@@ -27,7 +27,7 @@ from megatron_r1.engines.fleet.fleet_state import FleetState, Notify
 from megatron_r1.engines.fleet.recovery import EngineReplacer
 from megatron_r1.engines.fleet.request_retries import RequestRetries
 from megatron_r1.engines.server.client import EngineClient
-from megatron_r1.engines.server.errors import EngineDied, EngineError, PushIncomplete
+from megatron_r1.engines.server.errors import EngineDied, EngineError, EngineLacksPush
 from megatron_r1.engines.server.gpu import with_gpu_share
 from megatron_r1.engines.server.model_config import vocab_size
 from megatron_r1.engines.server.responses import Response
@@ -441,7 +441,7 @@ class RolloutFleet:
         calls = (engine.await_unrepeatable_call(call(engine.client)) for engine in engines)
         outcomes = await asyncio.gather(*calls, return_exceptions=True)
         for engine, outcome in zip(engines, outcomes, strict=True):
-            if isinstance(outcome, PushIncomplete):
+            if isinstance(outcome, EngineLacksPush):
                 outcome = EngineDied(f"{engine.name} did not get the weights: {outcome}")
             if isinstance(outcome, EngineDied):
                 self.replacer.replace(engine, outcome)

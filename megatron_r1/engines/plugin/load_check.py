@@ -25,7 +25,7 @@ from vllm.platforms import current_platform
 
 from megatron_r1.engines.plugin.memory_layout import PlacedParameter
 from megatron_r1.push.checksum import checksum
-from megatron_r1.push.control_messages import UndeliveredPush
+from megatron_r1.push.control_messages import UnusedPush
 
 SCALE_NAME = "scale"
 """In the name of a parameter with the scales of FP8 blocks, by vLLM's names (`weight_scale_inv`).
@@ -103,7 +103,7 @@ class LoadCheck:
             memory: uint8, the receive buffer that they were loaded from.
 
         Raises:
-            UndeliveredPush: the engine does not compute with what arrived; it names the tensors.
+            UnusedPush: the engine does not compute with what arrived; it names the tensors.
         """
         wrong_placements = [
             placement
@@ -120,7 +120,7 @@ class LoadCheck:
         ]
         if wrong_placements:
             names = ", ".join(placement.parameter.title for placement in wrong_placements[:5])
-            raise UndeliveredPush(
+            raise UnusedPush(
                 f"push {push_number}: {len(wrong_placements)} tensors arrived and are not what the "
                 f"engine computes with: {names}{', ...' if len(wrong_placements) > 5 else ''}"
             )

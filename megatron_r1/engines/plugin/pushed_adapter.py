@@ -18,7 +18,7 @@ from vllm.lora.request import LoRARequest
 from vllm.lora.utils import parse_fine_tuned_lora_name
 
 from megatron_r1.engines.plugin.memory_layout import ALIGNMENT_BYTES
-from megatron_r1.push.control_messages import AdapterSettings, UndeliveredPush
+from megatron_r1.push.control_messages import AdapterSettings, UnusedPush
 from megatron_r1.push.protocol import Slot, SlotTable, slot_view
 
 REQUEST = LoRARequest(lora_name="pushed", lora_int_id=1, lora_path="pushed")
@@ -94,14 +94,14 @@ class PushedAdapter:
             push_number: the number of the push.
 
         Raises:
-            UndeliveredPush: factors differ; it names them.
+            UnusedPush: factors differ; it names them.
         """
         wrong_names = [
             name for name, factor in self._factors.items() if not self._is_used(name, factor)
         ]
         if wrong_names:
             names = ", ".join(wrong_names[:5]) + (", ..." if len(wrong_names) > 5 else "")
-            raise UndeliveredPush(
+            raise UnusedPush(
                 f"push {push_number}: {len(wrong_names)} tensors arrived and are not what the "
                 f"engine computes with: {names}"
             )

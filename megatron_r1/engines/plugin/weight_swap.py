@@ -13,10 +13,10 @@ from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 from vllm.entrypoints.rl.online.api_router import engine_client, router
 from vllm.entrypoints.rl.online.metrics import weight_operation_metrics
 
-from megatron_r1.push.control_messages import IncompletePush, UndeliveredPush
+from megatron_r1.push.control_messages import IncompletePush, UnusedPush
 
 CORE_ENDED = "core_ended"
-STATUS_OF_FAILURE = {CORE_ENDED: 500, IncompletePush.CODE: 500, UndeliveredPush.CODE: 409}
+STATUS_OF_FAILURE = {CORE_ENDED: 500, IncompletePush.CODE: 500, UnusedPush.CODE: 409}
 """HTTP status of each "kind" of failure. Below 500: another engine would do no better."""
 DEATH_SECONDS = 0.5
 """The pause between two checks whether the core is still alive."""

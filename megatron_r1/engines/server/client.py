@@ -19,8 +19,8 @@ from megatron_r1.engines.server.errors import (
     EngineDied,
     EngineError,
     EngineFault,
+    EngineLacksPush,
     EngineTimeout,
-    PushIncomplete,
 )
 from megatron_r1.engines.server.json_replies import parse_prompt_logprobs, parse_responses
 from megatron_r1.engines.server.reply_reader import MEDIA_TYPE, read_responses
@@ -225,7 +225,7 @@ class EngineClient:
             resume: whether the engine samples on after the swap.
 
         Raises:
-            PushIncomplete: the engine did not get all of the push.
+            EngineLacksPush: the engine did not get all of the push.
             EngineError: the push arrived damaged or could not be loaded.
         """
         update = {
@@ -343,7 +343,7 @@ def _refusal(address: str, status: int, body: bytes) -> EngineError:
         reply = msgspec.json.decode(body, type=ErrorReply)
     except msgspec.MsgspecError:  # vLLM's own errors are of another form, or plain text
         reply = ErrorReply()
-    kinds = {PushIncomplete.KIND: PushIncomplete, EngineDied.KIND: EngineDied}
+    kinds = {EngineLacksPush.KIND: EngineLacksPush, EngineDied.KIND: EngineDied}
     error = EngineError if status < 500 else kinds.get(reply.kind, EngineFault)
     return error(f"{address}: {reply.error or f'status {status}: {_shorten(body)}'}", status)
 

@@ -41,7 +41,7 @@ class EngineFault(EngineError):
     malformed response. The request is worth repeating."""
 
 
-class PushIncomplete(EngineFault):
+class EngineLacksPush(EngineFault):
     """The engine did not get all of a push, and still has the weights before it."""
 
     KIND = "incomplete_push"

@@ -28,7 +28,7 @@ from megatron_r1.config.push import PushConfig
 from megatron_r1.controller.push.engine_links import EngineLinks
 from megatron_r1.controller.push.pusher import WeightPusher
 from megatron_r1.engines.fleet.engine import Engine
-from megatron_r1.engines.server.errors import ConnectionBroken, EngineDied, PushIncomplete
+from megatron_r1.engines.server.errors import ConnectionBroken, EngineDied, EngineLacksPush
 from megatron_r1.push.control_messages import IncompletePush, OpenedPush
 from megatron_r1.push.plan import EngineLayout, TrainerGrid, rounds
 from megatron_r1.push.rendezvous import EngineRendezvous
@@ -231,7 +231,7 @@ class Process:
                 raise ConnectionBroken("cut") from error
         if not is_correct:
             raise (
-                PushIncomplete(result, 500)
+                EngineLacksPush(result, 500)
                 if IncompletePush.CODE in result
                 else RuntimeError(result)
             )
@@ -302,7 +302,7 @@ class Fleet(SmallFleet):
         calls = [engine.client.swap_weights(update, version) for engine in engines]
         outcomes = await asyncio.gather(*calls, return_exceptions=True)
         for engine, outcome in zip(engines, outcomes, strict=True):
-            if isinstance(outcome, (PushIncomplete, ConnectionBroken, EngineDied)):
+            if isinstance(outcome, (EngineLacksPush, ConnectionBroken, EngineDied)):
                 self.replace(engine, EngineDied(str(outcome)))
             elif outcome is not None:
                 raise outcome

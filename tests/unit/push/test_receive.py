@@ -20,7 +20,7 @@ from refusals import raised
 from torch.distributed import TCPStore
 from waiting import PATIENT, wait_until
 
-from megatron_r1.engines.server.errors import PushIncomplete
+from megatron_r1.engines.server.errors import EngineLacksPush
 from megatron_r1.push.checksum import (
     MIXER,
     RowsWeightedSum,
@@ -114,7 +114,7 @@ def test_a_trainer_rank_that_sends_nothing_is_named(make_world, transport):
     world = make_world(transport, SLOTS, BY_TWO)
     world.send(1, senders=[0])[0].join()
     world.receiver.received_chunks.wait(1, PATIENT, sources=[0])
-    with raised(IncompletePush, PushIncomplete.KIND, "trainer ranks 1 "):
+    with raised(IncompletePush, EngineLacksPush.KIND, "trainer ranks 1 "):
         world.receiver.received_chunks.wait(1, 0.1)
 
 

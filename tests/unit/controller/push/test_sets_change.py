@@ -15,7 +15,7 @@ from megatron_r1.config.push import PushConfig
 from megatron_r1.controller.push.engine_links import EngineLinks
 from megatron_r1.controller.push.pusher import WeightPusher
 from megatron_r1.engines.fleet.engine import Engine
-from megatron_r1.engines.server.errors import ConnectionBroken, EngineDied, PushIncomplete
+from megatron_r1.engines.server.errors import ConnectionBroken, EngineDied, EngineLacksPush
 from megatron_r1.push.control_messages import IncompletePush, OpenedPush
 from megatron_r1.push.plan import EngineLayout, TrainerGrid
 from megatron_r1.push.rendezvous import EngineRendezvous
@@ -101,7 +101,7 @@ class Client:
             run_in_threads([partial(load, *item) for item in enumerate(self.receivers)])
         except IncompletePush as error:
             self._refuse_if_dead()
-            raise PushIncomplete(str(error), 500) from error
+            raise EngineLacksPush(str(error), 500) from error
 
     def _only(self, rank):
         return SimpleNamespace(receivers={rank: self.receivers[rank]})
@@ -126,7 +126,7 @@ class Fleet(SmallFleet):
         calls = [engine.client.swap_weights(update, version) for engine in engines]
         outcomes = await asyncio.gather(*calls, return_exceptions=True)
         for engine, outcome in zip(engines, outcomes, strict=True):
-            if isinstance(outcome, (PushIncomplete, ConnectionBroken)):
+            if isinstance(outcome, (EngineLacksPush, ConnectionBroken)):
                 self.replace(engine, EngineDied(str(outcome)))
             elif outcome is not None:
                 raise outcome
