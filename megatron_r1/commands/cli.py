@@ -317,9 +317,9 @@ def _overrides(options: list[str], extra_options: Sequence[str] = ()) -> dict[st
 
 def _describe_keys(names: Sequence[str]) -> str:
     from megatron_r1.pipeline.pipeline_recipe import PipelineRecipe
-    from megatron_r1.rehearse.settings import PreflightSettings, RehearsalSettings
+    from megatron_r1.rehearse.settings import PreflightRecipe, RehearsalRecipe
 
-    sections = (RehearsalSettings, PreflightSettings)
+    sections = (RehearsalRecipe, PreflightRecipe)
     return describe_keys((configuration.Config, PipelineRecipe, *sections), names)
 
 

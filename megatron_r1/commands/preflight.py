@@ -15,7 +15,7 @@ from megatron_r1.base.processes.children import die_with_parent
 from megatron_r1.base.processes.process_memory import without_garbage_collection
 from megatron_r1.commands import torchrun
 from megatron_r1.config.overrides import take_section
-from megatron_r1.rehearse.settings import PreflightSettings
+from megatron_r1.rehearse.settings import PreflightRecipe
 
 REQUIRED_KEYS = ("run.folder",)
 SETTINGS = ("preflight",)
@@ -34,7 +34,7 @@ def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> No
         UserError: for a recipe with mistakes.
         RunError: on rank 0, for nodes that are not fit for the run.
         SystemExit: with the status of the ranks that it started, if they failed."""
-    settings, recipe_overrides = take_section(overrides, PreflightSettings)
+    settings, recipe_overrides = take_section(overrides, PreflightRecipe)
     config = configuration.load(path, recipe_overrides, required=REQUIRED_KEYS)
     access.allow_readers(config.run.readable_by)
     world_size = torchrun.world_size(config)

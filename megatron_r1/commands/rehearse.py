@@ -24,7 +24,7 @@ from megatron_r1.push.plan.planned_links import links_per_rank
 from megatron_r1.push.plan.recipe_plan import check_pushes, engine_layout, planned_push
 from megatron_r1.rehearse import coverage, miniature, model, null_gpu
 from megatron_r1.rehearse.phases import PhaseRunner
-from megatron_r1.rehearse.settings import RehearsalConfig, RehearsalSettings
+from megatron_r1.rehearse.settings import RehearsalConfig, RehearsalRecipe
 from megatron_r1.reporting.run_folder import RunFolder
 
 SETTINGS = ("rehearsal",)
@@ -51,7 +51,7 @@ def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> No
         UserError: the recipe cannot be rehearsed; before anything starts.
         RunError: the first phase that fails."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that all processes are stopped
-    rehearsal_settings, recipe_overrides = take_section(overrides, RehearsalSettings)
+    rehearsal_settings, recipe_overrides = take_section(overrides, RehearsalRecipe)
     settings = rehearsal_settings.rehearsal
     jobs = rehearsal_jobs(path, recipe_overrides, verbs, IMPLIED_BY_VERB, settings.stages)
     for job in jobs:

@@ -28,7 +28,7 @@ class RehearsalConfig(Section):
     timeout_seconds: float = Field(1800.0, gt=0, description="limit for one phase")
 
 
-class RehearsalSettings(Section):
+class RehearsalRecipe(Section):
     """The section that `rehearse` adds to the sections of a recipe."""
 
     rehearsal: RehearsalConfig = RehearsalConfig()
@@ -59,7 +59,7 @@ class PreflightConfig(Section):
         return name
 
 
-class PreflightSettings(Section):
+class PreflightRecipe(Section):
     """The section that `preflight` adds to the sections of a recipe."""
 
     preflight: PreflightConfig = PreflightConfig()

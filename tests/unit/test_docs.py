@@ -11,7 +11,7 @@ import pytest
 from megatron_r1.commands import cli
 from megatron_r1.config import Config
 from megatron_r1.pipeline.pipeline_recipe import PipelineRecipe
-from megatron_r1.rehearse.settings import PreflightSettings, RehearsalSettings
+from megatron_r1.rehearse.settings import PreflightRecipe, RehearsalRecipe
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -204,7 +204,7 @@ def test_verbs_and_sections_share_a_name_with_package_and_page_or_are_exceptions
     exceptions = {
         name for row in table.splitlines() for name in re.findall("`([^`]+)`", row.split("|")[1])
     }
-    settings = [Config, PipelineRecipe, RehearsalSettings, PreflightSettings]
+    settings = [Config, PipelineRecipe, RehearsalRecipe, PreflightRecipe]
     sections = {name for model in settings for name in model.model_fields}
     verbs = {"keys", *cli.VERB_MODULES, *cli.OWN_VERBS}
     for verb in verbs - {"keys"}:

@@ -16,7 +16,7 @@ from megatron_r1.rehearse.preflight.facts import (
 from megatron_r1.rehearse.preflight.findings import check_facts, measured_rates
 from megatron_r1.rehearse.preflight.links import neighbors
 from megatron_r1.rehearse.preflight.rate_checks import hardware_of
-from megatron_r1.rehearse.settings import PreflightConfig, PreflightSettings
+from megatron_r1.rehearse.settings import PreflightConfig, PreflightRecipe
 
 CONFIG = parse({"run": {"folder": "runs/x"}, "data": {"kind": "code"}})
 SETTINGS = PreflightConfig()
@@ -79,7 +79,7 @@ def test_the_planners_rates_are_those_of_the_gpu_that_is_found():
     assert link_rate(hardware, Assumptions(), 4) == pytest.approx(INSIDE)
     assert link_rate(hardware, Assumptions(), 16) == pytest.approx(ACROSS)
     with pytest.raises(UserError, match="preflight.hardware"):
-        take_section({"preflight.hardware": "H10"}, PreflightSettings)
+        take_section({"preflight.hardware": "H10"}, PreflightRecipe)
 
 
 def test_a_slow_node_is_named_from_the_groups_that_only_it_is_in():
