@@ -35,7 +35,7 @@ from megatron_r1.why.comparison import (
 )
 from megatron_r1.why.formulas import kl_of_difference
 from megatron_r1.why.record.recorded_step import RecordedStep
-from megatron_r1.why.rerun.readings import ENGINE_REMEDY, hint
+from megatron_r1.why.rerun.rerun_verdicts import ENGINE_REMEDY, hint
 
 if TYPE_CHECKING:
     from megatron_r1.why.update.recomputation import Recomputation

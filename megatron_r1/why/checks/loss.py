@@ -13,11 +13,11 @@ from megatron_r1.reporting.formatting import finite_metric, format_number, forma
 from megatron_r1.why.checks.departing_terms import term_departure
 from megatron_r1.why.comparison import DEPARTS, EQUAL, Comparison, not_checked
 from megatron_r1.why.record.recorded_step import RecordedStep
-from megatron_r1.why.update.substitutions import clip_substitution, substitutions
+from megatron_r1.why.update.substitution_candidates import clip_substitution, substitutions
 
 if TYPE_CHECKING:
     from megatron_r1.why.update.recomputation import Recomputation, RecomputedUpdates
-    from megatron_r1.why.update.substitution import Substitution
+    from megatron_r1.why.update.substitution_type import Substitution
 
 LOSS = "loss"
 LOSS_ROUNDING = {"float32": 2.0**-19, "bfloat16": 2.0**-7}

@@ -20,7 +20,7 @@ from megatron_r1.why.comparison import (
     with_untried,
 )
 from megatron_r1.why.record.recorded_step import RecordedStep, weights_after
-from megatron_r1.why.rerun.readings import TRAINER_REMEDY, hint
+from megatron_r1.why.rerun.rerun_verdicts import TRAINER_REMEDY, hint
 
 if TYPE_CHECKING:
     from megatron_r1.why.update.recomputation import Recomputation

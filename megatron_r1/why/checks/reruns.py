@@ -30,7 +30,7 @@ from megatron_r1.why.comparison import (
     not_checked,
 )
 from megatron_r1.why.record.recorded_step import RecordedStep
-from megatron_r1.why.rerun.readings import (
+from megatron_r1.why.rerun.rerun_verdicts import (
     HINT,
     Distances,
     Reading,

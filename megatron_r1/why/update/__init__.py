@@ -3,9 +3,9 @@
 - `update_inputs`: what the updates are made of; `loss_formulas` and `adam`: the formulas;
   `step_updates`: makes the updates; `checkpoint_after`: what they are compared with;
   `recomputation`: all of them for a step.
-- `substitutions`: what may have been computed otherwise, `advantage_substitutions` for advantages;
-  `checkpoint_traces`: what the checkpoint after the step says of it; `substitution_estimates`:
-  which are tried first.
+- `substitution_type`: one thing that may have been computed otherwise; `substitution_candidates`:
+  all of them, `advantage_substitutions` for advantages; `checkpoint_traces`: what the checkpoint
+  after the step says of it; `substitution_estimates`: which are tried first.
 - `moment_fits`: what the run's moments say of its gradients. `gradient_norms` fits how they were
   clipped, `term_coefficients` how often each loss term was added (`loss_terms`, with their
   gradients in `term_gradients`)."""

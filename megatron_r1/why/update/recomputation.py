@@ -22,8 +22,8 @@ from megatron_r1.why.update.checkpoint_traces import CheckpointTraces, read_trac
 from megatron_r1.why.update.loss_formulas import Update, update_means
 from megatron_r1.why.update.moment_fits import MomentFits
 from megatron_r1.why.update.step_updates import StepUpdates
-from megatron_r1.why.update.substitution import Substitution
 from megatron_r1.why.update.substitution_estimates import SubstitutionEstimates
+from megatron_r1.why.update.substitution_type import Substitution
 from megatron_r1.why.update.term_coefficients import MAX_ROUNDS, TermFit
 from megatron_r1.why.update.term_gradients import TermGradients
 from megatron_r1.why.update.token_advantages import with_token_advantages

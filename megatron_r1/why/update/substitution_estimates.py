@@ -21,7 +21,7 @@ from megatron_r1.why.update.loss_formulas import (
     update_means,
 )
 from megatron_r1.why.update.step_updates import StepUpdates
-from megatron_r1.why.update.substitution import Substitution
+from megatron_r1.why.update.substitution_type import Substitution
 from megatron_r1.why.update.token_advantages import with_token_advantages
 from megatron_r1.why.update.update_inputs import UpdateInputs
 

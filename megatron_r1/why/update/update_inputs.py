@@ -26,7 +26,7 @@ from megatron_r1.why.update.adam import AdamRules, Moments
 from megatron_r1.why.update.first_update import FirstUpdate, first_update
 from megatron_r1.why.update.loss_formulas import LossRules
 from megatron_r1.why.update.loss_terms import left_out_terms, loss_terms
-from megatron_r1.why.update.substitution import Substitution
+from megatron_r1.why.update.substitution_type import Substitution
 from megatron_r1.why.update.term_gradients import LossTerm
 from megatron_r1.why.update.token_advantages import with_token_advantages
 

@@ -27,7 +27,7 @@ from megatron_r1.why.comparison import (
 )
 from megatron_r1.why.policy import policy_models
 from megatron_r1.why.rerun import fresh_engine, single_rank
-from megatron_r1.why.rerun.readings import (
+from megatron_r1.why.rerun.rerun_verdicts import (
     ENGINE_REMEDY,
     PUSH_REMEDY,
     Distances,

@@ -19,8 +19,10 @@ from megatron_r1.why.update.advantage_substitutions import advantage_substitutio
 from megatron_r1.why.update.checkpoint_traces import CheckpointTraces
 from megatron_r1.why.update.loss_formulas import Totals, row_loss
 from megatron_r1.why.update.step_updates import StepUpdates
-from megatron_r1.why.update.substitutions import _kl_substitutions, _loss_substitutions
-from megatron_r1.why.update.substitutions import _update_substitutions as update_substitutions
+from megatron_r1.why.update.substitution_candidates import _kl_substitutions, _loss_substitutions
+from megatron_r1.why.update.substitution_candidates import (
+    _update_substitutions as update_substitutions,
+)
 
 FREE = replace(RULES, clip_low=math.inf, clip_high=math.inf)
 
