@@ -25,7 +25,7 @@ from megatron_r1.config import Config, infer_verb
 from megatron_r1.engines.server import gpu
 from megatron_r1.engines.server.model_config import max_positions
 from megatron_r1.engines.server.server import temporary_logs
-from megatron_r1.evaluation.engine_policy import EnginePolicy
+from megatron_r1.evaluation.engine_model import EngineModel
 from megatron_r1.evaluation.response import SamplingSettings, TextResponse
 from megatron_r1.trainer.checkpoints.checkpoint_folders import complete_checkpoints
 
@@ -100,7 +100,7 @@ async def _answer(config: Config, model: Path, questions: list[str] | None) -> N
     rollout = config.rollout
     decoding = SamplingSettings.from_rollout(rollout)
     with temporary_logs() as scratch:
-        policy = EnginePolicy(config, model, decoding, scratch, None)
+        policy = EngineModel(config, model, decoding, scratch, None)
         try:
             _note("starting vLLM")
             with contextlib.redirect_stdout(sys.stderr):
@@ -113,7 +113,7 @@ async def _answer(config: Config, model: Path, questions: list[str] | None) -> N
             await policy.close()
 
 
-async def _converse(policy: EnginePolicy, seed: int) -> None:
+async def _converse(policy: EngineModel, seed: int) -> None:
     """Answer each line of the terminal, with another seed each time."""
     _note("one question a line; Ctrl-D ends")
     async for line in _typed_lines():
@@ -122,7 +122,7 @@ async def _converse(policy: EnginePolicy, seed: int) -> None:
             seed += 1
 
 
-async def _answer_all(policy: EnginePolicy, questions: list[str], seed: int) -> None:
+async def _answer_all(policy: EngineModel, questions: list[str], seed: int) -> None:
     """Answer all questions at once; print the answers in their order, each below its question where
     there are several."""
     answers = await asyncio.gather(*(policy.respond(question, seed) for question in questions))

@@ -17,9 +17,9 @@ from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.data.few_shot import FewShotExamples
 from megatron_r1.evaluation.identity import require_same_identity
 from megatron_r1.evaluation.model_folder import find_model
+from megatron_r1.evaluation.remote_model import RemoteModel
 from megatron_r1.evaluation.response import Policy, SamplingSettings
 from megatron_r1.evaluation.response_log import ResponseLog
-from megatron_r1.evaluation.server_policy import ServerPolicy
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.trainer.checkpoints import checkpoint_folders
 from megatron_r1.trainer.operations import CheckpointOperations
@@ -148,11 +148,11 @@ async def make_policy(
         decoding: the sampling parameters.
         shots: worked examples before every question."""
     if server is not None:
-        return ServerPolicy(server, config.data.template, decoding, shots, key)
-    from megatron_r1.evaluation.engine_policy import EnginePolicy
+        return RemoteModel(server, config.data.template, decoding, shots, key)
+    from megatron_r1.evaluation.engine_model import EngineModel
 
     model = await _model_to_serve(config, folder)
-    return EnginePolicy(config, model, decoding, folder, shots)
+    return EngineModel(config, model, decoding, folder, shots)
 
 
 def require_same_settings(

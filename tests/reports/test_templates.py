@@ -16,8 +16,8 @@ from megatron_r1.controller.rollouts.response_grader import ResponseGrader
 from megatron_r1.data.few_shot import FewShotExamples, FewShotTokenizer
 from megatron_r1.data.prompt import make_prompt
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
+from megatron_r1.evaluation.remote_model import RemoteModel
 from megatron_r1.evaluation.response import SamplingSettings
-from megatron_r1.evaluation.server_policy import ServerPolicy
 
 BEGIN, EOS = "<|begin_of_text|>", "<|eot_id|>"
 
@@ -82,7 +82,7 @@ def test_b23_so_do_texts_at_a_completions_server(template, tmp_path):
 
     async def ask(url):
         server = ServerConfig(url=url, model="m", api="completions")
-        policy = ServerPolicy(server, template, SamplingSettings(0.6, 0.95, 8))
+        policy = RemoteModel(server, template, SamplingSettings(0.6, 0.95, 8))
         await policy.respond("find a", 0)
         await policy.close()
 

@@ -14,7 +14,7 @@ from megatron_r1.base.errors import Cause
 from megatron_r1.commands import cli
 from megatron_r1.commands.cli import main
 from megatron_r1.engines.server.responses import Response
-from megatron_r1.evaluation.engine_policy import EnginePolicy
+from megatron_r1.evaluation.engine_model import EngineModel
 from megatron_r1.evaluation.sampling import sample_seed
 from tests.chat_tokenizer import chat_tokenizer
 
@@ -61,7 +61,7 @@ def recipe(tmp_path, monkeypatch):
         state = SimpleNamespace(require_usable=lambda: None)
         self._fleet = SimpleNamespace(generate=generate, state=state)
 
-    monkeypatch.setattr(EnginePolicy, "start", start)
+    monkeypatch.setattr(EngineModel, "start", start)
     path = tmp_path / "run.yaml"
 
     def write(benchmarks, template="chat"):

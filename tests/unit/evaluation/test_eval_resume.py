@@ -12,7 +12,7 @@ from refusals import refused
 from megatron_r1.base.errors import Cause
 from megatron_r1.commands import cli
 from megatron_r1.commands.cli import main
-from megatron_r1.evaluation import server_policy
+from megatron_r1.evaluation import remote_model
 from megatron_r1.evaluation.identity import require_same_identity
 
 PROBLEMS = [
@@ -246,7 +246,7 @@ def test_busy_servers_are_asked_again_and_keys_come_from_the_environment(
 
 
 def test_waiting_for_a_loading_server_is_reported(recipe, capsys, monkeypatch):
-    monkeypatch.setattr(server_policy, "REPORT_SECONDS", 0.05)
+    monkeypatch.setattr(remote_model, "REPORT_SECONDS", 0.05)
     busy = {"left": 2}
 
     def reply(question, body):
@@ -282,7 +282,7 @@ def test_a_server_may_come_up_late(recipe):
         port = listening[0].sockets[0].getsockname()[1]
         listening.pop().close()
         url = f"http://127.0.0.1:{port}/v1"
-        await server_policy.wait_until_listening(url, 3600, failed)
+        await remote_model.wait_until_listening(url, 3600, failed)
         assert len(failures) == len(listening) == 1
         listening.pop().close()
 

@@ -37,7 +37,7 @@ ATTEMPTS = 3
 """Episodes that are tried for one sample: one that fails by no fault of the policy is repeated."""
 
 
-class EnginePolicy:
+class EngineModel:
     """Uses the same engines, prompts, sampling and hosts as training (`rollout`).
 
     Args:

@@ -54,7 +54,7 @@ UNSET_OPTIONS = {"stop": (), "stop_token_ids": (), "top_k": None, "min_p": 0.0}
 """Sampling parameters that are no part of OpenAI's API, by the value that changes nothing."""
 
 
-class ServerPolicy:
+class RemoteModel:
     """Sends one request per response, and repeats it while the server is busy or away
     (`r1_grading.remote.service`).
 
