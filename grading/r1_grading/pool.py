@@ -13,7 +13,7 @@ import msgspec
 
 from r1_grading.base.errors import Cause, RunError, UserError
 from r1_grading.base.workers import START_TIMEOUT_SECONDS, WorkerLost, encode_frame
-from r1_grading.remote.remote_rewards import RemoteRewards
+from r1_grading.remote.remote_rewards import RemoteGraders
 from r1_grading.rewards import SERVED_REWARDS, FiniteGrade, Grade, find_non_finite, resolve
 from r1_grading.sandbox.limits import time_limit
 from r1_grading.worker import EncodedJob, JobStatus, WorkerProcess, reports_memory
@@ -120,7 +120,7 @@ class RewardPool:
         self._workers: set[WorkerProcess] = set()
         self._counters: Counter[str] = Counter()
         self._failure: Exception | None = None
-        self._remote = RemoteRewards()
+        self._remote = RemoteGraders()
         self.busy_seconds = 0.0
         self.most_outstanding = 0
 

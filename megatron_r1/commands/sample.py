@@ -40,7 +40,7 @@ from megatron_r1.sample.judged_rows import PreferencePairs, SafetyLabels
 from megatron_r1.sample.pooled_filters import PooledFilters
 from megatron_r1.sample.second_pass import OUTPUT_FILES, Decide, decide_all, write_outputs
 from megatron_r1.sample.selection import DUPLICATE, DecisionCounts, Selection
-from megatron_r1.sample.sft_examples import Rendering, SFTExamples, cached_rewriter
+from megatron_r1.sample.sft_examples import Rendering, SFTKeeper, cached_rewriter
 
 REQUIRED_KEYS = ("run.folder",)
 KIND_WITHOUT_TRUTH = "helpful"
@@ -285,7 +285,7 @@ async def _decide(
     else:
         cache = ResultCache(folder / "rewrites.jsonl")
         rewriter = cached_rewriter(inputs.rewrite, cache) if inputs.rewrite else None
-        decide = SFTExamples(selection, inputs.rendering, rewriter, grader)
+        decide = SFTKeeper(selection, inputs.rendering, rewriter, grader)
     counts = DecisionCounts()
     file = OUTPUT_FILES.get(sample.output)
     await write_outputs(log, inputs.prompt_set, decide, folder / file if file else None, counts.add)

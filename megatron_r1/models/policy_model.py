@@ -36,7 +36,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from megatron_r1.models.gradients import fp32_main_grad
-from megatron_r1.models.schedule_plan import ChunkModel
+from megatron_r1.models.schedule_plan import SchedulableModel
 
 
 class LMHead(ColumnParallelLinear):
@@ -85,7 +85,7 @@ class LMHead(ColumnParallelLinear):
         return copy_to_tensor_model_parallel_region(input_, group=self.tp_group), None
 
 
-class PolicyModel(ChunkModel):
+class PolicyModel(SchedulableModel):
     """GPTModel that returns hidden states (b, s, h), after the final norm, from its last stage.
 
     With `labels` (b, s), where labels[i] follows input_ids[i], and `loss_mask` (b, s), the backward

@@ -140,7 +140,7 @@ class _UnsplitLayer:
         self.mlp = None
 
 
-class ChunkModel(GPTModel):
+class SchedulableModel(GPTModel):
     """GPTModel whose passes Megatron's schedule can run in parts."""
 
     def build_schedule_plan(self, *args: Any, **kwargs: Any) -> OverlapSchedulePlan:

@@ -18,7 +18,7 @@ from megatron.core.transformer import MegatronModule, TransformerConfig
 from torch import Tensor
 
 from megatron_r1.models.gradients import mark_sequence_parallel
-from megatron_r1.models.schedule_plan import ChunkModel
+from megatron_r1.models.schedule_plan import SchedulableModel
 
 
 class ScoreHead(MegatronModule):
@@ -53,7 +53,7 @@ class ScoreHead(MegatronModule):
         )
 
 
-class ScoreModel(ChunkModel):
+class ScoreModel(SchedulableModel):
     """GPTModel that returns scores (b, s) fp32 from its last stage, behind the final norm."""
 
     def __init__(self, *args, **kwargs):

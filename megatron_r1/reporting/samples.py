@@ -67,7 +67,7 @@ class Card:
 
 
 @dataclass(frozen=True)
-class Samples:
+class SamplesSection:
     """Samples to show: either `by_question`, each question with the (moment, sample) of several
     moments, or `by_moment`, the samples of each moment."""
 
@@ -76,7 +76,7 @@ class Samples:
     by_moment: list[tuple[str, list[Card]]] = field(default_factory=list)
 
 
-def choose_samples(read_samples: Callable[[], Iterator[SampleLine]]) -> Samples | None:
+def choose_samples(read_samples: Callable[[], Iterator[SampleLine]]) -> SamplesSection | None:
     """Return the samples to show, or None without any.
 
     Held-out questions that were asked at several steps are shown side by side; without them, the
@@ -100,7 +100,7 @@ def choose_samples(read_samples: Callable[[], Iterator[SampleLine]]) -> Samples 
     if split == "eval" and len(moments) > 1:
         intro = "The same held-out questions at each moment; of several responses, the first."
         if by_question := _same_questions(by_step):
-            return Samples(intro, by_question=by_question)
+            return SamplesSection(intro, by_question=by_question)
     else:
         intro = f"The first {NUM_QUESTIONS} samples recorded at each moment."
     by_moment = [
@@ -113,7 +113,7 @@ def choose_samples(read_samples: Callable[[], Iterator[SampleLine]]) -> Samples 
         )
         for step, samples in by_step.items()
     ]
-    return Samples(intro, by_moment=by_moment)
+    return SamplesSection(intro, by_moment=by_moment)
 
 
 def _same_questions(

@@ -133,7 +133,7 @@ def cached_rewriter(function: UserFunction, cache: ResultCache) -> Rewriter:
     return lambda *texts: cache.get(("rewrite", function.identity, *texts), lambda: rewrite(*texts))
 
 
-class SFTExamples:
+class SFTKeeper:
     """Keeps at most `keep.per_prompt` of a question's responses."""
 
     def __init__(

@@ -18,7 +18,7 @@ from megatron_r1.models.routing_replay import replay_recomputations
 from megatron_r1.trainer import construction
 from megatron_r1.trainer.batch import PackedBatch
 from megatron_r1.trainer.distributed import GridPosition
-from megatron_r1.trainer.losses import LossTerms
+from megatron_r1.trainer.losses import LossSum
 from megatron_r1.trainer.metrics import Mean, merge, reduce_over_data
 from megatron_r1.trainer.passes import optimizer_step, run_passes
 
@@ -95,7 +95,7 @@ def _store_values(batch: PackedBatch, scores: Tensor) -> None:
     batch.values = torch.where(batch.is_response, scores.view(-1), 0.0)
 
 
-def value_loss(batch: PackedBatch, scores: Tensor, clip: float | None) -> LossTerms:
+def value_loss(batch: PackedBatch, scores: Tensor, clip: float | None) -> LossSum:
     """Return the clipped squared error of values, summed over response tokens.
 
     Σ ½ max((V - R)², (clip(V, V_old - ε, V_old + ε) - R)²), with their number as the denominator.
@@ -127,7 +127,7 @@ def value_loss(batch: PackedBatch, scores: Tensor, clip: float | None) -> LossTe
     }
     # fp64: the explained variance is a difference of mean squares and squared means.
     means = {name: Mean(x.detach().double().sum(), count) for name, x in token_values.items()}
-    return LossTerms(token_values["value/loss"].sum(), count, means)
+    return LossSum(token_values["value/loss"].sum(), count, means)
 
 
 def explained_variance(metrics: dict[str, float]) -> float:

@@ -23,7 +23,7 @@ from megatron_r1.trainer.batch import LossHead, PackedBatch, TokenWeights
 from megatron_r1.trainer.metrics import Mean, Metrics
 
 
-class LossTerms(NamedTuple):
+class LossSum(NamedTuple):
     """A loss as a sum, with its denominator and metrics.
 
     Attributes:
@@ -36,8 +36,8 @@ class LossTerms(NamedTuple):
     metrics: Metrics
 
 
-Loss = Callable[[PackedBatch, LossHead, LossSettings | None], LossTerms]
-"""(batch, its head, settings) → LossTerms. settings: of a policy loss; None for the others."""
+Loss = Callable[[PackedBatch, LossHead, LossSettings | None], LossSum]
+"""(batch, its head, settings) → LossSum. settings: of a policy loss; None for the others."""
 
 
 def denominator(batch: PackedBatch, average: LossAverage) -> Tensor:
@@ -84,7 +84,7 @@ def token_weights(
     return TokenWeights(batch.is_response)
 
 
-def supervised(batch: PackedBatch, head: LossHead, settings: object = None) -> LossTerms:
+def supervised(batch: PackedBatch, head: LossHead, settings: object = None) -> LossSum:
     """Return the SFT loss, -Σ log p over response tokens, () fp32, with their number.
 
     Args:
@@ -93,4 +93,4 @@ def supervised(batch: PackedBatch, head: LossHead, settings: object = None) -> L
         settings: None; it is here because every `Loss` is called with three arguments."""
     logprobs, _ = head.logprobs()
     loss, count = -logprobs.sum(), denominator(batch, "token")
-    return LossTerms(loss, count, {"loss": Mean(loss.detach(), count)})
+    return LossSum(loss, count, {"loss": Mean(loss.detach(), count)})

@@ -16,7 +16,7 @@ from megatron_r1.config.algorithms import LossSettings
 from megatron_r1.models.gradients import fp32_main_grad
 from megatron_r1.models.hf_config import HFConfig, has_score_head
 from megatron_r1.trainer.batch import LossHead, PackedBatch
-from megatron_r1.trainer.losses import Loss, LossTerms
+from megatron_r1.trainer.losses import Loss, LossSum
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class OutputHeads:
         temperature: float,
         batch: PackedBatch,
         out: Tensor,
-    ) -> LossTerms:
+    ) -> LossSum:
         """Return the loss of a micro-batch.
 
         Args:

@@ -9,14 +9,14 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
 from megatron_r1.trainer.batch import PackedBatch
-from megatron_r1.trainer.losses import LossTerms
+from megatron_r1.trainer.losses import LossSum
 from megatron_r1.trainer.metrics import Mean
 
 if TYPE_CHECKING:
     from megatron_r1.trainer.output_heads import ScoreHeadOutput
 
 
-def pairwise(batch: PackedBatch, scores: ScoreHeadOutput, settings: object = None) -> LossTerms:
+def pairwise(batch: PackedBatch, scores: ScoreHeadOutput, settings: object = None) -> LossSum:
     """Return Σ -log sigmoid(s_chosen - s_rejected) over pairs, () fp32, with their number.
 
     Bradley-Terry (arXiv 2203.02155, equation 1, with one pair per question). Samples 2i and 2i + 1
@@ -33,7 +33,7 @@ def pairwise(batch: PackedBatch, scores: ScoreHeadOutput, settings: object = Non
     return _reward_terms(batch, -logsigmoid(margins), pair_values, batch.num_responses // 2)
 
 
-def pointwise(batch: PackedBatch, scores: ScoreHeadOutput, settings: object = None) -> LossTerms:
+def pointwise(batch: PackedBatch, scores: ScoreHeadOutput, settings: object = None) -> LossSum:
     """Return the sum over samples of the binary cross entropy of their scores and labels.
 
     Σ BCE(sigmoid(score), `batch.labels`), () fp32, with the number of samples. Metrics: accuracy,
@@ -53,7 +53,7 @@ def pointwise(batch: PackedBatch, scores: ScoreHeadOutput, settings: object = No
 
 def _reward_terms(
     batch: PackedBatch, losses: Tensor, measured: dict[str, Tensor], count: int
-) -> LossTerms:
+) -> LossSum:
     # Every context rank has all the losses; the first one reports them.
     reports = batch.num_responses > 0
     denominator = torch.full((), count, dtype=torch.int, device=losses.device)
@@ -61,4 +61,4 @@ def _reward_terms(
         name: Mean(values.detach().float().sum() * reports, denominator)
         for name, values in {"loss": losses, **measured}.items()
     }
-    return LossTerms(losses.sum(), denominator, means)
+    return LossSum(losses.sum(), denominator, means)

@@ -32,7 +32,7 @@ from megatron_r1.why.policy.policy_logprobs import PolicyLogprobs
 from megatron_r1.why.policy.policy_models import NotInMemory, PolicyModels
 from megatron_r1.why.policy.row_variants import join_rows
 from megatron_r1.why.policy.streamed_model import StreamedModel
-from megatron_r1.why.policy.tensor_source import Adapters, TensorSource
+from megatron_r1.why.policy.tensor_source import AdapterTensors, TensorSource
 from megatron_r1.why.policy.token_logprobs import TokenRow, logprobs
 from megatron_r1.why.policy.transformers_adapters import attach_adapters
 
@@ -215,7 +215,9 @@ def test_adapters_are_added_as_they_are_to_the_whole_model(tmp_path):
         factors[layer + B] = torch.randn(rows, 2, generator=draw)
     before = logprobs(whole, rows_of())[0]
     attach_adapters(whole, list(factors), factors.__getitem__, 0.5)
-    adapted = model.source.with_adapters(Adapters(frozenset(factors), factors.__getitem__, 0.5))
+    adapted = model.source.with_adapters(
+        AdapterTensors(frozenset(factors), factors.__getitem__, 0.5)
+    )
     found = streamed_model.logprobs(model.with_source(adapted), rows_of(), [1.0])[0]
     assert_equal(found, logprobs(whole, rows_of())[0])
     assert (found[0] - before[0]).abs().max() > 1e-2

@@ -11,7 +11,7 @@ FAULTS = ("kl_sign", "kl_slope", "counts_prompts")
 
 
 def loss(batch, head, settings):
-    from megatron_r1.trainer.losses import LossTerms, denominator
+    from megatron_r1.trainer.losses import LossSum, denominator
     from megatron_r1.trainer.metrics import Maximum, Mean
 
     fault = settings.options["fault"]
@@ -39,4 +39,4 @@ def loss(batch, head, settings):
         "clip_fraction": Mean(torch.zeros(()), tokens),
         "entropy": Mean(entropy.detach()[mask].sum(), tokens),
     }
-    return LossTerms(total, count, metrics)
+    return LossSum(total, count, metrics)

@@ -35,7 +35,7 @@ class RemoteReward(Protocol):
         """Close the connections to the service."""
 
 
-class RemoteRewards:
+class RemoteGraders:
     """All served rewards of a run. Each service is checked once, before its first grade.
 
     Belongs to the event loop of its first `grade`."""

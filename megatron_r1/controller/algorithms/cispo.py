@@ -18,10 +18,10 @@ from megatron_r1.controller.algorithms import grpo
 
 if TYPE_CHECKING:
     from megatron_r1.trainer.batch import LossHead, PackedBatch
-    from megatron_r1.trainer.losses import LossTerms
+    from megatron_r1.trainer.losses import LossSum
 
 
-def loss(batch: PackedBatch, head: LossHead, settings: LossSettings) -> LossTerms:
+def loss(batch: PackedBatch, head: LossHead, settings: LossSettings) -> LossSum:
     """Return -J; `clip_fraction` counts the tokens whose weight is clipped.
 
     Args:

@@ -26,7 +26,7 @@ from megatron_r1.controller.advantages import divide_by_batch_std, group_advanta
 
 if TYPE_CHECKING:
     from megatron_r1.trainer.batch import LossHead, PackedBatch
-    from megatron_r1.trainer.losses import LossTerms
+    from megatron_r1.trainer.losses import LossSum
 
 
 VARIANTS = ("dapo", "dr_grpo", "gspo")
@@ -87,7 +87,7 @@ def advantages(groups: list[list[float | None]], rl: RLConfig) -> list[list[floa
     return by_group
 
 
-def loss(batch: PackedBatch, head: LossHead, settings: LossSettings) -> LossTerms:
+def loss(batch: PackedBatch, head: LossHead, settings: LossSettings) -> LossSum:
     """Return -J for the advantages in `batch`, as a sum over response tokens and its denominator.
 
     The denominator is N with `loss_average` sequence (each response's terms are divided by |o_i|
@@ -101,7 +101,7 @@ def loss(batch: PackedBatch, head: LossHead, settings: LossSettings) -> LossTerm
             log-probabilities is not corrected."""
     from r1_kernels import PolicySettings
 
-    from megatron_r1.trainer.losses import LossTerms, denominator, token_weights
+    from megatron_r1.trainer.losses import LossSum, denominator, token_weights
     from megatron_r1.trainer.metrics import Maximum, Mean
 
     settings = LossSettings.of(settings)
@@ -129,4 +129,4 @@ def loss(batch: PackedBatch, head: LossHead, settings: LossSettings) -> LossTerm
     }
     if settings.importance_cap is not None:
         metrics["importance"] = Mean(terms.importance.sum(), num_tokens)
-    return LossTerms(terms.loss, count, metrics)
+    return LossSum(terms.loss, count, metrics)

@@ -16,7 +16,7 @@ from megatron_r1.config.algorithms import LossSettings
 
 if TYPE_CHECKING:
     from megatron_r1.trainer.batch import LossHead, PackedBatch
-    from megatron_r1.trainer.losses import LossTerms
+    from megatron_r1.trainer.losses import LossSum
 
 MASK_FUNCTIONS = {
     method: f"{__name__}.engine_mask:{method}_mask" for method in ("token", "sequence")
@@ -45,7 +45,7 @@ def wrap_loss(loss: str, settings: LossSettings) -> tuple[str, LossSettings]:
     return names[0], replace(settings, inner=(*names[1:], loss))
 
 
-def call_inner_loss(batch: PackedBatch, head: LossHead, settings: LossSettings) -> LossTerms:
+def call_inner_loss(batch: PackedBatch, head: LossHead, settings: LossSettings) -> LossSum:
     """Return the terms of the first loss of `settings.inner`.
 
     Args:
@@ -56,5 +56,5 @@ def call_inner_loss(batch: PackedBatch, head: LossHead, settings: LossSettings) 
 
     name, *inner_losses = settings.inner
     settings = replace(settings, inner=tuple(inner_losses))
-    terms: LossTerms = find_function(name)(batch, head, settings)
+    terms: LossSum = find_function(name)(batch, head, settings)
     return terms

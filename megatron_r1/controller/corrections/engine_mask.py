@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
     from megatron_r1.config.algorithms import EngineMask
     from megatron_r1.trainer.batch import LossHead, PackedBatch
-    from megatron_r1.trainer.losses import LossTerms
+    from megatron_r1.trainer.losses import LossSum
     from megatron_r1.trainer.rollout_batches import RolloutBatches
 
 
@@ -76,7 +76,7 @@ def sequence_mask(rollout: RolloutBatches, settings: EngineMask) -> list[Tensor]
     return masks
 
 
-def divergence_loss(batch: PackedBatch, head: LossHead, settings: LossSettings) -> LossTerms:
+def divergence_loss(batch: PackedBatch, head: LossHead, settings: LossSettings) -> LossSum:
     """Return the algorithm's loss of the batch with masked advantages.
 
     Args:

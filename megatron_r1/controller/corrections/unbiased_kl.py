@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from megatron_r1.trainer.batch import LossHead, PackedBatch
-    from megatron_r1.trainer.losses import LossTerms
+    from megatron_r1.trainer.losses import LossSum
 
 
-def loss(batch: PackedBatch, head: LossHead, settings: LossSettings) -> LossTerms:
+def loss(batch: PackedBatch, head: LossHead, settings: LossSettings) -> LossSum:
     """Return the algorithm's loss with this KL term in place of its own.
 
     The term is averaged as `loss_average` says, which an algorithm's own loss has to do as well.

@@ -29,7 +29,7 @@ from megatron_r1.why.policy import (
 )
 from megatron_r1.why.policy.layer_stream import stream_memory
 from megatron_r1.why.policy.streamed_model import StreamedModel
-from megatron_r1.why.policy.tensor_source import Adapters, TensorSource
+from megatron_r1.why.policy.tensor_source import AdapterTensors, TensorSource
 from megatron_r1.why.policy.token_logprobs import TokenRow
 from megatron_r1.why.record.recorded_step import RecordedStep, weights_after
 from megatron_r1.why.record.step_sequences import TokenSequence
@@ -200,7 +200,7 @@ class PolicyModels:
                 self._sources[key] = TensorSource(source, hf_config, prefix)
             else:
                 names, read = checkpoint_model.adapter_factors(source, prefix)
-                adapters = Adapters(frozenset(names), read, lora.scale)
+                adapters = AdapterTensors(frozenset(names), read, lora.scale)
                 self._sources[key] = TensorSource(base, hf_config).with_adapters(adapters)
         return self._sources[key]
 

@@ -24,7 +24,7 @@ from megatron_r1.why.policy.checkpoint_model import EXPERT_TENSOR_NAME, weights_
 EMBEDDING_NAME, HEAD_NAME = "model.embed_tokens.weight", "lm_head.weight"
 
 
-class Adapters(NamedTuple):
+class AdapterTensors(NamedTuple):
     """Low-rank adapters of a checkpoint.
 
     Attributes:
@@ -68,7 +68,7 @@ class TensorSource:
             if (folder / "config.json").is_file()
             else weights_of_part(folder, hf_config, prefix)
         )
-        self._adapters: Adapters | None = None
+        self._adapters: AdapterTensors | None = None
         self._replacements: dict[str, Callable[[], Tensor]] = {}
         self._encode: Callable[[str, Tensor], Tensor] | None = None
 
@@ -83,11 +83,11 @@ class TensorSource:
         }
 
     @property
-    def adapters(self) -> Adapters | None:
+    def adapters(self) -> AdapterTensors | None:
         """The adapters that are added to the weights; None: there are none."""
         return self._adapters
 
-    def with_adapters(self, adapters: Adapters) -> TensorSource:
+    def with_adapters(self, adapters: AdapterTensors) -> TensorSource:
         """Return these weights with the products of adapters added."""
         source = copy.copy(self)
         source._adapters = adapters

@@ -14,14 +14,14 @@ from megatron_r1.config import parse
 from megatron_r1.config.sample import RenderConfig
 from megatron_r1.data.prompt import make_prompt
 from megatron_r1.evaluation.response_grader import TextResponseGrader
-from megatron_r1.sample.sft_examples import Rendering, SFTExamples
+from megatron_r1.sample.sft_examples import Rendering, SFTKeeper
 
 ROOT = Path(__file__).parents[3]
 PLAIN = Rendering(RenderConfig(), "Q: {question}\nA:", "")
 
 
 def kept(responses, keep, filters=None, output="responses", seed=0, prompt=PROMPT):
-    decide = SFTExamples(selection(keep, output, filters, seed), PLAIN)
+    decide = SFTKeeper(selection(keep, output, filters, seed), PLAIN)
     return run_decide(decide, responses, prompt)
 
 
