@@ -330,11 +330,11 @@ def _serve_as_rank(config: configuration.Config, arguments: list[str]) -> int:
     if gpu.is_usable():  # before torch is imported
         os.environ.update(process_memory.trainer_allocator(os.environ))
     with without_garbage_collection():
-        from megatron_r1.trainer import worker
+        from megatron_r1.trainer import rank_server
 
     if int(os.environ["RANK"]) != 0:
-        worker.serve_under_torchrun(config, lambda: None)
+        rank_server.serve_under_torchrun(config, lambda: None)
         return 0
     controller, address = torchrun.start_controller(arguments, inherited)
-    worker.serve_under_torchrun(config, lambda: torchrun.await_listening(controller, address))
+    rank_server.serve_under_torchrun(config, lambda: torchrun.await_listening(controller, address))
     return controller.wait()

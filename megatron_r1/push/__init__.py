@@ -1,6 +1,6 @@
 """Sends the trainer's weights to the engines; a weight passes these modules in this order.
 
-1. `worker`: the operations of a push on each trainer rank, called by the controller
+1. `rank_push`: the operations of a push on each trainer rank, called by the controller
    (`megatron_r1.controller.push`); `sender` sends the rank's weights.
 2. `plan`: which region of which tensor goes from which trainer rank to which engine rank.
 3. `link_planner`: from the slot tables of the engine ranks (`receivers`) and the plan to the

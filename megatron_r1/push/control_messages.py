@@ -2,7 +2,7 @@
 
 To engines: JSON in vLLM's calls of its weight-transfer API, whose backend
 (`engines.plugin.backend`) decodes the same classes. From ranks: the results of the trainer ranks'
-operations (`worker.PushWorker`), and the errors of engine ranks.
+operations (`rank_push.RankPush`), and the errors of engine ranks.
 
 Imports no torch, because the controller imports it, and no llvmlite: where vLLM's server imports
 that before it forks its engine core, vLLM 0.32 does not start. triton_utils/dispatcher.py:143 looks

@@ -18,10 +18,10 @@ from megatron_r1.models import platform
 IMPORTED_MODULES = (
     "megatron_r1.commands.cli",
     "megatron_r1.commands.rl",
-    "megatron_r1.trainer.worker",
+    "megatron_r1.trainer.rank_server",
     "megatron_r1.trainer.trainer",
-    "megatron_r1.trainer.worker",
-    "megatron_r1.push.worker",
+    "megatron_r1.trainer.rank_server",
+    "megatron_r1.push.rank_push",
 )
 
 

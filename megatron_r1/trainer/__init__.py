@@ -1,11 +1,11 @@
 """A trainer rank: the one train step that SFT, RL and reward models share, on SPMD ranks that the
 controller calls over ZeroMQ (`controller.trainer_calls`).
 
-- `rank`, `worker`: a rank's process and its loop over the calls.
+- `rank`, `rank_server`: a rank's process and its loop over the calls.
 - `operations`, `training_sample`: what both sides send; `replica`: the ranks that get one share.
 - `distributed`, `construction`: process groups, model and optimizer.
 - `trainer`, `critic`, `reference`: the operations of a step; `loaded_rollout`: their samples.
-- `output_heads`: what reads the model's output; `logprob_probe`: the passes that train nothing.
+- `output_heads`: what reads the model's output; `forward_passes`: the passes that train nothing.
 - `passes`: Megatron's schedule; `stage_communication`: the hops between its stages.
 - `packed`, `batch`, `rollout_batches`, `token_advantages`, `losses`, `reward_losses`, `metrics`:
   from samples to a loss and its figures.

@@ -5,8 +5,8 @@ that carry them (msgpack, no pickles).
 
 The controller names a method of the protocols, `trainer.call(ModelOperations.update, …)`
 (`controller.trainer_calls.client`), its name and arguments travel as a `RankCall`, and each rank
-runs the method of that name (`trainer.worker`). Imports neither torch nor Megatron, because the
-controller imports it."""
+runs the method of that name (`trainer.rank_server`). Imports neither torch nor Megatron, because
+the controller imports it."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ class RankReply(msgspec.Struct, frozen=True):
 
 
 class RankDescription(TypedDict):
-    """The result of a rank's start (`worker.RankServer.describe`): what the controller distributes
-    batches by, the rank's place on the grid, and facts of its model.
+    """The result of a rank's start (`rank_server.RankServer.describe`): what the controller
+    distributes batches by, the rank's place on the grid, and facts of its model.
 
     Attributes:
         rank: the global rank, from 0.
@@ -277,7 +277,7 @@ class ModelOperations(Protocol):
 
 
 class ProbingOperations(Protocol):
-    """Passes that train nothing: methods of `logprob_probe.ProbeRunner`."""
+    """Passes that train nothing: methods of `forward_passes.ForwardPasses`."""
 
     def sample_scores(self) -> SampleScores:
         """Compute a score model's scores of all loaded samples.
@@ -386,7 +386,7 @@ class CheckpointOperations(Protocol):
 
 
 class PushOperations(Protocol):
-    """A rank's part of a push: methods of `push.worker.PushWorker`."""
+    """A rank's part of a push: methods of `push.rank_push.RankPush`."""
 
     def open_push(self) -> OpenedPush:
         """Create this rank's sender, before the first engine is connected.

@@ -19,9 +19,9 @@ MODULES_IMPORTED_AFTER_PREPARE = (
     "trainer.checkpoint_manager",
     "trainer.implementations",
     "trainer.trainer",
-    "push.worker",
+    "push.rank_push",
 )
-"""Modules that `worker.RankServer` imports, as they need a process that is prepared."""
+"""Modules that `rank_server.RankServer` imports, as they need a process that is prepared."""
 
 
 def preload() -> None:
@@ -30,7 +30,7 @@ def preload() -> None:
 
     if not platform.has_gpu():
         platform.prepare()
-        for module in ("trainer.worker", *MODULES_IMPORTED_AFTER_PREPARE):
+        for module in ("trainer.rank_server", *MODULES_IMPORTED_AFTER_PREPARE):
             import_module(f"megatron_r1.{module}")
 
 
@@ -40,10 +40,10 @@ def main() -> None:
     timeline.mark("trainer/process begins")
     with without_garbage_collection():
         from megatron_r1.config import parse
-        from megatron_r1.trainer import distributed, worker
+        from megatron_r1.trainer import distributed, rank_server
     address, config_json = sys.argv[1:]
     timeline.mark("trainer/imports made")
-    worker.serve(parse(msgspec.json.decode(config_json)), address)
+    rank_server.serve(parse(msgspec.json.decode(config_json)), address)
     distributed.leave_process_groups()
 
 

@@ -15,7 +15,7 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from megatron_r1.config import ParallelConfig
 from megatron_r1.models.weights.export import run_on_rank_zero
-from megatron_r1.trainer import distributed, rank_monitor, worker
+from megatron_r1.trainer import distributed, rank_monitor, rank_server
 from megatron_r1.trainer.replica import Replica
 
 TIMEOUT_SECONDS = 12_345.0
@@ -46,7 +46,8 @@ def main() -> None:
         run_on_rank_zero(lambda: None)
     except RuntimeError as error:
         sentences = [
-            worker._late_ranks(error, monitor, limit) for limit in (LATE_SECONDS, TIMEOUT_SECONDS)
+            rank_server._late_ranks(error, monitor, limit)
+            for limit in (LATE_SECONDS, TIMEOUT_SECONDS)
         ]
         out.write_text(json.dumps({"limits": limits, "sentences": sentences}))
     store.set("has given up", "")

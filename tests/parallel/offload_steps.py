@@ -99,9 +99,9 @@ def assert_views(trainer) -> None:
 def steps(trainer, grid_position, out: Path, name: str, *, yields: bool) -> list:
     """Return all metrics, and every value of the model and the optimizer after the last step."""
     from megatron_r1.trainer.checkpoint_manager import CheckpointManager
-    from megatron_r1.trainer.logprob_probe import ProbeRunner
+    from megatron_r1.trainer.forward_passes import ForwardPasses
 
-    folders, probing, seen = CheckpointManager(trainer), ProbeRunner(trainer), []
+    folders, probing, seen = CheckpointManager(trainer), ForwardPasses(trainer), []
     trainer.refresh_reference()
     for step in range(3):
         if yields:

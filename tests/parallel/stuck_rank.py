@@ -7,7 +7,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from megatron_r1.trainer import rank_monitor, worker
+from megatron_r1.trainer import rank_monitor, rank_server
 from megatron_r1.trainer.operations import monitor_identity
 
 
@@ -18,7 +18,9 @@ def add_up(values: torch.Tensor) -> None:
 if __name__ == "__main__":
     rank_monitor.GRACE_SECONDS = 1.0
     rank = int(os.environ["RANK"])
-    own = rank_monitor.RankMonitor(partial(worker._connected, monitor_identity(rank), sys.argv[1]))
+    own = rank_monitor.RankMonitor(
+        partial(rank_server._connected, monitor_identity(rank), sys.argv[1])
+    )
     dist.init_process_group("gloo")
     own.enter("update")
     while True:

@@ -144,7 +144,7 @@ def test_every_module_of_grading_is_public_or_protected():
 
 
 def test_short_names_of_modules_exist():
-    """`controller/loop` or `push/plan/matched_regions.py` in a document is a file of megatron_r1."""
+    """`controller/loop` or `push/plan/rounds.py` in a document is a file of megatron_r1."""
     packages = {path.name for path in (ROOT / "megatron_r1").iterdir() if path.is_dir()}
     # Prefixes of metrics and of spans: `push/bytes`.
     prefixes = {"controller", "engines", "push", "trainer"}

@@ -12,7 +12,7 @@ PACKAGES = ("megatron_r1", "kernels/r1_kernels", "grading/r1_grading")
 """Folders whose files are the product's."""
 ROLES = {
     "controller": ("megatron_r1.commands.rl",),
-    "trainer rank": ("megatron_r1.trainer.rank", "megatron_r1.trainer.worker"),
+    "trainer rank": ("megatron_r1.trainer.rank", "megatron_r1.trainer.rank_server"),
     "engine": ("megatron_r1.engines.plugin", "megatron_r1.engines.plugin.serve"),
 }
 """The modules with which the processes of `megatron-r1 rl` begin."""

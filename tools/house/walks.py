@@ -73,7 +73,7 @@ WALKS = [
         "RLRun.finish_step",
         [
             "PolicyEngines.push",
-            "PushWorker.send_weights",
+            "RankPush.send_weights",
             "_Follower.follow",
             "plugin/weight_swap.py swap_weights",
             "PushTransferEngine.start_weight_update",

@@ -2,7 +2,7 @@
 
 - `engine` is one of them, `fleet_state` which of them are up.
 - `dispatch` divides requests among them, `request_retries` repeats requests that fail.
-- `service_stats` and `draft_acceptance` measure what engines do; `recovery` finds engines that fail
-  and replaces them.
+- `service_stats` and `draft_acceptance` measure what engines do; `engine_replacer` finds engines
+  that fail and replaces them.
 - `placement` says where they start; `host`, `host_pool` and `host_messages` are engines on other
   hosts, and `external_fleet` has servers that others started."""

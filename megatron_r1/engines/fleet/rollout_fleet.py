@@ -23,8 +23,8 @@ from megatron_r1.engines.fleet.dispatch import (
     LengthEstimator,
 )
 from megatron_r1.engines.fleet.engine import Engine, MakeServer
+from megatron_r1.engines.fleet.engine_replacer import EngineReplacer
 from megatron_r1.engines.fleet.fleet_state import FleetState, Notify
-from megatron_r1.engines.fleet.recovery import EngineReplacer
 from megatron_r1.engines.fleet.request_retries import RequestRetries
 from megatron_r1.engines.server.client import EngineClient
 from megatron_r1.engines.server.errors import EngineDied, EngineError, EngineLacksPush

@@ -2,9 +2,10 @@
 
 `layouts` says where each rank is, `predicted_sharding` what an engine rank needs,
 `matched_regions` which regions of what trainer ranks hold must move; `planned_links` divides that
-among the engines of a set and finds the senders. `rounds` has the order in which buckets travel over NCCL, of which
-`tools/bench/push/schedule_check.py` proves that it cannot deadlock. `recipe_plan` plans and
-checks the push of a recipe before any engine runs, `adapter_push` one of adapters alone. No torch.
+among the engines of a set and finds the senders. `rounds` has the order in which buckets travel
+over NCCL, of which `tools/bench/push/schedule_check.py` proves that it cannot deadlock.
+`recipe_plan` plans and checks the push of a recipe before any engine runs, `adapter_push` one of
+adapters alone. No torch.
 
 Replicas are the trainer ranks that hold the same piece of a tensor; any of them can send it."""
 

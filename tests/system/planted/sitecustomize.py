@@ -275,7 +275,7 @@ PLANTED = {
     "blocked": ("megatron_r1.controller.rollouts.collector", block),
     "lost": ("megatron_r1.controller.rollouts.collector", wait_for_ever),
     "trained": ("megatron_r1.trainer.trainer", train_frozen_layers),
-    "mtp": ("megatron_r1.push.worker", refuse_mtp),
+    "mtp": ("megatron_r1.push.rank_push", refuse_mtp),
     "all_pairs": ("megatron_r1.push.link_planner", link_all_pairs),
     "split_shared": ("megatron_r1.push.plan.predicted_sharding", split_shared_experts),
     "single_tokens": ("megatron_r1.engines.plugin.deepseek_patches", confuse_single_tokens),

@@ -15,8 +15,8 @@ from megatron_r1.trainer.operations import (
     decode_result,
     operation_names,
 )
+from megatron_r1.trainer.rank_server import RankServer, argument_types, operations_by_name
 from megatron_r1.trainer.training_sample import Sample
-from megatron_r1.trainer.worker import RankServer, argument_types, operations_by_name
 
 PROTOCOLS = (ModelOperations, ProbingOperations, CheckpointOperations, PushOperations)
 FAILED = SentWeights({"one": SetFailure("cut", [1])})

@@ -240,7 +240,7 @@ def serve_ranks(
 
 
 def describe(rank: int, world_size: int, data_parallel_size: int) -> dict[str, Any]:
-    """Return `worker.RankServer.describe` of a rank: `data_parallel_size` equal blocks of ranks.
+    """Return `RankServer.describe` of a rank: `data_parallel_size` equal blocks of ranks.
 
     Args:
         rank: the rank.

@@ -13,7 +13,7 @@ from megatron_r1.controller.trainer_calls import rank_processes
 from megatron_r1.controller.trainer_calls.rank_processes import RankProcesses
 from megatron_r1.engines.server import gpu
 from megatron_r1.engines.server.settings import EngineSettings
-from megatron_r1.trainer import worker
+from megatron_r1.trainer import rank_server
 
 RANK = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
 ON = "expandable_segments:True"
@@ -75,7 +75,7 @@ def test_ranks_under_torchrun_do_and_their_controller_does_not(has_gpu, monkeypa
         monkeypatch.setenv(name, "")  # so that it is removed at the end
         monkeypatch.delenv(name)
     monkeypatch.setattr(torchrun.subprocess, "Popen", popen)
-    monkeypatch.setattr(worker, "serve_under_torchrun", serve)
+    monkeypatch.setattr(rank_server, "serve_under_torchrun", serve)
     assert cli._serve_as_rank(parse({"run": {"folder": "x"}}), ["rl", "x.yaml"]) == 0
     assert allocator_of(seen["rank"]) == (TRAINERS if has_gpu else {})
     assert allocator_of(seen["controller"]) == {}

@@ -36,7 +36,7 @@ from megatron_r1.engines.server.client import EngineClient
 from megatron_r1.engines.server.server import EngineServer
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.trainer.distributed import GridPosition
-from megatron_r1.trainer.worker import RankServer
+from megatron_r1.trainer.rank_server import RankServer
 
 QUESTION = "What is 6 x 7?"
 TEXT = SimpleNamespace(encode=lambda question, before=(): [5], stop_token_ids=[1])

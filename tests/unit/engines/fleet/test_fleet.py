@@ -9,7 +9,7 @@ import pytest
 from fakes.engine import Peer
 from waiting import until
 
-from megatron_r1.engines.fleet import recovery
+from megatron_r1.engines.fleet import engine_replacer
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.engines.server.errors import (
     EngineDied,
@@ -372,7 +372,7 @@ def test_weights_that_are_wrong_stop_the_run(tmp_path, answer):
 @pytest.mark.parametrize("silence", [0.0, 1e5])
 def test_an_engine_that_waits_for_weights_does_not_hang(tmp_path, monkeypatch, silence):
     """vLLM answers nothing while a step of its waits for the rest of a push."""
-    monkeypatch.setattr("megatron_r1.engines.fleet.recovery.LIVENESS_CHECK_SECONDS", 0.05)
+    monkeypatch.setattr("megatron_r1.engines.fleet.engine_replacer.LIVENESS_CHECK_SECONDS", 0.05)
     release = asyncio.Event()
     peers = [Peer(good, holds={"/is_sleeping": release, "/swap_weights": release}), Peer(good)]
 
@@ -453,7 +453,7 @@ def test_one_that_was_starting_gives_its_memory_to_the_trainer(tmp_path):
 
 def test_an_engine_without_weights_costs_no_restart(tmp_path, monkeypatch):
     """A trainer that starts again may take longer than all restarts of an engine."""
-    monkeypatch.setattr(recovery, "FIRST_PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(engine_replacer, "FIRST_PAUSE_SECONDS", 0.0)
     peers = [Peer(good), *(Peer(good) for _ in range(4))]
     refusals = iter([True] * 3)
 

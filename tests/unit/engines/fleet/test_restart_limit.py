@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_r1.engines.fleet import recovery
-from megatron_r1.engines.fleet.recovery import EngineReplacer
+from megatron_r1.engines.fleet import engine_replacer
+from megatron_r1.engines.fleet.engine_replacer import EngineReplacer
 from megatron_r1.engines.server.errors import EngineDied, EngineError, WeightsUnavailable
 
 
@@ -74,7 +74,7 @@ def test_starts_without_weights_are_further_and_further_apart(monkeypatch):
         replacement.replace(state.engine, EngineDied("it ended"))
         await asyncio.gather(*replacement.tasks)
 
-    monkeypatch.setattr(recovery.asyncio, "sleep", sleep)
+    monkeypatch.setattr(engine_replacer.asyncio, "sleep", sleep)
     asyncio.run(run())
     assert pauses == [1, 2, 4, 8, 16, 32, 60, 60, 60]
     assert str(state.failure) == "attempt 10"
@@ -96,5 +96,5 @@ def test_a_closed_fleet_starts_no_engine_after_the_pause(monkeypatch):
         await replacement.close()
         return replacing.cancelled()
 
-    monkeypatch.setattr(recovery.asyncio, "sleep", sleep)
+    monkeypatch.setattr(engine_replacer.asyncio, "sleep", sleep)
     assert asyncio.run(run()) and state.starts == 1

@@ -11,7 +11,7 @@ from megatron_r1.trainer.trainer import Trainer
 from megatron_r1.trainer.training_sample import Sample
 
 
-class ProbeRunner:
+class ForwardPasses:
     """Runs probes and reward scores, which train nothing, on the model and samples of a trainer."""
 
     def __init__(self, trainer: Trainer):

@@ -29,7 +29,7 @@ from megatron_r1.push.sender import WeightSender
 from megatron_r1.push.transports.base import gpu_uuid
 
 
-class PushWorker:
+class RankPush:
     """The sender of a rank, created from its model by `open_push`; every method is called on all
     trainer ranks.
 

@@ -166,10 +166,10 @@ class RankServer:
 
     def __init__(self, config: Config, grid_position: GridPosition):
         # These import Megatron, which is possible only after platform.prepare().
-        from megatron_r1.push.worker import PushWorker
+        from megatron_r1.push.rank_push import RankPush
         from megatron_r1.trainer import implementations
         from megatron_r1.trainer.checkpoint_manager import CheckpointManager
-        from megatron_r1.trainer.logprob_probe import ProbeRunner
+        from megatron_r1.trainer.forward_passes import ForwardPasses
         from megatron_r1.trainer.routing import RoutingScatter
         from megatron_r1.trainer.trainer import Trainer
 
@@ -182,9 +182,9 @@ class RankServer:
         if rollout.routing is not None:
             self._scatter = RoutingScatter(self.replica, rollout.split, rollout.routing)
         self.implementations = implementations.describe_implementations(self.trainer)
-        push = PushWorker(self.trainer.model_chunks, self.trainer.hf_config, config)
+        push = RankPush(self.trainer.model_chunks, self.trainer.hf_config, config)
         self._operations = operations_by_name(
-            self.trainer, ProbeRunner(self.trainer), CheckpointManager(self.trainer), push
+            self.trainer, ForwardPasses(self.trainer), CheckpointManager(self.trainer), push
         )
         self._types = argument_types()
 
