@@ -72,12 +72,12 @@ class Critic:
 
         Args:
             batches: the micro-batches of the mini-batch.
-            learning_rate: the learning rate of this step.
+            learning_rate: the learning rate of this update.
             is_last: whether this is the rollout's last update, as in `optimizer_step`.
 
         Returns:
             Over the response tokens of the whole mini-batch, value/loss, value/clip_fraction,
-            value/mean (before the step), value/explained_variance of the values used for the
+            value/mean (before the update), value/explained_variance of the values used for the
             advantages (1: equal to the returns; 0: no better than their mean), and value/grad_norm.
         """
         compute = partial(value_loss, clip=self.value_clip)

@@ -246,7 +246,7 @@ class ModelOperations(Protocol):
             minibatch_index: number of the loaded mini-batch, from 0.
             loss: "module:function" of the loss.
             settings: the settings of a policy loss; None for the others.
-            learning_rate: the learning rate of this step.
+            learning_rate: the learning rate of this update.
             temperature: the logits are divided by it, as when they were sampled.
 
         Returns:
@@ -259,7 +259,7 @@ class ModelOperations(Protocol):
 
         Args:
             minibatch_index: number of the loaded mini-batch, from 0.
-            learning_rate: the learning rate of this step.
+            learning_rate: the learning rate of this update.
 
         Returns:
             Metrics value/… over the whole mini-batch, as `Critic.update`."""

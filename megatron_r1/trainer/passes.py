@@ -122,7 +122,7 @@ def optimizer_step(
     Args:
         chunks: the model's chunks in DistributedDataParallel.
         optimizer: Megatron's optimizer of the chunks.
-        learning_rate: the learning rate of this step.
+        learning_rate: the learning rate of this update.
         run: runs forward and backward; returns its reports.
         is_last: whether this is the rollout's last update. Its parameters are gathered at once,
             because scoring or a push reads them before the forward pass of the next update would

@@ -220,12 +220,12 @@ class TrainerClient:
             minibatch_index: number of the loaded mini-batch, from 0.
             loss: "module:function" of the loss.
             settings: the settings of a policy loss; None for the others.
-            learning_rate: the learning rate of this step.
+            learning_rate: the learning rate of this update.
             temperature: the logits are divided by it, as when they were sampled.
 
         Raises:
             TrainerError: loss or gradient is not finite: the weights are then lost, and the newest
-                checkpoint is from before this step."""
+                checkpoint is from before this update."""
         metrics = await self.call(
             ModelOperations.update,
             minibatch_index=minibatch_index,
