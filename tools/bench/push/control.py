@@ -5,7 +5,8 @@ middle.
 
 128 trainer ranks and 8 engines of 16 ranks, as planned by `plan.planned_links`. After an
 undisturbed push, which is compared with the trainer's weights byte by byte, a second one
-is broken off in each way of `FAULTS`; every rank that could not end it must say which rank was at fault."""
+is broken off in each way of `FAULTS`; every rank that could not end it must
+say which rank was at fault."""
 
 from __future__ import annotations
 
