@@ -3,96 +3,19 @@
 `LossSettings` and `TokenSettings` reach a step's loss and its token advantages on trainer ranks.
 The mathematics of each is in `controller/algorithms/`, in the file of its name or in
 `grpo.py`, whose docstring gives the source of the values here. An algorithm of the user's
-own has both in one module (docs/algorithms.md). `RLConfig` makes `LossSettings`, `TokenSettings`
-and `EngineMask` (its mathematics: `controller/corrections`); `trainer.operations` carries them as
-mappings of their names."""
+own has both in one module (docs/algorithms.md). `RLConfig` makes `LossSettings` and
+`TokenSettings`; `trainer.operations` carries them as mappings of their names."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from math import inf, isfinite
+from math import isfinite
 from typing import Any, Literal, Self
 
 from r1_grading.base.values import read_scalar
 
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
 from megatron_r1.base.user_code import find_value
-
-EngineMaskMethod = Literal["none", "token", "sequence", "divergence"]
-
-
-@dataclass(frozen=True)
-class EngineMask:
-    """Which tokens have no policy gradient because engine and trainer disagree about them.
-
-    Attributes:
-        method: "token", "sequence" or "divergence", a module of `controller/corrections` each;
-            "none": every token has one.
-        low: the smallest ratio π_old / π_engine that is kept (token, sequence), or the largest fall
-            of a probability (divergence).
-        high: the largest ratio, or the largest rise of a probability."""
-
-    method: EngineMaskMethod = "none"
-    low: float = 0.0
-    high: float = inf
-
-
-BOUNDS = {"token": (0.5, 5.0), "sequence": (0.999, 1.001), "divergence": (0.15, 0.15)}
-"""low and high of each method where a recipe leaves them out: those of its source."""
-
-
-def make_engine_mask(
-    method: EngineMaskMethod, low: float | None, high: float | None, ratio_level: str
-) -> EngineMask:
-    """Return the mask that a recipe's settings describe.
-
-    Args:
-        method: `rl.engine_mask`.
-        low: `rl.engine_mask_low`; None: the method's own.
-        high: `rl.engine_mask_high`; None: the method's own.
-        ratio_level: `rl.ratio_level`.
-
-    Raises:
-        UserError: bounds without a method, bounds that the method cannot have, and a mask of single
-            tokens where a response has one ratio."""
-    given_bounds = {"rl.engine_mask_low": low, "rl.engine_mask_high": high}
-    if method == "none":
-        for key, value in given_bounds.items():
-            if value is not None:
-                raise UserError(
-                    f"{key}: {value:g} bounds nothing, because rl.engine_mask is none; set that to "
-                    f"{', '.join(BOUNDS)}, or leave the bound out",
-                    key=key,
-                    cause=Cause.CONFLICT,
-                )
-        return EngineMask()
-    if method != "sequence" and ratio_level == "sequence":
-        raise UserError(
-            f"rl.engine_mask: {method} leaves out single tokens, and with rl.ratio_level: sequence "
-            "all tokens of a response share one ratio and its gradient; use sequence",
-            key="rl.engine_mask",
-            cause=Cause.CONFLICT,
-        )
-    bounds = tuple(
-        default if value is None else value
-        for default, value in zip(BOUNDS[method], (low, high), strict=True)
-    )
-    if method == "divergence":
-        allowed_ranges = ((0.0, 1.0), (0.0, 1.0))
-        meaning = "a difference of two probabilities, above 0 and at most 1"
-    else:
-        allowed_ranges = ((-inf, 1.0), (1.0 - 2**-30, inf))
-        meaning = "ratios on either side of 1, at which engine and trainer agree"
-    for (key, value), bound, (minimum, maximum) in zip(
-        given_bounds.items(), bounds, allowed_ranges, strict=True
-    ):
-        if not minimum < bound <= maximum:
-            raise UserError(
-                f"{key}: {value:g}: the bounds of rl.engine_mask: {method} are {meaning}",
-                key=key,
-                cause=Cause.OUT_OF_RANGE,
-            )
-    return EngineMask(method, *bounds)
-
+from megatron_r1.config.engine_mask import EngineMask
 
 Option = bool | int | float | str
 Baseline = Literal["group", "others", "rollout", "none"]

@@ -24,15 +24,17 @@ from r1_grading.base.values import read_field
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
 from megatron_r1.config import algorithms
 from megatron_r1.config.algorithms import (
-    BOUNDS,
     AdvantageStd,
-    EngineMask,
-    EngineMaskMethod,
     KLEstimator,
     LossAverage,
     LossSettings,
     RatioLevel,
     TokenSettings,
+)
+from megatron_r1.config.engine_mask import (
+    BOUNDS,
+    EngineMask,
+    EngineMaskMethod,
     make_engine_mask,
 )
 from megatron_r1.config.section import Resumable, Scheduled, Section

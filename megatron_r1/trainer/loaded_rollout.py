@@ -6,7 +6,8 @@ from itertools import islice
 
 from megatron_r1.base.user_code import find_function
 from megatron_r1.config import Config
-from megatron_r1.config.algorithms import EngineMask, TokenSettings
+from megatron_r1.config.algorithms import TokenSettings
+from megatron_r1.config.engine_mask import EngineMask
 from megatron_r1.models import fp8, platform
 from megatron_r1.models.hf_config import HFConfig
 from megatron_r1.models.routing_replay import RoutingReplay

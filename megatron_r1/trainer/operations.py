@@ -17,7 +17,8 @@ from typing import Any, Protocol, TypedDict, TypeVar, cast, get_type_hints
 import msgspec
 
 from megatron_r1.base.errors import Cause, TrainerError
-from megatron_r1.config.algorithms import EngineMask, LossSettings, TokenSettings
+from megatron_r1.config.algorithms import LossSettings, TokenSettings
+from megatron_r1.config.engine_mask import EngineMask
 from megatron_r1.push.control_messages import ConnectedSets, OpenedPush, SentWeights
 from megatron_r1.push.plan.layouts import EngineLayout
 from megatron_r1.trainer.training_sample import Sample

@@ -15,7 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_r1.config.algorithms import EngineMask, TokenSettings
+from megatron_r1.config.algorithms import TokenSettings
+from megatron_r1.config.engine_mask import EngineMask
 from megatron_r1.models.context_parallel import gathered_order, positions_of_rank
 from megatron_r1.trainer.batch import PackedBatch
 from megatron_r1.trainer.metrics import Mean, Metrics, merge

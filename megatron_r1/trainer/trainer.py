@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from megatron_r1 import models
 from megatron_r1.base.user_code import find_function
 from megatron_r1.config import Config
-from megatron_r1.config.algorithms import EngineMask, LossSettings, TokenSettings
+from megatron_r1.config.algorithms import LossSettings, TokenSettings
+from megatron_r1.config.engine_mask import EngineMask
 from megatron_r1.models import platform, weights
 from megatron_r1.models.experts import routing_shape
 from megatron_r1.models.parallel_checks import check_shared_prompts

@@ -44,7 +44,7 @@ from megatron_r1.controller.corrections import call_inner_loss
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from megatron_r1.config.algorithms import EngineMask
+    from megatron_r1.config.engine_mask import EngineMask
     from megatron_r1.trainer.batch import LossHead, PackedBatch
     from megatron_r1.trainer.losses import LossSum
     from megatron_r1.trainer.rollout_batches import RolloutBatches

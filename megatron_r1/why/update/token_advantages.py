@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from megatron_r1.config.algorithms import EngineMask
+from megatron_r1.config.engine_mask import EngineMask
 from megatron_r1.why.policy.token_logprobs import TokenRow
 from megatron_r1.why.record.recorded_step import RecordedStep
 

@@ -3,7 +3,8 @@
 import msgspec
 import pytest
 
-from megatron_r1.config.algorithms import EngineMask, TokenSettings
+from megatron_r1.config.algorithms import TokenSettings
+from megatron_r1.config.engine_mask import EngineMask
 from megatron_r1.push.control_messages import SentWeights, SetFailure
 from megatron_r1.push.plan import EngineLayout
 from megatron_r1.trainer.operations import (

@@ -26,7 +26,8 @@ from refusals import refused
 from megatron_r1.base.errors import Cause
 from megatron_r1.base.user_code import find_function
 from megatron_r1.config import Config, parse
-from megatron_r1.config.algorithms import ALGORITHM_NAMES, EngineMask, LossSettings
+from megatron_r1.config.algorithms import ALGORITHM_NAMES, LossSettings
+from megatron_r1.config.engine_mask import EngineMask
 from megatron_r1.controller import algorithms
 from megatron_r1.controller.corrections import MASK_FUNCTIONS, wrap_loss
 from megatron_r1.controller.policy_trainer import PolicyTrainer
