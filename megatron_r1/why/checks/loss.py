@@ -291,9 +291,10 @@ def explanation(
 ) -> tuple[Substitution, RecomputedUpdates] | None:
     """Return the first substitution that explains what was recorded, and the updates with it.
 
-    They are tried in the order of an estimate that needs no model. Of those of one setting, which
-    may all be within the tolerance, it is the nearest to the checkpoint after the step. The last is
-    the norm that gradients were clipped to, which takes several recomputations to fit.
+    Candidates are tried in the order of an estimate that needs no model. Several values of one
+    setting may be within the tolerance; the one nearest to the checkpoint after the step is
+    returned. The norm that gradients were clipped to comes last, as it takes several recomputations
+    to fit.
 
     Args:
         step: the step.

@@ -40,8 +40,8 @@ class AdamRules:
         skipped_updates: the numbers of updates in the step that are not made, though their loss is.
         bias_count: the updates that the bias correction counts in each update; infinite: nothing
             is corrected; None: those that were made.
-        norms: the norm of the whole gradient in each update, where it has parts that are not
-            computed here; None: that of what is."""
+        norms: the norm of the whole gradient in each update, where parts of it are not computed
+            here; None: the norm of the computed gradient."""
 
     learning_rates: tuple[float, ...]
     beta1: float

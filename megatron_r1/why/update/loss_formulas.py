@@ -43,8 +43,8 @@ class LossRules:
         inverts_ratio: the ratio is old policy over policy.
         inverts_importance: the weight is engine over old policy.
         reverses_kl: KL's estimate is of log(policy / reference) in place of its negative.
-        keeps_slope: what is inverted or reversed has the gradient of what is not negated, as where
-            a kernel's derivative stays as it was."""
+        keeps_slope: an inverted or reversed term has the gradient that it has without the change,
+            as in a kernel whose derivative was not adapted."""
 
     average: str
     constant_length: int

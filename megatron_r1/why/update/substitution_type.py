@@ -1,4 +1,4 @@
-"""What may be substituted in a step's updates."""
+"""The type of a substitution in a step's updates."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,8 @@ class Substitution:
 
     Attributes:
         name: what is substituted, in words.
-        setting: what it is a value of: those of one setting may all explain a departure.
+        setting: the setting whose value it replaces. All candidates of one setting may explain a
+            departure.
         remedy: the setting or file to change where it explains a departure.
         loss: fields of `LossRules` with other values.
         adam: fields of `AdamRules`, likewise.

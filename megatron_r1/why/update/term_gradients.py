@@ -19,11 +19,11 @@ class LossTerm:
 
     Attributes:
         name: what it is, in words.
-        part: the term of `loss_formulas.row_terms` that it is of.
+        part: which entry of `loss_formulas.row_terms` it belongs to.
         remedy: the settings that it depends on.
-        rows: the numbers of the rows whose terms it is the sum of.
-        expected_coefficient: how often its gradient is in that of the loss: 1, or 0 of what is left
-            out.
+        rows: the numbers of the rows that it is summed over.
+        expected_coefficient: the coefficient of its gradient in the loss's: 1 normally, 0 for a
+            term that the settings leave out.
         left_out_rows: the rows that are left out of the loss, with the advantage that they would
             have, by update."""
 
