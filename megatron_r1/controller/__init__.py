@@ -1,4 +1,4 @@
-"""Reinforcement learning; a run begins with 1 to 3, and a step passes 4 to 9 in this order.
+"""Reinforcement learning: the run (1 to 3), the algorithm (4), and what its steps use (5 to 9).
 
 1. `rl_run`: the run around the algorithm, from its begin to its end; `run_checkpoints`: what it
    keeps across restarts.
