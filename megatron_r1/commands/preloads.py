@@ -21,7 +21,7 @@ def preload_vllm(config: Config) -> None:
 
 
 def preload_megatron() -> None:
-    """Begin the import of Megatron-Core, likewise, for ranks that the controller starts on a host
-    without GPUs: two seconds of CPU."""
+    """Begin the import of Megatron-Core, two seconds of CPU, in a process from which trainer ranks
+    are forked. Only for ranks that the controller starts, on a host without GPUs."""
     if torchrun.starts_ranks() and not gpu.is_usable():
         fork_client.preload(RANK, import_environment())

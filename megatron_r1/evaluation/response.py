@@ -1,4 +1,4 @@
-"""One sampled response as text, with its rewards once it is graded, and what it is sampled from."""
+"""A sampled response as text, its sampling parameters, and the protocol of what responds."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace

@@ -1,5 +1,5 @@
 """Passes that train nothing: they compare the log-probabilities of a few tokens with an engine's,
-or score the loaded samples with a reward model."""
+and score the loaded samples with a reward model."""
 
 import torch
 from torch import Tensor

@@ -5,8 +5,8 @@ parts of engines that are spread over several nodes.
     python -m megatron_r1.engines.fleet.host --controller tcp://node0:5557  # and MEGATRON_R1_TOKEN
 
 It may join and leave while the run goes on. It ends with its parent, and its engines end with it.
-It stops them by itself when the controller falls silent, so that an engine which the controller
-has given up on serves no more. Exit status: 0 the run is over, 1 no controller for `--patience`
+It stops them by itself when the controller falls silent, because the controller then counts them
+as lost. Exit status: 0 the run is over, 1 no controller for `--patience`
 seconds, 2 a mistake of the user's, 143 SIGTERM or SIGINT.
 
 One authenticated ZeroMQ socket, which reconnects itself, is its connection to the controller

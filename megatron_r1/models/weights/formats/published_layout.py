@@ -1,5 +1,5 @@
-"""What published checkpoints store otherwise than the weight table names it: FP8 blocks with scales
-(DeepSeek), and all experts of a layer in one tensor (gpt-oss). No torch.
+"""Where published checkpoints store tensors otherwise than the weight table lists them: FP8 blocks
+with scales (DeepSeek), and all experts of a layer in one tensor (gpt-oss). No torch.
 
 FP8: the weight W of a projection is stored as float8_e4m3fn, and next to it `W_scale_inv`, one
 fp32 per 128x128 block (the last ones cut off by the edge): W = q · scale_inv
