@@ -8,4 +8,4 @@ with without_garbage_collection():
 
     import transformers  # noqa: F401
 
-    from megatron_r1.trainer import trainer, worker  # noqa: F401
+    from megatron_r1.trainer import rank_server, trainer  # noqa: F401
