@@ -1,8 +1,8 @@
 """What Python files compute, to compare two versions of them: compiled statements of their modules.
 
-Comments, docstrings, formatting, the names of local variables and the file in which a definition
-stands are not in them. A name of the project that is another one everywhere computes the same
-(`renames`)."""
+Comments, docstrings, formatting, types of parameters, the names of local variables and the file in
+which a definition stands are not in them. A name of the project that is another one everywhere
+computes the same (`renames`)."""
 
 import __future__
 
@@ -13,7 +13,7 @@ from functools import cache
 from types import CodeType
 from typing import Any, NamedTuple
 
-from tools.evidence.renames import Renames, find_renames, rename
+from tools.evidence.renames import Names, Renames, find_renames, rename, without_annotations
 
 NO_RENAMES: Renames = frozenset()
 HAVE_DOCSTRINGS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
@@ -45,11 +45,11 @@ class Version(NamedTuple):
     Attributes:
         texts: the text of each file, None where it is not there.
         module_text: returns the text of any module of the project, None where it is not there.
-        has_name: returns whether any Python file of the project has a name."""
+        names: the names in the project."""
 
     texts: Sequence[str | None]
     module_text: Callable[[str], str | None]
-    has_name: Callable[[str], bool] = lambda _: True
+    names: Names
 
     def statements(self, renames: Renames = NO_RENAMES) -> list[_Statements]:
         """Return those of each file, with other names.
@@ -76,8 +76,8 @@ def compute_the_same(old: Version, new: Version) -> bool:
     """
     if _compute_the_same(old, new, NO_RENAMES):
         return True
-    texts = [[text or "" for text in version.texts] for version in (old, new)]
-    renames = find_renames(*texts, old.has_name, new.has_name)
+    old_texts, new_texts = ([text or "" for text in version.texts] for version in (old, new))
+    renames = find_renames(old_texts, new_texts, old.names, new.names)
     return bool(renames) and _compute_the_same(old, new, renames)
 
 
@@ -140,7 +140,7 @@ def _common(file: _Statements, other: _Statements) -> list[Any]:
 @cache  # claims of many commits ask for the same texts
 def _statements(text: str, renames: Renames = NO_RENAMES) -> _Statements:
     # They are those of the Python that runs this: two results of two Pythons do not compare.
-    tree = rename(ast.parse(text), renames)
+    tree = without_annotations(rename(ast.parse(text), renames))
     imports: set[Import] = {
         (node.module, alias.name, alias.asname)
         for node in ast.walk(tree)  # also within functions

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megatron_r1.base.files import atomic_write
 from tools.evidence.instructions import Version, compute_the_same
-from tools.evidence.renames import names_in
+from tools.evidence.renames import defined_in, names_in
 
 FOLDER = "docs/evidence"
 MODULE_FOLDERS = {
@@ -150,6 +150,7 @@ def states(root: Path, claims: Iterable[Claim]) -> dict[str, State]:
     nothing.
     """
     changes = cache(lambda commit: changes_since(root, commit))
+    former_names = cache(lambda commit: _former_names(root, commit))
     is_same = cache(lambda commit, names: have_same_code(root, commit, names))
     claim_states = {}
     for claim in claims:
@@ -162,8 +163,9 @@ def states(root: Path, claims: Iterable[Claim]) -> dict[str, State]:
             claim_states[claim.id] = State("unknown", failed=failed)
         else:
             commit = claim.measured.commit
-            modules = tuple(name for name in changed if name.endswith(".py"))
-            if modules and is_same(commit, modules):
+            modules = {name for name in changed if name.endswith(".py")}
+            modules |= {old for new, old in former_names(commit).items() if new in modules}
+            if modules and is_same(commit, tuple(sorted(modules))):
                 changed = [name for name in changed if name not in modules]
             changed = [name for name in changed if not is_same(commit, (name,))]
             claim_states[claim.id] = State("stale" if changed else "fresh", tuple(changed), failed)
@@ -198,6 +200,13 @@ def changes_since(root: Path, commit: str) -> list[tuple[str, ...]] | None:
     return changes
 
 
+def _former_names(root: Path, commit: str) -> dict[str, str]:
+    """Return what files of today that are much like a file of `commit` were called there."""
+    options = ("--name-status", "-z", "--find-renames=50%", "--diff-filter=R", "--no-ext-diff")
+    words = (_git(root, "diff", *options, "--no-relative", commit, "--") or "").split("\0")
+    return dict(zip(words[2::3], words[1::3], strict=False))
+
+
 def changed_files(changes: Iterable[tuple[str, ...]] | None, paths: list[str]) -> list[str] | None:
     """Return those of `changes` that concern `paths`; None where the changes are not known.
 
@@ -230,12 +239,12 @@ def have_same_code(root: Path, commit: str, names: tuple[str, ...]) -> bool:
             Version(
                 old_texts,
                 lambda module: module_text(module, partial(text_at, root, commit)),
-                partial(has_name, root, commit),
+                ProjectNames(root, commit),
             ),
             Version(
                 new_texts,
                 lambda module: module_text(module, partial(_text_in, root)),
-                partial(_has_name_now, root),
+                ProjectNames(root),
             ),
         )
     except (OSError, SyntaxError):
@@ -264,31 +273,39 @@ def text_at(root: Path, commit: str, name: str) -> str | None:
     return _git(root, "show", f"{commit}:{name}")
 
 
-def has_name(root: Path, commit: str, name: str) -> bool:
-    """Return whether a Python file at a commit has a word; True where git cannot tell."""
-    words = _words_at(root, commit)
-    return words is None or name in words
+class ProjectNames:
+    """The names in the Python files of the project, at a commit or as they are.
 
+    Args:
+        root: the repository.
+        commit: the commit; "" for the tracked files as they are."""
 
-@cache
-def _words_at(root: Path, commit: str) -> frozenset[str] | None:
-    options = (
-        "-h",
-        "--only-matching",
-        "--extended-regexp",
-        "-e",
-        "[A-Za-z_][A-Za-z_0-9]*",
-    )
-    output = _git(root, "grep", *options, commit, "--", "*.py")
-    return None if output is None else frozenset(output.split())
+    def __init__(self, root: Path, commit: str = ""):
+        self._root, self._commit = root, commit
 
+    def has(self, name: str) -> bool:
+        """Return whether a file has the name; True where git cannot tell."""
+        return not self._is_known() or any(name in names_in(text) for text in self._texts(name))
 
-def _has_name_now(root: Path, name: str) -> bool:
-    listed = _git(
-        root, "grep", "--files-with-matches", "-z", "--word-regexp", "-e", name, "--", "*.py"
-    )
-    files = (listed or "").split("\0")
-    return any(name in names_in(_text_in(root, file) or "") for file in files if file)
+    def defines(self, name: str) -> bool:
+        """Return whether a file is a module of this name, or defines it."""
+        options = ("-r", "--name-only", self._commit) if self._commit else ()
+        files = _git(self._root, "ls-tree" if options else "ls-files", *options) or ""
+        is_module = any(file.endswith(f"/{name}.py") for file in files.splitlines())
+        return is_module or any(name in defined_in(text) for text in self._texts(name))
+
+    def _is_known(self) -> bool:
+        return _git(self._root, "rev-parse", self._commit or "HEAD") is not None
+
+    def _texts(self, name: str) -> list[str]:
+        """Return the texts of the files that have the word."""
+        commit = [self._commit] if self._commit else []
+        options = ("--files-with-matches", "--word-regexp", "-e", name, *commit)
+        listed = _git(self._root, "grep", *options, "--", "*.py") or ""
+        files = [file.removeprefix(f"{self._commit}:") for file in listed.splitlines()]
+        if self._commit:
+            return [text_at(self._root, self._commit, file) or "" for file in files]
+        return [_text_in(self._root, file) or "" for file in files]
 
 
 def covers(path: str, name: str) -> bool:

@@ -1,34 +1,45 @@
 """Names of the project that differ between two versions of Python files, and nothing else does.
 
-A class, function, constant or attribute that has another name computes the same. Renames are found
-where two statements are alike but for names, and count only if they cannot be something else:
-the old name is nowhere in the later project, the new one was nowhere in the earlier, and both are
-defined in these files."""
+A module, class, function, constant or attribute that has another name computes the same. Renames
+are found where two statements are alike but for names, and count only if they cannot be something
+else: the old name is nowhere in the later project, the new one was nowhere in the earlier, and both
+are the project's own."""
 
 import ast
+import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
+from typing import Protocol
 
 Renames = frozenset[tuple[str, str]]
 """The old name and the new one of each."""
 NAME_FIELDS = ("id", "attr", "name", "arg", "asname", "names", "kwd_attrs", "rest")
 """Fields of nodes that hold names; `names` only where they are texts."""
+DOTTED_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+"""A text that names a module or something in it, as in `__all__`."""
+
+
+class Names(Protocol):
+    """The names in the Python files of a version of the project."""
+
+    def has(self, name: str) -> bool:
+        """Return whether a file has the name; True where that cannot be told."""
+
+    def defines(self, name: str) -> bool:
+        """Return whether a file is, or defines, what has the name."""
 
 
 def find_renames(
-    old_texts: Sequence[str],
-    new_texts: Sequence[str],
-    was_used: Callable[[str], bool],
-    is_used: Callable[[str], bool],
+    old_texts: Sequence[str], new_texts: Sequence[str], old_names: Names, new_names: Names
 ) -> Renames:
     """Return the renames between two versions of some files.
 
     Args:
         old_texts: the texts of one version.
         new_texts: those of the other.
-        was_used: whether any Python file of the earlier project has a name.
-        is_used: whether one of the later project has it.
+        old_names: the names of the earlier project.
+        new_names: those of the later one.
 
     Raises:
         SyntaxError: a text is not Python.
@@ -41,13 +52,12 @@ def find_renames(
             for before, after in zip(_names(old), _names(new), strict=True):
                 if before != after:
                     candidates[before].add(after)
-    old_defined, new_defined = _defined(old_texts), _defined(new_texts)
     found = {
         (before, after)
         for before, afters in candidates.items()
-        if before in old_defined and not is_used(before)
+        if not new_names.has(before) and old_names.defines(before)
         for after in afters
-        if after in new_defined and not was_used(after)
+        if not old_names.has(after) and new_names.defines(after)
     }
     befores, afters = ([pair[side] for pair in found] for side in (0, 1))
     return frozenset(pair for pair in found if befores.count(pair[0]) == 1 == afters.count(pair[1]))
@@ -55,22 +65,52 @@ def find_renames(
 
 def names_in(text: str) -> frozenset[str]:
     """Return the names in a text; a text that is not Python has none."""
+    return frozenset(_names(_parsed(text)))
+
+
+def _parsed(text: str) -> ast.Module:
     try:
-        return frozenset(_names(ast.parse(text)))
+        return ast.parse(text)
     except SyntaxError:
-        return frozenset()
+        return ast.Module([], [])
 
 
 def rename(tree: ast.Module, renames: Renames) -> ast.Module:
     """Return the tree with the new names; it is changed in place."""
-    names = dict(renames)
-    for node in ast.walk(tree) if names else ():
+    new_names = dict(renames)
+    for node in ast.walk(tree) if renames else ():
         for key, value in _name_fields(node):
             if isinstance(value, list):
-                setattr(node, key, [names.get(name, name) for name in value])
+                setattr(node, key, [new_names.get(name, name) for name in value])
             else:
-                setattr(node, key, names.get(value, value))
+                parts = (new_names.get(name, name) for name in value.split("."))
+                setattr(node, key, ".".join(parts))
     return tree
+
+
+def without_annotations(tree: ast.Module) -> ast.Module:
+    """Return the tree without the types of parameters and results, which compute nothing; it is
+    changed in place."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            node.returns = None
+        if isinstance(node, ast.arg):
+            node.annotation = None
+    return tree
+
+
+def defined_in(text: str) -> frozenset[str]:
+    """Return the names of classes, functions, attributes and a module's variables in a text.
+    Parameters and local variables are not among them."""
+    found: set[str] = set()
+    for node in ast.walk(_parsed(text)):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            found.add(node.name)
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            found.add(node.attr)
+        if isinstance(node, ast.Module | ast.ClassDef):
+            found |= {name for statement in node.body for name in _targets(statement)}
+    return frozenset(found)
 
 
 def _by_shape(texts: Sequence[str]) -> dict[str, list[ast.stmt]]:
@@ -88,10 +128,9 @@ def _statements(text: str) -> list[tuple[ast.stmt, str]]:
 
 
 def _without_docstrings(tree: ast.Module) -> ast.Module:
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(body, list):
-            node.body = [each for each in body if not _is_text(each)] or [ast.Pass()]
+    for node in ast.walk(without_annotations(tree)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            node.body = [each for each in node.body if not _is_text(each)] or [ast.Pass()]
     return tree
 
 
@@ -102,7 +141,8 @@ def _is_text(node: ast.stmt) -> bool:
 def _shape(node: ast.AST) -> str:
     """Return the tree below a node without its names."""
     hidden = dict(_name_fields(node))
-    parts = [type(node).__name__]
+    num_names = [len(v) if isinstance(v, list) else v.count(".") for v in hidden.values()]
+    parts = [f"{type(node).__name__}{num_names}"]
     for key, value in ast.iter_fields(node):
         if key in hidden or key in ("ctx", "type_comment"):
             continue
@@ -117,35 +157,19 @@ def _names(node: ast.AST) -> list[str]:
         name
         for each in ast.walk(node)
         for _, value in _name_fields(each)
-        for name in (value if isinstance(value, list) else [value])
+        for name in (value if isinstance(value, list) else value.split("."))
     ]
 
 
 def _name_fields(node: ast.AST) -> Iterator[tuple[str, str | list[str]]]:
+    if isinstance(node, ast.Constant):
+        if isinstance(node.value, str) and DOTTED_NAME.fullmatch(node.value):
+            yield "value", node.value
+        return
     for key, value in ast.iter_fields(node):
         is_names = isinstance(value, list) and value and all(isinstance(v, str) for v in value)
         if key in NAME_FIELDS and (isinstance(value, str) or is_names):
             yield key, value
-
-
-def _defined(texts: Sequence[str]) -> set[str]:
-    return {name for text in texts for name in _definitions(text)}
-
-
-@cache
-def _definitions(text: str) -> frozenset[str]:
-    """Return the names of classes, functions, attributes and a module's variables in a text.
-    Parameters and local variables are not among them."""
-    tree = ast.parse(text)
-    found: set[str] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            found.add(node.name)
-        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
-            found.add(node.attr)
-        if isinstance(node, ast.Module | ast.ClassDef):
-            found |= {name for statement in node.body for name in _targets(statement)}
-    return frozenset(found)
 
 
 def _targets(node: ast.stmt) -> Iterator[str]:
