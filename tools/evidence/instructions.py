@@ -45,11 +45,11 @@ class Version(NamedTuple):
     Attributes:
         texts: the text of each file, None where it is not there.
         module_text: returns the text of any module of the project, None where it is not there.
-        names: the names in the project."""
+        names: the names in the project; None to look for no renames."""
 
     texts: Sequence[str | None]
     module_text: Callable[[str], str | None]
-    names: Names
+    names: Names | None
 
     def statements(self, renames: Renames = NO_RENAMES) -> list[_Statements]:
         """Return those of each file, with other names.
@@ -76,6 +76,8 @@ def compute_the_same(old: Version, new: Version) -> bool:
     """
     if _compute_the_same(old, new, NO_RENAMES):
         return True
+    if old.names is None or new.names is None:
+        return False
     old_texts, new_texts = ([text or "" for text in version.texts] for version in (old, new))
     renames = find_renames(old_texts, new_texts, old.names, new.names)
     return bool(renames) and _compute_the_same(old, new, renames)

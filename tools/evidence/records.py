@@ -3,6 +3,7 @@ is the code that was measured."""
 
 import json
 import os
+import re
 import subprocess
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
@@ -21,6 +22,9 @@ MODULE_FOLDERS = {
     "r1_kernels_bench": "kernels/",
 }
 """Where packages are that are not in the root."""
+WORD = "[A-Za-z_][A-Za-z_0-9]*"
+DEFINED = rf"^ *((async +)?def|class) +{WORD}|^ *(self\.)?{WORD} *[:=]"
+"""In a line of Python, up to the name that it defines or sets."""
 PRIMITIVES = "kernels/r1_kernels/primitives/"
 TOPICS = {
     "numbers": "Numbers that agree",
@@ -142,6 +146,27 @@ class State:
         return self.name + count + failed
 
 
+@dataclass(frozen=True)
+class ProjectNames:
+    """The names in the Python files of the project, at a commit or as they are.
+
+    Attributes:
+        used: all names; of a commit also the words of comments and texts.
+        defined: those of modules, classes, functions and attributes; of a commit also of what is
+            only set."""
+
+    used: frozenset[str]
+    defined: frozenset[str]
+
+    def has(self, name: str) -> bool:
+        """Return whether a file has the name."""
+        return name in self.used
+
+    def defines(self, name: str) -> bool:
+        """Return whether a file is a module of this name, or defines it."""
+        return name in self.defined
+
+
 def states(root: Path, claims: Iterable[Claim]) -> dict[str, State]:
     """Return the state of each claim by its name, of the tracked files as they are in `root`.
 
@@ -151,7 +176,9 @@ def states(root: Path, claims: Iterable[Claim]) -> dict[str, State]:
     """
     changes = cache(lambda commit: changes_since(root, commit))
     former_names = cache(lambda commit: _former_names(root, commit))
+    names_now = cache(lambda: _names_now(root))
     is_same = cache(lambda commit, names: have_same_code(root, commit, names))
+    is_renamed = cache(lambda commit, names: have_same_code(root, commit, names, names_now()))
     claim_states = {}
     for claim in claims:
         failed = claim.failed.date if claim.failed else ""
@@ -165,7 +192,8 @@ def states(root: Path, claims: Iterable[Claim]) -> dict[str, State]:
             commit = claim.measured.commit
             modules = {name for name in changed if name.endswith(".py")}
             modules |= {old for new, old in former_names(commit).items() if new in modules}
-            if modules and is_same(commit, tuple(sorted(modules))):
+            together = commit, tuple(sorted(modules))
+            if modules and (is_same(*together) or is_renamed(*together)):
                 changed = [name for name in changed if name not in modules]
             changed = [name for name in changed if not is_same(commit, (name,))]
             claim_states[claim.id] = State("stale" if changed else "fresh", tuple(changed), failed)
@@ -223,13 +251,16 @@ def changed_files(changes: Iterable[tuple[str, ...]] | None, paths: list[str]) -
     return sorted(changed)
 
 
-def have_same_code(root: Path, commit: str, names: tuple[str, ...]) -> bool:
+def have_same_code(
+    root: Path, commit: str, names: tuple[str, ...], names_now: ProjectNames | None = None
+) -> bool:
     """Return whether Python files of `root` together compute what they computed at `commit`.
 
     Args:
         root: the repository.
         commit: the earlier commit.
-        names: the files, from the root."""
+        names: the files, from the root.
+        names_now: the names of the project as it is; None to look for no renames."""
     if not all(name.endswith(".py") for name in names):
         return False
     try:
@@ -239,12 +270,12 @@ def have_same_code(root: Path, commit: str, names: tuple[str, ...]) -> bool:
             Version(
                 old_texts,
                 lambda module: module_text(module, partial(text_at, root, commit)),
-                ProjectNames(root, commit),
+                _names_at(root, commit) if names_now else None,
             ),
             Version(
                 new_texts,
                 lambda module: module_text(module, partial(_text_in, root)),
-                ProjectNames(root),
+                names_now,
             ),
         )
     except (OSError, SyntaxError):
@@ -273,39 +304,26 @@ def text_at(root: Path, commit: str, name: str) -> str | None:
     return _git(root, "show", f"{commit}:{name}")
 
 
-class ProjectNames:
-    """The names in the Python files of the project, at a commit or as they are.
+@cache  # a commit's files stay
+def _names_at(root: Path, commit: str) -> ProjectNames:
+    grep = ("grep", "-h", "--only-matching", "--extended-regexp", "-e")
+    words = _git(root, *grep, WORD, commit, "--", "*.py") or ""
+    lines = _git(root, *grep, DEFINED, commit, "--", "*.py") or ""
+    files = _git(root, "ls-tree", "-r", "--name-only", commit) or ""
+    defined = {re.findall(WORD, line)[-1] for line in lines.splitlines()}
+    return ProjectNames(frozenset(words.split()), frozenset(defined | _module_names(files)))
 
-    Args:
-        root: the repository.
-        commit: the commit; "" for the tracked files as they are."""
 
-    def __init__(self, root: Path, commit: str = ""):
-        self._root, self._commit = root, commit
+def _names_now(root: Path) -> ProjectNames:
+    files = _git(root, "ls-files", "--", "*.py") or ""
+    texts = [_text_in(root, name) or "" for name in files.splitlines()]
+    used = frozenset(name for text in texts for name in names_in(text))
+    defined = {name for text in texts for name in defined_in(text)}
+    return ProjectNames(used, frozenset(defined | _module_names(files)))
 
-    def has(self, name: str) -> bool:
-        """Return whether a file has the name; True where git cannot tell."""
-        return not self._is_known() or any(name in names_in(text) for text in self._texts(name))
 
-    def defines(self, name: str) -> bool:
-        """Return whether a file is a module of this name, or defines it."""
-        options = ("-r", "--name-only", self._commit) if self._commit else ()
-        files = _git(self._root, "ls-tree" if options else "ls-files", *options) or ""
-        is_module = any(file.endswith(f"/{name}.py") for file in files.splitlines())
-        return is_module or any(name in defined_in(text) for text in self._texts(name))
-
-    def _is_known(self) -> bool:
-        return _git(self._root, "rev-parse", self._commit or "HEAD") is not None
-
-    def _texts(self, name: str) -> list[str]:
-        """Return the texts of the files that have the word."""
-        commit = [self._commit] if self._commit else []
-        options = ("--files-with-matches", "--word-regexp", "-e", name, *commit)
-        listed = _git(self._root, "grep", *options, "--", "*.py") or ""
-        files = [file.removeprefix(f"{self._commit}:") for file in listed.splitlines()]
-        if self._commit:
-            return [text_at(self._root, self._commit, file) or "" for file in files]
-        return [_text_in(self._root, file) or "" for file in files]
+def _module_names(files: str) -> set[str]:
+    return {Path(name).stem for name in files.splitlines() if name.endswith(".py")}
 
 
 def covers(path: str, name: str) -> bool:
