@@ -52,15 +52,15 @@ def find_renames(
             for before, after in zip(_names(old), _names(new), strict=True):
                 if before != after:
                     candidates[before].add(after)
-    found = {
+    pairs = {
         (before, after)
         for before, afters in candidates.items()
         if not new_names.has(before) and old_names.defines(before)
         for after in afters
         if not old_names.has(after) and new_names.defines(after)
     }
-    befores, afters = ([pair[side] for pair in found] for side in (0, 1))
-    return frozenset(pair for pair in found if befores.count(pair[0]) == 1 == afters.count(pair[1]))
+    befores, afters = ([pair[side] for pair in pairs] for side in (0, 1))
+    return frozenset(pair for pair in pairs if befores.count(pair[0]) == 1 == afters.count(pair[1]))
 
 
 def names_in(text: str) -> frozenset[str]:
@@ -102,15 +102,15 @@ def without_annotations(tree: ast.Module) -> ast.Module:
 def defined_in(text: str) -> frozenset[str]:
     """Return the names of classes, functions, attributes and a module's variables in a text.
     Parameters and local variables are not among them."""
-    found: set[str] = set()
+    names: set[str] = set()
     for node in ast.walk(_parsed(text)):
         if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            found.add(node.name)
+            names.add(node.name)
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
-            found.add(node.attr)
+            names.add(node.attr)
         if isinstance(node, ast.Module | ast.ClassDef):
-            found |= {name for statement in node.body for name in _targets(statement)}
-    return frozenset(found)
+            names |= {name for statement in node.body for name in _targets(statement)}
+    return frozenset(names)
 
 
 def _by_shape(texts: Sequence[str]) -> dict[str, list[ast.stmt]]:
