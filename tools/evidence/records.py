@@ -317,9 +317,9 @@ def _names_at(root: Path, commit: str) -> ProjectNames:
 def _names_now(root: Path) -> ProjectNames:
     files = _git(root, "ls-files", "--", "*.py") or ""
     texts = [_text_in(root, name) or "" for name in files.splitlines()]
-    used = frozenset(name for text in texts for name in names_in(text))
+    all_names = frozenset(name for text in texts for name in names_in(text))
     defined = {name for text in texts for name in defined_in(text)}
-    return ProjectNames(used, frozenset(defined | _module_names(files)))
+    return ProjectNames(all_names, frozenset(defined | _module_names(files)))
 
 
 def _module_names(files: str) -> set[str]:
