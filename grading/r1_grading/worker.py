@@ -33,9 +33,11 @@ MEMORY_WORDS = (
     "out of memory",
     "failed to map segment from shared object",
     "can't start new thread",
+    "returned null without setting an exception",
 )
 """What errors without memory say, in lower case: Python's, errno's ENOMEM, those of C++ libraries,
-of a shared library that is loaded, and of a thread that has no room for its stack."""
+of a shared library that is loaded, of a thread that has no room for its stack, and of CPython where
+it had no memory for the MemoryError."""
 
 
 class JobArguments(msgspec.Struct):

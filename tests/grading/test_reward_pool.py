@@ -244,12 +244,15 @@ def test_a_small_memory_limit_is_named_only_where_memory_is_what_failed(graders,
     (tmp_path / "unmapped.py").write_text(
         "raise ImportError('x.so: failed to map segment from shared object')"
     )
+    (tmp_path / "lost.py").write_text(
+        "raise SystemError('<function f> returned NULL without setting an exception')"
+    )
 
     async def scenario(pool):
         for module, shown in (("misspelt", "no_such_library"), ("loud", "no licence")):
             with refused(f"{module}:grade", Cause.FAILED, shown):
                 await pool.grade(f"{module}:grade", "?", None)
-        for module in ("silent", "unmapped"):
+        for module in ("silent", "unmapped", "lost"):
             with refused("rewards.memory_gib", Cause.OUT_OF_RANGE, "400,000,000"):
                 await pool.grade(f"{module}:grade", "?", None)
 
