@@ -2,7 +2,8 @@
 
 That is pipeline with virtual stages, expert parallelism over context ranks or over tensor ranks
 with sequence parallelism, packed samples, MTP layers, whole layers recomputed; in float32, and in
-FP8 blocks as examples/deepseek_r1/r1_zero_fp8.yaml has them.
+FP8 blocks as examples/deepseek_r1/r1_zero_fp8.yaml has them; with less recomputed, and with the
+experts' exchange behind computation.
 
 Steps of 2 and of 4 micro-batches, and models of 4 and of 8 layers, are compared, so that what is
 waited for once per step cancels out."""
@@ -26,6 +27,7 @@ LAYOUT = {
 PASSES = ("load", "score", "compare", "update")
 PRECISIONS = {
     "float32": {"dtype": "float32", "fp8": {"recipe": "none"}},
+    "bfloat16": {"dtype": "bfloat16", "fp8": {"recipe": "none"}},
     "fp8": {"dtype": "bfloat16", "fp8": {"recipe": "blockwise", "scales": "float32"}},
 }
 WHOLE_BLOCKS = {
@@ -46,7 +48,7 @@ def models(tmp_path_factory) -> dict[tuple[str, int], str]:
             "num_hidden_layers": n,
             "num_nextn_predict_layers": 1,
         }
-        for precision in PRECISIONS
+        for precision in ("float32", "fp8")
         for n in (4, 8)
     }
     return {
@@ -94,30 +96,38 @@ def _rows(file: Path) -> list[dict]:
     return found if isinstance(found, list) else []
 
 
-@pytest.mark.parametrize(
-    ("axis", "precision", "replay"),
-    [
-        pytest.param(axis, precision, replay, id=f"{axis}-{precision}-{experts} experts")
-        for axis, precision in (("context", "float32"), ("tensor", "float32"), ("context", "fp8"))
-        for replay, experts in ((False, "own"), (True, "replayed"))
-        if replay or precision == "float32"  # the recipe in FP8 replays them
-    ],
-)
+LESS_RECOMPUTED = {"recompute": "selective", "recompute_modules": ["core_attn", "mla_up_proj"]}
+OVERLAPPED = {"recompute": "none", "overlap_expert_exchange": True}
+CASES = {
+    "context": ({"context": 2}, "float32", False),
+    "context, replayed": ({"context": 2}, "float32", True),
+    "tensor": ({"tensor": 2}, "float32", False),
+    "tensor, replayed": ({"tensor": 2}, "float32", True),
+    "FP8": ({"context": 2}, "fp8", False),
+    "FP8, replayed": ({"context": 2}, "fp8", True),
+    "less recomputed, replayed": ({"context": 2, **LESS_RECOMPUTED}, "float32", True),
+    "overlapped, replayed": ({"context": 2, **OVERLAPPED}, "bfloat16", True),
+}
+"""What each case changes of the layout, its precision, and whether experts are replayed."""
+
+
+@pytest.mark.parametrize(("changes", "precision", "replay"), CASES.values(), ids=CASES)
 def test_the_host_waits_per_micro_batch_only_for_counts_that_it_does_not_know(
-    on_null_gpu, models, tmp_path, axis, precision, replay
+    on_null_gpu, models, tmp_path, changes, precision, replay
 ):
     """Twice per layer of experts in scoring, and once in an update.
 
     In scoring the routers of the policy and of the reference choose themselves; the reference's
     alone where the engine's choices are replayed. Nothing per hop, per layer that is recomputed, or
     per MTP layer but its experts'."""
-    layout = {**LAYOUT, axis: 2}
+    layout = {**LAYOUT, **changes}
+    folders = "fp8" if precision == "fp8" else "float32"
     common = {"parallel": layout, "mtp": "frozen" if replay else "train", "replay": replay}
     common |= PRECISIONS[precision]
     cases = [
         {
             "label": f"{layers} x {number}",
-            "model": models[precision, layers],
+            "model": models[folders, layers],
             "microbatches": number,
             **common,
         }
