@@ -33,7 +33,8 @@ MEMORY_WORDS = (
     "out of memory",
     "failed to map segment from shared object",
     "can't start new thread",
-    "returned null without setting an exception",
+    "without setting an exception",
+    "without exception set",
 )
 """What errors without memory say, in lower case: Python's, errno's ENOMEM, those of C++ libraries,
 of a shared library that is loaded, of a thread that has no room for its stack, and of CPython where

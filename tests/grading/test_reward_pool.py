@@ -247,12 +247,13 @@ def test_a_small_memory_limit_is_named_only_where_memory_is_what_failed(graders,
     (tmp_path / "lost.py").write_text(
         "raise SystemError('<function f> returned NULL without setting an exception')"
     )
+    (tmp_path / "unset.py").write_text("raise SystemError('error return without exception set')")
 
     async def scenario(pool):
         for module, shown in (("misspelt", "no_such_library"), ("loud", "no licence")):
             with refused(f"{module}:grade", Cause.FAILED, shown):
                 await pool.grade(f"{module}:grade", "?", None)
-        for module in ("silent", "unmapped", "lost"):
+        for module in ("silent", "unmapped", "lost", "unset"):
             with refused("rewards.memory_gib", Cause.OUT_OF_RANGE, "400,000,000"):
                 await pool.grade(f"{module}:grade", "?", None)
 
