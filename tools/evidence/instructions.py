@@ -13,7 +13,13 @@ from functools import cache
 from types import CodeType
 from typing import Any, NamedTuple
 
-from tools.evidence.renames import Names, Renames, find_renames, rename, without_annotations
+from tools.evidence.renames import (
+    ProjectNames,
+    Renames,
+    find_renames,
+    rename,
+    without_annotations,
+)
 
 NO_RENAMES: Renames = frozenset()
 HAVE_DOCSTRINGS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
@@ -45,11 +51,12 @@ class Version(NamedTuple):
     Attributes:
         texts: the text of each file, None where it is not there.
         module_text: returns the text of any module of the project, None where it is not there.
-        names: the names in the project; None to look for no renames."""
+        names: returns the names in the project, or None where they are not known; None to look
+            for no renames."""
 
     texts: Sequence[str | None]
     module_text: Callable[[str], str | None]
-    names: Names | None
+    names: Callable[[], ProjectNames | None] | None = None
 
     def statements(self, renames: Renames = NO_RENAMES) -> list[_Statements]:
         """Return those of each file, with other names.
@@ -78,8 +85,11 @@ def compute_the_same(old: Version, new: Version) -> bool:
         return True
     if old.names is None or new.names is None:
         return False
+    old_names, new_names = old.names(), new.names()
+    if old_names is None or new_names is None:
+        return False
     old_texts, new_texts = ([text or "" for text in version.texts] for version in (old, new))
-    renames = find_renames(old_texts, new_texts, old.names, new.names)
+    renames = find_renames(old_texts, new_texts, old_names, new_names)
     return bool(renames) and _compute_the_same(old, new, renames)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megatron_r1.base.files import atomic_write
 from tools.evidence.instructions import Version, compute_the_same
-from tools.evidence.renames import defined_in, names_in
+from tools.evidence.renames import ProjectNames, defined_in, names_in
 
 FOLDER = "docs/evidence"
 MODULE_FOLDERS = {
@@ -146,27 +146,6 @@ class State:
         return self.name + count + failed
 
 
-@dataclass(frozen=True)
-class ProjectNames:
-    """The names in the Python files of the project, at a commit or as they are.
-
-    Attributes:
-        used: all names; of a commit also the words of comments and texts.
-        defined: those of modules, classes, functions and attributes; of a commit also of what is
-            only set."""
-
-    used: frozenset[str]
-    defined: frozenset[str]
-
-    def has(self, name: str) -> bool:
-        """Return whether a file has the name."""
-        return name in self.used
-
-    def defines(self, name: str) -> bool:
-        """Return whether a file is a module of this name, or defines it."""
-        return name in self.defined
-
-
 def states(root: Path, claims: Iterable[Claim]) -> dict[str, State]:
     """Return the state of each claim by its name, of the tracked files as they are in `root`.
 
@@ -178,7 +157,9 @@ def states(root: Path, claims: Iterable[Claim]) -> dict[str, State]:
     former_names = cache(lambda commit: _former_names(root, commit))
     names_now = cache(lambda: _names_now(root))
     is_same = cache(lambda commit, names: have_same_code(root, commit, names))
-    is_renamed = cache(lambda commit, names: have_same_code(root, commit, names, names_now()))
+    is_same_but_for_names = cache(
+        lambda commit, names: have_same_code(root, commit, names, names_now)
+    )
     claim_states = {}
     for claim in claims:
         failed = claim.failed.date if claim.failed else ""
@@ -192,8 +173,7 @@ def states(root: Path, claims: Iterable[Claim]) -> dict[str, State]:
             commit = claim.measured.commit
             modules = {name for name in changed if name.endswith(".py")}
             modules |= {old for new, old in former_names(commit).items() if new in modules}
-            together = commit, tuple(sorted(modules))
-            if modules and (is_same(*together) or is_renamed(*together)):
+            if modules and is_same_but_for_names(commit, tuple(sorted(modules))):
                 changed = [name for name in changed if name not in modules]
             changed = [name for name in changed if not is_same(commit, (name,))]
             claim_states[claim.id] = State("stale" if changed else "fresh", tuple(changed), failed)
@@ -252,7 +232,10 @@ def changed_files(changes: Iterable[tuple[str, ...]] | None, paths: list[str]) -
 
 
 def have_same_code(
-    root: Path, commit: str, names: tuple[str, ...], names_now: ProjectNames | None = None
+    root: Path,
+    commit: str,
+    names: tuple[str, ...],
+    names_now: Callable[[], ProjectNames] | None = None,
 ) -> bool:
     """Return whether Python files of `root` together compute what they computed at `commit`.
 
@@ -260,7 +243,7 @@ def have_same_code(
         root: the repository.
         commit: the earlier commit.
         names: the files, from the root.
-        names_now: the names of the project as it is; None to look for no renames."""
+        names_now: returns the names of the project as it is; None to look for no renames."""
     if not all(name.endswith(".py") for name in names):
         return False
     try:
@@ -270,7 +253,7 @@ def have_same_code(
             Version(
                 old_texts,
                 lambda module: module_text(module, partial(text_at, root, commit)),
-                _names_at(root, commit) if names_now else None,
+                partial(_names_at, root, commit),
             ),
             Version(
                 new_texts,
@@ -305,11 +288,13 @@ def text_at(root: Path, commit: str, name: str) -> str | None:
 
 
 @cache  # a commit's files stay
-def _names_at(root: Path, commit: str) -> ProjectNames:
+def _names_at(root: Path, commit: str) -> ProjectNames | None:
     grep = ("grep", "-h", "--only-matching", "--extended-regexp", "-e")
-    words = _git(root, *grep, WORD, commit, "--", "*.py") or ""
-    lines = _git(root, *grep, DEFINED, commit, "--", "*.py") or ""
-    files = _git(root, "ls-tree", "-r", "--name-only", commit) or ""
+    words = _git(root, *grep, WORD, commit, "--", "*.py")
+    lines = _git(root, *grep, DEFINED, commit, "--", "*.py")
+    files = _git(root, "ls-tree", "-r", "--name-only", commit)
+    if words is None or lines is None or files is None:
+        return None  # without them any name would be new
     defined = {re.findall(WORD, line)[-1] for line in lines.splitlines()}
     return ProjectNames(frozenset(words.split()), frozenset(defined | _module_names(files)))
 

@@ -10,7 +10,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import cache
-from typing import Protocol
+from typing import NamedTuple
 
 Renames = frozenset[tuple[str, str]]
 """The old name and the new one of each."""
@@ -20,18 +20,23 @@ DOTTED_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 """A text that names a module or something in it, as in `__all__`."""
 
 
-class Names(Protocol):
-    """The names in the Python files of a version of the project."""
+class ProjectNames(NamedTuple):
+    """The names in the Python files of a version of the project.
 
-    def has(self, name: str) -> bool:
-        """Return whether a file has the name; True where that cannot be told."""
+    Attributes:
+        used: all names; of a commit also the words of comments and texts.
+        defined: those of modules, classes, functions and attributes; of a commit also of what is
+            only set."""
 
-    def defines(self, name: str) -> bool:
-        """Return whether a file is, or defines, what has the name."""
+    used: frozenset[str]
+    defined: frozenset[str]
 
 
 def find_renames(
-    old_texts: Sequence[str], new_texts: Sequence[str], old_names: Names, new_names: Names
+    old_texts: Sequence[str],
+    new_texts: Sequence[str],
+    old_names: ProjectNames,
+    new_names: ProjectNames,
 ) -> Renames:
     """Return the renames between two versions of some files.
 
@@ -55,9 +60,9 @@ def find_renames(
     pairs = {
         (before, after)
         for before, afters in candidates.items()
-        if not new_names.has(before) and old_names.defines(before)
+        if before not in new_names.used and before in old_names.defined
         for after in afters
-        if not old_names.has(after) and new_names.defines(after)
+        if after not in old_names.used and after in new_names.defined
     }
     befores, afters = ([pair[side] for pair in pairs] for side in (0, 1))
     return frozenset(pair for pair in pairs if befores.count(pair[0]) == 1 == afters.count(pair[1]))
