@@ -97,7 +97,7 @@ class Recomputation:
         self.searches_causes = True
 
     def show_departures(self, comparisons: Sequence[Comparison]) -> None:
-        """Show a line for each departure that has not had one, whatever its reason was then."""
+        """Show each departure once, also where a later check gives it another reason."""
         for comparison in comparisons:
             key = (comparison.family, comparison.name)
             if comparison.differs and key not in self._shown_departures:
