@@ -404,7 +404,8 @@ def _row(mutation: Mutation, outcome: Outcome) -> str:
     if outcome.fails_anyway:
         end = f"NOT PLANTED, its tests fail: {outcome.fails_anyway}"
     elif outcome.caught_by:
-        end = outcome.caught_by.rpartition("/")[2]
+        file, separator, test = outcome.caught_by.partition("::")
+        end = Path(file).name + separator + test
     else:
         end = f"SURVIVED: {mutation.survives}" if mutation.survives else "SURVIVED"
     return f"{mutation.package:14} {mutation.symbol:34} {mutation.fault:62} {end}"

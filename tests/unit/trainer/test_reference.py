@@ -1,6 +1,9 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from megatron_r1.trainer.checkpoints import contents
 from megatron_r1.trainer.reference import ReferencePolicy
 
 
@@ -39,3 +42,23 @@ def test_a_checkpoint_reads_the_kept_weights_and_those_that_are_not_trained_as_t
     assert reference.stored_value(model[1].running_var) is not model[1].running_var
     with pytest.raises(KeyError):  # a view would be the policy's
         reference.stored_value(model[0].weight.detach())
+
+
+def test_a_checkpoint_of_a_continued_run_has_the_references_weights_beside_the_policys(monkeypatch):
+    class Chunk(torch.nn.Linear):
+        def sharded_state_dict(self, prefix, metadata):
+            named = self.named_parameters()
+            return {prefix + name: SimpleNamespace(data=tensor) for name, tensor in named}
+
+    monkeypatch.setattr(contents, "has_adapters", lambda chunks: False)
+    monkeypatch.setattr(contents, "process_groups", lambda chunks: SimpleNamespace(dp_cp=None))
+    monkeypatch.setattr(contents, "_optimizer", lambda *args: ([], None))
+    policy = Chunk(3, 2)
+    first = policy.weight.detach().clone()
+    reference = ReferencePolicy([policy])
+    with torch.no_grad():
+        policy.weight.add_(1)
+    tree = contents.sharded_tree(contents.Networks(contents.Network([policy], None), reference))
+    assert tree["model"][0]["weight"].data is policy.weight
+    [entries] = tree["reference"]
+    assert torch.equal(entries[f"{contents.REFERENCE_PREFIX}weight"].data, first)
