@@ -155,6 +155,7 @@ def states(root: Path, claims: Iterable[Claim]) -> dict[str, State]:
     """
     changes = cache(lambda commit: changes_since(root, commit))
     former_names = cache(lambda commit: _former_names(root, commit))
+    gone = cache(lambda commit: _gone_modules(root, commit))
     names_now = cache(lambda: _names_now(root))
     is_same = cache(lambda commit, names: have_same_code(root, commit, names))
     is_same_but_for_names = cache(
@@ -173,7 +174,11 @@ def states(root: Path, claims: Iterable[Claim]) -> dict[str, State]:
             commit = claim.measured.commit
             modules = {name for name in changed if name.endswith(".py")}
             modules |= {old for new, old in former_names(commit).items() if new in modules}
-            if modules and is_same_but_for_names(commit, tuple(sorted(modules))):
+            joined = _joined_to(root, modules, gone(commit)) if modules else set()
+            if modules and any(
+                is_same_but_for_names(commit, tuple(sorted(names)))
+                for names in (modules, modules | joined)
+            ):
                 changed = [name for name in changed if name not in modules]
             changed = [name for name in changed if not is_same(commit, (name,))]
             claim_states[claim.id] = State("stale" if changed else "fresh", tuple(changed), failed)
@@ -213,6 +218,20 @@ def _former_names(root: Path, commit: str) -> dict[str, str]:
     options = ("--name-status", "-z", "--find-renames=50%", "--diff-filter=R", "--no-ext-diff")
     words = (_git(root, "diff", *options, "--no-relative", commit, "--") or "").split("\0")
     return dict(zip(words[2::3], words[1::3], strict=False))
+
+
+def _gone_modules(root: Path, commit: str) -> dict[str, frozenset[str]]:
+    """Return the Python files of `commit` that are no more, also by another name, each with the
+    names that it defined."""
+    options = ("--name-only", "-z", "--find-renames=50%", "--diff-filter=D", "--no-ext-diff")
+    names = (_git(root, "diff", *options, "--no-relative", commit, "--", "*.py") or "").split("\0")
+    return {name: defined_in(text_at(root, commit, name) or "") for name in names if name}
+
+
+def _joined_to(root: Path, modules: set[str], gone: dict[str, frozenset[str]]) -> set[str]:
+    """Return those of the files that are gone of which some definition is now in `modules`."""
+    defined_now = {name for each in modules for name in defined_in(_text_in(root, each) or "")}
+    return {name for name, defined in gone.items() if defined & defined_now}
 
 
 def changed_files(changes: Iterable[tuple[str, ...]] | None, paths: list[str]) -> list[str] | None:

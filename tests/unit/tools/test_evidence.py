@@ -219,6 +219,23 @@ def test_definitions_may_have_other_names_everywhere(repository, renames, others
     assert repository.state(claim).name == state
 
 
+@pytest.mark.parametrize(
+    ("text", "state"),
+    [
+        (TWO + TWICE, "fresh"),
+        (TWO + TWICE.replace("2", "3"), "stale"),
+        (TWO.replace("1", "0") + TWICE, "stale"),
+    ],
+)
+def test_a_file_may_be_joined_to_one_that_the_claim_watches(repository, text, state):
+    first = {"tools__a": TWO, "tools__use": USE.format(module="other"), "tools__other": TWICE}
+    paths = ["tools/a.py", "tools/use.py"]
+    claim = repository.measured(repository.commit(**first), paths=paths)
+    repository.git("rm", "-q", "tools/other.py")
+    repository.commit(tools__a=text, tools__use=USE.format(module="a"))
+    assert repository.state(claim).name == state
+
+
 def test_a_removed_file_makes_a_claim_stale(repository):
     claim = repository.measured(repository.commit(part__a="n = 1", part__b="n = 2"))
     repository.git("rm", "-q", "part/a.py")
