@@ -1,4 +1,4 @@
-"""The rewards: what each returns (`Grade`), and a line for each in a table of this file.
+"""The rewards: what each returns (`Grade`), and a row for each in the table `REWARD_KINDS`.
 
 A reward is a pure function `grade(response: str, truth, **entry) -> Grade`, where `entry` holds the
 prompt's other fields. It runs in a worker process of `pool.RewardPool`, so its module may import
@@ -83,32 +83,91 @@ def find_non_finite(value: object, path: str) -> str:
     return next(filter(None, (find_non_finite(item, f"{path}.{key}") for key, item in items)), "")
 
 
-RESPONSE_ONLY_REWARDS: dict[str, str] = {
-    "conciseness": "r1_grading.response_rewards:grade_conciseness",
-    "format": "r1_grading.response_rewards:grade_format",
-    "language": "r1_grading.response_rewards:grade_language",
-    "repetition": "r1_grading.response_rewards:grade_repetition",
+@dataclass(frozen=True)
+class RewardKind:
+    """What a shipped reward reads, requests and needs: its row of `REWARD_KINDS`.
+
+    Attributes:
+        path: "module:function"; "module:Class" of a served reward.
+        is_served: whether it requests a served model by a class (`remote.remote_rewards`); others
+            run in worker processes.
+        reads_response_only: whether it reads the response alone. As a term it gets no truth, and of
+            the prompt's fields only those of its signature: a code prompt's megabytes of tests are
+            not sent to the workers.
+        reads_answer: whether it has the option `reading`, which `rewards.reading` sets.
+        compares_truth: whether it compares an answer with one or any of several truths.
+        needs_truth: whether rows of this kind need a truth; others compare with nothing, or with a
+            field of their own.
+        runs_programs: whether it runs the response's program, in the sandbox. `why` calls the
+            others that read more than the response in its own process.
+        truth_meaning: what a column of its truths holds, to be reported where the kind is guessed
+            (`truths.guess_reward_kind`); {!r} is the column's name. "" for one that never is."""
+
+    path: str
+    is_served: bool = False
+    reads_response_only: bool = False
+    reads_answer: bool = False
+    compares_truth: bool = False
+    needs_truth: bool = True
+    runs_programs: bool = False
+    truth_meaning: str = ""
+
+
+REWARD_KINDS: dict[str, RewardKind] = {
+    "math": RewardKind(
+        "r1_grading.math:grade",
+        reads_answer=True,
+        compares_truth=True,
+        truth_meaning="{!r} is compared as a number, a formula or words",
+    ),
+    "logic": RewardKind("r1_grading.logic:grade", reads_answer=True, needs_truth=False),
+    "exact_match": RewardKind(
+        "r1_grading.exact_match:grade",
+        reads_answer=True,
+        compares_truth=True,
+        truth_meaning="{!r} holds names or phrases, any of which is right",
+    ),
+    "code": RewardKind(
+        "r1_grading.code:grade",
+        runs_programs=True,
+        truth_meaning="{!r} holds tests of a program",
+    ),
+    "conciseness": RewardKind(
+        "r1_grading.response_rewards:grade_conciseness", reads_response_only=True
+    ),
+    "format": RewardKind("r1_grading.response_rewards:grade_format", reads_response_only=True),
+    "language": RewardKind("r1_grading.response_rewards:grade_language", reads_response_only=True),
+    "repetition": RewardKind(
+        "r1_grading.response_rewards:grade_repetition", reads_response_only=True
+    ),
+    "helpful": RewardKind(
+        "r1_grading.remote.reward_model:Helpful", is_served=True, needs_truth=False
+    ),
+    "judge": RewardKind("r1_grading.remote.judge:Judge", is_served=True),
+    "safety": RewardKind(
+        "r1_grading.remote.reward_model:Safety", is_served=True, needs_truth=False
+    ),
 }
-"""Rewards that read the response alone. As a term they get no truth, and of the prompt's fields
-only those of their signature: a code prompt's megabytes of tests are not sent to the workers."""
+"""The shipped rewards by their short names. All other tables of rewards are derived from it."""
+RESPONSE_ONLY_REWARDS: dict[str, str] = {
+    name: kind.path for name, kind in REWARD_KINDS.items() if kind.reads_response_only
+}
+"""Rewards that read the response alone, with their functions."""
 GRADERS: dict[str, str] = {
-    **RESPONSE_ONLY_REWARDS,
-    "code": "r1_grading.code:grade",
-    "exact_match": "r1_grading.exact_match:grade",
-    "logic": "r1_grading.logic:grade",
-    "math": "r1_grading.math:grade",
+    name: kind.path for name, kind in REWARD_KINDS.items() if not kind.is_served
 }
 """Rewards that run in worker processes: the short name of each with its function."""
 SERVED_REWARDS: dict[str, str] = {
-    "helpful": "r1_grading.remote.reward_model:Helpful",
-    "judge": "r1_grading.remote.judge:Judge",
-    "safety": "r1_grading.remote.reward_model:Safety",
+    name: kind.path for name, kind in REWARD_KINDS.items() if kind.is_served
 }
 """Rewards that request a served model: a class each (`remote.remote_rewards`), no worker."""
 ENVIRONMENT = "environment"
 """The kind of questions that an agent's environment grades (`get_reward`); no built-in reward."""
-WITHOUT_TRUTH = (ENVIRONMENT, "helpful", "logic", "safety")
-"""Rewards whose rows need no truth: they compare with nothing, or with a field of their own."""
+WITHOUT_TRUTH = (
+    ENVIRONMENT,
+    *(name for name, kind in REWARD_KINDS.items() if not kind.needs_truth),
+)
+"""Kinds whose rows need no truth."""
 
 
 def resolve(kind: str) -> str:

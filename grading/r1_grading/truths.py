@@ -12,7 +12,7 @@ from r1_grading.base.errors import shorten
 from r1_grading.base.values import decode_literal
 from r1_grading.code.problem import is_tests, parse_problem
 from r1_grading.reading.answer import MARKER, last_boxed, unwrap
-from r1_grading.rewards import find_non_finite
+from r1_grading.rewards import REWARD_KINDS, find_non_finite
 
 NO_TRUTH = (
     "proof",
@@ -76,7 +76,7 @@ LONG_WORD = re.compile(r"[^\W\d_]{3,}")
 MAX_MARKED_CHARS = 40
 """Longer lines behind `####` are headings of Markdown where further lines follow: a choice."""
 NO_NUMBER = re.compile(r"[-+]?(?:nan|inf)\s*\\?%?", re.IGNORECASE)
-COMPARING_REWARDS = ("exact_match", "math")
+COMPARING_REWARDS = tuple(name for name, kind in REWARD_KINDS.items() if kind.compares_truth)
 """The rewards that compare an answer with one or any of several truths."""
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from r1_grading.base.errors import shorten
 from r1_grading.base.values import decode_literal
-from r1_grading.rewards import WITHOUT_TRUTH, resolve
+from r1_grading.rewards import REWARD_KINDS, WITHOUT_TRUTH, resolve
 from r1_grading.truths import guess_reward_kind, is_missing
 
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
@@ -401,14 +401,8 @@ def _guess_kind(truth: str, rows: Sequence[Row]) -> tuple[str | None, str]:
     }
     if len(kinds) > 1:
         return None, f"each row's own, by its {truth!r}: {', '.join(sorted(kinds))}"
-    return next(iter(kinds), "math"), MEANING[next(iter(kinds), "math")].format(truth)
-
-
-MEANING = {
-    "math": "{!r} is compared as a number, a formula or words",
-    "code": "{!r} holds tests of a program",
-    "exact_match": "{!r} holds names or phrases, any of which is right",
-}
+    kind = next(iter(kinds), "math")
+    return kind, REWARD_KINDS[kind].truth_meaning.format(truth)
 
 
 def _plain(name: str) -> str:

@@ -29,10 +29,11 @@ from r1_grading.reading.context import (
     with_scales,
 )
 from r1_grading.reading.marked_answer import marked_answer
+from r1_grading.rewards import REWARD_KINDS
 
 Reading = Literal["strict", "tags", "boxed", "last", "auto"]
 READINGS: tuple[str, ...] = get_args(Reading)
-READING_REWARDS = ("math", "logic", "exact_match")
+READING_REWARDS = tuple(name for name, kind in REWARD_KINDS.items() if kind.reads_answer)
 """The rewards whose option `reading` `rewards.reading` sets."""
 NUMERIC_TRUTH = re.compile(r"\s*[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?\s*")
 """A truth that is one number in digits (`is_number`)."""
