@@ -8,7 +8,7 @@ import functools
 
 from r1_grading.base.errors import shorten
 from r1_grading.math.comparison import compare
-from r1_grading.math.text import same_words, stated_answer, without_rounding
+from r1_grading.math.worded_answers import same_words, stated_answer, without_rounding
 from r1_grading.reading import Reading, is_number, read_answer
 from r1_grading.reading.answer import describe, final_answers, stated_numbers, trim, unwrap
 from r1_grading.reading.context import changes_box, without_conclusion

@@ -10,7 +10,7 @@ import re
 import sympy
 from math_verify import verify
 
-from r1_grading.math import text as math_text
+from r1_grading.math import worded_answers
 from r1_grading.math.normalization import normalize_latex, strip_styling
 from r1_grading.math.number import (
     PERCENT,
@@ -88,22 +88,22 @@ def compare(truth: str, answer: str) -> Result:
     if TILDE_NUMBER.match(answer):
         return False, "not committed"
     expected, answer = words_to_number(expected), words_to_number(answer)
-    if (moment := math_text.read_moment(expected)) is not None:
-        return moment == math_text.read_moment(answer), ""
-    expected, answer = math_text.read_phrase(expected), math_text.read_phrase(answer)
-    letters = math_text.read_letters(expected)
-    if letters is not None and letters == math_text.read_letters(answer):
+    if (moment := worded_answers.read_moment(expected)) is not None:
+        return moment == worded_answers.read_moment(answer), ""
+    expected, answer = worded_answers.read_phrase(expected), worded_answers.read_phrase(answer)
+    letters = worded_answers.read_letters(expected)
+    if letters is not None and letters == worded_answers.read_letters(answer):
         return True, ""
-    choice = math_text.read_choice(expected)
-    if choice is not None and math_text.is_letter(expected):
-        return math_text.same_letter(choice[0], answer), ""
-    is_words = math_text.is_words(expected, truth)
-    is_same = math_text.same_words(expected, answer, ignore_case=is_words)
-    if is_same or is_words or math_text.is_order(expected):
+    choice = worded_answers.read_choice(expected)
+    if choice is not None and worded_answers.is_letter(expected):
+        return worded_answers.same_letter(choice[0], answer), ""
+    is_words = worded_answers.is_words(expected, truth)
+    is_same = worded_answers.same_words(expected, answer, ignore_case=is_words)
+    if is_same or is_words or worded_answers.is_order(expected):
         return is_same, ""
     if choice is not None and choice[1]:
         return _same_labelled(choice, answer)
-    if (unlabelled_answer := math_text.without_label(answer)) is not None:
+    if (unlabelled_answer := worded_answers.without_label(answer)) is not None:
         answer = unlabelled_answer
     expected = set_builder_condition(normalize_latex(expected))
     answer = set_builder_condition(normalize_latex(answer))
@@ -144,7 +144,7 @@ def equivalent(expected: str, answer: str, *, must_be_evaluated: bool = True) ->
 
 def _same_labelled(expected: tuple[str, str], answer: str) -> Result:
     """Compare with a choice and its text, `(C) 12`: the answer may be its letter, text or both."""
-    choice = math_text.read_choice(answer)
+    choice = worded_answers.read_choice(answer)
     if choice is None:
         return compare(expected[1], answer)
     if choice[0] != expected[0]:

@@ -14,8 +14,8 @@ from r1_grading.math.normalization import normalize_latex
 from r1_grading.math.number import read_number, read_structure, same_number
 from r1_grading.math.relation import read_set
 from r1_grading.math.symbolic import NotNumeric, OutOfRange, evaluate
-from r1_grading.math.text import read_choice, stated_answer
 from r1_grading.math.units import split_unit
+from r1_grading.math.worded_answers import read_choice, stated_answer
 
 X = sympy.Symbol("x", real=True)
 
