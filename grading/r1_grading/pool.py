@@ -16,7 +16,7 @@ from r1_grading.base.workers import START_TIMEOUT_SECONDS, WorkerLost, encode_fr
 from r1_grading.remote.remote_rewards import RemoteGraders
 from r1_grading.rewards import SERVED_REWARDS, FiniteGrade, Grade, find_non_finite, resolve
 from r1_grading.sandbox.limits import time_limit
-from r1_grading.worker import EncodedJob, JobStatus, WorkerProcess, reports_memory
+from r1_grading.worker import EncodedJob, JobStatus, WorkerProcess, is_memory_message
 
 AHEAD_SECONDS = 0.02
 """Seconds of work that are sent to a worker ahead of time: enough that its pipe never runs dry. At
@@ -317,7 +317,7 @@ class RewardPool:
                 # A process that has ended leaves its status and the line that it printed last. C
                 # code that gets no memory often ends it by a signal, or without a word.
                 is_silent = status < 0 or not worker.last_words
-                is_out_of_memory = reports_memory(worker.last_words) or (
+                is_out_of_memory = is_memory_message(worker.last_words) or (
                     is_silent and self.memory_limit_bytes < SMALL_LIMIT_BYTES
                 )
                 self._fail_job(

@@ -186,12 +186,12 @@ def _comes_from_memory(error: BaseException | None) -> bool:
         chain.append(error)
         error = error.__cause__ or error.__context__
     return any(
-        isinstance(cause, MemoryError) or reports_memory(f"{type(cause).__name__}: {cause}")
+        isinstance(cause, MemoryError) or is_memory_message(f"{type(cause).__name__}: {cause}")
         for cause in chain
     )
 
 
-def reports_memory(message: str) -> bool:
+def is_memory_message(message: str) -> bool:
     """Return whether an error's message is that of memory which is not there."""
     return any(words in message.lower() for words in MEMORY_WORDS)
 
