@@ -248,7 +248,7 @@ def reward_arguments(
     kind: str,
     options: Mapping[str, Mapping[str, Any]],
     fields: Mapping[str, Any],
-    facts: Mapping[str, Any],
+    run_arguments: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return the keyword arguments of reward `kind`.
 
@@ -261,18 +261,19 @@ def reward_arguments(
         kind: the reward.
         options: kind → the recipe's options.
         fields: the prompt's fields.
-        facts: facts about the response, which override options and fields."""
+        run_arguments: those of `RUN_ARGUMENTS` for the response; they override options and
+            fields."""
     reward_options = options.get(kind, {})
     if kind in SERVED_REWARDS:
         from r1_grading.remote.remote_rewards import settings_names
 
         refused_names = settings_names(kind) if reward_options else {"api_key_env"}
         fields = {name: value for name, value in fields.items() if name not in refused_names}
-        return {**fields, **reward_options, **facts}
+        return {**fields, **reward_options, **run_arguments}
     if kind in RESPONSE_ONLY_REWARDS:
         names = option_names(kind)
         fields = {name: value for name, value in fields.items() if name in names}
-    return {**reward_options, **fields, **facts}
+    return {**reward_options, **fields, **run_arguments}
 
 
 class RewardUnusable(UserError):
@@ -362,12 +363,14 @@ class RewardTerms:
         Raises:
             ValueError: a reward that cannot be used.
             RunError: a service that is down."""
-        facts: dict[str, object] = {"question": prompt.question}
+        run_arguments: dict[str, object] = {"question": prompt.question}
         if num_tokens is not None:
-            facts["num_tokens"] = num_tokens
+            run_arguments["num_tokens"] = num_tokens
         if thought_opened:
-            facts["thought_opened"] = True
-        grades = await asyncio.gather(*(self._call(term, prompt, text, facts) for term in terms))
+            run_arguments["thought_opened"] = True
+        grades = await asyncio.gather(
+            *(self._call(term, prompt, text, run_arguments) for term in terms)
+        )
         return dict(zip(terms, grades, strict=True))
 
     async def check(
@@ -427,11 +430,11 @@ class RewardTerms:
         return trial
 
     async def _call(
-        self, term: str, prompt: Gradable, text: str, facts: Mapping[str, object]
+        self, term: str, prompt: Gradable, text: str, run_arguments: Mapping[str, object]
     ) -> Grade:
         kind = _kind(term, prompt)
         truth = None if term != ACCURACY and kind in RESPONSE_ONLY_REWARDS else prompt.truth
-        fields = reward_arguments(kind, self._options, prompt.fields, facts)
+        fields = reward_arguments(kind, self._options, prompt.fields, run_arguments)
         return await self._pool.grade(kind, text, truth, **fields)
 
 
