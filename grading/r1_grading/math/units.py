@@ -10,7 +10,8 @@ amount as a whole is rewritten, truth and answer alike, so that each has one mea
 
 import re
 
-from r1_grading.reading.context import CENTS, DENIAL, DENYING, NUMBER, SCALE_WORD, apply_scale
+from r1_grading.reading.context import DENIAL, DENYING
+from r1_grading.reading.scaled_numbers import CENTS, NUMBER, SCALE_WORD, apply_scale
 
 # Spellings of one unit, the canonical one first.
 _UNIT_SPELLINGS = """

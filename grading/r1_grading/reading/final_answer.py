@@ -21,14 +21,10 @@ from r1_grading.reading.answer import (
     tagged_answer,
     without_special_tokens,
 )
-from r1_grading.reading.context import (
-    after_answer_is,
-    changes_box,
-    last_number,
-    with_plain_signs,
-    with_scales,
-)
+from r1_grading.reading.context import after_answer_is, changes_box
+from r1_grading.reading.last_number import last_number, with_plain_signs
 from r1_grading.reading.marked_answer import marked_answer
+from r1_grading.reading.scaled_numbers import with_scales
 from r1_grading.rewards import REWARD_KINDS
 
 Reading = Literal["strict", "tags", "boxed", "last", "auto"]
