@@ -258,9 +258,9 @@ def reward_arguments(
     no options (`megatron-r1 score`) do the settings of a line count, except api_key_env.
 
     Args:
-        kind: the reward.
+        kind: the reward's name.
         options: kind → the recipe's options.
-        fields: the prompt's fields.
+        fields: the prompt's other columns.
         run_arguments: those of `RUN_ARGUMENTS` for the response; they override options and
             fields."""
     reward_options = options.get(kind, {})

@@ -211,9 +211,9 @@ def check_truth(kind: str, truth: Any, fields: Mapping[str, Any]) -> None:
     Rewards of a user's own, served ones and those without a truth are not checked.
 
     Args:
-        kind: the reward.
-        truth: the row's truth.
-        fields: the prompt's fields.
+        kind: the reward's name.
+        truth: what the row compares with, of any type of JSON.
+        fields: the row's other columns.
 
     Raises:
         ValueError: the truth does not fit."""

@@ -298,7 +298,7 @@ def same_words(expected: str, answer: str, *, ignore_case: bool) -> bool:
 
     Args:
         expected: the truth.
-        answer: the answer.
+        answer: the response's answer.
         ignore_case: whether upper and lower case are equal."""
     left, right = plain(expected), plain(answer)
     if ignore_case:

@@ -305,12 +305,7 @@ def make_extraction(answer: str, source: str = "", around: str = "") -> Extracti
 
 
 def encloses(left: str, right: str, answer: str) -> bool:
-    """Whether `left` at the start of `answer` belongs to `right` at its end.
-
-    Args:
-        left: the opening delimiter.
-        right: the closing one.
-        answer: the text."""
+    """Whether the delimiter `left` at the start of `answer` belongs to `right` at its end."""
     if not (answer.startswith(left) and answer.endswith(right)):
         return False
     if right == "}":

@@ -130,7 +130,7 @@ def fence(name: str, key: str, text: str) -> str:
     Args:
         name: what the text is.
         key: that of the prompt.
-        text: the text."""
+        text: what stands between the lines."""
     return f"[{name} {key}]\n{text}\n[end of {name} {key}]"
 
 

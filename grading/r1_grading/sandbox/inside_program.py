@@ -40,7 +40,7 @@ def run(source: bytes, path: str, files: "list[str]") -> None:
     it is not caused by the output.
 
     Args:
-        source: the program.
+        source: the program's text.
         path: the name that tracebacks give it.
         files: its files, for a checker."""
     import sys
@@ -73,8 +73,8 @@ def call(name: str, source: bytes, path: str) -> None:
     The result leaves as JSON on the original standard output, while prints go to /dev/null.
 
     Args:
-        name: the function.
-        source: the program.
+        name: the function's name.
+        source: the program's text.
         path: the name that tracebacks give it."""
     import marshal
     import posix

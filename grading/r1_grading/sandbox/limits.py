@@ -132,7 +132,7 @@ def time_limit(kind: str, fields: Mapping[str, Any], seconds: float) -> float:
     many tests may take longer than any formula should.
 
     Args:
-        kind: the reward.
+        kind: the reward's name.
         fields: the prompt's fields, with limits of its own.
         seconds: the limit of other rewards."""
     if kind != "code":

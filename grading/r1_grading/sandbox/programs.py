@@ -89,7 +89,7 @@ def python_script(source: str, *arguments: str, names: bool = False) -> Program:
     """Return `source` as a script, or as a checker of files.
 
     Args:
-        source: the Python program.
+        source: the program's text in Python.
         *arguments: the names of the files that a checker gets.
         names: whether the script has the names of LiveCodeBench's harness."""
     return _python("", names_in(source) if names else {}, source, *arguments)
@@ -104,7 +104,7 @@ def compile_cpp(source: str, standard: str, budget: Budget) -> Program | str:
     """Return the compiled program, or the compiler's error in one line.
 
     Args:
-        source: the program.
+        source: the program's text in C++.
         standard: a key of `STANDARDS`.
         budget: the compiler's limits."""
     command = f"{shlex.quote(host.compiler())} -std={standard.replace('c++', 'gnu++')}"

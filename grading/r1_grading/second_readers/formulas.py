@@ -90,8 +90,8 @@ def same_value(expected: Node, answer: Node, seed: str) -> bool | None:
     The answer has to be worked out as far as the truth.
 
     Args:
-        expected: the truth.
-        answer: the answer.
+        expected: the truth's formula.
+        answer: the response's.
         seed: chooses the points."""
     names = sorted(expected.letters | answer.letters)
     if expected.name == answer.name == "letter":  # of a choice
