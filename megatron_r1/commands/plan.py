@@ -20,14 +20,13 @@ from megatron_r1.base.files import atomic_write
 from megatron_r1.config import infer_verb
 from megatron_r1.config.hardware import GIB
 from megatron_r1.config.yaml_text import format_value as as_yaml
-from megatron_r1.plan.arguments import parse
 from megatron_r1.plan.calibration import calibrate_from
 from megatron_r1.plan.estimate import JobEstimate
 from megatron_r1.plan.job import PlannedJob, check_trainer
 from megatron_r1.plan.published_runs import published_table
 from megatron_r1.plan.push import check_engines_and_push
 from megatron_r1.plan.quantity import Quantity, byte_quantity, sum_quantities, total_hours
-from megatron_r1.plan.recipe_job import load_recipe, planned_job
+from megatron_r1.plan.recipe_job import load_recipe, parse, planned_job
 from megatron_r1.plan.search import FittingLayout, fastest_layouts, nearest_layouts, nearest_sizes
 from megatron_r1.reporting.formatting import format_count
 

@@ -2,7 +2,7 @@
 
 `megatron-r1 plan` prints it. The modules, in the order of an estimate:
 
-- What is planned: `arguments`, the options; `recipe_job`, from options and recipe to the `job`;
+- What is planned: `recipe_job`, the options, and from options and recipe to the `job`;
   `assumed_numbers`, the rates, or those of `--calibrate`; `quantity`, a number with unit, formula
   and range.
 - Counts: `counts`, parameters; `flops`, operations; `communication`, bytes that trainer ranks send.

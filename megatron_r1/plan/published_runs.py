@@ -21,13 +21,12 @@ import yaml
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config.hardware import Assumptions
-from megatron_r1.plan.arguments import parse
 from megatron_r1.plan.engine_memory import EngineMemory
 from megatron_r1.plan.estimate import JobEstimate
 from megatron_r1.plan.flops import forward_flops
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.quantity import Quantity
-from megatron_r1.plan.recipe_job import load_recipe, planned_job
+from megatron_r1.plan.recipe_job import load_recipe, parse, planned_job
 from megatron_r1.plan.step_time import StepTime
 from megatron_r1.plan.timing import time_section
 

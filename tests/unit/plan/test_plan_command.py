@@ -13,8 +13,7 @@ from refusals import refused
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.commands.plan import main
-from megatron_r1.plan.arguments import parse
-from megatron_r1.plan.recipe_job import planned_job
+from megatron_r1.plan.recipe_job import parse, planned_job
 
 UNREPLAYED = ["--rl.routing_replay", "false"]
 ONE_GPU = [

@@ -6,8 +6,7 @@ import pytest
 from planned_jobs import RECIPE
 
 from megatron_r1.commands.plan import main
-from megatron_r1.plan.arguments import parse
-from megatron_r1.plan.recipe_job import planned_job
+from megatron_r1.plan.recipe_job import parse, planned_job
 
 
 def test_numbers_of_gpus_below_one_engine_are_not_tried(capsys):

@@ -9,11 +9,10 @@ import yaml
 
 from megatron_r1.commands.plan import main
 from megatron_r1.config.hardware import GIB, HARDWARE, Assumptions
-from megatron_r1.plan.arguments import parse
 from megatron_r1.plan.engine_memory import EngineMemory
 from megatron_r1.plan.estimate import JobEstimate
 from megatron_r1.plan.published_runs import PublishedRun, is_in_range, published_runs
-from megatron_r1.plan.recipe_job import load_recipe, planned_job
+from megatron_r1.plan.recipe_job import load_recipe, parse, planned_job
 from megatron_r1.plan.timing import time_section
 
 ROOT = Path(__file__).parents[3]

@@ -9,12 +9,11 @@ from planned_jobs import RECIPE, ROOT, planned
 
 from megatron_r1.commands.plan import main
 from megatron_r1.config.hardware import Assumptions
-from megatron_r1.plan.arguments import parse
 from megatron_r1.plan.estimate import JobEstimate
 from megatron_r1.plan.job import Calibration
 from megatron_r1.plan.offload import OFFLOAD
 from megatron_r1.plan.quantity import Quantity
-from megatron_r1.plan.recipe_job import planned_job
+from megatron_r1.plan.recipe_job import parse, planned_job
 from megatron_r1.plan.sample_traffic import ROUTED_EXPERTS
 from megatron_r1.plan.time_ranges import MEASUREMENTS, narrowing_number, narrowing_section
 from megatron_r1.plan.timing import TIME_PARTS, time_section
