@@ -13,8 +13,9 @@
   DeepEP hold; `engine_communication`, exchanges between GPUs; `rollout`, seconds of decoding;
   `teacher`, engines of teachers.
 - Between them: `push`, its bytes, with the links of `push_links`; `sample_traffic`, samples on
-  their way to the trainer; `phase_overheads`, loads, sleeps and saves.
-- The estimate: `timing`, a step's seconds by part; `time_ranges`, their ranges and what narrows
-  them; `estimate`, all sections and what does not fit; `search`, layouts that fit.
+  their way to the trainer.
+- The estimate: `timing`, a step's seconds by part, with loads, sleeps and saves; `time_ranges`,
+  their ranges and what narrows them; `estimate`, all sections and what does not fit; `search`,
+  layouts that fit.
 - Measurements: `calibration`, numbers that a run gives; `published_runs`, published figures against
   the plan's."""

@@ -19,9 +19,9 @@ from megatron_r1.config import load
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.plan.calibration import RunCalibration
 from megatron_r1.plan.job import PlannedJob
-from megatron_r1.plan.phase_overheads import checkpoint_time, weight_load_time
 from megatron_r1.plan.push import planned_rank_bytes, push_link
 from megatron_r1.plan.recipe_job import parse, planned_job
+from megatron_r1.plan.timing import checkpoint_time, weight_load_time
 from megatron_r1.rehearse import miniature
 from megatron_r1.rehearse.synthetic_data import write_examples
 from megatron_r1.reporting.run_folder import RunFolder

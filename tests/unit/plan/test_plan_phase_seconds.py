@@ -8,9 +8,8 @@ from planned_jobs import planned, real_job
 from megatron_r1.config.hardware import GIB
 from megatron_r1.plan.engine_memory import EngineMemory
 from megatron_r1.plan.estimate import JobEstimate
-from megatron_r1.plan.phase_overheads import checkpoint_time, sleep_wake_time, weight_load_time
 from megatron_r1.plan.step_time import StepTime
-from megatron_r1.plan.timing import time_section
+from megatron_r1.plan.timing import checkpoint_time, sleep_wake_time, time_section, weight_load_time
 
 
 def test_weights_are_read_and_written_and_each_tensor_costs_the_host():
