@@ -13,8 +13,7 @@ from megatron_r1.base.errors import Cause
 from megatron_r1.data.prompt import make_prompt
 from megatron_r1.evaluation.response import TextResponse
 from megatron_r1.sample.filter_settings import FILTER_NAMES, active_filters, check_filters
-from megatron_r1.sample.filters import FILTERS, first_objection
-from megatron_r1.sample.pooled_filters import PooledFilters
+from megatron_r1.sample.filters import FILTERS, PooledFilters, first_objection
 
 TABLE = yaml.safe_load(Path(__file__).with_name("filters.yaml").read_text(encoding="utf-8"))
 EN = (
