@@ -4,7 +4,7 @@ import asyncio
 import json
 
 import pytest
-from fake_server import FakeServer
+from fakes.openai_server import FakeServer
 from r1_grading import Grade
 from r1_grading.response_rewards import grade_format as format_grade
 from test_end_tokens import collected, response_of, tokenizer_with

@@ -5,7 +5,7 @@ import json
 import re
 
 import pytest
-from fake_server import FakeServer
+from fakes.openai_server import FakeServer
 from refusals import refused
 
 from megatron_r1.base.errors import Cause

@@ -6,7 +6,7 @@ import re
 
 import light_benchmark
 import pytest
-from fake_server import FakeServer
+from fakes.openai_server import FakeServer
 from refusals import refused
 
 from megatron_r1.base.errors import Cause

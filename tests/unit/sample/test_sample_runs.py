@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from fake_server import FakeServer
+from fakes.openai_server import FakeServer
 from refusals import refused
 from waiting import wait_until
 

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import aiohttp
 import pytest
-from fake_server import FakeServer
+from fakes.openai_server import FakeServer
 from prometheus_client.parser import text_string_to_metric_families
 from r1_grading import RewardPool
 from refusals import refused
