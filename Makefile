@@ -158,7 +158,7 @@ demo-agents: setup
 # of every operation would take the cores from the other files.
 WORKERS := $(if $(wildcard /dev/nvidia0),1,4)
 FOLDERS := tests/system tests/unit/controller/push tests/cluster tests/replays tests/parallel tests/convert tests/kernels tests/gpu tests/reports tests/grading tests/unit
-PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python tests/measured.py $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python tests/harness/measured.py $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-unit: setup
 	$(PYTEST) -m "not more and not slow" tests/grading tests/unit

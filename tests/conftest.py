@@ -1,7 +1,7 @@
 """What all tests share: paths, interpreted Triton kernels, seeds, limits and fork servers.
 
-The folder of shared modules is on the path; the limits are the watchdog against hangs and a limit
-of time; there are fork servers where there are several workers.
+Shared modules are in `harness`, which is on the path; the limits are the watchdog against hangs
+and a limit of time; there are fork servers where there are several workers.
 
 Triton looks at TRITON_INTERPRET when it is first imported, which may be any test's doing. Without a
 GPU the tests' own process interprets; the variable itself is not left to what they start."""

@@ -11,7 +11,7 @@ from fakes.agent_sessions import parse
 from megatron_r1.agents.answer_parser import ParsedAnswer
 from megatron_r1.agents.gateway import Gateway, SessionLimits, TurnSampling
 from megatron_r1.engines.server.responses import Response
-from tests.chat_tokenizer import chat_tokenizer
+from tests.harness.chat_tokenizer import chat_tokenizer
 
 LIMITS = SessionLimits(max_turns=20, max_tokens=4000)
 

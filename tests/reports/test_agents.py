@@ -14,7 +14,7 @@ from megatron_r1.controller.rollouts.training_samples import training_samples
 from megatron_r1.data.prompt import make_prompt
 from megatron_r1.engines.episodes import Episode
 from megatron_r1.engines.server.responses import Response
-from tests.chat_tokenizer import QWEN3, chat_tokenizer
+from tests.harness.chat_tokenizer import QWEN3, chat_tokenizer
 
 MERGING = (
     "{% for m in messages %}{% set before = loop.previtem.role if loop.previtem %}"

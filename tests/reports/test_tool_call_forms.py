@@ -13,7 +13,7 @@ import yaml
 from megatron_r1.agents import answer_parser
 from megatron_r1.agents.answer_parser import tool_call
 from megatron_r1.agents.parser_worker import ParseJob, ParserOptions, TurnParser, find_dropped_text
-from tests.chat_tokenizer import chat_tokenizer
+from tests.harness.chat_tokenizer import chat_tokenizer
 
 FORMS = yaml.safe_load((Path(__file__).parent / "tool_call_forms.yaml").read_text(encoding="utf-8"))
 TOOLS = [

@@ -14,7 +14,7 @@ from megatron_r1.agents.answer_parser import (
     parse_hermes,
 )
 from megatron_r1.agents.continuation import Continuation
-from tests.chat_tokenizer import chat_tokenizer
+from tests.harness.chat_tokenizer import chat_tokenizer
 
 
 def calls_of(parsed):

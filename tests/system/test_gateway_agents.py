@@ -18,7 +18,7 @@ from megatron_r1.agents.answer_parser import ParserPool
 from megatron_r1.agents.gateway import Gateway, SessionLimits, TurnSampling
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
-from tests.chat_tokenizer import chat_tokenizer
+from tests.harness.chat_tokenizer import chat_tokenizer
 
 pytestmark = pytest.mark.more  # three starts of vLLM
 ROOM = 16_384  # three turns of the CodeAgent take more than half of it

@@ -19,7 +19,7 @@ from megatron_r1.agents.answer_parser import (
 from megatron_r1.agents.continuation import Continuation
 from megatron_r1.base.errors import Cause
 from megatron_r1.config import AgentsConfig
-from tests.chat_tokenizer import chat_tokenizer
+from tests.harness.chat_tokenizer import chat_tokenizer
 
 TOOL = {"type": "function", "function": {"name": "calculate", "parameters": {"type": "object"}}}
 

@@ -17,7 +17,7 @@ from megatron_r1.config import AgentsConfig, Config
 from megatron_r1.controller.rollouts import players as of_run
 from megatron_r1.data.prompt import Prompt
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
-from tests.chat_tokenizer import CHATML, chat_tokenizer
+from tests.harness.chat_tokenizer import CHATML, chat_tokenizer
 from tests.unit.agents import mistaken_environments as own
 
 NAME = "tests.unit.agents.mistaken_environments:Mistaken"

@@ -17,7 +17,7 @@ from megatron_r1.agents.answer_parser import HermesParser
 from megatron_r1.agents.continuation import Continuation
 from megatron_r1.agents.gateway import SessionLimits, server
 from megatron_r1.engines.server.errors import EngineDied
-from tests.chat_tokenizer import CHATML, chat_tokenizer
+from tests.harness.chat_tokenizer import CHATML, chat_tokenizer
 
 USER = {"role": "user", "content": "What is 12 * 34?"}
 CHAT, RESPONSES = "/v1/chat/completions", "/v1/responses"

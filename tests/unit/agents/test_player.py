@@ -25,7 +25,7 @@ from megatron_r1.data.prompt import make_prompt
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.engines.server.errors import EngineError
 from megatron_r1.engines.server.responses import Response
-from tests.chat_tokenizer import chat_tokenizer
+from tests.harness.chat_tokenizer import chat_tokenizer
 
 COUNTER = "tests.unit.agents.own_environments:Counter"
 UNGRADING = "tests.unit.agents.own_environments:Ungrading"

@@ -11,7 +11,7 @@ from megatron_r1.agents.token_tree import TokenTree
 from megatron_r1.engines.episodes import Episode
 from megatron_r1.engines.server.responses import Response
 from megatron_r1.models.sampling_mask import decode_mask
-from tests.chat_tokenizer import CHATML, LAST_THOUGHT, QWEN3, chat_tokenizer
+from tests.harness.chat_tokenizer import CHATML, LAST_THOUGHT, QWEN3, chat_tokenizer
 
 TEMPLATES = {"chatml": CHATML, "qwen3": QWEN3, "last_thought": LAST_THOUGHT}
 CALL = {

@@ -19,7 +19,7 @@ from megatron_r1.commands.trained_model import guess_template
 from megatron_r1.data.columns import guess_columns
 from megatron_r1.data.preference_tokenizer import PreferenceTokenizer
 from megatron_r1.models import read_hf_config
-from tests.small_qwen2 import MODEL
+from tests.harness.small_qwen2 import MODEL
 
 LAPTOP = Path(__file__).parents[3] / "examples/laptop/model"
 COLUMNS = yaml.safe_load(Path(__file__).with_name("columns.yaml").read_text(encoding="utf-8"))

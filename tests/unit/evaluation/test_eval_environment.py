@@ -16,7 +16,7 @@ from megatron_r1.commands.cli import main
 from megatron_r1.engines.server.responses import Response
 from megatron_r1.evaluation.engine_model import EngineModel
 from megatron_r1.evaluation.sampling import sample_seed
-from tests.chat_tokenizer import chat_tokenizer
+from tests.harness.chat_tokenizer import chat_tokenizer
 
 COUNTER = "tests.unit.agents.own_environments:Counter"
 ROWS = [{"question": f"row {i}", "truth": 20 + i} for i in range(20)]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-TESTS = Path(__file__).parents[2]
+HARNESS = Path(__file__).parents[2] / "harness"
 CONFTEST = """
 import pytest
 from first_cases import mark_later_cases
@@ -31,7 +31,7 @@ def test_cases_after_the_first_are_more(tmp_path, chosen):
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", chosen, "."],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(TESTS)},
+        env={**os.environ, "PYTHONPATH": str(HARNESS)},
         capture_output=True,
         text=True,
         check=False,

@@ -1,4 +1,4 @@
-"""What `tests/measured.py` says of a command: what it took, and what it left behind."""
+"""What `tests/harness/measured.py` says of a command: what it took, and what it left behind."""
 
 import os
 import re
@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from liveness import is_alive
 
-TESTS = Path(__file__).parents[2]
+HARNESS = Path(__file__).parents[2] / "harness"
 RUN = "import sys, measured; {}\nsys.exit(measured.main(sys.argv[1:]))"
 
 
 def measure(folder: Path, script: str, setting: str = "") -> tuple[int, str]:
-    path = os.pathsep.join([str(TESTS), str(TESTS.parent)])
+    path = os.pathsep.join([str(HARNESS), str(HARNESS.parents[1])])
     done = subprocess.run(
         [sys.executable, "-c", RUN.format(setting), "sh", "-c", script],
         env=os.environ | {"PYTHONPATH": path, "TMPDIR": str(folder)},

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-TESTS = Path(__file__).parents[2]
+HARNESS = Path(__file__).parents[2] / "harness"
 PYTEST = [sys.executable, "-m", "pytest", "-p", "time_limit", "-p", "no:cacheprovider", "-rs", "-v"]
 
 
@@ -31,7 +31,7 @@ def run(folder, *options, **environment):
     return subprocess.run(
         [*PYTEST, *options, "."],
         cwd=folder,
-        env={**kept, "PYTHONPATH": str(TESTS), **environment},
+        env={**kept, "PYTHONPATH": str(HARNESS), **environment},
         capture_output=True,
         text=True,
         check=True,

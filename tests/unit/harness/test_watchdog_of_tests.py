@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from fork_servers import PROCESSES
 
-TESTS = Path(__file__).parents[2]
+HARNESS = Path(__file__).parents[2] / "harness"
 HANGING = """
 import asyncio, subprocess, threading
 
@@ -44,7 +44,7 @@ def test_what_waits_for_ever_fails_and_what_computes_does_not(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)],
         # Without the fork servers of this run, in which other tests compute.
-        env=os.environ | {"R1_TEST_IDLE_SECONDS": "2", "PYTHONPATH": str(TESTS), PROCESSES: ""},
+        env=os.environ | {"R1_TEST_IDLE_SECONDS": "2", "PYTHONPATH": str(HARNESS), PROCESSES: ""},
         cwd=tmp_path,
         capture_output=True,
         text=True,

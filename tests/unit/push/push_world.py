@@ -5,7 +5,6 @@ from queue import SimpleQueue
 
 import torch
 from torch.distributed import TCPStore
-from waiting import PATIENT
 
 from megatron_r1.models.weights import hf_tensors
 from megatron_r1.models.weights.formats.published_layout import is_quantized, scale_name
@@ -17,6 +16,7 @@ from megatron_r1.push.protocol import Slot, SlotTable, slot_view
 from megatron_r1.push.rendezvous import EngineRendezvous
 from megatron_r1.push.sender import WeightSender, run_in_threads
 from megatron_r1.push.transports import receiver_class
+from tests.harness.waiting import PATIENT
 from tools.bench.push.small_model import rank_tensors
 
 

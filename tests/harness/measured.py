@@ -1,4 +1,4 @@
-"""Runs a command and prints what it took and what it left: `python tests/measured.py COMMAND …`.
+"""Runs a command and prints what it took and left: `python tests/harness/measured.py COMMAND …`.
 
 The last lines are CPU seconds of all processes, elapsed time, the most memory that they held at one
 time (PSS: a page that several processes map counts once), and what is left of them: processes,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-SYSTEM = Path(__file__).parent / "system"
+SYSTEM = Path(__file__).parents[1] / "system"
 _servers = contextlib.ExitStack()
 PROCESSES = "R1_TEST_FORK_SERVERS"
 """Environment variable: process ids of the servers, for the watchdog of each worker."""
