@@ -165,7 +165,7 @@ def check_sampling(config: Config) -> None:
         rollout, prefix = part.rollout, f"rl.schedule, from_step {step}: " if step > 1 else ""
         name = "top_p" if rollout.top_p < 1 else "min_p" if rollout.min_p else "top_k"
         key, setting = f"rollout.{name}", f"{prefix}rollout.{name}: {getattr(rollout, name)}"
-        if rollout.truncates_sampling != first_part[1].rollout.truncates_sampling:
+        if rollout.uses_sampling_mask != first_part[1].rollout.uses_sampling_mask:
             raise UserError(
                 f"{setting}: a batch may hold samples of both settings, and the trainer needs the "
                 "kept tokens of all of them or of none: cut from the first step on, with "
@@ -173,7 +173,7 @@ def check_sampling(config: Config) -> None:
                 key=key,
                 cause=Cause.CONFLICT,
             )
-        if not rollout.truncates_sampling:
+        if not rollout.uses_sampling_mask:
             continue
         if rollout.top_k is None:
             gap = f" (by up to {-math.log(rollout.top_p):.2g} in logprob_diff/mean)"

@@ -106,7 +106,7 @@ def _fleet(config: Config, recorder: RunRecorder, hosts: HostPool | None) -> Rol
         # A run that continues must not draw the numbers of its beginning again.
         seed=config.run.seed * 1_000_003 + recorder.state.step,
         return_routing=config.rl.routing_replay,
-        return_sampling_mask=config.rollout.truncates_sampling,
+        return_sampling_mask=config.rollout.uses_sampling_mask,
         **_model_as_pushed(config),
         **fleet_settings(rollout),
         **engine_settings(rollout),

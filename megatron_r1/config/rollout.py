@@ -74,7 +74,7 @@ class RolloutConfig(EngineConfig):
     """keep matrices unpacked on a CPU: faster pushes, slower generation"""
 
     @property
-    def truncates_sampling(self) -> bool:
+    def uses_sampling_mask(self) -> bool:
         """Whether samples are drawn from a part of the vocabulary."""
         return self.top_p < 1 or self.top_k is not None or self.min_p > 0
 

@@ -120,7 +120,7 @@ class StepSampler:
             top_p=rollout_config.top_p,
             top_k=rollout_config.top_k,
             min_p=rollout_config.min_p,
-            sampling_mask=rollout_config.truncates_sampling,
+            sampling_mask=rollout_config.uses_sampling_mask,
             max_response_tokens=rollout_config.max_response_tokens,
             step=step,
             reward_weights=weights_at(config.rewards.weights, step),

@@ -171,7 +171,7 @@ def shifted_by_a_token(gaps: EngineGaps) -> ExplainedDeparture | None:
 
 def renormalized_cut(gaps: EngineGaps) -> ExplainedDeparture | None:
     """Look for log-probabilities over a part of the vocabulary: none is below the whole's."""
-    if gaps.step.config.rollout.truncates_sampling:  # both are over the kept tokens already
+    if gaps.step.config.rollout.uses_sampling_mask:  # both are over the kept tokens already
         return None
     differences = np.concatenate(gaps.gaps)
     large_differences = differences[np.abs(differences) > max(gaps.tolerance / 4, 1e-5)]

@@ -135,7 +135,7 @@ def _check_engine(
 
     fresh_logprobs = run_in_scratch_folder(score)
     rollout = step.config.rollout
-    is_scored_alike = rollout.temperature == 1.0 and not rollout.truncates_sampling
+    is_scored_alike = rollout.temperature == 1.0 and not rollout.uses_sampling_mask
     transformers_logprobs = (
         recomputation.policies.old_logprobs
         if is_scored_alike
@@ -150,7 +150,7 @@ def _check_engine(
         subject += (
             f" (an engine scores given tokens at temperature 1 from the whole vocabulary, the run "
             f"sampled at temperature {rollout.temperature:g}"
-            f"{', from a part of it' if rollout.truncates_sampling else ''})"
+            f"{', from a part of it' if rollout.uses_sampling_mask else ''})"
         )
     return rerun_comparison(ENGINE, subject, distances, gaps.tolerance, reading), reading
 

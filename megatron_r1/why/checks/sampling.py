@@ -21,7 +21,7 @@ FAMILY = "sampling"
 
 def check_settings(step: RecordedStep) -> list[Comparison]:
     """Return the comparisons of what was logged of the sampling."""
-    comparisons = [_compare_kept_tokens(step)] if step.config.rollout.truncates_sampling else []
+    comparisons = [_compare_kept_tokens(step)] if step.config.rollout.uses_sampling_mask else []
     return [
         _compare_settings(step),
         _compare_limits(step),

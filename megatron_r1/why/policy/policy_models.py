@@ -57,7 +57,7 @@ class PolicyModels:
     def __init__(self, step: RecordedStep, memory: int | None = None) -> None:
         self.step, self.memory = step, memory
         self.sequences = step.sequences
-        is_cut = step.config.rollout.truncates_sampling
+        is_cut = step.config.rollout.uses_sampling_mask
         self.rows = [_row(sequence, is_cut) for sequence in self.sequences]
         self._models: dict[tuple[Path, str], Any] = {}
         self._sources: dict[tuple[Path, str], TensorSource] = {}

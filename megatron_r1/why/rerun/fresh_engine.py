@@ -92,7 +92,7 @@ async def score(
                 device=gpu.device(),
                 weight_transfer_backend=BACKEND_PREFIX + config.push.transport,
                 return_routing=config.rl.routing_replay,
-                return_sampling_mask=config.rollout.truncates_sampling,
+                return_sampling_mask=config.rollout.uses_sampling_mask,
                 # vLLM samples one token after those that it scores.
                 max_model_len=length + 1,
                 extra_env={"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"},

@@ -205,7 +205,7 @@ def logged_step(folder, values, scratch, scale_format=None):
     hf_config = copy.deepcopy(read_hf_config(str(folder)))
     if scale_format:
         hf_config["quantization_config"] = FP8_CONFIG | {"scale_fmt": scale_format}
-    rollout = SimpleNamespace(dtype="bfloat16", temperature=1.0, truncates_sampling=False)
+    rollout = SimpleNamespace(dtype="bfloat16", temperature=1.0, uses_sampling_mask=False)
     config = SimpleNamespace(
         rollout=rollout,
         model=SimpleNamespace(lora=None, path=str(folder)),
