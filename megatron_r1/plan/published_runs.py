@@ -77,7 +77,7 @@ class PublishedRun:
     Attributes:
         name: the run.
         system: whose it is.
-        calibrates: whether it is in the half that calibrates.
+        is_for_calibration: whether it is in the half that calibrates.
         options: options of megatron-r1 plan that describe it.
         number: "run" (hours), "MFU" (a share), or a line of the estimate's section "time" (s).
         published_value: the figure.
@@ -85,7 +85,7 @@ class PublishedRun:
 
     name: str
     system: str
-    calibrates: bool
+    is_for_calibration: bool
     options: str
     number: str
     published_value: float
@@ -169,7 +169,7 @@ def published_runs() -> list[PublishedRun]:
         PublishedRun(
             name=row["name"],
             system=source["name"],
-            calibrates=index % 2 == 0,
+            is_for_calibration=index % 2 == 0,
             options=f"{text['bases'][row['base']]} {row.get('options', '')}",
             number=row.get("number", "step"),
             published_value=row["published"],
@@ -251,11 +251,11 @@ def ratios_by_source(
     for system in dict.fromkeys(run.system for run in runs):
         system_runs = [run for run in runs if run.system == system]
         calibrated_values = calibrate(
-            [run for run in runs if run.calibrates and run.system != system]
+            [run for run in runs if run.is_for_calibration and run.system != system]
         )
         by_system[system] = RatiosOfSource(
-            [run.ratio(**values) for run in system_runs if run.calibrates],
-            [run.ratio(**values) for run in system_runs if not run.calibrates],
+            [run.ratio(**values) for run in system_runs if run.is_for_calibration],
+            [run.ratio(**values) for run in system_runs if not run.is_for_calibration],
             [run.ratio(**calibrated_values) for run in system_runs],
         )
     parts = ("calibrated_ratios", "held_out_ratios", "unseen_ratios")
@@ -281,7 +281,7 @@ def published_table() -> str:
                 key="--published",
                 cause=Cause.NOT_FOUND,
             )
-    calibrating_runs = [run for run in runs if run.calibrates]
+    calibrating_runs = [run for run in runs if run.is_for_calibration]
     values = calibrate(calibrating_runs)
     width = Assumptions().time_spread
     lines = ["| number | first guess | calibrated | the plan's |", "|---|---|---|---|"]
@@ -300,7 +300,7 @@ def published_table() -> str:
         if not is_in_range(ratio):
             misses.append(f"{name}, {ratio:.2f}")
         lines.append(
-            f"| {name} | {'calibrated' if run.calibrates else 'held out'} | {prediction} | "
+            f"| {name} | {'calibrated' if run.is_for_calibration else 'held out'} | {prediction} | "
             f"{prediction.limits} | {Quantity(run.published_value, run.unit)} | {ratio:.2f} |"
         )
     lines += ["", f"outside its range: {'; '.join(misses) or 'none'}", ""]

@@ -31,15 +31,15 @@ def test_every_other_row_of_each_source_calibrates(runs):
     for source in DATA["sources"]:
         own = [run for run in runs if run.system == source["name"]]
         assert [run.published_value for run in own] == [row["published"] for row in source["rows"]]
-        assert [run.calibrates for run in own] == [n % 2 == 0 for n in range(len(own))]
-    calibrating = sum(run.calibrates for run in runs)
+        assert [run.is_for_calibration for run in own] == [n % 2 == 0 for n in range(len(own))]
+    calibrating = sum(run.is_for_calibration for run in runs)
     assert 0 <= 2 * calibrating - len(runs) <= len(DATA["sources"])
 
 
 def test_the_plan_s_numbers_are_those_of_least_error_on_the_calibrating_half(runs):
     """A change of any of them by a tenth costs more: squares of the logarithms of predicted over
     published, and a quarter of those of value over first guess."""
-    half = [run for run in runs if run.calibrates]
+    half = [run for run in runs if run.is_for_calibration]
     guesses = {"compute_efficiency": 0.45, "link_efficiency": 0.75, "bandwidth_efficiency": 0.6}
     guesses["decode_latency_per_layer"] = 150e-6
     found = {name: getattr(Assumptions(), name) for name in guesses}
@@ -89,7 +89,7 @@ def test_engines_have_a_gpu_s_memory_besides_the_plan_s_receive_buffer(runs):
 
 def test_the_spread_is_that_of_the_calibrating_half(runs):
     """1.645 standard deviations, which hold the middle 90% of a normal distribution."""
-    logs = [math.log(run.ratio()) for run in runs if run.calibrates]
+    logs = [math.log(run.ratio()) for run in runs if run.is_for_calibration]
     deviation = math.sqrt(sum(log * log for log in logs) / (len(logs) - 4))
     assert Assumptions().time_spread == pytest.approx(math.exp(1.645 * deviation), abs=0.02)
 
