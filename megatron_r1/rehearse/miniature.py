@@ -1,15 +1,14 @@
-"""A recipe in miniature, with its model and its data."""
+"""A recipe in miniature, with its model, its data and the list of what it changes."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_r1.base.transports import TRANSPORTS
 from megatron_r1.config import Config, dump, parse
 from megatron_r1.engines.server.recipe_checks import num_experts
 from megatron_r1.models.hf_config import HFConfig
 from megatron_r1.rehearse import layout, model, synthetic_data
-from megatron_r1.rehearse.changes import Change, list_changes
 from megatron_r1.rehearse.engine_sections import (
     CPU_ROLLOUT,
     RESPONSE_TOKENS,
@@ -42,6 +41,15 @@ by 0.8 with another model's weights."""
 FP8_PROBE_TOLERANCE = 0.3
 """The same where engines compute in FP8: their weights alone make 0.06, products of trainer and
 engines 0.11."""
+
+
+class Change(NamedTuple):
+    """A setting or size that differs from the recipe's."""
+
+    key: str
+    recipe: str
+    miniature: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -192,3 +200,60 @@ def _tokens(config: Config) -> int:
     longest = rollout.max_model_len or rollout.max_response_tokens
     tokens = config.parallel.microbatch_tokens
     return max(1, min(tokens, tokens * max_model_len(config) // longest))
+
+
+def list_changes(
+    config: Config, small_config: Config, hf_config: HFConfig, small_hf_config: HFConfig
+) -> list[Change]:
+    """Return every setting and size that differs, with the reason where it is not size alone.
+
+    Args:
+        config: the recipe.
+        small_config: the miniature's recipe.
+        hf_config: the model's `config.json`.
+        small_hf_config: that of the miniature's model."""
+    before, after = config.model_dump(), small_config.model_dump()
+    compared = [
+        (f"{section}.{key}", value, after[section][key])
+        for section, values in before.items()
+        for key, value in values.items()
+    ]
+    compared += [
+        (f"config.json {key}", value, small_hf_config.get(key)) for key, value in hf_config.items()
+    ]
+    return [
+        Change(key, _text(old), _text(new), REASONS.get(key, "size"))
+        for key, old, new in compared
+        if old != new
+    ]
+
+
+REASONS = {
+    **dict.fromkeys(
+        ("push.transport", "model.attention_backend", "model.fusions", "parallel.dispatcher"),
+        "no GPU here",
+    ),
+    "rollout.redundant_experts": "one on each rank; none without GPUs",
+    "rollout.vllm": "kernels and graphs of GPUs, sizes, a balancer that moves experts",
+    **dict.fromkeys(
+        ("agents.environment", "agents.harness", "agents.verifiers"), "random weights call no tool"
+    ),
+    "rl.kind_weights": "synthetic questions",
+    **dict.fromkeys(("rewards.options", "rewards.weights"), "no judge is served"),
+    "parallel.offload_folder": "this host's own",
+    "sample.filters": "random text passes none",
+    "sample.keep": "random text is rarely right",
+    "sample.judge": "a rule judges, no served model",
+    "sample.server": "the miniature answers",
+    "teacher.url": "the run starts the teacher itself",
+    "teacher.by_source": "small models of the same number",
+    "optimizer.learning_rate": "bf16 weights must change in one step",
+    "model.checkpoint": "random weights",
+    "data.task": "synthetic questions",
+    "data.path": "synthetic questions",
+}
+
+
+def _text(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "…"
