@@ -2,7 +2,7 @@
 
 Vocabulary 8, three tokens, a logit for each prefix and token. The sampler keeps a nucleus, the k
 largest, or what min-p leaves. Every sequence is enumerated with its probability under this
-truncated policy, so that the expectation of the gradient has no sampling error."""
+masked policy, so that the expectation of the gradient has no sampling error."""
 
 from itertools import product
 
@@ -35,7 +35,7 @@ def prefixes(sequences):
     return torch.stack([zeros, 1 + first, 1 + VOCABULARY + VOCABULARY * first + second], 1)
 
 
-class TruncatedPolicy:
+class MaskedPolicy:
     """A table of logits, and what a cut keeps of each row. The kept sets are constants."""
 
     def __init__(self, cut):
@@ -68,8 +68,8 @@ class TruncatedPolicy:
 
 
 @pytest.mark.parametrize("cut", CUTS)
-def test_reinforce_has_the_truncated_policys_gradient(cut):
-    policy = TruncatedPolicy(cut)
+def test_reinforce_has_the_masked_policys_gradient(cut):
+    policy = MaskedPolicy(cut)
     possible = policy.possible()
     sampled, rows = SEQUENCES[possible], prefixes(SEQUENCES)[possible]
     probability = policy.probabilities(policy.logits)[possible]
@@ -97,10 +97,10 @@ def test_reinforce_has_the_truncated_policys_gradient(cut):
 
 
 @pytest.mark.parametrize("cut", CUTS)
-def test_grpo_over_every_group_has_the_truncated_policys_gradient(cut):
+def test_grpo_over_every_group_has_the_masked_policys_gradient(cut):
     """Groups of two. The mean of a group has the response's own reward in it, so without a division
     by the deviation the expected gradient is (G - 1) / G of the policy's."""
-    policy = TruncatedPolicy(cut)
+    policy = MaskedPolicy(cut)
     possible = policy.possible().nonzero()[:, 0]
     probability = policy.probabilities(policy.logits)[possible]
     likeliest = probability.argsort(descending=True)[:24]  # 576 groups are enough of them
@@ -141,9 +141,9 @@ def test_grpo_over_every_group_has_the_truncated_policys_gradient(cut):
 
 
 @pytest.mark.parametrize("cut", CUTS)
-def test_distillation_has_the_gradient_of_the_truncated_policys_divergence(cut):
-    """KL(truncated student ‖ teacher over the whole vocabulary), of whole responses."""
-    policy = TruncatedPolicy(cut)
+def test_distillation_has_the_gradient_of_the_masked_policys_divergence(cut):
+    """KL(masked student ‖ teacher over the whole vocabulary), of whole responses."""
+    policy = MaskedPolicy(cut)
     possible = policy.possible()
     sampled, rows = SEQUENCES[possible], prefixes(SEQUENCES)[possible]
     g = torch.Generator().manual_seed(8)
