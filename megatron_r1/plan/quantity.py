@@ -32,8 +32,8 @@ class Quantity:
         return self.value
 
     def with_spread(self, spread: float, fraction: float = 1.0) -> "Quantity":
-        """Return the number with the range of an estimate, whose ends are the estimate over and
-        times `spread`.
+        """Return the number with a range: from its estimated part divided by `spread` to that part
+        times `spread`, each plus the exact part.
 
         Args:
             spread: at least 1.

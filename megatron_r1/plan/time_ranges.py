@@ -1,8 +1,8 @@
 """The ranges of estimated times, with the measurements that narrow them.
 
-A range is the estimate over and times `Assumptions.time_spread`, which is how far the plan is off
-published runs (`published_runs.py`). What `--calibrate` has measured has none; of what was measured
-on fewer GPUs than are planned, communication has one."""
+A range goes from the estimate divided by `Assumptions.time_spread` to the estimate times it: that
+is how far the plan is off published runs (`published_runs.py`). A part that `--calibrate` has
+measured has no range; if fewer GPUs were measured than are planned, its communication has one."""
 
 from megatron_r1.plan.engine_buffers import EXPERT_MOVES
 from megatron_r1.plan.job import PlannedJob
@@ -35,7 +35,8 @@ UNCHECKED_MEASUREMENTS = {
 """How to measure the numbers that no check measures."""
 DRAFT_ACCEPTANCE = "draft_acceptance"
 WIDE_RANGE_RATIO = 2.0
-"""A range whose ends differ by more names the measurement that would close it."""
+"""The upper end of a range over the lower, above which the plan names the measurement that narrows
+the range."""
 
 
 def narrowing_number(job: PlannedJob, name: str) -> str | None:
@@ -85,8 +86,9 @@ def with_range(times: StepTime, name: str, quantity: Quantity) -> Quantity:
 
 
 def narrowing_section(job: PlannedJob, parts: QuantityTable) -> QuantityTable:
-    """Return the width of each part's range beyond `WIDE_RANGE_RATIO`, with the measurement
-    that closes it; and that of the tokens of a pass with drafts.
+    """Return the parts with a wide range: the upper end over the lower, where that is more than
+    `WIDE_RANGE_RATIO`, with the measurement that narrows it. Drafts have a row of their own: their
+    tokens per pass are not measured by the checks.
 
     Args:
         job: the planned job.
