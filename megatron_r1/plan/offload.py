@@ -56,7 +56,7 @@ def offload_time(job: PlannedJob, push_seconds: float) -> QuantityTable:
     """Return the seconds of a step; {} without the setting.
 
     Args:
-        job: the job.
+        job: the planned run, of one step's settings.
         push_seconds: those of a push, which a checkpoint repeats."""
     if not offloads_state(job):
         return {}

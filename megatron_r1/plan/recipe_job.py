@@ -226,7 +226,7 @@ def _prompt_tokens(
     Args:
         args: the options.
         config: the recipe.
-        verb: its verb.
+        verb: the verb that runs the recipe.
         hf_config: the model's `config.json`.
         assumed_tokens: those of a prompt where no option says."""
     if verb == "sft":

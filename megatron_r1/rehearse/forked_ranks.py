@@ -57,7 +57,7 @@ def _start_rank(rank: int, world_size: int, port: int, logs: Path) -> None:
     """Be a rank as torchrun starts one; all but rank 0 write to a file of their own.
 
     Args:
-        rank: the rank.
+        rank: its number, from 0 to `world_size` - 1.
         world_size: the number of ranks.
         port: the port on which they meet.
         logs: the folder of their logs."""

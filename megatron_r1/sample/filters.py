@@ -43,8 +43,8 @@ def _broken_format(response: TextResponse, prompt: Prompt, *, form: str = "eithe
     empty thought would teach the model not to think.
 
     Args:
-        response: the response.
-        prompt: its prompt.
+        response: what the policy sampled; the filter reads its text.
+        prompt: the row of the data that it answers.
         form: "answer_tags": `<think>…</think><answer>…</answer>`, as R1-Zero writes it; "summary":
             `<think>…</think>` and plain text, as R1 does; "either".
 
@@ -89,8 +89,8 @@ def _mixed_languages(
     language.
 
     Args:
-        response: the response.
-        prompt: its prompt.
+        response: what the policy sampled; the filter reads its text.
+        prompt: the row of the data that it answers.
         min_fraction: a fraction of the counted words, above 0 and at most 1.
         target: "en" or "zh"; None: the question's own `target`, as for the reward, or the language
             of most words.
@@ -130,7 +130,7 @@ def _long_paragraphs(
     so that a page counts alike in both languages. Code blocks are left to `code_blocks`.
 
     Args:
-        response: the response.
+        response: what the policy sampled; the filter reads its text.
         prompt: its prompt, which is not used.
         max_words: the longest paragraph that is accepted, words.
         part: the judged part of the response.
@@ -234,7 +234,7 @@ def first_objection(response: TextResponse, prompt: Prompt, filters: Filters) ->
     """Return (filter, reason) of the first that drops the response; ("", "") if none does.
 
     Args:
-        response: the response.
+        response: what the policy sampled; the filter reads its text.
         prompt: the prompt that it responds to.
         filters: the filters with their options, in order."""
     for name, options in filters.items():

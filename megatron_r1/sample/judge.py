@@ -32,7 +32,7 @@ class ResponseJudge(ABC):
         """Return the votes on two responses; half of them see `second` first.
 
         Args:
-            question: the question.
+            question: the text that both responses answer.
             first: the text of a response.
             second: that of the other.
 

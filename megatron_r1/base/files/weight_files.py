@@ -28,7 +28,7 @@ class StoredTensor:
 
     Attributes:
         dtype: as safetensors names it.
-        shape: the shape.
+        shape: the length of each dimension, as the header says.
         offset: the place of its first byte in the file."""
 
     dtype: str

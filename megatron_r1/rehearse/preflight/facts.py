@@ -109,7 +109,7 @@ class RankFacts(msgspec.Struct):
     """The measurements of a rank.
 
     Attributes:
-        rank: the rank.
+        rank: its number among all ranks.
         node_index: the number of its node.
         host: the name of its host.
         device: the name of its GPU, or "cpu".
