@@ -15,8 +15,7 @@
    ones; `backend` compares the tensors in use before and after.
 
 `protocol` has what both sides publish before: the slot table of each engine rank, and the plan for
-each. `rendezvous` is how all ranks find each other, and learn of failures, through a store
-(`table_store`). `control_messages` has what the controller sends to engines, and what ranks report
-to it.
+each. `rendezvous` is how all ranks find each other, and learn of failures, through a store.
+`control_messages` has what the controller sends to engines, and what ranks report to it.
 
 docs/push.md begins with a glossary."""

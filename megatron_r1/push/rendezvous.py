@@ -2,16 +2,18 @@
 on a failure.
 
 All sides use a torch.distributed store that the trainer hosts. Keys begin with the set's name,
-which is new for every set. Trainer rank 0 reads the tables of all engine ranks and passes them on
-to the other trainer ranks. The plan of an engine rank is one key, which is read by that rank of
-each engine. So a rank makes a handful of requests to the store, whatever the
-number of ranks."""
+which is new for every set. Trainer rank 0 reads the slot tables of all engine ranks (`TableStore`)
+and passes them on to the other trainer ranks. The plan of an engine rank is one key, which is read
+by that rank of each engine. So a rank makes a handful of requests to the store, whatever the number
+of ranks."""
 
 import datetime
 import time
 from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import msgspec
+import xxhash
 from torch.distributed import DistStoreError, PrefixStore, Store, TCPStore
 
 from megatron_r1.push.control_messages import SetFailure
@@ -21,10 +23,10 @@ from megatron_r1.push.protocol import (
     RankRounds,
     ReceiverInfo,
     RelaySource,
+    SlotTable,
     TensorChunk,
     chunks_to,
 )
-from megatron_r1.push.table_store import TableStore, read_value, write_value
 
 SET_FAILURE_ERRORS = (OSError, RuntimeError, ValueError)
 """Errors that fail a set and not this rank; torch.distributed raises the second."""
@@ -49,6 +51,38 @@ class SetFailed(ConnectionError):
     def __init__(self, failure: SetFailure):
         super().__init__(failure.error)
         self.failure = failure
+
+
+def write_value(store: Store, key: str, value: Any) -> None:
+    """Write a value, as `read_value` reads it."""
+    store.set(key, msgspec.msgpack.encode(value))  # type: ignore[arg-type]  # the stubs say str
+
+
+def read_value(store: Store, key: str, kind: Any) -> Any:
+    """Return the value, of type `kind`; wait until it is there."""
+    return msgspec.msgpack.decode(store.get(key), type=kind)
+
+
+class TableStore:
+    """Publishes slot tables under their digest, so equal engines share one. Each table is published
+    once and read once: one table per engine took 15 s for 64 engines, by digest 0.4 to 0.8 s."""
+
+    def __init__(self, store: Store):
+        self._store = PrefixStore("tables", store)
+        self._tables: dict[str, SlotTable] = {}
+
+    def publish(self, table: SlotTable) -> str:
+        """Write the table, if it is new, and return its digest."""
+        digest = xxhash.xxh3_128_hexdigest(msgspec.msgpack.encode(table))
+        if not self._store.check([digest]):
+            write_value(self._store, digest, table)
+        return digest
+
+    def get(self, digest: str) -> SlotTable:
+        """Return the table, the same object every time."""
+        if digest not in self._tables:
+            self._tables[digest] = read_value(self._store, digest, SlotTable)
+        return self._tables[digest]
 
 
 class Rendezvous:

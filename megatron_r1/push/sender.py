@@ -30,10 +30,10 @@ from megatron_r1.push.receivers import SetReceivers, read_receivers
 from megatron_r1.push.rendezvous import (
     SET_FAILURE_ERRORS,
     SetFailed,
+    TableStore,
     TrainerRendezvous,
 )
 from megatron_r1.push.round_sender import RoundSender
-from megatron_r1.push.table_store import TableStore
 from megatron_r1.push.transports.payloads import LinkPayload
 
 T = TypeVar("T")

@@ -31,8 +31,7 @@ from megatron_r1.push.checksum import (
 )
 from megatron_r1.push.control_messages import IncompletePush
 from megatron_r1.push.protocol import ReceiverInfo, SlotTable, TensorChunk, slot_view
-from megatron_r1.push.rendezvous import EngineRendezvous, TrainerRendezvous
-from megatron_r1.push.table_store import TableStore
+from megatron_r1.push.rendezvous import EngineRendezvous, TableStore, TrainerRendezvous
 from megatron_r1.push.transports import gloo, shared_memory
 from megatron_r1.push.transports.received_chunks import check_coverage
 from megatron_r1.push.transports.shared_memory import SharedMemoryFile, remove_stale_files
