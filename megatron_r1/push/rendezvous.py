@@ -45,7 +45,7 @@ FIRST_POLL_SECONDS, KEY_POLL_SECONDS = 0.001, 0.01
 """The pauses between checks whether keys are there, which grow from the first to the second."""
 
 
-class SetFailed(ConnectionError):
+class SetFailedError(ConnectionError):
     """Another rank of the set, or the controller, has reported `failure`."""
 
     def __init__(self, failure: SetFailure):
@@ -91,7 +91,7 @@ class Rendezvous:
 
     Every call waits for the other side at most `timeout_seconds`, during a push
     `push_timeout_seconds` (default the same), and then raises torch.distributed.DistStoreError; it
-    raises SetFailed as soon as a failure of the set has been published.
+    raises SetFailedError as soon as a failure of the set has been published.
 
     Args:
         store: the trainer's store.
@@ -132,11 +132,11 @@ class Rendezvous:
         """Wait until all trainer ranks are prepared; return the number of engine ranks.
 
         Raises:
-            SetFailed: a side failed before it was prepared.
+            SetFailedError: a side failed before it was prepared.
         """
         num_ranks = int(self.set_store.get("ready"))
         if not num_ranks:
-            raise SetFailed(self._failure())
+            raise SetFailedError(self._failure())
         return num_ranks
 
     def publish_failure(self, failure: SetFailure) -> SetFailure:
@@ -147,9 +147,9 @@ class Rendezvous:
         return msgspec.json.decode(first, type=SetFailure)
 
     def raise_failure(self) -> None:
-        """Raise SetFailed if a failure of the set has been published."""
+        """Raise SetFailedError if a failure of the set has been published."""
         if self.has_failed():
-            raise SetFailed(self._failure()) from None
+            raise SetFailedError(self._failure()) from None
 
     def has_failed(self) -> bool:
         """Whether any side has published a failure."""

@@ -31,7 +31,7 @@ from megatron_r1.push.protocol import (
 from megatron_r1.push.push_schedule import PayloadId, PushSchedule
 from megatron_r1.push.rendezvous import (
     SET_FAILURE_ERRORS,
-    SetFailed,
+    SetFailedError,
     TrainerRendezvous,
     wait_for_keys,
 )
@@ -184,7 +184,7 @@ class SetRounds:
 
     def report_failure(self, error: Exception) -> SetFailure:
         """Report why the set's push broke, and return the failure that was reported first."""
-        if isinstance(error, SetFailed):
+        if isinstance(error, SetFailedError):
             return error.failure
         text = f"trainer rank {self.rank}: {type(error).__name__}: {error}"
         try:

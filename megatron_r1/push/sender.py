@@ -29,7 +29,7 @@ from megatron_r1.push.plan.tensors import pushed_tensors
 from megatron_r1.push.receivers import SetReceivers, read_receivers
 from megatron_r1.push.rendezvous import (
     SET_FAILURE_ERRORS,
-    SetFailed,
+    SetFailedError,
     TableStore,
     TrainerRendezvous,
 )
@@ -204,7 +204,7 @@ class WeightSender:
                 rendezvous = set_links.rendezvous[0]
                 try:
                     rendezvous.wait_complete(push_number)
-                except SetFailed as error:
+                except SetFailedError as error:
                     failures[name] = error.failure
                 except RuntimeError as error:
                     failure_text = f"an engine has not relayed all of push {push_number}: {error}"
@@ -220,7 +220,7 @@ class WeightSender:
         def send_over(name: str, link: ConnectedLink) -> None:
             try:
                 link.sender.send(push_number, self._encode(link))
-            except SetFailed as error:
+            except SetFailedError as error:
                 failures.setdefault(name, error.failure)
             except (OSError, RuntimeError) as error:
                 receiver = f"rank {link.sender.engine_rank} of engine {link.member} of the set"

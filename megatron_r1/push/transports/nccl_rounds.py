@@ -24,7 +24,7 @@ import torch
 from torch.distributed import DistStoreError
 
 from megatron_r1.base.transports import ROUNDS_AHEAD
-from megatron_r1.push.rendezvous import Rendezvous, SetFailed
+from megatron_r1.push.rendezvous import Rendezvous, SetFailedError
 from megatron_r1.push.transports.payloads import Payload
 
 SUCCESS, IN_PROGRESS = 0, 7
@@ -246,7 +246,7 @@ class Communicator:
                 if is_done():
                     return self.error is None
                 self._check()
-            except (NCCLError, SetFailed, TimeoutError, DistStoreError) as error:
+            except (NCCLError, SetFailedError, TimeoutError, DistStoreError) as error:
                 self.abort(error)
             if self.error is not None and time.monotonic() > self._aborted_at + ABORT_SECONDS:
                 raise RuntimeError("calls of NCCL do not end although they were aborted")
