@@ -20,7 +20,7 @@ from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.data.prompts import PromptSplit
 from megatron_r1.engines.episodes import Player
 from megatron_r1.engines.fleet.host_pool import HostPool
-from megatron_r1.engines.fleet.placement import open_pool, server_maker
+from megatron_r1.engines.fleet.placement import open_host_pool, server_maker
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.engines.server import gpu
 from megatron_r1.engines.server.environment import fp8_scale_environment
@@ -64,7 +64,7 @@ async def open_rollouts(
         tokenizer: how questions become tokens."""
     rewards, notify, folder = config.rewards, recorder.view.show_message, recorder.folder
     on_one_host, logs = config.push.on_one_host, folder.path / "logs"
-    async with open_pool(config.rollout, folder.path, on_one_host, notify) as hosts:
+    async with open_host_pool(config.rollout, folder.path, on_one_host, notify) as hosts:
         pool = RewardPool(rewards.workers, rewards.timeout_seconds, rewards.memory_bytes)
         fleet = _fleet(config, recorder, hosts)
         teachers = open_teachers(config, logs, notify)

@@ -17,7 +17,12 @@ from megatron_r1.data.chats import Message
 from megatron_r1.data.few_shot import FewShotExamples, FewShotTokenizer
 from megatron_r1.data.prompt import Prompt
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
-from megatron_r1.engines.fleet.placement import accepting_hosts, check_room, open_pool, server_maker
+from megatron_r1.engines.fleet.placement import (
+    accepting_hosts,
+    check_room,
+    open_host_pool,
+    server_maker,
+)
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.engines.server import gpu
 from megatron_r1.engines.server.model_config import max_model_len
@@ -103,7 +108,7 @@ class EngineModel:
         rollout = self._config.rollout
         # False: no trainer shares memory with the engines, which load the model's folder.
         hosts = await self._resources.enter_async_context(
-            open_pool(rollout, self._folder, False, log)
+            open_host_pool(rollout, self._folder, False, log)
         )
         self._fleet = RolloutFleet(
             rollout.engines,

@@ -14,7 +14,7 @@ from waiting import until
 from megatron_r1.base.processes.authentication import known_token
 from megatron_r1.base.processes.fork_server import SERVERS
 from megatron_r1.config import RolloutConfig
-from megatron_r1.engines.fleet.placement import accepting_hosts, open_pool, server_maker
+from megatron_r1.engines.fleet.placement import accepting_hosts, open_host_pool, server_maker
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.engines.server.errors import EngineError
 from megatron_r1.engines.server.settings import SERVER_MODULE
@@ -55,7 +55,7 @@ def test_hosts_join_vanish_and_bring_engines_again(model, tmp_path):
 
     async def scenario():
         rollout = RolloutConfig(placement="hosts", hosts_address="127.0.0.1")
-        async with open_pool(rollout, tmp_path, True, messages.append) as pool:
+        async with open_host_pool(rollout, tmp_path, True, messages.append) as pool:
             agents.append(agent(tmp_path))
             fleet = RolloutFleet(
                 1,
@@ -109,7 +109,7 @@ def test_hosts_join_vanish_and_bring_engines_again(model, tmp_path):
 def test_no_host_is_an_error_and_no_hang(model, tmp_path):
     async def scenario():
         rollout = RolloutConfig(placement="hosts", hosts_address="127.0.0.1")
-        async with open_pool(rollout, tmp_path, True, print) as pool:
+        async with open_host_pool(rollout, tmp_path, True, print) as pool:
             make = server_maker(pool)
             async with RolloutFleet(
                 1, tmp_path, make_server=make, start_timeout_seconds=0.5, **SMALL

@@ -15,7 +15,7 @@ from sampled import TOLERANCE, largest_difference, sample, stamped
 from tiny_models import DEEPSEEK, QWEN, write_model
 
 from megatron_r1.config import RolloutConfig
-from megatron_r1.engines.fleet.placement import open_pool, server_maker
+from megatron_r1.engines.fleet.placement import open_host_pool, server_maker
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 
 ENGINE = {"max_model_len": 256, "max_num_seqs": 64, "num_threads": 2}
@@ -46,7 +46,7 @@ class Hosts:
         rollout = RolloutConfig(
             placement="hosts", hosts_address="127.0.0.1", hosts_per_engine=2, data_parallel=2
         )
-        async with open_pool(rollout, self.folder, False, self.messages.append) as pool:
+        async with open_host_pool(rollout, self.folder, False, self.messages.append) as pool:
             fleet = RolloutFleet(
                 1,
                 self.folder,

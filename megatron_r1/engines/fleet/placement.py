@@ -157,7 +157,7 @@ def check_room(rollout: RolloutConfig) -> None:
 
 
 @contextlib.asynccontextmanager
-async def open_pool(
+async def open_host_pool(
     rollout: RolloutConfig, folder: Path, needs_shared_memory: bool, notify: Notify
 ) -> AsyncIterator[HostPool | None]:
     """Yield the pool of engine hosts of a run in `folder`, or None for `rollout.placement: local`.

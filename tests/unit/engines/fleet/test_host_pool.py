@@ -29,7 +29,7 @@ from megatron_r1.config import RolloutConfig
 from megatron_r1.engines.fleet.host import HostLink
 from megatron_r1.engines.fleet.host_messages import HostReport, publish_address, published_address
 from megatron_r1.engines.fleet.host_pool import HostPool
-from megatron_r1.engines.fleet.placement import RemoteServer, open_pool
+from megatron_r1.engines.fleet.placement import RemoteServer, open_host_pool
 from megatron_r1.engines.server.errors import EngineError
 from megatron_r1.engines.server.gpu import gpus_of_slot, visible_gpus
 
@@ -121,10 +121,10 @@ def test_hosts_find_the_port_of_the_recipe(tmp_path, monkeypatch):
     rollout = RolloutConfig(placement="hosts", hosts_address="127.0.0.1", hosts_port=port)
 
     async def scenario():
-        async with open_pool(rollout, tmp_path, False, print) as pool:
+        async with open_host_pool(rollout, tmp_path, False, print) as pool:
             assert published_address(tmp_path) == f"tcp://127.0.0.1:{pool.port}"
             with refused("rollout.hosts_port", Cause.BUSY, f":{port}"):
-                await open_pool(rollout, tmp_path, False, print).__aenter__()
+                await open_host_pool(rollout, tmp_path, False, print).__aenter__()
             return pool.port
 
     assert asyncio.run(scenario()) == port
