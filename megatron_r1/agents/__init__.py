@@ -2,7 +2,7 @@
 
 - Who plays: `player` in an environment, `harness` with an agent that calls the policy through the
   `gateway`.
-- The episode's tokens: `token_tree`, `continuation`; an answer's tool calls: `answer_parser`, in a
+- The episode's tokens: `token_tree`, `continuation`; a turn's tool calls: `turn_parsing`, in a
   `parser_worker`.
 - Environments: `environment` is their form, `shipped_environments` and `verifiers` are those that
   exist, `environment_prompts` their questions; `environment_pool` and `environment_server` are the

@@ -28,11 +28,11 @@ from r1_grading.base.errors import shorten
 from r1_grading.base.workers import last_line
 from r1_grading.rewards import ENVIRONMENT
 
-from megatron_r1.agents.answer_parser import Parser
 from megatron_r1.agents.environment_pool import EnvironmentFailed
 from megatron_r1.agents.gateway import Gateway, GatewaySession, SessionLimits, TurnSampling
 from megatron_r1.agents.player import reset_arguments
 from megatron_r1.agents.token_tree import tree_turns
+from megatron_r1.agents.turn_parsing import Parser
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.processes.children import kill_group, popen_options
 from megatron_r1.base.user_code import find_function

@@ -9,7 +9,6 @@ from typing import Any
 
 from r1_grading.base.errors import shorten
 
-from megatron_r1.agents.answer_parser import AnswerReader, find_parser, require_finished
 from megatron_r1.agents.continuation import Continuation, RenderError, read_arguments
 from megatron_r1.agents.environment_pool import (
     EnvironmentFailed,
@@ -18,6 +17,7 @@ from megatron_r1.agents.environment_pool import (
     ToolCallTimeout,
 )
 from megatron_r1.agents.token_tree import Message, TokenTree, tree_turns
+from megatron_r1.agents.turn_parsing import TurnReader, find_parser, require_finished
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import AgentsConfig
 from megatron_r1.data.chats import without_nulls
@@ -54,7 +54,7 @@ class EpisodePlayer:
         self.max_model_len = max_model_len
         self.continuation = Continuation(tokenizer.hf_tokenizer, tokenizer.end_tokens)
         self.parsers = find_parser(settings, tokenizer.hf_tokenizer.name_or_path)
-        self.reader = AnswerReader(self.parsers, self.continuation)
+        self.reader = TurnReader(self.parsers, self.continuation)
 
     async def play(self, prompt: Prompt, generate: Generate, max_tokens: int) -> EpisodeResult:
         """Play one episode of a row.

@@ -8,8 +8,8 @@ from array import array
 from collections import Counter
 
 from fakes.agent_sessions import parse
-from megatron_r1.agents.answer_parser import ParsedAnswer
 from megatron_r1.agents.gateway import Gateway, SessionLimits, TurnSampling
+from megatron_r1.agents.turn_parsing import ParsedTurn
 from megatron_r1.engines.server.responses import Response
 from tests.harness.chat_tokenizer import chat_tokenizer
 
@@ -53,7 +53,7 @@ class WrittenParsers:
     async def parse(self, job):
         message = parse(job.text)
         calls = message.get("tool_calls", [])
-        return ParsedAnswer(message.get("reasoning_content"), message["content"], calls)
+        return ParsedTurn(message.get("reasoning_content"), message["content"], calls)
 
 
 class ChatText:

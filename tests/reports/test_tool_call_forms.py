@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_r1.agents import answer_parser
-from megatron_r1.agents.answer_parser import tool_call
+from megatron_r1.agents import turn_parsing
 from megatron_r1.agents.parser_worker import ParseJob, ParserOptions, TurnParser, find_dropped_text
+from megatron_r1.agents.turn_parsing import tool_call
 from tests.harness.chat_tokenizer import chat_tokenizer
 
 FORMS = yaml.safe_load((Path(__file__).parent / "tool_call_forms.yaml").read_text(encoding="utf-8"))
@@ -124,7 +124,7 @@ def test_b28_b29_random_texts_of_each_of_vllms_parsers(name, tokenizer, monkeypa
         try:
             return parser.parse(ParseJob(text, own.encode(text), [1], TOOLS))
         except Exception as error:
-            return answer_parser.ParsedAnswer(None, text, failure=repr(error))
+            return turn_parsing.ParsedTurn(None, text, failure=repr(error))
 
     call = written(form, "wqa there")
     reply = parse(call)
@@ -134,7 +134,7 @@ def test_b28_b29_random_texts_of_each_of_vllms_parsers(name, tokenizer, monkeypa
     for _ in range(NUM_TEXTS):
         text = random_text(form, draw)
         reply = parse(text)
-        why = reply.failure if isinstance(reply, answer_parser.ParsedAnswer) else reply.reason
+        why = reply.failure if isinstance(reply, turn_parsing.ParsedTurn) else reply.reason
         if why:
             assert (reply.content, reply.tool_calls) == (text, []), text
             continue

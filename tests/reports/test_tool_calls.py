@@ -6,14 +6,14 @@ import random
 
 import pytest
 
-from megatron_r1.agents.answer_parser import (
+from megatron_r1.agents.continuation import Continuation
+from megatron_r1.agents.turn_parsing import (
     PARSE_ERROR,
-    AnswerReader,
     HermesParser,
-    ParsedAnswer,
+    ParsedTurn,
+    TurnReader,
     parse_hermes,
 )
-from megatron_r1.agents.continuation import Continuation
 from tests.harness.chat_tokenizer import chat_tokenizer
 
 
@@ -157,7 +157,7 @@ def test_b28_b29_any_text_becomes_calls_that_reproduce_it_or_text_with_a_reason(
 
 
 def read(text, parser=None, **options):
-    reader = AnswerReader(parser or HermesParser(), Continuation(chat_tokenizer()))
+    reader = TurnReader(parser or HermesParser(), Continuation(chat_tokenizer()))
     return asyncio.run(reader.read(text, [1], [1], [], **options))
 
 
@@ -167,7 +167,7 @@ def test_b29_the_reply_says_why_a_call_is_text():
 
     class Emptying(HermesParser):
         async def parse(self, job):
-            return ParsedAnswer(None, "")
+            return ParsedTurn(None, "")
 
     assert read("<function=a>", Emptying())["content"] == "<function=a>"
 

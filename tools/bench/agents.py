@@ -20,8 +20,8 @@ from typing import Any
 import aiohttp
 import psutil
 
-from megatron_r1.agents.answer_parser import ParserPool
 from megatron_r1.agents.gateway import Gateway, SessionLimits, TurnSampling
+from megatron_r1.agents.turn_parsing import ParserPool
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.engines.server.responses import Response
 from tools.bench import host

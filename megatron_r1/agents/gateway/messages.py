@@ -6,11 +6,11 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_r1.agents.answer_parser import tool_call
 from megatron_r1.agents.continuation import read_arguments
 from megatron_r1.agents.gateway import chat
 from megatron_r1.agents.gateway.body import Body, content_text, stop_strings
 from megatron_r1.agents.gateway.request import Message, RequestError, TurnReply, TurnRequest, event
+from megatron_r1.agents.turn_parsing import tool_call
 
 NEUTRAL_VALUES = {
     "temperature": None,

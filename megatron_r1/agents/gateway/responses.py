@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from megatron_r1.agents.answer_parser import tool_call
 from megatron_r1.agents.gateway import chat
 from megatron_r1.agents.gateway.body import Body, content_text
 from megatron_r1.agents.gateway.request import Message, RequestError, TurnReply, TurnRequest, event
+from megatron_r1.agents.turn_parsing import tool_call
 
 CONTENT_TYPES = ("input_text", "output_text", "text")
 NEUTRAL_VALUES = {"temperature": None, "top_p": None, "top_k": -1, "reasoning": None}

@@ -16,7 +16,6 @@ import msgspec
 from aiohttp import web
 from aiohttp.http_exceptions import PayloadEncodingError
 
-from megatron_r1.agents.answer_parser import AnswerReader, Parser, require_finished
 from megatron_r1.agents.continuation import Continuation, NextPrompt, RenderError, continue_tokens
 from megatron_r1.agents.gateway import chat, messages, responses, tokens
 from megatron_r1.agents.gateway.body import Body
@@ -33,6 +32,7 @@ from megatron_r1.agents.gateway.session import (
     SessionLimits,
     TurnSampling,
 )
+from megatron_r1.agents.turn_parsing import Parser, TurnReader, require_finished
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.engines.server.errors import EngineError
 from megatron_r1.engines.server.responses import truncate_at_stop, truncate_response
@@ -107,7 +107,7 @@ class Gateway:
         sampling_options: SamplingOptions = "run",
     ) -> None:
         self._continuation = Continuation(tokenizer.hf_tokenizer, tokenizer.end_tokens)
-        self._tokenizer, self._reader = tokenizer, AnswerReader(parser, self._continuation)
+        self._tokenizer, self._reader = tokenizer, TurnReader(parser, self._continuation)
         self._host, self._port = host, 0
         self._sampling_options = sampling_options
         self._sessions: dict[bytes, GatewaySession] = {}

@@ -6,13 +6,13 @@ Only a run whose recipe names one (`config.agents.player_settings`) imports this
 
 import sys
 
-from megatron_r1.agents.answer_parser import find_parser
 from megatron_r1.agents.continuation import Continuation
 from megatron_r1.agents.environment import check_parameters
 from megatron_r1.agents.environment_pool import EnvironmentPool, describe_in_subprocess
 from megatron_r1.agents.gateway import Gateway
 from megatron_r1.agents.harness import AgentFunction, HarnessPlayer, find_harness
 from megatron_r1.agents.player import EpisodePlayer
+from megatron_r1.agents.turn_parsing import find_parser
 from megatron_r1.agents.verifiers import VerifiersHarness
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import Config

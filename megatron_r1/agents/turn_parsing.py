@@ -1,8 +1,8 @@
-"""Sampled answers as chat messages: reasoning, content and tool calls of their text.
+"""Sampled turns as chat messages: reasoning, content and tool calls of their text.
 
-vLLM's parsers find these, in worker processes that can be killed (`ParserPool`). Answers in the
+vLLM's parsers find these, in worker processes that can be killed (`ParserPool`). Turns in the
 form of Hermes and Qwen, with tool calls as JSON, are parsed in this process (`HermesParser`).
-`AnswerReader` makes of either's result a message that the chat template can render."""
+`TurnReader` makes of either's result a message that the chat template can render."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ WORKER_MODULE = "megatron_r1.agents.parser_worker"
 PARSE_ERROR = "tool_call_error"
 """The field of an assistant's message that says why a call stays text."""
 MAX_REPLY_BYTES = 2**28
-"""A reply's limit, above any answer's text. The worker runs vLLM's code, not the model's."""
+"""A reply's limit, above any turn's text. The worker runs vLLM's code, not the model's."""
 
 
 @dataclass(frozen=True)
-class ParsedAnswer:
+class ParsedTurn:
     """The parts of one turn.
 
     Attributes:
@@ -103,7 +103,7 @@ class ParserPool:
         """
         await self.parse(ParseJob("", [], []))
 
-    async def parse(self, job: ParseJob) -> ParsedAnswer:
+    async def parse(self, job: ParseJob) -> ParsedTurn:
         """Return what a turn contains.
 
         A parser that raises, hangs or ends its process leaves a turn that is all content.
@@ -113,7 +113,7 @@ class ParserPool:
             RunError: no worker can be started.
         """
         if not self._has_parsers:
-            return ParsedAnswer(None, job.text)
+            return ParsedTurn(None, job.text)
         message = encode_frame(job)
         async with self._slots:
             worker = self._idle.pop() if self._idle else await self._start()
@@ -131,8 +131,8 @@ class ParserPool:
             else:
                 self._idle.append(worker)
         if reply.status != "parsed":
-            return ParsedAnswer(None, job.text, failure=reply.reason)
-        return ParsedAnswer(reply.reasoning, reply.content, reply.tool_calls, reply.reason)
+            return ParsedTurn(None, job.text, failure=reply.reason)
+        return ParsedTurn(reply.reasoning, reply.content, reply.tool_calls, reply.reason)
 
     async def close(self) -> None:
         """Kill the workers. Safe to call again."""
@@ -169,12 +169,12 @@ OTHER_KEYS = ("name", "id", "type")
 
 
 class HermesParser:
-    """Parses answers with `parse_hermes`, in this process, without vLLM."""
+    """Parses turns with `parse_hermes`, in this process, without vLLM."""
 
     async def check(self) -> None:
         """Do nothing: this parser needs no vLLM."""
 
-    async def parse(self, job: ParseJob) -> ParsedAnswer:
+    async def parse(self, job: ParseJob) -> ParsedTurn:
         """Return thought, content and tool calls of the job's text."""
         return parse_hermes(job.text)
 
@@ -186,8 +186,8 @@ class MalformedCall(ValueError):
     """The text behind a tag begins as a call and is none."""
 
 
-def parse_hermes(text: str) -> ParsedAnswer:
-    """Return the parts of an answer. Its tool calls are {"name": …, "arguments": {…}} between
+def parse_hermes(text: str) -> ParsedTurn:
+    """Return the parts of a turn. Its tool calls are {"name": …, "arguments": {…}} between
     `<tool_call>` tags; the content is all other text.
 
     The JSON decides where a call ends, and a tag within its strings is text. Where one call is
@@ -203,11 +203,11 @@ def parse_hermes(text: str) -> ParsedAnswer:
             calls.append(call)
             start = end
     except MalformedCall as error:
-        return ParsedAnswer(reasoning, answer, failure=str(error))
+        return ParsedTurn(reasoning, answer, failure=str(error))
     pieces.append(answer[start:])
     content = "\n".join(filter(None, map(str.strip, pieces))) if calls else answer
     failure = f"a {OPEN_TAG} without a call stays text" if OPEN_TAG in content else ""
-    return ParsedAnswer(reasoning, content, calls, failure)
+    return ParsedTurn(reasoning, content, calls, failure)
 
 
 def _split_thought(text: str) -> tuple[str | None, str]:
@@ -323,12 +323,12 @@ IN_PROCESS = ("auto", "hermes")
 
 
 class Parser(Protocol):
-    """Finds reasoning and tool calls in an answer: a `HermesParser` or a `ParserPool`."""
+    """Finds reasoning and tool calls in a turn: a `HermesParser` or a `ParserPool`."""
 
     async def check(self) -> None:
         """Start what the parser needs, so that a wrong name is an error before the run."""
 
-    async def parse(self, job: ParseJob) -> ParsedAnswer:
+    async def parse(self, job: ParseJob) -> ParsedTurn:
         """Return thought, content and tool calls of the job's text."""
 
     async def close(self) -> None:
@@ -350,13 +350,13 @@ def find_parser(agents: AgentsConfig, tokenizer: str) -> Parser:
 
 
 def require_finished(response: Response) -> None:
-    """Raise EngineError for an answer that neither its end token nor the token limit has ended."""
+    """Raise EngineError for a turn that neither its end token nor the token limit has ended."""
     if response.finish_reason not in ("stop", "length"):
         raise EngineError(f"an engine ended a turn with {response.finish_reason!r}")
 
 
-class AnswerReader:
-    """Parses answers into messages that the chat template can render."""
+class TurnReader:
+    """Parses turns into messages that the chat template can render."""
 
     def __init__(self, parser: Parser, continuation: Continuation) -> None:
         self._parser, self._continuation = parser, continuation
@@ -369,7 +369,7 @@ class AnswerReader:
         tools: Sequence[dict[str, Any]],
         max_calls: int | None = None,
     ) -> dict[str, Any]:
-        """Return the assistant's message of an answer.
+        """Return the assistant's message of a turn.
 
         Calls that the template refuses stay text in the content, as malformed calls do, among them
         calls whose arguments are no JSON object; the message's field `tool_call_error` then says

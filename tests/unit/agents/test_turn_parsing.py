@@ -6,17 +6,17 @@ import os
 import pytest
 from refusals import refused
 
-from megatron_r1.agents import answer_parser
-from megatron_r1.agents.answer_parser import (
-    AnswerReader,
+from megatron_r1.agents import turn_parsing
+from megatron_r1.agents.continuation import Continuation
+from megatron_r1.agents.turn_parsing import (
     HermesParser,
-    ParsedAnswer,
+    ParsedTurn,
     ParseJob,
     ParserPool,
+    TurnReader,
     find_parser,
     tool_call,
 )
-from megatron_r1.agents.continuation import Continuation
 from megatron_r1.base.errors import Cause
 from megatron_r1.config import AgentsConfig
 from tests.harness.chat_tokenizer import chat_tokenizer
@@ -33,7 +33,7 @@ def test_a_parser_that_hangs_dies_or_raises_costs_its_turn_only(monkeypatch):
 
             first = await parse("a")
             assert (first.reasoning, first.content[0]) == ("thought", "a")
-            assert (await parse("raise")) == ParsedAnswer(None, "raise", [], "ValueError: text")
+            assert (await parse("raise")) == ParsedTurn(None, "raise", [], "ValueError: text")
             assert (await parse("a")) == first, "the worker lives on"
             for text, seconds in (("die", 1e5), ("hang", 0.5)):
                 parsers._timeout_seconds = seconds
@@ -48,14 +48,14 @@ def test_a_parser_that_hangs_dies_or_raises_costs_its_turn_only(monkeypatch):
             with refused("agents.tool_parser", Cause.UNKNOWN, "unknown"):
                 await parsers.check()
 
-    monkeypatch.setattr(answer_parser, "WORKER_MODULE", "tests.unit.agents.parser_stand_in")
+    monkeypatch.setattr(turn_parsing, "WORKER_MODULE", "tests.unit.agents.parser_stand_in")
     asyncio.run(run())
 
 
 def test_without_parsers_a_turn_is_all_content_and_needs_no_process():
     async def run():
         async with ParserPool("", None, None) as parsers:
-            assert await parsers.parse(ParseJob("<tool_call>", [1], [2], [TOOL])) == ParsedAnswer(
+            assert await parsers.parse(ParseJob("<tool_call>", [1], [2], [TOOL])) == ParsedTurn(
                 None, "<tool_call>"
             )
 
@@ -118,9 +118,9 @@ def test_vllms_parsers(tmp_path):
 def test_calls_of_vllms_parsers_without_an_object_are_content():
     class Parser(HermesParser):
         async def parse(self, job):
-            return ParsedAnswer("thought", "", [tool_call("f", job.text)])
+            return ParsedTurn("thought", "", [tool_call("f", job.text)])
 
-    reader = AnswerReader(Parser(), Continuation(chat_tokenizer()))
+    reader = TurnReader(Parser(), Continuation(chat_tokenizer()))
     for arguments in ('"x"', "[1]", "3", "null", "no JSON"):
         message = asyncio.run(reader.read(arguments, [1], [1], []))
         assert message.pop("tool_call_error")
@@ -131,7 +131,7 @@ def test_calls_of_vllms_parsers_without_an_object_are_content():
 
 
 def test_arguments_nested_too_deep_are_content():
-    reader = AnswerReader(HermesParser(), Continuation(chat_tokenizer()))
+    reader = TurnReader(HermesParser(), Continuation(chat_tokenizer()))
 
     async def count(depth):
         nested = '{"a":' * depth + "1" + "}" * depth
