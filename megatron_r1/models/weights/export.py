@@ -26,7 +26,7 @@ from megatron_r1.models.weights.formats.tensor_files import (
     PlannedTensor,
     plan_file,
     stored_tensors,
-    write_box,
+    write_region,
 )
 from megatron_r1.models.weights.loading import has_mtp, local_pieces, merge_adapter
 from megatron_r1.models.weights.table import Piece, weight_table
@@ -184,7 +184,7 @@ class _OpenFiles:
         return self._plans[self.home[name]].tensors[name]
 
     def write(self, name: str, starts: Sequence[int], box: torch.Tensor) -> None:
-        """Write a rectangle of a tensor.
+        """Write a region of a tensor.
 
         Args:
             name: the tensor's name.
@@ -199,7 +199,7 @@ class _OpenFiles:
             if path not in self.opened:
                 # Only to write: a page that NFS has read is written back whole.
                 self.opened[path] = os.open(self._unfinished[path], os.O_WRONLY)
-            write_box(self.opened[path], tensor.offset, tensor.shape, starts, box)
+            write_region(self.opened[path], tensor.offset, tensor.shape, starts, box)
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self._unfinished[path])) from error
 
@@ -212,12 +212,12 @@ def _write_parameter(
     part_of: Callable[[str], StackedPart | None],
 ) -> None:
     """Write a parameter's pieces, each under all its names."""
-    boxes = _StackedBoxes(files)
+    regions = _StackedRegions(files)
     for piece in pieces:
         part = part_of(piece.hf_name)
         if part is not None:
             if part.name in files.home:
-                boxes.add(part, piece, _values(parameter, piece))
+                regions.add(part, piece, _values(parameter, piece))
             continue
         names = [n for n in (piece.hf_name, *copies.get(piece.hf_name, ())) if n in files.home]
         if not names:
@@ -231,35 +231,37 @@ def _write_parameter(
                 starts[0] += first
                 tensor = files.planned(name)
                 files.write(name, starts, block.to(device="cpu", dtype=tensor.dtype))
-    boxes.check_whole()
+    regions.check_whole()
 
 
-class _StackedBoxes:
-    """Rectangles of tensors of all experts. Gate and up are in alternate columns of one rectangle,
+class _StackedRegions:
+    """Regions of tensors of all experts. Gate and up are in alternate columns of one region,
     and pieces of one parameter: it is written when it has both."""
 
     def __init__(self, files: _OpenFiles) -> None:
         self._files = files
-        self._boxes: dict[tuple[str, tuple[int, ...]], tuple[torch.Tensor, set[int]]] = {}
+        self._stacked_regions: dict[tuple[str, tuple[int, ...]], tuple[torch.Tensor, set[int]]] = {}
 
     def add(self, part: StackedPart, piece: Piece, values: torch.Tensor) -> None:
-        """Add an expert's part to its rectangle; write the rectangle when it is whole."""
+        """Add an expert's part to its region; write the region when it is whole."""
         tensor = self._files.planned(part.name)
-        offsets, sizes = part.stored_box(tensor.shape[1:], piece.dim, piece.hf_start, piece.length)
+        offsets, sizes = part.stored_region(
+            tensor.shape[1:], piece.dim, piece.hf_start, piece.length
+        )
         key = part.name, (part.expert, *offsets)
-        if key not in self._boxes:
-            self._boxes[key] = torch.empty(sizes, dtype=tensor.dtype), set()
-        box, filled_parts = self._boxes[key]
-        part.select(box).copy_(values)
+        if key not in self._stacked_regions:
+            self._stacked_regions[key] = torch.empty(sizes, dtype=tensor.dtype), set()
+        region, filled_parts = self._stacked_regions[key]
+        part.select(region).copy_(values)
         filled_parts.add(part.first)
         if len(filled_parts) == part.step:
-            self._files.write(part.name, key[1], box[None])
-            del self._boxes[key]
+            self._files.write(part.name, key[1], region[None])
+            del self._stacked_regions[key]
 
     def check_whole(self) -> None:
-        """Raise ValueError for a rectangle that lacks columns."""
-        if self._boxes:
-            names = ", ".join(name for name, _ in self._boxes)
+        """Raise ValueError for a region that lacks columns."""
+        if self._stacked_regions:
+            names = ", ".join(name for name, _ in self._stacked_regions)
             raise ValueError(f"{names}: a parameter has gate or up of an expert without the other")
 
 

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.models.weights.formats.tensor_files import read_box
+from megatron_r1.models.weights.formats.tensor_files import read_region
 
 Box = Sequence[int]
 
@@ -105,10 +105,10 @@ class DistributedCheckpoint:
         out = torch.empty(tuple(sizes), dtype=self.dtypes[key])
         num_covered = 0
         for chunk in self._overlap_candidates(key, starts, sizes):
-            box = _overlap(starts, sizes, chunk)
-            if box is None:
+            overlap = _overlap(starts, sizes, chunk)
+            if overlap is None:
                 continue
-            first, size = box
+            first, size = overlap
             offsets = tuple(f - c for f, c in zip(first, chunk.starts, strict=True))
             target = out
             for axis, (f, start, n) in enumerate(zip(first, starts, size, strict=True)):
@@ -208,7 +208,7 @@ class DistributedCheckpoint:
             self._files[chunk.file] = os.open(self.path / chunk.file, os.O_RDONLY)
         try:
             offset = self._data_offset(key, chunk)
-            return read_box(
+            return read_region(
                 self._files[chunk.file], offset, chunk.sizes, self.dtypes[key], starts, sizes
             )
         except (RuntimeError, LookupError, ValueError, EOFError, pickle.UnpicklingError) as error:

@@ -169,7 +169,9 @@ class HFWeights:
     def _read_stacked(self, part: StackedPart, dim: int, start: int, length: int) -> Tensor:
         """Return rows or columns of one expert's tensor, as `read`."""
         if part.name in self._stored:
-            starts, sizes = part.stored_box(self._stored[part.name].shape[1:], dim, start, length)
+            starts, sizes = part.stored_region(
+                self._stored[part.name].shape[1:], dim, start, length
+            )
             return part.select(self.read_stored(part.name, (part.expert, *starts), (1, *sizes))[0])
         blocks, scales = (
             self._expert(name, part.expert)

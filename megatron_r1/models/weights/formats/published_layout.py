@@ -111,8 +111,8 @@ class StackedPart:
         part = stored[..., self.first :: self.step]
         return part.T if part.dim() == 2 else part
 
-    def stored_box(self, shape: Shape, dim: int, start: int, length: int) -> tuple[Shape, Shape]:
-        """Return (starts, sizes) of the rectangle of stored[expert] that holds `length` rows (dim
+    def stored_region(self, shape: Shape, dim: int, start: int, length: int) -> tuple[Shape, Shape]:
+        """Return (starts, sizes) of the region of stored[expert] that holds `length` rows (dim
         0) or columns (dim 1) of the expert's tensor, from `start`.
 
         Args:

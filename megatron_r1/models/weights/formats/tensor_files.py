@@ -27,7 +27,7 @@ from megatron_r1.models.weights.layout import Shape
 STRIPE_BYTES = 16 << 20
 
 
-def read_box(
+def read_region(
     file: int,
     offset: int,
     shape: Sequence[int],
@@ -38,7 +38,7 @@ def read_box(
     """Return tensor[starts[0] : starts[0] + sizes[0], …], of shape `sizes`, of the contiguous
     tensor at `offset`, which has `shape` and `dtype`.
 
-    Only the rows of the rectangle are read; where it has only some of the columns, in stripes of
+    Only the rows of the region are read; where it has only some of the columns, in stripes of
     STRIPE_BYTES.
 
     Args:
@@ -46,8 +46,8 @@ def read_box(
         offset: the tensor's offset in the file, in bytes.
         shape: the shape of the whole tensor.
         dtype: the tensor's dtype.
-        starts: the rectangle's first index in each dimension.
-        sizes: the rectangle's size in each dimension.
+        starts: the region's first index in each dimension.
+        sizes: the region's size in each dimension.
 
     Raises:
         EOFError: when the file is too short."""
@@ -61,14 +61,14 @@ def read_box(
         rows = max(1, STRIPE_BYTES // (shape[1] * dtype.itemsize))
         for first in range(0, sizes[0], rows):
             count = min(rows, sizes[0] - first)
-            box = (starts[0] + first, 0), (count, shape[1])
-            stripe = read_box(file, offset, shape, dtype, *box)
+            region = (starts[0] + first, 0), (count, shape[1])
+            stripe = read_region(file, offset, shape, dtype, *region)
             out[first : first + count] = stripe[:, starts[1] : starts[1] + sizes[1]]
     else:
         step = prod(shape[1:]) * dtype.itemsize
         for index in range(sizes[0]):
             slice_offset = offset + (starts[0] + index) * step
-            out[index] = read_box(file, slice_offset, shape[1:], dtype, starts[1:], sizes[1:])
+            out[index] = read_region(file, slice_offset, shape[1:], dtype, starts[1:], sizes[1:])
     return out
 
 
@@ -100,10 +100,10 @@ def _write_bytes(file: int, offset: int, buffer: memoryview) -> None:
         buffer, offset = buffer[count:], offset + count
 
 
-def write_box(
+def write_region(
     file: int, offset: int, shape: Sequence[int], starts: Sequence[int], box: Tensor
 ) -> None:
-    """Write the rectangle tensor[starts[0] : starts[0] + len(box), …] of the tensor of `read_box`.
+    """Write the region tensor[starts[0] : starts[0] + len(box), …] of the tensor of `read_region`.
 
     Only its own bytes are written, run by run where it has only some of the columns.
 
@@ -111,8 +111,8 @@ def write_box(
         file: an open file's descriptor.
         offset: where the whole tensor begins in the file, in bytes.
         shape: the whole tensor's shape.
-        starts: first index of the rectangle in each dimension.
-        box: the rectangle, in the dtype of the stored tensor."""
+        starts: first index of the region in each dimension.
+        box: the region, in the dtype of the stored tensor."""
     if not box.numel():
         return
     if tuple(box.shape[1:]) == tuple(shape[1:]):
@@ -127,7 +127,9 @@ def write_box(
     else:
         step = prod(shape[1:]) * box.dtype.itemsize
         for index in range(len(box)):
-            write_box(file, offset + (starts[0] + index) * step, shape[1:], starts[1:], box[index])
+            write_region(
+                file, offset + (starts[0] + index) * step, shape[1:], starts[1:], box[index]
+            )
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
@@ -177,7 +179,7 @@ class SafetensorsFile:
             starts: first index along each dimension.
             sizes: the shape of the rectangle."""
         tensor = self.tensors[name]
-        return read_box(
+        return read_region(
             self.file, tensor.offset, tensor.shape, _TORCH_DTYPES[tensor.dtype], starts, sizes
         )
 
