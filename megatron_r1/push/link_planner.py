@@ -149,7 +149,7 @@ class LinkPlanner:
             rendezvous: by set, the rendezvous with each engine.
             receivers: what the engine ranks receive.
             engine_layout: the layout of one engine.
-            transport: the name of the transport."""
+            transport: a key of `base.transports.TRANSPORTS`."""
         links_by_set: dict[str, SetLinks] = {}
         problems: dict[str, str] = {}
         sender_type = sender_class(transport)

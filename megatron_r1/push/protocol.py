@@ -57,7 +57,7 @@ class SlotTable(msgspec.Struct, frozen=True):
 
         Args:
             memory: uint8, num_buffers x num_bytes bytes.
-            push_number: its number, from 1.
+            push_number: which push of the run, from 1.
         """
         start = push_number % self.num_buffers * self.num_bytes
         return memory[start : start + self.num_bytes]
@@ -105,7 +105,7 @@ def slot_view(memory: torch.Tensor, slot: Slot, chunk: TensorChunk | None = None
 
     Args:
         memory: uint8, a receive buffer.
-        slot: the slot.
+        slot: an entry of the buffer's table.
         chunk: which part of it; None: all."""
     dtype = dtype_of(slot)
     size = dtype.itemsize

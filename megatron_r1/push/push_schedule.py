@@ -69,7 +69,7 @@ class PushSchedule:
 
     Attributes:
         receivers: the process that receives for each engine rank (`receiving_processes`).
-        round_schedule: the rounds.
+        round_schedule: which process sends each bucket, to which, in which round.
         payload_ids: the payloads, as `round_schedule` numbers them."""
 
     def __init__(

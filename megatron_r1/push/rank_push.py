@@ -95,7 +95,7 @@ class RankPush:
         Args:
             sets: name and number of engines of each set.
             layout: that of one engine.
-            transport: the name of the transport.
+            transport: a key of `base.transports.TRANSPORTS`.
             timeout_seconds: limit for connecting.
             push_timeout_seconds: limit for a push.
             closed_sets: the names of sets to disconnect."""
@@ -110,7 +110,7 @@ class RankPush:
         """Push to sets of engines, as `WeightSender.send` does.
 
         Args:
-            push_number: the number of the push.
+            push_number: which push of the run, from 1.
             sets: the names of the sets to send to.
             closed_sets: the names of sets to disconnect."""
         assert self._sender is not None, "open_push() comes first"

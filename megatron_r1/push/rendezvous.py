@@ -300,7 +300,7 @@ class TrainerRendezvous(Rendezvous):
         Args:
             engine_rank: the rank, by its number within each engine.
             plan: the chunks to it, by member.
-            rounds: its rounds, by member."""
+            rounds: its sends and receives of every round, by member."""
         write_value(self.set_store, f"plan/{engine_rank}", PublishedPlan(plan, rounds))
 
     def publish_prepared(self, num_senders: int, num_ranks: int) -> None:

@@ -62,7 +62,7 @@ class SetRounds:
         set_index: the number of the set in `schedule`.
         rank: the trainer rank.
         communicator: the set's communicator, if it has one.
-        push_number_in_set: the number of the set's push."""
+        push_number_in_set: the latest push, by its number in the set; 0 before the first."""
 
     rendezvous: list[TrainerRendezvous]
     schedule: PushSchedule

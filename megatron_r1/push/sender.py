@@ -109,7 +109,7 @@ class WeightSender:
         Args:
             sets: name, unique to every call, and number of engines of each set.
             layout: that of one engine.
-            transport: the name of the transport.
+            transport: a key of `base.transports.TRANSPORTS`.
             timeout_seconds: limit for connecting.
             push_timeout_seconds: limit for a push, default `timeout_seconds`.
             closed_sets: sets to disconnect."""
@@ -184,7 +184,7 @@ class WeightSender:
         that fails does not stop the others.
 
         Args:
-            push_number: the number of the push.
+            push_number: which push of the run, from 1.
             sets: the sets to send to.
             closed_sets: sets to disconnect."""
         for name in closed_sets:

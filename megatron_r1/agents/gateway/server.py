@@ -60,7 +60,7 @@ class WireFormat(Protocol):
         """Return what a body asks for.
 
         Args:
-            body: the body of the request.
+            body: the request's JSON object.
             stored: conversations of earlier replies by their id."""
 
     def format_reply(self, turn: TurnReply, request: TurnRequest) -> dict[str, Any]:
@@ -252,7 +252,7 @@ class Gateway:
 
         Args:
             session: the episode that the turn belongs to.
-            request: the parsed request.
+            request: what `parse_request` has returned.
             prompt: the place of the turn in the episode's tree.
             prompt_ids: all tokens before the turn.
             max_tokens: the most tokens of the turn.
@@ -365,7 +365,7 @@ async def _stream(
         wire_format: writes the events in the API of the request.
         session: the session that the turn is added to.
         task: samples the turn.
-        request: the parsed request.
+        request: what `parse_request` has returned.
         http_request: the request that is replied to."""
     head = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
     stream = web.StreamResponse(headers=head)

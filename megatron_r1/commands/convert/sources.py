@@ -92,7 +92,7 @@ def check_manifest(checkpoint: FoundCheckpoint, verify: Verify, args: Namespace)
     come from elsewhere, without one.
 
     Args:
-        checkpoint: the checkpoint.
+        checkpoint: its folder, and that of its run if the command names a run.
         verify: what is compared.
         args: the command line.
 

@@ -78,7 +78,7 @@ def _heads_are_adjacent(x: torch.Tensor | None, head_size: int) -> bool:
 
     Args:
         x: [num_tokens, heads * head_size] or [num_tokens, heads, head_size], possibly strided.
-        head_size: the size of a head."""
+        head_size: the numbers of a head."""
     if x is None:
         return True
     if x.dim() == 3 and x.shape[1] > 1 and x.stride(1) != head_size:

@@ -98,7 +98,7 @@ class LoadCheck:
         """Compare after a load of the parameters `loaded` from `memory`.
 
         Args:
-            push_number: the number of the push.
+            push_number: which push of the run, from 1.
             loaded: the parameters of the load.
             memory: uint8, the receive buffer that they were loaded from.
 

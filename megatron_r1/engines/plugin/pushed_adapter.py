@@ -91,7 +91,7 @@ class PushedAdapter:
         """Compare what the layers compute with to the received factors.
 
         Args:
-            push_number: the number of the push.
+            push_number: which push of the run, from 1.
 
         Raises:
             UnusedPush: factors differ; it names them.

@@ -56,7 +56,7 @@ def describe_failure(error: EngineError, log_folder: Path, engine: str) -> str:
     """Return an error with an excerpt of the engine's log, for where the log is removed next.
 
     Args:
-        error: the error.
+        error: what a call of the engine raised.
         log_folder: the folder of the log; its path is left out.
         engine: the engine's name."""
     log = log_folder / f"{engine}.log"

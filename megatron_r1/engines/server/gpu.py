@@ -66,7 +66,7 @@ def with_gpu_share(
     Args:
         settings: the settings of all.
         index: the engine.
-        num_engines: the number of engines.
+        num_engines: how many share the GPUs.
         key: the setting that errors name.
 
     Raises:

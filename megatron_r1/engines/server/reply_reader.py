@@ -79,10 +79,10 @@ async def read_responses(
     """Read a reply's body.
 
     Args:
-        content: the body.
+        content: the stream of the body's bytes.
         num_prompt_tokens: the tokens of the prompt.
         routing: the shape of the model's routing, if routed experts are in the reply.
-        vocab_size: the size of the vocabulary.
+        vocab_size: token ids are below it; None: they are not checked.
         has_mask: whether each response needs a sampling mask.
         routing_slots: bounds the choices whose routed experts are in memory.
 

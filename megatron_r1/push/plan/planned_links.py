@@ -91,7 +91,7 @@ class _RegionGroup(NamedTuple):
         replicas: trainer ranks, each of which holds all regions.
         num_engines: the size of the sets that the group is planned for.
         is_small: whether it should come from a trainer rank that sends to the engine rank anyway.
-        regions: the regions."""
+        regions: what the trainer rank sends."""
 
     num_bytes: int
     member: int
@@ -249,7 +249,7 @@ def _region_groups(
     Args:
         rank_regions: the regions that an engine rank needs, by trainer ranks.
         count_bytes: counts the bytes of a region on the wire.
-        engine_rank: the engine rank.
+        engine_rank: the rank within the engine.
         num_engines: the engines of the set.
         max_fraction: the most of an engine's bytes in a group."""
     per_engine = total_bytes(chain.from_iterable(rank_regions.values())) / num_engines
@@ -293,7 +293,7 @@ def _split_at_engine_ends(
     Parts are of whole rows, of a tensor with FP8 scales of whole blocks of rows.
 
     Args:
-        tensor_region: the region.
+        tensor_region: the region to split.
         start: its first byte among all that the engine rank needs.
         per_engine: the bytes that each engine gets.
         count_bytes: counts the bytes of a region on the wire."""

@@ -59,7 +59,7 @@ class DeviceMemory(NamedTuple):
 
     Attributes:
         address: the address of the first byte.
-        num_bytes: the number of bytes."""
+        num_bytes: the size from there on."""
 
     address: int
     num_bytes: int
@@ -167,7 +167,7 @@ class Communicator:
     `wait_ready`, then `send_recv`. One thread calls all of it.
 
     Args:
-        rendezvous: the rendezvous of its ranks.
+        rendezvous: where its ranks publish the communicator's id, and failures.
         rank: the rank of this process in it.
         num_ranks: the number of its ranks.
         check: raises an error to abort with, by default the failure that a rank has reported.
@@ -339,7 +339,7 @@ class RoundRunner:
     """Runs rounds, with buffers for each direction of `ROUNDS_AHEAD` of them.
 
     Args:
-        streams: the streams of the push.
+        streams: where copies and transfers are enqueued.
         rounds: all rounds that it will run."""
 
     def __init__(self, streams: PushStreams, rounds: Sequence[PushRound]):

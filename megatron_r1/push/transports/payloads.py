@@ -23,11 +23,11 @@ class ByteRun(NamedTuple):
     """Contiguous bytes of a payload that are of one chunk.
 
     Attributes:
-        number: the chunk.
+        number: the chunk, by its index in the payload.
         top: the first row that the bytes are in.
         bottom: the row after the last.
         skipped: the bytes of row `top` that come before these.
-        num_bytes: the number of bytes."""
+        num_bytes: the length of the run."""
 
     number: int
     top: int
@@ -41,7 +41,7 @@ class Payload:
 
     Args:
         table: the engine rank's table.
-        chunks: the chunks, in order."""
+        chunks: in the order of their bytes."""
 
     def __init__(self, table: SlotTable, chunks: Sequence[TensorChunk]):
         self.table, self.chunks = table, chunks
@@ -150,7 +150,7 @@ class BufferPayload(Payload):
 
     Args:
         table: the engine rank's table.
-        chunks: the chunks of the payload.
+        chunks: in the order of their bytes.
         buffer: the memory of this push.
         checksums: those of these chunks, int64; one tensor where the payload is received."""
 

@@ -61,7 +61,7 @@ class ReceivedChunks:
 
         Args:
             source: a key of `chunks`.
-            push_number: the number of the push.
+            push_number: which push of the run, from 1.
             index: which of the source's chunks, from 0.
             row: the number of rows, counted from the chunk's first."""
         self._running_checksum(source, push_number, index).update_to(row)
@@ -71,7 +71,7 @@ class ReceivedChunks:
 
         Args:
             source: the trainer rank or `RelaySource` that has sent it.
-            push_number: the number of the push.
+            push_number: which push of the run, from 1.
             index: which of the source's chunks, from 0.
             sent: the source's checksum."""
         slot = self.chunks[source][index].slot
@@ -101,7 +101,7 @@ class ReceivedChunks:
         """Wait until all of a push has arrived.
 
         Args:
-            push_number: the number of the push.
+            push_number: which push of the run, from 1.
             timeout_seconds: the time limit.
             sources: the sources whose chunks are waited for, default all.
 
