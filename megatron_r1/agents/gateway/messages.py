@@ -10,7 +10,7 @@ from megatron_r1.agents.continuation import read_arguments
 from megatron_r1.agents.gateway import chat
 from megatron_r1.agents.gateway.body import Body, content_text, stop_strings
 from megatron_r1.agents.gateway.request import Message, RequestError, TurnReply, TurnRequest, event
-from megatron_r1.agents.turn_parsing import tool_call
+from megatron_r1.agents.parser_worker import tool_call
 
 NEUTRAL_VALUES = {
     "temperature": None,

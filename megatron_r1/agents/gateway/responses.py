@@ -8,7 +8,7 @@ from typing import Any
 from megatron_r1.agents.gateway import chat
 from megatron_r1.agents.gateway.body import Body, content_text
 from megatron_r1.agents.gateway.request import Message, RequestError, TurnReply, TurnRequest, event
-from megatron_r1.agents.turn_parsing import tool_call
+from megatron_r1.agents.parser_worker import tool_call
 
 CONTENT_TYPES = ("input_text", "output_text", "text")
 NEUTRAL_VALUES = {"temperature": None, "top_p": None, "top_k": -1, "reasoning": None}

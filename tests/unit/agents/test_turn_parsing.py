@@ -8,6 +8,7 @@ from refusals import refused
 
 from megatron_r1.agents import turn_parsing
 from megatron_r1.agents.continuation import Continuation
+from megatron_r1.agents.parser_worker import tool_call
 from megatron_r1.agents.turn_parsing import (
     HermesParser,
     ParsedTurn,
@@ -15,7 +16,6 @@ from megatron_r1.agents.turn_parsing import (
     ParserPool,
     TurnReader,
     find_parser,
-    tool_call,
 )
 from megatron_r1.base.errors import Cause
 from megatron_r1.config import AgentsConfig
