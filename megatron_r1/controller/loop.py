@@ -21,7 +21,7 @@ these files, in the order in which `rl.algorithm: grpo` calls them:
  3. Log-probabilities under π_old and π_ref.
         controller/policy_trainer.py                PolicyTrainer.compute_logprobs
         trainer/trainer.py                          Trainer.compute_logprobs
-        trainer/batch.py                            LossHead.logprobs
+        trainer/loss_head.py                        LossHead.logprobs
         r1_kernels/token_logprobs.py                linear_token_logprobs
  4. An update: forward and backward over the micro-batches of a mini-batch.
         controller/policy_trainer.py                PolicyTrainer.update_policy
@@ -32,7 +32,7 @@ these files, in the order in which `rl.algorithm: grpo` calls them:
         controller/algorithms/grpo.py               loss
         trainer/losses.py                           token_weights
  6. Ratio, clip and KL of a token (formulae in `r1_kernels/policy_terms.py`; on a GPU Triton).
-        trainer/batch.py                            LossHead.policy_loss
+        trainer/loss_head.py                        LossHead.policy_loss
         r1_kernels/linear_policy_loss.py            linear_policy_loss_from_settings
         r1_kernels/primitives/policy_torch.py       policy_terms
  7. Normalization of the loss: Megatron-Core's `finalize_model_grads` divides the gradients, summed

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from megatron_r1.config.algorithms import LossAverage, LossSettings
-from megatron_r1.trainer.batch import LossHead, PackedBatch, TokenWeights
+from megatron_r1.trainer.batch import PackedBatch
+from megatron_r1.trainer.loss_head import LossHead, TokenWeights
 from megatron_r1.trainer.metrics import Mean, Metrics
 
 

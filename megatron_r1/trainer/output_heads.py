@@ -15,7 +15,8 @@ from megatron_r1 import models
 from megatron_r1.config.algorithms import LossSettings
 from megatron_r1.models.gradients import fp32_main_grad
 from megatron_r1.models.hf_config import HFConfig, has_score_head
-from megatron_r1.trainer.batch import LossHead, PackedBatch
+from megatron_r1.trainer.batch import PackedBatch
+from megatron_r1.trainer.loss_head import LossHead
 from megatron_r1.trainer.losses import Loss, LossSum
 
 

@@ -18,7 +18,7 @@ from megatron_r1.controller.rollouts.rollout import GradedResponse, Group, Rollo
 from megatron_r1.controller.rollouts.training_samples import training_samples
 from megatron_r1.data.prompt import make_prompt
 from megatron_r1.engines.server.responses import Response
-from megatron_r1.trainer.batch import LossHead
+from megatron_r1.trainer.loss_head import LossHead
 from megatron_r1.trainer.packed import pack_batch
 from megatron_r1.trainer.rollout_batches import RolloutBatches
 from megatron_r1.trainer.token_advantages import (

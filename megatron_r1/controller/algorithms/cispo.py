@@ -17,7 +17,8 @@ from megatron_r1.config.algorithms import LossSettings
 from megatron_r1.controller.algorithms import grpo
 
 if TYPE_CHECKING:
-    from megatron_r1.trainer.batch import LossHead, PackedBatch
+    from megatron_r1.trainer.batch import PackedBatch
+    from megatron_r1.trainer.loss_head import LossHead
     from megatron_r1.trainer.losses import LossSum
 
 

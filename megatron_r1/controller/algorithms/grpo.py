@@ -25,7 +25,8 @@ from megatron_r1.config.algorithms import LossSettings
 from megatron_r1.controller.advantages import divide_by_batch_std, group_advantages
 
 if TYPE_CHECKING:
-    from megatron_r1.trainer.batch import LossHead, PackedBatch
+    from megatron_r1.trainer.batch import PackedBatch
+    from megatron_r1.trainer.loss_head import LossHead
     from megatron_r1.trainer.losses import LossSum
 
 

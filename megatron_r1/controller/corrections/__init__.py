@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 from megatron_r1.config.algorithms import LossSettings
 
 if TYPE_CHECKING:
-    from megatron_r1.trainer.batch import LossHead, PackedBatch
+    from megatron_r1.trainer.batch import PackedBatch
+    from megatron_r1.trainer.loss_head import LossHead
     from megatron_r1.trainer.losses import LossSum
 
 MASK_FUNCTIONS = {

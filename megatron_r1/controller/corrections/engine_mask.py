@@ -45,7 +45,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from megatron_r1.config.engine_mask import EngineMask
-    from megatron_r1.trainer.batch import LossHead, PackedBatch
+    from megatron_r1.trainer.batch import PackedBatch
+    from megatron_r1.trainer.loss_head import LossHead
     from megatron_r1.trainer.losses import LossSum
     from megatron_r1.trainer.rollout_batches import RolloutBatches
 

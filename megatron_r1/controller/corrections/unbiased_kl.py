@@ -23,7 +23,8 @@ from megatron_r1.controller.corrections import call_inner_loss
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from megatron_r1.trainer.batch import LossHead, PackedBatch
+    from megatron_r1.trainer.batch import PackedBatch
+    from megatron_r1.trainer.loss_head import LossHead
     from megatron_r1.trainer.losses import LossSum
 
 

@@ -32,7 +32,7 @@ from megatron_r1.controller import algorithms
 from megatron_r1.controller.corrections import MASK_FUNCTIONS, wrap_loss
 from megatron_r1.controller.policy_trainer import PolicyTrainer
 from megatron_r1.controller.run_recorder import RunState
-from megatron_r1.trainer.batch import LossHead
+from megatron_r1.trainer.loss_head import LossHead
 from megatron_r1.trainer.operations import ModelOperations
 from megatron_r1.trainer.packed import pack_batch
 from megatron_r1.trainer.rollout_batches import RolloutBatches

@@ -11,7 +11,7 @@ from r1_kernels import PolicySettings
 from megatron_r1.config.algorithms import LossSettings
 from megatron_r1.controller.algorithms.grpo import loss as grpo_loss
 from megatron_r1.models.sampling_mask import encode_mask
-from megatron_r1.trainer.batch import LossHead, TokenWeights
+from megatron_r1.trainer.loss_head import LossHead, TokenWeights
 from megatron_r1.trainer.losses import supervised
 from megatron_r1.trainer.packed import pack_batch
 from megatron_r1.trainer.token_split import TokenSplit
