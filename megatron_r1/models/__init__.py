@@ -12,7 +12,7 @@
 - `schedule_plan`, `token_dispatcher`: the exchange of tokens between experts' ranks.
 - `packed_params`, `sampling_mask`: what comes with the tokens of a packed batch.
 - `platform`, `patches`, `cpu_patches`: prepare a process, with patches of the form that `patching`
-  has; `packed_operations`, `expert_routing`: functions in the place of Megatron's.
+  has; `megatron_replacements`: functions in the place of Megatron's.
 - `gradients`, `fp8` (on GPUs `fp8_checks`), `routing_replay`: the rules of gradients, FP8 training
   and routing replay.
 - `weights`: the table of all weights; `transformers_model`: a model for comparisons.

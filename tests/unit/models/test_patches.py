@@ -17,8 +17,7 @@ from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.moe import router
 
 from megatron_r1.models import build_model, patches
-from megatron_r1.models.expert_routing import route
-from megatron_r1.models.packed_operations import rotate_packed
+from megatron_r1.models.megatron_replacements import rotate_packed, route
 
 def replaced():
     return (
