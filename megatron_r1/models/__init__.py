@@ -11,8 +11,8 @@
 - `context_parallel`: the split of tokens over ranks.
 - `schedule_plan`, `token_dispatcher`: the exchange of tokens between experts' ranks.
 - `packed_params`, `sampling_mask`: what comes with the tokens of a packed batch.
-- `platform`, `patches`, `cpu_patches`: prepare a process, with patches of the form that `patching`
-  has; `megatron_replacements`: functions in the place of Megatron's.
+- `platform`, `patches`, `cpu_patches`: prepare a process; `patch_type`: what a patch is made of;
+  `megatron_replacements`: functions in the place of Megatron's.
 - `gradients`, `fp8` (on GPUs `fp8_checks`), `routing_replay`: the rules of gradients, FP8 training
   and routing replay.
 - `weights`: the table of all weights; `transformers_model`: a model for comparisons.

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.utils._device import _device_constructors
 
-from megatron_r1.models.patching import Patch, register_in
+from megatron_r1.models.patch_type import Patch, register_in
 
 CPU_DEVICE = torch.device("cpu")
 PATCHES: list[Patch] = []

@@ -22,7 +22,7 @@ from megatron.core.transformer import multi_token_prediction
 from megatron.core.transformer.moe import moe_layer, router, token_dispatcher
 
 from megatron_r1.models.megatron_replacements import roll_packed, rotate_packed, route
-from megatron_r1.models.patching import Patch, register_in
+from megatron_r1.models.patch_type import Patch, register_in
 from megatron_r1.models.token_dispatcher import KnownCountsDispatcher, indices_to_multihot
 
 PATCHES: list[Patch] = []

@@ -9,7 +9,7 @@ import hashlib
 import importlib.util
 from pathlib import Path
 
-from megatron_r1.models.patching import Patch
+from megatron_r1.models.patch_type import Patch
 
 
 @functools.cache
