@@ -107,7 +107,7 @@ def nan_where_ungraded(
     """Return `advantages(groups, rl)` with NaN for every ungraded response, and for no other.
 
     The rule of every algorithm that learns from rewards: a response without a grade is left out of
-    sums and denominators, of policy, KL, entropy and critic. `trainer.packed` takes no token of a
+    sums and denominators, of policy, KL, entropy and critic. `pack_batch` takes no token of a
     sample with advantage NaN for a response token, and counts no response for it. Ungraded are a
     response whose reward failed, and an episode that ended for a reason that is not the policy's
     (`engines.episodes`). A response that is cut off at its limit of tokens is the policy's

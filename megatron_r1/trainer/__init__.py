@@ -7,8 +7,8 @@ controller calls over ZeroMQ (`controller.trainer_calls`).
 - `trainer`, `critic`, `reference`: the operations of a step; `loaded_rollout`: their samples.
 - `output_heads`: what reads the model's output; `forward_passes`: the passes that train nothing.
 - `passes`: Megatron's schedule; `stage_communication`: the hops between its stages.
-- `packed`, `batch`, `rollout_batches`, `token_advantages`, `loss_head`, `losses`, `reward_losses`,
-  `metrics`: from samples to a loss and its figures.
+- `sequence_packing`, `batch`, `rollout_batches`, `token_advantages`, `loss_head`, `losses`,
+  `reward_losses`, `metrics`: from samples to a loss and its figures.
 - `token_split`, `prefix_matching`: which rank has which tokens, and which tokens samples share.
 - `routing`: the experts that the engine chose, for the rank that replays them.
 - `offload`: the state's way off the device and back.

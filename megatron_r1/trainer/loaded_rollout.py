@@ -20,9 +20,9 @@ from megatron_r1.trainer.metrics import (
     reduce_over_data,
     teacher_kl,
 )
-from megatron_r1.trainer.packed import check_token_ids, pack_batch
 from megatron_r1.trainer.rollout_batches import RolloutBatches
 from megatron_r1.trainer.routing import RoutingScatter, RoutingShard
+from megatron_r1.trainer.sequence_packing import check_token_ids, pack_batch
 from megatron_r1.trainer.token_split import TokenSplit
 from megatron_r1.trainer.training_sample import ReplicaSamples, Sample
 

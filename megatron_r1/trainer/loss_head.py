@@ -73,7 +73,7 @@ class LossHead:
         Returns:
             Each (T,) fp32 (fp64 for fp64), nats, 0 at other positions."""
         rows = self.batch.response_positions
-        with trusted_values():  # `packed.check_token_ids` has seen the targets
+        with trusted_values():  # `check_token_ids` has seen the targets
             logprobs, entropy = linear_token_logprobs(
                 self.hidden[rows],
                 self.weight,

@@ -30,8 +30,8 @@ from megatron_r1.trainer import distributed, reward_losses  # noqa: E402
 from megatron_r1.trainer.checkpoints.contents import without_extra_state  # noqa: E402
 from megatron_r1.trainer.metrics import merge, reduce_over_data  # noqa: E402
 from megatron_r1.trainer.output_heads import ScoreHeadOutput  # noqa: E402
-from megatron_r1.trainer.packed import pack_batch  # noqa: E402
 from megatron_r1.trainer.passes import run_passes  # noqa: E402
+from megatron_r1.trainer.sequence_packing import pack_batch  # noqa: E402
 from megatron_r1.trainer.token_split import TokenSplit  # noqa: E402
 from megatron_r1.trainer.training_sample import Sample  # noqa: E402
 

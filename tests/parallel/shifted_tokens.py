@@ -11,7 +11,7 @@ from megatron.core.transformer import multi_token_prediction
 from megatron_r1.models import platform
 from megatron_r1.models.context_parallel import positions_of_rank
 from megatron_r1.models.megatron_replacements import roll_packed
-from megatron_r1.trainer.packed import TokenSplit, pack_batch
+from megatron_r1.trainer.sequence_packing import TokenSplit, pack_batch
 from megatron_r1.trainer.training_sample import Sample
 
 MEGATRON = multi_token_prediction._roll_tensor_packed_seq

@@ -19,8 +19,8 @@ from megatron_r1.controller.rollouts.training_samples import training_samples
 from megatron_r1.data.prompt import make_prompt
 from megatron_r1.engines.server.responses import Response
 from megatron_r1.trainer.loss_head import LossHead
-from megatron_r1.trainer.packed import pack_batch
 from megatron_r1.trainer.rollout_batches import RolloutBatches
+from megatron_r1.trainer.sequence_packing import pack_batch
 from megatron_r1.trainer.token_advantages import (
     discounted_sums,
     gae,

@@ -27,7 +27,7 @@ from megatron_r1.engines.fleet.external_fleet import ExternalFleet
 from megatron_r1.engines.server.client import EngineClient
 from megatron_r1.engines.server.errors import EngineError
 from megatron_r1.engines.server.responses import Response
-from megatron_r1.trainer.packed import pack_batch
+from megatron_r1.trainer.sequence_packing import pack_batch
 from megatron_r1.trainer.token_split import TokenSplit
 from megatron_r1.trainer.training_sample import Sample
 

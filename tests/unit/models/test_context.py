@@ -5,7 +5,7 @@ import torch
 from refusals import raised
 
 from megatron_r1.models.context_parallel import concat_ranges, gathered_order, positions_of_rank
-from megatron_r1.trainer.packed import pack_batch
+from megatron_r1.trainer.sequence_packing import pack_batch
 from megatron_r1.trainer.token_split import TokenSplit
 from megatron_r1.trainer.training_sample import Sample
 

@@ -13,7 +13,7 @@ from megatron_r1.controller.algorithms.grpo import loss as grpo_loss
 from megatron_r1.models.sampling_mask import encode_mask
 from megatron_r1.trainer.loss_head import LossHead, TokenWeights
 from megatron_r1.trainer.losses import supervised
-from megatron_r1.trainer.packed import pack_batch
+from megatron_r1.trainer.sequence_packing import pack_batch
 from megatron_r1.trainer.token_split import TokenSplit
 from megatron_r1.trainer.training_sample import Sample
 

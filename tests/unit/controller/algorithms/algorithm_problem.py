@@ -11,8 +11,8 @@ from megatron_r1.config import Config
 from megatron_r1.controller import algorithms
 from megatron_r1.controller.corrections import MASK_FUNCTIONS, wrap_loss
 from megatron_r1.trainer.loss_head import LossHead
-from megatron_r1.trainer.packed import pack_batch
 from megatron_r1.trainer.rollout_batches import RolloutBatches
+from megatron_r1.trainer.sequence_packing import pack_batch
 from megatron_r1.trainer.token_split import TokenSplit
 from megatron_r1.trainer.training_sample import Sample
 

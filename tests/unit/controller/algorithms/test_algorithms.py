@@ -14,8 +14,8 @@ from megatron_r1.base.user_code import find_function
 from megatron_r1.config import Config
 from megatron_r1.config.algorithms import ALGORITHM_NAMES, TokenSettings
 from megatron_r1.controller import algorithms
-from megatron_r1.trainer.packed import pack_batch
 from megatron_r1.trainer.rollout_batches import RolloutBatches, WholeResponses
+from megatron_r1.trainer.sequence_packing import pack_batch
 from megatron_r1.trainer.token_advantages import discounted_sums
 from megatron_r1.trainer.token_split import TokenSplit
 from megatron_r1.trainer.training_sample import Sample

@@ -18,7 +18,7 @@ from algorithm_problem import (
     with_kl,
 )
 
-from megatron_r1.trainer.packed import pack_batch
+from megatron_r1.trainer.sequence_packing import pack_batch
 from megatron_r1.trainer.token_split import TokenSplit
 from megatron_r1.trainer.training_sample import Sample
 

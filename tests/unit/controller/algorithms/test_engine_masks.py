@@ -34,8 +34,8 @@ from megatron_r1.controller.policy_trainer import PolicyTrainer
 from megatron_r1.controller.run_recorder import RunState
 from megatron_r1.trainer.loss_head import LossHead
 from megatron_r1.trainer.operations import ModelOperations
-from megatron_r1.trainer.packed import pack_batch
 from megatron_r1.trainer.rollout_batches import RolloutBatches
+from megatron_r1.trainer.sequence_packing import pack_batch
 from megatron_r1.trainer.token_split import TokenSplit
 
 

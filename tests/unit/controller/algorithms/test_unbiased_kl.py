@@ -17,7 +17,7 @@ from megatron_r1.config import parse
 from megatron_r1.controller import algorithms
 from megatron_r1.controller.corrections import wrap_loss
 from megatron_r1.trainer.loss_head import LossHead
-from megatron_r1.trainer.packed import pack_batch
+from megatron_r1.trainer.sequence_packing import pack_batch
 from megatron_r1.trainer.token_split import TokenSplit
 from megatron_r1.trainer.training_sample import Sample
 

@@ -12,8 +12,8 @@ from megatron_r1.controller.trainer_calls.packing import pack_by_prompt
 from megatron_r1.models.sampling_mask import encode_mask
 from megatron_r1.models.shared_prefixes import marked_prefixes
 from megatron_r1.trainer.losses import denominator, supervised
-from megatron_r1.trainer.packed import check_token_ids, pack_batch
 from megatron_r1.trainer.prefix_matching import MIN_SHARED_TOKENS
+from megatron_r1.trainer.sequence_packing import check_token_ids, pack_batch
 from megatron_r1.trainer.token_split import TokenSplit
 from megatron_r1.trainer.training_sample import Sample
 
