@@ -32,8 +32,8 @@ BUFFER_BYTES = 1 << 28
 StateKind = Literal["parameters", "optimizer"]
 
 
-class TrainedNetwork(Protocol):
-    """A trained network of a rank: its chunks and Megatron's optimizer of them."""
+class NetworkOwner(Protocol):
+    """`Trainer` or `Critic`: it has the chunks of a trained network and Megatron's optimizer."""
 
     model_chunks: Sequence[torch.nn.Module]
     optimizer: Any
@@ -189,11 +189,11 @@ class Offload:
     """Parameters and optimizer state of a rank's networks, on the device or offloaded.
 
     Args:
-        networks: returns the rank's networks, policy and critic.
+        networks: returns the owners of the rank's networks, policy and critic.
         make_store: makes the store of one kind."""
 
     def __init__(
-        self, networks: Callable[[], Sequence[TrainedNetwork]], make_store: Callable[[], Store]
+        self, networks: Callable[[], Sequence[NetworkOwner]], make_store: Callable[[], Store]
     ):
         self._networks = networks
         self._stores: dict[StateKind, Store] = {
@@ -310,9 +310,7 @@ def _as_bytes(storage: torch.UntypedStorage) -> Tensor:
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
-def make_offload(
-    config: Config, networks: Callable[[], Sequence[TrainedNetwork]]
-) -> Offload | None:
+def make_offload(config: Config, networks: Callable[[], Sequence[NetworkOwner]]) -> Offload | None:
     """Return the rank's `Offload`; None where the recipe has none.
 
     Raises:

@@ -77,7 +77,7 @@ class Trainer:
         )
         self.heads = OutputHeads(self.model_chunks, self.hf_config, self.process_groups)
         self.critic = Critic(config, grid_position) if needs_critic(config) else None
-        self.offload = make_offload(config, self._trained_networks)
+        self.offload = make_offload(config, self._network_owners)
 
     @property
     def has_new_score_head(self) -> bool:
@@ -241,14 +241,14 @@ class Trainer:
         Raises:
             UserError: host or disk have no room for what is to be moved there."""
         self.rollout.clear()
-        for network in self._trained_networks():
-            free_gradients(network.ddp_chunks)
+        for owner in self._network_owners():
+            free_gradients(owner.ddp_chunks)
         if self.offload is not None:
             self.offload.free_memory(free_parameters=free_parameters)
         torch.cuda.empty_cache()
 
-    def _trained_networks(self) -> list[Any]:
-        """Return what has `model_chunks`, `ddp_chunks` and an `optimizer`."""
+    def _network_owners(self) -> list[Any]:
+        """Return what has `model_chunks`, `ddp_chunks` and an `optimizer`: this and the critic."""
         return [self] if self.critic is None else [self, self.critic]
 
     def networks(self) -> Networks:

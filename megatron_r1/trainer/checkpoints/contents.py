@@ -52,7 +52,7 @@ Chunks = Sequence[MegatronModule]
 
 
 class Network(NamedTuple):
-    """One trained network: this rank's chunks, and Megatron's optimizer of their parameters."""
+    """What a checkpoint has of a `Trainer` or `Critic`: this rank's chunks and their optimizer."""
 
     chunks: Chunks
     optimizer: Any
