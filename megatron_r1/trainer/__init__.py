@@ -5,7 +5,7 @@ controller calls over ZeroMQ (`controller.trainer_calls`).
 - `operations`, `training_sample`: what both sides send; `replica`: the ranks that get one share.
 - `distributed`, `construction`: process groups, model and optimizer.
 - `trainer`, `critic`, `reference`: the operations of a step; `loaded_rollout`: their samples.
-- `output_heads`: what reads the model's output; `forward_passes`: the passes that train nothing.
+- `output_heads`: what reads the model's output; `evaluation_passes`: the passes that train nothing.
 - `passes`: Megatron's schedule; `stage_communication`: the hops between its stages.
 - `sequence_packing`, `batch`, `rollout_batches`, `token_advantages`, `loss_head`, `losses`,
   `reward_losses`, `metrics`: from samples to a loss and its figures.

@@ -277,8 +277,8 @@ class ModelOperations(Protocol):
             UserError: host or disk have no room for what is to be moved there."""
 
 
-class ProbingOperations(Protocol):
-    """Passes that train nothing: methods of `forward_passes.ForwardPasses`."""
+class EvaluationOperations(Protocol):
+    """Passes that train nothing: methods of `evaluation_passes.EvaluationPasses`."""
 
     def sample_scores(self) -> SampleScores:
         """Compute a score model's scores of all loaded samples.

@@ -24,8 +24,8 @@ from megatron_r1.trainer.operations import (
     LOAD,
     STOP,
     CheckpointOperations,
+    EvaluationOperations,
     ModelOperations,
-    ProbingOperations,
     PushOperations,
     RankCall,
     RankDescription,
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 PROTOCOLS: tuple[type, ...] = (
     ModelOperations,
-    ProbingOperations,
+    EvaluationOperations,
     CheckpointOperations,
     PushOperations,
 )
@@ -169,7 +169,7 @@ class RankServer:
         from megatron_r1.push.rank_push import RankPush
         from megatron_r1.trainer import implementations
         from megatron_r1.trainer.checkpoint_manager import CheckpointManager
-        from megatron_r1.trainer.forward_passes import ForwardPasses
+        from megatron_r1.trainer.evaluation_passes import EvaluationPasses
         from megatron_r1.trainer.routing import RoutingScatter
         from megatron_r1.trainer.trainer import Trainer
 
@@ -184,7 +184,7 @@ class RankServer:
         self.implementations = implementations.describe_implementations(self.trainer)
         push = RankPush(self.trainer.model_chunks, self.trainer.hf_config, config)
         self._operations = operations_by_name(
-            self.trainer, ForwardPasses(self.trainer), CheckpointManager(self.trainer), push
+            self.trainer, EvaluationPasses(self.trainer), CheckpointManager(self.trainer), push
         )
         self._types = argument_types()
 
@@ -239,7 +239,7 @@ class RankServer:
 
 def operations_by_name(
     trainer: ModelOperations,
-    probing: ProbingOperations,
+    evaluation_operations: EvaluationOperations,
     checkpoints: CheckpointOperations,
     push: PushOperations,
 ) -> dict[str, Callable[..., Any]]:
@@ -247,10 +247,10 @@ def operations_by_name(
 
     Args:
         trainer: has the passes.
-        probing: has those that train nothing.
+        evaluation_operations: has those that train nothing.
         checkpoints: has checkpoints and exports.
         push: has the rank's part of a push."""
-    implementations = (trainer, probing, checkpoints, push)
+    implementations = (trainer, evaluation_operations, checkpoints, push)
     return {
         name: getattr(implementation, name)
         for protocol, implementation in zip(PROTOCOLS, implementations, strict=True)

@@ -5,7 +5,7 @@ compute_logprobs() (old and reference policy), compute_token_advantages() for so
 mask_advantages() for some settings, update() and update_critic() once per mini-batch, and
 measure_logprob_diff() (differences of log-probabilities). SFT and reward models call load() and
 update(). `loaded_rollout` has the samples and what is computed from them alone, `output_heads` what
-reads the model's output. `forward_passes` compares a few tokens with an engine, and evaluates a
+reads the model's output. `evaluation_passes` compares a few tokens with an engine, and evaluates a
 reward model.
 
 Every operation is called on all ranks at the same time. A rank handles samples and losses, not

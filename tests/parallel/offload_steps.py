@@ -99,9 +99,9 @@ def assert_views(trainer) -> None:
 def steps(trainer, grid_position, out: Path, name: str, *, yields: bool) -> list:
     """Return all metrics, and every value of the model and the optimizer after the last step."""
     from megatron_r1.trainer.checkpoint_manager import CheckpointManager
-    from megatron_r1.trainer.forward_passes import ForwardPasses
+    from megatron_r1.trainer.evaluation_passes import EvaluationPasses
 
-    folders, probing, seen = CheckpointManager(trainer), ForwardPasses(trainer), []
+    folders, evaluation, seen = CheckpointManager(trainer), EvaluationPasses(trainer), []
     trainer.refresh_reference()
     for step in range(3):
         if yields:
@@ -120,12 +120,12 @@ def steps(trainer, grid_position, out: Path, name: str, *, yields: bool) -> list
         seen.append(trainer.compute_logprobs(1.0, with_reference=True))
         seen.append(trainer.update(0, LOSS, None, 1e-2))
         seen.append(trainer.measure_logprob_diff())
-        seen.append(probing.probe([TEXT]))
+        seen.append(evaluation.probe([TEXT]))
     folders.export(str(out / "hf"))  # and NumPy has seen the parameters, as in a push
     if yields:
-        probing.prepare_probe([TEXT])
+        evaluation.prepare_probe([TEXT])
         offload_all(trainer)
-        assert probing.compare_probe([TEXT]) == seen[-1], "the kept log-probabilities are others"
+        assert evaluation.compare_probe([TEXT]) == seen[-1], "the kept log-probabilities are others"
         trainer.offload.prepare("save_checkpoint")
     folders.save_checkpoint(str(out / name), {})
     assert folders.checkpoint_progress(wait=True)["error"] is None

@@ -51,7 +51,7 @@ from megatron_r1.models.memory import engine_bytes, parameter_bytes
 from megatron_r1.models.parallel_checks import check_divisions
 from megatron_r1.models.support_checks import check_supported
 from megatron_r1.models.weights.layout import num_parameters, recipe_stages
-from megatron_r1.trainer.operations import ProbingOperations
+from megatron_r1.trainer.operations import EvaluationOperations
 from megatron_r1.trainer.training_sample import Sample
 
 ENGINE_NAME = "engine-0"
@@ -80,7 +80,7 @@ async def compare_with_megatron(config: Config, reference: ReferenceResult, scra
     trainer.launch()
     try:
         await trainer.connect()
-        return (await trainer.call(ProbingOperations.probe, samples=samples))["probe/max"]
+        return (await trainer.call(EvaluationOperations.probe, samples=samples))["probe/max"]
     finally:
         await trainer.close()
 

@@ -30,8 +30,8 @@ from megatron_r1.models.compute_cost import sample_cost
 from megatron_r1.trainer.operations import (
     LOAD,
     STOP,
+    EvaluationOperations,
     ModelOperations,
-    ProbingOperations,
     RankCall,
     RankDescription,
     RankReply,
@@ -251,7 +251,7 @@ class TrainerClient:
     async def sample_scores(self) -> list[list[float]]:
         """Return a score model's scores of the loaded samples, in the order given to `load`:
         result[mini-batch][sample]."""
-        replies = await self.call_all(ProbingOperations.sample_scores)
+        replies = await self.call_all(EvaluationOperations.sample_scores)
         result = [[math.nan] * sum(map(len, chain(*p.shares))) for p in self._packings]
         for rank, reply in zip(self.ranks, replies, strict=True):
             for scores, packing, by_microbatch in zip(
@@ -300,13 +300,13 @@ class TrainerClient:
         Args:
             sequences: (prompt_ids, response_ids, logprobs) of each."""
         samples = [Sample.pack(*sequence) for sequence in sequences]
-        return (await self.call(ProbingOperations.probe, samples=samples))["probe/mean"]
+        return (await self.call(EvaluationOperations.probe, samples=samples))["probe/mean"]
 
     async def prepare_probe(self, token_sequences: Sequence[Sequence[int]]) -> None:
         """Have the trainer compute the log-probabilities of every token but the first of each
         sequence, for `compare_probe`."""
         samples = [Sample.pack(ids[:1], ids[1:]) for ids in token_sequences]
-        await self.call(ProbingOperations.prepare_probe, samples=samples)
+        await self.call(EvaluationOperations.prepare_probe, samples=samples)
 
     async def compare_probe(
         self, token_sequences: Sequence[Sequence[int]], logprobs: Sequence[Sequence[float]]
@@ -315,7 +315,7 @@ class TrainerClient:
         `prepare_probe`, which had the same sequences. The trainer needs no weights for it."""
         pairs = zip(token_sequences, logprobs, strict=True)
         samples = [Sample.pack(ids[:1], ids[1:], values) for ids, values in pairs]
-        return (await self.call(ProbingOperations.compare_probe, samples=samples))["probe/mean"]
+        return (await self.call(EvaluationOperations.compare_probe, samples=samples))["probe/mean"]
 
     async def restart(self) -> None:
         """Kill the remaining ranks and start all again, with their initial weights; return when

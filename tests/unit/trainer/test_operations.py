@@ -9,8 +9,8 @@ from megatron_r1.push.control_messages import SentWeights, SetFailure
 from megatron_r1.push.plan import EngineLayout
 from megatron_r1.trainer.operations import (
     CheckpointOperations,
+    EvaluationOperations,
     ModelOperations,
-    ProbingOperations,
     PushOperations,
     RankCall,
     decode_result,
@@ -19,7 +19,7 @@ from megatron_r1.trainer.operations import (
 from megatron_r1.trainer.rank_server import RankServer, argument_types, operations_by_name
 from megatron_r1.trainer.training_sample import Sample
 
-PROTOCOLS = (ModelOperations, ProbingOperations, CheckpointOperations, PushOperations)
+PROTOCOLS = (ModelOperations, EvaluationOperations, CheckpointOperations, PushOperations)
 FAILED = SentWeights({"one": SetFailure("cut", [1])})
 
 
@@ -61,7 +61,7 @@ def test_a_rank_runs_every_operation_of_the_protocols():
 @pytest.mark.parametrize(
     ("operation", "arguments"),
     [
-        (ProbingOperations.probe, {"samples": [Sample.pack([1, 2], [3], [-0.5])]}),
+        (EvaluationOperations.probe, {"samples": [Sample.pack([1, 2], [3], [-0.5])]}),
         (
             ModelOperations.compute_token_advantages,
             {

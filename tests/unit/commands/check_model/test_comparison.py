@@ -5,7 +5,7 @@ import asyncio
 from megatron_r1.commands.check_model import verb
 from megatron_r1.commands.check_model.results import ReferenceResult
 from megatron_r1.config import Config
-from megatron_r1.trainer.operations import ProbingOperations
+from megatron_r1.trainer.operations import EvaluationOperations
 
 
 class ProbedTrainer:
@@ -24,7 +24,7 @@ class ProbedTrainer:
         pass
 
     async def call(self, operation, samples):
-        assert operation == ProbingOperations.probe
+        assert operation == EvaluationOperations.probe
         self.probed.extend(samples)
         return {"probe/max": 0.25}
 

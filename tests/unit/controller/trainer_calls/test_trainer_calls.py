@@ -10,8 +10,8 @@ from megatron_r1.base.errors import TrainerError, TrainerLost
 from megatron_r1.config import Config
 from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.trainer.operations import (
+    EvaluationOperations,
     ModelOperations,
-    ProbingOperations,
     PushOperations,
     RankCall,
     RankReply,
@@ -56,7 +56,7 @@ def test_the_reply_to_a_cancelled_call_is_not_taken_for_the_next_one(client):
 
     async def story():
         given_up = asyncio.create_task(client.call(PushOperations.connect_sets))
-        waits = asyncio.create_task(client.call(ProbingOperations.probe))
+        waits = asyncio.create_task(client.call(EvaluationOperations.probe))
         await until(client.socket.calls.qsize)
         given_up.cancel()
         waits.cancel()  # not sent to the rank yet

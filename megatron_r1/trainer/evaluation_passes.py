@@ -11,8 +11,8 @@ from megatron_r1.trainer.trainer import Trainer
 from megatron_r1.trainer.training_sample import Sample
 
 
-class ForwardPasses:
-    """Runs probes and reward scores, which train nothing, on the model and samples of a trainer."""
+class EvaluationPasses:
+    """Runs probes and reward scores on the model of a trainer, without training it."""
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
