@@ -46,9 +46,9 @@ class EvaluationPasses:
         for batch, probed_batch in zip(batches, self._probed, strict=True):
             assert torch.equal(batch.targets, probed_batch.targets), "these are other tokens"
             batch.logprobs["old"] = probed_batch.logprobs["old"]
-        mean, max_gap = logprob_diff(batches, "old")
+        mean, max_diff = logprob_diff(batches, "old")
         return reduce_over_data(
-            self.trainer.grid_position, {"probe/max": max_gap, "probe/mean": mean}
+            self.trainer.grid_position, {"probe/max": max_diff, "probe/mean": mean}
         )
 
     def sample_scores(self) -> SampleScores:

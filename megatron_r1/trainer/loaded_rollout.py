@@ -171,9 +171,9 @@ class LoadedRollout:
         ranks before the last stage return none."""
         if not self._grid_position.is_last_stage:
             return {}
-        mean, max_gap = logprob_diff(self.batches, "old")
+        mean, max_diff = logprob_diff(self.batches, "old")
         metrics: dict[str, Mean | Maximum]
-        metrics = {"logprob_diff/max": max_gap, "logprob_diff/mean": mean}
+        metrics = {"logprob_diff/max": max_diff, "logprob_diff/mean": mean}
         if self._config.teacher.path:
             metrics["teacher/kl"] = teacher_kl(self.batches)
         return reduce_over_data(self._grid_position, metrics)

@@ -141,13 +141,13 @@ def logprob_diff(batches: Sequence[PackedBatch], name: str) -> tuple[Mean, Maxim
     for batch in batches:
         rows = batch.response_positions
         if rows.numel():
-            gaps = (batch.logprobs[name] - batch.rollout_logprobs)[rows].abs()
-            total = Mean(gaps.double().sum(), gaps.numel())
-            reports.append({"mean": total, "largest": Maximum(gaps.max())})
+            diffs = (batch.logprobs[name] - batch.rollout_logprobs)[rows].abs()
+            total = Mean(diffs.double().sum(), diffs.numel())
+            reports.append({"mean": total, "largest": Maximum(diffs.max())})
     merged_metrics = merge(reports)
-    mean, max_gap = merged_metrics["mean"], merged_metrics["largest"]
-    assert isinstance(mean, Mean) and isinstance(max_gap, Maximum)
-    return mean, max_gap
+    mean, max_diff = merged_metrics["mean"], merged_metrics["largest"]
+    assert isinstance(mean, Mean) and isinstance(max_diff, Maximum)
+    return mean, max_diff
 
 
 def teacher_kl(batches: Sequence[PackedBatch]) -> Mean:
@@ -156,7 +156,7 @@ def teacher_kl(batches: Sequence[PackedBatch]) -> Mean:
     It is the mean of log π_old - log π_teacher over the response tokens of `batches`."""
     totals, count = [], 0
     for batch in batches:
-        gaps = (batch.logprobs["old"] - batch.logprobs["teacher"])[batch.response_positions]
-        totals.append(gaps.double().sum())
-        count += gaps.numel()
+        diffs = (batch.logprobs["old"] - batch.logprobs["teacher"])[batch.response_positions]
+        totals.append(diffs.double().sum())
+        count += diffs.numel()
     return Mean(sum(read_scalars(totals)), count)
