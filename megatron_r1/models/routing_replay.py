@@ -184,7 +184,7 @@ class RoutingReplay:
         self.layers: list[int] = []
         """This rank's MoE layers, as indices into shape.moe_layers."""
         self._chunks: dict[int, list[LayerReplay]] = {}
-        self._paused = False
+        self._is_paused = False
         for chunk in chunks:
             model = unwrap_model(chunk)
             replays = self._chunks.setdefault(id(model), [])
@@ -208,7 +208,7 @@ class RoutingReplay:
             recorded: the experts of each token; None: as the routers choose.
         """
         for replay in self._chunks.get(id(unwrap_model(chunk)), []):
-            replay.current = None if self._paused or replay.moe_index is None else recorded
+            replay.current = None if self._is_paused or replay.moe_index is None else recorded
 
     def exchange_counts(
         self, recorded: Sequence[RecordedRouting | None]
@@ -238,11 +238,11 @@ class RoutingReplay:
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
         """Let the trainer route every token inside the block."""
-        self._paused = True
+        self._is_paused = True
         try:
             yield
         finally:
-            self._paused = False
+            self._is_paused = False
 
     @contextlib.contextmanager
     def measure_agreement(self) -> Iterator[None]:
