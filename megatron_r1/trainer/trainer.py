@@ -189,17 +189,8 @@ class Trainer:
         learning_rate: float,
         temperature: float = 1.0,
     ) -> dict[str, float]:
-        """Make one optimizer step on a mini-batch with the loss at "module:function".
-
-        Args:
-            minibatch_index: number of the mini-batch.
-            loss: "module:function" of the loss.
-            settings: the settings of a policy loss; None for the others.
-            learning_rate: the learning rate of this update.
-            temperature: the logits are divided by it, as when they were sampled.
-
-        Returns:
-            The loss's metrics over the whole mini-batch, grad_norm and step_taken."""
+        """Make one optimizer step on a mini-batch with the loss at "module:function"; arguments and
+        result are those of `operations.ModelOperations.update`."""
         batches = self.rollout.minibatches[minibatch_index]
         output_fn = partial(self.heads.loss, find_function(loss), settings, temperature)
         if self.config.model.mtp == "train":

@@ -214,14 +214,8 @@ class TrainerClient:
         learning_rate: float,
         temperature: float = 1.0,
     ) -> dict[str, float]:
-        """Make one optimizer step on a mini-batch; return its metrics.
-
-        Args:
-            minibatch_index: number of the loaded mini-batch, from 0.
-            loss: "module:function" of the loss.
-            settings: the settings of a policy loss; None for the others.
-            learning_rate: the learning rate of this update.
-            temperature: the logits are divided by it, as when they were sampled.
+        """Make one optimizer step on a mini-batch; arguments and result are those of
+        `ModelOperations.update`.
 
         Raises:
             TrainerError: loss or gradient is not finite: the weights are then lost, and the newest
