@@ -63,7 +63,7 @@ def launches(kernel: Kernel, sizes: ExampleSizes, device: str) -> Iterator[Examp
     """Yield the launches of a kernel: those of the function of its name in this file.
 
     Args:
-        kernel: the kernel.
+        kernel: an entry of `registry.KERNELS`.
         sizes: the sizes of its arguments.
         device: where these are made."""
     return globals()[kernel.name](sizes, device)

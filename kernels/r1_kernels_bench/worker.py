@@ -48,7 +48,7 @@ def new_row(implementation: Implementation, device: torch.device, reason: str) -
     timed calls.
 
     Args:
-        implementation: the implementation.
+        implementation: what the row is of.
         device: where it would run.
         reason: why it is not run; "" where it is."""
     row = {"name": implementation.name, "computes": implementation.computes, "not_run": reason}

@@ -36,7 +36,7 @@ def target_column(targets, row, first_column, end):
 
     Args:
         targets: (T,) pointer to ids of the whole vocabulary.
-        row: the row.
+        row: the row's index, from 0.
         first_column: id of the shard's first column.
         end: the column after the last."""
     column = tl.load(targets + row).to(tl.int64) - first_column
@@ -105,7 +105,7 @@ def store_statistics(statistics, row, num_rows, peak, total, moment, target_logi
 
     Args:
         statistics: (4, T) fp32 pointer.
-        row: the row.
+        row: the row's index, from 0.
         num_rows: T.
         peak: the row's largest logit.
         total: the sum of its exponentials.
@@ -127,7 +127,7 @@ def load_row_upstream(
     whether the row has an upstream gradient.
 
     Args:
-        row: the row.
+        row: the row's index, from 0.
         peak: (T,) pointers to the largest logit of each row.
         log_total: (T,) pointers to the logarithm of the sum.
         entropy: (T,) pointers to the entropy, read only with HAS_ENTROPY.

@@ -62,7 +62,7 @@ class Networks(NamedTuple):
     """Everything on this rank that has weights.
 
     Attributes:
-        policy: the policy.
+        policy: the trainer's own.
         reference: its reference; None: there is none.
         critic: PPO's critic; None: there is none."""
 

@@ -50,7 +50,7 @@ class WrittenFiles:
     """The result of one rank: its files' checksums and Megatron's results, or the error.
 
     Attributes:
-        rank: the rank.
+        rank: its number among all ranks, from 0.
         entries: name → size and checksum of each file.
         results: Megatron's results.
         error: why the rank could not write; None: it has written."""
