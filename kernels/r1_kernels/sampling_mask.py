@@ -1,9 +1,10 @@
 """The tokens that a sampler kept at each position: what top-k, top-p or min-p left of a vocabulary.
 
 A policy that is sampled with such a cut is softmax(logits / temperature) over the tokens it keeps,
-and 0 elsewhere. With the ids that the sampler kept, the functions of this package compute that
-policy's log-probabilities, entropy and gradient; without them, those of the whole vocabulary
-("Keep Sampling Mask" of DeepSeek-V3.2, arXiv 2512.02556 section 3.1).
+and 0 elsewhere. The ids of these tokens are called kept ids, and a `SamplingMask` lists those of
+all positions. With it the functions of this package compute that policy's log-probabilities,
+entropy and gradient; without it, those of the whole vocabulary ("Keep Sampling Mask" of
+DeepSeek-V3.2, arXiv 2512.02556 section 3.1).
 
 The ids are listed, because they must be the sampler's own. A threshold on the logits, 4 bytes a
 token, would be compared with logits that differ by rounding, and so keep other tokens at its edge.
