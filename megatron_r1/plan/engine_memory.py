@@ -147,7 +147,7 @@ class EngineMemory:
         """Rollouts that are sampled at once.
 
         With `rl.staleness` k, on GPUs of their own, the one that the trainer waits for and k later
-        ones, which fill the engines meanwhile (controller/rollouts/rollout_stream.py)."""
+        ones, which fill the engines meanwhile (controller/rollouts/step_sampler.py)."""
         rl = self.job.config.rl
         return 1 + rl.staleness if self.job.rollout_gpus and self.job.verb == "rl" else 1
 

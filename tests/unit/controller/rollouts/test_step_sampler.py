@@ -2,7 +2,7 @@ import asyncio
 
 import pytest
 
-from megatron_r1.controller.rollouts.rollout_stream import RolloutStream
+from megatron_r1.controller.rollouts.step_sampler import RolloutStream
 
 
 class Engines:
