@@ -1,7 +1,7 @@
 """Reinforcement learning: the run (1 to 3), the algorithm (4), and what its steps use (5 to 9).
 
-1. `rl_run`: the run around the algorithm, from its begin to its end; `run_checkpoints`: what it
-   keeps across restarts.
+1. `rl_run`: the run around the algorithm, from its begin to its end, and what it keeps across
+   restarts.
 2. `cpu_memory`: the micro-batch that fits into a host without GPUs.
 3. `supervision`: the watch over the run, its health endpoint and restarts.
 4. `loop`: the algorithm.

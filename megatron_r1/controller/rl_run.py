@@ -1,11 +1,15 @@
-"""One RL run around the algorithm: its begin, steps and end."""
+"""One RL run around the algorithm: its begin, steps and end, and what it keeps across restarts."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+from r1_grading.pool import LEVELS
 
 from megatron_r1.base.processes import timeline
 from megatron_r1.base.processes.stopping import StopRequest
@@ -18,8 +22,11 @@ from megatron_r1.controller.rollouts.heldout import HeldoutEvaluation
 from megatron_r1.controller.rollouts.metrics import mean_of_updates, rollout_metrics
 from megatron_r1.controller.rollouts.rollout import Rollout
 from megatron_r1.controller.rollouts.sample_records import sample_records
-from megatron_r1.controller.run_checkpoints import RunCheckpoints
+from megatron_r1.controller.rollouts.step_sampler import StepSampler
 from megatron_r1.controller.run_recorder import RunRecorder
+from megatron_r1.controller.trainer_calls.client import TrainerClient
+from megatron_r1.trainer.checkpoints.checkpoint_folders import checkpoint_step, complete_checkpoints
+from megatron_r1.trainer.operations import ModelOperations
 
 
 class RLRun:
@@ -143,6 +150,62 @@ class RLRun:
         await self.engines.wait_for_probes()
         async with self.engines.free_for_trainer():
             await self.run_checkpoints.save(self.step, self.engines.sampled_step.sampler_state)
+
+
+class RunCheckpoints:
+    """Saves and restores what a run keeps across restarts, in checkpoints and in the sample log:
+    the trainer's state, the position in the prompts, and the counts of rewards.
+
+    `resume` comes first.
+
+    Args:
+        recorder: has the run's folder, its state and its series of checkpoints.
+        trainer: saves and loads what its ranks hold.
+        sampler: has the position in the prompts, and the sample log."""
+
+    def __init__(self, recorder: RunRecorder, trainer: TrainerClient, sampler: StepSampler):
+        self.recorder, self.trainer, self.sampler = recorder, trainer, sampler
+        self._rewards_before: Counter[str] = Counter()
+
+    async def resume(self, uses_reference: bool) -> None:
+        """Load the newest checkpoint into the trainer, and its state into the sampler; without one,
+        keep the first policy as the reference, where the run has one."""
+        state, view = self.recorder.state, self.recorder.view
+        if self.recorder.is_resumed:
+            view.show_phase("loading checkpoint")
+            await self.recorder.load(self.trainer, with_reference=uses_reference)
+            counts = ", ".join(f"{n:,} {name}" for name, n in state.rewards.items() if n) or "none"
+            view.show_message(f"calls of rewards so far, one for each response and term: {counts}")
+            self.sampler.prompt_sampler.load_state_dict(state.sampler)
+        elif uses_reference:
+            await self.trainer.call(ModelOperations.refresh_reference)
+        # The pool may be older than this `RLRun`: its counts until now are not of this one.
+        self._rewards_before = Counter(state.rewards)
+        self._rewards_before.subtract(self._num_rewards())
+
+    async def save(self, step: int, sampler_state: dict[str, Any]) -> None:
+        """Start a checkpoint after `step`.
+
+        Args:
+            step: the training step.
+            sampler_state: the position in the prompts after that step."""
+        state = self.recorder.state
+        state.step, state.sampler = step, sampler_state
+        state.rewards = dict(self._rewards_before + Counter(self._num_rewards()))
+        await self.recorder.save(self.trainer)
+
+    async def prune_samples(self, keep: int) -> None:
+        """Delete the samples of steps before the newest checkpoints, which are not repeated.
+
+        Args:
+            keep: how many of the newest checkpoints count."""
+        newest_checkpoints = complete_checkpoints(self.recorder.folder.checkpoints)[-keep:]
+        if self.sampler.sample_log and newest_checkpoints:
+            await self.sampler.sample_log.prune(checkpoint_step(newest_checkpoints[0]))
+
+    def _num_rewards(self) -> dict[str, int]:
+        snapshot = self.sampler.collector.pool.snapshot()
+        return {name: n for name, n in snapshot.items() if name not in LEVELS}
 
 
 class StepMeter:
