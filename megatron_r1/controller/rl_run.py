@@ -19,9 +19,8 @@ from megatron_r1.controller.policy_engines import PolicyEngines
 from megatron_r1.controller.policy_trainer import PolicyTrainer
 from megatron_r1.controller.rollouts.collector import RolloutCollector
 from megatron_r1.controller.rollouts.heldout import HeldoutEvaluation
-from megatron_r1.controller.rollouts.metrics import mean_of_updates, rollout_metrics
+from megatron_r1.controller.rollouts.metrics import mean_of_updates, rollout_metrics, sample_records
 from megatron_r1.controller.rollouts.rollout import Rollout
-from megatron_r1.controller.rollouts.sample_records import sample_records
 from megatron_r1.controller.rollouts.step_sampler import StepSampler
 from megatron_r1.controller.run_recorder import RunRecorder
 from megatron_r1.controller.trainer_calls.client import TrainerClient

@@ -8,5 +8,5 @@
 - `players`: finds who plays an episode.
 - `rollout`: groups and graded responses; `response_grader` grades them, `training_samples` turns
   them into the trainer's samples.
-- `metrics`, `sample_records`, `sample_log` with `group_records`: what is kept of them.
+- `metrics`, `sample_log` with `group_records`: what is kept of them.
 - `heldout`: answers held-out prompts."""

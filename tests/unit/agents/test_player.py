@@ -17,10 +17,9 @@ from megatron_r1.agents.turn_parsing import parse_hermes
 from megatron_r1.base.errors import RunError
 from megatron_r1.config import AgentsConfig
 from megatron_r1.controller.rollouts.group_records import decode, encode, pack, unpack
-from megatron_r1.controller.rollouts.metrics import rollout_metrics
+from megatron_r1.controller.rollouts.metrics import rollout_metrics, sample_records
 from megatron_r1.controller.rollouts.response_grader import ResponseGrader
 from megatron_r1.controller.rollouts.rollout import Group, Rollout, check_grades
-from megatron_r1.controller.rollouts.sample_records import sample_records
 from megatron_r1.data.prompt import make_prompt
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.engines.server.errors import EngineError
