@@ -19,7 +19,7 @@ from megatron_r1.controller.policy_engines import PolicyEngines
 from megatron_r1.controller.policy_trainer import PolicyTrainer
 from megatron_r1.controller.rollouts.collector import RolloutCollector
 from megatron_r1.controller.rollouts.heldout import HeldoutEvaluation
-from megatron_r1.controller.rollouts.metrics import mean_of_updates, rollout_metrics, sample_records
+from megatron_r1.controller.rollouts.metrics import mean_of_updates, response_lines, rollout_metrics
 from megatron_r1.controller.rollouts.rollout import Rollout
 from megatron_r1.controller.rollouts.step_sampler import StepSampler
 from megatron_r1.controller.run_recorder import RunRecorder
@@ -130,7 +130,7 @@ class RLRun:
         )
         if not self.config.rl.keep_sample_log:
             await self.run_checkpoints.prune_samples(self.config.checkpoint.keep)
-        records = sample_records(rollout.groups, self.step, "train", self.config.run.log_samples)
+        records = response_lines(rollout.groups, self.step, "train", self.config.run.log_samples)
         self.recorder.record_step(metrics_row, records)
         if self.step <= FIRST_STEPS:
             # In a thread: it searches the texts of all responses.

@@ -12,7 +12,7 @@ from r1_grading.terms import ACCURACY, weights_at
 
 from megatron_r1.config import Config, RewardsConfig
 from megatron_r1.controller.rollouts.collector import RolloutCollector
-from megatron_r1.controller.rollouts.metrics import episode_metrics, sample_records
+from megatron_r1.controller.rollouts.metrics import episode_metrics, response_lines
 from megatron_r1.controller.rollouts.rollout import Group, RolloutSampling, all_responses
 from megatron_r1.controller.run_recorder import RunRecorder
 from megatron_r1.data.prompt import Prompt
@@ -63,7 +63,7 @@ class HeldoutEvaluation:
             stop=tuple(config.rollout.stop),
         )
         metrics, groups = await evaluate(self._collector, self._prompts, sampling, config.rewards)
-        records = sample_records(groups, step, "eval", None)
+        records = response_lines(groups, step, "eval", None)
         self._recorder.record_evaluation({"step": step, **metrics}, records)
 
 

@@ -91,7 +91,7 @@ def mean_of_updates(updates: list[dict[str, float]]) -> dict[str, float]:
     }
 
 
-def sample_records(
+def response_lines(
     groups: list[Group], step: int, split: str, limit: int | None
 ) -> list[dict[str, Any]]:
     """Return lines for samples.jsonl: the first response of every group before the second of any,

@@ -17,7 +17,7 @@ from megatron_r1.agents.turn_parsing import parse_hermes
 from megatron_r1.base.errors import RunError
 from megatron_r1.config import AgentsConfig
 from megatron_r1.controller.rollouts.group_records import decode, encode, pack, unpack
-from megatron_r1.controller.rollouts.metrics import rollout_metrics, sample_records
+from megatron_r1.controller.rollouts.metrics import response_lines, rollout_metrics
 from megatron_r1.controller.rollouts.response_grader import ResponseGrader
 from megatron_r1.controller.rollouts.rollout import Group, Rollout, check_grades
 from megatron_r1.data.prompt import make_prompt
@@ -206,7 +206,7 @@ def test_episodes_are_graded_logged_and_measured(text):
     assert metrics["episode/status/environment_error"] == pytest.approx(1 / 3)
     assert metrics["episode/turns"] == pytest.approx(4 / 3)
     assert metrics["reward/mean"] == pytest.approx((5.01 + 0.03) / 2)
-    line = sample_records([group], 1, "train", None)[0]
+    line = response_lines([group], 1, "train", None)[0]
     assert (line["status"], line["turns"][1]["role"]) == ("done", "assistant")
     assert [turn["trained"] for turn in line["turns"]] == [False, True, False, True]
     with pytest.raises(RunError, match="1 of 3 .*1 environment_error"):

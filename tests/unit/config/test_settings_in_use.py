@@ -11,7 +11,7 @@ from megatron_r1.base.errors import Cause
 from megatron_r1.commands import sample
 from megatron_r1.config import Config, parse
 from megatron_r1.controller.push.pusher import create_pusher
-from megatron_r1.controller.rollouts.metrics import sample_records
+from megatron_r1.controller.rollouts.metrics import response_lines
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group
 from megatron_r1.data.prompt import make_prompt
 from megatron_r1.engines.server.responses import Response
@@ -50,7 +50,7 @@ def test_log_samples_is_the_number_of_records_of_a_step():
         for i in range(10)
     ]
     for limit in (Config().run.log_samples, parse({"run": {"log_samples": 3}}).run.log_samples):
-        assert len(sample_records(groups, 1, "train", limit)) == limit
+        assert len(response_lines(groups, 1, "train", limit)) == limit
 
 
 def test_with_fewer_groups_more_responses_of_each_are_recorded():
@@ -64,7 +64,7 @@ def test_with_fewer_groups_more_responses_of_each_are_recorded():
         for question in "ab"
     ]
     for limit, texts in ((2, "a0 b0"), (5, "a0 b0 a1 b1 a2"), (9, "a0 b0 a1 b1 a2 b2 a3 b3")):
-        records = sample_records(groups, 1, "train", limit)
+        records = response_lines(groups, 1, "train", limit)
         assert [record["response"] for record in records] == texts.split()
 
 
